@@ -1,0 +1,71 @@
+"""Small shapes used by several spec groups: references, sources, storage connections."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
+
+from finetune_api.base import Group, option
+from finetune_api.spec.enums import AddressingStyle
+
+ObjectName = Annotated[
+    str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)
+]
+Key = Annotated[str, StringConstraints(pattern=r"^[-._a-zA-Z0-9]+$", min_length=1, max_length=253)]
+Source = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+Text = Annotated[str, StringConstraints(max_length=16384)]
+Line = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
+Word = Annotated[str, StringConstraints(min_length=1, max_length=253)]
+Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+StringMap = Annotated[dict[Word, Annotated[str, StringConstraints(max_length=4096)]], Field(max_length=64)]
+
+
+class SecretKeyRef(Group):
+    """One key of a Secret in the job's namespace."""
+
+    name: ObjectName = Field(description="Name of the Secret in the job's namespace. Required. Example: `hub-token`.")
+    key: Key = Field(description="Key inside the Secret. Required. Example: `token`.")
+
+
+class SecretRef(Group):
+    """A Secret in the job's namespace."""
+
+    name: ObjectName = Field(
+        description="Name of the Secret in the job's namespace. Required. Example: `s3-credentials`."
+    )
+
+
+class ConfigMapKeyRef(Group):
+    """One key of a ConfigMap in the job's namespace."""
+
+    name: ObjectName = Field(
+        description="Name of the ConfigMap in the job's namespace. Required. Example: `my-config`."
+    )
+    key: Key = Field(description="Key inside the ConfigMap. Required. Example: `data.jsonl`.")
+
+
+class StorageConnection(Group):
+    """How to reach an S3 store: shared by `storage`, `model.storage` and `dataset.storage`."""
+
+    endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#]+/?$", max_length=512)] | None = option(
+        "URL of an S3-compatible store, scheme and host only. Default: the operator's configuration, else AWS.",
+        example="https://s3.example.com",
+    )
+    region: Word | None = option(
+        "Region that requests are signed for.",
+        default_text="the operator's configuration, else us-east-1",
+        example="eu-central-1",
+    )
+    addressing_style: AddressingStyle | None = option(
+        "How the bucket stands in the URL: `path` (host/bucket) or `virtual` (bucket.host).",
+        default_text="path with an endpoint, virtual without", example="path",
+    )  # fmt: skip
+    credentials_secret_ref: SecretRef | None = option(
+        "Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN. Default: the operator's configuration, else the pod's own identity.",
+        example={"name": "s3-credentials"},
+    )
+    ca_bundle_ref: ConfigMapKeyRef | None = option(
+        "ConfigMap key with PEM certificates to trust for the endpoint. Default: the image's own certificates.",
+        example={"name": "ca", "key": "ca.crt"},
+    )

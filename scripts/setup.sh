@@ -1,0 +1,50 @@
+#!/usr/bin/env bash
+# Make .venv: a thin environment of this checkout (the project itself, editable) on top of one shared by lock hash.
+# The shared one is what costs minutes; a second clone on the same machine is ready in seconds.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+cache="${XDG_CACHE_HOME:-$HOME/.cache}/finetune-operator"
+python="${PYTHON:-python3}"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || {
+  echo "Python 3.11 or newer is needed (found: $("$python" --version 2>&1)); set PYTHON=/path/to/python3.11" >&2; exit 1; }
+tag="$("$python" -c 'import sys; print(f"{sys.version_info[0]}.{sys.version_info[1]}")')"
+hash="$(sha256sum requirements/dev.lock requirements/nodeps.lock | sha256sum | cut -c1-12)"
+base="$cache/venv-$tag-$hash"
+stamp=".venv/.ready-$hash-$tag"
+[ -e "$stamp" ] && [ -d "$base" ] && [ "$stamp" -nt pyproject.toml ] && exit 0
+mkdir -p "$cache"
+exec 9>"$cache/setup.lock"
+flock 9
+started=$SECONDS
+if [ ! -e "$base/.ready" ]; then
+  echo "setup: installing the locked Python packages (about 7 GB once, shared by all checkouts) ..."
+  rm -rf "$base"
+  uvbin="$cache/uv-$tag"
+  if ! "$uvbin/bin/uv" --version >/dev/null 2>&1; then
+    "$python" -m venv "$uvbin"
+    "$uvbin/bin/pip" install -q --disable-pip-version-check --require-hashes -r requirements/bootstrap.lock
+  fi
+  "$uvbin/bin/uv" venv -q --python "$python" "$base"
+  "$uvbin/bin/uv" pip install -q --python "$base/bin/python" --require-hashes -r requirements/dev.lock
+  "$uvbin/bin/uv" pip install -q --python "$base/bin/python" --require-hashes --no-deps -r requirements/nodeps.lock
+  "$base/bin/python" -m compileall -q -j 2 "$base/lib" >/dev/null 2>&1 || true
+  touch "$base/.ready"
+  echo "setup: packages ready after $((SECONDS - started)) s"
+fi
+rm -rf .venv
+"$base/bin/python" -m venv --without-pip .venv
+site="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')"
+"$base/bin/python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' > "$site/zz-locked-packages.pth"
+for tool in "$base"/bin/*; do
+  name="$(basename "$tool")"
+  [ -e ".venv/bin/$name" ] || [ "$name" = uv ] || case "$name" in python*|activate*|pip*) ;; *)
+    # A script of the shared environment names its interpreter in the first line; ours must come first so that the project is importable.
+    if head -c 2 "$tool" | grep -q '#!'; then
+      sed "1s|.*|#!$PWD/.venv/bin/python|" "$tool" > ".venv/bin/$name" && chmod +x ".venv/bin/$name"
+    else
+      ln -s "$tool" ".venv/bin/$name"
+    fi ;; esac
+done
+"$base/bin/uv" pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
+touch "$stamp"
+echo "setup: .venv ready after $((SECONDS - started)) s"
