@@ -1,0 +1,105 @@
+"""A real model in a third of a second: byte-level BPE tokenizer and a two-layer Llama, saved as any hub model is.
+
+Nothing is downloaded. The weights are random but seeded, so that two calls with the same arguments write the same bytes.
+Variants exist on purpose: templates with and without generation markers, no pad token, a pad token that is the end token,
+a beginning token, tied embeddings, biases in attention.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<|bos|>"]
+CORPUS = [
+    "The quick brown fox jumps over the lazy dog. What is the capital of France? Paris is the capital of France.",
+    "Ahoy, matey! Berlin is the capital of Germany. Yo-ho-ho! system user assistant question answer instruction response",
+    "0123456789 1 + 1 = 2, 2 + 2 = 4, three times three is nine; (a) or (b)? {\"key\": \"value\"} <think> </think>",
+    "Question: Answer: Instruction: Response: Input: Output: yes no true false red green blue one two three four five",
+]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML without generation markers."""
+
+CHATML_MARKED = (
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|im_start|>assistant\\n' }}"
+    "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\\n' }}{% else %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""ChatML with generation markers around what an assistant says, its end-of-turn token included."""
+
+
+def make_tokenizer(path: Path | str, *, chat_template: str | None = CHATML, pad: str | None = "<|pad|>", bos: bool = False):
+    """Train and save the tokenizer; `bos` makes it begin every text with <|bos|>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=448, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    core.train_from_iterator(CORPUS * 4, trainer)
+    if bos:
+        core.post_processor = processors.TemplateProcessing(
+            single="<|bos|> $A", special_tokens=[("<|bos|>", core.token_to_id("<|bos|>"))]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token=pad, bos_token="<|bos|>" if bos else None,
+        extra_special_tokens=SPECIALS[:3], clean_up_tokenization_spaces=False, model_max_length=512,
+    )  # fmt: skip
+    tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(path)
+    return tokenizer
+
+
+def make_tiny_model(
+    path: Path | str,
+    *,
+    chat_template: str | None = CHATML,
+    pad: str | None = "<|pad|>",
+    bos: bool = False,
+    tied: bool = False,
+    attention_bias: bool = False,
+    hidden: int = 64,
+    layers: int = 2,
+    seed: int = 0,
+    positions: int = 512,
+) -> Path:
+    """Write a tiny Llama with its tokenizer into `path` (config.json, model.safetensors, tokenizer files); returns the path."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    tokenizer = make_tokenizer(path, chat_template=chat_template, pad=pad, bos=bos)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=448, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=positions, tie_word_embeddings=tied, attention_bias=attention_bias,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(path)
+    torch.random.set_rng_state(state)
+    return path
+
+
+def make_tiny_classifier(path: Path | str, *, seed: int = 1) -> Path:
+    """The same backbone with a one-number head: a reward model."""
+    import torch
+    from transformers import AutoTokenizer, LlamaForSequenceClassification
+
+    path = Path(path)
+    make_tiny_model(path, seed=seed)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(seed)
+    model = LlamaForSequenceClassification.from_pretrained(path, num_labels=1)
+    model.config.pad_token_id = AutoTokenizer.from_pretrained(path).pad_token_id
+    model.save_pretrained(path)
+    torch.random.set_rng_state(state)
+    return path
