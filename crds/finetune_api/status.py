@@ -144,6 +144,7 @@ class Resolved(Lenient):
     effective_batch: int | None = Field(
         default=None, description="Rows per optimizer step: batchSizePerDevice x accumulation x world size."
     )
+    method: str | None = Field(default=None, description="Fine-tuning method.")
     strategy: str | None = Field(default=None, description="Strategy really active: single, ddp, fsdp or deepspeed.")
     attention: str | None = Field(default=None, description="Attention implementation really active.")
     device: str | None = Field(default=None, description="Device trained on. Example: `NVIDIA H100`.")

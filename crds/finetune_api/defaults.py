@@ -1,0 +1,216 @@
+"""Every default, filled in at one place, with a record of what was filled in.
+
+The schema sets no defaults, since they would lose where a value came from. Constant defaults stand at their fields
+(`option(default=...)`); those that depend on other fields are computed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from finetune_api.base import DEFAULT, Group
+from finetune_api.rules import (
+    LORA_METHODS,
+    PROMPT_METHODS,
+    evaluates,
+    gpus_per_node,
+    has_validation,
+    method_of,
+    trainer_of,
+    world_size,
+)
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.cluster import StorageRoot
+from finetune_api.spec.enums import DatasetFormat, LoraInit, MethodType, Strategy, TrainerType, When
+
+LEARNING_RATE_OF_TRAINER = {
+    TrainerType.DPO: 5e-6,
+    TrainerType.KTO: 5e-6,
+    TrainerType.ORPO: 5e-6,
+    TrainerType.GRPO: 1e-6,
+}
+LEARNING_RATE_FULL = 2e-5
+LEARNING_RATE_ADAPTER = 2e-4
+WARMUP_RATIO = 0.03
+MAX_SEQUENCE_LENGTH = 2048
+WITHOUT_TURNS = (DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the operator's configuration (or the local machine) adds to a spec."""
+
+    storage: StorageRoot | None = None
+    gpu_resource: str = "nvidia.com/gpu"
+    node_pool: str | None = None
+    cpu: str | None = None
+    memory: str | None = None
+    ephemeral_storage: str | None = None
+    shared_memory: str | None = None
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """A spec with nothing left open, what was filled in, and what had to be said."""
+
+    spec: FineTuneJobSpec
+    defaults: dict[str, Any] = field(default_factory=dict)
+    """Value by spec path, wire names."""
+    notes: list[str] = field(default_factory=list)
+
+
+OPTIONAL_GROUPS = frozenset({
+    "model.tokenSecretRef", "model.storage", "model.quantization", "method.adapter", "method.lora", "method.spectrum", "method.vision", "method.lora.loftq",
+    "trainer.dpo", "trainer.grpo", "dataset.storage", "dataset.columns", "dataset.split", "dataset.chatTemplate", "dataset.mcq", "dataset.checks",
+    "training.earlyStopping", "distributed.deepspeed", "distributed.fsdp", "output.hub", "output.runName", "evaluation.judge", "evaluation.comparison",
+    "tracking.mlflow", "tracking.wandb", "tracking.mongodb",
+})  # fmt: skip
+"""Sub-groups that stay absent unless the user, or the method and objective, bring them in."""
+
+
+def resolve(spec: FineTuneJobSpec, *, context: Context | None = None) -> Resolution:
+    """Fill in every default. The spec should have passed `rules.check`; nothing is refused here."""
+    context = context or Context()
+    value = spec.wire()
+    filled: dict[str, Any] = {}
+    notes: list[str] = []
+    for path, found in _computed(spec, context).items():
+        _put(value, path, found, filled)
+    _constants(FineTuneJobSpec, value, "", filled)
+    if spec.training.max_steps is not None:
+        filled.pop("training.epochs", None)
+        if spec.training.epochs is not None:
+            notes.append(
+                f"training.maxSteps {spec.training.max_steps} wins over training.epochs {spec.training.epochs:g}"
+            )
+    if method_of(spec) is MethodType.LORA and spec.model.quantization and spec.model.quantization.bits == 4:
+        notes.append("method lora on a 4-bit base is QLoRA")
+    if spec.distributed.strategy is Strategy.DDP and world_size(spec) == 1:
+        notes.append("distributed.strategy ddp with one rank is a single process")
+    return Resolution(FineTuneJobSpec.model_validate(value), filled, notes)
+
+
+def _computed(spec: FineTuneJobSpec, context: Context) -> dict[str, Any]:
+    """Defaults that depend on other fields or on the context, by wire path."""
+    method, trainer, gpus = method_of(spec), trainer_of(spec), gpus_per_node(spec)
+    result: dict[str, Any] = {
+        "model.tokenizer": spec.model.source,
+        "training.learningRate": _learning_rate(method, trainer),
+        "training.gradientCheckpointing": "disabled" if gpus == 0 or method is MethodType.PREFIX_TUNING else "enabled",
+        "resources.processesPerNode": gpus or 1,
+        "resources.gpuResource": context.gpu_resource,
+        "resources.nodePool": context.node_pool,
+        "resources.cpu": context.cpu,
+        "resources.memory": context.memory,
+        "resources.ephemeralStorage": context.ephemeral_storage,
+        "resources.sharedMemory": context.shared_memory,
+        "distributed.strategy": "ddp" if world_size(spec) > 1 else "none",
+        "evaluation.strategy": "steps" if has_validation(spec) else "no",
+        "evaluation.batchSizePerDevice": spec.training.batch_size_per_device or 4,
+        "phases.evaluate": bool(spec.evaluation.metrics),
+        "dataset.responseOnly.enabled": spec.dataset.format not in WITHOUT_TURNS,
+    }
+    if spec.training.warmup_steps is None:
+        result["training.warmupRatio"] = WARMUP_RATIO
+    if evaluates(spec) and spec.evaluation.strategy in (None, When.STEPS):
+        result["evaluation.steps"] = spec.checkpoint.steps or 100
+    result |= _method_defaults(spec, method) | _trainer_defaults(trainer) | _storage_defaults(spec, context)
+    return {path: found for path, found in result.items() if found is not None}
+
+
+def _learning_rate(method: MethodType, trainer: TrainerType) -> float:
+    if trainer in LEARNING_RATE_OF_TRAINER:
+        return LEARNING_RATE_OF_TRAINER[trainer]
+    return LEARNING_RATE_FULL if method in (MethodType.FULL, MethodType.SPECTRUM) else LEARNING_RATE_ADAPTER
+
+
+def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    if method is MethodType.QLORA:
+        result["model.quantization.bits"] = 4
+    bits = 4 if method is MethodType.QLORA else spec.model.quantization.bits if spec.model.quantization else None
+    if bits == 4:
+        result |= {"model.quantization.type": "nf4", "model.quantization.doubleQuant": True}
+        result["model.quantization.computeDtype"] = "bfloat16" if gpus_per_node(spec) else "float32"
+    if method in LORA_METHODS and method is not MethodType.ADAPTER:
+        result |= {"method.lora.targetModules": ["all-linear"], "method.lora.useDora": method is MethodType.DORA}
+        if spec.method.lora and spec.method.lora.loftq:
+            result["method.lora.init"] = LoraInit.LOFTQ.value
+    if method is MethodType.SPECTRUM and not (spec.method.spectrum and spec.method.spectrum.layers):
+        result |= {"method.spectrum.snrThreshold": 0.5, "method.spectrum.metric": "marchenkoPastur"}
+    if method in PROMPT_METHODS:
+        result["method.promptLength"] = 20
+    return result
+
+
+def _trainer_defaults(trainer: TrainerType) -> dict[str, Any]:
+    if trainer in (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO):
+        return {"trainer.dpo.beta": 0.1}
+    return {"trainer.grpo.numGenerations": 8} if trainer is TrainerType.GRPO else {}
+
+
+def _storage_defaults(spec: FineTuneJobSpec, context: Context) -> dict[str, Any]:
+    """The connection of the operator's configuration fills what is absent, but never another store's credentials.
+
+    A job that names its own endpoint is another store: neither region nor credentials of the default one apply.
+    """
+    if context.storage is None:
+        return {}
+    default = context.storage.wire()
+    if spec.storage.endpoint is not None:
+        default = {key: value for key, value in default.items() if key == "uri"}
+    return {f"storage.{key}": value for key, value in default.items()}
+
+
+CONDITIONAL: dict[str, Callable[[dict[str, Any]], bool]] = {
+    "checkpoint.steps": lambda group: group.get("strategy") in (None, "steps"),
+    "training.epochs": lambda group: group.get("maxSteps") is None,
+    "trainer.maxCompletionLength": lambda group: group.get("type") not in (None, "sft", "reward"),
+    "dataset.maxBadRowRatio": lambda group: group.get("badRows") == "skip",
+    "output.layout": lambda group: group.get("dir") is not None,
+}
+"""Constants that only hold under a condition on their own group (wire names)."""
+COMPUTED = frozenset({
+    "method.promptLength", "method.spectrum.snrThreshold", "method.spectrum.metric", "model.quantization.type", "model.quantization.doubleQuant",
+})  # fmt: skip
+"""Constants in the reference that `_computed` fills in, since they depend on other groups."""
+
+
+def _constants(model: type[BaseModel], value: dict[str, Any], prefix: str, filled: dict[str, Any]) -> None:
+    """Fill in every constant default below `value`, group by group."""
+    for name, info in model.model_fields.items():
+        wire = info.alias or name
+        path = f"{prefix}{wire}"
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        group = _group_of(info.annotation)
+        if group is not None:
+            if path not in OPTIONAL_GROUPS:
+                value.setdefault(wire, {})
+            if isinstance(value.get(wire), dict):
+                _constants(group, value[wire], f"{path}.", filled)
+        elif DEFAULT in extra and value.get(wire) is None and _applies(path, value):
+            value[wire] = extra[DEFAULT]
+            filled[path] = extra[DEFAULT]
+
+
+def _applies(path: str, group: dict[str, Any]) -> bool:
+    return path not in COMPUTED and CONDITIONAL.get(path, lambda _: True)(group)
+
+
+def _group_of(annotation: Any) -> type[Group] | None:
+    options = [annotation, *getattr(annotation, "__args__", ())]
+    return next((one for one in options if isinstance(one, type) and issubclass(one, Group) and one.model_fields), None)
+
+
+def _put(value: dict[str, Any], path: str, found: Any, filled: dict[str, Any]) -> None:
+    """Set a value at a path unless something stands there."""
+    *groups, name = path.split(".")
+    for group in groups:
+        value = value.setdefault(group, {})
+    if value.get(name) is None:
+        value[name] = found
+        filled[path] = found

@@ -1,0 +1,106 @@
+"""Every failure has a name. One class per exit code; the code word says which failure it is, the hint says what to write.
+
+The trainer raises these and turns them into exit codes and last words; the CLI and the operator raise the first one.
+A message says what was given and why it cannot be; it never contains a secret.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from finetune_api.names import CLASS_OF_CODE, ExitCode, FailureClass
+
+
+class FineTuneError(Exception):
+    """A failure with a class, a code word, a message and a hint.
+
+    `code` is a stable CamelCase word (`DatasetEmpty`) that programs may match on.
+    """
+
+    exit_code: ClassVar[ExitCode] = ExitCode.INTERNAL
+
+    def __init__(self, code: str, message: str, *, hint: str | None = None, failure_class: FailureClass | None = None):
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.hint = hint
+        self.failure_class = failure_class or CLASS_OF_CODE[self.exit_code]
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}" + (f" ({self.hint})" if self.hint else "")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Picklable: failures cross process borders."""
+        return _rebuild, (type(self), self.code, self.message, self.hint, self.failure_class)
+
+
+def _rebuild(
+    cls: type[FineTuneError], code: str, message: str, hint: str | None, failure_class: FailureClass
+) -> FineTuneError:
+    return cls(code, message, hint=hint, failure_class=failure_class)
+
+
+class ConfigError(FineTuneError):
+    """64: the configuration cannot work; only another spec can mend it."""
+
+    exit_code = ExitCode.CONFIG
+
+
+class DataError(FineTuneError):
+    """65: the data cannot be trained on."""
+
+    exit_code = ExitCode.DATA
+
+
+class NotFoundError(FineTuneError):
+    """66: a model or data set is missing or gated."""
+
+    exit_code = ExitCode.NOT_FOUND
+
+
+class StorageSetupError(FineTuneError):
+    """67: storage is wrongly set up (bucket, region, addressing, TLS)."""
+
+    exit_code = ExitCode.STORAGE_SETUP
+
+
+class StorageError(FineTuneError):
+    """69: storage could not be reached after retries."""
+
+    exit_code = ExitCode.STORAGE
+
+
+class InternalError(FineTuneError):
+    """70: unclassified."""
+
+    exit_code = ExitCode.INTERNAL
+
+
+class MemoryExhaustedError(FineTuneError):
+    """71: GPU out of memory."""
+
+    exit_code = ExitCode.OUT_OF_MEMORY
+
+
+class DivergedError(FineTuneError):
+    """72: loss or gradient norm not finite."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class NoCheckpointError(FineTuneError):
+    """73: progress existed and no checkpoint can be loaded."""
+
+    exit_code = ExitCode.NO_CHECKPOINT
+
+
+class PeerError(FineTuneError):
+    """74: a peer or a collective failed, or the run hung."""
+
+    exit_code = ExitCode.PEER
+
+
+class CredentialsError(FineTuneError):
+    """77: credentials or permission."""
+
+    exit_code = ExitCode.CREDENTIALS

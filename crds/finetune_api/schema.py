@@ -1,0 +1,304 @@
+"""From the models to the CustomResourceDefinition: a structural schema with descriptions, bounds, enums and CEL.
+
+A generator of our own, because pydantic's JSON schema is not structural (`$ref`, `anyOf` for optional fields, `const`).
+`python -m finetune_api.schema` prints the CRD.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterator
+from datetime import datetime
+from enum import Enum
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from finetune_api import names
+from finetune_api.base import DEFAULT, DEFAULT_TEXT, EXAMPLE, Group
+from finetune_api.rules import RULES
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
+
+Schema = dict[str, Any]
+
+MUTABLE = ("suspend", "cancel", "policy", "placement")
+"""Fields of the spec that may change in some way after creation; all others are compared whole."""
+MUTABLE_POLICY = ("activeDeadlineSeconds", "ttlSecondsAfterFinished")
+LIST_MAP_KEYS = {
+    ("status", "conditions"): ["type"],
+    ("status", "attempts"): ["number"],
+    ("spec", "placement", "env"): ["name"],
+    ("spec", "placement", "volumes"): ["name"],
+    ("spec", "placement", "volumeMounts"): ["mountPath"],
+}
+"""Lists whose items have an identity, and its key."""
+
+COLUMNS: tuple[tuple[str, str, str, int, str], ...] = (
+    ("Status", "string", ".status.phase", 0, "What the job is doing."),
+    ("Progress", "string", ".status.progress.display", 0, "Optimizer steps done."),
+    ("Loss", "number", ".status.metrics.trainLoss", 0, "Last training loss."),
+    ("ETA", "string", ".status.progress.eta", 0, "Estimated time to the end."),
+    ("Workers", "string", ".status.workers.display", 0, "Pods ready / wanted."),
+    ("Restarts", "integer", ".status.restarts", 0, "Attempts after the first."),
+    ("Age", "date", ".metadata.creationTimestamp", 0, "Time since creation."),
+    ("Model", "string", ".spec.model.source", 1, "Base model."),
+    ("Method", "string", ".status.resolved.method", 1, "Fine-tuning method."),
+    ("Checkpoint", "string", ".status.latestCheckpoint", 1, "Newest committed checkpoint."),
+    ("Duration", "string", ".status.duration", 1, "Time from start to end."),
+    ("Reason", "string", ".status.conditions[?(@.type==\"Succeeded\")].reason", 1, "Why the job is in this state."),
+)  # fmt: skip
+SELECTABLE = (".status.phase", ".spec.model.source", ".spec.placement.queueName")
+
+
+def describe(info: FieldInfo) -> str:
+    """Description of a field as users read it: meaning, default, example."""
+    text = (info.description or "").strip()
+    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    if DEFAULT in extra:
+        text += f" Default: {_plain(extra[DEFAULT])}."
+    elif DEFAULT_TEXT in extra:
+        text += f" Default: {extra[DEFAULT_TEXT]}."
+    if EXAMPLE in extra:
+        text += f" Example: `{_plain(extra[EXAMPLE])}`."
+    return text
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def model_schema(model: type[BaseModel], path: tuple[str, ...]) -> Schema:
+    """Structural schema of a model that stands at `path`."""
+    properties: Schema = {}
+    required: list[str] = []
+    for name, info in model.model_fields.items():
+        wire = info.alias or name
+        schema = type_schema(info.annotation, list(info.metadata), (*path, wire))
+        schema = {"description": describe(info), **schema}
+        if info.is_required():
+            required.append(wire)
+        elif isinstance(info.default, bool) and path == ("spec",):
+            schema["default"] = info.default
+        properties[wire] = schema
+    result: Schema = {"type": "object", "properties": properties}
+    if required:
+        result["required"] = required
+    rules = [{"rule": expression, "message": message} for expression, message in _rules(model, path)]
+    if rules:
+        result["x-kubernetes-validations"] = rules
+    return result
+
+
+def _rules(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    if issubclass(model, Group):
+        yield from model.cel
+    if path == ("spec",):
+        yield from ((rule.cel, rule.message) for rule in RULES if rule.cel)
+
+
+def type_schema(annotation: Any, metadata: list[Any], path: tuple[str, ...]) -> Schema:
+    """Schema of an annotated type; `metadata` holds the constraints found so far."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        inner, *more = get_args(annotation)
+        return type_schema(inner, [*metadata, *more], path)
+    if origin in (Union, types.UnionType):
+        options = [arg for arg in get_args(annotation) if arg is not type(None)]
+        if len(options) == 1:
+            return type_schema(options[0], metadata, path)
+        if set(options) == {str, int}:
+            return {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer"}, {"type": "string"}]}
+        raise TypeError(f"{'.'.join(path)}: a structural schema has no union types: {annotation}")
+    if origin is Literal:
+        return {"type": "string", "enum": list(get_args(annotation))}
+    if origin is list:
+        (item,) = get_args(annotation)
+        schema: Schema = {"type": "array", "items": type_schema(item, [], (*path, "*")), **_length(metadata, "Items")}
+        keys = LIST_MAP_KEYS.get(path)
+        return schema | (
+            {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": keys}
+            if keys
+            else {"x-kubernetes-list-type": "atomic"}
+        )
+    if origin is dict:
+        _, value = get_args(annotation)
+        if value is Any:
+            return {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+        return {
+            "type": "object",
+            "additionalProperties": type_schema(value, [], (*path, "*")),
+            **_length(metadata, "Properties"),
+        }
+    return _scalar(annotation, metadata, path)
+
+
+def _scalar(annotation: type, metadata: list[Any], path: tuple[str, ...]) -> Schema:
+    if issubclass(annotation, BaseModel):
+        return model_schema(annotation, path)
+    if issubclass(annotation, Enum):
+        return {"type": "string", "enum": [member.value for member in annotation]}
+    if issubclass(annotation, datetime):
+        return {"type": "string", "format": "date-time"}
+    if issubclass(annotation, bool):
+        return {"type": "boolean"}
+    if issubclass(annotation, int):
+        return {"type": "integer", "format": "int64", **_bounds(metadata)}
+    if issubclass(annotation, float):
+        return {"type": "number", **_bounds(metadata)}
+    if issubclass(annotation, str):
+        return {"type": "string", **_length(metadata, "Length"), **_pattern(metadata)}
+    raise TypeError(f"{'.'.join(path)}: no structural schema for {annotation}")
+
+
+def _constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
+    """(name, value) of every constraint, whether it stands in a Field, a StringConstraints or alone."""
+    for item in metadata:
+        parts = [*item.metadata, item] if isinstance(item, FieldInfo) else [item]
+        for part in parts:
+            for name in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern"):
+                value = getattr(part, name, None)
+                if value is not None:
+                    yield name, value
+            extra = getattr(part, "json_schema_extra", None)
+            if isinstance(extra, dict) and "enum" in extra:
+                yield "enum", extra["enum"]
+
+
+def _bounds(metadata: list[Any]) -> Schema:
+    schema: Schema = {}
+    for name, value in _constraints(metadata):
+        if name in ("ge", "gt"):
+            schema["minimum"] = value
+        elif name in ("le", "lt"):
+            schema["maximum"] = value
+        elif name == "enum":
+            schema["enum"] = value
+        if name == "gt":
+            schema["exclusiveMinimum"] = True
+        elif name == "lt":
+            schema["exclusiveMaximum"] = True
+    return schema
+
+
+def _length(metadata: list[Any], what: str) -> Schema:
+    found = dict(_constraints(metadata))
+    return {f"{side}{what}": found[f"{side}_length"] for side in ("min", "max") if f"{side}_length" in found}
+
+
+def _pattern(metadata: list[Any]) -> Schema:
+    found = dict(_constraints(metadata))
+    return {"pattern": found["pattern"]} if "pattern" in found else {}
+
+
+def immutability(spec: Schema) -> None:
+    """Add the rules that keep a created job what it is. They sit inside the groups, so that removing a group is no way round."""
+    fixed = [wire for wire in spec["properties"] if wire not in MUTABLE]
+    for wire in fixed:
+        _forbid_change(spec, "spec", wire)
+    spec["properties"]["policy"]["default"] = {}
+    spec["properties"]["placement"]["default"] = {}
+    policy, placement = spec["properties"]["policy"], spec["properties"]["placement"]
+    for wire in policy["properties"]:
+        if wire not in MUTABLE_POLICY:
+            _forbid_change(policy, "spec.policy", wire)
+    for wire in placement["properties"]:
+        if wire != "queueName":
+            _forbid_change(placement, "spec.placement", wire)
+    _add(
+        spec, "(has(self.placement.queueName) ? self.placement.queueName : '') == (has(oldSelf.placement.queueName) ? oldSelf.placement.queueName : '') || oldSelf.suspend",
+        "spec.placement.queueName can only change while the job is suspended: set spec.suspend to true first", "FieldValueForbidden", ".placement.queueName",
+    )  # fmt: skip
+    _add(
+        spec,
+        "!oldSelf.cancel || self.cancel",
+        "spec.cancel cannot be taken back: create a new FineTuneJob",
+        "FieldValueForbidden",
+        ".cancel",
+    )
+
+
+def _forbid_change(schema: Schema, path: str, wire: str) -> None:
+    _add(
+        schema, f"has(self.{wire}) == has(oldSelf.{wire}) && (!has(self.{wire}) || self.{wire} == oldSelf.{wire})",
+        f"{path}.{wire} cannot change after creation: create a new FineTuneJob", "FieldValueForbidden", f".{wire}",
+    )  # fmt: skip
+
+
+def _add(schema: Schema, rule: str, message: str, reason: str, field: str) -> None:
+    schema.setdefault("x-kubernetes-validations", []).append(
+        {"rule": rule, "message": message, "reason": reason, "fieldPath": field}
+    )
+
+
+def crd() -> Schema:
+    """The whole CustomResourceDefinition."""
+    spec = model_schema(FineTuneJobSpec, ("spec",))
+    immutability(spec)
+    status = model_schema(FineTuneJobStatus, ("status",))
+    status["properties"]["observedGeneration"]["default"] = -1
+    status["default"] = {"observedGeneration": -1}
+    root = {
+        "type": "object",
+        "description": "Fine-tunes a language model: reads a base model and data, trains, and leaves the result in object storage.",
+        "required": ["spec"],
+        "properties": {
+            "apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"},
+            "spec": {"description": "What is asked for.", **spec}, "status": {"description": "What was observed.", **status},
+        },
+        "x-kubernetes-validations": [
+            {
+                "rule": f"self.metadata.name.matches('{names.NAME_PATTERN}')",
+                "message": "metadata.name must start with a letter and hold only a-z, 0-9 and '-': it becomes the name of Jobs and host names",
+            },
+            {
+                "rule": f"size(self.metadata.name) <= {names.MAX_NAME_LENGTH}",
+                "message": f"metadata.name must be at most {names.MAX_NAME_LENGTH} characters: it becomes the name of Jobs and host names",
+            },
+        ],
+    }  # fmt: skip
+    return {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{names.PLURAL}.{names.GROUP}"},
+        "spec": {
+            "group": names.GROUP, "scope": "Namespaced",
+            "names": {
+                "kind": names.KIND, "listKind": f"{names.KIND}List", "plural": names.PLURAL, "singular": names.SINGULAR,
+                "shortNames": [names.SHORT_NAME], "categories": [names.CATEGORY],
+            },
+            "versions": [{
+                "name": names.VERSION, "served": True, "storage": True, "subresources": {"status": {}},
+                "additionalPrinterColumns": [_column(*column) for column in COLUMNS],
+                "selectableFields": [{"jsonPath": path} for path in SELECTABLE],
+                "schema": {"openAPIV3Schema": root},
+            }],
+        },
+    }  # fmt: skip
+
+
+def _column(name: str, kind: str, path: str, priority: int, description: str) -> Schema:
+    column = {"name": name, "type": kind, "jsonPath": path, "description": description}
+    return column | ({"priority": priority} if priority else {})
+
+
+HEADER = "# Generated from crds/finetune_api by `make generate`; `make verify` fails when they differ.\n"
+
+
+def main() -> None:
+    """Print the CRD as YAML."""
+    import sys
+
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.width = 160
+    yaml.representer.ignore_aliases = lambda *_: True
+    sys.stdout.write(HEADER)
+    yaml.dump(crd(), sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Where models and data come from: one notation, one parser, one set of errors.
+
+`hf://org/name[@revision]`, bare `org/name` or `name` meaning the same, `s3://bucket/key`, `pvc://claim/path`,
+`configmap://name/key`, `https://host/path`, `file:///path`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from finetune_api.errors import ConfigError
+
+_REPO = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
+_REVISION = re.compile(r"^[\w./-]+$")
+_BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
+_OBJECT = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+_KEY = re.compile(r"^[-._a-zA-Z0-9]+$")
+NOTATIONS = "org/name[@revision], hf://org/name, s3://bucket/key, pvc://claim/path, configmap://name/key, https://host/path or file:///path"
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """A repository of a model hub."""
+
+    repo: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"hf://{self.repo}" + (f"@{self.revision}" if self.revision else "")
+
+
+@dataclass(frozen=True)
+class S3Source:
+    """An object, or all objects below a prefix. `key` has no leading slash."""
+
+    bucket: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"s3://{self.bucket}/{self.key}"
+
+
+@dataclass(frozen=True)
+class PvcSource:
+    """A path in a volume claim of the job's namespace; empty: its root."""
+
+    claim: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"pvc://{self.claim}/{self.path}"
+
+
+@dataclass(frozen=True)
+class ConfigMapSource:
+    """A key of a ConfigMap of the job's namespace."""
+
+    name: str
+    key: str
+
+    def __str__(self) -> str:
+        return f"configmap://{self.name}/{self.key}"
+
+
+@dataclass(frozen=True)
+class HttpsSource:
+    """A file on a web server."""
+
+    url: str
+
+    def __str__(self) -> str:
+        return self.url
+
+
+@dataclass(frozen=True)
+class FileSource:
+    """An absolute path inside the image, or on this machine in local runs."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"file://{self.path}"
+
+
+Source = HubSource | S3Source | PvcSource | ConfigMapSource | HttpsSource | FileSource
+
+
+def parse(text: str, *, path: str = "model.source") -> Source:
+    """Parse a source; `path` is the spec field for the error.
+
+    Errors: ConfigError `SourceInvalid`, which says what was found and what to write.
+    """
+    if text != text.strip() or not text:
+        raise _refuse(path, text, "it is empty or has blanks around it", NOTATIONS)
+    scheme, colon, rest = text.partition("://")
+    if not colon:
+        return _hub(text, path, text)
+    match scheme:
+        case "hf":
+            return _hub(rest, path, text)
+        case "s3":
+            return _s3(rest, path, text)
+        case "pvc":
+            claim, _, inside = rest.partition("/")
+            _demand(
+                bool(_OBJECT.match(claim)),
+                path,
+                text,
+                "the claim's name is missing or not a Kubernetes name",
+                "pvc://claim/path",
+            )
+            _demand(".." not in inside.split("/"), path, text, "`..` may not stand in the path", "pvc://claim/path")
+            return PvcSource(claim, inside.strip("/"))
+        case "configmap":
+            name, _, key = rest.partition("/")
+            _demand(
+                bool(_OBJECT.match(name)) and bool(_KEY.match(key)),
+                path,
+                text,
+                "a name and a key are needed",
+                "configmap://name/key",
+            )
+            return ConfigMapSource(name, key)
+        case "https" | "http":
+            return _web(scheme, text, path)
+        case "file":
+            _demand(
+                rest.startswith("/"), path, text, "the path is not absolute", f"file:///{rest.lstrip('/') or 'path'}"
+            )
+            return FileSource("/" + rest.strip("/"))
+        case _:
+            raise _refuse(path, text, f"`{scheme}://` is not a notation known here", NOTATIONS)
+
+
+def _hub(rest: str, path: str, text: str) -> HubSource:
+    repo, at, revision = rest.partition("@")
+    if text.startswith((".", "/", "~")):
+        absolute = text if text.startswith("/") else "/path/to/" + text.lstrip("./~")
+        raise _refuse(
+            path,
+            text,
+            "it looks like a local path, which no pod can read",
+            f"file://{absolute} if the image holds it, else s3://bucket/key",
+        )
+    _demand(
+        bool(_REPO.match(repo)) and "--" not in repo and ".." not in repo,
+        path,
+        text,
+        "it is not a repository name of a hub",
+        NOTATIONS,
+    )
+    _demand(
+        not at or bool(_REVISION.match(revision)),
+        path,
+        text,
+        "after @ a branch, tag or commit is needed",
+        f"{repo}@main",
+    )
+    return HubSource(repo, revision or None)
+
+
+def _s3(rest: str, path: str, text: str) -> S3Source:
+    bucket, _, key = rest.partition("/")
+    _demand(
+        bool(_BUCKET.match(bucket)),
+        path,
+        text,
+        "the bucket's name is missing or not one that S3 allows (3 to 63 of a-z 0-9 . -)",
+        "s3://bucket/key",
+    )
+    _demand("?" not in key and "#" not in key, path, text, "`?` and `#` may not stand in the key", "s3://bucket/key")
+    return S3Source(bucket, key.strip("/"))
+
+
+def _web(scheme: str, text: str, path: str) -> HttpsSource:
+    parts = urlsplit(text)
+    _demand(scheme == "https", path, text, "plain http can be changed on its way", "https" + text[len("http") :])
+    _demand(
+        bool(parts.hostname) and bool(parts.path.strip("/")),
+        path,
+        text,
+        "host and file are needed",
+        "https://host/path/file.jsonl",
+    )
+    if parts.username or parts.password:
+        raise ConfigError(
+            "SourceInvalid", f"{path}: the URL for {parts.hostname} carries a user or password, which would be shown to everybody who may read the job",
+            hint="put the file into S3, or serve it without a password in the URL",
+        )  # fmt: skip
+    return HttpsSource(text)
+
+
+def _demand(holds: bool, path: str, text: str, why: str, write: str) -> None:
+    if not holds:
+        raise _refuse(path, text, why, write)
+
+
+def _refuse(path: str, text: str, why: str, write: str) -> ConfigError:
+    return ConfigError("SourceInvalid", f"{path} is {text!r}: {why}", hint=f"write {write}")

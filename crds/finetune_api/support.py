@@ -1,0 +1,114 @@
+"""What the API can say and this version cannot do yet: refused by name, never accepted and ignored.
+
+Whoever builds a behaviour removes its row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.names import Reason
+from finetune_api.rules import Problem
+from finetune_api.spec import FineTuneJobSpec
+
+
+@dataclass(frozen=True)
+class NotYet:
+    """A spec path (attribute names, dotted) and for which values it is refused."""
+
+    path: str
+    when: Callable[[Any], bool] = lambda value: bool(value) or value == 0
+    instead: str = "remove it"
+
+
+def _is(*words: object) -> Callable[[Any], bool]:
+    return lambda value: value in words
+
+
+def _is_not(*words: object) -> Callable[[Any], bool]:
+    return lambda value: value is not None and value not in words
+
+
+TABLE: tuple[NotYet, ...] = (
+    NotYet("model.modality", _is("visionLanguage"), "train a text model"),
+    NotYet("model.new_tokens"),
+    NotYet("model.cache"),
+    NotYet("method.type", _is_not("full", "lora", "qlora"), "write full, lora or qlora"),
+    NotYet("method.vision"),
+    NotYet("method.lora.plus_ratio", _is_not(1)),
+    NotYet("method.lora.use_dora"),
+    NotYet("method.lora.loftq"),
+    NotYet("method.lora.init", _is_not("default"), "write default"),
+    NotYet("trainer.type", _is_not("sft"), "write sft"),
+    NotYet("trainer.backend", _is("unsloth"), "write transformers"),
+    NotYet("distributed.strategy", _is("fsdp", "deepspeed"), "write ddp, or leave it out"),
+    NotYet(
+        "dataset.format",
+        _is_not("messages", "alpaca", "instruction", "promptCompletion", "plainText", "sharegpt"),
+        "convert the rows to messages",
+    ),
+    NotYet("dataset.file_format", _is("parquet"), "convert it to jsonl"),
+    NotYet("dataset.mixture"),
+    NotYet("dataset.test", instead="remove it: nothing is done with a test set yet"),
+    NotYet("dataset.split.test"),
+    NotYet("dataset.checks"),
+    NotYet("training.early_stopping"),
+    NotYet("training.checkpoint_every_n_layers", _is_not(1)),
+    NotYet("training.gradient_checkpointing", _is("unsloth"), "write enabled"),
+    NotYet("output.dir"),
+    NotYet("output.hub"),
+    NotYet("output.merge_adapter"),
+    NotYet("output.export"),
+    NotYet("output.run_name"),
+    NotYet("output.project"),
+    NotYet("evaluation.metrics"),
+    NotYet("evaluation.benchmarks"),
+    NotYet("evaluation.judge"),
+    NotYet("evaluation.comparison"),
+    NotYet("tracking.report_to"),
+    NotYet("tracking.system_metrics"),
+    NotYet("phases.train", _is(False), "leave it out"),
+    NotYet("phases.infer"),
+    NotYet("phases.evaluate"),
+)
+
+
+def unsupported(spec: FineTuneJobSpec) -> list[Problem]:
+    """Every field of the spec whose behaviour is not there yet."""
+    return [_problem(spec, row) for row in TABLE if row.when(_value(spec, row.path))]
+
+
+def _value(spec: FineTuneJobSpec, path: str) -> Any:
+    value: Any = spec
+    for name in path.split("."):
+        value = getattr(value, name, None)
+    return value
+
+
+def wire_path(path: str) -> str:
+    """Spec path as users write it, from attribute names."""
+    parts: list[str] = []
+    model: Any = FineTuneJobSpec
+    for name in path.split("."):
+        field = model.model_fields[name]
+        parts.append(field.alias or name)
+        model = _model_of(field.annotation)
+    return ".".join(parts)
+
+
+def _model_of(annotation: Any) -> Any:
+    options = [annotation, *getattr(annotation, "__args__", ())]
+    return next((one for one in options if hasattr(one, "model_fields")), None)
+
+
+def _problem(spec: FineTuneJobSpec, row: NotYet) -> Problem:
+    value = _value(spec, row.path)
+    shown = f"{value!s} " if isinstance(value, str | int | float) else ""
+    return Problem(
+        wire_path(row.path),
+        Reason.NOT_SUPPORTED_YET,
+        f"{shown}is part of the API, and this version cannot do it yet",
+        row.instead,
+    )
