@@ -1,0 +1,132 @@
+"""Start servers, find them again, and end them, with nothing left behind.
+
+No pid files: they lie after a reboot and are missing after a `kill -9` at the wrong moment. Every process we start
+carries its owner (a state folder) in its environment, its children inherit it, and `/proc` is the only truth.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+from localcluster.errors import StartFailed
+
+OWNER = "FINETUNE_LOCALCLUSTER"
+_PR_SET_PDEATHSIG = 1
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class Lifetime(Enum):
+    """How long a server lives when nobody stops it."""
+
+    PARENT = "parent"
+    """Until the thread that started it ends, even by `kill -9`: for tests and programs."""
+    DETACHED = "detached"
+    """Until it is stopped: for `localcluster up`."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """A process of ours, with the file that it writes to."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def check(self) -> None:
+        """Raise StartFailed with the end of its log if it has ended."""
+        code = self.process.poll()
+        if code is not None:
+            raise StartFailed(f"{self.name} ended with {code} while starting: {tail(self.log)}")
+
+
+def spawn(
+    name: str, argv: Sequence[str | Path], *, owner: Path, log: Path, lifetime: Lifetime,
+    env: Mapping[str, str] | None = None, cwd: Path | None = None,
+) -> Server:
+    """Start `argv` in a session of its own, its output in `log`, marked as belonging to `owner`."""
+    parent = os.getpid()
+
+    def bind_to_parent() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(0)
+
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as out:
+        process = subprocess.Popen(
+            [str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+            start_new_session=True, cwd=cwd, env={**os.environ, **(env or {}), OWNER: str(owner)},
+            preexec_fn=bind_to_parent if lifetime is Lifetime.PARENT else None,
+        )
+    return Server(name, process, log)
+
+
+def tail(log: Path, lines: int = 3) -> str:
+    """The last lines of a log, in one line."""
+    try:
+        text = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return f"no log at {log}"
+    return " | ".join(text[-lines:]) + f" (log: {log})"
+
+
+def owned_by(owner: Path) -> list[int]:
+    """Pids of all live processes marked with `owner`, children included. The caller itself is never in it."""
+    marker = f"{OWNER}={owner}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if marker in (entry / "environ").read_bytes().split(b"\0") and not _is_zombie(entry):
+                found.append(int(entry.name))
+        except OSError:
+            continue  # it ended meanwhile, or is another user's
+    return found
+
+
+def _is_zombie(entry: Path) -> bool:
+    return (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def end_all(owner: Path, timeout: float = 10.0) -> int:
+    """Kill everything that `owner` has running and wait until it is gone. Returns how many processes there were."""
+    seen: set[int] = set()
+    deadline = time.monotonic() + timeout
+    while pids := owned_by(owner):
+        seen.update(pids)
+        for pid in pids:
+            kill(pid)
+        if time.monotonic() > deadline:
+            raise StartFailed(f"processes {pids} of {owner} do not end")
+        time.sleep(0.01)
+    return len(seen)
+
+
+def kill(pid: int) -> None:
+    """SIGKILL a process that may have ended already; reap it if it is our child."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    except (ProcessLookupError, ChildProcessError):
+        return
+
+
+def wait_until(what: str, ready: Callable[[], bool], *, servers: Sequence[Server], timeout: float) -> None:
+    """Poll `ready` until it is true; StartFailed as soon as one of `servers` has ended, or after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not ready():
+        for server in servers:
+            server.check()
+        if time.monotonic() > deadline:
+            logs = "; ".join(f"{s.name}: {tail(s.log, 1)}" for s in servers)
+            raise StartFailed(f"{what} was not ready after {timeout:.0f} s: {logs}")
+        time.sleep(0.05)

