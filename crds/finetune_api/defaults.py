@@ -188,7 +188,7 @@ def _constants(model: type[BaseModel], value: dict[str, Any], prefix: str, fille
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         group = _group_of(info.annotation)
         if group is not None:
-            if path not in OPTIONAL_GROUPS:
+            if path not in OPTIONAL_GROUPS and not any(field.is_required() for field in group.model_fields.values()):
                 value.setdefault(wire, {})
             if isinstance(value.get(wire), dict):
                 _constants(group, value[wire], f"{path}.", filled)
@@ -198,7 +198,7 @@ def _constants(model: type[BaseModel], value: dict[str, Any], prefix: str, fille
 
 
 def _applies(path: str, group: dict[str, Any]) -> bool:
-    return path not in COMPUTED and CONDITIONAL.get(path, lambda _: True)(group)
+    return path not in COMPUTED and (path not in CONDITIONAL or CONDITIONAL[path](group))
 
 
 def _group_of(annotation: Any) -> type[Group] | None:
