@@ -46,7 +46,8 @@ def option(
     """An optional field of the spec.
 
     `default` is the value the resolver fills in (a constant); `default_text` says in words what it fills in where
-    that depends on other fields. The field itself stays None until resolved: a schema default would hide where a value came from.
+    that depends on other fields. The field itself stays None until resolved: a schema default would hide where a value
+    came from.
     """
     extra: dict[str, Any] = {}
     if default is not None:

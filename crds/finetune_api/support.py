@@ -19,7 +19,7 @@ class NotYet:
     """A spec path (attribute names, dotted) and for which values it is refused."""
 
     path: str
-    when: Callable[[Any], bool] = lambda value: bool(value) or value == 0
+    when: Callable[[Any], bool] = lambda value: value is not None and value is not False
     instead: str = "remove it"
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
+from typing import Any
+
 from pydantic import Field
 
 from finetune_api.base import Group
@@ -69,4 +73,12 @@ class FineTuneJobSpec(Group):
     )
 
 
-__all__ = ["FineTuneJobSpec"]
+def load(value: Mapping[str, Any]) -> FineTuneJobSpec:
+    """A spec from JSON-like data, with the API server's strictness: a quoted number or a boolean is no number.
+
+    Errors: pydantic's ValidationError, one entry per field.
+    """
+    return FineTuneJobSpec.model_validate_json(json.dumps(value), strict=True)
+
+
+__all__ = ["FineTuneJobSpec", "load"]

@@ -1,0 +1,137 @@
+"""The reference pages, written from the same texts that `kubectl explain` shows.
+
+`python -m finetune_api.reference FOLDER` writes them; `make verify` fails when they differ.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import sys
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from finetune_api import names
+from finetune_api.rules import RULES
+from finetune_api.schema import COLUMNS, crd
+from finetune_api.support import TABLE, wire_path
+
+NOTE = "<!-- Generated from crds/finetune_api by `make generate`; do not edit. -->\n\n"
+
+
+def pages() -> dict[str, str]:
+    """Text of every page, by file name."""
+    root = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    return {
+        "spec.md": NOTE + "# FineTuneJob: spec\n\n" + "\n".join(_sections("spec", root["spec"])),
+        "status.md": NOTE + "# FineTuneJob: status\n\n" + _columns() + "\n".join(_sections("status", root["status"])),
+        "names.md": NOTE + _names(),
+        "rules.md": NOTE + _rules(),
+    }
+
+
+def _sections(path: str, schema: dict[str, Any]) -> Iterator[str]:
+    """One section per object: a table of its fields, then its sub-objects."""
+    yield f"## {path}\n\n| field | type | meaning |\n|---|---|---|"
+    for name, value in schema["properties"].items():
+        yield f"| `{name}` | {_type(value)} | {_cell(value.get('description', ''))} |"
+    yield ""
+    for name, value in schema["properties"].items():
+        inner, suffix = (value["items"], "[]") if value.get("type") == "array" else (value, "")
+        if inner.get("properties"):
+            yield from _sections(f"{path}.{name}{suffix}", inner)
+
+
+def _type(value: dict[str, Any]) -> str:
+    if "x-kubernetes-int-or-string" in value:
+        return "quantity"
+    if value["type"] == "array":
+        return f"list of {_type(value['items'])}"
+    if "additionalProperties" in value:
+        return f"map of {_type(value['additionalProperties'])}"
+    if "enum" in value:
+        return " \\| ".join(f"`{one}`" for one in value["enum"])
+    low = f"{'>' if value.get('exclusiveMinimum') else '≥'} {value['minimum']:g}" if "minimum" in value else ""
+    high = f"{'<' if value.get('exclusiveMaximum') else '≤'} {value['maximum']:g}" if "maximum" in value else ""
+    return " ".join(part for part in (value["type"], ", ".join(part for part in (low, high) if part)) if part)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ").replace("<", "&lt;")
+
+
+def _columns() -> str:
+    rows = [
+        f"| {name.upper()} | `{path}` | {'wide' if wide else 'always'} | {text} |"
+        for name, _, path, wide, text in COLUMNS
+    ]
+    return "\n".join(
+        [
+            "## Columns of `kubectl get finetunejobs`\n",
+            "| column | from | shown | meaning |",
+            "|---|---|---|---|",
+            *rows,
+            "",
+            "",
+        ]
+    )
+
+
+def docstrings(enum: type[Enum]) -> dict[str, str]:
+    """The sentence below each member of an enumeration."""
+    body = ast.parse(inspect.getsource(enum)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for node, follower in zip(body.body, body.body[1:], strict=False):
+        if isinstance(node, ast.Assign) and isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
+            target = node.targets[0]
+            assert isinstance(target, ast.Name)
+            found[target.id] = inspect.cleandoc(str(follower.value.value))
+    return found
+
+
+def _table(title: str, enum: type[Enum]) -> str:
+    texts = docstrings(enum)
+    rows = [f"| `{member.value}` | {_cell(texts.get(member.name, ''))} |" for member in enum]
+    return "\n".join([f"## {title}\n", "| name | meaning |", "|---|---|", *rows, "", ""])
+
+
+def _names() -> str:
+    parts = [
+        ("Labels on what the operator creates", names.Label),
+        ("Annotations", names.Annotation),
+        ("Conditions", names.Condition),
+        ("Reasons in conditions, attempts and events", names.Reason),
+        ("Exit codes of a pod", names.ExitCode),
+        ("Environment variables of the trainer container", names.Env),
+        ("Names in storage", names.Storage),
+    ]
+    return "# Names on the wire\n\n" + "\n".join(_table(title, enum) for title, enum in parts)
+
+
+def _rules() -> str:
+    rows = [
+        f"| `{rule.code}` | {'API server, ' if rule.cel else ''}operator, command line | {_cell(rule.message)} |"
+        for rule in RULES
+    ]
+    later = [f"| `{wire_path(row.path)}` | {_cell(row.instead)} |" for row in TABLE]
+    return "\n".join(
+        [
+            "# What is refused, and by whom\n", "## Cross-field rules\n", "| rule | checked by | what the API server says |", "|---|---|---|", *rows,
+            "\n## Not there yet\n", "Refused with `Accepted=False`, reason `NotSupportedYet` (for some fields only certain values).\n", "| field | instead |", "|---|---|", *later, "",
+        ]
+    )  # fmt: skip
+
+
+def main() -> None:
+    """Write the pages into the folder given."""
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in pages().items():
+        (folder / name).write_text(text)
+
+
+if __name__ == "__main__":
+    main()

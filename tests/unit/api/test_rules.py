@@ -1,0 +1,262 @@
+"""Every cross-field rule: one spec that breaks it, the exact field it points at, and a spec that passes all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api.rules import RULES, Where, check
+from finetune_api.spec import FineTuneJobSpec
+
+MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+
+
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    result = dict(base)
+    for key, value in change.items():
+        old = result.get(key)
+        result[key] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def spec(change: dict[str, Any]) -> FineTuneJobSpec:
+    return FineTuneJobSpec.model_validate(merged(MINIMAL, change))
+
+
+CASES: list[tuple[str, dict[str, Any], str]] = [
+    ("ModelMissing", {"model": {"source": None}}, "model.source"),
+    ("DatasetMissing", {"dataset": {"train": None}}, "dataset.train"),
+    ("DatasetMissing", {"dataset": {"mixture": [{"source": "a/b"}]}}, "dataset.mixture"),
+    ("SourceInvalid", {"model": {"source": "./local/model"}}, "model.source"),
+    ("SourceInvalid", {"model": {"source": "configmap://name/key"}}, "model.source"),
+    ("SourceInvalid", {"dataset": {"validation": "ftp://host/file"}}, "dataset.validation"),
+    (
+        "QloraNeedsFourBits",
+        {"method": {"type": "qlora"}, "model": {"quantization": {"bits": 8}}},
+        "model.quantization.bits",
+    ),
+    (
+        "FullNeedsWholeWeights",
+        {"method": {"type": "full"}, "model": {"quantization": {"bits": 4}}},
+        "model.quantization.bits",
+    ),
+    (
+        "FullNeedsWholeWeights",
+        {"method": {"type": "spectrum"}, "model": {"quantization": {"bits": 8}}},
+        "model.quantization.bits",
+    ),
+    ("QuantizationWithoutBits", {"model": {"quantization": {"type": "nf4"}}}, "model.quantization.bits"),
+    ("QuantizationWithoutBits", {"model": {"quantization": {"bits": 8, "doubleQuant": True}}}, "model.quantization"),
+    ("AdapterSourceMissing", {"method": {"type": "adapter"}}, "method.adapter.source"),
+    ("AdapterSourceMissing", {"method": {"adapter": {"source": "a/b"}}}, "method.adapter"),
+    ("OptionOfAnotherMethod", {"method": {"type": "full", "lora": {"rank": 8}}}, "method.lora"),
+    ("OptionOfAnotherMethod", {"method": {"spectrum": {"snrThreshold": 0.5}}}, "method.spectrum"),
+    ("OptionOfAnotherMethod", {"method": {"promptLength": 8}}, "method.promptLength"),
+    ("OptionOfAnotherMethod", {"method": {"vision": {"visionLayers": True}}}, "method.vision"),
+    ("OptionOfAnotherMethod", {"method": {"type": "dora", "lora": {"useDora": False}}}, "method.lora.useDora"),
+    ("LoraOnHead", {"method": {"lora": {"targetModules": ["q_proj", "lm_head"]}}}, "method.lora.targetModules"),
+    ("LoraInitialisation", {"method": {"lora": {"init": "pissa", "loftq": {"bits": 4}}}}, "method.lora.init"),
+    ("LoraInitialisation", {"method": {"type": "qlora", "lora": {"init": "loftq"}}}, "method.lora.init"),
+    ("SpectrumLayers", {"method": {"type": "spectrum", "spectrum": {"layers": [1, 1]}}}, "method.spectrum.layers"),
+    (
+        "SpectrumLayers",
+        {"method": {"type": "spectrum", "spectrum": {"layers": [1], "snrThreshold": 0.2}}},
+        "method.spectrum.snrThreshold",
+    ),
+    (
+        "PromptTuning",
+        {"method": {"type": "prefixTuning"}, "training": {"gradientCheckpointing": "enabled"}},
+        "training.gradientCheckpointing",
+    ),
+    ("PromptTuning", {"method": {"type": "promptTuning"}, "dataset": {"packing": True}}, "dataset.packing"),
+    ("FormatOfAnotherObjective", {"dataset": {"format": "preference"}}, "dataset.format"),
+    ("FormatOfAnotherObjective", {"trainer": {"type": "dpo"}, "dataset": {"format": "messages"}}, "dataset.format"),
+    ("RewardsMissing", {"trainer": {"type": "grpo"}}, "trainer.rewards"),
+    ("RewardIncomplete", {"trainer": {"type": "grpo", "rewards": [{"weight": 1}]}}, "trainer.rewards[0]"),
+    (
+        "RewardIncomplete",
+        {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "function": "f"}]}},
+        "trainer.rewards[0].function",
+    ),
+    ("OptionOfAnotherObjective", {"trainer": {"dpo": {"beta": 0.1}}}, "trainer.dpo"),
+    ("OptionOfAnotherObjective", {"trainer": {"grpo": {"beta": 0.1}}}, "trainer.grpo"),
+    ("OptionOfAnotherObjective", {"trainer": {"rewards": [{"builtin": "regex"}]}}, "trainer.rewards"),
+    ("OptionOfAnotherObjective", {"trainer": {"maxCompletionLength": 12}}, "trainer.maxCompletionLength"),
+    ("OptionOfAnotherObjective", {"trainer": {"type": "dpo"}, "dataset": {"packing": True}}, "dataset.packing"),
+    (
+        "OptionOfAnotherObjective",
+        {"trainer": {"type": "dpo"}, "training": {"neftuneNoiseAlpha": 5}},
+        "training.neftuneNoiseAlpha",
+    ),
+    (
+        "GenerationsDoNotDivide",
+        {"trainer": {"type": "grpo", "rewards": [{"builtin": "length"}], "grpo": {"numGenerations": 7}}},
+        "trainer.grpo.numGenerations",
+    ),
+    ("SplitRatios", {"dataset": {"split": {"train": 0.9, "validation": 0.2}}}, "dataset.split"),
+    ("SplitRatios", {"dataset": {"split": {"validation": 0.6, "test": 0.4}}}, "dataset.split"),
+    ("SplitRatios", {"dataset": {"split": {"validation": 0.1}, "validation": "a/b"}}, "dataset.split.validation"),
+    ("DataOptionWithoutEffect", {"dataset": {"maxBadRowRatio": 0.1}}, "dataset.maxBadRowRatio"),
+    ("DataOptionWithoutEffect", {"dataset": {"template": "{q}"}}, "dataset.template"),
+    ("DataOptionWithoutEffect", {"dataset": {"format": "custom"}}, "dataset.template"),
+    ("DataOptionWithoutEffect", {"dataset": {"format": "alpaca", "mcq": {"includeOptions": True}}}, "dataset.mcq"),
+    ("DataOptionWithoutEffect", {"dataset": {"chatTemplate": {}}}, "dataset.chatTemplate"),
+    (
+        "DataOptionWithoutEffect",
+        {"dataset": {"chatTemplate": {"text": "x"}, "useChatTemplate": False}},
+        "dataset.chatTemplate",
+    ),
+    ("DataOptionWithoutEffect", {"dataset": {"responseOnly": {"answerMarker": "A:"}}}, "dataset.responseOnly"),
+    (
+        "DataOptionWithoutEffect",
+        {"dataset": {"responseOnly": {"enabled": False, "answerMarker": "A:", "questionMarker": "Q:"}}},
+        "dataset.responseOnly",
+    ),
+    ("WarmupTwice", {"training": {"warmupSteps": 5, "warmupRatio": 0.1}}, "training.warmupRatio"),
+    ("OptimizerUnknown", {"training": {"optimizer": "adamw_torch_fusd"}}, "training.optimizer"),
+    (
+        "PrecisionOnCpu",
+        {"training": {"mixedPrecision": "fp16"}, "resources": {"gpusPerNode": 0}},
+        "training.mixedPrecision",
+    ),
+    ("PrecisionOnCpu", {"model": {"ligerKernels": True}, "resources": {"gpusPerNode": 0}}, "model.ligerKernels"),
+    (
+        "PrecisionOnCpu",
+        {"training": {"gradientCheckpointing": "unsloth"}, "resources": {"gpusPerNode": 0}},
+        "training.gradientCheckpointing",
+    ),
+    ("DeviceOfAnotherMachine", {"training": {"device": "mps"}}, "training.device"),
+    ("DeviceOfAnotherMachine", {"training": {"device": "cpu"}}, "training.device"),
+    ("DeviceOfAnotherMachine", {"training": {"device": "cuda"}, "resources": {"gpusPerNode": 0}}, "training.device"),
+    ("BestNeedsMatchingSteps", {"checkpoint": {"loadBestAtEnd": True}}, "checkpoint.loadBestAtEnd"),
+    (
+        "BestNeedsMatchingSteps",
+        {
+            "checkpoint": {"loadBestAtEnd": True, "steps": 30},
+            "evaluation": {"steps": 20},
+            "dataset": {"validation": "a/b"},
+        },
+        "checkpoint.steps",
+    ),
+    (
+        "BestNeedsMatchingSteps",
+        {"checkpoint": {"loadBestAtEnd": True, "strategy": "epoch"}, "dataset": {"validation": "a/b"}},
+        "checkpoint.strategy",
+    ),
+    ("StepsWithoutEffect", {"checkpoint": {"strategy": "epoch", "steps": 5}}, "checkpoint.steps"),
+    (
+        "StepsWithoutEffect",
+        {"evaluation": {"strategy": "epoch", "steps": 5}, "dataset": {"validation": "a/b"}},
+        "evaluation.steps",
+    ),
+    (
+        "StepsWithoutEffect",
+        {"training": {"gradientCheckpointing": "disabled", "checkpointEveryNLayers": 2}},
+        "training.checkpointEveryNLayers",
+    ),
+    ("ValidationMissing", {"evaluation": {"strategy": "steps"}}, "evaluation.strategy"),
+    ("ValidationMissing", {"evaluation": {"steps": 5}}, "evaluation.steps"),
+    ("ValidationMissing", {"training": {"earlyStopping": {}}}, "training.earlyStopping"),
+    (
+        "ValidationMissing",
+        {"training": {"earlyStopping": {}}, "evaluation": {"strategy": "no"}, "dataset": {"validation": "a/b"}},
+        "training.earlyStopping",
+    ),
+    ("RanksAndGpus", {"resources": {"gpusPerNode": 4, "processesPerNode": 2}}, "resources.processesPerNode"),
+    ("StrategyAndRanks", {"distributed": {"strategy": "none"}, "resources": {"nodes": 2}}, "distributed.strategy"),
+    ("StrategyAndRanks", {"distributed": {"strategy": "fsdp"}}, "distributed.strategy"),
+    ("StrategyAndRanks", {"distributed": {"deepspeed": {"zeroStage": 2}}}, "distributed.deepspeed"),
+    ("StrategyAndRanks", {"distributed": {"fsdp": {}}}, "distributed.fsdp"),
+    (
+        "StrategyAndRanks",
+        {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 1, "offloadParameters": True}}},
+        "distributed.deepspeed.offloadParameters",
+    ),
+    (
+        "StrategyAndRanks",
+        {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}, "method": {"type": "qlora"}},
+        "distributed.deepspeed.zeroStage",
+    ),
+    ("BackendAndStrategy", {"trainer": {"backend": "unsloth"}, "distributed": {"strategy": "ddp"}}, "trainer.backend"),
+    ("BackendAndStrategy", {"trainer": {"backend": "unsloth"}, "resources": {"gpusPerNode": 2}}, "trainer.backend"),
+    (
+        "HubRepositoryMissing",
+        {"output": {"hub": {"push": True, "tokenSecretRef": {"name": "h", "key": "t"}}}},
+        "output.hub.repository",
+    ),
+    ("HubRepositoryMissing", {"output": {"hub": {"push": True, "repository": "a/b"}}}, "output.hub.tokenSecretRef"),
+    ("HubRepositoryMissing", {"output": {"hub": {"repository": "a/b"}}}, "output.hub"),
+    ("OutputOptionWithoutEffect", {"output": {"layout": "flat"}}, "output.layout"),
+    (
+        "OutputOptionWithoutEffect",
+        {"output": {"mergeAdapter": True}, "method": {"type": "full"}},
+        "output.mergeAdapter",
+    ),
+    (
+        "OutputOptionWithoutEffect",
+        {"output": {"mergeAdapter": True}, "method": {"type": "promptTuning"}},
+        "output.mergeAdapter",
+    ),
+    ("TrackerAndOptions", {"tracking": {"wandb": {"project": "x"}}}, "tracking.wandb"),
+    ("TrackerAndOptions", {"tracking": {"reportTo": ["wandb"]}}, "tracking.wandb.apiKeySecretRef"),
+    ("TrackerAndOptions", {"tracking": {"reportTo": ["mlflow"]}}, "tracking.mlflow.trackingUri"),
+    ("TrackerAndOptions", {"tracking": {"reportTo": ["mongodb"]}}, "tracking.mongodb.uriSecretRef"),
+    ("TrackerAndOptions", {"tracking": {"reportTo": ["tensorboard", "tensorboard"]}}, "tracking.reportTo[1]"),
+    ("JudgeMissing", {"evaluation": {"judge": {"inputPrice": 1}}}, "evaluation.judge.model"),
+    (
+        "EnvironmentReserved",
+        {"placement": {"env": [{"name": "AWS_ACCESS_KEY_ID", "value": "x"}]}},
+        "placement.env[0].name",
+    ),
+]
+
+
+@pytest.mark.parametrize(("code", "change", "path"), CASES, ids=[f"{code}-{path}" for code, _, path in CASES])
+def test_a_broken_rule_names_its_field_and_what_to_write(code: str, change: dict[str, Any], path: str) -> None:
+    found = [problem for problem in check(spec(change)) if problem.code == code]
+    assert [problem.path for problem in found] == [path]
+    assert found[0].message
+    assert found[0].hint
+    assert str(found[0]).startswith(f"spec.{path}: ")
+
+
+def test_every_rule_has_a_case() -> None:
+    assert {rule.code for rule in RULES} == {code for code, _, _ in CASES}
+
+
+def test_rule_codes_are_unique() -> None:
+    codes = [rule.code for rule in RULES]
+    assert len(codes) == len(set(codes))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"method": {"type": "qlora"}},
+        {"method": {"type": "lora"}, "model": {"quantization": {"bits": 8}}},
+        {"trainer": {"type": "dpo"}, "dataset": {"format": "preference"}},
+        {
+            "trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters": {"pattern": "x"}}]},
+            "dataset": {"format": "promptOnly"},
+        },
+        {"dataset": {"split": {"train": 0.8, "validation": 0.1, "test": 0.1}}, "checkpoint": {"loadBestAtEnd": True}},
+        {"resources": {"gpusPerNode": 0, "processesPerNode": 2}},
+    ],
+)
+def test_a_good_spec_has_no_problems(change: dict[str, Any]) -> None:
+    assert check(spec(change)) == []
+
+
+def test_what_only_a_cluster_cannot_do_is_allowed_locally() -> None:
+    assert check(spec({"training": {"device": "mps"}}), where=Where.LOCAL) == []
+
+
+def test_all_problems_are_told_at_once() -> None:
+    found = check(
+        spec(
+            {"model": {"source": None}, "trainer": {"type": "grpo"}, "dataset": {"split": {"train": 0.9, "test": 0.2}}}
+        )
+    )
+    assert [problem.path for problem in found] == ["model.source", "trainer.rewards", "dataset.split"]
+    assert found[-1].message == "train 0.9 + test 0.2 = 1.1, and the parts must sum to 1"
