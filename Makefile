@@ -1,0 +1,96 @@
+# What people and CI run. `make help` lists it; nothing here needs more than Python >= 3.11, Go and make.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+PY := .venv/bin/python
+CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
+HELM_VERSION := v4.3.1
+HELM := $(CACHE)/tools/helm-$(HELM_VERSION)/helm
+export CLUSTER KEEP HELM
+# Ranks of a test share two cores with the test itself.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.PHONY: help
+help: ## List every target
+	@awk 'BEGIN {FS = ":.*## "} /^##@/ {printf "\n%s\n", substr($$0, 5)} /^[a-z0-9-]+:.*## / {printf "  %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+##@ First steps
+.PHONY: demo
+demo: setup ## One fine-tuning job from kubectl apply to a model in S3 (CLUSTER=kind|local|current, KEEP=1 leaves the cluster up)
+	@$(PY) scripts/demo.py
+
+.PHONY: setup
+setup: ## Make .venv from the locked requirements, shared between checkouts
+	@scripts/setup.sh
+
+.PHONY: packages
+packages: setup ## Install the Debian packages that the local cluster needs (root, Linux)
+	@$(PY) -m localcluster packages --install
+
+.PHONY: tools
+tools: $(HELM) ## Build Helm from its Go module, once a version
+$(HELM):
+	@scripts/build-helm.sh $(HELM_VERSION) $@
+
+.PHONY: images
+images: setup ## Build the operator's and the trainer's image from their Dockerfiles
+	@$(PY) -m localcluster images build all
+
+##@ Checks
+.PHONY: lint
+lint: setup ## ruff, mypy (strict for the API and the operator), layers, shell scripts
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy --strict -p finetune_api -p finetune_operator
+	@.venv/bin/lint-imports
+	@bash -n scripts/*.sh .ci/run
+
+.PHONY: generate
+generate: setup ## Write what is made from the API's models: the CRD, and the chart's copy of it
+	@$(PY) scripts/generate.py
+
+.PHONY: verify
+verify: setup tools ## Fail if a generated file differs from its source, or the chart does not lint
+	@$(PY) scripts/generate.py --check
+	@$(HELM) lint --quiet helm/finetune-operator
+
+.PHONY: locks
+locks: setup ## Write requirements/{operator,trainer,cli}.lock again, with the versions of dev.lock
+	@scripts/locks.sh
+
+##@ Tests
+.PHONY: test-quick
+test-quick: setup ## Unit, integration and pod tests: no images, no node
+	@$(TEST_ENV) .venv/bin/pytest -q -m "not e2e and not faults and not slow and not gpu"
+
+.PHONY: test
+test: prepare verify ## Everything that must hold before a change lands, real pods included
+	@$(TEST_ENV) .venv/bin/pytest -q -m "not faults and not slow and not gpu"
+
+.PHONY: e2e
+e2e: prepare verify ## Only the tests with a real node, real images and the installed operator
+	@$(TEST_ENV) .venv/bin/pytest -q -m "e2e and not faults and not slow and not gpu"
+
+.PHONY: test-faults
+test-faults: prepare verify ## The long fault matrices
+	@$(TEST_ENV) .venv/bin/pytest -q -m "(faults or slow) and not gpu"
+
+.PHONY: test-gpu
+test-gpu: setup ## Tests that need a CUDA device
+	@HF_HUB_OFFLINE=1 .venv/bin/pytest -q -m gpu
+
+.PHONY: prepare
+prepare: setup ## Do the slow one-time work of the e2e tests side by side: Kubernetes, Helm, images, the demo's model
+	@$(PY) scripts/prepare.py
+
+##@ Cleaning
+.PHONY: down
+down: ## Take the demo's cluster down
+	@[ ! -x $(PY) ] || $(PY) scripts/demo.py --down
+
+.PHONY: clean
+clean: down ## Remove what builds and checks left in this checkout
+	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: clean-all
+clean-all: clean ## Also remove .venv and every cache outside the checkout (images, tools, packages: gigabytes)
+	@rm -rf .venv "$(CACHE)"

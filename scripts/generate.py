@@ -1,0 +1,53 @@
+"""Write the files that are made from the API's models, or check that they are as they would be written.
+
+The chart carries its own copy of the CRD, since Helm reads no file outside a chart; one command writes both, and
+`make verify` runs it with --check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from io import StringIO
+from pathlib import Path
+
+from finetune_api.schema import HEADER, crd
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).resolve().parent.parent
+CRD_FILES = (ROOT / "crds/finetunejobs.yaml", ROOT / "helm/finetune-operator/files/finetunejobs.yaml")
+
+
+def crd_text() -> str:
+    """The CRD as `python -m finetune_api.schema` prints it."""
+    yaml = YAML()
+    yaml.width = 160
+    yaml.representer.ignore_aliases = lambda *_: True
+    text = StringIO()
+    yaml.dump(crd(), text)
+    return HEADER + text.getvalue()
+
+
+def generated() -> dict[Path, str]:
+    """Every generated file with the text it must have."""
+    return dict.fromkeys(CRD_FILES, crd_text())
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0 if all is as it must be (or was written), 1 if --check found a difference."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file differs")
+    arguments = parser.parse_args(argv)
+    differing = [path for path, text in generated().items() if not path.exists() or path.read_text("utf-8") != text]
+    for path in differing:
+        if arguments.check:
+            print(f"{path.relative_to(ROOT)} differs from the models: run `make generate`", file=sys.stderr)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(generated()[path], "utf-8")
+            print(f"wrote {path.relative_to(ROOT)}")
+    return 1 if differing and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

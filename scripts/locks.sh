@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Lock what the images and the command line install, with the versions that the tests run with. No index lines: a lock names no place.
+set -euo pipefail
+cd "$(dirname "$0")/../requirements"
+uv="$(ls -d "${XDG_CACHE_HOME:-$HOME/.cache}"/finetune-operator/uv-*/bin/uv | head -n 1)"
+for name in operator trainer cli; do
+  "$uv" pip compile -q --generate-hashes --no-emit-index-url --no-header --python-version 3.11 -c dev.lock "$name.in" -o "$name.lock"
+done
