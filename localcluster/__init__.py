@@ -1,1 +1,8 @@
 """A real Kubernetes on one machine, for the demo, the tests, and whoever has no cluster at hand."""
+
+from localcluster.api import ApiError, Endpoint
+from localcluster.control_plane import ControlPlane
+from localcluster.errors import LocalClusterError
+from localcluster.s3 import S3Endpoint, S3Process
+
+__all__ = ["ApiError", "ControlPlane", "Endpoint", "LocalClusterError", "S3Endpoint", "S3Process"]

@@ -1,0 +1,118 @@
+"""The programs of the cluster, built from Go modules once and kept by version and content.
+
+Nothing is downloaded ready-made: the sources come through the Go module proxy, pinned by go.sum.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from localcluster import paths
+from localcluster.errors import BuildFailed, MissingRequirement
+from localcluster.steps import Step, silent
+
+SOURCES = Path(__file__).resolve().parent / "go"
+GO = (1, 26)
+"""The oldest Go that the sources' go.mod files accept."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """One Go program. `versioned_by` is the module whose version it carries; `hint` is how long a first build takes."""
+
+    name: str
+    versioned_by: str | None = None
+    hint: str = "seconds"
+
+    @property
+    def folder(self) -> Path:
+        return SOURCES / self.name
+
+    @property
+    def version(self) -> str:
+        if self.versioned_by is None:
+            return "1"
+        text = (self.folder / "go.mod").read_text()
+        found = re.search(rf"^\s*(?:require )?{re.escape(self.versioned_by)} v(\S+)", text, re.M)
+        if found is None:
+            raise BuildFailed(f"{self.folder}/go.mod requires no {self.versioned_by}")
+        return found.group(1)
+
+    @property
+    def binary(self) -> Path:
+        """Where it lies once built."""
+        digest = hashlib.sha256()
+        for path in sorted(self.folder.iterdir()):
+            if path.name in ("go.mod", "go.sum") or path.suffix == ".go":
+                digest.update(f"{path.name} {path.stat().st_size}\n".encode() + path.read_bytes())
+        digest.update(" ".join(self.flags).encode())
+        return paths.cache() / f"{self.name}-{self.version}-{digest.hexdigest()[:12]}" / self.name
+
+    @property
+    def flags(self) -> list[str]:
+        """Kubernetes' components tell their version to clients; a build of ours has to say which one it is."""
+        link = ["-s", "-w"]
+        if self.name == KUBE:
+            major, minor, _ = self.version.split(".")
+            for package in ("k8s.io/component-base/version", "k8s.io/client-go/pkg/version"):
+                link += [f"-X {package}.gitVersion=v{self.version}"]
+                link += [f"-X {package}.gitMajor={major}", f"-X {package}.gitMinor={minor}"]
+        return ["-trimpath", "-ldflags", " ".join(link)]
+
+
+KUBE = "kube"
+PROGRAMS = {
+    program.name: program
+    for program in (
+        Program(KUBE, "k8s.io/kubernetes", "about 6 minutes"),
+        Program("coredns", "github.com/coredns/coredns", "about 2 minutes"),
+        Program("pause"),
+        Program("testbox"),
+    )
+}
+
+
+def ensure(name: str, step: Step = silent) -> Path:
+    """The program's path, built first if it is not there. MissingRequirement without Go, BuildFailed with the log's end."""
+    program = PROGRAMS[name]
+    binary = program.binary
+    if binary.exists():
+        return binary
+    check_go()
+    binary.parent.mkdir(parents=True, exist_ok=True)
+    with (binary.parent / "lock").open("w") as lock:
+        with step(f"build {name} {program.version} from Go modules (first time: {program.hint})"):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not binary.exists():
+                _build(program, binary)
+    return binary
+
+
+def _build(program: Program, binary: Path) -> None:
+    unfinished = binary.with_suffix(".unfinished")
+    log = binary.with_suffix(".log")
+    command = ["go", "build", "-p", "2", *program.flags, "-o", str(unfinished), "."]
+    env = {**os.environ, "CGO_ENABLED": "0", "GOTOOLCHAIN": "local", "GOFLAGS": "-mod=readonly -buildvcs=false"}
+    with log.open("w") as out:
+        code = subprocess.run(command, cwd=program.folder, env=env, stdout=out, stderr=subprocess.STDOUT).returncode
+    if code != 0:
+        end = " | ".join(log.read_text(errors="replace").splitlines()[-5:])
+        raise BuildFailed(f"building {program.name} failed ({code}): {end} (log: {log})")
+    unfinished.rename(binary)
+
+
+def check_go() -> None:
+    """MissingRequirement unless a Go that is new enough is on the PATH."""
+    if shutil.which("go") is None:
+        raise MissingRequirement(f"Go {GO[0]}.{GO[1]} or newer is missing (`go` is not on the PATH): install it")
+    text = subprocess.run(["go", "version"], capture_output=True, text=True).stdout
+    found = re.search(r"go(\d+)\.(\d+)", text)
+    if found is None or (int(found[1]), int(found[2])) < GO:
+        raise MissingRequirement(f"Go {GO[0]}.{GO[1]} or newer is needed, found: {text.strip() or 'none'}")

@@ -1,0 +1,163 @@
+"""How each Kubernetes component is called: pure functions from addresses and folders to argument lists.
+
+Only what a cluster on one machine needs differs from the defaults of production.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+ADMIN_GROUP = "system:masters"
+SERVICE_CIDR = "10.96.0.0/16"
+DNS_DOMAIN = "cluster.local"
+
+
+@dataclass(frozen=True)
+class ControlPlaneAddresses:
+    """Where the control plane listens. `bind` is the API server's address, `advertise` what pods reach it by."""
+
+    bind: str
+    advertise: str
+    port: int
+    etcd_port: int
+    etcd_peer_port: int
+
+    @property
+    def server(self) -> str:
+        return f"https://{self.advertise}:{self.port}"
+
+
+@dataclass(frozen=True)
+class User:
+    """One line of the API server's token file."""
+
+    token: str
+    name: str
+    group: str
+
+    @property
+    def line(self) -> str:
+        return f"{self.token},{self.name},{self.name},{self.group}\n"
+
+
+def etcd(kube: Path, folder: Path, at: ControlPlaneAddresses) -> list[str]:
+    """The store; no fsync, as it holds nothing that outlives the cluster."""
+    client, peer = f"http://127.0.0.1:{at.etcd_port}", f"http://127.0.0.1:{at.etcd_peer_port}"
+    return [
+        str(kube), "etcd", "--data-dir", str(folder / "etcd"), "--unsafe-no-fsync", "--log-level", "warn",
+        "--listen-client-urls", client, "--advertise-client-urls", client,
+        "--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"default={peer}",
+    ]
+
+
+def api_server(kube: Path, folder: Path, at: ControlPlaneAddresses) -> list[str]:
+    """The API server, with tokens from a file and a serving certificate of its own making.
+
+    The endpoint reconciler is off when it listens on the loopback: no pod could use that address.
+    """
+    loopback = at.advertise.startswith("127.")
+    return [
+        str(kube), "kube-apiserver", "--etcd-servers", f"http://127.0.0.1:{at.etcd_port}",
+        "--secure-port", str(at.port), "--bind-address", at.bind, "--advertise-address", at.advertise,
+        "--endpoint-reconciler-type", "none" if loopback else "lease",
+        "--cert-dir", str(folder / "certs"), "--token-auth-file", str(folder / "tokens.csv"),
+        "--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction",
+        "--service-account-issuer", f"https://kubernetes.default.svc.{DNS_DOMAIN}",
+        "--service-account-key-file", str(folder / "sa.key"),
+        "--service-account-signing-key-file", str(folder / "sa.key"),
+        "--service-cluster-ip-range", SERVICE_CIDR, "--allow-privileged=true",
+        "--kubelet-preferred-address-types", "InternalIP",
+        "--shutdown-delay-duration", "0s",
+    ]
+
+
+def controller_manager(kube: Path, folder: Path, *, node_grace_seconds: int) -> list[str]:
+    """All controllers, without an election. A node that is silent for `node_grace_seconds` becomes NotReady."""
+    return [
+        str(kube), "kube-controller-manager", "--kubeconfig", str(folder / "kubeconfig"),
+        "--service-account-private-key-file", str(folder / "sa.key"), "--root-ca-file", str(folder / "ca.crt"),
+        "--use-service-account-credentials=false", "--leader-elect=false", "--secure-port", "0",
+        "--node-monitor-period", "2s", "--node-monitor-grace-period", f"{node_grace_seconds}s",
+    ]
+
+
+def scheduler(kube: Path, folder: Path) -> list[str]:
+    """The scheduler, without an election."""
+    return [
+        str(kube), "kube-scheduler", "--kubeconfig", str(folder / "kubeconfig"), "--leader-elect=false",
+        "--secure-port", "0",
+    ]
+
+
+def kubelet(kube: Path, folder: Path, *, node: str, address: str) -> list[str]:
+    """The kubelet of one node, its files below the node's `folder`."""
+    return [
+        str(kube), "kubelet", "--config", str(folder / "kubelet.json"), "--kubeconfig", str(folder / "kubeconfig"),
+        "--root-dir", str(folder / "kubelet"), "--cert-dir", str(folder / "kubelet-certs"),
+        "--hostname-override", node, "--node-ip", address, "--v", "1",
+    ]
+
+
+def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: str, lease_seconds: int) -> str:
+    """The kubelet's configuration file: small thresholds (a laptop's disk is always nearly full), no image collection."""
+    return json.dumps(
+        {
+            "apiVersion": "kubelet.config.k8s.io/v1beta1",
+            "kind": "KubeletConfiguration",
+            "failCgroupV1": False,
+            "failSwapOn": False,
+            "cgroupDriver": "cgroupfs",
+            "cgroupRoot": cgroup_root,
+            "containerRuntimeEndpoint": f"unix://{socket}",
+            "podLogsDir": str(folder / "podlogs"),
+            "staticPodPath": "",
+            "resolvConf": "",
+            "clusterDNS": [dns],
+            "clusterDomain": DNS_DOMAIN,
+            # Only this cluster's own network namespace reaches the kubelet.
+            "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
+            "authorization": {"mode": "AlwaysAllow"},
+            "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
+            "imageGCHighThresholdPercent": 100,
+            "imageGCLowThresholdPercent": 99,
+            "serializeImagePulls": False,
+            "nodeStatusUpdateFrequency": "2s",
+            "nodeLeaseDurationSeconds": lease_seconds,
+            "healthzPort": 0,
+            "shutdownGracePeriod": "0s",
+        },
+        indent=1,
+    )
+
+
+def kube_proxy(kube: Path, kubeconfig: Path, *, node: str, cluster_cidr: str) -> list[str]:
+    """Services by iptables; the conntrack sysctls are the machine's and are left alone."""
+    return [
+        str(kube), "kube-proxy", "--kubeconfig", str(kubeconfig), "--proxy-mode", "iptables",
+        "--hostname-override", node, "--cluster-cidr", cluster_cidr, "--conntrack-max-per-core", "0",
+        "--conntrack-tcp-timeout-established", "0", "--conntrack-tcp-timeout-close-wait", "0",
+        "--healthz-bind-address", "127.0.0.1:10256", "--metrics-bind-address", "127.0.0.1:10249",
+    ]
+
+
+def kubeconfig(server: str, token: str, ca: bytes | None) -> str:
+    """A kubeconfig as JSON (which is YAML). Without `ca` the server is not verified: only for its own components."""
+    cluster: dict[str, str | bool] = {"server": server}
+    if ca is None:
+        cluster["insecure-skip-tls-verify"] = True
+    else:
+        cluster["certificate-authority-data"] = base64.b64encode(ca).decode()
+    return json.dumps(
+        {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "local", "cluster": cluster}],
+            "users": [{"name": "local", "user": {"token": token}}],
+            "contexts": [{"name": "local", "context": {"cluster": "local", "user": "local", "namespace": "default"}}],
+            "current-context": "local",
+        },
+        indent=1,
+    )

@@ -1,0 +1,186 @@
+"""A Kubernetes API server with its store and its controllers, without nodes: for tests that play the kubelet themselves.
+
+It needs no root and no namespaces: three processes on the loopback, ready in about three seconds, as many side by side as
+the machine holds (600 MB each).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+from localcluster import build, components, processes
+from localcluster.api import Endpoint
+from localcluster.components import ADMIN_GROUP, ControlPlaneAddresses, User
+from localcluster.errors import ClusterBusy, ClusterDiffers, StartFailed
+from localcluster.ports import free_ports
+from localcluster.processes import Lifetime, Server
+from localcluster.steps import Step, silent
+
+STARTS = 4
+"""Another program may take a chosen port first: so often new ones are tried."""
+STATE = "state.json"
+MODE = "control-plane"
+KUBERNETES_SERVICE = "/api/v1/namespaces/default/serviceaccounts/default"
+"""The object that shows that the controllers are at work: they make it."""
+
+
+class ControlPlane:
+    """etcd, kube-apiserver and kube-controller-manager (`scheduler=True`: kube-scheduler too) below `state_dir`.
+
+    A context manager, or `up()` and `down()`. With the default lifetime it ends with the thread that started it, even by
+    kill -9; what an earlier one left in `state_dir` is ended and removed first. Errors: StartFailed, MissingRequirement
+    (Go, when the programs are not built yet), ClusterDiffers (a cluster with nodes is up in this folder).
+    """
+
+    def __init__(
+        self, state_dir: Path, *, lifetime: Lifetime = Lifetime.PARENT, scheduler: bool = False, step: Step = silent
+    ) -> None:
+        self.state_dir = state_dir.absolute()
+        self._lifetime = lifetime
+        self._scheduler = scheduler
+        self._step = step
+
+    def up(self) -> Endpoint:
+        """Start it, or return the one that is up in this folder already."""
+        with locked(self.state_dir):
+            if running := self.running():
+                return running
+            kube = build.ensure(build.KUBE, self._step)
+            with self._step("start the control plane"):
+                for attempt in range(STARTS):
+                    self._clean()
+                    try:
+                        return self._start(kube)
+                    except StartFailed:
+                        lost_a_port = self._lost_a_port()
+                        self._end()
+                        if attempt == STARTS - 1 or not lost_a_port:
+                            raise
+                    except BaseException:
+                        self._end()
+                        raise
+        raise AssertionError("unreachable")
+
+    def running(self) -> Endpoint | None:
+        """The endpoint, if it is up and ready."""
+        endpoint = read_endpoint(self.state_dir, MODE)
+        return endpoint if endpoint and endpoint.ready() else None
+
+    def _start(self, kube: Path) -> Endpoint:
+        port, etcd_port, peer_port = free_ports(3)
+        at = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", port, etcd_port, peer_port)
+        token = prepare(self.state_dir, kube, at, [])
+        servers = [
+            self._spawn("etcd", components.etcd(kube, self.state_dir, at)),
+            self._spawn("kube-apiserver", components.api_server(kube, self.state_dir, at)),
+        ]
+        endpoint = wait_for_api(self.state_dir, at, token, servers)
+        servers.append(
+            self._spawn(
+                "kube-controller-manager", components.controller_manager(kube, self.state_dir, node_grace_seconds=40)
+            )
+        )
+        if self._scheduler:
+            servers.append(self._spawn("kube-scheduler", components.scheduler(kube, self.state_dir)))
+        processes.wait_until(
+            "the controller manager", lambda: endpoint.exists(KUBERNETES_SERVICE), servers=servers, timeout=60
+        )
+        write_state(self.state_dir, MODE, endpoint)
+        return endpoint
+
+    def _spawn(self, name: str, argv: list[str]) -> Server:
+        log = self.state_dir / "logs" / f"{name}.log"
+        return processes.spawn(name, argv, owner=self.state_dir, log=log, lifetime=self._lifetime)
+
+    def _lost_a_port(self) -> bool:
+        logs = (self.state_dir / "logs").glob("*.log")
+        return any("address already in use" in log.read_text(errors="replace") for log in logs)
+
+    def down(self) -> None:
+        """End it and remove its folder's contents. Does nothing if there is nothing."""
+        if self.state_dir.exists():
+            with locked(self.state_dir):
+                self._clean()
+            shutil.rmtree(self.state_dir, ignore_errors=True)
+
+    def _clean(self) -> None:
+        self._end()
+        for path in self.state_dir.iterdir():
+            if path.name != "lock":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def _end(self) -> None:
+        processes.end_all(self.state_dir)
+
+    def __enter__(self) -> Endpoint:
+        return self.up()
+
+    def __exit__(self, *raised: object) -> None:
+        self.down()
+
+
+@contextlib.contextmanager
+def locked(state_dir: Path) -> Iterator[None]:
+    """One command at a time in a state folder; ClusterBusy if another one is at work there."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    with (state_dir / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ClusterBusy(f"another localcluster command is at work in {state_dir}: wait until it is done") from None
+        yield
+
+
+def prepare(folder: Path, kube: Path, at: ControlPlaneAddresses, nodes: list[User]) -> str:
+    """Write the keys, tokens and the components' kubeconfig into `folder`. Returns the administrator's token."""
+    admin = User(secrets.token_hex(20), "admin", ADMIN_GROUP)
+    (folder / "certs").mkdir(exist_ok=True)
+    for name, text in {
+        "tokens.csv": "".join(user.line for user in [admin, *nodes]),
+        "kubeconfig": components.kubeconfig(at.server, admin.token, None),
+    }.items():
+        (folder / name).touch(mode=0o600)
+        (folder / name).write_text(text)
+    subprocess.run([kube, "service-account-key", folder / "sa.key"], check=True)
+    return admin.token
+
+
+def wait_for_api(folder: Path, at: ControlPlaneAddresses, token: str, servers: list[Server]) -> Endpoint:
+    """Wait for the certificate, then for readiness; from then on everyone verifies the server."""
+    certificate = folder / "certs" / "apiserver.crt"
+    processes.wait_until("the API server's certificate", certificate.exists, servers=servers, timeout=60)
+    endpoint = Endpoint(folder / "kubeconfig", at.server, token, folder / "ca.crt")
+    shutil.copy(certificate, endpoint.ca)
+    processes.wait_until("the API server", endpoint.ready, servers=servers, timeout=60)
+    shutil.copy(certificate, endpoint.ca)
+    endpoint.kubeconfig.write_text(components.kubeconfig(at.server, token, certificate.read_bytes()))
+    return endpoint
+
+
+def write_state(folder: Path, mode: str, endpoint: Endpoint, **more: object) -> None:
+    """Remember what is up in `folder`; written last, so that its presence means that the start was finished."""
+    unfinished = folder / f".{STATE}"
+    unfinished.touch(mode=0o600)
+    unfinished.write_text(json.dumps({"mode": mode, "server": endpoint.server, "token": endpoint.token, **more}))
+    unfinished.rename(folder / STATE)
+
+
+def read_endpoint(folder: Path, mode: str) -> Endpoint | None:
+    """The endpoint that `write_state` remembered, if any. ClusterDiffers if it is of another mode and still alive."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except FileNotFoundError:
+        return None
+    endpoint = Endpoint(folder / "kubeconfig", state["server"], state["token"], folder / "ca.crt")
+    if state["mode"] != mode:
+        if endpoint.ready():
+            raise ClusterDiffers(f"a {state['mode']} cluster is up in {folder}: run `localcluster down` first")
+        return None
+    return endpoint

@@ -1,0 +1,3 @@
+module testbox
+
+go 1.26.0
