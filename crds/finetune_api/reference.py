@@ -99,7 +99,7 @@ def _table(title: str, enum: type[Enum]) -> str:
 
 
 def _names() -> str:
-    parts = [
+    parts: list[tuple[str, type[Enum]]] = [
         ("Labels on what the operator creates", names.Label),
         ("Annotations", names.Annotation),
         ("Conditions", names.Condition),

@@ -179,6 +179,13 @@ class FineTuneJobStatus(Lenient):
     conditions: list[Condition] = Field(default_factory=list, description="What holds, by type.")
     attempt: int | None = Field(default=None, description="Number of the current attempt.")
     restarts: int | None = Field(default=None, description="Attempts after the first.")
+    retries_used: int | None = Field(
+        default=None, description="Attempts in a row that made no progress and count against policy.retries."
+    )
+    active_seconds: int | None = Field(
+        default=None,
+        description="Seconds that ended attempts ran, all together; queued and suspended time does not count.",
+    )
     attempts: list[Attempt] = Field(default_factory=list, description="The newest ten attempts.")
     progress: Progress | None = Field(default=None, description="How far the run is.")
     metrics: Metrics | None = Field(default=None, description="Last values.")
