@@ -1,21 +1,24 @@
 """Write the files that are made from the API's models, or check that they are as they would be written.
 
-The chart carries its own copy of the CRD, since Helm reads no file outside a chart; one command writes both, and
-`make verify` runs it with --check.
+The chart carries its own copy of the CRD, since Helm reads no file outside a chart, and a values schema that follows
+the operator's settings; one command writes all, and `make verify` runs it with --check.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from io import StringIO
 from pathlib import Path
 
+from chart_schema import schema
 from finetune_api.schema import HEADER, crd
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
 CRD_FILES = (ROOT / "crds/finetunejobs.yaml", ROOT / "helm/finetune-operator/files/finetunejobs.yaml")
+VALUES_SCHEMA = ROOT / "helm/finetune-operator/values.schema.json"
 
 
 def crd_text() -> str:
@@ -30,7 +33,8 @@ def crd_text() -> str:
 
 def generated() -> dict[Path, str]:
     """Every generated file with the text it must have."""
-    return dict.fromkeys(CRD_FILES, crd_text())
+    values = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+    return dict.fromkeys(CRD_FILES, crd_text()) | {VALUES_SCHEMA: values}
 
 
 def main(argv: list[str] | None = None) -> int:
