@@ -1,0 +1,325 @@
+"""The API server, as the operator sees it: plain dicts in and out, typed errors, a deadline on every call.
+
+Built on the official client's asynchronous half for what is hard to get right (kubeconfig, tokens that rotate, TLS,
+proxies), and on nothing of its generated models: a typed read of an object from a newer server loses fields.
+
+What may be repeated is repeated here and nowhere else: reads, writes that carry a resourceVersion and deletes that carry a
+uid. A create is never repeated blindly; when its outcome is unknown the caller reads by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from typing import Any
+from urllib.parse import quote, urlencode
+
+import aiohttp
+from kubernetes.aio import config as kube_config
+from kubernetes.aio.client.configuration import Configuration
+from kubernetes.aio.client.rest import RESTClientObject
+
+from finetune_api import names
+from finetune_operator.settings import ApiSettings
+
+logger = logging.getLogger(__name__)
+
+Object = dict[str, Any]
+"""A Kubernetes object, as JSON has it."""
+
+USER_AGENT = names.MANAGER
+TRIES = 5
+"""Tries of a request that may be repeated, the first included."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+PAGE = 500
+"""Objects in one page of a list."""
+CLOCK_PERIOD = 10.0
+"""Seconds between two looks at the server's clock."""
+CLOCK_TOLERANCE = 2.0
+"""Seconds by which the two clocks may differ before the server's is preferred: its header has whole seconds."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of object, and where it lives."""
+
+    api_version: str
+    kind: str
+    plural: str
+
+    def path(self, namespace: str | None, name: str | None = None, sub: str | None = None) -> str:
+        """URL path of the collection or of one object."""
+        root = "/api/v1" if self.api_version == "v1" else f"/apis/{self.api_version}"
+        parts = [root]
+        if namespace:
+            parts += ["namespaces", quote(namespace, safe="")]
+        parts.append(self.plural)
+        parts += [quote(part, safe="") for part in (name, sub) if part]
+        return "/".join(parts)
+
+
+FINETUNEJOB = Kind(names.API_VERSION, names.KIND, names.PLURAL)
+JOB = Kind("batch/v1", "Job", "jobs")
+POD = Kind("v1", "Pod", "pods")
+SERVICE = Kind("v1", "Service", "services")
+CORE_EVENT = Kind("v1", "Event", "events")
+EVENT = Kind("events.k8s.io/v1", "Event", "events")
+LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
+
+
+class KubeError(Exception):
+    """The API server refused, or could not be asked. `code` is the HTTP status, 0 without an answer."""
+
+    def __init__(self, verb: str, kind: Kind, name: str, code: int, reason: str, message: str):
+        super().__init__(f"{verb} {kind.plural} {name}: {code} {reason}: {message}")
+        self.verb, self.kind, self.name, self.code, self.reason, self.message = verb, kind, name, code, reason, message
+        self.retry_after: float | None = None
+
+
+class NotFound(KubeError):
+    """404."""
+
+
+class AlreadyExists(KubeError):
+    """409 on a create: the name is taken."""
+
+
+class Conflict(KubeError):
+    """409 otherwise: what was read is no longer what is there, or the uid is another."""
+
+
+class Invalid(KubeError):
+    """400 and 422: the object is not what the server accepts."""
+
+
+class Forbidden(KubeError):
+    """403: no permission, a quota, or an admission policy; the message says which."""
+
+
+class Unavailable(KubeError):
+    """429, 5xx, or no answer to something that may be repeated."""
+
+
+class OutcomeUnknown(KubeError):
+    """A create was sent and no answer came: it may or may not have happened."""
+
+
+@dataclass(frozen=True)
+class Created:
+    """An object that was created, and what admission warned of."""
+
+    body: Object
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass
+class ServerClock:
+    """Now, as the API server sees it: deadlines are computed from its times and must not suffer from ours."""
+
+    offset: timedelta = timedelta()
+    checked: float = field(default=float("-inf"))
+
+    def now(self) -> datetime:
+        """Current time, UTC."""
+        return datetime.now(UTC) + self.offset
+
+    def learn(self, header: str | None, monotonic: float) -> None:
+        """Compare with the `Date` header of an answer, at most every ten seconds."""
+        if not header or monotonic - self.checked < CLOCK_PERIOD:
+            return
+        self.checked = monotonic
+        try:
+            difference = parsedate_to_datetime(header) - datetime.now(UTC)
+        except (TypeError, ValueError):
+            return
+        small = abs(difference.total_seconds()) <= CLOCK_TOLERANCE
+        self.offset = timedelta() if small else difference
+
+
+Watcher = Callable[[str, str, int, float], None]
+"""Told about every request: verb, plural, status code (0: no answer), seconds."""
+
+
+class Kube:
+    """A connection to one API server. Create with `connect`, end with `close`."""
+
+    def __init__(self, configuration: Configuration, settings: ApiSettings, watcher: Watcher | None = None):
+        configuration.connection_pool_maxsize = settings.connections
+        configuration.retries = None
+        self.configuration = configuration
+        self.clock = ServerClock()
+        self._rest = RESTClientObject(configuration)
+        self._timeout = settings.timeout_seconds
+        self._watcher = watcher or (lambda verb, plural, code, seconds: None)
+
+    @classmethod
+    async def connect(cls, settings: ApiSettings, watcher: Watcher | None = None) -> Kube:
+        """Connect as the pod's ServiceAccount, else as the kubeconfig says ($KUBECONFIG, ~/.kube/config).
+
+        Errors: kubernetes.aio.config.ConfigException if there is neither.
+        """
+        configuration = Configuration()
+        try:
+            kube_config.load_incluster_config(client_configuration=configuration)
+        except kube_config.ConfigException:
+            await kube_config.load_kube_config(client_configuration=configuration)
+        return cls(configuration, settings, watcher)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._rest.close()
+
+    async def get(self, kind: Kind, namespace: str, name: str) -> Object:
+        """Read one object. Errors: NotFound, Unavailable, ..."""
+        return (await self._repeat("get", kind, name, "GET", kind.path(namespace, name))).body
+
+    async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> list[Object]:
+        """All objects of a kind, in pages, of one namespace or of the cluster."""
+        items: list[Object] = []
+        query = {"limit": str(PAGE)} | ({"labelSelector": labels} if labels else {})
+        query |= {"fieldSelector": fields} if fields else {}
+        while True:
+            page = (await self._repeat("list", kind, "", "GET", kind.path(namespace), query=query)).body
+            items += page.get("items") or []
+            token = (page.get("metadata") or {}).get("continue")
+            if not token:
+                return items
+            query["continue"] = token
+
+    async def create(self, kind: Kind, namespace: str, body: Object) -> Created:
+        """Create once. Errors: AlreadyExists, Forbidden, Invalid, OutcomeUnknown (read by name then), Unavailable."""
+        name = body["metadata"]["name"]
+        query = {"fieldManager": names.MANAGER}
+        return await self._once("create", kind, name, "POST", kind.path(namespace), body=body, query=query)
+
+    async def replace(self, kind: Kind, namespace: str, body: Object, *, sub: str | None = None) -> Object:
+        """Replace an object or its `sub`resource; `body` carries the resourceVersion it was read with.
+
+        Errors: Conflict if it changed since, NotFound, ...
+        """
+        name = body["metadata"]["name"]
+        path = kind.path(namespace, name, sub)
+        query = {"fieldManager": names.MANAGER}
+        return (await self._repeat("update", kind, name, "PUT", path, body=body, query=query)).body
+
+    async def patch(self, kind: Kind, namespace: str, name: str, body: Object) -> Object:
+        """Merge-patch, once: it carries no precondition."""
+        return (await self._once("patch", kind, name, "PATCH", kind.path(namespace, name), body=body)).body
+
+    async def delete(
+        self, kind: Kind, namespace: str, name: str, *, uid: str, foreground: bool = True, grace: int | None = None
+    ) -> bool:
+        """Delete the object of that uid; True if it was there. `grace` is in seconds.
+
+        A namesake with another uid stays untouched and counts as not there.
+        """
+        body: Object = {"preconditions": {"uid": uid}, "propagationPolicy": "Foreground" if foreground else "Background"}
+        if grace is not None:
+            body["gracePeriodSeconds"] = grace
+        try:
+            await self._repeat("delete", kind, name, "DELETE", kind.path(namespace, name), body=body)
+        except (NotFound, Conflict):
+            return False
+        return True
+
+    async def _repeat(
+        self, verb: str, kind: Kind, name: str, method: str, path: str, *,
+        body: Object | None = None, query: Mapping[str, str] | None = None,
+    ) -> Created:  # fmt: skip
+        """Send something that may be repeated until it is answered, within the deadline."""
+        pause = FIRST_PAUSE
+        for left in reversed(range(TRIES)):
+            try:
+                return await self._once(verb, kind, name, method, path, body=body, query=query)
+            except (Unavailable, OutcomeUnknown) as error:
+                if not left:
+                    raise
+                wait = error.retry_after if error.retry_after is not None else pause * random.uniform(0.5, 1.5)  # noqa: S311 -- jitter
+                await asyncio.sleep(min(wait, self._timeout))
+                pause = min(pause * 3, LONGEST_PAUSE)
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    async def _once(
+        self, verb: str, kind: Kind, name: str, method: str, path: str, *,
+        body: Object | None = None, query: Mapping[str, str] | None = None,
+    ) -> Created:  # fmt: skip
+        """Send one request."""
+        url = self.configuration.host + path + (f"?{urlencode(query)}" if query else "")
+        loop = asyncio.get_running_loop()
+        started, code = loop.time(), 0
+        try:
+            async with asyncio.timeout(self._timeout):
+                response = await self._rest.request(
+                    method, url, headers=await self._headers(method), body=body,
+                    _request_timeout=aiohttp.ClientTimeout(total=self._timeout),
+                )  # fmt: skip
+                code = response.status
+                data = await response.read()
+        except (TimeoutError, aiohttp.ClientError, OSError) as error:
+            raise _no_answer(verb, kind, name, error) from error
+        finally:
+            self._watcher(verb, kind.plural, code, loop.time() - started)
+        self.clock.learn(response.headers.get("Date"), loop.time())
+        value = _json(data)
+        if code >= 400:
+            raise _refusal(verb, kind, name, code, value, response.headers)
+        return Created(value, tuple(_warning(text) for text in response.headers.getall("Warning", ())))
+
+    async def _headers(self, method: str) -> dict[str, str]:
+        headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
+        if method != "GET":
+            patch = method == "PATCH"
+            headers["Content-Type"] = "application/merge-patch+json" if patch else "application/json"
+        for setting in (await self.configuration.auth_settings()).values():
+            headers[str(setting["key"])] = str(setting["value"])
+        return headers
+
+
+def _json(data: bytes) -> Object:
+    try:
+        value = json.loads(data)
+    except ValueError:
+        return {"message": data[:500].decode(errors="replace")}
+    return value if isinstance(value, dict) else {"message": str(value)[:500]}
+
+
+def _warning(header: str) -> str:
+    """Text of an RFC 7234 warning header: `299 - "text"`."""
+    start, end = header.find('"'), header.rfind('"')
+    return header[start + 1 : end].replace('\\"', '"') if 0 <= start < end else header
+
+
+def _no_answer(verb: str, kind: Kind, name: str, error: Exception) -> KubeError:
+    message = str(error) or type(error).__name__
+    if isinstance(error, aiohttp.ClientConnectorError) or verb != "create":
+        return Unavailable(verb, kind, name, 0, "NoAnswer", message)
+    return OutcomeUnknown(verb, kind, name, 0, "NoAnswer", message)
+
+
+def _refusal(verb: str, kind: Kind, name: str, code: int, status: Object, headers: Mapping[str, str]) -> KubeError:
+    reason, message = str(status.get("reason") or ""), str(status.get("message") or "")
+    error: type[KubeError] = KubeError
+    match code:
+        case 404:
+            error = NotFound
+        case 409:
+            error = AlreadyExists if reason == "AlreadyExists" else Conflict
+        case 400 | 422:
+            error = Invalid
+        case 403:
+            error = Forbidden
+        case 429:
+            error = Unavailable
+        case _ if code >= 500:
+            # A 5xx on a create may come from a proxy after the server did the work.
+            error = OutcomeUnknown if verb == "create" else Unavailable
+    refusal = error(verb, kind, name, code, reason, message)
+    retry_after = headers.get("Retry-After", "")
+    refusal.retry_after = float(retry_after) if retry_after.isdigit() else None
+    return refusal

@@ -1,0 +1,130 @@
+"""A work queue as client-go has it: a key is never handled by two workers at once, and nothing that arrives is lost.
+
+A key added while it waits is the same key; added while it is being worked on, it comes back once. Failures wait longer each
+time; `add_after` wakes a key at a time, and the earliest of several times wins.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple
+
+FIRST_BACKOFF, LONGEST_BACKOFF = 0.005, 300.0
+
+
+class Key(NamedTuple):
+    """A FineTuneJob, by name."""
+
+    namespace: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.namespace}/{self.name}"
+
+
+class WorkQueue:
+    """Keys to look at. For one event loop; `clock` is in seconds and only its differences matter."""
+
+    def __init__(self, clock: Callable[[], float] | None = None):
+        self._clock = clock or asyncio.get_running_loop().time
+        self._ready: deque[Key] = deque()
+        self._since: dict[Key, float] = {}
+        self._working: dict[Key, float] = {}
+        self._again: set[Key] = set()
+        self._due: dict[Key, float] = {}
+        self._heap: list[tuple[float, Key]] = []
+        self._failures: dict[Key, int] = {}
+        self._changed = asyncio.Event()
+
+    def add(self, key: Key) -> None:
+        """Look at `key` as soon as a worker is free."""
+        if key in self._working:
+            self._again.add(key)
+        elif key not in self._since:
+            self._since[key] = self._clock()
+            self._ready.append(key)
+            self._changed.set()
+
+    def add_after(self, key: Key, seconds: float) -> None:
+        """Look at `key` in that many seconds, unless an earlier time is set already."""
+        if seconds <= 0:
+            self.add(key)
+            return
+        due = self._clock() + seconds
+        if due < self._due.get(key, float("inf")):
+            self._due[key] = due
+            heapq.heappush(self._heap, (due, key))
+            self._changed.set()
+
+    def failed(self, key: Key) -> float:
+        """Look at `key` again after a pause that doubles with each failure in a row; returns the pause in seconds."""
+        count = self._failures.get(key, 0)
+        self._failures[key] = count + 1
+        pause = float(min(FIRST_BACKOFF * 2 ** min(count, 32), LONGEST_BACKOFF))
+        self.add_after(key, pause)
+        return pause
+
+    def forget(self, key: Key) -> None:
+        """The last look at `key` went well."""
+        self._failures.pop(key, None)
+
+    def cancel(self, key: Key) -> None:
+        """Drop a time set by `add_after`: the next look will set a new one."""
+        self._due.pop(key, None)
+
+    async def take(self) -> tuple[Key, float]:
+        """Wait for a key, and how many seconds it waited. `done` must follow."""
+        while True:
+            self._promote()
+            if self._ready:
+                key = self._ready.popleft()
+                now = self._clock()
+                waited = now - self._since.pop(key)
+                self._working[key] = now
+                self._due.pop(key, None)
+                return key, waited
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(self._next_due()):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    def done(self, key: Key) -> None:
+        """A worker is through with `key`."""
+        del self._working[key]
+        if key in self._again:
+            self._again.discard(key)
+            self.add(key)
+
+    def oldest(self) -> float:
+        """Seconds that the longest-waiting or longest-worked-on key has been there."""
+        now = self._clock()
+        times = [*self._since.values(), *self._working.values()]
+        return now - min(times) if times else 0.0
+
+    def __len__(self) -> int:
+        return len(self._ready)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing waits and nothing is worked on."""
+        return not self._ready and not self._working
+
+    def _promote(self) -> None:
+        now = self._clock()
+        while self._heap and self._heap[0][0] <= now:
+            due, key = heapq.heappop(self._heap)
+            if self._due.get(key) == due:
+                del self._due[key]
+                self.add(key)
+        if self._ready:
+            self._changed.set()
+
+    def _next_due(self) -> float | None:
+        while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return max(0.0, self._heap[0][0] - self._clock()) if self._heap else None
