@@ -1,0 +1,59 @@
+"""What the supervisor has fetched and checked, told to the ranks as one file.
+
+Ranks start importing the moment the pod starts; this file appears (by rename, so it is whole or absent) when model, data and
+the checkpoint to resume from lie on local disk. A rank never downloads anything itself.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from finetune_api.base import Wire
+from pydantic import Field
+
+FILE_NAME = "inputs.json"
+
+
+class RestoredCheckpoint(Wire):
+    """A committed checkpoint, downloaded and found to match its manifest."""
+
+    path: Path = Field(description="Local folder as the Trainer wrote it: a plain HF or PEFT folder.")
+    step: int = Field(ge=1, description="Optimizer steps done when it was made.")
+    uri: str = Field(description="Where it came from.")
+    manifest: dict[str, Any] = Field(default_factory=dict, description="What its manifest says about the run.")
+
+
+class Inputs(Wire):
+    """Local paths of everything a rank reads, and the one folder it may write."""
+
+    model: Path = Field(description="Folder of the base model.")
+    tokenizer: Path | None = Field(default=None, description="Folder of the tokenizer; absent: the model's.")
+    adapter: Path | None = Field(default=None, description="Folder of the adapter to go on with (method.adapter).")
+    reference: Path | None = Field(default=None, description="Folder of the reference model (trainer.dpo).")
+    train: list[Path] = Field(default_factory=list, description="Training files, in the order of their names.")
+    mixture: list[list[Path]] = Field(default_factory=list, description="Files of each item of dataset.mixture.")
+    validation: list[Path] = Field(default_factory=list, description="Validation files.")
+    test: list[Path] = Field(default_factory=list, description="Test files.")
+    model_revision: str = Field(description="Commit of a hub model, else a fingerprint of its files.")
+    dataset_digest: str = Field(description="sha256 (hex) over the training files' contents.")
+    restore: RestoredCheckpoint | None = Field(default=None, description="The checkpoint to resume from.")
+    output_dir: Path = Field(description="Scratch folder for the Trainer (its output_dir) on local disk.")
+    config_maps: Path = Field(description="Root of mounted ConfigMaps: `<this>/<name>/<key>`.")
+
+    def write(self, work: Path) -> None:
+        """Write `<work>/inputs.json` so that a reader sees all of it or nothing."""
+        target = work / FILE_NAME
+        beside = work / f".{FILE_NAME}.{os.getpid()}"
+        beside.write_text(self.model_dump_json(by_alias=True))
+        beside.rename(target)
+
+    @staticmethod
+    def read(work: Path) -> Inputs | None:
+        """The inputs, or None while they are not there yet."""
+        try:
+            text = (work / FILE_NAME).read_text()
+        except FileNotFoundError:
+            return None
+        return Inputs.model_validate_json(text)
