@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import aiohttp
@@ -118,6 +118,13 @@ class Created:
     warnings: tuple[str, ...] = ()
 
 
+class Listing(NamedTuple):
+    """A full list, and the version of the world it shows."""
+
+    items: list[Object]
+    version: int
+
+
 @dataclass
 class ServerClock:
     """Now, as the API server sees it: deadlines are computed from its times and must not suffer from ours."""
@@ -179,7 +186,7 @@ class Kube:
         """Read one object. Errors: NotFound, Unavailable, ..."""
         return (await self._repeat("get", kind, name, "GET", kind.path(namespace, name))).body
 
-    async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> list[Object]:
+    async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Listing:
         """All objects of a kind, in pages, of one namespace or of the cluster."""
         items: list[Object] = []
         query = {"limit": str(PAGE)} | ({"labelSelector": labels} if labels else {})
@@ -187,9 +194,11 @@ class Kube:
         while True:
             page = (await self._repeat("list", kind, "", "GET", kind.path(namespace), query=query)).body
             items += page.get("items") or []
-            token = (page.get("metadata") or {}).get("continue")
+            meta = page.get("metadata") or {}
+            token = meta.get("continue")
             if not token:
-                return items
+                version = str(meta.get("resourceVersion", ""))
+                return Listing(items, int(version) if version.isdigit() else 0)
             query["continue"] = token
 
     async def create(self, kind: Kind, namespace: str, body: Object) -> Created:

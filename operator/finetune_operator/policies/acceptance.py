@@ -1,0 +1,131 @@
+"""Can this spec be run as written, here? Every problem at once, each with its field.
+
+What only another spec can mend is final. What the platform team can mend (a pool, the default storage) is looked at again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.defaults import Context, resolve
+from finetune_api.names import MAX_RUN_BYTES, Reason
+from finetune_api.rules import check
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.support import unsupported
+from finetune_operator.kube import Object
+from finetune_operator.settings import NodePool, OperatorConfig
+from finetune_operator.text import clean
+
+MAX_SPEC_BYTES = MAX_RUN_BYTES - 8 * 1024
+"""Largest resolved spec: the rest of the run configuration must fit beside it."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The spec with nothing left open."""
+
+    spec: FineTuneJobSpec
+    defaults: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    pool: NodePool | None = None
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why it cannot be run."""
+
+    reason: Reason
+    message: str
+    hint: str = ""
+    final: bool = True
+
+
+def accept(raw: Object, config: OperatorConfig) -> Accepted | Refused:
+    """Judge a spec as it stands in the FineTuneJob."""
+    try:
+        spec = FineTuneJobSpec.model_validate(raw)
+    except ValidationError as error:
+        return Refused(Reason.REJECTED, clean("; ".join(_shape(item) for item in error.errors())))
+    problems = check(spec)
+    missing = unsupported(spec)
+    if problems or missing:
+        found = [*problems, *missing]
+        reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
+        return Refused(reason, clean("; ".join(str(one) for one in found)), hint=found[0].hint)
+    pool = _pool(spec, config)
+    if isinstance(pool, Refused):
+        return pool
+    resolution = resolve(spec, context=_context(config, pool))
+    if resolution.spec.storage.uri is None:
+        message = "spec.storage.uri is absent, and the operator's configuration has no default storage"
+        return Refused(Reason.STORAGE_NOT_CONFIGURED, message, "write spec.storage.uri: s3://bucket/prefix", final=False)
+    size = len(resolution.spec.model_dump_json(by_alias=True, exclude_none=True))
+    if size > MAX_SPEC_BYTES:
+        message = f"the spec with its defaults takes {size} bytes, and a pod's annotation carries {MAX_SPEC_BYTES}"
+        return Refused(Reason.REJECTED, message, "put templates and long lists into ConfigMaps and refer to them")
+    return Accepted(resolution.spec, resolution.defaults, tuple(resolution.notes), pool)
+
+
+def _shape(item: Any) -> str:
+    path = ".".join(str(part) for part in item["loc"])
+    return f"spec.{path}: {item['msg']}" if path else str(item["msg"])
+
+
+def _context(config: OperatorConfig, pool: NodePool | None) -> Context:
+    """Defaults of the operator's configuration, the pool's first."""
+    own = pool.resources if pool else None
+
+    def value(name: str) -> str:
+        found = getattr(own, name) if own else None
+        return str(found if found is not None else getattr(config.resources, name))
+
+    return Context(
+        storage=config.storage if config.storage.uri else None,
+        gpu_resource=pool.gpu_resource if pool else "nvidia.com/gpu",
+        node_pool=pool.name if pool else None,
+        cpu=value("cpu"),
+        memory=value("memory"),
+        ephemeral_storage=value("ephemeral_storage"),
+        shared_memory=value("shared_memory"),
+    )
+
+
+def _pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Refused | None:
+    """The pool that a job runs on: the one it names; else, for GPUs, the default one; else none."""
+    wanted = spec.resources
+    gpus = 1 if wanted.gpus_per_node is None else wanted.gpus_per_node
+    if wanted.node_pool is not None:
+        pool = config.pool(wanted.node_pool)
+        if pool is None:
+            message = f"spec.resources.nodePool is {wanted.node_pool!r}; {_pools(config)}"
+            return Refused(Reason.UNKNOWN_NODE_POOL, message, "name one of them", final=False)
+    else:
+        pool = _by_resource(config, wanted.gpu_resource) if gpus else None
+        if pool is None:
+            return None
+    if gpus > pool.gpus_per_node:
+        message = f"spec.resources.gpusPerNode is {gpus}, and a node of pool {pool.name} has {pool.gpus_per_node}"
+        return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_pools(config)}", "ask for fewer, or use more nodes", False)
+    nodes = wanted.nodes or 1
+    if pool.max_nodes is not None and nodes > pool.max_nodes:
+        message = f"spec.resources.nodes is {nodes}, and pool {pool.name} has at most {pool.max_nodes} nodes"
+        return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_pools(config)}", "ask for fewer nodes", False)
+    return pool
+
+
+def _by_resource(config: OperatorConfig, resource: str | None) -> NodePool | None:
+    """The default pool, or the first that has the resource the job names."""
+    default = config.default_pool
+    if resource is None or (default and default.gpu_resource == resource):
+        return default
+    return next((pool for pool in config.node_pools if pool.gpu_resource == resource), None)
+
+
+def _pools(config: OperatorConfig) -> str:
+    if not config.node_pools:
+        return "the operator's configuration has no pools"
+    shown = ", ".join(f"{pool.name} ({pool.gpus_per_node} x {pool.gpu_resource})" for pool in config.node_pools)
+    return f"pools are: {shown}"

@@ -1,0 +1,213 @@
+"""Why did an attempt end? When several pods failed, one of them is the cause and the others are its consequences.
+
+User, data, model and storage errors come before memory and divergence, those before what nobody classified, then the cluster
+taking a pod away, then peers that noticed, then pods that stopped because they were told to. Among equals a rank that failed by
+itself comes before one that noticed, and the earlier before the later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum, StrEnum
+
+from finetune_api.names import CLASS_OF_CODE, REASON_OF_CLASS, ExitCode, FailureClass, Reason
+from finetune_api.pod import LastWords
+from finetune_api.status import Failure
+from finetune_operator.text import clean
+from finetune_operator.views import JobView, PodView
+
+
+class Fate(StrEnum):
+    """What follows from a cause."""
+
+    FINAL = "final"
+    """No attempt can mend it."""
+    FREE = "free"
+    """Again, and it does not count."""
+    COUNTED = "counted"
+    """Again after a pause; it counts unless the attempt made progress."""
+    MEMORY = "memory"
+    """The memory ladder."""
+    DIVERGED = "diverged"
+    """The divergence ladder."""
+
+
+class Weight(IntEnum):
+    """Which of several causes counts: the lowest."""
+
+    INPUT = 0
+    NUMERIC = 1
+    UNKNOWN = 2
+    CLUSTER = 3
+    PEER = 4
+    STOPPED = 5
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why an attempt ended without success."""
+
+    reason: Reason
+    failure: Failure
+    fate: Fate
+    weight: Weight = Weight.UNKNOWN
+
+
+FATE_OF_CODE: dict[int, Fate] = {
+    ExitCode.CONFIG: Fate.FINAL,
+    ExitCode.DATA: Fate.FINAL,
+    ExitCode.NOT_FOUND: Fate.FINAL,
+    ExitCode.STORAGE_SETUP: Fate.FINAL,
+    ExitCode.CREDENTIALS: Fate.FINAL,
+    ExitCode.STORAGE: Fate.COUNTED,
+    ExitCode.NO_CHECKPOINT: Fate.COUNTED,
+    ExitCode.INTERNAL: Fate.COUNTED,
+    ExitCode.PEER: Fate.COUNTED,
+    ExitCode.OUT_OF_MEMORY: Fate.MEMORY,
+    ExitCode.DIVERGED: Fate.DIVERGED,
+    ExitCode.PREEMPTED_SAVED: Fate.FREE,
+    ExitCode.PREEMPTED_UNSAVED: Fate.FREE,
+}
+WEIGHT_OF_CODE: dict[int, Weight] = {
+    ExitCode.CONFIG: Weight.INPUT,
+    ExitCode.DATA: Weight.INPUT,
+    ExitCode.NOT_FOUND: Weight.INPUT,
+    ExitCode.STORAGE_SETUP: Weight.INPUT,
+    ExitCode.CREDENTIALS: Weight.INPUT,
+    ExitCode.STORAGE: Weight.INPUT,
+    ExitCode.NO_CHECKPOINT: Weight.INPUT,
+    ExitCode.OUT_OF_MEMORY: Weight.NUMERIC,
+    ExitCode.DIVERGED: Weight.NUMERIC,
+    ExitCode.PEER: Weight.PEER,
+    ExitCode.PREEMPTED_SAVED: Weight.STOPPED,
+    ExitCode.PREEMPTED_UNSAVED: Weight.STOPPED,
+}
+CODE_WORD: dict[int, str] = {
+    ExitCode.CONFIG: "ConfigurationInvalid",
+    ExitCode.DATA: "DataInvalid",
+    ExitCode.NOT_FOUND: "NotFound",
+    ExitCode.STORAGE_SETUP: "StorageWronglySetUp",
+    ExitCode.STORAGE: "StorageUnreachable",
+    ExitCode.INTERNAL: "Unclassified",
+    ExitCode.OUT_OF_MEMORY: "GpuOutOfMemory",
+    ExitCode.DIVERGED: "Diverged",
+    ExitCode.NO_CHECKPOINT: "NoLoadableCheckpoint",
+    ExitCode.PEER: "PeerFailed",
+    ExitCode.PREEMPTED_SAVED: "PreemptedSaved",
+    ExitCode.PREEMPTED_UNSAVED: "PreemptedNotSaved",
+    ExitCode.CREDENTIALS: "CredentialsRefused",
+}
+"""Code words where the trainer gave none."""
+NODE_LOST = ("DeletionByTaintManager", "DeletionByPodGC")
+"""Reasons of DisruptionTarget that mean: the node went away."""
+OOM_KILLED = "OOMKilled"
+FOREVER = 2**63
+
+
+def cause_of(job: JobView | None, pods: Iterable[PodView]) -> Cause:
+    """Why the attempt that these pods belong to ended; the Job is asked where no pod tells."""
+    found = [(cause, pod) for pod in pods if (cause := pod_cause(pod)) is not None]
+    if found:
+        return min(found, key=lambda pair: _order(*pair))[0]
+    return _job_cause(job)
+
+
+def _order(cause: Cause, pod: PodView) -> tuple[int, bool, int, int]:
+    words = pod.words
+    noticed = words is not None and words.origin is False
+    when = words.time_ns if words is not None and words.time_ns else None
+    if when is None and pod.terminated and pod.terminated.finished:
+        when = int(pod.terminated.finished.timestamp() * 1e9)
+    return cause.weight, noticed, when if when is not None else FOREVER, pod.index
+
+
+def pod_cause(pod: PodView) -> Cause | None:
+    """What one pod's end says; None if it did not fail, or has not ended."""
+    if not pod.over or (pod.terminated is not None and pod.terminated.exit_code == ExitCode.OK):
+        return None
+    code = pod.terminated.exit_code if pod.terminated else None
+    if pod.terminated is not None and pod.terminated.reason == OOM_KILLED:
+        return _host_memory(pod)
+    if code in FATE_OF_CODE and not (pod.disruption and WEIGHT_OF_CODE.get(code, 0) >= Weight.PEER):
+        return _exit(pod, code)
+    if pod.disruption:
+        return _disrupted(pod)
+    if code is not None:
+        return _unknown_exit(pod, code)
+    return _without_container(pod)
+
+
+def _exit(pod: PodView, code: int) -> Cause:
+    words = pod.words or LastWords()
+    failure_class = words.class_ or CLASS_OF_CODE[code]
+    failure = _failure(
+        pod, failure_class, words.code or CODE_WORD[code], words.message or _raw(pod) or f"exit code {code}"
+    )
+    weight = WEIGHT_OF_CODE.get(code, Weight.UNKNOWN)
+    return Cause(REASON_OF_CLASS[failure_class], failure, FATE_OF_CODE[code], weight)
+
+
+def _host_memory(pod: PodView) -> Cause:
+    message = "the kernel killed the trainer: the pod's memory limit was reached"
+    failure = _failure(pod, FailureClass.OUT_OF_MEMORY, OOM_KILLED, message)
+    hint = "raise resources.memory, or lower training.batchSizePerDevice"
+    failure = failure.model_copy(update={"hint": hint})
+    return Cause(Reason.OUT_OF_MEMORY, failure, Fate.MEMORY, Weight.NUMERIC)
+
+
+def _disrupted(pod: PodView) -> Cause:
+    lost = pod.disruption in NODE_LOST
+    message = pod.disruption_message or ("the node went away" if lost else "the cluster took the pod")
+    failure = _failure(pod, FailureClass.PREEMPTED, pod.disruption, message)
+    return Cause(Reason.NODE_LOST if lost else Reason.PREEMPTED, failure, Fate.FREE, Weight.CLUSTER)
+
+
+def _unknown_exit(pod: PodView, code: int) -> Cause:
+    if code in (ExitCode.TERMINATED, ExitCode.KILLED) and pod.deleting is not None:
+        failure = _failure(pod, FailureClass.PREEMPTED, "PreemptedNotSaved", "the pod was deleted and did not save in time")
+        return Cause(Reason.PREEMPTED, failure, Fate.FREE, Weight.STOPPED)
+    words = pod.words or LastWords()
+    failure_class = words.class_ or FailureClass.INTERNAL
+    message = words.message or _raw(pod) or f"the trainer ended with exit code {code}"
+    return Cause(
+        REASON_OF_CLASS[failure_class], _failure(pod, failure_class, words.code or f"ExitCode{code}", message), Fate.COUNTED
+    )
+
+
+def _without_container(pod: PodView) -> Cause:
+    """No container ever ended: rejected by the kubelet, evicted before it ran, or deleted."""
+    if pod.phase == "Failed":
+        message = pod.message or "the node refused the pod"
+        failure = _failure(pod, FailureClass.INFRASTRUCTURE, pod.reason or "PodRejected", message)
+        return Cause(Reason.PEER_FAILED, failure, Fate.COUNTED, Weight.CLUSTER)
+    failure = _failure(pod, FailureClass.PREEMPTED, "PodDeleted", "the pod was deleted")
+    return Cause(Reason.PREEMPTED, failure, Fate.FREE, Weight.STOPPED)
+
+
+def _job_cause(job: JobView | None) -> Cause:
+    code = (job.failed_reason if job else "") or "PodsLost"
+    message = (job.failed_message if job else "") or "the pods are gone and nobody saw how they ended"
+    failure = Failure(class_=FailureClass.INFRASTRUCTURE, code=code, message=clean(message))
+    return Cause(Reason.PEER_FAILED, failure, Fate.COUNTED, Weight.CLUSTER)
+
+
+def _failure(pod: PodView, failure_class: FailureClass, code: str, message: str) -> Failure:
+    words = pod.words or LastWords()
+    return Failure(
+        class_=failure_class,
+        code=clean(code, 128),
+        message=clean(message),
+        hint=clean(words.hint) if words.hint else None,
+        node=pod.node or None,
+        rank=words.rank if words.rank is not None else None,
+        step=words.step,
+        exit_code=pod.terminated.exit_code if pod.terminated else None,
+    )
+
+
+def _raw(pod: PodView) -> str:
+    """The last line of a container that left no words of ours (the kubelet then keeps the end of the log)."""
+    text = pod.terminated.message if pod.terminated else ""
+    lines = [line for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines and not text.startswith("{") else ""

@@ -1,0 +1,104 @@
+"""What to change after memory ran out or the loss diverged, so that another attempt can do better.
+
+Memory: the same effective batch exactly. The micro-batch goes to its largest divisor at or below half, accumulation takes the
+factor, down to 1; then activation checkpointing; then the job fails with its numbers.
+Divergence: once the same again from the last healthy checkpoint (a bit flip does not repeat); then, at most twice, back to the
+healthy checkpoint before with half the learning rate; then it fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from finetune_api.names import Reason
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import GradientCheckpointing, OnDivergence, OnOutOfMemory
+from finetune_api.status import Adaptation, Checkpoint
+
+BATCH = "training.batchSizePerDevice"
+ACCUMULATION = "training.gradientAccumulationSteps"
+CHECKPOINTING = "training.gradientCheckpointing"
+RATE = "training.learningRate"
+MAX_STEP = "resume.maxStep"
+"""Not a path of the spec: the newest checkpoint an attempt may start from."""
+ROLLBACKS = 2
+RATE_FACTOR = 0.5
+
+
+@dataclass(frozen=True)
+class Exhausted:
+    """The ladder has no further rung."""
+
+    message: str
+    hint: str
+
+
+def adapted(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> FineTuneJobSpec:
+    """The resolved spec with every adaptation applied, the later over the earlier."""
+    value = spec.wire()
+    for path, found in adapted_values(adaptations).items():
+        if path == MAX_STEP:
+            continue
+        *groups, name = path.split(".")
+        target = value
+        for group in groups:
+            target = target.setdefault(group, {})
+        target[name] = found
+    return FineTuneJobSpec.model_validate(value)
+
+
+def adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
+    """Values that now hold, by spec path."""
+    result: dict[str, Any] = {}
+    for one in adaptations:
+        result |= one.set or {}
+    return result
+
+
+def after_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | Exhausted:
+    """The next rung after memory ran out with `spec` (resolved, earlier adaptations applied)."""
+    batch = spec.training.batch_size_per_device or 1
+    accumulation = spec.training.gradient_accumulation_steps or 1
+    if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
+        return Exhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
+    if batch > 1:
+        smaller = next(part for part in range(batch // 2, 0, -1) if batch % part == 0)
+        more = accumulation * (batch // smaller)
+        change = f"batchSizePerDevice {batch} -> {smaller}, gradientAccumulationSteps {accumulation} -> {more}"
+        return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set={BATCH: smaller, ACCUMULATION: more})
+    if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED:
+        enabled = GradientCheckpointing.ENABLED.value
+        change = f"gradientCheckpointing {GradientCheckpointing.DISABLED.value} -> {enabled}"
+        return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set={CHECKPOINTING: enabled})
+    return Exhausted(
+        f"memory ran out with batchSizePerDevice {batch}, gradientAccumulationSteps {accumulation} and activation "
+        f"checkpointing {spec.training.gradient_checkpointing or 'unknown'}: nothing is left to reduce",
+        "use a larger GPU or resources.memory, a quantised base (method qlora), or a shorter dataset.maxSequenceLength",
+    )
+
+
+def after_divergence(
+    spec: FineTuneJobSpec, adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint], now: datetime
+) -> Adaptation | Exhausted:
+    """The next rung after the loss was not finite; `spec` has earlier adaptations applied."""
+    if spec.policy.on_divergence is OnDivergence.FAIL:
+        return Exhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
+    earlier = [one for one in adaptations if one.reason == Reason.DIVERGED]
+    steps = sorted((c.step for c in checkpoints if c.healthy is not False), reverse=True)
+    if not earlier:
+        start = f"step {steps[0]}" if steps else "the start"
+        return Adaptation(time=now, reason=Reason.DIVERGED, change=f"replay from {start}, nothing changed", set={})
+    if len(earlier) > ROLLBACKS:
+        return Exhausted(
+            f"the loss was not finite again after one replay and {ROLLBACKS} rollbacks, "
+            f"at last with learningRate {spec.training.learning_rate:g}",
+            "look at the rows around the step named here; lower training.learningRate or training.maxGradNorm",
+        )
+    back = steps[min(len(earlier), len(steps) - 1)] if len(steps) > 1 else 0
+    rate = spec.training.learning_rate or 0.0
+    slower = rate * RATE_FACTOR
+    change = f"rolled back to {f'step {back}' if back else 'the start'}, learningRate {rate:g} -> {slower:g}"
+    return Adaptation(time=now, reason=Reason.DIVERGED, change=change, set={RATE: slower, MAX_STEP: back})

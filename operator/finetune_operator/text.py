@@ -1,0 +1,51 @@
+"""Words for people, from people and programs we do not control: cut to size, without secrets, without control characters."""
+
+from __future__ import annotations
+
+import re
+
+MAX_MESSAGE = 1024
+"""Characters of a message in status; conditions and events of the whole cluster share etcd."""
+REDACTED = "[redacted]"
+
+_SECRETS = (
+    re.compile(r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b"),
+    re.compile(r"\bhf_[A-Za-z0-9]{16,}\b"),
+    re.compile(r"(?<=Bearer )[A-Za-z0-9._~+/=-]{8,}", re.IGNORECASE),
+    re.compile(
+        r"(?<![A-Za-z])((?:[A-Za-z]+[_-])*(?:secret[_-]?(?:access[_-]?)?key|secret|token|password|passwd|api[_-]?key))"
+        r"([\"']?\s*[=:]\s*[\"']?)([^\s\"',;]{4,})",
+        re.IGNORECASE,
+    ),
+    re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"),
+)
+
+
+def clean(text: str, limit: int = MAX_MESSAGE) -> str:
+    """Text that may be shown to everybody who may read the job, at most `limit` characters."""
+    text = "".join(c if c.isprintable() or c == "\n" else " " for c in text[: limit * 4]).strip()
+    for pattern in _SECRETS:
+        text = pattern.sub(_mask, text)
+    return text if len(text) <= limit else text[: limit - 4].rstrip() + " ..."
+
+
+def _mask(match: re.Match[str]) -> str:
+    if match.lastindex == 3:
+        return f"{match.group(1)}{match.group(2)}{REDACTED}"
+    return REDACTED
+
+
+def duration(seconds: float) -> str:
+    """A time span for people: `45s`, `12m`, `1h12m`, `3d4h`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    minutes = whole // 60
+    if minutes < 60:
+        rest = whole % 60
+        return f"{minutes}m{rest}s" if rest and minutes < 10 else f"{minutes}m"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours}h{minutes}m" if minutes else f"{hours}h"
+    days, hours = divmod(hours, 24)
+    return f"{days}d{hours}h" if hours else f"{days}d"

@@ -1,0 +1,300 @@
+"""What the operator keeps of the objects it watches: small frozen views, cut from JSON at the border.
+
+A Job's template carries the whole run configuration and a Pod's managed fields are longer than its status; a cache of thousands
+must hold neither. Reading never raises: whatever another version, a person or a broken node wrote becomes a view or None.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.names import KIND, MANAGER, Annotation, Label
+from finetune_api.pod import LastWords
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.kube import Object
+
+logger = logging.getLogger(__name__)
+
+INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
+MAX_TEXT = 2048
+"""Characters kept of a message somebody else wrote."""
+
+
+@dataclass(frozen=True)
+class JobView:
+    """A batch/v1 Job that carries our labels."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    owner_uid: str
+    owned: bool
+    """Whether a FineTuneJob of uid `owner_uid` is its controller."""
+    job_name: str
+    """Name of that FineTuneJob, from the label."""
+    attempt: int
+    created: datetime
+    deleting: bool = False
+    suspended: bool = False
+    """Its own `spec.suspend`: a queue holds it."""
+    queue: str | None = None
+    started: datetime | None = None
+    complete: datetime | None = None
+    failed: datetime | None = None
+    failed_reason: str = ""
+    failed_message: str = ""
+    config_sha256: str = ""
+
+    @property
+    def finished(self) -> bool:
+        """Over, and none of its pods runs any more."""
+        return self.complete is not None or self.failed is not None
+
+
+@dataclass(frozen=True)
+class Terminated:
+    """How the trainer container ended."""
+
+    exit_code: int
+    reason: str = ""
+    message: str = ""
+    finished: datetime | None = None
+
+
+@dataclass(frozen=True)
+class PodView:
+    """A pod that carries our labels. `gone`: the object was deleted; this is the last that was seen of it."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    job_uid: str
+    """uid of the Job that owns it."""
+    owner_uid: str
+    """uid of the FineTuneJob, from the label."""
+    job_name: str
+    attempt: int
+    index: int
+    created: datetime
+    phase: str = "Pending"
+    ready: bool = False
+    ip: str = ""
+    node: str = ""
+    deleting: datetime | None = None
+    """When it should be gone: the time of the delete plus its grace period."""
+    reason: str = ""
+    message: str = ""
+    unschedulable: str = ""
+    """The scheduler's words, if it finds no node."""
+    waiting_reason: str = ""
+    waiting_message: str = ""
+    running_since: datetime | None = None
+    disruption: str = ""
+    """Reason of the DisruptionTarget condition."""
+    disruption_message: str = ""
+    terminated: Terminated | None = None
+    image_id: str = ""
+    gone: bool = False
+
+    @property
+    def over(self) -> bool:
+        """It will never run again."""
+        return self.gone or self.phase in ("Succeeded", "Failed")
+
+    @property
+    def words(self) -> LastWords | None:
+        """Its termination message, if it is one of ours."""
+        return last_words(self.terminated.message) if self.terminated else None
+
+
+@dataclass(frozen=True)
+class JobObject:
+    """A FineTuneJob: metadata that matters, the spec as written, the status as it was."""
+
+    namespace: str
+    name: str
+    uid: str
+    version: int
+    resource_version: str
+    generation: int
+    created: datetime
+    deleting: bool
+    spec: Object = field(hash=False, compare=False)
+    status: FineTuneJobStatus = field(hash=False, compare=False)
+
+
+def time(text: Any) -> datetime | None:
+    """Kubernetes' time, or None."""
+    if not isinstance(text, str):
+        return None
+    try:
+        moment = datetime.fromisoformat(text.replace("Z", "+00:00"))
+    except ValueError:
+        return None
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def last_words(message: str) -> LastWords | None:
+    """A termination message of the trainer, or None if it is anything else."""
+    if not message.startswith("{"):
+        return None
+    try:
+        return LastWords.model_validate(json.loads(message))
+    except ValueError:
+        return None
+
+
+def read_status(raw: Any) -> FineTuneJobStatus:
+    """A status, whatever is in it: fields that cannot be read are dropped, so that the rest is not lost with them."""
+    value = dict(raw) if isinstance(raw, dict) else {}
+    while True:
+        try:
+            return FineTuneJobStatus.model_validate(value)
+        except ValidationError as error:
+            bad = {str(item["loc"][0]) for item in error.errors() if item["loc"]} & value.keys()
+            if not bad:
+                return FineTuneJobStatus()
+            logger.warning("status fields %s cannot be read and are dropped", sorted(bad))
+            for key in bad:
+                del value[key]
+
+
+def read_finetunejob(body: Object) -> JobObject:
+    """View of a FineTuneJob."""
+    meta = body["metadata"]
+    return JobObject(
+        namespace=meta["namespace"],
+        name=meta["name"],
+        uid=meta["uid"],
+        version=_version(meta),
+        resource_version=str(meta.get("resourceVersion", "")),
+        generation=int(meta.get("generation", 1)),
+        created=time(meta.get("creationTimestamp")) or datetime.now(UTC),
+        deleting=bool(meta.get("deletionTimestamp")),
+        spec=body.get("spec") or {},
+        status=read_status(body.get("status")),
+    )
+
+
+def read_job(body: Object) -> JobView | None:
+    """View of a Job, or None if it does not carry our labels."""
+    meta = body["metadata"]
+    labels = meta.get("labels") or {}
+    attempt = _number(labels.get(Label.ATTEMPT))
+    if labels.get(Label.MANAGED_BY) != MANAGER or not labels.get(Label.NAME) or attempt is None:
+        return None
+    status, spec = body.get("status") or {}, body.get("spec") or {}
+    owner = _controller(meta, KIND)
+    conditions = {c.get("type"): c for c in status.get("conditions") or [] if c.get("status") == "True"}
+    failed = conditions.get("Failed", {})
+    return JobView(
+        namespace=meta["namespace"],
+        name=meta["name"],
+        uid=meta["uid"],
+        version=_version(meta),
+        owner_uid=owner or str(labels.get(Label.UID, "")),
+        owned=owner is not None,
+        job_name=labels[Label.NAME],
+        attempt=attempt,
+        created=time(meta.get("creationTimestamp")) or datetime.now(UTC),
+        deleting=bool(meta.get("deletionTimestamp")),
+        suspended=bool(spec.get("suspend")),
+        queue=labels.get(Label.QUEUE),
+        started=time(status.get("startTime")),
+        complete=_since(conditions.get("Complete")),
+        failed=_since(failed),
+        failed_reason=str(failed.get("reason", "")),
+        failed_message=str(failed.get("message", ""))[:MAX_TEXT],
+        config_sha256=str((meta.get("annotations") or {}).get(Annotation.SPEC_SHA256, "")),
+    )
+
+
+def read_pod(body: Object) -> PodView | None:
+    """View of a Pod, or None if it does not carry our labels."""
+    meta = body["metadata"]
+    labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
+    attempt = _number(labels.get(Label.ATTEMPT))
+    if labels.get(Label.MANAGED_BY) != MANAGER or not labels.get(Label.NAME) or attempt is None:
+        return None
+    status = body.get("status") or {}
+    conditions = {c.get("type"): c for c in status.get("conditions") or []}
+    container = (status.get("containerStatuses") or [{}])[0]
+    state = container.get("state") or {}
+    waiting, disruption = state.get("waiting") or {}, conditions.get("DisruptionTarget", {})
+    disrupted = disruption.get("status") == "True"
+    scheduled = conditions.get("PodScheduled", {})
+    unschedulable = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
+    return PodView(
+        namespace=meta["namespace"],
+        name=meta["name"],
+        uid=meta["uid"],
+        version=_version(meta),
+        job_uid=_controller(meta, "Job") or "",
+        owner_uid=str(labels.get(Label.UID, "")),
+        job_name=labels[Label.NAME],
+        attempt=attempt,
+        index=_number(annotations.get(INDEX_ANNOTATION) or labels.get(INDEX_ANNOTATION)) or 0,
+        created=time(meta.get("creationTimestamp")) or datetime.now(UTC),
+        phase=str(status.get("phase", "Pending")),
+        ready=conditions.get("Ready", {}).get("status") == "True",
+        ip=str(status.get("podIP", "")),
+        node=str((body.get("spec") or {}).get("nodeName", "")),
+        deleting=time(meta.get("deletionTimestamp")),
+        reason=str(status.get("reason", "")),
+        message=str(status.get("message", ""))[:MAX_TEXT],
+        unschedulable=str(scheduled.get("message", ""))[:MAX_TEXT] if unschedulable else "",
+        waiting_reason=str(waiting.get("reason", "")),
+        waiting_message=str(waiting.get("message", ""))[:MAX_TEXT],
+        running_since=time((state.get("running") or {}).get("startedAt")),
+        disruption=str(disruption.get("reason", "") or "DisruptionTarget") if disrupted else "",
+        disruption_message=str(disruption.get("message", ""))[:MAX_TEXT] if disrupted else "",
+        terminated=_terminated(state.get("terminated")),
+        image_id=str(container.get("imageID", "")),
+    )
+
+
+def buried(pod: PodView) -> PodView:
+    """The last that was seen of a pod whose object is deleted."""
+    return replace(pod, gone=True, ready=False)
+
+
+def _terminated(value: Object | None) -> Terminated | None:
+    if not value:
+        return None
+    return Terminated(
+        exit_code=_number(value.get("exitCode")) or 0,
+        reason=str(value.get("reason", "")),
+        message=str(value.get("message", "")),
+        finished=time(value.get("finishedAt")),
+    )
+
+
+def _since(condition: Object | None) -> datetime | None:
+    if not condition:
+        return None
+    return time(condition.get("lastTransitionTime")) or datetime.now(UTC)
+
+
+def _controller(meta: Object, kind: str) -> str | None:
+    owners = meta.get("ownerReferences") or []
+    return next((o.get("uid") for o in owners if o.get("kind") == kind and o.get("controller")), None)
+
+
+def _version(meta: Object) -> int:
+    return _number(meta.get("resourceVersion")) or 0
+
+
+def _number(value: Any) -> int | None:
+    try:
+        return int(value)
+    except (TypeError, ValueError):
+        return None
