@@ -1,0 +1,228 @@
+"""The torch-free half of the data room: files to typed examples, split, checked and counted.
+
+The supervisor runs it before the ranks get their inputs (`check_files`), so that a bad row ends a job in seconds; the ranks
+run it again to get the examples themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune_api.errors import ConfigError, DataError
+from finetune_api.pod import RunConfig
+from finetune_api.spec.dataset import Columns, Dataset
+from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, TrainerType
+
+from finetune_trainer.data import checks
+from finetune_trainer.data.detect import SAMPLE, detect, require_columns
+from finetune_trainer.data.normalise import Recipe, normalise
+from finetune_trainer.data.read import data_files, read_rows, row_failure
+from finetune_trainer.data.rows import Example, Raw, RowError
+from finetune_trainer.data.split import cut, mix
+
+if TYPE_CHECKING:
+    from finetune_trainer.inputs import Inputs
+
+FORMATS_OF_TRAINER = {
+    TrainerType.DPO: (DatasetFormat.PREFERENCE,),
+    TrainerType.ORPO: (DatasetFormat.PREFERENCE,),
+    TrainerType.REWARD: (DatasetFormat.PREFERENCE,),
+    TrainerType.KTO: (DatasetFormat.UNPAIRED_PREFERENCE,),
+    TrainerType.GRPO: (DatasetFormat.PROMPT_ONLY,),
+}
+NOT_FOR_SFT = (DatasetFormat.PREFERENCE, DatasetFormat.UNPAIRED_PREFERENCE, DatasetFormat.PROMPT_ONLY)
+WITHOUT_TURNS = (DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM)
+RESPONSE_ONLY = "dataset.responseOnly.enabled"
+
+Rows = list[tuple[Raw, Example]]
+
+
+@dataclass
+class DataSummary:
+    """What the rows are, counted."""
+
+    format: DatasetFormat
+    rows: dict[str, int] = field(default_factory=dict)
+    """Usable rows by part: train, validation, test."""
+    bad_rows: int = 0
+    findings: checks.Findings = field(default_factory=checks.Findings)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Loaded:
+    """The examples of every part, with the rows they come from."""
+
+    train: Rows
+    validation: Rows
+    test: Rows
+    summary: DataSummary
+
+
+def check_files(run: RunConfig, inputs: Inputs) -> DataSummary:
+    """Read and check every row of every file. Imports neither torch nor transformers.
+
+    Errors: DataError (65) with file and row: DatasetEmpty, DatasetNotUtf8, DatasetRowInvalid, ColumnMissing, UnknownRole,
+    ConversationEmpty, NoTrainableToken, FormatUnknown, SplitEmpty, TooManyBadRows; ConfigError (64): FormatMismatch.
+    """
+    return load(run, inputs).summary
+
+
+def load(run: RunConfig, inputs: Inputs) -> Loaded:
+    """All examples of a run. Errors: see `check_files`."""
+    spec = run.spec.dataset
+    reader = _Reader(run)
+    if inputs.mixture:
+        train = _mixture(reader, run, inputs.mixture)
+    else:
+        train = reader.rows(inputs.train, spec.format, spec.columns)
+    train = reader.look(train)
+    validation = reader.rows(inputs.validation, spec.format, spec.columns) if inputs.validation else []
+    test = reader.rows(inputs.test, spec.format, spec.columns) if inputs.test else []
+    if spec.split is not None:
+        train, cut_validation, cut_test = cut(train, spec.split)
+        validation, test = validation or cut_validation, test or cut_test
+    summary = reader.summary
+    summary.rows = {"train": len(train), "validation": len(validation), "test": len(test)}
+    return Loaded(train, validation, test, summary)
+
+
+def response_only(run: RunConfig, kind: DatasetFormat) -> bool:
+    """Whether the loss covers answers only. Text without turns has none; asking for it there needs markers.
+
+    Errors: ConfigError ResponseOnlyWithoutTurns.
+    """
+    chosen = run.spec.dataset.response_only
+    enabled = chosen is None or chosen.enabled is not False
+    if not enabled or kind not in WITHOUT_TURNS:
+        return enabled
+    markers = chosen is not None and bool(chosen.question_marker or chosen.answer_marker)
+    if markers or RESPONSE_ONLY in run.defaults or chosen is None:
+        return markers
+    raise ConfigError(
+        "ResponseOnlyWithoutTurns", f"dataset.responseOnly.enabled is true, but format {kind} has no turns to tell an answer by",
+        hint="set dataset.responseOnly.questionMarker and answerMarker, or leave responseOnly out",
+    )  # fmt: skip
+
+
+def _mixture(reader: _Reader, run: RunConfig, sources: Sequence[list[Path]]) -> Rows:
+    spec = run.spec.dataset
+    items = spec.mixture or []
+    parts = [
+        reader.rows(paths, item.format or spec.format, item.columns or spec.columns)
+        for paths, item in zip(sources, items, strict=True)
+    ]
+    weights = [1.0 if item.weight is None else item.weight for item in items]
+    seed = 42 if run.spec.training.seed is None else run.spec.training.seed
+    mixed = mix(parts, weights, seed)
+    shares = ", ".join(f"{item.source} {len(part)} rows, weight {weight:g}" for item, part, weight in zip(items, parts, weights, strict=True))
+    reader.summary.notes.append(f"mixture of {len(mixed)} rows: {shares}")
+    return mixed
+
+
+class _Reader:
+    """Reads sources one after the other under one policy for bad rows, and keeps the counts."""
+
+    def __init__(self, run: RunConfig):
+        self.run = run
+        self.spec: Dataset = run.spec.dataset
+        self.trainer = run.spec.trainer.type or TrainerType.SFT
+        self.summary = DataSummary(self.spec.format or DatasetFormat.MESSAGES)
+        self._first = True
+
+    def rows(self, paths: list[Path], given: DatasetFormat | None, columns: Columns | None) -> Rows:
+        """Examples of one source."""
+        columns = columns or Columns()
+        broken: list[tuple[Raw, RowError]] = []
+        skip = self.spec.bad_rows is BadRows.SKIP
+        files = data_files(paths)
+        stream = read_rows(files, self.spec.file_format or FileFormat.AUTO, bad_rows=broken if skip else None)
+        sample = list(islice(stream, SAMPLE))
+        if not sample and not broken:
+            raise DataError("DatasetEmpty", f"{', '.join(f.name for f in files)}: no rows", hint="give a file with at least one row")
+        kind = self._format(sample, given, columns)
+        good = self._examples(chain(sample, stream), self._recipe(kind, columns), broken, skip)
+        self._tolerate(broken, len(good) + len(broken))
+        if not good:
+            raise DataError("DatasetEmpty", f"{', '.join(f.name for f in files)}: no usable rows", hint="mend the rows")
+        self.summary.bad_rows += len(broken)
+        return good
+
+    def _format(self, sample: list[Raw], given: DatasetFormat | None, columns: Columns) -> DatasetFormat:
+        if given is not None:
+            kind = given
+        elif self.trainer is TrainerType.GRPO:
+            kind = DatasetFormat.PROMPT_ONLY
+        else:
+            kind = detect(sample, columns)
+        wanted = FORMATS_OF_TRAINER.get(self.trainer)
+        if (wanted and kind not in wanted) or (not wanted and kind in NOT_FOR_SFT):
+            needs = f"trainer {self.trainer} needs {wanted[0]} data" if wanted else f"trainer sft cannot learn from {kind} data"
+            raise ConfigError(
+                "FormatMismatch", f"{needs}; the rows are {kind}" if wanted else needs,
+                hint="give data of that format, or choose the trainer that reads it",
+            )  # fmt: skip
+        require_columns(sample, kind, columns)
+        if self._first:
+            self.summary.format, self._first = kind, False
+        return kind
+
+    def _recipe(self, kind: DatasetFormat, columns: Columns) -> Recipe:
+        mcq = self.spec.mcq
+        return Recipe(
+            format=kind, columns=columns, system_prompt=self.spec.system_prompt, template=self.spec.template,
+            include_options=mcq is None or mcq.include_options is not False,
+            answers_needed=self.trainer is TrainerType.SFT and response_only(self.run, kind),
+        )  # fmt: skip
+
+    def _examples(self, stream: Iterable[Raw], recipe: Recipe, broken: list[tuple[Raw, RowError]], skip: bool) -> Rows:
+        json_answers = self.spec.checks is not None and self.spec.checks.validate_json is True
+        good: Rows = []
+        for raw, found in normalise(stream, recipe):
+            error = found if isinstance(found, RowError) else checks.answer_error(found) if json_answers else None
+            if error is None and not isinstance(found, RowError):
+                good.append((raw, found))
+            elif error is not None and skip:
+                broken.append((raw, error))
+            elif error is not None:
+                raise row_failure(raw, error)
+        return good
+
+    def _tolerate(self, broken: list[tuple[Raw, RowError]], rows: int) -> None:
+        """Refuse more bad rows than allowed. Errors: TooManyBadRows."""
+        if not broken:
+            return
+        limit = 0.05 if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio
+        first, error = broken[0]
+        if len(broken) > limit * rows:
+            raise DataError(
+                "TooManyBadRows", f"{len(broken)} of {rows} rows cannot be used, more than {limit:.1%}; the first: {first.place}: {error.found}",
+                hint=f"{error.write}; or raise dataset.maxBadRowRatio",
+            )  # fmt: skip
+        self.summary.notes.append(f"{len(broken)} of {rows} rows were left out; the first: {first.place}: {error.found}")
+
+    def look(self, rows: Rows) -> Rows:
+        """The looks of `dataset.checks` that concern all training rows."""
+        asked, findings, notes = self.spec.checks, self.summary.findings, self.summary.notes
+        if asked is None:
+            return rows
+        if asked.deduplicate:
+            rows, findings.duplicates = checks.deduplicate(rows)
+            notes.append(f"{findings.duplicates} duplicate rows were left out")
+        if asked.pii_scan:
+            findings.personal = checks.scan_personal(rows)
+            hits = ", ".join(f"{kind} in {count}" for kind, count in findings.personal.items() if count)
+            notes.append(f"rows that may hold personal data: {hits or 'none'}")
+        if asked.balance:
+            findings.answers, findings.share_of_top_answer = checks.balance(rows)
+            if findings.answers:
+                top = next(iter(findings.answers))
+                notes.append(f"most frequent answer: {top!r}, {findings.share_of_top_answer:.1%} of all")
+        return rows
+
+
+__all__ = ["DataSummary", "Loaded", "check_files", "load", "response_only"]

@@ -1,0 +1,186 @@
+"""Stage 5, template: an example becomes one text and the spans of it that are learned.
+
+Where an answer begins and ends is never guessed from marker strings unless the user gives them. A template with generation
+markers says it itself; for any other the conversation is rendered turn by turn: what the template adds for an answer, after
+the header it writes when asked for one, is the answer. Templates that render earlier turns differently once later ones
+follow are handled by looking for the answer's own text; what stays unknown is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jinja2
+from finetune_api.errors import ConfigError
+
+from finetune_trainer.data.rows import Completion, Conversation, Example, RowError, Text, Turn
+
+Span = tuple[int, int]
+_SENTINEL = "\ue000\ue001\ue002"
+"""Private-use characters that no tokenizer, template or data set contains."""
+
+
+class ChatTokenizer(Protocol):
+    """What of a tokenizer is needed here."""
+
+    chat_template: str | None
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A text and the half-open character spans that the loss covers. `templated`: special tokens stand in the text already."""
+
+    text: str
+    spans: tuple[Span, ...]
+    templated: bool
+
+
+@dataclass(frozen=True)
+class Style:
+    """How examples are rendered."""
+
+    tokenizer: ChatTokenizer
+    use_chat_template: bool
+    response_only: bool
+    markers: tuple[str, str] | None = None
+    """Question and answer marker of the spec; the second alone is enough."""
+    specials: tuple[str, ...] = ()
+    """Special tokens of the tokenizer, longest first: the end of a turn is learned with it."""
+
+
+def render(example: Example, style: Style) -> Rendered:
+    """The text of one example. Errors: RowError TemplateRefusedRow; ConfigError TemplateSpansUnknown, MarkerAbsent."""
+    match example:
+        case Text(text):
+            rendered = Rendered(text, ((0, len(text)),), False)
+        case Completion(prompt, completion):
+            if style.use_chat_template:
+                turns = (Turn("user", prompt), Turn("assistant", completion))
+                return render(Conversation(turns), style)
+            start = len(prompt) if style.response_only else 0
+            rendered = Rendered(prompt + completion, ((start, len(prompt) + len(completion)),), False)
+        case Conversation():
+            rendered = _templated(example, style) if style.use_chat_template else _plain(example, style)
+        case _:
+            raise RowError("FormatMismatch", f"{type(example).__name__} rows have no text to learn", "choose the trainer that reads them")
+    return _marked(rendered, style.markers) if style.markers and style.response_only else rendered
+
+
+def prompt_text(turns: tuple[Turn, ...], style: Style, tools: Sequence[Any] = ()) -> str:
+    """A prompt as the model sees it when it has to answer."""
+    return _apply(style.tokenizer, turns, tools, open_answer=True)
+
+
+# ---- without a template
+
+
+def _plain(example: Conversation, style: Style) -> Rendered:
+    """`Question: ...` and `Answer: ...` lines with the format's own words."""
+    words = {"system": "System", "user": example.words[0], "assistant": example.words[1], "tool": "Tool"}
+    text, spans = "", []
+    for turn in example.turns:
+        text += ("\n" if text else "") + f"{words[turn.role]}: "
+        if turn.role == "assistant" and turn.weight:
+            spans.append((len(text), len(text) + len(turn.content)))
+        text += turn.content
+    return Rendered(text, tuple(spans) if style.response_only else _all_but_silent(example, text), False)
+
+
+def _all_but_silent(example: Conversation, text: str) -> tuple[Span, ...]:
+    """Everything, less answers of weight 0 where such a weight was written."""
+    spans, start = [], 0
+    for turn in example.turns:
+        if turn.role == "assistant" and not turn.weight and turn.content:
+            at = text.find(turn.content, start)
+            if at >= 0:
+                spans.append((start, at))
+                start = at + len(turn.content)
+    return tuple(span for span in [*spans, (start, len(text))] if span[1] > span[0])
+
+
+# ---- with a template
+
+
+def _templated(example: Conversation, style: Style) -> Rendered:
+    text = _apply(style.tokenizer, example.turns, example.tools)
+    if not style.response_only:
+        return Rendered(text, _all_but_silent(example, text), True)
+    if style.markers:
+        return Rendered(text, (), True)
+    spans = []
+    for place, turn in enumerate(example.turns):
+        if turn.role == "assistant" and turn.weight:
+            spans.append(_answer_span(example, place, text, style))
+    return Rendered(text, tuple(spans), True)
+
+
+def _answer_span(example: Conversation, place: int, text: str, style: Style) -> Span:
+    """Characters of `text` that answer `place` consists of, its end-of-turn token included."""
+    turns, tools = example.turns, example.tools
+    head = _apply(style.tokenizer, turns[:place], tools, open_answer=True) if place else ""
+    whole = text if place == len(turns) - 1 else _apply(style.tokenizer, turns[: place + 1], tools)
+    if head and text.startswith(head) and text.startswith(whole) and len(whole) > len(head):
+        return _with_end(text, (len(head), len(head) + len(whole[len(head) :].rstrip())), style.specials)
+    inside = _content_span(turns, tools, place, text, style.tokenizer)
+    start = len(head) if head and text.startswith(head) and len(head) <= inside[0] else inside[0]
+    return _with_end(text, (start, inside[1]), style.specials)
+
+
+def _content_span(turns: tuple[Turn, ...], tools: Sequence[Any], place: int, text: str, tokenizer: ChatTokenizer) -> Span:
+    """Where the answer's own text stands, found by rendering the conversation with another text in its place."""
+    turn = turns[place]
+    other = (*turns[:place], Turn(turn.role, _SENTINEL, turn.weight, turn.extra), *turns[place + 1 :])
+    changed = _apply(tokenizer, other, tools)
+    at = changed.find(_SENTINEL)
+    tail = len(changed) - at - len(_SENTINEL)
+    if at < 0 or changed.count(_SENTINEL) != 1 or text[:at] != changed[:at] or text[len(text) - tail :] != changed[len(changed) - tail :]:
+        raise ConfigError(
+            "TemplateSpansUnknown", f"the chat template does not tell where answer {place + 1} of a conversation begins and ends",
+            hint="give a template with {% generation %} markers (dataset.chatTemplate), or set dataset.responseOnly.enabled: false",
+        )  # fmt: skip
+    return at, len(text) - tail
+
+
+def _with_end(text: str, span: Span, specials: tuple[str, ...]) -> Span:
+    """The span with the special token that ends the turn: a model that never learns it never stops."""
+    start, end = span
+    if any(text.endswith(one, start, end) for one in specials):
+        return span
+    following = next((one for one in specials if text.startswith(one, end)), "")
+    return start, end + len(following)
+
+
+def _marked(rendered: Rendered, markers: tuple[str, str]) -> Rendered:
+    """Spans after each answer marker, up to the next question marker. Errors: RowError MarkerAbsent."""
+    question, answer = markers
+    spans, at = [], 0
+    while answer and (found := rendered.text.find(answer, at)) >= 0:
+        start = found + len(answer)
+        end = rendered.text.find(question, start) if question else -1
+        end = len(rendered.text) if end < 0 else end
+        spans.append((start, end))
+        at = end
+    if not spans:
+        raise RowError(
+            "MarkerAbsent", f"the answer marker {answer!r} does not occur in the rendered row: {rendered.text[:120]!r}...",
+            "copy the marker from the rendered row, or leave dataset.responseOnly's markers out",
+        )  # fmt: skip
+    return Rendered(rendered.text, tuple(spans), rendered.templated)
+
+
+def _apply(tokenizer: ChatTokenizer, turns: tuple[Turn, ...], tools: Sequence[Any], *, open_answer: bool = False) -> str:
+    """Render with the chat template. Errors: RowError TemplateRefusedRow with the template's own words."""
+    messages: list[Mapping[str, Any]] = [turn.message() for turn in turns]
+    try:
+        return str(
+            tokenizer.apply_chat_template(messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=open_answer)
+        )
+    except jinja2.TemplateError as error:
+        raise RowError(
+            "TemplateRefusedRow", f"the chat template refuses the conversation: {error}",
+            f"give turns in the order it wants (found: {', '.join(turn.role for turn in turns)})",
+        ) from None  # fmt: skip
