@@ -27,6 +27,9 @@ STARTS = 4
 """Another program may take a chosen port first: so often new ones are tried."""
 STATE = "state.json"
 MODE = "control-plane"
+NODE_MODE = "node"
+PLAN = "plan.json"
+"""What a cluster with nodes has in its state folder before anything of it runs."""
 KUBERNETES_SERVICE = "/api/v1/namespaces/default/serviceaccounts/default"
 """The object that shows that the controllers are at work: they make it."""
 
@@ -184,3 +187,10 @@ def read_endpoint(folder: Path, mode: str) -> Endpoint | None:
             raise ClusterDiffers(f"a {state['mode']} cluster is up in {folder}: run `localcluster down` first")
         return None
     return endpoint
+
+
+def read_mode(folder: Path) -> str | None:
+    """The mode of the cluster in `folder`, started or half started; None if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        return str(json.loads((folder / STATE).read_text())["mode"])
+    return NODE_MODE if (folder / PLAN).exists() else None

@@ -21,6 +21,7 @@ from localcluster.errors import StartFailed
 OWNER = "FINETUNE_LOCALCLUSTER"
 _PR_SET_PDEATHSIG = 1
 _libc = ctypes.CDLL(None, use_errno=True)
+Condition = Callable[[], bool]
 
 
 class Lifetime(Enum):
@@ -49,9 +50,12 @@ class Server:
 
 def spawn(
     name: str, argv: Sequence[str | Path], *, owner: Path, log: Path, lifetime: Lifetime,
-    env: Mapping[str, str] | None = None, cwd: Path | None = None,
+    env: Mapping[str, str] | None = None, cwd: Path | None = None, pass_fds: Sequence[int] = (),
 ) -> Server:
-    """Start `argv` in a session of its own, its output in `log`, marked as belonging to `owner`."""
+    """Start `argv` in a session of its own, its output in `log`, marked as belonging to `owner`.
+
+    `env` is the whole environment (without it: ours).
+    """
     parent = os.getpid()
 
     def bind_to_parent() -> None:
@@ -63,7 +67,7 @@ def spawn(
     with log.open("ab") as out:
         process = subprocess.Popen(
             [str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            start_new_session=True, cwd=cwd, env={**os.environ, **(env or {}), OWNER: str(owner)},
+            start_new_session=True, cwd=cwd, env={**(os.environ if env is None else env), OWNER: str(owner)}, pass_fds=pass_fds,
             preexec_fn=bind_to_parent if lifetime is Lifetime.PARENT else None,
         )
     return Server(name, process, log)

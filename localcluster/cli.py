@@ -1,0 +1,196 @@
+"""`localcluster`: a real Kubernetes on this machine, from the command line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from localcluster import build, images, paths, requirements
+from localcluster.api import Endpoint
+from localcluster.control_plane import MODE as CONTROL_PLANE
+from localcluster.control_plane import ControlPlane, read_mode
+from localcluster.errors import LocalClusterError, NotRunning
+from localcluster.node_cluster import MODE as NODE
+from localcluster.node_cluster import NodeCluster, ready_nodes
+from localcluster.processes import Lifetime
+from localcluster.steps import shown
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
+node_app = typer.Typer(help="Make a node fail, and bring it back.", no_args_is_help=True)
+images_app = typer.Typer(help="Build the project's container images.", no_args_is_help=True)
+app.add_typer(node_app, name="node")
+app.add_typer(images_app, name="images")
+
+
+class Mode(StrEnum):
+    """What `up` starts."""
+
+    CONTROL_PLANE = CONTROL_PLANE
+    NODE = NODE
+
+
+Name = Annotated[str, typer.Option(help="Name of the cluster: its state lies in the cache folder under it.")]
+State = Annotated[Path | None, typer.Option(help="State folder, instead of the one by name.", file_okay=False)]
+
+
+def folder(name: str, state: Path | None) -> Path:
+    """The state folder that was asked for."""
+    return (state or paths.state(name)).absolute()
+
+
+@app.command()
+def up(
+    mode: Annotated[Mode, typer.Option(help="`node` runs pods and needs root; `control-plane` is the API alone.")] = Mode.NODE,
+    nodes: Annotated[int, typer.Option(min=1, max=4, help="Number of nodes (mode node).")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, max=64, help="GPUs that each node claims to have (mode node).")] = 0,
+    name: Name = "default",
+    state: State = None,
+) -> None:
+    """Start a cluster; instant if it is up. Prints how to use it."""
+    where = folder(name, state)
+    if mode is Mode.CONTROL_PLANE:
+        if nodes != 1 or gpus:
+            raise typer.BadParameter("--nodes and --gpus need --mode node: a control plane alone has no nodes")
+        endpoint = ControlPlane(where, lifetime=Lifetime.DETACHED, step=shown).up()
+    else:
+        cluster = NodeCluster(where, nodes=nodes, gpus=gpus, lifetime=Lifetime.DETACHED, step=shown).up()
+        endpoint = cluster.endpoint
+        typer.echo(f"# S3: {cluster.s3.host_url} here, {cluster.s3.cluster_url} for pods")
+    typer.echo(f"export KUBECONFIG={endpoint.kubeconfig}")
+
+
+@app.command()
+def down(
+    name: Name = "default",
+    state: State = None,
+    purge: Annotated[bool, typer.Option(help="Remove the nodes' copies of images too.")] = False,
+) -> None:
+    """End a cluster; nothing of it stays but the nodes' copies of images."""
+    where = folder(name, state)
+    with shown(f"end the cluster in {where}"):
+        if read_mode(where) == CONTROL_PLANE or os.geteuid() != 0:
+            ControlPlane(where).down()
+        else:
+            cluster = NodeCluster(where)
+            cluster.purge() if purge else cluster.down()
+
+
+def open_endpoint(where: Path) -> Endpoint:
+    """The API server of the cluster in that folder; NotRunning if it does not answer."""
+    running = NodeCluster(where).endpoint if read_mode(where) == NODE else ControlPlane(where).running()
+    if running is None or not running.ready():
+        raise NotRunning(f"no cluster is up in {where}: run `localcluster up`")
+    return running
+
+
+@app.command()
+def status(name: Name = "default", state: State = None) -> None:
+    """Show what is up: server, nodes, S3. Exit code 1 if nothing is."""
+    where = folder(name, state)
+    endpoint = open_endpoint(where)
+    typer.echo(f"mode    {read_mode(where)}\nserver  {endpoint.server}\nconfig  {endpoint.kubeconfig}")
+    if read_mode(where) == NODE:
+        cluster = NodeCluster(where)
+        ready = ready_nodes(endpoint)
+        states = ", ".join(f"{n.name} {'Ready' if n.name in ready else 'NotReady'}" for n in cluster.plan.nodes)
+        typer.echo(f"nodes   {states}\ns3      {cluster.s3.host_url} here, {cluster.s3.cluster_url} for pods")
+
+
+@app.command()
+def kubeconfig(name: Name = "default", state: State = None) -> None:
+    """Print the path of the kubeconfig: export KUBECONFIG=$(localcluster kubeconfig)."""
+    typer.echo(open_endpoint(folder(name, state)).kubeconfig)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+def kubectl(context: typer.Context, name: Name = "default", state: State = None) -> NoReturn:
+    """Run kubectl on the cluster: localcluster kubectl -- get pods -A."""
+    program = build.ensure(build.KUBE, shown)
+    config = open_endpoint(folder(name, state)).kubeconfig
+    os.execv(program, [str(program), "kubectl", "--kubeconfig", str(config), *context.args])
+
+
+@app.command("load-image")
+def load_image(
+    image: Annotated[str, typer.Argument(help="Folder with an OCI layout, or tag of an image that was built here.")],
+    name: Name = "default",
+    state: State = None,
+) -> None:
+    """Bring an image to all nodes."""
+    source = Path(image) if Path(image).is_dir() else image
+    typer.echo(NodeCluster(folder(name, state), step=shown).load_image(source))
+
+
+@app.command("build")
+def build_programs() -> None:
+    """Build the cluster's programs from Go modules, if they are not built yet."""
+    for program in build.PROGRAMS:
+        typer.echo(build.ensure(program, shown))
+
+
+@app.command()
+def packages(install: Annotated[bool, typer.Option(help="Install what is missing, by apt.")] = False) -> None:
+    """Check the Debian packages that nodes and image builds need."""
+    wanted = {**requirements.NODE_PACKAGES, **requirements.IMAGE_PACKAGES}
+    missing = requirements.missing_packages(wanted)
+    if missing and install:
+        with shown(f"install {' '.join(missing)}"):
+            requirements.install(missing)
+    requirements.check_packages(wanted)
+    typer.echo(f"present: {' '.join(sorted(set(wanted.values())))}")
+
+
+@node_app.command("stop")
+def node_stop(node: str, name: Name = "default", state: State = None) -> None:
+    """End the node's kubelet: the node falls silent, its containers go on."""
+    NodeCluster(folder(name, state)).stop_node(node)
+
+
+@node_app.command("kill")
+def node_kill(node: str, name: Name = "default", state: State = None) -> None:
+    """Power cut: kubelet, containerd and all containers of the node end at once."""
+    NodeCluster(folder(name, state)).power_off(node)
+
+
+@node_app.command("start")
+def node_start(node: str, name: Name = "default", state: State = None) -> None:
+    """Bring the node back and wait until it is ready."""
+    with shown(f"start {node}"):
+        NodeCluster(folder(name, state)).start_node(node)
+
+
+@images_app.command("build")
+def images_build(
+    which: Annotated[list[images.Which], typer.Argument(help="operator, trainer, s3, or all.")],
+) -> None:
+    """Build images into OCI layouts in the cache; prints tag and folder of each."""
+    for built in images.build(which, shown):
+        typer.echo(f"{built.tag} {built.layout}")
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """What the user can mend is told in one line and exit code 1; Ctrl-C and SIGTERM clean up first."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except LocalClusterError as error:
+        print(f"localcluster: {error.message}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("localcluster: interrupted, nothing was left running", file=sys.stderr)
+        sys.exit(130)
+
+
+def main() -> None:
+    """The console script."""
+    with errors_in_one_line():
+        app(standalone_mode=True)

@@ -1,0 +1,76 @@
+"""containerd's configuration for one node."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from localcluster.layout import Node
+from localcluster.requirements import CNI, find
+
+PAUSE = "localhost/pause:1"
+_UNUSED = [
+    "io.containerd.snapshotter.v1.aufs", "io.containerd.snapshotter.v1.btrfs", "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.zfs", "io.containerd.internal.v1.opt", "io.containerd.tracing.processor.v1.otlp",
+]
+
+
+def configuration(node: Node, *, cri: bool) -> str:
+    """config.toml; without `cri` it is a plain image and container store, to tidy up in."""
+    # Without CAP_SYS_RESOURCE (a container as machine) runc may not lower a sandbox's oom_score_adj: restrict it.
+    unused = _UNUSED if cri else [*_UNUSED, "io.containerd.grpc.v1.cri"]
+    plugin = 'plugins."io.containerd.grpc.v1.cri"'
+    return f"""version = 2
+root = {json.dumps(str(node.store))}
+state = "/run/finetune/containerd"
+disabled_plugins = {json.dumps(unused)}
+[grpc]
+  address = {json.dumps(node.socket)}
+[{plugin}]
+  sandbox_image = "{PAUSE}"
+  disable_apparmor = true
+  restrict_oom_score_adj = true
+  [{plugin}.cni]
+    bin_dir = "{CNI}"
+    conf_dir = {json.dumps(str(node.folder / "cni"))}
+  [{plugin}.containerd]
+    snapshotter = "overlayfs"
+    default_runtime_name = "runc"
+    [{plugin}.containerd.runtimes.runc]
+      runtime_type = "io.containerd.runc.v2"
+      [{plugin}.containerd.runtimes.runc.options]
+        BinaryName = "{find("runc")}"
+        SystemdCgroup = false
+"""
+
+
+def network(node: Node) -> str:
+    """The CNI configuration: pods hang on a bridge of the node and are routed, not masqueraded, to the other nodes."""
+    prefix = node.pod_cidr.rpartition(".")[0]
+    return json.dumps(
+        {
+            "cniVersion": "0.4.0",
+            "name": "finetune",
+            "plugins": [
+                {
+                    "type": "bridge", "bridge": "cni0", "isGateway": True, "ipMasq": False, "hairpinMode": True,
+                    "ipam": {
+                        "type": "host-local", "dataDir": "/run/finetune/ipam", "routes": [{"dst": "0.0.0.0/0"}],
+                        "ranges": [[{"subnet": node.pod_cidr, "rangeStart": f"{prefix}.10"}]],
+                    },
+                },
+                {"type": "portmap", "capabilities": {"portMappings": True}},
+            ],
+        }
+    )
+
+
+def write(node: Node) -> Path:
+    """Write both for a node. Returns the path of config.toml."""
+    (node.folder / "cni").mkdir(parents=True, exist_ok=True)
+    node.store.mkdir(parents=True, exist_ok=True)
+    (node.folder / "cni" / "10-bridge.conflist").write_text(network(node))
+    (node.folder / "sweep.toml").write_text(configuration(node, cri=False))
+    path = node.folder / "containerd.toml"
+    path.write_text(configuration(node, cri=True))
+    return path

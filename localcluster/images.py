@@ -1,0 +1,236 @@
+"""The project's images, from its own Dockerfiles, as folders that a node takes in by hard link.
+
+buildah builds them (layers cached by the content of the lock file, outside the checkout), skopeo exports them as
+uncompressed OCI layouts: unpacking is the node's only work, and a code change moves megabytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from localcluster import paths, s3_pod
+from localcluster.errors import BuildFailed, MissingRequirement
+from localcluster.oci import manifest_of
+from localcluster.requirements import IMAGE_PACKAGES, check_packages
+from localcluster.s3 import find_program
+from localcluster.steps import Step, silent
+
+PUBLIC_BASE = "docker.io/library/python:3.11-slim-bookworm"
+LOCAL_BASE = "localhost/finetune-base:bookworm-1"
+"""The base where the public one cannot be pulled: the same Debian with its own Python 3.11, made by debootstrap."""
+CA_FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+DEBIAN_CA = Path("/etc/ssl/certs/ca-certificates.crt")
+BASE_NEEDS_GB = 2
+
+
+class Which(StrEnum):
+    """What can be built."""
+
+    OPERATOR = "operator"
+    TRAINER = "trainer"
+    S3 = "s3"
+    ALL = "all"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One image of the project. `needs_gb` is the free disk that a first build takes, layouts and node included."""
+
+    name: str
+    dockerfile: str
+    arguments: tuple[str, ...] = ()
+    needs_gb: int = 2
+
+    @property
+    def tag(self) -> str:
+        return f"localhost/{self.name}:dev"
+
+    @property
+    def layout(self) -> Path:
+        return paths.cache() / "images" / self.name
+
+
+RECIPES = {
+    Which.OPERATOR: Recipe("finetune-operator", "operator/Dockerfile"),
+    # No compiler: Triton needs one on GPUs only, and a local cluster has none.
+    Which.TRAINER: Recipe("finetune-trainer", "trainer-image/Dockerfile", ("COMPILER=",), needs_gb=30),
+}
+
+
+@dataclass(frozen=True)
+class Built:
+    """An image and the OCI layout that holds it."""
+
+    tag: str
+    layout: Path
+
+
+def build(which: Sequence[Which], step: Step = silent) -> list[Built]:
+    """Build images, as far as they have changed. MissingRequirement (packages, root, disk), BuildFailed."""
+    wanted = [Which.OPERATOR, Which.TRAINER, Which.S3] if Which.ALL in which else list(dict.fromkeys(which))
+    done = []
+    for one in wanted:
+        if one is Which.S3:
+            with step("build localhost/seaweedfs:dev"):
+                done.append(Built(s3_pod.TAG, s3_pod.layout()))
+        else:
+            done.append(build_recipe(RECIPES[one], paths.CHECKOUT, step))
+    return done
+
+
+def build_recipe(recipe: Recipe, context: Path, step: Step = silent) -> Built:
+    """Build one image from the folder `context` and export it. See build."""
+    check_packages(IMAGE_PACKAGES)
+    if os.geteuid() != 0:
+        raise MissingRequirement("building images needs root: run it as root, or build with docker and use kind")
+    with one_builder():
+        if not recipe.layout.exists():
+            check_disk(recipe)
+        base = ensure_base(step)
+        with step(f"build {recipe.tag}"):
+            _bud(recipe, context, base)
+        with step(f"export {recipe.tag}"):
+            _export(recipe)
+    return Built(recipe.tag, recipe.layout)
+
+
+def check_disk(recipe: Recipe) -> None:
+    """MissingRequirement if a first build would fill the disk."""
+    paths.cache().mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(paths.cache()).free >> 30
+    if free < recipe.needs_gb:
+        raise MissingRequirement(
+            f"{recipe.tag} needs {recipe.needs_gb} GB of disk for its first build, {paths.cache()} has {free} GB free: "
+            f"make room, or set XDG_CACHE_HOME to a larger disk"
+        )
+
+
+@contextlib.contextmanager
+def one_builder() -> Iterator[None]:
+    """One build at a time on the machine; others wait."""
+    store().mkdir(parents=True, exist_ok=True)
+    with (store() / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def store() -> Path:
+    """Where buildah keeps layers."""
+    return paths.cache() / "buildah"
+
+
+def buildah(*arguments: str | Path, timeout: float | None = None) -> str:
+    """Run buildah on our store; its standard output. BuildFailed with the end of its words, or after `timeout` s."""
+    command = ["buildah", *_storage(), *(str(a) for a in arguments)]
+    return _run(command, f"buildah {arguments[0]}", timeout)
+
+
+def _storage() -> list[str]:
+    return ["--root", str(store() / "root"), "--runroot", str(store() / "run"), "--storage-driver", "overlay"]
+
+
+def _run(command: list[str], what: str, timeout: float | None = None) -> str:
+    # Not /tmp: what is staged there can be gigabytes.
+    scratch = store() / "tmp"
+    scratch.mkdir(parents=True, exist_ok=True)
+    env = {**os.environ, "TMPDIR": str(scratch)}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env=env, timeout=timeout)
+    except subprocess.TimeoutExpired:
+        raise BuildFailed(f"{what} took longer than {timeout:.0f} s") from None
+    if done.returncode != 0:
+        log = store() / "last-failure.log"
+        log.write_text(done.stdout + done.stderr)
+        end = " | ".join((done.stderr.strip() or done.stdout.strip()).splitlines()[-4:])
+        raise BuildFailed(f"{what} failed ({done.returncode}): {end} (log: {log})")
+    return done.stdout
+
+
+def ensure_base(step: Step = silent) -> str:
+    """Name of the base image: the public one where it can be had, else a Debian of our own making, once."""
+    known = {name for image in json.loads(buildah("images", "--json") or "[]") or [] for name in image.get("names") or []}
+    for name in (PUBLIC_BASE, LOCAL_BASE):
+        if name in known:
+            return name
+    with contextlib.suppress(BuildFailed), step(f"pull {PUBLIC_BASE}"):
+        buildah("pull", "--quiet", PUBLIC_BASE, timeout=300)
+        return PUBLIC_BASE
+    with step("make a base image by debootstrap (the public one cannot be pulled)"):
+        _debootstrap()
+    return LOCAL_BASE
+
+
+def _debootstrap() -> None:
+    with tempfile.TemporaryDirectory(dir=store()) as scratch:
+        root = Path(scratch) / "root"
+        _run(
+            ["debootstrap", "--variant=minbase", "--include=python3.11,ca-certificates", "bookworm", str(root)],
+            "debootstrap",
+        )
+        for waste in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "var/log"):
+            for path in (root / waste).iterdir() if (root / waste).is_dir() else []:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        container = buildah("from", "--quiet", "scratch").strip()
+        try:
+            buildah("add", "--quiet", container, root, "/")
+            buildah("config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", "--cmd", "/bin/bash", container)
+            buildah("commit", "--quiet", "--disable-compression", container, LOCAL_BASE)
+        finally:
+            buildah("rm", container)
+
+
+def _bud(recipe: Recipe, context: Path, base: str) -> None:
+    with tempfile.TemporaryDirectory(dir=store()) as scratch:
+        shutil.copy2(find_program("uv", "the Python package uv"), scratch)
+        arguments = [f"--build-arg={argument}" for argument in (f"BASE={base}", *recipe.arguments)]
+        buildah(
+            "bud", "--quiet", "--isolation", "chroot", "--network", "host", "--pull=never", "--layers",
+            "--disable-compression", *arguments, *_ca_secret(), *_uv_cache(), "--build-context", f"uv={scratch}",
+            "--tag", recipe.tag, "--file", context / recipe.dockerfile, context,
+        )
+
+
+def _ca_secret() -> list[str]:
+    """The certificates that this machine trusts, for the build only: a proxy here may re-sign what is downloaded."""
+    named = [Path(os.environ[name]) for name in CA_FILES if os.environ.get(name)]
+    for path in [*named, DEBIAN_CA]:
+        if path.is_file():
+            return ["--secret", f"id=ca,src={path}"]
+    return []
+
+
+def _uv_cache() -> list[str]:
+    """This user's uv cache, so that a first build downloads nothing that the machine has."""
+    path = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache" / "uv")
+    path.mkdir(parents=True, exist_ok=True)
+    return ["--volume", f"{path}:/root/.cache/uv"]
+
+
+def _export(recipe: Recipe) -> None:
+    """The layout keeps one image; blobs that it has are not written again, others are removed."""
+    recipe.layout.parent.mkdir(parents=True, exist_ok=True)
+    (recipe.layout / "index.json").unlink(missing_ok=True)
+    source = f"containers-storage:[overlay@{store() / 'root'}+{store() / 'run'}]{recipe.tag}"
+    command = [
+        "skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers", source, f"oci:{recipe.layout}:{recipe.tag}",
+    ]
+    _run(command, f"export of {recipe.tag}")
+    _, entry = manifest_of(recipe.layout, recipe.tag)
+    folder = recipe.layout / "blobs" / "sha256"
+    manifest = json.loads((folder / entry["digest"].partition(":")[2]).read_text())
+    used = {entry["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])}
+    for path in folder.iterdir():
+        if f"sha256:{path.name}" not in used:
+            path.unlink()
+
+

@@ -1,0 +1,110 @@
+"""What a cluster with nodes looks like: names, addresses, folders. Shared by the program outside and the one inside."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import subprocess
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from localcluster.components import SERVICE_CIDR
+from localcluster.errors import MissingRequirement
+
+HOST_LINK = "ftlc0"
+"""The network device on the machine's side of the cable into the cluster."""
+CGROUP = "finetune-localcluster"
+"""Every container's cgroup lies below this one; there is one cluster with nodes per machine."""
+API_PORT = 6443
+S3_NODE_PORT = 30333
+BLOCKS = range(201, 240)
+"""Second octets of the /16 blocks 10.X that are tried for nodes and pods."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node. `folder` holds its kubelet and logs, `store` its images (kept over restarts), `run` its sockets."""
+
+    name: str
+    number: int
+    block: str
+    folder: Path
+    store: Path
+
+    @property
+    def address(self) -> str:
+        return f"{self.block}.0.{self.number}"
+
+    @property
+    def pod_cidr(self) -> str:
+        return f"{self.block}.{self.number}.0/24"
+
+    @property
+    def socket(self) -> str:
+        """containerd's socket, in the node's own /run."""
+        return "/run/finetune/containerd.sock"
+
+    @property
+    def cgroup(self) -> str:
+        return f"/{CGROUP}/{self.name}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A cluster with nodes below `folder`; all its addresses are in the block `10.X` (`block`)."""
+
+    folder: Path
+    block: str
+    count: int
+
+    @property
+    def nodes(self) -> list[Node]:
+        return [
+            Node(f"n{i}", i, self.block, self.folder / f"n{i}", self.folder / "images" / f"n{i}")
+            for i in range(1, self.count + 1)
+        ]
+
+    def node(self, name: str) -> Node:
+        """The node of that name; KeyError if there is none."""
+        return {node.name: node for node in self.nodes}[name]
+
+    @property
+    def api_address(self) -> str:
+        return self.nodes[0].address
+
+    @property
+    def host_address(self) -> str:
+        """This machine's address on the cluster's network."""
+        return f"{self.block}.0.254"
+
+    @property
+    def cluster_cidr(self) -> str:
+        return f"{self.block}.0.0/16"
+
+    def dump(self) -> str:
+        return json.dumps({**asdict(self), "folder": str(self.folder)})
+
+    @staticmethod
+    def load(text: str) -> Plan:
+        data = json.loads(text)
+        return Plan(Path(data["folder"]), data["block"], data["count"])
+
+
+def free_block() -> str:
+    """A block `10.X` that this machine has no address in and no route to (default routes apart)."""
+    answer = subprocess.run(["ip", "-j", "-4", "route", "show", "table", "all"], capture_output=True, text=True, check=True)
+    taken = [
+        ipaddress.ip_network(route["dst"], strict=False)
+        for route in json.loads(answer.stdout or "[]")
+        if route.get("dst", "default") != "default"
+    ]
+    for second in BLOCKS:
+        block = ipaddress.ip_network(f"10.{second}.0.0/16")
+        if not any(block.overlaps(other) for other in taken if other.prefixlen > 0):
+            return f"10.{second}"
+    raise MissingRequirement(
+        f"no free address range: each of 10.{BLOCKS[0]}.0.0/16 to 10.{BLOCKS[-1]}.0.0/16 has a route on this machine"
+    )
+
+
+__all__ = ["API_PORT", "BLOCKS", "CGROUP", "HOST_LINK", "SERVICE_CIDR", "S3_NODE_PORT", "Node", "Plan", "free_block"]

@@ -1,0 +1,323 @@
+"""A whole Kubernetes with one or two nodes that run real containers, and S3 in a pod: for the demo and the e2e tests.
+
+Everything lives in namespaces of its own; the kernel takes it all away with the first process in them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import shutil
+import signal
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from localcluster import build, cgroups, components, containerd, paths, processes, requirements, s3_pod
+from localcluster.api import ApiError, Endpoint
+from localcluster.components import ControlPlaneAddresses, User
+from localcluster.control_plane import NODE_MODE as MODE
+from localcluster.control_plane import PLAN, STATE, locked, prepare, read_endpoint, wait_for_api, write_state
+from localcluster.errors import ClusterDiffers, ImageNotFound, NotRunning
+from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, free_block
+from localcluster.machine import Machine
+from localcluster.oci import Image, manifest_of, write_layout
+from localcluster.processes import Lifetime, Server
+from localcluster.s3 import S3Endpoint, is_ready, new_keys
+from localcluster.steps import Step, silent
+from localcluster.store import Containerd
+
+GPU = "nvidia.com/gpu"
+NODE_GRACE_SECONDS = 16
+"""A node that is silent for so long becomes NotReady; production waits 50 s."""
+LEASE_SECONDS = 8
+KEPT = {"images", "lock"}
+"""What `down` leaves in the state folder, so that the next `up` need not unpack gigabytes again."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for: number of nodes, and GPUs that each claims to have (for scheduling; none is real)."""
+
+    nodes: int = 1
+    gpus: int = 0
+
+
+class NodeCluster:
+    """API server, controllers, scheduler, DNS, S3, and `nodes` nodes with containerd below `state_dir`.
+
+    A context manager, or `up()` and `down()`. With the default lifetime it ends with the thread that started it, even by
+    kill -9. Errors: MissingRequirement (root, packages, kernel, Go), ClusterBusy (one per machine), ClusterDiffers (up with
+    another number of nodes), StartFailed.
+    """
+
+    def __init__(
+        self, state_dir: Path | None = None, *, nodes: int = 1, gpus: int = 0,
+        lifetime: Lifetime = Lifetime.PARENT, step: Step = silent,
+    ) -> None:
+        self.state_dir = (state_dir or paths.state("default")).absolute()
+        self.options = Options(nodes, gpus)
+        self._lifetime = lifetime
+        self._step = step
+        self._machine = Machine(self.state_dir)
+
+    # ---- life
+
+    def up(self) -> NodeCluster:
+        """Start it, or join the one that is up in this folder already. Ready means: nodes, DNS and S3 work."""
+        with locked(self.state_dir):
+            if not self._running():
+                requirements.check_node()
+                programs = {name: build.ensure(name, self._step) for name in (build.KUBE, "coredns", "pause")}
+                try:
+                    self._start(programs)
+                except BaseException:
+                    with self._step("the start did not succeed: clean up"):
+                        self._machine.end()
+                    raise
+            self._set_gpus()
+        return self
+
+    def _running(self) -> bool:
+        endpoint = read_endpoint(self.state_dir, MODE)
+        if endpoint is None or not endpoint.ready():
+            return False
+        if (count := self.plan.count) != self.options.nodes:
+            raise ClusterDiffers(
+                f"a cluster with {count} node(s) is up in {self.state_dir}, not {self.options.nodes}: "
+                f"run `localcluster down` first"
+            )
+        return True
+
+    def _start(self, programs: dict[str, Path]) -> None:
+        with self._step("lay the network"):
+            self._machine.end()
+            self._clean()
+            plan = Plan(self.state_dir, free_block(), self.options.nodes)
+            server = self._machine.start(plan, self._lifetime)
+        with self._step("start containerd and the control plane"):
+            endpoint = self._start_control_plane(plan, programs[build.KUBE], server)
+        with self._step("load the system images"):
+            self._load_system(plan, programs["pause"])
+        access_key, secret_key = new_keys()
+        with self._step(f"start {plan.count} node(s)"):
+            self._start_nodes(plan, programs, endpoint)
+            s3_pod.apply(endpoint, access_key, secret_key)
+            self._wait("the nodes", lambda: len(ready_nodes(endpoint)) == plan.count)
+        with self._step("start S3"):
+            store = s3_endpoint(plan, access_key, secret_key)
+            self._wait("S3", lambda: is_ready(store))
+        write_state(self.state_dir, MODE, endpoint, access_key=access_key, secret_key=secret_key)
+
+    def _start_control_plane(self, plan: Plan, kube: Path, server: Server) -> Endpoint:
+        first = plan.nodes[0]
+        at = ControlPlaneAddresses("0.0.0.0", plan.api_address, API_PORT, 2379, 2380)  # noqa: S104 - in its own namespace
+        users = [User(secrets.token_hex(20), f"system:node:{node.name}", "system:nodes") for node in plan.nodes]
+        token = prepare(self.state_dir, kube, at, users)
+        self._machine.start_component("etcd", first, components.etcd(kube, self.state_dir, at))
+        self._machine.start_component("kube-apiserver", first, components.api_server(kube, self.state_dir, at))
+        for node in plan.nodes:
+            self._start_containerd(node)
+        endpoint = wait_for_api(self.state_dir, at, token, [server])
+        for node, user in zip(plan.nodes, users, strict=True):
+            (node.folder / "kubeconfig").touch(mode=0o600)
+            (node.folder / "kubeconfig").write_text(components.kubeconfig(at.server, user.token, endpoint.ca.read_bytes()))
+        controllers = components.controller_manager(kube, self.state_dir, node_grace_seconds=NODE_GRACE_SECONDS)
+        self._machine.start_component("kube-controller-manager", first, controllers)
+        self._machine.start_component("kube-scheduler", first, components.scheduler(kube, self.state_dir))
+        return endpoint
+
+    def _start_containerd(self, node: Node) -> None:
+        """A store with images of an earlier life is rid of its containers before the kubelet sees it."""
+        used = node.store.exists()
+        containerd.write(node)
+        name = f"containerd-{node.name}"
+        if used:
+            self._machine.start_component(name, node, ["containerd", "-c", str(node.folder / "sweep.toml")])
+            self._wait(name, self.containerd(node).answers)
+            self.containerd(node).sweep()
+            self._machine.ask("kill", name=name, number=int(signal.SIGKILL))
+            processes.wait_until(f"the end of {name}", lambda: self._ended(name), servers=[], timeout=10)
+        self._machine.start_component(name, node, ["containerd", "-c", str(node.folder / "containerd.toml")])
+
+    def _ended(self, name: str) -> bool:
+        return self._machine.ask("states")[name] is not None
+
+    def _load_system(self, plan: Plan, pause: Path) -> None:
+        folder = pause.parent / "image"
+        images = [write_layout(folder, Image(containerd.PAUSE, {"/pause": pause}, ["/pause"])), s3_pod.layout()]
+        for node in plan.nodes:
+            store = self.containerd(node)
+            self._wait(f"containerd of {node.name}", store.answers)
+            for image in images[: 2 if node.number == 1 else 1]:
+                store.load(image)
+
+    def _start_nodes(self, plan: Plan, programs: dict[str, Path], endpoint: Endpoint) -> None:
+        kube, first = programs[build.KUBE], plan.nodes[0]
+        corefile = self.state_dir / "Corefile"
+        corefile.write_text(
+            f".:53 {{\n  errors\n  ready 127.0.0.1:18181\n"
+            f"  kubernetes {components.DNS_DOMAIN} {{\n    kubeconfig {endpoint.kubeconfig}\n    ttl 1\n  }}\n}}\n"
+        )
+        self._machine.start_component("coredns", first, [str(programs["coredns"]), "-conf", str(corefile)])
+        for node in plan.nodes:
+            configuration = components.kubelet_configuration(
+                node.folder, socket=node.socket, dns=plan.api_address, cgroup_root=node.cgroup,
+                lease_seconds=LEASE_SECONDS,
+            )
+            (node.folder / "kubelet.json").write_text(configuration)
+            self._start_kubelet(kube, node)
+            proxy = components.kube_proxy(kube, endpoint.kubeconfig, node=node.name, cluster_cidr=plan.cluster_cidr)
+            self._machine.start_component(f"kube-proxy-{node.name}", node, proxy)
+
+    def _start_kubelet(self, kube: Path, node: Node) -> None:
+        argv = components.kubelet(kube, node.folder, node=node.name, address=node.address)
+        self._machine.start_component(f"kubelet-{node.name}", node, argv)
+
+    def _wait(self, what: str, ready: processes.Condition) -> None:
+        def look() -> bool:
+            self._machine.check()
+            return ready()
+
+        processes.wait_until(what, look, servers=[], timeout=60)
+
+    def down(self) -> None:
+        """End it. The nodes' images stay for the next time; `purge` removes them too."""
+        with locked(self.state_dir):
+            self._machine.end()
+            self._clean()
+
+    def purge(self) -> None:
+        """End it and remove everything of it."""
+        self.down()
+        shutil.rmtree(self.state_dir, ignore_errors=True)
+
+    def _clean(self) -> None:
+        for path in self.state_dir.iterdir():
+            if path.name not in KEPT:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def __enter__(self) -> NodeCluster:
+        return self.up()
+
+    def __exit__(self, *raised: object) -> None:
+        self.down()
+
+    # ---- use
+
+    @property
+    def plan(self) -> Plan:
+        """Names and addresses. NotRunning if it is down."""
+        try:
+            return Plan.load((self.state_dir / PLAN).read_text())
+        except FileNotFoundError:
+            raise NotRunning(f"no cluster with nodes is up in {self.state_dir}: run `localcluster up --mode node`") from None
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The API server. NotRunning if it is down."""
+        endpoint = read_endpoint(self.state_dir, MODE)
+        if endpoint is None:
+            raise NotRunning(f"no cluster with nodes is up in {self.state_dir}: run `localcluster up --mode node`")
+        return endpoint
+
+    @property
+    def kubeconfig(self) -> Path:
+        """A kubeconfig with administrator rights, usable from this machine."""
+        return self.endpoint.kubeconfig
+
+    @property
+    def s3(self) -> S3Endpoint:
+        """The S3 server in the cluster. NotRunning if it is down."""
+        plan = self.plan
+        state = json.loads((self.state_dir / STATE).read_text())
+        return s3_endpoint(plan, state["access_key"], state["secret_key"])
+
+    def containerd(self, node: Node) -> Containerd:
+        """The containerd of a node, as reached from this machine."""
+        return Containerd(f"/proc/{self._machine.pid(node.name)}/root{node.socket}", node.store)
+
+    def load_image(self, image: Path | str, *, nodes: Sequence[str] | None = None) -> str:
+        """Bring an image to the nodes (all, unless named): a folder with an OCI layout, or the tag of one built here.
+
+        Returns its name. ImageNotFound if there is no such image.
+        """
+        layout = image if isinstance(image, Path) else find_layout(image)
+        name, _ = manifest_of(layout)
+        for node in self.plan.nodes:
+            if nodes is None or node.name in nodes:
+                with self._step(f"load {name} into {node.name}"):
+                    self.containerd(node).load(layout, name)
+        return name
+
+    def kubectl(self, *arguments: str, check: bool = True, stdin: str | None = None) -> str:
+        """Run kubectl on this cluster; its standard output. CalledProcessError, with stderr, if it fails and `check`."""
+        command = [str(build.ensure(build.KUBE)), "kubectl", "--kubeconfig", str(self.kubeconfig), *arguments]
+        return subprocess.run(command, check=check, capture_output=True, text=True, input=stdin).stdout
+
+    def stop_node(self, name: str) -> None:
+        """End a node's kubelet: the node falls silent, its containers go on."""
+        self._machine.ask("kill", name=f"kubelet-{self._node(name).name}", number=int(signal.SIGKILL))
+
+    def power_off(self, name: str) -> None:
+        """End a node's kubelet, containerd and all of its containers at once."""
+        self.stop_node(name)
+        self._machine.ask("kill", name=f"containerd-{name}", number=int(signal.SIGKILL))
+        cgroups.kill(name)
+
+    def start_node(self, name: str) -> None:
+        """Start again what `stop_node` or `power_off` ended, and wait until the node is ready."""
+        node = self._node(name)
+        with contextlib.suppress(NotRunning):
+            states = self._machine.ask("states")
+            if states[f"containerd-{name}"] is not None:
+                argv = ["containerd", "-c", str(node.folder / "containerd.toml")]
+                self._machine.start_component(f"containerd-{name}", node, argv)
+            if states[f"kubelet-{name}"] is not None:
+                self._start_kubelet(build.ensure(build.KUBE), node)
+        self._wait(f"node {name}", lambda: name in ready_nodes(self.endpoint))
+        self._set_gpus()
+
+    def _node(self, name: str) -> Node:
+        try:
+            return self.plan.node(name)
+        except KeyError:
+            names = ", ".join(node.name for node in self.plan.nodes)
+            raise NotRunning(f"there is no node {name}: the nodes are {names}") from None
+
+    def _set_gpus(self) -> None:
+        """The kubelet keeps what it does not manage; a patch is all that a pretended device needs."""
+        if self.options.gpus:
+            for node in self.plan.nodes:
+                patch = [{"op": "add", "path": f"/status/capacity/{GPU.replace('/', '~1')}", "value": str(self.options.gpus)}]
+                path = f"/api/v1/nodes/{node.name}/status"
+                self.endpoint.request("PATCH", path, patch, content_type="application/json-patch+json")
+
+
+def s3_endpoint(plan: Plan, access_key: str, secret_key: str) -> S3Endpoint:
+    """Where the S3 server of a cluster is."""
+    return S3Endpoint(f"http://{plan.api_address}:{S3_NODE_PORT}", s3_pod.CLUSTER_URL, access_key, secret_key)
+
+
+def ready_nodes(endpoint: Endpoint) -> list[str]:
+    """Names of the nodes whose kubelet says Ready."""
+    try:
+        nodes = endpoint.get("/api/v1/nodes")["items"]
+    except ApiError:
+        return []
+    return [
+        node["metadata"]["name"]
+        for node in nodes
+        if any(c["type"] == "Ready" and c["status"] == "True" for c in node["status"].get("conditions", []))
+    ]
+
+
+def find_layout(tag: str) -> Path:
+    """The OCI layout of an image that was built here. ImageNotFound if there is none of that tag."""
+    for layout in sorted((paths.cache() / "images").glob("*/index.json")):
+        with contextlib.suppress(ImageNotFound):
+            manifest_of(layout.parent, tag)
+            return layout.parent
+    raise ImageNotFound(f"no image {tag} was built here: run `localcluster images build`")

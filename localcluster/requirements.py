@@ -1,0 +1,75 @@
+"""What a cluster with nodes needs of the machine, found out before anything is started, each in one line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from localcluster.errors import MissingRequirement
+
+CNI = Path("/usr/lib/cni")
+NODE_PACKAGES = {
+    "containerd": "containerd", "ctr": "containerd", "runc": "runc", "bridge": "containernetworking-plugins",
+    "iptables": "iptables", "ip": "iproute2", "unshare": "util-linux", "mount": "mount",
+}
+"""Debian package by program, for running pods."""
+IMAGE_PACKAGES = {"buildah": "buildah", "skopeo": "skopeo", "debootstrap": "debootstrap"}
+"""Debian package by program, for building images."""
+
+
+def find(program: str) -> str | None:
+    """Where a program lies, /usr/sbin and the CNI plugins' folder included."""
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", str(CNI)])
+    return shutil.which(program, path=path)
+
+
+def missing_packages(wanted: dict[str, str]) -> list[str]:
+    """Packages whose programs are not on this machine, each once."""
+    return list(dict.fromkeys(package for program, package in wanted.items() if find(program) is None))
+
+
+def check_packages(wanted: dict[str, str]) -> None:
+    """MissingRequirement that names the packages, if any is missing."""
+    if missing := missing_packages(wanted):
+        raise MissingRequirement(
+            f"Debian packages are missing: {' '.join(missing)}: run `localcluster packages --install` as root"
+        )
+
+
+def check_node() -> None:
+    """Everything that running pods on this machine needs."""
+    if sys.platform != "linux":
+        raise MissingRequirement(f"a cluster with nodes needs Linux, this is {sys.platform}: use kind, or --mode control-plane")
+    if os.geteuid() != 0:
+        raise MissingRequirement("a cluster with nodes needs root: run it as root, or use kind, or --mode control-plane")
+    check_packages(NODE_PACKAGES)
+    check_kernel()
+
+
+def check_kernel() -> None:
+    """Namespaces, overlayfs, bridges and packet filtering, each tried where trying is cheap."""
+    if "overlay" not in Path("/proc/filesystems").read_text():
+        subprocess.run(["modprobe", "overlay"], capture_output=True)
+        if "overlay" not in Path("/proc/filesystems").read_text():
+            raise MissingRequirement("the kernel has no overlayfs, which containers need: load or build the module `overlay`")
+    attempt = "ip link add name br0 type bridge && ip link add name v0 type veth peer name v1 && iptables -w -t nat -L -n"
+    tried = subprocess.run(
+        ["unshare", "-n", "-m", "-p", "-f", "--propagation", "private", "sh", "-c", attempt],
+        capture_output=True, text=True, env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},
+    )
+    if tried.returncode != 0:
+        reason = (tried.stderr.strip().splitlines() or ["no message"])[-1]
+        raise MissingRequirement(
+            f"the kernel refuses what a node needs (namespaces, bridge, veth, nat by iptables): {reason}"
+        )
+
+
+def install(packages: list[str]) -> None:
+    """apt-get install, as root, with its output shown. MissingRequirement if it fails."""
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]):
+        if subprocess.run(command, env=env, stdout=subprocess.DEVNULL).returncode != 0:
+            raise MissingRequirement(f"`{' '.join(command)}` failed: install by hand: {' '.join(packages)}")
