@@ -1,9 +1,9 @@
 """An HTTP proxy that breaks what passes through it, on purpose and on command.
 
-Tests of promises such as "a lost answer creates no second Job" need a network that fails at a chosen request, not a mocked
-client: the same bytes, the same client library, the same server. This module is the engine; `s3proxy` and `apiproxy` know what
-the requests mean. It signs nothing and changes nothing that no fault asks for: path, query and headers go through as they
-came, `Host` included, so that signatures hold.
+Tests of promises such as "a lost answer creates no second Job" need a network that fails at a chosen request, not a
+mocked client: the same bytes, the same client library, the same server. This module is the engine; `s3proxy` and
+`apiproxy` know what the requests mean. It signs nothing and changes nothing that no fault asks for: path, query and
+headers go through as they came, `Host` included, so that signatures hold.
 
 It runs an event loop in a thread of its own, so that synchronous tests can use it as a context manager.
 """
@@ -179,7 +179,7 @@ class Call(Generic[Op]):
             self.continued = True
             writer = self.request.writer
             await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-            writer.output_size = 0  # type: ignore[attr-defined]  # aiohttp's own handler of this header does the same
+            writer.output_size = 0
 
     async def _counted(self, chunks: Chunks) -> Chunks:
         async for chunk in chunks:
@@ -436,7 +436,7 @@ class FaultProxy(ABC, Generic[Op]):
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """Everything that has passed so far, in the order in which it ended; what a client has seen the end of is in it."""
+        """Everything that has passed so far, in the order in which it ended. What a client saw the end of is in it."""
         with self._changed:
             self._changed.wait_for(lambda: not self._answering, SETTLED)
             return tuple(self._log)

@@ -5,8 +5,8 @@
         with proxy.fault(Status(503, "SlowDown"), operation="PutObject", key="checkpoints/", times=2) as slow: ...
         assert slow.hits == 2
 
-Works with path-style addressing, whose first path segment is the bucket. Signatures hold: clients sign the proxy's own address
-as `Host`, and the server behind sees it unchanged.
+Works with path-style addressing, whose first path segment is the bucket. Signatures hold: clients sign the proxy's own
+address as `Host`, and the server behind sees it unchanged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ __all__ = [
     "S3Operation", "S3Proxy", "Status", "StatusAfter", "Truncate", "all_of",
 ]  # fmt: skip
 
-REASONS = {400: "BadRequest", 403: "AccessDenied", 404: "NoSuchKey", 412: "PreconditionFailed", 500: "InternalError", 503: "SlowDown"}  # fmt: skip
+REASONS = {
+    400: "BadRequest", 403: "AccessDenied", 404: "NoSuchKey", 412: "PreconditionFailed", 500: "InternalError",
+    503: "SlowDown",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ class S3Proxy(FaultProxy[S3Operation]):
         self, fault: Fault, *, operation: str | None = None, key: str = "",
         times: int | None = None, skip: int = 0, probability: float = 1.0,
     ) -> Rule[S3Operation]:  # fmt: skip
-        """Apply `fault` to requests of one operation (`PutObject`; None: any) whose key contains the expression `key`."""
+        """Apply `fault` to requests of an operation (`PutObject`; None: any) with the expression `key` in their key."""
         wanted = re.compile(key)
         return self.strike(
             fault, lambda request: operation in (None, request.label) and bool(wanted.search(request.key)),

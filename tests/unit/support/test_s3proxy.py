@@ -100,7 +100,8 @@ def test_objects_and_awkward_names_pass_unchanged(proxy: S3Proxy, client: Any, d
     assert [(item["Key"], item["Size"]) for item in listed["Contents"]] == [(key, len(body))]
     client.delete_object(Bucket=BUCKET, Key=key)
     assert missing(direct, key)
-    assert [e.operation for e in proxy.exchanges] == ["PutObject", "GetObject", "HeadObject", "ListObjectsV2", "DeleteObject"]  # fmt: skip
+    seen = [e.operation for e in proxy.exchanges]
+    assert seen == ["PutObject", "GetObject", "HeadObject", "ListObjectsV2", "DeleteObject"]
     assert {e.fault for e in proxy.exchanges} == {""}
     assert proxy.exchanges[0].request_bytes == len(body)
     assert proxy.exchanges[1].response_bytes == len(body)
@@ -119,14 +120,17 @@ def test_a_multipart_upload_passes_and_its_parts_are_told_apart(
 
     source = tmp_path / "big"
     source.write_bytes(os.urandom(11 << 20))
-    config = TransferConfig(multipart_threshold=5 << 20, multipart_chunksize=5 << 20, preferred_transfer_client="classic")
+    size = 5 << 20
+    config = TransferConfig(multipart_threshold=size, multipart_chunksize=size, preferred_transfer_client="classic")
     client.upload_file(str(source), BUCKET, "big", Config=config)
     assert hashlib.sha256(read(direct, "big")).digest() == hashlib.sha256(source.read_bytes()).digest()
     names = sorted(e.operation for e in proxy.exchanges)
     assert names == ["CompleteMultipartUpload", "CreateMultipartUpload", "UploadPart", "UploadPart", "UploadPart"]
 
 
-def test_slow_down_is_what_the_client_sees_and_the_server_is_not_asked(proxy: S3Proxy, client: Any, direct: Any) -> None:
+def test_slow_down_is_what_the_client_sees_and_the_server_is_not_asked(
+    proxy: S3Proxy, client: Any, direct: Any
+) -> None:
     with (
         proxy.fault(Status(503, "SlowDown"), operation="PutObject", key="refused") as rule,
         pytest.raises(ClientError, match="SlowDown"),
@@ -215,7 +219,9 @@ def test_a_black_hole_holds_until_the_client_gives_up(proxy: S3Proxy, server: S3
     assert missing(direct, "hole")
 
 
-def test_latency_before_and_after_differ_in_what_the_server_did(proxy: S3Proxy, server: S3Endpoint, direct: Any) -> None:
+def test_latency_before_and_after_differ_in_what_the_server_did(
+    proxy: S3Proxy, server: S3Endpoint, direct: Any
+) -> None:
     client = proxy.through(server).client(retries=ONCE, read_timeout=0.3)
     with proxy.fault(Latency(30), key="late-request"), pytest.raises(ReadTimeoutError):
         put(client, "late-request", b"x")

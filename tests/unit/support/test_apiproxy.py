@@ -1,0 +1,257 @@
+"""The API fault proxy in front of a small API server of the test's own: verbs, watches, and what they can be told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import subprocess
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from localcluster.api import Endpoint
+from tests.support.apiproxy import (
+    ApiOperation,
+    ApiProxy,
+    Cut,
+    Hold,
+    LateEvents,
+    LostResponse,
+    Repeat,
+    Reset,
+    Say,
+    Status,
+    StatusAfter,
+)
+
+JOBS = "/apis/batch/v1/namespaces/ns/jobs"
+
+
+class Server:
+    """Creates what is posted, and lets the test write into its watches."""
+
+    def __init__(self) -> None:
+        self.created: list[str] = []
+        self.tokens: set[str] = set()
+        self.watch: asyncio.Queue[str | None] = asyncio.Queue()
+        self.watching = asyncio.Event()
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        self.tokens.add(request.headers.get("Authorization", ""))
+        if request.method == "POST":
+            self.created.append((await request.json())["metadata"]["name"])
+            return web.json_response({"made": self.created[-1]}, status=201)
+        if "watch" not in request.query:
+            return web.json_response({"items": self.created})
+        reply = web.StreamResponse(headers={"Content-Type": "application/json"})
+        reply.enable_chunked_encoding()
+        await reply.prepare(request)
+        self.watching.set()
+        while (line := await self.watch.get()) is not None:
+            await reply.write(line.encode() + b"\n")
+        await reply.write_eof()
+        return reply
+
+
+def self_signed(folder: Path) -> tuple[Path, Path]:
+    """A key and a certificate for 127.0.0.1."""
+    key, cert = folder / "key.pem", folder / "cert.pem"
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-keyout", str(key), "-out", str(cert), "-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return key, cert
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return self_signed(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture(scope="module")
+def another(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return self_signed(tmp_path_factory.mktemp("tls"))
+
+
+@pytest.fixture
+async def server(certificate: tuple[Path, Path]) -> AsyncIterator[tuple[Server, ApiProxy]]:
+    key, cert = certificate
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(cert, key)
+    server = Server()
+    runner = web.ServerRunner(web.Server(server.handle, handler_cancellation=True), shutdown_timeout=0)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=context).start()
+    endpoint = Endpoint(Path("/nowhere"), f"https://127.0.0.1:{runner.addresses[0][1]}", "secret", cert)
+    with ApiProxy(endpoint) as proxy:
+        yield server, proxy
+    await runner.cleanup()
+
+
+@pytest.fixture
+async def session(server: tuple[Server, ApiProxy]) -> AsyncIterator[aiohttp.ClientSession]:
+    _, proxy = server
+    async with aiohttp.ClientSession(proxy.url, headers={"Authorization": "Bearer secret"}) as session:
+        yield session
+
+
+async def create(session: aiohttp.ClientSession, name: str) -> tuple[int, Any]:
+    async with session.post(JOBS, json={"metadata": {"name": name}}) as answer:
+        return answer.status, await answer.json()
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "operation"),
+    [
+        ("GET", JOBS, ("list", "jobs", "ns", "")),
+        ("GET", f"{JOBS}/a", ("get", "jobs", "ns", "a")),
+        ("GET", f"{JOBS}?watch=true", ("watch", "jobs", "ns", "")),
+        ("POST", JOBS, ("create", "jobs", "ns", "")),
+        ("PUT", f"{JOBS}/a/status", ("update", "jobs/status", "ns", "a")),
+        ("PATCH", "/apis/x.io/v1/namespaces/ns/things/a/status", ("patch", "things/status", "ns", "a")),
+        ("DELETE", "/api/v1/namespaces/ns/pods/p", ("delete", "pods", "ns", "p")),
+        ("DELETE", "/api/v1/namespaces/ns/pods", ("deletecollection", "pods", "ns", "")),
+        ("GET", "/api/v1/pods", ("list", "pods", "", "")),
+        ("GET", "/api/v1/namespaces", ("list", "namespaces", "", "")),
+        ("GET", "/api/v1/namespaces/ns", ("get", "namespaces", "", "ns")),
+        ("GET", "/apis/batch/v1", ("list", "", "", "")),
+        ("GET", "/version", ("get", "/version", "", "")),
+    ],
+)
+async def test_requests_are_understood(
+    server: tuple[Server, ApiProxy], session: aiohttp.ClientSession, method: str, path: str, operation: tuple[str, ...]
+) -> None:
+    seen: list[ApiOperation] = []
+    _, proxy = server
+
+    def look(request: ApiOperation) -> bool:
+        seen.append(request)
+        return True
+
+    proxy.strike(Status(418), look)
+    async with session.request(method, path) as answer:
+        assert answer.status == 418
+    assert seen == [ApiOperation(*operation)]
+
+
+async def test_requests_pass_with_their_credentials_and_are_counted(
+    server: tuple[Server, ApiProxy], session: aiohttp.ClientSession, tmp_path: Path
+) -> None:
+    api, proxy = server
+    assert await create(session, "a") == (201, {"made": "a"})
+    async with session.get(JOBS) as answer:
+        assert await answer.json() == {"items": ["a"]}
+    assert api.tokens == {"Bearer secret"}
+    assert [e.operation for e in proxy.exchanges] == ["create jobs", "list jobs"]
+    assert proxy.writes() == ("create jobs",)
+    assert proxy.writes("other") == ()
+    config = json.loads(proxy.kubeconfig(tmp_path / "config", token="another").read_text())
+    assert config["clusters"][0]["cluster"] == {"server": proxy.url}
+    assert config["users"][0]["user"] == {"token": "another"}
+
+
+async def test_a_refusal_is_a_status_with_its_reason(
+    server: tuple[Server, ApiProxy], session: aiohttp.ClientSession
+) -> None:
+    api, proxy = server
+    with proxy.fault(Status(429, retry_after=3), verb="create", resource="jobs", times=1):
+        async with session.post(JOBS, json={"metadata": {"name": "a"}}) as answer:
+            assert answer.status == 429
+            assert answer.headers["Retry-After"] == "3"
+            assert (await answer.json())["reason"] == "TooManyRequests"
+        assert (await create(session, "b"))[0] == 201
+    assert api.created == ["b"]
+
+
+@pytest.mark.parametrize(("fault", "made"), [(Reset(), []), (LostResponse(), ["a"])])
+async def test_a_create_without_an_answer(
+    server: tuple[Server, ApiProxy], session: aiohttp.ClientSession, fault: Any, made: list[str]
+) -> None:
+    api, proxy = server
+    with proxy.fault(fault, verb="create"), pytest.raises(aiohttp.ClientError):
+        await create(session, "a")
+    assert api.created == made
+
+
+async def test_an_error_for_what_was_done(server: tuple[Server, ApiProxy], session: aiohttp.ClientSession) -> None:
+    api, proxy = server
+    with proxy.fault(StatusAfter(504), verb="create"):
+        assert (await create(session, "a"))[0] == 504
+    assert api.created == ["a"]
+
+
+async def read_line(answer: aiohttp.ClientResponse) -> str:
+    return (await asyncio.wait_for(answer.content.readline(), 10)).decode().strip()
+
+
+async def test_a_watch_flows_and_obeys(server: tuple[Server, ApiProxy], session: aiohttp.ClientSession) -> None:
+    api, proxy = server
+    async with session.get(f"{JOBS}?watch=true") as answer:
+        for line in ("one", "two"):
+            api.watch.put_nowait(line)
+            assert await read_line(answer) == line
+        assert proxy.watches("pods", Cut()) == 0
+        assert proxy.watches("jobs", Repeat(2)) == 1
+        assert [await read_line(answer), await read_line(answer)] == ["one", "two"]
+        proxy.watches("jobs", Say.gone(410))
+        said = json.loads(await read_line(answer))
+        assert (said["type"], said["object"]["code"], said["object"]["reason"]) == ("ERROR", 410, "Expired")
+        proxy.watches("jobs", Cut())
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await asyncio.wait_for(answer.content.read(), 10)
+
+
+async def test_a_held_watch_stays_open_and_silent(
+    server: tuple[Server, ApiProxy], session: aiohttp.ClientSession
+) -> None:
+    api, proxy = server
+    async with session.get(f"{JOBS}?watch=true") as answer:
+        api.watch.put_nowait("one")
+        assert await read_line(answer) == "one"
+        proxy.watches("jobs", Hold())
+        api.watch.put_nowait("two")
+        reading = asyncio.ensure_future(answer.content.readline())
+        assert (await create(session, "meanwhile"))[0] == 201
+        assert not reading.done()
+        reading.cancel()
+
+
+async def test_late_events_keep_their_order_and_let_other_requests_pass(
+    server: tuple[Server, ApiProxy], session: aiohttp.ClientSession
+) -> None:
+    api, proxy = server
+    proxy.fault(LateEvents(0.2), verb="watch")
+    loop = asyncio.get_running_loop()
+    async with session.get(f"{JOBS}?watch=true") as answer:
+        for line in ("one", "two"):
+            api.watch.put_nowait(line)
+        sent = loop.time()
+        assert (await create(session, "meanwhile"))[0] == 201
+        assert [await read_line(answer), await read_line(answer)] == ["one", "two"]
+        assert loop.time() - sent >= 0.15
+
+
+async def test_a_watch_that_the_server_ends_ends_in_good_order(
+    server: tuple[Server, ApiProxy], session: aiohttp.ClientSession
+) -> None:
+    api, _ = server
+    async with session.get(f"{JOBS}?watch=true") as answer:
+        api.watch.put_nowait("one")
+        api.watch.put_nowait(None)
+        assert await asyncio.wait_for(answer.content.read(), 10) == b"one\n"
+
+
+async def test_an_unknown_certificate_is_not_trusted(server: tuple[Server, ApiProxy], another: tuple[Path, Path]) -> None:
+    _, proxy = server
+    with ApiProxy(Endpoint(Path("/nowhere"), proxy.upstream, "t", another[1])) as distrustful:
+        with pytest.raises((urllib.error.URLError, ConnectionError)):
+            await asyncio.to_thread(urllib.request.urlopen, distrustful.url + JOBS, timeout=5)
+        assert [e.applied for e in distrustful.exchanges] == [0]
