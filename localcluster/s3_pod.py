@@ -30,18 +30,27 @@ def layout() -> Path:
 
 
 def apply(endpoint: Endpoint, access_key: str, secret_key: str) -> None:
-    """Create or update the objects."""
-    endpoint.apply(f"/api/v1/namespaces/{NAMESPACE}", _object("Namespace", NAMESPACE))
-    base = f"/api/v1/namespaces/{NAMESPACE}"
+    """Create or update the objects, on the first node: losing another one in a test must not take the store along."""
+    plurals = {"Namespace": "namespaces", "Secret": "secrets", "Service": "services", "Deployment": "deployments"}
+    for item in objects(access_key, secret_key, {"kubernetes.io/hostname": "n1"}):
+        group = "/api/v1" if item["apiVersion"] == "v1" else f"/apis/{item['apiVersion']}"
+        inside = f"/namespaces/{NAMESPACE}" if "namespace" in item["metadata"] else ""
+        endpoint.apply(f"{group}{inside}/{plurals[item['kind']]}/{item['metadata']['name']}", item)
+
+
+def objects(access_key: str, secret_key: str, node_selector: dict[str, str] | None = None) -> list[dict[str, Any]]:
+    """What makes the server, in the order to create it in."""
     config = {"s3.json": json.dumps(identities(access_key, secret_key))}
-    endpoint.apply(f"{base}/secrets/{NAME}", {**_object("Secret", NAME), "stringData": config})
-    endpoint.apply(f"{base}/services/{NAME}", {**_object("Service", NAME), "spec": _service()})
-    deployment = {**_object("Deployment", NAME, "apps/v1"), "spec": _deployment()}
-    endpoint.apply(f"/apis/apps/v1/namespaces/{NAMESPACE}/deployments/{NAME}", deployment)
+    return [
+        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}},
+        {**_object("Secret", NAME), "stringData": config},
+        {**_object("Service", NAME), "spec": _service()},
+        {**_object("Deployment", NAME, "apps/v1"), "spec": _deployment(node_selector or {})},
+    ]
 
 
 def _object(kind: str, name: str, version: str = "v1") -> dict[str, Any]:
-    return {"apiVersion": version, "kind": kind, "metadata": {"name": name}}
+    return {"apiVersion": version, "kind": kind, "metadata": {"name": name, "namespace": NAMESPACE}}
 
 
 def _service() -> dict[str, Any]:
@@ -49,16 +58,16 @@ def _service() -> dict[str, Any]:
     return {"type": "NodePort", "selector": {"app": NAME}, "ports": [port]}
 
 
-def _deployment() -> dict[str, Any]:
+def _deployment(node_selector: dict[str, str]) -> dict[str, Any]:
     return {
         "replicas": 1,
         "strategy": {"type": "Recreate"},
         "selector": {"matchLabels": {"app": NAME}},
-        "template": {"metadata": {"labels": {"app": NAME}}, "spec": _pod()},
+        "template": {"metadata": {"labels": {"app": NAME}}, "spec": _pod(node_selector)},
     }
 
 
-def _pod() -> dict[str, Any]:
+def _pod(node_selector: dict[str, str]) -> dict[str, Any]:
     container = {
         "name": "seaweedfs",
         "image": TAG,
@@ -71,7 +80,7 @@ def _pod() -> dict[str, Any]:
         "volumeMounts": [
             {"name": "data", "mountPath": "/data"},
             {"name": "config", "mountPath": "/config", "readOnly": True},
-            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the container's own, for its sockets
         ],
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -80,8 +89,7 @@ def _pod() -> dict[str, Any]:
         },
     }
     return {
-        # The first node, so that losing another one in a test does not take the store along.
-        "nodeSelector": {"kubernetes.io/hostname": "n1"},
+        "nodeSelector": node_selector,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": 1,
