@@ -3,9 +3,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PY := .venv/bin/python
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
-HELM_VERSION := v4.3.1
-HELM := $(CACHE)/tools/helm-$(HELM_VERSION)/helm
-export CLUSTER KEEP HELM
+export CLUSTER KEEP
 # Ranks of a test share two cores with the test itself.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
@@ -27,9 +25,8 @@ packages: setup ## Install the Debian packages that the local cluster needs (roo
 	@$(PY) -m localcluster packages --install
 
 .PHONY: tools
-tools: $(HELM) ## Build Helm from its Go module, once a version
-$(HELM):
-	@scripts/build-helm.sh $(HELM_VERSION) $@
+tools: setup ## Build Helm from its Go module, once a version; prints its path
+	@$(PY) scripts/tools.py
 
 .PHONY: images
 images: setup ## Build the operator's and the trainer's image from their Dockerfiles
@@ -48,9 +45,9 @@ generate: setup ## Write what is made from the API's models: the CRD, and the ch
 	@$(PY) scripts/generate.py
 
 .PHONY: verify
-verify: setup tools ## Fail if a generated file differs from its source, or the chart does not lint
+verify: setup ## Fail if a generated file differs from its source, or the chart does not lint
 	@$(PY) scripts/generate.py --check
-	@$(HELM) lint --quiet helm/finetune-operator
+	@"$$($(PY) scripts/tools.py)" lint --quiet helm/finetune-operator
 
 .PHONY: locks
 locks: setup ## Write requirements/{operator,trainer,cli}.lock again, with the versions of dev.lock

@@ -5,36 +5,20 @@ All of it is kept in the cache, so that the second time costs a second or two.
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
 from rich.console import Console
-from side_by_side import Commands, Step, StepFailed, run_all
+from side_by_side import Step, StepFailed, run_all
 from smollm2 import cache
+from tools import HELM
 
 ROOT = Path(__file__).resolve().parent.parent
-HELM_VERSION = "v4.3.1"
-
-
-def helm() -> Path:
-    """Where the Helm program lies, or will: $HELM, else the cache."""
-    return Path(os.environ.get("HELM") or cache() / "tools" / f"helm-{HELM_VERSION}" / "helm")
 
 
 def python(*arguments: str) -> list[str]:
     """A command of this environment's Python."""
     return [sys.executable, *arguments]
-
-
-def helm_step() -> Step:
-    """Helm from its Go module."""
-
-    def run(command: Commands) -> None:
-        if not helm().exists():
-            command([ROOT / "scripts/build-helm.sh", HELM_VERSION, helm()])
-
-    return Step("Helm, from its Go module", run)
 
 
 def model_step() -> Step:
@@ -60,7 +44,7 @@ def main() -> int:
     """0, or 1 with one line that says what could not be done."""
     console = Console(stderr=True)
     try:
-        run_all([*local_steps(), helm_step(), model_step()], cache() / "logs", console)
+        run_all([*local_steps(), HELM.step(), model_step()], cache() / "logs", console)
     except StepFailed as error:
         console.print(f"[red]prepare:[/] {error}", highlight=False)
         return 1

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Build a program from its Go module into a file of the cache: no download of a ready-made program, the sums checked by Go.
+# Usage: build-tool.sh PACKAGE VERSION TARGET [LINKER FLAGS]
+set -euo pipefail
+package="$1" version="$2" target="$3" flags="${4:-}"
+name="$(basename "$target")"
+command -v go >/dev/null || { echo "$name: Go is needed to build it ($package@$version): install Go 1.26 or newer" >&2; exit 1; }
+started=$SECONDS
+folder="$(dirname "$target")"
+mkdir -p "$folder"
+exec 9>"$folder.lock"
+flock 9
+[ -x "$target" ] && exit 0
+echo "$name: building $version from its Go module (some minutes, once) ..."
+work="$(mktemp -d "$folder/build.XXXXXX")"
+trap 'rm -rf "$work"' EXIT
+(cd "$work" && GOFLAGS= GOBIN="$work" go install -trimpath -ldflags "-s -w $flags" "$package@$version")
+mv "$work/$name" "$target"
+echo "$name: ready after $((SECONDS - started)) s"

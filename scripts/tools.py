@@ -1,0 +1,68 @@
+"""Programs that are built from Go modules into the cache: Helm always, kind where Docker is used."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from side_by_side import Commands, Step
+from smollm2 import cache
+
+SCRIPTS = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A Go program by package and version. `override` names an environment variable: the path of one to use instead."""
+
+    name: str
+    package: str
+    version: str
+    override: str
+    flags: str = ""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies, or will."""
+        own = os.environ.get(self.override)
+        return Path(own) if own else cache() / "tools" / f"{self.name}-{self.version}" / self.name
+
+    def step(self) -> Step:
+        """Build it unless it is there."""
+
+        def run(command: Commands) -> None:
+            if not self.path.exists():
+                command([SCRIPTS / "build-tool.sh", self.package, self.version, self.path, self.flags])
+
+        return Step(f"{self.name} {self.version}", run)
+
+
+HELM_VERSION = "v4.3.1"
+HELM = Tool(
+    "helm",
+    "helm.sh/helm/v4/cmd/helm",
+    HELM_VERSION,
+    "HELM",
+    f"-X helm.sh/helm/v4/internal/version.version={HELM_VERSION}",
+)
+KIND = Tool("kind", "sigs.k8s.io/kind", "v0.33.0", "KIND")
+
+
+def kind() -> Path | None:
+    """kind as installed on this machine, or None."""
+    found = shutil.which("kind")
+    return Path(found) if found else None
+
+
+if __name__ == "__main__":
+    from rich.console import Console
+    from side_by_side import StepFailed, run_all
+
+    try:
+        run_all([HELM.step()], cache() / "logs", Console(stderr=True))
+    except StepFailed as error:
+        sys.exit(f"tools: {error}")
+    print(HELM.path)
