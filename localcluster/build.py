@@ -80,18 +80,18 @@ PROGRAMS = {
 
 
 def ensure(name: str, step: Step = silent) -> Path:
-    """The program's path, built first if it is not there. MissingRequirement without Go, BuildFailed with the log's end."""
+    """The program's path, built first if it is not there. MissingRequirement (no Go), BuildFailed (end of the log)."""
     program = PROGRAMS[name]
     binary = program.binary
     if binary.exists():
         return binary
     check_go()
     binary.parent.mkdir(parents=True, exist_ok=True)
-    with (binary.parent / "lock").open("w") as lock:
-        with step(f"build {name} {program.version} from Go modules (first time: {program.hint})"):
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not binary.exists():
-                _build(program, binary)
+    what = f"build {name} {program.version} from Go modules (first time: {program.hint})"
+    with (binary.parent / "lock").open("w") as lock, step(what):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not binary.exists():
+            _build(program, binary)
     return binary
 
 

@@ -16,9 +16,9 @@ import typer
 from localcluster import build, images, paths, requirements
 from localcluster.api import Endpoint
 from localcluster.control_plane import MODE as CONTROL_PLANE
+from localcluster.control_plane import NODE_MODE as NODE
 from localcluster.control_plane import ControlPlane, read_mode
 from localcluster.errors import LocalClusterError, NotRunning
-from localcluster.node_cluster import MODE as NODE
 from localcluster.node_cluster import NodeCluster, ready_nodes
 from localcluster.processes import Lifetime
 from localcluster.steps import shown
@@ -48,7 +48,7 @@ def folder(name: str, state: Path | None) -> Path:
 
 @app.command()
 def up(
-    mode: Annotated[Mode, typer.Option(help="`node` runs pods and needs root; `control-plane` is the API alone.")] = Mode.NODE,
+    mode: Annotated[Mode, typer.Option(help="node runs pods and needs root; control-plane is the API.")] = Mode.NODE,
     nodes: Annotated[int, typer.Option(min=1, max=4, help="Number of nodes (mode node).")] = 1,
     gpus: Annotated[int, typer.Option(min=0, max=64, help="GPUs that each node claims to have (mode node).")] = 0,
     name: Name = "default",
@@ -110,7 +110,9 @@ def kubeconfig(name: Name = "default", state: State = None) -> None:
     typer.echo(open_endpoint(folder(name, state)).kubeconfig)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False}
+)
 def kubectl(context: typer.Context, name: Name = "default", state: State = None) -> NoReturn:
     """Run kubectl on the cluster: localcluster kubectl -- get pods -A."""
     program = build.ensure(build.KUBE, shown)

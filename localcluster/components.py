@@ -102,7 +102,7 @@ def kubelet(kube: Path, folder: Path, *, node: str, address: str) -> list[str]:
 
 
 def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: str, lease_seconds: int) -> str:
-    """The kubelet's configuration file: small thresholds (a laptop's disk is always nearly full), no image collection."""
+    """The kubelet's configuration file: small thresholds (laptops' disks are nearly full), no image collection."""
     return json.dumps(
         {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",

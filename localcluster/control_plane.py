@@ -1,7 +1,7 @@
-"""A Kubernetes API server with its store and its controllers, without nodes: for tests that play the kubelet themselves.
+"""A Kubernetes API server with its store and its controllers, without nodes: for tests that play the kubelet.
 
-It needs no root and no namespaces: three processes on the loopback, ready in about three seconds, as many side by side as
-the machine holds (600 MB each).
+It needs no root and no namespaces: three processes on the loopback, ready in about three seconds, as many side by
+side as the machine holds (600 MB each).
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ KUBERNETES_SERVICE = "/api/v1/namespaces/default/serviceaccounts/default"
 class ControlPlane:
     """etcd, kube-apiserver and kube-controller-manager (`scheduler=True`: kube-scheduler too) below `state_dir`.
 
-    A context manager, or `up()` and `down()`. With the default lifetime it ends with the thread that started it, even by
-    kill -9; what an earlier one left in `state_dir` is ended and removed first. Errors: StartFailed, MissingRequirement
-    (Go, when the programs are not built yet), ClusterDiffers (a cluster with nodes is up in this folder).
+    A context manager, or `up()` and `down()`. With the default lifetime it ends with the thread that started it, even
+    by kill -9; what an earlier one left in `state_dir` is ended and removed first. Errors: StartFailed,
+    MissingRequirement (Go, when the programs are not built yet), ClusterDiffers (nodes are up in this folder).
     """
 
     def __init__(
@@ -137,7 +137,7 @@ def locked(state_dir: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ClusterBusy(f"another localcluster command is at work in {state_dir}: wait until it is done") from None
+            raise ClusterBusy(f"another localcluster command is at work in {state_dir}: wait for it") from None
         yield
 
 

@@ -30,7 +30,8 @@ LOCAL_BASE = "localhost/finetune-base:bookworm-1"
 """The base where the public one cannot be pulled: the same Debian with its own Python 3.11, made by debootstrap."""
 CA_FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 DEBIAN_CA = Path("/etc/ssl/certs/ca-certificates.crt")
-BASE_NEEDS_GB = 2
+_WASTE = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "var/log")
+"""Folders that are emptied in a base of our own making."""
 
 
 class Which(StrEnum):
@@ -158,7 +159,8 @@ def _run(command: list[str], what: str, timeout: float | None = None) -> str:
 
 def ensure_base(step: Step = silent) -> str:
     """Name of the base image: the public one where it can be had, else a Debian of our own making, once."""
-    known = {name for image in json.loads(buildah("images", "--json") or "[]") or [] for name in image.get("names") or []}
+    images = json.loads(buildah("images", "--json") or "[]") or []
+    known = {name for image in images for name in image.get("names") or []}
     for name in (PUBLIC_BASE, LOCAL_BASE):
         if name in known:
             return name
@@ -177,7 +179,7 @@ def _debootstrap() -> None:
             ["debootstrap", "--variant=minbase", "--include=python3.11,ca-certificates", "bookworm", str(root)],
             "debootstrap",
         )
-        for waste in ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "var/log"):
+        for waste in _WASTE:
             for path in (root / waste).iterdir() if (root / waste).is_dir() else []:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         container = buildah("from", "--quiet", "scratch").strip()
@@ -222,7 +224,8 @@ def _export(recipe: Recipe) -> None:
     (recipe.layout / "index.json").unlink(missing_ok=True)
     source = f"containers-storage:[overlay@{store() / 'root'}+{store() / 'run'}]{recipe.tag}"
     command = [
-        "skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers", source, f"oci:{recipe.layout}:{recipe.tag}",
+        "skopeo", "copy", "--quiet", "--dest-oci-accept-uncompressed-layers",
+        source, f"oci:{recipe.layout}:{recipe.tag}",
     ]
     _run(command, f"export of {recipe.tag}")
     _, entry = manifest_of(recipe.layout, recipe.tag)

@@ -1,8 +1,8 @@
 """The first process inside a cluster's namespaces: it is the machine that the nodes run on.
 
-Runs as PID 1 of new PID, mount and network namespaces. It lays the cables, gives each node a private /run and /var/lib,
-starts and ends components when told to over a socket, reaps orphans, and takes everything along when it ends: the kernel
-kills all processes of the PID namespace, and mounts, links and addresses go with the last of them.
+Runs as PID 1 of new PID, mount and network namespaces. It lays the cables, gives each node a private /run and
+/var/lib, starts and ends components when told to over a socket, reaps orphans, and takes everything along when it
+ends: the kernel kills all processes of the PID namespace, and mounts, links and addresses go with the last of them.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import contextlib
 import ctypes
 import json
 import os
+import selectors
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,8 +208,6 @@ def serve(machine: Machine) -> None:
     signal.set_wakeup_fd(wake_write.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
     listener = listen(machine.plan.folder)
-    import selectors
-
     with selectors.DefaultSelector() as waiting:
         waiting.register(listener, selectors.EVENT_READ)
         waiting.register(wake_read, selectors.EVENT_READ)
@@ -230,7 +230,7 @@ def answer_one(listener: socket.socket, machine: Machine) -> None:
 
 
 @contextlib.contextmanager
-def short_path(folder: Path, name: str):  # type: ignore[no-untyped-def]  # a generator of str
+def short_path(folder: Path, name: str) -> Iterator[str]:
     """A path to a socket in `folder` that fits the kernel's 107 characters, however deep the folder lies."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:

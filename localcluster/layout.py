@@ -92,7 +92,8 @@ class Plan:
 
 def free_block() -> str:
     """A block `10.X` that this machine has no address in and no route to (default routes apart)."""
-    answer = subprocess.run(["ip", "-j", "-4", "route", "show", "table", "all"], capture_output=True, text=True, check=True)
+    command = ["ip", "-j", "-4", "route", "show", "table", "all"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
     taken = [
         ipaddress.ip_network(route["dst"], strict=False)
         for route in json.loads(answer.stdout or "[]")

@@ -1,7 +1,7 @@
 """The namespaces of a cluster with nodes, seen from outside: start them, reach into them, end them, leave nothing.
 
-There is one such cluster per machine, as its cgroups and its cable have fixed names: whoever holds the lock owns them, the
-kernel drops the lock with the last process, and whatever still lies around then is garbage.
+There is one such cluster per machine, as its cgroups and its cable have fixed names: whoever holds the lock owns them,
+the kernel drops the lock with the last process, and whatever still lies around then is garbage.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Machine:
         try:
             return inside.ask(self.folder, do, **arguments)
         except OSError:
-            raise NotRunning(f"no cluster with nodes is up in {self.folder}: run `localcluster up --mode node`") from None
+            raise not_running(self.folder) from None
         except RuntimeError as error:
             raise StartFailed(str(error)) from None
 
@@ -87,7 +87,7 @@ class Machine:
         for pid in processes.owned_by(self.folder):
             if inner_pid(pid) == number:
                 return pid
-        raise NotRunning(f"no cluster with nodes is up in {self.folder}: run `localcluster up --mode node`")
+        raise not_running(self.folder)
 
     def end(self) -> None:
         """End everything inside, and remove its cable and cgroups if they are this cluster's."""
@@ -98,6 +98,11 @@ class Machine:
             return  # another cluster's: nothing on the machine is ours
         with lock:
             clean_machine()
+
+
+def not_running(folder: Path) -> NotRunning:
+    """What to say when a running cluster is needed and there is none."""
+    return NotRunning(f"no cluster with nodes is up in {folder}: run `localcluster up --mode node`")
 
 
 def inner_pid(pid: int) -> int | None:

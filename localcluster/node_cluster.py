@@ -22,7 +22,7 @@ from localcluster.control_plane import NODE_MODE as MODE
 from localcluster.control_plane import PLAN, STATE, locked, prepare, read_endpoint, wait_for_api, write_state
 from localcluster.errors import ClusterDiffers, ImageNotFound, NotRunning
 from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, free_block
-from localcluster.machine import Machine
+from localcluster.machine import Machine, not_running
 from localcluster.oci import Image, manifest_of, write_layout
 from localcluster.processes import Lifetime, Server
 from localcluster.s3 import S3Endpoint, is_ready, new_keys
@@ -48,9 +48,9 @@ class Options:
 class NodeCluster:
     """API server, controllers, scheduler, DNS, S3, and `nodes` nodes with containerd below `state_dir`.
 
-    A context manager, or `up()` and `down()`. With the default lifetime it ends with the thread that started it, even by
-    kill -9. Errors: MissingRequirement (root, packages, kernel, Go), ClusterBusy (one per machine), ClusterDiffers (up with
-    another number of nodes), StartFailed.
+    A context manager, or `up()` and `down()`. With the default lifetime it ends with the thread that started it, even
+    by kill -9. Errors: MissingRequirement (root, packages, kernel, Go), ClusterBusy (one per machine), ClusterDiffers
+    (up with another number of nodes), StartFailed.
     """
 
     def __init__(
@@ -104,7 +104,8 @@ class NodeCluster:
         access_key, secret_key = new_keys()
         with self._step(f"start {plan.count} node(s)"):
             self._start_nodes(plan, programs, endpoint)
-            s3_pod.apply(endpoint, access_key, secret_key)
+            # On the first node, so that losing another one in a test does not take the store along.
+            s3_pod.apply(endpoint, access_key, secret_key, node=plan.nodes[0].name)
             self._wait("the nodes", lambda: len(ready_nodes(endpoint)) == plan.count)
         with self._step("start S3"):
             store = s3_endpoint(plan, access_key, secret_key)
@@ -122,8 +123,9 @@ class NodeCluster:
             self._start_containerd(node)
         endpoint = wait_for_api(self.state_dir, at, token, [server])
         for node, user in zip(plan.nodes, users, strict=True):
-            (node.folder / "kubeconfig").touch(mode=0o600)
-            (node.folder / "kubeconfig").write_text(components.kubeconfig(at.server, user.token, endpoint.ca.read_bytes()))
+            own = node.folder / "kubeconfig"
+            own.touch(mode=0o600)
+            own.write_text(components.kubeconfig(at.server, user.token, endpoint.ca.read_bytes()))
         controllers = components.controller_manager(kube, self.state_dir, node_grace_seconds=NODE_GRACE_SECONDS)
         self._machine.start_component("kube-controller-manager", first, controllers)
         self._machine.start_component("kube-scheduler", first, components.scheduler(kube, self.state_dir))
@@ -213,14 +215,14 @@ class NodeCluster:
         try:
             return Plan.load((self.state_dir / PLAN).read_text())
         except FileNotFoundError:
-            raise NotRunning(f"no cluster with nodes is up in {self.state_dir}: run `localcluster up --mode node`") from None
+            raise not_running(self.state_dir) from None
 
     @property
     def endpoint(self) -> Endpoint:
         """The API server. NotRunning if it is down."""
         endpoint = read_endpoint(self.state_dir, MODE)
         if endpoint is None:
-            raise NotRunning(f"no cluster with nodes is up in {self.state_dir}: run `localcluster up --mode node`")
+            raise not_running(self.state_dir)
         return endpoint
 
     @property
@@ -253,7 +255,7 @@ class NodeCluster:
         return name
 
     def kubectl(self, *arguments: str, check: bool = True, stdin: str | None = None) -> str:
-        """Run kubectl on this cluster; its standard output. CalledProcessError, with stderr, if it fails and `check`."""
+        """Run kubectl on this cluster; its standard output. CalledProcessError, with stderr, if it fails."""
         command = [str(build.ensure(build.KUBE)), "kubectl", "--kubeconfig", str(self.kubeconfig), *arguments]
         return subprocess.run(command, check=check, capture_output=True, text=True, input=stdin).stdout
 
@@ -291,7 +293,8 @@ class NodeCluster:
         """The kubelet keeps what it does not manage; a patch is all that a pretended device needs."""
         if self.options.gpus:
             for node in self.plan.nodes:
-                patch = [{"op": "add", "path": f"/status/capacity/{GPU.replace('/', '~1')}", "value": str(self.options.gpus)}]
+                where = f"/status/capacity/{GPU.replace('/', '~1')}"
+                patch = [{"op": "add", "path": where, "value": str(self.options.gpus)}]
                 path = f"/api/v1/nodes/{node.name}/status"
                 self.endpoint.request("PATCH", path, patch, content_type="application/json-patch+json")
 

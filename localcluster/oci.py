@@ -33,7 +33,7 @@ class Image:
 
 
 def write_layout(folder: Path, image: Image) -> Path:
-    """Write `image` as an uncompressed OCI layout, reproducibly. Returns `folder`; done already, it is left as it is."""
+    """Write `image` as an uncompressed OCI layout, reproducibly, unless it is there. Returns `folder`."""
     if (folder / "index.json").exists():
         return folder
     unfinished = folder.with_name(folder.name + ".unfinished")

@@ -67,7 +67,8 @@ def spawn(
     with log.open("ab") as out:
         process = subprocess.Popen(
             [str(a) for a in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-            start_new_session=True, cwd=cwd, env={**(os.environ if env is None else env), OWNER: str(owner)}, pass_fds=pass_fds,
+            start_new_session=True, cwd=cwd, pass_fds=pass_fds,
+            env={**(os.environ if env is None else env), OWNER: str(owner)},
             preexec_fn=bind_to_parent if lifetime is Lifetime.PARENT else None,
         )
     return Server(name, process, log)

@@ -42,9 +42,9 @@ def check_packages(wanted: dict[str, str]) -> None:
 def check_node() -> None:
     """Everything that running pods on this machine needs."""
     if sys.platform != "linux":
-        raise MissingRequirement(f"a cluster with nodes needs Linux, this is {sys.platform}: use kind, or --mode control-plane")
+        raise MissingRequirement(f"a cluster with nodes needs Linux, this is {sys.platform}: use kind")
     if os.geteuid() != 0:
-        raise MissingRequirement("a cluster with nodes needs root: run it as root, or use kind, or --mode control-plane")
+        raise MissingRequirement("a cluster with nodes needs root: become root, or use kind, or --mode control-plane")
     check_packages(NODE_PACKAGES)
     check_kernel()
 
@@ -54,7 +54,7 @@ def check_kernel() -> None:
     if "overlay" not in Path("/proc/filesystems").read_text():
         subprocess.run(["modprobe", "overlay"], capture_output=True)
         if "overlay" not in Path("/proc/filesystems").read_text():
-            raise MissingRequirement("the kernel has no overlayfs, which containers need: load or build the module `overlay`")
+            raise MissingRequirement("the kernel has no overlayfs, which containers need: `modprobe overlay`")
     attempt = "ip link add name br0 type bridge && ip link add name v0 type veth peer name v1 && iptables -w -t nat -L -n"
     tried = subprocess.run(
         ["unshare", "-n", "-m", "-p", "-f", "--propagation", "private", "sh", "-c", attempt],
@@ -70,6 +70,7 @@ def check_kernel() -> None:
 def install(packages: list[str]) -> None:
     """apt-get install, as root, with its output shown. MissingRequirement if it fails."""
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
-    for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]):
+    fetch = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]
+    for command in (["apt-get", "update", "-qq"], fetch):
         if subprocess.run(command, env=env, stdout=subprocess.DEVNULL).returncode != 0:
             raise MissingRequirement(f"`{' '.join(command)}` failed: install by hand: {' '.join(packages)}")

@@ -81,7 +81,7 @@ def find_weed() -> Path:
 
 
 def find_program(name: str, package: str) -> Path:
-    """A program that a Python package brings, from this environment or the PATH. MissingRequirement if it is in neither."""
+    """A program that a Python package brings, from this environment or the PATH; MissingRequirement without it."""
     bases = [Path(p).parents[2] for p in sys.path if p.endswith("site-packages")]
     for folder in [Path(sys.executable).parent, *(base / "bin" for base in bases)]:
         if os.access(folder / name, os.X_OK):

