@@ -249,7 +249,9 @@ async def test_a_watch_that_the_server_ends_ends_in_good_order(
         assert await asyncio.wait_for(answer.content.read(), 10) == b"one\n"
 
 
-async def test_an_unknown_certificate_is_not_trusted(server: tuple[Server, ApiProxy], another: tuple[Path, Path]) -> None:
+async def test_an_unknown_certificate_is_not_trusted(
+    server: tuple[Server, ApiProxy], another: tuple[Path, Path]
+) -> None:
     _, proxy = server
     with ApiProxy(Endpoint(Path("/nowhere"), proxy.upstream, "t", another[1])) as distrustful:
         with pytest.raises((urllib.error.URLError, ConnectionError)):
