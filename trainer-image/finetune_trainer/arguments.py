@@ -1,0 +1,157 @@
+"""From our options to the Trainer's: the fields that all objectives share. Every option stands here once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.errors import ConfigError
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import GradientCheckpointing, Scheduler, When
+
+from finetune_trainer.distributed import Plan
+from finetune_trainer.hardware import Hardware
+from finetune_trainer.inputs import Inputs
+
+SCHEDULERS = {
+    Scheduler.LINEAR: "linear", Scheduler.COSINE: "cosine", Scheduler.COSINE_WITH_RESTARTS: "cosine_with_restarts",
+    Scheduler.COSINE_WITH_MIN_LR: "cosine_with_min_lr", Scheduler.POLYNOMIAL: "polynomial", Scheduler.CONSTANT: "constant",
+    Scheduler.CONSTANT_WITH_WARMUP: "constant_with_warmup", Scheduler.INVERSE_SQRT: "inverse_sqrt",
+    Scheduler.WARMUP_STABLE_DECAY: "warmup_stable_decay",
+}  # fmt: skip
+
+
+def common(run: RunConfig, inputs: Inputs, hardware: Hardware, plan: Plan, *, evaluates: bool) -> dict[str, Any]:
+    """Keyword arguments of TrainingArguments, whatever the objective. `evaluates`: there is validation data.
+
+    Errors: ConfigError OptimizerUnknown, SchedulerParameterInvalid, EvaluationWithoutData.
+    """
+    training = run.spec.training
+    return {
+        "output_dir": str(inputs.output_dir),
+        "per_device_train_batch_size": training.batch_size_per_device or 4,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps or 4,
+        "num_train_epochs": 3.0 if training.epochs is None else training.epochs,
+        "max_steps": training.max_steps or -1,
+        "learning_rate": training.learning_rate or 2e-4,
+        "lr_scheduler_type": SCHEDULERS[training.scheduler or Scheduler.COSINE],
+        "lr_scheduler_kwargs": scheduler_parameters(run),
+        "warmup_steps": _warmup(run),
+        "max_grad_norm": 1.0 if training.max_grad_norm is None else training.max_grad_norm,
+        "optim": optimizer(run, hardware),
+        "adam_beta1": 0.9 if training.adam_beta1 is None else training.adam_beta1,
+        "adam_beta2": 0.999 if training.adam_beta2 is None else training.adam_beta2,
+        "adam_epsilon": 1e-8 if training.adam_epsilon is None else training.adam_epsilon,
+        "weight_decay": training.weight_decay or 0.0,
+        "neftune_noise_alpha": training.neftune_noise_alpha,
+        "train_sampling_strategy": "group_by_length" if training.group_by_length else "random",
+        "seed": _seed(run),
+        "data_seed": _seed(run),
+        "bf16": hardware.bf16,
+        "fp16": hardware.fp16,
+        "use_cpu": hardware.cpu,
+        "dataloader_pin_memory": not hardware.cpu,
+        "disable_tqdm": True,
+        "report_to": [],
+        # A non-finite loss must be seen, not replaced by the last good one.
+        "logging_nan_inf_filter": False,
+        **_checkpointing(run),
+        **_rhythm(run, evaluates),
+        **plan.arguments(),
+    }
+
+
+def _seed(run: RunConfig) -> int:
+    return 42 if run.spec.training.seed is None else run.spec.training.seed
+
+
+def _warmup(run: RunConfig) -> float | int:
+    """Steps, or below 1 a fraction of all steps: transformers has one field for both."""
+    training = run.spec.training
+    if training.warmup_steps is not None:
+        return training.warmup_steps
+    return 0.03 if training.warmup_ratio is None else training.warmup_ratio
+
+
+def _rhythm(run: RunConfig, evaluates: bool) -> dict[str, Any]:
+    """When to log, save and evaluate."""
+    checkpoint, evaluation, tracking = run.spec.checkpoint, run.spec.evaluation, run.spec.tracking
+    when = evaluation.strategy or When.NO
+    if when is not When.NO and not evaluates:
+        raise ConfigError(
+            "EvaluationWithoutData", f"evaluation.strategy is {when}, but there is no validation data",
+            hint="give dataset.validation or dataset.split.validation, or write `strategy: no`",
+        )  # fmt: skip
+    best = checkpoint.load_best_at_end is True or run.spec.training.early_stopping is not None
+    return {
+        "logging_strategy": "steps",
+        "logging_steps": tracking.logging_steps or 10,
+        "logging_first_step": tracking.log_first_step is not False,
+        "save_strategy": str(checkpoint.strategy or When.STEPS),
+        "save_steps": checkpoint.steps or 100,
+        "eval_strategy": str(when),
+        "eval_steps": evaluation.steps or checkpoint.steps or 100,
+        "per_device_eval_batch_size": evaluation.batch_size_per_device or run.spec.training.batch_size_per_device or 4,
+        "load_best_model_at_end": checkpoint.load_best_at_end is True,
+        "metric_for_best_model": "eval_loss" if best else None,
+        "greater_is_better": False if best else None,
+    }
+
+
+def _checkpointing(run: RunConfig) -> dict[str, Any]:
+    """Recompute activations, every layer or every n-th, or move them to host memory."""
+    training = run.spec.training
+    mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
+    if mode is GradientCheckpointing.DISABLED:
+        return {"activation_checkpointing": False}
+    options: dict[str, Any] = {"use_reentrant": False}
+    if mode is GradientCheckpointing.UNSLOTH:
+        options["offload"] = True
+    if (training.checkpoint_every_n_layers or 1) > 1:
+        options["every_n_layers"] = training.checkpoint_every_n_layers
+    return {"activation_checkpointing": True, "activation_checkpointing_kwargs": options}
+
+
+def optimizer(run: RunConfig, hardware: Hardware) -> str:
+    """The optimizer's name, if transformers knows it and this device can run it. Errors: ConfigError OptimizerUnknown, OptimizerUnavailable."""
+    from difflib import get_close_matches
+
+    from transformers.training_args import OptimizerNames
+
+    name = run.spec.training.optimizer or "adamw_torch_fused"
+    known = [one.value for one in OptimizerNames]
+    if name not in known:
+        near = get_close_matches(name, known, n=3) or ["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
+        raise ConfigError("OptimizerUnknown", f"training.optimizer {name!r} is not known", hint=f"write one of {', '.join(near)}")
+    return name
+
+
+def scheduler_parameters(run: RunConfig) -> dict[str, float | int | str | bool]:
+    """`training.schedulerParameters` as numbers where they are numbers. Errors: ConfigError SchedulerParameterInvalid."""
+    import inspect
+
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
+
+    given = run.spec.training.scheduler_parameters or {}
+    scheduler = run.spec.training.scheduler or Scheduler.COSINE
+    function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(SCHEDULERS[scheduler])]
+    known = set(inspect.signature(function).parameters) - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    strange = sorted(set(given) - known)
+    if strange:
+        raise ConfigError(
+            "SchedulerParameterInvalid", f"training.schedulerParameters: scheduler {scheduler} has no {', '.join(strange)}",
+            hint=f"it has {', '.join(sorted(known)) or 'no parameters'}",
+        )  # fmt: skip
+    return {name: _number(text) for name, text in given.items()}
+
+
+def _number(text: str) -> float | int | str | bool:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    try:
+        return int(text)
+    except ValueError:
+        pass
+    try:
+        return float(text)
+    except ValueError:
+        return text

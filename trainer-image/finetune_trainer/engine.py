@@ -1,0 +1,116 @@
+"""What every objective's Trainer does beside training: guards against runs that go wrong without an error.
+
+`Guarded` is mixed into TRL's trainers. It connects the strategy, refuses half-loaded checkpoints, and gives adapters their
+precision back. `FiniteGuard` ends a run whose loss is no number.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from finetune_api.errors import DivergedError, NoCheckpointError
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from finetune_trainer.distributed import Plan
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+MODEL_WEIGHTS = "model.safetensors"
+
+
+class Guarded(Trainer):
+    """Mixed in before a TRL trainer. Set `plan` on the class made by `guarded` before building it."""
+
+    plan: Plan
+    plus_ratio: float = 1.0
+    """LoRA+: learning rate of the B matrices over that of the A matrices."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Let the strategy finish what TrainingArguments cannot say."""
+        super().create_accelerator_and_postprocess()
+        self.plan.after_accelerator(self)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """LoRA+ has its own parameter groups."""
+        if self.optimizer is None and self.plus_ratio != 1.0:
+            from peft.optimizers import create_loraplus_optimizer
+
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            learning_rate = options.pop("lr")
+            self.optimizer = create_loraplus_optimizer(
+                model=self.model, optimizer_cls=kind, lr=learning_rate, loraplus_lr_ratio=self.plus_ratio,
+                loraplus_weight_decay=self.args.weight_decay, **options,
+            )  # fmt: skip
+            return self.optimizer
+        return super().create_optimizer(model)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Load weights, all of them, and only those of the kind that is trained.
+
+        transformers looks for model.safetensors first: a stray one beside an adapter makes it leave the adapter as it is.
+        Errors: NoCheckpointError CheckpointForeign.
+        """
+        folder = Path(resume_from_checkpoint)
+        if (folder / ADAPTER_WEIGHTS).exists() and (folder / MODEL_WEIGHTS).exists() and not self.is_fsdp_enabled:
+            raise NoCheckpointError(
+                "CheckpointForeign", f"{folder.name} holds both {ADAPTER_WEIGHTS} and {MODEL_WEIGHTS}: it is not one checkpoint",
+                hint="remove the file that does not belong there",
+            )  # fmt: skip
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Missing or unexpected weights are an error, where transformers warns."""
+        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
+        missing = [key for key in load_result.missing_keys if key not in tied]
+        if missing or load_result.unexpected_keys:
+            names = ", ".join([*missing, *load_result.unexpected_keys][:4])
+            raise NoCheckpointError(
+                "CheckpointForeign", f"the checkpoint has other weights than this run trains: {names}",
+                hint="resume with the method, targets and model that it was made with",
+            )  # fmt: skip
+
+
+class FiniteGuard(TrainerCallback):
+    """Ends the run when loss or gradient norm is no finite number: such weights never recover by themselves."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Errors: DivergedError LossNotFinite, GradientNotFinite."""
+        for key, code in (("loss", "LossNotFinite"), ("eval_loss", "LossNotFinite"), ("grad_norm", "GradientNotFinite")):
+            value = (logs or {}).get(key)
+            if not isinstance(value, float | int) or math.isfinite(value):
+                continue
+            if key == "grad_norm" and args.fp16:
+                continue  # the gradient scaler skips such a step and lowers its scale
+            raise DivergedError(
+                code, f"{key} is {value} at step {state.global_step}",
+                hint="lower training.learningRate, raise warmupSteps, or use bf16 instead of fp16",
+            )  # fmt: skip
+
+
+class PrecisionKeeper:
+    """Remembers the trainable weights of an adapter across a Trainer's construction.
+
+    TRL turns the adapter of a quantised base into bf16 when it is built. Updates smaller than bf16's steps are lost then, so
+    the weights go back to what PEFT made them, in full precision.
+    """
+
+    def __init__(self, model: Any):
+        self._before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def restore(self, model: Any) -> None:
+        """Put the remembered weights back."""
+        for name, parameter in model.named_parameters():
+            before = self._before.get(name)
+            if before is not None and parameter.dtype != before.dtype:
+                parameter.data = before
+
+
+def require_finite(model: Any) -> None:
+    """Refuse to publish weights that are no numbers. Errors: DivergedError WeightsNotFinite."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not bool(torch.isfinite(parameter.detach()).all()):
+            raise DivergedError("WeightsNotFinite", f"{name} holds values that are no finite numbers", hint="lower training.learningRate")

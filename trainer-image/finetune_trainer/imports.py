@@ -1,0 +1,64 @@
+"""Heavy imports, in the right order and only those a job needs.
+
+Ranks import while the supervisor downloads. Two packages cost seconds and are imported by others merely because they are
+installed: bitsandbytes (by peft) and deepspeed (by accelerate, whenever a model is saved). A job that needs neither is told that
+they are absent, which `importlib` lets one say by an entry None in `sys.modules`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import Backend, MethodType, Strategy, TrainerType
+
+ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TRL_EXPERIMENTAL_SILENCE": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+"""What the libraries read when they are imported. A rank never talks to a hub: the supervisor has fetched everything."""
+
+_TRAINERS = {
+    TrainerType.SFT: "trl.trainer.sft_trainer",
+    TrainerType.DPO: "trl.trainer.dpo_trainer",
+    TrainerType.GRPO: "trl.trainer.grpo_trainer",
+    TrainerType.KTO: "trl.trainer.kto_trainer",
+    TrainerType.REWARD: "trl.trainer.reward_trainer",
+    TrainerType.ORPO: "trl.experimental.orpo",
+}
+
+
+def needs_bitsandbytes(run: RunConfig) -> bool:
+    """Whether weights or optimizer states are kept in 4 or 8 bits."""
+    spec = run.spec
+    quantized = spec.model.quantization is not None and spec.model.quantization.bits is not None
+    optimizer = spec.training.optimizer or ""
+    tuned = spec.trainer.backend is Backend.UNSLOTH
+    return quantized or spec.method.type is MethodType.QLORA or "8bit" in optimizer or "paged" in optimizer or tuned
+
+
+def needs_deepspeed(run: RunConfig) -> bool:
+    """Whether DeepSpeed runs this job."""
+    return run.spec.distributed.strategy is Strategy.DEEPSPEED
+
+
+def preload(run: RunConfig) -> None:
+    """Import everything the job will need, and hide what it will not."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name, needed in (("bitsandbytes", needs_bitsandbytes(run)), ("deepspeed", needs_deepspeed(run))):
+        if not needed:
+            _hide(name)
+    for name in ("torch", "transformers", "peft", "datasets", _TRAINERS[run.spec.trainer.type or TrainerType.SFT]):
+        importlib.import_module(name)
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401  lazy names: this loads them
+
+
+def _hide(name: str) -> None:
+    """Make `name` look as if it were not installed, unless it is in use already (several jobs in one process: tests)."""
+    if sys.modules.get(name) is None:
+        sys.modules[name] = None  # type: ignore[assignment]  # the documented way to block an import

@@ -1,0 +1,66 @@
+"""Choosing the method, and what every method has to prove: that something is trained, and only what was asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from finetune_api.errors import ConfigError, InternalError
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import MethodType, OutputKind
+
+from finetune_trainer.inputs import Inputs
+
+
+@dataclass
+class Applied:
+    """A model ready to be trained."""
+
+    model: Any
+    kind: OutputKind
+    """What the final artefact is: an adapter, which needs the base, or a model."""
+    trainable: int = 0
+    total: int = 0
+    notes: list[str] = field(default_factory=list)
+    extra_files: dict[str, str] = field(default_factory=dict)
+    """Text files that belong to the final artefact, by name."""
+
+
+def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False) -> Applied:
+    """Freeze, wrap or select, as `method.type` says. `keep_dtype`: adapters take the base's type (ZeRO-3 mixes none).
+
+    Errors: ConfigError with the reason for everything that cannot be trained as asked.
+    """
+    from finetune_trainer.method import adapter, full, lora, prompt, spectrum
+
+    match run.spec.method.type or MethodType.LORA:
+        case MethodType.FULL:
+            applied = full.apply(run, model)
+        case MethodType.LORA | MethodType.QLORA | MethodType.DORA:
+            applied = lora.apply(run, model, keep_dtype=keep_dtype)
+        case MethodType.ADAPTER:
+            applied = adapter.apply(run, inputs, model, keep_dtype=keep_dtype)
+        case MethodType.SPECTRUM:
+            applied = spectrum.apply(run, inputs, model)
+        case MethodType.PREFIX_TUNING | MethodType.PROMPT_TUNING:
+            applied = prompt.apply(run, model)
+        case MethodType.IA3:
+            applied = lora.apply_ia3(run, model)
+        case other:
+            raise ConfigError("NotSupportedYet", f"method.type {other} cannot be trained by this version", hint="write lora")
+    applied.trainable, applied.total = count(applied.model)
+    if applied.trainable == 0:
+        raise InternalError("NothingTrainable", f"method {run.spec.method.type} left no parameter to train")
+    return applied
+
+
+def count(model: Any) -> tuple[int, int]:
+    """Trainable and all parameters. 4-bit weights count as the numbers they stand for; ZeRO-3 parameters by their full size."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        size = getattr(parameter, "ds_numel", None) or parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            size *= 2 * parameter.element_size()
+        total += size
+        trainable += size if parameter.requires_grad else 0
+    return trainable, total

@@ -1,0 +1,126 @@
+"""Low-rank adapters (LoRA, QLoRA, DoRA and their variants) and IA3, on plain and on quantised bases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from finetune_api.errors import ConfigError
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import LoraBias, LoraInit, MethodType, OutputKind
+
+from finetune_trainer.method.base import Applied
+
+ALL_LINEAR = "all-linear"
+HEADS = ("lm_head", "embed_out", "output", "score")
+INIT = {
+    LoraInit.DEFAULT: True, LoraInit.GAUSSIAN: "gaussian", LoraInit.PISSA: "pissa", LoraInit.OLORA: "olora", LoraInit.EVA: "eva",
+}  # fmt: skip
+
+
+def apply(run: RunConfig, model: Any, *, keep_dtype: bool = False) -> Applied:
+    """Put adapters on the asked linear layers and freeze the rest.
+
+    Errors: ConfigError TargetModulesMissing, LoraOnHead, InitUnavailable.
+    """
+    from peft import get_peft_model
+
+    config = lora_config(run, model)
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=not keep_dtype)
+    return Applied(wrapped, OutputKind.ADAPTER)
+
+
+def lora_config(run: RunConfig, model: Any) -> Any:
+    """PEFT's configuration from `method.lora`."""
+    from peft import LoraConfig, TaskType
+
+    spec = run.spec.method.lora
+    assert spec is not None, "the resolver fills method.lora for this method"
+    check_init(run)
+    dora = spec.use_dora is True or run.spec.method.type is MethodType.DORA
+    bias = {LoraBias.NONE: "none", LoraBias.ALL: "all", LoraBias.LORA_ONLY: "lora_only"}[spec.bias or LoraBias.NONE]
+    sequence = "SequenceClassification" in type(model).__name__
+    return LoraConfig(
+        task_type=TaskType.SEQ_CLS if sequence else TaskType.CAUSAL_LM,
+        r=spec.rank or 16,
+        lora_alpha=32 if spec.alpha is None else spec.alpha,
+        lora_dropout=0.05 if spec.dropout is None else spec.dropout,
+        target_modules=targets(model, spec.target_modules),
+        modules_to_save=saved_modules(model, spec.modules_to_save),
+        bias=bias,
+        use_rslora=spec.rank_stabilized is True,
+        use_dora=dora,
+        init_lora_weights=INIT[spec.init or LoraInit.DEFAULT],
+    )
+
+
+def check_init(run: RunConfig) -> None:
+    """Refuse ways to start that would not take effect. Errors: ConfigError InitUnavailable."""
+    spec = run.spec.method.lora
+    if spec is None:
+        return
+    if spec.init is LoraInit.LOFTQ or spec.loftq is not None:
+        raise ConfigError(
+            "InitUnavailable", "method.lora.init loftq approximates the base on a CUDA GPU while loading, which this version does not do",
+            hint="write `init: pissa`, which starts from the same idea, or leave init out",
+        )  # fmt: skip
+
+
+def targets(model: Any, asked: Sequence[str] | None) -> str | list[str]:
+    """Target modules as PEFT wants them: every name must be there. Errors: ConfigError TargetModulesMissing, LoraOnHead."""
+    if not asked or list(asked) == [ALL_LINEAR]:
+        return ALL_LINEAR
+    heads = [name for name in asked if name.rsplit(".", 1)[-1] in HEADS and _is_head(model, name)]
+    if heads:
+        raise ConfigError(
+            "LoraOnHead", f"method.lora.targetModules names the head {heads[0]}: the loss reads its weight directly, so an adapter there never learns",
+            hint=f"put {heads[0]} into method.lora.modulesToSave to train it in full",
+        )  # fmt: skip
+    _require(model, asked, "method.lora.targetModules", linear_names(model))
+    return list(asked)
+
+
+def saved_modules(model: Any, asked: Sequence[str] | None) -> list[str] | None:
+    """Modules trained in full beside the adapter: every name must be there. Errors: ConfigError TargetModulesMissing."""
+    if not asked:
+        return None
+    last = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
+    _require(model, asked, "method.lora.modulesToSave", [name for name in last if not name.isdigit()])
+    return list(asked)
+
+
+def linear_names(model: Any) -> list[str]:
+    """Last parts of the names of linear layers, 4- and 8-bit ones included."""
+    kinds = ("Linear", "Linear4bit", "Linear8bitLt", "Conv1D")
+    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if type(module).__name__ in kinds})
+
+
+def _require(model: Any, asked: Sequence[str], path: str, there: Sequence[str]) -> None:
+    every = [name for name, _ in model.named_modules()]
+    absent = [one for one in asked if not any(name == one or name.endswith("." + one) for name in every)]
+    if absent:
+        raise ConfigError(
+            "TargetModulesMissing", f"{path} names {', '.join(absent)}, which the model does not have",
+            hint=f"it has {', '.join(there)}; or leave the field out",
+        )  # fmt: skip
+
+
+def _is_head(model: Any, name: str) -> bool:
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return head is not None and any(module is head for full, module in model.named_modules() if full == name or full.endswith("." + name))
+
+
+def apply_ia3(run: RunConfig, model: Any) -> Applied:
+    """Learned scales on keys, values and the MLP's inner activations."""
+    from peft import IA3Config, TaskType, get_peft_model
+
+    names = linear_names(model)
+    inner = [name for name in ("down_proj", "fc2", "dense_4h_to_h", "c_proj", "w2") if name in names][:1]
+    attention = [name for name in ("k_proj", "v_proj", "query_key_value", "c_attn") if name in names]
+    if not inner or not attention:
+        raise ConfigError(
+            "TargetModulesMissing", f"ia3 finds no key, value and MLP layers by name; the model has {', '.join(names)}",
+            hint="write method lora, which finds its layers by type",
+        )  # fmt: skip
+    config = IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=[*attention, *inner], feedforward_modules=inner)
+    return Applied(get_peft_model(model, config), OutputKind.ADAPTER)

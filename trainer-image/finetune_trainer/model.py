@@ -1,0 +1,164 @@
+"""The base model and its tokenizer, loaded as asked: dtype, attention, quantisation, pad token. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune_api.errors import ConfigError, NotFoundError
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import ComputeDtype, MethodType, QuantizationType
+
+from finetune_trainer.hardware import FULL_METHODS, Hardware
+from finetune_trainer.inputs import Inputs
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+EOS = "<eos>"
+RESERVED = re.compile(r"^(<\|?(finetune_right_)?pad(_id)?\|?>|\[PAD\]|<\|(reserved_special_token|extra|dummy|unused)_?\d+\|>|<unk>|<\|endoftext\|>)$")
+"""Tokens that vocabularies keep for such uses."""
+
+
+@dataclass
+class LoadedModel:
+    """A model on its device with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: Any
+    limit: int | None
+    """Positions the model has."""
+    quantized_bits: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def load_tokenizer(run: RunConfig, inputs: Inputs) -> tuple[Any, list[str]]:
+    """The tokenizer with a pad token, and what had to be said. Errors: NotFoundError TokenizerUnreadable; ConfigError."""
+    from transformers import AutoTokenizer
+
+    folder = inputs.tokenizer or inputs.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=bool(run.spec.model.trust_remote_code))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _unreadable("TokenizerUnreadable", "tokenizer", run.spec.model.tokenizer, folder, error, run) from error
+    tokenizer.padding_side = "right"
+    return tokenizer, _pad(tokenizer, run.spec.model.pad_token)
+
+
+def _pad(tokenizer: Any, asked: str | None) -> list[str]:
+    """Choose the pad token: as asked, the tokenizer's own, a reserved one, and only then the end token."""
+    vocabulary = tokenizer.get_vocab()
+    if asked is not None:
+        token = tokenizer.eos_token if asked == EOS else asked
+        if token not in vocabulary:
+            raise ConfigError(
+                "PadTokenUnknown", f"model.padToken {asked!r} is not in the vocabulary",
+                hint=f"write a token that is, {EOS} for the end token, or leave it out",
+            )  # fmt: skip
+        tokenizer.pad_token = token
+        return []
+    if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
+        return []
+    reserved = sorted(token for token in vocabulary if RESERVED.match(token) and token != tokenizer.eos_token)
+    tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
+    if tokenizer.pad_token is None:
+        raise ConfigError("PadTokenUnknown", "the tokenizer has neither a pad nor an end token", hint="set model.padToken")
+    return [f"the tokenizer has no pad token of its own: {tokenizer.pad_token} fills short rows and is never learned there"]
+
+
+def load_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, skip_quantization: tuple[str, ...] = (), sharded: bool = False, kind: str = "causal") -> tuple[PreTrainedModel, list[str]]:
+    """The base model, complete and in the asked form. `sharded`: FSDP will split it; `kind` `reward`: one-number head.
+
+    Errors: NotFoundError ModelUnreadable, ModelIncomplete (class Model); ConfigError QuantizedBase.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    spec = run.spec.model
+    trust = bool(spec.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(inputs.model, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
+    notes = _check_prequantized(config, run)
+    options: dict[str, Any] = {"dtype": hardware.dtype, "attn_implementation": hardware.attention, "trust_remote_code": trust}
+    quantization = quantization_config(run, hardware, skip=skip_quantization, sharded=sharded)
+    if quantization is not None:
+        options |= {"quantization_config": quantization, "device_map": {"": str(hardware.device)}}
+    loader = AutoModelForCausalLM
+    if kind == "reward":
+        loader, options["num_labels"] = AutoModelForSequenceClassification, 1
+    try:
+        model, info = loader.from_pretrained(inputs.model, output_loading_info=True, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _unreadable("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
+    if kind != "reward":
+        _check_complete(info, run)
+    return model, notes
+
+
+def positions(config: Any) -> int | None:
+    """Longest sequence that the model knows positions for."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "max_position_embeddings", None)
+
+
+def quantization_config(run: RunConfig, hardware: Hardware, *, skip: tuple[str, ...] = (), sharded: bool = False) -> BitsAndBytesConfig | None:
+    """How the frozen base is quantised, or None. `skip`: modules kept in 16 bits (the head always is)."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    spec = run.spec.model.quantization
+    bits = spec.bits if spec and spec.bits else 4 if run.spec.method.type is MethodType.QLORA else None
+    if bits is None:
+        return None
+    keep = ["lm_head", *skip] if skip else None
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+    types = {ComputeDtype.BFLOAT16: torch.bfloat16, ComputeDtype.FLOAT16: torch.float16, ComputeDtype.FLOAT32: torch.float32}
+    default = ComputeDtype.FLOAT32 if hardware.cpu else ComputeDtype.BFLOAT16
+    compute = types[(spec.compute_dtype if spec else None) or default]
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=str((spec.type if spec else None) or QuantizationType.NF4),
+        bnb_4bit_use_double_quant=spec is None or spec.double_quant is not False,
+        bnb_4bit_compute_dtype=compute,
+        # FSDP leaves weights of an integer type unsharded with only a warning: the bytes must look like floats.
+        bnb_4bit_quant_storage=compute if sharded else torch.uint8,
+        llm_int8_skip_modules=keep,
+    )
+
+
+def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return []
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "unknown")
+    if run.spec.method.type in FULL_METHODS:
+        raise ConfigError(
+            "QuantizedBase", f"the model is stored quantised ({method}), and method {run.spec.method.type} trains the weights themselves",
+            hint="give the unquantised model, or write method lora",
+        )  # fmt: skip
+    return [f"the model is stored quantised ({method}) and is trained on as it is"]
+
+
+def _check_complete(info: Any, run: RunConfig) -> None:
+    """A weight that is missing would be made up at random, with only a warning."""
+    missing = sorted(info.get("missing_keys", ()))
+    mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ()))
+    if missing or mismatched:
+        names = ", ".join((missing + mismatched)[:5])
+        raise NotFoundError(
+            "ModelIncomplete", f"{run.spec.model.source}: {len(missing)} weights are missing and {len(mismatched)} have another shape than config.json says: {names}",
+            hint="upload all weight files of one model together with its config.json",
+        )  # fmt: skip
+
+
+def _unreadable(code: str, what: str, source: str | None, folder: Path, error: Exception, run: RunConfig) -> NotFoundError:
+    """The library's own first line, without the local path."""
+    first = str(error).strip().split("\n")[0].replace(str(folder), source or what)[:300]
+    there = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
+    remote = "trust_remote_code" in first or "custom code" in first
+    hint = "set model.trustRemoteCode: true if you trust the source" if remote else f"a {what} folder in the hub's layout is needed; there are: {', '.join(there) or 'no files'}"
+    return NotFoundError(code, f"{source}: {first}", hint=hint)

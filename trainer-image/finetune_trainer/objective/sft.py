@@ -1,0 +1,118 @@
+"""Supervised fine-tuning: the next token of what the data says, and nothing else."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import SFTTrainer
+
+from finetune_trainer.arguments import common
+from finetune_trainer.data.prepare import Prepared, prepare
+from finetune_trainer.engine import FiniteGuard, Guarded
+from finetune_trainer.objective.base import Facts, Setting, facts_of
+
+MODEL_KIND = "causal"
+
+
+class Sft(Guarded, SFTTrainer):
+    """TRL's trainer on rows that the data room has tokenised.
+
+    Three differences: sums for metrics stay on the device and are reduced once per log line, where TRL waits for the device
+    several times per micro-batch; the evaluation loss is that of all tokens together, not a mean of batch means; data
+    preparation is ours.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
+        self._tokens_seen = 0
+        super().__init__(*args, **options)
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        """Mean loss per learned token of the whole effective batch, over ranks and accumulation steps alike."""
+        if return_outputs or self.aux_loss_enabled:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        inputs["use_cache"] = False
+        outputs = model(**inputs, fused_lm_head=True)
+        learned = outputs.label_mask.sum()
+        total = -outputs.log_probs.sum()
+        count = learned if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
+        loss = total / count.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
+        sums = self._sums["train" if self.model.training else "eval"]
+        sums["learned"] += learned
+        sums["nll"] += total.detach()
+        sums["correct"] += outputs.is_top1.sum()
+        sums["entropy"] += outputs.entropy.detach().sum()
+        sums["tokens"] += inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
+        sums["places"] += inputs["input_ids"].numel()
+        return loss
+
+    def evaluation_loop(self, *args: Any, **options: Any) -> Any:
+        """The loss of all tokens of the evaluation set together."""
+        output = super().evaluation_loop(*args, **options)
+        prefix = options.get("metric_key_prefix", "eval")
+        sums = self._reduced("eval")
+        if sums.get("learned") and output.metrics is not None:
+            output.metrics[f"{prefix}_loss"] = sums["nll"] / sums["learned"]
+            output.metrics[f"{prefix}_mean_token_accuracy"] = sums["correct"] / sums["learned"]
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add token accuracy, entropy, tokens seen and the share of padding since the last line."""
+        sums = self._reduced("train") if self.model.training else {}
+        if sums.get("learned"):
+            self._tokens_seen += int(sums["tokens"])
+            logs["mean_token_accuracy"] = sums["correct"] / sums["learned"]
+            logs["entropy"] = sums["entropy"] / sums["learned"]
+            logs["padding_share"] = 1 - sums["tokens"] / sums["places"]
+        if self.model.training:
+            logs["num_tokens"] = self._tokens_seen
+        super().log(logs, start_time)
+
+    def _reduced(self, mode: str) -> dict[str, float]:
+        """Sums over all ranks since the last call; every rank calls it at the same time."""
+        sums = self._sums[mode]
+        if not sums:
+            return {}
+        names = sorted(sums)
+        local = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64, device=self.args.device) for name in names])
+        total = self.accelerator.reduce(local, reduction="sum")
+        sums.clear()
+        return dict(zip(names, total.tolist(), strict=True))
+
+
+def data(setting: Setting) -> tuple[Prepared, Facts]:
+    """Token sequences, prepared by one rank of the node."""
+    from accelerate import PartialState
+
+    prepared = prepare(
+        setting.run, setting.inputs, setting.tokenizer, model_limit=setting.limit, cache=setting.cache,
+        first=PartialState().local_main_process_first(),
+    )  # fmt: skip
+    return prepared, facts_of(prepared)
+
+
+def arguments(setting: Setting, *, evaluates: bool) -> SFTConfig:
+    """TRL's configuration."""
+    run = setting.run
+    return SFTConfig(
+        **common(run, setting.inputs, setting.hardware, setting.plan, evaluates=evaluates),
+        packing=run.spec.dataset.packing is True,
+        eval_packing=False,
+        max_length=None if run.spec.dataset.packing is not True else run.spec.dataset.max_sequence_length or 2048,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        average_tokens_across_devices=True,
+    )
+
+
+def build(setting: Setting, args: SFTConfig, model: Any, prepared: Prepared) -> Sft:
+    """The trainer, ready to run."""
+    kind = type("Sft", (Sft,), {"plan": setting.plan})
+    return kind(
+        model=model, args=args, train_dataset=prepared.train, eval_dataset=prepared.validation, processing_class=setting.tokenizer,
+        callbacks=[FiniteGuard(), *setting.callbacks],
+    )  # fmt: skip

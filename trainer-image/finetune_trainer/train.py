@@ -1,0 +1,226 @@
+"""One rank's run, from inputs on local disk to the final artefact: settle, load, tune, verify, train, save."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from finetune_api.errors import ConfigError, FineTuneError, InternalError, MemoryExhaustedError
+from finetune_api.pod import RunConfig
+from finetune_api.rules import has_validation
+from finetune_api.spec.enums import OutputKind, TrainerType
+from finetune_api.status import Resolved, Stage
+
+from finetune_trainer import imports
+from finetune_trainer.channel import Channel
+from finetune_trainer.inputs import Inputs
+
+FINAL = "final"
+"""Folder of the final artefact, below the scratch folder."""
+OBJECTIVES = {
+    TrainerType.SFT: "finetune_trainer.objective.sft",
+    TrainerType.DPO: "finetune_trainer.objective.dpo",
+    TrainerType.GRPO: "finetune_trainer.objective.grpo",
+    TrainerType.KTO: "finetune_trainer.objective.kto",
+    TrainerType.ORPO: "finetune_trainer.objective.orpo",
+    TrainerType.REWARD: "finetune_trainer.objective.reward",
+}
+
+
+def preload(run: RunConfig) -> None:
+    """The heavy imports of this run, while the supervisor still downloads."""
+    imports.preload(run)
+    _objective(run)
+    from finetune_trainer import engine, hardware, model  # noqa: F401  each imports what it needs
+
+
+def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
+    """Train and save on this rank. Reports over `channel`; the final artefact is handed over when it is complete on disk.
+
+    Errors: any FineTuneError; what the libraries raise is given a name where it has one (`named`).
+    """
+    imports.preload(run)
+    try:
+        _Session(run, channel, inputs).go()
+    except FineTuneError:
+        raise
+    except Exception as error:
+        raise named(error) from error
+
+
+class _Session:
+    """The steps of one rank in order; each leaves what the next one needs."""
+
+    def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs):
+        from finetune_trainer import distributed, hardware
+
+        _quiet()
+        self.run, self.channel, self.inputs = run, channel, inputs
+        self.objective = _objective(run)
+        self.hardware = hardware.detect(run, channel.local_rank)
+        self.plan = distributed.choose(run, self.hardware, inputs, channel.world_size)
+        self.plan.before()
+        self._told: set[str] = set()
+        self._tell(*self.hardware.notes)
+
+    def go(self) -> None:
+        """The whole run."""
+        from finetune_trainer.checkpoint import rank as checkpoints
+
+        self.channel.stage(Stage.LOADING)
+        trainer, applied = self._build(checkpoints.callbacks(self.run, self.channel, self.inputs))
+        resume = checkpoints.resume_path(self.inputs)
+        self.channel.stage(Stage.RESTORING if resume else Stage.TRAINING)
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        self.channel.stage(Stage.SAVING)
+        folder, extra = self._save(trainer, applied)
+        checkpoints.finish(self.run, self.channel, folder, applied.kind, extra)
+
+    def _build(self, callbacks: Any) -> tuple[Any, Any]:
+        from transformers import AutoConfig, set_seed
+
+        from finetune_trainer import method, model
+        from finetune_trainer.engine import PrecisionKeeper
+        from finetune_trainer.objective.base import Setting
+
+        run, inputs = self.run, self.inputs
+        tokenizer, notes = model.load_tokenizer(run, inputs)
+        config = AutoConfig.from_pretrained(inputs.model, trust_remote_code=bool(run.spec.model.trust_remote_code))
+        setting = Setting(
+            run, inputs, self.hardware, self.plan, tokenizer, self.channel.work / "tokens", model.positions(config),
+            [self.verifier(), *callbacks],
+        )  # fmt: skip
+        args = self.objective.arguments(setting, evaluates=has_validation(run.spec))
+        data, self.facts = self.objective.data(setting)
+        self._tell(*notes, *self.facts.notes)
+        set_seed(args.seed)
+        base, notes = model.load_model(
+            run, inputs, self.hardware, sharded=self.plan.sharded_weights, kind=self.objective.MODEL_KIND
+        )
+        applied = method.apply(run, inputs, base, keep_dtype=self.plan.keep_adapter_dtype)
+        self._tell(*notes, *applied.notes, *self.plan.notes)
+        keeper = PrecisionKeeper(applied.model) if applied.kind is OutputKind.ADAPTER else None
+        trainer = self.objective.build(setting, args, applied.model, data)
+        if keeper is not None and not self.plan.sharded_weights:
+            keeper.restore(trainer.model)
+        trainer.plus_ratio = (run.spec.method.lora.plus_ratio or 1.0) if run.spec.method.lora else 1.0
+        self.trainer, self.applied = trainer, applied
+        return trainer, applied
+
+    def verifier(self) -> Any:
+        """A callback that proves, once the model is wrapped, that what was asked is what runs, and reports it."""
+        from transformers import TrainerCallback
+
+        session = self
+
+        class Verifier(TrainerCallback):
+            def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+                session.verify()
+
+        return Verifier()
+
+    def verify(self) -> None:
+        """Errors: InternalError StrategyNotActive, QuantizationNotActive, AttentionSwapped."""
+        strategy = self.plan.verify(self.trainer)
+        base = self.trainer.model.get_base_model() if hasattr(self.trainer.model, "get_base_model") else self.trainer.model
+        attention = base.config._attn_implementation
+        if attention != self.hardware.attention:
+            raise InternalError("AttentionSwapped", f"attention {self.hardware.attention} was asked for, {attention} is active")
+        self._check_quantization(base)
+        args = self.trainer.args
+        self.channel.resolved(
+            Resolved(
+                world_size=self.channel.world_size,
+                effective_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * self.channel.world_size,
+                strategy=strategy, attention=attention, device=self.hardware.name,
+                trainable_parameters=self.applied.trainable, total_parameters=self.applied.total,
+                model_revision=self.inputs.model_revision, dataset_digest=self.inputs.dataset_digest,
+                dataset_rows=self.facts.rows, dataset_format=self.facts.format.value,
+            )
+        )  # fmt: skip
+        self.channel.stage(Stage.TRAINING)
+
+    def _check_quantization(self, base: Any) -> None:
+        from finetune_trainer.model import quantization_config
+
+        asked = quantization_config(self.run, self.hardware)
+        if asked is None:
+            return
+        kind = "Params4bit" if asked.load_in_4bit else "Int8Params"
+        if not any(type(parameter).__name__ == kind for parameter in base.parameters()):
+            raise InternalError("QuantizationNotActive", f"{4 if asked.load_in_4bit else 8}-bit weights were asked for, and none were found")
+
+    def _save(self, trainer: Any, applied: Any) -> tuple[Path, dict[str, Any]]:
+        """The final artefact as a plain folder that transformers or PEFT load. All ranks take part, rank 0 writes."""
+        from finetune_trainer.engine import require_finite
+
+        require_finite(trainer.model)
+        folder = self.inputs.output_dir / FINAL
+        if trainer.is_world_process_zero():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        trainer.accelerator.wait_for_everyone()
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            for name, text in applied.extra_files.items():
+                (folder / name).write_text(text)
+            for stray in ("training_args.bin", "README.md"):
+                (folder / stray).unlink(missing_ok=True)
+            _portable(folder, self.run)
+        trainer.accelerator.wait_for_everyone()
+        return folder, {"data": self.facts.report, "notes": sorted(self._told)}
+
+    def _tell(self, *notes: str) -> None:
+        """Say each note once, from rank 0."""
+        for note in notes:
+            if note not in self._told:
+                self._told.add(note)
+                if self.channel.rank == 0:
+                    self.channel.note(note)
+
+
+def _objective(run: RunConfig) -> ModuleType:
+    kind = run.spec.trainer.type or TrainerType.SFT
+    try:
+        return importlib.import_module(OBJECTIVES[kind])
+    except ModuleNotFoundError as error:
+        if error.name != OBJECTIVES[kind]:
+            raise
+        raise ConfigError("NotSupportedYet", f"trainer.type {kind} cannot be trained by this version", hint="write sft") from None
+
+
+def _portable(folder: Path, run: RunConfig) -> None:
+    """An adapter names its base by its source, not by a path on this pod's disk."""
+    import json
+
+    config = folder / "adapter_config.json"
+    if config.exists():
+        value = json.loads(config.read_text())
+        value["base_model_name_or_path"] = (run.spec.model.source or "").removeprefix("hf://")
+        config.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def named(error: Exception) -> FineTuneError:
+    """A library's exception under a name of ours: GPU memory, peers, anything else with its first line."""
+    import torch
+
+    text = str(error).strip().split("\n")[0][:500]
+    if isinstance(error, torch.cuda.OutOfMemoryError) or "CUDA out of memory" in text:
+        return MemoryExhaustedError(
+            "GpuOutOfMemory", text, hint="lower training.batchSizePerDevice, raise gradientAccumulationSteps, or enable gradientCheckpointing"
+        )  # fmt: skip
+    return InternalError(type(error).__name__, text or type(error).__name__)
+
+
+def _quiet() -> None:
+    """No progress bars: a pod's log is read line by line."""
+    import datasets
+    from transformers.utils import logging as hf_logging
+
+    datasets.disable_progress_bars()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.WARNING)
