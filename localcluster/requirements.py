@@ -55,7 +55,7 @@ def check_kernel() -> None:
         subprocess.run(["modprobe", "overlay"], capture_output=True)
         if "overlay" not in Path("/proc/filesystems").read_text():
             raise MissingRequirement("the kernel has no overlayfs, which containers need: `modprobe overlay`")
-    attempt = "ip link add name br0 type bridge && ip link add name v0 type veth peer name v1 && iptables -w -t nat -L -n"
+    attempt = "ip link add name br0 type bridge && ip link add name v0 type veth && iptables -w -t nat -L -n"
     tried = subprocess.run(
         ["unshare", "-n", "-m", "-p", "-f", "--propagation", "private", "sh", "-c", attempt],
         capture_output=True, text=True, env={"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"},

@@ -59,16 +59,16 @@ def _service() -> dict[str, Any]:
     return {"type": "NodePort", "selector": {"app": NAME}, "ports": [port]}
 
 
-def _deployment(node_selector: dict[str, str]) -> dict[str, Any]:
+def _deployment(node: str | None) -> dict[str, Any]:
     return {
         "replicas": 1,
         "strategy": {"type": "Recreate"},
         "selector": {"matchLabels": {"app": NAME}},
-        "template": {"metadata": {"labels": {"app": NAME}}, "spec": _pod(node_selector)},
+        "template": {"metadata": {"labels": {"app": NAME}}, "spec": _pod(node)},
     }
 
 
-def _pod(node_selector: dict[str, str]) -> dict[str, Any]:
+def _pod(node: str | None) -> dict[str, Any]:
     container = {
         "name": "seaweedfs",
         "image": TAG,
@@ -90,7 +90,7 @@ def _pod(node_selector: dict[str, str]) -> dict[str, Any]:
         },
     }
     return {
-        "nodeSelector": node_selector,
+        "nodeSelector": {"kubernetes.io/hostname": node} if node else {},
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": 1,
