@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
 import aiohttp
+from finetune_api import names
 from kubernetes.aio import config as kube_config
 from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.client.rest import RESTClientObject
 
-from finetune_api import names
 from finetune_operator.settings import ApiSettings
 
 logger = logging.getLogger(__name__)
@@ -173,9 +173,9 @@ class Kube:
         """
         configuration = Configuration()
         try:
-            kube_config.load_incluster_config(client_configuration=configuration)
+            kube_config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call] # untyped upstream
         except kube_config.ConfigException:
-            await kube_config.load_kube_config(client_configuration=configuration)
+            await kube_config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call] # untyped upstream
         return cls(configuration, settings, watcher)
 
     async def close(self) -> None:
@@ -228,7 +228,10 @@ class Kube:
 
         A namesake with another uid stays untouched and counts as not there.
         """
-        body: Object = {"preconditions": {"uid": uid}, "propagationPolicy": "Foreground" if foreground else "Background"}
+        body: Object = {
+            "preconditions": {"uid": uid},
+            "propagationPolicy": "Foreground" if foreground else "Background",
+        }
         if grace is not None:
             body["gracePeriodSeconds"] = grace
         try:
@@ -264,7 +267,7 @@ class Kube:
         started, code = loop.time(), 0
         try:
             async with asyncio.timeout(self._timeout):
-                response = await self._rest.request(
+                response = await self._rest.request(  # type: ignore[no-untyped-call] # untyped upstream
                     method, url, headers=await self._headers(method), body=body,
                     _request_timeout=aiohttp.ClientTimeout(total=self._timeout),
                 )  # fmt: skip
@@ -285,8 +288,9 @@ class Kube:
         if method != "GET":
             patch = method == "PATCH"
             headers["Content-Type"] = "application/merge-patch+json" if patch else "application/json"
-        for setting in (await self.configuration.auth_settings()).values():
-            headers[str(setting["key"])] = str(setting["value"])
+        bearer = (await self.configuration.auth_settings()).get("BearerToken")
+        if bearer:
+            headers["Authorization"] = str(bearer["value"])
         return headers
 
 

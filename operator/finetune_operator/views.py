@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from pydantic import ValidationError
-
 from finetune_api.names import KIND, MANAGER, Annotation, Label
 from finetune_api.pod import LastWords
 from finetune_api.status import FineTuneJobStatus
+from pydantic import ValidationError
+
 from finetune_operator.kube import Object
 
 logger = logging.getLogger(__name__)

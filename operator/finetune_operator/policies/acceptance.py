@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import ValidationError
-
 from finetune_api.defaults import Context, resolve
 from finetune_api.names import MAX_RUN_BYTES, Reason
 from finetune_api.rules import check
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.support import unsupported
+from pydantic import ValidationError
+
 from finetune_operator.kube import Object
 from finetune_operator.settings import NodePool, OperatorConfig
 from finetune_operator.text import clean
@@ -61,7 +61,9 @@ def accept(raw: Object, config: OperatorConfig) -> Accepted | Refused:
     resolution = resolve(spec, context=_context(config, pool))
     if resolution.spec.storage.uri is None:
         message = "spec.storage.uri is absent, and the operator's configuration has no default storage"
-        return Refused(Reason.STORAGE_NOT_CONFIGURED, message, "write spec.storage.uri: s3://bucket/prefix", final=False)
+        return Refused(
+            Reason.STORAGE_NOT_CONFIGURED, message, "write spec.storage.uri: s3://bucket/prefix", final=False
+        )
     size = len(resolution.spec.model_dump_json(by_alias=True, exclude_none=True))
     if size > MAX_SPEC_BYTES:
         message = f"the spec with its defaults takes {size} bytes, and a pod's annotation carries {MAX_SPEC_BYTES}"

@@ -14,6 +14,7 @@ from enum import IntEnum, StrEnum
 from finetune_api.names import CLASS_OF_CODE, REASON_OF_CLASS, ExitCode, FailureClass, Reason
 from finetune_api.pod import LastWords
 from finetune_api.status import Failure
+
 from finetune_operator.text import clean
 from finetune_operator.views import JobView, PodView
 
@@ -124,7 +125,7 @@ def _order(cause: Cause, pod: PodView) -> tuple[int, bool, int, int]:
 
 def pod_cause(pod: PodView) -> Cause | None:
     """What one pod's end says; None if it did not fail, or has not ended."""
-    if not pod.over or (pod.terminated is not None and pod.terminated.exit_code == ExitCode.OK):
+    if not pod.over or pod.phase == "Succeeded" or (pod.terminated and pod.terminated.exit_code == ExitCode.OK):
         return None
     code = pod.terminated.exit_code if pod.terminated else None
     if pod.terminated is not None and pod.terminated.reason == OOM_KILLED:
@@ -165,13 +166,17 @@ def _disrupted(pod: PodView) -> Cause:
 
 def _unknown_exit(pod: PodView, code: int) -> Cause:
     if code in (ExitCode.TERMINATED, ExitCode.KILLED) and pod.deleting is not None:
-        failure = _failure(pod, FailureClass.PREEMPTED, "PreemptedNotSaved", "the pod was deleted and did not save in time")
+        failure = _failure(
+            pod, FailureClass.PREEMPTED, "PreemptedNotSaved", "the pod was deleted and did not save in time"
+        )
         return Cause(Reason.PREEMPTED, failure, Fate.FREE, Weight.STOPPED)
     words = pod.words or LastWords()
     failure_class = words.class_ or FailureClass.INTERNAL
     message = words.message or _raw(pod) or f"the trainer ended with exit code {code}"
     return Cause(
-        REASON_OF_CLASS[failure_class], _failure(pod, failure_class, words.code or f"ExitCode{code}", message), Fate.COUNTED
+        REASON_OF_CLASS[failure_class],
+        _failure(pod, failure_class, words.code or f"ExitCode{code}", message),
+        Fate.COUNTED,
     )
 
 

@@ -68,7 +68,9 @@ def after_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | Exhausted
         smaller = next(part for part in range(batch // 2, 0, -1) if batch % part == 0)
         more = accumulation * (batch // smaller)
         change = f"batchSizePerDevice {batch} -> {smaller}, gradientAccumulationSteps {accumulation} -> {more}"
-        return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set={BATCH: smaller, ACCUMULATION: more})
+        return Adaptation(
+            time=now, reason=Reason.OUT_OF_MEMORY, change=change, set={BATCH: smaller, ACCUMULATION: more}
+        )
     if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED:
         enabled = GradientCheckpointing.ENABLED.value
         change = f"gradientCheckpointing {GradientCheckpointing.DISABLED.value} -> {enabled}"

@@ -1,0 +1,136 @@
+"""Carrying out a plan. Every step may be repeated: names are certain, deletes carry a uid, and what exists is adopted only if
+it is ours.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+from finetune_api.names import Reason
+from finetune_operator import failpoints
+from finetune_operator.builders.job import build_job, build_service
+from finetune_operator.builders.run_config import build_run_config
+from finetune_operator.decide import Plan
+from finetune_operator.facts import Facts
+from finetune_operator.kube import (
+    FINETUNEJOB,
+    JOB,
+    POD,
+    SERVICE,
+    AlreadyExists,
+    Forbidden,
+    Kube,
+    NotFound,
+    OutcomeUnknown,
+)
+from finetune_operator.policies.acceptance import Accepted
+from finetune_operator.policies.ladder import MAX_STEP, adapted_values
+from finetune_operator.policies.waiting import Waiting
+from finetune_operator.settings import OperatorConfig
+from finetune_operator.text import clean
+from finetune_operator.views import JobView, read_finetunejob, read_job
+
+logger = logging.getLogger(__name__)
+
+
+class StaleFacts(Exception):
+    """The cache lags behind the server; look again when it has caught up."""
+
+
+@dataclass(frozen=True)
+class Acted:
+    """What came of a plan."""
+
+    created: JobView | None = None
+    obstacle: Waiting | None = None
+    """Why the Job could not be created."""
+    deleted: int = 0
+    warnings: tuple[str, ...] = ()
+
+
+class Actor:
+    """Carries out plans against one API server."""
+
+    def __init__(self, kube: Kube, config: OperatorConfig):
+        self._kube = kube
+        self._config = config
+        self._services: dict[str, float] = {}
+        """When a Job's Service was last known to exist, by the Job's uid, in loop time."""
+
+    async def act(self, facts: Facts, plan: Plan) -> Acted:
+        """Deletes first, then creates. Errors: KubeError and StaleFacts; the plan is made again then."""
+        deleted = 0
+        for job in plan.delete:
+            deleted += await self._kube.delete(JOB, job.namespace, job.name, uid=job.uid)
+            failpoints.reached("after_job_delete")
+        for pod in plan.delete_pods:
+            deleted += await self._kube.delete(POD, pod.namespace, pod.name, uid=pod.uid)
+        for pod in plan.force:
+            logger.warning("pod %s of a lost node is removed by force", pod.name)
+            deleted += await self._kube.delete(POD, pod.namespace, pod.name, uid=pod.uid, grace=0)
+        if plan.create is not None:
+            return await self._create(facts, plan.create, deleted)
+        if facts.current is not None and facts.nodes > 1 and not facts.current.finished and not facts.current.deleting:
+            await self._service(facts.current)
+        return Acted(deleted=deleted)
+
+    async def _create(self, facts: Facts, attempt: int, deleted: int) -> Acted:
+        assert isinstance(facts.acceptance, Accepted)  # noqa: S101 -- decide creates only for accepted specs
+        if attempt > 1:
+            await self._confirm(facts, attempt)
+        values = adapted_values(facts.job.status.adaptations)
+        run = build_run_config(
+            facts.job, facts.spec, attempt, defaults=facts.acceptance.defaults,
+            committed_step=facts.committed_step, max_step=values.get(MAX_STEP),
+        )  # fmt: skip
+        body = build_job(facts.job, run, facts.acceptance.pool, self._config)
+        namespace, name = facts.job.namespace, body["metadata"]["name"]
+        failpoints.reached("before_job_create")
+        warnings: tuple[str, ...] = ()
+        try:
+            created = await self._kube.create(JOB, namespace, body)
+            found, warnings = created.body, created.warnings
+        except (AlreadyExists, OutcomeUnknown) as error:
+            try:
+                found = await self._kube.get(JOB, namespace, name)
+            except NotFound:
+                raise error from None
+        except Forbidden as error:
+            return Acted(obstacle=_forbidden(error), deleted=deleted)
+        failpoints.reached("after_job_create")
+        view = read_job(found)
+        if view is None or not view.owned or view.owner_uid != facts.job.uid:
+            message = f"Job {name} exists and belongs to something else"
+            return Acted(obstacle=Waiting(Reason.CHILDREN_CONFLICT, message), deleted=deleted)
+        if facts.nodes > 1:
+            await self._service(view)
+        return Acted(view, deleted=deleted, warnings=warnings)
+
+    async def _confirm(self, facts: Facts, attempt: int) -> None:
+        """A later attempt is only made of what the server itself says: a cache that lags must not revive an old one."""
+        live = read_finetunejob(await self._kube.get(FINETUNEJOB, facts.job.namespace, facts.job.name))
+        if live.uid != facts.job.uid or live.status.attempt != attempt or live.deleting:
+            raise StaleFacts(f"attempt {attempt} is not what the server says ({live.status.attempt})")
+
+    async def _service(self, job: JobView) -> None:
+        """The Service exists; looked at again at every resync, since nobody watches Services."""
+        now = asyncio.get_running_loop().time()
+        if now - self._services.get(job.uid, float("-inf")) < self._config.resync_seconds:
+            return
+        try:
+            await self._kube.create(SERVICE, job.namespace, build_service(job))
+        except AlreadyExists:
+            found = await self._kube.get(SERVICE, job.namespace, job.name)
+            owners = found["metadata"].get("ownerReferences") or []
+            if not any(owner.get("uid") == job.uid for owner in owners):
+                logger.warning("Service %s/%s belongs to something else", job.namespace, job.name)
+        self._services = {uid: at for uid, at in self._services.items() if now - at < 2 * self._config.resync_seconds}
+        self._services[job.uid] = now
+
+
+def _forbidden(error: Forbidden) -> Waiting:
+    quota = "quota" in error.message.lower()
+    reason = Reason.QUOTA_EXCEEDED if quota else Reason.FORBIDDEN_BY_POLICY
+    return Waiting(reason, clean(f"the API server refused to create Job {error.name}: {error.message}"))

@@ -1,0 +1,1 @@
+"""From an accepted spec to the objects of one attempt. Pure, with golden files."""

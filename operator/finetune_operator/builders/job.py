@@ -1,0 +1,312 @@
+"""The Indexed Job of one attempt, and its Service. One write creates an attempt: the run configuration travels inside.
+
+The pods pass Pod Security `restricted`; what varies by job is named in the spec, everything else is written here once.
+Labels and annotations of the FineTuneJob are never copied: tools that manage it would take the children for theirs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api import names
+from finetune_api.names import Annotation, Env, Label
+from finetune_api.pod import RunConfig
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.cluster import EnvVar
+from finetune_api.spec.common import SecretKeyRef, SecretRef
+
+from finetune_operator.builders.mounts import mounts
+from finetune_operator.builders.run_config import DEFAULT_GRACE
+from finetune_operator.kube import Object
+from finetune_operator.settings import NodePool, OperatorConfig
+from finetune_operator.views import INDEX_ANNOTATION, JOB_NAME_LABEL, JobObject, JobView
+
+ZONE_KEY = "topology.kubernetes.io/zone"
+HOST_KEY = "kubernetes.io/hostname"
+DEFAULT_CONTAINER = "kubectl.kubernetes.io/default-container"
+
+
+def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: OperatorConfig) -> Object:
+    """The Job of the attempt that `run` describes."""
+    spec, nodes = run.spec, run.world.nodes
+    labels = child_labels(job, run.attempt)
+    data = run.to_bytes()
+    digest = run.sha256(data)
+    queue = spec.placement.queue_name
+    body: Object = {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {
+            "name": names.attempt_job_name(job.name, run.attempt),
+            "namespace": job.namespace,
+            "labels": labels | ({Label.QUEUE.value: queue} if queue else {}),
+            "annotations": {Annotation.SPEC_SHA256.value: digest},
+            "ownerReferences": [_owner(names.API_VERSION, names.KIND, job.name, job.uid)],
+        },
+        "spec": {
+            "completions": nodes,
+            "parallelism": nodes,
+            "completionMode": "Indexed",
+            "backoffLimit": 0,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": {"rules": _failure_rules()},
+            "template": {
+                "metadata": _template_metadata(labels, spec, config, data),
+                "spec": _pod(names.attempt_job_name(job.name, run.attempt), run, digest, pool, config),
+            },
+        },
+    }
+    if queue:
+        body["spec"]["suspend"] = True
+    return body
+
+
+def build_service(job: JobView) -> Object:
+    """The headless Service of an attempt with several pods: rank 0 is found by name before it is ready."""
+    labels = {
+        Label.MANAGED_BY.value: names.MANAGER,
+        Label.NAME.value: job.job_name,
+        Label.UID.value: job.owner_uid,
+        Label.ATTEMPT.value: str(job.attempt),
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {
+            "name": job.name,
+            "namespace": job.namespace,
+            "labels": labels,
+            "ownerReferences": [_owner("batch/v1", "Job", job.name, job.uid)],
+        },
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,
+            "selector": {JOB_NAME_LABEL: job.name},
+            "ports": [
+                {"name": names.PROGRESS_PORT_NAME, "port": names.PROGRESS_PORT},
+                {"name": "rendezvous", "port": names.RENDEZVOUS_PORT},
+            ],
+        },
+    }
+
+
+def child_labels(job: JobObject, attempt: int) -> dict[str, str]:
+    """Labels of every child of an attempt."""
+    return {
+        Label.MANAGED_BY.value: names.MANAGER,
+        Label.NAME.value: job.name,
+        Label.UID.value: job.uid,
+        Label.ATTEMPT.value: str(attempt),
+    }
+
+
+def _owner(api_version: str, kind: str, name: str, uid: str) -> Object:
+    return {
+        "apiVersion": api_version, "kind": kind, "name": name, "uid": uid, "controller": True, "blockOwnerDeletion": True,
+    }  # fmt: skip
+
+
+def _failure_rules() -> list[Object]:
+    """Two rules that end the Job at once; `backoffLimit: 0` ends it for everything else.
+
+    A rule for all other codes would fail a suspended Job whose pods end with 75.
+    """
+    return [
+        {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+        {
+            "action": "FailJob",
+            "onExitCodes": {
+                "containerName": names.CONTAINER, "operator": "In", "values": sorted(int(code) for code in names.NOT_RETRIED_CODES),
+            },
+        },
+    ]  # fmt: skip
+
+
+def _template_metadata(labels: dict[str, str], spec: FineTuneJobSpec, config: OperatorConfig, data: bytes) -> Object:
+    annotations = {**config.trainer.annotations, **(spec.placement.annotations or {})}
+    return {
+        "labels": {**config.trainer.labels, **(spec.placement.labels or {}), **labels},
+        "annotations": {
+            **annotations,
+            DEFAULT_CONTAINER: names.CONTAINER,
+            Annotation.RUN_CONFIG.value: data.decode(),
+        },
+    }
+
+
+def _pod(name: str, run: RunConfig, digest: str, pool: NodePool | None, config: OperatorConfig) -> Object:
+    spec, placement = run.spec, run.spec.placement
+    found = mounts(spec)
+    pod: Object = {
+        "restartPolicy": "Never",
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": spec.policy.termination_grace_period_seconds or DEFAULT_GRACE,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": names.TRAINER_UID,
+            "runAsGroup": names.TRAINER_UID,
+            "fsGroup": names.TRAINER_UID,
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_container(run, digest, config, list(found.mounts))],
+        "volumes": [*_own_volumes(spec), *found.volumes],
+    }
+    if run.world.nodes > 1:
+        pod["subdomain"] = name
+    pod |= _scheduling(spec, pool, config, name if run.world.nodes > 1 else None)
+    secrets = placement.image_pull_secrets or list(config.trainer.image_pull_secrets)
+    if secrets:
+        pod["imagePullSecrets"] = [{"name": secret} for secret in secrets]
+    account = placement.service_account_name or config.trainer.service_account_name
+    return pod | ({"serviceAccountName": account} if account else {})
+
+
+def _container(run: RunConfig, digest: str, config: OperatorConfig, seen: list[Object]) -> Object:
+    spec = run.spec
+    return {
+        "name": names.CONTAINER,
+        "image": spec.placement.image or config.trainer.image,
+        "imagePullPolicy": config.trainer.image_pull_policy.value,
+        "args": ["supervise"],
+        "env": _env(run, digest, config),
+        "ports": [{"name": names.PROGRESS_PORT_NAME, "containerPort": names.PROGRESS_PORT}],
+        "readinessProbe": {
+            "httpGet": {"path": names.Path.HEALTH.value, "port": names.PROGRESS_PORT_NAME},
+            "periodSeconds": 5, "timeoutSeconds": 3, "failureThreshold": 3,
+        },
+        "resources": _resources(spec),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePath": names.TERMINATION_LOG,
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": "run", "mountPath": names.RUN_MOUNT, "readOnly": True},
+            {"name": "work", "mountPath": names.WORK_MOUNT},
+            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 -- where shared memory lives on Linux
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 -- an emptyDir: the root file system is read-only
+            *seen,
+        ],
+    }  # fmt: skip
+
+
+def _own_volumes(spec: FineTuneJobSpec) -> list[Object]:
+    resources = spec.resources
+    item = {"path": names.RUN_FILE_NAME, "fieldRef": {"fieldPath": f"metadata.annotations['{Annotation.RUN_CONFIG}']"}}
+    return [
+        {"name": "run", "downwardAPI": {"items": [item]}},
+        {"name": "work", "emptyDir": _sized({}, resources.ephemeral_storage)},
+        {"name": "shm", "emptyDir": _sized({"medium": "Memory"}, resources.shared_memory)},
+        {"name": "tmp", "emptyDir": {}},
+    ]
+
+
+def _sized(volume: Object, size: str | int | None) -> Object:
+    return volume | ({"sizeLimit": str(size)} if size is not None else {})
+
+
+def _resources(spec: FineTuneJobSpec) -> Object:
+    """CPU is a request only: a limit throttles data loading. Memory and disk are requested as much as they may be used."""
+    wanted = spec.resources
+    requests: Object = {} if wanted.cpu is None else {"cpu": str(wanted.cpu)}
+    limits: Object = {}
+    for name, amount in (("memory", wanted.memory), ("ephemeral-storage", wanted.ephemeral_storage)):
+        if amount is not None:
+            requests[name] = limits[name] = str(amount)
+    if wanted.gpus_per_node:
+        resource = wanted.gpu_resource or "nvidia.com/gpu"
+        requests[resource] = limits[resource] = str(wanted.gpus_per_node)
+    return {"requests": requests, "limits": limits}
+
+
+def _env(run: RunConfig, digest: str, config: OperatorConfig) -> list[Object]:
+    """Environment of the trainer; the user's variables come last but never replace one of ours."""
+    spec = run.spec
+    own: list[Object] = [
+        {"name": Env.RUN_SHA256.value, "value": digest},
+        {"name": Env.NODE_RANK.value, "valueFrom": _field(f"metadata.annotations['{INDEX_ANNOTATION}']")},
+        {"name": Env.POD_NAME.value, "valueFrom": _field("metadata.name")},
+        {"name": Env.POD_UID.value, "valueFrom": _field("metadata.uid")},
+        {"name": Env.NODE_NAME.value, "valueFrom": _field("spec.nodeName")},
+        *_credentials(spec.storage.credentials_secret_ref, ""),
+        *_credentials(_secret(spec.model.storage), names.MODEL_CREDENTIALS_PREFIX),
+        *_credentials(_secret(spec.dataset.storage), names.DATASET_CREDENTIALS_PREFIX),
+    ]
+    if spec.model.token_secret_ref:
+        own.append({"name": Env.HF_TOKEN.value, "valueFrom": _secret_key(spec.model.token_secret_ref)})
+    if run.world.nodes > 1 and run.world.gpus_per_node:
+        own.append({"name": "NCCL_SOCKET_IFNAME", "value": "^lo,docker"})
+    reserved = {variable["name"] for variable in own if not variable["name"].startswith("NCCL_")}
+    users = [_user_variable(one) for one in spec.placement.env or [] if one.name not in reserved]
+    chosen = {variable["name"] for variable in users}
+    defaults: list[Object] = [
+        {"name": name, "value": value}
+        for name, value in sorted(config.trainer.env.items())
+        if name not in reserved | chosen
+    ]
+    return [*(one for one in own if one["name"] not in chosen), *defaults, *users]
+
+
+def _secret(connection: Any) -> SecretRef | None:
+    return connection.credentials_secret_ref if connection else None
+
+
+def _credentials(secret: SecretRef | None, prefix: str) -> list[Object]:
+    if secret is None:
+        return []
+    result: list[Object] = []
+    for key in (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN):
+        reference: Object = {"name": secret.name, "key": key.value}
+        if key is Env.STORAGE_SESSION_TOKEN:
+            reference["optional"] = True
+        result.append({"name": f"{prefix}{key.value}", "valueFrom": {"secretKeyRef": reference}})
+    return result
+
+
+def _user_variable(one: EnvVar) -> Object:
+    if one.secret_key_ref:
+        return {"name": one.name, "valueFrom": _secret_key(one.secret_key_ref)}
+    return {"name": one.name, "value": one.value or ""}
+
+
+def _secret_key(reference: SecretKeyRef) -> Object:
+    return {"secretKeyRef": {"name": reference.name, "key": reference.key}}
+
+
+def _field(path: str) -> Object:
+    return {"fieldRef": {"fieldPath": path}}
+
+
+def _scheduling(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig, gang: str | None) -> Object:
+    """Where the pods may run. `gang` is the Job's name if there are several: near each other, and spread over hosts."""
+    placement = spec.placement
+    result: Object = {}
+    selector = {**(pool.node_selector if pool else {}), **(placement.node_selector or {})}
+    if selector:
+        result["nodeSelector"] = selector
+    tolerations = [*(pool.tolerations if pool else ()), *(placement.tolerations or [])]
+    if tolerations:
+        result["tolerations"] = [one.wire() for one in tolerations]
+    affinity: Object = {}
+    if placement.node_affinity:
+        terms = [one.wire() for one in placement.node_affinity]
+        required = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
+        affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": required}
+    if gang:
+        selected = {"labelSelector": {"matchLabels": {JOB_NAME_LABEL: gang}}}
+        near = {"weight": 100, "podAffinityTerm": {**selected, "topologyKey": ZONE_KEY}}
+        affinity["podAffinity"] = {"preferredDuringSchedulingIgnoredDuringExecution": [near]}
+        spread = {"maxSkew": 1, "topologyKey": HOST_KEY, "whenUnsatisfiable": "ScheduleAnyway", **selected}
+        result["topologySpreadConstraints"] = [spread]
+    if affinity:
+        result["affinity"] = affinity
+    priority = placement.priority_class_name or config.trainer.priority_class_name
+    if priority:
+        result["priorityClassName"] = priority
+    if placement.scheduler_name:
+        result["schedulerName"] = placement.scheduler_name
+    return result

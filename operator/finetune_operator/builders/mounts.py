@@ -1,0 +1,131 @@
+"""What a spec refers to in its namespace (ConfigMaps, claims, CA bundles) and where a pod finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.names import CA_MOUNT, CONFIGMAP_MOUNT, PVC_MOUNT
+from finetune_api.sources import ConfigMapSource, PvcSource, parse
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.common import ConfigMapKeyRef
+from pydantic import BaseModel
+
+from finetune_operator.kube import Object
+
+CA_FILES = {"storage": "ca.crt", "model": "model/ca.crt", "dataset": "dataset/ca.crt"}
+"""File below CA_MOUNT by the connection whose `caBundleRef` it comes from."""
+
+
+@dataclass(frozen=True)
+class Mounts:
+    """Volumes of a pod and where its container sees them."""
+
+    volumes: tuple[Object, ...]
+    mounts: tuple[Object, ...]
+
+
+def mounts(spec: FineTuneJobSpec) -> Mounts:
+    """Volumes for everything the spec names."""
+    volumes: list[Object] = []
+    seen: list[Object] = []
+    for number, name in enumerate(sorted(_config_maps(spec))):
+        volumes.append({"name": f"configmap-{number}", "configMap": {"name": name}})
+        seen.append({"name": f"configmap-{number}", "mountPath": f"{CONFIGMAP_MOUNT}/{name}", "readOnly": True})
+    for number, (claim, writable) in enumerate(sorted(_claims(spec).items())):
+        volumes.append({"name": f"pvc-{number}", "persistentVolumeClaim": {"claimName": claim}})
+        seen.append({"name": f"pvc-{number}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": not writable})
+    bundles = ca_bundles(spec)
+    if bundles:
+        sources = [
+            {"configMap": {"name": ref.name, "items": [{"key": ref.key, "path": CA_FILES[which]}]}}
+            for which, ref in bundles.items()
+        ]
+        volumes.append({"name": "ca", "projected": {"sources": sources}})
+        seen.append({"name": "ca", "mountPath": CA_MOUNT, "readOnly": True})
+    placed_volumes, placed_mounts = _placed(spec)
+    return Mounts((*volumes, *placed_volumes), (*seen, *placed_mounts))
+
+
+def ca_bundles(spec: FineTuneJobSpec) -> dict[str, ConfigMapKeyRef]:
+    """CA bundles by the connection they belong to."""
+    connections = {"storage": spec.storage, "model": spec.model.storage, "dataset": spec.dataset.storage}
+    return {which: one.ca_bundle_ref for which, one in connections.items() if one and one.ca_bundle_ref}
+
+
+def _config_maps(spec: FineTuneJobSpec) -> set[str]:
+    named = {source.name for source, _ in _sources(spec) if isinstance(source, ConfigMapSource)}
+    bundles = [id(ref) for ref in ca_bundles(spec).values()]
+    return named | {ref.name for ref in _references(spec) if id(ref) not in bundles}
+
+
+def _claims(spec: FineTuneJobSpec) -> dict[str, bool]:
+    """Claims, and whether anything is written to them."""
+    result: dict[str, bool] = {}
+    for source, writable in _sources(spec):
+        if isinstance(source, PvcSource):
+            result[source.claim] = result.get(source.claim, False) or writable
+    return result
+
+
+def _sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
+    """Every source of the spec, and whether it is written to."""
+    adapter = spec.method.adapter.source if spec.method.adapter else None
+    reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
+    data = spec.dataset
+    mixture = [one.source for one in data.mixture or []]
+    read = [
+        spec.model.source,
+        spec.model.tokenizer,
+        adapter,
+        reference,
+        data.train,
+        data.validation,
+        data.test,
+        *mixture,
+    ]
+    resume = spec.checkpoint.resume
+    if resume is not None and "://" in resume:
+        read.append(resume)
+    for text in read:
+        if text:
+            yield parse(text), False
+    if spec.model.cache:
+        yield parse(spec.model.cache), True
+    if spec.storage.uri and spec.storage.uri.startswith("pvc://"):
+        yield parse(spec.storage.uri), True
+
+
+def _references(value: Any) -> Iterator[ConfigMapKeyRef]:
+    """Every reference to a ConfigMap's key, wherever it stands."""
+    if isinstance(value, ConfigMapKeyRef):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _references(getattr(value, name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _references(item)
+
+
+def _placed(spec: FineTuneJobSpec) -> tuple[list[Object], list[Object]]:
+    """Volumes that the user adds by hand."""
+    volumes: list[Object] = []
+    for one in spec.placement.volumes or []:
+        if one.persistent_volume_claim:
+            source: Object = {"persistentVolumeClaim": {"claimName": one.persistent_volume_claim}}
+        elif one.config_map:
+            source = {"configMap": {"name": one.config_map}}
+        else:
+            source = {"secret": {"secretName": one.secret}}
+        volumes.append({"name": f"user-{one.name}", **source})
+    seen: list[Object] = []
+    for mount in spec.placement.volume_mounts or []:
+        value: Object = {"name": f"user-{mount.name}", "mountPath": mount.mount_path}
+        if mount.sub_path:
+            value["subPath"] = mount.sub_path
+        if mount.read_only:
+            value["readOnly"] = True
+        seen.append(value)
+    return volumes, seen

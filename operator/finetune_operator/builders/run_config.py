@@ -1,0 +1,92 @@
+"""`run.json` of one attempt: the resolved and adapted spec, who takes part, where everything lies, where to start."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune_api.names import (
+    CA_MOUNT,
+    DATASET_CREDENTIALS_PREFIX,
+    MODEL_CREDENTIALS_PREFIX,
+    RENDEZVOUS_PORT,
+    attempt_job_name,
+)
+from finetune_api.pod import Resume, RunConfig, StoreTarget, World
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.common import StorageConnection
+
+from finetune_operator.builders.mounts import CA_FILES
+from finetune_operator.views import JobObject
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_GRACE = 300
+
+
+def build_run_config(
+    job: JobObject, spec: FineTuneJobSpec, attempt: int, *,
+    defaults: Mapping[str, Any], committed_step: int, max_step: int | None,
+) -> RunConfig:  # fmt: skip
+    """Run configuration of an attempt.
+
+    `spec` is resolved, with every adaptation applied; `committed_step` is the newest step known to be in storage (0: none),
+    `max_step` the newest one the attempt may start from (None: any).
+    """
+    root = f"{(spec.storage.uri or '').rstrip('/')}"
+    publish = f"{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None
+    return RunConfig(
+        name=job.name,
+        namespace=job.namespace,
+        uid=job.uid,
+        attempt=attempt,
+        spec=spec,
+        defaults=sorted(defaults),
+        world=_world(job, spec, attempt),
+        storage=_target(f"{root}/{job.namespace}/{job.name}/{job.uid}", spec.storage, "storage", ""),
+        publish=publish,
+        model_store=_other(spec, spec.model.storage, "model", MODEL_CREDENTIALS_PREFIX),
+        dataset_store=_other(spec, spec.dataset.storage, "dataset", DATASET_CREDENTIALS_PREFIX),
+        resume=_resume(spec, attempt, committed_step, max_step),
+        grace_seconds=spec.policy.termination_grace_period_seconds or DEFAULT_GRACE,
+    )
+
+
+def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
+    nodes = spec.resources.nodes or 1
+    name = attempt_job_name(job.name, attempt)
+    gpus = spec.resources.gpus_per_node if spec.resources.gpus_per_node is not None else 1
+    return World(
+        nodes=nodes,
+        processes_per_node=spec.resources.processes_per_node or max(gpus, 1),
+        gpus_per_node=gpus,
+        master_address=f"{name}-0.{name}" if nodes > 1 else LOOPBACK,
+        master_port=RENDEZVOUS_PORT if nodes > 1 else 0,
+        rendezvous_id=f"{job.uid}-{attempt}",
+    )
+
+
+def _resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None) -> Resume:
+    """A later attempt goes on from the job's own checkpoints, whatever the first one was told to start from."""
+    asked = spec.checkpoint.resume or "auto"
+    mode = "auto" if attempt > 1 and (committed_step or asked == "never") else asked
+    expected = committed_step if max_step is None else min(committed_step, max_step)
+    return Resume(mode=mode, expect_step=expected, max_step=max_step)
+
+
+def _target(uri: str, connection: StorageConnection, which: str, prefix: str) -> StoreTarget:
+    return StoreTarget(
+        uri=uri,
+        endpoint=connection.endpoint,
+        region=connection.region,
+        addressing_style=connection.addressing_style,
+        ca_bundle=f"{CA_MOUNT}/{CA_FILES[which]}" if connection.ca_bundle_ref else None,
+        credentials_prefix=prefix,
+    )
+
+
+def _other(spec: FineTuneJobSpec, connection: StorageConnection | None, which: str, prefix: str) -> StoreTarget | None:
+    """A store of its own for models or data; its uri is the source's and stays in the spec."""
+    if connection is None:
+        return None
+    source = spec.model.source if which == "model" else spec.dataset.train
+    return _target(source or "", connection, which, prefix if connection.credentials_secret_ref else "")

@@ -1,0 +1,388 @@
+"""From facts to a plan. Pure: no clock, no network, no memory; the same facts give the same plan.
+
+The order of the questions is the story of a job: is it over, may it start, is an attempt on its way, did it end, what comes
+next. What must not be forgotten is written to status before it is acted on: the reason an attempt is ended for (`condemn`), the
+number of the next attempt (`ended`). Each of these is one look at the job; the next look continues from what was written.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from enum import StrEnum
+
+from finetune_api.names import Condition, ExitCode, FailureClass, Reason, attempt_job_name
+from finetune_api.pod import LastWords
+from finetune_api.status import Adaptation, Failure
+
+from finetune_operator.facts import Facts
+from finetune_operator.policies import clock
+from finetune_operator.policies.acceptance import Refused
+from finetune_operator.policies.cause import Cause, Fate, cause_of
+from finetune_operator.policies.retry import Again, Stop, after, deadline_failure
+from finetune_operator.policies.waiting import Waiting, pods_waiting
+from finetune_operator.views import JobView, PodView
+
+
+class Situation(StrEnum):
+    """Where a job stands, in the operator's eyes."""
+
+    LEAVING = "leaving"
+    """The FineTuneJob is being deleted; the garbage collector does the rest."""
+    REFUSED = "refused"
+    """The spec cannot be run, or not yet."""
+    SUSPENDED = "suspended"
+    BLOCKED = "blocked"
+    """Something of an earlier attempt, or somebody else's object, must go first."""
+    PAUSING = "pausing"
+    """Between two attempts."""
+    STARTING = "starting"
+    """An attempt is to be created now."""
+    ACTIVE = "active"
+    """An attempt's Job exists and may run."""
+    STOPPING = "stopping"
+    """The attempt is being ended by us."""
+    ENDED = "ended"
+    """The attempt is over: to be recorded, with what comes next."""
+    FINISHED = "finished"
+
+
+class Outcome(StrEnum):
+    """How a job finishes."""
+
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    CANCELLED = "Cancelled"
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of the job."""
+
+    outcome: Outcome
+    reason: Reason
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True)
+class Ending:
+    """The end of the current attempt, as it is to be recorded."""
+
+    reason: Reason
+    time: datetime
+    failure: Failure | None = None
+    words: LastWords | None = None
+    """Rank 0's, if it left any."""
+    counted: bool = False
+    progressed: bool = False
+    committed_step: int | None = None
+    next_attempt: int | None = None
+    adaptation: Adaptation | None = None
+
+
+@dataclass(frozen=True)
+class Condemned:
+    """Why the current attempt is to be ended; written to status before anything is deleted."""
+
+    reason: Reason
+    message: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do now, and what to say."""
+
+    situation: Situation
+    create: int | None = None
+    """Number of the attempt whose Job is to be created."""
+    delete: tuple[JobView, ...] = ()
+    delete_pods: tuple[PodView, ...] = ()
+    """Pods without a Job: to be deleted with their grace period."""
+    force: tuple[PodView, ...] = ()
+    """Pods of lost nodes: their objects are to be removed."""
+    condemn: Condemned | None = None
+    ended: Ending | None = None
+    finish: Finish | None = None
+    waiting: Waiting | None = None
+    scrape: PodView | None = None
+    wake: datetime | None = None
+    refused: Refused | None = None
+    cleaned: bool = field(default=False)
+    """A finished job with nothing left to do."""
+
+
+def decide(facts: Facts) -> Plan:
+    """The plan for one job."""
+    if facts.job.deleting:
+        return Plan(Situation.LEAVING)
+    if facts.finished:
+        return _finished(facts)
+    current = facts.current
+    if current is not None:
+        return _with_job(facts, current)
+    record = facts.record
+    if record is not None and record.start_time is not None and record.end_time is None:
+        return _job_gone(facts)
+    return _before_attempt(facts)
+
+
+def _finished(facts: Facts) -> Plan:
+    """Nothing runs any more; Jobs and Pods go when their time has come."""
+    ttl = (facts.job.spec.get("policy") or {}).get("ttlSecondsAfterFinished")
+    expiry = clock.expiry(ttl if isinstance(ttl, int) else None, facts.job.status.completion_time)
+    expired = expiry is not None and facts.now >= expiry
+    unwanted = tuple(one for one in facts.mine if not one.deleting and (expired or not one.finished))
+    wake = None if expired else clock.next_look(facts.now, expiry)
+    return Plan(Situation.FINISHED, delete=unwanted, wake=wake, cleaned=not unwanted)
+
+
+def _before_attempt(facts: Facts) -> Plan:
+    """No Job of the current attempt was ever made."""
+    if facts.cancel:
+        return Plan(Situation.FINISHED, finish=Finish(Outcome.CANCELLED, Reason.CANCELLED))
+    if isinstance(facts.acceptance, Refused):
+        return _refused(facts, facts.acceptance)
+    leftovers = _leftovers(facts)
+    if leftovers is not None:
+        return leftovers
+    if facts.suspend:
+        return Plan(Situation.SUSPENDED)
+    taken = next((one for one in facts.jobs if one.name == attempt_job_name(facts.job.name, facts.attempt)), None)
+    if taken is not None:
+        message = f"Job {taken.name} belongs to another object (uid {taken.owner_uid or 'unknown'})"
+        return Plan(Situation.BLOCKED, waiting=Waiting(Reason.CHILDREN_CONFLICT, message))
+    attempts = facts.job.status.attempts
+    ended = attempts[-1].end_time if attempts else None
+    if ended is not None:
+        seconds = clock.pause(attempts, facts.config.retry, UNHARMED)
+        left = seconds - clock.seconds(ended, facts.now)
+        # A pause never lasts longer than it was meant to, whatever the clocks say.
+        if 0 < left <= seconds and seconds > 0 and facts.now >= ended:
+            return Plan(Situation.PAUSING, wake=clock.next_look(facts.now, _later(ended, seconds)))
+    return Plan(Situation.STARTING, create=facts.attempt, delete=_old_jobs(facts))
+
+
+UNHARMED = (Reason.SUSPENDED, Reason.OUT_OF_MEMORY, Reason.DIVERGED)
+"""Ends of attempts after which the next starts at once: the user's wish, or something was changed."""
+
+
+def _refused(facts: Facts, refused: Refused) -> Plan:
+    if not refused.final:
+        return Plan(Situation.REFUSED, refused=refused, wake=_start_timeout(facts))
+    failure = Failure(class_=FailureClass.USER, code=refused.reason, message=refused.message, hint=refused.hint or None)
+    finish = Finish(Outcome.FAILED, refused.reason, failure)
+    return Plan(Situation.FINISHED, refused=refused, finish=finish)
+
+
+def _leftovers(facts: Facts) -> Plan | None:
+    """Earlier attempts must be over before another begins: at most one is ever active."""
+    jobs = tuple(one for one in facts.mine if not one.finished or one.deleting)
+    known = {one.uid for one in facts.mine}
+    pods = tuple(pod for pod in facts.own_pods if not pod.over and pod.job_uid not in known)
+    if not jobs and not pods:
+        return None
+    return Plan(
+        Situation.BLOCKED,
+        delete=tuple(one for one in jobs if not one.deleting),
+        delete_pods=tuple(pod for pod in pods if not pod.deleting),
+        force=tuple(clock.lost(facts.own_pods, facts.config.lost_node_seconds, facts.now)),
+        waiting=Waiting(Reason.PROGRESSING, "waiting for the pods of the last attempt to end"),
+        wake=_force_time(facts, facts.own_pods),
+    )
+
+
+def _with_job(facts: Facts, current: JobView) -> Plan:
+    """The current attempt's Job exists."""
+    if current.complete is not None:
+        return _ended(facts, None, current.complete)
+    if facts.condemned is not None or current.deleting:
+        return _stopping(facts, current)
+    if current.failed is not None:
+        return _ended(facts, cause_of(current, facts.last_pods), current.failed)
+    condemn = _condemn(facts)
+    if condemn is not None:
+        return Plan(Situation.ACTIVE, condemn=condemn)
+    pods = facts.live
+    rank0 = next((pod for pod in pods if pod.index == 0 and pod.phase == "Running"), None)
+    ready = sum(pod.ready for pod in pods) >= facts.nodes
+    waiting = None if ready or current.suspended else (pods_waiting(pods) or facts.obstacle)
+    limit = None if current.suspended else clock.deadline(facts.spec, facts.active, facts.running_since)
+    wakes = [limit, _force_time(facts, pods), _stall_time(facts), None if ready else _start_timeout(facts)]
+    return Plan(
+        Situation.ACTIVE,
+        waiting=waiting,
+        scrape=rank0 if rank0 is not None and rank0.ip else None,
+        wake=clock.next_look(facts.now, *wakes),
+        delete=_old_jobs(facts),
+    )
+
+
+def _condemn(facts: Facts) -> Condemned | None:
+    """Whether the running attempt must be ended, and why."""
+    if facts.cancel:
+        return Condemned(Reason.CANCELLED, "spec.cancel is true")
+    if facts.suspend:
+        return Condemned(Reason.SUSPENDED, "spec.suspend is true")
+    limit = clock.deadline(facts.spec, facts.active, facts.running_since)
+    if limit is not None and facts.now >= limit:
+        seconds = facts.spec.policy.active_deadline_seconds
+        return Condemned(Reason.DEADLINE_EXCEEDED, f"policy.activeDeadlineSeconds {seconds} passed")
+    gone = clock.lost(facts.attempt_pods, facts.config.lost_node_seconds, facts.now)
+    if gone:
+        return Condemned(Reason.NODE_LOST, f"pod {gone[0].name} does not end: node {gone[0].node or 'unknown'} is lost")
+    heard = facts.heard
+    late = clock.stalled(
+        facts.spec, heard.report if heard else None, heard.time if heard else None, facts.live, facts.now
+    )
+    return Condemned(Reason.STALLED, late) if late else None
+
+
+def _stopping(facts: Facts, current: JobView) -> Plan:
+    """The attempt's Job is to go, or going. Its name in status tells why, unless somebody else deleted it."""
+    if facts.condemned is None:
+        return Plan(Situation.STOPPING, condemn=Condemned(Reason.PREEMPTED, "somebody deleted the Job of this attempt"))
+    return Plan(
+        Situation.STOPPING,
+        delete=() if current.deleting else (current,),
+        force=tuple(clock.lost(facts.attempt_pods, facts.config.lost_node_seconds, facts.now)),
+        wake=_force_time(facts, facts.attempt_pods),
+    )
+
+
+def _job_gone(facts: Facts) -> Plan:
+    """The attempt had a Job and it is gone: pods may be left behind, then the attempt is over."""
+    left = tuple(pod for pod in facts.attempt_pods if not pod.over)
+    if left:
+        return Plan(
+            Situation.STOPPING,
+            delete_pods=tuple(pod for pod in left if not pod.deleting),
+            force=tuple(clock.lost(left, facts.config.lost_node_seconds, facts.now)),
+            wake=_force_time(facts, left),
+        )
+    if succeeded(facts):
+        return _ended(facts, None, facts.now)
+    return _ended(facts, _condemned_cause(facts) or cause_of(None, facts.last_pods), facts.now)
+
+
+def succeeded(facts: Facts) -> bool:
+    """Whether every rank's last pod ended with 0: by contract the final artefact is committed then."""
+    ends = [pod.terminated.exit_code if pod.terminated else None for pod in facts.last_pods]
+    return len(ends) == facts.nodes and all(code == ExitCode.OK for code in ends)
+
+
+def _condemned_cause(facts: Facts) -> Cause | None:
+    """The cause of an attempt that we ended: the reason that was written down, unless a pod tells of something graver."""
+    reason, record = facts.condemned, facts.record
+    if reason is None or record is None:
+        return None
+    own = cause_of(None, facts.last_pods)
+    if own.fate is Fate.FINAL:
+        return own
+    message = record.message or str(reason)
+    if reason is Reason.STALLED:
+        failure = Failure(
+            class_=FailureClass.INFRASTRUCTURE, code=Reason.STALLED, message=message, exit_code=ExitCode.PEER
+        )
+        return Cause(reason, failure, Fate.COUNTED)
+    failure = Failure(class_=FailureClass.PREEMPTED, code=reason, message=message)
+    # Somebody who deletes our Jobs may go on doing so: only that end, of all we write down, counts.
+    return Cause(reason, failure, Fate.COUNTED if reason is Reason.PREEMPTED else Fate.FREE)
+
+
+def _ended(facts: Facts, cause: Cause | None, when: datetime) -> Plan:
+    """The attempt is over (`cause` None: with success). What comes next is written with its end, in one write."""
+    words = rank0_words(facts)
+    committed = committed_by(facts, words)
+    if cause is None:
+        ending = Ending(Reason.SUCCEEDED, when, None, words, committed_step=committed)
+        return Plan(Situation.ENDED, ended=ending, finish=Finish(Outcome.SUCCEEDED, Reason.SUCCEEDED))
+    progressed = committed is not None and committed > facts.committed_before
+    finish, follow = _follow(facts, cause, progressed)
+    ending = Ending(
+        reason=cause.reason,
+        time=when,
+        failure=cause.failure,
+        words=words,
+        counted=follow.counted if follow else False,
+        progressed=progressed,
+        committed_step=committed,
+        next_attempt=None if finish else facts.attempt + 1,
+        adaptation=follow.adaptation if follow else None,
+    )
+    return Plan(Situation.ENDED, ended=ending, finish=finish)
+
+
+def _follow(facts: Facts, cause: Cause, progressed: bool) -> tuple[Finish | None, Again | None]:
+    """The end of the job, or what the next attempt is."""
+    if facts.cancel or cause.reason is Reason.CANCELLED:
+        return Finish(Outcome.CANCELLED, Reason.CANCELLED), None
+    if cause.reason is Reason.DEADLINE_EXCEEDED:
+        seconds = facts.spec.policy.active_deadline_seconds or 0
+        return Finish(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, deadline_failure(seconds)), None
+    follow = after(cause, facts.spec, facts.job.status, progressed=progressed, now=facts.now)
+    if isinstance(follow, Stop):
+        return Finish(Outcome.FAILED, follow.reason, follow.failure), None
+    return None, follow
+
+
+def rank0_words(facts: Facts) -> LastWords | None:
+    """The last words of the newest pod of rank 0 that left any."""
+    pods = sorted((p for p in facts.attempt_pods if p.index == 0), key=lambda p: p.created, reverse=True)
+    return next((words for pod in pods if (words := pod.words) is not None), None)
+
+
+def committed_by(facts: Facts, words: LastWords | None) -> int | None:
+    """Newest step that the current attempt is known to have committed; None: none that is known."""
+    steps = [c.step for c in (words.checkpoints if words else [])]
+    if words is not None and words.committed_step is not None:
+        steps.append(words.committed_step)
+    if facts.heard is not None:
+        steps += [c.step for c in facts.heard.report.checkpoints]
+    record = facts.record
+    if record is not None and record.committed_step is not None:
+        steps.append(record.committed_step)
+    return max(steps) if steps else None
+
+
+def _old_jobs(facts: Facts) -> tuple[JobView, ...]:
+    """Finished Jobs that nobody needs: all but the newest of the earlier attempts, which is kept for its logs."""
+    earlier = sorted((one for one in facts.mine if one.attempt < facts.attempt), key=lambda one: one.attempt)
+    return tuple(one for one in earlier[:-1] if one.finished and not one.deleting)
+
+
+def _start_timeout(facts: Facts) -> datetime | None:
+    """When a job that does not get its pods counts as stalled."""
+    begin = start_of_waiting(facts)
+    return _later(begin, facts.spec.policy.start_timeout_seconds or START_TIMEOUT) if begin else None
+
+
+START_TIMEOUT = 1800
+"""`policy.startTimeoutSeconds` where the spec is not resolved."""
+
+
+def start_of_waiting(facts: Facts) -> datetime | None:
+    """Since when the pods are waited for; None: they are not (queued, suspended)."""
+    ready = facts.condition(Condition.PODS_READY)
+    if facts.running_since is not None:
+        lost_ready = ready.last_transition_time if ready and ready.status == "False" else None
+        return max(facts.running_since, lost_ready) if lost_ready else facts.running_since
+    accepted = facts.condition(Condition.ACCEPTED)
+    if isinstance(facts.acceptance, Refused) and accepted is not None and accepted.status == "False":
+        return accepted.last_transition_time
+    return None
+
+
+def _stall_time(facts: Facts) -> datetime | None:
+    if facts.heard is None:
+        return None
+    return _later(facts.heard.time, clock.stall_limit(facts.spec, facts.heard.report) + 1)
+
+
+def _force_time(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:
+    """When the first pod that is going counts as lost."""
+    going = [pod.deleting for pod in pods if pod.deleting and not pod.gone]
+    return _later(min(going), facts.config.lost_node_seconds + 1) if going else None
+
+
+def _later(moment: datetime, seconds: float) -> datetime:
+    return moment + timedelta(seconds=seconds)

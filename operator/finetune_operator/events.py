@@ -1,0 +1,256 @@
+"""Events: the story of a run's last hour, for `kubectl describe`. On transitions only, after the status was written.
+
+`transitions` compares two statuses and is pure; `Recorder` posts in the background, never fails a reconcile, and counts repeats in
+a series instead of writing them again. An event's note cannot be changed, so its name hashes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from finetune_api import names
+from finetune_api.names import Condition as Kind
+from finetune_api.names import FailureClass, Phase, Reason
+from finetune_api.status import Attempt, FineTuneJobStatus
+from finetune_operator.kube import EVENT, AlreadyExists, Kube, KubeError, Object
+from finetune_operator.text import clean
+from finetune_operator.views import JobObject
+
+logger = logging.getLogger(__name__)
+
+Type = Literal["Normal", "Warning"]
+MAX_NOTE = 1000
+MAX_QUEUE = 4096
+BURST, REFILL_SECONDS = 25, 60.0
+"""Events of one job that may come at once, and the time after which one more may."""
+OBSTACLES = frozenset({
+    Reason.UNSCHEDULABLE, Reason.IMAGE_PULL_FAILED, Reason.CONFIG_MISSING, Reason.QUOTA_EXCEEDED,
+    Reason.FORBIDDEN_BY_POLICY, Reason.CHILDREN_CONFLICT,
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Note:
+    """One event to be."""
+
+    reason: Reason
+    note: str
+    type: Type = "Normal"
+    action: str = "Reconcile"
+
+
+def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Note]:
+    """What happened between two statuses, in the order of a run's life."""
+    return [*_acceptance(old, new), *_attempts(old, new), *_waiting(old, new), *_training(old, new), *_end(old, new)]
+
+
+def _status(status: FineTuneJobStatus, kind: Kind) -> tuple[str, str, str]:
+    """(status, reason, message) of a condition; empty words if it is absent."""
+    found = next((one for one in status.conditions if one.type == kind), None)
+    return (found.status, found.reason, found.message) if found else ("", "", "")
+
+
+def _acceptance(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
+    was, before, _ = _status(old, Kind.ACCEPTED)
+    now, reason, message = _status(new, Kind.ACCEPTED)
+    if now == "True" and was != "True":
+        yield Note(Reason.ACCEPTED, message, action="Accept")
+    elif now == "False" and (was != "False" or before != reason):
+        yield Note(Reason(reason), message, "Warning", "Accept")
+
+
+def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
+    before = {one.number: one for one in old.attempts}
+    for attempt in new.attempts:
+        known = before.get(attempt.number)
+        if known is None:
+            yield Note(Reason.ATTEMPT_STARTED, f"created the Job of attempt {attempt.number}", action="Create")
+        if attempt.resumed_from_step and (known is None or known.resumed_from_step != attempt.resumed_from_step):
+            note = f"attempt {attempt.number} continued from step {attempt.resumed_from_step}"
+            yield Note(Reason.RESUMED_FROM_CHECKPOINT, note)
+        if attempt.end_time is not None and (known is None or known.end_time is None):
+            yield from _ending(attempt)
+    for change in new.adaptations[len(old.adaptations) :]:
+        yield Note(Reason(change.reason), f"changed for the next attempt: {change.change}", "Warning", "Adapt")
+    if (new.attempt or 1) > (old.attempt or 1) and not _final(new) and new.phase is not Phase.SUSPENDED:
+        yield Note(Reason.RETRYING, f"attempt {new.attempt} will be made")
+
+
+def _ending(attempt: Attempt) -> Iterator[Note]:
+    if attempt.reason in (Reason.SUCCEEDED, Reason.SUSPENDED, Reason.CANCELLED) or not attempt.reason:
+        return
+    code = f", exit code {attempt.exit_code}" if attempt.exit_code is not None else ""
+    where = f" on node {attempt.node}" if attempt.node else ""
+    note = f"attempt {attempt.number} ended{where}{code}: {attempt.message or attempt.reason}"
+    yield Note(Reason(attempt.reason), note, "Warning", "Observe")
+
+
+def _waiting(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
+    was, _, _ = _status(old, Kind.QUOTA_RESERVED)
+    now, reason, message = _status(new, Kind.QUOTA_RESERVED)
+    if now == "False" and was != "False" and reason == Reason.QUEUED:
+        if was == "True":
+            yield Note(Reason.PREEMPTED, "the queue took the quota back; the pods save and wait", "Warning", "Queue")
+        yield Note(Reason.QUEUED, message, action="Queue")
+    _, before, _ = _status(old, Kind.PODS_READY)
+    _, reason, message = _status(new, Kind.PODS_READY)
+    if reason != before and reason in OBSTACLES:
+        yield Note(Reason(reason), message, "Warning", "Wait")
+    if _status(new, Kind.STALLED)[0] == "True" and _status(old, Kind.STALLED)[0] != "True" and not _final(new):
+        _, reason, message = _status(new, Kind.STALLED)
+        yield Note(Reason(reason), message, "Warning", "Wait")
+
+
+def _training(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
+    if not _step(old) and _step(new):
+        assert new.progress is not None  # noqa: S101 -- _step found one
+        yield Note(
+            Reason.TRAINING_STARTED, f"first step of {new.progress.total_steps or 'unknown'} done", action="Train"
+        )
+    if new.latest_checkpoint and not old.latest_checkpoint:
+        yield Note(Reason.FIRST_CHECKPOINT_COMMITTED, f"committed {new.latest_checkpoint}", action="Checkpoint")
+    was, _, _ = _status(old, Kind.CHECKPOINTS_HEALTHY)
+    now, reason, message = _status(new, Kind.CHECKPOINTS_HEALTHY)
+    if now == "False" and was != "False":
+        yield Note(Reason(reason), message, "Warning", "Checkpoint")
+
+
+def _step(status: FineTuneJobStatus) -> int:
+    return (status.progress.step if status.progress else None) or 0
+
+
+def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
+    was, _, _ = _status(old, Kind.SUSPENDED)
+    now, reason, message = _status(new, Kind.SUSPENDED)
+    if now == "True" and was != "True":
+        yield Note(Reason.SUSPENDED, message, action="Suspend")
+    if now == "False" and was == "True" and reason == Reason.RESUMED and not _final(new):
+        yield Note(Reason.RESUMED, message, action="Resume")
+    if not _final(new) or _final(old):
+        return
+    if new.phase is Phase.SUCCEEDED:
+        where = new.output.uri if new.output and new.output.uri else "storage"
+        yield Note(Reason.SUCCEEDED, f"the final artefact is committed: {where}", action="Finish")
+    elif new.phase is Phase.CANCELLED:
+        yield Note(Reason.CANCELLED, _status(new, Kind.SUCCEEDED)[2], action="Finish")
+    else:
+        failure = new.failure
+        shown = f"{failure.class_} {failure.code}: {failure.message}" if failure else "unknown"
+        hint = f"; {failure.hint}" if failure and failure.hint else ""
+        named = failure.class_ if failure else FailureClass.INTERNAL
+        yield Note(Reason.FAILED, shown + hint if named else shown, "Warning", "Finish")
+
+
+def _final(status: FineTuneJobStatus) -> bool:
+    return _status(status, Kind.FINISHED)[0] == "True"
+
+
+def build_event(job: JobObject, note: Note, instance: str, now: datetime) -> Object:
+    """The object of one event; the same event of the same job always has the same name."""
+    text = clean(note.note, MAX_NOTE)
+    digest = hashlib.sha256("\0".join((job.uid, note.type, note.reason, note.action, text)).encode()).hexdigest()
+    return {
+        "apiVersion": EVENT.api_version,
+        "kind": EVENT.kind,
+        "metadata": {"name": f"{job.name}.{digest[:16]}", "namespace": job.namespace},
+        "eventTime": _micro(now),
+        "reportingController": names.GROUP,
+        "reportingInstance": instance[:128],
+        "action": note.action,
+        "reason": note.reason.value,
+        "type": note.type,
+        "note": text,
+        "regarding": {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "namespace": job.namespace,
+            "name": job.name,
+            "uid": job.uid,
+        },
+    }
+
+
+def _micro(moment: datetime) -> str:
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+@dataclass
+class _Bucket:
+    tokens: float
+    at: float
+
+
+class Recorder:
+    """Posts events in the background. `run` is its task; what does not fit into its queue is dropped, with a log line."""
+
+    def __init__(self, kube: Kube, instance: str):
+        self._kube = kube
+        self._instance = instance
+        self._queue: asyncio.Queue[Object] = asyncio.Queue(MAX_QUEUE)
+        self._buckets: dict[str, _Bucket] = {}
+
+    def emit(self, job: JobObject, notes: list[Note]) -> None:
+        """Post these, soon."""
+        for note in notes:
+            if not self._allowed(job.uid):
+                logger.info("too many events of %s/%s: %s is dropped", job.namespace, job.name, note.reason)
+                continue
+            try:
+                self._queue.put_nowait(build_event(job, note, self._instance, self._kube.clock.now()))
+            except asyncio.QueueFull:
+                logger.warning("the queue of events is full: %s is dropped", note.reason)
+
+    async def run(self, posters: int = 4) -> None:
+        """Post until cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(posters):
+                group.create_task(self._post_all())
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until everything is posted, at most that long."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._queue.join()
+        except TimeoutError:
+            logger.warning("%d events were not posted in time", self._queue.qsize())
+
+    async def _post_all(self) -> None:
+        while True:
+            event = await self._queue.get()
+            try:
+                await self._post(event)
+            except KubeError as error:
+                # An event is a courtesy: a namespace that is going away or a missing permission must not matter.
+                logger.info("an event was not posted: %s", error)
+            finally:
+                self._queue.task_done()
+
+    async def _post(self, event: Object) -> None:
+        namespace, name = event["metadata"]["namespace"], event["metadata"]["name"]
+        try:
+            await self._kube.create(EVENT, namespace, event)
+        except AlreadyExists:
+            found = await self._kube.get(EVENT, namespace, name)
+            count = int((found.get("series") or {}).get("count", 1)) + 1
+            series = {"count": count, "lastObservedTime": event["eventTime"]}
+            await self._kube.patch(EVENT, namespace, name, {"series": series})
+
+    def _allowed(self, uid: str) -> bool:
+        now = asyncio.get_running_loop().time()
+        bucket = self._buckets.setdefault(uid, _Bucket(BURST, now))
+        bucket.tokens = min(BURST, bucket.tokens + (now - bucket.at) / REFILL_SECONDS)
+        bucket.at = now
+        if bucket.tokens < 1:
+            return False
+        bucket.tokens -= 1
+        if len(self._buckets) > MAX_QUEUE:
+            full = [key for key, one in self._buckets.items() if now - one.at > BURST * REFILL_SECONDS]
+            for key in full:
+                del self._buckets[key]
+        return True

@@ -1,0 +1,174 @@
+"""What is known about one FineTuneJob at one moment: everything `decide` may look at, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from finetune_api.names import Condition, Reason, attempt_job_name
+from finetune_api.pod import Report
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Attempt
+from finetune_api.status import Condition as StatusCondition
+
+from finetune_operator.policies.acceptance import Accepted, Refused
+from finetune_operator.policies.ladder import adapted
+from finetune_operator.policies.waiting import Waiting
+from finetune_operator.settings import OperatorConfig
+from finetune_operator.views import JobObject, JobView, PodView
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What rank 0's pod said, and when."""
+
+    report: Report
+    time: datetime
+
+
+@dataclass(frozen=True)
+class Facts:
+    """One job, its children, and the time."""
+
+    job: JobObject
+    acceptance: Accepted | Refused
+    now: datetime
+    config: OperatorConfig
+    jobs: tuple[JobView, ...] = ()
+    """All Jobs that carry the job's name, also foreign ones."""
+    pods: tuple[PodView, ...] = ()
+    """All pods that carry the job's name, also memories."""
+    heard: Heard | None = None
+    obstacle: Waiting | None = None
+    """What events about the current Job or its pods say."""
+    spec: FineTuneJobSpec = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "spec", self._spec())
+
+    def _spec(self) -> FineTuneJobSpec:
+        """The spec that holds now: resolved and adapted, if it is accepted."""
+        if not isinstance(self.acceptance, Accepted):
+            return FineTuneJobSpec()
+        adaptations = self.job.status.adaptations
+        return adapted(self.acceptance.spec, adaptations) if adaptations else self.acceptance.spec
+
+    @property
+    def suspend(self) -> bool:
+        """The user wants it to wait."""
+        return self.job.spec.get("suspend") is True
+
+    @property
+    def cancel(self) -> bool:
+        """The user wants it to end."""
+        return self.job.spec.get("cancel") is True
+
+    @property
+    def mine(self) -> tuple[JobView, ...]:
+        """Jobs that this very FineTuneJob controls."""
+        return tuple(one for one in self.jobs if one.owned and one.owner_uid == self.job.uid)
+
+    @property
+    def attempt(self) -> int:
+        """Number of the current attempt; 1 before there is one."""
+        return max([self.job.status.attempt or 1, *(one.attempt for one in self.mine)])
+
+    @property
+    def current(self) -> JobView | None:
+        """The Job of the current attempt."""
+        name = attempt_job_name(self.job.name, self.attempt)
+        return next((one for one in self.mine if one.name == name), None)
+
+    @property
+    def record(self) -> Attempt | None:
+        """What status remembers of the current attempt."""
+        return next((one for one in self.job.status.attempts if one.number == self.attempt), None)
+
+    @property
+    def attempt_pods(self) -> tuple[PodView, ...]:
+        """Pods of the current attempt, also memories."""
+        return tuple(pod for pod in self.own_pods if pod.attempt == self.attempt)
+
+    @property
+    def own_pods(self) -> tuple[PodView, ...]:
+        """Pods of this very FineTuneJob."""
+        return tuple(pod for pod in self.pods if pod.owner_uid == self.job.uid)
+
+    @property
+    def nodes(self) -> int:
+        """Pods wanted."""
+        return self.spec.resources.nodes or 1
+
+    @property
+    def live(self) -> tuple[PodView, ...]:
+        """Newest pod of each rank of the current attempt that is not over (a queue may have replaced some)."""
+        newest: dict[int, PodView] = {}
+        for pod in sorted(self.attempt_pods, key=lambda one: one.created):
+            if not pod.over:
+                newest[pod.index] = pod
+        return tuple(newest[index] for index in sorted(newest))
+
+    @property
+    def last_pods(self) -> tuple[PodView, ...]:
+        """Newest pod of each rank of the current attempt, over or not."""
+        newest: dict[int, PodView] = {}
+        for pod in sorted(self.attempt_pods, key=lambda one: one.created):
+            newest[pod.index] = pod
+        return tuple(newest[index] for index in sorted(newest))
+
+    def condition(self, kind: Condition) -> StatusCondition | None:
+        """A condition as status has it."""
+        return next((one for one in self.job.status.conditions if one.type == kind), None)
+
+    def holds(self, kind: Condition) -> bool:
+        """Whether a condition is True in status."""
+        found = self.condition(kind)
+        return found is not None and found.status == "True"
+
+    @property
+    def finished(self) -> bool:
+        """Status says that no further attempt will be made; that is never taken back."""
+        return self.holds(Condition.FINISHED)
+
+    @property
+    def running_since(self) -> datetime | None:
+        """When the current stretch of running time began; None while queued, suspended or between attempts."""
+        record = self.record
+        if record is None or record.start_time is None or record.end_time is not None:
+            return None
+        quota = self.condition(Condition.QUOTA_RESERVED)
+        if quota is None:
+            return record.start_time
+        if quota.status != "True" or quota.last_transition_time is None:
+            return None
+        return max(record.start_time, quota.last_transition_time)
+
+    @property
+    def active(self) -> float:
+        """Seconds of running time before the current stretch."""
+        return float(self.job.status.active_seconds or 0)
+
+    @property
+    def committed_step(self) -> int:
+        """Newest step known to be committed, of all attempts."""
+        status = self.job.status
+        steps = [one.step for one in status.checkpoints]
+        steps += [one.committed_step for one in status.attempts if one.committed_step is not None]
+        return max([*steps, 0])
+
+    @property
+    def committed_before(self) -> int:
+        """Newest step that earlier attempts committed: what the current one must exceed to have made progress."""
+        earlier = [one for one in self.job.status.attempts if one.number < self.attempt]
+        return max([one.committed_step for one in earlier if one.committed_step is not None] + [0])
+
+    @property
+    def condemned(self) -> Reason | None:
+        """Why the current attempt is being ended by us, as status remembers."""
+        record = self.record
+        if record is None or record.end_time is not None or not record.reason:
+            return None
+        try:
+            return Reason(record.reason)
+        except ValueError:
+            return Reason.PREEMPTED

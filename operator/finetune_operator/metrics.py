@@ -1,0 +1,82 @@
+"""Prometheus metrics of the operator. Labels are bounded: verbs, kinds, causes and phases, never names of jobs."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from finetune_api.names import Phase
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+MINUTES = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+PREFIX = "finetune_operator"
+
+
+class Metrics:
+    """All metrics, on a registry of their own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.api_requests = Counter(
+            f"{PREFIX}_api_requests_total",
+            "Requests to the API server; code 0: no answer.",
+            ["verb", "resource", "code"],
+            registry=self.registry,
+        )
+        self.api_seconds = Histogram(
+            f"{PREFIX}_api_request_seconds",
+            "Time of requests to the API server.",
+            ["verb"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.reconcile_seconds = Histogram(
+            f"{PREFIX}_reconcile_seconds",
+            "Time of one look at a job.",
+            ["result"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self.queue_wait = Histogram(
+            f"{PREFIX}_queue_wait_seconds", "Time a job waited for a worker.", buckets=SECONDS, registry=self.registry
+        )
+        self.queue_depth = Gauge(f"{PREFIX}_queue_depth", "Jobs that wait for a worker.", registry=self.registry)
+        self.jobs = Gauge(f"{PREFIX}_jobs", "FineTuneJobs by phase.", ["phase"], registry=self.registry)
+        self.attempts_ended = Counter(
+            f"{PREFIX}_attempts_ended_total", "Attempts that ended, by reason.", ["reason"], registry=self.registry
+        )
+        self.jobs_finished = Counter(
+            f"{PREFIX}_jobs_finished_total",
+            "FineTuneJobs that finished, by outcome.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.time_to_running = Histogram(
+            f"{PREFIX}_time_to_running_seconds",
+            "From creation of a job to its first step.",
+            buckets=MINUTES,
+            registry=self.registry,
+        )
+        self.quota_wait = Histogram(
+            f"{PREFIX}_quota_wait_seconds",
+            "Time an attempt waited for quota in a queue.",
+            buckets=MINUTES,
+            registry=self.registry,
+        )
+        self.steps_done = Counter(f"{PREFIX}_steps_total", "Optimizer steps of ended attempts.", registry=self.registry)
+        self.steps_lost = Counter(
+            f"{PREFIX}_steps_lost_total",
+            "Optimizer steps that were repeated; goodput is 1 - lost / done.",
+            registry=self.registry,
+        )
+        self.loop_lag = Gauge(f"{PREFIX}_event_loop_lag_seconds", "Delay of the event loop.", registry=self.registry)
+        self.leader = Gauge(f"{PREFIX}_leader", "1 while this replica leads.", registry=self.registry)
+
+    def request(self, verb: str, resource: str, code: int, seconds: float) -> None:
+        """Count one request to the API server."""
+        self.api_requests.labels(verb, resource, str(code)).inc()
+        self.api_seconds.labels(verb).observe(seconds)
+
+    def phases(self, counts: dict[str, int]) -> None:
+        """Set the number of jobs in every phase."""
+        for phase in Phase:
+            self.jobs.labels(phase.value).set(counts.get(phase.value, 0))

@@ -1,0 +1,103 @@
+"""Time limits, computed from times that servers wrote down: they survive our restarts and a clock that is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from finetune_api.pod import Report
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Attempt, Stage
+
+from finetune_operator.settings import RetrySettings
+from finetune_operator.views import PodView
+
+LEAST_STALL = 600.0
+"""Shortest stall timeout that is derived from a run's own pace, in seconds."""
+STALL_STEPS = 20
+"""Steps that a run may be late by before it counts as stalled."""
+LONGEST_WAKE = timedelta(hours=1)
+"""Longest time between two looks, whatever a deadline says: guards against a clock that jumped."""
+
+
+def seconds(start: datetime | None, end: datetime) -> float:
+    """Time from start to end, never negative."""
+    return max(0.0, (end - start).total_seconds()) if start else 0.0
+
+
+def deadline(spec: FineTuneJobSpec, active: float, running_since: datetime | None) -> datetime | None:
+    """When `policy.activeDeadlineSeconds` will have passed; None: there is none, or nothing runs."""
+    limit = spec.policy.active_deadline_seconds
+    if limit is None or running_since is None:
+        return None
+    return running_since + timedelta(seconds=max(0.0, limit - active))
+
+
+def expiry(ttl: int | None, completed: datetime | None) -> datetime | None:
+    """When Jobs and Pods of a finished job are to be removed."""
+    return completed + timedelta(seconds=ttl) if ttl is not None and completed is not None else None
+
+
+def pause(attempts: Sequence[Attempt], settings: RetrySettings, unharmed: Sequence[str]) -> float:
+    """Seconds to wait after the last of `attempts` before the next.
+
+    The pause doubles with each attempt in a row that made no progress. Reasons in `unharmed` (a user's wish, a ladder that
+    changed something) need no pause, and the first attempt that the cluster took needs none either.
+    """
+    idle = 0
+    for attempt in reversed(attempts):
+        if attempt.reason in unharmed or _progressed(attempt):
+            break
+        idle += 1
+    if idle and not attempts[-1].counted:
+        idle -= 1
+    return min(settings.base_seconds * 2 ** min(idle - 1, 20), settings.max_seconds) if idle else 0.0
+
+
+def _progressed(attempt: Attempt) -> bool:
+    return attempt.committed_step is not None and attempt.committed_step > (attempt.resumed_from_step or 0)
+
+
+def stall_limit(spec: FineTuneJobSpec, report: Report) -> float:
+    """Seconds without a step after which a run counts as stalled."""
+    if spec.policy.stall_timeout_seconds is not None:
+        return float(spec.policy.stall_timeout_seconds)
+    median = report.health.median_step_seconds or 0.0
+    return max(LEAST_STALL, STALL_STEPS * median)
+
+
+def stalled(
+    spec: FineTuneJobSpec, report: Report | None, heard: datetime | None, pods: Sequence[PodView], now: datetime
+) -> str:
+    """Why the run counts as stalled, in words; empty: it does not.
+
+    Only training can stall: downloads and evaluation have no steps. A pod that no longer answers counts only if the kubelet,
+    too, finds it not ready: a network policy must not kill a healthy run.
+    """
+    if report is None or heard is None:
+        return ""
+    limit = stall_limit(spec, report)
+    silent = seconds(heard, now)
+    late = (report.health.seconds_since_step or 0.0) + silent
+    if (
+        report.stage is Stage.TRAINING
+        and report.health.seconds_since_step is not None
+        and silent < limit
+        and late > limit
+    ):
+        return f"no step for {late:.0f} s, the limit is {limit:.0f} s"
+    running = [pod for pod in pods if not pod.over]
+    if silent > limit and running and not any(pod.ready for pod in running):
+        return f"the pods have not answered for {silent:.0f} s and are not ready, the limit is {limit:.0f} s"
+    return ""
+
+
+def lost(pods: Sequence[PodView], grace: float, now: datetime) -> list[PodView]:
+    """Pods that should be gone and are not: their node does not answer. `grace` is in seconds, on top of the pod's own."""
+    return [pod for pod in pods if not pod.gone and pod.deleting and seconds(pod.deleting, now) > grace]
+
+
+def next_look(now: datetime, *moments: datetime | None) -> datetime | None:
+    """The earliest of the moments, but not later than in an hour; None: no time matters."""
+    wanted = [moment for moment in moments if moment is not None]
+    return min([*wanted, now + LONGEST_WAKE]) if wanted else None

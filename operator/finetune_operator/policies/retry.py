@@ -1,0 +1,73 @@
+"""What comes after an attempt that did not succeed: the end, or another attempt, changed or not, counted or not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+
+from finetune_api.names import FailureClass, Reason
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Adaptation, Failure, FineTuneJobStatus
+
+from finetune_operator.policies.cause import Cause, Fate
+from finetune_operator.policies.ladder import Exhausted, after_divergence, after_memory
+
+
+@dataclass(frozen=True)
+class Again:
+    """Another attempt."""
+
+    counted: bool = False
+    adaptation: Adaptation | None = None
+    progressed: bool = False
+
+
+@dataclass(frozen=True)
+class Stop:
+    """No further attempt."""
+
+    reason: Reason
+    failure: Failure
+
+
+def after(
+    cause: Cause, spec: FineTuneJobSpec, status: FineTuneJobStatus, *, progressed: bool, now: datetime
+) -> Again | Stop:
+    """What follows a failed attempt.
+
+    `spec` is resolved, with earlier adaptations applied; `progressed`: it committed a step newer than all before it.
+    """
+    match cause.fate:
+        case Fate.FINAL:
+            return Stop(cause.reason, cause.failure)
+        case Fate.FREE:
+            return Again(progressed=progressed)
+        case Fate.MEMORY:
+            rung = after_memory(spec, now)
+        case Fate.DIVERGED:
+            rung = after_divergence(spec, status.adaptations, status.checkpoints, now)
+        case Fate.COUNTED:
+            return _counted(cause, spec, status.retries_used or 0, progressed)
+    if isinstance(rung, Exhausted):
+        message = f"{cause.failure.message}; {rung.message}" if cause.failure.message else rung.message
+        return Stop(cause.reason, cause.failure.model_copy(update={"message": message, "hint": rung.hint}))
+    return Again(adaptation=rung, progressed=progressed)
+
+
+def _counted(cause: Cause, spec: FineTuneJobSpec, used: int, progressed: bool) -> Again | Stop:
+    if progressed:
+        return Again(progressed=True)
+    allowed = spec.policy.retries if spec.policy.retries is not None else 3
+    if used >= allowed:
+        message = f"{used + 1} attempts in a row made no progress, policy.retries allows {allowed}; the last: "
+        failure = cause.failure.model_copy(update={"message": message + cause.failure.message})
+        return Stop(Reason.RETRIES_EXHAUSTED, failure)
+    return Again(counted=True)
+
+
+def deadline_failure(limit: int) -> Failure:
+    """The failure of a job whose running time is used up."""
+    return Failure(
+        class_=FailureClass.USER, code=Reason.DEADLINE_EXCEEDED, message=f"policy.activeDeadlineSeconds {limit} passed",
+        hint="the newest checkpoint is kept; raise the deadline in a new FineTuneJob that resumes from it",
+    )  # fmt: skip

@@ -1,0 +1,68 @@
+"""Why do the pods of an attempt not run yet? In the scheduler's, the kubelet's or the admission's own words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from finetune_api.names import Reason
+
+from finetune_operator.kube import Object
+from finetune_operator.text import clean
+from finetune_operator.views import PodView
+
+IMAGE_REASONS = (
+    "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError", "RegistryUnavailable",
+)  # fmt: skip
+CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+MOUNT_REASONS = ("FailedMount", "FailedAttachVolume")
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """Something the cluster must mend before a pod runs."""
+
+    reason: Reason
+    message: str
+
+
+def pods_waiting(pods: Iterable[PodView]) -> Waiting | None:
+    """The gravest obstacle that the pods themselves tell of; None: there is none, they only need time."""
+    found = [waiting for pod in pods if not pod.over and (waiting := _pod_waiting(pod)) is not None]
+    order = (Reason.CONFIG_MISSING, Reason.IMAGE_PULL_FAILED, Reason.UNSCHEDULABLE)
+    return min(found, key=lambda waiting: order.index(waiting.reason), default=None)
+
+
+def _pod_waiting(pod: PodView) -> Waiting | None:
+    if pod.unschedulable:
+        return Waiting(Reason.UNSCHEDULABLE, clean(pod.unschedulable))
+    detail = clean(f"{pod.waiting_reason}: {pod.waiting_message}" if pod.waiting_message else pod.waiting_reason)
+    if pod.waiting_reason in IMAGE_REASONS:
+        return Waiting(Reason.IMAGE_PULL_FAILED, detail)
+    if pod.waiting_reason in CONFIG_REASONS:
+        return Waiting(Reason.CONFIG_MISSING, detail)
+    return None
+
+
+def events_waiting(events: Sequence[Object]) -> Waiting | None:
+    """What warnings about a Job or a Pod say: refused by quota or policy, or a volume that does not come."""
+    newest_first = sorted(events, key=_when, reverse=True)
+    for event in newest_first:
+        reason, note = str(event.get("reason", "")), clean(str(event.get("message") or event.get("note") or ""))
+        if reason == "FailedCreate":
+            return Waiting(_refusal(note), note)
+        if reason in MOUNT_REASONS:
+            return Waiting(Reason.CONFIG_MISSING, note)
+    return None
+
+
+def _when(event: Object) -> str:
+    series = event.get("series") or {}
+    return str(
+        series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
+        or (event.get("metadata") or {}).get("creationTimestamp") or ""
+    )  # fmt: skip
+
+
+def _refusal(note: str) -> Reason:
+    return Reason.QUOTA_EXCEEDED if "quota" in note.lower() else Reason.FORBIDDEN_BY_POLICY

@@ -1,0 +1,140 @@
+"""Progress is read from rank 0's pod, over HTTP, in the background: a pod that does not answer must not hold up a worker.
+
+A target is watched from the moment its pod runs until it is forgotten. What a pod says is believed only if it names the uid
+and the attempt that were asked for: addresses are reused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+import aiohttp
+from pydantic import ValidationError
+
+from finetune_api.names import PROGRESS_PORT, Path
+from finetune_api.pod import Report
+from finetune_api.status import Stage
+from finetune_operator.facts import Heard
+from finetune_operator.settings import ScrapeSettings
+from finetune_operator.workqueue import Key
+
+logger = logging.getLogger(__name__)
+
+MAX_BYTES = 256 * 1024
+"""Longest answer that is read."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Whom to ask, and who is expected to answer."""
+
+    uid: str
+    attempt: int
+    pod_uid: str
+    url: str
+
+
+class Scraper:
+    """Asks all targets in turn. `told` is called with the key of every job that something new was heard from."""
+
+    def __init__(
+        self, settings: ScrapeSettings, now: Callable[[], datetime], told: Callable[[Key], None],
+    ):  # fmt: skip
+        self._settings = settings
+        self._now = now
+        self._told = told
+        self._targets: dict[Key, Target] = {}
+        self._heard: dict[Key, tuple[Target, Heard]] = {}
+        self._heap: list[tuple[float, Key, Target]] = []
+        self._changed = asyncio.Event()
+
+    def url(self, namespace: str, pod: str, ip: str) -> str:
+        """Address of a pod's progress."""
+        host = f"[{ip}]" if ":" in ip else ip
+        return self._settings.url.format(
+            ip=host, port=PROGRESS_PORT, path=Path.PROGRESS.value, namespace=namespace, pod=pod
+        )
+
+    def watch(self, key: Key, target: Target) -> None:
+        """Ask this target from now on; nothing changes if it is asked already."""
+        if self._targets.get(key) == target:
+            return
+        self._targets[key] = target
+        heapq.heappush(self._heap, (asyncio.get_running_loop().time(), key, target))
+        self._changed.set()
+
+    def stop(self, key: Key) -> None:
+        """Ask no more; what was heard stays until it is forgotten."""
+        self._targets.pop(key, None)
+
+    def forget(self, key: Key) -> None:
+        """Ask no more, and drop what was heard."""
+        self.stop(key)
+        self._heard.pop(key, None)
+
+    def heard(self, key: Key, uid: str, attempt: int) -> Heard | None:
+        """The last that was heard of this attempt."""
+        found = self._heard.get(key)
+        if found is None or found[0].uid != uid or found[0].attempt != attempt:
+            return None
+        return found[1]
+
+    async def run(self) -> None:
+        """Ask until cancelled."""
+        timeout = aiohttp.ClientTimeout(total=self._settings.timeout_seconds)
+        connector = aiohttp.TCPConnector(limit=self._settings.concurrency, force_close=False)
+        async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session, asyncio.TaskGroup() as group:
+            free = asyncio.Semaphore(self._settings.concurrency)
+            while True:
+                key, target = await self._next()
+                await free.acquire()
+                group.create_task(self._ask(session, key, target)).add_done_callback(lambda _: free.release())
+
+    async def _next(self) -> tuple[Key, Target]:
+        """The next target that is due."""
+        loop = asyncio.get_running_loop()
+        while True:
+            while self._heap and self._targets.get(self._heap[0][1]) != self._heap[0][2]:
+                heapq.heappop(self._heap)
+            wait = self._heap[0][0] - loop.time() if self._heap else None
+            if wait is not None and wait <= 0:
+                _, key, target = heapq.heappop(self._heap)
+                return key, target
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+
+    async def _ask(self, session: aiohttp.ClientSession, key: Key, target: Target) -> None:
+        report = await self._read(session, target)
+        if self._targets.get(key) != target:
+            return
+        training = report is not None and report.stage not in (Stage.STARTING, Stage.DOWNLOADING, Stage.CHECKING)
+        pause = self._settings.interval_seconds if training else self._settings.starting_interval_seconds
+        heapq.heappush(self._heap, (asyncio.get_running_loop().time() + pause, key, target))
+        self._changed.set()
+        if report is not None:
+            self._heard[key] = (target, Heard(report, self._now()))
+            self._told(key)
+
+    async def _read(self, session: aiohttp.ClientSession, target: Target) -> Report | None:
+        try:
+            async with session.get(target.url) as response:
+                if response.status != 200:
+                    return None
+                data = await response.content.read(MAX_BYTES)
+                report = Report.model_validate_json(data)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
+            logger.debug("%s does not tell its progress: %s", target.url, error)
+            return None
+        if report.uid != target.uid or report.attempt != target.attempt:
+            logger.info("%s is another job's pod now", target.url)
+            return None
+        return report
