@@ -55,7 +55,7 @@ locks: setup ## Write requirements/{operator,trainer,cli}.lock again, with the v
 
 ##@ Tests
 .PHONY: test-quick
-test-quick: setup ## Unit, integration and pod tests: no images, no node
+test-quick: tools ## Unit, integration and pod tests: no images, no node
 	@$(TEST_ENV) .venv/bin/pytest -q -m "not e2e and not faults and not slow and not gpu"
 
 .PHONY: test

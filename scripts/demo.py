@@ -75,19 +75,20 @@ def upload(cluster: DemoCluster) -> None:
         client.upload_file(str(path), bucket, key)
 
 
+def image_value(reference: str) -> dict[str, str]:
+    """An image reference in the chart's parts."""
+    name, _, digest = reference.partition("@")
+    repository, colon, tag = name.rpartition(":")
+    if not colon or "/" in tag:
+        repository, tag = name, "latest"
+    return {"repository": repository, "tag": tag, "digest": digest}
+
+
 def values(cluster: DemoCluster) -> dict[str, Any]:
     """The chart's values for this cluster."""
-
-    def image(reference: str) -> dict[str, str]:
-        name, _, digest = reference.partition("@")
-        repository, colon, tag = name.rpartition(":")
-        if not colon or "/" in tag:
-            repository, tag = name, "latest"
-        return {"repository": repository, "tag": tag, "digest": digest}
-
     return {
-        "image": image(cluster.operator_image),
-        "trainer": {"image": image(cluster.trainer_image)},
+        "image": image_value(cluster.operator_image),
+        "trainer": {"image": image_value(cluster.trainer_image)},
         "storage": {
             "uri": f"s3://{RESULTS}/jobs",
             "endpoint": cluster.s3.cluster_url,

@@ -1,0 +1,172 @@
+"""The demo chooses its cluster by plain rules, and shows what the resource says."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import demo
+import demo_clusters
+import pytest
+from demo_view import Event, Look, follow, panel
+from finetune_api.names import Phase
+from finetune_api.status import Failure, FineTuneJobStatus, Metrics, Progress, Workers
+from rich.console import Console
+from side_by_side import Commands
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
+    """A machine with nothing on its PATH, and no wishes of the user's."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in demo_clusters.Current.needs:
+        monkeypatch.delenv(name, raising=False)
+    yield monkeypatch
+
+
+def program(folder: Path, name: str, script: str = "exit 0") -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_an_unknown_word_is_refused() -> None:
+    with pytest.raises(demo_clusters.NoCluster, match="^CLUSTER=minikube is not known: write kind, local or current"):
+        demo_clusters.choose("minikube", keep=False)
+
+
+def test_kind_is_taken_where_docker_answers(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("docker", "kubectl", "kind"):
+        program(tmp_path, name)
+    assert demo_clusters.choose("", keep=False).name == "kind"
+
+
+def test_local_is_taken_for_root_on_linux_without_docker(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program(tmp_path, "docker", "exit 1")
+    program(tmp_path, "go")
+    machine.setattr(sys, "platform", "linux")
+    machine.setattr(os, "geteuid", lambda: 0)
+    assert demo_clusters.choose("", keep=False).name == "local"
+
+
+@pytest.mark.parametrize("platform", ["linux", "darwin"])
+def test_otherwise_one_line_says_what_is_missing(machine: pytest.MonkeyPatch, platform: str) -> None:
+    machine.setattr(sys, "platform", platform)
+    machine.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(demo_clusters.NoCluster) as raised:
+        demo_clusters.choose("", keep=False)
+    assert "Docker does not answer" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "words"),
+    [
+        ("kind", "CLUSTER=kind needs Docker"),
+        ("local", "CLUSTER=local needs Go"),
+        ("current", "CLUSTER=current needs kubectl"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_told_in_one_line(machine: pytest.MonkeyPatch, wanted: str, words: str) -> None:
+    machine.setattr(sys, "platform", "linux")
+    machine.setattr(os, "geteuid", lambda: 0)
+    with pytest.raises(demo_clusters.NoCluster, match=f"^{words}"):
+        demo_clusters.choose(wanted, keep=False)
+
+
+def test_current_says_everything_that_it_needs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    program(tmp_path, "kubectl")
+    machine.setenv("TRAINER_IMAGE", "r/t:1")
+    with pytest.raises(demo_clusters.NoCluster) as raised:
+        demo_clusters.choose("current", keep=False)
+    assert "needs OPERATOR_IMAGE, S3_ENDPOINT, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY:" in str(raised.value)
+
+
+def test_kind_builds_the_projects_dockerfiles(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "calls"
+    for name in ("docker", "kubectl", "kind", "uv"):
+        program(tmp_path, name, f'echo "{name} $*" >> {log}')
+    cluster = demo_clusters.choose("kind", keep=False)
+    for step in cluster.steps():
+        step.run(Commands(tmp_path / "logs"))
+    root = demo_clusters.ROOT
+    calls = log.read_text().splitlines()
+    for name, file in (("operator", "operator/Dockerfile"), ("trainer", "trainer-image/Dockerfile")):
+        build = (
+            f"docker build -q -f {root}/{file} --build-context uv={tmp_path} -t localhost/finetune-{name}:dev {root}"
+        )
+        assert build in calls
+    assert [call for call in calls if call.startswith("kind create cluster --name finetune-demo")]
+
+
+@dataclass
+class Scripted:
+    """Looks that come one after the other; the last one stays."""
+
+    looks: list[Look]
+
+    def look(self) -> Look:
+        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+
+
+def running(step: int) -> FineTuneJobStatus:
+    return FineTuneJobStatus(
+        observed_generation=1, phase=Phase.RUNNING, attempt=1, workers=Workers(ready=1, total=1, display="1/1"),
+        progress=Progress(step=step, total_steps=40, percent=step * 100 // 40, display=f"{step}/40", eta="12s"),
+        metrics=Metrics(train_loss=1.2345),
+    )  # fmt: skip
+
+
+EVENT = Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "TrainingStarted", "first step", warning=False)
+
+
+def test_without_a_terminal_each_change_is_one_line() -> None:
+    out = io.StringIO()
+    done = FineTuneJobStatus(observed_generation=1, phase=Phase.SUCCEEDED)
+    looks = [Look(None, ()), Look(running(10), (EVENT,)), Look(running(11), (EVENT,)), Look(done, (EVENT,))]
+    last = follow(Scripted(looks), Console(file=out), timeout=60)
+    assert last.status == done
+    lines = [line.strip() for line in out.getvalue().splitlines()]
+    assert lines == [
+        "phase Waiting for the operator",
+        "phase Running",
+        EVENT.line,
+        "20 % of the steps done",
+        "phase Succeeded",
+    ]
+
+
+def test_a_job_that_never_ends_is_given_up() -> None:
+    with pytest.raises(TimeoutError, match="the job is Running after 0 s"):
+        follow(Scripted([Look(running(1), ())]), Console(file=io.StringIO()), timeout=0)
+
+
+def test_the_picture_holds_the_facts() -> None:
+    out = io.StringIO()
+    Console(file=out, width=100).print(panel(Look(running(10), (EVENT,)), 3.0))
+    for fact in ("Running", "attempt 1", "1/1 pods ready", "10/40", "loss 1.234", "ready in 12s", "TrainingStarted"):
+        assert fact in out.getvalue()
+
+
+def test_a_failed_job_ends_the_demo_with_its_own_words() -> None:
+    failure = Failure.model_validate({"class": "Data", "code": "DatasetEmpty", "message": "0 rows", "hint": "add rows"})
+    look = Look(FineTuneJobStatus(observed_generation=1, phase=Phase.FAILED, failure=failure), ())
+    with pytest.raises(demo.DemoFailed, match="^the job is Failed: DatasetEmpty: 0 rows add rows$"):
+        demo.finish(look)
+
+
+@pytest.mark.parametrize(
+    ("reference", "parts"),
+    [
+        ("localhost/t:dev", ("localhost/t", "dev", "")),
+        ("host:5000/t", ("host:5000/t", "latest", "")),
+        ("host:5000/t:1@sha256:ab", ("host:5000/t", "1", "sha256:ab")),
+    ],
+)
+def test_image_references_become_chart_values(reference: str, parts: tuple[str, str, str]) -> None:
+    assert tuple(demo.image_value(reference).values()) == parts

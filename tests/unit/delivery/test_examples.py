@@ -1,0 +1,65 @@
+"""The examples are whole: their specs pass every check, and the data that they name lies beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from finetune_api import rules
+from finetune_api.names import KIND, MAX_NAME_LENGTH, NAME_PATTERN
+from finetune_api.sources import S3Source, parse
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.support import unsupported
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.yaml"))
+
+
+def jobs(path: Path) -> list[dict[str, Any]]:
+    return [item for item in yaml.safe_load_all(path.read_text("utf-8")) if item["kind"] == KIND]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example_can_be_run_as_written(path: Path) -> None:
+    (job,) = jobs(path)
+    spec = FineTuneJobSpec.model_validate(job["spec"])
+    assert rules.check(spec) == []
+    assert unsupported(spec) == []
+    name = job["metadata"]["name"]
+    assert name == path.stem
+    assert re.fullmatch(NAME_PATTERN, name)
+    assert len(name) <= MAX_NAME_LENGTH
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_data_of_an_example_lies_beside_it(path: Path) -> None:
+    for job in jobs(path):
+        source = parse(job["spec"]["dataset"]["train"])
+        if isinstance(source, S3Source):
+            assert source.bucket == "datasets"
+            assert (path.parent / "data" / source.key).is_file()
+
+
+def test_readme_lists_every_example(root: Path) -> None:
+    text = (root / "examples/README.md").read_text("utf-8")
+    assert sorted(re.findall(r"^\| `(\S+\.yaml)`", text, re.M)) == sorted(path.name for path in EXAMPLES)
+
+
+def test_quickstart_data_teach_one_visible_style(root: Path) -> None:
+    rows = [json.loads(line) for line in (root / "examples/data/captain.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) == 36
+    for row in rows:
+        user, assistant = row["messages"]
+        assert (user["role"], assistant["role"]) == ("user", "assistant")
+        assert re.fullmatch(r"Ahoy, captain! .+ Mark it in the log: .+\. Fair winds!", assistant["content"])
+    assert len({row["messages"][0]["content"] for row in rows}) == 36
+
+
+def test_demo_asks_what_is_not_in_the_data(root: Path) -> None:
+    import demo
+
+    text = (root / "examples/data/captain.jsonl").read_text("utf-8")
+    assert [question for question in demo.QUESTIONS if question in text] == []

@@ -1,0 +1,58 @@
+"""Steps keep their order, run together where they may, and leave no process behind when one fails."""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from side_by_side import Commands, Step, StepFailed, run_all
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO())
+
+
+def test_a_step_waits_for_those_it_needs(tmp_path: Path, console: Console) -> None:
+    order: list[str] = []
+    steps = [
+        Step("last", lambda _: order.append("last"), after=("first", "second")),
+        Step("second", lambda _: order.append("second"), after=("first",)),
+        Step("first", lambda _: order.append("first")),
+    ]
+    run_all(steps, tmp_path, console)
+    assert order == ["first", "second", "last"]
+    assert all(step.ended is not None for step in steps)
+
+
+def test_independent_steps_run_at_the_same_time(tmp_path: Path, console: Console) -> None:
+    both = threading.Barrier(2, timeout=30)
+    run_all([Step(name, lambda _: both.wait()) for name in ("a", "b")], tmp_path, console)
+    assert not both.broken
+
+
+def test_a_failure_ends_the_others_and_is_told_alone(tmp_path: Path, console: Console) -> None:
+    pid_file = tmp_path / "pid"
+    os.mkfifo(pid_file)
+    pids: list[int] = []
+
+    def fail(command: Commands) -> None:
+        pids.append(int(pid_file.read_text()))
+        command(["sh", "-c", "echo first; echo the last words; exit 3"])
+
+    long = Step("long", lambda command: command(["sh", "-c", f"echo $$ > {pid_file}; exec sleep 1000"]))
+    with pytest.raises(StepFailed, match="^broken: first\nthe last words$"):
+        run_all([long, Step("broken", fail)], tmp_path / "log", console)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pids[0], 0)
+
+
+def test_nothing_starts_after_the_end(tmp_path: Path) -> None:
+    commands = Commands(tmp_path)
+    commands.end()
+    with pytest.raises(StepFailed, match="interrupted"):
+        commands(["true"])
