@@ -1,0 +1,208 @@
+"""A synchronous client of a Kubernetes API server for tests: plain objects, waits without sleeping, warnings kept."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlencode
+
+import urllib3
+from finetune_api import names
+
+from localcluster.api import Endpoint
+
+Object = dict[str, Any]
+Objects = list[Object]
+GROUPS = {
+    names.PLURAL: f"/apis/{names.API_VERSION}",
+    "jobs": "/apis/batch/v1",
+    "leases": "/apis/coordination.k8s.io/v1",
+    "events": "/apis/events.k8s.io/v1",
+    "customresourcedefinitions": "/apis/apiextensions.k8s.io/v1",
+    "roles": "/apis/rbac.authorization.k8s.io/v1",
+    "rolebindings": "/apis/rbac.authorization.k8s.io/v1",
+    "clusterroles": "/apis/rbac.authorization.k8s.io/v1",
+    "clusterrolebindings": "/apis/rbac.authorization.k8s.io/v1",
+    "localsubjectaccessreviews": "/apis/authorization.k8s.io/v1",
+    "subjectaccessreviews": "/apis/authorization.k8s.io/v1",
+    "priorityclasses": "/apis/scheduling.k8s.io/v1",
+}
+"""Where a plural lives; all others are in the core group."""
+PATCHES = {
+    "merge": "application/merge-patch+json", "json": "application/json-patch+json",
+    "apply": "application/apply-patch+yaml", "strategic": "application/strategic-merge-patch+json",
+}  # fmt: skip
+
+
+class Refused(Exception):
+    """The server answered with an error; `code` and `reason` are its own."""
+
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(f"{code} {reason}: {message}")
+        self.code, self.reason, self.message = code, reason, message
+
+
+@dataclass(frozen=True)
+class Answer:
+    code: int
+    body: Any
+    warnings: tuple[str, ...] = ()
+
+
+def path_of(resource: str, namespace: str | None = None, name: str | None = None) -> str:
+    """URL path of a collection, or of an object, or of its subresource (`pods/status`)."""
+    plural, _, sub = resource.partition("/")
+    parts = [GROUPS.get(plural, "/api/v1")]
+    parts += ["namespaces", namespace] if namespace else []
+    parts += [plural, name or "", sub]
+    return "/".join(part for part in parts if part)
+
+
+@dataclass
+class KubeApi:
+    """One connection pool. Errors of every call: Refused."""
+
+    endpoint: Endpoint
+    token: str | None = None
+    """Another identity than the administrator's."""
+    _pool: urllib3.PoolManager = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._pool = urllib3.PoolManager(ca_certs=str(self.endpoint.ca), maxsize=32, retries=False)
+
+    def request(self, method: str, path: str, body: Any = None, *, patch: str = "merge", **query: str) -> Answer:
+        """One call."""
+        kind = PATCHES[patch] if method == "PATCH" else "application/json"
+        answer = self._pool.request(
+            method, self._url(path, query), body=None if body is None else json.dumps(body).encode(), timeout=30,
+            headers={"Authorization": f"Bearer {self.token or self.endpoint.token}", "Content-Type": kind},
+        )  # fmt: skip
+        value = json.loads(answer.data) if answer.data[:1] in (b"{", b"[") else answer.data.decode(errors="replace")
+        if answer.status >= 400:
+            status = value if isinstance(value, dict) else {}
+            raise Refused(answer.status, status.get("reason", ""), status.get("message", str(value)[:300]))
+        return Answer(answer.status, value, tuple(answer.headers.getlist("Warning")))
+
+    def get(self, resource: str, namespace: str | None, name: str) -> Object:
+        return dict(self.request("GET", path_of(resource, namespace, name)).body)
+
+    def find(self, resource: str, namespace: str | None, name: str) -> Object | None:
+        """The object, or None."""
+        try:
+            return self.get(resource, namespace, name)
+        except Refused as error:
+            if error.code == 404:
+                return None
+            raise
+
+    def list(self, resource: str, namespace: str | None = None, *, labels: str = "", fields: str = "") -> list[Object]:
+        query = ({"labelSelector": labels} if labels else {}) | ({"fieldSelector": fields} if fields else {})
+        return list(self.request("GET", path_of(resource, namespace), **query).body["items"])
+
+    def create(self, resource: str, namespace: str | None, body: Object, **query: str) -> Object:
+        return dict(self.request("POST", path_of(resource, namespace), body, **query).body)
+
+    def patch(self, resource: str, namespace: str | None, name: str, body: Any, *, patch: str = "merge") -> Object:
+        query = {"fieldManager": "test", "force": "true"} if patch == "apply" else {}
+        return dict(self.request("PATCH", path_of(resource, namespace, name), body, patch=patch, **query).body)
+
+    def delete(self, resource: str, namespace: str | None, name: str, **options: Any) -> bool:
+        """Whether it was there. `options` are DeleteOptions."""
+        try:
+            self.request("DELETE", path_of(resource, namespace, name), options or None)
+        except Refused as error:
+            if error.code == 404:
+                return False
+            raise
+        return True
+
+    def events(self, namespace: str, name: str) -> list[Object]:
+        """Events about an object, oldest first."""
+        found = self.list("events", namespace, fields=f"regarding.name={name}")
+        return sorted(found, key=lambda e: (e.get("eventTime") or e.get("deprecatedFirstTimestamp") or ""))
+
+    def wait(
+        self, resource: str, namespace: str | None, name: str, good: Callable[[Object], bool], *,
+        timeout: float = 30.0, what: str = "",
+    ) -> Object:  # fmt: skip
+        """The object as soon as it is `good`. AssertionError with its last state after `timeout` seconds."""
+        last: Object | None = None
+        for last in self._states(resource, namespace, name, time.monotonic() + timeout):
+            if last is not None and good(last):
+                return last
+        shown = json.dumps((last or {}).get("status", last), indent=1)[:4000]
+        what = what or "as awaited"
+        raise AssertionError(f"{resource} {namespace}/{name} was not {what} within {timeout:.0f} s: {shown}")
+
+    def wait_gone(self, resource: str, namespace: str | None, name: str, *, timeout: float = 30.0) -> None:
+        """Return when the object is not there. AssertionError after `timeout` seconds."""
+        for state in self._states(resource, namespace, name, time.monotonic() + timeout):
+            if state is None:
+                return
+        raise AssertionError(f"{resource} {namespace}/{name} is still there after {timeout:.0f} s")
+
+    def wait_list(
+        self, resource: str, namespace: str | None, good: Callable[[Objects], bool], *,
+        labels: str = "", timeout: float = 30.0,
+    ) -> Objects:  # fmt: skip
+        """The objects of a collection as soon as they are `good` together."""
+        deadline = time.monotonic() + timeout
+        while True:
+            answer = self.request("GET", path_of(resource, namespace), **({"labelSelector": labels} if labels else {}))
+            items = list(answer.body["items"])
+            if good(items):
+                return items
+            query = {"resourceVersion": answer.body["metadata"]["resourceVersion"], "timeoutSeconds": "5"}
+            if labels:
+                query["labelSelector"] = labels
+            for _ in self._watch(path_of(resource, namespace), query, deadline):
+                break
+            if time.monotonic() > deadline:
+                found = [item["metadata"]["name"] for item in items]
+                raise AssertionError(f"{resource} in {namespace} were not as awaited in {timeout:.0f} s: {found}")
+
+    def _states(self, resource: str, namespace: str | None, name: str, deadline: float) -> Iterator[Object | None]:
+        """The object now and after each change, None while it is not there, until the deadline."""
+        path, fields = path_of(resource, namespace), f"metadata.name={name}"
+        while time.monotonic() < deadline:
+            listed = self.request("GET", path, fieldSelector=fields).body
+            yield next(iter(listed["items"]), None)
+            query = {"fieldSelector": fields, "resourceVersion": listed["metadata"]["resourceVersion"]}
+            for event in self._watch(path, query, deadline):
+                if event["type"] == "ERROR":
+                    break
+                yield None if event["type"] == "DELETED" else event["object"]
+
+    def _watch(self, path: str, query: dict[str, str], deadline: float) -> Iterator[Object]:
+        left = max(1, min(int(deadline - time.monotonic()) + 1, 60))
+        url = self._url(path, {"watch": "true", "timeoutSeconds": str(left)} | query)
+        headers = {"Authorization": f"Bearer {self.token or self.endpoint.token}"}
+        answer = self._pool.request("GET", url, headers=headers, preload_content=False, timeout=left + 10)
+        rest = b""
+        try:
+            if answer.status >= 400:
+                return
+            for chunk in answer.stream(65536):
+                *lines, rest = (rest + chunk).split(b"\n")
+                yield from (json.loads(line) for line in lines)
+        finally:
+            with contextlib.suppress(Exception):  # whatever state the stream is in, the connection is not used again
+                answer.close()
+
+    def _url(self, path: str, query: dict[str, str]) -> str:
+        return self.endpoint.server + path + (f"?{urlencode(query)}" if query else "")
+
+
+def condition(body: Object, kind: str) -> Object:
+    """Condition of that type, or an empty one."""
+    found = (body.get("status") or {}).get("conditions") or []
+    return next((dict(one) for one in found if one["type"] == kind), {})
+
+
+def holds(body: Object, kind: str) -> bool:
+    """Whether a condition is True."""
+    return condition(body, kind).get("status") == "True"
