@@ -99,7 +99,7 @@ class KubeApi:
                 return None
             raise
 
-    def list(self, resource: str, namespace: str | None = None, *, labels: str = "", fields: str = "") -> list[Object]:
+    def list(self, resource: str, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Objects:
         query = ({"labelSelector": labels} if labels else {}) | ({"fieldSelector": fields} if fields else {})
         return list(self.request("GET", path_of(resource, namespace), **query).body["items"])
 
@@ -120,7 +120,7 @@ class KubeApi:
             raise
         return True
 
-    def events(self, namespace: str, name: str) -> list[Object]:
+    def events(self, namespace: str, name: str) -> Objects:
         """Events about an object, oldest first."""
         found = self.list("events", namespace, fields=f"regarding.name={name}")
         return sorted(found, key=lambda e: (e.get("eventTime") or e.get("deprecatedFirstTimestamp") or ""))

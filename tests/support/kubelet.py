@@ -1,8 +1,8 @@
 """Nodes and a kubelet that are played: pods run because this says so, and end as the test wants.
 
 It does what a scheduler and kubelets do to the objects of an API server (binding, status, the end of a deletion), with
-no container behind it, and serves `/progress` for the pods that it plays. What happens is a `Plan`, one a namespace, which
-tests may change at any time; single pods are ended by name. It runs an event loop in a thread of its own.
+no container behind it, and serves `/progress` for the pods that it plays. What happens is a `Plan`, one a namespace,
+which tests may change at any time; single pods are ended by name. It runs an event loop in a thread of its own.
 
     with FakeKubelet(endpoint) as kubelet:
         kubelet.plan("ns", Plan())                            # pods run and go on running

@@ -103,3 +103,29 @@ def make_tiny_classifier(path: Path | str, *, seed: int = 1) -> Path:
     model.save_pretrained(path)
     torch.random.set_rng_state(state)
     return path
+
+
+def teach(path: Path | str, conversations: list[list[dict[str, str]]], *, steps: int = 150, rate: float = 5e-3) -> Path:
+    """Train the saved model itself on conversations, so that its embeddings and head mean something.
+
+    Adapters on random weights cannot learn to speak: the frozen head gives every token nearly the same score.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(path)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    texts = [tokenizer.apply_chat_template(turns, tokenize=False) for turns in conversations]
+    batch = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    state = torch.random.get_rng_state()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(**batch, labels=labels).loss.backward()
+        optimizer.step()
+    model.save_pretrained(path)
+    torch.random.set_rng_state(state)
+    return path

@@ -1,0 +1,164 @@
+"""Training runs of tiny models in this process: a spec in, losses, messages and the final folder out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_api.defaults import resolve
+from finetune_api.pod import Resume, RunConfig, StoreTarget, World
+from finetune_api.spec import FineTuneJobSpec
+from finetune_trainer.channel import Channel
+from finetune_trainer.inputs import Inputs, RestoredCheckpoint
+
+TEN = [
+    {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+    for q, a in [
+        ("one", "red"), ("two", "green"), ("three", "blue"), ("four", "yes"), ("five", "no"),
+        ("question", "Paris"), ("answer", "Berlin"), ("input", "nine"), ("output", "three"), ("true", "false"),
+    ]
+]  # fmt: skip
+"""Ten rows whose answers cannot be guessed from each other."""
+
+
+def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
+    """`more` over `base`, group by group."""
+    result = dict(base)
+    for key, value in more.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> Path:
+    """Rows as JSONL."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def make_run(
+    folder: Path, model: Path, spec: Mapping[str, Any] | None = None, rows: Sequence[Any] = TEN, *,
+    ranks: int = 1, restore: RestoredCheckpoint | None = None, validation: Sequence[Any] | None = None,
+    config_maps: Mapping[str, Mapping[str, str]] | None = None, adapter: Path | None = None,
+) -> tuple[RunConfig, Inputs]:  # fmt: skip
+    """A resolved run on the CPU and its inputs, all below `folder`."""
+    train = write_rows(folder / "train.jsonl", rows)
+    held = [write_rows(folder / "validation.jsonl", validation)] if validation is not None else []
+    base: dict[str, Any] = {
+        "model": {"source": f"file://{model}"},
+        "dataset": {"train": f"file://{train}"},
+        "resources": {"gpusPerNode": 0, "processesPerNode": ranks},
+        "training": {"maxSteps": 4, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1, "learningRate": 5e-3, "warmupRatio": 0},
+        "tracking": {"loggingSteps": 1},
+        "checkpoint": {"strategy": "no"},
+    }  # fmt: skip
+    if held:
+        base["dataset"]["validation"] = f"file://{held[0]}"
+    resolution = resolve(FineTuneJobSpec.model_validate(merged(base, spec or {})))
+    for name, keys in (config_maps or {}).items():
+        for key, text in keys.items():
+            (folder / "configmaps" / name).mkdir(parents=True, exist_ok=True)
+            (folder / "configmaps" / name / key).write_text(text)
+    run = RunConfig(
+        name="job", namespace="default", uid="0b8a3c1e-0000-4000-8000-000000000000", attempt=1, spec=resolution.spec,
+        defaults=sorted(resolution.defaults), storage=StoreTarget(uri=f"file://{folder}/store"),
+        world=World(nodes=1, processes_per_node=ranks, gpus_per_node=0, master_address="127.0.0.1", master_port=0, rendezvous_id="r"),
+        resume=Resume(mode="auto"), grace_seconds=30,
+    )  # fmt: skip
+    inputs = Inputs(
+        model=model, train=[train], validation=held, model_revision="tiny", dataset_digest="d" * 64, restore=restore,
+        output_dir=folder / "out", config_maps=folder / "configmaps", adapter=adapter,
+    )  # fmt: skip
+    return run, inputs
+
+
+@dataclass
+class Outcome:
+    """What a run did."""
+
+    logs: list[dict[str, Any]] = field(default_factory=list)
+    folder: Path | None = None
+    kind: str | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    channel: Channel | None = None
+    trainer: Any = None
+
+    @property
+    def losses(self) -> list[float]:
+        """Training loss of every logged step."""
+        return [line["loss"] for line in self.logs if "loss" in line]
+
+    @property
+    def grad_norms(self) -> list[float]:
+        """Gradient norm of every logged step."""
+        return [line["grad_norm"] for line in self.logs if "grad_norm" in line]
+
+    @property
+    def eval_losses(self) -> list[float]:
+        """Validation losses in order."""
+        return [line["eval_loss"] for line in self.logs if "eval_loss" in line]
+
+    def said(self, kind: str) -> list[dict[str, Any]]:
+        """Messages of one kind."""
+        assert self.channel is not None
+        return [message for message in self.channel.sent if message["kind"] == kind]
+
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """What the run reported that it really is."""
+        found: dict[str, Any] = {}
+        for message in self.said("resolved"):
+            found |= message["value"]
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for the status."""
+        return [message["text"] for message in self.said("note")]
+
+
+class Hooks:
+    """Stands in for checkpoints and hand-over: keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.outcome = Outcome()
+
+    def callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
+        """One callback that keeps the logs."""
+        from transformers import TrainerCallback
+
+        outcome = self.outcome
+        outcome.channel = channel
+
+        class Keep(TrainerCallback):
+            def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+                outcome.logs.append({"step": state.global_step, **(logs or {})})
+
+        return [Keep()]
+
+    def resume_path(self, inputs: Inputs) -> Path | None:
+        """The restored folder."""
+        return inputs.restore.path if inputs.restore else None
+
+    def finish(self, run: RunConfig, channel: Channel, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
+        """Keep the folder."""
+        self.outcome.folder, self.outcome.kind, self.outcome.extra = model_dir, kind.value, extra
+
+
+def train_here(run: RunConfig, inputs: Inputs) -> Outcome:
+    """Run one rank in this process. Errors: what the run raises."""
+    from finetune_trainer import train
+
+    hooks = Hooks()
+    channel = Channel.recording(inputs.output_dir.parent / "work")
+    train.main(run, channel, inputs, hooks)
+    return hooks.outcome
+
+
+def go(folder: Path, model: Path, spec: Mapping[str, Any] | None = None, rows: Sequence[Any] = TEN, **options: Any) -> Outcome:
+    """`make_run` and `train_here` in one."""
+    return train_here(*make_run(folder, model, spec, rows, **options))
