@@ -6,8 +6,10 @@ the kernel drops the lock with the last process, and whatever still lies around 
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +90,15 @@ class Machine:
             if inner_pid(pid) == number:
                 return pid
         raise not_running(self.folder)
+
+    def kill_shims(self, node: str) -> None:
+        """End what holds a node's containers while containerd is away."""
+        mounts = os.readlink(f"/proc/{self.pid(node)}/ns/mnt")
+        for pid in processes.owned_by(self.folder):
+            with contextlib.suppress(OSError):  # it has ended
+                shim = Path(f"/proc/{pid}/comm").read_text().startswith("containerd-shim")
+                if shim and os.readlink(f"/proc/{pid}/ns/mnt") == mounts:
+                    os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:
         """End everything inside, and remove its cable and cgroups if they are this cluster's."""

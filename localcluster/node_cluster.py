@@ -13,6 +13,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 
 from localcluster import build, cgroups, components, containerd, paths, processes, requirements, s3_pod
@@ -140,8 +141,7 @@ class NodeCluster:
             self._machine.start_component(name, node, ["containerd", "-c", str(node.folder / "sweep.toml")])
             self._wait(name, self.containerd(node).answers)
             self.containerd(node).sweep()
-            self._machine.ask("kill", name=name, number=int(signal.SIGKILL))
-            processes.wait_until(f"the end of {name}", lambda: self._ended(name), servers=[], timeout=10)
+            self._kill(name)
         self._machine.start_component(name, node, ["containerd", "-c", str(node.folder / "containerd.toml")])
 
     def _ended(self, name: str) -> bool:
@@ -261,25 +261,29 @@ class NodeCluster:
 
     def stop_node(self, name: str) -> None:
         """End a node's kubelet: the node falls silent, its containers go on."""
-        self._machine.ask("kill", name=f"kubelet-{self._node(name).name}", number=int(signal.SIGKILL))
+        self._kill(f"kubelet-{self._node(name).name}")
 
     def power_off(self, name: str) -> None:
         """End a node's kubelet, containerd and all of its containers at once."""
         self.stop_node(name)
-        self._machine.ask("kill", name=f"containerd-{name}", number=int(signal.SIGKILL))
+        self._kill(f"containerd-{name}")
+        self._machine.kill_shims(name)
         cgroups.kill(name)
 
+    def _kill(self, component: str) -> None:
+        self._machine.ask("kill", name=component, number=int(signal.SIGKILL))
+        processes.wait_until(f"the end of {component}", lambda: self._ended(component), servers=[], timeout=10)
+
     def start_node(self, name: str) -> None:
-        """Start again what `stop_node` or `power_off` ended, and wait until the node is ready."""
+        """Start again what `stop_node` or `power_off` ended, and wait until the node says that it is ready."""
         node = self._node(name)
-        with contextlib.suppress(NotRunning):
-            states = self._machine.ask("states")
-            if states[f"containerd-{name}"] is not None:
-                argv = ["containerd", "-c", str(node.folder / "containerd.toml")]
-                self._machine.start_component(f"containerd-{name}", node, argv)
-            if states[f"kubelet-{name}"] is not None:
-                self._start_kubelet(build.ensure(build.KUBE), node)
-        self._wait(f"node {name}", lambda: name in ready_nodes(self.endpoint))
+        begun = datetime.now(UTC)
+        if self._ended(f"containerd-{name}"):
+            argv = ["containerd", "-c", str(node.folder / "containerd.toml")]
+            self._machine.start_component(f"containerd-{name}", node, argv)
+        if self._ended(f"kubelet-{name}"):
+            self._start_kubelet(build.ensure(build.KUBE), node)
+        self._wait(f"node {name}", lambda: name in ready_nodes(self.endpoint, since=begun))
         self._set_gpus()
 
     def _node(self, name: str) -> Node:
@@ -304,16 +308,23 @@ def s3_endpoint(plan: Plan, access_key: str, secret_key: str) -> S3Endpoint:
     return S3Endpoint(f"http://{plan.api_address}:{S3_NODE_PORT}", s3_pod.CLUSTER_URL, access_key, secret_key)
 
 
-def ready_nodes(endpoint: Endpoint) -> list[str]:
-    """Names of the nodes whose kubelet says Ready."""
+def ready_nodes(endpoint: Endpoint, *, since: datetime | None = None) -> list[str]:
+    """Names of the nodes that are Ready; with `since`, of those whose kubelet has given a sign of life after it."""
     try:
         nodes = endpoint.get("/api/v1/nodes")["items"]
+        leases = endpoint.get("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases")["items"]
     except ApiError:
         return []
+    alive = {
+        lease["metadata"]["name"]
+        for lease in leases
+        if since is None or datetime.fromisoformat(lease["spec"]["renewTime"]) > since
+    }
     return [
         node["metadata"]["name"]
         for node in nodes
-        if any(c["type"] == "Ready" and c["status"] == "True" for c in node["status"].get("conditions", []))
+        if node["metadata"]["name"] in alive
+        and any(c["type"] == "Ready" and c["status"] == "True" for c in node["status"].get("conditions", []))
     ]
 
 

@@ -11,10 +11,13 @@
 //	lookup NAME SECONDS   resolve NAME, trying for so long; print its addresses
 //	serve PORT            answer every HTTP request with this host's name, for ever
 //	get URL SECONDS       fetch URL, trying for so long; print the body
+//	api PATH SECONDS      the same from the API server, as the pod's service account; print the HTTP status
 package main
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"fmt"
 	"io"
 	"net"
@@ -65,6 +68,34 @@ func get(url string) (string, error) {
 	defer answer.Body.Close()
 	body, err := io.ReadAll(answer.Body)
 	return string(body), err
+}
+
+const account = "/var/run/secrets/kubernetes.io/serviceaccount/"
+
+func api(path string) (string, error) {
+	token, err := os.ReadFile(account + "token")
+	if err != nil {
+		return "", err
+	}
+	authority, err := os.ReadFile(account + "ca.crt")
+	if err != nil {
+		return "", err
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(authority)
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
+	client := http.Client{Timeout: 2 * time.Second, Transport: transport}
+	request, err := http.NewRequest("GET", "https://kubernetes.default.svc"+path, nil)
+	if err != nil {
+		return "", err
+	}
+	request.Header.Set("Authorization", "Bearer "+string(token))
+	answer, err := client.Do(request)
+	if err != nil {
+		return "", err
+	}
+	defer answer.Body.Close()
+	return answer.Status, nil
 }
 
 func lookup(name string) (string, error) {
@@ -128,6 +159,8 @@ func run(words []string) {
 		serve(words[1])
 	case "get":
 		retry(words[2], func() (string, error) { return get(words[1]) })
+	case "api":
+		retry(words[2], func() (string, error) { return api(words[1]) })
 	default:
 		fail("unknown command %q", words[0])
 	}

@@ -1,0 +1,101 @@
+"""Small pods that end in a chosen way, and what became of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from localcluster import NodeCluster
+
+TESTBOX = "localhost/testbox:dev"
+Object = dict[str, Any]
+
+
+def pod(name: str, *arguments: str, container: Object | None = None, **spec: Any) -> Object:
+    """A pod of one container that runs testbox; `container` and `spec` add to it."""
+    box = {"name": "box", "image": TESTBOX, "imagePullPolicy": "IfNotPresent", "args": list(arguments)}
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name},
+        "spec": {
+            "restartPolicy": "Never",
+            "automountServiceAccountToken": False,
+            "enableServiceLinks": False,
+            "containers": [{**box, **(container or {})}],
+            **spec,
+        },
+    }
+
+
+def phase(found: Object) -> str:
+    """The pod's phase."""
+    return str(found["status"].get("phase"))
+
+
+def terminated(found: Object) -> Object:
+    """How the pod's container ended; empty while it has not."""
+    states = found["status"].get("containerStatuses") or [{}]
+    ended: Object = states[0].get("state", {}).get("terminated", {})
+    return ended
+
+
+def waiting_reason(found: Object) -> str | None:
+    """Why the pod's container does not run yet."""
+    states = found["status"].get("containerStatuses") or [{}]
+    reason: str | None = states[0].get("state", {}).get("waiting", {}).get("reason")
+    return reason
+
+
+def is_true(found: Object, condition: str) -> bool:
+    """Whether an object has a condition with status True."""
+    return any(c["type"] == condition and c["status"] == "True" for c in found["status"].get("conditions", []))
+
+
+@dataclass(frozen=True)
+class Lab:
+    """A namespace of a cluster, and the calls that tests make there."""
+
+    cluster: NodeCluster
+    namespace: str
+
+    def create(self, manifest: Object) -> Object:
+        """POST a manifest of any of the kinds used here."""
+        created: Object = self.cluster.endpoint.request("POST", self._path(manifest["kind"].lower()), manifest)
+        return created
+
+    def get(self, kind: str, name: str) -> Object:
+        """One object by kind and name."""
+        found: Object = self.cluster.endpoint.get(f"{self._path(kind)}/{name}")
+        return found
+
+    def delete(self, kind: str, name: str) -> None:
+        """Delete one object, as gracefully as it asks for."""
+        self.cluster.endpoint.request("DELETE", f"{self._path(kind)}/{name}")
+
+    def wait(self, kind: str, name: str, until: Callable[[Object], object], seconds: float = 40) -> Object:
+        """The object, as soon as `until` says so. AssertionError with its status after so many seconds."""
+        deadline = time.monotonic() + seconds
+        while not until(found := self.get(kind, name)):
+            assert time.monotonic() < deadline, f"{kind} {name} after {seconds} s: {found['status']}"
+            time.sleep(0.1)
+        return found
+
+    def run(self, manifest: Object, seconds: float = 40) -> Object:
+        """Create a pod and wait until its container has ended."""
+        self.create(manifest)
+        return self.wait("pod", manifest["metadata"]["name"], terminated, seconds)
+
+    def kubectl(self, *arguments: str) -> str:
+        """kubectl in this namespace; its output without the last line break."""
+        return self.cluster.kubectl("-n", self.namespace, *arguments).rstrip("\n")
+
+    def _path(self, kind: str) -> str:
+        if kind == "node":
+            return "/api/v1/nodes"
+        if kind in ("clusterrolebinding",):
+            return f"/apis/rbac.authorization.k8s.io/v1/{kind}s"
+        group = {"job": "apis/batch/v1"}.get(kind, "api/v1")
+        return f"/{group}/namespaces/{self.namespace}/{kind}s"

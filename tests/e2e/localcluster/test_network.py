@@ -1,0 +1,80 @@
+"""Names and addresses over two nodes: pods of a gang, services, the API server, S3."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from localcluster.s3 import is_ready
+from tests.e2e.localcluster.pods import Lab, is_true, phase, pod, terminated
+
+pytestmark = pytest.mark.e2e
+ON_N2 = {"nodeSelector": {"kubernetes.io/hostname": "n2"}}
+
+
+def _pair(*arguments: str) -> dict[str, Any]:
+    """An Indexed Job of two pods, one a node."""
+    spread = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"job": "pair"}}}
+    template = {
+        **pod("x", *arguments)["spec"],
+        "subdomain": "pair",
+        "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [spread]}},
+    }
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": {"name": "pair"},
+        "spec": {
+            "completionMode": "Indexed", "completions": 2, "parallelism": 2, "backoffLimit": 0,
+            "template": {"metadata": {"labels": {"job": "pair"}}, "spec": template},
+        },
+    }
+
+
+def _headless() -> dict[str, Any]:
+    spec = {"clusterIP": "None", "publishNotReadyAddresses": True, "selector": {"job": "pair"}}
+    return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "pair"}, "spec": spec}
+
+
+def test_pods_of_an_indexed_job_find_each_other_by_name_across_nodes(lab: Lab) -> None:
+    lab.create(_headless())
+    full = f"pair-0.pair.{lab.namespace}.svc.cluster.local"
+    lab.create(_pair("lookup", "pair-0.pair", "20", "--", "lookup", "pair-1.pair", "20", "--", "lookup", full, "20"))
+    lab.wait("job", "pair", lambda job: is_true(job, "Complete"), seconds=60)
+    pods = lab.cluster.endpoint.get(f"/api/v1/namespaces/{lab.namespace}/pods")["items"]
+    assert sorted(p["spec"]["nodeName"] for p in pods) == ["n1", "n2"]
+    by_index = {p["metadata"]["annotations"]["batch.kubernetes.io/job-completion-index"]: p for p in pods}
+    addresses = [by_index[index]["status"]["podIP"] for index in ("0", "1")]
+    for found in pods:
+        assert lab.kubectl("logs", found["metadata"]["name"]).split("\n") == [*addresses, addresses[0]]
+
+
+def test_a_service_is_reached_from_the_other_node(lab: Lab) -> None:
+    server = pod("server", "serve", "8000", **{"nodeSelector": {"kubernetes.io/hostname": "n1"}})
+    server["metadata"]["labels"] = {"app": "server"}
+    lab.create(server)
+    spec = {"selector": {"app": "server"}, "ports": [{"port": 80, "targetPort": 8000}]}
+    lab.create({"apiVersion": "v1", "kind": "Service", "metadata": {"name": "web"}, "spec": spec})
+    lab.wait("pod", "server", lambda p: phase(p) == "Running")
+    assert terminated(lab.run(pod("client", "get", "http://web", "20", **ON_N2)))["exitCode"] == 0
+    assert lab.kubectl("logs", "client") == "server"
+
+
+@pytest.mark.parametrize("node", ["n1", "n2"])
+def test_a_service_account_reaches_the_api_server(lab: Lab, node: str) -> None:
+    where = {"kubernetes.io/hostname": node}
+    manifest = pod("p", "api", "/api", "20", automountServiceAccountToken=True, nodeSelector=where)
+    assert terminated(lab.run(manifest))["exitCode"] == 0
+    assert lab.kubectl("logs", "p") == "200 OK"
+
+
+def test_rights_are_checked(lab: Lab) -> None:
+    lab.run(pod("p", "api", "/api/v1/nodes", "20", automountServiceAccountToken=True))
+    assert lab.kubectl("logs", "p") == "403 Forbidden"
+
+
+def test_s3_answers_here_and_in_pods(lab: Lab) -> None:
+    assert is_ready(lab.cluster.s3)
+    status = f"{lab.cluster.s3.cluster_url}/status"
+    assert terminated(lab.run(pod("p", "get", status, "20", **ON_N2)))["exitCode"] == 0

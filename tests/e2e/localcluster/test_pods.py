@@ -1,0 +1,105 @@
+"""How pods end on a real node: what the operator's and the trainer's contracts rest on."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from localcluster import build
+from tests.e2e.localcluster.pods import Lab, phase, pod, terminated, waiting_reason
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, "Succeeded"), (64, "Failed"), (137, "Failed")])
+def test_exit_codes_arrive_unchanged(lab: Lab, code: int, expected: str) -> None:
+    found = lab.run(pod("p", "exit", str(code)))
+    assert terminated(found)["exitCode"] == code
+    assert lab.wait("pod", "p", lambda p: phase(p) == expected)
+
+
+def test_memory_limit_ends_as_oom_killed(lab: Lab) -> None:
+    limit = {"resources": {"limits": {"memory": "64Mi"}}}
+    ended = terminated(lab.run(pod("p", "allocate", "256", container=limit)))
+    assert (ended["reason"], ended["exitCode"]) == ("OOMKilled", 137)
+
+
+def test_sigterm_reaches_the_program_and_its_exit_code_counts(lab: Lab) -> None:
+    lab.create({**pod("p", "graceful", "75", terminationGracePeriodSeconds=30), **_kept("p")})
+    lab.wait("pod", "p", lambda p: phase(p) == "Running")
+    lab.wait("pod", "p", lambda _: "waiting" in lab.kubectl("logs", "p"))
+    lab.delete("pod", "p")
+    assert terminated(lab.wait("pod", "p", terminated))["exitCode"] == 75
+    assert lab.kubectl("logs", "p") == "waiting\ngot SIGTERM"
+    _let_go(lab, "p")
+
+
+def test_a_deaf_program_is_killed_after_its_grace(lab: Lab) -> None:
+    lab.create({**pod("p", "sleep", "600", terminationGracePeriodSeconds=1), **_kept("p")})
+    lab.wait("pod", "p", lambda p: phase(p) == "Running")
+    lab.delete("pod", "p")
+    assert terminated(lab.wait("pod", "p", terminated))["exitCode"] == 137
+    _let_go(lab, "p")
+
+
+def _kept(name: str) -> dict[str, object]:
+    """A finalizer, so that the pod can be looked at after its deletion."""
+    return {"metadata": {"name": name, "finalizers": ["finetune-operator.io/test"]}}
+
+
+def _let_go(lab: Lab, name: str) -> None:
+    lab.kubectl("patch", "pod", name, "--type=json", '-p=[{"op":"remove","path":"/metadata/finalizers"}]')
+
+
+def test_termination_message_from_the_file(lab: Lab) -> None:
+    found = lab.run(pod("p", "say", "/dev/termination-log", '{"code":65}', "--", "exit", "65"))
+    assert terminated(found)["message"] == '{"code":65}'
+
+
+def test_termination_message_falls_back_to_the_log(lab: Lab) -> None:
+    fallback = {"terminationMessagePolicy": "FallbackToLogsOnError"}
+    ended = terminated(lab.run(pod("p", "print", "2", "0", "--", "exit", "70", container=fallback)))
+    assert (ended["exitCode"], ended["message"]) == (70, "line 1\nline 2\n")
+
+
+def test_logs_follow_until_the_end(lab: Lab) -> None:
+    lab.create(pod("p", "print", "5", "200"))
+    lab.wait("pod", "p", lambda p: phase(p) != "Pending")
+    assert lab.kubectl("logs", "-f", "p") == "\n".join(f"line {n}" for n in range(1, 6))
+
+
+def test_exec_and_port_forward(lab: Lab) -> None:
+    lab.create(pod("p", "serve", "8000"))
+    lab.wait("pod", "p", lambda p: phase(p) == "Running")
+    assert lab.kubectl("exec", "p", "--", "/testbox", "get", "http://127.0.0.1:8000", "10") == "p"
+    kubectl = [str(build.ensure(build.KUBE)), "kubectl", "--kubeconfig", str(lab.cluster.kubeconfig)]
+    command = [*kubectl, "-n", lab.namespace, "port-forward", "p", ":8000"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as forward:
+        assert forward.stdout is not None
+        port = forward.stdout.readline().split()[2].rpartition(":")[2]
+        url = f"http://127.0.0.1:{port}"
+        got = subprocess.run([build.ensure("testbox"), "get", url, "10"], capture_output=True, text=True)
+        forward.kill()
+    assert got.stdout.strip() == "p"
+
+
+def test_unknown_image_is_told_as_such(lab: Lab) -> None:
+    lab.create(pod("p", "exit", "0", container={"image": "localhost/no-such-image:1"}))
+    found = lab.wait("pod", "p", lambda p: waiting_reason(p) in ("ErrImagePull", "ImagePullBackOff"))
+    assert phase(found) == "Pending"
+
+
+def test_restricted_pods_run(lab: Lab) -> None:
+    label = "pod-security.kubernetes.io/enforce=restricted"
+    lab.kubectl("label", "namespace", lab.namespace, label)
+    restricted = {
+        "securityContext": {
+            "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+            "runAsNonRoot": True, "runAsUser": 10001, "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "volumeMounts": [{"name": "shm", "mountPath": "/dev/shm"}],  # noqa: S108 - in the container
+    }
+    volumes = [{"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": "16Mi"}}]
+    manifest = pod("p", "say", "/dev/shm/x", "y", "--", "exit", "0", container=restricted, volumes=volumes)  # noqa: S108
+    assert terminated(lab.run(manifest))["exitCode"] == 0
