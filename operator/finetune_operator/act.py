@@ -9,6 +9,7 @@ import logging
 from dataclasses import dataclass
 
 from finetune_api.names import Reason
+
 from finetune_operator import failpoints
 from finetune_operator.builders.job import build_job, build_service
 from finetune_operator.builders.run_config import build_run_config

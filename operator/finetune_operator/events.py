@@ -18,6 +18,7 @@ from finetune_api import names
 from finetune_api.names import Condition as Kind
 from finetune_api.names import FailureClass, Phase, Reason
 from finetune_api.status import Attempt, FineTuneJobStatus
+
 from finetune_operator.kube import EVENT, AlreadyExists, Kube, KubeError, Object
 from finetune_operator.text import clean
 from finetune_operator.views import JobObject

@@ -164,6 +164,8 @@ class Kube:
         self._rest = RESTClientObject(configuration)
         self._timeout = settings.timeout_seconds
         self._watcher = watcher or (lambda verb, plural, code, seconds: None)
+        self.guard: Callable[[], None] = lambda: None
+        """Called before every write but the Lease's own; raises if this process may no longer write."""
 
     @classmethod
     async def connect(cls, settings: ApiSettings, watcher: Watcher | None = None) -> Kube:
@@ -262,6 +264,8 @@ class Kube:
         body: Object | None = None, query: Mapping[str, str] | None = None,
     ) -> Created:  # fmt: skip
         """Send one request."""
+        if method != "GET" and kind is not LEASE:
+            self.guard()
         url = self.configuration.host + path + (f"?{urlencode(query)}" if query else "")
         loop = asyncio.get_running_loop()
         started, code = loop.time(), 0

@@ -23,6 +23,7 @@ from finetune_api.status import (
     Stage,
     Workers,
 )
+
 from finetune_operator.act import Acted
 from finetune_operator.decide import Ending, Finish, Outcome, Plan, Situation, start_of_waiting
 from finetune_operator.facts import Facts

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from datetime import datetime
 
 import aiohttp
-from pydantic import ValidationError
-
 from finetune_api.names import PROGRESS_PORT, Path
 from finetune_api.pod import Report
 from finetune_api.status import Stage
+from pydantic import ValidationError
+
 from finetune_operator.facts import Heard
 from finetune_operator.settings import ScrapeSettings
 from finetune_operator.workqueue import Key
@@ -93,7 +93,8 @@ class Scraper:
             while True:
                 key, target = await self._next()
                 await free.acquire()
-                group.create_task(self._ask(session, key, target)).add_done_callback(lambda _: free.release())
+                task = group.create_task(self._ask(session, key, target))
+                task.add_done_callback(lambda _: free.release())
 
     async def _next(self) -> tuple[Key, Target]:
         """The next target that is due."""
@@ -129,7 +130,11 @@ class Scraper:
             async with session.get(target.url) as response:
                 if response.status != 200:
                     return None
-                data = await response.content.read(MAX_BYTES)
+                data = b""
+                async for chunk in response.content.iter_any():
+                    data += chunk
+                    if len(data) > MAX_BYTES:
+                        return None
                 report = Report.model_validate_json(data)
         except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
             logger.debug("%s does not tell its progress: %s", target.url, error)

@@ -100,6 +100,13 @@ class WorkQueue:
             self._again.discard(key)
             self.add(key)
 
+    def drop_waiting(self) -> None:
+        """Forget everything that waits: the process is about to end, and its successor looks at everything anyway."""
+        self._ready.clear()
+        self._since.clear()
+        self._again.clear()
+        self._due.clear()
+
     def oldest(self) -> float:
         """Seconds that the longest-waiting or longest-worked-on key has been there."""
         now = self._clock()

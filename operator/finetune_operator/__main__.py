@@ -1,0 +1,70 @@
+"""`finetune-operator`: read the configuration, connect, run."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+from kubernetes.aio.config import ConfigException
+
+from finetune_operator import logs, settings
+from finetune_operator.kube import Kube
+from finetune_operator.metrics import Metrics
+from finetune_operator.runtime import Runtime
+
+CONFIG_VARIABLE = "FINETUNE_OPERATOR_CONFIG"
+USAGE_ERROR = 2
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code: 0 told to end, 1 a part failed, 2 cannot start."""
+    options = _options(arguments)
+    try:
+        config = _config(options.config)
+    except settings.SettingsError as error:
+        sys.stderr.write(f"finetune-operator: {error}\n")
+        return USAGE_ERROR
+    if options.check:
+        sys.stdout.write("the configuration can be used\n")
+        return 0
+    logs.configure(config.log)
+    return asyncio.run(_run(config))
+
+
+async def _run(config: settings.OperatorConfig) -> int:
+    metrics = Metrics()
+    try:
+        kube = await Kube.connect(config.api, metrics.request)
+    except (ConfigException, OSError) as error:
+        sys.stderr.write(f"finetune-operator: no API server to connect to: {error}\n")
+        return USAGE_ERROR
+    try:
+        return await Runtime(config, kube, metrics).run()
+    finally:
+        await kube.close()
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="finetune-operator", description="The control loop of FineTuneJobs.")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE",
+        help=f"configuration (YAML or JSON); default: ${CONFIG_VARIABLE}, else {settings.CONFIG_PATH} if it exists",
+    )  # fmt: skip
+    parser.add_argument("--check", action="store_true", help="read the configuration, say whether it can be used, end")
+    return parser.parse_args(arguments)
+
+
+def _config(given: Path | None) -> settings.OperatorConfig:
+    """The configuration that was named; where none was, the mounted one; where none is mounted, the defaults."""
+    if given is not None:
+        return settings.load(given)
+    if variable := os.environ.get(CONFIG_VARIABLE):
+        return settings.load(Path(variable))
+    return settings.load(settings.CONFIG_PATH) if settings.CONFIG_PATH.exists() else settings.OperatorConfig()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The seam to kopf: it watches, we remember and queue. Nothing else happens in a handler.
+
+Only `on.login`, `on.startup` and `on.event` are used: no finalizers, no annotations, no state of kopf's on any object.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import kopf
+from finetune_api.names import GROUP, MANAGER, PLURAL, VERSION, Label
+
+from finetune_operator.cache import Cache
+from finetune_operator.kube import Kube, Object
+from finetune_operator.settings import OperatorConfig
+from finetune_operator.views import read_finetunejob, read_job, read_pod
+from finetune_operator.workqueue import Key, WorkQueue
+
+SELECTOR = f"{Label.MANAGED_BY}={MANAGER}"
+"""Children are watched by this label: the pods of the rest of the cluster never travel."""
+LOGIN_PERIOD = timedelta(minutes=10)
+"""kopf asks for credentials again after this: tokens rotate."""
+DELETED = "DELETED"
+
+
+class EndlessBackoff:
+    """Pauses between tries of a watch, in seconds: for ever, since an API server may be upgraded for an hour.
+
+    A class, because kopf would share and exhaust a generator.
+    """
+
+    def __iter__(self) -> Iterator[float]:
+        """1, 1, 2, 3, 5, ... 30, 30, ..."""
+        return itertools.chain((1, 1, 2, 3, 5, 8, 13, 21), itertools.repeat(30))
+
+
+def settings(config: OperatorConfig) -> kopf.OperatorSettings:
+    """kopf's settings: watching with selectors, and nothing written by itself."""
+    result = kopf.OperatorSettings()
+    result.posting.enabled = False
+    result.peering.standalone = True
+    result.scanning.disabled = True
+    result.networking.request_timeout = config.api.timeout_seconds
+    result.networking.connect_timeout = 5
+    result.networking.error_backoffs = EndlessBackoff()
+    result.networking.enforce_retry_after = True
+    result.process.ultimate_exiting_timeout = 25
+    result.watching.label_selectors["batch", "v1", "jobs"] = SELECTOR
+    result.watching.label_selectors["", "v1", "pods"] = SELECTOR
+    return result
+
+
+def register(kube: Kube, cache: Cache, queue: WorkQueue, heard: Callable[[], None]) -> kopf.OperatorRegistry:
+    """Handlers that fill the cache and the queue; `heard` is called on every event."""
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=registry)
+    async def login(**_: Any) -> kopf.ConnectionInfo:
+        return await credentials(kube)
+
+    @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
+    async def finetunejob(type: str | None, body: kopf.Body, **_: Any) -> None:
+        heard()
+        queue.add(take_finetunejob(cache, type, dict(body)))
+
+    @kopf.on.event("batch", "v1", "jobs", registry=registry)
+    async def job(type: str | None, body: kopf.Body, **_: Any) -> None:
+        heard()
+        key = take_job(cache, type, dict(body))
+        if key is not None:
+            queue.add(key)
+
+    @kopf.on.event("", "v1", "pods", registry=registry)
+    async def pod(type: str | None, body: kopf.Body, **_: Any) -> None:
+        heard()
+        key = take_pod(cache, type, dict(body))
+        if key is not None:
+            queue.add(key)
+
+    return registry
+
+
+def take_finetunejob(cache: Cache, type_: str | None, body: Object) -> Key:
+    """Remember a FineTuneJob from an event or a list."""
+    view = read_finetunejob(body)
+    if type_ == DELETED:
+        key = Key(view.namespace, view.name)
+        cache.drop_finetunejob(key, view.uid)
+        return key
+    return cache.put_finetunejob(view)
+
+
+def take_job(cache: Cache, type_: str | None, body: Object) -> Key | None:
+    """Remember a Job; None if it is not one of ours."""
+    view = read_job(body)
+    if view is None:
+        return None
+    return cache.drop_job(view) if type_ == DELETED else cache.put_job(view)
+
+
+def take_pod(cache: Cache, type_: str | None, body: Object) -> Key | None:
+    """Remember a pod; None if it is not one of ours."""
+    view = read_pod(body)
+    if view is None:
+        return None
+    return cache.drop_pod(view) if type_ == DELETED else cache.put_pod(view)
+
+
+async def credentials(kube: Kube) -> kopf.ConnectionInfo:
+    """What kopf needs to connect as we do."""
+    configuration = kube.configuration
+    bearer = (await configuration.auth_settings()).get("BearerToken")
+    scheme, _, token = str(bearer["value"]).rpartition(" ") if bearer else ("", "", "")
+    return kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        ca_data=configuration.ca_cert_data,
+        insecure=not configuration.verify_ssl,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+        scheme=scheme or None,
+        token=token or None,
+        expiration=datetime.now(UTC) + LOGIN_PERIOD if token else None,
+    )

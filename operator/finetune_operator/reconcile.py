@@ -1,0 +1,364 @@
+"""One look at one job, in four steps: observe, decide, act, report.
+
+Whatever happened since the last look, the same facts lead to the same end. A look that fails is repeated with a growing pause; a
+look that changed something is followed by another at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+
+from finetune_api.names import Label, Reason, attempt_job_name
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import FineTuneJobStatus
+
+from finetune_operator import failpoints, logs
+from finetune_operator.act import Acted, Actor, StaleFacts
+from finetune_operator.cache import Cache
+from finetune_operator.decide import Plan, Situation, decide
+from finetune_operator.events import Recorder, transitions
+from finetune_operator.facts import Facts
+from finetune_operator.kube import (
+    CORE_EVENT,
+    FINETUNEJOB,
+    JOB,
+    POD,
+    Conflict,
+    Forbidden,
+    Invalid,
+    Kube,
+    NotFound,
+    Object,
+    Unavailable,
+)
+from finetune_operator.metrics import Metrics
+from finetune_operator.policies.acceptance import Accepted, Refused, accept
+from finetune_operator.policies.waiting import Waiting, events_waiting
+from finetune_operator.report import report
+from finetune_operator.scrape import Scraper, Target
+from finetune_operator.settings import OperatorConfig
+from finetune_operator.text import clean
+from finetune_operator.views import JobObject, read_finetunejob, read_job, read_pod
+from finetune_operator.workqueue import Key, WorkQueue
+
+logger = logging.getLogger(__name__)
+
+OBSTACLE_AFTER = timedelta(seconds=5)
+"""Age of a Job without running pods at which the events about it are read."""
+OBSTACLE_PERIOD = 15.0
+"""Seconds between two reads of those events."""
+RETRY_OBSTACLE = 15.0
+"""Seconds after which a refused create is tried again."""
+UNREAD = Accepted(FineTuneJobSpec())
+"""Stands for the spec of a finished job: nobody reads it any more."""
+
+
+@dataclass
+class Memory:
+    """What a job's looks remember; nothing in here is needed to be right, only to be sparing."""
+
+    uid: str = ""
+    generation: int = 0
+    acceptance: Accepted | Refused = UNREAD
+    obstacle: Waiting | None = None
+    obstacle_read: float = float("-inf")
+    progress_written: float = float("-inf")
+    looks: int = field(default=0)
+
+
+class Reconciler:
+    """Looks at jobs. One instance a process; safe for several workers, since the queue keeps a key to one of them."""
+
+    def __init__(
+        self, *, kube: Kube, cache: Cache, queue: WorkQueue, recorder: Recorder, scraper: Scraper, metrics: Metrics,
+        config: OperatorConfig,
+    ):  # fmt: skip
+        self._kube, self._cache, self._queue = kube, cache, queue
+        self._recorder, self._scraper, self._metrics = recorder, scraper, metrics
+        self._config = config
+        self._actor = Actor(kube, config)
+        self._memories: dict[Key, Memory] = {}
+        self._count = 0
+
+    async def work(self) -> None:
+        """Take keys from the queue until cancelled."""
+        while True:
+            key, waited = await self._queue.take()
+            self._metrics.queue_wait.observe(waited)
+            started = asyncio.get_running_loop().time()
+            result = "error"
+            try:
+                result = await self._look(key)
+            finally:
+                self._queue.done(key)
+                self._metrics.reconcile_seconds.labels(result).observe(asyncio.get_running_loop().time() - started)
+
+    async def _look(self, key: Key) -> str:
+        """One look, its errors turned into another one."""
+        self._count += 1
+        logs.job.set(str(key))
+        logs.attempt.set(0)
+        logs.reconcile.set(self._count)
+        try:
+            await self.reconcile(key)
+        except (Conflict, StaleFacts, NotFound) as error:
+            logger.debug("what was known is old: %s", error)
+            self._queue.failed(key)
+            return "stale"
+        except (Unavailable, Forbidden) as error:
+            logger.warning("again in %.1f s: %s", self._queue.failed(key), error)
+            return "unavailable"
+        except Exception:
+            # One job that cannot be handled must not stop the others; it is tried again, ever more rarely.
+            logger.exception("again in %.1f s", self._queue.failed(key))
+            return "error"
+        self._queue.forget(key)
+        return "ok"
+
+    async def reconcile(self, key: Key) -> None:
+        """Observe, decide, act, report."""
+        facts = await self._observe(key)
+        if facts is None:
+            self._forget(key)
+            return
+        logs.attempt.set(facts.job.status.attempt or 0)
+        plan = decide(facts)
+        acted = Acted()
+        if plan.condemn is None:
+            try:
+                acted = await self._actor.act(facts, plan)
+            except Invalid as error:
+                self._refuse(key, error)
+                return
+        if acted.created is not None:
+            self._cache.put_job(acted.created)
+            logger.info("created Job %s", acted.created.name)
+        for warning in acted.warnings:
+            logger.warning("the API server warns: %s", warning)
+        await self._report(key, facts, plan, acted)
+        self._follow(key, facts, plan, acted)
+
+    # Observe
+
+    async def _observe(self, key: Key) -> Facts | None:
+        """Facts from the cache, read live where a decision would stand on something's absence."""
+        family = self._cache.family(key)
+        if family.job is None:
+            return None
+        memory = self._memory(key, family.job)
+        facts = self._facts(key, family.job, memory)
+        if facts.finished or facts.job.deleting:
+            return facts
+        if self._job_missing(facts):
+            await self._read_job(facts)
+            facts = self._facts(key, family.job, memory)
+        if self._pods_behind(facts):
+            await self._read_pods(facts)
+            facts = self._facts(key, family.job, memory)
+        if await self._read_obstacle(facts, memory):
+            facts = self._facts(key, family.job, memory)
+        return facts
+
+    def _facts(self, key: Key, job: JobObject, memory: Memory) -> Facts:
+        family = self._cache.family(key)
+        facts = Facts(
+            job=job,
+            acceptance=memory.acceptance,
+            now=self._kube.clock.now(),
+            config=self._config,
+            jobs=tuple(family.jobs.values()),
+            pods=tuple(family.pods.values()),
+            obstacle=memory.obstacle,
+        )
+        heard = self._scraper.heard(key, job.uid, facts.attempt)
+        return Facts(**{**_fields(facts), "heard": heard}) if heard else facts
+
+    def _memory(self, key: Key, job: JobObject) -> Memory:
+        memory = self._memories.get(key)
+        if memory is None or memory.uid != job.uid:
+            memory = self._memories[key] = Memory(job.uid)
+        if memory.generation != job.generation:
+            memory.generation = job.generation
+            over = any(one.type == "Finished" and one.status == "True" for one in job.status.conditions)
+            memory.acceptance = UNREAD if over else accept(job.spec, self._config)
+        return memory
+
+    def _job_missing(self, facts: Facts) -> bool:
+        """Status says that the attempt has a Job, and the cache has none."""
+        record = facts.record
+        return (
+            facts.current is None and record is not None and record.start_time is not None and record.end_time is None
+        )
+
+    async def _read_job(self, facts: Facts) -> None:
+        try:
+            body = await self._kube.get(JOB, facts.job.namespace, attempt_job_name(facts.job.name, facts.attempt))
+        except NotFound:
+            return
+        view = read_job(body)
+        if view is not None:
+            self._cache.put_job(view)
+
+    def _pods_behind(self, facts: Facts) -> bool:
+        """The Job is over and not all of its pods are, as far as the cache knows: their events are still under way."""
+        current = facts.current
+        if current is None or not current.finished:
+            return False
+        pods = facts.last_pods
+        return len(pods) < facts.nodes or any(not pod.over for pod in pods)
+
+    async def _read_pods(self, facts: Facts) -> None:
+        selector = f"{Label.UID}={facts.job.uid},{Label.ATTEMPT}={facts.attempt}"
+        listing = await self._kube.list(POD, facts.job.namespace, labels=selector)
+        seen = set()
+        for body in listing.items:
+            view = read_pod(body)
+            if view is not None:
+                seen.add(view.uid)
+                self._cache.put_pod(view)
+        for pod in facts.attempt_pods:
+            if pod.uid not in seen and not pod.gone:
+                self._cache.drop_pod(pod)
+
+    async def _read_obstacle(self, facts: Facts, memory: Memory) -> bool:
+        """Read what the cluster says about pods that do not come up; True if the answer changed."""
+        current = facts.current
+        stuck = [pod for pod in facts.live if pod.phase == "Pending" and not pod.unschedulable]
+        waits = current is not None and not current.suspended and not current.finished and not current.deleting
+        if not waits or (len(facts.live) >= facts.nodes and not stuck):
+            changed = memory.obstacle is not None
+            memory.obstacle = None
+            return changed
+        assert current is not None  # noqa: S101 -- `waits` says so
+        now = asyncio.get_running_loop().time()
+        since = stuck[0].created if stuck else current.started or current.created
+        if facts.now - since < OBSTACLE_AFTER or now - memory.obstacle_read < OBSTACLE_PERIOD:
+            return False
+        memory.obstacle_read = now
+        uid = stuck[0].uid if stuck else current.uid
+        fields = f"involvedObject.uid={uid},type=Warning"
+        try:
+            listing = await self._kube.list(CORE_EVENT, facts.job.namespace, fields=fields)
+        except Forbidden as error:
+            logger.info("events cannot be read: %s", error)
+            return False
+        found = events_waiting(listing.items)
+        changed = found != memory.obstacle
+        memory.obstacle = found
+        return changed
+
+    # Report
+
+    def _refuse(self, key: Key, error: Invalid) -> None:
+        """The API server does not accept what was made from the spec: only another spec can mend it."""
+        logger.warning("the Job is refused: %s", error)
+        message = clean(f"the API server refuses what was made from the spec: {error.message}")
+        self._memories[key].acceptance = Refused(Reason.REJECTED, message)
+        self._queue.add(key)
+
+    async def _report(self, key: Key, facts: Facts, plan: Plan, acted: Acted) -> None:
+        """Write the status if it changed, then tell of it."""
+        old, new = facts.job.status, report(facts, plan, acted)
+        before, after = old.wire(), new.wire()
+        if before == after:
+            return
+        memory = self._memories[key]
+        now = asyncio.get_running_loop().time()
+        wait = memory.progress_written + self._config.progress_seconds - now
+        if wait > 0 and transition(before) == transition(after):
+            self._queue.add_after(key, wait)
+            return
+        failpoints.reached("before_status_write")
+        written = await self._kube.replace(FINETUNEJOB, key.namespace, _status_body(facts.job, after), sub="status")
+        failpoints.reached("after_status_write")
+        memory.progress_written = now
+        self._cache.put_finetunejob(read_finetunejob(written))
+        self._recorder.emit(facts.job, transitions(old, new))
+        self._count_transitions(facts, old, new, plan)
+
+    def _count_transitions(self, facts: Facts, old: FineTuneJobStatus, new: FineTuneJobStatus, plan: Plan) -> None:
+        if plan.ended is not None:
+            self._metrics.attempts_ended.labels(plan.ended.reason.value).inc()
+            record = next((one for one in new.attempts if one.number == facts.attempt), None)
+            if record is not None and record.last_step:
+                self._metrics.steps_done.inc(max(0, record.last_step - (record.resumed_from_step or 0)))
+        lost = {one.number: one.steps_lost for one in old.attempts}
+        for one in new.attempts:
+            if one.steps_lost and not lost.get(one.number):
+                self._metrics.steps_lost.inc(one.steps_lost)
+        if plan.finish is not None:
+            self._metrics.jobs_finished.labels(plan.finish.outcome.value).inc()
+            logger.info("%s: %s", plan.finish.outcome.value, plan.finish.reason)
+        started = new.progress is not None and new.progress.step and not (old.progress and old.progress.step)
+        if started:
+            self._metrics.time_to_running.observe((facts.now - facts.job.created).total_seconds())
+
+    def _follow(self, key: Key, facts: Facts, plan: Plan, acted: Acted) -> None:
+        """What has to happen before anything else happens: scraping, another look, a look in time."""
+        if plan.scrape is not None:
+            pod = plan.scrape
+            url = self._scraper.url(pod.namespace, pod.name, pod.ip)
+            self._scraper.watch(key, Target(facts.job.uid, facts.attempt, pod.uid, url))
+        elif plan.situation in (Situation.FINISHED, Situation.SUSPENDED, Situation.LEAVING):
+            self._scraper.forget(key)
+            self._cache.forget_pods(key, before=facts.attempt + 1)
+        else:
+            self._scraper.stop(key)
+        if plan.condemn is not None or plan.ended is not None or plan.finish is not None:
+            self._queue.add(key)
+        elif acted.obstacle is not None:
+            self._queue.add_after(key, RETRY_OBSTACLE)
+        elif (
+            plan.situation is Situation.ACTIVE and plan.scrape is None and facts.current and not facts.current.suspended
+        ):
+            self._queue.add_after(key, OBSTACLE_PERIOD)
+        if plan.situation is Situation.STARTING:
+            self._cache.forget_pods(key, before=facts.attempt)
+        if plan.wake is not None:
+            self._queue.add_after(key, _seconds_until(plan.wake, facts.now))
+
+    def _forget(self, key: Key) -> None:
+        self._memories.pop(key, None)
+        self._scraper.forget(key)
+
+
+def _seconds_until(moment: datetime, now: datetime) -> float:
+    """At least a little: a time that has passed by the server's clock must not become a hot loop."""
+    return max(0.05, (moment - now).total_seconds() + 0.01)
+
+
+def _fields(facts: Facts) -> Object:
+    return {
+        name: getattr(facts, name)
+        for name in ("job", "acceptance", "now", "config", "jobs", "pods", "heard", "obstacle")
+    }
+
+
+def _status_body(job: JobObject, status: Object) -> Object:
+    return {
+        "apiVersion": FINETUNEJOB.api_version,
+        "kind": FINETUNEJOB.kind,
+        "metadata": {"name": job.name, "namespace": job.namespace, "resourceVersion": job.resource_version},
+        "spec": job.spec,
+        "status": status,
+    }
+
+
+HARD = (
+    "observedGeneration", "phase", "attempt", "restarts", "retriesUsed", "activeSeconds", "output", "failure", "adaptations",
+    "startTime", "completionTime",
+)  # fmt: skip
+"""Status fields whose change is a transition."""
+
+
+def transition(status: Object) -> Object:
+    """The part of a status whose change is written at once; everything else waits its turn."""
+    return {
+        **{name: status.get(name) for name in HARD},
+        "conditions": [(c["type"], c["status"], c.get("reason")) for c in status.get("conditions", [])],
+        "attempts": [(a["number"], a.get("reason"), a.get("endTime")) for a in status.get("attempts", [])],
+        "committed": bool(status.get("latestCheckpoint")),
+    }

@@ -1,0 +1,229 @@
+"""The process: what runs beside what, and what ends it.
+
+kopf watches on every replica, so that a standby's cache is warm; only the leader works. Any part that ends ends the whole: a half
+of an operator that looks alive is worse than none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import uuid
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import kopf
+
+from finetune_operator import handlers
+from finetune_operator.cache import Cache, Listed
+from finetune_operator.events import Recorder
+from finetune_operator.http import Server
+from finetune_operator.kube import FINETUNEJOB, JOB, POD, Kind, Kube, KubeError, Listing, NotFound
+from finetune_operator.lease import Elector, LeaseLost
+from finetune_operator.metrics import Metrics
+from finetune_operator.reconcile import Reconciler
+from finetune_operator.scrape import Scraper
+from finetune_operator.settings import OperatorConfig
+from finetune_operator.workqueue import WorkQueue
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+DRAIN_SECONDS = 10.0
+"""Time for looks under way to finish when the process is told to end."""
+LAG_PERIOD = 1.0
+
+
+class StartError(Exception):
+    """The operator cannot start; the message says what is missing."""
+
+
+class Runtime:
+    """Everything that runs."""
+
+    def __init__(self, config: OperatorConfig, kube: Kube, metrics: Metrics):
+        self._config, self._kube, self._metrics = config, kube, metrics
+        self._cache = Cache()
+        self._queue = WorkQueue()
+        self._scraper = Scraper(config.scrape, kube.clock.now, self._queue.add)
+        instance = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        self._recorder = Recorder(kube, instance)
+        self._reconciler = Reconciler(
+            kube=kube, cache=self._cache, queue=self._queue, recorder=self._recorder, scraper=self._scraper,
+            metrics=metrics, config=config,
+        )  # fmt: skip
+        self._elector = Elector(kube, config.leader_election, _own_namespace(), instance)
+        self._synced = asyncio.Event()
+        self._working = asyncio.Event()
+        self._stopping = False
+        self._heard_at = asyncio.get_running_loop().time()
+        self._server = Server(config.http, metrics, healthy=self._healthy, ready=self._ready, refresh=self._refresh)
+
+    async def run(self) -> int:
+        """Run until told to end; returns the exit code: 0 if it was told to, 1 if a part failed."""
+        await self._server.start()
+        if self._config.leader_election.enabled:
+            self._kube.guard = self._elector.check
+        parts = {
+            "leader": self._lead(),
+            "resync": self._resync_for_ever(),
+            "events": self._recorder.run(),
+            "scraper": self._scraper.run(),
+            "lag": self._measure_lag(),
+        }
+        parts |= {f"worker-{number}": self._work() for number in range(self._config.workers)}
+        tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
+        # kopf ends every task that was made after it started: ours must have made theirs before.
+        await asyncio.sleep(0)
+        watching = asyncio.create_task(self._watch(), name="watches")
+        done, _ = await asyncio.wait([watching, *tasks], return_when=asyncio.FIRST_COMPLETED)
+        code = 0 if watching in done and watching.exception() is None else 1
+        for task in done:
+            error = task.exception() if not task.cancelled() else None
+            if error is not None:
+                _explain(task.get_name(), error)
+        await self._end([watching, *tasks])
+        return code
+
+    async def _end(self, tasks: list[asyncio.Task[Any]]) -> None:
+        """Let looks under way finish, post what is to be told, hand over the lead."""
+        self._stopping = True
+        self._working.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_SECONDS):
+                while not self._queue.idle and self._elector_ok():
+                    self._queue.drop_waiting()
+                    await asyncio.sleep(0.05)
+        await self._recorder.drain(2)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._elector.release()
+        await self._server.stop()
+
+    def _elector_ok(self) -> bool:
+        return not self._config.leader_election.enabled or self._elector.leading
+
+    async def _watch(self) -> None:
+        """kopf, for as long as the process lives."""
+        namespaces = list(self._config.namespaces)
+        await kopf.operator(
+            registry=handlers.register(self._kube, self._cache, self._queue, self._heard),
+            settings=handlers.settings(self._config),
+            standalone=True,
+            clusterwide=not namespaces,
+            namespaces=namespaces,
+        )
+
+    async def _lead(self) -> None:
+        """Take the lead, look at everything once, let the workers work, keep the lead."""
+        if not self._config.leader_election.enabled:
+            await self._resync()
+            self._start_working()
+            await asyncio.Event().wait()
+        await self._resync()
+        await self._elector.acquire()
+        await self._resync()
+        self._start_working()
+        await self._elector.keep()
+
+    def _start_working(self) -> None:
+        self._metrics.leader.set(1)
+        self._working.set()
+        logger.info("working on %d jobs with %d workers", len(self._cache.keys()), self._config.workers)
+
+    async def _work(self) -> None:
+        await self._working.wait()
+        await self._reconciler.work()
+
+    async def _resync_for_ever(self) -> None:
+        """Full lists from time to time: a watch that was interrupted never tells of what was deleted meanwhile."""
+        await self._synced.wait()
+        while True:
+            await asyncio.sleep(self._config.resync_seconds)
+            try:
+                await self._resync()
+            except KubeError as error:
+                logger.warning("the resync failed and is tried again later: %s", error)
+
+    async def _resync(self) -> None:
+        finetunejobs = await self._list(FINETUNEJOB, "")
+        jobs, pods = await self._list(JOB, handlers.SELECTOR), await self._list(POD, handlers.SELECTOR)
+        for body in finetunejobs.items:
+            handlers.take_finetunejob(self._cache, None, body)
+        for body in jobs.items:
+            handlers.take_job(self._cache, None, body)
+        for body in pods.items:
+            handlers.take_pod(self._cache, None, body)
+        listed = Listed(
+            finetunejobs=_uids(finetunejobs),
+            jobs=_uids(jobs),
+            pods=_uids(pods),
+            version=min(one.version for one in (finetunejobs, jobs, pods)),
+            namespaces=frozenset(self._config.namespaces),
+        )
+        for key in [*self._cache.prune(listed), *self._cache.keys()]:
+            self._queue.add(key)
+        self._synced.set()
+        self._heard()
+
+    async def _list(self, kind: Kind, labels: str) -> Listing:
+        try:
+            if not self._config.namespaces:
+                return await self._kube.list(kind, labels=labels)
+            found = [await self._kube.list(kind, namespace, labels=labels) for namespace in self._config.namespaces]
+        except NotFound as error:
+            raise StartError(
+                f"the API server does not know {kind.plural} of {kind.api_version}: install the CRD first"
+            ) from error
+        return Listing([item for one in found for item in one.items], min(one.version for one in found))
+
+    async def _measure_lag(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            before = loop.time()
+            await asyncio.sleep(LAG_PERIOD)
+            self._metrics.loop_lag.set(max(0.0, loop.time() - before - LAG_PERIOD))
+
+    def _heard(self) -> None:
+        self._heard_at = asyncio.get_running_loop().time()
+
+    def _healthy(self) -> str:
+        """What is wrong with this process; empty: nothing."""
+        silent = asyncio.get_running_loop().time() - self._heard_at
+        if self._synced.is_set() and silent > 2 * self._config.resync_seconds + self._config.api.timeout_seconds:
+            return f"neither an event nor a full list for {silent:.0f} s"
+        if not self._working.is_set():
+            return ""
+        oldest = self._queue.oldest()
+        return f"a job has waited for {oldest:.0f} s" if oldest > self._config.stuck_seconds else ""
+
+    def _ready(self) -> str:
+        return "" if self._synced.is_set() and not self._stopping else "the caches are not filled yet"
+
+    def _refresh(self) -> None:
+        phases = Counter(str(job.status.phase or "Pending") for job in self._cache.jobs())
+        self._metrics.phases(phases)
+        self._metrics.queue_depth.set(len(self._queue))
+
+
+def _uids(listing: Listing) -> frozenset[str]:
+    return frozenset(body["metadata"]["uid"] for body in listing.items)
+
+
+def _own_namespace() -> str:
+    if name := os.environ.get("POD_NAMESPACE"):
+        return name
+    return NAMESPACE_FILE.read_text().strip() if NAMESPACE_FILE.exists() else "default"
+
+
+def _explain(name: str, error: BaseException) -> None:
+    """Why the process ends: in one line where the reason is known."""
+    if isinstance(error, StartError | LeaseLost | KubeError):
+        logger.error("%s: %s", name, error)
+    else:
+        logger.error("%s failed", name, exc_info=error)
