@@ -129,6 +129,10 @@ class Channel:
         """An optimizer step is done."""
         self._news("heartbeat", step=step)
 
+    def alive(self) -> None:
+        """No step is done, but something moves (evaluation, a long accumulation)."""
+        self._news("alive")
+
     def health(self, **facts: Any) -> None:
         """Facts about health, e.g. `nonFinite=True, step=7`."""
         self._must("health", **facts)

@@ -1,0 +1,209 @@
+"""A pod without Kubernetes: the supervisor as a local process, its run configuration, its HTTP and its last words."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_api.defaults import Context, resolve
+from finetune_api.pod import LastWords, Report, Resume, RunConfig, StoreTarget, World
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.cluster import StorageRoot
+
+REPOSITORY = Path(__file__).parents[2]
+PYTHONPATH = os.pathsep.join(str(REPOSITORY / part) for part in ("crds", "trainer-image", "."))
+UID = "11111111-2222-3333-4444-555555555555"
+ROWS = [
+    {"messages": [{"role": "user", "content": f"What is {a} + {b}?"}, {"role": "assistant", "content": f"It is {a + b}."}]}
+    for a in range(6)
+    for b in range(6)
+]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
+    """A JSONL file."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in (ROWS if rows is None else rows)))
+    return path
+
+
+def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries, `change` winning."""
+    result = dict(base)
+    for key, value in change.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def run_config(
+    spec: dict[str, Any], storage: StoreTarget, *, attempt: int = 1, nodes: int = 1, processes: int = 1,
+    resume: Resume | None = None, master_port: int = 0, grace: int = 60,
+) -> RunConfig:  # fmt: skip
+    """`run.json` as the operator would make it."""
+    root = storage.uri.rsplit("/", 3)[0]
+    given = FineTuneJobSpec.model_validate(
+        merged(spec, {"resources": {"nodes": nodes, "gpusPerNode": 0, "processesPerNode": processes}})
+    )
+    resolution = resolve(given, context=Context(storage=StorageRoot(uri=root)))
+    return RunConfig(
+        name="job", namespace="team", uid=UID, attempt=attempt, spec=resolution.spec, defaults=sorted(resolution.defaults),
+        world=World(
+            nodes=nodes, processes_per_node=processes, gpus_per_node=0, master_address="127.0.0.1", master_port=master_port,
+            rendezvous_id=f"{UID}-{attempt}",
+        ),
+        storage=storage, resume=resume or Resume(mode="auto"), grace_seconds=grace,
+    )  # fmt: skip
+
+
+@dataclass
+class Pod:
+    """One supervisor. `end()` waits for it; leaving the `with` block kills what is left."""
+
+    run: RunConfig
+    folder: Path
+    env: dict[str, str] = field(default_factory=dict)
+    node_rank: int = 0
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Pod:
+        """Write run.json and start."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        data = self.run.to_bytes()
+        (self.folder / "run.json").write_bytes(data)
+        env = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FINETUNE_"))},
+            "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "FINETUNE_RUN_FILE": str(self.folder / "run.json"),
+            "FINETUNE_RUN_SHA256": RunConfig.sha256(data), "FINETUNE_WORK_DIR": str(self.folder / "work"),
+            "FINETUNE_TERMINATION_LOG": str(self.folder / "last-words"), "FINETUNE_PORT": "0",
+            "FINETUNE_NODE_RANK": str(self.node_rank), "FINETUNE_NODE_NAME": f"node-{self.node_rank}",
+            "FINETUNE_POD_UID": os.urandom(8).hex(), **self.env,
+        }  # fmt: skip
+        self.log = (self.folder / "log").open("wb")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "finetune_trainer", "supervise"], env=env, stdout=self.log, stderr=self.log,
+            start_new_session=True,
+        )  # fmt: skip
+        return self
+
+    def __enter__(self) -> Pod:
+        return self.start()
+
+    def __exit__(self, *raised: object) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+        self.log.close()
+
+    # ---- looking ----
+
+    @property
+    def text(self) -> str:
+        """The log so far."""
+        return (self.folder / "log").read_text(errors="replace")
+
+    @property
+    def port(self) -> int | None:
+        """Port of its HTTP server, once it listens."""
+        for line in self.text.splitlines():
+            if "listening on port " in line:
+                return int(line.rpartition(" ")[2])
+        return None
+
+    def get(self, path: str = "/progress") -> bytes | None:
+        """What it answers; None while it does not."""
+        if self.port is None:
+            return None
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
+                return bytes(answer.read())
+        except OSError:
+            return None
+
+    def report(self) -> Report | None:
+        """Its progress report."""
+        data = self.get()
+        return Report.model_validate_json(data) if data else None
+
+    def step(self) -> int:
+        """Newest optimizer step it reports."""
+        report = self.report()
+        return (report.progress.step or 0) if report else 0
+
+    def words(self) -> LastWords:
+        """Its last words."""
+        return LastWords.model_validate_json((self.folder / "last-words").read_text())
+
+    def wait_until(self, holds: Callable[[], bool], timeout: float = 90) -> None:
+        """Until a condition holds; fails with the log if the pod ends or time runs out first."""
+        end = time.monotonic() + timeout
+        while not holds():
+            assert self.process is not None
+            if self.process.poll() is not None and not holds():
+                raise AssertionError(f"the pod ended with {self.process.returncode} first:\n{self.text[-6000:]}")
+            if time.monotonic() > end:
+                raise AssertionError(f"not within {timeout} s:\n{self.text[-6000:]}")
+            time.sleep(0.02)
+
+    def wait_step(self, step: int, timeout: float = 90) -> None:
+        """Until it has done so many steps."""
+        self.wait_until(lambda: self.step() >= step, timeout)
+
+    def wait_committed(self, step: int, timeout: float = 90) -> None:
+        """Until a checkpoint of at least this step is committed."""
+
+        def holds() -> bool:
+            report = self.report()
+            return bool(report and report.checkpoints and report.checkpoints[0].step >= step)
+
+        self.wait_until(holds, timeout)
+
+    def end(self, timeout: float = 150) -> int:
+        """Its exit code."""
+        assert self.process is not None
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {timeout} s:\n{self.text[-6000:]}") from None
+
+    # ---- hurting ----
+
+    def pids(self, command: str) -> list[int]:
+        """Pids below it whose command line has this word (`train`, `agent`)."""
+        assert self.process is not None
+        from finetune_trainer.supervisor.children import descendants
+
+        found = []
+        for pid in descendants(self.process.pid):
+            try:
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if command.encode() in words:
+                found.append(pid)
+        return found
+
+    def terminate(self) -> None:
+        """SIGTERM to PID 1, as a kubelet does."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """SIGKILL to PID 1 and all below it: what happens when a pod is gone."""
+        assert self.process is not None
+        from finetune_trainer.supervisor.children import descendants
+
+        for pid in [self.process.pid, *descendants(self.process.pid)]:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self.process.wait()

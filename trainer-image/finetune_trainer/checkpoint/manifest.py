@@ -1,0 +1,127 @@
+"""What a checkpoint, or the final model, consists of and what it means: the contents of `manifest.json` and the markers.
+
+The manifest is the only list of files that counts. A folder without a marker that names its manifest's sha256 does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from finetune_api.base import Lenient, Wire
+from finetune_api.names import Storage, checkpoint_folder
+from finetune_api.spec.enums import OutputKind
+from pydantic import Field
+
+from finetune_trainer.storage.base import join, sha256_file
+
+_STEP = re.compile(r"^step-(\d{8,})$")
+
+
+class FileEntry(Lenient):
+    """One file of a checkpoint."""
+
+    path: str = Field(description="Relative to the incarnation's folder.")
+    size: int = Field(description="Bytes.")
+    sha256: str = Field(description="Hex.")
+
+
+class RunFacts(Lenient):
+    """What a run is: two runs with other facts here are not the same run, and one cannot go on from the other's state."""
+
+    model_revision: str = ""
+    dataset_digest: str = ""
+    method: str = ""
+    trainer: str = ""
+    strategy: str = ""
+    seed: int = 0
+    world_size: int = 1
+    micro_batch: int = 1
+    accumulation: int = 1
+    effective_batch: int = 1
+    config_sha256: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+
+
+class Manifest(Lenient):
+    """`manifest.json` of a checkpoint or of the final model."""
+
+    version: int = 1
+    job: str = Field(default="", description="namespace/name/uid.")
+    attempt: int = 1
+    incarnation: str = ""
+    step: int = Field(description="Optimizer steps done.")
+    epoch: float | None = None
+    samples: int | None = None
+    tokens: int | None = None
+    eval_loss: float | None = None
+    graceful: bool = Field(default=False, description="Made on request when the pod had to end.")
+    kind: OutputKind | None = Field(default=None, description="Of a final model.")
+    facts: RunFacts = Field(default_factory=RunFacts)
+    extra: dict[str, Any] = Field(default_factory=dict)
+    files: list[FileEntry] = Field(default_factory=list)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(one.size for one in self.files)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON; its sha256 is what the marker names."""
+        return json.dumps(self.wire(), sort_keys=True, separators=(",", ":")).encode()
+
+
+class Marker(Wire):
+    """`_COMMITTED`: the sentence that makes a checkpoint exist."""
+
+    attempt: int
+    path: str = Field(description="The incarnation's folder beside the marker.")
+    manifest_sha256: str
+
+    def to_bytes(self) -> bytes:
+        """JSON of the marker."""
+        return json.dumps(self.wire(), sort_keys=True).encode()
+
+    @staticmethod
+    def parse(data: bytes) -> Marker | None:
+        """The marker, or None if the bytes are none."""
+        try:
+            return Marker.model_validate_json(data)
+        except ValueError:
+            return None
+
+
+class Part(Lenient):
+    """Files that one pod of several brought in: `<incarnation>/.parts/node-<n>.json`, removed after the commit."""
+
+    node: int
+    dropped: bool = Field(default=False, description="This pod skipped the checkpoint: it can never be whole.")
+    files: list[FileEntry] = Field(default_factory=list)
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def entries_of(folder: Path) -> list[FileEntry]:
+    """Every file below a folder with size and sha256, in path order."""
+    return [
+        FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256_file(path))
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    ]
+
+
+def step_of(folder: str) -> int | None:
+    """Step of a checkpoint folder's name, or None."""
+    match = _STEP.match(folder)
+    return int(match[1]) if match else None
+
+
+def base_of(step: int | None) -> str:
+    """Key of a checkpoint's folder; None: of the final model's."""
+    return str(Storage.MODEL) if step is None else join(Storage.CHECKPOINTS, checkpoint_folder(step))

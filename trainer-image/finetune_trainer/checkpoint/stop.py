@@ -1,0 +1,148 @@
+"""How all ranks come to stop at the same step although only one pod was asked to end.
+
+A thread in each rank watches the local stop file and a key in the gang's TCPStore. Once a stop is asked for, each rank
+publishes the step it has done; the stop is one step after the highest. A rank that ends a step between publishing and
+knowing waits for the answer there, so that nobody runs past it. On the hot path there is one comparison of integers.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import threading
+from collections.abc import Iterable
+from typing import Protocol
+
+from finetune_trainer.channel import Channel
+
+POLL_SECONDS = 0.1
+ANSWER_SECONDS = 60.0
+"""A rank that has published waits at most so long for the others: if they are gone, so is the run."""
+REQUEST = "request"
+
+
+class Stopped(BaseException):  # noqa: N818 - an order, not an error: nobody's `except Exception` may swallow it
+    """Training ends here because the pod must; the state is staged."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__(f"stopped at step {step}")
+        self.step = step
+
+
+class Board(Protocol):
+    """What the ranks share: a tiny key-value store."""
+
+    def set(self, key: str, value: str) -> None:
+        """Write a key."""
+
+    def has(self, key: str) -> bool:
+        """Whether a key is there, without waiting."""
+
+    def get_all(self, keys: Iterable[str], seconds: float) -> list[str]:
+        """Values of all keys, waiting for them; raises if they do not come."""
+
+
+class Alone:
+    """The board of a gang of one."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+
+    def set(self, key: str, value: str) -> None:
+        self._values[key] = value
+
+    def has(self, key: str) -> bool:
+        return key in self._values
+
+    def get_all(self, keys: Iterable[str], seconds: float) -> list[str]:
+        return [self._values[key] for key in keys]
+
+
+class Gang:
+    """The board of a gang of several: a client of its own to the TCPStore that torchelastic's agent hosts."""
+
+    def __init__(self, name: str) -> None:
+        from torch.distributed import PrefixStore, TCPStore
+
+        timeout = datetime.timedelta(seconds=ANSWER_SECONDS)
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = PrefixStore(f"finetune/{name}", TCPStore(address, port, None, False, timeout))
+
+    def set(self, key: str, value: str) -> None:
+        self._store.set(key, value)
+
+    def has(self, key: str) -> bool:
+        return bool(self._store.check([key]))
+
+    def get_all(self, keys: Iterable[str], seconds: float) -> list[str]:
+        names = list(keys)
+        self._store.wait(names, datetime.timedelta(seconds=seconds))
+        return [self._store.get(name).decode() for name in names]
+
+
+class StopAgreement:
+    """One rank's part in the agreement. `reached(step)` is called at the end of every optimizer step."""
+
+    def __init__(self, channel: Channel, shared: Board, *, poll_seconds: float = POLL_SECONDS) -> None:
+        self._channel, self._shared, self._poll_seconds = channel, shared, poll_seconds
+        self._known = threading.Condition()
+        self._step = 0
+        self._published = False
+        self._stop: int | None = None
+        self._failed: Exception | None = None
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
+
+    def start(self, step: int) -> None:
+        """Begin to watch; `step` steps are done already."""
+        self._step = step
+        self._thread.start()
+
+    def end(self) -> None:
+        """Watch no longer."""
+        self._ended.set()
+
+    def reached(self, step: int) -> bool:
+        """Whether to save and stop after this step.
+
+        Blocks only between publishing and knowing. Raises what kept the others' answers away.
+        """
+        if not self._published and self._stop is None:
+            self._step = step
+            if not self._published:  # asked again: either this sees the flag, or the watcher sees the step
+                return False
+        with self._known:
+            self._known.wait_for(lambda: self._stop is not None or self._failed is not None)
+            if self._failed is not None:
+                raise self._failed
+            return self._stop is not None and step >= self._stop
+
+    @property
+    def stop(self) -> int | None:
+        """The agreed step, once it is known."""
+        return self._stop
+
+    def _watch(self) -> None:
+        try:
+            while not self._ended.wait(self._poll_seconds):
+                if self._channel.stop_deadline() is not None:
+                    self._shared.set(REQUEST, str(self._channel.rank))
+                elif not self._shared.has(REQUEST):
+                    continue
+                self._agree()
+                return
+        except Exception as error:  # the store went with rank 0's pod; the training thread must not wait for ever
+            with self._known:
+                self._failed = error if self._published else None
+                self._known.notify_all()
+
+    def _agree(self) -> None:
+        # First the flag, then the number: a step that ends between the two is published or waits, never neither.
+        self._published = True
+        self._shared.set(f"at-{self._channel.rank}", str(self._step))
+        keys = [f"at-{rank}" for rank in range(self._channel.world_size)]
+        steps = [int(value) for value in self._shared.get_all(keys, ANSWER_SECONDS)]
+        with self._known:
+            self._stop = max(steps) + 1
+            self._known.notify_all()
+        self._channel.message("stopping", step=self._stop)

@@ -1,0 +1,160 @@
+"""From whatever went wrong to one named failure: exceptions in ranks, exit codes of workers, several at once.
+
+The rank that failed by itself is named, not the one that noticed: a rank that lost its peer says so (`origin` False), and
+any rank with a reason of its own beats it. A code the user can act on beats one they cannot.
+"""
+
+from __future__ import annotations
+
+import errno
+import signal
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.errors import (
+    ConfigError,
+    CredentialsError,
+    DataError,
+    DivergedError,
+    FineTuneError,
+    InternalError,
+    MemoryExhaustedError,
+    NoCheckpointError,
+    NotFoundError,
+    PeerError,
+    StorageError,
+    StorageSetupError,
+)
+from finetune_api.names import CLASS_OF_CODE, ExitCode, FailureClass
+
+BY_CODE: dict[int, type[FineTuneError]] = {
+    int(kind.exit_code): kind
+    for kind in (
+        ConfigError, DataError, NotFoundError, StorageSetupError, StorageError, InternalError, MemoryExhaustedError,
+        DivergedError, NoCheckpointError, PeerError, CredentialsError,
+    )
+}  # fmt: skip
+PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
+PEER_WORDS = (
+    "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket timeout", "gloo",
+    "nccl", "connection was likely closed", "timed out waiting", "unable to connect to store", "application timeout",
+)  # fmt: skip
+MEMORY_WORDS = ("out of memory", "cuda error: out of memory", "defaultcpuallocator: can't allocate memory")
+
+
+@dataclass(frozen=True)
+class RankFailure:
+    """A failure as one rank told it, or as its exit code shows it."""
+
+    error: FineTuneError
+    rank: int | None = None
+    step: int | None = None
+    origin: bool = True
+    time_ns: int = 0
+    told: bool = True
+    """False: nobody said anything, only an exit code is known."""
+
+
+def classify(error: BaseException) -> tuple[FineTuneError, bool]:
+    """The named failure for an exception in a rank, and whether it is this rank's own (False: a peer's)."""
+    if isinstance(error, FineTuneError):
+        return error, not isinstance(error, PeerError)
+    name, text = type(error).__name__, str(error).lower()
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS):
+        return _memory(error, name), True
+    if name in PEER_TYPES or (isinstance(error, RuntimeError | ConnectionError) and any(w in text for w in PEER_WORDS)):
+        return PeerError(
+            "PeerLost", f"a collective failed: {_first_line(error)}", hint="see the other ranks' logs"
+        ), False
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return StorageError(
+            "LocalDiskFull", "the pod's local disk is full", hint="raise resources.ephemeralStorage, or checkpoint less often"
+        ), True  # fmt: skip
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
+    return InternalError(
+        "TrainerCrashed", f"{name}: {_first_line(error)}{where}", hint="the traceback is in the pod's log"
+    ), True
+
+
+def _memory(error: BaseException, name: str) -> MemoryExhaustedError:
+    if isinstance(error, MemoryError) or "cpuallocator" in str(error).lower():
+        return MemoryExhaustedError(
+            "HostMemory", f"the pod's memory is exhausted: {_first_line(error)}", hint="raise resources.memory"
+        )
+    return MemoryExhaustedError(
+        "GpuMemory", f"GPU memory is exhausted: {_first_line(error)}",
+        hint="lower training.batchSizePerDevice or dataset.maxSequenceLength, or use qlora",
+    )  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:1000]
+
+
+def from_message(message: dict[str, Any]) -> RankFailure:
+    """What a rank said on its channel."""
+    code = int(message.get("exitCode", ExitCode.INTERNAL))
+    kind = BY_CODE.get(code, InternalError)
+    given = message.get("failureClass")
+    failure_class = FailureClass(given) if given in list(FailureClass) else CLASS_OF_CODE[kind.exit_code]
+    error = kind(
+        str(message.get("code", "Unknown")),
+        str(message.get("message", "")),
+        hint=message.get("hint"),
+        failure_class=failure_class,
+    )
+    return RankFailure(
+        error,
+        message.get("rank"),
+        message.get("step"),
+        bool(message.get("origin", True)),
+        int(message.get("timeNs", 0)),
+    )
+
+
+def from_exit_code(rank: int, code: int, *, host_memory: bool = False) -> RankFailure:
+    """What an exit code alone says. `host_memory`: the kernel killed for memory in this pod."""
+    if code < 0:
+        name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
+        return RankFailure(_killed(rank, -code, name, host_memory), rank, told=False, origin=-code != signal.SIGTERM)
+    kind = BY_CODE.get(code)
+    if kind is not None and code != ExitCode.INTERNAL:
+        return RankFailure(kind("RankFailed", f"rank {rank} ended with {code}"), rank, told=False)
+    return RankFailure(
+        InternalError("RankCrashed", f"rank {rank} ended with exit code {code} and gave no reason", hint="see the pod's log"),
+        rank, told=False,
+    )  # fmt: skip
+
+
+def _killed(rank: int, number: int, name: str, host_memory: bool) -> FineTuneError:
+    if number == signal.SIGKILL and host_memory:
+        return MemoryExhaustedError(
+            "HostMemory", f"rank {rank} was killed because the pod's memory is exhausted", hint="raise resources.memory"
+        )
+    if number == signal.SIGBUS:
+        return PeerError(
+            "RankKilled", f"rank {rank} was killed by SIGBUS", hint="raise resources.sharedMemory: /dev/shm may be full"
+        )
+    if number in (signal.SIGSEGV, signal.SIGILL, signal.SIGFPE):
+        return InternalError("RankCrashed", f"rank {rank} crashed with {name}", hint="see the pod's log")
+    return PeerError("RankKilled", f"rank {rank} was killed by {name}")
+
+
+CHARGE = {
+    ExitCode.CONFIG: 0, ExitCode.DATA: 0, ExitCode.NOT_FOUND: 0, ExitCode.STORAGE_SETUP: 0, ExitCode.CREDENTIALS: 0,
+    ExitCode.STORAGE: 0, ExitCode.NO_CHECKPOINT: 0, ExitCode.OUT_OF_MEMORY: 1, ExitCode.DIVERGED: 1, ExitCode.INTERNAL: 2,
+    ExitCode.PEER: 3,
+}  # fmt: skip
+"""Which cause counts when several ranks failed: user, data, model, storage, then memory and divergence, 70, 74."""
+
+
+def root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
+    """The one failure that is named, of several: an own reason before a noticed one, told before guessed, early before late."""
+    ordered = sorted(
+        failures, key=lambda one: (not one.origin, CHARGE.get(one.error.exit_code, 2), not one.told, one.time_ns)
+    )
+    return ordered[0] if ordered else None

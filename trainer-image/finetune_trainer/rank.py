@@ -1,0 +1,68 @@
+"""One rank: import, wait for inputs, train, and say how it ended in a way the supervisor understands."""
+
+from __future__ import annotations
+
+import faulthandler
+import importlib
+import logging
+import os
+import signal
+import sys
+import traceback
+from types import ModuleType
+
+from finetune_api.errors import InternalError
+from finetune_api.names import ExitCode
+from finetune_api.pod import RunConfig
+
+from finetune_trainer.channel import Channel
+from finetune_trainer.checkpoint.stop import Stopped
+from finetune_trainer.failure import classify
+from finetune_trainer.supervisor.children import die_with_parent
+from finetune_trainer.supervisor.settings import Settings, load_run
+
+TRAINER = "FINETUNE_TRAINER_MODULE"
+"""Environment variable with the module to train with instead of `finetune_trainer.train`: for tests of the supervisor."""
+
+
+def main() -> int:
+    """Run this rank; never returns normally, since libraries' exit handlers may hang on a lost peer."""
+    die_with_parent()
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s rank %(message)s", stream=sys.stderr)
+    channel = Channel.from_env()
+    channel.hello()
+    code = _guarded(channel)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _guarded(channel: Channel) -> int:
+    try:
+        run, _ = load_run(Settings.from_env())
+        _train(run, channel)
+        return ExitCode.OK
+    except Stopped as stopped:
+        channel.message("stopped", step=stopped.step)
+        return ExitCode.OK
+    except BaseException as error:
+        # A library's error that was only given its type's name says more when it is looked at itself.
+        cause = (
+            error.__cause__ if isinstance(error, InternalError) and isinstance(error.__cause__, Exception) else error
+        )
+        failure, origin = classify(cause)
+        traceback.print_exc()
+        channel.failed(failure, origin=origin)
+        return int(failure.exit_code)
+
+
+def _train(run: RunConfig, channel: Channel) -> None:
+    module: ModuleType = importlib.import_module(os.environ.get(TRAINER, "finetune_trainer.train"))
+    if hasattr(module, "preload"):
+        module.preload(run)
+    channel.message("ready")
+    inputs = channel.wait_inputs()
+    module.main(run, channel, inputs)

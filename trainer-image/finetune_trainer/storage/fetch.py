@@ -1,0 +1,297 @@
+"""Models and data to local disk, from every notation a spec may use. What lies on local disk already is used where it is.
+
+Each failure names the spec field and the source: missing is 66 (class Model or Data), a store that refuses is 77 or 67, one
+that cannot be reached is 69.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from finetune_api.errors import ConfigError, CredentialsError, FineTuneError, NotFoundError, StorageError
+from finetune_api.names import CONFIGMAP_MOUNT, PVC_MOUNT, Env, FailureClass
+from finetune_api.pod import RunConfig, StoreTarget
+from finetune_api.sources import (
+    ConfigMapSource,
+    FileSource,
+    HttpsSource,
+    HubSource,
+    PvcSource,
+    S3Source,
+    parse,
+)
+
+from finetune_trainer.storage.base import CHUNK_BYTES, Counter, Stat
+from finetune_trainer.storage.folder import free_bytes
+from finetune_trainer.storage.preflight import IMPATIENT
+from finetune_trainer.storage.s3 import S3Store
+
+THREADS = 4
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.bin", "*.tiktoken")
+DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.parquet", "*.jsonl.gz")
+WEB_TIMEOUT_SECONDS = 30
+SMALL_FILE = 8 * 1024 * 1024
+EDGE = 1024 * 1024
+RESERVE_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Whose source it is: decides codes, class and store."""
+
+    word: str
+    code: str
+    failure_class: FailureClass
+    patterns: tuple[str, ...]
+    repo_type: str
+
+
+MODEL = Kind("model", "Model", FailureClass.MODEL, MODEL_FILES, "model")
+DATA = Kind("data set", "Dataset", FailureClass.DATA, DATA_FILES, "dataset")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A source on local disk: a folder, or files in name order."""
+
+    path: Path
+    files: list[Path]
+    revision: str | None = None
+    """Commit, if the source is a repository of a hub."""
+
+
+class Fetcher:
+    """Fetches for one run. `count` hears about bytes, so that progress can be shown."""
+
+    def __init__(self, run: RunConfig, work: Path, *, count: Counter | None = None) -> None:
+        self.run, self.work, self.count = run, work, count
+
+    def model(self, text: str, path: str, name: str) -> Fetched:
+        """A folder with a model, tokenizer or adapter. `path` is the spec field, `name` the folder below the work folder.
+
+        Errors: NotFoundError ModelNotFound, ModelGated, ModelInvalid (66); storage errors.
+        """
+        fetched = self._fetch(text, path, self.work / "fetched" / name, MODEL)
+        if not fetched.path.is_dir():
+            raise NotFoundError(
+                "ModelInvalid", f"{path} is {text}, which is a file: a folder with config.json and weights is needed",
+                hint="name the folder", failure_class=MODEL.failure_class,
+            )  # fmt: skip
+        if not any((fetched.path / file).exists() for file in _SIGNS):
+            found = ", ".join(sorted(one.name for one in fetched.path.iterdir())[:5]) or "nothing"
+            raise NotFoundError(
+                "ModelInvalid", f"{path} is {text}, a folder without config.json (found: {found})",
+                hint="name the folder that holds config.json and the weights", failure_class=MODEL.failure_class,
+            )  # fmt: skip
+        return fetched
+
+    def data(self, text: str, path: str, name: str) -> list[Path]:
+        """The files of a data source, in name order. Errors: NotFoundError DatasetNotFound (66); storage errors."""
+        files = self._fetch(text, path, self.work / "fetched" / name, DATA).files
+        if not files:
+            raise self._missing(DATA, path, text, "holds no data file")
+        return files
+
+    def _fetch(self, text: str, path: str, target: Path, kind: Kind) -> Fetched:
+        source = parse(text, path=path)
+        match source:
+            case FileSource(path=place):
+                return self._local(Path(place), path, text, kind)
+            case PvcSource(claim=claim, path=inside):
+                return self._local(Path(PVC_MOUNT, claim, inside), path, text, kind)
+            case ConfigMapSource(name=name, key=key):
+                return self._local(Path(CONFIGMAP_MOUNT, name, key), path, text, kind)
+            case S3Source():
+                return self._s3(source, path, target, kind)
+            case HttpsSource():
+                return self._web(source, path, target, kind)
+            case HubSource():
+                return self._hub(source, path, target, kind)
+
+    def _local(self, place: Path, path: str, text: str, kind: Kind) -> Fetched:
+        try:
+            if place.is_file():
+                return Fetched(place, [place])
+            if place.is_dir():
+                return Fetched(place, _data_files(place))
+        except PermissionError as error:
+            raise CredentialsError(
+                "PermissionDenied", f"{path} is {text}, which user {os.getuid()} may not read",
+                hint="make it readable", failure_class=kind.failure_class,
+            ) from error  # fmt: skip
+        raise self._missing(kind, path, text, "does not exist")
+
+    # ---- S3 ----
+
+    def _store(self, bucket: str, kind: Kind) -> S3Store:
+        given = self.run.model_store if kind is MODEL else self.run.dataset_store
+        base = given or (self.run.storage if self.run.storage.uri.startswith("s3://") else StoreTarget(uri=""))
+        return S3Store(base.model_copy(update={"uri": f"s3://{bucket}"}), **IMPATIENT)  # type: ignore[arg-type] # mixed numbers
+
+    def _s3(self, source: S3Source, path: str, target: Path, kind: Kind) -> Fetched:
+        store = self._store(source.bucket, kind)
+        try:
+            found = self._objects(store, source.key)
+            if not found:
+                raise self._missing(
+                    kind, path, str(source), "does not exist: there is no such object and none below it"
+                )
+            self._room(sum(stat.size for stat in found), target, path)
+            root = "" if [stat.key for stat in found] == [source.key] else source.key
+            jobs = [(stat, target / _inside(stat.key, root)) for stat in found]
+            with ThreadPoolExecutor(THREADS) as pool:
+                sums = list(pool.map(lambda job: store.download(job[0].key, job[1], count=self.count), jobs))
+            for stat, digest in zip(found, sums, strict=True):
+                if digest is None:
+                    raise self._missing(kind, path, f"s3://{source.bucket}/{stat.key}", "went away while it was read")
+        except FineTuneError as error:
+            if error.failure_class is FailureClass.STORAGE and isinstance(error, CredentialsError):
+                error.failure_class = kind.failure_class
+            raise
+        finally:
+            store.close()
+        files = [place for _, place in jobs]
+        return Fetched(files[0] if not root and len(files) == 1 else target, files)
+
+    def _objects(self, store: S3Store, key: str) -> list[Stat]:
+        """The object itself, or all below it."""
+        if key and (stat := store.stat(key)) is not None:
+            return [stat]
+        below = store.list(f"{key}/" if key else "")
+        return [stat for stat in below if stat.size > 0 or not stat.key.endswith("/")]
+
+    # ---- the web and the hub ----
+
+    def _web(self, source: HttpsSource, path: str, target: Path, kind: Kind) -> Fetched:
+        parts = urlsplit(source.url)
+        place = target / (PurePosixPath(unquote(parts.path)).name or "data")
+        target.mkdir(parents=True, exist_ok=True)
+        shown = f"https://{parts.hostname}{parts.path}"  # a query may carry a signature
+        request = urllib.request.Request(source.url, headers={"User-Agent": "finetune-trainer"})
+        try:
+            with urllib.request.urlopen(request, timeout=WEB_TIMEOUT_SECONDS) as answer, place.open("wb") as writer:
+                length = int(answer.headers.get("Content-Length") or 0)
+                self._room(length, target, path)
+                while chunk := answer.read(CHUNK_BYTES):
+                    writer.write(chunk)
+                    if self.count:
+                        self.count(len(chunk))
+            if length and place.stat().st_size != length:
+                raise StorageError(
+                    "DownloadBroken", f"{path}: {shown} ended after {place.stat().st_size} of {length} bytes"
+                )
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                raise CredentialsError(
+                    "PermissionDenied", f"{path}: {shown} answers {error.code}",
+                    hint="put the file into S3", failure_class=kind.failure_class,
+                ) from error  # fmt: skip
+            if error.code < 500:
+                raise self._missing(kind, path, shown, f"answers {error.code}") from error
+            raise StorageError("DownloadFailed", f"{path}: {shown} answers {error.code}") from error
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            raise StorageError("EndpointUnreachable", f"{path}: {parts.hostname} could not be reached") from error
+        return Fetched(place, [place])
+
+    def _hub(self, source: HubSource, path: str, target: Path, kind: Kind) -> Fetched:
+        import huggingface_hub
+        from huggingface_hub import errors as hub
+
+        shown = f"{source.repo}" + (f"@{source.revision}" if source.revision else "")
+        try:
+            folder = huggingface_hub.snapshot_download(
+                source.repo, repo_type=kind.repo_type, revision=source.revision, cache_dir=self.work / "hub",
+                token=os.environ.get(Env.HF_TOKEN) or False, allow_patterns=list(kind.patterns), max_workers=THREADS,
+            )  # fmt: skip
+        except hub.GatedRepoError as error:
+            raise NotFoundError(
+                f"{kind.code}Gated", f"{path} is {shown}, which is gated: its owner must grant access first",
+                hint="accept its terms on the hub and name a token in model.tokenSecretRef", failure_class=kind.failure_class,
+            ) from error  # fmt: skip
+        except hub.RevisionNotFoundError as error:
+            raise self._missing(kind, path, shown, "has no such revision") from error
+        except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
+            raise self._missing(kind, path, shown, "is not on the hub, or is private and no token was given") from error
+        except Exception as error:  # the hub's client lets through whatever its HTTP library raises
+            raise _hub_unreachable(kind, path, shown, error) from error
+        place = Path(folder)
+        return Fetched(place, _data_files(place), revision=place.name)
+
+    # ---- shared ----
+
+    def _missing(self, kind: Kind, path: str, text: str, why: str) -> NotFoundError:
+        return NotFoundError(
+            f"{kind.code}NotFound",
+            f"{path} is {text}, which {why}",
+            hint=f"correct {path}",
+            failure_class=kind.failure_class,
+        )
+
+    def _room(self, size: int, target: Path, path: str) -> None:
+        parent = target
+        while not parent.exists():
+            parent = parent.parent
+        free = free_bytes(parent)
+        if size + RESERVE_BYTES > free:
+            raise ConfigError(
+                "LocalDiskTooSmall", f"{path} has {size / 1e9:.2f} GB, and the pod's disk has {free / 1e9:.2f} GB left",
+                hint="raise resources.ephemeralStorage",
+            )  # fmt: skip
+
+
+_SIGNS = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def _hub_unreachable(kind: Kind, path: str, shown: str, error: Exception) -> StorageError:
+    return StorageError(
+        "HubUnreachable", f"{path} is {shown}, and the model hub could not be reached ({type(error).__name__})",
+        hint="check the pod's way to the internet, or put it into S3 and name it as s3://bucket/prefix",
+        failure_class=kind.failure_class,
+    )  # fmt: skip
+
+
+def _inside(key: str, root: str) -> str:
+    if not root:
+        return PurePosixPath(key).name
+    inside = key[len(root) :].lstrip("/")
+    return "/".join(part for part in inside.split("/") if part not in ("", ".", ".."))
+
+
+def _data_files(folder: Path) -> list[Path]:
+    names = {path for pattern in DATA_FILES for path in folder.glob(pattern)}
+    return sorted(path for path in names if path.is_file())
+
+
+def fingerprint(folder: Path) -> str:
+    """What tells one model from another: every small file's contents, and size and edges of every large one."""
+    digest = hashlib.sha256()
+    for path in sorted(one for one in folder.rglob("*") if one.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as stream:
+            if size <= SMALL_FILE:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(EDGE))
+                stream.seek(size - EDGE)
+                digest.update(stream.read())
+    return "sha256:" + digest.hexdigest()
+
+
+def digest_of(files: list[Path], sha256: Callable[[Path], str]) -> str:
+    """sha256 over the contents of files in their order."""
+    return hashlib.sha256("\n".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def forget(work: Path) -> None:
+    """Remove what was fetched."""
+    shutil.rmtree(work / "fetched", ignore_errors=True)

@@ -1,0 +1,162 @@
+"""A folder as a store: `file:///path` on a laptop, `pvc://claim/path` in a pod.
+
+Writes go to a hidden neighbour, are flushed to disk and renamed; creation is a hard link, which one of two writers gets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from finetune_api.errors import CredentialsError, FineTuneError, StorageError
+
+from finetune_trainer.storage.base import CHUNK_BYTES, Counter, Created, Stat
+
+PARTIAL = ".partial-"
+
+
+class FolderStore:
+    """Objects are files below `root`."""
+
+    def __init__(self, root: Path, uri: str) -> None:
+        self.root = root
+        self.uri = uri.rstrip("/")
+
+    def put_file(self, source: Path, key: str, *, count: Counter | None = None) -> None:
+        with self._writing(key) as partial:
+            with source.open("rb") as reader, partial.open("wb") as writer:
+                while chunk := reader.read(CHUNK_BYTES):
+                    writer.write(chunk)
+                    if count:
+                        count(len(chunk))
+                writer.flush()
+                os.fsync(writer.fileno())
+            partial.rename(self.root / key)
+
+    def put(self, key: str, data: bytes) -> None:
+        with self._writing(key) as partial:
+            _write(partial, data)
+            partial.rename(self.root / key)
+
+    def create(self, key: str, data: bytes) -> Created:
+        with self._writing(key) as partial:
+            _write(partial, data)
+            try:
+                (self.root / key).hardlink_to(partial)
+            except FileExistsError:
+                return Created.EXISTS
+        return Created.NEW
+
+    def get(self, key: str) -> bytes | None:
+        with self._errors(f"read {key}"):
+            try:
+                return (self.root / key).read_bytes()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+
+    def download(self, key: str, target: Path, *, count: Counter | None = None) -> str | None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        digest = hashlib.sha256()
+        with self._errors(f"read {key}"):
+            try:
+                reader = (self.root / key).open("rb")
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+            with reader, target.open("wb") as writer:
+                while chunk := reader.read(CHUNK_BYTES):
+                    digest.update(chunk)
+                    writer.write(chunk)
+                    if count:
+                        count(len(chunk))
+        return digest.hexdigest()
+
+    def stat(self, key: str) -> Stat | None:
+        with self._errors(f"look at {key}"):
+            try:
+                found = (self.root / key).stat()
+            except (FileNotFoundError, NotADirectoryError):
+                return None
+        return Stat(key, found.st_size, str(found.st_mtime_ns))
+
+    def list(self, prefix: str) -> Iterator[Stat]:
+        base = self.root / prefix.rpartition("/")[0]
+        with self._errors(f"list {prefix}"):
+            found = sorted(path for path in base.rglob("*") if path.is_file() and not path.name.startswith(PARTIAL))
+            for path in found:
+                key = path.relative_to(self.root).as_posix()
+                if key.startswith(prefix) and (stat := self.stat(key)):
+                    yield stat
+
+    def delete(self, keys: Iterable[str]) -> None:
+        for key in keys:
+            with self._errors(f"delete {key}"):
+                (self.root / key).unlink(missing_ok=True)
+                self._drop_empty((self.root / key).parent)
+
+    def sweep(self, prefix: str) -> int:
+        base = self.root / prefix
+        partial = [path for path in base.rglob(PARTIAL + "*") if path.is_file()] if base.is_dir() else []
+        for path in partial:
+            path.unlink(missing_ok=True)
+        return len(partial)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _drop_empty(self, folder: Path) -> None:
+        while folder != self.root and self.root in folder.parents:
+            try:
+                folder.rmdir()
+            except OSError:  # not empty, or somebody else was faster
+                return
+            folder = folder.parent
+
+    @contextlib.contextmanager
+    def _writing(self, key: str) -> Iterator[Path]:
+        """A partial file beside `key`; it is gone afterwards unless it was renamed."""
+        target = self.root / key
+        partial = target.parent / f"{PARTIAL}{uuid.uuid4().hex[:12]}"
+        with self._errors(f"write {key}"):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                yield partial
+            finally:
+                partial.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _errors(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except FineTuneError:
+            raise
+        except PermissionError as error:
+            raise CredentialsError(
+                "PermissionDenied", f"cannot {what} below {self.uri}: the file system refuses it for user {os.getuid()}",
+                hint=f"make the folder writable for user and group {os.getuid()}",
+            ) from error  # fmt: skip
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise StorageError(
+                    "StorageFull",
+                    f"cannot {what} below {self.uri}: the disk is full",
+                    hint="make room, or a larger volume",
+                ) from error
+            raise StorageError("StorageFailed", f"cannot {what} below {self.uri}: {error.strerror or error}") from error
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that can still be written on the file system of `path`."""
+    return shutil.disk_usage(path).free

@@ -1,0 +1,95 @@
+"""The first question to a store: can this job write, read and list there? Answered in seconds, before anything else starts.
+
+Bucket, region, addressing, TLS, credentials, each permission and the clock are told apart (`storage.errors`); what the store
+can do beyond plain objects is tried out and reported, never relied on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from finetune_api.errors import CredentialsError, FineTuneError, StorageError, StorageSetupError
+from finetune_api.pod import StoreTarget
+
+from finetune_trainer.storage.base import Created, Store, join
+from finetune_trainer.storage.roots import open_store
+from finetune_trainer.storage.s3 import S3Store
+
+PROBES = ".probe"
+IMPATIENT = {"attempts": 2, "connect_timeout": 2.0, "read_timeout": 3.0}
+"""Options of a store that is asked whether it is there at all: the answer must come within 10 s."""
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """What a store can do, for `status.resolved.storage`."""
+
+    kind: str
+    conditional_writes: bool
+    can_delete: bool = True
+
+    def wire(self) -> dict[str, object]:
+        """For the status."""
+        return {"kind": self.kind, "conditionalWrites": self.conditional_writes, "canDelete": self.can_delete}
+
+
+def preflight(target: StoreTarget, *, write: bool = True) -> Abilities:
+    """Try everything that checkpoints need, with a small object of our own.
+
+    Errors: StorageSetupError (67), CredentialsError (77, naming the permission), StorageError (69 EndpointUnreachable).
+    """
+    store = open_store(target, **IMPATIENT)
+    try:
+        return _try_all(store, write)
+    except StorageError as error:
+        raise _sharper(error, store) from error
+    finally:
+        store.close()
+
+
+def _try_all(store: Store, write: bool) -> Abilities:
+    kind = "s3" if isinstance(store, S3Store) else "folder"
+    if kind == "folder" and not write:
+        return Abilities(kind, True)
+    next(iter(store.list(PROBES + "/")), None)
+    if not write:
+        return Abilities(kind, False)
+    key = join(PROBES, uuid.uuid4().hex)
+    first = store.create(key, b"first")
+    second = store.create(key, b"second")
+    back = store.get(key)
+    if first is not Created.NEW or back is None:
+        raise StorageError("StorageInconsistent", f"{store.uri}: an object just written cannot be read back")
+    can_delete = True
+    try:
+        store.delete([key])
+    except CredentialsError:
+        can_delete = False
+    return Abilities(kind, second is Created.EXISTS and back == b"first", can_delete)
+
+
+def _sharper(error: StorageError, store: Store) -> FineTuneError:
+    """If nobody answers under the bucket's own name but the endpoint does, the addressing is what is wrong."""
+    if error.code != "EndpointUnreachable" or not isinstance(store, S3Store):
+        return error
+    place = store.place
+    if place.addressing != "virtual" or not place.endpoint:
+        return error
+    parts = urlsplit(place.endpoint)
+    if not _listens(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)):
+        return error
+    return StorageSetupError(
+        "AddressingWrong", f"{place.endpoint} answers, but {place.bucket}.{parts.hostname} does not",
+        hint=f"write {place.field}.addressingStyle: path",
+    )  # fmt: skip
+
+
+def _listens(host: str, port: int) -> bool:
+    import socket
+
+    with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=2):
+        return True
+    return False

@@ -1,0 +1,32 @@
+"""From a `StoreTarget` to an open store."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune_api.errors import ConfigError
+from finetune_api.names import PVC_MOUNT
+from finetune_api.pod import StoreTarget
+
+from finetune_trainer.storage.base import Store
+from finetune_trainer.storage.folder import FolderStore
+from finetune_trainer.storage.s3 import S3Store
+
+
+def open_store(target: StoreTarget, **options: float) -> Store:
+    """Open a root; nothing is asked of the network yet. `options` are S3Store's.
+
+    Errors: ConfigError `StorageUriInvalid` for a notation that is no root.
+    """
+    scheme, _, rest = target.uri.partition("://")
+    match scheme:
+        case "s3":
+            return S3Store(target, **options)  # type: ignore[arg-type] # attempts is an int, timeouts are floats
+        case "file":
+            return FolderStore(Path(rest), target.uri)
+        case "pvc":
+            return FolderStore(Path(PVC_MOUNT, *rest.split("/")), target.uri)
+    raise ConfigError(
+        "StorageUriInvalid", f"storage.uri is {target.uri!r}, which is no root that can be written to",
+        hint="write s3://bucket/prefix, pvc://claim/path or file:///path",
+    )  # fmt: skip

@@ -1,0 +1,270 @@
+"""S3 and what speaks like it, through boto3 with its classic transfer client.
+
+boto3's CRT client ignores a custom endpoint, and its default checksums are refused by some compatible stores: both are
+pinned here. Retries are more than botocore's three, since a checkpoint is worth waiting for. Conditional creation uses
+If-None-Match and recognises a lost response: whether an object that "exists" is our own is the caller's to compare.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import StorageError
+from finetune_api.names import Env
+from finetune_api.pod import StoreTarget
+from finetune_api.spec.enums import AddressingStyle
+
+from finetune_trainer.storage.base import CHUNK_BYTES, Counter, Created, Stat, join
+from finetune_trainer.storage.errors import Place, explain, status_of
+
+MIB = 1024 * 1024
+PART_BYTES = 32 * MIB
+MAX_PARTS = 9000
+CONCURRENCY = 4
+ATTEMPTS = 9
+DEFAULT_REGION = "us-east-1"
+BATCH = 1000
+"""Most keys of one DeleteObjects request."""
+
+
+class S3Store:
+    """Objects below `s3://bucket/prefix`. Thread-safe, as boto3's clients are."""
+
+    def __init__(
+        self, target: StoreTarget, *, attempts: int = ATTEMPTS, connect_timeout: float = 5, read_timeout: float = 60
+    ) -> None:
+        match = re.fullmatch(r"s3://([^/]+)(?:/(.*))?", target.uri)
+        if match is None:
+            raise ValueError(f"not an S3 uri: {target.uri}")
+        self.bucket, self.prefix = match[1], (match[2] or "").strip("/")
+        self.uri = target.uri.rstrip("/")
+        self.target = target
+        self.place = place_of(target, self.bucket)
+        self.retries = 0
+        """Requests that had to be repeated."""
+        self._lock = threading.Lock()
+        self._client = _client(target, self.place, attempts, connect_timeout, read_timeout)
+        self._client.meta.events.register("needs-retry.s3", self._count_retry)
+
+    def _count_retry(self, attempts: int = 1, **_ignored: Any) -> None:
+        if attempts > 1:
+            with self._lock:
+                self.retries += 1
+
+    @property
+    def client(self) -> Any:
+        """The boto3 client, for what is special to S3 (preflight)."""
+        return self._client
+
+    def key(self, key: str) -> str:
+        """The full key in the bucket."""
+        return join(self.prefix, key)
+
+    # ---- writing ----
+
+    def put_file(self, source: Path, key: str, *, count: Counter | None = None) -> None:
+        size = source.stat().st_size
+        if size <= PART_BYTES:
+            self.put(key, source.read_bytes())
+            if count:
+                count(size)
+            return
+        try:
+            self._client.upload_file(str(source), self.bucket, self.key(key), Config=_transfer(size), Callback=count)
+        except Exception as error:
+            found = self.stat(key) if _lost_completion(error) else None
+            if found is None or found.size != size:
+                raise explain(error, self.place, key=key) from error
+
+    def put(self, key: str, data: bytes) -> None:
+        try:
+            self._client.put_object(Bucket=self.bucket, Key=self.key(key), Body=data)
+        except Exception as error:
+            raise explain(error, self.place, key=key) from error
+
+    def create(self, key: str, data: bytes) -> Created:
+        for last in (False, False, False, True):
+            try:
+                self._client.put_object(Bucket=self.bucket, Key=self.key(key), Body=data, IfNoneMatch="*")
+                return Created.NEW
+            except Exception as error:
+                status, code = status_of(error)
+                if status == 412 or code == "PreconditionFailed":
+                    return Created.EXISTS
+                if status == 409 and not last:  # somebody else is writing it: ask again
+                    continue
+                if status == 501 or code == "NotImplemented":
+                    break
+                raise explain(error, self.place, key=key) from error
+        if self.stat(key) is not None:
+            return Created.EXISTS
+        self.put(key, data)
+        return Created.NEW
+
+    def delete(self, keys: Iterable[str]) -> None:
+        names = [self.key(key) for key in keys]
+        for start in range(0, len(names), BATCH):
+            batch = [{"Key": name} for name in names[start : start + BATCH]]
+            try:
+                answer = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True})
+            except Exception as error:
+                raise explain(error, self.place, operation="DeleteObjects") from error
+            for failed in answer.get("Errors", []):
+                raise _refused_delete(failed, self.place)
+
+    def sweep(self, prefix: str) -> int:
+        """Abort multipart uploads that a killed process left below the prefix."""
+        swept = 0
+        try:
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self.bucket, Prefix=self.key(prefix)
+            )
+            for upload in [one for page in pages for one in page.get("Uploads", [])]:
+                self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+                swept += 1
+        except Exception as error:
+            raise explain(error, self.place, operation="ListMultipartUploads") from error
+        return swept
+
+    # ---- reading ----
+
+    def get(self, key: str) -> bytes | None:
+        for last in (False, False, True):
+            try:
+                body = self._client.get_object(Bucket=self.bucket, Key=self.key(key))["Body"]
+                return bytes(body.read())
+            except Exception as error:
+                if _missing(error):
+                    return None
+                if last or status_of(error)[0]:
+                    raise explain(error, self.place, key=key) from error
+        raise AssertionError("unreachable")
+
+    def download(self, key: str, target: Path, *, count: Counter | None = None) -> str | None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            found = self.stat(key)
+            if found is None:
+                return None
+            if found.size <= 2 * PART_BYTES:
+                return self._stream(key, target, count)
+            self._client.download_file(
+                self.bucket, self.key(key), str(target), Config=_transfer(found.size), Callback=count
+            )
+        except Exception as error:
+            if _missing(error):
+                return None
+            raise explain(error, self.place, operation="GetObject", key=key) from error
+        with target.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+
+    def _stream(self, key: str, target: Path, count: Counter | None) -> str:
+        """One request, hashed while it is written; broken streams are asked for again."""
+        for last in (False, False, False, True):
+            digest = hashlib.sha256()
+            try:
+                body = self._client.get_object(Bucket=self.bucket, Key=self.key(key))["Body"]
+                with target.open("wb") as writer:
+                    for chunk in body.iter_chunks(CHUNK_BYTES):
+                        digest.update(chunk)
+                        writer.write(chunk)
+                if count:
+                    count(target.stat().st_size)
+                return digest.hexdigest()
+            except Exception as error:
+                if last or status_of(error)[0] or (isinstance(error, OSError) and error.errno):
+                    raise
+        raise AssertionError("unreachable")
+
+    def stat(self, key: str) -> Stat | None:
+        try:
+            found = self._client.head_object(Bucket=self.bucket, Key=self.key(key))
+        except Exception as error:
+            if _missing(error):
+                return None
+            raise explain(error, self.place, operation="HeadObject", key=key) from error
+        return Stat(key, int(found["ContentLength"]), str(found.get("ETag", "")).strip('"'))
+
+    def list(self, prefix: str) -> Iterator[Stat]:
+        cut = len(self.prefix) + 1 if self.prefix else 0
+        full = f"{self.prefix}/{prefix}" if self.prefix else prefix
+        try:
+            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=full):
+                for one in page.get("Contents", []):
+                    yield Stat(one["Key"][cut:], int(one["Size"]), str(one.get("ETag", "")).strip('"'))
+        except Exception as error:
+            raise explain(error, self.place, operation="ListObjectsV2") from error
+
+    def close(self) -> None:
+        self._client.close()
+
+
+def place_of(target: StoreTarget, bucket: str) -> Place:
+    """The connection's public facts, with what is filled in for what is absent."""
+    endpoint = target.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    style = target.addressing_style or (AddressingStyle.PATH if endpoint else AddressingStyle.VIRTUAL)
+    region = target.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or DEFAULT_REGION
+    return Place(bucket, endpoint, region, style.value, target.credentials_prefix)
+
+
+def _client(target: StoreTarget, place: Place, attempts: int, connect_timeout: float, read_timeout: float) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    custom = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+    config = Config(
+        s3={"addressing_style": place.addressing},
+        retries={"total_max_attempts": attempts, "mode": "standard"},
+        connect_timeout=connect_timeout, read_timeout=read_timeout, tcp_keepalive=True, max_pool_connections=4 * CONCURRENCY,
+        signature_version="s3v4", **(custom if place.endpoint else {}),
+    )  # fmt: skip
+    prefix = target.credentials_prefix
+    keys = {
+        "aws_access_key_id": os.environ.get(prefix + Env.STORAGE_ACCESS_KEY),
+        "aws_secret_access_key": os.environ.get(prefix + Env.STORAGE_SECRET_KEY),
+        "aws_session_token": os.environ.get(prefix + Env.STORAGE_SESSION_TOKEN),
+    }
+    given = {name: value for name, value in keys.items() if value} if prefix else {}
+    try:
+        return boto3.session.Session().client(
+            "s3", endpoint_url=place.endpoint, region_name=place.region, config=config,
+            verify=target.ca_bundle or None, **given,
+        )  # fmt: skip
+    except Exception as error:
+        raise explain(error, place) from error
+
+
+def _transfer(size: int) -> Any:
+    """Parts that suit a file of `size` bytes: never more than S3's limit of parts."""
+    from boto3.s3.transfer import TransferConfig
+
+    part = max(PART_BYTES, -(-size // MAX_PARTS // MIB) * MIB)
+    return TransferConfig(
+        multipart_threshold=PART_BYTES,
+        multipart_chunksize=part,
+        max_concurrency=CONCURRENCY,
+        preferred_transfer_client="classic",
+    )
+
+
+def _missing(error: Exception) -> bool:
+    status, code = status_of(error)
+    return code in ("NoSuchKey", "404", "NotFound") or (status == 404 and code != "NoSuchBucket")
+
+
+def _lost_completion(error: Exception) -> bool:
+    """Whether completing a multipart upload may have worked although its answer was lost."""
+    return "NoSuchUpload" in str(error) or isinstance(error, StorageError)
+
+
+def _refused_delete(failed: dict[str, Any], place: Place) -> Exception:
+    from botocore.exceptions import ClientError
+
+    answer = {"Error": {"Code": failed.get("Code", ""), "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": 0}}
+    return explain(ClientError(answer, "DeleteObjects"), place, key=str(failed.get("Key", "")))

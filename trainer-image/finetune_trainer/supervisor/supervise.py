@@ -1,0 +1,512 @@
+"""The story of one pod: answer HTTP, start the agent, fetch and check, watch, move checkpoints, end with a true exit code.
+
+The exit code is decided in one place (`_verdict`), from facts: is the final artefact committed, was a stop asked for and the
+state saved, what did ranks say, what did their exit codes say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import FineTuneError, InternalError, PeerError
+from finetune_api.names import Env, ExitCode, FailureClass, Storage
+from finetune_api.pod import LastWords, RunConfig
+from finetune_api.status import Output, Resolved, Stage
+
+from finetune_trainer.agent import RESULT, read_result
+from finetune_trainer.channel import SOCKET, STOP_FILE
+from finetune_trainer.checkpoint.manifest import RunFacts
+from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.checkpoint.uploader import Policy, Staged, Uploader, committed_checkpoints
+from finetune_trainer.failure import RankFailure, from_exit_code, from_message, root_cause
+from finetune_trainer.inputs import FILE_NAME, Inputs
+from finetune_trainer.storage.base import join
+from finetune_trainer.storage.roots import open_store
+from finetune_trainer.supervisor import children
+from finetune_trainer.supervisor.board import Board
+from finetune_trainer.supervisor.line import Line
+from finetune_trainer.supervisor.prepare import Preparation, with_restored
+from finetune_trainer.supervisor.server import Server
+from finetune_trainer.supervisor.settings import Settings, load_run
+from finetune_trainer.supervisor.stall import StallWatch
+
+log = logging.getLogger(__name__)
+TICK_SECONDS = 0.05
+DRAIN_AFTER_FAILURE_SECONDS = 120.0
+FINAL_UPLOAD_SECONDS = 6 * 3600.0
+GRACE_MARGIN = 0.1
+"""Fraction of the grace period, at most five seconds, kept back for last words."""
+SECRETS = (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN)
+
+
+@dataclass
+class Facts:
+    """What happened to this pod, for the verdict."""
+
+    error: FineTuneError | None = None
+    """The supervisor's own: preparation, storage, stall."""
+    ranks: list[RankFailure] = field(default_factory=list)
+    stop_asked: float | None = None
+    """Monotonic time of SIGTERM."""
+    stopped_ranks: set[int] = field(default_factory=set)
+    stop_step: int | None = None
+    finished: bool = False
+    too_late: bool = False
+    """The grace period ended, or was too short to begin with."""
+    agent_code: int | None = None
+    output: Output | None = None
+    """The committed final artefact."""
+    start_step: int = 0
+    """Step this attempt began with."""
+
+
+class Supervisor:
+    """One pod's life. `run()` returns the exit code."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.facts = Facts()
+        self.board = Board()
+        self._failed = threading.Event()
+        self._staged: dict[int, dict[int, dict[str, Any]]] = {}
+        self._final: dict[str, Any] | None = None
+        self._uploader: Uploader | None = None
+        self._tree: Tree | None = None
+        self._agent: children.Child | None = None
+        self._run: RunConfig | None = None
+        self._lock = threading.Lock()
+        self._metric_lines: list[str] = []
+        self._stall: StallWatch | None = None
+        self.server: Server | None = None
+        self._line: Line | None = None
+
+    # ---- the story ----
+
+    def run(self) -> int:
+        """Live, and say how it ended."""
+        signal.signal(signal.SIGTERM, self._asked_to_stop)
+        signal.signal(signal.SIGINT, self._asked_to_stop)
+        children.adopt_orphans()
+        self.server = Server(self.board, self.settings.port)
+        log.info("listening on port %d", self.server.port)
+        try:
+            self._live()
+        except FineTuneError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("the supervisor failed")
+            self._fail(InternalError("SupervisorFailed", f"{type(error).__name__}: {error}"))
+        return self._end()
+
+    def _live(self) -> None:
+        run, sha256 = load_run(self.settings)
+        self._run = run
+        self.board.use(run, sha256)
+        self._clean_work()
+        self._line = Line(self._hear)
+        self._stall = StallWatch(self.board, run.spec.policy.stall_timeout_seconds)
+        preparation = Preparation(run, sha256, self.settings.work, self.board, node_rank=self.settings.node_rank)
+        threading.Thread(target=self._prepare, args=(preparation,), name="prepare", daemon=True).start()
+        self._start_agent(run)
+        self._watch()
+
+    def _clean_work(self) -> None:
+        """What an earlier container of this pod left must not be mistaken for ours."""
+        work = self.settings.work
+        work.mkdir(parents=True, exist_ok=True)
+        for name in (FILE_NAME, STOP_FILE, RESULT):
+            (work / name).unlink(missing_ok=True)
+        for name in ("output", "staged", "restored"):
+            shutil.rmtree(work / name, ignore_errors=True)
+        (work / "output").mkdir()
+        (work / "staged").mkdir()
+
+    def _start_agent(self, run: RunConfig) -> None:
+        world, several = run.world, run.world.nodes > 1
+        command = [
+            sys.executable, "-m", "finetune_trainer", "agent", "--nodes", str(world.nodes), "--processes",
+            str(world.processes_per_node), "--node-rank", str(self.settings.node_rank), "--address",
+            world.master_address if several else "127.0.0.1", "--port", str(world.master_port if several else 0),
+            "--id", world.rendezvous_id, "--work", str(self.settings.work),
+        ]  # fmt: skip
+        if not several:
+            command += ["--local-address", "127.0.0.1"]
+        self._agent = children.Child(command, self._environment(run))
+
+    def _environment(self, run: RunConfig) -> dict[str, str]:
+        """What ranks see: no storage credentials, since they never talk to storage."""
+        assert self._line is not None
+        env = {name: value for name, value in os.environ.items() if not name.endswith(tuple(SECRETS))}
+        cpus = len(os.sched_getaffinity(0))
+        return {
+            "OMP_NUM_THREADS": str(max(1, cpus // run.world.processes_per_node)),
+            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(self.settings.work / "hub"),
+            **env,
+            SOCKET: self._line.address, Env.WORK_DIR: str(self.settings.work), Env.RUN_FILE: str(self.settings.run_file),
+            Env.INCARNATION: self.settings.incarnation(run), Env.NODE_RANK: str(self.settings.node_rank),
+        }  # fmt: skip
+
+    # ---- the preparing thread ----
+
+    def _prepare(self, preparation: Preparation) -> None:
+        try:
+            assert self._run is not None
+            preparation.preflight()
+            self._tree = Tree(open_store(self._run.storage))
+            if self._is_done_already(self._tree):
+                return
+            inputs, facts = preparation.fetch()
+            self._open(self._tree, facts)
+            found = preparation.restore(self._tree, facts)
+            self.facts.start_step = found.step
+            if self.settings.node_rank == 0:
+                self._put_run()
+            self._hand_over(with_restored(inputs, found))
+        except FineTuneError as error:
+            self._fail(error)
+        except Exception as error:
+            log.exception("preparing failed")
+            self._fail(InternalError("PreparationFailed", f"{type(error).__name__}: {error}"))
+
+    def _is_done_already(self, tree: Tree) -> bool:
+        """Whether an earlier life committed the final artefact and died before it could say so."""
+        committed = tree.marker(None)
+        manifest = tree.manifest(committed) if committed else None
+        if committed is None or manifest is None:
+            return False
+        log.info("the final artefact was committed by %s", committed.marker.path)
+        self.facts.output = Output(
+            uri=tree.uri(committed.folder), sha256=committed.marker.manifest_sha256, kind=manifest.kind
+        )
+        self._failed.set()
+        return True
+
+    def _open(self, tree: Tree, facts: RunFacts) -> None:
+        run = self._run
+        assert run is not None
+        checkpoint = run.spec.checkpoint
+        uploader = Uploader(
+            tree, self.board, facts, Policy(checkpoint.keep if checkpoint.keep is not None else 3, tuple(checkpoint.pinned or ())),
+            job=f"{run.namespace}/{run.name}/{run.uid}", attempt=run.attempt, node=self.settings.node_rank, nodes=run.world.nodes,
+        )  # fmt: skip
+        if self.settings.node_rank == 0:
+            swept = tree.sweep()
+            if swept:
+                log.info("swept %d objects of unfinished checkpoints", swept)
+            uploader.adopt(committed_checkpoints(tree))
+        self._uploader = uploader
+
+    def _put_run(self) -> None:
+        assert self._tree is not None and self._run is not None
+        key = join(Storage.RUN, f"attempt-{self._run.attempt}", "run.json")
+        self._tree.store.put(key, self._run.to_bytes())
+
+    def _hand_over(self, inputs: Inputs) -> None:
+        self.board.stage(Stage.LOADING)
+        inputs.write(self.settings.work)
+
+    # ---- hearing ranks (the line's thread) ----
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        kind, local = message.get("kind"), message.get("localRank") == 0
+        if self._stall is not None and kind in ("heartbeat", "alive", "stage", "staged", "log"):
+            self._stall.sign_of_life()
+        match kind:
+            case "heartbeat":
+                if local:
+                    self.board.heartbeat(int(message["step"]))
+            case "stage":
+                if local:
+                    self.board.stage(Stage(message["stage"]), message.get("detail"))
+            case "progress" if local:
+                self.board.progress(message["value"])
+            case "metrics" if local:
+                self.board.metrics(message["value"])
+            case "resolved" if local:
+                self.board.resolve(Resolved.model_validate(message["value"]))
+            case "note":
+                self.board.note(str(message["text"]))
+            case "log" if local:
+                self._metric_lines.append(json.dumps({"step": message["step"], **message["values"]}))
+            case "skipped" if local:
+                self.board.count("checkpoints_skipped")
+                self.board.problem(str(message["reason"]), str(message["sentence"]))
+            case "staged":
+                self._staged_by(message)
+            case "finished":
+                self._take_final(message)
+            case "failed":
+                self.facts.ranks.append(from_message(message))
+            case "stopping":
+                self.facts.stop_step = int(message["step"])
+                self.board.stage(Stage.STOPPING, f"at step {message['step']}")
+            case "stopped":
+                self.facts.stopped_ranks.add(int(message["rank"]))
+
+    def _staged_by(self, message: dict[str, Any]) -> None:
+        """One rank's files are complete; when all of this pod's are, the checkpoint is taken."""
+        assert self._run is not None
+        step = int(message["step"])
+        told = self._staged.setdefault(step, {})
+        told[int(message["localRank"])] = message
+        self.board.count(
+            "checkpoint_stall_seconds", float(message.get("stallSeconds", 0)) if message["localRank"] == 0 else 0
+        )
+        if len(told) < self._run.world.processes_per_node:
+            return
+        del self._staged[step]
+        source, target = Path(message["folder"]), self.settings.work / "staged" / f"step-{step}"
+        uploader = self._uploader
+        if uploader is None or (step <= uploader.committed_step and not message.get("graceful")):
+            return
+        try:
+            link_tree(source, target)
+        except OSError as error:
+            self.board.problem("StagingFailed", f"step {step}: {error.strerror}")
+            return
+        first = told.get(0, message)
+        uploader.offer(
+            Staged(step, target, str(message["incarnation"]), graceful=bool(message.get("graceful")), facts=first)
+        )
+
+    def _take_final(self, message: dict[str, Any]) -> None:
+        """Rank 0 has written the final artefact."""
+        self.facts.finished = True
+        if self._uploader is None or self._run is None:
+            return
+        folder = self.settings.work / "staged" / "final"
+        link_tree(Path(message["folder"]), folder)
+        self._final = message
+        self.board.stage(Stage.UPLOADING)
+        self._uploader.offer(
+            Staged(None, folder, self.settings.incarnation(self._run), facts=message | {"step": self.board.step})
+        )
+
+    # ---- watching (the main thread) ----
+
+    def _asked_to_stop(self, _number: int, _frame: Any) -> None:
+        if self.facts.stop_asked is None:
+            self.facts.stop_asked = time.monotonic()
+
+    def _fail(self, error: FineTuneError) -> None:
+        with self._lock:
+            if self.facts.error is None:
+                self.facts.error = error
+        self._failed.set()
+
+    def _watch(self) -> None:
+        """Until the agent ended, or something else ends the attempt."""
+        assert self._agent is not None and self._stall is not None
+        told_ranks = False
+        while (code := self._agent.poll()) is None:
+            if self._failed.wait(TICK_SECONDS):
+                return
+            if self._uploader is not None and self._uploader.failure is not None:
+                self._fail(self._uploader.failure)
+                return
+            if self.facts.stop_asked is not None and not told_ranks:
+                told_ranks = True
+                if not self._worth_saving():
+                    return
+                self._tell_ranks_to_stop()
+            if self._late():
+                self.facts.too_late = True
+                return
+            if (stalled := self._stall.stalled()) is not None:
+                self._stall.dump_stacks(children.descendants())
+                self._fail(stalled)
+                return
+        self.facts.agent_code = code
+
+    def _deadline(self) -> float | None:
+        """Monotonic time by which this pod must be done, once it was asked to stop."""
+        if self.facts.stop_asked is None or self._run is None:
+            return None
+        grace = self._run.grace_seconds
+        return self.facts.stop_asked + grace - min(5.0, GRACE_MARGIN * grace)
+
+    def _late(self) -> bool:
+        deadline = self._deadline()
+        return deadline is not None and time.monotonic() > deadline
+
+    def _worth_saving(self) -> bool:
+        """Whether there is something to save, and time for it."""
+        assert self._run is not None
+        if (
+            self.board.step <= self.facts.start_step
+            and not self.facts.finished
+            and self.board.current_stage is not Stage.TRAINING
+        ):
+            return False
+        last = self.board.last_save_seconds
+        if last is not None and last > self._run.grace_seconds:
+            self.facts.too_late = True
+            return False
+        return True
+
+    def _tell_ranks_to_stop(self) -> None:
+        assert self._run is not None
+        self.board.stage(Stage.STOPPING)
+        beside = self.settings.work / f".{STOP_FILE}"
+        beside.write_text(str(time.time() + self._run.grace_seconds))
+        beside.rename(self.settings.work / STOP_FILE)
+
+    # ---- the end ----
+
+    def _end(self) -> int:
+        """Kill what lives, bring home what is staged, decide, speak."""
+        children.kill_all_below()
+        if self._line is not None:
+            self._line.close()
+        self._bring_home()
+        words, code = self._verdict()
+        self.board.stage(Stage.DONE if code == ExitCode.OK else Stage.FAILED, words.message)
+        self._speak(words)
+        if self.server is not None:
+            self.server.close()
+        return code
+
+    def _bring_home(self) -> None:
+        """Let the uploader finish what it was given, as long as there is time."""
+        uploader = self._uploader
+        if uploader is None:
+            return
+        deadline = self._deadline()
+        if self.facts.too_late:
+            seconds = 0.0
+        elif deadline is not None:
+            seconds = max(0.0, deadline - time.monotonic())
+        else:
+            seconds = FINAL_UPLOAD_SECONDS if self.facts.finished else DRAIN_AFTER_FAILURE_SECONDS
+        if not uploader.drain(seconds) and self.facts.stop_asked is not None:
+            self.facts.too_late = True
+        uploader.close()
+        if uploader.failure is not None:
+            self._fail(uploader.failure)
+        if uploader.output is not None:
+            self.facts.output = uploader.output
+            uploader.retain(finished=True)
+        self._put_metrics()
+
+    def _put_metrics(self) -> None:
+        if self._tree is None or self._run is None or not self._metric_lines or self.settings.node_rank != 0:
+            return
+        key = join(Storage.METRICS, f"{self.settings.incarnation(self._run)}.jsonl")
+        with contextlib.suppress(FineTuneError):  # metrics are no reason to fail a run
+            self._tree.store.put(key, ("\n".join(self._metric_lines) + "\n").encode())
+
+    def _verdict(self) -> tuple[LastWords, int]:
+        facts = self.facts
+        if facts.output is not None:
+            return self._words(None, ExitCode.OK), ExitCode.OK
+        if facts.error is None and facts.stop_asked is not None:
+            return self._stop_verdict()
+        failure = self._cause()
+        if failure is None and self.settings.node_rank > 0 and facts.agent_code == 0:
+            return self._words(None, ExitCode.OK), ExitCode.OK
+        if failure is None:
+            failure = RankFailure(self._unexplained(), told=False)
+        return self._words(failure, failure.error.exit_code), int(failure.error.exit_code)
+
+    def _stop_verdict(self) -> tuple[LastWords, int]:
+        """75 if what was trained is saved, else 76; a rank's own failure before the stop still counts."""
+        own = [one for one in self.facts.ranks if one.origin]
+        if own and (cause := root_cause(own)) is not None:
+            return self._words(cause, cause.error.exit_code), int(cause.error.exit_code)
+        saved = self._is_saved()
+        code = ExitCode.PREEMPTED_SAVED if saved else ExitCode.PREEMPTED_UNSAVED
+        return self._words(None, code), code
+
+    def _is_saved(self) -> bool:
+        uploader, step = self._uploader, self.board.step
+        if step <= self.facts.start_step:
+            return True
+        if uploader is None or self.facts.too_late:
+            return uploader is not None and uploader.committed_step >= step
+        if self.settings.node_rank > 0:
+            return bool(self.facts.stopped_ranks)
+        return uploader.committed_step >= step
+
+    def _cause(self) -> RankFailure | None:
+        """The supervisor's own failure, else the ranks'."""
+        if self.facts.error is not None:
+            own = RankFailure(self.facts.error)
+            told = root_cause([one for one in self.facts.ranks if one.origin])
+            return own if not isinstance(self.facts.error, PeerError) or told is None else told
+        failures = list(self.facts.ranks)
+        told_ranks = {one.rank for one in failures}
+        memory = children.killed_for_memory()
+        for rank, code in (read_result(self.settings.work) or {}).items():
+            if rank not in told_ranks:
+                failures.append(from_exit_code(rank, code, host_memory=memory))
+        return root_cause(failures)
+
+    def _unexplained(self) -> FineTuneError:
+        code = self.facts.agent_code
+        if code is not None and code < 0:
+            return PeerError("AgentKilled", f"the torchelastic agent was killed by signal {-code}")
+        if code == 0:
+            return InternalError("NoArtefact", "all ranks ended without an error and without a final artefact")
+        return PeerError(
+            "AgentFailed",
+            f"the torchelastic agent ended with {code} before the ranks gave a reason",
+            hint="see the pod's log",
+        )
+
+    def _words(self, failure: RankFailure | None, code: int) -> LastWords:
+        report = self.board.report()
+        newest = report.checkpoints[0] if report.checkpoints else None
+        common: dict[str, Any] = {
+            "exit_code": int(code), "node": self.settings.node_name or None, "step": report.progress.step,
+            "committed_step": newest.step if newest else None, "checkpoint": newest.uri if newest else None,
+            "latest_checkpoint": newest.uri if newest else None, "resumed_from_step": report.resumed_from_step,
+            "progress": report.progress, "metrics": report.metrics, "checkpoints": report.checkpoints, "resolved": report.resolved,
+        }  # fmt: skip
+        if code == ExitCode.OK:
+            return LastWords(**common, output=self.facts.output)
+        if failure is None:
+            saved = code == ExitCode.PREEMPTED_SAVED
+            where = f"at step {report.progress.step or self.facts.start_step}"
+            return LastWords(
+                **common, class_=FailureClass.PREEMPTED, code="StoppedSaved" if saved else "StoppedUnsaved",
+                message=f"stopped on request {where}, " + ("the state is saved" if saved else "the newest steps are not saved"),
+                origin=True, time_ns=time.time_ns(),
+            )  # fmt: skip
+        error = failure.error
+        common |= {"rank": failure.rank, "step": failure.step if failure.step is not None else common["step"]}
+        return LastWords(
+            **common, class_=error.failure_class, code=error.code, message=error.message, hint=error.hint,
+            origin=failure.origin, time_ns=failure.time_ns or time.time_ns(),
+        )  # fmt: skip
+
+    def _speak(self, words: LastWords) -> None:
+        text = words.to_json()
+        if words.message:
+            log.error("%s: %s%s", words.code, words.message, f" ({words.hint})" if words.hint else "")
+        try:
+            self.settings.termination_log.write_text(text)
+        except OSError:  # a local run has no such file
+            print(text, flush=True)
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """A second name for every file of a folder: free of charge, and safe from whoever removes the first."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=os.link)
+
+
+def supervise(settings: Settings) -> int:
+    """Run one pod; returns its exit code."""
+    return Supervisor(settings).run()
