@@ -91,7 +91,7 @@ class Cut(Command):
 
 @dataclass(frozen=True)
 class Hold(Command):
-    """From now on not a byte comes, and the connection stays open: what a forgetful load balancer does."""
+    """From now on nothing comes from the server, and the connection stays open: what a forgetful load balancer does."""
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ class Watch:
         self.operation = operation
         self.commands: asyncio.Queue[Command] = asyncio.Queue()
         self._recent: list[bytes] = []
+        self._held = False
 
     async def shape(self, chunks: Chunks) -> Chunks:
         """The server's lines, with what the commands make of them."""
@@ -166,21 +167,22 @@ class Watch:
                         text = line.result()
                     except StopAsyncIteration:
                         return
-                    self._recent = [*self._recent[-self.MEMORY :], text]
-                    yield text
+                    if not self._held:
+                        self._recent = [*self._recent[-self.MEMORY :], text]
+                        yield text
                     line = asyncio.ensure_future(anext(lines))
                 if command in done:
-                    for text in await self._obey(command.result()):
+                    for text in self._obey(command.result()):
                         yield text
                     command = asyncio.ensure_future(self.commands.get())
         finally:
             line.cancel()
             command.cancel()
 
-    async def _obey(self, command: Command) -> list[bytes]:
+    def _obey(self, command: Command) -> list[bytes]:
         match command:
             case Hold():
-                await asyncio.get_running_loop().create_future()
+                self._held = True
             case Say(event):
                 return [event.encode() + b"\n"]
             case Repeat(count):

@@ -85,7 +85,8 @@ class Outcome:
     kind: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     channel: Channel | None = None
-    trainer: Any = None
+    model: Any = None
+    """The model as it was trained, after training."""
 
     @property
     def losses(self) -> list[float]:
@@ -137,6 +138,9 @@ class Hooks:
         class Keep(TrainerCallback):
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
                 outcome.logs.append({"step": state.global_step, **(logs or {})})
+
+            def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+                outcome.model = model
 
         return [Keep()]
 

@@ -6,6 +6,7 @@ precision back. `FiniteGuard` ends a run whose loss is no number.
 
 from __future__ import annotations
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from finetune_trainer.distributed import Plan
 
+logger = logging.getLogger(__name__)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
 
@@ -89,6 +91,19 @@ class FiniteGuard(TrainerCallback):
                 code, f"{key} is {value} at step {state.global_step}",
                 hint="lower training.learningRate, raise warmupSteps, or use bf16 instead of fp16",
             )  # fmt: skip
+
+
+class LogLine(TrainerCallback):
+    """One line of a pod's log per logged step, from rank 0: what a person wants to see passing by."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+    ) -> None:
+        """Say it."""
+        shown = ("loss", "eval_loss", "learning_rate", "grad_norm", "reward", "rewards/accuracies", "tokens_per_second")
+        values = [f"{key} {logs[key]:.4g}" for key in shown if logs and isinstance(logs.get(key), float | int)]
+        if state.is_world_process_zero and values:
+            logger.info("step %d/%d  %s", state.global_step, state.max_steps, "  ".join(values))
 
 
 class PrecisionKeeper:

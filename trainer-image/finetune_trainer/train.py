@@ -7,7 +7,7 @@ import logging
 import shutil
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 from finetune_api.errors import ConfigError, FineTuneError, InternalError, MemoryExhaustedError
 from finetune_api.pod import RunConfig
@@ -38,28 +38,41 @@ def preload(run: RunConfig) -> None:
     from finetune_trainer import engine, hardware, model  # noqa: F401  each imports what it needs
 
 
-def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
+class Hooks(Protocol):
+    """What surrounds training: reporting, checkpoints and the hand-over. `finetune_trainer.checkpoint.rank` is the real one."""
+
+    def callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
+        """Callbacks for the Trainer."""
+
+    def resume_path(self, inputs: Inputs) -> Path | None:
+        """Checkpoint to go on from."""
+
+    def finish(self, run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]) -> None:
+        """The final artefact is complete."""
+
+
+def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: Hooks | None = None) -> None:
     """Train and save on this rank. Reports over `channel`; the final artefact is handed over when it is complete on disk.
 
     Errors: any FineTuneError; what the libraries raise is given a name where it has one (`named`).
     """
     imports.preload(run)
     try:
-        _Session(run, channel, inputs).go()
+        Session(run, channel, inputs, hooks or _checkpoints()).go()
     except FineTuneError:
         raise
     except Exception as error:
         raise named(error) from error
 
 
-class _Session:
+class Session:
     """The steps of one rank in order; each leaves what the next one needs."""
 
-    def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs):
+    def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs, hooks: Hooks):
         from finetune_trainer import distributed, hardware
 
         _quiet()
-        self.run, self.channel, self.inputs = run, channel, inputs
+        self.run, self.channel, self.inputs, self.hooks = run, channel, inputs, hooks
         self.objective = _objective(run)
         self.hardware = hardware.detect(run, channel.local_rank)
         self.plan = distributed.choose(run, self.hardware, inputs, channel.world_size)
@@ -69,22 +82,21 @@ class _Session:
 
     def go(self) -> None:
         """The whole run."""
-        from finetune_trainer.checkpoint import rank as checkpoints
-
         self.channel.stage(Stage.LOADING)
-        trainer, applied = self._build(checkpoints.callbacks(self.run, self.channel, self.inputs))
-        resume = checkpoints.resume_path(self.inputs)
-        self.channel.stage(Stage.RESTORING if resume else Stage.TRAINING)
+        trainer, applied = self._build(self.hooks.callbacks(self.run, self.channel, self.inputs))
+        resume = self.hooks.resume_path(self.inputs)
+        if resume is not None:
+            self.channel.stage(Stage.RESTORING)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         self.channel.stage(Stage.SAVING)
         folder, extra = self._save(trainer, applied)
-        checkpoints.finish(self.run, self.channel, folder, applied.kind, extra)
+        self.hooks.finish(self.run, self.channel, folder, applied.kind, extra)
 
     def _build(self, callbacks: Any) -> tuple[Any, Any]:
-        from transformers import AutoConfig, set_seed
+        from transformers import AutoConfig, PrinterCallback, set_seed
 
         from finetune_trainer import method, model
-        from finetune_trainer.engine import PrecisionKeeper
+        from finetune_trainer.engine import FiniteGuard, LogLine, PrecisionKeeper
         from finetune_trainer.objective.base import Setting
 
         run, inputs = self.run, self.inputs
@@ -92,7 +104,7 @@ class _Session:
         config = AutoConfig.from_pretrained(inputs.model, trust_remote_code=bool(run.spec.model.trust_remote_code))
         setting = Setting(
             run, inputs, self.hardware, self.plan, tokenizer, self.channel.work / "tokens", model.positions(config),
-            [self.verifier(), *callbacks],
+            [self.verifier(), FiniteGuard(), LogLine(), *callbacks],
         )  # fmt: skip
         args = self.objective.arguments(setting, evaluates=has_validation(run.spec))
         data, self.facts = self.objective.data(setting)
@@ -107,6 +119,7 @@ class _Session:
         trainer = self.objective.build(setting, args, applied.model, data)
         if keeper is not None and not self.plan.sharded_weights:
             keeper.restore(trainer.model)
+        trainer.remove_callback(PrinterCallback)
         trainer.plus_ratio = (run.spec.method.lora.plus_ratio or 1.0) if run.spec.method.lora else 1.0
         self.trainer, self.applied = trainer, applied
         return trainer, applied
@@ -166,6 +179,8 @@ class _Session:
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
+            if applied.initial_adapter is not None:
+                trainer.model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(applied.initial_adapter))
             for name, text in applied.extra_files.items():
                 (folder / name).write_text(text)
             for stray in ("training_args.bin", "README.md"):
@@ -181,6 +196,12 @@ class _Session:
                 self._told.add(note)
                 if self.channel.rank == 0:
                     self.channel.note(note)
+
+
+def _checkpoints() -> Hooks:
+    from finetune_trainer.checkpoint import rank
+
+    return rank  # type: ignore[return-value]  # a module with these three functions
 
 
 def _objective(run: RunConfig) -> ModuleType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from finetune_api.errors import ConfigError, InternalError
@@ -24,6 +25,8 @@ class Applied:
     notes: list[str] = field(default_factory=list)
     extra_files: dict[str, str] = field(default_factory=dict)
     """Text files that belong to the final artefact, by name."""
+    initial_adapter: Path | None = None
+    """Where the adapter's start is kept, if the base was changed to make up for it."""
 
 
 def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False) -> Applied:
@@ -37,7 +40,7 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = Fals
         case MethodType.FULL:
             applied = full.apply(run, model)
         case MethodType.LORA | MethodType.QLORA | MethodType.DORA:
-            applied = lora.apply(run, model, keep_dtype=keep_dtype)
+            applied = lora.apply(run, inputs, model, keep_dtype=keep_dtype)
         case MethodType.ADAPTER:
             applied = adapter.apply(run, inputs, model, keep_dtype=keep_dtype)
         case MethodType.SPECTRUM:

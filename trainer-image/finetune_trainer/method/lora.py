@@ -9,6 +9,7 @@ from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import LoraBias, LoraInit, MethodType, OutputKind
 
+from finetune_trainer.inputs import Inputs
 from finetune_trainer.method.base import Applied
 
 ALL_LINEAR = "all-linear"
@@ -17,17 +18,30 @@ INIT = {
     LoraInit.DEFAULT: True, LoraInit.GAUSSIAN: "gaussian", LoraInit.PISSA: "pissa", LoraInit.OLORA: "olora", LoraInit.EVA: "eva",
 }  # fmt: skip
 
+BASE_CHANGING = (LoraInit.PISSA, LoraInit.OLORA)
+"""Ways to start that take a part of the base away."""
 
-def apply(run: RunConfig, model: Any, *, keep_dtype: bool = False) -> Applied:
+
+def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False) -> Applied:
     """Put adapters on the asked linear layers and freeze the rest.
 
+    PiSSA and OLoRA move a part of the base into the adapter. Their start is kept, so that the final adapter can be written as
+    a difference to the untouched base (of twice the rank).
     Errors: ConfigError TargetModulesMissing, LoraOnHead, InitUnavailable.
     """
     from peft import get_peft_model
 
     config = lora_config(run, model)
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=not keep_dtype)
-    return Applied(wrapped, OutputKind.ADAPTER)
+    applied = Applied(wrapped, OutputKind.ADAPTER)
+    init = run.spec.method.lora.init if run.spec.method.lora else None
+    if init in BASE_CHANGING:
+        applied.initial_adapter = inputs.output_dir.parent / "initial-adapter"
+        config.init_lora_weights = True
+        wrapped.save_pretrained(applied.initial_adapter)
+        config.init_lora_weights = INIT[init]
+        applied.notes.append(f"init {init}: the final adapter is written for the untouched base, with twice the rank")
+    return applied
 
 
 def lora_config(run: RunConfig, model: Any) -> Any:
@@ -59,6 +73,12 @@ def check_init(run: RunConfig) -> None:
     spec = run.spec.method.lora
     if spec is None:
         return
+    bits = run.spec.model.quantization.bits if run.spec.model.quantization else None
+    if spec.init in BASE_CHANGING and (bits or spec.rank_stabilized or spec.use_dora or run.spec.method.type is not MethodType.LORA):
+        raise ConfigError(
+            "InitUnavailable", f"method.lora.init {spec.init} changes the base, which cannot be undone with a quantised base, DoRA or rsLoRA",
+            hint="leave init out, or write method lora without quantization, useDora and rankStabilized",
+        )  # fmt: skip
     if spec.init is LoraInit.LOFTQ or spec.loftq is not None:
         raise ConfigError(
             "InitUnavailable", "method.lora.init loftq approximates the base on a CUDA GPU while loading, which this version does not do",

@@ -11,7 +11,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune_trainer.arguments import common
 from finetune_trainer.data.prepare import Prepared, prepare
-from finetune_trainer.engine import FiniteGuard, Guarded
+from finetune_trainer.engine import Guarded
 from finetune_trainer.objective.base import Facts, Setting, facts_of
 
 MODEL_KIND = "causal"
@@ -114,5 +114,5 @@ def build(setting: Setting, args: SFTConfig, model: Any, prepared: Prepared) -> 
     kind = type("Sft", (Sft,), {"plan": setting.plan})
     return kind(
         model=model, args=args, train_dataset=prepared.train, eval_dataset=prepared.validation, processing_class=setting.tokenizer,
-        callbacks=[FiniteGuard(), *setting.callbacks],
+        callbacks=setting.callbacks,
     )  # fmt: skip

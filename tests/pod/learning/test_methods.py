@@ -1,0 +1,199 @@
+"""Every method learns, trains only what it should, and leaves an artefact that plain transformers and PEFT can use."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import ConfigError, NotFoundError
+from tests.support.learning import TEN, Outcome, go, merged
+
+pytestmark = pytest.mark.pod
+SIXTY = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
+NO_DROPOUT = {"lora": {"dropout": 0}}
+
+# The bound for each method: below 0.1 where the method can memorise ten rows in sixty steps. Prefix and prompt tuning of a
+# two-layer model cannot (twenty vectors in front of frozen weights): for them the honest bound is less than half of the start.
+LEARNERS = {
+    "full": ({"method": {"type": "full"}}, 0.1),
+    "lora": ({"method": NO_DROPOUT}, 0.1),
+    "rslora": ({"method": {"lora": {"dropout": 0, "rankStabilized": True, "rank": 4, "alpha": 8}}}, 0.1),
+    "loraPlus": ({"method": {"lora": {"dropout": 0, "plusRatio": 4}}, "training": {"learningRate": 2e-3}}, 0.1),
+    "pissa": ({"method": {"lora": {"dropout": 0, "init": "pissa"}}}, 0.1),
+    "olora": ({"method": {"lora": {"dropout": 0, "init": "olora"}}}, 0.1),
+    "gaussian": ({"method": {"lora": {"dropout": 0, "init": "gaussian"}}}, 0.1),
+    "qlora": ({"method": {"type": "qlora", **NO_DROPOUT}, "training": {"learningRate": 1e-2}}, 0.1),
+    "lora8bit": ({"method": NO_DROPOUT, "model": {"quantization": {"bits": 8}}, "training": {"learningRate": 1e-2}}, 0.1),
+    "dora": ({"method": {"type": "dora", **NO_DROPOUT}, "training": {"learningRate": 1e-2}}, 0.1),
+    "ia3": ({"method": {"type": "ia3"}, "training": {"learningRate": 0.3}}, 0.1),
+    "spectrum": ({"method": {"type": "spectrum"}}, 0.1),
+    "prefixTuning": ({"method": {"type": "prefixTuning"}, "training": {"learningRate": 0.1}}, 1.3),
+    "promptTuning": ({"method": {"type": "promptTuning"}, "training": {"learningRate": 0.1}}, 1.3),
+}
+
+
+def load_tuned(outcome: Outcome, model: Path, **options: Any) -> Any:
+    """The artefact as any user would load it."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert outcome.folder is not None
+    if outcome.kind == "model":
+        return AutoModelForCausalLM.from_pretrained(outcome.folder, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, **options)
+    return PeftModel.from_pretrained(base, outcome.folder)
+
+
+def answer(tuned: Any, folder: Path, question: str) -> str:
+    """What the tuned model says, greedily, until it stops by itself."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+    out = tuned.eval().generate(**ids, max_new_tokens=12, do_sample=False)
+    text = tokenizer.decode(out[0, ids["input_ids"].shape[1] :])
+    return str(text)
+
+
+@pytest.mark.parametrize("name", LEARNERS)
+def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path: Path) -> None:
+    spec, bound = LEARNERS[name]
+    outcome = go(tmp_path, model, merged(SIXTY, spec))
+    assert outcome.losses[0] > 2 * bound
+    assert outcome.losses[-1] < bound
+    assert outcome.folder is not None
+    if bound == 0.1:
+        tuned = load_tuned(outcome, model)
+        for row in TEN[:3]:
+            question, reply = (turn["content"] for turn in row["messages"])
+            assert answer(tuned, outcome.folder, question) == f"{reply}<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3", "promptTuning", "qlora", "lora8bit"])
+def test_adapters_leave_the_base_bit_equal(name: str, model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    outcome = go(tmp_path, model, LEARNERS[name][0])
+    base = outcome.model.get_base_model().state_dict()
+    original = load_file(model / "model.safetensors")
+    compared = 0
+    for key, value in original.items():
+        found = base.get(key, base.get(key.replace(".weight", ".base_layer.weight")))
+        if found is not None and found.dtype == value.dtype:
+            assert torch.equal(found, value), key
+            compared += 1
+    assert compared >= 7  # embeddings, head and norms at the least; all 21 where nothing is quantised
+    if name in ("lora", "dora", "ia3", "promptTuning"):
+        assert compared == 21
+    assert outcome.kind == "adapter"
+    assert outcome.resolved["trainableParameters"] < outcome.resolved["totalParameters"]
+
+
+def test_full_changes_every_weight(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    outcome = go(tmp_path, model, {"method": {"type": "full"}})
+    assert outcome.folder is not None
+    before, after = load_file(model / "model.safetensors"), load_file(outcome.folder / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert [key for key in before if torch.equal(before[key], after[key])] == []
+    assert outcome.resolved["trainableParameters"] == outcome.resolved["totalParameters"] == 131392
+
+
+def test_qlora_base_is_really_4_bit(model: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, model, {"method": {"type": "qlora"}, "model": {"quantization": {"type": "fp4", "doubleQuant": False}}})
+    four = [p for p in outcome.model.parameters() if type(p).__name__ == "Params4bit"]
+    assert len(four) == 14  # seven linear layers in each of two blocks
+    assert {p.quant_state.quant_type for p in four} == {"fp4"}
+    assert {p.quant_state.nested for p in four} == {False}
+    assert all(p.dtype == torch.float32 for p in outcome.model.parameters() if p.requires_grad)
+
+
+def test_lora_options_arrive_in_the_artefact(model: Path, tmp_path: Path) -> None:
+    lora = {"rank": 3, "alpha": 5, "dropout": 0.25, "targetModules": ["q_proj", "up_proj"], "bias": "loraOnly", "modulesToSave": ["lm_head"]}
+    outcome = go(tmp_path, model, {"method": {"lora": lora}})
+    assert outcome.folder is not None
+    config = json.loads((outcome.folder / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["bias"]) == (3, 5, 0.25, "lora_only")
+    assert sorted(config["target_modules"]) == ["q_proj", "up_proj"]
+    assert config["modules_to_save"] == ["lm_head"]
+    assert config["base_model_name_or_path"] == f"file://{model}"
+
+
+def test_lora_plus_gives_b_its_own_rate(model: Path, tmp_path: Path) -> None:
+    plain = go(tmp_path / "a", model, {"method": NO_DROPOUT})
+    plus = go(tmp_path / "b", model, {"method": {"lora": {"dropout": 0, "plusRatio": 8}}})
+    assert plain.losses[0] == plus.losses[0]
+    assert plain.losses[1:] != plus.losses[1:]
+
+
+def test_lora_on_the_head_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path, model, {"method": {"lora": {"targetModules": ["q_proj", "lm_head"]}}})
+    assert caught.value.code == "LoraOnHead"
+    assert "modulesToSave" in (caught.value.hint or "")
+
+
+def test_unknown_target_is_refused_with_what_is_there(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path, model, {"method": {"lora": {"targetModules": ["q_proj", "wqkv"]}}})
+    assert caught.value.code == "TargetModulesMissing"
+    assert "wqkv" in caught.value.message and "q_proj" not in caught.value.message
+    assert "down_proj" in (caught.value.hint or "")
+
+
+def test_adapter_is_continued(model: Path, tmp_path: Path) -> None:
+    first = go(tmp_path / "a", model, merged(SIXTY, {"method": NO_DROPOUT, "training": {"maxSteps": 20}}))
+    spec = {"method": {"type": "adapter", "adapter": {"source": f"file://{first.folder}"}}}
+    again = go(tmp_path / "b", model, merged(SIXTY, spec), adapter=first.folder)
+    assert again.losses[0] == pytest.approx(first.losses[-1], rel=0.5)
+    assert again.losses[0] < 0.5 * first.losses[0]
+    assert again.losses[-1] < again.losses[0]
+
+
+def test_prompt_adapter_cannot_be_continued(model: Path, tmp_path: Path) -> None:
+    first = go(tmp_path / "a", model, {"method": {"type": "promptTuning"}})
+    spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path / "b", model, spec, adapter=first.folder)
+    assert caught.value.code == "AdapterNotContinuable"
+
+
+def test_folder_without_adapter_is_named(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError) as caught:
+        go(tmp_path, model, {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}, adapter=model)
+    assert caught.value.code == "AdapterUnreadable"
+
+
+def test_spectrum_trains_the_selected_modules_only(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    outcome = go(tmp_path, model, {"method": {"type": "spectrum", "spectrum": {"snrThreshold": 0.5}}})
+    assert outcome.folder is not None
+    record = json.loads((outcome.folder / "spectrum_snr.json").read_text())
+    assert len(record["modules"]) == 14 and len(record["trained"]) == 7
+    before, after = load_file(model / "model.safetensors"), load_file(outcome.folder / "model.safetensors")
+    changed = {key.removesuffix(".weight") for key in before if not torch.equal(before[key], after[key])}
+    assert changed == {*record["trained"], "lm_head", "model.embed_tokens"}
+    for kind in {module["type"] for module in record["modules"].values()}:
+        group = {name: module["snr"] for name, module in record["modules"].items() if module["type"] == kind}
+        trained = [name for name in group if name in record["trained"]]
+        assert trained == [max(group, key=lambda name: group[name])]
+
+
+def test_spectrum_takes_given_layers(model: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, model, {"method": {"type": "spectrum", "spectrum": {"layers": [1]}}})
+    assert outcome.folder is not None
+    trained = json.loads((outcome.folder / "spectrum_snr.json").read_text())["trained"]
+    assert len(trained) == 7 and all(name.startswith("model.layers.1.") for name in trained)
+
+
+def test_spectrum_layer_out_of_range_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path, model, {"method": {"type": "spectrum", "spectrum": {"layers": [0, 2]}}})
+    assert caught.value.code == "SpectrumLayerMissing"
+    assert "layers 0 to 1" in caught.value.message
