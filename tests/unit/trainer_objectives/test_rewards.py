@@ -1,0 +1,200 @@
+"""Rewards: what each built-in scores, and how a wrong one is named before a model is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from finetune_api.errors import ConfigError, NotFoundError
+from finetune_api.spec.trainer import Reward
+from finetune_trainer.objective.rewards import require_columns, rewards, text_of
+
+CITED = "<cited_answer><answer>Paris</answer><citations><source_id>7</source_id></citations></cited_answer>"
+
+
+def one(**spec: object):
+    return rewards([Reward.model_validate(spec)], Path("absent"))[0]
+
+
+def score(text: str, /, ids: list[int] | None = None, row: dict[str, object] | None = None, **spec: object) -> float | None:
+    columns = {name: [value] for name, value in (row or {}).items()}
+    return one(**spec)(prompts=["p"], completions=[text], completion_ids=[ids or []], **columns)[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (CITED, 1.0),
+        (f"  {CITED}\n", 1.0),
+        (f"Here: {CITED}", 0.0),
+        (CITED.replace("<citations><source_id>7</source_id></citations>", ""), 0.0),
+        (CITED.replace("<source_id>7</source_id>", ""), 0.0),
+        (CITED.replace("Paris", "Pa\nris"), 0.0),
+        ("", 0.0),
+    ],
+)
+def test_citation_format(text: str, expected: float) -> None:
+    assert score(text, builtin="citationFormat") == expected
+
+
+def test_citation_format_over_lines_when_asked() -> None:
+    spread = CITED.replace("><", ">\n<").replace("Paris", "Paris\nindeed")
+    assert score(spread, builtin="citationFormat") == 0.0
+    assert score(spread, builtin="citationFormat", parameters={"multiline": "true"}) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>two and two</think>\nfour", 1.0),
+        ("<think></think>four", 0.0),
+        ("<think>a</think>", 0.0),
+        ("four <think>a</think>", 0.0),
+        ("<think>a</think>b<think>c</think>d", 0.0),
+        ("<think>a four", 0.0),
+    ],
+)
+def test_think_format(text: str, expected: float) -> None:
+    assert score(text, builtin="thinkFormat") == expected
+
+
+def test_regex_searches_or_matches_whole() -> None:
+    assert score("so Answer: 4", builtin="regex", parameters={"pattern": r"Answer: \d"}) == 1.0
+    assert score("so Answer: 4", builtin="regex", parameters={"pattern": r"Answer: \d", "match": "full"}) == 0.0
+    assert score("ANSWER: 4", builtin="regex", parameters={"pattern": r"answer", "ignoreCase": "true"}) == 1.0
+    assert score("a\nb", builtin="regex", parameters={"pattern": "a.b", "dotAll": "true"}) == 1.0
+
+
+def test_exact_match_reads_a_column() -> None:
+    assert score(" four ", builtin="exactMatch", row={"answer": "four"}) == 1.0
+    assert score("five", builtin="exactMatch", row={"answer": "four"}) == 0.0
+    assert score("Four", builtin="exactMatch", row={"gold": "four"}, parameters={"column": "gold", "ignoreCase": "true"}) == 1.0
+    picked = {"extract": r"####\s*(\S+)"}
+    assert score("3 no #### 3 #### 4", builtin="exactMatch", row={"answer": 4}, parameters=picked) == 1.0
+    assert score("4", builtin="exactMatch", row={"answer": 4}, parameters=picked) == 0.0
+
+
+@pytest.mark.parametrize(("size", "expected"), [(0, 0.0), (5, 0.5), (10, 1.0), (20, 1.0), (30, 0.5), (40, 0.0), (99, 0.0)])
+def test_length_falls_outside_its_bounds(size: int, expected: float) -> None:
+    assert score("x", ids=[1] * size, builtin="length", parameters={"minimum": "10", "maximum": "20"}) == expected
+
+
+def test_length_counts_what_is_asked() -> None:
+    assert score("one two", builtin="length", parameters={"unit": "words", "minimum": "4"}) == 0.5
+    assert score("abcd", builtin="length", parameters={"unit": "characters", "maximum": "4"}) == 1.0
+
+
+def test_json_schema() -> None:
+    spec = {"builtin": "jsonSchema", "parameters": {"schema": '{"type": "object", "required": ["a"]}', "parsed": "0.25"}}
+    assert score('{"a": 1}', **spec) == 1.0
+    assert score('```json\n{"a": 1}\n```', **spec) == 1.0
+    assert score('{"b": 1}', **spec) == 0.25
+    assert score("{a: 1}", **spec) == 0.0
+
+
+def test_messages_are_read_as_text() -> None:
+    assert text_of([{"role": "assistant", "content": "four"}]) == "four"
+    assert one(builtin="regex", parameters={"pattern": "^four$"})(completions=[[{"role": "assistant", "content": "four"}]]) == [1.0]
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ({"builtin": "regex"}, r"trainer.rewards\[0\].parameters.pattern is missing"),
+        ({"builtin": "regex", "parameters": {"pattern": "("}}, "no regular expression"),
+        ({"builtin": "regex", "parameters": {"pattern": "a", "ignoreCase": "yes"}}, "write true or false"),
+        ({"builtin": "regex", "parameters": {"pattern": "a", "match": "begin"}}, "search, full"),
+        ({"builtin": "thinkFormat", "parameters": {"pattern": "a"}}, "thinkFormat has no parameter pattern"),
+        ({"builtin": "length"}, "neither minimum nor maximum"),
+        ({"builtin": "length", "parameters": {"minimum": "ten"}}, "write a number"),
+        ({"builtin": "length", "parameters": {"minimum": "20", "maximum": "10"}}, "maximum is 10"),
+        ({"builtin": "jsonSchema", "parameters": {"schema": "{"}}, "no JSON"),
+        ({"builtin": "jsonSchema", "parameters": {"schema": '{"type": "thing"}'}}, "no JSON schema"),
+    ],
+)
+def test_wrong_parameters_are_named(spec: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said) as caught:
+        one(**spec)
+    assert caught.value.code == "RewardParameterInvalid"
+
+
+def test_two_of_one_name_are_refused() -> None:
+    twice = [Reward.model_validate({"builtin": "thinkFormat"})] * 2
+    with pytest.raises(ConfigError, match="'thinkFormat'") as caught:
+        rewards(twice, Path("absent"))
+    assert caught.value.code == "RewardNameTwice"
+
+
+def test_a_missing_column_is_named_with_what_is_there() -> None:
+    with pytest.raises(ConfigError, match="reads column 'answer', and the rows have level, solution") as caught:
+        require_columns([one(builtin="exactMatch")], ["solution", "level"])
+    assert caught.value.code == "RewardColumnMissing"
+
+
+# ---- the user's own
+
+
+def own(tmp_path: Path, source: str, **spec: object):
+    (tmp_path / "mine").mkdir(exist_ok=True)
+    (tmp_path / "mine" / "r.py").write_text(source)
+    value = {"configMapRef": {"name": "mine", "key": "r.py"}, **spec}
+    return rewards([Reward.model_validate(value)], tmp_path)[0]
+
+
+def test_own_function_with_weight_and_columns(tmp_path: Path) -> None:
+    source = "SCALE = 2\ndef tone(completions, level, **_):\n    return [SCALE * n for n in level]\n"
+    found = own(tmp_path, source, function="tone", weight=0.5)
+    assert (found.__name__, found.weight) == ("tone", 0.5)
+    assert found(prompts=["p", "p"], completions=["a", "b"], level=[1, 3]) == [2.0, 6.0]
+
+
+def test_own_function_defaults_to_reward_and_may_have_no_opinion(tmp_path: Path) -> None:
+    found = own(tmp_path, "def reward(completions, **_):\n    return [None for _ in completions]\n", name="quiet")
+    assert found.__name__ == "quiet"
+    assert found(completions=["a"]) == [None]
+
+
+@pytest.mark.parametrize(
+    ("source", "code", "said"),
+    [
+        ("def reward(:\n", "RewardFileInvalid", r"ConfigMap mine, key r.py .* \(line 1\)"),
+        ("import absent_package\n", "RewardFileInvalid", "absent_package"),
+        ("x = 1\n", "RewardFunctionMissing", "defines no function reward"),
+        ("def reward(completions):\n    return [1]\n", "RewardFunctionMissing", r"\*\*kwargs"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, source: str, code: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        own(tmp_path, source)
+    assert caught.value.code == code
+    assert re.search(said, str(caught.value))
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "said"),
+    [
+        ("return 1.0", "RewardInvalid", "returned float"),
+        ("return [1.0]", "RewardInvalid", "1 values for 2 completions"),
+        ("return [1.0, 'good']", "RewardInvalid", "'good' for completion 2"),
+        ("return [1.0, float('nan')]", "RewardInvalid", "nan for completion 2"),
+        ("return [1 / 0, 1]", "RewardFailed", r"ZeroDivisionError: division by zero \(line 2\)"),
+    ],
+)
+def test_what_a_function_returns_is_checked(tmp_path: Path, body: str, code: str, said: str) -> None:
+    found = own(tmp_path, f"def reward(completions, **_):\n    {body}\n")
+    with pytest.raises(ConfigError, match=said) as caught:
+        found(completions=["a", "b"])
+    assert caught.value.code == code
+
+
+def test_a_missing_config_map_is_the_users(tmp_path: Path) -> None:
+    spec = Reward.model_validate({"configMapRef": {"name": "mine", "key": "r.py"}})
+    with pytest.raises(NotFoundError) as caught:
+        rewards([spec], tmp_path)
+    assert (caught.value.code, caught.value.failure_class) == ("ConfigMapMissing", "User")
+
+
+def test_parameters_of_an_own_function_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="only read by built-in rewards"):
+        own(tmp_path, "def reward(**_):\n    return []\n", parameters={"a": "b"})
