@@ -1,0 +1,240 @@
+"""What a written value means: converters from a file's words to the spec's values, and what they allow.
+
+A converter takes the parsed value (what the file's own grammar made of it) and raises `Unfit`, which says what is allowed
+and, for words, which one is nearest. They are strict: a truth value is never a number, a text never a truth value that it
+does not spell.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+NUMBER = re.compile(r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
+INTEGER = re.compile(r"^[+-]?\d+$")
+RUN_NAME = re.compile(r"^[^$#@&*!]*$")
+
+
+class Unfit(Exception):
+    """A value that cannot be: what is wrong with it, what is allowed, and the nearest allowed word."""
+
+    def __init__(self, what: str, allowed: str, near: str = ""):
+        super().__init__(what)
+        self.what, self.allowed, self.near = what, allowed, near
+
+
+Convert = Callable[[Any], Any]
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word most like this one, or an empty text. Parts of a dotted key are compared too."""
+    candidates = list(dict.fromkeys(known))
+    lower = {one.lower(): one for one in candidates}
+    initials = {_initials(one): one for one in reversed(candidates)}
+    if len(word.rpartition(".")[2].lstrip("-")) <= 3 and _initials(word, whole=True) in initials:
+        return initials[_initials(word, whole=True)]
+    found = difflib.get_close_matches(word.lower(), lower, 1, 0.6)
+    if found:
+        return lower[found[0]]
+    head, _, tail = word.rpartition(".")
+    siblings = {one.rpartition(".")[2].lower(): one for one in candidates if one.rpartition(".")[0] == head}
+    found = difflib.get_close_matches(tail.lower(), siblings, 1, 0.5)
+    return siblings[found[0]] if found else ""
+
+
+def _initials(key: str, *, whole: bool = False) -> str:
+    """`a.learning_rate` is `a.lr`; with `whole` the last part counts as initials already."""
+    head, dot, tail = key.lower().rpartition(".")
+    tail = tail.lstrip("-")
+    return f"{head}{dot}{tail}" if whole else f"{head}{dot}{''.join(part[:1] for part in re.split('[-_]', tail))}"
+
+
+def _number(value: Any) -> float | int | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int | float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, str) and NUMBER.match(value.strip()):
+        text = value.strip()
+        return int(text) if INTEGER.match(text) else float(text)
+    return None
+
+
+def number(
+    low: float = -math.inf, high: float = math.inf, *, above: float | None = None, below: float | None = None
+) -> Convert:
+    """A number in an inclusive range; `above` and `below` exclude their end."""
+    allowed = _range("a number", low, high, above, below)
+
+    def convert(value: Any) -> float | int:
+        found = _number(value)
+        if found is None:
+            raise Unfit("is not a number", allowed)
+        _within(found, low, high, above, below, allowed)
+        return found
+
+    return convert
+
+
+def integer(low: float = -math.inf, high: float = math.inf) -> Convert:
+    """A whole number in an inclusive range."""
+    allowed = _range("an integer", low, high, None, None)
+
+    def convert(value: Any) -> int:
+        found = _number(value)
+        if found is None or found != int(found) or (isinstance(value, str) and not INTEGER.match(value.strip())):
+            raise Unfit("is not an integer", allowed)
+        _within(found, low, high, None, None, allowed)
+        return int(found)
+
+    return convert
+
+
+def _within(found: float, low: float, high: float, above: float | None, below: float | None, allowed: str) -> None:
+    if not low <= found <= high or (above is not None and found <= above) or (below is not None and found >= below):
+        raise Unfit("is out of range", allowed)
+
+
+def _range(kind: str, low: float, high: float, above: float | None, below: float | None) -> str:
+    parts = []
+    if low > -math.inf and high < math.inf:
+        return f"{kind} from {low:g} to {high:g}"
+    if low > -math.inf:
+        parts.append(f"of at least {low:g}")
+    if above is not None:
+        parts.append(f"greater than {above:g}")
+    if high < math.inf:
+        parts.append(f"of at most {high:g}")
+    if below is not None:
+        parts.append(f"below {below:g}")
+    return " ".join([kind, " and ".join(parts)]).strip()
+
+
+def boolean(value: Any) -> bool:
+    """true or false, in any letter case; `yes`, `1` and `on` as texts are refused, since tools differ on them."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    raise Unfit("is not true or false", "true, false")
+
+
+def text(value: Any) -> str:
+    """A non-empty text."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or str(value) == "":
+        raise Unfit("is not a text", "a text")
+    return str(value)
+
+
+def any_text(value: Any) -> str:
+    """A text that may be empty."""
+    return "" if value == "" else text(value)
+
+
+def run_name(value: Any) -> str:
+    """A part of a run's name."""
+    found = any_text(value)
+    if not RUN_NAME.match(found):
+        raise Unfit("holds one of $ # @ & * !", "a text without $ # @ & * !")
+    return found
+
+
+def exactly(check: Callable[[str], bool], what: str, allowed: str) -> Convert:
+    """A text that a predicate accepts."""
+
+    def convert(value: Any) -> str:
+        found = text(value)
+        if not check(found):
+            raise Unfit(what, allowed)
+        return found
+
+    return convert
+
+
+def words(value: Any) -> list[str]:
+    """A list of texts, or one text with commas."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.strip("[]").split(",")]
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) and one for one in value):
+        raise Unfit("is not a list of names", "a list of names, or one text with commas")
+    return list(value)
+
+
+def modules(value: Any) -> list[str] | None:
+    """Names of modules; `auto` and `all-linear` leave the choice to us."""
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return None
+    return words(value)
+
+
+def integers(value: Any) -> list[int]:
+    """A list of whole numbers that are not negative."""
+    if not isinstance(value, list) or not all(
+        isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value
+    ):
+        raise Unfit("is not a list of layer numbers", "a list of integers of at least 0")
+    return list(value)
+
+
+def table(value: Any) -> dict[str, Any]:
+    """A mapping."""
+    if not isinstance(value, dict):
+        raise Unfit("is not a table", "a table of names and values")
+    return value
+
+
+def anything(value: Any) -> Any:
+    """Any value: for keys whose value is not looked at."""
+    return value
+
+
+def choice(allowed: Mapping[str, Any] | Iterable[str], *, fold: bool = True) -> Convert:
+    """One of some words; a mapping translates them. YAML's unquoted `no` and `off` arrive as false and mean `no` here."""
+    meaning = dict(allowed) if isinstance(allowed, Mapping) else {word: word for word in allowed}
+    shown = ", ".join(meaning)
+    folded = {word.lower() if fold else word: value for word, value in meaning.items()}
+
+    def convert(value: Any) -> Any:
+        if value is False and "no" in folded:
+            value = "no"
+        if isinstance(value, str):
+            key = value.strip().lower() if fold else value.strip()
+            if key in folded:
+                found = folded[key]
+                return found.value if isinstance(found, Enum) else found
+        near = nearest(str(value), meaning)
+        raise Unfit("is not a word known here", f"one of {shown}", near)
+
+    return convert
+
+
+def each(one: Convert) -> Convert:
+    """A list, every item converted by `one`; a single item or a text with commas counts as a list."""
+
+    def convert(value: Any) -> list[Any]:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.strip("[]").split(",") if part.strip()]
+        if not isinstance(value, list):
+            raise Unfit("is not a list", "a list")
+        return [one(item) for item in value]
+
+    return convert
+
+
+def one_of(*converters: Convert) -> Convert:
+    """The first converter that takes the value."""
+
+    def convert(value: Any) -> Any:
+        failures: list[Unfit] = []
+        for converter in converters:
+            try:
+                return converter(value)
+            except Unfit as unfit:
+                failures.append(unfit)
+        raise Unfit(failures[-1].what, " or ".join(unfit.allowed for unfit in failures), failures[-1].near)
+
+    return convert

@@ -1,0 +1,389 @@
+"""`guide`: a flat quick-reference YAML, and the nested form that belongs to it; the flags of its script as overrides."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from finetune_cli.importers.commands import after_launcher, config_document, flag_entry, parse_flags, stray_mistakes
+from finetune_cli.importers.convert import (
+    Unfit,
+    anything,
+    boolean,
+    choice,
+    exactly,
+    integer,
+    modules,
+    number,
+    one_of,
+    table,
+    text,
+)
+from finetune_cli.importers.material import Document, Draft, Entry, Fill, Importer, Mistake, Row
+from finetune_cli.importers.paths import is_local, output_folder, place_source
+from finetune_cli.importers.toml import BIAS, DTYPES, SCHEDULERS
+from finetune_cli.importers.yaml_tree import entries, parse, sniff
+
+GENERATION = "evaluation.comparison.generation"
+TRACKERS = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
+FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "promptCompletion", "custom": "custom"}
+PLACES_ITSELF = "the trainer places the model itself"
+
+
+def steps_or_none(value: Any) -> int | None:
+    """A number of steps; -1 and 0 mean none."""
+    found = integer(-1)(value)
+    return found if found > 0 else None
+
+
+def positive(value: Any) -> float | int:
+    """A positive number."""
+    try:
+        found: float | int = number(above=0)(value)
+        return found
+    except Unfit as unfit:
+        raise Unfit("is not a positive number", unfit.allowed) from None
+
+
+ROWS: tuple[Row, ...] = (
+    Row("model", "model.source", aliases=("base_model.name", "--model"), required=True, manual=True),
+    Row("base_model.dtype", "model.dtype", choice(DTYPES)),
+    Row("base_model.device_map", inert=PLACES_ITSELF),
+    Row("base_model.trust_remote_code", "model.trustRemoteCode", boolean),
+    Row("lora_r", "method.lora.rank", integer(1), ("lora.r", "--lora-r")),
+    Row("lora_alpha", "method.lora.alpha", positive, ("lora.lora_alpha",)),
+    Row("lora.lora_dropout", "method.lora.dropout", number(0, below=1)),
+    Row("lora.bias", "method.lora.bias", choice(BIAS)),
+    Row("lora.task_type", "method.lora.taskType", choice({"CAUSAL_LM": "causalLM"})),
+    Row("target_modules", "method.lora.targetModules", one_of(modules, table), ("lora.target_modules",), manual=True),
+    Row("use_4bit", "model.quantization.bits", boolean, manual=True),
+    Row("quantization.enabled", "model.quantization.bits", boolean, manual=True),
+    Row("quantization.load_in_4bit", "model.quantization.bits", boolean, manual=True),
+    Row("quantization.load_in_8bit", "model.quantization.bits", boolean, manual=True),
+    Row("quantization.bnb_4bit_quant_type", "model.quantization.type", choice(["nf4", "fp4"])),
+    Row("quantization.bnb_4bit_compute_dtype", "model.quantization.computeDtype", choice(["bfloat16", "float16", "float32"])),
+    Row("quantization.bnb_4bit_use_double_quant", "model.quantization.doubleQuant", boolean),
+    Row("batch_size", "training.batchSizePerDevice", integer(1), ("training.per_device_train_batch_size", "--batch-size")),
+    Row("training.per_device_eval_batch_size", "evaluation.batchSizePerDevice", integer(1)),
+    Row("gradient_accumulation", "training.gradientAccumulationSteps", integer(1), ("training.gradient_accumulation_steps",)),
+    Row("epochs", "training.epochs", number(above=0), ("training.num_train_epochs", "--epochs")),
+    Row("training.max_steps", "training.maxSteps", steps_or_none),
+    Row("learning_rate", "training.learningRate", number(above=0), ("training.learning_rate",)),
+    Row("training.lr_scheduler_type", "training.scheduler", choice(SCHEDULERS)),
+    Row("training.warmup_ratio", "training.warmupRatio", number(0, below=1)),
+    Row("training.warmup_steps", "training.warmupSteps", integer(0)),
+    Row("training.optim", "training.optimizer"),
+    Row("training.weight_decay", "training.weightDecay", number(0)),
+    Row("training.max_grad_norm", "training.maxGradNorm", number(0)),
+    Row("training.fp16", "training.mixedPrecision", boolean, manual=True),
+    Row("training.bf16", "training.mixedPrecision", boolean, manual=True),
+    Row("training.gradient_checkpointing", "training.gradientCheckpointing", boolean, manual=True),
+    Row("training.logging_steps", "tracking.loggingSteps", integer(1)),
+    Row("training.logging_first_step", "tracking.logFirstStep", boolean),
+    Row("training.eval_strategy", "evaluation.strategy", choice(["steps", "epoch", "no"])),
+    Row("training.eval_steps", "evaluation.steps", integer(1), manual=True),
+    Row("training.eval_accumulation_steps", convert=anything, inert="the trainer never keeps all outputs of an evaluation"),
+    Row("training.save_strategy", "checkpoint.strategy", choice(["steps", "epoch", "no"])),
+    Row("training.save_steps", "checkpoint.steps", integer(1)),
+    Row("training.save_total_limit", "checkpoint.keep", integer(1)),
+    Row("training.load_best_model_at_end", "checkpoint.loadBestAtEnd", boolean),
+    Row("training.output_dir", "output.dir", aliases=("--output",), manual=True),
+    Row("training.overwrite_output_dir", convert=boolean, inert="every run writes to a folder of its own"),
+    Row("training.report_to", "tracking.reportTo", choice(TRACKERS), manual=True, empty_is_absent=False),
+    Row("training.seed", "training.seed", integer(0, 4294967295)),
+    Row("--data", "dataset.train", manual=True),
+    Row("dataset.format", "dataset.format", choice(FORMATS)),
+    Row("dataset.instruction_column", "dataset.columns.question"),
+    Row("dataset.input_column", "dataset.columns.input"),
+    Row("dataset.output_column", "dataset.columns.answer"),
+    Row("dataset.max_seq_length", "dataset.maxSequenceLength", integer(1)),
+    Row("dataset.packing", "dataset.packing", boolean),
+    Row("dataset.add_eos_token", "dataset.addEosToken", boolean),
+    Row("dataset.train_split", convert=exactly(lambda t: t == "train", "names a split, and a source is its training split", "train; for another one give --data URI"), manual=True),
+    Row("dataset.eval_split", "dataset.validation", manual=True),
+    Row("dataset.eval_size", "dataset.split.validation", number(0, below=1)),
+    Row("callbacks.early_stopping.enabled", "training.earlyStopping", boolean, manual=True),
+    Row("callbacks.early_stopping.patience", "training.earlyStopping.patience", integer(1), manual=True),
+    Row("callbacks.early_stopping.threshold", "training.earlyStopping.threshold", number(0), manual=True),
+    Row("callbacks.wandb.enabled", "tracking.reportTo", boolean, manual=True),
+    Row("callbacks.wandb.project", "tracking.wandb.project"),
+    Row("callbacks.wandb.entity", "tracking.wandb.entity"),
+    Row("inference.max_new_tokens", f"{GENERATION}.maxNewTokens", integer(1)),
+    Row("inference.temperature", f"{GENERATION}.temperature", number(0, 10)),
+    Row("inference.top_p", f"{GENERATION}.topP", number(0, 1, above=0)),
+    Row("inference.top_k", f"{GENERATION}.topK", integer(0)),
+    Row("inference.do_sample", f"{GENERATION}.doSample", boolean),
+    Row("inference.num_beams", convert=integer(1), inert="answers are sampled or greedy, without beams"),
+    Row("inference.repetition_penalty", f"{GENERATION}.repetitionPenalty", number(above=0)),
+    Row("post_training.merge_adapter", "output.mergeAdapter", boolean, ("--merge",)),
+    Row("post_training.push_to_hub", "output.hub.push", boolean),
+    Row("post_training.hub_model_id", "output.hub.repository"),
+    Row("templates", "dataset.template", table, manual=True),
+    Row("requirements", convert=anything, inert="it holds notes on memory"),
+)  # fmt: skip
+FIXED = "fixed in its code"
+
+
+def _four_bits(draft: Draft) -> bool:
+    return draft.value("method.type") == "qlora"
+
+
+PROFILE: tuple[Fill, ...] = (
+    Fill("method.lora.rank", 16),
+    Fill("method.lora.alpha", 32),
+    Fill("method.lora.dropout", 0.05, FIXED),
+    Fill("method.lora.bias", "none", FIXED),
+    Fill("model.quantization.type", "nf4", FIXED, _four_bits),
+    Fill("model.quantization.computeDtype", "bfloat16", FIXED, _four_bits),
+    Fill("model.quantization.doubleQuant", True, FIXED, _four_bits),
+    Fill("training.epochs", 3),
+    Fill("training.batchSizePerDevice", 4),
+    Fill("training.gradientAccumulationSteps", 4),
+    Fill("training.learningRate", 2e-4),
+    Fill("training.scheduler", "linear"),
+    Fill("training.warmupRatio", 0.03, when=lambda d: not d.has("training.warmupSteps")),
+    Fill("training.optimizer", "adamw_torch"),
+    Fill("training.weightDecay", 0),
+    Fill("training.maxGradNorm", 1),
+    Fill("training.mixedPrecision", "bf16", FIXED),
+    Fill("dataset.maxSequenceLength", 512),
+    Fill("checkpoint.strategy", "steps"),
+    Fill("checkpoint.steps", 100),
+    Fill("checkpoint.keep", 3),
+    Fill("output.dir", "output", FIXED),
+    Fill("output.layout", "flat", FIXED),
+    Fill("tracking.reportTo", ["tensorboard"]),
+    Fill("tracking.loggingSteps", 10),
+)  # fmt: skip
+MERGED = frozenset({"templates", "requirements", "lora.target_modules", "target_modules"})
+FLAGS = ("--model", "--data", "--output", "--epochs", "--batch-size", "--lora-r", "--merge")
+
+
+# --- reading --------------------------------------------------------------------------------------------------------
+
+
+def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
+    """Flat: `model` as a text with `lora_r` or `use_4bit`. Nested: `base_model.name` and `lora`."""
+    if not documents:
+        return any(word.partition("=")[0] in ("--lora-r", "--merge") for word in words)
+    for document in documents:
+        found = sniff(document)
+        base = found.get("base_model")
+        flat = isinstance(found.get("model"), str) and any(key in found for key in ("lora_r", "use_4bit", "lora_alpha"))
+        if flat or (isinstance(base, dict) and "name" in base):
+            return True
+    return False
+
+
+def read(draft: Draft) -> Iterator[Entry]:
+    """Files in order, then the flags of that tool's script."""
+    flags = parse_flags(after_launcher(draft.request.words), lambda name: name != "--merge")
+    stray_mistakes(draft, flags)
+    for name, value in flags.pairs:
+        if name == "--config" and value:
+            config_document(draft, value)
+    for document in draft.documents:
+        yield from entries(document, parse(document), MERGED)
+    for name, value in flags.pairs:
+        if name == "--merge":
+            yield flag_entry(name, True if value is None else value)
+        elif name != "--config" and value is None:
+            draft.mistakes.append(Mistake("command line", name, "it has no value", f"write {name} VALUE"))
+        elif name != "--config":
+            yield flag_entry(name, value)
+
+
+# --- options that belong together -----------------------------------------------------------------------------------
+
+
+def combine(draft: Draft) -> None:
+    """What one option of that tool means depends on others."""
+    place_source(draft, "model", "model.source")
+    place_source(draft, "--data", "dataset.train", always_local=is_local(str(draft.get("--data", ""))))
+    _method(draft)
+    _targets(draft)
+    _precision(draft)
+    _data(draft)
+    _evaluation(draft)
+    _callbacks(draft)
+    if "training.output_dir" in draft.given:
+        output_folder(draft, "training.output_dir")
+    if "training.gradient_checkpointing" in draft.given:
+        on = "enabled" if draft.get("training.gradient_checkpointing") else "disabled"
+        draft.put("training.gradientCheckpointing", on, "training.gradient_checkpointing")
+
+
+def _method(draft: Draft) -> None:
+    four = _loaded(draft, "load_in_4bit")
+    eight = _loaded(draft, "load_in_8bit")
+    if four and eight:
+        keys = ("quantization.load_in_4bit", "quantization.load_in_8bit")
+        draft.refuse(
+            keys,
+            "4-bit and 8-bit are both true, and a base is loaded in one of them",
+            "set one of them to false",
+            settles="model.quantization",
+        )
+        return
+    adapters = [key for key in draft.given if key.startswith("lora") or key == "target_modules"]
+    broken = any(key.startswith("lora") or "4bit" in key for key in draft.broken) or any(
+        m.key.startswith("lora") for m in draft.mistakes
+    )
+    if not adapters and not four:
+        if not broken:
+            hint = "write lora_r for LoRA, and use_4bit: true for QLoRA"
+            draft.mistakes.append(
+                Mistake(draft.where, "lora_r", "no method: there are neither LoRA's options nor 4-bit loading", hint)
+            )
+        return
+    source = four or (adapters[0] if adapters else eight)
+    if source is None:
+        return
+    draft.put("method.type", "qlora" if four else "lora", source)
+    if four or eight:
+        draft.put("model.quantization.bits", 4 if four else 8, four or eight or source)
+
+
+def _loaded(draft: Draft, name: str) -> str | None:
+    """The key that switches loading in few bits on; `quantization.enabled: false` switches it off."""
+    key, enabled = f"quantization.{name}", draft.get("quantization.enabled")
+    if name == "load_in_4bit" and draft.get("use_4bit"):
+        return "use_4bit"
+    if draft.get(key) and enabled is False:
+        given = draft.given[key]
+        draft.warn(f"{given.origin.place}: {given.key} has no effect: quantization.enabled is false")
+        return None
+    if draft.get(key):
+        return key
+    if name == "load_in_4bit" and enabled and not draft.wrote(key) and not draft.get("quantization.load_in_8bit"):
+        return "quantization.enabled"
+    return None
+
+
+def _targets(draft: Draft) -> None:
+    """A list, or a map from model family to a list: the family is looked for in the model's name."""
+    given = draft.given.get("target_modules")
+    if given is None:
+        return
+    if not isinstance(given.value, dict):
+        if given.value is not None:
+            draft.put("method.lora.targetModules", given.value, "target_modules")
+        return
+    source = str(draft.value("model.source", ""))
+    name = re.sub(r"[^a-z0-9]", "", source.lower())
+    families = sorted(given.value, key=len, reverse=True)
+    found = next((family for family in families if re.sub(r"[^a-z0-9]", "", family.lower()) in name), None)
+    found = found or next((family for family in families if family in ("default", "auto")), None)
+    if found is None:
+        draft.refuse(
+            "target_modules",
+            f"it names {', '.join(given.value)}, and none of them stands in the model's name {source}",
+            "write a list",
+        )
+        return
+    try:
+        draft.put("method.lora.targetModules", modules(given.value[found]), "target_modules")
+    except Unfit as unfit:
+        draft.refuse("target_modules", f"{found} {unfit.what}", f"allowed: {unfit.allowed}")
+    draft.note(f"target_modules: the list of {found} is taken, for {source}")
+
+
+def _precision(draft: Draft) -> None:
+    fp16, bf16 = "training.fp16", "training.bf16"
+    if draft.get(fp16) and draft.get(bf16):
+        draft.refuse((fp16, bf16), "fp16 and bf16 are both true", "set one of them to false")
+        return
+    if draft.get(bf16):
+        draft.put("training.mixedPrecision", "bf16", bf16)
+        if draft.get("base_model.dtype") == "float16":
+            given = draft.given["base_model.dtype"]
+            draft.warn(f"{given.origin.place}: {given.key}: float16 weights and bf16 training: bfloat16 wins")
+            draft.put("model.dtype", "bfloat16", bf16)
+    elif draft.get(fp16):
+        draft.put("training.mixedPrecision", "fp16", fp16)
+    elif fp16 in draft.given or bf16 in draft.given:
+        if draft.get(bf16) is False:
+            draft.put("training.mixedPrecision", "no", bf16)
+
+
+def _data(draft: Draft) -> None:
+    given = draft.given.get("dataset.eval_split")
+    if given is not None and not draft.has("dataset.validation"):
+        draft.warn(
+            f"{given.origin.place}: {given.key}: {given.value} names a split of a hub data set; give --validation URI, or dataset.eval_size"
+        )
+    if draft.has("dataset.split.validation"):
+        draft.fill("dataset.split.seed", 42, "our choice: that tool's hold-out is not seeded")
+        if draft.get("dataset.eval_size") == 0:
+            draft.values.pop("dataset.split.validation")
+            draft.values.pop("dataset.split.seed")
+    templates = draft.given.get("templates")
+    if draft.get("dataset.format") == "custom":
+        _template(draft)
+    elif templates is not None:
+        draft.warn(f"{templates.origin.place}: templates has no effect: dataset.format is not custom")
+
+
+def _template(draft: Draft) -> None:
+    given = draft.given.get("templates")
+    found = {} if given is None else {name: one for name, one in given.value.items() if isinstance(one, str)}
+    chosen = found.get("custom") or (next(iter(found.values())) if len(found) == 1 else None)
+    if chosen is None:
+        draft.refuse(
+            "dataset.format",
+            "custom rows need a template, and none can be chosen",
+            "write templates.custom",
+            settles="dataset.template",
+        )
+    else:
+        draft.put("dataset.template", text(chosen), "templates")
+
+
+def _evaluation(draft: Draft) -> None:
+    validated = draft.has("dataset.validation") or bool(draft.value("dataset.split.validation"))
+    if "training.eval_steps" in draft.given:
+        if validated or draft.has("evaluation.strategy"):
+            draft.put("evaluation.steps", draft.get("training.eval_steps"), "training.eval_steps")
+        else:
+            given = draft.given["training.eval_steps"]
+            draft.warn(f"{given.origin.place}: {given.key} has no effect: there is no validation data")
+    elif validated:
+        draft.fill("evaluation.steps", 100)
+    if validated:
+        draft.fill("evaluation.strategy", "steps")
+
+
+def _callbacks(draft: Draft) -> None:
+    report = draft.given.get("training.report_to")
+    trackers = list(draft.get("training.report_to") or []) if report is not None else None
+    if draft.get("callbacks.wandb.enabled"):
+        trackers = list(dict.fromkeys([*(trackers or []), "wandb"]))
+    if trackers is not None:
+        draft.put(
+            "tracking.reportTo",
+            trackers,
+            "callbacks.wandb.enabled" if draft.get("callbacks.wandb.enabled") else "training.report_to",
+        )
+    elif draft.wrote("training.report_to") and "training.report_to" not in draft.broken:
+        draft.fill("tracking.reportTo", [], "report_to is null")
+    names = ("patience", "threshold")
+    if draft.get("callbacks.early_stopping.enabled"):
+        draft.put(
+            "training.earlyStopping.patience",
+            draft.get("callbacks.early_stopping.patience", 3),
+            "callbacks.early_stopping.enabled",
+        )
+        draft.put(
+            "training.earlyStopping.threshold",
+            draft.get("callbacks.early_stopping.threshold", 0.01),
+            "callbacks.early_stopping.enabled",
+        )
+        return
+    for name in names:
+        given = draft.given.get(f"callbacks.early_stopping.{name}")
+        if given is not None:
+            draft.warn(f"{given.origin.place}: {given.key} has no effect: early stopping is not enabled")
+
+
+IMPORTER = Importer("guide", "this guide", ROWS, PROFILE, recognise, read, combine)

@@ -1,0 +1,11 @@
+"""All importers, by the name that `--from` takes. A further tool is one more line here."""
+
+from __future__ import annotations
+
+from finetune_cli.importers import env, guide, hydra, openai, toml, yaml
+from finetune_cli.importers.material import Importer
+
+IMPORTERS: dict[str, Importer] = {
+    one.name: one
+    for one in (env.IMPORTER, toml.IMPORTER, yaml.IMPORTER, hydra.IMPORTER, guide.IMPORTER, openai.IMPORTER)
+}

@@ -1,0 +1,58 @@
+"""How results and complaints reach the terminal: results on stdout, everything else on stderr, colours only where wanted."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+OK, ERROR, JOB_FAILED = 0, 1, 2
+"""Exit codes: done; the command could not do it; the job failed."""
+
+
+@functools.cache
+def console() -> Console:
+    """stdout. Rich honours NO_COLOR and knows a terminal from a pipe."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=True)
+
+
+@functools.cache
+def messages() -> Console:
+    """stderr."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+def write(text: str) -> None:
+    """A result, as it is."""
+    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+
+def say(kind: str, lines: Iterable[Any], style: str = "") -> None:
+    """Lines on stderr, each behind its kind: `error: ...`."""
+    from rich.text import Text
+
+    for line in lines:
+        messages().print(Text.assemble((f"{kind}: ", style), str(line)))
+
+
+def errors(lines: Iterable[Any]) -> None:
+    """What is wrong."""
+    say("error", lines, "bold red")
+
+
+def warnings(lines: Iterable[Any]) -> None:
+    """What the user should act on."""
+    say("warning", lines, "yellow")
+
+
+def notes(lines: Iterable[Any]) -> None:
+    """What the user may want to know."""
+    say("note", lines, "dim")
