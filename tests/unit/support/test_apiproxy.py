@@ -221,7 +221,8 @@ async def test_a_held_watch_stays_open_and_silent(
         reading = asyncio.ensure_future(answer.content.readline())
         assert (await create(session, "meanwhile"))[0] == 201
         assert not reading.done()
-        reading.cancel()
+        proxy.watches("jobs", Say.gone(410))
+        assert json.loads(await asyncio.wait_for(reading, 10))["type"] == "ERROR"
 
 
 async def test_late_events_keep_their_order_and_let_other_requests_pass(
