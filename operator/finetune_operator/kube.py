@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote, urlencode
 
@@ -168,16 +169,21 @@ class Kube:
         """Called before every write but the Lease's own; raises if this process may no longer write."""
 
     @classmethod
-    async def connect(cls, settings: ApiSettings, watcher: Watcher | None = None) -> Kube:
-        """Connect as the pod's ServiceAccount, else as the kubeconfig says ($KUBECONFIG, ~/.kube/config).
+    async def connect(
+        cls, settings: ApiSettings, watcher: Watcher | None = None, *, kubeconfig: Path | None = None
+    ) -> Kube:
+        """Connect as `kubeconfig` says, else as the pod's ServiceAccount, else as $KUBECONFIG or ~/.kube/config says.
 
         Errors: kubernetes.aio.config.ConfigException if there is neither.
         """
         configuration = Configuration()
         try:
+            if kubeconfig is not None:
+                raise kube_config.ConfigException("a kubeconfig was given")
             kube_config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call] # untyped upstream
         except kube_config.ConfigException:
-            await kube_config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call] # untyped upstream
+            file = str(kubeconfig) if kubeconfig else None
+            await kube_config.load_kube_config(config_file=file, client_configuration=configuration)  # type: ignore[no-untyped-call] # untyped upstream
         return cls(configuration, settings, watcher)
 
     async def close(self) -> None:
@@ -219,9 +225,9 @@ class Kube:
         query = {"fieldManager": names.MANAGER}
         return (await self._repeat("update", kind, name, "PUT", path, body=body, query=query)).body
 
-    async def patch(self, kind: Kind, namespace: str, name: str, body: Object) -> Object:
-        """Merge-patch, once: it carries no precondition."""
-        return (await self._once("patch", kind, name, "PATCH", kind.path(namespace, name), body=body)).body
+    async def patch(self, kind: Kind, namespace: str, name: str, body: Object, *, sub: str | None = None) -> Object:
+        """Merge-patch an object or its `sub`resource, once: it carries no precondition."""
+        return (await self._once("patch", kind, name, "PATCH", kind.path(namespace, name, sub), body=body)).body
 
     async def delete(
         self, kind: Kind, namespace: str, name: str, *, uid: str, foreground: bool = True, grace: int | None = None

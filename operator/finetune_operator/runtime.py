@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import signal
 import socket
 import uuid
 from collections import Counter
@@ -60,11 +61,16 @@ class Runtime:
         self._synced = asyncio.Event()
         self._working = asyncio.Event()
         self._stopping = False
+        self._told_to_end = asyncio.Event()
         self._heard_at = asyncio.get_running_loop().time()
         self._server = Server(config.http, metrics, healthy=self._healthy, ready=self._ready, refresh=self._refresh)
 
     async def run(self) -> int:
         """Run until told to end; returns the exit code: 0 if it was told to, 1 if a part failed."""
+        loop = asyncio.get_running_loop()
+        # Until kopf takes over the signals; told to end before that, it ends at once.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._told_to_end.set)
         await self._server.start()
         if self._config.leader_election.enabled:
             self._kube.guard = self._elector.check
@@ -117,6 +123,7 @@ class Runtime:
             standalone=True,
             clusterwide=not namespaces,
             namespaces=namespaces,
+            stop_flag=self._told_to_end,
         )
 
     async def _lead(self) -> None:

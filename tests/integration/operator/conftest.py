@@ -1,0 +1,91 @@
+"""One control plane and one operator process for the whole folder; a namespace a test."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from localcluster import Endpoint
+from tests.integration.operator.rig import Heartbeat, Operator, Progress, Rig, install, rig
+
+CRD = Path(__file__).parents[3] / "crds" / "finetunejobs.yaml"
+numbers = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here needs the API server."""
+    for item in items:
+        if "tests/integration/operator" in str(item.path):
+            item.add_marker("integration")
+
+
+@pytest.fixture(scope="session")
+def served(control_plane: Endpoint) -> Iterator[Endpoint]:
+    """The control plane with the CRD and one node that stays Ready."""
+    install(control_plane, CRD)
+    heart = Heartbeat(control_plane)
+    yield control_plane
+    heart.close()
+
+
+@pytest.fixture(scope="session")
+def progress() -> Iterator[Progress]:
+    """Stands for the pods' HTTP servers."""
+    found = Progress()
+    yield found
+    found.close()
+
+
+@pytest.fixture(scope="session")
+def config(progress: Progress) -> dict[str, object]:
+    """Configuration of the operator under test: short pauses, two pools."""
+    return {
+        "trainer": {"image": "registry.example.com/trainer:1"},
+        "http": {"host": "127.0.0.1", "port": 0},
+        "scrape": {"url": progress.url, "intervalSeconds": 0.2, "startingIntervalSeconds": 0.1},
+        "progressSeconds": 0.2,
+        "lostNodeSeconds": 1,
+        "retry": {"baseSeconds": 0.2, "maxSeconds": 1},
+        "log": {"level": "debug"},
+        "workers": 4,
+        "nodePools": [
+            {"name": "h100", "default": True, "gpusPerNode": 8, "nodeSelector": {"gpu": "h100"}},
+            {"name": "mig", "gpusPerNode": 7, "gpuResource": "nvidia.com/mig-1g.10gb"},
+        ],
+    }
+
+
+@pytest.fixture(scope="session")
+def operator(
+    served: Endpoint, config: dict[str, object], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Operator]:
+    """The operator, running."""
+    found = Operator(tmp_path_factory.mktemp("operator"), served.kubeconfig, config)
+    found.start()
+    yield found
+    code = found.stop()
+    log = found.log.read_text()
+    assert code == 0, log[-3000:]
+    assert "Traceback" not in log, log[log.index("Traceback") - 500 :][:4000]
+
+
+@pytest.fixture
+async def idle(served: Endpoint, progress: Progress, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
+    """A namespace that no operator of this folder's own making looks after yet: tests start theirs."""
+    async with rig(served, _namespace(request), progress) as found:
+        yield found
+
+
+@pytest.fixture
+async def world(operator: Operator, idle: Rig) -> Rig:
+    """A namespace, served by the operator of this folder."""
+    return idle
+
+
+def _namespace(request: pytest.FixtureRequest) -> str:
+    words = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower().removeprefix("test_"))
+    return f"{words[:40].strip('-')}-{next(numbers)}"

@@ -1,0 +1,426 @@
+"""What the tests of the control loop stand on: the operator as a process, and a kubelet played by the test.
+
+The kubelet runs pods, writes how they end and finishes deletions, as the real one does; everything else is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import yaml
+
+from finetune_api.names import API_VERSION, KIND, ExitCode, Label
+from finetune_api.pod import LastWords
+from finetune_operator.kube import FINETUNEJOB, JOB, POD, Kind, Kube, KubeError, NotFound, Object
+from finetune_operator.settings import ApiSettings
+from localcluster import Endpoint
+
+NODE = "test-node"
+CORE_NODE = Kind("v1", "Node", "nodes")
+PATIENCE = 30.0
+"""Seconds that a condition may take before the test fails with what it saw."""
+SPEC: Object = {
+    "model": {"source": "org/tiny"},
+    "dataset": {"train": "s3://data/train.jsonl"},
+    "training": {"maxSteps": 100},
+    "resources": {"gpusPerNode": 0},
+    "storage": {"uri": "s3://models/test", "credentialsSecretRef": {"name": "s3"}},
+}
+
+
+class Progress:
+    """Stands for the pods' HTTP servers: what `put` was told is what the operator reads."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, str] = {}
+        answers = self.answers
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                body = answers.get(self.path, "").encode()
+                self.send_response(200 if body else 404)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: Any) -> None:
+                """Nothing: a test's output is for failures."""
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
+        self._thread.start()
+
+    @property
+    def url(self) -> str:
+        """For the operator's `scrape.url`."""
+        return f"http://127.0.0.1:{self._server.server_port}/{{namespace}}/{{pod}}"
+
+    def put(self, pod: Object, report: Object) -> None:
+        """What this pod says from now on; uid and attempt are filled in."""
+        meta = pod["metadata"]
+        full = {"uid": meta["labels"][Label.UID], "attempt": int(meta["labels"][Label.ATTEMPT]), **report}
+        self.answers[f"/{meta['namespace']}/{meta['name']}"] = json.dumps(full)
+
+    def silence(self, pod: Object) -> None:
+        """The pod answers no more."""
+        self.answers.pop(f"/{pod['metadata']['namespace']}/{pod['metadata']['name']}", None)
+
+    def close(self) -> None:
+        """Stop."""
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@dataclass
+class Operator:
+    """The operator as a process."""
+
+    folder: Path
+    kubeconfig: Path
+    config: Object
+    env: dict[str, str] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> Path:
+        """Its log lines."""
+        return self.folder / "operator.log"
+
+    def start(self) -> None:
+        """Start it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / "config.yaml"
+        path.write_text(yaml.safe_dump(self.config))
+        env = {**os.environ, "KUBECONFIG": str(self.kubeconfig), **self.env}
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "finetune_operator", "--config", str(path)], env=env, stderr=log, stdout=log
+            )
+
+    def kill(self) -> None:
+        """kill -9."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+
+    def stop(self) -> int:
+        """SIGTERM; its exit code."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+    def port(self) -> int:
+        """Port of its HTTP server, from its log."""
+        for line in self.log.read_text().splitlines():
+            if "/metrics on port" in line:
+                port = int(line.split("on port ")[1].split()[0])
+        return port
+
+
+class Store:
+    """A watch on one kind in one namespace; `changed` is notified on every event."""
+
+    def __init__(self, rig: Rig, kind: Kind):
+        self._rig, self._kind = rig, kind
+        self.items: dict[str, Object] = {}
+        self.history: list[tuple[str, Object]] = []
+
+    async def run(self, session: aiohttp.ClientSession) -> None:
+        """Watch until cancelled; a watch that ends is begun again."""
+        while True:
+            url = f"{self._rig.endpoint.server}{self._kind.path(self._rig.namespace)}?watch=true&sendInitialEvents=true"
+            url += "&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true&timeoutSeconds=600"
+            async with session.get(url) as response:
+                response.raise_for_status()
+                async for line in response.content:
+                    await self._take(json.loads(line))
+
+    async def _take(self, event: Object) -> None:
+        type_, body = event["type"], event["object"]
+        if type_ not in ("ADDED", "MODIFIED", "DELETED"):
+            return
+        name = body["metadata"]["name"]
+        async with self._rig.changed:
+            if type_ == "DELETED":
+                self.items.pop(name, None)
+            else:
+                self.items[name] = body
+            self.history.append((type_, body))
+            self._rig.changed.notify_all()
+
+
+class Rig:
+    """One namespace of a test: its objects, its kubelet, and waiting for what should become true."""
+
+    def __init__(self, endpoint: Endpoint, kube: Kube, namespace: str, progress: Progress):
+        self.endpoint, self.kube, self.namespace, self.progress = endpoint, kube, namespace, progress
+        self.changed = asyncio.Condition()
+        self.jobs, self.pods, self.ftjs = Store(self, JOB), Store(self, POD), Store(self, FINETUNEJOB)
+        self.kubelet = Kubelet(self)
+
+    async def create(self, name: str = "run", **groups: Any) -> Object:
+        """Create a FineTuneJob; `groups` are merged into the groups of SPEC."""
+        spec = json.loads(json.dumps(SPEC))
+        for group, value in groups.items():
+            spec[group] = {**spec.get(group, {}), **value} if isinstance(value, dict) else value
+        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name, "namespace": self.namespace}}
+        return (await self.kube.create(FINETUNEJOB, self.namespace, {**body, "spec": spec})).body
+
+    async def patch(self, spec: Object, name: str = "run") -> Object:
+        """Change the spec of a FineTuneJob."""
+        return await self.kube.patch(FINETUNEJOB, self.namespace, name, {"spec": spec})
+
+    async def until(self, what: str, condition: Callable[[], Any], patience: float = PATIENCE) -> Any:
+        """Wait until `condition` is true; its value. Fails with everything that was seen."""
+        try:
+            async with asyncio.timeout(patience), self.changed:
+                while not (value := condition()):
+                    await self.changed.wait()
+                return value
+        except TimeoutError:
+            raise AssertionError(f"not in {patience:.0f} s: {what}\n{self.describe()}") from None
+
+    async def phase(self, phase: str, name: str = "run", patience: float = PATIENCE) -> Object:
+        """Wait for a phase; the status."""
+        return (await self.until(f"phase {phase}", lambda: self._in_phase(name, phase), patience))["status"]
+
+    def _in_phase(self, name: str, phase: str) -> Object | None:
+        found = self.ftjs.items.get(name)
+        return found if found and (found.get("status") or {}).get("phase") == phase else None
+
+    async def job(self, name: str) -> Object:
+        """Wait for a Job to exist."""
+        return await self.until(f"Job {name}", lambda: self.jobs.items.get(name))
+
+    async def pod(self, job: str, index: int = 0, state: str = "") -> Object:
+        """Wait for a pod of a Job, by index, in a phase if one is given."""
+        return await self.until(f"pod {index} of {job} {state}", lambda: self._pod(job, index, state))
+
+    def _pod(self, job: str, index: int, state: str) -> Object | None:
+        for pod in self.pods.items.values():
+            labels = pod["metadata"]["labels"]
+            same = labels.get("batch.kubernetes.io/job-name") == job
+            if same and labels.get("batch.kubernetes.io/job-completion-index") == str(index):
+                return pod if not state or pod["status"].get("phase") == state else None
+        return None
+
+    def status(self, name: str = "run") -> Object:
+        """Status as the watch last showed it."""
+        return self.ftjs.items[name].get("status") or {}
+
+    def condition(self, kind: str, name: str = "run") -> Object:
+        """A condition; empty if it is absent."""
+        return next((c for c in self.status(name).get("conditions", []) if c["type"] == kind), {})
+
+    def describe(self) -> str:
+        """Everything seen, for a failure."""
+        lines = []
+        for ftj in self.ftjs.items.values():
+            lines.append(yaml.safe_dump({ftj["metadata"]["name"]: ftj.get("status")}))
+        for job in self.jobs.items.values():
+            lines.append(f"Job {job['metadata']['name']}: {json.dumps(job.get('status'))}")
+        for pod in self.pods.items.values():
+            lines.append(f"Pod {pod['metadata']['name']}: {json.dumps(pod.get('status'))}")
+        return "\n".join(lines)
+
+    async def train(self, job: str, step: int = 40, total: int = 100, **report: Any) -> Object:
+        """Pod 0 of a Job trains: it says so from now on."""
+        pod = await self.pod(job, 0, "Running")
+        shown = {"step": step, "totalSteps": total, "secondsRemaining": 60}
+        value = {"stage": "training", "progress": shown, "health": {"secondsSinceStep": 1.0, "medianStepSeconds": 0.5}}
+        self.progress.put(pod, {**value, **report})
+        return pod
+
+
+class Kubelet:
+    """Runs the pods of one namespace. `auto`: every pod runs and gets ready as soon as it exists."""
+
+    def __init__(self, rig: Rig):
+        self._rig = rig
+        self.auto = True
+        self.stops = True
+        """Whether pods that are being deleted end; False: their node is gone."""
+        self.stop_code = int(ExitCode.PREEMPTED_SAVED)
+        self.stop_words = LastWords(code="Stopped", message="saved on request", step=0)
+        self._seen: set[tuple[str, str]] = set()
+
+    async def run(self) -> None:
+        """Serve until cancelled."""
+        while True:
+            async with self._rig.changed:
+                todo = await self._todo()
+                while not todo:
+                    await self._rig.changed.wait()
+                    todo = await self._todo()
+            for step in todo:
+                with contextlib.suppress(NotFound):
+                    await step
+
+    async def _todo(self) -> list[Any]:
+        steps = []
+        for pod in list(self._rig.pods.items.values()):
+            uid = pod["metadata"]["uid"]
+            deleting = "deletionTimestamp" in pod["metadata"]
+            if deleting and self.stops and self._first(uid, "stop"):
+                steps.append(self._stop(pod))
+            elif not deleting and self.auto and self._first(uid, "run"):
+                steps.append(self.start(pod))
+        return steps
+
+    def _first(self, uid: str, what: str) -> bool:
+        if (uid, what) in self._seen:
+            return False
+        self._seen.add((uid, what))
+        return True
+
+    async def start(self, pod: Object, *, ready: bool = True) -> None:
+        """Bind the pod, run it."""
+        name = pod["metadata"]["name"]
+        self._seen.add((pod["metadata"]["uid"], "run"))
+        binding = {
+            "apiVersion": "v1", "kind": "Binding", "metadata": {"name": name},
+            "target": {"apiVersion": "v1", "kind": "Node", "name": NODE},
+        }  # fmt: skip
+        with contextlib.suppress(KubeError):
+            await self._rig.kube.create(Kind("v1", "Binding", f"pods/{name}/binding"), self._rig.namespace, binding)
+        await self.write(pod, {
+            "phase": "Running", "podIP": "127.0.0.1", "startTime": _now(),
+            "conditions": [_true("PodScheduled"), {**_true("Ready"), "status": "True" if ready else "False"}],
+            "containerStatuses": [_container({"running": {"startedAt": _now()}}, ready)],
+        })  # fmt: skip
+
+    async def end(self, pod: Object, code: int, words: LastWords | None = None, *, reason: str = "", raw: str = "") -> None:
+        """The container ends with this exit code and these last words."""
+        message = raw or (words.to_json() if words else "")
+        terminated = {"exitCode": code, "reason": reason or ("Completed" if code == 0 else "Error"), "message": message}
+        terminated |= {"finishedAt": _now(), "startedAt": _now()}
+        await self.write(pod, {
+            "phase": "Succeeded" if code == 0 else "Failed",
+            "containerStatuses": [_container({"terminated": terminated}, False)],
+            "conditions": [_true("PodScheduled"), {**_true("Ready"), "status": "False"}],
+        })  # fmt: skip
+
+    async def succeed(self, pod: Object, step: int = 100) -> None:
+        """The run is over and its artefact committed."""
+        output = {"uri": f"s3://models/test/model/{pod['metadata']['uid'][:8]}", "sha256": "ab" * 32, "kind": "adapter"}
+        words = LastWords.model_validate({"output": output, "step": step, "metrics": {"trainLoss": 0.5}})
+        await self.end(pod, 0, words)
+
+    async def write(self, pod: Object, status: Object) -> None:
+        """Write a pod's status."""
+        await self._rig.kube.patch(POD, self._rig.namespace, pod["metadata"]["name"], {"status": status}, sub="status")
+
+    async def _stop(self, pod: Object) -> None:
+        """SIGTERM: save, end, and let the object go."""
+        if pod["status"].get("phase") not in ("Succeeded", "Failed"):
+            await self.end(pod, self.stop_code, self.stop_words)
+        await self.remove(pod)
+
+    async def remove(self, pod: Object) -> None:
+        """The last act of a deletion."""
+        meta = pod["metadata"]
+        await self._rig.kube.delete(POD, self._rig.namespace, meta["name"], uid=meta["uid"], grace=0)
+
+
+def _container(state: Object, ready: bool) -> Object:
+    return {
+        "name": "trainer", "image": "trainer", "imageID": "sha256:1", "ready": ready, "restartCount": 0, "state": state,
+    }  # fmt: skip
+
+
+def _true(kind: str) -> Object:
+    return {"type": kind, "status": "True", "lastTransitionTime": _now()}
+
+
+def _now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@contextlib.asynccontextmanager
+async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIterator[Rig]:
+    """A namespace with everything that serves it."""
+    kube = await Kube.connect(ApiSettings(), kubeconfig=endpoint.kubeconfig)
+    body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
+    await kube.create(Kind("v1", "Namespace", "namespaces"), "", body)
+    found = Rig(endpoint, kube, namespace, progress)
+    context = ssl.create_default_context(cafile=str(endpoint.ca))
+    headers = {"Authorization": f"Bearer {endpoint.token}"}
+    connector = aiohttp.TCPConnector(ssl=context)
+    timeout = aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout, read_bufsize=2**21) as session:
+        tasks = [asyncio.create_task(one.run(session)) for one in (found.jobs, found.pods, found.ftjs)]
+        tasks.append(asyncio.create_task(found.kubelet.run()))
+        try:
+            yield found
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await kube.close()
+
+
+class Heartbeat:
+    """Keeps the one node Ready, as its kubelet would: without it, the controllers would evict every pod."""
+
+    def __init__(self, endpoint: Endpoint):
+        self._endpoint = endpoint
+        self._end = threading.Event()
+        node = {"apiVersion": "v1", "kind": "Node", "metadata": {"name": NODE}}
+        endpoint.request("POST", "/api/v1/nodes", node)
+        self._beat()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._end.wait(5):
+            self._beat()
+
+    def _beat(self) -> None:
+        now = _now()
+        ready = {"type": "Ready", "status": "True", "reason": "KubeletReady", "lastHeartbeatTime": now}
+        status = {"status": {"conditions": [{**ready, "lastTransitionTime": now}]}}
+        kind = "application/strategic-merge-patch+json"
+        self._endpoint.request("PATCH", f"/api/v1/nodes/{NODE}/status", status, content_type=kind)
+
+    def close(self) -> None:
+        """Stop."""
+        self._end.set()
+        self._thread.join()
+
+
+def install(endpoint: Endpoint, crd: Path) -> None:
+    """Install the CRD and wait until it is served."""
+    endpoint.apply("/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.finetune-operator.io", yaml.safe_load(crd.read_text()))
+    for _ in _ticks():
+        with contextlib.suppress(Exception):
+            endpoint.get(f"/apis/{API_VERSION}/finetunejobs")
+            return
+
+
+def _ticks() -> Iterator[None]:
+    pause = threading.Event()
+    for _ in range(100):
+        yield
+        pause.wait(0.1)
+    raise AssertionError("the CRD is not served after 10 s")
