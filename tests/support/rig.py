@@ -1,8 +1,8 @@
-"""What a fault test of the operator stands on: a real API server, a played kubelet, proxies, and operators as processes.
+"""What a fault test of the operator stands on: a real API server, a played kubelet, proxies, operators as processes.
 
-One API server and one kubelet serve a whole run; each test has a namespace of its own, in which its operators work. When a test
-ends, its operators are killed and their logs searched: a line that would wake a person fails the test, unless the test said
-that it must be there.
+One API server and one kubelet serve a whole run; each test has a namespace of its own, in which its operators work. When a
+test ends, its operators are killed and their logs searched: a line that would wake a person fails the test, unless the
+test said that it must be there.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ _outcomes: dict[int, dict[str, int]] = {}
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "row(*numbers): rows of the fault matrix (docs/guides/faults.md) that this test shows")
+    config.addinivalue_line("markers", "row(*numbers): rows of the fault matrix (docs/guides/faults.md) shown by this test")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

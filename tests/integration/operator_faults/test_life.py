@@ -1,4 +1,4 @@
-"""The rows of the fault matrix that every change runs: lost answers, conflicts, stale views, a dead operator, foreign objects."""
+"""The rows of the fault matrix that are quick: lost answers, conflicts, stale views, a dead operator, foreign objects."""
 
 from __future__ import annotations
 
@@ -37,3 +37,192 @@ def test_a_whole_life_costs_few_writes_and_none_of_what_is_the_user_s(rig: Rig, 
     assert "finalizers" not in metadata
     assert "annotations" not in metadata
     assert {m["subresource"] for m in metadata["managedFields"] if m["manager"] == names.MANAGER} == {"status"}
+
+
+@pytest.mark.row(2)
+@pytest.mark.parametrize("point", ["before_status_write", "after_job_create"])
+def test_killed_while_it_starts_a_job(rig: Rig, point: str) -> None:
+    dying = rig.operator(crash_at=point)
+    rig.submit()
+    assert dying.wait_end() == -9
+    proxy = rig.proxy()
+    rig.operator(through=proxy)
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+    body = rig.wait_finished()
+    assert attempts(body) == [(1, Reason.SUCCEEDED)]
+    assert rig.jobs() == ["job-1"]
+    rig.wait_event(Reason.SUCCEEDED)
+    seen = rig.reasons()
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.row(3, 6)
+def test_what_was_wished_while_it_was_away_is_what_happens(rig: Rig) -> None:
+    rig.submit("new")
+    rig.submit("flipped")
+    for value in (True, False, True):
+        rig.steer("flipped", suspend=value)
+    proxy = rig.proxy()
+    rig.operator(through=proxy)
+    rig.wait_phase(Phase.SUSPENDED, "flipped")
+    rig.wait_attempt(1, "new")
+    assert rig.jobs("flipped") == []
+    assert created(proxy, "jobs") == 1
+
+
+@pytest.mark.row(4)
+def test_deletion_needs_no_operator(rig: Rig) -> None:
+    operator = rig.operator()
+    rig.submit()
+    rig.kubelet.wait_running(rig.namespace, "job")
+    operator.kill()
+    rig.api.delete(FTJ, rig.namespace, "job")
+    rig.api.wait_gone(FTJ, rig.namespace, "job")
+    rig.api.wait_gone("jobs", rig.namespace, "job-1", timeout=60)
+    rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods)
+    proxy = rig.proxy()
+    rig.operator(through=proxy)
+    rig.submit("another")
+    rig.wait_attempt(1, "another")
+    assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
+
+
+@pytest.mark.row(7)
+@pytest.mark.parametrize("fault", [LostResponse(), StatusAfter(504)], ids=["lost", "504"])
+def test_a_create_whose_answer_is_lost_makes_one_job(rig: Rig, fault: LostResponse | StatusAfter) -> None:
+    proxy = rig.proxy()
+    rig.operator(through=proxy)
+    with proxy.fault(fault, verb="create", resource="jobs", times=1) as rule:
+        rig.submit()
+        body = rig.wait_attempt(1)
+    assert rule.hits == 1
+    assert rig.jobs() == ["job-1"]
+    assert attempts(body) == [(1, "")]
+    assert created(proxy, "jobs") == 1
+
+
+@pytest.mark.row(8)
+def test_conflicts_at_the_status_are_not_worth_a_word(rig: Rig) -> None:
+    proxy = rig.proxy()
+    rig.operator(through=proxy)
+    with all_of(
+        proxy.fault(Status(409), verb="update", resource=f"{FTJ}/status", times=5),
+        proxy.fault(Status(409), verb="patch", resource=f"{FTJ}/status", times=5),
+    ):
+        rig.submit()
+        rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+        body = rig.wait_finished()
+    assert attempts(body) == [(1, Reason.SUCCEEDED)]
+    assert sum(e.fault == "Status" for e in proxy.exchanges) == 5
+
+
+@pytest.mark.row(17)
+def test_old_events_that_come_again_change_nothing(rig: Rig) -> None:
+    proxy = rig.proxy()
+    rig.operator(through=proxy)
+    rig.submit()
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+    before = rig.wait_finished()
+    proxy.forget()
+    for resource in ("pods", "jobs", FTJ):
+        assert proxy.watches(resource, Repeat(50)) >= 1
+    rig.submit("later")
+    rig.wait_attempt(1, "later")
+    assert rig.get()["status"] == before["status"]
+    assert [e.path for e in proxy.exchanges if e.method != "GET" and "/job" in e.path.partition(f"{FTJ}/")[2]] == []
+    assert rig.jobs() == ["job-1"]
+
+
+@pytest.mark.row(18)
+def test_a_view_that_lags_makes_no_second_job(rig: Rig) -> None:
+    proxy = rig.proxy()
+    with all_of(
+        proxy.fault(LateEvents(1.5), verb="watch", resource="jobs"),
+        proxy.fault(LateEvents(1.5), verb="watch", resource="pods"),
+        proxy.fault(LateEvents(1.5), verb="watch", resource=FTJ),
+    ):
+        rig.operator(through=proxy, config={"resyncSeconds": 3600})
+        rig.submit()
+        pod = rig.kubelet.wait_running(rig.namespace, "job", attempt=1)[0]
+        rig.kubelet.end(pod, failure(70, message="broken"))
+        pod = rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0]
+        rig.kubelet.end(pod, success())
+        body = rig.wait_finished()
+    assert attempts(body) == [(1, Reason.INTERNAL_ERROR), (2, Reason.SUCCEEDED)]
+    assert created(proxy, "jobs") == 2
+
+
+@pytest.mark.row(20)
+def test_what_is_not_ours_is_left_alone(rig: Rig) -> None:
+    labels = {Label.MANAGED_BY.value: names.MANAGER, Label.NAME.value: "job", Label.UID.value: "another"}
+    template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}}
+
+    def foreign(name: str, attempt: int) -> str:
+        body = {"metadata": {"name": name, "labels": labels | {Label.ATTEMPT.value: str(attempt)}}}
+        spec = {"suspend": True, "template": template}
+        return str(rig.api.create("jobs", rig.namespace, body | {"spec": spec})["metadata"]["uid"])
+
+    stranger, blocker = foreign("stranger", 7), foreign("job-1", 1)
+    proxy = rig.proxy()
+    rig.operator(through=proxy)
+    rig.submit()
+    body = rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.CHILDREN_CONFLICT)
+    assert body["status"]["phase"] == Phase.PENDING
+    assert "job-1" in condition(body, Condition.PODS_READY)["message"]
+    assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
+    rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Background", preconditions={"uid": blocker})
+    rig.wait_attempt(1)
+    assert rig.api.get("jobs", rig.namespace, "stranger")["metadata"]["uid"] == stranger
+    assert rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"] != blocker
+    assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
+
+
+@pytest.mark.row(21)
+def test_a_job_that_somebody_deletes_is_an_attempt_that_ended(rig: Rig) -> None:
+    rig.operator()
+    rig.submit(policy={"retries": 1})
+    for attempt in (1, 2):
+        rig.kubelet.wait_running(rig.namespace, "job", attempt=attempt)
+        rig.wait_attempt(attempt)
+        rig.api.delete("jobs", rig.namespace, f"job-{attempt}", propagationPolicy="Foreground")
+    body = rig.wait_finished()
+    assert attempts(body) == [(1, Reason.PREEMPTED), (2, Reason.PREEMPTED)]
+    assert condition(body, Condition.SUCCEEDED)["reason"] == Reason.RETRIES_EXHAUSTED
+    rig.wait_event(Reason.FAILED)
+
+
+@pytest.mark.row(27)
+def test_retries_end_once_and_for_all(rig: Rig) -> None:
+    proxy = rig.proxy()
+    rig.kubelet.plan(rig.namespace, Plan(end=failure(70, message="it breaks each time")))
+    rig.operator(through=proxy)
+    rig.submit(policy={"retries": 2})
+    body = rig.wait_finished()
+    assert body["status"]["phase"] == Phase.FAILED
+    assert attempts(body) == [(n, Reason.INTERNAL_ERROR) for n in (1, 2, 3)]
+    assert holds(body, Condition.STALLED)
+    assert not holds(body, Condition.RECONCILING)
+    assert condition(body, Condition.SUCCEEDED)["reason"] == Reason.RETRIES_EXHAUSTED
+    assert "it breaks each time" in body["status"]["failure"]["message"]
+    assert created(proxy, "jobs") == 3
+    rig.submit("later", suspend=True)
+    rig.wait_phase(Phase.SUSPENDED, "later")
+    assert created(proxy, "jobs") == 3
+    assert rig.reasons().count(Reason.FAILED) == 1
+
+
+@pytest.mark.row(30)
+def test_suspend_resume_suspend_leaves_nothing_behind(rig: Rig) -> None:
+    rig.kubelet.plan(rig.namespace, Plan(stop=failure(75, step=4, committed=4)))
+    rig.operator()
+    rig.submit()
+    rig.kubelet.wait_running(rig.namespace, "job")
+    for value in (True, False, True):
+        rig.steer(suspend=value)
+    body = rig.wait_phase(Phase.SUSPENDED)
+    rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods)
+    assert holds(body, Condition.SUSPENDED)
+    assert all(a["reason"] == Reason.SUSPENDED for a in body["status"]["attempts"])
+    rig.steer(suspend=False)
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], Ending(0))
+    assert holds(rig.wait_finished(), Condition.SUCCEEDED)
