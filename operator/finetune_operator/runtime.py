@@ -116,6 +116,8 @@ class Runtime:
 
     async def _watch(self) -> None:
         """kopf, for as long as the process lives."""
+        if self._told_to_end.is_set():
+            return
         namespaces = list(self._config.namespaces)
         await kopf.operator(
             registry=handlers.register(self._kube, self._cache, self._queue, self._heard),
@@ -123,7 +125,6 @@ class Runtime:
             standalone=True,
             clusterwide=not namespaces,
             namespaces=namespaces,
-            stop_flag=self._told_to_end,
         )
 
     async def _lead(self) -> None:
