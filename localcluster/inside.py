@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from localcluster.layout import SERVICE_CIDR, Node, Plan
+from localcluster.components import SERVICE_CIDR
+from localcluster.layout import Node, Plan
 
 CONTROL = "control.sock"
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000

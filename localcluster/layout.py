@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from localcluster.components import SERVICE_CIDR
+from localcluster import paths
 from localcluster.errors import MissingRequirement
 
 HOST_LINK = "ftlc0"
@@ -23,7 +23,7 @@ BLOCKS = range(201, 240)
 
 @dataclass(frozen=True)
 class Node:
-    """One node. `folder` holds its kubelet and logs, `store` its images (kept over restarts), `run` its sockets."""
+    """One node. `folder` holds its kubelet's files; `store` its images, kept for the next cluster on this machine."""
 
     name: str
     number: int
@@ -60,7 +60,7 @@ class Plan:
     @property
     def nodes(self) -> list[Node]:
         return [
-            Node(f"n{i}", i, self.block, self.folder / f"n{i}", self.folder / "images" / f"n{i}")
+            Node(f"n{i}", i, self.block, self.folder / f"n{i}", node_stores() / f"n{i}")
             for i in range(1, self.count + 1)
         ]
 
@@ -90,6 +90,11 @@ class Plan:
         return Plan(Path(data["folder"]), data["block"], data["count"])
 
 
+def node_stores() -> Path:
+    """Where the nodes' images lie: one cluster at a time uses them, whichever its state folder is."""
+    return paths.cache() / "nodes"
+
+
 def free_block() -> str:
     """A block `10.X` that this machine has no address in and no route to (default routes apart)."""
     command = ["ip", "-j", "-4", "route", "show", "table", "all"]
@@ -106,6 +111,3 @@ def free_block() -> str:
     raise MissingRequirement(
         f"no free address range: each of 10.{BLOCKS[0]}.0.0/16 to 10.{BLOCKS[-1]}.0.0/16 has a route on this machine"
     )
-
-
-__all__ = ["API_PORT", "BLOCKS", "CGROUP", "HOST_LINK", "SERVICE_CIDR", "S3_NODE_PORT", "Node", "Plan", "free_block"]

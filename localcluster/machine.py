@@ -93,11 +93,11 @@ class Machine:
 
     def kill_shims(self, node: str) -> None:
         """End what holds a node's containers while containerd is away."""
-        mounts = os.readlink(f"/proc/{self.pid(node)}/ns/mnt")
+        mounts = Path(f"/proc/{self.pid(node)}/ns/mnt").readlink()
         for pid in processes.owned_by(self.folder):
             with contextlib.suppress(OSError):  # it has ended
                 shim = Path(f"/proc/{pid}/comm").read_text().startswith("containerd-shim")
-                if shim and os.readlink(f"/proc/{pid}/ns/mnt") == mounts:
+                if shim and Path(f"/proc/{pid}/ns/mnt").readlink() == mounts:
                     os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:

@@ -22,8 +22,8 @@ from localcluster.components import ControlPlaneAddresses, User
 from localcluster.control_plane import NODE_MODE as MODE
 from localcluster.control_plane import PLAN, STATE, locked, prepare, read_endpoint, wait_for_api, write_state
 from localcluster.errors import ClusterDiffers, ImageNotFound, NotRunning
-from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, free_block
-from localcluster.machine import Machine, not_running
+from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, free_block, node_stores
+from localcluster.machine import Machine, not_running, take_lock
 from localcluster.oci import Image, manifest_of, write_layout
 from localcluster.processes import Lifetime, Server
 from localcluster.s3 import S3Endpoint, is_ready, new_keys
@@ -34,8 +34,6 @@ GPU = "nvidia.com/gpu"
 NODE_GRACE_SECONDS = 16
 """A node that is silent for so long becomes NotReady; production waits 50 s."""
 LEASE_SECONDS = 8
-KEPT = {"images", "lock"}
-"""What `down` leaves in the state folder, so that the next `up` need not unpack gigabytes again."""
 
 
 @dataclass(frozen=True)
@@ -186,19 +184,21 @@ class NodeCluster:
         processes.wait_until(what, look, servers=[], timeout=60)
 
     def down(self) -> None:
-        """End it. The nodes' images stay for the next time; `purge` removes them too."""
+        """End it. The nodes' images stay in the cache for the next cluster; `purge` removes them too."""
         with locked(self.state_dir):
             self._machine.end()
             self._clean()
 
     def purge(self) -> None:
-        """End it and remove everything of it."""
+        """End it, and remove its state folder and the nodes' images."""
         self.down()
+        with take_lock(self.state_dir):
+            shutil.rmtree(node_stores(), ignore_errors=True)
         shutil.rmtree(self.state_dir, ignore_errors=True)
 
     def _clean(self) -> None:
         for path in self.state_dir.iterdir():
-            if path.name not in KEPT:
+            if path.name != "lock":
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def __enter__(self) -> NodeCluster:
