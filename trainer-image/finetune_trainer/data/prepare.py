@@ -136,7 +136,7 @@ def _tokens(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int, templat
             if isinstance(rows[0][1], Completion) and template and spec.use_chat_template is None:
                 style = Style(tokenizer, False, style.response_only, style.markers, style.specials)
                 notes.append("prompt and completion are joined as they are; dataset.useChatTemplate: true makes them turns")
-            bad = _BadRows(run, len(rows))
+            bad = RowPolicy(run, len(rows))
             parts[name] = tokenise(_rendered(rows, style, bad), tokenizer, rules, on_bad_row=bad)
             notes += bad.notes(name) + [f"{name}: {note}" for note in parts[name].report.notes(rules)]
     if spec.packing:
@@ -145,7 +145,7 @@ def _tokens(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int, templat
     return loaded, parts, list(dict.fromkeys(notes))
 
 
-class _BadRows:
+class RowPolicy:
     """The policy for rows that turn out to be unusable only once they are rendered."""
 
     def __init__(self, run: RunConfig, rows: int):
@@ -171,7 +171,7 @@ class _BadRows:
         return [f"{part}: {self.count} rows were left out; the first: {self.first[0]}: {self.first[1]}"] if self.first else []
 
 
-def _rendered(rows: Rows, style: Style, bad: _BadRows) -> Iterator[tuple[str, Rendered]]:
+def _rendered(rows: Rows, style: Style, bad: RowPolicy) -> Iterator[tuple[str, Rendered]]:
     for raw, example in rows:
         try:
             yield raw.place, render(example, style)

@@ -90,7 +90,7 @@ def tokenise(
     """
     result, lengths = Tokens(), []
     report = result.report
-    for place, ids, labels in _encoded(texts, tokenizer, rules):
+    for place, ids, labels in encoded(texts, tokenizer, rules):
         if all(label == IGNORED for label in labels[1:]):
             on_bad_row(place, "NoTrainableToken", "no token of the row is learned", "give it an answer, or remove the row")
             continue
@@ -146,7 +146,7 @@ def packed(tokens: Tokens, capacity: int) -> Tokens:
     return result
 
 
-def _encoded(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, rules: Rules) -> Iterator[tuple[str, list[int], list[int]]]:
+def encoded(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, rules: Rules) -> Iterator[tuple[str, list[int], list[int]]]:
     """Batches through the tokenizer: a fast one uses all cores for a batch."""
     ends = _Ends.of(tokenizer, rules)
     stream = iter(texts)
