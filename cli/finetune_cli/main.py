@@ -9,7 +9,11 @@ import sys
 
 import typer
 
+from finetune_cli.commands.diff import diff
+from finetune_cli.commands.explain import explain
 from finetune_cli.commands.importing import import_
+from finetune_cli.commands.init import init
+from finetune_cli.commands.validate import validate
 
 app = typer.Typer(
     name="finetune",
@@ -19,7 +23,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("import")(import_)
+for _name, _command in {
+    "init": init,
+    "validate": validate,
+    "explain": explain,
+    "import": import_,
+    "diff": diff,
+}.items():
+    app.command(_name)(_command)
+
+
+USAGE = 2
+"""Exit code of the option parser for wrong usage."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +44,23 @@ def main(arguments: list[str] | None = None) -> None:
     if "--" in words and "import" in words[: words.index("--")]:
         cut = words.index("--")
         words, behind = words[:cut], words[cut + 1 :]
-    app(args=words, prog_name=_program(), obj=behind)
+    sys.exit(run(words, behind))
+
+
+def run(words: list[str], behind: list[str]) -> int:
+    """Run one command; its exit code. Wrong usage is 1, as kubectl's: 2 is kept for jobs that failed."""
+    from finetune_cli import output
+
+    try:
+        app(args=words, prog_name=_program(), obj=behind)
+    except output.Ended as ended:
+        return ended.code
+    except BrokenPipeError:
+        sys.stderr.close()
+        return output.ERROR
+    except SystemExit as ended:
+        return output.ERROR if ended.code == USAGE else int(ended.code or 0)
+    return output.OK
 
 
 def _program() -> str:

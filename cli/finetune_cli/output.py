@@ -14,6 +14,14 @@ OK, ERROR, JOB_FAILED = 0, 1, 2
 """Exit codes: done; the command could not do it; the job failed."""
 
 
+class Ended(Exception):
+    """A command ends here, with an exit code; everything was said."""
+
+    def __init__(self, code: int):
+        super().__init__(code)
+        self.code = code
+
+
 @functools.cache
 def console() -> Console:
     """stdout. Rich honours NO_COLOR and knows a terminal from a pipe."""

@@ -107,7 +107,7 @@ def import_(
         imported = run(request, IMPORTERS)
     except Refused as refused:
         output.errors(refused.mistakes)
-        raise typer.Exit(output.ERROR) from None
+        raise output.Ended(output.ERROR) from None
     output.warnings(imported.warnings)
     output.notes(imported.notes)
     text = table(imported) if explain else render(imported, annotate=annotate)

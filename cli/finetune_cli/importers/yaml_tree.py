@@ -105,10 +105,11 @@ def _value(node: Any, path: str, tree: Tree) -> Any:
         return _mapping(node, path, tree)
     if node.id == "sequence":
         return [_value(one, f"{path}[{i}]", tree) for i, one in enumerate(node.value)]
-    return _scalar(node)
+    return scalar(node)
 
 
-def _scalar(node: Any) -> Any:
+def scalar(node: Any) -> Any:
+    """A scalar node as YAML 1.1 means it, with numbers as everybody means them."""
     kind = str(node.tag).rpartition(":")[2]
     raw = str(node.value)
     if kind == "null":
