@@ -68,7 +68,7 @@ app.kubernetes.io/part-of: finetune-operator
   verbs: [get, list, watch]
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs/status]
-  verbs: [get, update, patch]
+  verbs: [update]
 - apiGroups: [finetune-operator.io]
   # For blockOwnerDeletion on the children, where OwnerReferencesPermissionEnforcement is on.
   resources: [finetunejobs/finalizers]
@@ -77,16 +77,18 @@ app.kubernetes.io/part-of: finetune-operator
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
 - apiGroups: [""]
+  # Deleted only by force, when their node is lost.
   resources: [pods]
-  verbs: [get, list, watch, delete]
+  verbs: [list, watch, delete]
 - apiGroups: [""]
+  # They go with the Job that owns them.
   resources: [services]
-  verbs: [get, list, watch, create, delete]
+  verbs: [get, create]
 - apiGroups: [""]
   # Quota and Pod Security refusals of the Job controller are told by its events only.
   resources: [events]
-  verbs: [get, list, watch]
+  verbs: [list]
 - apiGroups: [events.k8s.io]
   resources: [events]
-  verbs: [create, patch]
+  verbs: [get, create, patch]
 {{- end -}}
