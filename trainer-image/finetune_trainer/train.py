@@ -179,6 +179,7 @@ class Session:
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
+            shutil.rmtree(folder / "ref", ignore_errors=True)  # preference trainers keep the adapter's start under this name
             if applied.initial_adapter is not None:
                 trainer.model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(applied.initial_adapter))
             for name, text in applied.extra_files.items():

@@ -21,7 +21,7 @@ from finetune_trainer.data import checks
 from finetune_trainer.data.detect import SAMPLE, detect, require_columns
 from finetune_trainer.data.normalise import Recipe, normalise
 from finetune_trainer.data.read import data_files, read_rows, row_failure
-from finetune_trainer.data.rows import Example, Raw, RowError
+from finetune_trainer.data.rows import Completion, Conversation, Example, Prompt, Raw, RowError
 from finetune_trainer.data.split import cut, mix
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ FORMATS_OF_TRAINER = {
     TrainerType.ORPO: (DatasetFormat.PREFERENCE,),
     TrainerType.REWARD: (DatasetFormat.PREFERENCE,),
     TrainerType.KTO: (DatasetFormat.UNPAIRED_PREFERENCE,),
-    TrainerType.GRPO: (DatasetFormat.PROMPT_ONLY,),
 }
+NOT_FOR_GRPO = (DatasetFormat.PREFERENCE, DatasetFormat.UNPAIRED_PREFERENCE, DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM)
 NOT_FOR_SFT = (DatasetFormat.PREFERENCE, DatasetFormat.UNPAIRED_PREFERENCE, DatasetFormat.PROMPT_ONLY)
 WITHOUT_TURNS = (DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM)
 RESPONSE_ONLY = "dataset.responseOnly.enabled"
@@ -124,6 +124,22 @@ def _mixture(reader: _Reader, run: RunConfig, sources: Sequence[list[Path]]) -> 
     return mixed
 
 
+def asked(example: Example, raw: Raw) -> Example | RowError:
+    """The question of an example, with its answer and the row's columns for the rewards."""
+    match example:
+        case Conversation(turns):
+            last = max((place for place, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
+            if last == 0:
+                return RowError("PromptMissing", "the conversation begins with the answer", "put a question before it")
+            answer = {"answer": turns[last].content} if last < len(turns) else {}
+            plain = {key: value for key, value in raw.value.items() if isinstance(value, str | int | float | bool)}
+            return Prompt(turns[:last], {**plain, **answer})
+        case Completion(prompt, completion):
+            return Prompt(prompt, {"answer": completion})
+        case _:
+            return example
+
+
 class _Reader:
     """Reads sources one after the other under one policy for bad rows, and keeps the counts."""
 
@@ -155,13 +171,12 @@ class _Reader:
     def _format(self, sample: list[Raw], given: DatasetFormat | None, columns: Columns) -> DatasetFormat:
         if given is not None:
             kind = given
-        elif self.trainer is TrainerType.GRPO:
-            kind = DatasetFormat.PROMPT_ONLY
         else:
             kind = detect(sample, columns)
         wanted = FORMATS_OF_TRAINER.get(self.trainer)
-        if (wanted and kind not in wanted) or (not wanted and kind in NOT_FOR_SFT):
-            needs = f"trainer {self.trainer} needs {wanted[0]} data" if wanted else f"trainer sft cannot learn from {kind} data"
+        refused = NOT_FOR_GRPO if self.trainer is TrainerType.GRPO else NOT_FOR_SFT
+        if (wanted and kind not in wanted) or (not wanted and kind in refused):
+            needs = f"trainer {self.trainer} needs {wanted[0]} data" if wanted else f"trainer {self.trainer} cannot learn from {kind} data"
             raise ConfigError(
                 "FormatMismatch", f"{needs}; the rows are {kind}" if wanted else needs,
                 hint="give data of that format, or choose the trainer that reads it",
@@ -183,6 +198,8 @@ class _Reader:
         json_answers = self.spec.checks is not None and self.spec.checks.validate_json is True
         good: Rows = []
         for raw, found in normalise(stream, recipe):
+            if self.trainer is TrainerType.GRPO and not isinstance(found, RowError):
+                found = asked(found, raw)
             error = found if isinstance(found, RowError) else checks.answer_error(found) if json_answers else None
             if error is None and not isinstance(found, RowError):
                 good.append((raw, found))
