@@ -23,7 +23,12 @@ REPOSITORY = Path(__file__).parents[2]
 PYTHONPATH = os.pathsep.join(str(REPOSITORY / part) for part in ("crds", "trainer-image", "."))
 UID = "11111111-2222-3333-4444-555555555555"
 ROWS = [
-    {"messages": [{"role": "user", "content": f"What is {a} + {b}?"}, {"role": "assistant", "content": f"It is {a + b}."}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"What is {a} + {b}?"},
+            {"role": "assistant", "content": f"It is {a + b}."},
+        ]
+    }
     for a in range(6)
     for b in range(6)
 ]

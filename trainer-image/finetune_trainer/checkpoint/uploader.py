@@ -11,7 +11,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,11 +56,12 @@ class Uploader:
 
     def __init__(
         self, tree: Tree, board: Board, facts: RunFacts, policy: Policy, *, job: str, attempt: int, node: int = 0,
-        nodes: int = 1, part_timeout: float = PART_TIMEOUT_SECONDS,
+        nodes: int = 1, after_commit: Callable[[], None] = lambda: None, part_timeout: float = PART_TIMEOUT_SECONDS,
     ) -> None:  # fmt: skip
         self.tree, self._board, self._facts, self._policy = tree, board, facts, policy
         self._job, self._attempt, self._node, self._nodes = job, attempt, node, nodes
-        self._part_timeout = part_timeout
+        self._after_commit, self._part_timeout = after_commit, part_timeout
+        self._hurry: float | None = None
         self._changed = threading.Condition()
         self._waiting: Staged | None = None
         self._final: Staged | None = None
@@ -115,6 +116,10 @@ class Uploader:
         if self._node > 0:
             with contextlib.suppress(FineTuneError):
                 self.tree.report_part(base_of(dropped.step), dropped.incarnation, self._node, None)
+
+    def hurry(self, seconds: float) -> None:
+        """The gang has failed: other pods' parts that are not there within `seconds` will not come."""
+        self._hurry = time.monotonic() + seconds
 
     def drain(self, timeout: float) -> bool:
         """Wait until everything offered is committed (or failed); False if time ran out."""
@@ -196,7 +201,9 @@ class Uploader:
             self._landed(staged, manifest, uri, marker.manifest_sha256, seconds)
 
     def _overtaken(self) -> bool:
-        """Whether a graceful checkpoint waits behind the one in flight."""
+        """Whether to wait no longer for other pods' parts: a graceful checkpoint waits, or the gang has failed."""
+        if self._hurry is not None and time.monotonic() > self._hurry:
+            return True
         return self._waiting is not None and self._waiting.graceful
 
     def _landed(self, staged: Staged, manifest: Manifest, uri: str, sha256: str, seconds: float) -> None:
@@ -214,6 +221,7 @@ class Uploader:
             seconds,
         )  # fmt: skip
         self._board.well_again()
+        self._after_commit()
         if staged.graceful:
             with self._warning("marking a checkpoint healthy"):
                 self.tree.mark_healthy(step)

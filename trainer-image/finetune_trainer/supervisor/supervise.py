@@ -44,6 +44,7 @@ from finetune_trainer.supervisor.stall import StallWatch
 log = logging.getLogger(__name__)
 TICK_SECONDS = 0.05
 DRAIN_AFTER_FAILURE_SECONDS = 120.0
+PARTS_AFTER_FAILURE_SECONDS = 5.0
 FINAL_UPLOAD_SECONDS = 6 * 3600.0
 GRACE_MARGIN = 0.1
 """Fraction of the grace period, at most five seconds, kept back for last words."""
@@ -199,7 +200,7 @@ class Supervisor:
         checkpoint = run.spec.checkpoint
         uploader = Uploader(
             tree, self.board, facts, Policy(checkpoint.keep if checkpoint.keep is not None else 3, tuple(checkpoint.pinned or ())),
-            job=f"{run.namespace}/{run.name}/{run.uid}", attempt=run.attempt, node=self.settings.node_rank, nodes=run.world.nodes,
+            job=f"{run.namespace}/{run.name}/{run.uid}", attempt=run.attempt, node=self.settings.node_rank, nodes=run.world.nodes, after_commit=self._put_metrics,
         )  # fmt: skip
         if self.settings.node_rank == 0:
             swept = tree.sweep()
@@ -384,6 +385,8 @@ class Supervisor:
         if uploader is None:
             return
         deadline = self._deadline()
+        if deadline is None and not self.facts.finished:
+            uploader.hurry(PARTS_AFTER_FAILURE_SECONDS)
         if self.facts.too_late:
             seconds = 0.0
         elif deadline is not None:

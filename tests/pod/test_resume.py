@@ -1,0 +1,129 @@
+"""Exact resume through a real S3 server: killed or stopped runs that go on equal an undisturbed one, bit by bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Bucket, new_bucket
+from finetune_api.pod import LastWords, Resume
+from harness import Pod, run_config
+from localcluster.s3 import S3Endpoint
+
+STEPS, EVERY = 40, 8
+
+
+def spec_of(model: Path, rows: Path, method: str, **training: Any) -> dict[str, Any]:
+    """Dropout, shuffling, accumulation, and checkpoints in the middle of epochs."""
+    return {
+        "model": {"source": f"file://{model}"},
+        "method": {"type": method, **({"lora": {"dropout": 0.1}} if method == "lora" else {})},
+        "dataset": {"train": f"file://{rows}"},
+        "training": {
+            "maxSteps": STEPS, "batchSizePerDevice": 2, "gradientAccumulationSteps": 2, "learningRate": 1e-3, **training
+        },
+        "checkpoint": {"steps": EVERY, "keep": 0},
+        "tracking": {"loggingSteps": 1},
+    }  # fmt: skip
+
+
+def curve(bucket: Bucket) -> dict[int, dict[str, float]]:
+    """Loss, gradient norm and rate of every step; steps that several attempts did must be equal."""
+    found: dict[int, dict[str, float]] = {}
+    for key in bucket.keys("metrics/"):
+        body = bucket.client.get_object(Bucket=bucket.name, Key=bucket.target().uri.split("/", 3)[3] + "/" + key)[
+            "Body"
+        ]
+        for line in body.read().decode().splitlines():
+            value = json.loads(line)
+            if "loss" not in value:
+                continue
+            kept = {name: value[name] for name in ("loss", "grad_norm", "learning_rate")}
+            assert found.setdefault(value["step"], kept) == kept, f"step {value['step']} of {key}"
+    return found
+
+
+def weights(bucket: Bucket, words: LastWords) -> dict[str, str]:
+    """sha256 of the final model's weight files, from its manifest."""
+    assert words.output is not None and words.output.uri is not None
+    key = words.output.uri.split("/", 3)[3] + "/manifest.json"
+    manifest = json.loads(bucket.client.get_object(Bucket=bucket.name, Key=key)["Body"].read())
+    return {one["path"]: one["sha256"] for one in manifest["files"] if one["path"].endswith(".safetensors")}
+
+
+@cache
+def undisturbed(
+    server: S3Endpoint, folder: Path, model: Path, rows: Path, method: str, processes: int
+) -> tuple[dict[int, dict[str, float]], dict[str, str]]:
+    """Curve and weights of a run that nothing happens to; one for all tests."""
+    bucket = new_bucket(server)
+    run = run_config(spec_of(model, rows, method), bucket.target(), processes=processes)
+    with Pod(run, folder / f"undisturbed-{method}-{processes}", bucket.env) as pod:
+        assert pod.end() == 0, pod.text[-4000:]
+    assert sorted(curve(bucket)) == list(range(1, STEPS + 1))
+    return curve(bucket), weights(bucket, pod.words())
+
+
+def rank_killed(pod: Pod) -> tuple[int, int]:
+    """kill -9 of the last rank."""
+    os.kill(pod.pids("train")[-1], signal.SIGKILL)
+    return pod.end(), 74
+
+
+def agent_killed(pod: Pod) -> tuple[int, int]:
+    os.kill(pod.pids("agent")[0], signal.SIGKILL)
+    return pod.end(), 74
+
+
+def pod_killed(pod: Pod) -> tuple[int, int]:
+    """PID 1 and all below it at once, as when a node dies."""
+    pod.kill()
+    return -signal.SIGKILL, -signal.SIGKILL
+
+
+def stopped(pod: Pod) -> tuple[int, int]:
+    """SIGTERM, as from an eviction."""
+    pod.terminate()
+    return pod.end(), 75
+
+
+@pytest.mark.parametrize(
+    ("method", "processes", "disturb"),
+    [
+        ("lora", 2, rank_killed), ("lora", 2, stopped), ("full", 1, pod_killed), ("lora", 1, stopped), ("full", 2, agent_killed),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)  # fmt: skip
+def test_a_disturbed_run_equals_an_undisturbed_one(
+    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, disturb: Callable[[Pod], tuple[int, int]],
+) -> None:  # fmt: skip
+    losses, final = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes)
+    spec = spec_of(model, rows, method)
+    with Pod(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket.env) as first:
+        first.wait_committed(EVERY)
+        code, expected = disturb(first)
+    assert code == expected, first.text[-4000:]
+    steps = [
+        int(key.split("/")[1].removeprefix("step-"))
+        for key in bucket.keys("checkpoints/")
+        if key.endswith("_COMMITTED")
+    ]
+    assert steps and not bucket.keys("model/")
+
+    again = run_config(
+        spec, bucket.target(), processes=processes, attempt=2, resume=Resume(mode="auto", expect_step=EVERY)
+    )
+    with Pod(again, tmp_path / "two", bucket.env) as second:
+        assert second.end() == 0, second.text[-4000:]
+    words = second.words()
+    assert words.resumed_from_step == max(steps)
+    assert words.resolved is not None and words.resolved.resume_exact is True
+    assert curve(bucket) == losses
+    assert weights(bucket, words) == final
