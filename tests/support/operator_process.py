@@ -30,7 +30,7 @@ QUICK: dict[str, Any] = {
     "log": {"format": "json", "level": "info"},
 }
 """The configuration of production with its patience taken away."""
-CRASH_VARIABLE = "FINETUNE_OPERATOR_CRASH_AT"
+KILL_VARIABLE = "FINETUNE_TEST_KILL_FILE"
 ALARMS = re.compile(
     r'"level": ?"(?:error|critical)"|Traceback \(most recent call last\)| \[?(?:ERROR|CRITICAL)\b', re.I
 )
@@ -49,7 +49,7 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 class OperatorProcess:
     """One operator. A context manager: started at its begin, stopped at its end.
 
-    `config` is laid over QUICK; `crash_at` names a point at which the process kills itself.
+    `config` is laid over QUICK; `crash_at` names a point at which the process kills itself, once; `arm` names one later.
     """
 
     folder: Path
@@ -71,8 +71,9 @@ class OperatorProcess:
         path.write_text(json.dumps(config))
         packages = os.pathsep.join(str(CHECKOUT / name) for name in ("crds", "operator"))
         env = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}
-        env.pop(CRASH_VARIABLE, None)
-        env |= dict(self.env) | ({CRASH_VARIABLE: self.crash_at} if self.crash_at else {})
+        env |= dict(self.env) | {KILL_VARIABLE: str(self.folder / "kill-at")}
+        if self.crash_at:
+            self.arm(self.crash_at)
         argv = [*self.before, sys.executable, "-m", "finetune_operator", "--config", str(path)]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
@@ -82,6 +83,12 @@ class OperatorProcess:
         if ready:
             self.wait_ready()
         return self
+
+    def arm(self, point: str) -> None:
+        """It kills itself when it comes to that point next."""
+        unfinished = self.folder / "kill-at.new"
+        unfinished.write_text(point)
+        unfinished.rename(self.folder / "kill-at")
 
     @property
     def log_path(self) -> Path:

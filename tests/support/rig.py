@@ -162,6 +162,11 @@ class Rig:
         """Reasons of its events, oldest first."""
         return [event["reason"] for event in self.api.events(self.namespace, name)]
 
+    def notes(self, name: str = "job") -> list[tuple[str, str]]:
+        """(reason, note) of its events, once for each time that it was told."""
+        events = self.api.events(self.namespace, name)
+        return [(e["reason"], e["note"]) for e in events for _ in range((e.get("series") or {}).get("count", 1))]
+
     def wait_event(self, reason: str, name: str = "job", *, timeout: float = 20) -> Object:
         """The first event with that reason."""
 

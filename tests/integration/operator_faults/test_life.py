@@ -52,7 +52,7 @@ def test_killed_while_it_starts_a_job(rig: Rig, point: str) -> None:
     assert attempts(body) == [(1, Reason.SUCCEEDED)]
     assert rig.jobs() == ["job-1"]
     rig.wait_event(Reason.SUCCEEDED)
-    seen = rig.reasons()
+    seen = rig.notes()
     assert len(seen) == len(set(seen))
 
 

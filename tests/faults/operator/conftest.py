@@ -1,0 +1,28 @@
+"""The rig of the operator's long fault matrix: every row that needs patience, or a control plane of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from localcluster import ControlPlane, Endpoint
+from tests.support.rig import fault_cluster, rig
+from tests.support.rows import (
+    pytest_configure,
+    pytest_runtest_logreport,
+    pytest_runtest_setup,
+    pytest_terminal_summary,
+)
+
+__all__ = [
+    "fault_cluster", "pytest_configure", "pytest_runtest_logreport", "pytest_runtest_setup", "pytest_terminal_summary",
+    "rig",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
+    """etcd, kube-apiserver and kube-controller-manager."""
+    with ControlPlane(tmp_path_factory.mktemp("control-plane") / "state") as endpoint:
+        yield endpoint

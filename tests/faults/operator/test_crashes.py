@@ -1,0 +1,210 @@
+"""The operator dies, at every named point, in every part of a job's life; and is away while things happen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+from finetune_api.names import Condition, Phase, Reason
+from finetune_operator.killpoints import Point
+
+from tests.support.kubelet import Plan, failure, success
+from tests.support.rig import FTJ, Rig, attempts, condition, created, holds
+
+pytestmark = pytest.mark.faults
+
+
+def nothing(rig: Rig) -> None:
+    """The job is not there yet."""
+
+
+def running(rig: Rig) -> None:
+    rig.submit()
+    rig.kubelet.wait_running(rig.namespace, "job")
+    rig.wait_attempt(1)
+
+
+def suspended(rig: Rig) -> None:
+    rig.submit(suspend=True)
+    rig.wait_phase(Phase.SUSPENDED)
+
+
+def creates(rig: Rig) -> None:
+    rig.submit()
+
+
+def creates_two(rig: Rig) -> None:
+    rig.submit(resources={"nodes": 2})
+
+
+def fails(rig: Rig) -> None:
+    rig.kubelet.end(rig.kubelet.pods(rig.namespace, "job")[0], failure(70, message="broken"))
+
+
+def succeeds(rig: Rig) -> None:
+    rig.kubelet.end(rig.kubelet.pods(rig.namespace, "job")[0], success())
+
+
+def suspends(rig: Rig) -> None:
+    rig.steer(suspend=True)
+
+
+def resumes(rig: Rig) -> None:
+    rig.steer(suspend=False)
+
+
+def cancels(rig: Rig) -> None:
+    rig.steer(cancel=True)
+
+
+STATUS = (Point.BEFORE_STATUS_WRITE, Point.AFTER_STATUS_WRITE)
+CREATION = (Point.BEFORE_JOB_CREATE, Point.AFTER_JOB_CREATE, *STATUS)
+DELETION = (Point.BEFORE_JOB_DELETE, Point.AFTER_JOB_DELETE, *STATUS)
+MOMENTS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tuple[Point, ...]]] = {
+    "create": (nothing, creates, CREATION),
+    "create two": (nothing, creates_two, (Point.BEFORE_SERVICE_CREATE, Point.AFTER_SERVICE_CREATE)),
+    "fail": (running, fails, CREATION),
+    "succeed": (running, succeeds, STATUS),
+    "suspend": (running, suspends, DELETION),
+    "resume": (suspended, resumes, CREATION),
+    "cancel": (running, cancels, DELETION),
+}
+"""What a job is at, what happens, and the points that the operator passes because of it."""
+ENDS: dict[str, list[tuple[int, str]]] = {
+    "create": [(1, Reason.SUCCEEDED)],
+    "create two": [(1, Reason.SUCCEEDED)],
+    "fail": [(1, Reason.INTERNAL_ERROR), (2, Reason.SUCCEEDED)],
+    "succeed": [(1, Reason.SUCCEEDED)],
+    "suspend": [(1, Reason.SUSPENDED)],
+    "resume": [(1, Reason.SUCCEEDED)],
+    "cancel": [(1, Reason.CANCELLED)],
+}
+
+
+def test_every_point_is_died_at() -> None:
+    """Pods are deleted without their Job only where somebody took the Job away: that has a test of its own below."""
+    died_at = {point for _, _, points in MOMENTS.values() for point in points}
+    assert died_at == set(Point) - {Point.AFTER_POD_DELETE}
+
+
+@pytest.mark.row(2)
+def test_killed_after_it_deleted_a_pod_that_lost_its_job(rig: Rig) -> None:
+    operator = rig.operator()
+    running(rig)
+    operator.arm(Point.AFTER_POD_DELETE)
+    rig.kubelet.plan(rig.namespace, Plan(stop=failure(75)))
+    rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Orphan")
+    assert operator.wait_end() == -9
+    rig.operator()
+    rig.kubelet.wait_running(rig.namespace, "job", attempt=2)
+    body = rig.wait_attempt(2)
+    assert [number for number, _ in attempts(body)] == [1, 2]
+    rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods, attempt=1)
+
+
+@pytest.mark.row(2)
+@pytest.mark.parametrize(("moment", "point"), [(m, p) for m, (_, _, points) in MOMENTS.items() for p in points])
+def test_killed_at_a_point_of_a_moment(rig: Rig, moment: str, point: str) -> None:
+    prepare, happen, _ = MOMENTS[moment]
+    first = rig.operator()
+    prepare(rig)
+    first.stop()
+    dying = rig.operator(crash_at=point)
+    happen(rig)
+    assert dying.wait_end() == -9
+    rig.operator()
+    if moment in ("create", "create two", "fail", "resume"):
+        attempt, count = 2 if moment == "fail" else 1, 2 if moment == "create two" else 1
+        for pod in rig.kubelet.wait_running(rig.namespace, "job", attempt=attempt, count=count):
+            rig.kubelet.end(pod, success())
+    body = rig.wait_phase(Phase.SUSPENDED) if moment == "suspend" else rig.wait_finished()
+    assert attempts(body) == ENDS[moment]
+    assert body["status"].get("retriesUsed", 0) == (1 if moment == "fail" else 0)
+    assert len(rig.jobs()) <= len(ENDS[moment])
+    seen = rig.notes()
+    assert len(seen) == len(set(seen))
+
+
+@pytest.mark.row(5)
+def test_a_job_that_ended_while_it_was_away_is_read_from_what_is_left(rig: Rig) -> None:
+    operator = rig.operator()
+    running(rig)
+    operator.stop()
+    succeeds(rig)
+    rig.api.wait("jobs", rig.namespace, "job-1", lambda body: holds(body, "Complete"))
+    rig.operator()
+    body = rig.wait_finished()
+    assert attempts(body) == [(1, Reason.SUCCEEDED)]
+    assert body["status"]["output"]["uri"] == "s3://bucket/model"
+
+
+@pytest.mark.row(5)
+def test_an_end_that_nobody_saw_is_said_to_be_one(rig: Rig) -> None:
+    operator = rig.operator()
+    running(rig)
+    operator.stop()
+    succeeds(rig)
+    rig.api.wait("jobs", rig.namespace, "job-1", lambda body: holds(body, "Complete"))
+    rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Foreground")
+    rig.api.wait_gone("jobs", rig.namespace, "job-1")
+    rig.operator()
+    body = rig.wait_attempt(2)
+    first = body["status"]["attempts"][0]
+    assert first["endTime"]
+    assert "nobody saw how they ended" in first["message"]
+    assert body["status"]["retriesUsed"] == 1
+    rig.wait_event(Reason.RETRYING)
+
+
+@pytest.mark.row(28)
+def test_a_deadline_that_passes_while_it_is_away(rig: Rig) -> None:
+    operator = rig.operator()
+    rig.submit(policy={"activeDeadlineSeconds": 4})
+    rig.kubelet.wait_running(rig.namespace, "job")
+    body = rig.wait_attempt(1)
+    operator.stop()
+    started = body["status"]["attempts"][0]["startTime"]
+    rig.api.wait_list("nodes", None, lambda items: _seconds_since(started) > 5, timeout=60)
+    rig.operator()
+    body = rig.wait_finished()
+    assert attempts(body) == [(1, Reason.DEADLINE_EXCEEDED)]
+    assert condition(body, Condition.SUCCEEDED)["reason"] == Reason.DEADLINE_EXCEEDED
+    assert body["status"]["failure"]["class"] == "User"
+    rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods)
+
+
+def _seconds_since(time: str) -> float:
+    from datetime import UTC, datetime
+
+    return (datetime.now(UTC) - datetime.fromisoformat(time.replace("Z", "+00:00"))).total_seconds()
+
+
+def test_what_was_cancelled_while_it_was_away_never_starts(rig: Rig) -> None:
+    rig.submit()
+    rig.steer(cancel=True)
+    proxy = rig.proxy()
+    rig.operator(through=proxy)
+    body = rig.wait_finished()
+    assert body["status"]["phase"] == Phase.CANCELLED
+    assert created(proxy, "jobs") == 0
+
+
+def test_a_lost_attempt_count_is_found_again_from_the_jobs(rig: Rig) -> None:
+    """Somebody wipes the status: the names of the Jobs still tell which attempt it was."""
+    operator = rig.operator()
+    running(rig)
+    fails(rig)
+    rig.kubelet.wait_running(rig.namespace, "job", attempt=2)
+    rig.wait_attempt(2)
+    operator.stop()
+    rig.api.request(
+        "PATCH", f"/apis/finetune-operator.io/v1alpha1/namespaces/{rig.namespace}/{FTJ}/job/status",
+        [{"op": "replace", "path": "/status", "value": {"observedGeneration": -1}}], patch="json",
+    )  # fmt: skip
+    rig.kubelet.plan(rig.namespace, Plan())
+    proxy = rig.proxy()
+    rig.operator(through=proxy)
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0], success())
+    body = rig.wait_finished()
+    assert body["status"]["attempt"] == 2
+    assert created(proxy, "jobs") == 0
