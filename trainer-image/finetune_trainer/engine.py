@@ -20,6 +20,8 @@ from finetune_trainer.distributed import Plan
 logger = logging.getLogger(__name__)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
+QUANTIZATION_STATE = (".absmax", ".quant_map", ".quant_state.", ".nested_")
+"""Parts of the names under which bitsandbytes stores how a frozen 4-bit weight is read: the model has them already."""
 
 
 class Guarded(Trainer):
@@ -66,8 +68,9 @@ class Guarded(Trainer):
         """Missing or unexpected weights are an error, where transformers warns."""
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
         missing = [key for key in load_result.missing_keys if key not in tied]
-        if missing or load_result.unexpected_keys:
-            names = ", ".join([*missing, *load_result.unexpected_keys][:4])
+        unexpected = [key for key in load_result.unexpected_keys if not any(part in key for part in QUANTIZATION_STATE)]
+        if missing or unexpected:
+            names = ", ".join([*missing, *unexpected][:4])
             raise NoCheckpointError(
                 "CheckpointForeign", f"the checkpoint has other weights than this run trains: {names}",
                 hint="resume with the method, targets and model that it was made with",

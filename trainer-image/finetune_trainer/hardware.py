@@ -51,6 +51,12 @@ def detect(run: RunConfig, local_rank: int) -> Hardware:
     return Hardware(device, _name(device), dtype, bf16, fp16, attention, tuple(notes))
 
 
+def selects_on_quantized(run: RunConfig) -> bool:
+    """Spectrum on a 4-bit base: some modules are trained in full between frozen 4-bit ones."""
+    quantization = run.spec.model.quantization
+    return run.spec.method.type is MethodType.SPECTRUM and quantization is not None and quantization.bits is not None
+
+
 def _device(run: RunConfig, local_rank: int) -> torch.device:
     import torch
 
@@ -76,6 +82,8 @@ def _precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:
 
     asked = run.spec.training.mixed_precision or MixedPrecision.AUTO
     able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked is MixedPrecision.AUTO and selects_on_quantized(run):
+        return True, False  # 16-bit modules between 4-bit ones: autocast brings their inputs together
     if asked is MixedPrecision.AUTO:
         return (False, False) if device.type != "cuda" else (able, not able)
     if asked is MixedPrecision.FP16 and device.type != "cuda":
@@ -92,6 +100,8 @@ def _dtype(run: RunConfig, device: torch.device, bf16: bool) -> torch.dtype | st
     asked = run.spec.model.dtype or Dtype.AUTO
     if asked is not Dtype.AUTO:
         return {Dtype.FLOAT16: torch.float16, Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT32: torch.float32}[asked]
+    if selects_on_quantized(run):
+        return torch.bfloat16
     if device.type == "cpu" or run.spec.method.type in FULL_METHODS:
         return torch.float32
     return "auto" if device.type == "cuda" and not bf16 else torch.bfloat16 if bf16 else "auto"

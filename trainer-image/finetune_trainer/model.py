@@ -11,13 +11,14 @@ from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import ComputeDtype, MethodType, QuantizationType
 
-from finetune_trainer.hardware import FULL_METHODS, Hardware
+from finetune_trainer.hardware import Hardware, selects_on_quantized
 from finetune_trainer.inputs import Inputs
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 EOS = "<eos>"
+COMPUTE_DTYPE = "model.quantization.computeDtype"
 RESERVED = re.compile(r"^(<\|?(finetune_right_)?pad(_id)?\|?>|\[PAD\]|<\|(reserved_special_token|extra|dummy|unused)_?\d+\|>|<unk>|<\|endoftext\|>)$")
 """Tokens that vocabularies keep for such uses."""
 
@@ -68,8 +69,10 @@ def _pad(tokenizer: Any, asked: str | None) -> list[str]:
     return [f"the tokenizer has no pad token of its own: {tokenizer.pad_token} fills short rows and is never learned there"]
 
 
-def load_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, skip_quantization: tuple[str, ...] = (), sharded: bool = False, kind: str = "causal") -> tuple[PreTrainedModel, list[str]]:
-    """The base model, complete and in the asked form. `sharded`: FSDP will split it; `kind` `reward`: one-number head.
+def load_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, skip_quantization: tuple[str, ...] = (), sharded: bool = False, kind: str = "causal", quantize: bool = True) -> tuple[PreTrainedModel, list[str]]:
+    """The base model, complete and in the asked form.
+
+    `sharded`: FSDP will split it; `kind` `reward`: one-number head; `quantize` False: whole, whatever the spec says.
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete (class Model); ConfigError QuantizedBase.
     """
@@ -83,7 +86,7 @@ def load_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, skip_quant
         raise _unreadable("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
     notes = _check_prequantized(config, run)
     options: dict[str, Any] = {"dtype": hardware.dtype, "attn_implementation": hardware.attention, "trust_remote_code": trust}
-    quantization = quantization_config(run, hardware, skip=skip_quantization, sharded=sharded)
+    quantization = quantization_config(run, hardware, skip=skip_quantization, sharded=sharded) if quantize else None
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": str(hardware.device)}}
     loader = AutoModelForCausalLM
@@ -118,7 +121,10 @@ def quantization_config(run: RunConfig, hardware: Hardware, *, skip: tuple[str, 
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     types = {ComputeDtype.BFLOAT16: torch.bfloat16, ComputeDtype.FLOAT16: torch.float16, ComputeDtype.FLOAT32: torch.float32}
     default = ComputeDtype.FLOAT32 if hardware.cpu else ComputeDtype.BFLOAT16
-    compute = types[(spec.compute_dtype if spec else None) or default]
+    asked = spec.compute_dtype if spec else None
+    if selects_on_quantized(run) and COMPUTE_DTYPE in run.defaults:
+        asked = ComputeDtype.BFLOAT16
+    compute = types[asked or default]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=str((spec.type if spec else None) or QuantizationType.NF4),
@@ -135,7 +141,7 @@ def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
     if found is None:
         return []
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "unknown")
-    if run.spec.method.type in FULL_METHODS:
+    if run.spec.method.type in (MethodType.FULL, MethodType.SPECTRUM):
         raise ConfigError(
             "QuantizedBase", f"the model is stored quantised ({method}), and method {run.spec.method.type} trains the weights themselves",
             hint="give the unquantised model, or write method lora",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -97,6 +98,7 @@ class Session:
 
         from finetune_trainer import method, model
         from finetune_trainer.engine import FiniteGuard, LogLine, PrecisionKeeper
+        from finetune_trainer.method import spectrum
         from finetune_trainer.objective.base import Setting
 
         run, inputs = self.run, self.inputs
@@ -110,19 +112,33 @@ class Session:
         data, self.facts = self.objective.data(setting)
         self._tell(*notes, *self.facts.notes)
         set_seed(args.seed)
+        selection = self._preselect()
         base, notes = model.load_model(
-            run, inputs, self.hardware, sharded=self.plan.sharded_weights, kind=self.objective.MODEL_KIND
-        )
-        applied = method.apply(run, inputs, base, keep_dtype=self.plan.keep_adapter_dtype)
+            run, inputs, self.hardware, sharded=self.plan.sharded_weights, kind=self.objective.MODEL_KIND,
+            skip_quantization=selection.modules if selection else (),
+        )  # fmt: skip
+        applied = method.apply(run, inputs, base, keep_dtype=self.plan.keep_adapter_dtype, selection=selection)
         self._tell(*notes, *applied.notes, *self.plan.notes)
-        keeper = PrecisionKeeper(applied.model) if applied.kind is OutputKind.ADAPTER else None
-        trainer = self.objective.build(setting, args, applied.model, data)
+        keeper = PrecisionKeeper(applied.model) if applied.kind is OutputKind.ADAPTER or selection else None
+        with spectrum.trainable_although_quantized(base) if selection else nullcontext():
+            trainer = self.objective.build(setting, args, applied.model, data)
         if keeper is not None and not self.plan.sharded_weights:
             keeper.restore(trainer.model)
         trainer.remove_callback(PrinterCallback)
         trainer.plus_ratio = (run.spec.method.lora.plus_ratio or 1.0) if run.spec.method.lora else 1.0
         self.trainer, self.applied = trainer, applied
         return trainer, applied
+
+    def _preselect(self) -> Any:
+        """Spectrum on a quantised base: choose the modules on the whole weights, before they are quantised."""
+        from finetune_trainer import model
+        from finetune_trainer.hardware import selects_on_quantized
+        from finetune_trainer.method import spectrum
+
+        if not selects_on_quantized(self.run):
+            return None
+        whole, _ = model.load_model(self.run, self.inputs, self.hardware, quantize=False)
+        return spectrum.select(self.run, self.inputs, whole)
 
     def verifier(self) -> Any:
         """A callback that proves, once the model is wrapped, that what was asked is what runs, and reports it."""

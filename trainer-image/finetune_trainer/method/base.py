@@ -29,8 +29,10 @@ class Applied:
     """Where the adapter's start is kept, if the base was changed to make up for it."""
 
 
-def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False) -> Applied:
+def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False, selection: Any = None) -> Applied:
     """Freeze, wrap or select, as `method.type` says. `keep_dtype`: adapters take the base's type (ZeRO-3 mixes none).
+
+    `selection`: modules that spectrum chose before a quantised base was loaded.
 
     Errors: ConfigError with the reason for everything that cannot be trained as asked.
     """
@@ -44,7 +46,7 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = Fals
         case MethodType.ADAPTER:
             applied = adapter.apply(run, inputs, model, keep_dtype=keep_dtype)
         case MethodType.SPECTRUM:
-            applied = spectrum.apply(run, inputs, model)
+            applied = spectrum.apply(run, inputs, model, selection)
         case MethodType.PREFIX_TUNING | MethodType.PROMPT_TUNING:
             applied = prompt.apply(run, model)
         case MethodType.IA3:

@@ -94,6 +94,8 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, selection: Selection | Non
     for name, parameter in model.named_parameters():
         wanted = name.rsplit(".", 1)[0] in chosen.modules or id(parameter) in always
         parameter.requires_grad_(wanted and parameter.is_floating_point())
+        if wanted and quantized:
+            parameter.data = parameter.data.float()
     notes = [f"spectrum trains {len(chosen.modules)} modules{'' if quantized else ', the head and the embeddings'}"]
     return Applied(model, OutputKind.MODEL, notes=notes, extra_files={SNR_FILE: chosen.to_json()})
 

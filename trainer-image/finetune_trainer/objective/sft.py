@@ -27,7 +27,6 @@ class Sft(Guarded, SFTTrainer):
 
     def __init__(self, *args: Any, **options: Any):
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
-        self._tokens_seen = 0
         super().__init__(*args, **options)
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
@@ -62,15 +61,18 @@ class Sft(Guarded, SFTTrainer):
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add token accuracy, entropy, tokens seen and the share of padding since the last line."""
+        """Add token accuracy, entropy, tokens seen and the share of padding since the last line.
+
+        Tokens are counted in the Trainer's state, so that they are part of a checkpoint and a resumed run goes on counting.
+        """
         sums = self._reduced("train") if self.model.training else {}
         if sums.get("learned"):
-            self._tokens_seen += int(sums["tokens"])
+            self.state.num_input_tokens_seen += int(sums["tokens"])
             logs["mean_token_accuracy"] = sums["correct"] / sums["learned"]
             logs["entropy"] = sums["entropy"] / sums["learned"]
             logs["padding_share"] = 1 - sums["tokens"] / sums["places"]
         if self.model.training:
-            logs["num_tokens"] = self._tokens_seen
+            logs["num_tokens"] = self.state.num_input_tokens_seen
         super().log(logs, start_time)
 
     def _reduced(self, mode: str) -> dict[str, float]:
