@@ -205,7 +205,7 @@ def _shaped(manifest: Manifest, raw: dict[str, Any]) -> tuple[FineTuneJobSpec | 
         except ValidationError as error:
             locations = []
             for one in error.errors():
-                locations.append([part for part in one["loc"]])
+                locations.append(list(one["loc"]))
                 if one["type"] == "extra_forbidden":
                     continue
                 path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"])

@@ -31,26 +31,32 @@ Convert = Callable[[Any], Any]
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word most like this one, or an empty text. Parts of a dotted key are compared too."""
+    """The known word most like this one, or an empty text; of dotted keys, one of the same group if there is one."""
     candidates = list(dict.fromkeys(known))
-    lower = {one.lower(): one for one in candidates}
-    initials = {_initials(one): one for one in reversed(candidates)}
-    if len(word.rpartition(".")[2].lstrip("-")) <= 3 and _initials(word, whole=True) in initials:
-        return initials[_initials(word, whole=True)]
-    found = difflib.get_close_matches(word.lower(), lower, 1, 0.6)
+    head, dot, tail = word.rpartition(".")
+    siblings = {one.rpartition(".")[2]: one for one in candidates if one.rpartition(".")[0] == head}
+    initials = {_initials(name): one for name, one in reversed(siblings.items())}
+    if len(tail.strip("-")) <= 3 and tail.strip("-").lower() in initials:
+        return initials[tail.strip("-").lower()]
+    found = _closest(tail, siblings, 0.55)
     if found:
-        return lower[found[0]]
-    head, _, tail = word.rpartition(".")
-    siblings = {one.rpartition(".")[2].lower(): one for one in candidates if one.rpartition(".")[0] == head}
-    found = difflib.get_close_matches(tail.lower(), siblings, 1, 0.5)
-    return siblings[found[0]] if found else ""
+        return siblings[found]
+    start = next((one for name, one in siblings.items() if tail.startswith(name) or name.startswith(tail)), "")
+    if not dot:
+        return start if len(tail) > 1 else ""
+    elsewhere = next((one for one in candidates if one.rpartition(".")[2] == tail), "")
+    return start or elsewhere or ("" if siblings else _closest(word, candidates, 0.8))
 
 
-def _initials(key: str, *, whole: bool = False) -> str:
-    """`a.learning_rate` is `a.lr`; with `whole` the last part counts as initials already."""
-    head, dot, tail = key.lower().rpartition(".")
-    tail = tail.lstrip("-")
-    return f"{head}{dot}{tail}" if whole else f"{head}{dot}{''.join(part[:1] for part in re.split('[-_]', tail))}"
+def _closest(word: str, known: Iterable[str], cutoff: float) -> str:
+    lower = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(word.lower(), lower, 1, cutoff)
+    return lower[found[0]] if found else ""
+
+
+def _initials(name: str) -> str:
+    """`learning_rate` is `lr`."""
+    return "".join(part[:1] for part in re.split("[-_]", name.strip("-").lower()))
 
 
 def _number(value: Any) -> float | int | None:

@@ -324,7 +324,11 @@ def _problems(spec: FineTuneJobSpec, draft: Draft) -> list[Problem]:
                 changed.setdefault(group, {})[field] = value
                 still = {(one.path, one.code) for one in check(FineTuneJobSpec.model_validate(changed))}
                 problems = [one for one in problems if (one.path, one.code) in still]
-    return [one for one in problems if not any(one.path == path or path.startswith(one.path + ".") for path in broken)]
+    return [one for one in problems if not any(_inside(one.path, path) or _inside(path, one.path) for path in broken)]
+
+
+def _inside(path: str, group: str) -> bool:
+    return path == group or path.startswith(f"{group}.")
 
 
 def _judge(problem: Problem, draft: Draft) -> None:

@@ -453,6 +453,17 @@ def _tracker(draft: Draft) -> None:
     uri = draft.given.get("mlflow.tracking_uri")
     if given is not None:
         draft.put("tracking.reportTo", given.value, "fine_tuner.report_to")
+        if (
+            given.value == ["mlflow"]
+            and not draft.wrote("mlflow.tracking_uri")
+            and not draft.has("tracking.mlflow.trackingUri")
+        ):
+            draft.refuse(
+                "fine_tuner.report_to",
+                "mlflow needs a server, and none is named",
+                "write [mlflow] tracking_uri",
+                settles="tracking.mlflow",
+            )
     elif uri is not None or draft.wrote("mlflow.tracking_uri"):
         draft.fill("tracking.reportTo", ["mlflow"], EXAMPLE)
     elif "fine_tuner.report_to" not in draft.broken:

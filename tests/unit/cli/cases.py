@@ -1,0 +1,117 @@
+"""Every sample of the compatibility contract and every configuration block of the five tools' pages, and how it is imported.
+
+`python tests/unit/cli/cases.py` writes the expected results anew; read the difference before it is committed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
+    "env-command-line-over-file": (
+        ("samples/env-A.env",),
+        "env",
+        "python main.py --config base.env --technique dora --train_ratio 0.85 --val_ratio 0.15 --lora_dropout 0 --grad_acc_steps 8 --hf_token hf_xxx",
+    ),
+    "env-page-example-7": (
+        ("blocks/env-02.env",),
+        "env",
+        "python main.py --config production.env --hf_token your_token",
+    ),
+    "yaml-overrides": (
+        ("samples/yaml-A.yaml",),
+        "yaml",
+        "python src/train.py --config s2.yaml --model.base_model Qwen/Qwen2.5-0.5B --training.learning_rate=1e-4 "
+        "--fine_tuning.lora.target_modules '[c_attn, c_proj]' --training.epochs 1 --training.epochs 2",
+    ),
+    "yaml-overrides-refused": (
+        ("samples/yaml-A.yaml",),
+        "yaml",
+        "--trainning.epochs 3 --training.epochs three --model.base_model",
+    ),
+    "yaml-page-overrides": (
+        ("blocks/yaml-01.yaml",),
+        "yaml",
+        "python src/train.py --config config.yaml --model.base_model mistralai/Mistral-7B-Instruct-v0.2 --training.learning_rate 1e-4",
+    ),
+    "yaml-deepspeed-beside": (
+        ("blocks/yaml-04.yaml", "samples/yaml-ds_config.json"),
+        "yaml",
+        "--distributed.zero_stage 2",
+    ),
+    "yaml-deepspeed-contradicts": (("blocks/yaml-04.yaml", "samples/yaml-ds_config.json"), "yaml", ""),
+    "hydra-overrides": (
+        ("samples/hydra-A.yaml",),
+        "hydra",
+        "python train.py dataset.path=data/pairs.json dataset.format=preference training_config.trainer=DPO "
+        "training_config.learning_rate=5e-6 +training_config.warmup_ratio=0.05",
+    ),
+    "hydra-overrides-alone": (
+        (),
+        "",
+        "python train.py dataset.path=data/pairs.json dataset.format=preference training_config.trainer=DPO "
+        "training_config.learning_rate=5e-6 +training_config.warmup_ratio=0.05",
+    ),
+    "hydra-flags": (
+        (),
+        "",
+        "python train.py --model Qwen/Qwen2.5-0.5B --dataset d.csv --format standard --trainer SFT --distributed-training DDP "
+        "--gradient-checkpointing False ---max-seq-length 1024",
+    ),
+    "hydra-page-flags": (
+        (),
+        "",
+        "--model org/name --dataset org/data --format conversational --trainer SFT --distributed-training unsloth "
+        "--per-device-train-batch-size 2 --gradient-acc-steps 4 --optim adamw_torch_fused --learning-rate 2e-4 --num-train-epochs 3 "
+        "--lr-scheduler-type cosine --save-steps 100 --max-completion-length 512 ---max-seq-length 2048 --gradient-checkpointing True --report-to wandb",
+    ),
+    "hydra-unknown-key": (("samples/hydra-A.yaml",), "hydra", "python train.py training_config.lr=1e-4"),
+    "hydra-sweep": (("samples/hydra-A.yaml",), "hydra", "python train.py dataset.path=a.json,b.json"),
+}
+
+
+def cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:
+    """Name of a case -> (files, source or None for recognised, words of the tool's own command line)."""
+    found: dict[str, tuple[tuple[Path, ...], str | None, str]] = {}
+    for folder in ("samples", "blocks"):
+        for path in sorted((HERE / folder).iterdir()):
+            name = f"{folder}-{path.stem}"
+            source = path.name.partition("-")[0]
+            if path.suffix == ".txt":
+                found[name] = ((), None, path.read_text(encoding="utf-8"))
+            elif path.suffix != ".json":
+                found[name] = ((path,), source, "")
+    for name, (files, source, words) in COMMANDS.items():
+        found[name] = (tuple(HERE / file for file in files), source or None, words)
+    return found
+
+
+def outcome(name: str) -> dict[str, Any]:
+    """What an import of a case says, as it is kept in `expected/`."""
+    from imports import import_
+
+    files, source, words = cases()[name]
+    found = import_(*files, source=source, words=words)
+    kept: dict[str, Any] = {"refused": found.mistakes} if found.mistakes else {"spec": found.spec}
+    return kept | {
+        key: value
+        for key, value in (("warnings", found.warnings), ("notes", found.notes), ("secrets", found.secrets))
+        if value
+    }
+
+
+def main() -> None:
+    """Write all expected results."""
+    sys.path.insert(0, str(HERE))
+    (HERE / "expected").mkdir(exist_ok=True)
+    for name in cases():
+        text = json.dumps(outcome(name), indent=1, sort_keys=True, ensure_ascii=False)
+        (HERE / "expected" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

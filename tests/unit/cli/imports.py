@@ -1,0 +1,70 @@
+"""What the import tests share: run an import in this process, and say in one value what came of it."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_cli.importers.engine import run
+from finetune_cli.importers.manifest import documents, render
+from finetune_cli.importers.material import Assigned, Origin, Refused, Request
+from finetune_cli.importers.registry import IMPORTERS
+
+HERE = Path(__file__).parent
+ENVIRONMENT = {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
+NOT_YET = "this version cannot do it yet"
+
+
+@dataclass
+class Outcome:
+    """Either a spec or mistakes, and what was said."""
+
+    spec: dict[str, Any] = field(default_factory=dict)
+    mistakes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    secrets: dict[str, str] = field(default_factory=dict)
+    documents: list[Any] = field(default_factory=list)
+    text: str = ""
+
+    def at(self, path: str) -> Any:
+        """Value of the spec at a dotted path; None if absent."""
+        value: Any = self.spec
+        for part in path.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        return value
+
+
+def import_(
+    *files: Path,
+    words: str | list[str] = "",
+    source: str | None = None,
+    own: dict[str, Any] | None = None,
+    environment: dict[str, str] | None = None,
+    name: str | None = None,
+    **more: Any,
+) -> Outcome:
+    """Import files as the command does."""
+    request = Request(
+        files,
+        tuple(shlex.split(words) if isinstance(words, str) else words),
+        source,
+        name,
+        own={path: Assigned(value, Origin("option"), "--set") for path, value in (own or {}).items()},
+        environment=ENVIRONMENT if environment is None else environment,
+        **more,
+    )
+    try:
+        found = run(request, IMPORTERS)
+    except Refused as refused:
+        return Outcome(mistakes=[str(mistake) for mistake in refused.mistakes])
+    return Outcome(
+        spec=found.spec,
+        warnings=[one for one in found.warnings if NOT_YET not in one],
+        notes=found.notes,
+        secrets=found.secrets,
+        documents=list(documents(found)),
+        text=render(found, annotate=True),
+    )

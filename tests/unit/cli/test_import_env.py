@@ -1,0 +1,216 @@
+"""The .env tool: syntax, precedence and traps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import Write
+from imports import Outcome, import_
+
+BASE = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/d.jsonl\nDATASET_TYPE=instruction_jsonl\n"
+
+
+@pytest.fixture
+def env(write: Write) -> Any:
+    """Import a .env text, over the required keys."""
+
+    def run(text: str = "", words: str = "", base: str = BASE, **more: Any) -> Outcome:
+        return import_(write("job.env", base + text), words=words, source="env", **more)
+
+    return run
+
+
+def test_profile_of_a_silent_file(env: Any) -> None:
+    found = env()
+    assert found.spec["training"] == {
+        "epochs": 3, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "learningRate": 3e-4, "scheduler": "linear", "warmupRatio": 0,
+        "optimizer": "adamw_torch", "weightDecay": 0, "maxGradNorm": 1,
+    }  # fmt: skip
+    assert found.spec["method"] == {"type": "lora", "lora": {"rank": 8, "alpha": 16, "dropout": 0.1}}
+    assert found.at("dataset.maxSequenceLength") == 512
+    assert found.at("dataset.responseOnly.enabled") is False
+    assert found.spec["checkpoint"] == {"keep": 0, "loadBestAtEnd": True, "steps": 100, "strategy": "steps"}
+    assert found.at("output.dir") == "results"
+
+
+def test_python_dotenv_grammar(env: Any) -> None:
+    text = 'export PROJECT_NAME = "a.b"\nDEVICE=cpu  \nTOKENIZER=${MODEL_NAME}\nLORA_R=8 # small\nLORA_R=16\nPAD_TOKEN=a#b\n'
+    found = env(text)
+    assert found.at("output.project") == "a.b"
+    assert found.at("training.device") == "cpu"
+    assert found.at("model.tokenizer") == "org/m"
+    assert found.at("method.lora.rank") == 16
+    assert found.at("model.padToken") == "a#b"
+
+
+def test_dollar_without_braces_is_text(env: Any) -> None:
+    assert env("PAD_TOKEN=$X\n").at("model.padToken") == "$X"
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("Copy code\n", "job.env:4: 'Copy code' is not KEY=value; remove the line, or write KEY=value"),
+        ("EPOCHS\n", "job.env:4: EPOCHS: it has no `=` and no value; write EPOCHS=value, or EPOCHS= for none"),
+        ("LERNING_RATE=1e-4\n", "job.env:4: LERNING_RATE: unknown key; did you mean LEARNING_RATE?"),
+        ("PACKING=yes\n", 'job.env:4: PACKING: "yes" is not true or false; allowed: true, false'),
+        ("EPOCHS=21\n", 'job.env:4: EPOCHS: "21" is out of range; allowed: an integer from 1 to 20'),
+        ("LEARNING_RATE=1e-6\n", 'job.env:4: LEARNING_RATE: "1e-6" is out of range; allowed: a number from 1e-05 to 0.0005'),
+        ("LEARNING_RATE=nan\n", 'job.env:4: LEARNING_RATE: "nan" is not a number; allowed: a number from 1e-05 to 0.0005'),
+        ("BATCH_SIZE=1_0\n", 'job.env:4: BATCH_SIZE: "1_0" is not an integer; allowed: an integer from 1 to 32'),
+        ("TOKENIZER=${NOBODY}\n", "job.env:4: TOKENIZER: variable NOBODY is not set; set it above this line, or write the value itself"),
+    ],
+)  # fmt: skip
+def test_mistakes(env: Any, text: str, mistake: str) -> None:
+    assert env(text, environment={}).mistakes == [mistake]
+
+
+def test_an_empty_required_value_is_a_mistake(env: Any) -> None:
+    assert env("TRAIN_DATA_PATH=\n").mistakes == ["job.env:4: TRAIN_DATA_PATH: it is empty, and it is required"]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "split"),
+    [
+        ("TRAIN_RATIO=0.85\nVAL_RATIO=0.15\n", (0.85, 0.15, 0)),
+        ("TRAIN_RATIO=1.0\nVAL_RATIO=0.0\n", (1, 0, 0)),
+        ("TRAIN_RATIO=0.7\nVAL_RATIO=0.2\nTEST_RATIO=0.1\n", (0.7, 0.2, 0.1)),
+        ("TRAIN_RATIO=0.9\n", (0.9, 0.05, 0.05)),
+        ("VAL_RATIO=0.2\n", (0.7, 0.2, 0.1)),
+        ("VAL_RATIO=0.2\nTEST_RATIO=0.2\n", (0.6, 0.2, 0.2)),
+        ("", (0.8, 0.1, 0.1)),
+    ],
+)
+def test_ratios(env: Any, ratios: str, split: tuple[float, float, float]) -> None:
+    found = env(ratios).spec["dataset"]["split"]
+    assert (found["train"], found["validation"], found["test"], found["seed"]) == (*split, 42)
+
+
+def test_two_ratios_over_one_are_refused(env: Any) -> None:
+    (mistake,) = env("TRAIN_RATIO=0.8\nTEST_RATIO=0.3\n").mistakes
+    assert "TRAIN_RATIO+TEST_RATIO = 1.1, must not be more than 1" in mistake
+
+
+def test_own_files_leave_nothing_to_split(env: Any) -> None:
+    found = env("VAL_DATA_PATH=s3://data/v.jsonl\nTRAIN_RATIO=0.9\n")
+    assert found.at("dataset.split") is None
+    assert found.at("dataset.validation") == "s3://data/v.jsonl"
+    assert "job.env:5: TRAIN_RATIO has no effect" in found.warnings[0]
+
+
+def test_zero_on_the_command_line_counts(env: Any) -> None:
+    assert env(words="--lora_dropout 0").at("method.lora.dropout") == 0
+
+
+def test_flags_win_and_may_be_shortened(env: Any) -> None:
+    found = env("EPOCHS=2\nLEARNING_RATE=1e-4\n", words="python main.py --epochs=5 --learning_rat 2e-4 -lora_r 64")
+    assert (found.at("training.epochs"), found.at("training.learningRate"), found.at("method.lora.rank")) == (
+        5,
+        2e-4,
+        64,
+    )
+
+
+def test_later_files_win_key_by_key(write: Write) -> None:
+    first, second = write("a.env", BASE + "EPOCHS=2\nBATCH_SIZE=8\n"), write("b.env", "EPOCHS=7\n")
+    found = import_(first, second, source="env")
+    assert (found.at("training.epochs"), found.at("training.batchSizePerDevice")) == (7, 8)
+
+
+def test_the_tools_own_config_flag_reads_a_file(write: Write) -> None:
+    found = import_(words=["python", "main.py", "--config", str(write("x.env", BASE)), "--epochs", "1"], source="env")
+    assert (found.at("model.source"), found.at("training.epochs")) == ("org/m", 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "bits"),
+    [
+        ("TECHNIQUE=lora\n", "lora", None),
+        ("TECHNIQUE=qlora\n", "qlora", 4),
+        ("TECHNIQUE=lora\nLOAD_IN_4BIT=TRUE\n", "qlora", 4),
+        ("TECHNIQUE=dora\nLOAD_IN_4BIT=true\n", "dora", 4),
+    ],
+)
+def test_technique_and_bits(env: Any, text: str, method: str, bits: int | None) -> None:
+    found = env(text)
+    assert (found.at("method.type"), found.at("model.quantization.bits")) == (method, bits)
+
+
+def test_qlora_without_four_bits_is_refused(env: Any) -> None:
+    (mistake,) = env("TECHNIQUE=qlora\nLOAD_IN_4BIT=False\n").mistakes
+    assert mistake.startswith("job.env:4, job.env:5: TECHNIQUE, LOAD_IN_4BIT: qlora loads the base in 4 bit")
+
+
+def test_an_adapter_is_named_by_our_option(env: Any) -> None:
+    found = env("TECHNIQUE=adapter\n", own={"method.adapter.source": "s3://models/a"})
+    assert found.spec["method"] == {"type": "adapter", "adapter": {"source": "s3://models/a"}}
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "precision"), [("cpu", 0, "no"), ("cuda", 1, "fp16"), ("auto", None, None), ("mps", None, "no")]
+)
+def test_device(env: Any, device: str, gpus: int | None, precision: str | None) -> None:
+    found = env(f"DEVICE={device}\n")
+    assert (found.at("resources.gpusPerNode"), found.at("training.mixedPrecision")) == (gpus, precision)
+    assert found.at("training.device") == (None if device == "auto" else device)
+    assert any("mps only exists on Apple machines" in one for one in found.warnings) == (device == "mps")
+
+
+def test_a_token_goes_into_the_secret_only(env: Any) -> None:
+    found = env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=True\n")
+    assert found.secrets == {"hf-token": "hf_verysecret"}
+    assert found.at("model.tokenSecretRef") == {"name": "job-import", "key": "hf-token"}
+    secret, job = found.documents
+    assert secret["stringData"] == {"hf-token": "hf_verysecret"}
+    assert "hf_verysecret" not in str(job) + str(found.warnings) + str(found.notes)
+
+
+def test_a_refused_file_says_nothing_of_its_secret(env: Any) -> None:
+    found = env(
+        "HUGGINGFACE_TOKEN=verysecret\nMODEL_TOKEN=othersecret\nPAD_TOKEN=verysecret\nEPOCHS=verysecret\nverysecret\n"
+    )
+    assert len(found.mistakes) == 3
+    assert "verysecret" not in str(found.mistakes)
+    assert "othersecret" not in str(found.mistakes)
+
+
+def test_a_mongo_address_is_a_secret(env: Any) -> None:
+    found = env("MONGODB_URI=mongodb://u:p@host/db\nMONGODB_DB_NAME=runs\n")
+    assert found.spec["tracking"]["mongodb"] == {
+        "database": "runs",
+        "uriSecretRef": {"name": "job-import", "key": "mongodb-uri"},
+    }
+    assert found.at("tracking.reportTo") == ["mongodb"]
+
+
+def test_local_paths_become_file_sources_with_a_warning(env: Any) -> None:
+    found = env(base="MODEL_NAME=/models/tiny\nTRAIN_DATA_PATH=data/x.jsonl\nDATASET_TYPE=qa\n")
+    assert (found.at("model.source"), found.at("dataset.train")) == ("file:///models/tiny", "file://data/x.jsonl")
+    assert ["--model URI" in found.warnings[0], "--data URI" in found.warnings[1]] == [True, True]
+
+
+def test_prompts_come_from_a_config_map(env: Any) -> None:
+    found = env("PROMPTS_FILE=./my prompts.txt\n")
+    assert found.at("evaluation.comparison.promptsRef") == {"name": "job-prompts", "key": "my_prompts.txt"}
+    assert "kubectl create configmap job-prompts" in found.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "form"),
+    [
+        ("text", "a.txt", "plainText"),
+        ("text", "a.jsonl", "promptCompletion"),
+        ("conversation", "a.jsonl", "messages"),
+        ("qa", "a.csv", "qa"),
+    ],
+)
+def test_later_names_of_row_formats(env: Any, kind: str, file: str, form: str) -> None:
+    assert env(base=f"TRAIN_DATA_PATH=s3://data/{file}\nDATASET_TYPE={kind}\n").at("dataset.format") == form
+
+
+def test_evaluation_options_without_validation_data(env: Any) -> None:
+    found = env("TRAIN_RATIO=1\nVAL_RATIO=0\nEVAL_STEPS=10\n")
+    assert found.at("checkpoint") == {"strategy": "epoch", "keep": 0}
+    assert found.at("evaluation") is None
+    assert found.warnings == ["job.env:6: EVAL_STEPS has no effect: there is no validation data"]

@@ -1,0 +1,68 @@
+"""Every sample of the contract and every block of the pages gives exactly the result that was read and kept in `expected/`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cases import cases, outcome
+from finetune_api.spec import FineTuneJobSpec
+from finetune_cli.importers.engine import load
+from finetune_cli.importers.registry import IMPORTERS
+from imports import HERE, import_
+
+TOML_BLOCKS = sorted((HERE / "blocks").glob("toml-*.toml"))
+
+
+@pytest.mark.parametrize("name", cases())
+def test_it_gives_what_was_reviewed(name: str) -> None:
+    kept = json.loads((HERE / "expected" / f"{name}.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(outcome(name))) == kept
+
+
+def test_no_expectation_is_left_over() -> None:
+    assert {path.stem for path in (HERE / "expected").glob("*.json")} == set(cases())
+
+
+@pytest.mark.parametrize("name", [name for name in cases() if "-A" in name or "-B" in name or "-C" in name])
+def test_accepted_samples_are_accepted(name: str) -> None:
+    found = outcome(name)
+    assert "refused" not in found
+    FineTuneJobSpec.model_validate(found["spec"])
+
+
+@pytest.mark.parametrize("name", [name for name in cases() if "-R" in name])
+def test_refused_samples_are_refused_with_place(name: str) -> None:
+    for mistake in outcome(name)["refused"]:
+        assert name.partition("-")[2].split("-")[0] in mistake.split(":")[0]
+
+
+@pytest.mark.parametrize("path", TOML_BLOCKS, ids=lambda path: path.stem)
+def test_every_toml_block_imports_once_model_and_data_are_named(path: Path) -> None:
+    found = import_(path, source="toml", own={"model.source": "org/m", "dataset.train": "org/d"})
+    assert found.mistakes == []
+    assert found.at("model.source") == "org/m"
+
+
+def test_all_toml_blocks_in_order_are_one_configuration() -> None:
+    found = import_(*TOML_BLOCKS, source="toml", own={"output.hub.tokenSecretRef": {"name": "hub", "key": "token"}})
+    assert found.mistakes == []
+    assert found.at("training.epochs") == 30
+    assert found.at("training.gradientAccumulationSteps") == 32
+    assert found.at("method.lora.rank") == 64
+    assert found.at("output.hub.push") is True
+
+
+@pytest.mark.parametrize("name", cases())
+def test_a_case_is_recognised_as_its_own_tool_or_refused(name: str) -> None:
+    files, source, words = cases()[name]
+    fitting = [one.name for one in IMPORTERS.values() if one.recognise(load(files), tuple(words.split()))]
+    assert fitting in ([source or name.removeprefix("blocks-").partition("-")[0]], [])
+
+
+def test_annotated_text_holds_every_value_and_its_origin() -> None:
+    text = import_(HERE / "samples" / "env-A.env").text
+    assert "learningRate: 0.0002 # env-A.env:9 LEARNING_RATE" in text
+    assert "gradientAccumulationSteps: 4 # profile default" in text
+    assert "scheduler: linear # fixed in its code" in text

@@ -1,0 +1,162 @@
+"""The TOML tool: sections, `"null"`, variables, and what belongs together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from conftest import Write
+from imports import Outcome, import_
+
+BASE = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\n'
+
+
+@pytest.fixture
+def toml(write: Write) -> Any:
+    """Import a TOML text, over the required keys."""
+
+    def run(text: str = "", words: str = "", base: str = BASE, **more: Any) -> Outcome:
+        return import_(write("job.toml", base + text), words=words, source="toml", **more)
+
+    return run
+
+
+def test_profile_of_a_silent_file(toml: Any) -> None:
+    found = toml()
+    assert found.spec["training"] == {
+        "epochs": 30, "learningRate": 2e-4, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "warmupSteps": 5, "scheduler": "linear",
+        "optimizer": "paged_adamw_8bit", "weightDecay": 0.01, "maxGradNorm": 1, "seed": 42, "gradientCheckpointing": "unsloth",
+    }  # fmt: skip
+    assert found.spec["model"] == {
+        "source": "org/m", "quantization": {"bits": 4, "type": "nf4"}, "dtype": "auto", "attention": "flashAttention2",
+    }  # fmt: skip
+    assert found.at("method.type") == "qlora"
+    assert found.at("dataset.responseOnly") == {"enabled": True}
+    assert found.at("output.hub") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "mistake"),
+    [
+        ("dtype = null\n", 'job.toml:4: fine_tuner.dtype: a bare null is not TOML; write "null", or leave the key out'),
+        ("packing = True\n", "job.toml:4: fine_tuner.packing: True is not TOML; write true"),
+        ("weight_decay = .5\n", "job.toml:4: fine_tuner.weight_decay: .5 is not TOML; write 0.5"),
+        ("epochs = 1\nepochs = 2\n", "job.toml:5: fine_tuner.epochs: fine_tuner.epochs is set twice: lines 4 and 5; keep one; for a file over another one give both files in order"),
+        ("[finetuner]\nrank = 1\n", "job.toml:4: [finetuner]: unknown section; one of fine_tuner, mlflow, inferencer, evaluator, pipeline"),
+        ("ranks = 8\n", "job.toml:4: fine_tuner.ranks: unknown key; did you mean fine_tuner.rank?"),
+        ("epochs = true\n", "job.toml:4: fine_tuner.epochs: true is not an integer; allowed: an integer of at least 1"),
+        ("lora_dropout = 0.31\n", "job.toml:4: fine_tuner.lora_dropout: 0.31 is out of range; allowed: a number from 0 to 0.3"),
+        ('system_prompt_override_text = "${NOBODY}"\n', "job.toml:4: fine_tuner.system_prompt_override_text: variable NOBODY is not set; set NOBODY, or write the value itself"),
+        ('report_to = "mlflow"\n', "job.toml:4: fine_tuner.report_to: mlflow needs a server, and none is named; write [mlflow] tracking_uri"),
+        ("tags = 1\n", "job.toml:4: fine_tuner.tags: unknown key; it is not an option of this TOML tool; remove it"),
+    ],
+)  # fmt: skip
+def test_mistakes(toml: Any, text: str, mistake: str) -> None:
+    assert toml(text, environment={}).mistakes == [mistake]
+
+
+def test_numbers_of_the_grammar_and_in_quotes(toml: Any) -> None:
+    found = toml('max_sequence_length = 1_024\nlearning_rate = "1e-4"\n')
+    assert (found.at("dataset.maxSequenceLength"), found.at("training.learningRate")) == (1024, 1e-4)
+    assert "is not a number" in toml('learning_rate = "1_000"\n').mistakes[0]
+
+
+def test_a_text_over_several_lines_keeps_later_line_numbers(toml: Any) -> None:
+    text = 'system_prompt_override_text = """You are\nepochs = 3\nbrief."""\nepochs = 0\n'
+    assert toml(text).mistakes == [
+        "job.toml:7: fine_tuner.epochs: 0 is out of range; allowed: an integer of at least 1"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "method", "bits"),
+    [
+        ("load_in_4bit = true\n", "qlora", 4),
+        ("load_in_4bit = false\n", "lora", None),
+        ("load_in_4bit = false\nload_in_8bit = true\n", "lora", 8),
+        ("load_in_8bit = true\n", "lora", 8),
+        ("full_finetuning = true\n", "full", None),
+        ("full_finetuning = true\nload_in_4bit = false\n", "full", None),
+    ],
+)
+def test_method_and_bits(toml: Any, text: str, method: str, bits: int | None) -> None:
+    found = toml(text)
+    assert found.mistakes == []
+    assert (found.at("method.type"), found.at("model.quantization.bits")) == (method, bits)
+
+
+def test_full_with_four_bits_is_refused(toml: Any) -> None:
+    (mistake,) = toml("full_finetuning = true\nload_in_4bit = true\n").mistakes
+    assert mistake.startswith(
+        "job.toml:4, job.toml:5: fine_tuner.full_finetuning, fine_tuner.load_in_4bit: full fine-tuning"
+    )
+
+
+def test_a_quantised_base_stays_so(write: Write) -> None:
+    text = BASE.replace("org/m", "org/m-bnb-4bit") + "load_in_4bit = false\n"
+    found = import_(write("job.toml", text))
+    assert (found.at("method.type"), found.at("model.quantization.bits")) == ("qlora", 4)
+    assert "holds 4-bit weights already" in found.warnings[0]
+
+
+def test_loftq(toml: Any) -> None:
+    found = toml("loftq_config = { loftq_bits = 4, loftq_iter = 2 }\n")
+    assert found.at("method.lora.loftq") == {"bits": 4, "iterations": 2}
+    assert (found.at("method.lora.init"), found.at("method.type"), found.at("model.quantization")) == (
+        "loftq",
+        "lora",
+        None,
+    )
+    assert (
+        found.notes[0] == "LoftQ with load_in_4bit: the base is loaded in full precision, initialised, then quantised"
+    )
+
+
+def test_loftq_on_a_quantised_base_is_refused(toml: Any) -> None:
+    (mistake,) = toml("loftq_config = { loftq_bits = 4 }\n", base=BASE.replace("org/m", "org/m-bnb-4bit")).mistakes
+    assert "LoftQ needs the whole base" in mistake
+
+
+def test_validation_data_is_used(toml: Any) -> None:
+    found = toml('validation_data_id = "org/v"\n')
+    assert found.spec["evaluation"] == {"strategy": "epoch", "batchSizePerDevice": 4}
+
+
+def test_run_names(toml: Any) -> None:
+    text = 'report_to = "none"\n[mlflow]\nrun_name = "0.0.1"\nrun_name_prefix = "exp-"\nrun_name_suffix = "-v1"\n'
+    assert toml(text).at("output.runName") == {"name": "0.0.1", "prefix": "exp-", "suffix": "-v1"}
+    (mistake,) = toml(text.replace("exp-", "exp#")).mistakes
+    assert "mlflow.run_name_prefix" in mistake
+
+
+def test_a_push_takes_the_runs_name(toml: Any) -> None:
+    text = 'push_to_hub = true\n[mlflow]\nrun_name = "bot"\n[inferencer]\nhf_user_id = "me"\n'
+    found = toml(text)
+    assert found.spec["output"]["hub"] == {"push": True, "repository": "me/bot", "private": False}
+    assert any("there is no token that may write" in one for one in found.warnings)
+
+
+def test_keys_of_the_command_line_are_secrets(toml: Any) -> None:
+    found = toml(
+        'report_to = "wandb"\n', words="--hf-key hf_a1b2c3 --wandb-key wsecret --openai-key osecret --skip-evaluation"
+    )
+    assert found.secrets == {"hf-token": "hf_a1b2c3", "wandb-api-key": "wsecret", "openai-api-key": "osecret"}
+    assert found.at("placement.env") == [
+        {"name": "OPENAI_API_KEY", "secretKeyRef": {"name": "job-import", "key": "openai-api-key"}}
+    ]
+    assert found.at("phases.evaluate") is False
+
+
+def test_a_password_in_an_address_is_moved(toml: Any) -> None:
+    found = toml('[mlflow]\ntracking_uri = "https://bob:pa55word@host/x"\n')
+    assert found.at("tracking.mlflow.trackingUri") == "https://host/x"
+    assert found.secrets == {"mlflow-tracking-username": "bob", "mlflow-tracking-password": "pa55word"}
+    assert "pa55word" not in str(found.documents[1:]) + str(found.warnings)
+
+
+def test_evaluation_and_phases(toml: Any) -> None:
+    text = '[evaluator]\nmetrics = ["rouge_score", "answer_accuracy"]\nllm = "j"\nembedding = "text-embeddings-3-small"\ncost_per_million_input_tokens = 0.15\n'
+    found = toml(text + "[pipeline]\nenable_inference = true\nstop_after_finetuning = true\n")
+    assert found.at("evaluation.metrics") == ["rouge", "answerAccuracy"]
+    assert found.at("evaluation.judge") == {"model": "j", "embedding": "text-embedding-3-small", "inputPrice": 0.15}
+    assert found.at("phases") == {"infer": False, "evaluate": False}
