@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -37,6 +35,8 @@ class Mode(StrEnum):
     NODE = NODE
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C or SIGTERM."""
 Name = Annotated[str, typer.Option(help="Name of the cluster: its state lies in the cache folder under it.")]
 State = Annotated[Path | None, typer.Option(help="State folder, instead of the one by name.", file_okay=False)]
 
@@ -178,21 +178,15 @@ def images_build(
         typer.echo(f"{built.tag} {built.layout}")
 
 
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """What the user can mend is told in one line and exit code 1; Ctrl-C and SIGTERM clean up first."""
+def main() -> None:
+    """The console script. What the user can mend is told in one line; Ctrl-C and SIGTERM clean up first."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        yield
+        app()
     except LocalClusterError as error:
         print(f"localcluster: {error.message}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("localcluster: interrupted, nothing was left running", file=sys.stderr)
-        sys.exit(130)
-
-
-def main() -> None:
-    """The console script."""
-    with errors_in_one_line():
-        app(standalone_mode=True)
+    except SystemExit as ended:
+        if ended.code == INTERRUPTED:
+            print("localcluster: interrupted, nothing was left running", file=sys.stderr)
+        raise

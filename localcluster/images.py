@@ -30,6 +30,8 @@ LOCAL_BASE = "localhost/finetune-base:bookworm-1"
 """The base where the public one cannot be pulled: the same Debian with its own Python 3.11, made by debootstrap."""
 CA_FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 DEBIAN_CA = Path("/etc/ssl/certs/ca-certificates.crt")
+ROOM_GB = 40
+"""With less free disk, layers of earlier lock files are removed after a build."""
 _WASTE = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "var/log")
 """Folders that are emptied in a base of our own making."""
 
@@ -102,18 +104,24 @@ def build_recipe(recipe: Recipe, context: Path, step: Step = silent) -> Built:
             _bud(recipe, context, base)
         with step(f"export {recipe.tag}"):
             _export(recipe)
+        if _free_gb() < ROOM_GB:
+            buildah("rmi", "--prune")
     return Built(recipe.tag, recipe.layout)
 
 
 def check_disk(recipe: Recipe) -> None:
     """MissingRequirement if a first build would fill the disk."""
-    paths.cache().mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(paths.cache()).free >> 30
+    free = _free_gb()
     if free < recipe.needs_gb:
         raise MissingRequirement(
             f"{recipe.tag} needs {recipe.needs_gb} GB of disk for its first build, {paths.cache()} has {free} GB free: "
             f"make room, or set XDG_CACHE_HOME to a larger disk"
         )
+
+
+def _free_gb() -> int:
+    paths.cache().mkdir(parents=True, exist_ok=True)
+    return shutil.disk_usage(paths.cache()).free >> 30
 
 
 @contextlib.contextmanager

@@ -91,29 +91,40 @@ def owned_by(owner: Path) -> list[int]:
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            if marker in (entry / "environ").read_bytes().split(b"\0") and not _is_zombie(entry):
+            if marker in (entry / "environ").read_bytes().split(b"\0") and born(int(entry.name)) is not None:
                 found.append(int(entry.name))
         except OSError:
             continue  # it ended meanwhile, or is another user's
     return found
 
 
-def _is_zombie(entry: Path) -> bool:
-    return (entry / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+def born(pid: int) -> str | None:
+    """When a process was started, in the kernel's ticks, as a pid may be used again; None if it is dead."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else fields[19]
 
 
-def end_all(owner: Path, timeout: float = 10.0) -> int:
-    """Kill everything that `owner` has running and wait until it is gone. Returns how many processes there were."""
-    seen: set[int] = set()
+def end_all(owner: Path, timeout: float = 20.0) -> int:
+    """Kill everything that `owner` has running and wait until it is gone. Returns how many processes there were.
+
+    The first process of a PID namespace is gone only when all in it are.
+    """
+    seen: dict[int, str] = {}
     deadline = time.monotonic() + timeout
-    while pids := owned_by(owner):
-        seen.update(pids)
-        for pid in pids:
+    while True:
+        for pid in owned_by(owner):
+            if start := born(pid):
+                seen[pid] = start
             kill(pid)
+        left = [pid for pid, start in seen.items() if born(pid) == start]
+        if not left:
+            return len(seen)
         if time.monotonic() > deadline:
-            raise StartFailed(f"processes {pids} of {owner} do not end")
+            raise StartFailed(f"processes {left} of {owner} do not end")
         time.sleep(0.01)
-    return len(seen)
 
 
 def kill(pid: int) -> None:

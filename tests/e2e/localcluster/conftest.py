@@ -22,3 +22,8 @@ def lab(node_cluster: NodeCluster, namespace: str, testbox: str) -> Lab:
     """A namespace with what pods need."""
     assert testbox == TESTBOX
     return Lab(node_cluster, namespace)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that end the common cluster come after all others."""
+    items.sort(key=lambda item: item.path.name == "test_life.py")

@@ -1,0 +1,165 @@
+"""What cannot work fails before training, in a real pod, with a name, a place, and what to write; retries are for what they mend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from finetune_api.names import CONTAINER, Condition, ExitCode, FailureClass, Phase, Reason
+from finetune_api.status import FineTuneJobStatus
+
+from tests.e2e.jobs.site import MODEL, Room, Site, job
+
+DATA = "s3://datasets"
+STORE: dict[str, Any] = {"credentialsSecretRef": {"name": "s3-credentials"}, "addressingStyle": "path"}
+
+
+def row(question: str, answer: str | None = "Yes.", role: str = "assistant") -> bytes:
+    """One row of messages."""
+    turns: list[dict[str, Any]] = [{"role": "user", "content": question}]
+    if answer is not None:
+        turns.append({"role": role, "content": answer})
+    return json.dumps({"messages": turns}).encode() + b"\n"
+
+
+GOOD = [row(f"Is {number} a number?") for number in range(200)]
+FILES = {
+    "empty.jsonl": b"",
+    "latin1.jsonl": b"".join(GOOD[:3]) + '{"messages": "caf\u00e9"}\n'.encode("latin-1"),
+    "row17.jsonl": b"".join([*GOOD[:16], b'{"messages": [\n', *GOOD[17:]]),
+    "role.jsonl": b"".join([*GOOD[:4], row("Who?", role="robot")]),
+    "unanswered.jsonl": b"".join(row(f"Question {number}?", answer=None) for number in range(8)),
+}
+
+
+@dataclass(frozen=True)
+class Bad:
+    """What is given, and what must be said. `words` stand in the message or the hint."""
+
+    spec: dict[str, Any]
+    exit_code: ExitCode
+    klass: FailureClass
+    code: str
+    words: tuple[str, ...]
+
+
+def data(name: str) -> dict[str, Any]:
+    """A job on one of the files above."""
+    return {"dataset": {"train": f"{DATA}/{name}", "format": "messages"}}
+
+
+def storage(site: Site, **more: Any) -> dict[str, Any]:
+    """The site's own storage, with something changed."""
+    return {"storage": {"uri": "s3://finetune/jobs", "endpoint": site.cluster.s3.cluster_url, **STORE} | more}
+
+
+CASES: dict[str, Callable[[Site], Bad]] = {
+    "dataset-missing": lambda _: Bad(
+        data("nowhere.jsonl"), ExitCode.NOT_FOUND, FailureClass.DATA, "DatasetNotFound", (f"{DATA}/nowhere.jsonl",)
+    ),
+    "dataset-empty": lambda _: Bad(
+        data("empty.jsonl"), ExitCode.DATA, FailureClass.DATA, "DatasetEmpty", ("empty.jsonl",)
+    ),
+    "dataset-not-utf8": lambda _: Bad(
+        data("latin1.jsonl"), ExitCode.DATA, FailureClass.DATA, "DatasetNotUtf8",
+        ("latin1.jsonl", str(len(b"".join(GOOD[:3])) + FILES["latin1.jsonl"].split(b"\n")[3].index(b"\xe9"))),
+    ),
+    "row-malformed": lambda _: Bad(
+        data("row17.jsonl"), ExitCode.DATA, FailureClass.DATA, "DatasetRowInvalid", ("row17.jsonl", "17")
+    ),
+    "role-unknown": lambda _: Bad(
+        data("role.jsonl"), ExitCode.DATA, FailureClass.DATA, "UnknownRole", ("role.jsonl", "5", "robot", "assistant")
+    ),
+    "no-answer": lambda _: Bad(
+        data("unanswered.jsonl"), ExitCode.DATA, FailureClass.DATA, "NoTrainableToken", ("unanswered.jsonl",)
+    ),
+    "model-missing": lambda _: Bad(
+        {"model": {"source": f"{MODEL}-2"}}, ExitCode.NOT_FOUND, FailureClass.MODEL, "ModelNotFound", (f"{MODEL}-2",)
+    ),
+    "bucket-missing": lambda site: Bad(
+        storage(site, uri="s3://no-such-bucket/jobs"), ExitCode.STORAGE_SETUP, FailureClass.STORAGE, "BucketNotFound",
+        ("no-such-bucket", "storage.uri"),
+    ),
+    "keys-wrong": lambda site: Bad(
+        storage(site, credentialsSecretRef={"name": "wrong-keys"}), ExitCode.CREDENTIALS, FailureClass.STORAGE,
+        "CredentialsRejected", ("storage.credentialsSecretRef",),
+    ),
+    "endpoint-silent": lambda site: Bad(
+        {**storage(site, endpoint="http://nobody.s3.svc:8333"), "policy": {"retries": 0}}, ExitCode.STORAGE,
+        FailureClass.STORAGE, "EndpointUnreachable", ("nobody.s3.svc:8333",),
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def failing(site: Site, shared_room: Room) -> Room:
+    """All cases at once."""
+    for key, body in FILES.items():
+        site.store.put_object(Bucket="datasets", Key=key, Body=body)
+    shared_room.secret("wrong-keys", {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"})
+    shared_room.apply(*(job(name, **case(site).spec) for name, case in CASES.items()))
+    return shared_room
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_fails_by_name_before_training(failing: Room, name: str) -> None:
+    bad = CASES[name](failing.site)
+    status = failing.end(name, Phase.FAILED)
+    failure = status.failure
+    assert failure is not None
+    said = f"{failure.message} {failure.hint}"
+    assert (failure.class_, failure.code, failure.exit_code) == (bad.klass, bad.code, bad.exit_code), said
+    assert [word for word in bad.words if word not in said] == [], said
+    assert "Traceback" not in said
+    assert status.progress is None or not status.progress.step
+    assert condition(status, Condition.STALLED) == "True"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_retry_is_spent_on_it(failing: Room, name: str) -> None:
+    status = failing.end(name, Phase.FAILED)
+    assert not status.restarts
+    (pod,) = failing.pods(name)
+    (state,) = pod["status"]["containerStatuses"]
+    assert state["state"]["terminated"]["exitCode"] == CASES[name](failing.site).exit_code
+
+
+def test_secrets_appear_nowhere(failing: Room) -> None:
+    """Neither in status nor in logs."""
+    for name in ("keys-wrong", "bucket-missing"):
+        status = failing.end(name, Phase.FAILED)
+        (pod,) = failing.pods(name)
+        logs = failing.site.cluster.kubectl("-n", failing.namespace, "logs", pod["metadata"]["name"], "-c", CONTAINER)
+        for secret in (failing.site.cluster.s3.secret_key, "nothing"):
+            assert secret not in logs.split()
+            assert failing.site.cluster.s3.secret_key not in status.model_dump_json()
+
+
+def test_a_missing_secret_waits_for_it(room: Room) -> None:
+    """The cluster can mend it: Pending with a reason, and the job runs once the Secret is there."""
+    room.apply(job("waiting", **storage(room.site, credentialsSecretRef={"name": "later"}), training={"maxSteps": 2}))
+    status = room.wait("waiting", lambda s: condition_reason(s) == Reason.CONFIG_MISSING, "waiting for its Secret", 60)
+    assert status.phase in (Phase.PENDING, Phase.STARTING)
+    keys = room.site.cluster.s3
+    room.secret("later", {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key})
+    assert room.end("waiting").restarts == 0
+
+
+def test_an_unknown_node_pool_is_told_without_a_pod(room: Room) -> None:
+    room.apply(job("no-pool", resources={"gpusPerNode": 1, "nodePool": "h900"}))
+    status = room.wait("no-pool", lambda s: condition_reason(s) == Reason.UNKNOWN_NODE_POOL, "told of the pool", 60)
+    assert status.phase is Phase.PENDING
+    assert room.pods("no-pool") == []
+
+
+def condition(status: FineTuneJobStatus, kind: Condition) -> str:
+    """Status of a condition; empty if it is absent."""
+    return next((one.status for one in status.conditions if one.type == kind), "")
+
+
+def condition_reason(status: FineTuneJobStatus) -> str:
+    """Why the job is still being worked on."""
+    return next((one.reason for one in status.conditions if one.type == Condition.RECONCILING), "")
