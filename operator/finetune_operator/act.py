@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 from finetune_api.names import Reason
 
-from finetune_operator import failpoints
 from finetune_operator.builders.job import build_job, build_service
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.decide import Plan
 from finetune_operator.facts import Facts
+from finetune_operator.killpoints import Point, reach
 from finetune_operator.kube import (
     FINETUNEJOB,
     JOB,
@@ -64,13 +64,15 @@ class Actor:
         """Deletes first, then creates. Errors: KubeError and StaleFacts; the plan is made again then."""
         deleted = 0
         for job in plan.delete:
+            reach(Point.BEFORE_JOB_DELETE)
             deleted += await self._kube.delete(JOB, job.namespace, job.name, uid=job.uid)
-            failpoints.reached("after_job_delete")
+            reach(Point.AFTER_JOB_DELETE)
         for pod in plan.delete_pods:
             deleted += await self._kube.delete(POD, pod.namespace, pod.name, uid=pod.uid)
         for pod in plan.force:
             logger.warning("pod %s of a lost node is removed by force", pod.name)
             deleted += await self._kube.delete(POD, pod.namespace, pod.name, uid=pod.uid, grace=0)
+            reach(Point.AFTER_POD_DELETE)
         if plan.create is not None:
             return await self._create(facts, plan.create, deleted)
         if facts.current is not None and facts.nodes > 1 and not facts.current.finished and not facts.current.deleting:
@@ -88,7 +90,7 @@ class Actor:
         )  # fmt: skip
         body = build_job(facts.job, run, facts.acceptance.pool, self._config)
         namespace, name = facts.job.namespace, body["metadata"]["name"]
-        failpoints.reached("before_job_create")
+        reach(Point.BEFORE_JOB_CREATE)
         warnings: tuple[str, ...] = ()
         try:
             created = await self._kube.create(JOB, namespace, body)
@@ -100,7 +102,7 @@ class Actor:
                 raise error from None
         except Forbidden as error:
             return Acted(obstacle=_forbidden(error), deleted=deleted)
-        failpoints.reached("after_job_create")
+        reach(Point.AFTER_JOB_CREATE)
         view = read_job(found)
         if view is None or not view.owned or view.owner_uid != facts.job.uid:
             message = f"Job {name} exists and belongs to something else"
@@ -120,8 +122,10 @@ class Actor:
         now = asyncio.get_running_loop().time()
         if now - self._services.get(job.uid, float("-inf")) < self._config.resync_seconds:
             return
+        reach(Point.BEFORE_SERVICE_CREATE)
         try:
             await self._kube.create(SERVICE, job.namespace, build_service(job))
+            reach(Point.AFTER_SERVICE_CREATE)
         except AlreadyExists:
             found = await self._kube.get(SERVICE, job.namespace, job.name)
             owners = found["metadata"].get("ownerReferences") or []

@@ -15,12 +15,13 @@ from finetune_api.names import Label, Reason, attempt_job_name
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 
-from finetune_operator import failpoints, logs
+from finetune_operator import logs
 from finetune_operator.act import Acted, Actor, StaleFacts
 from finetune_operator.cache import Cache
 from finetune_operator.decide import Plan, Situation, decide
 from finetune_operator.events import Recorder, transitions
 from finetune_operator.facts import Facts
+from finetune_operator.killpoints import Point, reach
 from finetune_operator.kube import (
     CORE_EVENT,
     FINETUNEJOB,
@@ -271,9 +272,9 @@ class Reconciler:
         if wait > 0 and transition(before) == transition(after):
             self._queue.add_after(key, wait)
             return
-        failpoints.reached("before_status_write")
+        reach(Point.BEFORE_STATUS_WRITE)
         written = await self._kube.replace(FINETUNEJOB, key.namespace, _status_body(facts.job, after), sub="status")
-        failpoints.reached("after_status_write")
+        reach(Point.AFTER_STATUS_WRITE)
         memory.progress_written = now
         self._cache.put_finetunejob(read_finetunejob(written))
         self._recorder.emit(facts.job, transitions(old, new))

@@ -23,11 +23,11 @@ from typing import Any
 
 import aiohttp
 import yaml
-
 from finetune_api.names import API_VERSION, KIND, ExitCode, Label
 from finetune_api.pod import LastWords
 from finetune_operator.kube import FINETUNEJOB, JOB, POD, Kind, Kube, KubeError, NotFound, Object
 from finetune_operator.settings import ApiSettings
+
 from localcluster import Endpoint
 
 NODE = "test-node"
@@ -310,7 +310,9 @@ class Kubelet:
             "containerStatuses": [_container({"running": {"startedAt": _now()}}, ready)],
         })  # fmt: skip
 
-    async def end(self, pod: Object, code: int, words: LastWords | None = None, *, reason: str = "", raw: str = "") -> None:
+    async def end(
+        self, pod: Object, code: int, words: LastWords | None = None, *, reason: str = "", raw: str = ""
+    ) -> None:
         """The container ends with this exit code and these last words."""
         message = raw or (words.to_json() if words else "")
         terminated = {"exitCode": code, "reason": reason or ("Completed" if code == 0 else "Error"), "message": message}
@@ -368,7 +370,9 @@ async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIt
     headers = {"Authorization": f"Bearer {endpoint.token}"}
     connector = aiohttp.TCPConnector(ssl=context)
     timeout = aiohttp.ClientTimeout(total=None)
-    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout, read_bufsize=2**21) as session:
+    async with aiohttp.ClientSession(
+        connector=connector, headers=headers, timeout=timeout, read_bufsize=2**21
+    ) as session:
         tasks = [asyncio.create_task(one.run(session)) for one in (found.jobs, found.pods, found.ftjs)]
         tasks.append(asyncio.create_task(found.kubelet.run()))
         try:
@@ -411,7 +415,10 @@ class Heartbeat:
 
 def install(endpoint: Endpoint, crd: Path) -> None:
     """Install the CRD and wait until it is served."""
-    endpoint.apply("/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.finetune-operator.io", yaml.safe_load(crd.read_text()))
+    endpoint.apply(
+        "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/finetunejobs.finetune-operator.io",
+        yaml.safe_load(crd.read_text()),
+    )
     for _ in _ticks():
         with contextlib.suppress(Exception):
             endpoint.get(f"/apis/{API_VERSION}/finetunejobs")

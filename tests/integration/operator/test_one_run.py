@@ -6,6 +6,7 @@ import json
 
 from finetune_api.names import Annotation
 from finetune_api.pod import RunConfig
+
 from tests.integration.operator.rig import Rig
 
 

@@ -1,0 +1,315 @@
+"""Suspend, resume, cancel, retry, ladders, limits: the life of a job against a real API server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from finetune_api.names import Annotation, ExitCode, FailureClass, Label
+from finetune_api.pod import LastWords, RunConfig
+from finetune_operator.kube import EVENT, FINETUNEJOB, JOB, POD, SERVICE
+
+from tests.integration.operator.rig import Rig
+
+
+def run_config(job: dict[str, Any]) -> RunConfig:
+    return RunConfig.model_validate(json.loads(job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]))
+
+
+def checkpoint(step: int) -> dict[str, Any]:
+    return {"step": step, "uri": f"s3://models/test/checkpoints/step-{step:08d}/a1-00000000", "healthy": True}
+
+
+async def reasons(world: Rig, name: str = "run") -> list[str]:
+    events = (await world.kube.list(EVENT, world.namespace)).items
+    mine = [e for e in events if e["regarding"]["kind"] == "FineTuneJob" and e["regarding"]["name"] == name]
+    return [e["reason"] for e in sorted(mine, key=lambda e: e["eventTime"])]
+
+
+async def test_suspend_saves_frees_and_resumes_from_that_step(world: Rig) -> None:
+    await world.create()
+    await world.train("run-1", step=40, checkpoints=[checkpoint(30)], latestCheckpoint=checkpoint(30)["uri"])
+    await world.until("checkpoint", lambda: world.status().get("checkpoints"))
+    world.kubelet.stop_words = LastWords(code="Stopped", message="saved", step=42, committed_step=42)
+    await world.patch({"suspend": True})
+    status = await world.phase("Suspended")
+    assert world.condition("Suspended")["status"] == "True"
+    assert world.condition("Reconciling") == {}
+    assert status["attempts"][0]["reason"] == "Suspended"
+    assert status["attempts"][0]["committedStep"] == 42
+    assert status["attempts"][0].get("counted") is False
+    assert world.jobs.items == {}
+    assert world.pods.items == {}
+    await world.patch({"suspend": False})
+    job = await world.job("run-2")
+    run = run_config(job)
+    assert (run.attempt, run.resume.mode, run.resume.expect_step) == (2, "auto", 42)
+    await world.train("run-2", step=43, resumedFromStep=42)
+    await world.phase("Running")
+    await world.kubelet.succeed(await world.pod("run-2"))
+    status = await world.phase("Succeeded")
+    assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Suspended"), (2, "Succeeded")]
+    assert status["attempts"][0]["stepsLost"] == 0
+    assert status["restarts"] == 1
+    await asyncio.wait_for(_event(world, "Succeeded"), 10)
+    seen = await reasons(world)
+    assert [r for r in seen if r in ("Suspended", "Resumed", "ResumedFromCheckpoint", "Succeeded")] == [
+        "Suspended", "Resumed", "ResumedFromCheckpoint", "Succeeded",
+    ]  # fmt: skip
+
+
+async def test_suspended_before_it_starts(world: Rig) -> None:
+    await world.create(suspend=True)
+    await world.phase("Suspended")
+    assert world.jobs.items == {}
+    await world.patch({"suspend": False})
+    await world.job("run-1")
+
+
+async def test_cancel_is_final(world: Rig) -> None:
+    await world.create()
+    await world.train("run-1")
+    await world.phase("Running")
+    await world.patch({"cancel": True})
+    status = await world.phase("Cancelled")
+    assert world.condition("Finished")["status"] == "True"
+    assert world.condition("Succeeded")["reason"] == "Cancelled"
+    assert world.condition("Stalled") == {}
+    assert "failure" not in status
+    assert world.jobs.items == {}
+
+
+async def test_data_error_stops_at_once_with_the_trainer_s_words(world: Rig) -> None:
+    await world.create()
+    pod = await world.pod("run-1", 0, "Running")
+    words = LastWords(class_=FailureClass.DATA, code="RowMalformed", message="row 17: not JSON", hint="mend it", rank=0)
+    await world.kubelet.end(pod, ExitCode.DATA, words)
+    status = await world.phase("Failed")
+    assert status["failure"] == {
+        "class": "Data", "code": "RowMalformed", "message": "row 17: not JSON", "hint": "mend it", "rank": 0,
+        "exitCode": 65, "node": "test-node",
+    }  # fmt: skip
+    assert world.condition("Stalled")["status"] == "True"
+    assert world.condition("Stalled")["reason"] == "DataError"
+    assert list(world.jobs.items) == ["run-1"]
+    await asyncio.wait_for(_event(world, "Failed"), 10)
+
+
+async def test_preempted_pod_is_free_of_charge(world: Rig) -> None:
+    await world.create(policy={"retries": 0})
+    pod = await world.train("run-1")
+    await world.phase("Running")
+    await world.kube.delete(POD, world.namespace, pod["metadata"]["name"], uid=pod["metadata"]["uid"], grace=30)
+    await world.job("run-2")
+    status = await world.phase("Recovering")
+    assert status["attempts"][0]["reason"] == "Preempted"
+    assert status["attempts"][0]["counted"] is False
+    assert status["retriesUsed"] == 0
+    assert status["attempts"][0]["exitCode"] == 75
+
+
+async def test_unknown_errors_use_up_the_retries(world: Rig) -> None:
+    await world.create(policy={"retries": 2})
+    for number in (1, 2, 3):
+        pod = await world.pod(f"run-{number}", 0, "Running")
+        await world.kubelet.end(pod, 1, raw="Traceback\nKeyError: 'token=hf_abcdefghijklmnopqrstu'\n")
+    status = await world.phase("Failed")
+    assert [a["counted"] for a in status["attempts"]] == [True, True, False]
+    assert status["failure"]["code"] == "ExitCode1"
+    assert "[redacted]" in status["failure"]["message"]
+    assert "hf_abc" not in json.dumps(status)
+    assert world.condition("Succeeded")["reason"] == "RetriesExhausted"
+    assert sorted(world.jobs.items) == ["run-2", "run-3"]
+
+
+async def test_progress_resets_the_retries(world: Rig) -> None:
+    await world.create(policy={"retries": 1})
+    for number, step in ((1, 0), (2, 20), (3, 0)):
+        pod = await world.pod(f"run-{number}", 0, "Running")
+        words = LastWords(code="Odd", message="odd", committed_step=step or None)
+        await world.kubelet.end(pod, ExitCode.INTERNAL, words)
+        await world.job(f"run-{number + 1}")
+    status = world.status()
+    assert [a["counted"] for a in status["attempts"][:3]] == [True, False, True]
+    assert status["retriesUsed"] == 1
+    assert run_config(world.jobs.items["run-4"]).resume.expect_step == 20
+
+
+async def test_memory_ladder_keeps_the_effective_batch(world: Rig) -> None:
+    await world.create(training={"batchSizePerDevice": 4, "gradientAccumulationSteps": 2})
+    pod = await world.pod("run-1", 0, "Running")
+    await world.kubelet.end(pod, ExitCode.OUT_OF_MEMORY, LastWords(code="GpuOutOfMemory", message="no memory"))
+    run = run_config(await world.job("run-2"))
+    assert (run.spec.training.batch_size_per_device, run.spec.training.gradient_accumulation_steps) == (2, 4)
+    pod = await world.pod("run-2", 0, "Running")
+    await world.kubelet.end(pod, ExitCode.KILLED, reason="OOMKilled")
+    run = run_config(await world.job("run-3"))
+    assert (run.spec.training.batch_size_per_device, run.spec.training.gradient_accumulation_steps) == (1, 8)
+    status = world.status()
+    assert [a["reason"] for a in status["adaptations"]] == ["OutOfMemory", "OutOfMemory"]
+    assert status["resolved"]["effectiveBatch"] == 8
+    assert status["retriesUsed"] == 0
+
+
+async def test_divergence_is_replayed_then_rolled_back_then_fails(world: Rig) -> None:
+    await world.create(training={"learningRate": 0.001})
+    marks = [checkpoint(step) for step in (10, 20, 30)]
+    rates, limits = [], []
+    for number in (1, 2, 3, 4):
+        job = await world.job(f"run-{number}")
+        run = run_config(job)
+        rates.append(run.spec.training.learning_rate)
+        limits.append(run.resume.max_step)
+        pod = await world.pod(f"run-{number}", 0, "Running")
+        words = LastWords.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": marks, "step": 33})
+        await world.kubelet.end(pod, ExitCode.DIVERGED, words)
+    status = await world.phase("Failed")
+    assert rates == [0.001, 0.001, 0.0005, 0.00025]
+    assert limits == [None, None, 20, 10]
+    assert status["failure"]["class"] == "Diverged"
+
+
+async def test_deadline_counts_running_time(world: Rig) -> None:
+    await world.create(policy={"activeDeadlineSeconds": 1})
+    await world.job("run-1")
+    status = await world.phase("Failed")
+    assert status["failure"]["code"] == "DeadlineExceeded"
+    assert status["activeSeconds"] >= 1
+    assert world.condition("Succeeded")["reason"] == "DeadlineExceeded"
+
+
+async def test_ttl_removes_jobs_and_pods_never_the_finetunejob(world: Rig) -> None:
+    await world.create(policy={"ttlSecondsAfterFinished": 1})
+    await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
+    await world.phase("Succeeded")
+    await world.until("the Job to go", lambda: not world.jobs.items and not world.pods.items)
+    assert world.status()["phase"] == "Succeeded"
+
+
+async def test_lost_node_is_forced_and_replaced(world: Rig) -> None:
+    await world.create(policy={"terminationGracePeriodSeconds": 1})
+    pod = await world.train("run-1")
+    await world.phase("Running")
+    world.kubelet.stops = False
+    await world.kube.delete(POD, world.namespace, pod["metadata"]["name"], uid=pod["metadata"]["uid"])
+    await world.job("run-2")
+    status = world.status()
+    assert status["attempts"][0]["reason"] == "NodeLost"
+    assert status["attempts"][0]["counted"] is False
+    assert [p["metadata"]["labels"][Label.ATTEMPT] for p in world.pods.items.values()] in (["2"], [])
+
+
+async def test_stalled_run_is_restarted(world: Rig) -> None:
+    await world.create(policy={"stallTimeoutSeconds": 30})
+    await world.train("run-1", step=7, health={"secondsSinceStep": 31.0, "medianStepSeconds": 0.1})
+    await world.job("run-2")
+    attempt = world.status()["attempts"][0]
+    assert (attempt["reason"], attempt["exitCode"], attempt["counted"]) == ("Stalled", 74, True)
+
+
+async def test_unknown_pool_waits_with_the_list_of_pools(world: Rig) -> None:
+    await world.create(resources={"nodePool": "a100", "gpusPerNode": 1})
+    await world.phase("Pending")
+    accepted = world.condition("Accepted")
+    assert (accepted["status"], accepted["reason"]) == ("False", "UnknownNodePool")
+    assert "h100 (8 x nvidia.com/gpu), mig (7 x nvidia.com/mig-1g.10gb)" in accepted["message"]
+    assert world.condition("Reconciling")["status"] == "True"
+    assert world.condition("Stalled") == {}
+    assert world.jobs.items == {}
+
+
+async def test_rejected_spec_is_final_and_names_the_field(world: Rig) -> None:
+    await world.create(method={"type": "spectrum"}, model={"source": "./local"})
+    status = await world.phase("Failed")
+    accepted = world.condition("Accepted")
+    assert accepted["status"] == "False"
+    assert "spec.model.source" in accepted["message"]
+    assert status["failure"]["class"] == "User"
+    assert world.condition("Stalled")["status"] == "True"
+
+
+async def test_gpu_pool_reaches_the_pod(world: Rig) -> None:
+    await world.create(resources={"gpusPerNode": 2, "nodes": 2})
+    job = await world.job("run-1")
+    pod = job["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"gpu": "h100"}
+    assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    assert world.status().get("resolved", {}).get("nodePool", "h100") == "h100"
+    services = (await world.kube.list(SERVICE, world.namespace)).items
+    assert [(s["metadata"]["name"], s["spec"]["clusterIP"]) for s in services] == [("run-1", "None")]
+    run = run_config(job)
+    assert (run.world.master_address, run.world.size) == ("run-1-0.run-1", 4)
+
+
+async def test_one_failed_rank_ends_the_attempt_for_all(world: Rig) -> None:
+    await world.create(resources={"nodes": 2})
+    first, second = await world.pod("run-1", 0, "Running"), await world.pod("run-1", 1, "Running")
+    words = LastWords(code="Boom", message="boom", rank=1, origin=True)
+    await world.kubelet.end(second, ExitCode.INTERNAL, words)
+    await world.job("run-2")
+    attempt = world.status()["attempts"][0]
+    assert (attempt["reason"], attempt["exitCode"]) == ("InternalError", 70)
+    assert first["metadata"]["name"] != second["metadata"]["name"]
+
+
+async def test_somebody_deletes_our_job(world: Rig) -> None:
+    await world.create()
+    await world.train("run-1")
+    await world.phase("Running")
+    job = world.jobs.items["run-1"]
+    await world.kube.delete(JOB, world.namespace, "run-1", uid=job["metadata"]["uid"])
+    await world.job("run-2")
+    attempt = world.status()["attempts"][0]
+    assert (attempt["reason"], attempt["counted"]) == ("Preempted", True)
+    assert "somebody deleted" in attempt["message"]
+
+
+async def test_name_taken_by_a_foreign_job(world: Rig) -> None:
+    foreign = {
+        "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "run-1", "namespace": world.namespace},
+        "spec": {"suspend": True, "template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "x", "image": "x"}]}}},
+    }  # fmt: skip
+    made = (await world.kube.create(JOB, world.namespace, foreign)).body
+    await world.create()
+    await world.until("conflict", lambda: world.condition("Reconciling").get("reason") == "ChildrenConflict")
+    assert world.status()["phase"] == "Pending"
+    assert world.jobs.items["run-1"]["metadata"]["uid"] == made["metadata"]["uid"]
+
+
+async def test_unschedulable_in_the_scheduler_s_words(world: Rig) -> None:
+    world.kubelet.auto = False
+    await world.create()
+    pod = await world.pod("run-1")
+    words = "0/3 nodes are available: 3 Insufficient cpu."
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
+    await world.kubelet.write(pod, {"conditions": [condition]})
+    await world.until("words", lambda: words in world.condition("PodsReady").get("message", ""))
+    assert world.condition("PodsReady")["reason"] == "Unschedulable"
+    await asyncio.wait_for(_event(world, "Unschedulable"), 10)
+
+
+async def _event(world: Rig, reason: str) -> None:
+    while reason not in await reasons(world):
+        await asyncio.sleep(0.05)
+
+
+async def test_quota_refusal_shows_the_admission_s_words(world: Rig) -> None:
+    quota = {
+        "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none", "namespace": world.namespace},
+        "spec": {"hard": {"pods": "0"}},
+    }  # fmt: skip
+    from finetune_operator.kube import Kind
+
+    await world.kube.create(Kind("v1", "ResourceQuota", "resourcequotas"), world.namespace, quota)
+    await world.create()
+    await world.until("quota", lambda: world.condition("PodsReady").get("reason") == "QuotaExceeded", 60)
+    assert "exceeded quota: none" in world.condition("PodsReady")["message"]
+    assert world.status()["phase"] == "Starting"
+
+
+async def test_deleting_the_finetunejob_removes_its_children(world: Rig) -> None:
+    made = await world.create()
+    await world.pod("run-1", 0, "Running")
+    await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=made["metadata"]["uid"], foreground=False)
+    await world.until("nothing left", lambda: not world.jobs.items and not world.pods.items and not world.ftjs.items)
