@@ -1,0 +1,150 @@
+"""From `kubectl apply` to the first optimizer step, split by stage.
+
+Needs a cluster with the operator installed and the demo's model and data uploaded: `make demo KEEP=1` leaves one. Then
+
+    python benchmarks/first_step.py --kubeconfig ... --namespace finetune-demo --runs 5
+
+Method. The manifest is applied under a new name. One thread watches Jobs, one watches Pods; the moments at which the Job and
+the running pod are first seen are taken from this machine's monotonic clock. From the moment the pod runs its `/progress` is
+asked every 20 ms through the API server's pod proxy until it says that step 1 is done. The stages inside the pod are the
+pod's own measurements. The first run warms the page cache and is left out; medians of the others are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import record
+from finetune_api import names
+from finetune_api.pod import Report
+from kubernetes import client, config, watch
+from pydantic import ValidationError
+from ruamel.yaml import YAML
+
+POLL_SECONDS = 0.02
+TIMEOUT_SECONDS = 300
+
+
+class NotMeasured(Exception):
+    """A run did not come to its first step; the message says what was seen."""
+
+
+@dataclass
+class Moments:
+    """Seconds of the monotonic clock at which things were first seen."""
+
+    applied: float = 0.0
+    job: float | None = None
+    running: float | None = None
+    first_step: float | None = None
+    pod: str | None = None
+    timings: dict[str, float] = field(default_factory=dict)
+
+    def stages(self) -> dict[str, float]:
+        """The way split into stages, in seconds."""
+        assert self.job and self.running and self.first_step
+        outside = {
+            "admission": self.job - self.applied, "podStart": self.running - self.job,
+            "inPod": self.first_step - self.running, "total": self.first_step - self.applied,
+        }  # fmt: skip
+        inside = {f"pod.{name}": seconds for name, seconds in self.timings.items()}
+        return {name: round(seconds, 2) for name, seconds in (outside | inside).items()}
+
+
+class Run:
+    """One application of the manifest."""
+
+    def __init__(self, manifest: dict[str, Any], namespace: str, name: str) -> None:
+        self._core, self._batch, self._jobs = client.CoreV1Api(), client.BatchV1Api(), client.CustomObjectsApi()
+        self._namespace, self._name = namespace, name
+        self._manifest = manifest | {"metadata": {"name": name}}
+        self._moments = Moments()
+        self._running = threading.Event()
+
+    def measure(self) -> dict[str, float]:
+        """Apply, wait for the first step, delete. Errors: NotMeasured."""
+        selector = f"{names.Label.NAME.value}={self._name}"
+        for target in (self._watch_jobs, self._watch_pods):
+            threading.Thread(target=target, args=(selector,), daemon=True).start()
+        self._moments.applied = time.monotonic()
+        where = (names.GROUP, names.VERSION, self._namespace, names.PLURAL)
+        self._jobs.create_namespaced_custom_object(*where, self._manifest)
+        try:
+            if not self._running.wait(TIMEOUT_SECONDS):
+                raise NotMeasured(f"no pod of {self._name} ran within {TIMEOUT_SECONDS} s")
+            self._ask()
+        finally:
+            self._jobs.delete_namespaced_custom_object(*where, self._name)
+        return self._moments.stages()
+
+    def _watch_jobs(self, selector: str) -> None:
+        for _ in watch.Watch().stream(self._batch.list_namespaced_job, self._namespace, label_selector=selector):
+            self._moments.job = time.monotonic()
+            return
+
+    def _watch_pods(self, selector: str) -> None:
+        for event in watch.Watch().stream(self._core.list_namespaced_pod, self._namespace, label_selector=selector):
+            pod = event["object"]
+            if pod.status.phase == "Running":
+                self._moments.running, self._moments.pod = time.monotonic(), pod.metadata.name
+                self._running.set()
+                return
+
+    def _ask(self) -> None:
+        """Ask the pod until it has done a step."""
+        end = time.monotonic() + TIMEOUT_SECONDS
+        while time.monotonic() < end:
+            report = self._report()
+            if report is not None and (report.progress.step or 0) >= 1:
+                self._moments.first_step = time.monotonic()
+                self._moments.timings = report.timings
+                return
+            time.sleep(POLL_SECONDS)
+        raise NotMeasured(f"pod {self._moments.pod} did no step within {TIMEOUT_SECONDS} s")
+
+    def _report(self) -> Report | None:
+        pod = f"{self._moments.pod}:{names.PROGRESS_PORT}"
+        try:
+            answer = self._core.connect_get_namespaced_pod_proxy_with_path(
+                pod, self._namespace, names.Path.PROGRESS.value.lstrip("/"), _preload_content=False
+            )
+            return Report.model_validate_json(answer.data)
+        except (client.ApiException, ValidationError):
+            return None
+
+
+def medians(runs: list[dict[str, float]]) -> dict[str, float]:
+    """Median of every stage over the runs that have it."""
+    stages = dict.fromkeys(name for run in runs for name in run)
+    return {name: round(statistics.median([run[name] for run in runs if name in run]), 2) for name in stages}
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kubeconfig", default=None)
+    parser.add_argument("--namespace", default="finetune-demo")
+    parser.add_argument("--manifest", type=Path, default=record.ROOT / "examples" / "quickstart.yaml")
+    parser.add_argument("--runs", type=int, default=5)
+    options = parser.parse_args()
+    config.load_kube_config(options.kubeconfig)
+    manifest = YAML(typ="safe").load(options.manifest.read_text())
+    runs: list[dict[str, float]] = []
+    for number in range(options.runs + 1):
+        found = Run(manifest, options.namespace, f"first-step-{number}-{int(time.time()) % 100000}").measure()
+        print("warm-up" if number == 0 else f"run {number}", json.dumps(found), flush=True)
+        runs += [found] if number else []
+    path = record.write("first_step", {"median": medians(runs), "runs": runs}, method=str(__doc__))
+    print(json.dumps(medians(runs), indent=1))
+    print(f"written: {path.relative_to(record.ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
