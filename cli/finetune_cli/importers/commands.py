@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune_cli.importers.material import Document, Draft, Entry, Mistake, Origin
 
-LAUNCHERS = ("python", "python3", "accelerate", "torchrun", "deepspeed", "uv", "poetry", "launch", "run", "-m")
+LAUNCHERS = ("python", "python3", "accelerate", "torchrun", "deepspeed", "uv", "poetry", "launch", "run")
 NEGATIVE = re.compile(r"^-(\d|\.\d)")
 
 
@@ -17,7 +17,9 @@ def after_launcher(words: tuple[str, ...]) -> list[str]:
     """The words behind `python train.py`, `accelerate launch x.py` and the like; line continuations are taken out."""
     rest = [word for word in words if word.strip() not in ("\\", "")]
     while rest and (rest[0] in LAUNCHERS or rest[0].endswith(".py")):
-        rest.pop(0)
+        launcher = rest.pop(0)
+        if launcher in LAUNCHERS and rest[:1] == ["-m"]:
+            del rest[:2]
     return rest
 
 

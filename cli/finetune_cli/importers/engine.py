@@ -359,13 +359,8 @@ def _judge(problem: Problem, draft: Draft) -> None:
 
 def _told(draft: Draft, problem: Problem) -> Mistake:
     """A problem at a spec path, told with the key and place that the value came from."""
-    assigned = [
-        one
-        for path, one in draft.values.items()
-        if path == problem.path
-        or path.startswith(problem.path + ".")
-        or problem.path.startswith((path + ".", path + "["))
-    ]
+    group, _, _ = problem.path.rpartition(".")
+    assigned = _around(draft, problem.path) or (_around(draft, group) if "." in group else [])
     written = [one for one in assigned if one.key] or [one for one in assigned if one.origin.given]
     if not written:
         return Mistake(draft.where, f"spec.{problem.path}", problem.message, problem.hint)
@@ -377,6 +372,15 @@ def _told(draft: Draft, problem: Problem) -> Mistake:
         _as_written(draft, written[0]) + problem.message,
         f"{problem.hint} (spec.{problem.path})" if problem.hint else "",
     )
+
+
+def _around(draft: Draft, path: str) -> list[Assigned]:
+    """Values at, below and above a path."""
+    return [
+        one
+        for known, one in draft.values.items()
+        if _inside(known, path) or path.startswith((known + ".", known + "["))
+    ]
 
 
 def _as_written(draft: Draft, assigned: Assigned) -> str:

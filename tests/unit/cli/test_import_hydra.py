@@ -1,0 +1,208 @@
+"""The Hydra tool: composition, override grammar, the older flags, accelerate beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Write
+from imports import Outcome, import_
+
+BASE = """\
+dataset: {path: org/data, format: conversational}
+training_config:
+  model: org/m
+  trainer: SFT
+  distributed_training: DDP
+  learning_rate: 5e-5
+  max_seq_length: 512
+  report_to: none
+"""
+
+
+@pytest.fixture
+def hydra(write: Write) -> Any:
+    """Import a composed file with overrides."""
+
+    def run(words: str = "", base: str = BASE, **more: Any) -> Outcome:
+        return import_(write("job.yaml", base), words=words, source="hydra", **more)
+
+    return run
+
+
+@pytest.fixture
+def folder(write: Write, tmp_path: Path) -> Path:
+    """A folder of groups with a primary file."""
+    write("configs/config.yaml", "defaults:\n  - dataset: default\n  - training: ddp\n  - _self_\n")
+    write("configs/dataset/default.yaml", "path: org/data\nformat: standard\n")
+    write("configs/dataset/pairs.yaml", "path: org/pairs\nformat: preference\n")
+    write(
+        "configs/training/ddp.yaml",
+        "model: org/m\ntrainer: SFT\ndistributed_training: DDP\nlearning_rate: 5e-5\nreport_to: none\nmax_seq_length: 512\n",
+    )
+    write(
+        "configs/training/dpo.yaml",
+        "model: org/m\ntrainer: DPO\ndistributed_training: Unsloth\nlearning_rate: 5e-6\nreport_to: none\nmax_seq_length: 256\n",
+    )
+    return tmp_path / "configs"
+
+
+def test_what_is_fixed_in_its_code(hydra: Any) -> None:
+    found = hydra()
+    assert found.spec["method"]["lora"] == {
+        "rank": 128, "alpha": 64, "dropout": 0.05, "bias": "none",
+        "targetModules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    }  # fmt: skip
+    assert (
+        found.at("training.warmupRatio"),
+        found.at("training.mixedPrecision"),
+        found.at("tracking.loggingSteps"),
+    ) == (0.1, "bf16", 50)
+    assert (found.at("checkpoint.keep"), found.at("model.attention"), found.at("training.learningRate")) == (
+        0,
+        "flashAttention2",
+        5e-5,
+    )
+    assert found.at("dataset.systemPrompt") == "You are a personal assistant."
+    assert found.at("tracking.reportTo") == []
+
+
+def test_unsloth_has_no_dropout_and_its_own_checkpointing(hydra: Any) -> None:
+    found = hydra(base=BASE.replace("DDP", "unsloth"))
+    assert (found.at("method.lora.dropout"), found.at("training.gradientCheckpointing")) == (0, "unsloth")
+    assert (found.at("trainer.backend"), found.at("distributed.strategy")) == ("unsloth", "none")
+
+
+@pytest.mark.parametrize("group", ["training_config", "training_configs", "training"])
+def test_all_names_of_the_group(hydra: Any, group: str) -> None:
+    found = hydra(words=f"{group}.learning_rate=1e-5", base=BASE.replace("training_config:", f"{group}:"))
+    assert found.at("training.learningRate") == 1e-5
+
+
+def test_a_folder_is_composed(folder: Path) -> None:
+    found = import_(folder)
+    assert (found.at("dataset.train"), found.at("dataset.format"), found.at("trainer.type")) == (
+        "org/data",
+        "promptCompletion",
+        "sft",
+    )
+
+
+def test_other_options_of_groups_and_overrides(folder: Path) -> None:
+    found = import_(
+        folder,
+        words="python train.py dataset=pairs training=dpo training.learning_rate=1e-6 +training.warmup_ratio=0.2",
+    )
+    assert found.mistakes == []
+    assert (found.at("dataset.train"), found.at("trainer.type"), found.at("training.learningRate")) == (
+        "org/pairs",
+        "dpo",
+        1e-6,
+    )
+    assert (found.at("training.warmupRatio"), found.at("dataset.maxSequenceLength")) == (0.2, 256)
+
+
+def test_a_group_option_that_is_not_there(folder: Path) -> None:
+    (mistake,) = import_(folder, words="training=nope").mistakes
+    assert mistake.startswith("configs: Hydra cannot compose it: ")
+    assert "training/nope" in mistake
+
+
+@pytest.mark.parametrize(
+    ("words", "mistake"),
+    [
+        (
+            "training_config.lr=1",
+            "command line: training_config.lr: unknown key; did you mean training_config.learning_rate?",
+        ),
+        (
+            "+training_config.foo_bar_baz=1",
+            "command line: training_config.foo_bar_baz: unknown key; remove it; + is only for keys known here",
+        ),
+        (
+            "training_config.seed=1",
+            "command line: training_config.seed: it is not in the file; write +training_config.seed=... to add it",
+        ),
+        (
+            "+training_config.trainer=DPO",
+            "command line: +training_config.trainer: it is there already; write training_config.trainer=... without +",
+        ),
+        (
+            "dataset.path=a,b",
+            "command line: dataset.path: a comma makes a sweep, and a sweep needs -m; quote the value: 'dataset.path=\"...\"'",
+        ),
+        ("-m", "command line: -m: a sweep makes several jobs, and a FineTuneJob is one; import each of them"),
+    ],
+)
+def test_overrides_that_are_refused(hydra: Any, words: str, mistake: str) -> None:
+    assert hydra(words=words).mistakes == [mistake]
+
+
+def test_overrides_add_force_and_delete(hydra: Any) -> None:
+    found = hydra(
+        words="++training_config.seed=3 ~training_config.learning_rate +training_config.save_total_limit=2 'dataset.path=\"a,b.json\"'"
+    )
+    assert (found.at("training.seed"), found.at("training.learningRate"), found.at("checkpoint.keep")) == (3, 5e-5, 2)
+    assert found.at("dataset.train") == "file://a,b.json"
+
+
+def test_interpolation_within_the_file_resolves(hydra: Any) -> None:
+    assert hydra(base=BASE.replace("model: org/m", "model: ${dataset.path}")).at("model.source") == "org/data"
+
+
+def test_the_environment_is_read_for_allowed_names_only(hydra: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = BASE.replace("model: org/m", "model: ${oc.env:BASE_MODEL}")
+    monkeypatch.setenv("BASE_MODEL", "org/other")
+    assert hydra(base=base, environment={"BASE_MODEL": "org/other"}).mistakes == [
+        "job.yaml:3: training_config.model: it reads the environment variable BASE_MODEL, which is not allowed; allow it with --allow-env BASE_MODEL",
+        "job.yaml: training_config.model: it is missing, and it is required; add it, or give --model URI",
+    ]
+    found = hydra(base=base, environment={"BASE_MODEL": "org/other"}, allow_env=frozenset({"BASE_MODEL"}))
+    assert found.at("model.source") == "org/other"
+
+
+def test_flags_are_proper_booleans_and_any_letter_case(write: Write) -> None:
+    found = import_(
+        words="--model m/m --dataset d/d --trainer sft --distributed-training ddp --gradient-checkpointing False ---max-seq-length 99 --format standard"
+    )
+    assert (found.at("training.gradientCheckpointing"), found.at("dataset.maxSequenceLength")) == ("disabled", 99)
+    assert "no learning rate is given: 2e-4, as that tool's page advises for its flags" in found.notes
+
+
+def test_an_unknown_flag(write: Write) -> None:
+    found = import_(words="--model m/m --dataset d/d --trainr SFT --distributed-training DDP", source="hydra")
+    assert found.mistakes == ["command line: --trainr: unknown option; did you mean --trainer?"]
+
+
+def test_grpo_gets_the_reward_of_its_code(hydra: Any) -> None:
+    found = hydra(base=BASE.replace("SFT", "grpo") + "  per_device_train_batch_size: 1\n  gradient_acc_steps: 4\n")
+    assert found.mistakes == []
+    assert found.at("trainer.rewards") == [{"builtin": "citationFormat"}]
+    assert found.at("trainer.grpo.numGenerations") == 4
+
+
+def test_formats(hydra: Any) -> None:
+    assert hydra(base=BASE.replace("conversational", "no")).spec["dataset"]["columns"] == {"text": "text"}
+    assert hydra(base=BASE.replace("conversational", "no")).at("dataset.format") == "plainText"
+    (mistake,) = hydra(base=BASE.replace("conversational", "preference")).mistakes
+    assert mistake.startswith(
+        "job.yaml:1: dataset.format: preference, which holds no single answer that sft could learn"
+    )
+
+
+ACCELERATE = "distributed_type: FSDP\nnum_machines: 2\nnum_processes: 8\nmixed_precision: bf16\nfsdp_config:\n  fsdp_sharding_strategy: FULL_SHARD\n"
+
+
+def test_accelerate_beside(write: Write) -> None:
+    found = import_(write("job.yaml", BASE.replace("DDP", "FSDP")), write("acc.yaml", ACCELERATE))
+    assert found.mistakes == []
+    assert found.spec["resources"] == {"nodes": 2, "gpusPerNode": 4}
+    assert found.spec["distributed"] == {"strategy": "fsdp", "fsdp": {"sharding": "fullShard"}}
+
+
+def test_accelerate_that_says_something_else(write: Write) -> None:
+    (mistake,) = import_(write("job.yaml", BASE), write("acc.yaml", ACCELERATE)).mistakes
+    assert mistake.startswith(
+        "job.yaml:5, acc.yaml:1: training_config.distributed_training, distributed_type: ddp and fsdp are given"
+    )
