@@ -82,24 +82,36 @@ ENDS: dict[str, list[tuple[int, str]]] = {
 
 
 def test_every_point_is_died_at() -> None:
-    """Pods are deleted without their Job only where somebody took the Job away: that has a test of its own below."""
+    """Pods are removed by force only where a node is dead: that has a test of its own below."""
     died_at = {point for _, _, points in MOMENTS.values() for point in points}
     assert died_at == set(Point) - {Point.AFTER_POD_DELETE}
 
 
 @pytest.mark.row(2)
-def test_killed_after_it_deleted_a_pod_that_lost_its_job(rig: Rig) -> None:
+def test_killed_after_it_removed_the_pod_of_a_dead_node(rig: Rig) -> None:
     operator = rig.operator()
-    running(rig)
+    rig.kubelet.plan(rig.namespace, Plan(stop=None))
+    rig.submit(policy={"terminationGracePeriodSeconds": 1})
+    rig.kubelet.wait_running(rig.namespace, "job")
+    rig.wait_attempt(1)
     operator.arm(Point.AFTER_POD_DELETE)
-    rig.kubelet.plan(rig.namespace, Plan(stop=failure(75)))
-    rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Orphan")
+    rig.steer(suspend=True)
     assert operator.wait_end() == -9
     rig.operator()
-    rig.kubelet.wait_running(rig.namespace, "job", attempt=2)
+    body = rig.wait_phase(Phase.SUSPENDED)
+    assert attempts(body) == [(1, Reason.SUSPENDED)]
+    assert rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods) == []
+
+
+@pytest.mark.row(21)
+def test_pods_that_somebody_orphans_end_before_another_attempt_begins(rig: Rig) -> None:
+    rig.operator()
+    running(rig)
+    first = rig.kubelet.pods(rig.namespace, "job")[0]
+    rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Orphan")
     body = rig.wait_attempt(2)
-    assert [number for number, _ in attempts(body)] == [1, 2]
-    rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods, attempt=1)
+    assert attempts(body) == [(1, Reason.PREEMPTED), (2, "")]
+    assert rig.api.find("pods", rig.namespace, first.name) is None
 
 
 @pytest.mark.row(2)

@@ -1,0 +1,73 @@
+"""A real S3 server behind a proxy that misbehaves, and a job's tree in it."""
+
+from __future__ import annotations
+
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+sys.path[:0] = [
+    str(Path(__file__).parent),
+    str(Path(__file__).parents[2] / "pod"),
+    str(Path(__file__).parents[2] / "support"),
+]
+
+from fault_proxy import FaultProxy  # noqa: E402 - the path comes first
+from finetune_api.pod import StoreTarget  # noqa: E402 - the path comes first
+from finetune_trainer.checkpoint.tree import Tree  # noqa: E402 - the path comes first
+from finetune_trainer.storage.s3 import S3Store  # noqa: E402 - the path comes first
+from storage_place import Place  # noqa: E402 - the path comes first
+
+from localcluster.s3 import S3Endpoint, S3Process  # noqa: E402 - the path comes first
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint]:
+    with S3Process(tmp_path_factory.mktemp("s3")) as endpoint:
+        yield endpoint
+
+
+@pytest.fixture
+def proxy(s3_server: S3Endpoint) -> Iterator[FaultProxy]:
+    with FaultProxy(s3_server.host_url) as made:
+        yield made
+
+
+@pytest.fixture(autouse=True)
+def credentials(s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
+    monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
+
+
+@pytest.fixture
+def bucket_name(s3_server: S3Endpoint) -> str:
+    name = f"f-{uuid.uuid4().hex[:12]}"
+    s3_server.client().create_bucket(Bucket=name)
+    return name
+
+
+@pytest.fixture
+def place(s3_server: S3Endpoint, proxy: FaultProxy, bucket_name: str) -> Place:
+    uri = f"s3://{bucket_name}/root/team/job/uid"
+    return Place(
+        Tree(S3Store(StoreTarget(uri=uri, endpoint=proxy.url))),
+        Tree(S3Store(StoreTarget(uri=uri, endpoint=s3_server.host_url))),
+        s3_server.client(), bucket_name,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A staged checkpoint: small files and one that needs several parts."""
+    import random
+
+    folder = tmp_path / "checkpoint"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "trainer_state.json").write_text('{"global_step": 5}')
+    (folder / "sub" / "rng_state.pth").write_bytes(random.Random(1).randbytes(20_000))
+    (folder / "optimizer.pt").write_bytes(random.Random(2).randbytes(200_000))
+    return folder

@@ -1,0 +1,146 @@
+"""The commit protocol under faults: a committed checkpoint is whole and right at every instant, whatever the store does."""
+
+from __future__ import annotations
+
+import random
+import threading
+from pathlib import Path
+
+import pytest
+from fault_proxy import Do, FaultProxy, Rule
+from finetune_api.errors import FineTuneError, StorageError
+from finetune_trainer.checkpoint.manifest import base_of
+from finetune_trainer.checkpoint.tree import Fenced
+from finetune_trainer.storage import s3
+from storage_place import Place
+
+
+def puts(word: str) -> Rule:
+    return Rule(Do.LOSE_ANSWER, lambda method, path: method == "PUT" and word in path, times=1)
+
+
+def test_a_bad_day(place: Place, proxy: FaultProxy, checkpoint: Path, tmp_path: Path) -> None:
+    """30 % SlowDown, 10 % 500, 10 % resets: everything is committed in the end, and right."""
+    proxy.rules = [
+        Rule(Do.REFUSE, probability=0.3),
+        Rule(Do.REFUSE, probability=0.1, status=500, code="InternalError"),
+        Rule(Do.RESET, probability=0.1),
+    ]
+    for step in (5, 10):
+        place.commit(step, checkpoint)
+    assert proxy.seen["REFUSE"] > 0 and proxy.seen["RESET"] > 0
+    assert isinstance(place.through.store, s3.S3Store) and place.through.store.retries > 0
+    assert place.whole(tmp_path / "check") == [10, 5]
+
+
+@pytest.mark.parametrize("word", ["optimizer.pt", "manifest.json", "_COMMITTED"])
+def test_a_lost_answer_is_recognised(
+    place: Place, proxy: FaultProxy, checkpoint: Path, tmp_path: Path, word: str
+) -> None:
+    """The store did it, the answer was lost: once more is the same thing, and an existing marker is our own."""
+    proxy.rules = [puts(word)]
+    place.commit(5, checkpoint)
+    assert proxy.seen["LOSE_ANSWER"] == 1
+    assert place.whole(tmp_path / "check") == [5]
+
+
+def test_a_lost_answer_of_a_multipart_upload(
+    place: Place, proxy: FaultProxy, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * s3.MIB)
+    (checkpoint / "model.safetensors").write_bytes(random.Random(3).randbytes(11 * s3.MIB))
+    proxy.rules = [Rule(Do.LOSE_ANSWER, lambda method, path: method == "POST" and "uploadId=" in path, times=1)]
+    place.commit(5, checkpoint)
+    assert proxy.seen["LOSE_ANSWER"] == 1
+    assert place.whole(tmp_path / "check") == [5]
+
+
+def test_two_incarnations_one_marker(place: Place, checkpoint: Path, tmp_path: Path) -> None:
+    """A zombie and its successor commit the same step at once: one wins, the other is told and stops."""
+    ends: dict[str, object] = {}
+    start = threading.Barrier(2)
+
+    def live(incarnation: str, attempt: int) -> None:
+        start.wait()
+        try:
+            place.commit(5, checkpoint, incarnation, attempt)
+            ends[incarnation] = "committed"
+        except Fenced as error:
+            ends[incarnation] = error
+
+    threads = [threading.Thread(target=live, args=(f"a{n}-0000000{n}", n)) for n in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(type(end).__name__ for end in ends.values()) == ["Fenced", "str"]
+    winner = next(name for name, end in ends.items() if end == "committed")
+    found = place.truly.marker(5)
+    assert found is not None and found.marker.path == winner
+    assert place.whole(tmp_path / "check") == [5]
+
+
+def test_an_upload_that_went_missing_is_never_committed(place: Place, checkpoint: Path) -> None:
+    entries = place.through.upload(base_of(5), "a1-00000000", checkpoint)
+    from finetune_trainer.checkpoint.manifest import Manifest
+
+    place.truly.store.delete(["checkpoints/step-00000005/a1-00000000/optimizer.pt"])
+    with pytest.raises(StorageError) as caught:
+        place.through.commit(base_of(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
+    assert caught.value.code == "UploadIncomplete" and "optimizer.pt" in caught.value.message
+    assert place.truly.committed() == []
+
+
+@pytest.mark.parametrize("word", ["trainer_state.json", "manifest.json", "_COMMITTED"])
+def test_a_store_that_goes_away_leaves_nothing_visible(
+    place: Place, proxy: FaultProxy, checkpoint: Path, tmp_path: Path, word: str, s3_server: object
+) -> None:
+    """As after kill -9 between data and manifest, and between manifest and marker; the next start sweeps it away."""
+    place.commit(5, checkpoint)
+    impatient = s3.S3Store(place.through.store.target.model_copy(), attempts=1)  # type: ignore[attr-defined] # an S3Store
+    proxy.rules = [Rule(Do.RESET, lambda method, path: method == "PUT" and word in path)]
+    place.through.store = impatient
+    with pytest.raises(FineTuneError):
+        place.commit(10, checkpoint)
+    assert place.whole(tmp_path / "check") == [5]
+    proxy.rules = []
+    assert place.truly.sweep() > 0
+    assert [stat.key for stat in place.truly.store.list("checkpoints/step-00000010/")] == []
+    assert place.whole(tmp_path / "check2") == [5]
+
+
+def test_an_orphaned_multipart_upload_is_swept(place: Place) -> None:
+    key = "root/team/job/uid/checkpoints/step-00000005/a1-00000000/model.safetensors"
+    place.client.create_multipart_upload(Bucket=place.bucket, Key=key)
+    assert place.truly.sweep() == 1
+    assert not place.client.list_multipart_uploads(Bucket=place.bucket).get("Uploads")
+
+
+def test_a_committed_step_is_whole_at_every_instant(
+    place: Place, proxy: FaultProxy, checkpoint: Path, tmp_path: Path
+) -> None:
+    """A watcher looks at the bucket all the time while checkpoints come and go under faults."""
+    proxy.rules = [Rule(Do.REFUSE, probability=0.2), Rule(Do.LOSE_ANSWER, lambda m, p: m == "PUT", probability=0.2)]
+    done, looks, wrong = threading.Event(), [0], []
+
+    def watch() -> None:
+        while not done.is_set():
+            for committed in place.truly.committed():
+                manifest = place.truly.manifest(committed)
+                gone = place.truly.marker(committed.step or 0) is None  # retention was faster than this look
+                if manifest is None and not gone:
+                    wrong.append(committed)
+                looks[0] += 1
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        for step in range(1, 8):
+            place.commit(step, checkpoint)
+            if step > 3:
+                place.through.remove(step - 3)
+    finally:
+        done.set()
+        thread.join()
+    assert not wrong and looks[0] > 0
+    assert place.whole(tmp_path / "check") == [7, 6, 5]
