@@ -84,10 +84,10 @@ down: ## Take the demo's cluster down
 	@[ ! -x $(PY) ] || $(PY) scripts/demo.py --down
 
 .PHONY: clean
-clean: down ## Remove what builds and checks left in this checkout
+clean: ## Remove what builds and checks left in this checkout
 	@rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	@find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
 
 .PHONY: clean-all
-clean-all: clean ## Also remove .venv and every cache outside the checkout (images, tools, packages: gigabytes)
+clean-all: down clean ## Also remove .venv and every cache outside the checkout (images, tools, packages: gigabytes)
 	@rm -rf .venv "$(CACHE)"

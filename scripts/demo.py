@@ -233,6 +233,13 @@ def run(cluster: DemoCluster, *, keep: bool) -> None:
             console.print(f"  {line}", highlight=False, markup=False)
 
 
+def complain(words: str) -> int:
+    """Say why it ended; the exit code."""
+    console.print("demo: ", style="red", end="")
+    console.print(words, highlight=False, markup=False)
+    return 1
+
+
 def main() -> int:
     """0; 1 with one line that says what is missing or went wrong; 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -251,11 +258,9 @@ def main() -> int:
         console.print("\nstopped; nothing is left running")
         return 130
     except (NoCluster, DemoFailed, StepFailed, LocalClusterError, TimeoutError) as error:
-        console.print(f"[red]demo:[/] {error}", highlight=False)
-        return 1
+        return complain(str(error))
     except subprocess.CalledProcessError as error:
-        console.print(f"[red]demo:[/] {error.cmd[0]}: {error.stderr or error}", highlight=False, markup=False)
-        return 1
+        return complain(f"{error.cmd[0]}: {error.stderr or error}")
     console.print(f"\n[bold green]Done[/] in {time.monotonic() - started:.0f} s.", highlight=False)
     return 0
 
