@@ -227,7 +227,7 @@ def _condemn(facts: Facts) -> Condemned | None:
     if limit is not None and facts.now >= limit:
         seconds = facts.spec.policy.active_deadline_seconds
         return Condemned(Reason.DEADLINE_EXCEEDED, f"policy.activeDeadlineSeconds {seconds} passed")
-    gone = clock.lost(facts.attempt_pods, facts.config.lost_node_seconds, facts.now)
+    gone = clock.lost(facts.live, facts.config.lost_node_seconds, facts.now)
     if gone:
         return Condemned(Reason.NODE_LOST, f"pod {gone[0].name} does not end: node {gone[0].node or 'unknown'} is lost")
     heard = facts.heard

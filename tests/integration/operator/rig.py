@@ -14,7 +14,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -227,7 +227,7 @@ class Rig:
 
     def status(self, name: str = "run") -> Object:
         """Status as the watch last showed it."""
-        return self.ftjs.items[name].get("status") or {}
+        return self.ftjs.items.get(name, {}).get("status") or {}
 
     def condition(self, kind: str, name: str = "run") -> Object:
         """A condition; empty if it is absent."""
@@ -273,19 +273,19 @@ class Kubelet:
                 while not todo:
                     await self._rig.changed.wait()
                     todo = await self._todo()
-            for step in todo:
+            for step, pod in todo:
                 with contextlib.suppress(NotFound):
-                    await step
+                    await step(pod)
 
-    async def _todo(self) -> list[Any]:
-        steps = []
+    async def _todo(self) -> list[tuple[Callable[[Object], Awaitable[None]], Object]]:
+        steps: list[tuple[Callable[[Object], Awaitable[None]], Object]] = []
         for pod in list(self._rig.pods.items.values()):
             uid = pod["metadata"]["uid"]
             deleting = "deletionTimestamp" in pod["metadata"]
             if deleting and self.stops and self._first(uid, "stop"):
-                steps.append(self._stop(pod))
+                steps.append((self._stop, pod))
             elif not deleting and self.auto and self._first(uid, "run"):
-                steps.append(self.start(pod))
+                steps.append((self.start, pod))
         return steps
 
     def _first(self, uid: str, what: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_api.names import Annotation, ExitCode, FailureClass, Label
 from finetune_api.pod import LastWords, RunConfig
-from finetune_operator.kube import EVENT, FINETUNEJOB, JOB, POD, SERVICE
+from finetune_operator.kube import EVENT, FINETUNEJOB, JOB, POD, SERVICE, Kind
 
 from tests.integration.operator.rig import Rig
 
@@ -235,7 +235,8 @@ async def test_gpu_pool_reaches_the_pod(world: Rig) -> None:
     pod = job["spec"]["template"]["spec"]
     assert pod["nodeSelector"] == {"gpu": "h100"}
     assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "2"
-    assert world.status().get("resolved", {}).get("nodePool", "h100") == "h100"
+    status = await world.until("a status", lambda: world.status().get("resolved"))
+    assert status["nodePool"] == "h100"
     services = (await world.kube.list(SERVICE, world.namespace)).items
     assert [(s["metadata"]["name"], s["spec"]["clusterIP"]) for s in services] == [("run-1", "None")]
     run = run_config(job)
@@ -299,8 +300,6 @@ async def test_quota_refusal_shows_the_admission_s_words(world: Rig) -> None:
         "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none", "namespace": world.namespace},
         "spec": {"hard": {"pods": "0"}},
     }  # fmt: skip
-    from finetune_operator.kube import Kind
-
     await world.kube.create(Kind("v1", "ResourceQuota", "resourcequotas"), world.namespace, quota)
     await world.create()
     await world.until("quota", lambda: world.condition("PodsReady").get("reason") == "QuotaExceeded", 60)
