@@ -4,6 +4,8 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 CACHE := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/finetune-operator
 export CLUSTER KEEP
+# Ranks and supervisors are started hundreds of times: compiled modules are worth keeping, whatever the machine's habit is.
+export PYTHONDONTWRITEBYTECODE :=
 # Ranks of a test share two cores with the test itself.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
