@@ -230,7 +230,7 @@ def _condemn(facts: Facts) -> Condemned | None:
     gone = clock.lost(facts.live, facts.config.lost_node_seconds, facts.now)
     if gone:
         return Condemned(Reason.NODE_LOST, f"pod {gone[0].name} does not end: node {gone[0].node or 'unknown'} is lost")
-    heard = facts.heard
+    heard = facts.speaking
     late = clock.stalled(
         facts.spec, heard.report if heard else None, heard.time if heard else None, facts.live, facts.now
     )
@@ -373,9 +373,8 @@ def start_of_waiting(facts: Facts) -> datetime | None:
 
 
 def _stall_time(facts: Facts) -> datetime | None:
-    if facts.heard is None:
-        return None
-    return _later(facts.heard.time, clock.stall_limit(facts.spec, facts.heard.report) + 1)
+    heard = facts.speaking
+    return _later(heard.time, clock.stall_limit(facts.spec, heard.report) + 1) if heard else None
 
 
 def _force_time(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:

@@ -24,6 +24,7 @@ class Heard:
 
     report: Report
     time: datetime
+    pod_uid: str = ""
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,13 @@ class Facts:
         for pod in sorted(self.attempt_pods, key=lambda one: one.created):
             newest[pod.index] = pod
         return tuple(newest[index] for index in sorted(newest))
+
+    @property
+    def speaking(self) -> Heard | None:
+        """What was heard, if the pod that said it still runs: a queue may have replaced it within the attempt."""
+        rank0 = next((pod for pod in self.live if pod.index == 0), None)
+        same = self.heard is not None and rank0 is not None and rank0.uid == self.heard.pod_uid
+        return self.heard if same else None
 
     def condition(self, kind: Condition) -> StatusCondition | None:
         """A condition as status has it."""

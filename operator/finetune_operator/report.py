@@ -152,8 +152,11 @@ def _recovering(status: FineTuneJobStatus) -> bool:
 
 
 def _phase_of_pods(view: View, recovering: bool) -> Phase:
-    heard = view.facts.heard
-    if heard is None or not view.facts.live:
+    facts, heard = view.facts, view.facts.speaking
+    if heard is None:
+        if facts.live and facts.record is not None and facts.record.last_step:
+            # It trained, as far as status remembers; we have only not asked it yet since we started.
+            return Phase.RUNNING
         return Phase.RECOVERING if recovering else Phase.STARTING
     found = PHASE_OF_STAGE[heard.report.stage]
     if found is Phase.EVALUATING and not _last_step(heard.report.progress):
@@ -285,7 +288,7 @@ def _displayed(progress: Progress, view: View) -> Progress:
         changes |= {"percent": percent, "display": f"{step}/{total} ({percent}%)"}
     elif step is not None:
         changes["display"] = str(step)
-    training = view.plan.situation is Situation.ACTIVE and not view.queued and view.facts.heard is not None
+    training = view.plan.situation is Situation.ACTIVE and not view.queued and bool(view.facts.live)
     if training and progress.seconds_remaining is not None:
         changes["eta"] = duration(progress.seconds_remaining)
     if view.plan.finish is not None:
@@ -358,7 +361,7 @@ def _end(view: View) -> dict[str, Any]:
         changes["failure"] = ended.failure
         if ended.words is not None and ended.words.output is not None:
             changes["output"] = ended.words.output
-    elif view.facts.heard is not None and view.facts.heard.report.stage is Stage.TRAINING:
+    elif view.facts.speaking is not None and view.facts.speaking.report.stage is Stage.TRAINING:
         # The attempt trains: whatever ended the one before is history, told in `attempts`.
         changes["failure"] = None
     if plan.finish is None:
@@ -515,8 +518,15 @@ def _doing(view: View) -> tuple[Reason, str]:
         return view.waiting.reason, view.waiting.message
     if view.queued:
         return Reason.QUEUED, "waiting for quota in the queue"
-    detail = facts.heard.report.detail if facts.heard else None
-    stage = facts.heard.report.stage if facts.heard else Stage.STARTING
+    heard = facts.speaking
+    detail = heard.report.detail if heard else None
+    stage = (
+        heard.report.stage
+        if heard
+        else Stage.TRAINING
+        if _phase_of_pods(view, False) is Phase.RUNNING
+        else Stage.STARTING
+    )
     return Reason.PROGRESSING, f"attempt {facts.attempt}: {stage}" + (f", {detail}" if detail else "")
 
 

@@ -122,7 +122,7 @@ class Scraper:
         heapq.heappush(self._heap, (asyncio.get_running_loop().time() + pause, key, target))
         self._changed.set()
         if report is not None:
-            self._heard[key] = (target, Heard(report, self._now()))
+            self._heard[key] = (target, Heard(report, self._now(), target.pod_uid))
             self._told(key)
 
     async def _read(self, session: aiohttp.ClientSession, target: Target) -> Report | None:
