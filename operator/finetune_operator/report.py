@@ -343,6 +343,7 @@ def _from_spec(view: View, acceptance: Accepted) -> dict[str, Any]:
     training = spec.training
     batch = (training.batch_size_per_device or 1) * (training.gradient_accumulation_steps or 1) * ranks
     return {
+        "method": spec.method.type,
         "world_size": ranks,
         "effective_batch": batch,
         "image": spec.placement.image or view.facts.config.trainer.image,
