@@ -1,0 +1,113 @@
+"""Views and facts for tests, with everything said that a test does not care about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from finetune_api.pod import LastWords, Report
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.facts import Facts, Heard
+from finetune_operator.kube import Object
+from finetune_operator.policies.acceptance import Accepted, accept
+from finetune_operator.policies.waiting import Waiting
+from finetune_operator.settings import OperatorConfig, parse
+from finetune_operator.views import JobObject, JobView, PodView, Terminated
+
+T0 = datetime(2026, 11, 21, 12, 0, tzinfo=UTC)
+UID = "11111111-1111-4111-8111-111111111111"
+SPEC: Object = {
+    "model": {"source": "org/tiny"},
+    "dataset": {"train": "s3://data/train.jsonl"},
+    "resources": {"gpusPerNode": 0},
+    "storage": {"uri": "s3://models/test"},
+}
+CONFIG = parse(
+    {
+        "trainer": {"image": "registry.example.com/trainer:1"},
+        "retry": {"baseSeconds": 10, "maxSeconds": 600},
+        "nodePools": [
+            {"name": "h100", "default": True, "gpusPerNode": 8, "nodeSelector": {"gpu": "h100"}},
+            {"name": "mig", "gpusPerNode": 7, "gpuResource": "nvidia.com/mig-1g.10gb", "maxNodes": 2},
+        ],
+    },
+    "test",
+)
+
+
+def at(seconds: float) -> datetime:
+    """That many seconds after T0."""
+    return T0 + timedelta(seconds=seconds)
+
+
+def spec(**groups: Any) -> Object:
+    """SPEC with groups merged in."""
+    value = dict(SPEC)
+    for name, group in groups.items():
+        value[name] = {**value.get(name, {}), **group} if isinstance(group, dict) else group
+    return value
+
+
+def status(**fields: Any) -> FineTuneJobStatus:
+    """A status, from wire names."""
+    return FineTuneJobStatus.model_validate(fields)
+
+
+def finetunejob(written: Object | None = None, known: FineTuneJobStatus | None = None, **fields: Any) -> JobObject:
+    """A FineTuneJob named `run`."""
+    values: dict[str, Any] = {
+        "namespace": "team", "name": "run", "uid": UID, "version": 1, "resource_version": "1", "generation": 1,
+        "created": T0, "deleting": False,
+    }  # fmt: skip
+    return JobObject(**{**values, **fields}, spec=written or SPEC, status=known or FineTuneJobStatus())
+
+
+def job(attempt: int = 1, **fields: Any) -> JobView:
+    """The Job of an attempt."""
+    values: dict[str, Any] = {
+        "namespace": "team", "name": f"run-{attempt}", "uid": f"job-{attempt}", "version": 1, "owner_uid": UID,
+        "owned": True, "job_name": "run", "attempt": attempt, "created": T0, "started": T0, "config_sha256": "c" * 64,
+    }  # fmt: skip
+    return JobView(**{**values, **fields})
+
+
+def pod(attempt: int = 1, index: int = 0, **fields: Any) -> PodView:
+    """A pod that runs and is ready."""
+    values: dict[str, Any] = {
+        "namespace": "team", "name": f"run-{attempt}-{index}-abcde", "uid": f"pod-{attempt}-{index}", "version": 1,
+        "job_uid": f"job-{attempt}", "owner_uid": UID, "job_name": "run", "attempt": attempt, "index": index,
+        "created": T0, "phase": "Running", "ready": True, "ip": "10.0.0.1", "node": "node-1",
+    }  # fmt: skip
+    return PodView(**{**values, **fields})
+
+
+def ended(view: PodView, code: int, words: LastWords | None = None, *, reason: str = "", message: str = "") -> PodView:
+    """The pod after its container ended."""
+    text = message or (words.to_json() if words else "")
+    phase = "Succeeded" if code == 0 else "Failed"
+    return replace(view, phase=phase, ready=False, terminated=Terminated(code, reason, text, at(60)))
+
+
+def accepted(written: Object | None = None, config: OperatorConfig = CONFIG) -> Accepted:
+    """The resolved spec; fails if it is refused."""
+    found = accept(written or SPEC, config)
+    assert isinstance(found, Accepted), found
+    return found
+
+
+def facts(
+    *, written: Object | None = None, known: FineTuneJobStatus | None = None, jobs: Sequence[JobView] = (),
+    pods: Sequence[PodView] = (), now: datetime = T0, heard: Report | None = None, heard_at: datetime | None = None,
+    obstacle: Waiting | None = None, config: OperatorConfig = CONFIG, **fields: Any,
+) -> Facts:  # fmt: skip
+    """Facts about a FineTuneJob named `run`."""
+    mine = finetunejob(written, known, **fields)
+    said = Heard(heard, heard_at or now, "pod-1-0") if heard else None
+    return Facts(mine, accept(mine.spec, config), now, config, tuple(jobs), tuple(pods), said, obstacle)
+
+
+def report(**fields: Any) -> Report:
+    """What rank 0's pod says, from wire names."""
+    return Report.model_validate({"uid": UID, "attempt": 1, "stage": "training", **fields})
