@@ -48,7 +48,9 @@ class Hooks(Protocol):
     def resume_path(self, inputs: Inputs) -> Path | None:
         """Checkpoint to go on from."""
 
-    def finish(self, run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]) -> None:
+    def finish(
+        self, run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]
+    ) -> None:
         """The final artefact is complete."""
 
 
@@ -122,7 +124,7 @@ class Session:
         keeper = PrecisionKeeper(applied.model) if applied.kind is OutputKind.ADAPTER or selection else None
         with spectrum.trainable_although_quantized(base) if selection else nullcontext():
             trainer = self.objective.build(setting, args, applied.model, data)
-        if keeper is not None and not self.plan.sharded_weights:
+        if keeper is not None:
             keeper.restore(trainer.model)
         trainer.remove_callback(PrinterCallback)
         trainer.plus_ratio = (run.spec.method.lora.plus_ratio or 1.0) if run.spec.method.lora else 1.0
@@ -155,10 +157,14 @@ class Session:
     def verify(self) -> None:
         """Errors: InternalError StrategyNotActive, QuantizationNotActive, AttentionSwapped."""
         strategy = self.plan.verify(self.trainer)
-        base = self.trainer.model.get_base_model() if hasattr(self.trainer.model, "get_base_model") else self.trainer.model
+        base = (
+            self.trainer.model.get_base_model() if hasattr(self.trainer.model, "get_base_model") else self.trainer.model
+        )
         attention = base.config._attn_implementation
         if attention != self.hardware.attention:
-            raise InternalError("AttentionSwapped", f"attention {self.hardware.attention} was asked for, {attention} is active")
+            raise InternalError(
+                "AttentionSwapped", f"attention {self.hardware.attention} was asked for, {attention} is active"
+            )
         self._check_quantization(base)
         args = self.trainer.args
         self.channel.resolved(
@@ -181,7 +187,10 @@ class Session:
             return
         kind = "Params4bit" if asked.load_in_4bit else "Int8Params"
         if not any(type(parameter).__name__ == kind for parameter in base.parameters()):
-            raise InternalError("QuantizationNotActive", f"{4 if asked.load_in_4bit else 8}-bit weights were asked for, and none were found")
+            raise InternalError(
+                "QuantizationNotActive",
+                f"{4 if asked.load_in_4bit else 8}-bit weights were asked for, and none were found",
+            )
 
     def _save(self, trainer: Any, applied: Any) -> tuple[Path, dict[str, Any]]:
         """The final artefact as a plain folder that transformers or PEFT load. All ranks take part, rank 0 writes."""
@@ -195,9 +204,13 @@ class Session:
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
-            shutil.rmtree(folder / "ref", ignore_errors=True)  # preference trainers keep the adapter's start under this name
+            shutil.rmtree(
+                folder / "ref", ignore_errors=True
+            )  # preference trainers keep the adapter's start under this name
             if applied.initial_adapter is not None:
-                trainer.model.save_pretrained(folder, path_initial_model_for_weight_conversion=str(applied.initial_adapter))
+                trainer.model.save_pretrained(
+                    folder, path_initial_model_for_weight_conversion=str(applied.initial_adapter)
+                )
             for name, text in applied.extra_files.items():
                 (folder / name).write_text(text)
             for stray in ("training_args.bin", "README.md"):
@@ -228,7 +241,9 @@ def _objective(run: RunConfig) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != OBJECTIVES[kind]:
             raise
-        raise ConfigError("NotSupportedYet", f"trainer.type {kind} cannot be trained by this version", hint="write sft") from None
+        raise ConfigError(
+            "NotSupportedYet", f"trainer.type {kind} cannot be trained by this version", hint="write sft"
+        ) from None
 
 
 def _portable(folder: Path, run: RunConfig) -> None:

@@ -33,7 +33,12 @@ FORMATS_OF_TRAINER = {
     TrainerType.REWARD: (DatasetFormat.PREFERENCE,),
     TrainerType.KTO: (DatasetFormat.UNPAIRED_PREFERENCE,),
 }
-NOT_FOR_GRPO = (DatasetFormat.PREFERENCE, DatasetFormat.UNPAIRED_PREFERENCE, DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM)
+NOT_FOR_GRPO = (
+    DatasetFormat.PREFERENCE,
+    DatasetFormat.UNPAIRED_PREFERENCE,
+    DatasetFormat.PLAIN_TEXT,
+    DatasetFormat.CUSTOM,
+)
 NOT_FOR_SFT = (DatasetFormat.PREFERENCE, DatasetFormat.UNPAIRED_PREFERENCE, DatasetFormat.PROMPT_ONLY)
 WITHOUT_TURNS = (DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM)
 RESPONSE_ONLY = "dataset.responseOnly.enabled"
@@ -119,7 +124,10 @@ def _mixture(reader: _Reader, run: RunConfig, sources: Sequence[list[Path]]) -> 
     weights = [1.0 if item.weight is None else item.weight for item in items]
     seed = 42 if run.spec.training.seed is None else run.spec.training.seed
     mixed = mix(parts, weights, seed)
-    shares = ", ".join(f"{item.source} {len(part)} rows, weight {weight:g}" for item, part, weight in zip(items, parts, weights, strict=True))
+    shares = ", ".join(
+        f"{item.source} {len(part)} rows, weight {weight:g}"
+        for item, part, weight in zip(items, parts, weights, strict=True)
+    )
     reader.summary.notes.append(f"mixture of {len(mixed)} rows: {shares}")
     return mixed
 
@@ -159,7 +167,9 @@ class _Reader:
         stream = read_rows(files, self.spec.file_format or FileFormat.AUTO, bad_rows=broken if skip else None)
         sample = list(islice(stream, SAMPLE))
         if not sample and not broken:
-            raise DataError("DatasetEmpty", f"{', '.join(f.name for f in files)}: no rows", hint="give a file with at least one row")
+            raise DataError(
+                "DatasetEmpty", f"{', '.join(f.name for f in files)}: no rows", hint="give a file with at least one row"
+            )
         kind = self._format(sample, given, columns)
         good = self._examples(chain(sample, stream), self._recipe(kind, columns), broken, skip)
         self._tolerate(broken, len(good) + len(broken))
@@ -171,12 +181,18 @@ class _Reader:
     def _format(self, sample: list[Raw], given: DatasetFormat | None, columns: Columns) -> DatasetFormat:
         if given is not None:
             kind = given
+        elif self.trainer is TrainerType.GRPO and all(isinstance(raw.value.get("prompt"), list) for raw in sample):
+            kind = DatasetFormat.PROMPT_ONLY
         else:
             kind = detect(sample, columns)
         wanted = FORMATS_OF_TRAINER.get(self.trainer)
         refused = NOT_FOR_GRPO if self.trainer is TrainerType.GRPO else NOT_FOR_SFT
         if (wanted and kind not in wanted) or (not wanted and kind in refused):
-            needs = f"trainer {self.trainer} needs {wanted[0]} data" if wanted else f"trainer {self.trainer} cannot learn from {kind} data"
+            needs = (
+                f"trainer {self.trainer} needs {wanted[0]} data"
+                if wanted
+                else f"trainer {self.trainer} cannot learn from {kind} data"
+            )
             raise ConfigError(
                 "FormatMismatch", f"{needs}; the rows are {kind}" if wanted else needs,
                 hint="give data of that format, or choose the trainer that reads it",
@@ -220,7 +236,9 @@ class _Reader:
                 "TooManyBadRows", f"{len(broken)} of {rows} rows cannot be used, more than {limit:.1%}; the first: {first.place}: {error.found}",
                 hint=f"{error.write}; or raise dataset.maxBadRowRatio",
             )  # fmt: skip
-        self.summary.notes.append(f"{len(broken)} of {rows} rows were left out; the first: {first.place}: {error.found}")
+        self.summary.notes.append(
+            f"{len(broken)} of {rows} rows were left out; the first: {first.place}: {error.found}"
+        )
 
     def look(self, rows: Rows) -> Rows:
         """The looks of `dataset.checks` that concern all training rows."""

@@ -1,5 +1,5 @@
 """How ranks work together: one module a strategy, each with what it tells the Trainer and how it is proved to be active."""
 
-from finetune_trainer.distributed.base import Plan, choose
+from finetune_trainer.distributed.base import Plan, choose, connected
 
-__all__ = ["Plan", "choose"]
+__all__ = ["Plan", "choose", "connected"]

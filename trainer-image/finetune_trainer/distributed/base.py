@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune_api.errors import InternalError
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import Strategy
+from finetune_api.spec.enums import FsdpSharding, Strategy
 
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
@@ -31,6 +31,11 @@ class Plan:
     def __init__(self, run: RunConfig, hardware: Hardware, world_size: int):
         self.run, self.hardware, self.world_size = run, hardware, world_size
         self.notes: list[str] = []
+
+    @property
+    def trainer_bases(self) -> tuple[type, ...]:
+        """Classes that the Trainer's class is derived from first."""
+        return ()
 
     def before(self) -> None:
         """Prepare the process, before the first use of accelerate. One rank needs no process group."""
@@ -67,19 +72,34 @@ class Ddp(Plan):
 
 
 def choose(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> Plan:
-    """The plan for a run. Errors: ConfigError for what cannot be combined."""
+    """The plan for a run. Errors: ConfigError for what cannot be combined, or where a file and the spec disagree."""
     strategy = run.spec.distributed.strategy or (Strategy.DDP if world_size > 1 else Strategy.NONE)
     match strategy:
         case Strategy.FSDP:
-            from finetune_trainer.distributed.fsdp import Fsdp
-
-            return Fsdp(run, hardware, world_size)
+            return _fsdp(run, hardware, inputs, world_size)
         case Strategy.DEEPSPEED:
-            from finetune_trainer.distributed.deepspeed import Deepspeed
+            from finetune_trainer.distributed import deepspeed
 
-            return Deepspeed(run, hardware, world_size, inputs)
+            return deepspeed.Deepspeed(run, hardware, world_size, deepspeed.options(run, inputs, hardware, world_size))
         case _:
             return (Ddp if world_size > 1 else Plan)(run, hardware, world_size)
+
+
+def _fsdp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> Plan:
+    """FSDP, or DDP where nothing is to be sharded: version 2 has no unsharded mode, and DDP is what that mode was."""
+    from finetune_trainer.distributed import fsdp
+
+    chosen = fsdp.options(run, inputs, hardware, world_size)
+    if chosen.sharding is not FsdpSharding.NO_SHARD:
+        return fsdp.Fsdp(run, hardware, world_size, chosen)
+    plan = Ddp(run, hardware, world_size)
+    plan.notes += [*chosen.notes, "fsdp with noShard keeps everything whole on every rank: that is ddp, and runs as such"]
+    return plan
+
+
+def connected(kind: type, plan: Plan, **attributes: Any) -> Any:
+    """The Trainer class of an objective, connected to a plan."""
+    return type(kind.__name__, (*plan.trainer_bases, kind), {"plan": plan, **attributes})
 
 
 def active_strategy(trainer: Any) -> str:

@@ -46,16 +46,15 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = Fals
 
 def lora_config(run: RunConfig, model: Any) -> Any:
     """PEFT's configuration from `method.lora`."""
-    from peft import LoraConfig, TaskType
+    from peft import LoraConfig
 
     spec = run.spec.method.lora
     assert spec is not None, "the resolver fills method.lora for this method"
     check_init(run)
     dora = spec.use_dora is True or run.spec.method.type is MethodType.DORA
     bias = {LoraBias.NONE: "none", LoraBias.ALL: "all", LoraBias.LORA_ONLY: "lora_only"}[spec.bias or LoraBias.NONE]
-    sequence = "SequenceClassification" in type(model).__name__
     return LoraConfig(
-        task_type=TaskType.SEQ_CLS if sequence else TaskType.CAUSAL_LM,
+        task_type=task_of(model),
         r=spec.rank or 16,
         lora_alpha=32 if spec.alpha is None else spec.alpha,
         lora_dropout=0.05 if spec.dropout is None else spec.dropout,
@@ -68,13 +67,22 @@ def lora_config(run: RunConfig, model: Any) -> Any:
     )
 
 
+def task_of(model: Any) -> Any:
+    """PEFT's word for what the model does: with a score for a sequence, its head is trained and saved with the adapter."""
+    from peft import TaskType
+
+    return TaskType.SEQ_CLS if "SequenceClassification" in type(model).__name__ else TaskType.CAUSAL_LM
+
+
 def check_init(run: RunConfig) -> None:
     """Refuse ways to start that would not take effect. Errors: ConfigError InitUnavailable."""
     spec = run.spec.method.lora
     if spec is None:
         return
     bits = run.spec.model.quantization.bits if run.spec.model.quantization else None
-    if spec.init in BASE_CHANGING and (bits or spec.rank_stabilized or spec.use_dora or run.spec.method.type is not MethodType.LORA):
+    if spec.init in BASE_CHANGING and (
+        bits or spec.rank_stabilized or spec.use_dora or run.spec.method.type is not MethodType.LORA
+    ):
         raise ConfigError(
             "InitUnavailable", f"method.lora.init {spec.init} changes the base, which cannot be undone with a quantised base, DoRA or rsLoRA",
             hint="leave init out, or write method lora without quantization, useDora and rankStabilized",
@@ -127,12 +135,14 @@ def _require(model: Any, asked: Sequence[str], path: str, there: Sequence[str]) 
 
 def _is_head(model: Any, name: str) -> bool:
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return head is not None and any(module is head for full, module in model.named_modules() if full == name or full.endswith("." + name))
+    return head is not None and any(
+        module is head for full, module in model.named_modules() if full == name or full.endswith("." + name)
+    )
 
 
 def apply_ia3(run: RunConfig, model: Any) -> Applied:
     """Learned scales on keys, values and the MLP's inner activations."""
-    from peft import IA3Config, TaskType, get_peft_model
+    from peft import IA3Config, get_peft_model
 
     names = linear_names(model)
     inner = [name for name in ("down_proj", "fc2", "dense_4h_to_h", "c_proj", "w2") if name in names][:1]
@@ -142,5 +152,5 @@ def apply_ia3(run: RunConfig, model: Any) -> Applied:
             "TargetModulesMissing", f"ia3 finds no key, value and MLP layers by name; the model has {', '.join(names)}",
             hint="write method lora, which finds its layers by type",
         )  # fmt: skip
-    config = IA3Config(task_type=TaskType.CAUSAL_LM, target_modules=[*attention, *inner], feedforward_modules=inner)
+    config = IA3Config(task_type=task_of(model), target_modules=[*attention, *inner], feedforward_modules=inner)
     return Applied(get_peft_model(model, config), OutputKind.ADAPTER)

@@ -8,15 +8,16 @@ from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import MethodType, OutputKind
 
 from finetune_trainer.method.base import Applied
+from finetune_trainer.method.lora import task_of
 
 
 def apply(run: RunConfig, model: Any) -> Applied:
     """Put `method.promptLength` virtual tokens before the input (prompt) or before every layer's keys and values (prefix)."""
-    from peft import PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
     length = run.spec.method.prompt_length or 20
     if run.spec.method.type is MethodType.PREFIX_TUNING:
-        config = PrefixTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=length)
+        config = PrefixTuningConfig(task_type=task_of(model), num_virtual_tokens=length)
     else:
-        config = PromptTuningConfig(task_type=TaskType.CAUSAL_LM, num_virtual_tokens=length)
+        config = PromptTuningConfig(task_type=task_of(model), num_virtual_tokens=length)
     return Applied(get_peft_model(model, config), OutputKind.ADAPTER)

@@ -11,6 +11,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from finetune_trainer.arguments import common
 from finetune_trainer.data.prepare import Prepared, prepare
+from finetune_trainer.distributed import connected
 from finetune_trainer.engine import Guarded
 from finetune_trainer.objective.base import Facts, Setting, facts_of
 
@@ -29,7 +30,9 @@ class Sft(Guarded, SFTTrainer):
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
         super().__init__(*args, **options)
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """Mean loss per learned token of the whole effective batch, over ranks and accumulation steps alike."""
         if return_outputs or self.aux_loss_enabled:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -46,7 +49,9 @@ class Sft(Guarded, SFTTrainer):
         sums["nll"] += total.detach()
         sums["correct"] += outputs.is_top1.sum()
         sums["entropy"] += outputs.entropy.detach().sum()
-        sums["tokens"] += inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
+        sums["tokens"] += (
+            inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
+        )
         sums["places"] += inputs["input_ids"].numel()
         return loss
 
@@ -81,7 +86,9 @@ class Sft(Guarded, SFTTrainer):
         if not sums:
             return {}
         names = sorted(sums)
-        local = torch.stack([torch.as_tensor(sums[name], dtype=torch.float64, device=self.args.device) for name in names])
+        local = torch.stack(
+            [torch.as_tensor(sums[name], dtype=torch.float64, device=self.args.device) for name in names]
+        )
         total = self.accelerator.reduce(local, reduction="sum")
         sums.clear()
         return dict(zip(names, total.tolist(), strict=True))
@@ -113,8 +120,8 @@ def arguments(setting: Setting, *, evaluates: bool) -> SFTConfig:
 
 def build(setting: Setting, args: SFTConfig, model: Any, prepared: Prepared) -> Sft:
     """The trainer, ready to run."""
-    kind = type("Sft", (Sft,), {"plan": setting.plan})
-    return kind(
+    trainer: Sft = connected(Sft, setting.plan)(
         model=model, args=args, train_dataset=prepared.train, eval_dataset=prepared.validation, processing_class=setting.tokenizer,
         callbacks=setting.callbacks,
     )  # fmt: skip
+    return trainer

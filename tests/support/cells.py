@@ -1,0 +1,169 @@
+"""Many short training runs in one launch: starting ranks costs seconds, a run of a tiny model a fraction of one.
+
+Called by `launch`, once for each rank: every rank runs the same cells in the same order, and rank 0 writes what came out.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass
+class Cell:
+    """One run: see `tests.support.learning.make_run`."""
+
+    name: str
+    model: str
+    spec: Mapping[str, Any]
+    rows: Sequence[Any]
+    validation: Sequence[Any] | None = None
+    config_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    adapter: str | None = None
+    reference: str | None = None
+    resume: str | None = None
+    """Checkpoint folder to go on from."""
+    keep: bool = False
+    """Leave the final folder and the checkpoints on disk."""
+
+
+@dataclass
+class Result:
+    """What a cell did on rank 0, and the failures of all ranks."""
+
+    name: str
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    eval: dict[str, float] = field(default_factory=dict)
+    """Metrics of the last evaluation."""
+    resolved: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    kind: str | None = None
+    files: list[str] = field(default_factory=list)
+    folder: str = ""
+    """Scratch folder of the Trainer; the final artefact lies in `final` there."""
+    error: dict[str, Any] | None = None
+    """Class, code, message, hint, exitCode, and the traceback if the failure has no name of its own."""
+
+
+def launch(cells: Sequence[Cell], folder: Path, *, ranks: int, timeout: float = 540) -> dict[str, Result]:
+    """Run the cells with `ranks` processes on this machine; results by name. Errors: AssertionError with the output's end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
+    command = [sys.executable, "-m", "tests.support.cells", str(folder)]
+    if ranks > 1:
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m", "tests.support.cells"]
+        command = [sys.executable, *start, str(folder)]
+    path = os.pathsep.join(str(REPOSITORY / part) for part in ("crds", "trainer-image", "."))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CI": "1", "TMPDIR": str(folder)}
+    with (folder / "output.txt").open("wb") as output:
+        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout, cwd=REPOSITORY)
+    text = (folder / "output.txt").read_text(errors="replace")
+    assert done.returncode == 0, f"the cells ended with {done.returncode}:\n{text[-6000:]}"
+    found = json.loads((folder / "results.json").read_text())
+    return {value["name"]: Result(**value) for value in found}
+
+
+def main(folder: Path) -> None:
+    """One rank."""
+    import bitsandbytes  # noqa: F401  before a cell that does not need it hides it
+    import torch
+
+    rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    torch.set_num_threads(1)
+    if ranks > 1:
+        torch.distributed.init_process_group("gloo")
+    cells = [Cell(**value) for value in json.loads((folder / "cells.json").read_text())]
+    if any("deepspeed" in json.dumps(cell.spec) for cell in cells):
+        import deepspeed  # noqa: F401  likewise
+    results = []
+    for number, cell in enumerate(cells):
+        _forget()
+        results.append(_run(cell, folder / f"{number:03d}", rank, ranks))
+        if rank == 0:
+            (folder / "results.json").write_text(json.dumps([asdict(one) for one in results], default=str))
+            print(f"{cell.name}: {results[-1].losses or results[-1].error}", flush=True)
+    os._exit(0)  # communication threads of what was trained need no orderly end
+
+
+def _run(cell: Cell, folder: Path, rank: int, ranks: int) -> Result:
+    from finetune_api.errors import FineTuneError
+    from finetune_trainer import train
+    from finetune_trainer.channel import Channel
+    from finetune_trainer.inputs import RestoredCheckpoint
+
+    from tests.support.learning import Hooks
+
+    result, hooks, start = Result(cell.name), Hooks(), time.monotonic()
+    resume = RestoredCheckpoint(path=Path(cell.resume), step=1, uri="file:///x") if cell.resume else None
+    if rank == 0:  # writes the files
+        _make(cell, folder, ranks, resume)
+    _barrier(ranks)
+    run, inputs = _make(cell, folder, ranks, resume)
+    _barrier(ranks)
+    channel = Channel.recording(folder / "work", rank=rank, local_rank=rank, world_size=ranks)
+    try:
+        train.main(run, channel, inputs, hooks)
+    except FineTuneError as error:
+        result.error = {
+            "class": type(error).__name__, "code": error.code, "message": error.message, "hint": error.hint, "exitCode": int(error.exit_code),
+            "traceback": traceback.format_exc() if error.exit_code == 70 else None,
+        }  # fmt: skip
+    outcome = hooks.outcome
+    result.losses, result.grad_norms = outcome.losses, outcome.grad_norms
+    result.eval = next((line for line in reversed(outcome.logs) if "eval_loss" in line), {})
+    if outcome.channel is not None:
+        result.resolved, result.notes = outcome.resolved, outcome.notes
+    result.kind, result.folder = outcome.kind, str(inputs.output_dir)
+    _barrier(ranks)
+    if outcome.folder is not None:
+        result.files = sorted(str(path.relative_to(outcome.folder)) for path in outcome.folder.rglob("*") if path.is_file())
+    result.seconds = time.monotonic() - start
+    _barrier(ranks)
+    return result
+
+
+def _make(cell: Cell, folder: Path, ranks: int, resume: Any) -> Any:
+    from tests.support.learning import make_run
+
+    run, inputs = make_run(
+        folder, Path(cell.model), cell.spec, cell.rows, ranks=ranks, restore=resume, validation=cell.validation,
+        config_maps=cell.config_maps, adapter=Path(cell.adapter) if cell.adapter else None,
+    )  # fmt: skip
+    return run, inputs.model_copy(update={"reference": Path(cell.reference) if cell.reference else None})
+
+
+def _barrier(ranks: int) -> None:
+    if ranks > 1:
+        import torch
+
+        torch.distributed.barrier()
+
+
+def _forget() -> None:
+    """accelerate and transformers keep the state of a run in globals."""
+    from accelerate.state import AcceleratorState, GradientState
+    from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+    AcceleratorState._reset_state(True)
+    GradientState._reset_state()
+    for name in [key for key in os.environ if key.startswith(("ACCELERATE_", "FSDP_"))]:
+        del os.environ[name]
+    unset_hf_deepspeed_config()
+    gc.collect()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

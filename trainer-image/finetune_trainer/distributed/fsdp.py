@@ -1,0 +1,335 @@
+"""Fully sharded data parallel, version 2: every rank holds a slice of each parameter, gradient and optimizer state.
+
+Three things are made right here. On CPU (tests, small runs) accelerate never turns FSDP on, and two ranks would run DDP without
+an error: the state is set by hand, by one override with a test of its own. Checkpoints keep the model or adapter as the same
+plain folder that a single rank writes; only the optimizer stays sharded. And 4-bit weights are stored as floats, since
+accelerate leaves integers unsharded with only a warning (`finetune_trainer.model` does that when `sharded_weights` is set).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import ConfigError, InternalError, NoCheckpointError
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import FsdpSharding, FsdpStateDict, GradientCheckpointing, MethodType
+
+from finetune_trainer.distributed.base import Plan
+from finetune_trainer.distributed.userfile import Comparison, read
+from finetune_trainer.hardware import Hardware
+from finetune_trainer.inputs import Inputs
+
+FILE = "distributed.fsdp.configRef"
+PROMPT_METHODS = (MethodType.PREFIX_TUNING, MethodType.PROMPT_TUNING)
+SHARDING = {
+    "FULL_SHARD": FsdpSharding.FULL_SHARD, "SHARD_GRAD_OP": FsdpSharding.SHARD_GRAD_OP, "NO_SHARD": FsdpSharding.NO_SHARD,
+    "1": FsdpSharding.FULL_SHARD, "2": FsdpSharding.SHARD_GRAD_OP, "3": FsdpSharding.NO_SHARD,
+    "true": FsdpSharding.FULL_SHARD, "false": FsdpSharding.SHARD_GRAD_OP,
+}  # fmt: skip
+"""Words of accelerate's files for `sharding`; its version 2 says whether to reshard after the forward pass."""
+STATE_DICT = {
+    "FULL_STATE_DICT": FsdpStateDict.FULL, "SHARDED_STATE_DICT": FsdpStateDict.SHARDED, "LOCAL_STATE_DICT": FsdpStateDict.LOCAL,
+}  # fmt: skip
+LAUNCHER = (
+    "compute_environment", "debug", "downcast_bf16", "enable_cpu_affinity", "machine_rank", "main_process_ip", "main_process_port",
+    "main_training_function", "rdzv_backend", "same_network", "tpu_env", "tpu_use_cluster", "tpu_use_sudo", "use_cpu", "gpu_ids",
+    "tpu_name", "tpu_zone", "dynamo_config", "commands", "command_file", "deepspeed_config", "megatron_lm_config", "ipex_config",
+)  # fmt: skip
+"""Keys of accelerate's files that tell its launcher how to start ranks; here the operator starts them."""
+BUILT_IN = ("backward_prefetch", "forward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers")
+"""Keys of FSDP version 1 whose behaviour is part of version 2."""
+
+
+@dataclass
+class Options:
+    """What FSDP is told."""
+
+    sharding: FsdpSharding = FsdpSharding.FULL_SHARD
+    state_dict: FsdpStateDict = FsdpStateDict.SHARDED
+    offload: bool = False
+    wrap: dict[str, Any] = field(default_factory=lambda: {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP"})
+    notes: list[str] = field(default_factory=list)
+
+
+def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int) -> Options:
+    """From the spec and the user's accelerate file. Errors: ConfigError ConfigsDisagree, ConfigFileInvalid, StateDictUnavailable."""
+    spec = run.spec.distributed.fsdp
+    result = Options()
+    if spec is None:
+        return result
+    result.sharding = spec.sharding or result.sharding
+    result.state_dict = spec.state_dict or result.state_dict
+    if spec.config_ref is not None:
+        _merge(result, read(spec.config_ref, inputs.config_maps, FILE), run, hardware, world_size)
+    if result.state_dict is FsdpStateDict.LOCAL:
+        raise ConfigError(
+            "StateDictUnavailable", "distributed.fsdp.stateDict is local, which FSDP version 2 does not have",
+            hint="write sharded, which is also one file a rank, or full",
+        )  # fmt: skip
+    return result
+
+
+def _merge(result: Options, file: dict[str, Any], run: RunConfig, hardware: Hardware, world_size: int) -> None:
+    """Put the user's accelerate file into `result`; every key has an effect, is told, or is refused."""
+    both = Comparison(run)
+    kind = file.get("distributed_type", "FSDP")
+    if str(kind).upper() != "FSDP":
+        both.conflicts.append(f"distributed_type is {kind}, distributed.strategy is fsdp")
+    both.must("num_processes", file.get("num_processes"), "the number of ranks", world_size)
+    both.must("num_machines", file.get("num_machines"), "resources.nodes", run.world.nodes)
+    active = "bf16" if hardware.bf16 else "fp16" if hardware.fp16 else "no"
+    both.must("mixed_precision", file.get("mixed_precision"), "training.mixedPrecision (as settled)", active)
+    inner = {str(key).removeprefix("fsdp_"): value for key, value in (file.get("fsdp_config") or {}).items()}
+    _merge_fsdp(result, inner, both, run)
+    outer = set(file) - {"distributed_type", "num_processes", "num_machines", "mixed_precision", "fsdp_config"}
+    _refuse_unknown(sorted(outer - set(LAUNCHER)))
+    if outer:
+        both.notes.append(f"of the accelerate file, {', '.join(sorted(outer))} concern its launcher: the operator starts the ranks")
+    both.settle("the accelerate file")
+    result.notes += both.notes
+
+
+def _merge_fsdp(result: Options, inner: dict[str, Any], both: Comparison, run: RunConfig) -> None:
+    if str(inner.pop("version", 2)) != "2":
+        raise ConfigError("ConfigFileInvalid", f"{FILE}: fsdp_version 1 is gone from the libraries", hint="write 2, or remove it")
+    for key in ("sharding_strategy", "reshard_after_forward"):
+        found = _word(inner.pop(key, None), SHARDING, f"fsdp_{key}")
+        result.sharding = both.same(f"fsdp_{key}", found, "distributed.fsdp.sharding", result.sharding)
+    found = _word(inner.pop("state_dict_type", None), STATE_DICT, "fsdp_state_dict_type")
+    result.state_dict = both.same("fsdp_state_dict_type", found, "distributed.fsdp.stateDict", result.state_dict)
+    result.offload = _true(inner.pop("offload_params", False))
+    policy = str(inner.pop("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")).upper()
+    layers, least = inner.pop("transformer_layer_cls_to_wrap", None), inner.pop("min_num_params", None)
+    result.wrap = {"auto_wrap_policy": policy}
+    if layers:
+        result.wrap["transformer_layer_cls_to_wrap"] = layers.split(",") if isinstance(layers, str) else list(layers)
+    if least:
+        result.wrap["min_num_params"] = int(least)
+    if (recompute := inner.pop("activation_checkpointing", None)) is not None:
+        asked = run.spec.training.gradient_checkpointing not in (None, GradientCheckpointing.DISABLED)
+        both.must("fsdp_activation_checkpointing", _true(recompute), "training.gradientCheckpointing", asked)
+    if _true(inner.pop("cpu_ram_efficient_loading", False)):
+        raise ConfigError(
+            "ConfigFileInvalid", f"{FILE}: fsdp_cpu_ram_efficient_loading is true, but every rank reads the weights itself here",
+            hint="remove it, and give the pod memory for one copy of the weights a rank",
+        )  # fmt: skip
+    built_in = [f"fsdp_{key}" for key in BUILT_IN if key in inner]
+    if built_in:
+        both.notes.append(f"{', '.join(built_in)} belong to FSDP version 1; version 2 always works so, or better")
+    _refuse_unknown([f"fsdp_config.{key}" for key in sorted(set(inner) - set(BUILT_IN))])
+
+
+def _refuse_unknown(keys: list[str]) -> None:
+    if keys:
+        raise ConfigError("ConfigFileInvalid", f"{FILE}: {', '.join(keys)} would have no effect", hint="remove it")
+
+
+def _word(found: Any, words: dict[str, Any], key: str) -> Any:
+    if found is None:
+        return None
+    text = str(found)
+    value = words.get(text.upper(), words.get(text.lower()))
+    if value is None:
+        names = ", ".join(word for word in words if word.isupper())
+        raise ConfigError("ConfigFileInvalid", f"{FILE}: {key} is {found}", hint=f"write one of {names}")
+    return value
+
+
+def _true(value: Any) -> bool:
+    return str(value).lower() in ("true", "1", "yes")
+
+
+class Fsdp(Plan):
+    """Slices of everything on every rank."""
+
+    name = "fsdp"
+    sharded_weights = True
+
+    def __init__(self, run: RunConfig, hardware: Hardware, world_size: int, chosen: Options):
+        super().__init__(run, hardware, world_size)
+        self.chosen = chosen
+        self.notes += chosen.notes
+        if run.spec.method.type in PROMPT_METHODS:
+            raise ConfigError(
+                "StrategyAndMethod", f"method {run.spec.method.type} looks its virtual tokens up outside the layers that FSDP gathers",
+                hint="write `distributed: {strategy: ddp}`: so few parameters are trained that nothing is gained by sharding them",
+            )  # fmt: skip
+        if _bits(run) == 8:
+            raise ConfigError(
+                "StrategyAndQuantization", "model.quantization.bits is 8, and 8-bit weights cannot be sharded",
+                hint="write bits 4, or `distributed: {strategy: ddp}`",
+            )  # fmt: skip
+
+    @property
+    def trainer_bases(self) -> tuple[type, ...]:
+        """Saving and loading of sharded state."""
+        return (_sharded_checkpoints(),)
+
+    def arguments(self) -> dict[str, Any]:
+        """Fields of TrainingArguments. What is saved as the model is always whole; see `ShardedCheckpoints`."""
+        config = {
+            "version": 2, "reshard_after_forward": self.chosen.sharding is FsdpSharding.FULL_SHARD,
+            "state_dict_type": "FULL_STATE_DICT", "cpu_offload": self.chosen.offload, **self.chosen.wrap,
+        }  # fmt: skip
+        return {"fsdp": True, "fsdp_config": config, "ddp_backend": "gloo" if self.hardware.cpu else "nccl"}
+
+    def after_accelerator(self, trainer: Any) -> None:
+        """On CPU, turn on what accelerate turns on for GPUs only (accelerate 1.15; needed until it does so itself).
+
+        AcceleratorState copies PartialState's fields whenever it is asked for, so both are set.
+        """
+        if not self.hardware.cpu:
+            return
+        from accelerate.state import AcceleratorState, PartialState
+        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+        plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+        AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        trainer.is_fsdp_enabled = True
+
+    def verify(self, trainer: Any) -> str:
+        """Every parameter must be sharded over all ranks. Errors: InternalError StrategyNotActive."""
+        from torch.distributed.tensor import DTensor
+
+        parameters = dict(trainer.model.named_parameters())
+        whole = [name for name, one in parameters.items() if not (isinstance(one, DTensor) and one.device_mesh.size() == self.world_size)]
+        if whole:
+            raise InternalError(
+                "StrategyNotActive", f"fsdp was asked for over {self.world_size} ranks, but {len(whole)} of {len(parameters)} parameters are whole on every rank, first {whole[0]}",
+                hint="this is a fault of the trainer image: report it with its versions",
+            )  # fmt: skip
+        return super().verify(trainer)
+
+
+def _bits(run: RunConfig) -> int | None:
+    quantization = run.spec.model.quantization
+    return quantization.bits if quantization else None
+
+
+def _sharded_checkpoints() -> type:
+    """The mix-in; made here so that this module loads without torch."""
+    from transformers import Trainer
+
+    class ShardedCheckpoints(Trainer):  # type: ignore[misc]  # transformers ships no types
+        """Weights or adapter as one plain folder, optimizer state in slices (or whole, if asked), nothing twice.
+
+        transformers (5.23) writes either whole safetensors and whole states, or slices and no model that anyone can load.
+        """
+
+        plan: Fsdp
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            """Gather what is trained (adapter) or all (model) and write it as a single rank would."""
+            import torch
+            from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+            adapter = hasattr(self.model, "peft_config")
+            whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
+            with torch.no_grad():
+                state = get_model_state_dict(self.model, options=whole)
+            self._save(output_dir or self.args.output_dir, state_dict=state)
+            self.accelerator.wait_for_everyone()
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            import torch
+            from accelerate.utils import save_fsdp_optimizer
+
+            plugin = self.accelerator.state.fsdp_plugin
+            with self._optimizer_layout(plugin):
+                save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+            if self.args.should_save:
+                torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is None:
+                return
+            with self._optimizer_layout(self.accelerator.state.fsdp_plugin, checkpoint):
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            """Weights from the plain folder into the slices. Errors: NoCheckpointError CheckpointForeign."""
+            load_whole(model or self.model, Path(resume_from_checkpoint), self.accelerator.is_main_process)
+            self.accelerator.wait_for_everyone()
+
+        def _load_best_model(self) -> None:
+            load_whole(self.model, Path(self.state.best_model_checkpoint), self.accelerator.is_main_process)
+            self.accelerator.wait_for_everyone()
+
+        @contextmanager
+        def _optimizer_layout(self, plugin: Any, checkpoint: str | None = None) -> Iterator[None]:
+            """accelerate reads from the plugin whether states are whole or sliced; the model's own layout stays whole."""
+            sliced = self.plan.chosen.state_dict is FsdpStateDict.SHARDED
+            if checkpoint is not None:
+                sliced = not (Path(checkpoint) / "optimizer.bin").exists()
+            before = plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config
+            plugin.state_dict_config = plugin.optim_state_dict_config = None
+            plugin.set_state_dict_type("SHARDED_STATE_DICT" if sliced else "FULL_STATE_DICT")
+            try:
+                yield
+            finally:
+                plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config = before
+
+    return ShardedCheckpoints
+
+
+def load_whole(model: Any, folder: Path, reader: bool) -> None:
+    """Put the weights of a plain checkpoint folder into a sharded model; only the `reader` rank touches the disk.
+
+    Errors: NoCheckpointError CheckpointForeign if the folder's names are not those that this run trains.
+    """
+    import torch
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    names = saved_names(model)
+    state: dict[str, Any] = {}
+    strange: list[str] = []
+    if reader:
+        stored = read_weights(folder)
+        strange = sorted(set(stored) ^ set(names)) if hasattr(model, "peft_config") else sorted(set(stored) - set(names))
+        state = {names[name]: value for name, value in stored.items() if name in names}
+    counted = torch.tensor([len(strange)])
+    if torch.distributed.is_initialized():
+        device = next(model.parameters()).device
+        counted = counted.to(device)
+        torch.distributed.broadcast(counted, 0)
+    if int(counted):
+        raise NoCheckpointError(
+            "CheckpointForeign", f"the checkpoint has other weights than this run trains{': ' + ', '.join(strange[:4]) if strange else ''}",
+            hint="resume with the method, targets and model that it was made with",
+        )  # fmt: skip
+    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False))
+
+
+def saved_names(model: Any) -> dict[str, str]:
+    """Name in a saved folder -> name in the model. PEFT leaves the adapter's name out when it saves."""
+    import torch
+
+    places = {name: torch.empty(0) for name in model.state_dict()}
+    if not hasattr(model, "peft_config"):
+        return {name: name for name in places}
+    from peft import get_peft_model_state_dict
+
+    kept = get_peft_model_state_dict(model, state_dict=places, save_embedding_layers=False)
+    own = {id(value): name for name, value in places.items()}
+    return {saved: own[id(value)] for saved, value in kept.items()}
+
+
+def read_weights(folder: Path) -> dict[str, Any]:
+    """All tensors of a folder: one safetensors file, or several with an index. Errors: NoCheckpointError CheckpointIncomplete."""
+    import json
+
+    from safetensors.torch import load_file
+
+    for name in ("adapter_model.safetensors", "model.safetensors"):
+        if (folder / name).exists():
+            return dict(load_file(folder / name))
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        raise NoCheckpointError("CheckpointIncomplete", f"{folder.name} holds neither weights nor an adapter", hint="resume from another step")
+    parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    return {key: value for part in parts for key, value in load_file(folder / part).items()}

@@ -1,0 +1,257 @@
+"""Prompts with answers that are compared or judged, as token ids: what dpo, orpo, reward and kto learn from.
+
+Each answer is rendered behind its prompt with the same stages as supervised rows, so that templates, end tokens and beginning
+tokens are handled once and alike; the answer is what the stages call learned. Answers are cut to `trainer.maxCompletionLength`,
+rows to `dataset.maxSequenceLength`, and everything cut or left out is counted and told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from datasets import Dataset
+from finetune_api.errors import ConfigError, DataError
+from finetune_api.spec.enums import Overflow, TrainerType
+
+from finetune_trainer.data.load import Rows, load
+from finetune_trainer.data.prepare import RowPolicy, max_length, style_of, use_template
+from finetune_trainer.data.rows import Conversation, Judged, Preference, RowError, Turn
+from finetune_trainer.data.template import Rendered, Style, render
+from finetune_trainer.data.tokenise import IGNORED, Rules, encoded
+from finetune_trainer.objective.base import Facts, Setting
+
+COMPLETION = "trainer.maxCompletionLength"
+Text = tuple[Turn, ...] | str
+
+
+@dataclass
+class Parts:
+    """Token ids of both parts of the data."""
+
+    train: Dataset
+    validation: Dataset | None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a row and an answer may be, in tokens; and what happens to longer rows."""
+
+    whole: int
+    answer: int | None
+    overflow: Overflow
+
+
+@dataclass
+class Counts:
+    """What happened to the rows of one part."""
+
+    rows: int = 0
+    cut: int = 0
+    """Rows with an answer cut off at its end."""
+    left_out: int = 0
+    """Rows without room for any answer, or (overflow drop) longer than allowed."""
+    same: int = 0
+    """Pairs of two equal answers, which teach nothing."""
+    longest: int = 0
+
+    def notes(self, part: str, limits: Limits) -> list[str]:
+        """What a user should hear of it."""
+        said = [f"{part}: {self.rows} rows, the longest of {self.longest} tokens"]
+        if self.cut:
+            bounds = f"{COMPLETION} {limits.answer}" if limits.answer else f"dataset.maxSequenceLength {limits.whole}"
+            said.append(f"{part}: answers of {self.cut} rows were cut to {bounds}")
+        if self.left_out:
+            said.append(f"{part}: {self.left_out} rows longer than dataset.maxSequenceLength {limits.whole} were left out")
+        if self.same:
+            said.append(f"{part}: {self.same} rows whose two answers are the same were left out")
+        return said
+
+
+@dataclass
+class Answered:
+    """One prompt with one (judged) or two (better, worse) answers, as token ids."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+    label: bool | None = None
+
+    @property
+    def size(self) -> int:
+        """Tokens of the longer row."""
+        return len(self.prompt) + max(map(len, self.answers))
+
+
+@dataclass
+class _Part:
+    rows: list[Answered] = field(default_factory=list)
+    counts: Counts = field(default_factory=Counts)
+
+
+def limits(setting: Setting) -> Limits:
+    """Of this run; a default for answers gives way to the sequence. Errors: ConfigError CompletionTooLong, SequenceTooLong."""
+    whole = max_length(setting.run, setting.tokenizer, setting.limit)
+    spec = setting.run.spec
+    return Limits(whole, answer_length(setting, whole), spec.dataset.overflow or Overflow.TRUNCATE)
+
+
+def answer_length(setting: Setting, whole: int) -> int | None:
+    """Longest answer in tokens; a default leaves at least half of the sequence to the prompt. Errors: ConfigError CompletionTooLong."""
+    asked = setting.run.spec.trainer.max_completion_length
+    if asked is None:
+        return None
+    if COMPLETION in setting.run.defaults:
+        return min(asked, max(1, whole // 2))
+    if asked < whole:
+        return asked
+    raise ConfigError(
+        "CompletionTooLong", f"{COMPLETION} is {asked}, which leaves no token of dataset.maxSequenceLength {whole} to the prompt",
+        hint="write a smaller number, or raise dataset.maxSequenceLength",
+    )  # fmt: skip
+
+
+def pairs(setting: Setting) -> tuple[Parts, Facts]:
+    """Columns prompt_ids, chosen_ids, rejected_ids. Errors: DataError of the data room, RowTooLong, NoTrainableToken."""
+    return _data(setting, lambda row: {"prompt_ids": row.prompt, "chosen_ids": row.answers[0], "rejected_ids": row.answers[1]})
+
+
+def judged(setting: Setting) -> tuple[Parts, Facts]:
+    """Columns prompt_ids, completion_ids, label. Errors: as `pairs`."""
+    return _data(setting, lambda row: {"prompt_ids": row.prompt, "completion_ids": row.answers[0], "label": row.label})
+
+
+def only_for_sft(setting: Setting) -> None:
+    """Refuse options that other objectives cannot honour. Errors: ConfigError OptionWithoutEffect."""
+    kind, spec = setting.run.spec.trainer.type, setting.run.spec
+    if spec.training.group_by_length:
+        raise ConfigError("OptionWithoutEffect", f"training.groupByLength orders the rows of sft only, not those of {kind}", hint="leave it out")
+
+
+def _data(setting: Setting, columns: Any) -> tuple[Parts, Facts]:
+    template = use_template(setting.run, setting.inputs, setting.tokenizer)
+    loaded = load(setting.run, setting.inputs)
+    bounds = limits(setting)
+    notes = list(loaded.summary.notes)
+    made: dict[str, Dataset] = {}
+    reports: dict[str, Any] = {}
+    for name, rows in (("train", loaded.train), ("validation", loaded.validation)):
+        if rows:
+            style = replace(style_of(setting.run, setting.tokenizer, template, loaded.summary.format), response_only=True, markers=None)
+            part = _part(setting, rows, style, bounds, notes, name)
+            made[name] = Dataset.from_list([columns(row) for row in part.rows])
+            notes += part.counts.notes(name, bounds)
+            reports[name] = vars(part.counts)
+    facts = Facts(len(made["train"]), loaded.summary.format, notes, {"rows": loaded.summary.rows, "tokens": reports})
+    return Parts(made["train"], made.get("validation")), facts
+
+
+def _part(setting: Setting, rows: Rows, style: Style, bounds: Limits, notes: list[str], name: str) -> _Part:
+    policy = RowPolicy(setting.run, len(rows))
+    part = _Part()
+    for place, row in _answered(setting, rows, style, policy):
+        part.counts.longest = max(part.counts.longest, row.size)
+        kept = _within(place, row, bounds, part.counts, setting.run.spec.trainer.type)
+        if kept is not None:
+            part.rows.append(kept)
+    notes += policy.notes(name)
+    part.counts.rows = len(part.rows)
+    if not part.rows:
+        raise DataError(
+            "NoTrainableToken", f"no row of the {name} data is left: {part.counts.left_out} too long, {part.counts.same} with two equal answers",
+            hint=f"raise dataset.maxSequenceLength (now {bounds.whole}), or mend the rows",
+        )  # fmt: skip
+    return part
+
+
+def _within(place: str, row: Answered, bounds: Limits, counts: Counts, kind: TrainerType | None) -> Answered | None:
+    """The row within the limits, or None if it is left out. Errors: DataError RowTooLong."""
+    if len(row.answers) == 2 and row.answers[0] == row.answers[1]:
+        counts.same += 1
+        return None
+    answers = [one[: bounds.answer] for one in row.answers]
+    room = bounds.whole - len(row.prompt)
+    if max(map(len, answers)) > room:
+        if bounds.overflow is Overflow.FAIL:
+            raise DataError(
+                "RowTooLong", f"{place}: {row.size} tokens, more than dataset.maxSequenceLength {bounds.whole}",
+                hint="raise maxSequenceLength, or set dataset.overflow to truncate or drop",
+            )  # fmt: skip
+        # A reward is read at the end of an answer: a cut answer has none.
+        if bounds.overflow is Overflow.DROP or room < 1 or kind is TrainerType.REWARD:
+            counts.left_out += 1
+            return None
+        answers = [one[:room] for one in answers]
+    counts.cut += answers != row.answers
+    return Answered(row.prompt, answers, row.label)
+
+
+def _answered(setting: Setting, rows: Rows, style: Style, policy: RowPolicy) -> Iterator[tuple[str, Answered]]:
+    """Rows as token ids, with their places."""
+    spec = setting.run.spec.dataset
+    rules = Rules(1 << 30, Overflow.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token)
+    waiting: list[tuple[list[int], list[int]]] = []
+    labels = [example.label for _, example in rows if isinstance(example, Judged)]
+    place_of_label = 0
+    texts = _Texts(rows, style, policy)
+    for place, ids, learned in encoded(texts, setting.tokenizer, rules):
+        start = next((at for at, label in enumerate(learned) if label != IGNORED), len(ids))
+        waiting.append((ids[:start], ids[start:]))
+        if len(waiting) < texts.answers:
+            continue
+        label = labels[texts.kept[place_of_label]] if labels else None
+        place_of_label += 1
+        yield place, _together(waiting, label)
+        waiting = []
+
+
+def _together(waiting: Sequence[tuple[list[int], list[int]]], label: bool | None) -> Answered:
+    """One prompt for all answers: where a token reaches over the border, it belongs to the answers."""
+    prompts = [prompt for prompt, _ in waiting]
+    shared = 0
+    while all(len(one) > shared for one in prompts) and len({one[shared] for one in prompts}) == 1:
+        shared += 1
+    return Answered(prompts[0][:shared], [prompt[shared:] + answer for prompt, answer in waiting], label)
+
+
+class _Texts:
+    """The rendered texts of all rows, answer by answer. A row that cannot be rendered is left out whole."""
+
+    def __init__(self, rows: Rows, style: Style, policy: RowPolicy):
+        self.rows, self.style, self.policy = rows, style, policy
+        self.answers = 2 if isinstance(rows[0][1], Preference) else 1
+        self.kept: list[int] = []
+        """Places of the rows that were rendered, in order."""
+
+    def __iter__(self) -> Iterator[tuple[str, Rendered]]:
+        for number, (raw, example) in enumerate(self.rows):
+            assert isinstance(example, Preference | Judged), "the data room has checked the format"
+            sides = (example.chosen, example.rejected) if isinstance(example, Preference) else (example.completion,)
+            try:
+                texts = [behind(example.prompt, side, self.style) for side in sides]
+            except RowError as error:
+                self.policy(raw.place, error.code, error.found, error.write)
+                continue
+            self.kept.append(number)
+            yield from ((raw.place, text) for text in texts)
+
+
+def behind(prompt: Text, answer: Text, style: Style) -> Rendered:
+    """The text of prompt and answer, cut after the answer's end; its one span is the answer. Errors: RowError AnswerEmpty."""
+    if isinstance(prompt, str) != isinstance(answer, str):
+        raise RowError("RowInvalid", "prompt and answer are of two kinds: one is text, the other messages", "write both as text, or both as messages")
+    if isinstance(prompt, str) and isinstance(answer, str) and not style.use_chat_template:
+        if not answer:
+            raise RowError("AnswerEmpty", "an answer is empty", "give it a text, or remove the row")
+        return Rendered(prompt + answer, ((len(prompt), len(prompt) + len(answer)),), False)
+    turns = tuple(replace(turn, weight=0) for turn in _turns(prompt, "user"))
+    turns += tuple(replace(turn, weight=int(turn.role == "assistant")) for turn in _turns(answer, "assistant"))
+    rendered = render(Conversation(turns), style)
+    if not rendered.spans:
+        raise RowError("AnswerEmpty", "an answer holds no turn of the assistant", "give it one, or remove the row")
+    start, end = rendered.spans[0][0], rendered.spans[-1][1]
+    return Rendered(rendered.text[:end], ((start, end),), rendered.templated)
+
+
+def _turns(text: Text, role: str) -> tuple[Turn, ...]:
+    return (Turn(role, text),) if isinstance(text, str) else text

@@ -1,0 +1,74 @@
+"""ORPO: learn the better answer and push the worse one away in one loss, without a reference model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from datasets import Dataset
+from finetune_api.errors import ConfigError
+from finetune_api.spec.enums import MethodType
+from finetune_api.spec.trainer import Dpo as DpoSpec
+from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+from finetune_trainer.arguments import common
+from finetune_trainer.distributed import connected
+from finetune_trainer.engine import Guarded
+from finetune_trainer.objective import answers
+from finetune_trainer.objective.base import Facts, Setting
+
+MODEL_KIND = "causal"
+IGNORED = -100
+
+
+class Orpo(Guarded, ORPOTrainer):
+    """TRL's trainer (experimental there) on pairs that the data room has tokenised."""
+
+    def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
+        """The columns that TRL's collator reads, from token ids. Prompt, chosen and rejected are texts it looks at in vain."""
+        prompt = feature["prompt_ids"]
+        row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+        for side in ("chosen", "rejected"):
+            answer = feature[f"{side}_ids"]
+            row |= {
+                f"{side}_input_ids": prompt + answer, f"{side}_attention_mask": [1] * (len(prompt) + len(answer)),
+                f"{side}_labels": [IGNORED] * len(prompt) + answer,
+            }  # fmt: skip
+        return row
+
+
+def data(setting: Setting) -> tuple[answers.Parts, Facts]:
+    """Pairs."""
+    parts, facts = answers.pairs(setting)
+    return answers.Parts(_with_texts(parts.train), _with_texts(parts.validation) if parts.validation else None), facts
+
+
+def _with_texts(pairs: Dataset) -> Dataset:
+    """Empty texts under the names that TRL looks for before it asks for token ids."""
+    return pairs.map(lambda _: {"prompt": "", "chosen": "", "rejected": ""})
+
+
+def arguments(setting: Setting, *, evaluates: bool) -> ORPOConfig:
+    """TRL's configuration. Errors: ConfigError OptionWithoutEffect, ObjectiveAndMethod."""
+    answers.only_for_sft(setting)
+    run, spec = setting.run, setting.run.spec.trainer.dpo or DpoSpec()
+    if run.spec.method.type is MethodType.PROMPT_TUNING:
+        raise ConfigError(
+            "ObjectiveAndMethod", "orpo compares every place of the output with the row, and promptTuning puts virtual tokens before it",
+            hint="write method prefixTuning or lora, or trainer.type dpo",
+        )  # fmt: skip
+    for path, given in (("lossTypes", spec.loss_types), ("labelSmoothing", spec.label_smoothing), ("referenceModel", spec.reference_model)):
+        if given and f"trainer.dpo.{path}" not in run.defaults:
+            raise ConfigError("OptionWithoutEffect", f"trainer.dpo.{path} is only read with dpo, and the objective is orpo", hint="remove it")
+    return ORPOConfig(
+        **common(run, setting.inputs, setting.hardware, setting.plan, evaluates=evaluates),
+        beta=0.1 if spec.beta is None else spec.beta, max_length=answers.limits(setting).whole, remove_unused_columns=False,
+    )  # fmt: skip
+
+
+def build(setting: Setting, args: ORPOConfig, model: Any, parts: answers.Parts) -> Orpo:
+    """The trainer, ready to run."""
+    trainer: Orpo = connected(Orpo, setting.plan)(
+        model=model, args=args, train_dataset=parts.train, eval_dataset=parts.validation, processing_class=setting.tokenizer,
+        callbacks=list(setting.callbacks),
+    )  # fmt: skip
+    return trainer

@@ -1,0 +1,57 @@
+"""The model that a preference objective measures against, and the traces it must not leave."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import ConfigError
+from finetune_api.spec.enums import MethodType
+from transformers import Trainer
+
+from finetune_trainer.model import load_model
+from finetune_trainer.objective.base import Setting
+
+ADAPTER = "ref"
+"""TRL's name for the frozen copy of an adapter as it was before training."""
+
+
+class Referenced(Trainer):
+    """Mixed into trainers that compare with the model before training.
+
+    With an adapter, TRL keeps that as a second, frozen adapter beside the first. PEFT marks some kinds of it as trainable,
+    which DDP then waits for in vain; and it would be saved with the result.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        for name, parameter in self.model.named_parameters():
+            if f".{ADAPTER}." in name:
+                parameter.requires_grad_(False)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            shutil.rmtree(Path(output_dir or self.args.output_dir) / ADAPTER, ignore_errors=True)
+
+
+def named_reference(setting: Setting) -> Any:
+    """The model of `trainer.dpo.referenceModel`; None: the model as it was before training.
+
+    A method that trains the weights themselves gets a second copy of the base, loaded in the same way.
+    Errors: NotFoundError ModelUnreadable; ConfigError VocabularyDiffers.
+    """
+    trains_weights = setting.run.spec.method.type in (MethodType.FULL, MethodType.SPECTRUM)
+    if setting.inputs.reference is None and not trains_weights:
+        return None
+    inputs = setting.inputs.model_copy(update={"model": setting.inputs.reference or setting.inputs.model})
+    model, _ = load_model(setting.run, inputs, setting.hardware, sharded=setting.plan.sharded_weights)
+    words = model.get_input_embeddings().weight
+    size = (getattr(words, "ds_shape", None) or words.shape)[0]
+    if size < len(setting.tokenizer):
+        raise ConfigError(
+            "VocabularyDiffers", f"the reference model knows {size} tokens, and the tokenizer makes {len(setting.tokenizer)}",
+            hint="give a reference with the same tokenizer as model.source, such as an earlier step of the same model",
+        )  # fmt: skip
+    return model.requires_grad_(False).eval()
