@@ -25,6 +25,7 @@ from localcluster.steps import Step, silent
 
 STARTS = 4
 """Another program may take a chosen port first: so often new ones are tried."""
+PROCESSES = ("etcd", "kube-apiserver", "kube-controller-manager")
 STATE = "state.json"
 MODE = "control-plane"
 NODE_MODE = "node"
@@ -74,22 +75,21 @@ class ControlPlane:
     def running(self) -> Endpoint | None:
         """The endpoint, if it is up and ready."""
         endpoint = read_endpoint(self.state_dir, MODE)
-        return endpoint if endpoint and endpoint.ready() else None
+        whole = len(processes.owned_by(self.state_dir)) >= len(PROCESSES) + self._scheduler
+        return endpoint if whole and endpoint and endpoint.ready() else None
 
     def _start(self, kube: Path) -> Endpoint:
+        etcd, api_server, controllers = PROCESSES
         port, etcd_port, peer_port = free_ports(3)
         at = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", port, etcd_port, peer_port)
         token = prepare(self.state_dir, kube, at, [])
         servers = [
-            self._spawn("etcd", components.etcd(kube, self.state_dir, at)),
-            self._spawn("kube-apiserver", components.api_server(kube, self.state_dir, at)),
+            self._spawn(etcd, components.etcd(kube, self.state_dir, at)),
+            self._spawn(api_server, components.api_server(kube, self.state_dir, at)),
         ]
         endpoint = wait_for_api(self.state_dir, at, token, servers)
-        servers.append(
-            self._spawn(
-                "kube-controller-manager", components.controller_manager(kube, self.state_dir, node_grace_seconds=40)
-            )
-        )
+        argv = components.controller_manager(kube, self.state_dir, node_grace_seconds=40)
+        servers.append(self._spawn(controllers, argv))
         if self._scheduler:
             servers.append(self._spawn("kube-scheduler", components.scheduler(kube, self.state_dir)))
         processes.wait_until(

@@ -17,8 +17,10 @@ CGROUP = "finetune-localcluster"
 """Every container's cgroup lies below this one; there is one cluster with nodes per machine."""
 API_PORT = 6443
 S3_NODE_PORT = 30333
-BLOCKS = range(201, 240)
-"""Second octets of the /16 blocks 10.X that are tried for nodes and pods."""
+BLOCKS = [f"10.{n}" for n in range(201, 240)] + [f"172.{n}" for n in range(20, 32)] + ["198.18", "198.19"]
+"""The /16 blocks that are tried for nodes and pods: private ones, then those set aside for tests of networks."""
+DEFAULT_ROUTES = 4
+"""A route for a block wider than this many bits is a default route in disguise, as VPNs set them."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """A cluster with nodes below `folder`; all its addresses are in the block `10.X` (`block`)."""
+    """A cluster with nodes below `folder`; all its addresses are in the /16 `block`, say `10.201`."""
 
     folder: Path
     block: str
@@ -96,7 +98,7 @@ def node_stores() -> Path:
 
 
 def free_block() -> str:
-    """A block `10.X` that this machine has no address in and no route to (default routes apart)."""
+    """The first two numbers of a /16 that this machine has no address in and no route to (default routes apart)."""
     command = ["ip", "-j", "-4", "route", "show", "table", "all"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     taken = [
@@ -104,10 +106,8 @@ def free_block() -> str:
         for route in json.loads(answer.stdout or "[]")
         if route.get("dst", "default") != "default"
     ]
-    for second in BLOCKS:
-        block = ipaddress.ip_network(f"10.{second}.0.0/16")
-        if not any(block.overlaps(other) for other in taken if other.prefixlen > 0):
-            return f"10.{second}"
-    raise MissingRequirement(
-        f"no free address range: each of 10.{BLOCKS[0]}.0.0/16 to 10.{BLOCKS[-1]}.0.0/16 has a route on this machine"
-    )
+    for name in BLOCKS:
+        block = ipaddress.ip_network(f"{name}.0.0/16")
+        if not any(block.overlaps(other) for other in taken if other.prefixlen > DEFAULT_ROUTES):
+            return name
+    raise MissingRequirement(f"no free address range: {', '.join(BLOCKS)} (/16 each) all have routes on this machine")

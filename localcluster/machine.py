@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -82,6 +83,14 @@ class Machine:
         for name, code in self.ask("states").items():
             if code is not None:
                 raise StartFailed(f"{name} ended with {code}: {processes.tail(self.folder / 'logs' / f'{name}.log')}")
+
+    def is_whole(self, names: Sequence[str]) -> bool:
+        """Whether the machine runs and these components with it."""
+        try:
+            states = inside.ask(self.folder, "states")
+        except OSError:
+            return False
+        return all(name in states and states[name] is None for name in names)
 
     def pid(self, node: str | None = None) -> int:
         """The pid, on this machine, of a process in a node's namespaces (without one: the first process inside)."""

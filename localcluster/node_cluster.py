@@ -20,7 +20,7 @@ from localcluster import build, cgroups, components, containerd, paths, processe
 from localcluster.api import ApiError, Endpoint
 from localcluster.components import ControlPlaneAddresses, User
 from localcluster.control_plane import NODE_MODE as MODE
-from localcluster.control_plane import PLAN, STATE, locked, prepare, read_endpoint, wait_for_api, write_state
+from localcluster.control_plane import PLAN, PROCESSES, STATE, locked, prepare, read_endpoint, wait_for_api, write_state
 from localcluster.errors import ClusterDiffers, ImageNotFound, NotRunning
 from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, free_block, node_stores
 from localcluster.machine import Machine, not_running, take_lock
@@ -81,7 +81,7 @@ class NodeCluster:
 
     def _running(self) -> bool:
         endpoint = read_endpoint(self.state_dir, MODE)
-        if endpoint is None or not endpoint.ready():
+        if endpoint is None or not endpoint.ready() or not self._machine.is_whole(PROCESSES):
             return False
         if (count := self.plan.count) != self.options.nodes:
             raise ClusterDiffers(

@@ -121,7 +121,8 @@ class S3Process:
         made = new_keys()
         self.access_key, self.secret_key = access_key or made[0], secret_key or made[1]
         self._server: processes.Server | None = None
-        self._ports: list[int] = []
+        self.ports: list[int] = []
+        """Those of its last start: S3, and what is named in server_arguments."""
         self._endpoint: S3Endpoint | None = None
 
     @property
@@ -156,7 +157,7 @@ class S3Process:
         config.write_text(json.dumps(identities(self.access_key, self.secret_key)))
         config.chmod(0o600)
         self._log.unlink(missing_ok=True)
-        self._ports = ports
+        self.ports = ports
         arguments = server_arguments(ports, directory="data", config="s3.json", listen="127.0.0.1")
         self._server = processes.spawn(
             "SeaweedFS", [find_weed(), *arguments], owner=self.directory, log=self._log,
@@ -185,7 +186,7 @@ class S3Process:
             self._server.process.kill()
             self._server.process.wait()
             self._server = None
-            remove_sockets(self._ports)
+            remove_sockets(self.ports)
 
     def __enter__(self) -> S3Endpoint:
         return self.start()

@@ -1,0 +1,96 @@
+"""Control planes: quick, side by side, and gone without a trace."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from localcluster import ApiError, ControlPlane, Endpoint, build, processes
+from localcluster.control_plane import locked
+from localcluster.errors import ClusterBusy
+
+pytestmark = pytest.mark.integration
+
+
+def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "localcluster", *arguments], capture_output=True, text=True)
+
+
+def test_two_live_side_by_side_and_know_nothing_of_each_other(control_plane: Endpoint, tmp_path: Path) -> None:
+    with ControlPlane(tmp_path / "other") as other:
+        assert other.server != control_plane.server
+        made = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "only-here"}}
+        other.request("POST", "/api/v1/namespaces", made)
+        assert other.exists("/api/v1/namespaces/only-here")
+        assert not control_plane.exists("/api/v1/namespaces/only-here")
+        with pytest.raises(ApiError) as refused:
+            Endpoint(other.kubeconfig, other.server, control_plane.token, other.ca).get("/api/v1/namespaces")
+        assert refused.value.status == 401
+    assert processes.owned_by(tmp_path / "other") == []
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_command_line_from_up_to_down(tmp_path: Path) -> None:
+    state = ["--state", str(tmp_path / "c")]
+    up = _command("up", "--mode", "control-plane", *state)
+    assert up.stdout == f"export KUBECONFIG={tmp_path}/c/kubeconfig\n"
+    assert "start the control plane" in up.stderr
+    pids = processes.owned_by(tmp_path / "c")
+    assert len(pids) == 3
+    assert _command("up", "--mode", "control-plane", *state).returncode == 0
+    assert sorted(processes.owned_by(tmp_path / "c")) == sorted(pids)
+    assert "mode    control-plane" in _command("status", *state).stdout
+    assert _command("kubectl", *state, "--", "get", "--raw", "/readyz").stdout == "ok"
+    other = _command("up", "--nodes", "2", *state)
+    assert (other.returncode, other.stderr.count("\n")) == (1, 1)
+    assert "a control-plane cluster is up in" in other.stderr
+    for pid in pids[:1]:
+        os.kill(pid, signal.SIGKILL)
+    assert _command("up", "--mode", "control-plane", *state).returncode == 0
+    assert set(processes.owned_by(tmp_path / "c")).isdisjoint(pids)
+    assert _command("down", *state).returncode == 0
+    assert processes.owned_by(tmp_path / "c") == []
+    down = _command("status", *state)
+    assert (down.returncode, down.stderr) == (1, f"localcluster: no cluster is up in {tmp_path}/c: run `localcluster up`\n")
+
+
+def test_ctrl_c_while_starting_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "localcluster", "up", "--mode", "control-plane", "--state", str(tmp_path / "c")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
+        deadline = time.monotonic() + 20
+        while not processes.owned_by(tmp_path / "c"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        started.send_signal(signal.SIGINT)
+        _, words = started.communicate()
+    assert started.returncode == 130
+    assert words.splitlines()[-1] == "localcluster: interrupted, nothing was left running"
+    assert processes.owned_by(tmp_path / "c") == []
+
+
+def test_options_without_nodes_are_refused(tmp_path: Path) -> None:
+    refused = _command("up", "--mode", "control-plane", "--gpus", "1", "--state", str(tmp_path / "c"))
+    assert refused.returncode == 2
+    assert "--nodes and --gpus need --mode node" in refused.stderr
+
+
+def test_one_command_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ClusterBusy, match="another localcluster command is at work"):
+        ControlPlane(tmp_path).up()
+
+
+def test_kubectl_tells_the_version_that_was_built(control_plane: Endpoint) -> None:
+    version = control_plane.get("/version")["gitVersion"]
+    assert version == f"v{build.PROGRAMS[build.KUBE].version}"
+
+
+def test_files_with_secrets_are_the_owner_s_alone(control_plane: Endpoint) -> None:
+    folder = control_plane.kubeconfig.parent
+    for name in ("kubeconfig", "tokens.csv", "sa.key", "state.json"):
+        assert (folder / name).stat().st_mode & 0o077 == 0, name

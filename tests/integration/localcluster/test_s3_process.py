@@ -1,0 +1,72 @@
+"""The S3 server as a process: authentication, conditional writes, restarts, nothing left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from botocore.exceptions import ClientError
+
+from localcluster import S3Endpoint, S3Process, processes
+from localcluster.errors import StartFailed
+
+pytestmark = pytest.mark.integration
+
+
+def _code(error: pytest.ExceptionInfo[ClientError]) -> str:
+    return str(error.value.response["Error"]["Code"])
+
+
+@pytest.fixture(scope="module")
+def bucket(s3_server: S3Endpoint) -> str:
+    s3_server.client().create_bucket(Bucket="process")
+    return "process"
+
+
+def test_only_the_right_keys_get_in(s3_server: S3Endpoint, bucket: str) -> None:
+    with pytest.raises(ClientError) as refused:
+        dataclasses.replace(s3_server, secret_key="wrong").client().list_objects_v2(Bucket=bucket)
+    assert _code(refused) == "SignatureDoesNotMatch"
+    with pytest.raises(ClientError) as refused:
+        dataclasses.replace(s3_server, access_key="AKNOBODY").client().list_objects_v2(Bucket=bucket)
+    assert _code(refused) == "InvalidAccessKeyId"
+    s3_server.client().put_object(Bucket=bucket, Key="k", Body=b"x")
+    with pytest.raises(urllib.error.HTTPError) as anonymous:
+        urllib.request.urlopen(f"{s3_server.host_url}/{bucket}/k")
+    assert anonymous.value.code == 403
+
+
+def test_a_bucket_is_not_made_by_writing_to_it(s3_server: S3Endpoint) -> None:
+    with pytest.raises(ClientError) as refused:
+        s3_server.client().put_object(Bucket="never-made", Key="k", Body=b"")
+    assert _code(refused) == "NoSuchBucket"
+
+
+def test_conditional_writes_have_one_winner(s3_server: S3Endpoint, bucket: str) -> None:
+    client = s3_server.client()
+    client.put_object(Bucket=bucket, Key="once", Body=b"1", IfNoneMatch="*")
+    with pytest.raises(ClientError) as refused:
+        client.put_object(Bucket=bucket, Key="once", Body=b"2", IfNoneMatch="*")
+    assert _code(refused) == "PreconditionFailed"
+    assert client.get_object(Bucket=bucket, Key="once")["Body"].read() == b"1"
+
+
+def test_it_comes_back_with_its_data_at_the_same_address(tmp_path: Path) -> None:
+    server = S3Process(tmp_path)
+    first = server.start()
+    first.client().create_bucket(Bucket="kept")
+    first.client().put_object(Bucket="kept", Key="k", Body=b"v" * 100_000)
+    server.stop()
+    assert processes.owned_by(tmp_path) == []
+    assert [p for port in server.ports for p in Path("/tmp").glob(f"seaweedfs-*-{port}.sock")] == []
+    assert server.start() == first
+    assert first.client().get_object(Bucket="kept", Key="k")["Body"].read() == b"v" * 100_000
+    server.stop()
+
+
+def test_before_its_start_it_has_no_address(tmp_path: Path) -> None:
+    with pytest.raises(StartFailed, match="was not started"):
+        assert S3Process(tmp_path).endpoint

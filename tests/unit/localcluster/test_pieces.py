@@ -1,0 +1,209 @@
+"""The pure parts: addresses, arguments, configurations, small images, names of what is missing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+import subprocess
+import tarfile
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from localcluster import build, components, containerd, layout, paths, ports, requirements, s3, s3_pod, store
+from localcluster.components import ControlPlaneAddresses, User
+from localcluster.errors import BuildFailed, ImageNotFound, MissingRequirement
+from localcluster.layout import Plan, free_block
+from localcluster.node_cluster import find_layout
+from localcluster.oci import Image, manifest_of, write_layout
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return Plan(tmp_path, "10.222", 2)
+
+
+def test_addresses_of_a_plan(plan: Plan) -> None:
+    first, second = plan.nodes
+    assert (first.name, first.address, first.pod_cidr) == ("n1", "10.222.0.1", "10.222.1.0/24")
+    assert (second.name, second.address, second.pod_cidr) == ("n2", "10.222.0.2", "10.222.2.0/24")
+    assert (plan.api_address, plan.host_address, plan.cluster_cidr) == ("10.222.0.1", "10.222.0.254", "10.222.0.0/16")
+    assert second.cgroup == "/finetune-localcluster/n2"
+    assert Plan.load(plan.dump()) == plan
+    assert plan.node("n2") == second
+    with pytest.raises(KeyError):
+        plan.node("n3")
+
+
+def test_images_of_nodes_do_not_lie_in_a_cluster_s_folder(plan: Plan) -> None:
+    assert [node.store for node in plan.nodes] == [paths.cache() / "nodes" / "n1", paths.cache() / "nodes" / "n2"]
+
+
+@pytest.mark.parametrize(
+    ("routes", "expected"),
+    [
+        ([], "10.201"),
+        ([{"dst": "default"}, {"dst": "0.0.0.0/1"}], "10.201"),
+        ([{"dst": "10.201.3.0/24"}], "10.202"),
+        ([{"dst": "10.200.0.0/14"}], "10.204"),
+        ([{"dst": "10.0.0.0/8"}], "172.20"),
+        ([{"dst": "10.201.0.7"}, {"dst": "10.202.0.0/16"}], "10.203"),
+    ],
+)
+def test_a_free_block_is_taken(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]], expected: str) -> None:
+    _answer_with(monkeypatch, routes)
+    assert free_block() == expected
+
+
+def test_no_free_block_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    _answer_with(monkeypatch, [{"dst": "10.0.0.0/8"}, {"dst": "172.16.0.0/12"}, {"dst": "198.18.0.0/15"}])
+    with pytest.raises(MissingRequirement, match=r"no free address range: 10\.201, .* all have routes"):
+        free_block()
+
+
+def _answer_with(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]]) -> None:
+    done = subprocess.CompletedProcess([], 0, stdout=json.dumps(routes))
+    monkeypatch.setattr(layout.subprocess, "run", lambda *_, **__: done)
+
+
+def test_an_api_server_on_the_loopback_reconciles_no_endpoints(tmp_path: Path) -> None:
+    def reconciler(address: str) -> str:
+        at = ControlPlaneAddresses(address, address, 6443, 2379, 2380)
+        arguments = components.api_server(Path("kube"), tmp_path, at)
+        return arguments[arguments.index("--endpoint-reconciler-type") + 1]
+
+    assert (reconciler("127.0.0.1"), reconciler("10.201.0.1")) == ("none", "lease")
+
+
+def test_kubeconfigs_verify_the_server_once_there_is_a_certificate() -> None:
+    without = json.loads(components.kubeconfig("https://a:1", "t", None))["clusters"][0]["cluster"]
+    assert without == {"server": "https://a:1", "insecure-skip-tls-verify": True}
+    verified = json.loads(components.kubeconfig("https://a:1", "t", b"x"))["clusters"][0]["cluster"]
+    assert verified == {"server": "https://a:1", "certificate-authority-data": "eA=="}
+
+
+def test_token_line() -> None:
+    assert User("secret", "system:node:n1", "system:nodes").line == "secret,system:node:n1,system:node:n1,system:nodes\n"
+
+
+def test_containerd_configuration_is_toml_with_the_registry_free_sandbox(plan: Plan) -> None:
+    node = plan.nodes[1]
+    parsed = tomllib.loads(containerd.configuration(node, cri=True))
+    cri = parsed["plugins"]["io.containerd.grpc.v1.cri"]
+    assert cri["restrict_oom_score_adj"] is True
+    assert cri["sandbox_image"] == "localhost/pause:1"
+    assert parsed["root"] == str(node.store)
+    assert "io.containerd.grpc.v1.cri" not in parsed["disabled_plugins"]
+    assert "io.containerd.grpc.v1.cri" in tomllib.loads(containerd.configuration(node, cri=False))["disabled_plugins"]
+
+
+def test_pods_of_a_node_get_addresses_from_its_range(plan: Plan) -> None:
+    bridge = json.loads(containerd.network(plan.nodes[1]))["plugins"][0]
+    assert bridge["ipam"]["ranges"] == [[{"subnet": "10.222.2.0/24", "rangeStart": "10.222.2.10"}]]
+
+
+def test_small_images_are_reproducible_layouts(tmp_path: Path) -> None:
+    program = tmp_path / "program"
+    program.write_bytes(b"\x7fELF")
+    image = Image("localhost/x:1", {"/bin/x": program}, ["/bin/x"])
+    one, two = write_layout(tmp_path / "a", image), write_layout(tmp_path / "b", image)
+    name, entry = manifest_of(one, "localhost/x:1")
+    assert (name, entry) == manifest_of(two)
+    for path in (one / "blobs" / "sha256").iterdir():
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
+    manifest = json.loads(store.blob(one, entry["digest"]).read_text())
+    with tarfile.open(store.blob(one, manifest["layers"][0]["digest"])) as layer:
+        assert [(m.name, oct(m.mode)) for m in layer] == [("bin/x", "0o755"), ("tmp", "0o1777")]
+    assert json.loads(store.blob(one, manifest["config"]["digest"]).read_text())["config"]["User"] == "65532:65532"
+
+
+def test_what_is_no_layout_or_lacks_the_image_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ImageNotFound, match="no OCI image layout"):
+        manifest_of(tmp_path)
+    program = tmp_path / "p"
+    program.touch()
+    made = write_layout(tmp_path / "l", Image("localhost/x:1", {"/p": program}, ["/p"]))
+    with pytest.raises(ImageNotFound, match=r"holds \['localhost/x:1'\], not localhost/y:1"):
+        manifest_of(made, "localhost/y:1")
+
+
+def test_built_images_are_found_by_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    program = tmp_path / "p"
+    program.touch()
+    folder = tmp_path / "finetune-operator" / "images" / "x"
+    folder.parent.mkdir(parents=True)
+    write_layout(folder, Image("localhost/x:dev", {"/p": program}, ["/p"]))
+    assert find_layout("localhost/x:dev") == folder
+    with pytest.raises(ImageNotFound, match="localhost/y:dev was built here: run `localcluster images build`"):
+        find_layout("localhost/y:dev")
+
+
+def test_programs_are_kept_by_version_and_content() -> None:
+    kube = build.PROGRAMS[build.KUBE]
+    assert kube.version.split(".")[0] == "1"
+    assert kube.binary.parent.name.startswith(f"kube-{kube.version}-")
+    assert f"gitVersion=v{kube.version}" in kube.flags[-1]
+    assert len({program.binary for program in build.PROGRAMS.values()}) == len(build.PROGRAMS)
+
+
+def test_a_module_without_the_named_version_is_told() -> None:
+    with pytest.raises(BuildFailed, match="requires no example.org/none"):
+        assert build.Program("pause", "example.org/none").version
+
+
+@pytest.mark.parametrize(
+    ("answer", "ok"),
+    [("go version go1.26.8 linux/amd64", True), ("go version go2.0 linux/amd64", True), ("go version go1.25.1 x", False),
+     ("", False)],
+)
+def test_go_must_be_new_enough(monkeypatch: pytest.MonkeyPatch, answer: str, ok: bool) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda _: "/go")
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=answer))
+    if ok:
+        build.check_go()
+    else:
+        with pytest.raises(MissingRequirement, match=r"Go 1\.26 or newer is needed, found: "):
+            build.check_go()
+
+
+def test_missing_go_and_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build.shutil, "which", lambda _: None)
+    with pytest.raises(MissingRequirement, match="Go 1.26 or newer is missing"):
+        build.check_go()
+    monkeypatch.setattr(requirements, "find", lambda program: None if program in ("ctr", "containerd") else "/x")
+    with pytest.raises(MissingRequirement, match="packages are missing: containerd: run `localcluster packages"):
+        requirements.check_packages(requirements.NODE_PACKAGES)
+
+
+def test_nodes_need_root_and_linux(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements.os, "geteuid", lambda: 1000)
+    with pytest.raises(MissingRequirement, match="needs root"):
+        requirements.check_node()
+    monkeypatch.setattr(requirements.sys, "platform", "darwin")
+    with pytest.raises(MissingRequirement, match="needs Linux, this is darwin: use kind"):
+        requirements.check_node()
+
+
+def test_free_ports_are_different_and_free() -> None:
+    found = ports.free_ports(20)
+    assert len(set(found)) == 20
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", found[0]))
+
+
+def test_s3_server_talks_to_nobody_outside_and_names_each_port_once() -> None:
+    arguments = s3.server_arguments(list(range(8)), directory="d", config="c", listen="127.0.0.1")
+    assert "-master.telemetry=false" in arguments
+    chosen = [a.partition("=")[2] for a in arguments if "port" in a and not a.endswith(("iceberg=0", "lance=0"))]
+    assert sorted(chosen) == [str(n) for n in range(8)]
+
+
+def test_s3_objects_run_on_the_named_node_only() -> None:
+    def selector(node: str | None) -> object:
+        return s3_pod.objects("a", "b", node=node)[-1]["spec"]["template"]["spec"]["nodeSelector"]
+
+    assert (selector("n1"), selector(None)) == ({"kubernetes.io/hostname": "n1"}, {})
+    assert [o["kind"] for o in s3_pod.objects("a", "b")] == ["Namespace", "Secret", "Service", "Deployment"]
