@@ -13,11 +13,13 @@ from io import StringIO
 from pathlib import Path
 
 from chart_schema import schema
+from finetune_api.reference import pages
 from finetune_api.schema import HEADER, crd
 from ruamel.yaml import YAML
 
 ROOT = Path(__file__).resolve().parent.parent
 CRD_FILES = (ROOT / "crds/finetunejobs.yaml", ROOT / "helm/finetune-operator/files/finetunejobs.yaml")
+REFERENCE = ROOT / "docs/reference"
 VALUES_SCHEMA = ROOT / "helm/finetune-operator/values.schema.json"
 
 
@@ -34,7 +36,8 @@ def crd_text() -> str:
 def generated() -> dict[Path, str]:
     """Every generated file with the text it must have."""
     values = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
-    return dict.fromkeys(CRD_FILES, crd_text()) | {VALUES_SCHEMA: values}
+    reference = {REFERENCE / name: text for name, text in pages().items()}
+    return dict.fromkeys(CRD_FILES, crd_text()) | {VALUES_SCHEMA: values} | reference
 
 
 def main(argv: list[str] | None = None) -> int:
