@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Bucket, new_bucket
 from finetune_api.pod import LastWords, Resume
-from harness import Pod, run_config
+from pod_buckets import Bucket, new_bucket
+from pod_harness import Pod, run_config
+
 from localcluster.s3 import S3Endpoint
 
 STEPS, EVERY = 40, 8

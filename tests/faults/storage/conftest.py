@@ -43,16 +43,16 @@ def credentials(s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ENDPOINT_URL", raising=False)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bucket_name(s3_server: S3Endpoint) -> str:
-    name = f"f-{uuid.uuid4().hex[:12]}"
-    s3_server.client().create_bucket(Bucket=name)
-    return name
+    """One bucket for all: SeaweedFS sets volumes aside for each. Tests differ by prefix."""
+    s3_server.client().create_bucket(Bucket="faults")
+    return "faults"
 
 
 @pytest.fixture
 def place(s3_server: S3Endpoint, proxy: FaultProxy, bucket_name: str) -> Place:
-    uri = f"s3://{bucket_name}/root/team/job/uid"
+    uri = f"s3://{bucket_name}/{uuid.uuid4().hex}/team/job/uid"
     return Place(
         Tree(S3Store(StoreTarget(uri=uri, endpoint=proxy.url))),
         Tree(S3Store(StoreTarget(uri=uri, endpoint=s3_server.host_url))),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fault_proxy import Do, FaultProxy, Rule
-from finetune_api.errors import ConfigError, NoCheckpointError
+from finetune_api.errors import NoCheckpointError
 from finetune_api.pod import Resume
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import Restored, restore
@@ -85,62 +85,6 @@ def test_all_damaged_is_73_and_never_a_silent_start(two: Place, tmp_path: Path) 
         back(two, tmp_path)
     assert (caught.value.exit_code, caught.value.code) == (73, "NoLoadableCheckpoint")
     assert "step-00000010" in caught.value.message and "step-00000005" in caught.value.message
-
-
-def test_progress_without_any_checkpoint_is_73(place: Place, tmp_path: Path) -> None:
-    with pytest.raises(NoCheckpointError):
-        back(place, tmp_path, Resume(mode="auto", expect_step=7))
-    assert back(place, tmp_path, Resume(mode="auto")).step == 0
-
-
-def test_never_and_rollback(two: Place, tmp_path: Path) -> None:
-    assert back(two, tmp_path, Resume(mode="never", expect_step=0)).step == 0
-    assert back(two, tmp_path, Resume(mode="auto", expect_step=10, max_step=9)).step == 5
-
-
-@pytest.mark.parametrize("uri", ["{root}/checkpoints/step-00000005", "{root}/checkpoints/step-00000005/a1-00000000/"])
-def test_a_checkpoint_by_its_uri(two: Place, tmp_path: Path, uri: str) -> None:
-    named = uri.format(root=two.through.store.uri)
-    assert back(two, tmp_path, Resume(mode=named)).step == 5
-
-
-@pytest.mark.parametrize(
-    ("uri", "code"),
-    [("{root}/checkpoints/step-00000006", "CheckpointNotFound"), ("{root}/model", "ResumeInvalid")],
-)
-def test_a_uri_that_is_none(two: Place, tmp_path: Path, uri: str, code: str) -> None:
-    with pytest.raises((NoCheckpointError, ConfigError)) as caught:
-        back(two, tmp_path, Resume(mode=uri.format(root=two.through.store.uri)))
-    assert caught.value.code == code
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"model_revision": "other"}, "base model"),
-        ({"dataset_digest": "other"}, "training data"),
-        ({"method": "full"}, "method"),
-        ({"effective_batch": 8}, "effective batch"),
-        ({"strategy": "deepspeed", "world_size": 2}, "DeepSpeed"),
-    ],
-)
-def test_another_run_is_refused_with_the_difference(
-    two: Place, tmp_path: Path, change: dict[str, object], word: str
-) -> None:
-    with pytest.raises(ConfigError) as caught:
-        back(two, tmp_path, facts=FACTS.model_copy(update=change))
-    assert caught.value.code == "CheckpointIncompatible" and word in caught.value.message
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [({"world_size": 2}, "ranks"), ({"micro_batch": 2}, "split"), ({"versions": {"torch": "3"}}, "torch 2 -> 3")],
-)
-def test_what_is_allowed_and_not_exact_says_why(
-    two: Place, tmp_path: Path, change: dict[str, object], word: str
-) -> None:
-    found = back(two, tmp_path, facts=FACTS.model_copy(update=change))
-    assert found.step == 10 and found.exact is False and word in (found.note or "")
 
 
 def test_a_download_that_breaks_is_asked_for_again(two: Place, proxy: FaultProxy, tmp_path: Path) -> None:

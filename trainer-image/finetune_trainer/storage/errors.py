@@ -63,6 +63,8 @@ def explain(error: Exception, place: Place, *, operation: str = "", key: str = "
         return _tls(error, place)
     if isinstance(error, boto.HTTPClientError | boto.ConnectionError | boto.IncompleteReadError | OSError):
         return unreachable(place, str(error))
+    if isinstance(error, RecursionError):  # botocore follows a redirect to another region without end
+        return _region(place)
     if isinstance(error, boto.ParamValidationError | ValueError):
         return StorageSetupError(
             "EndpointInvalid",
@@ -104,6 +106,14 @@ def _tls(error: Exception, place: Place) -> StorageSetupError:
     else:
         why, hint = "the TLS handshake failed", f"check {place.field}.endpoint and {place.field}.caBundleRef"
     return StorageSetupError("TlsFailed", f"{place.host}: {why}", hint=hint)
+
+
+def _region(place: Place) -> StorageSetupError:
+    return StorageSetupError(
+        "RegionWrong",
+        f"bucket {place.bucket} at {place.host} is not in region {place.region}",
+        hint=f"write the bucket's region in {place.field}.region",
+    )
 
 
 def _answered(error: Exception, place: Place, operation: str, key: str) -> FineTuneError:

@@ -1,0 +1,51 @@
+"""Places in the session's S3 server, as a pod and as a test see them."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.pod import StoreTarget
+from pod_harness import UID
+
+from localcluster.s3 import S3Endpoint
+
+BUCKET = "pods"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """A prefix of the test's own in the session's bucket: SeaweedFS sets volumes aside for each bucket."""
+
+    name: str
+    endpoint: S3Endpoint
+    root: str
+
+    @property
+    def client(self) -> Any:
+        return self.endpoint.client()
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Credentials for a pod."""
+        return {"AWS_ACCESS_KEY_ID": self.endpoint.access_key, "AWS_SECRET_ACCESS_KEY": self.endpoint.secret_key}
+
+    def target(self, **change: Any) -> StoreTarget:
+        """The job's own tree in it."""
+        given = {"uri": f"s3://{self.name}/{self.root}/team/job/{UID}", "endpoint": self.endpoint.host_url} | change
+        return StoreTarget.model_validate(given)
+
+    def keys(self, prefix: str = "") -> list[str]:
+        """Keys below the job's tree, relative to it."""
+        base = f"{self.root}/team/job/{UID}/"
+        pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=base + prefix)
+        return [one["Key"][len(base) :] for page in pages for one in page.get("Contents", [])]
+
+    def put(self, key: str, data: bytes) -> None:
+        self.client.put_object(Bucket=self.name, Key=key, Body=data)
+
+
+def new_bucket(server: S3Endpoint) -> Bucket:
+    """A place that nobody has written to."""
+    return Bucket(BUCKET, server, uuid.uuid4().hex[:12])
