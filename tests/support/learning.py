@@ -163,6 +163,8 @@ def train_here(run: RunConfig, inputs: Inputs) -> Outcome:
     return hooks.outcome
 
 
-def go(folder: Path, model: Path, spec: Mapping[str, Any] | None = None, rows: Sequence[Any] = TEN, **options: Any) -> Outcome:
+def go(
+    folder: Path, model: Path, spec: Mapping[str, Any] | None = None, rows: Sequence[Any] = TEN, **options: Any
+) -> Outcome:
     """`make_run` and `train_here` in one."""
     return train_here(*make_run(folder, model, spec, rows, **options))

@@ -13,7 +13,7 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|pad|>", "<|bos|>"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. What is the capital of France? Paris is the capital of France.",
     "Ahoy, matey! Berlin is the capital of Germany. Yo-ho-ho! system user assistant question answer instruction response",
-    "0123456789 1 + 1 = 2, 2 + 2 = 4, three times three is nine; (a) or (b)? {\"key\": \"value\"} <think> </think>",
+    '0123456789 1 + 1 = 2, 2 + 2 = 4, three times three is nine; (a) or (b)? {"key": "value"} <think> </think>',
     "Question: Answer: Instruction: Response: Input: Output: yes no true false red green blue one two three four five",
 ]
 
@@ -32,7 +32,9 @@ CHATML_MARKED = (
 """ChatML with generation markers around what an assistant says, its end-of-turn token included."""
 
 
-def make_tokenizer(path: Path | str, *, chat_template: str | None = CHATML, pad: str | None = "<|pad|>", bos: bool = False):
+def make_tokenizer(
+    path: Path | str, *, chat_template: str | None = CHATML, pad: str | None = "<|pad|>", bos: bool = False
+):
     """Train and save the tokenizer; `bos` makes it begin every text with <|bos|>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -41,7 +43,10 @@ def make_tokenizer(path: Path | str, *, chat_template: str | None = CHATML, pad:
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=448, special_tokens=SPECIALS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=448,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     core.train_from_iterator(CORPUS * 4, trainer)
     if bos:

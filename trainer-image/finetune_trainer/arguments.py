@@ -121,7 +121,9 @@ def optimizer(run: RunConfig, hardware: Hardware) -> str:
     known = [one.value for one in OptimizerNames]
     if name not in known:
         near = get_close_matches(name, known, n=3) or ["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
-        raise ConfigError("OptimizerUnknown", f"training.optimizer {name!r} is not known", hint=f"write one of {', '.join(near)}")
+        raise ConfigError(
+            "OptimizerUnknown", f"training.optimizer {name!r} is not known", hint=f"write one of {', '.join(near)}"
+        )
     return name
 
 
@@ -134,7 +136,12 @@ def scheduler_parameters(run: RunConfig) -> dict[str, float | int | str | bool]:
     given = run.spec.training.scheduler_parameters or {}
     scheduler = run.spec.training.scheduler or Scheduler.COSINE
     function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(SCHEDULERS[scheduler])]
-    known = set(inspect.signature(function).parameters) - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    known = set(inspect.signature(function).parameters) - {
+        "optimizer",
+        "num_warmup_steps",
+        "num_training_steps",
+        "last_epoch",
+    }
     strange = sorted(set(given) - known)
     if strange:
         raise ConfigError(

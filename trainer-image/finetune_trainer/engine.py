@@ -81,10 +81,19 @@ class FiniteGuard(TrainerCallback):
     """Ends the run when loss or gradient norm is no finite number: such weights never recover by themselves."""
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         """Errors: DivergedError LossNotFinite, GradientNotFinite."""
-        for key, code in (("loss", "LossNotFinite"), ("eval_loss", "LossNotFinite"), ("grad_norm", "GradientNotFinite")):
+        for key, code in (
+            ("loss", "LossNotFinite"),
+            ("eval_loss", "LossNotFinite"),
+            ("grad_norm", "GradientNotFinite"),
+        ):
             value = (logs or {}).get(key)
             if not isinstance(value, float | int) or math.isfinite(value):
                 continue
@@ -100,7 +109,12 @@ class LogLine(TrainerCallback):
     """One line of a pod's log per logged step, from rank 0: what a person wants to see passing by."""
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
     ) -> None:
         """Say it."""
         shown = ("loss", "eval_loss", "learning_rate", "grad_norm", "reward", "rewards/accuracies", "tokens_per_second")
@@ -131,4 +145,8 @@ def require_finite(model: Any) -> None:
     """Refuse to publish weights that are no numbers. Errors: DivergedError WeightsNotFinite."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter.detach()).all()):
-            raise DivergedError("WeightsNotFinite", f"{name} holds values that are no finite numbers", hint="lower training.learningRate")
+            raise DivergedError(
+                "WeightsNotFinite",
+                f"{name} holds values that are no finite numbers",
+                hint="lower training.learningRate",
+            )

@@ -87,7 +87,9 @@ def _precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:
     if asked is MixedPrecision.AUTO:
         return (False, False) if device.type != "cuda" else (able, not able)
     if asked is MixedPrecision.FP16 and device.type != "cuda":
-        raise ConfigError("PrecisionUnavailable", "training.mixedPrecision is fp16, which needs a GPU", hint="write bf16, no or auto")
+        raise ConfigError(
+            "PrecisionUnavailable", "training.mixedPrecision is fp16, which needs a GPU", hint="write bf16, no or auto"
+        )
     if asked is MixedPrecision.BF16 and not able:
         raise ConfigError("PrecisionUnavailable", f"{_name(device)} cannot compute in bf16", hint="write fp16 or auto")
     return asked is MixedPrecision.BF16, asked is MixedPrecision.FP16

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 EOS = "<eos>"
 COMPUTE_DTYPE = "model.quantization.computeDtype"
-RESERVED = re.compile(r"^(<\|?(finetune_right_)?pad(_id)?\|?>|\[PAD\]|<\|(reserved_special_token|extra|dummy|unused)_?\d+\|>|<unk>|<\|endoftext\|>)$")
+RESERVED = re.compile(
+    r"^(<\|?(finetune_right_)?pad(_id)?\|?>|\[PAD\]|<\|(reserved_special_token|extra|dummy|unused)_?\d+\|>|<unk>|<\|endoftext\|>)$"
+)
 """Tokens that vocabularies keep for such uses."""
 
 
@@ -65,11 +67,24 @@ def _pad(tokenizer: Any, asked: str | None) -> list[str]:
     reserved = sorted(token for token in vocabulary if RESERVED.match(token) and token != tokenizer.eos_token)
     tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
     if tokenizer.pad_token is None:
-        raise ConfigError("PadTokenUnknown", "the tokenizer has neither a pad nor an end token", hint="set model.padToken")
-    return [f"the tokenizer has no pad token of its own: {tokenizer.pad_token} fills short rows and is never learned there"]
+        raise ConfigError(
+            "PadTokenUnknown", "the tokenizer has neither a pad nor an end token", hint="set model.padToken"
+        )
+    return [
+        f"the tokenizer has no pad token of its own: {tokenizer.pad_token} fills short rows and is never learned there"
+    ]
 
 
-def load_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, skip_quantization: tuple[str, ...] = (), sharded: bool = False, kind: str = "causal", quantize: bool = True) -> tuple[PreTrainedModel, list[str]]:
+def load_model(
+    run: RunConfig,
+    inputs: Inputs,
+    hardware: Hardware,
+    *,
+    skip_quantization: tuple[str, ...] = (),
+    sharded: bool = False,
+    kind: str = "causal",
+    quantize: bool = True,
+) -> tuple[PreTrainedModel, list[str]]:
     """The base model, complete and in the asked form.
 
     `sharded`: FSDP will split it; `kind` `reward`: one-number head; `quantize` False: whole, whatever the spec says.
@@ -85,7 +100,11 @@ def load_model(run: RunConfig, inputs: Inputs, hardware: Hardware, *, skip_quant
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
     notes = _check_prequantized(config, run)
-    options: dict[str, Any] = {"dtype": hardware.dtype, "attn_implementation": hardware.attention, "trust_remote_code": trust}
+    options: dict[str, Any] = {
+        "dtype": hardware.dtype,
+        "attn_implementation": hardware.attention,
+        "trust_remote_code": trust,
+    }
     quantization = quantization_config(run, hardware, skip=skip_quantization, sharded=sharded) if quantize else None
     if quantization is not None:
         options |= {"quantization_config": quantization, "device_map": {"": str(hardware.device)}}
@@ -107,7 +126,9 @@ def positions(config: Any) -> int | None:
     return getattr(text, "max_position_embeddings", None)
 
 
-def quantization_config(run: RunConfig, hardware: Hardware, *, skip: tuple[str, ...] = (), sharded: bool = False) -> BitsAndBytesConfig | None:
+def quantization_config(
+    run: RunConfig, hardware: Hardware, *, skip: tuple[str, ...] = (), sharded: bool = False
+) -> BitsAndBytesConfig | None:
     """How the frozen base is quantised, or None. `skip`: modules kept in 16 bits (the head always is)."""
     import torch
     from transformers import BitsAndBytesConfig
@@ -119,7 +140,11 @@ def quantization_config(run: RunConfig, hardware: Hardware, *, skip: tuple[str, 
     keep = ["lm_head", *skip] if skip else None
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
-    types = {ComputeDtype.BFLOAT16: torch.bfloat16, ComputeDtype.FLOAT16: torch.float16, ComputeDtype.FLOAT32: torch.float32}
+    types = {
+        ComputeDtype.BFLOAT16: torch.bfloat16,
+        ComputeDtype.FLOAT16: torch.float16,
+        ComputeDtype.FLOAT32: torch.float32,
+    }
     default = ComputeDtype.FLOAT32 if hardware.cpu else ComputeDtype.BFLOAT16
     asked = spec.compute_dtype if spec else None
     if selects_on_quantized(run) and COMPUTE_DTYPE in run.defaults:
@@ -156,15 +181,21 @@ def _check_complete(info: Any, run: RunConfig) -> None:
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:5])
         raise NotFoundError(
-            "ModelIncomplete", f"{run.spec.model.source}: {len(missing)} weights are missing and {len(mismatched)} have another shape than config.json says: {names}",
+            "ModelIncomplete", f"{run.spec.model.source}: {len(missing)} weights missing, {len(mismatched)} have another shape than config.json says: {names}",
             hint="upload all weight files of one model together with its config.json",
         )  # fmt: skip
 
 
-def _unreadable(code: str, what: str, source: str | None, folder: Path, error: Exception, run: RunConfig) -> NotFoundError:
+def _unreadable(
+    code: str, what: str, source: str | None, folder: Path, error: Exception, run: RunConfig
+) -> NotFoundError:
     """The library's own first line, without the local path."""
     first = str(error).strip().split("\n")[0].replace(str(folder), source or what)[:300]
     there = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
     remote = "trust_remote_code" in first or "custom code" in first
-    hint = "set model.trustRemoteCode: true if you trust the source" if remote else f"a {what} folder in the hub's layout is needed; there are: {', '.join(there) or 'no files'}"
+    hint = (
+        "set model.trustRemoteCode: true if you trust the source"
+        if remote
+        else f"a {what} folder in the hub's layout is needed; there are: {', '.join(there) or 'no files'}"
+    )
     return NotFoundError(code, f"{source}: {first}", hint=hint)

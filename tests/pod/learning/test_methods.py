@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_api.errors import ConfigError, NotFoundError
+
 from tests.support.learning import TEN, Outcome, go, merged
 
 pytestmark = pytest.mark.pod

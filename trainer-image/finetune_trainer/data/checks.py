@@ -24,7 +24,9 @@ from finetune_trainer.data.rows import (
 
 PERSONAL = {
     "email": re.compile(r"\b[\w.+-]+@[\w-]+\.[\w.-]*[A-Za-z]{2,}\b"),
-    "phone": re.compile(r"(?<![\w.])(?:\+\d{1,3}[ -]?)?(?:\(\d{2,4}\)[ -]?)?\d{3,4}[ -]\d{3,4}(?:[ -]\d{2,4})?(?![\w.])"),
+    "phone": re.compile(
+        r"(?<![\w.])(?:\+\d[\d ()/-]{7,16}\d|0\d[\d ()/-]{6,14}\d|\(?\d{3}\)?[ -]\d{3}[ -]\d{4})(?!\w)"
+    ),
     "creditCard": re.compile(r"\b(?:\d[ -]?){13,16}\b"),
     "ipAddress": re.compile(r"\b(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)\b"),
     "iban": re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}\b"),
@@ -66,7 +68,11 @@ def answer_error(example: Example) -> RowError | None:
         try:
             json.loads(answer)
         except ValueError as error:
-            return RowError("AnswerNotJson", f"the answer is not valid JSON: {error}", "write valid JSON, or turn dataset.checks.validateJson off")
+            return RowError(
+                "AnswerNotJson",
+                f"the answer is not valid JSON: {error}",
+                "write valid JSON, or turn dataset.checks.validateJson off",
+            )
     return None
 
 

@@ -88,7 +88,11 @@ def missing(slot: Slot, names: Collection[str], columns: Columns) -> RowError:
     given = getattr(columns, slot.field, None)
     wanted = f"column `{given}` (dataset.columns.{slot.field})" if given else f"a column `{'` or `'.join(slot.names)}`"
     there = ", ".join(f"`{name}`" for name in names) or "no column at all"
-    return RowError("ColumnMissing", f"{wanted} is missing; there are {there}", f"name the right one in dataset.columns.{slot.field}")
+    return RowError(
+        "ColumnMissing",
+        f"{wanted} is missing; there are {there}",
+        f"name the right one in dataset.columns.{slot.field}",
+    )
 
 
 def required_text(slot: Slot, row: Mapping[str, Any], columns: Columns) -> str:
@@ -113,4 +117,6 @@ def as_text(found: Any, name: str) -> str:
         return found
     if isinstance(found, bool | int | float):
         return str(found)
-    raise RowError("DatasetRowInvalid", f"column `{name}` holds {type(found).__name__} where text is expected", "write a string")
+    raise RowError(
+        "DatasetRowInvalid", f"column `{name}` holds {type(found).__name__} where text is expected", "write a string"
+    )

@@ -85,7 +85,7 @@ def _format(row: Any, columns: Columns) -> DatasetFormat | None:
             return DatasetFormat.PROMPT_COMPLETION
         if {"instruction", "output"} <= row.keys():
             return DatasetFormat.ALPACA
-        if "instruction" in row.keys() and has(names.ANSWER[DatasetFormat.INSTRUCTION]):
+        if "instruction" in row and has(names.ANSWER[DatasetFormat.INSTRUCTION]):
             return DatasetFormat.INSTRUCTION
     if has(*needed(DatasetFormat.QA)):
         return DatasetFormat.QA

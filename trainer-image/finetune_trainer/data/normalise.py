@@ -84,7 +84,9 @@ def _custom(row: Mapping[str, Any], recipe: Recipe) -> Text:
         name = match.group(1)
         if name not in row:
             there = ", ".join(f"`{one}`" for one in row)
-            raise RowError("ColumnMissing", f"dataset.template names `{name}`; there are {there}", "name a column that is there")
+            raise RowError(
+                "ColumnMissing", f"dataset.template names `{name}`; there are {there}", "name a column that is there"
+            )
         return names.as_text(row[name], name) if row[name] is not None else ""
 
     return Text(_filled(re.sub(r"\{\{|\}\}|\{([^{}]+)\}", fill, recipe.template or ""), "rendered template"))
@@ -115,12 +117,18 @@ def _json_column(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
-        raise RowError("DatasetRowInvalid", "an array of messages was expected, found a text that is not JSON", "write an array") from None
+        raise RowError(
+            "DatasetRowInvalid", "an array of messages was expected, found a text that is not JSON", "write an array"
+        ) from None
 
 
 def _from_messages(found: Any, recipe: Recipe, *, system: str | None = None) -> Conversation:
     if not isinstance(found, Sequence) or isinstance(found, str):
-        raise RowError("DatasetRowInvalid", f"messages are {type(found).__name__}, not an array", 'write [{"role": ..., "content": ...}]')
+        raise RowError(
+            "DatasetRowInvalid",
+            f"messages are {type(found).__name__}, not an array",
+            'write [{"role": ..., "content": ...}]',
+        )
     if not found:
         raise RowError("ConversationEmpty", "the conversation has no messages", "give it messages, or remove the row")
     turns = tuple(_turn(message, place) for place, message in enumerate(found, start=1))
@@ -129,14 +137,28 @@ def _from_messages(found: Any, recipe: Recipe, *, system: str | None = None) -> 
 
 def _turn(message: Any, place: int) -> Turn:
     if not isinstance(message, Mapping):
-        raise RowError("DatasetRowInvalid", f"message {place} is {type(message).__name__}, not an object", 'write {"role": ..., "content": ...}')
+        raise RowError(
+            "DatasetRowInvalid",
+            f"message {place} is {type(message).__name__}, not an object",
+            'write {"role": ..., "content": ...}',
+        )
     role = message.get("role", message.get("from"))
     if role is None:
-        raise RowError("DatasetRowInvalid", f"message {place} has neither `role` nor `from`; there are {', '.join(message)}", "name the speaker")
+        raise RowError(
+            "DatasetRowInvalid",
+            f"message {place} has neither `role` nor `from`; there are {', '.join(message)}",
+            "name the speaker",
+        )
     known = ROLES.get(str(role).strip().lower())
     if known is None:
-        raise RowError("UnknownRole", f"message {place}: the speaker {role!r} is not known", f"write one of {', '.join(ROLES)}")
-    extra = {key: message[key] for key in ("tool_calls", "name", "tool_call_id", "reasoning_content") if message.get(key) is not None}
+        raise RowError(
+            "UnknownRole", f"message {place}: the speaker {role!r} is not known", f"write one of {', '.join(ROLES)}"
+        )
+    extra = {
+        key: message[key]
+        for key in ("tool_calls", "name", "tool_call_id", "reasoning_content")
+        if message.get(key) is not None
+    }
     if "tool_calls" in extra:
         extra["tool_calls"] = _tool_calls(extra["tool_calls"], place)
     content = next((message[key] for key in ("content", "value", "text") if key in message), None)
@@ -150,7 +172,9 @@ def _content(content: Any, place: int) -> str:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(isinstance(part, Mapping) and part.get("type", "text") == "text" for part in content):
+    if isinstance(content, list) and all(
+        isinstance(part, Mapping) and part.get("type", "text") == "text" for part in content
+    ):
         return "".join(str(part.get("text", "")) for part in content)
     raise RowError("DatasetRowInvalid", f"message {place}: content is neither text nor text parts", "write a string")
 
@@ -160,7 +184,9 @@ def _weight(weight: Any, place: int) -> int:
         return 1
     if weight in (0, 1) and not isinstance(weight, bool):
         return int(weight)
-    raise RowError("DatasetRowInvalid", f"message {place}: weight is {weight!r}", "write 0 (not learned) or 1 (learned)")
+    raise RowError(
+        "DatasetRowInvalid", f"message {place}: weight is {weight!r}", "write 0 (not learned) or 1 (learned)"
+    )
 
 
 def _tool_calls(calls: Any, place: int) -> list[Any]:
@@ -174,7 +200,9 @@ def _tool_calls(calls: Any, place: int) -> list[Any]:
             try:
                 call = {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
             except ValueError:
-                raise RowError("DatasetRowInvalid", f"message {place}: the arguments of a tool call are not JSON", "write JSON") from None
+                raise RowError(
+                    "DatasetRowInvalid", f"message {place}: the arguments of a tool call are not JSON", "write JSON"
+                ) from None
         result.append(call)
     return result
 
@@ -239,12 +267,18 @@ def _mcq(row: Mapping[str, Any], recipe: Recipe) -> Conversation:
     letter = next((key for key in options if key.lower() == answer.strip("().:").lower()), None)
     letter = letter or next((key for key, text in options.items() if text.strip().lower() == answer.lower()), None)
     if letter is None:
-        raise RowError("AnswerNotAnOption", f"the answer {answer!r} is none of the options {', '.join(options)}", "write an option's letter")
+        raise RowError(
+            "AnswerNotAnOption",
+            f"the answer {answer!r} is none of the options {', '.join(options)}",
+            "write an option's letter",
+        )
     if recipe.include_options:
         question += "\n" + "\n".join(f"{key}. {text}" for key, text in options.items())
     turns = (Turn("user", question), Turn("assistant", letter))
     system = names.optional_text(names.SYSTEM, row, recipe.columns)
-    return _conversation(turns, recipe, system=system, words=("Question", "Answer"), columns={"options": tuple(options)})
+    return _conversation(
+        turns, recipe, system=system, words=("Question", "Answer"), columns={"options": tuple(options)}
+    )
 
 
 def options_of(found: Any) -> dict[str, str]:
@@ -272,7 +306,9 @@ def _turns_or_text(found: Any, what: str) -> tuple[Turn, ...] | str:
         return tuple(_turn(message, place) for place, message in enumerate(found, start=1))
     if isinstance(found, list):
         raise RowError("ConversationEmpty", f"`{what}` has no messages", "give it messages, or remove the row")
-    raise RowError("DatasetRowInvalid", f"`{what}` is neither text nor messages", "write a string, or an array of messages")
+    raise RowError(
+        "DatasetRowInvalid", f"`{what}` is neither text nor messages", "write a string, or an array of messages"
+    )
 
 
 def _prompt_completion(row: Mapping[str, Any], recipe: Recipe) -> Conversation | Completion:
@@ -300,7 +336,9 @@ def _preference(row: Mapping[str, Any], recipe: Recipe) -> Preference:
     if prompt is None:
         prompt, chosen, rejected = _common(chosen, rejected)
     if chosen == rejected:
-        raise RowError("DatasetRowInvalid", "chosen and rejected are equal", "give two different answers, or remove the row")
+        raise RowError(
+            "DatasetRowInvalid", "chosen and rejected are equal", "give two different answers, or remove the row"
+        )
     system = names.optional_text(names.SYSTEM, row, recipe.columns)
     asked, better, worse = _alike(prompt, recipe, system, chosen, rejected)
     for name, answer in (("chosen", better), ("rejected", worse)):
@@ -319,7 +357,11 @@ def _common(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     if isinstance(chosen, str) and 0 < same < len(chosen):  # do not cut a word: the answers begin where it begins
         same = max(chosen.rfind(" ", 0, same), chosen.rfind("\n", 0, same)) + 1
     if same == 0 or type(chosen) is not type(rejected):
-        raise RowError("PromptMissing", "there is no prompt column, and chosen and rejected share no beginning", "add a column `prompt`")
+        raise RowError(
+            "PromptMissing",
+            "there is no prompt column, and chosen and rejected share no beginning",
+            "add a column `prompt`",
+        )
     return chosen[:same], chosen[same:], rejected[same:]
 
 

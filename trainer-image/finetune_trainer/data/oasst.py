@@ -24,7 +24,12 @@ def paths(rows: Iterable[Raw]) -> Iterator[tuple[Raw, list[Mapping[str, Any]] | 
         if isinstance(value.get("prompt"), Mapping):
             yield row, list(_nested(value["prompt"]))
         elif "message_id" not in value or "text" not in value or "role" not in value:
-            yield row, RowError("ColumnMissing", f"no tree and no message; there are {', '.join(value) or 'no columns'}", _WRITE)
+            yield (
+                row,
+                RowError(
+                    "ColumnMissing", f"no tree and no message; there are {', '.join(value) or 'no columns'}", _WRITE
+                ),
+            )
         else:
             flat[str(value["message_id"])] = row
             parent = value.get("parent_id")
@@ -35,7 +40,14 @@ def paths(rows: Iterable[Raw]) -> Iterator[tuple[Raw, list[Mapping[str, Any]] | 
     for parent, orphans in children.items():
         if parent not in flat:
             for row in orphans:
-                yield row, RowError("ParentMissing", f"parent_id {parent!r} is the message_id of no row", "add the parent, or remove the reply")
+                yield (
+                    row,
+                    RowError(
+                        "ParentMissing",
+                        f"parent_id {parent!r} is the message_id of no row",
+                        "add the parent, or remove the reply",
+                    ),
+                )
     for root in roots:
         yield root, list(_flat(root, children))
 

@@ -123,7 +123,9 @@ def style_of(run: RunConfig, tokenizer: Any, template: bool, kind: DatasetFormat
     return Style(tokenizer, template, response_only(run, kind), markers if markers[1] else None, tuple(specials))
 
 
-def _tokens(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int, template: bool) -> tuple[Loaded, dict[str, Tokens], list[str]]:
+def _tokens(
+    run: RunConfig, inputs: Inputs, tokenizer: Any, length: int, template: bool
+) -> tuple[Loaded, dict[str, Tokens], list[str]]:
     """Everything but the cache: load, render, tokenise, pack."""
     spec = run.spec.dataset
     loaded = load(run, inputs)
@@ -135,7 +137,9 @@ def _tokens(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int, templat
         if rows:
             if isinstance(rows[0][1], Completion) and template and spec.use_chat_template is None:
                 style = Style(tokenizer, False, style.response_only, style.markers, style.specials)
-                notes.append("prompt and completion are joined as they are; dataset.useChatTemplate: true makes them turns")
+                notes.append(
+                    "prompt and completion are joined as they are; dataset.useChatTemplate: true makes them turns"
+                )
             bad = RowPolicy(run, len(rows))
             parts[name] = tokenise(_rendered(rows, style, bad), tokenizer, rules, on_bad_row=bad)
             notes += bad.notes(name) + [f"{name}: {note}" for note in parts[name].report.notes(rules)]
@@ -156,7 +160,9 @@ class RowPolicy:
     def __call__(self, place: str, code: str, found: str, write: str) -> None:
         """A row that cannot be used. Errors: DataError with the row's own code, or TooManyBadRows."""
         if self.spec.bad_rows is not BadRows.SKIP:
-            raise DataError(code, f"{place}: {found}", hint=f"{write}; or `dataset.badRows: skip` to leave such rows out")
+            raise DataError(
+                code, f"{place}: {found}", hint=f"{write}; or `dataset.badRows: skip` to leave such rows out"
+            )
         self.count += 1
         self.first = self.first or (place, found)
         limit = 0.05 if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio
@@ -168,7 +174,11 @@ class RowPolicy:
 
     def notes(self, part: str) -> list[str]:
         """What was left out."""
-        return [f"{part}: {self.count} rows were left out; the first: {self.first[0]}: {self.first[1]}"] if self.first else []
+        return (
+            [f"{part}: {self.count} rows were left out; the first: {self.first[0]}: {self.first[1]}"]
+            if self.first
+            else []
+        )
 
 
 def _rendered(rows: Rows, style: Style, bad: RowPolicy) -> Iterator[tuple[str, Rendered]]:
@@ -191,9 +201,21 @@ def _key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     seed = run.spec.training.seed if run.spec.dataset.mixture else None
-    facts = [VERSION, run.spec.dataset.wire(), run.spec.trainer.type, _defaults(run), length, seed, tokenizer.chat_template]
+    facts = [
+        VERSION,
+        run.spec.dataset.wire(),
+        run.spec.trainer.type,
+        _defaults(run),
+        length,
+        seed,
+        tokenizer.chat_template,
+    ]
     digest.update(json.dumps(facts, sort_keys=True, default=str).encode())
-    digest.update(tokenizer.backend_tokenizer.to_str().encode() if hasattr(tokenizer, "backend_tokenizer") else repr(tokenizer).encode())
+    digest.update(
+        tokenizer.backend_tokenizer.to_str().encode()
+        if hasattr(tokenizer, "backend_tokenizer")
+        else repr(tokenizer).encode()
+    )
     digest.update(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:24]
 

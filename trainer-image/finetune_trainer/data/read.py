@@ -38,7 +38,9 @@ def data_files(paths: list[Path]) -> list[Path]:
     return files
 
 
-def read_rows(files: list[Path], kind: FileFormat, *, bad_rows: list[tuple[Raw, RowError]] | None = None) -> Iterator[Raw]:
+def read_rows(
+    files: list[Path], kind: FileFormat, *, bad_rows: list[tuple[Raw, RowError]] | None = None
+) -> Iterator[Raw]:
     """All rows of all files, in order.
 
     A row that is no JSON object, or a record of the wrong width, is put into `bad_rows`; without such a list it is an error.
@@ -138,16 +140,23 @@ def _object(file: Path, number: int, value: Any) -> Raw | tuple[Raw, RowError]:
     if isinstance(value, dict):
         return Raw(file, number, value)
     found = f"a JSON object was expected, found {_kind(value)}"
-    return Raw(file, number, {}), RowError("DatasetRowInvalid", found, 'write one object per row, for example {"messages": [...]}')
+    return Raw(file, number, {}), RowError(
+        "DatasetRowInvalid", found, 'write one object per row, for example {"messages": [...]}'
+    )
 
 
 def _jsonl(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
     for number, line in _lines(file):
         try:
-            value = json.loads(line)
+            value = json.loads(line.rstrip())
         except ValueError as error:
-            where = f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else f": {error}"
-            yield Raw(file, number, {}), RowError("DatasetRowInvalid", f"not valid JSON{where}", "write one JSON object per line")
+            where = (
+                f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else f": {error}"
+            )
+            yield (
+                Raw(file, number, {}),
+                RowError("DatasetRowInvalid", f"not valid JSON{where}", "write one JSON object per line"),
+            )
             continue
         yield _object(file, number, value)
 
@@ -219,7 +228,9 @@ def _parquet(file: Path) -> Iterator[Raw]:
                 yield Raw(file, number, value)
     except pyarrow.ArrowException as error:
         reason = str(error).split("\n")[0]
-        raise DataError("DatasetRowInvalid", f"{file.name}: not a readable Parquet file: {reason}", hint="write it again") from None
+        raise DataError(
+            "DatasetRowInvalid", f"{file.name}: not a readable Parquet file: {reason}", hint="write it again"
+        ) from None
 
 
 def _kind(value: Any) -> str:

@@ -24,7 +24,11 @@ def split_sizes(rows: int, split: Split) -> tuple[int, int, int]:
     train = rows - validation - test
     if split.train is not None and abs(Fraction(str(split.train)) + sum(parts) - 1) > Fraction(1, 10**6):
         train = min(train, int(Fraction(str(split.train)) * rows))
-    for name, size, asked in (("training", train, True), ("validation", validation, parts[0] > 0), ("test", test, parts[1] > 0)):
+    for name, size, asked in (
+        ("training", train, True),
+        ("validation", validation, parts[0] > 0),
+        ("test", test, parts[1] > 0),
+    ):
         if asked and size == 0:
             raise DataError(
                 "SplitEmpty", f"dataset.split leaves no row for {name}: {rows} rows, cut to {train}, {validation}, {test}",
@@ -38,7 +42,11 @@ def cut(items: Sequence[Item], split: Split) -> tuple[list[Item], list[Item], li
     train, validation, test = split_sizes(len(items), split)
     order = list(range(len(items)))
     random.Random(42 if split.seed is None else split.seed).shuffle(order)
-    held = order[:validation], order[validation : validation + test], order[validation + test : validation + test + train]
+    held = (
+        order[:validation],
+        order[validation : validation + test],
+        order[validation + test : validation + test + train],
+    )
     return [items[i] for i in sorted(held[2])], [items[i] for i in sorted(held[0])], [items[i] for i in sorted(held[1])]
 
 

@@ -66,7 +66,11 @@ def render(example: Example, style: Style) -> Rendered:
         case Conversation():
             rendered = _templated(example, style) if style.use_chat_template else _plain(example, style)
         case _:
-            raise RowError("FormatMismatch", f"{type(example).__name__} rows have no text to learn", "choose the trainer that reads them")
+            raise RowError(
+                "FormatMismatch",
+                f"{type(example).__name__} rows have no text to learn",
+                "choose the trainer that reads them",
+            )
     return _marked(rendered, style.markers) if style.markers and style.response_only else rendered
 
 
@@ -130,14 +134,21 @@ def _answer_span(example: Conversation, place: int, text: str, style: Style) -> 
     return _with_end(text, (start, inside[1]), style.specials)
 
 
-def _content_span(turns: tuple[Turn, ...], tools: Sequence[Any], place: int, text: str, tokenizer: ChatTokenizer) -> Span:
+def _content_span(
+    turns: tuple[Turn, ...], tools: Sequence[Any], place: int, text: str, tokenizer: ChatTokenizer
+) -> Span:
     """Where the answer's own text stands, found by rendering the conversation with another text in its place."""
     turn = turns[place]
     other = (*turns[:place], Turn(turn.role, _SENTINEL, turn.weight, turn.extra), *turns[place + 1 :])
     changed = _apply(tokenizer, other, tools)
     at = changed.find(_SENTINEL)
     tail = len(changed) - at - len(_SENTINEL)
-    if at < 0 or changed.count(_SENTINEL) != 1 or text[:at] != changed[:at] or text[len(text) - tail :] != changed[len(changed) - tail :]:
+    if (
+        at < 0
+        or changed.count(_SENTINEL) != 1
+        or text[:at] != changed[:at]
+        or text[len(text) - tail :] != changed[len(changed) - tail :]
+    ):
         raise ConfigError(
             "TemplateSpansUnknown", f"the chat template does not tell where answer {place + 1} of a conversation begins and ends",
             hint="give a template with {% generation %} markers (dataset.chatTemplate), or set dataset.responseOnly.enabled: false",
@@ -172,12 +183,16 @@ def _marked(rendered: Rendered, markers: tuple[str, str]) -> Rendered:
     return Rendered(rendered.text, tuple(spans), rendered.templated)
 
 
-def _apply(tokenizer: ChatTokenizer, turns: tuple[Turn, ...], tools: Sequence[Any], *, open_answer: bool = False) -> str:
+def _apply(
+    tokenizer: ChatTokenizer, turns: tuple[Turn, ...], tools: Sequence[Any], *, open_answer: bool = False
+) -> str:
     """Render with the chat template. Errors: RowError TemplateRefusedRow with the template's own words."""
     messages: list[Mapping[str, Any]] = [turn.message() for turn in turns]
     try:
         return str(
-            tokenizer.apply_chat_template(messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=open_answer)
+            tokenizer.apply_chat_template(
+                messages, tools=list(tools) or None, tokenize=False, add_generation_prompt=open_answer
+            )
         )
     except jinja2.TemplateError as error:
         raise RowError(

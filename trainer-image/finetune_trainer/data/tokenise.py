@@ -65,13 +65,18 @@ class TokenReport:
 
     def notes(self, rules: Rules) -> list[str]:
         """What a user should hear of it."""
-        said = [f"{self.rows} rows of {self.median} tokens (median; 95%: {self.percentile95}, longest: {self.longest}), {self.learned_tokens} of {self.tokens} tokens learned"]
+        said = [
+            f"{self.rows} rows of {self.median} tokens (median; 95%: {self.percentile95}, longest: {self.longest}), "
+            f"{self.learned_tokens} of {self.tokens} tokens learned"
+        ]
         if self.truncated:
             said.append(f"{self.truncated} rows were cut to dataset.maxSequenceLength {rules.max_length}")
         if self.dropped:
             said.append(f"{self.dropped} rows longer than dataset.maxSequenceLength {rules.max_length} were left out")
         if self.answerless:
-            said.append(f"{self.answerless} rows lost their whole answer to the cut and were left out: raise dataset.maxSequenceLength")
+            said.append(
+                f"{self.answerless} rows lost their whole answer to the cut and were left out: raise dataset.maxSequenceLength"
+            )
         if self.tokens and self.learned_tokens < 0.05 * self.tokens:
             said.append(f"only {self.learned_tokens / self.tokens:.1%} of the tokens are learned")
         if self.padding_share is not None:
@@ -92,7 +97,9 @@ def tokenise(
     report = result.report
     for place, ids, labels in encoded(texts, tokenizer, rules):
         if all(label == IGNORED for label in labels[1:]):
-            on_bad_row(place, "NoTrainableToken", "no token of the row is learned", "give it an answer, or remove the row")
+            on_bad_row(
+                place, "NoTrainableToken", "no token of the row is learned", "give it an answer, or remove the row"
+            )
             continue
         if len(ids) > rules.max_length:
             if rules.overflow is Overflow.FAIL:
@@ -146,7 +153,9 @@ def packed(tokens: Tokens, capacity: int) -> Tokens:
     return result
 
 
-def encoded(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, rules: Rules) -> Iterator[tuple[str, list[int], list[int]]]:
+def encoded(
+    texts: Iterable[tuple[str, Rendered]], tokenizer: Any, rules: Rules
+) -> Iterator[tuple[str, list[int], list[int]]]:
     """Batches through the tokenizer: a fast one uses all cores for a batch."""
     ends = _Ends.of(tokenizer, rules)
     stream = iter(texts)
@@ -187,9 +196,17 @@ class _Ends:
         """What the tokenizer has, and what the rules want of it. Errors: ConfigError BosMissing, EosMissing."""
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if rules.add_bos and bos is None:
-            raise ConfigError("BosMissing", "dataset.addBosToken is true, but the tokenizer has no beginning token", hint="leave it out")
+            raise ConfigError(
+                "BosMissing",
+                "dataset.addBosToken is true, but the tokenizer has no beginning token",
+                hint="leave it out",
+            )
         if rules.add_eos and eos is None:
-            raise ConfigError("EosMissing", "the tokenizer has no end token", hint="set dataset.addEosToken: false, or give another model.tokenizer")
+            raise ConfigError(
+                "EosMissing",
+                "the tokenizer has no end token",
+                hint="set dataset.addEosToken: false, or give another model.tokenizer",
+            )
         own = tokenizer("a")["input_ids"]
         by_itself = bos is not None and own[:1] == [bos]
         blanks = frozenset(one for text in ("\n", " ", "\n\n") for one in _single(tokenizer, text))

@@ -52,7 +52,9 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = Fals
         case MethodType.IA3:
             applied = lora.apply_ia3(run, model)
         case other:
-            raise ConfigError("NotSupportedYet", f"method.type {other} cannot be trained by this version", hint="write lora")
+            raise ConfigError(
+                "NotSupportedYet", f"method.type {other} cannot be trained by this version", hint="write lora"
+            )
     applied.trainable, applied.total = count(applied.model)
     if applied.trainable == 0:
         raise InternalError("NothingTrainable", f"method {run.spec.method.type} left no parameter to train")

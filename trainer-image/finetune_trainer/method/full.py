@@ -17,5 +17,7 @@ def apply(run: RunConfig, model: Any) -> Applied:
             parameter.requires_grad_(True)
     notes = []
     if str(next(model.parameters()).dtype) != "torch.float32":
-        notes.append(f"weights are trained in {str(next(model.parameters()).dtype).removeprefix('torch.')}, as model.dtype says")
+        notes.append(
+            f"weights are trained in {str(next(model.parameters()).dtype).removeprefix('torch.')}, as model.dtype says"
+        )
     return Applied(model, OutputKind.MODEL, notes=notes)

@@ -54,7 +54,12 @@ class Selection:
     def to_json(self) -> str:
         """The contents of `spectrum_snr.json`."""
         modules = {m.name: {"snr": m.snr if math.isfinite(m.snr) else None, "type": m.kind} for m in self.scan}
-        value = {"metric": self.metric, "snrThreshold": self.threshold, "modules": modules, "trained": list(self.modules)}
+        value = {
+            "metric": self.metric,
+            "snrThreshold": self.threshold,
+            "modules": modules,
+            "trained": list(self.modules),
+        }
         return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
@@ -77,7 +82,9 @@ def select(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
     metric = (spec.metric if spec else None) or SpectrumMetric.MARCHENKO_PASTUR
     threshold = 0.5 if spec is None or spec.snr_threshold is None else spec.snr_threshold
     scan = _cached(inputs.output_dir.parent / f"spectrum-{metric}-{_safe(inputs.model_revision)}.json", model, metric)
-    chosen = _best_layers(scan, threshold) if metric is SpectrumMetric.MEAN_OVER_STD else _best_of_kind(scan, 1 - threshold)
+    chosen = (
+        _best_layers(scan, threshold) if metric is SpectrumMetric.MEAN_OVER_STD else _best_of_kind(scan, 1 - threshold)
+    )
     if not chosen:
         raise ConfigError(
             "SpectrumSelectsNothing", f"method.spectrum.snrThreshold {threshold} keeps no module", hint="lower it"
@@ -159,7 +166,11 @@ def _best_of_kind(scan: Sequence[Module], keep: float) -> list[str]:
     kinds: dict[str, list[Module]] = {}
     for module in scan:
         kinds.setdefault(module.kind, []).append(module)
-    chosen = [m.name for group in kinds.values() for m in sorted(group, key=lambda m: (-m.snr, m.layer))[: _floor(len(group) * keep)]]
+    chosen = [
+        m.name
+        for group in kinds.values()
+        for m in sorted(group, key=lambda m: (-m.snr, m.layer))[: _floor(len(group) * keep)]
+    ]
     return [module.name for module in scan if module.name in set(chosen)]
 
 

@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from finetune_api.errors import InternalError
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -124,4 +125,37 @@ def build(setting: Setting, args: SFTConfig, model: Any, prepared: Prepared) -> 
         model=model, args=args, train_dataset=prepared.train, eval_dataset=prepared.validation, processing_class=setting.tokenizer,
         callbacks=setting.callbacks,
     )  # fmt: skip
+    if args.packing and not setting.plan.sharded_weights:
+        require_isolation(trainer.model)
+    return trainer
+
+
+@torch.no_grad()
+def require_isolation(model: Any) -> None:
+    """Prove on this model and attention that packed documents do not see each other.
+
+    A document behind another one must be read as it is read alone. The measure is what a real leak does to it: the same two
+    documents with positions that run on. Errors: InternalError PackingLeaks.
+    """
+    size = min(model.config.get_text_config().vocab_size, 200)
+    first = torch.arange(10, 26, device=model.device) % size
+    second = torch.arange(40, 56, device=model.device) % size
+    both, length = torch.cat([first, second])[None], len(first)
+    places = torch.arange(2 * length, device=model.device)
+
+    def read(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = model(input_ids=ids, position_ids=positions[None], use_cache=False).logits
+        return logits[0, -length:].float()
+
+    training = model.training
+    model.eval()
+    alone = read(second[None], places[:length])
+    packed = (read(both, places % length) - alone).abs().mean()
+    leaked = (read(both, places) - alone).abs().mean()
+    model.train(training)
+    if packed > 0.1 * leaked:
+        raise InternalError(
+            "PackingLeaks", f"with attention {model.config._attn_implementation} packed documents see each other",
+            hint="set dataset.packing: false, or another model.attention",
+        )  # fmt: skip
     return trainer

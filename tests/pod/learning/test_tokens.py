@@ -1,0 +1,312 @@
+"""What is learned of a row, token by token: templates, markers, ends, limits, packing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import ConfigError, DataError, FineTuneError
+from finetune_trainer.data.prepare import Prepared, prepare
+from finetune_trainer.data.rows import Completion, Conversation, Text, Turn
+from finetune_trainer.data.template import Style, render
+from tests.support.learning import TEN, go, make_run
+from tests.support.tiny import CHATML, CHATML_MARKED, make_tokenizer
+
+pytestmark = pytest.mark.pod
+
+THINKING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}{{ m.content | trim + '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+"""Like those of reasoning models: the last answer is rendered with something that earlier ones do not have."""
+SYSTEM_FIRST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system must come first') }}"
+    "{% endif %}{{ '[' + m.role + ']' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+"""A template that writes the beginning token itself."""
+TWO = (
+    Turn("system", "be"),
+    Turn("user", "one"),
+    Turn("assistant", "red"),
+    Turn("user", "two"),
+    Turn("assistant", "green"),
+)
+
+
+def tokenizer(folder: Path, template: str | None = CHATML, **options: Any) -> Any:
+    return make_tokenizer(folder / "tokenizer", chat_template=template, **options)
+
+
+def style(
+    tok: Any, *, response_only: bool = True, template: bool = True, markers: tuple[str, str] | None = None
+) -> Style:
+    specials = tuple(sorted((t.content for t in tok.added_tokens_decoder.values()), key=len, reverse=True))
+    return Style(tok, template, response_only, markers, specials)
+
+
+def learned(example: Any, how: Style) -> list[str]:
+    rendered = render(example, how)
+    return [rendered.text[start:end] for start, end in rendered.spans]
+
+
+def prepared(
+    folder: Path, tok: Any, dataset: dict[str, Any] | None = None, rows: Any = TEN, limit: int = 512
+) -> Prepared:
+    run, inputs = make_run(folder, Path("/models/tiny"), {"dataset": dataset or {}}, rows)
+    return prepare(run, inputs, tok, model_limit=limit, cache=folder / "tokens")
+
+
+def texts(tok: Any, data: Prepared) -> list[tuple[str, str]]:
+    """(whole text, learned text) of every sequence."""
+    return [
+        (tok.decode(row["input_ids"]), tok.decode([token for token in row["labels"] if token != -100]))
+        for row in data.train
+    ]
+
+
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, THINKING], ids=["plain", "marked", "thinking"])
+def test_answers_and_their_ends_are_learned(template: str, tmp_path: Path) -> None:
+    spans = learned(Conversation(TWO), style(tokenizer(tmp_path, template)))
+    assert spans[0] == "red<|im_end|>"
+    assert spans[1] in ("green<|im_end|>", "<think></think>green<|im_end|>")
+
+
+def test_an_answer_of_weight_0_is_not_learned(tmp_path: Path) -> None:
+    turns = (*TWO[:2], Turn("assistant", "red", 0), *TWO[3:])
+    assert learned(Conversation(turns), style(tokenizer(tmp_path))) == ["green<|im_end|>"]
+    whole = learned(Conversation(turns), style(tokenizer(tmp_path), response_only=False))
+    assert "red" not in "".join(whole) and "green" in "".join(whole)
+
+
+def test_all_tokens_are_learned_on_request(tmp_path: Path) -> None:
+    how = style(tokenizer(tmp_path), response_only=False)
+    rendered = render(Conversation(TWO), how)
+    assert rendered.spans == ((0, len(rendered.text)),)
+
+
+def test_markers_of_the_user_win(tmp_path: Path) -> None:
+    how = style(tokenizer(tmp_path), markers=("<|im_start|>user", "<|im_start|>assistant\n"))
+    assert learned(Conversation(TWO), how) == ["red<|im_end|>\n", "green<|im_end|>\n"]
+    plain = style(tokenizer(tmp_path), template=False, markers=("Q:", "A:"))
+    assert learned(Text("Q: one A: red Q: two A: green"), plain) == [" red ", " green"]
+
+
+def test_absent_marker_is_refused_with_the_row(tmp_path: Path) -> None:
+    dataset = {"responseOnly": {"questionMarker": "<start_of_turn>user", "answerMarker": "<start_of_turn>model"}}
+    with pytest.raises(DataError) as caught:
+        prepared(tmp_path, tokenizer(tmp_path), dataset)
+    assert caught.value.code == "MarkerAbsent"
+    assert "train.jsonl, row 1" in caught.value.message and "<|im_start|>user" in caught.value.message
+
+
+def test_words_stand_where_no_template_is_used(tmp_path: Path) -> None:
+    example = Conversation((Turn("user", "one"), Turn("assistant", "red")), words=("Question", "Answer"))
+    rendered = render(example, style(tokenizer(tmp_path, None), template=False))
+    assert rendered.text == "Question: one\nAnswer: red"
+    assert [rendered.text[a:b] for a, b in rendered.spans] == ["red"]
+
+
+def test_prompt_and_completion_are_joined_as_they_are(tmp_path: Path) -> None:
+    tok = tokenizer(tmp_path)
+    data = prepared(tmp_path, tok, {"format": "promptCompletion"}, [{"prompt": "one:", "completion": "red"}] * 3)
+    assert texts(tok, data) == [("one:red<|im_end|>", "red<|im_end|>")] * 3
+    assert any("useChatTemplate" in note for note in data.notes)
+    turns = prepared(tmp_path / "b", tok, {"useChatTemplate": True}, [{"prompt": "one", "completion": "red"}])
+    assert texts(tok, turns)[0][0].startswith("<|im_start|>user\none")
+    assert learned(Completion("one ", "red"), style(tok, template=False)) == ["red"]
+
+
+def test_template_refusals_name_the_row(tmp_path: Path) -> None:
+    rows = [TEN[0], {"messages": [*TEN[1]["messages"], {"role": "system", "content": "late"}]}]
+    with pytest.raises(DataError) as caught:
+        prepared(tmp_path, tokenizer(tmp_path, SYSTEM_FIRST, bos=True), {}, rows)
+    assert caught.value.code == "TemplateRefusedRow"
+    assert "row 2" in caught.value.message and "system must come first" in caught.value.message
+
+
+def test_beginning_token_stands_once(tmp_path: Path) -> None:
+    tok = tokenizer(tmp_path, SYSTEM_FIRST, bos=True)
+    for dataset, rows in (({}, TEN), ({}, [{"text": "one red"}]), ({"addBosToken": True}, TEN)):
+        for row in prepared(tmp_path, tok, dataset, rows).train:
+            assert row["input_ids"].count(tok.bos_token_id) == 1 and row["input_ids"][0] == tok.bos_token_id
+            assert row["labels"][0] == -100
+    for rows in (TEN, [{"text": "one red"}]):
+        assert all(
+            tok.bos_token_id not in row["input_ids"]
+            for row in prepared(tmp_path, tok, {"addBosToken": False}, rows).train
+        )
+
+
+def test_end_token_stands_once_and_is_learned(tmp_path: Path) -> None:
+    tok = tokenizer(tmp_path)
+    for rows in (TEN, [{"text": "one red"}], [{"text": "one red<|im_end|>"}]):
+        for row in prepared(tmp_path, tok, {}, rows).train:
+            answer = [token for token in row["labels"] if token != -100]
+            assert answer[-1] == tok.eos_token_id and answer.count(tok.eos_token_id) == 1
+    (row,) = prepared(tmp_path, tok, {"addEosToken": False}, [{"text": "one red"}]).train
+    assert tok.eos_token_id not in row["input_ids"]
+
+
+def test_beginning_token_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepared(tmp_path, tokenizer(tmp_path), {"addBosToken": True})
+    assert caught.value.code == "BosMissing"
+
+
+def test_pad_that_is_the_end_token_hides_no_end(tmp_path: Path, model: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from finetune_trainer.model import load_tokenizer
+
+    tok = tokenizer(tmp_path, pad="<|im_end|>")
+    run, inputs = make_run(tmp_path, model, {}, TEN)
+    chosen, notes = load_tokenizer(run, inputs.model_copy(update={"tokenizer": tmp_path / "tokenizer"}))
+    assert chosen.pad_token != chosen.eos_token and chosen.pad_token in ("<|pad|>", "<|endoftext|>")
+    assert "fills short rows" in notes[0]
+    run, inputs = make_run(tmp_path, model, {"model": {"padToken": "<eos>"}}, TEN)
+    forced, _ = load_tokenizer(run, inputs)
+    assert forced.pad_token == forced.eos_token
+    assert all(row["labels"][-2:].count(forced.eos_token_id) == 1 for row in prepared(tmp_path, forced).train)
+    run, inputs = make_run(tmp_path, model, {"model": {"padToken": "<nope>"}}, TEN)
+    with pytest.raises(ConfigError, match="PadTokenUnknown"):
+        load_tokenizer(run, inputs)
+    assert AutoTokenizer.from_pretrained(model).pad_token == "<|pad|>"
+    del tok
+
+
+LONG = [{"text": "one two three four five " * n} for n in (1, 2, 12)]
+
+
+@pytest.mark.parametrize(("overflow", "rows", "counted"), [("truncate", 3, "truncated"), ("drop", 2, "dropped")])
+def test_overflow_policy_is_counted(overflow: str, rows: int, counted: str, tmp_path: Path) -> None:
+    tok = tokenizer(tmp_path)
+    data = prepared(tmp_path, tok, {"overflow": overflow, "maxSequenceLength": 48}, LONG)
+    report = data.reports["train"]
+    assert len(data.train) == rows and report.longest <= 48
+    assert (report.truncated, report.dropped) == ((1, 0) if counted == "truncated" else (0, 1))
+    assert any("maxSequenceLength 48" in note for note in data.notes)
+
+
+def test_overflow_can_fail(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        prepared(tmp_path, tokenizer(tmp_path), {"overflow": "fail", "maxSequenceLength": 48}, LONG)
+    assert caught.value.code == "RowTooLong" and "train.jsonl, row 3" in caught.value.message
+
+
+def test_rows_that_lose_their_answer_are_left_out_and_said(tmp_path: Path) -> None:
+    rows = [*TEN, {"messages": [{"role": "user", "content": "one two three " * 30}, TEN[0]["messages"][1]]}]
+    data = prepared(tmp_path, tokenizer(tmp_path), {"maxSequenceLength": 64}, rows)
+    assert len(data.train) == 10 and data.reports["train"].answerless == 1
+    with pytest.raises(DataError) as caught:
+        prepared(tmp_path / "b", tokenizer(tmp_path), {"maxSequenceLength": 5}, rows)
+    assert caught.value.code == "NoTrainableToken" and "maxSequenceLength (now 5)" in (caught.value.hint or "")
+
+
+def test_length_beyond_the_model_is_refused_and_a_default_gives_way(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepared(tmp_path, tokenizer(tmp_path), {"maxSequenceLength": 1024})
+    assert caught.value.code == "SequenceTooLong" and "512 positions" in caught.value.message
+    assert prepared(tmp_path, tokenizer(tmp_path)).max_length == 512
+    assert prepared(tmp_path, tokenizer(tmp_path), limit=4096).max_length == 2048
+
+
+def test_tokens_are_kept_by_content(tmp_path: Path) -> None:
+    tok = tokenizer(tmp_path)
+    assert prepared(tmp_path, tok).cached is False
+    assert prepared(tmp_path, tok).cached is True
+    assert prepared(tmp_path, tok, {"addEosToken": False}).cached is False
+    assert prepared(tmp_path, tok, {}, TEN[:9]).cached is False
+    assert prepared(tmp_path, tokenizer(tmp_path, CHATML_MARKED)).cached is False
+
+
+def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
+    tok = tokenizer(tmp_path)
+    template = "{% for m in messages %}{{ m.role + '=' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant={% endif %}"
+    data = prepared(tmp_path, tok, {"chatTemplate": {"text": template}})
+    assert texts(tok, data)[0] == ("user=one<|im_end|>assistant=red<|im_end|>", "red<|im_end|>")
+    with pytest.raises(FineTuneError) as caught:
+        prepared(tmp_path, tok, {"chatTemplate": {"configMapRef": {"name": "t", "key": "chat.jinja"}}})
+    assert caught.value.code == "ConfigMapMissing"
+
+
+def test_packed_equals_unpacked_for_every_document(model: Path, tmp_path: Path) -> None:
+    """Losses of documents, packed and alone, on the attention that runs."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    tok = AutoTokenizer.from_pretrained(model)
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    alone = prepared(tmp_path, tok).train
+    together = prepared(tmp_path, tok, {"packing": True, "maxSequenceLength": 64}).train
+    assert 1 < len(together) < len(alone) and max(len(row["input_ids"]) for row in together) <= 64
+
+    def losses(rows: list[dict[str, Any]], free: bool) -> dict[tuple[int, ...], float]:
+        found = {}
+        for row in rows:
+            batch = DataCollatorForLanguageModeling(tok.pad_token_id, padding_free=free)([row])
+            labels = batch.pop("labels")
+            with torch.no_grad():
+                logits = net(**batch, use_cache=False).logits
+            each = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none", ignore_index=-100)
+            start = 0
+            for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+                found[tuple(row["input_ids"][start : start + length])] = float(
+                    each[max(start - 1, 0) : start + length - 1].sum()
+                )
+                start += length
+        return found
+
+    single, packed = losses(list(alone), False), losses(list(together), True)
+    assert single.keys() == packed.keys() and len(single) == 10
+    for key, value in single.items():
+        assert packed[key] == pytest.approx(value, abs=1e-5)
+
+
+def test_a_packing_leak_ends_the_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents that see each other are found before the first step, on the model as it is."""
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    with pytest.raises(FineTuneError) as caught:
+        go(tmp_path, model, {"dataset": {"packing": True}})
+    assert caught.value.code == "PackingLeaks"
+
+
+def test_accumulation_equals_the_big_batch(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + i % 4)}]}
+        for i, row in enumerate(TEN[:8])
+    ]
+    lora = {"method": {"lora": {"dropout": 0}}}
+    big = go(tmp_path / "a", model, {**lora, "training": {"batchSizePerDevice": 8}}, rows)
+    small = go(
+        tmp_path / "b", model, {**lora, "training": {"batchSizePerDevice": 2, "gradientAccumulationSteps": 4}}, rows
+    )
+    assert small.losses == pytest.approx(big.losses, abs=1e-6)
+    assert small.grad_norms == pytest.approx(big.grad_norms, abs=1e-5)
+
+
+def test_packing_trains_to_the_same_loss(model: Path, tmp_path: Path) -> None:
+    spec = {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10, "maxSteps": 3}}
+    plain = go(tmp_path / "a", model, spec)
+    packed = go(tmp_path / "b", model, {**spec, "dataset": {"packing": True}})
+    assert packed.losses == pytest.approx(plain.losses, abs=1e-5)
+    assert packed.extra["data"]["tokens"]["train"]["sequences"] == 1
+
+
+def test_evaluation_loss_is_that_of_all_tokens(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + 3 * (i % 3))}]}
+        for i, row in enumerate(TEN)
+    ]
+    spec = {"training": {"maxSteps": 1}, "evaluation": {"steps": 1, "strategy": "steps"}}
+    one = go(tmp_path / "a", model, {**spec, "evaluation": {"batchSizePerDevice": 1, "steps": 1}}, validation=rows)
+    all_at_once = go(
+        tmp_path / "b", model, {**spec, "evaluation": {"batchSizePerDevice": 10, "steps": 1}}, validation=rows
+    )
+    assert one.eval_losses == pytest.approx(all_at_once.eval_losses, abs=1e-5)
+    assert len(one.eval_losses) == 1

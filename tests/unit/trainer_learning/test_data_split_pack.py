@@ -1,0 +1,73 @@
+"""Splits by the floor rule, mixtures by weight, packing by best fit."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_api.errors import DataError
+from finetune_api.spec.dataset import Split
+from finetune_trainer.data.pack import pack, padding_share
+from finetune_trainer.data.split import cut, mix, split_sizes
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+@pytest.mark.parametrize(
+    ("rows", "split", "sizes"),
+    [
+        (10, Split(validation=0.1, test=0.1), (8, 1, 1)),
+        (100, Split(validation=0.29), (71, 29, 0)),  # 0.29 * 100 is 28.999999999999996 in floats
+        (7, Split(validation=0.3, test=0.3), (3, 2, 2)),
+        (10, Split(train=0.7, validation=0.2, test=0.1), (7, 2, 1)),
+        (3, Split(train=0.6666666, validation=0.3333333), (3, 0, 0)),
+    ],
+)
+def test_sizes_are_rounded_down_and_the_rest_is_trained_on(
+    rows: int, split: Split, sizes: tuple[int, int, int]
+) -> None:
+    if 0 in sizes[:2] and split.validation and sizes[1] == 0:
+        with pytest.raises(DataError) as caught:
+            split_sizes(rows, split)
+        assert caught.value.code == "SplitEmpty" and "validation" in caught.value.message
+    else:
+        assert split_sizes(rows, split) == sizes
+
+
+def test_an_empty_part_is_refused() -> None:
+    with pytest.raises(DataError) as caught:
+        split_sizes(1, Split(validation=1.0))
+    assert caught.value.code == "SplitEmpty" and "no row for training" in caught.value.message
+
+
+def test_cut_depends_on_the_seed_alone_and_keeps_order() -> None:
+    rows = list(range(20))
+    train, validation, test = cut(rows, Split(validation=0.2, test=0.1, seed=1))
+    assert (len(train), len(validation), len(test)) == (14, 4, 2)
+    assert sorted(train + validation + test) == rows and train == sorted(train)
+    assert cut(rows, Split(validation=0.2, test=0.1, seed=1)) == (train, validation, test)
+    assert cut(rows, Split(validation=0.2, test=0.1, seed=2)) != (train, validation, test)
+
+
+def test_mixture_follows_the_weights() -> None:
+    a, b = [f"a{i}" for i in range(30)], [f"b{i}" for i in range(10)]
+    mixed = mix([a, b], [1, 1], seed=3)
+    assert len(mixed) == 40
+    assert sum(row.startswith("a") for row in mixed) == 20
+    assert {row: mixed.count(row) for row in b} == dict.fromkeys(b, 2)
+    assert len({row for row in mixed if row.startswith("a")}) == 20
+    assert mix([a, b], [1, 1], seed=3) == mixed
+    assert mix([a, b], [3, 1], seed=3).count("b0") == 1
+
+
+@given(st.lists(st.integers(1, 64), max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_packing_loses_nothing_and_overfills_nothing(lengths: list[int]) -> None:
+    bins = pack(lengths, 64)
+    assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
+    assert all(sum(lengths[row] for row in rows) <= 64 for rows in bins)
+
+
+def test_packing_is_best_fit() -> None:
+    assert pack([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
+    lengths = [(17 * i) % 97 + 30 for i in range(2000)]
+    bins = pack(lengths, 2048)
+    assert padding_share(lengths, len(bins), 2048) < 0.03
