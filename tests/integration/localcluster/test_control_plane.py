@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,13 @@ pytestmark = pytest.mark.integration
 
 def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-m", "localcluster", *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    """A state folder whose cluster ends with the test, however that ends."""
+    yield tmp_path / "c"
+    processes.end_all(tmp_path / "c")
 
 
 def test_two_live_side_by_side_and_know_nothing_of_each_other(control_plane: Endpoint, tmp_path: Path) -> None:
@@ -36,42 +44,42 @@ def test_two_live_side_by_side_and_know_nothing_of_each_other(control_plane: End
     assert not (tmp_path / "other").exists()
 
 
-def test_the_command_line_from_up_to_down(tmp_path: Path) -> None:
-    state = ["--state", str(tmp_path / "c")]
-    up = _command("up", "--mode", "control-plane", *state)
-    assert up.stdout == f"export KUBECONFIG={tmp_path}/c/kubeconfig\n"
+def test_the_command_line_from_up_to_down(state: Path) -> None:
+    where = ["--state", str(state)]
+    up = _command("up", "--mode", "control-plane", *where)
+    assert up.stdout == f"export KUBECONFIG={state}/kubeconfig\n"
     assert "start the control plane" in up.stderr
-    pids = processes.owned_by(tmp_path / "c")
+    pids = processes.owned_by(state)
     assert len(pids) == 3
-    assert _command("up", "--mode", "control-plane", *state).returncode == 0
-    assert sorted(processes.owned_by(tmp_path / "c")) == sorted(pids)
-    assert "mode    control-plane" in _command("status", *state).stdout
-    assert _command("kubectl", *state, "--", "get", "--raw", "/readyz").stdout == "ok"
-    other = _command("up", "--nodes", "2", *state)
+    assert _command("up", "--mode", "control-plane", *where).returncode == 0
+    assert sorted(processes.owned_by(state)) == sorted(pids)
+    assert "mode    control-plane" in _command("status", *where).stdout
+    assert _command("kubectl", *where, "--", "get", "--raw", "/readyz").stdout == "ok"
+    other = _command("up", "--nodes", "2", *where)
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)
     assert "a control-plane cluster is up in" in other.stderr
     for pid in pids[:1]:
         os.kill(pid, signal.SIGKILL)
-    assert _command("up", "--mode", "control-plane", *state).returncode == 0
-    assert set(processes.owned_by(tmp_path / "c")).isdisjoint(pids)
-    assert _command("down", *state).returncode == 0
-    assert processes.owned_by(tmp_path / "c") == []
-    down = _command("status", *state)
-    assert (down.returncode, down.stderr) == (1, f"localcluster: no cluster is up in {tmp_path}/c: run `localcluster up`\n")
+    assert _command("up", "--mode", "control-plane", *where).returncode == 0
+    assert set(processes.owned_by(state)).isdisjoint(pids)
+    assert _command("down", *where).returncode == 0
+    assert processes.owned_by(state) == []
+    down = _command("status", *where)
+    assert (down.returncode, down.stderr) == (1, f"localcluster: no cluster is up in {state}: run `localcluster up`\n")
 
 
-def test_ctrl_c_while_starting_leaves_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "localcluster", "up", "--mode", "control-plane", "--state", str(tmp_path / "c")]
+def test_ctrl_c_while_starting_leaves_nothing(state: Path) -> None:
+    command = [sys.executable, "-m", "localcluster", "up", "--mode", "control-plane", "--state", str(state)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
         deadline = time.monotonic() + 20
-        while not processes.owned_by(tmp_path / "c"):
+        while not processes.owned_by(state):
             assert time.monotonic() < deadline
             time.sleep(0.01)
         started.send_signal(signal.SIGINT)
         _, words = started.communicate()
     assert started.returncode == 130
     assert words.splitlines()[-1] == "localcluster: interrupted, nothing was left running"
-    assert processes.owned_by(tmp_path / "c") == []
+    assert processes.owned_by(state) == []
 
 
 def test_options_without_nodes_are_refused(tmp_path: Path) -> None:
