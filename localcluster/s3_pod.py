@@ -77,7 +77,10 @@ def _pod(node: str | None) -> dict[str, Any]:
         "args": server_arguments(_PORTS, directory="/data", config="/config/s3.json", listen="0.0.0.0"),
         "env": [{"name": "GOMEMLIMIT", "value": "400MiB"}],
         "ports": [{"name": "s3", "containerPort": PORT}],
-        "readinessProbe": {"httpGet": {"path": "/status", "port": PORT}, "periodSeconds": 1},
+        # Quick to be ready, slow to be given up: on a busy machine a late answer must not take the store away.
+        "readinessProbe": {
+            "httpGet": {"path": "/status", "port": PORT}, "periodSeconds": 1, "timeoutSeconds": 5, "failureThreshold": 12,
+        },
         "volumeMounts": [
             {"name": "data", "mountPath": "/data"},
             {"name": "config", "mountPath": "/config", "readOnly": True},
