@@ -24,6 +24,7 @@ from demo_view import Job, Look, follow
 from finetune_api.names import Phase
 from prepare import ROOT, model_step
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 from side_by_side import StepFailed, run_all
 from smollm2 import cache, ensure
@@ -150,10 +151,16 @@ def show_objects(cluster: DemoCluster, look: Look) -> None:
     assert look.status and look.status.output and look.status.output.uri
     root, _, _ = look.status.output.uri.partition("/model/")
     bucket, _, prefix = root.removeprefix("s3://").partition("/")
-    table = Table.grid(padding=(0, 2))
+    folders: dict[str, list[int]] = {}
     for page in cluster.s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + "/"):
         for item in page.get("Contents", []):
-            table.add_row(f"  {item['Key'].removeprefix(prefix + '/')}", f"[dim]{item['Size']:,} bytes[/]")
+            name = item["Key"].removeprefix(prefix + "/")
+            folder, _, file = name.rpartition("/")
+            folders.setdefault(name if file.startswith("_") else folder + "/", []).append(item["Size"])
+    table = Table.grid(padding=(0, 2))
+    for name, sizes in folders.items():
+        files = "" if name[-1] != "/" else f"{len(sizes)} file{'s' * (len(sizes) > 1)}, {decimal(sum(sizes))}"
+        table.add_row(f"    {name}", f"[dim]{files}[/]")
     console.print(f"  [cyan]{root}/[/]")
     console.print(table)
 

@@ -30,7 +30,7 @@ from tools import HELM  # noqa: E402
 
 MODEL = f"s3://{demo.MODELS}/{demo.MODEL_KEY}"
 SECRET = demo.SECRET
-PATIENCE = 150
+PATIENCE = 240
 """Seconds that a tiny job may take on two busy cores."""
 
 
