@@ -6,14 +6,21 @@ Modules of commands import nothing heavy at their top, so that `finetune --help`
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
+from finetune_cli.commands.changing import cancel, rerun, resume, submit, suspend
 from finetune_cli.commands.diff import diff
 from finetune_cli.commands.explain import explain
 from finetune_cli.commands.importing import import_
 from finetune_cli.commands.init import init
+from finetune_cli.commands.local import run_command
+from finetune_cli.commands.logs import logs
+from finetune_cli.commands.report import report
+from finetune_cli.commands.stored import checkpoints, purge
 from finetune_cli.commands.validate import validate
+from finetune_cli.commands.watching import events, get, status, wait
 
 app = typer.Typer(
     name="finetune",
@@ -23,13 +30,28 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _name, _command in {
+COMMANDS: dict[str, Callable[..., None]] = {
     "init": init,
     "validate": validate,
     "explain": explain,
     "import": import_,
     "diff": diff,
-}.items():
+    "run": run_command,
+    "submit": submit,
+    "get": get,
+    "status": status,
+    "logs": logs,
+    "events": events,
+    "wait": wait,
+    "suspend": suspend,
+    "resume": resume,
+    "cancel": cancel,
+    "rerun": rerun,
+    "checkpoints": checkpoints,
+    "purge": purge,
+    "report": report,
+}
+for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
 
@@ -55,12 +77,26 @@ def run(words: list[str], behind: list[str]) -> int:
         app(args=words, prog_name=_program(), obj=behind)
     except output.Ended as ended:
         return ended.code
-    except BrokenPipeError:
-        sys.stderr.close()
-        return output.ERROR
+    except Exception as error:
+        return _told(error)
     except SystemExit as ended:
         return output.ERROR if ended.code == USAGE else int(ended.code or 0)
     return output.OK
+
+
+def _told(error: Exception) -> int:
+    """Failures with a name are told in one sentence; anything else is a fault of ours and keeps its trace."""
+    from finetune_api.errors import FineTuneError
+
+    from finetune_cli import output
+
+    if isinstance(error, BrokenPipeError):
+        sys.stderr.close()
+    elif isinstance(error, output.Told | FineTuneError):
+        output.errors([error])
+    else:
+        raise error
+    return output.ERROR
 
 
 def _program() -> str:

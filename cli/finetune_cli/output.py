@@ -22,6 +22,10 @@ class Ended(Exception):
         self.code = code
 
 
+class Told(Exception):
+    """A failure that is told in one sentence, without a trace."""
+
+
 @functools.cache
 def console() -> Console:
     """stdout. Rich honours NO_COLOR and knows a terminal from a pipe."""

@@ -44,6 +44,10 @@ class Annotation(StrEnum):
     """The whole run configuration; mounted into the pod as a file by the downward API."""
     SPEC_SHA256 = f"{GROUP}/spec-sha256"
     """sha256 of the resolved spec that an attempt was made from."""
+    RERUN_OF = f"{GROUP}/rerun-of"
+    """On a FineTuneJob made by `finetune rerun`: name and uid of the job it was made from."""
+    FROM_STEP = f"{GROUP}/from-step"
+    """On such a job: optimizer step of the old job's checkpoint it starts from."""
 
 
 class Env(StrEnum):

@@ -1,0 +1,288 @@
+"""The API server, as the everyday commands need it: plain objects, kubectl's configuration, complaints in one sentence."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+from finetune_api.names import API_VERSION, KIND, PLURAL, Label
+
+from finetune_cli.output import Told
+
+FIELD_MANAGER = "finetune-cli"
+JOBS = f"/apis/{API_VERSION}"
+CORE = "/api/v1"
+EVENTS = "/apis/events.k8s.io/v1"
+TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
+CALL_SECONDS = 30
+WATCH_SECONDS = 60
+
+Object = dict[str, Any]
+
+
+class ClusterError(Told):
+    """The API server refused, or cannot be reached. `code` is HTTP's, 0 for no answer."""
+
+    def __init__(self, message: str, code: int = 0):
+        super().__init__(message)
+        self.code = code
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A connection and the namespace that commands act in."""
+
+    client: Any
+    namespace: str
+
+    # --- FineTuneJobs
+
+    def job(self, name: str) -> Object:
+        """One FineTuneJob. Raises ClusterError; its code is 404 if there is none."""
+        return self.call("GET", self._job(name))
+
+    def create(self, body: Object, *, dry_run: bool = False) -> Object:
+        """Create an object; the server refuses unknown fields."""
+        query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
+        return self.call("POST", self._collection(body), query, body)
+
+    def apply(self, body: Object, *, dry_run: bool = False) -> Object:
+        """Create or change an object by server-side apply."""
+        query = {
+            "fieldManager": FIELD_MANAGER,
+            "fieldValidation": "Strict",
+            "force": "true",
+            **({"dryRun": "All"} if dry_run else {}),
+        }
+        path = f"{self._collection(body)}/{body['metadata']['name']}"
+        return self.call("PATCH", path, query, body, "application/apply-patch+yaml")
+
+    def patch_spec(self, name: str, spec: Object) -> Object:
+        """Change fields of a FineTuneJob's spec."""
+        return self.call(
+            "PATCH", self._job(name), {"fieldManager": FIELD_MANAGER}, {"spec": spec}, "application/merge-patch+json"
+        )
+
+    def table(self, name: str | None, *, everywhere: bool) -> Object:
+        """The server's own table of FineTuneJobs, with the columns that kubectl shows."""
+        path = (
+            f"{JOBS}/{PLURAL}"
+            if everywhere
+            else self._job(name)
+            if name
+            else f"{JOBS}/namespaces/{self.namespace}/{PLURAL}"
+        )
+        return self.call("GET", path, accept=TABLE)
+
+    def jobs(self, *, everywhere: bool) -> list[Object]:
+        """All FineTuneJobs of the namespace, or of all."""
+        path = f"{JOBS}/{PLURAL}" if everywhere else f"{JOBS}/namespaces/{self.namespace}/{PLURAL}"
+        items = self.call("GET", path).get("items") or []
+        return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in items]
+
+    def follow(self, name: str, deadline: float | None = None) -> Iterator[Object]:
+        """The FineTuneJob now and after every change, until the deadline (monotonic seconds). Raises ClusterError."""
+        while deadline is None or time.monotonic() < deadline:
+            job = self.job(name)
+            yield job
+            seconds = (
+                WATCH_SECONDS if deadline is None else max(1, min(WATCH_SECONDS, int(deadline - time.monotonic())))
+            )
+            query = {
+                "watch": "true", "fieldSelector": f"metadata.name={name}", "resourceVersion": job["metadata"]["resourceVersion"],
+                "timeoutSeconds": str(seconds),
+            }  # fmt: skip
+            for event in self._watch(f"{JOBS}/namespaces/{self.namespace}/{PLURAL}", query, seconds + CALL_SECONDS):
+                if event.get("type") in ("ADDED", "MODIFIED"):
+                    yield event["object"]
+                elif event.get("type") == "DELETED":
+                    raise ClusterError(f"{KIND} {name} was deleted", 404)
+                else:
+                    break
+
+    # --- what belongs to a job
+
+    def pods(self, name: str, attempt: int | None = None) -> list[Object]:
+        """Pods of a job, by attempt and index."""
+        selector = f"{Label.NAME}={name}" + (f",{Label.ATTEMPT}={attempt}" if attempt is not None else "")
+        found = (
+            self.call("GET", f"{CORE}/namespaces/{self.namespace}/pods", {"labelSelector": selector}).get("items") or []
+        )
+        return sorted(
+            found, key=lambda pod: (attempt_of(pod), index_of(pod), pod["metadata"].get("creationTimestamp", ""))
+        )
+
+    def events(self, uids: set[str]) -> list[Object]:
+        """Events about objects with these uids, oldest first."""
+        found = self.call("GET", f"{EVENTS}/namespaces/{self.namespace}/events").get("items") or []
+        mine = [one for one in found if (one.get("regarding") or {}).get("uid") in uids]
+        return sorted(mine, key=event_time)
+
+    def secret(self, name: str) -> Object:
+        """A Secret of the namespace."""
+        return self.call("GET", f"{CORE}/namespaces/{self.namespace}/secrets/{name}")
+
+    def log(self, pod: str, container: str, *, follow: bool, tail: int | None) -> Iterator[str]:
+        """Lines of a pod's log. Raises ClusterError."""
+        query = {
+            "container": container,
+            **({"follow": "true"} if follow else {}),
+            **({"tailLines": str(tail)} if tail is not None else {}),
+        }
+        response = self._send(
+            "GET",
+            f"{CORE}/namespaces/{self.namespace}/pods/{pod}/log",
+            query,
+            None,
+            "",
+            "*/*",
+            None if follow else CALL_SECONDS,
+        )
+        yield from _lines(response)
+
+    def version(self) -> str:
+        """Version of the API server."""
+        return str(self.call("GET", "/version").get("gitVersion", ""))
+
+    # --- requests
+
+    def call(
+        self, method: str, path: str, query: dict[str, str] | None = None, body: Object | None = None,
+        content: str = "application/json", accept: str = "application/json",
+    ) -> Object:  # fmt: skip
+        """One request and its JSON answer. Raises ClusterError."""
+        response = self._send(method, path, query or {}, body, content, accept, CALL_SECONDS)
+        found: Object = json.loads(response.read())
+        return found
+
+    def _watch(self, path: str, query: dict[str, str], seconds: float) -> Iterator[Object]:
+        response = self._send("GET", path, query, None, "", "application/json", seconds)
+        for line in _lines(response):
+            if line.strip():
+                yield json.loads(line)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        query: dict[str, str],
+        body: Object | None,
+        content: str,
+        accept: str,
+        seconds: float | None,
+    ) -> Any:
+        import urllib3
+
+        headers: dict[str, str] = {"Accept": accept, "User-Agent": FIELD_MANAGER}
+        if body is not None:
+            headers["Content-Type"] = content
+        self.client.update_params_for_auth(headers, [], ["BearerToken"], path, method, None)
+        url = f"{self.client.configuration.host.rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
+        timeout = urllib3.Timeout(connect=CALL_SECONDS, read=seconds)
+        try:
+            response = self.client.rest_client.pool_manager.request(
+                method, url, headers=headers, body=None if body is None else json.dumps(body), preload_content=False, timeout=timeout, retries=False,
+            )  # fmt: skip
+        except urllib3.exceptions.HTTPError as error:
+            raise ClusterError(
+                f"the API server at {self.client.configuration.host} cannot be reached: {reason_of(error)}"
+            ) from None
+        if response.status >= 400:
+            raise ClusterError(_message(response.read(), response.status), response.status)
+        return response
+
+    def _job(self, name: str) -> str:
+        return f"{JOBS}/namespaces/{self.namespace}/{PLURAL}/{name}"
+
+    def _collection(self, body: Object) -> str:
+        kind, version = str(body["kind"]), str(body["apiVersion"])
+        namespace = (body.get("metadata") or {}).get("namespace") or self.namespace
+        plural = {KIND: PLURAL, "Secret": "secrets", "ConfigMap": "configmaps"}.get(kind)
+        if plural is None:
+            raise ClusterError(f"{kind} is not submitted by this command: use kubectl apply")
+        root = CORE if version == "v1" else f"/apis/{version}"
+        return f"{root}/namespaces/{namespace}/{plural}"
+
+
+def connect(namespace: str | None, context: str | None, kubeconfig: Path | None) -> Cluster:
+    """A connection by kubectl's rules: --kubeconfig, KUBECONFIG, ~/.kube/config, else the pod's own account. Raises ClusterError."""
+    from kubernetes import client, config
+
+    configuration = client.Configuration()
+    try:
+        path = str(kubeconfig) if kubeconfig else os.environ.get("KUBECONFIG") or None
+        config.load_kube_config(config_file=path, context=context, client_configuration=configuration)
+        contexts, active = config.list_kube_config_contexts(config_file=path)
+        chosen = next((one for one in contexts if one["name"] == context), active) if context else active
+        found = (chosen.get("context") or {}).get("namespace")
+    except config.ConfigException as error:
+        if kubeconfig or context or not Path(IN_POD).is_file():
+            raise ClusterError(f"no cluster: {error}; name a kubeconfig with --kubeconfig or KUBECONFIG") from None
+        config.load_incluster_config(client_configuration=configuration)
+        found = Path(IN_POD).read_text(encoding="utf-8").strip()
+    configuration.retries = None
+    return Cluster(client.ApiClient(configuration), namespace or found or "default")
+
+
+IN_POD = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
+
+
+def reason_of(error: Exception) -> str:
+    """The last words of a chain of network errors."""
+    text = str(error)
+    return text.rpartition(": ")[2].strip("()<> '\"") or type(error).__name__
+
+
+def _message(body: bytes, status: int) -> str:
+    try:
+        found = json.loads(body)
+        return str(found.get("message") or found.get("reason") or f"HTTP {status}")
+    except (ValueError, AttributeError):
+        return f"HTTP {status}: {body[:200].decode(errors='replace')}"
+
+
+def _lines(response: Any) -> Iterator[str]:
+    import urllib3
+
+    rest = b""
+    try:
+        for part in response.stream(amt=None, decode_content=True):
+            *whole, rest = (rest + part).split(b"\n")
+            for line in whole:
+                yield line.decode(errors="replace")
+    except urllib3.exceptions.HTTPError:
+        return
+    finally:
+        response.release_conn()
+    if rest:
+        yield rest.decode(errors="replace")
+
+
+def attempt_of(thing: Object) -> int:
+    """Attempt that a pod belongs to; 0 if it does not say."""
+    return int((thing["metadata"].get("labels") or {}).get(Label.ATTEMPT, 0))
+
+
+def index_of(pod: Object) -> int:
+    """Index of a pod among those of its attempt."""
+    labels, annotations = pod["metadata"].get("labels") or {}, pod["metadata"].get("annotations") or {}
+    key = "batch.kubernetes.io/job-completion-index"
+    return int(labels.get(key) or annotations.get(key) or 0)
+
+
+def event_time(event: Object) -> str:
+    """When an event was last seen, as text that sorts."""
+    series = event.get("series") or {}
+    times = (
+        series.get("lastObservedTime"),
+        event.get("eventTime"),
+        event.get("deprecatedLastTimestamp"),
+        event["metadata"].get("creationTimestamp"),
+    )
+    return next((str(one) for one in times if one), "")

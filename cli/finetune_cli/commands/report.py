@@ -1,0 +1,109 @@
+"""`finetune report`: everything a maintainer needs to understand a failure, and nothing that must not leave the cluster."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import re
+import tarfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.options import ContextOption, KubeconfigOption, NamespaceOption
+from finetune_cli.commands.watching import NameArgument
+
+if TYPE_CHECKING:
+    from finetune_cli.cluster import Cluster
+
+LOG_LINES = 2000
+SECRET_KEY = re.compile(r"(token|secret(?!keyref|ref|name)|passw|api_?key|credential(?!ssecretref))", re.IGNORECASE)
+SECRET_TEXT = re.compile(
+    r"\b(hf_[A-Za-z0-9]{6,}|sk-[A-Za-z0-9_-]{8,}|AKIA[0-9A-Z]{12,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_.-]+)|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
+    r"|(?<=X-Amz-Signature=)[0-9a-f]+|(?i:(?<=bearer )[A-Za-z0-9._-]{8,})"
+)
+HIDDEN = "REDACTED"
+
+
+def report(
+    name: NameArgument,
+    file: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="The archive; left out: finetune-report-NAME.tar.gz."),
+    ] = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """Collect a job, its pods, events and the ends of its logs in one archive for a bug report, secrets taken out.
+
+    Example: finetune report support-bot
+    """
+    from finetune_cli.cluster import connect
+
+    cluster = connect(namespace, context, kubeconfig)
+    job = cluster.job(name)
+    path = file or Path(f"finetune-report-{name}.tar.gz")
+    parts = collect(cluster, job)
+    with tarfile.open(path, "w:gz") as archive:
+        for part, text in parts.items():
+            info = tarfile.TarInfo(f"finetune-report-{name}/{part}")
+            data = text.encode()
+            info.size, info.mtime = len(data), int(time.time())
+            archive.addfile(info, io.BytesIO(data))
+    output.write(f"{path}: {len(parts)} files; read it before you give it away")
+
+
+def collect(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
+    """Texts of the archive by name, redacted. What cannot be read is said in its place."""
+    from finetune_api.names import CONTAINER
+
+    from finetune_cli.cluster import ClusterError
+    from finetune_cli.commands.watching import event_line, to_yaml
+    from finetune_cli.view import describe
+
+    name = job["metadata"]["name"]
+    job["metadata"].pop("managedFields", None)
+    parts = {"job.yaml": to_yaml(redact(job)), "status.txt": describe(job)}
+    pods: list[dict[str, Any]] = []
+    try:
+        pods = cluster.pods(name)
+        for pod in pods:
+            pod["metadata"].pop("managedFields", None)
+        parts["pods.yaml"] = to_yaml(redact(pods))
+        uids = {job["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in pods)}
+        parts["events.txt"] = "\n".join(map(event_line, cluster.events(uids)))
+        parts["versions.json"] = json.dumps(
+            {"kubernetes": cluster.version(), "python": platform.python_version()}, indent=1
+        )
+    except ClusterError as error:
+        parts["problems.txt"] = str(error)
+    for pod in pods:
+        pod_name = pod["metadata"]["name"]
+        try:
+            parts[f"logs/{pod_name}.txt"] = "\n".join(cluster.log(pod_name, CONTAINER, follow=False, tail=LOG_LINES))
+        except ClusterError as error:
+            parts[f"logs/{pod_name}.txt"] = f"({error})"
+    return {part: SECRET_TEXT.sub(HIDDEN, text) for part, text in parts.items()}
+
+
+def redact(value: Any, key: str = "") -> Any:
+    """A copy without values of environment variables and of fields that are named like secrets."""
+    if isinstance(value, dict):
+        if "name" in value and "value" in value and len(value) == 2:
+            return {
+                "name": value["name"],
+                "value": HIDDEN if SECRET_KEY.search(str(value["name"])) else redact(value["value"]),
+            }
+        return {name: redact(inner, name) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [redact(one, key) for one in value]
+    if isinstance(value, str):
+        return (
+            HIDDEN if SECRET_KEY.search(key) and not key.endswith(("Ref", "Name")) else SECRET_TEXT.sub(HIDDEN, value)
+        )
+    return value
