@@ -154,18 +154,22 @@ def last_words(message: str) -> LastWords | None:
 
 
 def read_status(raw: Any) -> FineTuneJobStatus:
-    """A status, whatever is in it: fields that cannot be read are dropped, so that the rest is not lost with them."""
+    """A status, whatever is in it: what cannot be read is dropped, an item or a field, so that the rest is not lost."""
     value = dict(raw) if isinstance(raw, dict) else {}
     while True:
         try:
             return FineTuneJobStatus.model_validate(value)
         except ValidationError as error:
-            bad = {str(item["loc"][0]) for item in error.errors() if item["loc"]} & value.keys()
+            bad = [item["loc"] for item in error.errors() if item["loc"] and item["loc"][0] in value]
             if not bad:
                 return FineTuneJobStatus()
-            logger.warning("status fields %s cannot be read and are dropped", sorted(bad))
-            for key in bad:
-                del value[key]
+            logger.warning("parts of a status cannot be read and are dropped: %s", bad)
+            for field_ in {loc[0] for loc in bad}:
+                items = {loc[1] for loc in bad if loc[0] == field_ and len(loc) > 1 and isinstance(loc[1], int)}
+                if items and isinstance(value[field_], list):
+                    value[field_] = [one for number, one in enumerate(value[field_]) if number not in items]
+                else:
+                    del value[field_]
 
 
 def read_finetunejob(body: Object) -> JobObject:

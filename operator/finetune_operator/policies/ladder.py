@@ -8,6 +8,7 @@ healthy checkpoint before with half the learning rate; then it fails.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,6 +18,9 @@ from finetune_api.names import Reason
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import GradientCheckpointing, OnDivergence, OnOutOfMemory
 from finetune_api.status import Adaptation, Checkpoint
+from pydantic import ValidationError
+
+logger = logging.getLogger(__name__)
 
 BATCH = "training.batchSizePerDevice"
 ACCUMULATION = "training.gradientAccumulationSteps"
@@ -24,6 +28,8 @@ CHECKPOINTING = "training.gradientCheckpointing"
 RATE = "training.learningRate"
 MAX_STEP = "resume.maxStep"
 """Not a path of the spec: the newest checkpoint an attempt may start from."""
+MAX_ACCUMULATION = 65536
+"""The largest that the API allows."""
 ROLLBACKS = 2
 RATE_FACTOR = 0.5
 
@@ -47,7 +53,12 @@ def adapted(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> FineTun
         for group in groups:
             target = target.setdefault(group, {})
         target[name] = found
-    return FineTuneJobSpec.model_validate(value)
+    try:
+        return FineTuneJobSpec.model_validate(value)
+    except ValidationError as error:
+        # Only somebody who edits the status can bring this about; the job goes on as it was written.
+        logger.warning("the adaptations in status cannot be applied and are ignored: %s", error)
+        return spec
 
 
 def adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
@@ -64,9 +75,9 @@ def after_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | Exhausted
     accumulation = spec.training.gradient_accumulation_steps or 1
     if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
         return Exhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
-    if batch > 1:
-        smaller = next(part for part in range(batch // 2, 0, -1) if batch % part == 0)
-        more = accumulation * (batch // smaller)
+    smaller = next((part for part in range(batch // 2, 0, -1) if batch % part == 0), 0)
+    more = accumulation * (batch // smaller) if smaller else 0
+    if 0 < more <= MAX_ACCUMULATION:
         change = f"batchSizePerDevice {batch} -> {smaller}, gradientAccumulationSteps {accumulation} -> {more}"
         return Adaptation(
             time=now, reason=Reason.OUT_OF_MEMORY, change=change, set={BATCH: smaller, ACCUMULATION: more}

@@ -52,7 +52,9 @@ class World:
         wish = {"suspend": self.suspend, "cancel": self.cancel}
         written = spec(resources={"nodes": self.nodes, "gpusPerNode": 0}, policy={"retries": 2}, **wish)
         mine = finetunejob(written, self.status, generation=self.generation)
-        return Facts(mine, accept(written, CONFIG), self.now, CONFIG, tuple(self.jobs.values()), tuple(self.pods.values()))
+        return Facts(
+            mine, accept(written, CONFIG), self.now, CONFIG, tuple(self.jobs.values()), tuple(self.pods.values())
+        )
 
     def create(self, attempt: int) -> JobView | None:
         name = attempt_job_name("run", attempt)
@@ -247,27 +249,34 @@ class Lives(RuleBasedStateMachine):
         self.highest = self.world.status.attempt or 0
 
     def teardown(self) -> None:
-        """Left in peace, the job comes to rest, and a further look changes nothing."""
+        """Left in peace, the wish is fulfilled; then the job comes to rest, and a further look changes nothing."""
         world = self.world
         world.jobs.pop(FOREIGN.uid, None)
+        if world.suspend or world.cancel:
+            self._until(Situation.SUSPENDED, Situation.FINISHED, pods_end=False)
+            assert not [one for one in world.jobs.values() if not one.finished]
+            assert not [p for p in world.pods.values() if not p.over]
         world.suspend = False
+        self._until(Situation.FINISHED, pods_end=True)
+        before = world.status.wire()
+        self._look()
+        assert world.status.wire() == before
+
+    def _until(self, *rest: Situation, pods_end: bool) -> None:
+        world = self.world
         for _ in range(60):
             world.controllers()
             world.kubelet()
             for p in list(world.pods.values()):
                 if p.phase == "Pending" and not p.gone:
                     world.pods[p.uid] = replace(p, phase="Running", ready=True)
-                elif p.phase == "Running" and not p.gone:
+                elif pods_end and p.phase == "Running" and not p.gone:
                     world.pods[p.uid] = end_pod(p, 0)
             world.now += timedelta(seconds=700)
             plan = self._look()
-            if plan.situation is Situation.FINISHED and plan.finish is None and plan.cleaned:
-                break
-        else:
-            raise AssertionError(f"no rest: {plan}\n{world.status.wire()}")
-        before = world.status.wire()
-        self._look()
-        assert world.status.wire() == before
+            if plan.situation in rest and plan.finish is None and (plan.cleaned or plan.situation is not rest[-1]):
+                return
+        raise AssertionError(f"no rest: {plan}\n{world.status.wire()}")
 
 
 class WideLives(Lives):
