@@ -200,6 +200,16 @@ class FakeKubelet:
         with self._changed:
             self._reports[namespace, job] = {"stage": Stage.TRAINING.value, **report}
 
+    def wait_asked(self, namespace: str, job: str, *, timeout: float = 20.0) -> None:
+        """Until progress is asked for once more."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            before = self.asked.get((namespace, job), 0)
+            while self.asked.get((namespace, job), 0) == before:
+                left = deadline - time.monotonic()
+                assert left > 0, f"nobody asked for the progress of {namespace}/{job} in {timeout:.0f} s"
+                self._changed.wait(left)
+
     def kill_node(self, node: str) -> None:
         """The node goes silent: no sign of life, and its pods neither end nor change."""
         with self._changed:
@@ -210,6 +220,11 @@ class FakeKubelet:
         with self._changed:
             self._dead.discard(node)
         self._run(self._look_again())
+
+    def restore_node(self, node: str) -> None:
+        """It is made anew, after somebody deleted it."""
+        self._run(self._make_node(node))
+        self.revive_node(node)
 
     # -- life ----------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,202 @@
+"""Pods that end in every way a cluster knows, nodes that go, and children that others lay hands on."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_api.names import Condition, Phase, Reason
+
+from tests.support.kubelet import Ending, Plan, Start, failure, success
+from tests.support.rig import FTJ, Rig, attempts, condition, created, holds
+
+pytestmark = pytest.mark.faults
+
+
+@pytest.mark.row(19)
+def test_a_namesake_waits_for_the_job_of_the_one_before_it_and_never_adopts_it(rig: Rig) -> None:
+    rig.operator()
+    rig.submit()
+    rig.kubelet.wait_running(rig.namespace, "job")
+    rig.wait_attempt(1)
+    old = rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"]
+    rig.api.delete(FTJ, rig.namespace, "job", propagationPolicy="Orphan")
+    rig.api.wait_gone(FTJ, rig.namespace, "job")
+    rig.submit()
+    rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.CHILDREN_CONFLICT)
+    assert rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"] == old
+    rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Foreground")
+    body = rig.wait_attempt(1)
+    assert attempts(body) == [(1, "")]
+    assert rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"] != old
+
+
+@pytest.mark.row(22)
+def test_a_service_that_somebody_deletes_comes_back(rig: Rig) -> None:
+    rig.operator(config={"resyncSeconds": 2})
+    rig.submit(resources={"nodes": 2})
+    rig.kubelet.wait_running(rig.namespace, "job", count=2)
+    old = rig.api.wait("services", rig.namespace, "job-1", lambda body: True)["metadata"]["uid"]
+    rig.api.delete("services", rig.namespace, "job-1")
+    rig.api.wait("services", rig.namespace, "job-1", lambda body: body["metadata"]["uid"] != old)
+    assert attempts(rig.get()) == [(1, "")]
+
+
+@pytest.mark.row(23)
+@pytest.mark.parametrize("label", ["app.kubernetes.io/managed-by", "finetune-operator.io/attempt"])
+def test_a_label_that_somebody_takes_off_our_job_starts_no_second_one(rig: Rig, label: str) -> None:
+    """Without its label the Job is out of our sight: it still runs, and nothing may run beside it."""
+    proxy = rig.proxy()
+    rig.operator(through=proxy, config={"resyncSeconds": 1})
+    rig.submit()
+    pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
+    rig.wait_attempt(1)
+    rig.api.patch("jobs", rig.namespace, "job-1", {"metadata": {"labels": {label: None}}})
+    rig.submit("other", suspend=True)
+    rig.wait_phase(Phase.SUSPENDED, "other")
+    begun = len(proxy.exchanges)
+    proxy.wait_for(lambda e: e.number > begun and e.operation == "list pods", timeout=20)
+    assert created(proxy, "jobs") == 1
+    assert rig.api.find("pods", rig.namespace, pod.name) is not None
+    rig.api.patch("jobs", rig.namespace, "job-1", {"metadata": {"labels": {label: _label_of(label)}}})
+    rig.kubelet.end(pod, success())
+    assert attempts(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
+
+
+def _label_of(label: str) -> str:
+    return "finetune-operator" if label.endswith("managed-by") else "1"
+
+
+ENDINGS: dict[str, tuple[Ending, str, str]] = {
+    "host memory": (Ending(137, reason="OOMKilled"), Reason.OUT_OF_MEMORY, "OutOfMemory"),
+    "killed": (Ending(137), Reason.INTERNAL_ERROR, "Internal"),
+    "exit 1": (Ending(1, "RuntimeError: something\nthe last line"), Reason.INTERNAL_ERROR, "Internal"),
+    "gpu memory": (failure(71, message="CUDA out of memory"), Reason.OUT_OF_MEMORY, "OutOfMemory"),
+    "storage": (failure(69, message="503 for ten minutes"), Reason.STORAGE_ERROR, "Storage"),
+    "peer": (failure(74, message="rank 1 is gone"), Reason.PEER_FAILED, "Infrastructure"),
+    "evicted": (Ending(137, pod_reason="Evicted", disruption="TerminationByKubelet"), Reason.PREEMPTED, "Preempted"),
+    "preempted": (Ending(75, disruption="PreemptionByScheduler"), Reason.PREEMPTED, "Preempted"),
+}
+
+
+@pytest.mark.row(24)
+@pytest.mark.parametrize("case", ENDINGS)
+def test_each_end_of_a_pod_has_its_own_reason_and_another_attempt(rig: Rig, case: str) -> None:
+    ending, reason, _ = ENDINGS[case]
+    rig.operator()
+    rig.submit()
+    pod = rig.kubelet.wait_running(rig.namespace, "job", attempt=1)[0]
+    rig.wait_attempt(1)
+    rig.kubelet.end(pod, ending)
+    body = rig.wait_attempt(2)
+    assert attempts(body)[0] == (1, reason)
+    rig.wait_event(reason)
+    charged = reason not in (Reason.PREEMPTED, Reason.OUT_OF_MEMORY)
+    assert body["status"].get("retriesUsed", 0) == (1 if charged else 0)
+
+
+@pytest.mark.row(24)
+@pytest.mark.parametrize(
+    ("code", "failure_class"), [(64, "User"), (65, "Data"), (66, "Model"), (67, "Storage"), (77, "Storage")]
+)
+def test_what_another_attempt_cannot_mend_ends_at_once(rig: Rig, code: int, failure_class: str) -> None:
+    rig.operator()
+    rig.submit()
+    pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
+    rig.kubelet.end(pod, failure(code, code="Because", message="it cannot be", hint="write it otherwise"))
+    body = rig.wait_finished()
+    assert len(body["status"]["attempts"]) == 1
+    found = body["status"]["failure"]
+    assert (found["class"], found["code"], found["exitCode"]) == (failure_class, "Because", code)
+    assert (found["message"], found["hint"]) == ("it cannot be", "write it otherwise")
+    assert holds(body, Condition.STALLED)
+
+
+@pytest.mark.row(24)
+@pytest.mark.parametrize(
+    ("plan", "reason", "words"),
+    [
+        (Plan(start=Start.UNSCHEDULABLE, words="0/9 nodes are available"), Reason.UNSCHEDULABLE, "0/9 nodes"),
+        (Plan(start=Start.WAIT, words="no such image"), Reason.IMAGE_PULL_FAILED, "no such image"),
+        (
+            Plan(start=Start.WAIT, reason="CreateContainerConfigError", words='secret "s" not found'),
+            Reason.CONFIG_MISSING, 'secret "s" not found',
+        ),
+    ],
+    ids=["unschedulable", "image", "secret"],
+)  # fmt: skip
+def test_pods_that_do_not_start_say_why_and_start_when_it_is_mended(
+    rig: Rig, plan: Plan, reason: Reason, words: str
+) -> None:
+    rig.kubelet.plan(rig.namespace, plan)
+    rig.operator()
+    rig.submit(policy={"startTimeoutSeconds": 2})
+    body = rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == reason)
+    assert words in condition(body, Condition.PODS_READY)["message"]
+    rig.wait(lambda b: holds(b, Condition.STALLED))
+    rig.wait_event(reason)
+    rig.kubelet.plan(rig.namespace, Plan())
+    body = rig.wait(lambda b: holds(b, Condition.PODS_READY))
+    assert not holds(body, Condition.STALLED)
+    assert attempts(body) == [(1, "")]
+
+
+@pytest.mark.row(25)
+def test_a_node_that_is_deleted_costs_the_user_nothing(rig: Rig) -> None:
+    rig.operator()
+    rig.submit(policy={"terminationGracePeriodSeconds": 1})
+    pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
+    rig.kubelet.say(
+        rig.namespace, "job", progress={"step": 7, "totalSteps": 20}, latestCheckpoint="s3://b/step-00000005",
+        checkpoints=[{"step": 5, "uri": "s3://b/step-00000005", "sha256": "0" * 64, "healthy": True}],
+    )  # fmt: skip
+    rig.wait(lambda b: (b["status"].get("progress") or {}).get("step") == 7)
+    rig.kubelet.kill_node(pod.node)
+    try:
+        rig.api.delete("nodes", None, pod.node)
+        body = rig.wait_attempt(2, timeout=150)
+    finally:
+        rig.kubelet.restore_node(pod.node)
+    assert attempts(body)[0] == (1, Reason.NODE_LOST)
+    assert body["status"].get("retriesUsed", 0) == 0
+    run = _run_config(rig, 2)
+    assert '"expectStep":5' in run
+    rig.wait_event(Reason.NODE_LOST)
+
+
+def _run_config(rig: Rig, attempt: int) -> str:
+    job = rig.api.get("jobs", rig.namespace, f"job-{attempt}")
+    return str(job["spec"]["template"]["metadata"]["annotations"]["finetune-operator.io/run.json"])
+
+
+@pytest.mark.row(26)
+def test_a_node_that_falls_silent_is_left_and_its_pod_removed(rig: Rig) -> None:
+    rig.operator()
+    tolerated = [
+        {"key": f"node.kubernetes.io/{word}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1}
+        for word in ("not-ready", "unreachable")
+    ]
+    rig.submit(policy={"terminationGracePeriodSeconds": 1}, placement={"tolerations": tolerated})
+    pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
+    rig.wait_attempt(1)
+    rig.kubelet.kill_node(pod.node)
+    try:
+        body = rig.wait_attempt(2, timeout=150)
+        assert attempts(body)[0] == (1, Reason.NODE_LOST)
+        assert body["status"].get("retriesUsed", 0) == 0
+        assert rig.api.find("pods", rig.namespace, pod.name) is None
+        again = rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0]
+        assert again.node != pod.node
+    finally:
+        rig.kubelet.revive_node(pod.node)
+
+
+@pytest.mark.row(24)
+def test_the_failure_that_caused_the_others_is_the_one_that_is_named(rig: Rig) -> None:
+    rig.operator()
+    rig.submit(resources={"nodes": 2})
+    pods = rig.kubelet.wait_running(rig.namespace, "job", count=2)
+    rig.wait_attempt(1)
+    rig.kubelet.end(pods[0], failure(74, message="rank 1 is gone", origin=False))
+    rig.kubelet.end(pods[1], failure(65, code="RowInvalid", message="row 7", origin=True))
+    body = rig.wait_finished()
+    assert body["status"]["failure"]["code"] == "RowInvalid"
+    assert len(body["status"]["attempts"]) == 1

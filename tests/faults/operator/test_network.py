@@ -1,0 +1,270 @@
+"""The API server refuses, is silent, forgets, or goes away."""
+
+from __future__ import annotations
+
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from finetune_api.names import Phase, Reason
+
+from localcluster import ControlPlane, processes
+from tests.support.apiproxy import Cut, Hold, Say, Status
+from tests.support.kubeapi import KubeApi
+from tests.support.kubelet import FakeKubelet, Plan, failure, success
+from tests.support.rig import FTJ, Cluster, Rig, attempts, created, install_crd
+
+pytestmark = pytest.mark.faults
+WATCHED = ("pods", "jobs", FTJ)
+NO_RESYNC = {"resyncSeconds": 3600}
+"""Only the watches can tell."""
+
+
+@pytest.mark.row(9)
+def test_too_many_requests_are_answered_with_fewer(rig: Rig) -> None:
+    proxy = rig.proxy()
+    rig.operator(through=proxy)
+    for number in range(10):
+        rig.submit(f"job-{number}")
+    for number in range(10):
+        rig.wait_attempt(1, f"job-{number}")
+    with proxy.fault(Status(429, retry_after=3)):
+        proxy.forget()
+        rig.kubelet.plan(rig.namespace, Plan(end=success()))
+        begun = time.monotonic()
+        proxy.wait_for(lambda e: e.started > begun + 20, timeout=60)
+        refused = len(proxy.exchanges)
+    # 10 jobs and 3 watches, each trying every 3 s at most, and what was under way when it began
+    assert refused <= 13 * (20 / 3 + 3)
+    for number in range(10):
+        assert attempts(rig.wait_finished(f"job-{number}", timeout=60)) == [(1, Reason.SUCCEEDED)]
+
+
+@pytest.mark.row(10)
+def test_a_server_that_is_unavailable_for_longer_than_a_watcher_is_patient(rig: Rig) -> None:
+    """kopf gives up after 54 s unless it is told not to."""
+    rig.allowed.append("503")
+    proxy = rig.proxy()
+    operator = rig.operator(through=proxy, config={"stuckSeconds": 3600})
+    rig.submit()
+    rig.kubelet.wait_running(rig.namespace, "job")
+    rig.wait_attempt(1)
+    with proxy.fault(Status(503)):
+        for resource in WATCHED:
+            proxy.watches(resource, Cut())
+        begun = time.monotonic()
+        proxy.wait_for(lambda e: e.started > begun + 65 and e.operation.startswith("watch"), timeout=120)
+        rig.kubelet.end(rig.kubelet.pods(rig.namespace, "job")[0], success())
+        assert operator.alive
+    assert attempts(rig.wait_finished(timeout=90)) == [(1, Reason.SUCCEEDED)]
+    assert operator.alive
+
+
+@pytest.mark.row(12)
+def test_no_transition_is_missed_while_watches_break_all_the_time(rig: Rig) -> None:
+    proxy = rig.proxy()
+    operator = rig.operator(through=proxy, config=NO_RESYNC)
+    rig.kubelet.plan(rig.namespace, Plan(end=failure(70, message="again")))
+    for number in range(20):
+        rig.submit(f"job-{number}", policy={"retries": 2})
+        for resource in WATCHED:
+            proxy.watches(resource, Cut())
+    for number in range(20):
+        for resource in WATCHED:
+            proxy.watches(resource, Cut())
+        body = rig.wait_finished(f"job-{number}", timeout=90)
+        assert attempts(body) == [(n, Reason.INTERNAL_ERROR) for n in (1, 2, 3)]
+    assert created(proxy, "jobs") == 60
+    assert operator.alive
+
+
+@pytest.mark.row(13)
+def test_what_was_deleted_while_nobody_watched_is_forgotten(rig: Rig) -> None:
+    proxy = rig.proxy()
+    operator = rig.operator(through=proxy, config={"resyncSeconds": 3})
+    for name in ("kept", "ghost"):
+        rig.submit(name)
+        rig.kubelet.wait_running(rig.namespace, name)
+        rig.wait_attempt(1, name)
+    for resource in WATCHED:
+        proxy.watches(resource, Hold())
+    rig.api.delete(FTJ, rig.namespace, "ghost")
+    rig.api.wait_gone(FTJ, rig.namespace, "ghost")
+    rig.api.wait_gone("jobs", rig.namespace, "ghost-1", timeout=60)
+    proxy.forget()
+    for resource in WATCHED:
+        proxy.watches(resource, Say.gone(410))
+    rig.kubelet.end(rig.kubelet.pods(rig.namespace, "kept")[0], success())
+    rig.wait_finished("kept")
+    rig.api.wait_list("nodes", None, lambda items: _phases(operator.metrics()) == {"Succeeded": 1}, timeout=60)
+    assert [e.path for e in proxy.exchanges if e.method != "GET" and "ghost" in e.path] == []
+    rig.submit("ghost")
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "ghost")[0], success())
+    assert attempts(rig.wait_finished("ghost")) == [(1, Reason.SUCCEEDED)]
+
+
+def _phases(metrics: dict[str, float]) -> dict[str, int]:
+    """Jobs by phase as the operator counts them."""
+    found = {}
+    for name, value in metrics.items():
+        if name.startswith("finetune_operator_jobs{") and value:
+            found[name.partition('phase="')[2].partition('"')[0]] = int(value)
+    return found
+
+
+@pytest.mark.row(14)
+def test_a_watch_that_says_nothing_for_ever_is_left(rig: Rig) -> None:
+    proxy = rig.proxy()
+    rig.operator(through=proxy, config=NO_RESYNC)
+    rig.submit()
+    rig.kubelet.wait_running(rig.namespace, "job")
+    rig.wait_attempt(1)
+    for resource in WATCHED:
+        proxy.watches(resource, Hold())
+    rig.kubelet.end(rig.kubelet.pods(rig.namespace, "job")[0], success())
+    assert attempts(rig.wait_finished(timeout=150)) == [(1, Reason.SUCCEEDED)]
+
+
+@pytest.mark.row(15)
+@pytest.mark.parametrize("resource", WATCHED)
+def test_an_error_in_a_watch_never_makes_a_zombie(rig: Rig, resource: str) -> None:
+    """Either the process ends, to be started again, or it goes on working: never alive and deaf."""
+    rig.allowed += ["watch", "500", "Traceback", "ERROR"]
+    proxy = rig.proxy()
+    operator = rig.operator(through=proxy, config=NO_RESYNC)
+    rig.submit()
+    rig.kubelet.wait_running(rig.namespace, "job")
+    rig.wait_attempt(1)
+    assert proxy.watches(resource, Say.gone(500)) >= 1
+    if not _goes_on(rig, operator.alive):
+        assert operator.wait_end() > 0
+        rig.operator(through=proxy, config=NO_RESYNC)
+    rig.kubelet.end(rig.kubelet.pods(rig.namespace, "job")[0], success())
+    assert attempts(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
+
+
+def _goes_on(rig: Rig, alive: bool) -> bool:
+    """Whether a new job is taken up."""
+    if not alive:
+        return False
+    rig.submit("probe")
+    try:
+        rig.wait_attempt(1, "probe", timeout=10)
+    except AssertionError:
+        return False
+    return True
+
+
+@pytest.fixture
+def own_cluster(tmp_path: Path) -> Iterator[tuple[Cluster, Path]]:
+    """A control plane that the test may break."""
+    state = tmp_path / "state"
+    with ControlPlane(state) as endpoint:
+        api = KubeApi(endpoint)
+        install_crd(api)
+        with FakeKubelet(endpoint) as kubelet:
+            yield Cluster(endpoint, api, kubelet), state
+
+
+@pytest.mark.row(16)
+def test_a_server_that_restarts_with_a_compacted_store(own_cluster: tuple[Cluster, Path], tmp_path: Path) -> None:
+    cluster, state = own_cluster
+    cluster.api.create("namespaces", None, {"metadata": {"name": "work"}})
+    rig = Rig(cluster, "work", tmp_path)
+    operator = rig.operator(config={"resyncSeconds": 10})
+    for name in ("kept", "ended", "deleted"):
+        rig.submit(name)
+        rig.kubelet.wait_running(rig.namespace, name)
+        rig.wait_attempt(1, name)
+    pid, argv = _process_of(state, "kube-apiserver")
+    processes.kill(pid)
+    _compact(next(word for word in argv if word.startswith("http://127.0.0.1:")))
+    log = state / "logs" / "kube-apiserver.log"
+    processes.spawn("kube-apiserver", argv, owner=state, log=log, lifetime=processes.Lifetime.PARENT)
+    processes.wait_until("the API server", cluster.endpoint.ready, servers=[], timeout=60)
+    rig.api.delete(FTJ, rig.namespace, "deleted")
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "ended")[0], success())
+    assert attempts(rig.wait_finished("ended", timeout=90)) == [(1, Reason.SUCCEEDED)]
+    rig.submit("new")
+    rig.wait_attempt(1, "new", timeout=60)
+    assert attempts(rig.get("kept")) == [(1, "")]
+    assert operator.alive
+    for each in rig.operators:
+        each.kill()
+
+
+def _process_of(state: Path, name: str) -> tuple[int, list[str]]:
+    """Pid and words of a component."""
+    for pid in processes.owned_by(state):
+        argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
+        if len(argv) > 1 and argv[1] == name:
+            return pid, argv
+    raise AssertionError(f"no {name} runs in {state}")
+
+
+def _compact(etcd: str) -> None:
+    """Drop all history of the store, so that every watch's version is too old."""
+    status = _post(f"{etcd}/v3/kv/range", b'{"key": "AA=="}')
+    revision = status.partition('"revision":"')[2].partition('"')[0]
+    _post(f"{etcd}/v3/kv/compaction", b'{"revision": "%s", "physical": true}' % revision.encode())
+
+
+def _post(url: str, body: bytes) -> str:
+    with urllib.request.urlopen(urllib.request.Request(url, data=body, method="POST"), timeout=20) as answer:
+        return str(answer.read().decode())
+
+
+@pytest.mark.row(34)
+def test_without_the_definition_it_says_so_and_ends(tmp_path: Path) -> None:
+    with ControlPlane(tmp_path / "state") as endpoint:
+        api = KubeApi(endpoint)
+        with FakeKubelet(endpoint) as kubelet:
+            api.create("namespaces", None, {"metadata": {"name": "work"}})
+            rig = Rig(Cluster(endpoint, api, kubelet), "work", tmp_path)
+            early = rig.operator(ready=False)
+            assert early.wait_end() == 1
+            assert "install the CRD first" in early.log
+            assert "Traceback" not in early.log
+            install_crd(api)
+            rig.operator()
+            rig.submit()
+            rig.wait_attempt(1)
+            for operator in rig.operators:
+                operator.kill()
+
+
+@pytest.mark.row(35)
+def test_a_definition_that_is_taken_away_and_put_back(own_cluster: tuple[Cluster, Path], tmp_path: Path) -> None:
+    cluster, _ = own_cluster
+    cluster.api.create("namespaces", None, {"metadata": {"name": "work"}})
+    rig = Rig(cluster, "work", tmp_path)
+    operator = rig.operator(config={"resyncSeconds": 2})
+    rig.submit("old")
+    rig.wait_attempt(1, "old")
+    cluster.api.delete("customresourcedefinitions", None, "finetunejobs.finetune-operator.io")
+    cluster.api.wait_gone("customresourcedefinitions", None, "finetunejobs.finetune-operator.io")
+    install_crd(cluster.api)
+    try:
+        rig.submit("new")
+        rig.wait_attempt(1, "new", timeout=45)
+    except AssertionError:
+        assert operator.wait_end(10) > 0
+        rig.operator()
+    rig.kubelet.end(rig.kubelet.wait_running("work", "new")[0], success())
+    # The garbage collector can only tell now that the owner is gone.
+    rig.api.wait_gone("jobs", "work", "old-1", timeout=90)
+    assert rig.wait_finished("new")["status"]["phase"] == Phase.SUCCEEDED
+    for each in rig.operators:
+        each.kill()
+
+
+def test_the_proxy_is_what_breaks_it(rig: Rig) -> None:
+    """Against a proof of nothing: through a proxy that breaks nothing, everything works."""
+    proxy = rig.proxy()
+    rig.operator(through=proxy)
+    rig.submit()
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+    rig.wait_finished()
+    assert {e.fault for e in proxy.exchanges} == {""}

@@ -1,0 +1,179 @@
+"""What the operator writes when it has nothing to say, too much to say, or something that nobody may read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from finetune_api.names import Condition, Phase, Reason
+
+from tests.support.kubelet import Ending, Plan, failure, success
+from tests.support.rig import FTJ, Rig, attempts, condition, status_writes
+
+pytestmark = pytest.mark.faults
+SHIFT_SOURCE = Path(__file__).with_name("clock_shift.c")
+
+
+@pytest.mark.row(41)
+def test_finished_jobs_cost_nothing(rig: Rig) -> None:
+    proxy = rig.proxy()
+    rig.kubelet.plan(rig.namespace, Plan(end=success()))
+    rig.operator(through=proxy, config={"resyncSeconds": 3})
+    for number in range(30):
+        rig.submit(f"job-{number}")
+    for number in range(30):
+        rig.wait_finished(f"job-{number}", timeout=60)
+    begun = time.monotonic()
+    proxy.wait_for(lambda e: e.started > begun + 15 and e.operation.startswith("list"), timeout=60)
+    later = [e for e in proxy.exchanges if e.started > begun + 2]
+    assert {e.operation for e in later if e.method != "GET"} == set()
+    assert {e.operation for e in later if not e.operation.startswith("watch")} == {
+        f"list {FTJ}", "list jobs", "list pods",
+    }  # fmt: skip
+    assert len([e for e in later if e.operation == "list pods"]) <= 5
+
+
+@pytest.mark.row(57)
+def test_progress_is_written_at_its_own_pace_and_transitions_at_once(rig: Rig) -> None:
+    proxy = rig.proxy()
+    scrape = {"intervalSeconds": 0.05, "startingIntervalSeconds": 0.05}
+    rig.operator(through=proxy, config={"progressSeconds": 4, "scrape": scrape})
+    rig.submit()
+    pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
+    rig.kubelet.say(rig.namespace, "job", progress={"step": 1, "totalSteps": 10_000})
+    rig.wait_phase(Phase.RUNNING)
+    before, begun = status_writes(proxy), time.monotonic()
+    asked = rig.kubelet.asked[rig.namespace, "job"]
+    step = 1
+    while time.monotonic() < begun + 13:
+        step += 1
+        rig.kubelet.say(rig.namespace, "job", progress={"step": step, "totalSteps": 10_000})
+        rig.kubelet.wait_asked(rig.namespace, "job")
+    elapsed = time.monotonic() - begun
+    assert rig.kubelet.asked[rig.namespace, "job"] - asked > 50
+    assert 1 <= status_writes(proxy) - before <= elapsed / 4 + 1
+    rig.kubelet.end(pod, success())
+    assert attempts(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
+
+
+@pytest.mark.row(56)
+def test_the_same_event_again_is_counted_and_not_repeated(rig: Rig) -> None:
+    rig.operator()
+    rig.submit(suspend=True)
+    rig.wait_phase(Phase.SUSPENDED)
+    for _ in range(4):
+        rig.steer(suspend=False)
+        rig.kubelet.wait_running(rig.namespace, "job")
+        rig.wait(lambda b: b["status"].get("phase") not in (Phase.SUSPENDED, Phase.SUSPENDING))
+        rig.steer(suspend=True)
+        rig.wait_phase(Phase.SUSPENDED)
+    events = rig.api.wait_list(
+        "events", rig.namespace,
+        lambda items: any(
+            e["reason"] == Reason.SUSPENDED and (e.get("series") or {}).get("count", 0) >= 4 for e in items
+        ),
+    )  # fmt: skip
+    suspended = [e for e in events if e["reason"] == Reason.SUSPENDED]
+    assert len(suspended) == 1
+    names_ = [e["metadata"]["name"] for e in events if e["regarding"]["name"] == "job"]
+    assert len(names_) == len(set(names_))
+
+
+SECRETS = ("wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "hf_abcdefghijklmnopqrstuvwxyz", "AKIAIOSFODNN7EXAMPLE")
+
+
+@pytest.mark.row(58)
+def test_what_a_pod_shouts_is_cut_and_its_secrets_stay_secret(rig: Rig) -> None:
+    operator = rig.operator()
+    rig.submit(policy={"retries": 0})
+    pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
+    message = (
+        f"AWS_SECRET_ACCESS_KEY={SECRETS[0]} token: {SECRETS[1]} {SECRETS[2]} \x00\x1b[31m\ud7ff"
+        + "long " * 200_000
+    )
+    rig.kubelet.end(pod, Ending(70, json.dumps({"class": "Internal", "code": "Loud", "message": message})))
+    body = rig.wait_finished()
+    rig.wait_event(Reason.FAILED)
+    written = json.dumps(body) + json.dumps(rig.api.events(rig.namespace, "job")) + operator.log
+    assert [secret for secret in SECRETS if secret in written] == []
+    assert len(json.dumps(body)) < 100_000
+    assert body["status"]["failure"]["code"] == "Loud"
+    assert "[redacted]" in body["status"]["failure"]["message"]
+    assert all(len(e["note"]) <= 1024 for e in rig.api.events(rig.namespace, "job"))
+
+
+@pytest.mark.row(58)
+def test_what_is_no_text_at_all_is_survived(rig: Rig) -> None:
+    rig.operator()
+    rig.submit(policy={"retries": 0})
+    pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
+    rig.kubelet.end(pod, Ending(1, '{"class": "Nonsense", "step": "many", \x01\x02 "message": [1'))
+    body = rig.wait_finished()
+    assert body["status"]["failure"]["exitCode"] == 1
+    assert body["status"]["phase"] == Phase.FAILED
+
+
+@pytest.fixture(scope="module")
+def clock_shift(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that moves a process's wall clock by $CLOCK_SHIFT seconds; libfaketime in twenty lines."""
+    library = tmp_path_factory.mktemp("clock") / "shift.so"
+    try:
+        subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, SHIFT_SOURCE, "-ldl"], check=True)
+    except FileNotFoundError:
+        pytest.skip("no C compiler: the library that moves a process's clock cannot be built")
+    return library
+
+
+@pytest.mark.row(29)
+@pytest.mark.parametrize("hours", [2, -2])
+def test_a_wrong_clock_changes_neither_deadline_nor_ttl(rig: Rig, clock_shift: Path, hours: int) -> None:
+    proxy = rig.proxy()
+    env = {"LD_PRELOAD": str(clock_shift), "CLOCK_SHIFT": str(hours * 3600)}
+    rig.operator(through=proxy, env=env)
+    rig.submit("ended", policy={"ttlSecondsAfterFinished": 4})
+    rig.submit("kept", policy={"ttlSecondsAfterFinished": 600})
+    rig.submit("late", policy={"activeDeadlineSeconds": 4})
+    rig.submit("early", policy={"activeDeadlineSeconds": 600})
+    for name in ("ended", "kept"):
+        rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, name)[0], success())
+    body = rig.wait_finished("ended")
+    assert rig.api.find("jobs", rig.namespace, "ended-1") is not None
+    completed = body["status"]["completionTime"]
+    rig.api.wait_gone("jobs", rig.namespace, "ended-1")
+    assert _now(rig) >= _later(completed, 4)
+    assert attempts(rig.wait_finished("late")) == [(1, Reason.DEADLINE_EXCEEDED)]
+    started = rig.get("late")["status"]["attempts"][0]["startTime"]
+    assert _now(rig) >= _later(started, 4)
+    assert rig.api.find("jobs", rig.namespace, "kept-1") is not None
+    assert attempts(rig.get("early")) == [(1, "")]
+    assert condition(rig.get("early"), Condition.FINISHED)["status"] == "False"
+    assert len(proxy.exchanges) < 400, "a wrong clock makes no hot loop"
+
+
+def _now(rig: Rig) -> float:
+    """The API server's time."""
+    made = rig.api.create("events", rig.namespace, {
+        "metadata": {"generateName": "now-"}, "eventTime": "2026-01-01T00:00:00.000000Z", "action": "Look", "type": "Normal",
+        "reportingController": "test", "reportingInstance": "test", "reason": "Now", "regarding": {"namespace": rig.namespace},
+    })  # fmt: skip
+    return _later(made["metadata"]["creationTimestamp"], 0) + 1
+
+
+def _later(time_: str, seconds: float) -> float:
+    from datetime import datetime
+
+    return datetime.fromisoformat(time_.replace("Z", "+00:00")).timestamp() + seconds
+
+
+def test_a_failure_is_told_once(rig: Rig) -> None:
+    rig.operator()
+    rig.submit(policy={"retries": 0})
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], failure(70, message="broken"))
+    rig.wait_finished()
+    rig.wait_event(Reason.FAILED)
+    assert [note for reason, note in rig.notes() if reason == Reason.FAILED] == [
+        note for reason, note in set(rig.notes()) if reason == Reason.FAILED
+    ]

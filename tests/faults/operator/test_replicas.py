@@ -1,0 +1,116 @@
+"""Two replicas and one Lease: the leader dies, sleeps, or is robbed of it."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import pytest
+from finetune_api.names import Phase, Reason
+
+from tests.support.apiproxy import ApiProxy
+from tests.support.kubelet import success
+from tests.support.operator_process import OperatorProcess
+from tests.support.rig import FTJ, Rig, attempts, created
+
+pytestmark = pytest.mark.faults
+LEASE = "finetune-operator"
+
+
+def replica(rig: Rig) -> tuple[OperatorProcess, ApiProxy]:
+    """An operator with a proxy of its own, so that it is known who wrote what."""
+    election = {
+        "enabled": True, "leaseName": LEASE, "leaseNamespace": rig.namespace, "leaseDurationSeconds": 3,
+        "renewDeadlineSeconds": 2, "retryPeriodSeconds": 0.5,
+    }  # fmt: skip
+    proxy = rig.proxy()
+    return rig.operator(through=proxy, config={"leaderElection": election}), proxy
+
+
+def holder(rig: Rig) -> str:
+    found = rig.api.find("leases", rig.namespace, LEASE)
+    return str((found or {}).get("spec", {}).get("holderIdentity") or "")
+
+
+def work(proxy: ApiProxy) -> list[str]:
+    """Writes but those of the Lease."""
+    return [label for label in proxy.writes() if not label.endswith(" leases")]
+
+
+def finish(rig: Rig, name: str, **more: Any) -> None:
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, name)[0], success())
+    assert attempts(rig.wait_finished(name, timeout=40)) == [(1, Reason.SUCCEEDED)]
+
+
+@pytest.mark.row(31)
+def test_the_standby_takes_over_from_a_leader_that_is_killed(rig: Rig) -> None:
+    leader, first = replica(rig)
+    rig.submit("one")
+    rig.wait_attempt(1, "one")
+    standby, second = replica(rig)
+    assert work(second) == []
+    leader.kill()
+    rig.submit("two")
+    rig.wait_attempt(1, "two", timeout=40)
+    finish(rig, "one")
+    finish(rig, "two")
+    assert (created(first, "jobs"), created(second, "jobs")) == (1, 1)
+    last = max(e.started for e in first.exchanges)
+    taken = [e.started for e in second.exchanges if e.operation.startswith(("create", "update")) and e.status < 400]
+    assert last < min(taken)
+    assert standby.alive
+
+
+@pytest.mark.row(32)
+def test_a_leader_that_slept_writes_nothing_when_it_wakes(rig: Rig) -> None:
+    rig.allowed.append("[Ll]ease")
+    leader, first = replica(rig)
+    rig.submit("one")
+    rig.wait_attempt(1, "one")
+    _, second = replica(rig)
+    before = holder(rig)
+    leader.signal(signal.SIGSTOP)
+    rig.api.wait("leases", rig.namespace, LEASE, lambda b: b["spec"].get("holderIdentity") not in ("", before))
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "one")[0], success())
+    rig.wait_finished("one", timeout=40)
+    rig.submit("two")
+    rig.wait_attempt(1, "two")
+    asleep = work(first)
+    leader.signal(signal.SIGCONT)
+    assert leader.wait_end() == 1
+    assert work(first) == asleep
+    assert holder(rig) != before
+    assert created(second, "jobs") == 1
+
+
+@pytest.mark.row(33)
+def test_a_lease_that_is_deleted_or_taken_does_not_stop_the_work(rig: Rig) -> None:
+    rig.allowed.append("[Ll]ease")
+    replica(rig)
+    replica(rig)
+    rig.submit("one")
+    rig.wait_attempt(1, "one")
+    rig.api.delete("leases", rig.namespace, LEASE)
+    rig.api.wait("leases", rig.namespace, LEASE, lambda b: bool(b["spec"].get("holderIdentity")))
+    rig.submit("two")
+    rig.wait_attempt(1, "two", timeout=40)
+    rig.api.patch("leases", rig.namespace, LEASE, {"spec": {"holderIdentity": "somebody-else"}})
+    rig.api.wait(
+        "leases", rig.namespace, LEASE, lambda b: b["spec"].get("holderIdentity") not in ("", "somebody-else")
+    )
+    rig.submit("three")
+    if not any(operator.alive for operator in rig.operators):
+        replica(rig)
+    rig.wait_attempt(1, "three", timeout=40)
+    assert any(operator.alive for operator in rig.operators)
+
+
+def test_a_leader_that_is_told_to_end_hands_over_at_once(rig: Rig) -> None:
+    leader, _ = replica(rig)
+    rig.submit("one")
+    rig.wait_attempt(1, "one")
+    replica(rig)
+    assert leader.stop() == 0
+    rig.submit("two", suspend=True)
+    rig.wait_phase(Phase.SUSPENDED, "two")
+    assert rig.api.list(FTJ, rig.namespace)
