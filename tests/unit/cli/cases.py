@@ -1,12 +1,11 @@
 """Every sample of the compatibility contract and every configuration block of the five tools' pages, and how it is imported.
 
-`python tests/unit/cli/cases.py` writes the expected results anew; read the difference before it is committed.
+`python -m tests.unit.cli.cases` writes the expected results anew; read the difference before it is committed.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ def cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:
 
 def outcome(name: str) -> dict[str, Any]:
     """What an import of a case says, as it is kept in `expected/`."""
-    from imports import import_
+    from tests.unit.cli.imports import import_
 
     files, source, words = cases()[name]
     found = import_(*files, source=source, words=words)
@@ -106,7 +105,6 @@ def outcome(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Write all expected results."""
-    sys.path.insert(0, str(HERE))
     (HERE / "expected").mkdir(exist_ok=True)
     for name in cases():
         text = json.dumps(outcome(name), indent=1, sort_keys=True, ensure_ascii=False)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Write
-from imports import Outcome, import_
+
+from tests.unit.cli.conftest import Write
+from tests.unit.cli.imports import Outcome, import_
 
 BASE = """\
 dataset: {path: org/data, format: conversational}

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from cases import cases, outcome
 from finetune_api.spec import FineTuneJobSpec
 from finetune_cli.importers.engine import load
 from finetune_cli.importers.registry import IMPORTERS
-from imports import HERE, import_
+
+from tests.unit.cli.cases import cases, outcome
+from tests.unit.cli.imports import HERE, import_
 
 TOML_BLOCKS = sorted((HERE / "blocks").glob("toml-*.toml"))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from conftest import Write
-from imports import Outcome, import_
+
+from tests.unit.cli.conftest import Write
+from tests.unit.cli.imports import Outcome, import_
 
 BASE = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\n'
 

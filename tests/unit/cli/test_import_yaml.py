@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from conftest import Write
-from imports import Outcome, import_
+
+from tests.unit.cli.conftest import Write
+from tests.unit.cli.imports import Outcome, import_
 
 BASE = "model: {base_model: org/m}\ndataset: {train_path: s3://data/t.json}\n"
 

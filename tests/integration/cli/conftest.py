@@ -1,0 +1,113 @@
+"""The command line in this process, against a real API server; a namespace a test. No operator: the tests write the status."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api import names
+from finetune_cli import main, output
+from ruamel.yaml import YAML
+
+from localcluster import Endpoint
+from tests.support.kubeapi import KubeApi
+
+CRD = Path(__file__).parents[3] / "crds" / "finetunejobs.yaml"
+numbers = itertools.count(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Everything here needs the API server."""
+    for item in items:
+        if "tests/integration/cli" in str(item.path):
+            item.add_marker("integration")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command answered."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def api(control_plane: Endpoint) -> KubeApi:
+    """The API server with the CRD."""
+    found = KubeApi(control_plane)
+    crd = YAML(typ="safe").load(CRD.read_text(encoding="utf-8"))
+    if found.find("customresourcedefinitions", None, crd["metadata"]["name"]) is None:
+        found.create("customresourcedefinitions", None, crd)
+    found.wait(
+        "customresourcedefinitions", None, crd["metadata"]["name"],
+        lambda one: any(c["type"] == "Established" and c["status"] == "True" for c in (one.get("status") or {}).get("conditions") or []),
+    )  # fmt: skip
+    return found
+
+
+@pytest.fixture
+def namespace(api: KubeApi) -> str:
+    """A namespace of the test's own."""
+    name = f"cli-{next(numbers)}"
+    api.create("namespaces", None, {"metadata": {"name": name}})
+    return name
+
+
+@pytest.fixture
+def finetune(
+    control_plane: Endpoint, namespace: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Result]:
+    """Run a command with the test's namespace as the default."""
+    monkeypatch.setenv("KUBECONFIG", str(control_plane.kubeconfig))
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*words: str, default_namespace: bool = True) -> Result:
+        output.console.cache_clear()
+        output.messages.cache_clear()
+        extra = ["-n", namespace] if default_namespace else []
+        capsys.readouterr()
+        code = main.run([*words, *extra], [])
+        found = capsys.readouterr()
+        return Result(code, found.out, found.err)
+
+    return run
+
+
+@pytest.fixture
+def job(api: KubeApi, namespace: str) -> Callable[..., dict[str, Any]]:
+    """Create a FineTuneJob, with a status if one is given."""
+
+    def make(name: str = "bot", status: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
+        body = {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "metadata": {"name": name},
+            "spec": {"model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}, **spec},
+        }
+        made = api.create(names.PLURAL, namespace, body)
+        return set_status(api, namespace, name, status) if status else made
+
+    return make
+
+
+def set_status(api: KubeApi, namespace: str, name: str, status: dict[str, Any]) -> dict[str, Any]:
+    """Write a status as the operator would."""
+    return api.patch(f"{names.PLURAL}/status", namespace, name, {"status": status})
+
+
+def condition(kind: str, status: str = "True", reason: str = "R", message: str = "") -> dict[str, Any]:
+    """One condition."""
+    time = "2026-01-01T00:00:00Z"
+    return {
+        "type": kind,
+        "status": status,
+        "reason": reason,
+        "message": message,
+        "lastTransitionTime": time,
+        "observedGeneration": 1,
+    }

@@ -1,0 +1,288 @@
+"""Everyday commands against a real API server: what they change, what they say, and their exit codes."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api import names
+from ruamel.yaml import YAML
+
+from tests.integration.cli.conftest import Result, condition, set_status
+from tests.support.kubeapi import KubeApi
+
+Finetune = Callable[..., Result]
+Job = Callable[..., dict[str, Any]]
+JOB = """\
+apiVersion: finetune-operator.io/v1alpha1
+kind: FineTuneJob
+metadata: {name: bot}
+spec:
+  model: {source: org/m}
+  dataset: {train: "s3://data/t.jsonl"}
+  training: {learningRate: 2e-4}
+"""
+SECRET = "apiVersion: v1\nkind: Secret\nmetadata: {name: hub}\nstringData: {token: hf_abcdefgh}\n---\n"
+FAILED = {
+    "phase": "Failed",
+    "conditions": [condition("Finished"), condition("Succeeded", "False"), condition("Stalled", message="no rows", reason="DataError")],
+    "failure": {"class": "Data", "code": "DatasetEmpty", "message": "no rows are left", "hint": "give more rows", "rank": 0, "exitCode": 65},
+}  # fmt: skip
+DONE = {"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]}
+RUNNING = {
+    "phase": "Running", "conditions": [condition("Reconciling", message="step 120")], "attempt": 2, "restarts": 1,
+    "progress": {"step": 120, "totalSteps": 500, "percent": 24, "display": "120/500 (24%)", "eta": "1h12m", "tokensPerSecond": 1000.0},
+    "metrics": {"trainLoss": 1.5, "evalLoss": 1.7},
+    "attempts": [{"number": 1, "reason": "Preempted", "exitCode": 75, "lastStep": 100, "node": "n1"}, {"number": 2, "resumedFromStep": 100}],
+    "checkpoints": [{"step": 100, "uri": "s3://b/x/checkpoints/step-00000100/a1-1", "healthy": True, "bytes": 2048, "evalLoss": 1.75}],
+}  # fmt: skip
+
+
+def write(folder: Path, text: str, name: str = "job.yaml") -> str:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# --- submit ---------------------------------------------------------------------------------------------------------
+
+
+def test_submit_creates_the_job_and_what_stands_beside_it(
+    finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path
+) -> None:
+    result = finetune("submit", write(tmp_path, SECRET + JOB))
+    assert (result.code, result.err) == (0, "")
+    assert result.out == f"secret hub applied in {namespace}\nfinetunejob bot created in {namespace}\n"
+    assert api.get(names.PLURAL, namespace, "bot")["spec"]["training"] == {"learningRate": 0.0002}
+    assert api.find("secrets", namespace, "hub") is not None
+
+
+def test_submit_dry_run_keeps_nothing(finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path) -> None:
+    assert finetune("submit", write(tmp_path, JOB), "--dry-run").code == 0
+    assert api.find(names.PLURAL, namespace, "bot") is None
+
+
+def test_submit_refuses_here_what_the_server_would_refuse(
+    finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path
+) -> None:
+    result = finetune("submit", write(tmp_path, JOB.replace("learningRate: 2e-4", "learningRat: 2e-4, epochs: 0")))
+    assert result.code == 1
+    assert "spec.training.learningRat: unknown field; did you mean spec.training.learningRate?" in result.err
+    assert "spec.training.epochs: 0: should be greater than 0" in result.err
+    assert api.find(names.PLURAL, namespace, "bot") is None
+
+
+def test_submit_of_a_name_that_is_taken(finetune: Finetune, job: Job, tmp_path: Path) -> None:
+    job()
+    result = finetune("submit", write(tmp_path, JOB))
+    assert result.code == 1
+    assert "already exists; `finetune rerun` makes a new one from it" in result.err
+
+
+# --- looking --------------------------------------------------------------------------------------------------------
+
+
+def test_get_shows_the_servers_columns(finetune: Finetune, job: Job) -> None:
+    job(status=RUNNING)
+    head, row = finetune("get").out.splitlines()
+    assert head.split() == ["NAME", "STATUS", "PROGRESS", "LOSS", "ETA", "WORKERS", "RESTARTS", "AGE"]
+    assert row.split()[:3] == ["bot", "Running", "120/500"]
+    assert "MODEL" in finetune("get", "-o", "wide").out
+    assert finetune("get", "-o", "name").out == "finetunejobs.finetune-operator.io/bot\n"
+    assert json.loads(finetune("get", "bot", "-o", "json").out)["spec"]["model"] == {"source": "org/m"}
+    assert YAML(typ="safe").load(finetune("get", "-o", "yaml").out)["kind"] == "List"
+    assert "bot" in finetune("get", "-A", default_namespace=False).out
+
+
+def test_get_says_what_is_wrong(finetune: Finetune) -> None:
+    assert "no FineTuneJobs in namespace" in finetune("get").err
+    assert finetune("get", "nobody") == Result(1, "", 'error: finetunejobs.finetune-operator.io "nobody" not found\n')
+    assert "-o table: one of yaml, json, wide, name" in finetune("get", "-o", "table").err
+
+
+def test_status_tells_the_story(finetune: Finetune, job: Job, namespace: str) -> None:
+    job(status=RUNNING)
+    result = finetune("status", "bot")
+    assert result.code == 0
+    assert f"{namespace}/bot  Running\n  R: step 120\n" in result.out
+    assert "progress  ███████░░░░░░░░░░░░░░░░░░░░░░░ 120/500 (24%), 1h12m left" in result.out
+    assert "loss      train 1.5, validation 1.7" in result.out
+    assert "1        Preempted              75    -          100        -     n1" in result.out
+    assert "100       yes      1.75      2.0 KiB     -     s3://b/x/checkpoints/step-00000100/a1-1" in result.out
+
+
+def test_status_of_a_failed_job_is_2_with_the_hint(finetune: Finetune, job: Job) -> None:
+    job(status=FAILED)
+    result = finetune("status", "bot")
+    assert result.code == 2
+    assert (
+        "failure   Data DatasetEmpty: no rows are left (rank 0, exit code 65)\n          give more rows" in result.out
+    )
+
+
+def test_status_watch_follows_to_the_end(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+    job(status=RUNNING)
+    threading.Timer(1.0, lambda: set_status(api, namespace, "bot", DONE)).start()
+    result = finetune("status", "bot", "--watch")
+    assert result.code == 0
+    assert "bot  Running" in result.out
+    assert "bot  Succeeded" in result.out
+
+
+@pytest.mark.parametrize(("status", "code"), [(DONE, 0), (FAILED, 2)])
+def test_wait_ends_with_the_job(finetune: Finetune, job: Job, status: dict[str, Any], code: int) -> None:
+    job(status=status)
+    assert finetune("wait", "bot").code == code
+
+
+def test_wait_for_a_condition_and_for_too_long(finetune: Finetune, job: Job) -> None:
+    job(status=RUNNING)
+    assert finetune("wait", "bot", "--for", "running").code == 0
+    assert finetune("wait", "bot", "--for", "reconciling").code == 0
+    assert "bot is not Finished after 1 s" in finetune("wait", "bot", "--timeout", "1").err
+    assert "--for nonsense: one of running, Accepted" in finetune("wait", "bot", "--for", "nonsense").err
+
+
+def test_events(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+    made = job()
+    assert "no events of bot" in finetune("events", "bot").err
+    regarding = {
+        "apiVersion": names.API_VERSION,
+        "kind": names.KIND,
+        "name": "bot",
+        "namespace": namespace,
+        "uid": made["metadata"]["uid"],
+    }
+    api.create("events", namespace, {
+        "metadata": {"name": "e1"}, "eventTime": "2026-01-01T00:00:00.000000Z", "reportingController": "t", "reportingInstance": "t",
+        "action": "a", "reason": "AttemptStarted", "type": "Normal", "note": "attempt 1 was started", "regarding": regarding,
+    })  # fmt: skip
+    assert "AttemptStarted" in finetune("events", "bot").out
+    assert "FineTuneJob/bot" in finetune("events", "bot").out
+
+
+# --- changing -------------------------------------------------------------------------------------------------------
+
+
+def test_suspend_resume_cancel(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+    job(status=RUNNING)
+    assert finetune("suspend", "bot").out == "bot: it saves its state, then its GPUs are free\n"
+    assert api.get(names.PLURAL, namespace, "bot")["spec"]["suspend"] is True
+    assert "nothing to change, suspend is true already" in finetune("suspend", "bot").err
+    assert finetune("resume", "bot").code == 0
+    assert api.get(names.PLURAL, namespace, "bot")["spec"]["suspend"] is False
+    assert "confirm with --yes" in finetune("cancel", "bot").err
+    assert finetune("cancel", "bot", "--yes").code == 0
+    assert api.get(names.PLURAL, namespace, "bot")["spec"]["cancel"] is True
+
+
+def test_what_has_ended_is_not_changed(finetune: Finetune, job: Job) -> None:
+    job(status=DONE)
+    assert finetune("suspend", "bot").err == "error: bot has ended already: Succeeded\n"
+
+
+def test_rerun_makes_a_new_job_with_its_lineage(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+    old = job(status=RUNNING, suspend=True)
+    result = finetune(
+        "rerun", "bot", "--from-checkpoint", "100", "--set", "training.epochs=2", "--set", "method.lora.rank=4"
+    )
+    assert result.out == f"bot-2 created in {namespace}, from bot\n"
+    new = api.get(names.PLURAL, namespace, "bot-2")
+    assert new["spec"]["checkpoint"] == {"resume": "s3://b/x/checkpoints/step-00000100/a1-1"}
+    assert (new["spec"]["training"], new["spec"]["method"]) == ({"epochs": 2}, {"lora": {"rank": 4}})
+    assert new["spec"]["suspend"] is False
+    assert new["metadata"]["annotations"] == {
+        names.Annotation.RERUN_OF: f"bot/{old['metadata']['uid']}", names.Annotation.FROM_STEP: "100",
+    }  # fmt: skip
+    assert finetune("rerun", "bot").out.startswith("bot-3 created")
+
+
+def test_rerun_says_what_cannot_be(finetune: Finetune, job: Job) -> None:
+    job(status=RUNNING)
+    assert "bot shows no checkpoint of step 7: 100" in finetune("rerun", "bot", "--from-checkpoint", "7").err
+    assert (
+        "--set: training.epoch: unknown field; did you mean training.epochs?"
+        in finetune("rerun", "bot", "--set", "training.epoch=1").err
+    )
+
+
+def test_diff_of_two_jobs(finetune: Finetune, job: Job) -> None:
+    job("a", training={"epochs": 2})
+    job("b", training={"epochs": 5})
+    assert finetune("diff", "a", "b").out == "training.epochs  2.0  ->  5.0\n"
+
+
+# --- pods -----------------------------------------------------------------------------------------------------------
+
+
+def pod(name: str, attempt: int, index: int) -> dict[str, Any]:
+    labels = {
+        names.Label.NAME: "bot",
+        names.Label.ATTEMPT: str(attempt),
+        "batch.kubernetes.io/job-completion-index": str(index),
+    }
+    return {
+        "metadata": {"name": name, "labels": labels},
+        "spec": {"containers": [{"name": names.CONTAINER, "image": "x"}]},
+    }
+
+
+def test_logs_without_pods_and_without_a_node(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+    job()
+    assert "bot has no pods" in finetune("logs", "bot").err
+    api.create("pods", namespace, pod("bot-1-0", 1, 0))
+    api.create("pods", namespace, pod("bot-2-0", 2, 0))
+    api.create("pods", namespace, pod("bot-2-1", 2, 1))
+    assert [line.split()[0] for line in finetune("logs", "bot").out.splitlines()] == ["[2/0]", "[2/1]"]
+    assert len(finetune("logs", "bot", "--all").out.splitlines()) == 3
+    assert "there are those of 1, 2" in finetune("logs", "bot", "--attempt", "9").err
+    assert "no pod that holds rank 5" in finetune("logs", "bot", "--rank", "5").err
+
+
+def test_report_holds_everything_but_secrets(
+    finetune: Finetune, job: Job, api: KubeApi, namespace: str, tmp_path: Path
+) -> None:
+    job(
+        placement={
+            "env": [
+                {"name": "MY_TOKEN", "value": "plainsecret"},
+                {"name": "X", "value": "hf_abcdefghij"},
+                {"name": "Y", "value": "kept"},
+            ]
+        },
+        status=FAILED,
+    )
+    api.create("pods", namespace, pod("bot-1-0", 1, 0))
+    archive = tmp_path / "r.tar.gz"
+    assert finetune("report", "bot", "-o", str(archive)).code == 0
+    with tarfile.open(archive) as found:
+        texts = {
+            member.name.partition("/")[2]: found.extractfile(member).read().decode() for member in found.getmembers()
+        }  # type: ignore[union-attr]  # all are files
+    assert set(texts) == {"job.yaml", "status.txt", "pods.yaml", "events.txt", "versions.json", "logs/bot-1-0.txt"}
+    everything = "".join(texts.values())
+    assert ("plainsecret" in everything, "hf_abcdefghij" in everything, "kept" in everything) == (False, False, True)
+    assert "DatasetEmpty" in texts["job.yaml"]
+
+
+# --- connections ----------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_not_there(finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {
+        "apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
+        "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}], "users": [{"name": "u", "user": {}}],
+    }  # fmt: skip
+    result = finetune("get", "--kubeconfig", write(tmp_path, json.dumps(config), "k"))
+    assert result.code == 1
+    assert result.err.startswith("error: the API server at https://127.0.0.1:1 cannot be reached: ")
+
+
+def test_no_cluster_at_all(finetune: Finetune, tmp_path: Path) -> None:
+    result = finetune("get", "--kubeconfig", str(tmp_path / "none"))
+    assert (result.code, result.err.startswith("error: no cluster: ")) == (1, True)
