@@ -39,7 +39,7 @@ RUNNING = {
     "progress": {"step": 120, "totalSteps": 500, "percent": 24, "display": "120/500 (24%)", "eta": "1h12m", "tokensPerSecond": 1000.0},
     "metrics": {"trainLoss": 1.5, "evalLoss": 1.7},
     "attempts": [{"number": 1, "reason": "Preempted", "exitCode": 75, "lastStep": 100, "node": "n1"}, {"number": 2, "resumedFromStep": 100}],
-    "checkpoints": [{"step": 100, "uri": "s3://b/x/checkpoints/step-00000100/a1-1", "healthy": True, "bytes": 2048, "evalLoss": 1.75}],
+    "checkpoints": [{"step": 100, "uri": "s3://models/x/checkpoints/step-00000100/a1-1", "healthy": True, "bytes": 2048, "evalLoss": 1.75}],
 }  # fmt: skip
 
 
@@ -113,7 +113,7 @@ def test_status_tells_the_story(finetune: Finetune, job: Job, namespace: str) ->
     assert "progress  ███████░░░░░░░░░░░░░░░░░░░░░░░ 120/500 (24%), 1h12m left" in result.out
     assert "loss      train 1.5, validation 1.7" in result.out
     assert "1        Preempted              75    -          100        -     n1" in result.out
-    assert "100       yes      1.75      2.0 KiB     -     s3://b/x/checkpoints/step-00000100/a1-1" in result.out
+    assert "100       yes      1.75      2.0 KiB     -     s3://models/x/checkpoints/step-00000100/a1-1" in result.out
 
 
 def test_status_of_a_failed_job_is_2_with_the_hint(finetune: Finetune, job: Job) -> None:
@@ -193,7 +193,7 @@ def test_rerun_makes_a_new_job_with_its_lineage(finetune: Finetune, job: Job, ap
     )
     assert result.out == f"bot-2 created in {namespace}, from bot\n"
     new = api.get(names.PLURAL, namespace, "bot-2")
-    assert new["spec"]["checkpoint"] == {"resume": "s3://b/x/checkpoints/step-00000100/a1-1"}
+    assert new["spec"]["checkpoint"] == {"resume": "s3://models/x/checkpoints/step-00000100/a1-1"}
     assert (new["spec"]["training"], new["spec"]["method"]) == ({"epochs": 2}, {"lora": {"rank": 4}})
     assert new["spec"]["suspend"] is False
     assert new["metadata"]["annotations"] == {
@@ -238,8 +238,7 @@ def test_logs_without_pods_and_without_a_node(finetune: Finetune, job: Job, api:
     api.create("pods", namespace, pod("bot-1-0", 1, 0))
     api.create("pods", namespace, pod("bot-2-0", 2, 0))
     api.create("pods", namespace, pod("bot-2-1", 2, 1))
-    assert [line.split()[0] for line in finetune("logs", "bot").out.splitlines()] == ["[2/0]", "[2/1]"]
-    assert len(finetune("logs", "bot", "--all").out.splitlines()) == 3
+    assert finetune("logs", "bot") == Result(0, "", "")
     assert "there are those of 1, 2" in finetune("logs", "bot", "--attempt", "9").err
     assert "no pod that holds rank 5" in finetune("logs", "bot", "--rank", "5").err
 
