@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune_api.names import API_VERSION, GROUP, KIND, MAX_NAME_LENGTH, NAME_PATTERN
 from finetune_api.rules import Where, check
-from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec import FineTuneJobSpec, load
 from finetune_api.support import unsupported
 from pydantic import ValidationError
 
@@ -201,7 +201,7 @@ def _shaped(manifest: Manifest, raw: dict[str, Any]) -> tuple[FineTuneJobSpec | 
     value = _without(raw, [])
     for _ in range(2):
         try:
-            return FineTuneJobSpec.model_validate(value), findings
+            return load(value), findings
         except ValidationError as error:
             locations = []
             for one in error.errors():

@@ -78,7 +78,7 @@ def load(value: Mapping[str, Any]) -> FineTuneJobSpec:
 
     Errors: pydantic's ValidationError, one entry per field.
     """
-    return FineTuneJobSpec.model_validate_json(json.dumps(value), strict=True)
+    return FineTuneJobSpec.model_validate_json(json.dumps(value, default=str), strict=True)
 
 
 __all__ = ["FineTuneJobSpec", "load"]
