@@ -38,6 +38,8 @@ USER_AGENT = names.MANAGER
 TRIES = 5
 """Tries of a request that may be repeated, the first included."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
+MAX_MESSAGE = 2048
+"""Characters kept of the server's words: a refused Job comes back whole in them."""
 PAGE = 500
 """Objects in one page of a list."""
 CLOCK_PERIOD = 10.0
@@ -326,7 +328,7 @@ def _no_answer(verb: str, kind: Kind, name: str, error: Exception) -> KubeError:
 
 
 def _refusal(verb: str, kind: Kind, name: str, code: int, status: Object, headers: Mapping[str, str]) -> KubeError:
-    reason, message = str(status.get("reason") or ""), str(status.get("message") or "")
+    reason, message = str(status.get("reason") or ""), str(status.get("message") or "")[:MAX_MESSAGE]
     error: type[KubeError] = KubeError
     match code:
         case 404:

@@ -72,6 +72,10 @@ class Runtime:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_end.set)
         await self._server.start()
+        first = await self._first_look()
+        if first is not None:
+            await self._server.stop()
+            return first
         if self._config.leader_election.enabled:
             self._kube.guard = self._elector.check
         parts = {
@@ -94,6 +98,20 @@ class Runtime:
                 _explain(task.get_name(), error)
         await self._end([watching, *tasks])
         return code
+
+    async def _first_look(self) -> int | None:
+        """Fill the cache before anything else starts; an exit code if that cannot be, or is no longer wanted."""
+        looking = asyncio.create_task(self._resync())
+        waiting = asyncio.create_task(self._told_to_end.wait())
+        await asyncio.wait([looking, waiting], return_when=asyncio.FIRST_COMPLETED)
+        waiting.cancel()
+        if not looking.done():
+            looking.cancel()
+            return 0
+        error = looking.exception()
+        if error is not None:
+            _explain("start", error)
+        return None if error is None else 1
 
     async def _end(self, tasks: list[asyncio.Task[Any]]) -> None:
         """Let looks under way finish, post what is to be told, hand over the lead."""
@@ -130,10 +148,8 @@ class Runtime:
     async def _lead(self) -> None:
         """Take the lead, look at everything once, let the workers work, keep the lead."""
         if not self._config.leader_election.enabled:
-            await self._resync()
             self._start_working()
             await asyncio.Event().wait()
-        await self._resync()
         await self._elector.acquire()
         await self._resync()
         self._start_working()

@@ -14,7 +14,9 @@ from tests.integration.operator.rig import Rig
 
 
 def run_config(job: dict[str, Any]) -> RunConfig:
-    return RunConfig.model_validate(json.loads(job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]))
+    return RunConfig.model_validate(
+        json.loads(job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG])
+    )
 
 
 def checkpoint(step: int) -> dict[str, Any]:
@@ -291,7 +293,7 @@ async def test_unschedulable_in_the_scheduler_s_words(world: Rig) -> None:
 
 
 async def _event(world: Rig, reason: str) -> None:
-    while reason not in await reasons(world):
+    while reason not in await reasons(world):  # noqa: ASYNC110 -- what is waited for happens on the API server
         await asyncio.sleep(0.05)
 
 

@@ -1,0 +1,67 @@
+"""The process itself: health, metrics, configuration, what it says when it cannot start."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import aiohttp
+import yaml
+
+from localcluster import Endpoint
+from tests.integration.operator.rig import Operator, Rig
+
+
+async def fetch(operator: Operator, path: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as session, session.get(f"http://127.0.0.1:{operator.port()}{path}") as answer:
+        return answer.status, await answer.text()
+
+
+async def test_health_and_metrics(operator: Operator, world: Rig) -> None:
+    await world.create()
+    await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
+    await world.phase("Succeeded")
+    assert await fetch(operator, "/healthz") == (200, "ok\n")
+    assert await fetch(operator, "/readyz") == (200, "ok\n")
+    _, text = await fetch(operator, "/metrics")
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(lines['finetune_operator_jobs_finished_total{outcome="Succeeded"}']) >= 1
+    assert float(lines['finetune_operator_api_requests_total{code="201",resource="jobs",verb="create"}']) >= 1
+    assert float(lines['finetune_operator_jobs{phase="Succeeded"}']) >= 1
+    assert world.namespace not in text
+
+
+def run(tmp_path: Path, text: str, env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    command = [sys.executable, "-m", "finetune_operator", "--config", str(path)]
+    return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_a_wrong_configuration_is_refused_in_one_line(tmp_path: Path) -> None:
+    done = run(tmp_path, "workers: none\nnodePool: []\n", {})
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "workers: Input should be a valid integer" in done.stderr
+    assert "nodePool: Extra inputs are not permitted" in done.stderr
+
+
+def test_without_an_api_server_it_says_so(tmp_path: Path) -> None:
+    done = run(tmp_path, "{}", {"KUBECONFIG": str(tmp_path / "none")})
+    assert done.returncode == 2
+    assert "no API server to connect to" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_without_the_crd_it_says_so(tmp_path: Path, served: Endpoint) -> None:
+    config = {"http": {"port": 0}, "api": {"timeoutSeconds": 5}}
+    kubeconfig = yaml.safe_load(served.kubeconfig.read_text())
+    path = tmp_path / "kubeconfig"
+    kubeconfig["clusters"][0]["cluster"]["server"] += "/not-here"
+    path.write_text(yaml.safe_dump(kubeconfig))
+    done = run(tmp_path, yaml.safe_dump(config), {"KUBECONFIG": str(path)})
+    assert done.returncode == 1
+    assert "install the CRD first" in done.stderr
+    assert "Traceback" not in done.stderr

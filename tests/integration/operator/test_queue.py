@@ -1,0 +1,64 @@
+"""With a queue: created suspended, shown as queued, admitted, evicted free of charge, admitted again."""
+
+from __future__ import annotations
+
+import asyncio
+
+from finetune_operator.kube import EVENT
+
+from tests.integration.operator.kueue import Queue
+from tests.integration.operator.rig import Rig
+
+
+async def test_admitted_evicted_and_admitted_again(world: Rig) -> None:
+    queue = Queue(world)
+    await world.create(placement={"queueName": "team-a"})
+    await queue.waiting("run-1")
+    status = await world.phase("Queued")
+    assert world.pods.items == {}
+    quota = world.condition("QuotaReserved")
+    assert (quota["status"], quota["reason"]) == ("False", "Queued")
+    assert "team-a" in quota["message"]
+
+    await queue.admit("run-1", {"flavour": "spot"})
+    pod = await world.train("run-1", step=40)
+    assert pod["spec"]["nodeSelector"] == {"flavour": "spot"}
+    await world.phase("Running")
+    assert world.condition("QuotaReserved")["status"] == "True"
+
+    await queue.evict("run-1")
+    status = await world.phase("Queued")
+    assert world.condition("QuotaReserved")["reason"] == "Queued"
+    assert (status["attempt"], status.get("retriesUsed")) == (1, None)
+    await world.until("no pods", lambda: not world.pods.items)
+    events = (await world.kube.list(EVENT, world.namespace)).items
+    while "Preempted" not in {e["reason"] for e in events}:
+        await asyncio.sleep(0.05)
+        events = (await world.kube.list(EVENT, world.namespace)).items
+
+    await queue.admit("run-1", {"flavour": "on-demand"})
+    again = await world.pod("run-1", 0, "Running")
+    assert again["metadata"]["uid"] != pod["metadata"]["uid"]
+    await world.kubelet.succeed(again)
+    status = await world.phase("Succeeded")
+    assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Succeeded")]
+    assert status["restarts"] == 0
+
+
+async def test_time_in_the_queue_is_not_running_time(world: Rig) -> None:
+    await world.create(placement={"queueName": "team-a"}, policy={"activeDeadlineSeconds": 2})
+    await world.phase("Queued")
+    await asyncio.sleep(2.5)  # the deadline's length, spent in the queue: nothing may come of it
+    assert world.status()["phase"] == "Queued"
+    await Queue(world).admit("run-1", {})
+    status = await world.phase("Failed")
+    assert status["failure"]["code"] == "DeadlineExceeded"
+
+
+async def test_suspended_while_queued(world: Rig) -> None:
+    await world.create(placement={"queueName": "team-a"})
+    await world.phase("Queued")
+    await world.patch({"suspend": True})
+    await world.phase("Suspended")
+    assert world.jobs.items == {}
+    await world.patch({"suspend": False, "placement": {"queueName": "team-b"}})
