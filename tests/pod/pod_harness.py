@@ -118,7 +118,9 @@ class Pod:
     @property
     def port(self) -> int | None:
         """Port of its HTTP server, once it listens."""
-        for line in self.text.splitlines():
+        with (self.folder / "log").open("rb") as stream:
+            head = stream.read(20_000).decode(errors="replace")
+        for line in head.splitlines():
             if "listening on port " in line:
                 return int(line.rpartition(" ")[2])
         return None

@@ -101,10 +101,11 @@ def from_message(message: dict[str, Any]) -> RankFailure:
     kind = BY_CODE.get(code, InternalError)
     given = message.get("failureClass")
     failure_class = FailureClass(given) if given in list(FailureClass) else CLASS_OF_CODE[kind.exit_code]
+    hint = message.get("hint")
     error = kind(
         str(message.get("code", "Unknown")),
-        str(message.get("message", "")),
-        hint=message.get("hint"),
+        printable(str(message.get("message", ""))),
+        hint=printable(hint) if hint else None,
         failure_class=failure_class,
     )
     return RankFailure(
@@ -114,6 +115,11 @@ def from_message(message: dict[str, Any]) -> RankFailure:
         bool(message.get("origin", True)),
         int(message.get("timeNs", 0)),
     )
+
+
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8: half characters, as libraries' messages may hold, are replaced."""
+    return text.encode(errors="replace").decode()
 
 
 def from_exit_code(rank: int, code: int, *, host_memory: bool = False) -> RankFailure:

@@ -105,7 +105,7 @@ class Reporter(TrainerCallback):
         self._channel.progress(
             Progress(
                 step=state.global_step, total_steps=state.max_steps, epoch=round(state.epoch or 0.0, 4),
-                tokens_seen=seen or None, tokens_per_second=self._pace(seen),
+                tokens_seen=seen or None, tokens_per_second=_finite(logs.get("tokens_per_second"), 1) or self._pace(seen),
             )
         )  # fmt: skip
         self._channel.metrics(

@@ -59,7 +59,7 @@ class Facts:
     """The supervisor's own: preparation, storage, stall."""
     ranks: list[RankFailure] = field(default_factory=list)
     stop_asked: float | None = None
-    """Monotonic time of SIGTERM."""
+    """Monotonic time of SIGTERM, or of hearing that another pod of the gang got one."""
     stopped_ranks: set[int] = field(default_factory=set)
     stop_step: int | None = None
     finished: bool = False
@@ -128,7 +128,7 @@ class Supervisor:
         work.mkdir(parents=True, exist_ok=True)
         for name in (FILE_NAME, STOP_FILE, RESULT):
             (work / name).unlink(missing_ok=True)
-        for name in ("output", "staged", "restored"):
+        for name in ("output", "staged"):
             shutil.rmtree(work / name, ignore_errors=True)
         (work / "output").mkdir()
         (work / "staged").mkdir()
@@ -252,6 +252,8 @@ class Supervisor:
                 self.facts.ranks.append(from_message(message))
             case "stopping":
                 self.facts.stop_step = int(message["step"])
+                if self.facts.stop_asked is None:  # another pod of the gang was asked
+                    self.facts.stop_asked = time.monotonic()
                 self.board.stage(Stage.STOPPING, f"at step {message['step']}")
             case "stopped":
                 self.facts.stopped_ranks.add(int(message["rank"]))

@@ -1,0 +1,208 @@
+"""The supervisor's promises, with ranks that only count: exit codes, last words, stalls, stops, nobody left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.names import FailureClass
+from finetune_api.pod import LastWords, Resume, StoreTarget
+from pod_harness import PYTHONPATH, UID, Pod, merged, run_config
+
+HERE = Path(__file__).parent
+
+
+@pytest.fixture
+def spec(model: Path, rows: Path) -> dict[str, Any]:
+    return {
+        "model": {"source": f"file://{model}"}, "dataset": {"train": f"file://{rows}", "format": "messages"},
+        "checkpoint": {"steps": 5}, "policy": {"stallTimeoutSeconds": 600},
+    }  # fmt: skip
+
+
+def toy(
+    folder: Path,
+    spec: dict[str, Any],
+    script: dict[str, Any],
+    *,
+    env: dict[str, str] | None = None,
+    name: str = "pod",
+    **run: Any,
+) -> Pod:
+    """A pod with ranks that follow a script; its root is a folder."""
+    config = run_config(spec, StoreTarget(uri=f"file://{folder}/root/team/job/{UID}"), **run)
+    path = os.pathsep.join([PYTHONPATH, str(HERE)])
+    settings = {"PYTHONPATH": path, "FINETUNE_TRAINER_MODULE": "toy_rank", "TOY_SCRIPT": json.dumps(script)}
+    return Pod(config, folder / name, settings | (env or {}))
+
+
+def committed(folder: Path) -> list[int]:
+    found = (folder / "root/team/job" / UID / "checkpoints").glob("step-*/_COMMITTED")
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+
+
+def ended(pod: Pod) -> tuple[int, LastWords]:
+    code = pod.end()
+    words = pod.words()
+    assert words.exit_code == code, pod.text[-3000:]
+    return code, words
+
+
+def test_success(tmp_path: Path, spec: dict[str, Any]) -> None:
+    with toy(tmp_path, spec, {}) as pod:
+        code, words = ended(pod)
+    assert code == 0, pod.text[-3000:]
+    assert words.output is not None and words.output.uri is not None and words.output.kind == "adapter"
+    folder = Path(words.output.uri.removeprefix("file://"))
+    assert (folder / "adapter_model.safetensors").read_text() == "final 20"
+    assert (words.step, words.committed_step, words.class_, words.code) == (20, 20, None, None)
+    assert committed(tmp_path) == [10, 15, 20]
+
+
+@pytest.mark.parametrize(
+    ("what", "code", "name", "failure_class"),
+    [
+        ("bad-data", 65, "NoTrainableToken", FailureClass.DATA),
+        ("diverge", 72, "LossNotFinite", FailureClass.DIVERGED),
+        ("out-of-memory", 71, "HostMemory", FailureClass.OUT_OF_MEMORY),
+        ("die", 74, "RankKilled", FailureClass.INFRASTRUCTURE),
+        ("exit", 70, "RankCrashed", FailureClass.INTERNAL),
+        ("crash", 70, "TrainerCrashed", FailureClass.INTERNAL),
+    ],
+)
+def test_a_failing_rank_is_named(
+    tmp_path: Path, spec: dict[str, Any], what: str, code: int, name: str, failure_class: FailureClass
+) -> None:
+    with toy(tmp_path, spec, {"at": {"0:7": what}}) as pod:
+        found, words = ended(pod)
+    assert (found, words.code, words.class_, words.rank, words.origin) == (code, name, failure_class, 0, True)
+    assert committed(tmp_path) == [5] and words.committed_step == 5
+    assert len((pod.folder / "last-words").read_bytes()) <= 4096
+
+
+def test_the_rank_that_failed_is_named_and_not_the_one_that_noticed(tmp_path: Path, spec: dict[str, Any]) -> None:
+    script = {"at": {"0:7": "lose-peer", "1:9": "diverge"}, "pause": 0.02}
+    with toy(tmp_path, spec, script, processes=2) as pod:
+        code, words = ended(pod)
+    assert (code, words.code, words.rank) in [(72, "LossNotFinite", 1), (74, "PeerLost", 0)]
+    if words.rank == 0:  # rank 1 was ended before it came to its own failure: then what rank 0 noticed is all there is
+        assert words.origin is False
+
+
+def test_a_flood_of_noise_leaves_valid_last_words(tmp_path: Path, spec: dict[str, Any]) -> None:
+    with toy(tmp_path, spec, {"at": {"0:3": "shout"}}) as pod:
+        code, words = ended(pod)
+    assert (code, words.code) == (70, "TrainerCrashed")
+    assert (pod.folder / "log").stat().st_size > 100_000_000
+
+
+def test_a_frozen_rank_is_a_stall(tmp_path: Path, spec: dict[str, Any]) -> None:
+    quick = merged(spec, {"policy": {"stallTimeoutSeconds": 2}})
+    with toy(tmp_path, quick, {"at": {"0:7": "freeze"}}) as pod:
+        code, words = ended(pod)
+    assert (code, words.code, words.class_) == (74, "Stalled", FailureClass.INFRASTRUCTURE)
+    assert "after step 6" in (words.message or "")
+
+
+def test_a_hanging_rank_leaves_its_stacks_in_the_log(tmp_path: Path, spec: dict[str, Any]) -> None:
+    quick = merged(spec, {"policy": {"stallTimeoutSeconds": 2}})
+    with toy(tmp_path, quick, {"at": {"0:7": "hang"}}) as pod:
+        code, words = ended(pod)
+    assert (code, words.code) == (74, "Stalled")
+    assert "toy_rank.py" in pod.text and "in happen" in pod.text
+
+
+def test_a_stop_saves_and_the_next_attempt_goes_on(tmp_path: Path, spec: dict[str, Any]) -> None:
+    script = {"steps": 2000, "every": 1000, "pause": 0.005}
+    with toy(tmp_path, spec, script) as pod:
+        pod.wait_step(10)
+        pod.terminate()
+        code, words = ended(pod)
+    assert (code, words.class_, words.code) == (75, FailureClass.PREEMPTED, "StoppedSaved")
+    assert words.step == words.committed_step and committed(tmp_path) == [words.step]
+    again = {"steps": words.step + 5, "every": 1000}
+    with toy(tmp_path, spec, again, name="two", attempt=2, resume=Resume(mode="auto", expect_step=words.step)) as pod:
+        code, second = ended(pod)
+    assert (code, second.resumed_from_step) == (0, words.step)
+
+
+def test_a_stop_before_the_first_step_loses_nothing(tmp_path: Path, spec: dict[str, Any]) -> None:
+    with toy(tmp_path, spec, {"at": {"import:0": "hang"}}) as pod:
+        pod.wait_until(lambda: bool(pod.pids("train")))
+        pod.terminate()
+        code, words = ended(pod)
+    assert (code, words.code) == (75, "StoppedSaved")
+
+
+def test_a_stop_that_cannot_save_in_time(tmp_path: Path, spec: dict[str, Any]) -> None:
+    """The rank hangs, the grace period ends: 76, and no half of a checkpoint."""
+    with toy(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=2) as pod:
+        pod.wait_step(6)
+        pod.terminate()
+        code, words = ended(pod)
+    assert (code, words.code, words.class_) == (76, "StoppedUnsaved", FailureClass.PREEMPTED)
+    assert committed(tmp_path) == [5]
+
+
+def test_the_success_of_a_life_that_could_not_say_so(tmp_path: Path, spec: dict[str, Any]) -> None:
+    with toy(tmp_path, spec, {}) as pod:
+        _, first = ended(pod)
+    with toy(tmp_path, spec, {}, name="two", attempt=2, resume=Resume(mode="auto", expect_step=20)) as pod:
+        code, second = ended(pod)
+    assert code == 0 and first.output == second.output and first.output is not None
+
+
+@pytest.mark.parametrize("victim", ["supervisor", "agent"])
+def test_nobody_is_left_behind(tmp_path: Path, spec: dict[str, Any], victim: str) -> None:
+    with toy(tmp_path, spec, {"steps": 100000}, processes=2) as pod:
+        pod.wait_step(3)
+        ranks = pod.pids("train")
+        assert len(ranks) == 2 and pod.process is not None
+        os.kill(pod.process.pid if victim == "supervisor" else pod.pids("agent")[0], signal.SIGKILL)
+        code = pod.end()
+    assert code == (-signal.SIGKILL if victim == "supervisor" else 74)
+    end = time.monotonic() + 20
+    while any(alive(pid) for pid in ranks):
+        assert time.monotonic() < end, "a rank lives on"
+        time.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_what_it_answers(tmp_path: Path, spec: dict[str, Any]) -> None:
+    with toy(tmp_path, spec, {"steps": 100000}) as pod:
+        pod.wait_until(lambda: pod.get("/healthz") == b"ok\n")
+        pod.wait_committed(10)
+        report = pod.report()
+        assert report is not None and report.uid == UID and report.attempt == 1 and report.stage == "training"
+        assert report.progress.total_steps == 100000 and report.progress.percent == 0 and report.progress.eta
+        assert report.resolved.storage == {"kind": "folder", "conditionalWrites": True, "canDelete": True}
+        assert report.health.healthy and report.health.last_save_seconds is not None
+        metrics = (pod.get("/metrics") or b"").decode()
+        assert (
+            'finetune_trainer_stage{stage="training"} 1' in metrics and "finetune_trainer_checkpoints_total" in metrics
+        )
+        body = {"trainerStatus": {"progressPercentage": 7, "metrics": [{"name": "loss", "value": "0.5"}]}}
+        url = f"http://127.0.0.1:{pod.port}/apis/trainer.kubeflow.org/v1alpha1/namespaces/n/trainjobs/j/status"
+        with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), method="POST")) as answer:
+            assert answer.status == 200
+        assert pod.get("/nothing") is None
+
+
+def test_no_storage_credentials_reach_a_rank(tmp_path: Path, spec: dict[str, Any]) -> None:
+    env = {"AWS_SECRET_ACCESS_KEY": "hidden-word", "MODEL_AWS_SECRET_ACCESS_KEY": "hidden-word", "KEPT": "seen"}
+    with toy(tmp_path, spec, {"steps": 100000}, env=env) as pod:
+        pod.wait_step(1)
+        environment = Path(f"/proc/{pod.pids('train')[0]}/environ").read_bytes()
+    assert b"KEPT=seen" in environment and b"hidden-word" not in environment

@@ -1,0 +1,92 @@
+"""A rank that trains nothing: it counts steps, writes checkpoints and misbehaves as TOY_SCRIPT says. For the supervisor's tests.
+
+TOY_SCRIPT is JSON: {"steps": 20, "every": 5, "pause": 0.01, "bytes": 1000, "at": {"<rank>:<step>": "<what happens>"}}.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from typing import Any
+
+from finetune_api.errors import DataError, DivergedError
+from finetune_api.pod import RunConfig
+from finetune_api.spec.enums import OutputKind
+from finetune_api.status import Metrics, Progress, Stage
+from finetune_trainer.channel import Channel
+from finetune_trainer.checkpoint.stop import Alone, Gang, StopAgreement, Stopped
+from finetune_trainer.inputs import Inputs
+
+SCRIPT: dict[str, Any] = json.loads(os.environ.get("TOY_SCRIPT", "{}"))
+
+
+def preload(run: RunConfig) -> None:
+    happen("import", 0)
+
+
+def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
+    steps, every, pause = SCRIPT.get("steps", 20), SCRIPT.get("every", 5), SCRIPT.get("pause", 0.01)
+    agreement = StopAgreement(channel, Gang("toy") if channel.world_size > 1 else Alone(), poll_seconds=0.02)
+    step = inputs.restore.step if inputs.restore else 0
+    channel.stage(Stage.TRAINING)
+    channel.progress(Progress(step=step, total_steps=steps, epoch=0.0))
+    agreement.start(step)
+    while step < steps:
+        time.sleep(pause)
+        step += 1
+        happen(channel.rank, step)
+        channel.heartbeat(step)
+        channel.metrics(Metrics(train_loss=1.0 / step))
+        channel.log(step, {"loss": 1.0 / step})
+        stopping = agreement.reached(step)
+        if step % every == 0 or stopping:
+            save(channel, inputs, step, stopping)
+    if channel.rank == 0:
+        final = inputs.output_dir / "final"
+        final.mkdir()
+        (final / "adapter_model.safetensors").write_text(f"final {step}")
+        channel.finished(final, OutputKind.ADAPTER, {})
+
+
+def save(channel: Channel, inputs: Inputs, step: int, stopping: bool) -> None:
+    folder = inputs.output_dir / f"checkpoint-{step}"
+    folder.mkdir(exist_ok=True)
+    (folder / f"state-{channel.rank}").write_bytes(bytes([step % 256]) * SCRIPT.get("bytes", 1000))
+    channel.staged(step, folder, incarnation=os.environ["FINETUNE_INCARNATION"], graceful=stopping, stallSeconds=0.0)
+    if stopping:
+        raise Stopped(step)
+
+
+def happen(who: int | str, step: int) -> None:
+    """What the script says about this rank and step."""
+    match SCRIPT.get("at", {}).get(f"{who}:{step}"):
+        case None:
+            return
+        case "hang":
+            time.sleep(3600)
+        case "freeze":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        case "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "bad-data":
+            raise DataError("NoTrainableToken", f"step {step} found nothing to learn")
+        case "diverge":
+            raise DivergedError("LossNotFinite", f"loss is nan at step {step}")
+        case "lose-peer":
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+        case "crash":
+            raise ValueError("a long story: " + '\N{SNOWMAN}\0"\\' * 3000)
+        case "shout":
+            sys.stdout.buffer.write((b"x" * 1023 + b"\xff\n") * 100 * 1024)
+            sys.stdout.flush()
+            raise ValueError("\udcff not even text")
+        case "exit":
+            os._exit(3)
+        case "out-of-memory":
+            raise MemoryError("cannot allocate 7 GiB")
+        case "thread":
+            threading.Thread(target=time.sleep, args=(3600,)).start()

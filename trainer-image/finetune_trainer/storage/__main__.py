@@ -1,0 +1,138 @@
+"""`python -m finetune_trainer.storage list|verify|download <uri>`: what a person does with a job's tree.
+
+The uri is that of a job (`s3://bucket/root/<namespace>/<name>/<uid>`), of one checkpoint (`.../checkpoints/step-00000100`) or
+of the final model (`.../model`). Credentials come from the usual AWS_ variables; endpoint and region from options or AWS_ ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api.errors import DataError, FineTuneError, NotFoundError
+from finetune_api.names import ExitCode, Storage
+from finetune_api.pod import StoreTarget
+from finetune_api.spec.enums import AddressingStyle
+
+from finetune_trainer.checkpoint.manifest import Manifest, step_of
+from finetune_trainer.checkpoint.restore import fetch_verified
+from finetune_trainer.checkpoint.tree import Committed, Tree
+from finetune_trainer.storage.base import join
+from finetune_trainer.storage.roots import open_store
+
+
+@dataclass(frozen=True)
+class Address:
+    """A job's root and what of it is meant."""
+
+    root: str
+    step: int | None = None
+    model: bool = False
+
+    @property
+    def everything(self) -> bool:
+        """The whole job is meant."""
+        return self.step is None and not self.model
+
+
+def address(uri: str) -> Address:
+    """Split a uri as a person copies it from status: with or without the incarnation's folder."""
+    parts = uri.rstrip("/").split("/")
+    for index in range(len(parts) - 1, 2, -1):
+        step = step_of(parts[index])
+        if step is not None and parts[index - 1] == Storage.CHECKPOINTS:
+            return Address("/".join(parts[: index - 1]), step)
+        if parts[index] == Storage.MODEL and index >= len(parts) - 2:
+            return Address("/".join(parts[:index]), model=True)
+        if parts[index] == Storage.CHECKPOINTS and index == len(parts) - 1:
+            return Address("/".join(parts[:index]))
+    return Address("/".join(parts))
+
+
+def meant(tree: Tree, where: Address) -> Iterator[Committed]:
+    """What the address means, newest first; the model last. Errors: NotFoundError NothingCommitted."""
+    found = [] if where.model else [one for one in tree.committed() if where.step in (None, one.step)]
+    if where.model or where.everything:
+        found += [model] if (model := tree.marker(None)) else []
+    if not found:
+        raise NotFoundError("NothingCommitted", f"nothing is committed at {where.root}", hint="check the uri; `list` shows a job's tree")
+    yield from found
+
+
+def show(tree: Tree, where: Address) -> None:
+    """One line for each checkpoint and the model."""
+    print(f"{'WHAT':<16}{'FILES':>6}{'BYTES':>14}  {'HEALTHY':<8}{'MADE BY':<14}URI")
+    for one in meant(tree, where):
+        manifest = tree.manifest(one)
+        what = "model" if one.step is None else f"step {one.step}"
+        files, size = (len(manifest.files), manifest.bytes) if manifest else ("?", "damaged")
+        healthy = "-" if one.step is None else "yes" if one.healthy else "unknown"
+        print(f"{what:<16}{files:>6}{size:>14}  {healthy:<8}{one.marker.path:<14}{tree.uri(one.folder)}")
+
+
+def verify(tree: Tree, where: Address) -> None:
+    """Read every byte and compare. Errors: DataError CheckpointDamaged, naming each object."""
+    problems: list[str] = []
+    for one in meant(tree, where):
+        with tempfile.TemporaryDirectory() as folder:
+            problem = _bring(tree, one, Path(folder))
+        print(f"{tree.uri(one.folder)}: {problem or 'whole and right'}")
+        problems += [problem] if problem else []
+    if problems:
+        raise DataError("CheckpointDamaged", f"{len(problems)} damaged: {problems[0]}")
+
+
+def download(tree: Tree, where: Address, target: Path) -> None:
+    """Bring the newest that is meant (the model, if the whole job is) into a folder. Errors: DataError CheckpointDamaged."""
+    found = list(meant(tree, where))
+    one = next((one for one in found if one.step is None), found[0])
+    problem = _bring(tree, one, target)
+    if problem:
+        raise DataError("CheckpointDamaged", problem)
+    print(f"{tree.uri(one.folder)} is in {target}")
+
+
+def _bring(tree: Tree, one: Committed, folder: Path) -> str | None:
+    manifest: Manifest | None = tree.manifest(one)
+    if manifest is None:
+        return f"{tree.uri(join(one.folder, Storage.MANIFEST))} is missing or not the one that was committed"
+    return fetch_verified(tree, one.folder, manifest, folder, lambda path: True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; returns the exit code of the failure's class."""
+    parser = argparse.ArgumentParser(prog="python -m finetune_trainer.storage", description=__doc__)
+    parser.add_argument("command", choices=["list", "verify", "download"])
+    parser.add_argument("uri")
+    parser.add_argument("--to", type=Path, help="folder to download into (default: the last part of the uri)")
+    parser.add_argument("--endpoint", help="URL of an S3-compatible store")
+    parser.add_argument("--region")
+    parser.add_argument("--addressing-style", choices=list(AddressingStyle), type=AddressingStyle)
+    parser.add_argument("--ca-bundle", help="file with PEM certificates to trust")
+    options = parser.parse_args(arguments)
+    where = address(options.uri)
+    target = StoreTarget(
+        uri=where.root, endpoint=options.endpoint, region=options.region, addressing_style=options.addressing_style,
+        ca_bundle=options.ca_bundle,
+    )  # fmt: skip
+    try:
+        tree = Tree(open_store(target))
+        match options.command:
+            case "list":
+                show(tree, where)
+            case "verify":
+                verify(tree, where)
+            case "download":
+                download(tree, where, options.to or Path(options.uri.rstrip("/").rpartition("/")[2]))
+    except FineTuneError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    return ExitCode.OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())
