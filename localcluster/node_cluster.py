@@ -47,9 +47,9 @@ class Options:
 class NodeCluster:
     """API server, controllers, scheduler, DNS, S3, and `nodes` nodes with containerd below `state_dir`.
 
-    A context manager, or `up()` and `down()`. With the default lifetime it ends with the thread that started it, even
-    by kill -9. Errors: MissingRequirement (root, packages, kernel, Go), ClusterBusy (one per machine), ClusterDiffers
-    (up with another number of nodes), StartFailed.
+    A context manager (which leaves up what it found up), or `up()` and `down()`. With the default lifetime it ends with
+    the thread that started it, even by kill -9. Errors: MissingRequirement (root, packages, kernel, Go), ClusterBusy (one
+    per machine), ClusterDiffers (up with another number of nodes), StartFailed.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class NodeCluster:
         self._lifetime = lifetime
         self._step = step
         self._machine = Machine(self.state_dir)
+        self._started = False
 
     # ---- life
 
@@ -72,6 +73,7 @@ class NodeCluster:
                 programs = {name: build.ensure(name, self._step) for name in (build.KUBE, "coredns", "pause")}
                 try:
                     self._start(programs)
+                    self._started = True
                 except BaseException:
                     with self._step("the start did not succeed: clean up"):
                         self._machine.end()
@@ -205,7 +207,8 @@ class NodeCluster:
         return self.up()
 
     def __exit__(self, *raised: object) -> None:
-        self.down()
+        if self._started:
+            self.down()
 
     # ---- use
 

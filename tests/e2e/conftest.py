@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import secrets
 from collections.abc import Iterator
 
@@ -14,8 +16,21 @@ from localcluster.steps import shown
 @pytest.fixture(scope="session")
 def node_cluster() -> Iterator[NodeCluster]:
     """Nodes n1 and n2, each with four pretended GPUs; S3 runs on n1. The nodes' images stay for the next run."""
-    with NodeCluster(paths.state("tests"), nodes=2, gpus=4, step=shown) as cluster:
+    with the_only_run(), NodeCluster(paths.state("tests"), nodes=2, gpus=4, step=shown) as cluster:
         yield cluster
+
+
+@contextlib.contextmanager
+def the_only_run() -> Iterator[None]:
+    """Wait until no other run of these tests is at work on this machine: there is one cluster with nodes."""
+    paths.cache().mkdir(parents=True, exist_ok=True)
+    with (paths.cache() / "e2e.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with shown("wait for another run of these tests"):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from localcluster import LocalClusterError, NodeCluster, census
+from localcluster import LocalClusterError, NodeCluster, census, processes
 from localcluster.census import NOTHING, Census
 from localcluster.errors import ClusterBusy, ClusterDiffers
 from localcluster.machine import Machine
@@ -70,10 +70,15 @@ def test_kill_9_of_the_first_process_then_up_leaves_only_the_new_cluster(cluster
     assert testbox
     _busy(cluster.up())
     namespaces = census.namespaces_of(cluster.state_dir)
+    before = census.take(cluster.state_dir, namespaces)
+    old = [int(line.split()[0]) for line in before.processes]
+    born = {pid: processes.born(pid) for pid in old}
     os.kill(Machine(cluster.state_dir).pid(), signal.SIGKILL)
     cluster.up()
-    left = census.take(cluster.state_dir, namespaces)
-    assert (left.namespaces, left.mounts) == ((), ())
+    assert [pid for pid in old if born[pid] and processes.born(pid) == born[pid]] == []
+    after = census.take(cluster.state_dir, census.namespaces_of(cluster.state_dir))
+    assert len(after.namespaces) == len(before.namespaces)
+    assert after.mounts == ()
     pods = cluster.endpoint.get("/api/v1/pods")["items"]
     assert {p["metadata"]["namespace"] for p in pods} == {"s3"}
 
