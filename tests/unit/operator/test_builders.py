@@ -1,0 +1,141 @@
+"""The objects of an attempt, against golden files.
+
+After an intended change: `GOLDEN=write pytest tests/unit/operator/test_builders.py`, and read the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from finetune_api.names import MAX_RUN_BYTES, Annotation, Env
+from finetune_api.pod import RunConfig
+from finetune_operator.builders.job import build_job, build_service
+from finetune_operator.builders.run_config import build_run_config
+from finetune_operator.kube import Object
+
+from tests.unit.operator.samples import CONFIG, accepted, finetunejob, job, spec
+
+GOLDEN = Path(__file__).parent / "golden"
+EVERYTHING = spec(
+    model={
+        "source": "s3://models/base", "tokenSecretRef": {"name": "hub", "key": "token"},
+        "storage": {"endpoint": "https://models.example.com", "credentialsSecretRef": {"name": "models"}},
+    },
+    dataset={
+        "train": "configmap://rows/train.jsonl", "validation": "pvc://data/validation.jsonl",
+        "chatTemplate": {"configMapRef": {"name": "templates", "key": "chat.jinja"}},
+        "storage": {"endpoint": "https://data.example.com", "caBundleRef": {"name": "ca", "key": "data.pem"}},
+    },
+    storage={
+        "uri": "s3://results/team", "endpoint": "https://s3.example.com", "region": "eu-1", "addressingStyle": "path",
+        "credentialsSecretRef": {"name": "s3"}, "caBundleRef": {"name": "ca", "key": "s3.pem"},
+    },
+    resources={"nodes": 2, "gpusPerNode": 4, "cpu": 8, "memory": "64Gi", "sharedMemory": "8Gi"},
+    placement={
+        "nodeSelector": {"disk": "nvme"}, "tolerations": [{"key": "gpu", "operator": "Exists", "effect": "NoSchedule"}],
+        "nodeAffinity": [{"key": "zone", "operator": "In", "values": ["a", "b"]}],
+        "priorityClassName": "batch", "schedulerName": "volcano", "queueName": "team-a", "serviceAccountName": "trainer",
+        "imagePullSecrets": ["registry"], "image": "registry.example.com/own:2",
+        "env": [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "KEY", "secretKeyRef": {"name": "s", "key": "k"}}],
+        "volumes": [{"name": "cache", "persistentVolumeClaim": "cache"}, {"name": "more", "secret": "more"}],
+        "volumeMounts": [{"name": "cache", "mountPath": "/cache", "subPath": "hub", "readOnly": True}, {"name": "more", "mountPath": "/more"}],
+        "labels": {"team": "a", "finetune-operator.io/name": "not-mine"}, "annotations": {"note": "x"},
+    },
+    policy={"terminationGracePeriodSeconds": 120},
+)  # fmt: skip
+
+
+def built(written: Object, attempt: int = 1, **options: Any) -> tuple[RunConfig, Object]:
+    found = accepted(written)
+    mine = finetunejob(written)
+    values: dict[str, Any] = {"defaults": found.defaults, "committed_step": 0, "max_step": None, **options}
+    run = build_run_config(mine, found.spec, attempt, **values)
+    return run, build_job(mine, run, found.pool, CONFIG)
+
+
+def golden(name: str, value: Object) -> None:
+    path = GOLDEN / f"{name}.yaml"
+    text = yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, width=120)
+    if os.environ.get("GOLDEN") == "write":
+        path.write_text(text)
+    assert path.read_text() == text
+
+
+def without_run(body: Object) -> Object:
+    value: Object = json.loads(json.dumps(body))
+    value["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG] = "..."
+    value["metadata"]["annotations"][Annotation.SPEC_SHA256] = "..."
+    for variable in value["spec"]["template"]["spec"]["containers"][0]["env"]:
+        if variable["name"] == Env.RUN_SHA256:
+            variable["value"] = "..."
+    return value
+
+
+@pytest.mark.parametrize(("name", "written"), [("small", spec()), ("everything", EVERYTHING)])
+def test_job(name: str, written: Object) -> None:
+    _, body = built(written)
+    golden(f"job-{name}", without_run(body))
+
+
+def test_run_config() -> None:
+    run, _ = built(EVERYTHING)
+    golden("run-everything", run.wire())
+
+
+def test_service() -> None:
+    golden("service", build_service(job()))
+
+
+def test_the_job_carries_its_run_configuration_and_its_hash() -> None:
+    run, body = built(EVERYTHING)
+    text = body["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
+    assert RunConfig.model_validate(json.loads(text)) == run
+    digest = RunConfig.sha256(text.encode())
+    assert body["metadata"]["annotations"][Annotation.SPEC_SHA256] == digest
+    env = {v["name"]: v.get("value") for v in body["spec"]["template"]["spec"]["containers"][0]["env"]}
+    assert env[Env.RUN_SHA256] == digest
+    assert len(text.encode()) < MAX_RUN_BYTES
+
+
+def test_the_same_attempt_is_built_of_the_same_bytes() -> None:
+    assert built(EVERYTHING) == built(EVERYTHING)
+
+
+def test_nobody_s_labels_replace_ours() -> None:
+    _, body = built(EVERYTHING)
+    assert body["spec"]["template"]["metadata"]["labels"]["finetune-operator.io/name"] == "run"
+    assert "team" not in body["metadata"]["labels"]
+
+
+@pytest.mark.parametrize(
+    ("asked", "attempt", "committed", "max_step", "mode", "expected"),
+    [
+        ("auto", 1, 0, None, "auto", 0),
+        ("never", 1, 0, None, "never", 0),
+        ("never", 2, 0, None, "auto", 0),
+        ("s3://old/checkpoints/step-00000010", 1, 0, None, "s3://old/checkpoints/step-00000010", 0),
+        ("s3://old/checkpoints/step-00000010", 2, 0, None, "s3://old/checkpoints/step-00000010", 0),
+        ("s3://old/checkpoints/step-00000010", 2, 40, None, "auto", 40),
+        ("auto", 3, 40, 20, "auto", 20),
+    ],
+)
+def test_where_an_attempt_starts(
+    asked: str, attempt: int, committed: int, max_step: int | None, mode: str, expected: int
+) -> None:
+    run, _ = built(spec(checkpoint={"resume": asked}), attempt, committed_step=committed, max_step=max_step)
+    assert (run.resume.mode, run.resume.expect_step, run.resume.max_step) == (mode, expected, max_step)
+
+
+def test_one_pod_needs_no_name_and_several_do() -> None:
+    alone, body = built(spec())
+    assert (alone.world.master_address, alone.world.master_port) == ("127.0.0.1", 0)
+    assert "subdomain" not in body["spec"]["template"]["spec"]
+    gang, body = built(spec(resources={"nodes": 2}), 3)
+    assert gang.world.master_address == "run-3-0.run-3"
+    assert gang.world.rendezvous_id.endswith("-3")
+    assert body["spec"]["template"]["spec"]["subdomain"] == "run-3"
