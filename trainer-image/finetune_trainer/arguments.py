@@ -92,6 +92,7 @@ def _rhythm(run: RunConfig, evaluates: bool) -> dict[str, Any]:
         "eval_steps": evaluation.steps or checkpoint.steps or 100,
         "per_device_eval_batch_size": evaluation.batch_size_per_device or run.spec.training.batch_size_per_device or 4,
         "load_best_model_at_end": checkpoint.load_best_at_end is True,
+        "restore_callback_states_from_checkpoint": run.spec.training.early_stopping is not None,
         "metric_for_best_model": "eval_loss" if best else None,
         "greater_is_better": False if best else None,
     }

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ import torch
 from finetune_api.errors import DivergedError, NoCheckpointError
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from finetune_trainer.best import best_folder
 from finetune_trainer.distributed import Plan
+from finetune_trainer.speed import Meter
 
 logger = logging.getLogger(__name__)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -28,6 +31,7 @@ class Guarded(Trainer):
     """Mixed in before a TRL trainer. Set `plan` on the class made by `guarded` before building it."""
 
     plan: Plan
+    meter: Meter | None = None
     plus_ratio: float = 1.0
     """LoRA+: learning rate of the B matrices over that of the A matrices."""
 
@@ -35,6 +39,28 @@ class Guarded(Trainer):
         """Let the strategy finish what TrainingArguments cannot say."""
         super().create_accelerator_and_postprocess()
         self.plan.after_accelerator(self)
+
+    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+        """Count the time spent waiting for data."""
+        if self.meter is None:
+            return super().get_batch_samples(*args, **options)
+        began = time.perf_counter()
+        batch = super().get_batch_samples(*args, **options)
+        self.meter.waited += time.perf_counter() - began
+        return batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the paces since the last line, and the most memory in use."""
+        if self.meter is not None and self.model.training and "loss" in logs:
+            logs.update(self.meter.read(int(self.state.num_input_tokens_seen)))
+            if self.args.device.type == "cuda":
+                logs["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        super().log(logs, start_time)
+
+    def _load_best_model(self) -> None:
+        """Load the best weights from where they are kept. Errors: NoCheckpointError BestCheckpointMissing."""
+        self.state.best_model_checkpoint = str(best_folder(self))
+        super()._load_best_model()
 
     def create_optimizer(self, model: Any = None) -> Any:
         """LoRA+ has its own parameter groups."""

@@ -99,8 +99,8 @@ class Session:
         from transformers import AutoConfig, PrinterCallback, set_seed
 
         from finetune_trainer import method, model
-        from finetune_trainer.engine import FiniteGuard, LogLine, PrecisionKeeper
-        from finetune_trainer.method import spectrum
+        from finetune_trainer.engine import PrecisionKeeper
+        from finetune_trainer.method import lora, spectrum
         from finetune_trainer.objective.base import Setting
 
         run, inputs = self.run, self.inputs
@@ -108,7 +108,7 @@ class Session:
         config = AutoConfig.from_pretrained(inputs.model, trust_remote_code=bool(run.spec.model.trust_remote_code))
         setting = Setting(
             run, inputs, self.hardware, self.plan, tokenizer, self.channel.work / "tokens", model.positions(config),
-            [self.verifier(), FiniteGuard(), LogLine(), *callbacks],
+            [*self._guards(), *callbacks],
         )  # fmt: skip
         args = self.objective.arguments(setting, evaluates=has_validation(run.spec))
         data, self.facts = self.objective.data(setting)
@@ -126,10 +126,28 @@ class Session:
             trainer = self.objective.build(setting, args, applied.model, data)
         if keeper is not None:
             keeper.restore(trainer.model)
+        if lora.starts_with_eva(run) and self.hooks.resume_path(inputs) is None:
+            lora.start_eva(trainer)
+            set_seed(args.seed)
         trainer.remove_callback(PrinterCallback)
         trainer.plus_ratio = (run.spec.method.lora.plus_ratio or 1.0) if run.spec.method.lora else 1.0
         self.trainer, self.applied = trainer, applied
         return trainer, applied
+
+    def _guards(self) -> list[Any]:
+        """Callbacks of this run beside those for checkpoints and reporting; they come first."""
+        from transformers import EarlyStoppingCallback
+
+        from finetune_trainer.best import KeepBest
+        from finetune_trainer.engine import FiniteGuard, LogLine
+
+        found: list[Any] = [self.verifier(), FiniteGuard(), LogLine()]
+        if self.run.spec.checkpoint.load_best_at_end:
+            found.append(KeepBest(self.hooks.resume_path(self.inputs)))
+        stop = self.run.spec.training.early_stopping
+        if stop is not None:
+            found.append(EarlyStoppingCallback(3 if stop.patience is None else stop.patience, stop.threshold or 0.0))
+        return found
 
     def _preselect(self) -> Any:
         """Spectrum on a quantised base: choose the modules on the whole weights, before they are quantised."""
@@ -185,11 +203,13 @@ class Session:
         asked = quantization_config(self.run, self.hardware)
         if asked is None:
             return
-        kind = "Params4bit" if asked.load_in_4bit else "Int8Params"
-        if not any(type(parameter).__name__ == kind for parameter in base.parameters()):
+        # The module holds the state even where FSDP has put a slice in the weight's place.
+        kind, state = ("Linear4bit", "quant_state") if asked.load_in_4bit else ("Linear8bitLt", "state")
+        layers = [module for module in base.modules() if type(module).__name__ == kind]
+        if not any(getattr(layer, state, None) is not None for layer in layers):
+            bits = 4 if asked.load_in_4bit else 8
             raise InternalError(
-                "QuantizationNotActive",
-                f"{4 if asked.load_in_4bit else 8}-bit weights were asked for, and none were found",
+                "QuantizationNotActive", f"{bits}-bit weights were asked for, and none were found"
             )
 
     def _save(self, trainer: Any, applied: Any) -> tuple[Path, dict[str, Any]]:

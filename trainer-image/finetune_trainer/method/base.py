@@ -62,12 +62,12 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = Fals
 
 
 def count(model: Any) -> tuple[int, int]:
-    """Trainable and all parameters. 4-bit weights count as the numbers they stand for; ZeRO-3 parameters by their full size."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        size = getattr(parameter, "ds_numel", None) or parameter.numel()
-        if type(parameter).__name__ == "Params4bit":
-            size *= 2 * parameter.element_size()
-        total += size
-        trainable += size if parameter.requires_grad else 0
-    return trainable, total
+    """Trainable and all parameters."""
+    sizes = [(size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(one for one, trained in sizes if trained), sum(one for one, _ in sizes)
+
+
+def size(parameter: Any) -> int:
+    """Numbers in a parameter. 4-bit weights count as the numbers they stand for; ZeRO-3 parameters by their full size."""
+    found = int(getattr(parameter, "ds_numel", None) or parameter.numel())
+    return found * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from finetune_api.errors import ConfigError
@@ -46,7 +46,7 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = Fals
 
 def lora_config(run: RunConfig, model: Any) -> Any:
     """PEFT's configuration from `method.lora`."""
-    from peft import LoraConfig
+    from peft import EvaConfig, LoraConfig
 
     spec = run.spec.method.lora
     assert spec is not None, "the resolver fills method.lora for this method"
@@ -64,6 +64,7 @@ def lora_config(run: RunConfig, model: Any) -> Any:
         use_rslora=spec.rank_stabilized is True,
         use_dora=dora,
         init_lora_weights=INIT[spec.init or LoraInit.DEFAULT],
+        eva_config=EvaConfig(rho=1.0) if spec.init is LoraInit.EVA else None,
     )
 
 
@@ -72,6 +73,45 @@ def task_of(model: Any) -> Any:
     from peft import TaskType
 
     return TaskType.SEQ_CLS if "SequenceClassification" in type(model).__name__ else TaskType.CAUSAL_LM
+
+
+def starts_with_eva(run: RunConfig) -> bool:
+    """Whether adapters start from the data's own directions."""
+    lora = run.spec.method.lora
+    return lora is not None and lora.init is LoraInit.EVA
+
+
+def start_eva(trainer: Any) -> None:
+    """Start A with the principal directions of what each layer is given, over the first batches of the training data.
+
+    The init word alone leaves A random, without an error; this call is what makes EVA. Every layer keeps the asked rank
+    (rho 1). Errors: ConfigError InitUnavailable for packed rows, in which padding cannot be told.
+    """
+    from peft import initialize_lora_eva_weights
+
+    if getattr(trainer.args, "packing", False):
+        raise ConfigError(
+            "InitUnavailable", "method.lora.init eva looks at rows one by one, and dataset.packing joins them",
+            hint="leave packing out, or write another init",
+        )  # fmt: skip
+    initialize_lora_eva_weights(
+        trainer.model, dataloader=_Inputs(trainer), show_progress_bar=False,
+        gather_distributed_inputs=trainer.accelerator.num_processes > 1,
+    )  # fmt: skip
+
+
+class _Inputs:
+    """Batches of the training data, in order, without their labels."""
+
+    def __init__(self, trainer: Any):
+        self._trainer = trainer
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._trainer.get_train_dataloader():
+            yield {name: batch[name].to(self._trainer.args.device) for name in ("input_ids", "attention_mask")}
+
+    def __len__(self) -> int:
+        return len(self._trainer.get_train_dataloader())
 
 
 def check_init(run: RunConfig) -> None:

@@ -14,7 +14,9 @@ from finetune_trainer.arguments import common
 from finetune_trainer.data.prepare import Prepared, prepare
 from finetune_trainer.distributed import connected
 from finetune_trainer.engine import Guarded
+from finetune_trainer.hardware import FULL_METHODS
 from finetune_trainer.objective.base import Facts, Setting, facts_of
+from finetune_trainer.speed import Meter, Shape, flops_per_token, peak_of
 
 MODEL_KIND = "causal"
 
@@ -125,6 +127,11 @@ def build(setting: Setting, args: SFTConfig, model: Any, prepared: Prepared) -> 
         model=model, args=args, train_dataset=prepared.train, eval_dataset=prepared.validation, processing_class=setting.tokenizer,
         callbacks=setting.callbacks,
     )  # fmt: skip
+    frozen = setting.run.spec.method.type not in FULL_METHODS
+    report = prepared.reports["train"]
+    mean = report.tokens / max(1, report.rows)
+    flops = flops_per_token(Shape.of(getattr(model, "get_base_model", lambda: model)()), mean, frozen_base=frozen)
+    trainer.meter = Meter(flops_of_token=flops, peak=peak_of(setting.hardware.name), ranks=setting.plan.world_size)
     if args.packing and not setting.plan.sharded_weights:
         require_isolation(trainer.model)
     return trainer

@@ -1,0 +1,327 @@
+"""Every option of `spec.training`, `checkpoint` and `evaluation` changes what it says it changes."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import ConfigError, DivergedError, NoCheckpointError, NotFoundError
+from finetune_trainer.inputs import RestoredCheckpoint
+from tests.support.learning import TEN, Outcome, go, merged
+
+pytestmark = pytest.mark.pod
+LORA = {"method": {"lora": {"dropout": 0}}}
+
+
+def rates(outcome: Outcome) -> list[float]:
+    """Learning rate of each step."""
+    return [line["learning_rate"] for line in outcome.logs if "learning_rate" in line]
+
+
+SCHEDULES: dict[str, tuple[dict[str, Any], list[float]]] = {
+    "linear": ({"scheduler": "linear"}, [1, 0.75, 0.5, 0.25]),
+    "cosine": ({"scheduler": "cosine"}, [0.5 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]),
+    "constant": ({"scheduler": "constant"}, [1, 1, 1, 1]),
+    "warm-up steps": ({"scheduler": "constantWithWarmup", "warmupSteps": 2}, [0, 0.5, 1, 1]),
+    "warm-up ratio": ({"scheduler": "constantWithWarmup", "warmupRatio": 0.5}, [0, 0.5, 1, 1]),
+    "polynomial": ({"scheduler": "polynomial", "schedulerParameters": {"power": "2", "lr_end": "0"}}, [1, 0.5625, 0.25, 0.0625]),
+    "minimum": ({"scheduler": "cosineWithMinLr", "schedulerParameters": {"min_lr_rate": "0.5"}}, [0.5 + 0.25 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]),
+    "restarts": ({"scheduler": "cosineWithRestarts", "schedulerParameters": {"num_cycles": "2"}}, [1, 0.5, 1, 0.5]),
+    "stable": ({"scheduler": "warmupStableDecay", "schedulerParameters": {"num_decay_steps": "2"}}, [1, 1, 1, 0.5]),
+    "inverse": ({"scheduler": "inverseSqrt", "warmupSteps": 1}, [0, 1, math.sqrt(1 / 2), math.sqrt(1 / 3)]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_course_of_the_learning_rate(name: str, raw_model: Path, tmp_path: Path) -> None:
+    training, wanted = SCHEDULES[name]
+    if "warmupSteps" in training:
+        training = {**training, "warmupRatio": None}
+    outcome = go(tmp_path, raw_model, {**LORA, "training": training})
+    assert rates(outcome) == pytest.approx([5e-3 * one for one in wanted], rel=1e-6, abs=1e-12)
+
+
+def test_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path, raw_model, {"training": {"scheduler": "cosine", "schedulerParameters": {"min_lr": "0"}}})
+    assert caught.value.code == "SchedulerParameterInvalid"
+    assert "min_lr" in caught.value.message and "num_cycles" in (caught.value.hint or "")
+
+
+def test_optimizers_of_the_api_are_those_of_the_library() -> None:
+    from finetune_api.rules import OPTIMIZERS
+    from transformers.training_args import OptimizerNames
+
+    assert set(OPTIMIZERS) <= {one.value for one in OptimizerNames}
+
+
+@pytest.mark.parametrize(
+    "name", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion_8bit", "rmsprop"]
+)
+def test_optimizers_train_here(name: str, model: Path, tmp_path: Path) -> None:
+    outcome = go(
+        tmp_path, model, {**LORA, "training": {"optimizer": name, "learningRate": 1e-2 if name != "sgd" else 1}}
+    )
+    reference = go(tmp_path / "reference", model, LORA)
+    assert outcome.losses[0] == reference.losses[0]
+    assert outcome.losses[1:] != reference.losses[1:]
+    assert all(math.isfinite(loss) for loss in outcome.losses)
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "adamBeta1": {"adamBeta1": 0.5},
+    "adamBeta2": {"adamBeta2": 0.5},
+    "adamEpsilon": {"adamEpsilon": 0.1},
+    "weightDecay": {"weightDecay": 5.0},
+    "neftuneNoiseAlpha": {"neftuneNoiseAlpha": 5},
+    "seed": {"seed": 7},
+    "learningRate": {"learningRate": 1e-3},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_option_changes_the_run(name: str, model: Path, tmp_path: Path) -> None:
+    plain = go(tmp_path / "a", model, {"method": {"type": "full"}})
+    other = go(tmp_path / "b", model, {"method": {"type": "full"}, "training": CHANGES[name]})
+    assert plain.losses != other.losses
+
+
+def test_same_run_same_losses(model: Path, tmp_path: Path) -> None:
+    first, second = (go(tmp_path / name, model, {"training": {"maxSteps": 6}}) for name in "ab")
+    assert first.losses == second.losses and first.grad_norms == second.grad_norms
+
+
+def test_gradients_are_clipped_unless_0(model: Path, tmp_path: Path) -> None:
+    spec: dict[str, Any] = {"method": {"type": "full"}, "training": {"optimizer": "sgd", "learningRate": 1e-2}}
+    clipped = go(tmp_path / "a", model, merged(spec, {"training": {"maxGradNorm": 0.001}}))
+    free = go(tmp_path / "b", model, merged(spec, {"training": {"maxGradNorm": 0}}))
+    assert clipped.grad_norms[0] > 0.001
+    assert clipped.losses[1] > free.losses[1]
+
+
+def test_epochs_and_max_steps(model: Path, tmp_path: Path) -> None:
+    epochs = go(tmp_path / "a", model, {"training": {"maxSteps": None, "epochs": 1.5}})
+    assert len(epochs.losses) == 8  # ten rows by two, one and a half times, rounded up
+    assert len(go(tmp_path / "b", model, {"training": {"maxSteps": 3, "epochs": 9}}).losses) == 3
+
+
+def test_bf16_on_the_cpu(model: Path, tmp_path: Path) -> None:
+    plain = go(tmp_path / "a", model, {"method": {"type": "full"}})
+    mixed = go(tmp_path / "b", model, {"method": {"type": "full"}, "training": {"mixedPrecision": "bf16"}})
+    assert mixed.losses != plain.losses and mixed.losses == pytest.approx(plain.losses, rel=0.05)
+    assert next(mixed.model.parameters()).dtype == torch.float32
+    half = go(tmp_path / "c", model, {"method": {"type": "full"}, "model": {"dtype": "bfloat16"}})
+    assert next(half.model.parameters()).dtype == torch.bfloat16
+    assert any("bfloat16" in note for note in half.notes)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "spectrum", "ia3", "promptTuning"])
+def test_recomputing_changes_nothing_but_memory(method: str, model: Path, tmp_path: Path) -> None:
+    spec: dict[str, Any] = {"method": {"type": method, **({"lora": {"dropout": 0}} if method == "lora" else {})}}
+    plain = go(tmp_path / "a", model, spec)
+    again = go(tmp_path / "b", model, merged(spec, {"training": {"gradientCheckpointing": "enabled"}}))
+    assert again.losses == pytest.approx(plain.losses, abs=1e-6)
+
+
+@pytest.mark.parametrize(("every", "recomputed"), [(1, [True, True]), (2, [True, False])])
+def test_recomputing_every_nth_layer(every: int, recomputed: list[bool], model: Path, tmp_path: Path) -> None:
+    training = {"gradientCheckpointing": "enabled", "checkpointEveryNLayers": every, "maxSteps": 1}
+    outcome = go(tmp_path, model, {"method": {"type": "full"}, "training": training})
+    assert [layer.gradient_checkpointing for layer in outcome.model.model.layers] == recomputed
+
+
+def test_rows_of_like_length_share_a_batch(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "red " * (1 + 9 * (i % 2))}]}
+        for i in range(20)
+    ]
+    spec = {"training": {"maxSteps": 10, "batchSizePerDevice": 2}}
+    mixed = go(tmp_path / "a", model, spec, rows)
+    grouped = go(tmp_path / "b", model, merged(spec, {"training": {"groupByLength": True}}), rows)
+    padding = [sum(line["padding_share"] for line in o.logs if "padding_share" in line) for o in (mixed, grouped)]
+    assert padding[1] < 0.5 * padding[0]
+
+
+def test_early_stopping_ends_the_run(model: Path, tmp_path: Path) -> None:
+    others = [{"messages": [row["messages"][0], TEN[(i + 5) % 10]["messages"][1]]} for i, row in enumerate(TEN)]
+    spec = {
+        "training": {"maxSteps": 60, "earlyStopping": {"patience": 2}},
+        "evaluation": {"strategy": "steps", "steps": 2},
+    }
+    outcome = go(tmp_path, model, merged(LORA, spec), validation=others)
+    best = min(outcome.eval_losses)
+    assert len(outcome.losses) < 60
+    assert outcome.eval_losses.index(best) == len(outcome.eval_losses) - 3
+
+
+def test_the_best_checkpoint_is_the_final_model(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    others = [{"messages": [row["messages"][0], TEN[(i + 5) % 10]["messages"][1]]} for i, row in enumerate(TEN)]
+    spec = {
+        "training": {"maxSteps": 8}, "evaluation": {"strategy": "steps", "steps": 2},
+        "checkpoint": {"strategy": "steps", "steps": 2, "loadBestAtEnd": True},
+    }  # fmt: skip
+    outcome = go(tmp_path, model, merged(LORA, spec), validation=others)
+    best = 2 * (1 + outcome.eval_losses.index(min(outcome.eval_losses)))
+    assert best < 8
+    assert outcome.folder is not None
+    final = load_file(outcome.folder / "adapter_model.safetensors")
+    kept = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    assert all(torch.equal(final[key], kept[key]) for key in kept)
+    carried = tmp_path / "out" / "checkpoint-8" / "best--adapter_model.safetensors"
+    assert all(torch.equal(load_file(carried)[key], kept[key]) for key in kept)
+
+    # Another attempt, whose disk has only the newest checkpoint, ends with the same best.
+    moved = tmp_path / "again" / "restored"
+    shutil.copytree(tmp_path / "out" / "checkpoint-8", moved)
+    shutil.rmtree(tmp_path / "out")
+    longer = merged(merged(LORA, spec), {"training": {"maxSteps": 10}})
+    restore = RestoredCheckpoint(path=moved, step=8, uri="file:///x")
+    again = go(tmp_path / "again", model, longer, validation=others, restore=restore)
+    assert len(again.losses) == 2
+    assert again.folder is not None
+    final = load_file(again.folder / "adapter_model.safetensors")
+    assert all(
+        torch.equal(final[key], value) for key, value in load_file(moved / "best--adapter_model.safetensors").items()
+    )
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "spectrum", "promptTuning", "pissa"])
+def test_resuming_is_exact(method: str, model: Path, tmp_path: Path) -> None:
+    spec: dict[str, Any] = {
+        "training": {"maxSteps": 6},
+        "checkpoint": {"strategy": "steps", "steps": 3},
+        "dataset": {"packing": False},
+    }
+    spec["method"] = {"lora": {"init": "pissa", "dropout": 0.1}} if method == "pissa" else {"type": method}
+    whole = go(tmp_path / "a", model, spec)
+    restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-3", step=3, uri="file:///x")
+    rest = go(tmp_path / "b", model, spec, restore=restore)
+    assert [line["step"] for line in rest.logs if "loss" in line] == [4, 5, 6]
+    assert rest.losses == whole.losses[3:] and rest.grad_norms == whole.grad_norms[3:]
+    assert rest.logs[-1]["num_tokens"] == whole.logs[-1]["num_tokens"]
+    assert rest.folder is not None and whole.folder is not None
+    for file in whole.folder.glob("*.safetensors"):
+        assert (rest.folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_spectrum_on_4_bits_resumes(model: Path, tmp_path: Path) -> None:
+    spec = {
+        "method": {"type": "spectrum"}, "model": {"quantization": {"bits": 4}}, "training": {"maxSteps": 4},
+        "checkpoint": {"strategy": "steps", "steps": 2},
+    }  # fmt: skip
+    whole = go(tmp_path / "a", model, spec)
+    restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
+    rest = go(tmp_path / "b", model, spec, restore=restore)
+    assert rest.losses == pytest.approx(whole.losses[2:], rel=1e-3)
+
+
+def test_stray_weights_in_a_checkpoint_are_refused(model: Path, tmp_path: Path) -> None:
+    spec = {**LORA, "checkpoint": {"strategy": "steps", "steps": 2}}
+    go(tmp_path / "a", model, spec)
+    folder = tmp_path / "a" / "out" / "checkpoint-2"
+    shutil.copy(model / "model.safetensors", folder)
+    with pytest.raises(NoCheckpointError) as caught:
+        go(tmp_path / "b", model, spec, restore=RestoredCheckpoint(path=folder, step=2, uri="file:///x"))
+    assert caught.value.code == "CheckpointForeign"
+
+
+def test_a_loss_that_is_no_number_ends_the_run(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    poisoned = tmp_path / "poisoned"
+    shutil.copytree(model, poisoned)
+    weights = load_file(poisoned / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DivergedError) as caught:
+        go(tmp_path / "a", poisoned, {"method": {"type": "full"}})
+    assert caught.value.code == "LossNotFinite" and int(caught.value.exit_code) == 72
+    assert "step 1" in caught.value.message
+
+
+def test_weights_that_are_no_numbers_are_not_published(model: Path, tmp_path: Path) -> None:
+    from finetune_trainer.engine import require_finite
+
+    layer = torch.nn.Linear(2, 2)
+    require_finite(layer)
+    layer.weight.data[0, 0] = float("nan")
+    with pytest.raises(DivergedError, match="WeightsNotFinite"):
+        require_finite(layer)
+
+
+def test_evaluation_without_data_is_refused(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path, model, {"evaluation": {"strategy": "epoch"}})
+    assert caught.value.code == "EvaluationWithoutData"
+
+
+def test_model_that_is_not_there_or_not_whole(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(NotFoundError) as caught:
+        go(tmp_path / "a", empty)
+    assert caught.value.code in ("TokenizerUnreadable", "ModelUnreadable") and caught.value.failure_class == "Model"
+    assert str(empty) not in caught.value.message.replace(f"file://{empty}", "")
+    part = tmp_path / "part"
+    shutil.copytree(model, part)
+    weights = load_file(part / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(NotFoundError) as caught:
+        go(tmp_path / "b", part)
+    assert caught.value.code == "ModelIncomplete" and "model.layers.1.mlp.up_proj.weight" in caught.value.message
+
+
+def test_attention_is_what_was_asked_or_said(model: Path, tmp_path: Path) -> None:
+    eager = go(tmp_path / "a", model, {**LORA, "model": {"attention": "eager"}})
+    flash = go(tmp_path / "b", model, {**LORA, "model": {"attention": "flashAttention2"}})
+    assert (eager.resolved["attention"], flash.resolved["attention"]) == ("eager", "sdpa")
+    assert any("flashAttention2 is not available" in note for note in flash.notes)
+    assert eager.losses == pytest.approx(flash.losses, abs=1e-5)
+
+
+def test_what_the_run_really_is(model: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, model, {"training": {"batchSizePerDevice": 2, "gradientAccumulationSteps": 3}})
+    told = outcome.resolved
+    assert (told["worldSize"], told["effectiveBatch"], told["strategy"], told["device"]) == (1, 6, "single", "cpu")
+    assert (told["datasetRows"], told["datasetFormat"]) == (10, "messages")
+    line = outcome.logs[-2]
+    assert line["tokens_per_second"] > 0 and 0 <= line["data_wait_share"] <= 1
+    assert outcome.said("stage")[-1]["stage"] == "saving"
+    assert (
+        json.loads((tmp_path / "out" / "final" / "config.json").read_text())["model_type"] == "llama"
+        if outcome.kind == "model"
+        else True
+    )
+
+
+def test_eva_starts_from_the_data(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    spec = {
+        "method": {"lora": {"dropout": 0, "init": "eva", "rank": 4}},
+        "training": {"learningRate": 1e-9, "maxSteps": 1},
+    }
+    outcome = go(tmp_path, model, spec)
+    assert outcome.folder is not None
+    weights = {
+        key: value for key, value in load_file(outcome.folder / "adapter_model.safetensors").items() if "lora_A" in key
+    }
+    assert len(weights) == 14
+    for value in weights.values():  # principal directions are orthonormal; a random start is not
+        assert torch.allclose(value @ value.T, torch.eye(4), atol=1e-3)
+
+
+def test_loftq_is_refused_with_the_reason(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path, model, {"method": {"lora": {"init": "loftq"}}})
+    assert caught.value.code == "InitUnavailable" and "CUDA" in caught.value.message
