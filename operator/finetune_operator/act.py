@@ -6,26 +6,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
 
 from finetune_api.names import Reason
 
 from finetune_operator.builders.job import build_job, build_service
 from finetune_operator.builders.run_config import build_run_config
-from finetune_operator.decide import Plan
 from finetune_operator.facts import Facts
 from finetune_operator.killpoints import Point, reach
-from finetune_operator.kube import (
-    FINETUNEJOB,
-    JOB,
-    POD,
-    SERVICE,
-    AlreadyExists,
-    Forbidden,
-    Kube,
-    NotFound,
-    OutcomeUnknown,
-)
+from finetune_operator.kube import AlreadyExists, Forbidden, Kube, NotFound, OutcomeUnknown
+from finetune_operator.objects import FINETUNEJOB, JOB, POD, SERVICE
+from finetune_operator.plan import Acted, Plan
 from finetune_operator.policies.acceptance import Accepted
 from finetune_operator.policies.ladder import MAX_STEP, adapted_values
 from finetune_operator.policies.waiting import Waiting
@@ -38,17 +28,6 @@ logger = logging.getLogger(__name__)
 
 class StaleFacts(Exception):
     """The cache lags behind the server; look again when it has caught up."""
-
-
-@dataclass(frozen=True)
-class Acted:
-    """What came of a plan."""
-
-    created: JobView | None = None
-    obstacle: Waiting | None = None
-    """Why the Job could not be created."""
-    deleted: int = 0
-    warnings: tuple[str, ...] = ()
 
 
 class Actor:

@@ -7,108 +7,20 @@ number of the next attempt (`ended`). Each of these is one look at the job; the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from enum import StrEnum
 
 from finetune_api.names import Condition, ExitCode, FailureClass, Reason, attempt_job_name
 from finetune_api.pod import LastWords
-from finetune_api.status import Adaptation, Failure
+from finetune_api.status import Failure
 
 from finetune_operator.facts import Facts
+from finetune_operator.plan import Condemned, Ending, Finish, Outcome, Plan, Situation
 from finetune_operator.policies import clock
 from finetune_operator.policies.acceptance import Refused
 from finetune_operator.policies.cause import Cause, Fate, cause_of
 from finetune_operator.policies.retry import Again, Stop, after, deadline_failure
 from finetune_operator.policies.waiting import Waiting, pods_waiting
 from finetune_operator.views import JobView, PodView
-
-
-class Situation(StrEnum):
-    """Where a job stands, in the operator's eyes."""
-
-    LEAVING = "leaving"
-    """The FineTuneJob is being deleted; the garbage collector does the rest."""
-    REFUSED = "refused"
-    """The spec cannot be run, or not yet."""
-    SUSPENDED = "suspended"
-    BLOCKED = "blocked"
-    """Something of an earlier attempt, or somebody else's object, must go first."""
-    PAUSING = "pausing"
-    """Between two attempts."""
-    STARTING = "starting"
-    """An attempt is to be created now."""
-    ACTIVE = "active"
-    """An attempt's Job exists and may run."""
-    STOPPING = "stopping"
-    """The attempt is being ended by us."""
-    ENDED = "ended"
-    """The attempt is over: to be recorded, with what comes next."""
-    FINISHED = "finished"
-
-
-class Outcome(StrEnum):
-    """How a job finishes."""
-
-    SUCCEEDED = "Succeeded"
-    FAILED = "Failed"
-    CANCELLED = "Cancelled"
-
-
-@dataclass(frozen=True)
-class Finish:
-    """The end of the job."""
-
-    outcome: Outcome
-    reason: Reason
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True)
-class Ending:
-    """The end of the current attempt, as it is to be recorded."""
-
-    reason: Reason
-    time: datetime
-    failure: Failure | None = None
-    words: LastWords | None = None
-    """Rank 0's, if it left any."""
-    counted: bool = False
-    progressed: bool = False
-    committed_step: int | None = None
-    next_attempt: int | None = None
-    adaptation: Adaptation | None = None
-
-
-@dataclass(frozen=True)
-class Condemned:
-    """Why the current attempt is to be ended; written to status before anything is deleted."""
-
-    reason: Reason
-    message: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What to do now, and what to say."""
-
-    situation: Situation
-    create: int | None = None
-    """Number of the attempt whose Job is to be created."""
-    delete: tuple[JobView, ...] = ()
-    delete_pods: tuple[PodView, ...] = ()
-    """Pods without a Job: to be deleted with their grace period."""
-    force: tuple[PodView, ...] = ()
-    """Pods of lost nodes: their objects are to be removed."""
-    condemn: Condemned | None = None
-    ended: Ending | None = None
-    finish: Finish | None = None
-    waiting: Waiting | None = None
-    scrape: PodView | None = None
-    wake: datetime | None = None
-    refused: Refused | None = None
-    cleaned: bool = field(default=False)
-    """A finished job with nothing left to do."""
 
 
 def decide(facts: Facts) -> Plan:

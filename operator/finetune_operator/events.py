@@ -19,7 +19,8 @@ from finetune_api.names import Condition as Kind
 from finetune_api.names import FailureClass, Phase, Reason
 from finetune_api.status import Attempt, FineTuneJobStatus
 
-from finetune_operator.kube import EVENT, AlreadyExists, Kube, KubeError, Object
+from finetune_operator.kube import AlreadyExists, Kube, KubeError
+from finetune_operator.objects import EVENT, Object
 from finetune_operator.text import clean
 from finetune_operator.views import JobObject
 

@@ -14,7 +14,8 @@ import kopf
 from finetune_api.names import GROUP, MANAGER, PLURAL, VERSION, Label
 
 from finetune_operator.cache import Cache
-from finetune_operator.kube import Kube, Object
+from finetune_operator.kube import Kube
+from finetune_operator.objects import Object
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.views import read_finetunejob, read_job, read_pod
 from finetune_operator.workqueue import Key, WorkQueue

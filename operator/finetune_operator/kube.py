@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import quote, urlencode
+from typing import NamedTuple
+from urllib.parse import urlencode
 
 import aiohttp
 from finetune_api import names
@@ -27,12 +27,10 @@ from kubernetes.aio import config as kube_config
 from kubernetes.aio.client.configuration import Configuration
 from kubernetes.aio.client.rest import RESTClientObject
 
+from finetune_operator.objects import LEASE, Kind, Object
 from finetune_operator.settings import ApiSettings
 
 logger = logging.getLogger(__name__)
-
-Object = dict[str, Any]
-"""A Kubernetes object, as JSON has it."""
 
 USER_AGENT = names.MANAGER
 TRIES = 5
@@ -46,34 +44,6 @@ CLOCK_PERIOD = 10.0
 """Seconds between two looks at the server's clock."""
 CLOCK_TOLERANCE = 2.0
 """Seconds by which the two clocks may differ before the server's is preferred: its header has whole seconds."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of object, and where it lives."""
-
-    api_version: str
-    kind: str
-    plural: str
-
-    def path(self, namespace: str | None, name: str | None = None, sub: str | None = None) -> str:
-        """URL path of the collection or of one object."""
-        root = "/api/v1" if self.api_version == "v1" else f"/apis/{self.api_version}"
-        parts = [root]
-        if namespace:
-            parts += ["namespaces", quote(namespace, safe="")]
-        parts.append(self.plural)
-        parts += [quote(part, safe="") for part in (name, sub) if part]
-        return "/".join(parts)
-
-
-FINETUNEJOB = Kind(names.API_VERSION, names.KIND, names.PLURAL)
-JOB = Kind("batch/v1", "Job", "jobs")
-POD = Kind("v1", "Pod", "pods")
-SERVICE = Kind("v1", "Service", "services")
-CORE_EVENT = Kind("v1", "Event", "events")
-EVENT = Kind("events.k8s.io/v1", "Event", "events")
-LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 
 
 class KubeError(Exception):

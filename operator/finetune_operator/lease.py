@@ -9,7 +9,8 @@ import logging
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_operator.kube import LEASE, AlreadyExists, Conflict, Kube, KubeError, NotFound, Object
+from finetune_operator.kube import AlreadyExists, Conflict, Kube, KubeError, NotFound
+from finetune_operator.objects import LEASE, Object
 from finetune_operator.settings import LeaderElection
 
 logger = logging.getLogger(__name__)

@@ -16,26 +16,16 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
 
 from finetune_operator import logs
-from finetune_operator.act import Acted, Actor, StaleFacts
+from finetune_operator.act import Actor, StaleFacts
 from finetune_operator.cache import Cache
-from finetune_operator.decide import Plan, Situation, decide
+from finetune_operator.decide import decide
 from finetune_operator.events import Recorder, transitions
 from finetune_operator.facts import Facts
 from finetune_operator.killpoints import Point, reach
-from finetune_operator.kube import (
-    CORE_EVENT,
-    FINETUNEJOB,
-    JOB,
-    POD,
-    Conflict,
-    Forbidden,
-    Invalid,
-    Kube,
-    NotFound,
-    Object,
-    Unavailable,
-)
+from finetune_operator.kube import Conflict, Forbidden, Invalid, Kube, NotFound, Unavailable
 from finetune_operator.metrics import Metrics
+from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Object
+from finetune_operator.plan import Acted, Plan, Situation
 from finetune_operator.policies.acceptance import Accepted, Refused, accept
 from finetune_operator.policies.waiting import Waiting, events_waiting
 from finetune_operator.report import report

@@ -24,9 +24,9 @@ from finetune_api.status import (
     Workers,
 )
 
-from finetune_operator.act import Acted
-from finetune_operator.decide import Ending, Finish, Outcome, Plan, Situation, start_of_waiting
+from finetune_operator.decide import start_of_waiting
 from finetune_operator.facts import Facts
+from finetune_operator.plan import Acted, Ending, Finish, Outcome, Plan, Situation
 from finetune_operator.policies import clock
 from finetune_operator.policies.acceptance import Accepted, Refused
 from finetune_operator.policies.waiting import Waiting

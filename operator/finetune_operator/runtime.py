@@ -23,9 +23,10 @@ from finetune_operator import handlers
 from finetune_operator.cache import Cache, Listed
 from finetune_operator.events import Recorder
 from finetune_operator.http import Server
-from finetune_operator.kube import FINETUNEJOB, JOB, POD, Kind, Kube, KubeError, Listing, NotFound
+from finetune_operator.kube import Kube, KubeError, Listing, NotFound
 from finetune_operator.lease import Elector, LeaseLost
 from finetune_operator.metrics import Metrics
+from finetune_operator.objects import FINETUNEJOB, JOB, POD, Kind
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.scrape import Scraper
 from finetune_operator.settings import OperatorConfig

@@ -17,7 +17,7 @@ from finetune_api.pod import LastWords
 from finetune_api.status import FineTuneJobStatus
 from pydantic import ValidationError
 
-from finetune_operator.kube import Object
+from finetune_operator.objects import Object
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from finetune_api.spec.common import SecretKeyRef, SecretRef
 
 from finetune_operator.builders.mounts import mounts
 from finetune_operator.builders.run_config import DEFAULT_GRACE
-from finetune_operator.kube import Object
+from finetune_operator.objects import Object
 from finetune_operator.settings import NodePool, OperatorConfig
 from finetune_operator.views import INDEX_ANNOTATION, JOB_NAME_LABEL, JobObject, JobView
 

@@ -12,7 +12,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.common import ConfigMapKeyRef
 from pydantic import BaseModel
 
-from finetune_operator.kube import Object
+from finetune_operator.objects import Object
 
 CA_FILES = {"storage": "ca.crt", "model": "model/ca.crt", "dataset": "dataset/ca.crt"}
 """File below CA_MOUNT by the connection whose `caBundleRef` it comes from."""

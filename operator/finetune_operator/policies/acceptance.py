@@ -15,7 +15,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.support import unsupported
 from pydantic import ValidationError
 
-from finetune_operator.kube import Object
+from finetune_operator.objects import Object
 from finetune_operator.settings import NodePool, OperatorConfig
 from finetune_operator.text import clean
 

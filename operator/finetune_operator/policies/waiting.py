@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from finetune_api.names import Reason
 
-from finetune_operator.kube import Object
+from finetune_operator.objects import Object
 from finetune_operator.text import clean
 from finetune_operator.views import PodView
 

@@ -7,7 +7,7 @@ a batch/v1 Job with a queue label is created suspended; admission starts it, evi
 from __future__ import annotations
 
 from finetune_api.names import Label
-from finetune_operator.kube import JOB, Object
+from finetune_operator.objects import JOB, Object
 
 from tests.integration.operator.rig import Rig
 

@@ -25,7 +25,8 @@ import aiohttp
 import yaml
 from finetune_api.names import API_VERSION, KIND, ExitCode, Label
 from finetune_api.pod import LastWords
-from finetune_operator.kube import FINETUNEJOB, JOB, POD, Kind, Kube, KubeError, NotFound, Object
+from finetune_operator.kube import Kube, KubeError, NotFound
+from finetune_operator.objects import FINETUNEJOB, JOB, POD, Kind, Object
 from finetune_operator.settings import ApiSettings
 
 from localcluster import Endpoint

@@ -8,7 +8,7 @@ from typing import Any
 
 from finetune_api.names import Annotation, ExitCode, FailureClass, Label
 from finetune_api.pod import LastWords, RunConfig
-from finetune_operator.kube import EVENT, FINETUNEJOB, JOB, POD, SERVICE, Kind
+from finetune_operator.objects import EVENT, FINETUNEJOB, JOB, POD, SERVICE, Kind
 
 from tests.integration.operator.rig import Rig
 

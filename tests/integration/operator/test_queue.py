@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from finetune_operator.kube import EVENT
+from finetune_operator.objects import EVENT
 
 from tests.integration.operator.kueue import Queue
 from tests.integration.operator.rig import Rig

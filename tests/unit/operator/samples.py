@@ -10,7 +10,7 @@ from typing import Any
 from finetune_api.pod import LastWords, Report
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.facts import Facts, Heard
-from finetune_operator.kube import Object
+from finetune_operator.objects import Object
 from finetune_operator.policies.acceptance import Accepted, accept
 from finetune_operator.policies.waiting import Waiting
 from finetune_operator.settings import OperatorConfig, parse

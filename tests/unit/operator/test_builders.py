@@ -16,7 +16,7 @@ from finetune_api.names import MAX_RUN_BYTES, Annotation, Env
 from finetune_api.pod import RunConfig
 from finetune_operator.builders.job import build_job, build_service
 from finetune_operator.builders.run_config import build_run_config
-from finetune_operator.kube import Object
+from finetune_operator.objects import Object
 
 from tests.unit.operator.samples import CONFIG, accepted, finetunejob, job, spec
 

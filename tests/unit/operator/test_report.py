@@ -9,10 +9,10 @@ import pytest
 from finetune_api.names import Condition, Phase, Reason
 from finetune_api.pod import LastWords
 from finetune_api.status import FineTuneJobStatus
-from finetune_operator.act import Acted
 from finetune_operator.decide import decide
 from finetune_operator.events import MAX_NOTE, Note, build_event, transitions
 from finetune_operator.facts import Facts
+from finetune_operator.plan import Acted
 from finetune_operator.policies.waiting import Waiting
 from finetune_operator.reconcile import transition
 from finetune_operator.report import report as compute
@@ -66,7 +66,12 @@ def test_the_first_look() -> None:
 def test_phases_follow_the_pod(stage: str, step: int, attempt: int, phase: Phase) -> None:
     known: dict[str, Any] = {**RUNNING, "attempt": attempt}
     if attempt == 2:
-        first = {"number": 1, "startTime": "2026-11-21T12:00:00Z", "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}
+        first = {
+            "number": 1,
+            "startTime": "2026-11-21T12:00:00Z",
+            "endTime": "2026-11-21T12:01:00Z",
+            "reason": "Preempted",
+        }
         known["attempts"] = [first, {"number": 2, "startTime": "2026-11-21T12:02:00Z"}]
     said = report(stage=stage, attempt=attempt, progress={"step": step, "totalSteps": 10})
     pods = [pod(attempt, uid="pod-1-0")]
@@ -144,8 +149,15 @@ def test_progress_alone_is_no_transition() -> None:
 
 def test_a_status_stays_small_whatever_the_pods_say() -> None:
     words = LastWords(code="X" * 5000, message="y" * 100_000, hint="z" * 100_000)
-    gone = replace(ended(pod(), 65), terminated=replace(ended(pod(), 65, words).terminated, message=words.model_dump_json(by_alias=True)))  # type: ignore[type-var] # it ended
-    found = told(facts(known=status(**RUNNING), jobs=[job(failed=at(60))], pods=[gone], obstacle=Waiting(Reason.QUEUED, "q" * 9999)))
+    gone = replace(
+        ended(pod(), 65),
+        terminated=replace(ended(pod(), 65, words).terminated, message=words.model_dump_json(by_alias=True)),
+    )  # type: ignore[type-var] # it ended
+    found = told(
+        facts(
+            known=status(**RUNNING), jobs=[job(failed=at(60))], pods=[gone], obstacle=Waiting(Reason.QUEUED, "q" * 9999)
+        )
+    )
     assert len(str(found.wire())) < 20_000
 
 

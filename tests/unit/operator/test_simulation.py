@@ -13,9 +13,9 @@ from datetime import datetime, timedelta
 from finetune_api.names import Condition, ExitCode, Phase, attempt_job_name
 from finetune_api.pod import LastWords
 from finetune_api.status import FineTuneJobStatus
-from finetune_operator.act import Acted
-from finetune_operator.decide import Plan, Situation, decide
+from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
+from finetune_operator.plan import Acted, Plan, Situation
 from finetune_operator.policies.acceptance import accept
 from finetune_operator.report import report
 from finetune_operator.views import JobView, PodView, buried, read_status

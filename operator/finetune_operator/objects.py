@@ -1,0 +1,40 @@
+"""Kubernetes objects as JSON has them, and the kinds that the operator knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import quote
+
+from finetune_api import names
+
+Object = dict[str, Any]
+"""A Kubernetes object, as JSON has it."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of object, and where it lives."""
+
+    api_version: str
+    kind: str
+    plural: str
+
+    def path(self, namespace: str | None, name: str | None = None, sub: str | None = None) -> str:
+        """URL path of the collection or of one object."""
+        root = "/api/v1" if self.api_version == "v1" else f"/apis/{self.api_version}"
+        parts = [root]
+        if namespace:
+            parts += ["namespaces", quote(namespace, safe="")]
+        parts.append(self.plural)
+        parts += [quote(part, safe="") for part in (name, sub) if part]
+        return "/".join(parts)
+
+
+FINETUNEJOB = Kind(names.API_VERSION, names.KIND, names.PLURAL)
+JOB = Kind("batch/v1", "Job", "jobs")
+POD = Kind("v1", "Pod", "pods")
+SERVICE = Kind("v1", "Service", "services")
+CORE_EVENT = Kind("v1", "Event", "events")
+EVENT = Kind("events.k8s.io/v1", "Event", "events")
+LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
