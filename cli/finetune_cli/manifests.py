@@ -140,8 +140,17 @@ def examine(manifest: Manifest, where: Where = Where.CLUSTER) -> tuple[FineTuneJ
         findings += [
             Finding(Mistake(manifest.place(f"spec.{one.path}"), f"spec.{one.path}", one.message, one.hint), one.code)
             for one in (*check(spec, where=where), *unsupported(spec))
+            if not (where is Where.LOCAL and one.code == "SourceInvalid" and _is_local_path(raw, one.path))
         ]
     return spec, findings
+
+
+def _is_local_path(raw: dict[str, Any], path: str) -> bool:
+    """A path relative to the user's folder: fine on the user's machine."""
+    value: Any = raw
+    for part in path.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return isinstance(value, str) and value.startswith(("file://", ".", "/", "~"))
 
 
 def _frame(manifest: Manifest) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ import typer
 from finetune_cli import output
 from finetune_cli.commands.options import ContextOption, KubeconfigOption, NamespaceOption
 from finetune_cli.commands.watching import NameArgument
+from finetune_cli.yaml_text import to_yaml
 
 if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
@@ -194,7 +195,6 @@ def rerun(
     """
     from finetune_cli.cluster import connect
     from finetune_cli.commands.importing import own_values
-    from finetune_cli.commands.watching import to_yaml
     from finetune_cli.importers.material import Refused
     from finetune_cli.manifests import examine, parse
 

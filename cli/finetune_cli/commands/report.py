@@ -16,6 +16,7 @@ import typer
 from finetune_cli import output
 from finetune_cli.commands.options import ContextOption, KubeconfigOption, NamespaceOption
 from finetune_cli.commands.watching import NameArgument
+from finetune_cli.yaml_text import to_yaml
 
 if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
@@ -63,7 +64,7 @@ def collect(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
     from finetune_api.names import CONTAINER
 
     from finetune_cli.cluster import ClusterError
-    from finetune_cli.commands.watching import event_line, to_yaml
+    from finetune_cli.commands.watching import event_line
     from finetune_cli.view import describe
 
     name = job["metadata"]["name"]

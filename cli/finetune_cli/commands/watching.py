@@ -10,6 +10,7 @@ import typer
 
 from finetune_cli import output
 from finetune_cli.commands.options import ContextOption, FormatOption, KubeconfigOption, NamespaceOption
+from finetune_cli.yaml_text import to_yaml
 
 if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
@@ -64,19 +65,6 @@ def _dump(items: list[dict[str, Any]], form: str, *, single: bool) -> None:
         return
     value: Any = items[0] if single else {"apiVersion": "v1", "kind": "List", "items": items}
     output.write(json.dumps(value, indent=2) if form == "json" else to_yaml(value))
-
-
-def to_yaml(value: Any) -> str:
-    """A value as YAML text."""
-    import io
-
-    from ruamel.yaml import YAML
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.default_flow_style = False
-    stream = io.StringIO()
-    yaml.dump(value, stream)
-    return stream.getvalue()
 
 
 def _grid(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, wide: bool, namespaces: bool) -> str:

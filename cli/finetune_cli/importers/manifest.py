@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,21 +10,12 @@ from finetune_api.spec import FineTuneJobSpec
 
 from finetune_cli.importers.engine import Imported
 from finetune_cli.importers.material import Assigned
+from finetune_cli.yaml_text import join
 
 
 def render(imported: Imported, *, annotate: bool) -> str:
     """All documents; with `annotate` every value has a comment that names its origin."""
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.width = 4096
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    stream = io.StringIO()
-    for i, document in enumerate(documents(imported, annotate=annotate)):
-        if i:
-            stream.write("---\n")
-        yaml.dump(document, stream)
-    return stream.getvalue()
+    return join(documents(imported, annotate=annotate))
 
 
 def documents(imported: Imported, *, annotate: bool = False) -> Iterator[Any]:
@@ -85,12 +75,7 @@ def _group(values: dict[str, Any], prefix: str, assigned: dict[str, Assigned]) -
 
 def _scalar(value: Any) -> Any:
     from ruamel.yaml.comments import CommentedSeq
-    from ruamel.yaml.scalarstring import DoubleQuotedScalarString, LiteralScalarString
 
-    if isinstance(value, str) and value.endswith("\n") and value.strip("\n") == value[:-1] and value.count("\n") == 1:
-        return DoubleQuotedScalarString(value)
-    if isinstance(value, str) and "\n" in value:
-        return LiteralScalarString(value)
     if isinstance(value, list) and all(not isinstance(one, dict | list) for one in value):
         sequence = CommentedSeq(value)
         sequence.fa.set_flow_style()

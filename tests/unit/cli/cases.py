@@ -89,6 +89,13 @@ def cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:
     return found
 
 
+def accepted() -> list[str]:
+    """Names of the cases that import."""
+    return [
+        name for name in cases() if '"refused"' not in (HERE / "expected" / f"{name}.json").read_text(encoding="utf-8")
+    ]
+
+
 def outcome(name: str) -> dict[str, Any]:
     """What an import of a case says, as it is kept in `expected/`."""
     from tests.unit.cli.imports import import_
