@@ -19,7 +19,7 @@ class NotYet:
     """A spec path (attribute names, dotted) and for which values it is refused."""
 
     path: str
-    when: Callable[[Any], bool] = lambda value: value is not None and value is not False
+    when: Callable[[Any], bool] = lambda value: value not in (None, False, 0, [])
     instead: str = "remove it"
 
 
@@ -35,28 +35,13 @@ TABLE: tuple[NotYet, ...] = (
     NotYet("model.modality", _is("visionLanguage"), "train a text model"),
     NotYet("model.new_tokens"),
     NotYet("model.cache"),
-    NotYet("method.type", _is_not("full", "lora", "qlora"), "write full, lora or qlora"),
     NotYet("method.vision"),
-    NotYet("method.lora.plus_ratio", _is_not(1)),
-    NotYet("method.lora.use_dora"),
     NotYet("method.lora.loftq"),
-    NotYet("method.lora.init", _is_not("default"), "write default"),
+    NotYet("method.lora.init", _is("loftq"), "write pissa, which starts from the same idea"),
     NotYet("trainer.type", _is_not("sft"), "write sft"),
-    NotYet("trainer.backend", _is("unsloth"), "write transformers"),
     NotYet("distributed.strategy", _is("fsdp", "deepspeed"), "write ddp, or leave it out"),
-    NotYet(
-        "dataset.format",
-        _is_not("messages", "alpaca", "instruction", "promptCompletion", "plainText", "sharegpt"),
-        "convert the rows to messages",
-    ),
-    NotYet("dataset.file_format", _is("parquet"), "convert it to jsonl"),
-    NotYet("dataset.mixture"),
     NotYet("dataset.test", instead="remove it: nothing is done with a test set yet"),
     NotYet("dataset.split.test"),
-    NotYet("dataset.checks"),
-    NotYet("training.early_stopping"),
-    NotYet("training.checkpoint_every_n_layers", _is_not(1)),
-    NotYet("training.gradient_checkpointing", _is("unsloth"), "write enabled"),
     NotYet("output.dir"),
     NotYet("output.hub"),
     NotYet("output.merge_adapter"),
