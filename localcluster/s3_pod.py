@@ -77,6 +77,8 @@ def _pod(node: str | None) -> dict[str, Any]:
         "args": server_arguments(_PORTS, directory="/data", config="/config/s3.json", listen="0.0.0.0"),
         "env": [{"name": "GOMEMLIMIT", "value": "400MiB"}],
         "ports": [{"name": "s3", "containerPort": PORT}],
+        # Without a request it gets the least weight of all: pods that compute would starve it.
+        "resources": {"requests": {"cpu": "500m", "memory": "256Mi"}},
         # Quick to be ready, slow to be given up: on a busy machine a late answer must not take the store away.
         "readinessProbe": {
             "httpGet": {"path": "/status", "port": PORT}, "periodSeconds": 1, "timeoutSeconds": 5, "failureThreshold": 12,
