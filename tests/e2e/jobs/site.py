@@ -30,6 +30,8 @@ from tools import HELM  # noqa: E402
 
 MODEL = f"s3://{demo.MODELS}/{demo.MODEL_KEY}"
 SECRET = demo.SECRET
+SMALL = {"cpu": "100m", "memory": "2Gi", "ephemeralStorage": "2Gi", "sharedMemory": "256Mi"}
+"""What a pod asks for by default here, so that two cores hold all jobs of a test at once."""
 PATIENCE = 240
 """Seconds that a tiny job may take on two busy cores."""
 
@@ -70,6 +72,7 @@ class Site:
         """The chart with the demo's values; `more` wins. Returns Helm's notes."""
         self.api.patch("namespaces", None, demo.RELEASE, restricted(demo.RELEASE), patch="apply")
         values = demo.values(Place(self.cluster.s3)) | more  # type: ignore[arg-type]  # of a cluster it needs these only
+        values["trainer"]["resources"] = SMALL
         chart = str(ROOT / "helm/finetune-operator")
         return self.helm(
             "upgrade", "--install", demo.RELEASE, chart, "--wait", "--timeout", "2m", "-f", "-", values=values
