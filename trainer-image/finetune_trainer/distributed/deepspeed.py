@@ -11,6 +11,7 @@ import copy
 import os
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from finetune_api.errors import ConfigError, InternalError
@@ -116,9 +117,12 @@ def _optimizer(config: dict[str, Any], both: Comparison, run: RunConfig, result:
             hint="write AdamW, or remove the section and name training.optimizer",
         )  # fmt: skip
     name = both.same("optimizer.type", "adamw_torch_fused", "training.optimizer", training.optimizer)
-    betas = both.same("optimizer.params.betas", given.pop("betas", None), "training.adamBeta1, adamBeta2", [training.adam_beta1, training.adam_beta2])
+    betas = given.pop("betas", AUTO)
+    first, second = (AUTO, AUTO) if betas == AUTO else betas
     result.training |= {
-        "optim": name, "adam_beta1": betas[0], "adam_beta2": betas[1],
+        "optim": name,
+        "adam_beta1": both.same("optimizer.params.betas[0]", first, "training.adamBeta1", training.adam_beta1),
+        "adam_beta2": both.same("optimizer.params.betas[1]", second, "training.adamBeta2", training.adam_beta2),
         "learning_rate": both.same("optimizer.params.lr", given.pop("lr", None), "training.learningRate", training.learning_rate),
         "adam_epsilon": both.same("optimizer.params.eps", given.pop("eps", None), "training.adamEpsilon", training.adam_epsilon),
         "weight_decay": both.same("optimizer.params.weight_decay", given.pop("weight_decay", None), "training.weightDecay", training.weight_decay),
@@ -219,6 +223,11 @@ class Deepspeed(Plan):
         if chosen.stage == 3:
             _require_whole_weights_unneeded(run)
 
+    @property
+    def trainer_bases(self) -> tuple[type, ...]:
+        """Loading of the best weights at the end."""
+        return (_best_of_slices(),)
+
     def before(self) -> None:
         """DeepSpeed wants a process group even for one rank. On CPU nobody else makes it before the model is loaded."""
         import deepspeed
@@ -251,6 +260,24 @@ class Deepspeed(Plan):
                 hint="this is a fault of the trainer image: report it with its versions",
             )  # fmt: skip
         return name
+
+
+def _best_of_slices() -> type:
+    """The mix-in; made here so that this module loads without torch."""
+    from transformers import Trainer
+
+    from finetune_trainer.best import best_folder
+    from finetune_trainer.distributed.weights import load_gathered
+
+    class BestOfSlices(Trainer):  # type: ignore[misc]  # transformers ships no types
+        """The best weights come from the plain folder; the engine's own checkpoint of that step may be gone."""
+
+        def _load_best_model(self) -> None:
+            reader = self.accelerator.is_main_process
+            load_gathered(self.model, best_folder(self) if reader else Path(), reader)
+            self.accelerator.wait_for_everyone()
+
+    return BestOfSlices
 
 
 def _require_whole_weights_unneeded(run: RunConfig) -> None:

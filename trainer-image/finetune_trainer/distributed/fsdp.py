@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_api.errors import ConfigError, InternalError, NoCheckpointError
+from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import FsdpSharding, FsdpStateDict, GradientCheckpointing, MethodType
 
@@ -96,9 +96,12 @@ def _merge(result: Options, file: dict[str, Any], run: RunConfig, hardware: Hard
 def _merge_fsdp(result: Options, inner: dict[str, Any], both: Comparison, run: RunConfig) -> None:
     if str(inner.pop("version", 2)) != "2":
         raise ConfigError("ConfigFileInvalid", f"{FILE}: fsdp_version 1 is gone from the libraries", hint="write 2, or remove it")
-    for key in ("sharding_strategy", "reshard_after_forward"):
-        found = _word(inner.pop(key, None), SHARDING, f"fsdp_{key}")
-        result.sharding = both.same(f"fsdp_{key}", found, "distributed.fsdp.sharding", result.sharding)
+    said = {key: _word(inner.pop(key, None), SHARDING, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")}
+    words = {key: word for key, word in said.items() if word is not None}
+    if len(set(words.values())) > 1:
+        both.conflicts.append(f"fsdp_sharding_strategy means {words['sharding_strategy']}, fsdp_reshard_after_forward {words['reshard_after_forward']}")
+    for key, word in words.items():
+        result.sharding = both.same(f"fsdp_{key}", word, "distributed.fsdp.sharding", result.sharding)
     found = _word(inner.pop("state_dict_type", None), STATE_DICT, "fsdp_state_dict_type")
     result.state_dict = both.same("fsdp_state_dict_type", found, "distributed.fsdp.stateDict", result.state_dict)
     result.offload = _true(inner.pop("offload_params", False))
@@ -215,6 +218,9 @@ def _sharded_checkpoints() -> type:
     """The mix-in; made here so that this module loads without torch."""
     from transformers import Trainer
 
+    from finetune_trainer.best import best_folder
+    from finetune_trainer.distributed.weights import load_whole
+
     class ShardedCheckpoints(Trainer):  # type: ignore[misc]  # transformers ships no types
         """Weights or adapter as one plain folder, optimizer state in slices (or whole, if asked), nothing twice.
 
@@ -257,7 +263,8 @@ def _sharded_checkpoints() -> type:
             self.accelerator.wait_for_everyone()
 
         def _load_best_model(self) -> None:
-            load_whole(self.model, Path(self.state.best_model_checkpoint), self.accelerator.is_main_process)
+            reader = self.accelerator.is_main_process
+            load_whole(self.model, best_folder(self) if reader else Path(), reader)
             self.accelerator.wait_for_everyone()
 
         @contextmanager
@@ -275,61 +282,3 @@ def _sharded_checkpoints() -> type:
                 plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config = before
 
     return ShardedCheckpoints
-
-
-def load_whole(model: Any, folder: Path, reader: bool) -> None:
-    """Put the weights of a plain checkpoint folder into a sharded model; only the `reader` rank touches the disk.
-
-    Errors: NoCheckpointError CheckpointForeign if the folder's names are not those that this run trains.
-    """
-    import torch
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    names = saved_names(model)
-    state: dict[str, Any] = {}
-    strange: list[str] = []
-    if reader:
-        stored = read_weights(folder)
-        strange = sorted(set(stored) ^ set(names)) if hasattr(model, "peft_config") else sorted(set(stored) - set(names))
-        state = {names[name]: value for name, value in stored.items() if name in names}
-    counted = torch.tensor([len(strange)])
-    if torch.distributed.is_initialized():
-        device = next(model.parameters()).device
-        counted = counted.to(device)
-        torch.distributed.broadcast(counted, 0)
-    if int(counted):
-        raise NoCheckpointError(
-            "CheckpointForeign", f"the checkpoint has other weights than this run trains{': ' + ', '.join(strange[:4]) if strange else ''}",
-            hint="resume with the method, targets and model that it was made with",
-        )  # fmt: skip
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False))
-
-
-def saved_names(model: Any) -> dict[str, str]:
-    """Name in a saved folder -> name in the model. PEFT leaves the adapter's name out when it saves."""
-    import torch
-
-    places = {name: torch.empty(0) for name in model.state_dict()}
-    if not hasattr(model, "peft_config"):
-        return {name: name for name in places}
-    from peft import get_peft_model_state_dict
-
-    kept = get_peft_model_state_dict(model, state_dict=places, save_embedding_layers=False)
-    own = {id(value): name for name, value in places.items()}
-    return {saved: own[id(value)] for saved, value in kept.items()}
-
-
-def read_weights(folder: Path) -> dict[str, Any]:
-    """All tensors of a folder: one safetensors file, or several with an index. Errors: NoCheckpointError CheckpointIncomplete."""
-    import json
-
-    from safetensors.torch import load_file
-
-    for name in ("adapter_model.safetensors", "model.safetensors"):
-        if (folder / name).exists():
-            return dict(load_file(folder / name))
-    index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        raise NoCheckpointError("CheckpointIncomplete", f"{folder.name} holds neither weights nor an adapter", hint="resume from another step")
-    parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return {key: value for part in parts for key, value in load_file(folder / part).items()}
