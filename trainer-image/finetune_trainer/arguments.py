@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import GradientCheckpointing, Scheduler, When
+from finetune_api.spec.enums import Backend, GradientCheckpointing, Scheduler, When
 
 from finetune_trainer.distributed import Plan
 from finetune_trainer.hardware import Hardware
@@ -20,12 +21,51 @@ SCHEDULERS = {
 }  # fmt: skip
 
 
+CHECKPOINTING = "training.gradientCheckpointing"
+OPTIMIZER = "training.optimizer"
+LIGER = "model.ligerKernels"
+TUNED_OPTIMIZER = "paged_adamw_8bit"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What `trainer.backend: unsloth` means here: the single-GPU path with every memory saver that nobody set otherwise."""
+
+    checkpointing: GradientCheckpointing
+    optimizer: str
+    liger: bool
+    notes: tuple[str, ...] = ()
+
+    @staticmethod
+    def of(run: RunConfig, hardware: Hardware) -> Tuned:
+        """The three choices of a run, tuned or as they stand. Errors: ConfigError BackendNeedsGpu."""
+        training = run.spec.training
+        mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
+        name = training.optimizer or "adamw_torch_fused"
+        liger = run.spec.model.liger_kernels is True
+        if run.spec.trainer.backend is not Backend.UNSLOTH:
+            return Tuned(mode, name, liger)
+        if hardware.cpu:
+            raise ConfigError(
+                "BackendNeedsGpu", "trainer.backend unsloth is the tuned path for one GPU, and this job runs on CPU",
+                hint="write `backend: transformers`, or ask for a GPU",
+            )  # fmt: skip
+        if CHECKPOINTING in run.defaults and mode is not GradientCheckpointing.DISABLED:
+            mode = GradientCheckpointing.UNSLOTH
+        name = TUNED_OPTIMIZER if OPTIMIZER in run.defaults else name
+        liger = liger or LIGER in run.defaults
+        said = f"backend unsloth is this trainer's own single-GPU path: optimizer {name}, gradientCheckpointing {mode}, liger kernels {liger}"
+        return Tuned(mode, name, liger, (said,))
+
+
 def common(run: RunConfig, inputs: Inputs, hardware: Hardware, plan: Plan, *, evaluates: bool) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments, whatever the objective. `evaluates`: there is validation data.
 
     Errors: ConfigError OptimizerUnknown, SchedulerParameterInvalid, EvaluationWithoutData.
     """
     training = run.spec.training
+    tuned = Tuned.of(run, hardware)
+    plan.notes += [note for note in tuned.notes if note not in plan.notes]
     return {
         "output_dir": str(inputs.output_dir),
         "per_device_train_batch_size": training.batch_size_per_device or 4,
@@ -37,7 +77,8 @@ def common(run: RunConfig, inputs: Inputs, hardware: Hardware, plan: Plan, *, ev
         "lr_scheduler_kwargs": scheduler_parameters(run),
         "warmup_steps": _warmup(run),
         "max_grad_norm": 1.0 if training.max_grad_norm is None else training.max_grad_norm,
-        "optim": optimizer(run, hardware),
+        "optim": optimizer(tuned.optimizer),
+        "use_liger_kernel": tuned.liger,
         "adam_beta1": 0.9 if training.adam_beta1 is None else training.adam_beta1,
         "adam_beta2": 0.999 if training.adam_beta2 is None else training.adam_beta2,
         "adam_epsilon": 1e-8 if training.adam_epsilon is None else training.adam_epsilon,
@@ -54,7 +95,7 @@ def common(run: RunConfig, inputs: Inputs, hardware: Hardware, plan: Plan, *, ev
         "report_to": [],
         # A non-finite loss must be seen, not replaced by the last good one.
         "logging_nan_inf_filter": False,
-        **_checkpointing(run),
+        **_checkpointing(run, tuned.checkpointing),
         **_rhythm(run, evaluates),
         **plan.arguments(),
     }
@@ -98,10 +139,9 @@ def _rhythm(run: RunConfig, evaluates: bool) -> dict[str, Any]:
     }
 
 
-def _checkpointing(run: RunConfig) -> dict[str, Any]:
+def _checkpointing(run: RunConfig, mode: GradientCheckpointing) -> dict[str, Any]:
     """Recompute activations, every layer or every n-th, or move them to host memory."""
     training = run.spec.training
-    mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
     if mode is GradientCheckpointing.DISABLED:
         return {"activation_checkpointing": False}
     options: dict[str, Any] = {"use_reentrant": False}
@@ -112,13 +152,12 @@ def _checkpointing(run: RunConfig) -> dict[str, Any]:
     return {"activation_checkpointing": True, "activation_checkpointing_kwargs": options}
 
 
-def optimizer(run: RunConfig, hardware: Hardware) -> str:
-    """The optimizer's name, if transformers knows it and this device can run it. Errors: ConfigError OptimizerUnknown, OptimizerUnavailable."""
+def optimizer(name: str) -> str:
+    """The optimizer's name, if transformers knows it. Errors: ConfigError OptimizerUnknown."""
     from difflib import get_close_matches
 
     from transformers.training_args import OptimizerNames
 
-    name = run.spec.training.optimizer or "adamw_torch_fused"
     known = [one.value for one in OptimizerNames]
     if name not in known:
         near = get_close_matches(name, known, n=3) or ["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]

@@ -50,6 +50,9 @@ def preload(run: RunConfig) -> None:
     """Import everything the job will need, and hide what it will not."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    threads = run.spec.dataset.num_proc
+    if threads is not None:
+        os.environ["RAYON_NUM_THREADS"] = str(threads)  # read once, by the tokenizers' thread pool
     for name, needed in (("bitsandbytes", needs_bitsandbytes(run)), ("deepspeed", needs_deepspeed(run))):
         if not needed:
             _hide(name)

@@ -11,6 +11,7 @@ from finetune_api.errors import ConfigError, DataError, FineTuneError
 from finetune_trainer.data.prepare import Prepared, prepare
 from finetune_trainer.data.rows import Completion, Conversation, Text, Turn
 from finetune_trainer.data.template import Style, render
+
 from tests.support.learning import TEN, go, make_run
 from tests.support.tiny import CHATML, CHATML_MARKED, make_tokenizer
 
@@ -158,9 +159,8 @@ def test_beginning_token_that_does_not_exist_is_refused(tmp_path: Path) -> None:
 
 
 def test_pad_that_is_the_end_token_hides_no_end(tmp_path: Path, model: Path) -> None:
-    from transformers import AutoTokenizer
-
     from finetune_trainer.model import load_tokenizer
+    from transformers import AutoTokenizer
 
     tok = tokenizer(tmp_path, pad="<|im_end|>")
     run, inputs = make_run(tmp_path, model, {}, TEN)
@@ -310,3 +310,35 @@ def test_evaluation_loss_is_that_of_all_tokens(model: Path, tmp_path: Path) -> N
     )
     assert one.eval_losses == pytest.approx(all_at_once.eval_losses, abs=1e-5)
     assert len(one.eval_losses) == 1
+
+
+def test_letters_of_multiple_choice_are_counted(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"question": row["messages"][0]["content"], "options": {"A": "x", "B": "y", "C": "z"}, "answer": "ABC"[i % 3]}
+        for i, row in enumerate(TEN)
+    ]
+    spec = {
+        "training": {"maxSteps": 80, "batchSizePerDevice": 10, "scheduler": "constant"}, "method": {"type": "full"},
+        "evaluation": {"strategy": "steps", "steps": 20},
+    }  # fmt: skip
+    outcome = go(tmp_path, model, spec, rows, validation=rows)
+    right = [line["eval_answer_accuracy"] for line in outcome.logs if "eval_answer_accuracy" in line]
+    assert len(right) == 4 and right[0] < right[-1] == 1.0
+    assert outcome.resolved["datasetFormat"] == "mcq"
+
+
+def test_mixture_is_trained_on(model: Path, tmp_path: Path) -> None:
+    from finetune_trainer.data import load
+
+    from tests.support.learning import write_rows
+
+    other = write_rows(tmp_path / "other.jsonl", [{"q": "one", "a": "red"}] * 5)
+    mixture = [
+        {"source": "s3://data/a.jsonl", "weight": 1},
+        {"source": "s3://data/b.jsonl", "weight": 2, "format": "qa", "columns": {"question": "q", "answer": "a"}},
+    ]
+    run, inputs = make_run(tmp_path, model, {"dataset": {"train": None, "mixture": mixture}})
+    loaded = load(run, inputs.model_copy(update={"train": [], "mixture": [inputs.train, [other]]}))
+    assert len(loaded.train) == 15
+    assert sum(example.words == ("Question", "Answer") for _, example in loaded.train) == 10  # type: ignore[union-attr]
+    assert "s3://data/b.jsonl 5 rows, weight 2" in loaded.summary.notes[0]

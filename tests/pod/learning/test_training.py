@@ -12,6 +12,7 @@ import pytest
 import torch
 from finetune_api.errors import ConfigError, DivergedError, NoCheckpointError, NotFoundError
 from finetune_trainer.inputs import RestoredCheckpoint
+
 from tests.support.learning import TEN, Outcome, go, merged
 
 pytestmark = pytest.mark.pod

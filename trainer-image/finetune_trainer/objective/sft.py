@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from finetune_api.errors import InternalError
+from finetune_api.spec.enums import DatasetFormat
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -28,6 +29,9 @@ class Sft(Guarded, SFTTrainer):
     several times per micro-batch; the evaluation loss is that of all tokens together, not a mean of batch means; data
     preparation is ours.
     """
+
+    multiple_choice = False
+    """Whether rows are questions with one letter as the answer: evaluations then tell how many letters are right."""
 
     def __init__(self, *args: Any, **options: Any):
         self._sums: dict[str, dict[str, Any]] = {"train": defaultdict(float), "eval": defaultdict(float)}
@@ -56,6 +60,11 @@ class Sft(Guarded, SFTTrainer):
             inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
         )
         sums["places"] += inputs["input_ids"].numel()
+        if self.multiple_choice and not self.model.training:
+            # The letter is the first learned token of a row: it stands where learning begins.
+            begins = outputs.label_mask & ~torch.nn.functional.pad(outputs.label_mask, (1, 0))[:, :-1]
+            sums["letters"] += begins.sum()
+            sums["right"] += (outputs.is_top1 * begins).sum()
         return loss
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
@@ -66,6 +75,8 @@ class Sft(Guarded, SFTTrainer):
         if sums.get("learned") and output.metrics is not None:
             output.metrics[f"{prefix}_loss"] = sums["nll"] / sums["learned"]
             output.metrics[f"{prefix}_mean_token_accuracy"] = sums["correct"] / sums["learned"]
+            if sums.get("letters"):
+                output.metrics[f"{prefix}_answer_accuracy"] = sums["right"] / sums["letters"]
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -123,7 +134,8 @@ def arguments(setting: Setting, *, evaluates: bool) -> SFTConfig:
 
 def build(setting: Setting, args: SFTConfig, model: Any, prepared: Prepared) -> Sft:
     """The trainer, ready to run."""
-    trainer: Sft = connected(Sft, setting.plan)(
+    choice = prepared.format is DatasetFormat.MCQ
+    trainer: Sft = connected(Sft, setting.plan, multiple_choice=choice)(
         model=model, args=args, train_dataset=prepared.train, eval_dataset=prepared.validation, processing_class=setting.tokenizer,
         callbacks=setting.callbacks,
     )  # fmt: skip
@@ -165,4 +177,3 @@ def require_isolation(model: Any) -> None:
             "PackingLeaks", f"with attention {model.config._attn_implementation} packed documents see each other",
             hint="set dataset.packing: false, or another model.attention",
         )  # fmt: skip
-    return trainer
