@@ -58,7 +58,14 @@ class Containerd:
             _write_archive(archive, layout, name, entry, remaining)
             archive.seek(0)
             self.ctr("images", "import", "-", stdin=archive)
+        self._forget_untagged()
         return name
+
+    def _forget_untagged(self) -> None:
+        """Let go of images whose tag went to a newer one: the kubelet's names for them would keep gigabytes."""
+        images = self.images()
+        for name in untagged(images):
+            self.ctr("images", "rm", name)
 
     def _missing(self, layout: Path, entry: dict[str, Any]) -> list[str]:
         manifest = json.loads(blob(layout, entry["digest"]).read_text())
@@ -90,6 +97,12 @@ class Containerd:
         """Forget containers of an earlier life; images stay."""
         for container in self.ctr("containers", "ls", "-q").split():
             self.ctr("containers", "rm", container)
+
+
+def untagged(images: dict[str, str]) -> list[str]:
+    """Of digests by name, the names that are hashes of images which have no other name."""
+    tagged = {digest for name, digest in images.items() if not name.startswith("sha256:")}
+    return [name for name, digest in images.items() if name.startswith("sha256:") and digest not in tagged]
 
 
 def blob(layout: Path, digest: str) -> Path:

@@ -141,6 +141,11 @@ def test_built_images_are_found_by_tag(tmp_path: Path, monkeypatch: pytest.Monke
         find_layout("localhost/y:dev")
 
 
+def test_images_without_a_tag_are_found() -> None:
+    images = {"localhost/a:dev": "sha256:2", "sha256:x": "sha256:1", "sha256:y": "sha256:2"}
+    assert store.untagged(images) == ["sha256:x"]
+
+
 def test_programs_are_kept_by_version_and_content() -> None:
     kube = build.PROGRAMS[build.KUBE]
     assert kube.version.split(".")[0] == "1"
