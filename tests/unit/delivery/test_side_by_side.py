@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import os
+import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -56,3 +59,22 @@ def test_nothing_starts_after_the_end(tmp_path: Path) -> None:
     commands.end()
     with pytest.raises(StepFailed, match="interrupted"):
         commands(["true"])
+
+
+def test_interrupted_steps_leave_no_process(tmp_path: Path, root: Path) -> None:
+    """Ctrl-C while slow steps run: the program they started is gone when ours has ended."""
+    fifo = tmp_path / "pid"
+    os.mkfifo(fifo)
+    script = (
+        "import sys, signal; from pathlib import Path; from rich.console import Console\n"
+        f"sys.path.insert(0, {str(root / 'scripts')!r})\n"
+        "from side_by_side import Step, run_all\n"
+        f"slow = Step('slow', lambda command: command(['sh', '-c', 'echo $$ > {fifo}; exec sleep 1000']))\n"
+        f"run_all([slow], Path({str(tmp_path / 'log')!r}), Console())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+    pid = int(fifo.read_text())
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) != 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)

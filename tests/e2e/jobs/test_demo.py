@@ -1,0 +1,75 @@
+"""The demo's story on a real cluster, with a tiny model in the place of the real one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import demo
+import pytest
+from demo_clusters import DemoCluster
+from rich.console import Console
+from side_by_side import Step
+
+from localcluster import S3Endpoint
+from tests.e2e.jobs.site import ROOT, Site
+from tests.support.tiny import make_tiny_model
+
+
+class OnSite(DemoCluster):
+    """The tests' cluster, which is not the demo's to start or end."""
+
+    name = "site"
+
+    def __init__(self, site: Site) -> None:
+        self._site = site
+
+    def steps(self) -> list[Step]:
+        return []
+
+    def up(self) -> None:
+        """It is."""
+
+    def down(self) -> None:
+        """It stays."""
+
+    @property
+    def kubeconfig(self) -> Path:
+        return self._site.cluster.kubeconfig
+
+    @property
+    def s3(self) -> S3Endpoint:
+        return self._site.cluster.s3
+
+    def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
+        return self._site.cluster.kubectl(*arguments, stdin=stdin)
+
+
+def test_the_story_is_told_to_its_end(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_tiny_model(tmp_path / "model", hidden=128, layers=4)
+    out = tmp_path / "out.txt"
+    with out.open("w") as file:
+        monkeypatch.setattr(demo, "console", Console(file=file, width=200))
+        monkeypatch.setattr(demo, "ensure", lambda: model)
+        demo.story(OnSite(site))
+    site.api.delete("namespaces", None, demo.NAMESPACE)
+    text = out.read_text()
+    for fact in (
+        "kubectl apply -f examples/quickstart.yaml", "phase Running", "phase Succeeded", "100 % of the steps done",
+        "quickstart   Succeeded   40/40 (100%)", "model/_COMMITTED", "checkpoints/step-00000040/_COMMITTED",
+        *demo.QUESTIONS,
+    ):  # fmt: skip
+        assert fact in text, text
+    assert text.count("    tuned  ") == len(demo.QUESTIONS)
+
+
+def test_a_second_cluster_is_refused_in_one_line(site: Site) -> None:
+    """There is one cluster with nodes per machine, and it is the tests': the demo says so, and leaves it alone."""
+    env = {**os.environ, "CLUSTER": "local", "KEEP": ""}
+    done = subprocess.run([sys.executable, ROOT / "scripts/demo.py"], env=env, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert [line for line in done.stdout.splitlines() if line.startswith("demo: ")]
+    assert "Traceback" not in done.stdout + done.stderr
+    assert site.api.list("nodes")

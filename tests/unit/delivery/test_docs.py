@@ -1,0 +1,49 @@
+"""What the guides tell people to write is accepted as written."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from finetune_api import rules
+from finetune_api.names import KIND
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.support import unsupported
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def blocks() -> list[tuple[str, dict[str, Any]]]:
+    """Every YAML block of the README and the quickstart, with the page that it stands on."""
+    found = []
+    for page in ("README.md", "docs/guides/quickstart.md"):
+        texts = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S)
+        found += [(page, yaml.safe_load(text)) for text in texts]
+    return found
+
+
+JOBS = [body for _, body in blocks() if body.get("kind") == KIND]
+VALUES = [body for _, body in blocks() if "kind" not in body]
+
+
+def test_there_is_something_to_check() -> None:
+    assert (len(JOBS), len(VALUES)) == (2, 1)
+
+
+@pytest.mark.parametrize("body", JOBS, ids=lambda body: body["metadata"]["name"])
+def test_a_documented_job_can_be_run(body: dict[str, Any]) -> None:
+    spec = FineTuneJobSpec.model_validate(body["spec"])
+    assert rules.check(spec) == []
+    assert unsupported(spec) == []
+
+
+@pytest.mark.parametrize("body", VALUES, ids=lambda _: "values")
+def test_documented_values_fit_the_chart(helm: Path, body: dict[str, Any]) -> None:
+    command = [helm, "template", "x", ROOT / "helm/finetune-operator", "-f", "-"]
+    done = subprocess.run(command, input=json.dumps(body), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
