@@ -70,6 +70,8 @@ class NodeCluster:
         with locked(self.state_dir):
             if not self._running():
                 requirements.check_node()
+                self._machine.end()
+                take_lock(self.state_dir).close()
                 programs = {name: build.ensure(name, self._step) for name in (build.KUBE, "coredns", "pause")}
                 try:
                     self._start(programs)
@@ -94,7 +96,6 @@ class NodeCluster:
 
     def _start(self, programs: dict[str, Path]) -> None:
         with self._step("lay the network"):
-            self._machine.end()
             self._clean()
             plan = Plan(self.state_dir, free_block(), self.options.nodes)
             server = self._machine.start(plan, self._lifetime)
