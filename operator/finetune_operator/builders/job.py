@@ -76,7 +76,8 @@ def build_service(job: JobView) -> Object:
             "name": job.name,
             "namespace": job.namespace,
             "labels": labels,
-            "ownerReferences": [_owner("batch/v1", "Job", job.name, job.uid)],
+            # Not blocking: that would need a permission on Jobs' finalizers, and the Job's pods go first anyway.
+            "ownerReferences": [_owner("batch/v1", "Job", job.name, job.uid) | {"blockOwnerDeletion": False}],
         },
         "spec": {
             "clusterIP": "None",
