@@ -25,11 +25,10 @@ FORMATS = {
     "standard": "promptCompletion", "conversational": "messages", "preference": "preference", "no": "plainText", "simple": "plainText",
 }  # fmt: skip
 COLUMNS: dict[str, dict[str, str]] = {
-    "promptCompletion": {"question": "instruction", "answer": "output"},
     "messages": {"question": "Question", "answer": "Response"},
-    "preference": {"question": "Question", "chosen": "Chosen", "rejected": "Rejected"},
     "plainText": {"text": "text"},
 }
+"""Columns that its code wants. Those of the other formats the trainer finds by itself, in any letter case, after TRL's own."""
 SYSTEM_PROMPT = "You are a personal assistant."
 
 
