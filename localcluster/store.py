@@ -21,6 +21,8 @@ from localcluster.oci import manifest_of
 
 NAMESPACE = "k8s.io"
 """containerd's namespace for what the kubelet runs."""
+IMPORTS = 3
+"""How often an import is tried: what was linked for it may be collected as garbage before the image holds it."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,24 @@ class Containerd:
         name, entry = manifest_of(layout, tag)
         if self.images().get(name) == entry["digest"]:
             return name
+        for tries_left in reversed(range(IMPORTS)):
+            try:
+                self._import(layout, name, entry)
+                break
+            except StartFailed as error:
+                if "not found" not in str(error) or not tries_left:
+                    raise
+        self._forget_untagged()
+        return name
+
+    def _import(self, layout: Path, name: str, entry: dict[str, Any]) -> None:
+        """Link what is large, send the rest."""
         blobs = self._missing(layout, entry)
         remaining = [digest for digest in blobs if not self._link(layout, digest)]
         with tempfile.TemporaryFile() as archive:
             _write_archive(archive, layout, name, entry, remaining)
             archive.seek(0)
             self.ctr("images", "import", "-", stdin=archive)
-        self._forget_untagged()
-        return name
 
     def _forget_untagged(self) -> None:
         """Let go of images whose tag went to a newer one: the kubelet's names for them would keep gigabytes."""
