@@ -1,0 +1,220 @@
+"""What this trainer costs over a bare TRL script with the same arguments, data and order.
+
+    python benchmarks/trainer_overhead.py --rounds 6 --steps 60
+
+Method. Both train the same model (random weights, made here) on the same token sequences in the same order, in one process,
+in short runs that take turns (ours, bare, bare, ours, ...), so that a machine that slows down slows both. Ours is the whole
+rank: guards, reporting to a supervisor's channel, metrics, verification. Bare is TRL's SFTTrainer with the same arguments and
+nothing else. Only the training loop is timed, from its first step's beginning to its last step's end. The figure is the median,
+over pairs of neighbouring runs, of ours / bare; losses of both are compared at every step, since a run that does something
+else is no comparison. The first pair warms up and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+TOLERANCE = 1e-6
+
+
+@dataclass
+class Lap:
+    """One run: the time of its loop in seconds, and its losses."""
+
+    seconds: float = 0.0
+    losses: list[float] = field(default_factory=list)
+    began: float = 0.0
+
+
+def clock(lap: Lap) -> Any:
+    """A callback that times the loop and keeps the losses."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if not lap.began:
+                lap.began = time.perf_counter()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            lap.seconds = time.perf_counter() - lap.began
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                lap.losses.append(logs["loss"])
+
+    return Clock()
+
+
+class Hooks:
+    """The real callbacks of a rank, over a channel without a supervisor, and the clock."""
+
+    def __init__(self, lap: Lap) -> None:
+        self._lap = lap
+        self.trainer_arguments: dict[str, Any] = {}
+
+    def callbacks(self, run: Any, channel: Any, inputs: Any) -> list[Any]:
+        """Those of checkpoints and reporting, then the clock."""
+        from finetune_trainer.checkpoint import rank
+
+        return [*rank.callbacks(run, channel, inputs), clock(self._lap)]
+
+    def resume_path(self, inputs: Any) -> None:
+        """A fresh start."""
+
+    def finish(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
+        """Nothing is handed over."""
+
+
+def ours(run: Any, inputs: Any, folder: Path) -> Lap:
+    """One run of this trainer."""
+    from finetune_trainer import train
+    from finetune_trainer.channel import Channel
+
+    lap = Lap()
+    channel = Channel.recording(folder / "work")
+    train.Session(run, channel, inputs, Hooks(lap)).go()
+    return lap
+
+
+def bare(run: Any, inputs: Any, folder: Path) -> Lap:
+    """One run of a plain TRL script: same arguments, same tokens."""
+    import torch
+    from datasets import Dataset
+    from finetune_trainer.arguments import common
+    from finetune_trainer.distributed import Plan
+    from finetune_trainer.hardware import detect
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
+    from trl import SFTConfig, SFTTrainer
+
+    lap = Lap()
+    hardware = detect(run, 0)
+    set_seed(42)
+    tokenizer = AutoTokenizer.from_pretrained(inputs.model)
+    model = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=torch.float32, attn_implementation="sdpa")
+    if run.spec.method.type == "lora":
+        lora = run.spec.method.lora
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                task_type="CAUSAL_LM",
+                r=lora.rank,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules="all-linear",
+            ),
+        )
+    (tokens,) = (folder / "work" / "tokens").glob("*/train")
+    args = SFTConfig(
+        **common(run, inputs, hardware, Plan(run, hardware, 1), evaluates=False),
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+    )
+    trainer = SFTTrainer(
+        model=model,
+        args=args,
+        train_dataset=Dataset.load_from_disk(str(tokens)),
+        processing_class=tokenizer,
+        callbacks=[clock(lap)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    return lap
+
+
+def measure(
+    rounds: int, steps: int, *, hidden: int, layers: int, length: int, batch: int, method: str
+) -> dict[str, Any]:
+    """Pairs of runs in turns. Errors: SystemExit if the two did not train the same."""
+    import torch
+
+    from tests.support.learning import make_run
+    from tests.support.tiny import make_tiny_model
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    folder = Path(tempfile.mkdtemp(prefix="trainer-overhead-"))
+    model = make_tiny_model(folder / "model", hidden=hidden, layers=layers, positions=max(512, length))
+    rows = [
+        {"text": "The quick brown fox jumps over the lazy dog. " * (1 + (7 * i) % (length // 12))} for i in range(64)
+    ]
+    spec = {
+        "method": {"type": method}, "dataset": {"maxSequenceLength": length}, "tracking": {"loggingSteps": 10},
+        "training": {"maxSteps": steps, "batchSizePerDevice": batch, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
+    }  # fmt: skip
+    run, inputs = make_run(folder, model, spec, rows)
+    pairs: list[tuple[float, float]] = []
+    with quiet():
+        for place in range(rounds + 1):
+            order = (ours, bare) if place % 2 == 0 else (bare, ours)
+            laps = {program: program(run, inputs, folder) for program in order}
+            if any(abs(a - b) > TOLERANCE for a, b in zip(laps[ours].losses, laps[bare].losses, strict=True)):
+                raise SystemExit(f"not the same training: {laps[ours].losses} and {laps[bare].losses}")
+            if place:
+                pairs.append((laps[ours].seconds, laps[bare].seconds))
+    ratios = [a / b for a, b in pairs]
+    return {
+        "ratio": round(statistics.median(ratios), 4), "ratios": [round(one, 4) for one in ratios],
+        "oursMsPerStep": round(1000 * statistics.median(a for a, _ in pairs) / steps, 2),
+        "bareMsPerStep": round(1000 * statistics.median(b for _, b in pairs) / steps, 2),
+        "stepsEach": rounds * steps, "method": method, "hidden": hidden, "layers": layers, "length": length, "batch": batch,
+        "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings of the libraries between the figures."""
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def main() -> None:
+    """Measure, print, and write the result unless told otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=6, help="timed pairs of runs")
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of a run")
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--length", type=int, default=256, help="tokens of the longest row")
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--method", choices=["full", "lora"], default="lora")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    figures = measure(
+        options.rounds,
+        options.steps,
+        hidden=options.hidden,
+        layers=options.layers,
+        length=options.length,
+        batch=options.batch,
+        method=options.method,
+    )
+    print(json.dumps(figures, indent=1))
+    if not options.no_write:
+        import record
+
+        print(
+            record.write(
+                "trainer_overhead", figures, method=(__doc__ or "").split("Method.", 1)[1].strip().replace("\n", " ")
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()
