@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from finetune_api.pod import Resume
 from finetune_trainer.agent import free_port
-from localcluster.s3 import S3Endpoint
 from pod_buckets import Bucket
 from pod_harness import Pod, run_config
 from test_resume import EVERY, curve, spec_of, undisturbed, weights
+
+from localcluster.s3 import S3Endpoint
 
 
 @pytest.mark.parametrize("signalled", [0, 1])

@@ -74,7 +74,12 @@ class Channel:
     def recording(cls, work: Path, **world: int) -> Channel:
         """A channel without a supervisor that keeps its messages in `sent`: for tests."""
         channel = cls(_nowhere, work, **world)
-        channel._send = lambda message, _patience: channel.sent.append(message) is None
+
+        def keep(message: dict[str, Any], _patience: float) -> bool:
+            channel.sent.append(message)
+            return True
+
+        channel._send = keep
         return channel
 
     # ---- down ----

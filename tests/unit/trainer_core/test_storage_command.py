@@ -47,7 +47,10 @@ def root(tmp_path: Path) -> str:
 def test_list(root: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", root]) == 0
     lines = capsys.readouterr().out.splitlines()[1:]
-    assert [line.split()[:5] for line in lines[:2]] == [["step", "10", "1", "13", "unknown"], ["step", "5", "1", "12", "yes"]]
+    assert [line.split()[:5] for line in lines[:2]] == [
+        ["step", "10", "1", "13", "unknown"],
+        ["step", "5", "1", "12", "yes"],
+    ]
     assert lines[2].split()[0] == "model" and lines[2].endswith(f"{root}/model/a1-00000000")
 
 

@@ -64,14 +64,14 @@ class Manifest(Lenient):
     extra: dict[str, Any] = Field(default_factory=dict)
     files: list[FileEntry] = Field(default_factory=list)
 
-    @property
-    def bytes(self) -> int:
-        """Size of all files."""
-        return sum(one.size for one in self.files)
-
     def to_bytes(self) -> bytes:
         """Canonical JSON; its sha256 is what the marker names."""
         return json.dumps(self.wire(), sort_keys=True, separators=(",", ":")).encode()
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files."""
+        return sum(one.size for one in self.files)
 
 
 class Marker(Wire):

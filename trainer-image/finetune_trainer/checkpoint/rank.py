@@ -215,8 +215,8 @@ def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:
 def eval_loss(state: TrainerState, step: int | None = None) -> float | None:
     """The newest validation loss; with `step`, only one measured there."""
     for entry in reversed(state.log_history):
-        if "eval_loss" in entry:
-            return float(entry["eval_loss"]) if step is None or entry.get("step") == step else None
+        if "eval_loss" in entry and step in (None, entry.get("step")):
+            return float(entry["eval_loss"])
     return None
 
 

@@ -192,7 +192,7 @@ class Uploader:
         manifest = self._manifest(staged, entries)
         marker = self.tree.commit(base, manifest)
         seconds = time.monotonic() - started
-        log.info("committed %s/%s in %.2f s (%d bytes)", base, staged.incarnation, seconds, manifest.bytes)
+        log.info("committed %s/%s in %.2f s (%d bytes)", base, staged.incarnation, seconds, manifest.total_bytes)
         uri = self.tree.uri(join(base, staged.incarnation))
         if staged.step is None:
             self._mark_healthy(None)  # the run ended finite: what was committed last is healthy
@@ -215,7 +215,7 @@ class Uploader:
         self._board.count("checkpoints")
         self._board.saved(
             Checkpoint(
-                step=step, uri=uri, sha256=sha256, bytes=manifest.bytes, time=datetime.now(UTC), healthy=staged.graceful,
+                step=step, uri=uri, sha256=sha256, bytes=manifest.total_bytes, time=datetime.now(UTC), healthy=staged.graceful,
                 eval_loss=manifest.eval_loss,
             ),
             seconds,
@@ -285,7 +285,7 @@ def committed_checkpoints(tree: Tree) -> list[Checkpoint]:
         found.append(
             Checkpoint(
                 step=one.step or 0, uri=tree.uri(one.folder), sha256=one.marker.manifest_sha256, healthy=one.healthy,
-                bytes=manifest.bytes if manifest else None, eval_loss=manifest.eval_loss if manifest else None,
+                bytes=manifest.total_bytes if manifest else None, eval_loss=manifest.eval_loss if manifest else None,
             )
         )  # fmt: skip
     return found

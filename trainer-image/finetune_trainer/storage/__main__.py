@@ -69,7 +69,7 @@ def show(tree: Tree, where: Address) -> None:
     for one in meant(tree, where):
         manifest = tree.manifest(one)
         what = "model" if one.step is None else f"step {one.step}"
-        files, size = (len(manifest.files), manifest.bytes) if manifest else ("?", "damaged")
+        files, size = (len(manifest.files), manifest.total_bytes) if manifest else ("?", "damaged")
         healthy = "-" if one.step is None else "yes" if one.healthy else "unknown"
         print(f"{what:<16}{files:>6}{size:>14}  {healthy:<8}{one.marker.path:<14}{tree.uri(one.folder)}")
 

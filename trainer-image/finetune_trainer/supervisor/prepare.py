@@ -5,7 +5,6 @@ It runs beside the ranks' imports. Its failures end the pod before training, wit
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.status import Resolved, Stage
 
 from finetune_trainer.checkpoint.manifest import RunFacts
-from finetune_trainer.checkpoint.restore import Restored, fetch_verified, restore
+from finetune_trainer.checkpoint.restore import Restored, restore
 from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.inputs import Inputs, RestoredCheckpoint
 from finetune_trainer.storage.base import sha256_file
@@ -68,29 +67,7 @@ class Preparation:
         if found.manifest is not None:
             self._board.resumed_from_step = found.step
             self._board.resolve(Resolved(resume_exact=found.exact, resume_note=found.note))
-            if self._run.spec.checkpoint.load_best_at_end and found.path is not None:
-                self._bring_best(tree, found.path)
         return found
-
-    def _bring_best(self, tree: Tree, newest: Path) -> None:
-        """The best checkpoint so far must lie where the Trainer will look for it at the end."""
-        file = newest / "trainer_state.json"
-        state = json.loads(file.read_text()) if file.exists() else {}
-        step = state.get("best_global_step")
-        if not step:
-            return
-        folder = newest.parent / f"checkpoint-{step}"
-        if folder != newest:
-            committed = tree.marker(int(step))
-            manifest = tree.manifest(committed) if committed else None
-            problem = "is gone"
-            if committed is not None and manifest is not None:
-                problem = fetch_verified(tree, committed.folder, manifest, folder, lambda path: True) or ""
-            if problem:
-                self._board.problem(Reason.CHECKPOINT_DAMAGED, f"the best checkpoint, of step {step}, cannot be used: {problem}")
-                return
-        state["best_model_checkpoint"] = str(folder)
-        file.write_text(json.dumps(state, indent=2, sort_keys=True) + "\n")
 
     def _fetch(self) -> Inputs:
         spec, fetcher = self._run.spec, Fetcher(self._run, self._work, count=self._count)
