@@ -196,7 +196,10 @@ def _condemned_cause(facts: Facts) -> Cause | None:
             class_=FailureClass.INFRASTRUCTURE, code=Reason.STALLED, message=message, exit_code=ExitCode.PEER
         )
         return Cause(reason, failure, Fate.COUNTED)
-    failure = Failure(class_=FailureClass.PREEMPTED, code=reason, message=message)
+    failure = Failure(
+        class_=FailureClass.PREEMPTED, code=reason, message=message,
+        exit_code=own.failure.exit_code, node=own.failure.node,
+    )  # fmt: skip
     # Somebody who deletes our Jobs may go on doing so: only that end, of all we write down, counts.
     return Cause(reason, failure, Fate.COUNTED if reason is Reason.PREEMPTED else Fate.FREE)
 

@@ -11,9 +11,10 @@ import logging
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 
+from finetune_api.names import Condition as Kind
 from finetune_api.names import Label, Reason, attempt_job_name
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.status import Condition, FineTuneJobStatus
 
 from finetune_operator import logs
 from finetune_operator.act import Actor, StaleFacts
@@ -23,10 +24,12 @@ from finetune_operator.events import Recorder, transitions
 from finetune_operator.facts import Facts
 from finetune_operator.killpoints import Point, reach
 from finetune_operator.kube import Conflict, Forbidden, Invalid, Kube, NotFound, Unavailable
+from finetune_operator.lease import LeaseLost
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Object
 from finetune_operator.plan import Acted, Plan, Situation
 from finetune_operator.policies.acceptance import Accepted, Refused, accept
+from finetune_operator.policies.clock import seconds
 from finetune_operator.policies.waiting import Waiting, events_waiting
 from finetune_operator.report import report
 from finetune_operator.scrape import Scraper, Target
@@ -95,6 +98,8 @@ class Reconciler:
         logs.reconcile.set(self._count)
         try:
             await self.reconcile(key)
+        except LeaseLost:
+            raise
         except (Conflict, StaleFacts, NotFound) as error:
             logger.debug("what was known is old: %s", error)
             self._queue.failed(key)
@@ -283,6 +288,9 @@ class Reconciler:
         if plan.finish is not None:
             self._metrics.jobs_finished.labels(plan.finish.outcome.value).inc()
             logger.info("%s: %s", plan.finish.outcome.value, plan.finish.reason)
+        quota, had = _condition(new, Kind.QUOTA_RESERVED), _condition(old, Kind.QUOTA_RESERVED)
+        if quota is not None and had is not None and (had.status, quota.status) == ("False", "True"):
+            self._metrics.quota_wait.observe(seconds(had.last_transition_time, facts.now))
         started = new.progress is not None and new.progress.step and not (old.progress and old.progress.step)
         if started:
             self._metrics.time_to_running.observe((facts.now - facts.job.created).total_seconds())
@@ -314,6 +322,10 @@ class Reconciler:
     def _forget(self, key: Key) -> None:
         self._memories.pop(key, None)
         self._scraper.forget(key)
+
+
+def _condition(status: FineTuneJobStatus, kind: Kind) -> Condition | None:
+    return next((one for one in status.conditions if one.type is kind), None)
 
 
 def _seconds_until(moment: datetime, now: datetime) -> float:

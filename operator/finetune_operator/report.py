@@ -106,7 +106,7 @@ def report(facts: Facts, plan: Plan, acted: Acted) -> FineTuneJobStatus:
         return facts.job.status
     view = View(facts, plan, acted)
     if plan.situation is Situation.FINISHED and plan.finish is None:
-        return view.old.model_copy(update={"observed_generation": facts.job.generation})
+        return _seen(view.old, facts.job.generation)
     changes: dict[str, Any] = {
         "observed_generation": facts.job.generation,
         "phase": phase(view),
@@ -117,6 +117,12 @@ def report(facts: Facts, plan: Plan, acted: Acted) -> FineTuneJobStatus:
     }
     changes |= _counters(view) | _progress(view) | _checkpoints(view) | _end(view)
     return view.old.model_copy(update=changes)
+
+
+def _seen(status: FineTuneJobStatus, generation: int) -> FineTuneJobStatus:
+    """A final status, for a spec that was edited since: nothing else of it changes any more."""
+    conditions = [one.model_copy(update={"observed_generation": generation}) for one in status.conditions]
+    return status.model_copy(update={"observed_generation": generation, "conditions": conditions})
 
 
 def phase(view: View) -> Phase:
@@ -359,7 +365,8 @@ def _end(view: View) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     ended = plan.ended
     if ended is not None:
-        changes["failure"] = ended.failure
+        wished = ended.reason in (Reason.SUSPENDED, Reason.CANCELLED)
+        changes["failure"] = None if wished else ended.failure
         if ended.words is not None and ended.words.output is not None:
             changes["output"] = ended.words.output
     elif view.facts.speaking is not None and view.facts.speaking.report.stage is Stage.TRAINING:

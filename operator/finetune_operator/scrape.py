@@ -25,7 +25,7 @@ from finetune_operator.workqueue import Key
 
 logger = logging.getLogger(__name__)
 
-MAX_BYTES = 256 * 1024
+MAX_BYTES = 64 * 1024
 """Longest answer that is read."""
 
 

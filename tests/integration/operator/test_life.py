@@ -40,6 +40,8 @@ async def test_suspend_saves_frees_and_resumes_from_that_step(world: Rig) -> Non
     assert world.condition("Reconciling") == {}
     assert status["attempts"][0]["reason"] == "Suspended"
     assert status["attempts"][0]["committedStep"] == 42
+    assert status["attempts"][0]["exitCode"] == 75
+    assert "failure" not in status
     assert status["attempts"][0].get("counted") is False
     assert world.jobs.items == {}
     assert world.pods.items == {}
@@ -186,6 +188,9 @@ async def test_ttl_removes_jobs_and_pods_never_the_finetunejob(world: Rig) -> No
     await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
     await world.phase("Succeeded")
     await world.until("the Job to go", lambda: not world.jobs.items and not world.pods.items)
+    await world.patch({"policy": {"ttlSecondsAfterFinished": 5}})
+    await world.until("seen", lambda: world.status()["observedGeneration"] == 2)
+    assert {c["observedGeneration"] for c in world.status()["conditions"]} == {2}
     assert world.status()["phase"] == "Succeeded"
 
 
