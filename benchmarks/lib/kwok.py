@@ -1,0 +1,165 @@
+"""Nodes and pods that are played by KWOK: a pod that is bound to a node runs, and ends with success at once.
+
+Pods of the namespace `LASTING` go on running.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Self
+
+from localcluster import Endpoint
+
+from .load import Client
+
+VERSION = "v0.8.0"
+LASTING = "steady"
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = """\
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata: {{name: node}}
+spec:
+  resourceRef: {{apiGroup: v1, kind: Node}}
+  selector:
+    matchExpressions:
+      - {{key: '.status.conditions.[] | select( .type == "Ready" ) | .status', operator: NotIn, values: ["True"]}}
+  next:
+    statusTemplate: |
+      {{{{ $now := Now }}}}
+      conditions:
+        - {{type: Ready, status: "True", reason: Played, lastHeartbeatTime: {{{{ $now | Quote }}}},
+           lastTransitionTime: {{{{ $now | Quote }}}}}}
+---
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata: {{name: run}}
+spec:
+  resourceRef: {{apiGroup: v1, kind: Pod}}
+  selector:
+    matchExpressions:
+      - {{key: .metadata.deletionTimestamp, operator: DoesNotExist}}
+      - {{key: .status.phase, operator: In, values: [Pending]}}
+  next:
+    statusTemplate: |
+      {{{{ $now := Now }}}}
+      phase: Running
+      startTime: {{{{ $now | Quote }}}}
+      podIP: 127.0.0.1
+      hostIP: 127.0.0.1
+      conditions:
+        - {{type: PodScheduled, status: "True", lastTransitionTime: {{{{ $now | Quote }}}}}}
+        - {{type: Initialized, status: "True", lastTransitionTime: {{{{ $now | Quote }}}}}}
+        - {{type: ContainersReady, status: "True", lastTransitionTime: {{{{ $now | Quote }}}}}}
+        - {{type: Ready, status: "True", lastTransitionTime: {{{{ $now | Quote }}}}}}
+      containerStatuses:
+        - name: trainer
+          image: example.org/trainer:1
+          imageID: played
+          ready: true
+          started: true
+          restartCount: 0
+          state: {{running: {{startedAt: {{{{ $now | Quote }}}}}}}}
+"""
+END = """\
+---
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata: {{name: end}}
+spec:
+  resourceRef: {{apiGroup: v1, kind: Pod}}
+  selector:
+    matchExpressions:
+      - {{key: .metadata.deletionTimestamp, operator: DoesNotExist}}
+      - {{key: .status.phase, operator: In, values: [Running]}}
+      - {{key: .metadata.namespace, operator: NotIn, values: [{lasting}]}}
+  next:
+    statusTemplate: |
+      {{{{ $now := Now }}}}
+      phase: Succeeded
+      containerStatuses:
+        - name: trainer
+          image: example.org/trainer:1
+          imageID: played
+          ready: false
+          started: false
+          restartCount: 0
+          state:
+            terminated:
+              exitCode: 0
+              reason: Completed
+              message: '{{"output":{{"uri":"s3://bucket/model","sha256":"0","kind":"adapter"}},"step":10}}'
+              startedAt: {{{{ $now | Quote }}}}
+              finishedAt: {{{{ $now | Quote }}}}
+"""
+DELETE = """\
+---
+apiVersion: kwok.x-k8s.io/v1alpha1
+kind: Stage
+metadata: {{name: delete}}
+spec:
+  resourceRef: {{apiGroup: v1, kind: Pod}}
+  selector:
+    matchExpressions:
+      - {{key: .metadata.deletionTimestamp, operator: Exists}}
+  next:
+    finalizers: {{empty: true}}
+    delete: true
+"""
+
+
+def program() -> Path:
+    """KWOK, built on the first call."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    target = base / "finetune-operator" / "tools" / f"kwok-{VERSION}" / "kwok"
+    if not target.exists():
+        subprocess.run([ROOT / "scripts" / "build-kwok.sh", VERSION, target], check=True)
+    return target
+
+
+async def make_nodes(client: Client, count: int) -> None:
+    """Nodes that are ready, roomy, and without taints."""
+    amount = {"cpu": "10000", "memory": "100Ti", "ephemeral-storage": "1000Ti", "pods": "10000"}
+    for number in range(count):
+        name = f"played-{number}"
+        await client.send("POST", "/api/v1/nodes", {"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}})
+        ready = {"type": "Ready", "status": "True", "reason": "Played"}
+        status = {"capacity": amount, "allocatable": amount, "conditions": [ready]}
+        merge = "application/merge-patch+json"
+        await client.send("PATCH", f"/api/v1/nodes/{name}/status", {"status": status}, merge)
+        await client.send("PATCH", f"/api/v1/nodes/{name}", {"spec": {"taints": None}}, merge)
+
+
+class Kwok:
+    """The process, in a `with` statement."""
+
+    def __init__(self, endpoint: Endpoint, folder: Path) -> None:
+        self._endpoint, self._folder = endpoint, folder
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def __enter__(self) -> Self:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        config = self._folder / "kwok.yaml"
+        config.write_text((STAGES + END + DELETE).format(lasting=LASTING))
+        argv = [
+            program(), "--kubeconfig", self._endpoint.kubeconfig, "--config", config, "--manage-all-nodes",
+            "--node-lease-duration-seconds", "40",
+        ]  # fmt: skip
+        with (self._folder / "kwok.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(word) for word in argv], stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
+                cwd=self._folder, env={**os.environ, "HOME": str(self._folder)},
+            )  # fmt: skip
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()

@@ -1,0 +1,151 @@
+"""Clients that create things as fast as they can, and watchers that note when things were first seen."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import aiohttp
+
+from localcluster import Endpoint
+
+Object = dict[str, Any]
+META_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,application/json"
+
+
+class Client:
+    """A connection pool to the API server. Use in an `async with`."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    async def __aenter__(self) -> Client:
+        context = ssl.create_default_context(cafile=str(self._endpoint.ca))
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(ssl=context, limit=0),
+            headers={"Authorization": f"Bearer {self._endpoint.token}"}, timeout=aiohttp.ClientTimeout(total=None),
+        )  # fmt: skip
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self._session.close()
+
+    async def send(self, method: str, path: str, body: Any = None, kind: str = "application/json") -> Object:
+        """One request. RuntimeError with the server's words if it is refused."""
+        data = None if body is None else json.dumps(body).encode()
+        url = self._endpoint.server + path
+        async with self._session.request(method, url, data=data, headers={"Content-Type": kind}) as answer:
+            text = await answer.read()
+            if answer.status >= 400:
+                raise RuntimeError(f"{method} {path}: {answer.status} {text[:300].decode(errors='replace')}")
+            value: Object = json.loads(text)
+            return value
+
+    async def list(self, path: str) -> list[Object]:
+        """All objects of a collection, in pages."""
+        items: list[Object] = []
+        token = ""
+        while True:
+            page = await self.send("GET", f"{path}?limit=500" + (f"&continue={token}" if token else ""))
+            items += page["items"]
+            token = page["metadata"].get("continue", "")
+            if not token:
+                return items
+
+    async def create_all(self, path: str, bodies: list[Object], clients: int) -> dict[str, float]:
+        """Create all, by so many clients; returns the moment each request was sent, by name."""
+        sent: dict[str, float] = {}
+        left = iter(bodies)
+
+        async def work() -> None:
+            for body in left:
+                sent[body["metadata"]["name"]] = time.monotonic()
+                await self.send("POST", path, body)
+
+        async with asyncio.TaskGroup() as group:
+            for _ in range(clients):
+                group.create_task(work())
+        return sent
+
+    async def events(self, path: str, *, version: str, meta_only: bool) -> AsyncIterator[Object]:
+        """Watch events of a collection from a version on."""
+        headers = {"Accept": META_ONLY} if meta_only else {}
+        url = f"{self._endpoint.server}{path}?watch=true&resourceVersion={version}"
+        rest = b""
+        async with self._session.get(url, headers=headers) as stream:
+            if stream.status >= 400:
+                raise RuntimeError(f"watch {path}: {stream.status} {await stream.text()}")
+            async for chunk in stream.content.iter_any():
+                *lines, rest = (rest + chunk).split(b"\n")
+                for line in lines:
+                    yield json.loads(line)
+
+
+class Seen:
+    """When objects of a collection were first seen to be something."""
+
+    def __init__(self, client: Client, path: str, wanted: Callable[[Object], bool] | None = None) -> None:
+        self._client, self._path, self._wanted = client, path, wanted
+        self.moments: dict[str, float] = {}
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Seen:
+        version = (await self._client.send("GET", f"{self._path}?limit=1"))["metadata"]["resourceVersion"]
+        self._task = asyncio.create_task(self._watch(version))
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self, version: str) -> None:
+        try:
+            await self._note(version)
+        finally:
+            self._changed.set()
+
+    async def _note(self, version: str) -> None:
+        async for event in self._client.events(self._path, version=version, meta_only=self._wanted is None):
+            body = event["object"]
+            name = body["metadata"].get("name", "")
+            if event["type"] not in ("ADDED", "MODIFIED") or name in self.moments:
+                continue
+            if self._wanted is None or self._wanted(body):
+                self.moments[name] = time.monotonic()
+                self._changed.set()
+
+    async def wait(self, count: int, patience: float) -> float:
+        """The moment at which `count` objects had been seen. TimeoutError after `patience` seconds says how many were."""
+        deadline = time.monotonic() + patience
+        while len(self.moments) < count:
+            if self._task is None or self._task.done():
+                raise RuntimeError(f"the watch of {self._path} ended") from (self._task and self._task.exception())
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):
+                    await self._changed.wait()
+            except TimeoutError:
+                found = len(self.moments)
+                raise TimeoutError(f"{found} of {count} seen at {self._path} in {patience:.0f} s") from None
+        return sorted(self.moments.values())[count - 1]
+
+
+def condition_true(kind: str) -> Callable[[Object], bool]:
+    """Whether an object's condition is True."""
+
+    def check(body: Object) -> bool:
+        found = (body.get("status") or {}).get("conditions") or []
+        return any(one["type"] == kind and one["status"] == "True" for one in found)
+
+    return check
+
+
+def percentile(values: list[float], share: float) -> float:
+    """Nearest rank; 0 for no values."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0

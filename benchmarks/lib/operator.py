@@ -1,0 +1,172 @@
+"""The measured operator: a process as in production, its metrics, and the progress of pods that nobody runs."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import Counter
+from pathlib import Path
+from typing import Any, Self
+
+from aiohttp import web
+
+from localcluster import Endpoint
+from localcluster.ports import free_ports
+
+PREFIX = "finetune_operator"
+WRITES = ("create", "update", "patch", "delete")
+
+
+class Operator:
+    """One operator with its shipped configuration; only addresses are the benchmark's. A context manager."""
+
+    def __init__(self, endpoint: Endpoint, folder: Path, progress_url: str) -> None:
+        self._endpoint, self._folder, self._progress_url = endpoint, folder, progress_url
+        self._process: subprocess.Popen[bytes] | None = None
+        self._port = 0
+
+    def start(self) -> float:
+        """Start; returns the seconds until it looked at its first job."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._port = free_ports(1)[0]
+        config = self._folder / "config.yaml"
+        config.write_text(json.dumps({
+            "storage": {"uri": "s3://bucket/prefix"}, "trainer": {"image": "example.org/trainer:1"},
+            "http": {"host": "127.0.0.1", "port": self._port}, "scrape": {"url": self._progress_url},
+        }))  # fmt: skip
+        argv = [sys.executable, "-m", "finetune_operator", "--config", str(config)]
+        env = {**os.environ, "KUBECONFIG": str(self._endpoint.kubeconfig)}
+        begun = time.monotonic()
+        with (self._folder / "operator.log").open("ab") as log:
+            self._process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env=env)
+        while True:
+            samples = self.metrics()
+            if samples.get(f"{PREFIX}_leader") == 1 and (
+                not samples.get(f"{PREFIX}_queue_depth") or _total(samples, f"{PREFIX}_reconcile_seconds_count")
+            ):
+                return time.monotonic() - begun
+            if self._process.poll() is not None:
+                raise RuntimeError(f"the operator ended: see {self._folder / 'operator.log'}")
+            time.sleep(0.05)
+
+    def stop(self) -> None:
+        """End it as a deployment does."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(30)
+            self._process = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the operator is not started"
+        return self._process.pid
+
+    def metrics(self) -> dict[str, float]:
+        """Samples by `name{labels}`; empty while it does not answer."""
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=10) as answer:
+                text = answer.read().decode()
+        except (urllib.error.URLError, OSError):
+            return {}
+        pairs = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
+        return {name: float(value) for name, _, value in pairs}
+
+    def requests(self) -> Counter[str]:
+        """Requests to the API server so far, by `verb resource`."""
+        found: Counter[str] = Counter()
+        for name, value in self.metrics().items():
+            if name.startswith(f"{PREFIX}_api_requests_total{{"):
+                labels = dict(part.split("=", 1) for part in name.partition("{")[2].rstrip("}").split(","))
+                found[f"{_plain(labels['verb'])} {_plain(labels['resource'])}"] += int(value)
+        return found
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+
+def writes(requests: Counter[str]) -> int:
+    """Those that change something, events not counted: they are posted in the background and may be dropped."""
+    return sum(count for label, count in requests.items() if label.startswith(WRITES) and not label.endswith(" events"))
+
+
+def _plain(text: str) -> str:
+    return text.strip('"')
+
+
+def _total(samples: dict[str, float], name: str) -> float:
+    return sum(value for label, value in samples.items() if label.partition("{")[0] == name)
+
+
+class LagSampler:
+    """Event-loop lag as the operator measures it, once a second. An async context manager."""
+
+    def __init__(self, operator: Operator) -> None:
+        self._operator = operator
+        self.samples: list[float] = []
+
+    async def __aenter__(self) -> Self:
+        self._task = asyncio.create_task(self._sample())
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        self._task.cancel()
+
+    async def _sample(self) -> None:
+        while True:
+            found = await asyncio.to_thread(self._operator.metrics)
+            if f"{PREFIX}_event_loop_lag_seconds" in found:
+                self.samples.append(found[f"{PREFIX}_event_loop_lag_seconds"])
+            await asyncio.sleep(1)
+
+
+class ProgressServer:
+    """Answers GET /progress for every pod: the step is the number of seconds since the server started."""
+
+    def __init__(self) -> None:
+        self.uids: dict[tuple[str, str], str] = {}
+        """uid of the FineTuneJob, by namespace and name."""
+        self.started = time.time()
+        self.port = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/{{namespace}}/{{pod}}{{path}}"
+
+    async def __aenter__(self) -> Self:
+        self._runner = web.ServerRunner(web.Server(self._answer, access_log=None), shutdown_timeout=0)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.port = self._runner.addresses[0][1]
+        return self
+
+    async def __aexit__(self, *raised: object) -> None:
+        await self._runner.cleanup()
+
+    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        namespace, pod, *_ = request.path.strip("/").split("/")
+        job, attempt, *_ = pod.rsplit("-", 3)
+        uid = self.uids.get((namespace, job))
+        if uid is None:
+            raise web.HTTPNotFound
+        report: dict[str, Any] = {
+            "attempt": int(attempt), "uid": uid, "stage": "training",
+            "progress": {"step": self.now(), "totalSteps": 1_000_000, "epoch": 0.1, "tokensPerSecond": 1000},
+            "metrics": {"trainLoss": 1.0, "learningRate": 1e-4},
+        }  # fmt: skip
+        return web.Response(body=json.dumps(report), content_type="application/json")
+
+    def now(self) -> int:
+        """The step that a pod would tell now."""
+        return 1 + int(time.time() - self.started)
