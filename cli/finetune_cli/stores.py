@@ -235,7 +235,8 @@ def _copy(store: Store, key: str, file: dict[str, Any], path: Path | None) -> in
             handle.close()
     if digest.hexdigest() != file["sha256"] or count != file["size"]:
         raise StoreError(
-            f"{store.uri}/{key} is damaged: {count} bytes with sha256 {digest.hexdigest()[:12]}..., the manifest says {file['size']} and {file['sha256'][:12]}..."
+            f"{store.uri}/{key} is damaged: {count} bytes with sha256 {digest.hexdigest()[:12]}..., "
+            f"the manifest says {file['size']} and {file['sha256'][:12]}..."
         )
     if part and path:
         part.replace(path)

@@ -155,7 +155,10 @@ def job_name(request: Request, documents: tuple[Document, ...]) -> str:
     if request.name is not None:
         if not re.match(NAME_PATTERN, request.name) or len(request.name) > MAX_NAME_LENGTH:
             raise Refused([
-                Mistake("--name", request.name, "cannot be the name of a FineTuneJob", f"write a-z, 0-9 and -, a letter first, at most {MAX_NAME_LENGTH} characters")
+                Mistake(
+                    "--name", request.name, "cannot be the name of a FineTuneJob",
+                    f"write a-z, 0-9 and -, a letter first, at most {MAX_NAME_LENGTH} characters",
+                )
             ])  # fmt: skip
         return request.name
     stem = next((d.path.resolve().name if d.folder else d.path.stem or d.path.name for d in documents), "")

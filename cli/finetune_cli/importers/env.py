@@ -35,9 +35,10 @@ METRICS = {
 }  # fmt: skip
 PRECISION = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 NOT_ACTED_ON = "that tool writes its metrics to fixed places, and so do we"
+FOLDER_NAME = exactly(lambda t: bool(re.match(r"^[\w.-]+$", t)), "cannot be a folder's name", "letters, digits, _ . -")
 
 ROWS: tuple[Row, ...] = (
-    Row("PROJECT_NAME", "output.project", exactly(lambda t: bool(re.match(r"^[\w.-]+$", t)), "cannot be a folder's name", "letters, digits, _ . -"), ("--project_name", "-project", "--project")),
+    Row("PROJECT_NAME", "output.project", FOLDER_NAME, ("--project_name", "-project", "--project")),
     Row("MODEL_NAME", "model.source", aliases=("--model_name", "-model", "--model"), manual=True),
     Row("TOKENIZER", "model.tokenizer", aliases=("--tokenizer", "-tokenizer"), manual=True),
     Row("HUGGINGFACE_TOKEN", "model.tokenSecretRef", aliases=("--hf_token",), manual=True, secret=True),

@@ -31,6 +31,13 @@ FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "promptComp
 PLACES_ITSELF = "the trainer places the model itself"
 
 
+TRAIN_SPLIT = exactly(
+    lambda t: t == "train",
+    "names a split, and a source is its training split",
+    "train; for another one give --data URI",
+)
+
+
 def steps_or_none(value: Any) -> int | None:
     """A number of steps; -1 and 0 mean none."""
     found = integer(-1)(value)
@@ -100,7 +107,7 @@ ROWS: tuple[Row, ...] = (
     Row("dataset.max_seq_length", "dataset.maxSequenceLength", integer(1)),
     Row("dataset.packing", "dataset.packing", boolean),
     Row("dataset.add_eos_token", "dataset.addEosToken", boolean),
-    Row("dataset.train_split", convert=exactly(lambda t: t == "train", "names a split, and a source is its training split", "train; for another one give --data URI"), manual=True),
+    Row("dataset.train_split", convert=TRAIN_SPLIT, manual=True),
     Row("dataset.eval_split", "dataset.validation", manual=True),
     Row("dataset.eval_size", "dataset.split.validation", number(0, below=1)),
     Row("callbacks.early_stopping.enabled", "training.earlyStopping", boolean, manual=True),
@@ -302,9 +309,8 @@ def _precision(draft: Draft) -> None:
             draft.put("model.dtype", "bfloat16", bf16)
     elif draft.get(fp16):
         draft.put("training.mixedPrecision", "fp16", fp16)
-    elif fp16 in draft.given or bf16 in draft.given:
-        if draft.get(bf16) is False:
-            draft.put("training.mixedPrecision", "no", bf16)
+    elif draft.get(bf16) is False:
+        draft.put("training.mixedPrecision", "no", bf16)
 
 
 def _data(draft: Draft) -> None:

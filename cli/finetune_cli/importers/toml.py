@@ -15,6 +15,7 @@ from finetune_cli.importers.commands import after_launcher, config_document, fla
 from finetune_cli.importers.convert import (
     Unfit,
     any_text,
+    anything,
     boolean,
     choice,
     each,
@@ -52,6 +53,7 @@ METRICS = {
     "answer_accuracy": "answerAccuracy", "answer_relevancy": "answerRelevancy", "answer_correctness": "answerCorrectness",
 }  # fmt: skip
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+NAME_KEYS = ("run_name", "run_name_prefix", "run_name_suffix")
 ONE_RUN = "one run has one name, from [mlflow]"
 AS_TRAINED = "the tuned model is loaded as it was trained"
 
@@ -141,10 +143,12 @@ ROWS: tuple[Row, ...] = (
     Row("inferencer.min_p", f"{GENERATION}.minP", number(0, 1)),
     Row("inferencer.repetition_penalty", f"{GENERATION}.repetitionPenalty", number(above=0)),
     Row("inferencer.use_cache", convert=boolean, inert="answers are always generated with a cache"),
-    Row("inferencer.max_sequence_length", convert=integer(1), inert=AS_TRAINED, aliases=("inferencer.dtype", "inferencer.load_in_4bit", "inferencer.load_in_8bit")),
-    Row("inferencer.question_column", inert="the test set has the columns of the training set", aliases=("inferencer.ground_truth_column", "inferencer.system_prompt_column", "inferencer.system_prompt_override_text")),
+    *(Row(f"inferencer.{key}", convert=anything, inert=AS_TRAINED) for key in ("max_sequence_length", "dtype", "load_in_4bit", "load_in_8bit")),
+    *(Row(f"inferencer.{key}", inert="the test set is read as the training set is") for key in (
+        "question_column", "ground_truth_column", "system_prompt_column", "system_prompt_override_text",
+    )),
     Row("inferencer.hf_user_id", "output.hub.repository", manual=True, aliases=("evaluator.hf_user_id", "fine_tuner.hf_user_id")),
-    Row("inferencer.run_name", convert=any_text, inert=ONE_RUN, aliases=("inferencer.run_name_prefix", "inferencer.run_name_suffix", "evaluator.run_name", "evaluator.run_name_prefix", "evaluator.run_name_suffix")),
+    *(Row(f"{section}.{key}", convert=any_text, inert=ONE_RUN) for section in ("inferencer", "evaluator") for key in NAME_KEYS),
     Row("evaluator.metrics", "evaluation.metrics", each(choice(METRICS))),
     Row("evaluator.llm", "evaluation.judge.model", aliases=("evaluator.llm_model_id",)),
     Row("evaluator.embedding", "evaluation.judge.embedding", aliases=("evaluator.embedding_model_id",), manual=True),
@@ -164,6 +168,12 @@ ROWS: tuple[Row, ...] = (
     Row("--mlflow-username", "placement.env", manual=True, secret=True),
     Row("--mlflow-password", "placement.env", manual=True, secret=True),
 )  # fmt: skip
+
+
+def _epochs(draft: Draft) -> bool:
+    return draft.has("dataset.validation") and not draft.has("evaluation.steps")
+
+
 EXAMPLE = "page example"
 PROFILE: tuple[Fill, ...] = (
     Fill("dataset.maxSequenceLength", 4096, EXAMPLE),
@@ -197,7 +207,7 @@ PROFILE: tuple[Fill, ...] = (
     Fill("checkpoint.strategy", "steps", "fixed in its code"),
     Fill("checkpoint.steps", 20, EXAMPLE),
     Fill("checkpoint.keep", 3, EXAMPLE),
-    Fill("evaluation.strategy", "epoch", "our choice: that tool loads validation data and never uses it", lambda d: d.has("dataset.validation") and not d.has("evaluation.steps")),
+    Fill("evaluation.strategy", "epoch", "our choice: that tool loads validation data and never uses it", _epochs),
     Fill("evaluation.strategy", "steps", "from eval_steps", lambda d: d.has("evaluation.steps")),
     Fill("evaluation.batchSizePerDevice", 4, EXAMPLE, lambda d: d.has("dataset.validation")),
     Fill("output.dir", "models/fine_tuned", "fixed in its code"),

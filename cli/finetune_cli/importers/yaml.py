@@ -268,7 +268,8 @@ def _remote_code(draft: Draft) -> None:
     given = draft.given.get("model.trust_remote_code")
     if given is None:
         draft.note(
-            "model.trust_remote_code is not set, and stays false: that tool's default runs code from the model's repository; set it to true if the model needs it"
+            "model.trust_remote_code is not set, and stays false: that tool's default runs code from the model's repository; "
+            "set it to true if the model needs it"
         )
     elif given.value:
         draft.warn(f"{given.origin.place}: {given.key}: code from the model's repository will run in the pod")

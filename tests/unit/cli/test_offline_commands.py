@@ -51,12 +51,16 @@ def test_a_good_manifest(call: Call, write: Write) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("name: bot", "name: Bot_1", "job.yaml:3: metadata.name: 'Bot_1' cannot be the name of a FineTuneJob; a-z, 0-9 and -, a letter first, at most 40 characters [NameInvalid]"),
+        ("name: bot", "name: Bot_1",
+         "job.yaml:3: metadata.name: 'Bot_1' cannot be the name of a FineTuneJob; a-z, 0-9 and -, a letter first, at most 40 characters [NameInvalid]"),
         ("v1alpha1", "v1", "job.yaml:1: apiVersion: finetune-operator.io/v1 is not a version of FineTuneJob; write finetune-operator.io/v1alpha1 [ApiVersion]"),
         ("source: org/m", "sorce: org/m", "job.yaml:5: spec.model.sorce: unknown field; did you mean spec.model.source? [UnknownField]"),
-        ("org/m}", "org/m}\n  training: {warmupSteps: 1, warmupRatio: 0.1}", "job.yaml:6: spec.training.warmupRatio: warmupSteps 1 and warmupRatio 0.1 exclude each other; remove one of them [WarmupTwice]"),
+        ("org/m}", "org/m}\n  training: {warmupSteps: 1, warmupRatio: 0.1}",
+         "job.yaml:6: spec.training.warmupRatio: warmupSteps 1 and warmupRatio 0.1 exclude each other; remove one of them [WarmupTwice]"),
         ("org/m}", "org/m}\n  training: {learningRate: '2e-4'}", None),
-        ("org/m}", "org/m}\n  training: {device: mps}", "job.yaml:6: spec.training.device: mps only exists on Apple machines, not on cluster nodes; remove it, or use `finetune run --local` [DeviceOfAnotherMachine]"),
+        ("org/m}", "org/m}\n  training: {device: mps}",
+         "job.yaml:6: spec.training.device: mps only exists on Apple machines, not on cluster nodes; "
+         "remove it, or use `finetune run --local` [DeviceOfAnotherMachine]"),
     ],
 )  # fmt: skip
 def test_a_manifest_with_one_problem(call: Call, write: Write, old: str, new: str, message: str | None) -> None:
