@@ -190,12 +190,13 @@ def read_finetunejob(body: Object) -> JobObject:
 
 
 def read_job(body: Object) -> JobView | None:
-    """View of a Job, or None if it does not carry our labels."""
+    """View of a Job that carries our labels or is controlled by a FineTuneJob; None of any other."""
     meta = body["metadata"]
     labels = meta.get("labels") or {}
-    attempt = _number(labels.get(Label.ATTEMPT))
-    if labels.get(Label.MANAGED_BY) != MANAGER or not labels.get(Label.NAME) or attempt is None:
+    identity = _labelled(labels) or _named(meta)
+    if identity is None:
         return None
+    job_name, attempt = identity
     status, spec = body.get("status") or {}, body.get("spec") or {}
     owner = _controller(meta, KIND)
     conditions = {c.get("type"): c for c in status.get("conditions") or [] if c.get("status") == "True"}
@@ -207,7 +208,7 @@ def read_job(body: Object) -> JobView | None:
         version=_version(meta),
         owner_uid=owner or str(labels.get(Label.UID, "")),
         owned=owner is not None,
-        job_name=labels[Label.NAME],
+        job_name=job_name,
         attempt=attempt,
         created=time(meta.get("creationTimestamp")) or datetime.now(UTC),
         deleting=bool(meta.get("deletionTimestamp")),
@@ -220,6 +221,22 @@ def read_job(body: Object) -> JobView | None:
         failed_message=str(failed.get("message", ""))[:MAX_TEXT],
         config_sha256=str((meta.get("annotations") or {}).get(Annotation.SPEC_SHA256, "")),
     )
+
+
+def _labelled(labels: Object) -> tuple[str, int] | None:
+    """FineTuneJob and attempt, as our labels say."""
+    attempt = _number(labels.get(Label.ATTEMPT))
+    if labels.get(Label.MANAGED_BY) != MANAGER or not labels.get(Label.NAME) or attempt is None:
+        return None
+    return str(labels[Label.NAME]), attempt
+
+
+def _named(meta: Object) -> tuple[str, int] | None:
+    """The same from owner and name: somebody who takes a label off a running Job must not start a second one beside it."""
+    owners = meta.get("ownerReferences") or []
+    owner = next((str(o.get("name")) for o in owners if o.get("kind") == KIND and o.get("controller")), "")
+    name, _, number = str(meta["name"]).rpartition("-")
+    return (owner, int(number)) if owner and name == owner and number.isdigit() else None
 
 
 def read_pod(body: Object) -> PodView | None:
