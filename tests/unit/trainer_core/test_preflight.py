@@ -96,11 +96,13 @@ def test_a_certificate_that_nobody_signed(tmp_path: Path) -> None:
     thread.start()
     try:
         error = refused(f"https://127.0.0.1:{listener.getsockname()[1]}")
+        trusted = refused(f"https://127.0.0.1:{listener.getsockname()[1]}", ca_bundle=str(tmp_path / "cert.pem"))
     finally:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
     assert (error.exit_code, error.code) == (67, "TlsFailed")
     assert "caBundleRef" in (error.hint or "")
+    assert trusted.code == "EndpointUnreachable", "with the bundle TLS works; this server says nothing more"
 
 
 def test_no_credentials_at_all(monkeypatch: pytest.MonkeyPatch) -> None:

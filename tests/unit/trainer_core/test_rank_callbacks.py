@@ -174,3 +174,14 @@ def test_the_best_validation_loss_is_known_after_a_resume(run: Run) -> None:
     run.reporter.on_evaluate(run.args, run.state, run.control)
     assert run.sent("metrics")[0]["value"] == {"evalLoss": 0.7, "bestEvalLoss": 0.5, "bestStep": 4}
     assert subject.eval_loss(run.state, 4) == 0.5 and subject.eval_loss(run.state, 5) is None
+
+
+def test_pods_that_found_different_checkpoints_do_not_train_together(tmp_path: Path) -> None:
+    from finetune_api.errors import PeerError
+
+    shared = Alone()
+    shared.set("start-1", "5")
+    with pytest.raises(PeerError) as caught:
+        subject.agree_on_start(Channel.recording(tmp_path, world_size=2), shared, 10)
+    assert caught.value.code == "StartsDiffer" and "[5, 10]" in caught.value.message
+    subject.agree_on_start(Channel.recording(tmp_path, world_size=2), shared, 5)

@@ -92,3 +92,13 @@ def test_what_is_allowed_and_not_exact_says_why(
 ) -> None:
     found = back(two, tmp_path, facts=FACTS.model_copy(update=change))
     assert found.step == 10 and found.exact is False and word in (found.note or "")
+
+
+def test_sweeping_takes_what_no_marker_names_and_nothing_else(two: Tree, tmp_path: Path) -> None:
+    before = {stat.key for stat in two.store.list("checkpoints/")}
+    two.store.put("checkpoints/step-00000010/a9-deadbeef/weights", b"a zombie's")
+    two.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
+    two.store.put("checkpoints/step-00000015/_HEALTHY", b"{}")
+    assert two.sweep() == 3
+    assert {stat.key for stat in two.store.list("checkpoints/")} == before
+    assert back(two, tmp_path).step == 10

@@ -79,12 +79,16 @@ def test_a_store_that_is_gone_ends_the_wait(tmp_path: Path) -> None:
     agreement = StopAgreement(Channel.recording(tmp_path, rank=0, world_size=2), shared, poll_seconds=0.003)
     agreement.start(0)
     (tmp_path / STOP_FILE).write_text("")
-    step = 0
-    while not shared.has("at-0"):
-        step += 1
-        assert not agreement.reached(step)
-    with shared._changed:
-        shared.broken = True
-        shared._changed.notify_all()
+
+    def break_it() -> None:
+        with shared._changed:
+            shared._changed.wait_for(lambda: shared.has("at-0"), 20)
+            shared.broken = True
+            shared._changed.notify_all()
+
+    breaker = threading.Thread(target=break_it)
+    breaker.start()
     with pytest.raises(ConnectionError):
-        agreement.reached(step + 1)
+        for step in range(1, 10**9):
+            assert not agreement.reached(step)
+    breaker.join()

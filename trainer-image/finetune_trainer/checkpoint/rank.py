@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from finetune_api.errors import PeerError
 from finetune_api.names import Env, Reason
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OutputKind
@@ -27,6 +28,8 @@ from finetune_trainer.checkpoint.stop import Alone, Board, Gang, StopAgreement, 
 from finetune_trainer.inputs import Inputs
 
 INCARNATION = "incarnation"
+START_SECONDS = 1800.0
+"""Other pods may still download."""
 ALIVE_SECONDS = 1.0
 """Evaluation and long steps show that they are alive at most so often."""
 DISK_RESERVE = 32 * 1024 * 1024
@@ -37,6 +40,7 @@ OPTIMIZER_BYTES = 8
 def callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[TrainerCallback]:
     """What the Trainer needs for this run, in this order, after its own callbacks."""
     shared: Board = Gang(run.world.rendezvous_id) if channel.world_size > 1 else Alone()
+    agree_on_start(channel, shared, inputs.restore.step if inputs.restore else 0)
     return [Reporter(channel), Stager(channel, StopAgreement(channel, shared), _incarnation(channel, shared))]
 
 
@@ -58,7 +62,19 @@ def _incarnation(channel: Channel, shared: Board) -> str:
     if channel.rank == 0:
         shared.set(INCARNATION, own)
         return own
-    return shared.get_all([INCARNATION], 600.0)[0]
+    return shared.get_all([INCARNATION], START_SECONDS)[0]
+
+
+def agree_on_start(channel: Channel, shared: Board, step: int) -> None:
+    """Each pod found its checkpoint by itself; all must have found the same one.
+
+    Errors: PeerError `StartsDiffer`, e.g. if a download was damaged on its way to one pod only.
+    """
+    shared.set(f"start-{channel.rank}", str(step))
+    keys = [f"start-{rank}" for rank in range(channel.world_size)]
+    steps = sorted({int(value) for value in shared.get_all(keys, START_SECONDS)})
+    if len(steps) > 1:
+        raise PeerError("StartsDiffer", f"pods found checkpoints of different steps to start from: {steps}")
 
 
 class Reporter(TrainerCallback):

@@ -67,8 +67,9 @@ def restore(
         result.damaged.append(problem)
     if candidates or resume.expect_step > 0:
         seen = "; ".join(result.damaged) or "storage holds none"
+        reached = resume.expect_step or candidates[0].step
         raise NoCheckpointError(
-            "NoLoadableCheckpoint", f"the job had come to step {resume.expect_step or (candidates[0].step if candidates else 0)}, and no checkpoint can be loaded: {seen}",
+            "NoLoadableCheckpoint", f"the job had come to step {reached}, and no checkpoint can be loaded: {seen}",
             hint="restore the objects, or create a new FineTuneJob to start again",
         )  # fmt: skip
     return result
@@ -180,7 +181,8 @@ def compatible(found: RunFacts, now: RunFacts, uri: str) -> tuple[bool, str | No
     if sharded and (found.world_size != now.world_size or found.strategy != now.strategy):
         raise ConfigError(
             "CheckpointIncompatible",
-            f"{uri} was made by {found.strategy} on {found.world_size} ranks, now it is {now.strategy} on {now.world_size}: DeepSpeed's optimizer state cannot be split anew",
+            f"{uri} was made by {found.strategy} on {found.world_size} ranks, now it is {now.strategy} on {now.world_size}: "
+            "DeepSpeed's optimizer state cannot be split anew",
             hint="use the same strategy and number of ranks, or fsdp",
         )  # fmt: skip
     if found.world_size != now.world_size:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.errors import PeerError, StorageError
@@ -176,26 +176,20 @@ class Tree:
         self.store.delete([key for key in keys if key not in manifests])
 
     def sweep(self) -> int:
-        """Remove what killed incarnations left: uncommitted data of steps, and half-finished multipart uploads.
+        """Remove what killed incarnations left: data that no marker names, and half-finished multipart uploads.
 
         To be called before this incarnation writes anything, and only when no other one is alive.
         """
         swept = self.store.sweep(f"{Storage.CHECKPOINTS}/")
-        committed: dict[str, str] = {}
-        keys: dict[str, list[str]] = {}
+        kept = {one.step: one.marker.path for one in self.committed()}
+        garbage: list[str] = []
         for stat in self.store.list(f"{Storage.CHECKPOINTS}/"):
-            parts = stat.key.split("/")
-            if len(parts) > 2 and step_of(parts[1]) is not None:
-                keys.setdefault(parts[1], []).append(stat.key)
-                if parts[2] == Storage.COMMITTED:
-                    committed[parts[1]] = ""
-        for folder, found in keys.items():
-            if folder not in committed:
-                self.store.delete(found)
-                swept += len(found)
-        return swept
-
-
-def healthier(committed: Committed, healthy: bool) -> Committed:
-    """The same checkpoint with another health."""
-    return replace(committed, healthy=healthy)
+            _, folder, *rest = stat.key.split("/")
+            step = step_of(folder)
+            if step is None or not rest:
+                continue
+            whole = step in kept and (len(rest) == 1 or rest[0] == kept[step])
+            if not whole:
+                garbage.append(stat.key)
+        self.store.delete(garbage)
+        return swept + len(garbage)

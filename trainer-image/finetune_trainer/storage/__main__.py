@@ -59,7 +59,9 @@ def meant(tree: Tree, where: Address) -> Iterator[Committed]:
     if where.model or where.everything:
         found += [model] if (model := tree.marker(None)) else []
     if not found:
-        raise NotFoundError("NothingCommitted", f"nothing is committed at {where.root}", hint="check the uri; `list` shows a job's tree")
+        raise NotFoundError(
+            "NothingCommitted", f"nothing is committed at {where.root}", hint="check the uri; `list` shows a job's tree"
+        )
     yield from found
 
 

@@ -57,7 +57,8 @@ def explain(error: Exception, place: Place, *, operation: str = "", key: str = "
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
         return CredentialsError(
             "CredentialsMissing", f"there are no S3 credentials for bucket {place.bucket} at {place.host}",
-            hint=f"name a Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in {place.field}.credentialsSecretRef, or give the pod's ServiceAccount an identity",
+            hint=f"name a Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in {place.field}.credentialsSecretRef, "
+            "or give the pod's ServiceAccount an identity",
         )  # fmt: skip
     if isinstance(error, boto.SSLError):
         return _tls(error, place)

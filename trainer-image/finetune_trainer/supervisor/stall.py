@@ -1,8 +1,9 @@
 """A run that does nothing is worse than one that fails: it holds GPUs and tells nobody.
 
-After the first step, a pod in training must show a sign of life (a step, a micro-step, an evaluation batch) within the stall
-timeout: what the spec says, else twenty times the median step and never less than ten minutes. Loading gets ten minutes
-more than the timeout. Before the attempt is ended every rank is asked for the stacks of its threads.
+After the first steps, a pod in training must show a sign of life (a step, a micro-step, an evaluation batch) within the stall
+timeout: what the spec says, else twenty times the median step and never less than ten minutes. Before that nothing is
+watched here: loading and tokenising take what they take, and collectives have time limits of their own. Before the attempt
+is ended every rank is asked for the stacks of its threads.
 """
 
 from __future__ import annotations

@@ -198,9 +198,10 @@ class Supervisor:
         run = self._run
         assert run is not None
         checkpoint = run.spec.checkpoint
+        keep = 3 if checkpoint.keep is None else checkpoint.keep
         uploader = Uploader(
-            tree, self.board, facts, Policy(checkpoint.keep if checkpoint.keep is not None else 3, tuple(checkpoint.pinned or ())),
-            job=f"{run.namespace}/{run.name}/{run.uid}", attempt=run.attempt, node=self.settings.node_rank, nodes=run.world.nodes, after_commit=self._put_metrics,
+            tree, self.board, facts, Policy(keep, tuple(checkpoint.pinned or ())), job=f"{run.namespace}/{run.name}/{run.uid}",
+            attempt=run.attempt, node=self.settings.node_rank, nodes=run.world.nodes, after_commit=self._put_metrics,
         )  # fmt: skip
         if self.settings.node_rank == 0:
             swept = tree.sweep()
