@@ -28,6 +28,7 @@ from finetune_api.spec.cluster import StorageRoot
 from finetune_cli import output
 from finetune_cli.importers.material import Refused
 from finetune_cli.manifests import Manifest, Unreadable, examine, read
+from finetune_cli.paths import put
 
 NAMESPACE = "local"
 POLL_SECONDS = 0.5
@@ -97,15 +98,8 @@ def _with_sets(spec: dict[str, Any], sets: list[str]) -> dict[str, Any]:
         output.errors(refused.mistakes)
         raise output.Ended(output.ERROR) from None
     for path, assigned in values.items():
-        _put(result, path, assigned.value)
+        put(result, path, assigned.value)
     return result
-
-
-def _put(spec: dict[str, Any], path: str, value: Any) -> None:
-    *groups, last = path.split(".")
-    for one in groups:
-        spec = spec.setdefault(one, {})
-    spec[last] = value
 
 
 def _get(spec: dict[str, Any], path: str) -> Any:
@@ -152,7 +146,7 @@ def fit(
     for path in SOURCES:
         text = _get(spec, path)
         if isinstance(text, str) and text:
-            _put(spec, path, local_source(text, path, beside, config_maps, claims))
+            put(spec, path, local_source(text, path, beside, config_maps, claims))
     for i, item in enumerate(_get(spec, "dataset.mixture") or []):
         if isinstance(item, dict) and isinstance(item.get("source"), str):
             item["source"] = local_source(item["source"], f"dataset.mixture[{i}].source", beside, config_maps, claims)

@@ -34,6 +34,25 @@ def leaf_paths() -> frozenset[str]:
     return frozenset(path for path in found if "[]" not in path)
 
 
+@functools.cache
+def group_paths() -> frozenset[str]:
+    """Paths below `spec` that are groups: they can be removed as a whole."""
+    return frozenset(one.path.removeprefix("spec.") for one in fields() if one.group and one.path.startswith("spec."))
+
+
+def put(spec: dict[str, Any], path: str, value: Any) -> None:
+    """Set a value at a dotted path of a nested spec; None removes what is there."""
+    *groups, last = path.split(".")
+    for one in groups:
+        if value is None and one not in spec:
+            return
+        spec = spec.setdefault(one, {})
+    if value is None:
+        spec.pop(last, None)
+    else:
+        spec[last] = value
+
+
 def _fields(path: str, schema: dict[str, Any]) -> Iterator[Field]:
     group = bool(schema.get("properties"))
     yield Field(path, kind(schema), str(schema.get("description", "")), group)

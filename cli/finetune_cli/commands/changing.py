@@ -254,15 +254,13 @@ def again(old: dict[str, Any], name: str, changes: dict[str, Any], step: int | N
 
     from finetune_api.names import API_VERSION, KIND, Annotation
 
+    from finetune_cli.paths import put
+
     spec = copy.deepcopy(old.get("spec") or {})
     spec.pop("suspend", None)
     spec.pop("cancel", None)
     for path, value in changes.items():
-        group = spec
-        *groups, last = path.split(".")
-        for one in groups:
-            group = group.setdefault(one, {})
-        group[last] = value
+        put(spec, path, value)
     metadata = old["metadata"]
     lineage = {Annotation.RERUN_OF.value: f"{metadata['name']}/{metadata['uid']}"}
     if step is not None:

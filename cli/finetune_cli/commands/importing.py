@@ -145,7 +145,7 @@ def own_values(
     from finetune_cli.importers.convert import nearest
     from finetune_cli.importers.material import Assigned, Mistake, Origin, Refused
     from finetune_cli.importers.yaml_tree import parse_value
-    from finetune_cli.paths import leaf_paths
+    from finetune_cli.paths import group_paths, leaf_paths
 
     mistakes: list[Mistake] = []
     result = {OWN[key]: Assigned(value, Origin(f"option --{key}"), f"--{key}") for key, value in given.items()}
@@ -160,11 +160,13 @@ def own_values(
             mistakes.append(Mistake(option, text, "it is not the name and key of a ConfigMap", "write NAME/KEY"))
         result[f"{path}.name"] = Assigned(name, Origin(f"option {option}"), option)
         result[f"{path}.key"] = Assigned(key, Origin(f"option {option}"), option)
-    known = leaf_paths()
+    known, groups = leaf_paths(), group_paths()
     for text in sets:
         path, equals, value = text.partition("=")
         path = path.removeprefix("spec.")
-        if path not in known:
+        if equals and value == "null" and path in groups:
+            result[path] = Assigned(None, Origin("option --set"), f"--set {path}")
+        elif path not in known:
             near = nearest(path, known)
             mistakes.append(
                 Mistake(

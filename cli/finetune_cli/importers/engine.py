@@ -65,7 +65,7 @@ def run(request: Request, importers: dict[str, Importer]) -> Imported:
     for fill in importer.profile:
         if fill.when(draft):
             draft.fill(fill.path, fill.value, fill.origin)
-    draft.values.update(request.own)
+    _ours(draft)
     prune(draft)
     spec = settle(draft)
     if draft.mistakes:
@@ -74,6 +74,15 @@ def run(request: Request, importers: dict[str, Importer]) -> Imported:
         importer, draft.name, request.namespace, spec, draft.values, draft.secret_name, draft.secrets, draft.config_maps,
         draft.annotations, [draft.safe(one) for one in draft.warnings], [draft.safe(one) for one in draft.notes],
     )  # fmt: skip
+
+
+def _ours(draft: Draft) -> None:
+    """Our own options win; a null takes away what the files said, a group with all that is in it."""
+    for path, assigned in draft.request.own.items():
+        for known in [one for one in draft.values if _inside(one, path)]:
+            del draft.values[known]
+        if assigned.value is not None:
+            draft.values[path] = assigned
 
 
 def _safe(draft: Draft, mistake: Mistake) -> Mistake:

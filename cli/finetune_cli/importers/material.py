@@ -172,12 +172,12 @@ class Draft:
 
     def has(self, path: str) -> bool:
         """Whether the spec has a value at this path, or will have one from our own options."""
-        return path in self.values or path in self.request.own
+        own = self.request.own.get(path)
+        return path in self.values if own is None else own.value is not None
 
     def value(self, path: str, default: Any = None) -> Any:
         """Value at a path of the spec."""
-        own = self.request.own.get(path)
-        found = own or self.values.get(path)
+        found = self.request.own.get(path) or self.values.get(path)
         return default if found is None else found.value
 
     def put(self, path: str, value: Any, source: str | Origin) -> None:
