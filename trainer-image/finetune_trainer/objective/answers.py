@@ -53,7 +53,7 @@ class Counts:
     left_out: int = 0
     """Rows without room for any answer, or (overflow drop) longer than allowed."""
     same: int = 0
-    """Pairs of two equal answers, which teach nothing."""
+    """Pairs whose answers are equal once they are cut, which teach nothing."""
     longest: int = 0
 
     def notes(self, part: str, limits: Limits) -> list[str]:
@@ -65,7 +65,7 @@ class Counts:
         if self.left_out:
             said.append(f"{part}: {self.left_out} rows longer than dataset.maxSequenceLength {limits.whole} were left out")
         if self.same:
-            said.append(f"{part}: {self.same} rows whose two answers are the same were left out")
+            said.append(f"{part}: {self.same} rows whose two answers are the same as far as they are read were left out")
         return said
 
 
@@ -140,9 +140,11 @@ def _data(setting: Setting, columns: Any) -> tuple[Parts, Facts]:
             style = replace(style_of(setting.run, setting.tokenizer, template, loaded.summary.format), response_only=True, markers=None)
             part = _part(setting, rows, style, bounds, notes, name)
             made[name] = Dataset.from_list([columns(row) for row in part.rows])
+            if isinstance(rows[0][1].prompt, str) and template and setting.run.spec.dataset.use_chat_template is None:
+                notes.append("prompts and answers are joined as they are; dataset.useChatTemplate: true makes them turns")
             notes += part.counts.notes(name, bounds)
             reports[name] = vars(part.counts)
-    facts = Facts(len(made["train"]), loaded.summary.format, notes, {"rows": loaded.summary.rows, "tokens": reports})
+    facts = Facts(len(made["train"]), loaded.summary.format, list(dict.fromkeys(notes)), {"rows": loaded.summary.rows, "tokens": reports})
     return Parts(made["train"], made.get("validation")), facts
 
 
@@ -166,9 +168,6 @@ def _part(setting: Setting, rows: Rows, style: Style, bounds: Limits, notes: lis
 
 def _within(place: str, row: Answered, bounds: Limits, counts: Counts, kind: TrainerType | None) -> Answered | None:
     """The row within the limits, or None if it is left out. Errors: DataError RowTooLong."""
-    if len(row.answers) == 2 and row.answers[0] == row.answers[1]:
-        counts.same += 1
-        return None
     answers = [one[: bounds.answer] for one in row.answers]
     room = bounds.whole - len(row.prompt)
     if max(map(len, answers)) > room:
@@ -182,6 +181,9 @@ def _within(place: str, row: Answered, bounds: Limits, counts: Counts, kind: Tra
             counts.left_out += 1
             return None
         answers = [one[:room] for one in answers]
+    if len(answers) == 2 and answers[0] == answers[1]:
+        counts.same += 1
+        return None
     counts.cut += answers != row.answers
     return Answered(row.prompt, answers, row.label)
 
@@ -193,7 +195,7 @@ def _answered(setting: Setting, rows: Rows, style: Style, policy: RowPolicy) -> 
     waiting: list[tuple[list[int], list[int]]] = []
     labels = [example.label for _, example in rows if isinstance(example, Judged)]
     place_of_label = 0
-    texts = _Texts(rows, style, policy)
+    texts = _Texts(rows, style, policy, text_as_turns=spec.use_chat_template is True)
     for place, ids, learned in encoded(texts, setting.tokenizer, rules):
         start = next((at for at, label in enumerate(learned) if label != IGNORED), len(ids))
         waiting.append((ids[:start], ids[start:]))
@@ -217,8 +219,8 @@ def _together(waiting: Sequence[tuple[list[int], list[int]]], label: bool | None
 class _Texts:
     """The rendered texts of all rows, answer by answer. A row that cannot be rendered is left out whole."""
 
-    def __init__(self, rows: Rows, style: Style, policy: RowPolicy):
-        self.rows, self.style, self.policy = rows, style, policy
+    def __init__(self, rows: Rows, style: Style, policy: RowPolicy, *, text_as_turns: bool):
+        self.rows, self.style, self.policy, self.text_as_turns = rows, style, policy, text_as_turns
         self.answers = 2 if isinstance(rows[0][1], Preference) else 1
         self.kept: list[int] = []
         """Places of the rows that were rendered, in order."""
@@ -228,12 +230,17 @@ class _Texts:
             assert isinstance(example, Preference | Judged), "the data room has checked the format"
             sides = (example.chosen, example.rejected) if isinstance(example, Preference) else (example.completion,)
             try:
-                texts = [behind(example.prompt, side, self.style) for side in sides]
+                texts = [behind(example.prompt, side, self._style(example.prompt)) for side in sides]
             except RowError as error:
                 self.policy(raw.place, error.code, error.found, error.write)
                 continue
             self.kept.append(number)
             yield from ((raw.place, text) for text in texts)
+
+
+    def _style(self, prompt: Text) -> Style:
+        """Text is joined as it is, unless the user asks for turns."""
+        return self.style if self.text_as_turns or not isinstance(prompt, str) else replace(self.style, use_chat_template=False)
 
 
 def behind(prompt: Text, answer: Text, style: Style) -> Rendered:

@@ -42,25 +42,27 @@ def data(setting: Setting) -> tuple[answers.Parts, Facts]:
     for name, rows in (("train", loaded.train), ("validation", loaded.validation)):
         if rows:
             style = replace(style_of(setting.run, setting.tokenizer, template, loaded.summary.format), markers=None)
-            made[name] = _fitting(_prompts(rows, style), setting, notes, name)
+            made[name] = _fitting(_prompts(rows, style, setting.run.spec.dataset.use_chat_template is True), setting, notes, name)
             require_columns(functions, [column for column in made[name].column_names if column != "prompt"])
     facts = Facts(len(made["train"]), loaded.summary.format, notes, {"rows": loaded.summary.rows})
     return answers.Parts(made["train"], made.get("validation")), facts
 
 
-def _prompts(rows: Rows, style: Style) -> Dataset:
-    """Messages where the tokenizer has a chat template, else text that ends where the answer begins."""
+def _prompts(rows: Rows, style: Style, text_as_turns: bool) -> Dataset:
+    """Turns as messages where the tokenizer has a chat template, else as text that ends where the answer begins; text as it is."""
     taken = ("prompt", *GIVEN)
     made = []
     for _, example in rows:
         assert isinstance(example, Prompt), "the data room has checked the format"
-        made.append({"prompt": _prompt(example.prompt, style), **{k: v for k, v in example.columns.items() if k not in taken}})
+        made.append({"prompt": _prompt(example.prompt, style, text_as_turns), **{k: v for k, v in example.columns.items() if k not in taken}})
     return Dataset.from_list(made)
 
 
-def _prompt(prompt: tuple[Turn, ...] | str, style: Style) -> str | list[dict[str, Any]]:
+def _prompt(prompt: tuple[Turn, ...] | str, style: Style, text_as_turns: bool) -> str | list[dict[str, Any]]:
     if isinstance(prompt, str):
-        return prompt if not style.use_chat_template else [Turn("user", prompt).message()]
+        if not text_as_turns:
+            return prompt
+        prompt = (Turn("user", prompt),)
     if style.use_chat_template:
         return [turn.message() for turn in prompt]
     return render(Conversation((*prompt, Turn("assistant", ""))), style).text

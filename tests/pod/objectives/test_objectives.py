@@ -1,0 +1,304 @@
+"""Every objective moves the model where it should, its options have their effect, and what cannot work is refused by name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import ConfigError, DataError, FineTuneError, NotFoundError
+
+from tests.support.learning import Outcome, go, merged
+from tests.support.preferences import JUDGED, PAIRS, PROMPTS, assistant, user
+
+pytestmark = pytest.mark.pod
+Spec = dict[str, Any]
+LORA: Spec = {"method": {"type": "lora", "lora": {"dropout": 0}}}
+LONG: Spec = {"training": {"maxSteps": 50, "batchSizePerDevice": 10, "scheduler": "constant", "learningRate": 3e-3}}
+FULL: Spec = {"method": {"type": "full", "lora": None}}
+WITH_E: Spec = {"builtin": "regex", "parameters": {"pattern": "e"}}
+LENGTH: Spec = {"builtin": "length", "parameters": {"unit": "tokens", "minimum": "8"}}
+
+
+def objective(kind: str, spec: Spec | None = None, **trainer: Any) -> Spec:
+    return merged(merged(LORA, {"trainer": {"type": kind, **trainer}}), spec or {})
+
+
+def grpo(spec: Spec | None = None, rewards: list[Spec] | None = None, **options: Any) -> Spec:
+    group = {"numGenerations": 2, **options}
+    return objective("grpo", spec, maxCompletionLength=8, grpo=group, rewards=rewards or [LENGTH])
+
+
+def logged(outcome: Outcome, key: str) -> list[float]:
+    return [line[key] for line in outcome.logs if key in line]
+
+
+def likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
+    """Log-probability of an answer."""
+    head = tokenizer.apply_chat_template([user(prompt)], add_generation_prompt=True, tokenize=False)
+    start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
+    ids = torch.tensor([tokenizer(head + answer + "<|im_end|>", add_special_tokens=False)["input_ids"]])
+    with torch.no_grad():
+        scores = model(ids).logits[0].log_softmax(-1)
+    return float(sum(scores[place - 1, ids[0, place]] for place in range(start, ids.shape[1])))
+
+
+def tuned(outcome: Outcome, model: Path) -> tuple[Any, Any, Any]:
+    """(tuned, base, tokenizer) as any user would load them."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert outcome.folder is not None
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    after = AutoModelForCausalLM.from_pretrained(outcome.folder, dtype=torch.float32)
+    return after.eval(), base.eval(), AutoTokenizer.from_pretrained(outcome.folder)
+
+
+# ---- each learns
+
+
+@pytest.mark.parametrize(("kind", "rows", "bound"), [("dpo", PAIRS, 0.1), ("orpo", PAIRS, 0.5), ("kto", JUDGED, 0.3)])
+def test_better_answers_become_likelier(kind: str, rows: list[Any], bound: float, model: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, model, objective(kind, merged(LONG, FULL)), rows)
+    assert outcome.losses[-1] < bound < outcome.losses[0]
+    after, before, tokenizer = tuned(outcome, model)
+    for row in PAIRS:
+        asked, good, bad = row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]
+        gap = [likelihood(one, tokenizer, asked, good) - likelihood(one, tokenizer, asked, bad) for one in (before, after)]
+        assert gap[1] > gap[0] + 1, asked
+
+
+def test_reward_model_scores_better_answers_higher(model: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    outcome = go(tmp_path, model, objective("reward", LONG), PAIRS)
+    assert outcome.losses[-1] < 0.1
+    assert outcome.folder is not None and outcome.kind == "adapter"
+    assert json.loads((outcome.folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    tokenizer = AutoTokenizer.from_pretrained(outcome.folder)
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=1, dtype=torch.float32)
+    scorer = PeftModel.from_pretrained(base, outcome.folder).eval()
+    for row in PAIRS:
+        scores = []
+        for side in ("chosen", "rejected"):
+            text = tokenizer.apply_chat_template(row["prompt"] + row[side], tokenize=False).rstrip("\n")
+            scores.append(float(scorer(**tokenizer(text, return_tensors="pt", add_special_tokens=False)).logits[0, 0]))
+        assert scores[0] > scores[1]
+
+
+def test_full_reward_model_is_a_model_with_its_head(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    outcome = go(tmp_path, model, merged(objective("reward"), {"method": {"type": "full", "lora": None}}), PAIRS)
+    assert outcome.folder is not None and outcome.kind == "model"
+    loaded, info = AutoModelForSequenceClassification.from_pretrained(outcome.folder, output_loading_info=True)
+    assert (loaded.config.num_labels, list(info["missing_keys"])) == (1, [])
+
+
+def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
+    # A random model says something with an "e" in four of ten answers.
+    steps = {"training": {"maxSteps": 30, "batchSizePerDevice": 16, "scheduler": "constant", "learningRate": 1e-2}}
+    outcome = go(tmp_path, model, grpo(merged(steps, FULL), [WITH_E], numGenerations=8), PROMPTS)
+    found = logged(outcome, "rewards/regex/mean")
+    assert sum(found[:3]) / 3 < 0.7
+    assert sum(found[-3:]) / 3 > 0.9
+    assert outcome.resolved["strategy"] == "single"
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
+def test_the_reference_is_not_published(kind: str, model: Path, tmp_path: Path) -> None:
+    rows = {"dpo": PAIRS, "kto": JUDGED, "grpo": PROMPTS}[kind]
+    spec = grpo(beta=0.1) if kind == "grpo" else objective(kind)
+    outcome = go(tmp_path, model, merged(spec, {"checkpoint": {"strategy": "steps", "steps": 2}}), rows)
+    assert outcome.folder is not None
+    for folder in (outcome.folder, outcome.folder.parent / "checkpoint-2"):
+        assert (folder / "adapter_model.safetensors").exists()
+        assert [path.name for path in folder.iterdir() if path.is_dir()] == []
+    assert "ref" in outcome.model.peft_config
+    assert not any(p.requires_grad for name, p in outcome.model.named_parameters() if ".ref." in name)
+
+
+# ---- dpo
+
+
+@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "ncaPair", "bcoPair", "apoZero", "apoDown", "sft", "robust", "exoPair"])
+def test_every_dpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
+    smoothing = {"labelSmoothing": 0.1} if loss in ("robust", "exoPair") else {}
+    outcome = go(tmp_path, model, objective("dpo", dpo={"lossTypes": [loss], **smoothing}), PAIRS)
+    # At the start model and reference are the same, so every ratio is 0 and the loss is known.
+    half = math.log(2)
+    known = {
+        "sigmoid": half, "hinge": 1.0, "ipo": 25.0, "ncaPair": 2 * half, "bcoPair": 2 * half, "apoZero": 1.0, "apoDown": 1.0, "robust": half,
+        "exoPair": math.log(0.5) - 0.5 * (math.log(0.9) + math.log(0.1)),
+    }  # fmt: skip
+    if loss in known:
+        assert outcome.losses[0] == pytest.approx(known[loss], abs=1e-5)
+    assert outcome.losses[1] != outcome.losses[0]
+
+
+def test_dpo_losses_are_summed(model: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, model, objective("dpo", dpo={"lossTypes": ["sigmoid", "hinge"]}), PAIRS)
+    assert outcome.losses[0] == pytest.approx(math.log(2) + 1.0, abs=1e-5)
+
+
+def test_beta_is_read(model: Path, tmp_path: Path) -> None:
+    mild = go(tmp_path / "a", model, objective("dpo", dpo={"beta": 0.1}), PAIRS)
+    strong = go(tmp_path / "b", model, objective("dpo", dpo={"beta": 0.5}), PAIRS)
+    assert strong.grad_norms[0] == pytest.approx(5 * mild.grad_norms[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_named_reference_is_used(method: str, model: Path, other_model: Path, tmp_path: Path) -> None:
+    from tests.support.learning import make_run, train_here
+
+    spec = merged(objective("dpo", dpo={"referenceModel": "s3://models/other"}), {"method": {"type": method, "lora": None}})
+    run, inputs = make_run(tmp_path, model, spec, PAIRS)
+    outcome = train_here(run, inputs.model_copy(update={"reference": other_model}))
+    assert abs(outcome.losses[0] - math.log(2)) > 1e-3
+    own = train_here(run, inputs)
+    assert own.losses[0] == pytest.approx(math.log(2), abs=1e-6)
+
+
+def test_long_answers_are_cut_and_told(model: Path, tmp_path: Path) -> None:
+    long = [{**PAIRS[0], "chosen": [assistant("red " * 30)]}, *PAIRS[1:]]
+    outcome = go(tmp_path, model, objective("dpo", maxCompletionLength=10), long)
+    assert "train: answers of 1 rows were cut to trainer.maxCompletionLength 10" in outcome.notes
+    short = {"dataset": {"maxSequenceLength": 16, "overflow": "drop"}}
+    outcome = go(tmp_path / "drop", model, objective("dpo", short, maxCompletionLength=12), long)
+    assert any("left out" in note for note in outcome.notes)
+    with pytest.raises(DataError) as caught:
+        go(tmp_path / "fail", model, objective("dpo", merged(short, {"dataset": {"overflow": "fail"}}), maxCompletionLength=12), long)
+    assert caught.value.code == "RowTooLong"
+    assert "train.jsonl, row 1" in caught.value.message
+
+
+def test_pairs_that_are_equal_once_cut_are_left_out(model: Path, tmp_path: Path) -> None:
+    same = [{**PAIRS[0], "chosen": [assistant("red " * 9 + "yes")], "rejected": [assistant("red " * 9 + "no")]}, *PAIRS[1:]]
+    outcome = go(tmp_path, model, objective("dpo", maxCompletionLength=4), same)
+    assert "train: 1 rows whose two answers are the same as far as they are read were left out" in outcome.notes
+    assert outcome.resolved["datasetRows"] == 9
+
+
+def test_text_is_joined_as_it_is_and_learns_its_end(model: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    text = [{"prompt": "What is 1 + 1?", "chosen": " two", "rejected": " yes no"}] * 4
+    once = {"training": {"maxSteps": 1, "batchSizePerDevice": 4}}
+    outcome = go(tmp_path / "a", model, objective("dpo", once), text)
+    ids = AutoTokenizer.from_pretrained(model)("What is 1 + 1? yes no<|im_end|>", add_special_tokens=False)["input_ids"]
+    assert outcome.extra["data"]["tokens"]["train"]["longest"] == len(ids)
+    assert "prompts and answers are joined as they are; dataset.useChatTemplate: true makes them turns" in outcome.notes
+    turns = go(tmp_path / "b", model, objective("dpo", {**once, "dataset": {"useChatTemplate": True}}), text)
+    assert turns.extra["data"]["tokens"]["train"]["longest"] > len(ids) + 4
+
+
+# ---- grpo
+
+
+def test_own_rewards_see_columns_and_weights(model: Path, tmp_path: Path) -> None:
+    source = "def near(completions, answer, **_):\n    return [float(len(one)) for one in answer]\n"
+    own = {"configMapRef": {"name": "mine", "key": "r.py"}, "function": "near", "weight": 0.5}
+    spec = grpo({"training": {"maxSteps": 1, "batchSizePerDevice": 20}}, [own, {"builtin": "exactMatch", "weight": 2}])
+    outcome = go(tmp_path, model, spec, PROMPTS, config_maps={"mine": {"r.py": source}})
+    mean = sum(len(row["answer"]) for row in PROMPTS) / len(PROMPTS)
+    assert logged(outcome, "rewards/near/mean") == [pytest.approx(mean)]
+    assert logged(outcome, "reward") == [pytest.approx(0.5 * mean + 2 * logged(outcome, "rewards/exactMatch/mean")[0])]
+
+
+def test_beta_brings_in_the_distance(model: Path, tmp_path: Path) -> None:
+    assert logged(go(tmp_path / "a", model, grpo(), PROMPTS), "kl") == []
+    assert len(logged(go(tmp_path / "b", model, grpo(beta=0.1), PROMPTS), "kl")) == 4
+
+
+@pytest.mark.parametrize("loss", ["grpo", "bnpo", "drGrpo", "dapo"])
+def test_every_grpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, model, grpo({"training": {"batchSizePerDevice": 8}}, [WITH_E], lossType=loss), PROMPTS)
+    assert all(math.isfinite(one) for one in outcome.losses)
+    assert outcome.grad_norms[0] > 0
+
+
+def test_grpo_evaluates_by_reward(model: Path, tmp_path: Path) -> None:
+    spec = grpo({"evaluation": {"strategy": "steps", "steps": 2}, "checkpoint": {"strategy": "steps", "steps": 2, "loadBestAtEnd": True}})
+    outcome = go(tmp_path, model, spec, PROMPTS, validation=PROMPTS[:4])
+    assert len(logged(outcome, "eval_rewards/length/mean")) == 2
+
+
+def test_prompts_without_room_are_left_out(model: Path, tmp_path: Path) -> None:
+    long = [{"prompt": [user("one " * 60)], "answer": "red"}, *PROMPTS]
+    outcome = go(tmp_path, model, grpo({"dataset": {"maxSequenceLength": 40}}), long)
+    assert any("1 of 11 prompts have more than 32 tokens" in note and "left out" in note for note in outcome.notes)
+
+
+def test_text_prompts_and_templates_off(model: Path, tmp_path: Path) -> None:
+    text = [{"prompt": "1 + 1 =", "answer": "two"}] * 4
+    plain = {"dataset": {"format": "promptOnly", "useChatTemplate": False}}
+    assert len(go(tmp_path / "a", model, grpo(plain), text).losses) == 4
+    assert len(go(tmp_path / "b", model, grpo(plain), PROMPTS).losses) == 4
+
+
+# ---- kto
+
+
+def test_neighbours_give_their_answers() -> None:
+    from finetune_trainer.objective.kto import _neighbours
+
+    assert _neighbours({"completion_ids": [[1], [2], [3]]}) == {"KL_completion_ids": [[3], [1], [2]]}
+
+
+# ---- refused
+
+OWN = {"configMapRef": {"name": "mine", "key": "r.py"}}
+REFUSED: dict[str, tuple[Spec, list[Any], str, str]] = {
+    "exoPair without smoothing": (objective("dpo", dpo={"lossTypes": ["exoPair"]}), PAIRS, "LabelSmoothingMissing", "logarithm"),
+    "smoothing without effect": (objective("dpo", dpo={"labelSmoothing": 0.1}), PAIRS, "OptionWithoutEffect", "sigmoid do not read it"),
+    "a loss twice": (objective("dpo", dpo={"lossTypes": ["ipo", "ipo"]}), PAIRS, "LossTwice", "ipo twice"),
+    "grouping by length": (objective("dpo", {"training": {"groupByLength": True}}), PAIRS, "OptionWithoutEffect", "groupByLength"),
+    "an answer as long as the row": (
+        objective("dpo", {"dataset": {"maxSequenceLength": 32}}, maxCompletionLength=32), PAIRS, "CompletionTooLong", "no token",
+    ),
+    "kto row by row": (objective("kto", {"training": {"batchSizePerDevice": 1}}), JUDGED, "BatchTooSmall", "rows of one batch"),
+    "kto of one kind": (objective("kto"), JUDGED[::2], "OneSidedJudgement", "judged good"),
+    "kto with a dpo option": (objective("kto", dpo={"lossTypes": ["ipo"]}), JUDGED, "OptionWithoutEffect", "lossTypes"),
+    "orpo with a reference": (objective("orpo", dpo={"referenceModel": "org/x"}), PAIRS, "OptionWithoutEffect", "referenceModel"),
+    "orpo with prompt tuning": (
+        {"method": {"type": "promptTuning"}, "trainer": {"type": "orpo"}}, PAIRS, "ObjectiveAndMethod", "virtual tokens",
+    ),
+    "groups that do not fit": (grpo(numGenerations=3), PROMPTS, "GroupsDoNotFit", "3 does not divide the 2 completions"),
+    "a column that is not there": (
+        grpo(rewards=[{"builtin": "exactMatch", "parameters": {"column": "gold"}}]), PROMPTS, "RewardColumnMissing", "reads column 'gold'",
+    ),
+    "a reward that fails": (grpo(rewards=[OWN]), PROMPTS, "RewardFailed", "ZeroDivisionError"),
+    "data of another objective": (objective("dpo"), JUDGED, "FormatMismatch", "dpo needs preference"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name(name: str, model: Path, tmp_path: Path) -> None:
+    spec, rows, code, said = REFUSED[name]
+    files = {"mine": {"r.py": "def reward(completions, **_):\n    return [1 / 0 for _ in completions]\n"}}
+    with pytest.raises(FineTuneError) as caught:
+        go(tmp_path, model, spec, rows, config_maps=files)
+    assert isinstance(caught.value, ConfigError | DataError)
+    assert caught.value.code == code
+    assert said in caught.value.message
+    assert caught.value.hint
+
+
+def test_a_writers_adapter_is_no_reward_model(model: Path, tmp_path: Path) -> None:
+    writer = go(tmp_path / "a", model, objective("dpo"), PAIRS)
+    spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}, "trainer": {"type": "reward"}}
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path / "b", model, spec, PAIRS, adapter=writer.folder)
+    assert caught.value.code == "AdapterWithoutHead"
+    scorer = go(tmp_path / "c", model, objective("reward"), PAIRS)
+    again = go(tmp_path / "d", model, spec, PAIRS, adapter=scorer.folder)
+    assert again.losses[0] < scorer.losses[0]
+
+
+def test_a_missing_reward_file_is_named(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(NotFoundError) as caught:
+        go(tmp_path, model, grpo(rewards=[OWN]), PROMPTS)
+    assert caught.value.code == "ConfigMapMissing"

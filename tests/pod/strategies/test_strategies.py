@@ -1,0 +1,225 @@
+"""Every strategy really runs over two ranks: the same losses, whole artefacts, exact resume, and proof of what is active."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.cells import Cell, Result, launch
+from tests.support.learning import TEN, merged
+from tests.support.tiny import make_tiny_model
+
+pytestmark = pytest.mark.pod
+
+FULL: dict[str, Any] = {"method": {"type": "full"}, "training": {"learningRate": 1e-3}}
+LORA: dict[str, Any] = {"method": {"type": "lora", "lora": {"dropout": 0.1}}, "training": {"learningRate": 5e-3}}
+QLORA: dict[str, Any] = {"method": {"type": "qlora", "lora": {"dropout": 0}}}
+DDP = {"distributed": {"strategy": "ddp"}}
+SAVING = {"checkpoint": {"strategy": "steps", "steps": 2}}
+
+
+def fsdp(**options: Any) -> dict[str, Any]:
+    return {"distributed": {"strategy": "fsdp", **({"fsdp": options} if options else {})}}
+
+
+def zero(stage: int | None = None, **options: Any) -> dict[str, Any]:
+    group = options | ({"zeroStage": stage} if stage is not None else {})
+    return {"distributed": {"strategy": "deepspeed", **({"deepspeed": group} if group else {})}}
+
+
+ACCELERATE = """
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+num_processes: 2
+mixed_precision: 'no'
+fsdp_config:
+  fsdp_sharding_strategy: SHARD_GRAD_OP
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_transformer_layer_cls_to_wrap: LlamaDecoderLayer
+  fsdp_state_dict_type: FULL_STATE_DICT
+  fsdp_backward_prefetch: BACKWARD_PRE
+"""
+JSON = {
+    "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 0.25,
+    "bf16": {"enabled": "auto"}, "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.8, 0.9]}},
+    "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": "auto"}},
+    "zero_optimization": {"stage": 3, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
+}  # fmt: skip
+SPECS: dict[str, dict[str, Any]] = {
+    "ddp full": merged(FULL, DDP),
+    "ddp lora": merged(merged(LORA, DDP), SAVING),
+    "ddp qlora": merged(QLORA, DDP),
+    "fsdp full": merged(merged(FULL, fsdp()), SAVING),
+    "fsdp full, whole states": merged(merged(FULL, fsdp(stateDict="full")), SAVING),
+    "fsdp lora": merged(merged(LORA, fsdp()), SAVING),
+    "fsdp qlora": merged(QLORA, fsdp()),
+    "fsdp shardGradOp": merged(FULL, fsdp(sharding="shardGradOp")),
+    "fsdp noShard": merged(FULL, fsdp(sharding="noShard")),
+    "fsdp file": merged(FULL, fsdp(configRef={"name": "mine", "key": "fsdp.yaml"})),
+    "zero0 full": merged(FULL, zero(0)),
+    "zero1 full": merged(FULL, zero(1)),
+    "zero2 full": merged(merged(FULL, zero()), SAVING),
+    "zero2 lora": merged(LORA, zero(2)),
+    "zero2 qlora": merged(QLORA, zero(2)),
+    "zero2 offload": merged(FULL, zero(2, offloadOptimizer=True)),
+    "zero3 full": merged(merged(FULL, zero(3)), SAVING),
+    "zero3 lora": merged(merged(LORA, zero(3)), SAVING),
+    "zero3 offload": merged(FULL, zero(3, offloadOptimizer=True, offloadParameters=True)),
+    "zero3 json": merged(FULL, zero(configRef={"name": "mine", "key": "zero.json"})),
+}
+RESUMED = ("ddp lora", "fsdp full", "fsdp full, whole states", "fsdp lora", "zero2 full", "zero3 full", "zero3 lora")
+BEST = {
+    "fsdp best": merged(merged(LORA, fsdp()), {"training": {"learningRate": 0.03}}),
+    "zero2 best": merged(merged(FULL, zero(2)), {"training": {"learningRate": 0.01, "batchSizePerDevice": 4}}),
+    "zero3 best": merged(merged(LORA, zero(3)), {"training": {"learningRate": 0.03}}),
+}
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "fsdp prompt": (merged({"method": {"type": "promptTuning"}}, fsdp()), "StrategyAndMethod", "virtual tokens"),
+    "fsdp 8 bit": (merged({"model": {"quantization": {"bits": 8}}}, fsdp()), "StrategyAndQuantization", "8-bit"),
+    "fsdp local": (fsdp(stateDict="local"), "StateDictUnavailable", "version 2"),
+    "zero3 qlora": (merged(QLORA, zero(3)), "StrategyAndMethod", "quantised"),
+    "zero3 pissa": (merged({"method": {"lora": {"init": "pissa"}}}, zero(3)), "StrategyAndMethod", "pissa"),
+    "zero3 spectrum": (merged({"method": {"type": "spectrum"}}, zero(3)), "StrategyAndMethod", "spectrum"),
+    "json against fields": (
+        merged({"training": {"maxGradNorm": 1.0}}, zero(2, configRef={"name": "mine", "key": "zero.json"})),
+        "ConfigsDisagree",
+        "gradient_clipping is 0.25, training.maxGradNorm is 1.0; zero_optimization.stage is 3, distributed.deepspeed.zeroStage is 2",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "raw")
+
+
+@pytest.fixture(scope="module")
+def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    folder = tmp_path_factory.mktemp("cells")
+    files = {"mine": {"fsdp.yaml": ACCELERATE, "zero.json": json.dumps(JSON)}}
+    specs = {**SPECS, **{name: spec for name, (spec, _, _) in REFUSED.items()}}
+    cells = [Cell(name, str(model), spec, TEN, config_maps=files) for name, spec in specs.items()]
+    places = {cell.name: place for place, cell in enumerate(cells)}
+    for name in RESUMED:
+        checkpoint = folder / f"{places[name]:03d}" / "out" / "checkpoint-2"
+        cells.append(Cell(f"{name}, resumed", str(model), specs[name], TEN, resume=str(checkpoint)))
+    # Other answers than those that are trained: the validation loss falls at first (the form is learned), then it rises.
+    other = [{"messages": [a["messages"][0], b["messages"][1]]} for a, b in zip(TEN, TEN[3:] + TEN[:3], strict=True)]
+    best = {
+        "training": {"maxSteps": 12, "scheduler": "constant"}, "evaluation": {"steps": 3},
+        "checkpoint": {"strategy": "steps", "steps": 3, "loadBestAtEnd": True},
+    }  # fmt: skip
+    cells += [Cell(name, str(model), merged(best, spec), TEN, validation=other) for name, spec in BEST.items()]
+    return launch(cells, folder, ranks=2)
+
+
+def tensors(result: Result) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    final = Path(result.folder) / "final"
+    return dict(load_file(next(final / name for name in ("adapter_model.safetensors", "model.safetensors") if (final / name).exists())))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_strategy_is_active_and_learns(name: str, results: dict[str, Result]) -> None:
+    found = results[name]
+    assert found.error is None
+    assert found.resolved["strategy"] == {"ddp": "ddp", "fsdp": "fsdp", "zero": "deepspeed"}[name.split()[0][:4].strip()] or "noShard" in name
+    assert found.resolved["worldSize"] == 2
+    assert found.losses[-1] < found.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "like"),
+    [(name, f"ddp {name.split()[1]}") for name in SPECS if name.split()[-1] in ("full", "lora", "qlora") and not name.startswith("ddp")]
+    + [("fsdp shardGradOp", "ddp full"), ("fsdp noShard", "ddp full"), ("fsdp file", "ddp full"), ("zero2 offload", "ddp full"), ("zero3 offload", "ddp full")],
+)
+def test_losses_and_artefact_are_those_of_ddp(name: str, like: str, results: dict[str, Result]) -> None:
+    found, plain = results[name], results[like]
+    assert found.losses == pytest.approx(plain.losses, abs=1e-5)
+    mine, theirs = tensors(found), tensors(plain)
+    assert mine.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert mine[key].shape == value.shape
+        torch.testing.assert_close(mine[key].float(), value.float(), atol=2e-4, rtol=0)
+    assert found.files == plain.files
+
+
+def test_no_shard_runs_as_ddp_and_says_so(results: dict[str, Result]) -> None:
+    assert results["fsdp noShard"].resolved["strategy"] == "ddp"
+    assert any("noShard" in note for note in results["fsdp noShard"].notes)
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_resume_is_exact(name: str, results: dict[str, Result]) -> None:
+    whole, resumed = results[name], results[f"{name}, resumed"]
+    assert resumed.error is None
+    assert len(resumed.losses) == 2  # steps 3 and 4, not all four again
+    assert resumed.losses == whole.losses[2:]
+    assert resumed.grad_norms == whole.grad_norms[2:]
+    first, second = tensors(whole), tensors(resumed)
+    assert [key for key in first if not torch.equal(first[key], second[key])] == []
+
+
+def test_checkpoints_of_fsdp_hold_everything_once(results: dict[str, Result]) -> None:
+    def names(name: str) -> set[str]:
+        return {path.name for path in (Path(results[name].folder) / "checkpoint-2").iterdir()}
+
+    sliced, whole, adapter = names("fsdp full"), names("fsdp full, whole states"), names("fsdp lora")
+    assert {"model.safetensors", "optimizer_0", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"} <= sliced
+    assert {"model.safetensors", "optimizer.bin"} <= whole and "optimizer_0" not in whole
+    assert {"adapter_model.safetensors", "optimizer_0"} <= adapter
+    assert not any("pytorch_model_fsdp" in name for name in sliced | whole | adapter)
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_the_best_weights_are_published(name: str, results: dict[str, Result]) -> None:
+    from safetensors.torch import load_file
+
+    found = results[name]
+    assert found.error is None
+    folder = Path(found.folder)
+    state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
+    file = "model.safetensors" if "zero2" in name else "adapter_model.safetensors"
+    best = load_file(folder / f"checkpoint-{state['best_global_step']}" / file)
+    last, final = load_file(folder / "checkpoint-12" / file), tensors(found)
+    assert state["best_global_step"] < 12
+    assert [key for key in best if not torch.equal(final[key], best[key])] == []
+    assert not all(torch.equal(final[key], last[key]) for key in last)
+
+
+def test_artefacts_load_in_plain_libraries(model: Path, results: dict[str, Result]) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    for name in ("fsdp full", "zero3 full"):
+        loaded = AutoModelForCausalLM.from_pretrained(Path(results[name].folder) / "final", dtype=torch.float32)
+        assert torch.isfinite(loaded(torch.tensor([[5, 6, 7]])).logits).all()
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    before = base(torch.tensor([[5, 6, 7]])).logits
+    for name in ("fsdp lora", "zero3 lora"):
+        tuned = PeftModel.from_pretrained(base, Path(results[name].folder) / "final")
+        assert not torch.equal(tuned(torch.tensor([[5, 6, 7]])).logits, before)
+        base = tuned.unload()
+
+
+def test_the_json_decides_where_the_spec_is_silent(results: dict[str, Result]) -> None:
+    found = results["zero3 json"]
+    said = "\n".join(found.notes)
+    assert "gradient_clipping 0.25 of the file wins over the default training.maxGradNorm 1.0" in said
+    assert "ZeRO stage 3" in said
+    assert found.losses != results["zero3 full"].losses
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused_with_the_reason(name: str, results: dict[str, Result]) -> None:
+    _, code, said = REFUSED[name]
+    error = results[name].error
+    assert error is not None
+    assert (error["code"], error["exitCode"]) == (code, 64)
+    assert said in error["message"]
+    assert error["hint"]
