@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from finetune_api.pod import LastWords, Resume
 from pod_buckets import Bucket, new_bucket
-from pod_harness import Pod, run_config
+from pod_harness import Pod, merged, run_config
 
 from localcluster.s3 import S3Endpoint
 
@@ -32,6 +32,20 @@ def spec_of(model: Path, rows: Path, method: str, **training: Any) -> dict[str, 
         "checkpoint": {"steps": EVERY, "keep": 0},
         "tracking": {"loggingSteps": 1},
     }  # fmt: skip
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "packing": {"dataset": {"packing": True, "maxSequenceLength": 128}, "training": {"batchSizePerDevice": 1}},
+    "boundary": {"checkpoint": {"steps": 9}},
+    "epochs": {"checkpoint": {"strategy": "epoch"}, "dataset": {"split": {"validation": 0.2}}, "evaluation": {"strategy": "epoch"}},
+    "best": {
+        "dataset": {"split": {"validation": 0.2}}, "evaluation": {"strategy": "steps", "steps": EVERY},
+        "checkpoint": {"loadBestAtEnd": True},
+    },
+    "fsdp": {"distributed": {"strategy": "fsdp"}},
+}  # fmt: skip
+"""What else a resumed run must get right: 36 rows, 4 a step on one rank, so that an epoch has 9 steps."""
 
 
 def curve(bucket: Bucket) -> dict[int, dict[str, float]]:
@@ -60,12 +74,12 @@ def weights(bucket: Bucket, words: LastWords) -> dict[str, str]:
 
 @cache
 def undisturbed(
-    server: S3Endpoint, folder: Path, model: Path, rows: Path, method: str, processes: int
+    server: S3Endpoint, folder: Path, model: Path, rows: Path, method: str, processes: int, variant: str = "plain"
 ) -> tuple[dict[int, dict[str, float]], dict[str, str]]:
     """Curve and weights of a run that nothing happens to; one for all tests."""
     bucket = new_bucket(server)
-    run = run_config(spec_of(model, rows, method), bucket.target(), processes=processes)
-    with Pod(run, folder / f"undisturbed-{method}-{processes}", bucket.env) as pod:
+    run = run_config(merged(spec_of(model, rows, method), VARIANTS[variant]), bucket.target(), processes=processes)
+    with Pod(run, folder / f"undisturbed-{variant}-{method}-{processes}", bucket.env) as pod:
         assert pod.end() == 0, pod.text[-4000:]
     assert sorted(curve(bucket)) == list(range(1, STEPS + 1))
     return curve(bucket), weights(bucket, pod.words())
@@ -94,19 +108,29 @@ def stopped(pod: Pod) -> tuple[int, int]:
     return pod.end(), 75
 
 
+def case(method: str, processes: int, disturb: Callable[[Pod], tuple[int, int]], variant: str = "plain") -> Any:
+    marks = [] if variant == "plain" else [pytest.mark.faults]
+    return pytest.param(
+        method, processes, disturb, variant, marks=marks, id=f"{variant}-{method}-{processes}-{disturb.__name__}"
+    )
+
+
 @pytest.mark.parametrize(
-    ("method", "processes", "disturb"),
+    ("method", "processes", "disturb", "variant"),
     [
-        ("lora", 2, rank_killed), ("lora", 2, stopped), ("full", 1, pod_killed), ("lora", 1, stopped), ("full", 2, agent_killed),
+        case("lora", 2, rank_killed), case("lora", 2, stopped), case("full", 1, pod_killed),
+        case("lora", 1, stopped, "packing"), case("full", 1, stopped, "boundary"), case("lora", 2, agent_killed, "boundary"),
+        case("lora", 1, pod_killed, "epochs"), case("lora", 1, stopped, "epochs"), case("lora", 1, rank_killed, "best"),
+        case("full", 2, rank_killed, "fsdp"), case("lora", 2, stopped, "fsdp"),
     ],
-    ids=lambda value: getattr(value, "__name__", str(value)),
 )  # fmt: skip
 def test_a_disturbed_run_equals_an_undisturbed_one(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, disturb: Callable[[Pod], tuple[int, int]],
+    variant: str,
 ) -> None:  # fmt: skip
-    losses, final = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes)
-    spec = spec_of(model, rows, method)
+    losses, final = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
+    spec = merged(spec_of(model, rows, method), VARIANTS[variant])
     with Pod(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket.env) as first:
         first.wait_committed(EVERY)
         code, expected = disturb(first)
@@ -119,7 +143,7 @@ def test_a_disturbed_run_equals_an_undisturbed_one(
     assert steps and not bucket.keys("model/")
 
     again = run_config(
-        spec, bucket.target(), processes=processes, attempt=2, resume=Resume(mode="auto", expect_step=EVERY)
+        spec, bucket.target(), processes=processes, attempt=2, resume=Resume(mode="auto", expect_step=min(steps))
     )
     with Pod(again, tmp_path / "two", bucket.env) as second:
         assert second.end() == 0, second.text[-4000:]

@@ -1,0 +1,90 @@
+"""From whatever went wrong to one named failure."""
+
+from __future__ import annotations
+
+import errno
+import signal
+
+import pytest
+from finetune_api.errors import DataError, FineTuneError, InternalError, PeerError
+from finetune_api.names import FailureClass
+from finetune_trainer.failure import RankFailure, classify, from_exit_code, from_message, root_cause
+
+
+class DistStoreError(RuntimeError):
+    """Named as torch's."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "exit_code", "origin"),
+    [
+        (DataError("DatasetEmpty", "x"), "DatasetEmpty", 65, True),
+        (OutOfMemoryError("CUDA out of memory. Tried"), "GpuMemory", 71, True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "HostMemory", 71, True),
+        (MemoryError(), "HostMemory", 71, True),
+        (DistStoreError("wait timeout"), "PeerLost", 74, False),
+        (RuntimeError("[gloo] Connection closed by peer"), "PeerLost", 74, False),
+        (ConnectionResetError("Connection reset by peer"), "PeerLost", 74, False),
+        (PeerError("StartsDiffer", "x"), "StartsDiffer", 74, False),
+        (OSError(errno.ENOSPC, "No space left on device"), "LocalDiskFull", 69, True),
+        (ValueError("what"), "TrainerCrashed", 70, True),
+    ],
+)
+def test_an_exception_gets_a_name(error: Exception, code: str, exit_code: int, origin: bool) -> None:
+    found, own = classify(error)
+    assert (found.code, found.exit_code, own) == (code, exit_code, origin)
+
+
+@pytest.mark.parametrize(
+    ("code", "memory", "name", "exit_code", "origin"),
+    [
+        (-signal.SIGKILL, False, "RankKilled", 74, True),
+        (-signal.SIGKILL, True, "HostMemory", 71, True),
+        (-signal.SIGTERM, False, "RankKilled", 74, False),
+        (-signal.SIGABRT, False, "RankKilled", 74, True),
+        (-signal.SIGSEGV, False, "RankCrashed", 70, True),
+        (-signal.SIGBUS, False, "RankKilled", 74, True),
+        (72, False, "RankFailed", 72, True),
+        (1, False, "RankCrashed", 70, True),
+    ],
+)
+def test_an_exit_code_alone_says_what_it_can(code: int, memory: bool, name: str, exit_code: int, origin: bool) -> None:
+    found = from_exit_code(3, code, host_memory=memory)
+    assert (found.error.code, found.error.exit_code, found.origin, found.rank) == (name, exit_code, origin, 3)
+
+
+def failure(code: int, *, origin: bool = True, time_ns: int = 0, told: bool = True) -> RankFailure:
+    found = from_message({"exitCode": code, "code": f"C{code}", "message": "m", "origin": origin, "timeNs": time_ns})
+    return RankFailure(found.error, 0, None, origin, time_ns, told)
+
+
+@pytest.mark.parametrize(
+    ("several", "named"),
+    [
+        ([failure(74, origin=False), failure(72)], 72),
+        ([failure(70), failure(65)], 65),
+        ([failure(74), failure(71)], 71),
+        ([failure(74, origin=False, time_ns=1), failure(74, time_ns=2)], 74),
+        ([failure(70, time_ns=2), failure(72, time_ns=3)], 72),
+    ],
+)
+def test_the_cause_is_named_and_not_who_noticed(several: list[RankFailure], named: int) -> None:
+    cause = root_cause(several)
+    assert cause is not None and cause.error.exit_code == named and cause.origin
+    assert root_cause([]) is None
+
+
+def test_the_earlier_of_equals() -> None:
+    cause = root_cause([failure(70, time_ns=2), failure(70, time_ns=1)])
+    assert cause is not None and cause.time_ns == 1
+
+
+def test_a_message_keeps_its_class_and_loses_what_cannot_be_written() -> None:
+    found = from_message({"exitCode": 77, "code": "X", "message": "a\udcffb", "failureClass": "Model", "rank": 2})
+    assert isinstance(found.error, FineTuneError) and found.error.failure_class is FailureClass.MODEL
+    assert (found.error.message, found.rank) == ("a?b", 2)
+    assert isinstance(from_message({"exitCode": 200}).error, InternalError)
