@@ -208,9 +208,7 @@ class Session:
         layers = [module for module in base.modules() if type(module).__name__ == kind]
         if not any(getattr(layer, state, None) is not None for layer in layers):
             bits = 4 if asked.load_in_4bit else 8
-            raise InternalError(
-                "QuantizationNotActive", f"{bits}-bit weights were asked for, and none were found"
-            )
+            raise InternalError("QuantizationNotActive", f"{bits}-bit weights were asked for, and none were found")
 
     def _save(self, trainer: Any, applied: Any) -> tuple[Path, dict[str, Any]]:
         """The final artefact as a plain folder that transformers or PEFT load. All ranks take part, rank 0 writes."""

@@ -31,7 +31,10 @@ SCHEDULES: dict[str, tuple[dict[str, Any], list[float]]] = {
     "warm-up steps": ({"scheduler": "constantWithWarmup", "warmupSteps": 2}, [0, 0.5, 1, 1]),
     "warm-up ratio": ({"scheduler": "constantWithWarmup", "warmupRatio": 0.5}, [0, 0.5, 1, 1]),
     "polynomial": ({"scheduler": "polynomial", "schedulerParameters": {"power": "2", "lr_end": "0"}}, [1, 0.5625, 0.25, 0.0625]),
-    "minimum": ({"scheduler": "cosineWithMinLr", "schedulerParameters": {"min_lr_rate": "0.5"}}, [0.5 + 0.25 * (1 + math.cos(math.pi * i / 4)) for i in range(4)]),
+    "minimum": (
+        {"scheduler": "cosineWithMinLr", "schedulerParameters": {"min_lr_rate": "0.5"}},
+        [0.5 + 0.25 * (1 + math.cos(math.pi * i / 4)) for i in range(4)],
+    ),
     "restarts": ({"scheduler": "cosineWithRestarts", "schedulerParameters": {"num_cycles": "2"}}, [1, 0.5, 1, 0.5]),
     "stable": ({"scheduler": "warmupStableDecay", "schedulerParameters": {"num_decay_steps": "2"}}, [1, 1, 1, 0.5]),
     "inverse": ({"scheduler": "inverseSqrt", "warmupSteps": 1}, [0, 1, math.sqrt(1 / 2), math.sqrt(1 / 3)]),

@@ -88,7 +88,7 @@ def _suffix(file: Path) -> str:
 
 
 def _open(file: Path) -> io.BufferedIOBase:
-    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb")  # type: ignore[return-value]  # GzipFile reads as BufferedIOBase does
+    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb")
 
 
 def _read_file(file: Path, kind: FileFormat) -> Iterator[Raw | tuple[Raw, RowError]]:
