@@ -91,8 +91,7 @@ def test_what_a_pod_shouts_is_cut_and_its_secrets_stay_secret(rig: Rig) -> None:
     rig.submit(policy={"retries": 0})
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
     message = (
-        f"AWS_SECRET_ACCESS_KEY={SECRETS[0]} token: {SECRETS[1]} {SECRETS[2]} \x00\x1b[31m\ud7ff"
-        + "long " * 200_000
+        f"AWS_SECRET_ACCESS_KEY={SECRETS[0]} token: {SECRETS[1]} {SECRETS[2]} \x00\x1b[31m\ud7ff" + "long " * 200_000
     )
     rig.kubelet.end(pod, Ending(70, json.dumps({"class": "Internal", "code": "Loud", "message": message})))
     body = rig.wait_finished()

@@ -53,6 +53,8 @@ class FaultProxy:
     seed: int = 0
     upload_bytes_per_second: float | None = None
     down: bool = False
+    before: Callable[[str, str], None] = lambda method, path: None
+    """Called before a request is passed on."""
     seen: dict[str, int] = field(default_factory=dict)
 
     def __enter__(self) -> FaultProxy:
@@ -157,6 +159,7 @@ class _Handler(BaseHTTPRequestHandler):
         line = http.client.HTTPConnection(urlsplit(upstream).netloc, timeout=60)
         try:
             headers = {k: v for k, v in self.headers.items() if k.lower() not in ("connection", "expect")}
+            self.server.proxy.before(self.command, self.path)
             line.request(self.command, self.path, body=body, headers=headers)
             answer = line.getresponse()
             return answer.status, answer.getheaders(), answer.read()

@@ -12,6 +12,7 @@ from finetune_api.errors import FineTuneError, StorageError
 from finetune_trainer.checkpoint.manifest import base_of
 from finetune_trainer.checkpoint.tree import Fenced
 from finetune_trainer.storage import s3
+from finetune_trainer.storage.preflight import preflight
 from storage_place import Place
 
 
@@ -78,6 +79,27 @@ def test_two_incarnations_one_marker(place: Place, checkpoint: Path, tmp_path: P
     found = place.truly.marker(5)
     assert found is not None and found.marker.path == winner
     assert place.whole(tmp_path / "check") == [5]
+
+
+def test_a_store_that_ignores_conditions(place: Place, proxy: FaultProxy, checkpoint: Path, tmp_path: Path) -> None:
+    """It is found out at start; two lives may both commit, and still neither spoils the other's bytes."""
+
+    def forget(method: str, path: str) -> None:
+        """Whoever comes last wins, as if nobody had asked for a condition."""
+        if method == "PUT":
+            _, bucket, key = path.partition("?")[0].split("/", 2)
+            place.client.delete_object(Bucket=bucket, Key=key)
+
+    proxy.before = forget
+    target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
+    assert preflight(target).conditional_writes is False
+    place.commit(5, checkpoint, "a1-00000001", 1)
+    place.commit(5, checkpoint, "a2-00000002", 2)
+    found = place.truly.marker(5)
+    assert found is not None and found.marker.path == "a2-00000002"
+    assert place.whole(tmp_path / "check") == [5]
+    proxy.before = lambda method, path: None
+    assert preflight(target).conditional_writes is True
 
 
 def test_an_upload_that_went_missing_is_never_committed(place: Place, checkpoint: Path) -> None:

@@ -1,0 +1,256 @@
+"""What the cluster allows: permissions, quotas, Pod Security, namespaces that go away; with the chart's own rules."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.names import GROUP, Condition, Phase, Reason
+from ruamel.yaml import YAML
+
+from tests.support.apiproxy import ApiProxy
+from tests.support.kubeapi import Refused, path_of
+from tests.support.kubelet import Plan, Start, failure, success
+from tests.support.operator_process import CHECKOUT
+from tests.support.rig import FTJ, Rig, attempts, condition, holds
+
+pytestmark = pytest.mark.faults
+CHART = CHECKOUT / "helm" / "finetune-operator"
+
+
+def helm() -> Path:
+    """The Helm that `make tools` builds, or the one on the PATH."""
+    found = os.environ.get("HELM") or shutil.which("helm")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator" / "tools"
+    built = sorted(base.glob("helm-*/helm"))
+    path = Path(found) if found and Path(found).exists() else (built[-1] if built else None)
+    if path is None:
+        pytest.fail("Helm is missing: run make tools")
+    return path
+
+
+def rendered(namespace: str, **values: str) -> list[dict[str, Any]]:
+    """The chart's objects."""
+    sets = [word for key, value in values.items() for word in ("--set", f"{key.replace('__', '.')}={value}")]
+    argv = [str(helm()), "template", "ft", str(CHART), "--namespace", namespace, *sets]
+    text = subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    return [dict(document) for document in YAML(typ="safe").load_all(text) if document]
+
+
+def plural(kind: str) -> str:
+    return f"{kind.lower()}s"
+
+
+def identity(rig: Rig, documents: list[dict[str, Any]]) -> str:
+    """Apply the chart's account and rules; returns a token of that account."""
+    for document in documents:
+        kind, meta = document["kind"], document["metadata"]
+        if kind in ("ServiceAccount", "Role", "RoleBinding", "ClusterRole", "ClusterRoleBinding"):
+            namespace = None if kind.startswith("Cluster") else meta.get("namespace", rig.namespace)
+            rig.api.patch(plural(kind), namespace, meta["name"], document, patch="apply")
+    account = next(d["metadata"]["name"] for d in documents if d["kind"] == "ServiceAccount")
+    path = f"/api/v1/namespaces/{rig.namespace}/serviceaccounts/{account}/token"
+    return str(rig.api.request("POST", path, {"spec": {"expirationSeconds": 3600}}).body["status"]["token"])
+
+
+def namespaced(rig: Rig) -> list[dict[str, Any]]:
+    return rendered(rig.namespace, **{"watchNamespaces[0]": rig.namespace})
+
+
+@pytest.mark.row(11)
+def test_a_missing_permission_is_named_and_waited_for(rig: Rig) -> None:
+    rig.allowed.append("forbidden")
+    documents = namespaced(rig)
+    token = identity(rig, documents)
+    role = next(d for d in documents if d["kind"] == "Role" and not d["metadata"]["name"].endswith("-lease"))
+    cut = json.loads(json.dumps(role))
+    for rule in cut["rules"]:
+        if "jobs" in rule["resources"]:
+            rule["verbs"] = [verb for verb in rule["verbs"] if verb != "create"]
+    put_role(rig, cut)
+    operator = rig.operator(through=rig.proxy(), token=token, config=with_lease(rig))
+    rig.submit()
+    body = rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY)
+    message = condition(body, Condition.PODS_READY)["message"]
+    assert "cannot create" in message
+    assert "jobs" in message
+    assert body["status"]["phase"] == Phase.PENDING
+    put_role(rig, role)
+    rig.wait_attempt(1, timeout=60)
+    assert operator.alive
+
+
+def put_role(rig: Rig, role: dict[str, Any]) -> None:
+    rig.api.request("PUT", path_of("roles", rig.namespace, role["metadata"]["name"]), role)
+
+
+def with_lease(rig: Rig) -> dict[str, Any]:
+    name = "ft-finetune-operator"
+    return {"leaderElection": {"enabled": True, "leaseName": name, "leaseNamespace": rig.namespace}}
+
+
+UNUSED_BY_DESIGN = {
+    ("finetunejobs/finalizers", "update"): "asked for by OwnerReferencesPermissionEnforcement, never called",
+}
+"""Granted verbs that no request uses, and why they are granted."""
+
+
+@pytest.mark.row(39)
+def test_the_chart_grants_what_is_used_and_nothing_else(rig: Rig) -> None:
+    documents = namespaced(rig)
+    token = identity(rig, documents)
+    proxy = rig.proxy()
+    config = with_lease(rig) | {"resyncSeconds": 2}
+    first = rig.operator(through=proxy, token=token, config=config)
+    everything(rig, proxy)
+    first.stop()
+    rig.operator(through=proxy, token=token, config=config)
+    rig.submit("last")
+    rig.wait_attempt(1, "last", timeout=40)
+    refused = sorted({e.operation for e in proxy.exchanges if e.applied == 403})
+    assert refused == [], "the operator asked for more than the chart grants"
+    unused = granted(documents) - used(proxy) - set(UNUSED_BY_DESIGN)
+    assert sorted(unused) == [], "the chart grants what the operator never uses"
+
+
+def everything(rig: Rig, proxy: ApiProxy) -> None:
+    """Every kind of request that the operator can make."""
+    rig.submit("two", resources={"nodes": 2})
+    for pod in rig.kubelet.wait_running(rig.namespace, "two", count=2):
+        rig.kubelet.end(pod, success())
+    rig.wait_finished("two")
+    rig.submit("again", policy={"retries": 1, "ttlSecondsAfterFinished": 1})
+    for attempt in (1, 2):
+        pod = rig.kubelet.wait_running(rig.namespace, "again", attempt=attempt)[0]
+        rig.kubelet.end(pod, failure(70, message="broken"))
+    rig.wait_finished("again")
+    rig.api.wait_gone("jobs", rig.namespace, "again-2")
+    rig.submit("flapping", suspend=True)
+    for value in (False, True, False, True):
+        rig.steer("flapping", suspend=value)
+        rig.wait_phase(Phase.SUSPENDED if value else Phase.STARTING, "flapping")
+    rig.submit("orphaned")
+    rig.kubelet.wait_running(rig.namespace, "orphaned")
+    rig.wait_attempt(1, "orphaned")
+    rig.api.delete("jobs", rig.namespace, "orphaned-1", propagationPolicy="Orphan")
+    rig.wait_attempt(2, "orphaned")
+    rig.api.create("services", rig.namespace, {"metadata": {"name": "taken-1"}, "spec": {"ports": [{"port": 1}]}})
+    rig.submit("taken", resources={"nodes": 2})
+    rig.wait_attempt(1, "taken")
+    rig.kubelet.plan(rig.namespace, Plan(start=Start.WAIT, reason="ContainerCreating"))
+    rig.submit("held")
+    rig.wait_attempt(1, "held")
+    proxy.wait_for(lambda e: e.operation == "list events", timeout=60)
+
+
+def granted(documents: list[dict[str, Any]]) -> set[tuple[str, str]]:
+    """(resource, verb) of the chart's rules."""
+    return {
+        (resource, verb)
+        for document in documents if document["kind"] in ("Role", "ClusterRole")
+        for rule in document["rules"] for resource in rule["resources"] for verb in rule["verbs"]
+    }  # fmt: skip
+
+
+def used(proxy: ApiProxy) -> set[tuple[str, str]]:
+    """(resource, verb) of the requests that were made."""
+    found = set()
+    for exchange in proxy.exchanges:
+        verb, _, resource = exchange.operation.partition(" ")
+        found.add((resource, verb))
+    return found
+
+
+@pytest.mark.row(39)
+def test_the_rules_name_no_secret_and_no_wildcard() -> None:
+    for values in ({}, {"watchNamespaces[0]": "team-a"}):
+        pairs = granted(rendered("system", **values))
+        assert pairs
+        assert not [pair for pair in pairs if "*" in pair or pair[0].startswith("secrets")]
+
+
+@pytest.mark.row(36)
+def test_a_namespace_that_goes_takes_its_jobs_along(rig: Rig) -> None:
+    proxy = rig.proxy()
+    operator = rig.operator(through=proxy, config={"namespaces": []})
+    rig.api.create("namespaces", None, {"metadata": {"name": f"{rig.namespace}-x"}})
+    body = {"apiVersion": f"{GROUP}/v1alpha1", "kind": "FineTuneJob", "metadata": {"name": "job"}}
+    spec = {"model": {"source": "a/b"}, "dataset": {"train": "s3://b/t.jsonl"}, "resources": {"gpusPerNode": 0}}
+    rig.api.create(FTJ, f"{rig.namespace}-x", body | {"spec": spec})
+    rig.kubelet.wait_running(f"{rig.namespace}-x", "job")
+    rig.api.delete("namespaces", None, f"{rig.namespace}-x")
+    rig.api.wait_gone("namespaces", None, f"{rig.namespace}-x", timeout=90)
+    rig.submit()
+    rig.wait_attempt(1)
+    assert operator.alive
+    path = f"/namespaces/{rig.namespace}-x/"
+    assert [e.operation for e in proxy.exchanges if path in e.path and e.operation == "create jobs"] == ["create jobs"]
+
+
+@pytest.mark.row(37)
+@pytest.mark.parametrize("hard", [{"pods": "0"}, {"count/jobs.batch": "0"}])
+def test_a_quota_is_quoted_and_waited_for(rig: Rig, hard: dict[str, str]) -> None:
+    quota = {"metadata": {"name": "tight"}, "spec": {"hard": hard}}
+    rig.api.create("resourcequotas", rig.namespace, quota)
+    rig.api.wait("resourcequotas", rig.namespace, "tight", lambda b: b.get("status", {}).get("hard") == hard)
+    rig.operator()
+    rig.submit()
+    body = rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.QUOTA_EXCEEDED, timeout=60)
+    assert "exceeded quota: tight" in condition(body, Condition.PODS_READY)["message"]
+    rig.wait_event(Reason.QUOTA_EXCEEDED)
+    rig.api.delete("resourcequotas", rig.namespace, "tight")
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job", timeout=90)[0], success())
+    assert attempts(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
+
+
+@pytest.mark.row(37)
+def test_a_limit_range_is_quoted(rig: Rig) -> None:
+    limit = {"type": "Container", "max": {"memory": "1Gi"}}
+    rig.api.create("limitranges", rig.namespace, {"metadata": {"name": "small"}, "spec": {"limits": [limit]}})
+    rig.operator()
+    rig.submit(resources={"memory": "2Gi"})
+    body = rig.wait(
+        lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY, timeout=60
+    )
+    assert "maximum memory usage per Container is 1Gi" in condition(body, Condition.PODS_READY)["message"]
+
+
+@pytest.mark.row(38)
+def test_all_pods_pass_pod_security_restricted(rig: Rig) -> None:
+    label = {"pod-security.kubernetes.io/enforce": "restricted", "pod-security.kubernetes.io/warn": "restricted"}
+    rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": label}})
+    operator = rig.operator()
+    rig.submit(resources={"nodes": 2}, storage={"credentialsSecretRef": {"name": "s3"}})
+    rig.kubelet.wait_running(rig.namespace, "job", count=2)
+    assert "would violate" not in operator.log
+    deployment = next(d for d in rendered(rig.namespace) if d["kind"] == "Deployment")
+    path = f"/apis/apps/v1/namespaces/{rig.namespace}/deployments"
+    answer = rig.api.request("POST", path, deployment, dryRun="All")
+    assert answer.warnings == ()
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "operator"}}
+    pod["spec"] = deployment["spec"]["template"]["spec"] | {"serviceAccountName": "default"}
+    rig.api.request("POST", f"/api/v1/namespaces/{rig.namespace}/pods", pod, dryRun="All")
+
+
+@pytest.mark.row(38)
+def test_pod_security_is_what_refuses(rig: Rig) -> None:
+    """Against a proof of nothing: a pod that does not pass is refused, and the refusal is told."""
+    label = {"pod-security.kubernetes.io/enforce": "restricted"}
+    rig.api.patch("namespaces", None, rig.namespace, {"metadata": {"labels": label}})
+    rig.operator()
+    volume = {"name": "host", "hostPath": {"path": "/etc"}}
+    try:
+        rig.submit(placement={"volumes": [volume], "volumeMounts": [{"name": "host", "mountPath": "/host"}]})
+    except Refused as error:
+        assert "hostPath" in error.message, "the API itself knows no hostPath: even better"
+        return
+    body = rig.wait(
+        lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY, timeout=60
+    )
+    assert "restricted" in condition(body, Condition.PODS_READY)["message"]
+    assert not holds(body, Condition.PODS_READY)
