@@ -110,14 +110,21 @@ class Seen:
             self._changed.set()
 
     async def _note(self, version: str) -> None:
-        async for event in self._client.events(self._path, version=version, meta_only=self._wanted is None):
-            body = event["object"]
-            name = body["metadata"].get("name", "")
-            if event["type"] not in ("ADDED", "MODIFIED") or name in self.moments:
-                continue
-            if self._wanted is None or self._wanted(body):
-                self.moments[name] = time.monotonic()
-                self._changed.set()
+        """A watch that the server ends (it does so to those that are too slow) goes on where it ended."""
+        while True:
+            async for event in self._client.events(self._path, version=version, meta_only=self._wanted is None):
+                if event["type"] == "ERROR":
+                    raise RuntimeError(f"watch {self._path}: {event['object'].get('message')}")
+                version = event["object"]["metadata"]["resourceVersion"]
+                self._take(event)
+
+    def _take(self, event: Object) -> None:
+        body, name = event["object"], event["object"]["metadata"].get("name", "")
+        if event["type"] not in ("ADDED", "MODIFIED") or name in self.moments:
+            return
+        if self._wanted is None or self._wanted(body):
+            self.moments[name] = time.monotonic()
+            self._changed.set()
 
     async def wait(self, count: int, patience: float) -> float:
         """The moment at which `count` objects had been seen. TimeoutError after `patience` seconds says how many were."""
