@@ -71,3 +71,26 @@ def test_packing_is_best_fit() -> None:
     lengths = [(17 * i) % 97 + 30 for i in range(2000)]
     bins = pack(lengths, 2048)
     assert padding_share(lengths, len(bins), 2048) < 0.03
+
+
+@given(
+    st.lists(st.integers(1, 5), min_size=1, max_size=30),
+    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), max_size=5),
+)
+@settings(max_examples=200, deadline=None)
+def test_a_token_is_learned_if_it_overlaps_a_span(widths: list[int], gaps: list[tuple[int, int]]) -> None:
+    from finetune_trainer.data.tokenise import labels_of
+
+    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
+    offsets = [(end - width, end) for end, width in zip(ends, widths, strict=True)]
+    spans, at = [], 0
+    for gap, length in gaps:
+        if length:
+            spans.append((at + gap, at + gap + length))
+        at += gap + length
+    ids = list(range(100, 100 + len(widths)))
+    wanted = [
+        token if any(start < stop and end > begin for begin, stop in spans) else -100
+        for token, (start, end) in zip(ids, offsets, strict=True)
+    ]
+    assert labels_of(ids, offsets, spans) == wanted

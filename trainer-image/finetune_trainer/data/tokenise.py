@@ -8,6 +8,7 @@ text: never by id, so a pad token that equals the end token hides nothing.
 from __future__ import annotations
 
 import statistics
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -96,7 +97,7 @@ def tokenise(
     result, lengths = Tokens(), []
     report = result.report
     for place, ids, labels in encoded(texts, tokenizer, rules):
-        if all(label == IGNORED for label in labels[1:]):
+        if _learned(labels) == 0:
             on_bad_row(
                 place, "NoTrainableToken", "no token of the row is learned", "give it an answer, or remove the row"
             )
@@ -111,7 +112,7 @@ def tokenise(
                 report.dropped += 1
                 continue
             ids, labels = ids[: rules.max_length], labels[: rules.max_length]
-            if all(label == IGNORED for label in labels[1:]):
+            if _learned(labels) == 0:
                 report.answerless += 1
                 continue
             report.truncated += 1
@@ -119,9 +120,14 @@ def tokenise(
         result.labels.append(labels)
         lengths.append(len(ids))
         report.tokens += len(ids)
-        report.learned_tokens += sum(label != IGNORED for label in labels)
+        report.learned_tokens += len(labels) - labels.count(IGNORED)
     _measure(report, lengths, rules)
     return result
+
+
+def _learned(labels: list[int]) -> int:
+    """Labels that are predicted from something: the first has nothing before it."""
+    return len(labels) - labels.count(IGNORED) - (labels[:1] != [IGNORED] and bool(labels))
 
 
 def _measure(report: TokenReport, lengths: list[int], rules: Rules) -> None:
@@ -160,7 +166,7 @@ def encoded(
     ends = _Ends.of(tokenizer, rules)
     stream = iter(texts)
     while batch := list(islice(stream, BATCH)):
-        encoded = tokenizer([item.text for _, item in batch], add_special_tokens=False, return_offsets_mapping=True)
+        encoded = tokenizer([item.text for _, item in batch], add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
         for (place, item), ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             yield place, *ends.close(list(ids), labels_of(ids, offsets, item.spans), item.templated)
 
@@ -168,14 +174,10 @@ def encoded(
 def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
     """Ids where a token overlaps a span, -100 elsewhere. Both offsets and spans ascend."""
     labels = [IGNORED] * len(ids)
-    place = 0
-    for index, (start, end) in enumerate(offsets):
-        while place < len(spans) and spans[place][1] <= start:
-            place += 1
-        if place == len(spans):
-            break
-        if start < spans[place][1] and end > spans[place][0]:
-            labels[index] = ids[index]
+    starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
+    for begin, end in spans:
+        first, last = bisect_right(ends, begin), bisect_left(starts, end)
+        labels[first:last] = ids[first:last]
     return labels
 
 
