@@ -27,10 +27,6 @@ def _is(*words: object) -> Callable[[Any], bool]:
     return lambda value: value in words
 
 
-def _is_not(*words: object) -> Callable[[Any], bool]:
-    return lambda value: value is not None and value not in words
-
-
 TABLE: tuple[NotYet, ...] = (
     NotYet("model.modality", _is("visionLanguage"), "train a text model"),
     NotYet("model.new_tokens"),
@@ -38,8 +34,6 @@ TABLE: tuple[NotYet, ...] = (
     NotYet("method.vision"),
     NotYet("method.lora.loftq"),
     NotYet("method.lora.init", _is("loftq"), "write pissa, which starts from the same idea"),
-    NotYet("trainer.type", _is_not("sft"), "write sft"),
-    NotYet("distributed.strategy", _is("fsdp", "deepspeed"), "write ddp, or leave it out"),
     NotYet("dataset.test", instead="remove it: nothing is done with a test set yet"),
     NotYet("dataset.split.test"),
     NotYet("output.dir"),
