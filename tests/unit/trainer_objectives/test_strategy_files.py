@@ -1,0 +1,191 @@
+"""A user's DeepSpeed JSON and accelerate file beside the spec: what is taken over, what must agree, what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from finetune_api.errors import ConfigError, FineTuneError, NotFoundError
+from finetune_trainer.distributed import deepspeed, fsdp
+
+from tests.support.learning import make_run, merged
+
+CPU: Any = SimpleNamespace(bf16=False, fp16=False, name="cpu", cpu=True)
+GPU: Any = SimpleNamespace(bf16=True, fp16=False, name="NVIDIA H200", cpu=False)
+
+
+def zero(
+    tmp_path: Path, file: Any, spec: dict[str, Any] | None = None, hardware: Any = CPU, **options: Any
+) -> deepspeed.Options:
+    """Options of a run whose JSON is `file` (None: none)."""
+    group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "ds.json"}, **options}
+    whole = merged(spec or {}, {"distributed": {"strategy": "deepspeed", **({"deepspeed": group} if group else {})}})
+    maps = {} if file is None else {"mine": {"ds.json": file if isinstance(file, str) else json.dumps(file)}}
+    run, inputs = make_run(tmp_path, tmp_path / "model", whole, ranks=2, config_maps=maps)
+    return deepspeed.options(run, inputs, hardware, 2)
+
+
+def sharded(tmp_path: Path, file: str | None, spec: dict[str, Any] | None = None, **options: Any) -> fsdp.Options:
+    """Options of a run whose accelerate file is `file`."""
+    group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "a.yaml"}, **options}
+    whole = merged(spec or {}, {"distributed": {"strategy": "fsdp", **({"fsdp": group} if group else {})}})
+    run, inputs = make_run(
+        tmp_path, tmp_path / "model", whole, ranks=2, config_maps={"mine": {"a.yaml": file}} if file else {}
+    )
+    return fsdp.options(run, inputs, CPU, 2)
+
+
+def test_without_a_file_the_spec_alone_speaks(tmp_path: Path) -> None:
+    found = zero(tmp_path, None)
+    assert found.stage == 2
+    assert found.config == {
+        "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "train_batch_size": 4, "gradient_clipping": 1.0,
+        "bf16": {"enabled": False}, "fp16": {"enabled": False}, "zero_optimization": {"stage": 2},
+        "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
+    }  # fmt: skip
+
+
+def test_auto_is_filled_in_and_own_options_are_kept(tmp_path: Path) -> None:
+    file = {
+        "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto"}, "wall_clock_breakdown": False,
+    }  # fmt: skip
+    found = zero(tmp_path, file, hardware=GPU)
+    assert (found.stage, found.config["bf16"]) == (3, {"enabled": True})
+    assert found.config["zero_optimization"] == {
+        "stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto", "stage3_gather_16bit_weights_on_model_save": True,
+    }  # fmt: skip
+    assert (found.config["train_batch_size"], found.config["wall_clock_breakdown"]) == (4, False)
+
+
+def test_every_conflict_is_told_with_both_values(tmp_path: Path) -> None:
+    file = {
+        "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1, "gradient_clipping": 0.5,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        zero(tmp_path, file, {"training": {"maxGradNorm": 2}}, zeroStage=2)
+    assert caught.value.code == "ConfigsDisagree"
+    for said in (
+        "train_micro_batch_size_per_gpu is 8, training.batchSizePerDevice is 2",
+        "gradient_clipping is 0.5, training.maxGradNorm is 2.0",
+        "optimizer.params.lr is 0.0001, training.learningRate is 0.005",
+        "bf16.enabled is true, bf16 on cpu, as training.mixedPrecision settles it, is false",
+        "zero_optimization.stage is 1, distributed.deepspeed.zeroStage is 2",
+    ):
+        assert said in caught.value.message
+    assert "gradient_accumulation_steps" not in caught.value.message
+    assert "auto" in (caught.value.hint or "")
+
+
+def test_the_file_wins_over_defaults_and_says_so(tmp_path: Path) -> None:
+    file = {
+        "gradient_clipping": 0.5, "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3}},
+        "optimizer": {"type": "Adam", "params": {"betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1}},
+    }  # fmt: skip
+    found = zero(tmp_path, file, {"training": {"warmupSteps": 3, "warmupRatio": None}})
+    assert found.training == {
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_grad_norm": 0.5, "optim": "adamw_torch_fused",
+        "adam_beta1": 0.8, "adam_beta2": 0.95, "learning_rate": 5e-3, "adam_epsilon": 1e-6, "weight_decay": 0.1,
+        "lr_scheduler_type": "linear", "warmup_steps": 3,
+    }  # fmt: skip
+    assert "optimizer" not in found.config and "scheduler" not in found.config
+    assert "gradient_clipping 0.5 of the file wins over the default training.maxGradNorm 1.0" in found.notes
+
+
+def test_offload_keeps_torchs_optimizer(tmp_path: Path) -> None:
+    found = zero(tmp_path, {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}}, offloadOptimizer=True)
+    assert found.config["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert found.config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert found.config["zero_force_ds_cpu_optimizer"] is False
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "code", "said"),
+    [
+        ("{", {}, "ConfigFileInvalid", "neither JSON nor YAML"),
+        ("[1]", {}, "ConfigFileInvalid", "holds list"),
+        ({"elasticity": {}}, {}, "ConfigFileInvalid", "the operator decides"),
+        ({"optimizer": {"type": "OneBitAdam"}}, {}, "ConfigFileInvalid", "compiled by DeepSpeed"),
+        ({"optimizer": {"type": "AdamW", "params": {"freeze_step": 3}}}, {}, "ConfigFileInvalid", "freeze_step would have no effect"),
+        ({"scheduler": {"type": "OneCycle"}}, {}, "ConfigFileInvalid", "OneCycle"),
+        ({"comms_logger": {"enabled": "auto"}}, {}, "ConfigFileInvalid", "comms_logger.enabled is auto"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, {}, "ConfigFileInvalid", "nvme"),
+        ({"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}}, {}, "ConfigsDisagree", "anyone can load"),
+        ({"zero_optimization": {"stage": 2}}, {"offloadParameters": True}, "OffloadNeedsStage3", "stage is 2"),
+        ({"zero_optimization": {"stage": 0}}, {"offloadOptimizer": True}, "OffloadNeedsStage1", "stage 0"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {"offloadOptimizer": False}, "ConfigsDisagree", "offloadOptimizer"),
+    ],
+)  # fmt: skip
+def test_a_json_that_cannot_work_is_refused(file: Any, options: dict[str, Any], code: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(FineTuneError) as caught:
+        zero(tmp_path, file, **options)
+    assert (caught.value.code, caught.value.exit_code) == (code, 64)
+    assert said in caught.value.message
+
+
+def test_a_missing_config_map_is_named(tmp_path: Path) -> None:
+    run, inputs = make_run(
+        tmp_path, tmp_path, {"distributed": {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}}}, ranks=2
+    )
+    with pytest.raises(NotFoundError) as caught:
+        deepspeed.options(run, inputs, CPU, 2)
+    assert caught.value.code == "ConfigMapMissing"
+
+
+# ---- accelerate
+
+
+def test_fsdp_without_a_file(tmp_path: Path) -> None:
+    found = sharded(tmp_path, None)
+    assert (found.sharding, found.state_dict, found.offload) == ("fullShard", "sharded", False)
+
+
+def test_an_accelerate_file_is_taken_over(tmp_path: Path) -> None:
+    file = """
+distributed_type: FSDP
+num_machines: 1
+machine_rank: 0
+fsdp_config:
+  fsdp_version: 2
+  fsdp_reshard_after_forward: false
+  fsdp_state_dict_type: FULL_STATE_DICT
+  fsdp_offload_params: true
+  fsdp_auto_wrap_policy: SIZE_BASED_WRAP
+  fsdp_min_num_params: 1000
+"""
+    found = sharded(tmp_path, file)
+    assert (found.sharding, found.state_dict, found.offload) == ("shardGradOp", "full", True)
+    assert found.wrap == {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 1000}
+    assert any("machine_rank" in note and "the operator starts the ranks" in note for note in found.notes)
+
+
+@pytest.mark.parametrize(
+    ("file", "options", "code", "said"),
+    [
+        ("distributed_type: MULTI_GPU\nnum_processes: 8\n", {}, "ConfigsDisagree", "num_processes is 8, the number of ranks is 2"),
+        ("mixed_precision: bf16\n", {}, "ConfigsDisagree", "mixed_precision is bf16"),
+        ("fsdp_config: {fsdp_sharding_strategy: FULL_SHARD}\n", {"sharding": "shardGradOp"}, "ConfigsDisagree", "shardGradOp"),
+        (
+            "fsdp_config: {fsdp_sharding_strategy: FULL_SHARD, fsdp_reshard_after_forward: false}\n", {},
+            "ConfigsDisagree", "fsdp_reshard_after_forward shardGradOp",
+        ),
+        ("fsdp_config: {fsdp_sharding_strategy: HYBRID_SHARD}\n", {}, "ConfigFileInvalid", "HYBRID_SHARD"),
+        ("fsdp_config: {fsdp_version: 1}\n", {}, "ConfigFileInvalid", "fsdp_version 1"),
+        ("fsdp_config: {fsdp_cpu_ram_efficient_loading: true}\n", {}, "ConfigFileInvalid", "every rank reads"),
+        ("fsdp_config: {fsdp_activation_checkpointing: true}\n", {}, "ConfigsDisagree", "gradientCheckpointing is false"),
+        ("fsdp_config: {fsdp_colour: red}\n", {}, "ConfigFileInvalid", "fsdp_config.colour would have no effect"),
+        ("fp8_config: {}\n", {}, "ConfigFileInvalid", "fp8_config would have no effect"),
+        ("fsdp_config: {fsdp_state_dict_type: LOCAL_STATE_DICT}\n", {}, "StateDictUnavailable", "version 2"),
+    ],
+)  # fmt: skip
+def test_an_accelerate_file_that_cannot_work_is_refused(
+    file: str, options: dict[str, Any], code: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sharded(tmp_path, file, **options)
+    assert caught.value.code == code
+    assert said in caught.value.message
