@@ -208,21 +208,8 @@ class Recorder:
             except asyncio.QueueFull:
                 logger.warning("the queue of events is full: %s is dropped", note.reason)
 
-    async def run(self, posters: int = 4) -> None:
-        """Post until cancelled."""
-        async with asyncio.TaskGroup() as group:
-            for _ in range(posters):
-                group.create_task(self._post_all())
-
-    async def drain(self, seconds: float) -> None:
-        """Wait until everything is posted, at most that long."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._queue.join()
-        except TimeoutError:
-            logger.warning("%d events were not posted in time", self._queue.qsize())
-
-    async def _post_all(self) -> None:
+    async def run(self) -> None:
+        """Post until cancelled, one after the other: in a burst of jobs, Jobs and statuses come first."""
         while True:
             event = await self._queue.get()
             try:
@@ -232,6 +219,14 @@ class Recorder:
                 logger.info("an event was not posted: %s", error)
             finally:
                 self._queue.task_done()
+
+    async def drain(self, seconds: float) -> None:
+        """Wait until everything is posted, at most that long."""
+        try:
+            async with asyncio.timeout(seconds):
+                await self._queue.join()
+        except TimeoutError:
+            logger.warning("%d events were not posted in time", self._queue.qsize())
 
     async def _post(self, event: Object) -> None:
         namespace, name = event["metadata"]["namespace"], event["metadata"]["name"]

@@ -17,6 +17,7 @@ from finetune_operator.cache import Cache
 from finetune_operator.kube import Kube
 from finetune_operator.objects import Object
 from finetune_operator.settings import OperatorConfig
+from finetune_operator.stateless import NoDiffBase, NoProgress
 from finetune_operator.views import read_finetunejob, read_job, read_pod
 from finetune_operator.workqueue import Key, WorkQueue
 
@@ -41,6 +42,8 @@ class EndlessBackoff:
 def settings(config: OperatorConfig) -> kopf.OperatorSettings:
     """kopf's settings: watching with selectors, and nothing written by itself."""
     result = kopf.OperatorSettings()
+    result.persistence.diffbase_storage = NoDiffBase()
+    result.persistence.progress_storage = NoProgress()
     result.posting.enabled = False
     result.peering.standalone = True
     result.scanning.disabled = True

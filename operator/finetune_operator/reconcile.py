@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from dataclasses import dataclass
+from datetime import datetime
 
 from finetune_api.names import Condition as Kind
 from finetune_api.names import Label, Reason, attempt_job_name
@@ -30,7 +30,7 @@ from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Object
 from finetune_operator.plan import Acted, Plan, Situation
 from finetune_operator.policies.acceptance import Accepted, Refused, accept
 from finetune_operator.policies.clock import seconds
-from finetune_operator.policies.waiting import Waiting, events_waiting
+from finetune_operator.policies.waiting import Waiting, events_waiting, pods_waiting
 from finetune_operator.report import report
 from finetune_operator.scrape import Scraper, Target
 from finetune_operator.settings import OperatorConfig
@@ -40,10 +40,10 @@ from finetune_operator.workqueue import Key, WorkQueue
 
 logger = logging.getLogger(__name__)
 
-OBSTACLE_AFTER = timedelta(seconds=5)
-"""Age of a Job without running pods at which the events about it are read."""
-OBSTACLE_PERIOD = 15.0
-"""Seconds between two reads of those events."""
+NO_PODS_AFTER, STUCK_AFTER = 10.0, 20.0
+"""Age in seconds of a Job without pods, and of a pod that got a node and does not run, at which events about it are read."""
+FIRST_READ, LONGEST_READ = 15.0, 300.0
+"""Seconds between two reads of those events; it doubles, since the server goes through all of a namespace's for each."""
 RETRY_OBSTACLE = 15.0
 """Seconds after which a refused create is tried again."""
 UNREAD = Accepted(FineTuneJobSpec())
@@ -58,9 +58,10 @@ class Memory:
     generation: int = 0
     acceptance: Accepted | Refused = UNREAD
     obstacle: Waiting | None = None
-    obstacle_read: float = float("-inf")
+    obstacle_due: float | None = None
+    """When events are to be read next, in loop time; None: nothing waits."""
+    obstacle_pause: float = FIRST_READ
     progress_written: float = float("-inf")
-    looks: int = field(default=0)
 
 
 class Reconciler:
@@ -134,6 +135,10 @@ class Reconciler:
             logger.info("created Job %s", acted.created.name)
         for warning in acted.warnings:
             logger.warning("the API server warns: %s", warning)
+        if acted.created is not None and len(self._queue):
+            # Others wait: their Jobs first, then what there is to tell. The next look finds this one's Job.
+            self._queue.add(key)
+            return
         await self._report(key, facts, plan, acted)
         self._follow(key, facts, plan, acted)
 
@@ -221,23 +226,23 @@ class Reconciler:
 
     async def _read_obstacle(self, facts: Facts, memory: Memory) -> bool:
         """Read what the cluster says about pods that do not come up; True if the answer changed."""
-        current = facts.current
-        stuck = [pod for pod in facts.live if pod.phase == "Pending" and not pod.unschedulable]
-        waits = current is not None and not current.suspended and not current.finished and not current.deleting
-        if not waits or (len(facts.live) >= facts.nodes and not stuck):
+        waits = _pods_missing(facts)
+        if waits is None:
             changed = memory.obstacle is not None
-            memory.obstacle = None
+            memory.obstacle, memory.obstacle_due, memory.obstacle_pause = None, None, FIRST_READ
             return changed
-        assert current is not None  # noqa: S101 -- `waits` says so
+        uid, since, patience = waits
         now = asyncio.get_running_loop().time()
-        since = stuck[0].created if stuck else current.started or current.created
-        if facts.now - since < OBSTACLE_AFTER or now - memory.obstacle_read < OBSTACLE_PERIOD:
+        if memory.obstacle_due is None:
+            memory.obstacle_due = now + max(0.0, patience - seconds(since, facts.now))
+        if now < memory.obstacle_due:
             return False
-        memory.obstacle_read = now
-        uid = stuck[0].uid if stuck else current.uid
-        fields = f"involvedObject.uid={uid},type=Warning"
+        memory.obstacle_due = now + memory.obstacle_pause
+        memory.obstacle_pause = min(2 * memory.obstacle_pause, LONGEST_READ)
         try:
-            listing = await self._kube.list(CORE_EVENT, facts.job.namespace, fields=fields)
+            listing = await self._kube.list(
+                CORE_EVENT, facts.job.namespace, fields=f"involvedObject.uid={uid},type=Warning"
+            )
         except Forbidden as error:
             logger.info("events cannot be read: %s", error)
             return False
@@ -310,10 +315,9 @@ class Reconciler:
             self._queue.add(key)
         elif acted.obstacle is not None:
             self._queue.add_after(key, RETRY_OBSTACLE)
-        elif (
-            plan.situation is Situation.ACTIVE and plan.scrape is None and facts.current and not facts.current.suspended
-        ):
-            self._queue.add_after(key, OBSTACLE_PERIOD)
+        due = self._memories[key].obstacle_due
+        if due is not None:
+            self._queue.add_after(key, max(0.05, due - asyncio.get_running_loop().time()))
         if plan.situation is Situation.STARTING:
             self._cache.forget_pods(key, before=facts.attempt)
         if plan.wake is not None:
@@ -322,6 +326,21 @@ class Reconciler:
     def _forget(self, key: Key) -> None:
         self._memories.pop(key, None)
         self._scraper.forget(key)
+
+
+def _pods_missing(facts: Facts) -> tuple[str, datetime, float] | None:
+    """What to ask about (uid), since when it waits, and how long it may; None: all pods are there and on their way.
+
+    A pod without a node tells by itself what the scheduler thinks; one with a node tells of images and references, and only
+    volumes that do not come are told by events alone.
+    """
+    current = facts.current
+    if current is None or current.suspended or current.finished or current.deleting or facts.condemned is not None:
+        return None
+    if len(facts.live) < facts.nodes:
+        return current.uid, current.started or current.created, NO_PODS_AFTER
+    stuck = [pod for pod in facts.live if pod.phase == "Pending" and pod.node and not pods_waiting([pod])]
+    return (stuck[0].uid, stuck[0].created, STUCK_AFTER) if stuck else None
 
 
 def _condition(status: FineTuneJobStatus, kind: Kind) -> Condition | None:
