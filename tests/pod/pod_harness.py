@@ -149,7 +149,7 @@ class Pod:
         """Its last words."""
         return LastWords.model_validate_json((self.folder / "last-words").read_text())
 
-    def wait_until(self, holds: Callable[[], bool], timeout: float = 90) -> None:
+    def wait_until(self, holds: Callable[[], bool], timeout: float = 300) -> None:
         """Until a condition holds; fails with the log if the pod ends or time runs out first."""
         end = time.monotonic() + timeout
         while not holds():
@@ -160,11 +160,11 @@ class Pod:
                 raise AssertionError(f"not within {timeout} s:\n{self.text[-6000:]}")
             time.sleep(0.02)
 
-    def wait_step(self, step: int, timeout: float = 90) -> None:
+    def wait_step(self, step: int, timeout: float = 300) -> None:
         """Until it has done so many steps."""
         self.wait_until(lambda: self.step() >= step, timeout)
 
-    def wait_committed(self, step: int, timeout: float = 90) -> None:
+    def wait_committed(self, step: int, timeout: float = 300) -> None:
         """Until a checkpoint of at least this step is committed."""
 
         def holds() -> bool:
@@ -173,7 +173,7 @@ class Pod:
 
         self.wait_until(holds, timeout)
 
-    def end(self, timeout: float = 150) -> int:
+    def end(self, timeout: float = 400) -> int:
         """Its exit code."""
         assert self.process is not None
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,16 @@ from finetune_api.pod import LastWords, Resume
 from pod_buckets import Bucket
 from pod_harness import ROWS, Pod, merged, run_config, write_rows
 
-LIMIT_SECONDS = 20
-
 
 def failed(
     bucket: Bucket, folder: Path, spec: dict[str, Any], *, env: dict[str, str] | None = None, **target: Any
 ) -> LastWords:
     """The last words of a pod that must fail before training."""
     run = run_config(spec, bucket.target(**target))
-    started = time.monotonic()
     with Pod(run, folder / "pod", bucket.env | (env or {})) as pod:
         code = pod.end()
     words = pod.words()
     assert code == words.exit_code, pod.text[-3000:]
-    assert time.monotonic() - started < LIMIT_SECONDS
     assert words.step is None, "it trained"
     assert bucket.endpoint.secret_key not in pod.text + words.to_json()
     assert len(words.to_json().encode()) <= 4096
