@@ -91,21 +91,24 @@ def ours(run: Any, inputs: Any, folder: Path) -> Lap:
 
 def bare(run: Any, inputs: Any, folder: Path) -> Lap:
     """One run of a plain TRL script: same arguments, same tokens."""
-    import torch
     from datasets import Dataset
     from finetune_trainer.arguments import common
     from finetune_trainer.distributed import Plan
     from finetune_trainer.hardware import detect
+    from finetune_trainer.model import quantization_config
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, set_seed
     from trl import SFTConfig, SFTTrainer
 
     lap = Lap()
-    hardware = detect(run, 0)
+    hardware, dataset = detect(run, 0), run.spec.dataset
     set_seed(42)
     tokenizer = AutoTokenizer.from_pretrained(inputs.model)
-    model = AutoModelForCausalLM.from_pretrained(inputs.model, dtype=torch.float32, attn_implementation="sdpa")
-    if run.spec.method.type == "lora":
+    model = AutoModelForCausalLM.from_pretrained(
+        inputs.model, dtype=hardware.dtype, attn_implementation="sdpa", quantization_config=quantization_config(run, hardware),
+        device_map=None if hardware.cpu else {"": str(hardware.device)},
+    )  # fmt: skip
+    if run.spec.method.type != "full":
         lora = run.spec.method.lora
         model = get_peft_model(
             model,
@@ -120,9 +123,9 @@ def bare(run: Any, inputs: Any, folder: Path) -> Lap:
     (tokens,) = (folder / "work" / "tokens").glob("*/train")
     args = SFTConfig(
         **common(run, inputs, hardware, Plan(run, hardware, 1), evaluates=False),
-        dataset_kwargs={"skip_prepare_dataset": True},
-        max_length=None,
-    )
+        dataset_kwargs={"skip_prepare_dataset": True}, packing=dataset.packing is True,
+        max_length=dataset.max_sequence_length if dataset.packing else None,
+    )  # fmt: skip
     trainer = SFTTrainer(
         model=model,
         args=args,

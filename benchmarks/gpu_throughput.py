@@ -1,0 +1,160 @@
+"""Tokens per second of this trainer and of a bare TRL script, on packed sequences with random weights.
+
+    python benchmarks/gpu_throughput.py --shape 8b --method lora            # one GPU
+    python benchmarks/gpu_throughput.py --shape tiny --device cpu --no-write  # shows that it runs
+
+Method. A Llama of the asked shape gets random weights (throughput does not depend on what they say). Rows of random words are
+packed to full sequences. Ours and bare TRL train in turns for the same steps with the same arguments in one process; the first
+pair warms up and is left out. Only optimizer steps are timed. Tokens are those that are not padding. MFU counts what training
+asks for (adapters: 4N + 3A, full: 3 (2N + A)), not recomputation, over the device's dense bf16 peak. A figure that was not
+measured is not written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+SHAPES = {
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+VOCABULARY = {"tiny": 448, "1b": 128256, "8b": 128256}
+TIED = {"tiny": False, "1b": True, "8b": False}
+
+
+def make_model(folder: Path, shape: str, length: int) -> Path:
+    """Random weights in bf16 and the small tokenizer of the tests; ids above its vocabulary are simply never used."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tests.support.tiny import make_tokenizer
+
+    tokenizer = make_tokenizer(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **SHAPES[shape], vocab_size=VOCABULARY[shape], tie_word_embeddings=TIED[shape], max_position_embeddings=max(length, 512),
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(folder)
+    return folder
+
+
+def rows(length: int, sequences: int) -> list[dict[str, str]]:
+    """Random rows of very different lengths, enough for so many full sequences."""
+    source = random.Random(0)
+    words = ["red", "green", "blue", "one", "two", "three", "Paris", "Berlin", "fox", "dog"]
+    made, tokens = [], 0
+    while tokens < length * sequences:
+        count = source.randint(8, max(9, length // 8))
+        made.append({"text": " ".join(source.choice(words) for _ in range(count))})
+        tokens += 2 * count
+    return made
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens per second and MFU of both, and their ratio."""
+    import torch
+    from finetune_trainer.speed import Shape, flops_per_token, peak_of
+    from trainer_overhead import bare, ours
+    from transformers import AutoModelForCausalLM
+
+    from tests.support.learning import make_run
+
+    gpu = options.device == "cuda"
+    folder = Path(tempfile.mkdtemp(prefix="gpu-throughput-"))
+    model = make_model(folder / "model", options.shape, options.length)
+    spec = {
+        "method": {"type": options.method}, "resources": {"gpusPerNode": int(gpu), "processesPerNode": 1},
+        "dataset": {"packing": True, "maxSequenceLength": options.length, "format": "plainText"},
+        "model": {"dtype": "bfloat16"} if gpu else {}, "tracking": {"loggingSteps": 1},
+        "training": {
+            "maxSteps": options.steps, "batchSizePerDevice": options.batch, "gradientAccumulationSteps": 1, "learningRate": 1e-5,
+            "optimizer": options.optimizer, "gradientCheckpointing": options.checkpointing,
+        },
+    }  # fmt: skip
+    run, inputs = make_run(folder, model, spec, rows(options.length, 2 * options.batch * options.steps))
+    seconds: dict[str, list[float]] = {"ours": [], "bare": []}
+    for place in range(options.rounds + 1):
+        for name, program in (("ours", ours), ("bare", bare)):
+            lap = program(run, inputs, folder)
+            if place:
+                seconds[name].append(lap.seconds)
+            if gpu:
+                torch.cuda.empty_cache()
+    tokens = options.steps * options.batch * options.length
+    shape = Shape.of(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16))
+    work = flops_per_token(shape, options.length / 8, frozen_base=options.method != "full")
+    device = torch.cuda.get_device_name() if gpu else "cpu"
+    peak = peak_of(device)
+    found: dict[str, Any] = {
+        "shape": options.shape,
+        "method": options.method,
+        "device": device,
+        "length": options.length,
+        "batch": options.batch,
+    }
+    for name, laps in seconds.items():
+        pace = tokens / statistics.median(laps)
+        found[name] = {"tokensPerSecond": round(pace, 1), "mfu": round(pace * work / peak, 4) if peak else None}
+    found["ratio"] = round(statistics.median(a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)), 4)
+    if gpu:
+        found["peakMemoryGb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    """Measure, print, and write the result unless told otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
+    parser.add_argument("--method", choices=["full", "lora", "qlora"], default="lora")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=2, help="sequences of a step")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--optimizer", default="adamw_torch_fused")
+    parser.add_argument("--checkpointing", choices=["enabled", "disabled", "unsloth"], default="enabled")
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args(arguments)
+    figures = measure(options)
+    print(json.dumps(figures, indent=1))
+    if not options.no_write:
+        import record
+
+        method = (__doc__ or "").split("Method.", 1)[1].strip().replace("\n", " ")
+        print(record.write(f"gpu_throughput_{options.shape}_{options.method}", figures, method=method))
+    return figures
+
+
+if __name__ == "__main__":
+    main()

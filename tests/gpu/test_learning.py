@@ -1,0 +1,63 @@
+"""What only a CUDA device can show: 16-bit training, fused kernels, paged optimizers, activations in host memory."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.learning import Outcome, go, merged
+from tests.support.tiny import make_tiny_model
+
+pytestmark = pytest.mark.gpu
+SIXTY = {
+    "training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"},
+    "resources": {"gpusPerNode": 1, "processesPerNode": 1},
+}
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose sizes the kernels accept; tests of this folder run on a CUDA device only."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    import bitsandbytes  # noqa: F401  before a job that does not need it hides it
+
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "gpu", hidden=256)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "full": {"method": {"type": "full"}},
+    "lora": {"method": {"lora": {"dropout": 0}}, "training": {"learningRate": 2e-2}},
+    "qlora": {"method": {"type": "qlora", "lora": {"dropout": 0}}, "training": {"learningRate": 2e-2}},
+    "packed": {"method": {"type": "full"}, "dataset": {"packing": True}},
+    "offloaded activations": {"method": {"type": "full"}, "training": {"gradientCheckpointing": "unsloth"}},
+    "liger": {"method": {"type": "full"}, "model": {"ligerKernels": True}},
+    "backend unsloth": {"method": {"type": "full"}, "trainer": {"backend": "unsloth"}},
+}
+
+
+def run(name: str, model: Path, folder: Path) -> Outcome:
+    if name in ("liger", "backend unsloth") and importlib.util.find_spec("liger_kernel") is None:
+        pytest.skip("liger-kernel is only published for x86-64")
+    return go(folder, model, merged(SIXTY, RUNS[name]))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_learns_on_the_gpu(name: str, model: Path, tmp_path: Path) -> None:
+    outcome = run(name, model, tmp_path)
+    assert outcome.losses[-1] < 0.5 * outcome.losses[0]
+    assert outcome.resolved["device"] not in ("cpu", None)
+    assert outcome.logs[-2]["peak_memory_gb"] > 0
+    if name == "backend unsloth":
+        assert any("paged_adamw_8bit" in note and "liger kernels True" in note for note in outcome.notes)
+
+
+def test_weights_are_kept_in_32_bits_and_computed_in_16(model: Path, tmp_path: Path) -> None:
+    import torch
+
+    outcome = go(tmp_path, model, merged(SIXTY, {"method": {"type": "full"}, "training": {"maxSteps": 2}}))
+    assert {p.dtype for p in outcome.model.parameters()} == {torch.float32}

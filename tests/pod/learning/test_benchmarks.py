@@ -1,0 +1,46 @@
+"""The benchmarks of the trainer run here, small: a program that only runs on a machine nobody has is no program."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+pytestmark = pytest.mark.pod
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+
+
+def benchmark(name: str) -> ModuleType:
+    """The program as a module."""
+    if str(BENCHMARKS) not in sys.path:
+        sys.path.insert(0, str(BENCHMARKS))
+    return importlib.import_module(name)
+
+
+def test_overhead_compares_equal_trainings() -> None:
+    found = benchmark("trainer_overhead").measure(1, 3, hidden=64, layers=2, length=64, batch=2, method="lora")
+    assert found["ratio"] > 0 and found["stepsEach"] == 3
+
+
+def test_throughput_runs_on_the_cpu() -> None:
+    options = [
+        "--shape",
+        "tiny",
+        "--device",
+        "cpu",
+        "--length",
+        "128",
+        "--batch",
+        "1",
+        "--steps",
+        "2",
+        "--rounds",
+        "1",
+        "--no-write",
+    ]
+    found = benchmark("gpu_throughput").main(options)
+    assert found["ours"]["tokensPerSecond"] > 0 and found["bare"]["tokensPerSecond"] > 0
+    assert found["ours"]["mfu"] is None and found["device"] == "cpu"
