@@ -64,12 +64,22 @@ def launch(cells: Sequence[Cell], folder: Path, *, ranks: int, timeout: float = 
     (folder / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
     command = [sys.executable, "-m", "tests.support.cells", str(folder)]
     if ranks > 1:
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), "-m", "tests.support.cells"]
+        start = [
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            str(ranks),
+            "-m",
+            "tests.support.cells",
+        ]
         command = [sys.executable, *start, str(folder)]
     path = os.pathsep.join(str(REPOSITORY / part) for part in ("crds", "trainer-image", "."))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CI": "1", "TMPDIR": str(folder)}
     with (folder / "output.txt").open("wb") as output:
-        done = subprocess.run(command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout, cwd=REPOSITORY)
+        done = subprocess.run(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout, cwd=REPOSITORY
+        )
     text = (folder / "output.txt").read_text(errors="replace")
     assert done.returncode == 0, f"the cells ended with {done.returncode}:\n{text[-6000:]}"
     found = json.loads((folder / "results.json").read_text())
@@ -129,7 +139,9 @@ def _run(cell: Cell, folder: Path, rank: int, ranks: int) -> Result:
     result.kind, result.folder = outcome.kind, str(inputs.output_dir)
     _barrier(ranks)
     if outcome.folder is not None:
-        result.files = sorted(str(path.relative_to(outcome.folder)) for path in outcome.folder.rglob("*") if path.is_file())
+        result.files = sorted(
+            str(path.relative_to(outcome.folder)) for path in outcome.folder.rglob("*") if path.is_file()
+        )
     result.seconds = time.monotonic() - start
     _barrier(ranks)
     return result

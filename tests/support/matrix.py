@@ -30,7 +30,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "prefixTuning": {"method": {"type": "prefixTuning"}},
     "promptTuning": {"method": {"type": "promptTuning"}},
 }
-REWARDED = {"grpo": {"numGenerations": 2, "beta": 0.1}, "rewards": [{"builtin": "regex", "parameters": {"pattern": "e"}}]}
+REWARDED = {
+    "grpo": {"numGenerations": 2, "beta": 0.1},
+    "rewards": [{"builtin": "regex", "parameters": {"pattern": "e"}}],
+}
 OBJECTIVES: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
     "sft": ({}, TEN),
     "dpo": ({"type": "dpo"}, PAIRS),
@@ -64,7 +67,9 @@ def run(strategy: str, folder: Path) -> Table:
             adapter = None if method != "adapter" else scorer if objective == "reward" else writer
             cells.append(Cell(f"{method} | {objective}", str(model), whole, rows, adapter=adapter))
     found = launch(cells, folder / "cells", ranks=ranks, timeout=900)
-    return {(method, objective): _said(found[f"{method} | {objective}"]) for method in METHODS for objective in OBJECTIVES}
+    return {
+        (method, objective): _said(found[f"{method} | {objective}"]) for method in METHODS for objective in OBJECTIVES
+    }
 
 
 def _said(result: Result) -> str:
@@ -107,7 +112,12 @@ def page(tables: dict[str, Table]) -> str:
     reasons: list[str] = []
     blocks = []
     for strategies, table in _alike(tables):
-        lines = [f"## {'; '.join(strategies)}", "", f"| method | {' | '.join(OBJECTIVES)} |", f"|---|{'---|' * len(OBJECTIVES)}"]
+        lines = [
+            f"## {'; '.join(strategies)}",
+            "",
+            f"| method | {' | '.join(OBJECTIVES)} |",
+            f"|---|{'---|' * len(OBJECTIVES)}",
+        ]
         for method in METHODS:
             marks = []
             for objective in OBJECTIVES:

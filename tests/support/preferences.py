@@ -24,7 +24,9 @@ PAIRS: list[dict[str, Any]] = [
 ]
 """Ten questions with a better and a worse answer."""
 JUDGED: list[dict[str, Any]] = [
-    {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"} for row in PAIRS for side in ("chosen", "rejected")
+    {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+    for row in PAIRS
+    for side in ("chosen", "rejected")
 ]
 """The same answers one by one, judged."""
 PROMPTS: list[dict[str, Any]] = [{"prompt": [user(asked)], "answer": good} for asked, good, _ in _ASKED]

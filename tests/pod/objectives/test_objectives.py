@@ -66,7 +66,9 @@ def test_better_answers_become_likelier(kind: str, rows: list[Any], bound: float
     after, before, tokenizer = tuned(outcome, model)
     for row in PAIRS:
         asked, good, bad = row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]
-        gap = [likelihood(one, tokenizer, asked, good) - likelihood(one, tokenizer, asked, bad) for one in (before, after)]
+        gap = [
+            likelihood(one, tokenizer, asked, good) - likelihood(one, tokenizer, asked, bad) for one in (before, after)
+        ]
         assert gap[1] > gap[0] + 1, asked
 
 
@@ -124,7 +126,9 @@ def test_the_reference_is_not_published(kind: str, model: Path, tmp_path: Path) 
 # ---- dpo
 
 
-@pytest.mark.parametrize("loss", ["sigmoid", "hinge", "ipo", "ncaPair", "bcoPair", "apoZero", "apoDown", "sft", "robust", "exoPair"])
+@pytest.mark.parametrize(
+    "loss", ["sigmoid", "hinge", "ipo", "ncaPair", "bcoPair", "apoZero", "apoDown", "sft", "robust", "exoPair"]
+)
 def test_every_dpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
     smoothing = {"labelSmoothing": 0.1} if loss in ("robust", "exoPair") else {}
     outcome = go(tmp_path, model, objective("dpo", dpo={"lossTypes": [loss], **smoothing}), PAIRS)
@@ -154,7 +158,9 @@ def test_beta_is_read(model: Path, tmp_path: Path) -> None:
 def test_a_named_reference_is_used(method: str, model: Path, other_model: Path, tmp_path: Path) -> None:
     from tests.support.learning import make_run, train_here
 
-    spec = merged(objective("dpo", dpo={"referenceModel": "s3://models/other"}), {"method": {"type": method, "lora": None}})
+    spec = merged(
+        objective("dpo", dpo={"referenceModel": "s3://models/other"}), {"method": {"type": method, "lora": None}}
+    )
     run, inputs = make_run(tmp_path, model, spec, PAIRS)
     outcome = train_here(run, inputs.model_copy(update={"reference": other_model}))
     assert abs(outcome.losses[0] - math.log(2)) > 1e-3
@@ -170,13 +176,21 @@ def test_long_answers_are_cut_and_told(model: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path / "drop", model, objective("dpo", short, maxCompletionLength=12), long)
     assert any("left out" in note for note in outcome.notes)
     with pytest.raises(DataError) as caught:
-        go(tmp_path / "fail", model, objective("dpo", merged(short, {"dataset": {"overflow": "fail"}}), maxCompletionLength=12), long)
+        go(
+            tmp_path / "fail",
+            model,
+            objective("dpo", merged(short, {"dataset": {"overflow": "fail"}}), maxCompletionLength=12),
+            long,
+        )
     assert caught.value.code == "RowTooLong"
     assert "train.jsonl, row 1" in caught.value.message
 
 
 def test_pairs_that_are_equal_once_cut_are_left_out(model: Path, tmp_path: Path) -> None:
-    same = [{**PAIRS[0], "chosen": [assistant("red " * 9 + "yes")], "rejected": [assistant("red " * 9 + "no")]}, *PAIRS[1:]]
+    same = [
+        {**PAIRS[0], "chosen": [assistant("red " * 9 + "yes")], "rejected": [assistant("red " * 9 + "no")]},
+        *PAIRS[1:],
+    ]
     outcome = go(tmp_path, model, objective("dpo", maxCompletionLength=4), same)
     assert "train: 1 rows whose two answers are the same as far as they are read were left out" in outcome.notes
     assert outcome.resolved["datasetRows"] == 9
@@ -221,7 +235,12 @@ def test_every_grpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
 
 
 def test_grpo_evaluates_by_reward(model: Path, tmp_path: Path) -> None:
-    spec = grpo({"evaluation": {"strategy": "steps", "steps": 2}, "checkpoint": {"strategy": "steps", "steps": 2, "loadBestAtEnd": True}})
+    spec = grpo(
+        {
+            "evaluation": {"strategy": "steps", "steps": 2},
+            "checkpoint": {"strategy": "steps", "steps": 2, "loadBestAtEnd": True},
+        }
+    )
     outcome = go(tmp_path, model, spec, PROMPTS, validation=PROMPTS[:4])
     assert len(logged(outcome, "eval_rewards/length/mean")) == 2
 

@@ -121,22 +121,39 @@ def tensors(result: Result) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     final = Path(result.folder) / "final"
-    return dict(load_file(next(final / name for name in ("adapter_model.safetensors", "model.safetensors") if (final / name).exists())))
+    return dict(
+        load_file(
+            next(final / name for name in ("adapter_model.safetensors", "model.safetensors") if (final / name).exists())
+        )
+    )
 
 
 @pytest.mark.parametrize("name", SPECS)
 def test_strategy_is_active_and_learns(name: str, results: dict[str, Result]) -> None:
     found = results[name]
     assert found.error is None
-    assert found.resolved["strategy"] == {"ddp": "ddp", "fsdp": "fsdp", "zero": "deepspeed"}[name.split()[0][:4].strip()] or "noShard" in name
+    assert (
+        found.resolved["strategy"] == {"ddp": "ddp", "fsdp": "fsdp", "zero": "deepspeed"}[name.split()[0][:4].strip()]
+        or "noShard" in name
+    )
     assert found.resolved["worldSize"] == 2
     assert found.losses[-1] < found.losses[0]
 
 
 @pytest.mark.parametrize(
     ("name", "like"),
-    [(name, f"ddp {name.split()[1]}") for name in SPECS if name.split()[-1] in ("full", "lora", "qlora") and not name.startswith("ddp")]
-    + [("fsdp shardGradOp", "ddp full"), ("fsdp noShard", "ddp full"), ("fsdp file", "ddp full"), ("zero2 offload", "ddp full"), ("zero3 offload", "ddp full")],
+    [
+        (name, f"ddp {name.split()[1]}")
+        for name in SPECS
+        if name.split()[-1] in ("full", "lora", "qlora") and not name.startswith("ddp")
+    ]
+    + [
+        ("fsdp shardGradOp", "ddp full"),
+        ("fsdp noShard", "ddp full"),
+        ("fsdp file", "ddp full"),
+        ("zero2 offload", "ddp full"),
+        ("zero3 offload", "ddp full"),
+    ],
 )
 def test_losses_and_artefact_are_those_of_ddp(name: str, like: str, results: dict[str, Result]) -> None:
     found, plain = results[name], results[like]

@@ -17,7 +17,9 @@ def one(**spec: object):
     return rewards([Reward.model_validate(spec)], Path("absent"))[0]
 
 
-def score(text: str, /, ids: list[int] | None = None, row: dict[str, object] | None = None, **spec: object) -> float | None:
+def score(
+    text: str, /, ids: list[int] | None = None, row: dict[str, object] | None = None, **spec: object
+) -> float | None:
     columns = {name: [value] for name, value in (row or {}).items()}
     return one(**spec)(prompts=["p"], completions=[text], completion_ids=[ids or []], **columns)[0]
 
@@ -69,13 +71,18 @@ def test_regex_searches_or_matches_whole() -> None:
 def test_exact_match_reads_a_column() -> None:
     assert score(" four ", builtin="exactMatch", row={"answer": "four"}) == 1.0
     assert score("five", builtin="exactMatch", row={"answer": "four"}) == 0.0
-    assert score("Four", builtin="exactMatch", row={"gold": "four"}, parameters={"column": "gold", "ignoreCase": "true"}) == 1.0
+    assert (
+        score("Four", builtin="exactMatch", row={"gold": "four"}, parameters={"column": "gold", "ignoreCase": "true"})
+        == 1.0
+    )
     picked = {"extract": r"####\s*(\S+)"}
     assert score("3 no #### 3 #### 4", builtin="exactMatch", row={"answer": 4}, parameters=picked) == 1.0
     assert score("4", builtin="exactMatch", row={"answer": 4}, parameters=picked) == 0.0
 
 
-@pytest.mark.parametrize(("size", "expected"), [(0, 0.0), (5, 0.5), (10, 1.0), (20, 1.0), (30, 0.5), (40, 0.0), (99, 0.0)])
+@pytest.mark.parametrize(
+    ("size", "expected"), [(0, 0.0), (5, 0.5), (10, 1.0), (20, 1.0), (30, 0.5), (40, 0.0), (99, 0.0)]
+)
 def test_length_falls_outside_its_bounds(size: int, expected: float) -> None:
     assert score("x", ids=[1] * size, builtin="length", parameters={"minimum": "10", "maximum": "20"}) == expected
 
@@ -86,7 +93,10 @@ def test_length_counts_what_is_asked() -> None:
 
 
 def test_json_schema() -> None:
-    spec = {"builtin": "jsonSchema", "parameters": {"schema": '{"type": "object", "required": ["a"]}', "parsed": "0.25"}}
+    spec = {
+        "builtin": "jsonSchema",
+        "parameters": {"schema": '{"type": "object", "required": ["a"]}', "parsed": "0.25"},
+    }
     assert score('{"a": 1}', **spec) == 1.0
     assert score('```json\n{"a": 1}\n```', **spec) == 1.0
     assert score('{"b": 1}', **spec) == 0.25
@@ -95,7 +105,9 @@ def test_json_schema() -> None:
 
 def test_messages_are_read_as_text() -> None:
     assert text_of([{"role": "assistant", "content": "four"}]) == "four"
-    assert one(builtin="regex", parameters={"pattern": "^four$"})(completions=[[{"role": "assistant", "content": "four"}]]) == [1.0]
+    assert one(builtin="regex", parameters={"pattern": "^four$"})(
+        completions=[[{"role": "assistant", "content": "four"}]]
+    ) == [1.0]
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,11 @@ def test_the_file_wins_over_defaults_and_says_so(tmp_path: Path) -> None:
 
 
 def test_offload_keeps_torchs_optimizer(tmp_path: Path) -> None:
-    found = zero(tmp_path, {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}}, offloadOptimizer=True)
+    found = zero(
+        tmp_path,
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}},
+        offloadOptimizer=True,
+    )
     assert found.config["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
     assert found.config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
     assert found.config["zero_force_ds_cpu_optimizer"] is False
@@ -120,7 +124,9 @@ def test_offload_keeps_torchs_optimizer(tmp_path: Path) -> None:
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {"offloadOptimizer": False}, "ConfigsDisagree", "offloadOptimizer"),
     ],
 )  # fmt: skip
-def test_a_json_that_cannot_work_is_refused(file: Any, options: dict[str, Any], code: str, said: str, tmp_path: Path) -> None:
+def test_a_json_that_cannot_work_is_refused(
+    file: Any, options: dict[str, Any], code: str, said: str, tmp_path: Path
+) -> None:
     with pytest.raises(FineTuneError) as caught:
         zero(tmp_path, file, **options)
     assert (caught.value.code, caught.value.exit_code) == (code, 64)
@@ -129,7 +135,10 @@ def test_a_json_that_cannot_work_is_refused(file: Any, options: dict[str, Any], 
 
 def test_a_missing_config_map_is_named(tmp_path: Path) -> None:
     run, inputs = make_run(
-        tmp_path, tmp_path, {"distributed": {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}}}, ranks=2
+        tmp_path,
+        tmp_path,
+        {"distributed": {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}}},
+        ranks=2,
     )
     with pytest.raises(NotFoundError) as caught:
         deepspeed.options(run, inputs, CPU, 2)

@@ -93,7 +93,10 @@ def _fsdp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -
     if chosen.sharding is not FsdpSharding.NO_SHARD:
         return fsdp.Fsdp(run, hardware, world_size, chosen)
     plan = Ddp(run, hardware, world_size)
-    plan.notes += [*chosen.notes, "fsdp with noShard keeps everything whole on every rank: that is ddp, and runs as such"]
+    plan.notes += [
+        *chosen.notes,
+        "fsdp with noShard keeps everything whole on every rank: that is ddp, and runs as such",
+    ]
     return plan
 
 

@@ -81,25 +81,42 @@ def _refuse(config: dict[str, Any]) -> None:
 def _batches(config: dict[str, Any], both: Comparison, run: RunConfig, result: Options, world_size: int) -> None:
     training = run.spec.training
     micro = both.same(
-        "train_micro_batch_size_per_gpu", config.get("train_micro_batch_size_per_gpu"), "training.batchSizePerDevice", training.batch_size_per_device
+        "train_micro_batch_size_per_gpu",
+        config.get("train_micro_batch_size_per_gpu"),
+        "training.batchSizePerDevice",
+        training.batch_size_per_device,
     )
     steps = both.same(
-        "gradient_accumulation_steps", config.get("gradient_accumulation_steps"), "training.gradientAccumulationSteps", training.gradient_accumulation_steps
+        "gradient_accumulation_steps",
+        config.get("gradient_accumulation_steps"),
+        "training.gradientAccumulationSteps",
+        training.gradient_accumulation_steps,
     )
-    clip = both.same("gradient_clipping", config.get("gradient_clipping"), "training.maxGradNorm", training.max_grad_norm)
+    clip = both.same(
+        "gradient_clipping", config.get("gradient_clipping"), "training.maxGradNorm", training.max_grad_norm
+    )
     whole = micro * steps * world_size
     both.must("train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", whole)
     config |= {
         "train_micro_batch_size_per_gpu": micro, "gradient_accumulation_steps": steps, "train_batch_size": whole,
         "gradient_clipping": clip,
     }  # fmt: skip
-    result.training |= {"per_device_train_batch_size": micro, "gradient_accumulation_steps": steps, "max_grad_norm": clip}
+    result.training |= {
+        "per_device_train_batch_size": micro,
+        "gradient_accumulation_steps": steps,
+        "max_grad_norm": clip,
+    }
 
 
 def _precision(config: dict[str, Any], both: Comparison, hardware: Hardware) -> None:
     for name, active in (("bf16", hardware.bf16), ("fp16", hardware.fp16)):
         section = config.setdefault(name, {})
-        both.must(f"{name}.enabled", section.get("enabled"), f"{name} on {hardware.name}, as training.mixedPrecision settles it,", active)
+        both.must(
+            f"{name}.enabled",
+            section.get("enabled"),
+            f"{name} on {hardware.name}, as training.mixedPrecision settles it,",
+            active,
+        )
         section["enabled"] = active
 
 
@@ -128,7 +145,11 @@ def _optimizer(config: dict[str, Any], both: Comparison, run: RunConfig, result:
         "weight_decay": both.same("optimizer.params.weight_decay", given.pop("weight_decay", None), "training.weightDecay", training.weight_decay),
     }  # fmt: skip
     if given:
-        raise ConfigError("ConfigFileInvalid", f"{FILE}: optimizer.params {', '.join(sorted(given))} would have no effect", hint="remove it")
+        raise ConfigError(
+            "ConfigFileInvalid",
+            f"{FILE}: optimizer.params {', '.join(sorted(given))} would have no effect",
+            hint="remove it",
+        )
     both.notes.append(f"optimizer {kind} of the DeepSpeed JSON runs as torch's fused AdamW")
 
 
@@ -140,7 +161,9 @@ def _scheduler(config: dict[str, Any], both: Comparison, run: RunConfig, result:
     kind, given, training = str(section.get("type")), dict(section.get("params") or {}), run.spec.training
     if kind not in SCHEDULERS:
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE}: scheduler {kind} is not offered here", hint=f"write one of {', '.join(SCHEDULERS)}, or training.scheduler"
+            "ConfigFileInvalid",
+            f"{FILE}: scheduler {kind} is not offered here",
+            hint=f"write one of {', '.join(SCHEDULERS)}, or training.scheduler",
         )
     from finetune_trainer.arguments import SCHEDULERS as NAMES
 
@@ -149,22 +172,39 @@ def _scheduler(config: dict[str, Any], both: Comparison, run: RunConfig, result:
     steps = given.pop("warmup_num_steps", None)
     if steps not in (None, AUTO):
         if training.warmup_ratio and "training.warmupRatio" not in run.defaults:
-            both.conflicts.append(f"scheduler.params.warmup_num_steps is {steps}, training.warmupRatio is {training.warmup_ratio:g}")
-        result.training["warmup_steps"] = both.same("scheduler.params.warmup_num_steps", steps, "training.warmupSteps", training.warmup_steps)
+            both.conflicts.append(
+                f"scheduler.params.warmup_num_steps is {steps}, training.warmupRatio is {training.warmup_ratio:g}"
+            )
+        result.training["warmup_steps"] = both.same(
+            "scheduler.params.warmup_num_steps", steps, "training.warmupSteps", training.warmup_steps
+        )
     rate = result.training.get("learning_rate", training.learning_rate)
     both.must("scheduler.params.warmup_max_lr", given.pop("warmup_max_lr", None), "training.learningRate", rate)
-    both.must("scheduler.params.warmup_min_lr", given.pop("warmup_min_lr", None), "the rate that warm-up begins with", 0)
-    both.must("scheduler.params.total_num_steps", given.pop("total_num_steps", None), "training.maxSteps", training.max_steps)
+    both.must(
+        "scheduler.params.warmup_min_lr", given.pop("warmup_min_lr", None), "the rate that warm-up begins with", 0
+    )
+    both.must(
+        "scheduler.params.total_num_steps", given.pop("total_num_steps", None), "training.maxSteps", training.max_steps
+    )
     both.must("scheduler.params.warmup_type", given.pop("warmup_type", None), "the course of the warm-up", "linear")
     if given:
-        raise ConfigError("ConfigFileInvalid", f"{FILE}: scheduler.params {', '.join(sorted(given))} would have no effect", hint="remove it")
+        raise ConfigError(
+            "ConfigFileInvalid",
+            f"{FILE}: scheduler.params {', '.join(sorted(given))} would have no effect",
+            hint="remove it",
+        )
     both.notes.append(f"scheduler {kind} of the DeepSpeed JSON runs as {scheduler}")
 
 
 def _zero(config: dict[str, Any], both: Comparison, run: RunConfig, result: Options) -> None:
     spec = run.spec.distributed.deepspeed
     zero = config.setdefault("zero_optimization", {})
-    stage = both.same("zero_optimization.stage", zero.get("stage"), "distributed.deepspeed.zeroStage", spec.zero_stage if spec else None)
+    stage = both.same(
+        "zero_optimization.stage",
+        zero.get("stage"),
+        "distributed.deepspeed.zeroStage",
+        spec.zero_stage if spec else None,
+    )
     result.stage = zero["stage"] = DEFAULT_STAGE if stage is None else stage
     for key, path, asked in (
         ("offload_optimizer", "offloadOptimizer", spec.offload_optimizer if spec else None),
@@ -172,7 +212,11 @@ def _zero(config: dict[str, Any], both: Comparison, run: RunConfig, result: Opti
     ):
         section = zero.get(key) or {}
         if section.get("device") == "nvme":
-            raise ConfigError("ConfigFileInvalid", f"{FILE}: {key}.device nvme is compiled on first use, which a pod cannot do", hint="write cpu")
+            raise ConfigError(
+                "ConfigFileInvalid",
+                f"{FILE}: {key}.device nvme is compiled on first use, which a pod cannot do",
+                hint="write cpu",
+            )
         found = None if key not in zero else section.get("device", "none") != "none"
         if both.same(f"zero_optimization.{key}", found, f"distributed.deepspeed.{path}", asked):
             zero[key] = {**section, "device": "cpu"}
@@ -201,7 +245,11 @@ def _zero(config: dict[str, Any], both: Comparison, run: RunConfig, result: Opti
 def _no_auto_left(config: dict[str, Any]) -> None:
     left = [key for key in _autos(config) if key.removeprefix("zero_optimization.") not in FILLED_LATER]
     if left:
-        raise ConfigError("ConfigFileInvalid", f"{FILE}: {', '.join(left)} is auto, and nothing says what that is", hint="write a value, or remove it")
+        raise ConfigError(
+            "ConfigFileInvalid",
+            f"{FILE}: {', '.join(left)} is auto, and nothing says what that is",
+            hint="write a value, or remove it",
+        )
 
 
 def _autos(value: Any, path: str = "") -> list[str]:
@@ -234,7 +282,13 @@ class Deepspeed(Plan):
         import torch
 
         if self.world_size == 1:
-            alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+            alone = {
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "WORLD_SIZE": "1",
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(_free_port()),
+            }
             os.environ |= alone
         if self.hardware.cpu:
             if not torch.distributed.is_initialized():
@@ -256,7 +310,8 @@ class Deepspeed(Plan):
         if (stage, ranks, sharded) != (self.chosen.stage, self.world_size, wanted):
             raise InternalError(
                 "StrategyNotActive",
-                f"ZeRO stage {self.chosen.stage} over {self.world_size} ranks was asked for; active: stage {stage} over {ranks} ranks, {sharded} of {total} parameters sharded",
+                f"ZeRO stage {self.chosen.stage} over {self.world_size} ranks was asked for; active: stage {stage} over {ranks} ranks, "
+                f"{sharded} of {total} parameters sharded",
                 hint="this is a fault of the trainer image: report it with its versions",
             )  # fmt: skip
         return name
@@ -286,13 +341,27 @@ def _require_whole_weights_unneeded(run: RunConfig) -> None:
     quantization = run.spec.model.quantization
     hint = "write zeroStage 2, or use fsdp"
     if method is MethodType.QLORA or (quantization is not None and quantization.bits):
-        raise ConfigError("StrategyAndMethod", "ZeRO stage 3 cannot shard a quantised base", hint=f"{hint}, or do not quantise")
+        raise ConfigError(
+            "StrategyAndMethod", "ZeRO stage 3 cannot shard a quantised base", hint=f"{hint}, or do not quantise"
+        )
     if method is MethodType.SPECTRUM:
-        raise ConfigError("StrategyAndMethod", "spectrum measures whole weight matrices, which no rank has with ZeRO stage 3", hint=hint)
+        raise ConfigError(
+            "StrategyAndMethod",
+            "spectrum measures whole weight matrices, which no rank has with ZeRO stage 3",
+            hint=hint,
+        )
     if method in (MethodType.PREFIX_TUNING, MethodType.PROMPT_TUNING):
-        raise ConfigError("StrategyAndMethod", f"{method} looks its virtual tokens up outside the layers that ZeRO stage 3 gathers", hint=hint)
+        raise ConfigError(
+            "StrategyAndMethod",
+            f"{method} looks its virtual tokens up outside the layers that ZeRO stage 3 gathers",
+            hint=hint,
+        )
     if lora is not None and lora.init in NEEDS_WHOLE_WEIGHTS:
-        raise ConfigError("StrategyAndMethod", f"method.lora.init {lora.init} factorises whole weights, which no rank has with ZeRO stage 3", hint=hint)
+        raise ConfigError(
+            "StrategyAndMethod",
+            f"method.lora.init {lora.init} factorises whole weights, which no rank has with ZeRO stage 3",
+            hint=hint,
+        )
 
 
 def _free_port() -> int:

@@ -88,18 +88,27 @@ def _merge(result: Options, file: dict[str, Any], run: RunConfig, hardware: Hard
     outer = set(file) - {"distributed_type", "num_processes", "num_machines", "mixed_precision", "fsdp_config"}
     _refuse_unknown(sorted(outer - set(LAUNCHER)))
     if outer:
-        both.notes.append(f"of the accelerate file, {', '.join(sorted(outer))} concern its launcher: the operator starts the ranks")
+        both.notes.append(
+            f"of the accelerate file, {', '.join(sorted(outer))} concern its launcher: the operator starts the ranks"
+        )
     both.settle("the accelerate file")
     result.notes += both.notes
 
 
 def _merge_fsdp(result: Options, inner: dict[str, Any], both: Comparison, run: RunConfig) -> None:
     if str(inner.pop("version", 2)) != "2":
-        raise ConfigError("ConfigFileInvalid", f"{FILE}: fsdp_version 1 is gone from the libraries", hint="write 2, or remove it")
-    said = {key: _word(inner.pop(key, None), SHARDING, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")}
+        raise ConfigError(
+            "ConfigFileInvalid", f"{FILE}: fsdp_version 1 is gone from the libraries", hint="write 2, or remove it"
+        )
+    said = {
+        key: _word(inner.pop(key, None), SHARDING, f"fsdp_{key}")
+        for key in ("sharding_strategy", "reshard_after_forward")
+    }
     words = {key: word for key, word in said.items() if word is not None}
     if len(set(words.values())) > 1:
-        both.conflicts.append(f"fsdp_sharding_strategy means {words['sharding_strategy']}, fsdp_reshard_after_forward {words['reshard_after_forward']}")
+        both.conflicts.append(
+            f"fsdp_sharding_strategy means {words['sharding_strategy']}, fsdp_reshard_after_forward {words['reshard_after_forward']}"
+        )
     for key, word in words.items():
         result.sharding = both.same(f"fsdp_{key}", word, "distributed.fsdp.sharding", result.sharding)
     found = _word(inner.pop("state_dict_type", None), STATE_DICT, "fsdp_state_dict_type")
@@ -200,10 +209,16 @@ class Fsdp(Plan):
         from torch.distributed.tensor import DTensor
 
         parameters = dict(trainer.model.named_parameters())
-        whole = [name for name, one in parameters.items() if not (isinstance(one, DTensor) and one.device_mesh.size() == self.world_size)]
+        whole = [
+            name
+            for name, one in parameters.items()
+            if not (isinstance(one, DTensor) and one.device_mesh.size() == self.world_size)
+        ]
         if whole:
             raise InternalError(
-                "StrategyNotActive", f"fsdp was asked for over {self.world_size} ranks, but {len(whole)} of {len(parameters)} parameters are whole on every rank, first {whole[0]}",
+                "StrategyNotActive",
+                f"fsdp was asked for over {self.world_size} ranks, but {len(whole)} of {len(parameters)} parameters are whole on every rank, "
+                f"first {whole[0]}",
                 hint="this is a fault of the trainer image: report it with its versions",
             )  # fmt: skip
         return super().verify(trainer)

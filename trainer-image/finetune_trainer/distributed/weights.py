@@ -18,7 +18,9 @@ def load_whole(model: Any, folder: Path, reader: bool) -> None:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     state = _stored(model, folder, reader)
-    set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False))
+    set_model_state_dict(
+        model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
+    )
 
 
 def load_gathered(model: Any, folder: Path, reader: bool) -> None:
@@ -82,6 +84,10 @@ def read_weights(folder: Path) -> dict[str, Any]:
             return dict(load_file(folder / name))
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        raise NoCheckpointError("CheckpointIncomplete", f"{folder.name} holds neither weights nor an adapter", hint="resume from another step")
+        raise NoCheckpointError(
+            "CheckpointIncomplete",
+            f"{folder.name} holds neither weights nor an adapter",
+            hint="resume from another step",
+        )
     parts = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     return {key: value for part in parts for key, value in load_file(folder / part).items()}

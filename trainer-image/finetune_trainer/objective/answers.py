@@ -63,9 +63,13 @@ class Counts:
             bounds = f"{COMPLETION} {limits.answer}" if limits.answer else f"dataset.maxSequenceLength {limits.whole}"
             said.append(f"{part}: answers of {self.cut} rows were cut to {bounds}")
         if self.left_out:
-            said.append(f"{part}: {self.left_out} rows longer than dataset.maxSequenceLength {limits.whole} were left out")
+            said.append(
+                f"{part}: {self.left_out} rows longer than dataset.maxSequenceLength {limits.whole} were left out"
+            )
         if self.same:
-            said.append(f"{part}: {self.same} rows whose two answers are the same as far as they are read were left out")
+            said.append(
+                f"{part}: {self.same} rows whose two answers are the same as far as they are read were left out"
+            )
         return said
 
 
@@ -113,7 +117,9 @@ def answer_length(setting: Setting, whole: int) -> int | None:
 
 def pairs(setting: Setting) -> tuple[Parts, Facts]:
     """Columns prompt_ids, chosen_ids, rejected_ids. Errors: DataError of the data room, RowTooLong, NoTrainableToken."""
-    return _data(setting, lambda row: {"prompt_ids": row.prompt, "chosen_ids": row.answers[0], "rejected_ids": row.answers[1]})
+    return _data(
+        setting, lambda row: {"prompt_ids": row.prompt, "chosen_ids": row.answers[0], "rejected_ids": row.answers[1]}
+    )
 
 
 def judged(setting: Setting) -> tuple[Parts, Facts]:
@@ -125,7 +131,11 @@ def only_for_sft(setting: Setting) -> None:
     """Refuse options that other objectives cannot honour. Errors: ConfigError OptionWithoutEffect."""
     kind, spec = setting.run.spec.trainer.type, setting.run.spec
     if spec.training.group_by_length:
-        raise ConfigError("OptionWithoutEffect", f"training.groupByLength orders the rows of sft only, not those of {kind}", hint="leave it out")
+        raise ConfigError(
+            "OptionWithoutEffect",
+            f"training.groupByLength orders the rows of sft only, not those of {kind}",
+            hint="leave it out",
+        )
 
 
 def _data(setting: Setting, columns: Any) -> tuple[Parts, Facts]:
@@ -137,14 +147,25 @@ def _data(setting: Setting, columns: Any) -> tuple[Parts, Facts]:
     reports: dict[str, Any] = {}
     for name, rows in (("train", loaded.train), ("validation", loaded.validation)):
         if rows:
-            style = replace(style_of(setting.run, setting.tokenizer, template, loaded.summary.format), response_only=True, markers=None)
+            style = replace(
+                style_of(setting.run, setting.tokenizer, template, loaded.summary.format),
+                response_only=True,
+                markers=None,
+            )
             part = _part(setting, rows, style, bounds, notes, name)
             made[name] = Dataset.from_list([columns(row) for row in part.rows])
             if isinstance(rows[0][1].prompt, str) and template and setting.run.spec.dataset.use_chat_template is None:
-                notes.append("prompts and answers are joined as they are; dataset.useChatTemplate: true makes them turns")
+                notes.append(
+                    "prompts and answers are joined as they are; dataset.useChatTemplate: true makes them turns"
+                )
             notes += part.counts.notes(name, bounds)
             reports[name] = vars(part.counts)
-    facts = Facts(len(made["train"]), loaded.summary.format, list(dict.fromkeys(notes)), {"rows": loaded.summary.rows, "tokens": reports})
+    facts = Facts(
+        len(made["train"]),
+        loaded.summary.format,
+        list(dict.fromkeys(notes)),
+        {"rows": loaded.summary.rows, "tokens": reports},
+    )
     return Parts(made["train"], made.get("validation")), facts
 
 
@@ -237,16 +258,23 @@ class _Texts:
             self.kept.append(number)
             yield from ((raw.place, text) for text in texts)
 
-
     def _style(self, prompt: Text) -> Style:
         """Text is joined as it is, unless the user asks for turns."""
-        return self.style if self.text_as_turns or not isinstance(prompt, str) else replace(self.style, use_chat_template=False)
+        return (
+            self.style
+            if self.text_as_turns or not isinstance(prompt, str)
+            else replace(self.style, use_chat_template=False)
+        )
 
 
 def behind(prompt: Text, answer: Text, style: Style) -> Rendered:
     """The text of prompt and answer, cut after the answer's end; its one span is the answer. Errors: RowError AnswerEmpty."""
     if isinstance(prompt, str) != isinstance(answer, str):
-        raise RowError("RowInvalid", "prompt and answer are of two kinds: one is text, the other messages", "write both as text, or both as messages")
+        raise RowError(
+            "RowInvalid",
+            "prompt and answer are of two kinds: one is text, the other messages",
+            "write both as text, or both as messages",
+        )
     if isinstance(prompt, str) and isinstance(answer, str) and not style.use_chat_template:
         if not answer:
             raise RowError("AnswerEmpty", "an answer is empty", "give it a text, or remove the row")

@@ -42,7 +42,9 @@ def data(setting: Setting) -> tuple[answers.Parts, Facts]:
     for name, rows in (("train", loaded.train), ("validation", loaded.validation)):
         if rows:
             style = replace(style_of(setting.run, setting.tokenizer, template, loaded.summary.format), markers=None)
-            made[name] = _fitting(_prompts(rows, style, setting.run.spec.dataset.use_chat_template is True), setting, notes, name)
+            made[name] = _fitting(
+                _prompts(rows, style, setting.run.spec.dataset.use_chat_template is True), setting, notes, name
+            )
             require_columns(functions, [column for column in made[name].column_names if column != "prompt"])
     facts = Facts(len(made["train"]), loaded.summary.format, notes, {"rows": loaded.summary.rows})
     return answers.Parts(made["train"], made.get("validation")), facts
@@ -54,7 +56,12 @@ def _prompts(rows: Rows, style: Style, text_as_turns: bool) -> Dataset:
     made = []
     for _, example in rows:
         assert isinstance(example, Prompt), "the data room has checked the format"
-        made.append({"prompt": _prompt(example.prompt, style, text_as_turns), **{k: v for k, v in example.columns.items() if k not in taken}})
+        made.append(
+            {
+                "prompt": _prompt(example.prompt, style, text_as_turns),
+                **{k: v for k, v in example.columns.items() if k not in taken},
+            }
+        )
     return Dataset.from_list(made)
 
 
@@ -87,7 +94,9 @@ def arguments(setting: Setting, *, evaluates: bool) -> GRPOConfig:
     return GRPOConfig(
         **fields,
         num_generations=generations,
-        num_generations_eval=_eval_group(fields["per_device_eval_batch_size"], generations, ranks) if evaluated else None,
+        num_generations_eval=_eval_group(fields["per_device_eval_batch_size"], generations, ranks)
+        if evaluated
+        else None,
         max_completion_length=_room(setting)[1],
         temperature=1.0 if spec.temperature is None else spec.temperature,
         top_p=1.0 if spec.top_p is None else spec.top_p,
@@ -119,7 +128,9 @@ def _eval_group(batch: int, generations: int, ranks: int) -> int:
     fitting = [size for size in range(2, generations + 1) if batch * ranks % size == 0]
     if not fitting:
         raise ConfigError(
-            "GroupsDoNotFit", f"evaluation.batchSizePerDevice {batch} on {ranks} ranks holds no whole group of answers", hint="write an even number"
+            "GroupsDoNotFit",
+            f"evaluation.batchSizePerDevice {batch} on {ranks} ranks holds no whole group of answers",
+            hint="write an even number",
         )
     return fitting[-1]
 
@@ -138,11 +149,14 @@ def _fitting(side: Dataset, setting: Setting, notes: list[str], part: str) -> Da
     fits = [place for place, prompt in enumerate(side["prompt"]) if _tokens(prompt, setting.tokenizer) <= room]
     if len(fits) == len(side):
         return side
-    told = f"{part}: {len(side) - len(fits)} of {len(side)} prompts have more than {room} tokens (dataset.maxSequenceLength {room + answer} less {answer} for the answer)"
+    limits = f"dataset.maxSequenceLength {room + answer} less {answer} for the answer"
+    told = f"{part}: {len(side) - len(fits)} of {len(side)} prompts have more than {room} tokens ({limits})"
     if setting.run.spec.dataset.overflow is Overflow.FAIL:
         raise DataError("RowTooLong", told, hint="raise maxSequenceLength, or set dataset.overflow to drop")
     if not fits:
-        raise DataError("NoTrainableToken", f"{told}: no row is left", hint="raise maxSequenceLength, or shorten the prompts")
+        raise DataError(
+            "NoTrainableToken", f"{told}: no row is left", hint="raise maxSequenceLength, or shorten the prompts"
+        )
     notes.append(f"{told} and were left out")
     return side.select(fits)
 

@@ -58,7 +58,11 @@ def arguments(setting: Setting, *, evaluates: bool) -> KTOConfig:
     spec = setting.run.spec.trainer.dpo or DpoSpec()
     for path, given in (("lossTypes", spec.loss_types), ("labelSmoothing", spec.label_smoothing)):
         if given and f"trainer.dpo.{path}" not in setting.run.defaults:
-            raise ConfigError("OptionWithoutEffect", f"trainer.dpo.{path} is only read with dpo, and the objective is kto", hint="remove it")
+            raise ConfigError(
+                "OptionWithoutEffect",
+                f"trainer.dpo.{path} is only read with dpo, and the objective is kto",
+                hint="remove it",
+            )
     fields = common(setting.run, setting.inputs, setting.hardware, setting.plan, evaluates=evaluates)
     if fields["per_device_train_batch_size"] < 2:
         raise ConfigError(
@@ -66,7 +70,9 @@ def arguments(setting: Setting, *, evaluates: bool) -> KTOConfig:
             hint="write 2 or more",
         )  # fmt: skip
     return KTOConfig(
-        **{**fields, "train_sampling_strategy": "sequential"}, beta=0.1 if spec.beta is None else spec.beta, max_length=None
+        **{**fields, "train_sampling_strategy": "sequential"},
+        beta=0.1 if spec.beta is None else spec.beta,
+        max_length=None,
     )
 
 

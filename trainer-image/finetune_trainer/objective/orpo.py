@@ -56,9 +56,17 @@ def arguments(setting: Setting, *, evaluates: bool) -> ORPOConfig:
             "ObjectiveAndMethod", "orpo compares every place of the output with the row, and promptTuning puts virtual tokens before it",
             hint="write method prefixTuning or lora, or trainer.type dpo",
         )  # fmt: skip
-    for path, given in (("lossTypes", spec.loss_types), ("labelSmoothing", spec.label_smoothing), ("referenceModel", spec.reference_model)):
+    for path, given in (
+        ("lossTypes", spec.loss_types),
+        ("labelSmoothing", spec.label_smoothing),
+        ("referenceModel", spec.reference_model),
+    ):
         if given and f"trainer.dpo.{path}" not in run.defaults:
-            raise ConfigError("OptionWithoutEffect", f"trainer.dpo.{path} is only read with dpo, and the objective is orpo", hint="remove it")
+            raise ConfigError(
+                "OptionWithoutEffect",
+                f"trainer.dpo.{path} is only read with dpo, and the objective is orpo",
+                hint="remove it",
+            )
     return ORPOConfig(
         **common(run, setting.inputs, setting.hardware, setting.plan, evaluates=evaluates),
         beta=0.1 if spec.beta is None else spec.beta, max_length=answers.limits(setting).whole, remove_unused_columns=False,

@@ -33,7 +33,9 @@ GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra
 class RewardFunction:
     """What TRL calls for one generation batch. `__name__` is the name in metrics."""
 
-    def __init__(self, name: str, weight: float, call: Callable[..., Sequence[float | None]], columns: Sequence[str] = ()):
+    def __init__(
+        self, name: str, weight: float, call: Callable[..., Sequence[float | None]], columns: Sequence[str] = ()
+    ):
         self.__name__ = name
         self.weight, self.columns, self._call = weight, tuple(columns), call
 
@@ -56,7 +58,10 @@ def rewards(specs: Sequence[Reward], config_maps: Path) -> list[RewardFunction]:
 
     Errors: ConfigError RewardParameterInvalid, RewardNameTwice, RewardFileInvalid, RewardFunctionMissing; NotFoundError ConfigMapMissing.
     """
-    made = [_built_in(one, f"trainer.rewards[{i}]") if one.builtin else _own(one, i, config_maps) for i, one in enumerate(specs)]
+    made = [
+        _built_in(one, f"trainer.rewards[{i}]") if one.builtin else _own(one, i, config_maps)
+        for i, one in enumerate(specs)
+    ]
     names = [one.__name__ for one in made]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -100,7 +105,9 @@ class Parameters:
         self._known.append(name)
         found = self._given.get(name, default)
         if found is None:
-            raise ConfigError("RewardParameterInvalid", f"{self.path}.{name} is missing", hint=f"write `parameters: {{{name}: ...}}`")
+            raise ConfigError(
+                "RewardParameterInvalid", f"{self.path}.{name} is missing", hint=f"write `parameters: {{{name}: ...}}`"
+            )
         return found
 
     def flag(self, name: str, default: bool) -> bool:
@@ -110,7 +117,9 @@ class Parameters:
             raise self.invalid(name, found, "write true or false")
         return found == "true"
 
-    def number(self, name: str, default: float | None = None, *, least: float = -math.inf, most: float = math.inf) -> float | None:
+    def number(
+        self, name: str, default: float | None = None, *, least: float = -math.inf, most: float = math.inf
+    ) -> float | None:
         """A finite number within bounds."""
         self._known.append(name)
         found = self._given.get(name)
@@ -217,7 +226,11 @@ def _length(parameters: Parameters) -> Score:
     most = parameters.number("maximum", math.inf, least=1)
     assert most is not None, "it has a default"
     if least == 0 and most == math.inf:
-        raise ConfigError("RewardParameterInvalid", f"{parameters.path} gives neither minimum nor maximum", hint="write at least one of them")
+        raise ConfigError(
+            "RewardParameterInvalid",
+            f"{parameters.path} gives neither minimum nor maximum",
+            hint="write at least one of them",
+        )
     if least > most:
         raise parameters.invalid("minimum", f"{least:g}", f"maximum is {most:g}: write a smaller number")
 
@@ -233,8 +246,12 @@ def _length(parameters: Parameters) -> Score:
 def _json_schema(parameters: Parameters) -> Score:
     """1 if the answer is JSON that fits `schema`; `parsed` (0 to 1, default 0) for JSON that does not fit."""
     if find_spec("jsonschema") is None:
-        raise ConfigError("RewardUnavailable", f"{parameters.path}: this image has no jsonschema package", hint="use a user function, or the project's own image")
-    import jsonschema
+        raise ConfigError(
+            "RewardUnavailable",
+            f"{parameters.path}: this image has no jsonschema package",
+            hint="use the project's own image, or a function of yours",
+        )
+    import jsonschema  # type: ignore[import-untyped]  # it ships no types
 
     text = parameters.text("schema")
     parsed = parameters.number("parsed", 0.0, least=0, most=1)
@@ -282,7 +299,9 @@ def _built_in(spec: Reward, path: str) -> RewardFunction:
     parameters.done(spec.builtin)
     columns = [(spec.parameters or {}).get("column", "answer")] if spec.builtin is BuiltinReward.EXACT_MATCH else []
 
-    def call(completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] = (), **columns_of: Any) -> list[float | None]:
+    def call(
+        completions: Sequence[Any], completion_ids: Sequence[Sequence[int]] = (), **columns_of: Any
+    ) -> list[float | None]:
         ids = completion_ids or [[] for _ in completions]
         found: list[float | None] = []
         for place, completion in enumerate(completions):
@@ -300,7 +319,9 @@ def _own(spec: Reward, place: int, config_maps: Path) -> RewardFunction:
     ref, path = spec.config_map_ref, f"trainer.rewards[{place}]"
     if ref is None:
         raise ConfigError(
-            "RewardIncomplete", f"{path} is neither built in nor from a ConfigMap", hint="write exactly one of `builtin` and `configMapRef`"
+            "RewardIncomplete",
+            f"{path} is neither built in nor from a ConfigMap",
+            hint="write exactly one of `builtin` and `configMapRef`",
         )
     if spec.parameters:
         raise ConfigError(
@@ -311,7 +332,11 @@ def _own(spec: Reward, place: int, config_maps: Path) -> RewardFunction:
     where = f"{path}: ConfigMap {ref.name}, key {ref.key}"
     function = _load(config_maps / ref.name / ref.key, where).get(name)
     if not callable(function):
-        raise ConfigError("RewardFunctionMissing", f"{where} defines no function {name}", hint=f"define it, or name another in {path}.function")
+        raise ConfigError(
+            "RewardFunctionMissing",
+            f"{where} defines no function {name}",
+            hint=f"define it, or name another in {path}.function",
+        )
     _check_signature(function, where, name)
     return RewardFunction(spec.name or name, _weight(spec), function)
 
@@ -321,7 +346,9 @@ def _load(file: Path, where: str) -> dict[str, Any]:
     try:
         source = file.read_text(encoding="utf-8")
     except OSError:
-        raise NotFoundError("ConfigMapMissing", f"{where} does not exist", hint="create it", failure_class=FailureClass.USER) from None
+        raise NotFoundError(
+            "ConfigMapMissing", f"{where} does not exist", hint="create it", failure_class=FailureClass.USER
+        ) from None
     scope: dict[str, Any] = {"__name__": "finetune_user_reward", "__file__": file.name}
     try:
         exec(compile(source, file.name, "exec"), scope)
@@ -355,19 +382,29 @@ def _checked(name: str, found: Any, wanted: int) -> list[float | None]:
     """One number or None a completion, and no NaN. Errors: ConfigError RewardInvalid."""
     hint = "return a list with one number, or None, for every completion"
     if isinstance(found, str | bytes) or not hasattr(found, "__iter__"):
-        raise ConfigError("RewardInvalid", f"reward {name} returned {type(found).__name__}, not a list of numbers", hint=hint)
+        raise ConfigError(
+            "RewardInvalid", f"reward {name} returned {type(found).__name__}, not a list of numbers", hint=hint
+        )
     values = list(found)
     if len(values) != wanted:
-        raise ConfigError("RewardInvalid", f"reward {name} returned {len(values)} values for {wanted} completions", hint=hint)
+        raise ConfigError(
+            "RewardInvalid", f"reward {name} returned {len(values)} values for {wanted} completions", hint=hint
+        )
     for place, value in enumerate(values):
         if value is None:
             continue
         try:
             number = float(value)
         except (TypeError, ValueError):
-            raise ConfigError("RewardInvalid", f"reward {name} returned {value!r:.80} for completion {place + 1}", hint=hint) from None
+            raise ConfigError(
+                "RewardInvalid", f"reward {name} returned {value!r:.80} for completion {place + 1}", hint=hint
+            ) from None
         if not math.isfinite(number):
-            raise ConfigError("RewardInvalid", f"reward {name} returned {number} for completion {place + 1}", hint="return a finite number")
+            raise ConfigError(
+                "RewardInvalid",
+                f"reward {name} returned {number} for completion {place + 1}",
+                hint="return a finite number",
+            )
         values[place] = number
     return values
 
