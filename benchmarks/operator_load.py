@@ -300,8 +300,11 @@ def main() -> int:
     verdicts = judge(figures, json.loads(BUDGETS.read_text()))
     for one in verdicts:
         print(f"{one['verdict']:18} {one['figure']:38} {one['measured']:>10} (limit {one['limit']}): {one['why']}")
-    if options.name:
-        path = record.write(options.name, figures | {"size": vars(options), "budgets": verdicts}, method=__doc__ or "")
+    found = figures | {"size": vars(size), "budgets": verdicts}
+    if options.output:
+        options.output.write_text(json.dumps(found, indent=1))
+    else:
+        path = record.write("operator_load", found, method=__doc__ or "")
         print(f"written: {path.relative_to(ROOT)}")
     return int(any(one["verdict"] == "BROKEN" for one in verdicts) and not options.lenient)
 
@@ -314,7 +317,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--idle-seconds", type=float, default=60)
     parser.add_argument("--steady-seconds", type=float, default=60)
     parser.add_argument("--timeout", type=float, default=300, help="seconds that any one wait may take")
-    parser.add_argument("--name", default="operator_load", help="name of the results file; empty: none is written")
+    parser.add_argument("--output", type=Path, help="file for the figures, instead of benchmarks/results")
     parser.add_argument("--lenient", action="store_true", help="exit with 0 even if a budget is broken")
     return parser.parse_args()
 

@@ -69,15 +69,15 @@ class KubeApi:
     endpoint: Endpoint
     token: str | None = None
     """Another identity than the administrator's."""
-    _pool: urllib3.PoolManager = field(init=False)
+    pool: urllib3.PoolManager = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._pool = urllib3.PoolManager(ca_certs=str(self.endpoint.ca), maxsize=32, retries=False)
+        self.pool = urllib3.PoolManager(ca_certs=str(self.endpoint.ca), maxsize=32, retries=False)
 
     def request(self, method: str, path: str, body: Any = None, *, patch: str = "merge", **query: str) -> Answer:
         """One call."""
         kind = PATCHES[patch] if method == "PATCH" else "application/json"
-        answer = self._pool.request(
+        answer = self.pool.request(
             method, self._url(path, query), body=None if body is None else json.dumps(body).encode(), timeout=30,
             headers={"Authorization": f"Bearer {self.token or self.endpoint.token}", "Content-Type": kind},
         )  # fmt: skip
@@ -181,7 +181,7 @@ class KubeApi:
         left = max(1, min(int(deadline - time.monotonic()) + 1, 60))
         url = self._url(path, {"watch": "true", "timeoutSeconds": str(left)} | query)
         headers = {"Authorization": f"Bearer {self.token or self.endpoint.token}"}
-        answer = self._pool.request("GET", url, headers=headers, preload_content=False, timeout=left + 10)
+        answer = self.pool.request("GET", url, headers=headers, preload_content=False, timeout=left + 10)
         rest = b""
         try:
             if answer.status >= 400:

@@ -1,0 +1,142 @@
+"""Specs that the API accepts and nobody thought of, and children that nobody could have written."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from finetune_api import names
+from finetune_api.names import Annotation, Condition, Label, Phase
+from finetune_operator.builders.job import build_job
+from finetune_operator.builders.run_config import build_run_config
+from finetune_operator.policies.acceptance import Accepted, accept
+from finetune_operator.settings import OperatorConfig
+from finetune_operator.views import read_finetunejob
+
+from tests.support.kubeapi import Refused, path_of
+from tests.support.kubelet import success
+from tests.support.operator_process import merged
+from tests.support.rig import FTJ, MINIMAL, Rig, attempts, holds
+
+pytestmark = pytest.mark.faults
+CONFIG = OperatorConfig.model_validate({"storage": {"uri": "s3://bucket/prefix"}})
+CHOICES: dict[str, list[Any]] = {
+    "resources": [
+        {"nodes": 3, "gpusPerNode": 2}, {"gpusPerNode": 0, "cpu": 4}, {"cpu": "500m", "memory": "1.5Gi"},
+        {"gpuResource": "nvidia.com/mig-1g.10gb"}, {"nodes": 2, "processesPerNode": 4, "gpusPerNode": 4},
+        {"sharedMemory": "64Mi", "ephemeralStorage": "100Gi"},
+    ],
+    "placement": [
+        {"nodeSelector": {"zone": "a"}, "priorityClassName": "high"}, {"queueName": "team"},
+        {"tolerations": [{"key": "gpu", "operator": "Exists"}, {"key": "a", "value": "b", "effect": "NoSchedule"}]},
+        {"env": [{"name": "A", "value": "b"}, {"name": "B", "secretKeyRef": {"name": "s", "key": "k"}}]},
+        {"labels": {"team": "x"}, "annotations": {"note": "y" * 200}, "serviceAccountName": "robot"},
+        {"volumes": [{"name": "v", "persistentVolumeClaim": {"claimName": "c"}}],
+         "volumeMounts": [{"name": "v", "mountPath": "/v"}]},
+        {"image": "registry.example.org:5000/a/b@sha256:" + "0" * 64, "imagePullSecrets": ["pull"]},
+        {"nodeAffinity": [{"key": "gpu", "operator": "In", "values": ["a", "b"]}], "schedulerName": "other"},
+    ],
+    "policy": [
+        {"retries": 0}, {"activeDeadlineSeconds": 60, "ttlSecondsAfterFinished": 0}, {"onOutOfMemory": "Fail"},
+        {"terminationGracePeriodSeconds": 1}, {"stallTimeoutSeconds": 30, "startTimeoutSeconds": 30},
+    ],
+    "storage": [
+        {"uri": "s3://other/a/b", "endpoint": "http://s3:9000", "addressingStyle": "path", "region": "eu-1"},
+        {"uri": "s3://other", "credentialsSecretRef": {"name": "keys"}},
+        {"uri": "s3://other", "caBundleRef": {"name": "ca", "key": "ca.crt"}},
+    ],
+    "dataset": [
+        {"train": "pvc://claim/a/b.jsonl"}, {"train": "configmap://data/rows.jsonl"}, {"train": "hf://org/data@main"},
+        {"train": "https://example.org/x.jsonl", "validation": "s3://bucket/v.jsonl"},
+    ],
+    "model": [{"source": "pvc://models/llama"}, {"source": "s3://bucket/model", "dtype": "bfloat16"}, {"source": "a/b@v1"}],
+    "method": [{"type": "full"}, {"type": "lora", "lora": {"rank": 64, "alpha": 1}}, {"type": "qlora"}],
+    "training": [{"learningRate": 5e-6, "maxSteps": 3}, {"batchSizePerDevice": 1, "gradientAccumulationSteps": 128}],
+}  # fmt: skip
+SEEDS = 120
+
+
+def some_spec(chance: random.Random) -> dict[str, Any]:
+    spec = dict(MINIMAL)
+    for group, options in CHOICES.items():
+        if chance.random() < 0.5:
+            spec = merged(spec, {group: chance.choice(options)})
+    return spec
+
+
+@pytest.mark.row(48)
+def test_every_job_that_is_made_of_an_accepted_spec_is_a_job(rig: Rig) -> None:
+    accepted, refused = 0, set()
+    for seed in range(SEEDS):
+        spec = some_spec(random.Random(seed))
+        body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": f"job-{seed}"}, "spec": spec}
+        try:
+            made = rig.api.create(FTJ, rig.namespace, body, dryRun="All", fieldValidation="Strict")
+        except Refused as error:
+            refused.add(error.message)
+            continue
+        job = read_finetunejob(made)
+        verdict = accept(job.spec, CONFIG)
+        if not isinstance(verdict, Accepted):
+            refused.add(verdict.message)
+            continue
+        run = build_run_config(job, verdict.spec, 1, defaults=verdict.defaults, committed_step=0, max_step=None)
+        child = build_job(job, run, verdict.pool, CONFIG)
+        path = path_of("jobs", rig.namespace)
+        answer = rig.api.request("POST", path, child, dryRun="All", fieldValidation="Strict")
+        assert answer.warnings == (), (seed, spec)
+        accepted += 1
+    assert accepted > SEEDS / 3, sorted(refused)
+
+
+@pytest.mark.row(49)
+def test_children_that_nobody_could_have_written_change_nothing(rig: Rig) -> None:
+    labels = {Label.MANAGED_BY.value: names.MANAGER, Label.NAME.value: "job", Label.UID.value: "x", Label.ATTEMPT.value: "1"}
+    template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}}
+    chance = random.Random(49)
+    foreign = []
+    for number in range(12):
+        mine = {k: chance.choice([v, "", "9", "99999999999999999999", "a.b-c"]) for k, v in labels.items()}
+        mine[Label.MANAGED_BY.value] = names.MANAGER
+        meta = {
+            "name": f"job-{number + 100}", "labels": mine, "annotations": {Annotation.SPEC_SHA256.value: "?" * number},
+            "ownerReferences": [
+                {"apiVersion": names.API_VERSION, "kind": names.KIND, "name": "job", "uid": f"none-{number}",
+                 "controller": chance.choice([True, False])}
+            ] if number % 3 == 0 else [],
+        }  # fmt: skip
+        made = rig.api.create("jobs", rig.namespace, {"metadata": meta, "spec": {"suspend": True, "template": template}})
+        foreign.append((made["metadata"]["name"], made["metadata"]["uid"]))
+        pod = {"metadata": {"name": f"pod-{number}", "labels": mine}}
+        rig.api.create("pods", rig.namespace, pod | {"spec": template["spec"]})
+    pods = {p["metadata"]["uid"] for p in rig.api.list("pods", rig.namespace)}
+    proxy = rig.proxy()
+    rig.operator(through=proxy)
+    rig.submit()
+    rig.wait_attempt(1)
+    ours = next(p for p in rig.kubelet.wait_running(rig.namespace, "job", count=1) if p.name.startswith("job-1-"))
+    rig.kubelet.end(ours, success())
+    assert holds(rig.wait_finished(), Condition.SUCCEEDED)
+    assert attempts(rig.get())[0][0] == 1
+    assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
+    assert pods <= {p["metadata"]["uid"] for p in rig.api.list("pods", rig.namespace)}
+
+
+@pytest.mark.row(49)
+@pytest.mark.parametrize("damage", [{"attempts": [{"number": "x"}]}, {"phase": "Odd"}, {"attempt": -5, "conditions": []}])
+def test_a_status_that_was_damaged_is_survived(rig: Rig, damage: dict[str, Any]) -> None:
+    operator = rig.operator()
+    rig.submit()
+    rig.kubelet.wait_running(rig.namespace, "job")
+    rig.wait_attempt(1)
+    operator.stop()
+    path = path_of(f"{FTJ}/status", rig.namespace, "job")
+    try:
+        rig.api.request("PATCH", path, {"status": damage})
+    except Refused as error:
+        assert error.code == 422, "the schema itself keeps nonsense out: even better"
+    rig.operator()
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+    assert rig.wait_finished()["status"]["phase"] == Phase.SUCCEEDED
+    assert rig.jobs() == ["job-1"]

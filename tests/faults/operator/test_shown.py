@@ -1,0 +1,93 @@
+"""What people see: the table of `kubectl get`, and what `kubectl explain` and `kubectl wait` rest on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api import names
+from finetune_api.names import Phase
+
+from tests.support.kubeapi import KubeApi, path_of
+from tests.support.kubelet import Plan, Start, failure, success
+from tests.support.rig import FTJ, Rig
+
+pytestmark = pytest.mark.faults
+NARROW = ["Name", "Status", "Progress", "Loss", "Eta", "Workers", "Restarts", "Age"]
+WIDE = ["Model", "Method", "Checkpoint", "Duration", "Reason"]
+
+
+def table(api: KubeApi, namespace: str) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Columns, and cells by job and column, as kubectl receives them."""
+    url = api.endpoint.server + path_of(FTJ, namespace)
+    headers = {"Authorization": f"Bearer {api.endpoint.token}", "Accept": "application/json;as=Table;v=v1;g=meta.k8s.io"}
+    body = api.pool.request("GET", url, headers=headers).json()
+    columns = body["columnDefinitions"]
+    titles = [column["name"] for column in columns]
+    rows = [dict(zip(titles, row["cells"], strict=True)) for row in body["rows"]]
+    return columns, {row["Name"]: row for row in rows}
+
+
+@pytest.mark.row(55)
+def test_the_table_is_never_blank_without_meaning(rig: Rig) -> None:
+    rig.operator()
+    rig.submit("asleep", suspend=True)
+    rig.wait_phase(Phase.SUSPENDED, "asleep")
+    rig.submit("done")
+    rig.kubelet.say(
+        rig.namespace, "done", progress={"step": 12, "totalSteps": 50, "display": "12/50 (24%)", "secondsRemaining": 4320},
+        metrics={"trainLoss": 1.25},
+    )  # fmt: skip
+    pod = rig.kubelet.wait_running(rig.namespace, "done")[0]
+    rig.wait(lambda b: (b["status"].get("progress") or {}).get("step") == 12, "done")
+    columns, rows = table(rig.api, rig.namespace)
+    titles = [column["name"].capitalize() for column in columns]
+    assert titles == [*NARROW[:-1], *WIDE, "Age"] or titles == [*NARROW, *WIDE]
+    assert [c["name"].capitalize() for c in columns if not c["priority"]] == NARROW
+    running = {key.capitalize(): value for key, value in rows["done"].items()}
+    assert (running["Status"], running["Progress"], running["Eta"]) == ("Running", "12/50 (24%)", "1h12m")
+    assert running["Loss"] in ("1.25", "1.2500")
+    rig.kubelet.end(pod, success())
+    rig.wait_finished("done")
+    rig.submit("broken")
+    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "broken")[0], failure(65, message="row 7"))
+    rig.wait_finished("broken")
+    rig.kubelet.plan(rig.namespace, Plan(start=Start.HOLD))
+    rig.submit("waiting")
+    rig.wait_attempt(1, "waiting")
+    _, rows = table(rig.api, rig.namespace)
+    assert {name: row["Status"] for name, row in rows.items()} == {
+        "asleep": "Suspended", "broken": "Failed", "done": "Succeeded", "waiting": "Starting",
+    }  # fmt: skip
+    blank = [(name, title) for name, row in rows.items() for title, cell in row.items() if cell in (None, "")]
+    assert blank == []
+
+
+@pytest.mark.row(55)
+def test_every_field_explains_itself(rig: Rig) -> None:
+    found = rig.api.request("GET", f"/openapi/v3/apis/{names.API_VERSION}").body
+    schemas = found["components"]["schemas"].values()
+    kind = next(one for one in schemas if {"spec", "status"} <= set(one.get("properties") or {}))
+    silent = list(_silent(kind["properties"]["spec"], "spec")) + list(_silent(kind["properties"]["status"], "status"))
+    assert silent == []
+
+
+def _silent(schema: dict[str, Any], path: str) -> Any:
+    """Paths without a description."""
+    if not schema.get("description"):
+        yield path
+    for name, inner in (schema.get("properties") or {}).items():
+        yield from _silent(inner, f"{path}.{name}")
+
+
+@pytest.mark.row(55)
+def test_one_wait_is_enough_for_every_end(rig: Rig) -> None:
+    """`kubectl wait --for=condition=Finished` looks at the condition's own generation."""
+    rig.operator()
+    for name, ending in (("good", success()), ("bad", failure(64, message="no"))):
+        rig.submit(name)
+        rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, name)[0], ending)
+        body = rig.wait_finished(name)
+        finished = next(c for c in body["status"]["conditions"] if c["type"] == "Finished")
+        assert finished["observedGeneration"] == body["metadata"]["generation"]
+        assert body["status"]["observedGeneration"] == body["metadata"]["generation"]
