@@ -140,6 +140,33 @@ def test_a_stop_before_the_first_step_loses_nothing(tmp_path: Path, spec: dict[s
     assert (code, words.code) == (75, "StoppedSaved")
 
 
+def test_a_stop_right_after_the_start_is_heard(tmp_path: Path, spec: dict[str, Any]) -> None:
+    """Once the process is ours, a SIGTERM during its imports is not lost."""
+    with toy(tmp_path, spec, {"steps": 100000}) as pod:
+        assert pod.process is not None
+        caught = Path(f"/proc/{pod.process.pid}/status")
+
+        def listens() -> bool:
+            mask = next(line for line in caught.read_text().splitlines() if line.startswith("SigCgt"))
+            return bool(int(mask.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+        pod.wait_until(listens)
+        pod.terminate()
+        code, words = ended(pod)
+    assert (code, words.code, words.step) == (75, "StoppedSaved", None)
+
+
+def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, spec: dict[str, Any]) -> None:
+    with toy(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=3600) as pod:
+        pod.wait_step(6)
+        assert pod.process is not None
+        pod.process.send_signal(signal.SIGINT)
+        pod.wait_until(lambda: (pod.folder / "work" / "stop").exists())
+        pod.process.send_signal(signal.SIGINT)
+        code, _ = ended(pod)
+    assert code == 76
+
+
 def test_a_stop_that_cannot_save_in_time(tmp_path: Path, spec: dict[str, Any]) -> None:
     """The rank hangs, the grace period ends: 76, and no half of a checkpoint."""
     with toy(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=2) as pod:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import logging
+import signal
 import sys
+import time
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -35,11 +37,20 @@ def _supervise(command: str, arguments: list[str]) -> int:
     parser.add_argument("--work-dir", help="folder for everything that is written (default: FINETUNE_WORK_DIR)")
     parser.add_argument("--port", type=int, help="port of /progress; 0: any free one (default: FINETUNE_PORT)")
     options = parser.parse_args(arguments)
+    asked = _note_early_stops()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s supervisor %(message)s", stream=sys.stderr)
     from finetune_trainer.supervisor.settings import Settings
     from finetune_trainer.supervisor.supervise import supervise
 
-    return supervise(Settings.from_env(run_file=options.run_file, work=options.work_dir, port=options.port))
+    return supervise(Settings.from_env(run_file=options.run_file, work=options.work_dir, port=options.port), asked)
+
+
+def _note_early_stops() -> list[float]:
+    """Remember a SIGTERM that comes while we still import: the kernel throws away what PID 1 has no handler for."""
+    asked: list[float] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda _number, _frame: asked.append(time.monotonic()))
+    return asked
 
 
 if __name__ == "__main__":

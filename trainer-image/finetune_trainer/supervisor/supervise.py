@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -94,10 +95,12 @@ class Supervisor:
 
     # ---- the story ----
 
-    def run(self) -> int:
-        """Live, and say how it ended."""
+    def run(self, asked: Sequence[float] = ()) -> int:
+        """Live, and say how it ended. `asked`: monotonic times of stops that were asked for before this ran."""
         signal.signal(signal.SIGTERM, self._asked_to_stop)
         signal.signal(signal.SIGINT, self._asked_to_stop)
+        if asked:
+            self.facts.stop_asked = asked[0]
         children.adopt_orphans()
         self.server = Server(self.board, self.settings.port)
         log.info("listening on port %d", self.server.port)
@@ -300,9 +303,12 @@ class Supervisor:
 
     # ---- watching (the main thread) ----
 
-    def _asked_to_stop(self, _number: int, _frame: Any) -> None:
+    def _asked_to_stop(self, number: int, _frame: Any) -> None:
+        """SIGTERM or Ctrl-C: save and end. A second Ctrl-C: end at once."""
         if self.facts.stop_asked is None:
             self.facts.stop_asked = time.monotonic()
+        elif number == signal.SIGINT:
+            self.facts.too_late = True
 
     def _fail(self, error: FineTuneError) -> None:
         with self._lock:
@@ -325,7 +331,7 @@ class Supervisor:
                 if not self._worth_saving():
                     return
                 self._tell_ranks_to_stop()
-            if self._late():
+            if self.facts.too_late or self._late():
                 self.facts.too_late = True
                 return
             if (stalled := self._stall.stalled()) is not None:
@@ -513,6 +519,6 @@ def link_tree(source: Path, target: Path) -> None:
     shutil.copytree(source, target, copy_function=os.link)
 
 
-def supervise(settings: Settings) -> int:
-    """Run one pod; returns its exit code."""
-    return Supervisor(settings).run()
+def supervise(settings: Settings, asked: Sequence[float] = ()) -> int:
+    """Run one pod; returns its exit code. `asked`: when it was asked to stop already."""
+    return Supervisor(settings).run(asked)
