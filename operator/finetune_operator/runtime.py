@@ -93,10 +93,12 @@ class Runtime:
         watching = asyncio.create_task(self._watch(), name="watches")
         done, _ = await asyncio.wait([watching, *tasks], return_when=asyncio.FIRST_COMPLETED)
         code = 0 if watching in done and watching.exception() is None else 1
-        for task in done:
-            error = task.exception() if not task.cancelled() else None
+        errors = {task.get_name(): task.exception() for task in done if not task.cancelled()}
+        for name, error in errors.items():
             if error is not None:
-                _explain(task.get_name(), error)
+                _explain(name, error)
+        if not any(isinstance(error, LeaseLost) for error in errors.values()):
+            await self._drain()
         await self._end([watching, *tasks])
         return code
 
@@ -114,24 +116,24 @@ class Runtime:
             _explain("start", error)
         return None if error is None else 1
 
-    async def _end(self, tasks: list[asyncio.Task[Any]]) -> None:
-        """Let looks under way finish, post what is to be told, hand over the lead."""
+    async def _drain(self) -> None:
+        """Let looks under way finish and post what is to be told. Not after a lost lead: another one writes now."""
         self._stopping = True
         self._working.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
-                while not self._queue.idle and self._elector_ok():
+                while not self._queue.idle:
                     self._queue.drop_waiting()
                     await asyncio.sleep(0.05)
         await self._recorder.drain(2)
+
+    async def _end(self, tasks: list[asyncio.Task[Any]]) -> None:
+        """End every part, hand over the lead."""
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await self._elector.release()
         await self._server.stop()
-
-    def _elector_ok(self) -> bool:
-        return not self._config.leader_election.enabled or self._elector.leading
 
     async def _watch(self) -> None:
         """kopf, for as long as the process lives."""
