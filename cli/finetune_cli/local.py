@@ -230,6 +230,8 @@ def _write(name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Pat
     uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"file://{root}/{name}"))
     home = root / ".finetune" / name
     home.mkdir(parents=True, exist_ok=True)
+    tree = root / NAMESPACE / name / uid
+    _same_job(home / names.RUN_FILE_NAME, spec, tree, name)
     counter = home / "attempt"
     attempt = int(counter.read_text(encoding="utf-8")) + 1 if counter.is_file() else 1
     counter.write_text(str(attempt), encoding="utf-8")
@@ -245,7 +247,7 @@ def _write(name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Pat
             nodes=1, processes_per_node=spec.resources.processes_per_node or max(1, gpus), gpus_per_node=gpus,
             master_address="127.0.0.1", master_port=0, rendezvous_id=f"{uid}-{attempt}",
         ),
-        storage=StoreTarget(uri=f"file://{root}/{NAMESPACE}/{name}/{uid}"),
+        storage=StoreTarget(uri=f"file://{tree}"),
         publish=f"file://{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None,
         resume=Resume(mode="auto" if attempt > 1 else spec.checkpoint.resume or "auto"),
         grace_seconds=GRACE_SECONDS,
@@ -253,6 +255,24 @@ def _write(name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Pat
     run_file = home / names.RUN_FILE_NAME
     run_file.write_bytes(run.to_bytes())
     return Prepared(name, run, run_file, home / "work", home / f"attempt-{attempt}.log", notes)
+
+
+def _same_job(run_file: Path, spec: FineTuneJobSpec, tree: Path, name: str) -> None:
+    """What was committed belongs to the spec it was made from: another spec is another job. Raises LocalError."""
+    from finetune_cli.commands.diff import flat
+
+    if not run_file.is_file() or not any(tree.rglob(names.Storage.COMMITTED.value)):
+        return
+    old, new = (
+        flat(RunConfig.model_validate_json(run_file.read_bytes()).spec.wire()),
+        flat(spec.wire()),
+    )
+    changed = sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
+    if changed:
+        shown = "; ".join(f"{path} {old.get(path, '-')} -> {new.get(path, '-')}" for path in changed[:3])
+        raise LocalError(
+            f"{tree} holds the work of another {name} ({shown}): name another folder with -o, or remove that one"
+        )
 
 
 # --- the trainer ----------------------------------------------------------------------------------------------------

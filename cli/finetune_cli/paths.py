@@ -40,6 +40,13 @@ def group_paths() -> frozenset[str]:
     return frozenset(one.path.removeprefix("spec.") for one in fields() if one.group and one.path.startswith("spec."))
 
 
+@functools.cache
+def text_paths() -> frozenset[str]:
+    """Paths below `spec` whose values are words or texts, in which `no` and `010` mean themselves."""
+    found = (one for one in fields() if one.kind.startswith("string") or " | " in one.kind)
+    return frozenset(one.path.removeprefix("spec.") for one in found if not one.kind.startswith("list"))
+
+
 def put(spec: dict[str, Any], path: str, value: Any) -> None:
     """Set a value at a dotted path of a nested spec; None removes what is there."""
     *groups, last = path.split(".")

@@ -32,7 +32,7 @@ def diff(
 
         return dict(connect(namespace, context, kubeconfig).job(text).get("spec") or {})
 
-    left, right = _flat(_resolved(load(first), first)), _flat(_resolved(load(second), second))
+    left, right = flat(_resolved(load(first), first)), flat(_resolved(load(second), second))
     rows = [
         (path, left.get(path, "-"), right.get(path, "-"))
         for path in sorted({*left, *right})
@@ -71,14 +71,14 @@ def _resolved(spec: dict[str, Any], name: str) -> dict[str, Any]:
         raise output.Ended(output.ERROR) from None
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, str]:
     import json
 
     result: dict[str, str] = {}
     for key, inner in value.items():
         path = f"{prefix}{key}"
         if isinstance(inner, dict) and inner:
-            result |= _flat(inner, f"{path}.")
+            result |= flat(inner, f"{path}.")
         elif inner != {}:
             result[path] = json.dumps(inner, ensure_ascii=False)
     return result

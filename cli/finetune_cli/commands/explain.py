@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune_cli import output
+from finetune_cli.commands.options import complete_path
 
 if TYPE_CHECKING:
     from finetune_cli.paths import Field
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 def explain(
     path: Annotated[
-        str | None, typer.Argument(help="A field, such as training.learningRate; left out: all groups.")
+        str | None,
+        typer.Argument(
+            help="A field, such as training.learningRate; left out: all groups.", autocompletion=complete_path
+        ),
     ] = None,
     search: Annotated[
         str | None, typer.Option("--search", "-s", metavar="WORD", help="Fields whose name or text holds the word.")

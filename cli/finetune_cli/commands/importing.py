@@ -138,6 +138,12 @@ def pairs(option: str, texts: list[str]) -> dict[str, str]:
     return result
 
 
+def _source(key: str, value: Any) -> Any:
+    """A path of this machine as a source; everything else as it is."""
+    is_path = key in ("model", "data", "validation", "test", "adapter") and str(value).startswith((".", "/", "~"))
+    return f"file://{value}" if is_path else value
+
+
 def own_values(
     given: dict[str, Any], prompts: str | None, deepspeed: str | None, sets: list[str]
 ) -> dict[str, Assigned]:
@@ -145,10 +151,12 @@ def own_values(
     from finetune_cli.importers.convert import nearest
     from finetune_cli.importers.material import Assigned, Mistake, Origin, Refused
     from finetune_cli.importers.yaml_tree import parse_value
-    from finetune_cli.paths import group_paths, leaf_paths
+    from finetune_cli.paths import group_paths, leaf_paths, text_paths
 
     mistakes: list[Mistake] = []
-    result = {OWN[key]: Assigned(value, Origin(f"option --{key}"), f"--{key}") for key, value in given.items()}
+    result = {
+        OWN[key]: Assigned(_source(key, value), Origin(f"option --{key}"), f"--{key}") for key, value in given.items()
+    }
     for option, text, path in (
         ("--prompts", prompts, "evaluation.comparison.promptsRef"),
         ("--deepspeed", deepspeed, "distributed.deepspeed.configRef"),
@@ -176,7 +184,8 @@ def own_values(
         elif not equals:
             mistakes.append(Mistake("--set", path, "it has no value", f"write --set {path}=VALUE"))
         else:
-            result[path] = Assigned(parse_value(value), Origin("option --set"), f"--set {path}")
+            found = value if path in text_paths() and value != "null" else parse_value(value)
+            result[path] = Assigned(found, Origin("option --set"), f"--set {path}")
     if mistakes:
         raise Refused(mistakes)
     return result

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune_cli import output
-from finetune_cli.commands.options import ContextOption, KubeconfigOption, NamespaceOption
-from finetune_cli.commands.watching import NameArgument
+from finetune_cli.commands.options import ContextOption, KubeconfigOption, NameArgument, NamespaceOption
 
 if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune_cli import output
-from finetune_cli.commands.options import ContextOption, KubeconfigOption, NamespaceOption
-from finetune_cli.commands.watching import NameArgument
+from finetune_cli.commands.options import ContextOption, KubeconfigOption, NameArgument, NamespaceOption
 from finetune_cli.yaml_text import to_yaml
 
 if TYPE_CHECKING:

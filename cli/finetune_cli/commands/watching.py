@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune_cli import output
-from finetune_cli.commands.options import ContextOption, FormatOption, KubeconfigOption, NamespaceOption
+from finetune_cli.commands.options import ContextOption, FormatOption, KubeconfigOption, NameArgument, NamespaceOption
 from finetune_cli.yaml_text import to_yaml
 
 if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
 
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="Name of the FineTuneJob.")]
 FORMATS = ("yaml", "json", "wide", "name")
 
 

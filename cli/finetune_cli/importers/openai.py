@@ -139,7 +139,7 @@ def _model(draft: Draft) -> None:
     name = str(given.value)
     mapped = draft.request.model_map.get(name)
     if mapped is not None:
-        draft.put("model.source", mapped, "model")
+        draft.put("model.source", f"file://{mapped}" if is_local(mapped) and "://" not in mapped else mapped, "model")
     elif "/" in name or is_local(name):
         place_source(draft, "model", "model.source")
     else:

@@ -68,20 +68,19 @@ def test_a_failure_is_told_with_its_hint(folder: Path) -> None:
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path) -> None:
     words = [
-        *FINETUNE,
         "run",
         "job.yaml",
         "--local",
         "-o",
         "stopped",
         "--set",
-        "training.maxSteps=4000",
+        "training.maxSteps=300",
         "--set",
-        "checkpoint.steps=4000",
+        "checkpoint.steps=1000",
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
     process = subprocess.Popen(
-        words, cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*FINETUNE, *words], cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -93,40 +92,97 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path) -> None:
     assert "the same command goes on from there" in said
     (step,) = (folder / "stopped/local/bot").glob("*/checkpoints/*/_COMMITTED")
     saved = int(step.parent.name.removeprefix("step-"))
-    again = finetune(
-        folder,
-        "run",
-        "job.yaml",
-        "--local",
-        "-o",
-        "stopped",
-        "--set",
-        f"training.maxSteps={saved + 2}",
-        "--set",
-        "checkpoint.steps=4000",
-    )
+    assert 0 < saved < 300
+    other = finetune(folder, *words[:-2], "--set", "training.seed=1")
+    assert (other.returncode, "holds the work of another bot" in other.stderr) == (1, True)
+    again = finetune(folder, *words)
     assert again.returncode == 0, again.stderr
     log = (folder / "stopped/.finetune/bot/attempt-2.log").read_text(encoding="utf-8")
-    assert f"step {saved + 2}/{saved + 2}" in log
+    assert f"step-{saved:08d}" in log
+    assert "step 300/300" in log
 
 
-def test_an_import_of_another_tool_trains(folder: Path) -> None:
-    rows = [{"instruction": f"question {i}", "response": f"answer {i}"} for i in range(24)]
-    (folder / "i.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (folder / "t.env").write_text(
-        "MODEL_NAME=./tiny\nTRAIN_DATA_PATH=./i.jsonl\nDATASET_TYPE=instruction_jsonl\nEPOCHS=1\nDEVICE=cpu\nLORA_R=4\nMAX_LENGTH=64\n",
-        encoding="utf-8",
-    )
-    imported = finetune(
-        folder, "import", "t.env", "--set", "dataset.split.test=0", "--set", "dataset.split.train=0.9", "-o", "t.yaml"
-    )
+IMPORTS: dict[str, tuple[str, str, list[str]]] = {
+    "env": (
+        "t.env",
+        "MODEL_NAME=./tiny\nTRAIN_DATA_PATH=./rows/instruction.jsonl\nDATASET_TYPE=instruction_jsonl\nEPOCHS=1\nDEVICE=cpu\nLORA_R=4\nMAX_LENGTH=64\n",
+        ["--set", "dataset.split.test=0", "--set", "dataset.split.train=0.9"],
+    ),
+    "toml": (
+        "t.toml",
+        '[fine_tuner]\nbase_model_id = "./tiny"\ntraining_data_id = "./rows/qa.jsonl"\nmax_sequence_length = 64\nload_in_4bit = false\nepochs = 1\n'
+        'rank = 4\nreport_to = "none"\noptimizer = "adamw_torch"\nuse_gradient_checkpointing = false\nuse_flash_attention = false\n',
+        ["--set", "trainer.backend=transformers"],
+    ),
+    "yaml": (
+        "t.yaml",
+        "model: {base_model: ./tiny, use_flash_attention: false}\nfine_tuning: {method: lora, lora: {r: 4}}\n"
+        "training: {epochs: 1, max_seq_length: 64, optimizer: adamw_torch, mixed_precision: no, gradient_accumulation_steps: 2}\n"
+        "dataset: {format: alpaca, train_path: ./rows/alpaca.jsonl}\n",
+        [],
+    ),
+    "hydra": (
+        "t.yaml",
+        "dataset: {path: ./rows/alpaca.jsonl, format: standard}\ntraining_config: {model: ./tiny, trainer: SFT, distributed_training: DDP, "
+        "learning_rate: 1e-4, num_train_epochs: 1, max_seq_length: 64, report_to: none}\n",
+        ["--set", "training.mixedPrecision=no", "--set", "model.dtype=float32"],
+    ),
+    "guide": (
+        "t.yaml",
+        "model: ./tiny\nlora_r: 4\nlora_alpha: 8\nbatch_size: 4\ngradient_accumulation: 1\nepochs: 1\nuse_4bit: false\n",
+        ["--data", "./rows/alpaca.jsonl", "--set", "training.mixedPrecision=no"],
+    ),
+    "openai": (
+        "t.json",
+        '{"model": "their-model", "training_file": "file-abc", "hyperparameters": {"n_epochs": 1}}',
+        ["--data", "./rows/chat.jsonl", "--model-map", "their-model=./tiny"],
+    ),
+}
+"""One file of each source for a tiny model on a CPU; the options replace what a CPU cannot do."""
+
+
+@pytest.fixture(scope="module")
+def rows(folder: Path) -> Path:
+    """The same questions and answers in the shapes of the sources."""
+    shapes = {
+        "instruction": {"instruction": "question {}", "response": "answer {}"},
+        "alpaca": {"instruction": "question {}", "input": "", "output": "answer {}"},
+        "qa": {"question": "question {}", "answer": "answer {}"},
+        "chat": {
+            "messages": [
+                {"role": "user", "content": "question {}"},
+                {"role": "assistant", "content": "answer {}", "weight": 1},
+            ]
+        },
+    }
+    home = folder / "rows"
+    home.mkdir()
+    for name, shape in shapes.items():
+        text = "".join(json.dumps(shape).replace("{}", str(i)) + "\n" for i in range(24))
+        (home / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("source", IMPORTS)
+def test_an_import_of_every_source_trains(rows: Path, source: str) -> None:
+    file, text, options = IMPORTS[source]
+    home = rows / source
+    home.mkdir()
+    (home / file).write_text(text, encoding="utf-8")
+    common = [
+        "--name",
+        source,
+        "--gpus",
+        "0",
+        "--set",
+        "output=null",
+        "--set",
+        "tracking.reportTo=null",
+        "-o",
+        f"{source}/job.yaml",
+    ]
+    imported = finetune(rows, "import", "--from", source, f"{source}/{file}", *options, *common)
     assert imported.returncode == 0, imported.stderr
-    text = (folder / "t.yaml").read_text(encoding="utf-8")
-    kept = "\n".join(
-        line
-        for line in text.splitlines()
-        if not line.startswith(("  output:", "    dir:", "    project:", "    layout:"))
-    )
-    (folder / "t.yaml").write_text(kept + "\n", encoding="utf-8")
-    trained = finetune(folder, "run", "t.yaml", "--local", "-o", "env")
+    trained = finetune(rows, "run", f"{source}/job.yaml", "--local", "-o", f"{source}/out")
     assert trained.returncode == 0, trained.stderr
+    assert len(list((home / "out" / "local").glob(f"{source}/*/model/_COMMITTED"))) == 1

@@ -1,0 +1,81 @@
+"""How fast the command line answers: `finetune --help`, and the offline commands people run all day.
+
+    python benchmarks/cli_startup.py --runs 20
+
+Method. Each command is started as a new process, in turns, and timed from start to end on the monotonic clock. The first turn
+warms the page cache and is left out; median and worst of the others are reported, in seconds, and the median CPU time, which
+a busy machine does not change. The promise is 0.4 s for `--help`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import record
+
+JOB = """\
+apiVersion: finetune-operator.io/v1alpha1
+kind: FineTuneJob
+metadata: {name: bot}
+spec: {model: {source: org/m}, dataset: {train: "s3://data/t.jsonl"}}
+"""
+ENV = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=instruction_jsonl\n"
+
+
+def measure(commands: dict[str, list[str]], runs: int) -> dict[str, dict[str, float]]:
+    """Times of every command."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for turn in range(runs + 1):
+        for name, words in commands.items():
+            start, before = time.perf_counter(), cpu_of_children()
+            subprocess.run([sys.executable, "-m", "finetune_cli", *words], check=True, capture_output=True)
+            if turn:
+                times[name].append((time.perf_counter() - start, cpu_of_children() - before))
+    return {
+        name: {
+            "medianSeconds": round(statistics.median(wall for wall, _ in found), 3),
+            "worstSeconds": round(max(wall for wall, _ in found), 3),
+            "medianCpuSeconds": round(statistics.median(cpu for _, cpu in found), 3),
+        }
+        for name, found in times.items()
+    }
+
+
+def cpu_of_children() -> float:
+    """CPU seconds of all ended children, user and system."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=20)
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        job, env = Path(folder, "job.yaml"), Path(folder, "train.env")
+        job.write_text(JOB, encoding="utf-8")
+        env.write_text(ENV, encoding="utf-8")
+        commands = {
+            "help": ["--help"],
+            "validate": ["validate", str(job)],
+            "explain": ["explain", "training.learningRate"],
+            "import": ["import", str(env)],
+        }
+        figures = {"runs": options.runs, **measure(commands, options.runs)}
+    print(json.dumps(figures, indent=1))
+    if not options.no_write:
+        print(record.write("cli_startup", figures, method=(__doc__ or "").partition("Method. ")[2].strip()))
+
+
+if __name__ == "__main__":
+    main()
