@@ -107,10 +107,15 @@ def read(body: Object) -> FakePod:
     labels = meta.get("labels") or {}
     return FakePod(
         namespace=meta["namespace"], name=meta["name"], uid=meta["uid"], job=labels.get(Label.NAME, ""),
-        attempt=int(labels.get(Label.ATTEMPT, 0)), index=int((meta.get("annotations") or {}).get(INDEX, 0)),
+        attempt=_number(labels.get(Label.ATTEMPT)), index=_number((meta.get("annotations") or {}).get(INDEX)),
         node=(body.get("spec") or {}).get("nodeName", ""), phase=(body.get("status") or {}).get("phase", "Pending"),
         deleting=bool(meta.get("deletionTimestamp")), body=body,
     )  # fmt: skip
+
+
+def _number(text: str | None) -> int:
+    """Pods of anybody may carry our labels, with anything in them."""
+    return int(text) if text and text.isdigit() else 0
 
 
 class FakeKubelet:
