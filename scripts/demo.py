@@ -97,6 +97,8 @@ def values(cluster: DemoCluster) -> dict[str, Any]:
             "addressingStyle": "path",
             "credentialsSecretRef": {"name": SECRET},
         },
+        # Training takes every core it finds; the operator must not be the one that starves.
+        "resources": {"requests": {"cpu": "250m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
         "settings": {"progressSeconds": 1, "scrape": {"intervalSeconds": 1, "startingIntervalSeconds": 1}},
     }
 
