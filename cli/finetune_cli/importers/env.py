@@ -35,6 +35,7 @@ METRICS = {
 }  # fmt: skip
 PRECISION = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 NOT_ACTED_ON = "that tool writes its metrics to fixed places, and so do we"
+SHORT_WORD = 12
 FOLDER_NAME = exactly(lambda t: bool(re.match(r"^[\w.-]+$", t)), "cannot be a folder's name", "letters, digits, _ . -")
 
 ROWS: tuple[Row, ...] = (
@@ -178,6 +179,9 @@ def _leading_lines(original: str) -> int:
 
 
 def _shorten(line: str) -> str:
+    """Enough of a stray line to find it; one long word may be a secret that lost its key."""
+    if " " not in line and len(line) > SHORT_WORD:
+        return line[:2] + "..."
     return line if len(line) <= 40 else line[:37] + "..."
 
 
@@ -289,7 +293,13 @@ def _split(draft: Draft) -> None:
     if total > 1 + 1e-6:
         draft.refuse(tuple(given), f"{names} = {total:g}, must not be more than 1", "make them smaller")
         return
-    for key, value in _ratios(given).items():
+    ratios = _ratios(given)
+    if ratios["TRAIN_RATIO"] <= 0:
+        draft.refuse(
+            tuple(given), "nothing is left for training", "make the other parts smaller", settles="dataset.split"
+        )
+        return
+    for key, value in ratios.items():
         part = {"TRAIN_RATIO": "train", "VAL_RATIO": "validation", "TEST_RATIO": "test"}[key]
         if key in given:
             draft.put(f"dataset.split.{part}", value, key)

@@ -93,6 +93,18 @@ def test_two_ratios_over_one_are_refused(env: Any) -> None:
     assert "TRAIN_RATIO+TEST_RATIO = 1.1, must not be more than 1" in mistake
 
 
+@pytest.mark.parametrize("text", ["TRAIN_RATIO=0\n", "VAL_RATIO=0.5\nTEST_RATIO=0.5\n"])
+def test_a_split_must_leave_something_to_train_on(env: Any, text: str) -> None:
+    (mistake,) = env(text).mistakes
+    assert "nothing is left for training" in mistake
+
+
+def test_a_stray_word_that_may_be_a_secret_is_not_shown(env: Any) -> None:
+    assert env("Sup3rS3cretValue\n").mistakes == [
+        "job.env:4: 'Su...' is not KEY=value; remove the line, or write KEY=value"
+    ]
+
+
 def test_own_files_leave_nothing_to_split(env: Any) -> None:
     found = env("VAL_DATA_PATH=s3://data/v.jsonl\nTRAIN_RATIO=0.9\n")
     assert found.at("dataset.split") is None
