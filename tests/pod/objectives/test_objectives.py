@@ -123,6 +123,41 @@ def test_the_reference_is_not_published(kind: str, model: Path, tmp_path: Path) 
     assert not any(p.requires_grad for name, p in outcome.model.named_parameters() if ".ref." in name)
 
 
+ALL: dict[str, tuple[Spec, list[Any]]] = {
+    "dpo": (objective("dpo"), PAIRS),
+    "kto": (objective("kto"), JUDGED),
+    "orpo": (objective("orpo"), PAIRS),
+    "reward": (objective("reward"), PAIRS),
+    "grpo": (grpo(rewards=[WITH_E], beta=0.1), PROMPTS),
+}
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_resume_is_exact(kind: str, model: Path, tmp_path: Path) -> None:
+    from finetune_trainer.inputs import RestoredCheckpoint
+
+    spec, rows = ALL[kind]
+    spec = merged(spec, {"checkpoint": {"strategy": "steps", "steps": 2}, "method": {"lora": {"dropout": 0.1}}})
+    whole = go(tmp_path / "a", model, spec, rows)
+    restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="s3://x")
+    resumed = go(tmp_path / "b", model, spec, rows, restore=restore)
+    assert (resumed.losses, resumed.grad_norms) == (whole.losses[2:], whole.grad_norms[2:])
+    assert whole.folder is not None and resumed.folder is not None
+    first, second = ((one.folder / "adapter_model.safetensors").read_bytes() for one in (whole, resumed))
+    assert first == second
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "reward"])
+def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> None:
+    spec, rows = ALL[kind]
+    outcome = go(
+        tmp_path, model, merged(spec, {"evaluation": {"strategy": "steps", "steps": 2}}), rows, validation=rows[:6]
+    )
+    assert len(outcome.eval_losses) == 2
+    assert all(math.isfinite(one) for one in outcome.eval_losses)
+    assert outcome.eval_losses[1] != outcome.eval_losses[0]
+
+
 # ---- dpo
 
 
