@@ -95,6 +95,9 @@ ROWS: tuple[Row, ...] = (
 )  # fmt: skip
 
 
+KEYS = frozenset(key for row in ROWS for key in (row.key, *row.aliases))
+
+
 def _validated(draft: Draft) -> bool:
     return draft.has("dataset.validation") or bool(draft.value("dataset.split.validation"))
 
@@ -159,14 +162,9 @@ def _file(document: Document, draft: Draft) -> Iterator[Entry]:
                 Mistake(place, "", f"{_shorten(shown)!r} is not KEY=value", "remove the line, or write KEY=value")
             )
         elif binding.key is not None and binding.value is None:
-            draft.mistakes.append(
-                Mistake(
-                    place,
-                    binding.key,
-                    "it has no `=` and no value",
-                    f"write {binding.key}=value, or {binding.key}= for none",
-                )
-            )
+            name = binding.key if binding.key in KEYS else _shorten(binding.key)
+            hint = f"write {name}=value, or {name}= for none"
+            draft.mistakes.append(Mistake(place, name, "it has no `=` and no value", hint))
         elif binding.key is not None and binding.value is not None:
             value = _interpolate(binding.value, values, draft, place, binding.key)
             values[binding.key] = value

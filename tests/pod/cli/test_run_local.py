@@ -97,9 +97,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path) -> None:
     assert (other.returncode, "holds the work of another bot" in other.stderr) == (1, True)
     again = finetune(folder, *words)
     assert again.returncode == 0, again.stderr
-    log = (folder / "stopped/.finetune/bot/attempt-2.log").read_text(encoding="utf-8")
-    assert f"step-{saved:08d}" in log
-    assert "step 300/300" in log
+    words_left = json.loads((folder / "stopped/.finetune/bot/work/last-words.json").read_text(encoding="utf-8"))
+    assert (words_left["resumedFromStep"], words_left["step"]) == (saved, 300)
 
 
 IMPORTS: dict[str, tuple[str, str, list[str]]] = {

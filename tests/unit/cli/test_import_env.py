@@ -101,7 +101,7 @@ def test_a_split_must_leave_something_to_train_on(env: Any, text: str) -> None:
 
 def test_a_stray_word_that_may_be_a_secret_is_not_shown(env: Any) -> None:
     assert env("Sup3rS3cretValue\n").mistakes == [
-        "job.env:4: 'Su...' is not KEY=value; remove the line, or write KEY=value"
+        "job.env:4: Su...: it has no `=` and no value; write Su...=value, or Su...= for none"
     ]
 
 
