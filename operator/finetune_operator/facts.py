@@ -48,9 +48,9 @@ class Facts:
         object.__setattr__(self, "spec", self._spec())
 
     def _spec(self) -> FineTuneJobSpec:
-        """The spec that holds now: resolved and adapted, if it is accepted."""
+        """The spec that holds now: resolved and adapted, if it is accepted; as far as it can be read, if not."""
         if not isinstance(self.acceptance, Accepted):
-            return FineTuneJobSpec()
+            return self.acceptance.spec or FineTuneJobSpec()
         adaptations = self.job.status.adaptations
         return adapted(self.acceptance.spec, adaptations) if adaptations else self.acceptance.spec
 

@@ -5,7 +5,7 @@ What only another spec can mend is final. What the platform team can mend (a poo
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune_api.defaults import Context, resolve
@@ -41,6 +41,8 @@ class Refused:
     message: str
     hint: str = ""
     final: bool = True
+    spec: FineTuneJobSpec | None = None
+    """As it was written, if it can be read: an attempt that runs already goes on by it."""
 
 
 def accept(raw: Object, config: OperatorConfig) -> Accepted | Refused:
@@ -54,16 +56,15 @@ def accept(raw: Object, config: OperatorConfig) -> Accepted | Refused:
     if problems or missing:
         found = [*problems, *missing]
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
-        return Refused(reason, clean("; ".join(str(one) for one in found)), hint=found[0].hint)
+        return Refused(reason, clean("; ".join(str(one) for one in found)), hint=found[0].hint, spec=spec)
     pool = _pool(spec, config)
     if isinstance(pool, Refused):
-        return pool
+        return replace(pool, spec=spec)
     resolution = resolve(spec, context=_context(config, pool))
     if resolution.spec.storage.uri is None:
         message = "spec.storage.uri is absent, and the operator's configuration has no default storage"
-        return Refused(
-            Reason.STORAGE_NOT_CONFIGURED, message, "write spec.storage.uri: s3://bucket/prefix", final=False
-        )
+        hint = "write spec.storage.uri: s3://bucket/prefix"
+        return Refused(Reason.STORAGE_NOT_CONFIGURED, message, hint, final=False, spec=spec)
     size = len(resolution.spec.model_dump_json(by_alias=True, exclude_none=True))
     if size > MAX_SPEC_BYTES:
         message = f"the spec with its defaults takes {size} bytes, and a pod's annotation carries {MAX_SPEC_BYTES}"

@@ -122,6 +122,18 @@ def test_start_timeout_needs_a_human_and_is_not_the_end() -> None:
     assert "Stalled" not in truths(early)
 
 
+def test_a_pool_that_vanished_does_not_disturb_what_runs() -> None:
+    written = spec(resources={"nodes": 2, "nodePool": "gone", "gpusPerNode": 1}, policy={"activeDeadlineSeconds": 100})
+    pods = [pod(), pod(index=1)]
+    found = facts(written=written, known=status(**RUNNING), jobs=[job()], pods=pods, now=at(50))
+    assert decide(found).condemn is None
+    shown = told(found)
+    assert shown.workers is not None and shown.workers.display == "2/2"
+    assert truths(shown)["Accepted"] == "False"
+    late = decide(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=pods, now=at(101)))
+    assert late.condemn is not None and late.condemn.reason is Reason.DEADLINE_EXCEEDED
+
+
 def test_transition_times_only_move_with_the_status() -> None:
     first = told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod(ready=False)], now=at(10)))
     second = told(facts(known=first, jobs=[job()], pods=[pod(ready=False)], now=at(20)))
