@@ -8,6 +8,7 @@ client limits, in both arms the same. Two arms take turns: `bare` creates batch/
 exist, the scheduler starts, KWOK lets pods that are bound run and end with success, and a watch notes when all Jobs are
 Complete, or all FineTuneJobs Succeeded. CPU is read from /proc of every program but this one and KWOK. Then nothing happens for a while (idle), the operator
 is restarted, and at last jobs run that tell a new step each second (steady): staleness is the age of the step in status.
+A machine that was busy before (`loadBefore` is its load average then) makes all but the counts meaningless.
 The operator has its shipped configuration. Requests are its own count; events are reported apart from writes.
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -296,11 +298,12 @@ def main() -> int:
     size = Size(
         options.jobs, options.rounds, options.clients, options.idle_seconds, options.steady_seconds, options.timeout
     )
+    load = os.getloadavg()[0]
     figures = asyncio.run(measure(size))
     verdicts = judge(figures, json.loads(BUDGETS.read_text()))
     for one in verdicts:
         print(f"{one['verdict']:18} {one['figure']:38} {one['measured']:>10} (limit {one['limit']}): {one['why']}")
-    found = figures | {"size": vars(size), "budgets": verdicts}
+    found = figures | {"size": vars(size), "budgets": verdicts, "loadBefore": round(load, 2)}
     if options.output:
         options.output.write_text(json.dumps(found, indent=1))
     else:

@@ -134,7 +134,9 @@ class KubeApi:
         for last in self._states(resource, namespace, name, time.monotonic() + timeout):
             if last is not None and good(last):
                 return last
-        shown = json.dumps((last or {}).get("status", last), indent=1)[:4000]
+        status = dict((last or {}).get("status") or {})
+        status.pop("resolved", None)
+        shown = json.dumps(status if last else None, indent=1)[:4000]
         what = what or "as awaited"
         raise AssertionError(f"{resource} {namespace}/{name} was not {what} within {timeout:.0f} s: {shown}")
 

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 _outcomes: dict[int, dict[str, int]] = {}
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "row(*numbers): rows of the fault matrix (docs/guides/faults.md) shown by this test")
+def register(config: pytest.Config) -> None:
+    """For the `pytest_configure` of a conftest; several may call it."""
+    name = "fault-rows"
+    if config.pluginmanager.has_plugin(name):
+        return
+    config.pluginmanager.register(sys.modules[__name__], name)
+    config.addinivalue_line(
+        "markers", "row(*numbers): rows of the fault matrix (docs/guides/faults.md) shown by this test"
+    )
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -8,17 +8,13 @@ import pytest
 
 from localcluster import ControlPlane, Endpoint
 from tests.support.rig import fault_cluster, rig
-from tests.support.rows import (
-    pytest_configure,
-    pytest_runtest_logreport,
-    pytest_runtest_setup,
-    pytest_terminal_summary,
-)
+from tests.support.rows import register
 
-__all__ = [
-    "fault_cluster", "pytest_configure", "pytest_runtest_logreport", "pytest_runtest_setup", "pytest_terminal_summary",
-    "rig",
-]  # fmt: skip
+__all__ = ["fault_cluster", "rig"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    register(config)
 
 
 @pytest.fixture(scope="session")
