@@ -291,13 +291,13 @@ def _split(draft: Draft) -> None:
     if total > 1 + 1e-6:
         draft.refuse(tuple(given), f"{names} = {total:g}, must not be more than 1", "make them smaller")
         return
-    ratios = _ratios(given)
-    if ratios["TRAIN_RATIO"] <= 0:
+    parts = _ratios(given)
+    if parts["TRAIN_RATIO"] <= 0:
         draft.refuse(
             tuple(given), "nothing is left for training", "make the other parts smaller", settles="dataset.split"
         )
         return
-    for key, value in ratios.items():
+    for key, value in parts.items():
         part = {"TRAIN_RATIO": "train", "VAL_RATIO": "validation", "TEST_RATIO": "test"}[key]
         if key in given:
             draft.put(f"dataset.split.{part}", value, key)

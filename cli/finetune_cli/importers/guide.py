@@ -133,7 +133,7 @@ FIXED = "fixed in its code"
 
 
 def _four_bits(draft: Draft) -> bool:
-    return draft.value("method.type") == "qlora"
+    return bool(draft.value("method.type") == "qlora")
 
 
 PROFILE: tuple[Fill, ...] = (
