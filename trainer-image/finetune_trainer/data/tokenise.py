@@ -166,7 +166,12 @@ def encoded(
     ends = _Ends.of(tokenizer, rules)
     stream = iter(texts)
     while batch := list(islice(stream, BATCH)):
-        encoded = tokenizer([item.text for _, item in batch], add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
+        encoded = tokenizer(
+            [item.text for _, item in batch],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+        )
         for (place, item), ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             yield place, *ends.close(list(ids), labels_of(ids, offsets, item.spans), item.templated)
 

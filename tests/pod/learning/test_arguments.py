@@ -12,6 +12,8 @@ from finetune_api.errors import ConfigError
 
 from tests.support.learning import make_run
 
+pytestmark = pytest.mark.pod
+
 
 def gpu_arguments(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a run on one GPU."""
