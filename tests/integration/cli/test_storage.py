@@ -1,0 +1,103 @@
+"""`checkpoints` and `purge` against a real S3 server, with the user's own credentials and with the job's Secret."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from botocore.config import Config
+
+from localcluster import S3Endpoint
+from tests.integration.cli.conftest import Result, condition, set_status
+from tests.support.kubeapi import KubeApi
+
+Finetune = Callable[..., Result]
+DONE = {"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]}
+
+
+@pytest.fixture
+def bucket(s3_server: S3Endpoint, namespace: str) -> Any:
+    """A bucket of the test's own."""
+    s3 = boto3.resource(
+        "s3", endpoint_url=s3_server.host_url, aws_access_key_id=s3_server.access_key, aws_secret_access_key=s3_server.secret_key,
+        region_name="us-east-1", config=Config(s3={"addressing_style": "path"}, request_checksum_calculation="when_required"),
+    )  # fmt: skip
+    return s3.create_bucket(Bucket=f"bucket-{namespace}")
+
+
+@pytest.fixture
+def stored(bucket: Any, s3_server: S3Endpoint, job: Callable[..., dict[str, Any]], namespace: str, api: KubeApi) -> str:
+    """A job with one committed checkpoint, and one whose pod died before the marker; returns its prefix in the bucket."""
+    secret = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
+    api.create("secrets", namespace, {"metadata": {"name": "s3"}, "stringData": secret})
+    storage = {
+        "uri": f"s3://{bucket.name}/root",
+        "endpoint": s3_server.host_url,
+        "credentialsSecretRef": {"name": "s3"},
+    }
+    made = job(storage=storage)
+    prefix = f"root/{namespace}/bot/{made['metadata']['uid']}"
+    data = b"weights" * 1000
+    folder = f"{prefix}/checkpoints/step-00000010"
+    manifest = json.dumps(
+        {"files": [{"path": "w.bin", "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}]}
+    ).encode()
+    marker = {"attempt": 1, "path": "a1-00000000", "manifestSha256": hashlib.sha256(manifest).hexdigest()}
+    bucket.put_object(Key=f"{folder}/a1-00000000/w.bin", Body=data)
+    bucket.put_object(Key=f"{folder}/a1-00000000/manifest.json", Body=manifest)
+    bucket.put_object(Key=f"{folder}/_COMMITTED", Body=json.dumps(marker).encode())
+    bucket.put_object(Key=f"{prefix}/checkpoints/step-00000020/a1-00000000/w.bin", Body=b"half")
+    bucket.put_object(Key="root/other/file", Body=b"somebody else's")
+    return prefix
+
+
+@pytest.fixture(autouse=True)
+def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No credentials from outside."""
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+def test_verify_and_download(finetune: Finetune, stored: str, tmp_path: Path) -> None:
+    assert finetune("checkpoints", "bot", "--verify", "--use-secret") == Result(
+        0, "checkpoints/step-00000010: ok, 6.8 KiB\n", ""
+    )
+    assert finetune("checkpoints", "bot", "--download", "10", "--to", str(tmp_path), "--use-secret").code == 0
+    assert (tmp_path / "w.bin").read_bytes() == b"weights" * 1000
+    result = finetune("checkpoints", "bot", "--download", "20", "--use-secret")
+    assert (result.code, "20 is not committed below s3://" in result.err) == (1, True)
+
+
+def test_damage_is_found(finetune: Finetune, stored: str, bucket: Any) -> None:
+    bucket.put_object(Key=f"{stored}/checkpoints/step-00000010/a1-00000000/w.bin", Body=b"x" * 7000)
+    result = finetune("checkpoints", "bot", "--verify", "--use-secret")
+    assert result.code == 1
+    assert "w.bin is damaged: 7000 bytes" in result.err
+
+
+def test_the_users_own_credentials(
+    finetune: Finetune, stored: str, s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = finetune("checkpoints", "bot", "--verify")
+    assert (result.code, "Unable to locate credentials" in result.err) == (1, True)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
+    assert finetune("checkpoints", "bot", "--verify").code == 0
+
+
+def test_purge_removes_the_jobs_own_and_asks(
+    finetune: Finetune, stored: str, bucket: Any, api: KubeApi, namespace: str
+) -> None:
+    assert "bot has not ended: cancel it first" in finetune("purge", "bot", "--use-secret").err
+    set_status(api, namespace, "bot", DONE)
+    assert "would be removed for good: confirm with --yes-purge bot" in finetune("purge", "bot", "--use-secret").err
+    assert "it is not the job's name" in finetune("purge", "bot", "--use-secret", "--yes-purge", "other").err
+    result = finetune("purge", "bot", "--use-secret", "--yes-purge", "bot")
+    assert (result.code, result.out) == (0, "bot: 4 objects, 7.1 KiB, removed\n")
+    assert [one.key for one in bucket.objects.all()] == ["root/other/file"]
