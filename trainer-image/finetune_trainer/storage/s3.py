@@ -26,11 +26,11 @@ from finetune_trainer.storage.base import Counter, Created, Stat, join
 from finetune_trainer.storage.errors import Place, explain, status_of
 
 MIB = 1024 * 1024
-PART_BYTES = 16 * MIB
+PART_BYTES = 8 * MIB
 RANGE_BYTES = 8 * MIB
 MAX_PARTS = 9000
-CONCURRENCY = 8
-"""Parts or ranges at a time; with the one being hashed, at most 72 MiB of a download are in memory."""
+CONCURRENCY = 10
+"""Parts or ranges at a time; with the one being hashed, at most 88 MiB of a download are in memory."""
 ATTEMPTS = 9
 DEFAULT_REGION = "us-east-1"
 BATCH = 1000
