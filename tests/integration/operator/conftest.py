@@ -1,4 +1,4 @@
-"""One control plane and one operator process for the whole folder; a namespace a test."""
+"""One control plane for all, one operator process a module, a namespace a test."""
 
 from __future__ import annotations
 
@@ -59,11 +59,11 @@ def config(progress: Progress) -> dict[str, object]:
     }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def operator(
     served: Endpoint, config: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Operator]:
-    """The operator, running."""
+    """The operator, running. For a module, not longer: other folders' tests run operators of theirs on the same server."""
     found = Operator(tmp_path_factory.mktemp("operator"), served.kubeconfig, config)
     found.start()
     yield found

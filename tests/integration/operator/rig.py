@@ -379,6 +379,9 @@ async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIt
         try:
             yield found
         finally:
+            for body in list(found.ftjs.items.values()):
+                meta = body["metadata"]
+                await kube.delete(FINETUNEJOB, namespace, meta["name"], uid=meta["uid"], foreground=False)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
