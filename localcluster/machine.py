@@ -157,8 +157,11 @@ def take_lock(folder: Path) -> TextIO:
 
 def clean_machine() -> None:
     """Remove the cable and the cgroups. Only for the holder of the lock."""
-    if Path(f"/sys/class/net/{HOST_LINK}").exists():
-        run("ip", "link", "del", HOST_LINK)
+    link = Path(f"/sys/class/net/{HOST_LINK}")
+    if link.exists():
+        # The kernel may be removing it at this moment, with the namespace that its other end was in.
+        subprocess.run(["ip", "link", "del", HOST_LINK], capture_output=True)
+        processes.wait_until(f"the end of {HOST_LINK}", lambda: not link.exists(), servers=[], timeout=10)
     cgroups.remove()
 
 

@@ -285,6 +285,8 @@ class NodeCluster:
         if self._ended(f"containerd-{name}"):
             argv = ["containerd", "-c", str(node.folder / "containerd.toml")]
             self._machine.start_component(f"containerd-{name}", node, argv)
+            # A kubelet that finds no runtime ends.
+            processes.wait_until(f"containerd of {name}", self.containerd(node).answers, servers=[], timeout=30)
         if self._ended(f"kubelet-{name}"):
             self._start_kubelet(build.ensure(build.KUBE), node)
         self._wait(f"node {name}", lambda: name in ready_nodes(self.endpoint, since=begun))
