@@ -14,6 +14,8 @@ from tests.support.rig import FTJ, Rig
 
 pytestmark = pytest.mark.faults
 NARROW = ["Name", "Status", "Progress", "Loss", "Eta", "Workers", "Restarts", "Age"]
+NOT_YET = {"Loss", "Checkpoint", "Duration"}
+"""Blank until there is one: their values are a number, an address and a span."""
 WIDE = ["Model", "Method", "Checkpoint", "Duration", "Reason"]
 
 
@@ -62,8 +64,8 @@ def test_the_table_is_never_blank_without_meaning(rig: Rig) -> None:
     assert {name: row["Status"] for name, row in rows.items()} == {
         "asleep": "Suspended", "broken": "Failed", "done": "Succeeded", "waiting": "Starting",
     }  # fmt: skip
-    blank = [(name, title) for name, row in rows.items() for title, cell in row.items() if cell in (None, "")]
-    assert blank == []
+    blank = {(name, title) for name, row in rows.items() for title, cell in row.items() if cell in (None, "")}
+    assert {title for _, title in blank} <= NOT_YET
 
 
 @pytest.mark.row(55)
