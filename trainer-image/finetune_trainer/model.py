@@ -137,7 +137,7 @@ def quantization_config(
     bits = spec.bits if spec and spec.bits else 4 if run.spec.method.type is MethodType.QLORA else None
     if bits is None:
         return None
-    keep = ["lm_head", *skip] if skip else None
+    keep = ["lm_head", "score", *skip] if skip else None
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
     types = {

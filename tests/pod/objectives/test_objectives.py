@@ -100,6 +100,15 @@ def test_full_reward_model_is_a_model_with_its_head(model: Path, tmp_path: Path)
     assert (loaded.config.num_labels, list(info["missing_keys"])) == (1, [])
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_spectrum_trains_the_head_of_a_reward_model(bits: int | None, model: Path, tmp_path: Path) -> None:
+    quantization = {"model": {"quantization": {"bits": bits}}} if bits else {}
+    whole = {"training": {"batchSizePerDevice": 10, "learningRate": 1e-3, "maxSteps": 8}}
+    outcome = go(tmp_path, model, {"trainer": {"type": "reward"}, "method": {"type": "spectrum"}, **quantization, **whole}, PAIRS)
+    assert outcome.model.score.weight.requires_grad
+    assert outcome.losses[-1] < outcome.losses[0]
+
+
 def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
     # A random model says something with an "e" in four of ten answers.
     steps = {"training": {"maxSteps": 30, "batchSizePerDevice": 16, "scheduler": "constant", "learningRate": 1e-2}}

@@ -74,7 +74,7 @@ SPECS: dict[str, dict[str, Any]] = {
 RESUMED = ("ddp lora", "fsdp full", "fsdp full, whole states", "fsdp lora", "zero2 full", "zero3 full", "zero3 lora")
 BEST = {
     "fsdp best": merged(merged(LORA, fsdp()), {"training": {"learningRate": 0.03}}),
-    "zero2 best": merged(merged(FULL, zero(2)), {"training": {"learningRate": 0.01, "batchSizePerDevice": 4}}),
+    "zero2 best": merged(merged(FULL, zero(2)), {"training": {"learningRate": 0.01}}),
     "zero3 best": merged(merged(LORA, zero(3)), {"training": {"learningRate": 0.03}}),
 }
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {

@@ -97,11 +97,12 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, selection: Selection | Non
     chosen = selection or select(run, inputs, model)
     quantized = bool(getattr(model, "is_loaded_in_4bit", False))
     ends = [] if quantized else [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends.append(getattr(model, "score", None))  # a reward model's head begins at random
     always = {id(p) for module in ends if module is not None for p in module.parameters()}
     for name, parameter in model.named_parameters():
         wanted = name.rsplit(".", 1)[0] in chosen.modules or id(parameter) in always
         parameter.requires_grad_(wanted and parameter.is_floating_point())
-        if wanted and quantized:
+        if wanted and quantized and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     notes = [f"spectrum trains {len(chosen.modules)} modules{'' if quantized else ', the head and the embeddings'}"]
     return Applied(model, OutputKind.MODEL, notes=notes, extra_files={SNR_FILE: chosen.to_json()})
