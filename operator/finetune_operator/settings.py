@@ -93,7 +93,7 @@ class NodePool(Wire):
     tolerations: tuple[Toleration, ...] = Field(default=(), description="Taints of the pool's nodes.")
     gpu_resource: LabelKey = Field(default="nvidia.com/gpu", description="Resource name of a GPU or of a slice.")
     gpus_per_node: int = Field(default=0, ge=0, le=64, description="GPUs a node has; 0: a pool for CPU training.")
-    gpu_memory: Quantity | None = Field(default=None, description="Memory of one GPU, for estimates.")
+    gpu_memory: Quantity | None = Field(default=None, description="Memory of one GPU, shown where pools are listed.")
     max_nodes: int | None = Field(default=None, ge=1, description="Nodes the pool can have; absent: not known.")
     resources: PoolResources = Field(default=PoolResources(), description="What a pod gets on this pool.")
 

@@ -130,5 +130,10 @@ def _by_resource(config: OperatorConfig, resource: str | None) -> NodePool | Non
 def _pools(config: OperatorConfig) -> str:
     if not config.node_pools:
         return "the operator's configuration has no pools"
-    shown = ", ".join(f"{pool.name} ({pool.gpus_per_node} x {pool.gpu_resource})" for pool in config.node_pools)
-    return f"pools are: {shown}"
+    return f"pools are: {', '.join(_shown(pool) for pool in config.node_pools)}"
+
+
+def _shown(pool: NodePool) -> str:
+    memory = f" of {pool.gpu_memory}" if pool.gpu_memory is not None else ""
+    about = f": {pool.description}" if pool.description else ""
+    return f"{pool.name} ({pool.gpus_per_node} x {pool.gpu_resource}{memory}{about})"

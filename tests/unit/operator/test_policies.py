@@ -16,7 +16,7 @@ from finetune_operator.policies.cause import Cause, Fate, Weight, cause_of, pod_
 from finetune_operator.policies.ladder import Exhausted, adapted, after_divergence, after_memory
 from finetune_operator.policies.retry import Again, Stop, after
 from finetune_operator.policies.waiting import Waiting, events_waiting, pods_waiting
-from finetune_operator.settings import OperatorConfig, RetrySettings
+from finetune_operator.settings import NodePool, OperatorConfig, RetrySettings
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +65,12 @@ def test_refusals(written: dict[str, Any], reason: Reason, words: str, final: bo
     found = refused(written)
     assert (found.reason, found.final) == (reason, final)
     assert words in found.message
+
+
+def test_a_pool_is_shown_with_what_the_configuration_says_of_it() -> None:
+    pool = NodePool(name="h200", gpus_per_node=8, gpu_memory="141Gi", description="for large models")
+    found = refused(spec(resources={"nodePool": "none"}), CONFIG.model_copy(update={"node_pools": (pool,)}))
+    assert found.message.endswith("pools are: h200 (8 x nvidia.com/gpu of 141Gi: for large models)")
 
 
 @pytest.mark.parametrize(
