@@ -23,6 +23,7 @@ from tools import KIND, kind
 
 from localcluster import s3_pod
 from localcluster.errors import NotRunning
+from localcluster.machine import take_lock
 from localcluster.node_cluster import NodeCluster
 from localcluster.processes import Lifetime
 from localcluster.s3 import S3Endpoint, is_ready, new_keys
@@ -87,6 +88,8 @@ class Local(DemoCluster):
         self._was_up = False
 
     def steps(self) -> list[Step]:
+        if not self._is_up():
+            take_lock(self._cluster.state_dir).close()  # another cluster is better found now than after the slow steps
         return local_steps()
 
     def up(self) -> None:
