@@ -14,7 +14,7 @@ from finetune_api.status import FineTuneJobStatus
 
 from tests.e2e.jobs.site import Room, job
 
-STEPS, EVERY = 120, 20
+STEPS, EVERY = 100, 10
 ONE_POD: dict[str, Any] = {"gpusPerNode": 0, "processesPerNode": 2, "cpu": "100m", "memory": "3Gi"}
 TWO_PODS: dict[str, Any] = {"gpusPerNode": 0, "nodes": 2, "cpu": "100m", "memory": "2Gi"}
 
@@ -26,7 +26,7 @@ def long_job(name: str, resources: dict[str, Any]) -> dict[str, Any]:
         resources=resources,
         method={"type": "lora", "lora": {"dropout": 0.1}},
         training={
-            "maxSteps": STEPS, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "learningRate": 0.001,
+            "maxSteps": STEPS, "batchSizePerDevice": 4, "gradientAccumulationSteps": 2, "learningRate": 0.001,
         },
         checkpoint={"steps": EVERY},
         policy={"terminationGracePeriodSeconds": 60},
