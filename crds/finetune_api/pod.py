@@ -163,10 +163,15 @@ class LastWords(Lenient):
         for key in ("hint", "message"):
             excess = len(_compact(value)) - MAX_TERMINATION_BYTES
             if excess > 0 and isinstance(value.get(key), str):
-                kept = value[key].encode()[: max(0, len(value[key].encode()) - excess - 16)].decode(errors="ignore")
+                kept = (
+                    value[key]
+                    .encode(errors="replace")[: max(0, len(value[key].encode(errors="replace")) - excess - 16)]
+                    .decode(errors="ignore")
+                )
                 value[key] = kept + " ..."
         return _compact(value).decode()
 
 
 def _compact(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    """Bytes that are always UTF-8: half a character from a torn log line must not cost the whole message."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")

@@ -78,7 +78,9 @@ class Spectrum(Group):
     """`method.spectrum`: train the layers with the best signal-to-noise ratio in full, freeze the rest."""
 
     snr_threshold: Annotated[float, Field(ge=0, le=1)] | None = option(
-        "Threshold t: of the modules of each kind the best 1 - t are trained, so a higher one trains fewer.", default=0.5, example=0.25
+        "Threshold t: of the modules of each kind the best 1 - t are trained, so a higher one trains fewer.",
+        default=0.5,
+        example=0.25,
     )
     layers: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, max_length=1024)] | None = option(
         "Layer numbers to train, from 0, instead of a scan. Default: scan.", example=[0, 1, 10]

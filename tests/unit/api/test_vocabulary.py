@@ -281,6 +281,13 @@ def test_last_words_fit_into_what_a_kubelet_keeps() -> None:
     assert found.message and found.message.endswith(" ...")
 
 
+def test_last_words_survive_half_a_character() -> None:
+    words = LastWords(class_="Internal", code="Unclassified", message="torn \udcff" + "x" * 5000)
+    text = words.to_json()
+    assert len(text.encode()) <= names.MAX_TERMINATION_BYTES
+    assert LastWords.model_validate_json(text).message.startswith("torn ?")
+
+
 def test_failures_cross_process_borders() -> None:
     import pickle
 
