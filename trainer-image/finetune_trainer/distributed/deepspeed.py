@@ -342,7 +342,9 @@ def _require_whole_weights_unneeded(run: RunConfig) -> None:
     hint = "write zeroStage 2, or use fsdp"
     if method is MethodType.QLORA or (quantization is not None and quantization.bits):
         raise ConfigError(
-            "StrategyAndMethod", "ZeRO stage 3 cannot shard a quantised base", hint=f"{hint}, or do not quantise"
+            "StrategyAndMethod",
+            "ZeRO stage 3 cannot shard a quantised base",
+            hint="write zeroStage 2, or do not quantise",
         )
     if method is MethodType.SPECTRUM:
         raise ConfigError(

@@ -170,6 +170,12 @@ class Fsdp(Plan):
                 "StrategyAndMethod", f"method {run.spec.method.type} looks its virtual tokens up outside the layers that FSDP gathers",
                 hint="write `distributed: {strategy: ddp}`: so few parameters are trained that nothing is gained by sharding them",
             )  # fmt: skip
+        if run.spec.method.type is MethodType.SPECTRUM and _bits(run):
+            raise ConfigError(
+                "StrategyAndMethod",
+                "spectrum trains whole weights between quantised ones, and FSDP gathers those of a layer in one number type",
+                hint="write `distributed: {strategy: ddp}`, or do not quantise: FSDP shards the whole weights too",
+            )
         if _bits(run) == 8:
             raise ConfigError(
                 "StrategyAndQuantization", "model.quantization.bits is 8, and 8-bit weights cannot be sharded",
