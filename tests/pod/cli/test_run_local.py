@@ -162,7 +162,13 @@ def rows(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("source", IMPORTS)
+QUICK = ("yaml", "openai")
+"""Trained in `make test`; all of them in `make test-faults`, since each costs a start of the trainer."""
+
+
+@pytest.mark.parametrize(
+    "source", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in IMPORTS]
+)
 def test_an_import_of_every_source_trains(rows: Path, source: str) -> None:
     file, text, options = IMPORTS[source]
     home = rows / source
