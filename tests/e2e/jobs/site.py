@@ -72,6 +72,7 @@ class Site:
         """The chart with the demo's values; `more` wins. Returns Helm's notes."""
         self.api.patch("namespaces", None, demo.RELEASE, restricted(demo.RELEASE), patch="apply")
         values = demo.values(Place(self.cluster.s3)) | more  # type: ignore[arg-type]  # of a cluster it needs these only
+        values["settings"] |= {"retry": {"baseSeconds": 1}}
         values["trainer"] |= {"resources": SMALL, "env": {"OMP_NUM_THREADS": "1"}}
         chart = str(ROOT / "helm/finetune-operator")
         return self.helm(
