@@ -54,7 +54,7 @@ def weights(room: Room, status: FineTuneJobStatus) -> dict[str, str]:
 
 def rank_of(room: Room, pod: str) -> int:
     """Process id, in the container, of the last rank."""
-    script = 'for p in /proc/[0-9]*; do tr "\\0" " " < $p/cmdline 2>/dev/null | grep -q "[f]inetune_trainer train" && echo ${p#/proc/}; done'
+    script = 'for p in /proc/[0-9]*; do tr "\\0" " " < $p/cmdline 2>/dev/null | grep -q "[f]inetune_trainer train" && echo ${p#/proc/}; done; true'
     found = sorted(int(line) for line in room.execute(pod, script).split())
     return found[-1]
 
