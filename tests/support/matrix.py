@@ -147,6 +147,7 @@ def _alike(tables: dict[str, Table]) -> Iterator[tuple[list[str], Table]]:
 def expected(strategy: str) -> Table:
     """What the page says of a strategy."""
     text = PAGE.read_text()
+    assert strategy in text, f"the page does not speak of {strategy}: python -m tests.support.matrix '{strategy}'"
     reasons = dict(re.findall(r"^(\d+)\. (.+)$", text.split("\n## Refused\n")[1], re.MULTILINE))
     block = next(one for one in text.split("\n## ") if strategy in one.splitlines()[0].split("; "))
     table: Table = {}
