@@ -29,9 +29,9 @@ MAX_BYTES = 64 * 1024
 """Longest answer that is read."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, order=True)
 class Target:
-    """Whom to ask, and who is expected to answer."""
+    """Whom to ask, and who is expected to answer. Ordered, because equal times leave the heap nothing else to compare."""
 
     uid: str
     attempt: int
