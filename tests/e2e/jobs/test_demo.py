@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import demo
@@ -47,14 +48,21 @@ class OnSite(DemoCluster):
         return self._site.cluster.kubectl(*arguments, stdin=stdin)
 
 
-def test_the_story_is_told_to_its_end(site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def lent(site: Site) -> Iterator[Site]:
+    """The installation, which is put back to the tests' values when the demo has set its own."""
+    yield site
+    site.install()
+
+
+def test_the_story_is_told_to_its_end(lent: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny_model(tmp_path / "model", hidden=128, layers=4)
     out = tmp_path / "out.txt"
     with out.open("w") as file:
         monkeypatch.setattr(demo, "console", Console(file=file, width=200))
         monkeypatch.setattr(demo, "ensure", lambda: model)
-        demo.story(OnSite(site))
-    site.api.delete("namespaces", None, demo.NAMESPACE)
+        demo.story(OnSite(lent))
+    lent.api.delete("namespaces", None, demo.NAMESPACE)
     text = out.read_text()
     for fact in (
         "kubectl apply -f examples/quickstart.yaml", "phase Running", "phase Succeeded", "100 % of the steps done",

@@ -17,6 +17,8 @@ def test_operator_runs_under_restricted_and_logs_no_refusal(site: Site) -> None:
 
 
 def test_an_upgrade_with_the_same_values_changes_nothing(site: Site) -> None:
+    site.install()
+    site.api.wait_list("pods", demo.RELEASE, lambda pods: len(pods) == 1, timeout=60)  # an older one may still end
     (before,) = site.api.list("pods", demo.RELEASE)
     site.install()
     (after,) = site.api.list("pods", demo.RELEASE)
