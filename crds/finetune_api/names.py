@@ -81,6 +81,8 @@ class Env(StrEnum):
     """See STORAGE_ACCESS_KEY."""
     STORAGE_SESSION_TOKEN = "AWS_SESSION_TOKEN"
     """See STORAGE_ACCESS_KEY; optional in the Secret."""
+    STORAGE_CUSTOMER_KEY = "AWS_SSE_CUSTOMER_KEY"
+    """From `storage.encryption.customerKeySecretRef`, 32 bytes in base64; under the same prefixes for the other two connections."""
 
 
 MODEL_CREDENTIALS_PREFIX = "MODEL_"

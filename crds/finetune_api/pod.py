@@ -15,7 +15,7 @@ from pydantic import Field
 from finetune_api.base import Lenient, Wire
 from finetune_api.names import MAX_TERMINATION_BYTES, FailureClass
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.spec.enums import AddressingStyle
+from finetune_api.spec.enums import AddressingStyle, EncryptionType
 from finetune_api.status import Checkpoint, Metrics, Output, Progress, Resolved, Stage
 
 
@@ -29,6 +29,13 @@ class StoreTarget(Wire):
     ca_bundle: str | None = Field(default=None, description="File with PEM certificates to trust.")
     credentials_prefix: str = Field(
         default="", description="Prefix of the AWS_ variables that carry the credentials; empty: the plain ones."
+    )
+    encryption: EncryptionType | None = Field(
+        default=None, description="Server-side encryption to ask for; absent: the bucket's own setting."
+    )
+    kms_key_id: str | None = Field(default=None, description="Key of the key service, with encryption kms.")
+    customer_key_variable: str | None = Field(
+        default=None, description="Environment variable that carries the customer's key, with encryption customerKey."
     )
 
 

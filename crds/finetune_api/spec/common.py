@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import Group, option
-from finetune_api.spec.enums import AddressingStyle
+from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
 ObjectName = Annotated[
     str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", min_length=1, max_length=253)
@@ -45,8 +45,42 @@ class ConfigMapKeyRef(Group):
     key: Key = Field(description="Key inside the ConfigMap. Required. Example: `data.jsonl`.")
 
 
+class Encryption(Group):
+    """Server-side encryption of what lies in an S3 store."""
+
+    cel = (
+        (
+            "!has(self.kmsKeyId) || self.type == 'kms'",
+            "kmsKeyId only goes with type kms: write `type: kms`, or remove kmsKeyId",
+        ),
+        (
+            "has(self.customerKeySecretRef) == (self.type == 'customerKey')",
+            "type customerKey goes with customerKeySecretRef: write both `type: customerKey` and the Secret with the key, or neither",
+        ),
+    )
+
+    type: EncryptionType = Field(
+        description="Who holds the key: `s3` (the store, SSE-S3), `kms` (its key service, SSE-KMS) or `customerKey` (you, SSE-C: the store keeps no copy, and without the key nothing can be read). Required. Example: `kms`."
+    )
+    kms_key_id: Annotated[str, StringConstraints(pattern=r"^\S+$", max_length=2048)] | None = option(
+        "Key of the key service, by id, ARN or alias; only with type kms. Default: the store's own key for the account.",
+        example="arn:aws:kms:eu-central-1:111122223333:key/1234abcd",
+    )
+    customer_key_secret_ref: SecretKeyRef | None = option(
+        "Secret key that holds 32 random bytes in base64 (`openssl rand -base64 32`); only with type customerKey. Default: none.",
+        example={"name": "s3-customer-key", "key": "key"},
+    )
+
+
 class StorageConnection(Group):
     """How to reach an S3 store: shared by `storage`, `model.storage` and `dataset.storage`."""
+
+    cel = (
+        (
+            "!has(self.encryption) || self.encryption.type != 'customerKey' || !has(self.endpoint) || self.endpoint.startsWith('https://')",
+            "a customer's key is sent with every request: write https:// in endpoint, or another encryption.type",
+        ),
+    )
 
     endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#]+/?$", max_length=512)] | None = option(
         "URL of an S3-compatible store, scheme and host only. Default: the operator's configuration, else AWS.",
@@ -68,4 +102,8 @@ class StorageConnection(Group):
     ca_bundle_ref: ConfigMapKeyRef | None = option(
         "ConfigMap key with PEM certificates to trust for the endpoint. Default: the image's own certificates.",
         example={"name": "ca", "key": "ca.crt"},
+    )
+    encryption: Encryption | None = option(
+        "Server-side encryption that is asked for with every object. Default: what the bucket itself is set to.",
+        example={"type": "s3"},
     )

@@ -10,6 +10,14 @@ class AddressingStyle(StrEnum):
     VIRTUAL = "virtual"
 
 
+class EncryptionType(StrEnum):
+    """Who holds the key that objects at rest are encrypted with."""
+
+    S3 = "s3"
+    KMS = "kms"
+    CUSTOMER_KEY = "customerKey"
+
+
 class Dtype(StrEnum):
     AUTO = "auto"
     FLOAT16 = "float16"

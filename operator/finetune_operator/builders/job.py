@@ -13,10 +13,10 @@ from finetune_api.names import Annotation, Env, Label
 from finetune_api.pod import RunConfig
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import EnvVar
-from finetune_api.spec.common import SecretKeyRef, SecretRef
+from finetune_api.spec.common import SecretKeyRef, SecretRef, StorageConnection
 
 from finetune_operator.builders.mounts import mounts
-from finetune_operator.builders.run_config import DEFAULT_GRACE
+from finetune_operator.builders.run_config import DEFAULT_GRACE, customer_key_variable
 from finetune_operator.objects import Object
 from finetune_operator.settings import NodePool, OperatorConfig
 from finetune_operator.views import INDEX_ANNOTATION, JOB_NAME_LABEL, JobObject, JobView
@@ -236,6 +236,9 @@ def _env(run: RunConfig, digest: str, config: OperatorConfig) -> list[Object]:
         *_credentials(spec.storage.credentials_secret_ref, ""),
         *_credentials(_secret(spec.model.storage), names.MODEL_CREDENTIALS_PREFIX),
         *_credentials(_secret(spec.dataset.storage), names.DATASET_CREDENTIALS_PREFIX),
+        *_customer_key("storage", spec.storage),
+        *_customer_key("model", spec.model.storage),
+        *_customer_key("dataset", spec.dataset.storage),
     ]
     if spec.model.token_secret_ref:
         own.append({"name": Env.HF_TOKEN.value, "valueFrom": _secret_key(spec.model.token_secret_ref)})
@@ -266,6 +269,14 @@ def _credentials(secret: SecretRef | None, prefix: str) -> list[Object]:
             reference["optional"] = True
         result.append({"name": f"{prefix}{key.value}", "valueFrom": {"secretKeyRef": reference}})
     return result
+
+
+def _customer_key(which: str, connection: StorageConnection | None) -> list[Object]:
+    """The key that a store encrypts with and does not keep, from its Secret."""
+    reference = connection.encryption.customer_key_secret_ref if connection and connection.encryption else None
+    if reference is None:
+        return []
+    return [{"name": customer_key_variable(which), "valueFrom": _secret_key(reference)}]
 
 
 def _user_variable(one: EnvVar) -> Object:

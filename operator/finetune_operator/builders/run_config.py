@@ -10,6 +10,7 @@ from finetune_api.names import (
     DATASET_CREDENTIALS_PREFIX,
     MODEL_CREDENTIALS_PREFIX,
     RENDEZVOUS_PORT,
+    Env,
     attempt_job_name,
 )
 from finetune_api.pod import Resume, RunConfig, StoreTarget, World
@@ -74,6 +75,7 @@ def _resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: 
 
 
 def _target(uri: str, connection: StorageConnection, which: str, prefix: str) -> StoreTarget:
+    encryption = connection.encryption
     return StoreTarget(
         uri=uri,
         endpoint=connection.endpoint,
@@ -81,7 +83,18 @@ def _target(uri: str, connection: StorageConnection, which: str, prefix: str) ->
         addressing_style=connection.addressing_style,
         ca_bundle=f"{CA_MOUNT}/{CA_FILES[which]}" if connection.ca_bundle_ref else None,
         credentials_prefix=prefix,
+        encryption=encryption.type if encryption else None,
+        kms_key_id=encryption.kms_key_id if encryption else None,
+        customer_key_variable=customer_key_variable(which)
+        if encryption and encryption.customer_key_secret_ref
+        else None,
     )
+
+
+def customer_key_variable(which: str) -> str:
+    """Variable of a customer's key by connection; unlike credentials, a key never serves two of them."""
+    prefix = {"storage": "", "model": MODEL_CREDENTIALS_PREFIX, "dataset": DATASET_CREDENTIALS_PREFIX}[which]
+    return f"{prefix}{Env.STORAGE_CUSTOMER_KEY.value}"
 
 
 def _other(spec: FineTuneJobSpec, connection: StorageConnection | None, which: str, prefix: str) -> StoreTarget | None:

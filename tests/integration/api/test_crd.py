@@ -86,6 +86,9 @@ def manifest(name: str, spec: dict[str, Any]) -> dict[str, Any]:
     return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": spec}
 
 
+SEALED = {"type": "customerKey", "customerKeySecretRef": {"name": "sse", "key": "key"}}
+
+
 def dry_run(api: Endpoint, spec: dict[str, Any], name: str = "job") -> Answer:
     return call(api, "POST", JOBS_PATH, manifest(name, spec), dryRun="All", fieldValidation="Strict")
 
@@ -116,6 +119,9 @@ def test_the_smallest_job_gets_only_the_switches_and_an_unobserved_status(api: E
         ({"placement": {"volumeMounts": [{"name": "x", "mountPath": "/x"}]}}, ["placement.volumes"]),
         ({"trainer": {"rewards": [{"weight": 1}]}}, ["exactly one"]),
         ({"training": {"warmupSteps": 1, "warmupRatio": 0.1}}, ["exclude each other"]),
+        ({"storage": {"encryption": {"type": "s3", "kmsKeyId": "alias/x"}}}, ["kmsKeyId only goes with type kms"]),
+        ({"storage": {"encryption": {"type": "customerKey"}}}, ["goes with customerKeySecretRef"]),
+        ({"storage": {"endpoint": "http://store:9000", "encryption": SEALED}}, ["write https://"]),
     ],
 )
 def test_a_bad_value_is_refused_with_its_field(api: Endpoint, change: dict[str, Any], words: list[str]) -> None:

@@ -208,6 +208,33 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         {"placement": {"env": [{"name": "AWS_ACCESS_KEY_ID", "value": "x"}]}},
         "placement.env[0].name",
     ),
+    (
+        "EncryptionContradiction",
+        {"storage": {"encryption": {"type": "s3", "kmsKeyId": "alias/x"}}},
+        "storage.encryption.kmsKeyId",
+    ),
+    (
+        "EncryptionContradiction",
+        {"model": {"storage": {"encryption": {"type": "customerKey"}}}},
+        "model.storage.encryption.customerKeySecretRef",
+    ),
+    (
+        "EncryptionContradiction",
+        {
+            "dataset": {
+                "storage": {
+                    "endpoint": "http://store:9000",
+                    "encryption": {"type": "customerKey", "customerKeySecretRef": {"name": "s", "key": "k"}},
+                }
+            }
+        },
+        "dataset.storage.endpoint",
+    ),
+    (
+        "EncryptionContradiction",
+        {"storage": {"uri": "pvc://claim/root", "encryption": {"type": "s3"}}},
+        "storage.encryption",
+    ),
 ]
 
 

@@ -103,10 +103,9 @@ def _restore_named(
     from finetune_trainer.storage.roots import open_store
 
     root, folder, step = _split(uri)
-    options = {"endpoint", "region", "addressing_style", "ca_bundle"}
     origin = getattr(tree.store, "target", None)
-    same = {name: getattr(origin, name) for name in options} if origin else {}
-    other = Tree(open_store(StoreTarget(uri=root, **same)))
+    same = origin.model_copy(update={"uri": root}) if origin and root.startswith("s3://") else StoreTarget(uri=root)
+    other = Tree(open_store(same))
     candidate = other.marker(step)
     result = Restored()
     if candidate is None or not (folder == "" or folder == candidate.marker.path):

@@ -1,12 +1,14 @@
 """`python -m finetune_trainer.storage list|verify|download <uri>`: what a person does with a job's tree.
 
 The uri is that of a job (`s3://bucket/root/<namespace>/<name>/<uid>`), of one checkpoint (`.../checkpoints/step-00000100`) or
-of the final model (`.../model`). Credentials come from the usual AWS_ variables; endpoint and region from options or AWS_ ones.
+of the final model (`.../model`). Credentials come from the usual AWS_ variables, as does the key of objects
+that are encrypted with a customer's key (AWS_SSE_CUSTOMER_KEY); endpoint and region from options or AWS_ ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -14,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.errors import DataError, FineTuneError, NotFoundError
-from finetune_api.names import ExitCode, Storage
+from finetune_api.names import Env, ExitCode, Storage
 from finetune_api.pod import StoreTarget
-from finetune_api.spec.enums import AddressingStyle
+from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
 from finetune_trainer.checkpoint.manifest import Manifest, step_of
 from finetune_trainer.checkpoint.restore import fetch_verified
@@ -119,7 +121,7 @@ def main(arguments: list[str] | None = None) -> int:
     where = address(options.uri)
     target = StoreTarget(
         uri=where.root, endpoint=options.endpoint, region=options.region, addressing_style=options.addressing_style,
-        ca_bundle=options.ca_bundle,
+        ca_bundle=options.ca_bundle, encryption=EncryptionType.CUSTOMER_KEY if os.environ.get(Env.STORAGE_CUSTOMER_KEY) else None,
     )  # fmt: skip
     try:
         tree = Tree(open_store(target))

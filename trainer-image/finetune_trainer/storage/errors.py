@@ -6,6 +6,7 @@ names what to look at. No message carries a credential: S3's own messages are ne
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from finetune_api.errors import (
@@ -35,6 +36,8 @@ class Place:
     addressing: str
     prefix: str = ""
     """Prefix of the credentials' variables: which of the three connections it is."""
+    encryption: str | None = None
+    """What is asked for with every object."""
 
     @property
     def host(self) -> str:
@@ -123,12 +126,45 @@ def _answered(error: Exception, place: Place, operation: str, key: str) -> FineT
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     said = str(response.get("Error", {}).get("Message", ""))
     where = f"bucket {place.bucket} at {place.host}"
-    named = _named(code, status, said, place, where, operation, key)
+    named = _of_encryption(code, status, said, place, where, operation) or _named(
+        code, status, said, place, where, operation, key
+    )
     if named is not None:
         return named
     if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException"):
         return StorageError("StorageFailed", f"{where} answered {operation} with {status} {code} after all retries")
     return StorageError("StorageFailed", f"{where} answered {operation} with {status} {code}")
+
+
+def _of_encryption(code: str, status: int, said: str, place: Place, where: str, operation: str) -> FineTuneError | None:
+    """What a store says about keys: the right on the key service by name, a key that is not there, no such thing here."""
+    if status == 403 and (right := _KMS_RIGHT.search(said)):
+        return CredentialsError(
+            "PermissionDenied", f"{where} refuses {right[0]}: the key service does not let these credentials use the key",
+            hint=f"grant {right[0]} on the key in {place.field}.encryption.kmsKeyId, or on the bucket's own key",
+        )  # fmt: skip
+    secured = not (place.endpoint or "https").startswith("http://")
+    if operation in ("HeadObject", "GetObject") and status == 400 and secured and (code == "400" or "encrypt" in said):
+        return StorageSetupError(
+            "EncryptionRefused", f"{where} does not show an object as it is asked for: it is encrypted with a customer's key "
+            "and none was given, with another key, or not with a customer's key at all",
+            hint=f"correct {place.field}.encryption",
+        )  # fmt: skip
+    about_keys = code.startswith("KMS.") or code in _ENCRYPTION_CODES
+    if not about_keys and not (place.encryption and (code in ("InvalidArgument", "InvalidRequest") or status == 501)):
+        return None
+    asked = place.encryption or "the bucket's own"
+    return StorageSetupError(
+        "EncryptionRefused", f"{where} does not do the encryption that is asked for ({asked}): {code or status}",
+        hint=f"correct {place.field}.encryption, or leave it out and set the bucket's default",
+    )  # fmt: skip
+
+
+_KMS_RIGHT = re.compile(r"\bkms:[A-Za-z]+\b")
+_ENCRYPTION_CODES = (
+    "InvalidEncryptionAlgorithmError", "InvalidEncryptionMethod", "ServerSideEncryptionConfigurationNotFoundError",
+    "InvalidSSECustomerKey", "InvalidCustomerKey", "KmsKeyNotFound", "XMinioKMSNotConfigured",
+)  # fmt: skip
 
 
 def _named(

@@ -7,6 +7,7 @@ If-None-Match and recognises a lost response: whether an object that "exists" is
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 import re
@@ -14,13 +15,14 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from finetune_api.errors import StorageError
+from finetune_api.errors import ConfigError, StorageError
 from finetune_api.names import Env
 from finetune_api.pod import StoreTarget
-from finetune_api.spec.enums import AddressingStyle
+from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
 from finetune_trainer.storage.base import Counter, Created, Stat, join
 from finetune_trainer.storage.errors import Place, explain, status_of
@@ -33,6 +35,7 @@ CONCURRENCY = 10
 """Parts or ranges at a time; with the one being hashed, at most 88 MiB of a download are in memory."""
 ATTEMPTS = 9
 DEFAULT_REGION = "us-east-1"
+CUSTOMER_KEY_BYTES = 32
 BATCH = 1000
 """Most keys of one DeleteObjects request."""
 
@@ -53,6 +56,7 @@ class S3Store:
         self.retries = 0
         """Requests that had to be repeated."""
         self._lock = threading.Lock()
+        self._sealed = sealing(target, self.place)
         self._client = _client(target, self.place, attempts, connect_timeout, read_timeout)
         self._client.meta.events.register("needs-retry.s3", self._count_retry)
 
@@ -80,7 +84,14 @@ class S3Store:
                 count(size)
             return
         try:
-            self._client.upload_file(str(source), self.bucket, self.key(key), Config=_transfer(size), Callback=count)
+            self._client.upload_file(
+                str(source),
+                self.bucket,
+                self.key(key),
+                Config=_transfer(size),
+                Callback=count,
+                ExtraArgs=self._sealed.write,
+            )
         except Exception as error:
             found = self.stat(key) if _lost_completion(error) else None
             if found is None or found.size != size:
@@ -88,14 +99,16 @@ class S3Store:
 
     def put(self, key: str, data: bytes) -> None:
         try:
-            self._client.put_object(Bucket=self.bucket, Key=self.key(key), Body=data)
+            self._client.put_object(Bucket=self.bucket, Key=self.key(key), Body=data, **self._sealed.write)
         except Exception as error:
             raise explain(error, self.place, key=key) from error
 
     def create(self, key: str, data: bytes) -> Created:
         for last in (False, False, False, True):
             try:
-                self._client.put_object(Bucket=self.bucket, Key=self.key(key), Body=data, IfNoneMatch="*")
+                self._client.put_object(
+                    Bucket=self.bucket, Key=self.key(key), Body=data, IfNoneMatch="*", **self._sealed.write
+                )
                 return Created.NEW
             except Exception as error:
                 status, code = status_of(error)
@@ -141,7 +154,7 @@ class S3Store:
     def get(self, key: str) -> bytes | None:
         for last in (False, False, True):
             try:
-                body = self._client.get_object(Bucket=self.bucket, Key=self.key(key))["Body"]
+                body = self._client.get_object(Bucket=self.bucket, Key=self.key(key), **self._sealed.read)["Body"]
                 return bytes(body.read())
             except Exception as error:
                 if _missing(error):
@@ -180,7 +193,9 @@ class S3Store:
         while True:
             tries -= 1
             try:
-                answer = self._client.get_object(Bucket=self.bucket, Key=self.key(key), Range=f"bytes={start}-{end}")
+                answer = self._client.get_object(
+                    Bucket=self.bucket, Key=self.key(key), Range=f"bytes={start}-{end}", **self._sealed.read
+                )
                 if found.tag and str(answer.get("ETag", "")).strip('"') != found.tag:
                     raise StorageError("ObjectChanged", f"{self.uri}/{key} changed while it was read")
                 data = bytes(answer["Body"].read())
@@ -193,7 +208,7 @@ class S3Store:
 
     def stat(self, key: str) -> Stat | None:
         try:
-            found = self._client.head_object(Bucket=self.bucket, Key=self.key(key))
+            found = self._client.head_object(Bucket=self.bucket, Key=self.key(key), **self._sealed.read)
         except Exception as error:
             if _missing(error):
                 return None
@@ -226,7 +241,48 @@ def place_of(target: StoreTarget, bucket: str) -> Place:
     endpoint = target.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     style = target.addressing_style or (AddressingStyle.PATH if endpoint else AddressingStyle.VIRTUAL)
     region = target.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or DEFAULT_REGION
-    return Place(bucket, endpoint, region, style.value, target.credentials_prefix)
+    asked = target.encryption.value if target.encryption else None
+    return Place(bucket, endpoint, region, style.value, target.credentials_prefix, asked)
+
+
+@dataclass(frozen=True)
+class Sealing:
+    """Arguments of requests that write, and of those that read: a key of ours is needed for both, the store's for none."""
+
+    write: dict[str, Any]
+    read: dict[str, Any]
+
+
+def sealing(target: StoreTarget, place: Place) -> Sealing:
+    """How objects of this store are encrypted at rest.
+
+    Errors: ConfigError `CustomerKeyInvalid` if the Secret holds no 32 bytes in base64.
+    """
+    match target.encryption:
+        case EncryptionType.S3:
+            return Sealing({"ServerSideEncryption": "AES256"}, {})
+        case EncryptionType.KMS:
+            named = {"SSEKMSKeyId": target.kms_key_id} if target.kms_key_id else {}
+            return Sealing({"ServerSideEncryption": "aws:kms", **named}, {})
+        case EncryptionType.CUSTOMER_KEY:
+            key = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": _customer_key(target, place)}
+            return Sealing(key, key)
+    return Sealing({}, {})
+
+
+def _customer_key(target: StoreTarget, place: Place) -> bytes:
+    text = os.environ.get(target.customer_key_variable or Env.STORAGE_CUSTOMER_KEY, "")
+    try:
+        key = base64.b64decode(text.strip(), validate=True)
+    except ValueError:
+        key = b""
+    if len(key) != CUSTOMER_KEY_BYTES:
+        raise ConfigError(
+            "CustomerKeyInvalid",
+            f"the Secret of {place.field}.encryption.customerKeySecretRef does not hold {CUSTOMER_KEY_BYTES} bytes in base64",
+            hint="make one with `openssl rand -base64 32`",
+        )
+    return key
 
 
 def _client(target: StoreTarget, place: Place, attempts: int, connect_timeout: float, read_timeout: float) -> Any:

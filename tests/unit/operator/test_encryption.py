@@ -1,0 +1,42 @@
+"""Server-side encryption on its way to a pod: the choice in run.json, a customer's key in its environment and nowhere else."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from finetune_api.names import Env
+
+from tests.unit.operator.samples import spec
+from tests.unit.operator.test_builders import built
+
+SECRET = {"name": "sse", "key": "key"}
+KMS = {"type": "kms", "kmsKeyId": "alias/models"}
+CUSTOMER = {"type": "customerKey", "customerKeySecretRef": SECRET}
+
+
+def variables(body: dict[str, Any]) -> dict[str, Any]:
+    return {one["name"]: one for one in body["spec"]["template"]["spec"]["containers"][0]["env"]}
+
+
+def test_a_key_of_the_key_service_is_a_word_in_the_run_configuration() -> None:
+    run, body = built(spec(storage={"uri": "s3://results/team", "encryption": KMS}))
+    assert (run.storage.encryption, run.storage.kms_key_id) == ("kms", "alias/models")
+    assert run.storage.customer_key_variable is None
+    assert Env.STORAGE_CUSTOMER_KEY.value not in variables(body)
+
+
+def test_a_customers_key_comes_by_environment() -> None:
+    sealed = {"encryption": CUSTOMER}
+    model = {"source": "s3://bucket/model", "storage": sealed}
+    run, body = built(spec(storage={"uri": "s3://results/team"} | sealed, model=model))
+    assert run.model_store is not None
+    assert run.storage.customer_key_variable == "AWS_SSE_CUSTOMER_KEY"
+    assert run.model_store.customer_key_variable == "MODEL_AWS_SSE_CUSTOMER_KEY"
+    for name in ("AWS_SSE_CUSTOMER_KEY", "MODEL_AWS_SSE_CUSTOMER_KEY"):
+        assert variables(body)[name] == {"name": name, "valueFrom": {"secretKeyRef": SECRET}}
+
+
+def test_without_it_nothing_about_it_is_said() -> None:
+    run, body = built(spec())
+    assert "encryption" not in json.dumps(run.wire()) and "SSE" not in json.dumps(variables(body))
