@@ -12,14 +12,7 @@ from finetune_api.spec.enums import Backend, GradientCheckpointing, Scheduler, W
 from finetune_trainer.distributed import Plan
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
-
-SCHEDULERS = {
-    Scheduler.LINEAR: "linear", Scheduler.COSINE: "cosine", Scheduler.COSINE_WITH_RESTARTS: "cosine_with_restarts",
-    Scheduler.COSINE_WITH_MIN_LR: "cosine_with_min_lr", Scheduler.POLYNOMIAL: "polynomial", Scheduler.CONSTANT: "constant",
-    Scheduler.CONSTANT_WITH_WARMUP: "constant_with_warmup", Scheduler.INVERSE_SQRT: "inverse_sqrt",
-    Scheduler.WARMUP_STABLE_DECAY: "warmup_stable_decay",
-}  # fmt: skip
-
+from finetune_trainer.schedules import SCHEDULERS, scheduler_parameters
 
 CHECKPOINTING = "training.gradientCheckpointing"
 OPTIMIZER = "training.optimizer"
@@ -165,40 +158,3 @@ def optimizer(name: str) -> str:
             "OptimizerUnknown", f"training.optimizer {name!r} is not known", hint=f"write one of {', '.join(near)}"
         )
     return name
-
-
-def scheduler_parameters(run: RunConfig) -> dict[str, float | int | str | bool]:
-    """`training.schedulerParameters` as numbers where they are numbers. Errors: ConfigError SchedulerParameterInvalid."""
-    import inspect
-
-    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
-
-    given = run.spec.training.scheduler_parameters or {}
-    scheduler = run.spec.training.scheduler or Scheduler.COSINE
-    function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(SCHEDULERS[scheduler])]
-    known = set(inspect.signature(function).parameters) - {
-        "optimizer",
-        "num_warmup_steps",
-        "num_training_steps",
-        "last_epoch",
-    }
-    strange = sorted(set(given) - known)
-    if strange:
-        raise ConfigError(
-            "SchedulerParameterInvalid", f"training.schedulerParameters: scheduler {scheduler} has no {', '.join(strange)}",
-            hint=f"it has {', '.join(sorted(known)) or 'no parameters'}",
-        )  # fmt: skip
-    return {name: _number(text) for name, text in given.items()}
-
-
-def _number(text: str) -> float | int | str | bool:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -165,7 +165,7 @@ def _scheduler(config: dict[str, Any], both: Comparison, run: RunConfig, result:
             f"{FILE}: scheduler {kind} is not offered here",
             hint=f"write one of {', '.join(SCHEDULERS)}, or training.scheduler",
         )
-    from finetune_trainer.arguments import SCHEDULERS as NAMES
+    from finetune_trainer.schedules import SCHEDULERS as NAMES
 
     scheduler = both.same("scheduler.type", SCHEDULERS[kind], "training.scheduler", training.scheduler)
     result.training["lr_scheduler_type"] = NAMES[scheduler]
