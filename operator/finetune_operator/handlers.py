@@ -26,6 +26,11 @@ SELECTOR = f"{Label.MANAGED_BY}={MANAGER}"
 LOGIN_PERIOD = timedelta(minutes=10)
 """kopf asks for credentials again after this: tokens rotate."""
 DELETED = "DELETED"
+WATCH_SECONDS = 60
+"""How long one watch lasts before it is begun again where it stopped."""
+SILENCE_SECONDS = 75
+"""A watch that the server did not end by then is dead: the connection is left."""
+NEVER = 10 * 365 * 86400.0
 
 
 class EndlessBackoff:
@@ -52,6 +57,11 @@ def settings(config: OperatorConfig) -> kopf.OperatorSettings:
     result.networking.error_backoffs = EndlessBackoff()
     result.networking.enforce_retry_after = True
     result.process.ultimate_exiting_timeout = 25
+    result.watching.server_timeout = WATCH_SECONDS
+    result.watching.client_timeout = SILENCE_SECONDS
+    # kopf's own guard against silence cancels whatever the watching task does at that moment; if that is not the reading, the
+    # watch ends for good and nobody is told.
+    result.watching.inactivity_timeout = NEVER
     result.watching.label_selectors["batch", "v1", "jobs"] = SELECTOR
     result.watching.label_selectors["", "v1", "pods"] = SELECTOR
     return result

@@ -75,6 +75,10 @@ class Forbidden(KubeError):
     """403: no permission, a quota, or an admission policy; the message says which."""
 
 
+class NamespaceGoing(KubeError):
+    """The namespace is being deleted, or is gone: nothing can be created in it any more."""
+
+
 class Unavailable(KubeError):
     """429, 5xx, or no answer to something that may be repeated."""
 
@@ -182,7 +186,10 @@ class Kube:
             query["continue"] = token
 
     async def create(self, kind: Kind, namespace: str, body: Object) -> Created:
-        """Create once. Errors: AlreadyExists, Forbidden, Invalid, OutcomeUnknown (read by name then), Unavailable."""
+        """Create once.
+
+        Errors: AlreadyExists, Forbidden, Invalid, NamespaceGoing, OutcomeUnknown (read by name then), Unavailable.
+        """
         name = body["metadata"]["name"]
         query = {"fieldManager": names.MANAGER}
         return await self._once("create", kind, name, "POST", kind.path(namespace), body=body, query=query)
@@ -301,6 +308,8 @@ def _refusal(verb: str, kind: Kind, name: str, code: int, status: Object, header
     reason, message = str(status.get("reason") or ""), str(status.get("message") or "")[:MAX_MESSAGE]
     error: type[KubeError] = KubeError
     match code:
+        case 403 | 404 if _namespace_goes(status):
+            error = NamespaceGoing
         case 404:
             error = NotFound
         case 409:
@@ -318,3 +327,10 @@ def _refusal(verb: str, kind: Kind, name: str, code: int, status: Object, header
     retry_after = headers.get("Retry-After", "")
     refusal.retry_after = float(retry_after) if retry_after.isdigit() else None
     return refusal
+
+
+def _namespace_goes(status: Object) -> bool:
+    """Whether a refusal is for want of a namespace: it is being deleted, or a create found none."""
+    details = status.get("details") or {}
+    causes = [cause.get("reason") for cause in details.get("causes") or []]
+    return "NamespaceTerminating" in causes or details.get("kind") == "namespaces"

@@ -23,7 +23,7 @@ from finetune_operator.decide import decide
 from finetune_operator.events import Recorder, transitions
 from finetune_operator.facts import Facts
 from finetune_operator.killpoints import Point, reach
-from finetune_operator.kube import Conflict, Forbidden, Invalid, Kube, NotFound, Unavailable
+from finetune_operator.kube import Conflict, Forbidden, Invalid, Kube, NamespaceGoing, NotFound, Unavailable
 from finetune_operator.lease import LeaseLost
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Object
@@ -105,6 +105,10 @@ class Reconciler:
             logger.debug("what was known is old: %s", error)
             self._queue.failed(key)
             return "stale"
+        except NamespaceGoing as error:
+            # The FineTuneJob goes with it, and its deletion is an event: there is nothing to try again for.
+            logger.info("nothing is started in a namespace that goes: %s", error)
+            self._scraper.stop(key)
         except (Unavailable, Forbidden) as error:
             logger.warning("again in %.1f s: %s", self._queue.failed(key), error)
             return "unavailable"

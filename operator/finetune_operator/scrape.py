@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,14 +30,31 @@ MAX_BYTES = 64 * 1024
 """Longest answer that is read."""
 
 
-@dataclass(frozen=True, order=True)
+SOON = 5
+"""Questions without an answer after which the pause doubles, again and again."""
+LONGEST_SILENCE = 6
+"""A pod that does not answer is asked ever more rarely, down to once in this many intervals: it holds a place for a whole timeout."""
+
+
+@dataclass(frozen=True)
 class Target:
-    """Whom to ask, and who is expected to answer. Ordered, because equal times leave the heap nothing else to compare."""
+    """Whom to ask, and who is expected to answer."""
 
     uid: str
     attempt: int
     pod_uid: str
     url: str
+
+
+@dataclass(eq=False)
+class Turn:
+    """A target from the moment it is watched until it is stopped; watched again, it has another turn, and one place in the heap."""
+
+    number: int
+    key: Key
+    target: Target
+    unanswered: int = 0
+    """Questions in a row without an answer."""
 
 
 class Scraper:
@@ -48,9 +66,11 @@ class Scraper:
         self._settings = settings
         self._now = now
         self._told = told
-        self._targets: dict[Key, Target] = {}
+        self._turns: dict[Key, Turn] = {}
         self._heard: dict[Key, tuple[Target, Heard]] = {}
-        self._heap: list[tuple[float, Key, Target]] = []
+        self._heap: list[tuple[float, int, Turn]] = []
+        """Turns by the time at which they are due; one whose key has another turn by now is skipped."""
+        self._numbers = itertools.count()
         self._changed = asyncio.Event()
 
     def url(self, namespace: str, pod: str, ip: str) -> str:
@@ -62,15 +82,15 @@ class Scraper:
 
     def watch(self, key: Key, target: Target) -> None:
         """Ask this target from now on; nothing changes if it is asked already."""
-        if self._targets.get(key) == target:
+        turn = self._turns.get(key)
+        if turn is not None and turn.target == target:
             return
-        self._targets[key] = target
-        heapq.heappush(self._heap, (asyncio.get_running_loop().time(), key, target))
-        self._changed.set()
+        self._turns[key] = turn = Turn(next(self._numbers), key, target)
+        self._ask_after(0, turn)
 
     def stop(self, key: Key) -> None:
         """Ask no more; what was heard stays until it is forgotten."""
-        self._targets.pop(key, None)
+        self._turns.pop(key, None)
 
     def forget(self, key: Key) -> None:
         """Ask no more, and drop what was heard."""
@@ -91,21 +111,20 @@ class Scraper:
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session, asyncio.TaskGroup() as group:
             free = asyncio.Semaphore(self._settings.concurrency)
             while True:
-                key, target = await self._next()
+                turn = await self._next()
                 await free.acquire()
-                task = group.create_task(self._ask(session, key, target))
+                task = group.create_task(self._ask(session, turn))
                 task.add_done_callback(lambda _: free.release())
 
-    async def _next(self) -> tuple[Key, Target]:
-        """The next target that is due."""
+    async def _next(self) -> Turn:
+        """The next turn that is due."""
         loop = asyncio.get_running_loop()
         while True:
-            while self._heap and self._targets.get(self._heap[0][1]) != self._heap[0][2]:
+            while self._heap and not self._holds(self._heap[0][2]):
                 heapq.heappop(self._heap)
             wait = self._heap[0][0] - loop.time() if self._heap else None
             if wait is not None and wait <= 0:
-                _, key, target = heapq.heappop(self._heap)
-                return key, target
+                return heapq.heappop(self._heap)[2]
             self._changed.clear()
             try:
                 async with asyncio.timeout(wait):
@@ -113,21 +132,35 @@ class Scraper:
             except TimeoutError:
                 continue
 
-    async def _ask(self, session: aiohttp.ClientSession, key: Key, target: Target) -> None:
-        report = await self._read(session, target)
-        if self._targets.get(key) != target:
-            return
-        training = report is not None and report.stage not in (Stage.STARTING, Stage.DOWNLOADING, Stage.CHECKING)
-        pause = self._settings.interval_seconds if training else self._settings.starting_interval_seconds
-        heapq.heappush(self._heap, (asyncio.get_running_loop().time() + pause, key, target))
+    def _holds(self, turn: Turn) -> bool:
+        return self._turns.get(turn.key) is turn
+
+    def _ask_after(self, seconds: float, turn: Turn) -> None:
+        heapq.heappush(self._heap, (asyncio.get_running_loop().time() + seconds, turn.number, turn))
         self._changed.set()
+
+    async def _ask(self, session: aiohttp.ClientSession, turn: Turn) -> None:
+        report = await self._read(session, turn.target)
+        if not self._holds(turn):
+            return
+        turn.unanswered = 0 if report is not None else turn.unanswered + 1
+        self._ask_after(self._pause(report, turn.unanswered), turn)
         if report is not None:
-            self._heard[key] = (target, Heard(report, self._now(), target.pod_uid))
-            self._told(key)
+            self._heard[turn.key] = (turn.target, Heard(report, self._now(), turn.target.pod_uid))
+            self._told(turn.key)
+
+    def _pause(self, report: Report | None, unanswered: int) -> float:
+        """Seconds until the next question."""
+        settings = self._settings
+        if report is None:
+            longest = max(settings.starting_interval_seconds, LONGEST_SILENCE * settings.interval_seconds)
+            return float(min(settings.starting_interval_seconds * 2 ** min(unanswered // SOON, 32), longest))
+        starting = report.stage in (Stage.STARTING, Stage.DOWNLOADING, Stage.CHECKING)
+        return settings.starting_interval_seconds if starting else settings.interval_seconds
 
     async def _read(self, session: aiohttp.ClientSession, target: Target) -> Report | None:
         try:
-            async with session.get(target.url) as response:
+            async with session.get(target.url, allow_redirects=False) as response:
                 if response.status != 200:
                     return None
                 data = b""

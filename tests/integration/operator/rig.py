@@ -33,6 +33,8 @@ from localcluster import Endpoint
 
 NODE = "test-node"
 CORE_NODE = Kind("v1", "Node", "nodes")
+RETRY = 0.1
+"""Seconds between two tries of a watch."""
 PATIENCE = 30.0
 """Seconds that a condition may take before the test fails with what it saw."""
 SPEC: Object = {
@@ -146,16 +148,25 @@ class Store:
         self._rig, self._kind = rig, kind
         self.items: dict[str, Object] = {}
         self.history: list[tuple[str, Object]] = []
+        self.trouble: list[str] = []
+        """Why watches had to be begun again."""
 
     async def run(self, session: aiohttp.ClientSession) -> None:
-        """Watch until cancelled; a watch that ends is begun again."""
+        """Watch until cancelled. A watch that ends, breaks, or is refused is begun again: a server refuses while it fills its cache."""
         while True:
-            url = f"{self._rig.endpoint.server}{self._kind.path(self._rig.namespace)}?watch=true&sendInitialEvents=true"
-            url += "&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true&timeoutSeconds=600"
-            async with session.get(url) as response:
-                response.raise_for_status()
-                async for line in response.content:
-                    await self._take(json.loads(line))
+            try:
+                await self._watch(session)
+            except (aiohttp.ClientError, ValueError) as error:
+                self.trouble.append(str(error))
+                await asyncio.sleep(RETRY)
+
+    async def _watch(self, session: aiohttp.ClientSession) -> None:
+        url = f"{self._rig.endpoint.server}{self._kind.path(self._rig.namespace)}?watch=true&sendInitialEvents=true"
+        url += "&resourceVersionMatch=NotOlderThan&allowWatchBookmarks=true&timeoutSeconds=600"
+        async with session.get(url) as response:
+            response.raise_for_status()
+            async for line in response.content:
+                await self._take(json.loads(line))
 
     async def _take(self, event: Object) -> None:
         type_, body = event["type"], event["object"]
@@ -236,7 +247,7 @@ class Rig:
 
     def describe(self) -> str:
         """Everything seen, for a failure."""
-        lines = []
+        lines = [trouble for store in (self.ftjs, self.jobs, self.pods) for trouble in store.trouble]
         for ftj in self.ftjs.items.values():
             lines.append(yaml.safe_dump({ftj["metadata"]["name"]: ftj.get("status")}))
         for job in self.jobs.items.values():

@@ -16,6 +16,7 @@ from finetune_operator.kube import (
     Invalid,
     Kube,
     KubeError,
+    NamespaceGoing,
     NotFound,
     OutcomeUnknown,
     Unavailable,
@@ -87,6 +88,27 @@ async def test_refusals_have_names(server: Server, kube: Kube, code: int, reason
     with pytest.raises(error) as caught:
         await kube.create(JOB, "team", JOB_BODY)
     assert (caught.value.code, caught.value.reason, caught.value.message) == (code, reason, "words")
+    assert len(server.seen) == 1
+
+
+TERMINATING: Object = {
+    "causes": [{"reason": "NamespaceTerminating", "message": "namespace team is being terminated", "field": "metadata.namespace"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "details"),
+    [
+        (403, "Forbidden", {"name": "run-1", "group": "batch", "kind": "jobs", **TERMINATING}),
+        (404, "NotFound", {"name": "team", "kind": "namespaces"}),
+    ],
+)
+async def test_a_namespace_that_goes_has_an_error_of_its_own(
+    server: Server, kube: Kube, code: int, reason: str, details: Object
+) -> None:
+    server.say(code, status(reason) | {"details": details})
+    with pytest.raises(NamespaceGoing):
+        await kube.create(JOB, "team", JOB_BODY)
     assert len(server.seen) == 1
 
 

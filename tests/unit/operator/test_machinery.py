@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from finetune_operator.cache import Cache, Listed
+from finetune_operator.handlers import settings
 from finetune_operator.kube import ServerClock
 from finetune_operator.text import clean, duration
 from finetune_operator.views import read_finetunejob, read_job, read_pod, read_status
@@ -16,7 +17,7 @@ from finetune_operator.workqueue import Key, WorkQueue
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.operator.samples import UID, finetunejob, job, pod
+from tests.unit.operator.samples import CONFIG, UID, finetunejob, job, pod
 
 A, B = Key("team", "a"), Key("team", "b")
 RUN = Key("team", "run")
@@ -285,3 +286,10 @@ def test_a_clock_that_is_wrong_follows_the_server_s() -> None:
 
 def test_pods_compare_by_value() -> None:
     assert pod() == replace(pod())
+
+
+def test_a_watch_is_never_guarded_by_cancelling_whatever_its_task_does() -> None:
+    """kopf's guard against silence may hit its own task while it hands an event on: that watch ends, and nothing says so."""
+    found = settings(CONFIG).watching
+    assert found.inactivity_timeout > 365 * 86400
+    assert (found.server_timeout, found.client_timeout) == (60, 75)

@@ -29,10 +29,13 @@ class Pod:
     def __init__(self) -> None:
         self.answer: str | None = json.dumps(GOOD)
         self.asked = 0
+        self.moved = False
         self.url = ""
 
-    async def handle(self, _: web.Request) -> web.Response:
+    async def handle(self, request: web.Request) -> web.Response:
         self.asked += 1
+        if self.moved and request.path == "/progress":
+            raise web.HTTPFound("/elsewhere")
         return web.Response(text=self.answer) if self.answer is not None else web.Response(status=503)
 
 
@@ -40,7 +43,7 @@ class Pod:
 async def pod() -> AsyncIterator[Pod]:
     found = Pod()
     app = web.Application()
-    app.router.add_get("/progress", found.handle)
+    app.router.add_get("/{path}", found.handle)
     runner = web.AppRunner(app)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -126,16 +129,39 @@ async def test_nobody_is_asked_after_the_end(scraper: Scraper, told: Told, pod: 
     assert scraper.heard(KEY, UID, 1) is not None
     scraper.forget(KEY)
     assert scraper.heard(KEY, UID, 1) is None
-    assert scraper._targets == {}
+    assert scraper._turns == {}
     assert scraper._heard == {}
 
 
 async def test_a_pod_that_cannot_be_reached_holds_nobody_up(scraper: Scraper, told: Told, pod: Pod) -> None:
-    scraper._targets.clear()
     other = Key("team", "other")
     scraper.watch(other, target(pod, url="http://127.0.0.1:9/progress"))
     scraper.watch(KEY, target(pod))
     await asyncio.wait_for(told.changed.wait(), 10)
+
+
+async def test_a_target_that_is_stopped_and_watched_again_is_asked_by_one(scraper: Scraper, pod: Pod) -> None:
+    """A pod whose readiness comes and goes must not be asked twice as often after each time."""
+    for _ in range(20):
+        scraper.watch(KEY, target(pod))
+        scraper.stop(KEY)
+    scraper.watch(KEY, target(pod))
+    await asked(pod, 5)
+    assert len([turn for _, _, turn in scraper._heap if scraper._holds(turn)]) <= 1
+    assert len(scraper._heap) <= 1
+
+
+async def test_a_pod_sends_the_operator_nowhere(scraper: Scraper, told: Told, pod: Pod) -> None:
+    pod.moved = True
+    scraper.watch(KEY, target(pod))
+    await asked(pod, 3)
+    assert told.count == 0
+
+
+def test_the_silent_are_asked_ever_more_rarely() -> None:
+    scraper = Scraper(ScrapeSettings(), lambda: T0, lambda key: None)
+    pauses = [scraper._pause(None, count) for count in (1, 4, 5, 9, 10, 15, 20, 25, 1000)]
+    assert pauses == [3, 3, 6, 6, 12, 24, 48, 60, 60]
 
 
 def test_addresses() -> None:

@@ -1,0 +1,58 @@
+"""The rig's own watch: one that ended in silence once made a healthy operator look as if it had stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from finetune_operator.objects import FINETUNEJOB
+
+from tests.integration.operator.rig import Store
+
+EVENT = json.dumps({"type": "ADDED", "object": {"metadata": {"name": "run"}}})
+
+
+class Watched:
+    """Answers one watch after another."""
+
+    def __init__(self, *answers: tuple[int, str]) -> None:
+        self.answers = list(answers)
+
+    async def handle(self, _: web.Request) -> web.StreamResponse:
+        code, text = self.answers.pop(0)
+        return web.Response(status=code, text=text)
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    async with aiohttp.ClientSession() as found:
+        yield found
+
+
+@pytest.mark.parametrize(
+    "first",
+    [(429, "storage is (re)initializing"), (500, ""), (200, EVENT[:20]), (200, "")],
+    ids=["refused", "failed", "cut in a line", "ended"],
+)
+async def test_a_watch_is_begun_again(session: aiohttp.ClientSession, first: tuple[int, str]) -> None:
+    watched = Watched(first, (200, EVENT), (200, EVENT))
+    runner = web.ServerRunner(web.Server(watched.handle))
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    endpoint = SimpleNamespace(server=f"http://127.0.0.1:{runner.addresses[0][1]}")
+    rig: Any = SimpleNamespace(endpoint=endpoint, namespace="team", changed=asyncio.Condition())
+    store = Store(rig, FINETUNEJOB)
+    task = asyncio.create_task(store.run(session))
+    async with asyncio.timeout(10), rig.changed:
+        await rig.changed.wait_for(lambda: "run" in store.items)
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+    await runner.cleanup()
