@@ -48,6 +48,8 @@ class Annotation(StrEnum):
     """On a FineTuneJob made by `finetune rerun`: name and uid of the job it was made from."""
     FROM_STEP = f"{GROUP}/from-step"
     """On such a job: optimizer step of the old job's checkpoint it starts from."""
+    TOLD_FROM = f"{GROUP}/told-from"
+    """On an event: resourceVersion of the FineTuneJob that it was told from; from the same version it is the same event, not a repeat."""
 
 
 class Env(StrEnum):

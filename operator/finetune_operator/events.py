@@ -1,7 +1,10 @@
-"""Events: the story of a run's last hour, for `kubectl describe`. On transitions only, after the status was written.
+"""Events: the story of a run's last hour, for `kubectl describe`. On transitions only, just before the status is written.
 
-`transitions` compares two statuses and is pure; `Recorder` posts in the background, never fails a reconcile, and counts repeats in
-a series instead of writing them again. An event's note cannot be changed, so its name hashes it.
+`transitions` compares two statuses and is pure; `Recorder` posts, never fails a reconcile, and counts repeats in a series instead
+of writing them again. An event's note cannot be changed, so its name hashes it.
+
+Before and not after, because the written status is the only memory of what was told: a process that dies between the two finds the
+transition again and tells it again, under the same name and from the same version of the job, which makes it the same event.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 Type = Literal["Normal", "Warning"]
 MAX_NOTE = 1000
-MAX_QUEUE = 4096
+MAX_BUCKETS = 4096
 BURST, REFILL_SECONDS = 25, 60.0
 """Events of one job that may come at once, and the time after which one more may."""
 OBSTACLES = frozenset({
@@ -160,7 +163,11 @@ def build_event(job: JobObject, note: Note, instance: str, now: datetime) -> Obj
     return {
         "apiVersion": EVENT.api_version,
         "kind": EVENT.kind,
-        "metadata": {"name": f"{job.name}.{digest[:16]}", "namespace": job.namespace},
+        "metadata": {
+            "name": f"{job.name}.{digest[:16]}",
+            "namespace": job.namespace,
+            "annotations": {names.Annotation.TOLD_FROM.value: job.resource_version},
+        },
         "eventTime": _micro(now),
         "reportingController": names.GROUP,
         "reportingInstance": instance[:128],
@@ -189,54 +196,48 @@ class _Bucket:
 
 
 class Recorder:
-    """Posts events in the background. `run` is its task; what does not fit into its queue is dropped, with a log line."""
+    """Posts events. What one job tells too fast is dropped, with a log line."""
 
     def __init__(self, kube: Kube, instance: str):
         self._kube = kube
         self._instance = instance
-        self._queue: asyncio.Queue[Object] = asyncio.Queue(MAX_QUEUE)
         self._buckets: dict[str, _Bucket] = {}
+        self._untold: dict[str, set[str]] = {}
+        """Names of what was posted for a status that is not written yet, by uid of the job."""
 
-    def emit(self, job: JobObject, notes: list[Note]) -> None:
-        """Post these, soon."""
+    async def tell(self, job: JobObject, notes: list[Note]) -> None:
+        """Post these, for the status that is to be written next; none of them twice until `settle`. Raises nothing of the API's."""
         for note in notes:
+            event = build_event(job, note, self._instance, self._kube.clock.now())
+            posted = self._untold.setdefault(job.uid, set())
+            if event["metadata"]["name"] in posted:
+                continue
+            posted.add(event["metadata"]["name"])
             if not self._allowed(job.uid):
                 logger.info("too many events of %s/%s: %s is dropped", job.namespace, job.name, note.reason)
                 continue
-            try:
-                self._queue.put_nowait(build_event(job, note, self._instance, self._kube.clock.now()))
-            except asyncio.QueueFull:
-                logger.warning("the queue of events is full: %s is dropped", note.reason)
-
-    async def run(self) -> None:
-        """Post until cancelled, one after the other: in a burst of jobs, Jobs and statuses come first."""
-        while True:
-            event = await self._queue.get()
             try:
                 await self._post(event)
             except KubeError as error:
                 # An event is a courtesy: a namespace that is going away or a missing permission must not matter.
                 logger.info("an event was not posted: %s", error)
-            finally:
-                self._queue.task_done()
 
-    async def drain(self, seconds: float) -> None:
-        """Wait until everything is posted, at most that long."""
-        try:
-            async with asyncio.timeout(seconds):
-                await self._queue.join()
-        except TimeoutError:
-            logger.warning("%d events were not posted in time", self._queue.qsize())
+    def settle(self, uid: str) -> None:
+        """The status that the last events tell of is written: from now on the same again is a repeat."""
+        self._untold.pop(uid, None)
 
     async def _post(self, event: Object) -> None:
-        namespace, name = event["metadata"]["namespace"], event["metadata"]["name"]
+        meta = event["metadata"]
         try:
-            await self._kube.create(EVENT, namespace, event)
+            await self._kube.create(EVENT, meta["namespace"], event)
         except AlreadyExists:
-            found = await self._kube.get(EVENT, namespace, name)
+            found = await self._kube.get(EVENT, meta["namespace"], meta["name"])
+            if (found["metadata"].get("annotations") or {}) == meta["annotations"]:
+                return
             count = int((found.get("series") or {}).get("count", 1)) + 1
             series = {"count": count, "lastObservedTime": event["eventTime"]}
-            await self._kube.patch(EVENT, namespace, name, {"series": series})
+            change = {"metadata": {"annotations": meta["annotations"]}, "series": series}
+            await self._kube.patch(EVENT, meta["namespace"], meta["name"], change)
 
     def _allowed(self, uid: str) -> bool:
         now = asyncio.get_running_loop().time()
@@ -246,7 +247,7 @@ class Recorder:
         if bucket.tokens < 1:
             return False
         bucket.tokens -= 1
-        if len(self._buckets) > MAX_QUEUE:
+        if len(self._buckets) > MAX_BUCKETS:
             full = [key for key, one in self._buckets.items() if now - one.at > BURST * REFILL_SECONDS]
             for key in full:
                 del self._buckets[key]

@@ -18,8 +18,8 @@ class Point(StrEnum):
     """Where. Each lies between two effects that the outside can see."""
 
     BEFORE_STATUS_WRITE = "before_status_write"
+    """The events are sent and the status that they tell of is not written."""
     AFTER_STATUS_WRITE = "after_status_write"
-    """The status is written and its events are not sent."""
     BEFORE_JOB_CREATE = "before_job_create"
     AFTER_JOB_CREATE = "after_job_create"
     BEFORE_SERVICE_CREATE = "before_service_create"

@@ -265,7 +265,7 @@ class Reconciler:
         self._queue.add(key)
 
     async def _report(self, key: Key, facts: Facts, plan: Plan, acted: Acted) -> None:
-        """Write the status if it changed, then tell of it."""
+        """Tell what happened and write the status, if it changed."""
         old, new = facts.job.status, report(facts, plan, acted)
         before, after = old.wire(), new.wire()
         if before == after:
@@ -276,12 +276,13 @@ class Reconciler:
         if wait > 0 and transition(before) == transition(after):
             self._queue.add_after(key, wait)
             return
+        await self._recorder.tell(facts.job, transitions(old, new))
         reach(Point.BEFORE_STATUS_WRITE)
         written = await self._kube.replace(FINETUNEJOB, key.namespace, _status_body(facts.job, after), sub="status")
         reach(Point.AFTER_STATUS_WRITE)
         memory.progress_written = now
         self._cache.put_finetunejob(read_finetunejob(written))
-        self._recorder.emit(facts.job, transitions(old, new))
+        self._recorder.settle(facts.job.uid)
         self._count_transitions(facts, old, new, plan)
 
     def _count_transitions(self, facts: Facts, old: FineTuneJobStatus, new: FineTuneJobStatus, plan: Plan) -> None:
@@ -328,7 +329,9 @@ class Reconciler:
             self._queue.add_after(key, _seconds_until(plan.wake, facts.now))
 
     def _forget(self, key: Key) -> None:
-        self._memories.pop(key, None)
+        memory = self._memories.pop(key, None)
+        if memory is not None:
+            self._recorder.settle(memory.uid)
         self._scraper.forget(key)
 
 

@@ -82,7 +82,6 @@ class Runtime:
         parts = {
             "leader": self._lead(),
             "resync": self._resync_for_ever(),
-            "events": self._recorder.run(),
             "scraper": self._scraper.run(),
             "lag": self._measure_lag(),
         }
@@ -117,7 +116,7 @@ class Runtime:
         return None if error is None else 1
 
     async def _drain(self) -> None:
-        """Let looks under way finish and post what is to be told. Not after a lost lead: another one writes now."""
+        """Let looks under way finish. Not after a lost lead: another one writes now."""
         self._stopping = True
         self._working.clear()
         with contextlib.suppress(TimeoutError):
@@ -125,7 +124,6 @@ class Runtime:
                 while not self._queue.idle:
                     self._queue.drop_waiting()
                     await asyncio.sleep(0.05)
-        await self._recorder.drain(2)
 
     async def _end(self, tasks: list[asyncio.Task[Any]]) -> None:
         """End every part, hand over the lead."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -79,6 +80,19 @@ ENDS: dict[str, list[tuple[int, str]]] = {
     "resume": [(1, Reason.SUCCEEDED)],
     "cancel": [(1, Reason.CANCELLED)],
 }
+STORIES: dict[str, list[str]] = {
+    "create": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
+    "create two": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
+    "fail": [
+        Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.INTERNAL_ERROR, Reason.RETRYING, Reason.ATTEMPT_STARTED,
+        Reason.SUCCEEDED,
+    ],
+    "succeed": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
+    "suspend": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.SUSPENDED],
+    "resume": [Reason.ACCEPTED, Reason.SUSPENDED, Reason.RESUMED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
+    "cancel": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.CANCELLED],
+}  # fmt: skip
+"""Events that must be told wherever the operator died."""
 
 
 def test_every_point_is_died_at() -> None:
@@ -134,7 +148,8 @@ def test_killed_at_a_point_of_a_moment(rig: Rig, moment: str, point: str) -> Non
     assert body["status"].get("retriesUsed", 0) == (1 if moment == "fail" else 0)
     assert len(rig.jobs()) <= len(ENDS[moment])
     seen = rig.notes()
-    assert len(seen) == len(set(seen))
+    assert len(seen) == len(set(seen)), "told twice"
+    assert Counter(STORIES[moment]) - Counter(reason for reason, _ in seen) == Counter(), "never told"
 
 
 @pytest.mark.row(5)
