@@ -1,0 +1,228 @@
+"""Looks at one job against an API server of a few lines: what is told and when, what is not tried again, what is not computed twice."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+from finetune_api.names import API_VERSION, KIND, Annotation, Reason
+from finetune_operator import reconcile as module
+from finetune_operator.cache import Cache
+from finetune_operator.events import Recorder
+from finetune_operator.kube import (
+    AlreadyExists,
+    Conflict,
+    Created,
+    Forbidden,
+    Kube,
+    Listing,
+    NamespaceGoing,
+    NotFound,
+    ServerClock,
+)
+from finetune_operator.metrics import Metrics
+from finetune_operator.objects import EVENT, FINETUNEJOB, JOB, Kind, Object
+from finetune_operator.reconcile import Reconciler
+from finetune_operator.scrape import Scraper
+from finetune_operator.settings import ScrapeSettings
+from finetune_operator.views import read_finetunejob
+from finetune_operator.workqueue import Key, WorkQueue
+
+from tests.unit.operator.samples import CONFIG, SPEC, UID
+
+KEY = Key("team", "run")
+
+
+class PowerCut(BaseException):
+    """The process ends here."""
+
+
+@dataclass
+class Server:
+    """Objects by kind and name; `before` is called with verb and kind before a request has any effect, and may raise."""
+
+    objects: dict[tuple[str, str], Object] = field(default_factory=dict)
+    versions: Any = field(default_factory=lambda: itertools.count(2))
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    clock: ServerClock = field(default_factory=ServerClock)
+    before: Callable[[str, Kind], None] = lambda verb, kind: None
+
+    def _note(self, verb: str, kind: Kind) -> None:
+        self.requests.append((verb, kind.plural))
+        self.before(verb, kind)
+
+    def _put(self, kind: Kind, body: Object) -> Object:
+        meta = {"uid": f"uid-{body['metadata']['name']}", "creationTimestamp": "2026-11-21T12:00:00Z", **body["metadata"]}
+        stored = {**body, "metadata": {**meta, "resourceVersion": str(next(self.versions))}}
+        self.objects[kind.plural, meta["name"]] = stored
+        return stored
+
+    async def get(self, kind: Kind, namespace: str, name: str) -> Object:
+        self._note("get", kind)
+        if (kind.plural, name) not in self.objects:
+            raise NotFound("get", kind, name, 404, "NotFound", "")
+        return self.objects[kind.plural, name]
+
+    async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Listing:
+        self._note("list", kind)
+        return Listing([], 1)
+
+    async def create(self, kind: Kind, namespace: str, body: Object) -> Created:
+        self._note("create", kind)
+        name = body["metadata"]["name"]
+        if (kind.plural, name) in self.objects:
+            raise AlreadyExists("create", kind, name, 409, "AlreadyExists", "")
+        return Created(self._put(kind, {**body, "metadata": {**body["metadata"], "namespace": namespace}}))
+
+    async def replace(self, kind: Kind, namespace: str, body: Object, *, sub: str | None = None) -> Object:
+        self._note("update", kind)
+        known = self.objects[kind.plural, body["metadata"]["name"]]
+        if known["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
+            raise Conflict("update", kind, body["metadata"]["name"], 409, "Conflict", "")
+        return self._put(kind, {**known, "status": body["status"]})
+
+    async def patch(self, kind: Kind, namespace: str, name: str, body: Object) -> Object:
+        self._note("patch", kind)
+        known = self.objects[kind.plural, name]
+        meta = {**known["metadata"], **body.get("metadata", {})}
+        return self._put(kind, {**known, **body, "metadata": meta})
+
+    async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str, grace: int | None = None) -> bool:
+        self._note("delete", kind)
+        return self.objects.pop((kind.plural, name), None) is not None
+
+    def count(self, verb: str, kind: Kind) -> int:
+        return self.requests.count((verb, kind.plural))
+
+    def told(self) -> dict[str, int]:
+        """Reasons of events, and how often each was told."""
+        events = [body for (plural, _), body in self.objects.items() if plural == EVENT.plural]
+        return {body["reason"]: (body.get("series") or {}).get("count", 1) for body in events}
+
+
+@pytest.fixture
+def server() -> Server:
+    found = Server()
+    meta = {"name": "run", "namespace": "team", "uid": UID, "generation": 1}
+    found._put(FINETUNEJOB, {"apiVersion": API_VERSION, "kind": KIND, "metadata": meta, "spec": SPEC})
+    return found
+
+
+class Process:
+    """An operator that was just started: it knows what the server tells, and nothing else."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.cache, self.queue = server, Cache(), WorkQueue()
+        kube = cast("Kube", server)
+        self.reconciler = Reconciler(
+            kube=kube, cache=self.cache, queue=self.queue, recorder=Recorder(kube, "test"),
+            scraper=Scraper(ScrapeSettings(), server.clock.now, self.queue.add), metrics=Metrics(), config=CONFIG,
+        )  # fmt: skip
+        self.refresh()
+
+    def refresh(self) -> None:
+        """What the watch would bring."""
+        self.cache.put_finetunejob(read_finetunejob(self.server.objects[FINETUNEJOB.plural, "run"]))
+        for job in list(self.cache.family(KEY).jobs.values()):
+            if (JOB.plural, job.name) not in self.server.objects:
+                self.cache.drop_job(job)
+
+    async def look(self) -> None:
+        await self.reconciler.reconcile(KEY)
+
+
+async def test_an_event_is_not_lost_with_the_process_and_not_told_twice(server: Server) -> None:
+    def cut(verb: str, kind: Kind) -> None:
+        if (verb, kind) == ("update", FINETUNEJOB):
+            raise PowerCut
+
+    server.before = cut
+    with pytest.raises(PowerCut):
+        await Process(server).look()
+    assert server.told() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1}
+    server.before = lambda verb, kind: None
+    after = Process(server)
+    await after.look()
+    assert server.told() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1}
+    assert server.count("patch", EVENT) == 0
+    await after.look()
+    assert server.count("create", EVENT) == 4
+
+
+async def test_conflicts_do_not_make_events_of_their_own(server: Server) -> None:
+    process = Process(server)
+    for _ in range(3):
+        body = server.objects[FINETUNEJOB.plural, "run"]
+        server._put(FINETUNEJOB, {**body, "metadata": {**body["metadata"], "labels": {"edited": "again"}}})
+        with pytest.raises(Conflict):
+            await process.look()
+    process.refresh()
+    await process.look()
+    assert server.told() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1}
+    assert server.count("create", EVENT) == 2
+
+
+async def test_the_same_transition_later_is_counted(server: Server) -> None:
+    process = Process(server)
+    job = server.objects[FINETUNEJOB.plural, "run"]
+    job["spec"] = {**SPEC, "suspend": True}
+    process.refresh()
+    await process.look()
+    for wish in (False, True):
+        job = server.objects[FINETUNEJOB.plural, "run"]
+        meta = {**job["metadata"], "generation": job["metadata"]["generation"] + 1}
+        server._put(FINETUNEJOB, {**job, "metadata": meta, "spec": {**SPEC, "suspend": wish}})
+        server.objects.pop((JOB.plural, "run-1"), None)
+        process.refresh()
+        for _ in range(6):
+            await process.look()
+            process.refresh()
+    assert server.told()[Reason.SUSPENDED] == 2
+    event = next(body for body in server.objects.values() if body.get("reason") == Reason.SUSPENDED)
+    assert event["metadata"]["annotations"][Annotation.TOLD_FROM] != "2"
+
+
+@pytest.mark.parametrize("refused", ["events", "nothing"])
+async def test_events_that_may_not_be_written_hold_nothing_up(server: Server, refused: str) -> None:
+    def refuse(verb: str, kind: Kind) -> None:
+        if kind.plural == refused:
+            raise Forbidden(verb, kind, "", 403, "Forbidden", "")
+
+    server.before = refuse
+    await Process(server).look()
+    assert server.objects[FINETUNEJOB.plural, "run"]["status"]["phase"] == "Starting"
+    assert bool(server.told()) is (refused == "nothing")
+
+
+async def test_in_a_namespace_that_goes_nothing_is_tried_again(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    def going(verb: str, kind: Kind) -> None:
+        if verb == "create":
+            raise NamespaceGoing(verb, kind, "run-1", 403, "Forbidden", "namespace team is being terminated")
+
+    server.before = going
+    process = Process(server)
+    process.queue.add(KEY)
+    working = asyncio.create_task(process.reconciler.work())
+    async with asyncio.timeout(10):
+        while not server.requests or not process.queue.idle:
+            await asyncio.sleep(0)
+    working.cancel()
+    assert process.queue._next_due() is None
+    assert server.requests == [("create", JOB.plural)]
+    assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+
+
+async def test_a_spec_is_judged_once_a_generation(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged = []
+    accept = module.accept
+    monkeypatch.setattr(module, "accept", lambda *args: judged.append(1) or accept(*args))
+    process = Process(server)
+    for _ in range(3):
+        await process.look()
+    assert len(judged) == 1
