@@ -138,6 +138,12 @@ def has_validation(spec: FineTuneJobSpec) -> bool:
     return spec.dataset.validation is not None or bool(split and split.validation)
 
 
+def has_test(spec: FineTuneJobSpec) -> bool:
+    """Whether rows are held out until training is over."""
+    split = spec.dataset.split
+    return spec.dataset.test is not None or bool(split and split.test)
+
+
 def evaluates(spec: FineTuneJobSpec) -> bool:
     """Whether the validation loss is measured during training."""
     if spec.evaluation.strategy is None:

@@ -102,7 +102,10 @@ class Output(Lenient):
     merged_uri: str | None = Field(default=None, description="Base with the adapter merged in, if asked for.")
     published_uri: str | None = Field(default=None, description="Copy below output.dir, if asked for.")
     report_uri: str | None = Field(default=None, description="Report of the run.")
-    evaluation: dict[str, Any] | None = Field(default=None, description="Metrics after training, by name.")
+    evaluation: dict[str, Any] | None = Field(
+        default=None,
+        description="Metrics after training, by name. Of a test set: testRows, testLoss (nats per token), testTokenAccuracy and, where rows have them, testAnswerAccuracy (multiple choice), testPreferenceAccuracy, testReward.",
+    )
 
 
 class Failure(Lenient):

@@ -34,8 +34,6 @@ TABLE: tuple[NotYet, ...] = (
     NotYet("method.vision"),
     NotYet("method.lora.loftq"),
     NotYet("method.lora.init", _is("loftq"), "write pissa, which starts from the same idea"),
-    NotYet("dataset.test", instead="remove it: nothing is done with a test set yet"),
-    NotYet("dataset.split.test"),
     NotYet("output.dir"),
     NotYet("output.hub"),
     NotYet("output.merge_adapter"),

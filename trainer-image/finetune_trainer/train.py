@@ -8,7 +8,7 @@ import shutil
 from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from finetune_api.errors import ConfigError, FineTuneError, InternalError, MemoryExhaustedError
 from finetune_api.pod import RunConfig
@@ -37,6 +37,14 @@ def preload(run: RunConfig) -> None:
     imports.preload(run)
     _objective(run)
     from finetune_trainer import engine, hardware, model  # noqa: F401  each imports what it needs
+
+
+@runtime_checkable
+class MeetsTrainer(Protocol):
+    """A callback that needs more of the Trainer than callbacks are shown."""
+
+    def meet(self, trainer: Any) -> None:
+        """The Trainer, before it trains."""
 
 
 class Hooks(Protocol):
@@ -91,9 +99,23 @@ class Session:
         if resume is not None:
             self.channel.stage(Stage.RESTORING)
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+        measured = self._test(trainer)
         self.channel.stage(Stage.SAVING)
         folder, extra = self._save(trainer, applied)
+        if measured:
+            extra["evaluation"] = measured
         self.hooks.finish(self.run, self.channel, folder, applied.kind, extra)
+
+    def _test(self, trainer: Any) -> dict[str, float]:
+        """The held-out rows, looked at once, with the weights that will be published."""
+        from finetune_trainer.objective import held_out
+
+        if self.test is None:
+            return {}
+        self.channel.stage(Stage.EVALUATING)
+        found = held_out.measure(trainer, self.test)
+        self._tell(held_out.sentence(found))
+        return found
 
     def _build(self, callbacks: Any) -> tuple[Any, Any]:
         from transformers import AutoConfig, PrinterCallback, set_seed
@@ -112,6 +134,7 @@ class Session:
         )  # fmt: skip
         args = self.objective.arguments(setting, evaluates=has_validation(run.spec))
         data, self.facts = self.objective.data(setting)
+        self.test = data.test
         self._tell(*notes, *self.facts.notes)
         set_seed(args.seed)
         selection = self._preselect()
@@ -129,6 +152,9 @@ class Session:
         if lora.starts_with_eva(run) and self.hooks.resume_path(inputs) is None:
             lora.start_eva(trainer)
             set_seed(args.seed)
+        for callback in callbacks:
+            if isinstance(callback, MeetsTrainer):
+                callback.meet(trainer)
         trainer.remove_callback(PrinterCallback)
         trainer.plus_ratio = (run.spec.method.lora.plus_ratio or 1.0) if run.spec.method.lora else 1.0
         self.trainer, self.applied = trainer, applied

@@ -196,7 +196,9 @@ class Uploader:
         uri = self.tree.uri(join(base, staged.incarnation))
         if staged.step is None:
             self._mark_healthy(None)  # the run ended finite: what was committed last is healthy
-            self.output = Output(uri=uri, sha256=marker.manifest_sha256, kind=manifest.kind)
+            self.output = Output(
+                uri=uri, sha256=marker.manifest_sha256, kind=manifest.kind, evaluation=manifest.extra.get("evaluation")
+            )
         else:
             self._landed(staged, manifest, uri, marker.manifest_sha256, seconds)
 

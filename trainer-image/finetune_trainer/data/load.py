@@ -67,6 +67,11 @@ class Loaded:
     test: Rows
     summary: DataSummary
 
+    def parts(self) -> list[tuple[str, Rows]]:
+        """The parts that have rows, by name."""
+        named = (("train", self.train), ("validation", self.validation), ("test", self.test))
+        return [(name, rows) for name, rows in named if rows]
+
 
 def check_files(run: RunConfig, inputs: Inputs) -> DataSummary:
     """Read and check every row of every file. Imports neither torch nor transformers.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 """Of what is cached; a change of the stages raises it."""
 MAX_LENGTH = "dataset.maxSequenceLength"
 DEFAULT_LENGTH = 2048
@@ -45,6 +45,7 @@ class Prepared:
 
     train: Dataset
     validation: Dataset | None
+    test: Dataset | None
     format: DatasetFormat
     max_length: int
     reports: dict[str, TokenReport]
@@ -133,16 +134,13 @@ def _tokens(
     style = style_of(run, tokenizer, template, loaded.summary.format)
     notes = list(loaded.summary.notes)
     parts: dict[str, Tokens] = {}
-    for name, rows in (("train", loaded.train), ("validation", loaded.validation)):
-        if rows:
-            if isinstance(rows[0][1], Completion) and template and spec.use_chat_template is None:
-                style = Style(tokenizer, False, style.response_only, style.markers, style.specials)
-                notes.append(
-                    "prompt and completion are joined as they are; dataset.useChatTemplate: true makes them turns"
-                )
-            bad = RowPolicy(run, len(rows))
-            parts[name] = tokenise(_rendered(rows, style, bad), tokenizer, rules, on_bad_row=bad)
-            notes += bad.notes(name) + [f"{name}: {note}" for note in parts[name].report.notes(rules)]
+    for name, rows in loaded.parts():
+        if isinstance(rows[0][1], Completion) and template and spec.use_chat_template is None:
+            style = Style(tokenizer, False, style.response_only, style.markers, style.specials)
+            notes.append("prompt and completion are joined as they are; dataset.useChatTemplate: true makes them turns")
+        bad = RowPolicy(run, len(rows))
+        parts[name] = tokenise(_rendered(rows, style, bad), tokenizer, rules, on_bad_row=bad)
+        notes += bad.notes(name) + [f"{name}: {note}" for note in parts[name].report.notes(rules)]
     if spec.packing:
         parts["train"] = packed(parts["train"], length)
         notes.append(f"train: {parts['train'].report.notes(rules)[-1]}")
@@ -251,10 +249,15 @@ def _open(folder: Path, length: int, cached: bool) -> Prepared:
     from datasets import Dataset
 
     summary = json.loads((folder / "summary.json").read_text())
-    validation = folder / "validation"
+    train, validation, test = (
+        Dataset.load_from_disk(str(folder / part)) if (folder / part).exists() else None
+        for part in ("train", "validation", "test")
+    )
+    assert train is not None, "a summary is written after the rows of training"
     return Prepared(
-        train=Dataset.load_from_disk(str(folder / "train")),
-        validation=Dataset.load_from_disk(str(validation)) if validation.exists() else None,
+        train=train,
+        validation=validation,
+        test=test,
         format=DatasetFormat(summary["format"]),
         max_length=length,
         reports={name: TokenReport(**report) for name, report in summary["reports"].items()},

@@ -7,7 +7,7 @@ rows to `dataset.maxSequenceLength`, and everything cut or left out is counted a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,10 +28,15 @@ Text = tuple[Turn, ...] | str
 
 @dataclass
 class Parts:
-    """Token ids of both parts of the data."""
+    """Token ids of the parts of the data."""
 
     train: Dataset
     validation: Dataset | None
+    test: Dataset | None = None
+
+    def mapped(self, change: Callable[[Dataset], Dataset]) -> Parts:
+        """The same change made to every part."""
+        return Parts(*(None if part is None else change(part) for part in (self.train, self.validation, self.test)))  # type: ignore[arg-type]  # train is never None
 
 
 @dataclass(frozen=True)
@@ -145,28 +150,23 @@ def _data(setting: Setting, columns: Any) -> tuple[Parts, Facts]:
     notes = list(loaded.summary.notes)
     made: dict[str, Dataset] = {}
     reports: dict[str, Any] = {}
-    for name, rows in (("train", loaded.train), ("validation", loaded.validation)):
-        if rows:
-            style = replace(
-                style_of(setting.run, setting.tokenizer, template, loaded.summary.format),
-                response_only=True,
-                markers=None,
-            )
-            part = _part(setting, rows, style, bounds, notes, name)
-            made[name] = Dataset.from_list([columns(row) for row in part.rows])
-            if isinstance(rows[0][1].prompt, str) and template and setting.run.spec.dataset.use_chat_template is None:
-                notes.append(
-                    "prompts and answers are joined as they are; dataset.useChatTemplate: true makes them turns"
-                )
-            notes += part.counts.notes(name, bounds)
-            reports[name] = vars(part.counts)
+    for name, rows in loaded.parts():
+        style = replace(
+            style_of(setting.run, setting.tokenizer, template, loaded.summary.format), response_only=True, markers=None
+        )
+        part = _part(setting, rows, style, bounds, notes, name)
+        made[name] = Dataset.from_list([columns(row) for row in part.rows])
+        if isinstance(rows[0][1].prompt, str) and template and setting.run.spec.dataset.use_chat_template is None:
+            notes.append("prompts and answers are joined as they are; dataset.useChatTemplate: true makes them turns")
+        notes += part.counts.notes(name, bounds)
+        reports[name] = vars(part.counts)
     facts = Facts(
         len(made["train"]),
         loaded.summary.format,
         list(dict.fromkeys(notes)),
         {"rows": loaded.summary.rows, "tokens": reports},
     )
-    return Parts(made["train"], made.get("validation")), facts
+    return Parts(made["train"], made.get("validation"), made.get("test")), facts
 
 
 def _part(setting: Setting, rows: Rows, style: Style, bounds: Limits, notes: list[str], name: str) -> _Part:

@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 from finetune_api.errors import ConfigError, DataError
+from finetune_api.rules import has_test
 from finetune_api.spec.enums import GrpoLoss, Overflow
 from finetune_api.spec.trainer import Grpo as GrpoSpec
 from trl.trainer.grpo_config import GRPOConfig
@@ -39,15 +40,14 @@ def data(setting: Setting) -> tuple[answers.Parts, Facts]:
     notes = list(loaded.summary.notes)
     functions = reward_functions(setting)
     made: dict[str, Dataset] = {}
-    for name, rows in (("train", loaded.train), ("validation", loaded.validation)):
-        if rows:
-            style = replace(style_of(setting.run, setting.tokenizer, template, loaded.summary.format), markers=None)
-            made[name] = _fitting(
-                _prompts(rows, style, setting.run.spec.dataset.use_chat_template is True), setting, notes, name
-            )
-            require_columns(functions, [column for column in made[name].column_names if column != "prompt"])
+    for name, rows in loaded.parts():
+        style = replace(style_of(setting.run, setting.tokenizer, template, loaded.summary.format), markers=None)
+        made[name] = _fitting(
+            _prompts(rows, style, setting.run.spec.dataset.use_chat_template is True), setting, notes, name
+        )
+        require_columns(functions, [column for column in made[name].column_names if column != "prompt"])
     facts = Facts(len(made["train"]), loaded.summary.format, notes, {"rows": loaded.summary.rows})
-    return answers.Parts(made["train"], made.get("validation")), facts
+    return answers.Parts(made["train"], made.get("validation"), made.get("test")), facts
 
 
 def _prompts(rows: Rows, style: Style, text_as_turns: bool) -> Dataset:
@@ -90,7 +90,7 @@ def arguments(setting: Setting, *, evaluates: bool) -> GRPOConfig:
         )  # fmt: skip
     if fields["metric_for_best_model"] is not None:
         fields |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}
-    evaluated = fields["eval_strategy"] != "no"
+    evaluated = fields["eval_strategy"] != "no" or has_test(run.spec)
     return GRPOConfig(
         **fields,
         num_generations=generations,

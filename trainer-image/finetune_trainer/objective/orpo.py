@@ -35,11 +35,17 @@ class Orpo(Guarded, ORPOTrainer):
             }  # fmt: skip
         return row
 
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **options: Any) -> Any:
+        """TRL tokenises the rows it is built with only: those of a test set come later."""
+        if isinstance(eval_dataset, Dataset) and "prompt_input_ids" not in eval_dataset.column_names:
+            eval_dataset = eval_dataset.map(self.tokenize_row)
+        return super().evaluate(eval_dataset, *args, **options)
+
 
 def data(setting: Setting) -> tuple[answers.Parts, Facts]:
     """Pairs."""
     parts, facts = answers.pairs(setting)
-    return answers.Parts(_with_texts(parts.train), _with_texts(parts.validation) if parts.validation else None), facts
+    return parts.mapped(_with_texts), facts
 
 
 def _with_texts(pairs: Dataset) -> Dataset:

@@ -27,7 +27,7 @@ class RewardModel(Guarded, RewardTrainer):
 def data(setting: Setting) -> tuple[answers.Parts, Facts]:
     """Pairs; a score is given to prompt and answer together."""
     parts, facts = answers.pairs(setting)
-    return answers.Parts(_joined(parts.train), _joined(parts.validation) if parts.validation else None), facts
+    return parts.mapped(_joined), facts
 
 
 def _joined(pairs: Dataset) -> Dataset:

@@ -192,8 +192,9 @@ class Supervisor:
             return False
         log.info("the final artefact was committed by %s", committed.marker.path)
         self.facts.output = Output(
-            uri=tree.uri(committed.folder), sha256=committed.marker.manifest_sha256, kind=manifest.kind
-        )
+            uri=tree.uri(committed.folder), sha256=committed.marker.manifest_sha256, kind=manifest.kind,
+            evaluation=manifest.extra.get("evaluation"),
+        )  # fmt: skip
         self._failed.set()
         return True
 

@@ -1,0 +1,100 @@
+"""The test set is held out, looked at once at the end with the published weights, and its measures are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_trainer.data import load
+
+from tests.support.learning import TEN, go, make_run, train_here, write_rows
+from tests.support.preferences import JUDGED, PAIRS, PROMPTS
+
+pytestmark = pytest.mark.pod
+LORA: dict[str, Any] = {"type": "lora", "lora": {"dropout": 0}}
+
+
+def test_three_parts_are_cut_and_the_test_part_is_measured_at_the_end(model: Path, tmp_path: Path) -> None:
+    split = {"dataset": {"split": {"validation": 0.2, "test": 0.3, "seed": 7}}}
+    spec = {"method": LORA, "evaluation": {"strategy": "steps", "steps": 2}, **split}
+    run, inputs = make_run(tmp_path, model, spec, TEN)
+    parts = load(run, inputs)
+    taken = [raw.number for part in (parts.train, parts.validation, parts.test) for raw, _ in part]
+    assert [len(parts.train), len(parts.validation), len(parts.test)] == [5, 2, 3]
+    assert sorted(taken) == list(range(1, 11))
+    outcome = train_here(run, inputs)
+    found = outcome.extra["evaluation"]
+    assert (outcome.resolved["datasetRows"], found["testRows"]) == (5, 3)
+    assert found["testLoss"] == pytest.approx(
+        loss_of(outcome.folder, model, [TEN[r.number - 1] for r, _ in parts.test]), abs=1e-4
+    )
+    assert found["testLoss"] not in outcome.eval_losses
+    assert sum("test_loss" in line for line in outcome.logs) == 1
+    assert 0 <= found["testTokenAccuracy"] <= 1
+    assert any(note.startswith(f"test: 3 rows, loss {found['testLoss']:.4f}, token accuracy") for note in outcome.notes)
+
+
+def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
+    """Mean loss of all answer tokens together, by plain transformers and PEFT."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert folder is not None
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), folder).eval()
+    total, count = 0.0, 0
+    for row in rows:
+        head = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False)
+        text = head + row["messages"][1]["content"] + "<|im_end|>"
+        start = len(tokenizer(head, add_special_tokens=False)["input_ids"])
+        ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+        with torch.no_grad():
+            scores = tuned(ids).logits[0].log_softmax(-1)
+        total -= float(sum(scores[place - 1, ids[0, place]] for place in range(start, ids.shape[1])))
+        count += ids.shape[1] - start
+    return total / count
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "measures"),
+    [
+        ("dpo", PAIRS, {"testLoss", "testPreferenceAccuracy"}),
+        ("orpo", PAIRS, {"testLoss", "testPreferenceAccuracy"}),
+        ("reward", PAIRS, {"testLoss", "testPreferenceAccuracy"}),
+        ("kto", JUDGED, {"testLoss"}),
+        ("grpo", PROMPTS, {"testReward"}),
+    ],
+)
+def test_a_test_file_is_measured_by_every_objective(
+    kind: str, rows: list[Any], measures: set[str], model: Path, tmp_path: Path
+) -> None:
+    held = write_rows(tmp_path / "held.jsonl", rows[:4])
+    trainer: dict[str, Any] = {"type": kind}
+    if kind == "grpo":
+        reward = {"builtin": "length", "parameters": {"unit": "tokens", "minimum": "8"}}
+        trainer |= {"maxCompletionLength": 8, "grpo": {"numGenerations": 2}, "rewards": [reward]}
+    spec = {"method": LORA, "trainer": trainer, "dataset": {"test": f"file://{held}"}, "training": {"maxSteps": 1}}
+    run, inputs = make_run(tmp_path, model, spec, rows)
+    outcome = train_here(run, inputs.model_copy(update={"test": [held]}))
+    found = outcome.extra["evaluation"]
+    assert measures <= found.keys()
+    assert found["testRows"] == 4
+    assert outcome.resolved["datasetRows"] == len(rows)
+    assert [message["stage"] for message in outcome.said("stage")][-2:] == ["evaluating", "saving"]
+
+
+def test_letters_of_a_test_set_are_counted(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"question": row["messages"][0]["content"], "options": {"A": "x", "B": "y"}, "answer": "AB"[i % 2]}
+        for i, row in enumerate(TEN)
+    ]
+    spec = {"training": {"maxSteps": 1}, "dataset": {"split": {"test": 0.4}}}
+    assert "testAnswerAccuracy" in go(tmp_path, model, spec, rows).extra["evaluation"]
+
+
+def test_without_a_test_set_nothing_is_measured(model: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, model, {"training": {"maxSteps": 1}})
+    assert "evaluation" not in outcome.extra
+    assert "evaluating" not in [message["stage"] for message in outcome.said("stage")]
