@@ -8,6 +8,9 @@ export CLUSTER KEEP
 export PYTHONDONTWRITEBYTECODE :=
 # Ranks of a test share two cores with the test itself.
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+# Two files at a time: while the tests with real pods wait for a cluster, the others compute. In the order they are found: the longest chain begins first.
+WORKERS ?= 2
+PYTEST := $(TEST_ENV) .venv/bin/pytest -q -n $(WORKERS) --no-loadscope-reorder
 
 .PHONY: help
 help: ## List every target
@@ -58,11 +61,11 @@ locks: setup ## Write requirements/{operator,trainer,cli}.lock again, with the v
 ##@ Tests
 .PHONY: test-quick
 test-quick: tools ## Unit, integration and pod tests: no images, no node
-	@$(TEST_ENV) .venv/bin/pytest -q -m "not e2e and not faults and not slow and not gpu"
+	@$(PYTEST) -m "not e2e and not faults and not slow and not gpu"
 
 .PHONY: test
 test: prepare verify ## Everything that must hold before a change lands, real pods included
-	@$(TEST_ENV) .venv/bin/pytest -q -m "not faults and not slow and not gpu"
+	@$(PYTEST) -m "not faults and not slow and not gpu"
 
 .PHONY: e2e
 e2e: prepare verify ## Only the tests with a real node, real images and the installed operator
@@ -70,7 +73,7 @@ e2e: prepare verify ## Only the tests with a real node, real images and the inst
 
 .PHONY: test-faults
 test-faults: prepare verify ## The long fault matrices
-	@$(TEST_ENV) .venv/bin/pytest -q -m "(faults or slow) and not gpu"
+	@$(PYTEST) -m "(faults or slow) and not gpu"
 
 .PHONY: test-gpu
 test-gpu: setup ## Tests that need a CUDA device

@@ -1,0 +1,29 @@
+"""How the tests share two cores: files side by side, the tests of the one cluster with nodes one after another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.support import rows
+
+NODES = "tests/e2e/"
+"""Where the tests of the cluster with nodes lie, of which there is one on a machine."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The table of fault rows is printed by the process that gathers the results, which loads no conftest but this."""
+    rows.register(config)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With several processes: a file is not torn apart, since its tests share what is slow to make."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist is not typed
+        def _split_scope(self, nodeid: str) -> str:
+            return NODES if nodeid.startswith(NODES) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
