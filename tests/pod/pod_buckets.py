@@ -42,6 +42,11 @@ class Bucket:
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=base + prefix)
         return [one["Key"][len(base) :] for page in pages for one in page.get("Contents", [])]
 
+    def read(self, key: str) -> bytes:
+        """An object of the job's tree."""
+        answer = self.client.get_object(Bucket=self.name, Key=f"{self.root}/team/job/{UID}/{key}")
+        return bytes(answer["Body"].read())
+
     def put(self, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=self.name, Key=key, Body=data)
 

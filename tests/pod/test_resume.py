@@ -1,88 +1,28 @@
-"""Exact resume through a real S3 server: killed or stopped runs that go on equal an undisturbed one, bit by bit."""
+"""Exact resume through a real S3 server: killed or stopped runs that go on equal an undisturbed one, bit by bit.
+
+Each run is held at one place until it is disturbed there, so that a test means the same on a fast and on a slow machine.
+"""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.pod import LastWords, Resume
-from pod_buckets import Bucket, new_bucket
-from pod_harness import Pod, merged, run_config
+from finetune_api.pod import Resume
+from pod_buckets import Bucket
+from pod_harness import Pod, run_config
+from stories import committed, spec_of, story, traced, undisturbed
 
 from localcluster.s3 import S3Endpoint
 
-STEPS, EVERY = 40, 8
-
-
-def spec_of(model: Path, rows: Path, method: str, **training: Any) -> dict[str, Any]:
-    """Dropout, shuffling, accumulation, and checkpoints in the middle of epochs."""
-    return {
-        "model": {"source": f"file://{model}"},
-        "method": {"type": method, **({"lora": {"dropout": 0.1}} if method == "lora" else {})},
-        "dataset": {"train": f"file://{rows}"},
-        "training": {
-            "maxSteps": STEPS, "batchSizePerDevice": 2, "gradientAccumulationSteps": 2, "learningRate": 1e-3, **training
-        },
-        "checkpoint": {"steps": EVERY, "keep": 0},
-        "tracking": {"loggingSteps": 1},
-    }  # fmt: skip
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "packing": {"dataset": {"packing": True, "maxSequenceLength": 128}, "training": {"batchSizePerDevice": 1}},
-    "boundary": {"checkpoint": {"steps": 9}},
-    "epochs": {"checkpoint": {"strategy": "epoch"}, "dataset": {"split": {"validation": 0.2}}, "evaluation": {"strategy": "epoch"}},
-    "best": {
-        "dataset": {"split": {"validation": 0.2}}, "evaluation": {"strategy": "steps", "steps": EVERY},
-        "checkpoint": {"loadBestAtEnd": True},
-    },
-    "fsdp": {"distributed": {"strategy": "fsdp"}},
-}  # fmt: skip
-"""What else a resumed run must get right: 36 rows, 4 a step on one rank, so that an epoch has 9 steps."""
-
-
-def curve(bucket: Bucket) -> dict[int, dict[str, float]]:
-    """Loss, gradient norm and rate of every step; steps that several attempts did must be equal."""
-    found: dict[int, dict[str, float]] = {}
-    for key in bucket.keys("metrics/"):
-        body = bucket.client.get_object(Bucket=bucket.name, Key=bucket.target().uri.split("/", 3)[3] + "/" + key)[
-            "Body"
-        ]
-        for line in body.read().decode().splitlines():
-            value = json.loads(line)
-            if "loss" not in value:
-                continue
-            kept = {name: value[name] for name in ("loss", "grad_norm", "learning_rate")}
-            assert found.setdefault(value["step"], kept) == kept, f"step {value['step']} of {key}"
-    return found
-
-
-def weights(bucket: Bucket, words: LastWords) -> dict[str, str]:
-    """sha256 of the final model's weight files, from its manifest."""
-    assert words.output is not None and words.output.uri is not None
-    key = words.output.uri.split("/", 3)[3] + "/manifest.json"
-    manifest = json.loads(bucket.client.get_object(Bucket=bucket.name, Key=key)["Body"].read())
-    return {one["path"]: one["sha256"] for one in manifest["files"] if one["path"].endswith(".safetensors")}
-
-
-@cache
-def undisturbed(
-    server: S3Endpoint, folder: Path, model: Path, rows: Path, method: str, processes: int, variant: str = "plain"
-) -> tuple[dict[int, dict[str, float]], dict[str, str]]:
-    """Curve and weights of a run that nothing happens to; one for all tests."""
-    bucket = new_bucket(server)
-    run = run_config(merged(spec_of(model, rows, method), VARIANTS[variant]), bucket.target(), processes=processes)
-    with Pod(run, folder / f"undisturbed-{variant}-{method}-{processes}", bucket.env) as pod:
-        assert pod.end() == 0, pod.text[-4000:]
-    assert sorted(curve(bucket)) == list(range(1, STEPS + 1))
-    return curve(bucket), weights(bucket, pod.words())
+HOLDS = {"epochs": ("forward:16", 8), "boundary": ("forward:18", 9)}
+"""Where a variant is held, and the newest step that is committed by then: both last steps of an epoch."""
+MIDDLE = ("accumulation:19", 16)
+"""In the middle of an epoch, of a logging window, of an effective batch, and between two checkpoints."""
 
 
 def rank_killed(pod: Pod) -> tuple[int, int]:
@@ -108,8 +48,10 @@ def stopped(pod: Pod) -> tuple[int, int]:
     return pod.end(), 75
 
 
-def case(method: str, processes: int, disturb: Callable[[Pod], tuple[int, int]], variant: str = "plain") -> Any:
-    marks = [] if variant == "plain" else [pytest.mark.faults]
+def case(
+    method: str, processes: int, disturb: Callable[[Pod], tuple[int, int]], variant: str, *, quick: bool = False
+) -> Any:
+    marks = [] if quick else [pytest.mark.faults]
     return pytest.param(
         method, processes, disturb, variant, marks=marks, id=f"{variant}-{method}-{processes}-{disturb.__name__}"
     )
@@ -118,9 +60,11 @@ def case(method: str, processes: int, disturb: Callable[[Pod], tuple[int, int]],
 @pytest.mark.parametrize(
     ("method", "processes", "disturb", "variant"),
     [
-        case("lora", 2, rank_killed), case("lora", 2, stopped), case("full", 1, pod_killed),
-        case("lora", 1, stopped, "packing"), case("full", 1, stopped, "boundary"), case("lora", 2, agent_killed, "boundary"),
+        case("lora", 2, stopped, "windows", quick=True), case("full", 1, pod_killed, "plain", quick=True),
+        case("lora", 2, rank_killed, "windows"), case("full", 1, stopped, "plain"), case("lora", 1, stopped, "packing"),
+        case("full", 1, stopped, "boundary"), case("lora", 2, agent_killed, "boundary"),
         case("lora", 1, pod_killed, "epochs"), case("lora", 1, stopped, "epochs"), case("lora", 1, rank_killed, "best"),
+        case("lora", 1, stopped, "best"), case("lora", 1, rank_killed, "early"), case("lora", 1, stopped, "early"),
         case("full", 2, rank_killed, "fsdp"), case("lora", 2, stopped, "fsdp"),
     ],
 )  # fmt: skip
@@ -129,26 +73,43 @@ def test_a_disturbed_run_equals_an_undisturbed_one(
     tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, disturb: Callable[[Pod], tuple[int, int]],
     variant: str,
 ) -> None:  # fmt: skip
-    losses, final = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
-    spec = merged(spec_of(model, rows, method), VARIANTS[variant])
-    with Pod(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket.env) as first:
-        first.wait_committed(EVERY)
+    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
+    spec = spec_of(model, rows, method, variant)
+    hold, newest = HOLDS.get(variant, MIDDLE)
+    run = run_config(spec, bucket.target(), processes=processes)
+    with traced(run, tmp_path / "one", bucket, hold=hold) as first:
+        first.wait_until((first.folder / "work" / "held").exists)
+        first.wait_committed(newest)
         code, expected = disturb(first)
     assert code == expected, first.text[-4000:]
-    steps = [
-        int(key.split("/")[1].removeprefix("step-"))
-        for key in bucket.keys("checkpoints/")
-        if key.endswith("_COMMITTED")
-    ]
-    assert steps and not bucket.keys("model/")
+    at = int(hold.partition(":")[2]) if disturb is stopped else newest
+    assert max(committed(bucket)) == at and not bucket.keys("model/")
 
     again = run_config(
-        spec, bucket.target(), processes=processes, attempt=2, resume=Resume(mode="auto", expect_step=min(steps))
+        spec, bucket.target(), processes=processes, attempt=2, resume=Resume(mode="auto", expect_step=newest)
     )
-    with Pod(again, tmp_path / "two", bucket.env) as second:
+    with traced(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
     words = second.words()
-    assert words.resumed_from_step == max(steps)
+    assert words.resumed_from_step == at
     assert words.resolved is not None and words.resolved.resume_exact is True
-    assert curve(bucket) == losses
-    assert weights(bucket, words) == final
+    assert story(bucket, [first, second], words) == whole
+
+
+@pytest.mark.faults
+def test_a_stop_in_the_middle_of_an_evaluation(
+    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:  # fmt: skip
+    """The evaluation is finished, one more step is done, and the validation loss is measured once."""
+    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "best")
+    spec = spec_of(model, rows, "lora", "best")
+    with traced(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold="evaluation:16") as first:
+        first.wait_until((first.folder / "work" / "held").exists)
+        first.terminate()
+        assert first.end() == 75, first.text[-4000:]
+    assert first.words().committed_step == 17
+    again = run_config(spec, bucket.target(), attempt=2, resume=Resume(mode="auto", expect_step=17))
+    with traced(again, tmp_path / "two", bucket) as second:
+        assert second.end() == 0, second.text[-4000:]
+    assert second.words().resumed_from_step == 17
+    assert story(bucket, [first, second], second.words()) == whole

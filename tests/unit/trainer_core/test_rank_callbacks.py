@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
+from finetune_api.errors import DivergedError  # noqa: E402 - likewise
 from finetune_trainer.channel import STOP_FILE, Channel  # noqa: E402 - torch first: without it there is nothing to test
 from finetune_trainer.checkpoint import rank as subject  # noqa: E402 - likewise
 from finetune_trainer.checkpoint.stop import Alone, StopAgreement, Stopped  # noqa: E402 - likewise
@@ -78,11 +79,11 @@ def run(tmp_path: Path) -> Run:
     return Run(tmp_path)
 
 
-def test_a_checkpoint_closes_its_window_and_is_handed_over(run: Run) -> None:
+def test_a_checkpoint_is_handed_over_and_logs_nothing(run: Run) -> None:
     run.step()
     run.step(save=True)
     run.step()
-    assert run.logged == [2] and run.saved == [2]
+    assert run.logged == [] and run.saved == [2]
     (message,) = run.sent("staged")
     assert (message["step"], message["graceful"], message["incarnation"]) == (2, False, "a1-00000000")
     assert message["folder"] == str(Path(run.args.output_dir) / "checkpoint-2")
@@ -94,9 +95,55 @@ def test_a_stop_saves_one_step_later_and_ends(run: Run) -> None:
     run.ask_to_stop()
     with pytest.raises(Stopped) as stopped:
         run.step()
-    assert stopped.value.step == 2 and run.saved == [2] and run.logged == [2]
+    assert stopped.value.step == 2 and run.saved == [2] and run.logged == []
     assert run.sent("staged")[0]["graceful"] is True
     assert run.sent("stopping")[0]["step"] == 2
+
+
+def test_the_last_step_is_logged_however_short_its_window_is(run: Run) -> None:
+    run.state.max_steps = 2
+    run.step()
+    run.step()
+    run.step()
+    assert run.logged == [2, 3]
+
+
+def test_the_open_window_travels_with_the_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    sums = {"tokens": torch.tensor(7), "nll": torch.tensor(0.3)}
+    trainer = SimpleNamespace(
+        args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(0.1) + torch.tensor(0.2), _sums={"train": sums}
+    )  # fmt: skip
+    run.stager.meet(trainer)
+    run.state.num_input_tokens_seen = 100
+    run.step()
+    run.step(save=True)
+    (message,) = run.sent("staged")
+    assert message["tokens"] == 107
+    later = SimpleNamespace(args=run.args, _globalstep_last_logged=2, _tr_loss=torch.tensor(0.0), _sums={"train": {}})
+    again = subject.Stager(run.channel, run.agreement, "a2-00000000", Path(message["folder"]))
+    again.meet(later)
+    run.agreement.start = lambda step: None  # type: ignore[method-assign] # it watches already
+    again.on_train_begin(run.args, run.state, run.control)
+    assert later._globalstep_last_logged == 0
+    assert later._tr_loss.item() == trainer._tr_loss.item() and later._tr_loss.dtype == torch.float32
+    assert later._sums["train"] == {"tokens": 7, "nll": torch.tensor(0.3).item()}
+
+
+@pytest.mark.parametrize(
+    ("loss", "weight", "code"),
+    [("nan", 1.0, "LossNotFinite"), ("inf", 1.0, "LossNotFinite"), ("1", float("nan"), "WeightsNotFinite")],
+)
+def test_what_is_not_finite_is_never_saved(run: Run, loss: str, weight: float, code: str) -> None:
+    run.stager.meet(
+        SimpleNamespace(
+            args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(float(loss)), _sums={"train": {}}
+        )
+    )
+    run.model.weight.data[0, 0] = weight
+    with pytest.raises(DivergedError) as caught:
+        run.step(save=True)
+    assert (caught.value.code, run.saved) == (code, [])
 
 
 def test_a_stop_is_not_swallowed_by_who_catches_exceptions(run: Run) -> None:

@@ -1,8 +1,8 @@
 """The part of checkpoints that lives in a rank: callbacks of the HF Trainer that report, stage and stop.
 
-`callbacks` come last in the Trainer's list. Whenever a checkpoint is made the running means are logged first, so that every
-logged window starts at a checkpoint and a resumed run logs what an undisturbed one logs; a window that is not finite ends
-the run there (`FiniteGuard`), before anything is saved.
+`callbacks` come last in the Trainer's list. A checkpoint carries the running means of its unfinished logging window
+(`window`), so that a resumed run logs what an undisturbed one logs; a window or weights that are not finite end the run
+before anything is saved.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from finetune_trainer.channel import Channel
 from finetune_trainer.checkpoint.stop import Alone, Board, Gang, StopAgreement, Stopped
+from finetune_trainer.checkpoint.window import Window
 from finetune_trainer.inputs import Inputs
 
 INCARNATION = "incarnation"
@@ -41,7 +42,8 @@ def callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[TrainerC
     """What the Trainer needs for this run, in this order, after its own callbacks."""
     shared: Board = Gang(run.world.rendezvous_id) if channel.world_size > 1 else Alone()
     agree_on_start(channel, shared, inputs.restore.step if inputs.restore else 0)
-    return [Reporter(channel), Stager(channel, StopAgreement(channel, shared), _incarnation(channel, shared))]
+    agreement = StopAgreement(channel, shared)
+    return [Reporter(channel), Stager(channel, agreement, _incarnation(channel, shared), resume_path(inputs))]
 
 
 def resume_path(inputs: Inputs) -> Path | None:
@@ -147,14 +149,26 @@ class Reporter(TrainerCallback):
 class Stager(TrainerCallback):
     """Hands checkpoints over when they are complete on disk, and ends the run at the agreed step."""
 
-    def __init__(self, channel: Channel, agreement: StopAgreement, incarnation: str) -> None:
+    def __init__(
+        self, channel: Channel, agreement: StopAgreement, incarnation: str, resumed: Path | None = None
+    ) -> None:
         self._channel, self._agreement, self._incarnation = channel, agreement, incarnation
+        self._resumed = resumed
+        self._window: Window | None = None
+        self._open_tokens = 0
+        """Tokens of the open window, which the Trainer's state counts at its next log line."""
         self._stopping = False
         self._bytes = 0
         """Size of the last checkpoint on this pod's disk."""
         self._began = 0.0
 
+    def meet(self, trainer: Any) -> None:
+        """The Trainer itself, whose running sums are no part of what callbacks are shown."""
+        self._window = Window(trainer, self._channel.rank, self._channel.world_size)
+
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self._resumed is not None and self._window is not None:
+            self._window.read(self._resumed)
         self._agreement.start(state.global_step)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -163,6 +177,8 @@ class Stager(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True  # the last window is logged however short it is
         if self._agreement.reached(state.global_step):
             self._stopping = True
             if not _waits_for_epoch_end(args, state):
@@ -189,7 +205,9 @@ class Stager(TrainerCallback):
                 raise Stopped(state.global_step)
             return
         self._began = time.monotonic()
-        control.should_log = True
+        self._open_tokens = 0
+        if self._window is not None and not control.should_log:  # a line that is logged here is looked at there
+            self._open_tokens = self._window.settle(model, state.global_step)
 
     def _has_room(self, args: TrainingArguments, model: Any) -> bool:
         """Whether every rank's disk can hold another checkpoint: all save, or none does."""
@@ -204,11 +222,13 @@ class Stager(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         step = state.global_step
         folder = Path(str(args.output_dir)) / f"checkpoint-{step}"
+        if self._window is not None:
+            self._window.write(folder)
         if self._channel.local_rank == 0:
             self._bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         self._channel.staged(
             step, folder, incarnation=self._incarnation, graceful=self._stopping, epoch=state.epoch,
-            tokens=int(state.num_input_tokens_seen or 0) or None, evalLoss=_finite(eval_loss(state, step)),
+            tokens=int(state.num_input_tokens_seen or 0) + self._open_tokens or None, evalLoss=_finite(eval_loss(state, step)),
             samples=step * args.train_batch_size * args.gradient_accumulation_steps * self._channel.world_size,
             stallSeconds=round(time.monotonic() - self._began, 4),
         )  # fmt: skip

@@ -1,0 +1,148 @@
+"""What a run did, to be compared with `==`: every logged number, every row of every step, the final weights."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from finetune_api.pod import LastWords, RunConfig
+from pod_buckets import Bucket, new_bucket
+from pod_harness import PYTHONPATH, Pod, merged, run_config
+
+from localcluster.s3 import S3Endpoint
+
+STEPS, EVERY = 40, 8
+TIMED = ("_per_second", "runtime", "data_wait_share", "peak_memory_gb", "mfu")
+"""Ends of the names of logged values that no two runs share."""
+Lines = dict[tuple[int, str], dict[str, Any]]
+"""Logged values by step and kind of line."""
+Rows = dict[tuple[int, int], list[list[str]]]
+"""Hashes of the rows of each micro-batch, by step and rank."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "windows": {"tracking": {"loggingSteps": 5}},
+    "packing": {
+        "dataset": {"packing": True, "maxSequenceLength": 128}, "training": {"batchSizePerDevice": 1},
+        "tracking": {"loggingSteps": 3},
+    },
+    "boundary": {"checkpoint": {"steps": 9}},
+    "epochs": {"checkpoint": {"strategy": "epoch"}, "dataset": {"split": {"validation": 0.2}}, "evaluation": {"strategy": "epoch"}},
+    "best": {
+        "dataset": {"split": {"validation": 0.2}}, "evaluation": {"strategy": "steps", "steps": EVERY},
+        "checkpoint": {"loadBestAtEnd": True}, "tracking": {"loggingSteps": 3},
+    },
+    "early": {
+        "dataset": {"split": {"validation": 0.2}}, "evaluation": {"strategy": "steps", "steps": EVERY},
+        "training": {"earlyStopping": {"patience": 2, "threshold": 1000.0}},
+    },
+    "fsdp": {"distributed": {"strategy": "fsdp"}, "tracking": {"loggingSteps": 3}},
+}  # fmt: skip
+"""What else a resumed run must get right: 36 rows, 4 a step on one rank, so that an epoch has 9 steps. In `early` no loss ever
+improves by enough: the first evaluation is the best one, and the third ends the run."""
+LAST = {"early": 3 * EVERY}
+"""Step at which a variant ends, if not at the last."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """A whole run, in however many attempts."""
+
+    lines: Lines
+    rows: Rows
+    weights: dict[str, str]
+
+
+def spec_of(model: Path, rows: Path, method: str, variant: str = "plain") -> dict[str, Any]:
+    """Dropout, shuffling, accumulation, and checkpoints in the middle of epochs and of logging windows."""
+    spec = {
+        "model": {"source": f"file://{model}"},
+        "method": {"type": method, **({"lora": {"dropout": 0.1}} if method == "lora" else {})},
+        "dataset": {"train": f"file://{rows}"},
+        "training": {
+            "maxSteps": STEPS, "batchSizePerDevice": 2, "gradientAccumulationSteps": 2, "learningRate": 1e-3
+        },
+        "checkpoint": {"steps": EVERY, "keep": 0},
+        "tracking": {"loggingSteps": 1},
+    }  # fmt: skip
+    made = merged(spec, VARIANTS[variant])
+    if made["checkpoint"].get("strategy"):
+        del made["checkpoint"]["steps"]
+    return made
+
+
+def traced(run: RunConfig, folder: Path, bucket: Bucket, *, hold: str = "", node_rank: int = 0) -> Pod:
+    """A pod that trains for real and tells which rows it learns from."""
+    env = {
+        "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(Path(__file__).parent)]), "FINETUNE_TRAINER_MODULE": "traced_train",
+        **({"TRACE_HOLD": hold} if hold else {}),
+    }  # fmt: skip
+    return Pod(run, folder, bucket.env | env, node_rank=node_rank)
+
+
+def story(bucket: Bucket, pods: Iterable[Pod], words: LastWords) -> Story:
+    """Everything that a run's pods did."""
+    return Story(lines(bucket), rows_learned(pods), weights(bucket, words))
+
+
+def lines(bucket: Bucket) -> Lines:
+    """Every logged value; lines that several attempts logged must be equal."""
+    found: Lines = {}
+    for key in bucket.keys("metrics/"):
+        for text in bucket.read(key).decode().splitlines():
+            value = json.loads(text)
+            kind = next((name for name in ("loss", "eval_loss") if name in value), None)
+            if kind is None:
+                continue
+            kept = {name: one for name, one in value.items() if not name.endswith(TIMED)}
+            assert found.setdefault((value["step"], kind), kept) == kept, f"step {value['step']} of {key}"
+    return found
+
+
+def rows_learned(pods: Iterable[Pod]) -> Rows:
+    """What each rank learned from at each step; steps that several attempts did must be equal."""
+    found: Rows = {}
+    for pod in pods:
+        for file in sorted((pod.folder / "work").glob("rows-*.jsonl")):
+            rank = int(file.stem.removeprefix("rows-"))
+            for text in file.read_text().splitlines(keepends=True):
+                if not text.endswith("\n"):
+                    continue  # the rank was killed while it wrote: the step was not done
+                told = json.loads(text)
+                kept = told["rows"]
+                assert found.setdefault((told["step"], rank), kept) == kept, f"step {told['step']} of {file}"
+    return found
+
+
+def weights(bucket: Bucket, words: LastWords) -> dict[str, str]:
+    """sha256 of the final model's weight files, from its manifest."""
+    assert words.output is not None and words.output.uri is not None
+    manifest = json.loads(bucket.read(words.output.uri.split("/job/", 1)[1].split("/", 1)[1] + "/manifest.json"))
+    return {one["path"]: one["sha256"] for one in manifest["files"] if one["path"].endswith(".safetensors")}
+
+
+def committed(bucket: Bucket) -> list[int]:
+    """Steps of committed checkpoints."""
+    keys = [key.split("/") for key in bucket.keys("checkpoints/") if key.endswith("_COMMITTED")]
+    return sorted(int(folder.removeprefix("step-")) for _, folder, _ in keys)
+
+
+@cache
+def undisturbed(
+    server: S3Endpoint, folder: Path, model: Path, rows: Path, method: str, processes: int, variant: str = "plain"
+) -> Story:
+    """A run that nothing happens to; one for all tests."""
+    bucket = new_bucket(server)
+    run = run_config(spec_of(model, rows, method, variant), bucket.target(), processes=processes)
+    with traced(run, folder / f"undisturbed-{variant}-{method}-{processes}", bucket) as pod:
+        assert pod.end() == 0, pod.text[-4000:]
+    found = story(bucket, [pod], pod.words())
+    last, every = LAST.get(variant, STEPS), run.spec.tracking.logging_steps or 1
+    logged = [step for step, kind in sorted(found.lines) if kind == "loss"]
+    assert logged == sorted({1, *range(every, last + 1, every), last}), "no line more, no line less"
+    assert sorted(found.rows) == [(step, rank) for step in range(1, last + 1) for rank in range(processes)]
+    return found

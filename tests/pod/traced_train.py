@@ -1,0 +1,89 @@
+"""The real training, watched: which rows each step learns from, and a place where a test may hold it until it is asked to stop.
+
+Set by FINETUNE_TRAINER_MODULE. Rows are told by `<work>/rows-<rank>.jsonl`: one line a step, a hash for each sequence of each
+micro-batch. TRACE_HOLD, `<phase>:<step>`, holds this rank there until all ranks have agreed on the step to stop at: `forward`,
+`accumulation` (before the second micro-batch of the step), `save`, `evaluation` (after the step). `<work>/held` then exists.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from typing import Any
+
+from finetune_api.pod import RunConfig
+from finetune_trainer import train
+from finetune_trainer.channel import Channel
+from finetune_trainer.checkpoint.stop import StopAgreement
+from finetune_trainer.inputs import Inputs
+
+HOLD = "TRACE_HOLD"
+preload = train.preload
+agreements: list[StopAgreement] = []
+"""This rank's, once it watches."""
+
+
+def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
+    watch(channel)
+    train.main(run, channel, inputs)
+
+
+def watch(channel: Channel) -> None:
+    """Put ourselves between transformers' loop and the trainer."""
+    from finetune_trainer.engine import Guarded
+
+    before = Guarded.get_batch_samples
+    micro = 0
+
+    def batches(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal micro
+        micro = 0
+        found, count = before(self, *args, **options)
+        if found:
+            told = {"step": self.state.global_step + 1, "rows": [rows_of(batch) for batch in found]}
+            with (channel.work / f"rows-{channel.rank}.jsonl").open("a") as file:
+                file.write(json.dumps(told) + "\n")
+        return found, count
+
+    def training_step(self: Any, *args: Any, **options: Any) -> Any:
+        nonlocal micro
+        micro += 1
+        hold(channel, "forward" if micro == 1 else "accumulation", self.state.global_step + 1)
+        return super(Guarded, self).training_step(*args, **options)
+
+    def prediction_step(self: Any, *args: Any, **options: Any) -> Any:
+        hold(channel, "evaluation", self.state.global_step)
+        return super(Guarded, self).prediction_step(*args, **options)
+
+    def save(self: Any, *args: Any, **options: Any) -> Any:
+        hold(channel, "save", self.state.global_step)
+        return super(Guarded, self)._save_checkpoint(*args, **options)
+
+    def start(self: StopAgreement, step: int) -> None:
+        agreements.append(self)
+        begin(self, step)
+
+    begin = StopAgreement.start
+    StopAgreement.start = start  # type: ignore[method-assign] # that is what watching means
+    Guarded.get_batch_samples = batches  # type: ignore[method-assign] # likewise
+    Guarded.training_step = training_step  # type: ignore[method-assign] # likewise
+    Guarded.prediction_step = prediction_step  # type: ignore[method-assign] # likewise
+    Guarded._save_checkpoint = save  # type: ignore[method-assign] # likewise
+
+
+def rows_of(batch: dict[str, Any]) -> list[str]:
+    """A short hash of each sequence, without what pads it."""
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    rows = [row if mask is None else row[mask[number].bool()] for number, row in enumerate(ids)]
+    return [hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()[:12] for row in rows]
+
+
+def hold(channel: Channel, phase: str, step: int) -> None:
+    """Wait here until the gang has agreed on the step to stop at, if this is the place."""
+    if os.environ.get(HOLD) != f"{phase}:{step}":
+        return
+    (channel.work / "held").touch()
+    while not any(one.stop for one in agreements):
+        time.sleep(0.005)
