@@ -140,7 +140,7 @@ def schema() -> Schema:
         "settings": closed(settings.rest(), "Further settings of the operator."),
         "log": settings.field("log"),
         "crds": closed({"enabled": switch, "keep": switch}, "The CustomResourceDefinition."),
-        "rbac": closed({"create": switch}, "Roles and bindings."),
+        "rbac": closed({"create": switch, "aggregate": switch}, "Roles and bindings."),
         "serviceAccount": closed(
             {"create": switch, "name": text(), "annotations": mapped("Annotations.")}, "The operator's ServiceAccount."
         ),

@@ -1,12 +1,15 @@
 """What was last seen of the cluster, by FineTuneJob. Filled by watch events and lists; never asked to be the last word.
 
-An older view never replaces a newer one of the same object, so that events may arrive twice or out of order. A pod that is
-deleted stays as a memory (`gone`) until its attempt is forgotten: how it ended is often the only witness of what happened.
+An older view never replaces a newer one of the same object, so that events may arrive twice or out of order. What shows nothing
+that was not known (a Job's counters move with each pod, each of our own writes comes back as an event) is told from news, so that
+nobody looks at the job for it. A pod that is deleted stays as a memory (`gone`) until its attempt is forgotten: how it ended is often
+the only witness of what happened.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from finetune_operator.views import JobObject, JobView, PodView, buried
 from finetune_operator.workqueue import Key
@@ -26,6 +29,13 @@ class Family:
     def empty(self) -> bool:
         """Nothing left to remember."""
         return self.job is None and not self.jobs and all(pod.gone for pod in self.pods.values())
+
+
+class Seen(NamedTuple):
+    """Whose family a view belongs to, and whether it showed anything that was not known."""
+
+    key: Key
+    news: bool
 
 
 @dataclass(frozen=True)
@@ -63,16 +73,22 @@ class Cache:
         """All FineTuneJobs."""
         return [family.job for family in self._families.values() if family.job is not None]
 
-    def put_finetunejob(self, view: JobObject) -> Key:
-        """Remember a FineTuneJob unless a newer version of it is known."""
+    def knows(self, key: Key, uid: str, resource_version: str) -> bool:
+        """Whether exactly this version of a FineTuneJob is known: each of our writes comes back, and need not be read again."""
+        job = self.family(key).job
+        return job is not None and (job.uid, job.resource_version) == (uid, resource_version)
+
+    def put_finetunejob(self, view: JobObject) -> Seen:
+        """Remember a FineTuneJob unless this version of it, or a newer one, is known."""
         key = Key(view.namespace, view.name)
         family = self._family(key)
         known = family.job
-        if known is None or view.version >= known.version:
-            if known is not None and known.uid != view.uid:
-                family.pods = {uid: pod for uid, pod in family.pods.items() if not pod.gone}
-            family.job = view
-        return key
+        if known is not None and (view.version < known.version or view == known):
+            return Seen(key, news=False)
+        if known is not None and known.uid != view.uid:
+            family.pods = {uid: pod for uid, pod in family.pods.items() if not pod.gone}
+        family.job = view
+        return Seen(key, news=True)
 
     def drop_finetunejob(self, key: Key, uid: str) -> None:
         """A FineTuneJob is gone; a namesake created since stays."""
@@ -81,14 +97,15 @@ class Cache:
             family.job = None
         self._sweep(key)
 
-    def put_job(self, view: JobView) -> Key:
+    def put_job(self, view: JobView) -> Seen:
         """Remember a Job unless a newer version of it is known."""
         key = Key(view.namespace, view.job_name)
         jobs = self._family(key).jobs
         known = jobs.get(view.uid)
-        if known is None or view.version >= known.version:
-            jobs[view.uid] = view
-        return key
+        if known is not None and view.version < known.version:
+            return Seen(key, news=False)
+        jobs[view.uid] = view
+        return Seen(key, news=known is None or replace(known, version=view.version) != view)
 
     def drop_job(self, view: JobView) -> Key:
         """A Job is gone."""
@@ -97,14 +114,15 @@ class Cache:
         self._sweep(key)
         return key
 
-    def put_pod(self, view: PodView) -> Key:
+    def put_pod(self, view: PodView) -> Seen:
         """Remember a pod unless a newer version of it is known."""
         key = Key(view.namespace, view.job_name)
         pods = self._family(key).pods
         known = pods.get(view.uid)
-        if known is None or (view.version >= known.version and not known.gone):
-            pods[view.uid] = view
-        return key
+        if known is not None and (view.version < known.version or known.gone):
+            return Seen(key, news=False)
+        pods[view.uid] = view
+        return Seen(key, news=known is None or replace(known, version=view.version) != view)
 
     def drop_pod(self, view: PodView) -> Key:
         """A pod is gone: remember how it ended."""

@@ -113,7 +113,7 @@ def _waiting(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
 
 
 def _training(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
-    if not _step(old) and _step(new):
+    if not _step(old) and _step(new) and not _final(new):
         assert new.progress is not None  # noqa: S101 -- _step found one
         yield Note(
             Reason.TRAINING_STARTED, f"first step of {new.progress.total_steps or 'unknown'} done", action="Train"

@@ -13,7 +13,7 @@ from typing import Any
 import kopf
 from finetune_api.names import GROUP, MANAGER, PLURAL, VERSION, Label
 
-from finetune_operator.cache import Cache
+from finetune_operator.cache import Cache, Seen
 from finetune_operator.kube import Kube
 from finetune_operator.objects import Object
 from finetune_operator.settings import OperatorConfig
@@ -71,6 +71,10 @@ def register(kube: Kube, cache: Cache, queue: WorkQueue, heard: Callable[[], Non
     """Handlers that fill the cache and the queue; `heard` is called on every event."""
     registry = kopf.OperatorRegistry()
 
+    def look(seen: Seen | None) -> None:
+        if seen is not None and seen.news:
+            queue.add(seen.key)
+
     @kopf.on.login(registry=registry)
     async def login(**_: Any) -> kopf.ConnectionInfo:
         return await credentials(kube)
@@ -78,49 +82,47 @@ def register(kube: Kube, cache: Cache, queue: WorkQueue, heard: Callable[[], Non
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def finetunejob(type: str | None, body: kopf.Body, **_: Any) -> None:
         heard()
-        queue.add(take_finetunejob(cache, type, dict(body)))
+        look(take_finetunejob(cache, type, dict(body)))
 
     @kopf.on.event("batch", "v1", "jobs", registry=registry)
     async def job(type: str | None, body: kopf.Body, **_: Any) -> None:
         heard()
-        key = take_job(cache, type, dict(body))
-        if key is not None:
-            queue.add(key)
+        look(take_job(cache, type, dict(body)))
 
     @kopf.on.event("", "v1", "pods", registry=registry)
     async def pod(type: str | None, body: kopf.Body, **_: Any) -> None:
         heard()
-        key = take_pod(cache, type, dict(body))
-        if key is not None:
-            queue.add(key)
+        look(take_pod(cache, type, dict(body)))
 
     return registry
 
 
-def take_finetunejob(cache: Cache, type_: str | None, body: Object) -> Key:
+def take_finetunejob(cache: Cache, type_: str | None, body: Object) -> Seen:
     """Remember a FineTuneJob from an event or a list."""
-    view = read_finetunejob(body)
+    meta = body["metadata"]
+    key = Key(meta["namespace"], meta["name"])
     if type_ == DELETED:
-        key = Key(view.namespace, view.name)
-        cache.drop_finetunejob(key, view.uid)
-        return key
-    return cache.put_finetunejob(view)
+        cache.drop_finetunejob(key, meta["uid"])
+        return Seen(key, news=True)
+    if cache.knows(key, meta["uid"], str(meta.get("resourceVersion", ""))):
+        return Seen(key, news=False)
+    return cache.put_finetunejob(read_finetunejob(body))
 
 
-def take_job(cache: Cache, type_: str | None, body: Object) -> Key | None:
+def take_job(cache: Cache, type_: str | None, body: Object) -> Seen | None:
     """Remember a Job; None if it is not one of ours."""
     view = read_job(body)
     if view is None:
         return None
-    return cache.drop_job(view) if type_ == DELETED else cache.put_job(view)
+    return Seen(cache.drop_job(view), news=True) if type_ == DELETED else cache.put_job(view)
 
 
-def take_pod(cache: Cache, type_: str | None, body: Object) -> Key | None:
+def take_pod(cache: Cache, type_: str | None, body: Object) -> Seen | None:
     """Remember a pod; None if it is not one of ours."""
     view = read_pod(body)
     if view is None:
         return None
-    return cache.drop_pod(view) if type_ == DELETED else cache.put_pod(view)
+    return Seen(cache.drop_pod(view), news=True) if type_ == DELETED else cache.put_pod(view)
 
 
 async def credentials(kube: Kube) -> kopf.ConnectionInfo:

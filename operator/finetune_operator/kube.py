@@ -19,7 +19,8 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import NamedTuple
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
 from finetune_api import names
@@ -136,6 +137,9 @@ class Kube:
     def __init__(self, configuration: Configuration, settings: ApiSettings, watcher: Watcher | None = None):
         configuration.connection_pool_maxsize = settings.connections
         configuration.retries = None
+        # The environment is read once, here: the client would read it, and ~/.netrc in a thread, for every request.
+        configuration.client_session_kwargs = {"trust_env": False}
+        configuration.proxy = configuration.proxy or _proxy(configuration.host)
         self.configuration = configuration
         self.clock = ServerClock()
         self._rest = RESTClientObject(configuration)
@@ -281,6 +285,14 @@ class Kube:
         if bearer:
             headers["Authorization"] = str(bearer["value"])
         return headers
+
+
+def _proxy(url: str) -> str | None:
+    """The proxy that the environment names for this address (HTTPS_PROXY, NO_PROXY and their like)."""
+    parts = urlsplit(url)
+    if not parts.hostname or proxy_bypass(parts.hostname):
+        return None
+    return getproxies().get(parts.scheme)
 
 
 def _json(data: bytes) -> Object:

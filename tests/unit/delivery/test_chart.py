@@ -53,6 +53,7 @@ def test_defaults_install_one_of_each(render: Render) -> None:
     kinds = sorted(item["kind"] for item in render())
     assert kinds == sorted(
         ["ConfigMap", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "Deployment"]
+        + ["ClusterRole", "ClusterRole"]  # what people who may view and edit get
         + ["Role", "RoleBinding", "ServiceAccount"]
     )
 
@@ -124,7 +125,7 @@ def permissions(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 def test_the_operator_may_do_what_it_does_and_no_more(render: Render) -> None:
     """No wildcard, no Secret, no write to a spec or to a Job."""
-    objects = render()
+    objects = render(rbac={"aggregate": False})
     assert permissions(one(objects, "ClusterRole")["rules"]) == {
         "finetune-operator.io/finetunejobs": ["get", "list", "watch"],
         "finetune-operator.io/finetunejobs/status": ["update"],
@@ -139,6 +140,18 @@ def test_the_operator_may_do_what_it_does_and_no_more(render: Render) -> None:
     assert permissions([create]) == {"coordination.k8s.io/leases": ["create"]}
     assert permissions([renew]) == {"coordination.k8s.io/leases": ["get", "update"]}
     assert renew["resourceNames"] == ["rel-finetune-operator"]
+
+
+def test_people_who_view_and_edit_get_finetunejobs_and_nothing_else(render: Render) -> None:
+    roles = {item["metadata"]["name"]: item for item in render() if item["kind"] == "ClusterRole"}
+    view, edit = roles["rel-finetune-operator-view"], roles["rel-finetune-operator-edit"]
+    assert permissions(view["rules"]) == {
+        "finetune-operator.io/finetunejobs": ["get", "list", "watch"],
+        "finetune-operator.io/finetunejobs/status": ["get", "list", "watch"],
+    }
+    assert permissions(edit["rules"]) == {
+        "finetune-operator.io/finetunejobs": ["create", "delete", "deletecollection", "patch", "update"],
+    }
 
 
 def test_named_namespaces_need_no_cluster_role(render: Render) -> None:

@@ -188,3 +188,25 @@ async def test_a_refusal_that_repeats_the_whole_object_is_cut(server: Server, ku
     with pytest.raises(Invalid) as caught:
         await kube.create(JOB, "team", JOB_BODY)
     assert len(caught.value.message) == 2048
+
+
+@pytest.mark.parametrize(
+    ("environment", "proxy"),
+    [
+        ({"HTTPS_PROXY": "http://proxy:3128"}, "http://proxy:3128"),
+        ({"HTTPS_PROXY": "http://proxy:3128", "NO_PROXY": "other,api.example.com"}, None),
+        ({}, None),
+    ],
+)
+async def test_the_environment_s_proxy_is_used(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], proxy: str | None
+) -> None:
+    for name in ("HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    configuration = Configuration()
+    configuration.host = "https://api.example.com:6443"
+    kube = Kube(configuration, ApiSettings())
+    assert kube.configuration.proxy == proxy
+    await kube.close()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from finetune_operator.cache import Cache, Listed
-from finetune_operator.handlers import settings
+from finetune_operator.handlers import settings, take_finetunejob
 from finetune_operator.kube import ServerClock
 from finetune_operator.text import clean, duration
 from finetune_operator.views import read_finetunejob, read_job, read_pod, read_status
@@ -293,3 +293,30 @@ def test_a_watch_is_never_guarded_by_cancelling_whatever_its_task_does() -> None
     found = settings(CONFIG).watching
     assert found.inactivity_timeout > 365 * 86400
     assert (found.server_timeout, found.client_timeout) == (60, 75)
+
+
+def test_what_shows_nothing_new_is_no_news() -> None:
+    cache = Cache()
+    assert cache.put_finetunejob(finetunejob(version=3)) == (RUN, True)
+    assert cache.put_finetunejob(finetunejob(version=3)) == (RUN, False)
+    assert cache.put_finetunejob(finetunejob(version=2)) == (RUN, False)
+    assert cache.put_finetunejob(finetunejob(version=4)) == (RUN, True)
+    assert cache.put_job(job(version=5)) == (RUN, True)
+    assert cache.put_job(job(version=7)) == (RUN, False)
+    assert cache.put_job(job(version=8, suspended=True)) == (RUN, True)
+    assert cache.put_job(job(version=7)) == (RUN, False)
+    assert cache.put_pod(pod(version=6)) == (RUN, True)
+    assert cache.put_pod(pod(version=9)) == (RUN, False)
+    assert cache.put_pod(pod(version=10, ready=False)) == (RUN, True)
+    assert cache.put_pod(pod(version=8)) == (RUN, False)
+    assert [view.version for view in cache.family(RUN).pods.values()] == [10]
+
+
+def test_an_event_of_what_we_wrote_ourselves_is_not_read_again() -> None:
+    cache = Cache()
+    cache.put_finetunejob(finetunejob(version=4, resource_version="4"))
+    meta = {"namespace": "team", "name": "run", "uid": UID, "resourceVersion": "4"}
+    assert take_finetunejob(cache, "MODIFIED", {"metadata": meta, "status": "not even a status"}) == (RUN, False)
+    assert take_finetunejob(cache, "MODIFIED", {"metadata": meta | {"resourceVersion": "5"}, "spec": {}}) == (RUN, True)
+    assert take_finetunejob(cache, "DELETED", {"metadata": meta}) == (RUN, True)
+    assert cache.family(RUN).job is None

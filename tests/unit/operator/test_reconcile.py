@@ -167,10 +167,8 @@ async def test_conflicts_do_not_make_events_of_their_own(server: Server) -> None
 
 
 async def test_the_same_transition_later_is_counted(server: Server) -> None:
+    server.objects[FINETUNEJOB.plural, "run"]["spec"] = {**SPEC, "suspend": True}
     process = Process(server)
-    job = server.objects[FINETUNEJOB.plural, "run"]
-    job["spec"] = {**SPEC, "suspend": True}
-    process.refresh()
     await process.look()
     for wish in (False, True):
         job = server.objects[FINETUNEJOB.plural, "run"]
