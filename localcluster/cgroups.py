@@ -12,6 +12,8 @@ from localcluster.errors import StartFailed
 from localcluster.layout import CGROUP
 
 ROOT = Path("/sys/fs/cgroup")
+SHARE = 4
+"""What all containers together weigh against one process of this machine, when cores are short."""
 
 
 def hierarchies() -> list[Path]:
@@ -33,6 +35,14 @@ def create(nodes: list[str]) -> None:
                 (folder / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in names))
         elif (ours / "cpuset.cpus").exists():
             _inherit_cpuset(ours, [ours / node for node in nodes])
+        _weigh(ours)
+
+
+def _weigh(folder: Path) -> None:
+    """A new group counts like a single process: pods would starve beside whatever else is at work here."""
+    for name, one in (("cpu.weight", 100), ("cpu.shares", 1024)):
+        if (folder / name).exists():
+            (folder / name).write_text(str(SHARE * one))
 
 
 def _inherit_cpuset(ours: Path, nodes: list[Path]) -> None:

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.names import FailureClass
+from finetune_api.names import PLURAL, FailureClass, Label, Phase
 from finetune_api.status import FineTuneJobStatus
 
-from tests.e2e.jobs.site import Room, job
+from tests.e2e.jobs.site import Room, Site, demo, job
 
 STEPS, EVERY = 100, 10
 ONE_POD: dict[str, Any] = {"gpusPerNode": 0, "processesPerNode": 2, "cpu": "100m", "memory": "3Gi"}
 TWO_PODS: dict[str, Any] = {"gpusPerNode": 0, "nodes": 2, "cpu": "100m", "memory": "2Gi"}
 
 
-def long_job(name: str, resources: dict[str, Any]) -> dict[str, Any]:
+def long_job(name: str, resources: dict[str, Any], **more: Any) -> dict[str, Any]:
     """Two ranks, dropout, checkpoints often; long enough to be disturbed in the middle."""
     return job(
         name,
@@ -30,6 +30,7 @@ def long_job(name: str, resources: dict[str, Any]) -> dict[str, Any]:
         },
         checkpoint={"steps": EVERY},
         policy={"terminationGracePeriodSeconds": 60},
+        **more,
     )  # fmt: skip
 
 
@@ -113,4 +114,90 @@ def test_resumed_run_equals_the_undisturbed_one(shared_room: Room, undisturbed: 
     if "deleted" in name:
         assert first.reason == FailureClass.PREEMPTED.value
         assert first.counted is not True, "a pod that was taken away costs no retry"
+    assert weights(shared_room, status) == undisturbed
+
+
+def test_suspended_in_the_middle_it_saves_first_and_goes_on_from_that_step(
+    shared_room: Room, undisturbed: dict[str, str]
+) -> None:
+    name = "suspended"
+    shared_room.apply(long_job(name, ONE_POD))
+    shared_room.wait(name, lambda s: s.progress and s.progress.step, "at its first step")
+    suspend(shared_room, name, True)
+    status = shared_room.wait(name, lambda s: s.phase is Phase.SUSPENDED, "suspended")
+    shared_room.site.api.wait_list(
+        "pods", shared_room.namespace, lambda pods: all(over(pod) for pod in pods), labels=f"{Label.NAME}={name}"
+    )
+    (first,) = status.attempts
+    assert first.counted is not True, "a wish of the user costs no retry"
+    suspend(shared_room, name, False)
+    status = shared_room.end(name)
+    first, second = status.attempts
+    assert first.last_step is not None
+    assert 0 < first.last_step < STEPS
+    assert second.resumed_from_step == first.committed_step == first.last_step, "not one step is repeated"
+    assert weights(shared_room, status) == undisturbed
+
+
+def suspend(room: Room, name: str, wished: bool) -> None:
+    """Set spec.suspend."""
+    room.site.api.patch(PLURAL, room.namespace, name, {"spec": {"suspend": wished}})
+
+
+def over(pod: dict[str, Any]) -> bool:
+    """Whether all of a pod's containers have ended."""
+    return pod["status"].get("phase") in ("Succeeded", "Failed")
+
+
+def test_a_name_that_is_used_again_waits_for_the_pods_of_the_one_before(shared_room: Room) -> None:
+    """Deleted and applied again at once: two objects of one name never run at the same time, and share no folder."""
+    name = "twice"
+    shared_room.apply(long_job(name, ONE_POD))
+    shared_room.wait(name, lambda s: s.progress and s.progress.step, "at its first step")
+    shared_room.site.cluster.kubectl("-n", shared_room.namespace, "delete", "finetunejob", name, "--wait=false")
+    (old,) = shared_room.pods(name)
+    shared_room.apply(job(name, training={"maxSteps": 2}))
+    status = shared_room.end(name)
+    assert status.output is not None
+    assert status.output.uri is not None
+    assert shared_room.site.api.get(PLURAL, shared_room.namespace, name)["metadata"]["uid"] in status.output.uri
+    (attempt,) = status.attempts
+    assert (attempt.resumed_from_step, attempt.last_step) == (None, 2)
+    (pod,) = shared_room.pods(name)
+    assert pod["metadata"]["uid"] != old["metadata"]["uid"]
+
+
+@pytest.fixture
+def n2(site: Site) -> Iterator[str]:
+    """The second node without the operator on it, brought back afterwards."""
+    kubectl = site.cluster.kubectl
+    kubectl("cordon", "n2")
+    for pod in site.api.list("pods", demo.RELEASE):
+        if pod["spec"].get("nodeName") == "n2":
+            kubectl("-n", demo.RELEASE, "delete", "pod", pod["metadata"]["name"])
+    kubectl("-n", demo.RELEASE, "rollout", "status", f"deployment/{demo.RELEASE}", "--timeout=60s")
+    kubectl("uncordon", "n2")
+    yield "n2"
+    site.cluster.start_node("n2")
+    kubectl("uncordon", "n1")
+
+
+@pytest.mark.slow
+def test_a_node_that_loses_its_power_costs_the_steps_since_the_checkpoint(
+    shared_room: Room, undisturbed: dict[str, str], n2: str
+) -> None:
+    name, cluster = "node-lost", shared_room.site.cluster
+    taints = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
+    soon = [{"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1} for key in taints]
+    cluster.kubectl("cordon", "n1")
+    shared_room.apply(long_job(name, ONE_POD, placement={"tolerations": soon}))
+    shared_room.wait(name, lambda s: s.latest_checkpoint, "past its first checkpoint")
+    cluster.kubectl("uncordon", "n1")
+    cluster.power_off(n2)
+    status = shared_room.wait(name, lambda s: s.phase is Phase.SUCCEEDED, "over", timeout=420)
+    first, second = status.attempts
+    assert first.counted is not True, "a node that is lost costs no retry"
+    assert first.node == n2
+    assert second.resumed_from_step is not None
+    assert second.resumed_from_step >= EVERY
     assert weights(shared_room, status) == undisturbed
