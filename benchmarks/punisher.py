@@ -1,12 +1,15 @@
 """A run that is killed again and again: does it end, is it exact, what is lost, how fast does it recover?
 
-    python benchmarks/punisher.py --steps 2000 --every 20 --kills 1000 --seed 0
+    python -m benchmarks.punisher --kills 1000 --seconds 420 --folder ~/.cache/finetune-operator/punisher
 
-Method. Ranks that count steps instead of training (tests/pod/toy_rank.py) run below the real supervisor, agent, checkpoint
-protocol and a real S3 server. A random victim (rank, agent, or the whole pod) is killed by SIGKILL, or the pod is asked to stop
+Method. Ranks that keep a chain of hashes instead of training (tests/pod/toy_rank.py) run below the real supervisor, agent,
+checkpoint protocol and a real S3 server. A random victim (rank, agent, or the whole pod) is killed by SIGKILL, or the pod is asked to stop
 by SIGTERM, at a random moment after the attempt's first step; the next attempt starts at once, as the operator would start it.
-Goodput: seconds of steps that were kept over all seconds from first start to end. Recovery: from the kill to the next
-attempt's first new step. At every restart all committed checkpoints are read back and compared with their manifests.
+Goodput: seconds of steps that were kept over all seconds that pods were held. Recovery: from the kill to the next attempt's first new
+step. At every restart all committed checkpoints are read back and compared with their manifests; in the end every logged state and the
+final one are compared with those of a run that nothing happened to, which a chain of hashes lets anyone compute.
+
+With --folder and --seconds it stops between two kills when the time is over, and the same command goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -16,26 +19,37 @@ import json
 import os
 import random
 import signal
-import statistics
-import sys
-import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/pod"), str(ROOT / "tests/support"), str(Path(__file__).resolve().parent)]
+from finetune_api.base import Lenient
+from finetune_trainer.checkpoint.restore import fetch_verified
+from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.storage.roots import open_store
+from pydantic import Field
 
-import record  # noqa: E402 - the path comes first
-from finetune_api.pod import Resume, StoreTarget  # noqa: E402 - likewise
-from finetune_trainer.checkpoint.restore import fetch_verified  # noqa: E402 - likewise
-from finetune_trainer.checkpoint.tree import Tree  # noqa: E402 - likewise
-from finetune_trainer.storage.roots import open_store  # noqa: E402 - likewise
-from pod_harness import PYTHONPATH, UID, Pod, run_config, write_rows  # noqa: E402 - likewise
-from tiny import make_tiny_model  # noqa: E402 - likewise
-
-from localcluster.s3 import S3Process  # noqa: E402 - likewise
+from benchmarks import record
+from benchmarks.lib.bench_pods import Bench, bench, spread
+from tests.pod.pod_harness import Pod
+from tests.pod.toy_rank import CHAIN, link
 
 VICTIMS = ("rank", "agent", "pod", "stop")
+POLL_SECONDS = 0.01
+
+
+class Ledger(Lenient):
+    """What has happened so far; kept on disk so that a run may be done in pieces."""
+
+    attempt: int = 0
+    kills: int = 0
+    newest: int = 0
+    held: float = Field(default=0.0, description="Seconds that pods were held.")
+    recoveries: list[float] = Field(default_factory=list)
+    lost: list[int] = Field(default_factory=list)
+    codes: dict[str, int] = Field(default_factory=dict, description="Attempts by victim and exit code.")
+    checked: int = Field(default=0, description="Committed checkpoints read back.")
+    done: bool = False
 
 
 def strike(pod: Pod, victim: str) -> None:
@@ -49,7 +63,7 @@ def strike(pod: Pod, victim: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def check(tree: Tree, folder: Path) -> int:
+def check(tree: Tree, folder: Path, ledger: Ledger) -> int:
     """Newest committed step, after every committed checkpoint was compared with its manifest."""
     newest = 0
     for committed in tree.committed():
@@ -58,76 +72,100 @@ def check(tree: Tree, folder: Path) -> int:
         problem = fetch_verified(tree, committed.folder, manifest, folder / committed.folder, lambda path: True)
         assert problem is None, problem
         newest = max(newest, manifest.step)
+        ledger.checked += 1
     return newest
+
+
+def reference(steps: int) -> list[str]:
+    """State after each step of a run that nothing happens to; index 0: before the first."""
+    states = [""]
+    for step in range(1, steps + 1):
+        states.append(link(states[-1], 0, step))
+    return states
+
+
+def same_curve(place: Bench, tree: Tree, steps: int) -> int:
+    """Logged states that were compared with the reference; fails at the first that differs, or if a step was never logged."""
+    states, seen, compared = reference(steps), set(), 0
+    for stat in tree.store.list("metrics/"):
+        for line in (tree.store.get(stat.key) or b"").decode().splitlines():
+            value = json.loads(line)
+            assert value["chain"] == states[value["step"]], f"{stat.key}: step {value['step']} is another state"
+            seen.add(value["step"])
+            compared += 1
+    model = tree.marker(None)
+    assert model is not None and tree.store.get(f"{model.folder}/{CHAIN.format(0)}") == states[-1].encode()
+    return compared
+
+
+def attempt(place: Bench, options: argparse.Namespace, ledger: Ledger, draw: random.Random) -> None:
+    """One attempt: start, wait for a new step, hurt it, look at what is left."""
+    ledger.attempt += 1
+    target, name = place.target("punished"), f"attempt-{ledger.attempt}"
+    spec = place.spec(checkpoint={"steps": options.every})
+    script = json.dumps({"steps": options.steps, "every": options.every, "pause": options.pause})
+    began, tree = time.monotonic(), Tree(open_store(target))
+    with place.pod(
+        name, spec, target, "toy_rank", attempt=ledger.attempt, newest=ledger.newest, env={"TOY_SCRIPT": script}
+    ) as pod:
+        assert pod.process is not None
+        while pod.step() <= ledger.newest and pod.process.poll() is None:
+            time.sleep(POLL_SECONDS)
+        if ledger.kills:
+            ledger.recoveries.append(time.monotonic() - began)
+        seen, victim = pod.step(), "none"
+        if ledger.kills < options.kills:
+            time.sleep(draw.uniform(0, 2 * options.every * options.pause))
+            seen, victim = pod.step(), draw.choice(VICTIMS)
+            strike(pod, victim)
+            ledger.kills += 1
+        code = pod.end(600)
+    ledger.held += time.monotonic() - began
+    ledger.codes[f"{victim} {code}"] = ledger.codes.get(f"{victim} {code}", 0) + 1
+    ledger.done = code == 0
+    if not ledger.done:
+        ledger.newest = check(tree, place.folder / "check", ledger)
+        ledger.lost.append(max(0, seen - ledger.newest))
+        print(f"kill {ledger.kills}: {victim:<5} at step {seen}, code {code}, committed {ledger.newest}", flush=True)
+
+
+def figures_of(place: Bench, options: argparse.Namespace, ledger: Ledger) -> dict[str, Any]:
+    compared = same_curve(place, Tree(open_store(place.target("punished"))), options.steps)
+    return {
+        "steps": options.steps, "checkpointEvery": options.every, "stepSeconds": options.pause, "kills": ledger.kills,
+        "attempts": ledger.attempt, "endings": dict(sorted(ledger.codes.items())), "podSeconds": round(ledger.held, 1),
+        "goodput": round(options.steps * options.pause / ledger.held, 4), "recoverySeconds": spread(ledger.recoveries),
+        "stepsLost": {"most": max(ledger.lost, default=0), "mean": round(sum(ledger.lost) / max(1, len(ledger.lost)), 2)},
+        "checkpointsReadBack": ledger.checked, "statesCompared": compared, "curveEqual": True,
+    }  # fmt: skip
 
 
 def main() -> None:
     """Punish and write down."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--every", type=int, default=20)
+    parser.add_argument("--every", type=int, default=2, help="steps between checkpoints")
     parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--pause", type=float, default=0.02, help="seconds a step takes")
+    parser.add_argument("--pause", type=float, default=0.05, help="seconds a step takes")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="keep state here, and go on from it")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many, between two kills")
     options = parser.parse_args()
-    draw = random.Random(options.seed)
-    with tempfile.TemporaryDirectory() as name, S3Process(Path(name) / "s3") as server:
-        folder = Path(name)
-        os.environ |= {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
-        server.client().create_bucket(Bucket="punisher")
-        target = StoreTarget(uri=f"s3://punisher/root/team/job/{UID}", endpoint=server.host_url)
-        tree = Tree(open_store(target))
-        spec = {
-            "model": {"source": f"file://{make_tiny_model(folder / 'model')}"},
-            "dataset": {"train": f"file://{write_rows(folder / 'rows.jsonl')}", "format": "messages"},
-            "checkpoint": {"steps": options.every},
-        }  # fmt: skip
-        env = {
-            "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(ROOT / "tests/pod")]), "FINETUNE_TRAINER_MODULE": "toy_rank",
-            "TOY_SCRIPT": json.dumps({"steps": options.steps, "every": options.every, "pause": options.pause}),
-            "AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key,
-        }  # fmt: skip
-        began, struck_at, kills, attempt, newest = time.monotonic(), None, 0, 0, 0
-        recoveries: list[float] = []
-        lost: list[int] = []
-        code = -1
-        while code != 0:
-            attempt += 1
-            run = run_config(spec, target, attempt=attempt, resume=Resume(mode="auto", expect_step=newest))
-            with Pod(run, folder / f"attempt-{attempt}", env) as pod:
-                pod.wait_until(
-                    lambda pod=pod, newest=newest: pod.step() > newest or pod.process.poll() is not None, 300
-                )
-                if struck_at is not None:
-                    recoveries.append(time.monotonic() - struck_at)
-                if kills < options.kills:
-                    time.sleep(draw.uniform(0, 3 * options.every * options.pause))
-                    seen, victim = pod.step(), draw.choice(VICTIMS)
-                    struck_at = time.monotonic()
-                    strike(pod, victim)
-                    kills += 1
-                code = pod.end(600)
-                if code != 0:
-                    newest = check(tree, folder / "check")
-                    lost.append(max(0, seen - newest))
-                    print(
-                        f"kill {kills}: {victim:<5} at step {seen}, code {code}, committed {newest}, lost {lost[-1]}",
-                        flush=True,
-                    )
-        seconds = time.monotonic() - began
-        recoveries.sort()
-        figures = {
-            "steps": options.steps, "checkpointEvery": options.every, "kills": kills, "attempts": attempt, "seconds": round(seconds, 1),
-            "goodput": round(options.steps * options.pause / seconds, 4),
-            "recoverySeconds": {
-                "p50": round(statistics.median(recoveries), 2) if recoveries else None,
-                "p99": round(recoveries[int(0.99 * (len(recoveries) - 1))], 2) if recoveries else None,
-            },
-            "stepsLost": {"most": max(lost, default=0), "mean": round(statistics.mean(lost), 2) if lost else 0},
-        }  # fmt: skip
-        assert max(lost, default=0) <= 2 * options.every, "more than one interval and one upload was lost"
-        print(figures)
-        print(record.write("punisher", figures, method=(__doc__ or "").split("\n\n")[2]))
+    began = time.monotonic()
+    with bench(options.folder) as place:
+        book = place.folder / "ledger.json"
+        ledger = Ledger.model_validate_json(book.read_text()) if book.exists() else Ledger()
+        while not ledger.done and time.monotonic() - began < options.seconds:
+            draw = random.Random(f"{options.seed}/{ledger.attempt}")
+            attempt(place, options, ledger, draw)
+            book.write_text(ledger.model_dump_json(by_alias=True))
+        if not ledger.done:
+            print(f"{ledger.kills} kills, step {ledger.newest} of {options.steps}: the same command goes on")
+            return
+        figures = figures_of(place, options, ledger)
+    assert figures["stepsLost"]["most"] <= 3 * options.every, "more than two intervals and one upload were lost"
+    print(json.dumps(figures, indent=1))
+    print(record.write("punisher", figures, method=(__doc__ or "").split("Method.", 1)[1].strip()))
 
 
 if __name__ == "__main__":

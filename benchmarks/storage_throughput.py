@@ -1,82 +1,145 @@
-"""How fast checkpoints go to S3 and come back, against boto3's own transfer functions on the same file in the same run.
+"""How fast checkpoints go to S3 and come back, against boto3's own transfer functions and obstore on the same file in the same run.
 
-    python benchmarks/storage_throughput.py --megabytes 256 --rounds 5
+    python -m benchmarks.storage_throughput --megabytes 256 --rounds 5
 
 Method. A real S3 server (SeaweedFS) runs on this machine and shares its cores with the client, so that only ratios mean
-anything. Ours (`S3Store.put_file`, `download` with its hash) and boto3's `upload_file`, `download_file` take turns in every
-round, in alternating order. Hashing is part of our download and, for uploads, reported apart (`sha256`), since it happens
-before. Figures: median over rounds of MB/s, the ratio of ours to boto3's, and client CPU seconds per GB.
+anything. Ours (`S3Store.put_file`, `download` with its hash), boto3's `upload_file`, `download_file` and obstore's `put`, and `get`
+streamed to a file (if obstore is installed) take turns in every round, each round in another order. Hashing is part of our download only
+and, for uploads, reported apart (`sha256`), since it happens before. Figures: median over rounds of MB/s; the ratio of ours to each
+and to the best of them in the same round; client CPU seconds per GB (all threads of this process); the most memory above what was
+in use before, by the kernel's own high-water mark, which is reset before each transfer.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import statistics
-import sys
-import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+from finetune_api.pod import StoreTarget
+from finetune_trainer.storage.base import sha256_file
+from finetune_trainer.storage.s3 import S3Store
 
-import record  # noqa: E402 - the path comes first
-from finetune_api.pod import StoreTarget  # noqa: E402 - likewise
-from finetune_trainer.storage.base import sha256_file  # noqa: E402 - likewise
-from finetune_trainer.storage.s3 import S3Store  # noqa: E402 - likewise
+from benchmarks import record
+from benchmarks.lib.bench_pods import BUCKET, Bench, bench
 
-from localcluster.s3 import S3Process  # noqa: E402 - likewise
+WAYS = ("up", "down")
+OTHERS = ("boto3", "obstore")
 
 
-def timed(work: Callable[[], object]) -> tuple[float, float]:
-    """Wall and CPU seconds of this process."""
+@dataclass(frozen=True)
+class Cost:
+    """What one transfer took."""
+
+    wall: float
+    cpu: float
+    memory: int
+
+
+def cost_of(work: Callable[[], object]) -> Cost:
+    """Wall and CPU seconds of this process, and bytes above what was in use."""
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _kib("VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return Cost(time.perf_counter() - wall, time.process_time() - cpu, (_kib("VmHWM") - before) * 1024)
+
+
+def _kib(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1])
+
+
+def tasks_of(place: Bench, source: Path, target: Path) -> dict[str, Callable[[], object]]:
+    """What is timed, by client and way."""
+    store = S3Store(StoreTarget(uri=f"s3://{BUCKET}/ours", endpoint=place.server.host_url))
+    plain = place.server.client()
+    tasks: dict[str, Callable[[], object]] = {
+        "ours up": lambda: store.put_file(source, "file"),
+        "boto3 up": lambda: plain.upload_file(str(source), BUCKET, "boto3/file"),
+        "ours down": lambda: store.download("file", target),
+        "boto3 down": lambda: plain.download_file(BUCKET, "boto3/file", str(target)),
+        "sha256": lambda: sha256_file(source),
+    }
+    if find_spec("obstore"):
+        tasks |= _obstore(place, source, target)
+    return tasks
+
+
+def _obstore(place: Bench, source: Path, target: Path) -> dict[str, Callable[[], object]]:
+    import obstore
+
+    server = place.server
+    store = obstore.store.S3Store(
+        BUCKET, endpoint=server.host_url, access_key_id=server.access_key, secret_access_key=server.secret_key,
+        region=server.region, virtual_hosted_style_request=False, client_options={"allow_http": True},
+    )  # fmt: skip
+
+    def down() -> None:
+        with target.open("wb") as writer:
+            for chunk in obstore.get(store, "obstore/file").stream(min_chunk_size=8 * 1024 * 1024):
+                writer.write(chunk)
+
+    return {"obstore up": lambda: obstore.put(store, "obstore/file", source), "obstore down": down}
+
+
+def measure(place: Bench, megabytes: int, rounds: int) -> dict[str, object]:
+    source, target = place.folder / "source", place.folder / "target"
+    source.write_bytes(random.Random(0).randbytes(megabytes * 1_000_000))
+    tasks = tasks_of(place, source, target)
+    found: dict[str, list[Cost]] = {task: [] for task in tasks}
+    for number in range(rounds + 1):  # the first warms up
+        order = list(tasks)
+        if number:
+            random.Random(number).shuffle(order)
+        for task in order:
+            cost = cost_of(tasks[task])
+            if number:
+                found[task].append(cost)
+            print(f"round {number}  {task:<13} {megabytes / cost.wall:8.1f} MB/s", flush=True)
+    return {"megabytes": megabytes, "rounds": rounds} | _figures(found, megabytes)
+
+
+def _figures(found: dict[str, list[Cost]], megabytes: int) -> dict[str, object]:
+    figures: dict[str, object] = {
+        task: {
+            "MBps": round(megabytes / statistics.median(one.wall for one in costs), 1),
+            "cpuSecondsPerGB": round(statistics.median(one.cpu for one in costs) * 1000 / megabytes, 2),
+            "mostMiBAbove": round(max(one.memory for one in costs) / 2**20, 1),
+        }
+        for task, costs in found.items()
+    }
+    for way in WAYS:
+        ours = found[f"ours {way}"]
+        rivals = {name: found[f"{name} {way}"] for name in OTHERS if f"{name} {way}" in found}
+        for name, theirs in rivals.items():
+            pairs = zip(theirs, ours, strict=True)
+            figures[f"ratio {way} to {name}"] = round(statistics.median(a.wall / b.wall for a, b in pairs), 3)
+        best = [min(costs) for costs in zip(*([one.wall for one in costs] for costs in rivals.values()), strict=True)]
+        figures[f"ratio {way} to the best"] = round(
+            statistics.median(a / b.wall for a, b in zip(best, ours, strict=True)), 3
+        )
+    return figures
 
 
 def main() -> None:
     """Measure and write down."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name, S3Process(Path(name) / "s3") as server:
-        os.environ |= {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
-        server.client().create_bucket(Bucket="throughput")
-        source, target = Path(name) / "source", Path(name) / "target"
-        source.write_bytes(random.Random(0).randbytes(options.megabytes * 1_000_000))
-        store = S3Store(StoreTarget(uri="s3://throughput/ours", endpoint=server.host_url))
-        plain = server.client()
-        tasks: dict[str, Callable[[], object]] = {
-            "ours up": lambda: store.put_file(source, "file"),
-            "boto3 up": lambda: plain.upload_file(str(source), "throughput", "plain"),
-            "ours down": lambda: store.download("file", target),
-            "boto3 down": lambda: plain.download_file("throughput", "plain", str(target)),
-            "sha256": lambda: sha256_file(source),
-        }
-        found: dict[str, list[tuple[float, float]]] = {task: [] for task in tasks}
-        for number in range(options.rounds + 1):  # the first warms up
-            order = list(tasks) if number % 2 else ["boto3 up", "ours up", "boto3 down", "ours down", "sha256"]
-            for task in order:
-                result = timed(tasks[task])
-                if number:
-                    found[task].append(result)
-                print(f"round {number}  {task:<11} {options.megabytes / result[0]:8.1f} MB/s")
-    figures: dict[str, object] = {"megabytes": options.megabytes, "rounds": options.rounds}
-    for task, results in found.items():
-        figures[task] = {
-            "MBps": round(options.megabytes / statistics.median(wall for wall, _ in results), 1),
-            "cpuSecondsPerGB": round(statistics.median(cpu for _, cpu in results) * 1000 / options.megabytes, 2),
-        }
-    for way in ("up", "down"):
-        pairs = zip(found[f"boto3 {way}"], found[f"ours {way}"], strict=True)
-        figures[f"ratio {way}"] = round(statistics.median(theirs[0] / ours[0] for theirs, ours in pairs), 3)
-    print(figures)
-    print(record.write("storage_throughput", figures, method=(__doc__ or "").split("\n\n")[2]))
+    os.environ.pop("AWS_ENDPOINT_URL", None)
+    with bench() as place:
+        figures = measure(place, options.megabytes, options.rounds)
+    print(json.dumps(figures, indent=1))
+    print(record.write("storage_throughput", figures, method=(__doc__ or "").split("Method.", 1)[1].strip()))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Each run is held at one place until it is disturbed there, so that a test means 
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from finetune_api.pod import Resume
 from pod_buckets import Bucket
 from pod_harness import Pod, run_config
-from stories import committed, spec_of, story, traced, undisturbed
+from stories import EVERY, STEPS, committed, spec_of, story, traced, undisturbed
 
 from localcluster.s3 import S3Endpoint
 
@@ -113,3 +114,33 @@ def test_a_stop_in_the_middle_of_an_evaluation(
         assert second.end() == 0, second.text[-4000:]
     assert second.words().resumed_from_step == 17
     assert story(bucket, [first, second], second.words()) == whole
+
+
+@pytest.mark.faults
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_again_and_again(
+    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory, seed: int,
+) -> None:  # fmt: skip
+    """Five kills at random steps of one run, most of them before there was anything new to keep."""
+    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "windows")
+    spec, draw = spec_of(model, rows, "lora", "windows"), random.Random(seed)
+    pods: list[Pod] = []
+    newest = 0
+    for attempt in range(1, 7):
+        at = draw.randint(newest + 1, min(STEPS, newest + 2 * EVERY)) if attempt < 6 else 0
+        resume = Resume(mode="auto", expect_step=newest)
+        run = run_config(spec, bucket.target(), attempt=attempt, resume=resume)
+        pod = traced(run, tmp_path / f"attempt-{attempt}", bucket, hold=f"forward:{at}" if at else "")
+        pods.append(pod)
+        with pod:
+            if at:
+                pod.wait_until((pod.folder / "work" / "held").exists)
+                code, expected = rank_killed(pod)
+                assert code == expected, pod.text[-4000:]
+            else:
+                assert pod.end() == 0, pod.text[-4000:]
+        newest = max(newest, (at - 1) // EVERY * EVERY)
+        assert max(committed(bucket), default=0) == (newest if at else STEPS)
+    assert story(bucket, pods, pods[-1].words()) == whole

@@ -1,10 +1,12 @@
 """A rank that trains nothing: it counts steps, writes checkpoints and misbehaves as TOY_SCRIPT says. For the supervisor's tests.
 
+Its state is a chain of hashes, one link a step: whoever resumes from anything but the right state ends with another one.
 TOY_SCRIPT is JSON: {"steps": 20, "every": 5, "pause": 0.01, "bytes": 1000, "at": {"<rank>:<step>": "<what happens>"}}.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -21,6 +23,8 @@ from finetune_trainer.channel import Channel
 from finetune_trainer.checkpoint.stop import Alone, Gang, StopAgreement, Stopped
 from finetune_trainer.inputs import Inputs
 
+CHAIN = "chain-{}"
+"""File with a rank's state."""
 SCRIPT: dict[str, Any] = json.loads(os.environ.get("TOY_SCRIPT", "{}"))
 
 
@@ -32,6 +36,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     steps, every, pause = SCRIPT.get("steps", 20), SCRIPT.get("every", 5), SCRIPT.get("pause", 0.01)
     agreement = StopAgreement(channel, Gang("toy") if channel.world_size > 1 else Alone(), poll_seconds=0.02)
     step = inputs.restore.step if inputs.restore else 0
+    chain = (inputs.restore.path / CHAIN.format(channel.rank)).read_text() if inputs.restore else ""
     channel.stage(Stage.TRAINING)
     channel.progress(Progress(step=step, total_steps=steps, epoch=0.0))
     agreement.start(step)
@@ -39,23 +44,31 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
         time.sleep(pause)
         step += 1
         happen(channel.rank, step)
+        chain = link(chain, channel.rank, step)
         channel.heartbeat(step)
         channel.metrics(Metrics(train_loss=1.0 / step))
-        channel.log(step, {"loss": 1.0 / step})
+        channel.log(step, {"loss": 1.0 / step, "chain": chain})
         stopping = agreement.reached(step)
         if step % every == 0 or stopping:
-            save(channel, inputs, step, stopping)
+            save(channel, inputs, step, chain, stopping)
     if channel.rank == 0:
         final = inputs.output_dir / "final"
         final.mkdir()
         (final / "adapter_model.safetensors").write_text(f"final {step}")
+        (final / CHAIN.format(channel.rank)).write_text(chain)
         channel.finished(final, OutputKind.ADAPTER, {})
 
 
-def save(channel: Channel, inputs: Inputs, step: int, stopping: bool) -> None:
+def link(chain: str, rank: int, step: int) -> str:
+    """The state after a step."""
+    return hashlib.sha256(f"{chain}/{rank}:{step}".encode()).hexdigest()
+
+
+def save(channel: Channel, inputs: Inputs, step: int, chain: str, stopping: bool) -> None:
     folder = inputs.output_dir / f"checkpoint-{step}"
     folder.mkdir(exist_ok=True)
     (folder / f"state-{channel.rank}").write_bytes(bytes([step % 256]) * SCRIPT.get("bytes", 1000))
+    (folder / CHAIN.format(channel.rank)).write_text(chain)
     channel.staged(step, folder, incarnation=os.environ["FINETUNE_INCARNATION"], graceful=stopping, stallSeconds=0.0)
     if stopping:
         raise Stopped(step)

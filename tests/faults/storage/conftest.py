@@ -15,13 +15,13 @@ sys.path[:0] = [
     str(Path(__file__).parents[2] / "support"),
 ]
 
-from fault_proxy import FaultProxy  # noqa: E402 - the path comes first
 from finetune_api.pod import StoreTarget  # noqa: E402 - the path comes first
 from finetune_trainer.checkpoint.tree import Tree  # noqa: E402 - the path comes first
 from finetune_trainer.storage.s3 import S3Store  # noqa: E402 - the path comes first
 from storage_place import Place  # noqa: E402 - the path comes first
 
 from localcluster.s3 import S3Endpoint, S3Process  # noqa: E402 - the path comes first
+from tests.support.s3proxy import S3Proxy  # noqa: E402 - the path comes first
 
 
 @pytest.fixture(scope="session")
@@ -31,8 +31,8 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint]:
 
 
 @pytest.fixture
-def proxy(s3_server: S3Endpoint) -> Iterator[FaultProxy]:
-    with FaultProxy(s3_server.host_url) as made:
+def proxy(s3_server: S3Endpoint) -> Iterator[S3Proxy]:
+    with S3Proxy(s3_server.host_url) as made:
         yield made
 
 
@@ -51,7 +51,7 @@ def bucket_name(s3_server: S3Endpoint) -> str:
 
 
 @pytest.fixture
-def place(s3_server: S3Endpoint, proxy: FaultProxy, bucket_name: str) -> Place:
+def place(s3_server: S3Endpoint, proxy: S3Proxy, bucket_name: str) -> Place:
     uri = f"s3://{bucket_name}/{uuid.uuid4().hex}/team/job/uid"
     return Place(
         Tree(S3Store(StoreTarget(uri=uri, endpoint=proxy.url))),

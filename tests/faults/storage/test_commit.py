@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from fault_proxy import Do, FaultProxy, Rule
+from aiohttp import web
 from finetune_api.errors import FineTuneError, StorageError
 from finetune_trainer.checkpoint.manifest import base_of
 from finetune_trainer.checkpoint.tree import Fenced
@@ -15,44 +17,41 @@ from finetune_trainer.storage import s3
 from finetune_trainer.storage.preflight import preflight
 from storage_place import Place
 
+from tests.support.faultproxy import Call
+from tests.support.s3proxy import LostResponse, Reset, S3Operation, S3Proxy, Status
 
-def puts(word: str) -> Rule:
-    return Rule(Do.LOSE_ANSWER, lambda method, path: method == "PUT" and word in path, times=1)
 
-
-def test_a_bad_day(place: Place, proxy: FaultProxy, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_bad_day(place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
     """30 % SlowDown, 10 % 500, 10 % resets: everything is committed in the end, and right."""
-    proxy.rules = [
-        Rule(Do.REFUSE, probability=0.3),
-        Rule(Do.REFUSE, probability=0.1, status=500, code="InternalError"),
-        Rule(Do.RESET, probability=0.1),
+    rules = [
+        proxy.fault(Status(503, "SlowDown"), probability=0.3),
+        proxy.fault(Status(500, "InternalError"), probability=0.1),
+        proxy.fault(Reset(), probability=0.1),
     ]
     for step in (5, 10):
         place.commit(step, checkpoint)
-    assert proxy.seen["REFUSE"] > 0 and proxy.seen["RESET"] > 0
+    assert all(rule.hits > 0 for rule in rules)
     assert isinstance(place.through.store, s3.S3Store) and place.through.store.retries > 0
     assert place.whole(tmp_path / "check") == [10, 5]
 
 
 @pytest.mark.parametrize("word", ["optimizer.pt", "manifest.json", "_COMMITTED"])
-def test_a_lost_answer_is_recognised(
-    place: Place, proxy: FaultProxy, checkpoint: Path, tmp_path: Path, word: str
-) -> None:
+def test_a_lost_answer_is_recognised(place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, word: str) -> None:
     """The store did it, the answer was lost: once more is the same thing, and an existing marker is our own."""
-    proxy.rules = [puts(word)]
-    place.commit(5, checkpoint)
-    assert proxy.seen["LOSE_ANSWER"] == 1
+    with proxy.fault(LostResponse(), operation="PutObject", key=word, times=1) as lost:
+        place.commit(5, checkpoint)
+    assert lost.hits == 1
     assert place.whole(tmp_path / "check") == [5]
 
 
 def test_a_lost_answer_of_a_multipart_upload(
-    place: Place, proxy: FaultProxy, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3, "PART_BYTES", 5 * s3.MIB)
     (checkpoint / "model.safetensors").write_bytes(random.Random(3).randbytes(11 * s3.MIB))
-    proxy.rules = [Rule(Do.LOSE_ANSWER, lambda method, path: method == "POST" and "uploadId=" in path, times=1)]
-    place.commit(5, checkpoint)
-    assert proxy.seen["LOSE_ANSWER"] == 1
+    with proxy.fault(LostResponse(), operation="CompleteMultipartUpload", times=1) as lost:
+        place.commit(5, checkpoint)
+    assert lost.hits == 1
     assert place.whole(tmp_path / "check") == [5]
 
 
@@ -81,16 +80,21 @@ def test_two_incarnations_one_marker(place: Place, checkpoint: Path, tmp_path: P
     assert place.whole(tmp_path / "check") == [5]
 
 
-def test_a_store_that_ignores_conditions(place: Place, proxy: FaultProxy, checkpoint: Path, tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Forget:
+    """Whoever writes last wins, as if nobody had asked for a condition."""
+
+    place: Place
+
+    async def handle(self, call: Call[S3Operation]) -> web.StreamResponse:
+        there = call.operation
+        await asyncio.to_thread(self.place.client.delete_object, Bucket=there.bucket, Key=there.key)
+        return await call.forward()
+
+
+def test_a_store_that_ignores_conditions(place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
     """It is found out at start; two lives may both commit, and still neither spoils the other's bytes."""
-
-    def forget(method: str, path: str) -> None:
-        """Whoever comes last wins, as if nobody had asked for a condition."""
-        if method == "PUT":
-            _, bucket, key = path.partition("?")[0].split("/", 2)
-            place.client.delete_object(Bucket=bucket, Key=key)
-
-    proxy.before = forget
+    careless = proxy.fault(Forget(place), operation="PutObject")
     target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).conditional_writes is False
     place.commit(5, checkpoint, "a1-00000001", 1)
@@ -98,7 +102,7 @@ def test_a_store_that_ignores_conditions(place: Place, proxy: FaultProxy, checkp
     found = place.truly.marker(5)
     assert found is not None and found.marker.path == "a2-00000002"
     assert place.whole(tmp_path / "check") == [5]
-    proxy.before = lambda method, path: None
+    careless.remove()
     assert preflight(target).conditional_writes is True
 
 
@@ -115,17 +119,15 @@ def test_an_upload_that_went_missing_is_never_committed(place: Place, checkpoint
 
 @pytest.mark.parametrize("word", ["trainer_state.json", "manifest.json", "_COMMITTED"])
 def test_a_store_that_goes_away_leaves_nothing_visible(
-    place: Place, proxy: FaultProxy, checkpoint: Path, tmp_path: Path, word: str, s3_server: object
+    place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, word: str, s3_server: object
 ) -> None:
     """As after kill -9 between data and manifest, and between manifest and marker; the next start sweeps it away."""
     place.commit(5, checkpoint)
     impatient = s3.S3Store(place.through.store.target.model_copy(), attempts=1)  # type: ignore[attr-defined] # an S3Store
-    proxy.rules = [Rule(Do.RESET, lambda method, path: method == "PUT" and word in path)]
     place.through.store = impatient
-    with pytest.raises(FineTuneError):
+    with proxy.fault(Reset(), operation="PutObject", key=word), pytest.raises(FineTuneError):
         place.commit(10, checkpoint)
     assert place.whole(tmp_path / "check") == [5]
-    proxy.rules = []
     assert place.truly.sweep() > 0
     assert [stat.key for stat in place.truly.store.list("checkpoints/step-00000010/")] == []
     assert place.whole(tmp_path / "check2") == [5]
@@ -139,10 +141,11 @@ def test_an_orphaned_multipart_upload_is_swept(place: Place) -> None:
 
 
 def test_a_committed_step_is_whole_at_every_instant(
-    place: Place, proxy: FaultProxy, checkpoint: Path, tmp_path: Path
+    place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path
 ) -> None:
     """A watcher looks at the bucket all the time while checkpoints come and go under faults."""
-    proxy.rules = [Rule(Do.REFUSE, probability=0.2), Rule(Do.LOSE_ANSWER, lambda m, p: m == "PUT", probability=0.2)]
+    proxy.fault(Status(503, "SlowDown"), probability=0.2)
+    proxy.fault(LostResponse(), operation="PutObject", probability=0.2)
     done, looks, wrong = threading.Event(), [0], []
 
     def watch() -> None:

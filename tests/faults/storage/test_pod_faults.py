@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault_proxy import Do, FaultProxy, Rule
 from finetune_api.names import FailureClass
-from finetune_api.pod import StoreTarget
+from finetune_api.pod import Resume, StoreTarget
+from finetune_trainer.supervisor.children import descendants
 from pod_harness import PYTHONPATH, Pod, run_config, write_rows
 from storage_place import Place
 from tiny import make_tiny_model
 
 from localcluster.s3 import S3Endpoint
+from tests.support.s3proxy import Bandwidth, Latency, Reset, S3Proxy, Status
 
 PODS = Path(__file__).parents[2] / "pod"
 
@@ -44,10 +47,10 @@ def toy(
 
 
 def test_a_slow_store_skips_checkpoints_and_never_queues(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: FaultProxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """4 MB a checkpoint, one every 50 ms, at 4 MB/s."""
-    proxy.upload_bytes_per_second = 4e6
+    proxy.fault(Bandwidth(4e6), operation="PutObject")
     most = 0
     with toy(tmp_path, spec, place, s3_server, {"steps": 400, "every": 5, "bytes": 4_000_000}) as pod:
         staged = pod.folder / "work" / "staged"
@@ -67,28 +70,27 @@ def test_a_slow_store_skips_checkpoints_and_never_queues(
 
 
 def test_a_store_that_is_down_for_a_while(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: FaultProxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """Training goes on, the last commit stays, and what comes after is committed."""
     with toy(tmp_path, spec, place, s3_server, {"steps": 1200, "every": 10}) as pod:
         pod.wait_committed(10)
-        proxy.down = True
+        down = proxy.fault(Reset())
         before = pod.step()
         pod.wait_step(before + 100)
         during = [committed.step or 0 for committed in place.truly.committed()]
         assert max(during) <= before + 10
-        proxy.down = False
+        down.remove()
+        assert down.hits > 0
         assert pod.end() == 0, pod.text[-3000:]
     assert place.whole(tmp_path / "check")[0] == 1200
 
 
 def test_the_final_model_is_refused(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: FaultProxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """A right that is missing for the model only: 77, the permission by name, and the checkpoints stay."""
-    proxy.rules = [
-        Rule(Do.REFUSE, lambda method, path: method == "PUT" and "/model/" in path, status=403, code="AccessDenied")
-    ]
+    proxy.fault(Status(403, "AccessDenied"), operation="PutObject", key="/model/")
     with toy(tmp_path, spec, place, s3_server, {}) as pod:
         assert pod.end() == 77, pod.text[-3000:]
     words = pod.words()
@@ -98,11 +100,11 @@ def test_the_final_model_is_refused(
 
 
 def test_credentials_that_expire_on_the_way(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: FaultProxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     with toy(tmp_path, spec, place, s3_server, {"steps": 600, "every": 5}) as pod:
         pod.wait_committed(5)
-        proxy.rules = [Rule(Do.REFUSE, status=400, code="ExpiredToken")]
+        proxy.fault(Status(400, "ExpiredToken"))
         assert pod.end() == 77, pod.text[-3000:]
     words = pod.words()
     assert (words.code, words.class_) == ("CredentialsExpired", FailureClass.STORAGE)
@@ -111,11 +113,11 @@ def test_credentials_that_expire_on_the_way(
 
 @pytest.mark.faults
 def test_a_store_that_is_down_for_good(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: FaultProxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     with toy(tmp_path, spec, place, s3_server, {"steps": 300, "every": 5}) as pod:
         pod.wait_committed(5)
-        proxy.down = True
+        proxy.fault(Reset())
         assert pod.end(500) == 69, pod.text[-3000:]
     words = pod.words()
     assert words.class_ is FailureClass.STORAGE
@@ -123,24 +125,100 @@ def test_a_store_that_is_down_for_good(
 
 
 def test_a_kill_while_a_checkpoint_is_uploaded(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: FaultProxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """The step never shows, the next attempt sweeps it and resumes from the one before."""
     with toy(
         tmp_path, spec, place, s3_server, {"steps": 100000, "every": 20, "pause": 0.02, "bytes": 2_000_000}
     ) as pod:
         pod.wait_committed(20)
-        proxy.upload_bytes_per_second = 100_000
+        slow = proxy.fault(Bandwidth(100_000), operation="PutObject")
         pod.wait_step((pod.step() // 20 + 2) * 20 + 1)
         pod.kill()
-    proxy.upload_bytes_per_second = None
+    slow.remove()
     steps = place.whole(tmp_path / "check")
     last = {"steps": steps[0] + 3, "every": 20}
-    from finetune_api.pod import Resume
-
     again = tmp_path / "again"
     with toy(again, spec, place, s3_server, last, attempt=2, resume=Resume(mode="auto", expect_step=20)) as second:
         assert second.end() == 0, second.text[-3000:]
     assert second.words().resumed_from_step == steps[0]
     folders = {stat.key.split("/")[1] for stat in place.truly.store.list("checkpoints/")}
     assert folders == {f"step-{step:08d}" for step in steps}
+
+
+@pytest.mark.faults
+def test_a_bad_day_while_training(
+    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+) -> None:
+    """30 % SlowDown, 10 % 500, 10 % resets: checkpoints come late, training does not, and the retries are counted."""
+    with toy(tmp_path, spec, place, s3_server, {"steps": 300, "every": 50, "pause": 0.02}) as pod:
+        pod.wait_committed(50)
+        rules = [
+            proxy.fault(Status(503, "SlowDown"), probability=0.3),
+            proxy.fault(Status(500, "InternalError"), probability=0.1),
+            proxy.fault(Reset(), probability=0.1),
+        ]
+        pod.wait_until(lambda: retries(pod) > 0)
+        assert pod.end(580) == 0, pod.text[-3000:]
+    assert all(rule.hits > 0 for rule in rules)
+    assert place.whole(tmp_path / "check")[0] == 300
+
+
+def retries(pod: Pod) -> float:
+    found = re.search(rb"^finetune_trainer_storage_retries_total (\S+)$", pod.get("/metrics") or b"", re.MULTILINE)
+    return float(found[1]) if found else 0
+
+
+def test_a_stop_while_a_checkpoint_is_uploaded(
+    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+) -> None:
+    """What is in flight is finished, the stop's own checkpoint follows, and nothing is lost."""
+    with toy(tmp_path, spec, place, s3_server, {"steps": 100000, "every": 20, "bytes": 300_000}) as pod:
+        pod.wait_committed(20)
+        slow = proxy.fault(Bandwidth(1e6), operation="PutObject", key="checkpoints/.*state-0")
+        pod.wait_until(lambda: slow.hits > 0)
+        pod.terminate()
+        assert pod.end() == 75, pod.text[-3000:]
+    words = pod.words()
+    assert (words.code, words.committed_step) == ("StoppedSaved", words.step)
+    assert place.whole(tmp_path / "check")[0] == words.step
+
+
+def test_a_grace_period_shorter_than_the_last_save(
+    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+) -> None:
+    """76 at once: ranks are not even asked, and what was committed stays what it was."""
+    proxy.fault(Latency(0.5), operation="PutObject", key="checkpoints/")
+    with toy(tmp_path, spec, place, s3_server, {"steps": 100000, "every": 20}, grace=1) as pod:
+        pod.wait_committed(20)
+        pod.terminate()
+        assert pod.end() == 76, pod.text[-3000:]
+    assert not (pod.folder / "work" / "stop").exists()
+    words = pod.words()
+    assert (words.code, words.class_) == ("StoppedUnsaved", FailureClass.PREEMPTED)
+    assert place.whole(tmp_path / "check")[0] >= 20
+
+
+def test_a_zombie_that_comes_back_is_fenced_out(
+    tmp_path: Path, spec: dict[str, Any], place: Place, s3_server: S3Endpoint
+) -> None:
+    """A lost node's pod goes on after its successor has finished: it commits nothing, touches nothing, and ends."""
+    script = {"steps": 300, "every": 10}
+    with toy(tmp_path / "one", spec, place, s3_server, script) as zombie:
+        zombie.wait_committed(10)
+        assert zombie.process is not None
+        frozen = [zombie.process.pid, *descendants(zombie.process.pid)]
+        for pid in frozen:
+            os.kill(pid, signal.SIGSTOP)
+        resume = Resume(mode="auto", expect_step=10)
+        with toy(tmp_path / "two", spec, place, s3_server, script, attempt=2, resume=resume) as second:
+            assert second.end() == 0, second.text[-3000:]
+        before = {stat.key: stat.tag for stat in place.truly.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+        assert zombie.end() == 74, zombie.text[-3000:]
+    words = zombie.words()
+    assert (words.code, words.class_, words.origin) == ("FencedOut", FailureClass.INFRASTRUCTURE, True)
+    after = {stat.key: stat.tag for stat in place.truly.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
+    assert after == before
+    assert place.whole(tmp_path / "check")[0] == 300

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from fault_proxy import Do, FaultProxy, Rule
-from finetune_api.errors import NoCheckpointError
+from aiohttp import web
+from finetune_api.errors import FineTuneError, NoCheckpointError
 from finetune_api.pod import Resume
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import Restored, restore
+from finetune_trainer.storage.preflight import preflight
 from storage_place import Place
+
+from tests.support.faultproxy import Call
+from tests.support.s3proxy import FlipByte, S3Operation, S3Proxy, Truncate
 
 FOLDER = "checkpoints/step-00000010/a1-00000000"
 FACTS = RunFacts(
@@ -87,13 +94,50 @@ def test_all_damaged_is_73_and_never_a_silent_start(two: Place, tmp_path: Path) 
     assert "step-00000010" in caught.value.message and "step-00000005" in caught.value.message
 
 
-def test_a_download_that_breaks_is_asked_for_again(two: Place, proxy: FaultProxy, tmp_path: Path) -> None:
-    proxy.rules = [Rule(Do.TRUNCATE, lambda m, p: m == "GET" and "optimizer.pt" in p, times=2)]
-    found = back(two, tmp_path)
-    assert (found.step, found.damaged) == (10, [])
+def test_a_download_that_breaks_is_asked_for_again(two: Place, proxy: S3Proxy, tmp_path: Path) -> None:
+    with proxy.fault(Truncate(1000), operation="GetObject", key="optimizer.pt", times=2) as cut_off:
+        found = back(two, tmp_path)
+    assert (found.step, found.damaged, cut_off.hits) == (10, [], 2)
 
 
-def test_a_byte_flipped_on_the_way_is_found(two: Place, proxy: FaultProxy, tmp_path: Path) -> None:
-    proxy.rules = [Rule(Do.FLIP, lambda m, p: m == "GET" and "step-00000010" in p and "optimizer.pt" in p, times=1)]
+def test_a_byte_flipped_on_the_way_is_found(two: Place, proxy: S3Proxy, tmp_path: Path) -> None:
+    with proxy.fault(FlipByte(99_999), operation="GetObject", key="step-00000010/.*optimizer.pt", times=1) as flipped:
+        found = back(two, tmp_path)
+    assert (found.step, flipped.hits) == (5, 1)
+    assert "optimizer.pt" in found.damaged[0]
+
+
+@dataclass(frozen=True)
+class RemoveFirst:
+    """Retention is at work: the whole step goes away just before the object is read."""
+
+    place: Place
+    step: int
+
+    async def handle(self, call: Call[S3Operation]) -> web.StreamResponse:
+        await asyncio.to_thread(self.place.truly.remove, self.step)
+        return await call.forward()
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_passed_over(
+    two: Place, proxy: S3Proxy, tmp_path: Path
+) -> None:
+    proxy.fault(RemoveFirst(two, 10), operation="GetObject", key="step-00000010/.*/optimizer.pt", times=1)
     found = back(two, tmp_path)
-    assert found.step == 5 and "optimizer.pt" in found.damaged[0]
+    assert (found.step, len(found.damaged)) == (5, 1)
+    assert "optimizer.pt is missing" in found.damaged[0]
+    assert [committed.step for committed in two.truly.committed()] == [5]
+
+
+def test_a_clock_that_is_wrong_is_named_and_not_tried_for_ever(two: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signed twenty minutes from now, against a server that knows what time it is."""
+    from botocore import auth
+
+    now = auth.get_current_datetime
+    monkeypatch.setattr(
+        auth, "get_current_datetime", lambda *args, **options: now(*args, **options) + timedelta(minutes=20)
+    )
+    target = two.through.store.target  # type: ignore[attr-defined] # an S3Store
+    with pytest.raises(FineTuneError) as caught:
+        preflight(target)
+    assert (caught.value.exit_code, caught.value.code) == (67, "ClockSkew")

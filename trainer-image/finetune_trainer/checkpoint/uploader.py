@@ -69,6 +69,8 @@ class Uploader:
         self._closing = False
         self._committed: dict[int, Kept] = {}
         self._failure: FineTuneError | None = None
+        self._retries = tree.store.retries
+        """Repeated requests that are counted already."""
         self.output: Output | None = None
         self.graceful_step: int | None = None
         self._thread = threading.Thread(target=self._work, name="uploader", daemon=True)
@@ -168,6 +170,8 @@ class Uploader:
             log.exception("uploading failed")
             self._refused(staged, StorageError("UploadFailed", f"{type(error).__name__}: {error}"))
         finally:
+            self._board.count("storage_retries", self.tree.store.retries - self._retries)
+            self._retries = self.tree.store.retries
             shutil.rmtree(staged.folder, ignore_errors=True)
 
     def _refused(self, staged: Staged, error: FineTuneError) -> None:

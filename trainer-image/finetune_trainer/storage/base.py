@@ -38,6 +38,8 @@ class Store(Protocol):
     """A root in a store."""
 
     uri: str
+    retries: int
+    """Requests that had to be repeated."""
 
     def put_file(self, source: Path, key: str, *, count: Counter | None = None) -> None:
         """Write a file as an object, replacing what is there. Readers see all of it or nothing."""

@@ -27,6 +27,7 @@ class FolderStore:
     def __init__(self, root: Path, uri: str) -> None:
         self.root = root
         self.uri = uri.rstrip("/")
+        self.retries = 0
 
     def put_file(self, source: Path, key: str, *, count: Counter | None = None) -> None:
         with self._writing(key) as partial:

@@ -54,7 +54,6 @@ class S3Store:
         self.target = target
         self.place = place_of(target, self.bucket)
         self.retries = 0
-        """Requests that had to be repeated."""
         self._lock = threading.Lock()
         self._sealed = sealing(target, self.place)
         self._client = _client(target, self.place, attempts, connect_timeout, read_timeout)

@@ -1,0 +1,113 @@
+"""What checkpoints cost the training that goes on: how long each one stops it, and what a slow store does to its steps.
+
+    python -m benchmarks.checkpoint_stall
+
+Method. A pod (supervisor and one rank of the real trainer, one thread) trains a small Llama on this machine's CPU and uploads to
+a real S3 server on the same machine. The rank's own clock gives the time from "this step is to be saved" to "the supervisor has
+been told", which is all that training waits for. Two states are saved: a LoRA adapter with its optimizer after every second step, and
+a fully trained model with its optimizer, of 1 GB, after every second step. Then the same LoRA training runs with no
+checkpoints and with one after every 10th step into a store that takes 1 MB/s (a proxy in front of the server keeps the rate of each
+request), in turns: the figure is the ratio of the medians of all steps that were not saved themselves, over pairs of neighbouring runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from typing import Any
+
+from benchmarks import record
+from benchmarks.lib.bench_pods import Bench, bench, spread
+from tests.support.s3proxy import Bandwidth, S3Proxy
+
+LORA = {"hidden": 512, "layers": 8}
+FULL = {"hidden": 1024, "layers": 9}
+SLOW = 1e6
+EVERY = 10
+
+
+def trained(
+    place: Bench, name: str, spec: dict[str, Any], *, endpoint: str | None = None
+) -> tuple[list[float], list[float], int]:
+    """Seconds of steps that were not saved, seconds of stalls, bytes of the newest checkpoint."""
+    target = place.target(name, endpoint=endpoint)
+    with place.pod(name, spec, target, "timed_train", env={"OMP_NUM_THREADS": "1"}) as pod:
+        code = pod.end(580)
+        assert code == 0, pod.text[-3000:]
+        size = max((one.bytes or 0 for one in pod.words().checkpoints), default=0)
+        times = [json.loads(line) for line in (pod.folder / "work" / "times.jsonl").read_text().splitlines()]
+    ends = {one["step"]: one["ended"] for one in times if "ended" in one}
+    stalls = {one["step"]: one["stall"] for one in times if "stall" in one}
+    # A step's time holds the stall of the checkpoint before it.
+    steps = [ends[step] - ends[step - 1] for step in ends if step - 1 in ends and step - 1 not in stalls]
+    return steps[2:], list(stalls.values()), size
+
+
+def spec_of(place: Bench, method: str, shape: dict[str, Any], steps: int, every: int | None) -> dict[str, Any]:
+    checkpoint = {"steps": every, "keep": 2} if every else {"strategy": "no"}
+    return place.spec(
+        shape, method={"type": method}, checkpoint=checkpoint, tracking={"loggingSteps": 10},
+        training={"maxSteps": steps, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
+        policy={"stallTimeoutSeconds": 600},
+    )  # fmt: skip
+
+
+def stalls(place: Bench, method: str, shape: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Stalls of one kind of state."""
+    quiet, found, size = trained(place, f"stall-{method}", spec_of(place, method, shape, steps, 2))
+    return {
+        "checkpointBytes": size, "stallSeconds": spread(found, 4), "stepSeconds": round(statistics.median(quiet), 4),
+    }  # fmt: skip
+
+
+def slow_store(place: Bench, rounds: int, steps: int) -> dict[str, Any]:
+    """Step times without checkpoints and with a store that takes 1 MB/s, in turns."""
+    pairs: list[tuple[float, float]] = []
+    with S3Proxy(place.server.host_url) as proxy:
+        proxy.fault(Bandwidth(SLOW), operation="PutObject")
+        proxy.fault(Bandwidth(SLOW), operation="UploadPart", key="checkpoints/")
+        for number in range(rounds):
+            order = (None, EVERY) if number % 2 == 0 else (EVERY, None)
+            medians = {}
+            for every in order:
+                spec = spec_of(place, "lora", {}, steps, every)
+                times, _, _ = trained(place, f"slow-{number}-{every}", spec, endpoint=proxy.url)
+                medians[every] = statistics.median(times)
+            pairs.append((medians[None], medians[EVERY]))
+            print(
+                f"round {number}: {medians[None] * 1000:.2f} ms without, {medians[EVERY] * 1000:.2f} ms with",
+                flush=True,
+            )
+    ratios = [slow / none for none, slow in pairs]
+    return {
+        "bytesPerSecond": SLOW, "rounds": rounds, "stepsEach": steps, "ratio": round(statistics.median(ratios), 4),
+        "ratios": [round(one, 4) for one in ratios], "stepMsWithout": round(1000 * statistics.median(a for a, _ in pairs), 2),
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Measure and write down; parts that are left out keep the figures of the last run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", default="lora,full,slow", help="which of them to measure")
+    parser.add_argument("--lora-steps", type=int, default=240)
+    parser.add_argument("--full-steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--slow-steps", type=int, default=600)
+    options = parser.parse_args()
+    parts = options.parts.split(",")
+    path = record.RESULTS / "checkpoint_stall.json"
+    figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+    with bench() as place:
+        if "lora" in parts:
+            figures["lora"] = stalls(place, "lora", LORA, options.lora_steps)
+        if "full" in parts:
+            figures["full"] = stalls(place, "full", FULL, options.full_steps)
+        if "slow" in parts:
+            figures["slowStore"] = slow_store(place, options.rounds, options.slow_steps)
+    print(json.dumps(figures, indent=1))
+    print(record.write("checkpoint_stall", figures, method=(__doc__ or "").split("Method.", 1)[1].strip()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""Pods as local processes with a real S3 server, for benchmarks: what the pod tests use, put together for a `with` block."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.pod import Resume, StoreTarget
+
+from localcluster.s3 import S3Endpoint, S3Process
+from tests.pod.pod_harness import PYTHONPATH, UID, Pod, run_config, write_rows
+from tests.support.tiny import make_tiny_model
+
+ROOT = Path(__file__).resolve().parents[2]
+BUCKET = "benchmarks"
+MODULES = os.pathsep.join([PYTHONPATH, str(ROOT / "tests/pod"), str(ROOT / "benchmarks/lib")])
+"""Where a pod finds the modules that stand in for its training, or watch it."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A folder, an S3 server, a model and its rows."""
+
+    folder: Path
+    server: S3Endpoint
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Credentials as a pod gets them."""
+        return {"AWS_ACCESS_KEY_ID": self.server.access_key, "AWS_SECRET_ACCESS_KEY": self.server.secret_key}
+
+    def target(self, run: str, *, endpoint: str | None = None) -> StoreTarget:
+        """The tree of one run."""
+        return StoreTarget(uri=f"s3://{BUCKET}/{run}/team/job/{UID}", endpoint=endpoint or self.server.host_url)
+
+    def spec(self, model: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]:
+        """A small job; the model is made once. `model` goes to make_tiny_model."""
+        shape = model or {}
+        name = "-".join(["model", *(f"{key}{value}" for key, value in sorted(shape.items()))])
+        if not (self.folder / name / "config.json").exists():
+            make_tiny_model(self.folder / name, **shape)
+        if not (self.folder / "rows.jsonl").exists():
+            write_rows(self.folder / "rows.jsonl")
+        source = {"source": f"file://{self.folder}/{name}"}
+        return {
+            "model": source,
+            "dataset": {"train": f"file://{self.folder}/rows.jsonl", "format": "messages"},
+            **groups,
+        }
+
+    def pod(
+        self, name: str, spec: dict[str, Any], target: StoreTarget, module: str, *,
+        attempt: int = 1, newest: int = 0, env: dict[str, str] | None = None,
+    ) -> Pod:  # fmt: skip
+        """A pod of one rank, whose training is `module`."""
+        run = run_config(spec, target, attempt=attempt, resume=Resume(mode="auto", expect_step=newest))
+        settings = {"PYTHONPATH": MODULES, "FINETUNE_TRAINER_MODULE": module, **self.keys}
+        return Pod(run, self.folder / name, settings | (env or {}))
+
+
+@contextlib.contextmanager
+def bench(folder: Path | None = None) -> Iterator[Bench]:
+    """A server and a folder: a temporary one, or one that is kept and gone on with."""
+    with contextlib.ExitStack() as stack:
+        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        place.mkdir(parents=True, exist_ok=True)
+        server = stack.enter_context(S3Process(place / "s3"))
+        client = server.client()
+        if BUCKET not in {one["Name"] for one in client.list_buckets()["Buckets"]}:
+            client.create_bucket(Bucket=BUCKET)
+        os.environ |= {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
+        yield Bench(place, server)
+
+
+def spread(values: list[float], digits: int = 3) -> dict[str, float | int | None]:
+    """Median, 99th percentile and most, of so many."""
+    if not values:
+        return {"n": 0, "p50": None, "p99": None, "most": None}
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], digits)
+
+    return {"n": len(ordered), "p50": at(0.5), "p99": at(0.99), "most": round(ordered[-1], digits)}

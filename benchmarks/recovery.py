@@ -1,0 +1,98 @@
+"""From a kill to the first new step, split: what a restart costs, and where.
+
+    python -m benchmarks.recovery --kills 12
+
+Method. The real trainer trains a tiny Llama with LoRA on one rank below a real supervisor, with a real S3 server, on this machine's
+CPU; its rank is killed by SIGKILL a random moment after a commit. `detect` is the time until the pod has ended and said why. The next
+attempt is started at once by this program (a cluster's part, creating a Job and starting a pod, is measured by
+first_step.py) and asked every 10 ms for its first new step. What lies between is split by the pod's own clock: `starting` and
+`downloading` (the supervisor is up, storage is tried, model and data are fetched, while the rank imports), `restoring` (the
+checkpoint is downloaded and verified), `loading` (what is left of the imports, and the model), `training` (optimizer state,
+skipping what was learned from, the first step). The first kill warms the page cache and is left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import signal
+import statistics
+import time
+
+from benchmarks import record
+from benchmarks.lib.bench_pods import Bench, bench, spread
+from tests.pod.pod_harness import Pod
+
+EVERY = 10
+POLL_SECONDS = 0.01
+STAGES = ("starting", "downloading", "checking", "restoring", "loading", "training")
+
+
+def first_new_step(pod: Pod, newest: int) -> dict[str, float]:
+    """The pod's own timings at the moment its first new step was seen."""
+    while True:
+        assert pod.process is not None and pod.process.poll() is None, pod.text[-3000:]
+        report = pod.report()
+        if report is not None and (report.progress.step or 0) > newest:
+            return {stage: report.timings.get(stage, 0.0) for stage in STAGES}
+        time.sleep(POLL_SECONDS)
+
+
+def killed(pod: Pod, newest: int, draw: random.Random) -> tuple[float, float, int]:
+    """Kill the rank after the next commit: the moment, seconds until the pod had ended, newest committed step."""
+    pod.wait_committed(newest + 1)
+    time.sleep(draw.uniform(0, 0.3))
+    struck = time.monotonic()
+    os.kill(pod.pids("train")[0], signal.SIGKILL)
+    assert pod.end() == 74, pod.text[-3000:]
+    return struck, time.monotonic() - struck, pod.words().committed_step or 0
+
+
+def measure(place: Bench, kills: int, seed: int) -> dict[str, object]:
+    draw = random.Random(seed)
+    spec = place.spec(
+        method={"type": "lora"}, checkpoint={"steps": EVERY}, tracking={"loggingSteps": 10},
+        training={"maxSteps": 100_000, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1},
+    )  # fmt: skip
+    target, newest, struck = place.target("recovered"), 0, 0.0
+    detect: list[float] = []
+    total: list[float] = []
+    stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    for attempt in range(1, kills + 2):
+        with place.pod(
+            f"attempt-{attempt}", spec, target, "finetune_trainer.train", attempt=attempt, newest=newest
+        ) as pod:
+            found = first_new_step(pod, newest)
+            if attempt > 2:
+                total.append(time.monotonic() - struck)
+                for stage, seconds in found.items():
+                    stages[stage].append(seconds)
+            struck, seconds, newest = killed(pod, newest, draw)
+            if attempt > 1:
+                detect.append(seconds)
+        print(f"kill {attempt}: step {newest}, {total[-1] if total else 0:.2f} s to the first new step", flush=True)
+    medians = {stage: round(statistics.median(found), 3) for stage, found in stages.items()}
+    return {
+        "kills": kills,
+        "totalSeconds": spread(total),
+        "detectSeconds": spread(detect),
+        "medianSecondsByStage": medians,
+    }
+
+
+def main() -> None:
+    """Measure and write down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    with bench() as place:
+        figures = measure(place, options.kills, options.seed)
+    print(json.dumps(figures, indent=1))
+    print(record.write("recovery", figures, method=(__doc__ or "").split("Method.", 1)[1].strip()))
+
+
+if __name__ == "__main__":
+    main()
