@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune_api.names import ExitCode
+
 from tests.support.cells import REPOSITORY, Cell, Result, launch
 from tests.support.learning import TEN, merged
 from tests.support.preferences import JUDGED, PAIRS, PROMPTS
@@ -78,6 +80,7 @@ def _said(result: Result) -> str:
         assert len(result.losses) == 2, result
         assert any(name.endswith(".safetensors") for name in result.files), result
         return WORKS
+    assert result.error["exitCode"] == ExitCode.CONFIG, f"{result.name}: {result.error}"
     return f"{result.error['message']}; {result.error['hint']}"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import LoraInit, MethodType, Scheduler
+from finetune_api.spec.enums import LoraInit, MethodType, Scheduler, TrainerType
 
 from finetune_trainer.distributed.base import Plan
 from finetune_trainer.distributed.userfile import AUTO, Comparison, read
@@ -357,6 +357,12 @@ def _require_whole_weights_unneeded(run: RunConfig) -> None:
             "StrategyAndMethod",
             f"{method} looks its virtual tokens up outside the layers that ZeRO stage 3 gathers",
             hint=hint,
+        )
+    if method is MethodType.IA3 and run.spec.trainer.type is TrainerType.KTO:
+        raise ConfigError(
+            "StrategyAndMethod",
+            "ZeRO stage 3 fetches parameters in the order of the step before, and kto does not use those of ia3 in one order",
+            hint="write zeroStage 2, or method lora",
         )
     if lora is not None and lora.init in NEEDS_WHOLE_WEIGHTS:
         raise ConfigError(
