@@ -176,6 +176,8 @@ def test_a_right_on_the_key_service_is_named() -> None:
         (400, "InvalidArgument", "PutObject", {"encryption": "kms", "endpoint": "http://store.example"}),
         (400, "InvalidEncryptionAlgorithmError", "PutObject", {"encryption": "s3"}),
         (400, "400", "HeadObject", {}),
+        (400, "InvalidRequest", "GetObject", {}),
+        (400, "InvalidArgument", "GetObject", {"endpoint": "http://store.example"}),
     ],
 )
 def test_a_store_that_will_not_encrypt_is_a_setting_to_correct(

@@ -143,8 +143,9 @@ def _of_encryption(code: str, status: int, said: str, place: Place, where: str, 
             "PermissionDenied", f"{where} refuses {right[0]}: the key service does not let these credentials use the key",
             hint=f"grant {right[0]} on the key in {place.field}.encryption.kmsKeyId, or on the bucket's own key",
         )  # fmt: skip
-    secured = not (place.endpoint or "https").startswith("http://")
-    if operation in ("HeadObject", "GetObject") and status == 400 and secured and (code == "400" or "encrypt" in said):
+    plain = (place.endpoint or "https").startswith("http://")
+    unreadable = code in ("InvalidArgument", "InvalidRequest") or (code == "400" and not plain)
+    if operation in ("HeadObject", "GetObject") and status == 400 and unreadable:
         return StorageSetupError(
             "EncryptionRefused", f"{where} does not show an object as it is asked for: it is encrypted with a customer's key "
             "and none was given, with another key, or not with a customer's key at all",

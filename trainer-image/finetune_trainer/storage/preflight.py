@@ -72,7 +72,13 @@ def _try_all(store: Store, write: bool) -> Abilities:
 
 
 def _sharper(error: StorageError, store: Store) -> FineTuneError:
-    """If nobody answers under the bucket's own name but the endpoint does, the addressing is what is wrong."""
+    """What is behind it: addressing, if only the bucket's own name does not answer; encryption, if plain objects can be written."""
+    if error.code == "StorageFailed" and isinstance(store, S3Store) and _encryption_fails(store):
+        return StorageSetupError(
+            "EncryptionRefused", f"bucket {store.bucket} at {store.place.host} takes objects, and none with the encryption that is "
+            f"asked for ({store.place.encryption})",
+            hint=f"correct {store.place.field}.encryption, or leave it out and set the bucket's default",
+        )  # fmt: skip
     if error.code != "EndpointUnreachable" or not isinstance(store, S3Store):
         return error
     place = store.place
@@ -85,6 +91,23 @@ def _sharper(error: StorageError, store: Store) -> FineTuneError:
         "AddressingWrong", f"{place.endpoint} answers, but {place.bucket}.{parts.hostname} does not",
         hint=f"write {place.field}.addressingStyle: path",
     )  # fmt: skip
+
+
+def _encryption_fails(store: S3Store) -> bool:
+    """Whether the same store takes an object that is not to be encrypted: many answer 500 where they hold no keys."""
+    if store.target.encryption is None:
+        return False
+    plain = S3Store(store.target.model_copy(update={"encryption": None}), attempts=2, connect_timeout=2, read_timeout=3)
+    key = join(PROBES, uuid.uuid4().hex)
+    try:
+        plain.put(key, b"")
+        with contextlib.suppress(CredentialsError):  # no right to delete is another matter
+            plain.delete([key])
+    except FineTuneError:
+        return False
+    finally:
+        plain.close()
+    return True
 
 
 def _listens(host: str, port: int) -> bool:
