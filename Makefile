@@ -83,6 +83,13 @@ test-gpu: setup ## Tests that need a CUDA device
 prepare: setup ## Do the slow one-time work of the e2e tests side by side: Kubernetes, Helm, images, the demo's model
 	@$(PY) scripts/prepare.py
 
+##@ Measuring
+.PHONY: bench-load
+bench-load: setup ## The operator under load, in three runs of some minutes each; wants a machine of its own (KWOK is built once, from its Go module)
+	@$(PY) benchmarks/operator_load.py --parts burst --rounds 1
+	@$(PY) benchmarks/operator_load.py --parts idle,restart
+	@$(PY) benchmarks/operator_load.py --parts steady
+
 ##@ Cleaning
 .PHONY: down
 down: ## Take the demo's cluster down

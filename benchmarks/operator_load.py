@@ -1,15 +1,19 @@
-"""The operator under load: a burst of jobs, many running ones, and many finished ones. Real API server, played pods.
+"""The operator under load: a burst of jobs, many finished ones, a restart among them, many running ones. Real API server, played pods.
 
-    python benchmarks/operator_load.py --jobs 1000 --rounds 2
+    python benchmarks/operator_load.py --parts burst --jobs 1000 --rounds 1
+    python benchmarks/operator_load.py --parts idle,restart --finished 2000
+    python benchmarks/operator_load.py --parts steady --jobs 1000
 
 Method. etcd, kube-apiserver, kube-controller-manager and kube-scheduler of the local cluster run on this machine with raised
-client limits, in both arms the same. Two arms take turns: `bare` creates batch/v1 Jobs, `ours` creates FineTuneJobs, each with
-20 clients and one pod a job, in a new namespace each time. Two watches note when Jobs and pods are first seen. When all pods
-exist, the scheduler starts, KWOK lets pods that are bound run and end with success, and a watch notes when all Jobs are
-Complete, or all FineTuneJobs Succeeded. CPU is read from /proc of every program but this one and KWOK. Then nothing happens for a while (idle), the operator
-is restarted, and at last jobs run that tell a new step each second (steady): staleness is the age of the step in status.
-A machine that was busy before (`loadBefore` is its load average then) makes all but the counts meaningless.
-The operator has its shipped configuration. Requests are its own count; events are reported apart from writes.
+client limits, in both arms the same; the operator has its shipped configuration.
+burst: two arms take turns: `bare` creates batch/v1 Jobs, `ours` creates FineTuneJobs, each with 20 clients and one pod a job, in a
+new namespace each time. Two watches note when Jobs and pods are first seen. When all pods exist, the scheduler starts, KWOK lets
+pods that are bound run and end with success, and a watch notes when all Jobs are Complete, or all FineTuneJobs Succeeded.
+idle, restart: one job really runs; copies of it are written, finished, each with two pods, while no operator runs. Then one starts,
+nothing happens for a while, and it is started again.
+steady: jobs run that tell a new step each second; staleness is the age of the step in status.
+CPU is read from /proc of every program but this one and KWOK. Requests are the operator's own count; events are reported apart from
+writes. A machine that was busy before (`loadBefore` is its load average then) makes all but the counts meaningless.
 """
 
 from __future__ import annotations
@@ -30,6 +34,7 @@ from typing import Any
 
 import record
 from finetune_api import names
+from lib import leftovers
 from lib.kwok import LASTING, Kwok, make_nodes
 from lib.load import Client, Object, Seen, condition_true, percentile
 from lib.operator import LagSampler, Operator, ProgressServer, writes
@@ -43,13 +48,18 @@ BUDGETS = ROOT / "benchmarks" / "budgets" / "operator_load.json"
 FTJ = f"/apis/{names.API_VERSION}"
 MERGE = "application/merge-patch+json"
 APPLY = "application/apply-patch+yaml"
+PARTS = ("burst", "idle", "restart", "steady")
+LEFT, PODS_LEFT = "left", 2
+"""Namespace of the finished jobs, and pods of each."""
 
 
 @dataclass(frozen=True)
 class Size:
     """How much."""
 
+    parts: tuple[str, ...]
     jobs: int
+    finished: int
     rounds: int
     clients: int
     idle_seconds: float
@@ -95,15 +105,20 @@ class Bench:
         self._size, self._folder, self._endpoint, self._plane, self._client = size, folder, endpoint, plane, client
 
     async def run(self) -> dict[str, Any]:
-        """All parts, one after another."""
+        """The wanted parts, one after another."""
+        parts = {"burst": self._burst, "idle": self._idle, "restart": self._restart, "steady": self._steady}
         await self._install()
+        figures: dict[str, Any] = {}
         async with ProgressServer() as progress:
+            self._progress = progress
             operator = Operator(self._endpoint, self._folder / "operator", progress.url)
             with operator, Kwok(self._endpoint, self._folder / "kwok"):
-                figures: dict[str, Any] = {"burst": await self._burst(operator)}
-                figures["idle"] = await self._idle(operator)
-                figures["restart"] = await self._restart(operator)
-                figures["steady"] = await self._steady(operator, progress)
+                if {"idle", "restart"} & set(self._size.parts):
+                    await self._leave_finished_jobs(operator)
+                for name, part in parts.items():
+                    if name in self._size.parts:
+                        say(name)
+                        figures[name] = await part(operator)
         return figures
 
     async def _install(self) -> None:
@@ -184,33 +199,45 @@ class Bench:
 
     # -- idle, restart, steady -----------------------------------------------------------------------------------------
 
+    async def _leave_finished_jobs(self, operator: Operator) -> None:
+        say(f"{self._size.finished} finished jobs")
+        for namespace in ("model", LEFT):
+            await self._client.send("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
+            await self._account(namespace)
+        things = f"{FTJ}/namespaces/model/{names.PLURAL}"
+        async with Seen(self._client, things, OURS.done) as done:
+            await self._client.send("POST", things, finetunejob("model"))
+            with self._plane.scheduling():
+                await done.wait(1, self._size.patience)
+        found = await leftovers.model(self._client, "model")
+        operator.stop()
+        await leftovers.write(self._client, LEFT, found, self._size.finished, PODS_LEFT, self._size.clients)
+        await asyncio.to_thread(operator.start)
+
     async def _idle(self, operator: Operator) -> dict[str, Any]:
-        say("idle")
         await asyncio.sleep(min(15, self._size.idle_seconds))
         usage, requests, begun = self._usage(operator), operator.requests(), time.monotonic()
         async with LagSampler(operator) as lag:
             await asyncio.sleep(self._size.idle_seconds)
         spent = operator.requests() - requests
         return {
-            "finishedJobs": self._size.jobs * self._size.rounds, "seconds": round(time.monotonic() - begun, 1),
+            "finishedJobs": self._size.finished, "seconds": round(time.monotonic() - begun, 1),
             "writes": writes(spent), "requests": dict(spent),
             "cpuShare": round(self._usage(operator).since(usage)["operator"] / self._size.idle_seconds, 4),
             "loopLagP99": round(percentile(lag.samples, 0.99), 3),
         }  # fmt: skip
 
     async def _restart(self, operator: Operator) -> dict[str, Any]:
-        say("restart")
         operator.stop()
         seconds = await asyncio.to_thread(operator.start)
-        pods = await self._client.list("/api/v1/pods")
+        pods = await self._client.list(f"/api/v1/namespaces/{LEFT}/pods")
         return {
-            "finishedJobs": self._size.jobs * self._size.rounds, "pods": len(pods), "firstLookSeconds": round(seconds, 2),
+            "finishedJobs": self._size.finished, "pods": len(pods), "firstLookSeconds": round(seconds, 2),
             "rssMB": round(memory_bytes(operator.pid) / 1e6, 1),
         }  # fmt: skip
 
-    async def _steady(self, operator: Operator, progress: ProgressServer) -> dict[str, Any]:
-        say("steady")
-        size, namespace = self._size, LASTING
+    async def _steady(self, operator: Operator) -> dict[str, Any]:
+        size, namespace, progress = self._size, LASTING, self._progress
         await self._client.send("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
         await self._account(namespace)
         things = f"{FTJ}/namespaces/{namespace}/{names.PLURAL}"
@@ -270,16 +297,28 @@ def say(text: str) -> None:
 
 
 def judge(figures: dict[str, Any], budgets: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each budget with what was measured: it holds up to its limit; between limit and limit plus margin it is noise."""
+    """Each budget of a measured part with its figure: it holds up to its limit; between limit and limit plus margin it is noise."""
     verdicts = []
     for path, budget in budgets.items():
         value: Any = figures
-        for part in path.split("."):
+        parts = path.split(".")
+        if parts[0] not in figures:
+            continue
+        for part in parts:
             value = value[part]
         limit, margin = budget["limit"], budget.get("margin", 0)
         verdict = "holds" if value <= limit else ("within its margin" if value <= limit * (1 + margin) else "BROKEN")
         verdicts.append({"figure": path, "measured": value, "limit": limit, "verdict": verdict, "why": budget["why"]})
     return verdicts
+
+
+def write(found: dict[str, Any]) -> Path:
+    """Write the measured parts beside those of earlier runs; every part says when, from what and how large it was measured."""
+    path = record.RESULTS / "operator_load.json"
+    known = json.loads(path.read_text())["figures"] if path.exists() else {}
+    figures = {part: known[part] for part in PARTS if part in known} | found
+    verdicts = judge(figures, json.loads(BUDGETS.read_text()))
+    return record.write("operator_load", figures | {"budgets": verdicts}, method=__doc__ or "")
 
 
 async def measure(size: Size) -> dict[str, Any]:
@@ -296,25 +335,27 @@ def main() -> int:
     """Returns 1 if a budget is broken."""
     options = arguments()
     size = Size(
-        options.jobs, options.rounds, options.clients, options.idle_seconds, options.steady_seconds, options.timeout
-    )
-    load = os.getloadavg()[0]
+        tuple(options.parts.split(",")), options.jobs, options.finished, options.rounds, options.clients,
+        options.idle_seconds, options.steady_seconds, options.timeout,
+    )  # fmt: skip
+    about = {"size": vars(size), "loadBefore": round(os.getloadavg()[0], 2), "commit": record.commit()}
     figures = asyncio.run(measure(size))
     verdicts = judge(figures, json.loads(BUDGETS.read_text()))
     for one in verdicts:
         print(f"{one['verdict']:18} {one['figure']:38} {one['measured']:>10} (limit {one['limit']}): {one['why']}")
-    found = figures | {"size": vars(size), "budgets": verdicts, "loadBefore": round(load, 2)}
+    found = {part: value | about for part, value in figures.items()}
     if options.output:
-        options.output.write_text(json.dumps(found, indent=1))
+        options.output.write_text(json.dumps(found | {"budgets": verdicts}, indent=1))
     else:
-        path = record.write("operator_load", found, method=__doc__ or "")
-        print(f"written: {path.relative_to(ROOT)}")
+        print(f"written: {write(found).relative_to(ROOT)}")
     return int(any(one["verdict"] == "BROKEN" for one in verdicts) and not options.lenient)
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}; default: all")
     parser.add_argument("--jobs", type=int, default=1000, help="jobs of one burst, and running jobs of the steady part")
+    parser.add_argument("--finished", type=int, default=2000, help="finished jobs of the parts idle and restart")
     parser.add_argument("--rounds", type=int, default=2, help="turns of the two arms")
     parser.add_argument("--clients", type=int, default=20, help="clients that create at the same time")
     parser.add_argument("--idle-seconds", type=float, default=60)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Self
 
@@ -14,7 +15,7 @@ from localcluster import Endpoint
 
 from .load import Client
 
-VERSION = "v0.8.0"
+PACKAGE, VERSION = "sigs.k8s.io/kwok/cmd/kwok", "v0.8.0"
 LASTING = "steady"
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = """\
@@ -115,7 +116,7 @@ def program() -> Path:
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     target = base / "finetune-operator" / "tools" / f"kwok-{VERSION}" / "kwok"
     if not target.exists():
-        subprocess.run([ROOT / "scripts" / "build-kwok.sh", VERSION, target], check=True)
+        subprocess.run([ROOT / "scripts" / "build-tool.sh", PACKAGE, VERSION, target], check=True, stdout=sys.stderr)
     return target
 
 

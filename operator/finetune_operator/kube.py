@@ -54,6 +54,8 @@ class KubeError(Exception):
         super().__init__(f"{verb} {kind.plural} {name}: {code} {reason}: {message}")
         self.verb, self.kind, self.name, self.code, self.reason, self.message = verb, kind, name, code, reason, message
         self.retry_after: float | None = None
+        self.object_missing = False
+        """The server knows the kind and says that this very object is not there."""
 
 
 class NotFound(KubeError):
@@ -336,6 +338,7 @@ def _refusal(verb: str, kind: Kind, name: str, code: int, status: Object, header
             # A 5xx on a create may come from a proxy after the server did the work.
             error = OutcomeUnknown if verb == "create" else Unavailable
     refusal = error(verb, kind, name, code, reason, message)
+    refusal.object_missing = code == 404 and bool(name) and (status.get("details") or {}).get("name") == name
     retry_after = headers.get("Retry-After", "")
     refusal.retry_after = float(retry_after) if retry_after.isdigit() else None
     return refusal

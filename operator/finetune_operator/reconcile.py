@@ -102,6 +102,9 @@ class Reconciler:
         except LeaseLost:
             raise
         except (Conflict, StaleFacts, NotFound) as error:
+            if isinstance(error, NotFound) and error.kind is FINETUNEJOB and error.object_missing:
+                self._bury(key)
+                return "gone"
             logger.debug("what was known is old: %s", error)
             self._queue.failed(key)
             return "stale"
@@ -327,6 +330,14 @@ class Reconciler:
             self._cache.forget_pods(key, before=facts.attempt)
         if plan.wake is not None:
             self._queue.add_after(key, _seconds_until(plan.wake, facts.now))
+
+    def _bury(self, key: Key) -> None:
+        """The server says that the job is gone, and no watch has told yet: nothing more is done for it."""
+        memory = self._memories.get(key)
+        if memory is not None:
+            self._cache.drop_finetunejob(key, memory.uid)
+        self._queue.forget(key)
+        self._forget(key)
 
     def _forget(self, key: Key) -> None:
         memory = self._memories.pop(key, None)

@@ -112,6 +112,24 @@ async def test_a_namespace_that_goes_has_an_error_of_its_own(
     assert len(server.seen) == 1
 
 
+@pytest.mark.parametrize(
+    ("body", "missing"),
+    [
+        (status("NotFound") | {"details": {"name": "run-1", "kind": "jobs"}}, True),
+        (status("NotFound") | {"details": {}}, False),
+        ({}, False),
+    ],
+    ids=["the object", "the kind", "no answer of the API's"],
+)
+async def test_an_object_that_is_not_there_is_told_from_a_kind_that_is_not(
+    server: Server, kube: Kube, body: Object, missing: bool
+) -> None:
+    server.say(404, body)
+    with pytest.raises(NotFound) as caught:
+        await kube.replace(JOB, "team", JOB_BODY)
+    assert caught.value.object_missing is missing
+
+
 async def test_reads_are_repeated(server: Server, kube: Kube) -> None:
     server.say(503)
     server.answers.append(None)

@@ -80,6 +80,10 @@ class Server:
 
     async def replace(self, kind: Kind, namespace: str, body: Object, *, sub: str | None = None) -> Object:
         self._note("update", kind)
+        if (kind.plural, body["metadata"]["name"]) not in self.objects:
+            missing = NotFound("update", kind, body["metadata"]["name"], 404, "NotFound", "")
+            missing.object_missing = True
+            raise missing
         known = self.objects[kind.plural, body["metadata"]["name"]]
         if known["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
             raise Conflict("update", kind, body["metadata"]["name"], 409, "Conflict", "")
@@ -133,6 +137,15 @@ class Process:
 
     async def look(self) -> None:
         await self.reconciler.reconcile(KEY)
+
+    async def work(self) -> None:
+        """One worker, until nothing is left to do at once."""
+        self.queue.add(KEY)
+        working = asyncio.create_task(self.reconciler.work())
+        async with asyncio.timeout(10):
+            while not self.server.requests or not self.queue.idle:  # noqa: ASYNC110 -- the worker tells nobody that it is through
+                await asyncio.sleep(0)
+        working.cancel()
 
 
 async def test_an_event_is_not_lost_with_the_process_and_not_told_twice(server: Server) -> None:
@@ -196,6 +209,15 @@ async def test_events_that_may_not_be_written_hold_nothing_up(server: Server, re
     assert bool(server.told()) is (refused == "nothing")
 
 
+async def test_a_job_that_the_server_no_longer_has_is_left_alone_before_any_watch_tells(server: Server) -> None:
+    process = Process(server)
+    del server.objects[FINETUNEJOB.plural, "run"]
+    await process.work()
+    assert server.count("update", FINETUNEJOB) == 1
+    assert process.cache.keys() == []
+    assert process.queue._next_due() is None
+
+
 async def test_in_a_namespace_that_goes_nothing_is_tried_again(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -205,12 +227,7 @@ async def test_in_a_namespace_that_goes_nothing_is_tried_again(
 
     server.before = going
     process = Process(server)
-    process.queue.add(KEY)
-    working = asyncio.create_task(process.reconciler.work())
-    async with asyncio.timeout(10):
-        while not server.requests or not process.queue.idle:  # noqa: ASYNC110 -- the worker tells nobody that it is through
-            await asyncio.sleep(0)
-    working.cancel()
+    await process.work()
     assert process.queue._next_due() is None
     assert server.requests == [("create", JOB.plural)]
     assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
