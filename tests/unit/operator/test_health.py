@@ -1,0 +1,78 @@
+"""Health means that work gets done: what `/healthz` and `/readyz` say of a process that is alive and does nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+from finetune_operator.kube import ServerClock
+from finetune_operator.metrics import Metrics
+from finetune_operator.runtime import Runtime
+from finetune_operator.settings import parse
+from finetune_operator.workqueue import Key
+
+from tests.unit.operator.virtual import run
+
+CONFIG = parse({"resyncSeconds": 300, "stuckSeconds": 100, "api": {"timeoutSeconds": 30}}, "test")
+KEY = Key("team", "run")
+
+
+def runtime() -> Runtime:
+    kube: Any = SimpleNamespace(clock=ServerClock())
+    return Runtime(CONFIG, kube, Metrics())
+
+
+def test_it_is_ready_when_its_caches_are_filled() -> None:
+    async def story() -> list[str]:
+        found = runtime()
+        said = [found._ready()]
+        found._synced.set()
+        said.append(found._ready())
+        found._stopping = True
+        return [*said, found._ready()]
+
+    assert run(story()) == ["the caches are not filled yet", "", "the caches are not filled yet"]
+
+
+def test_silence_of_all_watches_and_lists_is_noticed_and_forgiven() -> None:
+    async def story() -> list[str]:
+        found = runtime()
+        found._synced.set()
+        said = []
+        for seconds in (629, 2):
+            await asyncio.sleep(seconds)
+            said.append(found._healthy())
+        found._heard()
+        return [*said, found._healthy()]
+
+    assert run(story()) == ["", "neither an event nor a full list for 631 s", ""]
+
+
+def test_a_job_that_no_worker_takes_is_noticed_but_not_on_a_standby() -> None:
+    async def story() -> list[str]:
+        found = runtime()
+        found._queue.add(KEY)
+        await asyncio.sleep(101)
+        said = [found._healthy()]
+        found._start_working()
+        said.append(found._healthy())
+        await found._queue.take()
+        said.append(found._healthy())
+        found._queue.done(KEY)
+        return [*said, found._healthy()]
+
+    stuck = "a job has waited for 101 s"
+    assert run(story()) == ["", stuck, "", ""]
+
+
+def test_a_worker_that_never_comes_back_is_noticed() -> None:
+    async def story() -> str:
+        found = runtime()
+        found._start_working()
+        found._queue.add(KEY)
+        await found._queue.take()
+        await asyncio.sleep(102)
+        return found._healthy()
+
+    assert run(story()) == "a job has waited for 102 s"
