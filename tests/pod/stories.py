@@ -75,11 +75,13 @@ def spec_of(model: Path, rows: Path, method: str, variant: str = "plain") -> dic
     return made
 
 
-def traced(run: RunConfig, folder: Path, bucket: Bucket, *, hold: str = "", node_rank: int = 0) -> Pod:
+def traced(
+    run: RunConfig, folder: Path, bucket: Bucket, *, hold: str = "", breaks: str = "", node_rank: int = 0
+) -> Pod:
     """A pod that trains for real and tells which rows it learns from."""
     env = {
         "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(Path(__file__).parent)]), "FINETUNE_TRAINER_MODULE": "traced_train",
-        **({"TRACE_HOLD": hold} if hold else {}),
+        **({"TRACE_HOLD": hold} if hold else {}), **({"TRACE_BREAK": breaks} if breaks else {}),
     }  # fmt: skip
     return Pod(run, folder, bucket.env | env, node_rank=node_rank)
 

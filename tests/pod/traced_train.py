@@ -3,6 +3,7 @@
 Set by FINETUNE_TRAINER_MODULE. Rows are told by `<work>/rows-<rank>.jsonl`: one line a step, a hash for each sequence of each
 micro-batch. TRACE_HOLD, `<phase>:<step>`, holds this rank there until all ranks have agreed on the step to stop at: `forward`,
 `accumulation` (before the second micro-batch of the step), `save`, `evaluation` (after the step). `<work>/held` then exists.
+TRACE_BREAK, `memory:<step>` or `nan:<step>`, lets a micro-batch of that step not fit or come out as no number.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from finetune_trainer.checkpoint.stop import StopAgreement
 from finetune_trainer.inputs import Inputs
 
 HOLD = "TRACE_HOLD"
+BREAK = "TRACE_BREAK"
 preload = train.preload
 agreements: list[StopAgreement] = []
 """This rank's, once it watches."""
@@ -51,7 +53,8 @@ def watch(channel: Channel) -> None:
         nonlocal micro
         micro += 1
         hold(channel, "forward" if micro == 1 else "accumulation", self.state.global_step + 1)
-        return super(Guarded, self).training_step(*args, **options)
+        loss = super(Guarded, self).training_step(*args, **options)
+        return broken(loss, self.model, self.state.global_step + 1)
 
     def prediction_step(self: Any, *args: Any, **options: Any) -> Any:
         hold(channel, "evaluation", self.state.global_step)
@@ -71,6 +74,21 @@ def watch(channel: Channel) -> None:
     Guarded.training_step = training_step  # type: ignore[method-assign] # likewise
     Guarded.prediction_step = prediction_step  # type: ignore[method-assign] # likewise
     Guarded._save_checkpoint = save  # type: ignore[method-assign] # likewise
+
+
+def broken(loss: Any, model: Any, step: int) -> Any:
+    """What happens at this step, if something shall."""
+    import torch
+
+    what, _, when = os.environ.get(BREAK, "").partition(":")
+    if when != str(step):
+        return loss
+    if what == "memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB")
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad.fill_(float("nan"))
+    return loss * float("nan")
 
 
 def rows_of(batch: dict[str, Any]) -> list[str]:

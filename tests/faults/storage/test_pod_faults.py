@@ -196,6 +196,7 @@ def test_a_grace_period_shorter_than_the_last_save(
     assert not (pod.folder / "work" / "stop").exists()
     words = pod.words()
     assert (words.code, words.class_) == ("StoppedUnsaved", FailureClass.PREEMPTED)
+    assert words.resolved is not None and any("GracePeriodSeconds" in note for note in words.resolved.notes or [])
     assert place.whole(tmp_path / "check")[0] >= 20
 
 

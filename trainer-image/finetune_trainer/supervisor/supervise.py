@@ -205,7 +205,7 @@ class Supervisor:
         keep = 3 if checkpoint.keep is None else checkpoint.keep
         uploader = Uploader(
             tree, self.board, facts, Policy(keep, tuple(checkpoint.pinned or ())), job=f"{run.namespace}/{run.name}/{run.uid}",
-            attempt=run.attempt, node=self.settings.node_rank, nodes=run.world.nodes, after_commit=self._put_metrics,
+            attempt=run.attempt, node=self.settings.node_rank, nodes=run.world.nodes, after_commit=self._after_commit,
         )  # fmt: skip
         if self.settings.node_rank == 0:
             swept = tree.sweep()
@@ -412,6 +412,16 @@ class Supervisor:
             self.facts.output = uploader.output
             uploader.retain(finished=True)
         self._put_metrics()
+
+    def _after_commit(self) -> None:
+        """The uploader's thread: lines so far go to storage, and a grace period that no longer suffices is told."""
+        self._put_metrics()
+        grace, last = self._run.grace_seconds if self._run else 0, self.board.last_save_seconds
+        if last is not None and last > grace:
+            self.board.note(
+                f"a checkpoint takes {last:.0f} s until it is committed, longer than the grace period of {grace} s: a stop would lose "
+                "the newest steps; raise policy.terminationGracePeriodSeconds"
+            )
 
     def _put_metrics(self) -> None:
         if self._tree is None or self._run is None or not self._metric_lines or self.settings.node_rank != 0:
