@@ -14,7 +14,7 @@ import kopf
 from finetune_api.names import GROUP, MANAGER, PLURAL, VERSION, Label
 
 from finetune_operator.cache import Cache, Seen
-from finetune_operator.kube import Kube
+from finetune_operator.kube import PAGE, Kube
 from finetune_operator.objects import Object
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.stateless import NoDiffBase, NoProgress
@@ -57,6 +57,7 @@ def settings(config: OperatorConfig) -> kopf.OperatorSettings:
     result.networking.error_backoffs = EndlessBackoff()
     result.networking.enforce_retry_after = True
     result.process.ultimate_exiting_timeout = 25
+    result.watching.chunk_size = PAGE
     result.watching.server_timeout = WATCH_SECONDS
     result.watching.client_timeout = SILENCE_SECONDS
     # kopf's own guard against silence cancels whatever the watching task does at that moment; if that is not the reading, the

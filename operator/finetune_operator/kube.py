@@ -13,7 +13,7 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -39,8 +39,8 @@ TRIES = 5
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
 MAX_MESSAGE = 2048
 """Characters kept of the server's words: a refused Job comes back whole in them."""
-PAGE = 500
-"""Objects in one page of a list."""
+PAGE = 200
+"""Objects in one page of a list: some megabytes, which hold up the event loop for as long as they take to parse."""
 CLOCK_PERIOD = 10.0
 """Seconds between two looks at the server's clock."""
 CLOCK_TOLERANCE = 2.0
@@ -99,7 +99,7 @@ class Created:
 
 
 class Listing(NamedTuple):
-    """A full list, and the version of the world it shows."""
+    """A list, or a page of it, and the version of the world it shows."""
 
     items: list[Object]
     version: int
@@ -177,19 +177,28 @@ class Kube:
         return (await self._repeat("get", kind, name, "GET", kind.path(namespace, name))).body
 
     async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Listing:
-        """All objects of a kind, in pages, of one namespace or of the cluster."""
+        """All objects of a kind, of one namespace or of the cluster."""
         items: list[Object] = []
+        version = 0
+        async for page in self.pages(kind, namespace, labels=labels, fields=fields):
+            items += page.items
+            version = page.version
+        return Listing(items, version)
+
+    async def pages(
+        self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = ""
+    ) -> AsyncIterator[Listing]:
+        """The same in pages, for those who need not hold all of them; every page shows the same version of the world."""
         query = {"limit": str(PAGE)} | ({"labelSelector": labels} if labels else {})
         query |= {"fieldSelector": fields} if fields else {}
         while True:
             page = (await self._repeat("list", kind, "", "GET", kind.path(namespace), query=query)).body
-            items += page.get("items") or []
             meta = page.get("metadata") or {}
-            token = meta.get("continue")
-            if not token:
-                version = str(meta.get("resourceVersion", ""))
-                return Listing(items, int(version) if version.isdigit() else 0)
-            query["continue"] = token
+            version = str(meta.get("resourceVersion", ""))
+            yield Listing(page.get("items") or [], int(version) if version.isdigit() else 0)
+            if not meta.get("continue"):
+                return
+            query["continue"] = meta["continue"]
 
     async def create(self, kind: Kind, namespace: str, body: Object) -> Created:
         """Create once.

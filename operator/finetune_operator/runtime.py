@@ -14,8 +14,9 @@ import signal
 import socket
 import uuid
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import kopf
 
@@ -23,10 +24,10 @@ from finetune_operator import handlers
 from finetune_operator.cache import Cache, Listed
 from finetune_operator.events import Recorder
 from finetune_operator.http import Server
-from finetune_operator.kube import Kube, KubeError, Listing, NotFound
+from finetune_operator.kube import Kube, KubeError, NotFound
 from finetune_operator.lease import Elector, LeaseLost
 from finetune_operator.metrics import Metrics
-from finetune_operator.objects import FINETUNEJOB, JOB, POD, Kind
+from finetune_operator.objects import FINETUNEJOB, JOB, POD, Kind, Object
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.scrape import Scraper
 from finetune_operator.settings import OperatorConfig
@@ -38,6 +39,17 @@ NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DRAIN_SECONDS = 10.0
 """Time for looks under way to finish when the process is told to end."""
 LAG_PERIOD = 1.0
+
+
+STEP = 20
+"""Objects of a list that are taken in without a break."""
+
+
+class _Read(NamedTuple):
+    """What full lists of a kind showed, and the oldest version among them."""
+
+    uids: set[str]
+    version: int
 
 
 class StartError(Exception):
@@ -176,18 +188,13 @@ class Runtime:
                 logger.warning("the resync failed and is tried again later: %s", error)
 
     async def _resync(self) -> None:
-        finetunejobs = await self._list(FINETUNEJOB, "")
-        jobs, pods = await self._list(JOB, handlers.SELECTOR), await self._list(POD, handlers.SELECTOR)
-        for body in finetunejobs.items:
-            handlers.take_finetunejob(self._cache, None, body)
-        for body in jobs.items:
-            handlers.take_job(self._cache, None, body)
-        for body in pods.items:
-            handlers.take_pod(self._cache, None, body)
+        finetunejobs = await self._read(FINETUNEJOB, "", handlers.take_finetunejob)
+        jobs = await self._read(JOB, handlers.SELECTOR, handlers.take_job)
+        pods = await self._read(POD, handlers.SELECTOR, handlers.take_pod)
         listed = Listed(
-            finetunejobs=_uids(finetunejobs),
-            jobs=_uids(jobs),
-            pods=_uids(pods),
+            finetunejobs=frozenset(finetunejobs.uids),
+            jobs=frozenset(jobs.uids),
+            pods=frozenset(pods.uids),
             version=min(one.version for one in (finetunejobs, jobs, pods)),
             namespaces=frozenset(self._config.namespaces),
         )
@@ -196,16 +203,24 @@ class Runtime:
         self._synced.set()
         self._heard()
 
-    async def _list(self, kind: Kind, labels: str) -> Listing:
+    async def _read(self, kind: Kind, labels: str, take: Callable[[Cache, None, Object], Any]) -> _Read:
+        """Put everything of a kind into the cache, in small steps: what else the process does must not wait for thousands."""
+        uids: set[str] = set()
+        versions = []
         try:
-            if not self._config.namespaces:
-                return await self._kube.list(kind, labels=labels)
-            found = [await self._kube.list(kind, namespace, labels=labels) for namespace in self._config.namespaces]
+            for namespace in self._config.namespaces or (None,):
+                async for page in self._kube.pages(kind, namespace, labels=labels):
+                    for number, body in enumerate(page.items):
+                        take(self._cache, None, body)
+                        uids.add(body["metadata"]["uid"])
+                        if number % STEP == STEP - 1:
+                            await asyncio.sleep(0)
+                versions.append(page.version)
         except NotFound as error:
             raise StartError(
                 f"the API server does not know {kind.plural} of {kind.api_version}: install the CRD first"
             ) from error
-        return Listing([item for one in found for item in one.items], min(one.version for one in found))
+        return _Read(uids, min(versions))
 
     async def _measure_lag(self) -> None:
         loop = asyncio.get_running_loop()
@@ -234,10 +249,6 @@ class Runtime:
         phases = Counter(str(job.status.phase or "Pending") for job in self._cache.jobs())
         self._metrics.phases(phases)
         self._metrics.queue_depth.set(len(self._queue))
-
-
-def _uids(listing: Listing) -> frozenset[str]:
-    return frozenset(body["metadata"]["uid"] for body in listing.items)
 
 
 def _own_namespace() -> str:

@@ -167,7 +167,7 @@ async def test_lists_come_in_pages(server: Server, kube: Kube) -> None:
     server.say(200, {"items": [{"n": 2}], "metadata": {"resourceVersion": "5"}})
     listing = await kube.list(FINETUNEJOB, labels="a=b")
     assert (listing.items, listing.version) == ([{"n": 1}, {"n": 2}], 5)
-    assert server.seen[1][1].endswith("finetunejobs?limit=500&labelSelector=a%3Db&continue=t")
+    assert server.seen[1][1].endswith("finetunejobs?limit=200&labelSelector=a%3Db&continue=t")
 
 
 async def test_admission_warnings_are_kept(server: Server, kube: Kube) -> None:
