@@ -172,6 +172,18 @@ class Kube:
         """Close all connections."""
         await self._rest.close()
 
+    async def discovered(self, kind: Kind) -> bool:
+        """Whether the server's own directory names this kind of a group. A definition that is new is served some moments before."""
+        group = kind.api_version.partition("/")[0]
+        groups = (await self._repeat("get", kind, "", "GET", "/apis")).body.get("groups") or []
+        if group not in [one.get("name") for one in groups]:
+            return False
+        try:
+            found = (await self._repeat("get", kind, "", "GET", f"/apis/{kind.api_version}")).body.get("resources") or []
+        except NotFound:
+            return False
+        return kind.plural in [one.get("name") for one in found]
+
     async def get(self, kind: Kind, namespace: str, name: str) -> Object:
         """Read one object. Errors: NotFound, Unavailable, ..."""
         return (await self._repeat("get", kind, name, "GET", kind.path(namespace, name))).body

@@ -39,6 +39,7 @@ NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DRAIN_SECONDS = 10.0
 """Time for looks under way to finish when the process is told to end."""
 LAG_PERIOD = 1.0
+DISCOVERY_PERIOD = 0.2
 
 
 STEP = 20
@@ -147,6 +148,9 @@ class Runtime:
 
     async def _watch(self) -> None:
         """kopf, for as long as the process lives."""
+        # kopf reads the server's directory once: of a kind that is not in it yet it would never hear.
+        while not (self._told_to_end.is_set() or await self._kube.discovered(FINETUNEJOB)):  # noqa: ASYNC110 -- happens on the API server
+            await asyncio.sleep(DISCOVERY_PERIOD)
         if self._told_to_end.is_set():
             return
         namespaces = list(self._config.namespaces)

@@ -130,6 +130,30 @@ async def test_an_object_that_is_not_there_is_told_from_a_kind_that_is_not(
     assert caught.value.object_missing is missing
 
 
+GROUPS: Object = {"groups": [{"name": "batch"}, {"name": "finetune-operator.io"}]}
+RESOURCES: Object = {"resources": [{"name": "finetunejobs/status"}, {"name": "finetunejobs"}]}
+
+
+@pytest.mark.parametrize(
+    ("answers", "known"),
+    [
+        ([(200, {"groups": [{"name": "batch"}]})], False),
+        ([(200, GROUPS), (404, {})], False),
+        ([(200, GROUPS), (200, {"resources": []})], False),
+        ([(200, GROUPS), (200, RESOURCES)], True),
+    ],
+    ids=["no group", "no version", "no kind", "all there"],
+)
+async def test_a_kind_is_known_when_the_directory_names_it(
+    server: Server, kube: Kube, answers: list[tuple[int, Object]], known: bool
+) -> None:
+    for code, body in answers:
+        server.say(code, body)
+    assert await kube.discovered(FINETUNEJOB) is known
+    paths = ["/apis", "/apis/finetune-operator.io/v1alpha1"]
+    assert [path for _, path, _ in server.seen] == paths[: len(answers)]
+
+
 async def test_reads_are_repeated(server: Server, kube: Kube) -> None:
     server.say(503)
     server.answers.append(None)
