@@ -20,8 +20,12 @@ from stories import EVERY, STEPS, committed, spec_of, story, traced, undisturbed
 
 from localcluster.s3 import S3Endpoint
 
-HOLDS = {"epochs": ("forward:16", 8), "boundary": ("forward:18", 9)}
-"""Where a variant is held, and the newest step that is committed by then: both last steps of an epoch."""
+HOLDS = {
+    "epochs": ("forward:16", 8), "boundary": ("forward:18", 9), "end": (f"end:{STEPS}", STEPS), "early-end": ("end:24", 24),
+}  # fmt: skip
+"""Where a variant is held, and the newest step that is committed by then: last steps of an epoch, and of the run."""
+SAME = {"end": "plain", "early-end": "early"}
+"""Variants that are another one, held elsewhere."""
 MIDDLE = ("accumulation:19", 16)
 """In the middle of an epoch, of a logging window, of an effective batch, and between two checkpoints."""
 
@@ -61,7 +65,8 @@ def case(
 @pytest.mark.parametrize(
     ("method", "processes", "disturb", "variant"),
     [
-        case("lora", 2, stopped, "windows", quick=True), case("full", 1, pod_killed, "plain", quick=True),
+        case("lora", 2, stopped, "windows", quick=True), case("full", 1, pod_killed, "end", quick=True),
+        case("full", 1, pod_killed, "plain"), case("lora", 1, pod_killed, "early-end"),
         case("lora", 2, rank_killed, "windows"), case("full", 1, stopped, "plain"), case("lora", 1, stopped, "packing"),
         case("full", 1, stopped, "boundary"), case("lora", 2, agent_killed, "boundary"),
         case("lora", 1, pod_killed, "epochs"), case("lora", 1, stopped, "epochs"), case("lora", 1, rank_killed, "best"),
@@ -74,8 +79,9 @@ def test_a_disturbed_run_equals_an_undisturbed_one(
     tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, disturb: Callable[[Pod], tuple[int, int]],
     variant: str,
 ) -> None:  # fmt: skip
-    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
-    spec = spec_of(model, rows, method, variant)
+    same = SAME.get(variant, variant)
+    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, same)
+    spec = spec_of(model, rows, method, same)
     hold, newest = HOLDS.get(variant, MIDDLE)
     run = run_config(spec, bucket.target(), processes=processes)
     with traced(run, tmp_path / "one", bucket, hold=hold) as first:

@@ -2,7 +2,8 @@
 
 Set by FINETUNE_TRAINER_MODULE. Rows are told by `<work>/rows-<rank>.jsonl`: one line a step, a hash for each sequence of each
 micro-batch. TRACE_HOLD, `<phase>:<step>`, holds this rank there until all ranks have agreed on the step to stop at: `forward`,
-`accumulation` (before the second micro-batch of the step), `save`, `evaluation` (after the step). `<work>/held` then exists.
+`accumulation` (before the second micro-batch of the step), `save`, `evaluation` (after the step), `end` (after the
+last step). `<work>/held` then exists.
 TRACE_BREAK, `memory:<step>` or `nan:<step>`, lets a micro-batch of that step not fit or come out as no number.
 """
 
@@ -64,6 +65,10 @@ def watch(channel: Channel) -> None:
         hold(channel, "save", self.state.global_step)
         return super(Guarded, self)._save_checkpoint(*args, **options)
 
+    def finalize(self: Any, *args: Any, **options: Any) -> Any:
+        hold(channel, "end", self.state.global_step)
+        return super(Guarded, self)._finalize_training(*args, **options)
+
     def start(self: StopAgreement, step: int) -> None:
         agreements.append(self)
         begin(self, step)
@@ -73,6 +78,7 @@ def watch(channel: Channel) -> None:
     Guarded.get_batch_samples = batches  # type: ignore[method-assign] # likewise
     Guarded.training_step = training_step  # type: ignore[method-assign] # likewise
     Guarded.prediction_step = prediction_step  # type: ignore[method-assign] # likewise
+    Guarded._finalize_training = finalize  # type: ignore[method-assign] # likewise
     Guarded._save_checkpoint = save  # type: ignore[method-assign] # likewise
 
 

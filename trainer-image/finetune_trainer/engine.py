@@ -14,7 +14,14 @@ from typing import Any
 
 import torch
 from finetune_api.errors import DivergedError, NoCheckpointError
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from finetune_trainer.best import best_folder
 from finetune_trainer.distributed import Plan
@@ -39,6 +46,21 @@ class Guarded(Trainer):
         """Let the strategy finish what TrainingArguments cannot say."""
         super().create_accelerator_and_postprocess()
         self.plan.after_accelerator(self)
+
+    def _run_epoch(self, *args: Any, **options: Any) -> None:
+        """One pass over the data, unless the attempt before has done the last step and was lost before it could say so.
+
+        transformers looks whether training is over after a step only: a run resumed from its last checkpoint would learn too much.
+        """
+        if self._is_over():
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **options)
+
+    def _is_over(self) -> bool:
+        patience = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        stopped = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in patience)
+        return stopped or self.state.global_step >= self.state.max_steps
 
     def get_batch_samples(self, *args: Any, **options: Any) -> Any:
         """Count the time spent waiting for data."""
