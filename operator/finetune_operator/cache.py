@@ -32,10 +32,11 @@ class Family:
 
 
 class Seen(NamedTuple):
-    """Whose family a view belongs to, and whether it showed anything that was not known."""
+    """Whose family a view belongs to, and whether it showed anything that was not known, or even a job that was not known."""
 
     key: Key
     news: bool
+    new: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Cache:
         if known is not None and known.uid != view.uid:
             family.pods = {uid: pod for uid, pod in family.pods.items() if not pod.gone}
         family.job = view
-        return Seen(key, news=True)
+        return Seen(key, news=True, new=known is None)
 
     def drop_finetunejob(self, key: Key, uid: str) -> None:
         """A FineTuneJob is gone; a namesake created since stays."""

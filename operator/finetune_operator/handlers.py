@@ -73,7 +73,11 @@ def register(kube: Kube, cache: Cache, queue: WorkQueue, heard: Callable[[], Non
     registry = kopf.OperatorRegistry()
 
     def look(seen: Seen | None) -> None:
-        if seen is not None and seen.news:
+        if seen is None or not seen.news:
+            return
+        if seen.new:
+            queue.hurry(seen.key)
+        else:
             queue.add(seen.key)
 
     @kopf.on.login(registry=registry)

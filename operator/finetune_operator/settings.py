@@ -164,7 +164,7 @@ class OperatorConfig(Wire):
     storage: StorageRoot = Field(default=StorageRoot(), description="Where the job says nothing; as spec.storage.")
     resources: ResourceSettings = ResourceSettings()
     node_pools: tuple[NodePool, ...] = ()
-    workers: int = Field(default=8, ge=1, le=256, description="Jobs looked at side by side.")
+    workers: int = Field(default=16, ge=1, le=256, description="Jobs looked at side by side.")
     resync_seconds: Seconds = Field(default=300, description="Between two full lists.")
     progress_seconds: Seconds = Field(default=15, description="Shortest time between two progress writes of one job.")
     lost_node_seconds: Seconds = Field(

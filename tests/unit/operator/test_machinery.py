@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from finetune_operator.cache import Cache, Listed
+from finetune_operator.cache import Cache, Listed, Seen
 from finetune_operator.handlers import settings, take_finetunejob
 from finetune_operator.kube import ServerClock
 from finetune_operator.text import clean, duration
@@ -57,6 +57,27 @@ async def test_a_key_added_while_worked_on_comes_back_once_and_never_to_two(cloc
     queue.done(A)
     assert (await queue.take())[0] == A
     queue.done(A)
+    assert queue.idle
+
+
+async def test_new_jobs_come_first_and_starve_nobody(clock: Clock) -> None:
+    queue = WorkQueue(clock)
+    old = [Key("team", f"old{number}") for number in range(3)]
+    new = [Key("team", f"new{number}") for number in range(9)]
+    for key in old:
+        queue.add(key)
+    for key in new:
+        queue.hurry(key)
+    queue.hurry(old[0])
+    assert len(queue) == 12
+    taken = [(await queue.take())[0] for _ in range(12)]
+    assert taken == [*new[:7], old[0], *new[7:], *old[1:]]
+    queue.hurry(new[0])
+    queue.done(new[0])
+    assert (await queue.take())[0] == new[0]
+    queue.drop_waiting()
+    for key in [*old, *new]:
+        queue.done(key)
     assert queue.idle
 
 
@@ -297,18 +318,18 @@ def test_a_watch_is_never_guarded_by_cancelling_whatever_its_task_does() -> None
 
 def test_what_shows_nothing_new_is_no_news() -> None:
     cache = Cache()
-    assert cache.put_finetunejob(finetunejob(version=3)) == (RUN, True)
-    assert cache.put_finetunejob(finetunejob(version=3)) == (RUN, False)
-    assert cache.put_finetunejob(finetunejob(version=2)) == (RUN, False)
-    assert cache.put_finetunejob(finetunejob(version=4)) == (RUN, True)
-    assert cache.put_job(job(version=5)) == (RUN, True)
-    assert cache.put_job(job(version=7)) == (RUN, False)
-    assert cache.put_job(job(version=8, suspended=True)) == (RUN, True)
-    assert cache.put_job(job(version=7)) == (RUN, False)
-    assert cache.put_pod(pod(version=6)) == (RUN, True)
-    assert cache.put_pod(pod(version=9)) == (RUN, False)
-    assert cache.put_pod(pod(version=10, ready=False)) == (RUN, True)
-    assert cache.put_pod(pod(version=8)) == (RUN, False)
+    assert cache.put_finetunejob(finetunejob(version=3)) == Seen(RUN, news=True, new=True)
+    assert not cache.put_finetunejob(finetunejob(version=3)).news
+    assert not cache.put_finetunejob(finetunejob(version=2)).news
+    assert cache.put_finetunejob(finetunejob(version=4)) == Seen(RUN, news=True)
+    assert cache.put_job(job(version=5)) == Seen(RUN, news=True)
+    assert not cache.put_job(job(version=7)).news
+    assert cache.put_job(job(version=8, suspended=True)).news
+    assert not cache.put_job(job(version=7)).news
+    assert cache.put_pod(pod(version=6)) == Seen(RUN, news=True)
+    assert not cache.put_pod(pod(version=9)).news
+    assert cache.put_pod(pod(version=10, ready=False)).news
+    assert not cache.put_pod(pod(version=8)).news
     assert [view.version for view in cache.family(RUN).pods.values()] == [10]
 
 
@@ -316,7 +337,7 @@ def test_an_event_of_what_we_wrote_ourselves_is_not_read_again() -> None:
     cache = Cache()
     cache.put_finetunejob(finetunejob(version=4, resource_version="4"))
     meta = {"namespace": "team", "name": "run", "uid": UID, "resourceVersion": "4"}
-    assert take_finetunejob(cache, "MODIFIED", {"metadata": meta, "status": "not even a status"}) == (RUN, False)
-    assert take_finetunejob(cache, "MODIFIED", {"metadata": meta | {"resourceVersion": "5"}, "spec": {}}) == (RUN, True)
-    assert take_finetunejob(cache, "DELETED", {"metadata": meta}) == (RUN, True)
+    assert take_finetunejob(cache, "MODIFIED", {"metadata": meta, "status": "not even a status"}) == Seen(RUN, news=False)
+    assert take_finetunejob(cache, "MODIFIED", {"metadata": meta | {"resourceVersion": "5"}, "spec": {}}).news
+    assert take_finetunejob(cache, "DELETED", {"metadata": meta}).news
     assert cache.family(RUN).job is None
