@@ -177,6 +177,36 @@ def test_a_stop_that_cannot_save_in_time(tmp_path: Path, spec: dict[str, Any]) -
     assert committed(tmp_path) == [5]
 
 
+def test_a_disk_that_takes_nothing_skips_checkpoints_until_it_does(tmp_path: Path, spec: dict[str, Any]) -> None:
+    """Staging fails, the status says so, training goes on; what comes after is committed and all is well."""
+    with toy(tmp_path, spec, {"steps": 100000}) as pod:
+        pod.wait_committed(5)
+        staged = pod.folder / "work" / "staged"
+        staged.rename(staged.with_name("away"))
+        staged.touch()
+        pod.wait_until(lambda: "StagingFailed" in (problem(pod) or ""))
+        during = pod.step()
+        pod.wait_step(during + 10)
+        staged.unlink()
+        staged.mkdir()
+        pod.wait_committed(during + 10)
+        pod.wait_until(lambda: problem(pod) is None)
+
+
+def problem(pod: Pod) -> str | None:
+    report = pod.report()
+    return report.health.checkpoint_problem if report else None
+
+
+def test_a_final_model_that_cannot_be_staged_is_named(tmp_path: Path, spec: dict[str, Any]) -> None:
+    with toy(tmp_path, spec, {"steps": 40, "every": 1000, "pause": 0.02}) as pod:
+        pod.wait_step(1)
+        (pod.folder / "work" / "staged").rmdir()
+        (pod.folder / "work" / "staged").touch()
+        code, words = ended(pod)
+    assert (code, words.code, words.class_) == (69, "StagingFailed", FailureClass.STORAGE)
+
+
 def test_the_success_of_a_life_that_could_not_say_so(tmp_path: Path, spec: dict[str, Any]) -> None:
     with toy(tmp_path, spec, {}) as pod:
         _, first = ended(pod)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import socket
 import tempfile
@@ -13,6 +14,7 @@ from typing import Any
 
 from finetune_trainer.channel import MAX_MESSAGE_BYTES
 
+log = logging.getLogger(__name__)
 RECEIVE_BUFFER = 4 * 1024 * 1024
 
 
@@ -47,7 +49,10 @@ class Line:
             except ValueError:
                 continue  # not one of ours
             if isinstance(message, dict):
-                self._hear(message)
+                try:
+                    self._hear(message)
+                except Exception:  # one message that cannot be used must not make us deaf to the next
+                    log.exception("a rank's message could not be used: %s", message.get("kind"))
 
     def close(self) -> None:
         """Hear what was already sent, then stop. Nobody may send any more."""

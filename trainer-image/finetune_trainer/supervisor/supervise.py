@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_api.errors import FineTuneError, InternalError, PeerError
+from finetune_api.errors import FineTuneError, InternalError, PeerError, StorageError
 from finetune_api.names import Env, ExitCode, FailureClass, Storage
 from finetune_api.pod import LastWords, RunConfig
 from finetune_api.status import Output, Resolved, Stage
@@ -282,7 +282,8 @@ class Supervisor:
         try:
             link_tree(source, target)
         except OSError as error:
-            self.board.problem("StagingFailed", f"step {step}: {error.strerror}")
+            self.board.count("checkpoints_skipped")
+            self.board.problem("StagingFailed", f"step {step}: {error.strerror or error}")
             return
         first = told.get(0, message)
         uploader.offer(
@@ -295,7 +296,15 @@ class Supervisor:
         if self._uploader is None or self._run is None:
             return
         folder = self.settings.work / "staged" / "final"
-        link_tree(Path(message["folder"]), folder)
+        try:
+            link_tree(Path(message["folder"]), folder)
+        except OSError as error:
+            self._fail(
+                StorageError(
+                    "StagingFailed", f"the final model cannot be staged on the pod's disk: {error.strerror or error}"
+                )
+            )
+            return
         self._final = message
         self.board.stage(Stage.UPLOADING)
         self._uploader.offer(
