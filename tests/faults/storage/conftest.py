@@ -6,6 +6,7 @@ import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,9 @@ sys.path[:0] = [
 from finetune_api.pod import StoreTarget  # noqa: E402 - the path comes first
 from finetune_trainer.checkpoint.tree import Tree  # noqa: E402 - the path comes first
 from finetune_trainer.storage.s3 import S3Store  # noqa: E402 - the path comes first
+from pod_harness import write_rows  # noqa: E402 - the path comes first
 from storage_place import Place  # noqa: E402 - the path comes first
+from tiny import make_tiny_model  # noqa: E402 - the path comes first
 
 from localcluster.s3 import S3Endpoint, S3Process  # noqa: E402 - the path comes first
 from tests.support.s3proxy import S3Proxy  # noqa: E402 - the path comes first
@@ -71,3 +74,15 @@ def checkpoint(tmp_path: Path) -> Path:
     (folder / "sub" / "rng_state.pth").write_bytes(random.Random(1).randbytes(20_000))
     (folder / "optimizer.pt").write_bytes(random.Random(2).randbytes(200_000))
     return folder
+
+
+@pytest.fixture(scope="session")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_tiny_model(folder / "model")
+    write_rows(folder / "rows.jsonl")
+    return {
+        "model": {"source": f"file://{folder}/model"},
+        "dataset": {"train": f"file://{folder}/rows.jsonl", "format": "messages"},
+        "checkpoint": {"steps": 5, "keep": 0},
+    }

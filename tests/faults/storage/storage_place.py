@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.manifest import Manifest, base_of
 from finetune_trainer.checkpoint.tree import Tree
+from pod_harness import PYTHONPATH, Pod, run_config
+
+from localcluster.s3 import S3Endpoint
+
+PODS = Path(__file__).parents[2] / "pod"
 
 
 @dataclass
@@ -43,3 +51,15 @@ class Place:
             assert problem is None, problem
             steps.append(manifest.step)
         return steps
+
+
+def toy(
+    folder: Path, spec: dict[str, Any], place: Place, server: S3Endpoint, script: dict[str, Any], **run: Any
+) -> Pod:
+    """A pod of ranks that count (tests/pod/toy_rank.py), with its root in the store as seen through the faults."""
+    target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
+    env = {
+        "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(PODS)]), "FINETUNE_TRAINER_MODULE": "toy_rank",
+        "TOY_SCRIPT": json.dumps(script), "AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key,
+    }  # fmt: skip
+    return Pod(run_config(spec, StoreTarget.model_validate(target.model_dump()), **run), folder / "pod", env)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -11,39 +10,13 @@ from typing import Any
 
 import pytest
 from finetune_api.names import FailureClass
-from finetune_api.pod import Resume, StoreTarget
+from finetune_api.pod import Resume
 from finetune_trainer.supervisor.children import descendants
-from pod_harness import PYTHONPATH, Pod, run_config, write_rows
-from storage_place import Place
-from tiny import make_tiny_model
+from pod_harness import Pod
+from storage_place import Place, toy
 
 from localcluster.s3 import S3Endpoint
 from tests.support.s3proxy import Bandwidth, Latency, Reset, S3Proxy, Status
-
-PODS = Path(__file__).parents[2] / "pod"
-
-
-@pytest.fixture(scope="session")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("inputs")
-    make_tiny_model(folder / "model")
-    write_rows(folder / "rows.jsonl")
-    return {
-        "model": {"source": f"file://{folder}/model"},
-        "dataset": {"train": f"file://{folder}/rows.jsonl", "format": "messages"},
-        "checkpoint": {"steps": 5, "keep": 0},
-    }
-
-
-def toy(
-    folder: Path, spec: dict[str, Any], place: Place, server: S3Endpoint, script: dict[str, Any], **run: Any
-) -> Pod:
-    target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
-    env = {
-        "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(PODS)]), "FINETUNE_TRAINER_MODULE": "toy_rank",
-        "TOY_SCRIPT": json.dumps(script), "AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key,
-    }  # fmt: skip
-    return Pod(run_config(spec, StoreTarget.model_validate(target.model_dump()), **run), folder / "pod", env)
 
 
 def test_a_slow_store_skips_checkpoints_and_never_queues(
