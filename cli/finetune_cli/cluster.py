@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 from finetune_api.names import API_VERSION, KIND, PLURAL, Label
 
@@ -60,7 +62,7 @@ class Cluster:
             "force": "true",
             **({"dryRun": "All"} if dry_run else {}),
         }
-        path = f"{self._collection(body)}/{body['metadata']['name']}"
+        path = f"{self._collection(body)}/{quote(str(body['metadata']['name']), safe='')}"
         return self.call("PATCH", path, query, body, "application/apply-patch+yaml")
 
     def patch_spec(self, name: str, spec: Object) -> Object:
@@ -71,18 +73,12 @@ class Cluster:
 
     def table(self, name: str | None, *, everywhere: bool) -> Object:
         """The server's own table of FineTuneJobs, with the columns that kubectl shows."""
-        path = (
-            f"{JOBS}/{PLURAL}"
-            if everywhere
-            else self._job(name)
-            if name
-            else f"{JOBS}/namespaces/{self.namespace}/{PLURAL}"
-        )
+        path = f"{JOBS}/{PLURAL}" if everywhere else self._job(name) if name else f"{JOBS}/{self._namespaced(PLURAL)}"
         return self.call("GET", path, accept=TABLE)
 
     def jobs(self, *, everywhere: bool) -> list[Object]:
         """All FineTuneJobs of the namespace, or of all."""
-        path = f"{JOBS}/{PLURAL}" if everywhere else f"{JOBS}/namespaces/{self.namespace}/{PLURAL}"
+        path = f"{JOBS}/{PLURAL}" if everywhere else f"{JOBS}/{self._namespaced(PLURAL)}"
         items = self.call("GET", path).get("items") or []
         return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in items]
 
@@ -98,7 +94,7 @@ class Cluster:
                 "watch": "true", "fieldSelector": f"metadata.name={name}", "resourceVersion": job["metadata"]["resourceVersion"],
                 "timeoutSeconds": str(seconds),
             }  # fmt: skip
-            for event in self._watch(f"{JOBS}/namespaces/{self.namespace}/{PLURAL}", query, seconds + CALL_SECONDS):
+            for event in self._watch(f"{JOBS}/{self._namespaced(PLURAL)}", query, seconds + CALL_SECONDS):
                 if event.get("type") in ("ADDED", "MODIFIED"):
                     yield event["object"]
                 elif event.get("type") == "DELETED":
@@ -111,22 +107,20 @@ class Cluster:
     def pods(self, name: str, attempt: int | None = None) -> list[Object]:
         """Pods of a job, by attempt and index."""
         selector = f"{Label.NAME}={name}" + (f",{Label.ATTEMPT}={attempt}" if attempt is not None else "")
-        found = (
-            self.call("GET", f"{CORE}/namespaces/{self.namespace}/pods", {"labelSelector": selector}).get("items") or []
-        )
+        found = self.call("GET", f"{CORE}/{self._namespaced('pods')}", {"labelSelector": selector}).get("items") or []
         return sorted(
             found, key=lambda pod: (attempt_of(pod), index_of(pod), pod["metadata"].get("creationTimestamp", ""))
         )
 
     def events(self, uids: set[str]) -> list[Object]:
         """Events about objects with these uids, oldest first."""
-        found = self.call("GET", f"{EVENTS}/namespaces/{self.namespace}/events").get("items") or []
+        found = self.call("GET", f"{EVENTS}/{self._namespaced('events')}").get("items") or []
         mine = [one for one in found if (one.get("regarding") or {}).get("uid") in uids]
         return sorted(mine, key=event_time)
 
     def secret(self, name: str) -> Object:
         """A Secret of the namespace."""
-        return self.call("GET", f"{CORE}/namespaces/{self.namespace}/secrets/{name}")
+        return self.call("GET", f"{CORE}/{self._namespaced('secrets', name)}")
 
     def log(self, pod: str, container: str, *, follow: bool, tail: int | None) -> Iterator[str]:
         """Lines of a pod's log. Raises ClusterError."""
@@ -137,7 +131,7 @@ class Cluster:
         }
         response = self._send(
             "GET",
-            f"{CORE}/namespaces/{self.namespace}/pods/{pod}/log",
+            f"{CORE}/{self._namespaced('pods', pod)}/log",
             query,
             None,
             "",
@@ -198,7 +192,12 @@ class Cluster:
         return response
 
     def _job(self, name: str) -> str:
-        return f"{JOBS}/namespaces/{self.namespace}/{PLURAL}/{name}"
+        return f"{JOBS}/{self._namespaced(PLURAL, name)}"
+
+    def _namespaced(self, plural: str, name: str | None = None, namespace: str | None = None) -> str:
+        """Path of a collection, or of an object in it; names are quoted, so that none of them is a path of its own."""
+        path = f"namespaces/{quote(namespace or self.namespace, safe='')}/{plural}"
+        return path if name is None else f"{path}/{quote(name, safe='')}"
 
     def _collection(self, body: Object) -> str:
         kind, version = str(body["kind"]), str(body["apiVersion"])
@@ -207,7 +206,7 @@ class Cluster:
         if plural is None:
             raise ClusterError(f"{kind} is not submitted by this command: use kubectl apply")
         root = CORE if version == "v1" else f"/apis/{version}"
-        return f"{root}/namespaces/{namespace}/{plural}"
+        return f"{root}/{self._namespaced(plural, namespace=str(namespace))}"
 
 
 def connect(namespace: str | None, context: str | None, kubeconfig: Path | None) -> Cluster:
@@ -216,11 +215,9 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None)
 
     configuration = client.Configuration()
     try:
-        path = str(kubeconfig) if kubeconfig else os.environ.get("KUBECONFIG") or None
-        config.load_kube_config(config_file=path, context=context, client_configuration=configuration)
-        contexts, active = config.list_kube_config_contexts(config_file=path)
-        chosen = next((one for one in contexts if one["name"] == context), active) if context else active
-        found = (chosen.get("context") or {}).get("namespace")
+        found = _kubeconfig(
+            configuration, context, str(kubeconfig) if kubeconfig else os.environ.get("KUBECONFIG") or None
+        )
     except config.ConfigException as error:
         if kubeconfig or context or not Path(IN_POD).is_file():
             raise ClusterError(f"no cluster: {error}; name a kubeconfig with --kubeconfig or KUBECONFIG") from None
@@ -228,6 +225,44 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None)
         found = Path(IN_POD).read_text(encoding="utf-8").strip()
     configuration.retries = None
     return Cluster(client.ApiClient(configuration), namespace or found or "default")
+
+
+def _kubeconfig(configuration: Any, context: str | None, path: str | None) -> str | None:
+    """Read the kubeconfig into a configuration; the namespace of its context. Raises ConfigException, ClusterError."""
+    from kubernetes import config
+
+    with _heard() as heard:
+        try:
+            config.load_kube_config(config_file=path, context=context, client_configuration=configuration)
+            contexts, active = config.list_kube_config_contexts(config_file=path)
+        except config.ConfigException:
+            raise
+        except Exception as error:
+            # The library lets through whatever its parsers raise, with a piece of the file in the text: not to be shown.
+            where = path or "~/.kube/config"
+            raise ClusterError(f"{where} is not a kubeconfig that can be read ({type(error).__name__})") from None
+    if heard:
+        raise ClusterError(f"no credentials from the kubeconfig: {'; '.join(heard)}")
+    chosen = next((one for one in contexts if one["name"] == context), active) if context else active
+    found = (chosen.get("context") or {}).get("namespace")
+    return str(found) if found else None
+
+
+@contextlib.contextmanager
+def _heard() -> Iterator[list[str]]:
+    """What the library only logs: a credential plugin that failed."""
+    lines: list[str] = []
+
+    class Listener(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(record.getMessage())
+
+    listener, root = Listener(logging.ERROR), logging.getLogger()
+    root.addHandler(listener)
+    try:
+        yield lines
+    finally:
+        root.removeHandler(listener)
 
 
 IN_POD = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"

@@ -26,8 +26,9 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 
 from finetune_cli import output
+from finetune_cli.files import unwritable
 from finetune_cli.importers.material import Refused
-from finetune_cli.manifests import Manifest, Unreadable, examine, read
+from finetune_cli.manifests import Manifest, examine, read, serious
 from finetune_cli.paths import put
 
 NAMESPACE = "local"
@@ -69,18 +70,19 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
     fitted = fit(value, folder.resolve(), file.resolve().parent, *folders, notes, gpus=gpus_here())
     changed = Manifest(manifest.file, manifest.number, {**manifest.value, "spec": fitted}, manifest.lines)
     spec, findings = examine(changed, Where.LOCAL)
-    if findings or spec is None:
-        output.errors(finding.mistake for finding in findings)
+    if serious(findings) or spec is None:
+        output.errors(finding.mistake for finding in serious(findings))
         raise output.Ended(output.ERROR)
     resolution = resolve(spec, context=Context(storage=StorageRoot(uri=fitted["storage"]["uri"])))
-    return _write(manifest.name, resolution.spec, resolution.defaults, folder.resolve(), (*notes, *resolution.notes))
+    root, said = folder.resolve(), (*notes, *resolution.notes)
+    try:
+        return _write(manifest.name, resolution.spec, resolution.defaults, root, said)
+    except OSError as error:
+        raise unwritable(folder, error) from None
 
 
 def _one_job(file: Path) -> Manifest:
-    try:
-        jobs = [one for one in read(file) if one.is_job]
-    except Unreadable as unreadable:
-        raise LocalError(str(unreadable.mistake)) from None
+    jobs = [one for one in read(file) if one.is_job]
     if len(jobs) != 1:
         raise LocalError(f"{file}: {len(jobs)} FineTuneJobs are in it, and one is needed")
     return jobs[0]
@@ -89,11 +91,11 @@ def _one_job(file: Path) -> Manifest:
 def _with_sets(spec: dict[str, Any], sets: list[str]) -> dict[str, Any]:
     import copy
 
-    from finetune_cli.commands.importing import own_values
+    from finetune_cli.setting import settings
 
     result = copy.deepcopy(spec)
     try:
-        values = own_values({}, None, None, sets)
+        values = settings(sets)
     except Refused as refused:
         output.errors(refused.mistakes)
         raise output.Ended(output.ERROR) from None

@@ -5,8 +5,10 @@ Modules of commands import nothing heavy at their top, so that `finetune --help`
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
@@ -51,10 +53,34 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "purge": purge,
     "report": report,
 }
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            found = version("finetune-operator")
+        except PackageNotFoundError:
+            found = "from a checkout"
+        sys.stdout.write(f"{_program()} {found}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+    ] = False,
+) -> None:
+    pass
+
+
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
 
+TRACE = "FINETUNE_TRACE"
 USAGE = 2
 """Exit code of the option parser for wrong usage."""
 
@@ -85,7 +111,7 @@ def run(words: list[str], behind: list[str]) -> int:
 
 
 def _told(error: Exception) -> int:
-    """Failures with a name are told in one sentence; anything else is a fault of ours and keeps its trace."""
+    """What a failure is told as. No trace reaches a user; one of ours is kept for those who ask for it."""
     from finetune_api.errors import FineTuneError
 
     from finetune_cli import output
@@ -94,9 +120,26 @@ def _told(error: Exception) -> int:
         sys.stderr.close()
     elif isinstance(error, output.Told | FineTuneError):
         output.errors([error])
+    elif isinstance(error, OSError) and error.filename is not None:
+        output.errors([f"{error.filename}: {error.strerror}"])
     else:
-        raise error
+        _fault(error)
     return output.ERROR
+
+
+def _fault(error: Exception) -> None:
+    """A fault of this program: where it is, not what it held, which may be a secret."""
+    import traceback
+
+    from finetune_cli import output
+
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    name = place.filename.replace("\\", "/").rpartition("/")[2]
+    output.errors([f"this is a fault of {_program()}: {type(error).__name__} in {name}:{place.lineno}"])
+    if os.environ.get(TRACE):
+        traceback.print_exception(error)
+    else:
+        output.notes([f"with {TRACE}=1 in the environment the whole trace is shown, for a bug report"])
 
 
 def _program() -> str:

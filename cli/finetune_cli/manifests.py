@@ -14,9 +14,13 @@ from finetune_api.spec import FineTuneJobSpec, load
 from finetune_api.support import unsupported
 from pydantic import ValidationError
 
+from finetune_cli.files import Unreadable, read_text, shown
+from finetune_cli.hiding import looks_secret
 from finetune_cli.importers.convert import nearest
 from finetune_cli.importers.material import Mistake
+from finetune_cli.importers.yaml_tree import NotYaml, trees
 from finetune_cli.paths import fields
+from finetune_cli.shapes import Misshapen, inside, misshapen
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,9 @@ class Manifest:
 
     @property
     def is_job(self) -> bool:
-        """Whether it says that it is a FineTuneJob."""
-        return self.value.get("kind") == KIND
+        """Whether it says that it is a FineTuneJob, or was meant to say so."""
+        kind, version = str(self.value.get("kind")), str(self.value.get("apiVersion"))
+        return kind.lower() == KIND.lower() or version.startswith(f"{GROUP}/")
 
     def place(self, path: str) -> str:
         """`file:line` of a field, or of the nearest group around it."""
@@ -46,70 +51,26 @@ class Manifest:
         return f"{self.file}:{self.lines[path]}" if path else self.file
 
 
-class Unreadable(Exception):
-    """A file that is not a manifest."""
-
-    def __init__(self, mistake: Mistake):
-        super().__init__(str(mistake))
-        self.mistake = mistake
-
-
 def read(path: Path) -> list[Manifest]:
-    """Every document of a YAML or JSON file. Raises Unreadable."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise Unreadable(Mistake(str(path), "", "there is no such file")) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise Unreadable(Mistake(str(path), "", f"it cannot be read: {error}")) from None
-    return list(parse(text, str(path)))
+    """Every document of a YAML or JSON file, or of standard input. Raises Unreadable."""
+    return list(parse(read_text(path), shown(path)))
 
 
 def parse(text: str, file: str) -> Iterator[Manifest]:
-    """Every document of a text; YAML 1.2 core numbers, as kubectl reads them. Raises Unreadable."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.allow_duplicate_keys = False
-    yaml.version = (1, 1)
+    """Every document of a text, read as kubectl reads it. Raises Unreadable."""
     try:
-        nodes = list(yaml.compose_all(text))
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise Unreadable(
-            Mistake(f"{file}:{mark.line + 1}" if mark else file, "", f"it is not YAML: {error.problem}")
-        ) from None
-    except YAMLError as error:
-        raise Unreadable(Mistake(file, "", f"it is not YAML: {error}")) from None
-    for number, node in enumerate(node for node in nodes if node is not None):
-        if node.id != "mapping":
-            raise Unreadable(
-                Mistake(f"{file}:{node.start_mark.line + 1}", "", "it is not a manifest: a mapping is needed")
-            )
-        lines: dict[str, int] = {}
-        value = _value(node, "", lines, file)
-        if value:
-            yield Manifest(file, number, value, lines)
-
-
-def _value(node: Any, path: str, lines: dict[str, int], file: str) -> Any:
-    from finetune_cli.importers.yaml_tree import scalar
-
-    lines.setdefault(path, node.start_mark.line + 1)
-    if node.id == "sequence":
-        return [_value(one, f"{path}[{i}]", lines, file) for i, one in enumerate(node.value)]
-    if node.id != "mapping":
-        return scalar(node)
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        inner = f"{path}.{key}" if path else key
-        if key in result:
-            raise Unreadable(Mistake(f"{file}:{key_node.start_mark.line + 1}", inner, "it stands twice", "keep one"))
-        lines[inner] = key_node.start_mark.line + 1
-        result[key] = _value(value_node, inner, lines, file)
-    return result
+        found = trees(text)
+    except NotYaml as error:
+        raise Unreadable(Mistake(f"{file}:{error.line}" if error.line else file, "", str(error))) from None
+    for number, tree in enumerate(found):
+        for one in tree.problems:
+            raise Unreadable(Mistake(f"{file}:{one.line}", one.path, one.message, one.hint))
+        if tree.value is None:
+            continue
+        if not isinstance(tree.value, dict):
+            raise Unreadable(Mistake(f"{file}:{tree.line}", "", "it is not a manifest: a mapping is needed"))
+        if tree.value:
+            yield Manifest(file, number, tree.value, tree.lines)
 
 
 # --- checking -------------------------------------------------------------------------------------------------------
@@ -124,6 +85,16 @@ class Finding:
     serious: bool = True
 
 
+def serious(findings: list[Finding]) -> list[Finding]:
+    """What must be mended; the others are told as warnings."""
+    return [one for one in findings if one.serious]
+
+
+def advice(findings: list[Finding]) -> list[Mistake]:
+    """What is legal and unwise."""
+    return [one.mistake for one in findings if not one.serious]
+
+
 def examine(manifest: Manifest, where: Where = Where.CLUSTER) -> tuple[FineTuneJobSpec | None, list[Finding]]:
     """The spec, if it can be read, and everything that is wrong with the manifest."""
     findings = list(_frame(manifest))
@@ -133,16 +104,46 @@ def examine(manifest: Manifest, where: Where = Where.CLUSTER) -> tuple[FineTuneJ
             manifest.place("spec"), "spec", "it is missing" if raw is None else "it is not a group", "write spec:"
         )
         return None, [*findings, Finding(mistake, "SpecMissing")]
-    strange = list(_unknown(manifest, raw))
-    spec, shape = _shaped(manifest, raw)
-    findings += [*strange, *shape]
+    raw = without_nulls(raw)
+    findings += _unknown(manifest, raw)
+    spec, wrong = _shaped(raw)
+    findings += [
+        _finding(manifest, one.path, one.message, one.hint, "ValueInvalid") for one in wrong if not one.unknown
+    ]
     if spec is not None:
         findings += [
-            Finding(Mistake(manifest.place(f"spec.{one.path}"), f"spec.{one.path}", one.message, one.hint), one.code)
+            _finding(manifest, one.path, one.message, one.hint, one.code)
             for one in (*check(spec, where=where), *unsupported(spec))
             if not (where is Where.LOCAL and one.code == "SourceInvalid" and _is_local_path(raw, one.path))
+            and not any(inside(one.path, other.path) or inside(other.path, one.path) for other in wrong)
         ]
+    findings += _secrets(manifest, raw)
     return spec, findings
+
+
+def _secrets(manifest: Manifest, raw: dict[str, Any], path: str = "spec") -> Iterator[Finding]:
+    """Texts that look like secrets: legal, and read by everybody who may read the job."""
+    for key, inner in raw.items():
+        here = f"{path}.{key}"
+        if isinstance(inner, dict):
+            yield from _secrets(manifest, inner, here)
+        elif looks_secret(inner):
+            message = "it looks like a token or password, and everybody who may read the job sees it"
+            hint = "put it into a Secret, and name that"
+            yield Finding(Mistake(manifest.place(here), here, message, hint), "LooksSecret", serious=False)
+
+
+def _finding(manifest: Manifest, path: str, message: str, hint: str, code: str) -> Finding:
+    return Finding(Mistake(manifest.place(f"spec.{path}"), f"spec.{path}", message, hint), code)
+
+
+def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    """A copy in which nulls are absent: the API server prunes them."""
+    return {
+        key: without_nulls(inner) if isinstance(inner, dict) else inner
+        for key, inner in value.items()
+        if inner is not None
+    }
 
 
 def _is_local_path(raw: dict[str, Any], path: str) -> bool:
@@ -153,28 +154,48 @@ def _is_local_path(raw: dict[str, Any], path: str) -> bool:
     return isinstance(value, str) and value.startswith(("file://", ".", "/", "~"))
 
 
+FRAME = ("apiVersion", "kind", "metadata", "spec", "status")
+METADATA = (
+    "name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences", "uid", "resourceVersion", "generation",
+    "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "managedFields", "selfLink",
+)  # fmt: skip
+
+
 def _frame(manifest: Manifest) -> Iterator[Finding]:
-    version = manifest.value.get("apiVersion")
-    if version != API_VERSION:
-        hint = (
-            f"write {API_VERSION}"
-            if str(version).startswith(GROUP) or version is None
-            else f"write apiVersion: {API_VERSION}"
-        )
-        yield Finding(
-            Mistake(
-                manifest.place("apiVersion"), "apiVersion", f"{version or 'missing'} is not a version of {KIND}", hint
-            ),
-            "ApiVersion",
-        )
+    """What stands around the spec."""
+    for key, wanted, code in (("apiVersion", API_VERSION, "ApiVersion"), ("kind", KIND, "Kind")):
+        found = manifest.value.get(key)
+        if found != wanted:
+            message = "it is missing" if found is None else f"{found} is not {wanted}"
+            yield Finding(Mistake(manifest.place(key), key, message, f"write {key}: {wanted}"), code)
+    yield from (_strange_word(manifest, key, FRAME, "") for key in manifest.value if key not in FRAME)
+    metadata = manifest.value.get("metadata")
     if not re.match(NAME_PATTERN, manifest.name) or len(manifest.name) > MAX_NAME_LENGTH:
-        shown = f"{manifest.name!r} cannot be the name of a FineTuneJob" if manifest.name else "it is missing"
+        message = f"{manifest.name!r} cannot be the name of a FineTuneJob" if manifest.name else "it is missing"
         hint = f"a-z, 0-9 and -, a letter first, at most {MAX_NAME_LENGTH} characters"
-        yield Finding(Mistake(manifest.place("metadata.name"), "metadata.name", shown, hint), "NameInvalid")
-    for key in manifest.value:
-        if key not in ("apiVersion", "kind", "metadata", "spec", "status"):
+        yield Finding(Mistake(manifest.place("metadata.name"), "metadata.name", message, hint), "NameInvalid")
+    if isinstance(metadata, dict):
+        yield from (_strange_word(manifest, key, METADATA, "metadata.") for key in metadata if key not in METADATA)
+        yield from _texts(manifest, metadata)
+
+
+def _strange_word(manifest: Manifest, key: str, known: tuple[str, ...], prefix: str) -> Finding:
+    near = nearest(key, known)
+    hint = f"did you mean {prefix}{near}?" if near else "remove it" if prefix else "remove it, or move it below spec"
+    return Finding(Mistake(manifest.place(prefix + key), prefix + key, "unknown field", hint), "UnknownField")
+
+
+def _texts(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[Finding]:
+    """The server takes texts only as labels, annotations and names: a number must be quoted."""
+    found: list[tuple[str, Any]] = [("namespace", metadata.get("namespace"))]
+    for group in ("labels", "annotations"):
+        inner = metadata.get(group)
+        found += [(f"{group}.{key}", value) for key, value in inner.items()] if isinstance(inner, dict) else []
+    for key, value in found:
+        if isinstance(value, bool | int | float):
+            path, text = f"metadata.{key}", str(value).lower() if isinstance(value, bool) else str(value)
             yield Finding(
-                Mistake(manifest.place(key), key, "unknown field", "remove it, or move it below spec"), "UnknownField"
+                Mistake(manifest.place(path), path, f"{text} is not a text", f'quote it: "{text}"'), "ValueInvalid"
             )
 
 
@@ -204,45 +225,32 @@ def _strange(
                     yield from _strange(manifest, item, f"{here}[{i}]", f"{wanted}[]", known, maps)
 
 
-def _shaped(manifest: Manifest, raw: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[Finding]]:
+def _shaped(raw: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[Misshapen]]:
     """Read the spec with its models; what does not fit is told and left out, so that the rules can look at the rest."""
-    findings: list[Finding] = []
-    value = _without(raw, [])
-    for _ in range(2):
+    wrong: list[Misshapen] = []
+    value = raw
+    for _ in range(3):
         try:
-            return load(value), findings
+            return load(value), wrong
         except ValidationError as error:
-            locations = []
-            for one in error.errors():
-                locations.append(list(one["loc"]))
-                if one["type"] == "extra_forbidden":
-                    continue
-                path = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"])
-                shown = f"{one['input']!r}: " if isinstance(one["input"], str | int | float) else ""
-                message = shown + str(one["msg"]).removeprefix("Value error, ").removeprefix("Input ")
-                findings.append(Finding(Mistake(manifest.place(path), path, message), "ValueInvalid"))
-            value = _without(value, locations)
-    return None, findings
+            found = list(misshapen(error, wrong))
+            wrong += found
+            value = _without(value, [list(one["loc"]) for one in error.errors()])
+    return None, wrong
 
 
 def _without(value: dict[str, Any], locations: list[list[Any]]) -> dict[str, Any]:
-    """A copy without some fields; nulls count as absent, as the API server prunes them."""
+    """A copy without some fields; of a list with a wrong item nothing is left."""
     import copy
 
     result = copy.deepcopy(value)
     for location in locations:
         group: Any = result
         for depth, part in enumerate(location):
-            if isinstance(group, list) or depth == len(location) - 1:
-                break
             inner = group.get(part) if isinstance(group, dict) else None
-            if not isinstance(inner, dict | list):
-                break
-            if isinstance(inner, list):
+            if depth == len(location) - 1 or not isinstance(inner, dict):
+                if isinstance(group, dict):
+                    group.pop(part, None)
                 break
             group = inner
-        else:
-            continue
-        if isinstance(group, dict):
-            group.pop(location[depth], None)
     return result

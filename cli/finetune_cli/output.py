@@ -51,8 +51,10 @@ def say(kind: str, lines: Iterable[Any], style: str = "") -> None:
     """Lines on stderr, each behind its kind: `error: ...`."""
     from rich.text import Text
 
+    from finetune_cli.hiding import hide
+
     for line in lines:
-        messages().print(Text.assemble((f"{kind}: ", style), str(line)))
+        messages().print(Text.assemble((f"{kind}: ", style), hide(str(line))))
 
 
 def errors(lines: Iterable[Any]) -> None:

@@ -27,26 +27,6 @@ def fields() -> tuple[Field, ...]:
     return tuple(one for name in ("spec", "status") for one in _fields(name, root[name]))
 
 
-@functools.cache
-def leaf_paths() -> frozenset[str]:
-    """Paths below `spec` that a value can be set at: fields that are not groups, and lists as a whole."""
-    found = (one.path.removeprefix("spec.") for one in fields() if one.path.startswith("spec.") and not one.group)
-    return frozenset(path for path in found if "[]" not in path)
-
-
-@functools.cache
-def group_paths() -> frozenset[str]:
-    """Paths below `spec` that are groups: they can be removed as a whole."""
-    return frozenset(one.path.removeprefix("spec.") for one in fields() if one.group and one.path.startswith("spec."))
-
-
-@functools.cache
-def text_paths() -> frozenset[str]:
-    """Paths below `spec` whose values are words or texts, in which `no` and `010` mean themselves."""
-    found = (one for one in fields() if one.kind.startswith("string") or " | " in one.kind)
-    return frozenset(one.path.removeprefix("spec.") for one in found if not one.kind.startswith("list"))
-
-
 def put(spec: dict[str, Any], path: str, value: Any) -> None:
     """Set a value at a dotted path of a nested spec; None removes what is there."""
     *groups, last = path.split(".")
@@ -84,3 +64,13 @@ def kind(schema: dict[str, Any]) -> str:
     high = f"{'<' if schema.get('exclusiveMaximum') else '<='} {schema['maximum']:g}" if "maximum" in schema else ""
     bounds = ", ".join(part for part in (low, high) if part)
     return " ".join(part for part in (str(schema.get("type", "object")), bounds) if part)
+
+
+def example_of(path: str) -> str:
+    """The example that the reference gives for a path below spec; an empty text if there is none."""
+    import re
+
+    wanted = re.sub(r"\[\d+\]", "[]", f"spec.{path}")
+    found = next((one.description for one in fields() if one.path == wanted), "")
+    match = re.search(r"Example: `(.*)`", found)
+    return match.group(1) if match else ""

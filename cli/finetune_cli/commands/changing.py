@@ -49,7 +49,8 @@ def submit(
 
 
 def _checked(files: list[Path]) -> list[Manifest]:
-    from finetune_cli.manifests import Unreadable, examine, read
+    from finetune_cli.files import Unreadable, shown
+    from finetune_cli.manifests import advice, examine, read, serious
 
     wrong: list[Any] = []
     manifests: list[Manifest] = []
@@ -60,13 +61,15 @@ def _checked(files: list[Path]) -> list[Manifest]:
             wrong.append(unreadable.mistake)
     for one in manifests:
         if one.is_job:
-            wrong += [finding.mistake for finding in examine(one)[1]]
+            findings = examine(one)[1]
+            output.warnings(advice(findings))
+            wrong += [finding.mistake for finding in serious(findings)]
         elif one.value.get("kind") not in ("Secret", "ConfigMap"):
             wrong.append(
-                f"{one.place('kind')}: kind: {one.value.get('kind')} is not submitted by this command; use kubectl apply"
+                f"{one.place('kind')}: kind: {one.value.get('kind') or 'missing'} is not submitted by this command; use kubectl apply"
             )
     if not any(one.is_job for one in manifests) and not wrong:
-        wrong.append(f"{', '.join(map(str, files))}: there is no FineTuneJob in it")
+        wrong.append(f"{', '.join(map(shown, files))}: there is no FineTuneJob in it")
     if wrong:
         output.errors(wrong)
         raise output.Ended(output.ERROR)
@@ -175,7 +178,8 @@ def _change(
 def rerun(
     name: NameArgument,
     from_checkpoint: Annotated[
-        int | None, typer.Option("--from-checkpoint", metavar="STEP", help="Start from a checkpoint of the old job.")
+        int | None,
+        typer.Option("--from-checkpoint", metavar="STEP", min=0, help="Start from a checkpoint of the old job."),
     ] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field of the spec.")
@@ -193,14 +197,14 @@ def rerun(
     Example: finetune rerun support-bot --from-checkpoint 400 --set training.learningRate=1e-4
     """
     from finetune_cli.cluster import connect
-    from finetune_cli.commands.importing import own_values
     from finetune_cli.importers.material import Refused
-    from finetune_cli.manifests import examine, parse
+    from finetune_cli.manifests import advice, examine, parse, serious
+    from finetune_cli.setting import settings
 
     cluster = connect(namespace, context, kubeconfig)
     old = cluster.job(name)
     try:
-        changes = {path: one.value for path, one in own_values({}, None, None, sets or []).items()}
+        changes = {path: one.value for path, one in settings(sets or ()).items()}
     except Refused as refused:
         output.errors(refused.mistakes)
         raise output.Ended(output.ERROR) from None
@@ -210,8 +214,9 @@ def rerun(
     body = again(old, new_name or free_name(name, taken), changes, from_checkpoint)
     text = to_yaml(body)
     _, findings = examine(next(parse(text, "new job")))
-    if findings:
-        output.errors(finding.mistake for finding in findings)
+    output.warnings(advice(findings))
+    if serious(findings):
+        output.errors(finding.mistake for finding in serious(findings))
         raise output.Ended(output.ERROR)
     if dry_run:
         output.write(text)

@@ -26,7 +26,7 @@ def diff(
     """
 
     def load(text: str) -> dict[str, Any]:
-        if Path(text).is_file() or text.endswith((".yaml", ".yml", ".json")):
+        if text == "-" or Path(text).is_file() or text.endswith((".yaml", ".yml", ".json")):
             return _from_file(Path(text))
         from finetune_cli.cluster import connect
 
@@ -46,13 +46,9 @@ def diff(
 
 
 def _from_file(path: Path) -> dict[str, Any]:
-    from finetune_cli.manifests import Unreadable, read
+    from finetune_cli.manifests import read
 
-    try:
-        jobs = [one for one in read(path) if one.is_job]
-    except Unreadable as unreadable:
-        output.errors([unreadable.mistake])
-        raise output.Ended(output.ERROR) from None
+    jobs = [one for one in read(path) if one.is_job]
     if len(jobs) != 1:
         output.errors([f"{path}: {len(jobs)} FineTuneJobs are in it, and one is needed"])
         raise output.Ended(output.ERROR)

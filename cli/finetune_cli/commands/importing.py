@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,12 +13,6 @@ from finetune_cli import output
 
 if TYPE_CHECKING:
     from finetune_cli.importers.engine import Imported
-    from finetune_cli.importers.material import Assigned
-
-OWN = {
-    "model": "model.source", "data": "dataset.train", "validation": "dataset.validation", "test": "dataset.test",
-    "adapter": "method.adapter.source", "storage": "storage.uri", "gpus": "resources.gpusPerNode", "nodes": "resources.nodes",
-}  # fmt: skip
 
 
 def import_(
@@ -80,30 +73,29 @@ def import_(
 
     Example: finetune import --from hydra configs/ -- training=fsdp dataset.path=org/data
     """
+    from finetune_cli.files import write_text
     from finetune_cli.importers.engine import run
     from finetune_cli.importers.manifest import render
     from finetune_cli.importers.material import Refused, Request
-
-    own_files, words = divide(list(files or []), context)
-    given = {
-        "model": model,
-        "data": data,
-        "validation": validation,
-        "test": test,
-        "adapter": adapter,
-        "storage": storage,
-        "gpus": gpus,
-        "nodes": nodes,
-    }
     from finetune_cli.importers.registry import IMPORTERS
+    from finetune_cli.setting import settings
 
+    options = {
+        "model": model, "data": data, "validation": validation, "test": test, "adapter": adapter, "storage": storage, "gpus": gpus, "nodes": nodes,
+        "prompts": prompts, "deepspeed": deepspeed,
+    }  # fmt: skip
     try:
-        own = own_values(
-            {key: value for key, value in given.items() if value is not None}, prompts, deepspeed, set_ or []
-        )
         request = Request(
-            tuple(own_files), tuple(words), source, name, namespace, own, pairs("--model-map", model_map or []), frozenset(allow_env or []), dict(os.environ)
-        )  # fmt: skip
+            files=tuple(files or ()),
+            words=tuple(context.obj or ()),
+            source=source,
+            name=name,
+            namespace=namespace,
+            own=settings(set_ or (), options),
+            model_map=pairs("--model-map", model_map or []),
+            allow_env=frozenset(allow_env or ()),
+            environment=dict(os.environ),
+        )
         imported = run(request, IMPORTERS)
     except Refused as refused:
         output.errors(refused.mistakes)
@@ -114,12 +106,7 @@ def import_(
     if file is None:
         output.write(text)
     else:
-        file.write_text(text, encoding="utf-8")
-
-
-def divide(files: list[Path], context: typer.Context) -> tuple[list[Path], list[str]]:
-    """Our files, and the other tool's words, which `main` has cut off at `--`."""
-    return files, list(context.obj or [])
+        write_text(file, text)
 
 
 def pairs(option: str, texts: list[str]) -> dict[str, str]:
@@ -133,59 +120,6 @@ def pairs(option: str, texts: list[str]) -> dict[str, str]:
         if not equals or not key or not value:
             mistakes.append(Mistake(option, text, "it is not NAME=VALUE"))
         result[key] = value
-    if mistakes:
-        raise Refused(mistakes)
-    return result
-
-
-def _source(key: str, value: Any) -> Any:
-    """A path of this machine as a source; everything else as it is."""
-    is_path = key in ("model", "data", "validation", "test", "adapter") and str(value).startswith((".", "/", "~"))
-    return f"file://{value}" if is_path else value
-
-
-def own_values(
-    given: dict[str, Any], prompts: str | None, deepspeed: str | None, sets: list[str]
-) -> dict[str, Assigned]:
-    """Fields set by our own options, by spec path. Raises Refused."""
-    from finetune_cli.importers.convert import nearest
-    from finetune_cli.importers.material import Assigned, Mistake, Origin, Refused
-    from finetune_cli.importers.yaml_tree import parse_value
-    from finetune_cli.paths import group_paths, leaf_paths, text_paths
-
-    mistakes: list[Mistake] = []
-    result = {
-        OWN[key]: Assigned(_source(key, value), Origin(f"option --{key}"), f"--{key}") for key, value in given.items()
-    }
-    for option, text, path in (
-        ("--prompts", prompts, "evaluation.comparison.promptsRef"),
-        ("--deepspeed", deepspeed, "distributed.deepspeed.configRef"),
-    ):
-        if text is None:
-            continue
-        name, slash, key = text.removeprefix("configmap://").partition("/")
-        if not slash or not re.match(r"^[-._a-zA-Z0-9]+$", key):
-            mistakes.append(Mistake(option, text, "it is not the name and key of a ConfigMap", "write NAME/KEY"))
-        result[f"{path}.name"] = Assigned(name, Origin(f"option {option}"), option)
-        result[f"{path}.key"] = Assigned(key, Origin(f"option {option}"), option)
-    known, groups = leaf_paths(), group_paths()
-    for text in sets:
-        path, equals, value = text.partition("=")
-        path = path.removeprefix("spec.")
-        if equals and value == "null" and path in groups:
-            result[path] = Assigned(None, Origin("option --set"), f"--set {path}")
-        elif path not in known:
-            near = nearest(path, known)
-            mistakes.append(
-                Mistake(
-                    "--set", path, "unknown field", f"did you mean {near}?" if near else "`finetune explain` lists all"
-                )
-            )
-        elif not equals:
-            mistakes.append(Mistake("--set", path, "it has no value", f"write --set {path}=VALUE"))
-        else:
-            found = value if path in text_paths() and value != "null" else parse_value(value)
-            result[path] = Assigned(found, Origin("option --set"), f"--set {path}")
     if mistakes:
         raise Refused(mistakes)
     return result

@@ -45,14 +45,20 @@ def init(
     """
     import sys
 
+    from finetune_cli.files import write_text
+
     asking = sys.stdin.isatty()
     name = _asked(name, "Name", asking, "NAME")
     model = _asked(model, "Base model (org/name or URI)", asking, "--model")
     data = _asked(data, "Training data (URI)", asking, "--data")
-    for option, value, allowed in (("--method", method, METHODS), ("--trainer", trainer, TRAINERS)):
-        if value not in allowed:
-            output.errors([f"{option}: {value} is not known here; one of {', '.join(allowed)}"])
-            raise output.Ended(output.ERROR)
+    wrong = [
+        f"{option}: {value} is not known here; one of {', '.join(allowed)}"
+        for option, value, allowed in (("--method", method, METHODS), ("--trainer", trainer, TRAINERS))
+        if value not in allowed
+    ]
+    if wrong:
+        output.errors(wrong)
+        raise output.Ended(output.ERROR)
     text = manifest(name, model, data, validation, storage, method, trainer, gpus)
     _refuse_wrong(text)
     if file is None:
@@ -61,7 +67,7 @@ def init(
         output.errors([f"{file} exists; name another file"])
         raise output.Ended(output.ERROR)
     else:
-        file.write_text(text, encoding="utf-8")
+        write_text(file, text)
         output.notes([f"{file} is written; next: finetune validate {file}"])
 
 
@@ -76,16 +82,14 @@ def _asked(value: str | None, question: str, asking: bool, option: str) -> str:
 
 def _refuse_wrong(text: str) -> None:
     """What was asked for must be a job that can be run; fields not supported yet are told by `validate`."""
+    import dataclasses
+
     from finetune_api.names import Reason
 
     from finetune_cli.manifests import examine, parse
 
     _, findings = examine(next(parse(text, "manifest")))
-    wrong = [
-        f"{one.mistake.key}: {one.mistake.message}; {one.mistake.hint}"
-        for one in findings
-        if one.code != Reason.NOT_SUPPORTED_YET
-    ]
+    wrong = [dataclasses.replace(one.mistake, place="") for one in findings if one.code != Reason.NOT_SUPPORTED_YET]
     if wrong:
         output.errors(wrong)
         raise output.Ended(output.ERROR)

@@ -21,10 +21,10 @@ END = ""
 def logs(
     name: NameArgument,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the pods end.")] = False,
-    rank: Annotated[int | None, typer.Option(metavar="N", help="The pod that holds this rank only.")] = None,
-    attempt: Annotated[int | None, typer.Option(metavar="N", help="An attempt; left out: the newest.")] = None,
+    rank: Annotated[int | None, typer.Option(metavar="N", min=0, help="The pod that holds this rank only.")] = None,
+    attempt: Annotated[int | None, typer.Option(metavar="N", min=1, help="An attempt; left out: the newest.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Pods of all attempts.")] = False,
-    tail: Annotated[int | None, typer.Option(metavar="N", help="Only the newest lines of each pod.")] = None,
+    tail: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only the newest lines of each pod.")] = None,
     namespace: NamespaceOption = None,
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,

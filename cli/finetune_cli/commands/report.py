@@ -44,18 +44,26 @@ def report(
     Example: finetune report support-bot
     """
     from finetune_cli.cluster import connect
+    from finetune_cli.files import unwritable
 
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.job(name)
     path = file or Path(f"finetune-report-{name}.tar.gz")
     parts = collect(cluster, job)
+    try:
+        _pack(path, name, parts)
+    except OSError as error:
+        raise unwritable(path, error) from None
+    output.write(f"{path}: {len(parts)} files; read it before you give it away")
+
+
+def _pack(path: Path, name: str, parts: dict[str, str]) -> None:
     with tarfile.open(path, "w:gz") as archive:
         for part, text in parts.items():
             info = tarfile.TarInfo(f"finetune-report-{name}/{part}")
             data = text.encode()
             info.size, info.mtime = len(data), int(time.time())
             archive.addfile(info, io.BytesIO(data))
-    output.write(f"{path}: {len(parts)} files; read it before you give it away")
 
 
 def collect(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:

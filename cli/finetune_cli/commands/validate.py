@@ -32,7 +32,8 @@ def validate(
     """
     from finetune_api.rules import Where
 
-    from finetune_cli.manifests import Unreadable, read
+    from finetune_cli.files import Unreadable, shown
+    from finetune_cli.manifests import read
 
     wrong: list[str] = []
     manifests: list[Manifest] = []
@@ -45,7 +46,7 @@ def validate(
         wrong += _check(manifest, Where.LOCAL if local else Where.CLUSTER, strict)
     jobs = [one for one in manifests if one.is_job]
     if not jobs and not wrong:
-        wrong.append(f"{', '.join(map(str, files))}: there is no FineTuneJob in it")
+        wrong.append(f"{', '.join(map(shown, files))}: there is no FineTuneJob in it")
     wrong += _twice(jobs)
     if wrong:
         output.errors(dict.fromkeys(wrong))
@@ -56,7 +57,7 @@ def validate(
 def _check(manifest: Manifest, where: object, strict: bool) -> list[str]:
     from finetune_api.rules import Where
 
-    from finetune_cli.manifests import examine
+    from finetune_cli.manifests import advice, examine, serious
 
     if not manifest.is_job:
         kind = manifest.value.get("kind")
@@ -66,6 +67,9 @@ def _check(manifest: Manifest, where: object, strict: bool) -> list[str]:
             return [f"{manifest.file}: kind: it is missing; write kind: FineTuneJob"]
         return []
     _, findings = examine(manifest, Where(str(where)))
+    if not strict:
+        output.warnings(advice(findings))
+        findings = serious(findings)
     return [f"{one.mistake} [{one.code}]" for one in findings]
 
 

@@ -186,7 +186,7 @@ def wait(
         str, typer.Option("--for", metavar="CONDITION", help="A condition of the job, or `running`.")
     ] = "Finished",
     timeout: Annotated[
-        float | None, typer.Option(metavar="SECONDS", help="Give up after so long; left out: never.")
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Give up after so long; left out: never.")
     ] = None,
     namespace: NamespaceOption = None,
     context: ContextOption = None,

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from finetune_cli.files import Unreadable, read_text
 from finetune_cli.importers.material import Document, Draft, Entry, Mistake, Origin
 
 LAUNCHERS = ("python", "python3", "accelerate", "torchrun", "deepspeed", "uv", "poetry", "launch", "run")
@@ -64,14 +65,16 @@ def stray_mistakes(draft: Draft, flags: Flags) -> None:
 def config_document(draft: Draft, path: str) -> Document | None:
     """The file that the tool's own `--config` names; a mistake if it cannot be read."""
     try:
-        document = Document(Path(path), Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError):
+        document = Document(Path(path), read_text(Path(path)))
+    except Unreadable as unreadable:
         if draft.documents:
             if not any(one.path.name == Path(path).name for one in draft.documents):
                 draft.note(f"--config {path} is not here; the files given are taken instead")
             return None
         draft.mistakes.append(
-            Mistake("command line", "--config", f"{path} cannot be read", "name the file before `--` too")
+            Mistake(
+                "command line", "--config", f"{path}: {unreadable.mistake.message}", "name the file before `--` too"
+            )
         )
         return None
     if any(one.path.resolve() == document.path.resolve() for one in draft.documents):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
 from finetune_cli.importers.convert import nearest
 from finetune_cli.importers.material import Assigned, Document, Draft, Mistake, Origin
-from finetune_cli.importers.yaml_tree import Tree, parse, parse_json, sniff
+from finetune_cli.importers.yaml_tree import Tree, parse, parse_json, sniff, sniff_json
 
 DEEPSPEED_MARKS = (
     "zero_optimization",
@@ -34,13 +33,8 @@ ACCELERATE = (
 
 def is_deepspeed(document: Document) -> bool:
     """A DeepSpeed JSON: an object with DeepSpeed's own names."""
-    if document.folder or not document.text.lstrip().startswith("{"):
-        return False
-    try:
-        value = json.loads(document.text)
-    except json.JSONDecodeError:
-        return False
-    return isinstance(value, dict) and any(mark in value for mark in DEEPSPEED_MARKS) and "model" not in value
+    value = sniff_json(document)
+    return any(mark in value for mark in DEEPSPEED_MARKS) and "model" not in value
 
 
 def is_accelerate(document: Document) -> bool:

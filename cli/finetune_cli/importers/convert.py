@@ -16,6 +16,8 @@ from typing import Any
 
 NUMBER = re.compile(r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
 INTEGER = re.compile(r"^[+-]?\d+$")
+MAX_DIGITS = 400
+"""Longer texts are no numbers that anybody means."""
 RUN_NAME = re.compile(r"^[^$#@&*!]*$")
 
 
@@ -62,12 +64,9 @@ def _initials(name: str) -> str:
 def _number(value: Any) -> float | int | None:
     if isinstance(value, bool):
         return None
-    if isinstance(value, int | float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, str) and NUMBER.match(value.strip()):
-        text = value.strip()
-        return int(text) if INTEGER.match(text) else float(text)
-    return None
+    if isinstance(value, str) and len(value) <= MAX_DIGITS and NUMBER.match(value.strip()):
+        value = int(value) if INTEGER.match(value.strip()) else float(value)
+    return value if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else None
 
 
 def number(
@@ -108,16 +107,20 @@ def _within(found: float, low: float, high: float, above: float | None, below: f
 def _range(kind: str, low: float, high: float, above: float | None, below: float | None) -> str:
     parts = []
     if low > -math.inf and high < math.inf:
-        return f"{kind} from {low:g} to {high:g}"
+        return f"{kind} from {_bound(low)} to {_bound(high)}"
     if low > -math.inf:
-        parts.append(f"of at least {low:g}")
+        parts.append(f"of at least {_bound(low)}")
     if above is not None:
-        parts.append(f"greater than {above:g}")
+        parts.append(f"greater than {_bound(above)}")
     if high < math.inf:
-        parts.append(f"of at most {high:g}")
+        parts.append(f"of at most {_bound(high)}")
     if below is not None:
-        parts.append(f"below {below:g}")
+        parts.append(f"below {_bound(below)}")
     return " ".join([kind, " and ".join(parts)]).strip()
+
+
+def _bound(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
 
 
 def boolean(value: Any) -> bool:

@@ -7,7 +7,7 @@ API's rules say about the result is told in the words of the user's own file.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from finetune_api.spec.enums import DatasetFormat, MethodType, Strategy, Trainer
 from finetune_api.support import unsupported
 from pydantic import ValidationError
 
+from finetune_cli.files import Unreadable, read_text
+from finetune_cli.hiding import HIDDEN, looks_secret
 from finetune_cli.importers.convert import Unfit, nearest
 from finetune_cli.importers.material import (
-    HIDDEN,
     SECRET_WORD,
     Assigned,
     Document,
@@ -35,6 +36,8 @@ from finetune_cli.importers.material import (
     Row,
 )
 from finetune_cli.importers.prune import prune
+from finetune_cli.importers.yaml_tree import parse, parse_json
+from finetune_cli.shapes import Misshapen, inside, misshapen, path_of
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Imported:
 
 def run(request: Request, importers: dict[str, Importer]) -> Imported:
     """Import the files of a request. Raises Refused with all mistakes, whose texts hold no secret."""
+    _check_namespace(request)
     documents = load(request.files)
     importer = choose(documents, request, importers)
     draft = Draft(request, importer.rows, job_name(request, documents), documents)
@@ -68,6 +72,7 @@ def run(request: Request, importers: dict[str, Importer]) -> Imported:
     _ours(draft)
     prune(draft)
     spec = settle(draft)
+    _refuse_secrets(draft)
     if draft.mistakes:
         raise Refused([_safe(draft, mistake) for mistake in dict.fromkeys(draft.mistakes)])
     return Imported(
@@ -79,10 +84,23 @@ def run(request: Request, importers: dict[str, Importer]) -> Imported:
 def _ours(draft: Draft) -> None:
     """Our own options win; a null takes away what the files said, a group with all that is in it."""
     for path, assigned in draft.request.own.items():
-        for known in [one for one in draft.values if _inside(one, path)]:
+        for known in [one for one in draft.values if inside(one, path)]:
             del draft.values[known]
         if assigned.value is not None:
             draft.values[path] = assigned
+
+
+def _refuse_secrets(draft: Draft) -> None:
+    """Everybody who may read the job reads its fields: what looks like a secret stays out of them, wherever it came from."""
+    hint = "take it out; a Secret is named with model.tokenSecretRef, or in placement.env with secretKeyRef"
+    told = {one.key for one in draft.mistakes}
+    for path, assigned in draft.values.items():
+        key = assigned.key or f"spec.{path}"
+        if looks_secret(assigned.value) and key not in told:
+            draft.mistakes.append(Mistake(assigned.origin.place, key, "it looks like a token or password", hint))
+    for key, value in draft.annotations.items():
+        if looks_secret(value):
+            draft.mistakes.append(Mistake(draft.where, key, "it looks like a token or password", "take it out"))
 
 
 def _safe(draft: Draft, mistake: Mistake) -> Mistake:
@@ -101,13 +119,10 @@ def load(files: Iterable[Path]) -> tuple[Document, ...]:
             documents.append(Document(path, "", folder=True))
             continue
         try:
-            documents.append(Document(path, path.read_text(encoding="utf-8-sig")))
-        except FileNotFoundError:
-            mistakes.append(Mistake(str(path), "", "there is no such file"))
-        except UnicodeDecodeError:
-            mistakes.append(Mistake(str(path), "", "it is not a text in UTF-8"))
-        except OSError as error:
-            mistakes.append(Mistake(str(path), "", f"it cannot be read: {error.strerror}"))
+            documents.append(Document(path, read_text(path)))
+        except Unreadable as unreadable:
+            mistakes.append(unreadable.mistake)
+    mistakes += [Mistake(one.name, "", "it is empty") for one in documents if not one.folder and not one.text.strip()]
     if mistakes:
         raise Refused(mistakes)
     return tuple(documents)
@@ -136,6 +151,7 @@ def choose(documents: tuple[Document, ...], request: Request, importers: dict[st
         return found[0]
     names = ", ".join(document.name for document in documents) or "the command"
     if not found:
+        _syntax(documents)
         raise Refused(
             [
                 Mistake(
@@ -159,6 +175,15 @@ def choose(documents: tuple[Document, ...], request: Request, importers: dict[st
     )
 
 
+def _syntax(documents: tuple[Document, ...]) -> None:
+    """A YAML or JSON file that nothing recognises may only be broken. Raises Refused."""
+    for document in documents:
+        if document.path.suffix.lower() in (".yaml", ".yml"):
+            parse(document)
+        if document.path.suffix.lower() == ".json":
+            parse_json(document)
+
+
 def job_name(request: Request, documents: tuple[Document, ...]) -> str:
     """Name of the FineTuneJob: given, or made from the first file's name."""
     if request.name is not None:
@@ -172,6 +197,12 @@ def job_name(request: Request, documents: tuple[Document, ...]) -> str:
         return request.name
     stem = next((d.path.resolve().name if d.folder else d.path.stem or d.path.name for d in documents), "")
     return slug(stem) or "imported"
+
+
+def _check_namespace(request: Request) -> None:
+    if request.namespace is not None and not re.match(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", request.namespace):
+        hint = "write a-z, 0-9 and -, at most 63 characters"
+        raise Refused([Mistake("--namespace", request.namespace, "cannot be the name of a namespace", hint)])
 
 
 def slug(text: str) -> str:
@@ -206,11 +237,23 @@ def take(importer: Importer, draft: Draft) -> None:
 
 
 def _unknown(importer: Importer, draft: Draft, entry: Entry) -> None:
+    """An unknown key; a group where one value is wanted, and the other way round, are told as what they are."""
     if SECRET_WORD.search(entry.key):
         draft.hide(entry.value)
-    near = nearest(entry.key, [key for row in importer.rows for key in (row.key, *row.aliases)])
-    hint = f"did you mean {near}?" if near else f"it is not an option of {importer.title}; remove it"
-    draft.mistakes.append(Mistake(entry.origin.place, entry.key, "unknown key", hint))
+    known = [key for row in importer.rows for key in (row.key, *row.aliases)]
+    inner = next((one for one in known if one.startswith(f"{entry.key}.")), None)
+    outer = next((one for one in known if entry.key.startswith(f"{one}.")), None)
+    if inner is not None:
+        message, hint = "it is a group of options, and one value is given", f"write {inner} and its like"
+    elif outer is not None:
+        message, hint = "unknown key", f"{outer} is one value, and no group"
+    else:
+        near = nearest(entry.key, known)
+        message, hint = (
+            "unknown key",
+            f"did you mean {near}?" if near else f"it is not an option of {importer.title}; remove it",
+        )
+    draft.mistakes.append(Mistake(entry.origin.place, entry.key, message, hint))
 
 
 def absent(value: Any) -> bool:
@@ -282,17 +325,19 @@ def nest(values: dict[str, Assigned]) -> dict[str, Any]:
 def settle(draft: Draft) -> dict[str, Any]:
     """Check the spec with the API's models and rules; returns it nested, wire names."""
     values = dict(draft.values)
-    for _ in range(2):
+    told: list[Misshapen] = []
+    for _ in range(3):
         try:
             spec = FineTuneJobSpec.model_validate(nest(values))
             break
         except ValidationError as error:
-            for path, message in shape_mistakes(error):
-                draft.broken[path] = path
-                draft.mistakes.append(_told(draft, Problem(path, "Shape", message, "")))
-                for known in [
-                    one for one in values if one == path or path.startswith(f"{one}[") or path.startswith(f"{one}.")
-                ]:
+            found = list(misshapen(error, told))
+            told += found
+            for wrong in found:
+                draft.broken[wrong.path] = wrong.path
+                draft.mistakes.append(_told(draft, Problem(wrong.path, "Shape", wrong.message, wrong.hint)))
+            for location in (path_of(one["loc"]) for one in error.errors()):
+                for known in [one for one in values if inside(location, one)]:
                     del values[known]
     else:
         return nest(values)
@@ -302,17 +347,6 @@ def settle(draft: Draft) -> dict[str, Any]:
         for missing in unsupported(spec):
             draft.warn(f"spec.{missing.path}: {missing.message}; {missing.hint}")
     return nest(draft.values)
-
-
-def shape_mistakes(error: ValidationError) -> Iterator[tuple[str, str]]:
-    """(spec path, message) of every error of a model."""
-    for one in error.errors():
-        path = ""
-        for part in one["loc"]:
-            path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
-        value = one["input"]
-        shown = f"{value!r}: " if isinstance(value, str | int | float) else ""
-        yield path, shown + str(one["msg"]).removeprefix("Value error, ").removeprefix("Input ")
 
 
 PIVOTS: dict[str, tuple[str, ...]] = {
@@ -336,11 +370,7 @@ def _problems(spec: FineTuneJobSpec, draft: Draft) -> list[Problem]:
                 changed.setdefault(group, {})[field] = value
                 still = {(one.path, one.code) for one in check(FineTuneJobSpec.model_validate(changed))}
                 problems = [one for one in problems if (one.path, one.code) in still]
-    return [one for one in problems if not any(_inside(one.path, path) or _inside(path, one.path) for path in broken)]
-
-
-def _inside(path: str, group: str) -> bool:
-    return path == group or path.startswith(f"{group}.")
+    return [one for one in problems if not any(inside(one.path, path) or inside(path, one.path) for path in broken)]
 
 
 def _judge(problem: Problem, draft: Draft) -> None:
@@ -389,9 +419,7 @@ def _told(draft: Draft, problem: Problem) -> Mistake:
 def _around(draft: Draft, path: str) -> list[Assigned]:
     """Values at, below and above a path."""
     return [
-        one
-        for known, one in draft.values.items()
-        if _inside(known, path) or path.startswith((known + ".", known + "["))
+        one for known, one in draft.values.items() if inside(known, path) or path.startswith((known + ".", known + "["))
     ]
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune_cli.files import read_text
 from finetune_cli.importers.commands import after_launcher, flag_entry, parse_flags, stray_mistakes
 from finetune_cli.importers.companions import is_accelerate, read_accelerate
 from finetune_cli.importers.convert import boolean, choice, integer, nearest, number
@@ -87,7 +88,6 @@ PROFILE: tuple[Fill, ...] = (
     Fill("training.weightDecay", 0, FIXED),
     Fill("training.maxGradNorm", 1, FIXED),
     Fill("training.mixedPrecision", "bf16", FIXED),
-    Fill("trainer.maxCompletionLength", 2048, "code default"),
     Fill("dataset.maxSequenceLength", 2048, "code default"),
     Fill("dataset.responseOnly.enabled", False, FIXED, lambda d: d.value("trainer.type", "sft") == "sft"),
     Fill("dataset.useChatTemplate", True, FIXED, lambda d: d.value("dataset.format") not in ("plainText", None)),
@@ -279,7 +279,7 @@ def _composed(draft: Draft, document: Document, words: list[str]) -> Iterator[En
         )
         composed, tree = _compose(draft, folder, None, words), Tree({})
     else:
-        text = document if not document.folder else Document(path, path.read_text(encoding="utf-8-sig"))
+        text = document if not document.folder else Document(path, read_text(path))
         tree = parse(text)
         if not tree.value.get("defaults"):
             flat = not any(isinstance(value, dict) for value in tree.value.values())
@@ -569,8 +569,27 @@ def _objective(draft: Draft) -> None:
     for key in ("num_generations", "temperature"):
         name = {"num_generations": "numGenerations"}.get(key, key)
         _put_or_warn(draft, f"training_config.{key}", f"trainer.grpo.{name}" if trainer == "grpo" else None)
+    if trainer != "sft":
+        _completions(draft)
     if trainer == "grpo":
         _grpo(draft)
+
+
+def _completions(draft: Draft) -> None:
+    """That tool's two limits may be equal, which leaves nothing to the prompt: then each gets one half."""
+    path, key = "trainer.maxCompletionLength", "training_config.max_completion_length"
+    wanted, whole = draft.get(key, 2048), draft.get("training_config.max_seq_length", 2048)
+    half = max(1, whole // 2)
+    if wanted < whole and key not in draft.given:
+        draft.fill(path, wanted, "code default")
+    elif wanted >= whole and key in draft.given:
+        given = draft.given[key]
+        draft.put(path, half, key)
+        draft.warn(
+            f"{given.origin.place}: {given.key}: {wanted} leaves no room in {whole} tokens to the prompt: {half} is written"
+        )
+    elif key not in draft.broken:
+        draft.fill(path, half, f"our choice: the code's 2048 leaves no room in {whole} tokens to the prompt")
 
 
 def _put_or_warn(draft: Draft, key: str, path: str | None) -> None:

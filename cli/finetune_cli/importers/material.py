@@ -8,12 +8,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from finetune_cli.hiding import HIDDEN, hide
 from finetune_cli.importers.convert import Convert, text
 
 SECRET_WORD = re.compile(r"(token|secret|passw|api_?key|credential|_key$|-key$|_uri$)", re.IGNORECASE)
-TOKEN_LIKE = re.compile(r"\b(hf_[A-Za-z0-9]{3,}|sk-[A-Za-z0-9_-]{6,}|AKIA[0-9A-Z]{12,})")
-USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
-HIDDEN = "***"
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Mistake:
     hint: str = ""
 
     def __str__(self) -> str:
-        start = ": ".join(part for part in (self.place, self.key) if part)
+        start = ": ".join(dict.fromkeys(part for part in (self.place, self.key) if part))
         return f"{start}: {self.message}" + (f"; {self.hint}" if self.hint else "")
 
 
@@ -130,7 +128,8 @@ class Document:
 
     @property
     def name(self) -> str:
-        return self.path.name or str(self.path)
+        """The file as messages name it."""
+        return "standard input" if str(self.path) == "-" else self.path.name or str(self.path)
 
 
 @dataclass
@@ -246,7 +245,7 @@ class Draft:
         for secret in sorted(self.hidden, key=len, reverse=True):
             edge = r"\b" if len(secret) < 6 else ""
             message = re.sub(edge + re.escape(secret) + edge, HIDDEN, message)
-        return USERINFO.sub(f"{HIDDEN}@", TOKEN_LIKE.sub(HIDDEN, message))
+        return hide(message)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from finetune_cli.importers.convert import Unfit, anything, choice, integer, number, table, text
 from finetune_cli.importers.material import Document, Draft, Entry, Fill, Importer, Mistake, Origin, Row
 from finetune_cli.importers.paths import is_local, place_source
-from finetune_cli.importers.yaml_tree import parse, parse_json
+from finetune_cli.importers.yaml_tree import parse, parse_json, sniff_json
 
 REPORTED = "it is what that API reports about a job"
 
@@ -74,13 +74,9 @@ def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
 
 
 def _is_job(document: Document) -> bool:
-    if document.folder or not document.text.lstrip().startswith("{"):
-        return False
-    try:
-        value = json.loads(document.text)
-    except json.JSONDecodeError:
-        return document.path.suffix == ".json" and '"training_file"' in document.text
-    return isinstance(value, dict) and "training_file" in value
+    if document.path.suffix == ".json" and '"training_file"' in document.text:
+        return True
+    return "training_file" in sniff_json(document)
 
 
 def read(draft: Draft) -> Iterator[Entry]:
@@ -200,8 +196,9 @@ def _rows(draft: Draft, document: Document, trainer: str) -> None:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            draft.mistakes.append(Mistake(f"{document.name}:{number_}", "", f"it is not JSON: {error.msg}"))
+        except (ValueError, RecursionError) as error:
+            why = getattr(error, "msg", "a number is too long, or it is nested too deeply")
+            draft.mistakes.append(Mistake(f"{document.name}:{number_}", "", f"it is not JSON: {why}"))
             return
         missing = [key for key in wanted if not isinstance(row, dict) or key not in row]
         if missing:

@@ -14,6 +14,9 @@ from finetune_api.spec.enums import Tracker
 from finetune_cli.importers.material import Draft
 
 LORA = tuple(str(method) for method in LORA_METHODS)
+OF_THE_ADAPTER = (
+    "rank", "alpha", "dropout", "targetModules", "bias", "taskType", "rankStabilized", "useDora", "loftq", "init", "modulesToSave",
+)  # fmt: skip
 
 
 def _method(draft: Draft) -> str:
@@ -30,6 +33,11 @@ def _four_bits(draft: Draft) -> bool:
 
 RULES: tuple[tuple[tuple[str, ...], Callable[[Draft], bool], str], ...] = (
     (("method.lora",), lambda d: _method(d) not in LORA, "the method is not one with low-rank adapters"),
+    (
+        tuple(f"method.lora.{name}" for name in OF_THE_ADAPTER),
+        lambda d: _method(d) == "adapter",
+        "the adapter that is continued has its own",
+    ),
     (("method.spectrum",), lambda d: _method(d) != "spectrum", "the method is not spectrum"),
     (
         ("method.promptLength",),

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from typing import Any
 
+from finetune_cli.hiding import USERINFO
 from finetune_cli.importers.commands import after_launcher, config_document, flag_entry, parse_flags, stray_mistakes
 from finetune_cli.importers.convert import (
     Unfit,
@@ -27,7 +28,6 @@ from finetune_cli.importers.convert import (
 )
 from finetune_cli.importers.material import (
     SECRET_WORD,
-    USERINFO,
     Document,
     Draft,
     Entry,
@@ -221,6 +221,7 @@ PROFILE: tuple[Fill, ...] = (
 
 SECTIONS = ("fine_tuner", "mlflow", "inferencer", "evaluator", "pipeline")
 HEADER = re.compile(r"^\s*\[\s*(?P<name>[^\[\]]+?)\s*\]\s*(#.*)?$")
+LIST_HEADER = re.compile(r"^\s*\[\[\s*(?P<name>[^\[\]]+?)\s*\]\]\s*(#.*)?$")
 KEY = re.compile(r"""^\s*(?P<name>[A-Za-z0-9_-]+|"[^"]*"|'[^']*')\s*=\s*(?P<value>.*)$""")
 VARIABLE = re.compile(r"^\$\{([A-Za-z_][A-Za-z0-9_]*)\}$")
 
@@ -259,6 +260,8 @@ def _file(document: Document, draft: Draft) -> Iterator[Entry]:
         found = re.search(r"line (\d+)", str(error))
         place = f"{document.name}:{found.group(1)}" if found else document.name
         raise Refused([Mistake(place, "", f"it is not TOML: {error}")]) from None
+    except (ValueError, RecursionError):
+        raise Refused([Mistake(document.name, "", "a number is too long, or it is nested too deeply")]) from None
     for section, group in content.items():
         if not isinstance(group, dict):
             yield Entry(section, group, _at(document, lines, section))
@@ -315,6 +318,9 @@ def scan(document: Document) -> dict[str, int]:
         if header:
             section = header["name"].replace('"', "")
             _first(lines, section, number_, document, mistakes, f"table [{section}] is declared")
+        elif listed := LIST_HEADER.match(line):
+            section = listed["name"].replace('"', "")
+            lines.setdefault(section, number_)
         elif key:
             name = f"{section}.{key['name'].strip(chr(34) + chr(39))}".lstrip(".")
             _first(lines, name, number_, document, mistakes, f"{name} is set")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from finetune_cli.files import read_text
 from finetune_cli.importers.commands import NEGATIVE, after_launcher, config_document, flag_entry
 from finetune_cli.importers.companions import SHARDING, STATE, is_deepspeed, read_deepspeed
 from finetune_cli.importers.convert import (
@@ -427,7 +428,7 @@ def _beside(draft: Draft) -> Document | None:
     for folder in [d.path.parent for d in draft.documents]:
         path = folder / str(named)
         if path.is_file():
-            document = Document(path, path.read_text(encoding="utf-8-sig"))
+            document = Document(path, read_text(path))
             return document if is_deepspeed(document) else None
     return None
 

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,15 +13,29 @@ from typing import Any
 
 from finetune_cli.importers.material import Document, Entry, Mistake, Origin, Refused
 
+MAX_NODES = 100_000
+"""More than any configuration has: aliases of aliases make a few lines grow without end."""
+SCALARS = frozenset({"null", "bool", "int", "float", "str", "timestamp", "value"})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong with the YAML itself: line, path, what, and what to do."""
+
+    line: int
+    path: str
+    message: str
+    hint: str = ""
+
 
 @dataclass
 class Tree:
-    """Values by dotted path, and the line of each."""
+    """One document: its value, the line of every path in it, and what is wrong with it."""
 
     value: Any
     lines: dict[str, int] = field(default_factory=dict)
-    duplicates: list[tuple[str, int, int]] = field(default_factory=list)
-    """(path, first line, second line)."""
+    problems: list[Problem] = field(default_factory=list)
+    line: int = 1
 
     def leaves(self, opaque: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
         """(dotted path, value) of everything that is not a mapping; mappings named in `opaque` count as values."""
@@ -38,74 +51,141 @@ def _leaves(value: Any, prefix: str, opaque: frozenset[str]) -> Iterator[tuple[s
             yield path, inner
 
 
-def parse(document: Document) -> Tree:
-    """Parse one YAML (or JSON) document that is a mapping. Raises Refused."""
+class NotYaml(Exception):
+    """A text that is not YAML, or that nobody should try to read. `line` is 0 if it is not known."""
+
+    def __init__(self, message: str, line: int = 0):
+        super().__init__(message)
+        self.line = line
+
+
+def trees(text: str) -> list[Tree]:
+    """Every document of a text that holds anything. Raises NotYaml."""
     from ruamel.yaml import YAML
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     yaml = YAML(typ="safe", pure=True)
     yaml.version = (1, 1)
     try:
-        node = yaml.compose(io.StringIO(document.text))
+        return [_tree(node) for node in yaml.compose_all(text) if node is not None]
     except MarkedYAMLError as error:
         mark = error.problem_mark
-        place = f"{document.name}:{mark.line + 1}" if mark else document.name
-        raise Refused([Mistake(place, "", f"it is not YAML: {error.problem or error.context}")]) from None
+        raise NotYaml(f"it is not YAML: {error.problem or error.context}", mark.line + 1 if mark else 0) from None
     except YAMLError as error:
-        raise Refused([Mistake(document.name, "", f"it is not YAML: {str(error).splitlines()[0]}")]) from None
-    if node is None:
-        raise Refused([Mistake(document.name, "", "it is empty")])
-    if node.id != "mapping":
-        raise Refused([Mistake(document.name, "", "it is not a mapping of names and values")])
-    tree = Tree({})
-    tree.value = _mapping(node, "", tree)
-    if tree.duplicates:
-        raise Refused([
-            Mistake(f"{document.name}:{second}", path, f"it stands twice: lines {first} and {second}", "keep one")
-            for path, first, second in tree.duplicates
-        ])  # fmt: skip
+        raise NotYaml(f"it is not YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise NotYaml("it is nested too deeply to be a configuration") from None
+
+
+def _tree(node: Any) -> Tree:
+    tree = Tree(None, line=node.start_mark.line + 1)
+    tree.value = _Reader(tree).value(node, "")
     return tree
+
+
+def parse(document: Document) -> Tree:
+    """Parse one YAML (or JSON) document that is a mapping. Raises Refused."""
+    try:
+        found = trees(document.text)
+    except NotYaml as error:
+        raise Refused([Mistake(_line(document, error.line), "", str(error))]) from None
+    if not found:
+        raise Refused([Mistake(document.name, "", "it is empty")])
+    tree = found[0]
+    if len(found) > 1:
+        place = _line(document, found[1].line)
+        raise Refused([Mistake(place, "", "a second document begins here", "give one configuration a file")])
+    if not isinstance(tree.value, dict):
+        raise Refused([Mistake(document.name, "", "it is not a mapping of names and values")])
+    if tree.problems:
+        raise Refused([Mistake(_line(document, one.line), one.path, one.message, one.hint) for one in tree.problems])
+    return tree
+
+
+def _line(document: Document, line: int) -> str:
+    return f"{document.name}:{line}" if line else document.name
 
 
 def parse_value(text: str) -> Any:
     """One value as YAML, for overrides on a command line; a text that is not YAML is itself."""
-    from ruamel.yaml import YAML
-    from ruamel.yaml.error import YAMLError
-
-    yaml = YAML(typ="safe", pure=True)
-    yaml.version = (1, 1)
     try:
-        node = yaml.compose(io.StringIO(text))
-    except YAMLError:
+        found = trees(text)
+    except NotYaml:
         return text
-    return "" if node is None else _value(node, "", Tree({}))
+    return found[0].value if len(found) == 1 and not found[0].problems else text if found else ""
 
 
-def _mapping(node: Any, prefix: str, tree: Tree) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key_node, value_node in node.value:
-        key = str(key_node.value)
-        if key == "<<":
+class _Reader:
+    """From nodes to values, with lines; what cannot be read is a problem of the tree."""
+
+    def __init__(self, tree: Tree):
+        self.tree = tree
+        self.count = 0
+        self.open: set[int] = set()
+        """Nodes that are being read: an alias to one of them would never end."""
+
+    def value(self, node: Any, path: str) -> Any:
+        line = node.start_mark.line + 1
+        self.count += 1
+        if self.count > MAX_NODES:
+            raise NotYaml(f"it holds more than {MAX_NODES} values, its aliases counted", line)
+        self.tree.lines.setdefault(path, line)
+        kind = str(node.tag).rpartition(":")[2]
+        if node.id == "scalar":
+            return (
+                scalar(node) if kind in SCALARS else self._problem(line, path, f"the tag {node.tag} is not read here")
+            )
+        if id(node) in self.open:
+            return self._problem(line, path, "an alias stands inside its own anchor")
+        if kind not in ("map", "seq"):
+            return self._problem(line, path, f"the tag {node.tag} is not read here")
+        self.open.add(id(node))
+        found = self._mapping(node, path) if node.id == "mapping" else self._sequence(node, path)
+        self.open.discard(id(node))
+        return found
+
+    def _problem(self, line: int, path: str, message: str, hint: str = "write the value itself") -> None:
+        self.tree.problems.append(Problem(line, path, message, hint))
+
+    def _sequence(self, node: Any, path: str) -> list[Any]:
+        return [self.value(one, f"{path}[{i}]") for i, one in enumerate(node.value)]
+
+    def _mapping(self, node: Any, prefix: str) -> dict[str, Any]:
+        """Merged mappings first, the nearest last: what stands in the mapping itself wins."""
+        result: dict[str, Any] = {}
+        for one in reversed(list(self._merged(node))):
+            result |= self.value(one, prefix) or {}
+        first: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.id != "scalar":
+                self._problem(line, prefix, "a name must be a text", "write name: value")
+                continue
+            key = str(key_node.value)
+            path = f"{prefix}.{key}" if prefix else key
+            if _is_merge(key_node):
+                continue
+            if key in first:
+                self._problem(line, path, f"it stands twice: lines {first[key]} and {line}", "keep one")
+                continue
+            self.tree.lines[path] = first[key] = line
+            result[key] = self.value(value_node, path)
+        return result
+
+    def _merged(self, node: Any) -> Iterator[Any]:
+        """The mappings that `<<` names."""
+        for key_node, value_node in node.value:
+            if not _is_merge(key_node):
+                continue
             for one in value_node.value if value_node.id == "sequence" else [value_node]:
-                for name, inherited in _mapping(one, prefix, Tree({})).items():
-                    result.setdefault(name, inherited)
-            continue
-        path = f"{prefix}.{key}" if prefix else key
-        line = key_node.start_mark.line + 1
-        if path in tree.lines:
-            tree.duplicates.append((path, tree.lines[path], line))
-            continue
-        tree.lines[path] = line
-        result[key] = _value(value_node, path, tree)
-    return result
+                if one.id == "mapping":
+                    yield one
+                else:
+                    self._problem(key_node.start_mark.line + 1, "<<", "it does not name a mapping")
 
 
-def _value(node: Any, path: str, tree: Tree) -> Any:
-    if node.id == "mapping":
-        return _mapping(node, path, tree)
-    if node.id == "sequence":
-        return [_value(one, f"{path}[{i}]", tree) for i, one in enumerate(node.value)]
-    return scalar(node)
+def _is_merge(node: Any) -> bool:
+    return bool(node.id == "scalar" and node.value == "<<" and not node.style)
 
 
 def scalar(node: Any) -> Any:
@@ -151,9 +231,21 @@ def parse_json(document: Document) -> dict[str, Any]:
         value = json.loads(document.text)
     except json.JSONDecodeError as error:
         raise Refused([Mistake(f"{document.name}:{error.lineno}", "", f"it is not JSON: {error.msg}")]) from None
+    except (ValueError, RecursionError):
+        raise Refused([Mistake(document.name, "", "a number is too long, or it is nested too deeply")]) from None
     if not isinstance(value, dict):
         raise Refused([Mistake(document.name, "", "it is not a JSON object")])
     return value
+
+
+def sniff_json(document: Document) -> dict[str, Any]:
+    """The document as an object if it is JSON, else an empty one: for recognising a source, never for errors."""
+    if document.folder or not document.text.lstrip().startswith("{"):
+        return {}
+    try:
+        return parse_json(document)
+    except Refused:
+        return {}
 
 
 def sniff(document: Document) -> dict[str, Any]:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from finetune_cli import main, output
 
 Write = Callable[[str, str], Path]
+Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
@@ -21,3 +23,19 @@ def write(tmp_path: Path) -> Write:
         return path
 
     return write_text
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Run a command in this process: exit code, stdout, stderr."""
+    monkeypatch.setenv("NO_COLOR", "1")
+
+    def run(*words: str | Path, behind: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        output.console.cache_clear()
+        output.messages.cache_clear()
+        capsys.readouterr()
+        code = main.run([str(word) for word in words], list(behind))
+        found = capsys.readouterr()
+        return code, found.out, found.err
+
+    return run

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from finetune_cli import main, output
+from finetune_cli import main
 
-from tests.unit.cli.conftest import Write
+from tests.unit.cli.conftest import Call, Write
 from tests.unit.cli.imports import HERE
 
-Call = Callable[..., tuple[int, str, str]]
 JOB = """\
 apiVersion: finetune-operator.io/v1alpha1
 kind: FineTuneJob
@@ -22,22 +20,6 @@ spec:
   model: {source: org/m}
   dataset: {train: "s3://data/t.jsonl"}
 """
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run a command in this process: exit code, stdout, stderr."""
-    monkeypatch.setenv("NO_COLOR", "1")
-
-    def run(*words: str | Path, behind: tuple[str, ...] = ()) -> tuple[int, str, str]:
-        output.console.cache_clear()
-        output.messages.cache_clear()
-        capsys.readouterr()
-        code = main.run([str(word) for word in words], list(behind))
-        found = capsys.readouterr()
-        return code, found.out, found.err
-
-    return run
 
 
 # --- validate -------------------------------------------------------------------------------------------------------
@@ -53,7 +35,8 @@ def test_a_good_manifest(call: Call, write: Write) -> None:
     [
         ("name: bot", "name: Bot_1",
          "job.yaml:3: metadata.name: 'Bot_1' cannot be the name of a FineTuneJob; a-z, 0-9 and -, a letter first, at most 40 characters [NameInvalid]"),
-        ("v1alpha1", "v1", "job.yaml:1: apiVersion: finetune-operator.io/v1 is not a version of FineTuneJob; write finetune-operator.io/v1alpha1 [ApiVersion]"),
+        ("v1alpha1", "v1",
+         "job.yaml:1: apiVersion: finetune-operator.io/v1 is not finetune-operator.io/v1alpha1; write apiVersion: finetune-operator.io/v1alpha1 [ApiVersion]"),
         ("source: org/m", "sorce: org/m", "job.yaml:5: spec.model.sorce: unknown field; did you mean spec.model.source? [UnknownField]"),
         ("org/m}", "org/m}\n  training: {warmupSteps: 1, warmupRatio: 0.1}",
          "job.yaml:6: spec.training.warmupRatio: warmupSteps 1 and warmupRatio 0.1 exclude each other; remove one of them [WarmupTwice]"),
@@ -207,7 +190,7 @@ def test_own_options_that_are_wrong(call: Call) -> None:
     assert said.splitlines() == [
         "error: --prompts: x: it is not the name and key of a ConfigMap; write NAME/KEY",
         "error: --set: training.sed: unknown field; did you mean training.seed?",
-        "error: --set: training.seed: it has no value; write --set training.seed=VALUE",
+        "error: --set: training.seed: it has no value; write --set training.seed=VALUE, or training.seed=null for none",
     ]
 
 
