@@ -7,7 +7,8 @@ Needs a cluster with the operator installed and the demo's model and data upload
 Method. The manifest is applied under a new name. One thread watches Jobs, one watches Pods; the moments at which the Job and
 the running pod are first seen are taken from this machine's monotonic clock. From the moment the pod runs its `/progress` is
 asked every 20 ms through the API server's pod proxy until it says that step 1 is done. The stages inside the pod are the
-pod's own measurements. The first run warms the page cache and is left out; medians of the others are reported.
+pod's own measurements. A run begins when the pods of the one before are gone: they would hold the cores that it asks for.
+The first run warms the page cache and is left out; medians of the others are reported.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 POLL_SECONDS = 0.02
+GONE_POLL_SECONDS = 0.2
 TIMEOUT_SECONDS = 300
 
 
@@ -69,7 +71,7 @@ class Run:
         self._running = threading.Event()
 
     def measure(self) -> dict[str, float]:
-        """Apply, wait for the first step, delete. Errors: NotMeasured."""
+        """Apply, wait for the first step, delete, wait for the pod's end. Errors: NotMeasured."""
         selector = f"{names.Label.NAME.value}={self._name}"
         for target in (self._watch_jobs, self._watch_pods):
             threading.Thread(target=target, args=(selector,), daemon=True).start()
@@ -82,7 +84,16 @@ class Run:
             self._ask()
         finally:
             self._jobs.delete_namespaced_custom_object(*where, self._name)
+            self._wait_until_gone(selector)
         return self._moments.stages()
+
+    def _wait_until_gone(self, selector: str) -> None:
+        """Until no pod of this run is left. Errors: NotMeasured."""
+        end = time.monotonic() + TIMEOUT_SECONDS
+        while self._core.list_namespaced_pod(self._namespace, label_selector=selector).items:
+            if time.monotonic() > end:
+                raise NotMeasured(f"pods of {self._name} are still there {TIMEOUT_SECONDS} s after its deletion")
+            time.sleep(GONE_POLL_SECONDS)
 
     def _watch_jobs(self, selector: str) -> None:
         for _ in watch.Watch().stream(self._batch.list_namespaced_job, self._namespace, label_selector=selector):

@@ -2,7 +2,8 @@
 
 Ranks import while the supervisor downloads. Two packages cost seconds and are imported by others merely because they are
 installed: bitsandbytes (by peft) and deepspeed (by accelerate, whenever a model is saved). A job that needs neither is told that
-they are absent, which `importlib` lets one say by an entry None in `sys.modules`.
+they are absent, which `importlib` lets one say by an entry None in `sys.modules`. scipy is absent only while transformers is
+imported, which wants it for the losses of object detection: half a second. Whoever asks for it later finds it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import Backend, MethodType, Strategy, TrainerType
@@ -56,9 +59,24 @@ def preload(run: RunConfig) -> None:
     for name, needed in (("bitsandbytes", needs_bitsandbytes(run)), ("deepspeed", needs_deepspeed(run))):
         if not needed:
             _hide(name)
-    for name in ("torch", "transformers", "peft", "datasets", _TRAINERS[run.spec.trainer.type or TrainerType.SFT]):
-        importlib.import_module(name)
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401  lazy names: this loads them
+    with _absent("scipy"):
+        for name in ("torch", "transformers", "peft", "datasets", _TRAINERS[run.spec.trainer.type or TrainerType.SFT]):
+            importlib.import_module(name)
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401  lazy names: this loads them
+    importlib.import_module("transformers.utils.import_utils").is_scipy_available.cache_clear()
+
+
+@contextmanager
+def _absent(name: str) -> Iterator[None]:
+    """Make `name` look as if it were not installed while transformers is imported for the first time, unless it is in use."""
+    if "transformers" in sys.modules or name in sys.modules:
+        yield
+        return
+    _hide(name)
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def _hide(name: str) -> None:

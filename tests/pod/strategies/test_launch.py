@@ -1,0 +1,79 @@
+"""How ranks are started: one at once, several by torchelastic; the exit codes that the supervisor sees are their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.pod import StoreTarget
+from pod_harness import PYTHONPATH, UID, Pod, run_config
+
+POD = Path(__file__).parents[1]
+
+
+def started(folder: Path, model: Path, rows: Path, script: dict[str, Any], ranks: int) -> Pod:
+    """A pod whose ranks only count, as the script says."""
+    spec = {
+        "model": {"source": f"file://{model}"},
+        "dataset": {"train": f"file://{rows}", "format": "messages"},
+        "checkpoint": {"steps": 5},
+    }
+    run = run_config(spec, StoreTarget(uri=f"file://{folder}/root/team/job/{UID}"), processes=ranks)
+    path = os.pathsep.join([PYTHONPATH, str(POD)])
+    return Pod(
+        run,
+        folder / "pod",
+        {"PYTHONPATH": path, "FINETUNE_TRAINER_MODULE": "toy_rank", "TOY_SCRIPT": json.dumps(script)},
+    )
+
+
+@pytest.mark.parametrize(("ranks", "launcher"), [(1, False), (2, True)])
+def test_torch_is_loaded_by_the_agent_only_to_bring_ranks_together(
+    ranks: int, launcher: bool, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    with started(tmp_path, model, rows, {"steps": 100_000}, ranks) as pod:
+        pod.wait_step(1)
+        (agent,) = pod.pids("agent")
+        assert len(pod.pids("train")) == ranks
+        assert ("libtorch" in Path(f"/proc/{agent}/maps").read_text()) is launcher
+        pod.kill()
+
+
+PRELOAD = """
+import sys
+from pathlib import Path
+from tests.support.learning import make_run
+from finetune_trainer import train
+run, _ = make_run(Path(sys.argv[1]), Path("/models/tiny"))
+train.preload(run)
+assert not any(name.split(".")[0] == "scipy" for name in sys.modules)
+import scipy.optimize
+from transformers.utils import is_scipy_available
+assert is_scipy_available()
+"""
+
+
+def test_a_rank_imports_scipy_only_for_whoever_asks(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", PRELOAD, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": PYTHONPATH},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(("what", "code", "name"), [("exit", 70, "RankCrashed"), ("die", 74, "RankKilled")])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_last_rank_ends_without_a_word(
+    what: str, code: int, name: str, ranks: int, model: Path, rows: Path, tmp_path: Path
+) -> None:
+    with started(tmp_path, model, rows, {"at": {f"{ranks - 1}:7": what}}, ranks) as pod:
+        assert pod.end() == code, pod.text[-3000:]
+        words = pod.words()
+    assert (words.exit_code, words.code, words.rank) == (code, name, ranks - 1)
