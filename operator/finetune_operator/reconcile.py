@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from finetune_api.names import Condition as Kind
@@ -41,9 +41,11 @@ from finetune_operator.workqueue import Key, WorkQueue
 logger = logging.getLogger(__name__)
 
 NO_PODS_AFTER, STUCK_AFTER = 10.0, 20.0
-"""Age in seconds of a Job without pods, and of a pod that got a node and does not run, at which events about it are read."""
+"""Age in seconds of a Job without pods, and time since a pod got its node and does not run, at which events about it are read."""
 FIRST_READ, LONGEST_READ = 15.0, 300.0
 """Seconds between two reads of those events; it doubles, since the server goes through all of a namespace's for each."""
+ENDING = 2.0
+"""Seconds that a Job has to say that it is over after its last pod ended, before the status tells of pods that are not ready."""
 RETRY_OBSTACLE = 15.0
 """Seconds after which a refused create is tried again."""
 UNREAD = Accepted(FineTuneJobSpec())
@@ -62,6 +64,8 @@ class Memory:
     """When events are to be read next, in loop time; None: nothing waits."""
     obstacle_pause: float = FIRST_READ
     progress_written: float = float("-inf")
+    ending: float | None = None
+    """When all pods were first seen to be over while the Job was not, in loop time."""
 
 
 class Reconciler:
@@ -152,26 +156,23 @@ class Reconciler:
     # Observe
 
     async def _observe(self, key: Key) -> Facts | None:
-        """Facts from the cache, read live where a decision would stand on something's absence."""
-        family = self._cache.family(key)
-        if family.job is None:
-            return None
-        memory = self._memory(key, family.job)
-        facts = self._facts(key, family.job, memory)
-        if facts.finished or facts.job.deleting:
-            return facts
-        if self._job_missing(facts):
-            await self._read_job(facts)
-            facts = self._facts(key, family.job, memory)
-        if self._pods_behind(facts):
-            await self._read_pods(facts)
-            facts = self._facts(key, family.job, memory)
-        if await self._read_obstacle(facts, memory):
-            facts = self._facts(key, family.job, memory)
+        """Facts from the cache, read live where a decision would stand on something's absence; None: there is no such job."""
+        facts = self._known(key)
+        for read in (self._read_job, self._read_pods, self._read_obstacle):
+            if facts is None or facts.finished or facts.job.deleting:
+                return facts
+            # While it is read the world goes on: the job may be another one, or gone, when the answer is there.
+            if await read(key, facts):
+                facts = self._known(key)
         return facts
 
-    def _facts(self, key: Key, job: JobObject, memory: Memory) -> Facts:
+    def _known(self, key: Key) -> Facts | None:
+        """What the cache, the scraper and this process' memory say now."""
         family = self._cache.family(key)
+        job = family.job
+        if job is None:
+            return None
+        memory = self._memory(key, job)
         facts = Facts(
             job=job,
             acceptance=memory.acceptance,
@@ -182,7 +183,7 @@ class Reconciler:
             obstacle=memory.obstacle,
         )
         heard = self._scraper.heard(key, job.uid, facts.attempt)
-        return Facts(**{**_fields(facts), "heard": heard}) if heard else facts
+        return replace(facts, heard=heard) if heard else facts
 
     def _memory(self, key: Key, job: JobObject) -> Memory:
         memory = self._memories.get(key)
@@ -194,21 +195,20 @@ class Reconciler:
             memory.acceptance = UNREAD if over else accept(job.spec, self._config)
         return memory
 
-    def _job_missing(self, facts: Facts) -> bool:
-        """Status says that the attempt has a Job, and the cache has none."""
+    async def _read_job(self, key: Key, facts: Facts) -> bool:
+        """Read the Job that status says there is, if the cache has none. True: it was read."""
         record = facts.record
-        return (
-            facts.current is None and record is not None and record.start_time is not None and record.end_time is None
-        )
-
-    async def _read_job(self, facts: Facts) -> None:
+        begun = record is not None and record.start_time is not None and record.end_time is None
+        if facts.current is not None or not begun:
+            return False
         try:
-            body = await self._kube.get(JOB, facts.job.namespace, attempt_job_name(facts.job.name, facts.attempt))
+            body = await self._kube.get(JOB, key.namespace, attempt_job_name(key.name, facts.attempt))
         except NotFound:
-            return
+            return True
         view = read_job(body)
         if view is not None:
             self._cache.put_job(view)
+        return True
 
     def _pods_behind(self, facts: Facts) -> bool:
         """The Job is over and not all of its pods are, as far as the cache knows: their events are still under way."""
@@ -218,9 +218,12 @@ class Reconciler:
         pods = facts.last_pods
         return len(pods) < facts.nodes or any(not pod.over for pod in pods)
 
-    async def _read_pods(self, facts: Facts) -> None:
+    async def _read_pods(self, key: Key, facts: Facts) -> bool:
+        """Read the pods of an attempt that is over if they are behind. True: they were read."""
+        if not self._pods_behind(facts):
+            return False
         selector = f"{Label.UID}={facts.job.uid},{Label.ATTEMPT}={facts.attempt}"
-        listing = await self._kube.list(POD, facts.job.namespace, labels=selector)
+        listing = await self._kube.list(POD, key.namespace, labels=selector)
         seen = set()
         for body in listing.items:
             view = read_pod(body)
@@ -230,9 +233,11 @@ class Reconciler:
         for pod in facts.attempt_pods:
             if pod.uid not in seen and not pod.gone:
                 self._cache.drop_pod(pod)
+        return True
 
-    async def _read_obstacle(self, facts: Facts, memory: Memory) -> bool:
-        """Read what the cluster says about pods that do not come up; True if the answer changed."""
+    async def _read_obstacle(self, key: Key, facts: Facts) -> bool:
+        """Read what the cluster says about pods that do not come up. True: the answer changed."""
+        memory = self._memories[key]
         waits = _pods_missing(facts)
         if waits is None:
             changed = memory.obstacle is not None
@@ -248,7 +253,7 @@ class Reconciler:
         memory.obstacle_pause = min(2 * memory.obstacle_pause, LONGEST_READ)
         try:
             listing = await self._kube.list(
-                CORE_EVENT, facts.job.namespace, fields=f"involvedObject.uid={uid},type=Warning"
+                CORE_EVENT, key.namespace, fields=f"involvedObject.uid={uid},type=Warning"
             )
         except Forbidden as error:
             logger.info("events cannot be read: %s", error)
@@ -276,7 +281,9 @@ class Reconciler:
         memory = self._memories[key]
         now = asyncio.get_running_loop().time()
         wait = memory.progress_written + self._config.progress_seconds - now
-        if wait > 0 and transition(before) == transition(after):
+        if transition(before) != transition(after):
+            wait = self._ending_wait(memory, facts, plan, now)
+        if wait > 0:
             self._queue.add_after(key, wait)
             return
         await self._recorder.tell(facts.job, transitions(old, new))
@@ -287,6 +294,15 @@ class Reconciler:
         self._cache.put_finetunejob(read_finetunejob(written))
         self._recorder.settle(facts.job.uid)
         self._count_transitions(facts, old, new, plan)
+
+    @staticmethod
+    def _ending_wait(memory: Memory, facts: Facts, plan: Plan, now: float) -> float:
+        """Seconds by which a status may wait because the attempt's end, and so another status, is about to be seen."""
+        if plan.situation is not Situation.ACTIVE or plan.condemn or not _all_ended(facts):
+            memory.ending = None
+            return 0.0
+        memory.ending = now if memory.ending is None else memory.ending
+        return memory.ending + ENDING - now
 
     def _count_transitions(self, facts: Facts, old: FineTuneJobStatus, new: FineTuneJobStatus, plan: Plan) -> None:
         if plan.ended is not None:
@@ -355,10 +371,19 @@ def _pods_missing(facts: Facts) -> tuple[str, datetime, float] | None:
     current = facts.current
     if current is None or current.suspended or current.finished or current.deleting or facts.condemned is not None:
         return None
+    if _all_ended(facts):
+        return None
     if len(facts.live) < facts.nodes:
         return current.uid, current.started or current.created, NO_PODS_AFTER
     stuck = [pod for pod in facts.live if pod.phase == "Pending" and pod.node and not pods_waiting([pod])]
-    return (stuck[0].uid, stuck[0].created, STUCK_AFTER) if stuck else None
+    return (stuck[0].uid, stuck[0].scheduled or stuck[0].created, STUCK_AFTER) if stuck else None
+
+
+def _all_ended(facts: Facts) -> bool:
+    """Every rank's pod ended and is still there, and the Job, which counts them, does not say so yet."""
+    current, pods = facts.current, facts.last_pods
+    running = current is not None and not current.suspended and not current.finished
+    return running and len(pods) == facts.nodes and all(pod.over and not pod.gone for pod in pods)
 
 
 def _condition(status: FineTuneJobStatus, kind: Kind) -> Condition | None:
@@ -368,13 +393,6 @@ def _condition(status: FineTuneJobStatus, kind: Kind) -> Condition | None:
 def _seconds_until(moment: datetime, now: datetime) -> float:
     """At least a little: a time that has passed by the server's clock must not become a hot loop."""
     return max(0.05, (moment - now).total_seconds() + 0.01)
-
-
-def _fields(facts: Facts) -> Object:
-    return {
-        name: getattr(facts, name)
-        for name in ("job", "acceptance", "now", "config", "jobs", "pods", "heard", "obstacle")
-    }
 
 
 def _status_body(job: JobObject, status: Object) -> Object:

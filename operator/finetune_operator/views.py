@@ -93,6 +93,8 @@ class PodView:
     """When it should be gone: the time of the delete plus its grace period."""
     reason: str = ""
     message: str = ""
+    scheduled: datetime | None = None
+    """When it got its node."""
     unschedulable: str = ""
     """The scheduler's words, if it finds no node."""
     waiting_reason: str = ""
@@ -272,6 +274,7 @@ def read_pod(body: Object) -> PodView | None:
         deleting=time(meta.get("deletionTimestamp")),
         reason=str(status.get("reason", "")),
         message=str(status.get("message", ""))[:MAX_TEXT],
+        scheduled=_since(scheduled) if scheduled.get("status") == "True" else None,
         unschedulable=str(scheduled.get("message", ""))[:MAX_TEXT] if unschedulable else "",
         waiting_reason=str(waiting.get("reason", "")),
         waiting_message=str(waiting.get("message", ""))[:MAX_TEXT],

@@ -242,17 +242,28 @@ def _env(run: RunConfig, digest: str, config: OperatorConfig) -> list[Object]:
     ]
     if spec.model.token_secret_ref:
         own.append({"name": Env.HF_TOKEN.value, "valueFrom": _secret_key(spec.model.token_secret_ref)})
+    offered = _publishing_keys(spec)
     if run.world.nodes > 1 and run.world.gpus_per_node:
-        own.append({"name": "NCCL_SOCKET_IFNAME", "value": "^lo,docker"})
-    reserved = {variable["name"] for variable in own if not variable["name"].startswith("NCCL_")}
+        offered.append({"name": "NCCL_SOCKET_IFNAME", "value": "^lo,docker"})
+    reserved = {variable["name"] for variable in own}
     users = [_user_variable(one) for one in spec.placement.env or [] if one.name not in reserved]
     chosen = {variable["name"] for variable in users}
+    taken = reserved | chosen | {variable["name"] for variable in offered}
     defaults: list[Object] = [
-        {"name": name, "value": value}
-        for name, value in sorted(config.trainer.env.items())
-        if name not in reserved | chosen
+        {"name": name, "value": value} for name, value in sorted(config.trainer.env.items()) if name not in taken
     ]
-    return [*(one for one in own if one["name"] not in chosen), *defaults, *users]
+    return [*own, *(one for one in offered if one["name"] not in chosen), *defaults, *users]
+
+
+def _publishing_keys(spec: FineTuneJobSpec) -> list[Object]:
+    """Keys of trackers and of the hub that is written to, under the names that their own libraries read."""
+    wandb, mongodb, hub = spec.tracking.wandb, spec.tracking.mongodb, spec.output.hub
+    references = (
+        (names.WANDB_KEY, wandb.api_key_secret_ref if wandb else None),
+        (names.MONGODB_URI, mongodb.uri_secret_ref if mongodb else None),
+        (names.HUB_TOKEN, hub.token_secret_ref if hub else None),
+    )
+    return [{"name": name, "valueFrom": _secret_key(found)} for name, found in references if found is not None]
 
 
 def _secret(connection: Any) -> SecretRef | None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from typing import Any, cast
 
 import pytest
@@ -25,14 +26,14 @@ from finetune_operator.kube import (
     ServerClock,
 )
 from finetune_operator.metrics import Metrics
-from finetune_operator.objects import EVENT, FINETUNEJOB, JOB, Kind, Object
+from finetune_operator.objects import CORE_EVENT, EVENT, FINETUNEJOB, JOB, POD, Kind, Object
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.scrape import Scraper
 from finetune_operator.settings import ScrapeSettings
-from finetune_operator.views import read_finetunejob
+from finetune_operator.views import JobView, read_finetunejob
 from finetune_operator.workqueue import Key, WorkQueue
 
-from tests.unit.operator.samples import CONFIG, SPEC, UID
+from tests.unit.operator.samples import CONFIG, SPEC, UID, ended, pod
 
 KEY = Key("team", "run")
 
@@ -56,7 +57,7 @@ class Server:
         self.before(verb, kind)
 
     def _put(self, kind: Kind, body: Object) -> Object:
-        meta = {"uid": f"uid-{body['metadata']['name']}", "creationTimestamp": "2026-11-21T12:00:00Z", **body["metadata"]}
+        meta = {"uid": f"uid-{body['metadata']['name']}", "creationTimestamp": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), **body["metadata"]}
         stored = {**body, "metadata": {**meta, "resourceVersion": str(next(self.versions))}}
         self.objects[kind.plural, meta["name"]] = stored
         return stored
@@ -241,3 +242,77 @@ async def test_a_spec_is_judged_once_a_generation(server: Server, monkeypatch: p
     for _ in range(3):
         await process.look()
     assert len(judged) == 1
+
+
+async def begin(server: Server) -> tuple[Process, JobView]:
+    """A job whose attempt has a Job; nothing of it is told twice."""
+    process = Process(server)
+    for _ in range(2):
+        await process.look()
+    (found,) = process.cache.family(KEY).jobs.values()
+    return process, found
+
+
+async def test_pods_that_ended_are_told_with_the_end_of_their_job(server: Server) -> None:
+    """A Job says a moment after its pods that it is over: one status, not two, and nobody asks what keeps the pods away."""
+    process, begun = await begin(server)
+    process.cache.put_pod(pod(version=5, created=begun.created))
+    await process.look()
+    written = server.count("update", FINETUNEJOB)
+    process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
+    await process.look()
+    assert server.count("update", FINETUNEJOB) == written
+    assert server.count("list", CORE_EVENT) == 0
+    process.cache.put_job(replace(begun, version=10**6, complete=begun.created))
+    await process.look()
+    assert server.count("update", FINETUNEJOB) == written + 1
+    assert server.objects[FINETUNEJOB.plural, "run"]["status"]["phase"] == "Succeeded"
+
+
+async def test_a_job_that_does_not_say_so_in_time_is_not_waited_for(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "ENDING", 0.0)
+    process, begun = await begin(server)
+    process.cache.put_pod(pod(version=5, created=begun.created))
+    await process.look()
+    written = server.count("update", FINETUNEJOB)
+    process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
+    await process.look()
+    assert server.count("update", FINETUNEJOB) == written + 1
+
+
+@pytest.mark.parametrize(("scheduled", "asked"), [(1, 0), (60, 1)])
+async def test_a_pod_is_stuck_when_it_has_a_node_and_not_when_it_is_old(
+    server: Server, scheduled: int, asked: int
+) -> None:
+    """A pod may wait an hour for its node; that tells nothing of its volumes."""
+    _, begun = await begin(server)
+    process = Process(server)
+    process.cache.put_job(begun)
+    now = server.clock.now()
+    waiting = pod(version=5, phase="Pending", ready=False, created=now - timedelta(hours=1))
+    process.cache.put_pod(replace(waiting, scheduled=now - timedelta(seconds=scheduled)))
+    await process.look()
+    assert server.count("list", CORE_EVENT) == asked
+
+
+@pytest.mark.parametrize("read", [CORE_EVENT, POD, JOB])
+async def test_a_job_that_goes_while_something_is_read_of_it(server: Server, read: Kind) -> None:
+    _, begun = await begin(server)
+    process = Process(server)
+    long_ago = server.clock.now() - timedelta(hours=1)
+    if read is not JOB:
+        process.cache.put_job(replace(begun, version=10**6, created=long_ago, complete=long_ago if read is POD else None))
+
+    def goes(verb: str, kind: Kind) -> None:
+        if kind is read:
+            process.cache.drop_finetunejob(KEY, UID)
+            del server.objects[FINETUNEJOB.plural, "run"]
+            server.before = lambda verb, kind: None
+
+    server.before = goes
+    server.requests.clear()
+    await process.look()
+    assert [plural for _, plural in server.requests] == [read.plural]
+    assert process.cache.keys() == []
