@@ -20,6 +20,7 @@ from finetune_api.rules import (
     gpus_per_node,
     has_validation,
     method_of,
+    starts_with_loftq,
     trainer_of,
     world_size,
 )
@@ -132,7 +133,10 @@ def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any
     result: dict[str, Any] = {}
     if method is MethodType.QLORA:
         result["model.quantization.bits"] = 4
-    bits = 4 if method is MethodType.QLORA else spec.model.quantization.bits if spec.model.quantization else None
+    if starts_with_loftq(spec):
+        result["model.quantization.bits"] = 4
+    given = spec.model.quantization.bits if spec.model.quantization else None
+    bits = 4 if method is MethodType.QLORA or starts_with_loftq(spec) else given
     if bits == 4:
         result |= {"model.quantization.type": "nf4", "model.quantization.doubleQuant": True}
         result["model.quantization.computeDtype"] = "bfloat16" if gpus_per_node(spec) else "float32"

@@ -17,13 +17,16 @@ from typing import Any
 from finetune_api.base import DEFAULT, Group
 from finetune_api.errors import ConfigError
 from finetune_api.names import Env
+from finetune_api.reward_parameters import unfit_parameters
 from finetune_api.sources import ConfigMapSource, HttpsSource, parse
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
     Backend,
     DatasetFormat,
     Device,
+    DpoLoss,
     EncryptionType,
+    FsdpStateDict,
     GradientCheckpointing,
     LoraInit,
     MethodType,
@@ -89,6 +92,39 @@ def check(spec: FineTuneJobSpec, *, where: Where = Where.CLUSTER) -> list[Proble
     return [Problem(path, one.code, message, hint) for one in RULES for path, message, hint in one.find(spec, where)]
 
 
+def as_written(spec: FineTuneJobSpec, filled: Iterable[str]) -> FineTuneJobSpec:
+    """A resolved spec without what was filled in (wire paths), as rules want to see it."""
+    value = spec.wire()
+    for path in filled:
+        *groups, name = path.split(".")
+        inner: Any = value
+        for group in groups:
+            inner = inner.get(group, {}) if isinstance(inner, dict) else {}
+        inner.pop(name, None)
+    return FineTuneJobSpec.model_validate({key: _without_empty(group) for key, group in value.items()})
+
+
+def _without_empty(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _without_empty(one) for key, one in value.items()}
+    return {key: one for key, one in inner.items() if one != {}}
+
+
+def refuse(code: str, found: Found) -> None:
+    """End with the first problem found. Errors: ConfigError with that code."""
+    for _, message, hint in found:
+        raise ConfigError(code, message, hint=hint)
+
+
+def require(spec: FineTuneJobSpec, *codes: str) -> None:
+    """End with the first problem of the named rules. Errors: ConfigError with the rule's code."""
+    for one in RULES:
+        if one.code in codes:
+            for path, message, hint in one.find(spec, Where.CLUSTER):
+                raise ConfigError(one.code, f"{path}: {message}", hint=hint)
+
+
 def default_of(group: type[Group], field: str) -> Any:
     """The constant default of a field, from the model's own metadata."""
     extra = group.model_fields[field].json_schema_extra
@@ -111,6 +147,22 @@ def trainer_of(spec: FineTuneJobSpec) -> TrainerType:
     return TrainerType(given_or_default(spec.trainer, "type"))
 
 
+def base_bits(spec: FineTuneJobSpec) -> int | None:
+    """Bits that the base is loaded in, given or implied by the method; None: not quantised."""
+    given = spec.model.quantization.bits if spec.model.quantization else None
+    return given or (4 if method_of(spec) is MethodType.QLORA or starts_with_loftq(spec) else None)
+
+
+def starts_with_loftq(spec: FineTuneJobSpec) -> bool:
+    """Whether adapters start as LoftQ, given or implied."""
+    lora = spec.method.lora
+    return lora is not None and (lora.loftq is not None or lora.init is LoraInit.LOFTQ)
+
+
+NEEDS_WHOLE_WEIGHTS = (LoraInit.PISSA, LoraInit.OLORA, LoraInit.EVA)
+"""Ways to start that factorise whole weights or what they are given."""
+BASE_CHANGING = (LoraInit.PISSA, LoraInit.OLORA)
+"""Ways to start that take a part of the base away."""
 LORA_METHODS = (MethodType.LORA, MethodType.QLORA, MethodType.DORA, MethodType.ADAPTER)
 PROMPT_METHODS = (MethodType.PREFIX_TUNING, MethodType.PROMPT_TUNING)
 PREFERENCE_TRAINERS = (TrainerType.DPO, TrainerType.ORPO, TrainerType.REWARD)
@@ -316,6 +368,15 @@ def options_of_another_method(spec: FineTuneJobSpec, where: Where) -> Found:
         yield "method.vision", "it is only read with `model.modality: visionLanguage`", "remove it, or set the modality"
     if method is MethodType.DORA and spec.method.lora is not None and spec.method.lora.use_dora is False:
         yield "method.lora.useDora", "false, but the method is dora", "remove it, or write `type: lora`"
+    if method is MethodType.ADAPTER and spec.method.lora is not None:
+        given = [name for name in type(spec.method.lora).model_fields if getattr(spec.method.lora, name) is not None]
+        for name in given:
+            if name != "plus_ratio":
+                yield (
+                    f"method.lora.{type(spec.method.lora).model_fields[name].alias or name}",
+                    "the adapter that is continued has its own, and only plusRatio is read beside it",
+                    "remove it, or write `type: lora` for a new adapter",
+                )
 
 
 @rule(
@@ -338,7 +399,6 @@ def lora_initialisation(spec: FineTuneJobSpec, where: Where) -> Found:
     lora = spec.method.lora
     if lora is None:
         return
-    loftq = lora.loftq is not None or lora.init is LoraInit.LOFTQ
     if lora.loftq is not None and lora.init not in (None, LoraInit.LOFTQ):
         yield (
             "method.lora.init",
@@ -346,11 +406,75 @@ def lora_initialisation(spec: FineTuneJobSpec, where: Where) -> Found:
             "remove one of the two",
         )
     bits = spec.model.quantization.bits if spec.model.quantization else None
-    if loftq and (bits or method_of(spec) is MethodType.QLORA):
+    if lora.init in BASE_CHANGING and (
+        bits or lora.rank_stabilized or lora.use_dora or method_of(spec) is not MethodType.LORA
+    ):
         yield (
             "method.lora.init",
-            "LoftQ quantises the base itself and needs it whole, but the base is loaded quantised",
-            "remove model.quantization and write `method: {type: lora}`",
+            f"{lora.init} moves a part of the base into the adapter, which cannot be undone with a quantised base, DoRA or rsLoRA",
+            "remove it, or write method lora without quantization, useDora and rankStabilized",
+        )
+    if lora.init is LoraInit.EVA and spec.dataset.packing:
+        yield (
+            "dataset.packing",
+            "true, but `method.lora.init: eva` looks at rows one by one",
+            "write `packing: false`, or another init",
+        )
+    if lora.init is LoraInit.EVA and trainer_of(spec) is not TrainerType.SFT:
+        yield (
+            "method.lora.init",
+            f"eva looks at whole rows as sft has them, and the objective is {trainer_of(spec)}",
+            "remove it, or write pissa",
+        )
+    if starts_with_loftq(spec):
+        if bits == 8:
+            yield (
+                "model.quantization.bits",
+                "8, but LoftQ makes up for what 4 bits lose",
+                "remove model.quantization: the base is then quantised to 4 bits",
+            )
+        if lora.use_dora or method_of(spec) is MethodType.DORA:
+            yield (
+                "method.lora.init",
+                "loftq, but DoRA takes its directions from the base before LoftQ sets the adapter",
+                "write `method: {type: lora}` without useDora, or remove init",
+            )
+
+
+@rule("NewTokensUntrained")
+def new_tokens(spec: FineTuneJobSpec, where: Where) -> Found:
+    """Rows of new tokens must be trained by the method, and lie where they can be."""
+    asked, method = spec.model.new_tokens or [], method_of(spec)
+    if not asked:
+        return
+    path = "model.newTokens"
+    twice = next((token for token in asked if asked.count(token) > 1), None)
+    if twice is not None:
+        yield path, f"{twice} stands twice", "name every token once"
+    if method in (MethodType.IA3, *PROMPT_METHODS):
+        yield (
+            path,
+            f"method {method} trains no embeddings, so new tokens would stay without meaning",
+            "write method lora or full",
+        )
+    if method is MethodType.SPECTRUM and spec.model.quantization and spec.model.quantization.bits:
+        yield (
+            path,
+            "spectrum on a quantised base freezes the embeddings, so new tokens would stay without meaning",
+            "remove model.quantization, or write method qlora",
+        )
+    strategy, deepspeed = spec.distributed.strategy, spec.distributed.deepspeed
+    if strategy is Strategy.FSDP and method in LORA_METHODS:
+        yield (
+            path,
+            "an adapter trains single rows of the embeddings for them, which FSDP cannot shard",
+            "write `distributed: {strategy: ddp}`, or method full",
+        )
+    if strategy is Strategy.DEEPSPEED and deepspeed and deepspeed.zero_stage == 3:
+        yield (
+            path,
+            "the embeddings have to grow, and with ZeRO stage 3 no rank has them whole",
+            "write zeroStage 2, or fsdp with method full",
         )
 
 
@@ -432,6 +556,7 @@ def format_of_objective(spec: FineTuneJobSpec, where: Where) -> Found:
             DatasetFormat.PREFERENCE,
             DatasetFormat.UNPAIRED_PREFERENCE,
             DatasetFormat.PLAIN_TEXT,
+            DatasetFormat.CUSTOM,
         ):
             yield path, f"{form}, but grpo needs prompts", "write `format: promptOnly`, or a format with a question"
 
@@ -465,6 +590,25 @@ def rewards(spec: FineTuneJobSpec, where: Where) -> Found:
                 f"{path}.function",
                 "it names a function of a ConfigMap's file, and no configMapRef is given",
                 "add configMapRef, or remove it",
+            )
+        if reward.parameters and reward.config_map_ref is not None:
+            yield (
+                f"{path}.parameters",
+                "they are only read by built-in rewards, and this one is a function from a ConfigMap",
+                "remove them, and write the values into the function",
+            )
+        elif reward.builtin is not None:
+            yield from unfit_parameters(f"{path}.parameters", reward.builtin, reward.parameters or {})
+    names = [
+        one.name or (one.builtin and one.builtin.value) or one.function or "reward"
+        for one in spec.trainer.rewards or []
+    ]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield (
+                f"trainer.rewards[{i}].name",
+                f"two rewards are called {name!r}, and metrics are kept by name",
+                "give each its own `name`",
             )
 
 
@@ -504,6 +648,77 @@ def options_of_another_objective(spec: FineTuneJobSpec, where: Where) -> Found:
         yield "dataset.packing", f"true, but rows of {trainer} cannot share a sequence", "write `packing: false`"
     if spec.training.neftune_noise_alpha is not None and trainer is not TrainerType.SFT:
         yield "training.neftuneNoiseAlpha", f"it is only read with sft, and the objective is {trainer}", "remove it"
+    if spec.training.group_by_length and trainer is not TrainerType.SFT:
+        yield (
+            "training.groupByLength",
+            f"it orders the rows of sft only, and the objective is {trainer}",
+            "remove it",
+        )
+    dpo = spec.trainer.dpo
+    for field, readers in _DPO_READERS.items():
+        if (
+            dpo is not None
+            and getattr(dpo, field)
+            and trainer in (TrainerType.KTO, TrainerType.ORPO)
+            and trainer not in readers
+        ):
+            yield (
+                f"trainer.dpo.{type(dpo).model_fields[field].alias or field}",
+                f"it is only read with {' and '.join(readers)}, and the objective is {trainer}",
+                "remove it",
+            )
+
+
+_DPO_READERS: dict[str, tuple[TrainerType, ...]] = {
+    "loss_types": (TrainerType.DPO,),
+    "label_smoothing": (TrainerType.DPO,),
+    "reference_model": (TrainerType.DPO, TrainerType.KTO),
+}
+SMOOTHED = (DpoLoss.ROBUST, DpoLoss.EXO_PAIR)
+"""Losses that read the label smoothing."""
+
+
+@rule("DpoLosses")
+def dpo_losses(spec: FineTuneJobSpec, where: Where) -> Found:
+    dpo = spec.trainer.dpo
+    if dpo is None or trainer_of(spec) is not TrainerType.DPO:
+        return
+    losses = dpo.loss_types or [DpoLoss.SIGMOID]
+    twice = next((loss for loss in losses if losses.count(loss) > 1), None)
+    if twice is not None:
+        yield "trainer.dpo.lossTypes", f"it names {twice} twice", "name every loss once"
+    if dpo.label_smoothing and not any(loss in SMOOTHED for loss in losses):
+        yield (
+            "trainer.dpo.labelSmoothing",
+            f"it is {dpo.label_smoothing:g}, and {', '.join(losses)} do not read it",
+            "write `lossTypes: [robust]`, the loss for pairs that may be labelled the wrong way round, or remove it",
+        )
+    if not dpo.label_smoothing and DpoLoss.EXO_PAIR in losses:
+        yield (
+            "trainer.dpo.labelSmoothing",
+            "loss exoPair takes the logarithm of it, and it is 0",
+            "write `labelSmoothing: 0.001`",
+        )
+
+
+@rule("BatchTooSmall")
+def kto_batch(spec: FineTuneJobSpec, where: Where) -> Found:
+    if trainer_of(spec) is TrainerType.KTO and int(given_or_default(spec.training, "batch_size_per_device")) < 2:
+        yield (
+            "training.batchSizePerDevice",
+            "it is 1, and kto compares the rows of one batch with each other",
+            "write 2 or more",
+        )
+
+
+@rule("ObjectiveAndMethod")
+def objective_and_method(spec: FineTuneJobSpec, where: Where) -> Found:
+    if trainer_of(spec) is TrainerType.ORPO and method_of(spec) is MethodType.PROMPT_TUNING:
+        yield (
+            "method.type",
+            "orpo compares every place of the output with the row, and promptTuning puts virtual tokens before it",
+            "write method prefixTuning or lora, or trainer.type dpo",
+        )
 
 
 @rule("GenerationsDoNotDivide")
@@ -521,6 +736,16 @@ def generations(spec: FineTuneJobSpec, where: Where) -> Found:
             "trainer.grpo.numGenerations",
             f"{wanted} does not divide the {rows} completions of one optimizer step (batchSizePerDevice x gradientAccumulationSteps x ranks)",
             "change one of them so that it does",
+        )
+    batch = (
+        spec.evaluation.batch_size_per_device or int(given_or_default(spec.training, "batch_size_per_device"))
+    ) * world_size(spec)
+    looks = evaluates(spec) or has_test(spec)
+    if looks and not any(batch % size == 0 for size in range(2, wanted + 1)):
+        yield (
+            "evaluation.batchSizePerDevice",
+            f"{batch} answers of all ranks together hold no whole group of at least two",
+            "write an even number",
         )
 
 
@@ -590,6 +815,18 @@ def data_options(spec: FineTuneJobSpec, where: Where) -> Found:
                 "one marker alone does not tell where an answer ends",
                 "give both questionMarker and answerMarker, or neither: the chat template's own turns are then used",
             )
+
+
+@rule("ResponseOnlyWithoutTurns")
+def response_only(spec: FineTuneJobSpec, where: Where) -> Found:
+    only, form = spec.dataset.response_only, spec.dataset.format
+    without = form in (DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM)
+    if only is not None and only.enabled and without and not (only.question_marker or only.answer_marker):
+        yield (
+            "dataset.responseOnly.enabled",
+            f"true, but format {form} has no turns to tell an answer by",
+            "give questionMarker and answerMarker, or remove it",
+        )
 
 
 # --- training -------------------------------------------------------------------------------------------------------
@@ -795,15 +1032,86 @@ def strategy_and_ranks(spec: FineTuneJobSpec, where: Where) -> Found:
             f"true, but zeroStage is {deepspeed.zero_stage}: only stage 3 shards parameters",
             "write `zeroStage: 3`, or remove it",
         )
-    if (
-        deepspeed is not None
-        and deepspeed.zero_stage == 3
-        and (method_of(spec) is MethodType.QLORA or (spec.model.quantization and spec.model.quantization.bits))
-    ):
+    if deepspeed is not None and deepspeed.offload_optimizer and deepspeed.zero_stage == 0:
+        yield (
+            "distributed.deepspeed.offloadOptimizer",
+            "true, but with zeroStage 0 DeepSpeed does not own the optimizer's state",
+            "write `zeroStage: 1` or more, or remove it",
+        )
+
+
+def unfit_for_fsdp(spec: FineTuneJobSpec) -> Found:
+    """What FSDP cannot train."""
+    method, bits = method_of(spec), base_bits(spec)
+    if method in PROMPT_METHODS:
+        yield (
+            "method.type",
+            f"method {method} looks its virtual tokens up outside the layers that FSDP gathers",
+            "write `distributed: {strategy: ddp}`: so few parameters are trained that nothing is gained by sharding them",
+        )
+    if method is MethodType.SPECTRUM and bits:
+        yield (
+            "model.quantization.bits",
+            "spectrum trains whole weights between quantised ones, and FSDP gathers those of a layer in one number type",
+            "write `distributed: {strategy: ddp}`, or do not quantise: FSDP shards the whole weights too",
+        )
+    if bits == 8:
+        yield (
+            "model.quantization.bits",
+            "model.quantization.bits is 8, and 8-bit weights cannot be sharded",
+            "write bits 4, or `distributed: {strategy: ddp}`",
+        )
+
+
+def unfit_for_zero3(spec: FineTuneJobSpec) -> Found:
+    """What reads or rewrites whole weights, which no rank has with ZeRO stage 3."""
+    method, lora = method_of(spec), spec.method.lora
+    hint = "write zeroStage 2, or use fsdp"
+    if base_bits(spec):
         yield (
             "distributed.deepspeed.zeroStage",
-            "3, but a quantised base cannot be sharded by ZeRO-3",
-            "write zeroStage 2, or use fsdp, or do not quantise",
+            "ZeRO stage 3 cannot shard a quantised base",
+            "write zeroStage 2, or do not quantise",
+        )
+    if method is MethodType.SPECTRUM:
+        yield "method.type", "spectrum measures whole weight matrices, which no rank has with ZeRO stage 3", hint
+    if method in PROMPT_METHODS:
+        yield (
+            "method.type",
+            f"{method} looks its virtual tokens up outside the layers that ZeRO stage 3 gathers",
+            "write zeroStage 2, or `distributed: {strategy: ddp}`",
+        )
+    if method is MethodType.IA3 and trainer_of(spec) is TrainerType.KTO:
+        yield (
+            "method.type",
+            "ZeRO stage 3 fetches parameters in the order of the step before, and kto does not use those of ia3 in one order",
+            "write zeroStage 2, or method lora",
+        )
+    if lora is not None and lora.init in NEEDS_WHOLE_WEIGHTS:
+        yield (
+            "method.lora.init",
+            f"method.lora.init {lora.init} factorises whole weights, which no rank has with ZeRO stage 3",
+            hint,
+        )
+
+
+@rule("StrategyAndMethod")
+def strategy_and_method(spec: FineTuneJobSpec, where: Where) -> Found:
+    deepspeed = spec.distributed.deepspeed
+    if spec.distributed.strategy is Strategy.FSDP:
+        yield from unfit_for_fsdp(spec)
+    if spec.distributed.strategy is Strategy.DEEPSPEED and deepspeed is not None and deepspeed.zero_stage == 3:
+        yield from unfit_for_zero3(spec)
+
+
+@rule("StateDictUnavailable")
+def state_dict(spec: FineTuneJobSpec, where: Where) -> Found:
+    fsdp = spec.distributed.fsdp
+    if fsdp is not None and fsdp.state_dict is FsdpStateDict.LOCAL:
+        yield (
+            "distributed.fsdp.stateDict",
+            "it is local, which FSDP version 2 does not have",
+            "write sharded, which is also one file a rank, or full",
         )
 
 

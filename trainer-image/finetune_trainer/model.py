@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.pod import RunConfig
+from finetune_api.rules import starts_with_loftq
 from finetune_api.spec.enums import ComputeDtype, MethodType, QuantizationType
 
+from finetune_trainer import vocabulary
 from finetune_trainer.hardware import Hardware, selects_on_quantized
 from finetune_trainer.inputs import Inputs
 
@@ -47,7 +49,9 @@ def load_tokenizer(run: RunConfig, inputs: Inputs) -> tuple[Any, list[str]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable("TokenizerUnreadable", "tokenizer", run.spec.model.tokenizer, folder, error, run) from error
     tokenizer.padding_side = "right"
-    return tokenizer, _pad(tokenizer, run.spec.model.pad_token)
+    added = vocabulary.extend(tokenizer, run.spec.model.new_tokens)
+    notes = [f"{len(added)} new tokens, ids {added[0]} to {added[-1]}"] if added else []
+    return tokenizer, [*notes, *_pad(tokenizer, run.spec.model.pad_token)]
 
 
 def _pad(tokenizer: Any, asked: str | None) -> list[str]:
@@ -170,6 +174,11 @@ def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
         raise ConfigError(
             "QuantizedBase", f"the model is stored quantised ({method}), and method {run.spec.method.type} trains the weights themselves",
             hint="give the unquantised model, or write method lora",
+        )  # fmt: skip
+    if starts_with_loftq(run.spec):
+        raise ConfigError(
+            "QuantizedBase", f"the model is stored quantised ({method}), and method.lora.init loftq measures what quantising loses",
+            hint="give the unquantised model, or leave init out",
         )  # fmt: skip
     return [f"the model is stored quantised ({method}) and is trained on as it is"]
 

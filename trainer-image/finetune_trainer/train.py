@@ -10,10 +10,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
+from finetune_api import rules
 from finetune_api.errors import ConfigError, FineTuneError, InternalError, MemoryExhaustedError
 from finetune_api.pod import RunConfig
-from finetune_api.rules import has_validation
-from finetune_api.spec.enums import OutputKind, TrainerType
+from finetune_api.spec.enums import LoraInit, OutputKind, TrainerType
 from finetune_api.status import Resolved, Stage
 
 from finetune_trainer import imports
@@ -22,6 +22,11 @@ from finetune_trainer.inputs import Inputs
 
 FINAL = "final"
 """Folder of the final artefact, below the scratch folder."""
+COMBINATIONS = (
+    "OptionOfAnotherMethod", "OptionOfAnotherObjective", "LoraInitialisation", "NewTokensUntrained", "DpoLosses", "BatchTooSmall",
+    "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
+)  # fmt: skip
+"""Rules of the API that hold here too, whoever made the run's configuration: what would train something else than was asked."""
 OBJECTIVES = {
     TrainerType.SFT: "finetune_trainer.objective.sft",
     TrainerType.DPO: "finetune_trainer.objective.dpo",
@@ -83,6 +88,7 @@ class Session:
         from finetune_trainer import distributed, hardware
 
         _quiet()
+        rules.require(rules.as_written(run.spec, run.defaults), *COMBINATIONS)
         self.run, self.channel, self.inputs, self.hooks = run, channel, inputs, hooks
         self.objective = _objective(run)
         self.hardware = hardware.detect(run, channel.local_rank)
@@ -120,9 +126,9 @@ class Session:
     def _build(self, callbacks: Any) -> tuple[Any, Any]:
         from transformers import AutoConfig, PrinterCallback, set_seed
 
-        from finetune_trainer import method, model
+        from finetune_trainer import method, model, vocabulary
         from finetune_trainer.engine import PrecisionKeeper
-        from finetune_trainer.method import lora, spectrum
+        from finetune_trainer.method import loftq, lora, spectrum
         from finetune_trainer.objective.base import Setting
 
         run, inputs = self.run, self.inputs
@@ -132,7 +138,7 @@ class Session:
             run, inputs, self.hardware, self.plan, tokenizer, self.channel.work / "tokens", model.positions(config),
             [*self._guards(), *callbacks],
         )  # fmt: skip
-        args = self.objective.arguments(setting, evaluates=has_validation(run.spec))
+        args = self.objective.arguments(setting, evaluates=rules.has_validation(run.spec))
         data, self.facts = self.objective.data(setting)
         self.test = data.test
         self._tell(*notes, *self.facts.notes)
@@ -142,14 +148,23 @@ class Session:
             run, inputs, self.hardware, sharded=self.plan.sharded_weights, kind=self.objective.MODEL_KIND,
             skip_quantization=selection.modules if selection else (),
         )  # fmt: skip
-        applied = method.apply(run, inputs, base, keep_dtype=self.plan.keep_adapter_dtype, selection=selection)
+        vocabulary.fit(base, tokenizer, run)
+        applied = method.apply(
+            run, inputs, base, keep_dtype=self.plan.keep_adapter_dtype, selection=selection,
+            new_ids=vocabulary.new_ids(tokenizer, run.spec.model.new_tokens),
+        )  # fmt: skip
         self._tell(*notes, *applied.notes, *self.plan.notes)
+        if lora.starts_with(run, LoraInit.LOFTQ) and self.hooks.resume_path(inputs) is None:
+            whole, _ = model.load_model(run, inputs, self.hardware, kind=self.objective.MODEL_KIND, quantize=False)
+            loftq.start(applied.model, whole)
+            self._tell("init loftq: the adapter belongs to the base in 4 bits, as it is quantised here")
+            del whole
         keeper = PrecisionKeeper(applied.model) if applied.kind is OutputKind.ADAPTER or selection else None
         with spectrum.trainable_although_quantized(base) if selection else nullcontext():
             trainer = self.objective.build(setting, args, applied.model, data)
         if keeper is not None:
             keeper.restore(trainer.model)
-        if lora.starts_with_eva(run) and self.hooks.resume_path(inputs) is None:
+        if lora.starts_with(run, LoraInit.EVA) and self.hooks.resume_path(inputs) is None:
             lora.start_eva(trainer)
             set_seed(args.seed)
         for callback in callbacks:

@@ -38,7 +38,9 @@ class Columns(Group):
 class Split(Group):
     """`dataset.split`: parts cut from the training data; sizes are rounded down, the rest goes to training."""
 
-    train: Annotated[float, Field(gt=0, le=1)] | None = option("Fraction for training.", default_text="1 - validation - test", example=0.8)
+    train: Annotated[float, Field(gt=0, le=1)] | None = option(
+        "Fraction for training.", default_text="1 - validation - test", example=0.8
+    )
     validation: Ratio | None = option("Fraction for validation.", default_text="0", example=0.1)
     test: Ratio | None = option("Fraction for the test set.", default_text="0", example=0.1)
     seed: Annotated[int, Field(ge=0, le=4294967295)] | None = option(

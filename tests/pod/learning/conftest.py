@@ -1,45 +1,15 @@
-"""One tiny model for all tests of a session, taught to speak, so that adapters have something to build on."""
+"""The model of these tests has been taught to speak, so that adapters have something to build on."""
 
 from __future__ import annotations
-
-import os
-
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from pathlib import Path
 
 import pytest
 
-
-@pytest.fixture(scope="session", autouse=True)
-def _libraries() -> None:
-    """bitsandbytes before anything hides it: jobs with and without it run in this one process."""
-    import bitsandbytes  # noqa: F401  imported so that it counts as in use
-    import torch
-
-    torch.set_num_threads(1)
+from tests.support.models import libraries, raw_model, taught_model  # noqa: F401  fixtures
 
 
 @pytest.fixture(scope="session")
-def raw_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights."""
-    from tests.support.tiny import make_tiny_model
-
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "raw")
-
-
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(taught_model: Path) -> Path:  # noqa: F811  the fixture by that name
     """Weights that know the words of the ten rows, with other answers."""
-    from tests.support.learning import TEN
-    from tests.support.tiny import make_tiny_model, teach
-
-    path = make_tiny_model(tmp_path_factory.mktemp("models") / "taught")
-    answers = [row["messages"][1]["content"] for row in TEN]
-    others = [
-        [row["messages"][0], {"role": "assistant", "content": answers[(place + shift) % len(answers)]}]
-        for shift in (3, 5, 7)
-        for place, row in enumerate(TEN)
-    ]
-    return teach(path, others, steps=120)
+    return taught_model

@@ -31,6 +31,7 @@ LEARNERS = {
         {"method": NO_DROPOUT, "model": {"quantization": {"bits": 8}}, "training": {"learningRate": 1e-2}},
         0.1,
     ),
+    "loftq": ({"method": {"lora": {"dropout": 0, "init": "loftq"}}, "training": {"learningRate": 1e-2}}, 0.1),
     "dora": ({"method": {"type": "dora", **NO_DROPOUT}, "training": {"learningRate": 1e-2}}, 0.1),
     "ia3": ({"method": {"type": "ia3"}, "training": {"learningRate": 0.3}}, 0.1),
     "spectrum": ({"method": {"type": "spectrum"}}, 0.1),
@@ -97,6 +98,25 @@ def test_adapters_leave_the_base_bit_equal(name: str, model: Path, tmp_path: Pat
         assert compared == 21
     assert outcome.kind == "adapter"
     assert outcome.resolved["trainableParameters"] < outcome.resolved["totalParameters"]
+
+
+def test_loftq_repairs_what_quantisation_took(model: Path, tmp_path: Path) -> None:
+    from bitsandbytes.functional import dequantize_4bit
+    from safetensors.torch import load_file
+
+    still = {"training": {"maxSteps": 1, "learningRate": 1e-12}}
+    lora = {"rank": 4, "alpha": 16, "init": "loftq", "dropout": 0, "targetModules": ["q_proj", "down_proj", "up_proj"]}
+    outcome = go(tmp_path, model, merged(still, {"method": {"lora": lora}}))
+    whole = load_file(model / "model.safetensors")
+    layers = [m for m in outcome.model.get_base_model().named_modules() if hasattr(m[1], "lora_A")]
+    assert len(layers) == 6
+    for name, layer in layers:
+        packed = layer.get_base_layer().weight
+        rest = whole[f"{name}.weight"] - dequantize_4bit(packed.data, packed.quant_state)
+        repaired = rest - 4 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+        singular = torch.linalg.svdvals(rest)
+        # Nothing of rank 4 comes closer: what stays are the singular values after the fourth.
+        assert float(repaired.norm()) == pytest.approx(float(singular[4:].norm()), rel=1e-4)
 
 
 def test_full_changes_every_weight(model: Path, tmp_path: Path) -> None:

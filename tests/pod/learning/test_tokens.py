@@ -83,6 +83,18 @@ def test_an_answer_of_weight_0_is_not_learned(tmp_path: Path) -> None:
     assert "red" not in "".join(whole) and "green" in "".join(whole)
 
 
+@pytest.mark.parametrize("template", [True, False], ids=["template", "words"])
+def test_a_silent_answer_is_told_from_the_same_word_elsewhere(template: bool, tmp_path: Path) -> None:
+    turns = (Turn("user", "say red"), Turn("assistant", "red", 0), Turn("user", "two"), Turn("assistant", "green"))
+    how = style(tokenizer(tmp_path), response_only=False, template=template)
+    rendered = render(Conversation(turns), how)
+    silent = "".join(
+        rendered.text[end:start] for (_, end), (start, _) in zip(rendered.spans, rendered.spans[1:], strict=False)
+    )
+    assert silent in ("red", "red<|im_end|>")
+    assert "say red" in rendered.text[slice(*rendered.spans[0])]
+
+
 def test_all_tokens_are_learned_on_request(tmp_path: Path) -> None:
     how = style(tokenizer(tmp_path), response_only=False)
     rendered = render(Conversation(TWO), how)
@@ -221,6 +233,45 @@ def test_tokens_are_kept_by_content(tmp_path: Path) -> None:
     assert prepared(tmp_path, tok, {"addEosToken": False}).cached is False
     assert prepared(tmp_path, tok, {}, TEN[:9]).cached is False
     assert prepared(tmp_path, tokenizer(tmp_path, CHATML_MARKED)).cached is False
+
+
+def test_a_second_attempt_finds_the_tokens_of_the_first(model: Path, tmp_path: Path) -> None:
+    """Another attempt on the same disk, with other cores, reads no row again and trains on the same sequences."""
+    from finetune_trainer.data import prepare as room
+
+    first = go(tmp_path, model, {"training": {"maxSteps": 2}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "load", None)
+        again = go(tmp_path, model, {"training": {"maxSteps": 2}, "dataset": {"numProc": 3}})
+    assert again.losses == first.losses
+    assert [note for note in again.notes if note.startswith("train:")] == [
+        n for n in first.notes if n.startswith("train:")
+    ]
+
+
+@pytest.mark.timeout(120)
+def test_several_processes_make_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_trainer.data import parallel
+
+    late = {"messages": [*TEN[1]["messages"], {"role": "system", "content": "late"}]}
+    rows = [late if place in (7, 1203) else TEN[place % 10] for place in range(2500)]
+    tok = tokenizer(tmp_path, SYSTEM_FIRST, bos=True)
+    dataset = {"badRows": "skip", "numProc": 2}
+    alone = prepared(tmp_path / "a", tok, dataset, rows)
+    monkeypatch.setattr(parallel, "ROWS_OF_A_WORKER", 1000)
+    started: list[int] = []
+    pool = parallel._pool
+    monkeypatch.setattr(parallel, "_pool", lambda work, workers: started.append(workers) or pool(work, workers))
+    together = prepared(tmp_path / "b", tok, dataset, rows)
+    assert started == [2]
+    assert together.train["input_ids"] == alone.train["input_ids"]
+    assert together.train["labels"] == alone.train["labels"]
+    assert together.notes == alone.notes
+    assert len(together.train) == 2498
+    assert any("2 rows were left out; the first: train.jsonl, row 8" in note for note in together.notes)
+    with pytest.raises(DataError) as caught:
+        prepared(tmp_path / "c", tok, {"numProc": 2}, rows)
+    assert caught.value.code == "TemplateRefusedRow" and "row 8" in caught.value.message
 
 
 def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:

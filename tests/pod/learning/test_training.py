@@ -332,9 +332,3 @@ def test_eva_starts_from_the_data(model: Path, tmp_path: Path) -> None:
     assert len(weights) == 14
     for value in weights.values():  # principal directions are orthonormal; a random start is not
         assert torch.allclose(value @ value.T, torch.eye(4), atol=1e-3)
-
-
-def test_loftq_is_refused_with_the_reason(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        go(tmp_path, model, {"method": {"lora": {"init": "loftq"}}})
-    assert caught.value.code == "InitUnavailable" and "CUDA" in caught.value.message

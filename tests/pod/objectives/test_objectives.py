@@ -104,7 +104,9 @@ def test_full_reward_model_is_a_model_with_its_head(model: Path, tmp_path: Path)
 def test_spectrum_trains_the_head_of_a_reward_model(bits: int | None, model: Path, tmp_path: Path) -> None:
     quantization = {"model": {"quantization": {"bits": bits}}} if bits else {}
     whole = {"training": {"batchSizePerDevice": 10, "learningRate": 1e-3, "maxSteps": 8}}
-    outcome = go(tmp_path, model, {"trainer": {"type": "reward"}, "method": {"type": "spectrum"}, **quantization, **whole}, PAIRS)
+    outcome = go(
+        tmp_path, model, {"trainer": {"type": "reward"}, "method": {"type": "spectrum"}, **quantization, **whole}, PAIRS
+    )
     assert outcome.model.score.weight.requires_grad
     assert outcome.losses[-1] < outcome.losses[0]
 
@@ -315,21 +317,21 @@ def test_neighbours_give_their_answers() -> None:
 
 OWN = {"configMapRef": {"name": "mine", "key": "r.py"}}
 REFUSED: dict[str, tuple[Spec, list[Any], str, str]] = {
-    "exoPair without smoothing": (objective("dpo", dpo={"lossTypes": ["exoPair"]}), PAIRS, "LabelSmoothingMissing", "logarithm"),
-    "smoothing without effect": (objective("dpo", dpo={"labelSmoothing": 0.1}), PAIRS, "OptionWithoutEffect", "sigmoid do not read it"),
-    "a loss twice": (objective("dpo", dpo={"lossTypes": ["ipo", "ipo"]}), PAIRS, "LossTwice", "ipo twice"),
-    "grouping by length": (objective("dpo", {"training": {"groupByLength": True}}), PAIRS, "OptionWithoutEffect", "groupByLength"),
+    "exoPair without smoothing": (objective("dpo", dpo={"lossTypes": ["exoPair"]}), PAIRS, "DpoLosses", "logarithm"),
+    "smoothing without effect": (objective("dpo", dpo={"labelSmoothing": 0.1}), PAIRS, "DpoLosses", "sigmoid do not read it"),
+    "a loss twice": (objective("dpo", dpo={"lossTypes": ["ipo", "ipo"]}), PAIRS, "DpoLosses", "ipo twice"),
+    "grouping by length": (objective("dpo", {"training": {"groupByLength": True}}), PAIRS, "OptionOfAnotherObjective", "groupByLength"),
     "an answer as long as the row": (
         objective("dpo", {"dataset": {"maxSequenceLength": 32}}, maxCompletionLength=32), PAIRS, "CompletionTooLong", "no token",
     ),
     "kto row by row": (objective("kto", {"training": {"batchSizePerDevice": 1}}), JUDGED, "BatchTooSmall", "rows of one batch"),
     "kto of one kind": (objective("kto"), JUDGED[::2], "OneSidedJudgement", "judged good"),
-    "kto with a dpo option": (objective("kto", dpo={"lossTypes": ["ipo"]}), JUDGED, "OptionWithoutEffect", "lossTypes"),
-    "orpo with a reference": (objective("orpo", dpo={"referenceModel": "org/x"}), PAIRS, "OptionWithoutEffect", "referenceModel"),
+    "kto with a dpo option": (objective("kto", dpo={"lossTypes": ["ipo"]}), JUDGED, "OptionOfAnotherObjective", "lossTypes"),
+    "orpo with a reference": (objective("orpo", dpo={"referenceModel": "org/x"}), PAIRS, "OptionOfAnotherObjective", "referenceModel"),
     "orpo with prompt tuning": (
         {"method": {"type": "promptTuning"}, "trainer": {"type": "orpo"}}, PAIRS, "ObjectiveAndMethod", "virtual tokens",
     ),
-    "groups that do not fit": (grpo(numGenerations=3), PROMPTS, "GroupsDoNotFit", "3 does not divide the 2 completions"),
+    "groups that do not fit": (grpo(numGenerations=3), PROMPTS, "GenerationsDoNotDivide", "3 does not divide the 2 completions"),
     "a column that is not there": (
         grpo(rewards=[{"builtin": "exactMatch", "parameters": {"column": "gold"}}]), PROMPTS, "RewardColumnMissing", "reads column 'gold'",
     ),

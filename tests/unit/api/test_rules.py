@@ -23,6 +23,18 @@ def spec(change: dict[str, Any]) -> FineTuneJobSpec:
     return FineTuneJobSpec.model_validate(merged(MINIMAL, change))
 
 
+ADAPTER: dict[str, Any] = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
+FSDP: dict[str, Any] = {"distributed": {"strategy": "fsdp"}, "resources": {"gpusPerNode": 2}}
+ZERO3: dict[str, Any] = {
+    "distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}},
+    "resources": {"gpusPerNode": 2},
+}
+
+
+def grpo(reward: dict[str, Any], **more: Any) -> dict[str, Any]:
+    return merged({"trainer": {"type": "grpo", "rewards": [reward]}}, more)
+
+
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("ModelMissing", {"model": {"source": None}}, "model.source"),
     ("DatasetMissing", {"dataset": {"train": None}}, "dataset.train"),
@@ -56,7 +68,30 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("OptionOfAnotherMethod", {"method": {"type": "dora", "lora": {"useDora": False}}}, "method.lora.useDora"),
     ("LoraOnHead", {"method": {"lora": {"targetModules": ["q_proj", "lm_head"]}}}, "method.lora.targetModules"),
     ("LoraInitialisation", {"method": {"lora": {"init": "pissa", "loftq": {"bits": 4}}}}, "method.lora.init"),
-    ("LoraInitialisation", {"method": {"type": "qlora", "lora": {"init": "loftq"}}}, "method.lora.init"),
+    (
+        "LoraInitialisation",
+        {"method": {"lora": {"init": "loftq"}}, "model": {"quantization": {"bits": 8}}},
+        "model.quantization.bits",
+    ),
+    ("LoraInitialisation", {"method": {"type": "dora", "lora": {"init": "loftq"}}}, "method.lora.init"),
+    ("LoraInitialisation", {"method": {"lora": {"init": "pissa", "useDora": True}}}, "method.lora.init"),
+    ("LoraInitialisation", {"method": {"type": "qlora", "lora": {"init": "olora"}}}, "method.lora.init"),
+    ("LoraInitialisation", {"method": {"lora": {"init": "eva"}}, "dataset": {"packing": True}}, "dataset.packing"),
+    ("LoraInitialisation", {"method": {"lora": {"init": "eva"}}, "trainer": {"type": "dpo"}}, "method.lora.init"),
+    ("OptionOfAnotherMethod", ADAPTER | {"method": {**ADAPTER["method"], "lora": {"rank": 8}}}, "method.lora.rank"),
+    ("NewTokensUntrained", {"model": {"newTokens": ["<a>", "<a>"]}}, "model.newTokens"),
+    ("NewTokensUntrained", {"model": {"newTokens": ["<a>"]}, "method": {"type": "ia3"}}, "model.newTokens"),
+    (
+        "NewTokensUntrained",
+        {"model": {"newTokens": ["<a>"], "quantization": {"bits": 4}}, "method": {"type": "spectrum"}},
+        "model.newTokens",
+    ),
+    (
+        "NewTokensUntrained",
+        {"model": {"newTokens": ["<a>"]}, "distributed": {"strategy": "fsdp"}, "resources": {"gpusPerNode": 2}},
+        "model.newTokens",
+    ),
+    ("NewTokensUntrained", {"model": {"newTokens": ["<a>"]}, **ZERO3}, "model.newTokens"),
     ("SpectrumLayers", {"method": {"type": "spectrum", "spectrum": {"layers": [1, 1]}}}, "method.spectrum.layers"),
     (
         "SpectrumLayers",
@@ -75,12 +110,91 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("RewardIncomplete", {"trainer": {"type": "grpo", "rewards": [{"weight": 1}]}}, "trainer.rewards[0]"),
     (
         "RewardIncomplete",
-        {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "function": "f"}]}},
+        {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat", "function": "f"}]}},
         "trainer.rewards[0].function",
     ),
     ("OptionOfAnotherObjective", {"trainer": {"dpo": {"beta": 0.1}}}, "trainer.dpo"),
+    ("OptionOfAnotherObjective", {"trainer": {"type": "kto", "dpo": {"lossTypes": ["ipo"]}}}, "trainer.dpo.lossTypes"),
+    (
+        "OptionOfAnotherObjective",
+        {"trainer": {"type": "orpo", "dpo": {"referenceModel": "a/b"}}},
+        "trainer.dpo.referenceModel",
+    ),
+    (
+        "OptionOfAnotherObjective",
+        {"trainer": {"type": "reward"}, "training": {"groupByLength": True}},
+        "training.groupByLength",
+    ),
+    ("DpoLosses", {"trainer": {"type": "dpo", "dpo": {"lossTypes": ["exoPair"]}}}, "trainer.dpo.labelSmoothing"),
+    ("DpoLosses", {"trainer": {"type": "dpo", "dpo": {"labelSmoothing": 0.1}}}, "trainer.dpo.labelSmoothing"),
+    ("DpoLosses", {"trainer": {"type": "dpo", "dpo": {"lossTypes": ["ipo", "ipo"]}}}, "trainer.dpo.lossTypes"),
+    (
+        "BatchTooSmall",
+        {"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}},
+        "training.batchSizePerDevice",
+    ),
+    ("ObjectiveAndMethod", {"trainer": {"type": "orpo"}, "method": {"type": "promptTuning"}}, "method.type"),
+    ("RewardIncomplete", grpo({"builtin": "regex"}), "trainer.rewards[0].parameters.pattern"),
+    (
+        "RewardIncomplete",
+        grpo({"builtin": "regex", "parameters": {"pattern": "("}}),
+        "trainer.rewards[0].parameters.pattern",
+    ),
+    ("RewardIncomplete", grpo({"builtin": "thinkFormat", "parameters": {"x": "1"}}), "trainer.rewards[0].parameters"),
+    ("RewardIncomplete", grpo({"builtin": "length"}), "trainer.rewards[0].parameters"),
+    (
+        "RewardIncomplete",
+        grpo({"builtin": "length", "parameters": {"minimum": "many"}}),
+        "trainer.rewards[0].parameters.minimum",
+    ),
+    (
+        "RewardIncomplete",
+        grpo({"builtin": "jsonSchema", "parameters": {"schema": "{"}}),
+        "trainer.rewards[0].parameters.schema",
+    ),
+    (
+        "RewardIncomplete",
+        grpo({"configMapRef": {"name": "r", "key": "r.py"}, "parameters": {"x": "1"}}),
+        "trainer.rewards[0].parameters",
+    ),
+    (
+        "RewardIncomplete",
+        {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}, {"builtin": "thinkFormat"}]}},
+        "trainer.rewards[1].name",
+    ),
+    (
+        "GenerationsDoNotDivide",
+        grpo(
+            {"builtin": "thinkFormat"},
+            evaluation={"batchSizePerDevice": 1},
+            dataset={"validation": "a/b"},
+            trainer={"grpo": {"numGenerations": 4}},
+        ),
+        "evaluation.batchSizePerDevice",
+    ),
+    (
+        "ResponseOnlyWithoutTurns",
+        {"dataset": {"format": "plainText", "responseOnly": {"enabled": True}}},
+        "dataset.responseOnly.enabled",
+    ),
+    ("StrategyAndMethod", {**FSDP, "method": {"type": "prefixTuning"}}, "method.type"),
+    ("StrategyAndMethod", {**FSDP, "model": {"quantization": {"bits": 8}}}, "model.quantization.bits"),
+    (
+        "StrategyAndMethod",
+        {**FSDP, "model": {"quantization": {"bits": 4}}, "method": {"type": "spectrum"}},
+        "model.quantization.bits",
+    ),
+    ("StrategyAndMethod", {**ZERO3, "method": {"type": "spectrum"}}, "method.type"),
+    ("StrategyAndMethod", {**ZERO3, "method": {"type": "promptTuning"}}, "method.type"),
+    ("StrategyAndMethod", {**ZERO3, "method": {"lora": {"init": "pissa"}}}, "method.lora.init"),
+    ("StrategyAndMethod", {**ZERO3, "method": {"lora": {"init": "loftq"}}}, "distributed.deepspeed.zeroStage"),
+    (
+        "StateDictUnavailable",
+        merged(FSDP, {"distributed": {"fsdp": {"stateDict": "local"}}}),
+        "distributed.fsdp.stateDict",
+    ),
     ("OptionOfAnotherObjective", {"trainer": {"grpo": {"beta": 0.1}}}, "trainer.grpo"),
-    ("OptionOfAnotherObjective", {"trainer": {"rewards": [{"builtin": "regex"}]}}, "trainer.rewards"),
+    ("OptionOfAnotherObjective", {"trainer": {"rewards": [{"builtin": "thinkFormat"}]}}, "trainer.rewards"),
     ("OptionOfAnotherObjective", {"trainer": {"maxCompletionLength": 12}}, "trainer.maxCompletionLength"),
     ("OptionOfAnotherObjective", {"trainer": {"type": "dpo"}, "dataset": {"packing": True}}, "dataset.packing"),
     (
@@ -90,7 +204,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ),
     (
         "GenerationsDoNotDivide",
-        {"trainer": {"type": "grpo", "rewards": [{"builtin": "length"}], "grpo": {"numGenerations": 7}}},
+        {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}], "grpo": {"numGenerations": 7}}},
         "trainer.grpo.numGenerations",
     ),
     ("SplitRatios", {"dataset": {"split": {"train": 0.9, "validation": 0.2}}}, "dataset.split"),
@@ -173,7 +287,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         "distributed.deepspeed.offloadParameters",
     ),
     (
-        "StrategyAndRanks",
+        "StrategyAndMethod",
         {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}, "method": {"type": "qlora"}},
         "distributed.deepspeed.zeroStage",
     ),
@@ -254,6 +368,30 @@ def test_every_rule_has_a_case() -> None:
 def test_rule_codes_are_unique() -> None:
     codes = [rule.code for rule in RULES]
     assert len(codes) == len(set(codes))
+
+
+def test_a_resolved_spec_is_judged_as_it_was_written() -> None:
+    from finetune_api.defaults import resolve
+    from finetune_api.errors import ConfigError
+    from finetune_api.rules import as_written, require
+
+    for change in (
+        {},
+        {"trainer": {"type": "kto"}},
+        {"trainer": {"type": "orpo", "dpo": {"beta": 0.2}}},
+        ADAPTER,
+        ZERO3,
+    ):
+        asked = spec(change)
+        resolution = resolve(asked)
+        written = as_written(resolution.spec, resolution.defaults)
+        given = {key: value for key, value in asked.wire().items() if value not in ({}, False)}
+        assert {key: value for key, value in written.wire().items() if value not in ({}, False)} == given
+        assert check(written) == check(asked) == []
+    broken = resolve(spec({"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}}))
+    with pytest.raises(ConfigError, match="BatchTooSmall: training.batchSizePerDevice: it is 1"):
+        require(as_written(broken.spec, broken.defaults), "BatchTooSmall")
+    require(broken.spec, "DpoLosses")
 
 
 @pytest.mark.parametrize(

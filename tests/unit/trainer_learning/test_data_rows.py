@@ -153,6 +153,47 @@ def test_columns_are_mapped(tmp_path: Path) -> None:
     assert example.turns == (Turn("system", "You are kind."), U, A)
 
 
+def test_messages_may_be_a_question_and_an_answer_in_named_columns(tmp_path: Path) -> None:
+    dataset = {"format": "messages", "columns": {"question": "Question", "answer": "Response"}, "systemPrompt": "Help."}
+    wanted = Conversation((Turn("system", "Help."), U, A))
+    assert examples(tmp_path / "a", dataset, [{"Question": "hi", "Response": "ho"}]) == [wanted]
+    assert examples(tmp_path / "b", dataset, [{"messages": TURNS}]) == [wanted]  # messages that are there come first
+    error = failure(tmp_path / "c", dataset, [{"Question": "hi", "Answer": "ho"}])
+    assert error.code == "ColumnMissing"
+    assert "column `Response` (dataset.columns.answer)" in error.message and "`Question`, `Answer`" in error.message
+    error = failure(tmp_path / "d", {"format": "messages"}, [{"Question": "hi", "Response": "ho"}])
+    assert error.code == "ColumnMissing" and "`messages`" in error.message
+
+
+def test_alpaca_rows_where_named_columns_are_absent(tmp_path: Path) -> None:
+    dataset = {"format": "qa", "columns": {"question": "question", "answer": "answer"}}
+    row = {"instruction": "hi", "input": "x", "output": "ho"}
+    run, inputs = run_for(tmp_path / "a", {"dataset": dataset}, [row])
+    loaded = load(run, inputs)
+    assert [example for _, example in loaded.train] == [
+        Conversation((Turn("user", "hi\n\nx"), A), words=("Instruction", "Output"))
+    ]
+    assert loaded.summary.format == "alpaca"
+    assert loaded.summary.notes == [
+        "no row has `question` or `answer` of dataset.columns; all have `instruction` and `output`: they are read as alpaca"
+    ]
+    error = failure(tmp_path / "b", dataset, [row, {**row, "answer": "ho"}])
+    assert error.code == "ColumnMissing" and "`instruction`, `input`, `output`" in error.message
+
+
+def test_a_prompt_may_be_an_object_with_messages(tmp_path: Path) -> None:
+    columns = {"question": "input", "chosen": "preferred_output", "rejected": "non_preferred_output"}
+    row = {
+        "input": {"messages": TURNS[:1], "tools": [], "parallel_tool_calls": True}, "preferred_output": TURNS[1:],
+        "non_preferred_output": [NO],
+    }  # fmt: skip
+    dataset, spec = {"format": "preference", "columns": columns}, {"trainer": {"type": "dpo"}}
+    assert examples(tmp_path / "a", dataset, [row], spec=spec) == [TURN_PAIR]
+    row["input"] = {"messages": TURNS[:1], "tools": [{"type": "function"}]}
+    error = failure(tmp_path / "b", dataset, [row], spec=spec)
+    assert error.code == "DatasetRowInvalid" and "holds tools" in error.message
+
+
 def test_custom_template_fills_columns_and_braces(tmp_path: Path) -> None:
     dataset = {"format": "custom", "template": "{a} {{x}} {b}"}
     assert examples(tmp_path, dataset, [{"a": "1", "b": 2}]) == [Text("1 {x} 2")]

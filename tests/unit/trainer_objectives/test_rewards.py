@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from finetune_api.errors import ConfigError, NotFoundError
+from finetune_api.reward_parameters import REWARD_PARAMETERS, unfit_parameters
+from finetune_api.spec.enums import BuiltinReward
 from finetune_api.spec.trainer import Reward
-from finetune_trainer.objective.rewards import require_columns, rewards, text_of
+from finetune_trainer.objective.rewards import MAKERS, Parameters, require_columns, rewards, text_of
 
 CITED = "<cited_answer><answer>Paris</answer><citations><source_id>7</source_id></citations></cited_answer>"
 
@@ -210,3 +212,14 @@ def test_a_missing_config_map_is_the_users(tmp_path: Path) -> None:
 def test_parameters_of_an_own_function_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="only read by built-in rewards"):
         own(tmp_path, "def reward(**_):\n    return []\n", parameters={"a": "b"})
+
+
+@pytest.mark.parametrize("builtin", list(BuiltinReward))
+def test_what_is_read_is_what_the_api_lists(builtin: BuiltinReward) -> None:
+    needed = {
+        BuiltinReward.REGEX: {"pattern": "x"}, BuiltinReward.JSON_SCHEMA: {"schema": "{}"}, BuiltinReward.LENGTH: {"minimum": "1"},
+    }  # fmt: skip
+    read = Parameters("trainer.rewards[0]", needed.get(builtin, {}))
+    MAKERS[builtin](read)
+    assert set(read._known) == set(REWARD_PARAMETERS[builtin])
+    assert list(unfit_parameters("p", builtin, needed.get(builtin, {}))) == []

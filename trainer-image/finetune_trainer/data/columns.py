@@ -36,6 +36,7 @@ PASSAGE = Slot("input", ("context", "passage"))
 OPTIONS = Slot("options", ("options", "choices"))
 
 QUESTION = {
+    DatasetFormat.MESSAGES: Slot("question", ("question", "prompt")),
     DatasetFormat.INSTRUCTION: Slot("question", ("instruction", "prompt", "question")),
     DatasetFormat.ALPACA: Slot("question", ("instruction",)),
     DatasetFormat.QA: Slot("question", ("question", "query", "q", "prompt")),
@@ -46,6 +47,7 @@ QUESTION = {
     DatasetFormat.PROMPT_ONLY: PROMPT,
 }
 ANSWER = {
+    DatasetFormat.MESSAGES: Slot("answer", ("answer", "response")),
     DatasetFormat.INSTRUCTION: Slot("answer", ("response", "output", "completion", "answer")),
     DatasetFormat.ALPACA: Slot("answer", ("output", "response", "completion")),
     DatasetFormat.QA: Slot("answer", ("answer", "response", "a", "completion")),
@@ -53,6 +55,12 @@ ANSWER = {
     DatasetFormat.PROMPT_COMPLETION: Slot("answer", ("completion", "response", "output", "answer")),
     DatasetFormat.UNPAIRED_PREFERENCE: Slot("answer", ("completion", "response", "answer")),
 }
+
+
+def pairs_instead(names: Collection[str], columns: Columns) -> bool:
+    """Whether rows of format messages hold a question and an answer instead, in columns that the user names."""
+    named = columns.question is not None or columns.answer is not None
+    return named and column(MESSAGES, names, columns) is None
 
 
 def column(slot: Slot, names: Collection[str], columns: Columns) -> str | None:

@@ -33,10 +33,24 @@ def detect(sample: Sequence[Raw], columns: Columns) -> DatasetFormat:
 
 def require_columns(sample: Sequence[Raw], kind: DatasetFormat, columns: Columns) -> None:
     """Refuse a format whose columns no sampled row has: that is one mistake, not one per row. Errors: ColumnMissing."""
-    for slot in needed(kind):
+    slots = needed(kind)
+    if kind is DatasetFormat.MESSAGES and all(
+        names.pairs_instead(row.value.keys(), columns) for row in sample[:SAMPLE]
+    ):
+        slots = (names.QUESTION[kind], names.ANSWER[kind])
+    for slot in slots:
         if sample and all(names.column(slot, row.value.keys(), columns) is None for row in sample[:SAMPLE]):
             error: RowError = names.missing(slot, sample[0].value.keys(), columns)
             raise DataError(error.code, f"{sample[0].file.name}, format {kind}: {error.found}", hint=error.write)
+
+
+def alpaca_instead(sample: Sequence[Raw], kind: DatasetFormat, columns: Columns) -> bool:
+    """Whether rows said to hold questions and answers in named columns have none of those, but alpaca's columns, throughout."""
+    named = [name for name in (columns.question, columns.answer) if name is not None]
+    if kind is not DatasetFormat.QA or not named or not sample:
+        return False
+    rows = [row.value.keys() for row in sample[:SAMPLE]]
+    return all({"instruction", "output"} <= row and not row & set(named) for row in rows)
 
 
 def needed(kind: DatasetFormat) -> tuple[names.Slot, ...]:

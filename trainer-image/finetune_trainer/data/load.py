@@ -18,7 +18,7 @@ from finetune_api.spec.dataset import Columns, Dataset
 from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, TrainerType
 
 from finetune_trainer.data import checks
-from finetune_trainer.data.detect import SAMPLE, detect, require_columns
+from finetune_trainer.data.detect import SAMPLE, alpaca_instead, detect, require_columns
 from finetune_trainer.data.normalise import Recipe, normalise
 from finetune_trainer.data.read import data_files, read_rows, row_failure
 from finetune_trainer.data.rows import Completion, Conversation, Example, Prompt, Raw, RowError
@@ -175,7 +175,7 @@ class _Reader:
             raise DataError(
                 "DatasetEmpty", f"{', '.join(f.name for f in files)}: no rows", hint="give a file with at least one row"
             )
-        kind = self._format(sample, given, columns)
+        kind, columns = self._format(sample, given, columns)
         good = self._examples(chain(sample, stream), self._recipe(kind, columns), broken, skip)
         self._tolerate(broken, len(good) + len(broken))
         if not good:
@@ -183,8 +183,18 @@ class _Reader:
         self.summary.bad_rows += len(broken)
         return good
 
-    def _format(self, sample: list[Raw], given: DatasetFormat | None, columns: Columns) -> DatasetFormat:
-        if given is not None:
+    def _format(
+        self, sample: list[Raw], given: DatasetFormat | None, columns: Columns
+    ) -> tuple[DatasetFormat, Columns]:
+        """The format of the rows, and the columns that go with it."""
+        if given is not None and alpaca_instead(sample, given, columns):
+            kind = DatasetFormat.ALPACA
+            self.summary.notes.append(
+                f"no row has {' or '.join(f'`{n}`' for n in (columns.question, columns.answer) if n)} of dataset.columns; all have "
+                "`instruction` and `output`: they are read as alpaca"
+            )
+            columns = columns.model_copy(update={"question": None, "answer": None})
+        elif given is not None:
             kind = given
         elif self.trainer is TrainerType.GRPO and all(isinstance(raw.value.get("prompt"), list) for raw in sample):
             kind = DatasetFormat.PROMPT_ONLY
@@ -205,7 +215,7 @@ class _Reader:
         require_columns(sample, kind, columns)
         if self._first:
             self.summary.format, self._first = kind, False
-        return kind
+        return kind, columns
 
     def _recipe(self, kind: DatasetFormat, columns: Columns) -> Recipe:
         mcq = self.spec.mcq

@@ -102,6 +102,8 @@ def _filled(text: str, what: str) -> str:
 
 
 def _messages(row: Mapping[str, Any], recipe: Recipe) -> Conversation:
+    if names.pairs_instead(row.keys(), recipe.columns):
+        return _pair(row, recipe, ("User", "Assistant"), None)
     found = names.required(names.MESSAGES, row, recipe.columns)
     if isinstance(found, str):  # a CSV or Parquet column that holds JSON
         found = _json_column(found)
@@ -302,6 +304,8 @@ def options_of(found: Any) -> dict[str, str]:
 def _turns_or_text(found: Any, what: str) -> tuple[Turn, ...] | str:
     if isinstance(found, str):
         return found
+    if isinstance(found, Mapping) and isinstance(found.get("messages"), list):
+        found = _inside(found, what)
     if isinstance(found, list) and found:
         return tuple(_turn(message, place) for place, message in enumerate(found, start=1))
     if isinstance(found, list):
@@ -309,6 +313,16 @@ def _turns_or_text(found: Any, what: str) -> tuple[Turn, ...] | str:
     raise RowError(
         "DatasetRowInvalid", f"`{what}` is neither text nor messages", "write a string, or an array of messages"
     )
+
+
+def _inside(found: Mapping[str, Any], what: str) -> list[Any]:
+    """Messages of an object that holds them, as fine-tuning APIs write a prompt. Errors: RowError for tools."""
+    if found.get("tools"):
+        raise RowError(
+            "DatasetRowInvalid", f"`{what}` holds tools, which only `messages` rows of sft are rendered with",
+            "remove the tools, or the row",
+        )  # fmt: skip
+    return list(found["messages"])
 
 
 def _prompt_completion(row: Mapping[str, Any], recipe: Recipe) -> Conversation | Completion:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,9 +20,10 @@ from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import BadRows, DatasetFormat, Overflow
 
-from finetune_trainer.data.load import Loaded, Rows, load, response_only
-from finetune_trainer.data.rows import Completion, RowError
-from finetune_trainer.data.template import Rendered, Style, render
+from finetune_trainer.data.load import Loaded, load, response_only
+from finetune_trainer.data.parallel import Work, cores, encoded_rows
+from finetune_trainer.data.rows import Completion
+from finetune_trainer.data.template import Style
 from finetune_trainer.data.tokenise import Rules, TokenReport, Tokens, packed, tokenise
 from finetune_trainer.inputs import Inputs
 
@@ -139,7 +139,8 @@ def _tokens(
             style = Style(tokenizer, False, style.response_only, style.markers, style.specials)
             notes.append("prompt and completion are joined as they are; dataset.useChatTemplate: true makes them turns")
         bad = RowPolicy(run, len(rows))
-        parts[name] = tokenise(_rendered(rows, style, bad), tokenizer, rules, on_bad_row=bad)
+        stream = encoded_rows(rows, Work(style, rules), processes=spec.num_proc or cores(), on_bad_row=bad)
+        parts[name] = tokenise(stream, rules, on_bad_row=bad)
         notes += bad.notes(name) + [f"{name}: {note}" for note in parts[name].report.notes(rules)]
     if spec.packing:
         parts["train"] = packed(parts["train"], length)
@@ -179,14 +180,6 @@ class RowPolicy:
         )
 
 
-def _rendered(rows: Rows, style: Style, bad: RowPolicy) -> Iterator[tuple[str, Rendered]]:
-    for raw, example in rows:
-        try:
-            yield raw.place, render(example, style)
-        except RowError as error:
-            bad(raw.place, error.code, error.found, error.write)
-
-
 # ---- cache
 
 
@@ -201,7 +194,7 @@ def _key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
     seed = run.spec.training.seed if run.spec.dataset.mixture else None
     facts = [
         VERSION,
-        run.spec.dataset.wire(),
+        {name: value for name, value in run.spec.dataset.wire().items() if name != "numProc"},
         run.spec.trainer.type,
         _defaults(run),
         length,

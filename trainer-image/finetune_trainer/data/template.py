@@ -85,25 +85,19 @@ def prompt_text(turns: tuple[Turn, ...], style: Style, tools: Sequence[Any] = ()
 def _plain(example: Conversation, style: Style) -> Rendered:
     """`Question: ...` and `Answer: ...` lines with the format's own words."""
     words = {"system": "System", "user": example.words[0], "assistant": example.words[1], "tool": "Tool"}
-    text, spans = "", []
+    text, spoken, silent = "", [], []
     for turn in example.turns:
         text += ("\n" if text else "") + f"{words[turn.role]}: "
-        if turn.role == "assistant" and turn.weight:
-            spans.append((len(text), len(text) + len(turn.content)))
+        if turn.role == "assistant":
+            (spoken if turn.weight else silent).append((len(text), len(text) + len(turn.content)))
         text += turn.content
-    return Rendered(text, tuple(spans) if style.response_only else _all_but_silent(example, text), False)
+    return Rendered(text, tuple(spoken) if style.response_only else _all_but(silent, text), False)
 
 
-def _all_but_silent(example: Conversation, text: str) -> tuple[Span, ...]:
-    """Everything, less answers of weight 0 where such a weight was written."""
-    spans, start = [], 0
-    for turn in example.turns:
-        if turn.role == "assistant" and not turn.weight and turn.content:
-            at = text.find(turn.content, start)
-            if at >= 0:
-                spans.append((start, at))
-                start = at + len(turn.content)
-    return tuple(span for span in [*spans, (start, len(text))] if span[1] > span[0])
+def _all_but(silent: Sequence[Span], text: str) -> tuple[Span, ...]:
+    """Everything, less the answers of weight 0."""
+    ends = [0, *(place for span in silent for place in span), len(text)]
+    return tuple((start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if end > start)
 
 
 # ---- with a template
@@ -111,15 +105,15 @@ def _all_but_silent(example: Conversation, text: str) -> tuple[Span, ...]:
 
 def _templated(example: Conversation, style: Style) -> Rendered:
     text = _apply(style.tokenizer, example.turns, example.tools)
-    if not style.response_only:
-        return Rendered(text, _all_but_silent(example, text), True)
-    if style.markers:
+    if style.response_only and style.markers:
         return Rendered(text, (), True)
-    spans = []
-    for place, turn in enumerate(example.turns):
-        if turn.role == "assistant" and turn.weight:
-            spans.append(_answer_span(example, place, text, style))
-    return Rendered(text, tuple(spans), True)
+    wanted = int(style.response_only)
+    spans = [
+        _answer_span(example, place, text, style)
+        for place, turn in enumerate(example.turns)
+        if turn.role == "assistant" and turn.weight == wanted
+    ]
+    return Rendered(text, tuple(spans) if style.response_only else _all_but(spans, text), True)
 
 
 def _answer_span(example: Conversation, place: int, text: str, style: Style) -> Span:

@@ -86,17 +86,16 @@ class TokenReport:
 
 
 def tokenise(
-    texts: Iterable[tuple[str, Rendered]], tokenizer: Any, rules: Rules, *,
-    on_bad_row: Callable[[str, str, str, str], None],
-) -> Tokens:  # fmt: skip
-    """Token ids and labels of every text; `texts` gives each with its place (`train.jsonl, row 17`).
+    rows: Iterable[tuple[str, list[int], list[int]]], rules: Rules, *, on_bad_row: Callable[[str, str, str, str], None]
+) -> Tokens:
+    """Sequences within the limits; `rows` gives place (`train.jsonl, row 17`), token ids and labels of each.
 
     `on_bad_row(place, code, found, write)` is told of a row in which nothing can be learned; it raises or returns.
-    Errors: DataError RowTooLong (`overflow: fail`), NoTrainableToken (nothing left at all); ConfigError BosMissing.
+    Errors: DataError RowTooLong (`overflow: fail`), NoTrainableToken (nothing left at all).
     """
     result, lengths = Tokens(), []
     report = result.report
-    for place, ids, labels in encoded(texts, tokenizer, rules):
+    for place, ids, labels in rows:
         if _learned(labels) == 0:
             on_bad_row(
                 place, "NoTrainableToken", "no token of the row is learned", "give it an answer, or remove the row"
@@ -162,7 +161,10 @@ def packed(tokens: Tokens, capacity: int) -> Tokens:
 def encoded(
     texts: Iterable[tuple[str, Rendered]], tokenizer: Any, rules: Rules
 ) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Batches through the tokenizer: a fast one uses all cores for a batch."""
+    """Place, token ids and labels of every text, in batches: a fast tokenizer uses all cores for one.
+
+    Errors: ConfigError BosMissing, EosMissing.
+    """
     ends = _Ends.of(tokenizer, rules)
     stream = iter(texts)
     while batch := list(islice(stream, BATCH)):

@@ -16,7 +16,8 @@ from typing import Any
 
 from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import LoraInit, MethodType, Scheduler, TrainerType
+from finetune_api.rules import refuse, unfit_for_zero3
+from finetune_api.spec.enums import Scheduler
 
 from finetune_trainer.distributed.base import Plan
 from finetune_trainer.distributed.userfile import AUTO, Comparison, read
@@ -37,7 +38,6 @@ REFUSED = {
 SCHEDULERS = {
     "WarmupLR": Scheduler.CONSTANT_WITH_WARMUP, "WarmupDecayLR": Scheduler.LINEAR, "WarmupCosineLR": Scheduler.COSINE,
 }  # fmt: skip
-NEEDS_WHOLE_WEIGHTS = {LoraInit.PISSA, LoraInit.OLORA, LoraInit.EVA, LoraInit.LOFTQ}
 
 
 @dataclass
@@ -269,7 +269,7 @@ class Deepspeed(Plan):
         self.sharded_weights = self.keep_adapter_dtype = chosen.stage == 3
         self.notes += [*chosen.notes, f"DeepSpeed ZeRO stage {chosen.stage}"]
         if chosen.stage == 3:
-            _require_whole_weights_unneeded(run)
+            refuse("StrategyAndMethod", unfit_for_zero3(run.spec))
 
     @property
     def trainer_bases(self) -> tuple[type, ...]:
@@ -333,43 +333,6 @@ def _best_of_slices() -> type:
             self.accelerator.wait_for_everyone()
 
     return BestOfSlices
-
-
-def _require_whole_weights_unneeded(run: RunConfig) -> None:
-    """Refuse what reads or rewrites whole weights, which no rank has with stage 3. Errors: ConfigError StrategyAndMethod."""
-    method, lora = run.spec.method.type, run.spec.method.lora
-    quantization = run.spec.model.quantization
-    hint = "write zeroStage 2, or use fsdp"
-    if method is MethodType.QLORA or (quantization is not None and quantization.bits):
-        raise ConfigError(
-            "StrategyAndMethod",
-            "ZeRO stage 3 cannot shard a quantised base",
-            hint="write zeroStage 2, or do not quantise",
-        )
-    if method is MethodType.SPECTRUM:
-        raise ConfigError(
-            "StrategyAndMethod",
-            "spectrum measures whole weight matrices, which no rank has with ZeRO stage 3",
-            hint=hint,
-        )
-    if method in (MethodType.PREFIX_TUNING, MethodType.PROMPT_TUNING):
-        raise ConfigError(
-            "StrategyAndMethod",
-            f"{method} looks its virtual tokens up outside the layers that ZeRO stage 3 gathers",
-            hint=hint,
-        )
-    if method is MethodType.IA3 and run.spec.trainer.type is TrainerType.KTO:
-        raise ConfigError(
-            "StrategyAndMethod",
-            "ZeRO stage 3 fetches parameters in the order of the step before, and kto does not use those of ia3 in one order",
-            hint="write zeroStage 2, or method lora",
-        )
-    if lora is not None and lora.init in NEEDS_WHOLE_WEIGHTS:
-        raise ConfigError(
-            "StrategyAndMethod",
-            f"method.lora.init {lora.init} factorises whole weights, which no rank has with ZeRO stage 3",
-            hint=hint,
-        )
 
 
 def _free_port() -> int:

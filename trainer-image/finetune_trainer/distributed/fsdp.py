@@ -16,7 +16,8 @@ from typing import Any
 
 from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import FsdpSharding, FsdpStateDict, GradientCheckpointing, MethodType
+from finetune_api.rules import refuse, unfit_for_fsdp
+from finetune_api.spec.enums import FsdpSharding, FsdpStateDict, GradientCheckpointing
 
 from finetune_trainer.distributed.base import Plan
 from finetune_trainer.distributed.userfile import Comparison, read
@@ -24,7 +25,6 @@ from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 
 FILE = "distributed.fsdp.configRef"
-PROMPT_METHODS = (MethodType.PREFIX_TUNING, MethodType.PROMPT_TUNING)
 SHARDING = {
     "FULL_SHARD": FsdpSharding.FULL_SHARD, "SHARD_GRAD_OP": FsdpSharding.SHARD_GRAD_OP, "NO_SHARD": FsdpSharding.NO_SHARD,
     "1": FsdpSharding.FULL_SHARD, "2": FsdpSharding.SHARD_GRAD_OP, "3": FsdpSharding.NO_SHARD,
@@ -165,22 +165,7 @@ class Fsdp(Plan):
         super().__init__(run, hardware, world_size)
         self.chosen = chosen
         self.notes += chosen.notes
-        if run.spec.method.type in PROMPT_METHODS:
-            raise ConfigError(
-                "StrategyAndMethod", f"method {run.spec.method.type} looks its virtual tokens up outside the layers that FSDP gathers",
-                hint="write `distributed: {strategy: ddp}`: so few parameters are trained that nothing is gained by sharding them",
-            )  # fmt: skip
-        if run.spec.method.type is MethodType.SPECTRUM and _bits(run):
-            raise ConfigError(
-                "StrategyAndMethod",
-                "spectrum trains whole weights between quantised ones, and FSDP gathers those of a layer in one number type",
-                hint="write `distributed: {strategy: ddp}`, or do not quantise: FSDP shards the whole weights too",
-            )
-        if _bits(run) == 8:
-            raise ConfigError(
-                "StrategyAndQuantization", "model.quantization.bits is 8, and 8-bit weights cannot be sharded",
-                hint="write bits 4, or `distributed: {strategy: ddp}`",
-            )  # fmt: skip
+        refuse("StrategyAndMethod", unfit_for_fsdp(run.spec))
 
     @property
     def trainer_bases(self) -> tuple[type, ...]:
@@ -228,11 +213,6 @@ class Fsdp(Plan):
                 hint="this is a fault of the trainer image: report it with its versions",
             )  # fmt: skip
         return super().verify(trainer)
-
-
-def _bits(run: RunConfig) -> int | None:
-    quantization = run.spec.model.quantization
-    return quantization.bits if quantization else None
 
 
 def _sharded_checkpoints() -> type:

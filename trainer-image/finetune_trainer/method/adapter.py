@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from finetune_api.errors import ConfigError, NotFoundError
@@ -12,15 +13,19 @@ from finetune_api.spec.enums import OutputKind
 
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.method.base import Applied
+from finetune_trainer.method.lora import show_bias
 
 CONFIG = "adapter_config.json"
 PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 
 
-def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False) -> Applied:
+def apply(
+    run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False, new_ids: Sequence[int] = ()
+) -> Applied:
     """Load the adapter with its weights trainable.
 
-    Errors: NotFoundError AdapterUnreadable (class Model); ConfigError AdapterNotContinuable, AdapterOfAnotherBase.
+    Errors: NotFoundError AdapterUnreadable (class Model); ConfigError AdapterNotContinuable, AdapterOfAnotherBase,
+    NewTokensNotTrained.
     """
     from peft import PeftModel
 
@@ -28,7 +33,8 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = Fals
     folder = inputs.adapter
     try:
         assert folder is not None, "the supervisor fetches method.adapter.source"
-        kind = json.loads((folder / CONFIG).read_text()).get("peft_type", "")
+        config = json.loads((folder / CONFIG).read_text())
+        kind = config.get("peft_type", "")
     except (OSError, ValueError):
         raise NotFoundError(
             "AdapterUnreadable", f"method.adapter.source {source}: there is no readable {CONFIG}",
@@ -39,6 +45,12 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = Fals
             "AdapterNotContinuable", f"{source} is a {kind.lower().replace('_', ' ')} adapter, which PEFT cannot go on training",
             hint="train a new one, or continue a LoRA or IA3 adapter",
         )  # fmt: skip
+    trained = config.get("trainable_token_indices") or {}
+    if any(set(new_ids) - set(ids) for ids in trained.values()) or (new_ids and not trained):
+        raise ConfigError(
+            "NewTokensNotTrained", f"{source} trains no rows for model.newTokens, and an adapter that exists gets no new ones",
+            hint="remove newTokens, give the ones that the adapter was made with, or write method lora",
+        )  # fmt: skip
     try:
         wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=not keep_dtype)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -47,4 +59,5 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = Fals
             "AdapterOfAnotherBase", f"{source} does not fit {run.spec.model.source}: {first}",
             hint="give the base that the adapter was trained on",
         ) from error  # fmt: skip
+    show_bias(wrapped)
     return Applied(wrapped, OutputKind.ADAPTER, notes=[f"continues the {kind} adapter of {source}"])

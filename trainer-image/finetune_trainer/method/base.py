@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,13 @@ class Applied:
     """Where the adapter's start is kept, if the base was changed to make up for it."""
 
 
-def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False, selection: Any = None) -> Applied:
+def apply(
+    run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False, selection: Any = None,
+    new_ids: Sequence[int] = (),
+) -> Applied:  # fmt: skip
     """Freeze, wrap or select, as `method.type` says. `keep_dtype`: adapters take the base's type (ZeRO-3 mixes none).
 
-    `selection`: modules that spectrum chose before a quantised base was loaded.
+    `selection`: modules that spectrum chose before a quantised base was loaded. `new_ids`: tokens whose rows are trained.
 
     Errors: ConfigError with the reason for everything that cannot be trained as asked.
     """
@@ -42,9 +46,9 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = Fals
         case MethodType.FULL:
             applied = full.apply(run, model)
         case MethodType.LORA | MethodType.QLORA | MethodType.DORA:
-            applied = lora.apply(run, inputs, model, keep_dtype=keep_dtype)
+            applied = lora.apply(run, inputs, model, keep_dtype=keep_dtype, new_ids=new_ids)
         case MethodType.ADAPTER:
-            applied = adapter.apply(run, inputs, model, keep_dtype=keep_dtype)
+            applied = adapter.apply(run, inputs, model, keep_dtype=keep_dtype, new_ids=new_ids)
         case MethodType.SPECTRUM:
             applied = spectrum.apply(run, inputs, model, selection)
         case MethodType.PREFIX_TUNING | MethodType.PROMPT_TUNING:

@@ -7,8 +7,10 @@ from typing import Any
 
 from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
+from finetune_api.rules import BASE_CHANGING
 from finetune_api.spec.enums import LoraBias, LoraInit, MethodType, OutputKind
 
+from finetune_trainer import vocabulary
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.method.base import Applied
 
@@ -16,23 +18,27 @@ ALL_LINEAR = "all-linear"
 HEADS = ("lm_head", "embed_out", "output", "score")
 INIT = {
     LoraInit.DEFAULT: True, LoraInit.GAUSSIAN: "gaussian", LoraInit.PISSA: "pissa", LoraInit.OLORA: "olora", LoraInit.EVA: "eva",
+    LoraInit.LOFTQ: True,
 }  # fmt: skip
 
-BASE_CHANGING = (LoraInit.PISSA, LoraInit.OLORA)
-"""Ways to start that take a part of the base away."""
 
-
-def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False) -> Applied:
-    """Put adapters on the asked linear layers and freeze the rest.
+def apply(
+    run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False, new_ids: Sequence[int] = ()
+) -> Applied:
+    """Put adapters on the asked linear layers and freeze the rest, but for the rows of new tokens.
 
     PiSSA and OLoRA move a part of the base into the adapter. Their start is kept, so that the final adapter can be written as
     a difference to the untouched base (of twice the rank).
-    Errors: ConfigError TargetModulesMissing, LoraOnHead, InitUnavailable.
+    Errors: ConfigError TargetModulesMissing, LoraOnHead, NewTokensTwice.
     """
     from peft import get_peft_model
 
-    config = lora_config(run, model)
+    config = lora_config(run, model, new_ids)
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=not keep_dtype)
+    if new_ids:
+        # PEFT compares the vocabulary with that of the base it finds by this name, and would save all rows with each adapter.
+        config.base_model_name_or_path = ""
+        show_bias(wrapped)
     applied = Applied(wrapped, OutputKind.ADAPTER)
     init = run.spec.method.lora.init if run.spec.method.lora else None
     if init in BASE_CHANGING:
@@ -44,13 +50,12 @@ def apply(run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = Fals
     return applied
 
 
-def lora_config(run: RunConfig, model: Any) -> Any:
+def lora_config(run: RunConfig, model: Any, new_ids: Sequence[int] = ()) -> Any:
     """PEFT's configuration from `method.lora`."""
     from peft import EvaConfig, LoraConfig
 
     spec = run.spec.method.lora
     assert spec is not None, "the resolver fills method.lora for this method"
-    check_init(run)
     dora = spec.use_dora is True or run.spec.method.type is MethodType.DORA
     bias = {LoraBias.NONE: "none", LoraBias.ALL: "all", LoraBias.LORA_ONLY: "lora_only"}[spec.bias or LoraBias.NONE]
     return LoraConfig(
@@ -64,8 +69,34 @@ def lora_config(run: RunConfig, model: Any) -> Any:
         use_rslora=spec.rank_stabilized is True,
         use_dora=dora,
         init_lora_weights=INIT[spec.init or LoraInit.DEFAULT],
+        trainable_token_indices=token_rows(run, model, new_ids),
         eva_config=EvaConfig(rho=1.0) if spec.init is LoraInit.EVA else None,
     )
+
+
+def token_rows(run: RunConfig, model: Any, new_ids: Sequence[int]) -> dict[str, list[int]] | None:
+    """Rows of the embeddings and of the head that are trained, by module; None: none are.
+
+    Modules that are trained in full have them anyway. Errors: ConfigError NewTokensTwice.
+    """
+    spec = run.spec.method.lora
+    if not new_ids or spec is None:
+        return None
+    ends = vocabulary.names(model)
+    twice = [name for name in spec.target_modules or () if name.rsplit(".", 1)[-1] in ends]
+    if twice:
+        raise ConfigError(
+            "NewTokensTwice", f"method.lora.targetModules names {twice[0]}, and model.newTokens trains rows of it",
+            hint=f"remove one of the two, or put {twice[0]} into method.lora.modulesToSave to train it in full",
+        )  # fmt: skip
+    return {name: list(new_ids) for name in ends if name not in (spec.modules_to_save or ())} or None
+
+
+def show_bias(model: Any) -> None:
+    """Let a head with trained rows be asked for its bias, as the loss does: PEFT's wrapper (0.21) shows the weight only."""
+    head = model.get_base_model().get_output_embeddings()
+    if type(head).__name__ == "TrainableTokensWrapper":
+        head.bias = head.original_module.bias
 
 
 def task_of(model: Any) -> Any:
@@ -75,10 +106,10 @@ def task_of(model: Any) -> Any:
     return TaskType.SEQ_CLS if "SequenceClassification" in type(model).__name__ else TaskType.CAUSAL_LM
 
 
-def starts_with_eva(run: RunConfig) -> bool:
-    """Whether adapters start from the data's own directions."""
+def starts_with(run: RunConfig, init: LoraInit) -> bool:
+    """Whether adapters start in that way."""
     lora = run.spec.method.lora
-    return lora is not None and lora.init is LoraInit.EVA
+    return lora is not None and lora.init is init
 
 
 def start_eva(trainer: Any) -> None:
@@ -112,26 +143,6 @@ class _Inputs:
 
     def __len__(self) -> int:
         return len(self._trainer.get_train_dataloader())
-
-
-def check_init(run: RunConfig) -> None:
-    """Refuse ways to start that would not take effect. Errors: ConfigError InitUnavailable."""
-    spec = run.spec.method.lora
-    if spec is None:
-        return
-    bits = run.spec.model.quantization.bits if run.spec.model.quantization else None
-    if spec.init in BASE_CHANGING and (
-        bits or spec.rank_stabilized or spec.use_dora or run.spec.method.type is not MethodType.LORA
-    ):
-        raise ConfigError(
-            "InitUnavailable", f"method.lora.init {spec.init} changes the base, which cannot be undone with a quantised base, DoRA or rsLoRA",
-            hint="leave init out, or write method lora without quantization, useDora and rankStabilized",
-        )  # fmt: skip
-    if spec.init is LoraInit.LOFTQ or spec.loftq is not None:
-        raise ConfigError(
-            "InitUnavailable", "method.lora.init loftq approximates the base on a CUDA GPU while loading, which this version does not do",
-            hint="write `init: pissa`, which starts from the same idea, or leave init out",
-        )  # fmt: skip
 
 
 def targets(model: Any, asked: Sequence[str] | None) -> str | list[str]:

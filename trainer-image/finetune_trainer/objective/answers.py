@@ -132,17 +132,6 @@ def judged(setting: Setting) -> tuple[Parts, Facts]:
     return _data(setting, lambda row: {"prompt_ids": row.prompt, "completion_ids": row.answers[0], "label": row.label})
 
 
-def only_for_sft(setting: Setting) -> None:
-    """Refuse options that other objectives cannot honour. Errors: ConfigError OptionWithoutEffect."""
-    kind, spec = setting.run.spec.trainer.type, setting.run.spec
-    if spec.training.group_by_length:
-        raise ConfigError(
-            "OptionWithoutEffect",
-            f"training.groupByLength orders the rows of sft only, not those of {kind}",
-            hint="leave it out",
-        )
-
-
 def _data(setting: Setting, columns: Any) -> tuple[Parts, Facts]:
     template = use_template(setting.run, setting.inputs, setting.tokenizer)
     loaded = load(setting.run, setting.inputs)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune_api.errors import ConfigError
 from finetune_api.spec.enums import DpoLoss
 from finetune_api.spec.trainer import Dpo as DpoSpec
 from trl.trainer.dpo_config import DPOConfig
@@ -22,8 +21,6 @@ LOSSES = {
     DpoLoss.SIGMOID: "sigmoid", DpoLoss.HINGE: "hinge", DpoLoss.IPO: "ipo", DpoLoss.EXO_PAIR: "exo_pair", DpoLoss.NCA_PAIR: "nca_pair",
     DpoLoss.ROBUST: "robust", DpoLoss.BCO_PAIR: "bco_pair", DpoLoss.APO_ZERO: "apo_zero", DpoLoss.APO_DOWN: "apo_down", DpoLoss.SFT: "sft",
 }  # fmt: skip
-SMOOTHED = (DpoLoss.ROBUST, DpoLoss.EXO_PAIR)
-"""Losses that read the label smoothing."""
 
 
 class Dpo(Guarded, Referenced, DPOTrainer):
@@ -39,38 +36,16 @@ def data(setting: Setting) -> tuple[answers.Parts, Facts]:
 
 
 def arguments(setting: Setting, *, evaluates: bool) -> DPOConfig:
-    """TRL's configuration. Errors: ConfigError OptionWithoutEffect, LabelSmoothingMissing, LossTwice."""
-    answers.only_for_sft(setting)
+    """TRL's configuration."""
     spec = setting.run.spec.trainer.dpo or DpoSpec()
     losses = spec.loss_types or [DpoLoss.SIGMOID]
     return DPOConfig(
         **common(setting.run, setting.inputs, setting.hardware, setting.plan, evaluates=evaluates),
         beta=0.1 if spec.beta is None else spec.beta,
-        loss_type=[LOSSES[loss] for loss in _checked(losses)],
-        label_smoothing=_smoothing(losses, spec.label_smoothing or 0.0),
+        loss_type=[LOSSES[loss] for loss in losses],
+        label_smoothing=spec.label_smoothing or 0.0,
         max_length=None,
     )
-
-
-def _checked(losses: list[DpoLoss]) -> list[DpoLoss]:
-    twice = next((loss for loss in losses if losses.count(loss) > 1), None)
-    if twice is not None:
-        raise ConfigError("LossTwice", f"trainer.dpo.lossTypes names {twice} twice", hint="name every loss once")
-    return losses
-
-
-def _smoothing(losses: list[DpoLoss], asked: float) -> float:
-    if asked and not any(loss in SMOOTHED for loss in losses):
-        raise ConfigError(
-            "OptionWithoutEffect", f"trainer.dpo.labelSmoothing is {asked:g}, and {', '.join(losses)} do not read it",
-            hint="write `lossTypes: [robust]`, the loss for pairs that may be labelled the wrong way round, or remove it",
-        )  # fmt: skip
-    if not asked and DpoLoss.EXO_PAIR in losses:
-        raise ConfigError(
-            "LabelSmoothingMissing", "loss exoPair takes the logarithm of trainer.dpo.labelSmoothing, which is 0",
-            hint="write `labelSmoothing: 0.001`",
-        )  # fmt: skip
-    return asked
 
 
 def build(setting: Setting, args: DPOConfig, model: Any, parts: answers.Parts) -> Dpo:

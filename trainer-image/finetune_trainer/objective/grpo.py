@@ -76,18 +76,11 @@ def _prompt(prompt: tuple[Turn, ...] | str, style: Style, text_as_turns: bool) -
 
 
 def arguments(setting: Setting, *, evaluates: bool) -> GRPOConfig:
-    """TRL's configuration. Errors: ConfigError GroupsDoNotFit, OptionWithoutEffect, CompletionTooLong, and those of the rewards."""
-    answers.only_for_sft(setting)
+    """TRL's configuration. Errors: ConfigError CompletionTooLong, and those of the rewards."""
     run, spec = setting.run, setting.run.spec.trainer.grpo or GrpoSpec()
     fields = common(run, setting.inputs, setting.hardware, setting.plan, evaluates=evaluates)
     del fields["train_sampling_strategy"]
     generations, ranks = spec.num_generations or 8, setting.plan.world_size
-    completions = fields["per_device_train_batch_size"] * fields["gradient_accumulation_steps"] * ranks
-    if completions % generations:
-        raise ConfigError(
-            "GroupsDoNotFit", f"trainer.grpo.numGenerations {generations} does not divide the {completions} completions of one optimizer step",
-            hint="change it, training.batchSizePerDevice or training.gradientAccumulationSteps so that it does",
-        )  # fmt: skip
     if fields["metric_for_best_model"] is not None:
         fields |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}
     evaluated = fields["eval_strategy"] != "no" or has_test(run.spec)
@@ -126,12 +119,7 @@ def reward_functions(setting: Setting) -> list[RewardFunction]:
 def _eval_group(batch: int, generations: int, ranks: int) -> int:
     """Answers a prompt while evaluating: at most as many as in training, and whole groups in every batch."""
     fitting = [size for size in range(2, generations + 1) if batch * ranks % size == 0]
-    if not fitting:
-        raise ConfigError(
-            "GroupsDoNotFit",
-            f"evaluation.batchSizePerDevice {batch} on {ranks} ranks holds no whole group of answers",
-            hint="write an even number",
-        )
+    assert fitting, "the API's rules refuse a batch without a whole group"
     return fitting[-1]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from finetune_api.errors import ConfigError, DataError
+from finetune_api.errors import DataError
 from finetune_api.spec.trainer import Dpo as DpoSpec
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
@@ -53,22 +53,9 @@ def data(setting: Setting) -> tuple[answers.Parts, Facts]:
 
 
 def arguments(setting: Setting, *, evaluates: bool) -> KTOConfig:
-    """TRL's configuration. Errors: ConfigError BatchTooSmall, OptionWithoutEffect."""
-    answers.only_for_sft(setting)
+    """TRL's configuration."""
     spec = setting.run.spec.trainer.dpo or DpoSpec()
-    for path, given in (("lossTypes", spec.loss_types), ("labelSmoothing", spec.label_smoothing)):
-        if given and f"trainer.dpo.{path}" not in setting.run.defaults:
-            raise ConfigError(
-                "OptionWithoutEffect",
-                f"trainer.dpo.{path} is only read with dpo, and the objective is kto",
-                hint="remove it",
-            )
     fields = common(setting.run, setting.inputs, setting.hardware, setting.plan, evaluates=evaluates)
-    if fields["per_device_train_batch_size"] < 2:
-        raise ConfigError(
-            "BatchTooSmall", "training.batchSizePerDevice is 1, and kto compares the rows of one batch with each other",
-            hint="write 2 or more",
-        )  # fmt: skip
     return KTOConfig(
         **{**fields, "train_sampling_strategy": "sequential"},
         beta=0.1 if spec.beta is None else spec.beta,

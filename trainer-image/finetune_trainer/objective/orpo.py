@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from datasets import Dataset
-from finetune_api.errors import ConfigError
-from finetune_api.spec.enums import MethodType
 from finetune_api.spec.trainer import Dpo as DpoSpec
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
@@ -54,25 +52,8 @@ def _with_texts(pairs: Dataset) -> Dataset:
 
 
 def arguments(setting: Setting, *, evaluates: bool) -> ORPOConfig:
-    """TRL's configuration. Errors: ConfigError OptionWithoutEffect, ObjectiveAndMethod."""
-    answers.only_for_sft(setting)
+    """TRL's configuration."""
     run, spec = setting.run, setting.run.spec.trainer.dpo or DpoSpec()
-    if run.spec.method.type is MethodType.PROMPT_TUNING:
-        raise ConfigError(
-            "ObjectiveAndMethod", "orpo compares every place of the output with the row, and promptTuning puts virtual tokens before it",
-            hint="write method prefixTuning or lora, or trainer.type dpo",
-        )  # fmt: skip
-    for path, given in (
-        ("lossTypes", spec.loss_types),
-        ("labelSmoothing", spec.label_smoothing),
-        ("referenceModel", spec.reference_model),
-    ):
-        if given and f"trainer.dpo.{path}" not in run.defaults:
-            raise ConfigError(
-                "OptionWithoutEffect",
-                f"trainer.dpo.{path} is only read with dpo, and the objective is orpo",
-                hint="remove it",
-            )
     return ORPOConfig(
         **common(run, setting.inputs, setting.hardware, setting.plan, evaluates=evaluates),
         beta=0.1 if spec.beta is None else spec.beta, max_length=answers.limits(setting).whole, remove_unused_columns=False,

@@ -10,6 +10,7 @@ from finetune_api.errors import ConfigError
 from finetune_api.spec.enums import MethodType
 from transformers import Trainer
 
+from finetune_trainer import vocabulary
 from finetune_trainer.model import load_model
 from finetune_trainer.objective.base import Setting
 
@@ -47,6 +48,8 @@ def named_reference(setting: Setting) -> Any:
         return None
     inputs = setting.inputs.model_copy(update={"model": setting.inputs.reference or setting.inputs.model})
     model, _ = load_model(setting.run, inputs, setting.hardware, sharded=setting.plan.sharded_weights)
+    if setting.inputs.reference is None:
+        vocabulary.fit(model, setting.tokenizer, setting.run)
     words = model.get_input_embeddings().weight
     size = (getattr(words, "ds_shape", None) or words.shape)[0]
     if size < len(setting.tokenizer):

@@ -38,8 +38,7 @@ def _joined(pairs: Dataset) -> Dataset:
 
 
 def arguments(setting: Setting, *, evaluates: bool) -> RewardConfig:
-    """TRL's configuration. Errors: ConfigError OptionWithoutEffect, AdapterWithoutHead."""
-    answers.only_for_sft(setting)
+    """TRL's configuration. Errors: ConfigError AdapterWithoutHead."""
     _require_head(setting)
     fields = common(setting.run, setting.inputs, setting.hardware, setting.plan, evaluates=evaluates)
     return RewardConfig(**fields, max_length=None)

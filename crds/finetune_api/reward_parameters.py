@@ -1,0 +1,61 @@
+"""What the built-in rewards of GRPO may be told: names and kinds of their parameters, all strings in the spec."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+from finetune_api.spec.enums import BuiltinReward
+
+REWARD_PARAMETERS: dict[BuiltinReward, dict[str, tuple[str, ...] | str]] = {
+    BuiltinReward.CITATION_FORMAT: {"multiline": "flag"},
+    BuiltinReward.THINK_FORMAT: {"emptyAnswer": "flag"},
+    BuiltinReward.REGEX: {
+        "pattern": "pattern", "match": ("search", "full"), "ignoreCase": "flag", "dotAll": "flag", "multiline": "flag",
+    },
+    BuiltinReward.EXACT_MATCH: {"column": "text", "ignoreCase": "flag", "strip": "flag", "extract": "pattern"},
+    BuiltinReward.LENGTH: {"unit": ("tokens", "words", "characters"), "minimum": "number", "maximum": "number"},
+    BuiltinReward.JSON_SCHEMA: {"schema": "json", "parsed": "number"},
+}  # fmt: skip
+"""Parameters of each built-in reward: a kind of value, or the words it may be."""
+REQUIRED_PARAMETERS = {BuiltinReward.REGEX: "pattern", BuiltinReward.JSON_SCHEMA: "schema"}
+
+
+def unfit_parameters(path: str, builtin: BuiltinReward, given: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+    """What is wrong with the parameters of one built-in reward: (path, what was found, what to write)."""
+    known = REWARD_PARAMETERS[builtin]
+    strange = sorted(set(given) - set(known))
+    if strange:
+        yield path, f"{builtin} has no parameter {', '.join(strange)}", f"it has {', '.join(sorted(known))}"
+    required = REQUIRED_PARAMETERS.get(builtin)
+    if required is not None and required not in given:
+        yield f"{path}.{required}", f"it is missing, and {builtin} needs it", f"write `parameters: {{{required}: ...}}`"
+    if builtin is BuiltinReward.LENGTH and not {"minimum", "maximum"} & set(given):
+        yield path, "neither minimum nor maximum is given", "write at least one of them"
+    for name, text in given.items():
+        wanted = _unreadable(known[name], text) if name in known else None
+        if wanted is not None:
+            yield f"{path}.{name}", f"it is {text[:200]!r}", wanted
+
+
+def _unreadable(kind: tuple[str, ...] | str, text: str) -> str | None:
+    """What to write instead of a value that cannot be read as its kind."""
+    if isinstance(kind, tuple):
+        return None if text in kind else f"write one of {', '.join(kind)}"
+    try:
+        match kind:
+            case "flag" if text not in ("true", "false"):
+                return "write true or false"
+            case "number" if not math.isfinite(float(text)):
+                return "write a finite number"
+            case "pattern":
+                re.compile(text)
+            case "json":
+                json.loads(text)
+    except re.error as error:
+        return f"it is no regular expression: {error}"
+    except ValueError:
+        return "write a number" if kind == "number" else "it is no JSON"
+    return None

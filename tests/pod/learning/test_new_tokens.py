@@ -1,0 +1,161 @@
+"""New tokens: one token each in any text, trained with every method that can, saved, and used by what is loaded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import ConfigError
+from finetune_trainer.inputs import RestoredCheckpoint
+
+from tests.support.learning import TEN, Outcome, go, merged
+from tests.support.preferences import PAIRS
+
+pytestmark = pytest.mark.pod
+NEW = ["<yes>", "<no>"]
+ROWS = [
+    {
+        "messages": [
+            row["messages"][0],
+            {"role": "assistant", "content": f"{NEW[i % 2]}{row['messages'][1]['content']}"},
+        ]
+    }
+    for i, row in enumerate(TEN)
+]
+TOKENS: dict[str, Any] = {"model": {"newTokens": NEW}}
+SIXTY = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
+LORA: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {"method": {"type": "full"}},
+    "spectrum": {"method": {"type": "spectrum"}},
+    "lora": LORA,
+    "qlora": merged(LORA, {"method": {"type": "qlora"}, "training": {"learningRate": 1e-2}}),
+    "head in full": {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}},
+}
+
+
+@pytest.fixture(scope="module")
+def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from tests.support.tiny import make_tiny_model
+
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tied", tied=True)
+
+
+def load(outcome: Outcome, model: Path) -> tuple[Any, Any]:
+    """Model and tokenizer as any user would load them: the base of an adapter grows first."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert outcome.folder is not None
+    tokenizer = AutoTokenizer.from_pretrained(outcome.folder)
+    if outcome.kind == "model":
+        return AutoModelForCausalLM.from_pretrained(outcome.folder, dtype=torch.float32).eval(), tokenizer
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    base.resize_token_embeddings(len(tokenizer))
+    return PeftModel.from_pretrained(base, outcome.folder).eval(), tokenizer
+
+
+def answer(tuned: Any, tokenizer: Any, row: dict[str, Any]) -> str:
+    head = tokenizer.apply_chat_template(row["messages"][:1], add_generation_prompt=True, tokenize=False)
+    ids = tokenizer(head, return_tensors="pt", add_special_tokens=False)
+    out = tuned.generate(**ids, max_new_tokens=12, do_sample=False)
+    return str(tokenizer.decode(out[0, ids["input_ids"].shape[1] :]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_new_tokens_are_learned_and_said(name: str, model: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, model, merged(merged(SIXTY, TOKENS), METHODS[name]), ROWS)
+    assert outcome.losses[-1] < 0.1
+    assert "2 new tokens, ids 448 to 449" in outcome.notes
+    tuned, tokenizer = load(outcome, model)
+    assert tokenizer("a<yes><no>b", add_special_tokens=False)["input_ids"][1:3] == [448, 449]
+    if name != "qlora":  # its adapter belongs to the 4-bit base
+        for row in ROWS[:2]:
+            assert answer(tuned, tokenizer, row) == f"{row['messages'][1]['content']}<|im_end|>"
+
+
+def test_an_adapter_holds_two_rows_and_not_the_vocabulary(model: Path, tied_model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    for base, places in ((model, 2), (tied_model, 1)):
+        spec = merged(merged(TOKENS, LORA), {"checkpoint": {"strategy": "steps", "steps": 2}})
+        outcome = go(tmp_path / base.name, base, spec, ROWS)
+        assert outcome.folder is not None
+        for folder in (outcome.folder, outcome.folder.parent / "checkpoint-2"):
+            weights = load_file(folder / "adapter_model.safetensors")
+            rows = {key: value.shape for key, value in weights.items() if "lora" not in key}
+            assert list(rows.values()) == [(2, 64)] * places
+        trained = [n for n, p in outcome.model.named_parameters() if p.requires_grad and "lora" not in n]
+        assert len(trained) == places
+        old = outcome.model.get_base_model().get_input_embeddings().original_module.weight[:448]
+        assert torch.equal(old, load_file(base / "model.safetensors")["model.embed_tokens.weight"])
+
+
+def test_new_rows_start_as_the_mean(model: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    still = {"method": {"type": "full"}, "training": {"maxSteps": 1, "learningRate": 1e-12}}
+    outcome = go(tmp_path, model, merged(TOKENS, still), ROWS)
+    assert outcome.folder is not None
+    after = load_file(outcome.folder / "model.safetensors")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        before = load_file(model / "model.safetensors")[key]
+        assert after[key].shape == (450, 64)
+        assert torch.allclose(after[key][448:], before.mean(0).expand(2, -1), atol=1e-6)
+        assert torch.allclose(after[key][:448], before, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_with_new_tokens_resumes_exactly(method: str, model: Path, tmp_path: Path) -> None:
+    spec = merged(TOKENS, {"method": {"type": method}, "checkpoint": {"strategy": "steps", "steps": 2}})
+    whole = go(tmp_path / "a", model, spec, ROWS)
+    restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
+    rest = go(tmp_path / "b", model, spec, ROWS, restore=restore)
+    assert rest.losses == whole.losses[2:]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_reference_knows_the_new_tokens_too(method: str, model: Path, tmp_path: Path) -> None:
+    import math
+
+    rows = [{**row, "chosen": [{"role": "assistant", "content": "<yes>"}]} for row in PAIRS]
+    spec = merged(TOKENS, {"trainer": {"type": "dpo"}, "method": {"type": method}})
+    outcome = go(tmp_path, model, spec, rows)
+    assert outcome.losses[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert outcome.losses[-1] < outcome.losses[0]
+
+
+def test_an_adapter_is_continued_with_its_new_tokens(model: Path, tmp_path: Path) -> None:
+    first = go(tmp_path / "a", model, merged(merged(TOKENS, LORA), {"training": {"maxSteps": 20}}), ROWS)
+    spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
+    again = go(tmp_path / "b", model, merged(TOKENS, spec), ROWS, adapter=first.folder)
+    assert again.losses[0] < 0.6 * first.losses[0]
+    plain = go(tmp_path / "c", model, LORA)
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path / "d", model, merged(TOKENS, spec), ROWS, adapter=plain.folder)
+    assert caught.value.code == "NewTokensNotTrained"
+
+
+def test_refused_by_name(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path / "a", model, {"model": {"newTokens": ["<new>", "<|im_end|>"]}})
+    assert (caught.value.code, "<|im_end|>" in caught.value.message, "<new>" in caught.value.message) == (
+        "TokenKnown",
+        True,
+        False,
+    )
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path / "b", model, merged(TOKENS, {"method": {"lora": {"targetModules": ["q_proj", "embed_tokens"]}}}))
+    assert caught.value.code == "NewTokensTwice"
+    from tests.support.learning import make_run, train_here
+    from tests.support.tiny import make_tokenizer
+
+    own = make_tokenizer(tmp_path / "tokenizer")
+    own.add_tokens(["<strange>"])
+    own.save_pretrained(tmp_path / "tokenizer")
+    run, inputs = make_run(tmp_path / "c", model)
+    with pytest.raises(ConfigError) as caught:
+        train_here(run, inputs.model_copy(update={"tokenizer": tmp_path / "tokenizer"}))
+    assert caught.value.code == "VocabularyDiffers"

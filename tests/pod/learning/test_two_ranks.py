@@ -1,0 +1,72 @@
+"""New tokens, LoftQ and the test set with two ranks, in one launch: the same numbers as with one, whatever the strategy."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.cells import Cell, Result, launch
+from tests.support.learning import TEN, Outcome, go, merged
+
+pytestmark = [pytest.mark.pod, pytest.mark.slow, pytest.mark.timeout(400)]
+ROWS = [
+    {"messages": [row["messages"][0], {"role": "assistant", "content": f"<yes>{row['messages'][1]['content']}"}]}
+    for row in TEN
+]
+BASE: dict[str, Any] = {
+    "model": {"newTokens": ["<yes>"]}, "dataset": {"split": {"test": 0.2}}, "training": {"batchSizePerDevice": 2, "maxSteps": 3},
+}  # fmt: skip
+LORA: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
+FULL: dict[str, Any] = {"method": {"type": "full"}}
+LOFTQ: dict[str, Any] = {
+    "model": {"newTokens": None},
+    "method": {"lora": {"dropout": 0, "init": "loftq"}},
+}
+ZERO2: dict[str, Any] = {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}
+CELLS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ddp lora": (LORA, {"strategy": "ddp"}),
+    "zero 2 lora": (LORA, ZERO2),
+    "ddp full": (FULL, {"strategy": "ddp"}),
+    "fsdp full": (FULL, {"strategy": "fsdp"}),
+    "ddp loftq": (LOFTQ, {"strategy": "ddp"}),
+    "fsdp loftq": (LOFTQ, {"strategy": "fsdp"}),
+}
+
+
+@pytest.fixture(scope="module")
+def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Result]:
+    cells = [
+        Cell(name, str(model), merged(merged(BASE, method), {"distributed": strategy}), ROWS)
+        for name, (method, strategy) in CELLS.items()
+    ]
+    return launch(cells, tmp_path_factory.mktemp("cells"), ranks=2)
+
+
+@pytest.fixture(scope="module")
+def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+    """The same effective batch on one rank."""
+    batch = {"training": {"batchSizePerDevice": 4}}
+    return {
+        name: go(tmp_path_factory.mktemp(name), model, merged(merged(BASE, method), batch), ROWS)
+        for name, method in (("lora", LORA), ("full", FULL), ("loftq", LOFTQ))
+    }
+
+
+def measured(notes: list[str]) -> float:
+    (found,) = (
+        re.match(r"test: 2 rows, loss ([\d.]+),", note) for note in notes if note.startswith("test: 2 rows, loss")
+    )
+    assert found is not None
+    return float(found[1])
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_two_ranks_do_what_one_does(name: str, results: dict[str, Result], alone: dict[str, Outcome]) -> None:
+    found, one = results[name], alone[name.rsplit(" ", 1)[-1]]
+    assert found.error is None
+    assert found.resolved["worldSize"] == 2
+    assert found.losses == pytest.approx(one.losses, abs=1e-4)
+    assert measured(found.notes) == pytest.approx(measured(one.notes), abs=2e-4)
