@@ -202,7 +202,7 @@ def rig(fault_cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) 
         yield rig
     finally:
         alarms = rig.close()
-    assert alarms == [], "the operator's log has lines that would wake a person"
+    assert not alarms, "the operator's log has lines that would wake a person:\n" + "\n".join(alarms)
 
 
 def status_writes(proxy: ApiProxy) -> int:
