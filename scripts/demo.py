@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from demo_clusters import DemoCluster, NoCluster, choose
+from demo_clusters import CRD, NAMESPACE, RELEASE, DemoCluster, NoCluster, choose
 from demo_view import Job, Look, follow
 from finetune_api.names import Phase
 from prepare import ROOT, model_step
@@ -32,8 +32,6 @@ from tools import HELM
 
 from localcluster.errors import LocalClusterError
 
-NAMESPACE = "finetune-demo"
-RELEASE = "finetune-operator"
 SECRET = "s3-credentials"  # noqa: S105 -- the name of an object
 EXAMPLE = ROOT / "examples/quickstart.yaml"
 NAME = "quickstart"
@@ -215,12 +213,20 @@ def tidy(cluster: DemoCluster) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with part("take everything down"):
-        if cluster.removes_release:
-            with contextlib.suppress(subprocess.CalledProcessError):
-                cluster.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found")
-            with contextlib.suppress(DemoFailed):
-                helm(cluster, "uninstall", RELEASE, "--wait", "--ignore-not-found")
+        if cluster.is_guest():
+            leave(cluster)
         cluster.down()
+
+
+def leave(cluster: DemoCluster) -> None:
+    """Take what the demo brought out of a cluster that stays: last the namespace that says that it was the demo."""
+    with contextlib.suppress(subprocess.CalledProcessError):
+        cluster.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found")
+    with contextlib.suppress(DemoFailed):
+        helm(cluster, "uninstall", RELEASE, "--wait", "--ignore-not-found")
+    with contextlib.suppress(subprocess.CalledProcessError):
+        cluster.kubectl("delete", "crd", CRD, "--ignore-not-found")
+        cluster.kubectl("delete", "namespace", RELEASE, "--ignore-not-found")
 
 
 def run(cluster: DemoCluster, *, keep: bool) -> None:

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from finetune_api.names import GROUP, PLURAL
 from prepare import ROOT, local_steps
 from side_by_side import Commands, Step, StepFailed
 from smollm2 import cache
@@ -32,6 +33,11 @@ from localcluster.steps import shown
 OPERATOR_IMAGE = "localhost/finetune-operator:dev"
 TRAINER_IMAGE = "localhost/finetune-trainer:dev"
 KIND_NAME = "finetune-demo"
+NAMESPACE = "finetune-demo"
+RELEASE = "finetune-operator"
+CRD = f"{PLURAL}.{GROUP}"
+OURS = f"{GROUP}/demo"
+"""Label of namespaces that the demo made in a cluster which is not its own."""
 
 
 class NoCluster(Exception):
@@ -44,9 +50,6 @@ class DemoCluster(ABC):
     name: str
     operator_image = OPERATOR_IMAGE
     trainer_image = TRAINER_IMAGE
-    removes_release = False
-    """Whether the demo must uninstall what it installed; not where the whole cluster goes."""
-
     @abstractmethod
     def steps(self) -> list[Step]:
         """The slow work before `up`, done side by side."""
@@ -72,6 +75,10 @@ class DemoCluster(ABC):
     @abstractmethod
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         """Run kubectl; its output. CalledProcessError if it fails."""
+
+    def is_guest(self) -> bool:
+        """Whether the demo must take away, piece by piece, what it installed; not where the whole cluster goes."""
+        return False
 
     def keep_lines(self) -> list[str]:
         """What to tell the user when everything is left up."""
@@ -244,7 +251,6 @@ class Current(WithKubectl):
     """The cluster of the user's kubeconfig: images from a registry, S3 from outside; what was brought is taken away."""
 
     name = "current"
-    removes_release = True
     needs = ("OPERATOR_IMAGE", "TRAINER_IMAGE", "S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
 
     def __init__(self, *, keep: bool) -> None:
@@ -267,9 +273,38 @@ class Current(WithKubectl):
         with shown("reach S3"):
             if not is_ready(self.s3):
                 raise NoCluster(f"S3_ENDPOINT={self.s3.host_url} does not take a signed write with these keys")
+        self._claim()
+
+    def _claim(self) -> None:
+        """Make the demo's two namespaces. NoCluster if something of these names is there that the demo did not bring."""
+        labels = {name: self._labels("namespace", name) for name in (RELEASE, NAMESPACE)}
+        foreign = [f"namespace {name}" for name, found in labels.items() if found is not None and OURS not in found]
+        if labels[RELEASE] is None and self._labels("crd", CRD) is not None:
+            foreign.append(f"the definition {CRD}")
+        if foreign:
+            raise NoCluster(
+                f"the cluster of {self.kubeconfig} has {' and '.join(foreign)}, which the demo did not bring and would "
+                "replace and take away: use a cluster without the operator, or apply examples/quickstart.yaml there"
+            )
+        for name, found in labels.items():
+            if found is None:
+                meta = {"name": name, "labels": {OURS: "true"}}
+                body = {"apiVersion": "v1", "kind": "Namespace", "metadata": meta}
+                self.kubectl("create", "-f", "-", stdin=json.dumps(body))
+
+    def _labels(self, kind: str, name: str) -> dict[str, str] | None:
+        """Labels of an object of the cluster; None if there is none."""
+        text = self.kubectl("get", kind, name, "--ignore-not-found", "-o", "json")
+        return dict(json.loads(text)["metadata"].get("labels") or {}) if text.strip() else None
+
+    def is_guest(self) -> bool:
+        try:
+            return OURS in (self._labels("namespace", RELEASE) or {})
+        except subprocess.CalledProcessError:
+            return False  # no such cluster: nothing was brought
 
     def down(self) -> None:
-        """Nothing: the release and the namespace are the demo's to remove."""
+        """Nothing: what the demo brought is the demo's to remove."""
 
     @property
     def kubeconfig(self) -> Path:
