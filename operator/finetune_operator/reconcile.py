@@ -44,7 +44,7 @@ NO_PODS_AFTER, STUCK_AFTER = 10.0, 20.0
 """Age in seconds of a Job without pods, and time since a pod got its node and does not run, at which events about it are read."""
 FIRST_READ, LONGEST_READ = 15.0, 300.0
 """Seconds between two reads of those events; it doubles, since the server goes through all of a namespace's for each."""
-ENDING = 2.0
+ENDING = 5.0
 """Seconds that a Job has to say that it is over after its last pod ended, before the status tells of pods that are not ready."""
 RETRY_OBSTACLE = 15.0
 """Seconds after which a refused create is tried again."""
