@@ -81,6 +81,9 @@ for _name, _command in COMMANDS.items():
 
 
 TRACE = "FINETUNE_TRACE"
+NAME = "finetune"
+NO_FILES = 4
+"""What kubectl calls a completion without file names."""
 USAGE = 2
 """Exit code of the option parser for wrong usage."""
 
@@ -142,8 +145,24 @@ def _fault(error: Exception) -> None:
         output.notes([f"with {TRACE}=1 in the environment the whole trace is shown, for a bug report"])
 
 
+def kubectl_complete() -> None:
+    """Entry of `kubectl_complete-finetune`, which kubectl asks for candidates: one a line, then what to do with them."""
+    import shlex
+
+    words = sys.argv[1:]
+    os.environ["_FINETUNE_COMPLETE"] = "complete_bash"
+    os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = shlex.join([NAME, *words]), str(len(words))
+    try:
+        app(args=[], prog_name=NAME)
+    except SystemExit:
+        sys.stdout.write(f":{NO_FILES}\n")
+
+
 def _program() -> str:
-    return "kubectl finetune" if sys.argv and sys.argv[0].rpartition("/")[2].startswith("kubectl-") else "finetune"
+    """The name that was typed; what installs completion is about the program of its own, since kubectl completes plugins."""
+    if any(word.startswith(("--install-completion", "--show-completion")) for word in sys.argv):
+        return NAME
+    return "kubectl finetune" if sys.argv and sys.argv[0].rpartition("/")[2].startswith("kubectl-") else NAME
 
 
 if __name__ == "__main__":

@@ -92,6 +92,13 @@ MODEL_CREDENTIALS_PREFIX = "MODEL_"
 DATASET_CREDENTIALS_PREFIX = "DATASET_"
 """Prefix of the three AWS_ variables that carry `dataset.storage.credentialsSecretRef`."""
 
+WANDB_KEY = "WANDB_API_KEY"
+"""Variable that carries `tracking.wandb.apiKeySecretRef`; a variable of this name in `placement.env` wins."""
+MONGODB_URI = "MONGODB_URI"
+"""Variable that carries `tracking.mongodb.uriSecretRef`; a variable of this name in `placement.env` wins."""
+HUB_TOKEN = "FINETUNE_HUB_TOKEN"
+"""Variable that carries `output.hub.tokenSecretRef`: it may write, the one of `model.tokenSecretRef` need only read."""
+
 RUN_MOUNT = "/etc/finetune"
 RUN_FILE_NAME = "run.json"
 RUN_FILE = f"{RUN_MOUNT}/{RUN_FILE_NAME}"

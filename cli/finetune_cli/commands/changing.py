@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune_cli import output
-from finetune_cli.commands.options import ContextOption, KubeconfigOption, NameArgument, NamespaceOption
+from finetune_cli.commands.options import ContextOption, KubeconfigOption, NameArgument, NamespaceOption, SetOption
 from finetune_cli.yaml_text import to_yaml
 
 if TYPE_CHECKING:
@@ -181,9 +181,7 @@ def rerun(
         int | None,
         typer.Option("--from-checkpoint", metavar="STEP", min=0, help="Start from a checkpoint of the old job."),
     ] = None,
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field of the spec.")
-    ] = None,
+    sets: SetOption = None,
     new_name: Annotated[
         str | None, typer.Option("--name", help="Name of the new job; left out: the old one's with a number.")
     ] = None,

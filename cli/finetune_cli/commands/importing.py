@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune_cli import output
+from finetune_cli.commands.options import complete_set, one_of
 
 if TYPE_CHECKING:
     from finetune_cli.importers.engine import Imported
@@ -24,7 +25,10 @@ def import_(
     source: Annotated[
         str | None,
         typer.Option(
-            "--from", metavar="env|toml|yaml|hydra|guide|openai", help="Whose files they are; left out: recognised."
+            "--from",
+            metavar="env|toml|yaml|hydra|guide|openai",
+            help="Whose files they are; left out: recognised.",
+            autocompletion=one_of("env", "toml", "yaml", "hydra", "guide", "openai"),
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Name of the FineTuneJob; left out: from the first file.")] = None,
@@ -49,7 +53,12 @@ def import_(
     nodes: Annotated[int | None, typer.Option(help="Nodes.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="PATH=VALUE", help="Any field of the spec; wins over the files."),
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="Any field of the spec; wins over the files.",
+            autocompletion=complete_set,
+        ),
     ] = None,
     model_map: Annotated[
         list[str] | None, typer.Option(metavar="THEIRS=OURS", help="openai: the open model for one of that API.")

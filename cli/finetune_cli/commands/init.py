@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from finetune_cli import output
+from finetune_cli.commands.options import one_of
 
 METHODS = ("lora", "qlora", "dora", "full", "spectrum")
 TRAINERS = ("sft", "dpo", "grpo", "kto", "orpo", "reward")
@@ -32,8 +33,12 @@ def init(
     storage: Annotated[
         str | None, typer.Option(metavar="URI", help="Where results go; left out: the operator's own.")
     ] = None,
-    method: Annotated[str, typer.Option(metavar="|".join(METHODS), help="Fine-tuning method.")] = "lora",
-    trainer: Annotated[str, typer.Option(metavar="|".join(TRAINERS), help="Objective.")] = "sft",
+    method: Annotated[
+        str, typer.Option(metavar="|".join(METHODS), help="Fine-tuning method.", autocompletion=one_of(*METHODS))
+    ] = "lora",
+    trainer: Annotated[
+        str, typer.Option(metavar="|".join(TRAINERS), help="Objective.", autocompletion=one_of(*TRAINERS))
+    ] = "sft",
     gpus: Annotated[int, typer.Option(help="GPUs; 0: CPU.")] = 1,
     file: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to a file; it must not exist.")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from finetune_cli import output
+from finetune_cli.commands.options import SetOption
 
 
 def run_command(
@@ -16,9 +17,7 @@ def run_command(
     folder: Annotated[Path, typer.Option("--output", "-o", metavar="FOLDER", help="Where the results go.")] = Path(
         "finetune-output"
     ),
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Change a field of the spec.")
-    ] = None,
+    sets: SetOption = None,
     config_maps: Annotated[
         list[str] | None,
         typer.Option("--config-map", metavar="NAME=FOLDER", help="A folder that stands for a ConfigMap."),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from finetune_cli import output
 
 
 def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
@@ -29,10 +32,46 @@ def complete_path(incomplete: str) -> list[str]:
     return [path for path in known if path.startswith(incomplete)]
 
 
+def complete_set(incomplete: str) -> list[str]:
+    """`PATH=` of everything that `--set` takes."""
+    return [f"{path}=" for path in complete_path(incomplete) if not path.startswith("status")]
+
+
+def one_of(*words: str) -> Callable[[str], list[str]]:
+    """Completion of an option that takes some words."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
+def known_format(form: str | None, *allowed: str) -> None:
+    """Refuse a format that a command does not have. Raises Ended."""
+    if form is not None and form not in allowed:
+        output.errors([f"-o {form}: one of {', '.join(allowed)}"])
+        raise output.Ended(output.ERROR)
+
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="PATH=VALUE", help="Change a field of the spec.", autocompletion=complete_set),
+]
 NameArgument = Annotated[
     str, typer.Argument(metavar="NAME", help="Name of the FineTuneJob.", autocompletion=complete_job)
 ]
 NamespaceOption = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; left out: the context's.")]
 ContextOption = Annotated[str | None, typer.Option("--context", help="Context of the kubeconfig.")]
 KubeconfigOption = Annotated[Path | None, typer.Option("--kubeconfig", help="Path of the kubeconfig.")]
-FormatOption = Annotated[str | None, typer.Option("-o", "--output", metavar="yaml|json|wide|name", help="Format.")]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="yaml|json|wide|name",
+        help="Format.",
+        autocompletion=one_of("yaml", "json", "wide", "name"),
+    ),
+]
+DataFormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "-o", "--output", metavar="yaml|json", help="The data, not the picture.", autocompletion=one_of("yaml", "json")
+    ),
+]

@@ -111,7 +111,15 @@ def redact(value: Any, key: str = "") -> Any:
     if isinstance(value, list):
         return [redact(one, key) for one in value]
     if isinstance(value, str):
-        return (
-            HIDDEN if SECRET_KEY.search(key) and not key.endswith(("Ref", "Name")) else SECRET_TEXT.sub(HIDDEN, value)
-        )
+        if SECRET_KEY.search(key) and not key.endswith(("Ref", "Name")):
+            return HIDDEN
+        return _redact_json(value) if value.startswith(("{", "[")) else SECRET_TEXT.sub(HIDDEN, value)
     return value
+
+
+def _redact_json(text: str) -> str:
+    """A text that is JSON: what `kubectl apply` and the operator keep in annotations holds the same variables again."""
+    try:
+        return json.dumps(redact(json.loads(text)), ensure_ascii=False)
+    except (ValueError, RecursionError):
+        return SECRET_TEXT.sub(HIDDEN, text)

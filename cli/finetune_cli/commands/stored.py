@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune_cli import output
-from finetune_cli.commands.options import ContextOption, KubeconfigOption, NameArgument, NamespaceOption
+from finetune_cli.commands.options import (
+    ContextOption,
+    DataFormatOption,
+    KubeconfigOption,
+    NameArgument,
+    NamespaceOption,
+    known_format,
+)
 
 if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
@@ -36,6 +43,7 @@ def checkpoints(
     use_secret: SecretOption = False,
     endpoint: EndpointOption = None,
     storage: StorageOption = None,
+    form: DataFormatOption = None,
     namespace: NamespaceOption = None,
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
@@ -47,12 +55,21 @@ def checkpoints(
     Example: finetune checkpoints support-bot --download 400 --to ./checkpoint
     """
     from finetune_cli.cluster import connect
+    from finetune_cli.commands.watching import write_data
     from finetune_cli.view import checkpoint_table, status_of
 
+    known_format(form, "yaml", "json")
+    chosen = [word for word, given in (("--verify", verify), ("--download", download), ("-o", form)) if given]
+    if len(chosen) > 1:
+        output.errors([f"{' and '.join(chosen)}: choose one"])
+        raise output.Ended(output.ERROR)
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.job(name)
     if not verify and download is None:
         found = status_of(job)
+        if form is not None:
+            write_data((job.get("status") or {}).get("checkpoints") or [], form)
+            return
         if not found.checkpoints:
             output.notes([f"{name} has committed no checkpoint yet"])
             return

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune_cli import output
-from finetune_cli.commands.options import ContextOption, FormatOption, KubeconfigOption, NameArgument, NamespaceOption
+from finetune_cli.commands.options import (
+    ContextOption,
+    DataFormatOption,
+    FormatOption,
+    KubeconfigOption,
+    NameArgument,
+    NamespaceOption,
+    known_format,
+)
 from finetune_cli.yaml_text import to_yaml
 
 if TYPE_CHECKING:
@@ -34,7 +42,7 @@ def get(
     """
     from finetune_cli.cluster import connect
 
-    _known_format(form)
+    known_format(form, *FORMATS)
     cluster = connect(namespace, context, kubeconfig)
     if form in ("yaml", "json", "name"):
         items = [cluster.job(name)] if name else cluster.jobs(everywhere=everywhere)
@@ -48,12 +56,6 @@ def get(
     output.write(_grid(table["columnDefinitions"], rows, wide=form == "wide", namespaces=everywhere))
 
 
-def _known_format(form: str | None) -> None:
-    if form is not None and form not in FORMATS:
-        output.errors([f"-o {form}: one of {', '.join(FORMATS)}"])
-        raise output.Ended(output.ERROR)
-
-
 def _dump(items: list[dict[str, Any]], form: str, *, single: bool) -> None:
     from finetune_api.names import GROUP, PLURAL
 
@@ -63,6 +65,11 @@ def _dump(items: list[dict[str, Any]], form: str, *, single: bool) -> None:
         output.write("\n".join(f"{PLURAL}.{GROUP}/{item['metadata']['name']}" for item in items))
         return
     value: Any = items[0] if single else {"apiVersion": "v1", "kind": "List", "items": items}
+    write_data(value, form)
+
+
+def write_data(value: Any, form: str) -> None:
+    """A value as JSON or YAML."""
     output.write(json.dumps(value, indent=2) if form == "json" else to_yaml(value))
 
 
@@ -82,7 +89,7 @@ def _grid(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, wide: bo
 def status(
     name: NameArgument,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Follow until the job ends.")] = False,
-    form: FormatOption = None,
+    form: DataFormatOption = None,
     namespace: NamespaceOption = None,
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
@@ -96,15 +103,17 @@ def status(
     from finetune_cli.cluster import connect
     from finetune_cli.view import describe, finished, status_of
 
-    _known_format(form)
+    known_format(form, "yaml", "json")
+    if watch and form is not None:
+        output.errors(["--watch shows a picture that changes, and -o prints data once: choose one"])
+        raise output.Ended(output.ERROR)
     cluster = connect(namespace, context, kubeconfig)
     if watch:
         _end(_watched(cluster, name))
         return
     job = cluster.job(name)
-    if form in ("yaml", "json"):
-        found = job.get("status") or {}
-        output.write(json.dumps(found, indent=2) if form == "json" else to_yaml(found))
+    if form is not None:
+        write_data(job.get("status") or {}, form)
     else:
         output.write(describe(job))
     if finished(status_of(job)):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pod.cli.sources import SOURCES, options, rows
 from tests.support.tiny import make_tiny_model
 
 pytestmark = [pytest.mark.pod, pytest.mark.timeout(300)]
@@ -101,93 +102,25 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path) -> None:
     assert (words_left["resumedFromStep"], words_left["step"]) == (saved, 300)
 
 
-IMPORTS: dict[str, tuple[str, str, list[str]]] = {
-    "env": (
-        "t.env",
-        "MODEL_NAME=./tiny\nTRAIN_DATA_PATH=./rows/instruction.jsonl\nDATASET_TYPE=instruction_jsonl\nEPOCHS=1\nDEVICE=cpu\nLORA_R=4\nMAX_LENGTH=64\n",
-        ["--set", "dataset.split.test=0", "--set", "dataset.split.train=0.9"],
-    ),
-    "toml": (
-        "t.toml",
-        '[fine_tuner]\nbase_model_id = "./tiny"\ntraining_data_id = "./rows/qa.jsonl"\nmax_sequence_length = 64\nload_in_4bit = false\nepochs = 1\n'
-        'rank = 4\nreport_to = "none"\noptimizer = "adamw_torch"\nuse_gradient_checkpointing = false\nuse_flash_attention = false\n',
-        ["--set", "trainer.backend=transformers"],
-    ),
-    "yaml": (
-        "t.yaml",
-        "model: {base_model: ./tiny, use_flash_attention: false}\nfine_tuning: {method: lora, lora: {r: 4}}\n"
-        "training: {epochs: 1, max_seq_length: 64, optimizer: adamw_torch, mixed_precision: no, gradient_accumulation_steps: 2}\n"
-        "dataset: {format: alpaca, train_path: ./rows/alpaca.jsonl}\n",
-        [],
-    ),
-    "hydra": (
-        "t.yaml",
-        "dataset: {path: ./rows/alpaca.jsonl, format: standard}\ntraining_config: {model: ./tiny, trainer: SFT, distributed_training: DDP, "
-        "learning_rate: 1e-4, num_train_epochs: 1, max_seq_length: 64, report_to: none}\n",
-        ["--set", "training.mixedPrecision=no", "--set", "model.dtype=float32"],
-    ),
-    "guide": (
-        "t.yaml",
-        "model: ./tiny\nlora_r: 4\nlora_alpha: 8\nbatch_size: 4\ngradient_accumulation: 1\nepochs: 1\nuse_4bit: false\n",
-        ["--data", "./rows/alpaca.jsonl", "--set", "training.mixedPrecision=no"],
-    ),
-    "openai": (
-        "t.json",
-        '{"model": "their-model", "training_file": "file-abc", "hyperparameters": {"n_epochs": 1}}',
-        ["--data", "./rows/chat.jsonl", "--model-map", "their-model=./tiny"],
-    ),
-}
-"""One file of each source for a tiny model on a CPU; the options replace what a CPU cannot do."""
-
-
-@pytest.fixture(scope="module")
-def rows(folder: Path) -> Path:
-    """The same questions and answers in the shapes of the sources."""
-    shapes = {
-        "instruction": {"instruction": "question {}", "response": "answer {}"},
-        "alpaca": {"instruction": "question {}", "input": "", "output": "answer {}"},
-        "qa": {"question": "question {}", "answer": "answer {}"},
-        "chat": {
-            "messages": [
-                {"role": "user", "content": "question {}"},
-                {"role": "assistant", "content": "answer {}", "weight": 1},
-            ]
-        },
-    }
-    home = folder / "rows"
-    home.mkdir()
-    for name, shape in shapes.items():
-        text = "".join(json.dumps(shape).replace("{}", str(i)) + "\n" for i in range(24))
-        (home / f"{name}.jsonl").write_text(text, encoding="utf-8")
-    return folder
-
-
 QUICK = ("yaml", "openai")
 """Trained in `make test`; all of them in `make test-faults`, since each costs a start of the trainer."""
 
 
 @pytest.mark.parametrize(
-    "source", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in IMPORTS]
+    "source", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in SOURCES]
 )
-def test_an_import_of_every_source_trains(rows: Path, source: str) -> None:
-    file, text, options = IMPORTS[source]
-    home = rows / source
+def test_an_import_of_every_source_trains(folder: Path, source: str) -> None:
+    home = folder / source
     home.mkdir()
-    (home / file).write_text(text, encoding="utf-8")
-    common = [
-        "--name",
-        source,
-        "--gpus",
-        "0",
-        "--set",
-        "output=null",
-        "--set",
-        "tracking.reportTo=null",
-        "-o",
-        f"{source}/job.yaml",
-    ]
-    imported = finetune(rows, "import", "--from", source, f"{source}/{file}", *options, *common)
+    (home / SOURCES[source].file).write_text(SOURCES[source].text, encoding="utf-8")
+    (home / "rows.jsonl").write_text(rows(SOURCES[source].rows), encoding="utf-8")
+    own = options(source, "./tiny", f"./{source}/rows.jsonl")
+    imported = finetune(folder, "import", f"{source}/{SOURCES[source].file}", *own, "-o", f"{source}/job.yaml")
     assert imported.returncode == 0, imported.stderr
-    trained = finetune(rows, "run", f"{source}/job.yaml", "--local", "-o", f"{source}/out")
+    trained = finetune(folder, "run", f"{source}/job.yaml", "--local", "-o", f"{source}/out")
     assert trained.returncode == 0, trained.stderr
-    assert len(list((home / "out" / "local").glob(f"{source}/*/model/_COMMITTED"))) == 1
+    (marker,) = (home / "out" / "local").glob(f"{source}/*/model/_COMMITTED")
+    adapter = marker.parent / json.loads(marker.read_text())["path"] / "adapter_config.json"
+    assert json.loads(adapter.read_text(encoding="utf-8"))["r"] == SOURCES[source].rank
+    words = json.loads((home / f"out/.finetune/{source}/work/last-words.json").read_text(encoding="utf-8"))
+    assert words["step"] == SOURCES[source].steps

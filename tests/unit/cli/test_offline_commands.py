@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -223,3 +224,65 @@ def test_help_imports_nothing_heavy() -> None:
 
 def test_run_wants_to_be_asked_for(call: Call, write: Write) -> None:
     assert "say so with --local" in call("run", write("job.yaml", JOB))[2]
+
+
+@pytest.mark.parametrize(
+    ("typed", "candidates"),
+    [
+        ("ev", {"events"}),
+        ("explain training.learn", {"training.learningRate"}),
+        ("import --from h", {"hydra"}),
+        ("rerun x --set method.lora.ra", {"method.lora.rank=", "method.lora.rankStabilized="}),
+        ("get -o ", {"yaml", "json", "wide", "name"}),
+    ],
+)
+def test_the_shell_is_told_what_could_follow(typed: str, candidates: set[str]) -> None:
+    words = ["finetune", *typed.split(" ")]
+    environment = {
+        **os.environ,
+        "_FINETUNE_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    code = "from finetune_cli.main import app; app(prog_name='finetune')"
+    if not words[-1]:
+        environment["COMP_WORDS"] += "''"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert set(found.stdout.split()) == candidates
+
+
+def test_kubectl_is_told_what_could_follow(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_FINETUNE_COMPLETE", "COMP_WORDS", "COMP_CWORD"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(sys, "argv", ["kubectl_complete-finetune", "status", "bot", "--wa"])
+    main.kubectl_complete()
+    assert capsys.readouterr().out.split() == ["--watch", ":4"]
+
+
+def test_the_plugin_names_itself_as_it_is_called(
+    call: Call, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune"])
+    assert call("--help")[1].startswith("Usage: kubectl finetune [OPTIONS]")
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune", "--show-completion", "bash"])
+    assert "_FINETUNE_COMPLETE=complete_bash" in call("--show-completion", "bash")[1]
+
+
+def test_a_format_that_a_command_does_not_have_is_refused(call: Call) -> None:
+    assert call("get", "-o", "table")[2] == "error: -o table: one of yaml, json, wide, name\n"
+    assert call("status", "bot", "-o", "wide")[2] == "error: -o wide: one of yaml, json\n"
+    assert "choose one" in call("status", "bot", "-o", "json", "--watch")[2]
+    assert call("checkpoints", "bot", "--verify", "-o", "json")[2] == "error: --verify and -o: choose one\n"
+
+
+def test_colours_only_where_they_are_wanted(write: Write, tmp_path: Path) -> None:
+    def said(**more: str) -> str:
+        command = f"{sys.executable} -m finetune_cli validate {tmp_path}/none"
+        environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
+        words = ["script", "-qec", command, "/dev/null"]
+        return subprocess.run(
+            words, env={**environment, "TERM": "xterm", **more}, capture_output=True, text=True
+        ).stdout
+
+    assert "\x1b[1;31merror: " in said()
+    assert "\x1b[1;31m" not in said(NO_COLOR="1")

@@ -200,6 +200,12 @@ def test_pictures() -> None:
         ({"password": "abc"}, {"password": "REDACTED"}),
         ({"tokenSecretRef": {"name": "hub", "key": "token"}}, {"tokenSecretRef": {"name": "hub", "key": "token"}}),
         ({"a": ["https://u:p@host/x", "hf_abcdefgh"]}, {"a": ["https://REDACTED@host/x", "REDACTED"]}),
+        (
+            {"last-applied": '{"env": [{"name": "MY_TOKEN", "value": "x"}], "b": "\u00e9"}'},
+            {"last-applied": '{"env": [{"name": "MY_TOKEN", "value": "REDACTED"}], "b": "\u00e9"}'},
+        ),
+        ({"api_key": '{"a": 1}'}, {"api_key": "REDACTED"}),
+        ({"a": "{not json hf_abcdefgh"}, {"a": "{not json REDACTED"}),
     ],
 )
 def test_redaction(value: Any, shown: Any) -> None:

@@ -1,0 +1,74 @@
+"""A token in another tool's file reaches the trainer, by way of a Secret, and stands nowhere else."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.names import PLURAL, Env
+from finetune_cli import main, output
+from finetune_operator.builders.job import build_job
+from finetune_operator.builders.run_config import build_run_config
+
+from tests.integration.cli.conftest import Result
+from tests.support.kubeapi import KubeApi
+from tests.unit.operator.samples import CONFIG, accepted, finetunejob
+
+HUB, OTHER = "hf_" + "q1W2e3R4t5Y6u7I8", "sk-" + "z9X8c7V6b5N4m3L2k1J0"
+ENV = f"MODEL_NAME=org/gated\nTRAIN_DATA_PATH=org/rows\nDATASET_TYPE=instruction_jsonl\nHUGGINGFACE_TOKEN={HUB}\nDEVICE=cpu\n"
+TOML = '[fine_tuner]\nbase_model_id = "org/gated"\ntraining_data_id = "org/rows"\nload_in_4bit = false\nreport_to = "none"\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "behind", "wanted"),
+    [
+        ("train.env", ENV, [], {Env.HF_TOKEN.value: HUB}),
+        ("train.toml", TOML, ["--hf-key", HUB, "--openai-key", OTHER], {Env.HF_TOKEN.value: HUB, "OPENAI_API_KEY": OTHER}),
+    ],
+    ids=["env", "toml"],
+)  # fmt: skip
+def test_a_token_reaches_the_pod_and_nothing_else(
+    name: str, text: str, behind: list[str], wanted: dict[str, str],
+    finetune: Callable[..., Result], api: KubeApi, namespace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    manifest = tmp_path / "job.yaml"
+    own = ["--name", "bot", "--data", "org/rows", "--storage", "s3://models/x", "--gpus", "0", "--set", "output=null"]
+    output.messages.cache_clear()
+    assert main.run(["import", str(tmp_path / name), *own, "-o", str(manifest)], behind) == output.OK
+    said = capsys.readouterr()
+    submitted = finetune("submit", str(manifest))
+    assert submitted.code == 0, submitted.err
+    made = api.get(PLURAL, namespace, "bot")
+    job = attempt(made)
+    assert read(job, api, namespace) == wanted
+    archive = tmp_path / "report.tar.gz"
+    reported = finetune("report", "bot", "-o", str(archive))
+    shown = [said.out, said.err, submitted.out, submitted.err, reported.out, json.dumps(made), json.dumps(job)]
+    for secret in wanted.values():
+        assert not any(secret in one for one in shown)
+        assert secret.encode() not in archive.read_bytes()
+
+
+def attempt(made: dict[str, Any]) -> dict[str, Any]:
+    """The Job that the operator makes of a FineTuneJob."""
+    found = accepted(made["spec"])
+    mine = finetunejob(made["spec"])
+    run = build_run_config(mine, found.spec, 1, defaults=found.defaults, committed_step=0, max_step=None)
+    return build_job(mine, run, found.pool, CONFIG)
+
+
+def read(job: dict[str, Any], api: KubeApi, namespace: str) -> dict[str, str]:
+    """Variables from Secrets with their values, read as the kubelet reads them."""
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    found = {}
+    for variable in container["env"]:
+        reference = (variable.get("valueFrom") or {}).get("secretKeyRef")
+        if reference is not None:
+            data = api.get("secrets", namespace, reference["name"])["data"]
+            found[variable["name"]] = base64.b64decode(data[reference["key"]]).decode()
+    return found

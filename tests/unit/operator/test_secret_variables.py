@@ -1,0 +1,55 @@
+"""Keys that a spec names become variables of the trainer, by reference; their values are nowhere in the Job."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api import names
+from finetune_api.pod import RunConfig
+from finetune_api.spec import FineTuneJobSpec
+from finetune_operator.builders.job import build_job
+
+from tests.unit.operator.samples import CONFIG, accepted, finetunejob, spec
+from tests.unit.operator.test_builders import built
+
+
+def variables(**groups: Any) -> dict[str, Any]:
+    """Variables of the container by name; what this version cannot publish yet is put past its acceptance."""
+    run, _ = built(spec())
+    written = FineTuneJobSpec.model_validate({**run.spec.wire(), **groups})
+    run = RunConfig.model_validate(run.model_dump(by_alias=True) | {"spec": written.wire()})
+    job = build_job(finetunejob(spec()), run, accepted(spec()).pool, CONFIG)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    found = [one["name"] for one in container["env"]]
+    assert sorted(set(found)) == sorted(found)
+    return {one["name"]: one.get("valueFrom", {}).get("secretKeyRef") or one.get("value") for one in container["env"]}
+
+
+KEY = {"name": "keys", "key": "mine"}
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        (names.WANDB_KEY, {"tracking": {"wandb": {"apiKeySecretRef": KEY}}}),
+        (names.MONGODB_URI, {"tracking": {"mongodb": {"uriSecretRef": KEY}}}),
+        (names.HUB_TOKEN, {"output": {"hub": {"tokenSecretRef": KEY}}}),
+        (names.Env.HF_TOKEN.value, {"model": {"source": "org/m", "tokenSecretRef": KEY}}),
+        ("OPENAI_API_KEY", {"placement": {"env": [{"name": "OPENAI_API_KEY", "secretKeyRef": KEY}]}}),
+    ],
+)
+def test_a_key_is_a_reference(name: str, groups: dict[str, Any]) -> None:
+    assert variables(**groups)[name] == KEY
+    assert name not in variables()
+
+
+def test_a_users_variable_wins_over_a_trackers() -> None:
+    own = {"env": [{"name": names.WANDB_KEY, "value": "own"}]}
+    assert variables(placement=own, tracking={"wandb": {"apiKeySecretRef": KEY}})[names.WANDB_KEY] == "own"
+
+
+def test_a_users_variable_never_replaces_the_hubs_token() -> None:
+    own = {"env": [{"name": names.Env.HF_TOKEN.value, "value": "own"}]}
+    found = variables(placement=own, model={"source": "org/m", "tokenSecretRef": KEY})
+    assert found[names.Env.HF_TOKEN.value] == KEY
