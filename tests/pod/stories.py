@@ -91,10 +91,10 @@ def story(bucket: Bucket, pods: Iterable[Pod], words: LastWords) -> Story:
     return Story(lines(bucket), rows_learned(pods), weights(bucket, words))
 
 
-def lines(bucket: Bucket) -> Lines:
-    """Every logged value; lines that several attempts logged must be equal."""
+def lines(bucket: Bucket, attempt: str = "") -> Lines:
+    """Every logged value, of one attempt (`a2-`) or of all; lines that several attempts logged must be equal."""
     found: Lines = {}
-    for key in bucket.keys("metrics/"):
+    for key in bucket.keys(f"metrics/{attempt}"):
         for text in bucket.read(key).decode().splitlines():
             value = json.loads(text)
             kind = next((name for name in ("loss", "eval_loss") if name in value), None)

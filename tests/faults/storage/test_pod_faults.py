@@ -25,7 +25,7 @@ def test_a_slow_store_skips_checkpoints_and_never_queues(
     """4 MB a checkpoint, one every 50 ms, at 4 MB/s."""
     proxy.fault(Bandwidth(4e6), operation="PutObject")
     most = 0
-    with toy(tmp_path, spec, place, s3_server, {"steps": 400, "every": 5, "bytes": 4_000_000}) as pod:
+    with toy(tmp_path, spec, place, s3_server, {"steps": 200, "every": 5, "bytes": 4_000_000}) as pod:
         staged = pod.folder / "work" / "staged"
 
         def ended() -> bool:
@@ -37,7 +37,7 @@ def test_a_slow_store_skips_checkpoints_and_never_queues(
     words = pod.words()
     assert words.exit_code == 0, pod.text[-3000:]
     steps = place.whole(tmp_path / "check")
-    assert steps[0] == 400 and len(steps) < 60
+    assert steps[0] == 200 and len(steps) < 30
     assert most <= 3, "in flight, waiting, and the one being handed over"
     assert words.resolved is not None and any("skipped" in note for note in words.resolved.notes or [])
 
@@ -46,17 +46,17 @@ def test_a_store_that_is_down_for_a_while(
     tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """Training goes on, the last commit stays, and what comes after is committed."""
-    with toy(tmp_path, spec, place, s3_server, {"steps": 1200, "every": 10}) as pod:
+    with toy(tmp_path, spec, place, s3_server, {"steps": 500, "every": 10}) as pod:
         pod.wait_committed(10)
         down = proxy.fault(Reset())
         before = pod.step()
-        pod.wait_step(before + 100)
+        pod.wait_step(before + 30)
         during = [committed.step or 0 for committed in place.truly.committed()]
         assert max(during) <= before + 10
         down.remove()
         assert down.hits > 0
         assert pod.end() == 0, pod.text[-3000:]
-    assert place.whole(tmp_path / "check")[0] == 1200
+    assert place.whole(tmp_path / "check")[0] == 500
 
 
 def test_the_final_model_is_refused(
@@ -75,7 +75,7 @@ def test_the_final_model_is_refused(
 def test_credentials_that_expire_on_the_way(
     tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    with toy(tmp_path, spec, place, s3_server, {"steps": 600, "every": 5}) as pod:
+    with toy(tmp_path, spec, place, s3_server, {"steps": 200, "every": 5}) as pod:
         pod.wait_committed(5)
         proxy.fault(Status(400, "ExpiredToken"))
         assert pod.end() == 77, pod.text[-3000:]
