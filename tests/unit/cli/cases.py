@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
         "env",
         "python main.py --config base.env --technique dora --train_ratio 0.85 --val_ratio 0.15 --lora_dropout 0 --grad_acc_steps 8 --hf_token hf_xxx",
     ),
+    "env-page-run": (("blocks/env-01.env",), "env", "python main.py --config my_config.env"),
     "env-page-example-7": (
         ("blocks/env-02.env",),
         "env",
@@ -31,6 +32,12 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
         ("samples/yaml-A.yaml",),
         "yaml",
         "--trainning.epochs 3 --training.epochs three --model.base_model",
+    ),
+    "yaml-page-run": (("blocks/yaml-01.yaml",), "yaml", "python src/train.py --config config.yaml"),
+    "yaml-page-validate": (
+        ("blocks/yaml-01.yaml",),
+        "yaml",
+        "python scripts/validate_config.py --config your_config.yaml",
     ),
     "yaml-page-overrides": (
         ("blocks/yaml-01.yaml",),
@@ -71,6 +78,20 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "hydra-unknown-key": (("samples/hydra-A.yaml",), "hydra", "python train.py training_config.lr=1e-4"),
     "hydra-sweep": (("samples/hydra-A.yaml",), "hydra", "python train.py dataset.path=a.json,b.json"),
 }
+
+
+PAGES: dict[str, tuple[int, int]] = {"env": (2, 8), "toml": (17, 0), "yaml": (4, 3), "hydra": (0, 1), "guide": (2, 0)}
+"""How many configuration files, and how many command lines, each tool's page shows. What else is fenced there is data and code."""
+CONTRACT: dict[str, tuple[str, str]] = {
+    "env": ("A B C", "R1 R2 R3 R4"), "toml": ("A B C", "R1 R2 R3 R4"), "yaml": ("A B C D", "R1 R2 R3 R4"),
+    "hydra": ("A B C D", "R1 R2 R3 R4"), "guide": ("A B", "R1 R2"),
+}  # fmt: skip
+"""Names of the contract's samples of each tool: those to accept, and those to refuse."""
+AS_COMMANDS = {
+    "env-C": "env-command-line-over-file", "yaml-C": "yaml-overrides", "yaml-D": "yaml-deepspeed-beside", "yaml-R4": "yaml-overrides-refused",
+    "hydra-C": "hydra-overrides", "hydra-D": "hydra-flags", "hydra-R3": "hydra-unknown-key", "hydra-R4": "hydra-sweep",
+}  # fmt: skip
+"""Samples that are command lines."""
 
 
 def cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:

@@ -10,7 +10,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_cli.importers.engine import load
 from finetune_cli.importers.registry import IMPORTERS
 
-from tests.unit.cli.cases import cases, outcome
+from tests.unit.cli.cases import AS_COMMANDS, COMMANDS, CONTRACT, PAGES, cases, outcome
 from tests.unit.cli.imports import HERE, import_
 
 TOML_BLOCKS = sorted((HERE / "blocks").glob("toml-*.toml"))
@@ -24,6 +24,27 @@ def test_it_gives_what_was_reviewed(name: str) -> None:
 
 def test_no_expectation_is_left_over() -> None:
     assert {path.stem for path in (HERE / "expected").glob("*.json")} == set(cases())
+
+
+@pytest.mark.parametrize("source", PAGES)
+def test_no_block_of_a_page_is_left_out(source: str) -> None:
+    blocks = [path for path in (HERE / "blocks").iterdir() if path.name.startswith(f"{source}-")]
+    commands = [path for path in blocks if path.suffix == ".txt"]
+    typed = [name for name in COMMANDS if name.startswith(f"{source}-page-")]
+    assert (len(blocks) - len(commands), len(commands) + len(typed)) == PAGES[source]
+
+
+@pytest.mark.parametrize("source", CONTRACT)
+def test_no_sample_of_the_contract_is_left_out(source: str) -> None:
+    for words, refused in zip(CONTRACT[source], (False, True), strict=True):
+        for word in words.split():
+            name = AS_COMMANDS.get(f"{source}-{word}", f"samples-{source}-{word}")
+            assert ("refused" in outcome(name)) is refused, name
+    files = {path.stem for path in (HERE / "samples").iterdir() if path.stem.startswith(f"{source}-")} - {
+        "yaml-ds_config"
+    }
+    named = {f"{source}-{word}" for words in CONTRACT[source] for word in words.split()}
+    assert files == named - set(AS_COMMANDS)
 
 
 @pytest.mark.parametrize("name", [name for name in cases() if "-A" in name or "-B" in name or "-C" in name])
