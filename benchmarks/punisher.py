@@ -23,11 +23,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune_api.base import Lenient
 from finetune_trainer.checkpoint.restore import fetch_verified
 from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.storage.roots import open_store
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from benchmarks import record
 from benchmarks.lib.bench_pods import Bench, bench, spread
@@ -38,7 +37,7 @@ VICTIMS = ("rank", "agent", "pod", "stop")
 POLL_SECONDS = 0.01
 
 
-class Ledger(Lenient):
+class Ledger(BaseModel):
     """What has happened so far; kept on disk so that a run may be done in pieces."""
 
     attempt: int = 0
@@ -158,7 +157,7 @@ def main() -> None:
         while not ledger.done and time.monotonic() - began < options.seconds:
             draw = random.Random(f"{options.seed}/{ledger.attempt}")
             attempt(place, options, ledger, draw)
-            book.write_text(ledger.model_dump_json(by_alias=True))
+            book.write_text(ledger.model_dump_json())
         if not ledger.done:
             print(f"{ledger.kills} kills, step {ledger.newest} of {options.steps}: the same command goes on")
             return
