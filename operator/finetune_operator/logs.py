@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import json
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -55,10 +56,25 @@ class TextFormatter(logging.Formatter):
         return f"{line} [{found}]" if found else line
 
 
+class Patience(logging.Filter):
+    """kopf says `error` of every request that it is going to repeat; the first few times that is the weather, and no error."""
+
+    TRIES = 5
+    _REPEATED = re.compile(r"Request attempt #(\d+)(?:/\d+)? failed; will retry")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep every line; lower the level of those."""
+        found = self._REPEATED.match(record.getMessage()) if record.name.startswith("kopf") else None
+        if found is not None and int(found.group(1)) <= self.TRIES:
+            record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
+        return True
+
+
 def configure(settings: LogSettings) -> None:
     """Set up logging of the whole process."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.format is LogFormat.JSON else TextFormatter())
+    handler.addFilter(Patience())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.level.upper())
