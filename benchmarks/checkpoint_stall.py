@@ -32,7 +32,7 @@ def trained(
 ) -> tuple[list[float], list[float], int]:
     """Seconds of steps that were not saved, seconds of stalls, bytes of the newest checkpoint."""
     target = place.target(name, endpoint=endpoint)
-    with place.pod(name, spec, target, "timed_train", env={"OMP_NUM_THREADS": "1"}) as pod:
+    with place.pod(name, spec, target, "benchmarks.lib.timed_train", env={"OMP_NUM_THREADS": "1"}) as pod:
         code = pod.end(580)
         assert code == 0, pod.text[-3000:]
         size = max((one.bytes or 0 for one in pod.words().checkpoints), default=0)

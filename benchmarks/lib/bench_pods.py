@@ -18,8 +18,8 @@ from tests.support.tiny import make_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "benchmarks"
-MODULES = os.pathsep.join([PYTHONPATH, str(ROOT / "tests/pod"), str(ROOT / "benchmarks/lib")])
-"""Where a pod finds the modules that stand in for its training, or watch it."""
+MODULES = os.pathsep.join([PYTHONPATH, str(ROOT / "tests/pod")])
+"""Where a pod finds the modules that stand in for its training."""
 
 
 @dataclass(frozen=True)
