@@ -654,6 +654,12 @@ def options_of_another_objective(spec: FineTuneJobSpec, where: Where) -> Found:
             f"it orders the rows of sft only, and the objective is {trainer}",
             "remove it",
         )
+    if trainer is TrainerType.REWARD and spec.method.lora is not None and spec.method.lora.task_type is not None:
+        yield (
+            "method.lora.taskType",
+            f"{spec.method.lora.task_type}, but a reward model gives a score and writes no text",
+            "remove it",
+        )
     dpo = spec.trainer.dpo
     for field, readers in _DPO_READERS.items():
         if (

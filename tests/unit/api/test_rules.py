@@ -125,6 +125,11 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         {"trainer": {"type": "reward"}, "training": {"groupByLength": True}},
         "training.groupByLength",
     ),
+    (
+        "OptionOfAnotherObjective",
+        {"trainer": {"type": "reward"}, "method": {"lora": {"taskType": "causalLM"}}},
+        "method.lora.taskType",
+    ),
     ("DpoLosses", {"trainer": {"type": "dpo", "dpo": {"lossTypes": ["exoPair"]}}}, "trainer.dpo.labelSmoothing"),
     ("DpoLosses", {"trainer": {"type": "dpo", "dpo": {"labelSmoothing": 0.1}}}, "trainer.dpo.labelSmoothing"),
     ("DpoLosses", {"trainer": {"type": "dpo", "dpo": {"lossTypes": ["ipo", "ipo"]}}}, "trainer.dpo.lossTypes"),

@@ -167,6 +167,16 @@ def test_a_checkpoint_that_cannot_be_stored_is_a_condition_and_training_goes_on(
     assert bench.board.report().health.healthy
 
 
+def test_measures_of_the_test_set_reach_the_output_and_the_manifest(bench: Bench) -> None:
+    measured = {"testRows": 3, "testLoss": 1.25}
+    bench.offer(None, extra={"evaluation": measured, "notes": []})
+    bench.settle()
+    assert bench.uploader.output is not None and bench.uploader.output.evaluation == measured
+    committed = bench.tree.marker(None)
+    manifest = bench.tree.manifest(committed) if committed else None
+    assert manifest is not None and manifest.extra["evaluation"] == measured
+
+
 def test_a_final_model_that_cannot_be_stored_is_the_end(bench: Bench) -> None:
     def refuse(key: str) -> None:
         raise StorageError("StorageFailed", "gone")

@@ -238,6 +238,20 @@ def test_file_kinds(name: str, tmp_path: Path) -> None:
     assert examples(tmp_path, text=text, name=file) == [Text("x"), Text("y")]
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "wanted"),
+    [
+        ("csv", "text,other\nx,1\n", ["x"]),
+        ("txt", '{"text": "x"}\n', ['{"text": "x"}']),
+        ("jsonl", '{"text": "x"}\n', ["x"]),
+        ("json", '[{"text": "x"}]', ["x"]),
+    ],
+)
+def test_the_asked_kind_of_file_beats_its_name(kind: str, text: str, wanted: list[str], tmp_path: Path) -> None:
+    found = examples(tmp_path, {"fileFormat": kind}, text=text, name="rows.parquet")
+    assert found == [Text(one) for one in wanted]
+
+
 def test_parquet(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
