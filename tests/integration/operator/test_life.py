@@ -261,6 +261,32 @@ async def test_one_failed_rank_ends_the_attempt_for_all(world: Rig) -> None:
     assert first["metadata"]["name"] != second["metadata"]["name"]
 
 
+async def test_gangs_side_by_side_have_nothing_in_common(world: Rig) -> None:
+    worlds = {}
+    for name in ("one", "two"):
+        await world.create(name, resources={"nodes": 2})
+        job = await world.job(f"{name}-1")
+        text = job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
+        worlds[name] = json.loads(text)["world"]
+        assert job["spec"]["template"]["spec"]["subdomain"] == f"{name}-1"
+        await world.until(f"{name} is told of", lambda name=name: world.status(name).get("attempts"))
+    assert worlds["one"]["masterAddress"] == "one-1-0.one-1"
+    assert worlds["two"]["masterAddress"] == "two-1-0.two-1"
+    assert worlds["one"]["rendezvousId"] != worlds["two"]["rendezvousId"]
+    services = {s["metadata"]["name"]: s for s in (await world.kube.list(SERVICE, world.namespace)).items}
+    assert {name: s["spec"]["selector"] for name, s in services.items()} == {
+        "one-1": {"batch.kubernetes.io/job-name": "one-1"}, "two-1": {"batch.kubernetes.io/job-name": "two-1"},
+    }  # fmt: skip
+    for name in ("one", "two"):
+        for index in range(2):
+            await world.pod(f"{name}-1", index, "Running")
+    await world.kubelet.end(await world.pod("one-1", 1), 65)
+    await world.phase("Failed", "one")
+    for index in range(2):
+        await world.kubelet.succeed(await world.pod("two-1", index))
+    assert (await world.phase("Succeeded", "two"))["workers"]["total"] == 2
+
+
 async def test_somebody_deletes_our_job(world: Rig) -> None:
     await world.create()
     await world.train("run-1")
