@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.support.cells import Cell, Result, launch
-from tests.support.learning import TEN, merged
+from tests.support.learning import TEN, go, merged
 from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.pod
@@ -77,9 +77,26 @@ BEST = {
     "zero2 best": merged(merged(FULL, zero(2)), {"training": {"learningRate": 0.01}}),
     "zero3 best": merged(merged(LORA, zero(3)), {"training": {"learningRate": 0.03}}),
 }
+UNEVEN = [
+    {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + place % 4)}]}
+    for place, row in enumerate(TEN[:8])
+]
+"""Rows whose answers differ in length, so that ranks and micro-batches hold unequal numbers of learned tokens."""
+EXACT: dict[str, Any] = {
+    "training": {"seed": 7, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1, "maxSteps": 4}
+}
+LORA_EXACT = {"method": {"type": "lora", "lora": {"dropout": 0}}}
+EQUAL: dict[str, dict[str, Any]] = {
+    "ddp": DDP,
+    "ddp, accumulated": merged(DDP, {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
+    "fsdp": fsdp(),
+    "zero2": zero(2),
+    "zero2, accumulated": merged(zero(2), {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
+}
+"""Two ranks that together take four rows a step."""
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "fsdp prompt": (merged({"method": {"type": "promptTuning"}}, fsdp()), "StrategyAndMethod", "virtual tokens"),
-    "fsdp 8 bit": (merged({"model": {"quantization": {"bits": 8}}}, fsdp()), "StrategyAndQuantization", "8-bit"),
+    "fsdp 8 bit": (merged({"model": {"quantization": {"bits": 8}}}, fsdp()), "StrategyAndMethod", "8-bit"),
     "fsdp local": (fsdp(stateDict="local"), "StateDictUnavailable", "version 2"),
     "zero3 qlora": (merged(QLORA, zero(3)), "StrategyAndMethod", "quantised"),
     "zero3 pissa": (merged({"method": {"lora": {"init": "pissa"}}}, zero(3)), "StrategyAndMethod", "pissa"),
@@ -114,7 +131,16 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "checkpoint": {"strategy": "steps", "steps": 3, "loadBestAtEnd": True},
     }  # fmt: skip
     cells += [Cell(name, str(model), merged(best, spec), TEN, validation=other) for name, spec in BEST.items()]
+    cells += [
+        Cell(equal_cell(method, name), str(model), merged(merged(EXACT, given), spec), UNEVEN)
+        for name, spec in EQUAL.items()
+        for method, given in (("full", FULL), ("lora", LORA_EXACT))
+    ]
     return launch(cells, folder, ranks=2)
+
+
+def equal_cell(method: str, name: str) -> str:
+    return f"equal batches, {method}, {name}"
 
 
 def tensors(result: Result) -> dict[str, torch.Tensor]:
@@ -164,6 +190,26 @@ def test_losses_and_artefact_are_those_of_ddp(name: str, like: str, results: dic
         assert mine[key].shape == value.shape
         torch.testing.assert_close(mine[key].float(), value.float(), atol=2e-4, rtol=0)
     assert found.files == plain.files
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def one_process(
+    request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, Any]:
+    """The same four rows a step, on one rank."""
+    method = str(request.param)
+    given = merged(merged(EXACT, FULL if method == "full" else LORA_EXACT), {"training": {"batchSizePerDevice": 4}})
+    return method, go(tmp_path_factory.mktemp("one"), model, given, UNEVEN)
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_two_ranks_learn_what_one_learns(name: str, one_process: tuple[str, Any], results: dict[str, Result]) -> None:
+    method, alone = one_process
+    found = results[equal_cell(method, name)]
+    assert found.error is None and found.resolved["effectiveBatch"] == 4
+    assert len(alone.losses) == 4
+    assert found.losses == pytest.approx(alone.losses, abs=1e-6)
+    assert found.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
 
 
 def test_no_shard_runs_as_ddp_and_says_so(results: dict[str, Result]) -> None:

@@ -1,0 +1,130 @@
+"""A library that quietly does something else than it was asked for is found out when training begins, and ends the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import FineTuneError
+from finetune_trainer.distributed.base import Ddp, Plan
+from finetune_trainer.distributed.deepspeed import Deepspeed
+from finetune_trainer.distributed.deepspeed import Options as ZeroOptions
+from finetune_trainer.distributed.fsdp import Fsdp
+from finetune_trainer.distributed.fsdp import Options as FsdpOptions
+from finetune_trainer.hardware import Hardware
+
+from tests.support.learning import go, make_run
+from tests.support.tiny import make_tiny_model
+
+CPU = Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "raw")
+
+
+def trainer(engine: Any = None) -> Any:
+    """A Trainer whose model nobody has wrapped."""
+    network = torch.nn.Linear(4, 4)
+    return SimpleNamespace(
+        model=network, model_wrapped=network, is_deepspeed_enabled=engine is not None, deepspeed=engine
+    )
+
+
+def plan(kind: str, folder: Path, ranks: int) -> Plan:
+    run, _ = make_run(folder, Path("/models/tiny"), ranks=ranks)
+    match kind:
+        case "fsdp":
+            return Fsdp(run, CPU, ranks, FsdpOptions())
+        case "zero":
+            return Deepspeed(run, CPU, ranks, ZeroOptions(3, {}))
+        case "ddp":
+            return Ddp(run, CPU, ranks)
+    return Plan(run, CPU, ranks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("ddp", "ddp was asked for over 2 ranks, but apart is active"),
+        ("fsdp", "fsdp was asked for over 2 ranks, but 2 of 2 parameters are whole on every rank, first weight"),
+        ("zero", "deepspeed was asked for over 2 ranks, but apart is active"),
+    ],
+)
+def test_two_ranks_that_train_apart(kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(FineTuneError) as caught:
+        plan(kind, tmp_path, 2).verify(trainer())
+    assert (caught.value.code, caught.value.exit_code) == ("StrategyNotActive", 70)
+    assert caught.value.message == said
+
+
+def test_one_rank_is_single(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert plan("none", tmp_path, 1).verify(trainer()) == "single"
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 1), (3, 2)])
+def test_deepspeed_with_another_stage_or_fewer_ranks(stage: int, ranks: int, tmp_path: Path) -> None:
+    """The last case has the right stage and ranks, and parameters that DeepSpeed has not taken."""
+    engine = SimpleNamespace(zero_optimization_stage=lambda: stage, world_size=ranks)
+    with pytest.raises(FineTuneError) as caught:
+        plan("zero", tmp_path, 2).verify(trainer(engine))
+    assert caught.value.code == "StrategyNotActive"
+    assert f"active: stage {stage} over {ranks} ranks, 0 of 2 parameters sharded" in caught.value.message
+
+
+def test_attention_that_was_swapped(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_trainer import model as loading
+
+    honest = loading.load_model
+
+    def swapped(*args: Any, **options: Any) -> Any:
+        loaded, notes = honest(*args, **options)
+        loaded.set_attn_implementation("eager")
+        return loaded, notes
+
+    monkeypatch.setattr(loading, "load_model", swapped)
+    with pytest.raises(FineTuneError) as caught:
+        go(tmp_path, model)
+    assert (caught.value.code, caught.value.message) == (
+        "AttentionSwapped",
+        "attention sdpa was asked for, eager is active",
+    )
+
+
+@pytest.mark.parametrize(
+    ("spec", "bits"),
+    [({"method": {"type": "qlora"}}, 4), ({"method": {"type": "lora"}, "model": {"quantization": {"bits": 8}}}, 8)],
+)
+def test_a_quantised_base_that_is_whole(
+    spec: dict[str, Any], bits: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune_trainer import model as loading
+
+    honest = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *args, **options: honest(*args, **options | {"quantize": False}))
+    with pytest.raises(FineTuneError) as caught:
+        go(tmp_path, model, spec)
+    assert caught.value.code == "QuantizationNotActive"
+    assert caught.value.message == f"{bits}-bit weights were asked for, and none were found"
+
+
+def test_an_adapter_that_trains_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_trainer.method import lora
+
+    honest = lora.apply
+
+    def frozen(*args: Any, **options: Any) -> Any:
+        applied = honest(*args, **options)
+        applied.model.requires_grad_(False)
+        return applied
+
+    monkeypatch.setattr(lora, "apply", frozen)
+    with pytest.raises(FineTuneError) as caught:
+        go(tmp_path, model)
+    assert caught.value.code == "NothingTrainable"
