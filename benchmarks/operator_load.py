@@ -103,15 +103,15 @@ class Bench:
 
     def __init__(self, size: Size, folder: Path, endpoint: Endpoint, plane: FastControlPlane, client: Client) -> None:
         self._size, self._folder, self._endpoint, self._plane, self._client = size, folder, endpoint, plane, client
+        self._progress = ProgressServer()
 
     async def run(self) -> dict[str, Any]:
         """The wanted parts, one after another."""
         parts = {"burst": self._burst, "idle": self._idle, "restart": self._restart, "steady": self._steady}
         await self._install()
         figures: dict[str, Any] = {}
-        async with ProgressServer() as progress:
-            self._progress = progress
-            operator = Operator(self._endpoint, self._folder / "operator", progress.url)
+        async with self._progress:
+            operator = Operator(self._endpoint, self._folder / "operator", self._progress.url)
             with operator, Kwok(self._endpoint, self._folder / "kwok"):
                 if {"idle", "restart"} & set(self._size.parts):
                     await self._leave_finished_jobs(operator)
