@@ -20,7 +20,7 @@ from finetune_cli.importers.convert import nearest
 from finetune_cli.importers.material import Mistake
 from finetune_cli.importers.yaml_tree import NotYaml, trees
 from finetune_cli.paths import fields
-from finetune_cli.shapes import Misshapen, inside, misshapen
+from finetune_cli.shapes import Misshapen, inside, misshapen, unreadable
 
 
 @dataclass(frozen=True)
@@ -233,13 +233,12 @@ def _shaped(raw: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[Misshapen
         try:
             return load(value), wrong
         except ValidationError as error:
-            found = list(misshapen(error, wrong))
-            wrong += found
-            value = _without(value, [list(one["loc"]) for one in error.errors()])
+            wrong += list(misshapen(error, wrong))
+            value = _without(value, list(unreadable(error)))
     return None, wrong
 
 
-def _without(value: dict[str, Any], locations: list[list[Any]]) -> dict[str, Any]:
+def _without(value: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
     """A copy without some fields; of a list with a wrong item nothing is left."""
     import copy
 

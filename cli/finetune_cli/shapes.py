@@ -36,6 +36,14 @@ def misshapen(error: ValidationError, known: Iterable[Misshapen] = ()) -> Iterat
         yield Misshapen(path, _message(one), _hint(one, path), one["type"] == "extra_forbidden")
 
 
+def unreadable(error: ValidationError) -> Iterator[tuple[Any, ...]]:
+    """What must be left out so that the rest can be read: the values that do not fit, and groups in which something is missing."""
+    for one in error.errors():
+        location = one["loc"][:-1] if one["type"] == "missing" else one["loc"]
+        if location:
+            yield location
+
+
 def path_of(location: tuple[Any, ...]) -> str:
     """A place that pydantic names, as users write paths."""
     path = ""

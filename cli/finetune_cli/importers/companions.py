@@ -48,8 +48,8 @@ def is_accelerate(document: Document) -> bool:
 def read_deepspeed(draft: Draft, document: Document) -> None:
     """Translate what the API has fields for, check it against the other files, and bring the whole file as a ConfigMap."""
     content = parse_json(document)
-    zero = content.get("zero_optimization") or {}
     origin = Origin(document.name)
+    zero = _group(draft, content, "zero_optimization", origin)
     found: dict[str, tuple[str, Any]] = {
         "distributed.deepspeed.zeroStage": ("zero_optimization.stage", zero.get("stage")),
         "training.maxGradNorm": ("gradient_clipping", content.get("gradient_clipping")),
@@ -76,6 +76,17 @@ def read_deepspeed(draft: Draft, document: Document) -> None:
         if isinstance(content.get(precision), dict) and content[precision].get("enabled") is True:
             _agree(draft, "training.mixedPrecision", f"{precision}.enabled", precision, origin)
     _carry(draft, document)
+
+
+def _group(draft: Draft, content: dict[str, Any], key: str, origin: Origin) -> dict[str, Any]:
+    """A group of options; an empty one if it is absent, or a mistake if it is something else."""
+    found = content.get(key) or {}
+    if isinstance(found, dict):
+        return found
+    draft.mistakes.append(
+        Mistake(origin.place, key, f"{found} is given, and a group of options is needed", "write names and values")
+    )
+    return {}
 
 
 def _agree(draft: Draft, path: str, key: str, value: Any, origin: Origin) -> None:
@@ -185,7 +196,7 @@ def _sizes(draft: Draft, document: Document, tree: Tree) -> None:
 
 
 def _fsdp(draft: Draft, document: Document, tree: Tree) -> None:
-    options = tree.value.get("fsdp_config") or {}
+    options = _group(draft, tree.value, "fsdp_config", Origin(_place(document, tree, "fsdp_config")))
     for key, path, words in (
         ("fsdp_sharding_strategy", "distributed.fsdp.sharding", SHARDING),
         ("fsdp_state_dict_type", "distributed.fsdp.stateDict", STATE),
@@ -208,8 +219,8 @@ def _fsdp(draft: Draft, document: Document, tree: Tree) -> None:
 
 
 def _deepspeed(draft: Draft, document: Document, tree: Tree) -> None:
-    options = tree.value.get("deepspeed_config") or {}
     place = Origin(_place(document, tree, "deepspeed_config"))
+    options = _group(draft, tree.value, "deepspeed_config", place)
     if isinstance(options.get("zero_stage"), int):
         _agree(draft, "distributed.deepspeed.zeroStage", "zero_stage", options["zero_stage"], place)
     for key, path in (("offload_optimizer_device", "offloadOptimizer"), ("offload_param_device", "offloadParameters")):

@@ -37,7 +37,7 @@ from finetune_cli.importers.material import (
 )
 from finetune_cli.importers.prune import prune
 from finetune_cli.importers.yaml_tree import parse, parse_json
-from finetune_cli.shapes import Misshapen, inside, misshapen, path_of
+from finetune_cli.shapes import Misshapen, inside, misshapen, path_of, unreadable
 
 
 @dataclass(frozen=True)
@@ -336,8 +336,8 @@ def settle(draft: Draft) -> dict[str, Any]:
             for wrong in found:
                 draft.broken[wrong.path] = wrong.path
                 draft.mistakes.append(_told(draft, Problem(wrong.path, "Shape", wrong.message, wrong.hint)))
-            for location in (path_of(one["loc"]) for one in error.errors()):
-                for known in [one for one in values if inside(location, one)]:
+            for location in map(path_of, unreadable(error)):
+                for known in [one for one in values if inside(location, one) or inside(one, location)]:
                     del values[known]
     else:
         return nest(values)

@@ -6,7 +6,7 @@ That tool's method, adapter sizes and warm-up are fixed in its code; an import w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +163,9 @@ def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
 
 def read(draft: Draft) -> Iterator[Entry]:
     """Compose files and overrides with Hydra, or take the older dashed flags."""
-    words = after_launcher(draft.request.words)
+    words, config = _config_name(draft, after_launcher(draft.request.words))
     bases = [document for document in draft.documents if not is_accelerate(document)]
-    dashed = any(word.startswith("--") for word in words)
+    dashed = _dashed(words)
     if len(bases) > 1:
         draft.mistakes.append(
             Mistake(
@@ -178,12 +178,40 @@ def read(draft: Draft) -> Iterator[Entry]:
         return
     if dashed:
         if bases:
-            yield from _composed(draft, bases[0], [])
+            yield from _composed(draft, bases[0], [], config)
         yield from _flags(draft, words)
     elif bases:
-        yield from _composed(draft, bases[0], words)
+        yield from _composed(draft, bases[0], words, config)
     else:
         yield from _shipped(draft, words)
+
+
+def _dashed(words: Iterable[str]) -> bool:
+    """Whether the older flags are used; Hydra's own are none of them."""
+    names = (word.partition("=")[0] for word in words)
+    return any(name.startswith("--") and name not in (*CONFIG_NAME, *CONFIG_PLACE) for name in names)
+
+
+CONFIG_NAME = ("--config-name", "-cn")
+CONFIG_PLACE = ("--config-path", "-cp", "--config-dir", "-cd")
+
+
+def _config_name(draft: Draft, words: list[str]) -> tuple[list[str], str]:
+    """Hydra's own flags taken out: the primary file's name, `config` if none is given; where it lies is what we are given."""
+    rest, kept, name = list(words), [], "config"
+    while rest:
+        word, equals, value = rest[0].partition("=")
+        if word not in (*CONFIG_NAME, *CONFIG_PLACE):
+            kept.append(rest.pop(0))
+            continue
+        rest.pop(0)
+        if not equals and rest:
+            value = rest.pop(0)
+        if not value:
+            draft.mistakes.append(Mistake("command line", word, "it has no value", f"write {word} VALUE"))
+        elif word in CONFIG_NAME:
+            name = value.removesuffix(".yaml")
+    return kept, name
 
 
 def _flags(draft: Draft, words: list[str]) -> Iterator[Entry]:
@@ -208,16 +236,10 @@ def _flags(draft: Draft, words: list[str]) -> Iterator[Entry]:
 # --- Hydra ----------------------------------------------------------------------------------------------------------
 
 
-def _config_file(folder: Path) -> Path | None:
-    for candidate in (
-        folder / "config.yaml",
-        folder / "configs" / "config.yaml",
-        folder / "conf" / "config.yaml",
-        folder / ".hydra" / "config.yaml",
-    ):
-        if candidate.is_file():
-            return candidate
-    return None
+def _config_file(folder: Path, name: str = "config") -> Path | None:
+    """The primary file of a folder."""
+    places = (folder, folder / "configs", folder / "conf", folder / ".hydra")
+    return next((place / f"{name}.yaml" for place in places if (place / f"{name}.yaml").is_file()), None)
 
 
 def _options(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -239,57 +261,77 @@ def _shipped(draft: Draft, words: list[str]) -> Iterator[Entry]:
     from omegaconf import OmegaConf
 
     fitting = _fitting(draft, words, frozenset(SHIPPED), frozenset())
-    yield from _leaves(
-        draft, _apply(OmegaConf.create(base), fitting), "that tool's own configuration", Tree({}), _places(words)
-    )
+    yield from _leaves(draft, _apply(OmegaConf.create(base), fitting), "that tool's own configuration", _places(words))
 
 
-def _composed(draft: Draft, document: Document, words: list[str]) -> Iterator[Entry]:
+def _composed(draft: Draft, document: Document, words: list[str], config: str) -> Iterator[Entry]:
     """One file or folder, composed and overridden as Hydra does it."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    path = _config_file(document.path, config) if document.folder else document.path
+    places: dict[str, str] = {}
+    if path is None and config != "config":
+        draft.mistakes.append(Mistake(document.name, "--config-name", f"{config}.yaml is not in it", "name another"))
+        return
+    try:
+        if path is None:
+            composed = _from_groups(draft, document, words, places)
+        else:
+            text = Document(path, read_text(path)) if document.folder else document
+            tree = parse(text)
+            composed = _from_file(draft, text, tree, words, places)
+            places |= _lines(text.name, tree)
+    except OmegaConfBaseException as error:
+        raise Refused([Mistake(document.name, "", f"it cannot be read: {str(error).splitlines()[0]}")]) from None
+    if composed is not None:
+        yield from _leaves(draft, composed, document.name, places | _places(words))
+
+
+def _lines(name: str, tree: Tree, group: str = "") -> dict[str, str]:
+    """`file:line` of every key of a file; of a file without groups they belong to the training group."""
+    flat = not group and not any(isinstance(value, dict) for value in tree.value.values())
+    prefix = f"{group or 'training_config'}." if group or flat else ""
+    return {f"{prefix}{path}": f"{name}:{line}" for path, line in tree.lines.items() if path}
+
+
+def _from_groups(draft: Draft, document: Document, words: list[str], places: dict[str, str]) -> Any:
+    """A folder of groups without a primary file: the only option of each, or the one that is named; None after a mistake."""
+    found = dict(_options(document.path))
+    chosen = {group for group in found if any(word.lstrip("+").startswith(f"{group}=") for word in words)}
+    crowded = {group: names for group, names in found.items() if len(names) > 1 and group not in chosen}
+    for group, names in crowded.items():
+        message, hint = f"several options: {', '.join(names)}", f"choose one: -- {group}={names[0]}"
+        draft.mistakes.append(Mistake(document.name, group, message, hint))
+    if crowded:
+        return None
+    overrides = [f"+{group}={names[0]}" for group, names in found.items() if group not in chosen]
+    overrides += [f"+{word}" if word.partition("=")[0] in found else word for word in words]
+    places = (document.path, document.path / "configs", document.path / "conf")
+    holding = (place for place in places if any((place / group).is_dir() for group in ("dataset", *GROUPS)))
+    return _compose(draft, next(holding, document.path), None, overrides, places)
+
+
+def _from_file(draft: Draft, document: Document, tree: Tree, words: list[str], places: dict[str, str]) -> Any:
+    """A primary file: with a `defaults` list the folder around it is composed, without one it is complete."""
     from omegaconf import OmegaConf
 
-    path = _config_file(document.path) if document.folder else document.path
-    if path is None:
-        found = list(_options(document.path))
-        crowded = [
-            (group, names)
-            for group, names in found
-            if len(names) > 1 and not any(w.startswith(f"{group}=") for w in words)
-        ]
-        for group, names in crowded:
-            draft.mistakes.append(
-                Mistake(
-                    document.name, group, f"several options: {', '.join(names)}", f"choose one: -- {group}={names[0]}"
-                )
-            )
-        if crowded:
-            return
-        words = [
-            f"+{group}={names[0]}"
-            for group, names in found
-            if len(names) == 1 and not any(w.lstrip("+").startswith(f"{group}=") for w in words)
-        ] + [f"+{w}" if w.partition("=")[0] in dict(found) else w for w in words]
-        folder = next(
-            (
-                b
-                for b in (document.path, document.path / "configs", document.path / "conf")
-                if any((b / g).is_dir() for g in ("dataset", *GROUPS))
-            ),
-            document.path,
+    defaults = tree.value.get("defaults")
+    if defaults is not None and not isinstance(defaults, list):
+        place = f"{document.name}:{tree.lines['defaults']}"
+        raise Refused([Mistake(place, "defaults", "it is not a list", "write `- group: option` lines")])
+    if defaults:
+        return _compose(draft, document.path.parent, document.path.stem, words, places)
+    wrong = [group for group in ("dataset", *GROUPS) if group in tree.value and not isinstance(tree.value[group], dict)]
+    if wrong:
+        places = {group: f"{document.name}:{tree.lines[group]}" for group in wrong}
+        raise Refused(
+            [Mistake(places[one], one, "it is not a group of options", "write name: value below it") for one in wrong]
         )
-        composed, tree = _compose(draft, folder, None, words), Tree({})
-    else:
-        text = document if not document.folder else Document(path, read_text(path))
-        tree = parse(text)
-        if not tree.value.get("defaults"):
-            flat = not any(isinstance(value, dict) for value in tree.value.values())
-            value: dict[str, Any] = {"training_config": tree.value} if flat else tree.value
-            fitting = _fitting(draft, words, _keys(value), frozenset())
-            loaded = OmegaConf.create(text.text)
-            composed = _apply(OmegaConf.create({"training_config": loaded}) if flat else loaded, fitting)
-        else:
-            composed = _compose(draft, path.parent, path.stem, words)
-    yield from _leaves(draft, composed, document.name, tree, _places(words))
+    flat = not any(isinstance(value, dict) for value in tree.value.values())
+    value: dict[str, Any] = {"training_config": tree.value} if flat else tree.value
+    fitting = _fitting(draft, words, _keys(value), frozenset())
+    loaded = OmegaConf.create(document.text)
+    return _apply(OmegaConf.create({"training_config": loaded}) if flat else loaded, fitting)
 
 
 def _keys(value: dict[str, Any]) -> frozenset[str]:
@@ -381,12 +423,13 @@ def _apply(composed: Any, words: list[str]) -> Any:
     return composed
 
 
-def _compose(draft: Draft, folder: Path, name: str | None, words: list[str]) -> Any:
-    """Compose a folder of groups; Hydra's own complaint becomes a mistake."""
+def _compose(draft: Draft, folder: Path, name: str | None, words: list[str], places: dict[str, str]) -> Any:
+    """Compose a folder of groups, and tell the places of the chosen files' keys; Hydra's own complaint becomes a mistake."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     groups = frozenset(path.name for path in folder.iterdir() if path.is_dir())
     kept = [str(one.input_line) for one in _parsed(draft, words)]
@@ -396,15 +439,20 @@ def _compose(draft: Draft, folder: Path, name: str | None, words: list[str]) -> 
             chosen = [w for w in kept if w.lstrip("+~").partition("=")[0] in groups]
             base = compose(config_name=name, overrides=chosen)
             present = _keys({key: value for key, value in _plain(base).items() if isinstance(value, dict)}) | groups
-            return compose(config_name=name, overrides=_fitting(draft, kept, present, groups))
-    except (HydraException, OmegaConfBaseException) as error:
-        lines = str(error).strip().splitlines()
+            composed = compose(
+                config_name=name, overrides=_fitting(draft, kept, present, groups), return_hydra_config=True
+            )
+            for group, option in composed.hydra.runtime.choices.items():
+                file = folder / group / f"{option}.yaml"
+                if file.is_file():
+                    document = Document(file, read_text(file))
+                    places |= _lines(f"{group}/{document.name}", parse(document), group)
+            return composed
+    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
+        # The last two: what Hydra lets through of its own parsers for files that are no configurations.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise Refused(
-            [
-                Mistake(
-                    folder.name, "", f"Hydra cannot compose it: {lines[0] if lines else error}", "; ".join(lines[1:3])
-                )
-            ]
+            [Mistake(folder.name, "", f"Hydra cannot compose it: {lines[0]}", " ".join(lines[1:4]))]
         ) from None
     finally:
         GlobalHydra.instance().clear()
@@ -425,7 +473,7 @@ def _places(words: list[str]) -> dict[str, str]:
 RESOLVER = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:\s*([^,}\s]+)")
 
 
-def _leaves(draft: Draft, composed: Any, file: str, tree: Tree, places: dict[str, str]) -> Iterator[Entry]:
+def _leaves(draft: Draft, composed: Any, file: str, places: dict[str, str]) -> Iterator[Entry]:
     """Every value after interpolation; the environment is read for allowed names only."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -436,8 +484,7 @@ def _leaves(draft: Draft, composed: Any, file: str, tree: Tree, places: dict[str
         leaves = inner.items() if isinstance(inner, dict) else [("", inner)]
         for key, raw in leaves:
             path = f"{group}.{key}" if key else group
-            line = tree.lines.get(path) or tree.lines.get(key)
-            origin = Origin(places.get(path, f"{file}:{line}" if line else file))
+            origin = Origin(places.get(path, file))
             if isinstance(raw, str) and "${" in raw and not _allowed(draft, path, raw, origin):
                 continue
             try:
@@ -489,7 +536,7 @@ def combine(draft: Draft) -> None:
     place_source(draft, "dataset.path", "dataset.train", always_local=is_local(found))
     if (
         not draft.wrote("dataset.path")
-        and (draft.wrote("dataset.format") or any(w.startswith("--") for w in draft.request.words))
+        and (draft.wrote("dataset.format") or _dashed(draft.request.words))
         and "dataset.train" not in draft.request.own
     ):
         draft.mistakes.append(
@@ -510,9 +557,7 @@ def combine(draft: Draft) -> None:
 def _learning_rate(draft: Draft) -> None:
     if draft.wrote("training_config.learning_rate"):
         return
-    if any(word.startswith("--") for word in draft.request.words) and not [
-        d for d in draft.documents if not is_accelerate(d)
-    ]:
+    if _dashed(draft.request.words) and not [d for d in draft.documents if not is_accelerate(d)]:
         draft.fill("training.learningRate", 2e-4, "page advice")
         draft.note("no learning rate is given: 2e-4, as that tool's page advises for its flags")
     else:
@@ -636,7 +681,7 @@ def _report(draft: Draft) -> None:
     if key in draft.given:
         draft.put("tracking.reportTo", draft.get(key), key)
     elif key not in draft.broken:
-        flags = any(word.startswith("--") for word in draft.request.words)
+        flags = _dashed(draft.request.words)
         draft.fill("tracking.reportTo", ["wandb"] if flags else ["tensorboard"], "code default")
 
 

@@ -169,6 +169,8 @@ ROWS: tuple[Row, ...] = (
     Row("--mlflow-password", "placement.env", manual=True, secret=True),
 )  # fmt: skip
 
+PATHS = {row.key: row.path for row in ROWS}
+
 
 def _epochs(draft: Draft) -> bool:
     return draft.has("dataset.validation") and not draft.has("evaluation.steps")
@@ -277,32 +279,43 @@ def _file(document: Document, draft: Draft) -> Iterator[Entry]:
             )
             continue
         for key, value in group.items():
-            origin = _at(document, lines, f"{section}.{key}")
-            yield Entry(f"{section}.{key}", _plain(value, f"{section}.{key}", origin, draft), origin)
+            name = f"{section}.{key}"
+            origin = _at(document, lines, name)
+            if _resolved(value, name, origin, draft):
+                yield Entry(name, _plain(value, draft), origin)
 
 
 def _at(document: Document, lines: dict[str, int], key: str) -> Origin:
     return Origin(f"{document.name}:{lines[key]}" if key in lines else document.name)
 
 
-def _plain(value: Any, key: str, origin: Origin, draft: Draft) -> Any:
-    """`"null"` is none, also inside a list; a whole `"${NAME}"` is the environment variable."""
-    if isinstance(value, list):
-        return [one for one in (_plain(one, key, origin, draft) for one in value) if one is not None]
-    if value == "null":
-        return None
-    variable = VARIABLE.match(value) if isinstance(value, str) else None
-    if variable is None:
-        return value
-    name = variable.group(1)
-    if name not in draft.request.environment:
+def _resolved(value: Any, key: str, origin: Origin, draft: Draft) -> bool:
+    """Whether every variable in a value is set; a mistake if not."""
+    missing = [name for name in _variables_of(value) if name not in draft.request.environment]
+    for name in missing:
+        draft.broken[key] = PATHS.get(key, "")
         draft.mistakes.append(
             Mistake(origin.place, key, f"variable {name} is not set", f"set {name}, or write the value itself")
         )
+    for name in _variables_of(value):
+        if SECRET_WORD.search(name) and not key.endswith("tracking_uri"):
+            draft.hide(draft.request.environment.get(name))
+    return not missing
+
+
+def _variables_of(value: Any) -> list[str]:
+    texts = value if isinstance(value, list) else [value]
+    return [found.group(1) for one in texts if isinstance(one, str) and (found := VARIABLE.match(one))]
+
+
+def _plain(value: Any, draft: Draft) -> Any:
+    """`"null"` is none, also inside a list; a whole `"${NAME}"` is the environment variable."""
+    if isinstance(value, list):
+        return [one for one in (_plain(one, draft) for one in value) if one is not None]
+    if value == "null":
         return None
-    if SECRET_WORD.search(name) and not key.endswith("tracking_uri"):
-        draft.hide(draft.request.environment[name])
-    return draft.request.environment[name]
+    variable = VARIABLE.match(value) if isinstance(value, str) else None
+    return value if variable is None else draft.request.environment[variable.group(1)]
 
 
 def scan(document: Document) -> dict[str, int]:

@@ -232,6 +232,10 @@ def test_set_reads_lists_maps_and_words(call: Call, write: Write) -> None:
             "job.yaml:7: spec.storage.credentialsSecretRef.name: it is missing, and it is required; for example name: s3-credentials [ValueInvalid]",
             "job.yaml:7: spec.storage.uri: 'http://x': it is not of the right form; for example uri: s3://models/finetune [ValueInvalid]",
         ]),
+        ("  storage: {credentialsSecretRef: {}}\n  training: {warmupSteps: 1, warmupRatio: 0.1}\n", [
+            "job.yaml:7: spec.storage.credentialsSecretRef.name: it is missing, and it is required; for example name: s3-credentials [ValueInvalid]",
+            "job.yaml:8: spec.training.warmupRatio: warmupSteps 1 and warmupRatio 0.1 exclude each other; remove one of them [WarmupTwice]",
+        ]),
         ("  trainer: {type: grpo, rewards: [3]}\n", ["job.yaml:7: spec.trainer.rewards[0]: 3: should be an object [ValueInvalid]"]),
         ("  training: hello\n", ["job.yaml:7: spec.training: 'hello': should be an object [ValueInvalid]"]),
         ("  training: {epochs: .nan, seed: 99999999999}\n", [

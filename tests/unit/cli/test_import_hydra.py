@@ -207,3 +207,62 @@ def test_accelerate_that_says_something_else(write: Write) -> None:
     assert mistake.startswith(
         "job.yaml:5, acc.yaml:1: training_config.distributed_training, distributed_type: ddp and fsdp are given"
     )
+
+
+def test_a_mistake_in_a_group_file_is_told_with_its_line(write: Write, folder: Path) -> None:
+    write("configs/dataset/default.yaml", "path: org/data\nformat: standrd\n")
+    text = (folder / "training/ddp.yaml").read_text(encoding="utf-8").replace("5e-5", "big")
+    write("configs/training/ddp.yaml", text)
+    assert import_(folder, words="--config-name config --config-path=x").mistakes == [
+        'dataset/default.yaml:2: dataset.format: "standrd" is not a word known here; '
+        "allowed: one of standard, conversational, preference, no, simple; did you mean standard?",
+        'training/ddp.yaml:4: training.learning_rate: "big" is not a number; allowed: a number greater than 0',
+    ]
+
+
+def test_the_primary_file_has_the_name_that_is_given(write: Write, folder: Path) -> None:
+    write(
+        "configs/other.yaml",
+        "defaults:\n  - dataset: default\n  - training: dpo\n  - _self_\ndataset: {format: preference}\n",
+    )
+    found = import_(folder, words=["train.py", "-cn", "other", "training.learning_rate=1e-6"], source="hydra")
+    assert (found.mistakes, found.at("trainer.type"), found.at("training.learningRate")) == ([], "dpo", 1e-6)
+    assert (
+        "configs: --config-name: nobody.yaml is not in it; name another"
+        in import_(folder, words="--config-name nobody").mistakes
+    )
+    assert (
+        "command line: --config-name: it has no value; write --config-name VALUE"
+        in import_(folder, words="--config-name").mistakes
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("defaults: hello\ndataset: {path: x}\n", "config.yaml:1: defaults: it is not a list; write `- group: option` lines"),
+        ("defaults:\n  - dataset: missing\n", "configs: Hydra cannot compose it: In 'config': Could not find 'dataset/missing'; "
+                                               "Available options in 'dataset': default pairs"),
+        ("dataset: [1]\ntraining: x\n", "config.yaml:1: dataset: it is not a group of options; write name: value below it"),
+        ('dataset: {path: "${dataset.path}"}\ntraining: {model: org/m}\n', "config.yaml:1: dataset.path: Recursive interpolation detected"),
+        ('dataset: {path: "${"}\ntraining: {model: org/m}\n', "configs: it cannot be read: no viable alternative at input '${'"),
+    ],
+)  # fmt: skip
+def test_a_primary_file_that_cannot_be(write: Write, folder: Path, text: str, expected: str) -> None:
+    write("configs/config.yaml", text)
+    assert import_(folder, source="hydra").mistakes[0].startswith(expected)
+
+
+def test_companions_with_a_value_where_a_group_is_needed(write: Write, folder: Path) -> None:
+    accelerate = write("acc.yaml", "distributed_type: FSDP\nnum_processes: x\nfsdp_config: hello\n")
+    found = import_(folder, accelerate, source="hydra", words="training.distributed_training=FSDP").mistakes
+    assert found == [
+        "acc.yaml:2: num_processes: x is not a number of at least 1",
+        "acc.yaml:3: fsdp_config: hello is given, and a group of options is needed; write names and values",
+    ]
+    deepspeed = write("ds.json", '{"zero_optimization": 3, "gradient_clipping": "a"}')
+    text = "model: {base_model: a/b}\nfine_tuning: {method: lora}\ndistributed: {use_deepspeed: true}\n"
+    assert import_(write("job.yaml", text), deepspeed, source="yaml").mistakes == [
+        "ds.json: zero_optimization: 3 is given, and a group of options is needed; write names and values",
+        "ds.json: gradient_clipping: 'a': should be a valid number, unable to parse string as a number",
+    ]
