@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,18 @@ class Manifest:
 def read(path: Path) -> list[Manifest]:
     """Every document of a YAML or JSON file, or of standard input. Raises Unreadable."""
     return list(parse(read_text(path), shown(path)))
+
+
+def read_all(paths: Iterable[Path]) -> tuple[list[Manifest], list[Mistake]]:
+    """Every document of several files, and what is wrong with the files that cannot be read."""
+    found: list[Manifest] = []
+    wrong: list[Mistake] = []
+    for path in paths:
+        try:
+            found += read(path)
+        except Unreadable as unreadable:
+            wrong.append(unreadable.mistake)
+    return found, wrong
 
 
 def parse(text: str, file: str) -> Iterator[Manifest]:

@@ -49,16 +49,11 @@ def submit(
 
 
 def _checked(files: list[Path]) -> list[Manifest]:
-    from finetune_cli.files import Unreadable, shown
-    from finetune_cli.manifests import advice, examine, read, serious
+    from finetune_cli.files import shown
+    from finetune_cli.manifests import advice, examine, read_all, serious
 
-    wrong: list[Any] = []
-    manifests: list[Manifest] = []
-    for file in files:
-        try:
-            manifests += read(file)
-        except Unreadable as unreadable:
-            wrong.append(unreadable.mistake)
+    manifests, unreadable = read_all(files)
+    wrong: list[Any] = list(unreadable)
     for one in manifests:
         if one.is_job:
             findings = examine(one)[1]

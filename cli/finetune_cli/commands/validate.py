@@ -32,16 +32,11 @@ def validate(
     """
     from finetune_api.rules import Where
 
-    from finetune_cli.files import Unreadable, shown
-    from finetune_cli.manifests import read
+    from finetune_cli.files import shown
+    from finetune_cli.manifests import read_all
 
-    wrong: list[str] = []
-    manifests: list[Manifest] = []
-    for file in files:
-        try:
-            manifests += read(file)
-        except Unreadable as unreadable:
-            wrong.append(str(unreadable.mistake))
+    manifests, unreadable = read_all(files)
+    wrong = list(map(str, unreadable))
     for manifest in manifests:
         wrong += _check(manifest, Where.LOCAL if local else Where.CLUSTER, strict)
     jobs = [one for one in manifests if one.is_job]

@@ -6,21 +6,28 @@ That tool's method, adapter sizes and warm-up are fixed in its code; an import w
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from finetune_cli.files import read_text
 from finetune_cli.importers.commands import after_launcher, flag_entry, parse_flags, stray_mistakes
 from finetune_cli.importers.companions import is_accelerate, read_accelerate
 from finetune_cli.importers.convert import boolean, choice, integer, nearest, number
-from finetune_cli.importers.material import Document, Draft, Entry, Fill, Importer, Mistake, Origin, Refused, Row
+from finetune_cli.importers.hydra_compose import (
+    GROUPS,
+    composed,
+    config_file,
+    config_name,
+    dashed,
+    key_of,
+    options,
+    shipped,
+)
+from finetune_cli.importers.material import Document, Draft, Entry, Fill, Importer, Mistake, Row
 from finetune_cli.importers.paths import is_local, place_source
 from finetune_cli.importers.toml import PROJECTIONS, SCHEDULERS
 from finetune_cli.importers.yaml import assume_ranks
-from finetune_cli.importers.yaml_tree import Tree, parse, sniff
+from finetune_cli.importers.yaml_tree import sniff
 
-GROUPS = ("training_config", "training_configs", "training")
 TRACKERS = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
 FORMATS = {
     "standard": "promptCompletion", "conversational": "messages", "preference": "preference", "no": "plainText", "simple": "plainText",
@@ -108,17 +115,6 @@ SHIPPED: dict[str, Any] = {
 """What that tool's own configuration files say: the base of overrides that come without a file."""
 
 
-def key_of(key: str) -> str:
-    """One spelling for group names and dashed flags: `--a-b` and `training.a_b` are `training_config.a_b`."""
-    if key.startswith("--"):
-        name = key.lstrip("-").replace("-", "_")
-        return {"dataset": "dataset.path", "format": "dataset.format"}.get(name, f"training_config.{name}")
-    head, dot, rest = key.partition(".")
-    if not dot:
-        return f"training_config.{key}" if key not in GROUPS else key
-    return f"training_config.{rest}" if head in GROUPS else key
-
-
 KNOWN = frozenset(key_of(row.key) for row in ROWS)
 
 
@@ -144,7 +140,7 @@ def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
         )
     for document in documents:
         if document.folder:
-            return _config_file(document.path) is not None or any(_options(document.path))
+            return config_file(document.path) is not None or any(options(document.path))
         found = sniff(document)
         model = found.get("model")
         if any(isinstance(found.get(group), dict) for group in GROUPS[:2]):
@@ -163,9 +159,9 @@ def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
 
 def read(draft: Draft) -> Iterator[Entry]:
     """Compose files and overrides with Hydra, or take the older dashed flags."""
-    words, config = _config_name(draft, after_launcher(draft.request.words))
+    words, config = config_name(draft, after_launcher(draft.request.words))
     bases = [document for document in draft.documents if not is_accelerate(document)]
-    dashed = _dashed(words)
+    flagged = dashed(words)
     if len(bases) > 1:
         draft.mistakes.append(
             Mistake(
@@ -176,42 +172,14 @@ def read(draft: Draft) -> Iterator[Entry]:
             )
         )
         return
-    if dashed:
+    if flagged:
         if bases:
-            yield from _composed(draft, bases[0], [], config)
+            yield from composed(draft, bases[0], [], config)
         yield from _flags(draft, words)
     elif bases:
-        yield from _composed(draft, bases[0], words, config)
+        yield from composed(draft, bases[0], words, config)
     else:
-        yield from _shipped(draft, words)
-
-
-def _dashed(words: Iterable[str]) -> bool:
-    """Whether the older flags are used; Hydra's own are none of them."""
-    names = (word.partition("=")[0] for word in words)
-    return any(name.startswith("--") and name not in (*CONFIG_NAME, *CONFIG_PLACE) for name in names)
-
-
-CONFIG_NAME = ("--config-name", "-cn")
-CONFIG_PLACE = ("--config-path", "-cp", "--config-dir", "-cd")
-
-
-def _config_name(draft: Draft, words: list[str]) -> tuple[list[str], str]:
-    """Hydra's own flags taken out: the primary file's name, `config` if none is given; where it lies is what we are given."""
-    rest, kept, name = list(words), [], "config"
-    while rest:
-        word, equals, value = rest[0].partition("=")
-        if word not in (*CONFIG_NAME, *CONFIG_PLACE):
-            kept.append(rest.pop(0))
-            continue
-        rest.pop(0)
-        if not equals and rest:
-            value = rest.pop(0)
-        if not value:
-            draft.mistakes.append(Mistake("command line", word, "it has no value", f"write {word} VALUE"))
-        elif word in CONFIG_NAME:
-            name = value.removesuffix(".yaml")
-    return kept, name
+        yield from shipped(draft, words, SHIPPED)
 
 
 def _flags(draft: Draft, words: list[str]) -> Iterator[Entry]:
@@ -233,299 +201,6 @@ def _flags(draft: Draft, words: list[str]) -> Iterator[Entry]:
             )
 
 
-# --- Hydra ----------------------------------------------------------------------------------------------------------
-
-
-def _config_file(folder: Path, name: str = "config") -> Path | None:
-    """The primary file of a folder."""
-    places = (folder, folder / "configs", folder / "conf", folder / ".hydra")
-    return next((place / f"{name}.yaml" for place in places if (place / f"{name}.yaml").is_file()), None)
-
-
-def _options(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """(group, option names) of a folder without a primary file."""
-    for base in (folder, folder / "configs", folder / "conf"):
-        for group in ("dataset", *GROUPS):
-            names = sorted(path.stem for path in (base / group).glob("*.yaml"))
-            if names:
-                yield group, names
-
-
-def _shipped(draft: Draft, words: list[str]) -> Iterator[Entry]:
-    """Overrides without a file change that tool's own configuration."""
-    draft.note("no file is given: the overrides change the configuration that comes with that tool")
-    base: dict[str, Any] = {"dataset": {}, "training_config": {}}
-    for key, value in SHIPPED.items():
-        group, _, name = key.partition(".")
-        base[group][name] = value
-    from omegaconf import OmegaConf
-
-    fitting = _fitting(draft, words, frozenset(SHIPPED), frozenset())
-    yield from _leaves(draft, _apply(OmegaConf.create(base), fitting), "that tool's own configuration", _places(words))
-
-
-def _composed(draft: Draft, document: Document, words: list[str], config: str) -> Iterator[Entry]:
-    """One file or folder, composed and overridden as Hydra does it."""
-    from omegaconf.errors import OmegaConfBaseException
-
-    path = _config_file(document.path, config) if document.folder else document.path
-    places: dict[str, str] = {}
-    if path is None and config != "config":
-        draft.mistakes.append(Mistake(document.name, "--config-name", f"{config}.yaml is not in it", "name another"))
-        return
-    try:
-        if path is None:
-            composed = _from_groups(draft, document, words, places)
-        else:
-            text = Document(path, read_text(path)) if document.folder else document
-            tree = parse(text)
-            composed = _from_file(draft, text, tree, words, places)
-            places |= _lines(text.name, tree)
-    except OmegaConfBaseException as error:
-        raise Refused([Mistake(document.name, "", f"it cannot be read: {str(error).splitlines()[0]}")]) from None
-    if composed is not None:
-        yield from _leaves(draft, composed, document.name, places | _places(words))
-
-
-def _lines(name: str, tree: Tree, group: str = "") -> dict[str, str]:
-    """`file:line` of every key of a file; of a file without groups they belong to the training group."""
-    flat = not group and not any(isinstance(value, dict) for value in tree.value.values())
-    prefix = f"{group or 'training_config'}." if group or flat else ""
-    return {f"{prefix}{path}": f"{name}:{line}" for path, line in tree.lines.items() if path}
-
-
-def _from_groups(draft: Draft, document: Document, words: list[str], places: dict[str, str]) -> Any:
-    """A folder of groups without a primary file: the only option of each, or the one that is named; None after a mistake."""
-    found = dict(_options(document.path))
-    chosen = {group for group in found if any(word.lstrip("+").startswith(f"{group}=") for word in words)}
-    crowded = {group: names for group, names in found.items() if len(names) > 1 and group not in chosen}
-    for group, names in crowded.items():
-        message, hint = f"several options: {', '.join(names)}", f"choose one: -- {group}={names[0]}"
-        draft.mistakes.append(Mistake(document.name, group, message, hint))
-    if crowded:
-        return None
-    overrides = [f"+{group}={names[0]}" for group, names in found.items() if group not in chosen]
-    overrides += [f"+{word}" if word.partition("=")[0] in found else word for word in words]
-    places = (document.path, document.path / "configs", document.path / "conf")
-    holding = (place for place in places if any((place / group).is_dir() for group in ("dataset", *GROUPS)))
-    return _compose(draft, next(holding, document.path), None, overrides, places)
-
-
-def _from_file(draft: Draft, document: Document, tree: Tree, words: list[str], places: dict[str, str]) -> Any:
-    """A primary file: with a `defaults` list the folder around it is composed, without one it is complete."""
-    from omegaconf import OmegaConf
-
-    defaults = tree.value.get("defaults")
-    if defaults is not None and not isinstance(defaults, list):
-        place = f"{document.name}:{tree.lines['defaults']}"
-        raise Refused([Mistake(place, "defaults", "it is not a list", "write `- group: option` lines")])
-    if defaults:
-        return _compose(draft, document.path.parent, document.path.stem, words, places)
-    wrong = [group for group in ("dataset", *GROUPS) if group in tree.value and not isinstance(tree.value[group], dict)]
-    if wrong:
-        places = {group: f"{document.name}:{tree.lines[group]}" for group in wrong}
-        raise Refused(
-            [Mistake(places[one], one, "it is not a group of options", "write name: value below it") for one in wrong]
-        )
-    flat = not any(isinstance(value, dict) for value in tree.value.values())
-    value: dict[str, Any] = {"training_config": tree.value} if flat else tree.value
-    fitting = _fitting(draft, words, _keys(value), frozenset())
-    loaded = OmegaConf.create(document.text)
-    return _apply(OmegaConf.create({"training_config": loaded}) if flat else loaded, fitting)
-
-
-def _keys(value: dict[str, Any]) -> frozenset[str]:
-    return frozenset(
-        f"{group}.{key}" for group, inner in value.items() if isinstance(inner, dict) for key in inner
-    ) | frozenset(value)
-
-
-def _parsed(draft: Draft, words: list[str]) -> list[Any]:
-    """Overrides by Hydra's own parser; what it refuses, and sweeps, are mistakes."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    parser, result = OverridesParser.create(), []
-    for word in words:
-        if word in ("-m", "--multirun"):
-            draft.mistakes.append(
-                Mistake(
-                    "command line", word, "a sweep makes several jobs, and a FineTuneJob is one", "import each of them"
-                )
-            )
-            continue
-        try:
-            override = parser.parse_override(word)
-        except HydraException as error:
-            draft.mistakes.append(
-                Mistake(
-                    "command line",
-                    word.partition("=")[0],
-                    "it is not an override that Hydra reads",
-                    str(error).splitlines()[0],
-                )
-            )
-            continue
-        if override.is_sweep_override():
-            draft.mistakes.append(
-                Mistake(
-                    "command line",
-                    override.key_or_group,
-                    "a comma makes a sweep, and a sweep needs -m",
-                    f"quote the value: '{override.key_or_group}=\"...\"'",
-                )
-            )
-            continue
-        result.append(override)
-    return result
-
-
-def _fitting(draft: Draft, words: list[str], present: frozenset[str], groups: frozenset[str]) -> list[str]:
-    """The overrides that can be applied: known keys, `+` only for new ones. The others are mistakes, told all at once."""
-    fitting: list[str] = []
-    for override in _parsed(draft, words):
-        key, line = override.key_or_group, str(override.input_line)
-        if key in groups:
-            fitting.append(line)
-            continue
-        if key_of(key) not in KNOWN:
-            near = nearest(
-                key,
-                [
-                    spelled
-                    for one in KNOWN
-                    for spelled in (one, *(one.replace("training_config", g, 1) for g in GROUPS))
-                ],
-            )
-            plus = "; + is only for keys known here" if override.is_add() else ""
-            draft.mistakes.append(
-                Mistake("command line", key, "unknown key", (f"did you mean {near}?" if near else "remove it") + plus)
-            )
-        elif override.is_delete() or override.is_force_add():
-            fitting.append(line)
-        elif override.is_add() and key in present:
-            draft.mistakes.append(
-                Mistake("command line", f"+{key}", "it is there already", f"write {key}=... without +")
-            )
-        elif not override.is_add() and key not in present:
-            draft.mistakes.append(Mistake("command line", key, "it is not in the file", f"write +{key}=... to add it"))
-        else:
-            fitting.append(line)
-    return fitting
-
-
-def _apply(composed: Any, words: list[str]) -> Any:
-    """Apply overrides that fit to a plain configuration."""
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides(words), composed)
-    return composed
-
-
-def _compose(draft: Draft, folder: Path, name: str | None, words: list[str], places: dict[str, str]) -> Any:
-    """Compose a folder of groups, and tell the places of the chosen files' keys; Hydra's own complaint becomes a mistake."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    groups = frozenset(path.name for path in folder.iterdir() if path.is_dir())
-    kept = [str(one.input_line) for one in _parsed(draft, words)]
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(config_dir=str(folder.resolve()), version_base="1.3"):
-            chosen = [w for w in kept if w.lstrip("+~").partition("=")[0] in groups]
-            base = compose(config_name=name, overrides=chosen)
-            present = _keys({key: value for key, value in _plain(base).items() if isinstance(value, dict)}) | groups
-            composed = compose(
-                config_name=name, overrides=_fitting(draft, kept, present, groups), return_hydra_config=True
-            )
-            for group, option in composed.hydra.runtime.choices.items():
-                file = folder / group / f"{option}.yaml"
-                if file.is_file():
-                    document = Document(file, read_text(file))
-                    places |= _lines(f"{group}/{document.name}", parse(document), group)
-            return composed
-    except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-        # The last two: what Hydra lets through of its own parsers for files that are no configurations.
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        raise Refused(
-            [Mistake(folder.name, "", f"Hydra cannot compose it: {lines[0]}", " ".join(lines[1:4]))]
-        ) from None
-    finally:
-        GlobalHydra.instance().clear()
-
-
-def _plain(composed: Any) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
-    found = OmegaConf.to_container(composed, resolve=False)
-    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
-
-
-def _places(words: list[str]) -> dict[str, str]:
-    """Where an overridden key was written."""
-    return {word.lstrip("+~").partition("=")[0]: f"command line {word.partition('=')[0]}" for word in words}
-
-
-RESOLVER = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:\s*([^,}\s]+)")
-
-
-def _leaves(draft: Draft, composed: Any, file: str, places: dict[str, str]) -> Iterator[Entry]:
-    """Every value after interpolation; the environment is read for allowed names only."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    for group, inner in _plain(composed).items():
-        if group == "hydra":
-            continue
-        leaves = inner.items() if isinstance(inner, dict) else [("", inner)]
-        for key, raw in leaves:
-            path = f"{group}.{key}" if key else group
-            origin = Origin(places.get(path, file))
-            if isinstance(raw, str) and "${" in raw and not _allowed(draft, path, raw, origin):
-                continue
-            try:
-                value = OmegaConf.select(composed, path)
-            except OmegaConfBaseException as error:
-                draft.mistakes.append(Mistake(origin.place, path, f"{str(error).splitlines()[0]}"))
-                continue
-            if raw == "???":
-                draft.mistakes.append(
-                    Mistake(origin.place, path, "it is marked as missing (???)", f"give {path}=VALUE")
-                )
-                continue
-            yield Entry(path, value, origin)
-
-
-def _allowed(draft: Draft, path: str, raw: str, origin: Origin) -> bool:
-    fine = True
-    for resolver, name in RESOLVER.findall(raw):
-        if resolver != "oc.env":
-            draft.mistakes.append(
-                Mistake(origin.place, path, f"the resolver {resolver} is not offered", "write the value itself")
-            )
-            fine = False
-        elif name not in draft.request.allow_env:
-            draft.mistakes.append(
-                Mistake(
-                    origin.place,
-                    path,
-                    f"it reads the environment variable {name}, which is not allowed",
-                    f"allow it with --allow-env {name}",
-                )
-            )
-            fine = False
-        elif name not in draft.request.environment and "," not in raw:
-            draft.mistakes.append(
-                Mistake(origin.place, path, f"variable {name} is not set", f"set {name}, or write the value itself")
-            )
-            fine = False
-    return fine
-
-
 # --- options that belong together -----------------------------------------------------------------------------------
 
 
@@ -536,7 +211,7 @@ def combine(draft: Draft) -> None:
     place_source(draft, "dataset.path", "dataset.train", always_local=is_local(found))
     if (
         not draft.wrote("dataset.path")
-        and (draft.wrote("dataset.format") or _dashed(draft.request.words))
+        and (draft.wrote("dataset.format") or dashed(draft.request.words))
         and "dataset.train" not in draft.request.own
     ):
         draft.mistakes.append(
@@ -557,7 +232,7 @@ def combine(draft: Draft) -> None:
 def _learning_rate(draft: Draft) -> None:
     if draft.wrote("training_config.learning_rate"):
         return
-    if _dashed(draft.request.words) and not [d for d in draft.documents if not is_accelerate(d)]:
+    if dashed(draft.request.words) and not [d for d in draft.documents if not is_accelerate(d)]:
         draft.fill("training.learningRate", 2e-4, "page advice")
         draft.note("no learning rate is given: 2e-4, as that tool's page advises for its flags")
     else:
@@ -681,7 +356,7 @@ def _report(draft: Draft) -> None:
     if key in draft.given:
         draft.put("tracking.reportTo", draft.get(key), key)
     elif key not in draft.broken:
-        flags = _dashed(draft.request.words)
+        flags = dashed(draft.request.words)
         draft.fill("tracking.reportTo", ["wandb"] if flags else ["tensorboard"], "code default")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from finetune_cli.importers.material import Document, Entry, Mistake, Origin, Refused
 
-MAX_NODES = 100_000
+MAX_NODES = 20_000
 """More than any configuration has: aliases of aliases make a few lines grow without end."""
 SCALARS = frozenset({"null", "bool", "int", "float", "str", "timestamp", "value"})
 

@@ -10,6 +10,14 @@ from finetune_cli import main, output
 
 Write = Callable[[str, str], Path]
 Call = Callable[..., tuple[int, str, str]]
+JOB = """\
+apiVersion: finetune-operator.io/v1alpha1
+kind: FineTuneJob
+metadata: {name: bot}
+spec:
+  model: {source: org/m}
+  dataset: {train: "s3://data/t.jsonl"}
+"""
 
 
 @pytest.fixture

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
+from finetune_api import names
 from finetune_cli.importers.engine import run
 from finetune_cli.importers.material import Importer, Refused, Request
 from finetune_cli.importers.registry import IMPORTERS
@@ -68,3 +70,49 @@ def test_the_sixth_tool_of_the_guide_imports(write: Write) -> None:
         "b.json: passes: 0 is out of range; allowed: an integer of at least 1",
         "b.json: rows: it is missing, and it is required; add it, or give --data URI",
     ]
+
+
+def test_the_table_of_secrets_names_all_that_an_import_makes(write: Write) -> None:
+    env = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=org/d\nDATASET_TYPE=qa\nHUGGINGFACE_TOKEN=h\nMONGODB_URI=mongodb://a:b@c\n"
+    toml = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nreport_to = "wandb"\n'
+    flags = (
+        "--hf-key",
+        "h",
+        "--wandb-key",
+        "w",
+        "--openai-key",
+        "o",
+        "--mlflow-username",
+        "u",
+        "--mlflow-password",
+        "p",
+    )
+    made: dict[str, str] = {}
+    for name, text, words in (("a.env", env, ()), ("a.toml", toml, flags)):
+        found = run(Request((write(name, text),), words), IMPORTERS)
+        assert set(found.secrets) == set(references(found.spec))
+        made |= references(found.spec)
+    text = (GUIDES / "import.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| [^|]* \| ([^|]*) \| `([^|`]*)` \| ([^|]*) \|$", text, re.MULTILINE)
+    told = {key: path for keys, path, _ in rows for key in re.findall("`([^`]*)`", keys)}
+    variables = {name for *_, names in rows for name in re.findall("`([^`]*)`", names)}
+    assert told == made
+    assert variables == {
+        names.Env.HF_TOKEN.value, names.WANDB_KEY, names.MONGODB_URI, "OPENAI_API_KEY", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD",
+    }  # fmt: skip
+
+
+def references(value: Any, path: str = "") -> dict[str, str]:
+    """Keys of Secrets that a spec refers to, and the field that does."""
+    if isinstance(value, list):
+        return (
+            {key: path for one in value for key in references(one["secretKeyRef"])} if path == "placement.env" else {}
+        )
+    if not isinstance(value, dict):
+        return {}
+    if set(value) == {"name", "key"}:
+        return {value["key"]: path}
+    found: dict[str, str] = {}
+    for name, inner in value.items():
+        found |= references(inner, f"{path}.{name}" if path else name)
+    return found

@@ -266,3 +266,10 @@ def test_companions_with_a_value_where_a_group_is_needed(write: Write, folder: P
         "ds.json: zero_optimization: 3 is given, and a group of options is needed; write names and values",
         "ds.json: gradient_clipping: 'a': should be a valid number, unable to parse string as a number",
     ]
+
+
+def test_a_folder_of_groups_alone_tells_lines_too(write: Write, tmp_path: Path) -> None:
+    write("conf/dataset/only.yaml", "path: org/d\nformat: standard\n")
+    write("conf/training/only.yaml", "model: org/m\nlearning_rate: big\n")
+    (mistake,) = import_(tmp_path / "conf", source="hydra").mistakes
+    assert mistake.startswith('training/only.yaml:2: training.learning_rate: "big" is not a number')

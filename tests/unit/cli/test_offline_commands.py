@@ -10,18 +10,8 @@ from pathlib import Path
 import pytest
 from finetune_cli import main
 
-from tests.unit.cli.conftest import Call, Write
+from tests.unit.cli.conftest import JOB, Call, Write
 from tests.unit.cli.imports import HERE
-
-JOB = """\
-apiVersion: finetune-operator.io/v1alpha1
-kind: FineTuneJob
-metadata: {name: bot}
-spec:
-  model: {source: org/m}
-  dataset: {train: "s3://data/t.jsonl"}
-"""
-
 
 # --- validate -------------------------------------------------------------------------------------------------------
 
