@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 Type = Literal["Normal", "Warning"]
 MAX_NOTE = 1000
 MAX_BUCKETS = 4096
+PATIENCE = 5.0
+"""Seconds that an event may take: a status waits for it."""
 BURST, REFILL_SECONDS = 25, 60.0
 """Events of one job that may come at once, and the time after which one more may."""
 OBSTACLES = frozenset({
@@ -217,10 +219,11 @@ class Recorder:
                 logger.info("too many events of %s/%s: %s is dropped", job.namespace, job.name, note.reason)
                 continue
             try:
-                await self._post(event)
-            except KubeError as error:
+                async with asyncio.timeout(PATIENCE):
+                    await self._post(event)
+            except (KubeError, TimeoutError) as error:
                 # An event is a courtesy: a namespace that is going away or a missing permission must not matter.
-                logger.info("an event was not posted: %s", error)
+                logger.info("an event was not posted: %s", error or "no answer in time")
 
     def settle(self, uid: str) -> None:
         """The status that the last events tell of is written: from now on the same again is a repeat."""

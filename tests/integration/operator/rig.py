@@ -190,6 +190,8 @@ class Rig:
         self.changed = asyncio.Condition()
         self.jobs, self.pods, self.ftjs = Store(self, JOB), Store(self, POD), Store(self, FINETUNEJOB)
         self.kubelet = Kubelet(self)
+        self.tasks: list[asyncio.Task[None]] = []
+        """What serves the namespace; one that ended explains why nothing happens any more."""
 
     async def create(self, name: str = "run", **groups: Any) -> Object:
         """Create a FineTuneJob; `groups` are merged into the groups of SPEC."""
@@ -247,7 +249,8 @@ class Rig:
 
     def describe(self) -> str:
         """Everything seen, for a failure."""
-        lines = [trouble for store in (self.ftjs, self.jobs, self.pods) for trouble in store.trouble]
+        lines = [f"{task.get_name()} ended: {task.exception()!r}" for task in self.tasks if task.done()]
+        lines += [trouble for store in (self.ftjs, self.jobs, self.pods) for trouble in store.trouble]
         for ftj in self.ftjs.items.values():
             lines.append(yaml.safe_dump({ftj["metadata"]["name"]: ftj.get("status")}))
         for job in self.jobs.items.values():
@@ -385,8 +388,9 @@ async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIt
     async with aiohttp.ClientSession(
         connector=connector, headers=headers, timeout=timeout, read_bufsize=2**21
     ) as session:
-        tasks = [asyncio.create_task(one.run(session)) for one in (found.jobs, found.pods, found.ftjs)]
-        tasks.append(asyncio.create_task(found.kubelet.run()))
+        parts = {"jobs": found.jobs, "pods": found.pods, "ftjs": found.ftjs}
+        tasks = [asyncio.create_task(one.run(session), name=f"the watch of {name}") for name, one in parts.items()]
+        found.tasks = tasks = [*tasks, asyncio.create_task(found.kubelet.run(), name="the kubelet")]
         try:
             yield found
         finally:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import pytest
 from finetune_api.names import API_VERSION, KIND, Annotation, Reason
+from finetune_operator import events
 from finetune_operator import reconcile as module
 from finetune_operator.cache import Cache
 from finetune_operator.events import Recorder
@@ -105,8 +106,8 @@ class Server:
 
     def told(self) -> dict[str, int]:
         """Reasons of events, and how often each was told."""
-        events = [body for (plural, _), body in self.objects.items() if plural == EVENT.plural]
-        return {body["reason"]: (body.get("series") or {}).get("count", 1) for body in events}
+        found = [body for (plural, _), body in self.objects.items() if plural == EVENT.plural]
+        return {body["reason"]: (body.get("series") or {}).get("count", 1) for body in found}
 
 
 @pytest.fixture
@@ -316,3 +317,19 @@ async def test_a_job_that_goes_while_something_is_read_of_it(server: Server, rea
     await process.look()
     assert [plural for _, plural in server.requests] == [read.plural]
     assert process.cache.keys() == []
+
+
+async def test_an_event_without_an_answer_does_not_hold_its_status_up_for_long(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "PATIENCE", 0.01)
+
+    async def silence(kind: Kind, namespace: str, body: Object) -> Created:
+        if kind is EVENT:
+            await asyncio.Event().wait()
+        return await Server.create(server, kind, namespace, body)
+
+    monkeypatch.setattr(server, "create", silence)
+    await Process(server).look()
+    assert server.objects[FINETUNEJOB.plural, "run"]["status"]["phase"] == "Starting"
+    assert server.told() == {}
