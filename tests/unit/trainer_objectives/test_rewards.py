@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from finetune_api.errors import ConfigError, NotFoundError
-from finetune_api.reward_parameters import REWARD_PARAMETERS, unfit_parameters
+from finetune_api.rules import REWARD_PARAMETERS, unfit_parameters
 from finetune_api.spec.enums import BuiltinReward
 from finetune_api.spec.trainer import Reward
 from finetune_trainer.objective.rewards import MAKERS, Parameters, require_columns, rewards, text_of

@@ -1,0 +1,119 @@
+"""What happens to the result: hub, output, trackers, judge."""
+
+from __future__ import annotations
+
+from finetune_api.rules.base import Found, Where, rule
+from finetune_api.rules.facts import (
+    PROMPT_METHODS,
+    method_of,
+)
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import (
+    MethodType,
+    Tracker,
+)
+
+
+@rule(
+    "HubRepositoryMissing",
+    cel="!(has(self.output) && has(self.output.hub) && has(self.output.hub.push) && self.output.hub.push) || has(self.output.hub.repository)",
+    message="output.hub.push needs output.hub.repository",
+)
+def hub_push(spec: FineTuneJobSpec, where: Where) -> Found:
+    hub = spec.output.hub
+    if hub is None:
+        return
+    if not hub.push:
+        if hub.repository is not None or hub.private is not None:
+            yield (
+                "output.hub",
+                "nothing is pushed without `push: true`, so its fields have no effect",
+                "write `push: true`, or remove output.hub",
+            )
+        return
+    if hub.repository is None:
+        yield (
+            "output.hub.repository",
+            "push is true, and no repository is named",
+            "write for example `repository: org/my-model`",
+        )
+    if hub.token_secret_ref is None and spec.model.token_secret_ref is None:
+        yield (
+            "output.hub.tokenSecretRef",
+            "push is true, and there is no token that may write",
+            "write `tokenSecretRef: {name: hub, key: token}`, here or in model",
+        )
+
+
+@rule("OutputOptionWithoutEffect")
+def output_options(spec: FineTuneJobSpec, where: Where) -> Found:
+    if spec.output.layout is not None and spec.output.dir is None:
+        yield (
+            "output.layout",
+            f"{spec.output.layout} describes the tree below output.dir, and that is not given",
+            "write output.dir, or remove it",
+        )
+    if spec.output.merge_adapter and method_of(spec) in (MethodType.FULL, MethodType.SPECTRUM):
+        yield (
+            "output.mergeAdapter",
+            f"true, but method {method_of(spec)} makes no adapter",
+            "remove it: the output is a whole model",
+        )
+    if spec.output.merge_adapter and method_of(spec) in PROMPT_METHODS:
+        yield (
+            "output.mergeAdapter",
+            f"true, but {method_of(spec)} adds virtual tokens, which cannot be merged into weights",
+            "remove it",
+        )
+
+
+@rule("TrackerAndOptions")
+def trackers(spec: FineTuneJobSpec, where: Where) -> Found:
+    named = spec.tracking.report_to or []
+    for tracker, group in (
+        (Tracker.WANDB, spec.tracking.wandb),
+        (Tracker.MLFLOW, spec.tracking.mlflow),
+        (Tracker.MONGODB, spec.tracking.mongodb),
+    ):
+        if group is not None and tracker not in named:
+            yield (
+                f"tracking.{tracker}",
+                f"it is only read when tracking.reportTo names {tracker}",
+                f"write `reportTo: [{tracker}]`, or remove it",
+            )
+    if (
+        Tracker.WANDB in named
+        and (spec.tracking.wandb is None or spec.tracking.wandb.api_key_secret_ref is None)
+        and where is Where.CLUSTER
+    ):
+        yield (
+            "tracking.wandb.apiKeySecretRef",
+            "reportTo names wandb, and there is no key",
+            "write `wandb: {apiKeySecretRef: {name: wandb, key: apiKey}}`",
+        )
+    if Tracker.MLFLOW in named and (spec.tracking.mlflow is None or spec.tracking.mlflow.tracking_uri is None):
+        yield (
+            "tracking.mlflow.trackingUri",
+            "reportTo names mlflow, and no server is named",
+            "write for example `mlflow: {trackingUri: 'http://mlflow.mlops:5000'}`",
+        )
+    if Tracker.MONGODB in named and (spec.tracking.mongodb is None or spec.tracking.mongodb.uri_secret_ref is None):
+        yield (
+            "tracking.mongodb.uriSecretRef",
+            "reportTo names mongodb, and no connection is named",
+            "write `mongodb: {uriSecretRef: {name: mongo, key: uri}}`",
+        )
+    for i, one in enumerate(named):
+        if one in named[:i]:
+            yield f"tracking.reportTo[{i}]", f"{one} stands twice", "name it once"
+
+
+@rule("JudgeMissing")
+def judge(spec: FineTuneJobSpec, where: Where) -> Found:
+    group = spec.evaluation.judge
+    if group is not None and group.model is None and (group.input_price is not None or group.output_price is not None):
+        yield (
+            "evaluation.judge.model",
+            "prices are given, and no judge that would cost them",
+            "name a model, or remove the prices",
+        )

@@ -1,0 +1,91 @@
+"""Data: parts, and options that would have no effect."""
+
+from __future__ import annotations
+
+import math
+
+from finetune_api.rules.base import Found, Where, rule
+from finetune_api.rules.facts import (
+    given_or_default,
+)
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import (
+    DatasetFormat,
+)
+
+
+@rule("SplitRatios")
+def split_ratios(spec: FineTuneJobSpec, where: Where) -> Found:
+    split = spec.dataset.split
+    if split is None:
+        return
+    parts = {name: getattr(split, name) for name in ("train", "validation", "test") if getattr(split, name) is not None}
+    total = sum(parts.values())
+    text = " + ".join(f"{name} {value:g}" for name, value in parts.items())
+    if split.train is not None and not math.isclose(total, 1.0, abs_tol=1e-6):
+        yield (
+            "dataset.split",
+            f"{text} = {total:g}, and the parts must sum to 1",
+            "change one of them, or leave train out: it takes the rest",
+        )
+    elif split.train is None and total >= 1:
+        yield "dataset.split", f"{text} = {total:g} leaves nothing for training", "make them smaller"
+    for name in ("validation", "test"):
+        if parts.get(name) and getattr(spec.dataset, name) is not None:
+            yield (
+                f"dataset.split.{name}",
+                f"{parts[name]:g}, but dataset.{name} names its own data",
+                "remove one of the two",
+            )
+
+
+@rule("DataOptionWithoutEffect")
+def data_options(spec: FineTuneJobSpec, where: Where) -> Found:
+    dataset = spec.dataset
+    if dataset.max_bad_row_ratio is not None and given_or_default(dataset, "bad_rows") != "skip":
+        yield "dataset.maxBadRowRatio", "it is only read with `badRows: skip`", "add that, or remove it"
+    if dataset.template is not None and dataset.format is not DatasetFormat.CUSTOM:
+        yield "dataset.template", "it is only read with `format: custom`", "add that, or remove it"
+    if dataset.format is DatasetFormat.CUSTOM and dataset.template is None:
+        yield (
+            "dataset.template",
+            "format custom renders rows with a template, and none is given",
+            "write for example `template: 'Q: {q}\\nA: {a}'`",
+        )
+    if dataset.mcq is not None and dataset.format not in (None, DatasetFormat.MCQ):
+        yield "dataset.mcq", f"it is only read with format mcq, and the format is {dataset.format}", "remove it"
+    if dataset.chat_template is not None:
+        if (dataset.chat_template.text is None) == (dataset.chat_template.config_map_ref is None):
+            yield (
+                "dataset.chatTemplate",
+                "a chat template is either text or from a ConfigMap",
+                "write exactly one of `text` and `configMapRef`",
+            )
+        if dataset.use_chat_template is False:
+            yield "dataset.chatTemplate", "it has no effect with `useChatTemplate: false`", "remove one of the two"
+    only = dataset.response_only
+    if only is not None and (only.question_marker or only.answer_marker):
+        if only.enabled is False:
+            yield (
+                "dataset.responseOnly",
+                "the markers have no effect with `enabled: false`",
+                "remove them, or enable it",
+            )
+        if not (only.question_marker and only.answer_marker):
+            yield (
+                "dataset.responseOnly",
+                "one marker alone does not tell where an answer ends",
+                "give both questionMarker and answerMarker, or neither: the chat template's own turns are then used",
+            )
+
+
+@rule("ResponseOnlyWithoutTurns")
+def response_only(spec: FineTuneJobSpec, where: Where) -> Found:
+    only, form = spec.dataset.response_only, spec.dataset.format
+    without = form in (DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM)
+    if only is not None and only.enabled and without and not (only.question_marker or only.answer_marker):
+        yield (
+            "dataset.responseOnly.enabled",
+            f"true, but format {form} has no turns to tell an answer by",
+            "give questionMarker and answerMarker, or remove it",
+        )

@@ -1,0 +1,267 @@
+"""Methods, their options, and the base that they train on."""
+
+from __future__ import annotations
+
+from finetune_api.rules.base import Found, Where, rule
+from finetune_api.rules.facts import (
+    BASE_CHANGING,
+    HEADS,
+    LORA_METHODS,
+    PROMPT_METHODS,
+    method_of,
+    starts_with_loftq,
+    trainer_of,
+)
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import (
+    GradientCheckpointing,
+    LoraInit,
+    MethodType,
+    Strategy,
+    TrainerType,
+)
+
+
+@rule(
+    "QloraNeedsFourBits",
+    cel="!(has(self.method) && has(self.method.type) && self.method.type == 'qlora') || !has(self.model.quantization) || !has(self.model.quantization.bits) || self.model.quantization.bits == 4",
+    message="method.type qlora means 4 bit: remove model.quantization.bits or write 4; for 8 bit write method.type lora",
+)
+def qlora_bits(spec: FineTuneJobSpec, where: Where) -> Found:
+    bits = spec.model.quantization.bits if spec.model.quantization else None
+    if method_of(spec) is MethodType.QLORA and bits not in (None, 4):
+        yield (
+            "model.quantization.bits",
+            f"{bits}, but method qlora means 4 bit",
+            "remove bits, or write `method: {type: lora}` to train adapters on an 8-bit base",
+        )
+
+
+@rule(
+    "FullNeedsWholeWeights",
+    cel="!(has(self.method) && has(self.method.type) && self.method.type == 'full') || !has(self.model.quantization) || !has(self.model.quantization.bits)",
+    message="method.type full trains all weights, and quantised weights cannot be trained: remove model.quantization, or write method.type qlora",
+)
+def full_bits(spec: FineTuneJobSpec, where: Where) -> Found:
+    bits = spec.model.quantization.bits if spec.model.quantization else None
+    if method_of(spec) is MethodType.FULL and bits:
+        yield (
+            "model.quantization.bits",
+            f"{bits}, but method full trains all weights and quantised weights cannot be trained",
+            "remove model.quantization, or write `method: {type: qlora}`",
+        )
+    if method_of(spec) is MethodType.SPECTRUM and bits == 8:
+        yield (
+            "model.quantization.bits",
+            "8, but spectrum trains its modules in 16 bit on a plain or a 4-bit base",
+            "remove bits or write 4",
+        )
+
+
+@rule("QuantizationWithoutBits")
+def quantization_without_bits(spec: FineTuneJobSpec, where: Where) -> Found:
+    quantization = spec.model.quantization
+    if quantization is None or method_of(spec) is MethodType.QLORA:
+        return
+    given = [name for name in ("type", "compute_dtype", "double_quant") if getattr(quantization, name) is not None]
+    if given and quantization.bits is None:
+        yield (
+            "model.quantization.bits",
+            "nothing is quantised without it, so the other fields of the group have no effect",
+            "write `bits: 4`, or remove model.quantization",
+        )
+    elif quantization.bits == 8 and given:
+        wire = ", ".join(type(quantization).model_fields[name].alias or name for name in given)
+        yield "model.quantization", f"{wire} only concern 4 bit, and bits is 8", f"remove {wire}, or write `bits: 4`"
+
+
+@rule(
+    "AdapterSourceMissing",
+    cel="!(has(self.method) && has(self.method.type) && self.method.type == 'adapter') || (has(self.method.adapter) && has(self.method.adapter.source))",
+    message="method.type adapter continues an existing adapter: write method.adapter.source",
+)
+def adapter_source(spec: FineTuneJobSpec, where: Where) -> Found:
+    source = spec.method.adapter.source if spec.method.adapter else None
+    if method_of(spec) is MethodType.ADAPTER and not source:
+        yield (
+            "method.adapter.source",
+            "method adapter continues an existing adapter, and none is named",
+            "write for example `adapter: {source: s3://models/my-adapter}`",
+        )
+    if method_of(spec) is not MethodType.ADAPTER and spec.method.adapter is not None:
+        yield (
+            "method.adapter",
+            f"it is only read with method adapter, and the method is {method_of(spec)}",
+            "remove it, or write `type: adapter`",
+        )
+
+
+@rule("OptionOfAnotherMethod")
+def options_of_another_method(spec: FineTuneJobSpec, where: Where) -> Found:
+    method = method_of(spec)
+    if spec.method.lora is not None and method not in LORA_METHODS:
+        yield (
+            "method.lora",
+            f"it is only read with methods lora, qlora, dora and adapter, and the method is {method}",
+            "remove it, or change method.type",
+        )
+    if spec.method.spectrum is not None and method is not MethodType.SPECTRUM:
+        yield (
+            "method.spectrum",
+            f"it is only read with method spectrum, and the method is {method}",
+            "remove it, or write `type: spectrum`",
+        )
+    if spec.method.prompt_length is not None and method not in PROMPT_METHODS:
+        yield (
+            "method.promptLength",
+            f"it is only read with prefixTuning and promptTuning, and the method is {method}",
+            "remove it",
+        )
+    if spec.method.vision is not None and spec.model.modality != "visionLanguage":
+        yield "method.vision", "it is only read with `model.modality: visionLanguage`", "remove it, or set the modality"
+    if method is MethodType.DORA and spec.method.lora is not None and spec.method.lora.use_dora is False:
+        yield "method.lora.useDora", "false, but the method is dora", "remove it, or write `type: lora`"
+    if method is MethodType.ADAPTER and spec.method.lora is not None:
+        given = [name for name in type(spec.method.lora).model_fields if getattr(spec.method.lora, name) is not None]
+        for name in given:
+            if name != "plus_ratio":
+                yield (
+                    f"method.lora.{type(spec.method.lora).model_fields[name].alias or name}",
+                    "the adapter that is continued has its own, and only plusRatio is read beside it",
+                    "remove it, or write `type: lora` for a new adapter",
+                )
+
+
+@rule(
+    "LoraOnHead",
+    cel="!has(self.method) || !has(self.method.lora) || !has(self.method.lora.targetModules) || !self.method.lora.targetModules.exists(m, m == 'lm_head' || m == 'embed_out')",
+    message="method.lora.targetModules must not name the head (lm_head): put it into method.lora.modulesToSave",
+)
+def lora_on_head(spec: FineTuneJobSpec, where: Where) -> Found:
+    for module in (spec.method.lora and spec.method.lora.target_modules) or []:
+        if module in HEADS:
+            yield (
+                "method.lora.targetModules",
+                f"{module!r} is the head; a low-rank update of it is not saved and merged reliably",
+                f"remove it, and to train the head write `modulesToSave: [{module}]`",
+            )
+
+
+@rule("LoraInitialisation")
+def lora_initialisation(spec: FineTuneJobSpec, where: Where) -> Found:
+    lora = spec.method.lora
+    if lora is None:
+        return
+    if lora.loftq is not None and lora.init not in (None, LoraInit.LOFTQ):
+        yield (
+            "method.lora.init",
+            f"{lora.init}, but method.lora.loftq is given, which implies `init: loftq`",
+            "remove one of the two",
+        )
+    bits = spec.model.quantization.bits if spec.model.quantization else None
+    if lora.init in BASE_CHANGING and (
+        bits or lora.rank_stabilized or lora.use_dora or method_of(spec) is not MethodType.LORA
+    ):
+        yield (
+            "method.lora.init",
+            f"{lora.init} moves a part of the base into the adapter, which cannot be undone with a quantised base, DoRA or rsLoRA",
+            "remove it, or write method lora without quantization, useDora and rankStabilized",
+        )
+    if lora.init is LoraInit.EVA and spec.dataset.packing:
+        yield (
+            "dataset.packing",
+            "true, but `method.lora.init: eva` looks at rows one by one",
+            "write `packing: false`, or another init",
+        )
+    if lora.init is LoraInit.EVA and trainer_of(spec) is not TrainerType.SFT:
+        yield (
+            "method.lora.init",
+            f"eva looks at whole rows as sft has them, and the objective is {trainer_of(spec)}",
+            "remove it, or write pissa",
+        )
+    if starts_with_loftq(spec):
+        if bits == 8:
+            yield (
+                "model.quantization.bits",
+                "8, but LoftQ makes up for what 4 bits lose",
+                "remove model.quantization: the base is then quantised to 4 bits",
+            )
+        if lora.use_dora or method_of(spec) is MethodType.DORA:
+            yield (
+                "method.lora.init",
+                "loftq, but DoRA takes its directions from the base before LoftQ sets the adapter",
+                "write `method: {type: lora}` without useDora, or remove init",
+            )
+
+
+@rule("NewTokensUntrained")
+def new_tokens(spec: FineTuneJobSpec, where: Where) -> Found:
+    """Rows of new tokens must be trained by the method, and lie where they can be."""
+    asked, method = spec.model.new_tokens or [], method_of(spec)
+    if not asked:
+        return
+    path = "model.newTokens"
+    twice = next((token for token in asked if asked.count(token) > 1), None)
+    if twice is not None:
+        yield path, f"{twice} stands twice", "name every token once"
+    if method in (MethodType.IA3, *PROMPT_METHODS):
+        yield (
+            path,
+            f"method {method} trains no embeddings, so new tokens would stay without meaning",
+            "write method lora or full",
+        )
+    if method is MethodType.SPECTRUM and spec.model.quantization and spec.model.quantization.bits:
+        yield (
+            path,
+            "spectrum on a quantised base freezes the embeddings, so new tokens would stay without meaning",
+            "remove model.quantization, or write method qlora",
+        )
+    strategy, deepspeed = spec.distributed.strategy, spec.distributed.deepspeed
+    if strategy is Strategy.FSDP and method in LORA_METHODS:
+        yield (
+            path,
+            "an adapter trains single rows of the embeddings for them, which FSDP cannot shard",
+            "write `distributed: {strategy: ddp}`, or method full",
+        )
+    if strategy is Strategy.DEEPSPEED and deepspeed and deepspeed.zero_stage == 3:
+        yield (
+            path,
+            "the embeddings have to grow, and with ZeRO stage 3 no rank has them whole",
+            "write zeroStage 2, or fsdp with method full",
+        )
+
+
+@rule("SpectrumLayers")
+def spectrum_layers(spec: FineTuneJobSpec, where: Where) -> Found:
+    spectrum = spec.method.spectrum
+    if spectrum is None or spectrum.layers is None:
+        return
+    twice = sorted({layer for layer in spectrum.layers if spectrum.layers.count(layer) > 1})
+    if twice:
+        yield "method.spectrum.layers", f"{', '.join(map(str, twice))} stands more than once", "name every layer once"
+    for name in ("snr_threshold", "metric"):
+        if getattr(spectrum, name) is not None:
+            wire = type(spectrum).model_fields[name].alias or name
+            yield (
+                f"method.spectrum.{wire}",
+                "it steers the scan, and with `layers` given there is none",
+                "remove one of the two",
+            )
+
+
+@rule("PromptTuning")
+def prompt_tuning(spec: FineTuneJobSpec, where: Where) -> Found:
+    method = method_of(spec)
+    checkpointing = spec.training.gradient_checkpointing
+    if method is MethodType.PREFIX_TUNING and checkpointing not in (None, GradientCheckpointing.DISABLED):
+        yield (
+            "training.gradientCheckpointing",
+            f"{checkpointing}, but prefix tuning feeds its prefix as a key-value cache, which recomputation drops",
+            "write `gradientCheckpointing: disabled`",
+        )
+    if method in PROMPT_METHODS and spec.dataset.packing:
+        yield (
+            "dataset.packing",
+            f"true, but {method} puts its virtual tokens before the first document only",
+            "write `packing: false`",
+        )

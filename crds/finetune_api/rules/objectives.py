@@ -1,0 +1,259 @@
+"""Objectives, their options, and what they learn from."""
+
+from __future__ import annotations
+
+from finetune_api.rules.base import Found, Where, rule
+from finetune_api.rules.facts import (
+    evaluates,
+    given_or_default,
+    has_test,
+    method_of,
+    trainer_of,
+    world_size,
+)
+from finetune_api.rules.rewards import unfit_parameters
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import (
+    DatasetFormat,
+    DpoLoss,
+    MethodType,
+    TrainerType,
+)
+
+_FORMATS: dict[TrainerType, tuple[DatasetFormat, ...]] = {
+    TrainerType.DPO: (DatasetFormat.PREFERENCE,),
+    TrainerType.ORPO: (DatasetFormat.PREFERENCE,),
+    TrainerType.REWARD: (DatasetFormat.PREFERENCE,),
+    TrainerType.KTO: (DatasetFormat.UNPAIRED_PREFERENCE,),
+}
+_NOT_SFT = (DatasetFormat.PREFERENCE, DatasetFormat.UNPAIRED_PREFERENCE, DatasetFormat.PROMPT_ONLY)
+
+
+@rule("FormatOfAnotherObjective")
+def format_of_objective(spec: FineTuneJobSpec, where: Where) -> Found:
+    trainer = trainer_of(spec)
+    given = [("dataset.format", spec.dataset.format)] + [
+        (f"dataset.mixture[{i}].format", item.format) for i, item in enumerate(spec.dataset.mixture or [])
+    ]
+    for path, form in given:
+        if form is None:
+            continue
+        wanted = _FORMATS.get(trainer)
+        if wanted and form not in wanted:
+            yield (
+                path,
+                f"{form}, but trainer {trainer} learns from {wanted[0]} rows",
+                f"write `format: {wanted[0]}`, or change trainer.type",
+            )
+        if trainer is TrainerType.SFT and form in _NOT_SFT:
+            other = {
+                DatasetFormat.PREFERENCE: "dpo",
+                DatasetFormat.UNPAIRED_PREFERENCE: "kto",
+                DatasetFormat.PROMPT_ONLY: "grpo",
+            }[form]
+            yield (
+                path,
+                f"{form}, which holds no single answer that sft could learn",
+                f"write `trainer: {{type: {other}}}`, or use another format",
+            )
+        if trainer is TrainerType.GRPO and form in (
+            DatasetFormat.PREFERENCE,
+            DatasetFormat.UNPAIRED_PREFERENCE,
+            DatasetFormat.PLAIN_TEXT,
+            DatasetFormat.CUSTOM,
+        ):
+            yield path, f"{form}, but grpo needs prompts", "write `format: promptOnly`, or a format with a question"
+
+
+@rule(
+    "RewardsMissing",
+    cel="!(has(self.trainer) && has(self.trainer.type) && self.trainer.type == 'grpo') || has(self.trainer.rewards)",
+    message="trainer.type grpo needs at least one reward: write trainer.rewards",
+)
+def rewards_missing(spec: FineTuneJobSpec, where: Where) -> Found:
+    if trainer_of(spec) is TrainerType.GRPO and not spec.trainer.rewards:
+        yield (
+            "trainer.rewards",
+            "grpo maximises rewards, and none is given",
+            "write for example `rewards: [{builtin: regex, parameters: {pattern: '^Answer: '}}]`",
+        )
+
+
+@rule("RewardIncomplete")
+def rewards(spec: FineTuneJobSpec, where: Where) -> Found:
+    for i, reward in enumerate(spec.trainer.rewards or []):
+        path = f"trainer.rewards[{i}]"
+        if (reward.builtin is None) == (reward.config_map_ref is None):
+            yield (
+                path,
+                "a reward is either built in or a function from a ConfigMap",
+                "write exactly one of `builtin` and `configMapRef`",
+            )
+        if reward.function is not None and reward.config_map_ref is None:
+            yield (
+                f"{path}.function",
+                "it names a function of a ConfigMap's file, and no configMapRef is given",
+                "add configMapRef, or remove it",
+            )
+        if reward.parameters and reward.config_map_ref is not None:
+            yield (
+                f"{path}.parameters",
+                "they are only read by built-in rewards, and this one is a function from a ConfigMap",
+                "remove them, and write the values into the function",
+            )
+        elif reward.builtin is not None:
+            yield from unfit_parameters(f"{path}.parameters", reward.builtin, reward.parameters or {})
+    names = [
+        one.name or (one.builtin and one.builtin.value) or one.function or "reward"
+        for one in spec.trainer.rewards or []
+    ]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            yield (
+                f"trainer.rewards[{i}].name",
+                f"two rewards are called {name!r}, and metrics are kept by name",
+                "give each its own `name`",
+            )
+
+
+@rule("OptionOfAnotherObjective")
+def options_of_another_objective(spec: FineTuneJobSpec, where: Where) -> Found:
+    trainer = trainer_of(spec)
+    if spec.trainer.dpo is not None and trainer not in (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO):
+        yield (
+            "trainer.dpo",
+            f"it is only read with dpo, kto and orpo, and the objective is {trainer}",
+            "remove it, or change trainer.type",
+        )
+    if spec.trainer.grpo is not None and trainer is not TrainerType.GRPO:
+        yield (
+            "trainer.grpo",
+            f"it is only read with grpo, and the objective is {trainer}",
+            "remove it, or write `type: grpo`",
+        )
+    if spec.trainer.rewards and trainer is not TrainerType.GRPO:
+        yield (
+            "trainer.rewards",
+            f"rewards are only read with grpo, and the objective is {trainer}",
+            "remove them, or write `type: grpo`",
+        )
+    if spec.trainer.max_completion_length is not None and trainer not in (
+        TrainerType.DPO,
+        TrainerType.GRPO,
+        TrainerType.KTO,
+        TrainerType.ORPO,
+    ):
+        yield (
+            "trainer.maxCompletionLength",
+            f"it is only read with dpo, kto, orpo and grpo, and the objective is {trainer}",
+            "remove it; dataset.maxSequenceLength limits rows",
+        )
+    if spec.dataset.packing and trainer is not TrainerType.SFT:
+        yield "dataset.packing", f"true, but rows of {trainer} cannot share a sequence", "write `packing: false`"
+    if spec.training.neftune_noise_alpha is not None and trainer is not TrainerType.SFT:
+        yield "training.neftuneNoiseAlpha", f"it is only read with sft, and the objective is {trainer}", "remove it"
+    if spec.training.group_by_length and trainer is not TrainerType.SFT:
+        yield (
+            "training.groupByLength",
+            f"it orders the rows of sft only, and the objective is {trainer}",
+            "remove it",
+        )
+    if trainer is TrainerType.REWARD and spec.method.lora is not None and spec.method.lora.task_type is not None:
+        yield (
+            "method.lora.taskType",
+            f"{spec.method.lora.task_type}, but a reward model gives a score and writes no text",
+            "remove it",
+        )
+    dpo = spec.trainer.dpo
+    for field, readers in _DPO_READERS.items():
+        if (
+            dpo is not None
+            and getattr(dpo, field)
+            and trainer in (TrainerType.KTO, TrainerType.ORPO)
+            and trainer not in readers
+        ):
+            yield (
+                f"trainer.dpo.{type(dpo).model_fields[field].alias or field}",
+                f"it is only read with {' and '.join(readers)}, and the objective is {trainer}",
+                "remove it",
+            )
+
+
+_DPO_READERS: dict[str, tuple[TrainerType, ...]] = {
+    "loss_types": (TrainerType.DPO,),
+    "label_smoothing": (TrainerType.DPO,),
+    "reference_model": (TrainerType.DPO, TrainerType.KTO),
+}
+SMOOTHED = (DpoLoss.ROBUST, DpoLoss.EXO_PAIR)
+"""Losses that read the label smoothing."""
+
+
+@rule("DpoLosses")
+def dpo_losses(spec: FineTuneJobSpec, where: Where) -> Found:
+    dpo = spec.trainer.dpo
+    if dpo is None or trainer_of(spec) is not TrainerType.DPO:
+        return
+    losses = dpo.loss_types or [DpoLoss.SIGMOID]
+    twice = next((loss for loss in losses if losses.count(loss) > 1), None)
+    if twice is not None:
+        yield "trainer.dpo.lossTypes", f"it names {twice} twice", "name every loss once"
+    if dpo.label_smoothing and not any(loss in SMOOTHED for loss in losses):
+        yield (
+            "trainer.dpo.labelSmoothing",
+            f"it is {dpo.label_smoothing:g}, and {', '.join(losses)} do not read it",
+            "write `lossTypes: [robust]`, the loss for pairs that may be labelled the wrong way round, or remove it",
+        )
+    if not dpo.label_smoothing and DpoLoss.EXO_PAIR in losses:
+        yield (
+            "trainer.dpo.labelSmoothing",
+            "loss exoPair takes the logarithm of it, and it is 0",
+            "write `labelSmoothing: 0.001`",
+        )
+
+
+@rule("BatchTooSmall")
+def kto_batch(spec: FineTuneJobSpec, where: Where) -> Found:
+    if trainer_of(spec) is TrainerType.KTO and int(given_or_default(spec.training, "batch_size_per_device")) < 2:
+        yield (
+            "training.batchSizePerDevice",
+            "it is 1, and kto compares the rows of one batch with each other",
+            "write 2 or more",
+        )
+
+
+@rule("ObjectiveAndMethod")
+def objective_and_method(spec: FineTuneJobSpec, where: Where) -> Found:
+    if trainer_of(spec) is TrainerType.ORPO and method_of(spec) is MethodType.PROMPT_TUNING:
+        yield (
+            "method.type",
+            "orpo compares every place of the output with the row, and promptTuning puts virtual tokens before it",
+            "write method prefixTuning or lora, or trainer.type dpo",
+        )
+
+
+@rule("GenerationsDoNotDivide")
+def generations(spec: FineTuneJobSpec, where: Where) -> Found:
+    if trainer_of(spec) is not TrainerType.GRPO:
+        return
+    wanted = int(given_or_default(spec.trainer.grpo, "num_generations")) if spec.trainer.grpo else 8
+    rows = (
+        int(given_or_default(spec.training, "batch_size_per_device"))
+        * int(given_or_default(spec.training, "gradient_accumulation_steps"))
+        * world_size(spec)
+    )
+    if rows % wanted:
+        yield (
+            "trainer.grpo.numGenerations",
+            f"{wanted} does not divide the {rows} completions of one optimizer step (batchSizePerDevice x gradientAccumulationSteps x ranks)",
+            "change one of them so that it does",
+        )
+    batch = (
+        spec.evaluation.batch_size_per_device or int(given_or_default(spec.training, "batch_size_per_device"))
+    ) * world_size(spec)
+    looks = evaluates(spec) or has_test(spec)
+    if looks and not any(batch % size == 0 for size in range(2, wanted + 1)):
+        yield (
+            "evaluation.batchSizePerDevice",
+            f"{batch} answers of all ranks together hold no whole group of at least two",
+            "write an even number",
+        )

@@ -1,0 +1,70 @@
+"""What must be there: a model, data, sources that can be read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from finetune_api.errors import ConfigError
+from finetune_api.rules.base import Found, Where, rule
+from finetune_api.sources import ConfigMapSource, HttpsSource, parse
+from finetune_api.spec import FineTuneJobSpec
+
+
+@rule(
+    "ModelMissing",
+    cel="has(self.model) && has(self.model.source)",
+    message="spec.model.source is required: write for example org/name or s3://bucket/prefix",
+)
+def model_missing(spec: FineTuneJobSpec, where: Where) -> Found:
+    if not spec.model.source:
+        yield (
+            "model.source",
+            "no base model is named",
+            "write for example `source: org/name` or `source: s3://bucket/prefix`",
+        )
+
+
+@rule("DatasetMissing")
+def dataset_missing(spec: FineTuneJobSpec, where: Where) -> Found:
+    if spec.dataset.train is None and spec.dataset.mixture is None:
+        yield (
+            "dataset.train",
+            "no training data is named",
+            "write for example `train: s3://bucket/train.jsonl`, or a `mixture`",
+        )
+    if spec.dataset.train is not None and spec.dataset.mixture is not None:
+        yield "dataset.mixture", "dataset.train and dataset.mixture exclude each other", "remove one of the two"
+
+
+@rule("SourceInvalid")
+def sources(spec: FineTuneJobSpec, where: Where) -> Found:
+    for path, text in source_fields(spec):
+        try:
+            source = parse(text, path=path)
+        except ConfigError as error:
+            yield path, error.message.removeprefix(f"{path} is "), error.hint or ""
+            continue
+        is_data = path.startswith("dataset.")
+        if isinstance(source, ConfigMapSource | HttpsSource) and not is_data:
+            yield (
+                path,
+                f"a model is a folder of files, and {text!r} names a single one",
+                "write org/name, s3://bucket/prefix, pvc://claim/path or file:///path",
+            )
+
+
+def source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
+    """(path, text) of every source that is given."""
+    fields: list[tuple[str, str | None]] = [
+        ("model.source", spec.model.source),
+        ("model.tokenizer", spec.model.tokenizer),
+        ("method.adapter.source", spec.method.adapter.source if spec.method.adapter else None),
+        ("trainer.dpo.referenceModel", spec.trainer.dpo.reference_model if spec.trainer.dpo else None),
+        ("dataset.train", spec.dataset.train),
+        ("dataset.validation", spec.dataset.validation),
+        ("dataset.test", spec.dataset.test),
+    ]
+    fields += [(f"dataset.mixture[{i}].source", item.source) for i, item in enumerate(spec.dataset.mixture or [])]
+    if spec.checkpoint.resume not in (None, "auto", "never"):
+        fields.append(("checkpoint.resume", spec.checkpoint.resume))
+    return ((path, text) for path, text in fields if text is not None)

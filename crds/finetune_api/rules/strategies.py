@@ -1,0 +1,172 @@
+"""Ranks, strategies, and what each strategy cannot train."""
+
+from __future__ import annotations
+
+from finetune_api.rules.base import Found, Where, rule
+from finetune_api.rules.facts import (
+    NEEDS_WHOLE_WEIGHTS,
+    PROMPT_METHODS,
+    base_bits,
+    gpus_per_node,
+    method_of,
+    trainer_of,
+    world_size,
+)
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import (
+    Backend,
+    FsdpStateDict,
+    MethodType,
+    Strategy,
+    TrainerType,
+)
+
+
+@rule("RanksAndGpus")
+def ranks_and_gpus(spec: FineTuneJobSpec, where: Where) -> Found:
+    gpus, ranks = gpus_per_node(spec), spec.resources.processes_per_node
+    if where is Where.CLUSTER and gpus > 0 and ranks not in (None, gpus):
+        yield (
+            "resources.processesPerNode",
+            f"{ranks}, but resources.gpusPerNode is {gpus}: every rank needs a GPU of its own, and a GPU without a rank is idle",
+            f"write {gpus}, or remove it",
+        )
+
+
+@rule("StrategyAndRanks")
+def strategy_and_ranks(spec: FineTuneJobSpec, where: Where) -> Found:
+    strategy, ranks = spec.distributed.strategy, world_size(spec)
+    if strategy is Strategy.NONE and ranks > 1:
+        yield (
+            "distributed.strategy",
+            f"none, but there are {ranks} ranks, which would each train a model of its own",
+            "write ddp, fsdp or deepspeed, or remove it",
+        )
+    if strategy is Strategy.FSDP and ranks == 1:
+        yield (
+            "distributed.strategy",
+            "fsdp, but there is one rank, and nothing can be sharded over one",
+            "ask for more in resources (gpusPerNode, nodes), or remove it",
+        )
+    if spec.distributed.deepspeed is not None and strategy is not Strategy.DEEPSPEED:
+        yield (
+            "distributed.deepspeed",
+            f"it is only read with strategy deepspeed, and the strategy is {strategy or 'not given'}",
+            "write `strategy: deepspeed`, or remove it",
+        )
+    if spec.distributed.fsdp is not None and strategy is not Strategy.FSDP:
+        yield (
+            "distributed.fsdp",
+            f"it is only read with strategy fsdp, and the strategy is {strategy or 'not given'}",
+            "write `strategy: fsdp`, or remove it",
+        )
+    deepspeed = spec.distributed.deepspeed
+    if deepspeed is not None and deepspeed.offload_parameters and deepspeed.zero_stage not in (None, 3):
+        yield (
+            "distributed.deepspeed.offloadParameters",
+            f"true, but zeroStage is {deepspeed.zero_stage}: only stage 3 shards parameters",
+            "write `zeroStage: 3`, or remove it",
+        )
+    if deepspeed is not None and deepspeed.offload_optimizer and deepspeed.zero_stage == 0:
+        yield (
+            "distributed.deepspeed.offloadOptimizer",
+            "true, but with zeroStage 0 DeepSpeed does not own the optimizer's state",
+            "write `zeroStage: 1` or more, or remove it",
+        )
+
+
+def unfit_for_fsdp(spec: FineTuneJobSpec) -> Found:
+    """What FSDP cannot train."""
+    method, bits = method_of(spec), base_bits(spec)
+    if method in PROMPT_METHODS:
+        yield (
+            "method.type",
+            f"method {method} looks its virtual tokens up outside the layers that FSDP gathers",
+            "write `distributed: {strategy: ddp}`: so few parameters are trained that nothing is gained by sharding them",
+        )
+    if method is MethodType.SPECTRUM and bits:
+        yield (
+            "model.quantization.bits",
+            "spectrum trains whole weights between quantised ones, and FSDP gathers those of a layer in one number type",
+            "write `distributed: {strategy: ddp}`, or do not quantise: FSDP shards the whole weights too",
+        )
+    if bits == 8:
+        yield (
+            "model.quantization.bits",
+            "model.quantization.bits is 8, and 8-bit weights cannot be sharded",
+            "write bits 4, or `distributed: {strategy: ddp}`",
+        )
+
+
+def unfit_for_zero3(spec: FineTuneJobSpec) -> Found:
+    """What reads or rewrites whole weights, which no rank has with ZeRO stage 3."""
+    method, lora = method_of(spec), spec.method.lora
+    hint = "write zeroStage 2, or use fsdp"
+    if base_bits(spec):
+        yield (
+            "distributed.deepspeed.zeroStage",
+            "ZeRO stage 3 cannot shard a quantised base",
+            "write zeroStage 2, or do not quantise",
+        )
+    if method is MethodType.SPECTRUM:
+        yield "method.type", "spectrum measures whole weight matrices, which no rank has with ZeRO stage 3", hint
+    if method in PROMPT_METHODS:
+        yield (
+            "method.type",
+            f"{method} looks its virtual tokens up outside the layers that ZeRO stage 3 gathers",
+            "write zeroStage 2, or `distributed: {strategy: ddp}`",
+        )
+    if method is MethodType.IA3 and trainer_of(spec) is TrainerType.KTO:
+        yield (
+            "method.type",
+            "ZeRO stage 3 fetches parameters in the order of the step before, and kto does not use those of ia3 in one order",
+            "write zeroStage 2, or method lora",
+        )
+    if lora is not None and lora.init in NEEDS_WHOLE_WEIGHTS:
+        yield (
+            "method.lora.init",
+            f"method.lora.init {lora.init} factorises whole weights, which no rank has with ZeRO stage 3",
+            hint,
+        )
+
+
+@rule("StrategyAndMethod")
+def strategy_and_method(spec: FineTuneJobSpec, where: Where) -> Found:
+    deepspeed = spec.distributed.deepspeed
+    if spec.distributed.strategy is Strategy.FSDP:
+        yield from unfit_for_fsdp(spec)
+    if spec.distributed.strategy is Strategy.DEEPSPEED and deepspeed is not None and deepspeed.zero_stage == 3:
+        yield from unfit_for_zero3(spec)
+
+
+@rule("StateDictUnavailable")
+def state_dict(spec: FineTuneJobSpec, where: Where) -> Found:
+    fsdp = spec.distributed.fsdp
+    if fsdp is not None and fsdp.state_dict is FsdpStateDict.LOCAL:
+        yield (
+            "distributed.fsdp.stateDict",
+            "it is local, which FSDP version 2 does not have",
+            "write sharded, which is also one file a rank, or full",
+        )
+
+
+@rule(
+    "BackendAndStrategy",
+    cel="!(has(self.trainer) && has(self.trainer.backend) && self.trainer.backend == 'unsloth') || !has(self.distributed) || !has(self.distributed.strategy) || self.distributed.strategy == 'none'",
+    message="trainer.backend unsloth is the single-GPU path: remove distributed.strategy, or write backend transformers",
+)
+def backend_and_strategy(spec: FineTuneJobSpec, where: Where) -> Found:
+    if spec.trainer.backend is not Backend.UNSLOTH:
+        return
+    if spec.distributed.strategy not in (None, Strategy.NONE):
+        yield (
+            "trainer.backend",
+            f"unsloth is the single-GPU path, and distributed.strategy is {spec.distributed.strategy}",
+            "write `backend: transformers`, or remove the strategy",
+        )
+    elif world_size(spec) > 1:
+        yield (
+            "trainer.backend",
+            f"unsloth is the single-GPU path, and resources ask for {world_size(spec)} ranks",
+            "write `backend: transformers`, or ask for one GPU",
+        )

@@ -1,0 +1,172 @@
+"""Training: schedule, precision, devices, and when to look and to save."""
+
+from __future__ import annotations
+
+import math
+
+from finetune_api.rules.base import Found, Where, rule
+from finetune_api.rules.facts import (
+    evaluates,
+    given_or_default,
+    gpus_per_node,
+    has_validation,
+)
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import (
+    Device,
+    GradientCheckpointing,
+    MixedPrecision,
+    When,
+)
+
+
+@rule("WarmupTwice")
+def warmup_twice(spec: FineTuneJobSpec, where: Where) -> Found:
+    if spec.training.warmup_steps is not None and spec.training.warmup_ratio is not None:
+        yield (
+            "training.warmupRatio",
+            f"warmupSteps {spec.training.warmup_steps} and warmupRatio {spec.training.warmup_ratio:g} exclude each other",
+            "remove one of them",
+        )
+
+
+OPTIMIZERS = (
+    "adamw_torch", "adamw_torch_fused", "adafactor", "sgd", "rmsprop", "adagrad", "adamw_8bit", "adamw_bnb_8bit",
+    "paged_adamw_32bit", "paged_adamw_8bit", "lion_32bit", "lion_8bit", "paged_lion_32bit", "paged_lion_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "adamw_torch_4bit", "adamw_torch_8bit",
+    "schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam",
+)  # fmt: skip
+"""Optimizer names accepted; the trainer's tests hold them against transformers' own list."""
+
+
+@rule("OptimizerUnknown")
+def optimizer_unknown(spec: FineTuneJobSpec, where: Where) -> Found:
+    import difflib
+
+    name = spec.training.optimizer
+    if name is not None and name not in OPTIMIZERS:
+        near = difflib.get_close_matches(name, OPTIMIZERS, 1)
+        yield (
+            "training.optimizer",
+            f"{name!r} is not an optimizer known here",
+            f"did you mean {near[0]}?" if near else f"write one of {', '.join(OPTIMIZERS[:8])}, ...",
+        )
+
+
+@rule("PrecisionOnCpu")
+def precision_on_cpu(spec: FineTuneJobSpec, where: Where) -> Found:
+    cpu = spec.training.device is Device.CPU or gpus_per_node(spec) == 0
+    if not cpu or (where is Where.LOCAL and spec.training.device in (None, Device.AUTO)):
+        return
+    if spec.training.mixed_precision is MixedPrecision.FP16:
+        yield "training.mixedPrecision", "fp16, but a CPU has no loss scaling for it", "write auto, no or bf16"
+    if spec.model.liger_kernels:
+        yield (
+            "model.ligerKernels",
+            "true, but the kernels only exist for GPUs, and the job runs on CPU",
+            "remove it, or ask for GPUs",
+        )
+    if spec.training.gradient_checkpointing is GradientCheckpointing.UNSLOTH:
+        yield (
+            "training.gradientCheckpointing",
+            "unsloth moves activations from GPU to host memory, and the job runs on CPU",
+            "write enabled or disabled",
+        )
+
+
+@rule("DeviceOfAnotherMachine")
+def device(spec: FineTuneJobSpec, where: Where) -> Found:
+    wanted = spec.training.device
+    if where is Where.LOCAL:
+        return
+    if wanted is Device.MPS:
+        yield (
+            "training.device",
+            "mps only exists on Apple machines, not on cluster nodes",
+            "remove it, or use `finetune run --local`",
+        )
+    if wanted is Device.CPU and gpus_per_node(spec) > 0:
+        yield (
+            "training.device",
+            f"cpu, but resources.gpusPerNode is {gpus_per_node(spec)}: the GPUs would be idle",
+            "write `resources: {gpusPerNode: 0}`",
+        )
+    if wanted is Device.CUDA and gpus_per_node(spec) == 0:
+        yield "training.device", "cuda, but resources.gpusPerNode is 0", "write gpusPerNode 1 or more, or `device: cpu`"
+
+
+@rule(
+    "BestNeedsMatchingSteps",
+    cel="!(has(self.checkpoint) && has(self.checkpoint.loadBestAtEnd) && self.checkpoint.loadBestAtEnd && has(self.checkpoint.steps) && has(self.evaluation) && has(self.evaluation.steps)) || self.checkpoint.steps % self.evaluation.steps == 0",
+    message="with checkpoint.loadBestAtEnd, checkpoint.steps must be a multiple of evaluation.steps: only an evaluated checkpoint can be the best",
+)
+def best_checkpoint(spec: FineTuneJobSpec, where: Where) -> Found:
+    if not spec.checkpoint.load_best_at_end:
+        return
+    if not evaluates(spec):
+        yield (
+            "checkpoint.loadBestAtEnd",
+            "true, but no validation loss is measured, so no checkpoint is the best",
+            "add dataset.validation or dataset.split.validation, or remove it",
+        )
+        return
+    saves, looks = given_or_default(spec.checkpoint, "strategy"), spec.evaluation.strategy or When.STEPS
+    if saves == When.NO or saves != looks:
+        yield (
+            "checkpoint.strategy",
+            f"{saves}, but evaluation.strategy is {looks}: with loadBestAtEnd both must be the same",
+            f"write `checkpoint: {{strategy: {looks}}}`",
+        )
+    every = int(given_or_default(spec.checkpoint, "steps"))
+    evaluated = spec.evaluation.steps or every
+    if saves == When.STEPS and looks is When.STEPS and every % evaluated:
+        yield (
+            "checkpoint.steps",
+            f"{every} is not a multiple of evaluation.steps {evaluated}, and only an evaluated checkpoint can be the best",
+            f"write for example {math.ceil(every / evaluated) * evaluated}",
+        )
+
+
+@rule("StepsWithoutEffect")
+def steps_without_effect(spec: FineTuneJobSpec, where: Where) -> Found:
+    saves = given_or_default(spec.checkpoint, "strategy")
+    if spec.checkpoint.steps is not None and saves != When.STEPS:
+        yield (
+            "checkpoint.steps",
+            f"it is only read with strategy steps, and the strategy is {saves}",
+            "remove one of the two",
+        )
+    if spec.evaluation.steps is not None and spec.evaluation.strategy in (When.EPOCH, When.NO):
+        yield (
+            "evaluation.steps",
+            f"it is only read with strategy steps, and the strategy is {spec.evaluation.strategy}",
+            "remove one of the two",
+        )
+    if (
+        spec.training.checkpoint_every_n_layers not in (None, 1)
+        and spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED
+    ):
+        yield (
+            "training.checkpointEveryNLayers",
+            "it has no effect with `gradientCheckpointing: disabled`",
+            "remove one of the two",
+        )
+
+
+@rule("ValidationMissing")
+def validation_missing(spec: FineTuneJobSpec, where: Where) -> Found:
+    hint = "add dataset.validation or dataset.split.validation, or remove it"
+    if has_validation(spec):
+        if spec.training.early_stopping is not None and not evaluates(spec):
+            yield (
+                "training.earlyStopping",
+                "it watches the validation loss, and evaluation.strategy is no",
+                "write `evaluation: {strategy: steps}`, or remove it",
+            )
+        return
+    if spec.evaluation.strategy not in (None, When.NO):
+        yield "evaluation.strategy", f"{spec.evaluation.strategy}, but there is no validation data", hint
+    if spec.evaluation.steps is not None and spec.evaluation.strategy is None:
+        yield "evaluation.steps", "given, but there is no validation data", hint
+    if spec.training.early_stopping is not None:
+        yield "training.earlyStopping", "it watches the validation loss, but there is no validation data", hint
