@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -238,6 +239,7 @@ def parse_json(document: Document) -> dict[str, Any]:
     return value
 
 
+@functools.lru_cache(maxsize=16)
 def sniff_json(document: Document) -> dict[str, Any]:
     """The document as an object if it is JSON, else an empty one: for recognising a source, never for errors."""
     if document.folder or not document.text.lstrip().startswith("{"):
@@ -248,6 +250,7 @@ def sniff_json(document: Document) -> dict[str, Any]:
         return {}
 
 
+@functools.lru_cache(maxsize=16)
 def sniff(document: Document) -> dict[str, Any]:
     """The document as a mapping if it is YAML or JSON, else an empty one: for recognising a source, never for errors."""
     if document.folder or document.path.suffix.lower() in (".env", ".toml"):

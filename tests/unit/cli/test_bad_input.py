@@ -48,7 +48,7 @@ def sentences(said: str, folder: Path) -> list[str]:
         ("a.yaml", "model: !!python/name:os.system x\nlora_r: 8\n",
          ["a.yaml:1: model: the tag tag:yaml.org,2002:python/name:os.system is not read here; write the value itself"]),
         ("a.yaml", BOMB, ["a.yaml:1: it holds more than 20000 values, its aliases counted"]),
-        ("a.yaml", "[" * 3000, ["a.yaml: it is nested too deeply to be a configuration"]),
+        ("a.yaml", "[" * 600, ["a.yaml: it is nested too deeply to be a configuration"]),
         ("a.yaml", "model: org/m\nlora_r: 99999999999999999999\nlearning_rate: .nan\nepochs: .inf\n", [
             'a.yaml:3: learning_rate: ".nan" is not a number; allowed: a number greater than 0',
             'a.yaml:4: epochs: ".inf" is not a number; allowed: a number greater than 0',
