@@ -21,7 +21,7 @@ def submit(
         list[Path], typer.Argument(metavar="FILE...", help="Manifests, with the Secrets and ConfigMaps beside them.")
     ],
     wait: Annotated[
-        bool, typer.Option("--wait", help="Follow the job until it ends; exit code 2 if it fails.")
+        bool, typer.Option("--wait", help="Follow the jobs until all have ended; exit code 2 if one failed.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Let the server check everything and keep nothing.")
@@ -44,8 +44,9 @@ def submit(
     if wait and not dry_run:
         from finetune_cli.commands.watching import _end, _watched
 
-        for one in jobs:
-            _end(_watched(_in_namespace(cluster, one), one.name))
+        ended = [_watched(_in_namespace(cluster, one), one.name) for one in jobs]
+        for job in ended:
+            _end(job)
 
 
 def _checked(files: list[Path]) -> list[Manifest]:
