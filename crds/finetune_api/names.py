@@ -307,6 +307,8 @@ class Reason(StrEnum):
     """A committed checkpoint did not verify; an older one was used."""
     STAGING_DISK_FULL = "StagingDiskFull"
     """A checkpoint was skipped for lack of local disk."""
+    CHECKPOINT_NOT_STORED = "CheckpointNotStored"
+    """A checkpoint could not be staged or uploaded; training goes on, and the one committed before it counts."""
     # Ends of attempts and jobs
     PREEMPTED = "Preempted"
     """The cluster took the pods; the attempt is free of charge."""

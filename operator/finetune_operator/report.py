@@ -463,8 +463,8 @@ def _checkpoints_healthy(view: View) -> Condition:
     problem = heard.report.health.checkpoint_problem if heard else None
     if problem:
         word = problem.split(":")[0].strip()
-        reason = Reason.STAGING_DISK_FULL if word == Reason.STAGING_DISK_FULL else Reason.CHECKPOINT_DAMAGED
-        return _condition(Kind.CHECKPOINTS_HEALTHY, "False", reason, problem)
+        own = {one.value: one for one in (Reason.STAGING_DISK_FULL, Reason.CHECKPOINT_DAMAGED)}
+        return _condition(Kind.CHECKPOINTS_HEALTHY, "False", own.get(word, Reason.CHECKPOINT_NOT_STORED), problem)
     latest = _checkpoints(view)["latest_checkpoint"]
     if latest:
         return _condition(Kind.CHECKPOINTS_HEALTHY, "True", Reason.CHECKPOINT_COMMITTED, f"newest: {latest}")
