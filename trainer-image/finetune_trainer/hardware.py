@@ -68,6 +68,12 @@ def _device(run: RunConfig, local_rank: int) -> torch.device:
     wants_gpu = asked is Device.CUDA or (asked is Device.AUTO and run.world.gpus_per_node > 0)
     if not wants_gpu:
         return torch.device("cpu")
+    if not torch.cuda.is_available() and run.world.gpus_per_node == 0:
+        raise ConfigError(
+            "DeviceAbsent",
+            "training.device is cuda, and the job asks for no GPU",
+            hint="write auto, or set resources.gpusPerNode",
+        )
     if not torch.cuda.is_available():
         raise ConfigError(
             "DeviceAbsent", f"the job asks for {run.world.gpus_per_node} GPUs a node, and torch sees none",

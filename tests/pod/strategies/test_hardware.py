@@ -1,0 +1,86 @@
+"""Device, number formats and attention: settled from the spec and what is there, or refused with what to write."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import ConfigError
+from finetune_trainer.hardware import Hardware, detect
+
+from tests.support.learning import make_run
+
+GPU: dict[str, Any] = {"resources": {"gpusPerNode": 1}}
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device without bf16, as torch would tell of it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+
+
+def found(folder: Path, spec: dict[str, Any]) -> Hardware:
+    run, _ = make_run(folder, Path("/models/tiny"), spec)
+    world = run.world.model_copy(update={"gpus_per_node": run.spec.resources.gpus_per_node})
+    return detect(run.model_copy(update={"world": world}), 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "dtype", "bf16"),
+    [("auto", torch.float32, False), ("no", torch.float32, False), ("bf16", torch.float32, True)],
+)
+def test_number_formats_on_a_cpu(asked: str, dtype: torch.dtype, bf16: bool, tmp_path: Path) -> None:
+    there = found(tmp_path, {"training": {"mixedPrecision": asked}})
+    assert (there.cpu, there.name, there.dtype, there.bf16, there.fp16) == (True, "cpu", dtype, bf16, False)
+
+
+def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
+    there = found(tmp_path, GPU)
+    assert (there.device, there.name, there.bf16, there.fp16) == (torch.device("cuda", 0), "Tesla T4", False, True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "code", "said", "hint"),
+    [
+        (
+            {"training": {"mixedPrecision": "fp16"}},
+            "PrecisionUnavailable",
+            "which needs a GPU",
+            "write bf16, no or auto",
+        ),
+        ({"training": {"device": "mps"}}, "DeviceAbsent", "training.device is mps", "write auto"),
+        (GPU, "DeviceAbsent", "asks for 1 GPUs a node, and torch sees none", "resources.gpusPerNode: 0"),
+        (
+            {"training": {"device": "cuda"}},
+            "DeviceAbsent",
+            "training.device is cuda, and the job asks for no GPU",
+            "write auto",
+        ),
+    ],
+)
+def test_what_is_not_there_is_refused(
+    spec: dict[str, Any], code: str, said: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        found(tmp_path, spec)
+    assert (caught.value.code, caught.value.exit_code) == (code, 64)
+    assert said in caught.value.message and hint in (caught.value.hint or "")
+
+
+def test_bf16_on_a_gpu_that_has_none_is_refused(old_gpu: None, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        found(tmp_path, {**GPU, "training": {"mixedPrecision": "bf16"}})
+    assert caught.value.message == "Tesla T4 cannot compute in bf16"
+
+
+@pytest.mark.parametrize(("asked", "active"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
+def test_attention_as_asked(asked: str, active: str, tmp_path: Path) -> None:
+    assert found(tmp_path, {"model": {"attention": asked}}).attention == active
