@@ -1,0 +1,124 @@
+"""Pace, utilisation, padding and waiting, as runs report them: each counted from what really ran."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from finetune_trainer.speed import Meter, Shape, flops_per_token
+
+from tests.support.learning import TEN, Outcome, go
+from tests.support.tiny import make_tiny_model
+
+HIDDEN, LAYERS, HEADS = 64, 2, 4
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "raw", hidden=HIDDEN, layers=LAYERS)
+
+
+def matrices(folder: Path) -> int:
+    """Numbers in the weights of a stored model that every token is multiplied with: all but the embedding table."""
+    from safetensors.torch import load_file
+
+    stored = load_file(folder / "model.safetensors")
+    return sum(one.numel() for name, one in stored.items() if "embed_tokens" not in name)
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
+def test_the_shape_is_that_of_the_base_whatever_is_trained(method: str, model: Path, tmp_path: Path) -> None:
+    trained = go(tmp_path, model, {"method": {"type": method}, "training": {"maxSteps": 1}}).model
+    base = getattr(trained, "get_base_model", lambda: trained)()
+    assert Shape.of(base) == Shape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
+
+
+def test_a_head_that_is_the_embedding_table_counts_once(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = make_tiny_model(tmp_path / "tied", hidden=HIDDEN, layers=LAYERS, tied=True)
+    tied = AutoModelForCausalLM.from_pretrained(folder)
+    assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
+    assert Shape.of(tied).matrix_parameters == sum(one.numel() for one in tied.parameters())
+
+
+@pytest.mark.parametrize(("method", "frozen"), [("lora", True), ("full", False)])
+def test_utilisation_is_pace_times_flops_over_the_peak(
+    method: str, frozen: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune_trainer.objective import sft
+
+    peak = 1e12
+    monkeypatch.setattr(sft, "peak_of", lambda name: peak)
+    outcome = go(tmp_path, model, {"method": {"type": method}})
+    report = outcome.extra["data"]["tokens"]["train"]
+    shape = Shape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
+    flops = flops_per_token(shape, report["tokens"] / report["rows"], frozen_base=frozen)
+    lines = [line for line in outcome.logs if "mfu" in line]
+    assert [line["step"] for line in lines] == [2, 3, 4]  # the first line has no pace: there is no line before it
+    for line in lines:
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / peak, rel=1e-9)
+
+
+def test_an_unknown_device_has_no_utilisation(model: Path, tmp_path: Path) -> None:
+    assert not any("mfu" in line for line in go(tmp_path, model).logs)
+
+
+def test_tokens_seen_are_those_of_the_data(model: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, model, {"training": {"maxSteps": None, "epochs": 2, "batchSizePerDevice": 5}})
+    tokens = outcome.extra["data"]["tokens"]["train"]["tokens"]
+    assert [line["num_tokens"] for line in outcome.logs if "loss" in line][-1] == 2 * tokens
+
+
+def lengths(outcome: Outcome) -> dict[str, Any]:
+    return dict(outcome.extra["data"]["tokens"]["train"])
+
+
+def test_packing_leaves_few_places_empty_and_says_how_many(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [TEN[i % 10]["messages"][0], {"role": "assistant", "content": "red blue " * (1 + (7 * i) % 23)}]}
+        for i in range(200)
+    ]
+    packed = go(
+        tmp_path, model, {"dataset": {"packing": True, "maxSequenceLength": 512}, "training": {"maxSteps": 2}}, rows
+    )
+    report = lengths(packed)
+    assert report["rows"] == 200 and report["dropped"] == report["truncated"] == 0
+    assert report["padding_share"] == 1 - report["tokens"] / (512 * report["sequences"])
+    assert report["padding_share"] <= 0.03
+    assert (
+        f"train: packed into {report['sequences']} sequences, {report['padding_share']:.1%} of the places empty"
+        in packed.notes
+    )
+    assert [line["padding_share"] for line in packed.logs if "padding_share" in line] == [0.0, 0.0]
+
+
+def test_padding_is_counted_without_packing(model: Path, tmp_path: Path) -> None:
+    """Two rows a batch, padded to the longer one."""
+    rows = [{"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "red " * times}]} for times in (1, 9)]
+    outcome = go(tmp_path, model, {"training": {"maxSteps": 1, "batchSizePerDevice": 2}}, rows)
+    report = lengths(outcome)
+    (line,) = [line for line in outcome.logs if "padding_share" in line]
+    assert line["padding_share"] == pytest.approx(1 - report["tokens"] / (2 * report["longest"]))
+
+
+def test_waiting_for_data_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_trainer import engine
+    from transformers import Trainer
+
+    now = [100.0]
+
+    def slow(self: Any, *args: Any) -> str:
+        now[0] += 0.25
+        return "batch"
+
+    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(Trainer, "get_batch_samples", slow)
+    trainer = object.__new__(engine.Guarded)
+    trainer.meter = Meter(flops_of_token=1, peak=None, ranks=1)
+    trainer.meter.start(0, now[0])
+    assert [trainer.get_batch_samples(None, 1, "cpu") for _ in range(2)] == ["batch", "batch"]
+    now[0] += 9.5
+    assert trainer.meter.read(50, now[0]) == {"tokens_per_second": 5.0, "data_wait_share": 0.05}
