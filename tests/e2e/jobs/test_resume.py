@@ -98,7 +98,13 @@ DISTURBANCES: dict[str, tuple[dict[str, Any], Callable[[Room, dict[str, Any]], N
 }
 
 
-@pytest.mark.parametrize("name", DISTURBANCES)
+LONG = ("supervisor-killed", "pod-deleted")
+"""Shown with local processes, and by one pod of two, in the quick run too."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in DISTURBANCES]
+)
 def test_resumed_run_equals_the_undisturbed_one(shared_room: Room, undisturbed: dict[str, str], name: str) -> None:
     resources, disturb, victim = DISTURBANCES[name]
     shared_room.apply(long_job(name, resources))
