@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from finetune_api.status import FineTuneJobStatus
 from tests.e2e.jobs.site import MODEL, Room, Site, job
 
 DATA = "s3://datasets"
+SOON = timedelta(seconds=20)
+"""What is promised: from a pod's start to the end of one whose storage, model or data cannot work."""
 STORE: dict[str, Any] = {"credentialsSecretRef": {"name": "s3-credentials"}, "addressingStyle": "path"}
 
 
@@ -125,6 +128,17 @@ def test_no_retry_is_spent_on_it(failing: Room, name: str) -> None:
     (pod,) = failing.pods(name)
     (state,) = pod["status"]["containerStatuses"]
     assert state["state"]["terminated"]["exitCode"] == CASES[name](failing.site).exit_code
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_told_soon_after_the_pod_began(failing: Room, name: str) -> None:
+    """By the kubelet's own times of the container, with all cases running at once on the same cores."""
+    failing.end(name, Phase.FAILED)
+    (pod,) = failing.pods(name)
+    (state,) = pod["status"]["containerStatuses"]
+    ended = state["state"]["terminated"]
+    began, over = (datetime.fromisoformat(ended[key]) for key in ("startedAt", "finishedAt"))
+    assert timedelta(0) <= over - began <= SOON
 
 
 def test_secrets_appear_nowhere(failing: Room) -> None:
