@@ -130,6 +130,7 @@ def test_no_retry_is_spent_on_it(failing: Room, name: str) -> None:
     assert state["state"]["terminated"]["exitCode"] == CASES[name](failing.site).exit_code
 
 
+@pytest.mark.slow  # a time is only worth something where no other tests share the cores
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_told_soon_after_the_pod_began(failing: Room, name: str) -> None:
     """By the kubelet's own times of the container, with all cases running at once on the same cores."""
