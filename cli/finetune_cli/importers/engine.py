@@ -66,9 +66,7 @@ def run(request: Request, importers: dict[str, Importer]) -> Imported:
     take(importer, draft)
     demand(draft)
     importer.combine(draft)
-    for fill in importer.profile:
-        if fill.when(draft):
-            draft.fill(fill.path, fill.value, fill.origin)
+    _fill(importer, draft)
     _ours(draft)
     prune(draft)
     spec = settle(draft)
@@ -79,6 +77,20 @@ def run(request: Request, importers: dict[str, Importer]) -> Imported:
         importer, draft.name, request.namespace, spec, draft.values, draft.secret_name, draft.secrets, draft.config_maps,
         draft.annotations, [draft.safe(one) for one in draft.warnings], [draft.safe(one) for one in draft.notes],
     )  # fmt: skip
+
+
+def _fill(importer: Importer, draft: Draft) -> None:
+    """The profile, where the files are silent; on a CPU without what only a GPU can do."""
+    left_out = []
+    for fill in importer.profile:
+        if not fill.when(draft):
+            continue
+        if fill.gpu and draft.value("resources.gpusPerNode") == 0:
+            left_out += [] if draft.has(fill.path) else [f"{fill.path} {fill.value}"]
+        else:
+            draft.fill(fill.path, fill.value, fill.origin)
+    if left_out:
+        draft.note(f"the job asks for no GPU, so our defaults stand in for {', '.join(left_out)}")
 
 
 def _ours(draft: Draft) -> None:

@@ -153,7 +153,7 @@ PROFILE: tuple[Fill, ...] = (
     Fill("training.optimizer", "adamw_torch"),
     Fill("training.weightDecay", 0),
     Fill("training.maxGradNorm", 1),
-    Fill("training.mixedPrecision", "bf16", FIXED),
+    Fill("training.mixedPrecision", "bf16", FIXED, gpu=True),
     Fill("dataset.maxSequenceLength", 512),
     Fill("checkpoint.strategy", "steps"),
     Fill("checkpoint.steps", 100),

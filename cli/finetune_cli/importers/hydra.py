@@ -83,8 +83,8 @@ PROFILE: tuple[Fill, ...] = (
     Fill("method.lora.dropout", 0.05, FIXED),
     Fill("method.lora.targetModules", PROJECTIONS, FIXED),
     Fill("method.lora.bias", "none", FIXED),
-    Fill("model.dtype", "bfloat16", FIXED),
-    Fill("model.attention", "flashAttention2", FIXED, lambda d: d.value("trainer.backend") != "unsloth"),
+    Fill("model.dtype", "bfloat16", FIXED, gpu=True),
+    Fill("model.attention", "flashAttention2", FIXED, lambda d: d.value("trainer.backend") != "unsloth", gpu=True),
     Fill("trainer.type", "sft", "code default"),
     Fill("training.batchSizePerDevice", 2, "code default"),
     Fill("training.gradientAccumulationSteps", 4, "code default"),
@@ -94,7 +94,7 @@ PROFILE: tuple[Fill, ...] = (
     Fill("training.warmupRatio", 0.1, FIXED, lambda d: not d.has("training.warmupSteps")),
     Fill("training.weightDecay", 0, FIXED),
     Fill("training.maxGradNorm", 1, FIXED),
-    Fill("training.mixedPrecision", "bf16", FIXED),
+    Fill("training.mixedPrecision", "bf16", FIXED, gpu=True),
     Fill("dataset.maxSequenceLength", 2048, "code default"),
     Fill("dataset.responseOnly.enabled", False, FIXED, lambda d: d.value("trainer.type", "sft") == "sft"),
     Fill("dataset.useChatTemplate", True, FIXED, lambda d: d.value("dataset.format") not in ("plainText", None)),
@@ -344,7 +344,8 @@ def _grpo(draft: Draft) -> None:
 
 def _checkpointing(draft: Draft) -> None:
     key, path = "training_config.gradient_checkpointing", "training.gradientCheckpointing"
-    on = "unsloth" if draft.value("trainer.backend") == "unsloth" else "enabled"
+    gpus = draft.value("resources.gpusPerNode") != 0
+    on = "unsloth" if gpus and draft.value("trainer.backend") == "unsloth" else "enabled"
     if key in draft.given:
         draft.put(path, on if draft.get(key) else "disabled", key)
     elif key not in draft.broken:

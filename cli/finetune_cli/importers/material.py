@@ -58,6 +58,8 @@ class Fill:
     value: Any
     origin: str = "profile default"
     when: Callable[[Draft], bool] = lambda draft: True
+    gpu: bool = False
+    """Whether only a GPU can do it: a job that asks for none gets our own default instead."""
 
 
 @dataclass(frozen=True)

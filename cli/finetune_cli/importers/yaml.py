@@ -129,8 +129,8 @@ ROWS: tuple[Row, ...] = (
 EXAMPLE = "page example"
 PROFILE: tuple[Fill, ...] = (
     Fill("model.trustRemoteCode", False, "our choice: that tool runs code from the model unasked"),
-    Fill("model.dtype", "bfloat16", "fixed in its code"),
-    Fill("model.attention", "flashAttention2", "page default"),
+    Fill("model.dtype", "bfloat16", "fixed in its code", gpu=True),
+    Fill("model.attention", "flashAttention2", "page default", gpu=True),
     Fill("model.ligerKernels", False, "page default"),
     Fill("method.lora.rank", 16, EXAMPLE),
     Fill("method.lora.alpha", 32, EXAMPLE),
@@ -146,10 +146,10 @@ PROFILE: tuple[Fill, ...] = (
     Fill("training.scheduler", "cosine", EXAMPLE),
     Fill("training.warmupRatio", 0.03, EXAMPLE, lambda d: not d.has("training.warmupSteps")),
     Fill("training.maxGradNorm", 0.3, EXAMPLE),
-    Fill("training.optimizer", "paged_adamw_8bit", EXAMPLE),
+    Fill("training.optimizer", "paged_adamw_8bit", EXAMPLE, gpu=True),
     Fill("training.weightDecay", 0.001, EXAMPLE),
     Fill("training.gradientCheckpointing", "enabled", EXAMPLE),
-    Fill("training.mixedPrecision", "bf16", EXAMPLE),
+    Fill("training.mixedPrecision", "bf16", EXAMPLE, gpu=True),
     Fill("dataset.maxSequenceLength", 4096, EXAMPLE),
     Fill("dataset.format", "alpaca", EXAMPLE),
     Fill("dataset.addEosToken", True, EXAMPLE),

@@ -20,14 +20,13 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A file of a source. `options` replace what a CPU cannot do; `steps` and `rank` are what the run must come to."""
+    """A file of a source; `steps` and `rank` are what the run must come to."""
 
     file: str
     text: str
     rows: str
     steps: int
     rank: int
-    options: tuple[str, ...] = ()
 
 
 SOURCES = {
@@ -40,8 +39,8 @@ SOURCES = {
     "toml": Source(
         "config.toml",
         '[fine_tuner]\nbase_model_id = "org/base"\ntraining_data_id = "org/rows"\nmax_sequence_length = 64\nload_in_4bit = false\n'
-        'epochs = 1\nrank = 4\nreport_to = "none"\noptimizer = "adamw_torch"\nuse_gradient_checkpointing = false\nuse_flash_attention = false\n',
-        "qa", steps=2, rank=4, options=("--set", "trainer.backend=transformers"),
+        'epochs = 1\nrank = 4\nreport_to = "none"\n',
+        "qa", steps=2, rank=4,
     ),
     "yaml": Source(
         "config.yaml",
@@ -54,12 +53,12 @@ SOURCES = {
         "config.yaml",
         "dataset: {path: org/rows, format: standard}\ntraining_config: {model: org/base, trainer: SFT, distributed_training: DDP, "
         "learning_rate: 1e-4, num_train_epochs: 1, max_seq_length: 64, report_to: none}\n",
-        "alpaca", steps=3, rank=128, options=("--set", "training.mixedPrecision=no", "--set", "model.dtype=float32"),
+        "alpaca", steps=3, rank=128,
     ),
     "guide": Source(
         "config.yaml",
         "model: org/base\nlora_r: 4\nlora_alpha: 8\nbatch_size: 4\ngradient_accumulation: 1\nepochs: 1\nuse_4bit: false\n",
-        "alpaca", steps=6, rank=4, options=("--set", "training.mixedPrecision=no"),
+        "alpaca", steps=6, rank=4,
     ),
     "openai": Source(
         "job.json",
@@ -78,5 +77,5 @@ def options(name: str, model: str, data: str) -> list[str]:
     """Words of `finetune import`: our own places for model and data, a CPU, and nothing that this version cannot do yet."""
     return [
         "--from", name, "--name", name, "--model", model, "--data", data, "--gpus", "0", "--set", "output=null",
-        "--set", "tracking.reportTo=null", *SOURCES[name].options,
+        "--set", "tracking.reportTo=null",
     ]  # fmt: skip

@@ -10,7 +10,9 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_cli.importers.engine import load
 from finetune_cli.importers.registry import IMPORTERS
 
+from tests.pod.cli.sources import SOURCES
 from tests.unit.cli.cases import AS_COMMANDS, COMMANDS, CONTRACT, PAGES, cases, outcome
+from tests.unit.cli.conftest import Write
 from tests.unit.cli.imports import HERE, import_
 
 TOML_BLOCKS = sorted((HERE / "blocks").glob("toml-*.toml"))
@@ -88,3 +90,18 @@ def test_annotated_text_holds_every_value_and_its_origin() -> None:
     assert "learningRate: 0.0002 # env-A.env:9 LEARNING_RATE" in text
     assert "gradientAccumulationSteps: 4 # profile default" in text
     assert "scheduler: linear # fixed in its code" in text
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_on_a_cpu_nothing_is_filled_in_that_only_a_gpu_can_do(source: str, write: Write) -> None:
+    own = {"model.source": "org/m", "dataset.train": "org/d", "output": None, "tracking.reportTo": None}
+    file = write(SOURCES[source].file, SOURCES[source].text)
+    found = import_(file, source=source, own={**own, "resources.gpusPerNode": 0})
+    assert found.mistakes == []
+    assert "bf16" not in str(found.spec)
+    on_gpu = import_(file, source=source, own=own)
+    left_out = [
+        note for note in found.notes if note.startswith("the job asks for no GPU, so our defaults stand in for ")
+    ]
+    assert bool(left_out) is (source in ("toml", "yaml", "hydra", "guide"))
+    assert not any(note.startswith("the job asks for no GPU") for note in on_gpu.notes)
