@@ -227,3 +227,13 @@ def test_evaluation_options_without_validation_data(env: Any) -> None:
     assert found.at("checkpoint") == {"strategy": "epoch", "keep": 0}
     assert found.at("evaluation") is None
     assert found.warnings == ["job.env:6: EVAL_STEPS has no effect: there is no validation data"]
+
+
+def test_options_of_a_new_adapter_have_no_effect_on_one_that_is_continued(env: Any) -> None:
+    found = env("TECHNIQUE=adapter\nLORA_R=8\nLORA_DROPOUT=0.2\n", own={"method.adapter.source": "s3://models/adapter"})
+    assert (found.mistakes, found.spec["method"]) == (
+        [],
+        {"type": "adapter", "adapter": {"source": "s3://models/adapter"}},
+    )
+    told = [one for one in found.warnings if "has no effect: the adapter that is continued has its own" in one]
+    assert [one.split(": ")[1].split(" ")[0] for one in told] == ["LORA_R", "LORA_DROPOUT"]

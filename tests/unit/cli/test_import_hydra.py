@@ -273,3 +273,19 @@ def test_a_folder_of_groups_alone_tells_lines_too(write: Write, tmp_path: Path) 
     write("conf/training/only.yaml", "model: org/m\nlearning_rate: big\n")
     (mistake,) = import_(tmp_path / "conf", source="hydra").mistakes
     assert mistake.startswith('training/only.yaml:2: training.learning_rate: "big" is not a number')
+
+
+@pytest.mark.parametrize(
+    ("lengths", "completion", "warned"),
+    [
+        ("max_seq_length: 512", 256, False),
+        ("max_seq_length: 4096", 2048, False),
+        ("max_seq_length: 1024\n  max_completion_length: 512", 512, False),
+        ("max_seq_length: 1024\n  max_completion_length: 2048", 512, True),
+    ],
+)
+def test_the_prompt_keeps_room_beside_the_completion(hydra: Any, lengths: str, completion: int, warned: bool) -> None:
+    base = BASE.replace("max_seq_length: 512", lengths).replace("SFT", "DPO").replace("conversational", "preference")
+    found = hydra(base=base)
+    assert (found.mistakes, found.at("trainer.maxCompletionLength")) == ([], completion)
+    assert any("leaves no room" in one for one in found.warnings) is warned
