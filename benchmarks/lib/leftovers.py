@@ -15,6 +15,7 @@ from finetune_api import names
 from .load import Client, Object
 
 FTJ = f"/apis/{names.API_VERSION}"
+MERGE = "application/merge-patch+json"
 OWN = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "finalizers", "ownerReferences")
 
 
@@ -62,7 +63,8 @@ async def _one(client: Client, namespace: str, found: Model, name: str, pods: in
     attempt["metadata"]["ownerReferences"] = [_owner(made, names.API_VERSION, names.KIND)]
     attempt.pop("status", None)
     job = await client.send("POST", jobs, attempt)
-    await client.send("PUT", f"{jobs}/{job_name}/status", job | {"status": found.attempt["status"]})
+    # A patch: the Job controller has its own word (Suspended) to write, and neither should undo the other.
+    await client.send("PATCH", f"{jobs}/{job_name}/status", {"status": found.attempt["status"]}, MERGE)
     for index in range(pods):
         pod = _bare(found.pod, f"{job_name}-{index}-left", labels | {"batch.kubernetes.io/job-name": job_name})
         pod["spec"] = {key: value for key, value in pod["spec"].items() if key != "nodeName"}

@@ -32,7 +32,7 @@ MAX_BYTES = 64 * 1024
 
 SOON = 5
 """Questions without an answer after which the pause doubles, again and again."""
-LONGEST_SILENCE = 6
+LONGEST_SILENCE = 4
 """A pod that does not answer is asked ever more rarely, down to once in this many intervals: it holds a place for a whole timeout."""
 
 

@@ -118,7 +118,7 @@ class LeaderElection(Wire):
 class ScrapeSettings(Wire):
     """`scrape`: how progress is read from rank 0's pod."""
 
-    interval_seconds: Seconds = Field(default=10, description="Between two reads of one job that trains.")
+    interval_seconds: Seconds = Field(default=15, description="Between two reads of one job that trains.")
     starting_interval_seconds: Seconds = Field(default=3, description="The same before the first step.")
     timeout_seconds: Seconds = Field(default=3, description="For one read.")
     concurrency: int = Field(default=32, ge=1, le=1024, description="Reads at the same time.")
