@@ -9,28 +9,16 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from io import StringIO
 from pathlib import Path
 
 from chart_schema import schema
 from finetune_api.reference import pages
-from finetune_api.schema import HEADER, crd
-from ruamel.yaml import YAML
+from finetune_api.schema import text as crd_text
 
 ROOT = Path(__file__).resolve().parent.parent
 CRD_FILES = (ROOT / "crds/finetunejobs.yaml", ROOT / "helm/finetune-operator/files/finetunejobs.yaml")
 REFERENCE = ROOT / "docs/reference"
 VALUES_SCHEMA = ROOT / "helm/finetune-operator/values.schema.json"
-
-
-def crd_text() -> str:
-    """The CRD as `python -m finetune_api.schema` prints it."""
-    yaml = YAML()
-    yaml.width = 160
-    yaml.representer.ignore_aliases = lambda *_: True
-    text = StringIO()
-    yaml.dump(crd(), text)
-    return HEADER + text.getvalue()
 
 
 def generated() -> dict[Path, str]:

@@ -291,17 +291,38 @@ def _column(name: str, kind: str, path: str, priority: int, description: str) ->
 HEADER = "# Generated from crds/finetune_api by `make generate`; `make verify` fails when they differ.\n"
 
 
+def text() -> str:
+    """The CRD as YAML that every reader understands alike: kubectl and Helm read YAML 1.1, where an unquoted `no` is false."""
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    yaml, stream = YAML(), StringIO()
+    yaml.width = 160
+    yaml.representer.ignore_aliases = lambda *_: True
+    yaml.dump(_quoted(crd()), stream)
+    return HEADER + stream.getvalue()
+
+
+AMBIGUOUS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null", "~"})
+
+
+def _quoted(value: Any) -> Any:
+    """A copy in which words are quoted that YAML 1.1 takes for something else."""
+    from ruamel.yaml.scalarstring import SingleQuotedScalarString
+
+    if isinstance(value, dict):
+        return {key: _quoted(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_quoted(one) for one in value]
+    return SingleQuotedScalarString(value) if isinstance(value, str) and value.lower() in AMBIGUOUS else value
+
+
 def main() -> None:
     """Print the CRD as YAML."""
     import sys
 
-    from ruamel.yaml import YAML
-
-    yaml = YAML()
-    yaml.width = 160
-    yaml.representer.ignore_aliases = lambda *_: True
-    sys.stdout.write(HEADER)
-    yaml.dump(crd(), sys.stdout)
+    sys.stdout.write(text())
 
 
 if __name__ == "__main__":
