@@ -1,4 +1,4 @@
-"""One cluster with two nodes for all tests in this folder, with real containers, DNS and S3."""
+"""One cluster with two nodes for all tests in this folder, with real containers, DNS and S3, and one installed operator."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from localcluster import NodeCluster, paths
+from localcluster import NodeCluster, images, paths
 from localcluster.steps import shown
+from tests.e2e.jobs.site import OPERATOR_IMAGE, TRAINER_IMAGE, Room, Site
+from tests.support.tiny import make_tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -41,3 +43,32 @@ def namespace(node_cluster: NodeCluster) -> Iterator[str]:
     node_cluster.endpoint.request("POST", "/api/v1/namespaces", body)
     yield name
     node_cluster.endpoint.request("DELETE", f"/api/v1/namespaces/{name}")
+
+
+@pytest.fixture(scope="session")
+def site(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """The operator of this checkout on the cluster, ready for jobs."""
+    images.build([images.Which.OPERATOR, images.Which.TRAINER], shown)
+    for tag in (OPERATOR_IMAGE, TRAINER_IMAGE):
+        node_cluster.load_image(tag)
+    site = Site(node_cluster)
+    site.install()
+    model = make_tiny_model(tmp_path_factory.mktemp("model"), hidden=128, layers=4)
+    site.upload(model, {})
+    return site
+
+
+@pytest.fixture
+def room(site: Site) -> Iterator[Room]:
+    """A namespace of the test's own."""
+    made = site.room(f"jobs-{secrets.token_hex(4)}")
+    yield made
+    site.api.delete("namespaces", None, made.namespace)
+
+
+@pytest.fixture(scope="module")
+def shared_room(site: Site) -> Iterator[Room]:
+    """A namespace for jobs that several tests look at."""
+    made = site.room(f"shared-{secrets.token_hex(4)}")
+    yield made
+    site.api.delete("namespaces", None, made.namespace)

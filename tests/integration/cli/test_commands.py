@@ -62,6 +62,15 @@ def test_submit_creates_the_job_and_what_stands_beside_it(
     assert api.find("secrets", namespace, "hub") is not None
 
 
+def test_nulls_and_merge_keys_mean_to_the_server_what_they_mean_here(
+    finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path
+) -> None:
+    text = JOB + "  method: ~\n  checkpoint: {<<: {steps: 30}}\n  evaluation: {steps: ~}\n"
+    assert finetune("submit", write(tmp_path, text)).code == 0
+    spec = api.get(names.PLURAL, namespace, "bot")["spec"]
+    assert (spec["checkpoint"], spec["evaluation"], "method" in spec) == ({"steps": 30}, {}, False)
+
+
 def test_submit_dry_run_keeps_nothing(finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path) -> None:
     assert finetune("submit", write(tmp_path, JOB), "--dry-run").code == 0
     assert api.find(names.PLURAL, namespace, "bot") is None

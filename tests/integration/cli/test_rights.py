@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from finetune_api import names
+from finetune_cli.cluster import Cluster
 from ruamel.yaml import YAML
 
 from localcluster import Endpoint
-from tests.integration.cli.conftest import Result, condition
+from tests.integration.cli.conftest import Result, condition, set_status
 from tests.support.kubeapi import KubeApi, Refused
 
 GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "cli.md"
@@ -81,3 +84,117 @@ def test_the_role_reads_no_secrets(api: KubeApi, control_plane: Endpoint, token:
     with pytest.raises(Refused) as refused:
         KubeApi(control_plane, token=token).list("secrets", namespace)
     assert refused.value.code == 403
+
+
+# --- the guide's table ----------------------------------------------------------------------------------------------
+
+JOBS = f"{names.PLURAL}.{names.GROUP}"
+DONE = {"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]}
+MANIFEST = f"""\
+apiVersion: v1
+kind: Secret
+metadata: {{name: hub}}
+stringData: {{token: x}}
+---
+apiVersion: v1
+kind: ConfigMap
+metadata: {{name: rows}}
+data: {{a: b}}
+---
+apiVersion: {names.API_VERSION}
+kind: {names.KIND}
+metadata: {{name: new}}
+spec: {{model: {{source: org/m}}, dataset: {{train: org/d}}}}
+"""
+OFFLINE = "`init`, `validate`, `explain`, `import`, `run --local`, `diff` of files"
+RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "`get`, `diff` of jobs": (("get",), ("get", "bot"), ("get", "bot", "-o", "yaml"), ("diff", "bot", "bot")),
+    "`status`, `wait`": (("status", "bot"), ("wait", "bot", "--for", "Suspended", "--timeout", "1")),
+    "`events`": (("events", "bot"),),
+    "`logs`": (("logs", "bot"),),
+    "`submit`": (("submit", "MANIFEST", "--wait"),),
+    "`suspend`, `resume`, `cancel`": (("suspend", "bot"), ("resume", "bot"), ("cancel", "bot", "--yes")),
+    "`rerun`": (("rerun", "bot"),),
+    "`checkpoints`": (("checkpoints", "bot"), ("checkpoints", "done", "--verify", "--use-secret")),
+    "`purge`": (("purge", "done", "--use-secret", "--yes-purge", "done"),),
+    "`report`": (("report", "bot", "-o", "ARCHIVE"),),
+}
+"""Commands that together do all that a row of the table speaks of."""
+
+
+def table() -> dict[str, set[str]]:
+    """The guide's table: the commands of a row, and `resource:verb` of all that they may need."""
+    text = GUIDE.read_text(encoding="utf-8")
+    found = {}
+    for commands, jobs, others in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?)\|$", text, re.MULTILINE):
+        needed = {f"{JOBS}:{verb}" for verb in verbs(re.sub("`[^`]*`", "", jobs))}
+        for resources, words in re.findall(r"((?:`[^`]+`(?:, )?)+): ([a-z, ]+)", others):
+            needed |= {f"{one}:{verb}" for one in re.findall("`([^`]+)`", resources) for verb in verbs(words)}
+        found[commands] = needed
+    return found
+
+
+def verbs(text: str) -> set[str]:
+    """Verbs of the API in a text."""
+    return set(re.findall(r"\b(get|list|watch|create|patch)\b", text))
+
+
+def test_the_table_speaks_of_all_commands() -> None:
+    assert set(table()) == {*RUNS, OFFLINE}
+    assert table()[OFFLINE] == set()
+
+
+@pytest.mark.parametrize("row", RUNS)
+def test_a_command_needs_what_the_table_says(
+    row: str, finetune: Callable[..., Result], job: Callable[..., object], api: KubeApi, namespace: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    prepare(job, api, namespace)
+    (tmp_path / "job.yaml").write_text(MANIFEST, encoding="utf-8")
+    places = {"MANIFEST": str(tmp_path / "job.yaml"), "ARCHIVE": str(tmp_path / "r.tar.gz")}
+    used: set[str] = set()
+    send = Cluster._send
+
+    def recorded(self: Cluster, method: str, path: str, query: dict[str, str], *rest: Any) -> Any:
+        used.update(rights(method, path, query))
+        answer = send(self, method, path, query, *rest)
+        if method == "POST" and rest[0]["metadata"]["name"] == "new":
+            threading.Timer(0.5, lambda: set_status(api, namespace, "new", DONE)).start()
+        return answer
+
+    monkeypatch.setattr(Cluster, "_send", recorded)
+    for words in RUNS[row]:
+        assert finetune(*(places.get(word, word) for word in words)).code in (0, 1)
+    assert used == table()[row]
+
+
+def prepare(job: Callable[..., object], api: KubeApi, namespace: str) -> None:
+    """A running job with a pod, and one that has ended and has a Secret for its storage, in which nothing is."""
+    job(status=RUNNING)
+    storage = {"uri": "file:///nobody/was/here", "credentialsSecretRef": {"name": "s3"}}
+    job("done", status=DONE, storage=storage)
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+    api.create("secrets", namespace, {"metadata": {"name": "s3"}, "stringData": keys})
+    labels = {names.Label.NAME: "bot", names.Label.ATTEMPT: "1"}
+    container = {"name": names.CONTAINER, "image": "x"}
+    api.create(
+        "pods", namespace, {"metadata": {"name": "bot-1-0", "labels": labels}, "spec": {"containers": [container]}}
+    )
+
+
+def rights(method: str, path: str, query: dict[str, str]) -> set[str]:
+    """`resource:verb` of one request; server-side apply may have to create."""
+    found = re.match(
+        r"^/(?:api/v1|apis/([^/]+)/[^/]+)(?:/namespaces/[^/]+)?/([a-z]+)(?:/([^/]+))?(?:/([a-z]+))?$", path
+    )
+    if found is None:
+        return set()
+    group, resource, name, part = found.groups()
+    resource = f"{resource}/{part}" if part else f"{resource}.{group}" if group else resource
+    if method == "GET":
+        return {f"{resource}:{'watch' if query.get('watch') else 'get' if name else 'list'}"}
+    applied = method == "PATCH" and query.get("force") == "true"
+    return {
+        f"{resource}:{verb}"
+        for verb in ({"patch", "create"} if applied else {"PATCH": ["patch"], "POST": ["create"]}[method])
+    }
