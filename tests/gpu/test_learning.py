@@ -33,6 +33,12 @@ RUNS: dict[str, dict[str, Any]] = {
     "full": {"method": {"type": "full"}},
     "lora": {"method": {"lora": {"dropout": 0}}, "training": {"learningRate": 2e-2}},
     "qlora": {"method": {"type": "qlora", "lora": {"dropout": 0}}, "training": {"learningRate": 2e-2}},
+    "loftq": {"method": {"lora": {"dropout": 0, "init": "loftq"}}, "training": {"learningRate": 2e-2}},
+    "new tokens": {
+        "model": {"newTokens": ["<new>"]},
+        "method": {"lora": {"dropout": 0}},
+        "training": {"learningRate": 2e-2},
+    },
     "packed": {"method": {"type": "full"}, "dataset": {"packing": True}},
     "offloaded activations": {"method": {"type": "full"}, "training": {"gradientCheckpointing": "unsloth"}},
     "liger": {"method": {"type": "full"}, "model": {"ligerKernels": True}},

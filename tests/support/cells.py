@@ -114,6 +114,7 @@ def _run(cell: Cell, folder: Path, rank: int, ranks: int) -> Result:
     from finetune_trainer.channel import Channel
     from finetune_trainer.inputs import RestoredCheckpoint
 
+    from tests.support.heap import freeze_libraries
     from tests.support.learning import Hooks
 
     result, hooks, start = Result(cell.name), Hooks(), time.monotonic()
@@ -124,6 +125,8 @@ def _run(cell: Cell, folder: Path, rank: int, ranks: int) -> Result:
     run, inputs = _make(cell, folder, ranks, resume)
     _barrier(ranks)
     channel = Channel.recording(folder / "work", rank=rank, local_rank=rank, world_size=ranks)
+    train.preload(run)
+    freeze_libraries()
     try:
         train.main(run, channel, inputs, hooks)
     except FineTuneError as error:

@@ -14,6 +14,8 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_trainer.channel import Channel
 from finetune_trainer.inputs import Inputs, RestoredCheckpoint
 
+from tests.support.heap import freeze_libraries
+
 TEN = [
     {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
     for q, a in [
@@ -157,6 +159,8 @@ def train_here(run: RunConfig, inputs: Inputs) -> Outcome:
     """Run one rank in this process. Errors: what the run raises."""
     from finetune_trainer import train
 
+    train.preload(run)
+    freeze_libraries()
     hooks = Hooks()
     channel = Channel.recording(inputs.output_dir.parent / "work")
     train.main(run, channel, inputs, hooks)

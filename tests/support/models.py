@@ -5,23 +5,27 @@ A conftest takes them by importing their names.
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def libraries() -> None:
+def libraries() -> Iterator[None]:
     """bitsandbytes before anything hides it: jobs with and without it run in this one process."""
     import bitsandbytes  # noqa: F401  imported so that it counts as in use
     import torch
 
     torch.set_num_threads(1)
+    yield
+    gc.unfreeze()  # at its end a process cleans up after the libraries
 
 
 @pytest.fixture(scope="session")

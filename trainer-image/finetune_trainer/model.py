@@ -79,6 +79,17 @@ def _pad(tokenizer: Any, asked: str | None) -> list[str]:
     ]
 
 
+def load_config(run: RunConfig, inputs: Inputs) -> Any:
+    """The base model's `config.json`. Errors: NotFoundError ModelUnreadable."""
+    from transformers import AutoConfig
+
+    spec = run.spec.model
+    try:
+        return AutoConfig.from_pretrained(inputs.model, trust_remote_code=bool(spec.trust_remote_code))
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
+
+
 def load_model(
     run: RunConfig,
     inputs: Inputs,
@@ -95,19 +106,14 @@ def load_model(
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete (class Model); ConfigError QuantizedBase.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     spec = run.spec.model
-    trust = bool(spec.trust_remote_code)
-    try:
-        config = AutoConfig.from_pretrained(inputs.model, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unreadable("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
-    notes = _check_prequantized(config, run)
+    notes = _check_prequantized(load_config(run, inputs), run)
     options: dict[str, Any] = {
         "dtype": hardware.dtype,
         "attn_implementation": hardware.attention,
-        "trust_remote_code": trust,
+        "trust_remote_code": bool(spec.trust_remote_code),
     }
     quantization = quantization_config(run, hardware, skip=skip_quantization, sharded=sharded) if quantize else None
     if quantization is not None:

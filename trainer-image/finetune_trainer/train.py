@@ -124,7 +124,7 @@ class Session:
         return found
 
     def _build(self, callbacks: Any) -> tuple[Any, Any]:
-        from transformers import AutoConfig, PrinterCallback, set_seed
+        from transformers import PrinterCallback, set_seed
 
         from finetune_trainer import method, model, vocabulary
         from finetune_trainer.engine import PrecisionKeeper
@@ -133,7 +133,7 @@ class Session:
 
         run, inputs = self.run, self.inputs
         tokenizer, notes = model.load_tokenizer(run, inputs)
-        config = AutoConfig.from_pretrained(inputs.model, trust_remote_code=bool(run.spec.model.trust_remote_code))
+        config = model.load_config(run, inputs)
         setting = Setting(
             run, inputs, self.hardware, self.plan, tokenizer, self.channel.work / "tokens", model.positions(config),
             [*self._guards(), *callbacks],
@@ -148,7 +148,7 @@ class Session:
             run, inputs, self.hardware, sharded=self.plan.sharded_weights, kind=self.objective.MODEL_KIND,
             skip_quantization=selection.modules if selection else (),
         )  # fmt: skip
-        vocabulary.fit(base, tokenizer, run)
+        vocabulary.fit(base, tokenizer, run, [data.train, data.validation, data.test])
         applied = method.apply(
             run, inputs, base, keep_dtype=self.plan.keep_adapter_dtype, selection=selection,
             new_ids=vocabulary.new_ids(tokenizer, run.spec.model.new_tokens),

@@ -35,15 +35,20 @@ def new_ids(tokenizer: Any, asked: Sequence[str] | None) -> list[int]:
     return [int(tokenizer.convert_tokens_to_ids(token)) for token in asked or ()]
 
 
-def fit(model: Any, tokenizer: Any, run: RunConfig) -> None:
-    """Give the model a row for every token of the tokenizer. Errors: ConfigError VocabularyDiffers, NewTokensSharded."""
+def fit(model: Any, tokenizer: Any, run: RunConfig, parts: Sequence[Any] = ()) -> None:
+    """Give the model rows for the new tokens; without any, see that it has a row for every token that is used.
+
+    Tokenizers may hold more tokens than the model has rows (for images, say): that is fine as long as none of them is in the data,
+    `parts`, or fills short rows. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
+    """
     ids = new_ids(tokenizer, run.spec.model.new_tokens)
     words = model.get_input_embeddings().weight
     rows = int((getattr(words, "ds_shape", None) or words.shape)[0])
     if not ids:
-        if rows < len(tokenizer):
+        used = max([tokenizer.pad_token_id, *map(_highest, parts)]) if rows < len(tokenizer) else 0
+        if used >= rows:
             raise ConfigError(
-                "VocabularyDiffers", f"the tokenizer makes {len(tokenizer)} tokens, and {run.spec.model.source} knows {rows}",
+                "VocabularyDiffers", f"{run.spec.model.source} knows {rows} tokens, and {tokenizer.convert_ids_to_tokens(used)!r} has id {used}",
                 hint="give the model's own tokenizer, and name tokens that are to be added in model.newTokens",
             )  # fmt: skip
         return
@@ -55,6 +60,15 @@ def fit(model: Any, tokenizer: Any, run: RunConfig) -> None:
     if rows < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     _start(model, ids)
+
+
+def _highest(part: Any) -> int:
+    """Highest token id in a data set's columns of ids; -1: it has none."""
+    import pyarrow.compute
+
+    columns = [name for name in getattr(part, "column_names", ()) if name.endswith("_ids")]
+    found = [pyarrow.compute.max(pyarrow.compute.list_flatten(part.data.column(name))).as_py() for name in columns]
+    return max((one for one in found if one is not None), default=-1)
 
 
 @torch.no_grad()

@@ -93,6 +93,14 @@ def test_an_adapter_holds_two_rows_and_not_the_vocabulary(model: Path, tied_mode
         assert torch.equal(old, load_file(base / "model.safetensors")["model.embed_tokens.weight"])
 
 
+def test_rows_on_a_16_bit_base_are_trained_in_32(model: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, model, merged(merged(TOKENS, LORA), {"model": {"dtype": "bfloat16"}}), ROWS)
+    trained = {name: p.dtype for name, p in outcome.model.named_parameters() if p.requires_grad}
+    assert sum("trainable_tokens_delta" in name for name in trained) == 2
+    assert set(trained.values()) == {torch.float32}
+    assert outcome.losses[-1] < outcome.losses[0]
+
+
 def test_new_rows_start_as_the_mean(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -155,7 +163,11 @@ def test_refused_by_name(model: Path, tmp_path: Path) -> None:
     own = make_tokenizer(tmp_path / "tokenizer")
     own.add_tokens(["<strange>"])
     own.save_pretrained(tmp_path / "tokenizer")
-    run, inputs = make_run(tmp_path / "c", model)
+    tokenizer = {"tokenizer": tmp_path / "tokenizer"}
+    run, inputs = make_run(tmp_path / "c", model, {"training": {"maxSteps": 1}})
+    assert len(train_here(run, inputs.model_copy(update=tokenizer)).losses) == 1  # a token that nobody uses is no harm
+    strange = [{"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "<strange>"}]}, *TEN]
+    run, inputs = make_run(tmp_path / "d", model, {}, strange)
     with pytest.raises(ConfigError) as caught:
-        train_here(run, inputs.model_copy(update={"tokenizer": tmp_path / "tokenizer"}))
-    assert caught.value.code == "VocabularyDiffers"
+        train_here(run, inputs.model_copy(update=tokenizer))
+    assert caught.value.code == "VocabularyDiffers" and "'<strange>' has id 448" in caught.value.message

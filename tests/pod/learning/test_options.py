@@ -1,0 +1,164 @@
+"""Options of methods, models and objectives that no other test looks at: each changes what it says it changes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import NotFoundError
+
+from tests.support.learning import Outcome, go, make_run, merged, train_here
+from tests.support.preferences import PROMPTS
+
+pytestmark = pytest.mark.pod
+ONE: dict[str, Any] = {"training": {"maxSteps": 1}}
+
+
+def adapter_config(outcome: Outcome) -> dict[str, Any]:
+    assert outcome.folder is not None
+    found: dict[str, Any] = json.loads((outcome.folder / "adapter_config.json").read_text())
+    return found
+
+
+def weights(folder: Path | None, name: str = "adapter_model.safetensors") -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    assert folder is not None
+    return dict(load_file(folder / name))
+
+
+# ---- methods
+
+
+@pytest.mark.parametrize(("method", "shape"), [("promptTuning", (7, 64)), ("prefixTuning", (7, 2 * 2 * 32))])
+def test_prompt_length_is_the_number_of_virtual_tokens(
+    method: str, shape: tuple[int, int], model: Path, tmp_path: Path
+) -> None:
+    outcome = go(tmp_path, model, merged(ONE, {"method": {"type": method, "promptLength": 7}}))
+    assert adapter_config(outcome)["num_virtual_tokens"] == 7
+    (learned,) = weights(outcome.folder).values()
+    assert tuple(learned.shape) == shape
+
+
+def test_use_dora_is_method_dora(model: Path, tmp_path: Path) -> None:
+    lora = {"lora": {"dropout": 0, "rank": 4}}
+    word = go(tmp_path / "a", model, merged(ONE, {"method": {"type": "dora", **lora}}))
+    flag = go(tmp_path / "b", model, merged(ONE, {"method": {"lora": {**lora["lora"], "useDora": True}}}))
+    plain = go(tmp_path / "c", model, merged(ONE, {"method": lora}))
+    sizes = [sum("magnitude" in key for key in weights(outcome.folder)) for outcome in (word, flag, plain)]
+    assert sizes == [14, 14, 0]
+    assert word.losses == flag.losses
+
+
+@pytest.mark.parametrize(("bias", "trained"), [("none", 0), ("loraOnly", 2), ("all", 6)])
+def test_biases_are_trained_as_asked(bias: str, trained: int, tmp_path: Path) -> None:
+    from tests.support.tiny import make_tiny_model
+
+    biased = make_tiny_model(tmp_path / "model", attention_bias=True)
+    spec = {"method": {"lora": {"targetModules": ["q_proj"], "bias": bias}}}
+    outcome = go(tmp_path, biased, spec)
+    names = [n for n, p in outcome.model.named_parameters() if p.requires_grad and n.endswith(".bias")]
+    assert len([n for n in names if "o_proj" not in n]) == trained
+    assert all((("q_proj" in n) or bias == "all") for n in names)
+
+
+@pytest.mark.parametrize("kind", ["float32", "bfloat16"])
+def test_the_compute_type_of_4_bits(kind: str, model: Path, tmp_path: Path) -> None:
+    spec = merged(ONE, {"method": {"type": "qlora"}, "model": {"quantization": {"computeDtype": kind}}})
+    outcome = go(tmp_path, model, spec)
+    layers = [m for m in outcome.model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "compute_dtype")]
+    assert {str(layer.compute_dtype) for layer in layers} == {f"torch.{kind}"}
+
+
+def test_spectrum_ranks_layers_by_mean_over_deviation(model: Path, tmp_path: Path) -> None:
+    before = weights(model, "model.safetensors")
+    ratios = {
+        layer: sum(
+            float(w.abs().mean() / w.std())
+            for w in (v for k, v in before.items() if f"layers.{layer}." in k and v.ndim == 2)
+        )
+        / 7
+        for layer in (0, 1)
+    }
+    best = max(ratios, key=lambda layer: ratios[layer])
+    spec = merged(ONE, {"method": {"type": "spectrum", "spectrum": {"metric": "meanOverStd", "snrThreshold": 0.9}}})
+    outcome = go(tmp_path, model, spec)
+    assert outcome.folder is not None
+    record = json.loads((outcome.folder / "spectrum_snr.json").read_text())
+    assert record["metric"] == "meanOverStd"
+    assert len(record["trained"]) == 7
+    assert all(name.startswith(f"model.layers.{best}.") for name in record["trained"])
+
+
+def test_a_scan_is_kept_for_the_same_weights(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_trainer.method import spectrum
+
+    spec = merged(ONE, {"method": {"type": "spectrum"}})
+    first = go(tmp_path, model, spec)
+    scanned: list[str] = []
+    ratio = spectrum.ratio
+    monkeypatch.setattr(spectrum, "ratio", lambda weight, metric: scanned.append(metric) or ratio(weight, metric))
+    again = go(tmp_path, model, spec)
+    assert scanned == []
+    assert first.folder == again.folder and again.losses == first.losses
+    run, inputs = make_run(tmp_path, model, spec)
+    train_here(run, inputs.model_copy(update={"model_revision": "another"}))
+    assert len(scanned) == 14
+
+
+# ---- the model
+
+
+def test_code_of_the_model_runs_only_if_trusted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    own = tmp_path / "own"
+    shutil.copytree(model, own)
+    (own / "modeling_own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n\n\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n\n\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((own / "config.json").read_text())
+    places = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    (own / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": places}))
+    with pytest.raises(NotFoundError) as caught:
+        go(tmp_path / "a", own, ONE)
+    assert caught.value.hint == "set model.trustRemoteCode: true if you trust the source"
+    trusted = go(tmp_path / "b", own, merged(ONE, {"model": {"trustRemoteCode": True}}))
+    assert type(trusted.model.get_base_model()).__name__ == "OwnForCausalLM"
+
+
+# ---- objectives and logging
+
+
+@pytest.mark.parametrize("cold", [{"temperature": 0.001}, {"topP": 0.001}], ids=["temperature", "topP"])
+def test_sampling_without_choice_gives_equal_answers(cold: dict[str, float], model: Path, tmp_path: Path) -> None:
+    reward = {"builtin": "length", "parameters": {"unit": "characters", "minimum": "500"}}
+
+    def spread(**options: float) -> float:
+        """Share of groups whose answers all earned the same, of one step of 8 questions with 4 answers each."""
+        trainer = {
+            "type": "grpo",
+            "maxCompletionLength": 8,
+            "grpo": {"numGenerations": 4, **options},
+            "rewards": [reward],
+        }
+        batch = {"training": {"batchSizePerDevice": 32, "maxSteps": 1}}
+        outcome = go(tmp_path / f"{sorted(options)}", model, merged(batch, {"trainer": trainer}), PROMPTS)
+        return next(float(line["frac_reward_zero_std"]) for line in outcome.logs if "frac_reward_zero_std" in line)
+
+    assert spread(**cold) == 1.0
+    assert spread() < 1.0
+
+
+@pytest.mark.parametrize(("first", "steps"), [(True, [1, 3, 6]), (False, [3, 6])])
+def test_what_is_logged(first: bool, steps: list[int], model: Path, tmp_path: Path) -> None:
+    spec = {"training": {"maxSteps": 6}, "tracking": {"loggingSteps": 3, "logFirstStep": first}}
+    outcome = go(tmp_path, model, spec)
+    assert [line["step"] for line in outcome.logs if "loss" in line] == steps
