@@ -64,6 +64,7 @@ class Memory:
     """When events are to be read next, in loop time; None: nothing waits."""
     obstacle_pause: float = FIRST_READ
     progress_written: float = float("-inf")
+    """When the progress that was written last was heard, in loop time."""
     ending: float | None = None
     """When all pods were first seen to be over while the Job was not, in loop time."""
 
@@ -290,7 +291,8 @@ class Reconciler:
         reach(Point.BEFORE_STATUS_WRITE)
         written = await self._kube.replace(FINETUNEJOB, key.namespace, _status_body(facts.job, after), sub="status")
         reach(Point.AFTER_STATUS_WRITE)
-        memory.progress_written = now
+        # Counted from when it was heard, not from when its turn came: otherwise a burst's delay would stay in every later write.
+        memory.progress_written = now - (seconds(facts.heard.time, facts.now) if facts.heard else 0.0)
         self._cache.put_finetunejob(read_finetunejob(written))
         self._recorder.settle(facts.job.uid)
         self._count_transitions(facts, old, new, plan)

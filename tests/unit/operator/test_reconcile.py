@@ -15,6 +15,7 @@ from finetune_operator import events
 from finetune_operator import reconcile as module
 from finetune_operator.cache import Cache
 from finetune_operator.events import Recorder
+from finetune_operator.facts import Heard
 from finetune_operator.kube import (
     AlreadyExists,
     Conflict,
@@ -34,7 +35,7 @@ from finetune_operator.settings import ScrapeSettings
 from finetune_operator.views import JobView, read_finetunejob
 from finetune_operator.workqueue import Key, WorkQueue
 
-from tests.unit.operator.samples import CONFIG, SPEC, UID, ended, pod
+from tests.unit.operator.samples import CONFIG, SPEC, UID, ended, pod, report
 
 KEY = Key("team", "run")
 
@@ -333,3 +334,17 @@ async def test_an_event_without_an_answer_does_not_hold_its_status_up_for_long(
     await Process(server).look()
     assert server.objects[FINETUNEJOB.plural, "run"]["status"]["phase"] == "Starting"
     assert server.told() == {}
+
+
+async def test_the_next_progress_is_due_a_period_after_the_last_was_heard(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a period after it was written: what came late once would be late for ever."""
+    process, begun = await begin(server)
+    process.cache.put_pod(pod(version=5, created=begun.created))
+    said = Heard(report(progress={"step": 7, "totalSteps": 9}), server.clock.now() - timedelta(seconds=4), "pod-1-0")
+    monkeypatch.setattr(process.reconciler._scraper, "heard", lambda *_: said)
+    await process.look()
+    assert server.objects[FINETUNEJOB.plural, "run"]["status"]["progress"]["step"] == 7
+    passed = asyncio.get_running_loop().time() - process.reconciler._memories[KEY].progress_written
+    assert 4 <= passed < 8
