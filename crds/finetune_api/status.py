@@ -91,6 +91,7 @@ class Checkpoint(Lenient):
     time: Time | None = Field(default=None, description="When it was committed.")
     healthy: bool | None = Field(default=None, description="Whether the steps after it were finite too.")
     eval_loss: float | None = Field(default=None, description="Validation loss at that step.")
+    save_seconds: float | None = Field(default=None, description="Seconds that its upload took, up to its commit.")
 
 
 class Output(Lenient):

@@ -214,7 +214,9 @@ class Policy(Group):
         "Attempts without progress that are allowed before the job fails.", default=3, example=3
     )
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] | None = option(
-        "Seconds a stopping pod has to save.", default=300, example=300
+        "Seconds a stopping pod has to save. If not given, the next attempt has at least three times what the newest checkpoint took.",
+        default=300,
+        example=300,
     )
     start_timeout_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = option(
         "Seconds that pods may take to run before the job shows as stalled.", default=1800, example=1800

@@ -16,7 +16,7 @@ from finetune_api.spec.cluster import EnvVar
 from finetune_api.spec.common import SecretKeyRef, SecretRef, StorageConnection
 
 from finetune_operator.builders.mounts import mounts
-from finetune_operator.builders.run_config import DEFAULT_GRACE, customer_key_variable
+from finetune_operator.builders.run_config import customer_key_variable
 from finetune_operator.objects import Object
 from finetune_operator.settings import NodePool, OperatorConfig
 from finetune_operator.views import INDEX_ANNOTATION, JOB_NAME_LABEL, JobObject, JobView
@@ -142,7 +142,7 @@ def _pod(name: str, run: RunConfig, digest: str, pool: NodePool | None, config: 
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": spec.policy.termination_grace_period_seconds or DEFAULT_GRACE,
+        "terminationGracePeriodSeconds": run.grace_seconds,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": names.TRAINER_UID,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,9 @@ from finetune_operator.builders.mounts import CA_FILES
 from finetune_operator.views import JobObject
 
 LOOPBACK = "127.0.0.1"
-DEFAULT_GRACE = 300
+DEFAULT_GRACE, MAX_GRACE = 300, 86400
+SAVES = 3
+"""A stop has to wait for an upload that is under way, then saves; the store may be slower than last time."""
 
 
 def build_run_config(
@@ -48,8 +51,19 @@ def build_run_config(
         model_store=_other(spec, spec.model.storage, "model", MODEL_CREDENTIALS_PREFIX),
         dataset_store=_other(spec, spec.dataset.storage, "dataset", DATASET_CREDENTIALS_PREFIX),
         resume=_resume(spec, attempt, committed_step, max_step),
-        grace_seconds=spec.policy.termination_grace_period_seconds or DEFAULT_GRACE,
+        grace_seconds=_grace(job, spec, defaults),
     )
+
+
+def _grace(job: JobObject, spec: FineTuneJobSpec, defaults: Mapping[str, Any]) -> int:
+    """Seconds to save after SIGTERM: what the user wrote, else enough for what the newest checkpoint took."""
+    grace = spec.policy.termination_grace_period_seconds or DEFAULT_GRACE
+    if "policy.terminationGracePeriodSeconds" not in defaults:
+        return grace
+    measured = [one for one in job.status.checkpoints if one.save_seconds is not None]
+    newest = max(measured, key=lambda one: one.step, default=None)
+    took = newest.save_seconds if newest is not None and newest.save_seconds is not None else 0.0
+    return min(MAX_GRACE, max(grace, math.ceil(SAVES * took)))
 
 
 def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:

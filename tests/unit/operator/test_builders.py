@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import yaml
 from finetune_api.names import MAX_RUN_BYTES, Annotation, Env
 from finetune_api.pod import RunConfig
+from finetune_api.status import Checkpoint
 from finetune_operator.builders.job import build_job, build_service
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.objects import Object
@@ -139,3 +141,20 @@ def test_one_pod_needs_no_name_and_several_do() -> None:
     assert gang.world.master_address == "run-3-0.run-3"
     assert gang.world.rendezvous_id.endswith("-3")
     assert body["spec"]["template"]["spec"]["subdomain"] == "run-3"
+
+
+@pytest.mark.parametrize(
+    ("written", "took", "grace"),
+    [(None, None, 300), (None, 99.0, 300), (None, 200.5, 602), (None, 1e6, 86400), (120, 200.5, 120)],
+)
+def test_a_stop_has_time_for_what_the_newest_checkpoint_took(written: int | None, took: float | None, grace: int) -> None:
+    """Unless the user wrote how much time it has."""
+    policy = {} if written is None else {"terminationGracePeriodSeconds": written}
+    body = finetunejob(spec(policy=policy))
+    slow = Checkpoint(step=40, uri="s3://r/40", save_seconds=took)
+    quick = Checkpoint(step=20, uri="s3://r/20", save_seconds=5000.0)
+    mine = replace(body, status=body.status.model_copy(update={"checkpoints": [slow, quick] if took else []}))
+    found = accepted(spec(policy=policy))
+    run = build_run_config(mine, found.spec, 2, defaults=found.defaults, committed_step=40, max_step=None)
+    assert run.grace_seconds == grace
+    assert build_job(mine, run, found.pool, CONFIG)["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] == grace

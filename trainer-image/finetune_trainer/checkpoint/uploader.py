@@ -222,7 +222,7 @@ class Uploader:
         self._board.saved(
             Checkpoint(
                 step=step, uri=uri, sha256=sha256, bytes=manifest.total_bytes, time=datetime.now(UTC), healthy=staged.graceful,
-                eval_loss=manifest.eval_loss,
+                eval_loss=manifest.eval_loss, save_seconds=round(seconds, 3),
             ),
             seconds,
         )  # fmt: skip
