@@ -30,7 +30,7 @@ from finetune_api.rules import presence
 from finetune_api.rules.presence import source_fields
 from finetune_api.rules import methods
 from finetune_api.rules import objectives
-from finetune_api.rules.objectives import SMOOTHED
+from finetune_api.rules.objectives import SMOOTHED, smallest_batch
 from finetune_api.rules import data
 from finetune_api.rules import training
 from finetune_api.rules.training import OPTIMIZERS
@@ -75,6 +75,7 @@ __all__ = [
     "refuse",
     "require",
     "rule",
+    "smallest_batch",
     "source_fields",
     "starts_with_loftq",
     "trainer_of",

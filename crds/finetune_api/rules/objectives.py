@@ -211,9 +211,14 @@ def dpo_losses(spec: FineTuneJobSpec, where: Where) -> Found:
         )
 
 
+def smallest_batch(spec: FineTuneJobSpec) -> int:
+    """Rows that a device needs at least: kto compares those of one batch with each other."""
+    return 2 if trainer_of(spec) is TrainerType.KTO else 1
+
+
 @rule("BatchTooSmall")
 def kto_batch(spec: FineTuneJobSpec, where: Where) -> Found:
-    if trainer_of(spec) is TrainerType.KTO and int(given_or_default(spec.training, "batch_size_per_device")) < 2:
+    if int(given_or_default(spec.training, "batch_size_per_device")) < smallest_batch(spec):
         yield (
             "training.batchSizePerDevice",
             "it is 1, and kto compares the rows of one batch with each other",

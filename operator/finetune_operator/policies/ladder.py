@@ -1,7 +1,7 @@
 """What to change after memory ran out or the loss diverged, so that another attempt can do better.
 
 Memory: the same effective batch exactly. The micro-batch goes to its largest divisor at or below half, accumulation takes the
-factor, down to 1; then activation checkpointing; then the job fails with its numbers.
+factor, down to the smallest that the objective can do; then activation checkpointing; then the job fails with its numbers.
 Divergence: once the same again from the last healthy checkpoint (a bit flip does not repeat); then, at most twice, back to the
 healthy checkpoint before with half the learning rate; then it fails.
 """
@@ -15,6 +15,7 @@ from datetime import datetime
 from typing import Any
 
 from finetune_api.names import Reason
+from finetune_api.rules import smallest_batch
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import GradientCheckpointing, OnDivergence, OnOutOfMemory
 from finetune_api.status import Adaptation, Checkpoint
@@ -75,7 +76,7 @@ def after_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | Exhausted
     accumulation = spec.training.gradient_accumulation_steps or 1
     if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
         return Exhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
-    smaller = next((part for part in range(batch // 2, 0, -1) if batch % part == 0), 0)
+    smaller = next((part for part in range(batch // 2, smallest_batch(spec) - 1, -1) if batch % part == 0), 0)
     more = accumulation * (batch // smaller) if smaller else 0
     if 0 < more <= MAX_ACCUMULATION:
         change = f"batchSizePerDevice {batch} -> {smaller}, gradientAccumulationSteps {accumulation} -> {more}"

@@ -241,6 +241,16 @@ def test_the_memory_ladder_takes_the_largest_divisor_at_or_below_half() -> None:
     assert rung.change == "batchSizePerDevice 9 -> 3, gradientAccumulationSteps 2 -> 6"
 
 
+def test_the_memory_ladder_leaves_kto_two_rows_to_compare() -> None:
+    written = spec(trainer={"type": "kto"}, training={"batchSizePerDevice": 4, "gradientCheckpointing": "disabled"})
+    first = after_memory(accepted(written).spec, T0)
+    assert isinstance(first, Adaptation)
+    assert first.set == {"training.batchSizePerDevice": 2, "training.gradientAccumulationSteps": 8}
+    second = after_memory(adapted(accepted(written).spec, [first]), T0)
+    assert isinstance(second, Adaptation)
+    assert second.set == {"training.gradientCheckpointing": "enabled"}
+
+
 def test_fail_means_fail() -> None:
     assert isinstance(after_memory(accepted(spec(policy={"onOutOfMemory": "Fail"})).spec, T0), Exhausted)
     found = after_divergence(accepted(spec(policy={"onDivergence": "Fail"})).spec, [], [], T0)
