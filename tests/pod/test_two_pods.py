@@ -2,67 +2,105 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.pod import Resume, RunConfig
+from finetune_api.pod import LastWords, Resume, StoreTarget
 from finetune_trainer.agent import free_port
 from pod_buckets import Bucket
 from pod_harness import Pod, run_config
-from stories import spec_of, story, traced, undisturbed
+from stories import Story, spec_of, story, traced, undisturbed
 
 from localcluster.s3 import S3Endpoint
-
-VARIANT = "windows"
-
-
-def case(phase: str, signalled: int, stop: int, *, quick: bool = False) -> Any:
-    marks = [] if quick else [pytest.mark.faults]
-    return pytest.param(phase, signalled, stop, marks=marks, id=f"{phase}-pod-{signalled}")
+from tests.support.s3proxy import Latency, S3Proxy
 
 
-@pytest.mark.parametrize(
-    ("phase", "signalled", "stop"),
-    [
-        case("accumulation:12", 1, 12, quick=True), case("forward:12", 0, 12), case("forward:12", 1, 12),
-        case("accumulation:12", 0, 12), case("save:8", 0, 9), case("save:8", 1, 9),
-    ],
-)  # fmt: skip
-def test_a_stop_of_one_pod_stops_both_at_the_same_step_and_nothing_is_lost(
-    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory, phase: str, signalled: int, stop: int,
-) -> None:  # fmt: skip
-    """The signalled pod is in that phase, and the other waits for it in the next collective operation."""
-    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 2, VARIANT)
-    spec = spec_of(model, rows, "lora", VARIANT)
+@dataclass(frozen=True)
+class Gang:
+    """Two pods that train one thing, and what one that nothing happens to does."""
 
-    def gang(attempt: int, expect: int, hold: str = "") -> list[Pod]:
-        run: RunConfig = run_config(
-            spec, bucket.target(), nodes=2, attempt=attempt, master_port=free_port(), resume=Resume(mode="auto", expect_step=expect)
-        )  # fmt: skip
+    spec: dict[str, Any]
+    bucket: Bucket
+    folder: Path
+    whole: Story
+
+    def start(self, attempt: int, expect: int, target: StoreTarget, *, hold: str = "", signalled: int = 0) -> list[Pod]:
+        """An attempt; the signalled pod waits in the phase `hold`."""
+        resume = Resume(mode="auto", expect_step=expect)
+        run = run_config(self.spec, target, nodes=2, attempt=attempt, master_port=free_port(), resume=resume)
+        folders = [self.folder / f"attempt-{attempt}-{node}" for node in (0, 1)]
         return [
-            traced(
-                run,
-                tmp_path / f"attempt-{attempt}-{node}",
-                bucket,
-                hold=hold if node == signalled else "",
-                node_rank=node,
-            )
+            traced(run, folders[node], self.bucket, hold=hold if node == signalled else "", node_rank=node)
             for node in (0, 1)
         ]
 
-    first = gang(1, 0, phase)
+    def stopped(self, first: list[Pod], signalled: int) -> list[LastWords]:
+        """The signalled pod is told to end. A kubelet tells only that one; the other learns of it from the gang."""
+        first[signalled].terminate()
+        assert [pod.end() for pod in first] == [75, 75], first[0].text[-3000:] + first[1].text[-3000:]
+        words = [pod.words() for pod in first]
+        assert words[0].step == words[1].step == words[0].committed_step
+        return words
+
+    def goes_on(self, first: list[Pod], at: int) -> None:
+        """The next attempt goes on from that step, and both together did what an undisturbed run does."""
+        second = self.start(2, at, self.bucket.target())
+        with second[0], second[1]:
+            assert [pod.end() for pod in second] == [0, 0], second[0].text[-3000:] + second[1].text[-3000:]
+        assert second[0].words().resumed_from_step == at
+        assert story(self.bucket, [*first, *second], second[0].words()) == self.whole
+
+
+@pytest.fixture
+def gang(
+    request: pytest.FixtureRequest, s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Gang:  # fmt: skip
+    """With logging windows, or the variant that the test names."""
+    variant = getattr(request, "param", "windows")
+    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 2, variant)
+    return Gang(spec_of(model, rows, "lora", variant), bucket, tmp_path, whole)
+
+
+def case(phase: str, signalled: int, stop: int, *, quick: bool = False, variant: str = "windows") -> Any:
+    marks = [] if quick else [pytest.mark.faults]
+    return pytest.param(variant, phase, signalled, stop, marks=marks, id=f"{phase}-pod-{signalled}")
+
+
+@pytest.mark.parametrize(
+    ("gang", "phase", "signalled", "stop"),
+    [
+        case("accumulation:12", 1, 12, quick=True), case("forward:12", 0, 12), case("forward:12", 1, 12),
+        case("accumulation:12", 0, 12), case("save:8", 0, 9), case("save:8", 1, 9),
+        case("evaluation:16", 0, 17, variant="best"), case("evaluation:16", 1, 17, variant="best"),
+    ],
+    indirect=["gang"],
+)  # fmt: skip
+def test_a_stop_of_one_pod_stops_both_at_the_same_step_and_nothing_is_lost(
+    gang: Gang, phase: str, signalled: int, stop: int
+) -> None:
+    """The signalled pod is in that phase, and the other waits for it in the next collective operation."""
+    first = gang.start(1, 0, gang.bucket.target(), hold=phase, signalled=signalled)
     with first[0], first[1]:
         first[signalled].wait_until((first[signalled].folder / "work" / "held").exists)
-        first[signalled].terminate()
-        # A kubelet ends only the pod it was told to; the other learns of it from the gang.
-        assert [pod.end() for pod in first] == [75, 75], first[0].text[-3000:] + first[1].text[-3000:]
-    words = [pod.words() for pod in first]
-    assert words[0].step == words[1].step == words[0].committed_step == stop
+        words = gang.stopped(first, signalled)
+    assert words[0].committed_step == stop
+    gang.goes_on(first, stop)
 
-    second = gang(2, stop)
-    with second[0], second[1]:
-        assert [pod.end() for pod in second] == [0, 0], second[0].text[-3000:] + second[1].text[-3000:]
-    assert second[0].words().resumed_from_step == stop
-    assert story(bucket, [*first, *second], second[0].words()) == whole
+
+@pytest.mark.faults
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_stop_while_the_gang_uploads(gang: Gang, s3_server: S3Endpoint, signalled: int) -> None:
+    """What is in flight is finished, and the checkpoint of the stop follows it."""
+    with S3Proxy(s3_server.host_url) as proxy:
+        slow = proxy.fault(Latency(1.0), operation="PutObject", key=r"checkpoints/step-0*8/")
+        first = gang.start(1, 0, gang.bucket.target(endpoint=proxy.url))
+        with first[0], first[1]:
+            first[signalled].wait_until(lambda: slow.hits > 0)
+            words = gang.stopped(first, signalled)
+    stop = words[0].committed_step
+    assert stop is not None
+    assert {f"step-{8:08}", f"step-{stop:08}"} <= {key.split("/")[1] for key in gang.bucket.keys("checkpoints/")}
+    gang.goes_on(first, stop)

@@ -7,6 +7,7 @@ checkpoints, and put into each later one under a name of their own, where a resu
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -14,13 +15,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from finetune_api.errors import NoCheckpointError
+from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 PREFIX = "best--"
 """Before the names of the best one's files inside another checkpoint."""
 WEIGHTS = re.compile(r"^(adapter_model|adapter_config|model|pytorch_model).*\.(safetensors|bin|json)$")
 FOLDER = "best"
+CHUNK = 64 << 20
+"""Bytes that are sent to the other nodes at once."""
 
 
 class KeepBest(TrainerCallback):
@@ -53,6 +58,35 @@ class KeepBest(TrainerCallback):
         elif folder.is_dir():
             for name, file in _weights(kept):
                 _link(file, folder / (PREFIX + name))
+
+
+def share(args: TrainingArguments) -> None:
+    """Bring the best weights from rank 0's disk to the other nodes: only its node has written whole weights. All ranks call this."""
+    if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
+        return
+    kept = Path(str(args.output_dir)) / FOLDER
+    told: list[Any] = [[(name, file.stat().st_size) for name, file in _weights(kept)] if args.process_index == 0 else None]
+    distributed.broadcast_object_list(told, src=0, device=args.device)
+    writes = args.local_process_index == 0 and args.process_index > 0
+    beside = kept.with_name(FOLDER + ".shared")
+    if writes:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+    for name, size in told[0]:
+        with contextlib.ExitStack() as files:
+            source = files.enter_context((kept / name).open("rb")) if args.process_index == 0 else None
+            target = files.enter_context((beside / name).open("wb")) if writes else None
+            for start in range(0, size, CHUNK):
+                length = min(CHUNK, size - start)
+                data = torch.frombuffer(bytearray(source.read(length)), dtype=torch.uint8) if source else torch.empty(length, dtype=torch.uint8)
+                data = data.to(args.device)
+                distributed.broadcast(data, src=0)
+                if target is not None:
+                    target.write(data.cpu().numpy().tobytes())
+    if writes:
+        shutil.rmtree(kept, ignore_errors=True)
+        beside.rename(kept)
+    distributed.barrier()
 
 
 def best_folder(trainer: Any) -> Path:

@@ -23,7 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from finetune_trainer.best import best_folder
+from finetune_trainer.best import best_folder, share
 from finetune_trainer.distributed import Plan
 from finetune_trainer.speed import Meter
 
@@ -81,6 +81,7 @@ class Guarded(Trainer):
 
     def _load_best_model(self) -> None:
         """Load the best weights from where they are kept. Errors: NoCheckpointError BestCheckpointMissing."""
+        share(self.args)
         self.state.best_model_checkpoint = str(best_folder(self))
         super()._load_best_model()
 
