@@ -106,7 +106,7 @@ def main() -> None:
         if "slow" in parts:
             figures["slowStore"] = slow_store(place, options.rounds, options.slow_steps)
     print(json.dumps(figures, indent=1))
-    print(record.write("checkpoint_stall", figures, method=(__doc__ or "").split("Method.", 1)[1].strip()))
+    print(record.write("checkpoint_stall", figures, method=record.method(__doc__)))
 
 
 if __name__ == "__main__":

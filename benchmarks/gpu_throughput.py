@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     if not options.no_write:
         import record
 
-        method = (__doc__ or "").split("Method.", 1)[1].strip().replace("\n", " ")
+        method = record.method(__doc__).replace("\n", " ")
         print(record.write(f"gpu_throughput_{options.shape}_{options.method}", figures, method=method))
     return figures
 

@@ -164,7 +164,7 @@ def main() -> None:
         figures = figures_of(place, options, ledger)
     assert figures["stepsLost"]["most"] <= 3 * options.every, "more than two intervals and one upload were lost"
     print(json.dumps(figures, indent=1))
-    print(record.write("punisher", figures, method=(__doc__ or "").split("Method.", 1)[1].strip()))
+    print(record.write("punisher", figures, method=record.method(__doc__)))
 
 
 if __name__ == "__main__":

@@ -56,6 +56,11 @@ def commit() -> str:
     return head.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
+def method(doc: str | None) -> str:
+    """How a program measures: what its description says after `Method.`"""
+    return (doc or "").split("Method.", 1)[1].strip()
+
+
 def write(name: str, figures: dict[str, Any], *, method: str) -> Path:
     """Write `results/<name>.json`; the newest run replaces the last one."""
     RESULTS.mkdir(parents=True, exist_ok=True)

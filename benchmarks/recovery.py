@@ -91,7 +91,7 @@ def main() -> None:
     with bench() as place:
         figures = measure(place, options.kills, options.seed)
     print(json.dumps(figures, indent=1))
-    print(record.write("recovery", figures, method=(__doc__ or "").split("Method.", 1)[1].strip()))
+    print(record.write("recovery", figures, method=record.method(__doc__)))
 
 
 if __name__ == "__main__":

@@ -139,7 +139,7 @@ def main() -> None:
     with bench() as place:
         figures = measure(place, options.megabytes, options.rounds)
     print(json.dumps(figures, indent=1))
-    print(record.write("storage_throughput", figures, method=(__doc__ or "").split("Method.", 1)[1].strip()))
+    print(record.write("storage_throughput", figures, method=record.method(__doc__)))
 
 
 if __name__ == "__main__":

@@ -245,7 +245,7 @@ def main() -> None:
 
         print(
             record.write(
-                "trainer_overhead", figures, method=(__doc__ or "").split("Method.", 1)[1].strip().replace("\n", " ")
+                "trainer_overhead", figures, method=record.method(__doc__).replace("\n", " ")
             )
         )
 
