@@ -17,6 +17,7 @@ from finetune_api.rules import (
     LORA_METHODS,
     PROMPT_METHODS,
     evaluates,
+    given_bits,
     gpus_per_node,
     has_validation,
     method_of,
@@ -135,7 +136,7 @@ def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any
         result["model.quantization.bits"] = 4
     if starts_with_loftq(spec):
         result["model.quantization.bits"] = 4
-    given = spec.model.quantization.bits if spec.model.quantization else None
+    given = given_bits(spec)
     bits = 4 if method is MethodType.QLORA or starts_with_loftq(spec) else given
     if bits == 4:
         result |= {"model.quantization.type": "nf4", "model.quantization.doubleQuant": True}

@@ -7,7 +7,6 @@ checkpoints, and put into each later one under a name of their own, where a resu
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -15,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from finetune_api.errors import NoCheckpointError
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -65,28 +63,33 @@ def share(args: TrainingArguments) -> None:
     if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
         return
     kept = Path(str(args.output_dir)) / FOLDER
-    told: list[Any] = [[(name, file.stat().st_size) for name, file in _weights(kept)] if args.process_index == 0 else None]
-    distributed.broadcast_object_list(told, src=0, device=args.device)
+    received = kept.with_name(FOLDER + ".received")
     writes = args.local_process_index == 0 and args.process_index > 0
-    beside = kept.with_name(FOLDER + ".shared")
     if writes:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-    for name, size in told[0]:
-        with contextlib.ExitStack() as files:
-            source = files.enter_context((kept / name).open("rb")) if args.process_index == 0 else None
-            target = files.enter_context((beside / name).open("wb")) if writes else None
-            for start in range(0, size, CHUNK):
-                length = min(CHUNK, size - start)
-                data = torch.frombuffer(bytearray(source.read(length)), dtype=torch.uint8) if source else torch.empty(length, dtype=torch.uint8)
-                data = data.to(args.device)
-                distributed.broadcast(data, src=0)
-                if target is not None:
-                    target.write(data.cpu().numpy().tobytes())
+        shutil.rmtree(received, ignore_errors=True)
+        received.mkdir(parents=True)
+    pieces = _pieces(kept) if args.process_index == 0 else iter(())
+    while True:
+        told = [next(pieces, None)]
+        distributed.broadcast_object_list(told, src=0, device=args.device)
+        if told[0] is None:
+            break
+        name, data = told[0]
+        if writes:
+            with (received / name).open("ab") as file:
+                file.write(data)
     if writes:
-        shutil.rmtree(kept, ignore_errors=True)
-        beside.rename(kept)
+        _fill(kept, _weights(received))
+        shutil.rmtree(received)
     distributed.barrier()
+
+
+def _pieces(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """Contents of the weights, at most `CHUNK` bytes at a time."""
+    for name, file in _weights(folder):
+        with file.open("rb") as source:
+            while data := source.read(CHUNK):
+                yield name, data
 
 
 def best_folder(trainer: Any) -> Path:

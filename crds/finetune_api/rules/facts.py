@@ -36,10 +36,14 @@ def trainer_of(spec: FineTuneJobSpec) -> TrainerType:
     return TrainerType(given_or_default(spec.trainer, "type"))
 
 
+def given_bits(spec: FineTuneJobSpec) -> int | None:
+    """Bits that the user wrote for the base; None: nothing."""
+    return spec.model.quantization.bits if spec.model.quantization else None
+
+
 def base_bits(spec: FineTuneJobSpec) -> int | None:
     """Bits that the base is loaded in, given or implied by the method; None: not quantised."""
-    given = spec.model.quantization.bits if spec.model.quantization else None
-    return given or (4 if method_of(spec) is MethodType.QLORA or starts_with_loftq(spec) else None)
+    return given_bits(spec) or (4 if method_of(spec) is MethodType.QLORA or starts_with_loftq(spec) else None)
 
 
 def starts_with_loftq(spec: FineTuneJobSpec) -> bool:

@@ -8,6 +8,7 @@ from finetune_api.rules.facts import (
     HEADS,
     LORA_METHODS,
     PROMPT_METHODS,
+    given_bits,
     method_of,
     starts_with_loftq,
     trainer_of,
@@ -28,7 +29,7 @@ from finetune_api.spec.enums import (
     message="method.type qlora means 4 bit: remove model.quantization.bits or write 4; for 8 bit write method.type lora",
 )
 def qlora_bits(spec: FineTuneJobSpec, where: Where) -> Found:
-    bits = spec.model.quantization.bits if spec.model.quantization else None
+    bits = given_bits(spec)
     if method_of(spec) is MethodType.QLORA and bits not in (None, 4):
         yield (
             "model.quantization.bits",
@@ -43,7 +44,7 @@ def qlora_bits(spec: FineTuneJobSpec, where: Where) -> Found:
     message="method.type full trains all weights, and quantised weights cannot be trained: remove model.quantization, or write method.type qlora",
 )
 def full_bits(spec: FineTuneJobSpec, where: Where) -> Found:
-    bits = spec.model.quantization.bits if spec.model.quantization else None
+    bits = given_bits(spec)
     if method_of(spec) is MethodType.FULL and bits:
         yield (
             "model.quantization.bits",
@@ -158,7 +159,7 @@ def lora_initialisation(spec: FineTuneJobSpec, where: Where) -> Found:
             f"{lora.init}, but method.lora.loftq is given, which implies `init: loftq`",
             "remove one of the two",
         )
-    bits = spec.model.quantization.bits if spec.model.quantization else None
+    bits = given_bits(spec)
     if lora.init in BASE_CHANGING and (
         bits or lora.rank_stabilized or lora.use_dora or method_of(spec) is not MethodType.LORA
     ):
