@@ -74,13 +74,15 @@ def _before_attempt(facts: Facts) -> Plan:
     return Plan(Situation.STARTING, create=facts.attempt, delete=_old_jobs(facts))
 
 
+FORCE_AGAIN = 30.0
+"""Seconds after which a pod that was removed by force and is still there is removed again."""
 UNHARMED = (Reason.SUSPENDED, Reason.OUT_OF_MEMORY, Reason.DIVERGED)
 """Ends of attempts after which the next starts at once: the user's wish, or something was changed."""
 
 
 def _refused(facts: Facts, refused: Refused) -> Plan:
     if not refused.final:
-        return Plan(Situation.REFUSED, refused=refused, wake=_start_timeout(facts))
+        return Plan(Situation.REFUSED, refused=refused, wake=clock.next_look(facts.now, _start_timeout(facts)))
     failure = Failure(class_=FailureClass.USER, code=refused.reason, message=refused.message, hint=refused.hint or None)
     finish = Finish(Outcome.FAILED, refused.reason, failure)
     return Plan(Situation.FINISHED, refused=refused, finish=finish)
@@ -99,7 +101,7 @@ def _leftovers(facts: Facts) -> Plan | None:
         delete_pods=tuple(pod for pod in pods if not pod.deleting),
         force=tuple(clock.lost(facts.own_pods, facts.config.lost_node_seconds, facts.now)),
         waiting=Waiting(Reason.PROGRESSING, "waiting for the pods of the last attempt to end"),
-        wake=_force_time(facts, facts.own_pods),
+        wake=clock.next_look(facts.now, _force_time(facts, facts.own_pods)),
     )
 
 
@@ -157,7 +159,7 @@ def _stopping(facts: Facts, current: JobView) -> Plan:
         Situation.STOPPING,
         delete=() if current.deleting else (current,),
         force=tuple(clock.lost(facts.attempt_pods, facts.config.lost_node_seconds, facts.now)),
-        wake=_force_time(facts, facts.attempt_pods),
+        wake=clock.next_look(facts.now, _force_time(facts, facts.attempt_pods)),
     )
 
 
@@ -169,7 +171,7 @@ def _job_gone(facts: Facts) -> Plan:
             Situation.STOPPING,
             delete_pods=tuple(pod for pod in left if not pod.deleting),
             force=tuple(clock.lost(left, facts.config.lost_node_seconds, facts.now)),
-            wake=_force_time(facts, left),
+            wake=clock.next_look(facts.now, _force_time(facts, left)),
         )
     if succeeded(facts):
         return _ended(facts, None, facts.now)
@@ -293,8 +295,10 @@ def _stall_time(facts: Facts) -> datetime | None:
 
 
 def _force_time(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:
-    """When the first pod that is going counts as lost."""
+    """When the first pod that is going counts as lost; where one does already, when to remove it once more: a finalizer may hold it."""
     going = [pod.deleting for pod in pods if pod.deleting and not pod.gone]
+    if clock.lost(pods, facts.config.lost_node_seconds, facts.now):
+        return _later(facts.now, FORCE_AGAIN)
     return _later(min(going), facts.config.lost_node_seconds + 1) if going else None
 
 

@@ -98,6 +98,9 @@ def lost(pods: Sequence[PodView], grace: float, now: datetime) -> list[PodView]:
 
 
 def next_look(now: datetime, *moments: datetime | None) -> datetime | None:
-    """The earliest of the moments, but not later than in an hour; None: no time matters."""
+    """The earliest of the moments that are still to come, but not later than in an hour; None: no time matters.
+
+    One that has passed had its look: whoever looked then and did nothing waits for something else to happen.
+    """
     wanted = [moment for moment in moments if moment is not None]
-    return min([*wanted, now + LONGEST_WAKE]) if wanted else None
+    return min([*(moment for moment in wanted if moment > now), now + LONGEST_WAKE]) if wanted else None

@@ -8,7 +8,7 @@ from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.plan import Outcome, Plan, Situation
 
-from tests.unit.operator.samples import at, ended, facts, job, pod, spec, status
+from tests.unit.operator.samples import at, ended, facts, job, pod, report, spec, status
 
 BEGUN = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
 OVER = {**BEGUN, "endTime": "2026-11-21T12:01:00Z", "reason": "InternalError", "counted": True}
@@ -77,3 +77,39 @@ def test_pauses_end_with_the_next_attempt() -> None:
     known, jobs, pods = PLACES["recovering"]
     plan = decide(facts(known=known, jobs=jobs, pods=pods, now=at(71)))
     assert (plan.situation, plan.create) == (Situation.STARTING, 2)
+
+
+NOT_READY = {"type": "PodsReady", "status": "False", "reason": "Unschedulable", "lastTransitionTime": "2026-11-21T12:00:00Z"}
+REFUSED = {**NOT_READY, "type": "Accepted", "reason": "UnknownNodePool"}
+SILENT = pod(phase="Pending", ready=False, node="", unschedulable="0/9 nodes")
+GOING = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
+LONG_PAST = {
+    "start timeout": facts(
+        known=status(attempt=1, attempts=[BEGUN], conditions=[NOT_READY]), jobs=[job()], pods=[SILENT], now=at(3600)
+    ),
+    "start timeout of a pool that is not there": facts(
+        written=spec(resources={"nodePool": "a100", "gpusPerNode": 1}), known=status(conditions=[REFUSED]), now=at(3600)
+    ),
+    "stall timeout of a pod that only the operator cannot reach": facts(
+        known=RUNNING, jobs=[job()], pods=[pod()], now=at(3600), heard=report(stage="evaluating"), heard_at=at(0)
+    ),
+    "grace of a pod that a finalizer holds": facts(
+        known=GOING, jobs=[job(deleting=True)], pods=[pod(deleting=at(0))], now=at(3600)
+    ),
+    "grace of a pod that a finalizer holds, its Job gone": facts(
+        known=GOING, pods=[pod(deleting=at(0))], now=at(3600)
+    ),
+    "grace of an orphan that a finalizer holds": facts(
+        known=RECOVERING, pods=[pod(deleting=at(0), job_uid="gone")], now=at(3600)
+    ),
+}  # fmt: skip
+"""A time that has come, and nothing to be done about it."""
+
+
+@pytest.mark.parametrize("case", LONG_PAST)
+def test_a_time_that_has_passed_makes_no_hot_loop(case: str) -> None:
+    known = LONG_PAST[case]
+    plan = decide(known)
+    assert plan.condemn is None
+    assert plan.wake is not None
+    assert (plan.wake - known.now).total_seconds() >= 30
