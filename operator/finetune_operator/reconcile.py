@@ -46,6 +46,8 @@ FIRST_READ, LONGEST_READ = 15.0, 300.0
 """Seconds between two reads of those events; it doubles, since the server goes through all of a namespace's for each."""
 ENDING = 5.0
 """Seconds that a Job has to say that it is over after its last pod ended, before the status tells of pods that are not ready."""
+REST, REST_STEP = 5.0, 1.0
+"""Seconds that a job whose Job was just made may have to wait with its first status while new jobs rush in, and how often it asks."""
 RETRY_OBSTACLE = 15.0
 """Seconds after which a refused create is tried again."""
 UNREAD = Accepted(FineTuneJobSpec())
@@ -67,6 +69,8 @@ class Memory:
     """When the progress that was written last was heard, in loop time."""
     ending: float | None = None
     """When all pods were first seen to be over while the Job was not, in loop time."""
+    rest_until: float | None = None
+    """Until when the first status may wait for a rush to be over, in loop time."""
 
 
 class Reconciler:
@@ -102,6 +106,8 @@ class Reconciler:
         logs.job.set(str(key))
         logs.attempt.set(0)
         logs.reconcile.set(self._count)
+        if self._rests(key):
+            return "ok"
         try:
             await self.reconcile(key)
         except LeaseLost:
@@ -147,12 +153,34 @@ class Reconciler:
             logger.info("created Job %s", acted.created.name)
         for warning in acted.warnings:
             logger.warning("the API server warns: %s", warning)
-        if acted.created is not None and len(self._queue):
-            # Others wait: their Jobs first, then what there is to tell. The next look finds this one's Job.
-            self._queue.add(key)
+        if acted.created is not None and self._others_first(key):
             return
         await self._report(key, facts, plan, acted)
         self._follow(key, facts, plan, acted)
+
+    def _others_first(self, key: Key) -> bool:
+        """Whether others wait for their Jobs: those come before what there is to tell of this one, whose next look finds its Job."""
+        if self._queue.rush:
+            self._memories[key].rest_until = asyncio.get_running_loop().time() + REST
+            self._queue.add_after(key, REST_STEP)
+        elif len(self._queue):
+            self._queue.add(key)
+        else:
+            return False
+        return True
+
+    def _rests(self, key: Key) -> bool:
+        """Whether there can be no more to see than the first pods of a Job just made, and the rush in which it was made goes on."""
+        memory, job = self._memories.get(key), self._cache.family(key).job
+        if memory is None or memory.rest_until is None:
+            return False
+        now = asyncio.get_running_loop().time()
+        same = job is not None and not job.deleting and (job.uid, job.generation) == (memory.uid, memory.generation)
+        if not same or not self._queue.rush or now >= memory.rest_until:
+            memory.rest_until = None
+            return False
+        self._queue.add_after(key, min(REST_STEP, memory.rest_until - now))
+        return True
 
     # Observe
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.005, 300.0
 HURRIED_IN_A_ROW = 7
 """Turns that hurried keys may have before one of the others."""
+RUSH_KEYS, RUSH_SECONDS = 10, 2.0
+"""So many hurried keys taken within so many seconds are a rush."""
 
 
 class Key(NamedTuple):
@@ -38,6 +40,7 @@ class WorkQueue:
         self._ready: deque[Key] = deque()
         self._hurried: deque[Key] = deque()
         self._in_a_row = 0
+        self._hurried_at: deque[float] = deque(maxlen=RUSH_KEYS)
         self._since: dict[Key, float] = {}
         self._working: dict[Key, float] = {}
         self._again: set[Key] = set()
@@ -112,7 +115,10 @@ class WorkQueue:
     def _pop(self) -> Key:
         hurried = self._hurried and (not self._ready or self._in_a_row < HURRIED_IN_A_ROW)
         self._in_a_row = self._in_a_row + 1 if hurried else 0
-        return self._hurried.popleft() if hurried else self._ready.popleft()
+        if not hurried:
+            return self._ready.popleft()
+        self._hurried_at.append(self._clock())
+        return self._hurried.popleft()
 
     def done(self, key: Key) -> None:
         """A worker is through with `key`."""
@@ -134,6 +140,12 @@ class WorkQueue:
         now = self._clock()
         times = [*self._since.values(), *self._working.values()]
         return now - min(times) if times else 0.0
+
+    @property
+    def rush(self) -> bool:
+        """Hurried keys come one upon another, or did until a moment ago."""
+        times = self._hurried_at
+        return len(times) == RUSH_KEYS and self._clock() - times[0] <= RUSH_SECONDS
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._hurried)

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import pytest
 from finetune_api.names import API_VERSION, KIND, Annotation, Reason
-from finetune_operator import events
+from finetune_operator import events, workqueue
 from finetune_operator import reconcile as module
 from finetune_operator.cache import Cache
 from finetune_operator.events import Recorder
@@ -244,6 +244,55 @@ async def test_a_spec_is_judged_once_a_generation(server: Server, monkeypatch: p
     for _ in range(3):
         await process.look()
     assert len(judged) == 1
+
+
+async def rush(process: Process) -> None:
+    """New jobs come in one upon another, and have all been looked at."""
+    others = [Key("team", f"other{number}") for number in range(workqueue.RUSH_KEYS)]
+    for key in others:
+        process.queue.hurry(key)
+    for _ in others:
+        process.queue.done((await process.queue.take())[0])
+
+
+async def test_in_a_rush_there_is_no_status_before_the_other_jobs_are_started(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = Process(server)
+    await rush(process)
+    await process.work()
+    assert server.requests == [("create", "jobs")]
+    (made,) = process.cache.family(KEY).jobs.values()
+    process.cache.put_pod(pod(version=5, created=made.created))
+    await process.work()
+    assert server.requests == [("create", "jobs")]
+    monkeypatch.setattr(workqueue, "RUSH_SECONDS", -1.0)
+    await process.work()
+    assert server.count("update", FINETUNEJOB) == 1
+    assert server.told() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1}
+
+
+async def test_a_rush_that_does_not_end_keeps_a_status_back_for_a_while_only(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "REST", 0.0)
+    process = Process(server)
+    await rush(process)
+    await process.work()
+    await process.work()
+    assert server.count("update", FINETUNEJOB) == 1
+
+
+async def test_a_rush_makes_no_user_wait(server: Server) -> None:
+    """Who suspends or cancels a job is answered at once."""
+    process = Process(server)
+    await rush(process)
+    await process.work()
+    known = server.objects[FINETUNEJOB.plural, "run"]
+    server._put(FINETUNEJOB, {**known, "metadata": {**known["metadata"], "generation": 2}, "spec": {**SPEC, "suspend": True}})
+    process.refresh()
+    await process.work()
+    assert server.requests[1:] != []
 
 
 async def begin(server: Server) -> tuple[Process, JobView]:
