@@ -393,6 +393,13 @@ def incarnation(attempt: int, pod_uid: str) -> str:
     return f"a{attempt}-{digits:0<8}"
 
 
+def attempt_of_uri(uri: str) -> int | None:
+    """Attempt that wrote the checkpoint of this uri, from its incarnation's folder; None if the uri does not end in one."""
+    word, _, digits = uri.rstrip("/").rpartition("/")[2].partition("-")
+    number = word[1:]
+    return int(number) if word[:1] == "a" and number.isdecimal() and len(digits) == 8 else None
+
+
 def attempt_job_name(name: str, attempt: int) -> str:
     """Name of the Job (and of its Service) of one attempt."""
     return f"{name}-{attempt}"

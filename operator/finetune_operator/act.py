@@ -17,7 +17,6 @@ from finetune_operator.kube import AlreadyExists, Forbidden, Kube, NotFound, Out
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, SERVICE
 from finetune_operator.plan import Acted, Plan
 from finetune_operator.policies.acceptance import Accepted
-from finetune_operator.policies.ladder import MAX_STEP, adapted_values
 from finetune_operator.policies.waiting import Waiting
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.text import clean
@@ -62,10 +61,9 @@ class Actor:
         assert isinstance(facts.acceptance, Accepted)  # noqa: S101 -- decide creates only for accepted specs
         if attempt > 1:
             await self._confirm(facts, attempt)
-        values = adapted_values(facts.job.status.adaptations)
         run = build_run_config(
             facts.job, facts.spec, attempt, defaults=facts.acceptance.defaults,
-            committed_step=facts.committed_step, max_step=values.get(MAX_STEP),
+            committed_step=facts.committed_step, max_step=facts.newest_start,
         )  # fmt: skip
         body = build_job(facts.job, run, facts.acceptance.pool, self._config)
         namespace, name = facts.job.namespace, body["metadata"]["name"]

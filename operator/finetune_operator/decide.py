@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 
 from finetune_api.names import Condition, ExitCode, FailureClass, Reason, attempt_job_name
 from finetune_api.pod import LastWords
-from finetune_api.status import Failure
+from finetune_api.status import Checkpoint, Failure
 
 from finetune_operator.facts import Facts
 from finetune_operator.plan import Condemned, Ending, Finish, Outcome, Plan, Situation
@@ -236,7 +236,9 @@ def _follow(facts: Facts, cause: Cause, progressed: bool) -> tuple[Finish | None
     if cause.reason is Reason.DEADLINE_EXCEEDED:
         seconds = facts.spec.policy.active_deadline_seconds or 0
         return Finish(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, deadline_failure(seconds)), None
-    follow = after(cause, facts.spec, facts.job.status, progressed=progressed, now=facts.now)
+    follow = after(
+        cause, facts.spec, facts.job.status, progressed=progressed, now=facts.now, attempt=facts.attempt
+    )  # fmt: skip
     if isinstance(follow, Stop):
         return Finish(Outcome.FAILED, follow.reason, follow.failure), None
     return None, follow
@@ -249,12 +251,17 @@ def rank0_words(facts: Facts) -> LastWords | None:
 
 
 def committed_by(facts: Facts, words: LastWords | None) -> int | None:
-    """Newest step that the current attempt is known to have committed; None: none that is known."""
-    steps = [c.step for c in (words.checkpoints if words else [])]
-    if words is not None and words.committed_step is not None:
-        steps.append(words.committed_step)
-    if facts.heard is not None:
-        steps += [c.step for c in facts.heard.report.checkpoints]
+    """Newest step that the current attempt is known to have committed; None: none that is known.
+
+    Pods tell of all checkpoints there are, also of those that earlier attempts made.
+    """
+    heard = facts.heard.report if facts.heard is not None else None
+    steps = facts.own_steps(heard.checkpoints, heard.resumed_from_step) if heard is not None else []
+    if words is not None:
+        told = list(words.checkpoints)
+        if words.committed_step is not None:
+            told.append(Checkpoint(step=words.committed_step, uri=words.checkpoint or ""))
+        steps += facts.own_steps(told, words.resumed_from_step)
     record = facts.record
     if record is not None and record.committed_step is not None:
         steps.append(record.committed_step)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from finetune_api.names import Condition, Reason, attempt_job_name
+from finetune_api.names import Condition, Reason, attempt_job_name, attempt_of_uri
 from finetune_api.pod import Report
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Attempt
+from finetune_api.status import Attempt, Checkpoint
 from finetune_api.status import Condition as StatusCondition
 
 from finetune_operator.policies.acceptance import Accepted, Refused
-from finetune_operator.policies.ladder import adapted
+from finetune_operator.policies.ladder import adapted, newest_start
 from finetune_operator.policies.waiting import Waiting
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.views import JobObject, JobView, PodView
@@ -164,11 +165,30 @@ class Facts:
         steps += [one.committed_step for one in status.attempts if one.committed_step is not None]
         return max([*steps, 0])
 
+    def own_steps(self, checkpoints: Iterable[Checkpoint], start: int | None) -> list[int]:
+        """Steps of those checkpoints that the current attempt made itself, having started from step `start`."""
+        found = [(one.step, attempt_of_uri(one.uri)) for one in checkpoints]
+        return [step for step, maker in found if (step > (start or 0) if maker is None else maker == self.attempt)]
+
     @property
     def committed_before(self) -> int:
         """Newest step that earlier attempts committed: what the current one must exceed to have made progress."""
-        earlier = [one for one in self.job.status.attempts if one.number < self.attempt]
-        return max([one.committed_step for one in earlier if one.committed_step is not None] + [0])
+        status = self.job.status
+        steps = [one.committed_step for one in status.attempts if one.number < self.attempt]
+        # Records of attempts are kept for the newest ten only.
+        steps += [one.step for one in status.checkpoints if (attempt_of_uri(one.uri) or self.attempt) < self.attempt]
+        return max([step for step in steps if step is not None] + [0])
+
+    @property
+    def newest_start(self) -> int | None:
+        """Newest step that the next attempt may start from, after a rollback; None: the newest there is."""
+        return newest_start(self.job.status.adaptations, self.job.status.checkpoints)
+
+    @property
+    def next_start(self) -> int:
+        """Step that the next attempt starts from, as far as is known."""
+        limit = self.newest_start
+        return self.committed_step if limit is None else min(limit, self.committed_step)
 
     @property
     def condemned(self) -> Reason | None:

@@ -224,7 +224,7 @@ def _attempts(view: View) -> list[Attempt]:
 def _heard(view: View, current: Attempt) -> dict[str, Any]:
     assert view.facts.heard is not None  # noqa: S101 -- the caller asked
     found = view.facts.heard.report
-    steps = [one.step for one in found.checkpoints if one.step > (found.resumed_from_step or 0)]
+    steps = view.facts.own_steps(found.checkpoints, found.resumed_from_step)
     changes = {
         "last_step": found.progress.step,
         "resumed_from_step": found.resumed_from_step,
@@ -448,7 +448,7 @@ def _pods_ready(view: View) -> Condition:
 
 def _suspended(view: View) -> Condition:
     if view.suspended:
-        step = view.facts.committed_step
+        step = view.facts.next_start
         where = f"the next attempt continues from step {step}" if step else "nothing is committed yet"
         return _condition(Kind.SUSPENDED, "True", Reason.SUSPENDED, f"spec.suspend is true and no pod is left; {where}")
     if view.facts.suspend and view.plan.finish is None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from finetune_api.names import Reason
+from finetune_api.names import Reason, attempt_of_uri
 from finetune_api.rules import smallest_batch
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import GradientCheckpointing, OnDivergence, OnOutOfMemory
@@ -29,6 +29,8 @@ CHECKPOINTING = "training.gradientCheckpointing"
 RATE = "training.learningRate"
 MAX_STEP = "resume.maxStep"
 """Not a path of the spec: the newest checkpoint an attempt may start from."""
+FIRST_ATTEMPT = "resume.firstAttempt"
+"""Nor is this: the attempt that was rolled back first. What it and later ones commit is not what the rollback left behind."""
 MAX_ACCUMULATION = 65536
 """The largest that the API allows."""
 ROLLBACKS = 2
@@ -47,7 +49,7 @@ def adapted(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> FineTun
     """The resolved spec with every adaptation applied, the later over the earlier."""
     value = spec.wire()
     for path, found in adapted_values(adaptations).items():
-        if path == MAX_STEP:
+        if path in (MAX_STEP, FIRST_ATTEMPT):
             continue
         *groups, name = path.split(".")
         target = value
@@ -95,9 +97,10 @@ def after_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | Exhausted
 
 
 def after_divergence(
-    spec: FineTuneJobSpec, adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint], now: datetime
-) -> Adaptation | Exhausted:
-    """The next rung after the loss was not finite; `spec` has earlier adaptations applied."""
+    spec: FineTuneJobSpec, adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint], now: datetime,
+    attempt: int = 1,
+) -> Adaptation | Exhausted:  # fmt: skip
+    """The next rung after the loss of `attempt` was not finite; `spec` has earlier adaptations applied."""
     if spec.policy.on_divergence is OnDivergence.FAIL:
         return Exhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
     earlier = [one for one in adaptations if one.reason == Reason.DIVERGED]
@@ -115,4 +118,20 @@ def after_divergence(
     rate = spec.training.learning_rate or 0.0
     slower = rate * RATE_FACTOR
     change = f"rolled back to {f'step {back}' if back else 'the start'}, learningRate {rate:g} -> {slower:g}"
-    return Adaptation(time=now, reason=Reason.DIVERGED, change=change, set={RATE: slower, MAX_STEP: back})
+    changed = {RATE: slower, MAX_STEP: back, FIRST_ATTEMPT: attempt + 1}
+    return Adaptation(time=now, reason=Reason.DIVERGED, change=change, set=changed)
+
+
+def newest_start(adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint]) -> int | None:
+    """The newest step that the next attempt may start from; None: the newest there is.
+
+    A rollback leaves checkpoints behind, not the run: once the attempts after it have come further than those before, it is over.
+    """
+    values = adapted_values(adaptations)
+    limit, first = values.get(MAX_STEP), values.get(FIRST_ATTEMPT)
+    if not isinstance(limit, int) or not isinstance(first, int):
+        return limit if isinstance(limit, int) else None
+    left, since = [0], [0]
+    for one in checkpoints:
+        (since if (attempt_of_uri(one.uri) or 0) >= first else left).append(one.step)
+    return None if max(since) > max(left) else max(limit, *since)

@@ -31,9 +31,9 @@ class Stop:
 
 
 def after(
-    cause: Cause, spec: FineTuneJobSpec, status: FineTuneJobStatus, *, progressed: bool, now: datetime
-) -> Again | Stop:
-    """What follows a failed attempt.
+    cause: Cause, spec: FineTuneJobSpec, status: FineTuneJobStatus, *, progressed: bool, now: datetime, attempt: int = 1,
+) -> Again | Stop:  # fmt: skip
+    """What follows `attempt`, which failed.
 
     `spec` is resolved, with earlier adaptations applied; `progressed`: it committed a step newer than all before it.
     """
@@ -45,7 +45,7 @@ def after(
         case Fate.MEMORY:
             rung = after_memory(spec, now)
         case Fate.DIVERGED:
-            rung = after_divergence(spec, status.adaptations, status.checkpoints, now)
+            rung = after_divergence(spec, status.adaptations, status.checkpoints, now, attempt)
         case Fate.COUNTED:
             return _counted(cause, spec, status.retries_used or 0, progressed)
     if isinstance(rung, Exhausted):

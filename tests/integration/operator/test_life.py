@@ -19,8 +19,9 @@ def run_config(job: dict[str, Any]) -> RunConfig:
     )
 
 
-def checkpoint(step: int) -> dict[str, Any]:
-    return {"step": step, "uri": f"s3://models/test/checkpoints/step-{step:08d}/a1-00000000", "healthy": True}
+def checkpoint(step: int, attempt: int = 1) -> dict[str, Any]:
+    uri = f"s3://models/test/checkpoints/step-{step:08d}/a{attempt}-00000000"
+    return {"step": step, "uri": uri, "healthy": True}
 
 
 async def reasons(world: Rig, name: str = "run") -> list[str]:
@@ -172,6 +173,24 @@ async def test_divergence_is_replayed_then_rolled_back_then_fails(world: Rig) ->
     assert rates == [0.001, 0.001, 0.0005, 0.00025]
     assert limits == [None, None, 20, 10]
     assert status["failure"]["class"] == "Diverged"
+
+
+async def test_after_a_rollback_the_run_goes_on_from_its_newest_checkpoint(world: Rig) -> None:
+    """Whatever takes its pods: it is not rolled back again with every attempt."""
+    await world.create(training={"learningRate": 0.001})
+    marks = [checkpoint(step) for step in (10, 20, 30)]
+    for number in (1, 2):
+        pod = await world.pod(f"run-{number}", 0, "Running")
+        words = LastWords.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": marks, "step": 33})
+        await world.kubelet.end(pod, ExitCode.DIVERGED, words)
+    assert run_config(await world.job("run-3")).resume.max_step == 20
+    far = [*marks, checkpoint(60, attempt=3)]
+    saved = {"code": "StoppedSaved", "checkpoints": far, "committedStep": 60, "checkpoint": far[-1]["uri"], "step": 60}
+    stopped = LastWords.model_validate({**saved, "resumedFromStep": 20})
+    await world.kubelet.end(await world.pod("run-3", 0, "Running"), ExitCode.PREEMPTED_SAVED, stopped)
+    resume = run_config(await world.job("run-4")).resume
+    assert (resume.max_step, resume.expect_step) == (None, 60)
+    assert run_config(await world.job("run-4")).spec.training.learning_rate == 0.0005
 
 
 async def test_deadline_counts_running_time(world: Rig) -> None:

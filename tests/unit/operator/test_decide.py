@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 from finetune_api.names import Condition, Reason
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.pod import LastWords
+from finetune_api.status import Checkpoint, FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.plan import Outcome, Plan, Situation
 
 from tests.unit.operator.samples import at, ended, facts, job, pod, report, spec, status
 
+T = "2026-11-21T12:00:00Z"
 BEGUN = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
 OVER = {**BEGUN, "endTime": "2026-11-21T12:01:00Z", "reason": "InternalError", "counted": True}
 RUNNING = status(attempt=1, attempts=[BEGUN])
@@ -113,3 +115,23 @@ def test_a_time_that_has_passed_makes_no_hot_loop(case: str) -> None:
     assert plan.condemn is None
     assert plan.wake is not None
     assert (plan.wake - known.now).total_seconds() >= 30
+
+
+def test_checkpoints_of_earlier_attempts_are_no_progress_of_this_one() -> None:
+    """Pods tell of all checkpoints there are, and records of attempts are kept for the newest ten only."""
+    old = {"step": 500, "uri": "s3://b/checkpoints/step-00000500/a1-0123abcd"}
+    idle = [{"number": n, "startTime": T, "endTime": T, "reason": "NodeLost", "counted": False} for n in range(2, 12)]
+    known = status(attempt=12, attempts=[*idle, {"number": 12, "startTime": T}], checkpoints=[old], retriesUsed=3)
+    said = LastWords.model_validate(
+        {"checkpoints": [old], "committedStep": 500, "checkpoint": old["uri"], "resumedFromStep": 300}
+    )
+    last = ended(pod(12), 70, said)
+    plan = decide(facts(known=known, jobs=[job(12, failed=at(60))], pods=[last], now=at(61)))
+    assert plan.ended is not None
+    assert (plan.ended.progressed, plan.ended.committed_step) == (False, None)
+    assert plan.finish is not None and plan.finish.reason is Reason.RETRIES_EXHAUSTED
+    new = {"step": 600, "uri": "s3://b/checkpoints/step-00000600/a12-0123abcd"}
+    said = said.model_copy(update={"checkpoints": [Checkpoint.model_validate(one) for one in (old, new)]})
+    plan = decide(facts(known=known, jobs=[job(12, failed=at(60))], pods=[ended(pod(12), 70, said)], now=at(61)))
+    assert plan.ended is not None
+    assert (plan.ended.progressed, plan.ended.committed_step) == (True, 600)

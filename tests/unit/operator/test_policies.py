@@ -13,7 +13,7 @@ from finetune_api.status import Adaptation, Attempt, Checkpoint, FineTuneJobStat
 from finetune_operator.policies import clock
 from finetune_operator.policies.acceptance import Accepted, Refused, accept
 from finetune_operator.policies.cause import Cause, Fate, Weight, cause_of, pod_cause
-from finetune_operator.policies.ladder import Exhausted, adapted, after_divergence, after_memory
+from finetune_operator.policies.ladder import Exhausted, adapted, after_divergence, after_memory, newest_start
 from finetune_operator.policies.retry import Again, Stop, after
 from finetune_operator.policies.waiting import Waiting, events_waiting, pods_waiting
 from finetune_operator.settings import NodePool, OperatorConfig, RetrySettings
@@ -261,13 +261,15 @@ def test_the_divergence_ladder() -> None:
     base = accepted(spec(training={"learningRate": 0.01})).spec
     marks = [Checkpoint(step=s, uri=f"u{s}", healthy=True) for s in (10, 20, 30)]
     done: list[Adaptation] = []
-    for _ in range(3):
-        rung = after_divergence(adapted(base, done), done, marks, T0)
+    for attempt in (1, 2, 3):
+        rung = after_divergence(adapted(base, done), done, marks, T0, attempt)
         assert isinstance(rung, Adaptation)
         done.append(rung)
     assert [one.set for one in done] == [
-        {}, {"training.learningRate": 0.005, "resume.maxStep": 20}, {"training.learningRate": 0.0025, "resume.maxStep": 10},
-    ]  # fmt: skip
+        {},
+        {"training.learningRate": 0.005, "resume.maxStep": 20, "resume.firstAttempt": 3},
+        {"training.learningRate": 0.0025, "resume.maxStep": 10, "resume.firstAttempt": 4},
+    ]
     assert isinstance(after_divergence(adapted(base, done), done, marks, T0), Exhausted)
 
 
@@ -279,6 +281,31 @@ def test_divergence_without_a_checkpoint_goes_back_to_the_start() -> None:
     assert isinstance(second, Adaptation)
     assert second.set is not None
     assert second.set["resume.maxStep"] == 0
+
+
+ROLLED_BACK = Adaptation(time=T0, reason=Reason.DIVERGED, change="", set={"resume.maxStep": 20, "resume.firstAttempt": 3})
+
+
+@pytest.mark.parametrize(
+    ("made", "start"),
+    [
+        ([], 20),
+        ([(10, 1), (20, 1), (30, 2)], 20),
+        ([(10, 1), (20, 1), (30, 2), (25, 3)], 25),
+        ([(20, 1), (30, 2), (30, 3)], 30),
+        ([(20, 1), (30, 2), (40, 3)], None),
+        ([(30, 2), (500, 3), (600, 4)], None),
+        ([(30, 0)], 20),
+    ],
+)
+def test_a_rollback_costs_what_it_left_behind_and_nothing_that_came_after(
+    made: list[tuple[int, int]], start: int | None
+) -> None:
+    """`made`: (step, attempt) of every checkpoint; attempt 0: nobody knows."""
+    uris = {attempt: f"s3://b/checkpoints/step/a{attempt}-0123abcd" if attempt else "s3://b/step" for _, attempt in made}
+    marks = [Checkpoint(step=step, uri=uris[attempt]) for step, attempt in made]
+    assert newest_start([ROLLED_BACK], marks) == start
+    assert newest_start([], marks) is None
 
 
 # Retry
