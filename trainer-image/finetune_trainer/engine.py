@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from finetune_trainer.best import best_folder, share
+from finetune_trainer.checkpoint.rates import keep_settings
 from finetune_trainer.distributed import Plan
 from finetune_trainer.speed import Meter
 
@@ -98,6 +99,14 @@ class Guarded(Trainer):
             )  # fmt: skip
             return self.optimizer
         return super().create_optimizer(model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Their states from the checkpoint; rates and other settings stay this attempt's own."""
+
+        def load() -> None:
+            super(Guarded, self)._load_optimizer_and_scheduler(checkpoint)
+
+        keep_settings(self.optimizer, self.lr_scheduler, load)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights, all of them, and only those of the kind that is trained.

@@ -1,0 +1,40 @@
+"""What the optimizer is told stays what this attempt was told, although its state comes from a checkpoint.
+
+Optimizers and schedulers save their settings with their state, and loading brings both back. After a rollback with a smaller
+learning rate, or in a job that goes on from another job's checkpoint, the old settings would win without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+SETTINGS = ("betas", "eps", "weight_decay")
+"""Entries of a parameter group that are settings; others, such as a schedule-free optimizer's sums, are state."""
+
+
+def keep_settings(optimizer: Any, scheduler: Any, load: Callable[[], None]) -> None:
+    """Run `load`, which replaces the states of both, and put back what is no state. Nothing is touched where nothing differs.
+
+    A scheduler that knows no base rates (one of DeepSpeed's own) keeps what it loads.
+    """
+    rates = list(getattr(scheduler, "base_lrs", ()))
+    settings = [{name: group[name] for name in SETTINGS if name in group} for group in _groups(optimizer)]
+    load()
+    for group, own in zip(_groups(optimizer), settings, strict=True):
+        group.update({name: value for name, value in own.items() if group.get(name) != value})
+    loaded = getattr(scheduler, "base_lrs", ())
+    for number, (old, new) in enumerate(zip(loaded, rates, strict=True)):
+        if old != new and old:
+            _scale(_groups(optimizer)[number], scheduler, number, new, new / old)
+
+
+def _groups(optimizer: Any) -> list[dict[str, Any]]:
+    return getattr(optimizer, "param_groups", None) or []
+
+
+def _scale(group: dict[str, Any], scheduler: Any, number: int, base: float, factor: float) -> None:
+    scheduler.base_lrs[number] = base
+    scheduler._last_lr[number] *= factor
+    group["initial_lr"] = base
+    group["lr"] *= factor
