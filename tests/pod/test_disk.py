@@ -1,0 +1,61 @@
+"""A pod whose disk is full: a real file system of a fixed size, and the real training on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from finetune_api.pod import Resume
+from finetune_trainer.checkpoint.rank import DISK_RESERVE
+from pod_buckets import Bucket
+from pod_harness import run_config
+from stories import committed, spec_of, story, traced, undisturbed
+
+from localcluster.s3 import S3Endpoint
+
+SIZE = 4 * DISK_RESERVE
+"""Bytes of the file system."""
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Where a pod's work lies: a file system of its own."""
+    if os.geteuid() != 0:
+        pytest.skip("a file system is mounted, which takes root")
+    place = tmp_path / "one" / "work"
+    place.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)], check=True)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_full_disk_costs_checkpoints_and_no_training(
+    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, disk: Path, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory, processes: int,
+) -> None:  # fmt: skip
+    """Two checkpoints find no room and are skipped; with room again the next one is committed, and a resumed run equals an undisturbed one."""
+    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", processes, "windows")
+    spec = spec_of(model, rows, "lora", "windows")
+    filler = disk / "filler"
+    filler.write_bytes(bytes(SIZE - DISK_RESERVE))
+    with traced(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket, hold="forward:19") as pod:
+        pod.wait_until((disk / "held").exists)
+        report = pod.report()
+        assert report is not None and report.progress is not None
+        assert (report.progress.step, committed(bucket)) == (18, [])
+        assert report.health.checkpoint_problem == "StagingDiskFull: the checkpoint of step 16 was skipped: the pod's disk is full"
+        filler.unlink()
+        pod.terminate()
+        assert pod.end() == 75, pod.text[-4000:]
+    assert committed(bucket) == [19]
+    resume = Resume(mode="auto", expect_step=19)
+    with traced(run_config(spec, bucket.target(), processes=processes, attempt=2, resume=resume), tmp_path / "two", bucket) as again:
+        assert again.end() == 0, again.text[-4000:]
+    assert story(bucket, [pod, again], again.words()) == whole
