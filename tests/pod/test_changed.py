@@ -38,6 +38,31 @@ def test_a_number_that_is_none_is_never_saved_and_a_replay_equals(
     assert story(bucket, [first, second], second.words()) == whole
 
 
+@pytest.mark.parametrize(("method", "processes", "variant"), [("lora", 1, "windows"), ("full", 2, "fsdp")])
+def test_half_the_rate_after_a_rollback_is_half_the_rate(
+    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, variant: str,
+) -> None:  # fmt: skip
+    """Optimizer and scheduler bring the old rate back with their states; what the operator said holds all the same."""
+    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
+    spec = spec_of(model, rows, method, variant)
+    run = run_config(spec, bucket.target(), processes=processes)
+    with traced(run, tmp_path / "one", bucket, breaks="nan:20") as first:
+        assert first.end() == 72, first.text[-4000:]
+    slower = merged(spec, {"training": {"learningRate": 5e-4}})
+    resume = Resume(mode="auto", expect_step=EVERY, max_step=EVERY)
+    again = run_config(slower, bucket.target(), processes=processes, attempt=2, resume=resume)
+    with traced(again, tmp_path / "two", bucket) as second:
+        assert second.end() == 0, second.text[-4000:]
+    words = second.words()
+    assert words.resumed_from_step == EVERY and words.resolved is not None
+    assert words.resolved.resume_exact is False and "0.0005 from there on" in (words.resolved.resume_note or "")
+    rates = {step: line["learning_rate"] for (step, _), line in lines(bucket, "a2-").items() if step > EVERY}
+    before = {step: line["learning_rate"] for (step, _), line in whole.lines.items() if step in rates}
+    assert STEPS in rates and before.keys() == rates.keys()
+    assert rates == {step: pytest.approx(rate / 2, rel=1e-6) for step, rate in before.items()}
+
+
 def test_less_memory_trains_the_same(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip

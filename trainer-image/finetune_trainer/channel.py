@@ -25,6 +25,7 @@ import math
 import os
 import socket
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,7 @@ POLL_SECONDS = 0.05
 PATIENCE_SECONDS = 20.0
 """How long a message that must arrive waits for a busy supervisor."""
 MAX_MESSAGE_BYTES = 60_000
+ASIDE = ".json"
 Sender = Callable[[dict[str, Any], float], bool]
 """Sends a message, waiting at most so many seconds; False: it was dropped."""
 
@@ -203,9 +205,14 @@ def socket_sender(address: str) -> Sender:
 
     def send(message: dict[str, Any], patience: float) -> bool:
         data = json.dumps(message, separators=(",", ":"), default=str).encode()
+        if len(data) > MAX_MESSAGE_BYTES:
+            try:
+                data = _set_aside(data, Path(address).parent)
+            except OSError:  # the supervisor is gone, or the disk is full
+                return False
         end = time.monotonic() + patience
-        while len(data) <= MAX_MESSAGE_BYTES:
-            with contextlib.suppress(BlockingIOError):
+        while True:
+            with contextlib.suppress(OSError):
                 try:
                     line.sendto(data, address)
                 except (FileNotFoundError, ConnectionRefusedError):
@@ -214,6 +221,25 @@ def socket_sender(address: str) -> Sender:
             if time.monotonic() >= end:
                 return False
             time.sleep(0.005)
-        return False
 
     return send
+
+
+def _set_aside(data: bytes, folder: Path) -> bytes:
+    """Put a message that no datagram can hold into a file beside the socket; what is sent names the file."""
+    name = f"{uuid.uuid4().hex}{ASIDE}"
+    (folder / f".{name}").write_bytes(data)
+    (folder / f".{name}").rename(folder / name)
+    return json.dumps({"aside": name}).encode()
+
+
+def taken_in(message: dict[str, Any], folder: Path) -> Any:
+    """The message itself, or what was set aside for it. Errors: OSError, ValueError if that is not there or no JSON."""
+    name = message.get("aside")
+    if not (isinstance(name, str) and name.endswith(ASIDE)):
+        return message
+    file = folder / Path(name).name
+    try:
+        return json.loads(file.read_bytes())
+    finally:
+        file.unlink(missing_ok=True)

@@ -128,7 +128,7 @@ def test_a_store_that_goes_away_leaves_nothing_visible(
     with proxy.fault(Reset(), operation="PutObject", key=word), pytest.raises(FineTuneError):
         place.commit(10, checkpoint)
     assert place.whole(tmp_path / "check") == [5]
-    assert place.truly.sweep() > 0
+    assert place.truly.sweep().count > 0
     assert [stat.key for stat in place.truly.store.list("checkpoints/step-00000010/")] == []
     assert place.whole(tmp_path / "check2") == [5]
 
@@ -136,7 +136,7 @@ def test_a_store_that_goes_away_leaves_nothing_visible(
 def test_an_orphaned_multipart_upload_is_swept(place: Place) -> None:
     key = place.truly.store.key("checkpoints/step-00000005/a1-00000000/model.safetensors")  # type: ignore[attr-defined] # an S3Store
     place.client.create_multipart_upload(Bucket=place.bucket, Key=key)
-    assert place.truly.sweep() == 1
+    assert place.truly.sweep().count == 1
     assert not place.client.list_multipart_uploads(Bucket=place.bucket).get("Uploads")
 
 
@@ -169,3 +169,79 @@ def test_a_committed_step_is_whole_at_every_instant(
         thread.join()
     assert not wrong and looks[0] > 0
     assert place.whole(tmp_path / "check") == [5, 4, 3]
+
+
+ODD = ["with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", ".hidden", "sub folder/x", "empty"]
+
+
+def test_odd_names_and_an_empty_file(place: Place, tmp_path: Path) -> None:
+    """Names as they are in the folder, in the manifest, in the store and in the folder that comes back."""
+    folder = tmp_path / "odd"
+    for name in ODD:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("" if name == "empty" else name)
+    manifest = place.commit(5, folder)
+    assert sorted(entry.path for entry in manifest.files) == sorted(ODD)
+    assert place.whole(tmp_path / "check") == [5]
+    back = tmp_path / "check" / "checkpoints/step-00000005/a1-00000000"
+    assert {name: (back / name).read_text() for name in ODD} == {name: "" if name == "empty" else name for name in ODD}
+    place.through.remove(5)
+    assert list(place.truly.store.list("")) == []
+
+
+@pytest.mark.parametrize(
+    ("status", "code"), [(501, "NotImplemented"), (405, "MethodNotAllowed"), (400, "MissingContentMD5")]
+)
+def test_a_store_that_cannot_delete_several_at_once(
+    place: Place, proxy: S3Proxy, checkpoint: Path, status: int, code: str
+) -> None:
+    refused = proxy.fault(Status(status, code), operation="DeleteObjects")
+    target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
+    assert preflight(target).can_delete
+    place.commit(5, checkpoint)
+    before = refused.hits
+    place.through.remove(5)
+    assert list(place.truly.store.list("")) == []
+    assert refused.hits == before + 1, "it is asked once"
+
+
+@dataclass(frozen=True)
+class NoConditions:
+    """A store that refuses a header it does not know."""
+
+    status: int
+    code: str
+
+    async def handle(self, call: Call[S3Operation]) -> web.StreamResponse:
+        if "If-None-Match" in call.request.headers:
+            return await Status(self.status, self.code).handle(call)
+        return await call.forward()
+
+
+@pytest.mark.parametrize(("status", "code"), [(501, "NotImplemented"), (400, "InvalidArgument")])
+def test_a_store_that_refuses_conditions(
+    place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, status: int, code: str
+) -> None:
+    """Whoever finds a marker leaves it; two at the same instant are kept apart by the operator."""
+    proxy.fault(NoConditions(status, code), operation="PutObject")
+    target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
+    preflight(target)
+    place.commit(5, checkpoint)
+    with pytest.raises(Fenced):
+        place.commit(5, checkpoint, "a2-00000000", 2)
+    assert place.whole(tmp_path / "check") == [5]
+
+
+def test_the_first_question_survives_a_lost_answer(place: Place, proxy: S3Proxy) -> None:
+    target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
+    with proxy.fault(LostResponse(), operation="PutObject", key=r"\.probe/", times=1) as lost:
+        assert preflight(target).conditional_writes
+    assert lost.hits == 1
+
+
+def test_a_full_disk_of_the_pod_is_not_an_unreachable_store(place: Place, tmp_path: Path) -> None:
+    place.truly.store.put("weights", b"x" * 100_000)
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(StorageError) as caught:
+        place.truly.store.download("weights", tmp_path / "full")
+    assert caught.value.code == "LocalDiskFull"

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -14,11 +16,13 @@ from finetune_api.errors import FineTuneError, NoCheckpointError
 from finetune_api.pod import Resume
 from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import Restored, restore
+from finetune_trainer.storage.fetch import Fetcher
 from finetune_trainer.storage.preflight import preflight
+from finetune_trainer.storage.s3 import S3Store
 from storage_place import Place
 
 from tests.support.faultproxy import Call
-from tests.support.s3proxy import FlipByte, S3Operation, S3Proxy, Truncate
+from tests.support.s3proxy import FlipByte, S3Operation, S3Proxy, Status, Truncate
 
 FOLDER = "checkpoints/step-00000010/a1-00000000"
 FACTS = RunFacts(
@@ -141,3 +145,16 @@ def test_a_clock_that_is_wrong_is_named_and_not_tried_for_ever(two: Place, monke
     with pytest.raises(FineTuneError) as caught:
         preflight(target)
     assert (caught.value.exit_code, caught.value.code) == (67, "ClockSkew")
+
+
+def test_a_store_that_is_busy_is_asked_again_for_models_and_data(place: Place, proxy: S3Proxy, tmp_path: Path) -> None:
+    """Whether anything is there is asked with little patience; what is there is worth more of it."""
+    place.truly.store.put("rows.jsonl", b"{}")
+    store = place.through.store
+    assert isinstance(store, S3Store)
+    run: Any = SimpleNamespace(model_store=None, dataset_store=store.target, storage=store.target)
+    with proxy.fault(Status(503, "SlowDown"), operation="GetObject", key="rows.jsonl", times=2) as busy:
+        (found,) = Fetcher(run, tmp_path).data(
+            f"s3://{store.bucket}/{store.key('rows.jsonl')}", "dataset.train", "train"
+        )
+    assert (found.read_bytes(), busy.hits) == (b"{}", 2)

@@ -46,9 +46,9 @@ class Run:
         (self.channel.work / STOP_FILE).write_text("")
         self.agreement._thread.join(10)
 
-    def step(self, *, save: bool = False) -> None:
-        """One optimizer step; `save`: the Trainer's own flow wants a checkpoint here."""
-        self.control = TrainerControl(should_save=save)
+    def step(self, *, save: bool = False, log: bool = False) -> None:
+        """One optimizer step; `save`, `log`: the Trainer's own flow wants a checkpoint, a log line here."""
+        self.control = TrainerControl(should_save=save, should_log=log)
         self.state.global_step += 1
         self.state.epoch = self.state.global_step / self.steps_per_epoch
         for callback in (self.reporter, self.stager):
@@ -144,6 +144,31 @@ def test_what_is_not_finite_is_never_saved(run: Run, loss: str, weight: float, c
     with pytest.raises(DivergedError) as caught:
         run.step(save=True)
     assert (caught.value.code, run.saved) == (code, [])
+
+
+def test_weights_are_looked_at_where_a_line_is_logged_too(run: Run) -> None:
+    """The last update may have spoiled them although the loss before it was a number."""
+    sums = {"train": {"tokens": torch.tensor(7)}}
+    run.stager.meet(SimpleNamespace(args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(1.0), _sums=sums))
+    run.step(save=True, log=True)
+    assert run.saved == [1] and "tokens" not in run.sent("staged")[0], "the line's own tokens are not counted twice"
+    run.model.weight.data[0, 0] = float("inf")
+    with pytest.raises(DivergedError) as caught:
+        run.step(save=True, log=True)
+    assert (caught.value.code, run.saved) == ("WeightsNotFinite", [1])
+
+
+def test_a_checkpoint_at_an_epochs_end_comes_after_what_is_due_there(tmp_path: Path) -> None:
+    """Made before the evaluation, it would let a resumed run skip that: other losses, other early stopping."""
+    run = Run(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
+    run.step(save=True)
+    run.step(save=True)
+    assert run.saved == [1]
+    run.epoch_end()
+    assert run.saved == [1, 2]
+    run.step()
+    run.epoch_end()
+    assert run.saved == [1, 2]
 
 
 def test_a_stop_is_not_swallowed_by_who_catches_exceptions(run: Run) -> None:

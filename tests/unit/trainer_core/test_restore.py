@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from finetune_api.errors import ConfigError, NoCheckpointError
+from finetune_api.errors import ConfigError, CredentialsError, NoCheckpointError
+from finetune_api.names import Storage
 from finetune_api.pod import Resume, StoreTarget
-from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, base_of
+from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, base_of
 from finetune_trainer.checkpoint.restore import Restored, restore
-from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.checkpoint.tree import Fenced, Swept, Tree
+from finetune_trainer.storage.base import Created, Stat
+from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.roots import open_store
 
 FACTS = RunFacts(
-    model_revision="m", dataset_digest="d", method="lora", trainer="sft", effective_batch=4, versions={"torch": "2"}
-)
+    model_revision="m", dataset_digest="d", method="lora", trainer="sft", effective_batch=4, versions={"torch": "2"},
+    strategy="ddp", learning_rate=0.001, settings={"training": "one", "dataset": "two"},
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -73,6 +78,7 @@ def test_a_uri_that_is_none(two: Tree, tmp_path: Path, uri: str, code: str) -> N
         ({"method": "full"}, "method"),
         ({"effective_batch": 8}, "effective batch"),
         ({"strategy": "deepspeed", "world_size": 2}, "DeepSpeed"),
+        ({"strategy": "fsdp"}, "fsdp keeps"),
     ],
 )
 def test_another_run_is_refused_with_the_difference(
@@ -85,7 +91,13 @@ def test_another_run_is_refused_with_the_difference(
 
 @pytest.mark.parametrize(
     ("change", "word"),
-    [({"world_size": 2}, "ranks"), ({"micro_batch": 2}, "split"), ({"versions": {"torch": "3"}}, "torch 2 -> 3")],
+    [
+        ({"world_size": 2}, "ranks"),
+        ({"micro_batch": 2}, "split"),
+        ({"versions": {"torch": "3"}}, "torch 2 -> 3"),
+        ({"learning_rate": 0.0005}, "learningRate 0.001 until there, 0.0005"),
+        ({"settings": {"training": "other", "dataset": "two"}}, "other settings in training"),
+    ],
 )
 def test_what_is_allowed_and_not_exact_says_why(
     two: Tree, tmp_path: Path, change: dict[str, object], word: str
@@ -94,11 +106,126 @@ def test_what_is_allowed_and_not_exact_says_why(
     assert found.step == 10 and found.exact is False and word in (found.note or "")
 
 
+def test_what_is_passed_over_is_told_apart_from_what_is_gone_on_from(two: Tree, tmp_path: Path) -> None:
+    """Behind a rollback, or damaged: neither is this attempt's past."""
+    rolled = back(two, tmp_path, Resume(mode="auto", expect_step=10, max_step=9))
+    assert ([one.step for one in rolled.before], [one.step for one in rolled.passed]) == ([5], [10])
+    two.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
+    damaged = back(two, tmp_path)
+    assert ([one.step for one in damaged.before], [one.step for one in damaged.passed]) == ([5], [10])
+    whole = back(two, tmp_path, Resume(mode="auto", expect_step=5, max_step=5))
+    assert [one.step for one in whole.before] == [5]
+
+
+@pytest.mark.parametrize("path", ["../escaped", "/tmp/escaped", "sub/../../escaped", "sub//x", "."])
+def test_a_manifest_that_names_files_elsewhere_is_not_followed(two: Tree, tmp_path: Path, path: str) -> None:
+    files = [FileEntry(path=path, size=1, sha256="0" * 64)]
+    two.store.put("checkpoints/step-00000015/a1-00000000/x", b"x")
+    manifest = Manifest(step=15, incarnation="a1-00000000", files=files, facts=FACTS)
+    two._look = lambda folder, manifest: None  # type: ignore[method-assign] # nobody honest would have written this
+    two.commit(base_of(15), manifest)
+    found = back(two, tmp_path)
+    assert found.step == 10 and "no path inside" in found.damaged[0]
+
+
+class Forgetful(FolderStore):
+    """A store whose listings, or answers, are a moment behind."""
+
+    unlisted: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    refuse_deletes = False
+
+    def list(self, prefix: str) -> Iterator[Stat]:
+        return (stat for stat in super().list(prefix) if not stat.key.endswith(self.unlisted or ("\0",)))
+
+    def get(self, key: str) -> bytes | None:
+        return None if key.endswith(self.unread or ("\0",)) else super().get(key)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        if self.refuse_deletes:
+            raise CredentialsError("PermissionDenied", "s3:DeleteObject")
+        super().delete(keys)
+
+
+@pytest.fixture
+def forgetful(two: Tree) -> Forgetful:
+    assert isinstance(two.store, FolderStore)
+    made = Forgetful(two.store.root, two.store.uri)
+    two.store = made
+    return made
+
+
+@pytest.mark.parametrize(("unlisted", "unread"), [((Storage.COMMITTED,), ()), ((), (Storage.COMMITTED,))])
+def test_a_sweep_takes_no_committed_checkpoint_that_the_store_does_not_show_yet(
+    two: Tree, forgetful: Forgetful, tmp_path: Path, unlisted: tuple[str, ...], unread: tuple[str, ...]
+) -> None:
+    forgetful.unlisted, forgetful.unread = unlisted, unread
+    assert two.sweep().count == 0
+    forgetful.unlisted = forgetful.unread = ()
+    assert back(two, tmp_path).step == 10
+
+
+def test_a_sweep_without_the_right_to_delete_says_so_and_is_no_failure(two: Tree, forgetful: Forgetful) -> None:
+    two.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
+    forgetful.refuse_deletes = True
+    swept = two.sweep()
+    assert swept.count == 0 and swept.problem is not None and swept.problem.code == "PermissionDenied"
+
+
+def test_half_a_final_model_is_swept_and_a_whole_one_is_not(two: Tree, tmp_path: Path) -> None:
+    two.store.put("model/a1-00000000/model.safetensors", b"half of it")
+    assert two.sweep().count == 1
+    assert list(two.store.list("model/")) == []
+    files = two.upload("model", "a2-00000000", tmp_path / "staged")
+    two.commit("model", Manifest(step=10, incarnation="a2-00000000", files=files, facts=FACTS))
+    two.store.put("model/a1-00000000/model.safetensors", b"half of it")
+    assert two.sweep().count == 1
+    assert {stat.key.split("/")[1] for stat in two.store.list("model/")} == {"_COMMITTED", "a2-00000000"}
+
+
+def test_a_marker_that_was_passed_over_gives_way_and_any_other_does_not(two: Tree, tmp_path: Path) -> None:
+    """The step is done again: the new checkpoint takes the old one's place, and not its health."""
+    two.mark_healthy(10)
+    (old,) = back(two, tmp_path, Resume(mode="auto", max_step=9)).passed
+    files = two.upload(base_of(10), "a2-00000000", tmp_path / "staged")
+    ours = Manifest(step=10, attempt=2, incarnation="a2-00000000", files=files, facts=FACTS)
+    with pytest.raises(Fenced):
+        two.commit(base_of(10), ours)
+    two.commit(base_of(10), ours, instead_of=old.marker)
+    found = two.marker(10)
+    assert found is not None and (found.marker.path, [one.healthy for one in two.committed()]) == (
+        "a2-00000000",
+        [False, False],
+    )
+    with pytest.raises(Fenced):
+        two.commit(
+            base_of(10), ours.model_copy(update={"incarnation": "a3-00000000", "files": []}), instead_of=old.marker
+        )
+
+
+def test_a_marker_that_shows_a_moment_later_is_still_ours(two: Tree, forgetful: Forgetful, tmp_path: Path) -> None:
+    """The answer to its creation is lost, and it cannot be read at once: that is no other incarnation's."""
+    looks: list[str] = []
+    create, get = forgetful.create, forgetful.get
+
+    def lost(key: str, data: bytes) -> Created:
+        return create(key, data) and Created.EXISTS
+
+    def late(key: str) -> bytes | None:
+        looks.append(key)
+        return get(key) if len(looks) > 2 else None
+
+    forgetful.create, forgetful.get = lost, late  # type: ignore[method-assign] # that is what the fault is
+    files = two.upload(base_of(15), "a1-00000000", tmp_path / "staged")
+    two.commit(base_of(15), Manifest(step=15, incarnation="a1-00000000", files=files))
+    assert len(looks) == 3 and [one.step for one in two.committed()] == [15, 10, 5]
+
+
 def test_sweeping_takes_what_no_marker_names_and_nothing_else(two: Tree, tmp_path: Path) -> None:
     before = {stat.key for stat in two.store.list("checkpoints/")}
     two.store.put("checkpoints/step-00000010/a9-deadbeef/weights", b"a zombie's")
     two.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
     two.store.put("checkpoints/step-00000015/_HEALTHY", b"{}")
-    assert two.sweep() == 3
+    assert two.sweep() == Swept(3)
     assert {stat.key for stat in two.store.list("checkpoints/")} == before
     assert back(two, tmp_path).step == 10

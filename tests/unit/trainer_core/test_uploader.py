@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from finetune_api.errors import CredentialsError, StorageError
-from finetune_trainer.checkpoint.manifest import RunFacts, base_of
+from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, base_of
 from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.checkpoint.uploader import Policy, Staged, Uploader, committed_checkpoints
 from finetune_trainer.storage.folder import FolderStore
@@ -106,7 +106,7 @@ def test_the_final_model_waits_for_the_last_checkpoint(bench: Bench) -> None:
     assert bench.uploader.output is not None and bench.uploader.output.uri == f"{bench.store.uri}/model/a1-00000000"
     found = bench.tree.marker(None)
     assert found is not None and found.marker.manifest_sha256 == bench.uploader.output.sha256
-    assert [one.healthy for one in committed_checkpoints(bench.tree)] == [True]
+    assert [one.healthy for one in committed_checkpoints(bench.tree, bench.tree.committed())] == [True]
 
 
 def test_healthy_only_once_the_next_window_was_finite(bench: Bench) -> None:
@@ -167,6 +167,77 @@ def test_a_checkpoint_that_cannot_be_stored_is_a_condition_and_training_goes_on(
     assert bench.board.report().health.healthy
 
 
+def test_a_stops_checkpoint_is_tried_until_there_is_no_time(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no successor: a store that is away for a moment must not cost it."""
+    monkeypatch.setattr("finetune_trainer.checkpoint.uploader.AGAIN_SECONDS", 0.001)
+    tries: list[str] = []
+
+    def refuse(key: str) -> None:
+        tries.append(key)
+        if len(tries) < 5:
+            raise StorageError("EndpointUnreachable", "gone")
+
+    bench.store.refuse = refuse
+    bench.offer(1, graceful=True)
+    bench.settle()
+    assert len(tries) == 5 and bench.uploader.graceful_step == 1 and bench.steps() == [1]
+
+
+def test_a_stops_checkpoint_is_given_up_when_time_is(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+
+    def refuse(key: str) -> None:
+        raise StorageError("EndpointUnreachable", "gone")
+
+    bench.store.refuse = refuse
+    bench.offer(1, graceful=True)
+    assert bench.store.entered.wait(10)
+    assert not bench.uploader.drain(0)
+    bench.uploader.close()
+    assert bench.uploader.drain(20) and bench.uploader.graceful_step is None and bench.steps() == []
+
+
+def test_what_was_passed_over_is_no_progress_gives_way_and_goes(tmp_path: Path) -> None:
+    """Steps 10 to 30 are another attempt's, 20 and 30 damaged: this one goes on from 10 and does them again."""
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    bench = Bench(tmp_path / "bench", keep=1, pinned=(25,))
+    for step in (10, 20, 25, 27, 30):
+        files = bench.tree.upload(base_of(step), "a0-00000000", folder)
+        bench.tree.commit(base_of(step), Manifest(step=step, incarnation="a0-00000000", files=files))
+    own = bench.tree.committed()
+    bench.uploader.adopt(committed_checkpoints(bench.tree, [one for one in own if one.step == 10]))
+    bench.uploader.pass_over([one for one in own if one.step != 10])
+    assert bench.uploader.committed_step == 10
+    assert [one.step for one in bench.board.checkpoints] == [10]
+    bench.folder.mkdir(exist_ok=True)
+    bench.offer(20)
+    bench.settle()
+    found = {one.step: (one.marker.path, one.healthy) for one in bench.tree.committed()}
+    assert found[20] == ("a1-00000000", False) and found[10][1] is True
+    assert found[30] == ("a0-00000000", False), "what is behind a rollback is not proved by what this attempt does"
+    bench.offer(30)
+    bench.settle()
+    assert {one.step: one.marker.path for one in bench.tree.committed()} == {
+        10: "a0-00000000", 20: "a1-00000000", 25: "a0-00000000", 30: "a1-00000000"
+    }  # fmt: skip
+    assert bench.uploader.failure is None
+    bench.uploader.close()
+
+
+def test_what_a_marker_of_this_life_names_is_never_written_again(bench: Bench) -> None:
+    bench.offer(5)
+    bench.settle()
+    (bench.folder / "staged-5").mkdir()
+    (bench.folder / "staged-5" / "weights").write_text("other bytes")
+    bench.uploader.offer(Staged(5, bench.folder / "staged-5", "a1-00000000", True, {}))
+    bench.settle()
+    (found,) = bench.tree.committed()
+    assert bench.tree.manifest(found) is not None and bench.uploader.failure is None
+    assert bench.store.get(f"{found.folder}/weights") == b"5"
+
+
 def test_measures_of_the_test_set_reach_the_output_and_the_manifest(bench: Bench) -> None:
     measured = {"testRows": 3, "testLoss": 1.25}
     bench.offer(None, extra={"evaluation": measured, "notes": []})
@@ -206,6 +277,95 @@ def test_two_pods_make_one_checkpoint(tmp_path: Path) -> None:
     assert manifest is not None
     assert [one.path for one in manifest.files] == ["rng_state_0.pth", "rng_state_1.pth"]
     assert not list(store.list(f"{base_of(5)}/a1-00000000/.parts"))
+
+
+def test_two_pods_that_wrote_one_file_differently_make_no_checkpoint(tmp_path: Path) -> None:
+    """Which of the two lies in storage is a matter of luck."""
+    store, boards = Gated(tmp_path / "root"), [Board(), Board()]
+    pods = [
+        Uploader(Tree(store), boards[node], RunFacts(), Policy(), job="n/j/u", attempt=1, node=node, nodes=2)
+        for node in (0, 1)
+    ]
+    for node, uploader in enumerate(pods):
+        folder = tmp_path / f"node-{node}"
+        folder.mkdir()
+        (folder / "state.json").write_text(str(node))
+        uploader.offer(Staged(5, folder, "a1-00000000"))
+    for uploader in pods:
+        assert uploader.drain(20)
+        uploader.close()
+    assert Tree(store).committed() == []
+    assert "PartsDiffer" in (boards[0].report().health.checkpoint_problem or "")
+
+
+def test_parts_that_cannot_be_removed_do_not_undo_a_commit(tmp_path: Path) -> None:
+    store, board = Gated(tmp_path / "root"), Board()
+
+    def refuse(key: str) -> None:
+        if key.startswith("delete "):
+            raise CredentialsError("PermissionDenied", "s3:DeleteObject")
+
+    store.refuse = refuse
+    Tree(store).report_part(base_of(5), "a1-00000000", 1, [])
+    first = Uploader(Tree(store), board, RunFacts(), Policy(), job="n/j/u", attempt=1, node=0, nodes=2)
+    folder = tmp_path / "node-0"
+    folder.mkdir()
+    (folder / "x").write_text("x")
+    first.offer(Staged(5, folder, "a1-00000000", True))
+    assert first.drain(20)
+    first.close()
+    assert (first.graceful_step, first.committed_step, board.report().health.healthy) == (5, 5, True)
+
+
+def test_a_part_that_could_not_be_stored_is_told_at_once(tmp_path: Path) -> None:
+    """Rank 0's pod would wait for half an hour, and commit nothing meanwhile."""
+    store, board = Gated(tmp_path / "root"), Board()
+    pods = [
+        Uploader(Tree(store), board, RunFacts(), Policy(), job="n/j/u", attempt=1, node=node, nodes=2)
+        for node in (0, 1)
+    ]
+
+    def refuse(key: str) -> None:
+        if key.endswith("rng-1"):
+            raise StorageError("StorageFailed", "gone")
+
+    store.refuse = refuse
+    for node, uploader in enumerate(pods):
+        folder = tmp_path / f"node-{node}"
+        folder.mkdir()
+        (folder / f"rng-{node}").write_text(str(node))
+        uploader.offer(Staged(5, folder, "a1-00000000"))
+    for uploader in pods:
+        assert uploader.drain(20)
+        uploader.close()
+    assert Tree(store).committed() == [] and pods[1].brought_step == 0
+
+
+def test_a_slow_store_does_not_make_the_one_deaf_who_offers(tmp_path: Path) -> None:
+    """The second pod tells the first that it skips: not on the thread that hears its ranks."""
+    store = Gated(tmp_path / "root")
+    told = threading.Event()
+    put = store.put
+
+    def slow(key: str, data: bytes) -> None:
+        told.set()
+        assert store.gate.wait(20)
+        put(key, data)
+
+    store.put = slow  # type: ignore[method-assign] # that is what the fault is
+    second = Uploader(Tree(store), Board(), RunFacts(), Policy(), job="n/j/u", attempt=1, node=1, nodes=2)
+    store.gate.clear()
+    for step in (1, 2, 3):
+        folder = tmp_path / f"staged-{step}"
+        folder.mkdir()
+        (folder / "x").write_text("x")
+        second.offer(Staged(step, folder, "a1-00000000"))
+        if step == 1:
+            assert store.entered.wait(10)
+    assert told.wait(10), "it is told although nothing can be written now"
+    store.gate.set()
+    assert second.drain(20)
+    second.close()
 
 
 def test_a_part_that_was_skipped_is_told_at_once(tmp_path: Path) -> None:

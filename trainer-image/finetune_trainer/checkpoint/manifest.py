@@ -42,6 +42,10 @@ class RunFacts(Lenient):
     micro_batch: int = 1
     accumulation: int = 1
     effective_batch: int = 1
+    learning_rate: float | None = None
+    settings: dict[str, str] = Field(
+        default_factory=dict, description="A hash of each group of the spec that decides what numbers come out."
+    )
     config_sha256: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
 

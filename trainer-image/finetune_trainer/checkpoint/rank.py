@@ -158,6 +158,8 @@ class Stager(TrainerCallback):
         self._open_tokens = 0
         """Tokens of the open window, which the Trainer's state counts at its next log line."""
         self._stopping = False
+        self._postponed = False
+        """A checkpoint is due that waits for what happens at the epoch's end."""
         self._bytes = 0
         """Size of the last checkpoint on this pod's disk."""
         self._began = 0.0
@@ -181,15 +183,16 @@ class Stager(TrainerCallback):
             control.should_log = True  # the last window is logged however short it is
         if self._agreement.reached(state.global_step):
             self._stopping = True
-            if not _waits_for_epoch_end(args, state):
-                control.should_save = True
+            control.should_save = True
+        if control.should_save and _waits_for_epoch_end(args, state):
+            self._postponed, control.should_save = True, False
         self._before_save(args, state, control, model)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        if self._stopping:
-            control.should_save = True
+        if self._postponed:
+            self._postponed, control.should_save = False, True
         self._before_save(args, state, control, model)
 
     def _before_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
@@ -206,8 +209,9 @@ class Stager(TrainerCallback):
             return
         self._began = time.monotonic()
         self._open_tokens = 0
-        if self._window is not None and not control.should_log:  # a line that is logged here is looked at there
-            self._open_tokens = self._window.settle(model, state.global_step)
+        if self._window is not None:
+            tokens = self._window.settle(model, state.global_step)
+            self._open_tokens = 0 if control.should_log else tokens  # a line that is logged here counts them
 
     def _has_room(self, args: TrainingArguments, model: Any) -> bool:
         """Whether every rank's disk can hold another checkpoint: all save, or none does."""
@@ -243,7 +247,7 @@ def _first_size(model: Any) -> int:
 
 
 def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:
-    """At an epoch's last step, what is due at its end (evaluation, a save) comes first: a resumed run would not do it."""
+    """At an epoch's last step, what is due at its end (evaluation, a log line) comes first: a resumed run would not do it."""
     due = IntervalStrategy.EPOCH in (args.eval_strategy, args.save_strategy, args.logging_strategy)
     return due and state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-9
 

@@ -38,6 +38,10 @@ class Restored:
     note: str | None = None
     damaged: list[str] = field(default_factory=list)
     """One sentence for each checkpoint that did not verify, naming the object."""
+    before: list[Committed] = field(default_factory=list)
+    """The job's own checkpoints up to the one that was taken: this attempt goes on from them."""
+    passed: list[Committed] = field(default_factory=list)
+    """The job's own checkpoints that this attempt does not go on from: damaged, or behind a rollback."""
 
     @property
     def step(self) -> int:
@@ -54,15 +58,18 @@ def restore(
     Errors: NoCheckpointError `NoLoadableCheckpoint` if there was progress and nothing loads; ConfigError
     `CheckpointIncompatible` if the newest whole checkpoint is of another run, naming the difference.
     """
-    result = Restored()
+    own = tree.committed()
+    result = Restored(passed=own)
     if resume.mode == "never":
         return result
     if resume.mode != "auto":
-        return _restore_named(resume.mode, facts, target, tree, wanted, count)
-    candidates = [one for one in tree.committed() if resume.max_step is None or (one.step or 0) <= resume.max_step]
+        return _restore_named(resume.mode, facts, target, tree, wanted, count, result)
+    candidates = [one for one in own if resume.max_step is None or (one.step or 0) <= resume.max_step]
     for candidate in candidates:
         problem = _try(tree, candidate, facts, target, result, wanted, count)
         if problem is None:
+            result.before = [one for one in own if (one.step or 0) <= result.step]
+            result.passed = [one for one in own if (one.step or 0) > result.step]
             return result
         result.damaged.append(problem)
     if candidates or resume.expect_step > 0:
@@ -95,8 +102,9 @@ def _try(
 
 
 def _restore_named(
-    uri: str, facts: RunFacts, target: Path, tree: Tree, wanted: Callable[[str], bool], count: Counter | None
-) -> Restored:
+    uri: str, facts: RunFacts, target: Path, tree: Tree, wanted: Callable[[str], bool], count: Counter | None,
+    result: Restored,
+) -> Restored:  # fmt: skip
     """Resume from a checkpoint named by its uri: a step's folder, or the incarnation's inside it."""
     from finetune_api.pod import StoreTarget
 
@@ -107,7 +115,6 @@ def _restore_named(
     same = origin.model_copy(update={"uri": root}) if origin and root.startswith("s3://") else StoreTarget(uri=root)
     other = Tree(open_store(same))
     candidate = other.marker(step)
-    result = Restored()
     if candidate is None or not (folder == "" or folder == candidate.marker.path):
         raise NoCheckpointError(
             "CheckpointNotFound", f"checkpoint.resume names {uri}, where no committed checkpoint is",
@@ -148,11 +155,22 @@ def fetch_verified(
             return f"{tree.uri(key)} is missing"
         return None if found == entry.sha256 else f"{tree.uri(key)} is damaged: its sha256 is not the manifest's"
 
+    outside = [entry.path for entry in manifest.files if not is_inside(entry.path)]
+    if outside:
+        return (
+            f"{tree.uri(join(folder, Storage.MANIFEST))} names {outside[0]!r}, which is no path inside the checkpoint"
+        )
     target.mkdir(parents=True, exist_ok=True)
     entries = [entry for entry in manifest.files if wanted(entry.path)]
     with ThreadPoolExecutor(THREADS) as pool:
         problems = [problem for problem in pool.map(fetch, entries) if problem]
     return problems[0] if problems else None
+
+
+def is_inside(path: str) -> bool:
+    """Whether a manifest's path stays below the checkpoint's folder."""
+    parts = path.split("/")
+    return bool(path) and not path.startswith("/") and not any(part in ("", ".", "..") for part in parts)
 
 
 MUST_MATCH = {
@@ -184,6 +202,16 @@ def compatible(found: RunFacts, now: RunFacts, uri: str) -> tuple[bool, str | No
             "DeepSpeed's optimizer state cannot be split anew",
             hint="use the same strategy and number of ranks, or fsdp",
         )  # fmt: skip
+    if found.strategy and now.strategy and (found.strategy == Strategy.FSDP) != (now.strategy == Strategy.FSDP):
+        raise ConfigError(
+            "CheckpointIncompatible",
+            f"{uri} was made by {found.strategy}, now it is {now.strategy}: fsdp keeps the optimizer's state in another form",
+            hint="use the same strategy, or take its weights: name the folder in model.source or method.adapter.source",
+        )  # fmt: skip
+    return _exactness(found, now)
+
+
+def _exactness(found: RunFacts, now: RunFacts) -> tuple[bool, str | None]:
     if found.world_size != now.world_size:
         return (
             False,
@@ -191,6 +219,11 @@ def compatible(found: RunFacts, now: RunFacts, uri: str) -> tuple[bool, str | No
         )
     if found.micro_batch != now.micro_batch:
         return False, "the batch is split otherwise: same data, sums in another order"
+    if found.learning_rate is not None and found.learning_rate != now.learning_rate:
+        return False, f"learningRate {found.learning_rate:g} until there, {now.learning_rate:g} from there on"
+    others = [group for group, value in now.settings.items() if found.settings.get(group, value) != value]
+    if others:
+        return False, f"made with other settings in {', '.join(others)}"
     changed = [name for name, version in now.versions.items() if found.versions.get(name, version) != version]
     if changed:
         return False, "other versions: " + ", ".join(

@@ -7,12 +7,13 @@ is read, and one that names our manifest is our success, one that names another'
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_api.errors import PeerError, StorageError
+from finetune_api.errors import FineTuneError, PeerError, StorageError
 from finetune_api.names import Storage
 
 from finetune_trainer.checkpoint.manifest import (
@@ -27,8 +28,11 @@ from finetune_trainer.checkpoint.manifest import (
 )
 from finetune_trainer.storage.base import Counter, Created, Stat, Store, join
 
+log = logging.getLogger(__name__)
 PARTS = ".parts"
 PART_POLL_SECONDS = 0.2
+MARKER_LOOKS = 10
+"""How often a marker is asked for that is there and cannot be read yet: some stores show what was written a moment later."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class Committed:
     def folder(self) -> str:
         """Key of the folder with its files."""
         return join(base_of(self.step), self.marker.path)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a sweep did: objects and half-finished uploads that are gone, and why others stayed."""
+
+    count: int
+    problem: FineTuneError | None = None
 
 
 class Fenced(PeerError):
@@ -127,13 +139,24 @@ class Tree:
                 time.sleep(PART_POLL_SECONDS)
             part = Part.model_validate_json(data)
             if part.dropped:
-                raise PeerError("PartMissing", f"pod {node} skipped {base}: its storage is too slow")
+                raise PeerError("PartMissing", f"pod {node} skipped its part of {base}, or could not store it")
             files += part.files
         return files
 
-    def commit(self, base: str, manifest: Manifest) -> Marker:
+    @staticmethod
+    def together(base: str, own: list[FileEntry], others: list[FileEntry]) -> list[FileEntry]:
+        """The files of all pods. Errors: StorageError `PartsDiffer` if two wrote one file, and not the same one."""
+        found: dict[str, FileEntry] = {}
+        for entry in (*own, *others):
+            before = found.setdefault(entry.path, entry)
+            if before.sha256 != entry.sha256:
+                raise StorageError("PartsDiffer", f"two pods wrote {entry.path} of {base}, and not the same bytes")
+        return list(found.values())
+
+    def commit(self, base: str, manifest: Manifest, *, instead_of: Marker | None = None) -> Marker:
         """Write the manifest, look at every object, write the marker.
 
+        `instead_of`: the marker that was found here at the start and passed over; it gives way.
         Errors: StorageError `UploadIncomplete` if an object is missing or has another size; Fenced if the step is
         another incarnation's.
         """
@@ -142,21 +165,47 @@ class Tree:
         marker = Marker(attempt=manifest.attempt, path=manifest.incarnation, manifest_sha256=sha256_bytes(data))
         self.store.put(join(folder, Storage.MANIFEST), data)
         self._look(folder, manifest)
-        key = join(base, Storage.COMMITTED)
-        if self.store.create(key, marker.to_bytes()) is Created.EXISTS:
-            found = Marker.parse(self.store.get(key) or b"")
-            if found is None or found.manifest_sha256 != marker.manifest_sha256:
-                other = found.path if found else "somebody"
-                raise Fenced(
-                    "FencedOut", f"{base} was committed by {other}; this is {manifest.incarnation}, which must end"
-                )
-        self.store.delete([stat.key for stat in self.store.list(join(folder, PARTS) + "/")])
+        self._mark(base, marker, instead_of)
+        try:
+            self.store.delete([stat.key for stat in self.store.list(join(folder, PARTS) + "/")])
+        except FineTuneError as error:  # it is committed, whatever lies beside it
+            log.warning("what the pods told each other about %s stays: %s", base, error)
         return marker
+
+    def _mark(self, base: str, marker: Marker, instead_of: Marker | None) -> None:
+        """Write the marker. Errors: Fenced; StorageError `MarkerUnreadable`."""
+        key = join(base, Storage.COMMITTED)
+        for _ in range(MARKER_LOOKS):
+            if self.store.create(key, marker.to_bytes()) is Created.NEW:
+                return
+            data = self.store.get(key)
+            if data is None:
+                time.sleep(PART_POLL_SECONDS)
+                continue
+            found = Marker.parse(data)
+            if found is not None and found.manifest_sha256 == marker.manifest_sha256:
+                return
+            if found is None or found != instead_of:
+                other = found.path if found else "somebody"
+                raise Fenced("FencedOut", f"{base} was committed by {other}; this is {marker.path}, which must end")
+            self._replace(base, marker)
+            return
+        raise StorageError("MarkerUnreadable", f"{self.uri(key)} exists and cannot be read")
+
+    def _replace(self, base: str, marker: Marker) -> None:
+        """Put our marker in the place of one that was passed over; its health is not ours."""
+        try:
+            self.store.delete([join(base, Storage.HEALTHY)])
+        except FineTuneError as error:
+            log.warning("%s keeps the mark of a checkpoint that was passed over: %s", base, error)
+        self.store.put(join(base, Storage.COMMITTED), marker.to_bytes())
 
     def _look(self, folder: str, manifest: Manifest) -> None:
         sizes: dict[str, Stat] = {stat.key: stat for stat in self.store.list(folder + "/")}
         for entry in manifest.files:
-            stat = sizes.get(join(folder, entry.path)) or self.store.stat(join(folder, entry.path))
+            stat = sizes.get(join(folder, entry.path))
+            if stat is None or stat.size != entry.size:  # a listing may be behind
+                stat = self.store.stat(join(folder, entry.path))
             if stat is None or stat.size != entry.size:
                 found = "is missing" if stat is None else f"has {stat.size} bytes instead of {entry.size}"
                 raise StorageError("UploadIncomplete", f"{self.uri(join(folder, entry.path))} {found} after its upload")
@@ -175,21 +224,47 @@ class Tree:
         self.store.delete(manifests)
         self.store.delete([key for key in keys if key not in manifests])
 
-    def sweep(self) -> int:
-        """Remove what killed incarnations left: data that no marker names, and half-finished multipart uploads.
+    def sweep(self) -> Swept:
+        """Remove what killed incarnations left: data that no marker names, and half-finished uploads.
 
-        To be called before this incarnation writes anything, and only when no other one is alive.
+        To be called before this incarnation writes anything, and only when no other one is alive. What cannot be removed
+        stays and is told: it costs room, and nothing else.
         """
-        swept = self.store.sweep(f"{Storage.CHECKPOINTS}/")
-        kept = {one.step: one.marker.path for one in self.committed()}
-        garbage: list[str] = []
-        for stat in self.store.list(f"{Storage.CHECKPOINTS}/"):
-            _, folder, *rest = stat.key.split("/")
-            step = step_of(folder)
-            if step is None or not rest:
-                continue
-            whole = step in kept and (len(rest) == 1 or rest[0] == kept[step])
-            if not whole:
-                garbage.append(stat.key)
-        self.store.delete(garbage)
-        return swept + len(garbage)
+        count, problem = 0, None
+        for sweep in (self._sweep_uploads, self._sweep_data):
+            try:
+                count += sweep()
+            except FineTuneError as error:
+                problem = problem or error
+        return Swept(count, problem)
+
+    def _sweep_uploads(self) -> int:
+        return sum(self.store.sweep(f"{prefix}/") for prefix in (Storage.CHECKPOINTS, Storage.MODEL))
+
+    def _sweep_data(self) -> int:
+        keys = [key for base, below in self._by_base().items() for key in self._unnamed(base, below)]
+        self.store.delete(keys)
+        return len(keys)
+
+    def _by_base(self) -> dict[str, list[str]]:
+        """Keys below each checkpoint's folder and the model's."""
+        found: dict[str, list[str]] = {}
+        for prefix in (Storage.CHECKPOINTS, Storage.MODEL):
+            for stat in self.store.list(f"{prefix}/"):
+                parts = stat.key.split("/")
+                step = step_of(parts[1]) if prefix is Storage.CHECKPOINTS else None
+                if prefix is Storage.MODEL or (step is not None and len(parts) > 2):
+                    found.setdefault(base_of(step), []).append(stat.key)
+        return found
+
+    def _unnamed(self, base: str, keys: list[str]) -> list[str]:
+        """Keys that the marker does not name. The marker is asked for by itself: a listing may be behind."""
+        marked = join(base, Storage.COMMITTED)
+        data = self.store.get(marked)
+        if data is None and marked in keys:
+            return []  # listed, and not to be read now: that it is damaged is not said
+        marker = Marker.parse(data) if data is not None else None
+        if marker is None:
+            return keys
+        own = (marked, join(base, Storage.HEALTHY))
+        return [key for key in keys if key not in own and not key.startswith(join(base, marker.path) + "/")]

@@ -11,7 +11,7 @@ import logging
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,14 +21,16 @@ from finetune_api.errors import FineTuneError, StorageError
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Checkpoint, Output
 
-from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, base_of
+from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, Marker, RunFacts, base_of
 from finetune_trainer.checkpoint.retention import Kept, removable
-from finetune_trainer.checkpoint.tree import Fenced, Tree
+from finetune_trainer.checkpoint.tree import Committed, Fenced, Tree
 from finetune_trainer.storage.base import join
 from finetune_trainer.supervisor.board import Board
 
 log = logging.getLogger(__name__)
 PART_TIMEOUT_SECONDS = 1800.0
+AGAIN_SECONDS = 1.0
+"""Pause before the checkpoint of a stop, which has no successor, is tried once more."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,17 @@ class Uploader:
         self._busy: Staged | None = None
         self._closing = False
         self._committed: dict[int, Kept] = {}
+        self._passed: dict[int | None, Marker] = {}
+        """Markers that were there before, of steps that this attempt does again: ours will take their place."""
+        self._own_step = 0
+        """Newest step that this life has committed."""
         self._failure: FineTuneError | None = None
         self._retries = tree.store.retries
         """Repeated requests that are counted already."""
         self.output: Output | None = None
         self.graceful_step: int | None = None
+        self.brought_step = 0
+        """Newest step that this pod has brought its part of, if it is not rank 0's."""
         self._thread = threading.Thread(target=self._work, name="uploader", daemon=True)
         self._thread.start()
 
@@ -89,10 +97,18 @@ class Uploader:
         return max(self._committed, default=0)
 
     def adopt(self, checkpoints: list[Checkpoint]) -> None:
-        """Checkpoints that were committed before this attempt."""
+        """Checkpoints that were committed before this attempt, on the way to where it starts."""
         for one in checkpoints:
             self._committed[one.step] = Kept(one.step, bool(one.healthy), one.eval_loss)
             self._board.saved(one)
+
+    def pass_over(self, committed: Iterable[Committed]) -> None:
+        """What was committed before this attempt and is not on its way: damaged, or behind a rollback.
+
+        It is nobody's progress and proves nobody's health. It gives way when this attempt comes to the same step, and goes
+        when this attempt has passed it.
+        """
+        self._passed |= {one.step: one.marker for one in committed}
 
     def offer(self, staged: Staged) -> None:
         """Take a staged checkpoint, or the final model; its folder is ours from now on."""
@@ -115,9 +131,12 @@ class Uploader:
         sentence = f"the checkpoint of step {dropped.step} was replaced by that of step {newer} before its upload began"
         log.warning("storage is slower than checkpoints are made: %s", sentence)
         self._board.note("storage is slower than checkpoints are made: some were skipped")
-        if self._node > 0:
-            with contextlib.suppress(FineTuneError):
-                self.tree.report_part(base_of(dropped.step), dropped.incarnation, self._node, None)
+        if self._node > 0:  # beside: who offers hears the ranks, and a slow store must not make it deaf
+            threading.Thread(target=self._tell_dropped, args=(dropped,), name="dropped", daemon=True).start()
+
+    def _tell_dropped(self, dropped: Staged) -> None:
+        with contextlib.suppress(FineTuneError):
+            self.tree.report_part(base_of(dropped.step), dropped.incarnation, self._node, None)
 
     def hurry(self, seconds: float) -> None:
         """The gang has failed: other pods' parts that are not there within `seconds` will not come."""
@@ -160,8 +179,8 @@ class Uploader:
         assert staged is not None
         started = time.monotonic()
         try:
-            if self._failure is None:
-                self._move(staged, started)
+            while self._failure is None and not self._stored(staged, started):
+                self._wait_a_little()
         except Fenced as error:
             self._failure = error
         except FineTuneError as error:
@@ -174,27 +193,47 @@ class Uploader:
             self._retries = self.tree.store.retries
             shutil.rmtree(staged.folder, ignore_errors=True)
 
+    def _stored(self, staged: Staged, started: float) -> bool:
+        """Whether it is done with; False: it is a stop's, storage did not take it, and there is still time."""
+        if staged.step is not None and staged.step <= self._own_step:
+            return True  # what a marker of ours names is never written again
+        try:
+            self._move(staged, started)
+        except StorageError as error:
+            if not staged.graceful or self._closing:
+                raise
+            log.warning("the checkpoint of the stop was not taken, once more: %s", error)
+            return False
+        return True
+
+    def _wait_a_little(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing, AGAIN_SECONDS)
+
     def _refused(self, staged: Staged, error: FineTuneError) -> None:
         """A checkpoint that cannot be stored is a problem; a final model that cannot is the end."""
         log.error("step %s could not be stored: %s", staged.step, error)
         self._board.count("checkpoint_failures")
         if staged.step is None:
             self._failure = error
-        else:
-            self._board.problem(error.code, f"step {staged.step} was not stored: {error.message}")
+            return
+        self._board.problem(error.code, f"step {staged.step} was not stored: {error.message}")
+        if self._node > 0:  # rank 0's pod must not wait for it, and let newer ones pass meanwhile
+            self._tell_dropped(staged)
 
     def _move(self, staged: Staged, started: float) -> None:
         base = base_of(staged.step)
         entries = self.tree.upload(base, staged.incarnation, staged.folder, count=self._count)
         if self._node > 0:
             self.tree.report_part(base, staged.incarnation, self._node, entries)
+            self.brought_step = staged.step or 0
             return
         if self._nodes > 1 and staged.step is not None:
-            known = {entry.path for entry in entries}
             others = self.tree.wait_parts(base, staged.incarnation, self._nodes, self._part_timeout, self._overtaken)
-            entries += [entry for entry in others if entry.path not in known]
+            entries = self.tree.together(base, entries, others)
         manifest = self._manifest(staged, entries)
-        marker = self.tree.commit(base, manifest)
+        marker = self.tree.commit(base, manifest, instead_of=self._passed.get(staged.step))
+        self._passed.pop(staged.step, None)
         seconds = time.monotonic() - started
         log.info("committed %s/%s in %.2f s (%d bytes)", base, staged.incarnation, seconds, manifest.total_bytes)
         uri = self.tree.uri(join(base, staged.incarnation))
@@ -213,7 +252,7 @@ class Uploader:
         return self._waiting is not None and self._waiting.graceful
 
     def _landed(self, staged: Staged, manifest: Manifest, uri: str, sha256: str, seconds: float) -> None:
-        step = manifest.step
+        step = self._own_step = manifest.step
         if staged.graceful:
             self.graceful_step = step
         self._mark_healthy(step)
@@ -252,6 +291,11 @@ class Uploader:
                 self.tree.remove(step)
                 self._committed.pop(step, None)
                 self._board.removed(step)
+        for passed in [step for step in self._passed if step is not None and step < self.committed_step]:
+            if passed not in self._policy.pinned:
+                with self._warning(f"removing the checkpoint of step {passed}, which was passed over"):
+                    self.tree.remove(passed)
+                    self._passed.pop(passed)
 
     @contextlib.contextmanager
     def _warning(self, what: str) -> Iterator[None]:
@@ -283,10 +327,10 @@ class Uploader:
         self._board.count("uploaded_bytes", count)
 
 
-def committed_checkpoints(tree: Tree) -> list[Checkpoint]:
-    """What storage holds, for the status; checkpoints whose manifest is damaged come without size."""
+def committed_checkpoints(tree: Tree, committed: Iterable[Committed]) -> list[Checkpoint]:
+    """Committed checkpoints for the status; those whose manifest is damaged come without size."""
     found = []
-    for one in tree.committed():
+    for one in committed:
         manifest = tree.manifest(one)
         found.append(
             Checkpoint(

@@ -6,6 +6,7 @@ names what to look at. No message carries a credential: S3's own messages are ne
 
 from __future__ import annotations
 
+import errno
 import re
 from dataclasses import dataclass
 
@@ -65,6 +66,8 @@ def explain(error: Exception, place: Place, *, operation: str = "", key: str = "
         )  # fmt: skip
     if isinstance(error, boto.SSLError):
         return _tls(error, place)
+    if isinstance(error, OSError) and error.errno in LOCAL:
+        return of_local_disk(error)
     if isinstance(error, boto.HTTPClientError | boto.ConnectionError | boto.IncompleteReadError | OSError):
         return unreachable(place, str(error))
     if isinstance(error, RecursionError):  # botocore follows a redirect to another region without end
@@ -82,6 +85,19 @@ def explain(error: Exception, place: Place, *, operation: str = "", key: str = "
     return StorageError(
         "StorageFailed", f"{operation or 'a request'} to {place.host} failed: {type(error).__name__}: {error}"
     )
+
+
+LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""Errors of files, which no connection has."""
+
+
+def of_local_disk(error: OSError) -> StorageError:
+    """What went wrong with a file of this pod while bytes came or went: the store has no part in it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(
+            "LocalDiskFull", "the pod's local disk is full", hint="raise resources.ephemeralStorage, or checkpoint less often"
+        )  # fmt: skip
+    return StorageError("LocalDiskFailed", f"the pod's local disk failed: {error.strerror or error}")
 
 
 def unreachable(place: Place, why: str = "") -> StorageError:

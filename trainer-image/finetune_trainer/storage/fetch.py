@@ -7,8 +7,10 @@ that cannot be reached is 69.
 from __future__ import annotations
 
 import hashlib
+import http.client
 import os
 import shutil
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -31,6 +33,7 @@ from finetune_api.sources import (
 )
 
 from finetune_trainer.storage.base import CHUNK_BYTES, Counter, Stat
+from finetune_trainer.storage.errors import of_local_disk
 from finetune_trainer.storage.folder import free_bytes
 from finetune_trainer.storage.preflight import IMPATIENT
 from finetune_trainer.storage.s3 import S3Store
@@ -83,7 +86,7 @@ class Fetcher:
         fetched = self._fetch(text, path, self.work / "fetched" / name, MODEL)
         if not fetched.path.is_dir():
             raise NotFoundError(
-                "ModelInvalid", f"{path} is {text}, which is a file: a folder with config.json and weights is needed",
+                "ModelInvalid", f"{path} is {_shown(text)}, which is a file: a folder with config.json and weights is needed",
                 hint="name the folder", failure_class=MODEL.failure_class,
             )  # fmt: skip
         if not any((fetched.path / file).exists() for file in _SIGNS):
@@ -132,15 +135,15 @@ class Fetcher:
 
     # ---- S3 ----
 
-    def _store(self, bucket: str, kind: Kind) -> S3Store:
+    def _store(self, bucket: str, kind: Kind, **options: float) -> S3Store:
         given = self.run.model_store if kind is MODEL else self.run.dataset_store
         base = given or (self.run.storage if self.run.storage.uri.startswith("s3://") else StoreTarget(uri=""))
-        return S3Store(base.model_copy(update={"uri": f"s3://{bucket}"}), **IMPATIENT)  # type: ignore[arg-type] # mixed numbers
+        return S3Store(base.model_copy(update={"uri": f"s3://{bucket}"}), **options)  # type: ignore[arg-type] # mixed numbers
 
     def _s3(self, source: S3Source, path: str, target: Path, kind: Kind) -> Fetched:
         store = self._store(source.bucket, kind)
         try:
-            found = self._objects(store, source.key)
+            found = self._asked(source, kind)
             if not found:
                 raise self._missing(
                     kind, path, str(source), "does not exist: there is no such object and none below it"
@@ -162,6 +165,14 @@ class Fetcher:
         files = [place for _, place in jobs]
         return Fetched(files[0] if not root and len(files) == 1 else target, files)
 
+    def _asked(self, source: S3Source, kind: Kind) -> list[Stat]:
+        """What is there. A store that is wrongly set up is found out at once; what is there is then fetched with patience."""
+        store = self._store(source.bucket, kind, **IMPATIENT)
+        try:
+            return self._objects(store, source.key)
+        finally:
+            store.close()
+
     def _objects(self, store: S3Store, key: str) -> list[Stat]:
         """The object itself, or all below it."""
         if key and (stat := store.stat(key)) is not None:
@@ -175,7 +186,7 @@ class Fetcher:
         parts = urlsplit(source.url)
         place = target / (PurePosixPath(unquote(parts.path)).name or "data")
         target.mkdir(parents=True, exist_ok=True)
-        shown = f"https://{parts.hostname}{parts.path}"  # a query may carry a signature
+        shown = _shown(source.url)
         request = urllib.request.Request(source.url, headers={"User-Agent": "finetune-trainer"})
         try:
             with urllib.request.urlopen(request, timeout=WEB_TIMEOUT_SECONDS) as answer, place.open("wb") as writer:
@@ -198,8 +209,18 @@ class Fetcher:
             if error.code < 500:
                 raise self._missing(kind, path, shown, f"answers {error.code}") from error
             raise StorageError("DownloadFailed", f"{path}: {shown} answers {error.code}") from error
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            raise StorageError("EndpointUnreachable", f"{path}: {parts.hostname} could not be reached") from error
+        except (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError) as error:
+            why = getattr(error, "reason", None) or error
+            name = type(why).__name__ if isinstance(why, Exception) else "no answer"
+            raise StorageError(
+                "EndpointUnreachable", f"{path}: {parts.hostname} could not be reached ({name})"
+            ) from error
+        except http.client.InvalidURL as error:
+            raise ConfigError("SourceInvalid", f"{path}: {shown} is no URL that can be asked for") from error
+        except http.client.HTTPException as error:
+            raise StorageError("DownloadBroken", f"{path}: {shown} broke off ({type(error).__name__})") from error
+        except OSError as error:
+            raise of_local_disk(error) from error
         return Fetched(place, [place])
 
     def _hub(self, source: HubSource, path: str, target: Path, kind: Kind) -> Fetched:
@@ -246,6 +267,12 @@ class Fetcher:
                 "LocalDiskTooSmall", f"{path} has {size / 1e9:.2f} GB, and the pod's disk has {free / 1e9:.2f} GB left",
                 hint="raise resources.ephemeralStorage",
             )  # fmt: skip
+
+
+def _shown(text: str) -> str:
+    """A source as a message may show it: the query of a URL may be a signature."""
+    parts = urlsplit(text)
+    return f"https://{parts.hostname}{parts.path}" if parts.scheme == "https" else text
 
 
 _SIGNS = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")

@@ -14,11 +14,14 @@ import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from finetune_api.errors import CredentialsError, FineTuneError, StorageError
+from finetune_api.errors import CredentialsError, FineTuneError, StorageError, StorageSetupError
 
 from finetune_trainer.storage.base import CHUNK_BYTES, Counter, Created, Stat
+from finetune_trainer.storage.errors import of_local_disk
 
 PARTIAL = ".partial-"
+NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
+"""How file systems without hard links (SMB, many FUSE ones) refuse one."""
 
 
 class FolderStore:
@@ -52,6 +55,10 @@ class FolderStore:
                 (self.root / key).hardlink_to(partial)
             except FileExistsError:
                 return Created.EXISTS
+            except OSError as error:
+                if error.errno not in NO_LINKS:
+                    raise
+                return _create_in_place(self.root / key, data)
         return Created.NEW
 
     def get(self, key: str) -> bytes | None:
@@ -62,19 +69,23 @@ class FolderStore:
                 return None
 
     def download(self, key: str, target: Path, *, count: Counter | None = None) -> str | None:
-        target.parent.mkdir(parents=True, exist_ok=True)
         digest = hashlib.sha256()
-        with self._errors(f"read {key}"):
+        with self._errors(f"read {key}"), contextlib.ExitStack() as stack:
             try:
-                reader = (self.root / key).open("rb")
+                reader = stack.enter_context((self.root / key).open("rb"))
             except (FileNotFoundError, NotADirectoryError):
                 return None
-            with reader, target.open("wb") as writer:
-                while chunk := reader.read(CHUNK_BYTES):
-                    digest.update(chunk)
+            with _local_disk():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                writer = stack.enter_context(target.open("wb"))
+            while chunk := reader.read(CHUNK_BYTES):
+                digest.update(chunk)
+                with _local_disk():
                     writer.write(chunk)
-                    if count:
-                        count(len(chunk))
+                if count:
+                    count(len(chunk))
+            with _local_disk():
+                writer.flush()
         return digest.hexdigest()
 
     def stat(self, key: str) -> Stat | None:
@@ -88,8 +99,7 @@ class FolderStore:
     def list(self, prefix: str) -> Iterator[Stat]:
         base = self.root / prefix.rpartition("/")[0]
         with self._errors(f"list {prefix}"):
-            found = sorted(path for path in base.rglob("*") if path.is_file() and not path.name.startswith(PARTIAL))
-            for path in found:
+            for path in sorted(_files(base)):
                 key = path.relative_to(self.root).as_posix()
                 if key.startswith(prefix) and (stat := self.stat(key)):
                     yield stat
@@ -142,13 +152,50 @@ class FolderStore:
                 hint=f"make the folder writable for user and group {os.getuid()}",
             ) from error  # fmt: skip
         except OSError as error:
-            if error.errno == errno.ENOSPC:
+            if error.errno == errno.EROFS:
+                raise StorageSetupError(
+                    "StorageReadOnly", f"cannot {what} below {self.uri}: it is mounted read-only",
+                    hint="use a volume that can be written to",
+                ) from error  # fmt: skip
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StorageError(
                     "StorageFull",
                     f"cannot {what} below {self.uri}: the disk is full",
                     hint="make room, or a larger volume",
                 ) from error
             raise StorageError("StorageFailed", f"cannot {what} below {self.uri}: {error.strerror or error}") from error
+
+
+def _files(base: Path) -> Iterator[Path]:
+    """Files below a folder. What goes away meanwhile is not there; what may not be looked into is an error, not emptiness."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError | NotADirectoryError):
+            raise error
+
+    for folder, _, names in os.walk(base, onerror=refuse):
+        yield from (Path(folder, name) for name in names if not name.startswith(PARTIAL))
+
+
+def _create_in_place(target: Path, data: bytes) -> Created:
+    """Creation on a file system without hard links: one of two writers makes the file. A reader may see it empty for a moment."""
+    try:
+        handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return Created.EXISTS
+    with os.fdopen(handle, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return Created.NEW
+
+
+@contextlib.contextmanager
+def _local_disk() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise of_local_disk(error) from error
 
 
 def _write(path: Path, data: bytes) -> None:

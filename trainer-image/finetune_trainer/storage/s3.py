@@ -12,6 +12,7 @@ import hashlib
 import os
 import re
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,6 +39,18 @@ DEFAULT_REGION = "us-east-1"
 CUSTOMER_KEY_BYTES = 32
 BATCH = 1000
 """Most keys of one DeleteObjects request."""
+CONFLICT_SECONDS = 0.2
+NO_CONDITIONS = ("NotImplemented", "InvalidArgument", "InvalidRequest")
+"""What stores say to `If-None-Match` on a PUT if they do not know it; what else may be meant shows without it."""
+NO_BATCHES = (
+    "NotImplemented",
+    "MethodNotAllowed",
+    "MissingContentMD5",
+    "InvalidDigest",
+    "InvalidArgument",
+    "InvalidRequest",
+)
+"""What stores say to a deletion of several objects at once, or to how its body is signed, if they do not know it."""
 
 
 class S3Store:
@@ -54,6 +67,8 @@ class S3Store:
         self.target = target
         self.place = place_of(target, self.bucket)
         self.retries = 0
+        self._batches = True
+        """Whether several objects can be deleted at once, until the store says no."""
         self._lock = threading.Lock()
         self._sealed = sealing(target, self.place)
         self._client = _client(target, self.place, attempts, connect_timeout, read_timeout)
@@ -114,8 +129,9 @@ class S3Store:
                 if status == 412 or code == "PreconditionFailed":
                     return Created.EXISTS
                 if status == 409 and not last:  # somebody else is writing it: ask again
+                    time.sleep(CONFLICT_SECONDS)
                     continue
-                if status == 501 or code == "NotImplemented":
+                if status == 501 or code in NO_CONDITIONS:
                     break
                 raise explain(error, self.place, key=key) from error
         if self.stat(key) is not None:
@@ -126,13 +142,32 @@ class S3Store:
     def delete(self, keys: Iterable[str]) -> None:
         names = [self.key(key) for key in keys]
         for start in range(0, len(names), BATCH):
-            batch = [{"Key": name} for name in names[start : start + BATCH]]
-            try:
-                answer = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True})
-            except Exception as error:
-                raise explain(error, self.place, operation="DeleteObjects") from error
-            for failed in answer.get("Errors", []):
-                raise _refused_delete(failed, self.place)
+            batch = names[start : start + BATCH]
+            if not (self._batches and self._delete_batch(batch)):
+                self._batches = False
+                for name in batch:
+                    self._delete_one(name)
+
+    def _delete_batch(self, names: list[str]) -> bool:
+        """Whether the store knows this request; what it refuses otherwise is an error."""
+        asked = {"Objects": [{"Key": name} for name in names], "Quiet": True}
+        try:
+            answer = self._client.delete_objects(Bucket=self.bucket, Delete=asked)
+        except Exception as error:
+            status, code = status_of(error)
+            if status in (405, 501) or code in NO_BATCHES:
+                return False
+            raise explain(error, self.place, operation="DeleteObjects") from error
+        for failed in answer.get("Errors", []):
+            raise _refused_delete(failed, self.place)
+        return True
+
+    def _delete_one(self, name: str) -> None:
+        try:
+            self._client.delete_object(Bucket=self.bucket, Key=name)
+        except Exception as error:
+            if not _missing(error):
+                raise explain(error, self.place, operation="DeleteObject", key=name) from error
 
     def sweep(self, prefix: str) -> int:
         """Abort multipart uploads that a killed process left below the prefix."""
@@ -164,8 +199,8 @@ class S3Store:
 
     def download(self, key: str, target: Path, *, count: Counter | None = None) -> str | None:
         """Several ranges at a time, hashed in order while the next ones come: no second pass over the file."""
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             found = self.stat(key)
             if found is None:
                 return None

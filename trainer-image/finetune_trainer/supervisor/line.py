@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.channel import MAX_MESSAGE_BYTES
+from finetune_trainer.channel import MAX_MESSAGE_BYTES, taken_in
 
 log = logging.getLogger(__name__)
 RECEIVE_BUFFER = 4 * 1024 * 1024
@@ -44,15 +44,20 @@ class Line:
                 continue
             except OSError:
                 return
-            try:
-                message = json.loads(data)
-            except ValueError:
-                continue  # not one of ours
-            if isinstance(message, dict):
+            message = self._read(data)
+            if message is not None:
                 try:
                     self._hear(message)
                 except Exception:  # one message that cannot be used must not make us deaf to the next
                     log.exception("a rank's message could not be used: %s", message.get("kind"))
+
+    def _read(self, data: bytes) -> dict[str, Any] | None:
+        try:
+            message = json.loads(data)
+            message = taken_in(message, self._folder) if isinstance(message, dict) else None
+        except (OSError, ValueError):
+            return None  # not one of ours
+        return message if isinstance(message, dict) else None
 
     def close(self) -> None:
         """Hear what was already sent, then stop. Nobody may send any more."""

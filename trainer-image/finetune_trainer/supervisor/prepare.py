@@ -5,11 +5,15 @@ It runs beside the ranks' imports. Its failures end the pod before training, wit
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from finetune_api.errors import StorageError
 from finetune_api.names import CONFIGMAP_MOUNT, Reason
 from finetune_api.pod import RunConfig
 from finetune_api.status import Resolved, Stage
@@ -25,7 +29,14 @@ from finetune_trainer.storage.preflight import preflight
 if TYPE_CHECKING:
     from finetune_trainer.supervisor.board import Board
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
+BUSY_PAUSES = (1.0, 2.0, 4.0, 8.0)
+NUMBERS = ("model", "method", "trainer", "dataset", "training", "evaluation")
+BESIDE = (
+    "batchSizePerDevice", "gradientAccumulationSteps", "learningRate", "gradientCheckpointing", "storage", "tokenSecretRef",
+)  # fmt: skip
+"""What an attempt may change and is told by itself, and how sources are reached."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
 
 
@@ -41,11 +52,23 @@ class Preparation:
         self._timed("preflight", self._preflight)
 
     def _preflight(self) -> None:
-        abilities = preflight(self._run.storage, write=self._node_rank == 0)
+        abilities = self._patiently(lambda: preflight(self._run.storage, write=self._node_rank == 0))
         if self._node_rank == 0:
             self._board.resolve(Resolved(storage=abilities.wire()))
             if not abilities.can_delete:
                 self._board.note("storage: s3:DeleteObject is not granted; old checkpoints stay")
+
+    def _patiently(self, ask: Callable[[], T]) -> T:
+        """A store that answers, and is busy, is asked again; what is set up wrongly, or does not answer, is told at once."""
+        for pause in BUSY_PAUSES:
+            try:
+                return ask()
+            except StorageError as error:
+                if error.code != "StorageFailed":
+                    raise
+                log.warning("storage is busy, asked again in %.0f s: %s", pause, error)
+                time.sleep(pause)
+        return ask()
 
     def fetch(self) -> tuple[Inputs, RunFacts]:
         """Bring everything to local disk and check the rows. Errors: 64, 65, 66, 67, 69, 77."""
@@ -149,9 +172,21 @@ def facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts:
         micro_batch=micro,
         accumulation=accumulation,
         effective_batch=micro * accumulation * run.world.size,
+        learning_rate=training.learning_rate,
+        settings=settings_of(run),
         config_sha256=config_sha256,
         versions=versions(),
     )
+
+
+def settings_of(run: RunConfig) -> dict[str, str]:
+    """A short hash of each group of the spec that decides what numbers come out, without what is compared by itself."""
+    spec = run.spec.wire()
+    found = {}
+    for group in NUMBERS:
+        value = {name: one for name, one in (spec.get(group) or {}).items() if name not in BESIDE}
+        found[group] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,8 @@ transformers reports progress without a line of code. Standard library only: it 
 from __future__ import annotations
 
 import json
+import socket
+import socketserver
 import threading
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -16,6 +18,7 @@ from finetune_api.names import Path as Route
 
 from finetune_trainer.supervisor.board import Board
 
+LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
 MAX_BODY = 64 * 1024
 PREFIX = "finetune_trainer"
 
@@ -41,7 +44,16 @@ class _Http(ThreadingHTTPServer):
 
     def __init__(self, address: tuple[str, int], board: Board) -> None:
         self.board = board
+        if not address[0] and socket.has_dualstack_ipv6():
+            self.address_family = socket.AF_INET6  # a pod's address may be of either kind
         super().__init__(address, _Handler)
+
+    def server_bind(self) -> None:
+        """Without asking a name server for our own name, as http.server does: that may take seconds."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -62,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, *answer())
 
     def do_POST(self) -> None:
-        if not self.path.partition("?")[0].endswith("/status") or self.client_address[0] not in ("127.0.0.1", "::1"):
+        if not self.path.partition("?")[0].endswith("/status") or self.client_address[0] not in LOOPBACK:
             self._send(404, "text/plain", b"not found\n")
             return
         length = int(self.headers.get("Content-Length") or 0)

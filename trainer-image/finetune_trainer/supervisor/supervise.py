@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from finetune_api.status import Output, Resolved, Stage
 from finetune_trainer.agent import RESULT, read_result
 from finetune_trainer.channel import SOCKET, STOP_FILE
 from finetune_trainer.checkpoint.manifest import RunFacts
+from finetune_trainer.checkpoint.restore import Restored
 from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.checkpoint.uploader import Policy, Staged, Uploader, committed_checkpoints
 from finetune_trainer.failure import RankFailure, from_exit_code, from_message, root_cause
@@ -47,6 +49,9 @@ TICK_SECONDS = 0.05
 DRAIN_AFTER_FAILURE_SECONDS = 120.0
 PARTS_AFTER_FAILURE_SECONDS = 5.0
 FINAL_UPLOAD_SECONDS = 6 * 3600.0
+DRAIN_LOOK_SECONDS = 0.2
+TIDY_SECONDS = 60.0
+LEAST_TIDY_SECONDS = 0.05
 GRACE_MARGIN = 0.1
 """Fraction of the grace period, at most five seconds, kept back for last words."""
 SECRETS = (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN, Env.STORAGE_CUSTOMER_KEY)
@@ -102,9 +107,8 @@ class Supervisor:
         if asked:
             self.facts.stop_asked = asked[0]
         children.adopt_orphans()
-        self.server = Server(self.board, self.settings.port)
-        log.info("listening on port %d", self.server.port)
         try:
+            self.server = self._serve()
             self._live()
         except FineTuneError as error:
             self._fail(error)
@@ -112,6 +116,18 @@ class Supervisor:
             log.exception("the supervisor failed")
             self._fail(InternalError("SupervisorFailed", f"{type(error).__name__}: {error}"))
         return self._end()
+
+    def _serve(self) -> Server:
+        """Answer HTTP. Errors: InternalError `PortInUse`."""
+        try:
+            server = Server(self.board, self.settings.port)
+        except OSError as error:
+            raise InternalError(
+                "PortInUse", f"port {self.settings.port} cannot be listened on: {error.strerror}",
+                hint=f"another program uses it: give --port, or set {Env.PORT} (0 takes a free one)",
+            ) from error  # fmt: skip
+        log.info("listening on port %d", server.port)
+        return server
 
     def _live(self) -> None:
         run, sha256 = load_run(self.settings)
@@ -172,9 +188,11 @@ class Supervisor:
             if self._is_done_already(self._tree):
                 return
             inputs, facts = preparation.fetch()
-            self._open(self._tree, facts)
+            if self.settings.node_rank == 0:
+                self._sweep(self._tree)
             found = preparation.restore(self._tree, facts)
             self.facts.start_step = found.step
+            self._open(self._tree, facts, found)
             if self.settings.node_rank == 0:
                 self._put_run()
             self._hand_over(with_restored(inputs, found))
@@ -198,7 +216,16 @@ class Supervisor:
         self._failed.set()
         return True
 
-    def _open(self, tree: Tree, facts: RunFacts) -> None:
+    def _sweep(self, tree: Tree) -> None:
+        """Remove what killed lives left. Leftovers cost room, so that a missing right is told and is no reason to fail."""
+        swept = tree.sweep()
+        if swept.count:
+            log.info("swept %d objects of unfinished uploads", swept.count)
+        if swept.problem is not None:
+            log.warning("sweeping failed: %s", swept.problem)
+            self.board.note(f"storage: what killed uploads left could not be removed: {swept.problem.message}")
+
+    def _open(self, tree: Tree, facts: RunFacts, found: Restored) -> None:
         run = self._run
         assert run is not None
         checkpoint = run.spec.checkpoint
@@ -208,10 +235,9 @@ class Supervisor:
             attempt=run.attempt, node=self.settings.node_rank, nodes=run.world.nodes, after_commit=self._after_commit,
         )  # fmt: skip
         if self.settings.node_rank == 0:
-            swept = tree.sweep()
-            if swept:
-                log.info("swept %d objects of unfinished checkpoints", swept)
-            uploader.adopt(committed_checkpoints(tree))
+            uploader.adopt(committed_checkpoints(tree, found.before))
+            unreadable = tree.marker(None)  # one that can be read has ended this attempt by now
+            uploader.pass_over([*found.passed, *([unreadable] if unreadable else [])])
         self._uploader = uploader
 
     def _put_run(self) -> None:
@@ -277,7 +303,7 @@ class Supervisor:
         del self._staged[step]
         source, target = Path(message["folder"]), self.settings.work / "staged" / f"step-{step}"
         uploader = self._uploader
-        if uploader is None or (step <= uploader.committed_step and not message.get("graceful")):
+        if uploader is None:
             return
         try:
             link_tree(source, target)
@@ -403,24 +429,39 @@ class Supervisor:
         uploader = self._uploader
         if uploader is None:
             return
-        deadline = self._deadline()
-        if deadline is None and not self.facts.finished:
+        if self.facts.stop_asked is None and not self.facts.finished:
             uploader.hurry(PARTS_AFTER_FAILURE_SECONDS)
-        if self.facts.too_late:
-            seconds = 0.0
-        elif deadline is not None:
-            seconds = max(0.0, deadline - time.monotonic())
-        else:
-            seconds = FINAL_UPLOAD_SECONDS if self.facts.finished else DRAIN_AFTER_FAILURE_SECONDS
-        if not uploader.drain(seconds) and self.facts.stop_asked is not None:
+        if not self._drained(uploader) and self.facts.stop_asked is not None:
             self.facts.too_late = True
         uploader.close()
         if uploader.failure is not None:
             self._fail(uploader.failure)
         if uploader.output is not None:
             self.facts.output = uploader.output
-            uploader.retain(finished=True)
-        self._put_metrics()
+            self._tidy(lambda: uploader.retain(finished=True))
+            self._tidy(lambda: self._sweep(uploader.tree))  # what was dropped or could not be stored on the way
+        self._tidy(self._put_metrics)
+
+    def _drained(self, uploader: Uploader) -> bool:
+        """Wait for the uploader. A stop that comes meanwhile has its deadline too: last words must be said before it."""
+        allowed = FINAL_UPLOAD_SECONDS if self.facts.finished else DRAIN_AFTER_FAILURE_SECONDS
+        end = math.inf if self.facts.stop_asked is not None else time.monotonic() + allowed
+        while not self.facts.too_late:
+            deadline = self._deadline()
+            left = min(end, math.inf if deadline is None else deadline) - time.monotonic()
+            if uploader.drain(max(0.0, min(left, DRAIN_LOOK_SECONDS))):
+                return True
+            if left <= 0:
+                return False
+        return uploader.drain(0)
+
+    def _tidy(self, work: Callable[[], None]) -> None:
+        """What is good to have done, and not worth the last words: as long as there is time for it."""
+        deadline = self._deadline()
+        seconds = TIDY_SECONDS if deadline is None else min(TIDY_SECONDS, deadline - time.monotonic())
+        thread = threading.Thread(target=work, name="tidy", daemon=True)
+        thread.start()
+        thread.join(max(LEAST_TIDY_SECONDS, seconds))
 
     def _after_commit(self) -> None:
         """The uploader's thread: lines so far go to storage, and a grace period that no longer suffices is told."""
@@ -468,7 +509,7 @@ class Supervisor:
         if uploader is None or self.facts.too_late:
             return uploader is not None and uploader.committed_step >= step
         if self.settings.node_rank > 0:
-            return bool(self.facts.stopped_ranks)
+            return bool(self.facts.stopped_ranks) and uploader.brought_step >= step
         return uploader.committed_step >= step
 
     def _cause(self) -> RankFailure | None:
@@ -536,7 +577,7 @@ class Supervisor:
 def link_tree(source: Path, target: Path) -> None:
     """A second name for every file of a folder: free of charge, and safe from whoever removes the first."""
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, copy_function=os.link)
+    shutil.copytree(source, target, copy_function=lambda one, other: os.link(os.path.realpath(one), other))
 
 
 def supervise(settings: Settings, asked: Sequence[float] = ()) -> int:
