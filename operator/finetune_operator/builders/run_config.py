@@ -81,10 +81,10 @@ def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
 
 
 def _resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None) -> Resume:
-    """A later attempt goes on from the job's own checkpoints, whatever the first one was told to start from."""
+    """A later attempt goes on from the job's own checkpoints; rolled back behind all of them, from where the first began."""
     asked = spec.checkpoint.resume or "auto"
-    mode = "auto" if attempt > 1 and (committed_step or asked == "never") else asked
     expected = committed_step if max_step is None else min(committed_step, max_step)
+    mode = "auto" if attempt > 1 and (expected or asked == "never") else asked
     return Resume(mode=mode, expect_step=expected, max_step=max_step)
 
 

@@ -124,6 +124,10 @@ def test_nobody_s_labels_replace_ours() -> None:
         ("s3://old/checkpoints/step-00000010", 2, 0, None, "s3://old/checkpoints/step-00000010", 0),
         ("s3://old/checkpoints/step-00000010", 2, 40, None, "auto", 40),
         ("auto", 3, 40, 20, "auto", 20),
+        ("auto", 3, 40, 0, "auto", 0),
+        ("never", 3, 40, 0, "auto", 0),
+        ("s3://old/checkpoints/step-00000010", 3, 40, 0, "s3://old/checkpoints/step-00000010", 0),
+        ("s3://old/checkpoints/step-00000010", 3, 40, 20, "auto", 20),
     ],
 )
 def test_where_an_attempt_starts(
