@@ -13,11 +13,11 @@ from finetune_operator.builders.job import build_job, build_service
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.facts import Facts
 from finetune_operator.killpoints import Point, reach
-from finetune_operator.kube import AlreadyExists, Forbidden, Kube, NotFound, OutcomeUnknown
+from finetune_operator.kube import AlreadyExists, Forbidden, Invalid, Kube, KubeError, NotFound, OutcomeUnknown
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, SERVICE
 from finetune_operator.plan import Acted, Plan
 from finetune_operator.policies.acceptance import Accepted
-from finetune_operator.policies.waiting import Waiting
+from finetune_operator.policies.waiting import Waiting, by_admission, refusal
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.text import clean
 from finetune_operator.views import JobView, read_finetunejob, read_job
@@ -53,9 +53,10 @@ class Actor:
             reach(Point.AFTER_POD_DELETE)
         if plan.create is not None:
             return await self._create(facts, plan.create, deleted)
+        obstacle = None
         if facts.current is not None and facts.nodes > 1 and not facts.current.finished and not facts.current.deleting:
-            await self._service(facts.current)
-        return Acted(deleted=deleted)
+            obstacle = await self._service(facts.current)
+        return Acted(obstacle=obstacle, deleted=deleted)
 
     async def _create(self, facts: Facts, attempt: int, deleted: int) -> Acted:
         assert isinstance(facts.acceptance, Accepted)  # noqa: S101 -- decide creates only for accepted specs
@@ -76,17 +77,20 @@ class Actor:
             try:
                 found = await self._kube.get(JOB, namespace, name)
             except NotFound:
+                if by_admission(error.message):
+                    return Acted(obstacle=_refused(error), deleted=deleted)
                 raise error from None
-        except Forbidden as error:
-            return Acted(obstacle=_forbidden(error), deleted=deleted)
+        except (Forbidden, Invalid) as error:
+            if isinstance(error, Invalid) and not by_admission(error.message):
+                raise
+            return Acted(obstacle=_refused(error), deleted=deleted)
         reach(Point.AFTER_JOB_CREATE)
         view = read_job(found)
         if view is None or not view.owned or view.owner_uid != facts.job.uid:
             message = f"Job {name} exists and belongs to something else"
             return Acted(obstacle=Waiting(Reason.CHILDREN_CONFLICT, message), deleted=deleted)
-        if facts.nodes > 1:
-            await self._service(view)
-        return Acted(view, deleted=deleted, warnings=warnings)
+        obstacle = await self._service(view) if facts.nodes > 1 else None
+        return Acted(view, obstacle, deleted=deleted, warnings=warnings)
 
     async def _confirm(self, facts: Facts, attempt: int) -> None:
         """A later attempt is only made of what the server itself says: a cache that lags must not revive an old one."""
@@ -94,11 +98,11 @@ class Actor:
         if live.uid != facts.job.uid or live.status.attempt != attempt or live.deleting:
             raise StaleFacts(f"attempt {attempt} is not what the server says ({live.status.attempt})")
 
-    async def _service(self, job: JobView) -> None:
-        """The Service exists; looked at again at every resync, since nobody watches Services."""
+    async def _service(self, job: JobView) -> Waiting | None:
+        """See that the Service exists, and again at every resync, since nobody watches Services. Why it cannot be, if it cannot."""
         now = asyncio.get_running_loop().time()
         if now - self._services.get(job.uid, float("-inf")) < self._config.resync_seconds:
-            return
+            return None
         reach(Point.BEFORE_SERVICE_CREATE)
         try:
             await self._kube.create(SERVICE, job.namespace, build_service(job))
@@ -107,12 +111,15 @@ class Actor:
             found = await self._kube.get(SERVICE, job.namespace, job.name)
             owners = found["metadata"].get("ownerReferences") or []
             if not any(owner.get("uid") == job.uid for owner in owners):
-                logger.warning("Service %s/%s belongs to something else", job.namespace, job.name)
+                message = f"Service {job.name} exists and belongs to something else: the pods cannot find each other"
+                return Waiting(Reason.CHILDREN_CONFLICT, message)
+        except (Forbidden, Invalid) as error:
+            return _refused(error)
         self._services = {uid: at for uid, at in self._services.items() if now - at < 2 * self._config.resync_seconds}
         self._services[job.uid] = now
+        return None
 
 
-def _forbidden(error: Forbidden) -> Waiting:
-    quota = "quota" in error.message.lower()
-    reason = Reason.QUOTA_EXCEEDED if quota else Reason.FORBIDDEN_BY_POLICY
-    return Waiting(reason, clean(f"the API server refused to create Job {error.name}: {error.message}"))
+def _refused(error: KubeError) -> Waiting:
+    words = f"the API server refused to create {error.kind.kind} {error.name}: {error.message}"
+    return Waiting(refusal(error.message), clean(words))

@@ -52,13 +52,16 @@ def _before_attempt(facts: Facts) -> Plan:
     """No Job of the current attempt was ever made."""
     if facts.cancel:
         return Plan(Situation.FINISHED, finish=Finish(Outcome.CANCELLED, Reason.CANCELLED))
-    if isinstance(facts.acceptance, Refused):
-        return _refused(facts, facts.acceptance)
+    refused = facts.acceptance if isinstance(facts.acceptance, Refused) else None
+    if refused is not None and refused.final:
+        return _rejected(refused)
     leftovers = _leftovers(facts)
     if leftovers is not None:
         return leftovers
     if facts.suspend:
         return Plan(Situation.SUSPENDED)
+    if refused is not None:
+        return Plan(Situation.REFUSED, refused=refused, wake=clock.next_look(facts.now, _start_timeout(facts)))
     taken = next((one for one in facts.jobs if one.name == attempt_job_name(facts.job.name, facts.attempt)), None)
     if taken is not None:
         message = f"Job {taken.name} belongs to another object (uid {taken.owner_uid or 'unknown'})"
@@ -80,9 +83,7 @@ UNHARMED = (Reason.SUSPENDED, Reason.OUT_OF_MEMORY, Reason.DIVERGED)
 """Ends of attempts after which the next starts at once: the user's wish, or something was changed."""
 
 
-def _refused(facts: Facts, refused: Refused) -> Plan:
-    if not refused.final:
-        return Plan(Situation.REFUSED, refused=refused, wake=clock.next_look(facts.now, _start_timeout(facts)))
+def _rejected(refused: Refused) -> Plan:
     failure = Failure(class_=FailureClass.USER, code=refused.reason, message=refused.message, hint=refused.hint or None)
     finish = Finish(Outcome.FAILED, refused.reason, failure)
     return Plan(Situation.FINISHED, refused=refused, finish=finish)

@@ -99,9 +99,9 @@ def _ending(attempt: Attempt) -> Iterator[Note]:
 
 
 def _waiting(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
-    was, _, _ = _status(old, Kind.QUOTA_RESERVED)
+    was, before, _ = _status(old, Kind.QUOTA_RESERVED)
     now, reason, message = _status(new, Kind.QUOTA_RESERVED)
-    if now == "False" and was != "False" and reason == Reason.QUEUED:
+    if now == "False" and reason == Reason.QUEUED and (was, before) != (now, reason):
         if was == "True":
             yield Note(Reason.PREEMPTED, "the queue took the quota back; the pods save and wait", "Warning", "Queue")
         yield Note(Reason.QUEUED, message, action="Queue")

@@ -50,10 +50,9 @@ class Facts:
 
     def _spec(self) -> FineTuneJobSpec:
         """The spec that holds now: resolved and adapted, if it is accepted; as far as it can be read, if not."""
-        if not isinstance(self.acceptance, Accepted):
-            return self.acceptance.spec or FineTuneJobSpec()
+        found = self.acceptance.spec or FineTuneJobSpec()
         adaptations = self.job.status.adaptations
-        return adapted(self.acceptance.spec, adaptations) if adaptations else self.acceptance.spec
+        return adapted(found, adaptations) if adaptations else found
 
     @property
     def suspend(self) -> bool:

@@ -108,6 +108,6 @@ class Acted:
 
     created: JobView | None = None
     obstacle: Waiting | None = None
-    """Why the Job could not be created."""
+    """Why the Job, or its Service, could not be created."""
     deleted: int = 0
     warnings: tuple[str, ...] = ()

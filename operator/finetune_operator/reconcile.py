@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
+from typing import Any
 
 from finetune_api.names import Condition as Kind
 from finetune_api.names import Label, Reason, attempt_job_name
@@ -23,7 +25,7 @@ from finetune_operator.decide import decide
 from finetune_operator.events import Recorder, transitions
 from finetune_operator.facts import Facts
 from finetune_operator.killpoints import Point, reach
-from finetune_operator.kube import Conflict, Forbidden, Invalid, Kube, NamespaceGoing, NotFound, Unavailable
+from finetune_operator.kube import Conflict, Forbidden, Invalid, Kube, KubeError, NamespaceGoing, NotFound
 from finetune_operator.lease import LeaseLost
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Object
@@ -123,7 +125,7 @@ class Reconciler:
             # The FineTuneJob goes with it, and its deletion is an event: there is nothing to try again for.
             logger.info("nothing is started in a namespace that goes: %s", error)
             self._scraper.stop(key)
-        except (Unavailable, Forbidden) as error:
+        except KubeError as error:
             logger.warning("again in %.1f s: %s", self._queue.failed(key), error)
             return "unavailable"
         except Exception:
@@ -146,7 +148,7 @@ class Reconciler:
             try:
                 acted = await self._actor.act(facts, plan)
             except Invalid as error:
-                self._refuse(key, error)
+                self._refuse(key, facts, error)
                 return
         if acted.created is not None:
             self._cache.put_job(acted.created)
@@ -221,7 +223,7 @@ class Reconciler:
         if memory.generation != job.generation:
             memory.generation = job.generation
             over = any(one.type == "Finished" and one.status == "True" for one in job.status.conditions)
-            memory.acceptance = UNREAD if over else accept(job.spec, self._config)
+            memory.acceptance = UNREAD if over else accept(job.spec, self._config, _kept(job.status))
         return memory
 
     async def _read_job(self, key: Key, facts: Facts) -> bool:
@@ -294,11 +296,11 @@ class Reconciler:
 
     # Report
 
-    def _refuse(self, key: Key, error: Invalid) -> None:
+    def _refuse(self, key: Key, facts: Facts, error: Invalid) -> None:
         """The API server does not accept what was made from the spec: only another spec can mend it."""
         logger.warning("the Job is refused: %s", error)
         message = clean(f"the API server refuses what was made from the spec: {error.message}")
-        self._memories[key].acceptance = Refused(Reason.REJECTED, message)
+        self._memories[key].acceptance = Refused(Reason.REJECTED, message, spec=facts.spec)
         self._queue.add(key)
 
     async def _report(self, key: Key, facts: Facts, plan: Plan, acted: Acted) -> None:
@@ -414,6 +416,11 @@ def _all_ended(facts: Facts) -> bool:
     current, pods = facts.current, facts.last_pods
     running = current is not None and not current.suspended and not current.finished
     return running and len(pods) == facts.nodes and all(pod.over and not pod.gone for pod in pods)
+
+
+def _kept(status: FineTuneJobStatus) -> Mapping[str, Any]:
+    """The defaults that a job began with; none before its first attempt."""
+    return (status.resolved.defaults if status.attempts and status.resolved else None) or {}
 
 
 def _condition(status: FineTuneJobStatus, kind: Kind) -> Condition | None:

@@ -306,10 +306,11 @@ def _checkpoints(view: View) -> dict[str, Any]:
     """The newest committed checkpoints and the best."""
     words = view.plan.ended.words if view.plan.ended else None
     heard = view.facts.heard.report if view.facts.heard else None
-    known = {(one.step, one.uri): one for one in view.old.checkpoints}
+    # By step: after a rollback an attempt commits a step in the place of the one that was left behind.
+    known = {one.step: one for one in view.old.checkpoints}
     for source in (heard, words):
         if source is not None:
-            known |= {(one.step, one.uri): one for one in source.checkpoints}
+            known |= {one.step: one for one in source.checkpoints}
     ordered = sorted(known.values(), key=lambda one: one.step)
     kept = ordered[-KEPT_CHECKPOINTS:]
     judged = [one for one in ordered if one.eval_loss is not None]
@@ -328,7 +329,9 @@ def _resolved(view: View) -> Resolved:
     """What the run really is: from the spec, from the pods, and from the trainer, which knows best."""
     facts, acceptance = view.facts, view.facts.acceptance
     own: dict[str, Any] = {}
-    if isinstance(acceptance, Accepted):
+    begun = facts.current is not None and facts.record is not None
+    if isinstance(acceptance, Accepted) and not begun:
+        # What runs keeps what it began with, whatever the operator's configuration says since.
         own = _from_spec(view, acceptance)
     job = view.acted.created or facts.current
     if job is not None and job.config_sha256:
@@ -430,6 +433,8 @@ def _quota(view: View) -> Condition | None:
         return _condition(Kind.QUOTA_RESERVED, "True", Reason.PROGRESSING, f"{where} admitted attempt {job.attempt}")
     if job is not None and job.finished:
         return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "the attempt is over, its quota is free")
+    if job is None:
+        return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "there is no Job that asks for quota")
     return _condition(Kind.QUOTA_RESERVED, "False", Reason.QUEUED, f"waiting for quota in {where}")
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_api.names import KIND, MANAGER, Annotation, Label
+from finetune_api.names import CONTAINER, KIND, MANAGER, Annotation, Label
 from finetune_api.pod import LastWords
 from finetune_api.status import FineTuneJobStatus
 from pydantic import ValidationError
@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
+INITIALIZING = "PodInitializing"
+GATED = "SchedulingGated"
 MAX_TEXT = 2048
 """Characters kept of a message somebody else wrote."""
 
@@ -104,6 +106,8 @@ class PodView:
     """Reason of the DisruptionTarget condition."""
     disruption_message: str = ""
     terminated: Terminated | None = None
+    init_failed: str = ""
+    """How an init container failed, in words: somebody's admission put it there."""
     image_id: str = ""
     gone: bool = False
 
@@ -250,12 +254,12 @@ def read_pod(body: Object) -> PodView | None:
         return None
     status = body.get("status") or {}
     conditions = {c.get("type"): c for c in status.get("conditions") or []}
-    container = (status.get("containerStatuses") or [{}])[0]
+    container = _trainer(status)
     state = container.get("state") or {}
-    waiting, disruption = state.get("waiting") or {}, conditions.get("DisruptionTarget", {})
+    waiting, disruption = _waits(status, state), conditions.get("DisruptionTarget", {})
     disrupted = disruption.get("status") == "True"
     scheduled = conditions.get("PodScheduled", {})
-    unschedulable = scheduled.get("status") == "False" and scheduled.get("reason") == "Unschedulable"
+    unschedulable = scheduled.get("status") == "False" and scheduled.get("reason") in ("Unschedulable", GATED)
     return PodView(
         namespace=meta["namespace"],
         name=meta["name"],
@@ -275,15 +279,47 @@ def read_pod(body: Object) -> PodView | None:
         reason=str(status.get("reason", "")),
         message=str(status.get("message", ""))[:MAX_TEXT],
         scheduled=_since(scheduled) if scheduled.get("status") == "True" else None,
-        unschedulable=str(scheduled.get("message", ""))[:MAX_TEXT] if unschedulable else "",
+        unschedulable=_no_node(body, scheduled)[:MAX_TEXT] if unschedulable else "",
         waiting_reason=str(waiting.get("reason", "")),
         waiting_message=str(waiting.get("message", ""))[:MAX_TEXT],
         running_since=time((state.get("running") or {}).get("startedAt")),
         disruption=str(disruption.get("reason", "") or "DisruptionTarget") if disrupted else "",
         disruption_message=str(disruption.get("message", ""))[:MAX_TEXT] if disrupted else "",
         terminated=_terminated(state.get("terminated")),
+        init_failed=_init_failed(status)[:MAX_TEXT],
         image_id=str(container.get("imageID", "")),
     )
+
+
+def _trainer(status: Object) -> Object:
+    """The trainer among the containers: admission may have put others beside it, and a kubelet sorts them by name."""
+    found: list[Object] = status.get("containerStatuses") or [{}]
+    return next((one for one in found if one.get("name") == CONTAINER), found[0])
+
+
+def _waits(status: Object, state: Object) -> Object:
+    """What the trainer waits for; while init containers are at work, what the first of them waits for."""
+    own: Object = state.get("waiting") or {}
+    if own.get("reason") != INITIALIZING:
+        return own
+    states = [(one.get("state") or {}).get("waiting") or {} for one in status.get("initContainerStatuses") or []]
+    return next((one for one in states if one.get("reason") not in (None, INITIALIZING)), own)
+
+
+def _init_failed(status: Object) -> str:
+    for one in status.get("initContainerStatuses") or []:
+        ended = (one.get("state") or {}).get("terminated") or {}
+        code = _number(ended.get("exitCode"))
+        if code:
+            words = str(ended.get("message") or ended.get("reason") or "").strip()
+            return f"init container {one.get('name')} ended with exit code {code}" + (f": {words}" if words else "")
+    return ""
+
+
+def _no_node(body: Object, scheduled: Object) -> str:
+    """The scheduler's words, and the gates that hold the pod back."""
+    gates = [str(one.get("name")) for one in (body.get("spec") or {}).get("schedulingGates") or []]
+    return str(scheduled.get("message", "")) + (f" ({', '.join(gates)})" if gates else "")
 
 
 def buried(pod: PodView) -> PodView:

@@ -1,17 +1,23 @@
 """Can this spec be run as written, here? Every problem at once, each with its field.
 
 What only another spec can mend is final. What the platform team can mend (a pool, the default storage) is looked at again.
+
+Defaults are filled in once in a job's life: a run whose store, batch or learning rate changed with the operator's configuration or
+version between two attempts would be another run, and would not find its checkpoints.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from finetune_api.defaults import Context, resolve
+from finetune_api.defaults import Context, Resolution, resolve
 from finetune_api.names import MAX_RUN_BYTES, Reason
 from finetune_api.rules import check
 from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.cluster import StorageRoot
 from finetune_api.support import unsupported
 from pydantic import ValidationError
 
@@ -19,8 +25,14 @@ from finetune_operator.objects import Object
 from finetune_operator.settings import NodePool, OperatorConfig
 from finetune_operator.text import clean
 
+logger = logging.getLogger(__name__)
+
 MAX_SPEC_BYTES = MAX_RUN_BYTES - 8 * 1024
 """Largest resolved spec: the rest of the run configuration must fit beside it."""
+OF_THE_CLUSTER = ("resources", "placement", "policy")
+"""Groups whose defaults are taken anew for each attempt: they say where and how long it runs, not what is trained."""
+STORE = ("storage.uri", "storage.endpoint")
+"""What makes a store another one; the rest is the way to it."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +54,11 @@ class Refused:
     hint: str = ""
     final: bool = True
     spec: FineTuneJobSpec | None = None
-    """As it was written, if it can be read: an attempt that runs already goes on by it."""
+    """As far as it can be read and filled in: an attempt that runs already goes on by it."""
 
 
-def accept(raw: Object, config: OperatorConfig) -> Accepted | Refused:
-    """Judge a spec as it stands in the FineTuneJob."""
+def accept(raw: Object, config: OperatorConfig, kept: Mapping[str, Any] | None = None) -> Accepted | Refused:
+    """Judge a spec as it stands in the FineTuneJob. `kept`: the defaults, by spec path, with which its first attempt began."""
     try:
         spec = FineTuneJobSpec.model_validate(raw)
     except ValidationError as error:
@@ -58,18 +70,50 @@ def accept(raw: Object, config: OperatorConfig) -> Accepted | Refused:
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
         return Refused(reason, clean("; ".join(str(one) for one in found)), hint=found[0].hint, spec=spec)
     pool = _pool(spec, config)
+    resolution = _resolve(spec, _context(config, None if isinstance(pool, Refused) else pool), kept or {})
     if isinstance(pool, Refused):
-        return replace(pool, spec=spec)
-    resolution = resolve(spec, context=_context(config, pool))
+        return replace(pool, spec=resolution.spec)
     if resolution.spec.storage.uri is None:
         message = "spec.storage.uri is absent, and the operator's configuration has no default storage"
         hint = "write spec.storage.uri: s3://bucket/prefix"
-        return Refused(Reason.STORAGE_NOT_CONFIGURED, message, hint, final=False, spec=spec)
-    size = len(resolution.spec.model_dump_json(by_alias=True, exclude_none=True))
+        return Refused(Reason.STORAGE_NOT_CONFIGURED, message, hint, final=False, spec=resolution.spec)
+    size = len(resolution.spec.model_dump_json(by_alias=True, exclude_none=True).encode())
     if size > MAX_SPEC_BYTES:
         message = f"the spec with its defaults takes {size} bytes, and a pod's annotation carries {MAX_SPEC_BYTES}"
         return Refused(Reason.REJECTED, message, "put templates and long lists into ConfigMaps and refer to them")
     return Accepted(resolution.spec, resolution.defaults, tuple(resolution.notes), pool)
+
+
+def _resolve(spec: FineTuneJobSpec, context: Context, kept: Mapping[str, Any]) -> Resolution:
+    """The spec with its defaults, those that were filled in before over those of today."""
+    found = resolve(spec, context=context)
+    if any(found.defaults.get(path) != kept.get(path) for path in STORE) and any(path in kept for path in STORE):
+        before = {path.partition(".")[2]: value for path, value in kept.items() if path.startswith("storage.")}
+        try:
+            found = resolve(spec, context=replace(context, storage=StorageRoot.model_validate(before)))
+        except ValidationError as error:
+            logger.warning("the storage that a job began with cannot be read and is not kept: %s", error)
+    differing = {
+        path: kept[path] for path, value in found.defaults.items()
+        if path in kept and kept[path] != value and path.partition(".")[0] not in (*OF_THE_CLUSTER, "storage")
+    }  # fmt: skip
+    return _with(found, differing) if differing else found
+
+
+def _with(found: Resolution, values: Mapping[str, Any]) -> Resolution:
+    """The same with other defaults at some paths."""
+    wire = found.spec.wire()
+    for path, value in values.items():
+        *groups, name = path.split(".")
+        target = wire
+        for group in groups:
+            target = target.setdefault(group, {})
+        target[name] = value
+    try:
+        return replace(found, spec=FineTuneJobSpec.model_validate(wire), defaults={**found.defaults, **values})
+    except ValidationError as error:
+        logger.warning("the defaults that a job began with cannot be used and are not kept: %s", error)
+        return found
 
 
 def _shape(item: Any) -> str:

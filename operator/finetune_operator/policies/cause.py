@@ -103,6 +103,7 @@ CODE_WORD: dict[int, str] = {
 NODE_LOST = ("DeletionByTaintManager", "DeletionByPodGC")
 """Reasons of DisruptionTarget that mean: the node went away."""
 OOM_KILLED = "OOMKilled"
+EVICTED = "Evicted"
 FOREVER = 2**63
 
 
@@ -130,6 +131,8 @@ def pod_cause(pod: PodView) -> Cause | None:
     code = pod.terminated.exit_code if pod.terminated else None
     if pod.terminated is not None and pod.terminated.reason == OOM_KILLED:
         return _host_memory(pod)
+    if pod.reason == EVICTED and not pod.disruption and WEIGHT_OF_CODE.get(code or 0, Weight.STOPPED) >= Weight.PEER:
+        return _over_its_limit(pod)
     if code in FATE_OF_CODE and not (pod.disruption and WEIGHT_OF_CODE.get(code, 0) >= Weight.PEER):
         return _exit(pod, code)
     if pod.disruption:
@@ -157,6 +160,13 @@ def _host_memory(pod: PodView) -> Cause:
     return Cause(Reason.OUT_OF_MEMORY, failure, Fate.MEMORY, Weight.NUMERIC)
 
 
+def _over_its_limit(pod: PodView) -> Cause:
+    """Evicted for what it did itself: a kubelet that needs room for others says so with a disruption."""
+    failure = _failure(pod, FailureClass.INFRASTRUCTURE, EVICTED, pod.message or "the node evicted the pod")
+    hint = "raise resources.ephemeralStorage, or resources.sharedMemory if its words name a volume"
+    return Cause(Reason.PREEMPTED, failure.model_copy(update={"hint": hint}), Fate.COUNTED, Weight.CLUSTER)
+
+
 def _disrupted(pod: PodView) -> Cause:
     lost = pod.disruption in NODE_LOST
     message = pod.disruption_message or ("the node went away" if lost else "the cluster took the pod")
@@ -182,6 +192,9 @@ def _unknown_exit(pod: PodView, code: int) -> Cause:
 
 def _without_container(pod: PodView) -> Cause:
     """No container ever ended: rejected by the kubelet, evicted before it ran, or deleted."""
+    if pod.init_failed:
+        failure = _failure(pod, FailureClass.INFRASTRUCTURE, "InitContainerFailed", pod.init_failed)
+        return Cause(Reason.PEER_FAILED, failure, Fate.COUNTED, Weight.CLUSTER)
     if pod.phase == "Failed":
         message = pod.message or "the node refused the pod"
         failure = _failure(pod, FailureClass.INFRASTRUCTURE, pod.reason or "PodRejected", message)

@@ -15,6 +15,7 @@ IMAGE_REASONS = (
     "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError", "RegistryUnavailable",
 )  # fmt: skip
 CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
+ADMISSION_WORDS = ("admission webhook", "ValidatingAdmissionPolicy", "failed calling webhook")
 MOUNT_REASONS = ("FailedMount", "FailedAttachVolume")
 
 
@@ -29,7 +30,7 @@ class Waiting:
 def pods_waiting(pods: Iterable[PodView]) -> Waiting | None:
     """The gravest obstacle that the pods themselves tell of; None: there is none, they only need time."""
     found = [waiting for pod in pods if not pod.over and (waiting := _pod_waiting(pod)) is not None]
-    order = (Reason.CONFIG_MISSING, Reason.IMAGE_PULL_FAILED, Reason.UNSCHEDULABLE)
+    order = (Reason.CONFIG_MISSING, Reason.IMAGE_PULL_FAILED, Reason.UNSCHEDULABLE, Reason.PODS_NOT_READY)
     return min(found, key=lambda waiting: order.index(waiting.reason), default=None)
 
 
@@ -41,6 +42,10 @@ def _pod_waiting(pod: PodView) -> Waiting | None:
         return Waiting(Reason.IMAGE_PULL_FAILED, detail)
     if pod.waiting_reason in CONFIG_REASONS:
         return Waiting(Reason.CONFIG_MISSING, detail)
+    if pod.terminated is not None and pod.phase == "Running":
+        code = pod.terminated.exit_code
+        words = f"the trainer in pod {pod.name} ended with exit code {code}, and a container beside it still runs"
+        return Waiting(Reason.PODS_NOT_READY, f"{words}: make it a native sidecar, or keep it out by placement.annotations")
     return None
 
 
@@ -50,7 +55,7 @@ def events_waiting(events: Sequence[Object]) -> Waiting | None:
     for event in newest_first:
         reason, note = str(event.get("reason", "")), clean(str(event.get("message") or event.get("note") or ""))
         if reason == "FailedCreate":
-            return Waiting(_refusal(note), note)
+            return Waiting(refusal(note), note)
         if reason in MOUNT_REASONS:
             return Waiting(Reason.CONFIG_MISSING, note)
     return None
@@ -64,5 +69,11 @@ def _when(event: Object) -> str:
     )  # fmt: skip
 
 
-def _refusal(note: str) -> Reason:
+def by_admission(message: str) -> bool:
+    """Whether the API server's words tell of a policy or a webhook, which others may mend, and not of the object itself."""
+    return any(words in message for words in ADMISSION_WORDS)
+
+
+def refusal(note: str) -> Reason:
+    """What refused, by the words of the API server."""
     return Reason.QUOTA_EXCEEDED if "quota" in note.lower() else Reason.FORBIDDEN_BY_POLICY

@@ -10,17 +10,18 @@ import pytest
 from finetune_api.names import FailureClass, Reason
 from finetune_api.pod import LastWords
 from finetune_api.status import Adaptation, Attempt, Checkpoint, FineTuneJobStatus
+from finetune_operator.decide import decide
 from finetune_operator.policies import clock
 from finetune_operator.policies.acceptance import Accepted, Refused, accept
 from finetune_operator.policies.cause import Cause, Fate, Weight, cause_of, pod_cause
 from finetune_operator.policies.ladder import Exhausted, adapted, after_divergence, after_memory, newest_start
 from finetune_operator.policies.retry import Again, Stop, after
 from finetune_operator.policies.waiting import Waiting, events_waiting, pods_waiting
-from finetune_operator.settings import NodePool, OperatorConfig, RetrySettings
-from hypothesis import given
+from finetune_operator.settings import NodePool, OperatorConfig, RetrySettings, parse
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.operator.samples import CONFIG, T0, accepted, at, ended, job, pod, report, spec
+from tests.unit.operator.samples import CONFIG, T0, accepted, at, ended, facts, job, pod, report, spec, status
 
 # Acceptance
 
@@ -88,10 +89,63 @@ def test_pools(resources: dict[str, Any], pool: str | None) -> None:
     assert (found.pool.name if found.pool else None) == pool
 
 
+STORE = {"uri": "s3://one/models", "endpoint": "https://a.example.com", "credentialsSecretRef": {"name": "one"}}
+WITHOUT_STORAGE = {name: group for name, group in spec().items() if name != "storage"}
+
+
+def resolved(written: dict[str, Any], storage: dict[str, Any], kept: dict[str, Any] | None = None) -> Accepted:
+    found = accept(written, parse({"storage": storage}, "test"), kept)
+    assert isinstance(found, Accepted), found
+    return found
+
+
+@pytest.mark.parametrize("today", [{}, {"uri": "s3://two/models"}, {**STORE, "endpoint": "https://b.example.com"}])
+def test_the_store_a_job_began_with_is_kept_with_all_that_leads_to_it(today: dict[str, Any]) -> None:
+    began = resolved(WITHOUT_STORAGE, STORE)
+    found = resolved(WITHOUT_STORAGE, today, began.defaults)
+    assert (found.spec.storage, found.defaults) == (began.spec.storage, began.defaults)
+
+
+def test_the_way_to_the_same_store_may_change() -> None:
+    began = resolved(WITHOUT_STORAGE, STORE)
+    today = {**STORE, "credentialsSecretRef": {"name": "two"}, "caBundleRef": {"name": "ca", "key": "ca.crt"}}
+    found = resolved(WITHOUT_STORAGE, today, began.defaults)
+    assert found.spec.storage == resolved(WITHOUT_STORAGE, today).spec.storage
+
+
+def test_a_store_that_the_user_named_is_hers_whatever_was_kept() -> None:
+    hers = {**WITHOUT_STORAGE, "storage": {"uri": "s3://mine/x", "endpoint": "https://mine.example.com"}}
+    began = resolved(hers, STORE)
+    assert resolved(hers, {"uri": "s3://two/models"}, began.defaults).spec == began.spec
+
+
+@pytest.mark.parametrize("kept", [{"storage.uri": "no uri"}, {"training.learningRate": "fast"}, {"gone.option": 1}])
+def test_kept_defaults_that_nobody_can_use_are_not_used(kept: dict[str, Any]) -> None:
+    assert resolved(WITHOUT_STORAGE, STORE, kept) == resolved(WITHOUT_STORAGE, STORE)
+
+
+def test_a_pool_that_goes_takes_nothing_from_an_attempt_that_runs() -> None:
+    """Memory ran out in it: its ladder stands on the batch it runs with, not on an empty spec."""
+    written = spec(resources={"nodePool": "gone", "gpusPerNode": 1}, policy={"onOutOfMemory": "Adapt"})
+    begun = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
+    rung = {"time": "2026-11-21T12:00:00Z", "reason": "OutOfMemory", "change": "", "set": {"training.batchSizePerDevice": 2}}
+    known = status(attempt=1, attempts=[begun], adaptations=[rung])
+    plan = decide(facts(written=written, known=known, jobs=[job(failed=at(60))], pods=[ended(pod(), 71)], now=at(61)))
+    assert plan.ended is not None and plan.ended.adaptation is not None
+    assert plan.ended.adaptation.change.startswith("batchSizePerDevice 2 -> 1")
+
+
 def test_a_spec_too_long_for_an_annotation_is_refused_with_its_size() -> None:
     env = [{"name": f"V{n}", "value": "x" * 4000} for n in range(20)]
     found = refused(spec(placement={"env": env}))
     assert "bytes" in found.message
+
+
+def test_bytes_are_counted_and_not_characters() -> None:
+    """A system prompt in Chinese takes three bytes a character."""
+    for letter, fits in (("m", True), ("\u6a21", False)):
+        env = [{"name": f"V{n}", "value": letter * 4000} for n in range(6)]
+        assert isinstance(accept(spec(placement={"env": env}), CONFIG), Accepted) is fits
 
 
 # Causes
@@ -215,6 +269,7 @@ def test_raw_logs_are_cut_and_cleaned() -> None:
 # Ladders
 
 
+@settings(deadline=None)
 @given(batch=st.integers(1, 512), accumulation=st.integers(1, 512))
 def test_the_memory_ladder_keeps_the_effective_batch_and_ends(batch: int, accumulation: int) -> None:
     current = accepted(spec(training={"batchSizePerDevice": batch, "gradientAccumulationSteps": accumulation})).spec

@@ -11,6 +11,8 @@ from typing import Any, cast
 
 import pytest
 from finetune_api.names import API_VERSION, KIND, Annotation, Reason
+from finetune_api.pod import RunConfig
+from finetune_api.spec.common import SecretRef
 from finetune_operator import events, workqueue
 from finetune_operator import reconcile as module
 from finetune_operator.cache import Cache
@@ -21,17 +23,20 @@ from finetune_operator.kube import (
     Conflict,
     Created,
     Forbidden,
+    Invalid,
     Kube,
+    KubeError,
     Listing,
     NamespaceGoing,
     NotFound,
+    OutcomeUnknown,
     ServerClock,
 )
 from finetune_operator.metrics import Metrics
-from finetune_operator.objects import CORE_EVENT, EVENT, FINETUNEJOB, JOB, POD, Kind, Object
+from finetune_operator.objects import CORE_EVENT, EVENT, FINETUNEJOB, JOB, POD, SERVICE, Kind, Object
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.scrape import Scraper
-from finetune_operator.settings import ScrapeSettings
+from finetune_operator.settings import OperatorConfig, ScrapeSettings, parse
 from finetune_operator.views import JobView, read_finetunejob
 from finetune_operator.workqueue import Key, WorkQueue
 
@@ -122,12 +127,12 @@ def server() -> Server:
 class Process:
     """An operator that was just started: it knows what the server tells, and nothing else."""
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, config: OperatorConfig = CONFIG) -> None:
         self.server, self.cache, self.queue = server, Cache(), WorkQueue()
         kube = cast("Kube", server)
         self.reconciler = Reconciler(
             kube=kube, cache=self.cache, queue=self.queue, recorder=Recorder(kube, "test"),
-            scraper=Scraper(ScrapeSettings(), server.clock.now, self.queue.add), metrics=Metrics(), config=CONFIG,
+            scraper=Scraper(ScrapeSettings(), server.clock.now, self.queue.add), metrics=Metrics(), config=config,
         )  # fmt: skip
         self.refresh()
 
@@ -383,6 +388,129 @@ async def test_an_event_without_an_answer_does_not_hold_its_status_up_for_long(
     await Process(server).look()
     assert server.objects[FINETUNEJOB.plural, "run"]["status"]["phase"] == "Starting"
     assert server.told() == {}
+
+
+def configured(image: str, **storage: Any) -> OperatorConfig:
+    return parse({"storage": storage, "trainer": {"image": image}, "retry": {"baseSeconds": 0.01}}, "test")
+
+
+async def test_a_job_keeps_the_store_and_the_defaults_it_began_with(server: Server) -> None:
+    """The operator's configuration and version may change between two attempts; image and access to the store are the new ones."""
+    body = server.objects[FINETUNEJOB.plural, "run"]
+    body["spec"] = {name: group for name, group in SPEC.items() if name != "storage"}
+    secret = {"credentialsSecretRef": {"name": "old"}}
+    first = Process(server, configured("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **secret))
+    for _ in range(2):
+        await first.look()
+    (begun,) = first.cache.family(KEY).jobs.values()
+    status = server.objects[FINETUNEJOB.plural, "run"]["status"]
+    status["resolved"]["defaults"]["training.learningRate"] = 0.125
+    other = Process(server, configured("trainer:2", uri="s3://two/models", endpoint="https://b.example.com"))
+    other.cache.put_job(begun)
+    await other.look()
+    status = server.objects[FINETUNEJOB.plural, "run"]["status"]
+    assert status["resolved"]["image"] == "trainer:1"
+    assert status["resolved"]["defaults"]["storage.uri"] == "s3://one/models"
+    other.cache.put_job(replace(begun, version=10**6, failed=begun.created))
+    for _ in range(3):
+        await other.look()
+    second = server.objects[JOB.plural, "run-2"]["spec"]["template"]
+    run = RunConfig.model_validate_json(second["metadata"]["annotations"][Annotation.RUN_CONFIG])
+    assert run.storage.uri.startswith("s3://one/models/team/run/")
+    assert run.storage.endpoint == "https://a.example.com"
+    assert run.spec.storage.credentials_secret_ref == SecretRef(name="old")
+    assert run.spec.training.learning_rate == 0.125
+    assert second["spec"]["containers"][0]["image"] == "trainer:2"
+    assert server.objects[FINETUNEJOB.plural, "run"]["status"]["resolved"]["image"] == "trainer:2"
+
+
+def condition(server: Server, kind: str) -> Object:
+    found = server.objects[FINETUNEJOB.plural, "run"]["status"]["conditions"]
+    return next(one for one in found if one["type"] == kind)
+
+
+POLICY = "jobs.batch \"run-1\" is forbidden: ValidatingAdmissionPolicy 'gpus' with binding 'gpus' denied request: no cost centre"
+WEBHOOK = 'admission webhook "validate.example.com" denied the request: no cost centre'
+DOWN = 'Internal error occurred: failed calling webhook "validate.example.com": no endpoints available, no cost centre'
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"), [(Invalid, 422, POLICY), (Invalid, 400, WEBHOOK), (Forbidden, 403, WEBHOOK), (OutcomeUnknown, 500, DOWN)],
+)  # fmt: skip
+async def test_admission_that_refuses_the_job_is_quoted_and_waited_for(
+    server: Server, error: type[KubeError], code: int, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A policy answers with any code; others may mend it, and the spec is not to blame."""
+
+    def refuse(verb: str, kind: Kind) -> None:
+        if (verb, kind) == ("create", JOB):
+            raise error(verb, kind, "run-1", code, "", words)
+
+    server.before = refuse
+    process = Process(server)
+    await process.look()
+    told = condition(server, "PodsReady")
+    assert (told["status"], told["reason"]) == ("False", Reason.FORBIDDEN_BY_POLICY)
+    assert "no cost centre" in told["message"]
+    assert condition(server, "Accepted")["status"] == "True"
+    assert process.queue._next_due() is not None
+    server.before = lambda verb, kind: None
+    await process.look()
+    assert (JOB.plural, "run-1") in server.objects
+    assert [one for one in caplog.records if one.exc_info] == []
+
+
+async def test_what_the_api_server_itself_refuses_is_final(server: Server) -> None:
+    def refuse(verb: str, kind: Kind) -> None:
+        if (verb, kind) == ("create", JOB):
+            raise Invalid(verb, kind, "run-1", 422, "Invalid", "spec.template.spec.priority: Invalid value")
+
+    server.before = refuse
+    await Process(server).work()
+    assert server.objects[FINETUNEJOB.plural, "run"]["status"]["phase"] == "Failed"
+
+
+async def test_an_answer_that_nobody_foresaw_is_one_line_in_the_log(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(verb: str, kind: Kind) -> None:
+        raise KubeError(verb, kind, "run-1", 401, "Unauthorized", "Unauthorized")
+
+    server.before = refuse
+    process = Process(server)
+    assert await process.reconciler._look(KEY) == "unavailable"
+    assert [one for one in caplog.records if one.exc_info] == []
+    assert "401 Unauthorized" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("taken", "reason", "words"),
+    [(True, Reason.CHILDREN_CONFLICT, "Service run-1 exists"), (False, Reason.QUOTA_EXCEEDED, "create Service run-1: exceeded quota")],
+)  # fmt: skip
+async def test_a_gang_without_its_service_says_so(server: Server, taken: bool, reason: Reason, words: str) -> None:
+    """Its pods do not find each other; the attempt is recorded all the same."""
+
+    def refuse(verb: str, kind: Kind) -> None:
+        if (verb, kind) == ("create", SERVICE):
+            raise Forbidden(verb, kind, "run-1", 403, "Forbidden", "exceeded quota: tight")
+
+    server.objects[FINETUNEJOB.plural, "run"]["spec"] = {**SPEC, "resources": {"nodes": 2, "gpusPerNode": 0}}
+    if taken:
+        server._put(SERVICE, {"metadata": {"name": "run-1", "namespace": "team"}})
+    else:
+        server.before = refuse
+    process = Process(server)
+    for _ in range(2):
+        await process.look()
+        told = condition(server, "PodsReady")
+        assert (told["status"], told["reason"]) == ("False", reason)
+        assert words in told["message"]
+    assert server.objects[FINETUNEJOB.plural, "run"]["status"]["attempts"][0]["number"] == 1
+    assert process.queue._next_due() is not None
+    server.before = lambda verb, kind: None
+    server.objects.pop((SERVICE.plural, "run-1"), None)
+    await process.look()
+    assert condition(server, "PodsReady")["reason"] == Reason.PODS_NOT_READY
 
 
 async def test_the_next_progress_is_due_a_period_after_the_last_was_heard(
