@@ -85,7 +85,13 @@ class Runtime:
         # Until kopf takes over the signals; told to end before that, it ends at once.
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._told_to_end.set)
-        await self._server.start()
+        try:
+            await self._server.start()
+        except OSError as error:
+            http = self._config.http
+            logger.error("start: http.host %s, http.port %d cannot be listened on: %s", http.host, http.port, error.strerror)
+            await self._server.stop()
+            return 1
         first = await self._first_look()
         if first is not None:
             await self._server.stop()

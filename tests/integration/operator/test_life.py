@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from typing import Any
 
 from finetune_api.names import Annotation, ExitCode, FailureClass, Label
 from finetune_api.pod import LastWords, RunConfig
+from finetune_operator.kube import Invalid, KubeError
 from finetune_operator.objects import EVENT, FINETUNEJOB, JOB, POD, SERVICE, Kind
 
 from tests.integration.operator.rig import Rig
+
+POLICY = Kind(
+    "admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy", "validatingadmissionpolicies"
+)  # fmt: skip
+POLICY_BINDING = Kind(
+    "admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicyBinding", "validatingadmissionpolicybindings"
+)  # fmt: skip
 
 
 def run_config(job: dict[str, Any]) -> RunConfig:
@@ -357,6 +366,43 @@ async def test_quota_refusal_shows_the_admission_s_words(world: Rig) -> None:
     await world.until("quota", lambda: world.condition("PodsReady").get("reason") == "QuotaExceeded", 60)
     assert "exceeded quota: none" in world.condition("PodsReady")["message"]
     assert world.status()["phase"] == "Starting"
+
+
+async def refusal(world: Rig) -> KubeError:
+    """The API server's answer to a Job, once a policy that was just made holds."""
+    template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}
+    for number in itertools.count():
+        body = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": f"probe-{number}"}}
+        try:
+            await world.kube.create(JOB, world.namespace, {**body, "spec": {"suspend": True, "template": template}})
+        except KubeError as error:
+            return error
+        await asyncio.sleep(0.1)
+    raise AssertionError("unreachable")
+
+
+async def test_a_policy_of_the_cluster_is_quoted_and_waited_for(world: Rig) -> None:
+    """It answers as if the object were wrong (422), and nothing is wrong with it."""
+    name = f"costs-{world.namespace}"
+    only_here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.namespace}}}
+    rules = [{"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}]
+    policy = {"failurePolicy": "Fail", "matchConstraints": {**only_here, "resourceRules": rules}}
+    policy["validations"] = [{"expression": "false", "message": "every Job names its cost centre"}]
+    binding = {"policyName": name, "validationActions": ["Deny"]}
+    made = []
+    for kind, spec in ((POLICY, policy), (POLICY_BINDING, binding)):
+        body = {"apiVersion": kind.api_version, "kind": kind.kind, "metadata": {"name": name}, "spec": spec}
+        made.append((kind, (await world.kube.create(kind, "", body)).body["metadata"]["uid"]))
+    try:
+        assert isinstance(await refusal(world), Invalid)
+        await world.create()
+        await world.until("refused", lambda: world.condition("PodsReady").get("reason") == "ForbiddenByPolicy")
+        assert "every Job names its cost centre" in world.condition("PodsReady")["message"]
+        assert world.condition("Accepted")["status"] == "True"
+    finally:
+        for kind, uid in made:
+            await world.kube.delete(kind, "", name, uid=uid)
+    await world.job("run-1")
 
 
 async def test_deleting_the_finetunejob_removes_its_children(world: Rig) -> None:

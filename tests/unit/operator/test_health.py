@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from finetune_operator.kube import ServerClock
 from finetune_operator.metrics import Metrics
 from finetune_operator.runtime import Runtime
-from finetune_operator.settings import parse
+from finetune_operator.settings import SettingsError, load, parse
 from finetune_operator.workqueue import Key
 
 from tests.unit.operator.virtual import run
@@ -21,6 +24,26 @@ KEY = Key("team", "run")
 def runtime() -> Runtime:
     kube: Any = SimpleNamespace(clock=ServerClock())
     return Runtime(CONFIG, kube, Metrics())
+
+
+def test_a_port_that_is_taken_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        kube: Any = SimpleNamespace(clock=ServerClock())
+
+        async def story() -> int:
+            return await Runtime(parse({"http": {"host": "127.0.0.1", "port": port}}, "test"), kube, Metrics()).run()
+
+        assert asyncio.run(story()) == 1
+    assert f"http.host 127.0.0.1, http.port {port} cannot be listened on" in caplog.text
+    assert [one for one in caplog.records if one.exc_info] == []
+
+
+def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_bytes(b"log: \xff\xfe")
+    with pytest.raises(SettingsError, match=r"config.yaml is not UTF-8: invalid start byte at byte 5"):
+        load(file)
 
 
 def test_it_is_ready_when_its_caches_are_filled() -> None:
