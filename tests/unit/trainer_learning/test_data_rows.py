@@ -16,7 +16,7 @@ from finetune_trainer.data import DataSummary, check_files, load
 from finetune_trainer.data.rows import Completion, Conversation, Judged, Preference, Prompt, Text, Turn
 from finetune_trainer.inputs import Inputs
 
-from tests.support.learning import make_run
+from tests.support.learning import make_run, write_rows
 
 
 def run_for(
@@ -354,12 +354,77 @@ def test_too_many_bad_rows(tmp_path: Path) -> None:
         ("\x00\x01", "data", "FileFormatUnknown", "neither its name nor its first bytes"),
         ('{"x": 1}', "train.jsonl", "FormatUnknown", "there are `x`"),
         (b"PAR1junk", "train.parquet", "DatasetRowInvalid", "not a readable Parquet file"),
+        (b"plain", "train.jsonl.gz", "DatasetRowInvalid", "not a readable gzip file"),
+        (gzip.compress(b'{"text": "a"}' * 99)[:-20], "train.jsonl.gz", "DatasetRowInvalid", "not a readable gzip file"),
+        (gzip.compress(b"text\na\n")[:-9], "train.csv.gz", "DatasetRowInvalid", "not a readable gzip file"),
+        ("[" * 100_000, "train.jsonl", "DatasetRowInvalid", "row 1: not valid JSON: maximum recursion depth"),
+        ("[" * 100_000, "train.json", "DatasetRowInvalid", "not valid JSON: maximum recursion depth"),
+        (f'[{{"text": {"1" * 5000}}}]', "train.json", "DatasetRowInvalid", "not valid JSON: Exceeds the limit"),
+        (r'{"text": "a \ud83d b"}', "train.jsonl", "DatasetRowInvalid", r"row 1: `\ud83d` is half of a character"),
+        (
+            r'[{"text": "a"}, {"text": {"b": ["\uDE00"]}}]',
+            "train.json",
+            "DatasetRowInvalid",
+            r"row 2: `\ude00` is half",
+        ),
+        ("question,answer,answer\nq,a,b\n", "train.csv", "DatasetRowInvalid", "names column 'answer' twice"),
     ],
 )
 def test_broken_files(text: str | bytes, name: str, code: str, found: str, tmp_path: Path) -> None:
     error = failure(tmp_path, text=text, name=name)
     assert (error.code, int(error.exit_code)) == (code, 65)
     assert found in error.message and name in error.message
+
+
+def test_whole_characters_may_be_written_as_halves(tmp_path: Path) -> None:
+    assert examples(tmp_path, text=r'{"text": "a \ud83d\ude00"}') == [Text("a \U0001f600")]
+
+
+@pytest.mark.timeout(30)
+def test_a_long_row_without_spaces_is_looked_at_once(tmp_path: Path) -> None:
+    """A search that begins anew at every dot needs minutes for such a row."""
+    dots = "a.b-c." * 50_000
+    rows = [{"text": dots}, {"text": f"{dots}@{dots}"}, {"text": "to a.b@mail.example.org."}, {"text": "a@b"}]
+    run, inputs = run_for(tmp_path, {"dataset": {"checks": {"piiScan": True}}}, rows)
+    findings = check_files(run, inputs).findings
+    assert findings.personal is not None and findings.personal["email"] == 1
+
+
+# ---- mixtures
+
+
+def mixed(folder: Path, dataset: dict[str, Any], *sources: Any) -> Any:
+    """What is loaded of a mixture of sources, the first of weight 9."""
+    items = [{"source": f"s3://data/{i}.jsonl", "weight": 1 if i else 9} for i in range(len(sources))]
+    run, inputs = run_for(folder, {"dataset": {"train": None, "mixture": items, **dataset}})
+    files = [[write_rows(folder / f"{i}.jsonl", rows)] for i, rows in enumerate(sources)]
+    return load(run, inputs.model_copy(update={"train": [], "mixture": files}))
+
+
+def texts(count: int, first: int = 0) -> list[dict[str, str]]:
+    return [{"text": f"text {number}"} for number in range(first, first + count)]
+
+
+def test_a_row_of_a_mixture_is_learned_or_held_out(tmp_path: Path) -> None:
+    """A small source is gone through several times: its rows must not be both."""
+    loaded = mixed(tmp_path, {"split": {"validation": 0.2, "test": 0.2}}, texts(4), texts(16, 100))
+    train, validation, test = ({row.text for _, row in part} for part in (loaded.train, loaded.validation, loaded.test))
+    assert (len(loaded.train), len(validation), len(test)) == (12, 4, 4)
+    assert not train & validation and not train & test and not validation & test
+    assert sum(row.text in {one["text"] for one in texts(4)} for _, row in loaded.train) == 11  # 9 of 10 parts
+
+
+def test_leaving_out_duplicates_keeps_the_weights_of_a_mixture(tmp_path: Path) -> None:
+    loaded = mixed(tmp_path, {"checks": {"deduplicate": True}}, texts(2) * 2, [*texts(1), *texts(8, 100)])
+    assert loaded.summary.findings.duplicates == 3
+    assert [row.text.startswith("text 10") for _, row in loaded.train].count(False) == 9
+    assert len(loaded.train) == 10
+
+
+def test_a_source_without_a_row_of_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        mixed(tmp_path, {"checks": {"deduplicate": True}}, texts(2), texts(2))
+    assert caught.value.code == "DatasetEmpty" and "s3://data/1.jsonl: no row is left" in caught.value.message
 
 
 def test_column_that_no_row_has_is_one_mistake(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.pod import RunConfig
-from finetune_api.spec.dataset import Columns, Dataset
+from finetune_api.spec.dataset import Columns, Dataset, Split
 from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, TrainerType
 
 from finetune_trainer.data import checks
@@ -51,11 +51,22 @@ class DataSummary:
     """What the rows are, counted."""
 
     format: DatasetFormat
+    """Of the first training rows."""
+    formats: list[DatasetFormat] = field(default_factory=list)
+    """Of every source that was read, in that order, each once."""
     rows: dict[str, int] = field(default_factory=dict)
     """Usable rows by part: train, validation, test."""
     bad_rows: int = 0
     findings: checks.Findings = field(default_factory=checks.Findings)
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def with_turns(self) -> DatasetFormat:
+        """The first format that has turns, if one has, else the format: it decides how much of a row is learned.
+
+        Text without turns is learned whole either way, and must not decide for the rest of a mixture.
+        """
+        return next((one for one in self.formats if one not in WITHOUT_TURNS), self.format)
 
 
 @dataclass
@@ -86,16 +97,13 @@ def load(run: RunConfig, inputs: Inputs) -> Loaded:
     """All examples of a run. Errors: see `check_files`."""
     spec = run.spec.dataset
     reader = _Reader(run)
-    if inputs.mixture:
-        train = _mixture(reader, run, inputs.mixture)
-    else:
-        train = reader.rows(inputs.train, spec.format, spec.columns)
-    train = reader.look(train)
+    sources = reader.look(_sources(reader, run, inputs))
     validation = reader.rows(inputs.validation, spec.format, spec.columns) if inputs.validation else []
     test = reader.rows(inputs.test, spec.format, spec.columns) if inputs.test else []
     if spec.split is not None:
-        train, cut_validation, cut_test = cut(train, spec.split)
+        sources, cut_validation, cut_test = _cut(sources, spec.split)
         validation, test = validation or cut_validation, test or cut_test
+    train = _mixture(reader, run, sources) if inputs.mixture else sources[0]
     summary = reader.summary
     summary.rows = {"train": len(train), "validation": len(validation), "test": len(test)}
     return Loaded(train, validation, test, summary)
@@ -119,14 +127,36 @@ def response_only(run: RunConfig, kind: DatasetFormat) -> bool:
     )  # fmt: skip
 
 
-def _mixture(reader: _Reader, run: RunConfig, sources: Sequence[list[Path]]) -> Rows:
+def _sources(reader: _Reader, run: RunConfig, inputs: Inputs) -> list[Rows]:
+    """Training rows, source by source."""
     spec = run.spec.dataset
-    items = spec.mixture or []
-    parts = [
+    if not inputs.mixture:
+        return [reader.rows(inputs.train, spec.format, spec.columns)]
+    return [
         reader.rows(paths, item.format or spec.format, item.columns or spec.columns)
-        for paths, item in zip(sources, items, strict=True)
+        for paths, item in zip(inputs.mixture, spec.mixture or [], strict=True)
     ]
+
+
+def _cut(sources: Sequence[Rows], split: Split) -> tuple[list[Rows], Rows, Rows]:
+    """Training rows source by source, validation and test rows.
+
+    Before a mixture is made: it goes through a small source several times, and a row that is learned must not be held out too.
+    """
+    train, validation, test = cut([(number, row) for number, rows in enumerate(sources) for row in rows], split)
+    left: list[Rows] = [[row for of, row in train if of == number] for number in range(len(sources))]
+    return left, [row for _, row in validation], [row for _, row in test]
+
+
+def _mixture(reader: _Reader, run: RunConfig, parts: Sequence[Rows]) -> Rows:
+    items = run.spec.dataset.mixture or []
     weights = [1.0 if item.weight is None else item.weight for item in items]
+    for item, part, weight in zip(items, parts, weights, strict=True):
+        if weight and not part:
+            raise DataError(
+                "DatasetEmpty", f"{item.source}: no row is left to train on once duplicates and held-out rows are taken out",
+                hint="give it more rows, or remove it from dataset.mixture",
+            )  # fmt: skip
     seed = 42 if run.spec.training.seed is None else run.spec.training.seed
     mixed = mix(parts, weights, seed)
     shares = ", ".join(
@@ -161,7 +191,6 @@ class _Reader:
         self.spec: Dataset = run.spec.dataset
         self.trainer = run.spec.trainer.type or TrainerType.SFT
         self.summary = DataSummary(self.spec.format or DatasetFormat.MESSAGES)
-        self._first = True
 
     def rows(self, paths: list[Path], given: DatasetFormat | None, columns: Columns | None) -> Rows:
         """Examples of one source."""
@@ -213,8 +242,10 @@ class _Reader:
                 hint="give data of that format, or choose the trainer that reads it",
             )  # fmt: skip
         require_columns(sample, kind, columns)
-        if self._first:
-            self.summary.format, self._first = kind, False
+        if not self.summary.formats:
+            self.summary.format = kind
+        if kind not in self.summary.formats:
+            self.summary.formats.append(kind)
         return kind, columns
 
     def _recipe(self, kind: DatasetFormat, columns: Columns) -> Recipe:
@@ -255,14 +286,15 @@ class _Reader:
             f"{len(broken)} of {rows} rows were left out; the first: {first.place}: {error.found}"
         )
 
-    def look(self, rows: Rows) -> Rows:
-        """The looks of `dataset.checks` that concern all training rows."""
+    def look(self, sources: list[Rows]) -> list[Rows]:
+        """The looks of `dataset.checks` that concern all training rows, which come source by source."""
         asked, findings, notes = self.spec.checks, self.summary.findings, self.summary.notes
         if asked is None:
-            return rows
+            return sources
         if asked.deduplicate:
-            rows, findings.duplicates = checks.deduplicate(rows)
+            sources, findings.duplicates = checks.deduplicate(sources)
             notes.append(f"{findings.duplicates} duplicate rows were left out")
+        rows = list(chain.from_iterable(sources))
         if asked.pii_scan:
             findings.personal = checks.scan_personal(rows)
             hits = ", ".join(f"{kind} in {count}" for kind, count in findings.personal.items() if count)
@@ -272,7 +304,7 @@ class _Reader:
             if findings.answers:
                 top = next(iter(findings.answers))
                 notes.append(f"most frequent answer: {top!r}, {findings.share_of_top_answer:.1%} of all")
-        return rows
+        return sources
 
 
 __all__ = ["DataSummary", "Loaded", "check_files", "load", "response_only"]

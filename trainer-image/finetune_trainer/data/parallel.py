@@ -15,7 +15,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from finetune_trainer.data.rows import Example, RowError
 from finetune_trainer.data.template import Rendered, Style, render
@@ -26,13 +26,28 @@ ROWS_OF_A_WORKER = 10_000
 CGROUP = Path("/sys/fs/cgroup/cpu.max")
 Row = tuple[str, list[int], list[int]]
 """Place, token ids, labels."""
-Refused = tuple[str, str, str, str]
-"""Place, code, what was found, what to write."""
+Made = TypeVar("Made", covariant=True)
+
+
+class Refused(NamedTuple):
+    """A row that cannot be used."""
+
+    place: str
+    code: str
+    found: str
+    write: str
+
+
+class Task(Protocol[Made]):
+    """What a worker does with a batch of rows, and all that it needs to know for that. It can be pickled."""
+
+    def __call__(self, rows: Sequence[tuple[str, Example]]) -> Sequence[Made | Refused]:
+        """What is made of each row, or why nothing is."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker needs to know, once."""
+    """Rows of supervised training: rendered and tokenised."""
 
     style: Style
     rules: Rules
@@ -46,7 +61,7 @@ class Work:
                 try:
                     yield place, render(example, self.style)
                 except RowError as error:
-                    refused.append((number, (place, error.code, error.found, error.write)))
+                    refused.append((number, Refused(place, error.code, error.found, error.write)))
 
         result: list[Row | Refused] = list(encoded(rendered(), self.style.tokenizer, self.rules))
         for number, why in refused:
@@ -54,37 +69,38 @@ class Work:
         return result
 
 
-_work: Work | None = None
+_work: Task[Any] | None = None
 
 
-def _begin(work: Work) -> None:
+def _begin(work: Task[Any]) -> None:
     global _work  # a worker process has one task all its life
     _work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are shared out already
 
 
-def _do(rows: Sequence[tuple[str, Example]]) -> list[Row | Refused]:
+def _do(rows: Sequence[tuple[str, Example]]) -> Sequence[Any]:
     assert _work is not None, "the pool starts every worker with its work"
     return _work(rows)
 
 
 def encoded_rows(
-    rows: Sequence[tuple[Any, Example]], work: Work, *, processes: int, on_bad_row: Callable[[str, str, str, str], None]
-) -> Iterator[Row]:
-    """Token ids and labels of every row, in order; a row that cannot be rendered is told to `on_bad_row`, which raises or returns."""
+    rows: Sequence[tuple[Any, Example]], work: Task[Made], *, processes: int,
+    on_bad_row: Callable[[str, str, str, str], None],
+) -> Iterator[Made]:  # fmt: skip
+    """What `work` makes of every row, in order; a row that cannot be rendered is told to `on_bad_row`, which raises or returns."""
     batches = _batches(rows)
     workers = min(processes, len(rows) // ROWS_OF_A_WORKER)
     pool = _pool(work, workers) if workers > 1 else None
     with pool or nullcontext():
         for batch in pool.map(_do, batches) if pool else map(work, batches):
             for one in batch:
-                if len(one) == 3:
-                    yield one
-                else:
+                if isinstance(one, Refused):
                     on_bad_row(*one)
+                else:
+                    yield one
 
 
-def _pool(work: Work, workers: int) -> ProcessPoolExecutor:
+def _pool(work: Task[Any], workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (work,))
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,8 +32,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-VERSION = 2
+VERSION = 3
 """Of what is cached; a change of the stages raises it."""
+SUMMARY = "summary.json"
 MAX_LENGTH = "dataset.maxSequenceLength"
 DEFAULT_LENGTH = 2048
 FAR = 1 << 24
@@ -51,6 +53,8 @@ class Prepared:
     reports: dict[str, TokenReport]
     rows: dict[str, int]
     notes: list[str] = field(default_factory=list)
+    choices: bool = False
+    """Whether all rows are questions with one letter as the answer."""
     cached: bool = False
 
 
@@ -66,9 +70,9 @@ def prepare(
     """
     length = max_length(run, tokenizer, model_limit)
     template = use_template(run, inputs, tokenizer)
-    folder = cache / _key(run, inputs, tokenizer, length)
+    folder = cache / key(run, inputs, tokenizer, length)
     with first or nullcontext():
-        cached = (folder / "summary.json").exists()
+        cached = (folder / SUMMARY).exists()
         if not cached:
             _write(folder, _tokens(run, inputs, tokenizer, length, template))
     return _open(folder, length, cached)
@@ -121,7 +125,10 @@ def style_of(run: RunConfig, tokenizer: Any, template: bool, kind: DatasetFormat
     chosen = run.spec.dataset.response_only
     markers = (chosen.question_marker or "", chosen.answer_marker or "") if chosen else ("", "")
     specials = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    return Style(tokenizer, template, response_only(run, kind), markers if markers[1] else None, tuple(specials))
+    return Style(
+        tokenizer, template, response_only(run, kind), markers if markers[1] else None, tuple(specials),
+        text_as_turns=run.spec.dataset.use_chat_template is True,
+    )  # fmt: skip
 
 
 def _tokens(
@@ -131,12 +138,11 @@ def _tokens(
     spec = run.spec.dataset
     loaded = load(run, inputs)
     rules = Rules(length, spec.overflow or Overflow.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token)
-    style = style_of(run, tokenizer, template, loaded.summary.format)
+    style = style_of(run, tokenizer, template, loaded.summary.with_turns)
     notes = list(loaded.summary.notes)
     parts: dict[str, Tokens] = {}
     for name, rows in loaded.parts():
-        if isinstance(rows[0][1], Completion) and template and spec.use_chat_template is None:
-            style = Style(tokenizer, False, style.response_only, style.markers, style.specials)
+        if template and spec.use_chat_template is None and any(isinstance(one, Completion) for _, one in rows):
             notes.append("prompt and completion are joined as they are; dataset.useChatTemplate: true makes them turns")
         bad = RowPolicy(run, len(rows))
         stream = encoded_rows(rows, Work(style, rules), processes=spec.num_proc or cores(), on_bad_row=bad)
@@ -183,7 +189,7 @@ class RowPolicy:
 # ---- cache
 
 
-def _key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
+def key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
     """Hash of everything that decides the tokens: data, options, tokenizer, version."""
     digest = hashlib.sha256(inputs.dataset_digest.encode())
     for path in [*inputs.train, *(one for part in inputs.mixture for one in part), *inputs.validation, *inputs.test]:
@@ -196,6 +202,7 @@ def _key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
         VERSION,
         {name: value for name, value in run.spec.dataset.wire().items() if name != "numProc"},
         run.spec.trainer.type,
+        run.spec.trainer.max_completion_length,
         _defaults(run),
         length,
         seed,
@@ -213,40 +220,53 @@ def _key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
 
 def _defaults(run: RunConfig) -> list[str]:
     """Options that nobody asked for: they give way where an asked one would be refused."""
-    return sorted(path for path in run.defaults if path.startswith("dataset."))
+    return sorted(path for path in run.defaults if path.startswith(("dataset.", "trainer.maxCompletionLength")))
 
 
 def _write(folder: Path, made: tuple[Loaded, dict[str, Tokens], list[str]]) -> None:
-    """Write beside and rename, so that a reader sees all or nothing."""
     from datasets import Dataset
 
     loaded, parts, notes = made
-    beside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+    sets = {}
     for name, tokens in parts.items():
         columns: dict[str, Any] = {"input_ids": tokens.input_ids, "labels": tokens.labels}
         if tokens.lengths is not None:
             columns["seq_lengths"] = tokens.lengths
-        Dataset.from_dict(columns).save_to_disk(str(beside / name), num_shards=1)
+        sets[name] = Dataset.from_dict(columns)
     summary = {
         "format": loaded.summary.format, "rows": loaded.summary.rows, "notes": notes,
+        "choices": set(loaded.summary.formats) == {DatasetFormat.MCQ},
         "reports": {name: asdict(tokens.report) for name, tokens in parts.items()},
     }  # fmt: skip
-    (beside / "summary.json").write_text(json.dumps(summary))
+    keep(folder, sets, summary)
+
+
+def keep(folder: Path, parts: Mapping[str, Dataset], summary: Mapping[str, Any]) -> None:
+    """Write beside and rename, so that a reader sees all or nothing."""
+    beside = folder.with_name(folder.name + ".part")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for name, part in parts.items():
+        part.save_to_disk(str(beside / name), num_shards=1)
+    (beside / SUMMARY).write_text(json.dumps(summary))
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
 
 
-def _open(folder: Path, length: int, cached: bool) -> Prepared:
+def kept(folder: Path) -> tuple[Dataset, Dataset | None, Dataset | None, Any]:
+    """Rows of training, validation and test, in memory that ranks share, and the summary."""
     from datasets import Dataset
 
-    summary = json.loads((folder / "summary.json").read_text())
     train, validation, test = (
         Dataset.load_from_disk(str(folder / part)) if (folder / part).exists() else None
         for part in ("train", "validation", "test")
     )
     assert train is not None, "a summary is written after the rows of training"
+    return train, validation, test, json.loads((folder / SUMMARY).read_text())
+
+
+def _open(folder: Path, length: int, cached: bool) -> Prepared:
+    train, validation, test, summary = kept(folder)
     return Prepared(
         train=train,
         validation=validation,
@@ -256,5 +276,6 @@ def _open(folder: Path, length: int, cached: bool) -> Prepared:
         reports={name: TokenReport(**report) for name, report in summary["reports"].items()},
         rows=summary["rows"],
         notes=summary["notes"],
+        choices=summary["choices"],
         cached=cached,
     )

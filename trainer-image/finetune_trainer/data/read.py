@@ -6,9 +6,11 @@ import csv
 import gzip
 import io
 import json
+import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from finetune_api.errors import DataError
 from finetune_api.spec.enums import BadRows, FileFormat
@@ -20,6 +22,8 @@ SUFFIXES = {
     ".tsv": FileFormat.CSV, ".txt": FileFormat.TXT, ".text": FileFormat.TXT, ".parquet": FileFormat.PARQUET,
 }  # fmt: skip
 CSV_FIELD_LIMIT = 16 * 1024 * 1024
+HALF = "\\ud"
+"""How JSON begins to name half of a character, in small letters."""
 
 
 def data_files(paths: list[Path]) -> list[Path]:
@@ -87,8 +91,17 @@ def _suffix(file: Path) -> str:
     return Path(name).suffix
 
 
-def _open(file: Path) -> io.BufferedIOBase:
-    return gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb")
+@contextmanager
+def _open(file: Path) -> Iterator[IO[bytes]]:
+    """The file's bytes, unpacked. Errors: DatasetRowInvalid for a .gz file that is none, or is cut off."""
+    try:
+        with gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb") as stream:
+            yield stream
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(
+            "DatasetRowInvalid", f"{file.name}: not a readable gzip file: {error}",
+            hint="upload it whole, or name it without .gz if it is not compressed",
+        ) from None  # fmt: skip
 
 
 def _read_file(file: Path, kind: FileFormat) -> Iterator[Raw | tuple[Raw, RowError]]:
@@ -136,20 +149,34 @@ def _whole(file: Path) -> str:
         raise _not_utf8(file, error.start, data[:4]) from None
 
 
-def _object(file: Path, number: int, value: Any) -> Raw | tuple[Raw, RowError]:
+def _object(file: Path, number: int, value: Any, *, escapes: bool) -> Raw | tuple[Raw, RowError]:
+    """The row, if it is an object of whole characters; `escapes`: the file wrote some of them as halves."""
     if isinstance(value, dict):
-        return Raw(file, number, value)
+        broken = _half_character(value) if escapes else None
+        return (Raw(file, number, {}), broken) if broken else Raw(file, number, value)
     found = f"a JSON object was expected, found {_kind(value)}"
     return Raw(file, number, {}), RowError(
         "DatasetRowInvalid", found, 'write one object per row, for example {"messages": [...]}'
     )
 
 
+def _half_character(value: Any) -> RowError | None:
+    """JSON may name half of a character (`\\ud83d` without its second half), which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return RowError(
+            "DatasetRowInvalid", f"`\\u{ord(error.object[error.start]):04x}` is half of a character",
+            "write both halves, or the character itself",
+        )  # fmt: skip
+    return None
+
+
 def _jsonl(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
     for number, line in _lines(file):
         try:
             value = json.loads(line.rstrip())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             where = (
                 f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else f": {error}"
             )
@@ -158,7 +185,7 @@ def _jsonl(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
                 RowError("DatasetRowInvalid", f"not valid JSON{where}", "write one JSON object per line"),
             )
             continue
-        yield _object(file, number, value)
+        yield _object(file, number, value, escapes=HALF in line.lower())
 
 
 def _json(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
@@ -173,6 +200,10 @@ def _json(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
             "DatasetRowInvalid", f"{file.name}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}",
             hint="write an array of objects, or one object per line and `dataset.fileFormat: jsonl`",
         ) from None  # fmt: skip
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested arrays
+        raise DataError(
+            "DatasetRowInvalid", f"{file.name}: not valid JSON: {error}", hint="mend the row, or remove it"
+        ) from None
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
     elif isinstance(value, dict):
@@ -182,8 +213,9 @@ def _json(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
             "DatasetRowInvalid", f"{file.name}: an array of objects was expected, found {_kind(value)}",
             hint='write [{"messages": [...]}, ...], or an object whose `data` is such an array',
         )  # fmt: skip
+    escapes = HALF in text.lower()
     for number, item in enumerate(value, start=1):
-        yield _object(file, number, item)
+        yield _object(file, number, item, escapes=escapes)
 
 
 def _csv(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
@@ -195,6 +227,7 @@ def _csv(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
     number = 0
     try:
         header = [name.strip() for name in next(records, [])]
+        _require_different(header, file)
         for number, record in enumerate(records, start=1):
             if not record:
                 continue
@@ -209,6 +242,15 @@ def _csv(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
             "DatasetRowInvalid", f"{file.name}, row {number + 1}: not valid CSV: {error}",
             hint="put values with quotes or line breaks into double quotes, and double the quotes inside",
         ) from None  # fmt: skip
+
+
+def _require_different(header: list[str], file: Path) -> None:
+    """Of two columns with one name the first would be lost. Errors: DatasetRowInvalid."""
+    twice = next((name for name in header if name and header.count(name) > 1), None)
+    if twice is not None:
+        raise DataError(
+            "DatasetRowInvalid", f"{file.name}: the header names column {twice!r} twice", hint="give each a name of its own"
+        )  # fmt: skip
 
 
 def _text(file: Path) -> Iterator[Raw]:
@@ -226,7 +268,7 @@ def _parquet(file: Path) -> Iterator[Raw]:
             for value in batch.to_pylist():
                 number += 1
                 yield Raw(file, number, value)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).split("\n")[0]
         raise DataError(
             "DatasetRowInvalid", f"{file.name}: not a readable Parquet file: {reason}", hint="write it again"

@@ -50,6 +50,8 @@ class Style:
     """Question and answer marker of the spec; the second alone is enough."""
     specials: tuple[str, ...] = ()
     """Special tokens of the tokenizer, longest first: the end of a turn is learned with it."""
+    text_as_turns: bool = True
+    """Whether a prompt and a completion that are text become turns too, or are joined as they are."""
 
 
 def render(example: Example, style: Style) -> Rendered:
@@ -58,7 +60,7 @@ def render(example: Example, style: Style) -> Rendered:
         case Text(text):
             rendered = Rendered(text, ((0, len(text)),), False)
         case Completion(prompt, completion):
-            if style.use_chat_template:
+            if style.use_chat_template and style.text_as_turns:
                 turns = (Turn("user", prompt), Turn("assistant", completion))
                 return render(Conversation(turns), style)
             start = len(prompt) if style.response_only else 0

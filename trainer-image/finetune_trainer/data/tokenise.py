@@ -234,17 +234,21 @@ class _Ends:
         if self.bos is not None and leading != keep:
             ids, labels = [self.bos] * keep + ids[leading:], [IGNORED] * keep + labels[leading:]
         if self.eos is not None and not self._ended(ids, templated):
-            ids, labels = [*ids, self.eos], [*labels, self.eos]
+            last = self._last(ids)
+            learned = last < 0 or labels[last] != IGNORED  # the end of what is not learned is not learned either
+            ids, labels = [*ids, self.eos], [*labels, self.eos if learned else IGNORED]
         return ids, labels
 
     def _ended(self, ids: list[int], templated: bool) -> bool:
         """Whether the row ends itself: a text with the end token, a template with any special token before blanks."""
         if not templated:
             return bool(ids) and ids[-1] == self.eos
-        last = len(ids)
-        while last and ids[last - 1] in self.spaces:
-            last -= 1
-        return last > 0 and ids[last - 1] in self.specials
+        last = self._last(ids)
+        return last >= 0 and ids[last] in self.specials
+
+    def _last(self, ids: list[int]) -> int:
+        """Place of the last token that is no blank; -1: there is none."""
+        return next((place for place in range(len(ids) - 1, -1, -1) if ids[place] not in self.spaces), -1)
 
 
 def _single(tokenizer: Any, text: str) -> list[int]:
