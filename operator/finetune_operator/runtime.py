@@ -87,9 +87,9 @@ class Runtime:
             loop.add_signal_handler(number, self._told_to_end.set)
         try:
             await self._server.start()
-        except OSError as error:
-            http = self._config.http
-            logger.error("start: http.host %s, http.port %d cannot be listened on: %s", http.host, http.port, error.strerror)
+        except OSError as refused:
+            http, why = self._config.http, refused.strerror
+            logger.error("start: http.host %s, http.port %d cannot be listened on: %s", http.host, http.port, why)
             await self._server.stop()
             return 1
         first = await self._first_look()
