@@ -76,6 +76,8 @@ class Runtime:
         self._working = asyncio.Event()
         self._stopping = False
         self._told_to_end = asyncio.Event()
+        self._version = 0
+        """Of the world that the last full lists showed."""
         self._heard_at = asyncio.get_running_loop().time()
         self._server = Server(config.http, metrics, healthy=self._healthy, ready=self._ready, refresh=self._refresh)
 
@@ -208,6 +210,10 @@ class Runtime:
             version=min(one.version for one in (finetunejobs, jobs, pods)),
             namespaces=frozenset(self._config.namespaces),
         )
+        if listed.version < self._version:
+            # A store that was restored from a backup: the cache would take every event from now on for an old one.
+            raise StartError(f"the API server's store went back from version {self._version} to {listed.version}")
+        self._version = listed.version
         for key in [*self._cache.prune(listed), *self._cache.keys()]:
             self._queue.add(key)
         self._synced.set()

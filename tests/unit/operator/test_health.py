@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from finetune_operator.kube import ServerClock
+from finetune_operator.kube import Listing, ServerClock
 from finetune_operator.metrics import Metrics
-from finetune_operator.runtime import Runtime
+from finetune_operator.runtime import Runtime, StartError
 from finetune_operator.settings import SettingsError, load, parse
 from finetune_operator.workqueue import Key
 
@@ -44,6 +45,24 @@ def test_a_file_that_is_no_text_is_one_line(tmp_path: Path) -> None:
     file.write_bytes(b"log: \xff\xfe")
     with pytest.raises(SettingsError, match=r"config.yaml is not UTF-8: invalid start byte at byte 5"):
         load(file)
+
+
+def test_a_store_that_went_back_ends_the_process() -> None:
+    """Restored from a backup, it numbers its versions anew from there; with an empty cache the operator sees them."""
+    versions = iter([20, 20, 20, 30, 31, 32, 12, 12, 12])
+
+    async def pages(*_: Any, **__: Any) -> AsyncIterator[Listing]:
+        yield Listing([], next(versions))
+
+    async def story() -> None:
+        kube: Any = SimpleNamespace(clock=ServerClock(), pages=pages)
+        found = Runtime(CONFIG, kube, Metrics())
+        await found._resync()
+        await found._resync()
+        with pytest.raises(StartError, match="went back from version 30 to 12"):
+            await found._resync()
+
+    run(story())
 
 
 def test_it_is_ready_when_its_caches_are_filled() -> None:
