@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ CORE = "/api/v1"
 EVENTS = "/apis/events.k8s.io/v1"
 TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
 CALL_SECONDS = 30
+HTTP_UNAUTHORIZED, HTTP_NOT_FOUND = 401, 404
+KINDS = (KIND.lower(), PLURAL, "ftj")
+NAMESPACE = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
 WATCH_SECONDS = 60
 
 Object = dict[str, Any]
@@ -83,10 +87,12 @@ class Cluster:
         return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in items]
 
     def follow(self, name: str, deadline: float | None = None) -> Iterator[Object]:
-        """The FineTuneJob now and after every change, until the deadline (monotonic seconds). Raises ClusterError."""
-        while deadline is None or time.monotonic() < deadline:
+        """The FineTuneJob now, and after every change until the deadline (monotonic seconds). Raises ClusterError."""
+        while True:
             job = self.job(name)
             yield job
+            if deadline is not None and time.monotonic() >= deadline:
+                return
             seconds = (
                 WATCH_SECONDS if deadline is None else max(1, min(WATCH_SECONDS, int(deadline - time.monotonic())))
             )
@@ -152,7 +158,14 @@ class Cluster:
     ) -> Object:  # fmt: skip
         """One request and its JSON answer. Raises ClusterError."""
         response = self._send(method, path, query or {}, body, content, accept, CALL_SECONDS)
-        found: Object = json.loads(response.read())
+        try:
+            found = json.loads(response.read())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ClusterError(
+                f"{self.client.configuration.host} does not answer as an API server does: is it the address of a login page or of a proxy?"
+            )
         return found
 
     def _watch(self, path: str, query: dict[str, str], seconds: float) -> Iterator[Object]:
@@ -188,11 +201,31 @@ class Cluster:
                 f"the API server at {self.client.configuration.host} cannot be reached: {reason_of(error)}"
             ) from None
         if response.status >= 400:
-            raise ClusterError(_message(response.read(), response.status), response.status)
+            raise self._refused(response.read(), response.status, path)
         return response
 
+    def _refused(self, body: bytes, status: int, path: str) -> ClusterError:
+        """What the server said, and what to do about it. A kind that the server lacks is not a job that is gone: its code is 0."""
+        host = self.client.configuration.host
+        try:
+            found = json.loads(body)
+            said = str(found.get("message") or found.get("reason") or "") if isinstance(found, dict) else ""
+        except ValueError:
+            said = ""
+        if status == HTTP_UNAUTHORIZED:
+            return ClusterError(
+                f"the API server at {host} does not accept the credentials of the kubeconfig: log in again", status
+            )
+        if status == HTTP_NOT_FOUND and not said and path.startswith(JOBS):
+            hint = "install the operator's chart, or choose another cluster with --context"
+            return ClusterError(f"the cluster at {host} knows no {KIND}s of {API_VERSION}: {hint}")
+        if not said:
+            text = " ".join(body[:200].decode(errors="replace").split())
+            said = f"the API server at {host} answered HTTP {status}: {text[:120]}"
+        return ClusterError(said, status)
+
     def _job(self, name: str) -> str:
-        return f"{JOBS}/{self._namespaced(PLURAL, name)}"
+        return f"{JOBS}/{self._namespaced(PLURAL, bare(name))}"
 
     def _namespaced(self, plural: str, name: str | None = None, namespace: str | None = None) -> str:
         """Path of a collection, or of an object in it; names are quoted, so that none of them is a path of its own."""
@@ -213,6 +246,12 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None)
     """A connection by kubectl's rules: --kubeconfig, KUBECONFIG, ~/.kube/config, else the pod's own account. Raises ClusterError."""
     from kubernetes import client, config
 
+    if namespace is not None and not NAMESPACE.match(namespace):
+        raise ClusterError(
+            f"--namespace {namespace}: it cannot be the name of a namespace; write a-z, 0-9 and -, at most 63 characters"
+        )
+    if kubeconfig is not None and (not kubeconfig.exists() or kubeconfig.is_dir()):
+        raise ClusterError(f"--kubeconfig {kubeconfig}: there is no such file")
     configuration = client.Configuration()
     try:
         found = _kubeconfig(
@@ -237,6 +276,8 @@ def _kubeconfig(configuration: Any, context: str | None, path: str | None) -> st
             contexts, active = config.list_kube_config_contexts(config_file=path)
         except config.ConfigException:
             raise
+        except OSError as error:
+            raise ClusterError(f"{error.filename or path or 'the kubeconfig'}: {error.strerror}") from None
         except Exception as error:
             # The library lets through whatever its parsers raise, with a piece of the file in the text: not to be shown.
             where = path or "~/.kube/config"
@@ -274,14 +315,6 @@ def reason_of(error: Exception) -> str:
     return text.rpartition(": ")[2].strip("()<> '\"") or type(error).__name__
 
 
-def _message(body: bytes, status: int) -> str:
-    try:
-        found = json.loads(body)
-        return str(found.get("message") or found.get("reason") or f"HTTP {status}")
-    except (ValueError, AttributeError):
-        return f"HTTP {status}: {body[:200].decode(errors='replace')}"
-
-
 def _lines(response: Any) -> Iterator[str]:
     import urllib3
 
@@ -297,6 +330,14 @@ def _lines(response: Any) -> Iterator[str]:
         response.release_conn()
     if rest:
         yield rest.decode(errors="replace")
+
+
+def bare(name: str) -> str:
+    """The name of a job, also written as `finetunejobs.finetune-operator.io/NAME`, as `get -o name` prints it. Raises ClusterError."""
+    kind, slash, rest = name.rpartition("/")
+    if not rest or (slash and kind.lower().partition(".")[0] not in KINDS):
+        raise ClusterError(f"{name!r} is not the name of a {KIND}; write NAME, or {KIND.lower()}/NAME")
+    return rest
 
 
 def attempt_of(thing: Object) -> int:

@@ -12,6 +12,9 @@ from finetune_cli.importers.material import Mistake
 from finetune_cli.output import Told
 
 STDIN = "-"
+MAX_BYTES = 4 << 20
+"""Longer than any manifest that an API server takes, and than any configuration; rows of data may be longer."""
+DATA = ".jsonl"
 
 
 class Unreadable(Told):
@@ -34,7 +37,11 @@ def shown(path: Path) -> str:
 def read_text(path: Path) -> str:
     """The text of a file in UTF-8, without a byte order mark. Raises Unreadable."""
     try:
-        data = sys.stdin.buffer.read() if str(path) == STDIN else path.read_bytes()
+        data = _bytes(path)
+        if len(data) > MAX_BYTES and path.suffix != DATA:
+            raise Unreadable(
+                Mistake(shown(path), "", f"it is longer than {MAX_BYTES >> 20} MiB, which no configuration is")
+            )
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
         why = "there is no such file"
@@ -45,6 +52,14 @@ def read_text(path: Path) -> str:
     except (OSError, ValueError) as error:
         why = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
     raise Unreadable(Mistake(shown(path), "", why))
+
+
+def _bytes(path: Path) -> bytes:
+    """What a file holds; of one that may not be so long, no more than is needed to see that."""
+    if str(path) == STDIN:
+        return sys.stdin.buffer.read(MAX_BYTES + 1)
+    with path.open("rb") as file:
+        return file.read() if path.suffix == DATA else file.read(MAX_BYTES + 1)
 
 
 def write_text(path: Path, text: str) -> None:

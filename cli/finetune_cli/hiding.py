@@ -16,9 +16,9 @@ USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 QUERY = re.compile(r"(?<=[?&])((?:[a-z]+[-_])*(?:token|key|secret|password|sig|signature)=)[^&\s'\"]+", re.IGNORECASE)
 
 
-def hide(text: str) -> str:
-    """The text with stars for what looks like a secret."""
-    return QUERY.sub(rf"\1{HIDDEN}", USERINFO.sub(f"{HIDDEN}@", TOKEN.sub(HIDDEN, text)))
+def hide(text: str, mark: str = HIDDEN) -> str:
+    """The text with stars, or another mark, for what looks like a secret."""
+    return QUERY.sub(rf"\1{mark}", USERINFO.sub(f"{mark}@", TOKEN.sub(mark, text)))
 
 
 def looks_secret(value: Any) -> bool:

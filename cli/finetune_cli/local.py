@@ -65,20 +65,33 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
     """Read a manifest, make it fit for this machine and write its run configuration. Raises output.Ended, LocalError."""
     manifest = _one_job(file)
     notes: list[str] = []
-    value = _with_sets(manifest.value.get("spec") or {}, sets)
+    spec = manifest.value.get("spec") or {}
+    if not isinstance(spec, dict):
+        raise LocalError(f"{manifest.place('spec')}: spec: it is not a group; write spec:")
+    value = _with_sets(spec, sets)
+    _readable(Manifest(manifest.file, manifest.number, {**manifest.value, "spec": value}, manifest.lines))
     folders = _folders("--config-map", config_maps), _folders("--claim", claims)
     fitted = fit(value, folder.resolve(), file.resolve().parent, *folders, notes, gpus=gpus_here())
     changed = Manifest(manifest.file, manifest.number, {**manifest.value, "spec": fitted}, manifest.lines)
-    spec, findings = examine(changed, Where.LOCAL)
-    if serious(findings) or spec is None:
+    checked, findings = examine(changed, Where.LOCAL)
+    if serious(findings) or checked is None:
         output.errors(finding.mistake for finding in serious(findings))
         raise output.Ended(output.ERROR)
-    resolution = resolve(spec, context=Context(storage=StorageRoot(uri=fitted["storage"]["uri"])))
+    resolution = resolve(checked, context=Context(storage=StorageRoot(uri=fitted["storage"]["uri"])))
     root, said = folder.resolve(), (*notes, *resolution.notes)
     try:
         return _write(manifest.name, resolution.spec, resolution.defaults, root, said)
     except OSError as error:
         raise unwritable(folder, error) from None
+
+
+def _readable(manifest: Manifest) -> None:
+    """What has not the shape of a job is told before anything is made of it. Raises output.Ended."""
+    _, findings = examine(manifest, Where.LOCAL)
+    wrong = [one for one in serious(findings) if one.code == "ValueInvalid"]
+    if wrong:
+        output.errors(finding.mistake for finding in wrong)
+        raise output.Ended(output.ERROR)
 
 
 def _one_job(file: Path) -> Manifest:
@@ -173,7 +186,10 @@ def local_source(text: str, path: str, beside: Path, config_maps: dict[str, Path
 
 def _file(text: str, path: str, beside: Path) -> str:
     """A relative path counts from here, else from the manifest's folder."""
-    found = Path(text).expanduser()
+    try:
+        found = Path(text).expanduser()
+    except RuntimeError:
+        raise LocalError(f"spec.{path}: {text}: this machine knows no such home folder; write the whole path") from None
     for candidate in (found, beside / found):
         if candidate.exists():
             return f"file://{candidate.resolve()}"

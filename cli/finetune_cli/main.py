@@ -90,12 +90,30 @@ USAGE = 2
 
 def main(arguments: list[str] | None = None) -> None:
     """Console entry. Everything behind a first `--` belongs to the other tool's command line (`finetune import`)."""
+    for stream in (sys.stdout, sys.stderr):
+        # As kubectl: YAML and JSON are UTF-8, whatever the locale calls itself.
+        getattr(stream, "reconfigure", lambda **_: None)(encoding="utf-8", errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     behind: list[str] = []
     if "--" in words and "import" in words[: words.index("--")]:
         cut = words.index("--")
         words, behind = words[:cut], words[cut + 1 :]
-    sys.exit(run(words, behind))
+    sys.exit(_said(run(words, behind)))
+
+
+def _said(code: int) -> int:
+    """The exit code, once everything is out: a full disk behind stdout is told, and not lost at the end of the process."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if code == 0:
+            sys.stderr.write(f"error: standard output cannot be written: {error.strerror}\n")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return code or 1
+    return code
 
 
 def run(words: list[str], behind: list[str]) -> int:

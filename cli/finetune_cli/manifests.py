@@ -18,7 +18,7 @@ from finetune_cli.files import Unreadable, read_text, shown
 from finetune_cli.hiding import looks_secret
 from finetune_cli.importers.convert import nearest
 from finetune_cli.importers.material import Mistake
-from finetune_cli.importers.yaml_tree import NotYaml, trees
+from finetune_cli.importers.yaml_tree import NotYaml, Tree, trees
 from finetune_cli.paths import fields
 from finetune_cli.shapes import Misshapen, inside, misshapen, unreadable
 
@@ -81,8 +81,26 @@ def parse(text: str, file: str) -> Iterator[Manifest]:
             continue
         if not isinstance(tree.value, dict):
             raise Unreadable(Mistake(f"{file}:{tree.line}", "", "it is not a manifest: a mapping is needed"))
-        if tree.value:
+        if tree.value.get("kind") == LIST and isinstance(tree.value.get("items"), list):
+            yield from _items(file, number, tree)
+        elif tree.value:
             yield Manifest(file, number, tree.value, tree.lines)
+
+
+def _items(file: str, number: int, tree: Tree) -> Iterator[Manifest]:
+    """The objects of a List, as `get -o yaml` prints it and kubectl takes it."""
+    for i, item in enumerate(tree.value["items"]):
+        start = f"items[{i}]"
+        if not isinstance(item, dict):
+            raise Unreadable(
+                Mistake(
+                    f"{file}:{tree.lines.get(start, tree.line)}", start, "it is not a manifest: a mapping is needed"
+                )
+            )
+        lines = {
+            path.removeprefix(f"{start}."): line for path, line in tree.lines.items() if path.startswith(f"{start}.")
+        }
+        yield Manifest(file, number, item, lines)
 
 
 # --- checking -------------------------------------------------------------------------------------------------------
@@ -166,6 +184,7 @@ def _is_local_path(raw: dict[str, Any], path: str) -> bool:
     return isinstance(value, str) and value.startswith(("file://", ".", "/", "~"))
 
 
+LIST = "List"
 FRAME = ("apiVersion", "kind", "metadata", "spec", "status")
 METADATA = (
     "name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences", "uid", "resourceVersion", "generation",

@@ -43,8 +43,15 @@ def messages() -> Console:
 
 
 def write(text: str) -> None:
-    """A result, as it is."""
-    sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    """A result, as it is. Raises Told if there is nowhere to write it to."""
+    if sys.stdout is None:
+        raise Told("standard output is closed, so the result cannot be written")
+    try:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise Told(f"standard output cannot be written: {error.strerror}") from None
 
 
 def say(kind: str, lines: Iterable[Any], style: str = "") -> None:

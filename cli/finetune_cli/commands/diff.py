@@ -52,7 +52,11 @@ def _from_file(path: Path) -> dict[str, Any]:
     if len(jobs) != 1:
         output.errors([f"{path}: {len(jobs)} FineTuneJobs are in it, and one is needed"])
         raise output.Ended(output.ERROR)
-    return dict(jobs[0].value.get("spec") or {})
+    spec = jobs[0].value.get("spec") or {}
+    if not isinstance(spec, dict):
+        output.errors([f"{jobs[0].place('spec')}: spec: it is not a group; write spec:"])
+        raise output.Ended(output.ERROR)
+    return spec
 
 
 def _resolved(spec: dict[str, Any], name: str) -> dict[str, Any]:

@@ -93,6 +93,9 @@ def import_(
         "model": model, "data": data, "validation": validation, "test": test, "adapter": adapter, "storage": storage, "gpus": gpus, "nodes": nodes,
         "prompts": prompts, "deepspeed": deepspeed,
     }  # fmt: skip
+    if file is not None and any(file.resolve() == one.resolve() for one in files or ()):
+        output.errors([f"-o {file}: it is one of the files that are read; name another place for the manifest"])
+        raise output.Ended(output.ERROR)
     try:
         request = Request(
             files=tuple(files or ()),

@@ -24,6 +24,13 @@ def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
     return [name for name in (job["metadata"]["name"] for job in jobs) if name.startswith(incomplete)]
 
 
+def job_name(value: str | None) -> str | None:
+    """The name of a job, also as `get -o name` prints it. Raises ClusterError."""
+    from finetune_cli.cluster import bare
+
+    return None if value is None else bare(value)
+
+
 def complete_path(incomplete: str) -> list[str]:
     """Paths of the spec for the shell."""
     from finetune_cli.paths import fields
@@ -54,7 +61,7 @@ SetOption = Annotated[
     typer.Option("--set", metavar="PATH=VALUE", help="Change a field of the spec.", autocompletion=complete_set),
 ]
 NameArgument = Annotated[
-    str, typer.Argument(metavar="NAME", help="Name of the FineTuneJob.", autocompletion=complete_job)
+    str, typer.Argument(metavar="NAME", help="Name of the FineTuneJob.", autocompletion=complete_job, callback=job_name)
 ]
 NamespaceOption = Annotated[str | None, typer.Option("--namespace", "-n", help="Namespace; left out: the context's.")]
 ContextOption = Annotated[str | None, typer.Option("--context", help="Context of the kubeconfig.")]

@@ -96,7 +96,14 @@ def collect(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
             parts[f"logs/{pod_name}.txt"] = "\n".join(cluster.log(pod_name, CONTAINER, follow=False, tail=LOG_LINES))
         except ClusterError as error:
             parts[f"logs/{pod_name}.txt"] = f"({error})"
-    return {part: SECRET_TEXT.sub(HIDDEN, text) for part, text in parts.items()}
+    return {part: clean(text) for part, text in parts.items()}
+
+
+def clean(text: str) -> str:
+    """The text without what looks like a secret: more than elsewhere, since an archive leaves the cluster."""
+    from finetune_cli.hiding import hide
+
+    return hide(SECRET_TEXT.sub(HIDDEN, text), HIDDEN)
 
 
 def redact(value: Any, key: str = "") -> Any:
@@ -113,7 +120,7 @@ def redact(value: Any, key: str = "") -> Any:
     if isinstance(value, str):
         if SECRET_KEY.search(key) and not key.endswith(("Ref", "Name")):
             return HIDDEN
-        return _redact_json(value) if value.startswith(("{", "[")) else SECRET_TEXT.sub(HIDDEN, value)
+        return _redact_json(value) if value.startswith(("{", "[")) else clean(value)
     return value
 
 
@@ -122,4 +129,4 @@ def _redact_json(text: str) -> str:
     try:
         return json.dumps(redact(json.loads(text)), ensure_ascii=False)
     except (ValueError, RecursionError):
-        return SECRET_TEXT.sub(HIDDEN, text)
+        return clean(text)

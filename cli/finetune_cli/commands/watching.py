@@ -16,18 +16,23 @@ from finetune_cli.commands.options import (
     KubeconfigOption,
     NameArgument,
     NamespaceOption,
+    job_name,
     known_format,
 )
 from finetune_cli.yaml_text import to_yaml
 
 if TYPE_CHECKING:
+    from finetune_api.status import FineTuneJobStatus
+
     from finetune_cli.cluster import Cluster
 
 FORMATS = ("yaml", "json", "wide", "name")
 
 
 def get(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="One job; left out: all.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="One job; left out: all.", callback=job_name)
+    ] = None,
     everywhere: Annotated[bool, typer.Option("--all-namespaces", "-A", help="Jobs of all namespaces.")] = False,
     form: FormatOption = None,
     namespace: NamespaceOption = None,
@@ -43,6 +48,9 @@ def get(
     from finetune_cli.cluster import connect
 
     known_format(form, *FORMATS)
+    if name is not None and everywhere:
+        output.errors([f"{name} with --all-namespaces: one job lies in one namespace; name it with -n"])
+        raise output.Ended(output.ERROR)
     cluster = connect(namespace, context, kubeconfig)
     if form in ("yaml", "json", "name"):
         items = [cluster.job(name)] if name else cluster.jobs(everywhere=everywhere)
@@ -62,7 +70,8 @@ def _dump(items: list[dict[str, Any]], form: str, *, single: bool) -> None:
     for item in items:
         item.get("metadata", {}).pop("managedFields", None)
     if form == "name":
-        output.write("\n".join(f"{PLURAL}.{GROUP}/{item['metadata']['name']}" for item in items))
+        if items:
+            output.write("\n".join(f"{PLURAL}.{GROUP}/{item['metadata']['name']}" for item in items))
         return
     value: Any = items[0] if single else {"apiVersion": "v1", "kind": "List", "items": items}
     write_data(value, form)
@@ -223,9 +232,29 @@ def wait(
         found = status_of(job)
         if finished(found):
             _end(job)
+            _never(name, until, found)
         running = until.lower() == "running" and found.phase in (Phase.RUNNING, Phase.EVALUATING, Phase.UPLOADING)
         if running or (until.lower() in words and condition(found, words[until.lower()])) or finished(found):
             output.write(f"{name}: {found.phase or until}")
             return
     output.errors([f"{name} is not {until} after {timeout:g} s"])
     raise output.Ended(output.ERROR)
+
+
+def _never(name: str, until: str, found: FineTuneJobStatus) -> None:
+    """A job that is over passed what lies on every way; what does not hold then, and was not on it, will never hold."""
+    from finetune_api.names import Condition
+
+    from finetune_cli.view import condition
+
+    wanted = next(
+        (
+            one
+            for one in (Condition.SUSPENDED, Condition.RECONCILING, Condition.STALLED)
+            if one.lower() == until.lower()
+        ),
+        None,
+    )
+    if wanted is not None and not condition(found, wanted):
+        output.errors([f"{name} has ended ({found.phase}), and will never be {wanted}"])
+        raise output.Ended(output.ERROR)

@@ -29,6 +29,30 @@ ACCELERATE = (
     "gpu_ids", "machine_rank", "main_process_ip", "main_process_port", "main_training_function", "mixed_precision", "num_machines", "num_processes",
     "rdzv_backend", "same_network", "tpu_env", "tpu_use_cluster", "tpu_use_sudo", "use_cpu", "megatron_lm_config", "mpirun_config", "ipex_config",
 )  # fmt: skip
+FSDP = (
+    "fsdp_sharding_strategy",
+    "fsdp_state_dict_type",
+    "fsdp_version",
+    "fsdp_offload_params",
+    "fsdp_reshard_after_forward",
+)
+UNUSED = (
+    "dynamo_config",
+    "gpu_ids",
+    "ipex_config",
+    "megatron_lm_config",
+    "mpirun_config",
+    "tpu_env",
+    "tpu_use_cluster",
+    "tpu_use_sudo",
+)
+"""Keys of an accelerate configuration that change a run there and are not taken over."""
+DEEPSPEED = (
+    "zero_stage", "offload_optimizer_device", "offload_param_device", "gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file",
+)  # fmt: skip
+OFFLOADS = "fsdp_offload_params"
+RESHARDS = "fsdp_reshard_after_forward"
+"""FSDP 2 says with a truth value what FSDP 1 calls a sharding strategy."""
 
 
 def is_deepspeed(document: Document) -> bool:
@@ -150,15 +174,25 @@ def read_accelerate(draft: Draft, document: Document) -> None:
         return
     _agree(draft, "distributed.strategy", "distributed_type", strategy, place)
     _sizes(draft, document, tree)
-    precision = tree.value.get("mixed_precision")
-    if precision in ("no", "fp16", "bf16", False):
-        draft.values["training.mixedPrecision"] = Assigned(
-            precision or "no", Origin(_place(document, tree, "mixed_precision")), "mixed_precision"
+    _precision(draft, document, tree)
+    unused = [key for key in UNUSED if tree.value.get(key) not in (None, False, {}, "NO", "no", "all")]
+    if unused:
+        draft.warn(
+            f"{document.name}: {', '.join(unused)} have no effect: the operator and the trainer do that themselves, or not at all"
         )
     if strategy == "fsdp":
         _fsdp(draft, document, tree)
     if strategy == "deepspeed":
         _deepspeed(draft, document, tree)
+
+
+def _precision(draft: Draft, document: Document, tree: Tree) -> None:
+    found = tree.value.get("mixed_precision")
+    place = _place(document, tree, "mixed_precision")
+    if found in ("no", "fp16", "bf16", False):
+        draft.values["training.mixedPrecision"] = Assigned(found or "no", Origin(place), "mixed_precision")
+    elif found is not None:
+        draft.mistakes.append(Mistake(place, "mixed_precision", f"{found} is not offered", "one of no, fp16, bf16"))
 
 
 def _place(document: Document, tree: Tree, key: str) -> str:
@@ -211,7 +245,24 @@ def _fsdp(draft: Draft, document: Document, tree: Tree) -> None:
             )
         else:
             _agree(draft, path, key, word, place)
-    others = [key for key in options if key not in ("fsdp_sharding_strategy", "fsdp_state_dict_type", "fsdp_version")]
+    if isinstance(options.get(RESHARDS), bool):
+        word = "fullShard" if options[RESHARDS] else "shardGradOp"
+        _agree(
+            draft,
+            "distributed.fsdp.sharding",
+            RESHARDS,
+            word,
+            Origin(_place(document, tree, f"fsdp_config.{RESHARDS}")),
+        )
+    if str(options.get("fsdp_sharding_strategy")).upper().startswith("HYBRID"):
+        draft.warn(
+            f"{document.name}: fsdp_sharding_strategy: {options['fsdp_sharding_strategy']} copies the shards to every node; "
+            "fullShard is written, which shards over all ranks: the same numbers, more traffic between nodes"
+        )
+    if options.get(OFFLOADS) is True:
+        place = _place(document, tree, f"fsdp_config.{OFFLOADS}")
+        draft.warn(f"{place}: {OFFLOADS} has no effect: the weights stay on the GPUs, so they must fit there")
+    others = [key for key in options if key not in FSDP]
     if others:
         draft.warn(
             f"{document.name}: fsdp_config: {', '.join(others)} have no effect: the trainer wraps layers by itself"
@@ -226,3 +277,22 @@ def _deepspeed(draft: Draft, document: Document, tree: Tree) -> None:
     for key, path in (("offload_optimizer_device", "offloadOptimizer"), ("offload_param_device", "offloadParameters")):
         if options.get(key) in ("cpu", "nvme"):
             _agree(draft, f"distributed.deepspeed.{path}", key, True, place)
+    for key, path in (
+        ("gradient_accumulation_steps", "training.gradientAccumulationSteps"),
+        ("gradient_clipping", "training.maxGradNorm"),
+    ):
+        if isinstance(options.get(key), int | float) and not isinstance(options[key], bool):
+            _agree(draft, path, key, options[key], place)
+    named = options.get("deepspeed_config_file")
+    if named and not any(own.startswith("distributed.deepspeed.configRef") for own in draft.request.own):
+        draft.mistakes.append(
+            Mistake(
+                place.place, "deepspeed_config_file", f"{named} is a file beside this one, and it is not read",
+                "put it into a ConfigMap, and name that with --deepspeed NAME/KEY",
+            )
+        )  # fmt: skip
+    others = [key for key in options if key not in DEEPSPEED and options[key] not in (None, "none", "auto", False)]
+    if others:
+        draft.warn(
+            f"{document.name}: deepspeed_config: {', '.join(others)} have no effect: the trainer decides that itself"
+        )

@@ -144,6 +144,11 @@ def any_text(value: Any) -> str:
     return "" if value == "" else text(value)
 
 
+def text_or_none(value: Any) -> str | None:
+    """A text, or nothing where the file says that there is none."""
+    return None if value is None or value == "" else text(value)
+
+
 def run_name(value: Any) -> str:
     """A part of a run's name."""
     found = any_text(value)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_api.names import MAX_NAME_LENGTH, NAME_PATTERN
+from finetune_api.names import KIND, MAX_NAME_LENGTH, NAME_PATTERN
 from finetune_api.rules import Problem, check
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import DatasetFormat, MethodType, Strategy, TrainerType
@@ -191,7 +191,10 @@ def _syntax(documents: tuple[Document, ...]) -> None:
     """A YAML or JSON file that nothing recognises may only be broken. Raises Refused."""
     for document in documents:
         if document.path.suffix.lower() in (".yaml", ".yml"):
-            parse(document)
+            found = parse(document)
+            if found.value.get("kind") == KIND:
+                hint = "check it with `finetune validate`, send it with `finetune submit`"
+                raise Refused([Mistake(document.name, "", f"it is a {KIND} already", hint)])
         if document.path.suffix.lower() == ".json":
             parse_json(document)
 
@@ -226,6 +229,10 @@ def slug(text: str) -> str:
 # --- from entries to values -----------------------------------------------------------------------------------------
 
 
+COMMAND_LINE = "command line"
+"""How the place of a flag begins; later flags win, as every parser of flags does it."""
+
+
 def take(importer: Importer, draft: Draft) -> None:
     """Look every entry up in the table and convert it; a later entry of the same key wins."""
     by_key = {importer.key_of(spelling): row for row in importer.rows for spelling in (row.key, *row.aliases)}
@@ -237,15 +244,40 @@ def take(importer: Importer, draft: Draft) -> None:
             continue
         if row.secret:
             draft.hide(entry.value)
-        if (
-            row.key in last
-            and last[row.key][1].origin.place == entry.origin.place
-            and last[row.key][1].key != entry.key
-        ):
-            draft.note(f"{entry.origin.place}: {entry.key} wins over {last[row.key][1].key}")
+        if row.key in last and not row.inert and not _takes_over(draft, row, last[row.key][1], entry):
+            continue
         last[row.key] = (row, entry)
     for row, entry in last.values():
         _convert(row, entry, draft)
+
+
+def _takes_over(draft: Draft, row: Row, first: Entry, second: Entry) -> bool:
+    """Whether a later entry wins. Two spellings of one option in one file are no order that anybody means: if their values differ, a mistake."""
+    if first.key == second.key or _file(first) != _file(second):
+        return True
+    if first.origin.place.startswith(COMMAND_LINE):
+        draft.note(f"{second.origin.place}: {second.key} wins over {first.key}")
+        return True
+    if _open(second.value) or str(first.value) == str(second.value):
+        return False
+    if not _open(first.value):
+        draft.broken[row.key] = row.path
+        places = ", ".join(dict.fromkeys((first.origin.place, second.origin.place)))
+        values = f"{HIDDEN} and {HIDDEN}" if row.secret else f"{_shown(first.value)} and {_shown(second.value)}"
+        draft.mistakes.append(
+            Mistake(places, f"{first.key}, {second.key}", f"{values} are given for one thing", "keep one of them")
+        )
+    return True
+
+
+def _file(entry: Entry) -> str:
+    """The file of an entry, without the line."""
+    return re.sub(r":\d+$", "", entry.origin.place)
+
+
+def _open(value: Any) -> bool:
+    """Whether a value leaves the choice to another spelling."""
+    return absent(value) or value == "auto"
 
 
 def _unknown(importer: Importer, draft: Draft, entry: Entry) -> None:

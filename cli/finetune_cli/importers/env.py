@@ -102,6 +102,15 @@ def _validated(draft: Draft) -> bool:
     return draft.has("dataset.validation") or bool(draft.value("dataset.split.validation"))
 
 
+def _four_bits(draft: Draft) -> bool:
+    return bool(draft.value("model.quantization.bits") == 4)
+
+
+def _compares(draft: Draft) -> bool:
+    """Whether base and tuned model answer prompts: what the file leaves open about that is not what we would do."""
+    return any(path.startswith("evaluation.comparison.") for path in draft.values)
+
+
 PROFILE: tuple[Fill, ...] = (
     Fill("model.source", "gpt2", "page default"),
     Fill("method.lora.rank", 8, when=lambda d: d.value("method.type") != "adapter"),
@@ -119,6 +128,12 @@ PROFILE: tuple[Fill, ...] = (
     Fill("dataset.maxSequenceLength", 512),
     Fill("dataset.useChatTemplate", False, "fixed in its code"),
     Fill("dataset.responseOnly.enabled", False, "fixed in its code"),
+    Fill("model.quantization.doubleQuant", False, "default of its code", _four_bits),
+    Fill("model.quantization.computeDtype", "float16", "default of its code", lambda d: _four_bits(d) and d.value("training.mixedPrecision") == "fp16"),
+    Fill("evaluation.comparison.generation.maxNewTokens", 150, "default of its code", _compares),
+    Fill("evaluation.comparison.generation.temperature", 0.7, "default of its code", _compares),
+    Fill("evaluation.comparison.generation.topP", 0.9, "default of its code", _compares),
+    Fill("evaluation.comparison.generation.doSample", True, "default of its code", _compares),
     Fill("dataset.mcq.includeOptions", True, "our choice: that tool leaves the options out of the prompt", lambda d: d.value("dataset.format") == "mcq"),
     Fill("checkpoint.keep", 0, "fixed in its code"),
     Fill("checkpoint.loadBestAtEnd", True, "fixed in its code", _validated),

@@ -215,13 +215,32 @@ def _rows(draft: Draft, document: Document, trainer: str) -> None:
 
 
 def _batch(draft: Draft) -> None:
-    """That API's batch size counts all rows of an optimizer step."""
-    rows = draft.get("hyperparameters.batch_size")
+    """That API's batch size counts all rows of an optimizer step, whatever number of ranks they are spread over."""
+    rows, key = draft.get("hyperparameters.batch_size"), "hyperparameters.batch_size"
     if rows is None:
         return
-    device = next(size for size in (4, 3, 2, 1) if rows % size == 0)
-    draft.put("training.batchSizePerDevice", device, "hyperparameters.batch_size")
-    draft.put("training.gradientAccumulationSteps", rows // device, "hyperparameters.batch_size")
+    ranks = _ranks(draft)
+    share = rows // ranks
+    if rows % ranks:
+        fitting = f"{share * ranks} or {(share + 1) * ranks}" if share else str(ranks)
+        draft.refuse(
+            key,
+            f"{rows} rows of a step cannot be shared by {ranks} ranks",
+            f"write {fitting}, or other --gpus and --nodes",
+        )
+        return
+    device = next(size for size in (4, 3, 2, 1) if share % size == 0)
+    draft.put("training.batchSizePerDevice", device, key)
+    draft.put("training.gradientAccumulationSteps", share // device, key)
+    draft.note(f"batch_size {rows} is {device} rows a rank, times {share // device} accumulated, times {ranks} ranks")
+
+
+def _ranks(draft: Draft) -> int:
+    """Processes of the job, from our own options: that API's files name none."""
+    own = {path: one.value for path, one in draft.request.own.items() if isinstance(one.value, int)}
+    gpus = own.get("resources.gpusPerNode", 1)
+    each = own.get("resources.processesPerNode", gpus) or 1
+    return max(1, each * own.get("resources.nodes", 1))
 
 
 def _metadata(draft: Draft) -> None:
@@ -246,6 +265,11 @@ def _integrations(draft: Draft) -> None:
             )
             continue
         draft.put("tracking.reportTo", ["wandb"], "integrations")
+        ignored = [key for key in options if key not in ("project", "entity", "name")]
+        if ignored:
+            draft.warn(
+                f"{given.origin.place}: integrations: {', '.join(ignored)} of wandb has no effect: it has no counterpart"
+            )
         for key, path in (
             ("project", "tracking.wandb.project"),
             ("entity", "tracking.wandb.entity"),

@@ -24,6 +24,7 @@ from finetune_cli.importers.convert import (
     number,
     run_name,
     table,
+    text_or_none,
     words,
 )
 from finetune_cli.importers.material import (
@@ -93,7 +94,7 @@ ROWS: tuple[Row, ...] = (
     tuner("dataset_num_proc", "dataset.numProc", integer(1)),
     tuner("question_column", "dataset.columns.question"),
     tuner("ground_truth_column", "dataset.columns.answer"),
-    tuner("system_prompt_column", "dataset.columns.system"),
+    tuner("system_prompt_column", "dataset.columns.system", text_or_none, empty_is_absent=False),
     tuner("system_prompt_override_text", "dataset.systemPrompt"),
     tuner("epochs", "training.epochs", integer(1)),
     tuner("learning_rate", "training.learningRate", number(above=0)),
@@ -384,6 +385,7 @@ def combine(draft: Draft) -> None:
     ):
         place_source(draft, key, path)
     _method(draft)
+    _system_column(draft)
     if "fine_tuner.use_flash_attention" in draft.given:
         draft.put(
             "model.attention",
@@ -398,6 +400,16 @@ def combine(draft: Draft) -> None:
     _evaluator(draft)
     _phases(draft)
     _keys(draft)
+
+
+def _system_column(draft: Draft) -> None:
+    """That tool reads no system column if it is told so; ours finds one by its name."""
+    key = "fine_tuner.system_prompt_column"
+    if key in draft.given and draft.get(key) is None and "fine_tuner.system_prompt_override_text" not in draft.given:
+        draft.note(
+            "system_prompt_column is none, and the trainer still reads a column `system` or `system_prompt` if the rows have one: "
+            "rename such a column if it is not meant"
+        )
 
 
 def _method(draft: Draft) -> None:
