@@ -13,6 +13,7 @@ measured is not written.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import random
 import statistics
@@ -82,8 +83,9 @@ def rows(length: int, sequences: int) -> list[dict[str, str]]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second and MFU of both, and their ratio."""
+    """Tokens per second and MFU of both, and their ratio. Errors: SystemExit if they would not run on the asked device."""
     import torch
+    from finetune_trainer.hardware import detect
     from finetune_trainer.speed import Shape, flops_per_token, peak_of
     from trainer_overhead import bare, ours
     from transformers import AutoModelForCausalLM
@@ -103,18 +105,27 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         },
     }  # fmt: skip
     run, inputs = make_run(folder, model, spec, rows(options.length, 2 * options.batch * options.steps))
+    device = detect(run, 0).name
+    if gpu == (device == "cpu"):
+        raise SystemExit(f"{options.device} was asked for, and the runs would use {device}")
     seconds: dict[str, list[float]] = {"ours": [], "bare": []}
+    memory = 0
     for place in range(options.rounds + 1):
         for name, program in (("ours", ours), ("bare", bare)):
+            gc.collect()
+            if gpu:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
             lap = program(run, inputs, folder)
             if place:
                 seconds[name].append(lap.seconds)
-            if gpu:
-                torch.cuda.empty_cache()
-    tokens = options.steps * options.batch * options.length
+            if gpu and name == "ours":
+                memory = max(memory, torch.cuda.max_memory_allocated())
+    (summary,) = (folder / "work" / "tokens").glob("*/summary.json")
+    rows_made = json.loads(summary.read_text())["reports"]["train"]
+    tokens = options.steps * options.batch * rows_made["tokens"] / rows_made["sequences"]
     shape = Shape.of(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16))
-    work = flops_per_token(shape, options.length / 8, frozen_base=options.method != "full")
-    device = torch.cuda.get_device_name() if gpu else "cpu"
+    work = flops_per_token(shape, rows_made["tokens"] / rows_made["rows"], frozen_base=options.method != "full")
     peak = peak_of(device)
     found: dict[str, Any] = {
         "shape": options.shape,
@@ -128,7 +139,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         found[name] = {"tokensPerSecond": round(pace, 1), "mfu": round(pace * work / peak, 4) if peak else None}
     found["ratio"] = round(statistics.median(a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)), 4)
     if gpu:
-        found["peakMemoryGb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
+        found["peakMemoryGb"] = round(memory / 1e9, 2)
     return found
 
 

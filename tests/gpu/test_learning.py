@@ -62,6 +62,17 @@ def test_it_learns_on_the_gpu(name: str, model: Path, tmp_path: Path) -> None:
         assert any("paged_adamw_8bit" in note and "liger kernels True" in note for note in outcome.notes)
 
 
+def test_a_reward_models_head_has_32_bits_beside_a_base_of_16(model: Path, tmp_path: Path) -> None:
+    import torch
+
+    from tests.support.preferences import PAIRS
+
+    spec = {"method": {"lora": {"dropout": 0}}, "trainer": {"type": "reward"}, "training": {"maxSteps": 2}}
+    outcome = go(tmp_path, model, merged(SIXTY, spec), PAIRS)
+    types = {(one.requires_grad, one.dtype) for one in outcome.model.parameters()}
+    assert types == {(True, torch.float32), (False, torch.bfloat16)}
+
+
 def test_weights_are_kept_in_32_bits_and_computed_in_16(model: Path, tmp_path: Path) -> None:
     import torch
 

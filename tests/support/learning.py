@@ -47,7 +47,7 @@ def make_run(
     ranks: int = 1, restore: RestoredCheckpoint | None = None, validation: Sequence[Any] | None = None,
     config_maps: Mapping[str, Mapping[str, str]] | None = None, adapter: Path | None = None,
 ) -> tuple[RunConfig, Inputs]:  # fmt: skip
-    """A resolved run on the CPU and its inputs, all below `folder`."""
+    """A resolved run, on the CPU unless the spec asks for GPUs, and its inputs, all below `folder`."""
     train = write_rows(folder / "train.jsonl", rows)
     held = [write_rows(folder / "validation.jsonl", validation)] if validation is not None else []
     base: dict[str, Any] = {
@@ -68,7 +68,10 @@ def make_run(
     run = RunConfig(
         name="job", namespace="default", uid="0b8a3c1e-0000-4000-8000-000000000000", attempt=1, spec=resolution.spec,
         defaults=sorted(resolution.defaults), storage=StoreTarget(uri=f"file://{folder}/store"),
-        world=World(nodes=1, processes_per_node=ranks, gpus_per_node=0, master_address="127.0.0.1", master_port=0, rendezvous_id="r"),
+        world=World(
+            nodes=1, processes_per_node=ranks, gpus_per_node=resolution.spec.resources.gpus_per_node or 0,
+            master_address="127.0.0.1", master_port=0, rendezvous_id="r",
+        ),
         resume=Resume(mode="auto"), grace_seconds=30,
     )  # fmt: skip
     inputs = Inputs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from finetune_api.errors import ConfigError
@@ -18,6 +19,8 @@ CHECKPOINTING = "training.gradientCheckpointing"
 OPTIMIZER = "training.optimizer"
 LIGER = "model.ligerKernels"
 TUNED_OPTIMIZER = "paged_adamw_8bit"
+PACKAGES = {"schedule_free_": "schedulefree", "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao"}
+"""What optimizers need beside torch and bitsandbytes, by how their names begin."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def common(run: RunConfig, inputs: Inputs, hardware: Hardware, plan: Plan, *, ev
         "max_grad_norm": 1.0 if training.max_grad_norm is None else training.max_grad_norm,
         "optim": optimizer(tuned.optimizer),
         "use_liger_kernel": tuned.liger,
+        # It would replace the forward pass that TRL's losses, and a reward model's head, are made for.
+        "liger_kernel_config": {"fused_linear_cross_entropy": False} if tuned.liger else None,
         "adam_beta1": 0.9 if training.adam_beta1 is None else training.adam_beta1,
         "adam_beta2": 0.999 if training.adam_beta2 is None else training.adam_beta2,
         "adam_epsilon": 1e-8 if training.adam_epsilon is None else training.adam_epsilon,
@@ -157,4 +162,31 @@ def optimizer(name: str) -> str:
         raise ConfigError(
             "OptimizerUnknown", f"training.optimizer {name!r} is not known", hint=f"write one of {', '.join(near)}"
         )
+    package = next((package for begin, package in PACKAGES.items() if name.startswith(begin)), None)
+    if package is not None and find_spec(package) is None:
+        raise ConfigError(
+            "OptimizerUnavailable", f"training.optimizer {name} needs the package {package}, which this image does not have",
+            hint="write adamw_torch_fused or adamw_8bit, or give an image of your own in placement.image",
+        )  # fmt: skip
     return name
+
+
+def settle_kernels(args: Any, run: RunConfig, model_type: str) -> list[str]:
+    """Turn liger's kernels off where there are none for the model and nobody asked for them; what to say of it.
+
+    Errors: ConfigError KernelsUnavailable if they were asked for.
+    """
+    if not args.use_liger_kernel:
+        return []
+    if find_spec("liger_kernel") is None:
+        why = "liger-kernel is not installed in this image"
+    else:
+        from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
+
+        if model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
+            return []
+        why = f"liger has no kernels for models of type {model_type}"
+    if LIGER not in run.defaults:
+        raise ConfigError("KernelsUnavailable", f"{LIGER} is true, but {why}", hint="remove it")
+    args.use_liger_kernel = False
+    return [f"{why}: the model's own layers are used"]

@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from finetune_api.errors import DivergedError, NoCheckpointError
+from finetune_api.errors import ConfigError, DivergedError, NoCheckpointError
 from transformers import (
     EarlyStoppingCallback,
     Trainer,
@@ -63,14 +64,22 @@ class Guarded(Trainer):
         stopped = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in patience)
         return stopped or self.state.global_step >= self.state.max_steps
 
-    def get_batch_samples(self, *args: Any, **options: Any) -> Any:
+    def get_batch_samples(self, batches: Iterator[Any], *args: Any, **options: Any) -> Any:
         """Count the time spent waiting for data."""
         if self.meter is None:
-            return super().get_batch_samples(*args, **options)
-        began = time.perf_counter()
-        batch = super().get_batch_samples(*args, **options)
-        self.meter.waited += time.perf_counter() - began
-        return batch
+            return super().get_batch_samples(batches, *args, **options)
+        return super().get_batch_samples(self._timed(batches), *args, **options)
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The same batches. What follows them is no waiting for data: counting their tokens over all ranks waits for the slowest."""
+        assert self.meter is not None, "the caller looks"
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.meter.waited += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the paces since the last line, and the most memory in use."""
@@ -107,6 +116,16 @@ class Guarded(Trainer):
             super(Guarded, self)._load_optimizer_and_scheduler(checkpoint)
 
         keep_settings(self.optimizer, self.lr_scheduler, load)
+
+    def create_scheduler(self, *args: Any, **options: Any) -> Any:
+        """Errors: ConfigError SchedulerParameterInvalid, for values that the schedule cannot be made of."""
+        try:
+            return super().create_scheduler(*args, **options)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                "SchedulerParameterInvalid", f"training.schedulerParameters make no schedule: {error}",
+                hint="change them, or leave them out with a scheduler that needs none",
+            ) from error  # fmt: skip
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Load weights, all of them, and only those of the kind that is trained.
@@ -196,7 +215,12 @@ class PrecisionKeeper:
         for name, parameter in model.named_parameters():
             before = self._before.get(name)
             if before is not None and parameter.dtype != before.dtype:
-                parameter.data = before
+                parameter.data = before.to(parameter.device)
+
+
+def one_device(args: TrainingArguments) -> None:
+    """A rank has one device. transformers would spread it over all that it sees, as on a workstation, and TRL refuses that."""
+    args._n_gpu = min(args.n_gpu, 1)
 
 
 def require_finite(model: Any) -> None:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 FULL_METHODS = (MethodType.FULL, MethodType.SPECTRUM)
+FLASH = "flash_attention_2"
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ def detect(run: RunConfig, local_rank: int) -> Hardware:
     bf16, fp16 = _precision(run, device)
     attention, notes = _attention(run, device)
     dtype = _dtype(run, device, bf16)
+    if attention == FLASH and dtype is torch.float32 and not (bf16 or fp16):
+        raise ConfigError(
+            "AttentionPrecision", "model.attention flashAttention2 computes in 16 bits only, and training.mixedPrecision no leaves 32",
+            hint="write mixedPrecision bf16, or attention sdpa",
+        )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return Hardware(device, _name(device), dtype, bf16, fp16, attention, tuple(notes))
@@ -57,6 +63,12 @@ def selects_on_quantized(run: RunConfig) -> bool:
     return run.spec.method.type is MethodType.SPECTRUM and quantization is not None and quantization.bits is not None
 
 
+def wants_gpu(run: RunConfig) -> bool:
+    """Whether the run is to train on a CUDA device."""
+    asked = run.spec.training.device or Device.AUTO
+    return asked is Device.CUDA or (asked is Device.AUTO and run.world.gpus_per_node > 0)
+
+
 def _device(run: RunConfig, local_rank: int) -> torch.device:
     import torch
 
@@ -65,8 +77,7 @@ def _device(run: RunConfig, local_rank: int) -> torch.device:
         if not torch.backends.mps.is_available():
             raise ConfigError("DeviceAbsent", "training.device is mps, and this machine has none", hint="write auto")
         return torch.device("mps")
-    wants_gpu = asked is Device.CUDA or (asked is Device.AUTO and run.world.gpus_per_node > 0)
-    if not wants_gpu:
+    if not wants_gpu(run):
         return torch.device("cpu")
     if not torch.cuda.is_available() and run.world.gpus_per_node == 0:
         raise ConfigError(
@@ -119,7 +130,7 @@ def _attention(run: RunConfig, device: torch.device) -> tuple[str, list[str]]:
     asked = run.spec.model.attention or Attention.AUTO
     if asked is Attention.FLASH_ATTENTION_2:
         if device.type == "cuda" and find_spec("flash_attn") is not None:
-            return "flash_attention_2", []
+            return FLASH, []
         why = "flash-attn is not installed" if device.type == "cuda" else "there is no GPU"
         return "sdpa", [f"model.attention flashAttention2 is not available ({why}): sdpa is used"]
     return {Attention.AUTO: "sdpa", Attention.SDPA: "sdpa", Attention.EAGER: "eager"}[asked], []

@@ -125,8 +125,7 @@ def load_model(
         model, info = loader.from_pretrained(inputs.model, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unreadable("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
-    if kind != "reward":
-        _check_complete(info, run)
+    _check_complete(info, run, made_here=("score.weight", "score.bias") if kind == "reward" else ())
     return model, notes
 
 
@@ -189,9 +188,9 @@ def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
     return [f"the model is stored quantised ({method}) and is trained on as it is"]
 
 
-def _check_complete(info: Any, run: RunConfig) -> None:
-    """A weight that is missing would be made up at random, with only a warning."""
-    missing = sorted(info.get("missing_keys", ()))
+def _check_complete(info: Any, run: RunConfig, made_here: tuple[str, ...] = ()) -> None:
+    """A weight that is missing would be made up at random, with only a warning: right for a new head (`made_here`) alone."""
+    missing = sorted(set(info.get("missing_keys", ())) - set(made_here))
     mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ()))
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:5])

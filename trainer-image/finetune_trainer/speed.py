@@ -10,15 +10,19 @@ products over the tokens that a token really sees (causal: half of the document)
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass
 from typing import Any
 
 PEAK_BF16 = {
-    "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12, "A100": 312e12, "A800": 312e12, "L40S": 362e12,
-    "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12,
+    "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12,
+    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12,
+    "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12,
 }  # fmt: skip
-"""Dense bf16 (fp16 where there is none) peaks by a part of the device's name, FLOP/s, from the makers' data sheets."""
+"""Dense bf16 (fp16 where there is none) peaks by words of the device's name, FLOP/s, from the makers' data sheets."""
+LESSER = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D)\b")
+"""In the names of devices that hold a known name and are less: slices of a GPU, its namesakes for desks and laptops."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ def flops_per_token(shape: Shape, length: float, *, frozen_base: bool, causal: b
 
 def peak_of(device: str) -> float | None:
     """Peak FLOP/s of a device by its name, or None if it is not known: no figure is better than a wrong one."""
-    return next((peak for part, peak in PEAK_BF16.items() if part in device), None)
+    if LESSER.search(device):
+        return None
+    return next((peak for words, peak in PEAK_BF16.items() if re.search(rf"\b{words}\b", device)), None)
 
 
 class Meter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import re
 import shutil
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,6 +21,11 @@ from finetune_trainer import imports
 from finetune_trainer.channel import Channel
 from finetune_trainer.inputs import Inputs
 
+MEMORY = re.compile(
+    r"(CUDA|HIP|NCCL|Cuda failure).{0,200}out of memory|(CUBLAS|CUSOLVER|CUDNN)_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_HOST_ALLOCATION_FAILED)",
+    re.IGNORECASE | re.DOTALL,
+)
+"""How libraries beside torch's own allocator say that a GPU's memory is full."""
 FINAL = "final"
 """Folder of the final artefact, below the scratch folder."""
 COMBINATIONS = (
@@ -126,8 +132,8 @@ class Session:
     def _build(self, callbacks: Any) -> tuple[Any, Any]:
         from transformers import PrinterCallback, set_seed
 
-        from finetune_trainer import method, model, vocabulary
-        from finetune_trainer.engine import PrecisionKeeper
+        from finetune_trainer import engine, method, model, vocabulary
+        from finetune_trainer.arguments import settle_kernels
         from finetune_trainer.method import loftq, lora, spectrum
         from finetune_trainer.objective.base import Setting
 
@@ -139,6 +145,8 @@ class Session:
             [*self._guards(), *callbacks],
         )  # fmt: skip
         args = self.objective.arguments(setting, evaluates=rules.has_validation(run.spec))
+        engine.one_device(args)
+        self._tell(*settle_kernels(args, run, config.model_type))
         data, self.facts = self.objective.data(setting)
         self.test = data.test
         self._tell(*notes, *self.facts.notes)
@@ -159,7 +167,10 @@ class Session:
             loftq.start(applied.model, whole)
             self._tell("init loftq: the adapter belongs to the base in 4 bits, as it is quantised here")
             del whole
-        keeper = PrecisionKeeper(applied.model) if applied.kind is OutputKind.ADAPTER or selection else None
+        autocast = self.hardware.bf16 or self.hardware.fp16
+        if autocast and applied.kind is OutputKind.ADAPTER and not self.plan.keep_adapter_dtype:
+            method.widen(applied.model)
+        keeper = engine.PrecisionKeeper(applied.model) if applied.kind is OutputKind.ADAPTER or selection else None
         with spectrum.trainable_although_quantized(base) if selection else nullcontext():
             trainer = self.objective.build(setting, args, applied.model, data)
         if keeper is not None:
@@ -225,6 +236,9 @@ class Session:
                 "AttentionSwapped", f"attention {self.hardware.attention} was asked for, {attention} is active"
             )
         self._check_quantization(base)
+        self._check_kernels(base)
+        if getattr(self.trainer.args, "packing", False):
+            self.objective.require_isolation(self.trainer)
         args = self.trainer.args
         self.channel.resolved(
             Resolved(
@@ -245,11 +259,24 @@ class Session:
         if asked is None:
             return
         # The module holds the state even where FSDP has put a slice in the weight's place.
-        kind, state = ("Linear4bit", "quant_state") if asked.load_in_4bit else ("Linear8bitLt", "state")
-        layers = [module for module in base.modules() if type(module).__name__ == kind]
-        if not any(getattr(layer, state, None) is not None for layer in layers):
+        four = asked.load_in_4bit
+        layers = [one for one in base.modules() if type(one).__name__ == ("Linear4bit" if four else "Linear8bitLt")]
+        if not any(
+            getattr(one, "quant_state", None) is not None if four else one.weight.element_size() == 1 for one in layers
+        ):
             bits = 4 if asked.load_in_4bit else 8
             raise InternalError("QuantizationNotActive", f"{bits}-bit weights were asked for, and none were found")
+
+    def _check_kernels(self, base: Any) -> None:
+        """Errors: InternalError KernelsNotActive. The library passes over models that it does not know without a word."""
+        if not self.trainer.args.use_liger_kernel:
+            return
+        forwards = (getattr(module.forward, "__module__", "") for module in base.modules())
+        if not any(name.startswith("liger_kernel") for name in forwards):
+            raise InternalError(
+                "KernelsNotActive", f"liger kernels were asked for, and no layer of {type(base).__name__} has one",
+                hint="set model.ligerKernels: false",
+            )  # fmt: skip
 
     def _save(self, trainer: Any, applied: Any) -> tuple[Path, dict[str, Any]]:
         """The final artefact as a plain folder that transformers or PEFT load. All ranks take part, rank 0 writes."""
@@ -321,7 +348,7 @@ def named(error: Exception) -> FineTuneError:
     import torch
 
     text = str(error).strip().split("\n")[0][:500]
-    if isinstance(error, torch.cuda.OutOfMemoryError) or "CUDA out of memory" in text:
+    if isinstance(error, torch.OutOfMemoryError) or MEMORY.search(str(error)):
         return MemoryExhaustedError(
             "GpuOutOfMemory", text, hint="lower training.batchSizePerDevice, raise gradientAccumulationSteps, or enable gradientCheckpointing"
         )  # fmt: skip

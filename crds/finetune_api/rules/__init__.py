@@ -36,7 +36,7 @@ from finetune_api.rules import data
 from finetune_api.rules import training
 from finetune_api.rules.training import OPTIMIZERS
 from finetune_api.rules import strategies
-from finetune_api.rules.strategies import unfit_for_fsdp, unfit_for_zero3
+from finetune_api.rules.strategies import unfit_for_deepspeed, unfit_for_fsdp, unfit_for_zero3
 from finetune_api.rules import after
 from finetune_api.rules import storage
 from finetune_api.rules import placement
@@ -81,6 +81,7 @@ __all__ = [
     "source_fields",
     "starts_with_loftq",
     "trainer_of",
+    "unfit_for_deepspeed",
     "unfit_for_fsdp",
     "unfit_for_zero3",
     "unfit_parameters",

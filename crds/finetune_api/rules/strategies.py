@@ -96,6 +96,26 @@ def unfit_for_fsdp(spec: FineTuneJobSpec) -> Found:
             "model.quantization.bits is 8, and 8-bit weights cannot be sharded",
             "write bits 4, or `distributed: {strategy: ddp}`",
         )
+    if spec.training.optimizer not in (None, *SLICED_OPTIMIZERS):
+        yield (
+            "training.optimizer",
+            f"it is {spec.training.optimizer}, which cannot update slices of weights as FSDP makes them",
+            f"write one of {', '.join(SLICED_OPTIMIZERS)}, or `distributed: {{strategy: deepspeed}}`",
+        )
+
+
+SLICED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+"""Optimizers that update slices of weights as FSDP makes them: torch's own."""
+
+
+def unfit_for_deepspeed(spec: FineTuneJobSpec) -> Found:
+    """What DeepSpeed cannot train at any stage."""
+    if spec.training.optimizer == "adagrad":
+        yield (
+            "training.optimizer",
+            "it is adagrad, which makes its state before DeepSpeed has put the weights together",
+            "write adamw_torch_fused",
+        )
 
 
 def unfit_for_zero3(spec: FineTuneJobSpec) -> Found:
@@ -135,6 +155,8 @@ def strategy_and_method(spec: FineTuneJobSpec, where: Where) -> Found:
     deepspeed = spec.distributed.deepspeed
     if spec.distributed.strategy is Strategy.FSDP:
         yield from unfit_for_fsdp(spec)
+    if spec.distributed.strategy is Strategy.DEEPSPEED:
+        yield from unfit_for_deepspeed(spec)
     if spec.distributed.strategy is Strategy.DEEPSPEED and deepspeed is not None and deepspeed.zero_stage == 3:
         yield from unfit_for_zero3(spec)
 

@@ -99,3 +99,77 @@ def _env(root: Path) -> dict[str, str]:
     import os
 
     return {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+
+
+def liger(folder: Path, spec: dict[str, Any], kind: str) -> tuple[bool, list[str]]:
+    """Whether the kernels stay on for a model of a kind, and what is said."""
+    from types import SimpleNamespace
+
+    from finetune_trainer.arguments import settle_kernels
+
+    run, _ = make_run(folder, Path("/models/tiny"), {"resources": {"gpusPerNode": 1}, **spec})
+    args = SimpleNamespace(use_liger_kernel=True)
+    notes = settle_kernels(args, run, kind)
+    return args.use_liger_kernel, notes
+
+
+def test_kernels_that_a_model_does_not_have_are_refused_or_left_out(tmp_path: Path) -> None:
+    """The library passes over a model that it does not know without a word."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
+    tuned = {"trainer": {"backend": "unsloth"}}
+    assert liger(tmp_path / "a", tuned, "llama") == (True, [])
+    on, notes = liger(tmp_path / "b", tuned, "rwkv")
+    assert not on and notes == ["liger has no kernels for models of type rwkv: the model's own layers are used"]
+    with pytest.raises(ConfigError) as caught:
+        liger(tmp_path / "c", {"model": {"ligerKernels": True}}, "rwkv")
+    assert caught.value.code == "KernelsUnavailable"
+
+
+@pytest.mark.slow
+def test_kernels_are_put_in_and_leave_the_forward_pass_alone(tmp_path: Path) -> None:
+    """A reward model has no head over words: the kernel for one in its forward pass would end the run."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
+    code = """
+import sys
+from finetune_trainer.train import Session
+from tests.support.tiny import make_tiny_model
+from transformers import AutoModelForSequenceClassification
+from transformers.integrations.liger import apply_liger_kernel
+from types import SimpleNamespace
+
+config = {"fused_linear_cross_entropy": False}
+model = AutoModelForSequenceClassification.from_pretrained(make_tiny_model(sys.argv[1]), num_labels=1)
+session = object.__new__(Session)
+session.trainer = SimpleNamespace(args=SimpleNamespace(use_liger_kernel=True))
+try:
+    session._check_kernels(model)
+except Exception as error:
+    print(error.code)
+apply_liger_kernel(model, config)
+session._check_kernels(model)
+print(model.forward.__func__ is type(model).forward)
+"""
+    found = gpu_arguments(tmp_path, {"model": {"ligerKernels": True}})
+    assert found["liger_kernel_config"] == {"fused_linear_cross_entropy": False}
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True, text=True)
+    assert done.stdout.split() == ["KernelsNotActive", "True"], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("text", "memory"),
+    [
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        (
+            "NCCL error in: ProcessGroupNCCL.cpp:1970, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+            True,
+        ),
+        ("HIP out of memory. Tried to allocate 2.00 GiB", True),
+        ("NCCL error: unhandled system error, Connection reset by peer", False),
+        ("the reward function ran out of memory cells", False),
+    ],
+)
+def test_a_full_gpu_is_known_in_whatever_words(text: str, memory: bool) -> None:
+    from finetune_trainer.train import named
+
+    assert named(RuntimeError(text)).exit_code == (71 if memory else 70)

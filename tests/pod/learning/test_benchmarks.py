@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from finetune_api.errors import ConfigError
 
 pytestmark = pytest.mark.pod
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -44,3 +45,12 @@ def test_throughput_runs_on_the_cpu() -> None:
     found = benchmark("gpu_throughput").main(options)
     assert found["ours"]["tokensPerSecond"] > 0 and found["bare"]["tokensPerSecond"] > 0
     assert found["ours"]["mfu"] is None and found["device"] == "cpu"
+
+
+def test_throughput_of_a_gpu_is_not_measured_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError) as caught:
+        benchmark("gpu_throughput").main(["--shape", "tiny", "--length", "128", "--no-write"])
+    assert caught.value.code == "DeviceAbsent"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from finetune_trainer.data.prepare import Prepared, prepare
 from finetune_trainer.data.rows import Completion, Conversation, Text, Turn
 from finetune_trainer.data.template import Style, render
 
-from tests.support.learning import TEN, go, make_run
+from tests.support.learning import TEN, go, make_run, merged, write_rows
 from tests.support.tiny import CHATML, CHATML_MARKED, make_tokenizer
 
 pytestmark = pytest.mark.pod
@@ -162,6 +163,33 @@ def test_end_token_stands_once_and_is_learned(tmp_path: Path) -> None:
             assert answer[-1] == tok.eos_token_id and answer.count(tok.eos_token_id) == 1
     (row,) = prepared(tmp_path, tok, {"addEosToken": False}, [{"text": "one red"}]).train
     assert tok.eos_token_id not in row["input_ids"]
+
+
+def test_the_end_of_what_is_not_learned_is_not_learned(tmp_path: Path) -> None:
+    tok = tokenizer(tmp_path)
+    more = [{"role": "user", "content": "two"}]
+    silent = [{"role": "assistant", "content": "green", "weight": 0}]
+    rows = [{"messages": TEN[0]["messages"] + last} for last in ([], more, more + silent)]
+    found = texts(tok, prepared(tmp_path, tok, {"useChatTemplate": False}, rows))
+    assert [learned for _, learned in found] == [" red<|im_end|>", " red", " red"]
+    assert all(text.endswith("<|im_end|>") for text, _ in found)
+
+
+@pytest.mark.parametrize("first", ["text", "messages"])
+def test_the_order_of_a_mixture_does_not_change_what_is_learned(first: str, tmp_path: Path) -> None:
+    """Text without turns is learned whole; the questions of a conversation are not, whichever comes first."""
+    tok = tokenizer(tmp_path)
+    plain, joined = [{"text": "two plus"}], [{"prompt": "one ", "completion": "two"}]
+    sources = [plain, joined, TEN[:1]] if first == "text" else [TEN[:1], joined, plain]
+    files = [[write_rows(tmp_path / f"{i}.jsonl", rows)] for i, rows in enumerate(sources)]
+    mixture = [{"source": f"s3://data/{i}.jsonl"} for i in range(3)]
+    run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"train": None, "mixture": mixture}})
+    inputs = inputs.model_copy(update={"train": [], "mixture": files})
+    found = texts(tok, prepare(run, inputs, tok, model_limit=512, cache=tmp_path / "tokens"))
+    assert sorted(found) == sorted([
+        ("two plus<|im_end|>", "two plus<|im_end|>"), ("one two<|im_end|>", " two<|im_end|>"),
+        ("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n", "red<|im_end|>"),
+    ])  # fmt: skip
 
 
 def test_beginning_token_that_does_not_exist_is_refused(tmp_path: Path) -> None:
@@ -361,6 +389,37 @@ def test_evaluation_loss_is_that_of_all_tokens(model: Path, tmp_path: Path) -> N
     )
     assert one.eval_losses == pytest.approx(all_at_once.eval_losses, abs=1e-5)
     assert len(one.eval_losses) == 1
+
+
+def test_experts_are_balanced_and_their_runs_counted_as_any(model: Path, tmp_path: Path) -> None:
+    """A mixture of experts has a second loss, which is trained on and is no part of the validation loss."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path / "experts"
+    shutil.copytree(model, folder)
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = MixtralConfig(
+        vocab_size=448, num_local_experts=4, max_position_embeddings=512, router_aux_loss_coef=0.5, eos_token_id=2, pad_token_id=3, **sizes
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(folder)
+    rows = [{"text": "red " * (1 + 5 * i)} for i in range(3)]
+    spec = {
+        "method": {"type": "full"},
+        "evaluation": {"strategy": "steps", "steps": 1},
+        "training": {"maxSteps": 1, "learningRate": 1e-9},
+    }
+    outcome = go(tmp_path / "run", folder, merged(spec, {"training": {"batchSizePerDevice": 2}}), rows, validation=rows)
+    (line,) = [line for line in outcome.logs if "loss" in line]
+    assert line["num_tokens"] > 0 and line["loss"] > outcome.eval_losses[0] + 0.4
+    one = go(tmp_path / "one", folder, merged(spec, {"training": {"batchSizePerDevice": 3}}), rows, validation=rows)
+    assert outcome.eval_losses == pytest.approx(one.eval_losses, abs=1e-5)
 
 
 def test_letters_of_multiple_choice_are_counted(model: Path, tmp_path: Path) -> None:

@@ -69,6 +69,37 @@ def test_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Path)
     assert "min_lr" in caught.value.message and "num_cycles" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize(
+    ("training", "said"),
+    [
+        ({"scheduler": "warmupStableDecay"}, "num_decay_steps"),
+        ({"scheduler": "cosineWithMinLr"}, "min_lr"),
+        ({"scheduler": "polynomial", "schedulerParameters": {"lr_end": "1"}}, "lr_end"),
+        ({"scheduler": "polynomial", "schedulerParameters": {"power": "high"}}, "make no schedule"),
+    ],
+)
+def test_parameters_that_make_no_schedule_are_refused(
+    training: dict[str, Any], said: str, raw_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path, raw_model, {"training": training})
+    assert caught.value.code == "SchedulerParameterInvalid" and said in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("name", "package"), [("schedule_free_adamw", "schedulefree"), ("adamw_torch_4bit", "torchao")]
+)
+def test_an_optimizer_of_a_package_that_is_not_there(
+    name: str, package: str, raw_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune_trainer import arguments
+
+    monkeypatch.setattr(arguments, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path, raw_model, {"training": {"optimizer": name}})
+    assert caught.value.code == "OptimizerUnavailable" and f"needs the package {package}" in caught.value.message
+
+
 def test_optimizers_of_the_api_are_those_of_the_library() -> None:
     from finetune_api.rules import OPTIMIZERS
     from transformers.training_args import OptimizerNames

@@ -14,10 +14,11 @@ from tests.support.learning import TEN, Outcome, go, merged
 pytestmark = [pytest.mark.pod, pytest.mark.slow, pytest.mark.timeout(400)]
 ROWS = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": f"<yes>{row['messages'][1]['content']}"}]}
-    for row in TEN
+    for row in [*TEN, TEN[0]]
 ]
+"""Eleven, of which three are held out: on two ranks the last batch is filled up with rows that must not count twice."""
 BASE: dict[str, Any] = {
-    "model": {"newTokens": ["<yes>"]}, "dataset": {"split": {"test": 0.2}}, "training": {"batchSizePerDevice": 2, "maxSteps": 3},
+    "model": {"newTokens": ["<yes>"]}, "dataset": {"split": {"test": 0.3}}, "training": {"batchSizePerDevice": 2, "maxSteps": 3},
 }  # fmt: skip
 LORA: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
 FULL: dict[str, Any] = {"method": {"type": "full"}}
@@ -57,7 +58,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ou
 
 def measured(notes: list[str]) -> float:
     (found,) = (
-        re.match(r"test: 2 rows, loss ([\d.]+),", note) for note in notes if note.startswith("test: 2 rows, loss")
+        re.match(r"test: 3 rows, loss ([\d.]+),", note) for note in notes if note.startswith("test: 3 rows, loss")
     )
     assert found is not None
     return float(found[1])

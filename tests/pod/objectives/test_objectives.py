@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -304,6 +305,32 @@ def test_text_prompts_and_templates_off(model: Path, tmp_path: Path) -> None:
     assert len(go(tmp_path / "b", model, grpo(plain), PROMPTS).losses) == 4
 
 
+def test_prompts_and_columns_come_to_rewards_as_they_stand_in_the_rows(model: Path, tmp_path: Path) -> None:
+    """Whatever types a column has and whichever rows have it; and no message gets the keys of another."""
+    seen = tmp_path / "seen"
+    code = f"""
+def reward(completions, prompts, note, **columns):
+    with open({str(seen)!r}, "a") as file:
+        file.write(repr((prompts[0], note[0])) + "\\n")
+    return [0.0] * len(completions)
+"""
+    named = {"role": "user", "content": "two", "name": "bob"}
+    rows = [
+        {"prompt": [user("one")]},
+        {"prompt": [named], "note": 2**70},
+        {"prompt": [user("three")], "note": ["x", {"a": 1}]},
+    ]
+    own = {"configMapRef": {"name": "mine", "key": "r.py"}}
+    go(
+        tmp_path / "run",
+        model,
+        grpo({"training": {"maxSteps": 3}}, rewards=[own]),
+        rows,
+        config_maps={"mine": {"r.py": code}},
+    )
+    assert sorted(seen.read_text().splitlines()) == sorted(repr((row["prompt"], row.get("note"))) for row in rows)
+
+
 # ---- kto
 
 
@@ -361,6 +388,20 @@ def test_a_writers_adapter_is_no_reward_model(model: Path, tmp_path: Path) -> No
     scorer = go(tmp_path / "c", model, objective("reward"), PAIRS)
     again = go(tmp_path / "d", model, spec, PAIRS, adapter=scorer.folder)
     assert again.losses[0] < scorer.losses[0]
+
+
+def test_a_reward_model_begins_with_a_whole_base(model: Path, tmp_path: Path) -> None:
+    """Only its head is new: another weight that is missing would be made up at random."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "part"
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(NotFoundError) as caught:
+        go(tmp_path, folder, objective("reward"), PAIRS)
+    assert caught.value.code == "ModelIncomplete" and "layers.1.mlp.up_proj" in caught.value.message
 
 
 def test_a_missing_reward_file_is_named(model: Path, tmp_path: Path) -> None:

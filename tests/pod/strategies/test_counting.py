@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -110,15 +111,22 @@ def test_waiting_for_data_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     now = [100.0]
 
-    def slow(self: Any, *args: Any) -> str:
-        now[0] += 0.25
-        return "batch"
+    def slow() -> Iterator[str]:
+        while True:
+            now[0] += 0.25
+            yield "batch"
+
+    def take(self: Any, batches: Iterator[str], count: int, device: str) -> list[str]:
+        found = [next(batches) for _ in range(count)]
+        now[0] += 3  # ranks tell each other how many tokens they have: that is no waiting for data
+        return found
 
     monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(Trainer, "get_batch_samples", slow)
+    monkeypatch.setattr(Trainer, "get_batch_samples", take)
     trainer = object.__new__(engine.Guarded)
     trainer.meter = Meter(flops_of_token=1, peak=None, ranks=1)
     trainer.meter.start(0, now[0])
-    assert [trainer.get_batch_samples(None, 1, "cpu") for _ in range(2)] == ["batch", "batch"]
-    now[0] += 9.5
+    source = slow()
+    assert [trainer.get_batch_samples(source, 1, "cpu") for _ in range(2)] == [["batch"], ["batch"]]
+    now[0] += 3.5
     assert trainer.meter.read(50, now[0]) == {"tokens_per_second": 5.0, "data_wait_share": 0.05}

@@ -84,3 +84,36 @@ def test_bf16_on_a_gpu_that_has_none_is_refused(old_gpu: None, tmp_path: Path) -
 @pytest.mark.parametrize(("asked", "active"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
 def test_attention_as_asked(asked: str, active: str, tmp_path: Path) -> None:
     assert found(tmp_path, {"model": {"attention": asked}}).attention == active
+
+
+@pytest.fixture
+def new_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A workstation with two devices and flash attention."""
+    from finetune_trainer import hardware
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 PCIe")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(hardware, "find_spec", lambda name: name)
+
+
+def test_flash_attention_needs_16_bits(new_gpus: None, tmp_path: Path) -> None:
+    flash: dict[str, Any] = {**GPU, "model": {"attention": "flashAttention2"}, "method": {"type": "full"}}
+    assert found(tmp_path / "a", flash).attention == "flash_attention_2"
+    with pytest.raises(ConfigError) as caught:
+        found(tmp_path / "b", {**flash, "training": {"mixedPrecision": "no"}})
+    assert caught.value.code == "AttentionPrecision" and "write mixedPrecision bf16" in (caught.value.hint or "")
+
+
+def test_a_rank_uses_one_of_several_devices(tmp_path: Path) -> None:
+    """transformers would spread the model over all devices that one process sees."""
+    from finetune_trainer.engine import one_device
+    from transformers import TrainingArguments
+
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
+    args._n_gpu = 2
+    assert args.train_batch_size == 8
+    one_device(args)
+    assert args.train_batch_size == 4

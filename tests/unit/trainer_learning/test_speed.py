@@ -28,7 +28,20 @@ def test_peaks_are_found_by_name_and_unknown_ones_are_not_made_up() -> None:
     assert peak_of("NVIDIA H100 80GB HBM3") == peak_of("NVIDIA H200") == 989e12
     assert peak_of("NVIDIA H100 PCIe") == 756e12
     assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12
-    assert peak_of("cpu") is None
+    assert (peak_of("NVIDIA L40"), peak_of("NVIDIA L40S"), peak_of("NVIDIA L4")) == (181e12, 362e12, 121e12)
+    assert peak_of("NVIDIA H100 NVL") == peak_of("NVIDIA H200 NVL") == 835e12
+    assert peak_of("NVIDIA GH200 480GB") == 989e12
+    for other in (
+        "cpu",
+        "NVIDIA H100 80GB HBM3 MIG 1g.10gb",
+        "NVIDIA RTX A1000",
+        "NVIDIA T400 4GB",
+        "NVIDIA GB200",
+        "NVIDIA H20",
+    ):
+        assert peak_of(other) is None, other
+    assert peak_of("NVIDIA GeForce RTX 4090") == 165e12
+    assert peak_of("NVIDIA GeForce RTX 4090 Laptop GPU") is peak_of("NVIDIA GeForce RTX 4090 D") is None
 
 
 def test_meter_measures_between_lines() -> None:

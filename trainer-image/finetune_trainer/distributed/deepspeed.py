@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
-from finetune_api.rules import refuse, unfit_for_zero3
+from finetune_api.rules import refuse, unfit_for_deepspeed, unfit_for_zero3
 from finetune_api.spec.enums import Scheduler
 
 from finetune_trainer.distributed.base import Plan
@@ -268,6 +268,7 @@ class Deepspeed(Plan):
         self.chosen = chosen
         self.sharded_weights = self.keep_adapter_dtype = chosen.stage == 3
         self.notes += [*chosen.notes, f"DeepSpeed ZeRO stage {chosen.stage}"]
+        refuse("StrategyAndMethod", unfit_for_deepspeed(run.spec))
         if chosen.stage == 3:
             refuse("StrategyAndMethod", unfit_for_zero3(run.spec))
 

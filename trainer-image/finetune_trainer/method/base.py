@@ -65,6 +65,17 @@ def apply(
     return applied
 
 
+def widen(model: Any) -> None:
+    """Give 16-bit weights that are trained 32 bits: their small updates would vanish, and fp16's scaler refuses them.
+
+    PEFT does so for its own layers, and not for modules that are trained in full beside them (`modulesToSave`, a reward
+    model's head, biases). Autocast brings 16-bit inputs and 32-bit weights together.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.element_size() < 4:
+            parameter.data = parameter.data.float()
+
+
 def count(model: Any) -> tuple[int, int]:
     """Trainable and all parameters."""
     sizes = [(size(parameter), parameter.requires_grad) for parameter in model.parameters()]

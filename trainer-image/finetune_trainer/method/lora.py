@@ -125,10 +125,15 @@ def start_eva(trainer: Any) -> None:
             "InitUnavailable", "method.lora.init eva looks at rows one by one, and dataset.packing joins them",
             hint="leave packing out, or write another init",
         )  # fmt: skip
+    model, place = trainer.model, next(trainer.model.parameters()).device
+    if place != trainer.args.device:  # sharded models come to the GPU when training begins
+        model.to(trainer.args.device)
     initialize_lora_eva_weights(
-        trainer.model, dataloader=_Inputs(trainer), show_progress_bar=False,
+        model, dataloader=_Inputs(trainer), show_progress_bar=False,
         gather_distributed_inputs=trainer.accelerator.num_processes > 1,
     )  # fmt: skip
+    if place != trainer.args.device:
+        model.to(place)
 
 
 class _Inputs:

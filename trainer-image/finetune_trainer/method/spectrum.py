@@ -21,10 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OutputKind, SpectrumMetric
 
+from finetune_trainer.hardware import wants_gpu
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.method.base import Applied
 
@@ -81,7 +84,9 @@ def select(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
         return Selection(tuple(name for name, (layer, _) in modules.items() if layer in spec.layers))
     metric = (spec.metric if spec else None) or SpectrumMetric.MARCHENKO_PASTUR
     threshold = 0.5 if spec is None or spec.snr_threshold is None else spec.snr_threshold
-    scan = _cached(inputs.output_dir.parent / f"spectrum-{metric}-{_safe(inputs.model_revision)}.json", model, metric)
+    file = inputs.output_dir.parent / f"spectrum-{metric}-{_safe(inputs.model_revision)}.json"
+    with PartialState().local_main_process_first():
+        scan = _cached(file, model, metric, torch.device("cuda") if wants_gpu(run) else torch.device("cpu"))
     chosen = (
         _best_layers(scan, threshold) if metric is SpectrumMetric.MEAN_OVER_STD else _best_of_kind(scan, 1 - threshold)
     )
@@ -89,6 +94,8 @@ def select(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
         raise ConfigError(
             "SpectrumSelectsNothing", f"method.spectrum.snrThreshold {threshold} keeps no module", hint="lower it"
         )  # fmt: skip
+    # Nodes may round differently where two ratios are close, and every rank must train the same modules.
+    chosen = list(broadcast_object_list(chosen))
     return Selection(tuple(chosen), tuple(scan), metric.value, threshold)
 
 
@@ -131,11 +138,13 @@ def _linear(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
             yield name, (int(match["index"]), match["kind"])
 
 
-def _cached(file: Path, model: Any, metric: SpectrumMetric) -> list[Module]:
+def _cached(file: Path, model: Any, metric: SpectrumMetric, device: torch.device) -> list[Module]:
     """The scan of this model, from disk if one was made of the same weights."""
     if file.exists():
         return [Module(**{**item, "snr": float(item["snr"])}) for item in json.loads(file.read_text())]
-    scan = [Module(name, layer, kind, ratio(_weight(model, name), metric)) for name, (layer, kind) in _linear(model)]
+    scan = [
+        Module(name, layer, kind, ratio(_weight(model, name, device), metric)) for name, (layer, kind) in _linear(model)
+    ]
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(f".{id(model)}")
     beside.write_text(json.dumps([{**asdict(m), "snr": str(m.snr)} for m in scan]))
@@ -143,8 +152,9 @@ def _cached(file: Path, model: Any, metric: SpectrumMetric) -> list[Module]:
     return scan
 
 
-def _weight(model: Any, name: str) -> torch.Tensor:
-    return model.get_submodule(name).weight.detach().float()  # type: ignore[no-any-return]  # get_submodule gives Any
+def _weight(model: Any, name: str, device: torch.device) -> torch.Tensor:
+    """One matrix at a time on the device: singular values cost a CPU minutes a matrix."""
+    return model.get_submodule(name).weight.detach().to(device).float()  # type: ignore[no-any-return]  # get_submodule gives Any
 
 
 def ratio(weight: torch.Tensor, metric: SpectrumMetric) -> float:

@@ -11,17 +11,29 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from accelerate import PartialState
 from datasets import Dataset
 from finetune_api.errors import ConfigError, DataError
-from finetune_api.spec.enums import Overflow, TrainerType
+from finetune_api.spec.enums import DatasetFormat, Overflow, TrainerType
 
 from finetune_trainer.data.load import Rows, load
-from finetune_trainer.data.prepare import RowPolicy, max_length, style_of, use_template
-from finetune_trainer.data.rows import Conversation, Judged, Preference, RowError, Turn
+from finetune_trainer.data.parallel import Refused, cores, encoded_rows
+from finetune_trainer.data.prepare import (
+    SUMMARY,
+    RowPolicy,
+    keep,
+    kept,
+    key,
+    max_length,
+    style_of,
+    use_template,
+)
+from finetune_trainer.data.rows import Conversation, Example, Judged, Preference, RowError, Turn
 from finetune_trainer.data.template import Rendered, Style, render
 from finetune_trainer.data.tokenise import IGNORED, Rules, encoded
 from finetune_trainer.objective.base import Facts, Setting
 
+UNBOUNDED = 1 << 30
 COMPLETION = "trainer.maxCompletionLength"
 Text = tuple[Turn, ...] | str
 
@@ -133,9 +145,20 @@ def judged(setting: Setting) -> tuple[Parts, Facts]:
 
 
 def _data(setting: Setting, columns: Any) -> tuple[Parts, Facts]:
+    """Made by one rank of a node, on all its cores, and kept by content hash, as rows of supervised training are."""
     template = use_template(setting.run, setting.inputs, setting.tokenizer)
-    loaded = load(setting.run, setting.inputs)
     bounds = limits(setting)
+    folder = setting.cache / key(setting.run, setting.inputs, setting.tokenizer, bounds.whole)
+    with PartialState().local_main_process_first():
+        if not (folder / SUMMARY).exists():
+            keep(folder, *_made(setting, columns, template, bounds))
+    train, validation, test, summary = kept(folder)
+    report = {"rows": summary["rows"], "tokens": summary["tokens"]}
+    return Parts(train, validation, test), Facts(len(train), DatasetFormat(summary["format"]), summary["notes"], report)
+
+
+def _made(setting: Setting, columns: Any, template: bool, bounds: Limits) -> tuple[dict[str, Dataset], dict[str, Any]]:
+    loaded = load(setting.run, setting.inputs)
     notes = list(loaded.summary.notes)
     made: dict[str, Dataset] = {}
     reports: dict[str, Any] = {}
@@ -145,23 +168,23 @@ def _data(setting: Setting, columns: Any) -> tuple[Parts, Facts]:
         )
         part = _part(setting, rows, style, bounds, notes, name)
         made[name] = Dataset.from_list([columns(row) for row in part.rows])
-        if isinstance(rows[0][1].prompt, str) and template and setting.run.spec.dataset.use_chat_template is None:
+        joined = any(
+            isinstance(example, Preference | Judged) and isinstance(example.prompt, str) for _, example in rows
+        )
+        if joined and template and setting.run.spec.dataset.use_chat_template is None:
             notes.append("prompts and answers are joined as they are; dataset.useChatTemplate: true makes them turns")
         notes += part.counts.notes(name, bounds)
         reports[name] = vars(part.counts)
-    facts = Facts(
-        len(made["train"]),
-        loaded.summary.format,
-        list(dict.fromkeys(notes)),
-        {"rows": loaded.summary.rows, "tokens": reports},
-    )
-    return Parts(made["train"], made.get("validation"), made.get("test")), facts
+    notes = list(dict.fromkeys(notes))
+    return made, {"format": loaded.summary.format, "rows": loaded.summary.rows, "notes": notes, "tokens": reports}
 
 
 def _part(setting: Setting, rows: Rows, style: Style, bounds: Limits, notes: list[str], name: str) -> _Part:
     policy = RowPolicy(setting.run, len(rows))
     part = _Part()
-    for place, row in _answered(setting, rows, style, policy):
+    spec = setting.run.spec.dataset
+    work = Work(style, Rules(UNBOUNDED, Overflow.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token))
+    for place, row in encoded_rows(rows, work, processes=spec.num_proc or cores(), on_bad_row=policy):
         part.counts.longest = max(part.counts.longest, row.size)
         kept = _within(place, row, bounds, part.counts, setting.run.spec.trainer.type)
         if kept is not None:
@@ -198,23 +221,44 @@ def _within(place: str, row: Answered, bounds: Limits, counts: Counts, kind: Tra
     return Answered(row.prompt, answers, row.label)
 
 
-def _answered(setting: Setting, rows: Rows, style: Style, policy: RowPolicy) -> Iterator[tuple[str, Answered]]:
-    """Rows as token ids, with their places."""
-    spec = setting.run.spec.dataset
-    rules = Rules(1 << 30, Overflow.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token)
-    waiting: list[tuple[list[int], list[int]]] = []
-    labels = [example.label for _, example in rows if isinstance(example, Judged)]
-    place_of_label = 0
-    texts = _Texts(rows, style, policy, text_as_turns=spec.use_chat_template is True)
-    for place, ids, learned in encoded(texts, setting.tokenizer, rules):
-        start = next((at for at, label in enumerate(learned) if label != IGNORED), len(ids))
-        waiting.append((ids[:start], ids[start:]))
-        if len(waiting) < texts.answers:
-            continue
-        label = labels[texts.kept[place_of_label]] if labels else None
-        place_of_label += 1
-        yield place, _together(waiting, label)
-        waiting = []
+@dataclass(frozen=True)
+class Work:
+    """Prompts with their answers: rendered and tokenised."""
+
+    style: Style
+    rules: Rules
+
+    def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[tuple[str, Answered] | Refused]:
+        """Every row of a batch with its place, or why it cannot be used; whole rows, whichever of their answers is at fault."""
+        refused: dict[int, Refused] = {}
+        parts: dict[int, list[tuple[list[int], list[int]]]] = {}
+        of: list[int] = []
+
+        def texts() -> Iterator[tuple[str, Rendered]]:
+            for number, (place, example) in enumerate(rows):
+                try:
+                    answers = self._rendered(example)
+                except RowError as error:
+                    refused[number] = Refused(place, error.code, error.found, error.write)
+                    continue
+                of.extend([number] * len(answers))
+                yield from ((place, text) for text in answers)
+
+        for at, (_, ids, learned) in enumerate(encoded(texts(), self.style.tokenizer, self.rules)):
+            start = next((place for place, label in enumerate(learned) if label != IGNORED), len(ids))
+            parts.setdefault(of[at], []).append((ids[:start], ids[start:]))
+        return [
+            refused[number] if number in refused else (place, _together(parts[number], getattr(example, "label", None)))
+            for number, (place, example) in enumerate(rows)
+        ]
+
+    def _rendered(self, example: Example) -> list[Rendered]:
+        """The text of each answer behind the prompt; text is joined as it is, unless the user asks for turns."""
+        assert isinstance(example, Preference | Judged), "the data room has checked the format"
+        sides = (example.chosen, example.rejected) if isinstance(example, Preference) else (example.completion,)
+        joined = isinstance(example.prompt, str) and not self.style.text_as_turns
+        style = replace(self.style, use_chat_template=False) if joined else self.style
+        return [behind(example.prompt, side, style) for side in sides]
 
 
 def _together(waiting: Sequence[tuple[list[int], list[int]]], label: bool | None) -> Answered:
@@ -224,36 +268,6 @@ def _together(waiting: Sequence[tuple[list[int], list[int]]], label: bool | None
     while all(len(one) > shared for one in prompts) and len({one[shared] for one in prompts}) == 1:
         shared += 1
     return Answered(prompts[0][:shared], [prompt[shared:] + answer for prompt, answer in waiting], label)
-
-
-class _Texts:
-    """The rendered texts of all rows, answer by answer. A row that cannot be rendered is left out whole."""
-
-    def __init__(self, rows: Rows, style: Style, policy: RowPolicy, *, text_as_turns: bool):
-        self.rows, self.style, self.policy, self.text_as_turns = rows, style, policy, text_as_turns
-        self.answers = 2 if isinstance(rows[0][1], Preference) else 1
-        self.kept: list[int] = []
-        """Places of the rows that were rendered, in order."""
-
-    def __iter__(self) -> Iterator[tuple[str, Rendered]]:
-        for number, (raw, example) in enumerate(self.rows):
-            assert isinstance(example, Preference | Judged), "the data room has checked the format"
-            sides = (example.chosen, example.rejected) if isinstance(example, Preference) else (example.completion,)
-            try:
-                texts = [behind(example.prompt, side, self._style(example.prompt)) for side in sides]
-            except RowError as error:
-                self.policy(raw.place, error.code, error.found, error.write)
-                continue
-            self.kept.append(number)
-            yield from ((raw.place, text) for text in texts)
-
-    def _style(self, prompt: Text) -> Style:
-        """Text is joined as it is, unless the user asks for turns."""
-        return (
-            self.style
-            if self.text_as_turns or not isinstance(prompt, str)
-            else replace(self.style, use_chat_template=False)
-        )
 
 
 def behind(prompt: Text, answer: Text, style: Style) -> Rendered:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +34,11 @@ LOSSES = {GrpoLoss.GRPO: "grpo", GrpoLoss.BNPO: "bnpo", GrpoLoss.DR_GRPO: "dr_gr
 class GrpoTrainer(Guarded, Referenced, GRPOTrainer):
     """TRL's trainer."""
 
+    def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
+        """Answers in the number type of the training: weights that are trained have 32 bits beside 16-bit ones."""
+        with self.accelerator.autocast():
+            return super()._generate_single_turn(*args, **options)
+
 
 def data(setting: Setting) -> tuple[answers.Parts, Facts]:
     """Prompts with the columns that rewards read. Errors: ConfigError RewardColumnMissing; DataError RowTooLong, NoTrainableToken."""
@@ -42,27 +49,36 @@ def data(setting: Setting) -> tuple[answers.Parts, Facts]:
     made: dict[str, Dataset] = {}
     for name, rows in loaded.parts():
         style = replace(style_of(setting.run, setting.tokenizer, template, loaded.summary.format), markers=None)
-        made[name] = _fitting(
-            _prompts(rows, style, setting.run.spec.dataset.use_chat_template is True), setting, notes, name
-        )
-        require_columns(functions, [column for column in made[name].column_names if column != "prompt"])
+        prompts = _prompts(rows, style, setting.run.spec.dataset.use_chat_template is True)
+        require_columns(functions, [column for column in prompts[0] if column != "prompt"])
+        made[name] = _dataset(_fitting(prompts, setting, notes, name))
     facts = Facts(len(made["train"]), loaded.summary.format, notes, {"rows": loaded.summary.rows})
     return answers.Parts(made["train"], made.get("validation"), made.get("test")), facts
 
 
-def _prompts(rows: Rows, style: Style, text_as_turns: bool) -> Dataset:
-    """Turns as messages where the tokenizer has a chat template, else as text that ends where the answer begins; text as it is."""
+def _prompts(rows: Rows, style: Style, text_as_turns: bool) -> list[dict[str, Any]]:
+    """Turns as messages where the tokenizer has a chat template, else as text that ends where the answer begins; text as it is.
+
+    Each has all columns that any row has, None where it has none itself.
+    """
     taken = ("prompt", *GIVEN)
     made = []
     for _, example in rows:
         assert isinstance(example, Prompt), "the data room has checked the format"
-        made.append(
-            {
-                "prompt": _prompt(example.prompt, style, text_as_turns),
-                **{k: v for k, v in example.columns.items() if k not in taken},
-            }
-        )
-    return Dataset.from_list(made)
+        columns = {name: value for name, value in example.columns.items() if name not in taken}
+        made.append({"prompt": _prompt(example.prompt, style, text_as_turns), **columns})
+    every = dict.fromkeys(name for row in made for name in row)
+    return [{**every, **row} for row in made]
+
+
+def _dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
+    """Rows that come out as they went in: Arrow would want one type a column, and give every message the keys of all others."""
+    return Dataset.from_dict({"row": [pickle.dumps(row) for row in rows]}).with_transform(_unpacked)
+
+
+def _unpacked(batch: dict[str, list[bytes]]) -> dict[str, list[Any]]:
+    rows = [pickle.loads(row) for row in batch["row"]]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _prompt(prompt: tuple[Turn, ...] | str, style: Style, text_as_turns: bool) -> str | list[dict[str, Any]]:
@@ -131,10 +147,10 @@ def _room(setting: Setting) -> tuple[int, int]:
     return whole - answer, answer
 
 
-def _fitting(side: Dataset, setting: Setting, notes: list[str], part: str) -> Dataset:
+def _fitting(side: list[dict[str, Any]], setting: Setting, notes: list[str], part: str) -> list[dict[str, Any]]:
     """Prompts that leave room for an answer. A prompt cannot be cut without changing the question, so longer ones are left out."""
     room, answer = _room(setting)
-    fits = [place for place, prompt in enumerate(side["prompt"]) if _tokens(prompt, setting.tokenizer) <= room]
+    fits = [row for row in side if _tokens(row["prompt"], setting.tokenizer) <= room]
     if len(fits) == len(side):
         return side
     limits = f"dataset.maxSequenceLength {room + answer} less {answer} for the answer"
@@ -146,7 +162,7 @@ def _fitting(side: Dataset, setting: Setting, notes: list[str], part: str) -> Da
             "NoTrainableToken", f"{told}: no row is left", hint="raise maxSequenceLength, or shorten the prompts"
         )
     notes.append(f"{told} and were left out")
-    return side.select(fits)
+    return fits
 
 
 def _tokens(prompt: Any, tokenizer: Any) -> int:

@@ -28,7 +28,7 @@ class Referenced(Trainer):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         for name, parameter in self.model.named_parameters():
-            if f".{ADAPTER}." in name:
+            if ADAPTER in name.split("."):  # inside, as lora_A.ref.weight, or at the end, as ia3_l.ref
                 parameter.requires_grad_(False)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -6,8 +6,8 @@ from collections import defaultdict
 from typing import Any
 
 import torch
+from datasets import Dataset
 from finetune_api.errors import InternalError
-from finetune_api.spec.enums import DatasetFormat
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -41,21 +41,29 @@ class Sft(Guarded, SFTTrainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Mean loss per learned token of the whole effective batch, over ranks and accumulation steps alike."""
-        if return_outputs or self.aux_loss_enabled:
+        if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
         outputs = model(**inputs, fused_lm_head=True)
-        learned = outputs.label_mask.sum()
         total = -outputs.log_probs.sum()
-        count = learned if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=total.device)
+        count = (
+            outputs.label_mask.sum()
+            if num_items_in_batch is None
+            else torch.as_tensor(num_items_in_batch, device=total.device)
+        )
         loss = total / count.clamp(min=1)
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
-        sums = self._sums["train" if self.model.training else "eval"]
-        sums["learned"] += learned
-        sums["nll"] += total.detach()
-        sums["correct"] += outputs.is_top1.sum()
-        sums["entropy"] += outputs.entropy.detach().sum()
+        if self.aux_loss_enabled:  # experts that are used unevenly; a mean of each micro-batch, and so of all of them
+            steps = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
+        sums, own = self._sums["train" if self.model.training else "eval"], self._own(inputs, outputs.label_mask)
+        sums["learned"] += (outputs.label_mask * own).sum()
+        sums["nll"] += total.detach() if self.model.training else -(outputs.log_probs.detach() * own).sum()
+        sums["correct"] += (outputs.is_top1 * own).sum()
+        sums["entropy"] += (outputs.entropy.detach() * own).sum()
         sums["tokens"] += (
             inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["position_ids"].numel()
         )
@@ -63,9 +71,26 @@ class Sft(Guarded, SFTTrainer):
         if self.multiple_choice and not self.model.training:
             # The letter is the first learned token of a row: it stands where learning begins.
             begins = outputs.label_mask & ~torch.nn.functional.pad(outputs.label_mask, (1, 0))[:, :-1]
-            sums["letters"] += begins.sum()
-            sums["right"] += (outputs.is_top1 * begins).sum()
+            sums["letters"] += (begins * own).sum()
+            sums["right"] += (outputs.is_top1 * begins * own).sum()
         return loss
+
+    def _own(self, inputs: dict[str, Any], places: torch.Tensor) -> Any:
+        """1 at the places of an evaluation's rows that are not repeated, as a tensor like `places`, or 1 for all of them.
+
+        So that all ranks have as many rows, the last batches are filled up with rows that were looked at already.
+        """
+        state, documents = self.accelerator.gradient_state, inputs.get("cu_seq_lens_q")
+        if self.model.training or not state.end_of_dataloader or state.remainder <= 0:
+            return 1
+        rows = len(inputs["input_ids"]) if documents is None else len(documents) - 1
+        kept = max(0, min(rows, state.remainder - self.accelerator.process_index * rows))
+        own = torch.zeros_like(places)
+        if documents is None:
+            own[:kept] = 1
+        else:
+            own[:, : int(documents[kept])] = 1
+        return own
 
     def evaluation_loop(self, *args: Any, **options: Any) -> Any:
         """The loss of all tokens of the evaluation set together."""
@@ -134,9 +159,8 @@ def arguments(setting: Setting, *, evaluates: bool) -> SFTConfig:
 
 def build(setting: Setting, args: SFTConfig, model: Any, prepared: Prepared) -> Sft:
     """The trainer, ready to run."""
-    choice = prepared.format is DatasetFormat.MCQ
-    trainer: Sft = connected(Sft, setting.plan, multiple_choice=choice)(
-        model=model, args=args, train_dataset=prepared.train, eval_dataset=prepared.validation, processing_class=setting.tokenizer,
+    trainer: Sft = connected(Sft, setting.plan, multiple_choice=prepared.choices)(
+        model=model, args=args, train_dataset=_fast(prepared.train), eval_dataset=_fast(prepared.validation), processing_class=setting.tokenizer,
         callbacks=setting.callbacks,
     )  # fmt: skip
     frozen = setting.run.spec.method.type not in FULL_METHODS
@@ -144,35 +168,40 @@ def build(setting: Setting, args: SFTConfig, model: Any, prepared: Prepared) -> 
     mean = report.tokens / max(1, report.rows)
     flops = flops_per_token(Shape.of(getattr(model, "get_base_model", lambda: model)()), mean, frozen_base=frozen)
     trainer.meter = Meter(flops_of_token=flops, peak=peak_of(setting.hardware.name), ranks=setting.plan.world_size)
-    if args.packing and not setting.plan.sharded_weights:
-        require_isolation(trainer.model)
     return trainer
 
 
+def _fast(part: Dataset | None) -> Dataset | None:
+    """Rows as arrays, which become tensors without a Python number for every token."""
+    return None if part is None else part.with_format("numpy")
+
+
 @torch.no_grad()
-def require_isolation(model: Any) -> None:
-    """Prove on this model and attention that packed documents do not see each other.
+def require_isolation(trainer: Any) -> None:
+    """Prove on this model and attention, where it trains, that packed documents do not see each other.
 
-    A document behind another one must be read as it is read alone. The measure is what a real leak does to it: the same two
-    documents with positions that run on. Errors: InternalError PackingLeaks.
+    What a document is read as must not depend on the one packed before it. The measure is what it does to the same two as one
+    document. Both are read in one shape, so that kernels of 16 bits round alike. Errors: InternalError PackingLeaks.
     """
-    size = min(model.config.get_text_config().vocab_size, 200)
-    first = torch.arange(10, 26, device=model.device) % size
-    second = torch.arange(40, 56, device=model.device) % size
-    both, length = torch.cat([first, second])[None], len(first)
-    places = torch.arange(2 * length, device=model.device)
+    model, size = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)
+    before, behind = ([place % size for place in range(start, start + 16)] for start in (10, 40))
 
-    def read(ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = model(input_ids=ids, position_ids=positions[None], use_cache=False).logits
-        return logits[0, -length:].float()
+    def read(first: list[int], lengths: list[int]) -> torch.Tensor:
+        ids = first + behind
+        row = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}])
+        del row["labels"]
+        with trainer.accelerator.autocast():
+            logits: torch.Tensor = model(**trainer._prepare_inputs(row), use_cache=False).logits
+        return logits[0, -len(behind) :].float()
+
+    def depends(lengths: list[int]) -> torch.Tensor:
+        return (read(before, lengths) - read(before[::-1], lengths)).abs().mean()
 
     training = model.training
     model.eval()
-    alone = read(second[None], places[:length])
-    packed = (read(both, places % length) - alone).abs().mean()
-    leaked = (read(both, places) - alone).abs().mean()
+    packed, joined = depends([len(before), len(behind)]), depends([len(before) + len(behind)])
     model.train(training)
-    if packed > 0.1 * leaked:
+    if packed > 0.1 * joined:
         raise InternalError(
             "PackingLeaks", f"with attention {model.config._attn_implementation} packed documents see each other",
             hint="set dataset.packing: false, or another model.attention",
