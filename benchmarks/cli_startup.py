@@ -74,7 +74,7 @@ def main() -> None:
         figures = {"runs": options.runs, **measure(commands, options.runs)}
     print(json.dumps(figures, indent=1))
     if not options.no_write:
-        print(record.write("cli_startup", figures, method=(__doc__ or "").partition("Method. ")[2].strip()))
+        print(record.write("cli_startup", figures, method=record.method(__doc__)))
 
 
 if __name__ == "__main__":

@@ -152,7 +152,7 @@ def main() -> None:
         found = Run(manifest, options.namespace, f"first-step-{number}-{int(time.time()) % 100000}").measure()
         print("warm-up" if number == 0 else f"run {number}", json.dumps(found), flush=True)
         runs += [found] if number else []
-    path = record.write("first_step", {"median": medians(runs), "runs": runs}, method=str(__doc__))
+    path = record.write("first_step", {"median": medians(runs), "runs": runs}, method=record.method(__doc__))
     print(json.dumps(medians(runs), indent=1))
     print(f"written: {path.relative_to(record.ROOT)}")
 

@@ -251,7 +251,7 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None)
             f"--namespace {namespace}: it cannot be the name of a namespace; write a-z, 0-9 and -, at most 63 characters"
         )
     if kubeconfig is not None and (not kubeconfig.exists() or kubeconfig.is_dir()):
-        raise ClusterError(f"--kubeconfig {kubeconfig}: there is no such file")
+        raise ClusterError(f"no cluster: --kubeconfig {kubeconfig}: there is no such file")
     configuration = client.Configuration()
     try:
         found = _kubeconfig(

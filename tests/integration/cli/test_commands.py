@@ -15,18 +15,11 @@ from ruamel.yaml import YAML
 
 from tests.integration.cli.conftest import Result, condition, set_status
 from tests.support.kubeapi import KubeApi
+from tests.unit.cli.conftest import JOB as PLAIN
 
 Finetune = Callable[..., Result]
 Job = Callable[..., dict[str, Any]]
-JOB = """\
-apiVersion: finetune-operator.io/v1alpha1
-kind: FineTuneJob
-metadata: {name: bot}
-spec:
-  model: {source: org/m}
-  dataset: {train: "s3://data/t.jsonl"}
-  training: {learningRate: 2e-4}
-"""
+JOB = PLAIN + "  training: {learningRate: 2e-4}\n"
 SECRET = "apiVersion: v1\nkind: Secret\nmetadata: {name: hub}\nstringData: {token: hf_abcdefgh}\n---\n"
 FAILED = {
     "phase": "Failed",
@@ -294,3 +287,20 @@ def test_a_server_that_is_not_there(finetune: Finetune, tmp_path: Path, monkeypa
 def test_no_cluster_at_all(finetune: Finetune, tmp_path: Path) -> None:
     result = finetune("get", "--kubeconfig", str(tmp_path / "none"))
     assert (result.code, result.err.startswith("error: no cluster: ")) == (1, True)
+
+
+def test_a_name_as_it_is_printed_is_taken(finetune: Finetune, job: Job) -> None:
+    job("bot", status={"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]})
+    printed = finetune("get", "-o", "name").out.strip()
+    assert finetune("status", printed).out == finetune("status", "bot").out
+    assert finetune("wait", printed, "--timeout", "0").code == 0
+    found = finetune("wait", "bot", "--for", "Suspended", "--timeout", "0")
+    assert (found.code, found.out) == (1, "")
+    assert "has ended (Succeeded), and will never be Suspended" in found.err
+    found = finetune("get", "bot", "-A", default_namespace=False)
+    assert (found.code, found.out) == (1, "")
+
+
+def test_no_jobs_have_no_names(finetune: Finetune) -> None:
+    found = finetune("get", "-o", "name")
+    assert (found.code, found.out) == (0, "")

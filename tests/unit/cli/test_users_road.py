@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +165,92 @@ def test_names_of_other_things_are_refused(name: str) -> None:
 def test_a_report_shows_no_token_that_other_messages_hide(secret: str) -> None:
     hidden = clean(f"cloning {secret} now")
     assert (secret in hidden, hidden.startswith("cloning ")) == (False, True)
+
+
+@pytest.fixture
+def answering(tmp_path: Path) -> Iterator[Callable[[int, bytes], str]]:
+    """A kubeconfig of a server that gives one answer to everything."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def serve(status: int, body: bytes) -> str:
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Silent."""
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
+        user = {"name": "u", "user": {"token": "t"}}
+        context = {"name": "x", "context": {"cluster": "c", "user": "u"}}
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [cluster],
+            "users": [user],
+            "contexts": [context],
+            "current-context": "x",
+        }
+        path = tmp_path / "kubeconfig"
+        path.write_text(json.dumps(config), encoding="utf-8")
+        return str(path)
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (
+            404,
+            b"404 page not found\n",
+            "knows no FineTuneJobs of finetune-operator.io/v1alpha1: install the operator's chart",
+        ),
+        (200, b"<html>please log in</html>", "does not answer as an API server does"),
+        (302, b"", "does not answer as an API server does"),
+        (401, b'{"message": "Unauthorized"}', "does not accept the credentials of the kubeconfig: log in again"),
+        (502, b"<html>\n<body>\nBad Gateway</body></html>", "answered HTTP 502: <html> <body> Bad Gateway"),
+    ],
+)
+def test_what_a_server_says_is_told_in_one_line(
+    call: Call, answering: Callable[[int, bytes], str], status: int, body: bytes, told: str
+) -> None:
+    code, out, err = call("get", "--kubeconfig", answering(status, body))
+    assert (code, out, err.count("\n"), err.startswith("error: ")) == (1, "", 1, True)
+    assert told in err
+
+
+def test_a_cluster_without_the_kind_is_no_reason_to_purge(
+    call: Call, answering: Callable[[int, bytes], str], tmp_path: Path
+) -> None:
+    kept = tmp_path / "store/default/bot/u1/checkpoints/step-00000001/_COMMITTED"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("{}", encoding="utf-8")
+    words = ("purge", "bot", "--uid", "u1", "--storage", f"file://{tmp_path}/store", "--yes-purge", "bot")
+    code, out, err = call(*words, "--kubeconfig", answering(404, b"404 page not found\n"))
+    assert (code, out, kept.exists()) == (1, "", True)
+    assert "knows no FineTuneJobs" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--kubeconfig", "/no/such/file"), "--kubeconfig /no/such/file: there is no such file"),
+        (("-n", "a/b"), "--namespace a/b: it cannot be the name of a namespace"),
+    ],
+)
+def test_places_that_cannot_be_are_named(call: Call, words: tuple[str, ...], told: str) -> None:
+    code, _, err = call("get", *words)
+    assert (code, told in err) == (1, True)
 
 
 def test_output_is_utf8_whatever_the_locale_says(write: Write, tmp_path: Path) -> None:
