@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 import urllib.request
 from pathlib import Path
@@ -255,6 +256,17 @@ def test_what_it_answers(tmp_path: Path, spec: dict[str, Any]) -> None:
         with urllib.request.urlopen(urllib.request.Request(url, json.dumps(body).encode(), method="POST")) as answer:
             assert answer.status == 200
         assert pod.get("/nothing") is None
+
+
+def test_a_port_that_is_taken_is_named(tmp_path: Path, spec: dict[str, Any]) -> None:
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        with toy(tmp_path, spec, {}, env={"FINETUNE_PORT": port}) as pod:
+            code, words = ended(pod)
+    assert (code, words.code) == (70, "PortInUse") and port in (words.message or "")
+    assert "Traceback" not in pod.text
 
 
 def test_no_storage_credentials_reach_a_rank(tmp_path: Path, spec: dict[str, Any]) -> None:
