@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.names import KIND, MAX_NAME_LENGTH, NAME_PATTERN
-from finetune_api.rules import Problem, check
+from finetune_api.rules import SLICED_OPTIMIZERS, Problem, check
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import DatasetFormat, MethodType, Strategy, TrainerType
 from finetune_api.support import unsupported
@@ -28,6 +28,7 @@ from finetune_cli.importers.material import (
     Document,
     Draft,
     Entry,
+    Fill,
     Given,
     Importer,
     Mistake,
@@ -80,17 +81,28 @@ def run(request: Request, importers: dict[str, Importer]) -> Imported:
 
 
 def _fill(importer: Importer, draft: Draft) -> None:
-    """The profile, where the files are silent; on a CPU without what only a GPU can do."""
-    left_out = []
+    """The profile, where the files are silent; on a CPU without what only a GPU can do, with FSDP without what it cannot."""
+    left_out: dict[str, list[str]] = {}
     for fill in importer.profile:
         if not fill.when(draft):
             continue
-        if fill.gpu and draft.value("resources.gpusPerNode") == 0:
-            left_out += [] if draft.has(fill.path) else [f"{fill.path} {fill.value}"]
-        else:
+        reason = _unfit(fill, draft)
+        if reason is None:
             draft.fill(fill.path, fill.value, fill.origin)
-    if left_out:
-        draft.note(f"the job asks for no GPU, so our defaults stand in for {', '.join(left_out)}")
+        elif not draft.has(fill.path):
+            left_out.setdefault(reason, []).append(f"{fill.path} {fill.value}")
+    for reason, fills in left_out.items():
+        draft.note(f"{reason}, so our defaults stand in for {', '.join(fills)}")
+
+
+def _unfit(fill: Fill, draft: Draft) -> str | None:
+    """Why a value of the profile cannot stand in this job; None: it can."""
+    if fill.gpu and draft.value("resources.gpusPerNode") == 0:
+        return "the job asks for no GPU"
+    optimizer = fill.value if fill.path == "training.optimizer" else None
+    if optimizer not in (None, *SLICED_OPTIMIZERS) and draft.value("distributed.strategy") == Strategy.FSDP:
+        return "FSDP cannot use the optimizer of that tool"
+    return None
 
 
 def _ours(draft: Draft) -> None:

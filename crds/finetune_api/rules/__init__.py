@@ -36,7 +36,7 @@ from finetune_api.rules import data
 from finetune_api.rules import training
 from finetune_api.rules.training import OPTIMIZERS
 from finetune_api.rules import strategies
-from finetune_api.rules.strategies import unfit_for_deepspeed, unfit_for_fsdp, unfit_for_zero3
+from finetune_api.rules.strategies import SLICED_OPTIMIZERS, unfit_for_deepspeed, unfit_for_fsdp, unfit_for_zero3
 from finetune_api.rules import after
 from finetune_api.rules import storage
 from finetune_api.rules import placement
@@ -53,6 +53,7 @@ __all__ = [
     "LORA_METHODS",
     "NEEDS_WHOLE_WEIGHTS",
     "OPTIMIZERS",
+    "SLICED_OPTIMIZERS",
     "PREFERENCE_TRAINERS",
     "PROMPT_METHODS",
     "Problem",

@@ -195,6 +195,8 @@ def test_fsdp_needs_ranks(yaml: Any) -> None:
     )
     assert found.spec["distributed"] == {"strategy": "fsdp", "fsdp": {"sharding": "shardGradOp", "stateDict": "full"}}
     assert found.at("resources.gpusPerNode") == 2
+    assert "optimizer" not in found.spec["training"]
+    assert "FSDP cannot use the optimizer of that tool, so our defaults stand in for training.optimizer paged_adamw_8bit" in found.notes
     assert yaml("distributed: {use_fsdp: true}\n", own={"resources.gpusPerNode": 8}).at("resources.gpusPerNode") == 8
 
 
