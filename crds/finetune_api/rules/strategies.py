@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune_api.rules.base import Found, Where, rule
 from finetune_api.rules.facts import (
+    HEADS,
     NEEDS_WHOLE_WEIGHTS,
     PROMPT_METHODS,
     base_bits,
@@ -96,6 +97,14 @@ def unfit_for_fsdp(spec: FineTuneJobSpec) -> Found:
             "model.quantization.bits is 8, and 8-bit weights cannot be sharded",
             "write bits 4, or `distributed: {strategy: ddp}`",
         )
+    # The loss reads the head's weight without calling it, and beside an adapter nothing sums its gradients over the ranks.
+    for name in (spec.method.lora and spec.method.lora.modules_to_save) or []:
+        if name.rsplit(".", 1)[-1] in HEADS and trainer_of(spec) is not TrainerType.REWARD:
+            yield (
+                "method.lora.modulesToSave",
+                f"it names the head {name}, of which each rank would train a slice on its own rows alone",
+                "remove it, or write `distributed: {strategy: ddp}`",
+            )
     if spec.training.optimizer not in (None, *SLICED_OPTIMIZERS):
         yield (
             "training.optimizer",

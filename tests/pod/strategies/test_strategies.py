@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 from tests.support.cells import Cell, Result, launch
 from tests.support.learning import TEN, go, merged
+from tests.support.preferences import PAIRS
 from tests.support.tiny import make_tiny_model
 
 pytestmark = pytest.mark.pod
@@ -101,11 +104,43 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "zero3 qlora": (merged(QLORA, zero(3)), "StrategyAndMethod", "quantised"),
     "zero3 pissa": (merged({"method": {"lora": {"init": "pissa"}}}, zero(3)), "StrategyAndMethod", "pissa"),
     "zero3 spectrum": (merged({"method": {"type": "spectrum"}}, zero(3)), "StrategyAndMethod", "spectrum"),
+    "fsdp 8-bit optimizer": (
+        merged({"training": {"optimizer": "adamw_8bit"}}, fsdp()),
+        "StrategyAndMethod",
+        "adamw_8bit, which cannot update slices",
+    ),
+    "fsdp head": (
+        merged({"method": {"lora": {"modulesToSave": ["lm_head"]}}}, fsdp()),
+        "StrategyAndMethod",
+        "names the head lm_head",
+    ),
+    "zero1 adagrad": (merged({"training": {"optimizer": "adagrad"}}, zero(1)), "StrategyAndMethod", "it is adagrad"),
     "json against fields": (
         merged({"training": {"maxGradNorm": 1.0}}, zero(2, configRef={"name": "mine", "key": "zero.json"})),
         "ConfigsDisagree",
         "gradient_clipping is 0.25, training.maxGradNorm is 1.0; zero_optimization.stage is 3, distributed.deepspeed.zeroStage is 2",
     ),
+}
+
+SIXTEEN: dict[str, Any] = {
+    "model": {"dtype": "bfloat16"},
+    "training": {"mixedPrecision": "bf16", "gradientCheckpointing": "enabled", "maxSteps": 3, "learningRate": 5e-3},
+}
+"""The number types and the recomputation that a GPU has by default."""
+PACKED: dict[str, Any] = {"dataset": {"packing": True, "maxSequenceLength": 64}, "training": {"batchSizePerDevice": 1}}
+BESIDE = {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}}
+NARROW: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
+    "16 bits, ddp": (merged(LORA_EXACT, DDP), TEN),
+    "16 bits, fsdp": (merged(LORA_EXACT, fsdp()), TEN),
+    "16 bits, zero2": (merged(LORA_EXACT, zero(2)), TEN),
+    "16 bits, zero3": (merged(LORA_EXACT, zero(3)), TEN),
+    "16 bits, ddp, the head beside": (merged(BESIDE, DDP), TEN),
+    "16 bits, ddp, ia3 and dpo": (merged({"method": {"type": "ia3"}, "trainer": {"type": "dpo"}}, DDP), PAIRS),
+    "16 bits, fsdp, reward": (merged({"trainer": {"type": "reward"}}, fsdp()), PAIRS),
+    "16 bits, zero3, reward": (merged({"trainer": {"type": "reward"}}, zero(3)), PAIRS),
+    "16 bits, ddp, packed": (merged(merged(LORA_EXACT, PACKED), DDP), TEN),
+    "16 bits, fsdp, packed": (merged(merged(LORA_EXACT, PACKED), fsdp()), TEN),
+    "16 bits, zero3, packed": (merged(merged(LORA_EXACT, PACKED), zero(3)), TEN),
 }
 
 
@@ -130,6 +165,7 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
         "training": {"maxSteps": 12, "scheduler": "constant"}, "evaluation": {"steps": 3},
         "checkpoint": {"strategy": "steps", "steps": 3, "loadBestAtEnd": True},
     }  # fmt: skip
+    cells += [Cell(name, str(model), merged(SIXTEEN, spec), rows) for name, (spec, rows) in NARROW.items()]
     cells += [Cell(name, str(model), merged(best, spec), TEN, validation=other) for name, spec in BEST.items()]
     cells += [
         Cell(equal_cell(method, name), str(model), merged(merged(EXACT, given), spec), UNEVEN)
@@ -210,6 +246,15 @@ def test_two_ranks_learn_what_one_learns(name: str, one_process: tuple[str, Any]
     assert len(alone.losses) == 4
     assert found.losses == pytest.approx(alone.losses, abs=1e-6)
     assert found.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_two_ranks_train_in_16_bits(name: str, results: dict[str, Result]) -> None:
+    found, (start, strategy, *what) = results[name], name.split(", ")
+    assert found.error is None
+    assert len(found.losses) == 3 and all(math.isfinite(loss) for loss in found.losses)
+    like = results[", ".join([start, "ddp", *what])] if strategy != "ddp" and what != ["reward"] else found
+    assert found.losses == pytest.approx(like.losses, abs=0.02)
 
 
 def test_no_shard_runs_as_ddp_and_says_so(results: dict[str, Result]) -> None:

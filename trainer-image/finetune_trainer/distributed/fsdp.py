@@ -183,17 +183,25 @@ class Fsdp(Plan):
     def after_accelerator(self, trainer: Any) -> None:
         """On CPU, turn on what accelerate turns on for GPUs only (accelerate 1.15; needed until it does so itself).
 
-        AcceleratorState copies PartialState's fields whenever it is asked for, so both are set.
+        AcceleratorState copies PartialState's fields whenever it is asked for, so both are set. With 16 bits accelerate would
+        also sum gradients and round the loss in them: ranks compute in 16 bits and sum in 32, as with ddp.
         """
-        if not self.hardware.cpu:
-            return
         from accelerate.state import AcceleratorState, PartialState
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-        plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
-        AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        trainer.is_fsdp_enabled = True
+        if self.hardware.cpu:
+            plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
+            AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            trainer.is_fsdp_enabled = True
+        if self.hardware.bf16 or self.hardware.fp16:
+            import torch
+            from torch.distributed.fsdp import MixedPrecisionPolicy
+
+            narrow = torch.bfloat16 if self.hardware.bf16 else torch.float16
+            trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=narrow, reduce_dtype=torch.float32
+            )
 
     def verify(self, trainer: Any) -> str:
         """Every parameter must be sharded over all ranks. Errors: InternalError StrategyNotActive."""
