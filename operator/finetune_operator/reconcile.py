@@ -48,7 +48,7 @@ FIRST_READ, LONGEST_READ = 15.0, 300.0
 """Seconds between two reads of those events; it doubles, since the server goes through all of a namespace's for each."""
 ENDING = 5.0
 """Seconds that a Job has to say that it is over after its last pod ended, before the status tells of pods that are not ready."""
-REST, REST_STEP = 5.0, 1.0
+REST, REST_STEP = 20.0, 1.0
 """Seconds that a job whose Job was just made may have to wait with its first status while new jobs rush in, and how often it asks."""
 RETRY_OBSTACLE = 15.0
 """Seconds after which a refused create is tried again."""
@@ -172,13 +172,14 @@ class Reconciler:
         return True
 
     def _rests(self, key: Key) -> bool:
-        """Whether there can be no more to see than the first pods of a Job just made, and the rush in which it was made goes on."""
+        """Whether there can be no more to see than the first pods of a Job made in a rush, and the rush goes on or they are not there."""
         memory, job = self._memories.get(key), self._cache.family(key).job
         if memory is None or memory.rest_until is None:
             return False
         now = asyncio.get_running_loop().time()
         same = job is not None and not job.deleting and (job.uid, job.generation) == (memory.uid, memory.generation)
-        if not same or not self._queue.rush or now >= memory.rest_until:
+        busy = self._queue.rush or not self._cache.family(key).pods
+        if not same or not busy or now >= memory.rest_until:
             memory.rest_until = None
             return False
         self._queue.add_after(key, min(REST_STEP, memory.rest_until - now))
