@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import Any
 
 import pytest
@@ -15,6 +16,9 @@ NODES = "tests/e2e/"
 def pytest_configure(config: pytest.Config) -> None:
     """The table of fault rows is printed by the process that gathers the results, which loads no conftest but this."""
     rows.register(config)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A run in the background of a script inherits it, and so would all programs that tests interrupt.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -159,8 +159,8 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for name in RESUMED:
         checkpoint = folder / f"{places[name]:03d}" / "out" / "checkpoint-2"
         cells.append(Cell(f"{name}, resumed", str(model), specs[name], TEN, resume=str(checkpoint)))
-    # Other answers than those that are trained: the validation loss falls at first (the form is learned), then it rises.
-    other = [{"messages": [a["messages"][0], b["messages"][1]]} for a, b in zip(TEN, TEN[3:] + TEN[:3], strict=True)]
+    # Answers of signs that no trained answer has: the validation loss falls at first (the form is learned), then it rises.
+    other = [{"messages": [row["messages"][0], {"role": "assistant", "content": "!?#%&@"}]} for row in TEN]
     best = {
         "training": {"maxSteps": 12, "scheduler": "constant"}, "evaluation": {"steps": 3},
         "checkpoint": {"strategy": "steps", "steps": 3, "loadBestAtEnd": True},
