@@ -57,6 +57,13 @@ class RankFailure:
     """False: nobody said anything, only an exit code is known."""
 
 
+def local_disk_full() -> StorageError:
+    """69: whoever writes to the pod's own disk finds no room."""
+    return StorageError(
+        "LocalDiskFull", "the pod's local disk is full", hint="raise resources.ephemeralStorage, or checkpoint less often"
+    )  # fmt: skip
+
+
 def classify(error: BaseException) -> tuple[FineTuneError, bool]:
     """The named failure for an exception in a rank, and whether it is this rank's own (False: a peer's)."""
     if isinstance(error, FineTuneError):
@@ -69,9 +76,7 @@ def classify(error: BaseException) -> tuple[FineTuneError, bool]:
             "PeerLost", f"a collective failed: {_first_line(error)}", hint="see the other ranks' logs"
         ), False
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return StorageError(
-            "LocalDiskFull", "the pod's local disk is full", hint="raise resources.ephemeralStorage, or checkpoint less often"
-        ), True  # fmt: skip
+        return local_disk_full(), True
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
     return InternalError(

@@ -72,6 +72,17 @@ class FineTuneJobSpec(Group):
         default=False, description="Save and stop for good; it cannot be taken back. Default: false. Example: `true`."
     )
 
+    def with_values(self, values: Mapping[str, Any]) -> FineTuneJobSpec:
+        """The same with other values at some paths, which are dotted wire names. Errors: pydantic's ValidationError."""
+        wire = self.wire()
+        for path, value in values.items():
+            *groups, name = path.split(".")
+            target = wire
+            for group in groups:
+                target = target.setdefault(group, {})
+            target[name] = value
+        return FineTuneJobSpec.model_validate(wire)
+
 
 def load(value: Mapping[str, Any]) -> FineTuneJobSpec:
     """A spec from JSON-like data, with the API server's strictness: a quoted number or a boolean is no number.

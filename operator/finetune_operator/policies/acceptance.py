@@ -102,15 +102,8 @@ def _resolve(spec: FineTuneJobSpec, context: Context, kept: Mapping[str, Any]) -
 
 def _with(found: Resolution, values: Mapping[str, Any]) -> Resolution:
     """The same with other defaults at some paths."""
-    wire = found.spec.wire()
-    for path, value in values.items():
-        *groups, name = path.split(".")
-        target = wire
-        for group in groups:
-            target = target.setdefault(group, {})
-        target[name] = value
     try:
-        return replace(found, spec=FineTuneJobSpec.model_validate(wire), defaults={**found.defaults, **values})
+        return replace(found, spec=found.spec.with_values(values), defaults={**found.defaults, **values})
     except ValidationError as error:
         logger.warning("the defaults that a job began with cannot be used and are not kept: %s", error)
         return found

@@ -47,17 +47,9 @@ class Exhausted:
 
 def adapted(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> FineTuneJobSpec:
     """The resolved spec with every adaptation applied, the later over the earlier."""
-    value = spec.wire()
-    for path, found in adapted_values(adaptations).items():
-        if path in (MAX_STEP, FIRST_ATTEMPT):
-            continue
-        *groups, name = path.split(".")
-        target = value
-        for group in groups:
-            target = target.setdefault(group, {})
-        target[name] = found
+    values = {path: found for path, found in adapted_values(adaptations).items() if path not in (MAX_STEP, FIRST_ATTEMPT)}
     try:
-        return FineTuneJobSpec.model_validate(value)
+        return spec.with_values(values)
     except ValidationError as error:
         # Only somebody who edits the status can bring this about; the job goes on as it was written.
         logger.warning("the adaptations in status cannot be applied and are ignored: %s", error)

@@ -17,6 +17,8 @@ from finetune_api.errors import (
     StorageSetupError,
 )
 
+from finetune_trainer.failure import local_disk_full
+
 PERMISSION = {
     "PutObject": "s3:PutObject", "CreateMultipartUpload": "s3:PutObject", "UploadPart": "s3:PutObject",
     "CompleteMultipartUpload": "s3:PutObject", "GetObject": "s3:GetObject", "HeadObject": "s3:GetObject",
@@ -94,9 +96,7 @@ LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 def of_local_disk(error: OSError) -> StorageError:
     """What went wrong with a file of this pod while bytes came or went: the store has no part in it."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(
-            "LocalDiskFull", "the pod's local disk is full", hint="raise resources.ephemeralStorage, or checkpoint less often"
-        )  # fmt: skip
+        return local_disk_full()
     return StorageError("LocalDiskFailed", f"the pod's local disk failed: {error.strerror or error}")
 
 
