@@ -6,8 +6,8 @@ Method. Ranks that keep a chain of hashes instead of training (tests/pod/toy_ran
 checkpoint protocol and a real S3 server. A random victim (rank, agent, or the whole pod) is killed by SIGKILL, or the pod is asked to stop
 by SIGTERM, at a random moment after the attempt's first step; the next attempt starts at once, as the operator would start it.
 Goodput: seconds of steps that were kept over all seconds that pods were held. Recovery: from the kill to the next attempt's first new
-step. At every restart all committed checkpoints are read back and compared with their manifests; in the end every logged state and the
-final one are compared with those of a run that nothing happened to, which a chain of hashes lets anyone compute.
+step. At every restart all committed checkpoints are read back and compared with their manifests; in the end every step must have a logged state,
+and all of them and the final one are compared with those of a run that nothing happened to, which a chain of hashes lets anyone compute.
 
 With --folder and --seconds it stops between two kills when the time is over, and the same command goes on where it stopped.
 """
@@ -84,13 +84,16 @@ def reference(steps: int) -> list[str]:
 
 
 def same_curve(place: Bench, tree: Tree, steps: int) -> int:
-    """Logged states that were compared with the reference; fails at the first that differs. A killed pod may take its newest lines along."""
+    """Logged states that were compared with the reference; fails at the first that differs, and if a step has none."""
     states, compared = reference(steps), 0
+    seen: set[int] = set()
     for stat in tree.store.list("metrics/"):
         for line in (tree.store.get(stat.key) or b"").decode().splitlines():
             value = json.loads(line)
             assert value["chain"] == states[value["step"]], f"{stat.key}: step {value['step']} is another state"
             compared += 1
+            seen.add(value["step"])
+    assert seen == set(range(1, steps + 1)), f"steps without a logged line: {sorted(set(range(1, steps + 1)) - seen)[:10]}"
     model = tree.marker(None)
     assert model is not None and tree.store.get(f"{model.folder}/{CHAIN.format(0)}") == states[-1].encode()
     return compared

@@ -58,11 +58,12 @@ class Uploader:
 
     def __init__(
         self, tree: Tree, board: Board, facts: RunFacts, policy: Policy, *, job: str, attempt: int, node: int = 0,
-        nodes: int = 1, after_commit: Callable[[], None] = lambda: None, part_timeout: float = PART_TIMEOUT_SECONDS,
+        nodes: int = 1, before_commit: Callable[[], None] = lambda: None, after_commit: Callable[[], None] = lambda: None,
+        part_timeout: float = PART_TIMEOUT_SECONDS,
     ) -> None:  # fmt: skip
         self.tree, self._board, self._facts, self._policy = tree, board, facts, policy
         self._job, self._attempt, self._node, self._nodes = job, attempt, node, nodes
-        self._after_commit, self._part_timeout = after_commit, part_timeout
+        self._before_commit, self._after_commit, self._part_timeout = before_commit, after_commit, part_timeout
         self._hurry: float | None = None
         self._changed = threading.Condition()
         self._waiting: Staged | None = None
@@ -232,6 +233,7 @@ class Uploader:
             others = self.tree.wait_parts(base, staged.incarnation, self._nodes, self._part_timeout, self._overtaken)
             entries = self.tree.together(base, entries, others)
         manifest = self._manifest(staged, entries)
+        self._before_commit()
         marker = self.tree.commit(base, manifest, instead_of=self._passed.get(staged.step))
         self._passed.pop(staged.step, None)
         seconds = time.monotonic() - started

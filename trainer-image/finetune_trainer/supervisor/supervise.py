@@ -232,7 +232,8 @@ class Supervisor:
         keep = 3 if checkpoint.keep is None else checkpoint.keep
         uploader = Uploader(
             tree, self.board, facts, Policy(keep, tuple(checkpoint.pinned or ())), job=f"{run.namespace}/{run.name}/{run.uid}",
-            attempt=run.attempt, node=self.settings.node_rank, nodes=run.world.nodes, after_commit=self._after_commit,
+            attempt=run.attempt, node=self.settings.node_rank, nodes=run.world.nodes, before_commit=self._put_metrics,
+            after_commit=self._after_commit,
         )  # fmt: skip
         if self.settings.node_rank == 0:
             uploader.adopt(committed_checkpoints(tree, found.before))
@@ -464,8 +465,7 @@ class Supervisor:
         thread.join(max(LEAST_TIDY_SECONDS, seconds))
 
     def _after_commit(self) -> None:
-        """The uploader's thread: lines so far go to storage, and a grace period that no longer suffices is told."""
-        self._put_metrics()
+        """The uploader's thread: a grace period that no longer suffices is told."""
         grace, last = self._run.grace_seconds if self._run else 0, self.board.last_save_seconds
         if last is not None and last > grace:
             self.board.note(
@@ -474,6 +474,7 @@ class Supervisor:
             )
 
     def _put_metrics(self) -> None:
+        """The lines so far. They go before the commit: whoever goes on from a checkpoint does not write its steps' lines again."""
         if self._tree is None or self._run is None or not self._metric_lines or self.settings.node_rank != 0:
             return
         key = join(Storage.METRICS, f"{self.settings.incarnation(self._run)}.jsonl")
