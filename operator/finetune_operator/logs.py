@@ -57,10 +57,13 @@ class TextFormatter(logging.Formatter):
 
 
 class Patience(logging.Filter):
-    """kopf says `error` of every request that it is going to repeat; the first few times that is the weather, and no error."""
+    """kopf says `error` of every request that it is going to repeat; the first few times that is the weather, and no error.
+
+    So it is when its connections are gone under a request: that happens to requests in flight whenever an operator ends.
+    """
 
     TRIES = 5
-    _REPEATED = re.compile(r"Request attempt #(\d+)(?:/\d+)? failed; will retry")
+    _REPEATED = re.compile(r"Request attempt #(\d+)(?:/\d+)? failed; (?:will retry|(?:TCP|SSL) closed; will re-authenticate)")
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keep every line; lower the level of those."""

@@ -203,6 +203,8 @@ def test_log_lines_name_the_job() -> None:
         ("kopf._cogs.clients.watching", "Request attempt #1 failed; will retry: GET x -> 429", "WARNING"),
         ("kopf._cogs.clients.watching", "Request attempt #5/9 failed; will retry: GET x -> 429", "WARNING"),
         ("kopf._cogs.clients.watching", "Request attempt #6 failed; will retry: GET x -> 429", "ERROR"),
+        ("kopf._core.reactor.observation", "Request attempt #2 failed; TCP closed; will re-authenticate: GET x", "WARNING"),
+        ("kopf._core.reactor.observation", "Request attempt #9 failed; escalating: GET x -> 403", "ERROR"),
         ("kopf._cogs.clients.watching", "Request attempt #1 failed; escalating: GET x -> 500", "ERROR"),
         ("finetune_operator.kube", "Request attempt #1 failed; will retry: GET x -> 429", "ERROR"),
     ],
