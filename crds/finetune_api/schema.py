@@ -197,42 +197,42 @@ def _pattern(metadata: list[Any]) -> Schema:
 
 def immutability(spec: Schema) -> None:
     """Add the rules that keep a created job what it is. They sit inside the groups, so that removing a group is no way round."""
-    fixed = [wire for wire in spec["properties"] if wire not in MUTABLE]
-    for wire in fixed:
-        _forbid_change(spec, "spec", wire)
-    spec["properties"]["policy"]["default"] = {}
-    spec["properties"]["placement"]["default"] = {}
     policy, placement = spec["properties"]["policy"], spec["properties"]["placement"]
-    for wire in policy["properties"]:
-        if wire not in MUTABLE_POLICY:
-            _forbid_change(policy, "spec.policy", wire)
-    for wire in placement["properties"]:
-        if wire != "queueName":
-            _forbid_change(placement, "spec.placement", wire)
+    policy["default"], placement["default"] = {}, {}
+    _forbid_change(spec, "spec", [wire for wire in spec["properties"] if wire not in MUTABLE])
+    _forbid_change(policy, "spec.policy", [wire for wire in policy["properties"] if wire not in MUTABLE_POLICY])
+    _forbid_change(placement, "spec.placement", [wire for wire in placement["properties"] if wire != "queueName"])
     _add(
-        spec, "(has(self.placement.queueName) ? self.placement.queueName : '') == (has(oldSelf.placement.queueName) ? oldSelf.placement.queueName : '') || oldSelf.suspend",
-        "spec.placement.queueName can only change while the job is suspended: set spec.suspend to true first", "FieldValueForbidden", ".placement.queueName",
+        spec, "self.placement == oldSelf.placement || oldSelf.suspend || (has(self.placement.queueName) ? self.placement.queueName : '') == (has(oldSelf.placement.queueName) ? oldSelf.placement.queueName : '')",
+        message="spec.placement.queueName can only change while the job is suspended: set spec.suspend to true first", fieldPath=".placement.queueName",
     )  # fmt: skip
     _add(
         spec,
         "!oldSelf.cancel || self.cancel",
-        "spec.cancel cannot be taken back: create a new FineTuneJob",
-        "FieldValueForbidden",
-        ".cancel",
+        message="spec.cancel cannot be taken back: create a new FineTuneJob",
+        fieldPath=".cancel",
     )
 
 
-def _forbid_change(schema: Schema, path: str, wire: str) -> None:
+def _forbid_change(schema: Schema, path: str, wires: list[str]) -> None:
+    """A rule at each field for its value, and one at the group for all that came or went.
+
+    Rules run at every write of a status too. There, a rule at a field costs nothing while the field is not written, and a group that
+    is equal as a whole is not looked at field by field.
+    """
+    sentence = "cannot change after creation: create a new FineTuneJob"
+    for wire in wires:
+        _add(schema["properties"][wire], "self == oldSelf", message=f"{path}.{wire} {sentence}")
+    there = {wire: f"has(self.{wire}) == has(oldSelf.{wire})" for wire in wires}
+    first = "".join(f"!({same}) ? '{path}.{wire}' : " for wire, same in there.items())
     _add(
-        schema, f"has(self.{wire}) == has(oldSelf.{wire}) && (!has(self.{wire}) || self.{wire} == oldSelf.{wire})",
-        f"{path}.{wire} cannot change after creation: create a new FineTuneJob", "FieldValueForbidden", f".{wire}",
+        schema, f"self == oldSelf || ({' && '.join(there.values())})", message=f"a field of {path} {sentence}",
+        messageExpression=f"({first}'{path}') + ' {sentence}'",
     )  # fmt: skip
 
 
-def _add(schema: Schema, rule: str, message: str, reason: str, field: str) -> None:
-    schema.setdefault("x-kubernetes-validations", []).append(
-        {"rule": rule, "message": message, "reason": reason, "fieldPath": field}
-    )
+def _add(schema: Schema, rule: str, **said: str) -> None:
+    schema.setdefault("x-kubernetes-validations", []).append({"rule": rule, "reason": "FieldValueForbidden", **said})
 
 
 def crd() -> Schema:
