@@ -81,6 +81,10 @@ class RunConfig(Wire):
     attempt: int = Field(ge=1, description="Number of the attempt.")
     spec: FineTuneJobSpec = Field(description="The spec with every default filled in and every adaptation applied.")
     defaults: Annotated[list[str], Field(description="Spec paths that were filled in.")] = []
+    before_adaptation: dict[str, Any] | None = Field(
+        default=None,
+        description="What the spec said, by path, where an adaptation has changed it: a user's own file still says that.",
+    )
     world: World = Field(description="Who takes part.")
     storage: StoreTarget = Field(description="The job's own tree: `<spec.storage.uri>/<namespace>/<name>/<uid>`.")
     publish: str | None = Field(default=None, description="Root of the published copy, if output.dir is set.")

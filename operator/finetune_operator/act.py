@@ -17,6 +17,7 @@ from finetune_operator.kube import AlreadyExists, Forbidden, Invalid, Kube, Kube
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, SERVICE
 from finetune_operator.plan import Acted, Plan
 from finetune_operator.policies.acceptance import Accepted
+from finetune_operator.policies.ladder import before
 from finetune_operator.policies.waiting import Waiting, by_admission, refusal
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.text import clean
@@ -65,6 +66,7 @@ class Actor:
         run = build_run_config(
             facts.job, facts.spec, attempt, defaults=facts.acceptance.defaults,
             committed_step=facts.committed_step, max_step=facts.newest_start,
+            before_adaptation=before(facts.acceptance.spec, facts.job.status.adaptations),
         )  # fmt: skip
         body = build_job(facts.job, run, facts.acceptance.pool, self._config)
         namespace, name = facts.job.namespace, body["metadata"]["name"]

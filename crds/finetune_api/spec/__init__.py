@@ -72,6 +72,13 @@ class FineTuneJobSpec(Group):
         default=False, description="Save and stop for good; it cannot be taken back. Default: false. Example: `true`."
     )
 
+    def value(self, path: str) -> Any:
+        """What stands at a path, which is a dotted wire name; None if nothing does."""
+        found: Any = self.wire()
+        for name in path.split("."):
+            found = found.get(name) if isinstance(found, dict) else None
+        return found
+
     def with_values(self, values: Mapping[str, Any]) -> FineTuneJobSpec:
         """The same with other values at some paths, which are dotted wire names. Errors: pydantic's ValidationError."""
         wire = self.wire()

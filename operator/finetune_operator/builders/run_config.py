@@ -29,12 +29,12 @@ SAVES = 3
 
 def build_run_config(
     job: JobObject, spec: FineTuneJobSpec, attempt: int, *,
-    defaults: Mapping[str, Any], committed_step: int, max_step: int | None,
+    defaults: Mapping[str, Any], committed_step: int, max_step: int | None, before_adaptation: Mapping[str, Any] | None = None,
 ) -> RunConfig:  # fmt: skip
     """Run configuration of an attempt.
 
     `spec` is resolved, with every adaptation applied; `committed_step` is the newest step known to be in storage (0: none),
-    `max_step` the newest one the attempt may start from (None: any).
+    `max_step` the newest one the attempt may start from (None: any), `before_adaptation` what was said where it is changed now.
     """
     root = f"{(spec.storage.uri or '').rstrip('/')}"
     publish = f"{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None
@@ -45,6 +45,7 @@ def build_run_config(
         attempt=attempt,
         spec=spec,
         defaults=sorted(defaults),
+        before_adaptation=dict(before_adaptation) if before_adaptation else None,
         world=_world(job, spec, attempt),
         storage=_target(f"{root}/{job.namespace}/{job.name}/{job.uid}", spec.storage, "storage", ""),
         publish=publish,

@@ -47,13 +47,20 @@ class Exhausted:
 
 def adapted(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> FineTuneJobSpec:
     """The resolved spec with every adaptation applied, the later over the earlier."""
-    values = {path: found for path, found in adapted_values(adaptations).items() if path not in (MAX_STEP, FIRST_ATTEMPT)}
+    values = {
+        path: found for path, found in adapted_values(adaptations).items() if path not in (MAX_STEP, FIRST_ATTEMPT)
+    }
     try:
         return spec.with_values(values)
     except ValidationError as error:
         # Only somebody who edits the status can bring this about; the job goes on as it was written.
         logger.warning("the adaptations in status cannot be applied and are ignored: %s", error)
         return spec
+
+
+def before(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> dict[str, Any]:
+    """What the resolved spec says at the paths of it that adaptations have changed."""
+    return {path: spec.value(path) for path in adapted_values(adaptations) if path not in (MAX_STEP, FIRST_ATTEMPT)}
 
 
 def adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:

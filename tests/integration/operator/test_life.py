@@ -160,6 +160,7 @@ async def test_memory_ladder_keeps_the_effective_batch(world: Rig) -> None:
     await world.kubelet.end(pod, ExitCode.KILLED, reason="OOMKilled")
     run = run_config(await world.job("run-3"))
     assert (run.spec.training.batch_size_per_device, run.spec.training.gradient_accumulation_steps) == (1, 8)
+    assert run.before_adaptation == {"training.batchSizePerDevice": 4, "training.gradientAccumulationSteps": 2}
     status = world.status()
     assert [a["reason"] for a in status["adaptations"]] == ["OutOfMemory", "OutOfMemory"]
     assert status["resolved"]["effectiveBatch"] == 8

@@ -96,6 +96,74 @@ def test_the_file_wins_over_defaults_and_says_so(tmp_path: Path) -> None:
     assert "gradient_clipping 0.5 of the file wins over the default training.maxGradNorm 1.0" in found.notes
 
 
+ADAPTED = {"training.batchSizePerDevice": 2, "training.gradientAccumulationSteps": 1, "training.learningRate": 5e-3}
+"""What the spec of these runs says, before the operator halves micro-batch and rate."""
+
+
+def halved(tmp_path: Path, file: Any, defaults: list[str]) -> deepspeed.Options:
+    spec = {
+        "training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2, "learningRate": 2.5e-3},
+        "distributed": {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}},
+    }  # fmt: skip
+    run, inputs = make_run(
+        tmp_path, tmp_path / "model", spec, ranks=2, config_maps={"mine": {"ds.json": json.dumps(file)}}
+    )
+    run = run.model_copy(update={"before_adaptation": ADAPTED, "defaults": defaults})
+    return deepspeed.options(run, inputs, CPU, 2)
+
+
+def batches(rows: int, steps: int, rate: float) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": rows, "gradient_accumulation_steps": steps, "train_batch_size": rows * steps * 2,
+        "optimizer": {"type": "AdamW", "params": {"lr": rate}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": rate}},
+    }  # fmt: skip
+
+
+def test_what_file_and_spec_both_said_may_be_adapted(tmp_path: Path) -> None:
+    found = halved(tmp_path, batches(2, 1, 5e-3), defaults=["training.scheduler", "training.optimizer"])
+    assert found.training["per_device_train_batch_size"] == 1
+    assert found.training["gradient_accumulation_steps"] == 2
+    assert found.training["learning_rate"] == 2.5e-3
+    assert found.config["train_batch_size"] == 4
+
+
+def test_where_the_file_alone_speaks_its_values_change_by_the_same_factor(tmp_path: Path) -> None:
+    found = halved(tmp_path, batches(8, 3, 1e-4), defaults=list(ADAPTED) + ["training.scheduler", "training.optimizer"])
+    assert found.training["per_device_train_batch_size"] == 4
+    assert found.training["gradient_accumulation_steps"] == 6
+    assert found.training["learning_rate"] == pytest.approx(5e-5)
+    assert found.config["train_batch_size"] == 48
+    assert (
+        "train_micro_batch_size_per_gpu 8 of the file becomes 4, as training.batchSizePerDevice went from 2 to 1"
+        in found.notes
+    )
+
+
+def test_a_file_whose_value_cannot_follow_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        halved(tmp_path, {"train_micro_batch_size_per_gpu": 5}, defaults=list(ADAPTED))
+    assert "is 5, which cannot change as training.batchSizePerDevice had to, from 2 to 1" in caught.value.message
+
+
+def test_an_adapted_value_is_still_compared_with_what_the_user_wrote(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="train_micro_batch_size_per_gpu is 1, training.batchSizePerDevice is 2"):
+        halved(tmp_path, {"train_micro_batch_size_per_gpu": 1}, defaults=[])
+
+
+def test_checkpointing_that_the_operator_turned_on_is_no_conflict_with_an_accelerate_file(tmp_path: Path) -> None:
+    spec = {
+        "training": {"gradientCheckpointing": "enabled"},
+        "distributed": {"strategy": "fsdp", "fsdp": {"configRef": {"name": "mine", "key": "a.yaml"}}},
+    }
+    file = "fsdp_config: {fsdp_activation_checkpointing: false}\n"
+    run, inputs = make_run(tmp_path, tmp_path / "model", spec, ranks=2, config_maps={"mine": {"a.yaml": file}})
+    with pytest.raises(ConfigError, match="gradientCheckpointing is true"):
+        fsdp.options(run, inputs, CPU, 2)
+    run = run.model_copy(update={"before_adaptation": {"training.gradientCheckpointing": "disabled"}})
+    fsdp.options(run, inputs, CPU, 2)
+
+
 def test_offload_keeps_torchs_optimizer(tmp_path: Path) -> None:
     found = zero(
         tmp_path,

@@ -178,7 +178,9 @@ def _scheduler(config: dict[str, Any], both: Comparison, run: RunConfig, result:
         result.training["warmup_steps"] = both.same(
             "scheduler.params.warmup_num_steps", steps, "training.warmupSteps", training.warmup_steps
         )
-    rate = result.training.get("learning_rate", training.learning_rate)
+    rate = both.undone(
+        "training.learningRate", training.learning_rate, result.training.get("learning_rate", training.learning_rate)
+    )
     both.must("scheduler.params.warmup_max_lr", given.pop("warmup_max_lr", None), "training.learningRate", rate)
     both.must(
         "scheduler.params.warmup_min_lr", given.pop("warmup_min_lr", None), "the rate that warm-up begins with", 0

@@ -122,8 +122,9 @@ def _merge_fsdp(result: Options, inner: dict[str, Any], both: Comparison, run: R
     if least:
         result.wrap["min_num_params"] = int(least)
     if (recompute := inner.pop("activation_checkpointing", None)) is not None:
-        asked = run.spec.training.gradient_checkpointing not in (None, GradientCheckpointing.DISABLED)
-        both.must("fsdp_activation_checkpointing", _true(recompute), "training.gradientCheckpointing", asked)
+        asked = both.before("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
+        wanted = asked not in (None, GradientCheckpointing.DISABLED)
+        both.must("fsdp_activation_checkpointing", _true(recompute), "training.gradientCheckpointing", wanted)
     if _true(inner.pop("cpu_ram_efficient_loading", False)):
         raise ConfigError(
             "ConfigFileInvalid", f"{FILE}: fsdp_cpu_ram_efficient_loading is true, but every rank reads the weights itself here",

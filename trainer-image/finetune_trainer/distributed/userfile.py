@@ -1,7 +1,8 @@
 """A user's own configuration file from a ConfigMap, and what happens where it and the spec's fields both speak.
 
 A value the user wrote in both places must be the same in both: every difference is listed with both values. Where the spec's
-value is only a default, the file's word counts.
+value is only a default, the file's word counts. What the operator has adapted since (a smaller micro-batch after memory ran out, a
+lower rate after a rollback) is not in the file: its values are compared with what the spec said before, and change by the same factor.
 """
 
 from __future__ import annotations
@@ -62,14 +63,43 @@ class Comparison:
 
     def same(self, key: str, found: Any, path: str, asked: Any) -> Any:
         """The value that holds: the file's, unless it is absent or `auto`; a difference from what the user asked is a conflict."""
-        if found is None or found == AUTO or _equal(found, asked):
+        before = self.before(path, asked)
+        if found is None or found == AUTO or _equal(found, before):
             return asked
-        if asked is None or path in self.run.defaults:
-            if asked is not None:
-                self.notes.append(f"{key} {_shown(found)} of the file wins over the default {path} {_shown(asked)}")
-            return found
-        self.conflicts.append(f"{key} is {_shown(found)}, {path} is {_shown(asked)}")
+        if before is None or path in self.run.defaults:
+            if before is not None:
+                self.notes.append(f"{key} {_shown(found)} of the file wins over the default {path} {_shown(before)}")
+            return found if _equal(before, asked) else self._adapted(key, found, path, before, asked)
+        self.conflicts.append(f"{key} is {_shown(found)}, {path} is {_shown(before)}")
         return asked
+
+    def before(self, path: str, asked: Any) -> Any:
+        """What the spec said there before the operator adapted it; `asked` if it did not."""
+        return (self.run.before_adaptation or {}).get(path, asked)
+
+    def undone(self, path: str, asked: Any, value: Any) -> Any:
+        """A value that holds now, as it was before the operator adapted what the spec says at `path`."""
+        before = self.before(path, asked)
+        return value if _equal(before, asked) else value * before / asked
+
+    def _adapted(self, key: str, found: Any, path: str, before: Any, asked: Any) -> Any:
+        """The file's value, changed as the spec's was."""
+        if not all(_number(value) and value for value in (found, before, asked)):
+            return asked
+        value = found * asked / before
+        if not isinstance(found, int):
+            result = value
+        elif value.is_integer():
+            result = int(value)
+        else:
+            self.conflicts.append(
+                f"{key} is {_shown(found)}, which cannot change as {path} had to, from {_shown(before)} to {_shown(asked)}"
+            )
+            return asked
+        self.notes.append(
+            f"{key} {_shown(found)} of the file becomes {_shown(result)}, as {path} went from {_shown(before)} to {_shown(asked)}"
+        )
+        return result
 
     def must(self, key: str, found: Any, path: str, actual: Any) -> None:
         """As `same`, for facts that a file cannot change, whether the user wrote them in the spec or not."""
@@ -93,6 +123,10 @@ def _equal(left: Any, right: Any) -> bool:
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):
         return len(left) == len(right) and all(_equal(a, b) for a, b in zip(left, right, strict=True))
     return bool(left == right)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _shown(value: Any) -> str:
