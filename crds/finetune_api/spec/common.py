@@ -82,8 +82,8 @@ class StorageConnection(Group):
         ),
     )
 
-    endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#]+/?$", max_length=512)] | None = option(
-        "URL of an S3-compatible store, scheme and host only. Default: the operator's configuration, else AWS.",
+    endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#@]+/?$", max_length=512)] | None = option(
+        "URL of an S3-compatible store, scheme and host only, no user and password. Default: the operator's configuration, else AWS.",
         example="https://s3.example.com",
     )
     region: Word | None = option(

@@ -300,3 +300,14 @@ def test_failures_cross_process_borders() -> None:
         "Data",
         65,
     )
+
+
+@pytest.mark.parametrize("endpoint", ["https://s3.example.com", "http://10.0.0.7:8333/", "http://[fd00::7]:8333"])
+def test_an_endpoint_is_scheme_and_host(endpoint: str) -> None:
+    assert load(MINIMAL | {"storage": {"endpoint": endpoint}}).storage.endpoint == endpoint
+
+
+@pytest.mark.parametrize("endpoint", ["https://key:secret@s3.example.com", "https://s3.example.com/bucket", "s3.example.com"])
+def test_an_endpoint_has_no_credentials_and_no_path(endpoint: str) -> None:
+    with pytest.raises(ValidationError, match="storage.endpoint"):
+        load(MINIMAL | {"storage": {"endpoint": endpoint}})
