@@ -19,6 +19,7 @@ from finetune_trainer.storage.roots import open_store
 FACTS = RunFacts(
     model_revision="m", dataset_digest="d", method="lora", trainer="sft", effective_batch=4, versions={"torch": "2"},
     strategy="ddp", learning_rate=0.001, settings={"training": "one", "dataset": "two"},
+    beside={"tokenizer": "a", "reference model": "a", "validation data": "a", "contents of ConfigMaps": "a"},
 )  # fmt: skip
 
 
@@ -79,6 +80,8 @@ def test_a_uri_that_is_none(two: Tree, tmp_path: Path, uri: str, code: str) -> N
         ({"effective_batch": 8}, "effective batch"),
         ({"strategy": "deepspeed", "world_size": 2}, "DeepSpeed"),
         ({"strategy": "fsdp"}, "fsdp keeps"),
+        ({"beside": {"tokenizer": "b"}}, "another tokenizer"),
+        ({"beside": {"reference model": "b"}}, "another reference model"),
     ],
 )
 def test_another_run_is_refused_with_the_difference(
@@ -97,6 +100,8 @@ def test_another_run_is_refused_with_the_difference(
         ({"versions": {"torch": "3"}}, "torch 2 -> 3"),
         ({"learning_rate": 0.0005}, "learningRate 0.001 until there, 0.0005"),
         ({"settings": {"training": "other", "dataset": "two"}}, "other settings in training"),
+        ({"beside": {"validation data": "b"}}, "made with other validation data"),
+        ({"beside": {"contents of ConfigMaps": "b"}}, "made with other contents of ConfigMaps"),
     ],
 )
 def test_what_is_allowed_and_not_exact_says_why(

@@ -46,6 +46,10 @@ class RunFacts(Lenient):
     settings: dict[str, str] = Field(
         default_factory=dict, description="A hash of each group of the spec that decides what numbers come out."
     )
+    beside: dict[str, str] = Field(
+        default_factory=dict,
+        description="A hash of each other thing that was read: tokenizer, reference model, validation data, ConfigMaps.",
+    )
     config_sha256: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
 

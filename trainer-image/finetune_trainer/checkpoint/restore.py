@@ -182,6 +182,10 @@ MUST_MATCH = {
 }
 
 
+REPLACED = ("tokenizer", "reference model")
+"""Beside base model and data: with another one there, the rest of the run would learn something else."""
+
+
 def compatible(found: RunFacts, now: RunFacts, uri: str) -> tuple[bool, str | None]:
     """Whether a resumed run will equal an undisturbed one bit by bit, and why not.
 
@@ -193,6 +197,13 @@ def compatible(found: RunFacts, now: RunFacts, uri: str) -> tuple[bool, str | No
             raise ConfigError(
                 "CheckpointIncompatible", f"{uri} was made with another {word}: {before} there, {after} now",
                 hint="keep it as it was, or start with checkpoint.resume: never",
+            )  # fmt: skip
+    for word in REPLACED:
+        before, after = found.beside.get(word), now.beside.get(word)
+        if before and after and before != after:
+            raise ConfigError(
+                "CheckpointIncompatible", f"{uri} was made with another {word}: what its source holds has changed since",
+                hint="put back what was there, or start with checkpoint.resume: never",
             )  # fmt: skip
     sharded = Strategy.DEEPSPEED in (found.strategy, now.strategy)
     if sharded and (found.world_size != now.world_size or found.strategy != now.strategy):
@@ -224,6 +235,9 @@ def _exactness(found: RunFacts, now: RunFacts) -> tuple[bool, str | None]:
     others = [group for group, value in now.settings.items() if found.settings.get(group, value) != value]
     if others:
         return False, f"made with other settings in {', '.join(others)}"
+    replaced = [word for word, value in now.beside.items() if found.beside.get(word, value) != value]
+    if replaced:
+        return False, f"made with other {', '.join(replaced)}"
     changed = [name for name, version in now.versions.items() if found.versions.get(name, version) != version]
     if changed:
         return False, "other versions: " + ", ".join(

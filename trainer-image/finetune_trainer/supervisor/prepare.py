@@ -174,6 +174,7 @@ def facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts:
         effective_batch=micro * accumulation * run.world.size,
         learning_rate=training.learning_rate,
         settings=settings_of(run),
+        beside=beside_of(inputs),
         config_sha256=config_sha256,
         versions=versions(),
     )
@@ -187,6 +188,20 @@ def settings_of(run: RunConfig) -> dict[str, str]:
         value = {name: one for name, one in (spec.get(group) or {}).items() if name not in BESIDE}
         found[group] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
     return found
+
+
+def beside_of(inputs: Inputs) -> dict[str, str]:
+    """A hash of everything else that was read, by what it is called in a sentence."""
+    models = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference}
+    found = {word: fingerprint(folder) for word, folder in models.items() if folder is not None}
+    files = {"validation data": inputs.validation, "contents of ConfigMaps": _mounted(inputs.config_maps)}
+    return found | {word: digest_of(paths, sha256_file) for word, paths in files.items() if paths}
+
+
+def _mounted(folder: Path) -> list[Path]:
+    """Files of mounted ConfigMaps: a mount's own folders, whose names begin with two dots, hold each of them once more."""
+    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in found if not any(part.startswith("..") for part in path.relative_to(folder).parts)]
 
 
 def versions() -> dict[str, str]:
