@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -112,3 +113,38 @@ def test_a_leader_that_is_told_to_end_hands_over_at_once(rig: Rig) -> None:
     rig.submit("two", suspend=True)
     rig.wait_phase(Phase.SUSPENDED, "two")
     assert rig.api.list(FTJ, rig.namespace)
+
+
+@pytest.fixture
+def neighbour(rig: Rig) -> Iterator[Rig]:
+    """Another namespace of the same cluster."""
+    folder = rig.folder / "neighbour"
+    folder.mkdir()
+    other = Rig(rig.cluster, f"{rig.namespace}-b", folder)
+    rig.api.create("namespaces", None, {"metadata": {"name": other.namespace}})
+    try:
+        yield other
+    finally:
+        alarms = other.close()
+    assert not alarms, alarms
+
+
+def test_two_operators_with_namespaces_of_their_own_share_a_cluster(rig: Rig, neighbour: Rig) -> None:
+    """Each serves its own with its own configuration, and what befalls one is nothing to the other."""
+    sides = []
+    for side, root in ((rig, "s3://here/runs"), (neighbour, "s3://there/runs")):
+        proxy = side.proxy()
+        sides.append((side, proxy, root, side.operator(through=proxy, config={"storage": {"uri": root}})))
+    for side, _, root, _ in sides:
+        side.submit("same-name")
+        assert side.wait_attempt(1, "same-name")["status"]["resolved"]["defaults"]["storage.uri"] == root
+    sides[0][3].kill()
+    rig.submit("later")
+    finish(neighbour, "same-name")
+    assert rig.get("later").get("status", {}).get("phase") is None
+    sides[0][3].start()
+    for name in ("same-name", "later"):
+        finish(rig, name)
+    for side, proxy, _, _ in sides:
+        assert proxy.writes() == proxy.writes(side.namespace)
+        assert created(proxy, "jobs") == (2 if side is rig else 1)
