@@ -318,7 +318,7 @@ def write(found: dict[str, Any]) -> Path:
     known = json.loads(path.read_text())["figures"] if path.exists() else {}
     figures = {part: known[part] for part in PARTS if part in known} | found
     verdicts = judge(figures, json.loads(BUDGETS.read_text()))
-    return record.write("operator_load", figures | {"budgets": verdicts}, method=__doc__ or "")
+    return record.write("operator_load", figures | {"budgets": verdicts}, method=record.method(__doc__))
 
 
 async def measure(size: Size) -> dict[str, Any]:

@@ -381,3 +381,22 @@ def test_a_part_that_was_skipped_is_told_at_once(tmp_path: Path) -> None:
     first.close()
     assert Tree(store).committed() == []
     assert "PartMissing" in (board.report().health.checkpoint_problem or "")
+
+
+def test_log_lines_go_before_a_commit_but_never_before_that_of_a_stop(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "root", "file:///root")
+    tree, at = Tree(store), []
+    uploader = Uploader(
+        tree, Board(), RunFacts(), Policy(), job="n/j/u", attempt=1,
+        before_commit=lambda: at.append([one.step for one in tree.committed()]),
+    )  # fmt: skip
+    for step, graceful in ((5, False), (8, True), (None, False)):
+        folder = tmp_path / f"staged-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text("x")
+        facts = {"outputKind": "adapter", "step": 9} if step is None else {}
+        uploader.offer(Staged(step, folder, "a1-00000000", graceful, facts))
+        assert uploader.drain(20)
+    uploader.close()
+    assert at == [[], [8, 5]]
+    assert uploader.output is not None

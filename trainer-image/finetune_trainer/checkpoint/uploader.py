@@ -233,7 +233,10 @@ class Uploader:
             others = self.tree.wait_parts(base, staged.incarnation, self._nodes, self._part_timeout, self._overtaken)
             entries = self.tree.together(base, entries, others)
         manifest = self._manifest(staged, entries)
-        self._before_commit()
+        if (
+            not staged.graceful
+        ):  # nothing stands before a stop's commit: its time is short, and the end of the pod tells the rest
+            self._before_commit()
         marker = self.tree.commit(base, manifest, instead_of=self._passed.get(staged.step))
         self._passed.pop(staged.step, None)
         seconds = time.monotonic() - started
