@@ -1,13 +1,15 @@
 """A run that is killed again and again: does it end, is it exact, what is lost, how fast does it recover?
 
-    python -m benchmarks.punisher --kills 1000 --seconds 420 --folder ~/.cache/finetune-operator/punisher
+    python -m benchmarks.punisher --kills 1000 --every 1 --seconds 420 --folder ~/.cache/finetune-operator/punisher
 
 Method. Ranks that keep a chain of hashes instead of training (tests/pod/toy_rank.py) run below the real supervisor, agent,
-checkpoint protocol and a real S3 server. A random victim (rank, agent, or the whole pod) is killed by SIGKILL, or the pod is asked to stop
-by SIGTERM, at a random moment after the attempt's first step; the next attempt starts at once, as the operator would start it.
+checkpoint protocol and a real S3 server. A random victim (rank, agent, or the whole pod) is killed by SIGKILL, or the pod is asked
+to stop by SIGTERM, at a random moment of the interval between two checkpoints, after the attempt's first new step; the next attempt
+starts at once, as the operator would start it.
 Goodput: seconds of steps that were kept over all seconds that pods were held. Recovery: from the kill to the next attempt's first new
-step. At every restart all committed checkpoints are read back and compared with their manifests; in the end every step must have a logged state,
-and all of them and the final one are compared with those of a run that nothing happened to, which a chain of hashes lets anyone compute.
+step. At every restart all committed checkpoints are read back and compared with their manifests; in the end every step must have a
+logged state, and all of them and the final one are compared with those of a run that nothing happened to, which a chain of hashes
+lets anyone compute.
 
 With --folder and --seconds it stops between two kills when the time is over, and the same command goes on where it stopped.
 """
@@ -116,7 +118,7 @@ def attempt(place: Bench, options: argparse.Namespace, ledger: Ledger, draw: ran
             ledger.recoveries.append(time.monotonic() - began)
         seen, victim = pod.step(), "none"
         if ledger.kills < options.kills:
-            time.sleep(draw.uniform(0, 2 * options.every * options.pause))
+            time.sleep(draw.uniform(0, options.every * options.pause))
             seen, victim = pod.step(), draw.choice(VICTIMS)
             strike(pod, victim)
             ledger.kills += 1
