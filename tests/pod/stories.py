@@ -41,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "training": {"earlyStopping": {"patience": 2, "threshold": 1000.0}},
     },
     "fsdp": {"distributed": {"strategy": "fsdp"}, "tracking": {"loggingSteps": 3}},
+    "zero": {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}, "tracking": {"loggingSteps": 3}},
 }  # fmt: skip
 """What else a resumed run must get right: 36 rows, 4 a step on one rank, so that an epoch has 9 steps. In `early` no loss ever
 improves by enough: the first evaluation is the best one, and the third ends the run."""

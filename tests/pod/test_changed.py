@@ -38,7 +38,7 @@ def test_a_number_that_is_none_is_never_saved_and_a_replay_equals(
     assert story(bucket, [first, second], second.words()) == whole
 
 
-@pytest.mark.parametrize(("method", "processes", "variant"), [("lora", 1, "windows"), ("full", 2, "fsdp")])
+@pytest.mark.parametrize(("method", "processes", "variant"), [("lora", 1, "windows"), ("full", 2, "fsdp"), ("full", 2, "zero")])
 def test_half_the_rate_after_a_rollback_is_half_the_rate(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, variant: str,

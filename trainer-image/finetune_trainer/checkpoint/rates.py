@@ -16,7 +16,7 @@ SETTINGS = ("betas", "eps", "weight_decay")
 def keep_settings(optimizer: Any, scheduler: Any, load: Callable[[], None]) -> None:
     """Run `load`, which replaces the states of both, and put back what is no state. Nothing is touched where nothing differs.
 
-    A scheduler that knows no base rates (one of DeepSpeed's own) keeps what it loads.
+    A scheduler that knows no base rates keeps what it loads.
     """
     rates = list(getattr(scheduler, "base_lrs", ()))
     settings = [{name: group[name] for name in SETTINGS if name in group} for group in _groups(optimizer)]
