@@ -111,6 +111,9 @@ class Health(Lenient):
         description="False while a loss or gradient norm is not finite, or a checkpoint could not be kept.",
     )
     seconds_since_step: float | None = Field(default=None, description="Since the newest optimizer step.")
+    seconds_since_sign: float | None = Field(
+        default=None, description="Since training last showed that it is alive: a step, a micro-step, a batch of an evaluation, a file."
+    )
     median_step_seconds: float | None = Field(default=None, description="Median time of recent optimizer steps.")
     last_save_seconds: float | None = Field(
         default=None, description="Time the last checkpoint took until it was committed."

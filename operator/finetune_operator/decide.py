@@ -65,7 +65,8 @@ def _before_attempt(facts: Facts) -> Plan:
     taken = next((one for one in facts.jobs if one.name == attempt_job_name(facts.job.name, facts.attempt)), None)
     if taken is not None:
         message = f"Job {taken.name} belongs to another object (uid {taken.owner_uid or 'unknown'})"
-        return Plan(Situation.BLOCKED, waiting=Waiting(Reason.CHILDREN_CONFLICT, message))
+        waiting = Waiting(Reason.CHILDREN_CONFLICT, message)
+        return Plan(Situation.BLOCKED, waiting=waiting, wake=clock.next_look(facts.now, _start_timeout(facts)))
     attempts = facts.job.status.attempts
     ended = attempts[-1].end_time if attempts else None
     if ended is not None:
@@ -102,7 +103,7 @@ def _leftovers(facts: Facts) -> Plan | None:
         delete_pods=tuple(pod for pod in pods if not pod.deleting),
         force=tuple(clock.lost(facts.own_pods, facts.config.lost_node_seconds, facts.now)),
         waiting=Waiting(Reason.PROGRESSING, "waiting for the pods of the last attempt to end"),
-        wake=clock.next_look(facts.now, _force_time(facts, facts.own_pods)),
+        wake=clock.next_look(facts.now, _force_time(facts, facts.own_pods), _start_timeout(facts)),
     )
 
 
@@ -146,9 +147,8 @@ def _condemn(facts: Facts) -> Condemned | None:
     if gone:
         return Condemned(Reason.NODE_LOST, f"pod {gone[0].name} does not end: node {gone[0].node or 'unknown'} is lost")
     heard = facts.speaking
-    late = clock.stalled(
-        facts.spec, heard.report if heard else None, heard.time if heard else None, facts.live, facts.now
-    )
+    spoke = heard.time if heard else _silent_since(facts)
+    late = clock.stalled(facts.spec, heard.report if heard else None, spoke, facts.live, facts.now)
     return Condemned(Reason.STALLED, late) if late else None
 
 
@@ -215,7 +215,7 @@ def _ended(facts: Facts, cause: Cause | None, when: datetime) -> Plan:
         ending = Ending(Reason.SUCCEEDED, when, None, words, committed_step=committed)
         return Plan(Situation.ENDED, ended=ending, finish=Finish(Outcome.SUCCEEDED, Reason.SUCCEEDED))
     progressed = committed is not None and committed > facts.committed_before
-    finish, follow = _follow(facts, cause, progressed)
+    finish, follow = _follow(facts, cause, progressed, when)
     ending = Ending(
         reason=cause.reason,
         time=when,
@@ -230,18 +230,23 @@ def _ended(facts: Facts, cause: Cause | None, when: datetime) -> Plan:
     return Plan(Situation.ENDED, ended=ending, finish=finish)
 
 
-def _follow(facts: Facts, cause: Cause, progressed: bool) -> tuple[Finish | None, Again | None]:
+def _follow(
+    facts: Facts, cause: Cause, progressed: bool, when: datetime
+) -> tuple[Finish | None, Again | None]:
     """The end of the job, or what the next attempt is."""
     if facts.cancel or cause.reason is Reason.CANCELLED:
         return Finish(Outcome.CANCELLED, Reason.CANCELLED), None
+    limit = facts.spec.policy.active_deadline_seconds
+    too_late = Finish(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, deadline_failure(limit or 0))
     if cause.reason is Reason.DEADLINE_EXCEEDED:
-        seconds = facts.spec.policy.active_deadline_seconds or 0
-        return Finish(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, deadline_failure(seconds)), None
+        return too_late, None
     follow = after(
         cause, facts.spec, facts.job.status, progressed=progressed, now=facts.now, attempt=facts.attempt
     )  # fmt: skip
     if isinstance(follow, Stop):
         return Finish(Outcome.FAILED, follow.reason, follow.failure), None
+    if limit is not None and facts.active + clock.seconds(facts.running_since, when) >= limit:
+        return too_late, None  # nobody looked when the time was over: the next attempt would have none
     return None, follow
 
 
@@ -286,7 +291,7 @@ START_TIMEOUT = 1800
 
 
 def start_of_waiting(facts: Facts) -> datetime | None:
-    """Since when the pods are waited for; None: they are not (queued, suspended)."""
+    """Since when the pods, or the Job that would make them, are waited for; None: they are not (queued, suspended)."""
     ready = facts.condition(Condition.PODS_READY)
     if facts.running_since is not None:
         lost_ready = ready.last_transition_time if ready and ready.status == "False" else None
@@ -294,12 +299,30 @@ def start_of_waiting(facts: Facts) -> datetime | None:
     accepted = facts.condition(Condition.ACCEPTED)
     if isinstance(facts.acceptance, Refused) and accepted is not None and accepted.status == "False":
         return accepted.last_transition_time
-    return None
+    if facts.current is not None or ready is None or ready.status == "True" or ready.last_transition_time is None:
+        return None
+    suspended, attempts = facts.condition(Condition.SUSPENDED), facts.job.status.attempts
+    others = [suspended.last_transition_time if suspended else None, attempts[-1].end_time if attempts else None]
+    return max([ready.last_transition_time, *(one for one in others if one is not None)])
 
 
 def _stall_time(facts: Facts) -> datetime | None:
     heard = facts.speaking
-    return _later(heard.time, clock.stall_limit(facts.spec, heard.report) + 1) if heard else None
+    spoke = heard.time if heard else _silent_since(facts)
+    return _later(spoke, clock.stall_limit(facts.spec, heard.report if heard else None) + 1) if spoke else None
+
+
+def _silent_since(facts: Facts) -> datetime | None:
+    """Since when this attempt's pods, which have spoken, neither speak nor are ready: as status tells, for an operator that was
+    started meanwhile and has heard nothing itself. None: they are ready, or have never spoken.
+    """
+    record, progress, ready = facts.record, facts.job.status.progress, facts.condition(Condition.PODS_READY)
+    spoke = progress.update_time if progress else None
+    if record is None or record.start_time is None or spoke is None or spoke < record.start_time:
+        return None
+    if ready is None or ready.status == "True" or ready.last_transition_time is None:
+        return None
+    return max(spoke, ready.last_transition_time)
 
 
 def _force_time(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:

@@ -34,6 +34,8 @@ MAX_NOTE = 1000
 MAX_BUCKETS = 4096
 PATIENCE = 5.0
 """Seconds that an event may take: a status waits for it."""
+FINISH = "Finish"
+"""The action of a job's last event, which is never dropped."""
 BURST, REFILL_SECONDS = 25, 60.0
 """Events of one job that may come at once, and the time after which one more may."""
 OBSTACLES = frozenset({
@@ -143,15 +145,15 @@ def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
         return
     if new.phase is Phase.SUCCEEDED:
         where = new.output.uri if new.output and new.output.uri else "storage"
-        yield Note(Reason.SUCCEEDED, f"the final artefact is committed: {where}", action="Finish")
+        yield Note(Reason.SUCCEEDED, f"the final artefact is committed: {where}", action=FINISH)
     elif new.phase is Phase.CANCELLED:
-        yield Note(Reason.CANCELLED, _status(new, Kind.SUCCEEDED)[2], action="Finish")
+        yield Note(Reason.CANCELLED, _status(new, Kind.SUCCEEDED)[2], action=FINISH)
     else:
         failure = new.failure
         shown = f"{failure.class_} {failure.code}: {failure.message}" if failure else "unknown"
         hint = f"; {failure.hint}" if failure and failure.hint else ""
         named = failure.class_ if failure else FailureClass.INTERNAL
-        yield Note(Reason.FAILED, shown + hint if named else shown, "Warning", "Finish")
+        yield Note(Reason.FAILED, shown + hint if named else shown, "Warning", FINISH)
 
 
 def _final(status: FineTuneJobStatus) -> bool:
@@ -215,7 +217,7 @@ class Recorder:
             if event["metadata"]["name"] in posted:
                 continue
             posted.add(event["metadata"]["name"])
-            if not self._allowed(job.uid):
+            if not self._allowed(job.uid) and note.action != FINISH:
                 logger.info("too many events of %s/%s: %s is dropped", job.namespace, job.name, note.reason)
                 continue
             try:

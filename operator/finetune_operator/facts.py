@@ -147,6 +147,9 @@ class Facts:
         quota = self.condition(Condition.QUOTA_RESERVED)
         if quota is None:
             return record.start_time
+        job = self.current
+        if job is not None and not job.suspended and job.started is not None:
+            return max(record.start_time, job.started)  # when it was admitted, whoever looked when
         if quota.status != "True" or quota.last_transition_time is None:
             return None
         return max(record.start_time, quota.last_transition_time)

@@ -307,7 +307,7 @@ def _checkpoints(view: View) -> dict[str, Any]:
     words = view.plan.ended.words if view.plan.ended else None
     heard = view.facts.heard.report if view.facts.heard else None
     # By step: after a rollback an attempt commits a step in the place of the one that was left behind.
-    known = {one.step: one for one in view.old.checkpoints}
+    known = {one.step: one for one in view.old.checkpoints if heard is None or not _removed(one, heard.checkpoints)}
     for source in (heard, words):
         if source is not None:
             known |= {one.step: one for one in source.checkpoints}
@@ -319,6 +319,12 @@ def _checkpoints(view: View) -> dict[str, Any]:
         kept = [best, *kept]
     latest = _latest(kept, heard.latest_checkpoint if heard else None, words.latest_checkpoint if words else None)
     return {"checkpoints": kept, "latest_checkpoint": latest or view.old.latest_checkpoint}
+
+
+def _removed(one: Checkpoint, told: list[Checkpoint]) -> bool:
+    """Whether retention has taken it: rank 0 tells of newer ones and not of it. What lies behind a rollback is newer than all of them."""
+    steps = {checkpoint.step for checkpoint in told}
+    return bool(steps) and one.step not in steps and one.step < max(steps)
 
 
 def _latest(kept: list[Checkpoint], *said: str | None) -> str | None:
@@ -553,9 +559,9 @@ def _stalled(view: View) -> Condition | None:
     begin = start_of_waiting(facts)
     limit = facts.spec.policy.start_timeout_seconds or 1800
     late = begin is not None and clock.seconds(begin, facts.now) >= limit
-    blocked = plan.refused is not None or (
-        plan.situation is Situation.ACTIVE and plan.condemn is None and view.ready < facts.nodes and not view.queued
-    )
+    starting = plan.situation in (Situation.STARTING, Situation.BLOCKED) and view.waiting is not None
+    running = plan.situation is Situation.ACTIVE and plan.condemn is None and not view.queued
+    blocked = plan.refused is not None or starting or (running and view.ready < facts.nodes)
     if not (late and blocked):
         return None
     why = plan.refused.message if plan.refused else view.waiting.message if view.waiting else "the pods are not ready"

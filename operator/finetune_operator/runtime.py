@@ -77,6 +77,7 @@ class Runtime:
         self._stopping = False
         self._told_to_end = asyncio.Event()
         self._version = 0
+        self._resyncing = asyncio.Lock()
         """Of the world that the last full lists showed."""
         self._heard_at = asyncio.get_running_loop().time()
         self._server = Server(config.http, metrics, healthy=self._healthy, ready=self._ready, refresh=self._refresh)
@@ -200,6 +201,11 @@ class Runtime:
                 logger.warning("the resync failed and is tried again later: %s", error)
 
     async def _resync(self) -> None:
+        """One at a time: one that was overtaken would take its own, older lists for a store that went back."""
+        async with self._resyncing:
+            await self._list_all()
+
+    async def _list_all(self) -> None:
         finetunejobs = await self._read(FINETUNEJOB, "", handlers.take_finetunejob)
         jobs = await self._read(JOB, handlers.SELECTOR, handlers.take_job)
         pods = await self._read(POD, handlers.SELECTOR, handlers.take_pod)

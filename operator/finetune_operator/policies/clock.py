@@ -16,6 +16,8 @@ LEAST_STALL = 600.0
 """Shortest stall timeout that is derived from a run's own pace, in seconds."""
 STALL_STEPS = 20
 """Steps that a run may be late by before it counts as stalled."""
+FRESH = 120.0
+"""Seconds for which a pod's answer still says how it is; after that only the kubelet's word counts."""
 LONGEST_WAKE = timedelta(hours=1)
 """Longest time between two looks, whatever a deadline says: guards against a clock that jumped."""
 
@@ -58,11 +60,11 @@ def _progressed(attempt: Attempt) -> bool:
     return attempt.committed_step is not None and attempt.committed_step > (attempt.resumed_from_step or 0)
 
 
-def stall_limit(spec: FineTuneJobSpec, report: Report) -> float:
+def stall_limit(spec: FineTuneJobSpec, report: Report | None) -> float:
     """Seconds without a step after which a run counts as stalled."""
     if spec.policy.stall_timeout_seconds is not None:
         return float(spec.policy.stall_timeout_seconds)
-    median = report.health.median_step_seconds or 0.0
+    median = (report.health.median_step_seconds if report else None) or 0.0
     return max(LEAST_STALL, STALL_STEPS * median)
 
 
@@ -71,25 +73,27 @@ def stalled(
 ) -> str:
     """Why the run counts as stalled, in words; empty: it does not.
 
-    Only training can stall: downloads and evaluation have no steps. A pod that no longer answers counts only if the kubelet,
-    too, finds it not ready: a network policy must not kill a healthy run.
+    Only training can stall: downloads have no steps. A batch of an evaluation is as good as a step. A pod that no longer answers
+    counts only if the kubelet, too, finds it not ready: a network policy must not kill a healthy run.
+    `report` is None where nobody remembers one; `heard` is then when status says that the pod spoke last.
     """
-    if report is None or heard is None:
+    if heard is None:
         return ""
     limit = stall_limit(spec, report)
     silent = seconds(heard, now)
-    late = (report.health.seconds_since_step or 0.0) + silent
-    if (
-        report.stage is Stage.TRAINING
-        and report.health.seconds_since_step is not None
-        and silent < limit
-        and late > limit
-    ):
-        return f"no step for {late:.0f} s, the limit is {limit:.0f} s"
+    late = _quiet(report) if report is not None and report.stage is Stage.TRAINING else None
+    if late is not None and silent < min(limit, FRESH) and late + silent > limit:
+        return f"no step for {late + silent:.0f} s, the limit is {limit:.0f} s"
     running = [pod for pod in pods if not pod.over]
     if silent > limit and running and not any(pod.ready for pod in running):
         return f"the pods have not answered for {silent:.0f} s and are not ready, the limit is {limit:.0f} s"
     return ""
+
+
+def _quiet(report: Report) -> float | None:
+    """Seconds without a sign of life that a pod tells of itself; None before the first step."""
+    health = report.health
+    return health.seconds_since_step if health.seconds_since_sign is None else health.seconds_since_sign
 
 
 def lost(pods: Sequence[PodView], grace: float, now: datetime) -> list[PodView]:

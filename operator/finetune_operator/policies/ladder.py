@@ -1,7 +1,8 @@
 """What to change after memory ran out or the loss diverged, so that another attempt can do better.
 
 Memory: the same effective batch exactly. The micro-batch goes to its largest divisor at or below half, accumulation takes the
-factor, down to the smallest that the objective can do; then activation checkpointing; then the job fails with its numbers.
+factor, down to the smallest that the objective can do, and an evaluation's batch is never larger; then activation checkpointing; then
+the job fails with its numbers. No rung is taken that the rules would refuse.
 Divergence: once the same again from the last healthy checkpoint (a bit flip does not repeat); then, at most twice, back to the
 healthy checkpoint before with half the learning rate; then it fails.
 """
@@ -9,13 +10,13 @@ healthy checkpoint before with half the learning rate; then it fails.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from finetune_api.names import Reason, attempt_of_uri
-from finetune_api.rules import smallest_batch
+from finetune_api.rules import check, evaluates, has_test, smallest_batch
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import GradientCheckpointing, OnDivergence, OnOutOfMemory
 from finetune_api.status import Adaptation, Checkpoint
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 BATCH = "training.batchSizePerDevice"
 ACCUMULATION = "training.gradientAccumulationSteps"
+EVALUATION_BATCH = "evaluation.batchSizePerDevice"
 CHECKPOINTING = "training.gradientCheckpointing"
 RATE = "training.learningRate"
 MAX_STEP = "resume.maxStep"
@@ -77,22 +79,43 @@ def after_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | Exhausted
     accumulation = spec.training.gradient_accumulation_steps or 1
     if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
         return Exhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
-    smaller = next((part for part in range(batch // 2, smallest_batch(spec) - 1, -1) if batch % part == 0), 0)
-    more = accumulation * (batch // smaller) if smaller else 0
-    if 0 < more <= MAX_ACCUMULATION:
-        change = f"batchSizePerDevice {batch} -> {smaller}, gradientAccumulationSteps {accumulation} -> {more}"
-        return Adaptation(
-            time=now, reason=Reason.OUT_OF_MEMORY, change=change, set={BATCH: smaller, ACCUMULATION: more}
-        )
-    if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED:
-        enabled = GradientCheckpointing.ENABLED.value
-        change = f"gradientCheckpointing {GradientCheckpointing.DISABLED.value} -> {enabled}"
-        return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set={CHECKPOINTING: enabled})
+    for values in _rungs(spec, batch, accumulation):
+        if _allowed(spec, values):
+            change = ", ".join(f"{_shown(path)} {spec.value(path)} -> {value}" for path, value in values.items())
+            return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set=values)
     return Exhausted(
         f"memory ran out with batchSizePerDevice {batch}, gradientAccumulationSteps {accumulation} and activation "
         f"checkpointing {spec.training.gradient_checkpointing or 'unknown'}: nothing is left to reduce",
         "use a larger GPU or resources.memory, a quantised base (method qlora), or a shorter dataset.maxSequenceLength",
     )
+
+
+def _rungs(spec: FineTuneJobSpec, batch: int, accumulation: int) -> Iterator[dict[str, Any]]:
+    """What could be changed next, the best first. An evaluation never takes larger batches than training then does."""
+    rows = spec.evaluation.batch_size_per_device
+    looks = rows is not None and (evaluates(spec) or has_test(spec))
+    smaller = next((part for part in range(batch // 2, smallest_batch(spec) - 1, -1) if batch % part == 0), 0)
+    more = accumulation * (batch // smaller) if smaller else 0
+    if 0 < more <= MAX_ACCUMULATION:
+        values: dict[str, Any] = {BATCH: smaller, ACCUMULATION: more}
+        if looks and rows is not None and rows > smaller:
+            yield values | {EVALUATION_BATCH: smaller}
+        yield values
+    if looks and rows is not None and rows > batch:
+        yield {EVALUATION_BATCH: batch}
+    if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED:
+        yield {CHECKPOINTING: GradientCheckpointing.ENABLED.value}
+
+
+def _allowed(spec: FineTuneJobSpec, values: dict[str, Any]) -> bool:
+    """Whether the spec breaks no further rule with them: nobody is to be refused for what we wrote."""
+    known = {problem.code for problem in check(spec)}
+    return {problem.code for problem in check(spec.with_values(values))} <= known
+
+
+def _shown(path: str) -> str:
+    """As it is called in a sentence: training's fields by their own name."""
+    return path.removeprefix("training.")
 
 
 def after_divergence(

@@ -120,3 +120,17 @@ def test_stalls_are_seen_only_where_steps_are_due(clock: Clock, monkeypatch: pyt
     board.stage(Stage.UPLOADING)
     assert watch.stalled() is None
     assert StallWatch(board, 5).allowed() == 5.0
+
+
+def test_a_sign_of_life_is_younger_than_the_step(clock: Clock) -> None:
+    board = Board()
+    board.alive()
+    assert board.report().health.seconds_since_sign is None
+    board.heartbeat(1)
+    clock.now += 700
+    board.alive()
+    clock.now += 5
+    health = board.report().health
+    assert (health.seconds_since_step, health.seconds_since_sign) == (705.0, 5.0)
+    board.heartbeat(2)
+    assert board.report().health.seconds_since_sign == 0.0

@@ -34,6 +34,7 @@ class Board:
         self._checkpoints: dict[int, Checkpoint] = {}
         self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
         self._step_time: float | None = None
+        self._sign_time: float | None = None
         self._stage_since = time.monotonic()
         self._timings: dict[str, float] = {}
         self._health = Health()
@@ -67,6 +68,11 @@ class Board:
         """Add to a counter of `/metrics`."""
         with self._lock:
             self.counters[name] = self.counters.get(name, 0) + by
+
+    def alive(self) -> None:
+        """Something moved: a step, a part of one, a batch of an evaluation, a file."""
+        with self._lock:
+            self._sign_time = time.monotonic()
 
     def heartbeat(self, step: int) -> None:
         """An optimizer step is done."""
@@ -176,6 +182,7 @@ class Board:
             }
             newest = self.checkpoints
             since, median = self.seconds_since_step(), self.median_step()
+            quiet = None if since is None or self._sign_time is None else min(since, now - self._sign_time)
             return Report(
                 attempt=self._run.attempt if self._run else 1,
                 uid=self._run.uid if self._run else "",
@@ -190,6 +197,7 @@ class Board:
                 health=self._health.model_copy(
                     update={
                         "seconds_since_step": None if since is None else round(since, 3),
+                        "seconds_since_sign": None if quiet is None else round(quiet, 3),
                         "median_step_seconds": None if median is None else round(median, 4),
                     }
                 ),

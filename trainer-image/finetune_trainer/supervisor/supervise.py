@@ -256,6 +256,7 @@ class Supervisor:
         kind, local = message.get("kind"), message.get("localRank") == 0
         if self._stall is not None and kind in ("heartbeat", "alive", "stage", "staged", "log"):
             self._stall.sign_of_life()
+            self.board.alive()
         match kind:
             case "heartbeat":
                 if local:

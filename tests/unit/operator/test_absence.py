@@ -1,0 +1,221 @@
+"""What holds although nobody looked for a while, or the ladder is at its end: limits, stalls, and checkpoints that are gone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api.names import Condition, Reason
+from finetune_api.rules import check
+from finetune_api.status import Adaptation, FineTuneJobStatus
+from finetune_operator.decide import decide
+from finetune_operator.facts import Facts
+from finetune_operator.plan import Acted, Situation
+from finetune_operator.policies import clock
+from finetune_operator.policies.acceptance import Refused, accept
+from finetune_operator.policies.ladder import Exhausted, adapted, after_divergence, after_memory
+from finetune_operator.policies.waiting import Waiting
+from finetune_operator.report import report as make_report
+
+from tests.unit.operator.samples import CONFIG, T0, accepted, at, ended, facts, job, pod, report, spec, status
+
+
+def iso(seconds: float) -> str:
+    return at(seconds).isoformat().replace("+00:00", "Z")
+
+
+BEGUN = {"number": 1, "startTime": iso(0)}
+QUEUED = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 1800})
+CHECKPOINTS = [
+    {"step": step, "uri": f"s3://m/checkpoints/step-{step:08d}/a1-aaaaaaaa", "healthy": True} for step in (100, 200, 300, 400, 500)
+]  # fmt: skip
+
+
+def told(kind: Condition, value: str, reason: str, seconds: float) -> dict[str, str]:
+    return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": iso(seconds)}
+
+
+def stalled(found: Facts, acted: Acted | None = None) -> bool:
+    new = make_report(found, decide(found), acted or Acted())
+    return any(one.type == Condition.STALLED and one.status == "True" for one in new.conditions)
+
+
+# -- running time -----------------------------------------------------------------------------------------------------
+
+
+def test_time_in_a_queue_ends_when_the_queue_says_so_and_not_when_somebody_looks() -> None:
+    known = status(attempt=1, attempts=[BEGUN], conditions=[told(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)])
+    found = facts(written=QUEUED, known=known, jobs=[job(queue="q", started=at(100))], pods=[pod()], now=at(3700))
+    assert found.running_since == at(100)
+    plan = decide(found)
+    assert plan.condemn is not None and plan.condemn.reason is Reason.DEADLINE_EXCEEDED
+
+
+def test_an_attempt_that_began_and_failed_unseen_has_used_its_time() -> None:
+    known = status(attempt=1, attempts=[BEGUN], conditions=[told(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)])
+    over = job(queue="q", started=at(100), failed=at(1700), failed_reason="x")
+    found = facts(written=QUEUED, known=known, jobs=[over], pods=[ended(pod(), 70)], now=at(3700))
+    assert make_report(found, decide(found), Acted()).active_seconds == 1600
+
+
+def test_no_attempt_is_made_that_would_have_no_time_left() -> None:
+    over = job(failed=at(300), failed_reason="BackoffLimitExceeded")
+    found = facts(
+        written=spec(policy={"activeDeadlineSeconds": 100}), known=status(attempt=1, attempts=[BEGUN]), jobs=[over],
+        pods=[ended(pod(), 70)], now=at(301),
+    )  # fmt: skip
+    plan = decide(found)
+    assert plan.finish is not None and plan.finish.reason is Reason.DEADLINE_EXCEEDED
+
+
+# -- stalls -----------------------------------------------------------------------------------------------------------
+
+
+def silent(ready_since: float) -> FineTuneJobStatus:
+    return status(
+        attempt=1, attempts=[{**BEGUN, "lastStep": 500}], progress={"step": 500, "updateTime": iso(100)},
+        conditions=[told(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, ready_since)],
+    )  # fmt: skip
+
+
+def test_a_pod_that_went_silent_before_this_operator_began_is_ended_all_the_same() -> None:
+    found = facts(known=silent(200), jobs=[job()], pods=[pod(ready=False)], now=at(900))
+    plan = decide(found)
+    assert plan.condemn is not None and plan.condemn.reason is Reason.STALLED
+
+
+@pytest.mark.parametrize(
+    ("known", "ready"),
+    [
+        (silent(200), True),
+        (silent(500), False),
+        (status(attempt=1, attempts=[BEGUN], conditions=[told(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 0)]), False),
+        (silent(200).model_copy(update={"attempts": status(attempts=[{"number": 1, "startTime": iso(150)}]).attempts}), False),
+    ],
+    ids=["ready", "not yet", "never spoke", "another attempt spoke"],
+)  # fmt: skip
+def test_a_pod_that_nobody_heard_is_left_alone(known: FineTuneJobStatus, ready: bool) -> None:
+    plan = decide(facts(known=known, jobs=[job()], pods=[pod(ready=ready)], now=at(900)))
+    assert plan.condemn is None and plan.wake is not None
+
+
+def test_an_old_answer_does_not_make_a_ready_pod_late() -> None:
+    """A network policy between us and a pod must not end it in the last minutes before the limit."""
+    said = report(health={"secondsSinceStep": 30.0, "medianStepSeconds": 1.0})
+    assert clock.stalled(accepted().spec, said, T0, [pod()], at(580)) == ""
+
+
+@pytest.mark.parametrize(("sign", "late"), [(3.0, False), (690.0, True), (None, True)])
+def test_a_batch_of_an_evaluation_is_as_good_as_a_step(sign: float | None, late: bool) -> None:
+    said = report(health={"secondsSinceStep": 700.0, "secondsSinceSign": sign, "medianStepSeconds": 1.0})
+    assert bool(clock.stalled(accepted().spec, said, T0, [pod()], at(5))) is (late and (sign is None or sign + 5 > 600))
+
+
+# -- waiting ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_job_that_may_not_be_created_needs_a_person_at_last() -> None:
+    known = status(
+        conditions=[
+            told(Condition.ACCEPTED, "True", "Accepted", 0),
+            told(Condition.PODS_READY, "False", "QuotaExceeded", 0),
+        ]
+    )
+    refused = Acted(obstacle=Waiting(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    assert not stalled(facts(known=known, now=at(1700)), refused)
+    assert stalled(facts(known=known, now=at(1900)), refused)
+    assert not stalled(facts(known=known, now=at(1900)))
+
+
+def test_a_name_that_is_taken_needs_a_person_at_last() -> None:
+    known = status(
+        conditions=[
+            told(Condition.ACCEPTED, "True", "Accepted", 0),
+            told(Condition.PODS_READY, "False", "ChildrenConflict", 0),
+        ]
+    )
+    early = facts(known=known, jobs=[job(owner_uid="other")], now=at(100))
+    assert decide(early).situation is Situation.BLOCKED and decide(early).wake == at(1800)
+    assert stalled(facts(known=known, jobs=[job(owner_uid="other")], now=at(1900)))
+
+
+def test_the_time_before_a_resume_is_no_waiting() -> None:
+    conditions = [
+        told(Condition.PODS_READY, "False", "QuotaExceeded", 0),
+        told(Condition.SUSPENDED, "False", "Resumed", 9000),
+    ]
+    refused = Acted(obstacle=Waiting(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    assert not stalled(facts(known=status(conditions=conditions), now=at(9100)), refused)
+
+
+def test_a_pool_whose_nodes_lack_the_resource_is_refused_with_the_pools() -> None:
+    found = accept(spec(resources={"gpusPerNode": 2, "nodePool": "h100", "gpuResource": "amd.com/gpu"}), CONFIG)
+    assert isinstance(found, Refused) and found.reason is Reason.POOL_TOO_SMALL
+    assert (
+        "amd.com/gpu, and nodes of pool h100 have nvidia.com/gpu; pools are: h100 (8 x nvidia.com/gpu" in found.message
+    )
+
+
+# -- the ladder -------------------------------------------------------------------------------------------------------
+
+
+def rungs(**groups: Any) -> list[str]:
+    """Changes of the whole ladder."""
+    current, changes = accepted(spec(**groups)).spec, []
+    while isinstance(rung := after_memory(current, T0), Adaptation):
+        changes.append(rung.change)
+        current = adapted(current, [rung])
+        assert not check(current), rung
+    return changes
+
+
+def test_no_rung_is_taken_that_the_rules_refuse() -> None:
+    assert rungs(method={"type": "prefixTuning"}, training={"batchSizePerDevice": 2}) == [
+        "batchSizePerDevice 2 -> 1, gradientAccumulationSteps 4 -> 8"
+    ]
+
+
+def test_an_evaluation_that_does_not_fit_becomes_smaller_too() -> None:
+    held_out = {"split": {"validation": 0.1}}
+    assert rungs(dataset={"train": "s3://data/a.jsonl", **held_out}, evaluation={"batchSizePerDevice": 32}, training={"batchSizePerDevice": 2}) == [
+        "batchSizePerDevice 2 -> 1, gradientAccumulationSteps 4 -> 8, evaluation.batchSizePerDevice 32 -> 1",
+        "gradientCheckpointing disabled -> enabled",
+    ]  # fmt: skip
+    assert rungs(dataset={"train": "s3://data/a.jsonl", **held_out}, evaluation={"batchSizePerDevice": 8}, training={"batchSizePerDevice": 1})[0] == (
+        "evaluation.batchSizePerDevice 8 -> 1"
+    )  # fmt: skip
+    assert "evaluation" not in " ".join(rungs(evaluation={"batchSizePerDevice": 32}))
+
+
+# -- checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def kept(told_steps: list[int], known_steps: list[int]) -> list[int]:
+    """Steps in status after a pod told of some, where status knew of others."""
+    known = status(attempt=1, attempts=[BEGUN], checkpoints=[one for one in CHECKPOINTS if one["step"] in known_steps])
+    said = report(checkpoints=[one for one in CHECKPOINTS if one["step"] in told_steps], progress={"step": 510})
+    found = facts(known=known, jobs=[job()], pods=[pod()], heard=said)
+    return [one.step for one in make_report(found, decide(found), Acted()).checkpoints]
+
+
+def test_what_retention_removed_leaves_the_status() -> None:
+    assert kept([400, 500], [100, 200, 300, 400, 500]) == [400, 500]
+
+
+def test_what_lies_behind_a_rollback_stays_known_until_it_is_overtaken() -> None:
+    assert kept([100, 200], [100, 200, 300, 400]) == [100, 200, 300, 400]
+    assert kept([], [100, 200]) == [100, 200]
+
+
+def test_a_second_rollback_goes_to_a_checkpoint_that_is_still_there() -> None:
+    written = spec(checkpoint={"keep": 2})
+    known = status(attempt=1, attempts=[BEGUN], checkpoints=CHECKPOINTS)
+    said = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 510})
+    found = facts(written=written, known=known, jobs=[job()], pods=[pod()], heard=said)
+    left = make_report(found, decide(found), Acted()).checkpoints
+    adaptations: list[Adaptation] = []
+    for attempt in (1, 2, 3):
+        rung = after_divergence(accepted(written).spec, adaptations, left, T0, attempt)
+        assert not isinstance(rung, Exhausted)
+        adaptations.append(rung)
+    assert (adaptations[-1].set or {})["resume.maxStep"] == 400
