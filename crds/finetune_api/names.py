@@ -75,6 +75,8 @@ class Env(StrEnum):
     """Port of the progress server; default 8080. 0 takes a free one (local runs)."""
     INCARNATION = "FINETUNE_INCARNATION"
     """Set by the supervisor for its ranks: the folder name in storage, `a<attempt>-<8 hex>`."""
+    FINAL_PATIENCE = "FINETUNE_FINAL_PATIENCE_SECONDS"
+    """How long a store that is down is asked to take the final model, in seconds; default 1800."""
     HF_TOKEN = "HF_TOKEN"
     """Token for a model hub, from `model.tokenSecretRef`."""
     STORAGE_ACCESS_KEY = "AWS_ACCESS_KEY_ID"

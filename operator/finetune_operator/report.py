@@ -310,7 +310,7 @@ def _checkpoints(view: View) -> dict[str, Any]:
     known = {one.step: one for one in view.old.checkpoints if heard is None or not _removed(one, heard.checkpoints)}
     for source in (heard, words):
         if source is not None:
-            known |= {one.step: one for one in source.checkpoints}
+            known |= {one.step: _merged_checkpoint(known.get(one.step), one) for one in source.checkpoints}
     ordered = sorted(known.values(), key=lambda one: one.step)
     kept = ordered[-KEPT_CHECKPOINTS:]
     judged = [one for one in ordered if one.eval_loss is not None]
@@ -319,6 +319,11 @@ def _checkpoints(view: View) -> dict[str, Any]:
         kept = [best, *kept]
     latest = _latest(kept, heard.latest_checkpoint if heard else None, words.latest_checkpoint if words else None)
     return {"checkpoints": kept, "latest_checkpoint": latest or view.old.latest_checkpoint}
+
+
+def _merged_checkpoint(before: Checkpoint | None, now: Checkpoint) -> Checkpoint:
+    """What is said now over what was known of the same one: an attempt that took it over does not know how long it took to save."""
+    return now if before is None or before.uri != now.uri else _merged(Checkpoint, before, now)
 
 
 def _removed(one: Checkpoint, told: list[Checkpoint]) -> bool:

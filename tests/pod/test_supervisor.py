@@ -64,6 +64,8 @@ def test_success(tmp_path: Path, spec: dict[str, Any]) -> None:
     assert (folder / "adapter_model.safetensors").read_text() == "final 20"
     assert (words.step, words.committed_step, words.class_, words.code) == (20, 20, None, None)
     assert committed(tmp_path) == [10, 15, 20]
+    assert not list(pod.folder.glob("work/output/checkpoint-*")), "checkpoints that are in storage stay on the pod's disk"
+    assert not list(pod.folder.glob("work/staged/*"))
 
 
 @pytest.mark.parametrize(

@@ -40,9 +40,12 @@ class KeepBest(TrainerCallback):
         if self._resumed is None or not state.best_global_step:
             return
         kept = Path(str(args.output_dir)) / FOLDER
+        own = state.best_global_step == state.global_step
+        files = list(_weights(self._resumed) if own else _carried(self._resumed))
+        if not files:  # the best so far was measured between two checkpoints: there is none to load, then as now
+            return
         if args.local_process_index == 0:
-            own = state.best_global_step == state.global_step
-            _fill(kept, _weights(self._resumed) if own else _carried(self._resumed))
+            _fill(kept, iter(files))
         state.best_model_checkpoint = str(kept)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

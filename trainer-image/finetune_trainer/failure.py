@@ -57,6 +57,10 @@ class RankFailure:
     """False: nobody said anything, only an exit code is known."""
 
 
+DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing file")
+"""What libraries that write weights say where no room is left: their exceptions carry no number."""
+
+
 def local_disk_full() -> StorageError:
     """69: whoever writes to the pod's own disk finds no room."""
     return StorageError(
@@ -75,7 +79,7 @@ def classify(error: BaseException) -> tuple[FineTuneError, bool]:
         return PeerError(
             "PeerLost", f"a collective failed: {_first_line(error)}", hint="see the other ranks' logs"
         ), False
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or any(word in str(error) for word in DISK_FULL):
         return local_disk_full(), True
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""

@@ -225,10 +225,10 @@ def test_a_store_that_refuses_conditions(
     """Whoever finds a marker leaves it; two at the same instant are kept apart by the operator."""
     proxy.fault(NoConditions(status, code), operation="PutObject")
     target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
-    preflight(target)
+    assert preflight(target).conditional_writes is False
     place.commit(5, checkpoint)
     with pytest.raises(Fenced):
-        place.commit(5, checkpoint, "a2-00000000", 2)
+        place.commit(5, checkpoint, "a1-22222222")
     assert place.whole(tmp_path / "check") == [5]
 
 

@@ -202,6 +202,12 @@ def test_what_retention_removed_leaves_the_status() -> None:
     assert kept([400, 500], [100, 200, 300, 400, 500]) == [400, 500]
 
 
+def test_how_long_a_checkpoint_took_is_not_forgotten_by_the_next_attempt() -> None:
+    known = status(attempt=1, attempts=[BEGUN], checkpoints=[CHECKPOINTS[3] | {"saveSeconds": 400.0}])
+    found = facts(known=known, jobs=[job()], pods=[pod()], heard=report(checkpoints=[CHECKPOINTS[3]]))
+    assert make_report(found, decide(found), Acted()).checkpoints[0].save_seconds == 400.0
+
+
 def test_what_lies_behind_a_rollback_stays_known_until_it_is_overtaken() -> None:
     assert kept([100, 200], [100, 200, 300, 400]) == [100, 200, 300, 400]
     assert kept([], [100, 200]) == [100, 200]

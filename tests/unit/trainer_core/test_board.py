@@ -122,6 +122,17 @@ def test_stalls_are_seen_only_where_steps_are_due(clock: Clock, monkeypatch: pyt
     assert StallWatch(board, 5).allowed() == 5.0
 
 
+def test_a_limit_that_was_written_holds_for_the_first_step_too(clock: Clock) -> None:
+    board = Board()
+    watch = StallWatch(board, 60)
+    clock.now += 10_000
+    assert watch.stalled() is None, "loading takes what it takes"
+    board.stage(Stage.TRAINING)
+    watch.sign_of_life()
+    clock.now += 61
+    assert watch.stalled() is not None
+
+
 def test_a_sign_of_life_is_younger_than_the_step(clock: Clock) -> None:
     board = Board()
     board.alive()

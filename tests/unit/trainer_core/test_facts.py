@@ -13,7 +13,7 @@ from finetune_trainer.supervisor.prepare import beside_of
 def inputs(tmp_path: Path) -> Inputs:
     """Inputs with everything there is; a ConfigMap lies there as the kubelet mounts it."""
     for name, text in (
-        ("tokenizer/tokenizer.json", "{}"), ("reference/config.json", "{}"), ("valid.jsonl", "{}"),
+        ("tokenizer/tokenizer.json", "{}"), ("reference/config.json", "{}"), ("valid.jsonl", "{}"), ("adapter/adapter_config.json", "{}"),
         ("maps/mine/..2026/ds.json", "{}"),
     ):  # fmt: skip
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -21,7 +21,7 @@ def inputs(tmp_path: Path) -> Inputs:
     (tmp_path / "maps/mine/..data").symlink_to("..2026")
     (tmp_path / "maps/mine/ds.json").symlink_to("..data/ds.json")
     return Inputs(
-        model=tmp_path, tokenizer=tmp_path / "tokenizer", reference=tmp_path / "reference", validation=[tmp_path / "valid.jsonl"],
+        model=tmp_path, tokenizer=tmp_path / "tokenizer", reference=tmp_path / "reference", adapter=tmp_path / "adapter", validation=[tmp_path / "valid.jsonl"],
         model_revision="m", dataset_digest="d", output_dir=tmp_path, config_maps=tmp_path / "maps",
     )  # fmt: skip
 
@@ -30,7 +30,7 @@ def inputs(tmp_path: Path) -> Inputs:
     ("file", "word"),
     [
         ("tokenizer/tokenizer.json", "tokenizer"), ("reference/config.json", "reference model"),
-        ("valid.jsonl", "validation data"), ("maps/mine/..2026/ds.json", "contents of ConfigMaps"),
+        ("adapter/adapter_config.json", "adapter"), ("valid.jsonl", "validation data"), ("maps/mine/..2026/ds.json", "contents of ConfigMaps"),
     ],
 )  # fmt: skip
 def test_whatever_was_read_is_told_apart_by_its_contents(inputs: Inputs, tmp_path: Path, file: str, word: str) -> None:

@@ -31,6 +31,8 @@ class OutOfMemoryError(RuntimeError):
         (ConnectionResetError("Connection reset by peer"), "PeerLost", 74, False),
         (PeerError("StartsDiffer", "x"), "StartsDiffer", 74, False),
         (OSError(errno.ENOSPC, "No space left on device"), "LocalDiskFull", 69, True),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed"), "LocalDiskFull", 69, True),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "LocalDiskFull", 69, True),
         (ValueError("what"), "TrainerCrashed", 70, True),
     ],
 )

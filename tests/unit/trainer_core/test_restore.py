@@ -19,7 +19,7 @@ from finetune_trainer.storage.roots import open_store
 FACTS = RunFacts(
     model_revision="m", dataset_digest="d", method="lora", trainer="sft", effective_batch=4, versions={"torch": "2"},
     strategy="ddp", learning_rate=0.001, settings={"training": "one", "dataset": "two"},
-    beside={"tokenizer": "a", "reference model": "a", "validation data": "a", "contents of ConfigMaps": "a"},
+    beside={"tokenizer": "a", "adapter": "a", "reference model": "a", "validation data": "a", "contents of ConfigMaps": "a"},
 )  # fmt: skip
 
 
@@ -40,6 +40,12 @@ def two(place: Tree, tmp_path: Path) -> Tree:
     return place
 
 
+@pytest.fixture
+def other(tmp_path: Path) -> Tree:
+    """Another job's, where nothing is."""
+    return Tree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/other/uid")))
+
+
 def back(place: Tree, folder: Path, resume: Resume | None = None, facts: RunFacts = FACTS) -> Restored:
     return restore(place, resume or Resume(mode="auto", expect_step=10), facts, folder / "restored")
 
@@ -50,24 +56,37 @@ def test_progress_without_any_checkpoint_is_73(place: Tree, tmp_path: Path) -> N
     assert back(place, tmp_path, Resume(mode="auto")).step == 0
 
 
-def test_never_and_rollback(two: Tree, tmp_path: Path) -> None:
-    assert back(two, tmp_path, Resume(mode="never", expect_step=0)).step == 0
+def test_never_and_rollback(two: Tree, other: Tree, tmp_path: Path) -> None:
+    assert back(other, tmp_path, Resume(mode="never", expect_step=0)).step == 0
     assert back(two, tmp_path, Resume(mode="auto", expect_step=10, max_step=9)).step == 5
 
 
 @pytest.mark.parametrize("uri", ["{root}/checkpoints/step-00000005", "{root}/checkpoints/step-00000005/a1-00000000/"])
-def test_a_checkpoint_by_its_uri(two: Tree, tmp_path: Path, uri: str) -> None:
+def test_a_checkpoint_by_its_uri(two: Tree, other: Tree, tmp_path: Path, uri: str) -> None:
     named = uri.format(root=two.store.uri)
-    assert back(two, tmp_path, Resume(mode=named)).step == 5
+    assert back(other, tmp_path, Resume(mode=named)).step == 5
+
+
+@pytest.mark.parametrize("mode", ["never", "{root}/checkpoints/step-00000005"])
+def test_own_progress_comes_before_what_the_job_was_to_begin_with(two: Tree, other: Tree, tmp_path: Path, mode: str) -> None:
+    """The same attempt again, after a queue took its quota back; or a commit that the operator never heard of."""
+    folder = tmp_path / "staged"
+    files = other.upload(base_of(150), "a1-00000000", folder)
+    other.commit(base_of(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
+    wanted = Resume(mode=mode.format(root=two.store.uri))
+    assert back(other, tmp_path, wanted).step == 150
+    rolled_back = back(other, tmp_path, wanted.model_copy(update={"max_step": 0}))
+    assert rolled_back.step == (0 if mode == "never" else 5)
+    assert [one.step for one in rolled_back.passed] == [150]
 
 
 @pytest.mark.parametrize(
     ("uri", "code"),
     [("{root}/checkpoints/step-00000006", "CheckpointNotFound"), ("{root}/model", "ResumeInvalid")],
 )
-def test_a_uri_that_is_none(two: Tree, tmp_path: Path, uri: str, code: str) -> None:
+def test_a_uri_that_is_none(two: Tree, other: Tree, tmp_path: Path, uri: str, code: str) -> None:
     with pytest.raises((NoCheckpointError, ConfigError)) as caught:
-        back(two, tmp_path, Resume(mode=uri.format(root=two.store.uri)))
+        back(other, tmp_path, Resume(mode=uri.format(root=two.store.uri)))
     assert caught.value.code == code
 
 
@@ -81,6 +100,7 @@ def test_a_uri_that_is_none(two: Tree, tmp_path: Path, uri: str, code: str) -> N
         ({"strategy": "deepspeed", "world_size": 2}, "DeepSpeed"),
         ({"strategy": "fsdp"}, "fsdp keeps"),
         ({"beside": {"tokenizer": "b"}}, "another tokenizer"),
+        ({"beside": {"adapter": "b"}}, "another adapter"),
         ({"beside": {"reference model": "b"}}, "another reference model"),
     ],
 )
@@ -192,20 +212,86 @@ def test_a_marker_that_was_passed_over_gives_way_and_any_other_does_not(two: Tre
     """The step is done again: the new checkpoint takes the old one's place, and not its health."""
     two.mark_healthy(10)
     (old,) = back(two, tmp_path, Resume(mode="auto", max_step=9)).passed
-    files = two.upload(base_of(10), "a2-00000000", tmp_path / "staged")
-    ours = Manifest(step=10, attempt=2, incarnation="a2-00000000", files=files, facts=FACTS)
+    files = two.upload(base_of(10), "a1-22222222", tmp_path / "staged")
+    ours = Manifest(step=10, attempt=1, incarnation="a1-22222222", files=files, facts=FACTS)
     with pytest.raises(Fenced):
         two.commit(base_of(10), ours)
     two.commit(base_of(10), ours, instead_of=old.marker)
     found = two.marker(10)
     assert found is not None and (found.marker.path, [one.healthy for one in two.committed()]) == (
-        "a2-00000000",
+        "a1-22222222",
         [False, False],
     )
     with pytest.raises(Fenced):
         two.commit(
-            base_of(10), ours.model_copy(update={"incarnation": "a3-00000000", "files": []}), instead_of=old.marker
+            base_of(10), ours.model_copy(update={"incarnation": "a1-33333333", "files": []}), instead_of=old.marker
         )
+
+
+def commit(tree: Tree, folder: Path, step: int, attempt: int = 1) -> Manifest:
+    """A checkpoint of an attempt, which says which it is."""
+    incarnation = f"a{attempt}-00000000"
+    files = tree.upload(base_of(step), incarnation, folder / "staged")
+    manifest = Manifest(step=step, attempt=attempt, incarnation=incarnation, files=files, facts=FACTS)
+    tree.commit(base_of(step), manifest)
+    return manifest
+
+
+def begin(tree: Tree, attempt: int) -> None:
+    tree.store.put(f"run/attempt-{attempt}/run.json", b"{}")
+
+
+def test_an_attempt_that_lives_on_out_of_reach_gives_way_to_the_next(two: Tree, tmp_path: Path) -> None:
+    """It may be ahead; from the moment the next one has begun it commits nothing, and what it brought before does not stand in the way."""
+    commit(two, tmp_path, 20)
+    begin(two, 2)
+    with pytest.raises(Fenced, match="a later attempt has begun"):
+        commit(two, tmp_path, 30)
+    commit(two, tmp_path, 20, attempt=2)
+    found = two.marker(20)
+    assert found is not None and found.marker.attempt == 2
+    with pytest.raises(Fenced):
+        commit(two, tmp_path, 20)
+    assert [one.step for one in two.committed()] == [20, 10, 5]
+
+
+def test_what_was_swept_under_a_commit_is_not_committed(two: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its last look and its marker the next attempt begins and sweeps."""
+    create = two.store.create
+
+    def late(key: str, data: bytes) -> Created:
+        begin(two, 2)
+        assert two.sweep().count == 2
+        return create(key, data)
+
+    monkeypatch.setattr(two.store, "create", late)
+    with pytest.raises(Fenced, match="was swept"):
+        commit(two, tmp_path, 20)
+    assert [one.step for one in two.committed()] == [10, 5]
+
+
+def test_a_later_attempt_is_told_from_an_earlier_one_by_its_number(two: Tree) -> None:
+    begin(two, 9)
+    begin(two, 10)
+    assert [attempt for attempt in (1, 9, 10, 11) if two.superseded(attempt)] == [1, 9]
+
+
+@pytest.mark.parametrize("damage", [b"{", b'{"attempt": 1, "path": "a1-00000001", "manifestSha256": "%s"}' % (b"0" * 64)])
+def test_a_sweep_spares_what_a_damaged_marker_may_have_meant(two: Tree, tmp_path: Path, damage: bytes) -> None:
+    two.store.put("checkpoints/step-00000010/_COMMITTED", damage)
+    two.sweep()
+    assert two.store.get("checkpoints/step-00000010/a1-00000000/weights") is not None
+    found = back(two, tmp_path)
+    assert found.step == 5 and "step-00000010" in found.damaged[0]
+    commit(two, tmp_path, 10, attempt=2)
+    assert [one.step for one in two.committed()] == [10, 5]
+
+
+def test_nothing_but_damaged_markers_is_no_start_from_zero(place: Tree, tmp_path: Path) -> None:
+    place.store.put("checkpoints/step-00000007/_COMMITTED", b"{")
+    with pytest.raises(NoCheckpointError, match="had come to step 7") as caught:
+        back(place, tmp_path, Resume(mode="auto"))
+    assert "_COMMITTED is damaged" in caught.value.message
 
 
 def test_a_marker_that_shows_a_moment_later_is_still_ours(two: Tree, forgetful: Forgetful, tmp_path: Path) -> None:

@@ -24,6 +24,8 @@ ROOT = "s3://bucket/root/team/job/uid"
         (f"{ROOT}/checkpoints/step-00000100/a1-12345678/", Address(ROOT, 100)),
         (f"{ROOT}/model", Address(ROOT, model=True)),
         (f"{ROOT}/model/a2-12345678", Address(ROOT, model=True)),
+        ("s3://bucket/root/team/model/0a1b2c3d-0000", Address("s3://bucket/root/team/model/0a1b2c3d-0000")),
+        ("s3://bucket/root/team/model/0a1b2c3d-0000/model", Address("s3://bucket/root/team/model/0a1b2c3d-0000", model=True)),
         ("s3://bucket/model/team/job/uid", Address("s3://bucket/model/team/job/uid")),
     ],
 )

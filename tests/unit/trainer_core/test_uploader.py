@@ -40,12 +40,13 @@ class Gated(FolderStore):
 class Bench:
     """An uploader over a gated store."""
 
-    def __init__(self, folder: Path, **policy: object) -> None:
+    def __init__(self, folder: Path, *, patience: float = 60, **policy: object) -> None:
         self.folder = folder
         self.store = Gated(folder / "root")
         self.tree, self.board = Tree(self.store), Board()
         self.uploader = Uploader(
-            self.tree, self.board, RunFacts(), Policy(**policy), job="n/j/u", attempt=1  # type: ignore[arg-type] # a table's
+            self.tree, self.board, RunFacts(), Policy(**policy), job="n/j/u", attempt=1,  # type: ignore[arg-type] # a table's
+            final_patience=patience,
         )  # fmt: skip
 
     def offer(self, step: int | None, *, graceful: bool = False, **facts: object) -> None:
@@ -248,14 +249,47 @@ def test_measures_of_the_test_set_reach_the_output_and_the_manifest(bench: Bench
     assert manifest is not None and manifest.extra["evaluation"] == measured
 
 
-def test_a_final_model_that_cannot_be_stored_is_the_end(bench: Bench) -> None:
+def test_a_final_model_that_cannot_be_stored_is_the_end(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, patience=0)
+
     def refuse(key: str) -> None:
         raise StorageError("StorageFailed", "gone")
 
     bench.store.refuse = refuse
     bench.offer(None)
     bench.settle()
+    bench.uploader.close()
     assert bench.uploader.failure is not None and bench.uploader.failure.exit_code == 69
+
+
+def test_a_store_that_is_down_for_a_while_gets_the_final_model_all_the_same(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.checkpoint.uploader.AGAIN_SECONDS", 0.01)
+    tries: list[str] = []
+
+    def refuse(key: str) -> None:
+        tries.append(key)
+        if len(tries) < 4:
+            raise StorageError("StorageFailed", "gone")
+
+    bench.store.refuse = refuse
+    bench.offer(None)
+    bench.settle()
+    assert bench.uploader.failure is None and bench.uploader.output is not None
+
+
+def test_a_final_model_that_may_not_be_stored_is_not_tried_again(bench: Bench) -> None:
+    tries: list[str] = []
+
+    def refuse(key: str) -> None:
+        tries.append(key)
+        raise CredentialsError("AccessDenied", "no s3:PutObject")
+
+    bench.store.refuse = refuse
+    bench.offer(None)
+    bench.settle()
+    assert len(tries) == 1 and bench.uploader.failure is not None and bench.uploader.failure.exit_code == 77
 
 
 def test_two_pods_make_one_checkpoint(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class RunFacts(Lenient):
     )
     beside: dict[str, str] = Field(
         default_factory=dict,
-        description="A hash of each other thing that was read: tokenizer, reference model, validation data, ConfigMaps.",
+        description="A hash of each other thing that was read: tokenizer, reference model, adapter, validation data, ConfigMaps.",
     )
     config_sha256: str = ""
     versions: dict[str, str] = Field(default_factory=dict)

@@ -19,11 +19,13 @@ from finetune_api.names import Storage
 from finetune_api.pod import Resume
 from finetune_api.spec.enums import Strategy
 
-from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, step_of
+from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, base_of, step_of
 from finetune_trainer.checkpoint.tree import Committed, Tree
 from finetune_trainer.storage.base import Counter, join
 
 THREADS = 4
+LARGE = 32 << 20
+"""Bytes from which a file is fetched by itself."""
 
 
 @dataclass
@@ -55,16 +57,19 @@ def restore(
 ) -> Restored:  # fmt: skip
     """Find, check and download. `wanted` says which files this pod needs.
 
+    What the job has committed itself comes before anything that `checkpoint.resume` says: that is how the job begins, and a life
+    of it may end without the operator's knowing (a queue that takes back its quota starts the same attempt again).
+
     Errors: NoCheckpointError `NoLoadableCheckpoint` if there was progress and nothing loads; ConfigError
     `CheckpointIncompatible` if the newest whole checkpoint is of another run, naming the difference.
     """
     own = tree.committed()
     result = Restored(passed=own)
-    if resume.mode == "never":
-        return result
-    if resume.mode != "auto":
-        return _restore_named(resume.mode, facts, target, tree, wanted, count, result)
     candidates = [one for one in own if resume.max_step is None or (one.step or 0) <= resume.max_step]
+    unreadable = [step for step in tree.unreadable() if resume.max_step is None or step <= resume.max_step]
+    result.damaged += [f"{tree.uri(join(base_of(step), Storage.COMMITTED))} is damaged" for step in unreadable]
+    if resume.mode not in ("auto", "never") and not candidates and not unreadable:
+        return _restore_named(resume.mode, facts, target, tree, wanted, count, result)
     for candidate in candidates:
         problem = _try(tree, candidate, facts, target, result, wanted, count)
         if problem is None:
@@ -72,9 +77,9 @@ def restore(
             result.passed = [one for one in own if (one.step or 0) > result.step]
             return result
         result.damaged.append(problem)
-    if candidates or resume.expect_step > 0:
+    if candidates or unreadable or resume.expect_step > 0:
         seen = "; ".join(result.damaged) or "storage holds none"
-        reached = resume.expect_step or candidates[0].step
+        reached = resume.expect_step or max([*(one.step or 0 for one in candidates), *unreadable])
         raise NoCheckpointError(
             "NoLoadableCheckpoint", f"the job had come to step {reached}, and no checkpoint can be loaded: {seen}",
             hint="restore the objects, or create a new FineTuneJob to start again",
@@ -162,8 +167,11 @@ def fetch_verified(
         )
     target.mkdir(parents=True, exist_ok=True)
     entries = [entry for entry in manifest.files if wanted(entry.path)]
+    small, large = [[one for one in entries if (one.size > LARGE) is is_large] for is_large in (False, True)]
     with ThreadPoolExecutor(THREADS) as pool:
-        problems = [problem for problem in pool.map(fetch, entries) if problem]
+        problems = [problem for problem in pool.map(fetch, small) if problem]
+    # One after another: each is read in many ranges at once, which are held in memory.
+    problems += [problem for problem in map(fetch, large) if problem]
     return problems[0] if problems else None
 
 
@@ -182,7 +190,7 @@ MUST_MATCH = {
 }
 
 
-REPLACED = ("tokenizer", "reference model")
+REPLACED = ("tokenizer", "reference model", "adapter")
 """Beside base model and data: with another one there, the rest of the run would learn something else."""
 
 

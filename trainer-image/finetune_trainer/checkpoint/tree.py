@@ -8,6 +8,7 @@ is read, and one that names our manifest is our success, one that names another'
 from __future__ import annotations
 
 import logging
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +89,17 @@ class Tree:
         found = (self.marker(step, healthy) for step, healthy in sorted(marked.items(), reverse=True))
         return [one for one in found if one is not None]
 
+    def unreadable(self) -> list[int]:
+        """Steps whose marker is there and says nothing, newest first: they were committed and are damaged."""
+        steps = []
+        for stat in self.store.list(f"{Storage.CHECKPOINTS}/"):
+            step = step_of(stat.key.split("/")[1])
+            if step is not None and stat.key == join(base_of(step), Storage.COMMITTED):
+                data = self.store.get(stat.key)
+                if data is not None and Marker.parse(data) is None:
+                    steps.append(step)
+        return sorted(steps, reverse=True)
+
     def marker(self, step: int | None, healthy: bool = False) -> Committed | None:
         """The committed checkpoint of a step (None: the final model), if there is one."""
         data = self.store.get(join(base_of(step), Storage.COMMITTED))
@@ -156,21 +168,39 @@ class Tree:
     def commit(self, base: str, manifest: Manifest, *, instead_of: Marker | None = None) -> Marker:
         """Write the manifest, look at every object, write the marker.
 
-        `instead_of`: the marker that was found here at the start and passed over; it gives way.
-        Errors: StorageError `UploadIncomplete` if an object is missing or has another size; Fenced if the step is
-        another incarnation's.
+        `instead_of`: the marker that was found here at the start and passed over; it gives way, and so does one that nobody can
+        read, and one of an earlier attempt, which lives on out of the operator's reach.
+        Errors: StorageError `UploadIncomplete` if an object is missing or has another size; Fenced if a later attempt has
+        begun, or the step is another life's of the same attempt.
         """
         folder = join(base, manifest.incarnation)
         data = manifest.to_bytes()
         marker = Marker(attempt=manifest.attempt, path=manifest.incarnation, manifest_sha256=sha256_bytes(data))
         self.store.put(join(folder, Storage.MANIFEST), data)
         self._look(folder, manifest)
+        if self.superseded(manifest.attempt):
+            raise Fenced("FencedOut", f"a later attempt has begun; this is {marker.path}, which must end")
         self._mark(base, marker, instead_of)
+        if self.store.stat(join(folder, Storage.MANIFEST)) is None:
+            self._take_back(base, marker)
+            raise Fenced("FencedOut", f"{base} was swept by a later attempt; this is {marker.path}, which must end")
         try:
             self.store.delete([stat.key for stat in self.store.list(join(folder, PARTS) + "/")])
         except FineTuneError as error:  # it is committed, whatever lies beside it
             log.warning("what the pods told each other about %s stays: %s", base, error)
         return marker
+
+    def superseded(self, attempt: int) -> bool:
+        """Whether a later attempt has begun: it is told of below `run/` before it sweeps or writes anything else."""
+        found = (re.match(rf"{Storage.RUN}/attempt-(\d+)/", stat.key) for stat in self.store.list(f"{Storage.RUN}/attempt-"))
+        return any(one is not None and int(one[1]) > attempt for one in found)
+
+    def _take_back(self, base: str, marker: Marker) -> None:
+        """Remove our marker, whose data is gone. Whoever replaced it keeps his."""
+        key = join(base, Storage.COMMITTED)
+        data = self.store.get(key)
+        if data is not None and Marker.parse(data) == marker:
+            self.store.delete([key])
 
     def _mark(self, base: str, marker: Marker, instead_of: Marker | None) -> None:
         """Write the marker. Errors: Fenced; StorageError `MarkerUnreadable`."""
@@ -185,11 +215,10 @@ class Tree:
             found = Marker.parse(data)
             if found is not None and found.manifest_sha256 == marker.manifest_sha256:
                 return
-            if found is None or found != instead_of:
-                other = found.path if found else "somebody"
-                raise Fenced("FencedOut", f"{base} was committed by {other}; this is {marker.path}, which must end")
-            self._replace(base, marker)
-            return
+            if found is None or found == instead_of or found.attempt < marker.attempt:
+                self._replace(base, marker)
+                return
+            raise Fenced("FencedOut", f"{base} was committed by {found.path}; this is {marker.path}, which must end")
         raise StorageError("MarkerUnreadable", f"{self.uri(key)} exists and cannot be read")
 
     def _replace(self, base: str, marker: Marker) -> None:
@@ -261,10 +290,10 @@ class Tree:
         """Keys that the marker does not name. The marker is asked for by itself: a listing may be behind."""
         marked = join(base, Storage.COMMITTED)
         data = self.store.get(marked)
-        if data is None and marked in keys:
-            return []  # listed, and not to be read now: that it is damaged is not said
-        marker = Marker.parse(data) if data is not None else None
-        if marker is None:
-            return keys
+        if data is None:
+            return keys if marked not in keys else []  # listed, and not to be read now: that it is damaged is not said
+        marker = Marker.parse(data)
+        if marker is None or join(base, marker.path, Storage.MANIFEST) not in keys:
+            return []  # a damaged marker: which of these it meant is for a person to say
         own = (marked, join(base, Storage.HEALTHY))
         return [key for key in keys if key not in own and not key.startswith(join(base, marker.path) + "/")]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.errors import FineTuneError, StorageError
+from finetune_api.names import ExitCode
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Checkpoint, Output
 
@@ -59,11 +60,12 @@ class Uploader:
     def __init__(
         self, tree: Tree, board: Board, facts: RunFacts, policy: Policy, *, job: str, attempt: int, node: int = 0,
         nodes: int = 1, before_commit: Callable[[], None] = lambda: None, after_commit: Callable[[], None] = lambda: None,
-        part_timeout: float = PART_TIMEOUT_SECONDS,
+        part_timeout: float = PART_TIMEOUT_SECONDS, final_patience: float = 0,
     ) -> None:  # fmt: skip
         self.tree, self._board, self._facts, self._policy = tree, board, facts, policy
         self._job, self._attempt, self._node, self._nodes = job, attempt, node, nodes
         self._before_commit, self._after_commit, self._part_timeout = before_commit, after_commit, part_timeout
+        self._final_patience = final_patience
         self._hurry: float | None = None
         self._changed = threading.Condition()
         self._waiting: Staged | None = None
@@ -195,15 +197,16 @@ class Uploader:
             shutil.rmtree(staged.folder, ignore_errors=True)
 
     def _stored(self, staged: Staged, started: float) -> bool:
-        """Whether it is done with; False: it is a stop's, storage did not take it, and there is still time."""
+        """Whether it is done with; False: nothing comes after it, storage did not take it, and there is still time."""
         if staged.step is not None and staged.step <= self._own_step:
             return True  # what a marker of ours names is never written again
         try:
             self._move(staged, started)
         except StorageError as error:
-            if not staged.graceful or self._closing:
+            final = staged.step is None and time.monotonic() - started < self._final_patience
+            if not (staged.graceful or final) or self._closing or error.exit_code is not ExitCode.STORAGE:
                 raise
-            log.warning("the checkpoint of the stop was not taken, once more: %s", error)
+            log.warning("%s was not taken, once more: %s", base_of(staged.step), error)
             return False
         return True
 
@@ -233,9 +236,8 @@ class Uploader:
             others = self.tree.wait_parts(base, staged.incarnation, self._nodes, self._part_timeout, self._overtaken)
             entries = self.tree.together(base, entries, others)
         manifest = self._manifest(staged, entries)
-        if (
-            not staged.graceful
-        ):  # nothing stands before a stop's commit: its time is short, and the end of the pod tells the rest
+        # Nothing stands before a stop's commit: its time is short, and the end of the pod tells the rest.
+        if not staged.graceful and not self._overtaken():
             self._before_commit()
         marker = self.tree.commit(base, manifest, instead_of=self._passed.get(staged.step))
         self._passed.pop(staged.step, None)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.errors import DataError, FineTuneError, NotFoundError
-from finetune_api.names import Env, ExitCode, Storage
+from finetune_api.names import Env, ExitCode, Storage, attempt_of_uri
 from finetune_api.pod import StoreTarget
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
@@ -48,7 +48,9 @@ def address(uri: str) -> Address:
         step = step_of(parts[index])
         if step is not None and parts[index - 1] == Storage.CHECKPOINTS:
             return Address("/".join(parts[: index - 1]), step)
-        if parts[index] == Storage.MODEL and index >= len(parts) - 2:
+        if parts[index] == Storage.MODEL and (
+            index == len(parts) - 1 or (index == len(parts) - 2 and attempt_of_uri(uri.rstrip("/")) is not None)
+        ):
             return Address("/".join(parts[:index]), model=True)
         if parts[index] == Storage.CHECKPOINTS and index == len(parts) - 1:
             return Address("/".join(parts[:index]))

@@ -68,7 +68,8 @@ def _try_all(store: Store, write: bool) -> Abilities:
         store.delete([key])
     except CredentialsError:
         can_delete = False
-    return Abilities(kind, second is Created.EXISTS and back == b"first", can_delete)
+    conditional = not isinstance(store, S3Store) or store.conditional
+    return Abilities(kind, conditional and second is Created.EXISTS and back == b"first", can_delete)
 
 
 def _sharper(error: StorageError, store: Store) -> FineTuneError:

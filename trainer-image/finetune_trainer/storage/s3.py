@@ -67,6 +67,8 @@ class S3Store:
         self.target = target
         self.place = place_of(target, self.bucket)
         self.retries = 0
+        self.conditional = True
+        """Whether the store creates only what is not there, until it says no."""
         self._batches = True
         """Whether several objects can be deleted at once, until the store says no."""
         self._lock = threading.Lock()
@@ -132,6 +134,7 @@ class S3Store:
                     time.sleep(CONFLICT_SECONDS)
                     continue
                 if status == 501 or code in NO_CONDITIONS:
+                    self.conditional = False
                     break
                 raise explain(error, self.place, key=key) from error
         if self.stat(key) is not None:

@@ -87,6 +87,7 @@ class Preparation:
         )
         for sentence in found.damaged:
             self._board.problem(Reason.CHECKPOINT_DAMAGED, sentence)
+            self._board.note(f"passed over: {sentence}")  # stays when the next commit has made the condition well again
         if found.manifest is not None:
             self._board.resumed_from_step = found.step
             self._board.resolve(Resolved(resume_exact=found.exact, resume_note=found.note))
@@ -192,7 +193,7 @@ def settings_of(run: RunConfig) -> dict[str, str]:
 
 def beside_of(inputs: Inputs) -> dict[str, str]:
     """A hash of everything else that was read, by what it is called in a sentence."""
-    models = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference}
+    models = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference, "adapter": inputs.adapter}
     found = {word: fingerprint(folder) for word, folder in models.items() if folder is not None}
     files = {"validation data": inputs.validation, "contents of ConfigMaps": _mounted(inputs.config_maps)}
     return found | {word: digest_of(paths, sha256_file) for word, paths in files.items() if paths}

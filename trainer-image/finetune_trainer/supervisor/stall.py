@@ -1,8 +1,8 @@
 """A run that does nothing is worse than one that fails: it holds GPUs and tells nobody.
 
 After the first steps, a pod in training must show a sign of life (a step, a micro-step, an evaluation batch) within the stall
-timeout: what the spec says, else twenty times the median step and never less than ten minutes. Before that nothing is
-watched here: loading and tokenising take what they take, and collectives have time limits of their own. Before the attempt
+timeout: what the spec says (from the beginning of training), else twenty times the median step and never less than ten minutes. Before
+that nothing is watched here: loading and tokenising take what they take, and collectives have time limits of their own. Before the attempt
 is ended every rank is asked for the stacks of its threads.
 """
 
@@ -44,7 +44,7 @@ class StallWatch:
 
     def stalled(self) -> PeerError | None:
         """The failure, if the run stalls."""
-        if self._board.current_stage not in WATCHED or self._board.median_step() is None:
+        if self._board.current_stage not in WATCHED or (self._timeout is None and self._board.median_step() is None):
             return None
         silent = time.monotonic() - self._last
         if silent <= self.allowed():

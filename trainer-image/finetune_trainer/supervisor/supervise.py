@@ -6,7 +6,6 @@ state saved, what did ranks say, what did their exit codes say.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -189,12 +188,11 @@ class Supervisor:
                 return
             inputs, facts = preparation.fetch()
             if self.settings.node_rank == 0:
+                self._put_run()  # before anything is swept: from now on an older attempt that still lives commits nothing
                 self._sweep(self._tree)
             found = preparation.restore(self._tree, facts)
             self.facts.start_step = found.step
             self._open(self._tree, facts, found)
-            if self.settings.node_rank == 0:
-                self._put_run()
             self._hand_over(with_restored(inputs, found))
         except FineTuneError as error:
             self._fail(error)
@@ -233,7 +231,7 @@ class Supervisor:
         uploader = Uploader(
             tree, self.board, facts, Policy(keep, tuple(checkpoint.pinned or ())), job=f"{run.namespace}/{run.name}/{run.uid}",
             attempt=run.attempt, node=self.settings.node_rank, nodes=run.world.nodes, before_commit=self._put_metrics,
-            after_commit=self._after_commit,
+            after_commit=self._after_commit, final_patience=self.settings.final_patience,
         )  # fmt: skip
         if self.settings.node_rank == 0:
             uploader.adopt(committed_checkpoints(tree, found.before))
@@ -313,6 +311,8 @@ class Supervisor:
             self.board.count("checkpoints_skipped")
             self.board.problem("StagingFailed", f"step {step}: {error.strerror or error}")
             return
+        finally:  # nobody reads it again: the best one's weights have names of their own
+            shutil.rmtree(source, ignore_errors=True)
         first = told.get(0, message)
         uploader.offer(
             Staged(step, target, str(message["incarnation"]), graceful=bool(message.get("graceful")), facts=first)
@@ -441,8 +441,13 @@ class Supervisor:
         if uploader.output is not None:
             self.facts.output = uploader.output
             self._tidy(lambda: uploader.retain(finished=True))
-            self._tidy(lambda: self._sweep(uploader.tree))  # what was dropped or could not be stored on the way
+            self._tidy(self._sweep_after)  # what was dropped or could not be stored on the way
         self._tidy(self._put_metrics)
+
+    def _sweep_after(self) -> None:
+        """A sweep while another attempt may be alive, which the operator began because it could not reach this one."""
+        if self._tree is not None and self._run is not None and not self._tree.superseded(self._run.attempt):
+            self._sweep(self._tree)
 
     def _drained(self, uploader: Uploader) -> bool:
         """Wait for the uploader. A stop that comes meanwhile has its deadline too: last words must be said before it."""
@@ -479,8 +484,11 @@ class Supervisor:
         if self._tree is None or self._run is None or not self._metric_lines or self.settings.node_rank != 0:
             return
         key = join(Storage.METRICS, f"{self.settings.incarnation(self._run)}.jsonl")
-        with contextlib.suppress(FineTuneError):  # metrics are no reason to fail a run
+        try:
             self._tree.store.put(key, ("\n".join(self._metric_lines) + "\n").encode())
+        except FineTuneError as error:  # metrics are no reason to fail a run
+            log.warning("log lines were not stored: %s", error)
+            self.board.note(f"some log lines were not stored: {error.code}")
 
     def _verdict(self) -> tuple[LastWords, int]:
         facts = self.facts
