@@ -135,15 +135,56 @@ def test_where_the_file_alone_speaks_its_values_change_by_the_same_factor(tmp_pa
     assert found.training["learning_rate"] == pytest.approx(5e-5)
     assert found.config["train_batch_size"] == 48
     assert (
-        "train_micro_batch_size_per_gpu 8 of the file becomes 4, as training.batchSizePerDevice went from 2 to 1"
+        "train_micro_batch_size_per_gpu 8 of the file becomes 4, as training.batchSizePerDevice went from 2 to 1, "
+        "and gradient_accumulation_steps 3 becomes 6" in found.notes
+    )
+    assert (
+        "optimizer.params.lr 0.0001 of the file becomes 5e-05, as training.learningRate went from 0.005 to 0.0025"
         in found.notes
     )
 
 
-def test_a_file_whose_value_cannot_follow_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError) as caught:
-        halved(tmp_path, {"train_micro_batch_size_per_gpu": 5}, defaults=list(ADAPTED))
-    assert "is 5, which cannot change as training.batchSizePerDevice had to, from 2 to 1" in caught.value.message
+KTO = {"trainer": {"type": "kto"}}
+GRPO = {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters": {"pattern": "e"}}], "grpo": {"numGenerations": 4}}}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spec", "before", "now", "file", "held", "said"),
+    [
+        ({}, (4, 4), (2, 8), (1, None), (1, 4), "1 of the file stays"),
+        ({}, (4, 4), (2, 8), (5, None), (1, 20), "5 of the file becomes 1"),
+        ({}, (4, 4), (2, 8), (9, 2), (3, 6), "9 of the file becomes 3"),
+        ({}, (4, 4), (1, 16), (12, None), (3, 16), "12 of the file becomes 3"),
+        ({}, (4, 4), (2, 8), (None, 3), (2, 6), "4 of the file becomes 2"),
+        ({}, (4, 4), (2, 8), (2, 65536), (2, 65536), "2 of the file stays"),
+        (KTO, (4, 4), (2, 8), (2, None), (2, 4), "2 of the file stays"),
+        (KTO, (8, 4), (2, 16), (6, None), (2, 12), "6 of the file becomes 2"),
+        (merged(GRPO, {"evaluation": {"strategy": "no"}}), (4, 4), (2, 8), (2, None), (1, 8), "2 of the file becomes 1"),
+    ],
+)  # fmt: skip
+def test_the_batch_of_a_file_goes_down_as_far_as_it_can(
+    spec: dict[str, Any], before: tuple[int, int], now: tuple[int, int], file: tuple[int | None, int | None],
+    held: tuple[int, int], said: str, tmp_path: Path,
+) -> None:  # fmt: skip
+    """The effective batch stays the file's own; a job whose memory ran out never ends because the two disagree."""
+    paths = ("training.batchSizePerDevice", "training.gradientAccumulationSteps")
+    training = dict(zip(("batchSizePerDevice", "gradientAccumulationSteps"), now, strict=True))
+    group = {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}}
+    keys = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    text = json.dumps({key: value for key, value in zip(keys, file, strict=True) if value})
+    run, inputs = make_run(
+        tmp_path, tmp_path / "model", merged(spec, {"training": training, "distributed": group}), ranks=2,
+        config_maps={"mine": {"ds.json": text}},
+    )  # fmt: skip
+    first = run.model_copy(
+        update={"spec": run.spec.with_values(dict(zip(paths, before, strict=True))), "defaults": list(paths)}
+    )
+    again = run.model_copy(update={"before_adaptation": dict(zip(paths, before, strict=True)), "defaults": list(paths)})
+    whole = deepspeed.options(first, inputs, CPU, 2).config["train_batch_size"]
+    found = deepspeed.options(again, inputs, CPU, 2)
+    assert (found.config[keys[0]], found.config[keys[1]]) == held
+    assert found.config["train_batch_size"] == whole == held[0] * held[1] * 2
+    assert any(said in note for note in found.notes)
 
 
 def test_an_adapted_value_is_still_compared_with_what_the_user_wrote(tmp_path: Path) -> None:
@@ -190,6 +231,31 @@ def test_offload_keeps_torchs_optimizer(tmp_path: Path) -> None:
         ({"zero_optimization": {"stage": 2}}, {"offloadParameters": True}, "OffloadNeedsStage3", "stage is 2"),
         ({"zero_optimization": {"stage": 0}}, {"offloadOptimizer": True}, "OffloadNeedsStage1", "stage 0"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {"offloadOptimizer": False}, "ConfigsDisagree", "offloadOptimizer"),
+        ({"zero_optimisation": {"stage": 3}}, {}, "ConfigFileInvalid", "zero_optimisation (did you mean zero_optimization?) would have no effect"),
+        ({"quantize_training": {"enabled": True}}, {}, "ConfigFileInvalid", "quantize_training (this version of DeepSpeed"),
+        ({"progressive_layer_drop": {"enabled": True}}, {}, "ConfigFileInvalid", "progressive_layer_drop"),
+        ({"amp": {"enabled": True}}, {}, "ConfigFileInvalid", "amp"),
+        ({"csv_monitor": {"enabled": True}}, {}, "ConfigFileInvalid", "where `tracking` says"),
+        ({"zero_optimization": {"cpu_offload": True}}, {}, "ConfigFileInvalid", "called offload_optimizer"),
+        ({"fp16": True}, {}, "ConfigFileInvalid", "fp16 is true, not a mapping"),
+        ({"bf16": {"enabled": "false"}}, {}, "ConfigFileInvalid", 'bf16.enabled is "false", not true or false'),
+        ({"zero_optimization": 3}, {}, "ConfigFileInvalid", "zero_optimization is 3, not a mapping"),
+        ({"zero_optimization": "auto"}, {}, "ConfigFileInvalid", "zero_optimization is auto, not a mapping"),
+        ({"zero_optimization": {"stage": "3"}}, {}, "ConfigFileInvalid", 'stage is "3", not one of 0, 1, 2, 3'),
+        ({"zero_optimization": {"stage": 7}}, {}, "ConfigFileInvalid", "stage is 7, not one of 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": True}}, {}, "ConfigFileInvalid", "stage is true, not one of"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, {}, "ConfigFileInvalid", "offload_optimizer is cpu, not a mapping"),
+        ({"zero_optimization": {"offload_param": {"device": "gpu"}}}, {}, "ConfigFileInvalid", "device is gpu, not one of none, cpu, nvme"),
+        ({"optimizer": "AdamW"}, {}, "ConfigFileInvalid", "optimizer is AdamW, not a mapping"),
+        ({"optimizer": {"type": "AdamW", "params": {"betas": [0.9]}}}, {}, "ConfigFileInvalid", "betas is [0.9], not two numbers"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": "1e-4"}}}, {}, "ConfigFileInvalid", 'lr is "1e-4", not a number above 0'),
+        ({"optimizer": {"type": "AdamW", "params": {"weight_decay": 11}}}, {}, "ConfigFileInvalid", "training.weightDecay 11"),
+        ({"scheduler": "WarmupLR"}, {}, "ConfigFileInvalid", "scheduler is WarmupLR, not a mapping"),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0.1}}}, {}, "ConfigFileInvalid", "warmup_num_steps is 0.1"),
+        ({"gradient_clipping": -1}, {}, "ConfigFileInvalid", "gradient_clipping is -1, not a number of at least 0"),
+        ({"train_micro_batch_size_per_gpu": "8"}, {}, "ConfigFileInvalid", 'train_micro_batch_size_per_gpu is "8", not a whole number'),
+        ({"zero_force_ds_cpu_optimizer": True}, {}, "ConfigsDisagree", "zero_force_ds_cpu_optimizer is true"),
+        ("{3: 4}", {}, "ConfigFileInvalid", "keys that are no text: 3"),
     ],
 )  # fmt: skip
 def test_a_json_that_cannot_work_is_refused(
@@ -199,6 +265,71 @@ def test_a_json_that_cannot_work_is_refused(
         zero(tmp_path, file, **options)
     assert (caught.value.code, caught.value.exit_code) == (code, 64)
     assert said in caught.value.message
+
+
+BATCHES = {"training": {"batchSizePerDevice": None, "gradientAccumulationSteps": None}}
+
+
+@pytest.mark.parametrize(
+    ("file", "spec", "code", "said"),
+    [
+        ({"train_micro_batch_size_per_gpu": 1}, merged(BATCHES, KTO), "BatchTooSmall", "kto compares"),
+        (
+            {"train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 1}, merged(BATCHES, GRPO),
+            "GenerationsDoNotDivide", "4 does not divide the 6 completions",
+        ),
+        ({"zero_optimization": {"stage": 3}}, {"method": {"type": "spectrum"}}, "StrategyAndMethod", "spectrum measures"),
+    ],
+)  # fmt: skip
+def test_the_values_of_a_file_keep_the_rules_of_the_spec(
+    file: Any, spec: dict[str, Any], code: str, said: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        zero(tmp_path, file, spec)
+    assert caught.value.code == code
+    assert said in caught.value.message and "with the values of the DeepSpeed JSON" in caught.value.message
+
+
+def test_either_adamw_of_torchs_is_adamw(tmp_path: Path) -> None:
+    found = zero(tmp_path, {"optimizer": {"type": "AdamW"}}, {"training": {"optimizer": "adamw_torch"}})
+    assert found.training["optim"] == "adamw_torch"
+    with pytest.raises(ConfigError, match="optimizer.type is Adam, training.optimizer is sgd"):
+        zero(tmp_path, {"optimizer": {"type": "Adam"}}, {"training": {"optimizer": "sgd"}})
+
+
+def test_a_schedule_is_named_as_the_file_has_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"scheduler.type is WarmupLR \(constantWithWarmup\), training.scheduler is linear"
+    ):
+        zero(tmp_path, {"scheduler": {"type": "WarmupLR"}}, {"training": {"scheduler": "linear"}})
+
+
+def test_warmup_steps_of_a_file_replace_a_ratio_that_nobody_wrote(tmp_path: Path) -> None:
+    file = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}}
+    assert zero(tmp_path, file, {"training": {"warmupRatio": None}}).training["warmup_steps"] == 0
+
+
+def test_what_a_file_leaves_open_or_turns_off_is_left_out(tmp_path: Path) -> None:
+    file = {
+        "amp": {"enabled": False}, "fp16": None, "steps_per_print": 1e5,
+        "zero_optimization": {"stage": 2, "offload_optimizer": None, "overlap_comm": None},
+    }  # fmt: skip
+    found = zero(tmp_path, file)
+    assert "amp" not in found.config and found.config["zero_optimization"] == {"stage": 2}
+    assert "the DeepSpeed JSON turns amp off: left out" in found.notes
+
+
+def test_deepspeed_itself_reads_the_sections_that_are_its_own(tmp_path: Path) -> None:
+    good = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_max_live_parameters": 1e9}}
+    deepspeed.read_by_deepspeed(zero(tmp_path, good).config)
+    for file, said in (
+        ({"zero_optimization": {"overlapcomm": True}}, "overlapcomm: Extra inputs are not permitted"),
+        ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size: Input should be a valid"),
+        ({"gradient_allreduce_op": "max"}, "Got: 'max'"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            deepspeed.read_by_deepspeed(zero(tmp_path, file).config)
+        assert caught.value.code == "ConfigFileInvalid" and said in caught.value.message
 
 
 def test_a_missing_config_map_is_named(tmp_path: Path) -> None:
@@ -240,9 +371,50 @@ fsdp_config:
     assert any("machine_rank" in note and "the operator starts the ranks" in note for note in found.notes)
 
 
+@pytest.mark.parametrize("word", ["no", "'no'"])
+def test_no_is_a_precision_also_without_quotes(word: str, tmp_path: Path) -> None:
+    assert sharded(tmp_path, f"mixed_precision: {word}\n") == fsdp.Options()
+    with pytest.raises(ConfigError, match="mixed_precision is bf16, training.mixedPrecision .as settled. is no"):
+        sharded(tmp_path, "mixed_precision: bf16\n")
+
+
+@pytest.mark.parametrize(("word", "offloads"), [("yes", True), ("'True'", True), ("false", False), ("'no'", False), ("null", False)])  # fmt: skip
+def test_truth_has_several_words(word: str, offloads: bool, tmp_path: Path) -> None:
+    assert sharded(tmp_path, f"fsdp_config: {{fsdp_offload_params: {word}}}\n").offload is offloads
+
+
+def test_layers_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
+    class Block:
+        pass
+
+    found = sharded(tmp_path, "fsdp_config: {fsdp_transformer_layer_cls_to_wrap: 'Block, NoSuchLayer'}\n")
+    assert found.wrap["transformer_layer_cls_to_wrap"] == ["Block", "NoSuchLayer"]
+    run, _ = make_run(tmp_path, tmp_path / "model", {"distributed": {"strategy": "fsdp"}}, ranks=2)
+    trainer: Any = SimpleNamespace(model=SimpleNamespace(modules=lambda: [Block()]))
+    with pytest.raises(ConfigError) as caught:
+        fsdp.Fsdp(run, CPU, 2, found).after_accelerator(trainer)
+    assert caught.value.code == "ConfigFileInvalid"
+    assert "names NoSuchLayer, which the model does not have" in caught.value.message
+    assert caught.value.hint == "remove it, or write one of Block"
+
+
 @pytest.mark.parametrize(
     ("file", "options", "code", "said"),
     [
+        ("fsdp_config: true\n", {}, "ConfigFileInvalid", "fsdp_config is true, not a mapping"),
+        ("fsdp_config: {fsdp_auto_wrap_policy: SIZE_BASED_WRAP, fsdp_min_num_params: abc}\n", {}, "ConfigFileInvalid", "min_num_params is abc"),
+        ("fsdp_config: {fsdp_min_num_params: 1000}\n", {}, "ConfigFileInvalid", "only read with SIZE_BASED_WRAP"),
+        (
+            "fsdp_config: {fsdp_auto_wrap_policy: NO_WRAP, fsdp_transformer_layer_cls_to_wrap: Block}\n", {},
+            "ConfigFileInvalid", "only read with TRANSFORMER_BASED_WRAP",
+        ),
+        ("fsdp_config: {fsdp_auto_wrap_policy: FOO}\n", {}, "ConfigFileInvalid", "FOO, not one of TRANSFORMER_BASED_WRAP"),
+        ("fsdp_config: {fsdp_auto_wrap_policy: auto}\n", {}, "ConfigFileInvalid", "auto_wrap_policy is auto"),
+        ("fsdp_config: {fsdp_offload_params: maybe}\n", {}, "ConfigFileInvalid", "offload_params is maybe, not true or false"),
+        ("mixed_precision: bf17\n", {}, "ConfigFileInvalid", "bf17, not one of no, fp16, bf16, fp8"),
+        ("num_processes: '2'\n", {}, "ConfigFileInvalid", 'num_processes is "2", not a whole number'),
+        ("1: 2\nx: 3\n", {}, "ConfigFileInvalid", "keys that are no text: 1"),
+        ("fsdp_config: {3: true, fsdp_version: 2}\n", {}, "ConfigFileInvalid", "keys that are no text: 3"),
         ("distributed_type: MULTI_GPU\nnum_processes: 8\n", {}, "ConfigsDisagree", "num_processes is 8, the number of ranks is 2"),
         ("mixed_precision: bf16\n", {}, "ConfigsDisagree", "mixed_precision is bf16"),
         ("fsdp_config: {fsdp_sharding_strategy: FULL_SHARD}\n", {"sharding": "shardGradOp"}, "ConfigsDisagree", "shardGradOp"),

@@ -20,7 +20,7 @@ from finetune_api.rules import refuse, unfit_for_fsdp
 from finetune_api.spec.enums import FsdpSharding, FsdpStateDict, GradientCheckpointing
 
 from finetune_trainer.distributed.base import Plan
-from finetune_trainer.distributed.userfile import Comparison, read
+from finetune_trainer.distributed.userfile import COUNT, MAPPING, TEXT, Comparison, Kind, fitting, one_of, read
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 
@@ -42,6 +42,28 @@ LAUNCHER = (
 """Keys of accelerate's files that tell its launcher how to start ranks; here the operator starts them."""
 BUILT_IN = ("backward_prefetch", "forward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers")
 """Keys of FSDP version 1 whose behaviour is part of version 2."""
+WRAPS = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
+BY_LAYER, BY_SIZE, _ = WRAPS
+WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+"""Truth values, as accelerate's own questions write them."""
+SWITCH = Kind("true or false", lambda found: str(found).lower() in WORDS)
+SIZE = Kind("a whole number of at least 0", lambda found: not isinstance(found, bool) and str(found).isdecimal())
+LAYERS = Kind(
+    "names of layer classes",
+    lambda found: isinstance(found, str) or isinstance(found, list) and all(isinstance(one, str) for one in found),
+)
+ANYTHING = Kind("anything", lambda found: True)
+KEYS = {
+    "distributed_type": TEXT, "num_processes": COUNT, "num_machines": COUNT, "fsdp_config": MAPPING,
+    "mixed_precision": one_of("no", "fp16", "bf16", "fp8", False), **dict.fromkeys(LAUNCHER, ANYTHING),
+}  # fmt: skip
+INNER_KEYS = {
+    "version": one_of(1, 2, "1", "2"), "sharding_strategy": ANYTHING, "reshard_after_forward": ANYTHING, "state_dict_type": ANYTHING,
+    "offload_params": SWITCH, "activation_checkpointing": SWITCH, "cpu_ram_efficient_loading": SWITCH, "transformer_layer_cls_to_wrap": LAYERS,
+    "min_num_params": SIZE, "auto_wrap_policy": Kind(f"one of {', '.join(WRAPS)}", lambda found: str(found).upper() in WRAPS),
+    **dict.fromkeys(BUILT_IN, ANYTHING),
+}  # fmt: skip
+"""Of fsdp_config, without the prefix; the words of `SHARDING` and `STATE_DICT` are looked up there."""
 
 
 @dataclass
@@ -56,7 +78,11 @@ class Options:
 
 
 def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int) -> Options:
-    """From the spec and the user's accelerate file. Errors: ConfigError ConfigsDisagree, ConfigFileInvalid, StateDictUnavailable."""
+    """From the spec and the user's accelerate file.
+
+    Errors: ConfigError ConfigsDisagree, ConfigFileInvalid, the codes of rules that
+    the values of the file break, StateDictUnavailable.
+    """
     spec = run.spec.distributed.fsdp
     result = Options()
     if spec is None:
@@ -76,33 +102,43 @@ def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int)
 def _merge(result: Options, file: dict[str, Any], run: RunConfig, hardware: Hardware, world_size: int) -> None:
     """Put the user's accelerate file into `result`; every key has an effect, is told, or is refused."""
     both = Comparison(run)
+    inner = _inner(file)
     kind = file.get("distributed_type", "FSDP")
     if str(kind).upper() != "FSDP":
         both.conflicts.append(f"distributed_type is {kind}, distributed.strategy is fsdp")
     both.must("num_processes", file.get("num_processes"), "the number of ranks", world_size)
     both.must("num_machines", file.get("num_machines"), "resources.nodes", run.world.nodes)
     active = "bf16" if hardware.bf16 else "fp16" if hardware.fp16 else "no"
-    both.must("mixed_precision", file.get("mixed_precision"), "training.mixedPrecision (as settled)", active)
-    inner = {str(key).removeprefix("fsdp_"): value for key, value in (file.get("fsdp_config") or {}).items()}
+    precision = file.get("mixed_precision")
+    precision = "no" if precision is False else precision  # what YAML makes of no without quotes
+    both.must("mixed_precision", precision, "training.mixedPrecision (as settled)", active)
     _merge_fsdp(result, inner, both, run)
-    outer = set(file) - {"distributed_type", "num_processes", "num_machines", "mixed_precision", "fsdp_config"}
-    _refuse_unknown(sorted(outer - set(LAUNCHER)))
-    if outer:
+    launcher = sorted(set(file) & set(LAUNCHER))
+    if launcher:
         both.notes.append(
-            f"of the accelerate file, {', '.join(sorted(outer))} concern its launcher: the operator starts the ranks"
+            f"of the accelerate file, {', '.join(launcher)} concern its launcher: the operator starts the ranks"
         )
     both.settle("the accelerate file")
     result.notes += both.notes
 
 
+def _inner(file: dict[str, Any]) -> dict[str, Any]:
+    """The group fsdp_config without prefixes and nulls. Errors: ConfigError ConfigFileInvalid."""
+    fitting(FILE, "", file, KEYS)
+    inner = {
+        key.removeprefix("fsdp_"): value for key, value in (file.get("fsdp_config") or {}).items() if value is not None
+    }
+    fitting(FILE, "fsdp_config", inner, INNER_KEYS)
+    return inner
+
+
 def _merge_fsdp(result: Options, inner: dict[str, Any], both: Comparison, run: RunConfig) -> None:
-    if str(inner.pop("version", 2)) != "2":
+    if str(inner.get("version", 2)) != "2":
         raise ConfigError(
             "ConfigFileInvalid", f"{FILE}: fsdp_version 1 is gone from the libraries", hint="write 2, or remove it"
         )
     said = {
-        key: _word(inner.pop(key, None), SHARDING, f"fsdp_{key}")
-        for key in ("sharding_strategy", "reshard_after_forward")
+        key: _word(inner.get(key), SHARDING, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")
     }
     words = {key: word for key, word in said.items() if word is not None}
     if len(set(words.values())) > 1:
@@ -111,21 +147,15 @@ def _merge_fsdp(result: Options, inner: dict[str, Any], both: Comparison, run: R
         )
     for key, word in words.items():
         result.sharding = both.same(f"fsdp_{key}", word, "distributed.fsdp.sharding", result.sharding)
-    found = _word(inner.pop("state_dict_type", None), STATE_DICT, "fsdp_state_dict_type")
+    found = _word(inner.get("state_dict_type"), STATE_DICT, "fsdp_state_dict_type")
     result.state_dict = both.same("fsdp_state_dict_type", found, "distributed.fsdp.stateDict", result.state_dict)
-    result.offload = _true(inner.pop("offload_params", False))
-    policy = str(inner.pop("auto_wrap_policy", "TRANSFORMER_BASED_WRAP")).upper()
-    layers, least = inner.pop("transformer_layer_cls_to_wrap", None), inner.pop("min_num_params", None)
-    result.wrap = {"auto_wrap_policy": policy}
-    if layers:
-        result.wrap["transformer_layer_cls_to_wrap"] = layers.split(",") if isinstance(layers, str) else list(layers)
-    if least:
-        result.wrap["min_num_params"] = int(least)
-    if (recompute := inner.pop("activation_checkpointing", None)) is not None:
+    result.offload = _true(inner.get("offload_params"))
+    result.wrap = _wrap(inner)
+    if (recompute := inner.get("activation_checkpointing")) is not None:
         asked = both.before("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
         wanted = asked not in (None, GradientCheckpointing.DISABLED)
         both.must("fsdp_activation_checkpointing", _true(recompute), "training.gradientCheckpointing", wanted)
-    if _true(inner.pop("cpu_ram_efficient_loading", False)):
+    if _true(inner.get("cpu_ram_efficient_loading")):
         raise ConfigError(
             "ConfigFileInvalid", f"{FILE}: fsdp_cpu_ram_efficient_loading is true, but every rank reads the weights itself here",
             hint="remove it, and give the pod memory for one copy of the weights a rank",
@@ -133,12 +163,28 @@ def _merge_fsdp(result: Options, inner: dict[str, Any], both: Comparison, run: R
     built_in = [f"fsdp_{key}" for key in BUILT_IN if key in inner]
     if built_in:
         both.notes.append(f"{', '.join(built_in)} belong to FSDP version 1; version 2 always works so, or better")
-    _refuse_unknown([f"fsdp_config.{key}" for key in sorted(set(inner) - set(BUILT_IN))])
 
 
-def _refuse_unknown(keys: list[str]) -> None:
-    if keys:
-        raise ConfigError("ConfigFileInvalid", f"{FILE}: {', '.join(keys)} would have no effect", hint="remove it")
+def _wrap(inner: dict[str, Any]) -> dict[str, Any]:
+    """Which modules are sharded as one. Errors: ConfigError ConfigFileInvalid for what the policy does not read."""
+    policy = str(inner.get("auto_wrap_policy", BY_LAYER)).upper()
+    layers, least = inner.get("transformer_layer_cls_to_wrap"), int(inner.get("min_num_params") or 0)
+    for key, given, reader in (
+        ("transformer_layer_cls_to_wrap", layers, BY_LAYER),
+        ("min_num_params", least, BY_SIZE),
+    ):
+        if given and policy != reader:
+            raise ConfigError(
+                "ConfigFileInvalid", f"{FILE}: fsdp_{key} is only read with {reader}, and fsdp_auto_wrap_policy is {policy}",
+                hint=f"remove it, or write `fsdp_auto_wrap_policy: {reader}`",
+            )  # fmt: skip
+    wrap: dict[str, Any] = {"auto_wrap_policy": policy}
+    if layers:
+        names = layers.split(",") if isinstance(layers, str) else layers
+        wrap["transformer_layer_cls_to_wrap"] = [name.strip() for name in names]
+    if least:
+        wrap["min_num_params"] = least
+    return wrap
 
 
 def _word(found: Any, words: dict[str, Any], key: str) -> Any:
@@ -153,7 +199,7 @@ def _word(found: Any, words: dict[str, Any], key: str) -> Any:
 
 
 def _true(value: Any) -> bool:
-    return str(value).lower() in ("true", "1", "yes")
+    return WORDS[str(value).lower()] if value is not None else False
 
 
 class Fsdp(Plan):
@@ -186,7 +232,9 @@ class Fsdp(Plan):
 
         AcceleratorState copies PartialState's fields whenever it is asked for, so both are set. With 16 bits accelerate would
         also sum gradients and round the loss in them: ranks compute in 16 bits and sum in 32, as with ddp.
+        Errors: ConfigError ConfigFileInvalid for layer classes that the model does not have.
         """
+        self._require_layers(trainer.model)
         from accelerate.state import AcceleratorState, PartialState
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
@@ -203,6 +251,17 @@ class Fsdp(Plan):
             trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=narrow, reduce_dtype=torch.float32
             )
+
+    def _require_layers(self, model: Any) -> None:
+        """Whether the model has the layers that the user's file names. Errors: ConfigError ConfigFileInvalid."""
+        asked = self.chosen.wrap.get("transformer_layer_cls_to_wrap", ())
+        there = sorted({type(module).__name__ for module in model.modules()}) if asked else []
+        missing = [name for name in asked if name not in there]
+        if missing:
+            raise ConfigError(
+                "ConfigFileInvalid", f"{FILE}: fsdp_transformer_layer_cls_to_wrap names {', '.join(missing)}, which the model does not have",
+                hint=f"remove it, or write one of {', '.join(there)}",
+            )  # fmt: skip
 
     def verify(self, trainer: Any) -> str:
         """Every parameter must be sharded over all ranks. Errors: InternalError StrategyNotActive."""

@@ -1,14 +1,17 @@
 """A user's own configuration file from a ConfigMap, and what happens where it and the spec's fields both speak.
 
 A value the user wrote in both places must be the same in both: every difference is listed with both values. Where the spec's
-value is only a default, the file's word counts. What the operator has adapted since (a smaller micro-batch after memory ran out, a
-lower rate after a rollback) is not in the file: its values are compared with what the spec said before, and change by the same factor.
+value is only a default, the file's word counts, and has to keep the rules that hold for the spec's. What the operator has adapted
+since (a smaller micro-batch after memory ran out, a lower rate after a rollback) is not in the file: its values are compared with what
+the spec said before, and change by the same factor.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,64 @@ from typing import Any
 from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
+from finetune_api.rules import Problem, as_written, check
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.common import ConfigMapKeyRef
+from pydantic import ValidationError
 
 AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a value of a file may be, in words and as a test."""
+
+    words: str
+    fits: Callable[[Any], bool]
+
+
+def one_of(*values: Any) -> Kind:
+    """One of some words or numbers; true is not 1."""
+    return Kind(
+        f"one of {', '.join(_shown(one) for one in values)}",
+        lambda found: any(found == one and type(found) is type(one) for one in values),
+    )
+
+
+COUNT = Kind("a whole number of at least 1", lambda found: _whole(found) and found >= 1)
+STEPS = Kind("a whole number of at least 0", lambda found: _whole(found) and found >= 0)
+POSITIVE = Kind("a number above 0", lambda found: _number(found) and found > 0)
+NOT_NEGATIVE = Kind("a number of at least 0", lambda found: _number(found) and 0 <= found < math.inf)
+FLAG = Kind("true or false", lambda found: isinstance(found, bool))
+TEXT = Kind("text", lambda found: isinstance(found, str))
+MAPPING = Kind("a mapping of keys and values", lambda found: isinstance(found, dict))
+
+
+def fitting(file: str, group: str, found: Mapping[str, Any], kinds: Mapping[str, Kind], *, auto: bool = False) -> None:
+    """Whether every key of a group (empty: the file itself) has an effect and every value its kind.
+
+    null always fits; `auto`, if asked for, instead of anything but a mapping.
+    Errors: ConfigError ConfigFileInvalid with all that does not fit.
+    """
+    unknown = [f"{_path(group, key)}{_near(key, kinds)}" for key in found if key not in kinds]
+    wrong = [
+        f"{_path(group, key)} is {_shown(value)}, not {kind.words}"
+        for key, kind, value in ((key, kinds[key], value) for key, value in found.items() if key in kinds)
+        if value is not None and not (auto and value == AUTO and kind is not MAPPING) and not kind.fits(value)
+    ]
+    told = ([f"{', '.join(unknown)} would have no effect"] if unknown else []) + wrong
+    if told:
+        hint = " and ".join((["remove it"] if unknown else []) + (["write a value that fits"] if wrong else []))
+        raise ConfigError("ConfigFileInvalid", f"{file}: {'; '.join(told)}", hint=hint)
+
+
+def _path(group: str, key: str) -> str:
+    return f"{group}.{key}" if group else key
+
+
+def _near(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), 1, cutoff=0.9)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def read(ref: ConfigMapKeyRef, config_maps: Path, path: str) -> dict[str, Any]:
@@ -38,7 +96,18 @@ def read(ref: ConfigMapKeyRef, config_maps: Path, path: str) -> dict[str, Any]:
         raise ConfigError(
             "ConfigFileInvalid", f"{where} holds {type(value).__name__}, not a mapping", hint="write keys and values"
         )
+    strange = [_shown(key) for key in _keys(value) if not isinstance(key, str)]
+    if strange:
+        raise ConfigError(
+            "ConfigFileInvalid", f"{where} has keys that are no text: {', '.join(strange)}", hint="write them in quotes"
+        )
     return value
+
+
+def _keys(value: Any) -> list[Any]:
+    if isinstance(value, list):
+        return [key for one in value for key in _keys(one)]
+    return [*value, *(key for one in value.values() for key in _keys(one))] if isinstance(value, dict) else []
 
 
 def _yaml(text: str, where: str) -> Any:
@@ -60,18 +129,31 @@ class Comparison:
     run: RunConfig
     conflicts: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    settled: dict[str, Any] = field(default_factory=dict)
+    """What the file says instead of the spec, by spec path."""
 
-    def same(self, key: str, found: Any, path: str, asked: Any) -> Any:
-        """The value that holds: the file's, unless it is absent or `auto`; a difference from what the user asked is a conflict."""
+    def same(self, key: str, found: Any, path: str, asked: Any, shown: str | None = None) -> Any:
+        """The value that holds: the file's, unless it is absent or `auto`; a difference from what the user asked is a conflict.
+
+        `shown`: the file's own word for `found`, where it has another one.
+        """
         before = self.before(path, asked)
-        if found is None or found == AUTO or _equal(found, before):
+        if not self.wins(key, found, path, before, shown):
             return asked
-        if before is None or path in self.run.defaults:
-            if before is not None:
-                self.notes.append(f"{key} {_shown(found)} of the file wins over the default {path} {_shown(before)}")
-            return found if _equal(before, asked) else self._adapted(key, found, path, before, asked)
-        self.conflicts.append(f"{key} is {_shown(found)}, {path} is {_shown(before)}")
-        return asked
+        self.settled[path] = found if _equal(before, asked) else self._adapted(key, found, path, before, asked)
+        return self.settled[path]
+
+    def wins(self, key: str, found: Any, path: str, before: Any, shown: str | None = None) -> bool:
+        """Whether the file's value holds, not the spec's, which was `before` as the user wrote it. Notes it, or the conflict."""
+        if found is None or found == AUTO or _equal(found, before):
+            return False
+        told = _shown(found) if shown is None else shown
+        if before is not None and path not in self.run.defaults:
+            self.conflicts.append(f"{key} is {told}, {path} is {_shown(before)}")
+            return False
+        if before is not None:
+            self.notes.append(f"{key} {told} of the file wins over the default {path} {_shown(before)}")
+        return True
 
     def before(self, path: str, asked: Any) -> Any:
         """What the spec said there before the operator adapted it; `asked` if it did not."""
@@ -87,19 +169,10 @@ class Comparison:
         if not all(_number(value) and value for value in (found, before, asked)):
             return asked
         value = found * asked / before
-        if not isinstance(found, int):
-            result = value
-        elif value.is_integer():
-            result = int(value)
-        else:
-            self.conflicts.append(
-                f"{key} is {_shown(found)}, which cannot change as {path} had to, from {_shown(before)} to {_shown(asked)}"
-            )
-            return asked
         self.notes.append(
-            f"{key} {_shown(found)} of the file becomes {_shown(result)}, as {path} went from {_shown(before)} to {_shown(asked)}"
+            f"{key} {_shown(found)} of the file becomes {value:.10g}, as {path} went from {_shown(before)} to {_shown(asked)}"
         )
-        return result
+        return value
 
     def must(self, key: str, found: Any, path: str, actual: Any) -> None:
         """As `same`, for facts that a file cannot change, whether the user wrote them in the spec or not."""
@@ -107,12 +180,44 @@ class Comparison:
             self.conflicts.append(f"{key} is {_shown(found)}, {path} is {_shown(actual)}")
 
     def settle(self, file: str) -> None:
-        """Errors: ConfigError ConfigsDisagree with every conflict."""
+        """Errors: ConfigError ConfigsDisagree with every conflict; ConfigFileInvalid; or the code of a rule that the file breaks."""
         if self.conflicts:
             raise ConfigError(
                 "ConfigsDisagree", f"{file} and the spec disagree: {'; '.join(self.conflicts)}",
                 hint="write the same value in both, remove one of the two, or (DeepSpeed) write auto in the file",
             )  # fmt: skip
+        if not self.settled:
+            return
+        try:
+            spec = self.with_file()
+        except ValidationError as error:
+            told = "; ".join(f"{'.'.join(map(str, one['loc']))} {one['input']}: {one['msg']}" for one in error.errors())
+            raise ConfigError(
+                "ConfigFileInvalid", f"{file} holds what the API does not allow: {told}", hint="write a value that fits"
+            ) from None
+        known = _problems(as_written(self.run.spec, self._filled()))
+        for at, problem in _problems(spec).items():
+            if at not in known:
+                raise ConfigError(
+                    problem.code, f"{problem.path}, with the values of {file}: {problem.message}", hint=problem.hint
+                )
+
+    def with_file(self) -> FineTuneJobSpec:
+        """The spec as if the user had written the file's values into it. Errors: pydantic's ValidationError."""
+        return as_written(self.run.spec, self._filled()).with_values(self.settled)
+
+    def allowed(self, values: Mapping[str, Any]) -> bool:
+        """Whether other values at some paths break no rule that the file's own keep. Errors: pydantic's ValidationError."""
+        spec = self.with_file()
+        return _problems(spec.with_values(values)).keys() <= _problems(spec).keys()
+
+    def _filled(self) -> list[str]:
+        """Defaults, without those that the operator has changed since."""
+        return [path for path in self.run.defaults if path not in (self.run.before_adaptation or {})]
+
+
+def _problems(spec: FineTuneJobSpec) -> dict[tuple[str, str], Problem]:
+    return {(problem.code, problem.path): problem for problem in check(spec)}
 
 
 def _equal(left: Any, right: Any) -> bool:
@@ -129,5 +234,12 @@ def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _shown(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, bool | list | dict) else str(value)
+    """As the file has it: text that could be taken for something else in quotes."""
+    if isinstance(value, str):
+        return value if value[:1].isalpha() and value not in ("true", "false", "null") else json.dumps(value)
+    return "not given" if value is None else json.dumps(value, default=str)
