@@ -102,11 +102,27 @@ def test_format_is_recognised_and_read(name: str, tmp_path: Path) -> None:
 
 
 NO = {"role": "assistant", "content": "no"}
-TURN_PAIR = Preference((U,), (A,), (Turn("assistant", "no"),))
+S = {"role": "system", "content": "be"}
+AND = {"role": "user", "content": "and"}
+SIDES = ((A,), (Turn("assistant", "no"),))
+TURN_PAIR = Preference((U,), *SIDES)
 PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "text": ("dpo", {"prompt": "hi", "chosen": "ho", "rejected": "no"}, Preference("hi", "ho", "no")),
     "capitals": ("dpo", {"Question": "hi", "Chosen": "ho", "Rejected": "no"}, Preference("hi", "ho", "no")),
     "turns": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [NO]}, TURN_PAIR),
+    "text prompt, whole conversations": ("dpo", {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "blanks at the end": ("dpo", {"prompt": "hi\n", "chosen": TURNS, "rejected": [TURNS[0], NO]}, Preference((Turn("user", "hi\n"),), *SIDES)),
+    "whole conversations": ("reward", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "one whole conversation": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": "no"}, TURN_PAIR),
+    "whole conversations with a system prompt": (
+        "dpo", {"prompt": "hi", "chosen": [S, *TURNS], "rejected": [S, TURNS[0], NO]}, Preference((Turn("system", "be"), *TURN_PAIR.prompt), *SIDES)
+    ),
+    "a further question": (
+        "dpo", {"prompt": TURNS, "chosen": [AND, TURNS[1]], "rejected": [AND, NO]},
+        Preference((U, A), (Turn("user", "and"), *SIDES[0]), (Turn("user", "and"), *SIDES[1])),
+    ),
+    "judged, whole conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, Judged((U,), (A,), True)),
+    "completion, whole conversation": ("sft", {"prompt": "hi", "completion": TURNS}, Conversation((Turn("user", "hi", 0), A))),
     "implicit turns": ("reward", {"chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
     "implicit text": ("dpo", {"chosen": "Ask: tell me. yes", "rejected": "Ask: tell me. year"}, Preference("Ask: tell me. ", "yes", "year")),
     "judged": ("kto", {"prompt": "hi", "completion": "ho", "label": "False"}, Judged("hi", "ho", False)),
@@ -120,6 +136,25 @@ def test_rows_of_other_objectives(name: str, tmp_path: Path) -> None:
     trainer, row, wanted = PREFERENCES[name]
     spec = {"trainer": {"type": trainer, **({"rewards": [{"builtin": "thinkFormat"}]} if trainer == "grpo" else {})}}
     assert examples(tmp_path, rows=[row], spec=spec) == [wanted]
+
+
+MISMATCHES: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "another question": ("dpo", {"prompt": "hi", "chosen": [AND, TURNS[1]], "rejected": [AND, NO]}, "PromptMismatch", "`chosen` begins"),
+    "only the last question": ("dpo", {"prompt": "and", "chosen": [*TURNS, AND, TURNS[1]], "rejected": [*TURNS, AND, NO]}, "PromptMismatch", "`chosen` begins"),
+    "two system prompts": (
+        "dpo", {"prompt": [S, TURNS[0]], "chosen": [{**S, "content": "become"}, *TURNS], "rejected": "no"}, "PromptMismatch", "system prompt",
+    ),
+    "judged": ("kto", {"prompt": "hi", "completion": [AND, TURNS[1]], "label": True}, "PromptMismatch", "`completion` begins"),
+    "no answer": ("kto", {"prompt": "hi", "completion": TURNS[:1], "label": True}, "NoTrainableToken", "ends with the prompt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_a_conversation_that_does_not_go_on_from_the_prompt_is_a_bad_row(name: str, tmp_path: Path) -> None:
+    trainer, row, code, found = MISMATCHES[name]
+    error = failure(tmp_path, rows=[row], spec={"trainer": {"type": trainer}})
+    assert (error.code, error.exit_code) == (code, 65)
+    assert found in error.message and "train.jsonl, row 1" in error.message
 
 
 def test_oasst_rows_follow_the_best_rank(tmp_path: Path) -> None:

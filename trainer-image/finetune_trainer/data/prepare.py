@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-VERSION = 3
+VERSION = 4
 """Of what is cached; a change of the stages raises it."""
 SUMMARY = "summary.json"
 MAX_LENGTH = "dataset.maxSequenceLength"
