@@ -175,6 +175,34 @@ def test_oasst_orphan_is_named(tmp_path: Path) -> None:
     assert "train.jsonl, row 1" in error.message and "'9'" in error.message
 
 
+def message(name: str, parent: str | None, role: str = "prompter", text: str = "hi") -> dict[str, Any]:
+    return {"message_id": name, "parent_id": parent, "role": role, "text": text}
+
+
+def test_oasst_messages_that_no_root_leads_to_are_named_and_counted(tmp_path: Path) -> None:
+    tree = [message("1", None), message("2", "1", "assistant", "ho")]
+    circle = [message("a", "b"), message("b", "a", "assistant"), message("c", "b")]
+    error = failure(tmp_path / "a", rows=[*tree, *circle])
+    assert (error.code, error.exit_code) == ("ParentsInCircle", 65)
+    assert "train.jsonl, row 3" in error.message and "'b'" in error.message
+    below = [message("d", "gone"), message("e", "d", "assistant")]
+    skip = {"badRows": "skip", "maxBadRowRatio": 0.9}
+    run, inputs = run_for(tmp_path / "b", {"dataset": skip}, [*circle, *tree, *below])
+    loaded = load(run, inputs)
+    assert [example for _, example in loaded.train] == [Conversation((U, A))]
+    assert loaded.summary.bad_rows == 5
+    itself = failure(tmp_path / "c", rows=[*tree, message("x", "x")])
+    assert itself.code == "ParentsInCircle" and "row 3" in itself.message
+
+
+@pytest.mark.timeout(30)
+def test_oasst_ids_are_of_one_message(tmp_path: Path) -> None:
+    rows = [message("1", None), message("2", "1", "assistant", "ho"), message("1", "2")]
+    error = failure(tmp_path, rows=rows)
+    assert (error.code, error.exit_code) == ("MessageIdTwice", 65)
+    assert "row 3" in error.message and "train.jsonl, row 1" in error.message
+
+
 def test_system_prompt_beats_the_column(tmp_path: Path) -> None:
     row = {"question": "hi", "answer": "ho", "system": "column"}
     (example,) = examples(tmp_path, {"systemPrompt": "spec"}, [row])
