@@ -10,11 +10,13 @@ from finetune_api.rules.facts import (
     given_or_default,
     gpus_per_node,
     has_validation,
+    method_of,
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
     Device,
     GradientCheckpointing,
+    MethodType,
     MixedPrecision,
     When,
 )
@@ -142,13 +144,48 @@ def steps_without_effect(spec: FineTuneJobSpec, where: Where) -> Found:
             f"it is only read with strategy steps, and the strategy is {spec.evaluation.strategy}",
             "remove one of the two",
         )
-    if (
-        spec.training.checkpoint_every_n_layers not in (None, 1)
-        and spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED
-    ):
+    if spec.training.checkpoint_every_n_layers not in (None, 1):
+        yield from _nothing_recomputed(spec)
+
+
+def _nothing_recomputed(spec: FineTuneJobSpec) -> Found:
+    """Layers to recompute are named where, asked or by default, none is recomputed."""
+    path, asked = "training.checkpointEveryNLayers", spec.training.gradient_checkpointing
+    if asked is GradientCheckpointing.DISABLED:
+        yield path, "it has no effect with `gradientCheckpointing: disabled`", "remove one of the two"
+    elif asked is None and method_of(spec) is MethodType.PREFIX_TUNING:
+        yield path, "it has no effect with prefixTuning, which recomputes nothing", "remove it"
+    elif asked is None and gpus_per_node(spec) == 0:
         yield (
-            "training.checkpointEveryNLayers",
-            "it has no effect with `gradientCheckpointing: disabled`",
+            path,
+            "it has no effect on CPU, where gradientCheckpointing is disabled by default",
+            "write `gradientCheckpointing: enabled`, too, or remove it",
+        )
+
+
+def adam_fields(optimizer: str) -> tuple[str, ...]:
+    """Fields of `spec.training` that are Adam's and that an optimizer reads, too; the trainer's tests hold them against transformers' own code."""
+    if "adam" in optimizer or "ademamix" in optimizer:
+        return ("adam_beta1", "adam_beta2", "adam_epsilon")
+    return ("adam_beta1", "adam_beta2") if "lion" in optimizer else ()
+
+
+@rule("TrainingOptionWithoutEffect")
+def training_options(spec: FineTuneJobSpec, where: Where) -> Found:
+    training = spec.training
+    name = str(given_or_default(training, "optimizer"))
+    read = adam_fields(name)
+    for field, wire in (("adam_beta1", "adamBeta1"), ("adam_beta2", "adamBeta2"), ("adam_epsilon", "adamEpsilon")):
+        if getattr(training, field) is not None and field not in read and name in OPTIMIZERS:
+            yield (
+                f"training.{wire}",
+                f"{getattr(training, field):g}, but optimizer {name} does not read it",
+                "remove it, or choose an optimizer of Adam's kind",
+            )
+    if training.group_by_length and spec.dataset.packing:
+        yield (
+            "training.groupByLength",
+            "true, but with `packing: true` rows become sequences of one length",
             "remove one of the two",
         )
 

@@ -77,6 +77,43 @@ def test_answers_and_their_ends_are_learned(template: str, tmp_path: Path) -> No
     assert spans[1] in ("green<|im_end|>", "<think></think>green<|im_end|>")
 
 
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant says: {% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+)
+"""Writes a header for an answer, and not when asked for one; its markers leave the end of the turn out."""
+IN_PIECES = MARKED.replace(
+    "{{ m.content }}", "{{ m.content[:2] }}{% endgeneration %}{% generation %}{{ m.content[2:] + '<|im_end|>\n' }}", 1
+)
+IN_PIECES = IN_PIECES.replace("{% endgeneration %}<|im_end|>\n", "{% endgeneration %}")
+
+
+def test_generation_markers_tell_what_is_learned(tmp_path: Path) -> None:
+    how = style(tokenizer(tmp_path, MARKED))
+    assert learned(Conversation(TWO), how) == ["red<|im_end|>", "green<|im_end|>"]
+    turns = (*TWO[:2], Turn("assistant", "red", 0), *TWO[3:])
+    assert learned(Conversation(turns), how) == ["green<|im_end|>"]
+    whole = render(Conversation(turns), style(how.tokenizer, response_only=False))
+    assert [whole.text[end:start] for (_, end), (start, _) in zip(whole.spans, whole.spans[1:], strict=False)] == [
+        "red<|im_end|>"
+    ]
+    unmarked = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    assert "says" in learned(Conversation(TWO), style(tokenizer(tmp_path / "b", unmarked)))[0]
+
+
+def test_generation_markers_around_pieces_of_an_answer(tmp_path: Path) -> None:
+    how = style(tokenizer(tmp_path, IN_PIECES))
+    assert learned(Conversation(TWO), how) == ["re", "d<|im_end|>\n", "gr", "een<|im_end|>\n"]
+    turns = (*TWO[:2], Turn("assistant", "red", 0), *TWO[3:])
+    assert "red" not in "".join(learned(Conversation(turns), how)), "pieces that cannot be told apart are looked for"
+
+
+def test_only_the_template_in_use_is_asked_for_markers(tmp_path: Path) -> None:
+    tok = tokenizer(tmp_path)
+    tok.chat_template = {"default": CHATML, "tool_use": MARKED}
+    assert learned(Conversation(TWO), style(tok)) == ["red<|im_end|>", "green<|im_end|>"]
+
+
 def test_an_answer_of_weight_0_is_not_learned(tmp_path: Path) -> None:
     turns = (*TWO[:2], Turn("assistant", "red", 0), *TWO[3:])
     assert learned(Conversation(turns), style(tokenizer(tmp_path))) == ["green<|im_end|>"]

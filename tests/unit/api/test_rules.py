@@ -273,6 +273,28 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         {"training": {"gradientCheckpointing": "disabled", "checkpointEveryNLayers": 2}},
         "training.checkpointEveryNLayers",
     ),
+    (
+        "StepsWithoutEffect",
+        {"training": {"checkpointEveryNLayers": 2}, "resources": {"gpusPerNode": 0}},
+        "training.checkpointEveryNLayers",
+    ),
+    (
+        "StepsWithoutEffect",
+        {"training": {"checkpointEveryNLayers": 2}, "method": {"type": "prefixTuning"}},
+        "training.checkpointEveryNLayers",
+    ),
+    ("TrainingOptionWithoutEffect", {"training": {"optimizer": "sgd", "adamBeta1": 0.8}}, "training.adamBeta1"),
+    ("TrainingOptionWithoutEffect", {"training": {"optimizer": "adafactor", "adamBeta2": 0.9}}, "training.adamBeta2"),
+    (
+        "TrainingOptionWithoutEffect",
+        {"training": {"optimizer": "lion_8bit", "adamEpsilon": 1e-6}},
+        "training.adamEpsilon",
+    ),
+    (
+        "TrainingOptionWithoutEffect",
+        {"training": {"groupByLength": True}, "dataset": {"packing": True}},
+        "training.groupByLength",
+    ),
     ("ValidationMissing", {"evaluation": {"strategy": "steps"}}, "evaluation.strategy"),
     ("ValidationMissing", {"evaluation": {"steps": 5}}, "evaluation.steps"),
     ("ValidationMissing", {"training": {"earlyStopping": {}}}, "training.earlyStopping"),
@@ -412,6 +434,16 @@ def test_a_resolved_spec_is_judged_as_it_was_written() -> None:
         },
         {"dataset": {"split": {"train": 0.8, "validation": 0.1, "test": 0.1}}, "checkpoint": {"loadBestAtEnd": True}},
         {"resources": {"gpusPerNode": 0, "processesPerNode": 2}},
+        {"training": {"checkpointEveryNLayers": 2}},
+        {
+            "training": {"checkpointEveryNLayers": 2, "gradientCheckpointing": "enabled"},
+            "resources": {"gpusPerNode": 0},
+        },
+        {"training": {"checkpointEveryNLayers": 1, "groupByLength": True}, "method": {"type": "prefixTuning"}},
+        {"training": {"adamBeta1": 0.8, "adamBeta2": 0.9, "adamEpsilon": 1e-6}},
+        {"training": {"optimizer": "paged_ademamix_8bit", "adamBeta1": 0.8, "adamEpsilon": 1e-6}},
+        {"training": {"optimizer": "lion_32bit", "adamBeta1": 0.8, "adamBeta2": 0.9}},
+        {"training": {"groupByLength": False}, "dataset": {"packing": True}},
     ],
 )
 def test_a_good_spec_has_no_problems(change: dict[str, Any]) -> None:

@@ -102,11 +102,27 @@ def test_format_is_recognised_and_read(name: str, tmp_path: Path) -> None:
 
 
 NO = {"role": "assistant", "content": "no"}
-TURN_PAIR = Preference((U,), (A,), (Turn("assistant", "no"),))
+S = {"role": "system", "content": "be"}
+AND = {"role": "user", "content": "and"}
+SIDES = ((A,), (Turn("assistant", "no"),))
+TURN_PAIR = Preference((U,), *SIDES)
 PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "text": ("dpo", {"prompt": "hi", "chosen": "ho", "rejected": "no"}, Preference("hi", "ho", "no")),
     "capitals": ("dpo", {"Question": "hi", "Chosen": "ho", "Rejected": "no"}, Preference("hi", "ho", "no")),
     "turns": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [NO]}, TURN_PAIR),
+    "text prompt, whole conversations": ("dpo", {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "blanks at the end": ("dpo", {"prompt": "hi\n", "chosen": TURNS, "rejected": [TURNS[0], NO]}, Preference((Turn("user", "hi\n"),), *SIDES)),
+    "whole conversations": ("reward", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "one whole conversation": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": "no"}, TURN_PAIR),
+    "whole conversations with a system prompt": (
+        "dpo", {"prompt": "hi", "chosen": [S, *TURNS], "rejected": [S, TURNS[0], NO]}, Preference((Turn("system", "be"), *TURN_PAIR.prompt), *SIDES)
+    ),
+    "a further question": (
+        "dpo", {"prompt": TURNS, "chosen": [AND, TURNS[1]], "rejected": [AND, NO]},
+        Preference((U, A), (Turn("user", "and"), *SIDES[0]), (Turn("user", "and"), *SIDES[1])),
+    ),
+    "judged, whole conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, Judged((U,), (A,), True)),
+    "completion, whole conversation": ("sft", {"prompt": "hi", "completion": TURNS}, Conversation((Turn("user", "hi", 0), A))),
     "implicit turns": ("reward", {"chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
     "implicit text": ("dpo", {"chosen": "Ask: tell me. yes", "rejected": "Ask: tell me. year"}, Preference("Ask: tell me. ", "yes", "year")),
     "judged": ("kto", {"prompt": "hi", "completion": "ho", "label": "False"}, Judged("hi", "ho", False)),
@@ -120,6 +136,25 @@ def test_rows_of_other_objectives(name: str, tmp_path: Path) -> None:
     trainer, row, wanted = PREFERENCES[name]
     spec = {"trainer": {"type": trainer, **({"rewards": [{"builtin": "thinkFormat"}]} if trainer == "grpo" else {})}}
     assert examples(tmp_path, rows=[row], spec=spec) == [wanted]
+
+
+MISMATCHES: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "another question": ("dpo", {"prompt": "hi", "chosen": [AND, TURNS[1]], "rejected": [AND, NO]}, "PromptMismatch", "`chosen` begins"),
+    "only the last question": ("dpo", {"prompt": "and", "chosen": [*TURNS, AND, TURNS[1]], "rejected": [*TURNS, AND, NO]}, "PromptMismatch", "`chosen` begins"),
+    "two system prompts": (
+        "dpo", {"prompt": [S, TURNS[0]], "chosen": [{**S, "content": "become"}, *TURNS], "rejected": "no"}, "PromptMismatch", "system prompt",
+    ),
+    "judged": ("kto", {"prompt": "hi", "completion": [AND, TURNS[1]], "label": True}, "PromptMismatch", "`completion` begins"),
+    "no answer": ("kto", {"prompt": "hi", "completion": TURNS[:1], "label": True}, "NoTrainableToken", "ends with the prompt"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_a_conversation_that_does_not_go_on_from_the_prompt_is_a_bad_row(name: str, tmp_path: Path) -> None:
+    trainer, row, code, found = MISMATCHES[name]
+    error = failure(tmp_path, rows=[row], spec={"trainer": {"type": trainer}})
+    assert (error.code, error.exit_code) == (code, 65)
+    assert found in error.message and "train.jsonl, row 1" in error.message
 
 
 def test_oasst_rows_follow_the_best_rank(tmp_path: Path) -> None:
@@ -138,6 +173,34 @@ def test_oasst_orphan_is_named(tmp_path: Path) -> None:
     error = failure(tmp_path, rows=rows)
     assert (error.code, error.exit_code) == ("ParentMissing", 65)
     assert "train.jsonl, row 1" in error.message and "'9'" in error.message
+
+
+def message(name: str, parent: str | None, role: str = "prompter", text: str = "hi") -> dict[str, Any]:
+    return {"message_id": name, "parent_id": parent, "role": role, "text": text}
+
+
+def test_oasst_messages_that_no_root_leads_to_are_named_and_counted(tmp_path: Path) -> None:
+    tree = [message("1", None), message("2", "1", "assistant", "ho")]
+    circle = [message("a", "b"), message("b", "a", "assistant"), message("c", "b")]
+    error = failure(tmp_path / "a", rows=[*tree, *circle])
+    assert (error.code, error.exit_code) == ("ParentsInCircle", 65)
+    assert "train.jsonl, row 3" in error.message and "'b'" in error.message
+    below = [message("d", "gone"), message("e", "d", "assistant")]
+    skip = {"badRows": "skip", "maxBadRowRatio": 0.9}
+    run, inputs = run_for(tmp_path / "b", {"dataset": skip}, [*circle, *tree, *below])
+    loaded = load(run, inputs)
+    assert [example for _, example in loaded.train] == [Conversation((U, A))]
+    assert loaded.summary.bad_rows == 5
+    itself = failure(tmp_path / "c", rows=[*tree, message("x", "x")])
+    assert itself.code == "ParentsInCircle" and "row 3" in itself.message
+
+
+@pytest.mark.timeout(30)
+def test_oasst_ids_are_of_one_message(tmp_path: Path) -> None:
+    rows = [message("1", None), message("2", "1", "assistant", "ho"), message("1", "2")]
+    error = failure(tmp_path, rows=rows)
+    assert (error.code, error.exit_code) == ("MessageIdTwice", 65)
+    assert "row 3" in error.message and "train.jsonl, row 1" in error.message
 
 
 def test_system_prompt_beats_the_column(tmp_path: Path) -> None:

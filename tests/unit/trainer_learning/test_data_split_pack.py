@@ -18,24 +18,31 @@ from hypothesis import strategies as st
         (100, Split(validation=0.29), (71, 29, 0)),  # 0.29 * 100 is 28.999999999999996 in floats
         (7, Split(validation=0.3, test=0.3), (3, 2, 2)),
         (10, Split(train=0.7, validation=0.2, test=0.1), (7, 2, 1)),
-        (3, Split(train=0.6666666, validation=0.3333333), (3, 0, 0)),
+        (15, Split(train=0.8, validation=0.1, test=0.1), (12, 1, 2)),
+        (15, Split(validation=0.1, test=0.1), (13, 1, 1)),
+        (7, Split(train=0.85, validation=0.15, test=0), (5, 2, 0)),
+        (7, Split(train=0.85, test=0.15), (5, 0, 2)),
+        (3, Split(train=0.6666666, validation=0.3333333), (2, 1, 0)),
+        (7, Split(train=1.0, validation=0.0), (7, 0, 0)),
     ],
 )
-def test_sizes_are_rounded_down_and_the_rest_is_trained_on(
+def test_sizes_are_rounded_down_and_one_part_takes_the_rest(
     rows: int, split: Split, sizes: tuple[int, int, int]
 ) -> None:
-    if 0 in sizes[:2] and split.validation and sizes[1] == 0:
-        with pytest.raises(DataError) as caught:
-            split_sizes(rows, split)
-        assert caught.value.code == "SplitEmpty" and "validation" in caught.value.message
-    else:
-        assert split_sizes(rows, split) == sizes
+    assert split_sizes(rows, split) == sizes
+    assert tuple(map(len, cut(range(rows), split))) == sizes
 
 
 def test_an_empty_part_is_refused() -> None:
     with pytest.raises(DataError) as caught:
         split_sizes(1, Split(validation=1.0))
     assert caught.value.code == "SplitEmpty" and "no row for training" in caught.value.message
+    for split, part in (
+        (Split(validation=0.3), "validation"),
+        (Split(train=0.5, validation=0.2, test=0.3), "validation"),
+    ):
+        with pytest.raises(DataError, match=f"SplitEmpty: .*no row for {part}: 3 rows"):
+            split_sizes(3, split)
 
 
 def test_cut_depends_on_the_seed_alone_and_keeps_order() -> None:

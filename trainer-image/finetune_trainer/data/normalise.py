@@ -334,8 +334,9 @@ def _prompt_completion(row: Mapping[str, Any], recipe: Recipe) -> Conversation |
             raise RowError("NoTrainableToken", "the completion is empty", "give it a text, or remove the row")
         lead = recipe.system_prompt if recipe.system_prompt is not None else system
         return Completion(f"{lead}\n\n{prompt}" if lead else prompt, completion)
-    asked = tuple(replace(turn, weight=0) for turn in _as_turns(prompt, "user"))
-    return _conversation((*asked, *_as_turns(completion, "assistant")), recipe, system=system)
+    question, answer = _asked_once(_as_turns(prompt, "user"), completion=_as_turns(completion, "assistant"))
+    asked = tuple(replace(turn, weight=0) for turn in question)
+    return _conversation((*asked, *answer), recipe, system=system)
 
 
 def _as_turns(found: tuple[Turn, ...] | str, role: str) -> tuple[Turn, ...]:
@@ -349,12 +350,12 @@ def _preference(row: Mapping[str, Any], recipe: Recipe) -> Preference:
     prompt = _turns_or_text(found, "prompt") if found is not None else None
     if prompt is None:
         prompt, chosen, rejected = _common(chosen, rejected)
-    if chosen == rejected:
+    system = names.optional_text(names.SYSTEM, row, recipe.columns)
+    asked, better, worse = _alike(prompt, recipe, system, chosen=chosen, rejected=rejected)
+    if better == worse:
         raise RowError(
             "DatasetRowInvalid", "chosen and rejected are equal", "give two different answers, or remove the row"
         )
-    system = names.optional_text(names.SYSTEM, row, recipe.columns)
-    asked, better, worse = _alike(prompt, recipe, system, chosen, rejected)
     for name, answer in (("chosen", better), ("rejected", worse)):
         if not (answer.strip() if isinstance(answer, str) else any(_learnable(turn) for turn in answer)):
             raise RowError("NoTrainableToken", f"the {name} answer is empty", "give it a text, or remove the row")
@@ -379,14 +380,60 @@ def _common(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     return chosen[:same], chosen[same:], rejected[same:]
 
 
-def _alike(prompt: Any, recipe: Recipe, system: str | None, *answers: Any) -> tuple[Any, ...]:
+def _alike(prompt: Any, recipe: Recipe, system: str | None, **answers: Any) -> tuple[Any, ...]:
     """Prompt and answers all as turns if one of them is, else all as text; with the system prompt in its place."""
     override = recipe.system_prompt
-    if any(not isinstance(part, str) for part in (prompt, *answers)):
-        turns = with_system(_as_turns(prompt, "user"), override, system)
-        return (turns, *(_as_turns(answer, "assistant") for answer in answers))
+    if any(not isinstance(part, str) for part in (prompt, *answers.values())):
+        said = {name: _as_turns(answer, "assistant") for name, answer in answers.items()}
+        turns, *rest = _asked_once(_as_turns(prompt, "user"), **said)
+        return (with_system(turns, override, system), *rest)
     lead = override if override is not None else system
-    return (f"{lead}\n\n{prompt}" if lead else prompt, *answers)
+    return (f"{lead}\n\n{prompt}" if lead else prompt, *answers.values())
+
+
+def _asked_once(prompt: tuple[Turn, ...], **answers: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], ...]:
+    """Prompt and answers, by the names of their columns, where an answer may be the whole conversation: without the prompt in it.
+
+    A system prompt that only the whole conversations have goes to the prompt.
+    Errors: RowError PromptMismatch (a conversation with another beginning), NoTrainableToken (nothing behind the prompt).
+    """
+    system, asked = _led(prompt)
+    rest = []
+    for name, answer in answers.items():
+        own, said = _led(answer)
+        if asked and _same(said[: len(asked)], asked):
+            said = said[len(asked) :]
+            if not said:
+                raise RowError(
+                    "NoTrainableToken", f"`{name}` ends with the prompt", "give it an answer, or remove the row"
+                )
+        elif asked and said and asked[-1].role == said[0].role == "user":
+            raise RowError(
+                "PromptMismatch", f"`{name}` begins with a message of the user that is not the prompt",
+                "begin it with all messages of the prompt, or with the answer; or leave out `prompt` where chosen and rejected hold it",
+            )  # fmt: skip
+        if own and system and not _same(own, system):
+            raise RowError(
+                "PromptMismatch",
+                f"`{name}` has another system prompt than the rest of the row",
+                "write one system prompt",
+            )
+        system = system or own
+        rest.append(said)
+    return ((*system, *asked), *rest)
+
+
+def _led(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    """The system prompt at the beginning, if there is one, and the other turns."""
+    place = int(bool(turns) and turns[0].role == "system")
+    return turns[:place], turns[place:]
+
+
+def _same(some: tuple[Turn, ...], others: tuple[Turn, ...]) -> bool:
+    """Whether the same is said by the same speakers; columns of one data set differ in blanks at the ends."""
+    return [(turn.role, turn.content.strip(), turn.extra) for turn in some] == [
+        (turn.role, turn.content.strip(), turn.extra) for turn in others
+    ]
 
 
 def _judged(row: Mapping[str, Any], recipe: Recipe) -> Judged:
@@ -396,7 +443,8 @@ def _judged(row: Mapping[str, Any], recipe: Recipe) -> Judged:
     truth = {"true": True, "false": False, "1": True, "0": False}.get(str(label).strip().lower())
     if truth is None:
         raise RowError("DatasetRowInvalid", f"label is {label!r}", "write true or false")
-    asked, answer = _alike(prompt, recipe, names.optional_text(names.SYSTEM, row, recipe.columns), completion)
+    system = names.optional_text(names.SYSTEM, row, recipe.columns)
+    asked, answer = _alike(prompt, recipe, system, completion=completion)
     return Judged(asked, answer, truth)
 
 

@@ -15,41 +15,60 @@ _WRITE = "write message_id, parent_id, role and text, or a tree: prompt {text, r
 
 
 def paths(rows: Iterable[Raw]) -> Iterator[tuple[Raw, list[Mapping[str, Any]] | RowError]]:
-    """Best path of every tree as a list of messages, with the row it starts at. A message without its parent is a bad row."""
+    """Best path of every tree as a list of messages, with the row it starts at. A message that no root leads to is a bad row."""
     flat: dict[str, Raw] = {}
-    children: dict[str, list[Raw]] = {}
-    roots: list[Raw] = []
     for row in rows:
         value = row.value
         if isinstance(value.get("prompt"), Mapping):
             yield row, list(_nested(value["prompt"]))
         elif "message_id" not in value or "text" not in value or "role" not in value:
-            yield (
-                row,
-                RowError(
-                    "ColumnMissing", f"no tree and no message; there are {', '.join(value) or 'no columns'}", _WRITE
-                ),
-            )
-        else:
-            flat[str(value["message_id"])] = row
-            parent = value.get("parent_id")
-            if parent in (None, ""):
-                roots.append(row)
-            else:
-                children.setdefault(str(parent), []).append(row)
-    for parent, orphans in children.items():
-        if parent not in flat:
-            for row in orphans:
-                yield (
-                    row,
-                    RowError(
-                        "ParentMissing",
-                        f"parent_id {parent!r} is the message_id of no row",
-                        "add the parent, or remove the reply",
-                    ),
-                )
+            there = ", ".join(value) or "no columns"
+            yield row, RowError("ColumnMissing", f"no tree and no message; there are {there}", _WRITE)
+        elif (first := flat.setdefault(str(value["message_id"]), row)) is not row:
+            found = f"message_id {value['message_id']!r} stands in {first.place}, too"
+            yield row, RowError("MessageIdTwice", found, "give each message an id of its own, or remove one of the two")
+    yield from _flat_paths(flat)
+
+
+def _flat_paths(flat: Mapping[str, Raw]) -> Iterator[tuple[Raw, list[Mapping[str, Any]] | RowError]]:
+    """Messages by their ids: those without a root first, then the best path from each root."""
+    children: dict[str, list[Raw]] = {}
+    for row in flat.values():
+        children.setdefault(_parent(row), []).append(row)
+    roots = children.pop("", [])
+    seen = {id(row) for root in roots for row in _below(root, children)}
+    for parent in [one for one in children if one not in flat]:
+        error = RowError(
+            "ParentMissing", f"parent_id {parent!r} is the message_id of no row", "add the parent, or remove the reply"
+        )
+        for reply in children[parent]:
+            yield reply, error
+            for row in _below(reply, children):
+                seen.add(id(row))
+                if row is not reply:
+                    found = f"it answers, over others, {reply.place}, whose parent_id {parent!r} is the message_id of no row"
+                    yield row, RowError("ParentMissing", found, "add that parent, or remove all replies below it")
+    for row in flat.values():
+        if id(row) not in seen:
+            found = f"its parents, from parent_id {_parent(row)!r} on, answer each other in a circle"
+            yield row, RowError("ParentsInCircle", found, "leave parent_id of a tree's first message empty")
     for root in roots:
         yield root, list(_flat(root, children))
+
+
+def _parent(row: Raw) -> str:
+    """Id of the message that is answered; empty: none."""
+    parent = row.value.get("parent_id")
+    return "" if parent is None else str(parent)
+
+
+def _below(root: Raw, children: Mapping[str, list[Raw]]) -> Iterator[Raw]:
+    """A message and all that answer it, directly or not. Ends, since each message has one id and one parent, and the root none below it."""
+    waiting = [root]
+    while waiting:
+        row = waiting.pop()
+        yield row
+        waiting += reversed(children.get(str(row.value["message_id"]), []))
 
 
 def _flat(root: Raw, children: Mapping[str, list[Raw]]) -> Iterator[Mapping[str, Any]]:

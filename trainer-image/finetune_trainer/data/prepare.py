@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api.errors import ConfigError, DataError, NotFoundError
 from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
+from finetune_api.rules import PROMPT_METHODS, method_of
 from finetune_api.spec.enums import BadRows, DatasetFormat, Overflow
 
 from finetune_trainer.data.load import Loaded, load, response_only
@@ -32,11 +33,13 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 logger = logging.getLogger(__name__)
-VERSION = 3
+VERSION = 4
 """Of what is cached; a change of the stages raises it."""
 SUMMARY = "summary.json"
 MAX_LENGTH = "dataset.maxSequenceLength"
 DEFAULT_LENGTH = 2048
+SHORTEST = 2
+"""Tokens of a row in which something can be predicted."""
 FAR = 1 << 24
 """A limit beyond this is a tokenizer's way of saying that it has none."""
 
@@ -79,18 +82,36 @@ def prepare(
 
 
 def max_length(run: RunConfig, tokenizer: Any, model_limit: int | None) -> int:
-    """Longest sequence in tokens: as asked; a default gives way to the model's limit. Errors: ConfigError SequenceTooLong."""
+    """Longest row in tokens: as asked; a default gives way to the model's limit. Virtual tokens of a prompt method take positions, too.
+
+    Errors: ConfigError SequenceTooLong.
+    """
     asked = run.spec.dataset.max_sequence_length
     own = getattr(tokenizer, "model_max_length", None)
     limit = model_limit or (own if own and own < FAR else None)
+    if limit is None:
+        return asked or DEFAULT_LENGTH
+    virtual = virtual_tokens(run)
+    room = limit - virtual
+    taken = f", of which method.promptLength takes {virtual}" if virtual else ""
+    if virtual and room < SHORTEST:
+        raise ConfigError(
+            "SequenceTooLong", f"the model has {limit} positions{taken}: no row fits",
+            hint=f"write method.promptLength {limit // 2} or less, or choose a model with a longer context",
+        )  # fmt: skip
     if asked is None or MAX_LENGTH in run.defaults:
-        return min(DEFAULT_LENGTH, limit or DEFAULT_LENGTH)
-    if limit is None or asked <= limit:
+        return min(DEFAULT_LENGTH, room)
+    if asked <= room:
         return asked
     raise ConfigError(
-        "SequenceTooLong", f"{MAX_LENGTH} is {asked}, but the model has {limit} positions",
-        hint=f"write {limit} or less, or choose a model with a longer context",
+        "SequenceTooLong", f"{MAX_LENGTH} is {asked}, but the model has {limit} positions{taken}",
+        hint=f"write {room} or less, or choose a model with a longer context",
     )  # fmt: skip
+
+
+def virtual_tokens(run: RunConfig) -> int:
+    """Positions before every row that prefix and prompt tuning fill."""
+    return (run.spec.method.prompt_length or 20) if method_of(run.spec) in PROMPT_METHODS else 0
 
 
 def use_template(run: RunConfig, inputs: Inputs, tokenizer: Any) -> bool:

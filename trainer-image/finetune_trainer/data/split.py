@@ -14,22 +14,28 @@ Item = TypeVar("Item")
 
 
 def split_sizes(rows: int, split: Split) -> tuple[int, int, int]:
-    """Rows for training, validation and test: the latter two rounded down, the rest goes to training.
+    """Rows for training, validation and test, all rounded down but one, which takes the rest: training if it has no ratio, else the last that has one.
 
-    Where training has a ratio of its own and the three do not add up to 1, it is rounded down too and rows are left over.
-    Errors: SplitEmpty.
+    Ratios that do not add up to 1 leave rows over. Errors: SplitEmpty.
     """
-    parts = [Fraction(str(x)) if x is not None else Fraction(0) for x in (split.validation, split.test)]
-    validation, test = (int(part * rows) for part in parts)
-    train = rows - validation - test
-    if split.train is not None and abs(Fraction(str(split.train)) + sum(parts) - 1) > Fraction(1, 10**6):
-        train = min(train, int(Fraction(str(split.train)) * rows))
+    parts = [Fraction(str(x or 0)) for x in (split.train, split.validation, split.test)]
+    if split.train is None:
+        parts[0] = 1 - sum(parts, Fraction(0))
+        last = 0
+    else:
+        last = max(place for place, part in enumerate(parts) if part)
+    total = sum(parts, Fraction(0))
+    whole = abs(total - 1) <= Fraction(1, 10**6)
+    sizes = [int(part / total * rows if whole else part * rows) for part in parts]
+    if whole:
+        sizes[last] += rows - sum(sizes)
+    train, validation, test = sizes
     for name, size, asked in (
         ("training", train, True),
-        ("validation", validation, parts[0] > 0),
-        ("test", test, parts[1] > 0),
+        ("validation", validation, parts[1] > 0),
+        ("test", test, parts[2] > 0),
     ):
-        if asked and size == 0:
+        if asked and size < 1:
             raise DataError(
                 "SplitEmpty", f"dataset.split leaves no row for {name}: {rows} rows, cut to {train}, {validation}, {test}",
                 hint="give more rows, another ratio, or files of their own (dataset.validation, dataset.test)",

@@ -1,13 +1,14 @@
 """Stage 5, template: an example becomes one text and the spans of it that are learned.
 
 Where an answer begins and ends is never guessed from marker strings unless the user gives them. A template with generation
-markers says it itself; for any other the conversation is rendered turn by turn: what the template adds for an answer, after
-the header it writes when asked for one, is the answer. Templates that render earlier turns differently once later ones
-follow are handled by looking for the answer's own text; what stays unknown is refused by name.
+markers (`{% generation %}`) says it itself; for any other the conversation is rendered turn by turn: what the template adds for
+an answer, after the header it writes when asked for one, is the answer. Templates that render earlier turns differently once
+later ones follow are handled by looking for the answer's own text; what stays unknown is refused by name.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -20,6 +21,7 @@ from finetune_trainer.data.rows import Completion, Conversation, Example, RowErr
 Span = tuple[int, int]
 _SENTINEL = "\ue000\ue001\ue002"
 """Private-use characters that no tokenizer, template or data set contains."""
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class ChatTokenizer(Protocol):
@@ -110,12 +112,52 @@ def _templated(example: Conversation, style: Style) -> Rendered:
     if style.response_only and style.markers:
         return Rendered(text, (), True)
     wanted = int(style.response_only)
-    spans = [
-        _answer_span(example, place, text, style)
-        for place, turn in enumerate(example.turns)
-        if turn.role == "assistant" and turn.weight == wanted
-    ]
+    spans = _said_by_template(example, wanted, text, style)
+    if spans is None:
+        spans = [
+            _answer_span(example, place, text, style)
+            for place, turn in enumerate(example.turns)
+            if turn.role == "assistant" and turn.weight == wanted
+        ]
     return Rendered(text, tuple(spans) if style.response_only else _all_but(spans, text), True)
+
+
+def _said_by_template(example: Conversation, wanted: int, text: str, style: Style) -> list[Span] | None:
+    """Answers of weight `wanted` by the template's own generation markers, each with its end; None: they do not tell.
+
+    The pieces are told apart by their order. Where there are more or fewer of them than answers, they tell if all answers weigh the same.
+    """
+    weights = [turn.weight for turn in example.turns if turn.role == "assistant"]
+    if wanted not in weights:
+        return []
+    marked = _generated(style.tokenizer, example.turns, example.tools, text)
+    if marked is None:
+        return None
+    if len(marked) != len(weights):
+        if len(set(weights)) > 1:
+            return None
+        weights = weights[:1] * len(marked)
+    return [
+        _with_end(text, span, style.specials) for span, weight in zip(marked, weights, strict=True) if weight == wanted
+    ]
+
+
+def _generated(tokenizer: ChatTokenizer, turns: tuple[Turn, ...], tools: Sequence[Any], text: str) -> list[Span] | None:
+    """What stands between generation markers in `text`; None: the template has none there, or the tokenizer does more than its template."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    known: Any = tokenizer
+    functions = list(tools) or None
+    source = known.get_chat_template(None, functions)
+    if not _GENERATION.search(source):
+        return None
+    rendering: Any = render_jinja_template(
+        [[dict(turn.message()) for turn in turns]], tools=functions, chat_template=source, return_assistant_tokens_mask=True,
+        **known.special_tokens_map,
+    )  # fmt: skip
+    (rendered,), (spans,) = rendering  # of the one conversation
+    found = [(start, end) for start, end in spans if end > start]
+    return found if found and rendered == text else None
 
 
 def _answer_span(example: Conversation, place: int, text: str, style: Style) -> Span:
@@ -155,7 +197,7 @@ def _content_span(
 def _with_end(text: str, span: Span, specials: tuple[str, ...]) -> Span:
     """The span with the special token that ends the turn: a model that never learns it never stops."""
     start, end = span
-    if any(text.endswith(one, start, end) for one in specials):
+    if any(text[start:end].rstrip().endswith(one) for one in specials):
         return span
     following = next((one for one in specials if text.startswith(one, end)), "")
     return start, end + len(following)

@@ -1,0 +1,32 @@
+"""Which of Adam's settings an optimizer reads: what the rules say is what transformers does."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from finetune_api.rules import OPTIMIZERS
+from finetune_api.rules.training import adam_fields
+
+pytestmark = pytest.mark.pod
+WITHOUT_PACKAGE = (
+    "adamw_torch_4bit",
+    "adamw_torch_8bit",
+    "schedule_free_adamw",
+    "schedule_free_sgd",
+    "schedule_free_radam",
+)
+"""Need packages that the image does not have."""
+
+
+@pytest.mark.parametrize("name", [one for one in OPTIMIZERS if one not in WITHOUT_PACKAGE])
+def test_the_rules_know_what_transformers_passes_on(name: str) -> None:
+    from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
+
+    betas, eps = (0.125, 0.25), 0.5
+    args = SimpleNamespace(optim=name, adam_beta1=betas[0], adam_beta2=betas[1], adam_epsilon=eps, weight_decay=0.0)
+    context = OptimizerContext(args, None, {"lr": 1.0}, {"betas": betas, "eps": eps}, {})
+    _, given = _OPTIMIZER_HANDLERS[name](context)
+    read = adam_fields(name)
+    assert ("adam_beta1" in read, "adam_beta2" in read) == ((given.get("betas") or ())[:2] == betas,) * 2
+    assert ("adam_epsilon" in read) is (given.get("eps") == eps)
