@@ -12,7 +12,6 @@ from finetune_api.names import Env, incarnation
 from finetune_api.pod import RunConfig
 from pydantic import ValidationError
 
-
 FINAL_PATIENCE_SECONDS = 1800.0
 """How long a store that is down is asked to take the final model: all that was trained is in it."""
 
