@@ -36,7 +36,7 @@ class Columns(Group):
 
 
 class Split(Group):
-    """`dataset.split`: parts cut from the training data; sizes are rounded down, the rest goes to training."""
+    """`dataset.split`: parts cut from the training data; sizes are rounded down, what is left over goes to the test part if there is one."""
 
     train: Annotated[float, Field(gt=0, le=1)] | None = option(
         "Fraction for training.", default_text="1 - validation - test", example=0.8
