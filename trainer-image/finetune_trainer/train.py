@@ -29,8 +29,8 @@ MEMORY = re.compile(
 FINAL = "final"
 """Folder of the final artefact, below the scratch folder."""
 COMBINATIONS = (
-    "OptionOfAnotherMethod", "OptionOfAnotherObjective", "LoraInitialisation", "NewTokensUntrained", "DpoLosses", "BatchTooSmall",
-    "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
+    "OptionOfAnotherMethod", "OptionOfAnotherObjective", "LoraInitialisation", "BiasBesideReference", "NewTokensUntrained", "DpoLosses",
+    "BatchTooSmall", "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
 )  # fmt: skip
 """Rules of the API that hold here too, whoever made the run's configuration: what would train something else than was asked."""
 OBJECTIVES = {
@@ -290,13 +290,12 @@ class Session:
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
-            shutil.rmtree(
-                folder / "ref", ignore_errors=True
-            )  # preference trainers keep the adapter's start under this name
             if applied.initial_adapter is not None:
                 trainer.model.save_pretrained(
                     folder, path_initial_model_for_weight_conversion=str(applied.initial_adapter)
                 )
+            # Preference trainers keep the adapter's start under this name, and every way of saving writes it.
+            shutil.rmtree(folder / "ref", ignore_errors=True)
             for name, text in applied.extra_files.items():
                 (folder / name).write_text(text)
             for stray in ("training_args.bin", "README.md"):

@@ -15,6 +15,8 @@ from finetune_trainer.inputs import Inputs
 from finetune_trainer.method.base import Applied
 
 ALL_LINEAR = "all-linear"
+NAME = "default"
+"""PEFT's name for the adapter that is trained."""
 HEADS = ("lm_head", "embed_out", "output", "score")
 INIT = {
     LoraInit.DEFAULT: True, LoraInit.GAUSSIAN: "gaussian", LoraInit.PISSA: "pissa", LoraInit.OLORA: "olora", LoraInit.EVA: "eva",
@@ -29,25 +31,51 @@ def apply(
 
     PiSSA and OLoRA move a part of the base into the adapter. Their start is kept, so that the final adapter can be written as
     a difference to the untouched base (of twice the rank).
-    Errors: ConfigError TargetModulesMissing, LoraOnHead, NewTokensTwice.
+    Errors: ConfigError TargetModulesMissing, LoraOnHead, NewTokensTwice, InitUnavailable.
     """
     from peft import get_peft_model
 
+    init = run.spec.method.lora.init if run.spec.method.lora else None
     config = lora_config(run, model, new_ids)
+    if init in BASE_CHANGING and getattr(model, "is_quantized", False):
+        raise ConfigError(
+            "InitUnavailable", f"method.lora.init {init} takes a part of the base away, and the model is stored quantised",
+            hint="give the unquantised model, or leave init out",
+        )  # fmt: skip
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=not keep_dtype)
     if new_ids:
         # PEFT compares the vocabulary with that of the base it finds by this name, and would save all rows with each adapter.
         config.base_model_name_or_path = ""
         show_bias(wrapped)
     applied = Applied(wrapped, OutputKind.ADAPTER)
-    init = run.spec.method.lora.init if run.spec.method.lora else None
     if init in BASE_CHANGING:
+        _require_plain(wrapped, init, config.r)
         applied.initial_adapter = inputs.output_dir.parent / "initial-adapter"
         config.init_lora_weights = True
         wrapped.save_pretrained(applied.initial_adapter)
         config.init_lora_weights = INIT[init]
         applied.notes.append(f"init {init}: the final adapter is written for the untouched base, with twice the rank")
     return applied
+
+
+def _require_plain(wrapped: Any, init: str, rank: int) -> None:
+    """What is published is computed from A and B of linear layers, all of the asked rank: there must be nothing else.
+
+    Errors: ConfigError InitUnavailable for embeddings, layers whose weight lies the other way round, and ranks above a layer's sides.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in wrapped.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        sides = (layer.in_features, layer.out_features)
+        made = [tuple(part[NAME].weight.shape) for part in (layer.lora_A, layer.lora_B) if NAME in part]
+        if made != [(rank, sides[0]), (sides[1], rank)]:
+            kind = type(layer.get_base_layer()).__name__
+            raise ConfigError(
+                "InitUnavailable", f"method.lora.init {init} cannot start an adapter of rank {rank} on {name}, a {kind} of {sides[0]} x {sides[1]}",
+                hint="name linear layers in method.lora.targetModules, write a rank that is no higher than their sides, or leave init out",
+            )  # fmt: skip
 
 
 def lora_config(run: RunConfig, model: Any, new_ids: Sequence[int] = ()) -> Any:
