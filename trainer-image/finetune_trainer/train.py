@@ -152,9 +152,10 @@ class Session:
         self._tell(*notes, *self.facts.notes)
         set_seed(args.seed)
         selection = self._preselect()
+        setting.unquantized = selection.modules if selection else ()
         base, notes = model.load_model(
             run, inputs, self.hardware, sharded=self.plan.sharded_weights, kind=self.objective.MODEL_KIND,
-            skip_quantization=selection.modules if selection else (),
+            skip_quantization=setting.unquantized,
         )  # fmt: skip
         vocabulary.fit(base, tokenizer, run, [data.train, data.validation, data.test])
         applied = method.apply(
