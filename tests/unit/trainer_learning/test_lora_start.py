@@ -9,7 +9,8 @@ import pytest
 from finetune_api.errors import ConfigError
 from finetune_trainer.method import lora
 
-from tests.support.learning import make_run
+from tests.support.learning import go, make_run
+from tests.support.tiny import make_tiny_model
 
 
 def llama(**options: Any) -> Any:
@@ -68,3 +69,38 @@ def test_what_can_be_split_keeps_its_start_on_disk(model: Any, init: str, tmp_pa
     applied = start(tmp_path, model(), init=init, rank=16)
     assert applied.initial_adapter is not None
     assert (applied.initial_adapter / "adapter_model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "raw")
+
+
+def eva(rank: int, batch: int) -> dict[str, Any]:
+    lora = {"init": "eva", "rank": rank, "targetModules": ["q_proj"]}
+    return {"method": {"lora": lora}, "training": {"maxSteps": 1, "batchSizePerDevice": batch}}
+
+
+def test_directions_are_found_in_batches_that_hold_them(model: Path, tmp_path: Path) -> None:
+    assert len(go(tmp_path, model, eva(24, 2)).losses) == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "batch", "told"),
+    [(32, 1, "looks for 32 directions (method.lora.rank) in batches of which none has more than 18 tokens"), (65, 8, "a layer is given 64 numbers")],
+)  # fmt: skip
+def test_more_directions_than_there_can_be_are_refused(
+    rank: int, batch: int, told: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path, model, eva(rank, batch))
+    assert (caught.value.code, told in caught.value.message) == ("InitUnavailable", True)
+
+
+def test_directions_that_do_not_settle_are_given_up(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lora, "EVA_BATCHES", 2)  # one batch finds them, and it takes another two to see that they stay
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path, model, eva(24, 2))
+    assert (caught.value.code, "in 2 batches" in caught.value.message) == ("InitUnavailable", True)

@@ -144,9 +144,11 @@ def start_eva(trainer: Any) -> None:
     """Start A with the principal directions of what each layer is given, over the first batches of the training data.
 
     The init word alone leaves A random, without an error; this call is what makes EVA. Every layer keeps the asked rank
-    (rho 1). Errors: ConfigError InitUnavailable for packed rows, in which padding cannot be told.
+    (rho 1). Errors: ConfigError InitUnavailable for packed rows, in which padding cannot be told, for ranks above what a layer or
+    a batch has, and where nothing settles.
     """
     from peft import initialize_lora_eva_weights
+    from peft.tuners.lora import LoraLayer
 
     if getattr(trainer.args, "packing", False):
         raise ConfigError(
@@ -154,25 +156,57 @@ def start_eva(trainer: Any) -> None:
             hint="leave packing out, or write another init",
         )  # fmt: skip
     model, place = trainer.model, next(trainer.model.parameters()).device
+    rank, least = model.peft_config[NAME].r, min(x.in_features for x in model.modules() if isinstance(x, LoraLayer))
+    if rank > least:
+        raise ConfigError(
+            "InitUnavailable", f"method.lora.init eva looks for {rank} directions (method.lora.rank), and a layer is given {least} numbers",
+            hint=f"write a rank of at most {least}, or another init",
+        )  # fmt: skip
     if place != trainer.args.device:  # sharded models come to the GPU when training begins
         model.to(trainer.args.device)
     initialize_lora_eva_weights(
-        model, dataloader=_Inputs(trainer), show_progress_bar=False,
+        model, dataloader=_Inputs(trainer, rank), show_progress_bar=False,
         gather_distributed_inputs=trainer.accelerator.num_processes > 1,
     )  # fmt: skip
     if place != trainer.args.device:
         model.to(place)
 
 
-class _Inputs:
-    """Batches of the training data, in order, without their labels."""
+EVA_BATCHES = 2000
+"""Batches of all ranks after which directions that have not settled are given up: they settle within some hundreds."""
 
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
+
+class _Inputs:
+    """Batches of the training data, in order, without their labels, over and over: PEFT looks until nothing changes any more.
+
+    It passes over batches with fewer tokens than the rank without a word, and would look for ever if all are.
+    Errors: ConfigError InitUnavailable.
+    """
+
+    def __init__(self, trainer: Any, rank: int):
+        self._trainer, self._rank = trainer, rank
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self._trainer.get_train_dataloader():
-            yield {name: batch[name].to(self._trainer.args.device) for name in ("input_ids", "attention_mask")}
+        seen = most = 0
+        while True:
+            for batch in self._trainer.get_train_dataloader():
+                found = {name: batch[name].to(self._trainer.args.device) for name in ("input_ids", "attention_mask")}
+                most = max(most, int(self._trainer.accelerator.reduce(found["attention_mask"].sum(), reduction="sum")))
+                seen += 1
+                if seen > EVA_BATCHES:
+                    break
+                yield found
+            if most < self._rank:
+                raise ConfigError(
+                    "InitUnavailable",
+                    f"method.lora.init eva looks for {self._rank} directions (method.lora.rank) in batches of which none has more than {most} tokens",
+                    hint="lower the rank, raise training.batchSizePerDevice, or write another init",
+                )
+            if seen > EVA_BATCHES:
+                raise ConfigError(
+                    "InitUnavailable", f"method.lora.init eva has found no {self._rank} directions that stay the same in {EVA_BATCHES} batches",
+                    hint="lower method.lora.rank, raise training.batchSizePerDevice, or write another init",
+                )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._trainer.get_train_dataloader())
