@@ -159,7 +159,7 @@ class Session:
         )  # fmt: skip
         vocabulary.fit(base, tokenizer, run, [data.train, data.validation, data.test])
         applied = method.apply(
-            run, inputs, base, keep_dtype=self.plan.keep_adapter_dtype, selection=selection,
+            run, inputs, base, keep_dtype=self.plan.keep_adapter_dtype, fsdp=self.plan.name == "fsdp", selection=selection,
             new_ids=vocabulary.new_ids(tokenizer, run.spec.model.new_tokens),
         )  # fmt: skip
         self._tell(*notes, *applied.notes, *self.plan.notes)
