@@ -30,7 +30,7 @@ FINAL = "final"
 """Folder of the final artefact, below the scratch folder."""
 COMBINATIONS = (
     "OptionOfAnotherMethod", "OptionOfAnotherObjective", "LoraInitialisation", "BiasBesideReference", "NewTokensUntrained", "DpoLosses",
-    "BatchTooSmall", "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
+    "HalfWeights", "BatchTooSmall", "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
 )  # fmt: skip
 """Rules of the API that hold here too, whoever made the run's configuration: what would train something else than was asked."""
 OBJECTIVES = {
@@ -176,6 +176,8 @@ class Session:
             trainer = self.objective.build(setting, args, applied.model, data)
         if keeper is not None:
             keeper.restore(trainer.model)
+        if self.hardware.fp16 and self.plan.name != "deepspeed":
+            method.require_scalable(trainer.model)
         if lora.starts_with(run, LoraInit.EVA) and self.hooks.resume_path(inputs) is None:
             lora.start_eva(trainer)
             set_seed(args.seed)

@@ -17,10 +17,12 @@ from finetune_api.rules.facts import (
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
+    Dtype,
     GradientCheckpointing,
     LoraBias,
     LoraInit,
     MethodType,
+    MixedPrecision,
     Strategy,
     TrainerType,
 )
@@ -282,6 +284,21 @@ def new_tokens(spec: FineTuneJobSpec, where: Where) -> Found:
             path,
             "the embeddings have to grow, and with ZeRO stage 3 no rank has them whole",
             "write zeroStage 2, or fsdp with method full",
+        )
+
+
+@rule("HalfWeights")
+def half_weights(spec: FineTuneJobSpec, where: Where) -> Found:
+    """DeepSpeed keeps 32 bits of its own beside such weights, and spectrum's on a quantised base are widened."""
+    trains_weights = method_of(spec) is MethodType.FULL or (
+        method_of(spec) is MethodType.SPECTRUM and not given_bits(spec)
+    )
+    halves = spec.model.dtype is Dtype.FLOAT16 and spec.training.mixed_precision is MixedPrecision.FP16
+    if trains_weights and halves and spec.distributed.strategy is not Strategy.DEEPSPEED:
+        yield (
+            "model.dtype",
+            f"float16, but method {method_of(spec)} trains the weights themselves, and the loss scaling of mixedPrecision fp16 needs 32 bits of them",
+            "remove it, or write `mixedPrecision: bf16`",
         )
 
 

@@ -77,3 +77,21 @@ def test_biases_have_no_second_copy_for_a_reference() -> None:
     assert (
         problems({"bias": "all"}, trainer={"type": "orpo"}) == problems({"bias": "none"}, trainer={"type": "dpo"}) == []
     )
+
+
+def test_weights_that_are_trained_in_fp16_have_32_bits() -> None:
+    def found(dtype: str, precision: str, **groups: Any) -> list[str]:
+        model = {"source": "org/name", "dtype": dtype, **groups.pop("model", {})}
+        whole = {
+            "dataset": {"train": "s3://bucket/train.jsonl"},
+            "model": model,
+            "training": {"mixedPrecision": precision},
+        }
+        return [one.code for one in check(FineTuneJobSpec.model_validate({**whole, **groups}))]
+
+    full, spectrum, four = {"type": "full"}, {"type": "spectrum"}, {"quantization": {"bits": 4}}
+    deepspeed = {"distributed": {"strategy": "deepspeed"}, "resources": TWO}
+    assert found("float16", "fp16", method=full) == found("float16", "fp16", method=spectrum) == ["HalfWeights"]
+    assert found("float16", "bf16", method=full) == found("float32", "fp16", method=full) == []
+    assert found("float16", "fp16", method=full, **deepspeed) == []
+    assert found("float16", "fp16", method=spectrum, model=four) == found("float16", "fp16") == []

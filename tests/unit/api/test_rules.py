@@ -81,6 +81,11 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         {"method": {"lora": {"bias": "all"}}, "trainer": {"type": "dpo"}},
         "method.lora.bias",
     ),
+    (
+        "HalfWeights",
+        {"method": {"type": "full"}, "model": {"dtype": "float16"}, "training": {"mixedPrecision": "fp16"}},
+        "model.dtype",
+    ),
     ("LoraInitialisation", {"method": {"lora": {"init": "eva"}}, "dataset": {"packing": True}}, "dataset.packing"),
     ("LoraInitialisation", {"method": {"lora": {"init": "eva"}}, "trainer": {"type": "dpo"}}, "method.lora.init"),
     ("OptionOfAnotherMethod", ADAPTER | {"method": {**ADAPTER["method"], "lora": {"rank": 8}}}, "method.lora.rank"),

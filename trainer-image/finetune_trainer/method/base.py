@@ -99,6 +99,16 @@ def widen(model: Any) -> None:
             parameter.data = parameter.data.float()
 
 
+def require_scalable(model: Any) -> None:
+    """For fp16 with torch's own loss scaling, which divides gradients of 32 bits only. Errors: ConfigError HalfWeights."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and str(parameter.dtype) == "torch.float16":
+            raise ConfigError(
+                "HalfWeights", f"{name} is trained in float16, as model.dtype says, and the loss scaling of fp16 needs 32 bits",
+                hint="leave model.dtype out, or write `training: {mixedPrecision: bf16}`",
+            )  # fmt: skip
+
+
 def count(model: Any) -> tuple[int, int]:
     """Trainable and all parameters."""
     sizes = [(size(parameter), parameter.requires_grad) for parameter in model.parameters()]
