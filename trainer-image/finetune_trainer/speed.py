@@ -1,10 +1,12 @@
 """How fast a run is, counted honestly: tokens per second, model FLOPs utilisation, time spent waiting for data.
 
-FLOPs per token, with N the parameters in matrix products (embedding lookup left out, head included) and A the attention's
-products over the tokens that a token really sees (causal: half of the document):
+FLOPs per token, with N the parameters in matrix products (embedding lookup left out, head included; of experts those that a
+token is sent to), T those of them that are trained, and A the attention's products over the tokens that a token really sees
+(causal: half of the document):
 
     full          3 * (2N + A)     forward, and twice that backward
-    adapters      4N + 3A          no gradients of frozen weights
+    spectrum      4N + 2T + 3A     no gradients of frozen weights
+    adapters      4N + 2T + 3A     T: modulesToSave
     recomputing   one forward more, which is work done but not work asked for: it does not count
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +26,9 @@ PEAK_BF16 = {
 """Dense bf16 (fp16 where there is none) peaks by words of the device's name, FLOP/s, from the makers' data sheets."""
 LESSER = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D)\b")
 """In the names of devices that hold a known name and are less: slices of a GPU, its namesakes for desks and laptops."""
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""How configurations call the number of experts in a layer."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +43,41 @@ class Shape:
     @staticmethod
     def of(model: Any) -> Shape:
         """Read it from a transformers model (before or after it was wrapped)."""
-        from finetune_trainer.method.base import size
-
         config = model.config.get_text_config()
-        table = model.get_input_embeddings().weight
-        head = model.get_output_embeddings()
-        every = sum(size(p) for name, p in model.named_parameters() if ".lora_" not in name)
-        tied = head is not None and head.weight is table
         heads = int(getattr(config, "num_attention_heads", 0) or 0)
         own = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
         return Shape(
-            every - (0 if tied else size(table)), int(getattr(config, "num_hidden_layers", 0) or 0), heads, int(own)
-        )
+            sum(numbers for _, numbers in _matrices(model)), int(getattr(config, "num_hidden_layers", 0) or 0), heads, int(own)
+        )  # fmt: skip
+
+
+def trained_parameters(model: Any) -> int:
+    """Parameters of a model in matrix products that are trained, beside the adapters' own."""
+    return sum(numbers for parameter, numbers in _matrices(model) if parameter.requires_grad)
+
+
+def _matrices(model: Any) -> Iterator[tuple[Any, int]]:
+    """Each parameter of the base that a token is multiplied with, and how many of its numbers."""
+    from finetune_trainer.method.base import size
+
+    config, head = model.config.get_text_config(), model.get_output_embeddings()
+    heads = {id(one) for _, one in _used(head)} if head is not None else set()
+    lookups = {id(one) for one in model.get_input_embeddings().parameters()} - heads
+    experts = next((found for name in EXPERTS if (found := getattr(config, name, None))), None)
+    chosen = getattr(config, "num_experts_per_tok", None)
+    for name, parameter in _used(model, heads):
+        if ".lora_" not in name and id(parameter) not in lookups:
+            numbers = size(parameter)
+            yield parameter, numbers * chosen // experts if experts and chosen and ".experts." in name else numbers
+
+
+def _used(module: Any, anyway: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
+    """Named parameters without those whose place a copy has taken that is trained in full beside an adapter; `anyway`: ids."""
+    every = dict(module.named_parameters())
+    for name, parameter in every.items():
+        copy = name.replace("original_module.", "modules_to_save.default.")
+        if copy == name or copy not in every or id(parameter) in anyway:
+            yield name, parameter
 
 
 def attention_flops(shape: Shape, length: float, *, causal: bool = True) -> float:
@@ -56,11 +85,11 @@ def attention_flops(shape: Shape, length: float, *, causal: bool = True) -> floa
     return 4 * shape.layers * shape.heads * shape.head_size * length * (0.5 if causal else 1.0)
 
 
-def flops_per_token(shape: Shape, length: float, *, frozen_base: bool, causal: bool = True) -> float:
-    """FLOPs that training asks for, per token."""
+def flops_per_token(shape: Shape, length: float, *, frozen_base: bool, trained: int = 0, causal: bool = True) -> float:
+    """FLOPs that training asks for, per token. `trained`: parameters of a frozen base that are trained all the same."""
     seen = attention_flops(shape, length, causal=causal)
     matrix = 2 * shape.matrix_parameters
-    return 2 * matrix + 3 * seen if frozen_base else 3 * (matrix + seen)
+    return 2 * (matrix + trained) + 3 * seen if frozen_base else 3 * (matrix + seen)
 
 
 def peak_of(device: str) -> float | None:

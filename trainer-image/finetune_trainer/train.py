@@ -29,8 +29,8 @@ MEMORY = re.compile(
 FINAL = "final"
 """Folder of the final artefact, below the scratch folder."""
 COMBINATIONS = (
-    "OptionOfAnotherMethod", "OptionOfAnotherObjective", "LoraInitialisation", "NewTokensUntrained", "DpoLosses", "BatchTooSmall",
-    "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
+    "OptionOfAnotherMethod", "OptionOfAnotherObjective", "LoraInitialisation", "BiasBesideReference", "NewTokensUntrained", "DpoLosses",
+    "HalfWeights", "BatchTooSmall", "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
 )  # fmt: skip
 """Rules of the API that hold here too, whoever made the run's configuration: what would train something else than was asked."""
 OBJECTIVES = {
@@ -152,13 +152,14 @@ class Session:
         self._tell(*notes, *self.facts.notes)
         set_seed(args.seed)
         selection = self._preselect()
+        setting.unquantized = selection.modules if selection else ()
         base, notes = model.load_model(
             run, inputs, self.hardware, sharded=self.plan.sharded_weights, kind=self.objective.MODEL_KIND,
-            skip_quantization=selection.modules if selection else (),
+            skip_quantization=setting.unquantized,
         )  # fmt: skip
         vocabulary.fit(base, tokenizer, run, [data.train, data.validation, data.test])
         applied = method.apply(
-            run, inputs, base, keep_dtype=self.plan.keep_adapter_dtype, selection=selection,
+            run, inputs, base, keep_dtype=self.plan.keep_adapter_dtype, fsdp=self.plan.name == "fsdp", selection=selection,
             new_ids=vocabulary.new_ids(tokenizer, run.spec.model.new_tokens),
         )  # fmt: skip
         self._tell(*notes, *applied.notes, *self.plan.notes)
@@ -175,6 +176,8 @@ class Session:
             trainer = self.objective.build(setting, args, applied.model, data)
         if keeper is not None:
             keeper.restore(trainer.model)
+        if self.hardware.fp16 and self.plan.name != "deepspeed":
+            method.require_scalable(trainer.model)
         if lora.starts_with(run, LoraInit.EVA) and self.hooks.resume_path(inputs) is None:
             lora.start_eva(trainer)
             set_seed(args.seed)
@@ -290,13 +293,12 @@ class Session:
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
-            shutil.rmtree(
-                folder / "ref", ignore_errors=True
-            )  # preference trainers keep the adapter's start under this name
             if applied.initial_adapter is not None:
                 trainer.model.save_pretrained(
                     folder, path_initial_model_for_weight_conversion=str(applied.initial_adapter)
                 )
+            # Preference trainers keep the adapter's start under this name, and every way of saving writes it.
+            shutil.rmtree(folder / "ref", ignore_errors=True)
             for name, text in applied.extra_files.items():
                 (folder / name).write_text(text)
             for stray in ("training_args.bin", "README.md"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from finetune_api.rules.base import Found, Where, rule
 from finetune_api.rules.facts import (
     BASE_CHANGING,
@@ -15,9 +17,12 @@ from finetune_api.rules.facts import (
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
+    Dtype,
     GradientCheckpointing,
+    LoraBias,
     LoraInit,
     MethodType,
+    MixedPrecision,
     Strategy,
     TrainerType,
 )
@@ -160,13 +165,13 @@ def lora_initialisation(spec: FineTuneJobSpec, where: Where) -> Found:
             "remove one of the two",
         )
     bits = given_bits(spec)
-    if lora.init in BASE_CHANGING and (
-        bits or lora.rank_stabilized or lora.use_dora or method_of(spec) is not MethodType.LORA
-    ):
+    beside = list(_unfit_for_changed_base(spec)) if lora.init in BASE_CHANGING else []
+    if beside:
         yield (
             "method.lora.init",
-            f"{lora.init} moves a part of the base into the adapter, which cannot be undone with a quantised base, DoRA or rsLoRA",
-            "remove it, or write method lora without quantization, useDora and rankStabilized",
+            f"{lora.init} moves a part of the base into the adapter, which is written for the untouched base in the end; "
+            f"that cannot be done with {' and '.join(beside)}",
+            "remove it, or the other",
         )
     if lora.init is LoraInit.EVA and spec.dataset.packing:
         yield (
@@ -178,7 +183,7 @@ def lora_initialisation(spec: FineTuneJobSpec, where: Where) -> Found:
         yield (
             "method.lora.init",
             f"eva looks at whole rows as sft has them, and the objective is {trainer_of(spec)}",
-            "remove it, or write pissa",
+            "remove it",
         )
     if starts_with_loftq(spec):
         if bits == 8:
@@ -193,6 +198,56 @@ def lora_initialisation(spec: FineTuneJobSpec, where: Where) -> Found:
                 "loftq, but DoRA takes its directions from the base before LoftQ sets the adapter",
                 "write `method: {type: lora}` without useDora, or remove init",
             )
+
+
+def _unfit_for_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
+    """What a start that takes a part of the base away cannot stand beside.
+
+    The published adapter is a difference of two low-rank updates: it has no place for anything else that was trained, needs
+    plain weights and a plain scale, and a second adapter that starts in the same way takes the same part away again.
+    """
+    lora, method, objective = spec.method.lora, method_of(spec), trainer_of(spec)
+    assert lora is not None, "it names the start"
+    if given_bits(spec):
+        yield "model.quantization.bits"
+    if method is not MethodType.LORA:
+        yield f"method.type {method}"
+    if lora.use_dora:
+        yield "method.lora.useDora"
+    if lora.rank_stabilized:
+        yield "method.lora.rankStabilized"
+    if lora.modules_to_save:
+        yield "method.lora.modulesToSave"
+    if lora.bias not in (None, LoraBias.NONE):
+        yield f"method.lora.bias {lora.bias}"
+    if spec.model.new_tokens:
+        yield "model.newTokens"
+    if objective is TrainerType.REWARD:
+        yield "trainer.type reward, which trains a head"
+    if keeps_start(spec):
+        yield f"trainer.type {objective}, which keeps the adapter's start beside it as the reference"
+
+
+def keeps_start(spec: FineTuneJobSpec) -> bool:
+    """Whether the objective compares with the model before training, which with adapters is a second, frozen adapter."""
+    match trainer_of(spec):
+        case TrainerType.DPO | TrainerType.KTO:
+            return spec.trainer.dpo is None or spec.trainer.dpo.reference_model is None
+        case TrainerType.GRPO:
+            return spec.trainer.grpo is not None and bool(spec.trainer.grpo.beta)
+        case _:
+            return False
+
+
+@rule("BiasBesideReference")
+def bias_beside_reference(spec: FineTuneJobSpec, where: Where) -> Found:
+    bias = spec.method.lora.bias if spec.method.lora else None
+    if bias not in (None, LoraBias.NONE) and keeps_start(spec):
+        yield (
+            "method.lora.bias",
+            f"{bias}, but {trainer_of(spec)} keeps the adapter's start beside it as the reference, and both would share the biases",
+            "remove it",
+        )
 
 
 @rule("NewTokensUntrained")
@@ -229,6 +284,21 @@ def new_tokens(spec: FineTuneJobSpec, where: Where) -> Found:
             path,
             "the embeddings have to grow, and with ZeRO stage 3 no rank has them whole",
             "write zeroStage 2, or fsdp with method full",
+        )
+
+
+@rule("HalfWeights")
+def half_weights(spec: FineTuneJobSpec, where: Where) -> Found:
+    """DeepSpeed keeps 32 bits of its own beside such weights, and spectrum's on a quantised base are widened."""
+    trains_weights = method_of(spec) is MethodType.FULL or (
+        method_of(spec) is MethodType.SPECTRUM and not given_bits(spec)
+    )
+    halves = spec.model.dtype is Dtype.FLOAT16 and spec.training.mixed_precision is MixedPrecision.FP16
+    if trains_weights and halves and spec.distributed.strategy is not Strategy.DEEPSPEED:
+        yield (
+            "model.dtype",
+            f"float16, but method {method_of(spec)} trains the weights themselves, and the loss scaling of mixedPrecision fp16 needs 32 bits of them",
+            "remove it, or write `mixedPrecision: bf16`",
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from finetune_api.rules.base import Found, Where, rule
 from finetune_api.rules.facts import (
+    BASE_CHANGING,
     HEADS,
     NEEDS_WHOLE_WEIGHTS,
     PROMPT_METHODS,
@@ -96,6 +97,12 @@ def unfit_for_fsdp(spec: FineTuneJobSpec) -> Found:
             "model.quantization.bits",
             "model.quantization.bits is 8, and 8-bit weights cannot be sharded",
             "write bits 4, or `distributed: {strategy: ddp}`",
+        )
+    if spec.method.lora is not None and spec.method.lora.init in BASE_CHANGING:
+        yield (
+            "method.lora.init",
+            f"method.lora.init {spec.method.lora.init} compares whole adapters when the result is written, and ranks hold slices of them",
+            "remove it, or write `distributed: {strategy: ddp}`",
         )
     # The loss reads the head's weight without calling it, and beside an adapter nothing sums its gradients over the ranks.
     for name in (spec.method.lora and spec.method.lora.modules_to_save) or []:

@@ -76,6 +76,16 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("LoraInitialisation", {"method": {"type": "dora", "lora": {"init": "loftq"}}}, "method.lora.init"),
     ("LoraInitialisation", {"method": {"lora": {"init": "pissa", "useDora": True}}}, "method.lora.init"),
     ("LoraInitialisation", {"method": {"type": "qlora", "lora": {"init": "olora"}}}, "method.lora.init"),
+    (
+        "BiasBesideReference",
+        {"method": {"lora": {"bias": "all"}}, "trainer": {"type": "dpo"}},
+        "method.lora.bias",
+    ),
+    (
+        "HalfWeights",
+        {"method": {"type": "full"}, "model": {"dtype": "float16"}, "training": {"mixedPrecision": "fp16"}},
+        "model.dtype",
+    ),
     ("LoraInitialisation", {"method": {"lora": {"init": "eva"}}, "dataset": {"packing": True}}, "dataset.packing"),
     ("LoraInitialisation", {"method": {"lora": {"init": "eva"}}, "trainer": {"type": "dpo"}}, "method.lora.init"),
     ("OptionOfAnotherMethod", ADAPTER | {"method": {**ADAPTER["method"], "lora": {"rank": 8}}}, "method.lora.rank"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,10 +32,11 @@ class Applied:
 
 
 def apply(
-    run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False, selection: Any = None,
+    run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False, fsdp: bool = False, selection: Any = None,
     new_ids: Sequence[int] = (),
 ) -> Applied:  # fmt: skip
     """Freeze, wrap or select, as `method.type` says. `keep_dtype`: adapters take the base's type (ZeRO-3 mixes none).
+    `fsdp`: FSDP will shard the model.
 
     `selection`: modules that spectrum chose before a quantised base was loaded. `new_ids`: tokens whose rows are trained.
 
@@ -62,7 +64,28 @@ def apply(
     applied.trainable, applied.total = count(applied.model)
     if applied.trainable == 0:
         raise InternalError("NothingTrainable", f"method {run.spec.method.type} left no parameter to train")
+    if fsdp and hasattr(applied.model, "peft_config"):
+        _require_apart(applied.model)
     return applied
+
+
+def _require_apart(model: Any) -> None:
+    """FSDP shards a module that is copied for training apart from all others, and cannot where its weight is another's, too.
+
+    Errors: ConfigError StrategyAndMethod.
+    """
+    from peft.utils.other import ModulesToSaveWrapper
+
+    every = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for name, module in model.named_modules():
+        if isinstance(module, ModulesToSaveWrapper) and any(
+            every[id(one)] > 1 for one in module.original_module.parameters()
+        ):
+            raise ConfigError(
+                "StrategyAndMethod",
+                f"{name.rsplit('.', 1)[-1]} is trained in full beside the adapter (modulesToSave), and shares its weight, which FSDP cannot shard",
+                hint="leave it out, or write `distributed: {strategy: ddp}` or deepspeed",
+            )  # fmt: skip
 
 
 def widen(model: Any) -> None:
@@ -74,6 +97,16 @@ def widen(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point() and parameter.element_size() < 4:
             parameter.data = parameter.data.float()
+
+
+def require_scalable(model: Any) -> None:
+    """For fp16 with torch's own loss scaling, which divides gradients of 32 bits only. Errors: ConfigError HalfWeights."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and str(parameter.dtype) == "torch.float16":
+            raise ConfigError(
+                "HalfWeights", f"{name} is trained in float16, as model.dtype says, and the loss scaling of fp16 needs 32 bits",
+                hint="leave model.dtype out, or write `training: {mixedPrecision: bf16}`",
+            )  # fmt: skip
 
 
 def count(model: Any) -> tuple[int, int]:

@@ -15,6 +15,8 @@ from finetune_trainer.inputs import Inputs
 from finetune_trainer.method.base import Applied
 
 ALL_LINEAR = "all-linear"
+NAME = "default"
+"""PEFT's name for the adapter that is trained."""
 HEADS = ("lm_head", "embed_out", "output", "score")
 INIT = {
     LoraInit.DEFAULT: True, LoraInit.GAUSSIAN: "gaussian", LoraInit.PISSA: "pissa", LoraInit.OLORA: "olora", LoraInit.EVA: "eva",
@@ -29,25 +31,51 @@ def apply(
 
     PiSSA and OLoRA move a part of the base into the adapter. Their start is kept, so that the final adapter can be written as
     a difference to the untouched base (of twice the rank).
-    Errors: ConfigError TargetModulesMissing, LoraOnHead, NewTokensTwice.
+    Errors: ConfigError TargetModulesMissing, LoraOnHead, NewTokensTwice, InitUnavailable.
     """
     from peft import get_peft_model
 
+    init = run.spec.method.lora.init if run.spec.method.lora else None
     config = lora_config(run, model, new_ids)
+    if init in BASE_CHANGING and getattr(model, "is_quantized", False):
+        raise ConfigError(
+            "InitUnavailable", f"method.lora.init {init} takes a part of the base away, and the model is stored quantised",
+            hint="give the unquantised model, or leave init out",
+        )  # fmt: skip
     wrapped = get_peft_model(model, config, autocast_adapter_dtype=not keep_dtype)
     if new_ids:
         # PEFT compares the vocabulary with that of the base it finds by this name, and would save all rows with each adapter.
         config.base_model_name_or_path = ""
         show_bias(wrapped)
     applied = Applied(wrapped, OutputKind.ADAPTER)
-    init = run.spec.method.lora.init if run.spec.method.lora else None
     if init in BASE_CHANGING:
+        _require_plain(wrapped, init, config.r)
         applied.initial_adapter = inputs.output_dir.parent / "initial-adapter"
         config.init_lora_weights = True
         wrapped.save_pretrained(applied.initial_adapter)
         config.init_lora_weights = INIT[init]
         applied.notes.append(f"init {init}: the final adapter is written for the untouched base, with twice the rank")
     return applied
+
+
+def _require_plain(wrapped: Any, init: str, rank: int) -> None:
+    """What is published is computed from A and B of linear layers, all of the asked rank: there must be nothing else.
+
+    Errors: ConfigError InitUnavailable for embeddings, layers whose weight lies the other way round, and ranks above a layer's sides.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in wrapped.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        sides = (layer.in_features, layer.out_features)
+        made = [tuple(part[NAME].weight.shape) for part in (layer.lora_A, layer.lora_B) if NAME in part]
+        if made != [(rank, sides[0]), (sides[1], rank)]:
+            kind = type(layer.get_base_layer()).__name__
+            raise ConfigError(
+                "InitUnavailable", f"method.lora.init {init} cannot start an adapter of rank {rank} on {name}, a {kind} of {sides[0]} x {sides[1]}",
+                hint="name linear layers in method.lora.targetModules, write a rank that is no higher than their sides, or leave init out",
+            )  # fmt: skip
 
 
 def lora_config(run: RunConfig, model: Any, new_ids: Sequence[int] = ()) -> Any:
@@ -116,9 +144,11 @@ def start_eva(trainer: Any) -> None:
     """Start A with the principal directions of what each layer is given, over the first batches of the training data.
 
     The init word alone leaves A random, without an error; this call is what makes EVA. Every layer keeps the asked rank
-    (rho 1). Errors: ConfigError InitUnavailable for packed rows, in which padding cannot be told.
+    (rho 1). Errors: ConfigError InitUnavailable for packed rows, in which padding cannot be told, for ranks above what a layer or
+    a batch has, and where nothing settles.
     """
     from peft import initialize_lora_eva_weights
+    from peft.tuners.lora import LoraLayer
 
     if getattr(trainer.args, "packing", False):
         raise ConfigError(
@@ -126,25 +156,57 @@ def start_eva(trainer: Any) -> None:
             hint="leave packing out, or write another init",
         )  # fmt: skip
     model, place = trainer.model, next(trainer.model.parameters()).device
+    rank, least = model.peft_config[NAME].r, min(x.in_features for x in model.modules() if isinstance(x, LoraLayer))
+    if rank > least:
+        raise ConfigError(
+            "InitUnavailable", f"method.lora.init eva looks for {rank} directions (method.lora.rank), and a layer is given {least} numbers",
+            hint=f"write a rank of at most {least}, or another init",
+        )  # fmt: skip
     if place != trainer.args.device:  # sharded models come to the GPU when training begins
         model.to(trainer.args.device)
     initialize_lora_eva_weights(
-        model, dataloader=_Inputs(trainer), show_progress_bar=False,
+        model, dataloader=_Inputs(trainer, rank), show_progress_bar=False,
         gather_distributed_inputs=trainer.accelerator.num_processes > 1,
     )  # fmt: skip
     if place != trainer.args.device:
         model.to(place)
 
 
-class _Inputs:
-    """Batches of the training data, in order, without their labels."""
+EVA_BATCHES = 2000
+"""Batches of all ranks after which directions that have not settled are given up: they settle within some hundreds."""
 
-    def __init__(self, trainer: Any):
-        self._trainer = trainer
+
+class _Inputs:
+    """Batches of the training data, in order, without their labels, over and over: PEFT looks until nothing changes any more.
+
+    It passes over batches with fewer tokens than the rank without a word, and would look for ever if all are.
+    Errors: ConfigError InitUnavailable.
+    """
+
+    def __init__(self, trainer: Any, rank: int):
+        self._trainer, self._rank = trainer, rank
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self._trainer.get_train_dataloader():
-            yield {name: batch[name].to(self._trainer.args.device) for name in ("input_ids", "attention_mask")}
+        seen = most = 0
+        while True:
+            for batch in self._trainer.get_train_dataloader():
+                found = {name: batch[name].to(self._trainer.args.device) for name in ("input_ids", "attention_mask")}
+                most = max(most, int(self._trainer.accelerator.reduce(found["attention_mask"].sum(), reduction="sum")))
+                seen += 1
+                if seen > EVA_BATCHES:
+                    break
+                yield found
+            if most < self._rank:
+                raise ConfigError(
+                    "InitUnavailable",
+                    f"method.lora.init eva looks for {self._rank} directions (method.lora.rank) in batches of which none has more than {most} tokens",
+                    hint="lower the rank, raise training.batchSizePerDevice, or write another init",
+                )
+            if seen > EVA_BATCHES:
+                raise ConfigError(
+                    "InitUnavailable", f"method.lora.init eva has found no {self._rank} directions that stay the same in {EVA_BATCHES} batches",
+                    hint="lower method.lora.rank, raise training.batchSizePerDevice, or write another init",
+                )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._trainer.get_train_dataloader())

@@ -30,6 +30,8 @@ class Setting:
     limit: int | None
     """Positions the model has."""
     callbacks: Sequence[Any] = ()
+    unquantized: tuple[str, ...] = ()
+    """Modules that stay whole where the base is quantised: those that spectrum trains."""
 
 
 @dataclass

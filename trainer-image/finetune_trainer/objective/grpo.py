@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from finetune_api.errors import ConfigError, DataError
 from finetune_api.rules import has_test
 from finetune_api.spec.enums import GrpoLoss, Overflow
 from finetune_api.spec.trainer import Grpo as GrpoSpec
+from trl.trainer import grpo_trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
@@ -24,7 +26,7 @@ from finetune_trainer.distributed import connected
 from finetune_trainer.engine import Guarded
 from finetune_trainer.objective import answers
 from finetune_trainer.objective.base import Facts, Setting
-from finetune_trainer.objective.reference import Referenced
+from finetune_trainer.objective.reference import Referenced, named_reference
 from finetune_trainer.objective.rewards import GIVEN, RewardFunction, require_columns, rewards
 
 MODEL_KIND = "causal"
@@ -117,11 +119,27 @@ def arguments(setting: Setting, *, evaluates: bool) -> GRPOConfig:
 
 def build(setting: Setting, args: GRPOConfig, model: Any, parts: answers.Parts) -> GrpoTrainer:
     """The trainer, ready to run."""
-    trainer: GrpoTrainer = connected(GrpoTrainer, setting.plan)(
-        model=model, reward_funcs=list(reward_functions(setting)), args=args, train_dataset=parts.train, eval_dataset=parts.validation,
-        processing_class=setting.tokenizer, callbacks=list(setting.callbacks),
-    )  # fmt: skip
+    with _own_reference(setting):
+        trainer: GrpoTrainer = connected(GrpoTrainer, setting.plan)(
+            model=model, reward_funcs=list(reward_functions(setting)), args=args, train_dataset=parts.train, eval_dataset=parts.validation,
+            processing_class=setting.tokenizer, callbacks=list(setting.callbacks),
+        )  # fmt: skip
     return trainer
+
+
+@contextmanager
+def _own_reference(setting: Setting) -> Iterator[None]:
+    """The reference that every other objective has, where TRL would load one by itself.
+
+    TRL (1.16) takes what lies on the disk: without rows for new tokens, and whole where the base is quantised. It can be given
+    none, so the function that loads it is another one while the trainer is built.
+    """
+    before = grpo_trainer.create_model_from_path
+    grpo_trainer.create_model_from_path = lambda *_, **__: named_reference(setting)
+    try:
+        yield
+    finally:
+        grpo_trainer.create_model_from_path = before
 
 
 def reward_functions(setting: Setting) -> list[RewardFunction]:

@@ -40,14 +40,18 @@ class Referenced(Trainer):
 def named_reference(setting: Setting) -> Any:
     """The model of `trainer.dpo.referenceModel`; None: the model as it was before training.
 
-    A method that trains the weights themselves gets a second copy of the base, loaded in the same way.
+    A method that trains the weights themselves gets a second copy of the base, loaded in the same way, with the same modules
+    quantised: both must say the same until one of them has learned.
     Errors: NotFoundError ModelUnreadable; ConfigError VocabularyDiffers.
     """
     trains_weights = setting.run.spec.method.type in (MethodType.FULL, MethodType.SPECTRUM)
     if setting.inputs.reference is None and not trains_weights:
         return None
     inputs = setting.inputs.model_copy(update={"model": setting.inputs.reference or setting.inputs.model})
-    model, _ = load_model(setting.run, inputs, setting.hardware, sharded=setting.plan.sharded_weights)
+    model, _ = load_model(
+        setting.run, inputs, setting.hardware, sharded=setting.plan.sharded_weights,
+        skip_quantization=setting.unquantized,
+    )  # fmt: skip
     if setting.inputs.reference is None:
         vocabulary.fit(model, setting.tokenizer, setting.run)
     words = model.get_input_embeddings().weight

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from finetune_api.errors import InternalError
+from finetune_api.spec.enums import MethodType
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
@@ -15,9 +16,8 @@ from finetune_trainer.arguments import common
 from finetune_trainer.data.prepare import Prepared, prepare
 from finetune_trainer.distributed import connected
 from finetune_trainer.engine import Guarded
-from finetune_trainer.hardware import FULL_METHODS
 from finetune_trainer.objective.base import Facts, Setting, facts_of
-from finetune_trainer.speed import Meter, Shape, flops_per_token, peak_of
+from finetune_trainer.speed import Meter, Shape, flops_per_token, peak_of, trained_parameters
 
 MODEL_KIND = "causal"
 
@@ -163,10 +163,10 @@ def build(setting: Setting, args: SFTConfig, model: Any, prepared: Prepared) -> 
         model=model, args=args, train_dataset=_fast(prepared.train), eval_dataset=_fast(prepared.validation), processing_class=setting.tokenizer,
         callbacks=setting.callbacks,
     )  # fmt: skip
-    frozen = setting.run.spec.method.type not in FULL_METHODS
+    base, whole = getattr(model, "get_base_model", lambda: model)(), setting.run.spec.method.type is MethodType.FULL
     report = prepared.reports["train"]
     mean = report.tokens / max(1, report.rows)
-    flops = flops_per_token(Shape.of(getattr(model, "get_base_model", lambda: model)()), mean, frozen_base=frozen)
+    flops = flops_per_token(Shape.of(base), mean, frozen_base=not whole, trained=trained_parameters(base))
     trainer.meter = Meter(flops_of_token=flops, peak=peak_of(setting.hardware.name), ranks=setting.plan.world_size)
     return trainer
 

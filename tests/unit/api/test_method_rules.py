@@ -1,0 +1,97 @@
+"""What a start that changes the base cannot stand beside, and what it can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api.rules import Problem, check
+from finetune_api.spec import FineTuneJobSpec
+
+GRPO: dict[str, Any] = {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}]}
+TWO: dict[str, Any] = {"gpusPerNode": 2}
+
+
+def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
+    """Of a spec with these options of LoRA, in groups of their own."""
+    groups["model"] = {"source": "org/name", **groups.get("model", {})}
+    groups["method"] = {**groups.get("method", {}), "lora": lora}
+    return check(FineTuneJobSpec.model_validate({"dataset": {"train": "s3://bucket/train.jsonl"}, **groups}))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+@pytest.mark.parametrize(
+    ("lora", "groups", "named"),
+    [
+        ({}, {"trainer": {"type": "dpo"}}, "trainer.type dpo"),
+        ({}, {"trainer": {"type": "kto"}}, "trainer.type kto"),
+        ({}, {"trainer": {**GRPO, "grpo": {"beta": 0.1}}}, "trainer.type grpo"),
+        ({}, {"trainer": {"type": "reward"}}, "trainer.type reward"),
+        ({"modulesToSave": ["lm_head"]}, {}, "method.lora.modulesToSave"),
+        ({"bias": "loraOnly"}, {}, "method.lora.bias loraOnly"),
+        ({}, {"model": {"newTokens": ["<a>"]}}, "model.newTokens"),
+        ({}, {"model": {"quantization": {"bits": 8}}}, "model.quantization.bits"),
+        ({"useDora": True}, {}, "method.lora.useDora"),
+        ({"rankStabilized": True}, {}, "method.lora.rankStabilized"),
+        ({}, {"method": {"type": "dora"}}, "method.type dora"),
+    ],
+)
+def test_a_start_that_changes_the_base_is_refused_beside(
+    init: str, lora: dict[str, Any], groups: dict[str, Any], named: str
+) -> None:
+    found = problems({"init": init, **lora}, **groups)
+    assert [(one.code, one.path) for one in found] == [("LoraInitialisation", "method.lora.init")]
+    assert f"{init} moves a part of the base" in found[0].message and named in found[0].message
+
+
+@pytest.mark.parametrize(
+    "groups",
+    [
+        {},
+        {"trainer": {"type": "orpo"}},
+        {"trainer": GRPO},
+        {"trainer": {"type": "dpo", "dpo": {"referenceModel": "a/b"}}},
+        {"distributed": {"strategy": "ddp"}, "resources": TWO},
+        {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}, "resources": TWO},
+    ],
+)
+def test_what_keeps_no_second_adapter_may_change_the_base(groups: dict[str, Any]) -> None:
+    assert problems({"init": "pissa"}, **groups) == []
+
+
+def test_everything_in_the_way_is_told_at_once() -> None:
+    (found,) = problems({"init": "pissa", "modulesToSave": ["norm"], "rankStabilized": True})
+    assert "method.lora.rankStabilized and method.lora.modulesToSave" in found.message
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_fsdp_has_no_whole_adapters_to_compare(init: str) -> None:
+    (found,) = problems({"init": init}, distributed={"strategy": "fsdp"}, resources=TWO)
+    assert (found.code, found.path) == ("StrategyAndMethod", "method.lora.init")
+
+
+def test_biases_have_no_second_copy_for_a_reference() -> None:
+    (found,) = problems({"bias": "all"}, trainer={"type": "kto"})
+    assert (found.code, found.path) == ("BiasBesideReference", "method.lora.bias")
+    assert problems({"bias": "all"}, trainer={"type": "kto", "dpo": {"referenceModel": "a/b"}}) == []
+    assert (
+        problems({"bias": "all"}, trainer={"type": "orpo"}) == problems({"bias": "none"}, trainer={"type": "dpo"}) == []
+    )
+
+
+def test_weights_that_are_trained_in_fp16_have_32_bits() -> None:
+    def found(dtype: str, precision: str, **groups: Any) -> list[str]:
+        model = {"source": "org/name", "dtype": dtype, **groups.pop("model", {})}
+        whole = {
+            "dataset": {"train": "s3://bucket/train.jsonl"},
+            "model": model,
+            "training": {"mixedPrecision": precision},
+        }
+        return [one.code for one in check(FineTuneJobSpec.model_validate({**whole, **groups}))]
+
+    full, spectrum, four = {"type": "full"}, {"type": "spectrum"}, {"quantization": {"bits": 4}}
+    deepspeed = {"distributed": {"strategy": "deepspeed"}, "resources": TWO}
+    assert found("float16", "fp16", method=full) == found("float16", "fp16", method=spectrum) == ["HalfWeights"]
+    assert found("float16", "bf16", method=full) == found("float32", "fp16", method=full) == []
+    assert found("float16", "fp16", method=full, **deepspeed) == []
+    assert found("float16", "fp16", method=spectrum, model=four) == found("float16", "fp16") == []

@@ -1,0 +1,53 @@
+"""The model that a preference objective compares with is the policy as it begins, to the last bit of the loss."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.learning import go
+from tests.support.preferences import JUDGED, PAIRS, PROMPTS, user
+from tests.support.tiny import make_tiny_model
+
+METHODS: dict[str, dict[str, Any]] = {
+    "spectrum on 4 bits": {"method": {"type": "spectrum"}, "model": {"quantization": {"bits": 4}}},
+    "spectrum": {"method": {"type": "spectrum"}},
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "raw")
+
+
+@pytest.fixture(autouse=True)
+def one_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some CPUs multiply 4-bit weights in another order where nothing is trained: the difference would be theirs."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_first_preference_loss_is_that_of_equals(method: str, model: Path, tmp_path: Path) -> None:
+    spec = {**METHODS[method], "trainer": {"type": "dpo"}, "training": {"maxSteps": 1}}
+    assert go(tmp_path, model, spec, PAIRS).losses == [pytest.approx(math.log(2), abs=2e-6)]
+
+
+def test_the_first_judged_loss_is_that_of_equals(model: Path, tmp_path: Path) -> None:
+    spec = {**METHODS["spectrum on 4 bits"], "trainer": {"type": "kto"}, "training": {"maxSteps": 1}}
+    assert go(tmp_path, model, spec, JUDGED).losses == [pytest.approx(0.5, abs=2e-6)]
+
+
+@pytest.mark.parametrize("method", ["spectrum on 4 bits", "new tokens"])
+def test_rewarded_answers_begin_at_their_own_start(method: str, model: Path, tmp_path: Path) -> None:
+    """The distance to the reference is logged; a reference without the new row could not even read the prompts."""
+    grown = {"method": {"type": "full"}, "model": {"newTokens": ["<a>"]}}
+    rewarded = {
+        "type": "grpo", "maxCompletionLength": 6, "grpo": {"numGenerations": 2, "beta": 0.1},
+        "rewards": [{"builtin": "regex", "parameters": {"pattern": "e"}}],
+    }  # fmt: skip
+    spec = {**METHODS.get(method, grown), "trainer": rewarded, "training": {"maxSteps": 1}}
+    rows = [{**row, "prompt": [user("<a> one")]} for row in PROMPTS] if method == "new tokens" else PROMPTS
+    assert [line["kl"] for line in go(tmp_path, model, spec, rows).logs if "kl" in line] == [pytest.approx(0, abs=2e-6)]
