@@ -24,6 +24,7 @@ from finetune_api.rules import Where
 from finetune_api.sources import ConfigMapSource, PvcSource, parse
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
+from finetune_api.status import Metrics, Stage
 
 from finetune_cli import output
 from finetune_cli.files import unwritable
@@ -329,7 +330,7 @@ def train(prepared: Prepared, python: str | None) -> int:
         process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
-        code = _watched(process, prepared, port)
+        code = _watched(process, prepared, port, last_words)
     return _ended(code, last_words, prepared)
 
 
@@ -352,13 +353,17 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def _watched(process: subprocess.Popen[bytes], prepared: Prepared, port: int) -> int:
-    """Show progress until the process ends. The first Ctrl-C lets it save, the second ends it at once."""
+def _watched(process: subprocess.Popen[bytes], prepared: Prepared, port: int, last_words: Path) -> int:
+    """Show progress until the process ends, and where it ended: the last steps may have come between two looks.
+
+    The first Ctrl-C lets it save, the second ends it at once.
+    """
     show = shown(prepared)
     interrupts = 0
     while True:
         try:
             code = process.wait(POLL_SECONDS)
+            show(_last_report(last_words))
             show(None)
             return code
         except subprocess.TimeoutExpired:
@@ -434,6 +439,16 @@ def _ended(code: int, last_words: Path, prepared: Prepared) -> int:
         output.errors([f"the trainer ended with exit code {code}", *_tail(prepared.log)])
     output.notes([f"log: {prepared.log}"])
     return output.JOB_FAILED
+
+
+def _last_report(path: Path) -> Report | None:
+    """The last words as a report, if they tell of steps."""
+    words = _words(path)
+    if words is None or words.progress is None or words.progress.step is None:
+        return None
+    stage = Stage.DONE if words.output else Stage.FAILED if words.code else Stage.STOPPING
+    progress = words.progress.model_copy(update={"eta": None})
+    return Report(attempt=1, uid="", stage=stage, progress=progress, metrics=words.metrics or Metrics())
 
 
 def _words(path: Path) -> LastWords | None:
