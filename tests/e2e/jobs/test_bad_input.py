@@ -124,7 +124,7 @@ def test_it_fails_by_name_before_training(failing: Room, name: str) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_no_retry_is_spent_on_it(failing: Room, name: str) -> None:
     status = failing.end(name, Phase.FAILED)
-    assert not status.restarts
+    assert not status.restarts, status.attempts
     (pod,) = failing.pods(name)
     (state,) = pod["status"]["containerStatuses"]
     assert state["state"]["terminated"]["exitCode"] == CASES[name](failing.site).exit_code
