@@ -73,8 +73,13 @@ def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path
     assert outcome.losses[0] > 1.5 * bound
     assert outcome.losses[-1] < bound
     assert outcome.folder is not None
-    if bound == 0.1:
-        tuned = load_tuned(outcome, model)
+    tuned = load_tuned(outcome, model)
+    if bound > 0.1:  # too small to answer right: what is loaded says what was trained
+        ids = torch.arange(5, 25).unsqueeze(0)
+        with torch.no_grad():
+            assert torch.allclose(tuned.eval()(ids).logits, outcome.model.eval()(ids).logits, atol=1e-5)
+        assert answer(tuned, outcome.folder, "Who?")
+    else:
         for row in TEN[:3]:
             question, reply = (turn["content"] for turn in row["messages"])
             assert answer(tuned, outcome.folder, question) == f"{reply}<|im_end|>"
