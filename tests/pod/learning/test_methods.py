@@ -35,6 +35,7 @@ LEARNERS = {
     "dora": ({"method": {"type": "dora", **NO_DROPOUT}, "training": {"learningRate": 1e-2}}, 0.1),
     "ia3": ({"method": {"type": "ia3"}, "training": {"learningRate": 0.3}}, 0.1),
     "spectrum": ({"method": {"type": "spectrum"}}, 0.1),
+    "eva": ({"method": {"lora": {"dropout": 0, "init": "eva", "rank": 8}}}, 0.1),
     "prefixTuning": ({"method": {"type": "prefixTuning"}, "training": {"learningRate": 0.1}}, 1.1),
     "promptTuning": ({"method": {"type": "promptTuning"}, "training": {"learningRate": 0.1}}, 1.3),
 }
