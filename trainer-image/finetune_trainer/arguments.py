@@ -61,7 +61,7 @@ def common(run: RunConfig, inputs: Inputs, hardware: Hardware, plan: Plan, *, ev
     """
     training = run.spec.training
     tuned = Tuned.of(run, hardware)
-    plan.notes += [note for note in tuned.notes if note not in plan.notes]
+    plan.notes += [note for note in (*tuned.notes, *unread_warmup(run)) if note not in plan.notes]
     return {
         "output_dir": str(inputs.output_dir),
         "per_device_train_batch_size": training.batch_size_per_device or 4,
@@ -101,6 +101,18 @@ def common(run: RunConfig, inputs: Inputs, hardware: Hardware, plan: Plan, *, ev
 
 def _seed(run: RunConfig) -> int:
     return 42 if run.spec.training.seed is None else run.spec.training.seed
+
+
+def unread_warmup(run: RunConfig) -> list[str]:
+    """What to say of a warm-up that somebody wrote beside a schedule that has none. Optimizers without a schedule read it themselves."""
+    training = run.spec.training
+    if training.scheduler is not Scheduler.CONSTANT or (training.optimizer or "").startswith("schedule_free_"):
+        return []
+    written = {"training.warmupSteps": training.warmup_steps, "training.warmupRatio": training.warmup_ratio}
+    return [
+        f"{path} {value:g} has no effect with training.scheduler constant: constantWithWarmup warms up"
+        for path, value in written.items() if value and path not in run.defaults
+    ]  # fmt: skip
 
 
 def _warmup(run: RunConfig) -> float | int:
