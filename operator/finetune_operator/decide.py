@@ -10,7 +10,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from finetune_api.names import Condition, ExitCode, FailureClass, Reason, attempt_job_name
-from finetune_api.pod import LastWords
+from finetune_api.pod import LastWords, Report
 from finetune_api.status import Checkpoint, Failure
 
 from finetune_operator.facts import Facts
@@ -146,9 +146,8 @@ def _condemn(facts: Facts) -> Condemned | None:
     gone = clock.lost(facts.live, facts.config.lost_node_seconds, facts.now)
     if gone:
         return Condemned(Reason.NODE_LOST, f"pod {gone[0].name} does not end: node {gone[0].node or 'unknown'} is lost")
-    heard = facts.speaking
-    spoke = heard.time if heard else _silent_since(facts)
-    late = clock.stalled(facts.spec, heard.report if heard else None, spoke, facts.live, facts.now)
+    report, spoke = _last_heard(facts)
+    late = clock.stalled(facts.spec, report, spoke, facts.live, facts.now)
     return Condemned(Reason.STALLED, late) if late else None
 
 
@@ -307,9 +306,14 @@ def start_of_waiting(facts: Facts) -> datetime | None:
 
 
 def _stall_time(facts: Facts) -> datetime | None:
+    report, spoke = _last_heard(facts)
+    return _later(spoke, clock.stall_limit(facts.spec, report) + 1) if spoke else None
+
+
+def _last_heard(facts: Facts) -> tuple[Report | None, datetime | None]:
+    """What the attempt's pods said last, if this operator heard it, and when they spoke."""
     heard = facts.speaking
-    spoke = heard.time if heard else _silent_since(facts)
-    return _later(spoke, clock.stall_limit(facts.spec, heard.report if heard else None) + 1) if spoke else None
+    return (heard.report, heard.time) if heard else (None, _silent_since(facts))
 
 
 def _silent_since(facts: Facts) -> datetime | None:

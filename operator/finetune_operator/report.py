@@ -24,7 +24,7 @@ from finetune_api.status import (
     Workers,
 )
 
-from finetune_operator.decide import start_of_waiting
+from finetune_operator.decide import START_TIMEOUT, start_of_waiting
 from finetune_operator.facts import Facts
 from finetune_operator.plan import Acted, Ending, Finish, Outcome, Plan, Situation
 from finetune_operator.policies import clock
@@ -562,7 +562,7 @@ def _stalled(view: View) -> Condition | None:
             return _condition(Kind.STALLED, "True", plan.finish.reason, _why(plan.finish))
         return None
     begin = start_of_waiting(facts)
-    limit = facts.spec.policy.start_timeout_seconds or 1800
+    limit = facts.spec.policy.start_timeout_seconds or START_TIMEOUT
     late = begin is not None and clock.seconds(begin, facts.now) >= limit
     starting = plan.situation in (Situation.STARTING, Situation.BLOCKED) and view.waiting is not None
     running = plan.situation is Situation.ACTIVE and plan.condemn is None and not view.queued

@@ -77,8 +77,8 @@ class Runtime:
         self._stopping = False
         self._told_to_end = asyncio.Event()
         self._version = 0
-        self._resyncing = asyncio.Lock()
         """Of the world that the last full lists showed."""
+        self._resyncing = asyncio.Lock()
         self._heard_at = asyncio.get_running_loop().time()
         self._server = Server(config.http, metrics, healthy=self._healthy, ready=self._ready, refresh=self._refresh)
 

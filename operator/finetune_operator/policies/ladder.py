@@ -49,11 +49,8 @@ class Exhausted:
 
 def adapted(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> FineTuneJobSpec:
     """The resolved spec with every adaptation applied, the later over the earlier."""
-    values = {
-        path: found for path, found in adapted_values(adaptations).items() if path not in (MAX_STEP, FIRST_ATTEMPT)
-    }
     try:
-        return spec.with_values(values)
+        return spec.with_values(_of_spec(adaptations))
     except ValidationError as error:
         # Only somebody who edits the status can bring this about; the job goes on as it was written.
         logger.warning("the adaptations in status cannot be applied and are ignored: %s", error)
@@ -62,7 +59,14 @@ def adapted(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> FineTun
 
 def before(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> dict[str, Any]:
     """What the resolved spec says at the paths of it that adaptations have changed."""
-    return {path: spec.value(path) for path in adapted_values(adaptations) if path not in (MAX_STEP, FIRST_ATTEMPT)}
+    return {path: spec.value(path) for path in _of_spec(adaptations)}
+
+
+def _of_spec(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
+    """Values that now hold, of those that are the spec's."""
+    return {
+        path: found for path, found in adapted_values(adaptations).items() if path not in (MAX_STEP, FIRST_ATTEMPT)
+    }
 
 
 def adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
@@ -92,16 +96,16 @@ def after_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | Exhausted
 
 def _rungs(spec: FineTuneJobSpec, batch: int, accumulation: int) -> Iterator[dict[str, Any]]:
     """What could be changed next, the best first. An evaluation never takes larger batches than training then does."""
-    rows = spec.evaluation.batch_size_per_device
-    looks = rows is not None and (evaluates(spec) or has_test(spec))
+    looks = evaluates(spec) or has_test(spec)
+    rows = (spec.evaluation.batch_size_per_device or 0) if looks else 0
     smaller = next((part for part in range(batch // 2, smallest_batch(spec) - 1, -1) if batch % part == 0), 0)
     more = accumulation * (batch // smaller) if smaller else 0
     if 0 < more <= MAX_ACCUMULATION:
         values: dict[str, Any] = {BATCH: smaller, ACCUMULATION: more}
-        if looks and rows is not None and rows > smaller:
+        if rows > smaller:
             yield values | {EVALUATION_BATCH: smaller}
         yield values
-    if looks and rows is not None and rows > batch:
+    if rows > batch:
         yield {EVALUATION_BATCH: batch}
     if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED:
         yield {CHECKPOINTING: GradientCheckpointing.ENABLED.value}
