@@ -238,7 +238,8 @@ def commit(tree: Tree, folder: Path, step: int, attempt: int = 1) -> Manifest:
 
 
 def begin(tree: Tree, attempt: int) -> None:
-    tree.store.put(f"run/attempt-{attempt}/run.json", b"{}")
+    tree.begin(attempt, b"{}")
+    assert tree.store.get(f"run/attempt-{attempt}/run.json") == b"{}"
 
 
 def test_an_attempt_that_lives_on_out_of_reach_gives_way_to_the_next(two: Tree, tmp_path: Path) -> None:

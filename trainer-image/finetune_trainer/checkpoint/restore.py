@@ -63,10 +63,13 @@ def restore(
     Errors: NoCheckpointError `NoLoadableCheckpoint` if there was progress and nothing loads; ConfigError
     `CheckpointIncompatible` if the newest whole checkpoint is of another run, naming the difference.
     """
-    own = tree.committed()
+    own, unreadable = tree.survey()
     result = Restored(passed=own)
-    candidates = [one for one in own if resume.max_step is None or (one.step or 0) <= resume.max_step]
-    unreadable = [step for step in tree.unreadable() if resume.max_step is None or step <= resume.max_step]
+    if resume.max_step is None:
+        candidates = own
+    else:
+        candidates = [one for one in own if (one.step or 0) <= resume.max_step]
+        unreadable = [step for step in unreadable if step <= resume.max_step]
     result.damaged += [f"{tree.uri(join(base_of(step), Storage.COMMITTED))} is damaged" for step in unreadable]
     if resume.mode not in ("auto", "never") and not candidates and not unreadable:
         return _restore_named(resume.mode, facts, target, tree, wanted, count, result)
@@ -167,7 +170,8 @@ def fetch_verified(
         )
     target.mkdir(parents=True, exist_ok=True)
     entries = [entry for entry in manifest.files if wanted(entry.path)]
-    small, large = [[one for one in entries if (one.size > LARGE) is is_large] for is_large in (False, True)]
+    large = [entry for entry in entries if entry.size > LARGE]
+    small = [entry for entry in entries if entry.size <= LARGE]
     with ThreadPoolExecutor(THREADS) as pool:
         problems = [problem for problem in pool.map(fetch, small) if problem]
     # One after another: each is read in many ranges at once, which are held in memory.

@@ -8,7 +8,6 @@ is read, and one that names our manifest is our success, one that names another'
 from __future__ import annotations
 
 import logging
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,6 +30,8 @@ from finetune_trainer.storage.base import Counter, Created, Stat, Store, join
 
 log = logging.getLogger(__name__)
 PARTS = ".parts"
+ATTEMPT = "attempt-"
+"""Before the number in the folders below `run/`."""
 PART_POLL_SECONDS = 0.2
 MARKER_LOOKS = 10
 """How often a marker is asked for that is there and cannot be read yet: some stores show what was written a moment later."""
@@ -76,6 +77,10 @@ class Tree:
 
     def committed(self) -> list[Committed]:
         """Every committed checkpoint, newest first. Folders without a marker are not seen."""
+        return self.survey()[0]
+
+    def survey(self) -> tuple[list[Committed], list[int]]:
+        """Every committed checkpoint, and the steps whose marker says nothing: they were committed and are damaged. Newest first."""
         marked: dict[int, bool] = {}
         for stat in self.store.list(f"{Storage.CHECKPOINTS}/"):
             _, folder, *rest = stat.key.split("/")
@@ -86,19 +91,15 @@ class Tree:
                 marked.setdefault(step, False)
             elif rest[0] == Storage.HEALTHY:
                 marked[step] = True
-        found = (self.marker(step, healthy) for step, healthy in sorted(marked.items(), reverse=True))
-        return [one for one in found if one is not None]
-
-    def unreadable(self) -> list[int]:
-        """Steps whose marker is there and says nothing, newest first: they were committed and are damaged."""
-        steps = []
-        for stat in self.store.list(f"{Storage.CHECKPOINTS}/"):
-            step = step_of(stat.key.split("/")[1])
-            if step is not None and stat.key == join(base_of(step), Storage.COMMITTED):
-                data = self.store.get(stat.key)
-                if data is not None and Marker.parse(data) is None:
-                    steps.append(step)
-        return sorted(steps, reverse=True)
+        found, damaged = [], []
+        for step, healthy in sorted(marked.items(), reverse=True):
+            data = self.store.get(join(base_of(step), Storage.COMMITTED))
+            marker = Marker.parse(data) if data is not None else None
+            if marker is not None:
+                found.append(Committed(step, marker, healthy))
+            elif data is not None:
+                damaged.append(step)
+        return found, damaged
 
     def marker(self, step: int | None, healthy: bool = False) -> Committed | None:
         """The committed checkpoint of a step (None: the final model), if there is one."""
@@ -190,10 +191,15 @@ class Tree:
             log.warning("what the pods told each other about %s stays: %s", base, error)
         return marker
 
+    def begin(self, attempt: int, run: bytes) -> None:
+        """Tell what an attempt was told; from now on no earlier one commits anything."""
+        self.store.put(join(Storage.RUN, f"{ATTEMPT}{attempt}", "run.json"), run)
+
     def superseded(self, attempt: int) -> bool:
-        """Whether a later attempt has begun: it is told of below `run/` before it sweeps or writes anything else."""
-        found = (re.match(rf"{Storage.RUN}/attempt-(\d+)/", stat.key) for stat in self.store.list(f"{Storage.RUN}/attempt-"))
-        return any(one is not None and int(one[1]) > attempt for one in found)
+        """Whether a later attempt has begun: it says so before it sweeps or writes anything else."""
+        folders = (stat.key.split("/")[1] for stat in self.store.list(f"{Storage.RUN}/{ATTEMPT}"))
+        numbers = (folder.removeprefix(ATTEMPT) for folder in folders)
+        return any(number.isdecimal() and int(number) > attempt for number in numbers)
 
     def _take_back(self, base: str, marker: Marker) -> None:
         """Remove our marker, whose data is gone. Whoever replaced it keeps his."""

@@ -162,6 +162,11 @@ class Board:
         with self._lock:
             return None if self._step_time is None else time.monotonic() - self._step_time
 
+    def seconds_since_sign(self) -> float | None:
+        """Since something moved, None if nothing did yet."""
+        with self._lock:
+            return None if self._sign_time is None else time.monotonic() - self._sign_time
+
     def median_step(self) -> float | None:
         """Median seconds of recent steps."""
         with self._lock:
@@ -182,7 +187,8 @@ class Board:
             }
             newest = self.checkpoints
             since, median = self.seconds_since_step(), self.median_step()
-            quiet = None if since is None or self._sign_time is None else min(since, now - self._sign_time)
+            sign = self.seconds_since_sign()
+            quiet = None if since is None or sign is None else min(since, sign)
             return Report(
                 attempt=self._run.attempt if self._run else 1,
                 uid=self._run.uid if self._run else "",

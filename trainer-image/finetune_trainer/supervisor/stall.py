@@ -30,11 +30,11 @@ class StallWatch:
 
     def __init__(self, board: Board, timeout: float | None) -> None:
         self._board, self._timeout = board, timeout
-        self._last = time.monotonic()
+        self._began = time.monotonic()
 
     def sign_of_life(self) -> None:
         """Something moved."""
-        self._last = time.monotonic()
+        self._board.alive()
 
     def allowed(self) -> float:
         """Seconds without a sign of life that are allowed now."""
@@ -46,7 +46,8 @@ class StallWatch:
         """The failure, if the run stalls."""
         if self._board.current_stage not in WATCHED or (self._timeout is None and self._board.median_step() is None):
             return None
-        silent = time.monotonic() - self._last
+        since = self._board.seconds_since_sign()
+        silent = time.monotonic() - self._began if since is None else since
         if silent <= self.allowed():
             return None
         return PeerError(

@@ -188,7 +188,7 @@ class Supervisor:
                 return
             inputs, facts = preparation.fetch()
             if self.settings.node_rank == 0:
-                self._put_run()  # before anything is swept: from now on an older attempt that still lives commits nothing
+                self._tree.begin(self._run.attempt, self._run.to_bytes())  # before anything is swept
                 self._sweep(self._tree)
             found = preparation.restore(self._tree, facts)
             self.facts.start_step = found.step
@@ -239,11 +239,6 @@ class Supervisor:
             uploader.pass_over([*found.passed, *([unreadable] if unreadable else [])])
         self._uploader = uploader
 
-    def _put_run(self) -> None:
-        assert self._tree is not None and self._run is not None
-        key = join(Storage.RUN, f"attempt-{self._run.attempt}", "run.json")
-        self._tree.store.put(key, self._run.to_bytes())
-
     def _hand_over(self, inputs: Inputs) -> None:
         self.board.stage(Stage.LOADING)
         inputs.write(self.settings.work)
@@ -254,7 +249,6 @@ class Supervisor:
         kind, local = message.get("kind"), message.get("localRank") == 0
         if self._stall is not None and kind in ("heartbeat", "alive", "stage", "staged", "log"):
             self._stall.sign_of_life()
-            self.board.alive()
         match kind:
             case "heartbeat":
                 if local:
