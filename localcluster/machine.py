@@ -136,23 +136,36 @@ def inner_pid(pid: int) -> int | None:
 
 
 def take_lock(folder: Path) -> TextIO:
-    """The machine's lock. ClusterBusy, naming the cluster that holds it, if it is held."""
+    """The machine's lock. ClusterBusy, naming the cluster that holds it, if another folder's cluster does.
+
+    What this folder's own cluster still holds is waited for (the caller has ended it): a process that is ending can no
+    longer be told whose it is, since its memory is gone before its files are.
+    """
     lock = LOCK.open("a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip()
+        processes.wait_until(f"the end of the cluster in {folder}", lambda: _taken(lock, folder), servers=[], timeout=20)
+    except BaseException:
         lock.close()
-        raise ClusterBusy(
-            f"a cluster with nodes is up already, one per machine is possible: end it with "
-            f"`localcluster down --state {holder}`"
-        ) from None
+        raise
     lock.truncate(0)
     lock.write(f"{folder}\n")
     lock.flush()
     os.set_inheritable(lock.fileno(), True)
     return lock
+
+
+def _taken(lock: TextIO, folder: Path) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        if (holder := lock.read().strip()) == str(folder):
+            return False
+        raise ClusterBusy(
+            f"a cluster with nodes is up already, one per machine is possible: end it with "
+            f"`localcluster down --state {holder}`"
+        ) from None
+    return True
 
 
 def clean_machine() -> None:

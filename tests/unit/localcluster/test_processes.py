@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from localcluster import processes
-from localcluster.errors import StartFailed
+from localcluster import machine, processes
+from localcluster.errors import ClusterBusy, StartFailed
 from localcluster.processes import Lifetime
 
 
@@ -76,3 +76,20 @@ def test_the_dead_were_not_born() -> None:
     _until(lambda: processes.born(child.pid) is None)  # a zombie until it is waited for
     child.wait()
     assert processes.born(os.getpid()) is not None
+
+
+def test_the_lock_of_a_cluster_that_is_ending_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "LOCK", tmp_path / "machine.lock")
+    ending = machine.take_lock(tmp_path / "own")
+    looks: list[float] = []
+
+    def end(seconds: float) -> None:
+        looks.append(seconds)
+        ending.close()
+
+    monkeypatch.setattr(processes.time, "sleep", end)
+    with machine.take_lock(tmp_path / "own"):
+        assert len(looks) == 1
+        with pytest.raises(ClusterBusy, match=f"`localcluster down --state {tmp_path}/own`"):
+            machine.take_lock(tmp_path / "other")
+        assert (tmp_path / "machine.lock").read_text() == f"{tmp_path}/own\n"
