@@ -266,7 +266,9 @@ class Reason(StrEnum):
     UNKNOWN_NODE_POOL = "UnknownNodePool"
     """`resources.nodePool` names no pool of the operator's configuration."""
     POOL_TOO_SMALL = "PoolTooSmall"
-    """More GPUs a node, or another resource, were asked for than the pool's nodes have."""
+    """More GPUs a node, or more nodes, were asked for than the pool has."""
+    POOL_LACKS_RESOURCE = "PoolLacksResource"
+    """`resources.gpuResource` is not what the nodes of the pool have."""
     STORAGE_NOT_CONFIGURED = "StorageNotConfigured"
     """Neither the spec nor the operator's configuration names a storage uri."""
     # Waiting

@@ -5,7 +5,20 @@ trainer before its first step.
 """
 
 # ruff: noqa: I001  the order of these imports is the order in which problems are told
-from finetune_api.rules.base import RULES, Found, Problem, Rule, Where, as_written, check, paths, refuse, require, rule
+from finetune_api.rules.base import (
+    RULES,
+    Found,
+    Problem,
+    Rule,
+    Where,
+    added,
+    as_written,
+    check,
+    paths,
+    refuse,
+    require,
+    rule,
+)
 from finetune_api.rules.facts import (
     BASE_CHANGING,
     HEADS,
@@ -62,6 +75,7 @@ __all__ = [
     "Rule",
     "SMOOTHED",
     "Where",
+    "added",
     "as_written",
     "base_bits",
     "check",

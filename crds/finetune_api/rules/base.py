@@ -69,6 +69,12 @@ def check(spec: FineTuneJobSpec, *, where: Where = Where.CLUSTER) -> list[Proble
     return [Problem(path, one.code, message, hint) for one in RULES for path, message, hint in one.find(spec, where)]
 
 
+def added(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Problem]:
+    """What `after` breaks and `before` did not: nobody is refused for what he wrote and what was accepted."""
+    known = {(problem.code, problem.path) for problem in check(before)}
+    return [problem for problem in check(after) if (problem.code, problem.path) not in known]
+
+
 def as_written(spec: FineTuneJobSpec, filled: Iterable[str]) -> FineTuneJobSpec:
     """A resolved spec without what was filled in (wire paths), as rules want to see it."""
     value = spec.wire()

@@ -149,7 +149,7 @@ def _pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Refused |
     if gpus and wanted.gpu_resource is not None and wanted.gpu_resource != pool.gpu_resource:
         message = f"spec.resources.gpuResource is {wanted.gpu_resource}, and nodes of pool {pool.name} have {pool.gpu_resource}"
         hint = "remove gpuResource, or name a pool that has it"
-        return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_pools(config)}", hint, final=False)
+        return Refused(Reason.POOL_LACKS_RESOURCE, f"{message}; {_pools(config)}", hint, final=False)
     if gpus > pool.gpus_per_node:
         message = f"spec.resources.gpusPerNode is {gpus}, and a node of pool {pool.name} has {pool.gpus_per_node}"
         return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_pools(config)}", "ask for fewer, or use more nodes", False)

@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from finetune_api.names import Reason, attempt_of_uri
-from finetune_api.rules import check, evaluates, has_test, smallest_batch
+from finetune_api.rules import added, evaluates, has_test, smallest_batch
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import GradientCheckpointing, OnDivergence, OnOutOfMemory
 from finetune_api.status import Adaptation, Checkpoint
@@ -84,7 +84,7 @@ def after_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | Exhausted
     if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
         return Exhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
     for values in _rungs(spec, batch, accumulation):
-        if _allowed(spec, values):
+        if not added(spec, spec.with_values(values)):  # nobody is to be refused for what we wrote
             change = ", ".join(f"{_shown(path)} {spec.value(path)} -> {value}" for path, value in values.items())
             return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set=values)
     return Exhausted(
@@ -109,12 +109,6 @@ def _rungs(spec: FineTuneJobSpec, batch: int, accumulation: int) -> Iterator[dic
         yield {EVALUATION_BATCH: batch}
     if spec.training.gradient_checkpointing is GradientCheckpointing.DISABLED:
         yield {CHECKPOINTING: GradientCheckpointing.ENABLED.value}
-
-
-def _allowed(spec: FineTuneJobSpec, values: dict[str, Any]) -> bool:
-    """Whether the spec breaks no further rule with them: nobody is to be refused for what we wrote."""
-    known = {problem.code for problem in check(spec)}
-    return {problem.code for problem in check(spec.with_values(values))} <= known
 
 
 def _shown(path: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from finetune_api.rules import RULES, Where, check
+from finetune_api.rules import RULES, Where, added, check
 from finetune_api.spec import FineTuneJobSpec
 
 MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
@@ -472,3 +472,11 @@ def test_all_problems_are_told_at_once() -> None:
     )
     assert [problem.path for problem in found] == ["model.source", "trainer.rewards", "dataset.split"]
     assert found[-1].message == "train 0.9 + test 0.2 = 1.1, and the parts must sum to 1"
+
+
+def test_only_what_a_change_breaks_is_added() -> None:
+    before = spec({"method": {"type": "full", "promptLength": 4}})
+    after = before.with_values({"method.lora": {"rank": 4}})
+    assert [one.path for one in check(before)] == ["method.promptLength"]
+    assert [one.path for one in added(before, after)] == ["method.lora"]
+    assert added(after, before) == []

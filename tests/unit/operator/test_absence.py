@@ -150,7 +150,7 @@ def test_the_time_before_a_resume_is_no_waiting() -> None:
 
 def test_a_pool_whose_nodes_lack_the_resource_is_refused_with_the_pools() -> None:
     found = accept(spec(resources={"gpusPerNode": 2, "nodePool": "h100", "gpuResource": "amd.com/gpu"}), CONFIG)
-    assert isinstance(found, Refused) and found.reason is Reason.POOL_TOO_SMALL
+    assert isinstance(found, Refused) and found.reason is Reason.POOL_LACKS_RESOURCE
     assert (
         "amd.com/gpu, and nodes of pool h100 have nvidia.com/gpu; pools are: h100 (8 x nvidia.com/gpu" in found.message
     )

@@ -19,7 +19,7 @@ from typing import Any
 from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
-from finetune_api.rules import Problem, as_written, check
+from finetune_api.rules import added, as_written
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.common import ConfigMapKeyRef
 from pydantic import ValidationError
@@ -195,12 +195,10 @@ class Comparison:
             raise ConfigError(
                 "ConfigFileInvalid", f"{file} holds what the API does not allow: {told}", hint="write a value that fits"
             ) from None
-        known = _problems(as_written(self.run.spec, self._filled()))
-        for at, problem in _problems(spec).items():
-            if at not in known:
-                raise ConfigError(
-                    problem.code, f"{problem.path}, with the values of {file}: {problem.message}", hint=problem.hint
-                )
+        for problem in added(as_written(self.run.spec, self._filled()), spec):
+            raise ConfigError(
+                problem.code, f"{problem.path}, with the values of {file}: {problem.message}", hint=problem.hint
+            )
 
     def with_file(self) -> FineTuneJobSpec:
         """The spec as if the user had written the file's values into it. Errors: pydantic's ValidationError."""
@@ -209,15 +207,11 @@ class Comparison:
     def allowed(self, values: Mapping[str, Any]) -> bool:
         """Whether other values at some paths break no rule that the file's own keep. Errors: pydantic's ValidationError."""
         spec = self.with_file()
-        return _problems(spec.with_values(values)).keys() <= _problems(spec).keys()
+        return not added(spec, spec.with_values(values))
 
     def _filled(self) -> list[str]:
         """Defaults, without those that the operator has changed since."""
         return [path for path in self.run.defaults if path not in (self.run.before_adaptation or {})]
-
-
-def _problems(spec: FineTuneJobSpec) -> dict[tuple[str, str], Problem]:
-    return {(problem.code, problem.path): problem for problem in check(spec)}
 
 
 def _equal(left: Any, right: Any) -> bool:

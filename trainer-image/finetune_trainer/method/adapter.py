@@ -25,7 +25,7 @@ from finetune_trainer.method.lora import show_bias
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
-BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """How PEFT's words begin for starts that change the base again whenever such an adapter is added."""
 
 
@@ -89,7 +89,7 @@ def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str 
     if not keeps_start(run.spec):
         return
     why = f"its biases ({bias}) have no second copy" if bias != "none" else ""
-    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING):
+    if isinstance(init, str) and init.lower().startswith(CHANGED_BASE):
         why = f"its init {init} changes the base again for the second copy"
     if why:
         raise ConfigError(
