@@ -65,6 +65,8 @@ class Env(StrEnum):
     """Uid of this pod; rank 0's first eight hex digits are part of the incarnation's name in storage."""
     NODE_NAME = "FINETUNE_NODE_NAME"
     """Name of the node, for failure reports."""
+    DISK_LIMIT = "FINETUNE_DISK_LIMIT_BYTES"
+    """How much the pod may have on its disk, in bytes (its limit of ephemeral storage); absent in local runs."""
     RUN_FILE = "FINETUNE_RUN_FILE"
     """Path of the run configuration; default `/etc/finetune/run.json`."""
     WORK_DIR = "FINETUNE_WORK_DIR"

@@ -1,4 +1,4 @@
-"""A pod whose disk is full: a real file system of a fixed size, and the real training on it."""
+"""A pod whose disk is full, by a real file system of a fixed size or by its own limit, and the real training on it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from finetune_api.names import Env
 from finetune_api.pod import Resume
 from finetune_trainer.checkpoint.rank import DISK_RESERVE
 from pod_buckets import Bucket
@@ -17,19 +18,24 @@ from stories import committed, spec_of, story, traced, undisturbed
 from localcluster.s3 import S3Endpoint
 
 SIZE = 4 * DISK_RESERVE
-"""Bytes of the file system."""
+"""Bytes that the disk has."""
 
 
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """Where a pod's work lies: a file system of its own."""
+@pytest.fixture(params=["file system", "limit"])
+def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, str]]]:
+    """Where a pod's work lies, and its environment: a file system of its own, or a limit on a larger one."""
+    if request.param == "limit":
+        place = tmp_path / "one" / "work"
+        place.mkdir(parents=True)
+        yield place, {Env.DISK_LIMIT: str(SIZE)}
+        return
     if os.geteuid() != 0:
         pytest.skip("a file system is mounted, which takes root")
     place = tmp_path / "one" / "work"
     place.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)], check=True)
     try:
-        yield place
+        yield place, {}
     finally:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
@@ -37,16 +43,19 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @pytest.mark.faults
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_full_disk_costs_checkpoints_and_no_training(
-    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, disk: Path, tmp_path: Path,
+    s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, disk: tuple[Path, dict[str, str]], tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, processes: int,
 ) -> None:  # fmt: skip
     """Two checkpoints find no room and are skipped; with room again the next one is committed, and a resumed run equals an undisturbed one."""
     whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", processes, "windows")
     spec = spec_of(model, rows, "lora", "windows")
-    filler = disk / "filler"
+    place, limit = disk
+    filler = place / "filler"
     filler.write_bytes(bytes(SIZE - DISK_RESERVE))
-    with traced(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket, hold="forward:19") as pod:
-        pod.wait_until((disk / "held").exists)
+    small = traced(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket, hold="forward:19")
+    small.env |= limit
+    with small as pod:
+        pod.wait_until((place / "held").exists)
         report = pod.report()
         assert report is not None and report.progress is not None
         assert (report.progress.step, committed(bucket)) == (18, [])

@@ -233,6 +233,7 @@ def _env(run: RunConfig, digest: str, config: OperatorConfig) -> list[Object]:
         {"name": Env.POD_NAME.value, "valueFrom": _field("metadata.name")},
         {"name": Env.POD_UID.value, "valueFrom": _field("metadata.uid")},
         {"name": Env.NODE_NAME.value, "valueFrom": _field("spec.nodeName")},
+        {"name": Env.DISK_LIMIT.value, "valueFrom": {"resourceFieldRef": {"resource": "limits.ephemeral-storage"}}},
         *_credentials(spec.storage.credentials_secret_ref, ""),
         *_credentials(_secret(spec.model.storage), names.MODEL_CREDENTIALS_PREFIX),
         *_credentials(_secret(spec.dataset.storage), names.DATASET_CREDENTIALS_PREFIX),

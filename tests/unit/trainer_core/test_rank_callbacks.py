@@ -196,7 +196,7 @@ def test_without_anything_due_at_the_epochs_end_it_stops_at_once(tmp_path: Path)
 
 
 def full(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(subject.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    monkeypatch.setattr(subject, "free_bytes", lambda work: free)
 
 
 def test_a_full_disk_skips_the_checkpoint_and_training_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

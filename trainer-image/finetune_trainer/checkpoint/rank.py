@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from transformers.trainer_utils import IntervalStrategy
 from finetune_trainer.channel import Channel
 from finetune_trainer.checkpoint.stop import Alone, Board, Gang, StopAgreement, Stopped
 from finetune_trainer.checkpoint.window import Window
+from finetune_trainer.disk import free_bytes
 from finetune_trainer.inputs import Inputs
 
 INCARNATION = "incarnation"
@@ -215,8 +215,7 @@ class Stager(TrainerCallback):
 
     def _has_room(self, args: TrainingArguments, model: Any) -> bool:
         """Whether every rank's disk can hold another checkpoint: all save, or none does."""
-        free = shutil.disk_usage(Path(str(args.output_dir)).parent).free
-        room = free > (self._bytes or _first_size(model)) + DISK_RESERVE
+        room = free_bytes(Path(str(args.output_dir)).parent) > (self._bytes or _first_size(model)) + DISK_RESERVE
         if self._channel.world_size == 1:
             return room
         flag = torch.tensor([int(room)], device=args.device)

@@ -32,9 +32,9 @@ from finetune_api.sources import (
     parse,
 )
 
+from finetune_trainer.disk import free_bytes
 from finetune_trainer.storage.base import CHUNK_BYTES, Counter, Stat
 from finetune_trainer.storage.errors import of_local_disk
-from finetune_trainer.storage.folder import free_bytes
 from finetune_trainer.storage.preflight import IMPATIENT
 from finetune_trainer.storage.s3 import S3Store
 
@@ -148,7 +148,7 @@ class Fetcher:
                 raise self._missing(
                     kind, path, str(source), "does not exist: there is no such object and none below it"
                 )
-            self._room(sum(stat.size for stat in found), target, path)
+            self._room(sum(stat.size for stat in found), path)
             root = "" if [stat.key for stat in found] == [source.key] else source.key
             jobs = [(stat, target / _inside(stat.key, root)) for stat in found]
             with ThreadPoolExecutor(THREADS) as pool:
@@ -191,7 +191,7 @@ class Fetcher:
         try:
             with urllib.request.urlopen(request, timeout=WEB_TIMEOUT_SECONDS) as answer, place.open("wb") as writer:
                 length = int(answer.headers.get("Content-Length") or 0)
-                self._room(length, target, path)
+                self._room(length, path)
                 while chunk := answer.read(CHUNK_BYTES):
                     writer.write(chunk)
                     if self.count:
@@ -257,11 +257,8 @@ class Fetcher:
             failure_class=kind.failure_class,
         )
 
-    def _room(self, size: int, target: Path, path: str) -> None:
-        parent = target
-        while not parent.exists():
-            parent = parent.parent
-        free = free_bytes(parent)
+    def _room(self, size: int, path: str) -> None:
+        free = free_bytes(self.work)
         if size + RESERVE_BYTES > free:
             raise ConfigError(
                 "LocalDiskTooSmall", f"{path} has {size / 1e9:.2f} GB, and the pod's disk has {free / 1e9:.2f} GB left",

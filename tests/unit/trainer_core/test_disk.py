@@ -1,0 +1,58 @@
+"""Room on the pod's disk is the smaller of two: the file system's and the pod's own limit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from finetune_api.errors import ConfigError
+from finetune_api.names import Env
+from finetune_trainer.disk import free_bytes
+from finetune_trainer.storage import fetch
+from finetune_trainer.storage.fetch import RESERVE_BYTES, Fetcher
+
+MIB = 1024 * 1024
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A work folder with 3 MiB in two folders, one of them under two names."""
+    folder = tmp_path / "work"
+    (folder / "output").mkdir(parents=True)
+    (folder / "one").write_bytes(b"1" * MIB)
+    (folder / "output" / "two").write_bytes(b"2" * 2 * MIB)
+    (folder / "output" / "again").hardlink_to(folder / "output" / "two")
+    return folder
+
+
+def test_what_lies_there_counts_against_the_limit_once(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(Env.DISK_LIMIT, str(8 * MIB))
+    assert free_bytes(work) == 5 * MIB
+    monkeypatch.setenv(Env.DISK_LIMIT, str(2 * MIB))
+    assert free_bytes(work) == -MIB
+
+
+def test_a_fuller_file_system_counts(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9 * MIB, 8 * MIB, MIB))  # type: ignore[attr-defined]
+    monkeypatch.setenv(Env.DISK_LIMIT, str(8 * MIB))
+    assert free_bytes(work) == MIB
+
+
+def test_without_a_limit_only_the_file_system_counts(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(Env.DISK_LIMIT, raising=False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9 * MIB, 8 * MIB, MIB))  # type: ignore[attr-defined]
+    assert free_bytes(work) == MIB
+
+
+def test_a_folder_that_is_not_there_yet_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(Env.DISK_LIMIT, str(MIB))
+    assert free_bytes(tmp_path / "no" / "such" / "folder") == MIB
+
+
+def test_a_download_beyond_the_limit_is_refused_before_it(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "free_bytes", lambda place: 5_000_000_000 + RESERVE_BYTES if place == work else 0)
+    fetcher = Fetcher(None, work)  # type: ignore[arg-type] # the run is not asked
+    fetcher._room(5_000_000_000, "model.source")
+    with pytest.raises(ConfigError, match=r"model.source has 6\.00 GB, and the pod's disk has 5\.07 GB left"):
+        fetcher._room(6_000_000_000, "model.source")
