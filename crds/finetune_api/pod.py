@@ -22,7 +22,7 @@ from finetune_api.status import Checkpoint, Metrics, Output, Progress, Resolved,
 class StoreTarget(Wire):
     """A store, fully resolved: where, and how to connect. Credentials come by environment, never here."""
 
-    uri: str = Field(description="`s3://bucket/prefix`, `file:///path` or `pvc://claim/path`.")
+    uri: str = Field(description="`s3://bucket/prefix`, `file:///path` or `pvc://claim/path`; to read only, `https://host/path`.")
     endpoint: str | None = Field(default=None, description="URL of an S3-compatible store; absent: AWS.")
     region: str | None = Field(default=None, description="Region that requests are signed for.")
     addressing_style: AddressingStyle | None = Field(default=None, description="How the bucket stands in the URL.")

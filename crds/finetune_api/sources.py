@@ -17,6 +17,9 @@ _REVISION = re.compile(r"^[\w./-]+$")
 _BUCKET = re.compile(r"^[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]$")
 _OBJECT = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
 _KEY = re.compile(r"^[-._a-zA-Z0-9]+$")
+_INCARNATION = r"(/a\d+-[^/]{8})?$"
+_CHECKPOINT = re.compile(r"/checkpoints/step-\d{8,}" + _INCARNATION)
+_MODEL = re.compile(r"/model" + _INCARNATION)
 NOTATIONS = "org/name[@revision], hf://org/name, s3://bucket/key, pvc://claim/path, configmap://name/key, https://host/path or file:///path"
 
 
@@ -66,12 +69,26 @@ class ConfigMapSource:
 
 @dataclass(frozen=True)
 class HttpsSource:
-    """A file on a web server."""
+    """A file on a web server, or a checkpoint or model that a job committed and somebody serves there."""
 
     url: str
 
     def __str__(self) -> str:
         return self.url
+
+    @property
+    def committed(self) -> bool:
+        """Whether it names a checkpoint or a final model by its place in a job's tree: the only folders that can be read there."""
+        return bool(_CHECKPOINT.search(self._path) or _MODEL.search(self._path))
+
+    @property
+    def checkpoint(self) -> bool:
+        """Whether it names a checkpoint by its place in a job's tree."""
+        return bool(_CHECKPOINT.search(self._path))
+
+    @property
+    def _path(self) -> str:
+        return urlsplit(self.url).path.rstrip("/")
 
 
 @dataclass(frozen=True)
@@ -174,16 +191,21 @@ def _s3(rest: str, path: str, text: str) -> S3Source:
     return S3Source(bucket, key.strip("/"))
 
 
+def shown(text: str) -> str:
+    """A source as a message may show it: the query of a web address may be a signature, what stands before @ a password."""
+    if not re.match(r"\s*https?://", text, re.IGNORECASE):
+        return text
+    return re.sub(r"://[^/@]*@", "://", text.partition("?")[0].partition("#")[0])
+
+
 def _web(scheme: str, text: str, path: str) -> HttpsSource:
-    parts = urlsplit(text)
-    _demand(scheme == "https", path, text, "plain http can be changed on its way", "https" + text[len("http") :])
-    _demand(
-        bool(parts.hostname) and bool(parts.path.strip("/")),
-        path,
-        text,
-        "host and file are needed",
-        "https://host/path/file.jsonl",
-    )
+    _demand(scheme == "https", path, text, "plain http can be changed on its way", "https" + shown(text)[len("http") :])
+    try:
+        parts = urlsplit(text)
+        whole = bool(parts.hostname) and bool(parts.path.strip("/")) and parts.port != 0
+    except ValueError:  # a port that is none, or half an IPv6 address
+        whole = False
+    _demand(whole, path, text, "host and file are needed", "https://host/path/file.jsonl")
     if parts.username or parts.password:
         raise ConfigError(
             "SourceInvalid", f"{path}: the URL for {parts.hostname} carries a user or password, which would be shown to everybody who may read the job",
@@ -198,4 +220,4 @@ def _demand(holds: bool, path: str, text: str, why: str, write: str) -> None:
 
 
 def _refuse(path: str, text: str, why: str, write: str) -> ConfigError:
-    return ConfigError("SourceInvalid", f"{path} is {text!r}: {why}", hint=f"write {write}")
+    return ConfigError("SourceInvalid", f"{path} is {shown(text)!r}: {why}", hint=f"write {write}")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.pod import RunConfig
 from finetune_api.rules import starts_with_loftq
+from finetune_api.sources import shown
 from finetune_api.spec.enums import ComputeDtype, MethodType, QuantizationType
 
 from finetune_trainer import vocabulary
@@ -195,7 +196,8 @@ def _check_complete(info: Any, run: RunConfig, made_here: tuple[str, ...] = ()) 
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:5])
         raise NotFoundError(
-            "ModelIncomplete", f"{run.spec.model.source}: {len(missing)} weights missing, {len(mismatched)} have another shape than config.json says: {names}",
+            "ModelIncomplete", f"{shown(run.spec.model.source or '')}: {len(missing)} weights missing, {len(mismatched)} have another shape "
+            f"than config.json says: {names}",
             hint="upload all weight files of one model together with its config.json",
         )  # fmt: skip
 
@@ -204,7 +206,8 @@ def _unreadable(
     code: str, what: str, source: str | None, folder: Path, error: Exception, run: RunConfig
 ) -> NotFoundError:
     """The library's own first line, without the local path."""
-    first = str(error).strip().split("\n")[0].replace(str(folder), source or what)[:300]
+    source = shown(source or what)
+    first = str(error).strip().split("\n")[0].replace(str(folder), source)[:300]
     there = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
     remote = "trust_remote_code" in first or "custom code" in first
     hint = (

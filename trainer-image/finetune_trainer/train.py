@@ -14,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from finetune_api import rules
 from finetune_api.errors import ConfigError, FineTuneError, InternalError, MemoryExhaustedError
 from finetune_api.pod import RunConfig
+from finetune_api.sources import shown
 from finetune_api.spec.enums import LoraInit, OutputKind, TrainerType
 from finetune_api.status import Resolved, Stage
 
@@ -341,7 +342,7 @@ def _portable(folder: Path, run: RunConfig) -> None:
     config = folder / "adapter_config.json"
     if config.exists():
         value = json.loads(config.read_text())
-        value["base_model_name_or_path"] = (run.spec.model.source or "").removeprefix("hf://")
+        value["base_model_name_or_path"] = shown(run.spec.model.source or "").removeprefix("hf://")
         config.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from finetune_api.errors import ConfigError
 from finetune_api.rules.base import Found, Where, rule
-from finetune_api.sources import ConfigMapSource, HttpsSource, parse
+from finetune_api.sources import ConfigMapSource, HttpsSource, parse, shown
 from finetune_api.spec import FineTuneJobSpec
 
 
@@ -44,13 +44,31 @@ def sources(spec: FineTuneJobSpec, where: Where) -> Found:
         except ConfigError as error:
             yield path, error.message.removeprefix(f"{path} is "), error.hint or ""
             continue
-        is_data = path.startswith("dataset.")
-        if isinstance(source, ConfigMapSource | HttpsSource) and not is_data:
+        if path.startswith("dataset."):
+            continue
+        if isinstance(source, ConfigMapSource):
             yield (
                 path,
                 f"a model is a folder of files, and {text!r} names a single one",
                 "write org/name, s3://bucket/prefix, pvc://claim/path or file:///path",
             )
+        if isinstance(source, HttpsSource) and not _is_readable_folder(source, path):
+            yield (path, *_no_listing(text, path))
+
+
+def _is_readable_folder(source: HttpsSource, path: str) -> bool:
+    return source.checkpoint if path == "checkpoint.resume" else source.committed
+
+
+def _no_listing(text: str, path: str) -> tuple[str, str]:
+    """Why a folder on a web server cannot be read, and what to write."""
+    step = "https://host/root/checkpoints/step-00000100"
+    if path == "checkpoint.resume":
+        return f"{shown(text)!r} does not name a checkpoint", f"write {step}"
+    return (
+        f"a web server has no listing, so of {shown(text)!r} nobody can tell which files belong to the model",
+        f"write org/name, s3://bucket/prefix, pvc://claim/path, file:///path, or what a job committed: https://host/root/model or {step}",
+    )
 
 
 def source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ class StorageRoot(StorageConnection):
     """`spec.storage`: where everything the job writes lies."""
 
     uri: Annotated[str, StringConstraints(pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s?#]*)?|file:///[^\s?#]*|pvc://[a-z0-9][-a-z0-9.]*(/[^\s?#]*)?)$", max_length=512)] | None = option(
-        "Root of all that the job writes: `s3://bucket/prefix`; the job's own tree is `<uri>/<namespace>/<name>/<uid>/`.",
+        "Root of all that the job writes: `s3://bucket/prefix`; the job's own tree is `<uri>/<namespace>/<name>/<uid>/`. `pvc://claim/path` and `file:///path` are roots, too; a web server (`https://`) can only be read.",
         default_text="the operator's configuration", example="s3://models/finetune",
     )  # fmt: skip
 

@@ -100,7 +100,7 @@ class StorageConnection(Group):
         example={"name": "s3-credentials"},
     )
     ca_bundle_ref: ConfigMapKeyRef | None = option(
-        "ConfigMap key with PEM certificates to trust for the endpoint. Default: the image's own certificates.",
+        "ConfigMap key with PEM certificates to trust for the endpoint and, on top of the image's own, for `https://` sources. Default: the image's own certificates.",
         example={"name": "ca", "key": "ca.crt"},
     )
     encryption: Encryption | None = option(

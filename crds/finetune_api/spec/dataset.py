@@ -129,7 +129,7 @@ class Dataset(Group):
     )
 
     train: Source | None = option(
-        "Training data: `s3://bucket/key`, `configmap://name/key`, `pvc://claim/path`, `file:///path`, `https://...`, or a hub id. Required, unless mixture is given.",
+        "Training data: `s3://bucket/key`, `configmap://name/key`, `pvc://claim/path`, `file:///path`, `https://host/path/file.jsonl` (one file), or a hub id. Required, unless mixture is given.",
         default_text="none, required", example="s3://data/train.jsonl",
     )  # fmt: skip
     validation: Source | None = option(
@@ -144,7 +144,7 @@ class Dataset(Group):
         example=[{"source": "s3://data/a.jsonl", "weight": 2}],
     )
     storage: StorageConnection | None = option(
-        "Connection for `s3://` data.", default_text="spec.storage", example={"endpoint": "https://s3.example.com"}
+        "Connection for `s3://` data; of `https://` data only caBundleRef is used.", default_text="spec.storage", example={"endpoint": "https://s3.example.com"}
     )
     format: DatasetFormat | None = option(
         "Shape of the rows.",

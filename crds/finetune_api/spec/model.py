@@ -33,7 +33,7 @@ class Model(Group):
     """`spec.model`."""
 
     source: Source | None = option(
-        "Base model: `org/name[@revision]` or `hf://org/name@revision` (hub), `s3://bucket/prefix`, `pvc://claim/path`, `file:///path` (inside the image). Required.",
+        "Base model: `org/name[@revision]` or `hf://org/name@revision` (hub), `s3://bucket/prefix`, `pvc://claim/path`, `file:///path` (inside the image), or what a job committed and a web server serves: `https://host/root/model`, `https://host/root/checkpoints/step-00000100`. Required.",
         default_text="none, required", example="HuggingFaceTB/SmolLM2-135M-Instruct",
     )  # fmt: skip
     tokenizer: Source | None = option(
@@ -44,7 +44,7 @@ class Model(Group):
         example={"name": "hub", "key": "token"},
     )
     storage: StorageConnection | None = option(
-        "Connection for an `s3://` model source.",
+        "Connection for an `s3://` model source; of an `https://` one only caBundleRef is used.",
         default_text="spec.storage",
         example={"endpoint": "https://s3.example.com"},
     )

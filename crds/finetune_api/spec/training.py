@@ -158,7 +158,7 @@ class Checkpoint(Group):
         "Checkpoints kept in storage; 0 keeps all. The best and the pinned come on top.", default=3, example=3
     )
     resume: Annotated[str, StringConstraints(min_length=1, max_length=1024)] | None = option(
-        "Where the first attempt starts: `auto` (newest healthy checkpoint of this job), `never`, or the URI of a checkpoint.",
+        "Where the first attempt starts: `auto` (newest healthy checkpoint of this job), `never`, or the URI of a checkpoint (`<root>/checkpoints/step-00000100`; the root may be `s3://`, `pvc://`, `file://` or `https://`).",
         default="auto",
         example="auto",
     )

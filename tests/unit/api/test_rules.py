@@ -42,6 +42,10 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("SourceInvalid", {"model": {"source": "./local/model"}}, "model.source"),
     ("SourceInvalid", {"model": {"source": "configmap://name/key"}}, "model.source"),
     ("SourceInvalid", {"dataset": {"validation": "ftp://host/file"}}, "dataset.validation"),
+    ("SourceInvalid", {"model": {"source": "https://host/models/model.gguf"}}, "model.source"),
+    ("SourceInvalid", {"model": {"tokenizer": "https://host/root/model/other"}}, "model.tokenizer"),
+    ("SourceInvalid", {"checkpoint": {"resume": "https://host/root/model"}}, "checkpoint.resume"),
+    ("SourceInvalid", {"checkpoint": {"resume": "http://host/root/checkpoints/step-00000100"}}, "checkpoint.resume"),
     (
         "QloraNeedsFourBits",
         {"method": {"type": "qlora"}, "model": {"quantization": {"bits": 8}}},
@@ -396,6 +400,30 @@ def test_a_broken_rule_names_its_field_and_what_to_write(code: str, change: dict
     assert found[0].message
     assert found[0].hint
     assert str(found[0]).startswith(f"spec.{path}: ")
+
+
+@pytest.mark.parametrize(
+    "place", ["model", "model/a1-1f3c9a2b", "checkpoints/step-00000100/", "checkpoints/step-00000100/a12-1f3c9a2b"]
+)
+def test_what_a_job_committed_is_read_from_a_web_server(place: str) -> None:
+    uri = f"https://host/root/{place}?signature=a/b"
+    change = {"model": {"source": uri}} | ({"checkpoint": {"resume": uri}} if "step" in place else {})
+    assert [problem for problem in check(spec(change)) if problem.code == "SourceInvalid"] == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "https://host/x.gguf?hidden",
+        "http://host/x?hidden",
+        "HTTPS://host/x?hidden",
+        "https://host:port/x?hidden",
+        "https://u:hidden@h/x",
+    ],
+)
+def test_a_source_is_refused_without_its_signature(text: str) -> None:
+    found = [problem for problem in check(spec({"model": {"source": text}})) if problem.code == "SourceInvalid"]
+    assert len(found) == 1 and found[0].hint and "hidden" not in str(found[0])
 
 
 def test_every_rule_has_a_case() -> None:

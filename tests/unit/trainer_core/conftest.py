@@ -1,9 +1,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from web_server import Web
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
@@ -18,3 +23,25 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that were waited between two requests to the web; nobody really waits."""
+    from finetune_trainer.storage import web
+
+    waited: list[float] = []
+    monkeypatch.setattr(web.time, "sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def server(tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    """An https server over `<tmp_path>/served`, which no proxy of this machine stands before."""
+    from web_server import serving
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "served").mkdir()
+    with serving(tmp_path / "served", tmp_path) as web:
+        yield web

@@ -1,96 +1,166 @@
-"""Sources on the web: what goes wrong on the way has a name, and a signed address is never shown."""
+"""Sources on the web: what goes wrong on the way has a name, and a signed address is never shown. The server is real."""
 
 from __future__ import annotations
 
 import errno
 import http.client
-import io
 import ssl
-import urllib.error
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from finetune_api.errors import FineTuneError
+from finetune_api.names import FailureClass
 from finetune_api.pod import StoreTarget
-from finetune_trainer.storage import fetch
+from finetune_trainer.checkpoint.manifest import Manifest, base_of
+from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.storage.fetch import Fetcher
+from finetune_trainer.storage.roots import open_store
+from finetune_trainer.storage.web import ATTEMPTS
+from web_server import Fault, Web
 
-SIGNED = "https://files.example/sets/rows.jsonl?X-Amz-Signature=hidden-word"
+SECRET = "?X-Amz-Signature=hidden-word"
 
 
 @pytest.fixture
-def fetcher(tmp_path: Path) -> Fetcher:
-    run: Any = SimpleNamespace(model_store=None, dataset_store=None, storage=StoreTarget(uri=f"file://{tmp_path}/root"))
+def fetcher(tmp_path: Path, server: Web) -> Fetcher:
+    storage = StoreTarget(uri="s3://bucket/root", ca_bundle=server.ca)
+    (server.folder / "sets").mkdir()
+    (server.folder / "sets/rows.jsonl").write_bytes(b"0123456789")
+    run: Any = SimpleNamespace(model_store=None, dataset_store=None, storage=storage)
     return Fetcher(run, tmp_path / "work")
 
 
-class Answer(io.BytesIO):
-    """An answer of ten bytes that ends as the test says."""
-
-    def __init__(self, length: int = 10, error: Exception | None = None) -> None:
-        super().__init__(b"0123456789")
-        self.headers = {"Content-Length": str(length)}
-        self._error = error
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        data = super().read(size)
-        if not data and self._error is not None:
-            raise self._error
-        return data
-
-
-def asked(monkeypatch: pytest.MonkeyPatch, answer: Exception | Answer) -> None:
-    def urlopen(*_: object, **__: object) -> Answer:
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    monkeypatch.setattr("urllib.request.urlopen", urlopen)
-
-
-def http_error(code: int) -> urllib.error.HTTPError:
-    return urllib.error.HTTPError(SIGNED, code, "said", http.client.HTTPMessage(), io.BytesIO())
+def refused(fetcher: Fetcher, url: str) -> FineTuneError:
+    with pytest.raises(FineTuneError) as caught:
+        fetcher.data(url + SECRET, "dataset.train", "train")
+    assert "hidden-word" not in str(caught.value) and "dataset.train" in caught.value.message
+    return caught.value
 
 
 @pytest.mark.parametrize(
-    ("answer", "exit_code", "code", "said"),
+    ("faults", "exit_code", "code", "said"),
     [
-        (http_error(404), 66, "DatasetNotFound", "answers 404"),
-        (http_error(403), 77, "PermissionDenied", "answers 403"),
-        (http_error(503), 69, "DownloadFailed", "answers 503"),
-        (urllib.error.URLError(ssl.SSLCertVerificationError("self-signed")), 69, "EndpointUnreachable", "SSLCertVerificationError"),
-        (TimeoutError(), 69, "EndpointUnreachable", "TimeoutError"),
-        (http.client.InvalidURL(SIGNED), 64, "SourceInvalid", "no URL"),
-        (Answer(20), 69, "DownloadBroken", "10 of 20 bytes"),
-        (Answer(10, http.client.IncompleteRead(b"")), 69, "DownloadBroken", "IncompleteRead"),
-        (Answer(10, ssl.SSLEOFError("cut")), 69, "EndpointUnreachable", "SSLEOFError"),
-        (Answer(10, OSError(errno.ENOSPC, "No space left on device")), 69, "LocalDiskFull", "local disk"),
+        ([Fault(404)], 66, "DatasetNotFound", "answers 404"),
+        ([Fault(410)], 66, "DatasetNotFound", "answers 410"),
+        ([Fault(403)], 77, "PermissionDenied", "answers 403"),
+        ([Fault(503)] * ATTEMPTS, 69, "DownloadFailed", "answers 503"),
+        ([Fault(headers={"Content-Length": "20"}, cut=10)] * ATTEMPTS, 69, "DownloadBroken", "10 of 20 bytes"),
     ],
-)  # fmt: skip
-def test_what_goes_wrong_has_a_name(
-    fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch, answer: Exception | Answer, exit_code: int, code: str, said: str
+)
+def test_an_answer_that_is_no_file_has_a_name(
+    fetcher: Fetcher, server: Web, faults: list[Fault], exit_code: int, code: str, said: str
 ) -> None:
-    asked(monkeypatch, answer)
-    with pytest.raises(FineTuneError) as caught:
-        fetcher.data(SIGNED, "dataset.train", "train")
-    assert (caught.value.exit_code, caught.value.code) == (exit_code, code)
-    shown = f"{caught.value.message} {caught.value.hint}"
-    assert said in shown and "hidden-word" not in shown
+    server.ranges, server.faults = False, faults
+    error = refused(fetcher, f"{server.url}/sets/rows.jsonl")
+    wanted = FailureClass.STORAGE if exit_code == 69 else FailureClass.DATA
+    assert (error.exit_code, error.code, error.failure_class) == (exit_code, code, wanted) and said in error.message
 
 
-def test_a_model_that_is_a_file_is_told_without_its_signature(
-    fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("breaks", "code", "said"),
+    [
+        (http.client.IncompleteRead(b""), "DownloadBroken", "IncompleteRead"),
+        (ssl.SSLEOFError("cut"), "EndpointUnreachable", "SSLEOFError"),
+        (TimeoutError(), "EndpointUnreachable", "TimeoutError"),
+        (ConnectionResetError(), "EndpointUnreachable", "ConnectionResetError"),
+        (OSError(errno.ENOSPC, "No space left on device"), "LocalDiskFull", "local disk"),
+    ],
+)
+def test_a_body_that_breaks_has_a_name(
+    fetcher: Fetcher, server: Web, monkeypatch: pytest.MonkeyPatch, breaks: Exception, code: str, said: str
 ) -> None:
-    asked(monkeypatch, Answer())
+    from urllib3 import HTTPResponse
+    from urllib3.exceptions import ProtocolError, ReadTimeoutError, SSLError
+
+    def stream(*_: object, **__: object) -> Iterator[bytes]:
+        yield b"01234"
+        if isinstance(breaks, ssl.SSLError):
+            raise SSLError(breaks) from breaks
+        if isinstance(breaks, TimeoutError):
+            raise ReadTimeoutError(None, None, "Read timed out.") from breaks  # type: ignore[arg-type] # as it is without a pool
+        if isinstance(breaks, http.client.HTTPException | ConnectionError):
+            raise ProtocolError("Connection broken", breaks) from breaks
+        raise breaks
+
+    monkeypatch.setattr(HTTPResponse, "stream", stream)
+    server.ranges, server.faults = False, [Fault(headers={"Content-Length": "0"})] * ATTEMPTS
+    error = refused(fetcher, f"{server.url}/sets/rows.jsonl")
+    assert (error.exit_code, error.code) == (69, code) and said in error.message
+
+
+def test_a_certificate_that_nobody_signed(fetcher: Fetcher, server: Web) -> None:
+    fetcher.run.storage = StoreTarget(uri="s3://bucket/root")  # type: ignore[misc] # not frozen here
+    error = refused(fetcher, f"{server.url}/sets/rows.jsonl")
+    assert (error.exit_code, error.code) == (69, "EndpointUnreachable") and "SSLCertVerificationError" in error.message
+
+
+@pytest.mark.parametrize(
+    "url", ["https://host:port/rows.jsonl", "https://host:99999/x", "https://[half/x", "https://bad..host/x"]
+)
+def test_what_is_no_url(fetcher: Fetcher, url: str) -> None:
+    error = refused(fetcher, url)
+    assert (error.exit_code, error.code) == (64, "SourceInvalid") and "host" in str(error)
+
+
+def test_a_file_of_the_web_is_kept_under_its_name(fetcher: Fetcher, server: Web, tmp_path: Path) -> None:
+    moved: list[int] = []
+    fetcher.count = moved.append
+    server.faults = [Fault(503)]
+    (place,) = fetcher.data(f"{server.url}/sets/rows.jsonl{SECRET}", "dataset.train", "train")
+    assert (place.name, place.read_bytes(), sum(moved)) == ("rows.jsonl", b"0123456789", 10)
+    assert server.asked == [f"GET /sets/rows.jsonl{SECRET}"] * 2
+
+
+def test_a_file_that_the_disk_does_not_hold_is_not_begun(
+    fetcher: Fetcher, server: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.storage.fetch.free_bytes", lambda path: 0)
+    error = refused(fetcher, f"{server.url}/sets/rows.jsonl")
+    assert (error.exit_code, error.code) == (64, "LocalDiskTooSmall")
+
+
+@pytest.fixture
+def served(fetcher: Fetcher, server: Web, tmp_path: Path) -> str:
+    """A committed checkpoint and a committed model; their root's address."""
+    tree = Tree(open_store(StoreTarget(uri=f"file://{server.folder}/root")))
+    for step in (100, None):
+        staged = tmp_path / f"staged-{step}"
+        (staged / "sub").mkdir(parents=True)
+        (staged / "config.json").write_text("{}")
+        (staged / "sub/weights").write_text(f"weights of {step}")
+        files = tree.upload(base_of(step), "a1-00000000", staged)
+        tree.commit(base_of(step), Manifest(step=step or 100, incarnation="a1-00000000", files=files))
+    return f"{server.url}/root"
+
+
+@pytest.mark.parametrize(
+    ("place", "found"),
+    [("model", "None"), ("model/a1-00000000", "None"), ("checkpoints/step-00000100", "100")],
+)
+def test_a_model_that_a_job_committed_is_read_by_its_manifest(
+    fetcher: Fetcher, served: str, place: str, found: str
+) -> None:
+    model = fetcher.model(f"{served}/{place}{SECRET}", "model.source", "model")
+    assert (model.path / "sub/weights").read_text() == f"weights of {found}"
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "said"),
+    [
+        ("model", "ModelInvalid", "a1-00000000/sub/weights is damaged"),
+        ("checkpoints/step-00000200", "ModelNotFound", "no _COMMITTED"),
+        ("weights.gguf", "ModelInvalid", "a web server has no listing"),
+    ],
+)
+def test_a_model_that_cannot_be_read_is_told_without_its_signature(
+    fetcher: Fetcher, served: str, server: Web, place: str, code: str, said: str
+) -> None:
+    (server.folder / "root/model/a1-00000000/sub/weights").write_text("weights of Nome")
     with pytest.raises(FineTuneError) as caught:
-        fetcher.model(SIGNED, "model.source", "model")
-    assert caught.value.code == "ModelInvalid" and "hidden-word" not in caught.value.message
-
-
-def test_a_file_of_the_web_is_kept_under_its_name(fetcher: Fetcher, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked(monkeypatch, Answer())
-    (place,) = fetcher.data(SIGNED, "dataset.train", "train")
-    assert (place.name, place.read_bytes()) == ("rows.jsonl", b"0123456789")
-    assert fetch._shown("s3://bucket/key") == "s3://bucket/key"
+        fetcher.model(f"{served}/{place}{SECRET}", "model.source", "model")
+    error = caught.value
+    assert (error.exit_code, error.code, error.failure_class) == (66, code, FailureClass.MODEL)
+    assert said in error.message and "model.source" in error.message and "hidden-word" not in str(error)

@@ -15,6 +15,7 @@ from finetune_trainer.checkpoint.tree import Fenced, Swept, Tree
 from finetune_trainer.storage.base import Created, Stat
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.roots import open_store
+from web_server import Web
 
 FACTS = RunFacts(
     model_revision="m", dataset_digest="d", method="lora", trainer="sft", effective_batch=4, versions={"torch": "2"},
@@ -65,6 +66,23 @@ def test_never_and_rollback(two: Tree, other: Tree, tmp_path: Path) -> None:
 def test_a_checkpoint_by_its_uri(two: Tree, other: Tree, tmp_path: Path, uri: str) -> None:
     named = uri.format(root=two.store.uri)
     assert back(other, tmp_path, Resume(mode=named)).step == 5
+
+
+def test_a_checkpoint_on_a_web_server(two: Tree, tmp_path: Path, server: Web) -> None:
+    """Read with the certificates of the job's own storage; damage, absence and a job's whole tree are told without the query."""
+    (tmp_path / "root/team").rename(server.folder / "team")
+    store = FolderStore(tmp_path / "own", "file:///own")
+    store.target = StoreTarget(uri="s3://bucket/root", ca_bundle=server.ca)  # type: ignore[attr-defined] # as S3Store has it
+    own = Tree(store)
+    job, secret = f"{server.url}/team/job/uid", "?signature=hidden/word"
+    found = back(own, tmp_path, Resume(mode=f"{job}/checkpoints/step-00000005/a1-00000000{secret}"))
+    assert (found.step, found.uri) == (5, f"{job}/checkpoints/step-00000005/a1-00000000")
+    assert found.path is not None and (found.path / "weights").read_text() == "w"
+    (server.folder / "team/job/uid/checkpoints/step-00000010/a1-00000000/weights").write_text("x")
+    for place, code in (("10", "NoLoadableCheckpoint"), ("15", "CheckpointNotFound"), ("x", "ResumeInvalid")):
+        with pytest.raises((NoCheckpointError, ConfigError)) as caught:
+            back(own, tmp_path, Resume(mode=f"{job}/checkpoints/step-000000{place}{secret}"))
+        assert caught.value.code == code and "hidden" not in str(caught.value)
 
 
 @pytest.mark.parametrize("mode", ["never", "{root}/checkpoints/step-00000005"])

@@ -17,11 +17,13 @@ from pathlib import Path
 from finetune_api.errors import ConfigError, NoCheckpointError
 from finetune_api.names import Storage
 from finetune_api.pod import Resume
+from finetune_api.sources import shown
 from finetune_api.spec.enums import Strategy
 
 from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, base_of, step_of
 from finetune_trainer.checkpoint.tree import Committed, Tree
 from finetune_trainer.storage.base import Counter, join
+from finetune_trainer.storage.web import apart
 
 THREADS = 4
 LARGE = 32 << 20
@@ -120,9 +122,13 @@ def _restore_named(
 
     root, folder, step = _split(uri)
     origin = getattr(tree.store, "target", None)
-    same = origin.model_copy(update={"uri": root}) if origin and root.startswith("s3://") else StoreTarget(uri=root)
-    other = Tree(open_store(same))
+    if origin and root.startswith("s3://"):
+        there = origin.model_copy(update={"uri": root})
+    else:
+        there = StoreTarget(uri=root, ca_bundle=origin.ca_bundle if origin else None)
+    other = Tree(open_store(there))
     candidate = other.marker(step)
+    uri = shown(uri)
     if candidate is None or not (folder == "" or folder == candidate.marker.path):
         raise NoCheckpointError(
             "CheckpointNotFound", f"checkpoint.resume names {uri}, where no committed checkpoint is",
@@ -135,13 +141,15 @@ def _restore_named(
 
 
 def _split(uri: str) -> tuple[str, str, int]:
-    parts = uri.rstrip("/").split("/")
+    """Root (with the query of a web address), incarnation's folder if it is named, and step."""
+    place, query = apart(uri)
+    parts = place.rstrip("/").split("/")
     for index in range(len(parts) - 1, 0, -1):
         step = step_of(parts[index])
         if step is not None and parts[index - 1] == Storage.CHECKPOINTS:
-            return "/".join(parts[: index - 1]), "/".join(parts[index + 1 :]), step
+            return "/".join(parts[: index - 1]) + query, "/".join(parts[index + 1 :]), step
     raise ConfigError(
-        "ResumeInvalid", f"checkpoint.resume is {uri!r}, which does not name a checkpoint",
+        "ResumeInvalid", f"checkpoint.resume is {shown(uri)!r}, which does not name a checkpoint",
         hint="write auto, never or <root>/checkpoints/step-00000100",
     )  # fmt: skip
 

@@ -16,6 +16,7 @@ from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
 from finetune_api.rules.methods import keeps_start
+from finetune_api.sources import shown
 from finetune_api.spec.enums import OutputKind
 
 from finetune_trainer.inputs import Inputs
@@ -37,7 +38,8 @@ def apply(
     Errors: NotFoundError AdapterUnreadable (class Model); ConfigError AdapterNotContinuable, AdapterOfAnotherBase,
     NewTokensNotTrained.
     """
-    source = run.spec.method.adapter.source if run.spec.method.adapter else None
+    source = shown((run.spec.method.adapter.source if run.spec.method.adapter else None) or "")
+    base = shown(run.spec.model.source or "")
     folder = inputs.adapter
     assert folder is not None, "the supervisor fetches method.adapter.source"
     config = _config(folder, source)
@@ -51,19 +53,19 @@ def apply(
         )  # fmt: skip
     weights = _weights(folder, source)
     try:
-        wrapped = _loaded(model, folder, weights, f"{source} does not fit {run.spec.model.source}", keep_dtype)
+        wrapped = _loaded(model, folder, weights, f"{source} does not fit {base}", keep_dtype)
     except (RuntimeError, ValueError, KeyError) as error:
         lines = [line.strip() for line in str(error).strip().split("\n")]
         told = next((line for line in lines if "size mismatch" in line), lines[0])[:200]
         raise ConfigError(
-            "AdapterOfAnotherBase", f"{source} does not fit {run.spec.model.source}: {told}",
+            "AdapterOfAnotherBase", f"{source} does not fit {base}: {told}",
             hint="give the base that the adapter was trained on",
         ) from error  # fmt: skip
     show_bias(wrapped)
     return Applied(wrapped, OutputKind.ADAPTER, notes=[f"continues the {config['peft_type']} adapter of {source}"])
 
 
-def _config(folder: Path, source: str | None) -> dict[str, Any]:
+def _config(folder: Path, source: str) -> dict[str, Any]:
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError):
@@ -76,7 +78,7 @@ def _config(folder: Path, source: str | None) -> dict[str, Any]:
     return config
 
 
-def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str | None) -> None:
+def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str) -> None:
     """Errors: ConfigError AdapterNotContinuable for kinds that PEFT cannot train on, or not beside a reference."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
@@ -98,7 +100,7 @@ def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str 
         )  # fmt: skip
 
 
-def _weights(folder: Path, source: str | None) -> dict[str, Any]:
+def _weights(folder: Path, source: str) -> dict[str, Any]:
     """Tensors by their names in the file. Errors: NotFoundError AdapterUnreadable."""
     from peft.utils.save_and_load import load_peft_weights
     from safetensors import SafetensorError

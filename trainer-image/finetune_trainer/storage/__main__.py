@@ -2,7 +2,8 @@
 
 The uri is that of a job (`s3://bucket/root/<namespace>/<name>/<uid>`), of one checkpoint (`.../checkpoints/step-00000100`) or
 of the final model (`.../model`). Credentials come from the usual AWS_ variables, as does the key of objects
-that are encrypted with a customer's key (AWS_SSE_CUSTOMER_KEY); endpoint and region from options or AWS_ ones.
+that are encrypted with a customer's key (AWS_SSE_CUSTOMER_KEY); endpoint and region from options or AWS_ ones. What is served over
+`https://` can be read where one checkpoint or the model is named; a query, such as a signature, goes with every request.
 """
 
 from __future__ import annotations
@@ -11,62 +12,17 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_api.errors import DataError, FineTuneError, NotFoundError
-from finetune_api.names import Env, ExitCode, Storage, attempt_of_uri
+from finetune_api.errors import DataError, FineTuneError
+from finetune_api.names import Env, ExitCode
 from finetune_api.pod import StoreTarget
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
-from finetune_trainer.checkpoint.manifest import Manifest, step_of
-from finetune_trainer.checkpoint.restore import fetch_verified
-from finetune_trainer.checkpoint.tree import Committed, Tree
-from finetune_trainer.storage.base import join
+from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.storage.committed import Address, address, bring, meant
 from finetune_trainer.storage.roots import open_store
-
-
-@dataclass(frozen=True)
-class Address:
-    """A job's root and what of it is meant."""
-
-    root: str
-    step: int | None = None
-    model: bool = False
-
-    @property
-    def everything(self) -> bool:
-        """The whole job is meant."""
-        return self.step is None and not self.model
-
-
-def address(uri: str) -> Address:
-    """Split a uri as a person copies it from status: with or without the incarnation's folder."""
-    parts = uri.rstrip("/").split("/")
-    for index in range(len(parts) - 1, 2, -1):
-        step = step_of(parts[index])
-        if step is not None and parts[index - 1] == Storage.CHECKPOINTS:
-            return Address("/".join(parts[: index - 1]), step)
-        if parts[index] == Storage.MODEL and (
-            index == len(parts) - 1 or (index == len(parts) - 2 and attempt_of_uri(uri.rstrip("/")) is not None)
-        ):
-            return Address("/".join(parts[:index]), model=True)
-        if parts[index] == Storage.CHECKPOINTS and index == len(parts) - 1:
-            return Address("/".join(parts[:index]))
-    return Address("/".join(parts))
-
-
-def meant(tree: Tree, where: Address) -> Iterator[Committed]:
-    """What the address means, newest first; the model last. Errors: NotFoundError NothingCommitted."""
-    found = [] if where.model else [one for one in tree.committed() if where.step in (None, one.step)]
-    if where.model or where.everything:
-        found += [model] if (model := tree.marker(None)) else []
-    if not found:
-        raise NotFoundError(
-            "NothingCommitted", f"nothing is committed at {where.root}", hint="check the uri; `list` shows a job's tree"
-        )
-    yield from found
+from finetune_trainer.storage.web import apart
 
 
 def show(tree: Tree, where: Address) -> None:
@@ -85,7 +41,7 @@ def verify(tree: Tree, where: Address) -> None:
     problems: list[str] = []
     for one in meant(tree, where):
         with tempfile.TemporaryDirectory() as folder:
-            problem = _bring(tree, one, Path(folder))
+            problem = bring(tree, one, Path(folder))
         print(f"{tree.uri(one.folder)}: {problem or 'whole and right'}")
         problems += [problem] if problem else []
     if problems:
@@ -96,17 +52,10 @@ def download(tree: Tree, where: Address, target: Path) -> None:
     """Bring the newest that is meant (the model, if the whole job is) into a folder. Errors: DataError CheckpointDamaged."""
     found = list(meant(tree, where))
     one = next((one for one in found if one.step is None), found[0])
-    problem = _bring(tree, one, target)
+    problem = bring(tree, one, target)
     if problem:
         raise DataError("CheckpointDamaged", problem)
     print(f"{tree.uri(one.folder)} is in {target}")
-
-
-def _bring(tree: Tree, one: Committed, folder: Path) -> str | None:
-    manifest: Manifest | None = tree.manifest(one)
-    if manifest is None:
-        return f"{tree.uri(join(one.folder, Storage.MANIFEST))} is missing or not the one that was committed"
-    return fetch_verified(tree, one.folder, manifest, folder, lambda path: True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -120,6 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--addressing-style", choices=list(AddressingStyle), type=AddressingStyle)
     parser.add_argument("--ca-bundle", help="file with PEM certificates to trust")
     options = parser.parse_args(arguments)
+    if options.uri.startswith("https://") and (options.endpoint or options.region or options.addressing_style):
+        parser.error(
+            "--endpoint, --region and --addressing-style are for s3://: an https:// uri says itself where to ask"
+        )
     where = address(options.uri)
     target = StoreTarget(
         uri=where.root, endpoint=options.endpoint, region=options.region, addressing_style=options.addressing_style,
@@ -133,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
             case "verify":
                 verify(tree, where)
             case "download":
-                download(tree, where, options.to or Path(options.uri.rstrip("/").rpartition("/")[2]))
+                download(tree, where, options.to or Path(apart(options.uri)[0].rstrip("/").rpartition("/")[2]))
     except FineTuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)

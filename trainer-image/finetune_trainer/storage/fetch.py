@@ -7,12 +7,8 @@ that cannot be reached is 69.
 from __future__ import annotations
 
 import hashlib
-import http.client
 import os
 import shutil
-import ssl
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,18 +26,20 @@ from finetune_api.sources import (
     PvcSource,
     S3Source,
     parse,
+    shown,
 )
 
+from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.disk import free_bytes
-from finetune_trainer.storage.base import CHUNK_BYTES, Counter, Stat
-from finetune_trainer.storage.errors import of_local_disk
+from finetune_trainer.storage.base import Counter, Stat
+from finetune_trainer.storage.committed import address, bring
 from finetune_trainer.storage.preflight import IMPATIENT
 from finetune_trainer.storage.s3 import S3Store
+from finetune_trainer.storage.web import WebStore
 
 THREADS = 4
 MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.bin", "*.tiktoken")
 DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.parquet", "*.jsonl.gz")
-WEB_TIMEOUT_SECONDS = 30
 SMALL_FILE = 8 * 1024 * 1024
 EDGE = 1024 * 1024
 RESERVE_BYTES = 64 * 1024 * 1024
@@ -86,13 +84,13 @@ class Fetcher:
         fetched = self._fetch(text, path, self.work / "fetched" / name, MODEL)
         if not fetched.path.is_dir():
             raise NotFoundError(
-                "ModelInvalid", f"{path} is {_shown(text)}, which is a file: a folder with config.json and weights is needed",
+                "ModelInvalid", f"{path} is {shown(text)}, which is a file: a folder with config.json and weights is needed",
                 hint="name the folder", failure_class=MODEL.failure_class,
             )  # fmt: skip
         if not any((fetched.path / file).exists() for file in _SIGNS):
             found = ", ".join(sorted(one.name for one in fetched.path.iterdir())[:5]) or "nothing"
             raise NotFoundError(
-                "ModelInvalid", f"{path} is {text}, a folder without config.json (found: {found})",
+                "ModelInvalid", f"{path} is {shown(text)}, a folder without config.json (found: {found})",
                 hint="name the folder that holds config.json and the weights", failure_class=MODEL.failure_class,
             )  # fmt: skip
         return fetched
@@ -183,51 +181,67 @@ class Fetcher:
     # ---- the web and the hub ----
 
     def _web(self, source: HttpsSource, path: str, target: Path, kind: Kind) -> Fetched:
-        parts = urlsplit(source.url)
-        place = target / (PurePosixPath(unquote(parts.path)).name or "data")
-        target.mkdir(parents=True, exist_ok=True)
-        shown = _shown(source.url)
-        request = urllib.request.Request(source.url, headers={"User-Agent": "finetune-trainer"})
         try:
-            with urllib.request.urlopen(request, timeout=WEB_TIMEOUT_SECONDS) as answer, place.open("wb") as writer:
-                length = int(answer.headers.get("Content-Length") or 0)
-                self._room(length, path)
-                while chunk := answer.read(CHUNK_BYTES):
-                    writer.write(chunk)
-                    if self.count:
-                        self.count(len(chunk))
-            if length and place.stat().st_size != length:
-                raise StorageError(
-                    "DownloadBroken", f"{path}: {shown} ended after {place.stat().st_size} of {length} bytes"
-                )
-        except urllib.error.HTTPError as error:
-            if error.code in (401, 403):
-                raise CredentialsError(
-                    "PermissionDenied", f"{path}: {shown} answers {error.code}",
-                    hint="put the file into S3", failure_class=kind.failure_class,
-                ) from error  # fmt: skip
-            if error.code < 500:
-                raise self._missing(kind, path, shown, f"answers {error.code}") from error
-            raise StorageError("DownloadFailed", f"{path}: {shown} answers {error.code}") from error
-        except (urllib.error.URLError, TimeoutError, ConnectionError, ssl.SSLError) as error:
-            why = getattr(error, "reason", None) or error
-            name = type(why).__name__ if isinstance(why, Exception) else "no answer"
-            raise StorageError(
-                "EndpointUnreachable", f"{path}: {parts.hostname} could not be reached ({name})"
-            ) from error
-        except http.client.InvalidURL as error:
-            raise ConfigError("SourceInvalid", f"{path}: {shown} is no URL that can be asked for") from error
-        except http.client.HTTPException as error:
-            raise StorageError("DownloadBroken", f"{path}: {shown} broke off ({type(error).__name__})") from error
-        except OSError as error:
-            raise of_local_disk(error) from error
+            return self._committed(source, path, target) if kind is MODEL else self._file(source, path, target, kind)
+        except FineTuneError as error:
+            if not error.message.startswith(path):
+                error.message = f"{path}: {error.message}"
+            if isinstance(error, CredentialsError):
+                error.failure_class = kind.failure_class
+            raise
+
+    def _file(self, source: HttpsSource, path: str, target: Path, kind: Kind) -> Fetched:
+        """One file of a web server, under its own name."""
+        place = target / (PurePosixPath(unquote(urlsplit(source.url).path)).name or "data")
+        store = self._web_store(source.url, kind)
+        try:
+            digest = store.download("", place, count=self.count, room=lambda size: self._room(size, path))
+        except NotFoundError as error:
+            raise self._missing(kind, path, store.uri, f"answers {error.message.rpartition(' ')[2]}") from error
+        finally:
+            store.close()
+        if digest is None:
+            raise self._missing(kind, path, store.uri, "answers 404")
         return Fetched(place, [place])
+
+    def _committed(self, source: HttpsSource, path: str, target: Path) -> Fetched:
+        """A model or checkpoint that a job committed: its manifest says which files belong to it, since no listing does."""
+        if not source.committed:
+            raise NotFoundError(
+                "ModelInvalid", f"{path} is {shown(source.url)}: a web server has no listing, so only what a job committed can be read there",
+                hint="write https://host/root/model or https://host/root/checkpoints/step-00000100, a hub's name as org/name, or s3://bucket/prefix",
+                failure_class=MODEL.failure_class,
+            )  # fmt: skip
+        where = address(source.url)
+        store = self._web_store(where.root, MODEL)
+        try:
+            found = Tree(store).marker(where.step)
+            problem = "holds no _COMMITTED object"
+            if found is not None:
+                problem = bring(
+                    Tree(store), found, target, count=self.count, room=lambda size: self._room(size, path)
+                )
+        finally:
+            store.close()
+        if found is None:
+            raise self._missing(MODEL, path, shown(source.url), problem)
+        if problem is not None:
+            raise NotFoundError(
+                "ModelInvalid", f"{path} is {shown(source.url)}, which is damaged: {problem}",
+                hint="bring it there again, whole", failure_class=MODEL.failure_class,
+            )  # fmt: skip
+        return Fetched(target, _data_files(target))
+
+    def _web_store(self, uri: str, kind: Kind) -> WebStore:
+        """Only the certificates to trust are taken from the connection."""
+        given = (self.run.model_store if kind is MODEL else self.run.dataset_store) or self.run.storage
+        return WebStore(StoreTarget(uri=uri, ca_bundle=given.ca_bundle))
 
     def _hub(self, source: HubSource, path: str, target: Path, kind: Kind) -> Fetched:
         import huggingface_hub
         from huggingface_hub import errors as hub
 
-        shown = f"{source.repo}" + (f"@{source.revision}" if source.revision else "")
+        named = f"{source.repo}" + (f"@{source.revision}" if source.revision else "")
         try:
             folder = huggingface_hub.snapshot_download(
                 source.repo, repo_type=kind.repo_type, revision=source.revision, cache_dir=self.work / "hub",
@@ -235,15 +249,15 @@ class Fetcher:
             )  # fmt: skip
         except hub.GatedRepoError as error:
             raise NotFoundError(
-                f"{kind.code}Gated", f"{path} is {shown}, which is gated: its owner must grant access first",
+                f"{kind.code}Gated", f"{path} is {named}, which is gated: its owner must grant access first",
                 hint="accept its terms on the hub and name a token in model.tokenSecretRef", failure_class=kind.failure_class,
             ) from error  # fmt: skip
         except hub.RevisionNotFoundError as error:
-            raise self._missing(kind, path, shown, "has no such revision") from error
+            raise self._missing(kind, path, named, "has no such revision") from error
         except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-            raise self._missing(kind, path, shown, "is not on the hub, or is private and no token was given") from error
+            raise self._missing(kind, path, named, "is not on the hub, or is private and no token was given") from error
         except Exception as error:  # the hub's client lets through whatever its HTTP library raises
-            raise _hub_unreachable(kind, path, shown, error) from error
+            raise _hub_unreachable(kind, path, named, error) from error
         place = Path(folder)
         return Fetched(place, _data_files(place), revision=place.name)
 
@@ -266,18 +280,12 @@ class Fetcher:
             )  # fmt: skip
 
 
-def _shown(text: str) -> str:
-    """A source as a message may show it: the query of a URL may be a signature."""
-    parts = urlsplit(text)
-    return f"https://{parts.hostname}{parts.path}" if parts.scheme == "https" else text
-
-
 _SIGNS = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
-def _hub_unreachable(kind: Kind, path: str, shown: str, error: Exception) -> StorageError:
+def _hub_unreachable(kind: Kind, path: str, named: str, error: Exception) -> StorageError:
     return StorageError(
-        "HubUnreachable", f"{path} is {shown}, and the model hub could not be reached ({type(error).__name__})",
+        "HubUnreachable", f"{path} is {named}, and the model hub could not be reached ({type(error).__name__})",
         hint="check the pod's way to the internet, or put it into S3 and name it as s3://bucket/prefix",
         failure_class=kind.failure_class,
     )  # fmt: skip

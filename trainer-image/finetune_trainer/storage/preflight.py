@@ -11,8 +11,9 @@ import uuid
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from finetune_api.errors import CredentialsError, FineTuneError, StorageError, StorageSetupError
+from finetune_api.errors import ConfigError, CredentialsError, FineTuneError, StorageError, StorageSetupError
 from finetune_api.pod import StoreTarget
+from finetune_api.sources import shown
 
 from finetune_trainer.storage.base import Created, Store, join
 from finetune_trainer.storage.roots import open_store
@@ -39,8 +40,15 @@ class Abilities:
 def preflight(target: StoreTarget, *, write: bool = True) -> Abilities:
     """Try everything that checkpoints need, with a small object of our own.
 
-    Errors: StorageSetupError (67), CredentialsError (77, naming the permission), StorageError (69 EndpointUnreachable).
+    Errors: StorageSetupError (67), CredentialsError (77, naming the permission), StorageError (69 EndpointUnreachable);
+    ConfigError `StorageUriInvalid` (64) for a web server, which can only be read.
     """
+    if target.uri.startswith("https://"):
+        raise ConfigError(
+            "StorageUriInvalid", f"storage.uri is {shown(target.uri)}: a web server can only be read, since it has neither a listing "
+            "nor conditional creation",
+            hint="write s3://bucket/prefix, pvc://claim/path or file:///path; checkpoint.resume, model.source and dataset.* may be https://",
+        )  # fmt: skip
     store = open_store(target, **IMPATIENT)
     try:
         return _try_all(store, write)

@@ -7,14 +7,16 @@ from pathlib import Path
 from finetune_api.errors import ConfigError
 from finetune_api.names import PVC_MOUNT
 from finetune_api.pod import StoreTarget
+from finetune_api.sources import shown
 
 from finetune_trainer.storage.base import Store
 from finetune_trainer.storage.folder import FolderStore
 from finetune_trainer.storage.s3 import S3Store
+from finetune_trainer.storage.web import WebStore
 
 
 def open_store(target: StoreTarget, **options: float) -> Store:
-    """Open a root; nothing is asked of the network yet. `options` are S3Store's.
+    """Open a root; nothing is asked of the network yet. `options` are S3Store's and WebStore's.
 
     Errors: ConfigError `StorageUriInvalid` for a notation that is no root.
     """
@@ -26,7 +28,9 @@ def open_store(target: StoreTarget, **options: float) -> Store:
             return FolderStore(Path(rest), target.uri)
         case "pvc":
             return FolderStore(Path(PVC_MOUNT, *rest.split("/")), target.uri)
+        case "https":
+            return WebStore(target, **options)  # type: ignore[arg-type] # as above
     raise ConfigError(
-        "StorageUriInvalid", f"storage.uri is {target.uri!r}, which is no root that can be written to",
-        hint="write s3://bucket/prefix, pvc://claim/path or file:///path",
+        "StorageUriInvalid", f"{shown(target.uri)!r} is no root that can be written to or read",
+        hint="write s3://bucket/prefix, pvc://claim/path or file:///path, or https://host/path to read only",
     )  # fmt: skip

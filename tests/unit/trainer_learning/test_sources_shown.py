@@ -1,0 +1,57 @@
+"""What comes from an address with a signature is named without it: in messages, notes and in what is published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from finetune_api.errors import FineTuneError
+from finetune_trainer.data.load import _mixture
+from finetune_trainer.method.adapter import apply
+from finetune_trainer.model import _check_complete, load_config
+from finetune_trainer.train import _portable
+
+from tests.support.learning import make_run
+
+URI = "https://host/root/model?signature=hidden"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Any:
+    mixture = [{"source": URI, "weight": 1.0}, {"source": "s3://data/b", "weight": 1.0}]
+    dataset = {"train": None, "mixture": mixture}
+    method = {"type": "adapter", "adapter": {"source": URI}}
+    return make_run(tmp_path, tmp_path, {"model": {"source": URI}, "dataset": dataset, "method": method})[0]
+
+
+def test_messages(run: Any, tmp_path: Path) -> None:
+    inputs: Any = SimpleNamespace(model=tmp_path, adapter=tmp_path)
+    for ask in (
+        lambda: load_config(run, inputs),
+        lambda: _check_complete({"missing_keys": ["weight"]}, run),
+        lambda: apply(run, inputs, None),
+        lambda: _mixture(reader(), run, [[], []]),
+    ):
+        with pytest.raises(FineTuneError) as caught:
+            ask()
+        assert "https://host/root/model" in caught.value.message and "hidden" not in str(caught.value)
+
+
+def reader() -> Any:
+    return SimpleNamespace(summary=SimpleNamespace(notes=[]))
+
+
+def test_notes(run: Any) -> None:
+    read, row = reader(), SimpleNamespace()
+    _mixture(read, run, [[(0, row)], [(1, row)]])  # type: ignore[arg-type, list-item] # what a row is does not matter
+    assert "https://host/root/model 1 rows" in read.summary.notes[0] and "hidden" not in read.summary.notes[0]
+
+
+def test_an_adapter_names_its_base(run: Any, tmp_path: Path) -> None:
+    config = tmp_path / "adapter_config.json"
+    config.write_text("{}")
+    _portable(tmp_path, run)
+    assert json.loads(config.read_text())["base_model_name_or_path"] == "https://host/root/model"
