@@ -18,7 +18,7 @@ from typing import Any
 
 from finetune_api import names
 from finetune_api.defaults import Context, resolve
-from finetune_api.names import Env, ExitCode
+from finetune_api.names import Env, ExitCode, FailureClass
 from finetune_api.pod import LastWords, Report, Resume, RunConfig, StoreTarget, World
 from finetune_api.rules import Where
 from finetune_api.sources import ConfigMapSource, PvcSource, parse
@@ -363,7 +363,7 @@ def _watched(process: subprocess.Popen[bytes], prepared: Prepared, port: int, la
     while True:
         try:
             code = process.wait(POLL_SECONDS)
-            show(_last_report(last_words))
+            show(last_report(last_words))
             show(None)
             return code
         except subprocess.TimeoutExpired:
@@ -441,12 +441,13 @@ def _ended(code: int, last_words: Path, prepared: Prepared) -> int:
     return output.JOB_FAILED
 
 
-def _last_report(path: Path) -> Report | None:
+def last_report(path: Path) -> Report | None:
     """The last words as a report, if they tell of steps."""
     words = _words(path)
     if words is None or words.progress is None or words.progress.step is None:
         return None
-    stage = Stage.DONE if words.output else Stage.FAILED if words.code else Stage.STOPPING
+    saved = words.class_ is FailureClass.PREEMPTED
+    stage = Stage.DONE if words.output else Stage.FAILED if words.code and not saved else Stage.STOPPING
     progress = words.progress.model_copy(update={"eta": None})
     return Report(attempt=1, uid="", stage=stage, progress=progress, metrics=words.metrics or Metrics())
 
@@ -462,4 +463,4 @@ def _tail(log: Path) -> Iterator[str]:
     yield from log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
 
 
-__all__ = ["LocalError", "Prepared", "fit", "prepare", "train"]
+__all__ = ["LocalError", "Prepared", "fit", "last_report", "prepare", "train"]

@@ -67,14 +67,10 @@ def _before_attempt(facts: Facts) -> Plan:
         message = f"Job {taken.name} belongs to another object (uid {taken.owner_uid or 'unknown'})"
         waiting = Waiting(Reason.CHILDREN_CONFLICT, message)
         return Plan(Situation.BLOCKED, waiting=waiting, wake=clock.next_look(facts.now, _start_timeout(facts)))
-    attempts = facts.job.status.attempts
-    ended = attempts[-1].end_time if attempts else None
-    if ended is not None:
-        seconds = clock.pause(attempts, facts.config.retry, UNHARMED)
-        left = seconds - clock.seconds(ended, facts.now)
-        # A pause never lasts longer than it was meant to, whatever the clocks say.
-        if 0 < left <= seconds and seconds > 0 and facts.now >= ended:
-            return Plan(Situation.PAUSING, wake=clock.next_look(facts.now, _later(ended, seconds)))
+    began, over = _pause(facts)
+    # A pause never lasts longer than it was meant to, whatever the clocks say.
+    if began is not None and over is not None and began <= facts.now < over:
+        return Plan(Situation.PAUSING, wake=clock.next_look(facts.now, over))
     return Plan(Situation.STARTING, create=facts.attempt, delete=_old_jobs(facts))
 
 
@@ -300,9 +296,18 @@ def start_of_waiting(facts: Facts) -> datetime | None:
         return accepted.last_transition_time
     if facts.current is not None or ready is None or ready.status == "True" or ready.last_transition_time is None:
         return None
-    suspended, attempts = facts.condition(Condition.SUSPENDED), facts.job.status.attempts
-    others = [suspended.last_transition_time if suspended else None, attempts[-1].end_time if attempts else None]
+    if facts.holds(Condition.SUSPENDED):
+        return None  # until this look: what came before it was no waiting
+    suspended, (_, paused_until) = facts.condition(Condition.SUSPENDED), _pause(facts)
+    others = [suspended.last_transition_time if suspended else None, paused_until]
     return max([ready.last_transition_time, *(one for one in others if one is not None)])
+
+
+def _pause(facts: Facts) -> tuple[datetime | None, datetime | None]:
+    """From when to when nothing is begun after the last attempt; None: there is none that ended."""
+    attempts = facts.job.status.attempts
+    ended = attempts[-1].end_time if attempts else None
+    return ended, _later(ended, clock.pause(attempts, facts.config.retry, UNHARMED)) if ended else None
 
 
 def _stall_time(facts: Facts) -> datetime | None:
@@ -317,16 +322,18 @@ def _last_heard(facts: Facts) -> tuple[Report | None, datetime | None]:
 
 
 def _silent_since(facts: Facts) -> datetime | None:
-    """Since when this attempt's pods, which have spoken, neither speak nor are ready: as status tells, for an operator that was
-    started meanwhile and has heard nothing itself. None: they are ready, or have never spoken.
+    """Since when this attempt's pods, which have trained, neither speak nor are ready: as status tells, for an operator that was
+    started meanwhile and has heard nothing itself. None: they are ready, do not run (yet), or have never trained.
     """
     record, progress, ready = facts.record, facts.job.status.progress, facts.condition(Condition.PODS_READY)
-    spoke = progress.update_time if progress else None
-    if record is None or record.start_time is None or spoke is None or spoke < record.start_time:
+    rank0 = next((pod for pod in facts.live if pod.index == 0), None)
+    if record is None or not record.last_step or rank0 is None or rank0.phase != "Running":
         return None
     if ready is None or ready.status == "True" or ready.last_transition_time is None:
         return None
-    return max(spoke, ready.last_transition_time)
+    # A queue may have replaced the pod within the attempt. What was told last has its node's clock: it can only delay.
+    moments = [ready.last_transition_time, rank0.running_since or rank0.created, progress.update_time if progress else None]
+    return max(one for one in moments if one is not None)
 
 
 def _force_time(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:

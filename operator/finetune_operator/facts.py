@@ -147,12 +147,17 @@ class Facts:
         quota = self.condition(Condition.QUOTA_RESERVED)
         if quota is None:
             return record.start_time
-        job = self.current
-        if job is not None and not job.suspended and job.started is not None:
-            return max(record.start_time, job.started)  # when it was admitted, whoever looked when
+        if self.admitted is not None:
+            return max(record.start_time, self.admitted)
         if quota.status != "True" or quota.last_transition_time is None:
             return None
         return max(record.start_time, quota.last_transition_time)
+
+    @property
+    def admitted(self) -> datetime | None:
+        """When a queue let the Job begin, whoever looked when; None: it is held, or its controller has not seen its release yet."""
+        job = self.current
+        return None if job is None or job.suspended or job.held is not None else job.started
 
     @property
     def active(self) -> float:

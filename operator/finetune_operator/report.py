@@ -6,7 +6,6 @@ The status is what was observed, never what is hoped for. Text that others wrote
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Literal
 
 from finetune_api.names import Condition as Kind
@@ -307,9 +306,10 @@ def _checkpoints(view: View) -> dict[str, Any]:
     words = view.plan.ended.words if view.plan.ended else None
     heard = view.facts.heard.report if view.facts.heard else None
     # By step: after a rollback an attempt commits a step in the place of the one that was left behind.
-    known = {one.step: one for one in view.old.checkpoints if heard is None or not _removed(one, heard.checkpoints)}
+    known = {one.step: one for one in view.old.checkpoints}
     for source in (heard, words):
         if source is not None:
+            known = {step: one for step, one in known.items() if not _removed(one, source.checkpoints)}
             known |= {one.step: _merged_checkpoint(known.get(one.step), one) for one in source.checkpoints}
     ordered = sorted(known.values(), key=lambda one: one.step)
     kept = ordered[-KEPT_CHECKPOINTS:]
@@ -416,9 +416,9 @@ def _conditions(view: View) -> list[Condition]:
 
 
 def _dated(new: Condition, old: Condition | None, view: View) -> Condition:
-    """With the time its status last changed."""
+    """With the time its status last changed: its own, if somebody else wrote that down, else this look's."""
     same = old is not None and old.status == new.status and old.last_transition_time is not None
-    when: datetime = old.last_transition_time if same and old and old.last_transition_time else view.facts.now
+    when = old.last_transition_time if same and old else new.last_transition_time or view.facts.now
     return new.model_copy(update={"last_transition_time": when, "observed_generation": view.facts.job.generation})
 
 
@@ -441,7 +441,8 @@ def _quota(view: View) -> Condition | None:
     where = f"queue {queue}" if queue else "the queue"
     job = view.acted.created or view.facts.current
     if job is not None and not view.queued and not job.finished:
-        return _condition(Kind.QUOTA_RESERVED, "True", Reason.PROGRESSING, f"{where} admitted attempt {job.attempt}")
+        reserved = _condition(Kind.QUOTA_RESERVED, "True", Reason.PROGRESSING, f"{where} admitted attempt {job.attempt}")
+        return reserved.model_copy(update={"last_transition_time": view.facts.admitted})
     if job is not None and job.finished:
         return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "the attempt is over, its quota is free")
     if job is None:

@@ -64,9 +64,8 @@ def accept(raw: Object, config: OperatorConfig, kept: Mapping[str, Any] | None =
     except ValidationError as error:
         return Refused(Reason.REJECTED, clean("; ".join(_shape(item) for item in error.errors())))
     problems = check(spec)
-    missing = unsupported(spec)
-    if problems or missing:
-        found = [*problems, *missing]
+    found = [*problems, *unsupported(spec)]
+    if found and not kept:
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
         return Refused(reason, clean("; ".join(str(one) for one in found)), hint=found[0].hint, spec=spec)
     pool = _pool(spec, config)
@@ -81,7 +80,9 @@ def accept(raw: Object, config: OperatorConfig, kept: Mapping[str, Any] | None =
     if size > MAX_SPEC_BYTES:
         message = f"the spec with its defaults takes {size} bytes, and a pod's annotation carries {MAX_SPEC_BYTES}"
         return Refused(Reason.REJECTED, message, "put templates and long lists into ConfigMaps and refer to them")
-    return Accepted(resolution.spec, resolution.defaults, tuple(resolution.notes), pool)
+    # A newer operator's rules do not end what an older one let begin, and what nobody may change any more.
+    newer = [clean(f"a new job would be refused: {one}") for one in found]
+    return Accepted(resolution.spec, resolution.defaults, (*resolution.notes, *newer), pool)
 
 
 def _resolve(spec: FineTuneJobSpec, context: Context, kept: Mapping[str, Any]) -> Resolution:

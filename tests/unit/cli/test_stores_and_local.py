@@ -13,7 +13,7 @@ from finetune_api.spec.cluster import StorageRoot
 from finetune_cli.commands.changing import free_name
 from finetune_cli.commands.report import redact
 from finetune_cli.importers.convert import nearest
-from finetune_cli.local import LocalError, fit
+from finetune_cli.local import LocalError, fit, last_report
 from finetune_cli.stores import Store, StoreError, committed, fetch, root_of
 from finetune_cli.view import ago, bar, size, sparkline, stages
 
@@ -225,3 +225,17 @@ def test_redaction(value: Any, shown: Any) -> None:
 )
 def test_nearest(word: str, known: list[str], found: str) -> None:
     assert nearest(word, known) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "stage"),
+    [
+        ({"class": "Preempted", "code": "StoppedSaved", "message": "saved at step 12"}, "stopping"),
+        ({"class": "Data", "code": "DatasetEmpty", "message": "no rows"}, "failed"),
+        ({"output": {"uri": "file:///m/model"}}, "done"),
+    ],
+)
+def test_the_last_line_of_a_local_run_says_how_it_ended(words: dict[str, Any], stage: str, tmp_path: Path) -> None:
+    (tmp_path / "words").write_text(json.dumps({"progress": {"step": 12, "totalSteps": 100}, **words}))
+    found = last_report(tmp_path / "words")
+    assert found is not None and found.stage == stage

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 from finetune_api.names import Condition, Reason
+from finetune_api.pod import LastWords
 from finetune_api.rules import check
 from finetune_api.status import Adaptation, FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import Acted, Situation
 from finetune_operator.policies import clock
-from finetune_operator.policies.acceptance import Refused, accept
+from finetune_operator.policies.acceptance import Accepted, Refused, accept
 from finetune_operator.policies.ladder import Exhausted, adapted, after_divergence, after_memory
 from finetune_operator.policies.waiting import Waiting
 from finetune_operator.report import report as make_report
@@ -56,6 +57,27 @@ def test_an_attempt_that_began_and_failed_unseen_has_used_its_time() -> None:
     over = job(queue="q", started=at(100), failed=at(1700), failed_reason="x")
     found = facts(written=QUEUED, known=known, jobs=[over], pods=[ended(pod(), 70)], now=at(3700))
     assert make_report(found, decide(found), Acted()).active_seconds == 1600
+
+
+def test_the_start_before_a_queue_took_the_job_is_not_the_start_after() -> None:
+    """A Job keeps its start time while it is held, and until its controller has seen that it no longer is."""
+    for value, reason, since in (("False", Reason.QUEUED, 1800), ("True", Reason.PROGRESSING, 7201)):
+        taken = told(Condition.QUOTA_RESERVED, value, reason, since)
+        known = status(attempt=1, attempts=[BEGUN], activeSeconds=1700, conditions=[taken])
+        for one in (job(queue="q", started=at(100), held=at(1800)), job(queue="q", started=at(7200))):
+            found = facts(written=QUEUED, known=known, jobs=[one], now=at(7202))
+            assert decide(found).condemn is None
+            assert found.running_since in (None, at(7200), at(7201))
+
+
+def test_quota_is_dated_by_the_start_that_it_allowed() -> None:
+    known = status(attempt=1, attempts=[BEGUN], conditions=[told(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)])
+    queued = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 7200})
+    found = facts(written=queued, known=known, jobs=[job(queue="q", started=at(100))], pods=[pod()], now=at(3700))
+    seen = make_report(found, decide(found), Acted())
+    assert [one.last_transition_time for one in seen.conditions if one.type is Condition.QUOTA_RESERVED] == [at(100)]
+    lost = facts(written=queued, known=seen, jobs=[job(queue="q", suspended=True, started=at(100))], now=at(3800))
+    assert make_report(lost, decide(lost), Acted()).active_seconds == 3700
 
 
 def test_no_attempt_is_made_that_would_have_no_time_left() -> None:
@@ -109,6 +131,30 @@ def test_an_old_answer_does_not_make_a_ready_pod_late() -> None:
 def test_a_batch_of_an_evaluation_is_as_good_as_a_step(sign: float | None, late: bool) -> None:
     said = report(health={"secondsSinceStep": 700.0, "secondsSinceSign": sign, "medianStepSeconds": 1.0})
     assert bool(clock.stalled(accepted().spec, said, T0, [pod()], at(5))) is (late and (sign is None or sign + 5 > 600))
+
+
+def test_a_pod_that_a_queue_made_anew_is_given_its_time() -> None:
+    """The quota went at 120 and came back at 7200: what spoke is gone, and the new pod has only just been made."""
+    known = status(
+        attempt=1, attempts=[{**BEGUN, "lastStep": 50}], progress={"step": 50, "updateTime": iso(100)},
+        conditions=[told(Condition.QUOTA_RESERVED, "True", Reason.PROGRESSING, 7200), told(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 120)],
+    )  # fmt: skip
+    again = job(queue="q", started=at(7200))
+    waits = pod(uid="new", phase="Pending", ready=False, created=at(7200))
+    runs = pod(uid="new", ready=False, created=at(7200), running_since=at(7300))
+    queued = spec(placement={"queueName": "q"})
+    for new, now, ends in ((waits, 9000, False), (runs, 7400, False), (runs, 7899, False), (runs, 7905, True)):
+        found = facts(written=queued, known=known, jobs=[again], pods=[new], now=at(now))
+        assert (decide(found).condemn is not None) is ends, (new.phase, now)
+
+
+def test_a_clock_that_is_ahead_makes_no_attempt_speak_that_has_not_begun() -> None:
+    known = status(
+        attempt=2, attempts=[{**BEGUN, "lastStep": 50, "endTime": iso(102), "reason": "PodFailed"}, {"number": 2, "startTime": iso(112)}],
+        progress={"step": 50, "updateTime": iso(130)}, conditions=[told(Condition.PODS_READY, "False", "PodsNotReady", 102)],
+    )  # fmt: skip
+    new = pod(uid="new", attempt=2, phase="Pending", ready=False, created=at(112), node="", unschedulable="0/3 nodes")
+    assert decide(facts(known=known, jobs=[job(2, created=at(112))], pods=[new], now=at(800))).condemn is None
 
 
 # -- waiting ----------------------------------------------------------------------------------------------------------
@@ -225,3 +271,43 @@ def test_a_second_rollback_goes_to_a_checkpoint_that_is_still_there() -> None:
         assert not isinstance(rung, Exhausted)
         adaptations.append(rung)
     assert (adaptations[-1].set or {})["resume.maxStep"] == 400
+
+
+def test_a_resume_whose_job_is_refused_is_not_late_at_once() -> None:
+    conditions = [
+        told(Condition.PODS_READY, "False", "PodsNotReady", 0),
+        told(Condition.SUSPENDED, "True", "Suspended", 100),
+    ]
+    refused = Acted(obstacle=Waiting(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    assert not stalled(facts(known=status(conditions=conditions), now=at(9000)), refused)
+
+
+def test_our_own_pause_is_no_waiting() -> None:
+    attempts = [
+        {"number": n, "startTime": iso(n), "endTime": iso(n + 1), "reason": "PodFailed", "counted": True} for n in range(1, 6)
+    ]  # fmt: skip
+    ready = told(Condition.PODS_READY, "False", "PodsNotReady", 5)
+    known, pause = status(attempt=6, attempts=attempts, conditions=[ready]), 160
+    refused = Acted(obstacle=Waiting(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    for now, late in ((6 + pause + 1, False), (6 + pause + 61, True)):
+        found = facts(written=spec(policy={"startTimeoutSeconds": 60}), known=known, now=at(now))
+        assert stalled(found, refused) is late
+
+
+# -- what was there before --------------------------------------------------------------------------------------------
+
+
+def test_the_last_words_tell_what_retention_took_in_the_end() -> None:
+    known = status(attempt=1, attempts=[BEGUN], checkpoints=CHECKPOINTS[-2:])
+    words = LastWords.model_validate({"step": 500, "checkpoints": CHECKPOINTS[-1:], "output": {"uri": "s3://m/final"}})
+    said = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 500})
+    found = facts(known=known, jobs=[job(complete=at(60))], pods=[ended(pod(), 0, words)], heard=said, now=at(61))
+    assert [one.step for one in make_report(found, decide(found), Acted()).checkpoints] == [500]
+
+
+def test_a_newer_operators_rules_do_not_end_what_has_begun() -> None:
+    written = spec(training={"optimizer": "adafactor", "adamBeta1": 0.9})
+    new, begun = accept(written, CONFIG), accept(written, CONFIG, {"training.epochs": 3})
+    assert isinstance(new, Refused) and new.final
+    assert isinstance(begun, Accepted)
+    assert any(note.startswith("a new job would be refused: spec.training.adamBeta1") for note in begun.notes)
