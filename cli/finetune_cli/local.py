@@ -252,7 +252,8 @@ def _write(name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Pat
     tree = root / NAMESPACE / name / uid
     _same_job(home / names.RUN_FILE_NAME, spec, tree, name)
     counter = home / "attempt"
-    attempt = int(counter.read_text(encoding="utf-8")) + 1 if counter.is_file() else 1
+    made = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
+    attempt = max(made, begun(tree)) + 1  # the counter lies beside downloads, which people remove for room
     counter.write_text(str(attempt), encoding="utf-8")
     gpus = spec.resources.gpus_per_node or 0
     run = RunConfig(
@@ -274,6 +275,12 @@ def _write(name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Pat
     run_file = home / names.RUN_FILE_NAME
     run_file.write_bytes(run.to_bytes())
     return Prepared(name, run, run_file, home / "work", home / f"attempt-{attempt}.log", notes)
+
+
+def begun(tree: Path) -> int:
+    """The newest attempt that has begun, as the trainer wrote it down; 0: none has."""
+    found = (path.name.rpartition("-")[2] for path in (tree / names.Storage.RUN).glob("attempt-*"))
+    return max((int(number) for number in found if number.isdecimal()), default=0)
 
 
 def _same_job(run_file: Path, spec: FineTuneJobSpec, tree: Path, name: str) -> None:
@@ -463,4 +470,4 @@ def _tail(log: Path) -> Iterator[str]:
     yield from log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
 
 
-__all__ = ["LocalError", "Prepared", "fit", "last_report", "prepare", "train"]
+__all__ = ["LocalError", "Prepared", "begun", "fit", "last_report", "prepare", "train"]

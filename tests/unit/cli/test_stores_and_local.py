@@ -13,7 +13,7 @@ from finetune_api.spec.cluster import StorageRoot
 from finetune_cli.commands.changing import free_name
 from finetune_cli.commands.report import redact
 from finetune_cli.importers.convert import nearest
-from finetune_cli.local import LocalError, fit, last_report
+from finetune_cli.local import LocalError, begun, fit, last_report
 from finetune_cli.stores import Store, StoreError, committed, fetch, root_of
 from finetune_cli.view import ago, bar, size, sparkline, stages
 
@@ -239,3 +239,10 @@ def test_the_last_line_of_a_local_run_says_how_it_ended(words: dict[str, Any], s
     (tmp_path / "words").write_text(json.dumps({"progress": {"step": 12, "totalSteps": 100}, **words}))
     found = last_report(tmp_path / "words")
     assert found is not None and found.stage == stage
+
+
+def test_attempts_are_counted_by_what_was_written_down(tmp_path: Path) -> None:
+    assert begun(tmp_path) == 0
+    for name in ("attempt-9", "attempt-10", "attempt-x", "other"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+    assert begun(tmp_path) == 10

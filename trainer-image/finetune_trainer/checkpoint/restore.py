@@ -55,9 +55,9 @@ class Restored:
 
 def restore(
     tree: Tree, resume: Resume, facts: RunFacts, target: Path, *, wanted: Callable[[str], bool] = lambda path: True,
-    count: Counter | None = None,
+    count: Counter | None = None, attempt: int | None = None,
 ) -> Restored:  # fmt: skip
-    """Find, check and download. `wanted` says which files this pod needs.
+    """Find, check and download. `wanted` says which files this pod needs, `attempt` which attempt it is a life of.
 
     What the job has committed itself comes before anything that `checkpoint.resume` says: that is how the job begins, and a life
     of it may end without the operator's knowing (a queue that takes back its quota starts the same attempt again).
@@ -70,7 +70,8 @@ def restore(
     if resume.max_step is None:
         candidates = own
     else:
-        candidates = [one for one in own if (one.step or 0) <= resume.max_step]
+        # What this very attempt committed after the rollback, in another life, is its own past.
+        candidates = [one for one in own if (one.step or 0) <= resume.max_step or one.marker.attempt == attempt]
         unreadable = [step for step in unreadable if step <= resume.max_step]
     result.damaged += [f"{tree.uri(join(base_of(step), Storage.COMMITTED))} is damaged" for step in unreadable]
     if resume.mode not in ("auto", "never") and not candidates and not unreadable:

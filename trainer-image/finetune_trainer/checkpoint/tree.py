@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 PARTS = ".parts"
 ATTEMPT = "attempt-"
 """Before the number in the folders below `run/`."""
+INCOMPLETE = "UploadIncomplete"
 PART_POLL_SECONDS = 0.2
 MARKER_LOOKS = 10
 """How often a marker is asked for that is there and cannot be read yet: some stores show what was written a moment later."""
@@ -103,9 +104,12 @@ class Tree:
 
     def marker(self, step: int | None, healthy: bool = False) -> Committed | None:
         """The committed checkpoint of a step (None: the final model), if there is one."""
-        data = self.store.get(join(base_of(step), Storage.COMMITTED))
-        marker = Marker.parse(data) if data is not None else None
+        marker = self._marker(base_of(step))
         return Committed(step, marker, healthy) if marker else None
+
+    def _marker(self, base: str) -> Marker | None:
+        data = self.store.get(join(base, Storage.COMMITTED))
+        return Marker.parse(data) if data is not None else None
 
     def manifest(self, committed: Committed) -> Manifest | None:
         """The manifest that the marker names, or None if it is missing or is not that one."""
@@ -179,21 +183,27 @@ class Tree:
         marker = Marker(attempt=manifest.attempt, path=manifest.incarnation, manifest_sha256=sha256_bytes(data))
         self.store.put(join(folder, Storage.MANIFEST), data)
         self._look(folder, manifest)
-        if self.superseded(manifest.attempt):
-            raise Fenced("FencedOut", f"a later attempt has begun; this is {marker.path}, which must end")
+        self.require_newest(manifest.attempt)
         self._mark(base, marker, instead_of)
-        if self.store.stat(join(folder, Storage.MANIFEST)) is None:
-            self._take_back(base, marker)
-            raise Fenced("FencedOut", f"{base} was swept by a later attempt; this is {marker.path}, which must end")
         try:
+            if self._is_swept(folder, manifest):
+                self._take_back(base, marker)
+                raise Fenced("FencedOut", f"{base} was swept by another life; this is {marker.path}, which must end")
             self.store.delete([stat.key for stat in self.store.list(join(folder, PARTS) + "/")])
-        except FineTuneError as error:  # it is committed, whatever lies beside it
-            log.warning("what the pods told each other about %s stays: %s", base, error)
+        except Fenced:
+            raise
+        except FineTuneError as error:  # it is committed: what cannot be asked or tidied afterwards does not change that
+            log.warning("%s is committed, and could not be looked at once more: %s", base, error)
         return marker
 
     def begin(self, attempt: int, run: bytes) -> None:
         """Tell what an attempt was told; from now on no earlier one commits anything."""
         self.store.put(join(Storage.RUN, f"{ATTEMPT}{attempt}", "run.json"), run)
+
+    def require_newest(self, attempt: int) -> None:
+        """Errors: Fenced if a later attempt has begun."""
+        if self.superseded(attempt):
+            raise Fenced("FencedOut", f"a later attempt has begun; this is attempt {attempt}, which must end")
 
     def superseded(self, attempt: int) -> bool:
         """Whether a later attempt has begun: it says so before it sweeps or writes anything else."""
@@ -202,11 +212,9 @@ class Tree:
         return any(number.isdecimal() and int(number) > attempt for number in numbers)
 
     def _take_back(self, base: str, marker: Marker) -> None:
-        """Remove our marker, whose data is gone. Whoever replaced it keeps his."""
-        key = join(base, Storage.COMMITTED)
-        data = self.store.get(key)
-        if data is not None and Marker.parse(data) == marker:
-            self.store.delete([key])
+        """Remove a marker whose data is gone. Whoever replaced it keeps his."""
+        if self._marker(base) == marker:
+            self.store.delete([join(base, Storage.COMMITTED)])
 
     def _mark(self, base: str, marker: Marker, instead_of: Marker | None) -> None:
         """Write the marker. Errors: Fenced; StorageError `MarkerUnreadable`."""
@@ -243,7 +251,19 @@ class Tree:
                 stat = self.store.stat(join(folder, entry.path))
             if stat is None or stat.size != entry.size:
                 found = "is missing" if stat is None else f"has {stat.size} bytes instead of {entry.size}"
-                raise StorageError("UploadIncomplete", f"{self.uri(join(folder, entry.path))} {found} after its upload")
+                raise StorageError(INCOMPLETE, f"{self.uri(join(folder, entry.path))} {found} after its upload")
+
+    def _is_swept(self, folder: str, manifest: Manifest) -> bool:
+        """Whether another life's sweep has taken any of it."""
+        if self.store.stat(join(folder, Storage.MANIFEST)) is None:
+            return True
+        try:
+            self._look(folder, manifest)
+        except StorageError as error:
+            if error.code == INCOMPLETE:
+                return True
+            raise
+        return False
 
     def mark_healthy(self, step: int) -> None:
         """The steps after this checkpoint were finite too."""
@@ -277,9 +297,20 @@ class Tree:
         return sum(self.store.sweep(f"{prefix}/") for prefix in (Storage.CHECKPOINTS, Storage.MODEL))
 
     def _sweep_data(self) -> int:
-        keys = [key for base, below in self._by_base().items() for key in self._unnamed(base, below)]
-        self.store.delete(keys)
-        return len(keys)
+        unnamed = {base: keys for base, below in self._by_base().items() if (keys := self._unnamed(base, below))}
+        self.store.delete([key for keys in unnamed.values() for key in keys])
+        for base, keys in unnamed.items():
+            self._unmark(base, keys)
+        return sum(map(len, unnamed.values()))
+
+    def _unmark(self, base: str, swept: list[str]) -> None:
+        """Remove a marker that a zombie wrote, between our look and our delete, over what we have just removed.
+
+        It looks at its data after its marker, we at its marker after its data: one of the two sees what the other did.
+        """
+        marker = self._marker(base)
+        if marker is not None and any(key.startswith(join(base, marker.path) + "/") for key in swept):
+            self._take_back(base, marker)
 
     def _by_base(self) -> dict[str, list[str]]:
         """Keys below each checkpoint's folder and the model's."""

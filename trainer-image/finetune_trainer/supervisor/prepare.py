@@ -83,7 +83,10 @@ class Preparation:
         """The checkpoint to go on from. Errors: 64 CheckpointIncompatible, 73."""
         self._board.stage(Stage.RESTORING)
         found = self._timed(
-            "restore", lambda: restore(tree, self._run.resume, facts, self._work / "output", count=self._count)
+            "restore",
+            lambda: restore(
+                tree, self._run.resume, facts, self._work / "output", count=self._count, attempt=self._run.attempt
+            ),
         )
         for sentence in found.damaged:
             self._board.problem(Reason.CHECKPOINT_DAMAGED, sentence)

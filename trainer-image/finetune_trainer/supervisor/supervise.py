@@ -188,6 +188,7 @@ class Supervisor:
                 return
             inputs, facts = preparation.fetch()
             if self.settings.node_rank == 0:
+                self._tree.require_newest(self._run.attempt)
                 self._tree.begin(self._run.attempt, self._run.to_bytes())  # before anything is swept
                 self._sweep(self._tree)
             found = preparation.restore(self._tree, facts)
