@@ -12,6 +12,7 @@ from finetune_api.pod import StoreTarget
 from finetune_trainer.checkpoint.manifest import Manifest, base_of
 from finetune_trainer.checkpoint.tree import Tree
 from pod_harness import PYTHONPATH, Pod, run_config
+from toy_rank import link
 
 from localcluster.s3 import S3Endpoint
 
@@ -51,6 +52,31 @@ class Place:
             assert problem is None, problem
             steps.append(manifest.step)
         return steps
+
+
+def states(steps: int) -> dict[int, str]:
+    """State of rank 0 after each step of a run of toy ranks that nothing happens to."""
+    found, chain = {}, ""
+    for step in range(1, steps + 1):
+        found[step] = chain = link(chain, 0, step)
+    return found
+
+
+def logged_states(place: Place) -> dict[int, str]:
+    """State by step as all attempts logged it; what two logged must be the same."""
+    found: dict[int, str] = {}
+    for stat in place.truly.store.list("metrics/"):
+        for line in (place.truly.store.get(stat.key) or b"").decode().splitlines():
+            value = json.loads(line)
+            assert found.setdefault(value["step"], value["chain"]) == value["chain"], value
+    return found
+
+
+def final_state(place: Place) -> str:
+    """State of rank 0 in the committed model."""
+    model = place.truly.marker(None)
+    assert model is not None, "no model is committed"
+    return (place.truly.store.get(f"{model.folder}/chain-0") or b"").decode()
 
 
 def toy(

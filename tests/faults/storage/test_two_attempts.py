@@ -1,0 +1,234 @@
+"""Two attempts of one job alive at once, each a whole pod that trains and commits: row 13 of docs/guides/checkpoints.md.
+
+The operator never means to begin an attempt beside another. It must, where a lost node's pod lives on out of its reach: then storage
+alone decides, and the later attempt is the one that counts.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from finetune_api.names import FailureClass
+from finetune_api.pod import Resume
+from finetune_trainer.checkpoint.manifest import base_of, step_of
+from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.storage.s3 import S3Store
+from pod_harness import Pod
+from storage_place import Place, final_state, logged_states, states, toy
+
+from localcluster.s3 import S3Endpoint
+from tests.support.faultproxy import Call
+from tests.support.s3proxy import S3Operation, S3Proxy
+
+EVERY = 5
+SCRIPT = {"every": EVERY, "pause": 0.1}
+LOOK_SECONDS = 0.02
+GATE_SECONDS = 120.0
+"""Longest time for which a request is held: a test that fails lets go of it."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A request waits until it is let through."""
+
+    opened: threading.Event = field(default_factory=threading.Event)
+    keys: list[str] = field(default_factory=list)
+
+    async def handle(self, call: Call[S3Operation]) -> web.StreamResponse:
+        self.keys.append(call.operation.key)
+        await asyncio.to_thread(self.opened.wait, GATE_SECONDS)
+        return await call.forward()
+
+
+@dataclass
+class Two:
+    """Two attempts of one job, each with a proxy of its own before the one store."""
+
+    folder: Path
+    spec: dict[str, Any]
+    place: Place
+    second: Place
+    proxies: tuple[S3Proxy, S3Proxy]
+    server: S3Endpoint
+    seen: dict[int, list[str]] = field(default_factory=dict)
+    """Incarnations that the marker of each step has named, in their order."""
+    start: int = 0
+    """Step that the second attempt went on from."""
+    last: int = 0
+    """Step at which the second attempt has done its work."""
+
+    def earlier(self) -> Pod:
+        """The first attempt: it would train for long."""
+        return toy(self.folder / "one", self.spec, self.place, self.server, SCRIPT | {"steps": 100_000})
+
+    def later(self) -> Pod:
+        """The second attempt, begun while the first one lives. It ends some checkpoints after where the first one is now."""
+        self.start = max(one.step or 0 for one in self.place.truly.committed())
+        self.last = self.start + 6 * EVERY
+        resume = Resume(mode="auto", expect_step=self.start)
+        return toy(
+            self.folder / "two", self.spec, self.second, self.server, SCRIPT | {"steps": self.last}, attempt=2, resume=resume
+        )  # fmt: skip
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Look at all markers again and again."""
+        done = threading.Event()
+
+        def watch() -> None:
+            while not done.wait(LOOK_SECONDS):
+                for one in self.place.truly.committed():
+                    paths = self.seen.setdefault(one.step or 0, [])
+                    if paths[-1:] != [one.marker.path]:
+                        paths.append(one.marker.path)
+
+        thread = threading.Thread(target=watch)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def require_one_winner(self, earlier: Pod, later: Pod, why: str) -> None:
+        """The earlier attempt was fenced out, the later one's checkpoints count, and the end is the undisturbed run's."""
+        assert [earlier.process and earlier.process.poll(), later.end()] == [74, 0], (
+            earlier.text[-3000:] + later.text[-3000:]
+        )
+        words = earlier.words()
+        assert (words.code, words.class_, words.origin) == ("FencedOut", FailureClass.INFRASTRUCTURE, True)
+        assert why in (words.message or "") and "which must end" in (words.message or "")
+        resumed = later.words().resumed_from_step
+        assert resumed is not None and resumed >= self.start
+        for one in self.place.truly.committed():
+            assert one.marker.attempt == (1 if (one.step or 0) <= resumed else 2), one
+        for step, paths in self.seen.items():
+            assert paths == sorted(paths) and len(paths) <= 2, f"step {step}: {paths}"
+        assert self.last in self.place.whole(self.folder / "after")
+        named = {f"{one.folder}/" for one in self.place.truly.committed()}
+        data = [
+            stat.key
+            for stat in self.place.truly.store.list("checkpoints/")
+            if not stat.key.rpartition("/")[2].startswith("_")
+        ]
+        assert all(any(key.startswith(folder) for folder in named) for key in data), "nothing of the loser is left"
+        logged = logged_states(self.place)
+        assert {step: state for step, state in logged.items() if step <= self.last} == states(self.last)
+        assert final_state(self.place) == states(self.last)[self.last]
+
+
+@pytest.fixture
+def two(tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint) -> Iterator[Two]:
+    with S3Proxy(s3_server.host_url) as other:
+        target = place.truly.store.target.model_copy(update={"endpoint": other.url})  # type: ignore[attr-defined] # an S3Store
+        second = Place(Tree(S3Store(target)), place.truly, place.client, place.bucket)
+        yield Two(tmp_path, spec, place, second, (proxy, other), s3_server)
+
+
+def test_two_attempts_side_by_side(two: Two) -> None:
+    """Row 13: both train and commit. Once the second one has begun, the first one commits nothing more and ends."""
+    with two.watched(), two.earlier() as earlier:
+        earlier.wait_committed(2 * EVERY)
+        with two.later() as later:
+            earlier.end(120)
+            assert later.process is not None and later.process.poll() is None, (
+                "both were alive until the first one knew"
+            )
+            later.end()
+    two.require_one_winner(earlier, later, "a later attempt has begun")
+
+
+@dataclass
+class Race:
+    """Both attempts have passed every check of a step's commit, and their markers of it are held."""
+
+    two: Two
+    earlier: Pod
+    step: int
+    markers: tuple[Gate, Gate]
+    look: Gate
+    """The first attempt's look whether its bytes are still there, after its marker."""
+
+    def mark(self, attempt: int) -> None:
+        """Let an attempt's marker through, until it stands."""
+        self.markers[attempt - 1].opened.set()
+        wait_for(lambda: self.marked() == attempt)
+
+    def marked(self) -> int:
+        """Attempt that the step's marker names; 0: there is none."""
+        found = self.two.place.truly.marker(self.step)
+        return found.marker.attempt if found is not None else 0
+
+    def finish(self) -> None:
+        """Hold nothing of the first attempt any longer, until it has ended."""
+        self.markers[0].opened.set()
+        self.look.opened.set()
+        self.earlier.end(120)
+
+
+def later_first(race: Race) -> None:
+    race.mark(2)
+    race.finish()
+
+
+def earlier_first_and_taken_back(race: Race) -> None:
+    race.mark(1)
+    race.finish()
+    assert race.marked() == 0, "its bytes were swept when the second attempt began"
+    race.mark(2)
+
+
+def earlier_first_and_replaced(race: Race) -> None:
+    race.mark(1)
+    race.mark(2)
+    race.finish()
+
+
+@pytest.mark.parametrize(
+    ("order", "why"),
+    [
+        pytest.param(later_first, "was committed by a2-", id="later-first"),
+        pytest.param(
+            earlier_first_and_taken_back, "was swept by a later attempt", id="earlier-first-taken-back", marks=pytest.mark.faults
+        ),
+        pytest.param(
+            earlier_first_and_replaced, "was swept by a later attempt", id="earlier-first-replaced", marks=pytest.mark.faults
+        ),
+    ],
+)  # fmt: skip
+def test_two_attempts_commit_the_same_step(two: Two, order: Callable[[Race], None], why: str) -> None:
+    """Row 13: both send the marker of the same step, in each order that there is. The later attempt's stands."""
+    with two.watched(), two.earlier() as earlier:
+        earlier.wait_committed(EVERY)
+        markers, look = (Gate(), Gate()), Gate()
+        two.proxies[0].fault(markers[0], operation="PutObject", key="checkpoints/.*_COMMITTED", times=1)
+        earlier.wait_until(lambda: bool(markers[0].keys))
+        step = step_of(markers[0].keys[0].split("/")[-2])
+        assert step is not None
+        two.proxies[0].fault(look, operation="HeadObject", key=f"{base_of(step)}/a1-.*/manifest.json", times=1)
+        two.proxies[1].fault(markers[1], operation="PutObject", key=f"{base_of(step)}/_COMMITTED", times=1)
+        with two.later() as later:
+            later.wait_until(lambda: bool(markers[1].keys))
+            race = Race(two, earlier, step, markers, look)
+            order(race)
+            assert race.marked() == 2
+            later.end()
+    two.require_one_winner(earlier, later, why)
+    assert two.seen[step][-1].startswith("a2-")
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
+    """Errors: AssertionError if it does not within that time."""
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end, f"not within {seconds:.0f} s"
+        time.sleep(LOOK_SECONDS)
