@@ -189,11 +189,9 @@ def _counters(view: View) -> dict[str, Any]:
     if ended is not None:
         used = 0 if ended.progressed else (old.retries_used or 0) + ended.counted
         changes["retries_used"] = used
-    stretch = facts.running_since
     quota_lost = view.queued and facts.holds(Kind.QUOTA_RESERVED)
-    if stretch is not None and (ended is not None or quota_lost):
-        until = ended.time if ended is not None else facts.now
-        changes["active_seconds"] = round(facts.active + clock.seconds(stretch, until))
+    if facts.running_since is not None and (ended is not None or quota_lost):
+        changes["active_seconds"] = round(facts.ran(ended.time if ended is not None else facts.now))
     if ended is not None and ended.adaptation is not None:
         changes["adaptations"] = [*old.adaptations, ended.adaptation][-KEPT_ATTEMPTS * 2 :]
     return changes
@@ -419,6 +417,9 @@ def _dated(new: Condition, old: Condition | None, view: View) -> Condition:
     """With the time its status last changed."""
     same = old is not None and old.status == new.status and old.last_transition_time is not None
     when: datetime = old.last_transition_time if same and old and old.last_transition_time else view.facts.now
+    job = view.facts.current
+    if same and new.type == Kind.QUOTA_RESERVED and new.status == "True" and job is not None and job.started is not None:
+        when = max(when, job.started)  # taken and given back while nobody looked
     return new.model_copy(update={"last_transition_time": when, "observed_generation": view.facts.job.generation})
 
 

@@ -47,6 +47,8 @@ class JobView:
     deleting: bool = False
     suspended: bool = False
     """Its own `spec.suspend`: a queue holds it."""
+    held: datetime | None = None
+    """Since when, as the Job controller wrote down."""
     queue: str | None = None
     started: datetime | None = None
     complete: datetime | None = None
@@ -219,6 +221,7 @@ def read_job(body: Object) -> JobView | None:
         created=time(meta.get("creationTimestamp")) or datetime.now(UTC),
         deleting=bool(meta.get("deletionTimestamp")),
         suspended=bool(spec.get("suspend")),
+        held=_since(conditions.get("Suspended")) if spec.get("suspend") else None,
         queue=labels.get(Label.QUEUE),
         started=time(status.get("startTime")),
         complete=_since(conditions.get("Complete")),
