@@ -342,6 +342,6 @@ class WideLives(Lives):
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLives.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestWideLives = WideLives.TestCase
-TestWideLives.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestWideLives.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
