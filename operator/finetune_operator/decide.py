@@ -44,8 +44,12 @@ def _finished(facts: Facts) -> Plan:
     expiry = clock.expiry(ttl if isinstance(ttl, int) else None, facts.job.status.completion_time)
     expired = expiry is not None and facts.now >= expiry
     unwanted = tuple(one for one in facts.mine if not one.deleting and (expired or not one.finished))
+    # Pods go with their Job; those that somebody took from it would stay for ever.
+    known = {one.uid for one in facts.mine}
+    left = [pod for pod in facts.own_pods if not (pod.gone or pod.deleting) and pod.job_uid not in known]
+    pods = tuple(pod for pod in left if expired or not pod.over)
     wake = None if expired else clock.next_look(facts.now, expiry)
-    return Plan(Situation.FINISHED, delete=unwanted, wake=wake, cleaned=not unwanted)
+    return Plan(Situation.FINISHED, delete=unwanted, delete_pods=pods, wake=wake, cleaned=not (unwanted or pods))
 
 
 def _before_attempt(facts: Facts) -> Plan:
@@ -135,15 +139,14 @@ def _condemn(facts: Facts) -> Condemned | None:
         return Condemned(Reason.CANCELLED, "spec.cancel is true")
     if facts.suspend:
         return Condemned(Reason.SUSPENDED, "spec.suspend is true")
-    limit = clock.deadline(facts.spec, facts.active, facts.running_since)
-    if limit is not None and facts.now >= limit:
-        seconds = facts.spec.policy.active_deadline_seconds
-        return Condemned(Reason.DEADLINE_EXCEEDED, f"policy.activeDeadlineSeconds {seconds} passed")
+    limit = facts.spec.policy.active_deadline_seconds
+    if limit is not None and facts.running_since is not None and facts.ran(facts.now) >= limit:
+        return Condemned(Reason.DEADLINE_EXCEEDED, f"policy.activeDeadlineSeconds {limit} passed")
     gone = clock.lost(facts.live, facts.config.lost_node_seconds, facts.now)
     if gone:
         return Condemned(Reason.NODE_LOST, f"pod {gone[0].name} does not end: node {gone[0].node or 'unknown'} is lost")
     report, spoke = _last_heard(facts)
-    late = clock.stalled(facts.spec, report, spoke, facts.live, facts.now)
+    late = clock.stalled(facts.spec, report, spoke, facts.live, facts.now, _unready_since(facts))
     return Condemned(Reason.STALLED, late) if late else None
 
 
@@ -170,8 +173,8 @@ def _job_gone(facts: Facts) -> Plan:
             wake=clock.next_look(facts.now, _force_time(facts, left)),
         )
     if succeeded(facts):
-        return _ended(facts, None, facts.now)
-    return _ended(facts, _condemned_cause(facts) or cause_of(None, facts.last_pods), facts.now)
+        return _ended(facts, None, facts.last_alive)
+    return _ended(facts, _condemned_cause(facts) or cause_of(None, facts.last_pods), facts.last_alive)
 
 
 def succeeded(facts: Facts) -> bool:
@@ -240,7 +243,7 @@ def _follow(
     )  # fmt: skip
     if isinstance(follow, Stop):
         return Finish(Outcome.FAILED, follow.reason, follow.failure), None
-    if limit is not None and facts.active + clock.seconds(facts.running_since, when) >= limit:
+    if limit is not None and facts.ran(when) >= limit:
         return too_late, None  # nobody looked when the time was over: the next attempt would have none
     return None, follow
 
@@ -312,7 +315,9 @@ def _pause(facts: Facts) -> tuple[datetime | None, datetime | None]:
 
 def _stall_time(facts: Facts) -> datetime | None:
     report, spoke = _last_heard(facts)
-    return _later(spoke, clock.stall_limit(facts.spec, report) + 1) if spoke else None
+    unready = _unready_since(facts)
+    silent = [one for one in (spoke, unready) if one is not None and one <= facts.now]
+    return _later(max(silent), clock.stall_limit(facts.spec, report) + 1) if spoke and silent else None
 
 
 def _last_heard(facts: Facts) -> tuple[Report | None, datetime | None]:
@@ -334,6 +339,12 @@ def _silent_since(facts: Facts) -> datetime | None:
     # A queue may have replaced the pod within the attempt. What was told last has its node's clock: it can only delay.
     moments = [ready.last_transition_time, rank0.running_since or rank0.created, progress.update_time if progress else None]
     return max(one for one in moments if one is not None)
+
+
+def _unready_since(facts: Facts) -> datetime | None:
+    """Since when status finds the pods not ready: from this look on, if it still finds them ready. None: it does not say."""
+    ready = facts.condition(Condition.PODS_READY)
+    return facts.now if ready is not None and ready.status == "True" else ready.last_transition_time if ready else None
 
 
 def _force_time(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:

@@ -13,6 +13,7 @@ from finetune_api.status import Attempt, Checkpoint
 from finetune_api.status import Condition as StatusCondition
 
 from finetune_operator.policies.acceptance import Accepted, Refused
+from finetune_operator.policies.clock import seconds
 from finetune_operator.policies.ladder import adapted, newest_start
 from finetune_operator.policies.waiting import Waiting
 from finetune_operator.settings import OperatorConfig
@@ -164,6 +165,23 @@ class Facts:
         """Seconds of running time before the current stretch."""
         return float(self.job.status.active_seconds or 0)
 
+    def ran(self, until: datetime) -> float:
+        """Seconds of running time until then, of all attempts. What a queue took ran until then, whoever looked when."""
+        held = self.current.held if self.current else None
+        return self.active + seconds(self.running_since, min(until, held) if held else until)
+
+    @property
+    def last_alive(self) -> datetime:
+        """When the current attempt, whose Job is gone, ended: now, unless its pods or status tell that nobody looked in time."""
+        ends = [_end_of(pod) for pod in self.last_pods]
+        if None in ends:
+            return self.now
+        progress, ready = self.job.status.progress, self.condition(Condition.PODS_READY)
+        told = [progress.update_time if progress else None, ready.last_transition_time if ready else None]
+        told += [self.record.start_time if self.record else None, self.heard.time if self.heard else None]
+        known = [one for one in (ends or told) if one is not None]
+        return min(self.now, max(known, default=self.now))
+
     @property
     def committed_step(self) -> int:
         """Newest step known to be committed, of all attempts."""
@@ -207,3 +225,8 @@ class Facts:
             return Reason(record.reason)
         except ValueError:
             return Reason.PREEMPTED
+
+
+def _end_of(pod: PodView) -> datetime | None:
+    """When a pod ended, or should have; None: nobody wrote it down."""
+    return (pod.terminated.finished if pod.terminated else None) or pod.deleting

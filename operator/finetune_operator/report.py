@@ -188,11 +188,9 @@ def _counters(view: View) -> dict[str, Any]:
     if ended is not None:
         used = 0 if ended.progressed else (old.retries_used or 0) + ended.counted
         changes["retries_used"] = used
-    stretch = facts.running_since
     quota_lost = view.queued and facts.holds(Kind.QUOTA_RESERVED)
-    if stretch is not None and (ended is not None or quota_lost):
-        until = ended.time if ended is not None else facts.now
-        changes["active_seconds"] = round(facts.active + clock.seconds(stretch, until))
+    if facts.running_since is not None and (ended is not None or quota_lost):
+        changes["active_seconds"] = round(facts.ran(ended.time if ended is not None else facts.now))
     if ended is not None and ended.adaptation is not None:
         changes["adaptations"] = [*old.adaptations, ended.adaptation][-KEPT_ATTEMPTS * 2 :]
     return changes
@@ -418,7 +416,10 @@ def _conditions(view: View) -> list[Condition]:
 def _dated(new: Condition, old: Condition | None, view: View) -> Condition:
     """With the time its status last changed: its own, if somebody else wrote that down, else this look's."""
     same = old is not None and old.status == new.status and old.last_transition_time is not None
-    when = old.last_transition_time if same and old else new.last_transition_time or view.facts.now
+    when = old.last_transition_time if same and old else None
+    own = new.last_transition_time
+    # The later of both: it may have been lost and won again while nobody looked.
+    when = max(when, own) if when and own else when or own or view.facts.now
     return new.model_copy(update={"last_transition_time": when, "observed_generation": view.facts.job.generation})
 
 

@@ -69,12 +69,14 @@ def stall_limit(spec: FineTuneJobSpec, report: Report | None) -> float:
 
 
 def stalled(
-    spec: FineTuneJobSpec, report: Report | None, heard: datetime | None, pods: Sequence[PodView], now: datetime
-) -> str:
+    spec: FineTuneJobSpec, report: Report | None, heard: datetime | None, pods: Sequence[PodView], now: datetime,
+    unready: datetime | None = None,
+) -> str:  # fmt: skip
     """Why the run counts as stalled, in words; empty: it does not.
 
     Only training can stall: downloads have no steps. A batch of an evaluation is as good as a step. A pod that no longer answers
-    counts only if the kubelet, too, finds it not ready: a network policy must not kill a healthy run.
+    counts only if the kubelet, too, finds it not ready (since `unready`, if that is known): a network policy must not kill a healthy
+    run, nor one whose readiness flaps behind it. Nor is a pod missed that was told to go: of those that do not, `lost` speaks.
     `report` is None where nobody remembers one; `heard` is then when status says that the pod spoke last.
     """
     if heard is None:
@@ -85,7 +87,8 @@ def stalled(
     if late is not None and silent < min(limit, FRESH) and late + silent > limit:
         return f"no step for {late + silent:.0f} s, the limit is {limit:.0f} s"
     running = [pod for pod in pods if not pod.over]
-    if silent > limit and running and not any(pod.ready for pod in running):
+    silent = seconds(max(heard, unready) if unready else heard, now)
+    if silent > limit and running and not any(pod.ready or pod.deleting for pod in running):
         return f"the pods have not answered for {silent:.0f} s and are not ready, the limit is {limit:.0f} s"
     return ""
 

@@ -6,7 +6,7 @@ import asyncio
 
 from finetune_operator.objects import EVENT
 
-from tests.integration.operator.kueue import Queue
+from tests.integration.operator.kueue import PRIORITY_CLASS, Queue
 from tests.integration.operator.rig import Rig
 
 
@@ -62,3 +62,41 @@ async def test_suspended_while_queued(world: Rig) -> None:
     await world.phase("Suspended")
     assert world.jobs.items == {}
     await world.patch({"suspend": False, "placement": {"queueName": "team-b"}})
+
+
+async def test_the_higher_priority_takes_the_quota_and_the_lower_goes_on_afterwards(world: Rig) -> None:
+    """Kueue reads the priority from the pods' class: `placement.priorityClassName` is all that a user writes."""
+    queue, urgent = Queue(world), f"urgent-{world.namespace}"[:63].rstrip("-")
+    body = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": urgent}, "value": 1000}
+    await world.kube.create(PRIORITY_CLASS, "", body)
+    await world.create("low", placement={"queueName": "team-a"})
+    await queue.waiting("low-1")
+    assert await queue.schedule() == "low-1"
+    pod = await world.train("low-1", step=40)
+    await world.phase("Running", "low")
+
+    await world.create("high", placement={"queueName": "team-a", "priorityClassName": urgent})
+    await queue.waiting("high-1")
+    uri = "s3://models/test/checkpoints/step-00000040/a1-0123abcd"
+    saved = {"checkpoints": [{"step": 40, "uri": uri, "healthy": True}], "latestCheckpoint": uri}
+    await world.train("low-1", step=40, **saved)
+    await world.until("the checkpoint", lambda: world.status("low").get("latestCheckpoint") == uri)
+    assert await queue.schedule() == "high-1"
+    await world.phase("Queued", "low")
+    assert world.condition("QuotaReserved", "low")["reason"] == "Queued"
+    running = await world.train("high-1")
+    assert running["spec"]["priority"] == 1000
+    await world.phase("Running", "high")
+    assert await queue.schedule() is None, "a lower priority takes nothing from a higher"
+
+    await world.kubelet.succeed(running)
+    await world.phase("Succeeded", "high")
+    assert await queue.schedule() == "low-1"
+    again = await world.pod("low-1", 0, "Running")
+    assert again["metadata"]["uid"] != pod["metadata"]["uid"]
+    status = world.status("low")
+    assert (status["attempt"], status["restarts"], status.get("retriesUsed")) == (1, 0, None)
+    assert (status["latestCheckpoint"], status["checkpoints"][0]["step"]) == (uri, 40)
+    await world.kubelet.succeed(again)
+    status = await world.phase("Succeeded", "low")
+    assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Succeeded")]

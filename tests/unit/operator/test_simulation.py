@@ -1,123 +1,55 @@
-"""Random lives of a job: whatever the user, the pods, the cluster and a dying operator do, in whatever order.
+"""Random lives of a job: whatever the user, the pods, the cluster, a queue and a dying operator do, in whatever order.
 
-A world of plain values stands for the cluster: a Job controller, a kubelet and a garbage collector of a few lines each. The
-operator's pure half (`decide`, `report`) runs on it. What must hold at every moment is checked after every step; in the end the
-cluster is left in peace, and the job must come to rest.
+A world of plain values stands for the cluster (`world.py`). The operator's pure half (`decide`, `report`) runs on it. What must hold
+at every moment is checked after every step; in the end the cluster is left in peace, and the job must come to rest.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from datetime import datetime, timedelta
+from dataclasses import replace
 
-from finetune_api.names import Condition, ExitCode, Phase, attempt_job_name
-from finetune_api.pod import LastWords
-from finetune_api.status import FineTuneJobStatus
+from finetune_api.names import Condition, Phase, Reason
+from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import Acted, Plan, Situation
-from finetune_operator.policies.acceptance import accept
+from finetune_operator.policies.clock import seconds as between
+from finetune_operator.policies.ladder import FIRST_ATTEMPT, MAX_STEP, RATE, ROLLBACKS
 from finetune_operator.report import report
-from finetune_operator.views import JobView, PodView, buried, read_status
+from finetune_operator.views import buried, read_status
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.unit.operator.samples import CONFIG, T0, UID, finetunejob, spec
-from tests.unit.operator.samples import ended as end_pod
-from tests.unit.operator.samples import job as make_job
-from tests.unit.operator.samples import pod as make_pod
+from tests.unit.operator.samples import CONFIG, UID, accepted
+from tests.unit.operator.world import FOREIGN, World, effective
 
-CODES = st.sampled_from([0, 1, 64, 65, 69, 70, 71, 72, 73, 74, 75, 76, 77, 137, 143])
-FOREIGN = make_job(1, name="run-1", uid="foreign", owner_uid="somebody", owned=False)
-
-
-@dataclass
-class World:
-    """The cluster."""
-
-    nodes: int = 1
-    suspend: bool = False
-    cancel: bool = False
-    now: datetime = T0
-    status: FineTuneJobStatus = field(default_factory=FineTuneJobStatus)
-    generation: int = 1
-    jobs: dict[str, JobView] = field(default_factory=dict)
-    pods: dict[str, PodView] = field(default_factory=dict)
-    serial: int = 0
-    created: list[int] = field(default_factory=list)
-    foreign: bool = False
-
-    def facts(self) -> Facts:
-        wish = {"suspend": self.suspend, "cancel": self.cancel}
-        written = spec(resources={"nodes": self.nodes, "gpusPerNode": 0}, policy={"retries": 2}, **wish)
-        mine = finetunejob(written, self.status, generation=self.generation)
-        return Facts(
-            mine, accept(written, CONFIG), self.now, CONFIG, tuple(self.jobs.values()), tuple(self.pods.values())
-        )
-
-    def create(self, attempt: int) -> JobView | None:
-        name = attempt_job_name("run", attempt)
-        found = next((one for one in self.jobs.values() if one.name == name), None)
-        if found is not None:
-            return found if found.owned else None
-        self.serial += 1
-        made = make_job(attempt, uid=f"job-{attempt}-{self.serial}", created=self.now, started=self.now)
-        self.jobs[made.uid] = made
-        self.created.append(attempt)
-        return made
-
-    def controllers(self) -> None:
-        """The Job controller and the garbage collector, until nothing changes."""
-        for one in list(self.jobs.values()):
-            pods = [p for p in self.pods.values() if p.job_uid == one.uid and not p.gone]
-            if one.deleting:
-                for p in pods:
-                    if p.deleting is None:
-                        self.pods[p.uid] = replace(p, deleting=self.now + timedelta(seconds=300))
-                if not pods:
-                    del self.jobs[one.uid]
-            elif one.owned and not one.finished and not one.suspended:
-                self._run_job(one, pods)
-
-    def _run_job(self, one: JobView, pods: list[PodView]) -> None:
-        known = {p.index for p in self.pods.values() if p.job_uid == one.uid}
-        failed = [p for p in pods if p.phase == "Failed"] + [
-            p for p in self.pods.values() if p.job_uid == one.uid and p.gone and p.phase != "Succeeded"
-        ]
-        if failed:
-            for p in pods:
-                if p.deleting is None and not p.over:
-                    self.pods[p.uid] = replace(p, deleting=self.now + timedelta(seconds=300))
-            if all(p.over for p in pods):
-                self.jobs[one.uid] = replace(one, failed=self.now, failed_reason="BackoffLimitExceeded")
-            return
-        if len(known) < self.nodes:
-            for index in set(range(self.nodes)) - known:
-                self.serial += 1
-                uid = f"pod-{self.serial}"
-                self.pods[uid] = make_pod(
-                    one.attempt, index, uid=uid, job_uid=one.uid, created=self.now, phase="Pending", ready=False
-                )
-        elif len(pods) == self.nodes and all(p.phase == "Succeeded" for p in pods):
-            self.jobs[one.uid] = replace(one, complete=self.now)
-
-    def kubelet(self) -> None:
-        """Pods that are being deleted end and go."""
-        for p in list(self.pods.values()):
-            if p.deleting is not None and not p.gone:
-                over = p if p.over else end_pod(p, ExitCode.PREEMPTED_SAVED)
-                self.pods[p.uid] = buried(over)
+CODES = st.sampled_from([0, 1, 64, 65, 69, 70, 71, 71, 72, 72, 73, 74, 75, 76, 77, 137, 143])
+AWAY = st.sampled_from([0, 30, 650])
+DEADLINE, TTL = 3000, 600
+ROUNDING = 1.0
+"""Seconds by which the running time of an attempt may differ: status keeps whole ones."""
 
 
 class Lives(RuleBasedStateMachine):
     """One job, and everything that may happen to it."""
 
+    pods = 1
+
     def __init__(self) -> None:
         super().__init__()
-        self.world = World()
+        self.world = World(nodes=self.pods)
         self.final: str | None = None
         self.highest = 0
+        self.attempts = 0
+
+    @initialize(
+        queue=st.sampled_from([None, "team-a"]), deadline=st.sampled_from([None, DEADLINE]),
+        ttl=st.sampled_from([None, TTL]), keep=st.sampled_from([3, 8]),
+    )  # fmt: skip
+    def wish(self, queue: str | None, deadline: int | None, ttl: int | None, keep: int) -> None:
+        world = self.world
+        world.queue, world.deadline, world.ttl, world.keep = queue, deadline, ttl, keep
 
     # What the operator does
 
@@ -130,7 +62,8 @@ class Lives(RuleBasedStateMachine):
         facts = world.facts()
         plan = decide(facts)
         assert decide(facts) == plan
-        self._never_touch_what_is_not_ours(plan)
+        self._never_touch_what_is_not_ours(facts, plan)
+        self._the_deadline_is_kept(facts, plan)
         if crash == "before act":
             return plan
         acted = Acted()
@@ -138,13 +71,14 @@ class Lives(RuleBasedStateMachine):
             for one in plan.delete:
                 if one.uid in world.jobs:
                     world.jobs[one.uid] = replace(world.jobs[one.uid], deleting=True)
-            for p in (*plan.delete_pods, *plan.force):
-                gone = p in plan.force
-                world.pods[p.uid] = buried(p) if gone else replace(p, deleting=world.now + timedelta(seconds=300))
+            world.delete(list(plan.delete_pods))
+            for p in plan.force:
+                world.pods[p.uid] = buried(p)
             if crash == "between deletes and creates":
                 return plan
             if plan.create is not None:
-                acted = Acted(created=world.create(plan.create))
+                self._a_new_attempt_is_right(facts)
+                acted = Acted(created=world.create(plan.create, facts.newest_start))
         if crash == "before write":
             return plan
         new = report(facts, plan, acted)
@@ -153,9 +87,35 @@ class Lives(RuleBasedStateMachine):
         world.status = written
         return plan
 
-    def _never_touch_what_is_not_ours(self, plan: Plan) -> None:
+    def _never_touch_what_is_not_ours(self, facts: Facts, plan: Plan) -> None:
         assert all(one.owned and one.owner_uid == UID for one in plan.delete)
         assert all(p.owner_uid == UID for p in (*plan.delete_pods, *plan.force))
+        late = CONFIG.lost_node_seconds
+        assert all(p.deleting and between(p.deleting, facts.now) > late for p in plan.force), plan.force
+
+    def _the_deadline_is_kept(self, facts: Facts, plan: Plan) -> None:
+        world, job = self.world, facts.current
+        if plan.finish is not None and plan.finish.reason is Reason.DEADLINE_EXCEEDED:
+            assert world.ran >= DEADLINE - ROUNDING * len(world.status.attempts), world.ran
+        if world.deadline is None or job is None or plan.situation is not Situation.ACTIVE or job.started is None:
+            return
+        assert plan.condemn is not None or between(job.started, facts.now) < DEADLINE
+
+    def _a_new_attempt_is_right(self, facts: Facts) -> None:
+        """It computes what the user asked for, and goes on from what is known."""
+        assert not facts.finished
+        first: FineTuneJobSpec = accepted(self.world.written()).spec
+        assert effective(facts.spec) == effective(first)
+        backs = [one.set for one in facts.job.status.adaptations if one.set and MAX_STEP in one.set]
+        assert facts.spec.training.learning_rate == (first.training.learning_rate or 0) * 0.5 ** len(backs)
+        if not backs:
+            assert facts.newest_start is None
+            return
+        since = [step for step, maker in self.world.told if maker >= backs[-1][FIRST_ATTEMPT]]
+        wanted = max([backs[-1][MAX_STEP], *since])
+        assert facts.newest_start is None or facts.newest_start >= wanted, (facts.newest_start, wanted)
+        if facts.attempt == backs[-1][FIRST_ATTEMPT]:
+            assert facts.newest_start == backs[-1][MAX_STEP]
 
     # What the user does
 
@@ -164,9 +124,15 @@ class Lives(RuleBasedStateMachine):
         self.world.suspend = value
         self.world.generation += 1
 
-    @rule()
-    def cancel(self) -> None:
-        self.world.cancel = True
+    @rule(sure=st.sampled_from([False, False, False, True]))
+    def cancel(self, sure: bool) -> None:
+        """Seldom: a life that ends early shows little."""
+        self.world.cancel = self.world.cancel or sure
+        self.world.generation += 1
+
+    @rule(value=st.sampled_from([None, 0, TTL]))
+    def other_ttl(self, value: int | None) -> None:
+        self.world.ttl = value
         self.world.generation += 1
 
     # What the cluster does
@@ -181,40 +147,87 @@ class Lives(RuleBasedStateMachine):
 
     @rule()
     def pods_run(self) -> None:
-        for p in list(self.world.pods.values()):
-            if p.phase == "Pending" and not p.gone and p.deleting is None:
-                self.world.pods[p.uid] = replace(p, phase="Running", ready=True)
+        self.world.start_pods()
 
-    @rule(code=CODES, step=st.integers(0, 50), which=st.integers(0, 3))
-    def pod_ends(self, code: int, step: int, which: int) -> None:
-        running = [p for p in self.world.pods.values() if p.phase == "Running" and not p.gone]
-        if running:
-            p = running[which % len(running)]
-            words = LastWords(code="Code", message="words", step=step, committed_step=step or None)
-            self.world.pods[p.uid] = end_pod(p, code, words if code not in (137, 143) else None)
+    @rule(code=CODES, which=st.integers(0, 3))
+    def pod_ends(self, code: int, which: int) -> None:
+        if running := self.world.running():
+            self.world.end(running[which % len(running)], code)
 
     @rule(which=st.integers(0, 3))
     def pod_is_deleted(self, which: int) -> None:
         there = [p for p in self.world.pods.values() if not p.gone and p.deleting is None]
         if there:
-            p = there[which % len(there)]
-            self.world.pods[p.uid] = replace(p, deleting=self.world.now + timedelta(seconds=300))
+            self.world.delete([there[which % len(there)]])
+
+    @rule(steps=st.integers(1, 30))
+    def trains(self, steps: int) -> None:
+        self.world.train(steps)
+
+    @rule()
+    def speaks(self) -> None:
+        self.world.speak()
+
+    @rule(steps=st.integers(1, 30), code=st.sampled_from([None, None, None, 71, 72]))
+    def all_goes_well(self, steps: int, code: int | None) -> None:
+        """What mostly happens: chance alone would seldom get a job to train."""
+        self.world.jobs.pop(FOREIGN.uid, None)
+        self.suspend(False)
+        for _ in range(4):
+            self.world.controllers()
+            self.world.kubelet()
+            self.world.admit()
+            self.world.pass_time(30)
+            self._look()
+        self.world.start_pods()
+        self.world.train(steps)
+        self.world.speak()
+        if code is not None:
+            self.pod_ends(code, 0)
+
+    @rule(which=st.integers(0, 3), seconds=AWAY)
+    def node_is_lost(self, which: int, seconds: int) -> None:
+        if running := self.world.running():
+            self.world.lose(running[which % len(running)])
+            self.world.pass_time(seconds)
+
+    @precondition(lambda self: self.world.lost)
+    @rule()
+    def node_comes_back(self) -> None:
+        self.world.node_comes_back()
+
+    @precondition(lambda self: self.world.queue)
+    @rule()
+    def queue_admits(self) -> None:
+        self.world.admit()
+
+    @precondition(lambda self: self.world.queue)
+    @rule(seconds=AWAY)
+    def queue_preempts(self, seconds: int) -> None:
+        self.world.preempt()
+        self.world.controllers()
+        self.world.kubelet()
+        self.world.pass_time(seconds)
 
     @rule()
     def job_is_deleted_by_somebody(self) -> None:
         for one in list(self.world.jobs.values())[-1:]:
             self.world.jobs[one.uid] = replace(one, deleting=True)
+            self.world.charged.add(one.attempt)
 
     @rule()
     def job_is_orphaned(self) -> None:
         for one in list(self.world.jobs.values())[-1:]:
             if one.owned:
                 del self.world.jobs[one.uid]
+                self.world.charged.add(one.attempt)
 
     @rule()
     def memories_are_lost(self) -> None:
         """The operator was away: it never saw how pods that are gone ended."""
+        self.world.charged |= {p.attempt for p in self.world.pods.values() if p.gone}
         self.world.pods = {uid: p for uid, p in self.world.pods.items() if not p.gone}
+        self.world.heard = None
 
     @rule()
     def a_foreign_job_takes_the_name(self) -> None:
@@ -223,7 +236,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(seconds=st.sampled_from([1, 30, 700, 4000]))
     def time_passes(self, seconds: int) -> None:
-        self.world.now += timedelta(seconds=seconds)
+        self.world.pass_time(seconds)
 
     # What must hold
 
@@ -248,6 +261,35 @@ class Lives(RuleBasedStateMachine):
         assert (self.world.status.attempt or 0) >= self.highest
         self.highest = self.world.status.attempt or 0
 
+    @invariant()
+    def the_end_is_never_followed(self) -> None:
+        """A finished job makes no attempt, whatever is done to it or to its Jobs."""
+        if self.final is None:
+            self.attempts = len(self.world.created)
+        assert len(self.world.created) == self.attempts
+
+    @invariant()
+    def what_the_cluster_takes_is_free(self) -> None:
+        counted = {one.number for one in self.world.status.attempts if one.counted}
+        assert counted <= self.world.charged, self.world.status.wire()
+
+    @invariant()
+    def nothing_stalls(self) -> None:
+        """Pods here answer unless their node is lost, which the cluster says before they are missed, or a queue has taken them."""
+        assert Reason.STALLED not in {one.reason for one in self.world.status.attempts}, self.world.status.wire()
+
+    @invariant()
+    def only_running_time_counts(self) -> None:
+        status = self.world.status
+        assert (status.active_seconds or 0) <= self.world.ran + ROUNDING * (len(status.attempts) + 1), status.wire()
+
+    @invariant()
+    def ladders_have_an_end(self) -> None:
+        changes = [one.set or {} for one in self.world.status.adaptations]
+        assert len([one for one in changes if RATE in one]) <= ROLLBACKS
+        diverged = [one for one in self.world.status.adaptations if one.reason == Reason.DIVERGED]
+        assert len(diverged) <= ROLLBACKS + 1
+
     def teardown(self) -> None:
         """Left in peace, the wish is fulfilled; then the job comes to rest, and a further look changes nothing."""
         world = self.world
@@ -261,18 +303,32 @@ class Lives(RuleBasedStateMachine):
         before = world.status.wire()
         self._look()
         assert world.status.wire() == before
+        self._nothing_stays()
+        assert world.status.wire() == before
+
+    def _nothing_stays(self) -> None:
+        """When their time has come, Jobs and pods go, and nothing comes in their place."""
+        world = self.world
+        world.ttl = TTL
+        world.pass_time(TTL)
+        for _ in range(4):
+            self._look()
+            world.controllers()
+            world.kubelet()
+        assert not world.mine()
+        assert not [p for p in world.pods.values() if not p.gone], world.pods
+        self.the_end_is_never_followed()
 
     def _until(self, *rest: Situation, pods_end: bool) -> None:
         world = self.world
         for _ in range(60):
             world.controllers()
             world.kubelet()
-            for p in list(world.pods.values()):
-                if p.phase == "Pending" and not p.gone:
-                    world.pods[p.uid] = replace(p, phase="Running", ready=True)
-                elif pods_end and p.phase == "Running" and not p.gone:
-                    world.pods[p.uid] = end_pod(p, 0)
-            world.now += timedelta(seconds=700)
+            world.admit()
+            world.start_pods()
+            for p in world.running() if pods_end else []:
+                world.end(p, 0)
+            world.pass_time(700)
             plan = self._look()
             if plan.situation in rest and plan.finish is None and (plan.cleaned or plan.situation is not rest[-1]):
                 return
@@ -282,12 +338,10 @@ class Lives(RuleBasedStateMachine):
 class WideLives(Lives):
     """The same with three pods."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.world = World(nodes=3)
+    pods = 3
 
 
 TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLives.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
 TestWideLives = WideLives.TestCase
-TestWideLives.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestWideLives.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)

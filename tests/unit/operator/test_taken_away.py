@@ -1,0 +1,111 @@
+"""What a queue, a lost node or somebody's hand takes away: no time is counted that nobody ran, and nothing is missed that was told to go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.names import Condition, Phase, Reason
+from finetune_operator.decide import decide
+from finetune_operator.plan import Acted, Situation
+from finetune_operator.report import report as make_report
+
+from tests.unit.operator.samples import at, ended, facts, job, pod, report, spec, status
+
+BEGUN: dict[str, Any] = {"number": 1, "startTime": at(0).isoformat()}
+QUEUED = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 1800})
+
+
+def told(kind: Condition, value: str, seconds: float) -> dict[str, str]:
+    return {"type": kind, "status": value, "reason": "Progressing", "message": "", "lastTransitionTime": at(seconds).isoformat()}
+
+
+def test_time_that_a_queue_took_while_nobody_looked_is_not_running_time() -> None:
+    known = status(attempt=1, attempts=[BEGUN], conditions=[told(Condition.QUOTA_RESERVED, "True", 100)])
+    taken = job(queue="q", suspended=True, held=at(1000), started=None)
+    found = facts(written=QUEUED, known=known, jobs=[taken], now=at(5000))
+    plan = decide(found)
+    assert plan.condemn is None
+    assert make_report(found, plan, Acted()).active_seconds == 900
+
+
+def test_a_reservation_that_was_lost_and_given_again_unseen_begins_anew() -> None:
+    known = status(attempt=1, attempts=[BEGUN], conditions=[told(Condition.QUOTA_RESERVED, "True", 100)])
+    found = facts(written=QUEUED, known=known, jobs=[job(queue="q", started=at(4000))], now=at(4100))
+    new = make_report(found, decide(found), Acted())
+    quota = next(one for one in new.conditions if one.type == Condition.QUOTA_RESERVED)
+    assert quota.last_transition_time == at(4000)
+    gone = facts(written=QUEUED, known=new, now=at(4200))
+    assert decide(gone).finish is None
+
+
+def test_a_job_that_went_while_nobody_looked_ran_until_it_last_spoke() -> None:
+    """Suspended by its user; the operator comes back hours later: the deadline has not passed meanwhile."""
+    begun = {**BEGUN, "reason": "Suspended", "message": "spec.suspend is true"}
+    known = status(attempt=1, attempts=[begun], progress={"step": 7, "updateTime": at(500).isoformat()})
+    written = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})
+    found = facts(written=written, known=known, now=at(9000))
+    plan = decide(found)
+    assert plan.finish is None
+    assert plan.ended is not None and (plan.ended.reason, plan.ended.time) == (Reason.SUSPENDED, at(500))
+    assert make_report(found, plan, Acted()).active_seconds == 500
+
+
+def test_a_job_that_went_ended_when_its_pods_did() -> None:
+    known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
+    over = ended(pod(gone=True), 75)  # at 60 s
+    found = facts(written=spec(suspend=True, policy={"activeDeadlineSeconds": 1800}), known=known, pods=[over], now=at(9000))
+    plan = decide(found)
+    assert plan.finish is None
+    assert plan.ended is not None and plan.ended.time == at(60)
+
+
+def test_a_pod_of_a_readmitted_job_is_not_missed_for_the_time_in_the_queue() -> None:
+    conditions = [told(Condition.QUOTA_RESERVED, "True", 5000), told(Condition.PODS_READY, "False", 600)]
+    progress = {"step": 7, "updateTime": at(590).isoformat()}
+    known = status(attempt=1, attempts=[BEGUN], progress=progress, conditions=conditions)
+    new = pod(uid="new", created=at(5000), phase="Pending", ready=False, ip="")
+    found = facts(
+        written=spec(placement={"queueName": "q"}), known=known, jobs=[job(queue="q", started=at(5000))], pods=[new],
+        now=at(5001),
+    )  # fmt: skip
+    assert decide(found).condemn is None
+
+
+def test_a_pod_of_a_lost_node_is_lost_and_has_not_stalled() -> None:
+    """The cluster evicts it after 340 s; 300 s of grace and 60 s more are longer than the time after which a silent pod is missed."""
+    known = status(attempt=1, attempts=[BEGUN], conditions=[told(Condition.PODS_READY, "False", 40)])
+    said = report(stage="training", health={"secondsSinceStep": 1.0})
+    evicted = pod(ready=False, deleting=at(640), disruption="DeletionByTaintManager")
+    for now, reason in ((650, None), (701, Reason.NODE_LOST)):
+        found = facts(known=known, jobs=[job()], pods=[evicted], heard=said, heard_at=at(0), now=at(now))
+        condemn = decide(found).condemn
+        assert (condemn.reason if condemn else None) is reason
+
+
+def test_readiness_that_flaps_behind_a_wall_ends_no_run() -> None:
+    """Nobody could ask the pod for an hour, which a network policy may bring about; the kubelet found it ready until now."""
+    said = report(stage="training", health={"secondsSinceStep": 1.0})
+    flapping = pod(ready=False)
+    known = status(attempt=1, attempts=[BEGUN], conditions=[told(Condition.PODS_READY, "True", 10)])
+    found = facts(known=known, jobs=[job()], pods=[flapping], heard=said, heard_at=at(0), now=at(3600))
+    assert decide(found).condemn is None
+    known = make_report(found, decide(found), Acted())
+    later = facts(known=known, jobs=[job()], pods=[flapping], heard=said, heard_at=at(0), now=at(3660))
+    wake = decide(later).wake
+    assert wake is not None and wake == at(3600 + 600 + 1)
+    late = facts(known=known, jobs=[job()], pods=[flapping], heard=said, heard_at=at(0), now=wake)
+    condemn = decide(late).condemn
+    assert condemn is not None and condemn.reason is Reason.STALLED
+
+
+def test_pods_without_a_job_go_when_the_time_of_their_job_has_come() -> None:
+    done = [told(Condition.FINISHED, "True", 100)]
+    known = status(attempt=1, phase=Phase.SUCCEEDED, conditions=done, completionTime=at(100).isoformat())
+    written = spec(policy={"ttlSecondsAfterFinished": 60})
+    left, runs = ended(pod(), 0), pod(uid="runs", index=1)
+    early = decide(facts(written=written, known=known, pods=[left, runs], now=at(120)))
+    assert (early.situation, early.delete_pods, early.cleaned) == (Situation.FINISHED, (runs,), False)
+    due = decide(facts(written=written, known=known, pods=[left], now=at(161)))
+    assert (due.delete_pods, due.cleaned) == ((left,), False)
+    with_job = decide(facts(written=written, known=known, jobs=[job(complete=at(90))], pods=[left], now=at(161)))
+    assert (with_job.delete_pods, len(with_job.delete)) == ((), 1)

@@ -1,0 +1,303 @@
+"""A cluster of plain values for random lives of a job: a Job controller, a garbage collector, a kubelet, a queue, nodes and a trainer.
+
+Each does what the real one does to the objects that the operator sees, in a few lines. What the operator cannot know is kept
+beside: how long pods truly ran, what lies in the store, who is to blame for an end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timedelta
+
+from finetune_api.names import NOT_RETRIED_CODES, ExitCode, attempt_job_name
+from finetune_api.pod import LastWords
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.status import Checkpoint, FineTuneJobStatus, Progress, Stage
+from finetune_operator.facts import Facts, Heard
+from finetune_operator.objects import Object
+from finetune_operator.policies.acceptance import accept
+from finetune_operator.policies.cause import FATE_OF_CODE, Fate
+from finetune_operator.views import JobView, PodView, buried
+
+from tests.unit.operator.samples import CONFIG, T0, finetunejob, report, spec
+from tests.unit.operator.samples import ended as end_pod
+from tests.unit.operator.samples import job as make_job
+from tests.unit.operator.samples import pod as make_pod
+
+FOREIGN = make_job(1, name="run-1", uid="foreign", owner_uid="somebody", owned=False)
+GRACE = timedelta(seconds=300)
+EVICTION = timedelta(seconds=340)
+"""From a node's last word to the eviction of its pods: 40 s until it is not ready, 300 s that pods tolerate it."""
+EVERY = 10
+"""Steps between two checkpoints."""
+
+
+@dataclass
+class World:
+    """The cluster."""
+
+    nodes: int = 1
+    queue: str | None = None
+    deadline: int | None = None
+    ttl: int | None = None
+    keep: int = 3
+    suspend: bool = False
+    cancel: bool = False
+    now: datetime = T0
+    status: FineTuneJobStatus = field(default_factory=FineTuneJobStatus)
+    generation: int = 1
+    jobs: dict[str, JobView] = field(default_factory=dict)
+    pods: dict[str, PodView] = field(default_factory=dict)
+    heard: Heard | None = None
+    serial: int = 0
+    created: list[int] = field(default_factory=list)
+    lost: dict[str, datetime] = field(default_factory=dict)
+    """Pods of nodes that answer no more, by uid, and since when."""
+    excused: set[str] = field(default_factory=set)
+    """Pods that ended because their Job was suspended: the Job controller does not take them for failed."""
+    store: dict[int, int] = field(default_factory=dict)
+    """Attempt that committed a step."""
+    runs: dict[str, int | None] = field(default_factory=dict)
+    """Newest step that an attempt may start from, by its Job's uid."""
+    starts: dict[str, int] = field(default_factory=dict)
+    """Step that a pod started from."""
+    steps: dict[str, int] = field(default_factory=dict)
+    """Step that a pod has come to."""
+    told: set[tuple[int, int]] = field(default_factory=set)
+    """Step and attempt of what the operator was told to be committed."""
+    ran: float = 0.0
+    """Seconds for which an attempt was admitted and not over."""
+    charged: set[int] = field(default_factory=set)
+    """Attempts to which something happened that may count."""
+
+    def written(self) -> Object:
+        """The spec as the user wrote it."""
+        policy = {"retries": 2, "activeDeadlineSeconds": self.deadline, "ttlSecondsAfterFinished": self.ttl}
+        groups: Object = {"policy": {name: value for name, value in policy.items() if value is not None}}
+        if self.queue is not None:
+            groups["placement"] = {"queueName": self.queue}
+        groups["resources"] = {"nodes": self.nodes, "gpusPerNode": 0}
+        return spec(**groups, suspend=self.suspend, cancel=self.cancel)
+
+    def facts(self) -> Facts:
+        """What the operator knows."""
+        written = self.written()
+        mine = finetunejob(written, self.status, generation=self.generation)
+        found = Facts(
+            mine, accept(written, CONFIG), self.now, CONFIG, tuple(self.jobs.values()), tuple(self.pods.values())
+        )
+        same = self.heard is not None and self.heard.report.attempt == found.attempt
+        return replace(found, heard=self.heard) if same else found
+
+    def mine(self) -> list[JobView]:
+        """Jobs that the FineTuneJob controls."""
+        return [one for one in self.jobs.values() if one.owned]
+
+    def of(self, job: JobView) -> list[PodView]:
+        """Pods of a Job whose objects exist."""
+        return [p for p in self.pods.values() if p.job_uid == job.uid and not p.gone]
+
+    def create(self, attempt: int, max_step: int | None) -> JobView | None:
+        """What the API server makes of the operator's wish; None if the name is taken by somebody else."""
+        name = attempt_job_name("run", attempt)
+        found = next((one for one in self.jobs.values() if one.name == name), None)
+        if found is not None:
+            return found if found.owned else None
+        self.serial += 1
+        held = {"suspended": True, "queue": self.queue, "started": None} if self.queue else {"started": self.now}
+        made = make_job(attempt, uid=f"job-{attempt}-{self.serial}", created=self.now, **held)
+        self.jobs[made.uid] = made
+        self.runs[made.uid] = max_step
+        self.created.append(attempt)
+        return made
+
+    # Job controller, garbage collector, kubelet
+
+    def controllers(self) -> None:
+        """The Job controller and the garbage collector, until nothing changes."""
+        for one in list(self.jobs.values()):
+            pods = self.of(one)
+            if one.deleting:
+                self.delete(pods)
+                if not pods:
+                    del self.jobs[one.uid]
+            elif one.owned and not one.finished:
+                self._run_job(one, pods)
+
+    def _run_job(self, one: JobView, pods: list[PodView]) -> None:
+        if one.suspended:
+            self._hold_job(one, pods)
+        mine = [p for p in self.pods.values() if p.job_uid == one.uid and p.uid not in self.excused]
+        if any(p.over and p.phase != "Succeeded" for p in mine):
+            self.delete([p for p in pods if not p.over])
+            if all(p.over for p in pods):
+                self.jobs[one.uid] = replace(one, failed=self.now, failed_reason="BackoffLimitExceeded")
+        elif one.suspended:
+            return
+        elif missing := set(range(self.nodes)) - {p.index for p in mine} - {p.index for p in pods if not p.over}:
+            for index in missing:
+                self._make_pod(one, index)
+        elif all(p.phase == "Succeeded" for p in mine):
+            self.jobs[one.uid] = replace(one, complete=self.now)
+
+    def _hold_job(self, one: JobView, pods: list[PodView]) -> None:
+        """Suspended: its pods go, and none of them makes it fail, unless its rules end it for what a pod says."""
+        self.delete([p for p in pods if not p.over])
+        for p in self.pods.values():
+            final = p.terminated is not None and p.terminated.exit_code in NOT_RETRIED_CODES
+            if p.job_uid == one.uid and p.phase != "Succeeded" and not final:
+                self.excused.add(p.uid)
+
+    def _make_pod(self, one: JobView, index: int) -> None:
+        self.serial += 1
+        uid = f"pod-{self.serial}"
+        self.pods[uid] = make_pod(
+            one.attempt, index, uid=uid, job_uid=one.uid, created=self.now, phase="Pending", ready=False
+        )
+
+    def delete(self, pods: list[PodView]) -> None:
+        """Ask pods to go, with their grace period."""
+        for p in pods:
+            if p.deleting is None and not p.gone:
+                self.pods[p.uid] = replace(p, deleting=self.now + GRACE)
+
+    def kubelet(self) -> None:
+        """Pods that are being deleted end and go; those of lost nodes do not."""
+        for p in list(self.pods.values()):
+            if p.deleting is not None and not p.gone and p.uid not in self.lost:
+                self.end(p, ExitCode.PREEMPTED_SAVED)
+                self.pods[p.uid] = buried(self.pods[p.uid])
+
+    def start_pods(self) -> None:
+        """Pods that wait run and get ready."""
+        for p in list(self.pods.values()):
+            if p.phase == "Pending" and not p.gone and p.deleting is None:
+                self.pods[p.uid] = replace(p, phase="Running", ready=True)
+
+    def running(self) -> list[PodView]:
+        """Pods whose nodes say that they run."""
+        found = [p for p in self.pods.values() if p.phase == "Running" and not p.gone]
+        return [p for p in found if p.uid not in self.lost]
+
+    def end(self, p: PodView, code: int) -> None:
+        """The container ends; one that was not killed leaves its last words."""
+        if p.over:
+            return
+        words = self._words(p) if code not in (ExitCode.KILLED, ExitCode.TERMINATED) and p.phase == "Running" else None
+        if words is not None and p.index == 0:
+            self.told |= {(one.step, self.maker(one)) for one in words.checkpoints}
+        over = end_pod(p, code, words)
+        assert over.terminated is not None
+        self.pods[p.uid] = replace(over, terminated=replace(over.terminated, finished=self.now))
+        if FATE_OF_CODE.get(code, Fate.COUNTED) is Fate.COUNTED and code != ExitCode.OK:
+            self.charged.add(p.attempt)
+
+    # Nodes
+
+    def lose(self, p: PodView) -> None:
+        """The pod's node says nothing any more. Until then the operator has asked it, as it does every few seconds."""
+        self.speak()
+        self.lost[p.uid] = self.now
+        self.pods[p.uid] = replace(p, ready=False)
+
+    def evict(self) -> None:
+        """The taint manager: pods of nodes that are lost for long are disrupted and deleted."""
+        for uid, since in self.lost.items():
+            p = self.pods.get(uid)
+            if p is not None and not p.over and not p.disruption and self.now >= since + EVICTION:
+                deleting = p.deleting or since + EVICTION + GRACE
+                self.pods[uid] = replace(p, disruption="DeletionByTaintManager", deleting=deleting)
+
+    def node_comes_back(self) -> None:
+        """The kubelets of lost nodes answer again; what they should have ended they end."""
+        for uid in list(self.lost):
+            p = self.pods.get(uid)
+            if p is not None and not p.over and p.deleting is None:
+                self.pods[uid] = replace(p, ready=True)
+        self.lost.clear()
+
+    # The queue
+
+    def admit(self) -> None:
+        """Quota is there."""
+        for one in self.mine():
+            if one.suspended and not one.finished and not one.deleting and not [p for p in self.of(one) if not p.over]:
+                self.jobs[one.uid] = replace(one, suspended=False, held=None, started=self.now)
+
+    def preempt(self) -> None:
+        """Quota is taken for somebody else; the start is forgotten as Kueue forgets it."""
+        for one in self.mine():
+            if one.queue and not one.suspended and not one.finished and not one.deleting:
+                self.jobs[one.uid] = replace(one, suspended=True, held=self.now, started=None)
+
+    # The trainer
+
+    def train(self, steps: int) -> None:
+        """Gangs that are complete come further, and commit."""
+        for one in self.mine():
+            gang = [p for p in self.running() if p.job_uid == one.uid and p.deleting is None]
+            if one.finished or one.suspended or len({p.index for p in gang}) < self.nodes:
+                continue
+            leader = next(p for p in gang if p.index == 0)
+            before = self.steps.setdefault(leader.uid, self._start(leader))
+            self.steps[leader.uid] = before + steps
+            for step in range(before + 1, before + steps + 1):
+                if step % EVERY == 0:
+                    self._commit(step, one.attempt)
+
+    def _commit(self, step: int, attempt: int) -> None:
+        """A checkpoint, and retention; what a rollback left behind is newer than all of its own and stays."""
+        self.store[step] = attempt
+        for old in sorted(one for one in self.store if one <= step)[: -self.keep]:
+            del self.store[old]
+
+    def _start(self, leader: PodView) -> int:
+        """Where a pod of rank 0 begins: the newest committed step that its run configuration allows."""
+        limit = self.runs[leader.job_uid]
+        self.starts[leader.uid] = max([step for step in self.store if limit is None or step <= limit], default=0)
+        return self.starts[leader.uid]
+
+    def speak(self) -> None:
+        """The operator asks rank 0 how it is."""
+        for p in self.running():
+            if p.index == 0 and p.uid in self.steps and p.job_uid in self.jobs:
+                step, start, known = self.steps[p.uid], self.starts[p.uid], self._checkpoints()
+                said = report(attempt=p.attempt, stage=Stage.TRAINING, resumedFromStep=start, health={})
+                said = said.model_copy(
+                    update={"progress": Progress(step=step, update_time=self.now), "checkpoints": known}
+                )
+                self.heard = Heard(said, self.now, p.uid)
+                self.told |= {(one.step, self.maker(one)) for one in known}
+
+    def _words(self, p: PodView) -> LastWords:
+        if p.uid not in self.steps:
+            return LastWords(code="Code", message="words")
+        words = LastWords(code="Code", message="words", step=self.steps[p.uid], resumed_from_step=self.starts[p.uid])
+        return words.model_copy(update={"checkpoints": self._checkpoints()})
+
+    def _checkpoints(self) -> list[Checkpoint]:
+        uri = "s3://models/test/checkpoints/step-{step:08d}/a{attempt}-00000000"
+        return [
+            Checkpoint(step=s, uri=uri.format(step=s, attempt=self.store[s]), healthy=True) for s in sorted(self.store)
+        ]
+
+    @staticmethod
+    def maker(one: Checkpoint) -> int:
+        """Attempt that committed it."""
+        return int(one.uri.rpartition("/a")[2].partition("-")[0])
+
+    # Time
+
+    def pass_time(self, seconds: int) -> None:
+        """Time goes on; what is admitted, or has pods, runs."""
+        admitted = [one for one in self.mine() if not one.suspended and not one.finished]
+        if admitted or not all(p.over for p in self.pods.values()):
+            self.ran += seconds
+        self.now += timedelta(seconds=seconds)
+        self.evict()
+
+
+def effective(found: FineTuneJobSpec) -> int:
+    """Rows of an optimizer step on one rank."""
+    training = found.training
+    return (training.batch_size_per_device or 1) * (training.gradient_accumulation_steps or 1)
