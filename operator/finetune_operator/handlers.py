@@ -5,11 +5,13 @@ Only `on.login`, `on.startup` and `on.event` are used: no finalizers, no annotat
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import aiohttp
 import kopf
 from finetune_api.names import GROUP, MANAGER, PLURAL, VERSION, Label
 
@@ -19,6 +21,7 @@ from finetune_operator.objects import Object
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.stateless import NoDiffBase, NoProgress
 from finetune_operator.views import read_finetunejob, read_job, read_pod
+from finetune_operator.watches import Watches
 from finetune_operator.workqueue import Key, WorkQueue
 
 SELECTOR = f"{Label.MANAGED_BY}={MANAGER}"
@@ -68,8 +71,8 @@ def settings(config: OperatorConfig) -> kopf.OperatorSettings:
     return result
 
 
-def register(kube: Kube, cache: Cache, queue: WorkQueue, heard: Callable[[], None]) -> kopf.OperatorRegistry:
-    """Handlers that fill the cache and the queue; `heard` is called on every event."""
+def register(kube: Kube, cache: Cache, queue: WorkQueue, watches: Watches) -> kopf.OperatorRegistry:
+    """Handlers that fill the cache and the queue; `watches` sees every request that kopf makes."""
     registry = kopf.OperatorRegistry()
 
     def look(seen: Seen | None) -> None:
@@ -81,22 +84,19 @@ def register(kube: Kube, cache: Cache, queue: WorkQueue, heard: Callable[[], Non
             queue.add(seen.key)
 
     @kopf.on.login(registry=registry)
-    async def login(**_: Any) -> kopf.ConnectionInfo:
-        return await credentials(kube)
+    async def login(**_: Any) -> kopf.AiohttpSession:
+        return connection(await credentials(kube), watches)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def finetunejob(type: str | None, body: kopf.Body, **_: Any) -> None:
-        heard()
         look(take_finetunejob(cache, type, dict(body)))
 
     @kopf.on.event("batch", "v1", "jobs", registry=registry)
     async def job(type: str | None, body: kopf.Body, **_: Any) -> None:
-        heard()
         look(take_job(cache, type, dict(body)))
 
     @kopf.on.event("", "v1", "pods", registry=registry)
     async def pod(type: str | None, body: kopf.Body, **_: Any) -> None:
-        heard()
         look(take_pod(cache, type, dict(body)))
 
     return registry
@@ -128,6 +128,25 @@ def take_pod(cache: Cache, type_: str | None, body: Object) -> Seen | None:
     if view is None:
         return None
     return Seen(cache.drop_pod(view), news=True) if type_ == DELETED else cache.put_pod(view)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Connection(kopf.AiohttpSession):
+    """kopf's session, made here so that its requests can be seen. Two are the same if they were made of the same credentials."""
+
+    aiohttp_session: aiohttp.ClientSession = dataclasses.field(compare=False)
+    info: kopf.ConnectionInfo
+
+
+def connection(info: kopf.ConnectionInfo, watches: Watches) -> Connection:
+    """A session as kopf itself would make it; kopf closes it when the credentials expire, and in the end."""
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
+        headers=info.as_http_headers(),
+        trust_env=info.trust_env,
+        trace_configs=[watches.trace()],
+    )
+    return Connection(server=info.server, expiration=info.expiration, aiohttp_session=session, info=info)
 
 
 async def credentials(kube: Kube) -> kopf.ConnectionInfo:

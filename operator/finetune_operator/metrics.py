@@ -17,7 +17,7 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.api_requests = Counter(
             f"{PREFIX}_api_requests_total",
-            "Requests to the API server; code 0: no answer.",
+            "Requests to the API server, also those of the watches; code 0: no answer.",
             ["verb", "resource", "code"],
             registry=self.registry,
         )

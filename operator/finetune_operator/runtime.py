@@ -31,6 +31,7 @@ from finetune_operator.objects import FINETUNEJOB, JOB, POD, Kind, Object
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.scrape import Scraper
 from finetune_operator.settings import OperatorConfig
+from finetune_operator.watches import Watches
 from finetune_operator.workqueue import WorkQueue
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,8 @@ DRAIN_SECONDS = 10.0
 """Time for looks under way to finish when the process is told to end."""
 LAG_PERIOD = 1.0
 DISCOVERY_PERIOD = 0.2
+DEAF_SECONDS = 4.0 * handlers.SILENCE_SECONDS
+"""A watch that was not begun again for so long is not about to be, whatever pauses it makes between two tries."""
 
 
 STEP = 20
@@ -79,7 +82,8 @@ class Runtime:
         self._version = 0
         """Of the world that the last full lists showed."""
         self._resyncing = asyncio.Lock()
-        self._heard_at = asyncio.get_running_loop().time()
+        paths = [kind.path(one) for kind in (FINETUNEJOB, JOB, POD) for one in config.namespaces or (None,)]
+        self._watches = Watches(paths, metrics.request)
         self._server = Server(config.http, metrics, healthy=self._healthy, ready=self._ready, refresh=self._refresh)
 
     async def run(self) -> int:
@@ -163,8 +167,9 @@ class Runtime:
         if self._told_to_end.is_set():
             return
         namespaces = list(self._config.namespaces)
+        self._watches.start()
         await kopf.operator(
-            registry=handlers.register(self._kube, self._cache, self._queue, self._heard),
+            registry=handlers.register(self._kube, self._cache, self._queue, self._watches),
             settings=handlers.settings(self._config),
             standalone=True,
             clusterwide=not namespaces,
@@ -223,7 +228,6 @@ class Runtime:
         for key in [*self._cache.prune(listed), *self._cache.keys()]:
             self._queue.add(key)
         self._synced.set()
-        self._heard()
 
     async def _read(self, kind: Kind, labels: str, take: Callable[[Cache, None, Object], Any]) -> _Read:
         """Put everything of a kind into the cache, in small steps: what else the process does must not wait for thousands."""
@@ -251,14 +255,12 @@ class Runtime:
             await asyncio.sleep(LAG_PERIOD)
             self._metrics.loop_lag.set(max(0.0, loop.time() - before - LAG_PERIOD))
 
-    def _heard(self) -> None:
-        self._heard_at = asyncio.get_running_loop().time()
-
     def _healthy(self) -> str:
         """What is wrong with this process; empty: nothing."""
-        silent = asyncio.get_running_loop().time() - self._heard_at
-        if self._synced.is_set() and silent > 2 * self._config.resync_seconds + self._config.api.timeout_seconds:
-            return f"neither an event nor a full list for {silent:.0f} s"
+        patience = 2 * self._config.resync_seconds + self._config.api.timeout_seconds
+        deaf = self._watches.deaf(max(patience, DEAF_SECONDS))
+        if deaf:
+            return deaf
         if not self._working.is_set():
             return ""
         oldest = self._queue.oldest()

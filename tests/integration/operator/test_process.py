@@ -38,6 +38,8 @@ async def test_health_and_metrics(operator: Operator, world: Rig) -> None:
     lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     assert float(lines['finetune_operator_jobs_finished_total{outcome="Succeeded"}']) >= 1
     assert float(lines['finetune_operator_api_requests_total{code="201",resource="jobs",verb="create"}']) >= 1
+    for plural in ("finetunejobs", "jobs", "pods"):
+        assert float(lines[f'finetune_operator_api_requests_total{{code="200",resource="{plural}",verb="watch"}}']) >= 1
     assert float(lines['finetune_operator_jobs{phase="Succeeded"}']) >= 1
     assert world.namespace not in text
 

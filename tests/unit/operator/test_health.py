@@ -9,11 +9,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
+import kopf
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from finetune_operator.handlers import connection
 from finetune_operator.kube import Listing, ServerClock
 from finetune_operator.metrics import Metrics
+from finetune_operator.objects import FINETUNEJOB, JOB, POD, Kind
 from finetune_operator.runtime import Runtime, StartError
 from finetune_operator.settings import SettingsError, load, parse
+from finetune_operator.watches import Watches
 from finetune_operator.workqueue import Key
 
 from tests.unit.operator.virtual import run
@@ -77,18 +84,69 @@ def test_it_is_ready_when_its_caches_are_filled() -> None:
     assert run(story()) == ["the caches are not filled yet", "", "the caches are not filled yet"]
 
 
-def test_silence_of_all_watches_and_lists_is_noticed_and_forgiven() -> None:
+def test_a_deaf_watch_is_noticed_although_lists_and_other_watches_are_answered() -> None:
+    async def pages(*_: Any, **__: Any) -> AsyncIterator[Listing]:
+        yield Listing([], 20)
+
+    def begin(found: Runtime, *kinds: Kind) -> None:
+        for kind in kinds:
+            found._watches._count(SimpleNamespace(started=0.0), f"/clusters/one{kind.path(None)}", True, 200)
+
     async def story() -> list[str]:
-        found = runtime()
-        found._synced.set()
-        said = []
-        for seconds in (629, 2):
-            await asyncio.sleep(seconds)
+        kube: Any = SimpleNamespace(clock=ServerClock(), pages=pages)
+        found = Runtime(CONFIG, kube, Metrics())
+        await asyncio.sleep(5000)
+        said = [found._healthy()]  # nobody watches yet: the first lists may take long
+        found._watches.start()
+        for _ in range(20):  # idle: no event, but every watch is begun anew after its minute
+            await asyncio.sleep(60)
+            begin(found, FINETUNEJOB, JOB, POD)
+        said.append(found._healthy())
+        for _ in range(11):
+            await asyncio.sleep(60)
+            begin(found, FINETUNEJOB, JOB)
+            await found._resync()
             said.append(found._healthy())
-        found._heard()
+        begin(found, POD)
         return [*said, found._healthy()]
 
-    assert run(story()) == ["", "neither an event nor a full list for 631 s", ""]
+    assert run(story()) == [*[""] * 12, "the watch of /api/v1/pods was not begun for 660 s", ""]
+
+
+async def test_requests_of_the_watches_are_counted_and_prove_that_they_live() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({}, status=403 if request.path.endswith("/jobs") else 200)
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    seen: list[tuple[str, str, int]] = []
+    paths = [POD.path(None), JOB.path(None)]
+    watches = Watches(paths, lambda verb, plural, code, _: seen.append((verb, plural, code)))
+    watches.start()
+    await asyncio.sleep(0.002)
+    async with TestServer(app) as server:
+        root = str(server.make_url("")).rstrip("/")
+        asked = ("/api/v1/pods?limit=500", "/apis/batch/v1/jobs?watch=true", "/apis/batch/v1", "/api/v1/pods?watch=true")
+        async with connection(kopf.ConnectionInfo(server=root, insecure=True), watches).aiohttp_session as session:
+            for url in asked:
+                await (await session.get(root + url)).read()
+            await server.close()
+            with pytest.raises(aiohttp.ClientError):
+                await session.get(root + "/api/v1/pods?watch=true")
+    assert seen == [
+        ("list", "pods", 200), ("watch", "jobs", 403), ("get", "discovery", 200), ("watch", "pods", 200), ("watch", "pods", 0),
+    ]  # fmt: skip
+    assert watches.deaf(0.001).startswith("the watch of /apis/batch/v1/jobs"), "a watch that is refused does not live"
+
+
+async def test_a_connection_of_the_same_credentials_is_the_same() -> None:
+    """Or credentials that the server refused would be tried again for ever."""
+    watches = Watches([], lambda *_: None)
+    tokens = ("a", "a", "b")
+    made = [connection(kopf.ConnectionInfo(server="https://api", token=one, insecure=True), watches) for one in tokens]
+    assert made[0] == made[1] != made[2]
+    for one in made:
+        await one.aiohttp_session.close()
 
 
 def test_a_job_that_no_worker_takes_is_noticed_but_not_on_a_standby() -> None:
