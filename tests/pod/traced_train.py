@@ -4,7 +4,8 @@ Set by FINETUNE_TRAINER_MODULE. Rows are told by `<work>/rows-<rank>.jsonl`: one
 micro-batch. TRACE_HOLD, `<phase>:<step>`, holds this rank there until all ranks have agreed on the step to stop at: `forward`,
 `accumulation` (before the second micro-batch of the step), `save`, `evaluation` (after the step), `end` (after the
 last step). `<work>/held` then exists.
-TRACE_BREAK, `memory:<step>` or `nan:<step>`, lets a micro-batch of that step not fit or come out as no number.
+TRACE_BREAK, `memory:<step>` or `nan:<step>`, lets a micro-batch of that step not fit or come out as no number;
+`room:<step>:<rank>:<rows>` leaves one rank, from that step on, room for so many rows in a micro-batch and no more.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def watch(channel: Channel) -> None:
         nonlocal micro
         micro += 1
         hold(channel, "forward" if micro == 1 else "accumulation", self.state.global_step + 1)
+        require_room(channel.rank, self.state.global_step + 1, args[1])
         loss = super(Guarded, self).training_step(*args, **options)
         return broken(loss, self.model, self.state.global_step + 1)
 
@@ -80,6 +82,18 @@ def watch(channel: Channel) -> None:
     Guarded.prediction_step = prediction_step  # type: ignore[method-assign] # likewise
     Guarded._finalize_training = finalize  # type: ignore[method-assign] # likewise
     Guarded._save_checkpoint = save  # type: ignore[method-assign] # likewise
+
+
+def require_room(rank: int, step: int, batch: dict[str, Any]) -> None:
+    """Errors: torch.OutOfMemoryError, as CUDA raises it, for a micro-batch that this rank shall have no room for."""
+    import torch
+
+    what, *numbers = os.environ.get(BREAK, "").split(":")
+    if what != "room":
+        return
+    first, short, rows = map(int, numbers)
+    if rank == short and step >= first and len(batch["input_ids"]) > rows:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB")
 
 
 def broken(loss: Any, model: Any, step: int) -> Any:
