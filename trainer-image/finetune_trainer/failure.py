@@ -59,6 +59,8 @@ class RankFailure:
 
 DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing file")
 """What libraries that write weights say where no room is left: their exceptions carry no number."""
+SHARED_MEMORY = ("</torch_", "/dev/shm")  # noqa: S108 -- names in messages
+"""Files of shared memory, as torch and the system name them: where one finds no room, the disk has nothing to do with it."""
 
 
 def local_disk_full() -> StorageError:
@@ -80,7 +82,7 @@ def classify(error: BaseException) -> tuple[FineTuneError, bool]:
             "PeerLost", f"a collective failed: {_first_line(error)}", hint="see the other ranks' logs"
         ), False
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or any(word in str(error) for word in DISK_FULL):
-        return local_disk_full(), True
+        return _shared_memory_full() if any(file in str(error) for file in SHARED_MEMORY) else local_disk_full(), True
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
     return InternalError(
@@ -97,6 +99,13 @@ def _memory(error: BaseException, name: str) -> MemoryExhaustedError:
         "GpuMemory", f"GPU memory is exhausted: {_first_line(error)}",
         hint="lower training.batchSizePerDevice or dataset.maxSequenceLength, or use qlora",
     )  # fmt: skip
+
+
+def _shared_memory_full() -> PeerError:
+    """74, as where the system kills for the same: 71 would make batches smaller, and hint at the GPU."""
+    return PeerError(
+        "SharedMemoryFull", "the pod's shared memory, /dev/shm, is full", hint="raise resources.sharedMemory"
+    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -33,6 +33,16 @@ class OutOfMemoryError(RuntimeError):
         (OSError(errno.ENOSPC, "No space left on device"), "LocalDiskFull", 69, True),
         (RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed"), "LocalDiskFull", 69, True),
         (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), "LocalDiskFull", 69, True),
+        (RuntimeError("unable to write to file </torch_71_2860184014_0>: No space left on device (28)"), "SharedMemoryFull", 74, True),
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                "RuntimeError: unable to write to file </torch_71_2860184014_0>: No space left on device (28)"
+            ),
+            "SharedMemoryFull", 74, True,
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "/dev/shm/psm_1"), "SharedMemoryFull", 74, True),
+        (OSError(errno.ENOSPC, "No space left on device", "/work/torch_1/model.safetensors"), "LocalDiskFull", 69, True),
         (ValueError("what"), "TrainerCrashed", 70, True),
     ],
 )

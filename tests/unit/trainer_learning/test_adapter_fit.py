@@ -73,6 +73,37 @@ def test_what_fits_is_continued_with_its_own_weights(options: dict[str, Any], tm
     assert applied.notes == ["continues the LORA adapter of s3://models/mine"]
 
 
+def shared(folder: Path) -> Path:
+    """A saved VB-LoRA adapter: one bank of vectors, which every layer names and the file has once."""
+    from peft import VBLoRAConfig, get_peft_model
+
+    sizes = {"r": 2, "vector_length": 4, "num_vectors": 8, "topk": 2}
+    wrapped = get_peft_model(
+        base(),
+        VBLoRAConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "v_proj"], init_vector_bank_bound=0.5, **sizes),
+    )
+    wrapped.save_pretrained(folder)
+    return folder
+
+
+def test_a_weight_that_layers_share_is_there_under_one_of_its_names(tmp_path: Path) -> None:
+    folder = shared(tmp_path / "adapter")
+    continued(tmp_path, folder).model.save_pretrained(tmp_path / "again")
+    first, second = load_file(folder / WEIGHTS), load_file(tmp_path / "again" / WEIGHTS)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_weight_that_layers_share_and_no_name_brings_is_refused(tmp_path: Path) -> None:
+    folder = shared(tmp_path / "adapter")
+    change(folder, lambda held: {name: one for name, one in held.items() if "vector_bank" not in name})
+    with pytest.raises(ConfigError) as caught:
+        continued(tmp_path, folder)
+    assert (caught.value.code, "1 weights are not in its file" in caught.value.message) == (
+        "AdapterOfAnotherBase",
+        True,
+    )
+
+
 def test_weights_of_the_base_that_are_its_own_do_no_harm(tmp_path: Path) -> None:
     folder = made(tmp_path / "adapter")
     rows = base().get_input_embeddings().weight.detach()

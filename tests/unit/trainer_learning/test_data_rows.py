@@ -103,6 +103,7 @@ def test_format_is_recognised_and_read(name: str, tmp_path: Path) -> None:
 
 NO = {"role": "assistant", "content": "no"}
 S = {"role": "system", "content": "be"}
+LED = {"role": "system", "content": "become"}
 AND = {"role": "user", "content": "and"}
 SIDES = ((A,), (Turn("assistant", "no"),))
 TURN_PAIR = Preference((U,), *SIDES)
@@ -121,6 +122,24 @@ PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
         "dpo", {"prompt": TURNS, "chosen": [AND, TURNS[1]], "rejected": [AND, NO]},
         Preference((U, A), (Turn("user", "and"), *SIDES[0]), (Turn("user", "and"), *SIDES[1])),
     ),
+    "empty prompt, whole conversations": ("dpo", {"prompt": "", "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "empty prompt, judged conversation": ("kto", {"prompt": " ", "completion": [S, *TURNS], "label": True}, Judged((Turn("system", "be"), U), (A,), True)),
+    "empty prompt, completed conversation": ("sft", {"prompt": "", "completion": TURNS}, Conversation((U, A))),
+    "empty prompt, answers alone": (
+        "dpo", {"prompt": "", "chosen": TURNS[1:], "rejected": [NO]}, Preference((Turn("user", ""),), *SIDES)
+    ),
+    "two questions without a prompt": (
+        "dpo", {"chosen": [TURNS[0], AND, TURNS[1]], "rejected": TURNS[:1] + [NO]}, Preference((U,), (Turn("user", "and"), A), SIDES[1])
+    ),
+    "the same question twice without a prompt": (
+        "dpo", {"chosen": [TURNS[0], *TURNS], "rejected": [TURNS[0], NO]}, Preference((U,), (U, A), SIDES[1])
+    ),
+    "a further question behind a question": (
+        "sft", {"prompt": TURNS[:1], "completion": [AND, TURNS[1]]}, Conversation((Turn("user", "hi", 0), Turn("user", "and"), A))
+    ),
+    "system prompts that a column replaces": (
+        "dpo", {"system": "be", "prompt": [LED, TURNS[0]], "chosen": [S, *TURNS], "rejected": "no"}, Preference((Turn("system", "be"), U), *SIDES)
+    ),
     "judged, whole conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, Judged((U,), (A,), True)),
     "completion, whole conversation": ("sft", {"prompt": "hi", "completion": TURNS}, Conversation((Turn("user", "hi", 0), A))),
     "implicit turns": ("reward", {"chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
@@ -138,13 +157,21 @@ def test_rows_of_other_objectives(name: str, tmp_path: Path) -> None:
     assert examples(tmp_path, rows=[row], spec=spec) == [wanted]
 
 
+def test_system_prompts_that_the_spec_replaces_may_differ(tmp_path: Path) -> None:
+    rows = [{"prompt": [S, TURNS[0]], "completion": [LED, *TURNS]}]
+    spec = {"dataset": {"systemPrompt": "x"}}
+    assert examples(tmp_path, rows=rows, spec=spec) == [Conversation((Turn("system", "x"), Turn("user", "hi", 0), A))]
+
+
 MISMATCHES: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "another question": ("dpo", {"prompt": "hi", "chosen": [AND, TURNS[1]], "rejected": [AND, NO]}, "PromptMismatch", "`chosen` begins"),
     "only the last question": ("dpo", {"prompt": "and", "chosen": [*TURNS, AND, TURNS[1]], "rejected": [*TURNS, AND, NO]}, "PromptMismatch", "`chosen` begins"),
     "two system prompts": (
-        "dpo", {"prompt": [S, TURNS[0]], "chosen": [{**S, "content": "become"}, *TURNS], "rejected": "no"}, "PromptMismatch", "system prompt",
+        "dpo", {"prompt": [S, TURNS[0]], "chosen": [LED, *TURNS], "rejected": "no"}, "PromptMismatch", "system prompt",
     ),
     "judged": ("kto", {"prompt": "hi", "completion": [AND, TURNS[1]], "label": True}, "PromptMismatch", "`completion` begins"),
+    "a completion with the prompt further on": ("sft", {"prompt": TURNS[:1], "completion": [AND, NO, *TURNS]}, "PromptMismatch", "`completion` begins"),
+    "no answer at all": ("kto", {"prompt": "", "completion": TURNS[:1], "label": True}, "NoTrainableToken", "no answer"),
     "no answer": ("kto", {"prompt": "hi", "completion": TURNS[:1], "label": True}, "NoTrainableToken", "ends with the prompt"),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from finetune_api.errors import ConfigError
 from finetune_trainer.method import lora
 
@@ -45,6 +46,11 @@ def start(folder: Path, model: Any, **options: Any) -> Any:
         (llama, {"init": "olora", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj, a Linear of 32 x 16"),
         (llama, {"init": "pissa", "rank": 4, "targetModules": ["embed_tokens", "q_proj"]}, "embed_tokens, a Embedding"),
         (gpt2, {"init": "olora", "rank": 4}, "transformer.h.0.attn.c_attn, a Conv1D of 32 x 96"),
+        (
+            gpt2,
+            {"init": "olora", "rank": 4, "targetModules": ["attn.c_proj"]},
+            "transformer.h.0.attn.c_proj, a Conv1D of 32 x 32",
+        ),
     ],
 )
 def test_a_layer_that_the_start_cannot_split_is_refused(
@@ -69,6 +75,17 @@ def test_what_can_be_split_keeps_its_start_on_disk(model: Any, init: str, tmp_pa
     applied = start(tmp_path, model(), init=init, rank=16)
     assert applied.initial_adapter is not None
     assert (applied.initial_adapter / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("model", "init"), [(llama, "pissa"), (llama, "olora"), (gpt2, "pissa")])
+def test_a_start_says_what_the_base_says(model: Any, init: str, tmp_path: Path) -> None:
+    """Square layers, of which no shape tells the way round."""
+    whole, ids = model().eval(), torch.arange(8)[None]
+    with torch.no_grad():
+        before = whole(ids).logits
+        asked = ["attn.c_proj"] if model is gpt2 else ["q_proj", "o_proj"]
+        after = start(tmp_path, whole, init=init, rank=4, targetModules=asked).model.eval()(ids).logits
+    assert torch.allclose(before, after, atol=1e-5)
 
 
 @pytest.fixture(scope="module")

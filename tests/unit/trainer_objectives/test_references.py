@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_api.errors import ConfigError
 
-from tests.support.learning import go
+from tests.support.learning import go, make_run, train_here
 from tests.support.preferences import JUDGED, PAIRS, PROMPTS, user
 from tests.support.tiny import make_tiny_model
 
@@ -16,6 +17,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "spectrum on 4 bits": {"method": {"type": "spectrum"}, "model": {"quantization": {"bits": 4}}},
     "spectrum": {"method": {"type": "spectrum"}},
 }
+
+REWARDED = {
+    "type": "grpo", "maxCompletionLength": 6, "grpo": {"numGenerations": 2, "beta": 0.1},
+    "rewards": [{"builtin": "regex", "parameters": {"pattern": "e"}}],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -44,10 +50,46 @@ def test_the_first_judged_loss_is_that_of_equals(model: Path, tmp_path: Path) ->
 def test_rewarded_answers_begin_at_their_own_start(method: str, model: Path, tmp_path: Path) -> None:
     """The distance to the reference is logged; a reference without the new row could not even read the prompts."""
     grown = {"method": {"type": "full"}, "model": {"newTokens": ["<a>"]}}
-    rewarded = {
-        "type": "grpo", "maxCompletionLength": 6, "grpo": {"numGenerations": 2, "beta": 0.1},
-        "rewards": [{"builtin": "regex", "parameters": {"pattern": "e"}}],
-    }  # fmt: skip
-    spec = {**METHODS.get(method, grown), "trainer": rewarded, "training": {"maxSteps": 1}}
+    spec = {**METHODS.get(method, grown), "trainer": REWARDED, "training": {"maxSteps": 1}}
     rows = [{**row, "prompt": [user("<a> one")]} for row in PROMPTS] if method == "new tokens" else PROMPTS
     assert [line["kl"] for line in go(tmp_path, model, spec, rows).logs if "kl" in line] == [pytest.approx(0, abs=2e-6)]
+
+
+@pytest.fixture(scope="module")
+def spare(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer knows one token more than it has rows, as those with a token for images do."""
+    from transformers import AutoTokenizer
+
+    path = make_tiny_model(tmp_path_factory.mktemp("spare") / "raw")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.add_tokens([f"<image{place}>" for place in range(449 - len(tokenizer))])
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("trainer", "rows"), [({"type": "dpo"}, PAIRS), ({"type": "kto"}, JUDGED), (REWARDED, PROMPTS)]
+)
+def test_tokens_that_are_never_used_need_no_row_in_the_reference(
+    trainer: dict[str, Any], rows: Any, spare: Path, tmp_path: Path
+) -> None:
+    spec = {"method": {"type": "full"}, "trainer": trainer, "training": {"maxSteps": 1}}
+    assert len(go(tmp_path, spare, spec, rows).losses) == 1
+
+
+@pytest.mark.parametrize("rows", [448, 447])
+def test_a_named_reference_needs_the_rows_of_the_model_and_no_more(rows: int, spare: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    other = AutoModelForCausalLM.from_pretrained(spare)
+    other.resize_token_embeddings(rows)
+    other.save_pretrained(tmp_path / "reference")
+    trainer = {"type": "dpo", "dpo": {"referenceModel": "s3://models/other"}}
+    run, inputs = make_run(tmp_path, spare, {"trainer": trainer, "training": {"maxSteps": 1}}, PAIRS)
+    inputs = inputs.model_copy(update={"reference": tmp_path / "reference"})
+    if rows == 448:
+        assert len(train_here(run, inputs).losses) == 1
+        return
+    with pytest.raises(ConfigError) as caught:
+        train_here(run, inputs)
+    assert (caught.value.code, "knows 447 tokens" in caught.value.message) == ("VocabularyDiffers", True)

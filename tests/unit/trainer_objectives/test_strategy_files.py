@@ -371,6 +371,19 @@ fsdp_config:
     assert any("machine_rank" in note and "the operator starts the ranks" in note for note in found.notes)
 
 
+@pytest.mark.parametrize(("word", "size"), [("1.0e+8", 10**8), ("'2000'", 2000), ("0.0", None)])
+def test_a_size_may_be_any_whole_number(word: str, size: int | None, tmp_path: Path) -> None:
+    file = f"fsdp_config: {{fsdp_auto_wrap_policy: SIZE_BASED_WRAP, fsdp_min_num_params: {word}}}\n"
+    found = sharded(tmp_path, file).wrap.get("min_num_params")
+    assert (found, type(found)) == (size, type(size))
+
+
+@pytest.mark.parametrize(("names", "asked"), [("'Block,'", ["Block"]), ("['Block', ' ']", ["Block"]), ("','", None)])
+def test_an_empty_name_is_no_layer(names: str, asked: list[str] | None, tmp_path: Path) -> None:
+    found = sharded(tmp_path, f"fsdp_config: {{fsdp_transformer_layer_cls_to_wrap: {names}}}\n")
+    assert found.wrap.get("transformer_layer_cls_to_wrap") == asked
+
+
 @pytest.mark.parametrize("word", ["no", "'no'"])
 def test_no_is_a_precision_also_without_quotes(word: str, tmp_path: Path) -> None:
     assert sharded(tmp_path, f"mixed_precision: {word}\n") == fsdp.Options()
@@ -403,6 +416,8 @@ def test_layers_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
     [
         ("fsdp_config: true\n", {}, "ConfigFileInvalid", "fsdp_config is true, not a mapping"),
         ("fsdp_config: {fsdp_auto_wrap_policy: SIZE_BASED_WRAP, fsdp_min_num_params: abc}\n", {}, "ConfigFileInvalid", "min_num_params is abc"),
+        ("fsdp_config: {fsdp_auto_wrap_policy: SIZE_BASED_WRAP, fsdp_min_num_params: 1.5}\n", {}, "ConfigFileInvalid", "min_num_params is 1.5"),
+        ("fsdp_config: {fsdp_auto_wrap_policy: SIZE_BASED_WRAP, fsdp_min_num_params: true}\n", {}, "ConfigFileInvalid", "min_num_params is true"),
         ("fsdp_config: {fsdp_min_num_params: 1000}\n", {}, "ConfigFileInvalid", "only read with SIZE_BASED_WRAP"),
         (
             "fsdp_config: {fsdp_auto_wrap_policy: NO_WRAP, fsdp_transformer_layer_cls_to_wrap: Block}\n", {},

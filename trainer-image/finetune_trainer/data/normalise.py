@@ -334,7 +334,10 @@ def _prompt_completion(row: Mapping[str, Any], recipe: Recipe) -> Conversation |
             raise RowError("NoTrainableToken", "the completion is empty", "give it a text, or remove the row")
         lead = recipe.system_prompt if recipe.system_prompt is not None else system
         return Completion(f"{lead}\n\n{prompt}" if lead else prompt, completion)
-    question, answer = _asked_once(_as_turns(prompt, "user"), completion=_as_turns(completion, "assistant"))
+    question, answer = _asked_once(
+        () if _unasked(prompt, completion) else _as_turns(prompt, "user"), completion=_as_turns(completion, "assistant"),
+        replaced=_replaced(recipe, system), goes_on=not isinstance(prompt, str),
+    )  # fmt: skip
     asked = tuple(replace(turn, weight=0) for turn in question)
     return _conversation((*asked, *answer), recipe, system=system)
 
@@ -343,15 +346,27 @@ def _as_turns(found: tuple[Turn, ...] | str, role: str) -> tuple[Turn, ...]:
     return (Turn(role, found),) if isinstance(found, str) else found
 
 
+def _unasked(prompt: tuple[Turn, ...] | str, *answers: tuple[Turn, ...] | str) -> bool:
+    """Whether an empty prompt stands beside whole conversations, which begin with the question."""
+    whole = (not isinstance(one, str) and [turn.role for turn in _led(one)[1][:1]] == ["user"] for one in answers)
+    return isinstance(prompt, str) and not prompt.strip() and all(whole)
+
+
+def _replaced(recipe: Recipe, system: str | None) -> bool:
+    """Whether the conversations' own system prompts are not read: the spec or a column gives another."""
+    return recipe.system_prompt is not None or system is not None
+
+
 def _preference(row: Mapping[str, Any], recipe: Recipe) -> Preference:
     chosen = _turns_or_text(names.required(names.CHOSEN, row, recipe.columns), "chosen")
     rejected = _turns_or_text(names.required(names.REJECTED, row, recipe.columns), "rejected")
     found = names.value(names.QUESTION[recipe.format], row, recipe.columns)
     prompt = _turns_or_text(found, "prompt") if found is not None else None
-    if prompt is None:
+    implicit = prompt is None or _unasked(prompt, chosen, rejected)
+    if implicit:
         prompt, chosen, rejected = _common(chosen, rejected)
     system = names.optional_text(names.SYSTEM, row, recipe.columns)
-    asked, better, worse = _alike(prompt, recipe, system, chosen=chosen, rejected=rejected)
+    asked, better, worse = _alike(prompt, recipe, system, apart=implicit, chosen=chosen, rejected=rejected)
     if better == worse:
         raise RowError(
             "DatasetRowInvalid", "chosen and rejected are equal", "give two different answers, or remove the row"
@@ -374,26 +389,35 @@ def _common(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     if same == 0 or type(chosen) is not type(rejected):
         raise RowError(
             "PromptMissing",
-            "there is no prompt column, and chosen and rejected share no beginning",
+            "there is no prompt, and chosen and rejected share no beginning",
             "add a column `prompt`",
         )
     return chosen[:same], chosen[same:], rejected[same:]
 
 
-def _alike(prompt: Any, recipe: Recipe, system: str | None, **answers: Any) -> tuple[Any, ...]:
-    """Prompt and answers all as turns if one of them is, else all as text; with the system prompt in its place."""
+def _alike(prompt: Any, recipe: Recipe, system: str | None, *, apart: bool = False, **answers: Any) -> tuple[Any, ...]:
+    """Prompt and answers all as turns if one of them is, else all as text; with the system prompt in its place.
+
+    `apart`: the prompt has been taken from the answers, which go on from it.
+    """
     override = recipe.system_prompt
     if any(not isinstance(part, str) for part in (prompt, *answers.values())):
         said = {name: _as_turns(answer, "assistant") for name, answer in answers.items()}
-        turns, *rest = _asked_once(_as_turns(prompt, "user"), **said)
+        turns, rest = _as_turns(prompt, "user"), list(said.values())
+        if not apart:
+            turns, *rest = _asked_once(turns, replaced=_replaced(recipe, system), **said)
         return (with_system(turns, override, system), *rest)
     lead = override if override is not None else system
     return (f"{lead}\n\n{prompt}" if lead else prompt, *answers.values())
 
 
-def _asked_once(prompt: tuple[Turn, ...], **answers: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], ...]:
+def _asked_once(
+    prompt: tuple[Turn, ...], *, replaced: bool = False, goes_on: bool = False, **answers: tuple[Turn, ...]
+) -> tuple[tuple[Turn, ...], ...]:
     """Prompt and answers, by the names of their columns, where an answer may be the whole conversation: without the prompt in it.
 
+    `replaced`: system prompts may differ, another one is put in their place. `goes_on`: behind a question an answer may begin
+    with a further one, as long as the prompt does not come later in it.
     A system prompt that only the whole conversations have goes to the prompt.
     Errors: RowError PromptMismatch (a conversation with another beginning), NoTrainableToken (nothing behind the prompt).
     """
@@ -407,12 +431,12 @@ def _asked_once(prompt: tuple[Turn, ...], **answers: tuple[Turn, ...]) -> tuple[
                 raise RowError(
                     "NoTrainableToken", f"`{name}` ends with the prompt", "give it an answer, or remove the row"
                 )
-        elif asked and said and asked[-1].role == said[0].role == "user":
+        elif asked and said and asked[-1].role == said[0].role == "user" and (not goes_on or _holds(said, asked)):
             raise RowError(
                 "PromptMismatch", f"`{name}` begins with a message of the user that is not the prompt",
                 "begin it with all messages of the prompt, or with the answer; or leave out `prompt` where chosen and rejected hold it",
             )  # fmt: skip
-        if own and system and not _same(own, system):
+        if own and system and not replaced and not _same(own, system):
             raise RowError(
                 "PromptMismatch",
                 f"`{name}` has another system prompt than the rest of the row",
@@ -427,6 +451,11 @@ def _led(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
     """The system prompt at the beginning, if there is one, and the other turns."""
     place = int(bool(turns) and turns[0].role == "system")
     return turns[:place], turns[place:]
+
+
+def _holds(turns: tuple[Turn, ...], part: tuple[Turn, ...]) -> bool:
+    """Whether `part` is said somewhere among the turns."""
+    return any(_same(turns[place : place + len(part)], part) for place in range(len(turns)))
 
 
 def _same(some: tuple[Turn, ...], others: tuple[Turn, ...]) -> bool:
@@ -444,8 +473,18 @@ def _judged(row: Mapping[str, Any], recipe: Recipe) -> Judged:
     if truth is None:
         raise RowError("DatasetRowInvalid", f"label is {label!r}", "write true or false")
     system = names.optional_text(names.SYSTEM, row, recipe.columns)
-    asked, answer = _alike(prompt, recipe, system, completion=completion)
+    if unasked := _unasked(prompt, completion):
+        prompt, completion = _first_answer(completion)
+    asked, answer = _alike(prompt, recipe, system, apart=unasked, completion=completion)
     return Judged(asked, answer, truth)
+
+
+def _first_answer(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    """A whole conversation before and from its first answer. Errors: RowError NoTrainableToken."""
+    place = next((place for place, turn in enumerate(turns) if turn.role == "assistant"), None)
+    if place is None:
+        raise RowError("NoTrainableToken", "`completion` has no answer", "give it an answer, or remove the row")
+    return turns[:place], turns[place:]
 
 
 def _prompt_only(row: Mapping[str, Any], recipe: Recipe) -> Prompt:

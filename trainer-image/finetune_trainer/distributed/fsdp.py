@@ -47,7 +47,10 @@ BY_LAYER, BY_SIZE, _ = WRAPS
 WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 """Truth values, as accelerate's own questions write them."""
 SWITCH = Kind("true or false", lambda found: str(found).lower() in WORDS)
-SIZE = Kind("a whole number of at least 0", lambda found: not isinstance(found, bool) and str(found).isdecimal())
+SIZE = Kind(
+    "a whole number of at least 0",
+    lambda found: str(found).isdecimal() or isinstance(found, float) and found >= 0 and found.is_integer(),
+)
 LAYERS = Kind(
     "names of layer classes",
     lambda found: isinstance(found, str) or isinstance(found, list) and all(isinstance(one, str) for one in found),
@@ -168,7 +171,8 @@ def _merge_fsdp(result: Options, inner: dict[str, Any], both: Comparison, run: R
 def _wrap(inner: dict[str, Any]) -> dict[str, Any]:
     """Which modules are sharded as one. Errors: ConfigError ConfigFileInvalid for what the policy does not read."""
     policy = str(inner.get("auto_wrap_policy", BY_LAYER)).upper()
-    layers, least = inner.get("transformer_layer_cls_to_wrap"), int(inner.get("min_num_params") or 0)
+    named, least = inner.get("transformer_layer_cls_to_wrap") or (), int(inner.get("min_num_params") or 0)
+    layers = [name.strip() for name in (named.split(",") if isinstance(named, str) else named) if name.strip()]
     for key, given, reader in (
         ("transformer_layer_cls_to_wrap", layers, BY_LAYER),
         ("min_num_params", least, BY_SIZE),
@@ -180,8 +184,7 @@ def _wrap(inner: dict[str, Any]) -> dict[str, Any]:
             )  # fmt: skip
     wrap: dict[str, Any] = {"auto_wrap_policy": policy}
     if layers:
-        names = layers.split(",") if isinstance(layers, str) else layers
-        wrap["transformer_layer_cls_to_wrap"] = [name.strip() for name in names]
+        wrap["transformer_layer_cls_to_wrap"] = layers
     if least:
         wrap["min_num_params"] = least
     return wrap

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +132,7 @@ def _loaded(model: Any, folder: Path, weights: Mapping[str, Any], unfit: str, ke
     before = {name: parameter.detach().clone() for name, parameter in inside.items()}
     wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=not keep_dtype)
     loaded = set_peft_model_state_dict(wrapped, dict(weights))  # once more, since only this tells what has no place
-    trained = {name for name, parameter in wrapped.named_parameters() if parameter.requires_grad}
-    absent, strange = sorted(trained & set(loaded.missing_keys)), sorted(loaded.unexpected_keys)
+    absent, strange = _absent(wrapped, set(loaded.missing_keys)), sorted(loaded.unexpected_keys)
     if absent or strange:
         told = [f"{len(absent)} weights are not in its file, first {absent[0]}"] if absent else []
         told += [f"{len(strange)} of its file have no place, first {strange[0]}"] if strange else []
@@ -149,6 +148,15 @@ def _loaded(model: Any, folder: Path, weights: Mapping[str, Any], unfit: str, ke
             hint="put them into the base, or give the base that has them",
         )  # fmt: skip
     return wrapped
+
+
+def _absent(wrapped: Any, missing: Set[str]) -> list[str]:
+    """Trained parameters of which no name was in the file: one that layers share (VB-LoRA's bank) is there under one of its names."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in wrapped.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            names.setdefault(id(parameter), []).append(name)
+    return sorted(several[0] for several in names.values() if missing.issuperset(several))
 
 
 def _plain(name: str) -> str:

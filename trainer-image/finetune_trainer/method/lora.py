@@ -61,7 +61,10 @@ def apply(
 def _require_plain(wrapped: Any, init: str, rank: int) -> None:
     """What is published is computed from A and B of linear layers, all of the asked rank: there must be nothing else.
 
-    Errors: ConfigError InitUnavailable for embeddings, layers whose weight lies the other way round, and ranks above a layer's sides.
+    OLoRA (PEFT 0.21) splits a weight as it lies: one that lies the other way round (inputs first) gets a start that is not its
+    own, which shapes do not show where both sides are equal.
+    Errors: ConfigError InitUnavailable for embeddings, layers whose weight lies the other way round (OLoRA), and ranks above a
+    layer's sides.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -70,7 +73,8 @@ def _require_plain(wrapped: Any, init: str, rank: int) -> None:
             continue
         sides = (layer.in_features, layer.out_features)
         made = [tuple(part[NAME].weight.shape) for part in (layer.lora_A, layer.lora_B) if NAME in part]
-        if made != [(rank, sides[0]), (sides[1], rank)]:
+        turned = init == LoraInit.OLORA and getattr(layer, "fan_in_fan_out", False)
+        if turned or made != [(rank, sides[0]), (sides[1], rank)]:
             kind = type(layer.get_base_layer()).__name__
             raise ConfigError(
                 "InitUnavailable", f"method.lora.init {init} cannot start an adapter of rank {rank} on {name}, a {kind} of {sides[0]} x {sides[1]}",

@@ -11,7 +11,7 @@ from finetune_api.spec.enums import MethodType
 from transformers import Trainer
 
 from finetune_trainer import vocabulary
-from finetune_trainer.model import load_model
+from finetune_trainer.model import load_config, load_model
 from finetune_trainer.objective.base import Setting
 
 ADAPTER = "ref"
@@ -54,11 +54,22 @@ def named_reference(setting: Setting) -> Any:
     )  # fmt: skip
     if setting.inputs.reference is None:
         vocabulary.fit(model, setting.tokenizer, setting.run)
-    words = model.get_input_embeddings().weight
-    size = (getattr(words, "ds_shape", None) or words.shape)[0]
-    if size < len(setting.tokenizer):
+    else:
+        _require_tokens(model, setting)
+    return model.requires_grad_(False).eval()
+
+
+def _require_tokens(reference: Any, setting: Setting) -> None:
+    """Whether a named reference has a row for every token that the model has one for: the data uses no others.
+
+    The tokenizer may hold more, as it may beside the model itself. Errors: ConfigError VocabularyDiffers.
+    """
+    words = reference.get_input_embeddings().weight
+    size, needed = (getattr(words, "ds_shape", None) or words.shape)[0], len(setting.tokenizer)
+    if not setting.run.spec.model.new_tokens:
+        needed = min(needed, load_config(setting.run, setting.inputs).get_text_config().vocab_size)
+    if size < needed:
         raise ConfigError(
-            "VocabularyDiffers", f"the reference model knows {size} tokens, and the tokenizer makes {len(setting.tokenizer)}",
+            "VocabularyDiffers", f"the reference model knows {size} tokens, and the model that is trained uses {needed}",
             hint="give a reference with the same tokenizer as model.source, such as an earlier step of the same model",
         )  # fmt: skip
-    return model.requires_grad_(False).eval()
