@@ -1,7 +1,8 @@
 """A rank that trains nothing: it counts steps, writes checkpoints and misbehaves as TOY_SCRIPT says. For the supervisor's tests.
 
 Its state is a chain of hashes, one link a step: whoever resumes from anything but the right state ends with another one.
-TOY_SCRIPT is JSON: {"steps": 20, "every": 5, "pause": 0.01, "bytes": 1000, "at": {"<rank>:<step>": "<what happens>"}}.
+TOY_SCRIPT is JSON: {"steps": 20 (or "further": 20, counted from where it goes on),
+"every": 5, "pause": 0.01, "bytes": 1000, "at": {"<rank>:<step>": "<what happens>"}}.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     steps, every, pause = SCRIPT.get("steps", 20), SCRIPT.get("every", 5), SCRIPT.get("pause", 0.01)
     agreement = StopAgreement(channel, Gang("toy") if channel.world_size > 1 else Alone(), poll_seconds=0.02)
     step = inputs.restore.step if inputs.restore else 0
+    steps = step + SCRIPT["further"] if "further" in SCRIPT else steps
     chain = (inputs.restore.path / CHAIN.format(channel.rank)).read_text() if inputs.restore else ""
     channel.stage(Stage.TRAINING)
     channel.progress(Progress(step=step, total_steps=steps, epoch=0.0))
