@@ -5,11 +5,10 @@ Only `on.login`, `on.startup` and `on.event` are used: no finalizers, no annotat
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import kopf
@@ -85,7 +84,7 @@ def register(kube: Kube, cache: Cache, queue: WorkQueue, watches: Watches) -> ko
 
     @kopf.on.login(registry=registry)
     async def login(**_: Any) -> kopf.AiohttpSession:
-        return connection(await credentials(kube), watches)
+        return Connection(await credentials(kube), watches)
 
     @kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)
     async def finetunejob(type: str | None, body: kopf.Body, **_: Any) -> None:
@@ -130,23 +129,40 @@ def take_pod(cache: Cache, type_: str | None, body: Object) -> Seen | None:
     return Seen(cache.drop_pod(view), news=True) if type_ == DELETED else cache.put_pod(view)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Connection(kopf.AiohttpSession):
-    """kopf's session, made here so that its requests can be seen. Two are the same if they were made of the same credentials."""
+    """kopf's sessions, made here so that their requests can be seen.
 
-    aiohttp_session: aiohttp.ClientSession = dataclasses.field(compare=False)
-    info: kopf.ConnectionInfo
+    As of plain credentials each of kopf's contexts gets a session of its own, and closes it: with a common one the watches that
+    are still there when the first context is closed would wait for other credentials for ever, and the process would not end.
+    Two are the same if they were made of the same credentials.
+    """
 
+    _made_of: tuple[kopf.ConnectionInfo, Watches]
 
-def connection(info: kopf.ConnectionInfo, watches: Watches) -> Connection:
-    """A session as kopf itself would make it; kopf closes it when the credentials expire, and in the end."""
-    session = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
-        headers=info.as_http_headers(),
-        trust_env=info.trust_env,
-        trace_configs=[watches.trace()],
-    )
-    return Connection(server=info.server, expiration=info.expiration, aiohttp_session=session, info=info)
+    def __init__(self, info: kopf.ConnectionInfo, watches: Watches) -> None:
+        object.__setattr__(self, "_made_of", (info, watches))  # the base class is frozen
+        super().__init__(server=info.server, expiration=info.expiration, aiohttp_session=cast("aiohttp.ClientSession", None))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Connection) and other._made_of[0] == self._made_of[0]
+
+    def __hash__(self) -> int:
+        return hash(self.server)
+
+    @property
+    def aiohttp_session(self) -> aiohttp.ClientSession:
+        """A new session, as kopf itself would make it."""
+        info, watches = self._made_of
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
+            headers=info.as_http_headers(),
+            trust_env=info.trust_env,
+            trace_configs=[watches.trace()],
+        )
+
+    @aiohttp_session.setter
+    def aiohttp_session(self, _: aiohttp.ClientSession) -> None:
+        """What the base class is given: none is kept."""
 
 
 async def credentials(kube: Kube) -> kopf.ConnectionInfo:

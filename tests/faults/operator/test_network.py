@@ -93,6 +93,7 @@ def test_what_was_deleted_while_nobody_watched_is_forgotten(rig: Rig) -> None:
     rig.api.delete(FTJ, rig.namespace, "ghost")
     rig.api.wait_gone(FTJ, rig.namespace, "ghost")
     rig.api.wait_gone("jobs", rig.namespace, "ghost-1", timeout=60)
+    rig.api.wait_list("nodes", None, lambda items: sum(_phases(operator.metrics()).values()) == 1, timeout=60)
     proxy.forget()
     for resource in WATCHED:
         proxy.watches(resource, Say.gone(410))

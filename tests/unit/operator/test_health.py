@@ -14,7 +14,7 @@ import kopf
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from finetune_operator.handlers import connection
+from finetune_operator.handlers import Connection
 from finetune_operator.kube import Listing, ServerClock
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, Kind
@@ -127,7 +127,7 @@ async def test_requests_of_the_watches_are_counted_and_prove_that_they_live() ->
     async with TestServer(app) as server:
         root = str(server.make_url("")).rstrip("/")
         asked = ("/api/v1/pods?limit=500", "/apis/batch/v1/jobs?watch=true", "/apis/batch/v1", "/api/v1/pods?watch=true")
-        async with connection(kopf.ConnectionInfo(server=root, insecure=True), watches).aiohttp_session as session:
+        async with Connection(kopf.ConnectionInfo(server=root, insecure=True), watches).aiohttp_session as session:
             for url in asked:
                 await (await session.get(root + url)).read()
             await server.close()
@@ -143,10 +143,9 @@ async def test_a_connection_of_the_same_credentials_is_the_same() -> None:
     """Or credentials that the server refused would be tried again for ever."""
     watches = Watches([], lambda *_: None)
     tokens = ("a", "a", "b")
-    made = [connection(kopf.ConnectionInfo(server="https://api", token=one, insecure=True), watches) for one in tokens]
+    made = [Connection(kopf.ConnectionInfo(server="https://api", token=one, insecure=True), watches) for one in tokens]
     assert made[0] == made[1] != made[2]
-    for one in made:
-        await one.aiohttp_session.close()
+    assert hash(made[0]) == hash(made[1])
 
 
 def test_a_job_that_no_worker_takes_is_noticed_but_not_on_a_standby() -> None:
@@ -176,3 +175,12 @@ def test_a_worker_that_never_comes_back_is_noticed() -> None:
         return found._healthy()
 
     assert run(story()) == "a job has waited for 102 s"
+
+
+async def test_each_of_kopfs_contexts_gets_a_session_of_its_own() -> None:
+    """The watches that are still there when one is closed go on, so that the process can end."""
+    one = Connection(kopf.ConnectionInfo(server="https://api", token="a", insecure=True), Watches([], lambda *_: None))
+    first, second = one.aiohttp_session, one.aiohttp_session
+    await first.close()
+    assert (first.closed, second.closed) == (True, False)
+    await second.close()
