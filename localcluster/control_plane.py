@@ -160,9 +160,12 @@ def wait_for_api(folder: Path, at: ControlPlaneAddresses, token: str, servers: l
     certificate = folder / "certs" / "apiserver.crt"
     processes.wait_until("the API server's certificate", certificate.exists, servers=servers, timeout=60)
     endpoint = Endpoint(folder / "kubeconfig", at.server, token, folder / "ca.crt")
-    shutil.copy(certificate, endpoint.ca)
-    processes.wait_until("the API server", endpoint.ready, servers=servers, timeout=60)
-    shutil.copy(certificate, endpoint.ca)
+
+    def ready() -> bool:
+        shutil.copy(certificate, endpoint.ca)  # at the first look the file may be there, and not yet what is to be in it
+        return endpoint.ready()
+
+    processes.wait_until("the API server", ready, servers=servers, timeout=60)
     endpoint.kubeconfig.write_text(components.kubeconfig(at.server, token, certificate.read_bytes()))
     return endpoint
 

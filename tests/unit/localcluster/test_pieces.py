@@ -12,7 +12,19 @@ from pathlib import Path
 
 import pytest
 
-from localcluster import build, components, containerd, layout, paths, ports, requirements, s3, s3_pod, store
+from localcluster import (
+    build,
+    components,
+    containerd,
+    control_plane,
+    layout,
+    paths,
+    ports,
+    requirements,
+    s3,
+    s3_pod,
+    store,
+)
 from localcluster.components import ControlPlaneAddresses, User
 from localcluster.errors import BuildFailed, ImageNotFound, MissingRequirement
 from localcluster.layout import Plan, free_block
@@ -212,3 +224,20 @@ def test_s3_objects_run_on_the_named_node_only() -> None:
 
     assert (selector("n1"), selector(None)) == ({"kubernetes.io/hostname": "n1"}, {})
     assert [o["kind"] for o in s3_pod.objects("a", "b")] == ["Namespace", "Secret", "Service", "Deployment"]
+
+
+def test_a_certificate_that_is_only_half_written_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    certificate = tmp_path / "certs" / "apiserver.crt"
+    certificate.parent.mkdir()
+    certificate.touch()
+    looks: list[bytes] = []
+
+    def ready(endpoint: control_plane.Endpoint) -> bool:
+        looks.append(endpoint.ca.read_bytes())
+        certificate.write_bytes(b"whole")
+        return looks[-1] == b"whole"
+
+    monkeypatch.setattr(control_plane.Endpoint, "ready", ready)
+    at = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", 6443, 2379, 2380)
+    found = control_plane.wait_for_api(tmp_path, at, "token", [])
+    assert (looks, found.ca.read_bytes()) == ([b"", b"whole"], b"whole")
