@@ -279,8 +279,8 @@ def _write(name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Pat
 
 def begun(tree: Path) -> int:
     """The newest attempt that has begun, as the trainer wrote it down; 0: none has."""
-    found = (path.name.rpartition("-")[2] for path in (tree / names.Storage.RUN).glob("attempt-*"))
-    return max((int(number) for number in found if number.isdecimal()), default=0)
+    found = (names.attempt_of_folder(path.name) for path in (tree / names.Storage.RUN).glob("*"))
+    return max((number for number in found if number is not None), default=0)
 
 
 def _same_job(run_file: Path, spec: FineTuneJobSpec, tree: Path, name: str) -> None:

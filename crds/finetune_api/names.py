@@ -406,6 +406,20 @@ def attempt_of_uri(uri: str) -> int | None:
     return int(number) if word[:1] == "a" and number.isdecimal() and len(digits) == 8 else None
 
 
+def attempt_folder(attempt: int) -> str:
+    """Folder below `run/` in which an attempt tells that it has begun."""
+    return f"{_ATTEMPT_FOLDER}{attempt}"
+
+
+def attempt_of_folder(name: str) -> int | None:
+    """Attempt that a folder below `run/` belongs to; None if it is none of an attempt's."""
+    number = name.removeprefix(_ATTEMPT_FOLDER)
+    return int(number) if number != name and number.isdecimal() else None
+
+
+_ATTEMPT_FOLDER = "attempt-"
+
+
 def attempt_job_name(name: str, attempt: int) -> str:
     """Name of the Job (and of its Service) of one attempt."""
     return f"{name}-{attempt}"

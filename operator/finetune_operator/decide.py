@@ -327,18 +327,18 @@ def _last_heard(facts: Facts) -> tuple[Report | None, datetime | None]:
 
 
 def _silent_since(facts: Facts) -> datetime | None:
-    """Since when this attempt's pods, which have trained, neither speak nor are ready: as status tells, for an operator that was
-    started meanwhile and has heard nothing itself. None: they are ready, do not run (yet), or have never trained.
+    """When this attempt's pods, which have trained and are not ready, spoke last or could first have: as status tells, for an
+    operator that was started meanwhile and has heard nothing itself. None: they are ready, do not run (yet), or have never trained.
     """
     record, progress, ready = facts.record, facts.job.status.progress, facts.condition(Condition.PODS_READY)
-    rank0 = next((pod for pod in facts.live if pod.index == 0), None)
+    rank0 = facts.rank0
     if record is None or not record.last_step or rank0 is None or rank0.phase != "Running":
         return None
     if ready is None or ready.status == "True" or ready.last_transition_time is None:
         return None
     # A queue may have replaced the pod within the attempt. What was told last has its node's clock: it can only delay.
-    moments = [ready.last_transition_time, rank0.running_since or rank0.created, progress.update_time if progress else None]
-    return max(one for one in moments if one is not None)
+    began, told = rank0.running_since or rank0.created, progress.update_time if progress else None
+    return max(began, told) if told else began
 
 
 def _unready_since(facts: Facts) -> datetime | None:

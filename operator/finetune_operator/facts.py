@@ -119,9 +119,14 @@ class Facts:
         return tuple(newest[index] for index in sorted(newest))
 
     @property
+    def rank0(self) -> PodView | None:
+        """The pod that speaks for the attempt, if it lives."""
+        return next((pod for pod in self.live if pod.index == 0), None)
+
+    @property
     def speaking(self) -> Heard | None:
         """What was heard, if the pod that said it still runs: a queue may have replaced it within the attempt."""
-        rank0 = next((pod for pod in self.live if pod.index == 0), None)
+        rank0 = self.rank0
         same = self.heard is not None and rank0 is not None and rank0.uid == self.heard.pod_uid
         return self.heard if same else None
 

@@ -62,12 +62,12 @@ def _is_readable_folder(source: HttpsSource, path: str) -> bool:
 
 def _no_listing(text: str, path: str) -> tuple[str, str]:
     """Why a folder on a web server cannot be read, and what to write."""
-    step = "https://host/root/checkpoints/step-00000100"
+    step = "https://host/jobs/checkpoints/step-00000100"
     if path == "checkpoint.resume":
         return f"{shown(text)!r} does not name a checkpoint", f"write {step}"
     return (
         f"a web server has no listing, so of {shown(text)!r} nobody can tell which files belong to the model",
-        f"write org/name, s3://bucket/prefix, pvc://claim/path, file:///path, or what a job committed: https://host/root/model or {step}",
+        f"write org/name, s3://bucket/prefix, pvc://claim/path, file:///path, or what a job committed: https://host/jobs/model or {step}",
     )
 
 

@@ -33,7 +33,7 @@ class Model(Group):
     """`spec.model`."""
 
     source: Source | None = option(
-        "Base model: `org/name[@revision]` or `hf://org/name@revision` (hub), `s3://bucket/prefix`, `pvc://claim/path`, `file:///path` (inside the image), or what a job committed and a web server serves: `https://host/root/model`, `https://host/root/checkpoints/step-00000100`. Required.",
+        "Base model: `org/name[@revision]` or `hf://org/name@revision` (hub), `s3://bucket/prefix`, `pvc://claim/path`, `file:///path` (inside the image), or what a job committed and a web server serves: `https://host/jobs/model`, `https://host/jobs/checkpoints/step-00000100`. Required.",
         default_text="none, required", example="HuggingFaceTB/SmolLM2-135M-Instruct",
     )  # fmt: skip
     tokenizer: Source | None = option(

@@ -43,9 +43,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("SourceInvalid", {"model": {"source": "configmap://name/key"}}, "model.source"),
     ("SourceInvalid", {"dataset": {"validation": "ftp://host/file"}}, "dataset.validation"),
     ("SourceInvalid", {"model": {"source": "https://host/models/model.gguf"}}, "model.source"),
-    ("SourceInvalid", {"model": {"tokenizer": "https://host/root/model/other"}}, "model.tokenizer"),
-    ("SourceInvalid", {"checkpoint": {"resume": "https://host/root/model"}}, "checkpoint.resume"),
-    ("SourceInvalid", {"checkpoint": {"resume": "http://host/root/checkpoints/step-00000100"}}, "checkpoint.resume"),
+    ("SourceInvalid", {"model": {"tokenizer": "https://host/jobs/model/other"}}, "model.tokenizer"),
+    ("SourceInvalid", {"checkpoint": {"resume": "https://host/jobs/model"}}, "checkpoint.resume"),
+    ("SourceInvalid", {"checkpoint": {"resume": "http://host/jobs/checkpoints/step-00000100"}}, "checkpoint.resume"),
     (
         "QloraNeedsFourBits",
         {"method": {"type": "qlora"}, "model": {"quantization": {"bits": 8}}},
@@ -406,7 +406,7 @@ def test_a_broken_rule_names_its_field_and_what_to_write(code: str, change: dict
     "place", ["model", "model/a1-1f3c9a2b", "checkpoints/step-00000100/", "checkpoints/step-00000100/a12-1f3c9a2b"]
 )
 def test_what_a_job_committed_is_read_from_a_web_server(place: str) -> None:
-    uri = f"https://host/root/{place}?signature=a/b"
+    uri = f"https://host/jobs/{place}?signature=a/b"
     change = {"model": {"source": uri}} | ({"checkpoint": {"resume": uri}} if "step" in place else {})
     assert [problem for problem in check(spec(change)) if problem.code == "SourceInvalid"] == []
 

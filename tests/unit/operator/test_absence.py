@@ -185,13 +185,18 @@ def test_a_name_that_is_taken_needs_a_person_at_last() -> None:
     assert stalled(facts(known=known, jobs=[job(owner_uid="other")], now=at(1900)))
 
 
-def test_the_time_before_a_resume_is_no_waiting() -> None:
-    conditions = [
-        told(Condition.PODS_READY, "False", "QuotaExceeded", 0),
-        told(Condition.SUSPENDED, "False", "Resumed", 9000),
-    ]
+@pytest.mark.parametrize(
+    ("suspended", "ready", "now"),
+    [
+        (told(Condition.SUSPENDED, "False", "Resumed", 9000), "QuotaExceeded", 9100),
+        (told(Condition.SUSPENDED, "True", "Suspended", 100), "PodsNotReady", 9000),
+    ],
+    ids=["resumed a while ago", "resumed in this look"],
+)
+def test_the_time_before_a_resume_is_no_waiting(suspended: dict[str, str], ready: str, now: float) -> None:
+    conditions = [told(Condition.PODS_READY, "False", ready, 0), suspended]
     refused = Acted(obstacle=Waiting(Reason.QUOTA_EXCEEDED, "exceeded quota"))
-    assert not stalled(facts(known=status(conditions=conditions), now=at(9100)), refused)
+    assert not stalled(facts(known=status(conditions=conditions), now=at(now)), refused)
 
 
 def test_a_pool_whose_nodes_lack_the_resource_is_refused_with_the_pools() -> None:
@@ -271,15 +276,6 @@ def test_a_second_rollback_goes_to_a_checkpoint_that_is_still_there() -> None:
         assert not isinstance(rung, Exhausted)
         adaptations.append(rung)
     assert (adaptations[-1].set or {})["resume.maxStep"] == 400
-
-
-def test_a_resume_whose_job_is_refused_is_not_late_at_once() -> None:
-    conditions = [
-        told(Condition.PODS_READY, "False", "PodsNotReady", 0),
-        told(Condition.SUSPENDED, "True", "Suspended", 100),
-    ]
-    refused = Acted(obstacle=Waiting(Reason.QUOTA_EXCEEDED, "exceeded quota"))
-    assert not stalled(facts(known=status(conditions=conditions), now=at(9000)), refused)
 
 
 def test_our_own_pause_is_no_waiting() -> None:

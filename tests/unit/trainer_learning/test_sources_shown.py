@@ -16,7 +16,7 @@ from finetune_trainer.train import _portable
 
 from tests.support.learning import make_run
 
-URI = "https://host/root/model?signature=hidden"
+URI = "https://host/jobs/model?signature=hidden"
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def test_messages(run: Any, tmp_path: Path) -> None:
     ):
         with pytest.raises(FineTuneError) as caught:
             ask()
-        assert "https://host/root/model" in caught.value.message and "hidden" not in str(caught.value)
+        assert "https://host/jobs/model" in caught.value.message and "hidden" not in str(caught.value)
 
 
 def reader() -> Any:
@@ -47,11 +47,11 @@ def reader() -> Any:
 def test_notes(run: Any) -> None:
     read, row = reader(), SimpleNamespace()
     _mixture(read, run, [[(0, row)], [(1, row)]])  # type: ignore[arg-type, list-item] # what a row is does not matter
-    assert "https://host/root/model 1 rows" in read.summary.notes[0] and "hidden" not in read.summary.notes[0]
+    assert "https://host/jobs/model 1 rows" in read.summary.notes[0] and "hidden" not in read.summary.notes[0]
 
 
 def test_an_adapter_names_its_base(run: Any, tmp_path: Path) -> None:
     config = tmp_path / "adapter_config.json"
     config.write_text("{}")
     _portable(tmp_path, run)
-    assert json.loads(config.read_text())["base_model_name_or_path"] == "https://host/root/model"
+    assert json.loads(config.read_text())["base_model_name_or_path"] == "https://host/jobs/model"

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.errors import FineTuneError, PeerError, StorageError
-from finetune_api.names import Storage
+from finetune_api.names import RUN_FILE_NAME, Storage, attempt_folder, attempt_of_folder
 
 from finetune_trainer.checkpoint.manifest import (
     FileEntry,
@@ -30,8 +30,6 @@ from finetune_trainer.storage.base import Counter, Created, Stat, Store, join
 
 log = logging.getLogger(__name__)
 PARTS = ".parts"
-ATTEMPT = "attempt-"
-"""Before the number in the folders below `run/`."""
 INCOMPLETE = "UploadIncomplete"
 PART_POLL_SECONDS = 0.2
 MARKER_LOOKS = 10
@@ -198,7 +196,7 @@ class Tree:
 
     def begin(self, attempt: int, run: bytes) -> None:
         """Tell what an attempt was told; from now on no earlier one commits anything."""
-        self.store.put(join(Storage.RUN, f"{ATTEMPT}{attempt}", "run.json"), run)
+        self.store.put(join(Storage.RUN, attempt_folder(attempt), RUN_FILE_NAME), run)
 
     def require_newest(self, attempt: int) -> None:
         """Errors: Fenced if a later attempt has begun."""
@@ -207,9 +205,8 @@ class Tree:
 
     def superseded(self, attempt: int) -> bool:
         """Whether a later attempt has begun: it says so before it sweeps or writes anything else."""
-        folders = (stat.key.split("/")[1] for stat in self.store.list(f"{Storage.RUN}/{ATTEMPT}"))
-        numbers = (folder.removeprefix(ATTEMPT) for folder in folders)
-        return any(number.isdecimal() and int(number) > attempt for number in numbers)
+        begun = (attempt_of_folder(stat.key.split("/")[1]) for stat in self.store.list(f"{Storage.RUN}/"))
+        return any(number is not None and number > attempt for number in begun)
 
     def _take_back(self, base: str, marker: Marker) -> None:
         """Remove a marker whose data is gone. Whoever replaced it keeps his."""

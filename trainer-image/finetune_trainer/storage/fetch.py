@@ -209,7 +209,7 @@ class Fetcher:
         if not source.committed:
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {shown(source.url)}: a web server has no listing, so only what a job committed can be read there",
-                hint="write https://host/root/model or https://host/root/checkpoints/step-00000100, a hub's name as org/name, or s3://bucket/prefix",
+                hint="write https://host/jobs/model or https://host/jobs/checkpoints/step-00000100, a hub's name as org/name, or s3://bucket/prefix",
                 failure_class=MODEL.failure_class,
             )  # fmt: skip
         where = address(source.url)
