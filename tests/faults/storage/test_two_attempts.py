@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from finetune_trainer.storage.s3 import S3Store
 from pod_harness import Pod
 from storage_place import Place, final_state, logged_states, states, toy
 
+from localcluster.processes import wait_until
 from localcluster.s3 import S3Endpoint
 from tests.support.faultproxy import Call
 from tests.support.s3proxy import S3Operation, S3Proxy
@@ -157,7 +157,7 @@ class Race:
     def mark(self, attempt: int) -> None:
         """Let an attempt's marker through, until it stands."""
         self.markers[attempt - 1].opened.set()
-        wait_for(lambda: self.marked() == attempt)
+        wait_until(f"the marker of attempt {attempt}", lambda: self.marked() == attempt, servers=[], timeout=60)
 
     def marked(self) -> int:
         """Attempt that the step's marker names; 0: there is none."""
@@ -220,11 +220,3 @@ def test_two_attempts_commit_the_same_step(two: Two, order: Callable[[Race], Non
             later.end()
     two.require_one_winner(earlier, later, why)
     assert two.seen[step][-1].startswith("a2-")
-
-
-def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
-    """Errors: AssertionError if it does not within that time."""
-    end = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < end, f"not within {seconds:.0f} s"
-        time.sleep(LOOK_SECONDS)

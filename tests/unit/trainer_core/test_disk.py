@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from finetune_api.errors import ConfigError
@@ -34,14 +35,14 @@ def test_what_lies_there_counts_against_the_limit_once(work: Path, monkeypatch: 
 
 
 def test_a_fuller_file_system_counts(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9 * MIB, 8 * MIB, MIB))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=MIB))
     monkeypatch.setenv(Env.DISK_LIMIT, str(8 * MIB))
     assert free_bytes(work) == MIB
 
 
 def test_without_a_limit_only_the_file_system_counts(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(Env.DISK_LIMIT, raising=False)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(9 * MIB, 8 * MIB, MIB))  # type: ignore[attr-defined]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=MIB))
     assert free_bytes(work) == MIB
 
 

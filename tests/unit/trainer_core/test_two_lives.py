@@ -17,6 +17,10 @@ from finetune_trainer.storage.folder import FolderStore
 FACTS = RunFacts()
 
 
+def nothing() -> None:
+    """What happens meanwhile, unless a test says otherwise."""
+
+
 class Slow(FolderStore):
     """A store in which deletions are on their way until `arrive`, and where something may happen before a marker is written."""
 
@@ -24,12 +28,13 @@ class Slow(FolderStore):
         super().__init__(root, f"file://{root}")
         self.holds = False
         self.held: list[str] = []
+        self.before_delete = self.before_marker = self.before_manifest = nothing
 
     def delete(self, keys: Iterable[str]) -> None:
         if self.holds:
             self.held += keys
             return
-        happens, self.before_delete = self.before_delete, lambda: None  # type: ignore[method-assign]
+        happens, self.before_delete = self.before_delete, nothing  # once
         happens()
         super().delete(keys)
 
@@ -37,15 +42,6 @@ class Slow(FolderStore):
         """What was held is deleted."""
         self.holds = False
         self.delete(self.held)
-
-    def before_delete(self) -> None:
-        """Nothing, unless a test says otherwise; once."""
-
-    def before_marker(self) -> None:
-        """Nothing, unless a test says otherwise."""
-
-    def before_manifest(self) -> None:
-        """Nothing, unless a test says otherwise."""
 
     def create(self, key: str, data: bytes) -> Created:
         self.before_marker()
@@ -80,7 +76,7 @@ def test_a_marker_between_a_sweeps_look_and_its_delete_goes_with_the_data(store:
     marker = store.get(key)
     assert marker is not None
     store.delete([key])  # all of it is there but its marker, which comes while it is swept
-    store.before_delete = lambda: store.put(key, marker)  # type: ignore[method-assign]
+    store.before_delete = lambda: store.put(key, marker)
     assert tree.sweep().problem is None
     assert (tree.marker(10), list(store.list("checkpoints/"))) == (None, [])
 
@@ -94,7 +90,7 @@ def test_the_new_attempt_begins_at_zero_and_not_with_a_marker_over_nothing(store
         tree.sweep()
         store.arrive()
 
-    store.before_marker = swept_meanwhile  # type: ignore[method-assign]
+    store.before_marker = swept_meanwhile
     with pytest.raises(Fenced, match="was swept by another life"):
         commit(tree, tmp_path / "staged", 10, 1)
     assert restore(tree, Resume(mode="auto"), FACTS, tmp_path / "out").step == 0
@@ -109,8 +105,8 @@ def test_data_that_was_listed_before_its_manifest_is_missed_in_the_end(store: Sl
         tree.sweep()
         store.holds = False
 
-    store.before_manifest = sweep_begins  # type: ignore[method-assign]
-    store.before_marker = store.arrive  # type: ignore[method-assign]
+    store.before_manifest = sweep_begins
+    store.before_marker = store.arrive
     with pytest.raises(Fenced, match="was swept by another life"):
         commit(tree, tmp_path / "staged", 10, 1)
     assert tree.committed() == []
