@@ -52,28 +52,35 @@ async def write(client: Client, namespace: str, found: Model, count: int, pods: 
 
 async def _one(client: Client, namespace: str, found: Model, name: str, pods: int) -> None:
     things, jobs = f"{FTJ}/namespaces/{namespace}/{names.PLURAL}", f"/apis/batch/v1/namespaces/{namespace}/jobs"
-    made = await client.send("POST", things, _bare(found.job, name))
+    made = await client.send("POST", things, copied(found.job, name))
     await client.send("PUT", f"{things}/{name}/status", made | {"status": found.job["status"]})
     job_name = names.attempt_job_name(name, 1)
     labels = {names.Label.NAME.value: name, names.Label.UID.value: made["metadata"]["uid"]}
-    attempt = _bare(found.attempt, job_name, labels)
-    attempt["spec"] = {key: value for key, value in attempt["spec"].items() if key != "selector"} | {"suspend": True}
-    template = attempt["spec"]["template"]["metadata"]
-    template["labels"] = {k: v for k, v in template["labels"].items() if "job-name" not in k and "controller-uid" not in k} | labels
+    attempt = copied_job(found.attempt, job_name, labels)
+    attempt["spec"]["suspend"] = True
     attempt["metadata"]["ownerReferences"] = [_owner(made, names.API_VERSION, names.KIND)]
-    attempt.pop("status", None)
     job = await client.send("POST", jobs, attempt)
     # A patch: the Job controller has its own word (Suspended) to write, and neither should undo the other.
     await client.send("PATCH", f"{jobs}/{job_name}/status", {"status": found.attempt["status"]}, MERGE)
     for index in range(pods):
-        pod = _bare(found.pod, f"{job_name}-{index}-left", labels | {"batch.kubernetes.io/job-name": job_name})
+        pod = copied(found.pod, f"{job_name}-{index}-left", labels | {"batch.kubernetes.io/job-name": job_name})
         pod["spec"] = {key: value for key, value in pod["spec"].items() if key != "nodeName"}
         pod["metadata"]["ownerReferences"] = [_owner(job, "batch/v1", "Job")]
         pod.pop("status", None)
         await client.send("POST", f"/api/v1/namespaces/{namespace}/pods", pod)
 
 
-def _bare(body: Object, name: str, labels: dict[str, str] | None = None) -> Object:
+def copied_job(body: Object, name: str, labels: dict[str, str]) -> Object:
+    """A copy of a Job under another name, with these labels on it and on its pods, without what the server adds."""
+    copy = copied(body, name, labels)
+    copy.pop("status", None)
+    copy["spec"] = {key: value for key, value in copy["spec"].items() if key not in ("selector", "manualSelector")}
+    template = copy["spec"]["template"]["metadata"]
+    template["labels"] = {k: v for k, v in template["labels"].items() if "job-name" not in k and "controller-uid" not in k} | labels
+    return copy
+
+
+def copied(body: Object, name: str, labels: dict[str, str] | None = None) -> Object:
     """A deep copy under another name, without what the server fills in."""
     copy: Object = json.loads(json.dumps(body))
     meta = {key: value for key, value in copy["metadata"].items() if key not in (*OWN, "namespace", "generateName")}

@@ -6,9 +6,10 @@ The schema sets no defaults, since they would lose where a value came from. Cons
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cache
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
@@ -185,15 +186,33 @@ COMPUTED = frozenset({
 """Constants in the reference that `_computed` fills in, since they depend on other groups."""
 
 
+class _Field(NamedTuple):
+    """What filling in needs to know of a field."""
+
+    wire: str
+    group: type[Group] | None
+    whole: bool
+    """A group that can be without any of its fields."""
+    extra: Mapping[str, Any]
+
+
+@cache
+def _fields(model: type[BaseModel]) -> tuple[_Field, ...]:
+    found = []
+    for name, info in model.model_fields.items():
+        group = _group_of(info.annotation)
+        whole = group is not None and not any(field.is_required() for field in group.model_fields.values())
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        found.append(_Field(info.alias or name, group, whole, extra))
+    return tuple(found)
+
+
 def _constants(model: type[BaseModel], value: dict[str, Any], prefix: str, filled: dict[str, Any]) -> None:
     """Fill in every constant default below `value`, group by group."""
-    for name, info in model.model_fields.items():
-        wire = info.alias or name
+    for wire, group, whole, extra in _fields(model):
         path = f"{prefix}{wire}"
-        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        group = _group_of(info.annotation)
         if group is not None:
-            if path not in OPTIONAL_GROUPS and not any(field.is_required() for field in group.model_fields.values()):
+            if whole and path not in OPTIONAL_GROUPS:
                 value.setdefault(wire, {})
             if isinstance(value.get(wire), dict):
                 _constants(group, value[wire], f"{path}.", filled)

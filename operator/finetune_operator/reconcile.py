@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -29,6 +29,7 @@ from finetune_operator.kube import Conflict, Forbidden, Invalid, Kube, KubeError
 from finetune_operator.lease import LeaseLost
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Object
+from finetune_operator.pace import Pace, Turns, Untold
 from finetune_operator.plan import Acted, Plan, Situation
 from finetune_operator.policies.acceptance import Accepted, Refused, accept
 from finetune_operator.policies.clock import seconds
@@ -45,9 +46,7 @@ logger = logging.getLogger(__name__)
 NO_PODS_AFTER, STUCK_AFTER = 10.0, 20.0
 """Age in seconds of a Job without pods, and time since a pod got its node and does not run, at which events about it are read."""
 FIRST_READ, LONGEST_READ = 15.0, 300.0
-"""Seconds between two reads of those events; it doubles, since the server goes through all of a namespace's for each."""
-ENDING = 5.0
-"""Seconds that a Job has to say that it is over after its last pod ended, before the status tells of pods that are not ready."""
+"""Seconds between two reads of those events; it doubles, and jobs take turns, since the server goes through all of a namespace's for each."""
 REST, REST_STEP = 20.0, 1.0
 """Seconds that a job whose Job was just made may have to wait with its first status while new jobs rush in, and how often it asks."""
 RETRY_OBSTACLE = 15.0
@@ -66,11 +65,10 @@ class Memory:
     obstacle: Waiting | None = None
     obstacle_due: float | None = None
     """When events are to be read next, in loop time; None: nothing waits."""
+    obstacle_turn: bool = False
+    """Whether that moment is a turn of its own."""
     obstacle_pause: float = FIRST_READ
-    progress_written: float = float("-inf")
-    """When the progress that was written last was heard, in loop time."""
-    ending: float | None = None
-    """When all pods were first seen to be over while the Job was not, in loop time."""
+    untold: Untold = field(default_factory=Untold)
     rest_until: float | None = None
     """Until when the first status may wait for a rush to be over, in loop time."""
 
@@ -86,6 +84,7 @@ class Reconciler:
         self._recorder, self._scraper, self._metrics = recorder, scraper, metrics
         self._config = config
         self._actor = Actor(kube, config)
+        self._pace, self._reads = Pace(config.progress_seconds), Turns()
         self._memories: dict[Key, Memory] = {}
         self._count = 0
 
@@ -273,15 +272,17 @@ class Reconciler:
         waits = _pods_missing(facts)
         if waits is None:
             changed = memory.obstacle is not None
-            memory.obstacle, memory.obstacle_due, memory.obstacle_pause = None, None, FIRST_READ
+            memory.obstacle, memory.obstacle_due, memory.obstacle_turn, memory.obstacle_pause = None, None, False, FIRST_READ
             return changed
         uid, since, patience = waits
         now = asyncio.get_running_loop().time()
         if memory.obstacle_due is None:
             memory.obstacle_due = now + max(0.0, patience - seconds(since, facts.now))
+        if now >= memory.obstacle_due and not memory.obstacle_turn:
+            memory.obstacle_due, memory.obstacle_turn = self._reads.book(now), True
         if now < memory.obstacle_due:
             return False
-        memory.obstacle_due = now + memory.obstacle_pause
+        memory.obstacle_due, memory.obstacle_turn = now + memory.obstacle_pause, False
         memory.obstacle_pause = min(2 * memory.obstacle_pause, LONGEST_READ)
         try:
             listing = await self._kube.list(
@@ -290,6 +291,7 @@ class Reconciler:
         except Forbidden as error:
             logger.info("events cannot be read: %s", error)
             return False
+        self._reads.took(asyncio.get_running_loop().time() - now)
         found = events_waiting(listing.items)
         changed = found != memory.obstacle
         memory.obstacle = found
@@ -308,13 +310,15 @@ class Reconciler:
         """Tell what happened and write the status, if it changed."""
         old, new = facts.job.status, report(facts, plan, acted)
         before, after = old.wire(), new.wire()
-        if before == after:
-            return
-        memory = self._memories[key]
+        untold = self._memories[key].untold
         now = asyncio.get_running_loop().time()
-        wait = memory.progress_written + self._config.progress_seconds - now
         if transition(before) != transition(after):
-            wait = self._ending_wait(memory, facts, plan, now)
+            wait = self._pace.transition(untold, pods_over=_all_ended(facts), now=now) if _goes_on(plan) else 0.0
+        elif before != after:
+            wait = self._pace.figures(untold, now)
+        else:
+            untold.news = None
+            return
         if wait > 0:
             self._queue.add_after(key, wait)
             return
@@ -323,19 +327,10 @@ class Reconciler:
         written = await self._kube.replace(FINETUNEJOB, key.namespace, _status_body(facts.job, after), sub="status")
         reach(Point.AFTER_STATUS_WRITE)
         # Counted from when it was heard, not from when its turn came: otherwise a burst's delay would stay in every later write.
-        memory.progress_written = now - (seconds(facts.heard.time, facts.now) if facts.heard else 0.0)
+        self._pace.written(untold, now - (seconds(facts.heard.time, facts.now) if facts.heard else 0.0))
         self._cache.put_finetunejob(read_finetunejob(written))
         self._recorder.settle(facts.job.uid)
         self._count_transitions(facts, old, new, plan)
-
-    @staticmethod
-    def _ending_wait(memory: Memory, facts: Facts, plan: Plan, now: float) -> float:
-        """Seconds by which a status may wait because the attempt's end, and so another status, is about to be seen."""
-        if plan.situation is not Situation.ACTIVE or plan.condemn or not _all_ended(facts):
-            memory.ending = None
-            return 0.0
-        memory.ending = now if memory.ending is None else memory.ending
-        return memory.ending + ENDING - now
 
     def _count_transitions(self, facts: Facts, old: FineTuneJobStatus, new: FineTuneJobStatus, plan: Plan) -> None:
         if plan.ended is not None:
@@ -410,6 +405,11 @@ def _pods_missing(facts: Facts) -> tuple[str, datetime, float] | None:
         return current.uid, current.started or current.created, NO_PODS_AFTER
     stuck = [pod for pod in facts.live if pod.phase == "Pending" and pod.node and not pods_waiting([pod])]
     return (stuck[0].uid, stuck[0].scheduled or stuck[0].created, STUCK_AFTER) if stuck else None
+
+
+def _goes_on(plan: Plan) -> bool:
+    """Whether nothing ends here: an end is what everybody waits for, and what is done to reach it stands on what was written."""
+    return plan.situation is Situation.ACTIVE and plan.condemn is None
 
 
 def _all_ended(facts: Facts) -> bool:

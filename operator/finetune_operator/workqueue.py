@@ -15,11 +15,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from finetune_operator.pace import Rush
+
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.005, 300.0
 HURRIED_IN_A_ROW = 7
 """Turns that hurried keys may have before one of the others."""
-RUSH_KEYS, RUSH_SECONDS = 10, 2.0
-"""So many hurried keys taken within so many seconds are a rush."""
 
 
 class Key(NamedTuple):
@@ -40,7 +40,7 @@ class WorkQueue:
         self._ready: deque[Key] = deque()
         self._hurried: deque[Key] = deque()
         self._in_a_row = 0
-        self._hurried_at: deque[float] = deque(maxlen=RUSH_KEYS)
+        self._rush = Rush()
         self._since: dict[Key, float] = {}
         self._working: dict[Key, float] = {}
         self._again: set[Key] = set()
@@ -117,7 +117,7 @@ class WorkQueue:
         self._in_a_row = self._in_a_row + 1 if hurried else 0
         if not hurried:
             return self._ready.popleft()
-        self._hurried_at.append(self._clock())
+        self._rush.note(self._clock())
         return self._hurried.popleft()
 
     def done(self, key: Key) -> None:
@@ -144,8 +144,7 @@ class WorkQueue:
     @property
     def rush(self) -> bool:
         """Hurried keys come one upon another, or did until a moment ago."""
-        times = self._hurried_at
-        return len(times) == RUSH_KEYS and self._clock() - times[0] <= RUSH_SECONDS
+        return self._rush.on(self._clock())
 
     def __len__(self) -> int:
         return len(self._ready) + len(self._hurried)

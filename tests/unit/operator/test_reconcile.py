@@ -13,7 +13,7 @@ import pytest
 from finetune_api.names import API_VERSION, KIND, Annotation, Reason
 from finetune_api.pod import RunConfig
 from finetune_api.spec.common import SecretRef
-from finetune_operator import events, workqueue
+from finetune_operator import events, pace
 from finetune_operator import reconcile as module
 from finetune_operator.cache import Cache
 from finetune_operator.events import Recorder
@@ -253,7 +253,7 @@ async def test_a_spec_is_judged_once_a_generation(server: Server, monkeypatch: p
 
 async def rush(process: Process) -> None:
     """New jobs come in one upon another, and have all been looked at."""
-    others = [Key("team", f"other{number}") for number in range(workqueue.RUSH_KEYS)]
+    others = [Key("team", f"other{number}") for number in range(pace.RUSH_COUNT)]
     for key in others:
         process.queue.hurry(key)
     for _ in others:
@@ -271,7 +271,7 @@ async def test_in_a_rush_there_is_no_status_before_the_other_jobs_are_started(
     process.cache.put_pod(pod(version=5, created=made.created))
     await process.work()
     assert server.requests == [("create", "jobs")]
-    monkeypatch.setattr(workqueue, "RUSH_SECONDS", -1.0)
+    monkeypatch.setattr(pace, "RUSH_SECONDS", -1.0)
     await process.work()
     assert server.count("update", FINETUNEJOB) == 1
     assert server.told() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1}
@@ -328,7 +328,7 @@ async def test_pods_that_ended_are_told_with_the_end_of_their_job(server: Server
 async def test_a_job_that_does_not_say_so_in_time_is_not_waited_for(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ENDING", 0.0)
+    monkeypatch.setattr(pace, "ENDING", 0.0)
     process, begun = await begin(server)
     process.cache.put_pod(pod(version=5, created=begun.created))
     await process.look()
@@ -336,6 +336,57 @@ async def test_a_job_that_does_not_say_so_in_time_is_not_waited_for(
     process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
     await process.look()
     assert server.count("update", FINETUNEJOB) == written + 1
+
+
+async def test_in_a_rush_of_transitions_what_lasts_a_moment_is_told_with_what_comes_next(server: Server) -> None:
+    process, begun = await begin(server)
+    for _ in range(pace.RUSH_COUNT):
+        process.reconciler._pace._news.note(asyncio.get_running_loop().time())
+    written = server.count("update", FINETUNEJOB)
+    process.cache.put_pod(pod(version=5, created=begun.created))
+    await process.look()
+    assert server.count("update", FINETUNEJOB) == written
+    assert 0 < (process.queue._next_due() or 0) <= pace.STEP
+    process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
+    process.cache.put_job(replace(begun, version=10**6, complete=begun.created))
+    await process.look()
+    assert server.count("update", FINETUNEJOB) == written + 1
+    assert server.objects[FINETUNEJOB.plural, "run"]["status"]["phase"] == "Succeeded"
+    assert server.told() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1, Reason.SUCCEEDED: 1}
+
+
+@pytest.mark.parametrize("wish", ["suspend", "cancel"])
+async def test_no_rush_of_transitions_keeps_a_wish_waiting(server: Server, wish: str) -> None:
+    process, begun = await begin(server)
+    process.cache.put_pod(pod(version=5, created=begun.created))
+    await process.look()
+    for _ in range(pace.RUSH_COUNT):
+        process.reconciler._pace._news.note(asyncio.get_running_loop().time())
+    known = server.objects[FINETUNEJOB.plural, "run"]
+    server._put(FINETUNEJOB, {**known, "metadata": {**known["metadata"], "generation": 2}, "spec": {**SPEC, wish: True}})
+    process.refresh()
+    written = server.count("update", FINETUNEJOB)
+    await process.look()
+    assert server.count("update", FINETUNEJOB) == written + 1
+
+
+async def test_jobs_take_turns_at_reading_events(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each read costs the server a walk through the namespace's events: many jobs that wait must not be what keeps it busy."""
+    _, begun = await begin(server)
+    process, now = Process(server), server.clock.now()
+    process.cache.put_job(begun)
+    stuck = pod(version=5, phase="Pending", ready=False, created=now - timedelta(hours=1))
+    process.cache.put_pod(replace(stuck, scheduled=now - timedelta(seconds=60)))
+    turns = process.reconciler._reads
+    turns.took(3.0)
+    turns.book(asyncio.get_running_loop().time())
+    await process.look()
+    await process.look()
+    assert server.count("list", CORE_EVENT) == 0
+    assert 0 < (process.queue._next_due() or 0) <= 3.0 * pace.SHARE
+    monkeypatch.setattr(process.reconciler._memories[KEY], "obstacle_due", 0.0)
+    await process.look()
+    assert server.count("list", CORE_EVENT) == 1
 
 
 @pytest.mark.parametrize(("scheduled", "asked"), [(1, 0), (60, 1)])
@@ -523,5 +574,5 @@ async def test_the_next_progress_is_due_a_period_after_the_last_was_heard(
     monkeypatch.setattr(process.reconciler._scraper, "heard", lambda *_: said)
     await process.look()
     assert server.objects[FINETUNEJOB.plural, "run"]["status"]["progress"]["step"] == 7
-    passed = asyncio.get_running_loop().time() - process.reconciler._memories[KEY].progress_written
+    passed = asyncio.get_running_loop().time() - process.reconciler._memories[KEY].untold.progress_written
     assert 4 <= passed < 8

@@ -1,0 +1,95 @@
+"""When a status that has changed is written: at once, unless much is being told and more of this one is about to be seen.
+
+A status tells where a job stands and not how it came there, so what waits is not lost: it is told together with what comes next.
+Events tell each transition of its own, whenever the status that has it is written.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+RUSH_COUNT, RUSH_SECONDS = 10, 2.0
+"""So many of a kind within so many seconds are a rush."""
+LATEST, STEP = 20.0, 5.0
+"""Seconds that a transition may wait for the next one of its job while transitions rush in, and how often it asks whether they do."""
+ENDING = 5.0
+"""Seconds that a Job has to say that it is over after its last pod ended, before the status tells of pods that are not ready."""
+
+SHARE = 20
+"""What is dear has its turn after so many times what the last turn took."""
+
+
+class Rush:
+    """Whether something comes one upon another, or did until a moment ago. Times are in seconds; only differences matter."""
+
+    def __init__(self) -> None:
+        self._times: deque[float] = deque(maxlen=RUSH_COUNT)
+
+    def note(self, now: float) -> None:
+        """It came once more."""
+        self._times.append(now)
+
+    def on(self, now: float) -> bool:
+        """Whether the last `RUSH_COUNT` came within `RUSH_SECONDS`."""
+        return len(self._times) == RUSH_COUNT and now - self._times[0] <= RUSH_SECONDS
+
+
+@dataclass
+class Untold:
+    """What one job's status does not say yet; times of the event loop."""
+
+    news: float | None = None
+    """When the transition that is not written was first seen."""
+    ending: float | None = None
+    """When all pods were first seen to be over while the Job was not."""
+    progress_written: float = float("-inf")
+    """When the progress that was written last was heard."""
+
+
+class Pace:
+    """One a process: it knows whether transitions rush in."""
+
+    def __init__(self, progress_seconds: float):
+        self._progress_seconds = progress_seconds
+        self._news = Rush()
+
+    def figures(self, untold: Untold, now: float) -> float:
+        """Seconds until a status in which only figures changed may be written."""
+        untold.news = None
+        return untold.progress_written + self._progress_seconds - now
+
+    def transition(self, untold: Untold, *, pods_over: bool, now: float) -> float:
+        """Seconds until a status in which more than figures changed may be written, of a job that goes on as it is."""
+        if untold.news is None:
+            untold.news = now
+            self._news.note(now)
+        wait = min(STEP, untold.news + LATEST - now) if self._news.on(now) else 0.0
+        if not pods_over:
+            untold.ending = None
+            return wait
+        untold.ending = now if untold.ending is None else untold.ending
+        return max(wait, untold.ending + ENDING - now)
+
+    @staticmethod
+    def written(untold: Untold, heard: float) -> None:
+        """All that was to be told is told, with figures that were heard at that moment."""
+        untold.news, untold.ending, untold.progress_written = None, None, heard
+
+
+class Turns:
+    """Turns for something dear, which may take one part in `SHARE` of the time: who comes later gets a later turn."""
+
+    def __init__(self) -> None:
+        self._pause = 0.0
+        self._next = float("-inf")
+
+    def book(self, now: float) -> float:
+        """The moment of the next turn that nobody has."""
+        turn = max(now, self._next)
+        self._next = turn + self._pause
+        return turn
+
+    def took(self, seconds: float) -> None:
+        """How long a turn lasted."""
+        self._pause = SHARE * seconds

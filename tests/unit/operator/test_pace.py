@@ -1,0 +1,98 @@
+"""When a status that changed is written, and who has the next turn."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_operator.pace import ENDING, LATEST, RUSH_COUNT, RUSH_SECONDS, SHARE, STEP, Pace, Rush, Turns, Untold
+
+
+def rushing(pace: Pace, now: float) -> None:
+    """Transitions of other jobs are seen, as many as make a rush."""
+    for _ in range(RUSH_COUNT):
+        pace.transition(Untold(), pods_over=False, now=now)
+
+
+def test_a_rush_is_many_in_a_short_time() -> None:
+    rush = Rush()
+    for number in range(RUSH_COUNT):
+        assert not rush.on(100.0)
+        rush.note(100.0 + number / 10)
+    assert rush.on(100.0 + RUSH_SECONDS)
+    assert not rush.on(100.1 + RUSH_SECONDS)
+
+
+def test_what_comes_alone_is_told_at_once() -> None:
+    pace = Pace(15.0)
+    assert pace.transition(Untold(), pods_over=False, now=50.0) == 0.0
+
+
+def test_in_a_rush_a_transition_waits_for_the_next_of_its_job() -> None:
+    pace, untold = Pace(15.0), Untold()
+    rushing(pace, 50.0)
+    assert pace.transition(untold, pods_over=False, now=50.0) == STEP
+    assert untold.news == 50.0
+
+
+def test_it_waits_no_longer_than_the_rush() -> None:
+    pace, untold = Pace(15.0), Untold()
+    rushing(pace, 50.0)
+    pace.transition(untold, pods_over=False, now=50.0)
+    assert pace.transition(untold, pods_over=False, now=50.1 + RUSH_SECONDS) == 0.0
+
+
+@pytest.mark.parametrize(("passed", "wait"), [(LATEST - STEP - 1, STEP), (LATEST - 2, 2.0), (LATEST, 0.0)])
+def test_a_rush_that_does_not_end_keeps_a_transition_back_for_a_while_only(passed: float, wait: float) -> None:
+    pace, untold = Pace(15.0), Untold()
+    rushing(pace, 50.0)
+    pace.transition(untold, pods_over=False, now=50.0)
+    rushing(pace, 50.0 + passed)
+    assert pace.transition(untold, pods_over=False, now=50.0 + passed) == wait
+
+
+def test_pods_that_are_over_wait_for_their_job() -> None:
+    pace, untold = Pace(15.0), Untold()
+    assert pace.transition(untold, pods_over=True, now=50.0) == ENDING
+    assert pace.transition(untold, pods_over=True, now=50.0 + ENDING) == 0.0
+
+
+def test_pods_that_are_over_in_a_rush_are_told_of_after_the_longer_of_both() -> None:
+    pace, untold = Pace(15.0), Untold()
+    rushing(pace, 50.0)
+    pace.transition(untold, pods_over=False, now=50.0)
+    rushing(pace, 48.0 + LATEST)
+    assert pace.transition(untold, pods_over=True, now=48.0 + LATEST) == ENDING
+
+
+def test_figures_are_told_once_a_period_and_are_no_news() -> None:
+    pace, untold = Pace(15.0), Untold(progress_written=100.0)
+    assert pace.figures(untold, 104.0) == 11.0
+    for _ in range(2 * RUSH_COUNT):
+        pace.figures(untold, 104.0)
+    assert pace.transition(untold, pods_over=False, now=104.0) == 0.0
+
+
+def test_a_transition_that_was_taken_back_does_not_age() -> None:
+    pace, untold = Pace(15.0), Untold()
+    rushing(pace, 50.0)
+    pace.transition(untold, pods_over=False, now=50.0)
+    pace.figures(untold, 60.0)
+    rushing(pace, 69.0)
+    assert pace.transition(untold, pods_over=False, now=69.0) == STEP
+
+
+def test_after_a_write_everything_is_new() -> None:
+    pace, untold = Pace(15.0), Untold()
+    pace.transition(untold, pods_over=True, now=50.0)
+    pace.written(untold, 54.0)
+    assert untold == Untold(progress_written=54.0)
+    assert pace.figures(untold, 60.0) == 9.0
+
+
+def test_turns_leave_time_between_them_for_others() -> None:
+    turns = Turns()
+    assert [turns.book(10.0) for _ in range(3)] == [10.0, 10.0, 10.0]
+    turns.took(0.5)
+    assert [turns.book(20.0) for _ in range(3)] == [20.0, 20.0 + 0.5 * SHARE, 20.0 + 1.0 * SHARE]
+    turns.took(0.0)
+    turns.book(100.0)
+    assert turns.book(100.0) == 100.0
