@@ -100,6 +100,8 @@ class Reconciler:
             finally:
                 self._queue.done(key)
                 self._metrics.reconcile_seconds.labels(result).observe(asyncio.get_running_loop().time() - started)
+            # A look that asked nothing of the server did not let go of the event loop, and there may be a thousand of them.
+            await asyncio.sleep(0)
 
     async def _look(self, key: Key) -> str:
         """One look, its errors turned into another one."""
@@ -361,6 +363,8 @@ class Reconciler:
         elif plan.situation in (Situation.FINISHED, Situation.SUSPENDED, Situation.LEAVING):
             self._scraper.forget(key)
             self._cache.forget_pods(key, before=facts.attempt + 1)
+            if plan.situation is Situation.FINISHED:
+                self._memories[key].acceptance = UNREAD
         else:
             self._scraper.stop(key)
         if plan.condemn is not None or plan.ended is not None or plan.finish is not None:

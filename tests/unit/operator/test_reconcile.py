@@ -338,6 +338,39 @@ async def test_a_job_that_does_not_say_so_in_time_is_not_waited_for(
     assert server.count("update", FINETUNEJOB) == written + 1
 
 
+async def test_looks_that_ask_nothing_of_the_server_let_others_in(server: Server) -> None:
+    process = Process(server)
+    keys = [Key("team", f"gone{number}") for number in range(100)]
+    for key in keys:
+        process.queue.add(key)
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while not process.queue.idle:
+            turns += 1
+            await asyncio.sleep(0)
+
+    working = asyncio.create_task(process.reconciler.work())
+    await others()
+    working.cancel()
+    assert server.requests == []
+    assert turns >= len(keys)
+
+
+async def test_the_spec_of_a_job_that_is_over_is_not_kept(server: Server) -> None:
+    process, begun = await begin(server)
+    process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
+    process.cache.put_job(replace(begun, version=10**6, complete=begun.created))
+    await process.look()
+    assert process.reconciler._memories[KEY].acceptance is not module.UNREAD
+    await process.look()
+    assert process.reconciler._memories[KEY].acceptance is module.UNREAD
+    written = server.count("update", FINETUNEJOB)
+    await process.look()
+    assert server.count("update", FINETUNEJOB) == written
+
+
 async def test_in_a_rush_of_transitions_what_lasts_a_moment_is_told_with_what_comes_next(server: Server) -> None:
     process, begun = await begin(server)
     for _ in range(pace.RUSH_COUNT):
