@@ -215,8 +215,8 @@ def immutability(spec: Schema) -> None:
 def _forbid_change(schema: Schema, path: str, wires: list[str]) -> None:
     """A rule at each field for its value, and one at the group for all that came or went.
 
-    Rules run at every write of a status too. There, a rule at a field costs nothing while the field is not written, and a group that
-    is equal as a whole is not looked at field by field.
+    Rules run at every write of a status too: a rule at a field costs nothing while the field is not written, and whether fields came
+    or went is asked without comparing what is in them.
     """
     sentence = "cannot change after creation: create a new FineTuneJob"
     for wire in wires:
@@ -224,7 +224,7 @@ def _forbid_change(schema: Schema, path: str, wires: list[str]) -> None:
     there = {wire: f"has(self.{wire}) == has(oldSelf.{wire})" for wire in wires}
     first = "".join(f"!({same}) ? '{path}.{wire}' : " for wire, same in there.items())
     _add(
-        schema, f"self == oldSelf || ({' && '.join(there.values())})", message=f"a field of {path} {sentence}",
+        schema, " && ".join(there.values()), message=f"a field of {path} {sentence}",
         messageExpression=f"({first}'{path}') + ' {sentence}'",
     )  # fmt: skip
 
