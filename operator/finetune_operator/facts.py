@@ -147,7 +147,10 @@ class Facts:
     @property
     def running_since(self) -> datetime | None:
         """When the current stretch of running time began; None while queued, suspended or between attempts."""
-        record = self.record
+        record, job = self.record, self.current
+        if record is None and job is not None:
+            # Not written yet: the Job tells, and so does its queue.
+            return self.admitted if self.spec.placement.queue_name else job.created
         if record is None or record.start_time is None or record.end_time is not None:
             return None
         quota = self.condition(Condition.QUOTA_RESERVED)

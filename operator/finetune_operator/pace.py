@@ -1,12 +1,13 @@
 """When a status that has changed is written: at once, unless much is being told and more of this one is about to be seen.
 
-A status tells where a job stands and not how it came there, so what waits is not lost: it is told together with what comes next.
-Events tell each transition of its own, whenever the status that has it is written.
+Only what no event tells of, and a job's beginning, may wait: what waits is then told together with what comes next, and nothing that
+somebody should hear of is lost if it passes in the meantime.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 RUSH_COUNT, RUSH_SECONDS = 10, 2.0
@@ -16,8 +17,10 @@ LATEST, STEP = 20.0, 5.0
 ENDING = 5.0
 """Seconds that a Job has to say that it is over after its last pod ended, before the status tells of pods that are not ready."""
 
-SHARE = 20
-"""What is dear has its turn after so many times what the last turn took."""
+SHARE, LONGEST_PAUSE = 20, 10.0
+"""What is dear has its turn after so many times what the last turn took, and after so many seconds at the latest."""
+LONGEST_WAIT = 120.0
+"""Seconds that anybody may wait for a turn, however many want one."""
 
 
 class Rush:
@@ -39,6 +42,8 @@ class Rush:
 class Untold:
     """What one job's status does not say yet; times of the event loop."""
 
+    begun: float | None = None
+    """When the first status was put off before anything was seen of the job but that it is new."""
     news: float | None = None
     """When the transition that is not written was first seen."""
     ending: float | None = None
@@ -62,9 +67,9 @@ class Pace:
     def transition(self, untold: Untold, *, pods_over: bool, now: float) -> float:
         """Seconds until a status in which more than figures changed may be written, of a job that goes on as it is."""
         if untold.news is None:
-            untold.news = now
+            untold.news = now if untold.begun is None else untold.begun
             self._news.note(now)
-        wait = min(STEP, untold.news + LATEST - now) if self._news.on(now) else 0.0
+        wait = max(0.0, min(STEP, untold.news + LATEST - now)) if self._news.on(now) else 0.0
         if not pods_over:
             untold.ending = None
             return wait
@@ -74,22 +79,28 @@ class Pace:
     @staticmethod
     def written(untold: Untold, heard: float) -> None:
         """All that was to be told is told, with figures that were heard at that moment."""
-        untold.news, untold.ending, untold.progress_written = None, None, heard
+        untold.begun, untold.news, untold.ending, untold.progress_written = None, None, None, heard
 
 
 class Turns:
-    """Turns for something dear, which may take one part in `SHARE` of the time: who comes later gets a later turn."""
+    """Turns for something dear, which may take one part in `SHARE` of the time: of many who want one, each gets a later one."""
 
     def __init__(self) -> None:
         self._pause = 0.0
-        self._next = float("-inf")
+        self._free = float("-inf")
+        self._waiting: set[Hashable] = set()
 
-    def book(self, now: float) -> float:
-        """The moment of the next turn that nobody has."""
-        turn = max(now, self._next)
-        self._next = turn + self._pause
-        return turn
+    def book(self, who: Hashable, now: float) -> float:
+        """The moment of a turn, behind those of all who wait."""
+        turn = max(now, self._free) + len(self._waiting) * self._pause
+        self._waiting.add(who)
+        return min(turn, now + LONGEST_WAIT)
 
-    def took(self, seconds: float) -> None:
+    def leave(self, who: Hashable) -> None:
+        """It has had its turn, or wants none any more."""
+        self._waiting.discard(who)
+
+    def took(self, begun: float, now: float) -> None:
         """How long a turn lasted."""
-        self._pause = SHARE * seconds
+        self._pause = min(SHARE * (now - begun), LONGEST_PAUSE)
+        self._free = now + self._pause

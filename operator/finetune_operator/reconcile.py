@@ -22,7 +22,7 @@ from finetune_operator import logs
 from finetune_operator.act import Actor, StaleFacts
 from finetune_operator.cache import Cache
 from finetune_operator.decide import decide
-from finetune_operator.events import Recorder, transitions
+from finetune_operator.events import Note, Recorder, transitions
 from finetune_operator.facts import Facts
 from finetune_operator.killpoints import Point, reach
 from finetune_operator.kube import Conflict, Forbidden, Invalid, Kube, KubeError, NamespaceGoing, NotFound
@@ -49,6 +49,8 @@ FIRST_READ, LONGEST_READ = 15.0, 300.0
 """Seconds between two reads of those events; it doubles, and jobs take turns, since the server goes through all of a namespace's for each."""
 REST, REST_STEP = 20.0, 1.0
 """Seconds that a job whose Job was just made may have to wait with its first status while new jobs rush in, and how often it asks."""
+BEGINNING = (Reason.ACCEPTED, Reason.ATTEMPT_STARTED)
+"""Events that may wait for the status of a new job."""
 RETRY_OBSTACLE = 15.0
 """Seconds after which a refused create is tried again."""
 UNREAD = Accepted(FineTuneJobSpec())
@@ -164,7 +166,8 @@ class Reconciler:
     def _others_first(self, key: Key) -> bool:
         """Whether others wait for their Jobs: those come before what there is to tell of this one, whose next look finds its Job."""
         if self._queue.rush:
-            self._memories[key].rest_until = asyncio.get_running_loop().time() + REST
+            memory, now = self._memories[key], asyncio.get_running_loop().time()
+            memory.rest_until, memory.untold.begun = now + REST, now
             self._queue.add_after(key, REST_STEP)
         elif len(self._queue):
             self._queue.add(key)
@@ -222,9 +225,10 @@ class Reconciler:
         memory = self._memories.get(key)
         if memory is None or memory.uid != job.uid:
             memory = self._memories[key] = Memory(job.uid)
-        if memory.generation != job.generation:
+        over = any(one.type == "Finished" and one.status == "True" for one in job.status.conditions)
+        # A status that somebody emptied makes a finished job a new one, whose spec must be read again.
+        if memory.generation != job.generation or (memory.acceptance is UNREAD and not over):
             memory.generation = job.generation
-            over = any(one.type == "Finished" and one.status == "True" for one in job.status.conditions)
             memory.acceptance = UNREAD if over else accept(job.spec, self._config, _kept(job.status))
         return memory
 
@@ -275,13 +279,14 @@ class Reconciler:
         if waits is None:
             changed = memory.obstacle is not None
             memory.obstacle, memory.obstacle_due, memory.obstacle_turn, memory.obstacle_pause = None, None, False, FIRST_READ
+            self._reads.leave(key)
             return changed
         uid, since, patience = waits
         now = asyncio.get_running_loop().time()
         if memory.obstacle_due is None:
             memory.obstacle_due = now + max(0.0, patience - seconds(since, facts.now))
         if now >= memory.obstacle_due and not memory.obstacle_turn:
-            memory.obstacle_due, memory.obstacle_turn = self._reads.book(now), True
+            memory.obstacle_due, memory.obstacle_turn = self._reads.book(key, now), True
         if now < memory.obstacle_due:
             return False
         memory.obstacle_due, memory.obstacle_turn = now + memory.obstacle_pause, False
@@ -293,7 +298,9 @@ class Reconciler:
         except Forbidden as error:
             logger.info("events cannot be read: %s", error)
             return False
-        self._reads.took(asyncio.get_running_loop().time() - now)
+        finally:
+            self._reads.leave(key)
+            self._reads.took(now, asyncio.get_running_loop().time())
         found = events_waiting(listing.items)
         changed = found != memory.obstacle
         memory.obstacle = found
@@ -314,8 +321,9 @@ class Reconciler:
         before, after = old.wire(), new.wire()
         untold = self._memories[key].untold
         now = asyncio.get_running_loop().time()
+        notes = transitions(old, new)
         if transition(before) != transition(after):
-            wait = self._pace.transition(untold, pods_over=_all_ended(facts), now=now) if _goes_on(plan) else 0.0
+            wait = self._pace.transition(untold, pods_over=_all_ended(facts), now=now) if _may_wait(plan, old, new, notes) else 0.0
         elif before != after:
             wait = self._pace.figures(untold, now)
         else:
@@ -324,7 +332,7 @@ class Reconciler:
         if wait > 0:
             self._queue.add_after(key, wait)
             return
-        await self._recorder.tell(facts.job, transitions(old, new))
+        await self._recorder.tell(facts.job, notes)
         reach(Point.BEFORE_STATUS_WRITE)
         written = await self._kube.replace(FINETUNEJOB, key.namespace, _status_body(facts.job, after), sub="status")
         reach(Point.AFTER_STATUS_WRITE)
@@ -349,7 +357,7 @@ class Reconciler:
             logger.info("%s: %s", plan.finish.outcome.value, plan.finish.reason)
         quota, had = _condition(new, Kind.QUOTA_RESERVED), _condition(old, Kind.QUOTA_RESERVED)
         if quota is not None and had is not None and (had.status, quota.status) == ("False", "True"):
-            self._metrics.quota_wait.observe(seconds(had.last_transition_time, facts.now))
+            self._metrics.quota_wait.observe(seconds(had.last_transition_time, quota.last_transition_time or facts.now))
         started = new.progress is not None and new.progress.step and not (old.progress and old.progress.step)
         if started:
             self._metrics.time_to_running.observe((facts.now - facts.job.created).total_seconds())
@@ -391,6 +399,7 @@ class Reconciler:
         memory = self._memories.pop(key, None)
         if memory is not None:
             self._recorder.settle(memory.uid)
+        self._reads.leave(key)
         self._scraper.forget(key)
 
 
@@ -411,9 +420,15 @@ def _pods_missing(facts: Facts) -> tuple[str, datetime, float] | None:
     return (stuck[0].uid, stuck[0].scheduled or stuck[0].created, STUCK_AFTER) if stuck else None
 
 
-def _goes_on(plan: Plan) -> bool:
-    """Whether nothing ends here: an end is what everybody waits for, and what is done to reach it stands on what was written."""
-    return plan.situation is Situation.ACTIVE and plan.condemn is None
+def _may_wait(plan: Plan, old: FineTuneJobStatus, new: FineTuneJobStatus, notes: list[Note]) -> bool:
+    """Whether what happened may be told with what happens next: nothing ends, nobody is to hear of it, and no step is done yet.
+
+    What is done next may stand on what is written: that a stretch of running time ended, or that pods were ready for a while.
+    """
+    quiet = all(note.reason in BEGINNING for note in notes)
+    trained = new.progress is not None and new.progress.step
+    ends = plan.situation is not Situation.ACTIVE or plan.condemn or old.active_seconds != new.active_seconds
+    return quiet and not trained and not ends
 
 
 def _all_ended(facts: Facts) -> bool:

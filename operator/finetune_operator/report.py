@@ -566,6 +566,8 @@ def _stalled(view: View) -> Condition | None:
     begin = start_of_waiting(facts)
     limit = facts.spec.policy.start_timeout_seconds or START_TIMEOUT
     late = begin is not None and clock.seconds(begin, facts.now) >= limit
+    if facts.holds(Kind.PODS_READY):
+        return None  # until this look: what came before it was no waiting
     starting = plan.situation in (Situation.STARTING, Situation.BLOCKED) and view.waiting is not None
     running = plan.situation is Situation.ACTIVE and plan.condemn is None and not view.queued
     blocked = plan.refused is not None or starting or (running and view.ready < facts.nodes)

@@ -52,6 +52,28 @@ def test_time_in_a_queue_ends_when_the_queue_says_so_and_not_when_somebody_looks
     assert plan.condemn is not None and plan.condemn.reason is Reason.DEADLINE_EXCEEDED
 
 
+def test_an_attempt_that_was_never_written_runs_since_its_job_was_made() -> None:
+    found = facts(jobs=[job(created=at(7))], pods=[pod()], now=at(100))
+    assert (found.record, found.running_since) == (None, at(7))
+    over = facts(jobs=[job(created=at(7), failed=at(40), failed_reason="x")], pods=[ended(pod(), 70)], now=at(41))
+    assert make_report(over, decide(over), Acted()).active_seconds == 33
+
+
+def test_an_attempt_that_was_never_written_runs_since_its_queue_let_it() -> None:
+    waiting = facts(written=QUEUED, jobs=[job(queue="q", suspended=True, started=None)], now=at(100))
+    assert (waiting.record, waiting.running_since) == (None, None)
+    running = facts(written=QUEUED, jobs=[job(queue="q", started=at(60))], pods=[pod()], now=at(100))
+    assert (running.record, running.running_since) == (None, at(60))
+
+
+def test_pods_that_were_ready_until_now_are_not_late() -> None:
+    begun = status(attempt=1, attempts=[BEGUN], conditions=[told(Condition.PODS_READY, "True", Reason.PODS_READY, 5)])
+    found = facts(known=begun, jobs=[job()], pods=[pod(ready=False)], now=at(7200))
+    assert not stalled(found)
+    lost = status(attempt=1, attempts=[BEGUN], conditions=[told(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 7200)])
+    assert stalled(facts(known=lost, jobs=[job()], pods=[pod(ready=False)], now=at(9001)))
+
+
 def test_an_attempt_that_began_and_failed_unseen_has_used_its_time() -> None:
     known = status(attempt=1, attempts=[BEGUN], conditions=[told(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)])
     over = job(queue="q", started=at(100), failed=at(1700), failed_reason="x")

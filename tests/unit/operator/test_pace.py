@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 import pytest
-from finetune_operator.pace import ENDING, LATEST, RUSH_COUNT, RUSH_SECONDS, SHARE, STEP, Pace, Rush, Turns, Untold
+from finetune_operator.pace import (
+    ENDING,
+    LATEST,
+    LONGEST_PAUSE,
+    LONGEST_WAIT,
+    RUSH_COUNT,
+    RUSH_SECONDS,
+    SHARE,
+    STEP,
+    Pace,
+    Rush,
+    Turns,
+    Untold,
+)
 
 
 def rushing(pace: Pace, now: float) -> None:
@@ -88,11 +101,34 @@ def test_after_a_write_everything_is_new() -> None:
     assert pace.figures(untold, 60.0) == 9.0
 
 
+def test_a_first_status_that_was_put_off_ages_from_then_on() -> None:
+    pace, untold = Pace(15.0), Untold(begun=50.0)
+    rushing(pace, 48.0 + LATEST)
+    assert pace.transition(untold, pods_over=False, now=48.0 + LATEST + 1) == 1.0
+    assert pace.transition(untold, pods_over=False, now=48.0 + LATEST + 2) == 0.0
+
+
 def test_turns_leave_time_between_them_for_others() -> None:
     turns = Turns()
-    assert [turns.book(10.0) for _ in range(3)] == [10.0, 10.0, 10.0]
-    turns.took(0.5)
-    assert [turns.book(20.0) for _ in range(3)] == [20.0, 20.0 + 0.5 * SHARE, 20.0 + 1.0 * SHARE]
-    turns.took(0.0)
-    turns.book(100.0)
-    assert turns.book(100.0) == 100.0
+    assert [turns.book(one, 10.0) for one in "abc"] == [10.0, 10.0, 10.0]
+    for one in "abc":
+        turns.leave(one)
+    turns.took(19.9, 20.0)
+    assert [turns.book(one, 20.0) for one in "abc"] == pytest.approx([20.0 + 0.1 * SHARE * number for number in (1, 2, 3)])
+
+
+def test_who_wants_no_turn_any_more_keeps_nobody_waiting() -> None:
+    turns = Turns()
+    turns.took(0.0, 0.1)
+    for number in range(1000):
+        turns.book(number, 1.0)
+    for number in range(1000):
+        turns.leave(number)
+    assert turns.book("lone", 60.0) == 60.0
+
+
+def test_one_slow_turn_is_no_reason_to_wait_for_ever() -> None:
+    turns = Turns()
+    turns.took(0.0, 150.0)
+    assert turns.book("next", 150.0) == 150.0 + LONGEST_PAUSE
+    assert max(turns.book(number, 150.0) for number in range(1000)) == 150.0 + LONGEST_WAIT

@@ -34,15 +34,22 @@ from finetune_operator.kube import (
 )
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import CORE_EVENT, EVENT, FINETUNEJOB, JOB, POD, SERVICE, Kind, Object
+from finetune_operator.plan import Plan, Situation
+from finetune_operator.policies.acceptance import Accepted
 from finetune_operator.reconcile import Reconciler
 from finetune_operator.scrape import Scraper
 from finetune_operator.settings import OperatorConfig, ScrapeSettings, parse
-from finetune_operator.views import JobView, read_finetunejob
+from finetune_operator.views import JobView, read_finetunejob, read_status
 from finetune_operator.workqueue import Key, WorkQueue
 
 from tests.unit.operator.samples import CONFIG, SPEC, UID, ended, pod, report
 
 KEY = Key("team", "run")
+
+
+def condition(kind: str, truth: str, reason: str) -> Object:
+    """A condition of a status."""
+    return {"type": kind, "status": truth, "reason": reason, "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}
 
 
 class PowerCut(BaseException):
@@ -410,16 +417,83 @@ async def test_jobs_take_turns_at_reading_events(server: Server, monkeypatch: py
     process.cache.put_job(begun)
     stuck = pod(version=5, phase="Pending", ready=False, created=now - timedelta(hours=1))
     process.cache.put_pod(replace(stuck, scheduled=now - timedelta(seconds=60)))
-    turns = process.reconciler._reads
-    turns.took(3.0)
-    turns.book(asyncio.get_running_loop().time())
+    loop = asyncio.get_running_loop()
+    process.reconciler._reads.took(loop.time() - 0.2, loop.time())
     await process.look()
     await process.look()
     assert server.count("list", CORE_EVENT) == 0
-    assert 0 < (process.queue._next_due() or 0) <= 3.0 * pace.SHARE
+    assert 0 < (process.queue._next_due() or 0) <= 0.2 * pace.SHARE + 0.1
     monkeypatch.setattr(process.reconciler._memories[KEY], "obstacle_due", 0.0)
     await process.look()
     assert server.count("list", CORE_EVENT) == 1
+    assert process.reconciler._reads._waiting == set()
+
+
+async def test_a_read_of_events_that_fails_is_a_turn_too(server: Server) -> None:
+    _, begun = await begin(server)
+    process, now = Process(server), server.clock.now()
+    process.cache.put_job(begun)
+    stuck = pod(version=5, phase="Pending", ready=False, created=now - timedelta(hours=1))
+    process.cache.put_pod(replace(stuck, scheduled=now - timedelta(seconds=60)))
+
+    def silent(verb: str, kind: Kind) -> None:
+        if kind is CORE_EVENT:
+            raise KubeError(verb, kind, "", 0, "NoAnswer", "")
+
+    server.before = silent
+    with pytest.raises(KubeError):
+        await process.look()
+    assert process.reconciler._reads._free > 0
+    assert process.reconciler._reads._waiting == set()
+
+
+async def test_the_start_timeout_runs_before_the_attempt_is_written(server: Server) -> None:
+    """Nothing comes after that write of itself: what is due has to be known when it is made."""
+    server.objects[FINETUNEJOB.plural, "run"]["spec"] = {**SPEC, "policy": {"startTimeoutSeconds": 60}}
+    process = Process(server)
+    await rush(process)
+    await process.work()
+    (made,) = process.cache.family(KEY).jobs.values()
+    process.cache.put_job(replace(made, started=made.created, version=10**6))
+    process.cache.put_pod(pod(version=5, created=made.created, phase="Pending", ready=False, node="", unschedulable="0/3 nodes"))
+    process.queue.cancel(KEY)
+    await process.look()
+    assert server.count("update", FINETUNEJOB) == 1
+    assert 50 < (process.queue._next_due() or 0) <= 61
+
+
+async def test_a_finished_job_whose_status_was_emptied_is_read_again(server: Server) -> None:
+    process, begun = await begin(server)
+    process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
+    process.cache.put_job(replace(begun, version=10**6, complete=begun.created))
+    for _ in range(2):
+        await process.look()
+    server._put(FINETUNEJOB, {**server.objects[FINETUNEJOB.plural, "run"], "status": {"observedGeneration": -1}})
+    process.refresh()
+    await process.look()
+    found = process.reconciler._memories[KEY].acceptance
+    assert isinstance(found, Accepted)
+    assert found.spec.model.source == SPEC["model"]["source"]
+
+
+WAITING = {
+    "nothing but readiness": ({}, {}, True),
+    "a step is done": ({}, {"progress": {"step": 1}}, False),
+    "running time ended": ({"activeSeconds": 1}, {"activeSeconds": 5}, False),
+    "a queue holds it": ({}, {"conditions": [condition("QuotaReserved", "False", "Queued")]}, False),
+    "it cannot be placed": ({}, {"conditions": [condition("PodsReady", "False", "Unschedulable")]}, False),
+    "something is committed": ({}, {"latestCheckpoint": "step-00000010"}, False),
+    "it went on from a step": ({}, {"attempts": [{"number": 1, "resumedFromStep": 7}]}, False),
+    "it begins": ({}, {"attempts": [{"number": 1}], "conditions": [condition("Accepted", "True", "Accepted")]}, True),
+}
+
+
+@pytest.mark.parametrize("case", WAITING)
+def test_what_somebody_should_hear_of_waits_for_nothing(case: str) -> None:
+    before, after, waits = WAITING[case]
+    old, new = read_status(before), read_status(after)
+    assert module._may_wait(Plan(Situation.ACTIVE), old, new, events.transitions(old, new)) is waits
+    assert not module._may_wait(Plan(Situation.SUSPENDED), old, new, [])
 
 
 @pytest.mark.parametrize(("scheduled", "asked"), [(1, 0), (60, 1)])
