@@ -40,11 +40,11 @@ def _calm_collector() -> None:
     """Spare what was imported from garbage collection, and look less often.
 
     Thousands of cached objects live long; by default a look at all of them would come in the middle of every burst and hold up the
-    event loop. Almost everything else is freed by counting, without the collector.
+    event loop. What is young is looked at in small portions, since a burst leaves many circles behind.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    gc.set_threshold(10_000, 5, 1000)
 
 
 async def _run(config: settings.OperatorConfig) -> int:
