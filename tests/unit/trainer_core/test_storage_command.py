@@ -138,6 +138,7 @@ def test_a_step_that_is_named_is_shown_and_a_job_is_not(ask: Callable[..., tuple
         for place in ("", "/checkpoints"):
             code, said = ask(command, place)
             assert code == 67 and "StorageNotListable" in said and "/root/checkpoints/step-00000100" in said
+            assert len(said.splitlines()) == 1
 
 
 def test_options_of_another_store_are_refused(ask: Callable[..., tuple[int, str]]) -> None:

@@ -27,8 +27,9 @@ from finetune_trainer.storage.web import apart
 
 def show(tree: Tree, where: Address) -> None:
     """One line for each checkpoint and the model."""
+    found = list(meant(tree, where))
     print(f"{'WHAT':<16}{'FILES':>6}{'BYTES':>14}  {'HEALTHY':<8}{'MADE BY':<14}URI")
-    for one in meant(tree, where):
+    for one in found:
         manifest = tree.manifest(one)
         what = "model" if one.step is None else f"step {one.step}"
         files, size = (len(manifest.files), manifest.total_bytes) if manifest else ("?", "damaged")
