@@ -59,10 +59,13 @@ class Pace:
         self._progress_seconds = progress_seconds
         self._news = Rush()
 
-    def figures(self, untold: Untold, now: float) -> float:
-        """Seconds until a status in which only figures changed may be written."""
+    def figures(self, untold: Untold, now: float, patience: float = 0.0) -> float:
+        """Seconds until a status in which only figures changed may be written; in a rush they may be so much later than a period."""
         untold.news = None
-        return untold.progress_written + self._progress_seconds - now
+        due = untold.progress_written + self._progress_seconds
+        if now < due or not self._news.on(now):
+            return due - now
+        return min(STEP, due + patience - now)
 
     def transition(self, untold: Untold, *, pods_over: bool, now: float) -> float:
         """Seconds until a status in which more than figures changed may be written, of a job that goes on as it is."""

@@ -29,7 +29,7 @@ from finetune_operator.kube import Conflict, Forbidden, Invalid, Kube, KubeError
 from finetune_operator.lease import LeaseLost
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Object
-from finetune_operator.pace import Pace, Turns, Untold
+from finetune_operator.pace import LATEST, Pace, Turns, Untold
 from finetune_operator.plan import Acted, Plan, Situation
 from finetune_operator.policies.acceptance import Accepted, Refused, accept
 from finetune_operator.policies.clock import seconds
@@ -325,7 +325,7 @@ class Reconciler:
         if transition(before) != transition(after):
             wait = self._pace.transition(untold, pods_over=_all_ended(facts), now=now) if _may_wait(plan, old, new, notes) else 0.0
         elif before != after:
-            wait = self._pace.figures(untold, now)
+            wait = self._pace.figures(untold, now, 0.0 if _trained(new) else LATEST)
         else:
             untold.news = None
             return
@@ -426,9 +426,13 @@ def _may_wait(plan: Plan, old: FineTuneJobStatus, new: FineTuneJobStatus, notes:
     What is done next may stand on what is written: that a stretch of running time ended, or that pods were ready for a while.
     """
     quiet = all(note.reason in BEGINNING for note in notes)
-    trained = new.progress is not None and new.progress.step
     ends = plan.situation is not Situation.ACTIVE or plan.condemn or old.active_seconds != new.active_seconds
-    return quiet and not trained and not ends
+    return quiet and not _trained(new) and not ends
+
+
+def _trained(status: FineTuneJobStatus) -> bool:
+    """Whether a step is done, so that there is progress to see."""
+    return status.progress is not None and bool(status.progress.step)
 
 
 def _all_ended(facts: Facts) -> bool:

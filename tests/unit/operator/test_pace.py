@@ -84,6 +84,20 @@ def test_figures_are_told_once_a_period_and_are_no_news() -> None:
     assert pace.transition(untold, pods_over=False, now=104.0) == 0.0
 
 
+@pytest.mark.parametrize(("passed", "wait"), [(4.0, 11.0), (15.0, STEP), (33.0, 2.0), (35.0, 0.0)])
+def test_figures_before_the_first_step_may_wait_for_the_end_of_a_rush(passed: float, wait: float) -> None:
+    pace, untold = Pace(15.0), Untold(progress_written=100.0)
+    rushing(pace, 100.0 + passed)
+    assert pace.figures(untold, 100.0 + passed, LATEST) == wait
+    assert pace.figures(untold, 101.0 + passed + RUSH_SECONDS, LATEST) == 12.0 - passed
+
+
+def test_progress_waits_for_no_rush() -> None:
+    pace, untold = Pace(15.0), Untold(progress_written=100.0)
+    rushing(pace, 116.0)
+    assert pace.figures(untold, 116.0) == -1.0
+
+
 def test_a_transition_that_was_taken_back_does_not_age() -> None:
     pace, untold = Pace(15.0), Untold()
     rushing(pace, 50.0)

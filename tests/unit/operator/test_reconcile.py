@@ -395,6 +395,20 @@ async def test_in_a_rush_of_transitions_what_lasts_a_moment_is_told_with_what_co
     assert server.told() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1, Reason.SUCCEEDED: 1}
 
 
+async def test_in_a_rush_figures_of_a_job_without_a_step_wait(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, begun = await begin(server)
+    written, now = server.count("update", FINETUNEJOB), asyncio.get_running_loop().time()
+    process.cache.put_pod(pod(version=5, ready=False, image_id="trainer@sha256:1", created=begun.created))
+    process.reconciler._memories[KEY].untold.progress_written = now - CONFIG.progress_seconds - 1
+    for _ in range(pace.RUSH_COUNT):
+        process.reconciler._pace._news.note(now)
+    await process.look()
+    assert server.count("update", FINETUNEJOB) == written
+    monkeypatch.setattr(pace, "RUSH_SECONDS", -1.0)
+    await process.look()
+    assert server.count("update", FINETUNEJOB) == written + 1
+
+
 @pytest.mark.parametrize("wish", ["suspend", "cancel"])
 async def test_no_rush_of_transitions_keeps_a_wish_waiting(server: Server, wish: str) -> None:
     process, begun = await begin(server)
