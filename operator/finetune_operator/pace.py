@@ -61,7 +61,7 @@ class Pace:
 
     def figures(self, untold: Untold, now: float, patience: float = 0.0) -> float:
         """Seconds until a status in which only figures changed may be written; in a rush they may be so much later than a period."""
-        untold.news = None
+        untold.news, untold.ending = None, None
         due = untold.progress_written + self._progress_seconds
         if now < due or not self._news.on(now):
             return due - now

@@ -102,9 +102,12 @@ def test_a_transition_that_was_taken_back_does_not_age() -> None:
     pace, untold = Pace(15.0), Untold()
     rushing(pace, 50.0)
     pace.transition(untold, pods_over=False, now=50.0)
+    pace.transition(untold, pods_over=True, now=55.0)
     pace.figures(untold, 60.0)
     rushing(pace, 69.0)
     assert pace.transition(untold, pods_over=False, now=69.0) == STEP
+    pace.figures(untold, 80.0)
+    assert pace.transition(untold, pods_over=True, now=81.0) == ENDING
 
 
 def test_after_a_write_everything_is_new() -> None:
