@@ -94,10 +94,10 @@ class Turns:
         self._waiting: set[Hashable] = set()
 
     def book(self, who: Hashable, now: float) -> float:
-        """The moment of a turn, behind those of all who wait."""
-        turn = max(now, self._free) + len(self._waiting) * self._pause
+        """The moment of a turn, behind those of all who wait; if they are too many for that, somewhere between them."""
+        offset = max(0.0, self._free - now) + len(self._waiting) * self._pause
         self._waiting.add(who)
-        return min(turn, now + LONGEST_WAIT)
+        return now + offset % LONGEST_WAIT
 
     def leave(self, who: Hashable) -> None:
         """It has had its turn, or wants none any more."""

@@ -370,6 +370,7 @@ class Reconciler:
             self._scraper.watch(key, Target(facts.job.uid, facts.attempt, pod.uid, url))
         elif plan.situation in (Situation.FINISHED, Situation.SUSPENDED, Situation.LEAVING):
             self._scraper.forget(key)
+            self._reads.leave(key)
             self._cache.forget_pods(key, before=facts.attempt + 1)
             if plan.situation is Situation.FINISHED:
                 self._memories[key].acceptance = UNREAD

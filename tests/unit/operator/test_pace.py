@@ -148,4 +148,11 @@ def test_one_slow_turn_is_no_reason_to_wait_for_ever() -> None:
     turns = Turns()
     turns.took(0.0, 150.0)
     assert turns.book("next", 150.0) == 150.0 + LONGEST_PAUSE
-    assert max(turns.book(number, 150.0) for number in range(1000)) == 150.0 + LONGEST_WAIT
+
+
+def test_too_many_for_turns_of_their_own_are_spread_over_the_longest_wait() -> None:
+    turns = Turns()
+    turns.took(0.0, 150.0)
+    booked = [turns.book(number, 150.0) - 150.0 for number in range(1200)]
+    assert min(booked) == 0.0 and max(booked) == LONGEST_WAIT - LONGEST_PAUSE
+    assert {booked.count(moment) for moment in set(booked)} == {int(1200 * LONGEST_PAUSE / LONGEST_WAIT)}

@@ -365,14 +365,16 @@ async def test_looks_that_ask_nothing_of_the_server_let_others_in(server: Server
     assert turns >= len(keys)
 
 
-async def test_the_spec_of_a_job_that_is_over_is_not_kept(server: Server) -> None:
+async def test_of_a_job_that_is_over_neither_spec_nor_turn_is_kept(server: Server) -> None:
     process, begun = await begin(server)
     process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
     process.cache.put_job(replace(begun, version=10**6, complete=begun.created))
     await process.look()
     assert process.reconciler._memories[KEY].acceptance is not module.UNREAD
+    process.reconciler._reads.book(KEY, 0.0)
     await process.look()
     assert process.reconciler._memories[KEY].acceptance is module.UNREAD
+    assert process.reconciler._reads._waiting == set()
     written = server.count("update", FINETUNEJOB)
     await process.look()
     assert server.count("update", FINETUNEJOB) == written
