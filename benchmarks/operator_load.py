@@ -171,8 +171,7 @@ class Bench:
     async def _job_of_ours(self) -> Object:
         """The Job that the operator makes of one FineTuneJob of the burst."""
         namespace = "model-of-burst"
-        await self._client.send("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
-        await self._account(namespace)
+        await self._namespace(namespace)
         jobs = f"/apis/batch/v1/namespaces/{namespace}/jobs"
         async with Seen(self._client, jobs) as seen:
             await self._client.send("POST", f"{FTJ}/namespaces/{namespace}/{names.PLURAL}", finetunejob("model"))
@@ -181,8 +180,7 @@ class Bench:
 
     async def _one_burst(self, operator: Operator, arm: Arm, namespace: str) -> dict[str, Any]:
         size, count = self._size, self._size.jobs
-        await self._client.send("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
-        await self._account(namespace)
+        await self._namespace(namespace)
         bodies = [arm.body(f"j{number}") for number in range(count)]
         jobs_path, pods_path = f"/apis/batch/v1/namespaces/{namespace}/jobs", f"/api/v1/namespaces/{namespace}/pods"
         things = f"{arm.root}/namespaces/{namespace}/{arm.plural}"
@@ -193,7 +191,7 @@ class Bench:
             jobs_exist = await jobs.wait(count, size.patience)
             pods_exist = await pods.wait(count, size.patience)
             to_pods, requests_to_pods = self._usage(operator).since(usage), operator.requests() - requests
-        waits = [moment - sent[name.partition("-")[0]] for name, moment in pods.moments.items()]
+        waits = [moment - sent[name.split("-")[0]] for name, moment in pods.moments.items()]
         async with Seen(self._client, things, arm.done) as done:
             started = time.monotonic()
             with self._plane.scheduling():
@@ -211,8 +209,9 @@ class Bench:
             "writesPerJobOfALife": round(writes(life) / count, 2), "requestsPerJob": shares(life, count),
         }  # fmt: skip
 
-    async def _account(self, namespace: str) -> None:
-        """Pods are refused until the namespace has its default account."""
+    async def _namespace(self, namespace: str) -> None:
+        """A new one. Pods are refused until it has its default account."""
+        await self._client.send("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
         for _ in range(600):
             try:
                 await self._client.send("GET", f"/api/v1/namespaces/{namespace}/serviceaccounts/default")
@@ -226,8 +225,7 @@ class Bench:
     async def _leave_finished_jobs(self, operator: Operator) -> None:
         say(f"{self._size.finished} finished jobs")
         for namespace in ("model", LEFT):
-            await self._client.send("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
-            await self._account(namespace)
+            await self._namespace(namespace)
         things = f"{FTJ}/namespaces/model/{names.PLURAL}"
         async with Seen(self._client, things, OURS.done) as done:
             await self._client.send("POST", things, finetunejob("model"))
@@ -262,8 +260,7 @@ class Bench:
 
     async def _steady(self, operator: Operator) -> dict[str, Any]:
         size, namespace, progress = self._size, LASTING, self._progress
-        await self._client.send("POST", "/api/v1/namespaces", {"metadata": {"name": namespace}})
-        await self._account(namespace)
+        await self._namespace(namespace)
         things = f"{FTJ}/namespaces/{namespace}/{names.PLURAL}"
         await self._client.create_all(things, [finetunejob(f"j{n}") for n in range(size.jobs)], size.clients)
         for body in await self._client.list(things):

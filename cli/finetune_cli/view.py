@@ -25,7 +25,7 @@ def status_of(job: dict[str, Any]) -> FineTuneJobStatus:
 
 def condition(status: FineTuneJobStatus, kind: ConditionType) -> bool | None:
     """Whether a condition holds; None if nothing is said of it."""
-    found = next((one for one in status.conditions if one.type == kind), None)
+    found = status.condition(kind)
     return None if found is None or found.status == "Unknown" else found.status == "True"
 
 
@@ -115,7 +115,7 @@ def describe(job: dict[str, Any], losses: list[float] | None = None, now: dateti
 def _reason(status: FineTuneJobStatus) -> str:
     """What the job waits for, or why it ended."""
     for kind in (ConditionType.STALLED, ConditionType.RECONCILING, ConditionType.ACCEPTED, ConditionType.FINISHED):
-        found = next((one for one in status.conditions if one.type == kind), None)
+        found = status.condition(kind)
         wanted = "False" if kind == ConditionType.ACCEPTED else "True"
         if found is not None and found.status == wanted and found.message:
             return f"{found.reason}: {found.message}"

@@ -206,6 +206,20 @@ class FineTuneJobStatus(Lenient):
     completion_time: Time | None = Field(default=None, description="When the job finished.")
     duration: str | None = Field(default=None, description="Time from start to end, for people. Example: `2h3m`.")
 
+    def condition(self, kind: ConditionType) -> Condition | None:
+        """The condition of that type; None if nothing is said of it."""
+        return next((one for one in self.conditions if one.type == kind), None)
+
+    def holds(self, kind: ConditionType) -> bool:
+        """Whether a condition is True."""
+        found = self.condition(kind)
+        return found is not None and found.status == "True"
+
+    @property
+    def steps_done(self) -> int:
+        """Newest step that was told of; 0: none."""
+        return (self.progress.step if self.progress else None) or 0
+
 
 class Stage(StrEnum):
     """What a pod is doing; finer than the phase."""

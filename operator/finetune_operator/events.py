@@ -61,7 +61,7 @@ def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Note]:
 
 def _status(status: FineTuneJobStatus, kind: Kind) -> tuple[str, str, str]:
     """(status, reason, message) of a condition; empty words if it is absent."""
-    found = next((one for one in status.conditions if one.type == kind), None)
+    found = status.condition(kind)
     return (found.status, found.reason, found.message) if found else ("", "", "")
 
 
@@ -117,8 +117,8 @@ def _waiting(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
 
 
 def _training(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
-    if not _step(old) and _step(new) and not _final(new):
-        assert new.progress is not None  # noqa: S101 -- _step found one
+    if not old.steps_done and new.steps_done and not _final(new):
+        assert new.progress is not None  # noqa: S101 -- a step was found
         yield Note(
             Reason.TRAINING_STARTED, f"first step of {new.progress.total_steps or 'unknown'} done", action="Train"
         )
@@ -128,10 +128,6 @@ def _training(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
     now, reason, message = _status(new, Kind.CHECKPOINTS_HEALTHY)
     if now == "False" and was != "False":
         yield Note(Reason(reason), message, "Warning", "Checkpoint")
-
-
-def _step(status: FineTuneJobStatus) -> int:
-    return (status.progress.step if status.progress else None) or 0
 
 
 def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
@@ -157,7 +153,7 @@ def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
 
 
 def _final(status: FineTuneJobStatus) -> bool:
-    return _status(status, Kind.FINISHED)[0] == "True"
+    return status.holds(Kind.FINISHED)
 
 
 def build_event(job: JobObject, note: Note, instance: str, now: datetime) -> Object:

@@ -132,12 +132,11 @@ class Facts:
 
     def condition(self, kind: Condition) -> StatusCondition | None:
         """A condition as status has it."""
-        return next((one for one in self.job.status.conditions if one.type == kind), None)
+        return self.job.status.condition(kind)
 
     def holds(self, kind: Condition) -> bool:
         """Whether a condition is True in status."""
-        found = self.condition(kind)
-        return found is not None and found.status == "True"
+        return self.job.status.holds(kind)
 
     @property
     def finished(self) -> bool:

@@ -93,6 +93,10 @@ class Turns:
         self._free = float("-inf")
         self._waiting: set[Hashable] = set()
 
+    def __contains__(self, who: Hashable) -> bool:
+        """Whether it has a turn that it has not had yet."""
+        return who in self._waiting
+
     def book(self, who: Hashable, now: float) -> float:
         """The moment of a turn, behind those of all who wait; if they are too many for that, somewhere between them."""
         offset = max(0.0, self._free - now) + len(self._waiting) * self._pause

@@ -16,7 +16,7 @@ from typing import Any
 from finetune_api.names import Condition as Kind
 from finetune_api.names import Label, Reason, attempt_job_name
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Condition, FineTuneJobStatus
+from finetune_api.status import FineTuneJobStatus
 
 from finetune_operator import logs
 from finetune_operator.act import Actor, StaleFacts
@@ -47,7 +47,7 @@ NO_PODS_AFTER, STUCK_AFTER = 10.0, 20.0
 """Age in seconds of a Job without pods, and time since a pod got its node and does not run, at which events about it are read."""
 FIRST_READ, LONGEST_READ = 15.0, 300.0
 """Seconds between two reads of those events; it doubles, and jobs take turns, since the server goes through all of a namespace's for each."""
-REST, REST_STEP = 20.0, 1.0
+REST, REST_STEP = LATEST, 1.0
 """Seconds that a job whose Job was just made may have to wait with its first status while new jobs rush in, and how often it asks."""
 BEGINNING = (Reason.ACCEPTED, Reason.ATTEMPT_STARTED)
 """Events that may wait for the status of a new job."""
@@ -67,8 +67,6 @@ class Memory:
     obstacle: Waiting | None = None
     obstacle_due: float | None = None
     """When events are to be read next, in loop time; None: nothing waits."""
-    obstacle_turn: bool = False
-    """Whether that moment is a turn of its own."""
     obstacle_pause: float = FIRST_READ
     untold: Untold = field(default_factory=Untold)
     rest_until: float | None = None
@@ -225,7 +223,7 @@ class Reconciler:
         memory = self._memories.get(key)
         if memory is None or memory.uid != job.uid:
             memory = self._memories[key] = Memory(job.uid)
-        over = any(one.type == "Finished" and one.status == "True" for one in job.status.conditions)
+        over = job.status.holds(Kind.FINISHED)
         # A status that somebody emptied makes a finished job a new one, whose spec must be read again.
         if memory.generation != job.generation or (memory.acceptance is UNREAD and not over):
             memory.generation = job.generation
@@ -278,18 +276,18 @@ class Reconciler:
         waits = _pods_missing(facts)
         if waits is None:
             changed = memory.obstacle is not None
-            memory.obstacle, memory.obstacle_due, memory.obstacle_turn, memory.obstacle_pause = None, None, False, FIRST_READ
+            memory.obstacle, memory.obstacle_due, memory.obstacle_pause = None, None, FIRST_READ
             self._reads.leave(key)
             return changed
         uid, since, patience = waits
         now = asyncio.get_running_loop().time()
         if memory.obstacle_due is None:
             memory.obstacle_due = now + max(0.0, patience - seconds(since, facts.now))
-        if now >= memory.obstacle_due and not memory.obstacle_turn:
-            memory.obstacle_due, memory.obstacle_turn = self._reads.book(key, now), True
+        if now >= memory.obstacle_due and key not in self._reads:
+            memory.obstacle_due = self._reads.book(key, now)
         if now < memory.obstacle_due:
             return False
-        memory.obstacle_due, memory.obstacle_turn = now + memory.obstacle_pause, False
+        memory.obstacle_due = now + memory.obstacle_pause
         memory.obstacle_pause = min(2 * memory.obstacle_pause, LONGEST_READ)
         try:
             listing = await self._kube.list(
@@ -321,14 +319,14 @@ class Reconciler:
         before, after = old.wire(), new.wire()
         untold = self._memories[key].untold
         now = asyncio.get_running_loop().time()
-        notes = transitions(old, new)
-        if transition(before) != transition(after):
-            wait = self._pace.transition(untold, pods_over=_all_ended(facts), now=now) if _may_wait(plan, old, new, notes) else 0.0
-        elif before != after:
-            wait = self._pace.figures(untold, now, 0.0 if _trained(new) else LATEST)
-        else:
+        if before == after:
             untold.news = None
             return
+        notes, wait = transitions(old, new), 0.0
+        if transition(before) == transition(after):
+            wait = self._pace.figures(untold, now, 0.0 if new.steps_done else LATEST)
+        elif _may_wait(plan, old, new, notes):
+            wait = self._pace.transition(untold, pods_over=_all_ended(facts), now=now)
         if wait > 0:
             self._queue.add_after(key, wait)
             return
@@ -355,11 +353,10 @@ class Reconciler:
         if plan.finish is not None:
             self._metrics.jobs_finished.labels(plan.finish.outcome.value).inc()
             logger.info("%s: %s", plan.finish.outcome.value, plan.finish.reason)
-        quota, had = _condition(new, Kind.QUOTA_RESERVED), _condition(old, Kind.QUOTA_RESERVED)
+        quota, had = new.condition(Kind.QUOTA_RESERVED), old.condition(Kind.QUOTA_RESERVED)
         if quota is not None and had is not None and (had.status, quota.status) == ("False", "True"):
             self._metrics.quota_wait.observe(seconds(had.last_transition_time, quota.last_transition_time or facts.now))
-        started = new.progress is not None and new.progress.step and not (old.progress and old.progress.step)
-        if started:
+        if new.steps_done and not old.steps_done:
             self._metrics.time_to_running.observe((facts.now - facts.job.created).total_seconds())
 
     def _follow(self, key: Key, facts: Facts, plan: Plan, acted: Acted) -> None:
@@ -428,12 +425,7 @@ def _may_wait(plan: Plan, old: FineTuneJobStatus, new: FineTuneJobStatus, notes:
     """
     quiet = all(note.reason in BEGINNING for note in notes)
     ends = plan.situation is not Situation.ACTIVE or plan.condemn or old.active_seconds != new.active_seconds
-    return quiet and not _trained(new) and not ends
-
-
-def _trained(status: FineTuneJobStatus) -> bool:
-    """Whether a step is done, so that there is progress to see."""
-    return status.progress is not None and bool(status.progress.step)
+    return quiet and not new.steps_done and not ends
 
 
 def _all_ended(facts: Facts) -> bool:
@@ -446,10 +438,6 @@ def _all_ended(facts: Facts) -> bool:
 def _kept(status: FineTuneJobStatus) -> Mapping[str, Any]:
     """The defaults that a job began with; none before its first attempt."""
     return (status.resolved.defaults if status.attempts and status.resolved else None) or {}
-
-
-def _condition(status: FineTuneJobStatus, kind: Kind) -> Condition | None:
-    return next((one for one in status.conditions if one.type is kind), None)
 
 
 def _seconds_until(moment: datetime, now: datetime) -> float:
