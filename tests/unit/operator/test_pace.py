@@ -53,27 +53,25 @@ def test_it_waits_no_longer_than_the_rush() -> None:
     assert pace.transition(untold, pods_over=False, now=50.1 + RUSH_SECONDS) == 0.0
 
 
-@pytest.mark.parametrize(("passed", "wait"), [(LATEST - STEP - 1, STEP), (LATEST - 2, 2.0), (LATEST, 0.0)])
-def test_a_rush_that_does_not_end_keeps_a_transition_back_for_a_while_only(passed: float, wait: float) -> None:
+@pytest.mark.parametrize(
+    ("passed", "pods_over", "wait"),
+    [(LATEST - STEP - 1, False, STEP), (LATEST - 2, False, 2.0), (LATEST, False, 0.0), (LATEST - 2, True, ENDING)],
+    ids=["it goes on", "the last seconds", "the end", "pods that are over wait for the longer of both"],
+)
+def test_a_rush_that_does_not_end_keeps_a_transition_back_for_a_while_only(
+    passed: float, pods_over: bool, wait: float
+) -> None:
     pace, untold = Pace(15.0), Untold()
     rushing(pace, 50.0)
     pace.transition(untold, pods_over=False, now=50.0)
     rushing(pace, 50.0 + passed)
-    assert pace.transition(untold, pods_over=False, now=50.0 + passed) == wait
+    assert pace.transition(untold, pods_over=pods_over, now=50.0 + passed) == wait
 
 
 def test_pods_that_are_over_wait_for_their_job() -> None:
     pace, untold = Pace(15.0), Untold()
     assert pace.transition(untold, pods_over=True, now=50.0) == ENDING
     assert pace.transition(untold, pods_over=True, now=50.0 + ENDING) == 0.0
-
-
-def test_pods_that_are_over_in_a_rush_are_told_of_after_the_longer_of_both() -> None:
-    pace, untold = Pace(15.0), Untold()
-    rushing(pace, 50.0)
-    pace.transition(untold, pods_over=False, now=50.0)
-    rushing(pace, 48.0 + LATEST)
-    assert pace.transition(untold, pods_over=True, now=48.0 + LATEST) == ENDING
 
 
 def test_figures_are_told_once_a_period_and_are_no_news() -> None:

@@ -316,6 +316,28 @@ async def begin(server: Server) -> tuple[Process, JobView]:
     return process, found
 
 
+async def stuck(server: Server, scheduled: int) -> Process:
+    """An old pod that got its node so many seconds ago and does not run, in the eyes of a new process."""
+    _, begun = await begin(server)
+    process, now = Process(server), server.clock.now()
+    process.cache.put_job(begun)
+    waiting = pod(version=5, phase="Pending", ready=False, created=now - timedelta(hours=1))
+    process.cache.put_pod(replace(waiting, scheduled=now - timedelta(seconds=scheduled)))
+    return process
+
+
+def succeed(process: Process, begun: JobView) -> None:
+    """The pod ends well, and its Job says so."""
+    process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
+    process.cache.put_job(replace(begun, version=10**6, complete=begun.created))
+
+
+def rush_of_transitions(process: Process) -> None:
+    """Other jobs change, one upon another."""
+    for _ in range(pace.RUSH_COUNT):
+        process.reconciler._pace._news.note(asyncio.get_running_loop().time())
+
+
 async def test_pods_that_ended_are_told_with_the_end_of_their_job(server: Server) -> None:
     """A Job says a moment after its pods that it is over: one status, not two, and nobody asks what keeps the pods away."""
     process, begun = await begin(server)
@@ -367,8 +389,7 @@ async def test_looks_that_ask_nothing_of_the_server_let_others_in(server: Server
 
 async def test_of_a_job_that_is_over_neither_spec_nor_turn_is_kept(server: Server) -> None:
     process, begun = await begin(server)
-    process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
-    process.cache.put_job(replace(begun, version=10**6, complete=begun.created))
+    succeed(process, begun)
     await process.look()
     assert process.reconciler._memories[KEY].acceptance is not module.UNREAD
     process.reconciler._reads.book(KEY, 0.0)
@@ -382,15 +403,13 @@ async def test_of_a_job_that_is_over_neither_spec_nor_turn_is_kept(server: Serve
 
 async def test_in_a_rush_of_transitions_what_lasts_a_moment_is_told_with_what_comes_next(server: Server) -> None:
     process, begun = await begin(server)
-    for _ in range(pace.RUSH_COUNT):
-        process.reconciler._pace._news.note(asyncio.get_running_loop().time())
+    rush_of_transitions(process)
     written = server.count("update", FINETUNEJOB)
     process.cache.put_pod(pod(version=5, created=begun.created))
     await process.look()
     assert server.count("update", FINETUNEJOB) == written
     assert 0 < (process.queue._next_due() or 0) <= pace.STEP
-    process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
-    process.cache.put_job(replace(begun, version=10**6, complete=begun.created))
+    succeed(process, begun)
     await process.look()
     assert server.count("update", FINETUNEJOB) == written + 1
     assert server.objects[FINETUNEJOB.plural, "run"]["status"]["phase"] == "Succeeded"
@@ -402,8 +421,7 @@ async def test_in_a_rush_figures_of_a_job_without_a_step_wait(server: Server, mo
     written, now = server.count("update", FINETUNEJOB), asyncio.get_running_loop().time()
     process.cache.put_pod(pod(version=5, ready=False, image_id="trainer@sha256:1", created=begun.created))
     process.reconciler._memories[KEY].untold.progress_written = now - CONFIG.progress_seconds - 1
-    for _ in range(pace.RUSH_COUNT):
-        process.reconciler._pace._news.note(now)
+    rush_of_transitions(process)
     await process.look()
     assert server.count("update", FINETUNEJOB) == written
     monkeypatch.setattr(pace, "RUSH_SECONDS", -1.0)
@@ -416,8 +434,7 @@ async def test_no_rush_of_transitions_keeps_a_wish_waiting(server: Server, wish:
     process, begun = await begin(server)
     process.cache.put_pod(pod(version=5, created=begun.created))
     await process.look()
-    for _ in range(pace.RUSH_COUNT):
-        process.reconciler._pace._news.note(asyncio.get_running_loop().time())
+    rush_of_transitions(process)
     known = server.objects[FINETUNEJOB.plural, "run"]
     server._put(FINETUNEJOB, {**known, "metadata": {**known["metadata"], "generation": 2}, "spec": {**SPEC, wish: True}})
     process.refresh()
@@ -428,11 +445,7 @@ async def test_no_rush_of_transitions_keeps_a_wish_waiting(server: Server, wish:
 
 async def test_jobs_take_turns_at_reading_events(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each read costs the server a walk through the namespace's events: many jobs that wait must not be what keeps it busy."""
-    _, begun = await begin(server)
-    process, now = Process(server), server.clock.now()
-    process.cache.put_job(begun)
-    stuck = pod(version=5, phase="Pending", ready=False, created=now - timedelta(hours=1))
-    process.cache.put_pod(replace(stuck, scheduled=now - timedelta(seconds=60)))
+    process = await stuck(server, 60)
     loop = asyncio.get_running_loop()
     process.reconciler._reads.took(loop.time() - 0.2, loop.time())
     await process.look()
@@ -446,11 +459,7 @@ async def test_jobs_take_turns_at_reading_events(server: Server, monkeypatch: py
 
 
 async def test_a_read_of_events_that_fails_is_a_turn_too(server: Server) -> None:
-    _, begun = await begin(server)
-    process, now = Process(server), server.clock.now()
-    process.cache.put_job(begun)
-    stuck = pod(version=5, phase="Pending", ready=False, created=now - timedelta(hours=1))
-    process.cache.put_pod(replace(stuck, scheduled=now - timedelta(seconds=60)))
+    process = await stuck(server, 60)
 
     def silent(verb: str, kind: Kind) -> None:
         if kind is CORE_EVENT:
@@ -480,8 +489,7 @@ async def test_the_start_timeout_runs_before_the_attempt_is_written(server: Serv
 
 async def test_a_finished_job_whose_status_was_emptied_is_read_again(server: Server) -> None:
     process, begun = await begin(server)
-    process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
-    process.cache.put_job(replace(begun, version=10**6, complete=begun.created))
+    succeed(process, begun)
     for _ in range(2):
         await process.look()
     server._put(FINETUNEJOB, {**server.objects[FINETUNEJOB.plural, "run"], "status": {"observedGeneration": -1}})
@@ -517,12 +525,7 @@ async def test_a_pod_is_stuck_when_it_has_a_node_and_not_when_it_is_old(
     server: Server, scheduled: int, asked: int
 ) -> None:
     """A pod may wait an hour for its node; that tells nothing of its volumes."""
-    _, begun = await begin(server)
-    process = Process(server)
-    process.cache.put_job(begun)
-    now = server.clock.now()
-    waiting = pod(version=5, phase="Pending", ready=False, created=now - timedelta(hours=1))
-    process.cache.put_pod(replace(waiting, scheduled=now - timedelta(seconds=scheduled)))
+    process = await stuck(server, scheduled)
     await process.look()
     assert server.count("list", CORE_EVENT) == asked
 
