@@ -24,7 +24,7 @@ from typing import Any
 
 import record
 from finetune_api import names
-from finetune_api.pod import Report
+from finetune_api.pod import ProgressReport
 from kubernetes import client, config, watch
 from pydantic import ValidationError
 from ruamel.yaml import YAML
@@ -120,13 +120,13 @@ class Run:
             time.sleep(POLL_SECONDS)
         raise NotMeasured(f"pod {self._moments.pod} did no step within {TIMEOUT_SECONDS} s")
 
-    def _report(self) -> Report | None:
+    def _report(self) -> ProgressReport | None:
         pod = f"{self._moments.pod}:{names.PROGRESS_PORT}"
         try:
             answer = self._core.connect_get_namespaced_pod_proxy_with_path(
                 pod, self._namespace, names.Path.PROGRESS.value.lstrip("/"), _preload_content=False
             )
-            return Report.model_validate_json(answer.data)
+            return ProgressReport.model_validate_json(answer.data)
         except (client.ApiException, ValidationError):
             return None
 

@@ -31,3 +31,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return NODES if nodeid.startswith(NODES) else nodeid.partition("::")[0]
 
     return ByFile(config, log)
+
+
+def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None:
+    """Bytes in parametrised ids by their length: content such as a gzip header may hold the current second."""
+    return f"{len(val)}bytes" if isinstance(val, bytes) else None

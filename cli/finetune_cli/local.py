@@ -19,7 +19,7 @@ from typing import Any
 from finetune_api import names
 from finetune_api.defaults import Context, resolve
 from finetune_api.names import Env, ExitCode, FailureClass
-from finetune_api.pod import LastWords, Report, Resume, RunConfig, StoreTarget, World
+from finetune_api.pod import ProgressReport, Resume, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.rules import Where
 from finetune_api.sources import ConfigMapSource, PvcSource, parse
 from finetune_api.spec import FineTuneJobSpec
@@ -290,8 +290,8 @@ def _same_job(run_file: Path, spec: FineTuneJobSpec, tree: Path, name: str) -> N
     if not run_file.is_file() or not any(tree.rglob(names.Storage.COMMITTED.value)):
         return
     old, new = (
-        flat(RunConfig.model_validate_json(run_file.read_bytes()).spec.wire()),
-        flat(spec.wire()),
+        flat(RunConfig.model_validate_json(run_file.read_bytes()).spec.to_wire()),
+        flat(spec.to_wire()),
     )
     changed = sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
     if changed:
@@ -383,21 +383,21 @@ def _watched(process: subprocess.Popen[bytes], prepared: Prepared, port: int, la
             output.notes(["saving; once more ends it at once"] if interrupts == 1 else ["ended"])
 
 
-def progress(port: int) -> Report | None:
+def progress(port: int) -> ProgressReport | None:
     """What the trainer says of itself; None while it says nothing."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}{names.Path.PROGRESS}", timeout=5) as answer:
-            return Report.model_validate_json(answer.read())
+            return ProgressReport.model_validate_json(answer.read())
     except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError):
         return None
 
 
-def shown(prepared: Prepared) -> Callable[[Report | None], None]:
+def shown(prepared: Prepared) -> Callable[[ProgressReport | None], None]:
     """How reports are shown: one moving line on a terminal, a line at every change of stage or ten percent elsewhere."""
     terminal = output.messages().is_terminal
     last: list[tuple[Any, Any]] = [(None, None)]
 
-    def show(report: Report | None) -> None:
+    def show(report: ProgressReport | None) -> None:
         if report is None:
             if terminal:
                 sys.stderr.write("\n")
@@ -413,7 +413,7 @@ def shown(prepared: Prepared) -> Callable[[Report | None], None]:
     return show
 
 
-def line_of(report: Report) -> str:
+def line_of(report: ProgressReport) -> str:
     """One report on one line."""
     from finetune_cli.view import bar
 
@@ -448,7 +448,7 @@ def _ended(code: int, last_words: Path, prepared: Prepared) -> int:
     return output.JOB_FAILED
 
 
-def last_report(path: Path) -> Report | None:
+def last_report(path: Path) -> ProgressReport | None:
     """The last words as a report, if they tell of steps."""
     words = _words(path)
     if words is None or words.progress is None or words.progress.step is None:
@@ -456,12 +456,12 @@ def last_report(path: Path) -> Report | None:
     saved = words.class_ is FailureClass.PREEMPTED
     stage = Stage.DONE if words.output else Stage.FAILED if words.code and not saved else Stage.STOPPING
     progress = words.progress.model_copy(update={"eta": None})
-    return Report(attempt=1, uid="", stage=stage, progress=progress, metrics=words.metrics or Metrics())
+    return ProgressReport(attempt=1, uid="", stage=stage, progress=progress, metrics=words.metrics or Metrics())
 
 
-def _words(path: Path) -> LastWords | None:
+def _words(path: Path) -> TerminationMessage | None:
     try:
-        return LastWords.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return TerminationMessage.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return None
 

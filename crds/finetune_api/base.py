@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
 
-class Wire(BaseModel):
+class WireModel(BaseModel):
     """A model whose JSON is camelCase, frozen, and refuses fields it does not know."""
 
     model_config = ConfigDict(
@@ -24,12 +24,12 @@ class Wire(BaseModel):
         protected_namespaces=(),
     )
 
-    def wire(self) -> dict[str, Any]:
+    def to_wire(self) -> dict[str, Any]:
         """JSON-ready dict with wire names, without the fields that were never given a value."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
-class Lenient(Wire):
+class LenientModel(WireModel):
     """For reading what another version wrote: unknown fields are dropped instead of refused."""
 
     model_config = ConfigDict(extra="ignore")
@@ -59,7 +59,7 @@ def option(
     return Field(default=None, description=description, json_schema_extra=extra or None, **constraints)
 
 
-class Group(Wire):
+class Group(WireModel):
     """A group of options. `cel` holds (expression, message) pairs that only concern the group's own fields."""
 
     cel: ClassVar[tuple[tuple[str, str], ...]] = ()

@@ -78,7 +78,7 @@ OPTIONAL_GROUPS = frozenset({
 def resolve(spec: FineTuneJobSpec, *, context: Context | None = None) -> Resolution:
     """Fill in every default. The spec should have passed `rules.check`; nothing is refused here."""
     context = context or Context()
-    value = spec.wire()
+    value = spec.to_wire()
     filled: dict[str, Any] = {}
     notes: list[str] = []
     for path, found in _computed(spec, context).items():
@@ -166,7 +166,7 @@ def _storage_defaults(spec: FineTuneJobSpec, context: Context) -> dict[str, Any]
     """
     if context.storage is None:
         return {}
-    default = context.storage.wire()
+    default = context.storage.to_wire()
     if spec.storage.endpoint is not None:
         default = {key: value for key, value in default.items() if key == "uri"}
     return {f"storage.{key}": value for key, value in default.items()}

@@ -48,7 +48,7 @@ class Annotation(StrEnum):
     """On a FineTuneJob made by `finetune rerun`: name and uid of the job it was made from."""
     FROM_STEP = f"{GROUP}/from-step"
     """On such a job: optimizer step of the old job's checkpoint it starts from."""
-    TOLD_FROM = f"{GROUP}/told-from"
+    OBSERVED_VERSION = f"{GROUP}/observed-version"
     """On an event: resourceVersion of the FineTuneJob that it was told from; from the same version it is the same event, not a repeat."""
 
 
@@ -77,7 +77,7 @@ class Env(StrEnum):
     """Port of the progress server; default 8080. 0 takes a free one (local runs)."""
     INCARNATION = "FINETUNE_INCARNATION"
     """Set by the supervisor for its ranks: the folder name in storage, `a<attempt>-<8 hex>`."""
-    FINAL_PATIENCE = "FINETUNE_FINAL_PATIENCE_SECONDS"
+    FINAL_UPLOAD_TIMEOUT = "FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"
     """How long a store that is down is asked to take the final model, in seconds; default 1800."""
     HF_TOKEN = "HF_TOKEN"
     """Token for a model hub, from `model.tokenSecretRef`."""

@@ -1,7 +1,7 @@
 """The pod contract: what goes down to a pod as one file, and what comes back over HTTP and in its last words.
 
-`RunConfig` travels inside the Job as an annotation and is mounted as `run.json`. `Report` is what `GET /progress` answers.
-`LastWords` is the termination message. The operator and the trainer meet here and nowhere else.
+`RunConfig` travels inside the Job as an annotation and is mounted as `run.json`. `ProgressReport` is what `GET /progress` answers.
+`TerminationMessage` is the termination message. The operator and the trainer meet here and nowhere else.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import hashlib
 import json
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import AliasChoices, Field
 
-from finetune_api.base import Lenient, Wire
+from finetune_api.base import LenientModel, WireModel
 from finetune_api.names import MAX_TERMINATION_BYTES, FailureClass
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 from finetune_api.status import Checkpoint, Metrics, Output, Progress, Resolved, Stage
 
 
-class StoreTarget(Wire):
+class StoreTarget(WireModel):
     """A store, fully resolved: where, and how to connect. Credentials come by environment, never here."""
 
     uri: str = Field(description="`s3://bucket/prefix`, `file:///path` or `pvc://claim/path`; to read only, `https://host/path`.")
@@ -39,7 +39,7 @@ class StoreTarget(Wire):
     )
 
 
-class World(Wire):
+class World(WireModel):
     """Who takes part."""
 
     nodes: int = Field(ge=1, description="Pods.")
@@ -55,7 +55,7 @@ class World(Wire):
         return self.nodes * self.processes_per_node
 
 
-class Resume(Wire):
+class Resume(WireModel):
     """Where this attempt starts."""
 
     mode: str = Field(
@@ -71,7 +71,7 @@ class Resume(Wire):
     )
 
 
-class RunConfig(Wire):
+class RunConfig(WireModel):
     """`run.json`: everything a pod needs to know. At most 64 KiB; the same bytes for all pods of an attempt."""
 
     version: int = Field(default=1, description="Of this contract.")
@@ -95,7 +95,7 @@ class RunConfig(Wire):
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces. Its sha256 is the run's configuration hash."""
-        return json.dumps(self.wire(), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+        return json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
     @staticmethod
     def sha256(data: bytes) -> str:
@@ -103,7 +103,7 @@ class RunConfig(Wire):
         return hashlib.sha256(data).hexdigest()
 
 
-class Health(Lenient):
+class Health(LenientModel):
     """What may go wrong next."""
 
     healthy: bool = Field(
@@ -111,8 +111,8 @@ class Health(Lenient):
         description="False while a loss or gradient norm is not finite, or a checkpoint could not be kept.",
     )
     seconds_since_step: float | None = Field(default=None, description="Since the newest optimizer step.")
-    seconds_since_sign: float | None = Field(
-        default=None, description="Since training last showed that it is alive: a step, a micro-step, a batch of an evaluation, a file."
+    seconds_since_heartbeat: float | None = Field(
+        default=None, validation_alias=AliasChoices("secondsSinceHeartbeat", "secondsSinceSign"), description="Since training last showed that it is alive: a step, a micro-step, a batch of an evaluation, a file."
     )
     median_step_seconds: float | None = Field(default=None, description="Median time of recent optimizer steps.")
     last_save_seconds: float | None = Field(
@@ -123,7 +123,7 @@ class Health(Lenient):
     )
 
 
-class Report(Lenient):
+class ProgressReport(LenientModel):
     """What `GET /progress` answers."""
 
     attempt: int = Field(description="Attempt of this pod.")
@@ -142,7 +142,7 @@ class Report(Lenient):
     timings: dict[str, float] = Field(default_factory=dict, description="Seconds each stage took, by name.")
 
 
-class LastWords(Lenient):
+class TerminationMessage(LenientModel):
     """The termination message: one JSON object below 4 KiB."""
 
     class_: Annotated[FailureClass | None, Field(alias="class")] = None
@@ -169,7 +169,7 @@ class LastWords(Lenient):
 
     def to_json(self) -> str:
         """The message, cut to what a kubelet keeps: first the lists go, then the long texts are shortened."""
-        value = self.wire()
+        value = self.to_wire()
         for drop in ("resolved", "checkpoints", "metrics"):
             if len(_compact(value)) <= MAX_TERMINATION_BYTES:
                 break

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PlainSerializer
 
-from finetune_api.base import Lenient
+from finetune_api.base import LenientModel
 from finetune_api.names import Condition as ConditionType
 from finetune_api.names import FailureClass, Phase
 from finetune_api.spec.enums import OutputKind
@@ -22,7 +22,7 @@ def rfc3339(moment: datetime) -> str:
 Time = Annotated[datetime, PlainSerializer(rfc3339, return_type=str, when_used="json")]
 
 
-class Condition(Lenient):
+class Condition(LenientModel):
     """One condition, as Kubernetes' own objects have them."""
 
     type: ConditionType = Field(description="What is spoken of.")
@@ -33,7 +33,7 @@ class Condition(Lenient):
     observed_generation: int | None = Field(default=None, description="Generation of the spec this was derived from.")
 
 
-class Attempt(Lenient):
+class Attempt(LenientModel):
     """One attempt: one Job."""
 
     number: int = Field(description="Counted from 1.")
@@ -53,7 +53,7 @@ class Attempt(Lenient):
     counted: bool | None = Field(default=None, description="Whether it counts against policy.retries.")
 
 
-class Progress(Lenient):
+class Progress(LenientModel):
     """How far the run is."""
 
     step: int | None = Field(default=None, description="Optimizer steps done.")
@@ -70,7 +70,7 @@ class Progress(Lenient):
     update_time: Time | None = Field(default=None, description="When the pod reported this.")
 
 
-class Metrics(Lenient):
+class Metrics(LenientModel):
     """Last values, rounded."""
 
     train_loss: float | None = Field(default=None, description="Training loss (nats per token).")
@@ -81,7 +81,7 @@ class Metrics(Lenient):
     grad_norm: float | None = Field(default=None, description="Gradient norm before clipping.")
 
 
-class Checkpoint(Lenient):
+class Checkpoint(LenientModel):
     """A committed checkpoint."""
 
     step: int = Field(description="Optimizer steps done when it was made.")
@@ -94,7 +94,7 @@ class Checkpoint(Lenient):
     save_seconds: float | None = Field(default=None, description="Seconds that its upload took, up to its commit.")
 
 
-class Output(Lenient):
+class Output(LenientModel):
     """The final artefact."""
 
     uri: str | None = Field(default=None, description="Folder with its files.")
@@ -109,7 +109,7 @@ class Output(Lenient):
     )
 
 
-class Failure(Lenient):
+class Failure(LenientModel):
     """Why the job, or its last attempt, failed."""
 
     class_: Annotated[FailureClass, Field(alias="class", description="Whose fault it is.")]
@@ -122,7 +122,7 @@ class Failure(Lenient):
     exit_code: int | None = Field(default=None, description="Exit code of the pod.")
 
 
-class Adaptation(Lenient):
+class Adaptation(LenientModel):
     """Something the operator changed to let the job go on."""
 
     time: Time = Field(description="When.")
@@ -133,7 +133,7 @@ class Adaptation(Lenient):
     set: dict[str, Any] | None = Field(default=None, description="Values that now hold, by spec path.")
 
 
-class Workers(Lenient):
+class Workers(LenientModel):
     """Pods of the current attempt."""
 
     ready: int = Field(default=0, description="Pods that are ready.")
@@ -141,7 +141,7 @@ class Workers(Lenient):
     display: str = Field(default="0/0", description="For people. Example: `2/2`.")
 
 
-class Resolved(Lenient):
+class Resolved(LenientModel):
     """What the run really is, every default and everything found out filled in."""
 
     world_size: int | None = Field(default=None, description="Ranks in all.")
@@ -173,7 +173,7 @@ class Resolved(Lenient):
     )
 
 
-class FineTuneJobStatus(Lenient):
+class FineTuneJobStatus(LenientModel):
     """The whole story of a run."""
 
     observed_generation: int = Field(

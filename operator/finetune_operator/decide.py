@@ -10,7 +10,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from finetune_api.names import Condition, ExitCode, FailureClass, Reason, attempt_job_name
-from finetune_api.pod import LastWords, Report
+from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.status import Checkpoint, Failure
 
 from finetune_operator.facts import Facts
@@ -248,13 +248,13 @@ def _follow(
     return None, follow
 
 
-def rank0_words(facts: Facts) -> LastWords | None:
+def rank0_words(facts: Facts) -> TerminationMessage | None:
     """The last words of the newest pod of rank 0 that left any."""
     pods = sorted((p for p in facts.attempt_pods if p.index == 0), key=lambda p: p.created, reverse=True)
     return next((words for pod in pods if (words := pod.words) is not None), None)
 
 
-def committed_by(facts: Facts, words: LastWords | None) -> int | None:
+def committed_by(facts: Facts, words: TerminationMessage | None) -> int | None:
     """Newest step that the current attempt is known to have committed; None: none that is known.
 
     Pods tell of all checkpoints there are, also of those that earlier attempts made.
@@ -320,7 +320,7 @@ def _stall_time(facts: Facts) -> datetime | None:
     return _later(max(silent), clock.stall_limit(facts.spec, report) + 1) if spoke and silent else None
 
 
-def _last_heard(facts: Facts) -> tuple[Report | None, datetime | None]:
+def _last_heard(facts: Facts) -> tuple[ProgressReport | None, datetime | None]:
     """What the attempt's pods said last, if this operator heard it, and when they spoke."""
     heard = facts.speaking
     return (heard.report, heard.time) if heard else (None, _silent_since(facts))

@@ -166,7 +166,7 @@ def build_event(job: JobObject, note: Note, instance: str, now: datetime) -> Obj
         "metadata": {
             "name": f"{job.name}.{digest[:16]}",
             "namespace": job.namespace,
-            "annotations": {names.Annotation.TOLD_FROM.value: job.resource_version},
+            "annotations": {names.Annotation.OBSERVED_VERSION.value: job.resource_version},
         },
         "eventTime": _micro(now),
         "reportingController": names.GROUP,

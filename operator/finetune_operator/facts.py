@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from finetune_api.names import Condition, Reason, attempt_job_name, attempt_of_uri
-from finetune_api.pod import Report
+from finetune_api.pod import ProgressReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, Checkpoint
 from finetune_api.status import Condition as StatusCondition
@@ -24,7 +24,7 @@ from finetune_operator.views import JobObject, JobView, PodView
 class Heard:
     """What rank 0's pod said, and when."""
 
-    report: Report
+    report: ProgressReport
     time: datetime
     pod_uid: str = ""
 

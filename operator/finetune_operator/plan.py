@@ -7,7 +7,7 @@ from datetime import datetime
 from enum import StrEnum
 
 from finetune_api.names import Reason
-from finetune_api.pod import LastWords
+from finetune_api.pod import TerminationMessage
 from finetune_api.status import Adaptation, Failure
 
 from finetune_operator.policies.acceptance import Refused
@@ -62,7 +62,7 @@ class Ending:
     reason: Reason
     time: datetime
     failure: Failure | None = None
-    words: LastWords | None = None
+    words: TerminationMessage | None = None
     """Rank 0's, if it left any."""
     counted: bool = False
     progressed: bool = False

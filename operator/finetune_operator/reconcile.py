@@ -316,7 +316,7 @@ class Reconciler:
     async def _report(self, key: Key, facts: Facts, plan: Plan, acted: Acted) -> None:
         """Tell what happened and write the status, if it changed."""
         old, new = facts.job.status, report(facts, plan, acted)
-        before, after = old.wire(), new.wire()
+        before, after = old.to_wire(), new.to_wire()
         untold = self._memories[key].untold
         now = asyncio.get_running_loop().time()
         if before == after:

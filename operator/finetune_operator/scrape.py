@@ -16,7 +16,7 @@ from datetime import datetime
 
 import aiohttp
 from finetune_api.names import PROGRESS_PORT, Path
-from finetune_api.pod import Report
+from finetune_api.pod import ProgressReport
 from finetune_api.status import Stage
 from pydantic import ValidationError
 
@@ -149,7 +149,7 @@ class Scraper:
             self._heard[turn.key] = (turn.target, Heard(report, self._now(), turn.target.pod_uid))
             self._told(turn.key)
 
-    def _pause(self, report: Report | None, unanswered: int) -> float:
+    def _pause(self, report: ProgressReport | None, unanswered: int) -> float:
         """Seconds until the next question."""
         settings = self._settings
         if report is None:
@@ -158,7 +158,7 @@ class Scraper:
         starting = report.stage in (Stage.STARTING, Stage.DOWNLOADING, Stage.CHECKING)
         return settings.starting_interval_seconds if starting else settings.interval_seconds
 
-    async def _read(self, session: aiohttp.ClientSession, target: Target) -> Report | None:
+    async def _read(self, session: aiohttp.ClientSession, target: Target) -> ProgressReport | None:
         try:
             async with session.get(target.url, allow_redirects=False) as response:
                 if response.status != 200:
@@ -168,7 +168,7 @@ class Scraper:
                     data += chunk
                     if len(data) > MAX_BYTES:
                         return None
-                report = Report.model_validate_json(data)
+                report = ProgressReport.model_validate_json(data)
         except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
             logger.debug("%s does not tell its progress: %s", target.url, error)
             return None

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from finetune_api.base import Wire
+from finetune_api.base import WireModel
 from finetune_api.spec.cluster import LabelKey, Quantity, StorageRoot, Toleration
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
@@ -50,7 +50,7 @@ class LogLevel(StrEnum):
     ERROR = "error"
 
 
-class TrainerSettings(Wire):
+class TrainerSettings(WireModel):
     """`trainer`: the pods that train."""
 
     image: str = Field(default="localhost/finetune-trainer:dev", min_length=1, description="Image of the trainer.")
@@ -65,7 +65,7 @@ class TrainerSettings(Wire):
     priority_class_name: Name | None = Field(default=None, description="Priority class where the job names none.")
 
 
-class ResourceSettings(Wire):
+class ResourceSettings(WireModel):
     """`resources`: what a pod gets where the job says nothing."""
 
     cpu: Quantity = Field(default="1", description="CPU request.")
@@ -74,7 +74,7 @@ class ResourceSettings(Wire):
     shared_memory: Quantity = Field(default="1Gi", description="Size of /dev/shm.")
 
 
-class PoolResources(Wire):
+class PoolResources(WireModel):
     """`nodePools[].resources`: the same, for pods of one pool; absent values come from `resources`."""
 
     cpu: Quantity | None = None
@@ -83,7 +83,7 @@ class PoolResources(Wire):
     shared_memory: Quantity | None = None
 
 
-class NodePool(Wire):
+class NodePool(WireModel):
     """`nodePools[]`: machines of one kind, by a name that users may write into `resources.nodePool`."""
 
     name: Name = Field(description="Name of the pool.")
@@ -98,7 +98,7 @@ class NodePool(Wire):
     resources: PoolResources = Field(default=PoolResources(), description="What a pod gets on this pool.")
 
 
-class LeaderElection(Wire):
+class LeaderElection(WireModel):
     """`leaderElection`: one active replica, by a Lease."""
 
     enabled: bool = Field(default=False, description="Needed with two replicas.")
@@ -115,7 +115,7 @@ class LeaderElection(Wire):
         return self
 
 
-class ScrapeSettings(Wire):
+class ScrapeSettings(WireModel):
     """`scrape`: how progress is read from rank 0's pod."""
 
     interval_seconds: Seconds = Field(default=15, description="Between two reads of one job that trains.")
@@ -128,35 +128,35 @@ class ScrapeSettings(Wire):
     )
 
 
-class RetrySettings(Wire):
+class RetrySettings(WireModel):
     """`retry`: the pause before another attempt; it doubles with each attempt that made no progress."""
 
     base_seconds: Seconds = Field(default=10, description="First pause.")
     max_seconds: Seconds = Field(default=600, description="Longest pause.")
 
 
-class ApiSettings(Wire):
+class ApiSettings(WireModel):
     """`api`: how the operator talks to the API server."""
 
     connections: int = Field(default=32, ge=1, le=1024, description="Connections at the same time.")
     timeout_seconds: Seconds = Field(default=30, description="For one request.")
 
 
-class HttpSettings(Wire):
+class HttpSettings(WireModel):
     """`http`: `/healthz`, `/readyz` and `/metrics`."""
 
     host: str = Field(default="0.0.0.0", description="Address to listen on.")  # noqa: S104 -- probes come from outside the pod
     port: int = Field(default=8080, ge=0, le=65535, description="Port; 0 takes a free one and logs it.")
 
 
-class LogSettings(Wire):
+class LogSettings(WireModel):
     """`log`: log lines on standard error."""
 
     format: LogFormat = Field(default=LogFormat.TEXT, description="text for people, json for collectors.")
     level: LogLevel = Field(default=LogLevel.INFO, description="Lowest level written.")
 
 
-class OperatorConfig(Wire):
+class OperatorConfig(WireModel):
     """The whole file."""
 
     namespaces: tuple[Name, ...] = Field(default=(), description="Namespaces to serve; empty: all of the cluster.")

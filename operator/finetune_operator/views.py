@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from finetune_api.names import CONTAINER, KIND, MANAGER, Annotation, Label
-from finetune_api.pod import LastWords
+from finetune_api.pod import TerminationMessage
 from finetune_api.status import FineTuneJobStatus
 from pydantic import ValidationError
 
@@ -119,9 +119,9 @@ class PodView:
         return self.gone or self.phase in ("Succeeded", "Failed")
 
     @property
-    def words(self) -> LastWords | None:
+    def words(self) -> TerminationMessage | None:
         """Its termination message, if it is one of ours."""
-        return last_words(self.terminated.message) if self.terminated else None
+        return parse_termination_message(self.terminated.message) if self.terminated else None
 
 
 @dataclass(frozen=True)
@@ -151,12 +151,12 @@ def time(text: Any) -> datetime | None:
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
-def last_words(message: str) -> LastWords | None:
+def parse_termination_message(message: str) -> TerminationMessage | None:
     """A termination message of the trainer, or None if it is anything else."""
     if not message.startswith("{"):
         return None
     try:
-        return LastWords.model_validate(json.loads(message))
+        return TerminationMessage.model_validate(json.loads(message))
     except ValueError:
         return None
 

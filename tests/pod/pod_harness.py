@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.defaults import Context, resolve
-from finetune_api.pod import LastWords, Report, Resume, RunConfig, StoreTarget, World
+from finetune_api.pod import ProgressReport, Resume, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
 
@@ -135,19 +135,19 @@ class Pod:
         except OSError:
             return None
 
-    def report(self) -> Report | None:
+    def report(self) -> ProgressReport | None:
         """Its progress report."""
         data = self.get()
-        return Report.model_validate_json(data) if data else None
+        return ProgressReport.model_validate_json(data) if data else None
 
     def step(self) -> int:
         """Newest optimizer step it reports."""
         report = self.report()
         return (report.progress.step or 0) if report else 0
 
-    def words(self) -> LastWords:
+    def words(self) -> TerminationMessage:
         """Its last words."""
-        return LastWords.model_validate_json((self.folder / "last-words").read_text())
+        return TerminationMessage.model_validate_json((self.folder / "last-words").read_text())
 
     def wait_until(self, holds: Callable[[], bool], timeout: float = 300) -> None:
         """Until a condition holds; fails with the log if the pod ends or time runs out first."""

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finetune_api.pod import LastWords, RunConfig
+from finetune_api.pod import RunConfig, TerminationMessage
 from pod_buckets import Bucket, new_bucket
 from pod_harness import PYTHONPATH, Pod, merged, run_config
 
@@ -87,7 +87,7 @@ def traced(
     return Pod(run, folder, bucket.env | env, node_rank=node_rank)
 
 
-def story(bucket: Bucket, pods: Iterable[Pod], words: LastWords) -> Story:
+def story(bucket: Bucket, pods: Iterable[Pod], words: TerminationMessage) -> Story:
     """Everything that a run's pods did."""
     return Story(lines(bucket), rows_learned(pods), weights(bucket, words))
 
@@ -121,7 +121,7 @@ def rows_learned(pods: Iterable[Pod]) -> Rows:
     return found
 
 
-def weights(bucket: Bucket, words: LastWords) -> dict[str, str]:
+def weights(bucket: Bucket, words: TerminationMessage) -> dict[str, str]:
     """sha256 of the final model's weight files, from its manifest."""
     assert words.output is not None and words.output.uri is not None
     manifest = json.loads(bucket.read(words.output.uri.split("/job/", 1)[1].split("/", 1)[1] + "/manifest.json"))

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 from finetune_api.errors import FineTuneError
 from finetune_api.names import FailureClass
-from finetune_api.pod import LastWords, Resume
+from finetune_api.pod import Resume, TerminationMessage
 from pod_buckets import Bucket
 from pod_harness import ROWS, Pod, merged, run_config, write_rows
 
 
 def failed(
     bucket: Bucket, folder: Path, spec: dict[str, Any], *, env: dict[str, str] | None = None, **target: Any
-) -> LastWords:
+) -> TerminationMessage:
     """The last words of a pod that must fail before training."""
     run = run_config(spec, bucket.target(**target))
     with Pod(run, folder / "pod", bucket.env | (env or {})) as pod:
@@ -38,7 +38,7 @@ def spec(model: Path, rows: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def says(words: LastWords, code: int, name: str, failure_class: FailureClass, *said: str) -> None:
+def says(words: TerminationMessage, code: int, name: str, failure_class: FailureClass, *said: str) -> None:
     assert (words.exit_code, words.code, words.class_) == (code, name, failure_class), words
     for word in said:
         assert word in f"{words.message} {words.hint}"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from finetune_api.names import FailureClass
-from finetune_api.pod import LastWords, Resume, RunConfig
+from finetune_api.pod import Resume, RunConfig, TerminationMessage
 from finetune_api.status import Adaptation
 from finetune_operator.policies.ladder import ACCUMULATION, BATCH, adapted, after_memory
 from pod_buckets import Bucket
@@ -192,7 +192,7 @@ def stopped(pod: Pod) -> Pod:
     return pod
 
 
-def assert_split_anew(words: LastWords, step: int, before: str) -> None:
+def assert_split_anew(words: TerminationMessage, step: int, before: str) -> None:
     """It went on from that step, and said that other ranks had made it."""
     assert words.resumed_from_step == step and words.resolved is not None
     assert words.resolved.resume_exact is False and before in (words.resolved.resume_note or "")

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from finetune_api.names import FailureClass
-from finetune_api.pod import LastWords, Resume, StoreTarget
+from finetune_api.pod import Resume, StoreTarget, TerminationMessage
 from pod_harness import PYTHONPATH, UID, Pod, merged, run_config
 
 HERE = Path(__file__).parent
@@ -48,7 +48,7 @@ def committed(folder: Path) -> list[int]:
     return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
 
-def ended(pod: Pod) -> tuple[int, LastWords]:
+def ended(pod: Pod) -> tuple[int, TerminationMessage]:
     code = pod.end()
     words = pod.words()
     assert words.exit_code == code, pod.text[-3000:]

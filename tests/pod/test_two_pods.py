@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.pod import LastWords, Resume, StoreTarget
+from finetune_api.pod import Resume, StoreTarget, TerminationMessage
 from finetune_trainer.agent import free_port
 from pod_buckets import Bucket
 from pod_harness import Pod, run_config
@@ -36,7 +36,7 @@ class Gang:
             for node in (0, 1)
         ]
 
-    def stopped(self, first: list[Pod], signalled: int) -> list[LastWords]:
+    def stopped(self, first: list[Pod], signalled: int) -> list[TerminationMessage]:
         """The signalled pod is told to end. A kubelet tells only that one; the other learns of it from the gang."""
         first[signalled].terminate()
         assert [pod.end() for pod in first] == [75, 75], first[0].text[-3000:] + first[1].text[-3000:]

@@ -29,7 +29,7 @@ import aiohttp
 from aiohttp import web
 from finetune_api import names
 from finetune_api.names import Label
-from finetune_api.pod import LastWords, Report
+from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.status import Stage
 
 from localcluster.api import Endpoint
@@ -62,7 +62,7 @@ class Ending:
     """How a container ends."""
 
     exit_code: int = 0
-    words: LastWords | str | None = None
+    words: TerminationMessage | str | None = None
     """The termination message: ours, or any text."""
     reason: str = ""
     """As the container runtime says it, `OOMKilled`; empty: Completed or Error."""
@@ -418,7 +418,7 @@ class FakeKubelet:
         if pod.uid in self._endings:
             return
         self._endings[pod.uid] = ending
-        message = ending.words.to_json() if isinstance(ending.words, LastWords) else (ending.words or "")
+        message = ending.words.to_json() if isinstance(ending.words, TerminationMessage) else (ending.words or "")
         reason = ending.reason or ("Completed" if ending.exit_code == 0 else "Error")
         times = {"startedAt": _started(pod), "finishedAt": now()}
         state = {"terminated": {"exitCode": ending.exit_code, "reason": reason, "message": message, **times}}
@@ -452,7 +452,7 @@ class FakeKubelet:
         if pod is None or pod.phase != "Running" or f"/{rest[0] if rest else ''}" != names.Path.PROGRESS:
             raise web.HTTPNotFound
         uid = pod.body["metadata"]["labels"].get(Label.UID, "")
-        report = Report(attempt=pod.attempt, uid=uid).wire() | (said or {})
+        report = ProgressReport(attempt=pod.attempt, uid=uid).to_wire() | (said or {})
         return web.Response(body=json.dumps(report), content_type="application/json")
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -514,14 +514,14 @@ def now() -> str:
 def success(uri: str = "s3://bucket/model", step: int = 10, **words: Any) -> Ending:
     """A pod that trained to the end and left its artefact's address."""
     output = {"uri": uri, "sha256": "0" * 64, "kind": "adapter"}
-    return Ending(0, LastWords.model_validate({"output": output, "step": step, **words}))
+    return Ending(0, TerminationMessage.model_validate({"output": output, "step": step, **words}))
 
 
 def failure(exit_code: int, *, step: int | None = None, committed: int | None = None, **words: Any) -> Ending:
     """A pod that failed and said why. `committed` is the step of its newest checkpoint."""
     said = {"exitCode": exit_code, "step": step, "committedStep": committed, **words}
     kept = {key: value for key, value in said.items() if value is not None}
-    return Ending(exit_code, LastWords.model_validate(kept))
+    return Ending(exit_code, TerminationMessage.model_validate(kept))
 
 
 __all__ = ["Ending", "FakeKubelet", "FakePod", "Plan", "Start", "failure", "now", "read", "replace", "success"]

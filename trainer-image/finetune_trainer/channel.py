@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from finetune_api.base import Wire
+from finetune_api.base import WireModel
 from finetune_api.errors import FineTuneError, InternalError
 from finetune_api.names import WORK_MOUNT, Env
 from finetune_api.spec.enums import OutputKind
@@ -118,15 +118,15 @@ class Channel:
 
     def progress(self, progress: Progress) -> None:
         """How far the run is; merged into what was said before."""
-        self._news("progress", value=progress.wire())
+        self._news("progress", value=progress.to_wire())
 
     def metrics(self, metrics: Metrics) -> None:
         """Last values; merged into what was said before. Non-finite values are left out by the caller."""
-        self._news("metrics", value=metrics.wire())
+        self._news("metrics", value=metrics.to_wire())
 
     def resolved(self, resolved: Resolved) -> None:
         """What the run really is; merged into what was said before."""
-        self._must("resolved", value=resolved.wire())
+        self._must("resolved", value=resolved.to_wire())
 
     def note(self, text: str) -> None:
         """A sentence for `status.resolved.notes`."""
@@ -185,8 +185,8 @@ _NUMBERS = {"rank": "0", "local_rank": "0", "world_size": "1"}
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Wire):
-        return value.wire()
+    if isinstance(value, WireModel):
+        return value.to_wire()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):

@@ -10,13 +10,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from finetune_api.base import Wire
+from finetune_api.base import WireModel
 from pydantic import Field
 
 FILE_NAME = "inputs.json"
 
 
-class RestoredCheckpoint(Wire):
+class RestoredCheckpoint(WireModel):
     """A committed checkpoint, downloaded and found to match its manifest."""
 
     path: Path = Field(description="Local folder as the Trainer wrote it: a plain HF or PEFT folder.")
@@ -25,7 +25,7 @@ class RestoredCheckpoint(Wire):
     manifest: dict[str, Any] = Field(default_factory=dict, description="What its manifest says about the run.")
 
 
-class Inputs(Wire):
+class Inputs(WireModel):
     """Local paths of everything a rank reads, and the one folder it may write."""
 
     model: Path = Field(description="Folder of the base model.")

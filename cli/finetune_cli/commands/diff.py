@@ -65,7 +65,7 @@ def _resolved(spec: dict[str, Any], name: str) -> dict[str, Any]:
     from pydantic import ValidationError
 
     try:
-        return resolve(FineTuneJobSpec.model_validate(spec)).spec.wire()
+        return resolve(FineTuneJobSpec.model_validate(spec)).spec.to_wire()
     except ValidationError as error:
         output.errors([f"{name}: it cannot be read ({error.error_count()} errors); `finetune validate` tells them"])
         raise output.Ended(output.ERROR) from None

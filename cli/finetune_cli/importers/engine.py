@@ -422,7 +422,7 @@ def _problems(spec: FineTuneJobSpec, draft: Draft) -> list[Problem]:
         if path in PIVOTS:
             group, field = path.split(".")
             for value in PIVOTS[path]:
-                changed = spec.wire()
+                changed = spec.to_wire()
                 changed.setdefault(group, {})[field] = value
                 still = {(one.path, one.code) for one in check(FineTuneJobSpec.model_validate(changed))}
                 problems = [one for one in problems if (one.path, one.code) in still]

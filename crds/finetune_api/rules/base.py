@@ -77,7 +77,7 @@ def added(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Problem]:
 
 def as_written(spec: FineTuneJobSpec, filled: Iterable[str]) -> FineTuneJobSpec:
     """A resolved spec without what was filled in (wire paths), as rules want to see it."""
-    value = spec.wire()
+    value = spec.to_wire()
     for path in filled:
         *groups, name = path.split(".")
         inner: Any = value

@@ -74,14 +74,14 @@ class FineTuneJobSpec(Group):
 
     def value(self, path: str) -> Any:
         """What stands at a path, which is a dotted wire name; None if nothing does."""
-        found: Any = self.wire()
+        found: Any = self.to_wire()
         for name in path.split("."):
             found = found.get(name) if isinstance(found, dict) else None
         return found
 
     def with_values(self, values: Mapping[str, Any]) -> FineTuneJobSpec:
         """The same with other values at some paths, which are dotted wire names. Errors: pydantic's ValidationError."""
-        wire = self.wire()
+        wire = self.to_wire()
         for path, value in values.items():
             *groups, name = path.split(".")
             target = wire

@@ -314,10 +314,10 @@ def _scheduling(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorCo
         result["nodeSelector"] = selector
     tolerations = [*(pool.tolerations if pool else ()), *(placement.tolerations or [])]
     if tolerations:
-        result["tolerations"] = [one.wire() for one in tolerations]
+        result["tolerations"] = [one.to_wire() for one in tolerations]
     affinity: Object = {}
     if placement.node_affinity:
-        terms = [one.wire() for one in placement.node_affinity]
+        terms = [one.to_wire() for one in placement.node_affinity]
         required = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
         affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": required}
     if gang:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import IntEnum, StrEnum
 
 from finetune_api.names import CLASS_OF_CODE, REASON_OF_CLASS, ExitCode, FailureClass, Reason
-from finetune_api.pod import LastWords
+from finetune_api.pod import TerminationMessage
 from finetune_api.status import Failure
 
 from finetune_operator.text import clean
@@ -143,7 +143,7 @@ def pod_cause(pod: PodView) -> Cause | None:
 
 
 def _exit(pod: PodView, code: int) -> Cause:
-    words = pod.words or LastWords()
+    words = pod.words or TerminationMessage()
     failure_class = words.class_ or CLASS_OF_CODE[code]
     failure = _failure(
         pod, failure_class, words.code or CODE_WORD[code], words.message or _raw(pod) or f"exit code {code}"
@@ -180,7 +180,7 @@ def _unknown_exit(pod: PodView, code: int) -> Cause:
             pod, FailureClass.PREEMPTED, "PreemptedNotSaved", "the pod was deleted and did not save in time"
         )
         return Cause(Reason.PREEMPTED, failure, Fate.FREE, Weight.STOPPED)
-    words = pod.words or LastWords()
+    words = pod.words or TerminationMessage()
     failure_class = words.class_ or FailureClass.INTERNAL
     message = words.message or _raw(pod) or f"the trainer ended with exit code {code}"
     return Cause(
@@ -211,7 +211,7 @@ def _job_cause(job: JobView | None) -> Cause:
 
 
 def _failure(pod: PodView, failure_class: FailureClass, code: str, message: str) -> Failure:
-    words = pod.words or LastWords()
+    words = pod.words or TerminationMessage()
     return Failure(
         class_=failure_class,
         code=clean(code, 128),

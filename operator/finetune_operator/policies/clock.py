@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 
-from finetune_api.pod import Report
+from finetune_api.pod import ProgressReport
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, Stage
 
@@ -60,7 +60,7 @@ def _progressed(attempt: Attempt) -> bool:
     return attempt.committed_step is not None and attempt.committed_step > (attempt.resumed_from_step or 0)
 
 
-def stall_limit(spec: FineTuneJobSpec, report: Report | None) -> float:
+def stall_limit(spec: FineTuneJobSpec, report: ProgressReport | None) -> float:
     """Seconds without a step after which a run counts as stalled."""
     if spec.policy.stall_timeout_seconds is not None:
         return float(spec.policy.stall_timeout_seconds)
@@ -69,7 +69,7 @@ def stall_limit(spec: FineTuneJobSpec, report: Report | None) -> float:
 
 
 def stalled(
-    spec: FineTuneJobSpec, report: Report | None, heard: datetime | None, pods: Sequence[PodView], now: datetime,
+    spec: FineTuneJobSpec, report: ProgressReport | None, heard: datetime | None, pods: Sequence[PodView], now: datetime,
     unready: datetime | None = None,
 ) -> str:  # fmt: skip
     """Why the run counts as stalled, in words; empty: it does not.
@@ -93,10 +93,10 @@ def stalled(
     return ""
 
 
-def _quiet(report: Report) -> float | None:
+def _quiet(report: ProgressReport) -> float | None:
     """Seconds without a sign of life that a pod tells of itself; None before the first step."""
     health = report.health
-    return health.seconds_since_step if health.seconds_since_sign is None else health.seconds_since_sign
+    return health.seconds_since_step if health.seconds_since_heartbeat is None else health.seconds_since_heartbeat
 
 
 def lost(pods: Sequence[PodView], grace: float, now: datetime) -> list[PodView]:

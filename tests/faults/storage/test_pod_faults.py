@@ -89,7 +89,7 @@ def test_a_store_that_is_down_for_good(
     tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     sick = toy(tmp_path, spec, place, s3_server, {"steps": 300, "every": 5})
-    sick.env["FINETUNE_FINAL_PATIENCE_SECONDS"] = "1"
+    sick.env["FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"] = "1"
     with sick as pod:
         pod.wait_committed(5)
         proxy.fault(Reset())

@@ -24,7 +24,7 @@ from typing import Any
 import aiohttp
 import yaml
 from finetune_api.names import API_VERSION, KIND, ExitCode, Label
-from finetune_api.pod import LastWords
+from finetune_api.pod import TerminationMessage
 from finetune_operator.kube import Kube, KubeError, NotFound
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, Kind, Object
 from finetune_operator.settings import ApiSettings
@@ -277,7 +277,7 @@ class Kubelet:
         self.stops = True
         """Whether pods that are being deleted end; False: their node is gone."""
         self.stop_code = int(ExitCode.PREEMPTED_SAVED)
-        self.stop_words = LastWords(code="Stopped", message="saved on request", step=0)
+        self.stop_words = TerminationMessage(code="Stopped", message="saved on request", step=0)
         self._seen: set[tuple[str, str]] = set()
 
     async def run(self) -> None:
@@ -326,7 +326,7 @@ class Kubelet:
         })  # fmt: skip
 
     async def end(
-        self, pod: Object, code: int, words: LastWords | None = None, *, reason: str = "", raw: str = ""
+        self, pod: Object, code: int, words: TerminationMessage | None = None, *, reason: str = "", raw: str = ""
     ) -> None:
         """The container ends with this exit code and these last words."""
         message = raw or (words.to_json() if words else "")
@@ -341,7 +341,7 @@ class Kubelet:
     async def succeed(self, pod: Object, step: int = 100) -> None:
         """The run is over and its artefact committed."""
         output = {"uri": f"s3://models/test/model/{pod['metadata']['uid'][:8]}", "sha256": "ab" * 32, "kind": "adapter"}
-        words = LastWords.model_validate({"output": output, "step": step, "metrics": {"trainLoss": 0.5}})
+        words = TerminationMessage.model_validate({"output": output, "step": step, "metrics": {"trainLoss": 0.5}})
         await self.end(pod, 0, words)
 
     async def write(self, pod: Object, status: Object) -> None:

@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from finetune_api.names import Annotation, ExitCode, FailureClass, Label
-from finetune_api.pod import LastWords, RunConfig
+from finetune_api.pod import RunConfig, TerminationMessage
 from finetune_operator.kube import Invalid, KubeError
 from finetune_operator.objects import EVENT, FINETUNEJOB, JOB, POD, SERVICE, Kind
 
@@ -43,7 +43,7 @@ async def test_suspend_saves_frees_and_resumes_from_that_step(world: Rig) -> Non
     await world.create()
     await world.train("run-1", step=40, checkpoints=[checkpoint(30)], latestCheckpoint=checkpoint(30)["uri"])
     await world.until("checkpoint", lambda: world.status().get("checkpoints"))
-    world.kubelet.stop_words = LastWords(code="Stopped", message="saved", step=42, committed_step=42)
+    world.kubelet.stop_words = TerminationMessage(code="Stopped", message="saved", step=42, committed_step=42)
     await world.patch({"suspend": True})
     status = await world.phase("Suspended")
     assert world.condition("Suspended")["status"] == "True"
@@ -97,7 +97,7 @@ async def test_cancel_is_final(world: Rig) -> None:
 async def test_data_error_stops_at_once_with_the_trainer_s_words(world: Rig) -> None:
     await world.create()
     pod = await world.pod("run-1", 0, "Running")
-    words = LastWords(class_=FailureClass.DATA, code="RowMalformed", message="row 17: not JSON", hint="mend it", rank=0)
+    words = TerminationMessage(class_=FailureClass.DATA, code="RowMalformed", message="row 17: not JSON", hint="mend it", rank=0)
     await world.kubelet.end(pod, ExitCode.DATA, words)
     status = await world.phase("Failed")
     assert status["failure"] == {
@@ -141,7 +141,7 @@ async def test_progress_resets_the_retries(world: Rig) -> None:
     await world.create(policy={"retries": 1})
     for number, step in ((1, 0), (2, 20), (3, 0)):
         pod = await world.pod(f"run-{number}", 0, "Running")
-        words = LastWords(code="Odd", message="odd", committed_step=step or None)
+        words = TerminationMessage(code="Odd", message="odd", committed_step=step or None)
         await world.kubelet.end(pod, ExitCode.INTERNAL, words)
         await world.job(f"run-{number + 1}")
     status = world.status()
@@ -153,7 +153,7 @@ async def test_progress_resets_the_retries(world: Rig) -> None:
 async def test_memory_ladder_keeps_the_effective_batch(world: Rig) -> None:
     await world.create(training={"batchSizePerDevice": 4, "gradientAccumulationSteps": 2})
     pod = await world.pod("run-1", 0, "Running")
-    await world.kubelet.end(pod, ExitCode.OUT_OF_MEMORY, LastWords(code="GpuOutOfMemory", message="no memory"))
+    await world.kubelet.end(pod, ExitCode.OUT_OF_MEMORY, TerminationMessage(code="GpuOutOfMemory", message="no memory"))
     run = run_config(await world.job("run-2"))
     assert (run.spec.training.batch_size_per_device, run.spec.training.gradient_accumulation_steps) == (2, 4)
     pod = await world.pod("run-2", 0, "Running")
@@ -177,7 +177,7 @@ async def test_divergence_is_replayed_then_rolled_back_then_fails(world: Rig) ->
         rates.append(run.spec.training.learning_rate)
         limits.append(run.resume.max_step)
         pod = await world.pod(f"run-{number}", 0, "Running")
-        words = LastWords.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": marks, "step": 33})
+        words = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": marks, "step": 33})
         await world.kubelet.end(pod, ExitCode.DIVERGED, words)
     status = await world.phase("Failed")
     assert rates == [0.001, 0.001, 0.0005, 0.00025]
@@ -191,12 +191,12 @@ async def test_after_a_rollback_the_run_goes_on_from_its_newest_checkpoint(world
     marks = [checkpoint(step) for step in (10, 20, 30)]
     for number in (1, 2):
         pod = await world.pod(f"run-{number}", 0, "Running")
-        words = LastWords.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": marks, "step": 33})
+        words = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": marks, "step": 33})
         await world.kubelet.end(pod, ExitCode.DIVERGED, words)
     assert run_config(await world.job("run-3")).resume.max_step == 20
     far = [*marks, checkpoint(60, attempt=3)]
     saved = {"code": "StoppedSaved", "checkpoints": far, "committedStep": 60, "checkpoint": far[-1]["uri"], "step": 60}
-    stopped = LastWords.model_validate({**saved, "resumedFromStep": 20})
+    stopped = TerminationMessage.model_validate({**saved, "resumedFromStep": 20})
     await world.kubelet.end(await world.pod("run-3", 0, "Running"), ExitCode.PREEMPTED_SAVED, stopped)
     resume = run_config(await world.job("run-4")).resume
     assert (resume.max_step, resume.expect_step) == (None, 60)
@@ -282,7 +282,7 @@ async def test_gpu_pool_reaches_the_pod(world: Rig) -> None:
 async def test_one_failed_rank_ends_the_attempt_for_all(world: Rig) -> None:
     await world.create(resources={"nodes": 2})
     first, second = await world.pod("run-1", 0, "Running"), await world.pod("run-1", 1, "Running")
-    words = LastWords(code="Boom", message="boom", rank=1, origin=True)
+    words = TerminationMessage(code="Boom", message="boom", rank=1, origin=True)
     await world.kubelet.end(second, ExitCode.INTERNAL, words)
     await world.job("run-2")
     attempt = world.status()["attempts"][0]

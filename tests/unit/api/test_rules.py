@@ -450,8 +450,8 @@ def test_a_resolved_spec_is_judged_as_it_was_written() -> None:
         asked = spec(change)
         resolution = resolve(asked)
         written = as_written(resolution.spec, resolution.defaults)
-        given = {key: value for key, value in asked.wire().items() if value not in ({}, False)}
-        assert {key: value for key, value in written.wire().items() if value not in ({}, False)} == given
+        given = {key: value for key, value in asked.to_wire().items() if value not in ({}, False)}
+        assert {key: value for key, value in written.to_wire().items() if value not in ({}, False)} == given
         assert check(written) == check(asked) == []
     broken = resolve(spec({"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}}))
     with pytest.raises(ConfigError, match="BatchTooSmall: training.batchSizePerDevice: it is 1"):

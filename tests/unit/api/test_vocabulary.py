@@ -12,7 +12,7 @@ from finetune_api import names
 from finetune_api.base import DEFAULT, DEFAULT_TEXT
 from finetune_api.defaults import Context, resolve
 from finetune_api.errors import ConfigError, DataError, FineTuneError
-from finetune_api.pod import LastWords, Resume, RunConfig, StoreTarget, World
+from finetune_api.pod import Resume, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.rules import check
 from finetune_api.schema import HEADER, crd
 from finetune_api.sources import ConfigMapSource, FileSource, HttpsSource, HubSource, PvcSource, S3Source, parse
@@ -165,7 +165,7 @@ def test_another_store_gets_no_credentials_of_the_default_one() -> None:
     context = Context(storage=default)
     assert resolved(None, context).spec.storage == default
     own = resolved({"storage": {"endpoint": "https://elsewhere.example.com"}}, context).spec.storage
-    assert own.wire() == {"endpoint": "https://elsewhere.example.com", "uri": "s3://models/x"}
+    assert own.to_wire() == {"endpoint": "https://elsewhere.example.com", "uri": "s3://models/x"}
 
 
 def fields(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -270,22 +270,22 @@ def test_the_run_configuration_survives_the_way_to_the_pod() -> None:
 
 
 def test_last_words_fit_into_what_a_kubelet_keeps() -> None:
-    words = LastWords(
+    words = TerminationMessage(
         class_="Data", code="DatasetRowInvalid", message="ü" * 5000, hint="h" * 3000, metrics=Metrics(train_loss=1.0),
         checkpoints=[Checkpoint(step=i, uri="s3://bucket/" + "x" * 300) for i in range(6)], resolved=Resolved(notes=["n" * 900]),
     )  # fmt: skip
     text = words.to_json()
     assert len(text.encode()) <= names.MAX_TERMINATION_BYTES
-    found = LastWords.model_validate_json(text)
+    found = TerminationMessage.model_validate_json(text)
     assert (found.class_, found.code, found.checkpoints) == ("Data", "DatasetRowInvalid", [])
     assert found.message and found.message.endswith(" ...")
 
 
 def test_last_words_survive_half_a_character() -> None:
-    words = LastWords(class_="Internal", code="Unclassified", message="torn \udcff" + "x" * 5000)
+    words = TerminationMessage(class_="Internal", code="Unclassified", message="torn \udcff" + "x" * 5000)
     text = words.to_json()
     assert len(text.encode()) <= names.MAX_TERMINATION_BYTES
-    assert LastWords.model_validate_json(text).message.startswith("torn ?")
+    assert TerminationMessage.model_validate_json(text).message.startswith("torn ?")
 
 
 def test_failures_cross_process_borders() -> None:

@@ -85,7 +85,7 @@ def test_every_value_reaches_the_configuration(render: Render) -> None:
     assert (trainer.image_pull_secrets, trainer.service_account_name) == (("pull",), "who")
     assert (trainer.priority_class_name, trainer.env) == ("low", {"A": "b"})
     assert (trainer.labels, trainer.annotations) == ({"team": "x"}, {"note": "y"})
-    assert found.resources.wire() == {"cpu": 2, "memory": "8Gi", "ephemeralStorage": "1Gi", "sharedMemory": "2Gi"}
+    assert found.resources.to_wire() == {"cpu": 2, "memory": "8Gi", "ephemeralStorage": "1Gi", "sharedMemory": "2Gi"}
     assert found.storage.uri == "s3://bucket/p"
     assert found.storage.endpoint == "http://s3:8333"
     assert found.storage.credentials_secret_ref is not None

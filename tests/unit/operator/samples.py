@@ -7,7 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from finetune_api.pod import LastWords, Report
+from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.facts import Facts, Heard
 from finetune_operator.objects import Object
@@ -83,7 +83,7 @@ def pod(attempt: int = 1, index: int = 0, **fields: Any) -> PodView:
     return PodView(**{**values, **fields})
 
 
-def ended(view: PodView, code: int, words: LastWords | None = None, *, reason: str = "", message: str = "") -> PodView:
+def ended(view: PodView, code: int, words: TerminationMessage | None = None, *, reason: str = "", message: str = "") -> PodView:
     """The pod after its container ended."""
     text = message or (words.to_json() if words else "")
     phase = "Succeeded" if code == 0 else "Failed"
@@ -99,7 +99,7 @@ def accepted(written: Object | None = None, config: OperatorConfig = CONFIG) -> 
 
 def facts(
     *, written: Object | None = None, known: FineTuneJobStatus | None = None, jobs: Sequence[JobView] = (),
-    pods: Sequence[PodView] = (), now: datetime = T0, heard: Report | None = None, heard_at: datetime | None = None,
+    pods: Sequence[PodView] = (), now: datetime = T0, heard: ProgressReport | None = None, heard_at: datetime | None = None,
     obstacle: Waiting | None = None, config: OperatorConfig = CONFIG, **fields: Any,
 ) -> Facts:  # fmt: skip
     """Facts about a FineTuneJob named `run`."""
@@ -108,6 +108,6 @@ def facts(
     return Facts(mine, accept(mine.spec, config), now, config, tuple(jobs), tuple(pods), said, obstacle)
 
 
-def report(**fields: Any) -> Report:
+def report(**fields: Any) -> ProgressReport:
     """What rank 0's pod says, from wire names."""
-    return Report.model_validate({"uid": UID, "attempt": 1, "stage": "training", **fields})
+    return ProgressReport.model_validate({"uid": UID, "attempt": 1, "stage": "training", **fields})

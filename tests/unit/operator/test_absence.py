@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from finetune_api.names import Condition, Reason
-from finetune_api.pod import LastWords
+from finetune_api.pod import TerminationMessage
 from finetune_api.rules import check
 from finetune_api.status import Adaptation, FineTuneJobStatus
 from finetune_operator.decide import decide
@@ -151,7 +151,7 @@ def test_an_old_answer_does_not_make_a_ready_pod_late() -> None:
 
 @pytest.mark.parametrize(("sign", "late"), [(3.0, False), (690.0, True), (None, True)])
 def test_a_batch_of_an_evaluation_is_as_good_as_a_step(sign: float | None, late: bool) -> None:
-    said = report(health={"secondsSinceStep": 700.0, "secondsSinceSign": sign, "medianStepSeconds": 1.0})
+    said = report(health={"secondsSinceStep": 700.0, "secondsSinceHeartbeat": sign, "medianStepSeconds": 1.0})
     assert bool(clock.stalled(accepted().spec, said, T0, [pod()], at(5))) is (late and (sign is None or sign + 5 > 600))
 
 
@@ -317,7 +317,7 @@ def test_our_own_pause_is_no_waiting() -> None:
 
 def test_the_last_words_tell_what_retention_took_in_the_end() -> None:
     known = status(attempt=1, attempts=[BEGUN], checkpoints=CHECKPOINTS[-2:])
-    words = LastWords.model_validate({"step": 500, "checkpoints": CHECKPOINTS[-1:], "output": {"uri": "s3://m/final"}})
+    words = TerminationMessage.model_validate({"step": 500, "checkpoints": CHECKPOINTS[-1:], "output": {"uri": "s3://m/final"}})
     said = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 500})
     found = facts(known=known, jobs=[job(complete=at(60))], pods=[ended(pod(), 0, words)], heard=said, now=at(61))
     assert [one.step for one in make_report(found, decide(found), Acted()).checkpoints] == [500]

@@ -86,7 +86,7 @@ def test_job(name: str, written: Object) -> None:
 
 def test_run_config() -> None:
     run, _ = built(EVERYTHING)
-    golden("run-everything", run.wire())
+    golden("run-everything", run.to_wire())
 
 
 def test_service() -> None:

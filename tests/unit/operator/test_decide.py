@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from finetune_api.names import Condition, Reason
-from finetune_api.pod import LastWords
+from finetune_api.pod import TerminationMessage
 from finetune_api.status import Checkpoint, FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.plan import Outcome, Plan, Situation
@@ -67,7 +67,7 @@ def test_a_finished_job_is_never_started_again(place: str) -> None:
     known, jobs, pods = PLACES[place]
     when = "2026-11-21T12:01:00Z"
     truth = {"type": Condition.FINISHED, "status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": when}
-    finished = FineTuneJobStatus.model_validate({**(known.wire() if known else {}), "conditions": [truth]})
+    finished = FineTuneJobStatus.model_validate({**(known.to_wire() if known else {}), "conditions": [truth]})
     for wish in ({}, {"suspend": False}, {"suspend": True}, {"cancel": True}):
         plan = decide(facts(written=spec(**wish), known=finished, jobs=jobs, pods=pods, now=at(4000)))
         assert plan.situation is Situation.FINISHED
@@ -122,7 +122,7 @@ def test_checkpoints_of_earlier_attempts_are_no_progress_of_this_one() -> None:
     old = {"step": 500, "uri": "s3://b/checkpoints/step-00000500/a1-0123abcd"}
     idle = [{"number": n, "startTime": T, "endTime": T, "reason": "NodeLost", "counted": False} for n in range(2, 12)]
     known = status(attempt=12, attempts=[*idle, {"number": 12, "startTime": T}], checkpoints=[old], retriesUsed=3)
-    said = LastWords.model_validate(
+    said = TerminationMessage.model_validate(
         {"checkpoints": [old], "committedStep": 500, "checkpoint": old["uri"], "resumedFromStep": 300}
     )
     last = ended(pod(12), 70, said)

@@ -39,4 +39,4 @@ def test_a_customers_key_comes_by_environment() -> None:
 
 def test_without_it_nothing_about_it_is_said() -> None:
     run, body = built(spec())
-    assert "encryption" not in json.dumps(run.wire()) and "SSE" not in json.dumps(variables(body))
+    assert "encryption" not in json.dumps(run.to_wire()) and "SSE" not in json.dumps(variables(body))

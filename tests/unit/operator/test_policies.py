@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from finetune_api.names import FailureClass, Reason
-from finetune_api.pod import LastWords
+from finetune_api.pod import TerminationMessage
 from finetune_api.status import Adaptation, Attempt, Checkpoint, FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.policies import clock
@@ -151,8 +151,8 @@ def test_bytes_are_counted_and_not_characters() -> None:
 # Causes
 
 
-def words(code: str, **fields: Any) -> LastWords:
-    return LastWords(code=code, message=f"{code} happened", **fields)
+def words(code: str, **fields: Any) -> TerminationMessage:
+    return TerminationMessage(code=code, message=f"{code} happened", **fields)
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ async def test_the_same_transition_later_is_counted(server: Server) -> None:
             process.refresh()
     assert server.told()[Reason.SUSPENDED] == 2
     event = next(body for body in server.objects.values() if body.get("reason") == Reason.SUSPENDED)
-    assert event["metadata"]["annotations"][Annotation.TOLD_FROM] != "2"
+    assert event["metadata"]["annotations"][Annotation.OBSERVED_VERSION] != "2"
 
 
 @pytest.mark.parametrize("refused", ["events", "nothing"])

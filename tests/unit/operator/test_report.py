@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from finetune_api.names import Condition, Phase, Reason
-from finetune_api.pod import LastWords
+from finetune_api.pod import TerminationMessage
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.events import MAX_NOTE, Note, build_event, transitions
@@ -102,7 +102,7 @@ def test_checkpoints_the_newest_five_and_the_best() -> None:
 
 
 def test_success_from_the_last_words_alone() -> None:
-    words = LastWords.model_validate(
+    words = TerminationMessage.model_validate(
         {"step": 500, "output": {"uri": "s3://b/model", "kind": "adapter"}, "latestCheckpoint": "s3://b/500"}
     )
     found = told(facts(known=status(**RUNNING), jobs=[job(complete=at(90))], pods=[ended(pod(), 0, words)], now=at(95)))
@@ -147,20 +147,20 @@ def test_transition_times_only_move_with_the_status() -> None:
 
 def test_a_second_look_changes_nothing() -> None:
     first = told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], now=at(10)))
-    assert told(facts(known=first, jobs=[job()], pods=[pod()], now=at(20))).wire() == first.wire()
+    assert told(facts(known=first, jobs=[job()], pods=[pod()], now=at(20))).to_wire() == first.to_wire()
 
 
 def test_progress_alone_is_no_transition() -> None:
     def at_step(step: int) -> Any:
         said = report(progress={"step": step, "totalSteps": 500}, metrics={"trainLoss": 1 / step})
-        return told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], heard=said)).wire()
+        return told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], heard=said)).to_wire()
 
     assert transition(at_step(7)) == transition(at_step(9))
     assert at_step(7) != at_step(9)
 
 
 def test_a_status_stays_small_whatever_the_pods_say() -> None:
-    words = LastWords(code="X" * 5000, message="y" * 100_000, hint="z" * 100_000)
+    words = TerminationMessage(code="X" * 5000, message="y" * 100_000, hint="z" * 100_000)
     gone = replace(
         ended(pod(), 65),
         terminated=replace(ended(pod(), 65, words).terminated, message=words.model_dump_json(by_alias=True)),
@@ -170,7 +170,7 @@ def test_a_status_stays_small_whatever_the_pods_say() -> None:
             known=status(**RUNNING), jobs=[job(failed=at(60))], pods=[gone], obstacle=Waiting(Reason.QUEUED, "q" * 9999)
         )
     )
-    assert len(str(found.wire())) < 20_000
+    assert len(str(found.to_wire())) < 20_000
 
 
 # Events

@@ -17,8 +17,8 @@ from tests.unit.operator.test_builders import built
 def variables(**groups: Any) -> dict[str, Any]:
     """Variables of the container by name; what this version cannot publish yet is put past its acceptance."""
     run, _ = built(spec())
-    written = FineTuneJobSpec.model_validate({**run.spec.wire(), **groups})
-    run = RunConfig.model_validate(run.model_dump(by_alias=True) | {"spec": written.wire()})
+    written = FineTuneJobSpec.model_validate({**run.spec.to_wire(), **groups})
+    run = RunConfig.model_validate(run.model_dump(by_alias=True) | {"spec": written.to_wire()})
     job = build_job(finetunejob(spec()), run, accepted(spec()).pool, CONFIG)
     (container,) = job["spec"]["template"]["spec"]["containers"]
     found = [one["name"] for one in container["env"]]

@@ -82,8 +82,8 @@ class Lives(RuleBasedStateMachine):
         if crash == "before write":
             return plan
         new = report(facts, plan, acted)
-        written = read_status(new.wire())
-        assert written.wire() == new.wire()
+        written = read_status(new.to_wire())
+        assert written.to_wire() == new.to_wire()
         world.status = written
         return plan
 
@@ -271,17 +271,17 @@ class Lives(RuleBasedStateMachine):
     @invariant()
     def what_the_cluster_takes_is_free(self) -> None:
         counted = {one.number for one in self.world.status.attempts if one.counted}
-        assert counted <= self.world.charged, self.world.status.wire()
+        assert counted <= self.world.charged, self.world.status.to_wire()
 
     @invariant()
     def nothing_stalls(self) -> None:
         """Pods here answer unless their node is lost, which the cluster says before they are missed, or a queue has taken them."""
-        assert Reason.STALLED not in {one.reason for one in self.world.status.attempts}, self.world.status.wire()
+        assert Reason.STALLED not in {one.reason for one in self.world.status.attempts}, self.world.status.to_wire()
 
     @invariant()
     def only_running_time_counts(self) -> None:
         status = self.world.status
-        assert (status.active_seconds or 0) <= self.world.ran + ROUNDING * (len(status.attempts) + 1), status.wire()
+        assert (status.active_seconds or 0) <= self.world.ran + ROUNDING * (len(status.attempts) + 1), status.to_wire()
 
     @invariant()
     def ladders_have_an_end(self) -> None:
@@ -300,11 +300,11 @@ class Lives(RuleBasedStateMachine):
             assert not [p for p in world.pods.values() if not p.over]
         world.suspend = False
         self._until(Situation.FINISHED, pods_end=True)
-        before = world.status.wire()
+        before = world.status.to_wire()
         self._look()
-        assert world.status.wire() == before
+        assert world.status.to_wire() == before
         self._nothing_stays()
-        assert world.status.wire() == before
+        assert world.status.to_wire() == before
 
     def _nothing_stays(self) -> None:
         """When their time has come, Jobs and pods go, and nothing comes in their place."""
@@ -332,7 +332,7 @@ class Lives(RuleBasedStateMachine):
             plan = self._look()
             if plan.situation in rest and plan.finish is None and (plan.cleaned or plan.situation is not rest[-1]):
                 return
-        raise AssertionError(f"no rest: {plan}\n{world.status.wire()}")
+        raise AssertionError(f"no rest: {plan}\n{world.status.to_wire()}")
 
 
 class WideLives(Lives):

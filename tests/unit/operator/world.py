@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
 from finetune_api.names import NOT_RETRIED_CODES, ExitCode, attempt_job_name
-from finetune_api.pod import LastWords
+from finetune_api.pod import TerminationMessage
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Checkpoint, FineTuneJobStatus, Progress, Stage
 from finetune_operator.facts import Facts, Heard
@@ -269,10 +269,10 @@ class World:
                 self.heard = Heard(said, self.now, p.uid)
                 self.told |= {(one.step, self.maker(one)) for one in known}
 
-    def _words(self, p: PodView) -> LastWords:
+    def _words(self, p: PodView) -> TerminationMessage:
         if p.uid not in self.steps:
-            return LastWords(code="Code", message="words")
-        words = LastWords(code="Code", message="words", step=self.steps[p.uid], resumed_from_step=self.starts[p.uid])
+            return TerminationMessage(code="Code", message="words")
+        words = TerminationMessage(code="Code", message="words", step=self.steps[p.uid], resumed_from_step=self.starts[p.uid])
         return words.model_copy(update={"checkpoints": self._checkpoints()})
 
     def _checkpoints(self) -> list[Checkpoint]:

@@ -136,12 +136,12 @@ def test_a_limit_that_was_written_holds_for_the_first_step_too(clock: Clock) -> 
 def test_a_sign_of_life_is_younger_than_the_step(clock: Clock) -> None:
     board = Board()
     board.alive()
-    assert board.report().health.seconds_since_sign is None
+    assert board.report().health.seconds_since_heartbeat is None
     board.heartbeat(1)
     clock.now += 700
     board.alive()
     clock.now += 5
     health = board.report().health
-    assert (health.seconds_since_step, health.seconds_since_sign) == (705.0, 5.0)
+    assert (health.seconds_since_step, health.seconds_since_heartbeat) == (705.0, 5.0)
     board.heartbeat(2)
-    assert board.report().health.seconds_since_sign == 0.0
+    assert board.report().health.seconds_since_heartbeat == 0.0

@@ -116,5 +116,5 @@ def test_no_credentials_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_folder_is_asked_the_same_questions(tmp_path: Path) -> None:
     found = preflight(StoreTarget(uri=f"file://{tmp_path}/root"))
-    assert found.wire() == {"kind": "folder", "conditionalWrites": True, "canDelete": True}
+    assert found.to_wire() == {"kind": "folder", "conditionalWrites": True, "canDelete": True}
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -46,7 +46,7 @@ class Bench:
         self.tree, self.board = Tree(self.store), Board()
         self.uploader = Uploader(
             self.tree, self.board, RunFacts(), Policy(**policy), job="n/j/u", attempt=1,  # type: ignore[arg-type] # a table's
-            final_patience=patience,
+            final_upload_timeout=patience,
         )  # fmt: skip
 
     def offer(self, step: int | None, *, graceful: bool = False, **facts: object) -> None:

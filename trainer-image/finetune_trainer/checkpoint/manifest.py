@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from finetune_api.base import Lenient, Wire
+from finetune_api.base import LenientModel, WireModel
 from finetune_api.names import Storage, checkpoint_folder
 from finetune_api.spec.enums import OutputKind
 from pydantic import Field
@@ -21,7 +21,7 @@ from finetune_trainer.storage.base import join, sha256_file
 _STEP = re.compile(r"^step-(\d{8,})$")
 
 
-class FileEntry(Lenient):
+class FileEntry(LenientModel):
     """One file of a checkpoint."""
 
     path: str = Field(description="Relative to the incarnation's folder.")
@@ -29,7 +29,7 @@ class FileEntry(Lenient):
     sha256: str = Field(description="Hex.")
 
 
-class RunFacts(Lenient):
+class RunFacts(LenientModel):
     """What a run is: two runs with other facts here are not the same run, and one cannot go on from the other's state."""
 
     model_revision: str = ""
@@ -54,7 +54,7 @@ class RunFacts(Lenient):
     versions: dict[str, str] = Field(default_factory=dict)
 
 
-class Manifest(Lenient):
+class Manifest(LenientModel):
     """`manifest.json` of a checkpoint or of the final model."""
 
     version: int = 1
@@ -74,7 +74,7 @@ class Manifest(Lenient):
 
     def to_bytes(self) -> bytes:
         """Canonical JSON; its sha256 is what the marker names."""
-        return json.dumps(self.wire(), sort_keys=True, separators=(",", ":")).encode()
+        return json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":")).encode()
 
     @property
     def total_bytes(self) -> int:
@@ -82,7 +82,7 @@ class Manifest(Lenient):
         return sum(one.size for one in self.files)
 
 
-class Marker(Wire):
+class Marker(WireModel):
     """`_COMMITTED`: the sentence that makes a checkpoint exist."""
 
     attempt: int
@@ -91,7 +91,7 @@ class Marker(Wire):
 
     def to_bytes(self) -> bytes:
         """JSON of the marker."""
-        return json.dumps(self.wire(), sort_keys=True).encode()
+        return json.dumps(self.to_wire(), sort_keys=True).encode()
 
     @staticmethod
     def parse(data: bytes) -> Marker | None:
@@ -102,7 +102,7 @@ class Marker(Wire):
             return None
 
 
-class Part(Lenient):
+class Part(LenientModel):
     """Files that one pod of several brought in: `<incarnation>/.parts/node-<n>.json`, removed after the commit."""
 
     node: int

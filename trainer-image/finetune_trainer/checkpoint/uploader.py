@@ -60,12 +60,12 @@ class Uploader:
     def __init__(
         self, tree: Tree, board: Board, facts: RunFacts, policy: Policy, *, job: str, attempt: int, node: int = 0,
         nodes: int = 1, before_commit: Callable[[], None] = lambda: None, after_commit: Callable[[], None] = lambda: None,
-        part_timeout: float = PART_TIMEOUT_SECONDS, final_patience: float = 0,
+        part_timeout: float = PART_TIMEOUT_SECONDS, final_upload_timeout: float = 0,
     ) -> None:  # fmt: skip
         self.tree, self._board, self._facts, self._policy = tree, board, facts, policy
         self._job, self._attempt, self._node, self._nodes = job, attempt, node, nodes
         self._before_commit, self._after_commit, self._part_timeout = before_commit, after_commit, part_timeout
-        self._final_patience = final_patience
+        self._final_upload_timeout = final_upload_timeout
         self._hurry: float | None = None
         self._changed = threading.Condition()
         self._waiting: Staged | None = None
@@ -203,7 +203,7 @@ class Uploader:
         try:
             self._move(staged, started)
         except StorageError as error:
-            final = staged.step is None and time.monotonic() - started < self._final_patience
+            final = staged.step is None and time.monotonic() - started < self._final_upload_timeout
             if not (staged.graceful or final) or self._closing or error.exit_code is not ExitCode.STORAGE:
                 raise
             log.warning("%s was not taken, once more: %s", base_of(staged.step), error)

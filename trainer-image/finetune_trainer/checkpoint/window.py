@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune_api.base import Lenient
+from finetune_api.base import LenientModel
 from finetune_api.errors import DivergedError
 from pydantic import Field
 
@@ -22,7 +22,7 @@ FILE = "window-{rank}.json"
 TRAIN = "train"
 
 
-class Sums(Lenient):
+class Sums(LenientModel):
     """One rank's sums. Floats are written so that they come back as the same bits."""
 
     since: int = Field(description="Step of the last log line.")
@@ -50,7 +50,7 @@ class Window:
             tokens=getattr(trainer, "_total_train_tokens", 0),
         )  # fmt: skip
         folder.mkdir(exist_ok=True)
-        (folder / FILE.format(rank=self._rank)).write_text(json.dumps(sums.wire()))
+        (folder / FILE.format(rank=self._rank)).write_text(json.dumps(sums.to_wire()))
 
     def read(self, folder: Path) -> None:
         """Go on with the sums of a checkpoint; one that has none (made by an earlier version) begins anew."""

@@ -221,7 +221,7 @@ def key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
     seed = run.spec.training.seed if run.spec.dataset.mixture else None
     facts = [
         VERSION,
-        {name: value for name, value in run.spec.dataset.wire().items() if name != "numProc"},
+        {name: value for name, value in run.spec.dataset.to_wire().items() if name != "numProc"},
         run.spec.trainer.type,
         run.spec.trainer.max_completion_length,
         _defaults(run),

@@ -32,7 +32,7 @@ class Abilities:
     conditional_writes: bool
     can_delete: bool = True
 
-    def wire(self) -> dict[str, object]:
+    def to_wire(self) -> dict[str, object]:
         """For the status."""
         return {"kind": self.kind, "conditionalWrites": self.conditional_writes, "canDelete": self.can_delete}
 

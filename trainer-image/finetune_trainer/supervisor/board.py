@@ -12,7 +12,7 @@ from collections import deque
 from datetime import UTC, datetime
 from typing import Any
 
-from finetune_api.pod import Health, Report, RunConfig
+from finetune_api.pod import Health, ProgressReport, RunConfig
 from finetune_api.status import Checkpoint, Metrics, Progress, Resolved, Stage
 
 RECENT_STEPS = 50
@@ -162,7 +162,7 @@ class Board:
         with self._lock:
             return None if self._step_time is None else time.monotonic() - self._step_time
 
-    def seconds_since_sign(self) -> float | None:
+    def seconds_since_heartbeat(self) -> float | None:
         """Since something moved, None if nothing did yet."""
         with self._lock:
             return None if self._sign_time is None else time.monotonic() - self._sign_time
@@ -178,7 +178,7 @@ class Board:
         with self._lock:
             return [self._checkpoints[step] for step in sorted(self._checkpoints, reverse=True)]
 
-    def report(self) -> Report:
+    def report(self) -> ProgressReport:
         """What `/progress` answers."""
         with self._lock:
             now = time.monotonic()
@@ -187,9 +187,9 @@ class Board:
             }
             newest = self.checkpoints
             since, median = self.seconds_since_step(), self.median_step()
-            sign = self.seconds_since_sign()
+            sign = self.seconds_since_heartbeat()
             quiet = None if since is None or sign is None else min(since, sign)
-            return Report(
+            return ProgressReport(
                 attempt=self._run.attempt if self._run else 1,
                 uid=self._run.uid if self._run else "",
                 stage=self._stage,
@@ -203,7 +203,7 @@ class Board:
                 health=self._health.model_copy(
                     update={
                         "seconds_since_step": None if since is None else round(since, 3),
-                        "seconds_since_sign": None if quiet is None else round(quiet, 3),
+                        "seconds_since_heartbeat": None if quiet is None else round(quiet, 3),
                         "median_step_seconds": None if median is None else round(median, 4),
                     }
                 ),

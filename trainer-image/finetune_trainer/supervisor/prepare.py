@@ -54,7 +54,7 @@ class Preparation:
     def _preflight(self) -> None:
         abilities = self._patiently(lambda: preflight(self._run.storage, write=self._node_rank == 0))
         if self._node_rank == 0:
-            self._board.resolve(Resolved(storage=abilities.wire()))
+            self._board.resolve(Resolved(storage=abilities.to_wire()))
             if not abilities.can_delete:
                 self._board.note("storage: s3:DeleteObject is not granted; old checkpoints stay")
 
@@ -157,7 +157,7 @@ def with_restored(inputs: Inputs, found: Restored) -> Inputs:
     """The inputs with the checkpoint to resume from."""
     if found.manifest is None or found.path is None:
         return inputs
-    restored = RestoredCheckpoint(path=found.path, step=found.step, uri=found.uri, manifest=found.manifest.wire())
+    restored = RestoredCheckpoint(path=found.path, step=found.step, uri=found.uri, manifest=found.manifest.to_wire())
     return inputs.model_copy(update={"restore": restored})
 
 
@@ -186,7 +186,7 @@ def facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts:
 
 def settings_of(run: RunConfig) -> dict[str, str]:
     """A short hash of each group of the spec that decides what numbers come out, without what is compared by itself."""
-    spec = run.spec.wire()
+    spec = run.spec.to_wire()
     found = {}
     for group in NUMBERS:
         value = {name: one for name, one in (spec.get(group) or {}).items() if name not in BESIDE}

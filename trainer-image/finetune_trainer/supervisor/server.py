@@ -90,7 +90,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, "application/json", json.dumps(body).encode())
 
     def _progress(self) -> bytes:
-        return json.dumps(self.server.board.report().wire(), separators=(",", ":")).encode()
+        return json.dumps(self.server.board.report().to_wire(), separators=(",", ":")).encode()
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)

@@ -12,7 +12,7 @@ from finetune_api.names import Env, incarnation
 from finetune_api.pod import RunConfig
 from pydantic import ValidationError
 
-FINAL_PATIENCE_SECONDS = 1800.0
+FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
 """How long a store that is down is asked to take the final model: all that was trained is in it."""
 
 
@@ -28,7 +28,7 @@ class Settings:
     node_rank: int
     node_name: str
     pod_uid: str
-    final_patience: float = FINAL_PATIENCE_SECONDS
+    final_upload_timeout: float = FINAL_UPLOAD_TIMEOUT_SECONDS
 
     @classmethod
     def from_env(cls, *, run_file: str | None = None, work: str | None = None, port: int | None = None) -> Settings:
@@ -43,7 +43,7 @@ class Settings:
             node_rank=int(env.get(Env.NODE_RANK) or 0),
             node_name=env.get(Env.NODE_NAME, ""),
             pod_uid=env.get(Env.POD_UID) or os.urandom(4).hex(),
-            final_patience=float(env.get(Env.FINAL_PATIENCE) or FINAL_PATIENCE_SECONDS),
+            final_upload_timeout=float(env.get(Env.FINAL_UPLOAD_TIMEOUT) or FINAL_UPLOAD_TIMEOUT_SECONDS),
         )
 
     def incarnation(self, run: RunConfig) -> str:

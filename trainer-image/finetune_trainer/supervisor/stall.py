@@ -46,7 +46,7 @@ class StallWatch:
         """The failure, if the run stalls."""
         if self._board.current_stage not in WATCHED or (self._timeout is None and self._board.median_step() is None):
             return None
-        since = self._board.seconds_since_sign()
+        since = self._board.seconds_since_heartbeat()
         silent = time.monotonic() - self._began if since is None else since
         if silent <= self.allowed():
             return None

@@ -22,7 +22,7 @@ from typing import Any
 
 from finetune_api.errors import FineTuneError, InternalError, PeerError, StorageError
 from finetune_api.names import Env, ExitCode, FailureClass, Storage
-from finetune_api.pod import LastWords, RunConfig
+from finetune_api.pod import RunConfig, TerminationMessage
 from finetune_api.status import Output, Resolved, Stage
 
 from finetune_trainer.agent import RESULT, read_result
@@ -232,7 +232,7 @@ class Supervisor:
         uploader = Uploader(
             tree, self.board, facts, Policy(keep, tuple(checkpoint.pinned or ())), job=f"{run.namespace}/{run.name}/{run.uid}",
             attempt=run.attempt, node=self.settings.node_rank, nodes=run.world.nodes, before_commit=self._put_metrics,
-            after_commit=self._after_commit, final_patience=self.settings.final_patience,
+            after_commit=self._after_commit, final_upload_timeout=self.settings.final_upload_timeout,
         )  # fmt: skip
         if self.settings.node_rank == 0:
             uploader.adopt(committed_checkpoints(tree, found.before))
@@ -485,7 +485,7 @@ class Supervisor:
             log.warning("log lines were not stored: %s", error)
             self.board.note(f"some log lines were not stored: {error.code}")
 
-    def _verdict(self) -> tuple[LastWords, int]:
+    def _verdict(self) -> tuple[TerminationMessage, int]:
         facts = self.facts
         if facts.output is not None:
             return self._words(None, ExitCode.OK), ExitCode.OK
@@ -498,7 +498,7 @@ class Supervisor:
             failure = RankFailure(self._unexplained(), told=False)
         return self._words(failure, failure.error.exit_code), int(failure.error.exit_code)
 
-    def _stop_verdict(self) -> tuple[LastWords, int]:
+    def _stop_verdict(self) -> tuple[TerminationMessage, int]:
         """75 if what was trained is saved, else 76; a rank's own failure before the stop still counts."""
         own = [one for one in self.facts.ranks if one.origin]
         if own and (cause := root_cause(own)) is not None:
@@ -543,7 +543,7 @@ class Supervisor:
             hint="see the pod's log",
         )
 
-    def _words(self, failure: RankFailure | None, code: int) -> LastWords:
+    def _words(self, failure: RankFailure | None, code: int) -> TerminationMessage:
         report = self.board.report()
         newest = report.checkpoints[0] if report.checkpoints else None
         common: dict[str, Any] = {
@@ -553,23 +553,23 @@ class Supervisor:
             "progress": report.progress, "metrics": report.metrics, "checkpoints": report.checkpoints, "resolved": report.resolved,
         }  # fmt: skip
         if code == ExitCode.OK:
-            return LastWords(**common, output=self.facts.output)
+            return TerminationMessage(**common, output=self.facts.output)
         if failure is None:
             saved = code == ExitCode.PREEMPTED_SAVED
             where = f"at step {report.progress.step or self.facts.start_step}"
-            return LastWords(
+            return TerminationMessage(
                 **common, class_=FailureClass.PREEMPTED, code="StoppedSaved" if saved else "StoppedUnsaved",
                 message=f"stopped on request {where}, " + ("the state is saved" if saved else "the newest steps are not saved"),
                 origin=True, time_ns=time.time_ns(),
             )  # fmt: skip
         error = failure.error
         common |= {"rank": failure.rank, "step": failure.step if failure.step is not None else common["step"]}
-        return LastWords(
+        return TerminationMessage(
             **common, class_=error.failure_class, code=error.code, message=error.message, hint=error.hint,
             origin=failure.origin, time_ns=failure.time_ns or time.time_ns(),
         )  # fmt: skip
 
-    def _speak(self, words: LastWords) -> None:
+    def _speak(self, words: TerminationMessage) -> None:
         text = words.to_json()
         if words.message:
             log.error("%s: %s%s", words.code, words.message, f" ({words.hint})" if words.hint else "")
