@@ -6,6 +6,7 @@ reference pages and the resolver of defaults all read it from there.
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -57,6 +58,33 @@ def option(
     if example is not None:
         extra[EXAMPLE] = example
     return Field(default=None, description=description, json_schema_extra=extra or None, **constraints)
+
+
+PROMPT = "x-prompt"
+
+
+class Prompt(StrEnum):
+    """Which change of a status field is written at once instead of with the next periodic status write."""
+
+    VALUE = "value"
+    """Every change of the value."""
+    PRESENCE = "presence"
+    """Only the change from absent to present or back."""
+
+
+def status_field(
+    description: str,
+    *,
+    default: Any = None,
+    default_factory: Any = None,
+    example: Any = None,
+    prompt: Prompt | None = None,
+) -> Any:
+    """A field of the status; `default=...` makes it required."""
+    extra = {key: value for key, value in ((EXAMPLE, example), (PROMPT, prompt)) if value is not None}
+    if default_factory is not None:
+        return Field(default_factory=default_factory, description=description, json_schema_extra=extra or None)
+    return Field(default=default, description=description, json_schema_extra=extra or None)
 
 
 class Group(WireModel):

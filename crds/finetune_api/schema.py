@@ -37,19 +37,20 @@ LIST_MAP_KEYS = {
 """Lists whose items have an identity, and its key."""
 
 COLUMNS: tuple[tuple[str, str, str, int, str], ...] = (
-    ("Status", "string", ".status.phase", 0, "What the job is doing."),
-    ("Progress", "string", ".status.progress.display", 0, "Optimizer steps done."),
-    ("Loss", "number", ".status.metrics.trainLoss", 0, "Last training loss."),
-    ("ETA", "string", ".status.progress.eta", 0, "Estimated time to the end."),
-    ("Workers", "string", ".status.workers.display", 0, "Pods ready / wanted."),
+    ("Status", "string", ".status.phase", 0, "Phase of the job."),
+    ("Progress", "string", ".status.progress.display", 0, "Optimizer steps completed."),
+    ("Loss", "number", ".status.metrics.trainLoss", 0, "Latest training loss."),
+    ("ETA", "string", ".status.progress.eta", 0, "Estimated time to the end of training."),
+    ("Workers", "string", ".status.workers.display", 0, "Ready pods / pods needed."),
     ("Restarts", "integer", ".status.restarts", 0, "Attempts after the first."),
-    ("Age", "date", ".metadata.creationTimestamp", 0, "Time since creation."),
-    ("Model", "string", ".spec.model.source", 1, "Base model."),
+    ("Reason", "string", ".status.reason", 0, "Why the job waits, or why it failed."),
+    ("Age", "date", ".metadata.creationTimestamp", 0, "Time since the job was created."),
+    ("Model", "string", ".status.resolved.modelName", 1, "Short name of the base model."),
     ("Method", "string", ".status.resolved.method", 1, "Fine-tuning method."),
-    ("Checkpoint", "string", ".status.latestCheckpoint", 1, "Newest committed checkpoint."),
+    ("Checkpoint", "integer", ".status.latestCheckpointStep", 1, "Optimizer step of the newest committed checkpoint."),
     ("Duration", "string", ".status.duration", 1, "Time from start to end."),
-    ("Reason", "string", ".status.conditions[?(@.type==\"Succeeded\")].reason", 1, "Why the job is in this state."),
 )  # fmt: skip
+"""Printer columns of `kubectl get`: name, type, JSON path, priority (1: only with `-o wide`), description."""
 SELECTABLE = (".status.phase", ".spec.model.source", ".spec.placement.queueName")
 
 

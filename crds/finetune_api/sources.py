@@ -20,6 +20,7 @@ _KEY = re.compile(r"^[-._a-zA-Z0-9]+$")
 _INCARNATION = r"(/a\d+-[^/]{8})?$"
 _CHECKPOINT = re.compile(r"/checkpoints/step-\d{8,}" + _INCARNATION)
 _MODEL = re.compile(r"/model" + _INCARNATION)
+_UID = re.compile(r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 NOTATIONS = "org/name[@revision], hf://org/name, s3://bucket/key, pvc://claim/path, configmap://name/key, https://host/path or file:///path"
 
 
@@ -189,6 +190,25 @@ def _s3(rest: str, path: str, text: str) -> S3Source:
     )
     _demand("?" not in key and "#" not in key, path, text, "`?` and `#` may not stand in the key", "s3://bucket/key")
     return S3Source(bucket, key.strip("/"))
+
+
+MAX_MODEL_NAME_LENGTH = 28
+"""With a model name of this length the wide table of `kubectl get` stays below 200 characters."""
+
+
+def model_name(source: str) -> str:
+    """Short name of a model source for tables, at most `MAX_MODEL_NAME_LENGTH` characters.
+
+    It is the repository's name without its owner, or the last folder of a path. A job's result (`.../<job>/<uid>/model` or
+    `.../checkpoints/step-<n>`) gets the name of the job.
+    """
+    text = shown(source).rstrip("/")
+    if "://" not in text or text.startswith("hf://"):
+        text = text.partition("@")[0] if "@" in text else text
+    folder = _MODEL.sub("", _CHECKPOINT.sub("", text))
+    parts = [part for part in re.sub(r"^[a-z0-9]+://", "", folder).split("/") if part and not _UID.match(part)]
+    name = parts[-1] if parts else text
+    return name if len(name) <= MAX_MODEL_NAME_LENGTH else name[: MAX_MODEL_NAME_LENGTH - 3] + "..."
 
 
 def shown(text: str) -> str:

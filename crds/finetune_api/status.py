@@ -1,14 +1,20 @@
-"""The status of a FineTuneJob: what was observed, nothing hoped for. Read by people, kubectl, GitOps tools and our own CLI."""
+"""The status of a FineTuneJob: only what the operator has observed. People, kubectl, GitOps tools and the CLI read it.
+
+A field marked `prompt` is written as soon as it changes. Changes of the other fields (progress, metrics, checkpoints) may wait
+for the operator's next periodic write.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field, PlainSerializer
+from pydantic import BaseModel, Field, PlainSerializer
 
-from finetune_api.base import LenientModel
+from finetune_api.base import PROMPT, LenientModel, Prompt, status_field
 from finetune_api.names import Condition as ConditionType
 from finetune_api.names import FailureClass, Phase
 from finetune_api.spec.enums import OutputKind
@@ -23,191 +29,245 @@ Time = Annotated[datetime, PlainSerializer(rfc3339, return_type=str, when_used="
 
 
 class Condition(LenientModel):
-    """One condition, as Kubernetes' own objects have them."""
+    """One condition, with the same fields as the conditions of Kubernetes' own objects."""
 
-    type: ConditionType = Field(description="What is spoken of.")
-    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
-    reason: str = Field(default="", description="One word why.")
-    message: str = Field(default="", description="One sentence why.")
-    last_transition_time: Time | None = Field(default=None, description="When `status` last changed.")
-    observed_generation: int | None = Field(default=None, description="Generation of the spec this was derived from.")
+    type: ConditionType = status_field("Name of the condition.", default=..., prompt=Prompt.VALUE)
+    status: Literal["True", "False", "Unknown"] = status_field(
+        "Whether the condition holds.", default=..., prompt=Prompt.VALUE
+    )
+    reason: str = status_field(
+        "One word: why the condition has this status.", default="", example="Unschedulable", prompt=Prompt.VALUE
+    )
+    message: str = status_field("One sentence: why the condition has this status.", default="")
+    last_transition_time: Time | None = status_field("When `status` last changed.", example="2026-03-01T12:00:00Z")
+    observed_generation: int | None = status_field(
+        "metadata.generation of the spec that the condition was computed from.", example=1
+    )
 
 
 class Attempt(LenientModel):
-    """One attempt: one Job."""
+    """One attempt to run the job. Each attempt is one Kubernetes Job."""
 
-    number: int = Field(description="Counted from 1.")
-    start_time: Time | None = Field(default=None, description="When its Job was created.")
-    end_time: Time | None = Field(default=None, description="When its last pod had ended.")
-    reason: str | None = Field(default=None, description="Why it ended.")
-    message: str | None = Field(default=None, description="The failing rank's own words.")
-    exit_code: int | None = Field(default=None, description="Exit code that counted.")
-    node: str | None = Field(default=None, description="Node of the failing rank.")
-    resumed_from_step: int | None = Field(
-        default=None, description="Optimizer step it continued from; absent: from the start."
+    number: int = status_field("Number of the attempt; the first is 1.", default=..., example=1, prompt=Prompt.VALUE)
+    start_time: Time | None = status_field(
+        "When the attempt's Job was created or, with a queue, admitted.", example="2026-03-01T12:00:00Z"
     )
-    last_step: int | None = Field(default=None, description="Newest optimizer step seen.")
-    steps_lost: int | None = Field(default=None, description="Steps that the next attempt had to repeat.")
-    config_sha256: str | None = Field(default=None, description="sha256 of its run configuration.")
-    committed_step: int | None = Field(default=None, description="Newest step it committed to storage.")
-    counted: bool | None = Field(default=None, description="Whether it counts against policy.retries.")
+    end_time: Time | None = status_field(
+        "When the attempt's last pod ended.", example="2026-03-01T14:00:00Z", prompt=Prompt.VALUE
+    )
+    reason: str | None = status_field("One word: why the attempt ended.", example="OutOfMemory", prompt=Prompt.VALUE)
+    message: str | None = status_field("Error message of the rank that failed.")
+    exit_code: int | None = status_field(
+        "Exit code that decided how the attempt ended. docs/reference/names.md lists the codes.", example=71
+    )
+    node: str | None = status_field("Node of the rank that failed.", example="gpu-node-3")
+    resumed_from_step: int | None = status_field(
+        "Optimizer step that the attempt continued from. Absent: it started from the beginning.", example=400
+    )
+    last_step: int | None = status_field("Last optimizer step that the attempt completed.", example=450)
+    steps_lost: int | None = status_field("Optimizer steps that the next attempt had to repeat.", example=50)
+    config_sha256: str | None = status_field("sha256 (hex) of the attempt's run.json.")
+    committed_step: int | None = status_field(
+        "Optimizer step of the newest checkpoint that the attempt committed to storage.", example=400
+    )
+    counted: bool | None = status_field("Whether the attempt counts against policy.retries.", example=True)
 
 
 class Progress(LenientModel):
     """How far the run is."""
 
-    step: int | None = Field(default=None, description="Optimizer steps done.")
-    total_steps: int | None = Field(default=None, description="Optimizer steps in all.")
-    epoch: float | None = Field(default=None, description="Passes over the data done.")
-    percent: int | None = Field(default=None, description="Steps done, in whole percent.")
-    display: str | None = Field(default=None, description="For people. Example: `120/500 (24%)`.")
-    seconds_remaining: int | None = Field(default=None, description="Estimate from the recent pace, in seconds.")
-    eta: str | None = Field(default=None, description="The same for people. Example: `1h12m`.")
-    tokens_seen: int | None = Field(default=None, description="Tokens trained on, without padding.")
-    tokens_per_second: float | None = Field(
-        default=None, description="Recent pace of all ranks together, tokens per second."
+    step: int | None = status_field("Optimizer steps completed.", example=120)
+    total_steps: int | None = status_field("Optimizer steps of the whole run.", example=500)
+    epoch: float | None = status_field("Passes over the training data completed.", example=0.72)
+    percent: int | None = status_field("Steps completed, in whole percent.", example=24)
+    display: str | None = status_field("Steps and percent as text.", example="120/500 (24%)")
+    seconds_remaining: int | None = status_field(
+        "Estimated seconds to the end of training, from the recent step time.", example=4320
     )
-    update_time: Time | None = Field(default=None, description="When the pod reported this.")
+    eta: str | None = status_field("Estimated time to the end of training as text.", example="1h12m")
+    tokens_seen: int | None = status_field("Tokens trained on, without padding.", example=983040)
+    tokens_per_second: float | None = status_field(
+        "Recent training throughput of all ranks together, in tokens per second.", example=2730.7
+    )
+    update_time: Time | None = status_field("When the trainer reported these values.", example="2026-03-01T12:00:00Z")
 
 
 class Metrics(LenientModel):
-    """Last values, rounded."""
+    """Latest values of the training metrics, rounded."""
 
-    train_loss: float | None = Field(default=None, description="Training loss (nats per token).")
-    eval_loss: float | None = Field(default=None, description="Validation loss (nats per token).")
-    best_eval_loss: float | None = Field(default=None, description="Lowest validation loss.")
-    best_step: int | None = Field(default=None, description="Step of the lowest validation loss.")
-    learning_rate: float | None = Field(default=None, description="Current learning rate.")
-    grad_norm: float | None = Field(default=None, description="Gradient norm before clipping.")
+    train_loss: float | None = status_field("Training loss in nats per token.", example=1.234)
+    eval_loss: float | None = status_field("Latest validation loss in nats per token.", example=1.301)
+    best_eval_loss: float | None = status_field("Lowest validation loss so far in nats per token.", example=1.287)
+    best_step: int | None = status_field("Optimizer step of the lowest validation loss.", example=400)
+    learning_rate: float | None = status_field("Current learning rate.", example=0.0002)
+    grad_norm: float | None = status_field("Gradient norm before clipping.", example=0.8)
 
 
 class Checkpoint(LenientModel):
-    """A committed checkpoint."""
+    """A checkpoint that is committed to storage."""
 
-    step: int = Field(description="Optimizer steps done when it was made.")
-    uri: str = Field(description="Folder with its files.")
-    sha256: str | None = Field(default=None, description="sha256 of its manifest.")
-    bytes: int | None = Field(default=None, description="Size of all files, in bytes.")
-    time: Time | None = Field(default=None, description="When it was committed.")
-    healthy: bool | None = Field(default=None, description="Whether the steps after it were finite too.")
-    eval_loss: float | None = Field(default=None, description="Validation loss at that step.")
-    save_seconds: float | None = Field(default=None, description="Seconds that its upload took, up to its commit.")
+    step: int = status_field("Optimizer steps completed when the checkpoint was saved.", default=..., example=400)
+    uri: str = status_field(
+        "Folder with the checkpoint's files.", default=...,
+        example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000400/a1-1f3c9a2b",
+    )  # fmt: skip
+    sha256: str | None = status_field("sha256 (hex) of the checkpoint's manifest.")
+    bytes: int | None = status_field("Size of all files, in bytes.", example=104857600)
+    time: Time | None = status_field("When the checkpoint was committed.", example="2026-03-01T12:00:00Z")
+    healthy: bool | None = status_field(
+        "Whether loss and gradients stayed finite in the steps after the checkpoint.", example=True
+    )
+    eval_loss: float | None = status_field(
+        "Validation loss at the checkpoint's step, in nats per token.", example=1.301
+    )
+    save_seconds: float | None = status_field("Seconds from the start of the upload to the commit.", example=3.2)
 
 
 class Output(LenientModel):
     """The final artefact."""
 
-    uri: str | None = Field(default=None, description="Folder with its files.")
-    sha256: str | None = Field(default=None, description="sha256 of its manifest.")
-    kind: OutputKind | None = Field(default=None, description="adapter: needs the base model; model: complete.")
-    merged_uri: str | None = Field(default=None, description="Base with the adapter merged in, if asked for.")
-    published_uri: str | None = Field(default=None, description="Copy below output.dir, if asked for.")
-    report_uri: str | None = Field(default=None, description="Report of the run.")
-    evaluation: dict[str, Any] | None = Field(
-        default=None,
-        description="Metrics after training, by name. Of a test set: testRows, testLoss (nats per token), testTokenAccuracy and, where rows have them, testAnswerAccuracy (multiple choice), testPreferenceAccuracy, testReward.",
+    uri: str | None = status_field(
+        "Folder with the final adapter or model.", example="s3://models/ft/team-a/support-bot/UID/model/a1-1f3c9a2b"
+    )
+    sha256: str | None = status_field("sha256 (hex) of the artefact's manifest.")
+    kind: OutputKind | None = status_field("What the artefact is.", example="adapter")
+    merged_uri: str | None = status_field("Folder of the base model with the adapter merged in, if requested.")
+    published_uri: str | None = status_field("Copy below output.dir, if requested.")
+    report_uri: str | None = status_field("Report of the run.")
+    evaluation: dict[str, Any] | None = status_field(
+        "Metrics measured after training, by name. For a test set: testRows, testLoss (nats per token), testTokenAccuracy "
+        "and, if the rows contain what they need, testAnswerAccuracy (multiple choice), testPreferenceAccuracy, testReward."
     )
 
 
 class Failure(LenientModel):
     """Why the job, or its last attempt, failed."""
 
-    class_: Annotated[FailureClass, Field(alias="class", description="Whose fault it is.")]
-    code: str = Field(default="", description="Stable word for this failure. Example: `DatasetEmpty`.")
-    message: str = Field(default="", description="What was given and why it cannot be.")
-    hint: str | None = Field(default=None, description="What to write or do instead.")
-    node: str | None = Field(default=None, description="Node it happened on.")
-    rank: int | None = Field(default=None, description="Rank it happened on.")
-    step: int | None = Field(default=None, description="Optimizer step it happened at.")
-    exit_code: int | None = Field(default=None, description="Exit code of the pod.")
+    class_: Annotated[FailureClass, Field(alias="class", description="Kind of the failure.")]
+    code: str = status_field("Stable word for this failure, for programs.", default="", example="DatasetEmpty")
+    message: str = status_field("What was found and why it cannot work.", default="")
+    hint: str | None = status_field("What to write or do instead.")
+    node: str | None = status_field("Node on which it failed.", example="gpu-node-3")
+    rank: int | None = status_field("Global rank that failed.", example=3)
+    step: int | None = status_field("Optimizer step at which it failed.", example=450)
+    exit_code: int | None = status_field("Exit code of the trainer container.", example=65)
 
 
 class Adaptation(LenientModel):
-    """Something the operator changed to let the job go on."""
+    """A change to the configuration that the operator made so that the job can continue."""
 
-    time: Time = Field(description="When.")
-    reason: str = Field(description="Why. Example: `OutOfMemory`.")
-    change: str = Field(
-        description="What, from and to. Example: `batchSizePerDevice 4 -> 2, gradientAccumulationSteps 4 -> 8`."
-    )
-    set: dict[str, Any] | None = Field(default=None, description="Values that now hold, by spec path.")
+    time: Time = status_field("When the operator made the change.", default=..., example="2026-03-01T12:00:00Z")
+    reason: str = status_field("Why the operator made the change.", default=..., example="OutOfMemory")
+    change: str = status_field(
+        "Old and new values as text.", default=...,
+        example="batchSizePerDevice 4 -> 2, gradientAccumulationSteps 4 -> 8",
+    )  # fmt: skip
+    set: dict[str, Any] | None = status_field("New values by spec path.", example={"training.batchSizePerDevice": 2})
 
 
 class Workers(LenientModel):
     """Pods of the current attempt."""
 
-    ready: int = Field(default=0, description="Pods that are ready.")
-    total: int = Field(default=0, description="Pods wanted.")
-    display: str = Field(default="0/0", description="For people. Example: `2/2`.")
+    ready: int = status_field("Pods that are ready.", default=0, example=2)
+    total: int = status_field("Pods that the attempt needs.", default=0, example=2)
+    display: str = status_field("Ready and needed pods as text.", default="0/0", example="2/2")
 
 
 class Resolved(LenientModel):
-    """What the run really is, every default and everything found out filled in."""
+    """The configuration that the run really uses: defaults, and what the operator and the trainer found out."""
 
-    world_size: int | None = Field(default=None, description="Ranks in all.")
-    effective_batch: int | None = Field(
-        default=None, description="Rows per optimizer step: batchSizePerDevice x accumulation x world size."
+    world_size: int | None = status_field("Number of ranks.", example=8)
+    effective_batch: int | None = status_field(
+        "Rows per optimizer step: batchSizePerDevice x gradientAccumulationSteps x ranks.", example=128
     )
-    method: str | None = Field(default=None, description="Fine-tuning method.")
-    strategy: str | None = Field(default=None, description="Strategy really active: single, ddp, fsdp or deepspeed.")
-    attention: str | None = Field(default=None, description="Attention implementation really active.")
-    device: str | None = Field(default=None, description="Device trained on. Example: `NVIDIA H100`.")
-    trainable_parameters: int | None = Field(default=None, description="Parameters that are trained.")
-    total_parameters: int | None = Field(default=None, description="Parameters of the model.")
-    model_revision: str | None = Field(default=None, description="Commit or digest of the base model.")
-    dataset_digest: str | None = Field(default=None, description="sha256 of the training data.")
-    dataset_rows: int | None = Field(default=None, description="Rows trained on.")
-    dataset_format: str | None = Field(default=None, description="Format of the rows, given or recognised.")
-    image: str | None = Field(default=None, description="Trainer image asked for.")
-    image_digest: str | None = Field(default=None, description="Digest of the image that runs.")
-    node_pool: str | None = Field(default=None, description="Node pool used.")
-    config_sha256: str | None = Field(default=None, description="sha256 of the current run configuration.")
-    resume_exact: bool | None = Field(
-        default=None, description="Whether a resumed run equals an undisturbed one bit by bit."
+    method: str | None = status_field("Fine-tuning method.", example="lora")
+    model_name: str | None = status_field(
+        "Short name of the base model, at most 28 characters.", example="SmolLM2-135M-Instruct"
     )
-    resume_note: str | None = Field(default=None, description="Why not, if not.")
-    storage: dict[str, Any] | None = Field(default=None, description="Abilities of the store, probed at start.")
-    defaults: dict[str, Any] | None = Field(default=None, description="Every default that was filled in, by spec path.")
-    notes: list[str] | None = Field(
-        default=None, description="What had to be said. Example: `maxSteps 40 wins over epochs`."
+    strategy: str | None = status_field("Distributed strategy in use: single, ddp, fsdp or deepspeed.", example="ddp")
+    attention: str | None = status_field("Attention implementation in use.", example="sdpa")
+    device: str | None = status_field("Device that the model is trained on.", example="NVIDIA H100")
+    trainable_parameters: int | None = status_field("Number of parameters that are trained.", example=4884480)
+    total_parameters: int | None = status_field("Number of parameters of the model.", example=139399680)
+    model_revision: str | None = status_field(
+        "Commit (hub) or digest (storage) of the base model.", example="12fd25f77366fa6b3b4b768ec3050bf629380bac"
+    )
+    dataset_digest: str | None = status_field("sha256 (hex) of the training data.")
+    dataset_rows: int | None = status_field("Number of rows trained on.", example=12000)
+    dataset_format: str | None = status_field("Format of the rows, as given or as detected.", example="messages")
+    image: str | None = status_field(
+        "Trainer image that was requested.", example="ghcr.io/finetune-operator/trainer:0.2.0"
+    )
+    image_digest: str | None = status_field("Digest of the trainer image that runs.")
+    node_pool: str | None = status_field("Node pool in use.", example="h100")
+    config_sha256: str | None = status_field("sha256 (hex) of the current attempt's run.json.")
+    resume_exact: bool | None = status_field(
+        "Whether a resumed run gives bit by bit the same result as an uninterrupted one.", example=True
+    )
+    resume_note: str | None = status_field("Why a resumed run is not exact, if it is not.")
+    storage: dict[str, Any] | None = status_field("Capabilities of the storage, tested at start.")
+    defaults: dict[str, Any] | None = status_field(
+        "Every default that was filled in, by spec path.", example={"training.epochs": 3}
+    )
+    notes: list[str] | None = status_field(
+        "Remarks on how the spec was understood.", example=["training.maxSteps 40 wins over training.epochs 3"]
     )
 
 
 class FineTuneJobStatus(LenientModel):
-    """The whole story of a run."""
+    """What the operator has observed of a FineTuneJob."""
 
-    observed_generation: int = Field(
-        default=-1, description="Generation of the spec this status speaks of; -1 before the first look."
+    observed_generation: int = status_field(
+        "metadata.generation of the spec that this status describes; -1 until the operator has read the job.",
+        default=-1, example=1, prompt=Prompt.VALUE,
+    )  # fmt: skip
+    phase: Phase | None = status_field(
+        "One word for people. Programs read conditions.", example="Running", prompt=Prompt.VALUE
     )
-    phase: Phase | None = Field(default=None, description="One word for people; programs read conditions.")
-    conditions: list[Condition] = Field(default_factory=list, description="What holds, by type.")
-    attempt: int | None = Field(default=None, description="Number of the current attempt.")
-    restarts: int | None = Field(default=None, description="Attempts after the first.")
-    retries_used: int | None = Field(
-        default=None, description="Attempts in a row that made no progress and count against policy.retries."
+    reason: str | None = status_field(
+        "One word: why the job waits, or why it failed. Absent while it runs normally.",
+        example="Unschedulable", prompt=Prompt.VALUE,
+    )  # fmt: skip
+    conditions: list[Condition] = status_field("Conditions, by type.", default_factory=list, prompt=Prompt.VALUE)
+    attempt: int | None = status_field("Number of the current attempt.", example=1, prompt=Prompt.VALUE)
+    restarts: int | None = status_field("Attempts after the first.", example=0, prompt=Prompt.VALUE)
+    retries_used: int | None = status_field(
+        "Consecutive attempts without progress that count against policy.retries.", example=0, prompt=Prompt.VALUE
     )
-    active_seconds: int | None = Field(
-        default=None,
-        description="Seconds that ended attempts ran, all together; queued and suspended time does not count.",
+    active_seconds: int | None = status_field(
+        "Running time of all ended attempts together, in seconds. Queued and suspended time does not count.",
+        example=7200, prompt=Prompt.VALUE,
+    )  # fmt: skip
+    attempts: list[Attempt] = status_field("The newest ten attempts.", default_factory=list, prompt=Prompt.VALUE)
+    progress: Progress | None = status_field("How far the run is.")
+    metrics: Metrics | None = status_field("Latest values of the training metrics.")
+    checkpoints: list[Checkpoint] = status_field(
+        "The newest five committed checkpoints and the best one.", default_factory=list
     )
-    attempts: list[Attempt] = Field(default_factory=list, description="The newest ten attempts.")
-    progress: Progress | None = Field(default=None, description="How far the run is.")
-    metrics: Metrics | None = Field(default=None, description="Last values.")
-    checkpoints: list[Checkpoint] = Field(
-        default_factory=list, description="The newest five committed checkpoints and the best."
+    latest_checkpoint: str | None = status_field(
+        "Folder of the newest committed checkpoint.", prompt=Prompt.PRESENCE,
+        example="s3://models/ft/team-a/support-bot/UID/checkpoints/step-00000400/a1-1f3c9a2b",
+    )  # fmt: skip
+    latest_checkpoint_step: int | None = status_field("Optimizer step of the newest committed checkpoint.", example=400)
+    output: Output | None = status_field("The final artefact.", prompt=Prompt.VALUE)
+    failure: Failure | None = status_field("Why the job, or its last attempt, failed.", prompt=Prompt.VALUE)
+    adaptations: list[Adaptation] = status_field(
+        "Changes to the configuration that the operator made so that the job can continue.",
+        default_factory=list, prompt=Prompt.VALUE,
+    )  # fmt: skip
+    workers: Workers | None = status_field("Pods of the current attempt.")
+    resolved: Resolved | None = status_field("The configuration that the run really uses.")
+    start_time: Time | None = status_field(
+        "When the first attempt's Job was created or, with a queue, admitted.",
+        example="2026-03-01T12:00:00Z", prompt=Prompt.VALUE,
+    )  # fmt: skip
+    completion_time: Time | None = status_field(
+        "When the job finished.", example="2026-03-01T14:03:00Z", prompt=Prompt.VALUE
     )
-    latest_checkpoint: str | None = Field(default=None, description="Folder of the newest committed checkpoint.")
-    output: Output | None = Field(default=None, description="The final artefact.")
-    failure: Failure | None = Field(default=None, description="Why the job, or its last attempt, failed.")
-    adaptations: list[Adaptation] = Field(default_factory=list, description="What was changed to let the job go on.")
-    workers: Workers | None = Field(default=None, description="Pods of the current attempt.")
-    resolved: Resolved | None = Field(default=None, description="What the run really is.")
-    start_time: Time | None = Field(default=None, description="When the first attempt's Job was created.")
-    completion_time: Time | None = Field(default=None, description="When the job finished.")
-    duration: str | None = Field(default=None, description="Time from start to end, for people. Example: `2h3m`.")
+    duration: str | None = status_field("Time from start to end as text.", example="2h3m")
 
     def condition(self, kind: ConditionType) -> Condition | None:
-        """The condition of that type; None if nothing is said of it."""
+        """The condition of that type, or None."""
         return next((one for one in self.conditions if one.type == kind), None)
 
     def holds(self, kind: ConditionType) -> bool:
@@ -215,24 +275,65 @@ class FineTuneJobStatus(LenientModel):
         found = self.condition(kind)
         return found is not None and found.status == "True"
 
+    def prompt_part(self) -> dict[str, Any]:
+        """The fields whose change is written at once, as JSON values; two statuses with equal parts differ only in what may wait."""
+        present = {name: bool(getattr(self, name)) for name in _fields_marked(FineTuneJobStatus, Prompt.PRESENCE)}
+        return self.model_dump(mode="json", include=_prompt_fields(FineTuneJobStatus)) | present
+
     @property
     def steps_done(self) -> int:
-        """Newest step that was told of; 0: none."""
+        """Last optimizer step that was reported; 0 if none was."""
         return (self.progress.step if self.progress else None) or 0
+
+
+def _fields_marked(model: type[BaseModel], mark: Prompt) -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        if isinstance(info.json_schema_extra, dict) and info.json_schema_extra.get(PROMPT) == mark:
+            yield name
+
+
+@cache
+def _prompt_fields(model: type[BaseModel]) -> dict[str, Any]:
+    """Fields marked `Prompt.VALUE` in the form of pydantic's `include`.
+
+    Of a list whose items mark fields themselves, only those fields of each item count.
+    """
+    include: dict[str, Any] = {}
+    for name in _fields_marked(model, Prompt.VALUE):
+        items = [
+            one
+            for one in get_args(model.model_fields[name].annotation)
+            if isinstance(one, type) and issubclass(one, BaseModel)
+        ]
+        inner = _prompt_fields(items[0]) if items else {}
+        include[name] = {"__all__": inner} if inner else True
+    return include
 
 
 class Stage(StrEnum):
     """What a pod is doing; finer than the phase."""
 
     STARTING = "starting"
+    """The container has started and prepares the ranks."""
     DOWNLOADING = "downloading"
+    """The model or the data are being downloaded."""
     CHECKING = "checking"
+    """The spec, the model and the data are checked against each other."""
     LOADING = "loading"
+    """The model is loaded onto the device."""
     RESTORING = "restoring"
+    """A checkpoint is being restored."""
     TRAINING = "training"
+    """Optimizer steps are running."""
     EVALUATING = "evaluating"
+    """The model is being evaluated."""
     SAVING = "saving"
+    """A checkpoint is being saved."""
     UPLOADING = "uploading"
+    """The final artefact is being uploaded."""
     STOPPING = "stopping"
+    """The pod was told to stop and saves what it has."""
     DONE = "done"
+    """The final artefact is committed."""
     FAILED = "failed"
+    """The pod failed and is about to exit."""

@@ -92,7 +92,7 @@ def test_submit_of_a_name_that_is_taken(finetune: Finetune, job: Job, tmp_path: 
 def test_get_shows_the_servers_columns(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING)
     head, row = finetune("get").out.splitlines()
-    assert head.split() == ["NAME", "STATUS", "PROGRESS", "LOSS", "ETA", "WORKERS", "RESTARTS", "AGE"]
+    assert head.split() == ["NAME", "STATUS", "PROGRESS", "LOSS", "ETA", "WORKERS", "RESTARTS", "REASON", "AGE"]
     assert row.split()[:3] == ["bot", "Running", "120/500"]
     assert "MODEL" in finetune("get", "-o", "wide").out
     assert finetune("get", "-o", "name").out == "finetunejobs.finetune-operator.io/bot\n"

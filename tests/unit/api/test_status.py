@@ -1,0 +1,114 @@
+"""Which changes of a status are written at once, and how wide the table of `kubectl get` becomes."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from finetune_api.names import Phase, Reason
+from finetune_api.schema import COLUMNS
+from finetune_api.sources import MAX_MODEL_NAME_LENGTH
+from finetune_api.spec.enums import MethodType
+from finetune_api.status import FineTuneJobStatus
+
+NOON = "2026-03-01T12:00:00Z"
+STATUS: dict[str, Any] = {
+    "observedGeneration": 1,
+    "phase": "Running",
+    "conditions": [
+        {"type": "PodsReady", "status": "False", "reason": "PodsNotReady", "message": "1 of 2", "lastTransitionTime": NOON}
+    ],
+    "attempts": [{"number": 1, "startTime": NOON, "lastStep": 10}],
+    "progress": {"step": 10},
+    "startTime": NOON,
+}  # fmt: skip
+
+
+def prompt_part(**changes: Any) -> dict[str, Any]:
+    return FineTuneJobStatus.model_validate(STATUS | changes).prompt_part()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"observedGeneration": 2},
+        {"phase": "Failed"},
+        {"reason": "Unschedulable"},
+        {"attempt": 2},
+        {"restarts": 1},
+        {"retriesUsed": 1},
+        {"activeSeconds": 5},
+        {"output": {"uri": "s3://b/m"}},
+        {"failure": {"class": "Data", "code": "DatasetEmpty"}},
+        {"adaptations": [{"time": NOON, "reason": "OutOfMemory", "change": "x"}]},
+        {"startTime": "2026-03-01T12:00:01Z"},
+        {"completionTime": NOON},
+        {"conditions": [STATUS["conditions"][0] | {"status": "True"}]},
+        {"conditions": [STATUS["conditions"][0] | {"reason": "Unschedulable"}]},
+        {"conditions": []},
+        {"attempts": [STATUS["attempts"][0] | {"endTime": NOON}]},
+        {"attempts": [STATUS["attempts"][0] | {"reason": "Stalled"}]},
+        {"attempts": []},
+        {"latestCheckpoint": "s3://b/c"},
+    ],
+    ids=str,
+)
+def test_the_prompt_part_contains(change: dict[str, Any]) -> None:
+    assert prompt_part(**change) != prompt_part()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"progress": {"step": 11}},
+        {"metrics": {"trainLoss": 1.0}},
+        {"workers": {"ready": 1, "total": 2, "display": "1/2"}},
+        {"resolved": {"worldSize": 2}},
+        {"checkpoints": [{"step": 5, "uri": "s3://b/c"}]},
+        {"latestCheckpointStep": 5},
+        {"duration": "1h"},
+        {"conditions": [STATUS["conditions"][0] | {"message": "2 of 2", "lastTransitionTime": None}]},
+        {"attempts": [STATUS["attempts"][0] | {"lastStep": 11, "node": "n"}]},
+    ],
+    ids=str,
+)
+def test_the_prompt_part_does_not_contain(change: dict[str, Any]) -> None:
+    assert prompt_part(**change) == prompt_part()
+
+
+def test_of_the_latest_checkpoint_only_its_presence_is_prompt() -> None:
+    assert prompt_part(latestCheckpoint="s3://b/1") == prompt_part(latestCheckpoint="s3://b/2")
+
+
+def test_times_that_differ_below_one_second_have_equal_prompt_parts() -> None:
+    status = FineTuneJobStatus.model_validate(STATUS)
+    later = status.model_copy(update={"start_time": datetime(2026, 3, 1, 12, 0, 0, 999999, UTC)})
+    assert later.prompt_part() == status.prompt_part()
+
+
+LONGEST = {
+    "Status": max(map(len, Phase)),
+    "Progress": len("50000/100000 (50%)"),
+    "Loss": len("0.1234"),
+    "ETA": len("12h34m"),
+    "Workers": len("16/16"),
+    "Restarts": len("12"),
+    "Reason": max(len(one) for one in (Reason.UNSCHEDULABLE, Reason.RETRIES_EXHAUSTED, Reason.STORAGE_NOT_CONFIGURED)),
+    "Age": len("2d13h"),
+    "Model": MAX_MODEL_NAME_LENGTH,
+    "Method": max(map(len, MethodType)),
+    "Checkpoint": len("100000"),
+    "Duration": len("12h34m"),
+}
+"""Longest usual text of each printer column."""
+
+
+def test_the_wide_table_stays_below_200_characters() -> None:
+    name = len("team-a-support-bot-v12")
+    widths = [max(len(column), LONGEST[column]) for column, *_ in COLUMNS]
+    assert sum(width + len("   ") for width in [name, *widths]) < 200
+
+
+def test_the_default_table_ends_with_reason_and_age() -> None:
+    assert [column for column, _, _, priority, _ in COLUMNS if priority == 0][-2:] == ["Reason", "Age"]
