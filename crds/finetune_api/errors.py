@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from finetune_api.names import CLASS_OF_CODE, ExitCode, FailureClass
+from finetune_api.exits import EXIT_POLICIES
+from finetune_api.names import ExitCode, FailureClass
 
 
 class FineTuneError(Exception):
@@ -24,7 +25,7 @@ class FineTuneError(Exception):
         self.code = code
         self.message = message
         self.hint = hint
-        self.failure_class = failure_class or CLASS_OF_CODE[self.exit_code]
+        self.failure_class = failure_class or EXIT_POLICIES[self.exit_code].failure_class
 
     def __str__(self) -> str:
         return f"{self.code}: {self.message}" + (f" ({self.hint})" if self.hint else "")
@@ -104,3 +105,25 @@ class CredentialsError(FineTuneError):
     """77: credentials or permission."""
 
     exit_code = ExitCode.CREDENTIALS
+
+
+class InstallationBrokenError(FineTuneError):
+    """78: the image or the node lacks a compiler, library or driver; retrying cannot help."""
+
+    exit_code = ExitCode.INSTALLATION_BROKEN
+
+
+class TooOldError(FineTuneError):
+    """79: this program is older than a field that the user set."""
+
+    exit_code = ExitCode.TOO_OLD
+
+
+class GateFailedError(FineTuneError):
+    """80: the trained model missed a gate."""
+
+    exit_code = ExitCode.GATE_FAILED
+
+
+ERROR_OF_CODE: dict[int, type[FineTuneError]] = {int(cls.exit_code): cls for cls in FineTuneError.__subclasses__()}
+"""The error class of each exit code that the trainer raises."""

@@ -166,16 +166,16 @@ class ExitCode(IntEnum):
     """Stopped on request, state not saved."""
     CREDENTIALS = 77
     """Credentials or permission."""
+    INSTALLATION_BROKEN = 78
+    """The image or the node lacks a compiler, library or driver that the run needs."""
+    TOO_OLD = 79
+    """The trainer image is older than a field that the user set: the job waits for a newer image."""
+    GATE_FAILED = 80
+    """The trained model missed a gate in `evaluation.gates`; the model is kept."""
     KILLED = 137
     """SIGKILL; with reason OOMKilled: host memory."""
     TERMINATED = 143
     """SIGTERM that nobody handled."""
-
-
-NOT_RETRIED_CODES = (
-    ExitCode.CONFIG, ExitCode.DATA, ExitCode.NOT_FOUND, ExitCode.STORAGE_SETUP, ExitCode.DIVERGED, ExitCode.CREDENTIALS,
-)  # fmt: skip
-"""Codes that end the Job at once by its podFailurePolicy."""
 
 
 class FailureClass(StrEnum):
@@ -190,24 +190,6 @@ class FailureClass(StrEnum):
     PREEMPTED = "Preempted"
     INFRASTRUCTURE = "Infrastructure"
     INTERNAL = "Internal"
-
-
-CLASS_OF_CODE: dict[int, FailureClass] = {
-    ExitCode.CONFIG: FailureClass.USER,
-    ExitCode.DATA: FailureClass.DATA,
-    ExitCode.NOT_FOUND: FailureClass.MODEL,
-    ExitCode.STORAGE_SETUP: FailureClass.STORAGE,
-    ExitCode.STORAGE: FailureClass.STORAGE,
-    ExitCode.INTERNAL: FailureClass.INTERNAL,
-    ExitCode.OUT_OF_MEMORY: FailureClass.OUT_OF_MEMORY,
-    ExitCode.DIVERGED: FailureClass.DIVERGED,
-    ExitCode.NO_CHECKPOINT: FailureClass.STORAGE,
-    ExitCode.PEER: FailureClass.INFRASTRUCTURE,
-    ExitCode.PREEMPTED_SAVED: FailureClass.PREEMPTED,
-    ExitCode.PREEMPTED_UNSAVED: FailureClass.PREEMPTED,
-    ExitCode.CREDENTIALS: FailureClass.STORAGE,
-}
-"""Default class of an exit code. A termination message may say a finer one (66: Data, 77: Model)."""
 
 
 class Phase(StrEnum):
@@ -342,6 +324,12 @@ class Reason(StrEnum):
     """Object storage refused or could not be reached."""
     INTERNAL_ERROR = "InternalError"
     """Unclassified."""
+    INSTALLATION_BROKEN = "InstallationBroken"
+    """The image or the node lacks a compiler, library or driver that the run needs."""
+    TRAINER_TOO_OLD = "TrainerTooOld"
+    """The trainer image does not know a field that the user set; the job waits for a newer image."""
+    GATE_FAILED = "GateFailed"
+    """The trained model missed a gate; the model is kept."""
     SUSPENDED = "Suspended"
     """`spec.suspend` is true and no pod is left."""
     SUSPENDING = "Suspending"
@@ -356,19 +344,6 @@ class Reason(StrEnum):
     """The final artefact is committed."""
     FAILED = "Failed"
     """The job ended without its artefact."""
-
-
-REASON_OF_CLASS: dict[FailureClass, Reason] = {
-    FailureClass.USER: Reason.USER_ERROR,
-    FailureClass.DATA: Reason.DATA_ERROR,
-    FailureClass.MODEL: Reason.MODEL_ERROR,
-    FailureClass.STORAGE: Reason.STORAGE_ERROR,
-    FailureClass.OUT_OF_MEMORY: Reason.OUT_OF_MEMORY,
-    FailureClass.DIVERGED: Reason.DIVERGED,
-    FailureClass.PREEMPTED: Reason.PREEMPTED,
-    FailureClass.INFRASTRUCTURE: Reason.PEER_FAILED,
-    FailureClass.INTERNAL: Reason.INTERNAL_ERROR,
-}
 
 
 class Storage(StrEnum):

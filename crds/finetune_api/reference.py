@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api import names
+from finetune_api.exits import EXIT_POLICIES, RetryPolicy
 from finetune_api.rules import RULES
 from finetune_api.schema import COLUMNS, crd
 from finetune_api.support import TABLE, wire_path
@@ -98,17 +99,29 @@ def _table(title: str, enum: type[Enum]) -> str:
     return "\n".join([f"## {title}\n", "| name | meaning |", "|---|---|", *rows, "", ""])
 
 
+def _exit_codes() -> str:
+    """The exit policy table: one row per exit code."""
+    texts = docstrings(names.ExitCode)
+    rows = []
+    for code in names.ExitCode:
+        policy = EXIT_POLICIES.get(code)
+        shown = [policy.failure_class, policy.word, policy.retry, policy.hint] if policy else ["", "", "", ""]
+        rows.append(f"| {code:d} | {_cell(texts[code.name])} | " + " | ".join(_cell(str(one)) for one in shown) + " |")
+    header = "| code | meaning | `failure.class` | `failure.code` | next attempt | hint |"
+    retries = _table("What follows a failed attempt", RetryPolicy)
+    return "\n".join(["## Exit codes of a pod\n", header, "|---|---|---|---|---|---|", *rows, "", "", retries])
+
+
 def _names() -> str:
     parts: list[tuple[str, type[Enum]]] = [
         ("Labels on what the operator creates", names.Label),
         ("Annotations", names.Annotation),
         ("Conditions", names.Condition),
         ("Reasons in conditions, attempts and events", names.Reason),
-        ("Exit codes of a pod", names.ExitCode),
         ("Environment variables of the trainer container", names.Env),
         ("Names in storage", names.Storage),
     ]
-    return "# Names on the wire\n\n" + "\n".join(_table(title, enum) for title, enum in parts)
+    return "# Names on the wire\n\n" + "\n".join(_table(title, enum) for title, enum in parts) + "\n" + _exit_codes()
 
 
 def _rules() -> str:

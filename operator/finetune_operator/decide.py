@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from datetime import datetime, timedelta
 
+from finetune_api.exits import RetryPolicy
 from finetune_api.names import Condition, ExitCode, FailureClass, Reason, attempt_job_name
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.status import Checkpoint, Failure
@@ -17,7 +18,7 @@ from finetune_operator.facts import Facts
 from finetune_operator.plan import Condemned, Ending, Finish, Outcome, Plan, Situation
 from finetune_operator.policies import clock
 from finetune_operator.policies.acceptance import Refused
-from finetune_operator.policies.cause import Cause, Fate, cause_of
+from finetune_operator.policies.cause import Cause, cause_of
 from finetune_operator.policies.retry import Again, Stop, after, deadline_failure
 from finetune_operator.policies.waiting import Waiting, pods_waiting
 from finetune_operator.views import JobView, PodView
@@ -189,20 +190,20 @@ def _condemned_cause(facts: Facts) -> Cause | None:
     if reason is None or record is None:
         return None
     own = cause_of(None, facts.last_pods)
-    if own.fate is Fate.FINAL:
+    if own.retry is RetryPolicy.NEVER:
         return own
     message = record.message or str(reason)
     if reason is Reason.STALLED:
         failure = Failure(
             class_=FailureClass.INFRASTRUCTURE, code=Reason.STALLED, message=message, exit_code=ExitCode.PEER
         )
-        return Cause(reason, failure, Fate.COUNTED)
+        return Cause(reason, failure, RetryPolicy.COUNTED)
     failure = Failure(
         class_=FailureClass.PREEMPTED, code=reason, message=message,
         exit_code=own.failure.exit_code, node=own.failure.node,
     )  # fmt: skip
     # Somebody who deletes our Jobs may go on doing so: only that end, of all we write down, counts.
-    return Cause(reason, failure, Fate.COUNTED if reason is Reason.PREEMPTED else Fate.FREE)
+    return Cause(reason, failure, RetryPolicy.COUNTED if reason is Reason.PREEMPTED else RetryPolicy.FREE)
 
 
 def _ended(facts: Facts, cause: Cause | None, when: datetime) -> Plan:

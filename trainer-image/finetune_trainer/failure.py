@@ -14,28 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.errors import (
-    ConfigError,
-    CredentialsError,
-    DataError,
-    DivergedError,
+    ERROR_OF_CODE,
     FineTuneError,
     InternalError,
     MemoryExhaustedError,
-    NoCheckpointError,
-    NotFoundError,
     PeerError,
     StorageError,
-    StorageSetupError,
 )
-from finetune_api.names import CLASS_OF_CODE, ExitCode, FailureClass
+from finetune_api.exits import EXIT_POLICIES
+from finetune_api.names import ExitCode, FailureClass
 
-BY_CODE: dict[int, type[FineTuneError]] = {
-    int(kind.exit_code): kind
-    for kind in (
-        ConfigError, DataError, NotFoundError, StorageSetupError, StorageError, InternalError, MemoryExhaustedError,
-        DivergedError, NoCheckpointError, PeerError, CredentialsError,
-    )
-}  # fmt: skip
 PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
 PEER_WORDS = (
     "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket timeout", "gloo",
@@ -116,9 +104,9 @@ def _first_line(error: BaseException) -> str:
 def from_message(message: dict[str, Any]) -> RankFailure:
     """What a rank said on its channel."""
     code = int(message.get("exitCode", ExitCode.INTERNAL))
-    kind = BY_CODE.get(code, InternalError)
+    kind = ERROR_OF_CODE.get(code, InternalError)
     given = message.get("failureClass")
-    failure_class = FailureClass(given) if given in list(FailureClass) else CLASS_OF_CODE[kind.exit_code]
+    failure_class = FailureClass(given) if given in list(FailureClass) else EXIT_POLICIES[kind.exit_code].failure_class
     hint = message.get("hint")
     error = kind(
         str(message.get("code", "Unknown")),
@@ -145,7 +133,7 @@ def from_exit_code(rank: int, code: int, *, host_memory: bool = False) -> RankFa
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
         return RankFailure(_killed(rank, -code, name, host_memory), rank, told=False, origin=-code != signal.SIGTERM)
-    kind = BY_CODE.get(code)
+    kind = ERROR_OF_CODE.get(code)
     if kind is not None and code != ExitCode.INTERNAL:
         return RankFailure(kind("RankFailed", f"rank {rank} ended with {code}"), rank, told=False)
     return RankFailure(
@@ -168,17 +156,9 @@ def _killed(rank: int, number: int, name: str, host_memory: bool) -> FineTuneErr
     return PeerError("RankKilled", f"rank {rank} was killed by {name}")
 
 
-CHARGE = {
-    ExitCode.CONFIG: 0, ExitCode.DATA: 0, ExitCode.NOT_FOUND: 0, ExitCode.STORAGE_SETUP: 0, ExitCode.CREDENTIALS: 0,
-    ExitCode.STORAGE: 0, ExitCode.NO_CHECKPOINT: 0, ExitCode.OUT_OF_MEMORY: 1, ExitCode.DIVERGED: 1, ExitCode.INTERNAL: 2,
-    ExitCode.PEER: 3,
-}  # fmt: skip
-"""Which cause counts when several ranks failed: user, data, model, storage, then memory and divergence, 70, 74."""
-
-
 def root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
     """The one failure that is named, of several: an own reason before a noticed one, told before guessed, early before late."""
     ordered = sorted(
-        failures, key=lambda one: (not one.origin, CHARGE.get(one.error.exit_code, 2), not one.told, one.time_ns)
+        failures, key=lambda one: (not one.origin, EXIT_POLICIES[one.error.exit_code].precedence, not one.told, one.time_ns)
     )
     return ordered[0] if ordered else None

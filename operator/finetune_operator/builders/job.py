@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_api import names
+from finetune_api.exits import codes_that_fail_the_job
 from finetune_api.names import Annotation, Env, Label
 from finetune_api.pod import RunConfig
 from finetune_api.spec import FineTuneJobSpec
@@ -117,7 +118,7 @@ def _failure_rules() -> list[Object]:
         {
             "action": "FailJob",
             "onExitCodes": {
-                "containerName": names.CONTAINER, "operator": "In", "values": sorted(int(code) for code in names.NOT_RETRIED_CODES),
+                "containerName": names.CONTAINER, "operator": "In", "values": codes_that_fail_the_job(),
             },
         },
     ]  # fmt: skip

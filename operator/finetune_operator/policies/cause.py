@@ -9,40 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import IntEnum, StrEnum
 
-from finetune_api.names import CLASS_OF_CODE, REASON_OF_CLASS, ExitCode, FailureClass, Reason
+from finetune_api.exits import EXIT_POLICIES, REASON_OF_CLASS, ExitPolicy, Precedence, RetryPolicy, attempt_reason
+from finetune_api.names import ExitCode, FailureClass, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Failure
 
 from finetune_operator.text import clean
 from finetune_operator.views import JobView, PodView
-
-
-class Fate(StrEnum):
-    """What follows from a cause."""
-
-    FINAL = "final"
-    """No attempt can mend it."""
-    FREE = "free"
-    """Again, and it does not count."""
-    COUNTED = "counted"
-    """Again after a pause; it counts unless the attempt made progress."""
-    MEMORY = "memory"
-    """The memory ladder."""
-    DIVERGED = "diverged"
-    """The divergence ladder."""
-
-
-class Weight(IntEnum):
-    """Which of several causes counts: the lowest."""
-
-    INPUT = 0
-    NUMERIC = 1
-    UNKNOWN = 2
-    CLUSTER = 3
-    PEER = 4
-    STOPPED = 5
 
 
 @dataclass(frozen=True)
@@ -51,55 +25,10 @@ class Cause:
 
     reason: Reason
     failure: Failure
-    fate: Fate
-    weight: Weight = Weight.UNKNOWN
+    retry: RetryPolicy
+    precedence: Precedence = Precedence.UNKNOWN
 
 
-FATE_OF_CODE: dict[int, Fate] = {
-    ExitCode.CONFIG: Fate.FINAL,
-    ExitCode.DATA: Fate.FINAL,
-    ExitCode.NOT_FOUND: Fate.FINAL,
-    ExitCode.STORAGE_SETUP: Fate.FINAL,
-    ExitCode.CREDENTIALS: Fate.FINAL,
-    ExitCode.STORAGE: Fate.COUNTED,
-    ExitCode.NO_CHECKPOINT: Fate.COUNTED,
-    ExitCode.INTERNAL: Fate.COUNTED,
-    ExitCode.PEER: Fate.COUNTED,
-    ExitCode.OUT_OF_MEMORY: Fate.MEMORY,
-    ExitCode.DIVERGED: Fate.DIVERGED,
-    ExitCode.PREEMPTED_SAVED: Fate.FREE,
-    ExitCode.PREEMPTED_UNSAVED: Fate.FREE,
-}
-WEIGHT_OF_CODE: dict[int, Weight] = {
-    ExitCode.CONFIG: Weight.INPUT,
-    ExitCode.DATA: Weight.INPUT,
-    ExitCode.NOT_FOUND: Weight.INPUT,
-    ExitCode.STORAGE_SETUP: Weight.INPUT,
-    ExitCode.CREDENTIALS: Weight.INPUT,
-    ExitCode.STORAGE: Weight.INPUT,
-    ExitCode.NO_CHECKPOINT: Weight.INPUT,
-    ExitCode.OUT_OF_MEMORY: Weight.NUMERIC,
-    ExitCode.DIVERGED: Weight.NUMERIC,
-    ExitCode.PEER: Weight.PEER,
-    ExitCode.PREEMPTED_SAVED: Weight.STOPPED,
-    ExitCode.PREEMPTED_UNSAVED: Weight.STOPPED,
-}
-CODE_WORD: dict[int, str] = {
-    ExitCode.CONFIG: "ConfigurationInvalid",
-    ExitCode.DATA: "DataInvalid",
-    ExitCode.NOT_FOUND: "NotFound",
-    ExitCode.STORAGE_SETUP: "StorageWronglySetUp",
-    ExitCode.STORAGE: "StorageUnreachable",
-    ExitCode.INTERNAL: "Unclassified",
-    ExitCode.OUT_OF_MEMORY: "GpuOutOfMemory",
-    ExitCode.DIVERGED: "Diverged",
-    ExitCode.NO_CHECKPOINT: "NoLoadableCheckpoint",
-    ExitCode.PEER: "PeerFailed",
-    ExitCode.PREEMPTED_SAVED: "PreemptedSaved",
-    ExitCode.PREEMPTED_UNSAVED: "PreemptedNotSaved",
-    ExitCode.CREDENTIALS: "CredentialsRefused",
-}
-"""Code words where the trainer gave none."""
 NODE_LOST = ("DeletionByTaintManager", "DeletionByPodGC")
 """Reasons of DisruptionTarget that mean: the node went away."""
 OOM_KILLED = "OOMKilled"
@@ -121,7 +50,7 @@ def _order(cause: Cause, pod: PodView) -> tuple[int, bool, int, int]:
     when = words.time_ns if words is not None and words.time_ns else None
     if when is None and pod.terminated and pod.terminated.finished:
         when = int(pod.terminated.finished.timestamp() * 1e9)
-    return cause.weight, noticed, when if when is not None else FOREVER, pod.index
+    return cause.precedence, noticed, when if when is not None else FOREVER, pod.index
 
 
 def pod_cause(pod: PodView) -> Cause | None:
@@ -129,12 +58,14 @@ def pod_cause(pod: PodView) -> Cause | None:
     if not pod.over or pod.phase == "Succeeded" or (pod.terminated and pod.terminated.exit_code == ExitCode.OK):
         return None
     code = pod.terminated.exit_code if pod.terminated else None
+    policy = EXIT_POLICIES.get(code) if code is not None else None
     if pod.terminated is not None and pod.terminated.reason == OOM_KILLED:
         return _host_memory(pod)
-    if pod.reason == EVICTED and not pod.disruption and WEIGHT_OF_CODE.get(code or 0, Weight.STOPPED) >= Weight.PEER:
+    # An eviction explains a crash that nobody classified, a stop or a lost peer; a disruption explains a stop or a lost peer.
+    if pod.reason == EVICTED and not pod.disruption and (policy is None or policy.precedence >= Precedence.UNKNOWN):
         return _over_its_limit(pod)
-    if code in FATE_OF_CODE and not (pod.disruption and WEIGHT_OF_CODE.get(code, 0) >= Weight.PEER):
-        return _exit(pod, code)
+    if policy is not None and not (pod.disruption and policy.precedence >= Precedence.PEER):
+        return _exit(pod, policy)
     if pod.disruption:
         return _disrupted(pod)
     if code is not None:
@@ -142,14 +73,12 @@ def pod_cause(pod: PodView) -> Cause | None:
     return _without_container(pod)
 
 
-def _exit(pod: PodView, code: int) -> Cause:
+def _exit(pod: PodView, policy: ExitPolicy) -> Cause:
     words = pod.words or TerminationMessage()
-    failure_class = words.class_ or CLASS_OF_CODE[code]
-    failure = _failure(
-        pod, failure_class, words.code or CODE_WORD[code], words.message or _raw(pod) or f"exit code {code}"
-    )
-    weight = WEIGHT_OF_CODE.get(code, Weight.UNKNOWN)
-    return Cause(REASON_OF_CLASS[failure_class], failure, FATE_OF_CODE[code], weight)
+    failure_class = words.class_ or policy.failure_class
+    message = words.message or _raw(pod) or f"exit code {policy.code:d}"
+    failure = _failure(pod, failure_class, words.code or policy.word, message, policy.hint)
+    return Cause(attempt_reason(policy, failure_class), failure, policy.retry, policy.precedence)
 
 
 def _host_memory(pod: PodView) -> Cause:
@@ -157,21 +86,21 @@ def _host_memory(pod: PodView) -> Cause:
     failure = _failure(pod, FailureClass.OUT_OF_MEMORY, OOM_KILLED, message)
     hint = "raise resources.memory, or lower training.batchSizePerDevice"
     failure = failure.model_copy(update={"hint": hint})
-    return Cause(Reason.OUT_OF_MEMORY, failure, Fate.MEMORY, Weight.NUMERIC)
+    return Cause(Reason.OUT_OF_MEMORY, failure, RetryPolicy.ADAPT_MEMORY, Precedence.NUMERIC)
 
 
 def _over_its_limit(pod: PodView) -> Cause:
     """Evicted for what it did itself: a kubelet that needs room for others says so with a disruption."""
     failure = _failure(pod, FailureClass.INFRASTRUCTURE, EVICTED, pod.message or "the node evicted the pod")
     hint = "raise resources.ephemeralStorage, or resources.sharedMemory if its words name a volume"
-    return Cause(Reason.PREEMPTED, failure.model_copy(update={"hint": hint}), Fate.COUNTED, Weight.CLUSTER)
+    return Cause(Reason.PREEMPTED, failure.model_copy(update={"hint": hint}), RetryPolicy.COUNTED, Precedence.CLUSTER)
 
 
 def _disrupted(pod: PodView) -> Cause:
     lost = pod.disruption in NODE_LOST
     message = pod.disruption_message or ("the node went away" if lost else "the cluster took the pod")
     failure = _failure(pod, FailureClass.PREEMPTED, pod.disruption, message)
-    return Cause(Reason.NODE_LOST if lost else Reason.PREEMPTED, failure, Fate.FREE, Weight.CLUSTER)
+    return Cause(Reason.NODE_LOST if lost else Reason.PREEMPTED, failure, RetryPolicy.FREE, Precedence.CLUSTER)
 
 
 def _unknown_exit(pod: PodView, code: int) -> Cause:
@@ -179,14 +108,14 @@ def _unknown_exit(pod: PodView, code: int) -> Cause:
         failure = _failure(
             pod, FailureClass.PREEMPTED, "PreemptedNotSaved", "the pod was deleted and did not save in time"
         )
-        return Cause(Reason.PREEMPTED, failure, Fate.FREE, Weight.STOPPED)
+        return Cause(Reason.PREEMPTED, failure, RetryPolicy.FREE, Precedence.STOPPED)
     words = pod.words or TerminationMessage()
     failure_class = words.class_ or FailureClass.INTERNAL
     message = words.message or _raw(pod) or f"the trainer ended with exit code {code}"
     return Cause(
         REASON_OF_CLASS[failure_class],
         _failure(pod, failure_class, words.code or f"ExitCode{code}", message),
-        Fate.COUNTED,
+        RetryPolicy.COUNTED,
     )
 
 
@@ -194,29 +123,29 @@ def _without_container(pod: PodView) -> Cause:
     """No container ever ended: rejected by the kubelet, evicted before it ran, or deleted."""
     if pod.init_failed:
         failure = _failure(pod, FailureClass.INFRASTRUCTURE, "InitContainerFailed", pod.init_failed)
-        return Cause(Reason.PEER_FAILED, failure, Fate.COUNTED, Weight.CLUSTER)
+        return Cause(Reason.PEER_FAILED, failure, RetryPolicy.COUNTED, Precedence.CLUSTER)
     if pod.phase == "Failed":
         message = pod.message or "the node refused the pod"
         failure = _failure(pod, FailureClass.INFRASTRUCTURE, pod.reason or "PodRejected", message)
-        return Cause(Reason.PEER_FAILED, failure, Fate.COUNTED, Weight.CLUSTER)
+        return Cause(Reason.PEER_FAILED, failure, RetryPolicy.COUNTED, Precedence.CLUSTER)
     failure = _failure(pod, FailureClass.PREEMPTED, "PodDeleted", "the pod was deleted")
-    return Cause(Reason.PREEMPTED, failure, Fate.FREE, Weight.STOPPED)
+    return Cause(Reason.PREEMPTED, failure, RetryPolicy.FREE, Precedence.STOPPED)
 
 
 def _job_cause(job: JobView | None) -> Cause:
     code = (job.failed_reason if job else "") or "PodsLost"
     message = (job.failed_message if job else "") or "the pods are gone and nobody saw how they ended"
     failure = Failure(class_=FailureClass.INFRASTRUCTURE, code=code, message=clean(message))
-    return Cause(Reason.PEER_FAILED, failure, Fate.COUNTED, Weight.CLUSTER)
+    return Cause(Reason.PEER_FAILED, failure, RetryPolicy.COUNTED, Precedence.CLUSTER)
 
 
-def _failure(pod: PodView, failure_class: FailureClass, code: str, message: str) -> Failure:
+def _failure(pod: PodView, failure_class: FailureClass, code: str, message: str, hint: str = "") -> Failure:
     words = pod.words or TerminationMessage()
     return Failure(
         class_=failure_class,
         code=clean(code, 128),
         message=clean(message),
-        hint=clean(words.hint) if words.hint else None,
+        hint=clean(words.hint or hint) or None,
         node=pod.node or None,
         rank=words.rank if words.rank is not None else None,
         step=words.step,

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 
+from finetune_api.exits import RetryPolicy
 from finetune_api.names import FailureClass, Reason
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Adaptation, Failure, FineTuneJobStatus
 
-from finetune_operator.policies.cause import Cause, Fate
+from finetune_operator.policies.cause import Cause
 from finetune_operator.policies.ladder import Exhausted, after_divergence, after_memory
 
 
@@ -37,16 +38,16 @@ def after(
 
     `spec` is resolved, with earlier adaptations applied; `progressed`: it committed a step newer than all before it.
     """
-    match cause.fate:
-        case Fate.FINAL:
+    match cause.retry:
+        case RetryPolicy.NEVER:
             return Stop(cause.reason, cause.failure)
-        case Fate.FREE:
+        case RetryPolicy.FREE | RetryPolicy.WAIT:
             return Again(progressed=progressed)
-        case Fate.MEMORY:
+        case RetryPolicy.ADAPT_MEMORY:
             rung = after_memory(spec, now)
-        case Fate.DIVERGED:
+        case RetryPolicy.ROLL_BACK:
             rung = after_divergence(spec, status.adaptations, status.checkpoints, now, attempt)
-        case Fate.COUNTED:
+        case RetryPolicy.COUNTED:
             return _counted(cause, spec, status.retries_used or 0, progressed)
     if isinstance(rung, Exhausted):
         message = f"{cause.failure.message}; {rung.message}" if cause.failure.message else rung.message

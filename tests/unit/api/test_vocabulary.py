@@ -11,7 +11,8 @@ import pytest
 from finetune_api import names
 from finetune_api.base import DEFAULT, DEFAULT_TEXT
 from finetune_api.defaults import Context, resolve
-from finetune_api.errors import ConfigError, DataError, FineTuneError
+from finetune_api.errors import ERROR_OF_CODE, ConfigError, DataError
+from finetune_api.exits import EXIT_POLICIES, REASON_OF_CLASS
 from finetune_api.pod import Resume, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.rules import check
 from finetune_api.schema import HEADER, crd
@@ -28,14 +29,14 @@ ROOT = Path(__file__).parents[3]
 
 def test_every_failing_exit_code_has_a_class_and_every_class_a_reason() -> None:
     plain = {names.ExitCode.OK, names.ExitCode.KILLED, names.ExitCode.TERMINATED}
-    assert set(names.CLASS_OF_CODE) == set(names.ExitCode) - plain
-    assert set(names.REASON_OF_CLASS) == set(names.FailureClass)
+    assert set(EXIT_POLICIES) == set(names.ExitCode) - plain
+    assert set(REASON_OF_CLASS) == set(names.FailureClass)
 
 
 def test_every_failing_exit_code_but_the_stops_has_an_error_class() -> None:
-    codes = {cls.exit_code for cls in FineTuneError.__subclasses__()}
+    codes = set(ERROR_OF_CODE)
     stops = {names.ExitCode.PREEMPTED_SAVED, names.ExitCode.PREEMPTED_UNSAVED}
-    assert codes == set(names.CLASS_OF_CODE) - stops
+    assert codes == set(EXIT_POLICIES) - stops
 
 
 def test_incarnations_differ_by_pod() -> None:

@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from finetune_api.exits import RetryPolicy
 from finetune_api.names import CONTAINER, MANAGER, Condition, FailureClass, Label, Phase, Reason
 from finetune_operator.decide import decide
 from finetune_operator.events import transitions
 from finetune_operator.plan import Acted, Situation
-from finetune_operator.policies.cause import Fate, cause_of, pod_cause
+from finetune_operator.policies.cause import cause_of, pod_cause
 from finetune_operator.policies.waiting import pods_waiting
 from finetune_operator.report import report
 from finetune_operator.views import PodView, read_pod
@@ -48,7 +49,7 @@ def test_the_trainer_s_end_counts_and_not_that_of_a_container_beside_it() -> Non
     assert over.image_id == "trainer"
     cause = pod_cause(over)
     assert cause is not None
-    assert (cause.failure.exit_code, cause.fate) == (65, Fate.FINAL)
+    assert (cause.failure.exit_code, cause.retry) == (65, RetryPolicy.NEVER)
 
 
 def test_a_container_beside_the_trainer_that_holds_the_pod_is_named() -> None:
@@ -61,7 +62,7 @@ def test_a_container_beside_the_trainer_that_holds_the_pod_is_named() -> None:
 def test_an_init_container_that_fails_is_named() -> None:
     failed = {"terminated": {"exitCode": 3, "reason": "Error", "message": "no route to the vault"}}
     cause = cause_of(None, [seen("Failed", INITIALIZING, init=failed)])
-    assert (cause.failure.code, cause.fate) == ("InitContainerFailed", Fate.COUNTED)
+    assert (cause.failure.code, cause.retry) == ("InitContainerFailed", RetryPolicy.COUNTED)
     assert cause.failure.message == "init container setup ended with exit code 3: no route to the vault"
 
 
@@ -86,11 +87,11 @@ def test_a_pod_evicted_for_its_own_use_is_told_why_and_not_repeated_for_ever(cod
     cause = pod_cause(evicted)
     assert cause is not None
     assert (cause.failure.class_, cause.failure.code, cause.failure.message) == (FailureClass.INFRASTRUCTURE, "Evicted", words)
-    assert cause.fate is Fate.COUNTED
+    assert cause.retry is RetryPolicy.COUNTED
     assert "resources.ephemeralStorage" in (cause.failure.hint or "")
     free = pod_cause(replace(evicted, disruption="TerminationByKubelet"))
     assert free is not None
-    assert free.fate is Fate.FREE
+    assert free.retry is RetryPolicy.FREE
 
 
 # What the status says of a wish

@@ -7,13 +7,14 @@ from datetime import datetime
 from typing import Any
 
 import pytest
+from finetune_api.exits import Precedence, RetryPolicy
 from finetune_api.names import FailureClass, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Adaptation, Attempt, Checkpoint, FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.policies import clock
 from finetune_operator.policies.acceptance import Accepted, Refused, accept
-from finetune_operator.policies.cause import Cause, Fate, Weight, cause_of, pod_cause
+from finetune_operator.policies.cause import Cause, cause_of, pod_cause
 from finetune_operator.policies.ladder import Exhausted, adapted, after_divergence, after_memory, newest_start
 from finetune_operator.policies.retry import Again, Stop, after
 from finetune_operator.policies.waiting import Waiting, events_waiting, pods_waiting
@@ -156,21 +157,22 @@ def words(code: str, **fields: Any) -> TerminationMessage:
 
 
 @pytest.mark.parametrize(
-    ("code", "reason", "fate"),
+    ("code", "reason", "retry"),
     [
-        (64, Reason.USER_ERROR, Fate.FINAL), (65, Reason.DATA_ERROR, Fate.FINAL), (66, Reason.MODEL_ERROR, Fate.FINAL),
-        (67, Reason.STORAGE_ERROR, Fate.FINAL), (69, Reason.STORAGE_ERROR, Fate.COUNTED),
-        (70, Reason.INTERNAL_ERROR, Fate.COUNTED), (71, Reason.OUT_OF_MEMORY, Fate.MEMORY),
-        (72, Reason.DIVERGED, Fate.DIVERGED), (73, Reason.STORAGE_ERROR, Fate.COUNTED),
-        (74, Reason.PEER_FAILED, Fate.COUNTED), (75, Reason.PREEMPTED, Fate.FREE), (76, Reason.PREEMPTED, Fate.FREE),
-        (77, Reason.STORAGE_ERROR, Fate.FINAL), (1, Reason.INTERNAL_ERROR, Fate.COUNTED),
-        (137, Reason.INTERNAL_ERROR, Fate.COUNTED),
+        (64, Reason.USER_ERROR, RetryPolicy.NEVER), (65, Reason.DATA_ERROR, RetryPolicy.NEVER), (66, Reason.MODEL_ERROR, RetryPolicy.NEVER),
+        (67, Reason.STORAGE_ERROR, RetryPolicy.NEVER), (69, Reason.STORAGE_ERROR, RetryPolicy.COUNTED),
+        (70, Reason.INTERNAL_ERROR, RetryPolicy.COUNTED), (71, Reason.OUT_OF_MEMORY, RetryPolicy.ADAPT_MEMORY),
+        (72, Reason.DIVERGED, RetryPolicy.ROLL_BACK), (73, Reason.STORAGE_ERROR, RetryPolicy.COUNTED),
+        (74, Reason.PEER_FAILED, RetryPolicy.COUNTED), (75, Reason.PREEMPTED, RetryPolicy.FREE), (76, Reason.PREEMPTED, RetryPolicy.FREE),
+        (77, Reason.STORAGE_ERROR, RetryPolicy.NEVER), (78, Reason.INSTALLATION_BROKEN, RetryPolicy.NEVER),
+        (79, Reason.TRAINER_TOO_OLD, RetryPolicy.WAIT), (80, Reason.GATE_FAILED, RetryPolicy.NEVER), (1, Reason.INTERNAL_ERROR, RetryPolicy.COUNTED),
+        (137, Reason.INTERNAL_ERROR, RetryPolicy.COUNTED),
     ],
 )  # fmt: skip
-def test_exit_codes(code: int, reason: Reason, fate: Fate) -> None:
+def test_exit_codes(code: int, reason: Reason, retry: RetryPolicy) -> None:
     found = pod_cause(ended(pod(), code))
     assert found is not None
-    assert (found.reason, found.fate, found.failure.exit_code) == (reason, fate, code)
+    assert (found.reason, found.retry, found.failure.exit_code) == (reason, retry, code)
 
 
 def test_the_trainer_s_class_wins_over_the_code_s() -> None:
@@ -200,7 +202,7 @@ def test_disruption_is_free(disruption: str, code: int | None, reason: Reason) -
     taken = replace(pod(), disruption=disruption, phase="Failed")
     found = pod_cause(ended(taken, code) if code is not None else taken)
     assert found is not None
-    assert (found.reason, found.fate) == (reason, Fate.FREE)
+    assert (found.reason, found.retry) == (reason, RetryPolicy.FREE)
 
 
 def test_a_data_error_of_a_disrupted_pod_stays_a_data_error() -> None:
@@ -212,19 +214,19 @@ def test_a_data_error_of_a_disrupted_pod_stays_a_data_error() -> None:
 def test_oom_killed() -> None:
     found = pod_cause(ended(pod(), 137, reason="OOMKilled"))
     assert found is not None
-    assert (found.reason, found.fate, found.failure.code) == (Reason.OUT_OF_MEMORY, Fate.MEMORY, "OOMKilled")
+    assert (found.reason, found.retry, found.failure.code) == (Reason.OUT_OF_MEMORY, RetryPolicy.ADAPT_MEMORY, "OOMKilled")
 
 
 def test_killed_while_being_deleted_is_preemption() -> None:
     found = pod_cause(replace(ended(pod(), 137), deleting=T0))
     assert found is not None
-    assert (found.reason, found.fate) == (Reason.PREEMPTED, Fate.FREE)
+    assert (found.reason, found.retry) == (Reason.PREEMPTED, RetryPolicy.FREE)
 
 
 def test_a_node_that_rejects_the_pod() -> None:
     found = pod_cause(replace(pod(), phase="Failed", reason="OutOfnvidia.com/gpu", message="no"))
     assert found is not None
-    assert (found.fate, found.failure.code) == (Fate.COUNTED, "OutOfnvidia.com/gpu")
+    assert (found.retry, found.failure.code) == (RetryPolicy.COUNTED, "OutOfnvidia.com/gpu")
 
 
 @pytest.mark.parametrize(
@@ -255,7 +257,7 @@ def test_a_disruption_comes_before_peers_that_noticed() -> None:
 def test_without_pods_the_job_is_asked() -> None:
     failed = job(failed=at(1), failed_reason="BackoffLimitExceeded", failed_message="Job has reached it")
     found = cause_of(failed, [])
-    assert (found.failure.code, found.fate) == ("BackoffLimitExceeded", Fate.COUNTED)
+    assert (found.failure.code, found.retry) == ("BackoffLimitExceeded", RetryPolicy.COUNTED)
     assert cause_of(None, []).failure.code == "PodsLost"
 
 
@@ -365,7 +367,7 @@ def test_a_rollback_costs_what_it_left_behind_and_nothing_that_came_after(
 
 # Retry
 
-CAUSE = Cause(Reason.INTERNAL_ERROR, pod_cause(ended(pod(), 70)).failure, Fate.COUNTED, Weight.UNKNOWN)  # type: ignore[union-attr] # it fails
+CAUSE = Cause(Reason.INTERNAL_ERROR, pod_cause(ended(pod(), 70)).failure, RetryPolicy.COUNTED, Precedence.UNKNOWN)  # type: ignore[union-attr] # it fails
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 
-from finetune_api.names import NOT_RETRIED_CODES, ExitCode, attempt_job_name
+from finetune_api.exits import EXIT_POLICIES, RetryPolicy, codes_that_fail_the_job
+from finetune_api.names import ExitCode, attempt_job_name
 from finetune_api.pod import TerminationMessage
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Checkpoint, FineTuneJobStatus, Progress, Stage
 from finetune_operator.facts import Facts, Heard
 from finetune_operator.objects import Object
 from finetune_operator.policies.acceptance import accept
-from finetune_operator.policies.cause import FATE_OF_CODE, Fate
 from finetune_operator.views import JobView, PodView, buried
 
 from tests.unit.operator.samples import CONFIG, T0, finetunejob, report, spec
@@ -144,7 +144,7 @@ class World:
         """Suspended: its pods go, and none of them makes it fail, unless its rules end it for what a pod says."""
         self.delete([p for p in pods if not p.over])
         for p in self.pods.values():
-            final = p.terminated is not None and p.terminated.exit_code in NOT_RETRIED_CODES
+            final = p.terminated is not None and p.terminated.exit_code in codes_that_fail_the_job()
             if p.job_uid == one.uid and p.phase != "Succeeded" and not final:
                 self.excused.add(p.uid)
 
@@ -189,7 +189,7 @@ class World:
         over = end_pod(p, code, words)
         assert over.terminated is not None
         self.pods[p.uid] = replace(over, terminated=replace(over.terminated, finished=self.now))
-        if FATE_OF_CODE.get(code, Fate.COUNTED) is Fate.COUNTED and code != ExitCode.OK:
+        if code not in EXIT_POLICIES or EXIT_POLICIES[code].retry is RetryPolicy.COUNTED:
             self.charged.add(p.attempt)
 
     # Nodes
