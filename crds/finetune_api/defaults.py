@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel
 
 from finetune_api.base import DEFAULT, Group
+from finetune_api.objectives import FORMATS_WITHOUT_TURNS, OBJECTIVES
 from finetune_api.rules import (
     LORA_METHODS,
     PROMPT_METHODS,
@@ -28,19 +29,12 @@ from finetune_api.rules import (
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
-from finetune_api.spec.enums import DatasetFormat, LoraInit, MethodType, Strategy, TrainerType, When
+from finetune_api.spec.enums import LoraInit, MethodType, Strategy, TrainerType, When
 
-LEARNING_RATE_OF_TRAINER = {
-    TrainerType.DPO: 5e-6,
-    TrainerType.KTO: 5e-6,
-    TrainerType.ORPO: 5e-6,
-    TrainerType.GRPO: 1e-6,
-}
 LEARNING_RATE_FULL = 2e-5
 LEARNING_RATE_ADAPTER = 2e-4
 WARMUP_RATIO = 0.03
 MAX_SEQUENCE_LENGTH = 2048
-WITHOUT_TURNS = (DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM)
 
 
 @dataclass(frozen=True)
@@ -115,19 +109,20 @@ def _computed(spec: FineTuneJobSpec, context: Context) -> dict[str, Any]:
         "evaluation.strategy": "steps" if has_validation(spec) else "no",
         "evaluation.batchSizePerDevice": spec.training.batch_size_per_device or 4,
         "phases.evaluate": bool(spec.evaluation.metrics),
-        "dataset.responseOnly.enabled": spec.dataset.format not in WITHOUT_TURNS,
+        "dataset.responseOnly.enabled": spec.dataset.format not in FORMATS_WITHOUT_TURNS,
     }
     if spec.training.warmup_steps is None:
         result["training.warmupRatio"] = WARMUP_RATIO
     if evaluates(spec) and spec.evaluation.strategy in (None, When.STEPS):
         result["evaluation.steps"] = spec.checkpoint.steps or 100
-    result |= _method_defaults(spec, method) | _trainer_defaults(trainer) | _storage_defaults(spec, context)
+    result |= _method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _storage_defaults(spec, context)
     return {path: found for path, found in result.items() if found is not None}
 
 
 def _learning_rate(method: MethodType, trainer: TrainerType) -> float:
-    if trainer in LEARNING_RATE_OF_TRAINER:
-        return LEARNING_RATE_OF_TRAINER[trainer]
+    own = OBJECTIVES[trainer].learning_rate
+    if own is not None:
+        return own
     return LEARNING_RATE_FULL if method in (MethodType.FULL, MethodType.SPECTRUM) else LEARNING_RATE_ADAPTER
 
 
@@ -153,12 +148,6 @@ def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any
     return result
 
 
-def _trainer_defaults(trainer: TrainerType) -> dict[str, Any]:
-    if trainer in (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO):
-        return {"trainer.dpo.beta": 0.1}
-    return {"trainer.grpo.numGenerations": 8} if trainer is TrainerType.GRPO else {}
-
-
 def _storage_defaults(spec: FineTuneJobSpec, context: Context) -> dict[str, Any]:
     """The connection of the operator's configuration fills what is absent, but never another store's credentials.
 
@@ -175,7 +164,9 @@ def _storage_defaults(spec: FineTuneJobSpec, context: Context) -> dict[str, Any]
 CONDITIONAL: dict[str, Callable[[dict[str, Any]], bool]] = {
     "checkpoint.steps": lambda group: group.get("strategy") in (None, "steps"),
     "training.epochs": lambda group: group.get("maxSteps") is None,
-    "trainer.maxCompletionLength": lambda group: group.get("type") not in (None, "sft", "reward"),
+    "trainer.maxCompletionLength": lambda group: (
+        "maxCompletionLength" in OBJECTIVES[TrainerType(group.get("type") or "sft")].options
+    ),
     "dataset.maxBadRowRatio": lambda group: group.get("badRows") == "skip",
     "output.layout": lambda group: group.get("dir") is not None,
 }

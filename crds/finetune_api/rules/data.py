@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from finetune_api.objectives import FORMATS_WITHOUT_TURNS
 from finetune_api.rules.base import Found, Where, rule
 from finetune_api.rules.facts import (
     given_or_default,
@@ -82,7 +83,7 @@ def data_options(spec: FineTuneJobSpec, where: Where) -> Found:
 @rule("ResponseOnlyWithoutTurns")
 def response_only(spec: FineTuneJobSpec, where: Where) -> Found:
     only, form = spec.dataset.response_only, spec.dataset.format
-    without = form in (DatasetFormat.PLAIN_TEXT, DatasetFormat.CUSTOM)
+    without = form in FORMATS_WITHOUT_TURNS
     if only is not None and only.enabled and without and not (only.question_marker or only.answer_marker):
         yield (
             "dataset.responseOnly.enabled",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from finetune_api.objectives import OBJECTIVES, objective_for_format, objectives_that_read
 from finetune_api.rules.base import Found, Where, rule
 from finetune_api.rules.facts import (
     evaluates,
@@ -14,55 +15,26 @@ from finetune_api.rules.facts import (
 from finetune_api.rules.rewards import unfit_parameters
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
-    DatasetFormat,
     DpoLoss,
     MethodType,
     TrainerType,
 )
 
-_FORMATS: dict[TrainerType, tuple[DatasetFormat, ...]] = {
-    TrainerType.DPO: (DatasetFormat.PREFERENCE,),
-    TrainerType.ORPO: (DatasetFormat.PREFERENCE,),
-    TrainerType.REWARD: (DatasetFormat.PREFERENCE,),
-    TrainerType.KTO: (DatasetFormat.UNPAIRED_PREFERENCE,),
-}
-_NOT_SFT = (DatasetFormat.PREFERENCE, DatasetFormat.UNPAIRED_PREFERENCE, DatasetFormat.PROMPT_ONLY)
-
 
 @rule("FormatOfAnotherObjective")
 def format_of_objective(spec: FineTuneJobSpec, where: Where) -> Found:
     trainer = trainer_of(spec)
+    formats = OBJECTIVES[trainer].formats
     given = [("dataset.format", spec.dataset.format)] + [
         (f"dataset.mixture[{i}].format", item.format) for i, item in enumerate(spec.dataset.mixture or [])
     ]
     for path, form in given:
-        if form is None:
-            continue
-        wanted = _FORMATS.get(trainer)
-        if wanted and form not in wanted:
+        if form is not None and form not in formats:
             yield (
                 path,
-                f"{form}, but trainer {trainer} learns from {wanted[0]} rows",
-                f"write `format: {wanted[0]}`, or change trainer.type",
+                f"{form}, but trainer {trainer} cannot learn from {form} rows",
+                f"write `format: {formats[0]}`, or `trainer: {{type: {objective_for_format(form)}}}`",
             )
-        if trainer is TrainerType.SFT and form in _NOT_SFT:
-            other = {
-                DatasetFormat.PREFERENCE: "dpo",
-                DatasetFormat.UNPAIRED_PREFERENCE: "kto",
-                DatasetFormat.PROMPT_ONLY: "grpo",
-            }[form]
-            yield (
-                path,
-                f"{form}, which holds no single answer that sft could learn",
-                f"write `trainer: {{type: {other}}}`, or use another format",
-            )
-        if trainer is TrainerType.GRPO and form in (
-            DatasetFormat.PREFERENCE,
-            DatasetFormat.UNPAIRED_PREFERENCE,
-            DatasetFormat.PLAIN_TEXT,
-            DatasetFormat.CUSTOM,
-        ):
-            yield path, f"{form}, but grpo needs prompts", "write `format: promptOnly`, or a format with a question"
 
 
 @rule(
@@ -119,35 +91,19 @@ def rewards(spec: FineTuneJobSpec, where: Where) -> Found:
 @rule("OptionOfAnotherObjective")
 def options_of_another_objective(spec: FineTuneJobSpec, where: Where) -> Found:
     trainer = trainer_of(spec)
-    if spec.trainer.dpo is not None and trainer not in (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO):
-        yield (
-            "trainer.dpo",
-            f"it is only read with dpo, kto and orpo, and the objective is {trainer}",
-            "remove it, or change trainer.type",
-        )
-    if spec.trainer.grpo is not None and trainer is not TrainerType.GRPO:
-        yield (
-            "trainer.grpo",
-            f"it is only read with grpo, and the objective is {trainer}",
-            "remove it, or write `type: grpo`",
-        )
-    if spec.trainer.rewards and trainer is not TrainerType.GRPO:
-        yield (
-            "trainer.rewards",
-            f"rewards are only read with grpo, and the objective is {trainer}",
-            "remove them, or write `type: grpo`",
-        )
-    if spec.trainer.max_completion_length is not None and trainer not in (
-        TrainerType.DPO,
-        TrainerType.GRPO,
-        TrainerType.KTO,
-        TrainerType.ORPO,
-    ):
-        yield (
-            "trainer.maxCompletionLength",
-            f"it is only read with dpo, kto, orpo and grpo, and the objective is {trainer}",
+    options = {
+        "dpo": (spec.trainer.dpo is not None, "remove it, or change trainer.type"),
+        "grpo": (spec.trainer.grpo is not None, "remove it, or write `type: grpo`"),
+        "rewards": (bool(spec.trainer.rewards), "remove it, or write `type: grpo`"),
+        "maxCompletionLength": (
+            spec.trainer.max_completion_length is not None,
             "remove it; dataset.maxSequenceLength limits rows",
-        )
+        ),
+    }
+    for option, (is_given, write) in options.items():
+        if is_given and option not in OBJECTIVES[trainer].options:
+            objectives = " and ".join(", ".join(objectives_that_read(option)).rsplit(", ", 1))
+            yield f"trainer.{option}", f"it is only read with {objectives}, and the objective is {trainer}", write
     if spec.dataset.packing and trainer is not TrainerType.SFT:
         yield "dataset.packing", f"true, but rows of {trainer} cannot share a sequence", "write `packing: false`"
     if spec.training.neftune_noise_alpha is not None and trainer is not TrainerType.SFT:

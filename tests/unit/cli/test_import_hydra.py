@@ -188,7 +188,7 @@ def test_formats(hydra: Any) -> None:
     assert hydra(base=BASE.replace("conversational", "no")).at("dataset.format") == "plainText"
     (mistake,) = hydra(base=BASE.replace("conversational", "preference")).mistakes
     assert mistake.startswith(
-        "job.yaml:1: dataset.format: preference, which holds no single answer that sft could learn"
+        "job.yaml:1: dataset.format: preference, but trainer sft cannot learn from preference rows"
     )
 
 

@@ -1,0 +1,40 @@
+"""The table of objectives is complete, and the rules and defaults follow it."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_api.defaults import resolve
+from finetune_api.objectives import OBJECTIVES, objective_for_format, objectives_that_read
+from finetune_api.rules import check
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import DatasetFormat, TrainerType
+
+
+def spec_of(trainer: TrainerType, form: DatasetFormat) -> FineTuneJobSpec:
+    value = {"model": {"source": "hf://a/b"}, "dataset": {"train": "s3://a/b.jsonl", "format": form}, "trainer": {"type": trainer}}
+    return FineTuneJobSpec.model_validate(value)  # fmt: skip
+
+
+@pytest.mark.parametrize("trainer", list(TrainerType))
+def test_every_objective_has_a_row(trainer: TrainerType) -> None:
+    assert OBJECTIVES[trainer].formats
+
+
+@pytest.mark.parametrize("form", list(DatasetFormat))
+@pytest.mark.parametrize("trainer", list(TrainerType))
+def test_a_format_is_refused_unless_the_objective_lists_it(trainer: TrainerType, form: DatasetFormat) -> None:
+    refused = [error for error in check(spec_of(trainer, form)) if error.code == "FormatOfAnotherObjective"]
+    assert bool(refused) is (form not in OBJECTIVES[trainer].formats)
+    if refused:
+        assert f"trainer: {{type: {objective_for_format(form)}}}" in str(refused[0])
+
+
+@pytest.mark.parametrize("trainer", list(TrainerType))
+def test_an_objectives_learning_rate_wins_over_the_methods(trainer: TrainerType) -> None:
+    rate = resolve(spec_of(trainer, OBJECTIVES[trainer].formats[0])).spec.training.learning_rate
+    assert rate == (OBJECTIVES[trainer].learning_rate or 2e-4)
+
+
+def test_the_objectives_that_read_an_option_are_listed_in_order() -> None:
+    assert objectives_that_read("dpo") == (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO)
+    assert objectives_that_read("rewards") == (TrainerType.GRPO,)
