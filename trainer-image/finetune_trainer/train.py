@@ -52,11 +52,11 @@ def preload(run: RunConfig) -> None:
 
 
 @runtime_checkable
-class MeetsTrainer(Protocol):
-    """A callback that needs more of the Trainer than callbacks are shown."""
+class NeedsTrainer(Protocol):
+    """A callback that needs the Trainer itself, which transformers does not pass to callbacks."""
 
-    def meet(self, trainer: Any) -> None:
-        """The Trainer, before it trains."""
+    def on_trainer_created(self, trainer: Any) -> None:
+        """Receive the Trainer, after it is built and before it trains."""
 
 
 class Hooks(Protocol):
@@ -183,8 +183,8 @@ class Session:
             lora.start_eva(trainer)
             set_seed(args.seed)
         for callback in callbacks:
-            if isinstance(callback, MeetsTrainer):
-                callback.meet(trainer)
+            if isinstance(callback, NeedsTrainer):
+                callback.on_trainer_created(trainer)
         trainer.remove_callback(PrinterCallback)
         trainer.plus_ratio = (run.spec.method.lora.plus_ratio or 1.0) if run.spec.method.lora else 1.0
         self.trainer, self.applied = trainer, applied

@@ -114,7 +114,7 @@ def test_the_open_window_travels_with_the_checkpoint(tmp_path: Path) -> None:
     trainer = SimpleNamespace(
         args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(0.1) + torch.tensor(0.2), _sums={"train": sums}
     )  # fmt: skip
-    run.stager.meet(trainer)
+    run.stager.on_trainer_created(trainer)
     run.state.num_input_tokens_seen = 100
     run.step()
     run.step(save=True)
@@ -122,7 +122,7 @@ def test_the_open_window_travels_with_the_checkpoint(tmp_path: Path) -> None:
     assert message["tokens"] == 107
     later = SimpleNamespace(args=run.args, _globalstep_last_logged=2, _tr_loss=torch.tensor(0.0), _sums={"train": {}})
     again = subject.Stager(run.channel, run.agreement, "a2-00000000", Path(message["folder"]))
-    again.meet(later)
+    again.on_trainer_created(later)
     run.agreement.start = lambda step: None  # type: ignore[method-assign] # it watches already
     again.on_train_begin(run.args, run.state, run.control)
     assert later._globalstep_last_logged == 0
@@ -135,7 +135,7 @@ def test_the_open_window_travels_with_the_checkpoint(tmp_path: Path) -> None:
     [("nan", 1.0, "LossNotFinite"), ("inf", 1.0, "LossNotFinite"), ("1", float("nan"), "WeightsNotFinite")],
 )
 def test_what_is_not_finite_is_never_saved(run: Run, loss: str, weight: float, code: str) -> None:
-    run.stager.meet(
+    run.stager.on_trainer_created(
         SimpleNamespace(
             args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(float(loss)), _sums={"train": {}}
         )
@@ -149,7 +149,7 @@ def test_what_is_not_finite_is_never_saved(run: Run, loss: str, weight: float, c
 def test_weights_are_looked_at_where_a_line_is_logged_too(run: Run) -> None:
     """The last update may have spoiled them although the loss before it was a number."""
     sums = {"train": {"tokens": torch.tensor(7)}}
-    run.stager.meet(SimpleNamespace(args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(1.0), _sums=sums))
+    run.stager.on_trainer_created(SimpleNamespace(args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(1.0), _sums=sums))
     run.step(save=True, log=True)
     assert run.saved == [1] and "tokens" not in run.sent("staged")[0], "the line's own tokens are not counted twice"
     run.model.weight.data[0, 0] = float("inf")

@@ -164,8 +164,8 @@ class Stager(TrainerCallback):
         """Size of the last checkpoint on this pod's disk."""
         self._began = 0.0
 
-    def meet(self, trainer: Any) -> None:
-        """The Trainer itself, whose running sums are no part of what callbacks are shown."""
+    def on_trainer_created(self, trainer: Any) -> None:
+        """Keep access to the Trainer's running sums, which transformers does not pass to callbacks."""
         self._window = Window(trainer, self._channel.rank, self._channel.world_size)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
