@@ -13,7 +13,7 @@ from pathlib import Path
 
 from chart_schema import schema
 from finetune_api.reference import pages
-from finetune_api.schema import text as crd_text
+from finetune_api.schema import crd_yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 CRD_FILES = (ROOT / "crds/finetunejobs.yaml", ROOT / "helm/finetune-operator/files/finetunejobs.yaml")
@@ -25,7 +25,7 @@ def generated() -> dict[Path, str]:
     """Every generated file with the text it must have."""
     values = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
     reference = {REFERENCE / name: text for name, text in pages().items()}
-    return dict.fromkeys(CRD_FILES, crd_text()) | {VALUES_SCHEMA: values} | reference
+    return dict.fromkeys(CRD_FILES, crd_yaml()) | {VALUES_SCHEMA: values} | reference
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api import names
-from finetune_api.defaults import Context, resolve
+from finetune_api.defaults import PlatformDefaults, resolve
 from finetune_api.names import Env, ExitCode, FailureClass
 from finetune_api.pod import ProgressReport, Resume, RunConfig, StoreTarget, TerminationMessage, World
-from finetune_api.rules import Where
+from finetune_api.rules import ExecutionTarget
 from finetune_api.sources import ConfigMapSource, PvcSource, parse
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
@@ -74,11 +74,11 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
     folders = _folders("--config-map", config_maps), _folders("--claim", claims)
     fitted = fit(value, folder.resolve(), file.resolve().parent, *folders, notes, gpus=gpus_here())
     changed = Manifest(manifest.file, manifest.number, {**manifest.value, "spec": fitted}, manifest.lines)
-    checked, findings = examine(changed, Where.LOCAL)
+    checked, findings = examine(changed, ExecutionTarget.LOCAL)
     if serious(findings) or checked is None:
         output.errors(finding.mistake for finding in serious(findings))
         raise output.Ended(output.ERROR)
-    resolution = resolve(checked, context=Context(storage=StorageRoot(uri=fitted["storage"]["uri"])))
+    resolution = resolve(checked, platform=PlatformDefaults(storage=StorageRoot(uri=fitted["storage"]["uri"])))
     root, said = folder.resolve(), (*notes, *resolution.notes)
     try:
         return _write(manifest.name, resolution.spec, resolution.defaults, root, said)
@@ -88,7 +88,7 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
 
 def _readable(manifest: Manifest) -> None:
     """What has not the shape of a job is told before anything is made of it. Raises output.Ended."""
-    _, findings = examine(manifest, Where.LOCAL)
+    _, findings = examine(manifest, ExecutionTarget.LOCAL)
     wrong = [one for one in serious(findings) if one.code == "ValueInvalid"]
     if wrong:
         output.errors(finding.mistake for finding in wrong)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.names import API_VERSION, GROUP, KIND, MAX_NAME_LENGTH, NAME_PATTERN
-from finetune_api.rules import Where, check
-from finetune_api.spec import FineTuneJobSpec, load
-from finetune_api.support import unsupported
+from finetune_api.rules import ExecutionTarget, check
+from finetune_api.spec import FineTuneJobSpec, load_spec
+from finetune_api.support import unsupported_fields
 from pydantic import ValidationError
 
 from finetune_cli.files import Unreadable, read_text, shown
@@ -125,7 +125,7 @@ def advice(findings: list[Finding]) -> list[Mistake]:
     return [one.mistake for one in findings if not one.serious]
 
 
-def examine(manifest: Manifest, where: Where = Where.CLUSTER) -> tuple[FineTuneJobSpec | None, list[Finding]]:
+def examine(manifest: Manifest, target: ExecutionTarget = ExecutionTarget.CLUSTER) -> tuple[FineTuneJobSpec | None, list[Finding]]:
     """The spec, if it can be read, and everything that is wrong with the manifest."""
     findings = list(_frame(manifest))
     raw = manifest.value.get("spec")
@@ -143,8 +143,8 @@ def examine(manifest: Manifest, where: Where = Where.CLUSTER) -> tuple[FineTuneJ
     if spec is not None:
         findings += [
             _finding(manifest, one.path, one.message, one.hint, one.code)
-            for one in (*check(spec, where=where), *unsupported(spec))
-            if not (where is Where.LOCAL and one.code == "SourceInvalid" and _is_local_path(raw, one.path))
+            for one in (*check(spec, target=target), *unsupported_fields(spec))
+            if not (target is ExecutionTarget.LOCAL and one.code == "SourceInvalid" and _is_local_path(raw, one.path))
             and not any(inside(one.path, other.path) or inside(other.path, one.path) for other in wrong)
         ]
     findings += _secrets(manifest, raw)
@@ -262,7 +262,7 @@ def _shaped(raw: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[Misshapen
     value = raw
     for _ in range(3):
         try:
-            return load(value), wrong
+            return load_spec(value), wrong
         except ValidationError as error:
             wrong += list(misshapen(error, wrong))
             value = _without(value, list(unreadable(error)))

@@ -18,13 +18,13 @@ from finetune_api.objectives import FORMATS_WITHOUT_TURNS, OBJECTIVES
 from finetune_api.rules import (
     LORA_METHODS,
     PROMPT_METHODS,
-    evaluates,
+    evaluates_during_training,
     given_bits,
     gpus_per_node,
-    has_validation,
+    has_validation_set,
     method_of,
-    starts_with_loftq,
     trainer_of,
+    uses_loftq,
     world_size,
 )
 from finetune_api.spec import FineTuneJobSpec
@@ -38,7 +38,7 @@ MAX_SEQUENCE_LENGTH = 2048
 
 
 @dataclass(frozen=True)
-class Context:
+class PlatformDefaults:
     """What the operator's configuration (or the local machine) adds to a spec."""
 
     storage: StorageRoot | None = None
@@ -69,13 +69,13 @@ OPTIONAL_GROUPS = frozenset({
 """Sub-groups that stay absent unless the user, or the method and objective, bring them in."""
 
 
-def resolve(spec: FineTuneJobSpec, *, context: Context | None = None) -> Resolution:
+def resolve(spec: FineTuneJobSpec, *, platform: PlatformDefaults | None = None) -> Resolution:
     """Fill in every default. The spec should have passed `rules.check`; nothing is refused here."""
-    context = context or Context()
+    platform = platform or PlatformDefaults()
     value = spec.to_wire()
     filled: dict[str, Any] = {}
     notes: list[str] = []
-    for path, found in _computed(spec, context).items():
+    for path, found in _computed(spec, platform).items():
         _put(value, path, found, filled)
     _constants(FineTuneJobSpec, value, "", filled)
     if spec.training.max_steps is not None:
@@ -91,31 +91,31 @@ def resolve(spec: FineTuneJobSpec, *, context: Context | None = None) -> Resolut
     return Resolution(FineTuneJobSpec.model_validate(value), filled, notes)
 
 
-def _computed(spec: FineTuneJobSpec, context: Context) -> dict[str, Any]:
-    """Defaults that depend on other fields or on the context, by wire path."""
+def _computed(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict[str, Any]:
+    """Defaults that depend on other fields or on the platform, by wire path."""
     method, trainer, gpus = method_of(spec), trainer_of(spec), gpus_per_node(spec)
     result: dict[str, Any] = {
         "model.tokenizer": spec.model.source,
         "training.learningRate": _learning_rate(method, trainer),
         "training.gradientCheckpointing": "disabled" if gpus == 0 or method is MethodType.PREFIX_TUNING else "enabled",
         "resources.processesPerNode": gpus or 1,
-        "resources.gpuResource": context.gpu_resource,
-        "resources.nodePool": context.node_pool,
-        "resources.cpu": context.cpu,
-        "resources.memory": context.memory,
-        "resources.ephemeralStorage": context.ephemeral_storage,
-        "resources.sharedMemory": context.shared_memory,
+        "resources.gpuResource": platform.gpu_resource,
+        "resources.nodePool": platform.node_pool,
+        "resources.cpu": platform.cpu,
+        "resources.memory": platform.memory,
+        "resources.ephemeralStorage": platform.ephemeral_storage,
+        "resources.sharedMemory": platform.shared_memory,
         "distributed.strategy": "ddp" if world_size(spec) > 1 else "none",
-        "evaluation.strategy": "steps" if has_validation(spec) else "no",
+        "evaluation.strategy": "steps" if has_validation_set(spec) else "no",
         "evaluation.batchSizePerDevice": spec.training.batch_size_per_device or 4,
         "phases.evaluate": bool(spec.evaluation.metrics),
         "dataset.responseOnly.enabled": spec.dataset.format not in FORMATS_WITHOUT_TURNS,
     }
     if spec.training.warmup_steps is None:
         result["training.warmupRatio"] = WARMUP_RATIO
-    if evaluates(spec) and spec.evaluation.strategy in (None, When.STEPS):
+    if evaluates_during_training(spec) and spec.evaluation.strategy in (None, When.STEPS):
         result["evaluation.steps"] = spec.checkpoint.steps or 100
-    result |= _method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _storage_defaults(spec, context)
+    result |= _method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _storage_defaults(spec, platform)
     return {path: found for path, found in result.items() if found is not None}
 
 
@@ -130,10 +130,10 @@ def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any
     result: dict[str, Any] = {}
     if method is MethodType.QLORA:
         result["model.quantization.bits"] = 4
-    if starts_with_loftq(spec):
+    if uses_loftq(spec):
         result["model.quantization.bits"] = 4
     given = given_bits(spec)
-    bits = 4 if method is MethodType.QLORA or starts_with_loftq(spec) else given
+    bits = 4 if method is MethodType.QLORA or uses_loftq(spec) else given
     if bits == 4:
         result |= {"model.quantization.type": "nf4", "model.quantization.doubleQuant": True}
         result["model.quantization.computeDtype"] = "bfloat16" if gpus_per_node(spec) else "float32"
@@ -148,14 +148,14 @@ def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any
     return result
 
 
-def _storage_defaults(spec: FineTuneJobSpec, context: Context) -> dict[str, Any]:
+def _storage_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict[str, Any]:
     """The connection of the operator's configuration fills what is absent, but never another store's credentials.
 
     A job that names its own endpoint is another store: neither region nor credentials of the default one apply.
     """
-    if context.storage is None:
+    if platform.storage is None:
         return {}
-    default = context.storage.to_wire()
+    default = platform.storage.to_wire()
     if spec.storage.endpoint is not None:
         default = {key: value for key, value in default.items() if key == "uri"}
     return {f"storage.{key}": value for key, value in default.items()}

@@ -17,7 +17,7 @@ from finetune_api import names
 from finetune_api.exits import EXIT_POLICIES, RetryPolicy
 from finetune_api.rules import RULES
 from finetune_api.schema import COLUMNS, crd
-from finetune_api.support import TABLE, wire_path
+from finetune_api.support import UNSUPPORTED_FIELDS, wire_path
 
 NOTE = "<!-- Generated from crds/finetune_api by `make generate`; do not edit. -->\n\n"
 
@@ -80,7 +80,7 @@ def _columns() -> str:
     )
 
 
-def docstrings(enum: type[Enum]) -> dict[str, str]:
+def member_docs(enum: type[Enum]) -> dict[str, str]:
     """The sentence below each member of an enumeration."""
     body = ast.parse(inspect.getsource(enum)).body[0]
     assert isinstance(body, ast.ClassDef)
@@ -94,14 +94,14 @@ def docstrings(enum: type[Enum]) -> dict[str, str]:
 
 
 def _table(title: str, enum: type[Enum]) -> str:
-    texts = docstrings(enum)
+    texts = member_docs(enum)
     rows = [f"| `{member.value}` | {_cell(texts.get(member.name, ''))} |" for member in enum]
     return "\n".join([f"## {title}\n", "| name | meaning |", "|---|---|", *rows, "", ""])
 
 
 def _exit_codes() -> str:
     """The exit policy table: one row per exit code."""
-    texts = docstrings(names.ExitCode)
+    texts = member_docs(names.ExitCode)
     rows = []
     for code in names.ExitCode:
         policy = EXIT_POLICIES.get(code)
@@ -129,7 +129,7 @@ def _rules() -> str:
         f"| `{rule.code}` | {'API server, ' if rule.cel else ''}operator, command line | {_cell(rule.message)} |"
         for rule in RULES
     ]
-    later = [f"| `{wire_path(row.path)}` | {_cell(row.instead)} |" for row in TABLE]
+    later = [f"| `{wire_path(row.path)}` | {_cell(row.instead)} |" for row in UNSUPPORTED_FIELDS]
     return "\n".join(
         [
             "# What is refused, and by whom\n", "## Cross-field rules\n", "| rule | checked by | what the API server says |", "|---|---|---|", *rows,

@@ -56,15 +56,15 @@ SELECTABLE = (".status.phase", ".spec.model.source", ".spec.placement.queueName"
 
 def describe(info: FieldInfo) -> str:
     """Description of a field as users read it: meaning, default, example."""
-    text = (info.description or "").strip()
+    crd_yaml = (info.description or "").strip()
     extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
     if DEFAULT in extra:
-        text += f" Default: {_plain(extra[DEFAULT])}."
+        crd_yaml += f" Default: {_plain(extra[DEFAULT])}."
     elif DEFAULT_TEXT in extra:
-        text += f" Default: {extra[DEFAULT_TEXT]}."
+        crd_yaml += f" Default: {extra[DEFAULT_TEXT]}."
     if EXAMPLE in extra:
-        text += f" Example: `{_plain(extra[EXAMPLE])}`."
-    return text
+        crd_yaml += f" Example: `{_plain(extra[EXAMPLE])}`."
+    return crd_yaml
 
 
 def _plain(value: Any) -> str:
@@ -291,7 +291,7 @@ def _column(name: str, kind: str, path: str, priority: int, description: str) ->
 HEADER = "# Generated from crds/finetune_api by `make generate`; `make verify` fails when they differ.\n"
 
 
-def text() -> str:
+def crd_yaml() -> str:
     """The CRD as YAML that every reader understands alike: kubectl and Helm read YAML 1.1, where an unquoted `no` is false."""
     from io import StringIO
 
@@ -322,7 +322,7 @@ def main() -> None:
     """Print the CRD as YAML."""
     import sys
 
-    sys.stdout.write(text())
+    sys.stdout.write(crd_yaml())
 
 
 if __name__ == "__main__":

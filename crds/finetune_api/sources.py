@@ -202,7 +202,7 @@ def model_name(source: str) -> str:
     It is the repository's name without its owner, or the last folder of a path. A job's result (`.../<job>/<uid>/model` or
     `.../checkpoints/step-<n>`) gets the name of the job.
     """
-    text = shown(source).rstrip("/")
+    text = redact_source(source).rstrip("/")
     if "://" not in text or text.startswith("hf://"):
         text = text.partition("@")[0] if "@" in text else text
     folder = _MODEL.sub("", _CHECKPOINT.sub("", text))
@@ -211,7 +211,7 @@ def model_name(source: str) -> str:
     return name if len(name) <= MAX_MODEL_NAME_LENGTH else name[: MAX_MODEL_NAME_LENGTH - 3] + "..."
 
 
-def shown(text: str) -> str:
+def redact_source(text: str) -> str:
     """A source as a message may show it: the query of a web address may be a signature, what stands before @ a password."""
     if not re.match(r"\s*https?://", text, re.IGNORECASE):
         return text
@@ -219,7 +219,7 @@ def shown(text: str) -> str:
 
 
 def _web(scheme: str, text: str, path: str) -> HttpsSource:
-    _demand(scheme == "https", path, text, "plain http can be changed on its way", "https" + shown(text)[len("http") :])
+    _demand(scheme == "https", path, text, "plain http can be changed on its way", "https" + redact_source(text)[len("http") :])
     try:
         parts = urlsplit(text)
         whole = bool(parts.hostname) and bool(parts.path.strip("/")) and parts.port != 0
@@ -240,4 +240,4 @@ def _demand(holds: bool, path: str, text: str, why: str, write: str) -> None:
 
 
 def _refuse(path: str, text: str, why: str, write: str) -> ConfigError:
-    return ConfigError("SourceInvalid", f"{path} is {shown(text)!r}: {why}", hint=f"write {write}")
+    return ConfigError("SourceInvalid", f"{path} is {redact_source(text)!r}: {why}", hint=f"write {write}")

@@ -15,7 +15,7 @@ from finetune_api.spec import FineTuneJobSpec
 
 
 @dataclass(frozen=True)
-class NotYet:
+class UnsupportedField:
     """A spec path (attribute names, dotted) and for which values it is refused."""
 
     path: str
@@ -27,37 +27,37 @@ def _is(*words: object) -> Callable[[Any], bool]:
     return lambda value: value in words
 
 
-TABLE: tuple[NotYet, ...] = (
-    NotYet("model.modality", _is("visionLanguage"), "train a text model"),
-    NotYet("model.cache"),
-    NotYet("method.vision"),
-    NotYet("method.lora.loftq.bits", _is(2, 8), "write 4: no library loads the other bases that LoftQ makes"),
-    NotYet(
+UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
+    UnsupportedField("model.modality", _is("visionLanguage"), "train a text model"),
+    UnsupportedField("model.cache"),
+    UnsupportedField("method.vision"),
+    UnsupportedField("method.lora.loftq.bits", _is(2, 8), "write 4: no library loads the other bases that LoftQ makes"),
+    UnsupportedField(
         "method.lora.loftq.iterations",
         lambda value: value not in (None, 1),
         "write 1: each further iteration quantises another base, which nobody has who loads the adapter",
     ),
-    NotYet("output.dir"),
-    NotYet("output.hub"),
-    NotYet("output.merge_adapter"),
-    NotYet("output.export"),
-    NotYet("output.run_name"),
-    NotYet("output.project"),
-    NotYet("evaluation.metrics"),
-    NotYet("evaluation.benchmarks"),
-    NotYet("evaluation.judge"),
-    NotYet("evaluation.comparison"),
-    NotYet("tracking.report_to"),
-    NotYet("tracking.system_metrics"),
-    NotYet("phases.train", _is(False), "leave it out"),
-    NotYet("phases.infer"),
-    NotYet("phases.evaluate"),
+    UnsupportedField("output.dir"),
+    UnsupportedField("output.hub"),
+    UnsupportedField("output.merge_adapter"),
+    UnsupportedField("output.export"),
+    UnsupportedField("output.run_name"),
+    UnsupportedField("output.project"),
+    UnsupportedField("evaluation.metrics"),
+    UnsupportedField("evaluation.benchmarks"),
+    UnsupportedField("evaluation.judge"),
+    UnsupportedField("evaluation.comparison"),
+    UnsupportedField("tracking.report_to"),
+    UnsupportedField("tracking.system_metrics"),
+    UnsupportedField("phases.train", _is(False), "leave it out"),
+    UnsupportedField("phases.infer"),
+    UnsupportedField("phases.evaluate"),
 )
 
 
-def unsupported(spec: FineTuneJobSpec) -> list[Problem]:
+def unsupported_fields(spec: FineTuneJobSpec) -> list[Problem]:
     """Every field of the spec whose behaviour is not there yet."""
-    return [_problem(spec, row) for row in TABLE if row.when(_value(spec, row.path))]
+    return [_problem(spec, row) for row in UNSUPPORTED_FIELDS if row.when(_value(spec, row.path))]
 
 
 def _value(spec: FineTuneJobSpec, path: str) -> Any:
@@ -83,7 +83,7 @@ def _model_of(annotation: Any) -> Any:
     return next((one for one in options if hasattr(one, "model_fields")), None)
 
 
-def _problem(spec: FineTuneJobSpec, row: NotYet) -> Problem:
+def _problem(spec: FineTuneJobSpec, row: UnsupportedField) -> Problem:
     value = _value(spec, row.path)
     shown = f"{value!s} " if isinstance(value, str | int | float) else ""
     return Problem(

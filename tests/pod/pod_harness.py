@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_api.defaults import Context, resolve
+from finetune_api.defaults import PlatformDefaults, resolve
 from finetune_api.pod import ProgressReport, Resume, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
@@ -58,7 +58,7 @@ def run_config(
     given = FineTuneJobSpec.model_validate(
         merged(spec, {"resources": {"nodes": nodes, "gpusPerNode": 0, "processesPerNode": processes}})
     )
-    resolution = resolve(given, context=Context(storage=StorageRoot(uri=root)))
+    resolution = resolve(given, platform=PlatformDefaults(storage=StorageRoot(uri=root)))
     return RunConfig(
         name="job", namespace="team", uid=UID, attempt=attempt, spec=resolution.spec, defaults=sorted(resolution.defaults),
         world=World(

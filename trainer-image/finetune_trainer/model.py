@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.pod import RunConfig
-from finetune_api.rules import starts_with_loftq
-from finetune_api.sources import shown
+from finetune_api.rules import uses_loftq
+from finetune_api.sources import redact_source
 from finetune_api.spec.enums import ComputeDtype, MethodType, QuantizationType
 
 from finetune_trainer import vocabulary
@@ -181,7 +181,7 @@ def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
             "QuantizedBase", f"the model is stored quantised ({method}), and method {run.spec.method.type} trains the weights themselves",
             hint="give the unquantised model, or write method lora",
         )  # fmt: skip
-    if starts_with_loftq(run.spec):
+    if uses_loftq(run.spec):
         raise ConfigError(
             "QuantizedBase", f"the model is stored quantised ({method}), and method.lora.init loftq measures what quantising loses",
             hint="give the unquantised model, or leave init out",
@@ -196,7 +196,7 @@ def _check_complete(info: Any, run: RunConfig, made_here: tuple[str, ...] = ()) 
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:5])
         raise NotFoundError(
-            "ModelIncomplete", f"{shown(run.spec.model.source or '')}: {len(missing)} weights missing, {len(mismatched)} have another shape "
+            "ModelIncomplete", f"{redact_source(run.spec.model.source or '')}: {len(missing)} weights missing, {len(mismatched)} have another shape "
             f"than config.json says: {names}",
             hint="upload all weight files of one model together with its config.json",
         )  # fmt: skip
@@ -206,7 +206,7 @@ def _unreadable(
     code: str, what: str, source: str | None, folder: Path, error: Exception, run: RunConfig
 ) -> NotFoundError:
     """The library's own first line, without the local path."""
-    source = shown(source or what)
+    source = redact_source(source or what)
     first = str(error).strip().split("\n")[0].replace(str(folder), source)[:300]
     there = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
     remote = "trust_remote_code" in first or "custom code" in first

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 from finetune_api import rules
 from finetune_api.errors import ConfigError, FineTuneError, InternalError, MemoryExhaustedError
 from finetune_api.pod import RunConfig
-from finetune_api.sources import shown
+from finetune_api.sources import redact_source
 from finetune_api.spec.enums import LoraInit, OutputKind, TrainerType
 from finetune_api.status import Resolved, Stage
 
@@ -95,7 +95,7 @@ class Session:
         from finetune_trainer import distributed, hardware
 
         _quiet()
-        rules.require(rules.as_written(run.spec, run.defaults), *COMBINATIONS)
+        rules.enforce_rules(rules.without_defaults(run.spec, run.defaults), *COMBINATIONS)
         self.run, self.channel, self.inputs, self.hooks = run, channel, inputs, hooks
         self.objective = _objective(run)
         self.hardware = hardware.detect(run, channel.local_rank)
@@ -145,7 +145,7 @@ class Session:
             run, inputs, self.hardware, self.plan, tokenizer, self.channel.work / "tokens", model.positions(config),
             [*self._guards(), *callbacks],
         )  # fmt: skip
-        args = self.objective.arguments(setting, evaluates=rules.has_validation(run.spec))
+        args = self.objective.arguments(setting, evaluates=rules.has_validation_set(run.spec))
         engine.one_device(args)
         self._tell(*settle_kernels(args, run, config.model_type))
         data, self.facts = self.objective.data(setting)
@@ -342,7 +342,7 @@ def _portable(folder: Path, run: RunConfig) -> None:
     config = folder / "adapter_config.json"
     if config.exists():
         value = json.loads(config.read_text())
-        value["base_model_name_or_path"] = shown(run.spec.model.source or "").removeprefix("hf://")
+        value["base_model_name_or_path"] = redact_source(run.spec.model.source or "").removeprefix("hf://")
         config.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
-from finetune_api.sources import shown
+from finetune_api.sources import redact_source
 
 
 def extend(tokenizer: Any, asked: Sequence[str] | None) -> list[int]:
@@ -49,7 +49,8 @@ def fit(model: Any, tokenizer: Any, run: RunConfig, parts: Sequence[Any] = ()) -
         used = max([tokenizer.pad_token_id, *map(_highest, parts)]) if rows < len(tokenizer) else 0
         if used >= rows:
             raise ConfigError(
-                "VocabularyDiffers", f"{shown(run.spec.model.source or '')} knows {rows} tokens, and {tokenizer.convert_ids_to_tokens(used)!r} has id {used}",
+                "VocabularyDiffers", f"{redact_source(run.spec.model.source or '')} knows {rows} tokens, and "
+                f"{tokenizer.convert_ids_to_tokens(used)!r} has id {used}",
                 hint="give the model's own tokenizer, and name tokens that are to be added in model.newTokens",
             )  # fmt: skip
         return

@@ -30,7 +30,7 @@ def validate(
 
     Example: finetune validate --strict jobs/*.yaml
     """
-    from finetune_api.rules import Where
+    from finetune_api.rules import ExecutionTarget
 
     from finetune_cli.files import shown
     from finetune_cli.manifests import read_all
@@ -38,7 +38,7 @@ def validate(
     manifests, unreadable = read_all(files)
     wrong = list(map(str, unreadable))
     for manifest in manifests:
-        wrong += _check(manifest, Where.LOCAL if local else Where.CLUSTER, strict)
+        wrong += _check(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict)
     jobs = [one for one in manifests if one.is_job]
     if not jobs and not wrong:
         wrong.append(f"{', '.join(map(shown, files))}: there is no FineTuneJob in it")
@@ -50,7 +50,7 @@ def validate(
 
 
 def _check(manifest: Manifest, where: object, strict: bool) -> list[str]:
-    from finetune_api.rules import Where
+    from finetune_api.rules import ExecutionTarget
 
     from finetune_cli.manifests import advice, examine, serious
 
@@ -61,7 +61,7 @@ def _check(manifest: Manifest, where: object, strict: bool) -> list[str]:
         if kind is None:
             return [f"{manifest.file}: kind: it is missing; write kind: FineTuneJob"]
         return []
-    _, findings = examine(manifest, Where(str(where)))
+    _, findings = examine(manifest, ExecutionTarget(str(where)))
     if not strict:
         output.warnings(advice(findings))
         findings = serious(findings)

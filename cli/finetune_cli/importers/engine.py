@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.names import KIND, MAX_NAME_LENGTH, NAME_PATTERN
-from finetune_api.rules import SLICED_OPTIMIZERS, Problem, check
+from finetune_api.rules import OPTIMIZERS_FOR_SHARDED_WEIGHTS, Problem, check
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import DatasetFormat, MethodType, Strategy, TrainerType
-from finetune_api.support import unsupported
+from finetune_api.support import unsupported_fields
 from pydantic import ValidationError
 
 from finetune_cli.files import Unreadable, read_text
@@ -100,7 +100,7 @@ def _unfit(fill: Fill, draft: Draft) -> str | None:
     if fill.gpu and draft.value("resources.gpusPerNode") == 0:
         return "the job asks for no GPU"
     optimizer = fill.value if fill.path == "training.optimizer" else None
-    if optimizer not in (None, *SLICED_OPTIMIZERS) and draft.value("distributed.strategy") == Strategy.FSDP:
+    if optimizer not in (None, *OPTIMIZERS_FOR_SHARDED_WEIGHTS) and draft.value("distributed.strategy") == Strategy.FSDP:
         return "FSDP cannot use the optimizer of that tool"
     return None
 
@@ -400,7 +400,7 @@ def settle(draft: Draft) -> dict[str, Any]:
     for problem in _problems(spec, draft):
         _judge(problem, draft)
     if not draft.mistakes:
-        for missing in unsupported(spec):
+        for missing in unsupported_fields(spec):
             draft.warn(f"spec.{missing.path}: {missing.message}; {missing.hint}")
     return nest(draft.values)
 

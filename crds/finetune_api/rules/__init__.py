@@ -7,98 +7,98 @@ trainer before its first step.
 # ruff: noqa: I001  the order of these imports is the order in which problems are told
 from finetune_api.rules.base import (
     RULES,
-    Found,
+    Findings,
     Problem,
     Rule,
-    Where,
-    added,
-    as_written,
+    ExecutionTarget,
+    new_problems,
+    without_defaults,
     check,
-    paths,
-    refuse,
-    require,
+    problem_paths,
+    raise_first_finding,
+    enforce_rules,
     rule,
 )
-from finetune_api.rules.facts import (
-    BASE_CHANGING,
-    HEADS,
+from finetune_api.rules.derived_values import (
+    INITS_CHANGING_BASE,
+    OUTPUT_HEADS,
     LORA_METHODS,
-    NEEDS_WHOLE_WEIGHTS,
+    INITS_NEEDING_WHOLE_WEIGHTS,
     PREFERENCE_TRAINERS,
     PROMPT_METHODS,
     base_bits,
-    default_of,
-    evaluates,
+    constant_default,
+    evaluates_during_training,
     given_bits,
-    given_or_default,
+    value_or_default,
     gpus_per_node,
-    has_test,
-    has_validation,
+    has_test_set,
+    has_validation_set,
     method_of,
     ranks_per_node,
-    starts_with_loftq,
+    uses_loftq,
     trainer_of,
     world_size,
 )
-from finetune_api.rules import presence
-from finetune_api.rules.presence import source_fields
+from finetune_api.rules import required_fields
+from finetune_api.rules.required_fields import source_fields
 from finetune_api.rules import methods
 from finetune_api.rules import objectives
-from finetune_api.rules.objectives import SMOOTHED, smallest_batch
+from finetune_api.rules.objectives import LOSSES_WITH_LABEL_SMOOTHING, min_batch_size_per_device
 from finetune_api.rules import data
 from finetune_api.rules import training
 from finetune_api.rules.training import OPTIMIZERS
 from finetune_api.rules import strategies
-from finetune_api.rules.strategies import SLICED_OPTIMIZERS, unfit_for_deepspeed, unfit_for_fsdp, unfit_for_zero3
-from finetune_api.rules import after
+from finetune_api.rules.strategies import OPTIMIZERS_FOR_SHARDED_WEIGHTS, incompatible_with_deepspeed, incompatible_with_fsdp, incompatible_with_zero3
+from finetune_api.rules import results
 from finetune_api.rules import storage
 from finetune_api.rules import placement
-from finetune_api.rules.rewards import REWARD_PARAMETERS, unfit_parameters
+from finetune_api.rules.rewards import REWARD_PARAMETERS, invalid_parameters
 
-MODULES = (presence, methods, objectives, data, training, strategies, after, storage, placement)
+MODULES = (required_fields, methods, objectives, data, training, strategies, results, storage, placement)
 """Where the rules stand, in the order in which they are asked."""
 
 __all__ = [
     "MODULES",
-    "BASE_CHANGING",
-    "Found",
-    "HEADS",
+    "INITS_CHANGING_BASE",
+    "Findings",
+    "OUTPUT_HEADS",
     "LORA_METHODS",
-    "NEEDS_WHOLE_WEIGHTS",
+    "INITS_NEEDING_WHOLE_WEIGHTS",
     "OPTIMIZERS",
-    "SLICED_OPTIMIZERS",
+    "OPTIMIZERS_FOR_SHARDED_WEIGHTS",
     "PREFERENCE_TRAINERS",
     "PROMPT_METHODS",
     "Problem",
     "REWARD_PARAMETERS",
     "RULES",
     "Rule",
-    "SMOOTHED",
-    "Where",
-    "added",
-    "as_written",
+    "LOSSES_WITH_LABEL_SMOOTHING",
+    "ExecutionTarget",
+    "new_problems",
+    "without_defaults",
     "base_bits",
     "check",
-    "default_of",
-    "evaluates",
+    "constant_default",
+    "evaluates_during_training",
     "given_bits",
-    "given_or_default",
+    "value_or_default",
     "gpus_per_node",
-    "has_test",
-    "has_validation",
+    "has_test_set",
+    "has_validation_set",
     "method_of",
-    "paths",
+    "problem_paths",
     "ranks_per_node",
-    "refuse",
-    "require",
+    "raise_first_finding",
+    "enforce_rules",
     "rule",
-    "smallest_batch",
+    "min_batch_size_per_device",
     "source_fields",
-    "starts_with_loftq",
+    "uses_loftq",
     "trainer_of",
-    "unfit_for_deepspeed",
-    "unfit_for_fsdp",
-    "unfit_for_zero3",
-    "unfit_parameters",
+    "incompatible_with_deepspeed",
+    "incompatible_with_fsdp",
+    "incompatible_with_zero3",
+    "invalid_parameters",
     "world_size",
 ]

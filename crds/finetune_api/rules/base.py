@@ -15,7 +15,7 @@ from finetune_api.errors import ConfigError
 from finetune_api.spec import FineTuneJobSpec
 
 
-class Where(StrEnum):
+class ExecutionTarget(StrEnum):
     """Where the job is to run: some things are only possible on the user's own machine."""
 
     CLUSTER = "cluster"
@@ -35,7 +35,7 @@ class Problem:
         return f"spec.{self.path}: {self.message}; {self.hint}"
 
 
-Found = Iterator[tuple[str, str, str]]
+Findings = Iterator[tuple[str, str, str]]
 """(path, what is wrong, what to write)."""
 
 
@@ -44,7 +44,7 @@ class Rule:
     """A named rule; `cel` is empty where only code can say it."""
 
     code: str
-    find: Callable[[FineTuneJobSpec, Where], Found]
+    find: Callable[[FineTuneJobSpec, ExecutionTarget], Findings]
     cel: str = ""
     message: str = ""
 
@@ -54,28 +54,28 @@ RULES: list[Rule] = []
 
 def rule(
     code: str, *, cel: str = "", message: str = ""
-) -> Callable[[Callable[[FineTuneJobSpec, Where], Found]], Callable[..., Found]]:
+) -> Callable[[Callable[[FineTuneJobSpec, ExecutionTarget], Findings]], Callable[..., Findings]]:
     """Register a rule; `message` is what the API server says when `cel` is false."""
 
-    def register(find: Callable[[FineTuneJobSpec, Where], Found]) -> Callable[..., Found]:
+    def register(find: Callable[[FineTuneJobSpec, ExecutionTarget], Findings]) -> Callable[..., Findings]:
         RULES.append(Rule(code, find, cel, message))
         return find
 
     return register
 
 
-def check(spec: FineTuneJobSpec, *, where: Where = Where.CLUSTER) -> list[Problem]:
+def check(spec: FineTuneJobSpec, *, target: ExecutionTarget = ExecutionTarget.CLUSTER) -> list[Problem]:
     """All problems of a spec, in the order of the rules; empty: it can be run as far as the spec alone tells."""
-    return [Problem(path, one.code, message, hint) for one in RULES for path, message, hint in one.find(spec, where)]
+    return [Problem(path, one.code, message, hint) for one in RULES for path, message, hint in one.find(spec, target)]
 
 
-def added(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Problem]:
+def new_problems(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Problem]:
     """What `after` breaks and `before` did not: nobody is refused for what he wrote and what was accepted."""
     known = {(problem.code, problem.path) for problem in check(before)}
     return [problem for problem in check(after) if (problem.code, problem.path) not in known]
 
 
-def as_written(spec: FineTuneJobSpec, filled: Iterable[str]) -> FineTuneJobSpec:
+def without_defaults(spec: FineTuneJobSpec, filled: Iterable[str]) -> FineTuneJobSpec:
     """A resolved spec without what was filled in (wire paths), as rules want to see it."""
     value = spec.to_wire()
     for path in filled:
@@ -94,20 +94,20 @@ def _without_empty(value: Any) -> Any:
     return {key: one for key, one in inner.items() if one != {}}
 
 
-def refuse(code: str, found: Found) -> None:
+def raise_first_finding(code: str, found: Findings) -> None:
     """End with the first problem found. Errors: ConfigError with that code."""
     for _, message, hint in found:
         raise ConfigError(code, message, hint=hint)
 
 
-def require(spec: FineTuneJobSpec, *codes: str) -> None:
+def enforce_rules(spec: FineTuneJobSpec, *codes: str) -> None:
     """End with the first problem of the named rules. Errors: ConfigError with the rule's code."""
     for one in RULES:
         if one.code in codes:
-            for path, message, hint in one.find(spec, Where.CLUSTER):
+            for path, message, hint in one.find(spec, ExecutionTarget.CLUSTER):
                 raise ConfigError(one.code, f"{path}: {message}", hint=hint)
 
 
-def paths(problems: Iterable[Problem]) -> list[str]:
+def problem_paths(problems: Iterable[Problem]) -> list[str]:
     """Field paths of some problems, in order."""
     return [problem.path for problem in problems]

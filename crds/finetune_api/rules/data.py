@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 from finetune_api.objectives import FORMATS_WITHOUT_TURNS
-from finetune_api.rules.base import Found, Where, rule
-from finetune_api.rules.facts import (
-    given_or_default,
+from finetune_api.rules.base import ExecutionTarget, Findings, rule
+from finetune_api.rules.derived_values import (
+    value_or_default,
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
@@ -16,7 +16,7 @@ from finetune_api.spec.enums import (
 
 
 @rule("SplitRatios")
-def split_ratios(spec: FineTuneJobSpec, where: Where) -> Found:
+def split_ratios(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     split = spec.dataset.split
     if split is None:
         return
@@ -41,9 +41,9 @@ def split_ratios(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("DataOptionWithoutEffect")
-def data_options(spec: FineTuneJobSpec, where: Where) -> Found:
+def data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     dataset = spec.dataset
-    if dataset.max_bad_row_ratio is not None and given_or_default(dataset, "bad_rows") != "skip":
+    if dataset.max_bad_row_ratio is not None and value_or_default(dataset, "bad_rows") != "skip":
         yield "dataset.maxBadRowRatio", "it is only read with `badRows: skip`", "add that, or remove it"
     if dataset.template is not None and dataset.format is not DatasetFormat.CUSTOM:
         yield "dataset.template", "it is only read with `format: custom`", "add that, or remove it"
@@ -81,7 +81,7 @@ def data_options(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("ResponseOnlyWithoutTurns")
-def response_only(spec: FineTuneJobSpec, where: Where) -> Found:
+def response_only(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     only, form = spec.dataset.response_only, spec.dataset.format
     without = form in FORMATS_WITHOUT_TURNS
     if only is not None and only.enabled and without and not (only.question_marker or only.answer_marker):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from finetune_api.rules.base import Found, Where, rule
-from finetune_api.rules.facts import (
-    BASE_CHANGING,
-    HEADS,
+from finetune_api.rules.base import ExecutionTarget, Findings, rule
+from finetune_api.rules.derived_values import (
+    INITS_CHANGING_BASE,
     LORA_METHODS,
+    OUTPUT_HEADS,
     PROMPT_METHODS,
     given_bits,
     method_of,
-    starts_with_loftq,
     trainer_of,
+    uses_loftq,
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
@@ -33,7 +33,7 @@ from finetune_api.spec.enums import (
     cel="!(has(self.method) && has(self.method.type) && self.method.type == 'qlora') || !has(self.model.quantization) || !has(self.model.quantization.bits) || self.model.quantization.bits == 4",
     message="method.type qlora means 4 bit: remove model.quantization.bits or write 4; for 8 bit write method.type lora",
 )
-def qlora_bits(spec: FineTuneJobSpec, where: Where) -> Found:
+def qlora_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     bits = given_bits(spec)
     if method_of(spec) is MethodType.QLORA and bits not in (None, 4):
         yield (
@@ -48,7 +48,7 @@ def qlora_bits(spec: FineTuneJobSpec, where: Where) -> Found:
     cel="!(has(self.method) && has(self.method.type) && self.method.type == 'full') || !has(self.model.quantization) || !has(self.model.quantization.bits)",
     message="method.type full trains all weights, and quantised weights cannot be trained: remove model.quantization, or write method.type qlora",
 )
-def full_bits(spec: FineTuneJobSpec, where: Where) -> Found:
+def full_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     bits = given_bits(spec)
     if method_of(spec) is MethodType.FULL and bits:
         yield (
@@ -65,7 +65,7 @@ def full_bits(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("QuantizationWithoutBits")
-def quantization_without_bits(spec: FineTuneJobSpec, where: Where) -> Found:
+def quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     quantization = spec.model.quantization
     if quantization is None or method_of(spec) is MethodType.QLORA:
         return
@@ -86,7 +86,7 @@ def quantization_without_bits(spec: FineTuneJobSpec, where: Where) -> Found:
     cel="!(has(self.method) && has(self.method.type) && self.method.type == 'adapter') || (has(self.method.adapter) && has(self.method.adapter.source))",
     message="method.type adapter continues an existing adapter: write method.adapter.source",
 )
-def adapter_source(spec: FineTuneJobSpec, where: Where) -> Found:
+def adapter_source(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     source = spec.method.adapter.source if spec.method.adapter else None
     if method_of(spec) is MethodType.ADAPTER and not source:
         yield (
@@ -103,7 +103,7 @@ def adapter_source(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("OptionOfAnotherMethod")
-def options_of_another_method(spec: FineTuneJobSpec, where: Where) -> Found:
+def options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     method = method_of(spec)
     if spec.method.lora is not None and method not in LORA_METHODS:
         yield (
@@ -143,9 +143,9 @@ def options_of_another_method(spec: FineTuneJobSpec, where: Where) -> Found:
     cel="!has(self.method) || !has(self.method.lora) || !has(self.method.lora.targetModules) || !self.method.lora.targetModules.exists(m, m == 'lm_head' || m == 'embed_out')",
     message="method.lora.targetModules must not name the head (lm_head): put it into method.lora.modulesToSave",
 )
-def lora_on_head(spec: FineTuneJobSpec, where: Where) -> Found:
+def lora_on_head(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for module in (spec.method.lora and spec.method.lora.target_modules) or []:
-        if module in HEADS:
+        if module in OUTPUT_HEADS:
             yield (
                 "method.lora.targetModules",
                 f"{module!r} is the head; a low-rank update of it is not saved and merged reliably",
@@ -154,7 +154,7 @@ def lora_on_head(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("LoraInitialisation")
-def lora_initialisation(spec: FineTuneJobSpec, where: Where) -> Found:
+def lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     lora = spec.method.lora
     if lora is None:
         return
@@ -165,7 +165,7 @@ def lora_initialisation(spec: FineTuneJobSpec, where: Where) -> Found:
             "remove one of the two",
         )
     bits = given_bits(spec)
-    beside = list(_unfit_for_changed_base(spec)) if lora.init in BASE_CHANGING else []
+    beside = list(_unfit_for_changed_base(spec)) if lora.init in INITS_CHANGING_BASE else []
     if beside:
         yield (
             "method.lora.init",
@@ -185,7 +185,7 @@ def lora_initialisation(spec: FineTuneJobSpec, where: Where) -> Found:
             f"eva looks at whole rows as sft has them, and the objective is {trainer_of(spec)}",
             "remove it",
         )
-    if starts_with_loftq(spec):
+    if uses_loftq(spec):
         if bits == 8:
             yield (
                 "model.quantization.bits",
@@ -224,11 +224,11 @@ def _unfit_for_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
         yield "model.newTokens"
     if objective is TrainerType.REWARD:
         yield "trainer.type reward, which trains a head"
-    if keeps_start(spec):
+    if keeps_reference_adapter(spec):
         yield f"trainer.type {objective}, which keeps the adapter's start beside it as the reference"
 
 
-def keeps_start(spec: FineTuneJobSpec) -> bool:
+def keeps_reference_adapter(spec: FineTuneJobSpec) -> bool:
     """Whether the objective compares with the model before training, which with adapters is a second, frozen adapter."""
     match trainer_of(spec):
         case TrainerType.DPO | TrainerType.KTO:
@@ -240,9 +240,9 @@ def keeps_start(spec: FineTuneJobSpec) -> bool:
 
 
 @rule("BiasBesideReference")
-def bias_beside_reference(spec: FineTuneJobSpec, where: Where) -> Found:
+def bias_beside_reference(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     bias = spec.method.lora.bias if spec.method.lora else None
-    if bias not in (None, LoraBias.NONE) and keeps_start(spec):
+    if bias not in (None, LoraBias.NONE) and keeps_reference_adapter(spec):
         yield (
             "method.lora.bias",
             f"{bias}, but {trainer_of(spec)} keeps the adapter's start beside it as the reference, and both would share the biases",
@@ -251,7 +251,7 @@ def bias_beside_reference(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("NewTokensUntrained")
-def new_tokens(spec: FineTuneJobSpec, where: Where) -> Found:
+def new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     """Rows of new tokens must be trained by the method, and lie where they can be."""
     asked, method = spec.model.new_tokens or [], method_of(spec)
     if not asked:
@@ -288,7 +288,7 @@ def new_tokens(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("HalfWeights")
-def half_weights(spec: FineTuneJobSpec, where: Where) -> Found:
+def half_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     """DeepSpeed keeps 32 bits of its own beside such weights, and spectrum's on a quantised base are widened."""
     trains_weights = method_of(spec) is MethodType.FULL or (
         method_of(spec) is MethodType.SPECTRUM and not given_bits(spec)
@@ -303,7 +303,7 @@ def half_weights(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("SpectrumLayers")
-def spectrum_layers(spec: FineTuneJobSpec, where: Where) -> Found:
+def spectrum_layers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     spectrum = spec.method.spectrum
     if spectrum is None or spectrum.layers is None:
         return
@@ -321,7 +321,7 @@ def spectrum_layers(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("PromptTuning")
-def prompt_tuning(spec: FineTuneJobSpec, where: Where) -> Found:
+def prompt_tuning(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     method = method_of(spec)
     checkpointing = spec.training.gradient_checkpointing
     if method is MethodType.PREFIX_TUNING and checkpointing not in (None, GradientCheckpointing.DISABLED):

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from finetune_api.objectives import OBJECTIVES, objective_for_format, objectives_that_read
-from finetune_api.rules.base import Found, Where, rule
-from finetune_api.rules.facts import (
-    evaluates,
-    given_or_default,
-    has_test,
+from finetune_api.rules.base import ExecutionTarget, Findings, rule
+from finetune_api.rules.derived_values import (
+    evaluates_during_training,
+    has_test_set,
     method_of,
     trainer_of,
+    value_or_default,
     world_size,
 )
-from finetune_api.rules.rewards import unfit_parameters
+from finetune_api.rules.rewards import invalid_parameters
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
     DpoLoss,
@@ -22,7 +22,7 @@ from finetune_api.spec.enums import (
 
 
 @rule("FormatOfAnotherObjective")
-def format_of_objective(spec: FineTuneJobSpec, where: Where) -> Found:
+def format_of_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     trainer = trainer_of(spec)
     formats = OBJECTIVES[trainer].formats
     given = [("dataset.format", spec.dataset.format)] + [
@@ -42,7 +42,7 @@ def format_of_objective(spec: FineTuneJobSpec, where: Where) -> Found:
     cel="!(has(self.trainer) && has(self.trainer.type) && self.trainer.type == 'grpo') || has(self.trainer.rewards)",
     message="trainer.type grpo needs at least one reward: write trainer.rewards",
 )
-def rewards_missing(spec: FineTuneJobSpec, where: Where) -> Found:
+def rewards_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if trainer_of(spec) is TrainerType.GRPO and not spec.trainer.rewards:
         yield (
             "trainer.rewards",
@@ -52,7 +52,7 @@ def rewards_missing(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("RewardIncomplete")
-def rewards(spec: FineTuneJobSpec, where: Where) -> Found:
+def rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for i, reward in enumerate(spec.trainer.rewards or []):
         path = f"trainer.rewards[{i}]"
         if (reward.builtin is None) == (reward.config_map_ref is None):
@@ -74,7 +74,7 @@ def rewards(spec: FineTuneJobSpec, where: Where) -> Found:
                 "remove them, and write the values into the function",
             )
         elif reward.builtin is not None:
-            yield from unfit_parameters(f"{path}.parameters", reward.builtin, reward.parameters or {})
+            yield from invalid_parameters(f"{path}.parameters", reward.builtin, reward.parameters or {})
     names = [
         one.name or (one.builtin and one.builtin.value) or one.function or "reward"
         for one in spec.trainer.rewards or []
@@ -89,7 +89,7 @@ def rewards(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("OptionOfAnotherObjective")
-def options_of_another_objective(spec: FineTuneJobSpec, where: Where) -> Found:
+def options_of_another_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     trainer = trainer_of(spec)
     options = {
         "dpo": (spec.trainer.dpo is not None, "remove it, or change trainer.type"),
@@ -140,12 +140,12 @@ _DPO_READERS: dict[str, tuple[TrainerType, ...]] = {
     "label_smoothing": (TrainerType.DPO,),
     "reference_model": (TrainerType.DPO, TrainerType.KTO),
 }
-SMOOTHED = (DpoLoss.ROBUST, DpoLoss.EXO_PAIR)
+LOSSES_WITH_LABEL_SMOOTHING = (DpoLoss.ROBUST, DpoLoss.EXO_PAIR)
 """Losses that read the label smoothing."""
 
 
 @rule("DpoLosses")
-def dpo_losses(spec: FineTuneJobSpec, where: Where) -> Found:
+def dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     dpo = spec.trainer.dpo
     if dpo is None or trainer_of(spec) is not TrainerType.DPO:
         return
@@ -153,7 +153,7 @@ def dpo_losses(spec: FineTuneJobSpec, where: Where) -> Found:
     twice = next((loss for loss in losses if losses.count(loss) > 1), None)
     if twice is not None:
         yield "trainer.dpo.lossTypes", f"it names {twice} twice", "name every loss once"
-    if dpo.label_smoothing and not any(loss in SMOOTHED for loss in losses):
+    if dpo.label_smoothing and not any(loss in LOSSES_WITH_LABEL_SMOOTHING for loss in losses):
         yield (
             "trainer.dpo.labelSmoothing",
             f"it is {dpo.label_smoothing:g}, and {', '.join(losses)} do not read it",
@@ -167,14 +167,14 @@ def dpo_losses(spec: FineTuneJobSpec, where: Where) -> Found:
         )
 
 
-def smallest_batch(spec: FineTuneJobSpec) -> int:
+def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
     """Rows that a device needs at least: kto compares those of one batch with each other."""
     return 2 if trainer_of(spec) is TrainerType.KTO else 1
 
 
 @rule("BatchTooSmall")
-def kto_batch(spec: FineTuneJobSpec, where: Where) -> Found:
-    if int(given_or_default(spec.training, "batch_size_per_device")) < smallest_batch(spec):
+def kto_batch(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    if int(value_or_default(spec.training, "batch_size_per_device")) < min_batch_size_per_device(spec):
         yield (
             "training.batchSizePerDevice",
             "it is 1, and kto compares the rows of one batch with each other",
@@ -183,7 +183,7 @@ def kto_batch(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("ObjectiveAndMethod")
-def objective_and_method(spec: FineTuneJobSpec, where: Where) -> Found:
+def objective_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if trainer_of(spec) is TrainerType.ORPO and method_of(spec) is MethodType.PROMPT_TUNING:
         yield (
             "method.type",
@@ -193,13 +193,13 @@ def objective_and_method(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("GenerationsDoNotDivide")
-def generations(spec: FineTuneJobSpec, where: Where) -> Found:
+def generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if trainer_of(spec) is not TrainerType.GRPO:
         return
-    wanted = int(given_or_default(spec.trainer.grpo, "num_generations")) if spec.trainer.grpo else 8
+    wanted = int(value_or_default(spec.trainer.grpo, "num_generations")) if spec.trainer.grpo else 8
     rows = (
-        int(given_or_default(spec.training, "batch_size_per_device"))
-        * int(given_or_default(spec.training, "gradient_accumulation_steps"))
+        int(value_or_default(spec.training, "batch_size_per_device"))
+        * int(value_or_default(spec.training, "gradient_accumulation_steps"))
         * world_size(spec)
     )
     if rows % wanted:
@@ -209,9 +209,9 @@ def generations(spec: FineTuneJobSpec, where: Where) -> Found:
             "change one of them so that it does",
         )
     batch = (
-        spec.evaluation.batch_size_per_device or int(given_or_default(spec.training, "batch_size_per_device"))
+        spec.evaluation.batch_size_per_device or int(value_or_default(spec.training, "batch_size_per_device"))
     ) * world_size(spec)
-    looks = evaluates(spec) or has_test(spec)
+    looks = evaluates_during_training(spec) or has_test_set(spec)
     if looks and not any(batch % size == 0 for size in range(2, wanted + 1)):
         yield (
             "evaluation.batchSizePerDevice",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from finetune_api.names import Env
-from finetune_api.rules.base import Found, Where, rule
+from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.spec import FineTuneJobSpec
 
 
 @rule("EnvironmentReserved")
-def environment(spec: FineTuneJobSpec, where: Where) -> Found:
+def environment(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     ours = {member.value for member in Env}
     for i, variable in enumerate(spec.placement.env or []):
         if variable.name in ours or variable.name.startswith("FINETUNE_"):

@@ -23,7 +23,7 @@ REWARD_PARAMETERS: dict[BuiltinReward, dict[str, tuple[str, ...] | str]] = {
 REQUIRED_PARAMETERS = {BuiltinReward.REGEX: "pattern", BuiltinReward.JSON_SCHEMA: "schema"}
 
 
-def unfit_parameters(path: str, builtin: BuiltinReward, given: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
+def invalid_parameters(path: str, builtin: BuiltinReward, given: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
     """What is wrong with the parameters of one built-in reward: (path, what was found, what to write)."""
     known = REWARD_PARAMETERS[builtin]
     strange = sorted(set(given) - set(known))

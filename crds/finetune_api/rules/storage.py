@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune_api.rules.base import Found, Where, rule
+from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
     EncryptionType,
@@ -10,7 +10,7 @@ from finetune_api.spec.enums import (
 
 
 @rule("EncryptionContradiction")
-def encryption(spec: FineTuneJobSpec, where: Where) -> Found:
+def encryption(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     """What the API server checks inside the group, and whether there is anything to encrypt."""
     connections = {
         "storage": spec.storage,

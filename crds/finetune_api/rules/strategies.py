@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from finetune_api.rules.base import Found, Where, rule
-from finetune_api.rules.facts import (
-    BASE_CHANGING,
-    HEADS,
-    NEEDS_WHOLE_WEIGHTS,
+from finetune_api.rules.base import ExecutionTarget, Findings, rule
+from finetune_api.rules.derived_values import (
+    INITS_CHANGING_BASE,
+    INITS_NEEDING_WHOLE_WEIGHTS,
+    OUTPUT_HEADS,
     PROMPT_METHODS,
     base_bits,
     gpus_per_node,
@@ -25,9 +25,9 @@ from finetune_api.spec.enums import (
 
 
 @rule("RanksAndGpus")
-def ranks_and_gpus(spec: FineTuneJobSpec, where: Where) -> Found:
+def ranks_and_gpus(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     gpus, ranks = gpus_per_node(spec), spec.resources.processes_per_node
-    if where is Where.CLUSTER and gpus > 0 and ranks not in (None, gpus):
+    if target is ExecutionTarget.CLUSTER and gpus > 0 and ranks not in (None, gpus):
         yield (
             "resources.processesPerNode",
             f"{ranks}, but resources.gpusPerNode is {gpus}: every rank needs a GPU of its own, and a GPU without a rank is idle",
@@ -36,7 +36,7 @@ def ranks_and_gpus(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("StrategyAndRanks")
-def strategy_and_ranks(spec: FineTuneJobSpec, where: Where) -> Found:
+def strategy_and_ranks(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     strategy, ranks = spec.distributed.strategy, world_size(spec)
     if strategy is Strategy.NONE and ranks > 1:
         yield (
@@ -77,7 +77,7 @@ def strategy_and_ranks(spec: FineTuneJobSpec, where: Where) -> Found:
         )
 
 
-def unfit_for_fsdp(spec: FineTuneJobSpec) -> Found:
+def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
     """What FSDP cannot train."""
     method, bits = method_of(spec), base_bits(spec)
     if method in PROMPT_METHODS:
@@ -98,7 +98,7 @@ def unfit_for_fsdp(spec: FineTuneJobSpec) -> Found:
             "model.quantization.bits is 8, and 8-bit weights cannot be sharded",
             "write bits 4, or `distributed: {strategy: ddp}`",
         )
-    if spec.method.lora is not None and spec.method.lora.init in BASE_CHANGING:
+    if spec.method.lora is not None and spec.method.lora.init in INITS_CHANGING_BASE:
         yield (
             "method.lora.init",
             f"method.lora.init {spec.method.lora.init} compares whole adapters when the result is written, and ranks hold slices of them",
@@ -106,25 +106,25 @@ def unfit_for_fsdp(spec: FineTuneJobSpec) -> Found:
         )
     # The loss reads the head's weight without calling it, and beside an adapter nothing sums its gradients over the ranks.
     for name in (spec.method.lora and spec.method.lora.modules_to_save) or []:
-        if name.rsplit(".", 1)[-1] in HEADS and trainer_of(spec) is not TrainerType.REWARD:
+        if name.rsplit(".", 1)[-1] in OUTPUT_HEADS and trainer_of(spec) is not TrainerType.REWARD:
             yield (
                 "method.lora.modulesToSave",
                 f"it names the head {name}, of which each rank would train a slice on its own rows alone",
                 "remove it, or write `distributed: {strategy: ddp}`",
             )
-    if spec.training.optimizer not in (None, *SLICED_OPTIMIZERS):
+    if spec.training.optimizer not in (None, *OPTIMIZERS_FOR_SHARDED_WEIGHTS):
         yield (
             "training.optimizer",
             f"it is {spec.training.optimizer}, which cannot update slices of weights as FSDP makes them",
-            f"write one of {', '.join(SLICED_OPTIMIZERS)}, or `distributed: {{strategy: deepspeed}}`",
+            f"write one of {', '.join(OPTIMIZERS_FOR_SHARDED_WEIGHTS)}, or `distributed: {{strategy: deepspeed}}`",
         )
 
 
-SLICED_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
+OPTIMIZERS_FOR_SHARDED_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 """Optimizers that update slices of weights as FSDP makes them: torch's own."""
 
 
-def unfit_for_deepspeed(spec: FineTuneJobSpec) -> Found:
+def incompatible_with_deepspeed(spec: FineTuneJobSpec) -> Findings:
     """What DeepSpeed cannot train at any stage."""
     if spec.training.optimizer == "adagrad":
         yield (
@@ -134,7 +134,7 @@ def unfit_for_deepspeed(spec: FineTuneJobSpec) -> Found:
         )
 
 
-def unfit_for_zero3(spec: FineTuneJobSpec) -> Found:
+def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
     """What reads or rewrites whole weights, which no rank has with ZeRO stage 3."""
     method, lora = method_of(spec), spec.method.lora
     hint = "write zeroStage 2, or use fsdp"
@@ -158,7 +158,7 @@ def unfit_for_zero3(spec: FineTuneJobSpec) -> Found:
             "ZeRO stage 3 fetches parameters in the order of the step before, and kto does not use those of ia3 in one order",
             "write zeroStage 2, or method lora",
         )
-    if lora is not None and lora.init in NEEDS_WHOLE_WEIGHTS:
+    if lora is not None and lora.init in INITS_NEEDING_WHOLE_WEIGHTS:
         yield (
             "method.lora.init",
             f"method.lora.init {lora.init} factorises whole weights, which no rank has with ZeRO stage 3",
@@ -167,18 +167,18 @@ def unfit_for_zero3(spec: FineTuneJobSpec) -> Found:
 
 
 @rule("StrategyAndMethod")
-def strategy_and_method(spec: FineTuneJobSpec, where: Where) -> Found:
+def strategy_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     deepspeed = spec.distributed.deepspeed
     if spec.distributed.strategy is Strategy.FSDP:
-        yield from unfit_for_fsdp(spec)
+        yield from incompatible_with_fsdp(spec)
     if spec.distributed.strategy is Strategy.DEEPSPEED:
-        yield from unfit_for_deepspeed(spec)
+        yield from incompatible_with_deepspeed(spec)
     if spec.distributed.strategy is Strategy.DEEPSPEED and deepspeed is not None and deepspeed.zero_stage == 3:
-        yield from unfit_for_zero3(spec)
+        yield from incompatible_with_zero3(spec)
 
 
 @rule("StateDictUnavailable")
-def state_dict(spec: FineTuneJobSpec, where: Where) -> Found:
+def state_dict(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     fsdp = spec.distributed.fsdp
     if fsdp is not None and fsdp.state_dict is FsdpStateDict.LOCAL:
         yield (
@@ -193,7 +193,7 @@ def state_dict(spec: FineTuneJobSpec, where: Where) -> Found:
     cel="!(has(self.trainer) && has(self.trainer.backend) && self.trainer.backend == 'unsloth') || !has(self.distributed) || !has(self.distributed.strategy) || self.distributed.strategy == 'none'",
     message="trainer.backend unsloth is the single-GPU path: remove distributed.strategy, or write backend transformers",
 )
-def backend_and_strategy(spec: FineTuneJobSpec, where: Where) -> Found:
+def backend_and_strategy(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.trainer.backend is not Backend.UNSLOTH:
         return
     if spec.distributed.strategy not in (None, Strategy.NONE):

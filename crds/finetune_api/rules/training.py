@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-from finetune_api.rules.base import Found, Where, rule
-from finetune_api.rules.facts import (
-    evaluates,
-    given_or_default,
+from finetune_api.rules.base import ExecutionTarget, Findings, rule
+from finetune_api.rules.derived_values import (
+    evaluates_during_training,
     gpus_per_node,
-    has_validation,
+    has_validation_set,
     method_of,
+    value_or_default,
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
@@ -23,7 +23,7 @@ from finetune_api.spec.enums import (
 
 
 @rule("WarmupTwice")
-def warmup_twice(spec: FineTuneJobSpec, where: Where) -> Found:
+def warmup_twice(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.training.warmup_steps is not None and spec.training.warmup_ratio is not None:
         yield (
             "training.warmupRatio",
@@ -42,7 +42,7 @@ OPTIMIZERS = (
 
 
 @rule("OptimizerUnknown")
-def optimizer_unknown(spec: FineTuneJobSpec, where: Where) -> Found:
+def optimizer_unknown(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     import difflib
 
     name = spec.training.optimizer
@@ -56,9 +56,9 @@ def optimizer_unknown(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("PrecisionOnCpu")
-def precision_on_cpu(spec: FineTuneJobSpec, where: Where) -> Found:
+def precision_on_cpu(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     cpu = spec.training.device is Device.CPU or gpus_per_node(spec) == 0
-    if not cpu or (where is Where.LOCAL and spec.training.device in (None, Device.AUTO)):
+    if not cpu or (target is ExecutionTarget.LOCAL and spec.training.device in (None, Device.AUTO)):
         return
     if spec.training.mixed_precision is MixedPrecision.FP16:
         yield "training.mixedPrecision", "fp16, but a CPU has no loss scaling for it", "write auto, no or bf16"
@@ -77,9 +77,9 @@ def precision_on_cpu(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("DeviceOfAnotherMachine")
-def device(spec: FineTuneJobSpec, where: Where) -> Found:
+def device(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     wanted = spec.training.device
-    if where is Where.LOCAL:
+    if target is ExecutionTarget.LOCAL:
         return
     if wanted is Device.MPS:
         yield (
@@ -102,24 +102,24 @@ def device(spec: FineTuneJobSpec, where: Where) -> Found:
     cel="!(has(self.checkpoint) && has(self.checkpoint.loadBestAtEnd) && self.checkpoint.loadBestAtEnd && has(self.checkpoint.steps) && has(self.evaluation) && has(self.evaluation.steps)) || self.checkpoint.steps % self.evaluation.steps == 0",
     message="with checkpoint.loadBestAtEnd, checkpoint.steps must be a multiple of evaluation.steps: only an evaluated checkpoint can be the best",
 )
-def best_checkpoint(spec: FineTuneJobSpec, where: Where) -> Found:
+def best_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if not spec.checkpoint.load_best_at_end:
         return
-    if not evaluates(spec):
+    if not evaluates_during_training(spec):
         yield (
             "checkpoint.loadBestAtEnd",
             "true, but no validation loss is measured, so no checkpoint is the best",
             "add dataset.validation or dataset.split.validation, or remove it",
         )
         return
-    saves, looks = given_or_default(spec.checkpoint, "strategy"), spec.evaluation.strategy or When.STEPS
+    saves, looks = value_or_default(spec.checkpoint, "strategy"), spec.evaluation.strategy or When.STEPS
     if saves == When.NO or saves != looks:
         yield (
             "checkpoint.strategy",
             f"{saves}, but evaluation.strategy is {looks}: with loadBestAtEnd both must be the same",
             f"write `checkpoint: {{strategy: {looks}}}`",
         )
-    every = int(given_or_default(spec.checkpoint, "steps"))
+    every = int(value_or_default(spec.checkpoint, "steps"))
     evaluated = spec.evaluation.steps or every
     if saves == When.STEPS and looks is When.STEPS and every % evaluated:
         yield (
@@ -130,8 +130,8 @@ def best_checkpoint(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("StepsWithoutEffect")
-def steps_without_effect(spec: FineTuneJobSpec, where: Where) -> Found:
-    saves = given_or_default(spec.checkpoint, "strategy")
+def steps_without_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    saves = value_or_default(spec.checkpoint, "strategy")
     if spec.checkpoint.steps is not None and saves != When.STEPS:
         yield (
             "checkpoint.steps",
@@ -148,7 +148,7 @@ def steps_without_effect(spec: FineTuneJobSpec, where: Where) -> Found:
         yield from _nothing_recomputed(spec)
 
 
-def _nothing_recomputed(spec: FineTuneJobSpec) -> Found:
+def _nothing_recomputed(spec: FineTuneJobSpec) -> Findings:
     """Layers to recompute are named where, asked or by default, none is recomputed."""
     path, asked = "training.checkpointEveryNLayers", spec.training.gradient_checkpointing
     if asked is GradientCheckpointing.DISABLED:
@@ -171,9 +171,9 @@ def adam_fields(optimizer: str) -> tuple[str, ...]:
 
 
 @rule("TrainingOptionWithoutEffect")
-def training_options(spec: FineTuneJobSpec, where: Where) -> Found:
+def training_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     training = spec.training
-    name = str(given_or_default(training, "optimizer"))
+    name = str(value_or_default(training, "optimizer"))
     read = adam_fields(name)
     for field, wire in (("adam_beta1", "adamBeta1"), ("adam_beta2", "adamBeta2"), ("adam_epsilon", "adamEpsilon")):
         if getattr(training, field) is not None and field not in read and name in OPTIMIZERS:
@@ -191,10 +191,10 @@ def training_options(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("ValidationMissing")
-def validation_missing(spec: FineTuneJobSpec, where: Where) -> Found:
+def validation_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     hint = "add dataset.validation or dataset.split.validation, or remove it"
-    if has_validation(spec):
-        if spec.training.early_stopping is not None and not evaluates(spec):
+    if has_validation_set(spec):
+        if spec.training.early_stopping is not None and not evaluates_during_training(spec):
             yield (
                 "training.earlyStopping",
                 "it watches the validation loss, and evaluation.strategy is no",

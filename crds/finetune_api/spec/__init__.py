@@ -9,11 +9,11 @@ from typing import Any
 from pydantic import Field
 
 from finetune_api.base import Group
-from finetune_api.spec.after import Evaluation, Output, Phases, Tracking
 from finetune_api.spec.cluster import Placement, Policy, Resources, StorageRoot
 from finetune_api.spec.dataset import Dataset
 from finetune_api.spec.method import Method
 from finetune_api.spec.model import Model
+from finetune_api.spec.results import Evaluation, Output, Phases, Tracking
 from finetune_api.spec.trainer import Trainer
 from finetune_api.spec.training import Checkpoint, Distributed, Training
 
@@ -91,7 +91,7 @@ class FineTuneJobSpec(Group):
         return FineTuneJobSpec.model_validate(wire)
 
 
-def load(value: Mapping[str, Any]) -> FineTuneJobSpec:
+def load_spec(value: Mapping[str, Any]) -> FineTuneJobSpec:
     """A spec from JSON-like data, with the API server's strictness: a quoted number or a boolean is no number.
 
     Errors: pydantic's ValidationError, one entry per field.

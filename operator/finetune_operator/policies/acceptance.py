@@ -13,12 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from finetune_api.defaults import Context, Resolution, resolve
+from finetune_api.defaults import PlatformDefaults, Resolution, resolve
 from finetune_api.names import MAX_RUN_BYTES, Reason
 from finetune_api.rules import check
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
-from finetune_api.support import unsupported
+from finetune_api.support import unsupported_fields
 from pydantic import ValidationError
 
 from finetune_operator.objects import Object
@@ -64,7 +64,7 @@ def accept(raw: Object, config: OperatorConfig, kept: Mapping[str, Any] | None =
     except ValidationError as error:
         return Refused(Reason.REJECTED, clean("; ".join(_shape(item) for item in error.errors())))
     problems = check(spec)
-    found = [*problems, *unsupported(spec)]
+    found = [*problems, *unsupported_fields(spec)]
     if found and not kept:
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
         return Refused(reason, clean("; ".join(str(one) for one in found)), hint=found[0].hint, spec=spec)
@@ -85,13 +85,13 @@ def accept(raw: Object, config: OperatorConfig, kept: Mapping[str, Any] | None =
     return Accepted(resolution.spec, resolution.defaults, (*resolution.notes, *newer), pool)
 
 
-def _resolve(spec: FineTuneJobSpec, context: Context, kept: Mapping[str, Any]) -> Resolution:
+def _resolve(spec: FineTuneJobSpec, context: PlatformDefaults, kept: Mapping[str, Any]) -> Resolution:
     """The spec with its defaults, those that were filled in before over those of today."""
-    found = resolve(spec, context=context)
+    found = resolve(spec, platform=context)
     if any(found.defaults.get(path) != kept.get(path) for path in STORE) and any(path in kept for path in STORE):
         before = {path.partition(".")[2]: value for path, value in kept.items() if path.startswith("storage.")}
         try:
-            found = resolve(spec, context=replace(context, storage=StorageRoot.model_validate(before)))
+            found = resolve(spec, platform=replace(context, storage=StorageRoot.model_validate(before)))
         except ValidationError as error:
             logger.warning("the storage that a job began with cannot be read and is not kept: %s", error)
     differing = {
@@ -115,7 +115,7 @@ def _shape(item: Any) -> str:
     return f"spec.{path}: {item['msg']}" if path else str(item["msg"])
 
 
-def _context(config: OperatorConfig, pool: NodePool | None) -> Context:
+def _context(config: OperatorConfig, pool: NodePool | None) -> PlatformDefaults:
     """Defaults of the operator's configuration, the pool's first."""
     own = pool.resources if pool else None
 
@@ -123,7 +123,7 @@ def _context(config: OperatorConfig, pool: NodePool | None) -> Context:
         found = getattr(own, name) if own else None
         return str(found if found is not None else getattr(config.resources, name))
 
-    return Context(
+    return PlatformDefaults(
         storage=config.storage if config.storage.uri else None,
         gpu_resource=pool.gpu_resource if pool else "nvidia.com/gpu",
         node_pool=pool.name if pool else None,

@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import Any
 
 from finetune_api.names import Reason, attempt_of_uri
-from finetune_api.rules import added, evaluates, has_test, smallest_batch
+from finetune_api.rules import evaluates_during_training, has_test_set, min_batch_size_per_device, new_problems
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import GradientCheckpointing, OnDivergence, OnOutOfMemory
 from finetune_api.status import Adaptation, Checkpoint
@@ -84,7 +84,7 @@ def after_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | Exhausted
     if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
         return Exhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
     for values in _rungs(spec, batch, accumulation):
-        if not added(spec, spec.with_values(values)):  # nobody is to be refused for what we wrote
+        if not new_problems(spec, spec.with_values(values)):  # nobody is to be refused for what we wrote
             change = ", ".join(f"{_shown(path)} {spec.value(path)} -> {value}" for path, value in values.items())
             return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set=values)
     return Exhausted(
@@ -96,9 +96,9 @@ def after_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | Exhausted
 
 def _rungs(spec: FineTuneJobSpec, batch: int, accumulation: int) -> Iterator[dict[str, Any]]:
     """What could be changed next, the best first. An evaluation never takes larger batches than training then does."""
-    looks = evaluates(spec) or has_test(spec)
+    looks = evaluates_during_training(spec) or has_test_set(spec)
     rows = (spec.evaluation.batch_size_per_device or 0) if looks else 0
-    smaller = next((part for part in range(batch // 2, smallest_batch(spec) - 1, -1) if batch % part == 0), 0)
+    smaller = next((part for part in range(batch // 2, min_batch_size_per_device(spec) - 1, -1) if batch % part == 0), 0)
     more = accumulation * (batch // smaller) if smaller else 0
     if 0 < more <= MAX_ACCUMULATION:
         values: dict[str, Any] = {BATCH: smaller, ACCUMULATION: more}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from finetune_api.rules import RULES, Where, added, check
+from finetune_api.rules import RULES, ExecutionTarget, check, new_problems
 from finetune_api.spec import FineTuneJobSpec
 
 MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
@@ -438,7 +438,7 @@ def test_rule_codes_are_unique() -> None:
 def test_a_resolved_spec_is_judged_as_it_was_written() -> None:
     from finetune_api.defaults import resolve
     from finetune_api.errors import ConfigError
-    from finetune_api.rules import as_written, require
+    from finetune_api.rules import enforce_rules, without_defaults
 
     for change in (
         {},
@@ -449,14 +449,14 @@ def test_a_resolved_spec_is_judged_as_it_was_written() -> None:
     ):
         asked = spec(change)
         resolution = resolve(asked)
-        written = as_written(resolution.spec, resolution.defaults)
+        written = without_defaults(resolution.spec, resolution.defaults)
         given = {key: value for key, value in asked.to_wire().items() if value not in ({}, False)}
         assert {key: value for key, value in written.to_wire().items() if value not in ({}, False)} == given
         assert check(written) == check(asked) == []
     broken = resolve(spec({"trainer": {"type": "kto"}, "training": {"batchSizePerDevice": 1}}))
     with pytest.raises(ConfigError, match="BatchTooSmall: training.batchSizePerDevice: it is 1"):
-        require(as_written(broken.spec, broken.defaults), "BatchTooSmall")
-    require(broken.spec, "DpoLosses")
+        enforce_rules(without_defaults(broken.spec, broken.defaults), "BatchTooSmall")
+    enforce_rules(broken.spec, "DpoLosses")
 
 
 @pytest.mark.parametrize(
@@ -489,7 +489,7 @@ def test_a_good_spec_has_no_problems(change: dict[str, Any]) -> None:
 
 
 def test_what_only_a_cluster_cannot_do_is_allowed_locally() -> None:
-    assert check(spec({"training": {"device": "mps"}}), where=Where.LOCAL) == []
+    assert check(spec({"training": {"device": "mps"}}), target=ExecutionTarget.LOCAL) == []
 
 
 def test_all_problems_are_told_at_once() -> None:
@@ -506,5 +506,5 @@ def test_only_what_a_change_breaks_is_added() -> None:
     before = spec({"method": {"type": "full", "promptLength": 4}})
     after = before.with_values({"method.lora": {"rank": 4}})
     assert [one.path for one in check(before)] == ["method.promptLength"]
-    assert [one.path for one in added(before, after)] == ["method.lora"]
-    assert added(after, before) == []
+    assert [one.path for one in new_problems(before, after)] == ["method.lora"]
+    assert new_problems(after, before) == []

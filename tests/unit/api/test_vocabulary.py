@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 from finetune_api import names
 from finetune_api.base import DEFAULT, DEFAULT_TEXT
-from finetune_api.defaults import Context, resolve
+from finetune_api.defaults import PlatformDefaults, resolve
 from finetune_api.errors import ERROR_OF_CODE, ConfigError, DataError
 from finetune_api.exits import EXIT_POLICIES, REASON_OF_CLASS
 from finetune_api.pod import Resume, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.rules import check
 from finetune_api.schema import HEADER, crd
 from finetune_api.sources import ConfigMapSource, FileSource, HttpsSource, HubSource, PvcSource, S3Source, parse
-from finetune_api.spec import FineTuneJobSpec, load
+from finetune_api.spec import FineTuneJobSpec, load_spec
 from finetune_api.spec.cluster import StorageRoot
 from finetune_api.status import Checkpoint, Metrics, Resolved
-from finetune_api.support import TABLE, unsupported, wire_path
+from finetune_api.support import UNSUPPORTED_FIELDS, unsupported_fields, wire_path
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 
@@ -98,8 +98,8 @@ def test_a_password_in_a_url_is_refused_and_not_repeated() -> None:
 MINIMAL = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
 
 
-def resolved(change: dict[str, Any] | None = None, context: Context | None = None) -> Any:
-    return resolve(FineTuneJobSpec.model_validate(MINIMAL | (change or {})), context=context)
+def resolved(change: dict[str, Any] | None = None, platform: PlatformDefaults | None = None) -> Any:
+    return resolve(FineTuneJobSpec.model_validate(MINIMAL | (change or {})), platform=platform)
 
 
 def test_defaults_of_the_smallest_job() -> None:
@@ -163,9 +163,9 @@ def test_another_store_gets_no_credentials_of_the_default_one() -> None:
     default = StorageRoot(
         uri="s3://models/x", endpoint="https://s3.internal", region="eu", credentials_secret_ref={"name": "s3"}
     )
-    context = Context(storage=default)
-    assert resolved(None, context).spec.storage == default
-    own = resolved({"storage": {"endpoint": "https://elsewhere.example.com"}}, context).spec.storage
+    platform = PlatformDefaults(storage=default)
+    assert resolved(None, platform).spec.storage == default
+    own = resolved({"storage": {"endpoint": "https://elsewhere.example.com"}}, platform).spec.storage
     assert own.to_wire() == {"endpoint": "https://elsewhere.example.com", "uri": "s3://models/x"}
 
 
@@ -230,8 +230,8 @@ def test_a_field_has_a_constant_default_or_words_for_it_but_not_both() -> None:
 
 
 def test_rows_of_the_not_yet_table_name_real_fields() -> None:
-    assert all(wire_path(row.path) for row in TABLE)
-    assert unsupported(FineTuneJobSpec.model_validate(MINIMAL)) == []
+    assert all(wire_path(row.path) for row in UNSUPPORTED_FIELDS)
+    assert unsupported_fields(FineTuneJobSpec.model_validate(MINIMAL)) == []
 
 
 def test_unknown_fields_and_non_numbers_are_refused() -> None:
@@ -248,9 +248,9 @@ def test_unknown_fields_and_non_numbers_are_refused() -> None:
     "change", [{"training": {"maxSteps": True}}, {"training": {"maxSteps": "3"}}, {"suspend": "true"}]
 )
 def test_loading_is_as_strict_as_the_api_server(change: dict[str, Any]) -> None:
-    assert load(MINIMAL | {"training": {"learningRate": 1}, "method": {"type": "qlora"}}).training.learning_rate == 1
+    assert load_spec(MINIMAL | {"training": {"learningRate": 1}, "method": {"type": "qlora"}}).training.learning_rate == 1
     with pytest.raises(ValidationError):
-        load(MINIMAL | change)
+        load_spec(MINIMAL | change)
 
 
 def run_config() -> RunConfig:
@@ -305,10 +305,10 @@ def test_failures_cross_process_borders() -> None:
 
 @pytest.mark.parametrize("endpoint", ["https://s3.example.com", "http://10.0.0.7:8333/", "http://[fd00::7]:8333"])
 def test_an_endpoint_is_scheme_and_host(endpoint: str) -> None:
-    assert load(MINIMAL | {"storage": {"endpoint": endpoint}}).storage.endpoint == endpoint
+    assert load_spec(MINIMAL | {"storage": {"endpoint": endpoint}}).storage.endpoint == endpoint
 
 
 @pytest.mark.parametrize("endpoint", ["https://key:secret@s3.example.com", "https://s3.example.com/bucket", "s3.example.com"])
 def test_an_endpoint_has_no_credentials_and_no_path(endpoint: str) -> None:
     with pytest.raises(ValidationError, match="storage.endpoint"):
-        load(MINIMAL | {"storage": {"endpoint": endpoint}})
+        load_spec(MINIMAL | {"storage": {"endpoint": endpoint}})

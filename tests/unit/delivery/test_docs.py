@@ -13,7 +13,7 @@ import yaml
 from finetune_api import rules
 from finetune_api.names import KIND
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.support import unsupported
+from finetune_api.support import unsupported_fields
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -39,7 +39,7 @@ def test_there_is_something_to_check() -> None:
 def test_a_documented_job_can_be_run(body: dict[str, Any]) -> None:
     spec = FineTuneJobSpec.model_validate(body["spec"])
     assert rules.check(spec) == []
-    assert unsupported(spec) == []
+    assert unsupported_fields(spec) == []
 
 
 @pytest.mark.parametrize("body", VALUES, ids=lambda _: "values")

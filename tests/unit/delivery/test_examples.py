@@ -13,7 +13,7 @@ from finetune_api import rules
 from finetune_api.names import KIND, MAX_NAME_LENGTH, NAME_PATTERN
 from finetune_api.sources import S3Source, parse
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.support import unsupported
+from finetune_api.support import unsupported_fields
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[3] / "examples").glob("*.yaml"))
 
@@ -27,7 +27,7 @@ def test_example_can_be_run_as_written(path: Path) -> None:
     (job,) = jobs(path)
     spec = FineTuneJobSpec.model_validate(job["spec"])
     assert rules.check(spec) == []
-    assert unsupported(spec) == []
+    assert unsupported_fields(spec) == []
     name = job["metadata"]["name"]
     assert name == path.stem
     assert re.fullmatch(NAME_PATTERN, name)

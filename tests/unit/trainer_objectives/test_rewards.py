@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from finetune_api.errors import ConfigError, NotFoundError
-from finetune_api.rules import REWARD_PARAMETERS, unfit_parameters
+from finetune_api.rules import REWARD_PARAMETERS, invalid_parameters
 from finetune_api.spec.enums import BuiltinReward
 from finetune_api.spec.trainer import Reward
 from finetune_trainer.objective.rewards import MAKERS, Parameters, require_columns, rewards, text_of
@@ -222,4 +222,4 @@ def test_what_is_read_is_what_the_api_lists(builtin: BuiltinReward) -> None:
     read = Parameters("trainer.rewards[0]", needed.get(builtin, {}))
     MAKERS[builtin](read)
     assert set(read._known) == set(REWARD_PARAMETERS[builtin])
-    assert list(unfit_parameters("p", builtin, needed.get(builtin, {}))) == []
+    assert list(invalid_parameters("p", builtin, needed.get(builtin, {}))) == []

@@ -17,7 +17,7 @@ from pathlib import Path
 from finetune_api.errors import ConfigError, NoCheckpointError
 from finetune_api.names import Storage
 from finetune_api.pod import Resume
-from finetune_api.sources import shown
+from finetune_api.sources import redact_source
 from finetune_api.spec.enums import Strategy
 
 from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, base_of, step_of
@@ -129,7 +129,7 @@ def _restore_named(
         there = StoreTarget(uri=root, ca_bundle=origin.ca_bundle if origin else None)
     other = Tree(open_store(there))
     candidate = other.marker(step)
-    uri = shown(uri)
+    uri = redact_source(uri)
     if candidate is None or not (folder == "" or folder == candidate.marker.path):
         raise NoCheckpointError(
             "CheckpointNotFound", f"checkpoint.resume names {uri}, where no committed checkpoint is",
@@ -150,7 +150,7 @@ def _split(uri: str) -> tuple[str, str, int]:
         if step is not None and parts[index - 1] == Storage.CHECKPOINTS:
             return "/".join(parts[: index - 1]) + query, "/".join(parts[index + 1 :]), step
     raise ConfigError(
-        "ResumeInvalid", f"checkpoint.resume is {shown(uri)!r}, which does not name a checkpoint",
+        "ResumeInvalid", f"checkpoint.resume is {redact_source(uri)!r}, which does not name a checkpoint",
         hint="write auto, never or <root>/checkpoints/step-00000100",
     )  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.pod import RunConfig
-from finetune_api.sources import shown
+from finetune_api.sources import redact_source
 from finetune_api.spec.dataset import Columns, Dataset, Split
 from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, TrainerType
 
@@ -155,13 +155,13 @@ def _mixture(reader: _Reader, run: RunConfig, parts: Sequence[Rows]) -> Rows:
     for item, part, weight in zip(items, parts, weights, strict=True):
         if weight and not part:
             raise DataError(
-                "DatasetEmpty", f"{shown(item.source)}: no row is left to train on once duplicates and held-out rows are taken out",
+                "DatasetEmpty", f"{redact_source(item.source)}: no row is left to train on once duplicates and held-out rows are taken out",
                 hint="give it more rows, or remove it from dataset.mixture",
             )  # fmt: skip
     seed = 42 if run.spec.training.seed is None else run.spec.training.seed
     mixed = mix(parts, weights, seed)
     shares = ", ".join(
-        f"{shown(item.source)} {len(part)} rows, weight {weight:g}"
+        f"{redact_source(item.source)} {len(part)} rows, weight {weight:g}"
         for item, part, weight in zip(items, parts, weights, strict=True)
     )
     reader.summary.notes.append(f"mixture of {len(mixed)} rows: {shares}")

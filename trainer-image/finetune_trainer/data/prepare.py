@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api.errors import ConfigError, DataError, NotFoundError
 from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
-from finetune_api.rules import PROMPT_METHODS, given_or_default, method_of
+from finetune_api.rules import PROMPT_METHODS, method_of, value_or_default
 from finetune_api.spec.enums import BadRows, DatasetFormat, Overflow
 
 from finetune_trainer.data.load import Loaded, load, response_only
@@ -111,7 +111,7 @@ def max_length(run: RunConfig, tokenizer: Any, model_limit: int | None) -> int:
 
 def virtual_tokens(run: RunConfig) -> int:
     """Positions before every row that prefix and prompt tuning fill."""
-    return int(given_or_default(run.spec.method, "prompt_length")) if method_of(run.spec) in PROMPT_METHODS else 0
+    return int(value_or_default(run.spec.method, "prompt_length")) if method_of(run.spec) in PROMPT_METHODS else 0
 
 
 def use_template(run: RunConfig, inputs: Inputs, tokenizer: Any) -> bool:

@@ -17,7 +17,12 @@ from typing import Any
 
 from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
-from finetune_api.rules import refuse, smallest_batch, unfit_for_deepspeed, unfit_for_zero3
+from finetune_api.rules import (
+    incompatible_with_deepspeed,
+    incompatible_with_zero3,
+    min_batch_size_per_device,
+    raise_first_finding,
+)
 from finetune_api.spec.enums import Scheduler
 from pydantic import ValidationError
 
@@ -222,7 +227,7 @@ def _fewer(rows: int, steps: int, wanted: float, both: Comparison, run: RunConfi
     """
     divisors = [
         part
-        for part in range(smallest_batch(run.spec), rows)
+        for part in range(min_batch_size_per_device(run.spec), rows)
         if rows % part == 0
         and steps * rows // part <= LARGEST
         and both.allowed({ROWS_PATH: part, ACCUMULATION_PATH: steps * rows // part})
@@ -419,9 +424,9 @@ class Deepspeed(Plan):
         self.chosen = chosen
         self.sharded_weights = self.keep_adapter_dtype = chosen.stage == 3
         self.notes += [*chosen.notes, f"DeepSpeed ZeRO stage {chosen.stage}"]
-        refuse("StrategyAndMethod", unfit_for_deepspeed(run.spec))
+        raise_first_finding("StrategyAndMethod", incompatible_with_deepspeed(run.spec))
         if chosen.stage == 3:
-            refuse("StrategyAndMethod", unfit_for_zero3(run.spec))
+            raise_first_finding("StrategyAndMethod", incompatible_with_zero3(run.spec))
 
     @property
     def trainer_bases(self) -> tuple[type, ...]:

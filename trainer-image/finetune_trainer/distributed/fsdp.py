@@ -16,7 +16,7 @@ from typing import Any
 
 from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
-from finetune_api.rules import refuse, unfit_for_fsdp
+from finetune_api.rules import incompatible_with_fsdp, raise_first_finding
 from finetune_api.spec.enums import FsdpSharding, FsdpStateDict, GradientCheckpointing
 
 from finetune_trainer.distributed.base import Plan
@@ -215,7 +215,7 @@ class Fsdp(Plan):
         super().__init__(run, hardware, world_size)
         self.chosen = chosen
         self.notes += chosen.notes
-        refuse("StrategyAndMethod", unfit_for_fsdp(run.spec))
+        raise_first_finding("StrategyAndMethod", incompatible_with_fsdp(run.spec))
 
     @property
     def trainer_bases(self) -> tuple[type, ...]:

@@ -19,7 +19,7 @@ from typing import Any
 from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
-from finetune_api.rules import added, as_written
+from finetune_api.rules import new_problems, without_defaults
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.common import ConfigMapKeyRef
 from pydantic import ValidationError
@@ -195,19 +195,19 @@ class Comparison:
             raise ConfigError(
                 "ConfigFileInvalid", f"{file} holds what the API does not allow: {told}", hint="write a value that fits"
             ) from None
-        for problem in added(as_written(self.run.spec, self._filled()), spec):
+        for problem in new_problems(without_defaults(self.run.spec, self._filled()), spec):
             raise ConfigError(
                 problem.code, f"{problem.path}, with the values of {file}: {problem.message}", hint=problem.hint
             )
 
     def with_file(self) -> FineTuneJobSpec:
         """The spec as if the user had written the file's values into it. Errors: pydantic's ValidationError."""
-        return as_written(self.run.spec, self._filled()).with_values(self.settled)
+        return without_defaults(self.run.spec, self._filled()).with_values(self.settled)
 
     def allowed(self, values: Mapping[str, Any]) -> bool:
         """Whether other values at some paths break no rule that the file's own keep. Errors: pydantic's ValidationError."""
         spec = self.with_file()
-        return not added(spec, spec.with_values(values))
+        return not new_problems(spec, spec.with_values(values))
 
     def _filled(self) -> list[str]:
         """Defaults, without those that the operator has changed since."""

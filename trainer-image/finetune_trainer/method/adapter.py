@@ -15,8 +15,8 @@ from typing import Any
 from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
-from finetune_api.rules.methods import keeps_start
-from finetune_api.sources import shown
+from finetune_api.rules.methods import keeps_reference_adapter
+from finetune_api.sources import redact_source
 from finetune_api.spec.enums import OutputKind
 
 from finetune_trainer.inputs import Inputs
@@ -38,8 +38,8 @@ def apply(
     Errors: NotFoundError AdapterUnreadable (class Model); ConfigError AdapterNotContinuable, AdapterOfAnotherBase,
     NewTokensNotTrained.
     """
-    source = shown((run.spec.method.adapter.source if run.spec.method.adapter else None) or "")
-    base = shown(run.spec.model.source or "")
+    source = redact_source((run.spec.method.adapter.source if run.spec.method.adapter else None) or "")
+    base = redact_source(run.spec.model.source or "")
     folder = inputs.adapter
     assert folder is not None, "the supervisor fetches method.adapter.source"
     config = _config(folder, source)
@@ -88,7 +88,7 @@ def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str)
             "AdapterNotContinuable", f"{source} is a {str(kind).lower().replace('_', ' ') or 'nameless'} adapter, which PEFT cannot go on training",
             hint="train a new one, or continue a LoRA or IA3 adapter",
         )  # fmt: skip
-    if not keeps_start(run.spec):
+    if not keeps_reference_adapter(run.spec):
         return
     why = f"its biases ({bias}) have no second copy" if bias != "none" else ""
     if isinstance(init, str) and init.lower().startswith(CHANGED_BASE):

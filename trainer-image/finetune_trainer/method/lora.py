@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
-from finetune_api.rules import BASE_CHANGING
+from finetune_api.rules import INITS_CHANGING_BASE
 from finetune_api.spec.enums import LoraBias, LoraInit, MethodType, OutputKind
 
 from finetune_trainer import vocabulary
@@ -37,7 +37,7 @@ def apply(
 
     init = run.spec.method.lora.init if run.spec.method.lora else None
     config = lora_config(run, model, new_ids)
-    if init in BASE_CHANGING and getattr(model, "is_quantized", False):
+    if init in INITS_CHANGING_BASE and getattr(model, "is_quantized", False):
         raise ConfigError(
             "InitUnavailable", f"method.lora.init {init} takes a part of the base away, and the model is stored quantised",
             hint="give the unquantised model, or leave init out",
@@ -48,7 +48,7 @@ def apply(
         config.base_model_name_or_path = ""
         show_bias(wrapped)
     applied = Applied(wrapped, OutputKind.ADAPTER)
-    if init in BASE_CHANGING:
+    if init in INITS_CHANGING_BASE:
         _require_plain(wrapped, init, config.r)
         applied.initial_adapter = inputs.output_dir.parent / "initial-adapter"
         config.init_lora_weights = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from finetune_api.pod import RunConfig
-from finetune_api.rules import given_or_default
+from finetune_api.rules import value_or_default
 from finetune_api.spec.enums import MethodType, OutputKind
 
 from finetune_trainer.method.base import Applied
@@ -16,7 +16,7 @@ def apply(run: RunConfig, model: Any) -> Applied:
     """Put `method.promptLength` virtual tokens before the input (prompt) or before every layer's keys and values (prefix)."""
     from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
 
-    length = int(given_or_default(run.spec.method, "prompt_length"))
+    length = int(value_or_default(run.spec.method, "prompt_length"))
     if run.spec.method.type is MethodType.PREFIX_TUNING:
         config = PrefixTuningConfig(task_type=task_of(model), num_virtual_tokens=length)
     else:

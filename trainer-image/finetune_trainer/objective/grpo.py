@@ -10,7 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 from finetune_api.errors import ConfigError, DataError
-from finetune_api.rules import has_test
+from finetune_api.rules import has_test_set
 from finetune_api.spec.enums import GrpoLoss, Overflow
 from finetune_api.spec.trainer import Grpo as GrpoSpec
 from trl.trainer import grpo_trainer
@@ -101,7 +101,7 @@ def arguments(setting: Setting, *, evaluates: bool) -> GRPOConfig:
     generations, ranks = spec.num_generations or 8, setting.plan.world_size
     if fields["metric_for_best_model"] is not None:
         fields |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}
-    evaluated = fields["eval_strategy"] != "no" or has_test(run.spec)
+    evaluated = fields["eval_strategy"] != "no" or has_test_set(run.spec)
     return GRPOConfig(
         **fields,
         num_generations=generations,

@@ -26,7 +26,7 @@ from finetune_api.sources import (
     PvcSource,
     S3Source,
     parse,
-    shown,
+    redact_source,
 )
 
 from finetune_trainer.checkpoint.tree import Tree
@@ -84,13 +84,13 @@ class Fetcher:
         fetched = self._fetch(text, path, self.work / "fetched" / name, MODEL)
         if not fetched.path.is_dir():
             raise NotFoundError(
-                "ModelInvalid", f"{path} is {shown(text)}, which is a file: a folder with config.json and weights is needed",
+                "ModelInvalid", f"{path} is {redact_source(text)}, which is a file: a folder with config.json and weights is needed",
                 hint="name the folder", failure_class=MODEL.failure_class,
             )  # fmt: skip
         if not any((fetched.path / file).exists() for file in _SIGNS):
             found = ", ".join(sorted(one.name for one in fetched.path.iterdir())[:5]) or "nothing"
             raise NotFoundError(
-                "ModelInvalid", f"{path} is {shown(text)}, a folder without config.json (found: {found})",
+                "ModelInvalid", f"{path} is {redact_source(text)}, a folder without config.json (found: {found})",
                 hint="name the folder that holds config.json and the weights", failure_class=MODEL.failure_class,
             )  # fmt: skip
         return fetched
@@ -208,7 +208,7 @@ class Fetcher:
         """A model or checkpoint that a job committed: its manifest says which files belong to it, since no listing does."""
         if not source.committed:
             raise NotFoundError(
-                "ModelInvalid", f"{path} is {shown(source.url)}: a web server has no listing, so only what a job committed can be read there",
+                "ModelInvalid", f"{path} is {redact_source(source.url)}: a web server has no listing, so only what a job committed can be read there",
                 hint="write https://host/jobs/model or https://host/jobs/checkpoints/step-00000100, a hub's name as org/name, or s3://bucket/prefix",
                 failure_class=MODEL.failure_class,
             )  # fmt: skip
@@ -224,10 +224,10 @@ class Fetcher:
         finally:
             store.close()
         if found is None:
-            raise self._missing(MODEL, path, shown(source.url), problem)
+            raise self._missing(MODEL, path, redact_source(source.url), problem)
         if problem is not None:
             raise NotFoundError(
-                "ModelInvalid", f"{path} is {shown(source.url)}, which is damaged: {problem}",
+                "ModelInvalid", f"{path} is {redact_source(source.url)}, which is damaged: {problem}",
                 hint="bring it there again, whole", failure_class=MODEL.failure_class,
             )  # fmt: skip
         return Fetched(target, _data_files(target))

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from finetune_api.errors import ConfigError, CredentialsError, FineTuneError, StorageError, StorageSetupError
 from finetune_api.pod import StoreTarget
-from finetune_api.sources import shown
+from finetune_api.sources import redact_source
 
 from finetune_trainer.storage.base import Created, Store, join
 from finetune_trainer.storage.roots import open_store
@@ -45,7 +45,7 @@ def preflight(target: StoreTarget, *, write: bool = True) -> Abilities:
     """
     if target.uri.startswith("https://"):
         raise ConfigError(
-            "StorageUriInvalid", f"storage.uri is {shown(target.uri)}: a web server can only be read, since it has neither a listing "
+            "StorageUriInvalid", f"storage.uri is {redact_source(target.uri)}: a web server can only be read, since it has neither a listing "
             "nor conditional creation",
             hint="write s3://bucket/prefix, pvc://claim/path or file:///path; checkpoint.resume, model.source and dataset.* may be https://",
         )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune_api.errors import ConfigError
 from finetune_api.names import PVC_MOUNT
 from finetune_api.pod import StoreTarget
-from finetune_api.sources import shown
+from finetune_api.sources import redact_source
 
 from finetune_trainer.storage.base import Store
 from finetune_trainer.storage.folder import FolderStore
@@ -31,6 +31,6 @@ def open_store(target: StoreTarget, **options: float) -> Store:
         case "https":
             return WebStore(target, **options)  # type: ignore[arg-type] # as above
     raise ConfigError(
-        "StorageUriInvalid", f"{shown(target.uri)!r} is no root that can be written to or read",
+        "StorageUriInvalid", f"{redact_source(target.uri)!r} is no root that can be written to or read",
         hint="write s3://bucket/prefix, pvc://claim/path or file:///path, or https://host/path to read only",
     )  # fmt: skip

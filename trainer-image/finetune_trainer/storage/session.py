@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import requests
 from finetune_api.errors import StorageSetupError
-from finetune_api.sources import shown
+from finetune_api.sources import redact_source
 from requests.adapters import HTTPAdapter
 
 
@@ -47,7 +47,7 @@ class Session(requests.Session):
         parts = urlsplit(target or "")
         if parts.scheme not in ("", "https"):
             raise StorageSetupError(
-                "RedirectRefused", f"{shown(resp.url)} is redirected to {parts.scheme}://{parts.hostname}, and what comes from "
+                "RedirectRefused", f"{redact_source(resp.url)} is redirected to {parts.scheme}://{parts.hostname}, and what comes from "
                 "there can be changed on its way",
                 hint="write the https address that it really has",
             )  # fmt: skip

@@ -30,7 +30,7 @@ from finetune_api.errors import (
     StorageSetupError,
 )
 from finetune_api.pod import StoreTarget
-from finetune_api.sources import shown
+from finetune_api.sources import redact_source
 
 from finetune_trainer.storage.base import CHUNK_BYTES, Counter, Created, Stat
 from finetune_trainer.storage.errors import of_local_disk
@@ -289,7 +289,7 @@ class _Coming:
         if answer.status_code == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {self.size}-"):
             self.begin()
             raise _Again(
-                StorageError("DownloadBroken", f"{shown(answer.url)} answers with another range than was asked for")
+                StorageError("DownloadBroken", f"{redact_source(answer.url)} answers with another range than was asked for")
             )
         if answer.status_code != 206:
             self.begin()
@@ -325,10 +325,10 @@ def _demand_readable(uri: str) -> None:
     except ValueError:
         whole, secret = False, False
     if not whole:
-        raise ConfigError("SourceInvalid", f"{shown(uri)} is no URL that can be asked for", hint=READ)
+        raise ConfigError("SourceInvalid", f"{redact_source(uri)} is no URL that can be asked for", hint=READ)
     if secret:
         raise ConfigError(
-            "SourceInvalid", f"{shown(uri)} is given with a user or password, which would be shown to everybody who may read it",
+            "SourceInvalid", f"{redact_source(uri)} is given with a user or password, which would be shown to everybody who may read it",
             hint="write it without",
         )  # fmt: skip
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from finetune_api.rules.base import Found, Where, rule
-from finetune_api.rules.facts import (
+from finetune_api.rules.base import ExecutionTarget, Findings, rule
+from finetune_api.rules.derived_values import (
     PROMPT_METHODS,
     method_of,
 )
@@ -19,7 +19,7 @@ from finetune_api.spec.enums import (
     cel="!(has(self.output) && has(self.output.hub) && has(self.output.hub.push) && self.output.hub.push) || has(self.output.hub.repository)",
     message="output.hub.push needs output.hub.repository",
 )
-def hub_push(spec: FineTuneJobSpec, where: Where) -> Found:
+def hub_push(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     hub = spec.output.hub
     if hub is None:
         return
@@ -46,7 +46,7 @@ def hub_push(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("OutputOptionWithoutEffect")
-def output_options(spec: FineTuneJobSpec, where: Where) -> Found:
+def output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.output.layout is not None and spec.output.dir is None:
         yield (
             "output.layout",
@@ -68,7 +68,7 @@ def output_options(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("TrackerAndOptions")
-def trackers(spec: FineTuneJobSpec, where: Where) -> Found:
+def trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     named = spec.tracking.report_to or []
     for tracker, group in (
         (Tracker.WANDB, spec.tracking.wandb),
@@ -84,7 +84,7 @@ def trackers(spec: FineTuneJobSpec, where: Where) -> Found:
     if (
         Tracker.WANDB in named
         and (spec.tracking.wandb is None or spec.tracking.wandb.api_key_secret_ref is None)
-        and where is Where.CLUSTER
+        and target is ExecutionTarget.CLUSTER
     ):
         yield (
             "tracking.wandb.apiKeySecretRef",
@@ -109,7 +109,7 @@ def trackers(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("JudgeMissing")
-def judge(spec: FineTuneJobSpec, where: Where) -> Found:
+def judge(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     group = spec.evaluation.judge
     if group is not None and group.model is None and (group.input_price is not None or group.output_price is not None):
         yield (

@@ -14,26 +14,26 @@ from finetune_api.spec.enums import (
 )
 
 
-def default_of(group: type[Group], field: str) -> Any:
+def constant_default(group: type[Group], field: str) -> Any:
     """The constant default of a field, from the model's own metadata."""
     extra = group.model_fields[field].json_schema_extra
     return extra.get(DEFAULT) if isinstance(extra, dict) else None
 
 
-def given_or_default(group: Group, field: str) -> Any:
+def value_or_default(group: Group, field: str) -> Any:
     """The value a user gave, else the field's constant default."""
     value = getattr(group, field)
-    return default_of(type(group), field) if value is None else value
+    return constant_default(type(group), field) if value is None else value
 
 
 def method_of(spec: FineTuneJobSpec) -> MethodType:
     """The method, given or default."""
-    return MethodType(given_or_default(spec.method, "type"))
+    return MethodType(value_or_default(spec.method, "type"))
 
 
 def trainer_of(spec: FineTuneJobSpec) -> TrainerType:
     """The objective, given or default."""
-    return TrainerType(given_or_default(spec.trainer, "type"))
+    return TrainerType(value_or_default(spec.trainer, "type"))
 
 
 def given_bits(spec: FineTuneJobSpec) -> int | None:
@@ -43,23 +43,23 @@ def given_bits(spec: FineTuneJobSpec) -> int | None:
 
 def base_bits(spec: FineTuneJobSpec) -> int | None:
     """Bits that the base is loaded in, given or implied by the method; None: not quantised."""
-    return given_bits(spec) or (4 if method_of(spec) is MethodType.QLORA or starts_with_loftq(spec) else None)
+    return given_bits(spec) or (4 if method_of(spec) is MethodType.QLORA or uses_loftq(spec) else None)
 
 
-def starts_with_loftq(spec: FineTuneJobSpec) -> bool:
+def uses_loftq(spec: FineTuneJobSpec) -> bool:
     """Whether adapters start as LoftQ, given or implied."""
     lora = spec.method.lora
     return lora is not None and (lora.loftq is not None or lora.init is LoraInit.LOFTQ)
 
 
-NEEDS_WHOLE_WEIGHTS = (LoraInit.PISSA, LoraInit.OLORA, LoraInit.EVA)
+INITS_NEEDING_WHOLE_WEIGHTS = (LoraInit.PISSA, LoraInit.OLORA, LoraInit.EVA)
 """Ways to start that factorise whole weights or what they are given."""
-BASE_CHANGING = (LoraInit.PISSA, LoraInit.OLORA)
+INITS_CHANGING_BASE = (LoraInit.PISSA, LoraInit.OLORA)
 """Ways to start that take a part of the base away."""
 LORA_METHODS = (MethodType.LORA, MethodType.QLORA, MethodType.DORA, MethodType.ADAPTER)
 PROMPT_METHODS = (MethodType.PREFIX_TUNING, MethodType.PROMPT_TUNING)
 PREFERENCE_TRAINERS = (TrainerType.DPO, TrainerType.ORPO, TrainerType.REWARD)
-HEADS = ("lm_head", "embed_out", "output_projection")
+OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection")
 
 
 def ranks_per_node(spec: FineTuneJobSpec) -> int:
@@ -69,28 +69,28 @@ def ranks_per_node(spec: FineTuneJobSpec) -> int:
 
 def gpus_per_node(spec: FineTuneJobSpec) -> int:
     """GPUs of a pod, given or default."""
-    return int(given_or_default(spec.resources, "gpus_per_node"))
+    return int(value_or_default(spec.resources, "gpus_per_node"))
 
 
 def world_size(spec: FineTuneJobSpec) -> int:
     """Ranks in all, given or default."""
-    return int(given_or_default(spec.resources, "nodes")) * ranks_per_node(spec)
+    return int(value_or_default(spec.resources, "nodes")) * ranks_per_node(spec)
 
 
-def has_validation(spec: FineTuneJobSpec) -> bool:
+def has_validation_set(spec: FineTuneJobSpec) -> bool:
     """Whether there is data to measure a validation loss on."""
     split = spec.dataset.split
     return spec.dataset.validation is not None or bool(split and split.validation)
 
 
-def has_test(spec: FineTuneJobSpec) -> bool:
+def has_test_set(spec: FineTuneJobSpec) -> bool:
     """Whether rows are held out until training is over."""
     split = spec.dataset.split
     return spec.dataset.test is not None or bool(split and split.test)
 
 
-def evaluates(spec: FineTuneJobSpec) -> bool:
+def evaluates_during_training(spec: FineTuneJobSpec) -> bool:
     """Whether the validation loss is measured during training."""
     if spec.evaluation.strategy is None:
-        return has_validation(spec)
+        return has_validation_set(spec)
     return spec.evaluation.strategy is not When.NO

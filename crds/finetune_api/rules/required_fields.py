@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from finetune_api.errors import ConfigError
-from finetune_api.rules.base import Found, Where, rule
-from finetune_api.sources import ConfigMapSource, HttpsSource, parse, shown
+from finetune_api.rules.base import ExecutionTarget, Findings, rule
+from finetune_api.sources import ConfigMapSource, HttpsSource, parse, redact_source
 from finetune_api.spec import FineTuneJobSpec
 
 
@@ -15,7 +15,7 @@ from finetune_api.spec import FineTuneJobSpec
     cel="has(self.model) && has(self.model.source)",
     message="spec.model.source is required: write for example org/name or s3://bucket/prefix",
 )
-def model_missing(spec: FineTuneJobSpec, where: Where) -> Found:
+def model_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if not spec.model.source:
         yield (
             "model.source",
@@ -25,7 +25,7 @@ def model_missing(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("DatasetMissing")
-def dataset_missing(spec: FineTuneJobSpec, where: Where) -> Found:
+def dataset_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.dataset.train is None and spec.dataset.mixture is None:
         yield (
             "dataset.train",
@@ -37,7 +37,7 @@ def dataset_missing(spec: FineTuneJobSpec, where: Where) -> Found:
 
 
 @rule("SourceInvalid")
-def sources(spec: FineTuneJobSpec, where: Where) -> Found:
+def sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     for path, text in source_fields(spec):
         try:
             source = parse(text, path=path)
@@ -64,9 +64,9 @@ def _no_listing(text: str, path: str) -> tuple[str, str]:
     """Why a folder on a web server cannot be read, and what to write."""
     step = "https://host/jobs/checkpoints/step-00000100"
     if path == "checkpoint.resume":
-        return f"{shown(text)!r} does not name a checkpoint", f"write {step}"
+        return f"{redact_source(text)!r} does not name a checkpoint", f"write {step}"
     return (
-        f"a web server has no listing, so of {shown(text)!r} nobody can tell which files belong to the model",
+        f"a web server has no listing, so of {redact_source(text)!r} nobody can tell which files belong to the model",
         f"write org/name, s3://bucket/prefix, pvc://claim/path, file:///path, or what a job committed: https://host/jobs/model or {step}",
     )
 
