@@ -10,7 +10,7 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 
 from finetune_api.exits import RetryPolicy
-from finetune_api.names import Condition, ExitCode, FailureClass, Reason, attempt_job_name
+from finetune_api.names import Condition, ExitCode, FailureClass, Reason, attempt_job_name, attempt_of_uri
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.status import Checkpoint, Failure
 
@@ -260,13 +260,13 @@ def committed_by(facts: Facts, words: TerminationMessage | None) -> int | None:
 
     Pods tell of all checkpoints there are, also of those that earlier attempts made.
     """
-    heard = facts.heard.report if facts.heard is not None else None
-    steps = facts.own_steps(heard.checkpoints, heard.resumed_from_step) if heard is not None else []
-    if words is not None:
-        told = list(words.checkpoints)
-        if words.committed_step is not None:
-            told.append(Checkpoint(step=words.committed_step, uri=words.checkpoint or ""))
-        steps += facts.own_steps(told, words.resumed_from_step)
+    # A checkpoint that a replaced pod of this attempt reported is known from status only.
+    steps = [one.step for one in facts.job.status.checkpoints if attempt_of_uri(one.uri) == facts.attempt]
+    for source in facts.reported_checkpoints:
+        steps += facts.own_steps(source.checkpoints, source.resumed_from_step)
+    if words is not None and words.committed_step is not None:
+        newest = Checkpoint(step=words.committed_step, uri=words.checkpoint or "")
+        steps += facts.own_steps([newest], words.resumed_from_step)
     record = facts.record
     if record is not None and record.committed_step is not None:
         steps.append(record.committed_step)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from finetune_api.names import Condition, Reason, attempt_job_name, attempt_of_uri
-from finetune_api.pod import ProgressReport
+from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Attempt, Checkpoint
 from finetune_api.status import Condition as StatusCondition
@@ -27,6 +27,14 @@ class Heard:
     report: ProgressReport
     time: datetime
     pod_uid: str = ""
+
+
+@dataclass(frozen=True)
+class ReportedCheckpoints:
+    """The committed checkpoints that rank 0's pod listed at one moment, and the step that the pod started from."""
+
+    checkpoints: tuple[Checkpoint, ...]
+    resumed_from_step: int | None
 
 
 @dataclass(frozen=True)
@@ -129,6 +137,32 @@ class Facts:
         rank0 = self.rank0
         same = self.heard is not None and rank0 is not None and rank0.uid == self.heard.pod_uid
         return self.heard if same else None
+
+    @property
+    def reported_checkpoints(self) -> tuple[ReportedCheckpoints, ...]:
+        """Lists of checkpoints from rank 0's pods of the current attempt, oldest first.
+
+        A queue may replace the pods within one attempt. The termination message of a replaced pod may be the only source for
+        the checkpoints that this pod committed last. It is left out once the status knows these checkpoints: retention may have
+        removed some of them since.
+        """
+        pods = sorted((pod for pod in self.attempt_pods if pod.index == 0), key=lambda pod: pod.created)
+        received = self.heard
+        found: list[ProgressReport | TerminationMessage] = []
+        if received is not None and received.pod_uid not in {pod.uid for pod in pods}:
+            found.append(received.report)
+        for pod in pods:
+            if received is not None and received.pod_uid == pod.uid:
+                found.append(received.report)
+            message = pod.words
+            if message is not None and (pod is pods[-1] or self._lists_newer_checkpoints(message)):
+                found.append(message)
+        return tuple(ReportedCheckpoints(tuple(one.checkpoints), one.resumed_from_step) for one in found)
+
+    def _lists_newer_checkpoints(self, message: TerminationMessage) -> bool:
+        """Whether the message lists a step of the current attempt that is newer than all of its steps in status."""
+        listed = self.own_steps(message.checkpoints, message.resumed_from_step)
+        return max(listed, default=0) > max(self.own_steps(self.job.status.checkpoints, None), default=0)
 
     def condition(self, kind: Condition) -> StatusCondition | None:
         """A condition as status has it."""

@@ -5,6 +5,7 @@ The status is what was observed, never what is hoped for. Text that others wrote
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -305,10 +306,9 @@ def _checkpoints(view: View) -> dict[str, Any]:
     heard = view.facts.heard.report if view.facts.heard else None
     # By step: after a rollback an attempt commits a step in the place of the one that was left behind.
     known = {one.step: one for one in view.old.checkpoints}
-    for source in (heard, words):
-        if source is not None:
-            known = {step: one for step, one in known.items() if not _removed(one, source.checkpoints)}
-            known |= {one.step: _merged_checkpoint(known.get(one.step), one) for one in source.checkpoints}
+    for source in view.facts.reported_checkpoints:
+        known = {step: one for step, one in known.items() if not _removed(one, source.checkpoints)}
+        known |= {one.step: _merged_checkpoint(known.get(one.step), one) for one in source.checkpoints}
     ordered = sorted(known.values(), key=lambda one: one.step)
     kept = ordered[-KEPT_CHECKPOINTS:]
     judged = [one for one in ordered if one.eval_loss is not None]
@@ -324,7 +324,7 @@ def _merged_checkpoint(before: Checkpoint | None, now: Checkpoint) -> Checkpoint
     return now if before is None or before.uri != now.uri else _merged(Checkpoint, before, now)
 
 
-def _removed(one: Checkpoint, told: list[Checkpoint]) -> bool:
+def _removed(one: Checkpoint, told: Sequence[Checkpoint]) -> bool:
     """Whether retention has taken it: rank 0 tells of newer ones and not of it. What lies behind a rollback is newer than all of them."""
     steps = {checkpoint.step for checkpoint in told}
     return bool(steps) and one.step not in steps and one.step < max(steps)

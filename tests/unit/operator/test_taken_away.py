@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from finetune_api.names import Condition, Phase, Reason
+from finetune_api.pod import TerminationMessage
 from finetune_operator.decide import decide
 from finetune_operator.plan import Acted, Situation
 from finetune_operator.report import report as make_report
@@ -109,3 +111,29 @@ def test_pods_without_a_job_go_when_the_time_of_their_job_has_come() -> None:
     assert (due.delete_pods, due.cleaned) == ((left,), False)
     with_job = decide(facts(written=written, known=known, jobs=[job(complete=at(90))], pods=[left], now=at(161)))
     assert (with_job.delete_pods, len(with_job.delete)) == ((), 1)
+
+
+def test_checkpoints_of_a_pod_that_a_queue_replaced_are_recorded() -> None:
+    """The operator restarted before it scraped step 20: only the termination message of the preempted pod lists it."""
+    uri = "s3://models/test/checkpoints/step-{0:08d}/a1-00000000"
+    listed = [{"step": step, "uri": uri.format(step)} for step in (10, 20)]
+    message = TerminationMessage.model_validate({"step": 29, "resumedFromStep": 0, "checkpoints": listed})
+    preempted = replace(ended(pod(), 75, message), gone=True)
+    replacement = ended(pod(uid="new", created=at(300)), 75, TerminationMessage(code="Code"))
+    known = status(attempt=1, attempts=[BEGUN])
+    found = facts(written=QUEUED, known=known, jobs=[job(queue="q", failed=at(400))], pods=[preempted, replacement], now=at(400))
+    plan = decide(found)
+    assert plan.ended is not None
+    assert (plan.ended.committed_step, plan.ended.progressed) == (20, True)
+    assert [one.step for one in make_report(found, plan, Acted()).checkpoints] == [10, 20]
+
+
+def test_the_message_of_a_replaced_pod_does_not_bring_back_checkpoints_that_retention_removed() -> None:
+    uri = "s3://models/test/checkpoints/step-{0:08d}/a1-00000000"
+    listed = [{"step": step, "uri": uri.format(step)} for step in (10, 20)]
+    message = TerminationMessage.model_validate({"checkpoints": listed})
+    preempted = replace(ended(pod(), 75, message), gone=True)
+    newer = [{"step": step, "uri": uri.format(step)} for step in (20, 30)]
+    known = status(attempt=1, attempts=[BEGUN], checkpoints=newer)
+    found = facts(known=known, jobs=[job()], pods=[preempted, pod(uid="new", created=at(300))], now=at(400))
+    assert [one.step for one in make_report(found, decide(found), Acted()).checkpoints] == [20, 30]
