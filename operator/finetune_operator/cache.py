@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from finetune_operator.views import JobObject, JobView, PodView, buried
+from finetune_operator.views import JobObject, JobView, PodView, as_deleted
 from finetune_operator.workqueue import Key
 
 
@@ -28,7 +28,7 @@ class Family:
     @property
     def empty(self) -> bool:
         """Nothing left to remember."""
-        return self.job is None and not self.jobs and all(pod.gone for pod in self.pods.values())
+        return self.job is None and not self.jobs and all(pod.is_deleted for pod in self.pods.values())
 
 
 class Seen(NamedTuple):
@@ -87,7 +87,7 @@ class Cache:
         if known is not None and (view.version < known.version or view == known):
             return Seen(key, news=False)
         if known is not None and known.uid != view.uid:
-            family.pods = {uid: pod for uid, pod in family.pods.items() if not pod.gone}
+            family.pods = {uid: pod for uid, pod in family.pods.items() if not pod.is_deleted}
         family.job = view
         return Seen(key, news=True, new=known is None)
 
@@ -120,7 +120,7 @@ class Cache:
         key = Key(view.namespace, view.job_name)
         pods = self._family(key).pods
         known = pods.get(view.uid)
-        if known is not None and (view.version < known.version or known.gone):
+        if known is not None and (view.version < known.version or known.is_deleted):
             return Seen(key, news=False)
         pods[view.uid] = view
         return Seen(key, news=known is None or replace(known, version=view.version) != view)
@@ -130,14 +130,14 @@ class Cache:
         key = Key(view.namespace, view.job_name)
         family = self._family(key)
         known = family.pods.get(view.uid)
-        family.pods[view.uid] = buried(known if known is not None and known.version > view.version else view)
+        family.pods[view.uid] = as_deleted(known if known is not None and known.version > view.version else view)
         self._sweep(key)
         return key
 
     def forget_pods(self, key: Key, *, before: int) -> None:
         """Drop memories of pods of attempts below `before`: their end is recorded in status."""
         pods = self._family(key).pods
-        for uid in [uid for uid, pod in pods.items() if pod.gone and pod.attempt < before]:
+        for uid in [uid for uid, pod in pods.items() if pod.is_deleted and pod.attempt < before]:
             del pods[uid]
 
     def prune(self, listed: Listed) -> set[Key]:
@@ -150,7 +150,7 @@ class Cache:
                 changed.add(key)
             for child in [c for c in family.jobs.values() if listed.lacks(c, listed.jobs)]:
                 changed.add(self.drop_job(child))
-            for pod in [p for p in family.pods.values() if not p.gone and listed.lacks(p, listed.pods)]:
+            for pod in [p for p in family.pods.values() if not p.is_deleted and listed.lacks(p, listed.pods)]:
                 changed.add(self.drop_pod(pod))
         return changed
 

@@ -11,27 +11,27 @@ from finetune_api.pod import TerminationMessage
 from finetune_api.status import Adaptation, Failure
 
 from finetune_operator.policies.acceptance import Refused
-from finetune_operator.policies.waiting import Waiting
+from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.views import JobView, PodView
 
 
 class Situation(StrEnum):
     """Where a job stands, in the operator's eyes."""
 
-    LEAVING = "leaving"
+    DELETING = "deleting"
     """The FineTuneJob is being deleted; the garbage collector does the rest."""
     REFUSED = "refused"
     """The spec cannot be run, or not yet."""
     SUSPENDED = "suspended"
     BLOCKED = "blocked"
     """Something of an earlier attempt, or somebody else's object, must go first."""
-    PAUSING = "pausing"
+    BACKING_OFF = "backing off"
     """Between two attempts."""
     STARTING = "starting"
     """An attempt is to be created now."""
     ACTIVE = "active"
     """An attempt's Job exists and may run."""
-    STOPPING = "stopping"
+    TERMINATING = "terminating"
     """The attempt is being ended by us."""
     ENDED = "ended"
     """The attempt is over: to be recorded, with what comes next."""
@@ -56,13 +56,13 @@ class Finish:
 
 
 @dataclass(frozen=True)
-class Ending:
+class AttemptEnd:
     """The end of the current attempt, as it is to be recorded."""
 
     reason: Reason
     time: datetime
     failure: Failure | None = None
-    words: TerminationMessage | None = None
+    termination_message: TerminationMessage | None = None
     """Rank 0's, if it left any."""
     counted: bool = False
     progressed: bool = False
@@ -72,7 +72,7 @@ class Ending:
 
 
 @dataclass(frozen=True)
-class Condemned:
+class Termination:
     """Why the current attempt is to be ended; written to status before anything is deleted."""
 
     reason: Reason
@@ -84,30 +84,30 @@ class Plan:
     """What to do now, and what to say."""
 
     situation: Situation
-    create: int | None = None
+    create_attempt: int | None = None
     """Number of the attempt whose Job is to be created."""
-    delete: tuple[JobView, ...] = ()
+    delete_jobs: tuple[JobView, ...] = ()
     delete_pods: tuple[PodView, ...] = ()
     """Pods without a Job: to be deleted with their grace period."""
-    force: tuple[PodView, ...] = ()
+    force_delete_pods: tuple[PodView, ...] = ()
     """Pods of lost nodes: their objects are to be removed."""
-    condemn: Condemned | None = None
-    ended: Ending | None = None
+    termination: Termination | None = None
+    attempt_end: AttemptEnd | None = None
     finish: Finish | None = None
-    waiting: Waiting | None = None
-    scrape: PodView | None = None
-    wake: datetime | None = None
+    blocking: BlockingCondition | None = None
+    scrape_pod: PodView | None = None
+    reconcile_at: datetime | None = None
     refused: Refused | None = None
-    cleaned: bool = False
+    is_clean: bool = False
     """A finished job with nothing left to do."""
 
 
 @dataclass(frozen=True)
-class Acted:
+class ActionResult:
     """What came of a plan."""
 
-    created: JobView | None = None
-    obstacle: Waiting | None = None
+    created_job: JobView | None = None
+    blocking: BlockingCondition | None = None
     """Why the Job, or its Service, could not be created."""
-    deleted: int = 0
+    deleted_count: int = 0
     warnings: tuple[str, ...] = ()

@@ -30,10 +30,14 @@ from finetune_operator.lease import LeaseLost
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Object
 from finetune_operator.pace import LATEST, Pace, Turns, Untold
-from finetune_operator.plan import Acted, Plan, Situation
+from finetune_operator.plan import ActionResult, Plan, Situation
 from finetune_operator.policies.acceptance import Accepted, Refused, accept
-from finetune_operator.policies.clock import seconds
-from finetune_operator.policies.waiting import Waiting, events_waiting, pods_waiting
+from finetune_operator.policies.blocking import (
+    BlockingCondition,
+    blocking_condition_of_events,
+    blocking_condition_of_pods,
+)
+from finetune_operator.policies.timeouts import seconds_between
 from finetune_operator.report import report
 from finetune_operator.scrape import Scraper, Target
 from finetune_operator.settings import OperatorConfig
@@ -64,7 +68,7 @@ class Memory:
     uid: str = ""
     generation: int = 0
     acceptance: Accepted | Refused = UNREAD
-    obstacle: Waiting | None = None
+    obstacle: BlockingCondition | None = None
     obstacle_due: float | None = None
     """When events are to be read next, in loop time; None: nothing waits."""
     obstacle_pause: float = FIRST_READ
@@ -144,19 +148,19 @@ class Reconciler:
             return
         logs.attempt.set(facts.job.status.attempt or 0)
         plan = decide(facts)
-        acted = Acted()
-        if plan.condemn is None:
+        acted = ActionResult()
+        if plan.termination is None:
             try:
                 acted = await self._actor.act(facts, plan)
             except Invalid as error:
                 self._refuse(key, facts, error)
                 return
-        if acted.created is not None:
-            self._cache.put_job(acted.created)
-            logger.info("created Job %s", acted.created.name)
+        if acted.created_job is not None:
+            self._cache.put_job(acted.created_job)
+            logger.info("created Job %s", acted.created_job.name)
         for warning in acted.warnings:
             logger.warning("the API server warns: %s", warning)
-        if acted.created is not None and self._others_first(key):
+        if acted.created_job is not None and self._others_first(key):
             return
         await self._report(key, facts, plan, acted)
         self._follow(key, facts, plan, acted)
@@ -179,7 +183,7 @@ class Reconciler:
         if memory is None or memory.rest_until is None:
             return False
         now = asyncio.get_running_loop().time()
-        same = job is not None and not job.deleting and (job.uid, job.generation) == (memory.uid, memory.generation)
+        same = job is not None and not job.is_deleting and (job.uid, job.generation) == (memory.uid, memory.generation)
         busy = self._queue.rush or not self._cache.family(key).pods
         if not same or not busy or now >= memory.rest_until:
             memory.rest_until = None
@@ -193,7 +197,7 @@ class Reconciler:
         """Facts from the cache, read live where a decision would stand on something's absence; None: there is no such job."""
         facts = self._known(key)
         for read in (self._read_job, self._read_pods, self._read_obstacle):
-            if facts is None or facts.finished or facts.job.deleting:
+            if facts is None or facts.is_finished or facts.job.is_deleting:
                 return facts
             # While it is read the world goes on: the job may be another one, or gone, when the answer is there.
             if await read(key, facts):
@@ -214,10 +218,10 @@ class Reconciler:
             config=self._config,
             jobs=tuple(family.jobs.values()),
             pods=tuple(family.pods.values()),
-            obstacle=memory.obstacle,
+            blocking=memory.obstacle,
         )
         heard = self._scraper.heard(key, job.uid, facts.attempt)
-        return replace(facts, heard=heard) if heard else facts
+        return replace(facts, last_report=heard) if heard else facts
 
     def _memory(self, key: Key, job: JobObject) -> Memory:
         memory = self._memories.get(key)
@@ -232,9 +236,9 @@ class Reconciler:
 
     async def _read_job(self, key: Key, facts: Facts) -> bool:
         """Read the Job that status says there is, if the cache has none. True: it was read."""
-        record = facts.record
+        record = facts.attempt_record
         begun = record is not None and record.start_time is not None and record.end_time is None
-        if facts.current is not None or not begun:
+        if facts.current_job is not None or not begun:
             return False
         try:
             body = await self._kube.get(JOB, key.namespace, attempt_job_name(key.name, facts.attempt))
@@ -247,11 +251,11 @@ class Reconciler:
 
     def _pods_behind(self, facts: Facts) -> bool:
         """The Job is over and not all of its pods are, as far as the cache knows: their events are still under way."""
-        current = facts.current
-        if current is None or not current.finished:
+        current = facts.current_job
+        if current is None or not current.is_finished:
             return False
-        pods = facts.last_pods
-        return len(pods) < facts.nodes or any(not pod.over for pod in pods)
+        pods = facts.newest_pods
+        return len(pods) < facts.nodes or any(not pod.is_finished for pod in pods)
 
     async def _read_pods(self, key: Key, facts: Facts) -> bool:
         """Read the pods of an attempt that is over if they are behind. True: they were read."""
@@ -266,7 +270,7 @@ class Reconciler:
                 seen.add(view.uid)
                 self._cache.put_pod(view)
         for pod in facts.attempt_pods:
-            if pod.uid not in seen and not pod.gone:
+            if pod.uid not in seen and not pod.is_deleted:
                 self._cache.drop_pod(pod)
         return True
 
@@ -282,7 +286,7 @@ class Reconciler:
         uid, since, patience = waits
         now = asyncio.get_running_loop().time()
         if memory.obstacle_due is None:
-            memory.obstacle_due = now + max(0.0, patience - seconds(since, facts.now))
+            memory.obstacle_due = now + max(0.0, patience - seconds_between(since, facts.now))
         if now >= memory.obstacle_due and key not in self._reads:
             memory.obstacle_due = self._reads.book(key, now)
         if now < memory.obstacle_due:
@@ -299,7 +303,7 @@ class Reconciler:
         finally:
             self._reads.leave(key)
             self._reads.took(now, asyncio.get_running_loop().time())
-        found = events_waiting(listing.items)
+        found = blocking_condition_of_events(listing.items)
         changed = found != memory.obstacle
         memory.obstacle = found
         return changed
@@ -313,7 +317,7 @@ class Reconciler:
         self._memories[key].acceptance = Refused(Reason.REJECTED, message, spec=facts.spec)
         self._queue.add(key)
 
-    async def _report(self, key: Key, facts: Facts, plan: Plan, acted: Acted) -> None:
+    async def _report(self, key: Key, facts: Facts, plan: Plan, acted: ActionResult) -> None:
         """Tell what happened and write the status, if it changed."""
         old, new = facts.job.status, report(facts, plan, acted)
         before, after = old.to_wire(), new.to_wire()
@@ -335,14 +339,14 @@ class Reconciler:
         written = await self._kube.replace(FINETUNEJOB, key.namespace, _status_body(facts.job, after), sub="status")
         reach(Point.AFTER_STATUS_WRITE)
         # Counted from when it was heard, not from when its turn came: otherwise a burst's delay would stay in every later write.
-        self._pace.written(untold, now - (seconds(facts.heard.time, facts.now) if facts.heard else 0.0))
+        self._pace.written(untold, now - (seconds_between(facts.last_report.time, facts.now) if facts.last_report else 0.0))
         self._cache.put_finetunejob(read_finetunejob(written))
         self._recorder.settle(facts.job.uid)
         self._count_transitions(facts, old, new, plan)
 
     def _count_transitions(self, facts: Facts, old: FineTuneJobStatus, new: FineTuneJobStatus, plan: Plan) -> None:
-        if plan.ended is not None:
-            self._metrics.attempts_ended.labels(plan.ended.reason.value).inc()
+        if plan.attempt_end is not None:
+            self._metrics.attempts_ended.labels(plan.attempt_end.reason.value).inc()
             record = next((one for one in new.attempts if one.number == facts.attempt), None)
             if record is not None and record.last_step:
                 self._metrics.steps_done.inc(max(0, record.last_step - (record.resumed_from_step or 0)))
@@ -355,17 +359,17 @@ class Reconciler:
             logger.info("%s: %s", plan.finish.outcome.value, plan.finish.reason)
         quota, had = new.condition(Kind.QUOTA_RESERVED), old.condition(Kind.QUOTA_RESERVED)
         if quota is not None and had is not None and (had.status, quota.status) == ("False", "True"):
-            self._metrics.quota_wait.observe(seconds(had.last_transition_time, quota.last_transition_time or facts.now))
+            self._metrics.quota_wait.observe(seconds_between(had.last_transition_time, quota.last_transition_time or facts.now))
         if new.steps_done and not old.steps_done:
-            self._metrics.time_to_running.observe((facts.now - facts.job.created).total_seconds())
+            self._metrics.time_to_running.observe((facts.now - facts.job.created_at).total_seconds())
 
-    def _follow(self, key: Key, facts: Facts, plan: Plan, acted: Acted) -> None:
+    def _follow(self, key: Key, facts: Facts, plan: Plan, acted: ActionResult) -> None:
         """What has to happen before anything else happens: scraping, another look, a look in time."""
-        if plan.scrape is not None:
-            pod = plan.scrape
+        if plan.scrape_pod is not None:
+            pod = plan.scrape_pod
             url = self._scraper.url(pod.namespace, pod.name, pod.ip)
             self._scraper.watch(key, Target(facts.job.uid, facts.attempt, pod.uid, url))
-        elif plan.situation in (Situation.FINISHED, Situation.SUSPENDED, Situation.LEAVING):
+        elif plan.situation in (Situation.FINISHED, Situation.SUSPENDED, Situation.DELETING):
             self._scraper.forget(key)
             self._reads.leave(key)
             self._cache.forget_pods(key, before=facts.attempt + 1)
@@ -373,17 +377,17 @@ class Reconciler:
                 self._memories[key].acceptance = UNREAD
         else:
             self._scraper.stop(key)
-        if plan.condemn is not None or plan.ended is not None or plan.finish is not None:
+        if plan.termination is not None or plan.attempt_end is not None or plan.finish is not None:
             self._queue.add(key)
-        elif acted.obstacle is not None:
+        elif acted.blocking is not None:
             self._queue.add_after(key, RETRY_OBSTACLE)
         due = self._memories[key].obstacle_due
         if due is not None:
             self._queue.add_after(key, max(0.05, due - asyncio.get_running_loop().time()))
         if plan.situation is Situation.STARTING:
             self._cache.forget_pods(key, before=facts.attempt)
-        if plan.wake is not None:
-            self._queue.add_after(key, _seconds_until(plan.wake, facts.now))
+        if plan.reconcile_at is not None:
+            self._queue.add_after(key, _seconds_until(plan.reconcile_at, facts.now))
 
     def _bury(self, key: Key) -> None:
         """The server says that the job is gone, and no watch has told yet: nothing more is done for it."""
@@ -407,15 +411,15 @@ def _pods_missing(facts: Facts) -> tuple[str, datetime, float] | None:
     A pod without a node tells by itself what the scheduler thinks; one with a node tells of images and references, and only
     volumes that do not come are told by events alone.
     """
-    current = facts.current
-    if current is None or current.suspended or current.finished or current.deleting or facts.condemned is not None:
+    current = facts.current_job
+    if current is None or current.is_suspended or current.is_finished or current.is_deleting or facts.termination_reason is not None:
         return None
     if _all_ended(facts):
         return None
-    if len(facts.live) < facts.nodes:
-        return current.uid, current.started or current.created, NO_PODS_AFTER
-    stuck = [pod for pod in facts.live if pod.phase == "Pending" and pod.node and not pods_waiting([pod])]
-    return (stuck[0].uid, stuck[0].scheduled or stuck[0].created, STUCK_AFTER) if stuck else None
+    if len(facts.active_pods) < facts.nodes:
+        return current.uid, current.started_at or current.created_at, NO_PODS_AFTER
+    stuck = [pod for pod in facts.active_pods if pod.phase == "Pending" and pod.node and not blocking_condition_of_pods([pod])]
+    return (stuck[0].uid, stuck[0].scheduled_at or stuck[0].created_at, STUCK_AFTER) if stuck else None
 
 
 def _may_wait(plan: Plan, old: FineTuneJobStatus, new: FineTuneJobStatus, notes: list[Note]) -> bool:
@@ -424,15 +428,15 @@ def _may_wait(plan: Plan, old: FineTuneJobStatus, new: FineTuneJobStatus, notes:
     What is done next may stand on what is written: that a stretch of running time ended, or that pods were ready for a while.
     """
     quiet = all(note.reason in BEGINNING for note in notes)
-    ends = plan.situation is not Situation.ACTIVE or plan.condemn or old.active_seconds != new.active_seconds
+    ends = plan.situation is not Situation.ACTIVE or plan.termination or old.active_seconds != new.active_seconds
     return quiet and not new.steps_done and not ends
 
 
 def _all_ended(facts: Facts) -> bool:
     """Every rank's pod ended and is still there, and the Job, which counts them, does not say so yet."""
-    current, pods = facts.current, facts.last_pods
-    running = current is not None and not current.suspended and not current.finished
-    return running and len(pods) == facts.nodes and all(pod.over and not pod.gone for pod in pods)
+    current, pods = facts.current_job, facts.newest_pods
+    running = current is not None and not current.is_suspended and not current.is_finished
+    return running and len(pods) == facts.nodes and all(pod.is_finished and not pod.is_deleted for pod in pods)
 
 
 def _kept(status: FineTuneJobStatus) -> Mapping[str, Any]:

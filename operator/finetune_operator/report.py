@@ -24,12 +24,12 @@ from finetune_api.status import (
     Workers,
 )
 
-from finetune_operator.decide import START_TIMEOUT, start_of_waiting
+from finetune_operator.decide import DEFAULT_START_TIMEOUT_SECONDS, waiting_since
 from finetune_operator.facts import Facts
-from finetune_operator.plan import Acted, Ending, Finish, Outcome, Plan, Situation
-from finetune_operator.policies import clock
+from finetune_operator.plan import ActionResult, AttemptEnd, Finish, Outcome, Plan, Situation
+from finetune_operator.policies import timeouts
 from finetune_operator.policies.acceptance import Accepted, Refused
-from finetune_operator.policies.waiting import Waiting
+from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.text import clean, duration
 
 KEPT_ATTEMPTS = 10
@@ -65,7 +65,7 @@ class View:
 
     facts: Facts
     plan: Plan
-    acted: Acted
+    acted: ActionResult
 
     @property
     def old(self) -> FineTuneJobStatus:
@@ -75,34 +75,34 @@ class View:
     @property
     def queued(self) -> bool:
         """A queue holds the Job."""
-        job = self.acted.created or self.facts.current
-        return job is not None and job.suspended and not job.finished
+        job = self.acted.created_job or self.facts.current_job
+        return job is not None and job.is_suspended and not job.is_finished
 
     @property
     def ready(self) -> int:
         """Pods that are ready."""
-        return sum(pod.ready for pod in self.facts.live)
+        return sum(pod.is_ready for pod in self.facts.active_pods)
 
     @property
-    def waiting(self) -> Waiting | None:
+    def waiting(self) -> BlockingCondition | None:
         """What keeps the pods from running."""
-        return self.acted.obstacle or self.plan.waiting
+        return self.acted.blocking or self.plan.blocking
 
     @property
     def suspended(self) -> bool:
         """No pods, because the user asked for it."""
         between = self.plan.situation is Situation.ENDED and self.plan.finish is None
-        return self.facts.suspend and (self.plan.situation is Situation.SUSPENDED or between)
+        return self.facts.suspend_requested and (self.plan.situation is Situation.SUSPENDED or between)
 
     @property
     def stopping(self) -> Reason | None:
         """Why the attempt is being ended by us."""
-        return self.plan.condemn.reason if self.plan.condemn else self.facts.condemned
+        return self.plan.termination.reason if self.plan.termination else self.facts.termination_reason
 
 
-def report(facts: Facts, plan: Plan, acted: Acted) -> FineTuneJobStatus:
+def report(facts: Facts, plan: Plan, acted: ActionResult) -> FineTuneJobStatus:
     """The status that is true now."""
-    if plan.situation is Situation.LEAVING:
+    if plan.situation is Situation.DELETING:
         return facts.job.status
     view = View(facts, plan, acted)
     if plan.situation is Situation.FINISHED and plan.finish is None:
@@ -137,10 +137,10 @@ def phase(view: View) -> Phase:
         case Situation.REFUSED:
             return Phase.PENDING
         case Situation.BLOCKED:
-            return Phase.SUSPENDING if facts.suspend else Phase.RECOVERING if recovering else Phase.PENDING
-        case Situation.PAUSING | Situation.ENDED:
+            return Phase.SUSPENDING if facts.suspend_requested else Phase.RECOVERING if recovering else Phase.PENDING
+        case Situation.BACKING_OFF | Situation.ENDED:
             return Phase.RECOVERING
-        case Situation.STARTING if view.acted.created is None:
+        case Situation.STARTING if view.acted.created_job is None:
             return Phase.PENDING
     if view.stopping is not None:
         stops = {Reason.SUSPENDED: Phase.SUSPENDING, Reason.CANCELLED: Phase.CANCELLING}
@@ -158,9 +158,9 @@ def _recovering(status: FineTuneJobStatus) -> bool:
 
 
 def _phase_of_pods(view: View, recovering: bool) -> Phase:
-    facts, heard = view.facts, view.facts.speaking
+    facts, heard = view.facts, view.facts.live_report
     if heard is None:
-        if facts.live and facts.record is not None and facts.record.last_step:
+        if facts.active_pods and facts.attempt_record is not None and facts.attempt_record.last_step:
             # It trained, as far as status remembers; we have only not asked it yet since we started.
             return Phase.RUNNING
         return Phase.RECOVERING if recovering else Phase.STARTING
@@ -178,20 +178,20 @@ def _last_step(progress: Progress) -> bool:
 def _counters(view: View) -> dict[str, Any]:
     """Attempt number, retries and running time."""
     facts, plan, old = view.facts, view.plan, view.old
-    started = view.acted.created is not None or facts.current is not None or old.start_time is not None
-    ended = plan.ended
+    started = view.acted.created_job is not None or facts.current_job is not None or old.start_time is not None
+    ended = plan.attempt_end
     attempt = facts.attempt if ended is None or ended.next_attempt is None else ended.next_attempt
     changes: dict[str, Any] = {"restarts": attempt - 1}
     if started or attempt > 1:
         changes["attempt"] = attempt
-    if old.start_time is None and (job := view.acted.created or facts.current) is not None:
-        changes["start_time"] = job.created
+    if old.start_time is None and (job := view.acted.created_job or facts.current_job) is not None:
+        changes["start_time"] = job.created_at
     if ended is not None:
         used = 0 if ended.progressed else (old.retries_used or 0) + ended.counted
         changes["retries_used"] = used
-    quota_lost = view.queued and facts.holds(Kind.QUOTA_RESERVED)
+    quota_lost = view.queued and facts.is_true(Kind.QUOTA_RESERVED)
     if facts.running_since is not None and (ended is not None or quota_lost):
-        changes["active_seconds"] = round(facts.ran(ended.time if ended is not None else facts.now))
+        changes["active_seconds"] = round(facts.running_seconds(ended.time if ended is not None else facts.now))
     if ended is not None and ended.adaptation is not None:
         changes["adaptations"] = [*old.adaptations, ended.adaptation][-KEPT_ATTEMPTS * 2 :]
     return changes
@@ -201,28 +201,28 @@ def _attempts(view: View) -> list[Attempt]:
     """The attempts, the current one brought up to date."""
     facts, plan = view.facts, view.plan
     attempts = {one.number: one for one in view.old.attempts}
-    job = view.acted.created or facts.current
+    job = view.acted.created_job or facts.current_job
     current = attempts.get(facts.attempt)
     if current is None and job is not None:
-        current = Attempt(number=facts.attempt, start_time=job.created, config_sha256=job.config_sha256 or None)
+        current = Attempt(number=facts.attempt, start_time=job.created_at, config_sha256=job.config_sha256 or None)
     if current is None:
         return list(view.old.attempts)
-    if facts.heard is not None:
+    if facts.last_report is not None:
         current = current.model_copy(update=_heard(view, current))
         _count_lost(attempts, current)
-    if plan.condemn is not None:
-        current = current.model_copy(update={"reason": plan.condemn.reason, "message": plan.condemn.message})
-    if plan.ended is not None:
-        current = current.model_copy(update=_ended(plan.ended, current))
+    if plan.termination is not None:
+        current = current.model_copy(update={"reason": plan.termination.reason, "message": plan.termination.message})
+    if plan.attempt_end is not None:
+        current = current.model_copy(update=_ended(plan.attempt_end, current))
         _count_lost(attempts, current)
     attempts[current.number] = current
     return [attempts[number] for number in sorted(attempts)][-KEPT_ATTEMPTS:]
 
 
 def _heard(view: View, current: Attempt) -> dict[str, Any]:
-    assert view.facts.heard is not None  # noqa: S101 -- the caller asked
-    found = view.facts.heard.report
-    steps = view.facts.own_steps(found.checkpoints, found.resumed_from_step)
+    assert view.facts.last_report is not None  # noqa: S101 -- the caller asked
+    found = view.facts.last_report.report
+    steps = view.facts.steps_of_this_attempt(found.checkpoints, found.resumed_from_step)
     changes = {
         "last_step": found.progress.step,
         "resumed_from_step": found.resumed_from_step,
@@ -240,8 +240,8 @@ def _count_lost(attempts: dict[int, Attempt], current: Attempt) -> None:
     attempts[before.number] = before.model_copy(update={"steps_lost": lost})
 
 
-def _ended(ended: Ending, current: Attempt) -> dict[str, Any]:
-    failure, words = ended.failure, ended.words
+def _ended(ended: AttemptEnd, current: Attempt) -> dict[str, Any]:
+    failure, words = ended.failure, ended.termination_message
     changes = {
         "end_time": ended.time,
         "reason": ended.reason,
@@ -264,8 +264,8 @@ def _workers(view: View) -> Workers:
 
 def _progress(view: View) -> dict[str, Any]:
     """Progress and metrics: what the pod says, in the end its last words; never back to nothing."""
-    words = view.plan.ended.words if view.plan.ended else None
-    heard = view.facts.heard.report if view.facts.heard else None
+    words = view.plan.attempt_end.termination_message if view.plan.attempt_end else None
+    heard = view.facts.last_report.report if view.facts.last_report else None
     progress = _merged(
         Progress, view.old.progress, heard.progress if heard else None, words.progress if words else None
     )
@@ -292,7 +292,7 @@ def _displayed(progress: Progress, view: View) -> Progress:
         changes |= {"percent": percent, "display": f"{step}/{total} ({percent}%)"}
     elif step is not None:
         changes["display"] = str(step)
-    training = view.plan.situation is Situation.ACTIVE and not view.queued and bool(view.facts.live)
+    training = view.plan.situation is Situation.ACTIVE and not view.queued and bool(view.facts.active_pods)
     if training and progress.seconds_remaining is not None:
         changes["eta"] = duration(progress.seconds_remaining)
     if view.plan.finish is not None:
@@ -302,8 +302,8 @@ def _displayed(progress: Progress, view: View) -> Progress:
 
 def _checkpoints(view: View) -> dict[str, Any]:
     """The newest committed checkpoints and the best."""
-    words = view.plan.ended.words if view.plan.ended else None
-    heard = view.facts.heard.report if view.facts.heard else None
+    words = view.plan.attempt_end.termination_message if view.plan.attempt_end else None
+    heard = view.facts.last_report.report if view.facts.last_report else None
     # By step: after a rollback an attempt commits a step in the place of the one that was left behind.
     known = {one.step: one for one in view.old.checkpoints}
     for source in view.facts.reported_checkpoints:
@@ -338,18 +338,18 @@ def _resolved(view: View) -> Resolved:
     """What the run really is: from the spec, from the pods, and from the trainer, which knows best."""
     facts, acceptance = view.facts, view.facts.acceptance
     own: dict[str, Any] = {}
-    begun = facts.current is not None and facts.record is not None
+    begun = facts.current_job is not None and facts.attempt_record is not None
     if isinstance(acceptance, Accepted) and not begun:
         # What runs keeps what it began with, whatever the operator's configuration says since.
         own = _from_spec(view, acceptance)
-    job = view.acted.created or facts.current
+    job = view.acted.created_job or facts.current_job
     if job is not None and job.config_sha256:
         own["config_sha256"] = job.config_sha256
     digest = next((pod.image_id for pod in facts.attempt_pods if pod.image_id), None)
     if digest:
         own["image_digest"] = digest
-    words = view.plan.ended.words if view.plan.ended else None
-    said = [facts.heard.report.resolved if facts.heard else None, words.resolved if words else None]
+    words = view.plan.attempt_end.termination_message if view.plan.attempt_end else None
+    said = [facts.last_report.report.resolved if facts.last_report else None, words.resolved if words else None]
     merged: Resolved = _merged(Resolved, view.old.resolved, Resolved(**own), *said)
     return merged
 
@@ -375,13 +375,13 @@ def _end(view: View) -> dict[str, Any]:
     """Failure, output and times."""
     plan, old = view.plan, view.old
     changes: dict[str, Any] = {}
-    ended = plan.ended
+    ended = plan.attempt_end
     if ended is not None:
         wished = ended.reason in (Reason.SUSPENDED, Reason.CANCELLED)
         changes["failure"] = None if wished else ended.failure
-        if ended.words is not None and ended.words.output is not None:
-            changes["output"] = ended.words.output
-    elif view.facts.speaking is not None and view.facts.speaking.report.stage is Stage.TRAINING:
+        if ended.termination_message is not None and ended.termination_message.output is not None:
+            changes["output"] = ended.termination_message.output
+    elif view.facts.live_report is not None and view.facts.live_report.report.stage is Stage.TRAINING:
         # The attempt trains: whatever ended the one before is history, told in `attempts`.
         changes["failure"] = None
     if plan.finish is None:
@@ -389,8 +389,8 @@ def _end(view: View) -> dict[str, Any]:
     changes["failure"] = _final_failure(plan.finish)
     finished = ended.time if ended is not None else view.facts.now
     changes["completion_time"] = finished
-    start = old.start_time or (view.facts.current.created if view.facts.current else None)
-    changes["duration"] = duration(clock.seconds(start, finished)) if start else NOTHING
+    start = old.start_time or (view.facts.current_job.created_at if view.facts.current_job else None)
+    changes["duration"] = duration(timeouts.seconds_between(start, finished)) if start else NOTHING
     return changes
 
 
@@ -430,7 +430,7 @@ def _condition(kind: Kind, status: Truth, reason: Reason, message: str) -> Condi
 def _accepted(view: View) -> Condition:
     acceptance = view.facts.acceptance
     if isinstance(acceptance, Refused):
-        message = acceptance.message + (f"; {acceptance.hint}" if acceptance.hint and not acceptance.final else "")
+        message = acceptance.message + (f"; {acceptance.hint}" if acceptance.hint and not acceptance.is_final else "")
         return _condition(Kind.ACCEPTED, "False", acceptance.reason, message)
     return _condition(Kind.ACCEPTED, "True", Reason.ACCEPTED, "the spec can be run as written")
 
@@ -440,11 +440,11 @@ def _quota(view: View) -> Condition | None:
     if not queue and not view.queued and view.facts.condition(Kind.QUOTA_RESERVED) is None:
         return None
     where = f"queue {queue}" if queue else "the queue"
-    job = view.acted.created or view.facts.current
-    if job is not None and not view.queued and not job.finished:
+    job = view.acted.created_job or view.facts.current_job
+    if job is not None and not view.queued and not job.is_finished:
         reserved = _condition(Kind.QUOTA_RESERVED, "True", Reason.PROGRESSING, f"{where} admitted attempt {job.attempt}")
-        return reserved.model_copy(update={"last_transition_time": view.facts.admitted})
-    if job is not None and job.finished:
+        return reserved.model_copy(update={"last_transition_time": view.facts.admitted_at})
+    if job is not None and job.is_finished:
         return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "the attempt is over, its quota is free")
     if job is None:
         return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "there is no Job that asks for quota")
@@ -466,18 +466,18 @@ def _pods_ready(view: View) -> Condition:
 
 def _suspended(view: View) -> Condition:
     if view.suspended:
-        step = view.facts.next_start
+        step = view.facts.next_start_step
         where = f"the next attempt continues from step {step}" if step else "nothing is committed yet"
         return _condition(Kind.SUSPENDED, "True", Reason.SUSPENDED, f"spec.suspend is true and no pod is left; {where}")
-    if view.facts.suspend and view.plan.finish is None:
+    if view.facts.suspend_requested and view.plan.finish is None:
         return _condition(Kind.SUSPENDED, "False", Reason.SUSPENDING, "spec.suspend is true; the pods are saving")
-    if view.facts.condition(Kind.SUSPENDED) is not None and view.facts.holds(Kind.SUSPENDED):
+    if view.facts.condition(Kind.SUSPENDED) is not None and view.facts.is_true(Kind.SUSPENDED):
         return _condition(Kind.SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false again")
     return _condition(Kind.SUSPENDED, "False", Reason.PROGRESSING, "spec.suspend is false")
 
 
 def _checkpoints_healthy(view: View) -> Condition:
-    heard = view.facts.heard
+    heard = view.facts.last_report
     problem = heard.report.health.checkpoint_problem if heard else None
     if problem:
         word = problem.split(":")[0].strip()
@@ -531,20 +531,20 @@ def _doing(view: View) -> tuple[Reason, str]:
     if plan.refused is not None:
         return plan.refused.reason, plan.refused.message
     if view.stopping is not None:
-        record = facts.record
-        why = plan.condemn.message if plan.condemn else (record.message if record else "") or view.stopping
+        record = facts.attempt_record
+        why = plan.termination.message if plan.termination else (record.message if record else "") or view.stopping
         return view.stopping, f"attempt {facts.attempt} is being ended: {why}"
-    if plan.ended is not None:
-        failure = plan.ended.failure
-        return Reason.RETRYING, f"attempt {facts.attempt} ended: {failure.message if failure else plan.ended.reason}"
-    if plan.situation is Situation.PAUSING:
-        until = plan.wake.strftime("%H:%M:%SZ") if plan.wake else "soon"
+    if plan.attempt_end is not None:
+        failure = plan.attempt_end.failure
+        return Reason.RETRYING, f"attempt {facts.attempt} ended: {failure.message if failure else plan.attempt_end.reason}"
+    if plan.situation is Situation.BACKING_OFF:
+        until = plan.reconcile_at.strftime("%H:%M:%SZ") if plan.reconcile_at else "soon"
         return Reason.RETRYING, f"attempt {facts.attempt} starts at {until}"
     if view.waiting is not None:
         return view.waiting.reason, view.waiting.message
     if view.queued:
         return Reason.QUEUED, "waiting for quota in the queue"
-    heard = facts.speaking
+    heard = facts.live_report
     detail = heard.report.detail if heard else None
     stage = (
         heard.report.stage
@@ -563,13 +563,13 @@ def _stalled(view: View) -> Condition | None:
         if plan.finish.outcome is Outcome.FAILED:
             return _condition(Kind.STALLED, "True", plan.finish.reason, _why(plan.finish))
         return None
-    begin = start_of_waiting(facts)
-    limit = facts.spec.policy.start_timeout_seconds or START_TIMEOUT
-    late = begin is not None and clock.seconds(begin, facts.now) >= limit
-    if facts.holds(Kind.PODS_READY):
+    begin = waiting_since(facts)
+    limit = facts.spec.policy.start_timeout_seconds or DEFAULT_START_TIMEOUT_SECONDS
+    late = begin is not None and timeouts.seconds_between(begin, facts.now) >= limit
+    if facts.is_true(Kind.PODS_READY):
         return None  # until this look: what came before it was no waiting
     starting = plan.situation in (Situation.STARTING, Situation.BLOCKED) and view.waiting is not None
-    running = plan.situation is Situation.ACTIVE and plan.condemn is None and not view.queued
+    running = plan.situation is Situation.ACTIVE and plan.termination is None and not view.queued
     blocked = plan.refused is not None or starting or (running and view.ready < facts.nodes)
     if not (late and blocked):
         return None

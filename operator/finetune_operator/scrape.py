@@ -20,7 +20,7 @@ from finetune_api.pod import ProgressReport
 from finetune_api.status import Stage
 from pydantic import ValidationError
 
-from finetune_operator.facts import Heard
+from finetune_operator.facts import ReceivedReport
 from finetune_operator.settings import ScrapeSettings
 from finetune_operator.workqueue import Key
 
@@ -67,7 +67,7 @@ class Scraper:
         self._now = now
         self._told = told
         self._turns: dict[Key, Turn] = {}
-        self._heard: dict[Key, tuple[Target, Heard]] = {}
+        self._heard: dict[Key, tuple[Target, ReceivedReport]] = {}
         self._heap: list[tuple[float, int, Turn]] = []
         """Turns by the time at which they are due; one whose key has another turn by now is skipped."""
         self._numbers = itertools.count()
@@ -97,7 +97,7 @@ class Scraper:
         self.stop(key)
         self._heard.pop(key, None)
 
-    def heard(self, key: Key, uid: str, attempt: int) -> Heard | None:
+    def heard(self, key: Key, uid: str, attempt: int) -> ReceivedReport | None:
         """The last that was heard of this attempt."""
         found = self._heard.get(key)
         if found is None or found[0].uid != uid or found[0].attempt != attempt:
@@ -146,7 +146,7 @@ class Scraper:
         turn.unanswered = 0 if report is not None else turn.unanswered + 1
         self._ask_after(self._pause(report, turn.unanswered), turn)
         if report is not None:
-            self._heard[turn.key] = (turn.target, Heard(report, self._now(), turn.target.pod_uid))
+            self._heard[turn.key] = (turn.target, ReceivedReport(report, self._now(), turn.target.pod_uid))
             self._told(turn.key)
 
     def _pause(self, report: ProgressReport | None, unanswered: int) -> float:

@@ -38,29 +38,29 @@ class JobView:
     uid: str
     version: int
     owner_uid: str
-    owned: bool
+    is_owned: bool
     """Whether a FineTuneJob of uid `owner_uid` is its controller."""
     job_name: str
     """Name of that FineTuneJob, from the label."""
     attempt: int
-    created: datetime
-    deleting: bool = False
-    suspended: bool = False
+    created_at: datetime
+    is_deleting: bool = False
+    is_suspended: bool = False
     """Its own `spec.suspend`: a queue holds it."""
-    held: datetime | None = None
+    suspended_since: datetime | None = None
     """Since when its controller holds it: also for a moment after it was let go, with the start of the time before."""
     queue: str | None = None
-    started: datetime | None = None
-    complete: datetime | None = None
-    failed: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    failed_at: datetime | None = None
     failed_reason: str = ""
     failed_message: str = ""
     config_sha256: str = ""
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Over, and none of its pods runs any more."""
-        return self.complete is not None or self.failed is not None
+        return self.completed_at is not None or self.failed_at is not None
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Terminated:
     exit_code: int
     reason: str = ""
     message: str = ""
-    finished: datetime | None = None
+    finished_at: datetime | None = None
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,16 @@ class PodView:
     job_name: str
     attempt: int
     index: int
-    created: datetime
+    created_at: datetime
     phase: str = "Pending"
-    ready: bool = False
+    is_ready: bool = False
     ip: str = ""
     node: str = ""
-    deleting: datetime | None = None
+    deletion_timestamp: datetime | None = None
     """When it should be gone: the time of the delete plus its grace period."""
     reason: str = ""
     message: str = ""
-    scheduled: datetime | None = None
+    scheduled_at: datetime | None = None
     """When it got its node."""
     unschedulable: str = ""
     """The scheduler's words, if it finds no node."""
@@ -111,15 +111,15 @@ class PodView:
     init_failed: str = ""
     """How an init container failed, in words: somebody's admission put it there."""
     image_id: str = ""
-    gone: bool = False
+    is_deleted: bool = False
 
     @property
-    def over(self) -> bool:
+    def is_finished(self) -> bool:
         """It will never run again."""
-        return self.gone or self.phase in ("Succeeded", "Failed")
+        return self.is_deleted or self.phase in ("Succeeded", "Failed")
 
     @property
-    def words(self) -> TerminationMessage | None:
+    def termination_message(self) -> TerminationMessage | None:
         """Its termination message, if it is one of ours."""
         return parse_termination_message(self.terminated.message) if self.terminated else None
 
@@ -134,13 +134,13 @@ class JobObject:
     version: int
     resource_version: str
     generation: int
-    created: datetime
-    deleting: bool
+    created_at: datetime
+    is_deleting: bool
     spec: Object = field(hash=False, compare=False)
     status: FineTuneJobStatus = field(hash=False, compare=False)
 
 
-def time(text: Any) -> datetime | None:
+def parse_time(text: Any) -> datetime | None:
     """Kubernetes' time, or None."""
     if not isinstance(text, str):
         return None
@@ -190,8 +190,8 @@ def read_finetunejob(body: Object) -> JobObject:
         version=_version(meta),
         resource_version=str(meta.get("resourceVersion", "")),
         generation=int(meta.get("generation", 1)),
-        created=time(meta.get("creationTimestamp")) or datetime.now(UTC),
-        deleting=bool(meta.get("deletionTimestamp")),
+        created_at=parse_time(meta.get("creationTimestamp")) or datetime.now(UTC),
+        is_deleting=bool(meta.get("deletionTimestamp")),
         spec=body.get("spec") or {},
         status=read_status(body.get("status")),
     )
@@ -215,17 +215,17 @@ def read_job(body: Object) -> JobView | None:
         uid=meta["uid"],
         version=_version(meta),
         owner_uid=owner or str(labels.get(Label.UID, "")),
-        owned=owner is not None,
+        is_owned=owner is not None,
         job_name=job_name,
         attempt=attempt,
-        created=time(meta.get("creationTimestamp")) or datetime.now(UTC),
-        deleting=bool(meta.get("deletionTimestamp")),
-        suspended=bool(spec.get("suspend")),
-        held=_since(conditions.get("Suspended")),
+        created_at=parse_time(meta.get("creationTimestamp")) or datetime.now(UTC),
+        is_deleting=bool(meta.get("deletionTimestamp")),
+        is_suspended=bool(spec.get("suspend")),
+        suspended_since=_since(conditions.get("Suspended")),
         queue=labels.get(Label.QUEUE),
-        started=time(status.get("startTime")),
-        complete=_since(conditions.get("Complete")),
-        failed=_since(failed),
+        started_at=parse_time(status.get("startTime")),
+        completed_at=_since(conditions.get("Complete")),
+        failed_at=_since(failed),
         failed_reason=str(failed.get("reason", "")),
         failed_message=str(failed.get("message", ""))[:MAX_TEXT],
         config_sha256=str((meta.get("annotations") or {}).get(Annotation.SPEC_SHA256, "")),
@@ -273,19 +273,19 @@ def read_pod(body: Object) -> PodView | None:
         job_name=labels[Label.NAME],
         attempt=attempt,
         index=_number(annotations.get(INDEX_ANNOTATION) or labels.get(INDEX_ANNOTATION)) or 0,
-        created=time(meta.get("creationTimestamp")) or datetime.now(UTC),
+        created_at=parse_time(meta.get("creationTimestamp")) or datetime.now(UTC),
         phase=str(status.get("phase", "Pending")),
-        ready=conditions.get("Ready", {}).get("status") == "True",
+        is_ready=conditions.get("Ready", {}).get("status") == "True",
         ip=str(status.get("podIP", "")),
         node=str((body.get("spec") or {}).get("nodeName", "")),
-        deleting=time(meta.get("deletionTimestamp")),
+        deletion_timestamp=parse_time(meta.get("deletionTimestamp")),
         reason=str(status.get("reason", "")),
         message=str(status.get("message", ""))[:MAX_TEXT],
-        scheduled=_since(scheduled) if scheduled.get("status") == "True" else None,
+        scheduled_at=_since(scheduled) if scheduled.get("status") == "True" else None,
         unschedulable=_no_node(body, scheduled)[:MAX_TEXT] if unschedulable else "",
         waiting_reason=str(waiting.get("reason", "")),
         waiting_message=str(waiting.get("message", ""))[:MAX_TEXT],
-        running_since=time((state.get("running") or {}).get("startedAt")),
+        running_since=parse_time((state.get("running") or {}).get("startedAt")),
         disruption=str(disruption.get("reason", "") or "DisruptionTarget") if disrupted else "",
         disruption_message=str(disruption.get("message", ""))[:MAX_TEXT] if disrupted else "",
         terminated=_terminated(state.get("terminated")),
@@ -325,9 +325,9 @@ def _no_node(body: Object, scheduled: Object) -> str:
     return str(scheduled.get("message", "")) + (f" ({', '.join(gates)})" if gates else "")
 
 
-def buried(pod: PodView) -> PodView:
+def as_deleted(pod: PodView) -> PodView:
     """The last that was seen of a pod whose object is deleted."""
-    return replace(pod, gone=True, ready=False)
+    return replace(pod, is_deleted=True, is_ready=False)
 
 
 def _terminated(value: Object | None) -> Terminated | None:
@@ -337,14 +337,14 @@ def _terminated(value: Object | None) -> Terminated | None:
         exit_code=_number(value.get("exitCode")) or 0,
         reason=str(value.get("reason", "")),
         message=str(value.get("message", "")),
-        finished=time(value.get("finishedAt")),
+        finished_at=parse_time(value.get("finishedAt")),
     )
 
 
 def _since(condition: Object | None) -> datetime | None:
     if not condition:
         return None
-    return time(condition.get("lastTransitionTime")) or datetime.now(UTC)
+    return parse_time(condition.get("lastTransitionTime")) or datetime.now(UTC)
 
 
 def _controller(meta: Object, kind: str) -> str | None:

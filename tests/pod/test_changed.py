@@ -10,7 +10,7 @@ import pytest
 from finetune_api.names import FailureClass
 from finetune_api.pod import Resume, RunConfig, TerminationMessage
 from finetune_api.status import Adaptation
-from finetune_operator.policies.ladder import ACCUMULATION, BATCH, adapted, after_memory
+from finetune_operator.policies.adaptations import ACCUMULATION, BATCH, adapt_to_out_of_memory, adapted
 from pod_buckets import Bucket
 from pod_harness import ROWS, Pod, merged, run_config, write_rows
 from stories import EVERY, STEPS, Story, committed, lines, rows_learned, spec_of, story, traced, undisturbed
@@ -105,7 +105,7 @@ def test_one_rank_with_less_memory_than_the_other(bucket: Bucket, model: Path, t
         words = pod.words()
         assert (words.code, words.class_, words.rank, words.step) == ("GpuOutOfMemory", FailureClass.OUT_OF_MEMORY, 1, 18)
         assert words.committed_step == 2 * EVERY
-        rung = after_memory(run.spec, datetime.now(UTC))
+        rung = adapt_to_out_of_memory(run.spec, datetime.now(UTC))
         assert isinstance(rung, Adaptation)
         changes.append(rung.set)
         pods.append(pod)

@@ -52,7 +52,7 @@ class Refused:
     reason: Reason
     message: str
     hint: str = ""
-    final: bool = True
+    is_final: bool = True
     spec: FineTuneJobSpec | None = None
     """As far as it can be read and filled in: an attempt that runs already goes on by it."""
 
@@ -75,7 +75,7 @@ def accept(raw: Object, config: OperatorConfig, kept: Mapping[str, Any] | None =
     if resolution.spec.storage.uri is None:
         message = "spec.storage.uri is absent, and the operator's configuration has no default storage"
         hint = "write spec.storage.uri: s3://bucket/prefix"
-        return Refused(Reason.STORAGE_NOT_CONFIGURED, message, hint, final=False, spec=resolution.spec)
+        return Refused(Reason.STORAGE_NOT_CONFIGURED, message, hint, is_final=False, spec=resolution.spec)
     size = len(resolution.spec.model_dump_json(by_alias=True, exclude_none=True).encode())
     if size > MAX_SPEC_BYTES:
         message = f"the spec with its defaults takes {size} bytes, and a pod's annotation carries {MAX_SPEC_BYTES}"
@@ -142,7 +142,7 @@ def _pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Refused |
         pool = config.pool(wanted.node_pool)
         if pool is None:
             message = f"spec.resources.nodePool is {wanted.node_pool!r}; {_pools(config)}"
-            return Refused(Reason.UNKNOWN_NODE_POOL, message, "name one of them", final=False)
+            return Refused(Reason.UNKNOWN_NODE_POOL, message, "name one of them", is_final=False)
     else:
         pool = _by_resource(config, wanted.gpu_resource) if gpus else None
         if pool is None:
@@ -150,7 +150,7 @@ def _pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Refused |
     if gpus and wanted.gpu_resource is not None and wanted.gpu_resource != pool.gpu_resource:
         message = f"spec.resources.gpuResource is {wanted.gpu_resource}, and nodes of pool {pool.name} have {pool.gpu_resource}"
         hint = "remove gpuResource, or name a pool that has it"
-        return Refused(Reason.POOL_LACKS_RESOURCE, f"{message}; {_pools(config)}", hint, final=False)
+        return Refused(Reason.POOL_LACKS_RESOURCE, f"{message}; {_pools(config)}", hint, is_final=False)
     if gpus > pool.gpus_per_node:
         message = f"spec.resources.gpusPerNode is {gpus}, and a node of pool {pool.name} has {pool.gpus_per_node}"
         return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_pools(config)}", "ask for fewer, or use more nodes", False)

@@ -45,17 +45,17 @@ def cause_of(job: JobView | None, pods: Iterable[PodView]) -> Cause:
 
 
 def _order(cause: Cause, pod: PodView) -> tuple[int, bool, int, int]:
-    words = pod.words
+    words = pod.termination_message
     noticed = words is not None and words.origin is False
     when = words.time_ns if words is not None and words.time_ns else None
-    if when is None and pod.terminated and pod.terminated.finished:
-        when = int(pod.terminated.finished.timestamp() * 1e9)
+    if when is None and pod.terminated and pod.terminated.finished_at:
+        when = int(pod.terminated.finished_at.timestamp() * 1e9)
     return cause.precedence, noticed, when if when is not None else FOREVER, pod.index
 
 
 def pod_cause(pod: PodView) -> Cause | None:
     """What one pod's end says; None if it did not fail, or has not ended."""
-    if not pod.over or pod.phase == "Succeeded" or (pod.terminated and pod.terminated.exit_code == ExitCode.OK):
+    if not pod.is_finished or pod.phase == "Succeeded" or (pod.terminated and pod.terminated.exit_code == ExitCode.OK):
         return None
     code = pod.terminated.exit_code if pod.terminated else None
     policy = EXIT_POLICIES.get(code) if code is not None else None
@@ -74,7 +74,7 @@ def pod_cause(pod: PodView) -> Cause | None:
 
 
 def _exit(pod: PodView, policy: ExitPolicy) -> Cause:
-    words = pod.words or TerminationMessage()
+    words = pod.termination_message or TerminationMessage()
     failure_class = words.class_ or policy.failure_class
     message = words.message or _raw(pod) or f"exit code {policy.code:d}"
     failure = _failure(pod, failure_class, words.code or policy.word, message, policy.hint)
@@ -104,12 +104,12 @@ def _disrupted(pod: PodView) -> Cause:
 
 
 def _unknown_exit(pod: PodView, code: int) -> Cause:
-    if code in (ExitCode.TERMINATED, ExitCode.KILLED) and pod.deleting is not None:
+    if code in (ExitCode.TERMINATED, ExitCode.KILLED) and pod.deletion_timestamp is not None:
         failure = _failure(
             pod, FailureClass.PREEMPTED, "PreemptedNotSaved", "the pod was deleted and did not save in time"
         )
         return Cause(Reason.PREEMPTED, failure, RetryPolicy.FREE, Precedence.STOPPED)
-    words = pod.words or TerminationMessage()
+    words = pod.termination_message or TerminationMessage()
     failure_class = words.class_ or FailureClass.INTERNAL
     message = words.message or _raw(pod) or f"the trainer ended with exit code {code}"
     return Cause(
@@ -140,7 +140,7 @@ def _job_cause(job: JobView | None) -> Cause:
 
 
 def _failure(pod: PodView, failure_class: FailureClass, code: str, message: str, hint: str = "") -> Failure:
-    words = pod.words or TerminationMessage()
+    words = pod.termination_message or TerminationMessage()
     return Failure(
         class_=failure_class,
         code=clean(code, 128),

@@ -10,12 +10,12 @@ from finetune_api.names import FailureClass, Reason
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Adaptation, Failure, FineTuneJobStatus
 
+from finetune_operator.policies.adaptations import LadderExhausted, adapt_to_divergence, adapt_to_out_of_memory
 from finetune_operator.policies.cause import Cause
-from finetune_operator.policies.ladder import Exhausted, after_divergence, after_memory
 
 
 @dataclass(frozen=True)
-class Again:
+class Retry:
     """Another attempt."""
 
     counted: bool = False
@@ -24,46 +24,46 @@ class Again:
 
 
 @dataclass(frozen=True)
-class Stop:
+class GiveUp:
     """No further attempt."""
 
     reason: Reason
     failure: Failure
 
 
-def after(
+def retry_or_give_up(
     cause: Cause, spec: FineTuneJobSpec, status: FineTuneJobStatus, *, progressed: bool, now: datetime, attempt: int = 1,
-) -> Again | Stop:  # fmt: skip
+) -> Retry | GiveUp:  # fmt: skip
     """What follows `attempt`, which failed.
 
     `spec` is resolved, with earlier adaptations applied; `progressed`: it committed a step newer than all before it.
     """
     match cause.retry:
         case RetryPolicy.NEVER:
-            return Stop(cause.reason, cause.failure)
+            return GiveUp(cause.reason, cause.failure)
         case RetryPolicy.FREE | RetryPolicy.WAIT:
-            return Again(progressed=progressed)
+            return Retry(progressed=progressed)
         case RetryPolicy.ADAPT_MEMORY:
-            rung = after_memory(spec, now)
+            rung = adapt_to_out_of_memory(spec, now)
         case RetryPolicy.ROLL_BACK:
-            rung = after_divergence(spec, status.adaptations, status.checkpoints, now, attempt)
+            rung = adapt_to_divergence(spec, status.adaptations, status.checkpoints, now, attempt)
         case RetryPolicy.COUNTED:
             return _counted(cause, spec, status.retries_used or 0, progressed)
-    if isinstance(rung, Exhausted):
+    if isinstance(rung, LadderExhausted):
         message = f"{cause.failure.message}; {rung.message}" if cause.failure.message else rung.message
-        return Stop(cause.reason, cause.failure.model_copy(update={"message": message, "hint": rung.hint}))
-    return Again(adaptation=rung, progressed=progressed)
+        return GiveUp(cause.reason, cause.failure.model_copy(update={"message": message, "hint": rung.hint}))
+    return Retry(adaptation=rung, progressed=progressed)
 
 
-def _counted(cause: Cause, spec: FineTuneJobSpec, used: int, progressed: bool) -> Again | Stop:
+def _counted(cause: Cause, spec: FineTuneJobSpec, used: int, progressed: bool) -> Retry | GiveUp:
     if progressed:
-        return Again(progressed=True)
+        return Retry(progressed=True)
     allowed = spec.policy.retries if spec.policy.retries is not None else 3
     if used >= allowed:
         message = f"{used + 1} attempts in a row made no progress, policy.retries allows {allowed}; the last: "
         failure = cause.failure.model_copy(update={"message": message + cause.failure.message})
-        return Stop(Reason.RETRIES_EXHAUSTED, failure)
-    return Again(counted=True)
+        return GiveUp(Reason.RETRIES_EXHAUSTED, failure)
+    return Retry(counted=True)
 
 
 def deadline_failure(limit: int) -> Failure:

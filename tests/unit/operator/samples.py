@@ -9,10 +9,10 @@ from typing import Any
 
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.status import FineTuneJobStatus
-from finetune_operator.facts import Facts, Heard
+from finetune_operator.facts import Facts, ReceivedReport
 from finetune_operator.objects import Object
 from finetune_operator.policies.acceptance import Accepted, accept
-from finetune_operator.policies.waiting import Waiting
+from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.settings import OperatorConfig, parse
 from finetune_operator.views import JobObject, JobView, PodView, Terminated
 
@@ -59,7 +59,7 @@ def finetunejob(written: Object | None = None, known: FineTuneJobStatus | None =
     """A FineTuneJob named `run`."""
     values: dict[str, Any] = {
         "namespace": "team", "name": "run", "uid": UID, "version": 1, "resource_version": "1", "generation": 1,
-        "created": T0, "deleting": False,
+        "created_at": T0, "is_deleting": False,
     }  # fmt: skip
     return JobObject(**{**values, **fields}, spec=written or SPEC, status=known or FineTuneJobStatus())
 
@@ -68,7 +68,7 @@ def job(attempt: int = 1, **fields: Any) -> JobView:
     """The Job of an attempt."""
     values: dict[str, Any] = {
         "namespace": "team", "name": f"run-{attempt}", "uid": f"job-{attempt}", "version": 1, "owner_uid": UID,
-        "owned": True, "job_name": "run", "attempt": attempt, "created": T0, "started": T0, "config_sha256": "c" * 64,
+        "is_owned": True, "job_name": "run", "attempt": attempt, "created_at": T0, "started_at": T0, "config_sha256": "c" * 64,
     }  # fmt: skip
     return JobView(**{**values, **fields})
 
@@ -78,7 +78,7 @@ def pod(attempt: int = 1, index: int = 0, **fields: Any) -> PodView:
     values: dict[str, Any] = {
         "namespace": "team", "name": f"run-{attempt}-{index}-abcde", "uid": f"pod-{attempt}-{index}", "version": 1,
         "job_uid": f"job-{attempt}", "owner_uid": UID, "job_name": "run", "attempt": attempt, "index": index,
-        "created": T0, "phase": "Running", "ready": True, "ip": "10.0.0.1", "node": "node-1",
+        "created_at": T0, "phase": "Running", "is_ready": True, "ip": "10.0.0.1", "node": "node-1",
     }  # fmt: skip
     return PodView(**{**values, **fields})
 
@@ -87,7 +87,7 @@ def ended(view: PodView, code: int, words: TerminationMessage | None = None, *, 
     """The pod after its container ended."""
     text = message or (words.to_json() if words else "")
     phase = "Succeeded" if code == 0 else "Failed"
-    return replace(view, phase=phase, ready=False, terminated=Terminated(code, reason, text, at(60)))
+    return replace(view, phase=phase, is_ready=False, terminated=Terminated(code, reason, text, at(60)))
 
 
 def accepted(written: Object | None = None, config: OperatorConfig = CONFIG) -> Accepted:
@@ -99,13 +99,13 @@ def accepted(written: Object | None = None, config: OperatorConfig = CONFIG) -> 
 
 def facts(
     *, written: Object | None = None, known: FineTuneJobStatus | None = None, jobs: Sequence[JobView] = (),
-    pods: Sequence[PodView] = (), now: datetime = T0, heard: ProgressReport | None = None, heard_at: datetime | None = None,
-    obstacle: Waiting | None = None, config: OperatorConfig = CONFIG, **fields: Any,
+    pods: Sequence[PodView] = (), now: datetime = T0, last_report: ProgressReport | None = None, reported_at: datetime | None = None,
+    blocking: BlockingCondition | None = None, config: OperatorConfig = CONFIG, **fields: Any,
 ) -> Facts:  # fmt: skip
     """Facts about a FineTuneJob named `run`."""
     mine = finetunejob(written, known, **fields)
-    said = Heard(heard, heard_at or now, "pod-1-0") if heard else None
-    return Facts(mine, accept(mine.spec, config), now, config, tuple(jobs), tuple(pods), said, obstacle)
+    received = ReceivedReport(last_report, reported_at or now, "pod-1-0") if last_report else None
+    return Facts(mine, accept(mine.spec, config), now, config, tuple(jobs), tuple(pods), received, blocking)
 
 
 def report(**fields: Any) -> ProgressReport:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from finetune_api.names import Condition
 from finetune_operator.decide import decide
-from finetune_operator.plan import Acted
+from finetune_operator.plan import ActionResult
 from finetune_operator.report import report as compute
 
 from tests.unit.operator.samples import facts, job, pod, report, status
@@ -26,8 +26,8 @@ def test_a_problem_is_a_condition_in_the_pods_words(problem: str | None, truth: 
     health = {"healthy": problem is None, "checkpointProblem": problem}
     marks = [{"step": 5, "uri": "s3://b/5"}]
     said = report(health=health, checkpoints=marks, latestCheckpoint="s3://b/5")
-    found = facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], heard=said)
-    conditions = {one.type: one for one in compute(found, decide(found), Acted()).conditions}
+    found = facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=said)
+    conditions = {one.type: one for one in compute(found, decide(found), ActionResult()).conditions}
     one = conditions[Condition.CHECKPOINTS_HEALTHY]
     assert (one.status, one.reason) == (truth, reason)
     assert problem is None or one.message == problem

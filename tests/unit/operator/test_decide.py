@@ -16,14 +16,14 @@ BEGUN = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
 OVER = {**BEGUN, "endTime": "2026-11-21T12:01:00Z", "reason": "InternalError", "counted": True}
 RUNNING = status(attempt=1, attempts=[BEGUN])
 RECOVERING = status(attempt=2, attempts=[OVER])
-PENDING, STARTING = pod(phase="Pending", ready=False, node=""), pod(ready=False)
+PENDING, STARTING = pod(phase="Pending", is_ready=False, node=""), pod(is_ready=False)
 PLACES = {
     "not looked at yet": (None, [], []),
     "starting, no pod": (RUNNING, [job()], []),
     "starting, pod waits": (RUNNING, [job()], [PENDING]),
-    "queued": (RUNNING, [job(suspended=True, started=None)], []),
+    "queued": (RUNNING, [job(is_suspended=True, started_at=None)], []),
     "running": (RUNNING, [job()], [pod()]),
-    "recovering": (RECOVERING, [job(failed=at(60), failed_reason="BackoffLimitExceeded")], [ended(pod(), 70)]),
+    "recovering": (RECOVERING, [job(failed_at=at(60), failed_reason="BackoffLimitExceeded")], [ended(pod(), 70)]),
 }
 """(status, Jobs, pods) of a job at that place."""
 
@@ -36,30 +36,30 @@ def plan_of(place: str, **wish: bool) -> Plan:
 @pytest.mark.parametrize("place", PLACES)
 def test_suspend_starts_nothing_and_ends_what_runs(place: str) -> None:
     plan = plan_of(place, suspend=True)
-    assert plan.create is None
+    assert plan.create_attempt is None
     if place in ("not looked at yet", "recovering"):
         assert plan.situation is Situation.SUSPENDED
     else:
-        assert plan.condemn is not None
-        assert plan.condemn.reason is Reason.SUSPENDED
+        assert plan.termination is not None
+        assert plan.termination.reason is Reason.SUSPENDED
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_cancel_ends_everything_for_good(place: str) -> None:
     plan = plan_of(place, cancel=True)
-    assert plan.create is None
+    assert plan.create_attempt is None
     if place in ("not looked at yet", "recovering"):
         assert plan.finish is not None
         assert plan.finish.outcome is Outcome.CANCELLED
     else:
-        assert plan.condemn is not None
-        assert plan.condemn.reason is Reason.CANCELLED
+        assert plan.termination is not None
+        assert plan.termination.reason is Reason.CANCELLED
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_cancel_wins_over_suspend(place: str) -> None:
     both, alone = plan_of(place, cancel=True, suspend=True), plan_of(place, cancel=True)
-    assert (both.finish, both.condemn and both.condemn.reason) == (alone.finish, alone.condemn and alone.condemn.reason)
+    assert (both.finish, both.termination and both.termination.reason) == (alone.finish, alone.termination and alone.termination.reason)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -71,19 +71,19 @@ def test_a_finished_job_is_never_started_again(place: str) -> None:
     for wish in ({}, {"suspend": False}, {"suspend": True}, {"cancel": True}):
         plan = decide(facts(written=spec(**wish), known=finished, jobs=jobs, pods=pods, now=at(4000)))
         assert plan.situation is Situation.FINISHED
-        assert (plan.create, plan.finish, plan.condemn) == (None, None, None)
+        assert (plan.create_attempt, plan.finish, plan.termination) == (None, None, None)
 
 
 def test_pauses_end_with_the_next_attempt() -> None:
-    assert plan_of("recovering").situation is Situation.PAUSING
+    assert plan_of("recovering").situation is Situation.BACKING_OFF
     known, jobs, pods = PLACES["recovering"]
     plan = decide(facts(known=known, jobs=jobs, pods=pods, now=at(71)))
-    assert (plan.situation, plan.create) == (Situation.STARTING, 2)
+    assert (plan.situation, plan.create_attempt) == (Situation.STARTING, 2)
 
 
 NOT_READY = {"type": "PodsReady", "status": "False", "reason": "Unschedulable", "lastTransitionTime": "2026-11-21T12:00:00Z"}
 REFUSED = {**NOT_READY, "type": "Accepted", "reason": "UnknownNodePool"}
-SILENT = pod(phase="Pending", ready=False, node="", unschedulable="0/9 nodes")
+SILENT = pod(phase="Pending", is_ready=False, node="", unschedulable="0/9 nodes")
 GOING = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
 LONG_PAST = {
     "start timeout": facts(
@@ -93,16 +93,16 @@ LONG_PAST = {
         written=spec(resources={"nodePool": "a100", "gpusPerNode": 1}), known=status(conditions=[REFUSED]), now=at(3600)
     ),
     "stall timeout of a pod that only the operator cannot reach": facts(
-        known=RUNNING, jobs=[job()], pods=[pod()], now=at(3600), heard=report(stage="evaluating"), heard_at=at(0)
+        known=RUNNING, jobs=[job()], pods=[pod()], now=at(3600), last_report=report(stage="evaluating"), reported_at=at(0)
     ),
     "grace of a pod that a finalizer holds": facts(
-        known=GOING, jobs=[job(deleting=True)], pods=[pod(deleting=at(0))], now=at(3600)
+        known=GOING, jobs=[job(is_deleting=True)], pods=[pod(deletion_timestamp=at(0))], now=at(3600)
     ),
     "grace of a pod that a finalizer holds, its Job gone": facts(
-        known=GOING, pods=[pod(deleting=at(0))], now=at(3600)
+        known=GOING, pods=[pod(deletion_timestamp=at(0))], now=at(3600)
     ),
     "grace of an orphan that a finalizer holds": facts(
-        known=RECOVERING, pods=[pod(deleting=at(0), job_uid="gone")], now=at(3600)
+        known=RECOVERING, pods=[pod(deletion_timestamp=at(0), job_uid="gone")], now=at(3600)
     ),
 }  # fmt: skip
 """A time that has come, and nothing to be done about it."""
@@ -112,9 +112,9 @@ LONG_PAST = {
 def test_a_time_that_has_passed_makes_no_hot_loop(case: str) -> None:
     known = LONG_PAST[case]
     plan = decide(known)
-    assert plan.condemn is None
-    assert plan.wake is not None
-    assert (plan.wake - known.now).total_seconds() >= 30
+    assert plan.termination is None
+    assert plan.reconcile_at is not None
+    assert (plan.reconcile_at - known.now).total_seconds() >= 30
 
 
 def test_checkpoints_of_earlier_attempts_are_no_progress_of_this_one() -> None:
@@ -126,12 +126,12 @@ def test_checkpoints_of_earlier_attempts_are_no_progress_of_this_one() -> None:
         {"checkpoints": [old], "committedStep": 500, "checkpoint": old["uri"], "resumedFromStep": 300}
     )
     last = ended(pod(12), 70, said)
-    plan = decide(facts(known=known, jobs=[job(12, failed=at(60))], pods=[last], now=at(61)))
-    assert plan.ended is not None
-    assert (plan.ended.progressed, plan.ended.committed_step) == (False, None)
+    plan = decide(facts(known=known, jobs=[job(12, failed_at=at(60))], pods=[last], now=at(61)))
+    assert plan.attempt_end is not None
+    assert (plan.attempt_end.progressed, plan.attempt_end.committed_step) == (False, None)
     assert plan.finish is not None and plan.finish.reason is Reason.RETRIES_EXHAUSTED
     new = {"step": 600, "uri": "s3://b/checkpoints/step-00000600/a12-0123abcd"}
     said = said.model_copy(update={"checkpoints": [Checkpoint.model_validate(one) for one in (old, new)]})
-    plan = decide(facts(known=known, jobs=[job(12, failed=at(60))], pods=[ended(pod(12), 70, said)], now=at(61)))
-    assert plan.ended is not None
-    assert (plan.ended.progressed, plan.ended.committed_step) == (True, 600)
+    plan = decide(facts(known=known, jobs=[job(12, failed_at=at(60))], pods=[ended(pod(12), 70, said)], now=at(61)))
+    assert plan.attempt_end is not None
+    assert (plan.attempt_end.progressed, plan.attempt_end.committed_step) == (True, 600)

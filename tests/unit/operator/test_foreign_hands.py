@@ -10,9 +10,9 @@ from finetune_api.exits import RetryPolicy
 from finetune_api.names import CONTAINER, MANAGER, Condition, FailureClass, Label, Phase, Reason
 from finetune_operator.decide import decide
 from finetune_operator.events import transitions
-from finetune_operator.plan import Acted, Situation
+from finetune_operator.plan import ActionResult, Situation
+from finetune_operator.policies.blocking import blocking_condition_of_pods
 from finetune_operator.policies.cause import cause_of, pod_cause
-from finetune_operator.policies.waiting import pods_waiting
 from finetune_operator.report import report
 from finetune_operator.views import PodView, read_pod
 
@@ -53,10 +53,10 @@ def test_the_trainer_s_end_counts_and_not_that_of_a_container_beside_it() -> Non
 
 
 def test_a_container_beside_the_trainer_that_holds_the_pod_is_named() -> None:
-    found = pods_waiting([seen("Running", {"terminated": {"exitCode": 0}}, beside=RUNS)])
+    found = blocking_condition_of_pods([seen("Running", {"terminated": {"exitCode": 0}}, beside=RUNS)])
     assert found is not None
     assert "ended with exit code 0, and a container beside it still runs" in found.message
-    assert pods_waiting([seen("Running", RUNS, beside=RUNS)]) is None
+    assert blocking_condition_of_pods([seen("Running", RUNS, beside=RUNS)]) is None
 
 
 def test_an_init_container_that_fails_is_named() -> None:
@@ -67,15 +67,15 @@ def test_an_init_container_that_fails_is_named() -> None:
 
 
 def test_an_init_container_whose_image_is_missing_says_so() -> None:
-    found = pods_waiting([seen("Pending", INITIALIZING, init={"waiting": {"reason": "ErrImagePull", "message": "none"}})])
+    found = blocking_condition_of_pods([seen("Pending", INITIALIZING, init={"waiting": {"reason": "ErrImagePull", "message": "none"}})])
     assert found is not None
     assert (found.reason, found.message) == (Reason.IMAGE_PULL_FAILED, "ErrImagePull: none")
-    assert pods_waiting([seen("Pending", INITIALIZING, init=RUNS)]) is None
+    assert blocking_condition_of_pods([seen("Pending", INITIALIZING, init=RUNS)]) is None
 
 
 def test_a_gate_is_named() -> None:
     gated = {"type": "PodScheduled", "status": "False", "reason": "SchedulingGated", "message": "Scheduling is blocked"}
-    found = pods_waiting([seen("Pending", {}, conditions=[gated], gates=["example.com/licence"])])
+    found = blocking_condition_of_pods([seen("Pending", {}, conditions=[gated], gates=["example.com/licence"])])
     assert found is not None
     assert (found.reason, found.message) == (Reason.UNSCHEDULABLE, "Scheduling is blocked (example.com/licence)")
 
@@ -101,8 +101,8 @@ def test_suspending_a_job_of_a_queue_is_not_called_the_queue_s_doing() -> None:
     admitted = {"type": "QuotaReserved", "status": "True", "reason": "Progressing", "lastTransitionTime": BEGUN["startTime"]}
     known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}], conditions=[admitted])
     written = spec(placement={"queueName": "team"}, suspend=True)
-    gone = facts(written=written, known=known, pods=[replace(ended(pod(), 75), gone=True)], now=at(60))
-    new = report(gone, decide(gone), Acted())
+    gone = facts(written=written, known=known, pods=[replace(ended(pod(), 75), is_deleted=True)], now=at(60))
+    new = report(gone, decide(gone), ActionResult())
     told = [note.reason for note in transitions(known, new)]
     assert Reason.PREEMPTED not in told
     assert Reason.QUEUED not in told
@@ -111,7 +111,7 @@ def test_suspending_a_job_of_a_queue_is_not_called_the_queue_s_doing() -> None:
     assert (quota.status, quota.message) == ("False", "there is no Job that asks for quota")
     again = facts(written=spec(placement={"queueName": "team"}), known=new, now=at(90))
     plan = decide(again)
-    waits = report(again, plan, Acted(created=job(2, suspended=True, started=None, queue="team")))
+    waits = report(again, plan, ActionResult(created_job=job(2, is_suspended=True, started_at=None, queue="team")))
     assert Reason.QUEUED in [note.reason for note in transitions(new, waits)]
 
 
@@ -119,7 +119,7 @@ def test_suspended_while_it_waits_for_a_pool_no_pod_is_said_to_save() -> None:
     found = facts(written=spec(resources={"nodePool": "gone", "gpusPerNode": 1}, suspend=True))
     plan = decide(found)
     assert plan.situation is Situation.SUSPENDED
-    new = report(found, plan, Acted())
+    new = report(found, plan, ActionResult())
     assert new.phase is Phase.SUSPENDED
     said = {one.type: one.status for one in new.conditions}
     assert (said[Condition.SUSPENDED], said[Condition.ACCEPTED]) == ("True", "False")
@@ -129,4 +129,4 @@ def test_what_an_earlier_attempt_left_goes_also_while_a_pool_is_missing() -> Non
     known = status(attempt=2, attempts=[{**BEGUN, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}])
     written = spec(resources={"nodePool": "gone", "gpusPerNode": 1})
     plan = decide(facts(written=written, known=known, jobs=[job(1)], now=at(90)))
-    assert [one.name for one in plan.delete] == ["run-1"]
+    assert [one.name for one in plan.delete_jobs] == ["run-1"]

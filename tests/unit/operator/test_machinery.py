@@ -139,9 +139,9 @@ def test_a_pod_that_is_gone_is_remembered_until_its_attempt_is_forgotten() -> No
     cache.put_pod(pod(version=5, phase="Failed"))
     cache.drop_pod(pod(version=4, phase="Running"))
     (found,) = cache.family(RUN).pods.values()
-    assert (found.gone, found.phase) == (True, "Failed")
+    assert (found.is_deleted, found.phase) == (True, "Failed")
     cache.put_pod(pod(version=9))
-    assert all(p.gone for p in cache.family(RUN).pods.values())
+    assert all(p.is_deleted for p in cache.family(RUN).pods.values())
     cache.forget_pods(RUN, before=2)
     assert cache.family(RUN).pods == {}
 
@@ -176,7 +176,7 @@ def test_a_full_list_prunes_ghosts_and_spares_the_young() -> None:
     family = cache.family(RUN)
     assert family.job is not None
     assert family.jobs == {}
-    assert sorted((p.index, p.gone) for p in family.pods.values()) == [(0, True), (1, False)]
+    assert sorted((p.index, p.is_deleted) for p in family.pods.values()) == [(0, True), (1, False)]
 
 
 def test_other_namespaces_are_not_pruned() -> None:
@@ -218,10 +218,10 @@ def test_a_pod_is_read() -> None:
     found = read_pod(body)
     assert found is not None
     assert (found.attempt, found.index, found.job_uid, found.node, found.ip) == (2, 3, "job-2", "n1", "10.0.0.9")
-    assert (found.disruption, found.over, found.ready) == ("PreemptionByScheduler", True, False)
+    assert (found.disruption, found.is_finished, found.is_ready) == ("PreemptionByScheduler", True, False)
     assert found.terminated is not None
     assert found.terminated.exit_code == 75
-    assert found.deleting == datetime(2026, 11, 21, 12, 5, tzinfo=UTC)
+    assert found.deletion_timestamp == datetime(2026, 11, 21, 12, 5, tzinfo=UTC)
 
 
 def test_what_is_not_ours_is_not_read() -> None:
@@ -259,7 +259,7 @@ def test_a_foreign_condition_does_not_take_ours_with_it() -> None:
 def test_a_finetunejob_is_read() -> None:
     meta = {"namespace": "team", "name": "run", "uid": UID, "resourceVersion": "12", "generation": 3}
     found = read_finetunejob({"metadata": meta, "spec": {"suspend": True}})
-    assert (found.version, found.generation, found.deleting, found.status.observed_generation) == (12, 3, False, -1)
+    assert (found.version, found.generation, found.is_deleting, found.status.observed_generation) == (12, 3, False, -1)
 
 
 # Text
@@ -324,11 +324,11 @@ def test_what_shows_nothing_new_is_no_news() -> None:
     assert cache.put_finetunejob(finetunejob(version=4)) == Seen(RUN, news=True)
     assert cache.put_job(job(version=5)) == Seen(RUN, news=True)
     assert not cache.put_job(job(version=7)).news
-    assert cache.put_job(job(version=8, suspended=True)).news
+    assert cache.put_job(job(version=8, is_suspended=True)).news
     assert not cache.put_job(job(version=7)).news
     assert cache.put_pod(pod(version=6)) == Seen(RUN, news=True)
     assert not cache.put_pod(pod(version=9)).news
-    assert cache.put_pod(pod(version=10, ready=False)).news
+    assert cache.put_pod(pod(version=10, is_ready=False)).news
     assert not cache.put_pod(pod(version=8)).news
     assert [view.version for view in cache.family(RUN).pods.values()] == [10]
 

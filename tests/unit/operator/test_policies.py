@@ -12,12 +12,22 @@ from finetune_api.names import FailureClass, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Adaptation, Attempt, Checkpoint, FineTuneJobStatus
 from finetune_operator.decide import decide
-from finetune_operator.policies import clock
+from finetune_operator.policies import timeouts
 from finetune_operator.policies.acceptance import Accepted, Refused, accept
+from finetune_operator.policies.adaptations import (
+    LadderExhausted,
+    adapt_to_divergence,
+    adapt_to_out_of_memory,
+    apply_adaptations,
+    max_start_step,
+)
+from finetune_operator.policies.blocking import (
+    BlockingCondition,
+    blocking_condition_of_events,
+    blocking_condition_of_pods,
+)
 from finetune_operator.policies.cause import Cause, cause_of, pod_cause
-from finetune_operator.policies.ladder import Exhausted, adapted, after_divergence, after_memory, newest_start
-from finetune_operator.policies.retry import Again, Stop, after
-from finetune_operator.policies.waiting import Waiting, events_waiting, pods_waiting
+from finetune_operator.policies.retry import GiveUp, Retry, retry_or_give_up
 from finetune_operator.settings import NodePool, OperatorConfig, RetrySettings, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,7 +53,7 @@ def test_defaults_are_filled_in_and_named() -> None:
 
 def test_all_problems_at_once_the_first_field_first() -> None:
     found = refused(spec(model={"source": "./x"}, dataset={"train": None, "validation": "/tmp/v"}))
-    assert found.final
+    assert found.is_final
     assert found.reason is Reason.REJECTED
     assert found.message.index("spec.") == 0
     assert "spec.model.source" in found.message
@@ -65,7 +75,7 @@ def test_all_problems_at_once_the_first_field_first() -> None:
 )  # fmt: skip
 def test_refusals(written: dict[str, Any], reason: Reason, words: str, final: bool) -> None:
     found = refused(written)
-    assert (found.reason, found.final) == (reason, final)
+    assert (found.reason, found.is_final) == (reason, final)
     assert words in found.message
 
 
@@ -131,9 +141,9 @@ def test_a_pool_that_goes_takes_nothing_from_an_attempt_that_runs() -> None:
     begun = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
     rung = {"time": "2026-11-21T12:00:00Z", "reason": "OutOfMemory", "change": "", "set": {"training.batchSizePerDevice": 2}}
     known = status(attempt=1, attempts=[begun], adaptations=[rung])
-    plan = decide(facts(written=written, known=known, jobs=[job(failed=at(60))], pods=[ended(pod(), 71)], now=at(61)))
-    assert plan.ended is not None and plan.ended.adaptation is not None
-    assert plan.ended.adaptation.change.startswith("batchSizePerDevice 2 -> 1")
+    plan = decide(facts(written=written, known=known, jobs=[job(failed_at=at(60))], pods=[ended(pod(), 71)], now=at(61)))
+    assert plan.attempt_end is not None and plan.attempt_end.adaptation is not None
+    assert plan.attempt_end.adaptation.change.startswith("batchSizePerDevice 2 -> 1")
 
 
 def test_a_spec_too_long_for_an_annotation_is_refused_with_its_size() -> None:
@@ -218,7 +228,7 @@ def test_oom_killed() -> None:
 
 
 def test_killed_while_being_deleted_is_preemption() -> None:
-    found = pod_cause(replace(ended(pod(), 137), deleting=T0))
+    found = pod_cause(replace(ended(pod(), 137), deletion_timestamp=T0))
     assert found is not None
     assert (found.reason, found.retry) == (Reason.PREEMPTED, RetryPolicy.FREE)
 
@@ -255,7 +265,7 @@ def test_a_disruption_comes_before_peers_that_noticed() -> None:
 
 
 def test_without_pods_the_job_is_asked() -> None:
-    failed = job(failed=at(1), failed_reason="BackoffLimitExceeded", failed_message="Job has reached it")
+    failed = job(failed_at=at(1), failed_reason="BackoffLimitExceeded", failed_message="Job has reached it")
     found = cause_of(failed, [])
     assert (found.failure.code, found.retry) == ("BackoffLimitExceeded", RetryPolicy.COUNTED)
     assert cause_of(None, []).failure.code == "PodsLost"
@@ -277,10 +287,10 @@ def test_the_memory_ladder_keeps_the_effective_batch_and_ends(batch: int, accumu
     current = accepted(spec(training={"batchSizePerDevice": batch, "gradientAccumulationSteps": accumulation})).spec
     seen = batch
     for _ in range(12):
-        rung = after_memory(current, T0)
-        if isinstance(rung, Exhausted):
+        rung = adapt_to_out_of_memory(current, T0)
+        if isinstance(rung, LadderExhausted):
             break
-        current = adapted(current, [rung])
+        current = apply_adaptations(current, [rung])
         now, more = current.training.batch_size_per_device, current.training.gradient_accumulation_steps
         assert now is not None and more is not None
         assert now * more == batch * accumulation
@@ -293,25 +303,25 @@ def test_the_memory_ladder_keeps_the_effective_batch_and_ends(batch: int, accumu
 
 
 def test_the_memory_ladder_takes_the_largest_divisor_at_or_below_half() -> None:
-    rung = after_memory(accepted(spec(training={"batchSizePerDevice": 9, "gradientAccumulationSteps": 2})).spec, T0)
+    rung = adapt_to_out_of_memory(accepted(spec(training={"batchSizePerDevice": 9, "gradientAccumulationSteps": 2})).spec, T0)
     assert isinstance(rung, Adaptation)
     assert rung.change == "batchSizePerDevice 9 -> 3, gradientAccumulationSteps 2 -> 6"
 
 
 def test_the_memory_ladder_leaves_kto_two_rows_to_compare() -> None:
     written = spec(trainer={"type": "kto"}, training={"batchSizePerDevice": 4, "gradientCheckpointing": "disabled"})
-    first = after_memory(accepted(written).spec, T0)
+    first = adapt_to_out_of_memory(accepted(written).spec, T0)
     assert isinstance(first, Adaptation)
     assert first.set == {"training.batchSizePerDevice": 2, "training.gradientAccumulationSteps": 8}
-    second = after_memory(adapted(accepted(written).spec, [first]), T0)
+    second = adapt_to_out_of_memory(apply_adaptations(accepted(written).spec, [first]), T0)
     assert isinstance(second, Adaptation)
     assert second.set == {"training.gradientCheckpointing": "enabled"}
 
 
 def test_fail_means_fail() -> None:
-    assert isinstance(after_memory(accepted(spec(policy={"onOutOfMemory": "Fail"})).spec, T0), Exhausted)
-    found = after_divergence(accepted(spec(policy={"onDivergence": "Fail"})).spec, [], [], T0)
-    assert isinstance(found, Exhausted)
+    assert isinstance(adapt_to_out_of_memory(accepted(spec(policy={"onOutOfMemory": "Fail"})).spec, T0), LadderExhausted)
+    found = adapt_to_divergence(accepted(spec(policy={"onDivergence": "Fail"})).spec, [], [], T0)
+    assert isinstance(found, LadderExhausted)
 
 
 def test_the_divergence_ladder() -> None:
@@ -319,7 +329,7 @@ def test_the_divergence_ladder() -> None:
     marks = [Checkpoint(step=s, uri=f"u{s}", healthy=True) for s in (10, 20, 30)]
     done: list[Adaptation] = []
     for attempt in (1, 2, 3):
-        rung = after_divergence(adapted(base, done), done, marks, T0, attempt)
+        rung = adapt_to_divergence(apply_adaptations(base, done), done, marks, T0, attempt)
         assert isinstance(rung, Adaptation)
         done.append(rung)
     assert [one.set for one in done] == [
@@ -327,14 +337,14 @@ def test_the_divergence_ladder() -> None:
         {"training.learningRate": 0.005, "resume.maxStep": 20, "resume.firstAttempt": 3},
         {"training.learningRate": 0.0025, "resume.maxStep": 10, "resume.firstAttempt": 4},
     ]
-    assert isinstance(after_divergence(adapted(base, done), done, marks, T0), Exhausted)
+    assert isinstance(adapt_to_divergence(apply_adaptations(base, done), done, marks, T0), LadderExhausted)
 
 
 def test_divergence_without_a_checkpoint_goes_back_to_the_start() -> None:
     base = accepted().spec
-    first = after_divergence(base, [], [], T0)
+    first = adapt_to_divergence(base, [], [], T0)
     assert isinstance(first, Adaptation)
-    second = after_divergence(base, [first], [], T0)
+    second = adapt_to_divergence(base, [first], [], T0)
     assert isinstance(second, Adaptation)
     assert second.set is not None
     assert second.set["resume.maxStep"] == 0
@@ -361,8 +371,8 @@ def test_a_rollback_costs_what_it_left_behind_and_nothing_that_came_after(
     """`made`: (step, attempt) of every checkpoint; attempt 0: nobody knows."""
     uris = {attempt: f"s3://b/checkpoints/step/a{attempt}-0123abcd" if attempt else "s3://b/step" for _, attempt in made}
     marks = [Checkpoint(step=step, uri=uris[attempt]) for step, attempt in made]
-    assert newest_start([ROLLED_BACK], marks) == start
-    assert newest_start([], marks) is None
+    assert max_start_step([ROLLED_BACK], marks) == start
+    assert max_start_step([], marks) is None
 
 
 # Retry
@@ -375,12 +385,12 @@ CAUSE = Cause(Reason.INTERNAL_ERROR, pod_cause(ended(pod(), 70)).failure, RetryP
     [(0, 3, False, False, True), (2, 3, False, False, True), (3, 3, False, True, None), (3, 3, True, False, False), (0, 0, False, True, None)],
 )  # fmt: skip
 def test_the_budget(used: int, retries: int, progressed: bool, stops: bool, counted: bool | None) -> None:
-    found = after(
+    found = retry_or_give_up(
         CAUSE, accepted(spec(policy={"retries": retries})).spec, FineTuneJobStatus(retries_used=used),
         progressed=progressed, now=T0,
     )  # fmt: skip
-    assert isinstance(found, Stop) == stops
-    if isinstance(found, Again):
+    assert isinstance(found, GiveUp) == stops
+    if isinstance(found, Retry):
         assert found.counted == counted
     else:
         assert found.reason is Reason.RETRIES_EXHAUSTED
@@ -412,7 +422,7 @@ def attempts(*rows: tuple[str, bool, int]) -> list[Attempt]:
 )
 def test_pauses(rows: list[tuple[str, bool, int]], seconds: float) -> None:
     settings = RetrySettings(base_seconds=10, max_seconds=600)
-    assert clock.pause(attempts(*rows), settings, (Reason.SUSPENDED, Reason.OUT_OF_MEMORY)) == seconds
+    assert timeouts.backoff_seconds(attempts(*rows), settings, (Reason.SUSPENDED, Reason.OUT_OF_MEMORY)) == seconds
 
 
 @pytest.mark.parametrize(
@@ -427,7 +437,7 @@ def test_pauses(rows: list[tuple[str, bool, int]], seconds: float) -> None:
 )
 def test_deadline(limit: int | None, active: float, since: datetime | None, moment: datetime | None) -> None:
     policy = {} if limit is None else {"activeDeadlineSeconds": limit}
-    assert clock.deadline(accepted(spec(policy=policy)).spec, active, since) == moment
+    assert timeouts.deadline_at(accepted(spec(policy=policy)).spec, active, since) == moment
 
 
 @pytest.mark.parametrize(
@@ -443,20 +453,20 @@ def test_deadline(limit: int | None, active: float, since: datetime | None, mome
 )
 def test_stall(stage: str, since_step: float, heard: int, ready: bool, stalls: bool) -> None:
     said = report(stage=stage, health={"secondsSinceStep": since_step, "medianStepSeconds": 1.0})
-    found = clock.stalled(accepted().spec, said, T0, [replace(pod(), ready=ready)], at(heard))
+    found = timeouts.stall_message(accepted().spec, said, T0, [replace(pod(), is_ready=ready)], at(heard))
     assert bool(found) == stalls
 
 
 def test_a_slow_run_has_a_longer_stall_limit() -> None:
     said = report(health={"medianStepSeconds": 120.0})
-    assert clock.stall_limit(accepted().spec, said) == 2400.0
-    assert clock.stall_limit(accepted(spec(policy={"stallTimeoutSeconds": 5})).spec, said) == 5.0
+    assert timeouts.stall_limit_seconds(accepted().spec, said) == 2400.0
+    assert timeouts.stall_limit_seconds(accepted(spec(policy={"stallTimeoutSeconds": 5})).spec, said) == 5.0
 
 
 def test_a_wake_is_never_further_than_an_hour() -> None:
-    assert clock.next_look(T0, at(10), at(20), None) == at(10)
-    assert clock.next_look(T0, at(99999)) == at(3600)
-    assert clock.next_look(T0, None) is None
+    assert timeouts.next_reconcile_at(T0, at(10), at(20), None) == at(10)
+    assert timeouts.next_reconcile_at(T0, at(99999)) == at(3600)
+    assert timeouts.next_reconcile_at(T0, None) is None
 
 
 # Waiting
@@ -465,9 +475,9 @@ def test_a_wake_is_never_further_than_an_hour() -> None:
 def test_pods_tell_why_they_wait() -> None:
     pulling = replace(pod(), phase="Pending", waiting_reason="ImagePullBackOff", waiting_message="no such image")
     placed = replace(pod(index=1), phase="Pending", unschedulable="0/1 nodes")
-    assert pods_waiting([placed, pulling]) == Waiting(Reason.IMAGE_PULL_FAILED, "ImagePullBackOff: no such image")
-    assert pods_waiting([placed]) == Waiting(Reason.UNSCHEDULABLE, "0/1 nodes")
-    assert pods_waiting([pod()]) is None
+    assert blocking_condition_of_pods([placed, pulling]) == BlockingCondition(Reason.IMAGE_PULL_FAILED, "ImagePullBackOff: no such image")
+    assert blocking_condition_of_pods([placed]) == BlockingCondition(Reason.UNSCHEDULABLE, "0/1 nodes")
+    assert blocking_condition_of_pods([pod()]) is None
 
 
 @pytest.mark.parametrize(
@@ -480,7 +490,7 @@ def test_pods_tell_why_they_wait() -> None:
     ],
 )
 def test_events_tell_why_pods_wait(reason: str, note: str, found: Reason | None) -> None:
-    waiting = events_waiting([{"reason": reason, "message": note, "lastTimestamp": "2026-11-21T12:00:00Z"}])
+    waiting = blocking_condition_of_events([{"reason": reason, "message": note, "lastTimestamp": "2026-11-21T12:00:00Z"}])
     assert (waiting.reason if waiting else None) == found
 
 

@@ -17,7 +17,7 @@ from finetune_operator import events, pace
 from finetune_operator import reconcile as module
 from finetune_operator.cache import Cache
 from finetune_operator.events import Recorder
-from finetune_operator.facts import Heard
+from finetune_operator.facts import ReceivedReport
 from finetune_operator.kube import (
     AlreadyExists,
     Conflict,
@@ -275,7 +275,7 @@ async def test_in_a_rush_there_is_no_status_before_the_other_jobs_are_started(
     await process.work()
     assert server.requests == [("create", "jobs")]
     (made,) = process.cache.family(KEY).jobs.values()
-    process.cache.put_pod(pod(version=5, created=made.created))
+    process.cache.put_pod(pod(version=5, created_at=made.created_at))
     await process.work()
     assert server.requests == [("create", "jobs")]
     monkeypatch.setattr(pace, "RUSH_SECONDS", -1.0)
@@ -321,15 +321,15 @@ async def stuck(server: Server, scheduled: int) -> Process:
     _, begun = await begin(server)
     process, now = Process(server), server.clock.now()
     process.cache.put_job(begun)
-    waiting = pod(version=5, phase="Pending", ready=False, created=now - timedelta(hours=1))
-    process.cache.put_pod(replace(waiting, scheduled=now - timedelta(seconds=scheduled)))
+    waiting = pod(version=5, phase="Pending", is_ready=False, created_at=now - timedelta(hours=1))
+    process.cache.put_pod(replace(waiting, scheduled_at=now - timedelta(seconds=scheduled)))
     return process
 
 
 def succeed(process: Process, begun: JobView) -> None:
     """The pod ends well, and its Job says so."""
-    process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
-    process.cache.put_job(replace(begun, version=10**6, complete=begun.created))
+    process.cache.put_pod(ended(pod(version=6, created_at=begun.created_at), 0))
+    process.cache.put_job(replace(begun, version=10**6, completed_at=begun.created_at))
 
 
 def rush_of_transitions(process: Process) -> None:
@@ -341,14 +341,14 @@ def rush_of_transitions(process: Process) -> None:
 async def test_pods_that_ended_are_told_with_the_end_of_their_job(server: Server) -> None:
     """A Job says a moment after its pods that it is over: one status, not two, and nobody asks what keeps the pods away."""
     process, begun = await begin(server)
-    process.cache.put_pod(pod(version=5, created=begun.created))
+    process.cache.put_pod(pod(version=5, created_at=begun.created_at))
     await process.look()
     written = server.count("update", FINETUNEJOB)
-    process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
+    process.cache.put_pod(ended(pod(version=6, created_at=begun.created_at), 0))
     await process.look()
     assert server.count("update", FINETUNEJOB) == written
     assert server.count("list", CORE_EVENT) == 0
-    process.cache.put_job(replace(begun, version=10**6, complete=begun.created))
+    process.cache.put_job(replace(begun, version=10**6, completed_at=begun.created_at))
     await process.look()
     assert server.count("update", FINETUNEJOB) == written + 1
     assert server.objects[FINETUNEJOB.plural, "run"]["status"]["phase"] == "Succeeded"
@@ -359,10 +359,10 @@ async def test_a_job_that_does_not_say_so_in_time_is_not_waited_for(
 ) -> None:
     monkeypatch.setattr(pace, "ENDING", 0.0)
     process, begun = await begin(server)
-    process.cache.put_pod(pod(version=5, created=begun.created))
+    process.cache.put_pod(pod(version=5, created_at=begun.created_at))
     await process.look()
     written = server.count("update", FINETUNEJOB)
-    process.cache.put_pod(ended(pod(version=6, created=begun.created), 0))
+    process.cache.put_pod(ended(pod(version=6, created_at=begun.created_at), 0))
     await process.look()
     assert server.count("update", FINETUNEJOB) == written + 1
 
@@ -405,7 +405,7 @@ async def test_in_a_rush_of_transitions_what_lasts_a_moment_is_told_with_what_co
     process, begun = await begin(server)
     rush_of_transitions(process)
     written = server.count("update", FINETUNEJOB)
-    process.cache.put_pod(pod(version=5, created=begun.created))
+    process.cache.put_pod(pod(version=5, created_at=begun.created_at))
     await process.look()
     assert server.count("update", FINETUNEJOB) == written
     assert 0 < (process.queue._next_due() or 0) <= pace.STEP
@@ -419,7 +419,7 @@ async def test_in_a_rush_of_transitions_what_lasts_a_moment_is_told_with_what_co
 async def test_in_a_rush_figures_of_a_job_without_a_step_wait(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     process, begun = await begin(server)
     written, now = server.count("update", FINETUNEJOB), asyncio.get_running_loop().time()
-    process.cache.put_pod(pod(version=5, ready=False, image_id="trainer@sha256:1", created=begun.created))
+    process.cache.put_pod(pod(version=5, is_ready=False, image_id="trainer@sha256:1", created_at=begun.created_at))
     process.reconciler._memories[KEY].untold.progress_written = now - CONFIG.progress_seconds - 1
     rush_of_transitions(process)
     await process.look()
@@ -432,7 +432,7 @@ async def test_in_a_rush_figures_of_a_job_without_a_step_wait(server: Server, mo
 @pytest.mark.parametrize("wish", ["suspend", "cancel"])
 async def test_no_rush_of_transitions_keeps_a_wish_waiting(server: Server, wish: str) -> None:
     process, begun = await begin(server)
-    process.cache.put_pod(pod(version=5, created=begun.created))
+    process.cache.put_pod(pod(version=5, created_at=begun.created_at))
     await process.look()
     rush_of_transitions(process)
     known = server.objects[FINETUNEJOB.plural, "run"]
@@ -479,8 +479,8 @@ async def test_the_start_timeout_runs_before_the_attempt_is_written(server: Serv
     await rush(process)
     await process.work()
     (made,) = process.cache.family(KEY).jobs.values()
-    process.cache.put_job(replace(made, started=made.created, version=10**6))
-    process.cache.put_pod(pod(version=5, created=made.created, phase="Pending", ready=False, node="", unschedulable="0/3 nodes"))
+    process.cache.put_job(replace(made, started_at=made.created_at, version=10**6))
+    process.cache.put_pod(pod(version=5, created_at=made.created_at, phase="Pending", is_ready=False, node="", unschedulable="0/3 nodes"))
     process.queue.cancel(KEY)
     await process.look()
     assert server.count("update", FINETUNEJOB) == 1
@@ -536,7 +536,7 @@ async def test_a_job_that_goes_while_something_is_read_of_it(server: Server, rea
     process = Process(server)
     long_ago = server.clock.now() - timedelta(hours=1)
     if read is not JOB:
-        process.cache.put_job(replace(begun, version=10**6, created=long_ago, complete=long_ago if read is POD else None))
+        process.cache.put_job(replace(begun, version=10**6, created_at=long_ago, completed_at=long_ago if read is POD else None))
 
     def goes(verb: str, kind: Kind) -> None:
         if kind is read:
@@ -588,7 +588,7 @@ async def test_a_job_keeps_the_store_and_the_defaults_it_began_with(server: Serv
     status = server.objects[FINETUNEJOB.plural, "run"]["status"]
     assert status["resolved"]["image"] == "trainer:1"
     assert status["resolved"]["defaults"]["storage.uri"] == "s3://one/models"
-    other.cache.put_job(replace(begun, version=10**6, failed=begun.created))
+    other.cache.put_job(replace(begun, version=10**6, failed_at=begun.created_at))
     for _ in range(3):
         await other.look()
     second = server.objects[JOB.plural, "run-2"]["spec"]["template"]
@@ -695,8 +695,8 @@ async def test_the_next_progress_is_due_a_period_after_the_last_was_heard(
 ) -> None:
     """Not a period after it was written: what came late once would be late for ever."""
     process, begun = await begin(server)
-    process.cache.put_pod(pod(version=5, created=begun.created))
-    said = Heard(report(progress={"step": 7, "totalSteps": 9}), server.clock.now() - timedelta(seconds=4), "pod-1-0")
+    process.cache.put_pod(pod(version=5, created_at=begun.created_at))
+    said = ReceivedReport(report(progress={"step": 7, "totalSteps": 9}), server.clock.now() - timedelta(seconds=4), "pod-1-0")
     monkeypatch.setattr(process.reconciler._scraper, "heard", lambda *_: said)
     await process.look()
     assert server.objects[FINETUNEJOB.plural, "run"]["status"]["progress"]["step"] == 7

@@ -12,8 +12,8 @@ from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.events import MAX_NOTE, Note, build_event, transitions
 from finetune_operator.facts import Facts
-from finetune_operator.plan import Acted
-from finetune_operator.policies.waiting import Waiting
+from finetune_operator.plan import ActionResult
+from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.reconcile import transition
 from finetune_operator.report import report as compute
 
@@ -26,8 +26,8 @@ RUNNING = {
 }
 
 
-def told(found: Facts, acted: Acted | None = None) -> FineTuneJobStatus:
-    return compute(found, decide(found), acted or Acted())
+def told(found: Facts, acted: ActionResult | None = None) -> FineTuneJobStatus:
+    return compute(found, decide(found), acted or ActionResult())
 
 
 def truths(found: FineTuneJobStatus) -> dict[str, str]:
@@ -35,7 +35,7 @@ def truths(found: FineTuneJobStatus) -> dict[str, str]:
 
 
 def test_the_first_look() -> None:
-    found = told(facts(), Acted(created=job()))
+    found = told(facts(), ActionResult(created_job=job()))
     assert (found.phase, found.attempt, found.restarts, found.observed_generation) == (Phase.STARTING, 1, 0, 1)
     assert found.workers is not None and found.workers.display == "0/1"
     assert found.progress is not None and (found.progress.display, found.progress.eta) == ("-", "-")
@@ -75,7 +75,7 @@ def test_phases_follow_the_pod(stage: str, step: int, attempt: int, phase: Phase
         known["attempts"] = [first, {"number": 2, "startTime": "2026-11-21T12:02:00Z"}]
     said = report(stage=stage, attempt=attempt, progress={"step": step, "totalSteps": 10})
     pods = [pod(attempt, uid="pod-1-0")]
-    found = told(facts(known=status(**known), jobs=[job(attempt)], pods=pods, heard=said))
+    found = told(facts(known=status(**known), jobs=[job(attempt)], pods=pods, last_report=said))
     assert found.phase == phase
 
 
@@ -87,7 +87,7 @@ def test_a_restarted_operator_does_not_forget_that_the_job_trains() -> None:
 
 def test_progress_for_people() -> None:
     said = report(progress={"step": 120, "totalSteps": 500, "secondsRemaining": 4320})
-    found = told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], heard=said))
+    found = told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=said))
     assert found.progress is not None
     assert (found.progress.display, found.progress.percent, found.progress.eta) == ("120/500 (24%)", 24, "1h12m")
 
@@ -95,7 +95,7 @@ def test_progress_for_people() -> None:
 def test_checkpoints_the_newest_five_and_the_best() -> None:
     marks = [{"step": s, "uri": f"s3://b/{s}", "evalLoss": abs(s - 20) + 1.0} for s in range(10, 100, 10)]
     said = report(checkpoints=marks, latestCheckpoint="s3://b/90")
-    found = told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], heard=said))
+    found = told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=said))
     assert [one.step for one in found.checkpoints] == [20, 50, 60, 70, 80, 90]
     assert found.latest_checkpoint == "s3://b/90"
     assert truths(found)["CheckpointsHealthy"] == "True"
@@ -105,7 +105,7 @@ def test_success_from_the_last_words_alone() -> None:
     words = TerminationMessage.model_validate(
         {"step": 500, "output": {"uri": "s3://b/model", "kind": "adapter"}, "latestCheckpoint": "s3://b/500"}
     )
-    found = told(facts(known=status(**RUNNING), jobs=[job(complete=at(90))], pods=[ended(pod(), 0, words)], now=at(95)))
+    found = told(facts(known=status(**RUNNING), jobs=[job(completed_at=at(90))], pods=[ended(pod(), 0, words)], now=at(95)))
     assert (found.phase, found.duration, found.completion_time) == (Phase.SUCCEEDED, "1m30s", at(90))
     assert found.output is not None and found.output.uri == "s3://b/model"
     assert found.progress is not None and found.progress.step == 500
@@ -115,7 +115,7 @@ def test_success_from_the_last_words_alone() -> None:
 
 def test_start_timeout_needs_a_human_and_is_not_the_end() -> None:
     written = spec(policy={"startTimeoutSeconds": 60})
-    pulling = pod(phase="Pending", ready=False, waiting_reason="ImagePullBackOff", waiting_message="no")
+    pulling = pod(phase="Pending", is_ready=False, waiting_reason="ImagePullBackOff", waiting_message="no")
     late = told(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=[pulling], now=at(61)))
     assert (truths(late)["Stalled"], truths(late)["Reconciling"], truths(late)["Finished"]) == ("True", "True", "False")
     early = told(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=[pulling], now=at(59)))
@@ -126,17 +126,17 @@ def test_a_pool_that_vanished_does_not_disturb_what_runs() -> None:
     written = spec(resources={"nodes": 2, "nodePool": "gone", "gpusPerNode": 1}, policy={"activeDeadlineSeconds": 100})
     pods = [pod(), pod(index=1)]
     found = facts(written=written, known=status(**RUNNING), jobs=[job()], pods=pods, now=at(50))
-    assert decide(found).condemn is None
+    assert decide(found).termination is None
     shown = told(found)
     assert shown.workers is not None and shown.workers.display == "2/2"
     assert truths(shown)["Accepted"] == "False"
     late = decide(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=pods, now=at(101)))
-    assert late.condemn is not None and late.condemn.reason is Reason.DEADLINE_EXCEEDED
+    assert late.termination is not None and late.termination.reason is Reason.DEADLINE_EXCEEDED
 
 
 def test_transition_times_only_move_with_the_status() -> None:
-    first = told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod(ready=False)], now=at(10)))
-    second = told(facts(known=first, jobs=[job()], pods=[pod(ready=False)], now=at(20)))
+    first = told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)], now=at(10)))
+    second = told(facts(known=first, jobs=[job()], pods=[pod(is_ready=False)], now=at(20)))
     third = told(facts(known=second, jobs=[job()], pods=[pod()], now=at(30)))
 
     def when(found: FineTuneJobStatus) -> Any:
@@ -153,7 +153,7 @@ def test_a_second_look_changes_nothing() -> None:
 def test_progress_alone_is_no_transition() -> None:
     def at_step(step: int) -> Any:
         said = report(progress={"step": step, "totalSteps": 500}, metrics={"trainLoss": 1 / step})
-        return told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], heard=said)).to_wire()
+        return told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=said)).to_wire()
 
     assert transition(at_step(7)) == transition(at_step(9))
     assert at_step(7) != at_step(9)
@@ -167,7 +167,7 @@ def test_a_status_stays_small_whatever_the_pods_say() -> None:
     )  # type: ignore[type-var] # it ended
     found = told(
         facts(
-            known=status(**RUNNING), jobs=[job(failed=at(60))], pods=[gone], obstacle=Waiting(Reason.QUEUED, "q" * 9999)
+            known=status(**RUNNING), jobs=[job(failed_at=at(60))], pods=[gone], blocking=BlockingCondition(Reason.QUEUED, "q" * 9999)
         )
     )
     assert len(str(found.to_wire())) < 20_000
@@ -184,22 +184,22 @@ def test_the_events_of_a_whole_run() -> None:
     seen: list[str] = []
     current = FineTuneJobStatus()
     said = report(progress={"step": 1, "totalSteps": 9}, checkpoints=[{"step": 1, "uri": "s3://b/1"}])
-    steps: list[tuple[Facts, Acted]] = []
+    steps: list[tuple[Facts, ActionResult]] = []
 
-    def go(acted: Acted | None = None, **what: Any) -> None:
+    def go(acted: ActionResult | None = None, **what: Any) -> None:
         nonlocal current
         found = facts(known=current, **what)
         new = told(found, acted)
         seen.extend(reasons(current, new))
         current = new
-        steps.append((found, acted or Acted()))
+        steps.append((found, acted or ActionResult()))
 
-    go(Acted(created=job()))
-    go(jobs=[job()], pods=[pod(ready=False, phase="Pending", unschedulable="0/1 nodes")])
+    go(ActionResult(created_job=job()))
+    go(jobs=[job()], pods=[pod(is_ready=False, phase="Pending", unschedulable="0/1 nodes")])
     go(jobs=[job()], pods=[pod()])
     go(jobs=[job()], pods=[pod()], heard=said)
-    go(jobs=[job(complete=at(9))], pods=[ended(pod(), 0)])
-    go(jobs=[job(complete=at(9))], pods=[ended(pod(), 0)])
+    go(jobs=[job(completed_at=at(9))], pods=[ended(pod(), 0)])
+    go(jobs=[job(completed_at=at(9))], pods=[ended(pod(), 0)])
     assert seen == [
         "Accepted", "AttemptStarted", "Unschedulable", "TrainingStarted", "FirstCheckpointCommitted", "Succeeded",
     ]  # fmt: skip
@@ -207,7 +207,7 @@ def test_the_events_of_a_whole_run() -> None:
 
 def test_the_events_of_a_retry() -> None:
     first = told(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()]))
-    second = told(facts(known=first, jobs=[job(failed=at(60))], pods=[ended(pod(), 71)], now=at(61)))
+    second = told(facts(known=first, jobs=[job(failed_at=at(60))], pods=[ended(pod(), 71)], now=at(61)))
     assert reasons(first, second) == ["OutOfMemory", "OutOfMemory", "Retrying"]
     assert (second.attempt, second.restarts, second.phase) == (2, 1, Phase.RECOVERING)
 

@@ -12,11 +12,11 @@ from finetune_api.names import Condition, Phase, Reason
 from finetune_api.spec import FineTuneJobSpec
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
-from finetune_operator.plan import Acted, Plan, Situation
-from finetune_operator.policies.clock import seconds as between
-from finetune_operator.policies.ladder import FIRST_ATTEMPT, MAX_STEP, RATE, ROLLBACKS
+from finetune_operator.plan import ActionResult, Plan, Situation
+from finetune_operator.policies.adaptations import FIRST_ATTEMPT, MAX_STEP, RATE, ROLLBACKS
+from finetune_operator.policies.timeouts import seconds_between as between
 from finetune_operator.report import report
-from finetune_operator.views import buried, read_status
+from finetune_operator.views import as_deleted, read_status
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -66,19 +66,19 @@ class Lives(RuleBasedStateMachine):
         self._the_deadline_is_kept(facts, plan)
         if crash == "before act":
             return plan
-        acted = Acted()
-        if plan.condemn is None:
-            for one in plan.delete:
+        acted = ActionResult()
+        if plan.termination is None:
+            for one in plan.delete_jobs:
                 if one.uid in world.jobs:
-                    world.jobs[one.uid] = replace(world.jobs[one.uid], deleting=True)
+                    world.jobs[one.uid] = replace(world.jobs[one.uid], is_deleting=True)
             world.delete(list(plan.delete_pods))
-            for p in plan.force:
-                world.pods[p.uid] = buried(p)
+            for p in plan.force_delete_pods:
+                world.pods[p.uid] = as_deleted(p)
             if crash == "between deletes and creates":
                 return plan
-            if plan.create is not None:
+            if plan.create_attempt is not None:
                 self._a_new_attempt_is_right(facts)
-                acted = Acted(created=world.create(plan.create, facts.newest_start))
+                acted = ActionResult(created_job=world.create(plan.create_attempt, facts.max_start_step))
         if crash == "before write":
             return plan
         new = report(facts, plan, acted)
@@ -88,34 +88,34 @@ class Lives(RuleBasedStateMachine):
         return plan
 
     def _never_touch_what_is_not_ours(self, facts: Facts, plan: Plan) -> None:
-        assert all(one.owned and one.owner_uid == UID for one in plan.delete)
-        assert all(p.owner_uid == UID for p in (*plan.delete_pods, *plan.force))
+        assert all(one.is_owned and one.owner_uid == UID for one in plan.delete_jobs)
+        assert all(p.owner_uid == UID for p in (*plan.delete_pods, *plan.force_delete_pods))
         late = CONFIG.lost_node_seconds
-        assert all(p.deleting and between(p.deleting, facts.now) > late for p in plan.force), plan.force
+        assert all(p.deletion_timestamp and between(p.deletion_timestamp, facts.now) > late for p in plan.force_delete_pods), plan.force_delete_pods
 
     def _the_deadline_is_kept(self, facts: Facts, plan: Plan) -> None:
-        world, job = self.world, facts.current
+        world, job = self.world, facts.current_job
         if plan.finish is not None and plan.finish.reason is Reason.DEADLINE_EXCEEDED:
             assert world.ran >= DEADLINE - ROUNDING * len(world.status.attempts), world.ran
-        if world.deadline is None or job is None or plan.situation is not Situation.ACTIVE or job.started is None:
+        if world.deadline is None or job is None or plan.situation is not Situation.ACTIVE or job.started_at is None:
             return
-        assert plan.condemn is not None or between(job.started, facts.now) < DEADLINE
+        assert plan.termination is not None or between(job.started_at, facts.now) < DEADLINE
 
     def _a_new_attempt_is_right(self, facts: Facts) -> None:
         """It computes what the user asked for, and goes on from what is known."""
-        assert not facts.finished
+        assert not facts.is_finished
         first: FineTuneJobSpec = accepted(self.world.written()).spec
         assert effective(facts.spec) == effective(first)
         backs = [one.set for one in facts.job.status.adaptations if one.set and MAX_STEP in one.set]
         assert facts.spec.training.learning_rate == (first.training.learning_rate or 0) * 0.5 ** len(backs)
         if not backs:
-            assert facts.newest_start is None
+            assert facts.max_start_step is None
             return
         since = [step for step, maker in self.world.told if maker >= backs[-1][FIRST_ATTEMPT]]
         wanted = max([backs[-1][MAX_STEP], *since])
-        assert facts.newest_start is None or facts.newest_start >= wanted, (facts.newest_start, wanted)
+        assert facts.max_start_step is None or facts.max_start_step >= wanted, (facts.max_start_step, wanted)
         if facts.attempt == backs[-1][FIRST_ATTEMPT]:
-            assert facts.newest_start == backs[-1][MAX_STEP]
+            assert facts.max_start_step == backs[-1][MAX_STEP]
 
     # What the user does
 
@@ -156,7 +156,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(which=st.integers(0, 3))
     def pod_is_deleted(self, which: int) -> None:
-        there = [p for p in self.world.pods.values() if not p.gone and p.deleting is None]
+        there = [p for p in self.world.pods.values() if not p.is_deleted and p.deletion_timestamp is None]
         if there:
             self.world.delete([there[which % len(there)]])
 
@@ -212,21 +212,21 @@ class Lives(RuleBasedStateMachine):
     @rule()
     def job_is_deleted_by_somebody(self) -> None:
         for one in list(self.world.jobs.values())[-1:]:
-            self.world.jobs[one.uid] = replace(one, deleting=True)
+            self.world.jobs[one.uid] = replace(one, is_deleting=True)
             self.world.charged.add(one.attempt)
 
     @rule()
     def job_is_orphaned(self) -> None:
         for one in list(self.world.jobs.values())[-1:]:
-            if one.owned:
+            if one.is_owned:
                 del self.world.jobs[one.uid]
                 self.world.charged.add(one.attempt)
 
     @rule()
     def memories_are_lost(self) -> None:
         """The operator was away: it never saw how pods that are gone ended."""
-        self.world.charged |= {p.attempt for p in self.world.pods.values() if p.gone}
-        self.world.pods = {uid: p for uid, p in self.world.pods.items() if not p.gone}
+        self.world.charged |= {p.attempt for p in self.world.pods.values() if p.is_deleted}
+        self.world.pods = {uid: p for uid, p in self.world.pods.items() if not p.is_deleted}
         self.world.heard = None
 
     @rule()
@@ -242,7 +242,7 @@ class Lives(RuleBasedStateMachine):
 
     @invariant()
     def at_most_one_active_job(self) -> None:
-        active = [one for one in self.world.jobs.values() if one.owned and not one.finished]
+        active = [one for one in self.world.jobs.values() if one.is_owned and not one.is_finished]
         assert len(active) <= 1, active
 
     @invariant()
@@ -296,8 +296,8 @@ class Lives(RuleBasedStateMachine):
         world.jobs.pop(FOREIGN.uid, None)
         if world.suspend or world.cancel:
             self._until(Situation.SUSPENDED, Situation.FINISHED, pods_end=False)
-            assert not [one for one in world.jobs.values() if not one.finished]
-            assert not [p for p in world.pods.values() if not p.over]
+            assert not [one for one in world.jobs.values() if not one.is_finished]
+            assert not [p for p in world.pods.values() if not p.is_finished]
         world.suspend = False
         self._until(Situation.FINISHED, pods_end=True)
         before = world.status.to_wire()
@@ -316,7 +316,7 @@ class Lives(RuleBasedStateMachine):
             world.controllers()
             world.kubelet()
         assert not world.mine()
-        assert not [p for p in world.pods.values() if not p.gone], world.pods
+        assert not [p for p in world.pods.values() if not p.is_deleted], world.pods
         self.the_end_is_never_followed()
 
     def _until(self, *rest: Situation, pods_end: bool) -> None:
@@ -330,7 +330,7 @@ class Lives(RuleBasedStateMachine):
                 world.end(p, 0)
             world.pass_time(700)
             plan = self._look()
-            if plan.situation in rest and plan.finish is None and (plan.cleaned or plan.situation is not rest[-1]):
+            if plan.situation in rest and plan.finish is None and (plan.is_clean or plan.situation is not rest[-1]):
                 return
         raise AssertionError(f"no rest: {plan}\n{world.status.to_wire()}")
 

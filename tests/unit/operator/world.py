@@ -14,17 +14,17 @@ from finetune_api.names import ExitCode, attempt_job_name
 from finetune_api.pod import TerminationMessage
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Checkpoint, FineTuneJobStatus, Progress, Stage
-from finetune_operator.facts import Facts, Heard
+from finetune_operator.facts import Facts, ReceivedReport
 from finetune_operator.objects import Object
 from finetune_operator.policies.acceptance import accept
-from finetune_operator.views import JobView, PodView, buried
+from finetune_operator.views import JobView, PodView, as_deleted
 
 from tests.unit.operator.samples import CONFIG, T0, finetunejob, report, spec
 from tests.unit.operator.samples import ended as end_pod
 from tests.unit.operator.samples import job as make_job
 from tests.unit.operator.samples import pod as make_pod
 
-FOREIGN = make_job(1, name="run-1", uid="foreign", owner_uid="somebody", owned=False)
+FOREIGN = make_job(1, name="run-1", uid="foreign", owner_uid="somebody", is_owned=False)
 GRACE = timedelta(seconds=300)
 EVICTION = timedelta(seconds=340)
 """From a node's last word to the eviction of its pods: 40 s until it is not ready, 300 s that pods tolerate it."""
@@ -48,7 +48,7 @@ class World:
     generation: int = 1
     jobs: dict[str, JobView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
-    heard: Heard | None = None
+    heard: ReceivedReport | None = None
     serial: int = 0
     created: list[int] = field(default_factory=list)
     lost: dict[str, datetime] = field(default_factory=dict)
@@ -87,25 +87,25 @@ class World:
             mine, accept(written, CONFIG), self.now, CONFIG, tuple(self.jobs.values()), tuple(self.pods.values())
         )
         same = self.heard is not None and self.heard.report.attempt == found.attempt
-        return replace(found, heard=self.heard) if same else found
+        return replace(found, last_report=self.heard) if same else found
 
     def mine(self) -> list[JobView]:
         """Jobs that the FineTuneJob controls."""
-        return [one for one in self.jobs.values() if one.owned]
+        return [one for one in self.jobs.values() if one.is_owned]
 
     def of(self, job: JobView) -> list[PodView]:
         """Pods of a Job whose objects exist."""
-        return [p for p in self.pods.values() if p.job_uid == job.uid and not p.gone]
+        return [p for p in self.pods.values() if p.job_uid == job.uid and not p.is_deleted]
 
     def create(self, attempt: int, max_step: int | None) -> JobView | None:
         """What the API server makes of the operator's wish; None if the name is taken by somebody else."""
         name = attempt_job_name("run", attempt)
         found = next((one for one in self.jobs.values() if one.name == name), None)
         if found is not None:
-            return found if found.owned else None
+            return found if found.is_owned else None
         self.serial += 1
-        held = {"suspended": True, "queue": self.queue, "started": None} if self.queue else {"started": self.now}
-        made = make_job(attempt, uid=f"job-{attempt}-{self.serial}", created=self.now, **held)
+        held = {"is_suspended": True, "queue": self.queue, "started_at": None} if self.queue else {"started_at": self.now}
+        made = make_job(attempt, uid=f"job-{attempt}-{self.serial}", created_at=self.now, **held)
         self.jobs[made.uid] = made
         self.runs[made.uid] = max_step
         self.created.append(attempt)
@@ -117,32 +117,32 @@ class World:
         """The Job controller and the garbage collector, until nothing changes."""
         for one in list(self.jobs.values()):
             pods = self.of(one)
-            if one.deleting:
+            if one.is_deleting:
                 self.delete(pods)
                 if not pods:
                     del self.jobs[one.uid]
-            elif one.owned and not one.finished:
+            elif one.is_owned and not one.is_finished:
                 self._run_job(one, pods)
 
     def _run_job(self, one: JobView, pods: list[PodView]) -> None:
-        if one.suspended:
+        if one.is_suspended:
             self._hold_job(one, pods)
         mine = [p for p in self.pods.values() if p.job_uid == one.uid and p.uid not in self.excused]
-        if any(p.over and p.phase != "Succeeded" for p in mine):
-            self.delete([p for p in pods if not p.over])
-            if all(p.over for p in pods):
-                self.jobs[one.uid] = replace(one, failed=self.now, failed_reason="BackoffLimitExceeded")
-        elif one.suspended:
+        if any(p.is_finished and p.phase != "Succeeded" for p in mine):
+            self.delete([p for p in pods if not p.is_finished])
+            if all(p.is_finished for p in pods):
+                self.jobs[one.uid] = replace(one, failed_at=self.now, failed_reason="BackoffLimitExceeded")
+        elif one.is_suspended:
             return
-        elif missing := set(range(self.nodes)) - {p.index for p in mine} - {p.index for p in pods if not p.over}:
+        elif missing := set(range(self.nodes)) - {p.index for p in mine} - {p.index for p in pods if not p.is_finished}:
             for index in missing:
                 self._make_pod(one, index)
         elif all(p.phase == "Succeeded" for p in mine):
-            self.jobs[one.uid] = replace(one, complete=self.now)
+            self.jobs[one.uid] = replace(one, completed_at=self.now)
 
     def _hold_job(self, one: JobView, pods: list[PodView]) -> None:
         """Suspended: its pods go, and none of them makes it fail, unless its rules end it for what a pod says."""
-        self.delete([p for p in pods if not p.over])
+        self.delete([p for p in pods if not p.is_finished])
         for p in self.pods.values():
             final = p.terminated is not None and p.terminated.exit_code in codes_that_fail_the_job()
             if p.job_uid == one.uid and p.phase != "Succeeded" and not final:
@@ -152,43 +152,43 @@ class World:
         self.serial += 1
         uid = f"pod-{self.serial}"
         self.pods[uid] = make_pod(
-            one.attempt, index, uid=uid, job_uid=one.uid, created=self.now, phase="Pending", ready=False
+            one.attempt, index, uid=uid, job_uid=one.uid, created_at=self.now, phase="Pending", is_ready=False
         )
 
     def delete(self, pods: list[PodView]) -> None:
         """Ask pods to go, with their grace period."""
         for p in pods:
-            if p.deleting is None and not p.gone:
-                self.pods[p.uid] = replace(p, deleting=self.now + GRACE)
+            if p.deletion_timestamp is None and not p.is_deleted:
+                self.pods[p.uid] = replace(p, deletion_timestamp=self.now + GRACE)
 
     def kubelet(self) -> None:
         """Pods that are being deleted end and go; those of lost nodes do not."""
         for p in list(self.pods.values()):
-            if p.deleting is not None and not p.gone and p.uid not in self.lost:
+            if p.deletion_timestamp is not None and not p.is_deleted and p.uid not in self.lost:
                 self.end(p, ExitCode.PREEMPTED_SAVED)
-                self.pods[p.uid] = buried(self.pods[p.uid])
+                self.pods[p.uid] = as_deleted(self.pods[p.uid])
 
     def start_pods(self) -> None:
         """Pods that wait run and get ready."""
         for p in list(self.pods.values()):
-            if p.phase == "Pending" and not p.gone and p.deleting is None:
-                self.pods[p.uid] = replace(p, phase="Running", ready=True)
+            if p.phase == "Pending" and not p.is_deleted and p.deletion_timestamp is None:
+                self.pods[p.uid] = replace(p, phase="Running", is_ready=True)
 
     def running(self) -> list[PodView]:
         """Pods whose nodes say that they run."""
-        found = [p for p in self.pods.values() if p.phase == "Running" and not p.gone]
+        found = [p for p in self.pods.values() if p.phase == "Running" and not p.is_deleted]
         return [p for p in found if p.uid not in self.lost]
 
     def end(self, p: PodView, code: int) -> None:
         """The container ends; one that was not killed leaves its last words."""
-        if p.over:
+        if p.is_finished:
             return
         words = self._words(p) if code not in (ExitCode.KILLED, ExitCode.TERMINATED) and p.phase == "Running" else None
         if words is not None and p.index == 0:
             self.told |= {(one.step, self.maker(one)) for one in words.checkpoints}
         over = end_pod(p, code, words)
         assert over.terminated is not None
-        self.pods[p.uid] = replace(over, terminated=replace(over.terminated, finished=self.now))
+        self.pods[p.uid] = replace(over, terminated=replace(over.terminated, finished_at=self.now))
         if code not in EXIT_POLICIES or EXIT_POLICIES[code].retry is RetryPolicy.COUNTED:
             self.charged.add(p.attempt)
 
@@ -198,22 +198,22 @@ class World:
         """The pod's node says nothing any more. Until then the operator has asked it, as it does every few seconds."""
         self.speak()
         self.lost[p.uid] = self.now
-        self.pods[p.uid] = replace(p, ready=False)
+        self.pods[p.uid] = replace(p, is_ready=False)
 
     def evict(self) -> None:
         """The taint manager: pods of nodes that are lost for long are disrupted and deleted."""
         for uid, since in self.lost.items():
             p = self.pods.get(uid)
-            if p is not None and not p.over and not p.disruption and self.now >= since + EVICTION:
-                deleting = p.deleting or since + EVICTION + GRACE
-                self.pods[uid] = replace(p, disruption="DeletionByTaintManager", deleting=deleting)
+            if p is not None and not p.is_finished and not p.disruption and self.now >= since + EVICTION:
+                deleting = p.deletion_timestamp or since + EVICTION + GRACE
+                self.pods[uid] = replace(p, disruption="DeletionByTaintManager", deletion_timestamp=deleting)
 
     def node_comes_back(self) -> None:
         """The kubelets of lost nodes answer again; what they should have ended they end."""
         for uid in list(self.lost):
             p = self.pods.get(uid)
-            if p is not None and not p.over and p.deleting is None:
-                self.pods[uid] = replace(p, ready=True)
+            if p is not None and not p.is_finished and p.deletion_timestamp is None:
+                self.pods[uid] = replace(p, is_ready=True)
         self.lost.clear()
 
     # The queue
@@ -221,22 +221,22 @@ class World:
     def admit(self) -> None:
         """Quota is there."""
         for one in self.mine():
-            if one.suspended and not one.finished and not one.deleting and not [p for p in self.of(one) if not p.over]:
-                self.jobs[one.uid] = replace(one, suspended=False, held=None, started=self.now)
+            if one.is_suspended and not one.is_finished and not one.is_deleting and not [p for p in self.of(one) if not p.is_finished]:
+                self.jobs[one.uid] = replace(one, is_suspended=False, suspended_since=None, started_at=self.now)
 
     def preempt(self) -> None:
         """Quota is taken for somebody else; the start is forgotten as Kueue forgets it."""
         for one in self.mine():
-            if one.queue and not one.suspended and not one.finished and not one.deleting:
-                self.jobs[one.uid] = replace(one, suspended=True, held=self.now, started=None)
+            if one.queue and not one.is_suspended and not one.is_finished and not one.is_deleting:
+                self.jobs[one.uid] = replace(one, is_suspended=True, suspended_since=self.now, started_at=None)
 
     # The trainer
 
     def train(self, steps: int) -> None:
         """Gangs that are complete come further, and commit."""
         for one in self.mine():
-            gang = [p for p in self.running() if p.job_uid == one.uid and p.deleting is None]
-            if one.finished or one.suspended or len({p.index for p in gang}) < self.nodes:
+            gang = [p for p in self.running() if p.job_uid == one.uid and p.deletion_timestamp is None]
+            if one.is_finished or one.is_suspended or len({p.index for p in gang}) < self.nodes:
                 continue
             leader = next(p for p in gang if p.index == 0)
             before = self.steps.setdefault(leader.uid, self._start(leader))
@@ -266,7 +266,7 @@ class World:
                 said = said.model_copy(
                     update={"progress": Progress(step=step, update_time=self.now), "checkpoints": known}
                 )
-                self.heard = Heard(said, self.now, p.uid)
+                self.heard = ReceivedReport(said, self.now, p.uid)
                 self.told |= {(one.step, self.maker(one)) for one in known}
 
     def _words(self, p: PodView) -> TerminationMessage:
@@ -290,8 +290,8 @@ class World:
 
     def pass_time(self, seconds: int) -> None:
         """Time goes on; what is admitted, or has pods, runs."""
-        admitted = [one for one in self.mine() if not one.suspended and not one.finished]
-        if admitted or not all(p.over for p in self.pods.values()):
+        admitted = [one for one in self.mine() if not one.is_suspended and not one.is_finished]
+        if admitted or not all(p.is_finished for p in self.pods.values()):
             self.ran += seconds
         self.now += timedelta(seconds=seconds)
         self.evict()

@@ -22,12 +22,12 @@ LONGEST_WAKE = timedelta(hours=1)
 """Longest time between two looks, whatever a deadline says: guards against a clock that jumped."""
 
 
-def seconds(start: datetime | None, end: datetime) -> float:
+def seconds_between(start: datetime | None, end: datetime) -> float:
     """Time from start to end, never negative."""
     return max(0.0, (end - start).total_seconds()) if start else 0.0
 
 
-def deadline(spec: FineTuneJobSpec, active: float, running_since: datetime | None) -> datetime | None:
+def deadline_at(spec: FineTuneJobSpec, active: float, running_since: datetime | None) -> datetime | None:
     """When `policy.activeDeadlineSeconds` will have passed; None: there is none, or nothing runs."""
     limit = spec.policy.active_deadline_seconds
     if limit is None or running_since is None:
@@ -35,12 +35,12 @@ def deadline(spec: FineTuneJobSpec, active: float, running_since: datetime | Non
     return running_since + timedelta(seconds=max(0.0, limit - active))
 
 
-def expiry(ttl: int | None, completed: datetime | None) -> datetime | None:
+def ttl_expires_at(ttl: int | None, completed: datetime | None) -> datetime | None:
     """When Jobs and Pods of a finished job are to be removed."""
     return completed + timedelta(seconds=ttl) if ttl is not None and completed is not None else None
 
 
-def pause(attempts: Sequence[Attempt], settings: RetrySettings, unharmed: Sequence[str]) -> float:
+def backoff_seconds(attempts: Sequence[Attempt], settings: RetrySettings, unharmed: Sequence[str]) -> float:
     """Seconds to wait after the last of `attempts` before the next.
 
     The pause doubles with each attempt in a row that made no progress. Reasons in `unharmed` (a user's wish, a ladder that
@@ -60,7 +60,7 @@ def _progressed(attempt: Attempt) -> bool:
     return attempt.committed_step is not None and attempt.committed_step > (attempt.resumed_from_step or 0)
 
 
-def stall_limit(spec: FineTuneJobSpec, report: ProgressReport | None) -> float:
+def stall_limit_seconds(spec: FineTuneJobSpec, report: ProgressReport | None) -> float:
     """Seconds without a step after which a run counts as stalled."""
     if spec.policy.stall_timeout_seconds is not None:
         return float(spec.policy.stall_timeout_seconds)
@@ -68,7 +68,7 @@ def stall_limit(spec: FineTuneJobSpec, report: ProgressReport | None) -> float:
     return max(LEAST_STALL, STALL_STEPS * median)
 
 
-def stalled(
+def stall_message(
     spec: FineTuneJobSpec, report: ProgressReport | None, heard: datetime | None, pods: Sequence[PodView], now: datetime,
     unready: datetime | None = None,
 ) -> str:  # fmt: skip
@@ -81,14 +81,14 @@ def stalled(
     """
     if heard is None:
         return ""
-    limit = stall_limit(spec, report)
-    silent = seconds(heard, now)
+    limit = stall_limit_seconds(spec, report)
+    silent = seconds_between(heard, now)
     late = _quiet(report) if report is not None and report.stage is Stage.TRAINING else None
     if late is not None and silent < min(limit, FRESH) and late + silent > limit:
         return f"no step for {late + silent:.0f} s, the limit is {limit:.0f} s"
-    running = [pod for pod in pods if not pod.over]
-    silent = seconds(max(heard, unready) if unready else heard, now)
-    if silent > limit and running and not any(pod.ready or pod.deleting for pod in running):
+    running = [pod for pod in pods if not pod.is_finished]
+    silent = seconds_between(max(heard, unready) if unready else heard, now)
+    if silent > limit and running and not any(pod.is_ready or pod.deletion_timestamp for pod in running):
         return f"the pods have not answered for {silent:.0f} s and are not ready, the limit is {limit:.0f} s"
     return ""
 
@@ -99,12 +99,12 @@ def _quiet(report: ProgressReport) -> float | None:
     return health.seconds_since_step if health.seconds_since_heartbeat is None else health.seconds_since_heartbeat
 
 
-def lost(pods: Sequence[PodView], grace: float, now: datetime) -> list[PodView]:
+def pods_of_lost_nodes(pods: Sequence[PodView], grace: float, now: datetime) -> list[PodView]:
     """Pods that should be gone and are not: their node does not answer. `grace` is in seconds, on top of the pod's own."""
-    return [pod for pod in pods if not pod.gone and pod.deleting and seconds(pod.deleting, now) > grace]
+    return [pod for pod in pods if not pod.is_deleted and pod.deletion_timestamp and seconds_between(pod.deletion_timestamp, now) > grace]
 
 
-def next_look(now: datetime, *moments: datetime | None) -> datetime | None:
+def next_reconcile_at(now: datetime, *moments: datetime | None) -> datetime | None:
     """The earliest of the moments that are still to come, but not later than in an hour; None: no time matters.
 
     One that has passed had its look: whoever looked then and did nothing waits for something else to happen.

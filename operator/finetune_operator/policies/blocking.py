@@ -20,44 +20,44 @@ MOUNT_REASONS = ("FailedMount", "FailedAttachVolume")
 
 
 @dataclass(frozen=True)
-class Waiting:
+class BlockingCondition:
     """Something the cluster must mend before a pod runs."""
 
     reason: Reason
     message: str
 
 
-def pods_waiting(pods: Iterable[PodView]) -> Waiting | None:
+def blocking_condition_of_pods(pods: Iterable[PodView]) -> BlockingCondition | None:
     """The gravest obstacle that the pods themselves tell of; None: there is none, they only need time."""
-    found = [waiting for pod in pods if not pod.over and (waiting := _pod_waiting(pod)) is not None]
+    found = [waiting for pod in pods if not pod.is_finished and (waiting := _blocking_condition_of_pod(pod)) is not None]
     order = (Reason.CONFIG_MISSING, Reason.IMAGE_PULL_FAILED, Reason.UNSCHEDULABLE, Reason.PODS_NOT_READY)
     return min(found, key=lambda waiting: order.index(waiting.reason), default=None)
 
 
-def _pod_waiting(pod: PodView) -> Waiting | None:
+def _blocking_condition_of_pod(pod: PodView) -> BlockingCondition | None:
     if pod.unschedulable:
-        return Waiting(Reason.UNSCHEDULABLE, clean(pod.unschedulable))
+        return BlockingCondition(Reason.UNSCHEDULABLE, clean(pod.unschedulable))
     detail = clean(f"{pod.waiting_reason}: {pod.waiting_message}" if pod.waiting_message else pod.waiting_reason)
     if pod.waiting_reason in IMAGE_REASONS:
-        return Waiting(Reason.IMAGE_PULL_FAILED, detail)
+        return BlockingCondition(Reason.IMAGE_PULL_FAILED, detail)
     if pod.waiting_reason in CONFIG_REASONS:
-        return Waiting(Reason.CONFIG_MISSING, detail)
+        return BlockingCondition(Reason.CONFIG_MISSING, detail)
     if pod.terminated is not None and pod.phase == "Running":
         code = pod.terminated.exit_code
         words = f"the trainer in pod {pod.name} ended with exit code {code}, and a container beside it still runs"
-        return Waiting(Reason.PODS_NOT_READY, f"{words}: make it a native sidecar, or keep it out by placement.annotations")
+        return BlockingCondition(Reason.PODS_NOT_READY, f"{words}: make it a native sidecar, or keep it out by placement.annotations")
     return None
 
 
-def events_waiting(events: Sequence[Object]) -> Waiting | None:
+def blocking_condition_of_events(events: Sequence[Object]) -> BlockingCondition | None:
     """What warnings about a Job or a Pod say: refused by quota or policy, or a volume that does not come."""
     newest_first = sorted(events, key=_when, reverse=True)
     for event in newest_first:
         reason, note = str(event.get("reason", "")), clean(str(event.get("message") or event.get("note") or ""))
         if reason == "FailedCreate":
-            return Waiting(refusal(note), note)
+            return BlockingCondition(reason_of_refusal(note), note)
         if reason in MOUNT_REASONS:
-            return Waiting(Reason.CONFIG_MISSING, note)
+            return BlockingCondition(Reason.CONFIG_MISSING, note)
     return None
 
 
@@ -69,11 +69,11 @@ def _when(event: Object) -> str:
     )  # fmt: skip
 
 
-def by_admission(message: str) -> bool:
+def is_admission_refusal(message: str) -> bool:
     """Whether the API server's words tell of a policy or a webhook, which others may mend, and not of the object itself."""
     return any(words in message for words in ADMISSION_WORDS)
 
 
-def refusal(note: str) -> Reason:
+def reason_of_refusal(note: str) -> Reason:
     """What refused, by the words of the API server."""
     return Reason.QUOTA_EXCEEDED if "quota" in note.lower() else Reason.FORBIDDEN_BY_POLICY

@@ -40,14 +40,14 @@ RATE_FACTOR = 0.5
 
 
 @dataclass(frozen=True)
-class Exhausted:
+class LadderExhausted:
     """The ladder has no further rung."""
 
     message: str
     hint: str
 
 
-def adapted(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> FineTuneJobSpec:
+def apply_adaptations(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> FineTuneJobSpec:
     """The resolved spec with every adaptation applied, the later over the earlier."""
     try:
         return spec.with_values(_of_spec(adaptations))
@@ -57,7 +57,7 @@ def adapted(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> FineTun
         return spec
 
 
-def before(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> dict[str, Any]:
+def original_values(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> dict[str, Any]:
     """What the resolved spec says at the paths of it that adaptations have changed."""
     return {path: spec.value(path) for path in _of_spec(adaptations)}
 
@@ -77,17 +77,17 @@ def adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
     return result
 
 
-def after_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | Exhausted:
+def adapt_to_out_of_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | LadderExhausted:
     """The next rung after memory ran out with `spec` (resolved, earlier adaptations applied)."""
     batch = spec.training.batch_size_per_device or 1
     accumulation = spec.training.gradient_accumulation_steps or 1
     if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
-        return Exhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
+        return LadderExhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
     for values in _rungs(spec, batch, accumulation):
         if not new_problems(spec, spec.with_values(values)):  # nobody is to be refused for what we wrote
             change = ", ".join(f"{_shown(path)} {spec.value(path)} -> {value}" for path, value in values.items())
             return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set=values)
-    return Exhausted(
+    return LadderExhausted(
         f"memory ran out with batchSizePerDevice {batch}, gradientAccumulationSteps {accumulation} and activation "
         f"checkpointing {spec.training.gradient_checkpointing or 'unknown'}: nothing is left to reduce",
         "use a larger GPU or resources.memory, a quantised base (method qlora), or a shorter dataset.maxSequenceLength",
@@ -116,20 +116,20 @@ def _shown(path: str) -> str:
     return path.removeprefix("training.")
 
 
-def after_divergence(
+def adapt_to_divergence(
     spec: FineTuneJobSpec, adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint], now: datetime,
     attempt: int = 1,
-) -> Adaptation | Exhausted:  # fmt: skip
+) -> Adaptation | LadderExhausted:  # fmt: skip
     """The next rung after the loss of `attempt` was not finite; `spec` has earlier adaptations applied."""
     if spec.policy.on_divergence is OnDivergence.FAIL:
-        return Exhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
+        return LadderExhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
     earlier = [one for one in adaptations if one.reason == Reason.DIVERGED]
     steps = sorted((c.step for c in checkpoints if c.healthy is not False), reverse=True)
     if not earlier:
         start = f"step {steps[0]}" if steps else "the start"
         return Adaptation(time=now, reason=Reason.DIVERGED, change=f"replay from {start}, nothing changed", set={})
     if len(earlier) > ROLLBACKS:
-        return Exhausted(
+        return LadderExhausted(
             f"the loss was not finite again after one replay and {ROLLBACKS} rollbacks, "
             f"at last with learningRate {spec.training.learning_rate:g}",
             "look at the rows around the step named here; lower training.learningRate or training.maxGradNorm",
@@ -142,7 +142,7 @@ def after_divergence(
     return Adaptation(time=now, reason=Reason.DIVERGED, change=change, set=changed)
 
 
-def newest_start(adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint]) -> int | None:
+def max_start_step(adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint]) -> int | None:
     """The newest step that the next attempt may start from; None: the newest there is.
 
     A rollback leaves checkpoints behind, not the run: once the attempts after it have come further than those before, it is over.
