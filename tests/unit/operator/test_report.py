@@ -197,7 +197,7 @@ def test_the_events_of_a_whole_run() -> None:
     go(ActionResult(created_job=job()))
     go(jobs=[job()], pods=[pod(is_ready=False, phase="Pending", unschedulable="0/1 nodes")])
     go(jobs=[job()], pods=[pod()])
-    go(jobs=[job()], pods=[pod()], heard=said)
+    go(jobs=[job()], pods=[pod()], last_report=said)
     go(jobs=[job(completed_at=at(9))], pods=[ended(pod(), 0)])
     go(jobs=[job(completed_at=at(9))], pods=[ended(pod(), 0)])
     assert seen == [
