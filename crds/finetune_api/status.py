@@ -201,6 +201,9 @@ class Resolved(LenientModel):
     image_digest: str | None = status_field("Digest of the trainer image that runs.")
     node_pool: str | None = status_field("Node pool in use.", example="h100")
     config_sha256: str | None = status_field("sha256 (hex) of the current attempt's run.json.")
+    spec_sha256: str | None = status_field(
+        "sha256 (hex) of the spec that the first attempt started from, without the fields that may change later."
+    )
     resume_exact: bool | None = status_field(
         "Whether a resumed run gives bit by bit the same result as an uninterrupted one.", example=True
     )

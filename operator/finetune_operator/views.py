@@ -228,7 +228,7 @@ def read_job(body: Object) -> JobView | None:
         failed_at=_since(failed),
         failed_reason=str(failed.get("reason", "")),
         failed_message=str(failed.get("message", ""))[:MAX_TEXT],
-        config_sha256=str((meta.get("annotations") or {}).get(Annotation.SPEC_SHA256, "")),
+        config_sha256=str((meta.get("annotations") or {}).get(Annotation.RUN_CONFIG_SHA256, "")),
     )
 
 

@@ -41,7 +41,7 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
             "name": names.attempt_job_name(job.name, run.attempt),
             "namespace": job.namespace,
             "labels": labels | ({Label.QUEUE.value: queue} if queue else {}),
-            "annotations": {Annotation.SPEC_SHA256.value: digest},
+            "annotations": {Annotation.RUN_CONFIG_SHA256.value: digest},
             "ownerReferences": [_owner(names.API_VERSION, names.KIND, job.name, job.uid)],
         },
         "spec": {

@@ -100,7 +100,7 @@ def test_children_that_nobody_could_have_written_change_nothing(rig: Rig) -> Non
         mine = {k: chance.choice([v, "", "9", "99999999999999999999", "a.b-c"]) for k, v in labels.items()}
         mine[Label.MANAGED_BY.value] = names.MANAGER
         meta = {
-            "name": f"job-{number + 100}", "labels": mine, "annotations": {Annotation.SPEC_SHA256.value: "?" * number},
+            "name": f"job-{number + 100}", "labels": mine, "annotations": {Annotation.RUN_CONFIG_SHA256.value: "?" * number},
             "ownerReferences": [
                 {"apiVersion": names.API_VERSION, "kind": names.KIND, "name": "job", "uid": f"none-{number}",
                  "controller": chance.choice([True, False])}

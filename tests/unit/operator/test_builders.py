@@ -71,7 +71,7 @@ def golden(name: str, value: Object) -> None:
 def without_run(body: Object) -> Object:
     value: Object = json.loads(json.dumps(body))
     value["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG] = "..."
-    value["metadata"]["annotations"][Annotation.SPEC_SHA256] = "..."
+    value["metadata"]["annotations"][Annotation.RUN_CONFIG_SHA256] = "..."
     for variable in value["spec"]["template"]["spec"]["containers"][0]["env"]:
         if variable["name"] == Env.RUN_SHA256:
             variable["value"] = "..."
@@ -98,7 +98,7 @@ def test_the_job_carries_its_run_configuration_and_its_hash() -> None:
     text = body["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
     assert RunConfig.model_validate(json.loads(text)) == run
     digest = RunConfig.sha256(text.encode())
-    assert body["metadata"]["annotations"][Annotation.SPEC_SHA256] == digest
+    assert body["metadata"]["annotations"][Annotation.RUN_CONFIG_SHA256] == digest
     env = {v["name"]: v.get("value") for v in body["spec"]["template"]["spec"]["containers"][0]["env"]}
     assert env[Env.RUN_SHA256] == digest
     assert len(text.encode()) < MAX_RUN_BYTES
