@@ -11,7 +11,7 @@ from pathlib import Path
 
 from kubernetes.aio.config import ConfigException
 
-from finetune_operator import logs, settings
+from finetune_operator import kopf_adapter, logs, settings
 from finetune_operator.kube import Kube
 from finetune_operator.metrics import Metrics
 from finetune_operator.runtime import Runtime
@@ -21,7 +21,7 @@ USAGE_ERROR = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code: 0 told to end, 1 a part failed, 2 cannot start."""
+    """Entry point. Returns the exit code: 0 after SIGTERM, 1 if a part failed, 2 if the operator cannot start."""
     options = _options(arguments)
     try:
         config = _config(options.config)
@@ -29,18 +29,20 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write(f"finetune-operator: {error}\n")
         return USAGE_ERROR
     if options.check:
-        sys.stdout.write("the configuration can be used\n")
+        sys.stdout.write("the configuration is valid\n")
         return 0
     logs.configure(config.log)
-    _calm_collector()
+    kopf_adapter.configure_logging()
+    _tune_garbage_collector()
     return asyncio.run(_run(config))
 
 
-def _calm_collector() -> None:
-    """Spare what was imported from garbage collection, and look less often.
+def _tune_garbage_collector() -> None:
+    """Exclude imported modules from garbage collection, and collect old objects less often.
 
-    Thousands of cached objects live long; by default a look at all of them would come in the middle of every burst and hold up the
-    event loop. What is young is looked at in small portions, since a burst leaves many circles behind.
+    Thousands of cached objects live long. With the default thresholds, a collection of all of them blocks the event loop in the middle
+    of each burst. Young objects are collected in small portions, because a burst leaves many reference cycles
+    (docs/decisions/0030-operator-core.md has the measurements).
     """
     gc.collect()
     gc.freeze()
@@ -52,7 +54,7 @@ async def _run(config: settings.OperatorConfig) -> int:
     try:
         kube = await Kube.connect(config.api, metrics.request)
     except (ConfigException, OSError) as error:
-        sys.stderr.write(f"finetune-operator: no API server to connect to: {error}\n")
+        sys.stderr.write(f"finetune-operator: found no API server to connect to: {error}\n")
         return USAGE_ERROR
     try:
         return await Runtime(config, kube, metrics).run()
@@ -66,12 +68,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--config", type=Path, metavar="FILE",
         help=f"configuration (YAML or JSON); default: ${CONFIG_VARIABLE}, else {settings.CONFIG_PATH} if it exists",
     )  # fmt: skip
-    parser.add_argument("--check", action="store_true", help="read the configuration, say whether it can be used, end")
+    parser.add_argument(
+        "--check", action="store_true", help="read the configuration, report whether it is valid, and exit"
+    )
     return parser.parse_args(arguments)
 
 
 def _config(given: Path | None) -> settings.OperatorConfig:
-    """The configuration that was named; where none was, the mounted one; where none is mounted, the defaults."""
+    """The configuration file given by option or environment variable, else the mounted one, else the defaults."""
     if given is not None:
         return settings.load(given)
     if variable := os.environ.get(CONFIG_VARIABLE):

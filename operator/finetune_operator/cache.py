@@ -1,9 +1,9 @@
-"""What was last seen of the cluster, by FineTuneJob. Filled by watch events and lists; never asked to be the last word.
+"""The last known state of FineTuneJobs, their Jobs and their pods, filled by watch events and lists. It may lag behind the cluster.
 
-An older view never replaces a newer one of the same object, so that events may arrive twice or out of order. What shows nothing
-that was not known (a Job's counters move with each pod, each of our own writes comes back as an event) is told from news, so that
-nobody looks at the job for it. A pod that is deleted stays as a memory (`gone`) until its attempt is forgotten: how it ended is often
-the only witness of what happened.
+An older version of an object never replaces a newer one, so that events may arrive twice or out of order. Updates that show nothing
+new are recognised (each of our own writes comes back as an event, and a Job's counters change with each pod), so that they do not
+cause a reconciliation. A deleted pod stays in the cache, marked as deleted, until its attempt is recorded: its exit code and
+termination message are often the only evidence of how the attempt ended.
 """
 
 from __future__ import annotations
@@ -16,148 +16,146 @@ from finetune_operator.workqueue import Key
 
 
 @dataclass
-class Family:
-    """One FineTuneJob and what carries its name."""
+class CacheEntry:
+    """A FineTuneJob and its Jobs and pods, the latter two by uid."""
 
-    job: JobObject | None = None
+    finetunejob: JobObject | None = None
     jobs: dict[str, JobView] = field(default_factory=dict)
-    """By uid."""
     pods: dict[str, PodView] = field(default_factory=dict)
-    """By uid."""
 
     @property
-    def empty(self) -> bool:
-        """Nothing left to remember."""
-        return self.job is None and not self.jobs and all(pod.is_deleted for pod in self.pods.values())
+    def is_empty(self) -> bool:
+        """Whether none of the objects exists any more."""
+        return self.finetunejob is None and not self.jobs and all(pod.is_deleted for pod in self.pods.values())
 
 
-class Seen(NamedTuple):
-    """Whose family a view belongs to, and whether it showed anything that was not known, or even a job that was not known."""
+class CacheUpdate(NamedTuple):
+    """Result of an update: the FineTuneJob, whether anything relevant changed, and whether the FineTuneJob was not cached before."""
 
     key: Key
-    news: bool
-    new: bool = False
+    changed: bool
+    is_new: bool = False
 
 
 @dataclass(frozen=True)
-class Listed:
-    """Uids of everything that full lists showed, and the oldest version among the lists."""
+class FullList:
+    """Uids of all objects that one full list of each kind showed, and the lowest resourceVersion of these lists."""
 
     finetunejobs: frozenset[str]
     jobs: frozenset[str]
     pods: frozenset[str]
     version: int
     namespaces: frozenset[str] = frozenset()
-    """What was listed; empty: all."""
+    """Namespaces that were listed; empty: all."""
 
-    def lacks(self, view: JobObject | JobView | PodView, uids: frozenset[str]) -> bool:
-        """Whether the lists prove that this object is gone: younger ones they could not have shown."""
-        shown = not self.namespaces or view.namespace in self.namespaces
-        return shown and view.version <= self.version and view.uid not in uids
+    def proves_deleted(self, view: JobObject | JobView | PodView, uids: frozenset[str]) -> bool:
+        """Whether this object is deleted: it is missing from `uids`, although the list is newer than the cached object."""
+        was_listed = not self.namespaces or view.namespace in self.namespaces
+        return was_listed and view.version <= self.version and view.uid not in uids
 
 
 class Cache:
-    """All families by key. For one event loop."""
+    """All entries by FineTuneJob. For one event loop."""
 
     def __init__(self) -> None:
-        self._families: dict[Key, Family] = {}
+        self._entries: dict[Key, CacheEntry] = {}
 
-    def family(self, key: Key) -> Family:
-        """The family of a name; an empty one if nothing is known."""
-        return self._families.get(key) or Family()
+    def get(self, key: Key) -> CacheEntry:
+        """The entry of a FineTuneJob; an empty one if nothing is cached."""
+        return self._entries.get(key) or CacheEntry()
 
     def keys(self) -> list[Key]:
-        """Names of all FineTuneJobs that exist."""
-        return [key for key, family in self._families.items() if family.job is not None]
+        """All FineTuneJobs that exist."""
+        return [key for key, entry in self._entries.items() if entry.finetunejob is not None]
 
-    def jobs(self) -> list[JobObject]:
-        """All FineTuneJobs."""
-        return [family.job for family in self._families.values() if family.job is not None]
+    def finetunejobs(self) -> list[JobObject]:
+        """All FineTuneJobs that exist."""
+        return [entry.finetunejob for entry in self._entries.values() if entry.finetunejob is not None]
 
-    def knows(self, key: Key, uid: str, resource_version: str) -> bool:
-        """Whether exactly this version of a FineTuneJob is known: each of our writes comes back, and need not be read again."""
-        job = self.family(key).job
-        return job is not None and (job.uid, job.resource_version) == (uid, resource_version)
+    def has_version(self, key: Key, uid: str, resource_version: str) -> bool:
+        """Whether this very version of a FineTuneJob is cached, so that its body need not be parsed again."""
+        known = self.get(key).finetunejob
+        return known is not None and (known.uid, known.resource_version) == (uid, resource_version)
 
-    def put_finetunejob(self, view: JobObject) -> Seen:
-        """Remember a FineTuneJob unless this version of it, or a newer one, is known."""
+    def put_finetunejob(self, view: JobObject) -> CacheUpdate:
+        """Store a FineTuneJob unless the same or a newer version of it is cached."""
         key = Key(view.namespace, view.name)
-        family = self._family(key)
-        known = family.job
+        entry = self._entry(key)
+        known = entry.finetunejob
         if known is not None and (view.version < known.version or view == known):
-            return Seen(key, news=False)
+            return CacheUpdate(key, changed=False)
         if known is not None and known.uid != view.uid:
-            family.pods = {uid: pod for uid, pod in family.pods.items() if not pod.is_deleted}
-        family.job = view
-        return Seen(key, news=True, new=known is None)
+            entry.pods = {uid: pod for uid, pod in entry.pods.items() if not pod.is_deleted}
+        entry.finetunejob = view
+        return CacheUpdate(key, changed=True, is_new=known is None)
 
     def drop_finetunejob(self, key: Key, uid: str) -> None:
-        """A FineTuneJob is gone; a namesake created since stays."""
-        family = self._family(key)
-        if family.job is not None and family.job.uid == uid:
-            family.job = None
-        self._sweep(key)
+        """Remove a deleted FineTuneJob; one of the same name with another uid stays."""
+        entry = self._entry(key)
+        if entry.finetunejob is not None and entry.finetunejob.uid == uid:
+            entry.finetunejob = None
+        self._remove_if_empty(key)
 
-    def put_job(self, view: JobView) -> Seen:
-        """Remember a Job unless a newer version of it is known."""
+    def put_job(self, view: JobView) -> CacheUpdate:
+        """Store a Job unless a newer version of it is cached."""
         key = Key(view.namespace, view.job_name)
-        jobs = self._family(key).jobs
+        jobs = self._entry(key).jobs
         known = jobs.get(view.uid)
         if known is not None and view.version < known.version:
-            return Seen(key, news=False)
+            return CacheUpdate(key, changed=False)
         jobs[view.uid] = view
-        return Seen(key, news=known is None or replace(known, version=view.version) != view)
+        return CacheUpdate(key, changed=known is None or replace(known, version=view.version) != view)
 
     def drop_job(self, view: JobView) -> Key:
-        """A Job is gone."""
+        """Remove a deleted Job. Returns its FineTuneJob."""
         key = Key(view.namespace, view.job_name)
-        self._family(key).jobs.pop(view.uid, None)
-        self._sweep(key)
+        self._entry(key).jobs.pop(view.uid, None)
+        self._remove_if_empty(key)
         return key
 
-    def put_pod(self, view: PodView) -> Seen:
-        """Remember a pod unless a newer version of it is known."""
+    def put_pod(self, view: PodView) -> CacheUpdate:
+        """Store a pod unless a newer version of it is cached."""
         key = Key(view.namespace, view.job_name)
-        pods = self._family(key).pods
+        pods = self._entry(key).pods
         known = pods.get(view.uid)
         if known is not None and (view.version < known.version or known.is_deleted):
-            return Seen(key, news=False)
+            return CacheUpdate(key, changed=False)
         pods[view.uid] = view
-        return Seen(key, news=known is None or replace(known, version=view.version) != view)
+        return CacheUpdate(key, changed=known is None or replace(known, version=view.version) != view)
 
-    def drop_pod(self, view: PodView) -> Key:
-        """A pod is gone: remember how it ended."""
+    def mark_pod_deleted(self, view: PodView) -> Key:
+        """Keep the newest known state of a deleted pod, marked as deleted. Returns its FineTuneJob."""
         key = Key(view.namespace, view.job_name)
-        family = self._family(key)
-        known = family.pods.get(view.uid)
-        family.pods[view.uid] = as_deleted(known if known is not None and known.version > view.version else view)
-        self._sweep(key)
+        entry = self._entry(key)
+        known = entry.pods.get(view.uid)
+        entry.pods[view.uid] = as_deleted(known if known is not None and known.version > view.version else view)
+        self._remove_if_empty(key)
         return key
 
-    def forget_pods(self, key: Key, *, before: int) -> None:
-        """Drop memories of pods of attempts below `before`: their end is recorded in status."""
-        pods = self._family(key).pods
-        for uid in [uid for uid, pod in pods.items() if pod.is_deleted and pod.attempt < before]:
+    def drop_deleted_pods(self, key: Key, *, before_attempt: int) -> None:
+        """Remove the deleted pods of earlier attempts, whose end is recorded in status."""
+        pods = self._entry(key).pods
+        for uid in [uid for uid, pod in pods.items() if pod.is_deleted and pod.attempt < before_attempt]:
             del pods[uid]
 
-    def prune(self, listed: Listed) -> set[Key]:
-        """Take full lists for the truth: what they lack, and should have shown, is gone. Returns the names that changed."""
+    def prune(self, listed: FullList) -> set[Key]:
+        """Remove each object that the full lists prove deleted. Returns the FineTuneJobs that changed."""
         changed: set[Key] = set()
-        for key, family in list(self._families.items()):
-            job = family.job
-            if job is not None and listed.lacks(job, listed.finetunejobs):
-                self.drop_finetunejob(key, job.uid)
+        for key, entry in list(self._entries.items()):
+            found = entry.finetunejob
+            if found is not None and listed.proves_deleted(found, listed.finetunejobs):
+                self.drop_finetunejob(key, found.uid)
                 changed.add(key)
-            for child in [c for c in family.jobs.values() if listed.lacks(c, listed.jobs)]:
-                changed.add(self.drop_job(child))
-            for pod in [p for p in family.pods.values() if not p.is_deleted and listed.lacks(p, listed.pods)]:
-                changed.add(self.drop_pod(pod))
+            for job in [job for job in entry.jobs.values() if listed.proves_deleted(job, listed.jobs)]:
+                changed.add(self.drop_job(job))
+            for pod in [p for p in entry.pods.values() if not p.is_deleted and listed.proves_deleted(p, listed.pods)]:
+                changed.add(self.mark_pod_deleted(pod))
         return changed
 
-    def _family(self, key: Key) -> Family:
-        return self._families.setdefault(key, Family())
+    def _entry(self, key: Key) -> CacheEntry:
+        return self._entries.setdefault(key, CacheEntry())
 
-    def _sweep(self, key: Key) -> None:
-        family = self._families.get(key)
-        if family is not None and family.empty:
-            del self._families[key]
+    def _remove_if_empty(self, key: Key) -> None:
+        entry = self._entries.get(key)
+        if entry is not None and entry.is_empty:
+            del self._entries[key]

@@ -1,4 +1,4 @@
-"""`/healthz`, `/readyz` and `/metrics`. Healthy means that work gets done, not that the process exists."""
+"""HTTP server for `/healthz`, `/readyz` and `/metrics`."""
 
 from __future__ import annotations
 
@@ -8,32 +8,30 @@ from collections.abc import Callable
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from finetune_operator.health import Health
 from finetune_operator.metrics import Metrics
 from finetune_operator.settings import HttpSettings
 
 logger = logging.getLogger(__name__)
 
-Check = Callable[[], str]
-"""What is wrong, in words; empty: nothing."""
-
 
 class Server:
-    """The HTTP server. `healthy` and `ready` say what is wrong, `refresh` brings gauges up to date."""
+    """The HTTP server. `refresh_metrics` updates the gauges before each scrape."""
 
     def __init__(
-        self, settings: HttpSettings, metrics: Metrics, *, healthy: Check, ready: Check, refresh: Callable[[], None]
+        self, settings: HttpSettings, metrics: Metrics, *, health: Health, refresh_metrics: Callable[[], None]
     ):
-        self._settings, self._metrics = settings, metrics
-        self._healthy, self._ready, self._refresh = healthy, ready, refresh
+        self._settings, self._metrics, self._health = settings, metrics, health
+        self._refresh_metrics = refresh_metrics
         self._runner: web.AppRunner | None = None
         self.port = settings.port
 
     async def start(self) -> None:
-        """Listen. Errors: OSError if the port is taken."""
+        """Listen. Errors: OSError if the port is in use."""
         app = web.Application()
-        app.router.add_get("/healthz", self._health)
-        app.router.add_get("/readyz", self._readiness)
-        app.router.add_get("/metrics", self._show)
+        app.router.add_get("/healthz", self._get_healthz)
+        app.router.add_get("/readyz", self._get_readyz)
+        app.router.add_get("/metrics", self._get_metrics)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         site = web.TCPSite(self._runner, self._settings.host, self._settings.port)
@@ -46,17 +44,17 @@ class Server:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    async def _health(self, _: web.Request) -> web.Response:
-        return _answer(self._healthy())
+    async def _get_healthz(self, _: web.Request) -> web.Response:
+        return _response(self._health.liveness_problem())
 
-    async def _readiness(self, _: web.Request) -> web.Response:
-        return _answer(self._ready())
+    async def _get_readyz(self, _: web.Request) -> web.Response:
+        return _response(self._health.readiness_problem())
 
-    async def _show(self, _: web.Request) -> web.Response:
-        self._refresh()
+    async def _get_metrics(self, _: web.Request) -> web.Response:
+        self._refresh_metrics()
         body = generate_latest(self._metrics.registry)
         return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
 
-def _answer(problem: str) -> web.Response:
+def _response(problem: str) -> web.Response:
     return web.Response(text=f"{problem or 'ok'}\n", status=503 if problem else 200)

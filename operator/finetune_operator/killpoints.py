@@ -1,7 +1,7 @@
-"""Places at which a test may kill the operator, so that "it survives a crash here" is shown and not claimed.
+"""Points in the code at which a test can kill the operator, to prove that it recovers from a crash there.
 
-Only if `FINETUNE_TEST_KILL_FILE` names a file when the process starts; then a place whose name that file holds removes
-the file and ends the process as a power cut would. Without the variable a place costs one comparison.
+They are active only if `FINETUNE_TEST_KILL_FILE` names a file when the process starts. A point whose name is in that file removes
+the file and kills the process with SIGKILL. Without the variable, a point costs one comparison.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ VARIABLE = "FINETUNE_TEST_KILL_FILE"
 
 
 class Point(StrEnum):
-    """Where. Each lies between two effects that the outside can see."""
+    """A point between two effects that can be observed from outside."""
 
     BEFORE_STATUS_WRITE = "before_status_write"
-    """The events are sent and the status that they tell of is not written."""
+    """The events are sent, and the status that they announce is not written yet."""
     AFTER_STATUS_WRITE = "after_status_write"
     BEFORE_JOB_CREATE = "before_job_create"
     AFTER_JOB_CREATE = "after_job_create"
@@ -33,7 +33,7 @@ _armed = os.environ.get(VARIABLE)
 
 
 def reach(point: Point) -> None:
-    """Die here, if a test asked for it."""
+    """Kill the process if the file names this point."""
     if _armed is None:
         return
     file = Path(_armed)

@@ -1,10 +1,10 @@
-"""The API server, as the operator sees it: plain dicts in and out, typed errors, a deadline on every call.
+"""Client of the Kubernetes API server: plain dicts in and out, typed errors, and a timeout for each request.
 
-Built on the official client's asynchronous half for what is hard to get right (kubeconfig, tokens that rotate, TLS,
-proxies), and on nothing of its generated models: a typed read of an object from a newer server loses fields.
+It uses the official client's asyncio half for the parts that are hard to get right (kubeconfig, rotating tokens, TLS, proxies), but
+not its generated models: parsing an object of a newer server into them loses unknown fields.
 
-What may be repeated is repeated here and nowhere else: reads, writes that carry a resourceVersion and deletes that carry a
-uid. A create is never repeated blindly; when its outcome is unknown the caller reads by name.
+This is the only place that retries requests: reads, writes that carry a resourceVersion, and deletes that carry a uid. A create is
+not retried: if its outcome is unknown, the caller reads the object by name.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ from finetune_operator.settings import ApiSettings
 logger = logging.getLogger(__name__)
 
 USER_AGENT = names.MANAGER
-TRIES = 5
-"""Tries of a request that may be repeated, the first included."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.1, 5.0
-MAX_MESSAGE = 2048
-"""Characters kept of the server's words: a refused Job comes back whole in them."""
-PAGE = 200
-"""Objects in one page of a list: some megabytes, which hold up the event loop for as long as they take to parse."""
-CLOCK_PERIOD = 10.0
-"""Seconds between two looks at the server's clock."""
-CLOCK_TOLERANCE = 2.0
-"""Seconds by which the two clocks may differ before the server's is preferred: its header has whole seconds."""
+MAX_TRIES = 5
+"""Number of times that a request is sent, including the first."""
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
+MAX_MESSAGE_CHARACTERS = 2048
+"""Error messages are cut to this length, because that for a refused Job contains the whole Job."""
+PAGE_SIZE = 200
+"""Objects in one page of a list. A page has some megabytes, and the event loop is blocked while it is parsed."""
+CLOCK_PERIOD_SECONDS = 10.0
+"""Time between two comparisons with the server's clock."""
+CLOCK_TOLERANCE_SECONDS = 2.0
+"""Difference between the two clocks that is ignored, because the server's `Date` header has whole seconds."""
 
 
 class KubeError(Exception):
-    """The API server refused, or could not be asked. `code` is the HTTP status, 0 without an answer."""
+    """A request failed. `code` is the HTTP status, 0 without an answer."""
 
     def __init__(self, verb: str, kind: Kind, name: str, code: int, reason: str, message: str):
         super().__init__(f"{verb} {kind.plural} {name}: {code} {reason}: {message}")
         self.verb, self.kind, self.name, self.code, self.reason, self.message = verb, kind, name, code, reason, message
         self.retry_after: float | None = None
         self.object_missing = False
-        """The server knows the kind and says that this very object is not there."""
+        """404 for this object: the server knows the kind and the namespace."""
 
 
 class NotFound(KubeError):
@@ -63,184 +63,205 @@ class NotFound(KubeError):
 
 
 class AlreadyExists(KubeError):
-    """409 on a create: the name is taken."""
+    """409 on a create: an object of this name exists."""
 
 
 class Conflict(KubeError):
-    """409 otherwise: what was read is no longer what is there, or the uid is another."""
+    """409 otherwise: the object has changed since it was read, or has another uid."""
 
 
 class Invalid(KubeError):
-    """400 and 422: the object is not what the server accepts."""
+    """400 or 422: the server does not accept the object."""
 
 
 class Forbidden(KubeError):
-    """403: no permission, a quota, or an admission policy; the message says which."""
+    """403: missing permission, a quota or an admission policy; the message says which."""
 
 
-class NamespaceGoing(KubeError):
-    """The namespace is being deleted, or is gone: nothing can be created in it any more."""
+class NamespaceTerminating(KubeError):
+    """The namespace is being deleted or does not exist: nothing can be created in it."""
+
+
+class Expired(KubeError):
+    """410: the continue token of a list is too old."""
 
 
 class Unavailable(KubeError):
-    """429, 5xx, or no answer to something that may be repeated."""
+    """429, 5xx, or no answer to a request that may be retried."""
 
 
 class OutcomeUnknown(KubeError):
-    """A create was sent and no answer came: it may or may not have happened."""
+    """No answer to a create: the object may exist or not."""
 
 
 @dataclass(frozen=True)
 class Created:
-    """An object that was created, and what admission warned of."""
+    """A created object, and the warnings of admission."""
 
     body: Object
     warnings: tuple[str, ...] = ()
 
 
 class Listing(NamedTuple):
-    """A list, or a page of it, and the version of the world it shows."""
+    """A list, or one page of it."""
 
     items: list[Object]
     version: int
+    """resourceVersion of the list."""
+    is_first_page: bool = True
+    """Whether a list starts with this page. Objects of earlier pages must then be discarded: the server had let the list expire."""
 
 
 @dataclass
 class ServerClock:
-    """Now, as the API server sees it: deadlines are computed from its times and must not suffer from ours."""
+    """The API server's clock. Deadlines are computed from times that the server set, and must not depend on a wrong local clock."""
 
     offset: timedelta = timedelta()
-    checked: float = field(default=float("-inf"))
+    compared_at: float = field(default=float("-inf"))
 
     def now(self) -> datetime:
         """Current time, UTC."""
         return datetime.now(UTC) + self.offset
 
-    def learn(self, header: str | None, monotonic: float) -> None:
-        """Compare with the `Date` header of an answer, at most every ten seconds."""
-        if not header or monotonic - self.checked < CLOCK_PERIOD:
+    def compare(self, date_header: str | None, monotonic: float) -> None:
+        """Compare the local clock with the `Date` header of a response, at most every ten seconds."""
+        if not date_header or monotonic - self.compared_at < CLOCK_PERIOD_SECONDS:
             return
-        self.checked = monotonic
+        self.compared_at = monotonic
         try:
-            difference = parsedate_to_datetime(header) - datetime.now(UTC)
+            difference = parsedate_to_datetime(date_header) - datetime.now(UTC)
         except (TypeError, ValueError):
             return
-        small = abs(difference.total_seconds()) <= CLOCK_TOLERANCE
-        self.offset = timedelta() if small else difference
+        is_small = abs(difference.total_seconds()) <= CLOCK_TOLERANCE_SECONDS
+        self.offset = timedelta() if is_small else difference
 
 
-Watcher = Callable[[str, str, int, float], None]
-"""Told about every request: verb, plural, status code (0: no answer), seconds."""
+RequestObserver = Callable[[str, str, int, float], None]
+"""Called after each request with verb, plural, status code (0: no answer) and duration in seconds."""
 
 
 class Kube:
-    """A connection to one API server. Create with `connect`, end with `close`."""
+    """A client of one API server. Create it with `connect`, end it with `close`."""
 
-    def __init__(self, configuration: Configuration, settings: ApiSettings, watcher: Watcher | None = None):
+    def __init__(self, configuration: Configuration, settings: ApiSettings, observer: RequestObserver | None = None):
         configuration.connection_pool_maxsize = settings.connections
         configuration.retries = None
-        # The environment is read once, here: the client would read it, and ~/.netrc in a thread, for every request.
+        # The proxy variables are read once, here. With `trust_env` the client reads them, and ~/.netrc in a thread, for each request.
         configuration.client_session_kwargs = {"trust_env": False}
         configuration.proxy = configuration.proxy or _proxy(configuration.host)
         self.configuration = configuration
         self.clock = ServerClock()
         self._rest = RESTClientObject(configuration)
         self._timeout = settings.timeout_seconds
-        self._watcher = watcher or (lambda verb, plural, code, seconds: None)
-        self.guard: Callable[[], None] = lambda: None
-        """Called before every write but the Lease's own; raises if this process may no longer write."""
+        self._observer = observer or (lambda verb, plural, code, seconds: None)
+        self.ensure_may_write: Callable[[], None] = lambda: None
+        """Called before each write except those of Leases; raises if this replica may no longer write."""
 
     @classmethod
     async def connect(
-        cls, settings: ApiSettings, watcher: Watcher | None = None, *, kubeconfig: Path | None = None
+        cls, settings: ApiSettings, observer: RequestObserver | None = None, *, kubeconfig: Path | None = None
     ) -> Kube:
-        """Connect as `kubeconfig` says, else as the pod's ServiceAccount, else as $KUBECONFIG or ~/.kube/config says.
+        """Connect with `kubeconfig`, else with the pod's ServiceAccount, else with $KUBECONFIG or ~/.kube/config.
 
-        Errors: kubernetes.aio.config.ConfigException if there is neither.
+        Errors: kubernetes.aio.config.ConfigException if there is none of them.
         """
         configuration = Configuration()
         try:
             if kubeconfig is not None:
-                raise kube_config.ConfigException("a kubeconfig was given")
+                raise kube_config.ConfigException("the caller named a kubeconfig")
             kube_config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call] # untyped upstream
         except kube_config.ConfigException:
             file = str(kubeconfig) if kubeconfig else None
             await kube_config.load_kube_config(config_file=file, client_configuration=configuration)  # type: ignore[no-untyped-call] # untyped upstream
-        return cls(configuration, settings, watcher)
+        return cls(configuration, settings, observer)
 
     async def close(self) -> None:
         """Close all connections."""
         await self._rest.close()
 
-    async def discovered(self, kind: Kind) -> bool:
-        """Whether the server's own directory names this kind of a group. A definition that is new is served some moments before."""
+    async def is_served(self, kind: Kind) -> bool:
+        """Whether the discovery document contains this kind. For a new CRD it does so some moments after the first list succeeds."""
         group = kind.api_version.partition("/")[0]
-        groups = (await self._repeat("get", kind, "", "GET", "/apis")).body.get("groups") or []
-        if group not in [one.get("name") for one in groups]:
+        groups = (await self._send_with_retries("get", kind, "", "GET", "/apis")).body.get("groups") or []
+        if group not in [served.get("name") for served in groups]:
             return False
         try:
-            found = (await self._repeat("get", kind, "", "GET", f"/apis/{kind.api_version}")).body.get("resources") or []
+            found = (await self._send_with_retries("get", kind, "", "GET", f"/apis/{kind.api_version}")).body.get(
+                "resources"
+            ) or []
         except NotFound:
             return False
-        return kind.plural in [one.get("name") for one in found]
+        return kind.plural in [resource.get("name") for resource in found]
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Object:
         """Read one object. Errors: NotFound, Unavailable, ..."""
-        return (await self._repeat("get", kind, name, "GET", kind.path(namespace, name))).body
+        return (await self._send_with_retries("get", kind, name, "GET", kind.path(namespace, name))).body
 
     async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Listing:
-        """All objects of a kind, of one namespace or of the cluster."""
+        """All objects of a kind, in one namespace or in the cluster."""
         items: list[Object] = []
         version = 0
         async for page in self.pages(kind, namespace, labels=labels, fields=fields):
-            items += page.items
+            items = page.items if page.is_first_page else items + page.items
             version = page.version
         return Listing(items, version)
 
     async def pages(
         self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = ""
     ) -> AsyncIterator[Listing]:
-        """The same in pages, for those who need not hold all of them; every page shows the same version of the world."""
-        query = {"limit": str(PAGE)} | ({"labelSelector": labels} if labels else {})
+        """The same list page by page, for callers that need not hold all objects. All pages show the same resourceVersion.
+
+        If the continue token expires between two pages (the server compacts its history every five minutes), the list restarts with
+        another first page. It is then one page, as in client-go's pager: a list without continue token cannot expire.
+        """
+        query = {"limit": str(PAGE_SIZE)} | ({"labelSelector": labels} if labels else {})
         query |= {"fieldSelector": fields} if fields else {}
         while True:
-            page = (await self._repeat("list", kind, "", "GET", kind.path(namespace), query=query)).body
+            try:
+                page = (await self._send_with_retries("list", kind, "", "GET", kind.path(namespace), query=query)).body
+            except Expired:
+                if "continue" not in query:
+                    raise
+                del query["continue"], query["limit"]
+                continue
             meta = page.get("metadata") or {}
             version = str(meta.get("resourceVersion", ""))
-            yield Listing(page.get("items") or [], int(version) if version.isdigit() else 0)
+            yield Listing(page.get("items") or [], int(version) if version.isdigit() else 0, "continue" not in query)
             if not meta.get("continue"):
                 return
             query["continue"] = meta["continue"]
 
     async def create(self, kind: Kind, namespace: str, body: Object) -> Created:
-        """Create once.
+        """Create an object, without retries.
 
-        Errors: AlreadyExists, Forbidden, Invalid, NamespaceGoing, OutcomeUnknown (read by name then), Unavailable.
+        Errors: AlreadyExists, Forbidden, Invalid, NamespaceTerminating, OutcomeUnknown (then read it by name), Unavailable.
         """
         name = body["metadata"]["name"]
         query = {"fieldManager": names.MANAGER}
-        return await self._once("create", kind, name, "POST", kind.path(namespace), body=body, query=query)
+        return await self._send("create", kind, name, "POST", kind.path(namespace), body=body, query=query)
 
-    async def replace(self, kind: Kind, namespace: str, body: Object, *, sub: str | None = None) -> Object:
-        """Replace an object or its `sub`resource; `body` carries the resourceVersion it was read with.
+    async def replace(self, kind: Kind, namespace: str, body: Object, *, subresource: str | None = None) -> Object:
+        """Replace an object or its `subresource`; `body` has the resourceVersion with which the object was read.
 
-        Errors: Conflict if it changed since, NotFound, ...
+        Errors: Conflict if the object has changed since, NotFound, ...
         """
         name = body["metadata"]["name"]
-        path = kind.path(namespace, name, sub)
+        path = kind.path(namespace, name, subresource)
         query = {"fieldManager": names.MANAGER}
-        return (await self._repeat("update", kind, name, "PUT", path, body=body, query=query)).body
+        return (await self._send_with_retries("update", kind, name, "PUT", path, body=body, query=query)).body
 
-    async def patch(self, kind: Kind, namespace: str, name: str, body: Object, *, sub: str | None = None) -> Object:
-        """Merge-patch an object or its `sub`resource, once: it carries no precondition."""
-        return (await self._once("patch", kind, name, "PATCH", kind.path(namespace, name, sub), body=body)).body
+    async def patch(
+        self, kind: Kind, namespace: str, name: str, body: Object, *, subresource: str | None = None
+    ) -> Object:
+        """Merge-patch an object or its `subresource`, without retries, since the patch has no precondition."""
+        return (await self._send("patch", kind, name, "PATCH", kind.path(namespace, name, subresource), body=body)).body
 
     async def delete(
         self, kind: Kind, namespace: str, name: str, *, uid: str, foreground: bool = True, grace: int | None = None
     ) -> bool:
-        """Delete the object of that uid; True if it was there. `grace` is in seconds.
+        """Delete the object with this uid. Returns False if there is none; an object of the same name with another uid stays.
 
-        A namesake with another uid stays untouched and counts as not there.
+        `grace` is the termination grace period in seconds.
         """
         body: Object = {
             "preconditions": {"uid": uid},
@@ -249,35 +270,35 @@ class Kube:
         if grace is not None:
             body["gracePeriodSeconds"] = grace
         try:
-            await self._repeat("delete", kind, name, "DELETE", kind.path(namespace, name), body=body)
+            await self._send_with_retries("delete", kind, name, "DELETE", kind.path(namespace, name), body=body)
         except (NotFound, Conflict):
             return False
         return True
 
-    async def _repeat(
+    async def _send_with_retries(
         self, verb: str, kind: Kind, name: str, method: str, path: str, *,
         body: Object | None = None, query: Mapping[str, str] | None = None,
     ) -> Created:  # fmt: skip
-        """Send something that may be repeated until it is answered, within the deadline."""
-        pause = FIRST_PAUSE
-        for left in reversed(range(TRIES)):
+        """Send a request that may be retried; retry it with growing pauses while the server is unavailable."""
+        pause = FIRST_PAUSE_SECONDS
+        for tries_left in reversed(range(MAX_TRIES)):
             try:
-                return await self._once(verb, kind, name, method, path, body=body, query=query)
+                return await self._send(verb, kind, name, method, path, body=body, query=query)
             except (Unavailable, OutcomeUnknown) as error:
-                if not left:
+                if not tries_left:
                     raise
                 wait = error.retry_after if error.retry_after is not None else pause * random.uniform(0.5, 1.5)  # noqa: S311 -- jitter
                 await asyncio.sleep(min(wait, self._timeout))
-                pause = min(pause * 3, LONGEST_PAUSE)
-        raise AssertionError("unreachable: the last try returns or raises")
+                pause = min(pause * 3, LONGEST_PAUSE_SECONDS)
+        raise AssertionError("unreachable: the last iteration returns or raises")
 
-    async def _once(
+    async def _send(
         self, verb: str, kind: Kind, name: str, method: str, path: str, *,
         body: Object | None = None, query: Mapping[str, str] | None = None,
     ) -> Created:  # fmt: skip
-        """Send one request."""
+        """Send one request. Errors: a KubeError for each status from 400, and if there is no answer."""
         if method != "GET" and kind is not LEASE:
-            self.guard()
+            self.ensure_may_write()
         url = self.configuration.host + path + (f"?{urlencode(query)}" if query else "")
         loop = asyncio.get_running_loop()
         started, code = loop.time(), 0
@@ -290,13 +311,13 @@ class Kube:
                 code = response.status
                 data = await response.read()
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
-            raise _no_answer(verb, kind, name, error) from error
+            raise _error_without_answer(verb, kind, name, error) from error
         finally:
-            self._watcher(verb, kind.plural, code, loop.time() - started)
-        self.clock.learn(response.headers.get("Date"), loop.time())
+            self._observer(verb, kind.plural, code, loop.time() - started)
+        self.clock.compare(response.headers.get("Date"), loop.time())
         value = _json(data)
         if code >= 400:
-            raise _refusal(verb, kind, name, code, value, response.headers)
+            raise _error_from_status(verb, kind, name, code, value, response.headers)
         return Created(value, tuple(_warning(text) for text in response.headers.getall("Warning", ())))
 
     async def _headers(self, method: str) -> dict[str, str]:
@@ -311,7 +332,7 @@ class Kube:
 
 
 def _proxy(url: str) -> str | None:
-    """The proxy that the environment names for this address (HTTPS_PROXY, NO_PROXY and their like)."""
+    """The proxy for this URL according to HTTPS_PROXY, NO_PROXY and similar environment variables."""
     parts = urlsplit(url)
     if not parts.hostname or proxy_bypass(parts.hostname):
         return None
@@ -327,24 +348,26 @@ def _json(data: bytes) -> Object:
 
 
 def _warning(header: str) -> str:
-    """Text of an RFC 7234 warning header: `299 - "text"`."""
+    """Text of a warning header (RFC 7234): `299 - "text"`."""
     start, end = header.find('"'), header.rfind('"')
     return header[start + 1 : end].replace('\\"', '"') if 0 <= start < end else header
 
 
-def _no_answer(verb: str, kind: Kind, name: str, error: Exception) -> KubeError:
+def _error_without_answer(verb: str, kind: Kind, name: str, error: Exception) -> KubeError:
     message = str(error) or type(error).__name__
     if isinstance(error, aiohttp.ClientConnectorError) or verb != "create":
         return Unavailable(verb, kind, name, 0, "NoAnswer", message)
     return OutcomeUnknown(verb, kind, name, 0, "NoAnswer", message)
 
 
-def _refusal(verb: str, kind: Kind, name: str, code: int, status: Object, headers: Mapping[str, str]) -> KubeError:
-    reason, message = str(status.get("reason") or ""), str(status.get("message") or "")[:MAX_MESSAGE]
+def _error_from_status(
+    verb: str, kind: Kind, name: str, code: int, status: Object, headers: Mapping[str, str]
+) -> KubeError:
+    reason, message = str(status.get("reason") or ""), str(status.get("message") or "")[:MAX_MESSAGE_CHARACTERS]
     error: type[KubeError] = KubeError
     match code:
-        case 403 | 404 if _namespace_goes(status):
-            error = NamespaceGoing
+        case 403 | 404 if _is_namespace_terminating(status):
+            error = NamespaceTerminating
         case 404:
             error = NotFound
         case 409:
@@ -353,10 +376,12 @@ def _refusal(verb: str, kind: Kind, name: str, code: int, status: Object, header
             error = Invalid
         case 403:
             error = Forbidden
+        case 410:
+            error = Expired
         case 429:
             error = Unavailable
         case _ if code >= 500:
-            # A 5xx on a create may come from a proxy after the server did the work.
+            # A 5xx on a create may come from a proxy after the server has created the object.
             error = OutcomeUnknown if verb == "create" else Unavailable
     refusal = error(verb, kind, name, code, reason, message)
     refusal.object_missing = code == 404 and bool(name) and (status.get("details") or {}).get("name") == name
@@ -365,8 +390,8 @@ def _refusal(verb: str, kind: Kind, name: str, code: int, status: Object, header
     return refusal
 
 
-def _namespace_goes(status: Object) -> bool:
-    """Whether a refusal is for want of a namespace: it is being deleted, or a create found none."""
+def _is_namespace_terminating(status: Object) -> bool:
+    """Whether a request failed because its namespace is being deleted or does not exist."""
     details = status.get("details") or {}
     causes = [cause.get("reason") for cause in details.get("causes") or []]
     return "NamespaceTerminating" in causes or details.get("kind") == "namespaces"

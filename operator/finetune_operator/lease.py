@@ -1,11 +1,14 @@
-"""One active replica, by a Lease, with client-go's rules: a silent leader is waited for by our own clock, never by the times
-that stand in the Lease, so that clocks may differ; who cannot renew in time stops writing and ends.
+"""Leader election with a Lease, by client-go's rules: exactly one replica is active.
+
+Whether the leader is alive is judged by the local clock since its last observed renewal, never by the times inside the Lease, so that
+the replicas' clocks may differ. A leader that cannot renew the Lease in time stops writing, and its process ends.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Awaitable, Callable, Coroutine
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,83 +20,82 @@ logger = logging.getLogger(__name__)
 
 
 class LeaseLost(Exception):
-    """Another replica may lead by now; nothing may be written any more."""
+    """Another replica may be the leader by now: this one must not write any more."""
 
 
-class Elector:
-    """Takes and keeps the Lease. Times are in seconds of the event loop's clock."""
+class LeaderElector:
+    """Acquires and renews the Lease for the replica `identity`. Times are in seconds of the event loop's clock."""
 
     def __init__(self, kube: Kube, settings: LeaderElection, namespace: str, identity: str):
         self._kube = kube
         self._settings = settings
         self._namespace = settings.lease_namespace or namespace
         self._identity = identity
-        self._observed: tuple[str, str] = ("", "")
+        self._observed_record: tuple[str, str] = ("", "")
         self._observed_at = float("-inf")
-        self._renewed = float("-inf")
-        self.leading = False
+        self._renewed_at = float("-inf")
+        self.is_leader = False
 
-    def check(self) -> None:
-        """Raise LeaseLost unless the Lease was renewed recently enough: to be called before every write."""
-        if (
-            not self.leading
-            or asyncio.get_running_loop().time() - self._renewed > self._settings.renew_deadline_seconds
-        ):
+    def ensure_leading(self) -> None:
+        """Raise LeaseLost unless the Lease was renewed recently enough. To be called before each write."""
+        age = asyncio.get_running_loop().time() - self._renewed_at
+        if not self.is_leader or age > self._settings.renew_deadline_seconds:
             raise LeaseLost("the Lease was not renewed in time")
 
     async def acquire(self) -> None:
-        """Wait until this replica leads."""
+        """Wait until this replica is the leader."""
         logger.info("waiting for Lease %s/%s", self._namespace, self._settings.lease_name)
-        while not await self._try():  # noqa: ASYNC110 -- what is waited for happens on the API server
+        while not await self._try_acquire_or_renew():  # noqa: ASYNC110 -- the Lease changes on the API server
             await asyncio.sleep(self._settings.retry_period_seconds)
-        self.leading = True
-        logger.info("this replica leads")
+        self.is_leader = True
+        logger.info("this replica is the leader")
 
-    async def keep(self) -> None:
-        """Renew until that fails. Errors: LeaseLost."""
+    async def renew_until_lost(self) -> None:
+        """Renew the Lease periodically. Errors: LeaseLost when that failed for too long."""
         while True:
             await asyncio.sleep(self._settings.retry_period_seconds)
-            await self._try()
-            self.check()
+            await self._try_acquire_or_renew()
+            self.ensure_leading()
 
     async def release(self) -> None:
-        """Let another replica lead at once."""
-        if not self.leading:
+        """Give up the Lease, so that another replica can become the leader at once."""
+        if not self.is_leader:
             return
-        self.leading = False
+        self.is_leader = False
         try:
-            found = await self._kube.get(LEASE, self._namespace, self._settings.lease_name)
-            if (found.get("spec") or {}).get("holderIdentity") == self._identity:
-                found["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": _now()}
-                await self._kube.replace(LEASE, self._namespace, found)
+            lease = await self._kube.get(LEASE, self._namespace, self._settings.lease_name)
+            if (lease.get("spec") or {}).get("holderIdentity") == self._identity:
+                lease["spec"] |= {"holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": _now()}
+                await self._kube.replace(LEASE, self._namespace, lease)
         except KubeError as error:
             logger.info("the Lease was not released: %s", error)
 
-    async def _try(self) -> bool:
-        """Take or renew once; True if the Lease is ours."""
+    async def _try_acquire_or_renew(self) -> bool:
+        """Acquire or renew the Lease once. Returns whether this replica holds it."""
+        # The request's start counts as the time of renewal: other replicas may have seen the new Lease long before the answer came.
         started = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self._settings.renew_deadline_seconds):
-                held = await self._take_or_renew()
+                is_held = await self._acquire_or_renew()
         except (KubeError, TimeoutError) as error:
             logger.info("the Lease cannot be written: %s", error or "no answer in time")
             return False
-        if held:
-            self._renewed = started
-        return held
+        if is_held:
+            self._renewed_at = started
+        return is_held
 
-    async def _take_or_renew(self) -> bool:
+    async def _acquire_or_renew(self) -> bool:
         name = self._settings.lease_name
         try:
-            found = await self._kube.get(LEASE, self._namespace, name)
+            lease = await self._kube.get(LEASE, self._namespace, name)
         except NotFound:
             return await self._create(name)
-        spec = found.get("spec") or {}
+        spec = lease.get("spec") or {}
         holder = str(spec.get("holderIdentity") or "")
         self._observe(holder, str(spec.get("renewTime") or ""))
-        if holder not in ("", self._identity) and not self._expired():
-            if self.leading:
-                raise LeaseLost(f"{holder} leads now")
+        if holder not in ("", self._identity) and not self._is_expired():
+            if self.is_leader:
+                raise LeaseLost(f"{holder} is the leader now")
             return False
         changes: dict[str, Any] = {
             "holderIdentity": self._identity,
@@ -102,9 +104,9 @@ class Elector:
         }
         if holder != self._identity:
             changes |= {"acquireTime": _now(), "leaseTransitions": int(spec.get("leaseTransitions") or 0) + 1}
-        found["spec"] = spec | changes
+        lease["spec"] = spec | changes
         try:
-            await self._kube.replace(LEASE, self._namespace, found)
+            await self._kube.replace(LEASE, self._namespace, lease)
         except Conflict:
             return False
         return True
@@ -128,14 +130,48 @@ class Elector:
             return False
         return True
 
-    def _observe(self, holder: str, renewed: str) -> None:
-        if (holder, renewed) != self._observed:
-            self._observed = (holder, renewed)
+    def _observe(self, holder: str, renew_time: str) -> None:
+        if (holder, renew_time) != self._observed_record:
+            self._observed_record = (holder, renew_time)
             self._observed_at = asyncio.get_running_loop().time()
 
-    def _expired(self) -> bool:
-        """The holder has been silent for the whole duration, by our clock."""
+    def _is_expired(self) -> bool:
+        """Whether the Lease has not changed for its whole duration, by the local clock."""
         return asyncio.get_running_loop().time() - self._observed_at > self._settings.lease_duration_seconds
+
+
+class Leadership:
+    """The start of the active replica: acquire the Lease, call `prepare`, then `start_work`, and renew the Lease all the time.
+
+    Without `elector` the replica is always the leader, and there is nothing to prepare: its cache is not older than the process.
+    """
+
+    def __init__(
+        self, elector: LeaderElector | None, prepare: Callable[[], Awaitable[None]], start_work: Callable[[], None]
+    ):
+        self._elector, self._prepare, self._start_work = elector, prepare, start_work
+        self._is_acquired = asyncio.Event()
+
+    def parts(self) -> dict[str, Coroutine[Any, Any, None]]:
+        """Two coroutines by name, to run side by side as long as the process runs. Errors: LeaseLost, and those of `prepare`.
+
+        They are separate because `prepare` lists all objects: with thousands of them that takes longer than the renew deadline.
+        """
+        return {"lease": self._hold_lease(), "leader": self._lead()}
+
+    async def _hold_lease(self) -> None:
+        if self._elector is not None:
+            await self._elector.acquire()
+            self._is_acquired.set()
+            await self._elector.renew_until_lost()
+        await asyncio.Event().wait()
+
+    async def _lead(self) -> None:
+        if self._elector is not None:
+            await self._is_acquired.wait()
+            await self._prepare()
+        self._start_work()
+        await asyncio.Event().wait()
 
 
 def _now() -> str:

@@ -1,11 +1,10 @@
-"""Log lines, as text for people or as JSON for collectors, each with the job it speaks of."""
+"""Log lines, as text for people or as JSON for log collectors, each with the job that it concerns."""
 
 from __future__ import annotations
 
 import contextvars
 import json
 import logging
-import re
 import sys
 from datetime import UTC, datetime
 from typing import Any
@@ -13,24 +12,23 @@ from typing import Any
 from finetune_operator.settings import LogFormat, LogSettings
 
 job: contextvars.ContextVar[str] = contextvars.ContextVar("job", default="")
-"""`namespace/name` of the job that is being looked at."""
+"""`namespace/name` of the job that is being reconciled."""
 attempt: contextvars.ContextVar[int] = contextvars.ContextVar("attempt", default=0)
-"""Its current attempt; 0: none."""
+"""Current attempt of that job; 0: none."""
 reconcile: contextvars.ContextVar[int] = contextvars.ContextVar("reconcile", default=0)
-"""Number of this look, counted from the start of the process."""
+"""Number of this reconciliation since the process started."""
 
 
 def context() -> dict[str, Any]:
-    """What the current line speaks of."""
+    """Fields of the current log line that are set."""
     found = {"job": job.get(), "attempt": attempt.get(), "reconcile": reconcile.get()}
     return {name: value for name, value in found.items() if value}
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """Formats each record as one line of JSON."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
         value = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
@@ -44,43 +42,22 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """Time, level, message, then what it speaks of."""
+    """Formats each record as time, level, message and context."""
 
     def __init__(self) -> None:
         super().__init__("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line."""
         line = super().format(record)
         found = " ".join(f"{name}={value}" for name, value in context().items())
         return f"{line} [{found}]" if found else line
 
 
-class Patience(logging.Filter):
-    """kopf says `error` of every request that it is going to repeat; the first few times that is the weather, and no error.
-
-    So it is when its connections are gone under a request: that happens to requests in flight whenever an operator ends.
-    """
-
-    TRIES = 5
-    _REPEATED = re.compile(r"Request attempt #(\d+)(?:/\d+)? failed; (?:will retry|(?:TCP|SSL) closed; will re-authenticate)")
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Keep every line; lower the level of those."""
-        found = self._REPEATED.match(record.getMessage()) if record.name.startswith("kopf") else None
-        if found is not None and int(found.group(1)) <= self.TRIES:
-            record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
-        return True
-
-
 def configure(settings: LogSettings) -> None:
-    """Set up logging of the whole process."""
+    """Set up logging for the whole process."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.format is LogFormat.JSON else TextFormatter())
-    handler.addFilter(Patience())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(settings.level.upper())
-    # kopf tells of every event of every object; our own lines say what came of them.
-    logging.getLogger("kopf.objects").setLevel(logging.WARNING)
     logging.getLogger("aiohttp.access").setLevel(logging.WARNING)

@@ -1,74 +1,81 @@
-"""Prometheus metrics of the operator. Labels are bounded: verbs, kinds, causes and phases, never names of jobs."""
+"""Prometheus metrics of the operator. Label values are bounded: verbs, kinds, reasons and phases, never job names."""
 
 from __future__ import annotations
 
 from finetune_api.names import Phase
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
-MINUTES = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+SECONDS_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
+MINUTES_BUCKETS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1800, 3600, 7200)
 PREFIX = "finetune_operator"
 
 
 class Metrics:
-    """All metrics, on a registry of their own."""
+    """All metrics, in a registry of their own."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.api_requests = Counter(
             f"{PREFIX}_api_requests_total",
-            "Requests to the API server, also those of the watches; code 0: no answer.",
+            "Requests to the API server, including watches; code 0: no answer.",
             ["verb", "resource", "code"],
             registry=self.registry,
         )
         self.api_seconds = Histogram(
             f"{PREFIX}_api_request_seconds",
-            "Time of requests to the API server.",
+            "Duration of requests to the API server.",
             ["verb"],
-            buckets=SECONDS,
+            buckets=SECONDS_BUCKETS,
             registry=self.registry,
         )
         self.reconcile_seconds = Histogram(
             f"{PREFIX}_reconcile_seconds",
-            "Time of one look at a job.",
+            "Duration of one reconciliation of a job.",
             ["result"],
-            buckets=SECONDS,
+            buckets=SECONDS_BUCKETS,
             registry=self.registry,
         )
         self.queue_wait = Histogram(
-            f"{PREFIX}_queue_wait_seconds", "Time a job waited for a worker.", buckets=SECONDS, registry=self.registry
+            f"{PREFIX}_queue_wait_seconds",
+            "Time that a job waited for a worker.",
+            buckets=SECONDS_BUCKETS,
+            registry=self.registry,
         )
         self.queue_depth = Gauge(f"{PREFIX}_queue_depth", "Jobs that wait for a worker.", registry=self.registry)
         self.jobs = Gauge(f"{PREFIX}_jobs", "FineTuneJobs by phase.", ["phase"], registry=self.registry)
         self.attempts_ended = Counter(
-            f"{PREFIX}_attempts_ended_total", "Attempts that ended, by reason.", ["reason"], registry=self.registry
+            f"{PREFIX}_attempts_ended_total", "Ended attempts by reason.", ["reason"], registry=self.registry
         )
         self.jobs_finished = Counter(
             f"{PREFIX}_jobs_finished_total",
-            "FineTuneJobs that finished, by outcome.",
+            "Finished FineTuneJobs by outcome.",
             ["outcome"],
             registry=self.registry,
         )
         self.time_to_running = Histogram(
             f"{PREFIX}_time_to_running_seconds",
-            "From creation of a job to its first step.",
-            buckets=MINUTES,
+            "Time from the creation of a job to its first step.",
+            buckets=MINUTES_BUCKETS,
             registry=self.registry,
         )
         self.quota_wait = Histogram(
             f"{PREFIX}_quota_wait_seconds",
-            "Time an attempt waited for quota in a queue.",
-            buckets=MINUTES,
+            "Time that an attempt waited for quota in a queue.",
+            buckets=MINUTES_BUCKETS,
             registry=self.registry,
         )
-        self.steps_done = Counter(f"{PREFIX}_steps_total", "Optimizer steps of ended attempts.", registry=self.registry)
+        self.steps_done = Counter(
+            f"{PREFIX}_steps_total",
+            "Optimizer steps of ended attempts, repeated ones included.",
+            registry=self.registry,
+        )
         self.steps_lost = Counter(
             f"{PREFIX}_steps_lost_total",
-            "Optimizer steps that were repeated; goodput is 1 - lost / done.",
+            "Optimizer steps that had to be repeated; goodput is 1 - lost / done.",
             registry=self.registry,
         )
         self.loop_lag = Gauge(f"{PREFIX}_event_loop_lag_seconds", "Delay of the event loop.", registry=self.registry)
-        self.leader = Gauge(f"{PREFIX}_leader", "1 while this replica leads.", registry=self.registry)
+        self.leader = Gauge(f"{PREFIX}_leader", "1 while this replica is the leader.", registry=self.registry)
 
     def request(self, verb: str, resource: str, code: int, seconds: float) -> None:
         """Count one request to the API server."""
@@ -76,6 +83,6 @@ class Metrics:
         self.api_seconds.labels(verb).observe(seconds)
 
     def phases(self, counts: dict[str, int]) -> None:
-        """Set the number of jobs in every phase."""
+        """Set the number of jobs in each phase."""
         for phase in Phase:
             self.jobs.labels(phase.value).set(counts.get(phase.value, 0))

@@ -1,4 +1,4 @@
-"""Kubernetes objects as JSON has them, and the kinds that the operator knows."""
+"""Kubernetes objects as parsed JSON, and the kinds that the operator uses."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from urllib.parse import quote
 from finetune_api import names
 
 Object = dict[str, Any]
-"""A Kubernetes object, as JSON has it."""
+"""A Kubernetes object as parsed JSON."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of object, and where it lives."""
+    """A kind of object and its URL path."""
 
     api_version: str
     kind: str
     plural: str
 
-    def path(self, namespace: str | None, name: str | None = None, sub: str | None = None) -> str:
+    def path(self, namespace: str | None, name: str | None = None, subresource: str | None = None) -> str:
         """URL path of the collection or of one object."""
         root = "/api/v1" if self.api_version == "v1" else f"/apis/{self.api_version}"
         parts = [root]
         if namespace:
             parts += ["namespaces", quote(namespace, safe="")]
         parts.append(self.plural)
-        parts += [quote(part, safe="") for part in (name, sub) if part]
+        parts += [quote(part, safe="") for part in (name, subresource) if part]
         return "/".join(parts)
 
 
@@ -38,3 +38,6 @@ SERVICE = Kind("v1", "Service", "services")
 CORE_EVENT = Kind("v1", "Event", "events")
 EVENT = Kind("events.k8s.io/v1", "Event", "events")
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
+
+SELECTOR = f"{names.Label.MANAGED_BY}={names.MANAGER}"
+"""Label selector of the Jobs and pods that the operator creates, so that it does not watch all pods of the cluster."""

@@ -25,7 +25,7 @@ from finetune_operator.decide import decide
 from finetune_operator.events import Note, Recorder, transitions
 from finetune_operator.facts import Facts
 from finetune_operator.killpoints import Point, reach
-from finetune_operator.kube import Conflict, Forbidden, Invalid, Kube, KubeError, NamespaceGoing, NotFound
+from finetune_operator.kube import Conflict, Forbidden, Invalid, Kube, KubeError, NamespaceTerminating, NotFound
 from finetune_operator.lease import LeaseLost
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Object
@@ -126,7 +126,7 @@ class Reconciler:
             logger.debug("what was known is old: %s", error)
             self._queue.failed(key)
             return "stale"
-        except NamespaceGoing as error:
+        except NamespaceTerminating as error:
             # The FineTuneJob goes with it, and its deletion is an event: there is nothing to try again for.
             logger.info("nothing is started in a namespace that goes: %s", error)
             self._scraper.stop(key)
@@ -179,12 +179,12 @@ class Reconciler:
 
     def _rests(self, key: Key) -> bool:
         """Whether there can be no more to see than the first pods of a Job made in a rush, and the rush goes on or they are not there."""
-        memory, job = self._memories.get(key), self._cache.family(key).job
+        memory, job = self._memories.get(key), self._cache.get(key).finetunejob
         if memory is None or memory.rest_until is None:
             return False
         now = asyncio.get_running_loop().time()
         same = job is not None and not job.is_deleting and (job.uid, job.generation) == (memory.uid, memory.generation)
-        busy = self._queue.rush or not self._cache.family(key).pods
+        busy = self._queue.rush or not self._cache.get(key).pods
         if not same or not busy or now >= memory.rest_until:
             memory.rest_until = None
             return False
@@ -206,8 +206,8 @@ class Reconciler:
 
     def _known(self, key: Key) -> Facts | None:
         """What the cache, the scraper and this process' memory say now."""
-        family = self._cache.family(key)
-        job = family.job
+        entry = self._cache.get(key)
+        job = entry.finetunejob
         if job is None:
             return None
         memory = self._memory(key, job)
@@ -216,8 +216,8 @@ class Reconciler:
             acceptance=memory.acceptance,
             now=self._kube.clock.now(),
             config=self._config,
-            jobs=tuple(family.jobs.values()),
-            pods=tuple(family.pods.values()),
+            jobs=tuple(entry.jobs.values()),
+            pods=tuple(entry.pods.values()),
             blocking=memory.obstacle,
         )
         heard = self._scraper.heard(key, job.uid, facts.attempt)
@@ -271,7 +271,7 @@ class Reconciler:
                 self._cache.put_pod(view)
         for pod in facts.attempt_pods:
             if pod.uid not in seen and not pod.is_deleted:
-                self._cache.drop_pod(pod)
+                self._cache.mark_pod_deleted(pod)
         return True
 
     async def _read_obstacle(self, key: Key, facts: Facts) -> bool:
@@ -336,7 +336,7 @@ class Reconciler:
             return
         await self._recorder.tell(facts.job, notes)
         reach(Point.BEFORE_STATUS_WRITE)
-        written = await self._kube.replace(FINETUNEJOB, key.namespace, _status_body(facts.job, after), sub="status")
+        written = await self._kube.replace(FINETUNEJOB, key.namespace, _status_body(facts.job, after), subresource="status")
         reach(Point.AFTER_STATUS_WRITE)
         # Counted from when it was heard, not from when its turn came: otherwise a burst's delay would stay in every later write.
         self._pace.written(untold, now - (seconds_between(facts.last_report.time, facts.now) if facts.last_report else 0.0))
@@ -372,7 +372,7 @@ class Reconciler:
         elif plan.situation in (Situation.FINISHED, Situation.SUSPENDED, Situation.DELETING):
             self._scraper.forget(key)
             self._reads.leave(key)
-            self._cache.forget_pods(key, before=facts.attempt + 1)
+            self._cache.drop_deleted_pods(key, before_attempt=facts.attempt + 1)
             if plan.situation is Situation.FINISHED:
                 self._memories[key].acceptance = UNREAD
         else:
@@ -385,7 +385,7 @@ class Reconciler:
         if due is not None:
             self._queue.add_after(key, max(0.05, due - asyncio.get_running_loop().time()))
         if plan.situation is Situation.STARTING:
-            self._cache.forget_pods(key, before=facts.attempt)
+            self._cache.drop_deleted_pods(key, before_attempt=facts.attempt)
         if plan.reconcile_at is not None:
             self._queue.add_after(key, _seconds_until(plan.reconcile_at, facts.now))
 

@@ -22,8 +22,12 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
 
-class SettingsError(Exception):
-    """The configuration file cannot be used; the message names the file, every wrong key, and what was found."""
+class StartError(Exception):
+    """The operator cannot start; the message says in one line what is missing or wrong."""
+
+
+class SettingsError(StartError):
+    """The configuration file is invalid; the message names the file, each wrong key, and what was found."""
 
 
 class PullPolicy(StrEnum):

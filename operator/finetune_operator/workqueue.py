@@ -135,6 +135,11 @@ class WorkQueue:
         self._again.clear()
         self._due.clear()
 
+    def restart_wait_times(self) -> None:
+        """Count the waiting time of all queued keys from now, as `oldest` and `take` report it."""
+        now = self._clock()
+        self._since = dict.fromkeys(self._since, now)
+
     def oldest(self) -> float:
         """Seconds that the longest-waiting or longest-worked-on key has been there."""
         now = self._clock()

@@ -42,7 +42,7 @@ class Queue:
         kube, namespace = self._world.kube, self._world.namespace
         await kube.patch(JOB, namespace, name, {"spec": {"suspend": True}})
         await self._world.until("suspended", lambda: self._suspended(name))
-        await kube.patch(JOB, namespace, name, {"status": {"startTime": None}}, sub="status")
+        await kube.patch(JOB, namespace, name, {"status": {"startTime": None}}, subresource="status")
         await self._world.until("no start", lambda: "startTime" not in self._world.jobs.items[name]["status"])
         await kube.patch(JOB, namespace, name, {"spec": {"template": {"spec": {"nodeSelector": None}}}})
 

@@ -346,7 +346,7 @@ class Kubelet:
 
     async def write(self, pod: Object, status: Object) -> None:
         """Write a pod's status."""
-        await self._rig.kube.patch(POD, self._rig.namespace, pod["metadata"]["name"], {"status": status}, sub="status")
+        await self._rig.kube.patch(POD, self._rig.namespace, pod["metadata"]["name"], {"status": status}, subresource="status")
 
     async def _stop(self, pod: Object) -> None:
         """SIGTERM: save, end, and let the object go."""

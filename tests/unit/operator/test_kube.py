@@ -1,10 +1,11 @@
-"""The API client: what is repeated and what is not, and the names of refusals. Against a small HTTP server."""
+"""The API client against a small HTTP server: which requests are retried, and which error each status becomes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -12,13 +13,15 @@ from aiohttp import web
 from finetune_operator.kube import (
     AlreadyExists,
     Conflict,
+    Expired,
     Forbidden,
     Invalid,
     Kube,
     KubeError,
-    NamespaceGoing,
+    NamespaceTerminating,
     NotFound,
     OutcomeUnknown,
+    ServerClock,
     Unavailable,
 )
 from finetune_operator.objects import FINETUNEJOB, JOB, LEASE, POD, Object
@@ -30,12 +33,12 @@ JOB_BODY: Object = {"metadata": {"name": "run-1", "namespace": "team", "resource
 
 @dataclass
 class Server:
-    """Answers in turn; the last answer stays. An answer of None drops the connection."""
+    """Sends the given answers in order and repeats the last one. None closes the connection without an answer."""
 
     answers: list[tuple[int, Object, dict[str, str]] | None] = field(default_factory=list)
     seen: list[tuple[str, str, Any]] = field(default_factory=list)
 
-    def say(self, code: int, body: Object | None = None, **headers: str) -> None:
+    def answer(self, code: int, body: Object | None = None, **headers: str) -> None:
         found = {name.replace("_", "-"): value for name, value in headers.items()}
         self.answers.append((code, body or {}, found))
 
@@ -72,7 +75,7 @@ async def kube(server: Server) -> AsyncIterator[Kube]:
     await runner.cleanup()
 
 
-def status(reason: str, message: str = "words") -> Object:
+def status(reason: str, message: str = "message") -> Object:
     return {"kind": "Status", "reason": reason, "message": message}
 
 
@@ -83,16 +86,24 @@ def status(reason: str, message: str = "words") -> Object:
         (422, "Invalid", Invalid), (403, "Forbidden", Forbidden), (405, "MethodNotAllowed", KubeError),
     ],
 )  # fmt: skip
-async def test_refusals_have_names(server: Server, kube: Kube, code: int, reason: str, error: type[KubeError]) -> None:
-    server.say(code, status(reason))
+async def test_error_class_follows_status_and_reason(
+    server: Server, kube: Kube, code: int, reason: str, error: type[KubeError]
+) -> None:
+    server.answer(code, status(reason))
     with pytest.raises(error) as caught:
         await kube.create(JOB, "team", JOB_BODY)
-    assert (caught.value.code, caught.value.reason, caught.value.message) == (code, reason, "words")
+    assert (caught.value.code, caught.value.reason, caught.value.message) == (code, reason, "message")
     assert len(server.seen) == 1
 
 
 TERMINATING: Object = {
-    "causes": [{"reason": "NamespaceTerminating", "message": "namespace team is being terminated", "field": "metadata.namespace"}],
+    "causes": [
+        {
+            "reason": "NamespaceTerminating",
+            "message": "namespace team is being terminated",
+            "field": "metadata.namespace",
+        }
+    ],
 }
 
 
@@ -103,11 +114,11 @@ TERMINATING: Object = {
         (404, "NotFound", {"name": "team", "kind": "namespaces"}),
     ],
 )
-async def test_a_namespace_that_goes_has_an_error_of_its_own(
+async def test_terminating_namespace_has_its_own_error(
     server: Server, kube: Kube, code: int, reason: str, details: Object
 ) -> None:
-    server.say(code, status(reason) | {"details": details})
-    with pytest.raises(NamespaceGoing):
+    server.answer(code, status(reason) | {"details": details})
+    with pytest.raises(NamespaceTerminating):
         await kube.create(JOB, "team", JOB_BODY)
     assert len(server.seen) == 1
 
@@ -119,12 +130,12 @@ async def test_a_namespace_that_goes_has_an_error_of_its_own(
         (status("NotFound") | {"details": {}}, False),
         ({}, False),
     ],
-    ids=["the object", "the kind", "no answer of the API's"],
+    ids=["missing object", "missing kind", "body without details"],
 )
-async def test_an_object_that_is_not_there_is_told_from_a_kind_that_is_not(
+async def test_missing_object_is_distinguished_from_missing_kind(
     server: Server, kube: Kube, body: Object, missing: bool
 ) -> None:
-    server.say(404, body)
+    server.answer(404, body)
     with pytest.raises(NotFound) as caught:
         await kube.replace(JOB, "team", JOB_BODY)
     assert caught.value.object_missing is missing
@@ -142,73 +153,89 @@ RESOURCES: Object = {"resources": [{"name": "finetunejobs/status"}, {"name": "fi
         ([(200, GROUPS), (200, {"resources": []})], False),
         ([(200, GROUPS), (200, RESOURCES)], True),
     ],
-    ids=["no group", "no version", "no kind", "all there"],
+    ids=["no group", "no version", "no kind", "all present"],
 )
-async def test_a_kind_is_known_when_the_directory_names_it(
+async def test_kind_is_served_when_discovery_names_it(
     server: Server, kube: Kube, answers: list[tuple[int, Object]], known: bool
 ) -> None:
     for code, body in answers:
-        server.say(code, body)
-    assert await kube.discovered(FINETUNEJOB) is known
+        server.answer(code, body)
+    assert await kube.is_served(FINETUNEJOB) is known
     paths = ["/apis", "/apis/finetune-operator.io/v1alpha1"]
     assert [path for _, path, _ in server.seen] == paths[: len(answers)]
 
 
-async def test_reads_are_repeated(server: Server, kube: Kube) -> None:
-    server.say(503)
+async def test_reads_are_retried(server: Server, kube: Kube) -> None:
+    server.answer(503)
     server.answers.append(None)
-    server.say(429, Retry_After="0")
-    server.say(200, {"found": True})
+    server.answer(429, Retry_After="0")
+    server.answer(200, {"found": True})
     assert await kube.get(JOB, "team", "run-1") == {"found": True}
     assert len(server.seen) == 4
 
 
 @pytest.mark.parametrize("answer", [None, (500, {}, {}), (504, {}, {})])
-async def test_a_create_is_never_repeated(server: Server, kube: Kube, answer: Any) -> None:
+async def test_create_is_never_retried(server: Server, kube: Kube, answer: Any) -> None:
     server.answers = [answer]
     with pytest.raises(OutcomeUnknown):
         await kube.create(JOB, "team", JOB_BODY)
     assert len(server.seen) == 1
 
 
-async def test_a_create_that_was_turned_away_is_known_not_to_have_happened(server: Server, kube: Kube) -> None:
-    server.say(429, status("TooManyRequests"), Retry_After="7")
+async def test_throttled_create_is_known_not_to_have_happened(server: Server, kube: Kube) -> None:
+    server.answer(429, status("TooManyRequests"), Retry_After="7")
     with pytest.raises(Unavailable) as caught:
         await kube.create(JOB, "team", JOB_BODY)
     assert caught.value.retry_after == 7
 
 
-async def test_a_delete_names_the_uid_and_a_namesake_is_spared(server: Server, kube: Kube) -> None:
-    server.say(409, status("Conflict"))
+async def test_delete_spares_an_object_of_the_same_name_with_another_uid(server: Server, kube: Kube) -> None:
+    server.answer(409, status("Conflict"))
     assert await kube.delete(POD, "team", "p", uid="u-1", grace=0) is False
     method, path, body = server.seen[0]
     assert (method, path) == ("DELETE", "/api/v1/namespaces/team/pods/p")
     assert body == {"preconditions": {"uid": "u-1"}, "propagationPolicy": "Foreground", "gracePeriodSeconds": 0}
 
 
-async def test_lists_come_in_pages(server: Server, kube: Kube) -> None:
-    server.say(200, {"items": [{"n": 1}], "metadata": {"continue": "t", "resourceVersion": "5"}})
-    server.say(200, {"items": [{"n": 2}], "metadata": {"resourceVersion": "5"}})
+async def test_list_reads_all_pages(server: Server, kube: Kube) -> None:
+    server.answer(200, {"items": [{"n": 1}], "metadata": {"continue": "t", "resourceVersion": "5"}})
+    server.answer(200, {"items": [{"n": 2}], "metadata": {"resourceVersion": "5"}})
     listing = await kube.list(FINETUNEJOB, labels="a=b")
     assert (listing.items, listing.version) == ([{"n": 1}, {"n": 2}], 5)
     assert server.seen[1][1].endswith("finetunejobs?limit=200&labelSelector=a%3Db&continue=t")
 
 
-async def test_admission_warnings_are_kept(server: Server, kube: Kube) -> None:
-    server.say(201, JOB_BODY, Warning='299 - "would violate \\"restricted\\""')
+async def test_list_restarts_without_pages_when_its_continue_token_expires(server: Server, kube: Kube) -> None:
+    server.answer(200, {"items": [{"n": 1}], "metadata": {"continue": "t", "resourceVersion": "5"}})
+    server.answer(410, status("Expired"))
+    server.answer(200, {"items": [{"n": 2}, {"n": 3}], "metadata": {"resourceVersion": "9"}})
+    listing = await kube.list(FINETUNEJOB, labels="a=b")
+    assert (listing.items, listing.version) == ([{"n": 2}, {"n": 3}], 9)
+    assert server.seen[2][1].endswith("finetunejobs?labelSelector=a%3Db")
+
+
+async def test_list_that_expires_without_a_continue_token_fails(server: Server, kube: Kube) -> None:
+    server.answer(410, status("Expired"))
+    with pytest.raises(Expired):
+        await kube.list(FINETUNEJOB)
+    assert len(server.seen) == 1
+
+
+async def test_create_returns_admission_warnings(server: Server, kube: Kube) -> None:
+    server.answer(201, JOB_BODY, Warning='299 - "would violate \\"restricted\\""')
     assert (await kube.create(JOB, "team", JOB_BODY)).warnings == ('would violate "restricted"',)
 
 
-async def test_the_guard_stands_before_every_write_but_the_lease_s(server: Server, kube: Kube) -> None:
-    def closed() -> None:
+async def test_every_write_except_the_lease_asks_whether_it_may_write(server: Server, kube: Kube) -> None:
+    def refuse() -> None:
         raise RuntimeError("no longer")
 
-    server.say(200, {})
-    kube.guard = closed
+    server.answer(200, {})
+    kube.ensure_may_write = refuse
     await kube.get(JOB, "team", "run-1")
     await kube.replace(LEASE, "team", JOB_BODY)
     for write in (
-        kube.replace(FINETUNEJOB, "team", JOB_BODY, sub="status"),
+        kube.replace(FINETUNEJOB, "team", JOB_BODY, subresource="status"),
         kube.delete(JOB, "team", "run-1", uid="u"),
     ):
         with pytest.raises(RuntimeError, match="no longer"):
@@ -216,17 +243,20 @@ async def test_the_guard_stands_before_every_write_but_the_lease_s(server: Serve
     assert len(server.seen) == 2
 
 
-async def test_requests_are_counted(server: Server, kube: Kube) -> None:
-    seen: list[tuple[str, str, int]] = []
-    kube._watcher = lambda verb, plural, code, seconds: seen.append((verb, plural, code))
-    server.say(503)
-    server.say(200)
-    await kube.get(JOB, "team", "x")
-    assert seen == [("get", "jobs", 503), ("get", "jobs", 200)]
+async def test_each_try_of_a_request_is_observed(server: Server, kube: Kube) -> None:
+    observed: list[tuple[str, str, int]] = []
+    observing = Kube(
+        kube.configuration, ApiSettings(), lambda verb, plural, code, _: observed.append((verb, plural, code))
+    )
+    server.answer(503)
+    server.answer(200)
+    await observing.get(JOB, "team", "x")
+    await observing.close()
+    assert observed == [("get", "jobs", 503), ("get", "jobs", 200)]
 
 
-async def test_a_refusal_that_repeats_the_whole_object_is_cut(server: Server, kube: Kube) -> None:
-    server.say(422, status("Invalid", "x" * 100_000))
+async def test_long_error_message_is_cut(server: Server, kube: Kube) -> None:
+    server.answer(422, status("Invalid", "x" * 100_000))
     with pytest.raises(Invalid) as caught:
         await kube.create(JOB, "team", JOB_BODY)
     assert len(caught.value.message) == 2048
@@ -240,7 +270,7 @@ async def test_a_refusal_that_repeats_the_whole_object_is_cut(server: Server, ku
         ({}, None),
     ],
 )
-async def test_the_environment_s_proxy_is_used(
+async def test_proxy_of_the_environment_is_used(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], proxy: str | None
 ) -> None:
     for name in ("HTTPS_PROXY", "https_proxy", "NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy"):
@@ -252,3 +282,14 @@ async def test_the_environment_s_proxy_is_used(
     kube = Kube(configuration, ApiSettings())
     assert kube.configuration.proxy == proxy
     await kube.close()
+
+
+def test_clock_follows_the_server_if_the_difference_is_large() -> None:
+    clock = ServerClock()
+    wrong = datetime.now(UTC) + timedelta(hours=2)
+    clock.compare(wrong.strftime("%a, %d %b %Y %H:%M:%S GMT"), 100.0)
+    assert abs((clock.now() - wrong).total_seconds()) < 2
+    clock.compare(datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 101.0)
+    assert abs((clock.now() - wrong).total_seconds()) < 2
+    clock.compare(datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 200.0)
+    assert clock.offset == timedelta()

@@ -1,4 +1,4 @@
-"""The Lease: one leader, no trust in other people's clocks, no write after the lead may be lost."""
+"""Leader election: one leader, independent of other replicas' clocks, and no write after the Lease may be lost."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 from finetune_operator.kube import AlreadyExists, Conflict, Created, Kube, NotFound, Unavailable
-from finetune_operator.lease import Elector, LeaseLost
+from finetune_operator.lease import LeaderElector, Leadership, LeaseLost
 from finetune_operator.objects import LEASE, Kind, Object
 from finetune_operator.settings import LeaderElection
 
@@ -17,12 +17,13 @@ SETTINGS = LeaderElection(enabled=True, lease_duration_seconds=15, renew_deadlin
 
 
 class Server:
-    """A server of one Lease, with resourceVersions; `down` makes it refuse."""
+    """An API server with one Lease. `is_down` makes each request fail; a write is answered `answer_delay_seconds` after it took effect."""
 
     def __init__(self) -> None:
         self.lease: Object | None = None
         self.version = 0
-        self.down = False
+        self.is_down = False
+        self.answer_delay_seconds = 0.0
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Object:
         self._check("get", kind, name)
@@ -34,23 +35,24 @@ class Server:
         self._check("create", kind, "l")
         if self.lease is not None:
             raise AlreadyExists("create", kind, "l", 409, "AlreadyExists", "there")
-        return Created(self._store(body))
+        return Created(await self._store(body))
 
     async def replace(self, kind: Kind, namespace: str, body: Object) -> Object:
         self._check("update", kind, "l")
         if self.lease is None or body["metadata"]["resourceVersion"] != self.lease["metadata"]["resourceVersion"]:
             raise Conflict("update", kind, "l", 409, "Conflict", "changed")
-        return self._store(body)
+        return await self._store(body)
 
     def _check(self, verb: str, kind: Kind, name: str) -> None:
         assert kind is LEASE
-        if self.down:
+        if self.is_down:
             raise Unavailable(verb, kind, name, 503, "", "down")
 
-    def _store(self, body: Object) -> Object:
+    async def _store(self, body: Object) -> Object:
         self.version += 1
         self.lease = _copy(body)
         self.lease["metadata"]["resourceVersion"] = str(self.version)
+        await asyncio.sleep(self.answer_delay_seconds)
         return _copy(self.lease)
 
     @property
@@ -63,32 +65,32 @@ def _copy(value: Object) -> Object:
     return {**value, "metadata": dict(value["metadata"]), "spec": dict(value["spec"])}
 
 
-def elector(server: Server, name: str) -> Elector:
-    return Elector(cast(Kube, server), SETTINGS, "operators", name)
+def elector(server: Server, name: str) -> LeaderElector:
+    return LeaderElector(cast(Kube, server), SETTINGS, "operators", name)
 
 
 def now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def test_the_first_one_leads_and_the_second_waits() -> None:
-    async def story() -> None:
+def test_second_replica_waits_while_the_first_renews() -> None:
+    async def scenario() -> None:
         server = Server()
         first, second = elector(server, "first"), elector(server, "second")
         await first.acquire()
-        keeping = asyncio.create_task(first.keep())
+        keeping = asyncio.create_task(first.renew_until_lost())
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(300):
                 await second.acquire()
         assert server.holder == "first"
-        first.check()
+        first.ensure_leading()
         keeping.cancel()
 
-    run(story())
+    run(scenario())
 
 
-def test_a_silent_leader_is_replaced_after_the_duration() -> None:
-    async def story() -> float:
+def test_silent_leader_is_replaced_after_the_lease_duration() -> None:
+    async def scenario() -> float:
         server = Server()
         await elector(server, "first").acquire()
         second = elector(server, "second")
@@ -98,11 +100,11 @@ def test_a_silent_leader_is_replaced_after_the_duration() -> None:
         assert server.lease["spec"]["leaseTransitions"] == 1
         return now()
 
-    assert 15 < run(story()) <= 15 + 2 * 2
+    assert 15 < run(scenario()) <= 15 + 2 * 2
 
 
-def test_times_written_by_others_do_not_matter() -> None:
-    async def story() -> float:
+def test_times_in_the_lease_do_not_matter() -> None:
+    async def scenario() -> float:
         server = Server()
         await elector(server, "first").acquire()
         assert server.lease is not None
@@ -113,83 +115,176 @@ def test_times_written_by_others_do_not_matter() -> None:
         await elector(server, "second").acquire()
         return now()
 
-    assert run(story()) > 15
+    assert run(scenario()) > 15
 
 
-def test_a_leader_that_cannot_renew_stops_before_another_may_lead() -> None:
-    async def story() -> float:
+def test_leader_that_cannot_renew_stops_before_another_may_lead() -> None:
+    async def scenario() -> float:
         server = Server()
         first = elector(server, "first")
         await first.acquire()
-        server.down = True
+        server.is_down = True
         with pytest.raises(LeaseLost):
-            await first.keep()
+            await first.renew_until_lost()
         return now()
 
-    assert 10 < run(story()) < 15
+    assert 10 < run(scenario()) < 15
 
 
-def test_a_leader_that_was_frozen_must_not_write() -> None:
-    async def story() -> None:
+def test_leader_that_was_frozen_must_not_write() -> None:
+    async def scenario() -> None:
         first = elector(Server(), "first")
         await first.acquire()
-        first.check()
+        first.ensure_leading()
         await asyncio.sleep(60)
         with pytest.raises(LeaseLost):
-            first.check()
+            first.ensure_leading()
 
-    run(story())
+    run(scenario())
 
 
-def test_who_never_led_must_not_write() -> None:
-    async def story() -> None:
+def test_replica_that_never_led_must_not_write() -> None:
+    async def scenario() -> None:
         with pytest.raises(LeaseLost):
-            elector(Server(), "first").check()
+            elector(Server(), "first").ensure_leading()
 
-    run(story())
+    run(scenario())
 
 
-def test_a_lease_taken_by_hand_ends_the_leader() -> None:
-    async def story() -> None:
+def test_lease_taken_by_another_holder_ends_the_leader() -> None:
+    async def scenario() -> None:
         server = Server()
         first = elector(server, "first")
         await first.acquire()
         assert server.lease is not None
         server.lease["spec"]["holderIdentity"] = "somebody"
-        with pytest.raises(LeaseLost, match="somebody leads now"):
-            await first.keep()
+        with pytest.raises(LeaseLost, match="somebody is the leader now"):
+            await first.renew_until_lost()
 
-    run(story())
+    run(scenario())
 
 
-def test_a_deleted_lease_is_made_again() -> None:
-    async def story() -> None:
+def test_deleted_lease_is_created_again() -> None:
+    async def scenario() -> None:
         server = Server()
         first = elector(server, "first")
         await first.acquire()
         server.lease = None
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(30):
-                await first.keep()
+                await first.renew_until_lost()
         assert server.holder == "first"
 
-    run(story())
+    run(scenario())
 
 
-def test_a_released_lease_is_free_at_once() -> None:
-    async def story() -> float:
+def test_released_lease_can_be_acquired_at_once() -> None:
+    async def scenario() -> float:
         server = Server()
         first = elector(server, "first")
         await first.acquire()
         await first.release()
-        assert not first.leading
+        assert not first.is_leader
         await elector(server, "second").acquire()
         return now()
 
-    assert run(story()) < 1
+    assert run(scenario()) < 1
+
+
+def test_renewal_counts_from_the_request_when_the_answer_is_slow() -> None:
+    """Other replicas see the renewed Lease when the server stores it, not when its answer arrives."""
+
+    async def scenario() -> None:
+        server = Server()
+        server.answer_delay_seconds = 6
+        first = elector(server, "first")
+        await first.acquire()
+        assert now() == 6
+        await asyncio.sleep(3.5)
+        first.ensure_leading()
+        await asyncio.sleep(1)  # 10.5 s after the request, 4.5 s after the answer
+        with pytest.raises(LeaseLost):
+            first.ensure_leading()
+
+    run(scenario())
+
+
+def test_lease_of_another_holder_is_never_released() -> None:
+    async def scenario() -> str:
+        server = Server()
+        first, second = elector(server, "first"), elector(server, "second")
+        await first.acquire()
+        await second.acquire()  # after the lease duration: the first one was frozen
+        await first.release()
+        return server.holder
+
+    assert run(scenario()) == "second"
+
+
+def test_lease_is_renewed_during_a_long_first_resync() -> None:
+    """A resync of 11 s is longer than the renew deadline of 10 s."""
+
+    async def scenario() -> list[str]:
+        server = Server()
+        first = elector(server, "first")
+        events: list[str] = []
+
+        async def resync() -> None:
+            first.ensure_leading()
+            events.append(f"resync from {now():.0f} s")
+            await asyncio.sleep(11)
+
+        def start_work() -> None:
+            first.ensure_leading()
+            events.append(f"work from {now():.0f} s")
+
+        parts = [asyncio.create_task(part) for part in Leadership(first, resync, start_work).parts().values()]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(60):
+                await asyncio.gather(*parts)
+        return events
+
+    assert run(scenario()) == ["resync from 0 s", "work from 11 s"]
+
+
+def test_resync_ends_when_the_lease_is_lost() -> None:
+    async def scenario() -> float:
+        server = Server()
+        first = elector(server, "first")
+        parts = Leadership(first, lambda: asyncio.sleep(1000), lambda: None).parts()
+        tasks = [asyncio.create_task(part) for part in parts.values()]
+        await asyncio.sleep(1)
+        server.is_down = True
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        (error,) = (task.exception() for task in done)
+        assert isinstance(error, LeaseLost)
+        for task in tasks:
+            task.cancel()
+        return now()
+
+    assert 10 < run(scenario()) < 15
+
+
+def test_without_leader_election_work_starts_at_once() -> None:
+    async def scenario() -> list[str]:
+        events: list[str] = []
+
+        async def resync() -> None:
+            events.append("resync")
+
+        tasks = [
+            asyncio.create_task(p) for p in Leadership(None, resync, lambda: events.append("work")).parts().values()
+        ]
+        await asyncio.sleep(1)
+        assert not any(task.done() for task in tasks)
+        for task in tasks:
+            task.cancel()
+        return events
+
+    assert run(scenario()) == ["work"]
 
 
 @pytest.mark.parametrize("values", [{"leaseDurationSeconds": 5}, {"retryPeriodSeconds": 12}])
-def test_times_that_cannot_work_are_refused(values: dict[str, Any]) -> None:
+def test_contradictory_durations_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="must exceed"):
         LeaderElection.model_validate(values)

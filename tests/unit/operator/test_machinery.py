@@ -1,26 +1,22 @@
-"""Queue, cache, views, text, server clock: the parts that hold no opinion."""
+"""Work queue, views and text."""
 
 from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from finetune_operator.cache import Cache, Listed, Seen
-from finetune_operator.handlers import settings, take_finetunejob
-from finetune_operator.kube import ServerClock
 from finetune_operator.text import clean, duration
 from finetune_operator.views import read_finetunejob, read_job, read_pod, read_status
 from finetune_operator.workqueue import Key, WorkQueue
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.unit.operator.samples import CONFIG, UID, finetunejob, job, pod
+from tests.unit.operator.samples import UID, pod
 
 A, B = Key("team", "a"), Key("team", "b")
-RUN = Key("team", "run")
 
 
 class Clock:
@@ -117,73 +113,20 @@ async def test_the_oldest_wait_is_known(clock: Clock) -> None:
     assert queue.oldest() == 5
 
 
+async def test_wait_times_can_be_restarted(clock: Clock) -> None:
+    queue = WorkQueue(clock)
+    queue.add(A)
+    clock.now += 500
+    queue.restart_wait_times()
+    clock.now += 7
+    assert queue.oldest() == 7
+    assert await queue.take() == (A, 7)
+
+
 async def test_take_wakes_when_a_time_comes() -> None:
     queue = WorkQueue()
     queue.add_after(A, 0.01)
     assert (await asyncio.wait_for(queue.take(), 5))[0] == A
-
-
-# Cache
-
-
-def test_an_older_view_never_replaces_a_newer() -> None:
-    cache = Cache()
-    cache.put_pod(pod(version=5, phase="Failed"))
-    cache.put_pod(pod(version=4, phase="Running"))
-    assert [p.phase for p in cache.family(RUN).pods.values()] == ["Failed"]
-
-
-def test_a_pod_that_is_gone_is_remembered_until_its_attempt_is_forgotten() -> None:
-    cache = Cache()
-    cache.put_finetunejob(finetunejob())
-    cache.put_pod(pod(version=5, phase="Failed"))
-    cache.drop_pod(pod(version=4, phase="Running"))
-    (found,) = cache.family(RUN).pods.values()
-    assert (found.is_deleted, found.phase) == (True, "Failed")
-    cache.put_pod(pod(version=9))
-    assert all(p.is_deleted for p in cache.family(RUN).pods.values())
-    cache.forget_pods(RUN, before=2)
-    assert cache.family(RUN).pods == {}
-
-
-def test_nothing_is_left_of_what_is_gone() -> None:
-    cache = Cache()
-    cache.put_finetunejob(finetunejob())
-    cache.put_job(job())
-    cache.put_pod(pod())
-    cache.drop_pod(pod())
-    cache.drop_job(job())
-    cache.drop_finetunejob(RUN, UID)
-    assert cache.keys() == []
-    assert cache._families == {}
-
-
-def test_a_namesake_created_since_stays() -> None:
-    cache = Cache()
-    cache.put_finetunejob(finetunejob(uid="new", version=9))
-    cache.drop_finetunejob(RUN, UID)
-    assert cache.keys() == [RUN]
-
-
-def test_a_full_list_prunes_ghosts_and_spares_the_young() -> None:
-    cache = Cache()
-    cache.put_finetunejob(finetunejob(version=3))
-    cache.put_pod(pod(version=4))
-    cache.put_pod(pod(index=1, version=50))
-    cache.put_job(job(version=4))
-    listed = Listed(frozenset({UID}), frozenset(), frozenset(), version=10)
-    assert cache.prune(listed) == {RUN}
-    family = cache.family(RUN)
-    assert family.job is not None
-    assert family.jobs == {}
-    assert sorted((p.index, p.is_deleted) for p in family.pods.values()) == [(0, True), (1, False)]
-
-
-def test_other_namespaces_are_not_pruned() -> None:
-    cache = Cache()
-    cache.put_finetunejob(finetunejob(version=3))
-    assert cache.prune(Listed(frozenset(), frozenset(), frozenset(), 10, frozenset({"other"}))) == set()
-    assert cache.keys() == [RUN]
 
 
 # Views
@@ -294,50 +237,5 @@ def test_durations(seconds: float, shown: str) -> None:
     assert duration(seconds) == shown
 
 
-def test_a_clock_that_is_wrong_follows_the_server_s() -> None:
-    clock = ServerClock()
-    wrong = datetime.now(UTC) + timedelta(hours=2)
-    clock.learn(wrong.strftime("%a, %d %b %Y %H:%M:%S GMT"), 100.0)
-    assert abs((clock.now() - wrong).total_seconds()) < 2
-    clock.learn(datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 101.0)
-    assert abs((clock.now() - wrong).total_seconds()) < 2
-    clock.learn(datetime.now(UTC).strftime("%a, %d %b %Y %H:%M:%S GMT"), 200.0)
-    assert clock.offset == timedelta()
-
-
 def test_pods_compare_by_value() -> None:
     assert pod() == replace(pod())
-
-
-def test_a_watch_is_never_guarded_by_cancelling_whatever_its_task_does() -> None:
-    """kopf's guard against silence may hit its own task while it hands an event on: that watch ends, and nothing says so."""
-    found = settings(CONFIG).watching
-    assert found.inactivity_timeout > 365 * 86400
-    assert (found.server_timeout, found.client_timeout) == (60, 75)
-
-
-def test_what_shows_nothing_new_is_no_news() -> None:
-    cache = Cache()
-    assert cache.put_finetunejob(finetunejob(version=3)) == Seen(RUN, news=True, new=True)
-    assert not cache.put_finetunejob(finetunejob(version=3)).news
-    assert not cache.put_finetunejob(finetunejob(version=2)).news
-    assert cache.put_finetunejob(finetunejob(version=4)) == Seen(RUN, news=True)
-    assert cache.put_job(job(version=5)) == Seen(RUN, news=True)
-    assert not cache.put_job(job(version=7)).news
-    assert cache.put_job(job(version=8, is_suspended=True)).news
-    assert not cache.put_job(job(version=7)).news
-    assert cache.put_pod(pod(version=6)) == Seen(RUN, news=True)
-    assert not cache.put_pod(pod(version=9)).news
-    assert cache.put_pod(pod(version=10, is_ready=False)).news
-    assert not cache.put_pod(pod(version=8)).news
-    assert [view.version for view in cache.family(RUN).pods.values()] == [10]
-
-
-def test_an_event_of_what_we_wrote_ourselves_is_not_read_again() -> None:
-    cache = Cache()
-    cache.put_finetunejob(finetunejob(version=4, resource_version="4"))
-    meta = {"namespace": "team", "name": "run", "uid": UID, "resourceVersion": "4"}
-    assert take_finetunejob(cache, "MODIFIED", {"metadata": meta, "status": "not even a status"}) == Seen(RUN, news=False)
-    assert take_finetunejob(cache, "MODIFIED", {"metadata": meta | {"resourceVersion": "5"}, "spec": {}}).news
-    assert take_finetunejob(cache, "DELETED", {"metadata": meta}).news
-    assert cache.family(RUN).job is None

@@ -27,7 +27,7 @@ from finetune_operator.kube import (
     Kube,
     KubeError,
     Listing,
-    NamespaceGoing,
+    NamespaceTerminating,
     NotFound,
     OutcomeUnknown,
     ServerClock,
@@ -93,7 +93,7 @@ class Server:
             raise AlreadyExists("create", kind, name, 409, "AlreadyExists", "")
         return Created(self._put(kind, {**body, "metadata": {**body["metadata"], "namespace": namespace}}))
 
-    async def replace(self, kind: Kind, namespace: str, body: Object, *, sub: str | None = None) -> Object:
+    async def replace(self, kind: Kind, namespace: str, body: Object, *, subresource: str | None = None) -> Object:
         self._note("update", kind)
         if (kind.plural, body["metadata"]["name"]) not in self.objects:
             missing = NotFound("update", kind, body["metadata"]["name"], 404, "NotFound", "")
@@ -146,7 +146,7 @@ class Process:
     def refresh(self) -> None:
         """What the watch would bring."""
         self.cache.put_finetunejob(read_finetunejob(self.server.objects[FINETUNEJOB.plural, "run"]))
-        for job in list(self.cache.family(KEY).jobs.values()):
+        for job in list(self.cache.get(KEY).jobs.values()):
             if (JOB.plural, job.name) not in self.server.objects:
                 self.cache.drop_job(job)
 
@@ -238,7 +238,7 @@ async def test_in_a_namespace_that_goes_nothing_is_tried_again(
 ) -> None:
     def going(verb: str, kind: Kind) -> None:
         if verb == "create":
-            raise NamespaceGoing(verb, kind, "run-1", 403, "Forbidden", "namespace team is being terminated")
+            raise NamespaceTerminating(verb, kind, "run-1", 403, "Forbidden", "namespace team is being terminated")
 
     server.before = going
     process = Process(server)
@@ -274,7 +274,7 @@ async def test_in_a_rush_there_is_no_status_before_the_other_jobs_are_started(
     await rush(process)
     await process.work()
     assert server.requests == [("create", "jobs")]
-    (made,) = process.cache.family(KEY).jobs.values()
+    (made,) = process.cache.get(KEY).jobs.values()
     process.cache.put_pod(pod(version=5, created_at=made.created_at))
     await process.work()
     assert server.requests == [("create", "jobs")]
@@ -312,7 +312,7 @@ async def begin(server: Server) -> tuple[Process, JobView]:
     process = Process(server)
     for _ in range(2):
         await process.look()
-    (found,) = process.cache.family(KEY).jobs.values()
+    (found,) = process.cache.get(KEY).jobs.values()
     return process, found
 
 
@@ -478,7 +478,7 @@ async def test_the_start_timeout_runs_before_the_attempt_is_written(server: Serv
     process = Process(server)
     await rush(process)
     await process.work()
-    (made,) = process.cache.family(KEY).jobs.values()
+    (made,) = process.cache.get(KEY).jobs.values()
     process.cache.put_job(replace(made, started_at=made.created_at, version=10**6))
     process.cache.put_pod(pod(version=5, created_at=made.created_at, phase="Pending", is_ready=False, node="", unschedulable="0/3 nodes"))
     process.queue.cancel(KEY)
@@ -579,7 +579,7 @@ async def test_a_job_keeps_the_store_and_the_defaults_it_began_with(server: Serv
     first = Process(server, configured("trainer:1", uri="s3://one/models", endpoint="https://a.example.com", **secret))
     for _ in range(2):
         await first.look()
-    (begun,) = first.cache.family(KEY).jobs.values()
+    (begun,) = first.cache.get(KEY).jobs.values()
     status = server.objects[FINETUNEJOB.plural, "run"]["status"]
     status["resolved"]["defaults"]["training.learningRate"] = 0.125
     other = Process(server, configured("trainer:2", uri="s3://two/models", endpoint="https://b.example.com"))

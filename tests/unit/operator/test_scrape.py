@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 from finetune_operator import logs
-from finetune_operator.logs import JsonFormatter, Patience, TextFormatter
+from finetune_operator.logs import JsonFormatter, TextFormatter
 from finetune_operator.scrape import MAX_BYTES, Scraper, Target
 from finetune_operator.settings import ScrapeSettings
 from finetune_operator.workqueue import Key
@@ -195,21 +195,3 @@ def test_log_lines_name_the_job() -> None:
     finally:
         logs.job.reset(token)
     assert "job" not in json.loads(JsonFormatter().format(record("created")))
-
-
-@pytest.mark.parametrize(
-    ("name", "message", "level"),
-    [
-        ("kopf._cogs.clients.watching", "Request attempt #1 failed; will retry: GET x -> 429", "WARNING"),
-        ("kopf._cogs.clients.watching", "Request attempt #5/9 failed; will retry: GET x -> 429", "WARNING"),
-        ("kopf._cogs.clients.watching", "Request attempt #6 failed; will retry: GET x -> 429", "ERROR"),
-        ("kopf._core.reactor.observation", "Request attempt #2 failed; TCP closed; will re-authenticate: GET x", "WARNING"),
-        ("kopf._core.reactor.observation", "Request attempt #9 failed; escalating: GET x -> 403", "ERROR"),
-        ("kopf._cogs.clients.watching", "Request attempt #1 failed; escalating: GET x -> 500", "ERROR"),
-        ("finetune_operator.kube", "Request attempt #1 failed; will retry: GET x -> 429", "ERROR"),
-    ],
-)
-def test_what_is_repeated_is_no_error_yet(name: str, message: str, level: str) -> None:
-    found = logging.LogRecord(name, logging.ERROR, "file", 1, message, None, None)
-    assert Patience().filter(found)
-    assert found.levelname == level

@@ -1,0 +1,35 @@
+"""What `/healthz` and `/readyz` answer. A process is healthy if it gets work done, not merely if it exists."""
+
+from __future__ import annotations
+
+import asyncio
+
+from finetune_operator.kopf_adapter import STALLED_WATCH_SECONDS, WatchMonitor
+from finetune_operator.settings import OperatorConfig
+from finetune_operator.workqueue import WorkQueue
+
+
+class Health:
+    """Checks of one process. Each check returns a description of the problem; empty: there is none."""
+
+    def __init__(self, config: OperatorConfig, monitor: WatchMonitor, queue: WorkQueue, is_synced: asyncio.Event):
+        self._monitor, self._queue, self._is_synced = monitor, queue, is_synced
+        self._stalled_watch_seconds = max(2 * config.resync_seconds + config.api.timeout_seconds, STALLED_WATCH_SECONDS)
+        self._stuck_seconds = config.stuck_seconds
+        self.is_working = False
+        """Whether the workers run: they do not on a standby, whose queue only grows older."""
+        self.is_stopping = False
+
+    def liveness_problem(self) -> str:
+        """Why the process should be restarted: a stalled watch, or a job that waits too long for a worker."""
+        stalled = self._monitor.stalled_watch(self._stalled_watch_seconds)
+        if stalled or not self.is_working:
+            return stalled
+        oldest = self._queue.oldest()
+        return f"a job has waited for {oldest:.0f} s" if oldest > self._stuck_seconds else ""
+
+    def readiness_problem(self) -> str:
+        """Why the process is not ready: the caches are not filled, or it is about to end."""
+        if self.is_stopping:
+            return "the operator is stopping"
+        return "" if self._is_synced.is_set() else "the caches are not filled yet"

@@ -1,0 +1,297 @@
+"""Everything that works around kopf: its settings, state storages, HTTP session, retries, watches and log lines.
+
+kopf lists and watches the resources and calls the handlers of `handlers.py`; a kopf user finds nothing unusual there. Each piece
+below exists because of kopf 1.45 or of a measurement with it. Each one names its reason, and a test fails without it:
+
+* `EndlessBackoff`: `networking.error_backoffs` is finite by default (https://github.com/nolar/kopf/pull/788).
+* `NoDiffBaseStorage`, `NoProgressStorage`: the default storages copy each object at each event
+  (https://github.com/nolar/kopf/issues/702).
+* `TracedSession`: a custom session (https://github.com/nolar/kopf/pull/1230) is shared by all contexts and closed by the first.
+* `inactivity_timeout` (https://github.com/nolar/kopf/pull/1268) is disabled, because it can end a watch for good; `WatchMonitor`
+  detects stalled watches instead.
+* `run`: kopf reads the API server's discovery document once at startup when `scanning.disabled` is set.
+* `RetryLogFilter`: kopf logs each request that it is going to retry as an error.
+* kopf does not report objects that were deleted between two lists: `resync.py` compares full lists with the cache.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+from typing import Any, cast
+
+import aiohttp
+import kopf
+
+from finetune_operator.kube import PAGE_SIZE, Kube, RequestObserver
+from finetune_operator.objects import FINETUNEJOB, SELECTOR
+from finetune_operator.settings import OperatorConfig
+
+LOGIN_PERIOD = timedelta(minutes=10)
+"""Time after which kopf asks for credentials again, because service account tokens rotate."""
+WATCH_SECONDS = 60
+"""Duration of one watch request (`timeoutSeconds`). kopf then starts the next one at the last resourceVersion."""
+WATCH_TIMEOUT_SECONDS = 75
+"""Client-side timeout of one watch request: longer than `WATCH_SECONDS`, so that it only ends connections that are dead."""
+TEN_YEARS_SECONDS = 10 * 365 * 86400.0
+SHUTDOWN_SECONDS = 25
+"""Time for kopf's own shutdown: less than the pod's termination grace period of 30 seconds."""
+DISCOVERY_PERIOD_SECONDS = 0.2
+STALLED_WATCH_SECONDS = 4.0 * WATCH_TIMEOUT_SECONDS
+"""A watch is stalled when no request for it started for this long. The longest pause of `EndlessBackoff` is much shorter."""
+OTHER_RESOURCE = "discovery"
+"""Value of the metric label `resource` for requests that concern none of the watched collections."""
+
+
+class EndlessBackoff:
+    """Pauses between retries, in seconds, without end: the API server may be unavailable for an hour during an upgrade.
+
+    kopf's default of eight retries ends the watching task, and with it the operator. This is a class because kopf iterates over
+    the same object for each request: a generator would be exhausted by the first one.
+    """
+
+    def __iter__(self) -> Iterator[float]:
+        """1, 1, 2, 3, 5, ... 30, 30, ..."""
+        return itertools.chain((1, 1, 2, 3, 5, 8, 13, 21), itertools.repeat(30))
+
+
+class NoDiffBaseStorage(kopf.DiffBaseStorage):
+    """Stores no last-handled state.
+
+    By default kopf builds a deep copy of each object at each event to find out what changed, even if only `on.event` handlers exist.
+    With a run configuration of several kilobytes inside each Job this was half of the cost of an event, for a result that these
+    handlers do not use.
+    """
+
+    def build(self, **_: Any) -> kopf.BodyEssence:
+        return kopf.BodyEssence({})
+
+    def fetch(self, **_: Any) -> kopf.BodyEssence | None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        pass
+
+
+class NoProgressStorage(kopf.ProgressStorage):
+    """Stores no handler progress: `on.event` handlers are never retried, so that there is none."""
+
+    def fetch(self, **_: Any) -> None:
+        return None
+
+    def store(self, **_: Any) -> None:
+        pass
+
+    def purge(self, **_: Any) -> None:
+        pass
+
+    def touch(self, **_: Any) -> None:
+        pass
+
+    def clear(self, *, essence: kopf.BodyEssence) -> kopf.BodyEssence:
+        return essence
+
+
+def operator_settings(config: OperatorConfig) -> kopf.OperatorSettings:
+    """Settings with which kopf only lists and watches, with label selectors, and writes nothing to the cluster."""
+    result = kopf.OperatorSettings()
+    result.persistence.diffbase_storage = NoDiffBaseStorage()
+    result.persistence.progress_storage = NoProgressStorage()
+    result.posting.enabled = False
+    result.peering.standalone = True
+    result.scanning.disabled = True
+    result.networking.request_timeout = config.api.timeout_seconds
+    result.networking.connect_timeout = 5
+    result.networking.error_backoffs = EndlessBackoff()
+    result.networking.enforce_retry_after = True
+    result.process.ultimate_exiting_timeout = SHUTDOWN_SECONDS
+    result.watching.chunk_size = PAGE_SIZE
+    result.watching.server_timeout = WATCH_SECONDS
+    result.watching.client_timeout = WATCH_TIMEOUT_SECONDS
+    # The inactivity timeout cancels the watching task at whatever it awaits. If that is not the read of the next event but the
+    # hand-over of the last one, the task ends for good and without an error. `client_timeout` ends dead connections instead.
+    result.watching.inactivity_timeout = TEN_YEARS_SECONDS
+    result.watching.label_selectors["batch", "v1", "jobs"] = SELECTOR
+    result.watching.label_selectors["", "v1", "pods"] = SELECTOR
+    return result
+
+
+async def run(
+    registry: kopf.OperatorRegistry,
+    config: OperatorConfig,
+    kube: Kube,
+    monitor: WatchMonitor,
+    is_stopping: Callable[[], bool],
+) -> None:
+    """Run kopf until the process is told to end. First wait until the API server serves the custom resource.
+
+    With `scanning.disabled`, kopf reads the discovery document once: it would never watch a CRD that is served a moment later.
+    """
+    while not (is_stopping() or await kube.is_served(FINETUNEJOB)):  # noqa: ASYNC110 -- it changes on the API server
+        await asyncio.sleep(DISCOVERY_PERIOD_SECONDS)
+    if is_stopping():
+        return
+    monitor.start()
+    namespaces = list(config.namespaces)
+    await kopf.operator(
+        registry=registry,
+        settings=operator_settings(config),
+        standalone=True,
+        clusterwide=not namespaces,
+        namespaces=namespaces,
+    )
+
+
+async def login(kube: Kube, monitor: WatchMonitor) -> TracedSession:
+    """Credentials for kopf, taken from our own API client."""
+    configuration = kube.configuration
+    bearer = (await configuration.auth_settings()).get("BearerToken")
+    scheme, _, token = str(bearer["value"]).rpartition(" ") if bearer else ("", "", "")
+    info = kopf.ConnectionInfo(
+        server=configuration.host,
+        ca_path=configuration.ssl_ca_cert,
+        ca_data=configuration.ca_cert_data,
+        insecure=not configuration.verify_ssl,
+        certificate_path=configuration.cert_file,
+        private_key_path=configuration.key_file,
+        scheme=scheme or None,
+        token=token or None,
+        expiration=datetime.now(UTC) + LOGIN_PERIOD if token else None,
+    )
+    return TracedSession(info, monitor)
+
+
+class TracedSession(kopf.AiohttpSession):
+    """Credentials that create a new HTTP session for each of kopf's contexts, with the tracing of `WatchMonitor`.
+
+    kopf closes the session when a context ends. If all contexts shared one session, as `kopf.AiohttpSession` is meant to be used, the
+    remaining watches would wait for new credentials for ever after the first context ended, and the process would not exit.
+    Two objects are equal if their credentials are: otherwise kopf would retry credentials that the server has rejected.
+    """
+
+    _source: tuple[kopf.ConnectionInfo, WatchMonitor]
+
+    def __init__(self, info: kopf.ConnectionInfo, monitor: WatchMonitor) -> None:
+        object.__setattr__(self, "_source", (info, monitor))  # the base class is a frozen dataclass
+        super().__init__(
+            server=info.server, expiration=info.expiration, aiohttp_session=cast("aiohttp.ClientSession", None)
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TracedSession) and other._source[0] == self._source[0]
+
+    def __hash__(self) -> int:
+        return hash(self.server)
+
+    @property
+    def aiohttp_session(self) -> aiohttp.ClientSession:
+        """A new session with the same arguments that kopf itself uses for a `ConnectionInfo`."""
+        info, monitor = self._source
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0, ssl=info.as_ssl_context()),
+            headers=info.as_http_headers(),
+            trust_env=info.trust_env,
+            trace_configs=[monitor.trace_config()],
+        )
+
+    @aiohttp_session.setter
+    def aiohttp_session(self, _: aiohttp.ClientSession) -> None:
+        """Ignore the value that the base class's constructor sets."""
+
+
+class WatchMonitor:
+    """Counts kopf's requests and detects stalled watches of the given collections (URL paths). For one event loop.
+
+    The API server ends each watch after `WATCH_SECONDS`, even one without events, and kopf then starts the next one. A watch for which
+    no request starts is stalled: its events are lost. Full re-lists would hide that, because they also bring the changes, but late.
+    """
+
+    def __init__(self, paths: Iterable[str], observer: RequestObserver):
+        self._observer = observer
+        self._paths = tuple(paths)
+        self._last_started: dict[str, float] = {}
+        """Loop time of the last successful start of a watch, by path."""
+
+    def start(self) -> None:
+        """Start the detection: from now on, kopf is expected to watch."""
+        self._last_started = dict.fromkeys(self._paths, asyncio.get_running_loop().time())
+
+    def stalled_watch(self, limit_seconds: float) -> str:
+        """Describe the watch that did not start for longer than `limit_seconds`; empty if there is none."""
+        now = asyncio.get_running_loop().time()
+        path, since = min(self._last_started.items(), key=lambda item: item[1], default=("", now))
+        age = now - since
+        return f"the watch of {path} is stalled: no request for {age:.0f} s" if age > limit_seconds else ""
+
+    def record(self, path: str, status: int, seconds: float, *, is_watch: bool) -> None:
+        """Record one answered request. `status` is 0 without an answer; `seconds` end at the response's headers."""
+        # The API server's own URL may have a path, as Rancher's has: only the end is compared.
+        collection = next((known for known in self._paths if path.endswith(known)), "")
+        verb = "get" if not collection else "watch" if is_watch else "list"
+        self._observer(verb, collection.rpartition("/")[2] or OTHER_RESOURCE, status, seconds)
+        if is_watch and status == 200 and collection in self._last_started:
+            self._last_started[collection] = asyncio.get_running_loop().time()
+
+    def trace_config(self) -> aiohttp.TraceConfig:
+        """Hooks for an aiohttp session that call `record` for each request."""
+        config = aiohttp.TraceConfig()
+        config.on_request_start.append(self._on_start)
+        config.on_request_end.append(self._on_end)
+        config.on_request_exception.append(self._on_exception)
+        return config
+
+    async def _on_start(
+        self, _: aiohttp.ClientSession, trace: SimpleNamespace, __: aiohttp.TraceRequestStartParams
+    ) -> None:
+        trace.started = asyncio.get_running_loop().time()
+
+    async def _on_end(
+        self, _: aiohttp.ClientSession, trace: SimpleNamespace, params: aiohttp.TraceRequestEndParams
+    ) -> None:
+        self._record(trace, params, params.response.status)
+
+    async def _on_exception(
+        self, _: aiohttp.ClientSession, trace: SimpleNamespace, params: aiohttp.TraceRequestExceptionParams
+    ) -> None:
+        self._record(trace, params, 0)
+
+    def _record(
+        self,
+        trace: SimpleNamespace,
+        params: aiohttp.TraceRequestEndParams | aiohttp.TraceRequestExceptionParams,
+        status: int,
+    ) -> None:
+        seconds = asyncio.get_running_loop().time() - trace.started
+        self.record(params.url.path, status, seconds, is_watch=params.url.query.get("watch") == "true")
+
+
+class RetryLogFilter(logging.Filter):
+    """Lowers the level of kopf's messages about requests that it is going to retry, for the first retries.
+
+    kopf logs them as errors. They are common: a throttled request (429), or a request in flight while the process ends.
+    """
+
+    FIRST_RETRIES = 5
+    _RETRIED = re.compile(
+        r"Request attempt #(\d+)(?:/\d+)? failed; (?:will retry|(?:TCP|SSL) closed; will re-authenticate)"
+    )
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep each record; change its level to WARNING if it announces one of the first retries."""
+        found = self._RETRIED.match(record.getMessage()) if record.name.startswith("kopf") else None
+        if found is not None and int(found.group(1)) <= self.FIRST_RETRIES:
+            record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
+        return True
+
+
+def configure_logging() -> None:
+    """Adjust kopf's log messages. Call this after the root logger has its handlers."""
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(RetryLogFilter())
+    # kopf logs each event of each object at INFO; the reconciler's own lines say what followed from it.
+    logging.getLogger("kopf.objects").setLevel(logging.WARNING)

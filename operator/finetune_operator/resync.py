@@ -1,0 +1,104 @@
+"""Full lists of all resources: they fill the cache at startup, and remove objects whose deletion the watches did not report.
+
+kopf reports no deletion that happens between the end of one watch and the list that follows it, so that deleted objects would stay in
+the cache for ever (kopf 1.45, seen with a pod deleted before a 410 on its watch).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from finetune_operator.cache import Cache, FullList
+from finetune_operator.handlers import cache_finetunejob, cache_job, cache_pod
+from finetune_operator.kube import Kube, KubeError, NotFound
+from finetune_operator.objects import FINETUNEJOB, JOB, POD, SELECTOR, Kind, Object
+from finetune_operator.settings import StartError
+from finetune_operator.workqueue import WorkQueue
+
+logger = logging.getLogger(__name__)
+
+OBJECTS_PER_STEP = 20
+"""Objects that are parsed before other tasks get to run."""
+
+
+class _KindList(NamedTuple):
+    """Uids in the full lists of one kind, and the lowest resourceVersion of these lists."""
+
+    uids: set[str]
+    version: int
+
+
+class Resyncer:
+    """Lists all objects into the cache and adds all FineTuneJobs to the work queue."""
+
+    def __init__(self, kube: Kube, cache: Cache, queue: WorkQueue, namespaces: tuple[str, ...]):
+        self._kube, self._cache, self._queue = kube, cache, queue
+        self._namespaces = namespaces
+        self._last_version = 0
+        self._lock = asyncio.Lock()
+        self.is_synced = asyncio.Event()
+        """Set after the first full list."""
+
+    async def run_periodically(self, period_seconds: float) -> None:
+        """Resync for ever, starting one period after the first full list."""
+        await self.is_synced.wait()
+        while True:
+            await asyncio.sleep(period_seconds)
+            try:
+                await self.run_once()
+            except KubeError as error:
+                logger.warning("the resync failed, the next one is in %.0f s: %s", period_seconds, error)
+
+    async def run_once(self) -> None:
+        """List everything once. Errors: StartError if the CRD is missing or the server's data are older than before; KubeError."""
+        # One at a time: a resync that another one overtakes would report its own, older lists as data that went back.
+        async with self._lock:
+            await self._list_all()
+
+    async def _list_all(self) -> None:
+        finetunejobs = await self._list(FINETUNEJOB, "", cache_finetunejob)
+        jobs = await self._list(JOB, SELECTOR, cache_job)
+        pods = await self._list(POD, SELECTOR, cache_pod)
+        listed = FullList(
+            finetunejobs=frozenset(finetunejobs.uids),
+            jobs=frozenset(jobs.uids),
+            pods=frozenset(pods.uids),
+            version=min(kind_list.version for kind_list in (finetunejobs, jobs, pods)),
+            namespaces=frozenset(self._namespaces),
+        )
+        if listed.version < self._last_version:
+            # etcd was restored from a backup: the cache would reject each new event as older than what it has.
+            raise StartError(
+                f"the API server's resourceVersion went back from {self._last_version} to {listed.version}: "
+                "the operator must restart with an empty cache"
+            )
+        self._last_version = listed.version
+        for key in [*self._cache.prune(listed), *self._cache.keys()]:
+            self._queue.add(key)
+        self.is_synced.set()
+
+    async def _list(self, kind: Kind, labels: str, store: Callable[[Cache, None, Object], Any]) -> _KindList:
+        """Store all objects of a kind in the cache, in small steps, so that thousands of objects do not block the event loop."""
+        uids: set[str] = set()
+        versions: list[int] = []
+        try:
+            for namespace in self._namespaces or (None,):
+                uids_of_namespace: set[str] = set()
+                async for page in self._kube.pages(kind, namespace, labels=labels):
+                    if page.is_first_page:
+                        uids_of_namespace.clear()
+                    for number, body in enumerate(page.items, start=1):
+                        store(self._cache, None, body)
+                        uids_of_namespace.add(body["metadata"]["uid"])
+                        if number % OBJECTS_PER_STEP == 0:
+                            await asyncio.sleep(0)
+                uids |= uids_of_namespace
+                versions.append(page.version)
+        except NotFound as error:
+            raise StartError(
+                f"the API server does not know {kind.plural} of {kind.api_version}: install the CRD first"
+            ) from error
+        return _KindList(uids, min(versions))

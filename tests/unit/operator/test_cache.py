@@ -1,0 +1,107 @@
+"""The cache: versions, deleted pods, pruning after full lists, and which updates count as changes."""
+
+from __future__ import annotations
+
+from finetune_operator.cache import Cache, CacheUpdate, FullList
+from finetune_operator.workqueue import Key
+
+from tests.unit.operator.samples import UID, finetunejob, job, pod
+
+RUN = Key("team", "run")
+
+
+def full_list(*finetunejobs: str, version: int, namespaces: frozenset[str] = frozenset()) -> FullList:
+    """A full list that shows these FineTuneJobs, no Jobs and no pods."""
+    return FullList(frozenset(finetunejobs), frozenset(), frozenset(), version, namespaces)
+
+
+def test_older_version_never_replaces_a_newer_one() -> None:
+    cache = Cache()
+    cache.put_pod(pod(version=5, phase="Failed"))
+    cache.put_pod(pod(version=4, phase="Running"))
+    assert [p.phase for p in cache.get(RUN).pods.values()] == ["Failed"]
+
+
+def test_deleted_pod_stays_until_its_attempt_is_dropped() -> None:
+    cache = Cache()
+    cache.put_finetunejob(finetunejob())
+    cache.put_pod(pod(version=5, phase="Failed"))
+    cache.mark_pod_deleted(pod(version=4, phase="Running"))
+    (found,) = cache.get(RUN).pods.values()
+    assert (found.is_deleted, found.phase) == (True, "Failed")
+    cache.put_pod(pod(version=9))
+    assert all(p.is_deleted for p in cache.get(RUN).pods.values())
+    cache.drop_deleted_pods(RUN, before_attempt=2)
+    assert cache.get(RUN).pods == {}
+
+
+def test_pods_of_the_current_attempt_are_not_dropped() -> None:
+    cache = Cache()
+    cache.put_finetunejob(finetunejob())
+    cache.mark_pod_deleted(pod(2))
+    cache.put_pod(pod(1, uid="still-there"))
+    cache.drop_deleted_pods(RUN, before_attempt=2)
+    assert sorted(p.attempt for p in cache.get(RUN).pods.values()) == [1, 2]
+
+
+def test_deleted_pods_do_not_outlive_the_finetunejob_and_its_jobs() -> None:
+    cache = Cache()
+    cache.put_finetunejob(finetunejob())
+    cache.put_job(job())
+    cache.put_pod(pod())
+    cache.mark_pod_deleted(pod())
+    cache.drop_job(job())
+    cache.drop_finetunejob(RUN, UID)
+    assert cache.keys() == []
+    assert cache.get(RUN).pods == {}
+
+
+def test_deleting_a_finetunejob_spares_one_of_the_same_name() -> None:
+    cache = Cache()
+    cache.put_finetunejob(finetunejob(uid="new", version=9))
+    cache.drop_finetunejob(RUN, UID)
+    assert cache.keys() == [RUN]
+
+
+def test_full_list_prunes_deleted_objects_and_spares_newer_ones() -> None:
+    cache = Cache()
+    cache.put_finetunejob(finetunejob(version=3))
+    cache.put_pod(pod(version=4))
+    cache.put_pod(pod(index=1, version=50))
+    cache.put_job(job(version=4))
+    assert cache.prune(full_list(UID, version=10)) == {RUN}
+    entry = cache.get(RUN)
+    assert entry.finetunejob is not None
+    assert entry.jobs == {}
+    assert sorted((p.index, p.is_deleted) for p in entry.pods.values()) == [(0, True), (1, False)]
+
+
+def test_full_list_prunes_a_deleted_finetunejob() -> None:
+    cache = Cache()
+    cache.put_finetunejob(finetunejob(version=3))
+    assert cache.prune(full_list(version=10)) == {RUN}
+    assert cache.keys() == []
+
+
+def test_other_namespaces_are_not_pruned() -> None:
+    cache = Cache()
+    cache.put_finetunejob(finetunejob(version=3))
+    assert cache.prune(full_list(version=10, namespaces=frozenset({"other"}))) == set()
+    assert cache.keys() == [RUN]
+
+
+def test_update_without_news_is_not_a_change() -> None:
+    cache = Cache()
+    assert cache.put_finetunejob(finetunejob(version=3)) == CacheUpdate(RUN, changed=True, is_new=True)
+    assert not cache.put_finetunejob(finetunejob(version=3)).changed
+    assert not cache.put_finetunejob(finetunejob(version=2)).changed
+    assert cache.put_finetunejob(finetunejob(version=4)) == CacheUpdate(RUN, changed=True)
+    assert cache.put_job(job(version=5)) == CacheUpdate(RUN, changed=True)
+    assert not cache.put_job(job(version=7)).changed
+    assert cache.put_job(job(version=8, is_suspended=True)).changed
+    assert not cache.put_job(job(version=7)).changed
+    assert cache.put_pod(pod(version=6)) == CacheUpdate(RUN, changed=True)
+    assert not cache.put_pod(pod(version=9)).changed
+    assert cache.put_pod(pod(version=10, is_ready=False)).changed
+    assert not cache.put_pod(pod(version=8)).changed
+    assert [view.version for view in cache.get(RUN).pods.values()] == [10]

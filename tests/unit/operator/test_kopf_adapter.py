@@ -1,0 +1,116 @@
+"""Each piece that works around kopf. When one of these tests fails after an upgrade of kopf, the piece may be unnecessary."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+
+import aiohttp
+import kopf
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from finetune_operator.kopf_adapter import (
+    EndlessBackoff,
+    RetryLogFilter,
+    TracedSession,
+    WatchMonitor,
+    operator_settings,
+)
+from finetune_operator.objects import JOB, POD
+
+from tests.unit.operator.samples import CONFIG
+
+
+def session_of(token: str) -> TracedSession:
+    info = kopf.ConnectionInfo(server="https://api", token=token, insecure=True)
+    return TracedSession(info, WatchMonitor([], lambda *_: None))
+
+
+def test_retries_never_end_and_start_anew_for_each_request() -> None:
+    backoff = EndlessBackoff()
+    for _ in range(2):
+        assert list(itertools.islice(backoff, 1000))[:9] == [1, 1, 2, 3, 5, 8, 13, 21, 30]
+
+
+def test_inactivity_timeout_is_disabled() -> None:
+    """It may cancel the watching task while it hands an event on: that watch then ends without an error."""
+    watching = operator_settings(CONFIG).watching
+    assert watching.inactivity_timeout > 365 * 86400
+    assert (watching.server_timeout, watching.client_timeout) == (60, 75)
+
+
+def test_storages_copy_and_change_nothing() -> None:
+    persistence = operator_settings(CONFIG).persistence
+    body = kopf.Body({"metadata": {"name": "a"}, "spec": {"large": "x" * 1000}})
+    patch = kopf.Patch()
+    persistence.diffbase_storage.store(body=body, patch=patch, essence=kopf.BodyEssence({}))
+    assert persistence.diffbase_storage.build(body=body) == {}
+    assert persistence.diffbase_storage.fetch(body=body) is None
+    assert persistence.progress_storage.fetch(key="handler", body=body) is None
+    assert patch == {}
+
+
+def test_equal_credentials_make_equal_sessions() -> None:
+    """Otherwise kopf would retry credentials that the server has rejected, for ever."""
+    assert session_of("a") == session_of("a") != session_of("b")
+    assert hash(session_of("a")) == hash(session_of("a"))
+
+
+async def test_each_context_of_kopf_gets_its_own_session() -> None:
+    """When kopf closes the session of one context, the watches of the others go on, so that the process can end."""
+    credentials = session_of("a")
+    first, second = credentials.aiohttp_session, credentials.aiohttp_session
+    await first.close()
+    assert (first.closed, second.closed) == (True, False)
+    await second.close()
+
+
+async def test_requests_are_observed_and_a_rejected_watch_counts_as_stalled() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response({}, status=403 if request.path.endswith("/jobs") else 200)
+
+    app = web.Application()
+    app.router.add_get("/{path:.*}", answer)
+    observed: list[tuple[str, str, int]] = []
+    monitor = WatchMonitor(
+        [POD.path(None), JOB.path(None)], lambda verb, plural, code, _: observed.append((verb, plural, code))
+    )
+    monitor.start()
+    await asyncio.sleep(0.002)
+    async with TestServer(app) as server:
+        root = str(server.make_url("")).rstrip("/")
+        urls = ("/api/v1/pods?limit=500", "/apis/batch/v1/jobs?watch=true", "/apis/batch/v1", "/api/v1/pods?watch=true")
+        async with TracedSession(kopf.ConnectionInfo(server=root, insecure=True), monitor).aiohttp_session as session:
+            for url in urls:
+                await (await session.get(root + url)).read()
+            await server.close()
+            with pytest.raises(aiohttp.ClientError):
+                await session.get(root + "/api/v1/pods?watch=true")
+    assert observed == [
+        ("list", "pods", 200), ("watch", "jobs", 403), ("get", "discovery", 200), ("watch", "pods", 200), ("watch", "pods", 0),
+    ]  # fmt: skip
+    assert monitor.stalled_watch(0.001).startswith("the watch of /apis/batch/v1/jobs")
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "level"),
+    [
+        ("kopf._cogs.clients.watching", "Request attempt #1 failed; will retry: GET x -> 429", "WARNING"),
+        ("kopf._cogs.clients.watching", "Request attempt #5/9 failed; will retry: GET x -> 429", "WARNING"),
+        ("kopf._cogs.clients.watching", "Request attempt #6 failed; will retry: GET x -> 429", "ERROR"),
+        (
+            "kopf._core.reactor.observation",
+            "Request attempt #2 failed; TCP closed; will re-authenticate: GET x",
+            "WARNING",
+        ),
+        ("kopf._core.reactor.observation", "Request attempt #9 failed; escalating: GET x -> 403", "ERROR"),
+        ("kopf._cogs.clients.watching", "Request attempt #1 failed; escalating: GET x -> 500", "ERROR"),
+        ("finetune_operator.kube", "Request attempt #1 failed; will retry: GET x -> 429", "ERROR"),
+    ],
+)
+def test_first_retries_are_logged_as_warnings(name: str, message: str, level: str) -> None:
+    found = logging.LogRecord(name, logging.ERROR, "file", 1, message, None, None)
+    assert RetryLogFilter().filter(found)
+    assert found.levelname == level

@@ -1,0 +1,118 @@
+"""Full lists: what they remove from the cache, restarted lists, and a server whose data went back."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+import pytest
+from finetune_operator.cache import Cache
+from finetune_operator.kube import Kube, Listing, NotFound
+from finetune_operator.objects import FINETUNEJOB, Kind, Object
+from finetune_operator.resync import Resyncer
+from finetune_operator.settings import StartError
+from finetune_operator.workqueue import Key, WorkQueue
+
+from tests.unit.operator.virtual import run
+
+
+class Lists:
+    """An API server that answers lists with the given pages, and with empty lists of the same version for other kinds."""
+
+    def __init__(self, *pages: Listing) -> None:
+        self.pages_of_finetunejobs = pages
+
+    async def pages(self, kind: Kind, namespace: str | None, *, labels: str = "") -> AsyncIterator[Listing]:
+        for page in (
+            self.pages_of_finetunejobs if kind is FINETUNEJOB else [Listing([], self.pages_of_finetunejobs[-1].version)]
+        ):
+            yield page
+
+
+class MissingCrd:
+    """An API server without the CRD."""
+
+    async def pages(self, kind: Kind, namespace: str | None, *, labels: str = "") -> AsyncIterator[Listing]:
+        raise NotFound("list", kind, "", 404, "NotFound", "the server could not find the requested resource")
+        yield Listing([], 0)
+
+
+def body(name: str, version: int) -> Object:
+    meta = {"namespace": "team", "name": name, "uid": f"uid-{name}", "resourceVersion": str(version)}
+    return {"metadata": meta, "spec": {}}
+
+
+def resyncer(server: Any, cache: Cache) -> Resyncer:
+    return Resyncer(cast(Kube, server), cache, WorkQueue(), ())
+
+
+def test_objects_that_are_missing_in_a_full_list_leave_the_cache() -> None:
+    async def scenario() -> list[Key]:
+        cache = Cache()
+        server = Lists(Listing([body("a", 3), body("b", 4)], 5))
+        found = resyncer(server, cache)
+        await found.run_once()
+        server.pages_of_finetunejobs = (Listing([body("b", 4)], 9),)
+        await found.run_once()
+        return cache.keys()
+
+    assert run(scenario()) == [Key("team", "b")]
+
+
+def test_objects_of_a_list_that_restarted_do_not_count_as_listed() -> None:
+    async def scenario() -> list[Key]:
+        cache = Cache()
+        server = Lists(Listing([body("a", 3), body("b", 4)], 5))
+        found = resyncer(server, cache)
+        await found.run_once()
+        server.pages_of_finetunejobs = (Listing([body("a", 3)], 6), Listing([body("b", 4)], 9, is_first_page=True))
+        await found.run_once()
+        return cache.keys()
+
+    assert run(scenario()) == [Key("team", "b")]
+
+
+def test_all_pages_of_a_list_count_as_listed() -> None:
+    async def scenario() -> list[Key]:
+        cache = Cache()
+        server = Lists(Listing([body("a", 3)], 5), Listing([body("b", 4)], 5, is_first_page=False))
+        found = resyncer(server, cache)
+        await found.run_once()
+        await found.run_once()
+        return cache.keys()
+
+    assert run(scenario()) == [Key("team", "a"), Key("team", "b")]
+
+
+def test_server_that_was_restored_from_a_backup_ends_the_process() -> None:
+    """Its resourceVersions start again at the backup's: with an empty cache, the operator sees its events again."""
+
+    async def scenario() -> None:
+        server = Lists(Listing([], 20))
+        found = resyncer(server, Cache())
+        for version in (20, 30):
+            server.pages_of_finetunejobs = (Listing([], version),)
+            await found.run_once()
+        server.pages_of_finetunejobs = (Listing([], 12),)
+        with pytest.raises(StartError, match="went back from 30 to 12"):
+            await found.run_once()
+
+    run(scenario())
+
+
+def test_missing_crd_is_a_start_error() -> None:
+    async def scenario() -> None:
+        with pytest.raises(StartError, match="install the CRD first"):
+            await resyncer(MissingCrd(), Cache()).run_once()
+
+    run(scenario())
+
+
+def test_first_full_list_sets_is_synced() -> None:
+    async def scenario() -> list[bool]:
+        found = resyncer(Lists(Listing([], 20)), Cache())
+        before = found.is_synced.is_set()
+        await found.run_once()
+        return [before, found.is_synced.is_set()]
+
+    assert run(scenario()) == [False, True]
