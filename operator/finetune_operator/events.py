@@ -1,10 +1,10 @@
-"""Events: the story of a run's last hour, for `kubectl describe`. On transitions only, just before the status is written.
+"""Kubernetes events about transitions, for `kubectl describe`. They are emitted just before the status is written.
 
-`transitions` compares two statuses and is pure; `Recorder` posts, never fails a reconcile, and counts repeats in a series instead
-of writing them again. An event's note cannot be changed, so its name hashes it.
+`transitions` compares two statuses and is pure. `Recorder` posts events, never fails a reconcile, and counts repeats in a series. The
+message of an event cannot be changed, so the event's name contains its hash.
 
-Before and not after, because the written status is the only memory of what was told: a process that dies between the two finds the
-transition again and tells it again, under the same name and from the same version of the job, which makes it the same event.
+Events come before the status, because only the written status remembers which events were emitted: a process that dies in between
+finds the same transition again and emits the same event, with the same name and for the same resourceVersion, so nothing is doubled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Literal
 
 from finetune_api import names
 from finetune_api.names import Condition as Kind
-from finetune_api.names import FailureClass, Phase, Reason
+from finetune_api.names import Phase, Reason
 from finetune_api.status import Attempt, FineTuneJobStatus
 
 from finetune_operator.kube import AlreadyExists, Kube, KubeError
@@ -31,14 +31,16 @@ logger = logging.getLogger(__name__)
 
 Type = Literal["Normal", "Warning"]
 MAX_NOTE = 1000
-MAX_BUCKETS = 4096
-PATIENCE = 5.0
-"""Seconds that an event may take: a status waits for it."""
+"""Characters of an event's message; the API server allows 1024 bytes."""
+POST_TIMEOUT_SECONDS = 5.0
+"""Longest time for one event: the status write waits for it."""
 FINISH = "Finish"
-"""The action of a job's last event, which is never dropped."""
+"""The action of a job's last event, which the rate limit never drops."""
 BURST, REFILL_SECONDS = 25, 60.0
-"""Events of one job that may come at once, and the time after which one more may."""
-OBSTACLES = frozenset({
+"""Token bucket per job: events that may come at once, and the seconds after which one more may."""
+MAX_BUCKETS = 4096
+"""Token buckets that are kept before full ones are dropped."""
+BLOCKING_REASONS = frozenset({
     Reason.UNSCHEDULABLE, Reason.IMAGE_PULL_FAILED, Reason.CONFIG_MISSING, Reason.QUOTA_EXCEEDED,
     Reason.FORBIDDEN_BY_POLICY, Reason.CHILDREN_CONFLICT,
 })  # fmt: skip
@@ -46,7 +48,7 @@ OBSTACLES = frozenset({
 
 @dataclass(frozen=True)
 class Note:
-    """One event to be."""
+    """One event to be emitted."""
 
     reason: Reason
     note: str
@@ -55,43 +57,50 @@ class Note:
 
 
 def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Note]:
-    """What happened between two statuses, in the order of a run's life."""
+    """The events between two statuses, in the order in which a run goes through them."""
     return [*_acceptance(old, new), *_attempts(old, new), *_waiting(old, new), *_training(old, new), *_end(old, new)]
 
 
-def _status(status: FineTuneJobStatus, kind: Kind) -> tuple[str, str, str]:
-    """(status, reason, message) of a condition; empty words if it is absent."""
+@dataclass(frozen=True)
+class ConditionState:
+    """A condition that may be absent."""
+
+    status: str = ""
+    reason: str = ""
+    message: str = ""
+
+
+def _condition(status: FineTuneJobStatus, kind: Kind) -> ConditionState:
     found = status.condition(kind)
-    return (found.status, found.reason, found.message) if found else ("", "", "")
+    return ConditionState(found.status, found.reason, found.message) if found else ConditionState()
 
 
 def _acceptance(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
-    was, before, _ = _status(old, Kind.ACCEPTED)
-    now, reason, message = _status(new, Kind.ACCEPTED)
-    if now == "True" and was != "True":
-        yield Note(Reason.ACCEPTED, message, action="Accept")
-    elif now == "False" and (was != "False" or before != reason):
-        yield Note(Reason(reason), message, "Warning", "Accept")
+    before, now = _condition(old, Kind.ACCEPTED), _condition(new, Kind.ACCEPTED)
+    if now.status == "True" and before.status != "True":
+        yield Note(Reason.ACCEPTED, now.message, action="Accept")
+    elif now.status == "False" and (before.status != "False" or before.reason != now.reason):
+        yield Note(Reason(now.reason), now.message, "Warning", "Accept")
 
 
 def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
-    before = {one.number: one for one in old.attempts}
+    known = {one.number: one for one in old.attempts}
     for attempt in new.attempts:
-        known = before.get(attempt.number)
-        if known is None:
+        before = known.get(attempt.number)
+        if before is None:
             yield Note(Reason.ATTEMPT_STARTED, f"created the Job of attempt {attempt.number}", action="Create")
-        if attempt.resumed_from_step and (known is None or known.resumed_from_step != attempt.resumed_from_step):
-            note = f"attempt {attempt.number} continued from step {attempt.resumed_from_step}"
+        if attempt.resumed_from_step and (before is None or before.resumed_from_step != attempt.resumed_from_step):
+            note = f"attempt {attempt.number} resumed from step {attempt.resumed_from_step}"
             yield Note(Reason.RESUMED_FROM_CHECKPOINT, note)
-        if attempt.end_time is not None and (known is None or known.end_time is None):
-            yield from _ending(attempt)
+        if attempt.end_time is not None and (before is None or before.end_time is None):
+            yield from _failed_attempt(attempt)
     for change in new.adaptations[len(old.adaptations) :]:
         yield Note(Reason(change.reason), f"changed for the next attempt: {change.change}", "Warning", "Adapt")
-    if (new.attempt or 1) > (old.attempt or 1) and not _final(new) and new.phase is not Phase.SUSPENDED:
-        yield Note(Reason.RETRYING, f"attempt {new.attempt} will be made")
+    if (new.attempt or 1) > (old.attempt or 1) and not _is_finished(new) and new.phase is not Phase.SUSPENDED:
+        yield Note(Reason.RETRYING, f"attempt {new.attempt} follows")
 
 
-def _ending(attempt: Attempt) -> Iterator[Note]:
+def _failed_attempt(attempt: Attempt) -> Iterator[Note]:
     if attempt.reason in (Reason.SUCCEEDED, Reason.SUSPENDED, Reason.CANCELLED) or not attempt.reason:
         return
     code = f", exit code {attempt.exit_code}" if attempt.exit_code is not None else ""
@@ -101,63 +110,58 @@ def _ending(attempt: Attempt) -> Iterator[Note]:
 
 
 def _waiting(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
-    was, before, _ = _status(old, Kind.QUOTA_RESERVED)
-    now, reason, message = _status(new, Kind.QUOTA_RESERVED)
-    if now == "False" and reason == Reason.QUEUED and (was, before) != (now, reason):
-        if was == "True":
-            yield Note(Reason.PREEMPTED, "the queue took the quota back; the pods save and wait", "Warning", "Queue")
-        yield Note(Reason.QUEUED, message, action="Queue")
-    _, before, _ = _status(old, Kind.PODS_READY)
-    _, reason, message = _status(new, Kind.PODS_READY)
-    if reason != before and reason in OBSTACLES:
-        yield Note(Reason(reason), message, "Warning", "Wait")
-    if _status(new, Kind.STALLED)[0] == "True" and _status(old, Kind.STALLED)[0] != "True" and not _final(new):
-        _, reason, message = _status(new, Kind.STALLED)
-        yield Note(Reason(reason), message, "Warning", "Wait")
+    before, now = _condition(old, Kind.QUOTA_RESERVED), _condition(new, Kind.QUOTA_RESERVED)
+    is_queued = now.status == "False" and now.reason == Reason.QUEUED
+    if is_queued and (before.status, before.reason) != (now.status, now.reason):
+        if before.status == "True":
+            yield Note(Reason.PREEMPTED, "the queue revoked the quota; the pods save and stop", "Warning", "Queue")
+        yield Note(Reason.QUEUED, now.message, action="Queue")
+    before, now = _condition(old, Kind.PODS_READY), _condition(new, Kind.PODS_READY)
+    if now.reason != before.reason and now.reason in BLOCKING_REASONS:
+        yield Note(Reason(now.reason), now.message, "Warning", "Wait")
+    before, now = _condition(old, Kind.STALLED), _condition(new, Kind.STALLED)
+    if now.status == "True" and before.status != "True" and not _is_finished(new):
+        yield Note(Reason(now.reason), now.message, "Warning", "Wait")
 
 
 def _training(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
-    if not old.steps_done and new.steps_done and not _final(new):
-        assert new.progress is not None  # noqa: S101 -- a step was found
-        yield Note(
-            Reason.TRAINING_STARTED, f"first step of {new.progress.total_steps or 'unknown'} done", action="Train"
-        )
+    if not old.steps_done and new.steps_done and not _is_finished(new):
+        total = new.progress.total_steps if new.progress else None
+        note = f"completed the first of {total} steps" if total else "completed the first step"
+        yield Note(Reason.TRAINING_STARTED, note, action="Train")
     if new.latest_checkpoint and not old.latest_checkpoint:
         yield Note(Reason.FIRST_CHECKPOINT_COMMITTED, f"committed {new.latest_checkpoint}", action="Checkpoint")
-    was, _, _ = _status(old, Kind.CHECKPOINTS_HEALTHY)
-    now, reason, message = _status(new, Kind.CHECKPOINTS_HEALTHY)
-    if now == "False" and was != "False":
-        yield Note(Reason(reason), message, "Warning", "Checkpoint")
+    before, now = _condition(old, Kind.CHECKPOINTS_HEALTHY), _condition(new, Kind.CHECKPOINTS_HEALTHY)
+    if now.status == "False" and before.status != "False":
+        yield Note(Reason(now.reason), now.message, "Warning", "Checkpoint")
 
 
 def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
-    was, _, _ = _status(old, Kind.SUSPENDED)
-    now, reason, message = _status(new, Kind.SUSPENDED)
-    if now == "True" and was != "True":
-        yield Note(Reason.SUSPENDED, message, action="Suspend")
-    if now == "False" and was == "True" and reason == Reason.RESUMED and not _final(new):
-        yield Note(Reason.RESUMED, message, action="Resume")
-    if not _final(new) or _final(old):
+    before, now = _condition(old, Kind.SUSPENDED), _condition(new, Kind.SUSPENDED)
+    if now.status == "True" and before.status != "True":
+        yield Note(Reason.SUSPENDED, now.message, action="Suspend")
+    if now.status == "False" and before.status == "True" and now.reason == Reason.RESUMED and not _is_finished(new):
+        yield Note(Reason.RESUMED, now.message, action="Resume")
+    if not _is_finished(new) or _is_finished(old):
         return
     if new.phase is Phase.SUCCEEDED:
         where = new.output.uri if new.output and new.output.uri else "storage"
         yield Note(Reason.SUCCEEDED, f"the final artefact is committed: {where}", action=FINISH)
     elif new.phase is Phase.CANCELLED:
-        yield Note(Reason.CANCELLED, _status(new, Kind.SUCCEEDED)[2], action=FINISH)
+        yield Note(Reason.CANCELLED, _condition(new, Kind.SUCCEEDED).message, action=FINISH)
     else:
         failure = new.failure
-        shown = f"{failure.class_} {failure.code}: {failure.message}" if failure else "unknown"
+        text = f"{failure.class_} {failure.code}: {failure.message}" if failure else "unknown"
         hint = f"; {failure.hint}" if failure and failure.hint else ""
-        named = failure.class_ if failure else FailureClass.INTERNAL
-        yield Note(Reason.FAILED, shown + hint if named else shown, "Warning", FINISH)
+        yield Note(Reason.FAILED, text + hint, "Warning", FINISH)
 
 
-def _final(status: FineTuneJobStatus) -> bool:
+def _is_finished(status: FineTuneJobStatus) -> bool:
     return status.holds(Kind.FINISHED)
 
 
 def build_event(job: JobObject, note: Note, instance: str, now: datetime) -> Object:
-    """The object of one event; the same event of the same job always has the same name."""
+    """The object of one event; equal events of the same job have equal names."""
     text = clean(note.note, MAX_NOTE)
     digest = hashlib.sha256("\0".join((job.uid, note.type, note.reason, note.action, text)).encode()).hexdigest()
     return {
@@ -168,7 +172,7 @@ def build_event(job: JobObject, note: Note, instance: str, now: datetime) -> Obj
             "namespace": job.namespace,
             "annotations": {names.Annotation.OBSERVED_VERSION.value: job.resource_version},
         },
-        "eventTime": _micro(now),
+        "eventTime": _micro_time(now),
         "reportingController": names.GROUP,
         "reportingInstance": instance[:128],
         "action": note.action,
@@ -185,47 +189,58 @@ def build_event(job: JobObject, note: Note, instance: str, now: datetime) -> Obj
     }
 
 
-def _micro(moment: datetime) -> str:
+def _micro_time(moment: datetime) -> str:
     return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 @dataclass
-class _Bucket:
+class TokenBucket:
+    """Limits the events of one job."""
+
     tokens: float
-    at: float
+    refilled_at: float
+
+    def take(self, now: float) -> bool:
+        """Take a token, if there is one."""
+        self.tokens = min(BURST, self.tokens + (now - self.refilled_at) / REFILL_SECONDS)
+        self.refilled_at = now
+        if self.tokens < 1:
+            return False
+        self.tokens -= 1
+        return True
 
 
 class Recorder:
-    """Posts events. What one job tells too fast is dropped, with a log line."""
+    """Posts events. Events beyond the rate limit of their job are dropped and logged."""
 
     def __init__(self, kube: Kube, instance: str):
         self._kube = kube
         self._instance = instance
-        self._buckets: dict[str, _Bucket] = {}
-        self._untold: dict[str, set[str]] = {}
-        """Names of what was posted for a status that is not written yet, by uid of the job."""
+        self._buckets: dict[str, TokenBucket] = {}
+        self._uncommitted: dict[str, set[str]] = {}
+        """Names of the events whose status is not written yet, by uid of the job."""
 
-    async def tell(self, job: JobObject, notes: list[Note]) -> None:
-        """Post these, for the status that is to be written next; none of them twice until `settle`. Raises nothing of the API's."""
+    async def emit(self, job: JobObject, notes: list[Note]) -> None:
+        """Post the events of a status that is written next; each one once until `commit`. Logs errors and raises none."""
+        posted = self._uncommitted.setdefault(job.uid, set())
         for note in notes:
             event = build_event(job, note, self._instance, self._kube.clock.now())
-            posted = self._untold.setdefault(job.uid, set())
             if event["metadata"]["name"] in posted:
                 continue
             posted.add(event["metadata"]["name"])
-            if not self._allowed(job.uid) and note.action != FINISH:
-                logger.info("too many events of %s/%s: %s is dropped", job.namespace, job.name, note.reason)
+            if not self._take_token(job.uid) and note.action != FINISH:
+                logger.info("dropped event %s of %s/%s: rate limit", note.reason, job.namespace, job.name)
                 continue
             try:
-                async with asyncio.timeout(PATIENCE):
+                async with asyncio.timeout(POST_TIMEOUT_SECONDS):
                     await self._post(event)
             except (KubeError, TimeoutError) as error:
-                # An event is a courtesy: a namespace that is going away or a missing permission must not matter.
-                logger.info("an event was not posted: %s", error or "no answer in time")
+                # A terminating namespace or a missing permission must not hold up the reconcile.
+                logger.info("event not posted: %s", error or "timeout")
 
-    def settle(self, uid: str) -> None:
-        """The status that the last events tell of is written: from now on the same again is a repeat."""
-        self._untold.pop(uid, None)
+    def commit(self, uid: str) -> None:
+        """Record that the status was written: the next equal event is a repeat and is counted."""
+        self._uncommitted.pop(uid, None)
 
     async def _post(self, event: Object) -> None:
         meta = event["metadata"]
@@ -240,16 +255,10 @@ class Recorder:
             change = {"metadata": {"annotations": meta["annotations"]}, "series": series}
             await self._kube.patch(EVENT, meta["namespace"], meta["name"], change)
 
-    def _allowed(self, uid: str) -> bool:
+    def _take_token(self, uid: str) -> bool:
         now = asyncio.get_running_loop().time()
-        bucket = self._buckets.setdefault(uid, _Bucket(BURST, now))
-        bucket.tokens = min(BURST, bucket.tokens + (now - bucket.at) / REFILL_SECONDS)
-        bucket.at = now
-        if bucket.tokens < 1:
-            return False
-        bucket.tokens -= 1
+        allowed = self._buckets.setdefault(uid, TokenBucket(BURST, now)).take(now)
         if len(self._buckets) > MAX_BUCKETS:
-            full = [key for key, one in self._buckets.items() if now - one.at > BURST * REFILL_SECONDS]
-            for key in full:
-                del self._buckets[key]
-        return True
+            refill = BURST * REFILL_SECONDS
+            self._buckets = {key: one for key, one in self._buckets.items() if now - one.refilled_at <= refill}
+        return allowed

@@ -29,7 +29,7 @@ def create_registry(kube: Kube, cache: Cache, queue: WorkQueue, monitor: WatchMo
         if update is None or not update.changed:
             return
         if update.is_new:
-            queue.hurry(update.key)
+            queue.add_high_priority(update.key)
         else:
             queue.add(update.key)
 

@@ -25,7 +25,7 @@ class Health:
         stalled = self._monitor.stalled_watch(self._stalled_watch_seconds)
         if stalled or not self.is_working:
             return stalled
-        oldest = self._queue.oldest()
+        oldest = self._queue.oldest_seconds()
         return f"a job has waited for {oldest:.0f} s" if oldest > self._stuck_seconds else ""
 
     def readiness_problem(self) -> str:

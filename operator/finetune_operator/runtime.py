@@ -129,8 +129,8 @@ class Runtime:
         self._is_working.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
-                while not self._queue.idle:
-                    self._queue.drop_waiting()
+                while not self._queue.is_idle:
+                    self._queue.clear()
                     await asyncio.sleep(0.05)
 
     async def _stop(self, tasks: list[asyncio.Task[Any]]) -> None:

@@ -1,7 +1,7 @@
-"""Progress is read from rank 0's pod, over HTTP, in the background: a pod that does not answer must not hold up a worker.
+"""Reads progress from rank 0's pod over HTTP, in the background, so that a pod that does not answer never blocks a worker.
 
-A target is watched from the moment its pod runs until it is forgotten. What a pod says is believed only if it names the uid
-and the attempt that were asked for: addresses are reused.
+A target is read from the time its pod runs until it is dropped. A report is accepted only if it names the expected uid and
+attempt, because IP addresses are reused.
 """
 
 from __future__ import annotations
@@ -27,18 +27,16 @@ from finetune_operator.workqueue import Key
 logger = logging.getLogger(__name__)
 
 MAX_BYTES = 64 * 1024
-"""Longest answer that is read."""
-
-
-SOON = 5
-"""Questions without an answer after which the pause doubles, again and again."""
-LONGEST_SILENCE = 4
-"""A pod that does not answer is asked ever more rarely, down to once in this many intervals: it holds a place for a whole timeout."""
+"""Longest response that is read."""
+FAILURES_PER_DOUBLING = 5
+"""Failed reads in a row after which the interval doubles."""
+MAX_INTERVAL_FACTOR = 4
+"""Longest interval of a pod that does not answer, in normal intervals: each try occupies a connection until the timeout."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Whom to ask, and who is expected to answer."""
+    """The address of a pod, and the identity that its report must name."""
 
     uid: str
     attempt: int
@@ -47,80 +45,77 @@ class Target:
 
 
 @dataclass(eq=False)
-class Turn:
-    """A target from the moment it is watched until it is stopped; watched again, it has another turn, and one place in the heap."""
+class Subscription:
+    """A target from `watch` until `stop`; watching again makes a new subscription, so that each key has one entry in the heap."""
 
     number: int
     key: Key
     target: Target
-    unanswered: int = 0
-    """Questions in a row without an answer."""
+    failures: int = 0
+    """Failed reads in a row."""
 
 
 class Scraper:
-    """Asks all targets in turn. `told` is called with the key of every job that something new was heard from."""
+    """Reads all targets in turn. `on_report` is called with the key of each job whose pod reported."""
 
-    def __init__(
-        self, settings: ScrapeSettings, now: Callable[[], datetime], told: Callable[[Key], None],
-    ):  # fmt: skip
+    def __init__(self, settings: ScrapeSettings, now: Callable[[], datetime], on_report: Callable[[Key], None]):
         self._settings = settings
         self._now = now
-        self._told = told
-        self._turns: dict[Key, Turn] = {}
-        self._heard: dict[Key, tuple[Target, ReceivedReport]] = {}
-        self._heap: list[tuple[float, int, Turn]] = []
-        """Turns by the time at which they are due; one whose key has another turn by now is skipped."""
+        self._on_report = on_report
+        self._subscriptions: dict[Key, Subscription] = {}
+        self._reports: dict[Key, tuple[Target, ReceivedReport]] = {}
+        self._heap: list[tuple[float, int, Subscription]] = []
+        """Subscriptions by due time; those that were stopped or replaced are skipped."""
         self._numbers = itertools.count()
         self._changed = asyncio.Event()
 
-    def url(self, namespace: str, pod: str, ip: str) -> str:
-        """Address of a pod's progress."""
+    def progress_url(self, namespace: str, pod: str, ip: str) -> str:
+        """URL of a pod's progress report."""
         host = f"[{ip}]" if ":" in ip else ip
         return self._settings.url.format(
             ip=host, port=PROGRESS_PORT, path=Path.PROGRESS.value, namespace=namespace, pod=pod
         )
 
     def watch(self, key: Key, target: Target) -> None:
-        """Ask this target from now on; nothing changes if it is asked already."""
-        turn = self._turns.get(key)
-        if turn is not None and turn.target == target:
+        """Start reading this target; does nothing if it is read already."""
+        known = self._subscriptions.get(key)
+        if known is not None and known.target == target:
             return
-        self._turns[key] = turn = Turn(next(self._numbers), key, target)
-        self._ask_after(0, turn)
+        self._subscriptions[key] = subscription = Subscription(next(self._numbers), key, target)
+        self._read_after(0, subscription)
 
     def stop(self, key: Key) -> None:
-        """Ask no more; what was heard stays until it is forgotten."""
-        self._turns.pop(key, None)
+        """Stop reading, and keep the last report."""
+        self._subscriptions.pop(key, None)
 
-    def forget(self, key: Key) -> None:
-        """Ask no more, and drop what was heard."""
+    def drop(self, key: Key) -> None:
+        """Stop reading, and drop the last report."""
         self.stop(key)
-        self._heard.pop(key, None)
+        self._reports.pop(key, None)
 
-    def heard(self, key: Key, uid: str, attempt: int) -> ReceivedReport | None:
-        """The last that was heard of this attempt."""
-        found = self._heard.get(key)
+    def last_report(self, key: Key, uid: str, attempt: int) -> ReceivedReport | None:
+        """The last report of this attempt."""
+        found = self._reports.get(key)
         if found is None or found[0].uid != uid or found[0].attempt != attempt:
             return None
         return found[1]
 
     async def run(self) -> None:
-        """Ask until cancelled."""
+        """Read until cancelled."""
         timeout = aiohttp.ClientTimeout(total=self._settings.timeout_seconds)
         connector = aiohttp.TCPConnector(limit=self._settings.concurrency, force_close=False)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session, asyncio.TaskGroup() as group:
             free = asyncio.Semaphore(self._settings.concurrency)
             while True:
-                turn = await self._next()
+                subscription = await self._next_due()
                 await free.acquire()
-                task = group.create_task(self._ask(session, turn))
+                task = group.create_task(self._read(session, subscription))
                 task.add_done_callback(lambda _: free.release())
 
-    async def _next(self) -> Turn:
-        """The next turn that is due."""
+    async def _next_due(self) -> Subscription:
         loop = asyncio.get_running_loop()
         while True:
-            while self._heap and not self._holds(self._heap[0][2]):
+            while self._heap and not self._is_current(self._heap[0][2]):
                 heapq.heappop(self._heap)
             wait = self._heap[0][0] - loop.time() if self._heap else None
             if wait is not None and wait <= 0:
@@ -132,33 +127,34 @@ class Scraper:
             except TimeoutError:
                 continue
 
-    def _holds(self, turn: Turn) -> bool:
-        return self._turns.get(turn.key) is turn
+    def _is_current(self, subscription: Subscription) -> bool:
+        return self._subscriptions.get(subscription.key) is subscription
 
-    def _ask_after(self, seconds: float, turn: Turn) -> None:
-        heapq.heappush(self._heap, (asyncio.get_running_loop().time() + seconds, turn.number, turn))
+    def _read_after(self, seconds: float, subscription: Subscription) -> None:
+        heapq.heappush(self._heap, (asyncio.get_running_loop().time() + seconds, subscription.number, subscription))
         self._changed.set()
 
-    async def _ask(self, session: aiohttp.ClientSession, turn: Turn) -> None:
-        report = await self._read(session, turn.target)
-        if not self._holds(turn):
+    async def _read(self, session: aiohttp.ClientSession, subscription: Subscription) -> None:
+        report = await self._fetch(session, subscription.target)
+        if not self._is_current(subscription):
             return
-        turn.unanswered = 0 if report is not None else turn.unanswered + 1
-        self._ask_after(self._pause(report, turn.unanswered), turn)
+        subscription.failures = 0 if report is not None else subscription.failures + 1
+        self._read_after(self._interval(report, subscription.failures), subscription)
         if report is not None:
-            self._heard[turn.key] = (turn.target, ReceivedReport(report, self._now(), turn.target.pod_uid))
-            self._told(turn.key)
+            received = ReceivedReport(report, self._now(), subscription.target.pod_uid)
+            self._reports[subscription.key] = (subscription.target, received)
+            self._on_report(subscription.key)
 
-    def _pause(self, report: ProgressReport | None, unanswered: int) -> float:
-        """Seconds until the next question."""
+    def _interval(self, report: ProgressReport | None, failures: int) -> float:
+        """Seconds until the next read."""
         settings = self._settings
         if report is None:
-            longest = max(settings.starting_interval_seconds, LONGEST_SILENCE * settings.interval_seconds)
-            return float(min(settings.starting_interval_seconds * 2 ** min(unanswered // SOON, 32), longest))
-        starting = report.stage in (Stage.STARTING, Stage.DOWNLOADING, Stage.CHECKING)
-        return settings.starting_interval_seconds if starting else settings.interval_seconds
+            longest = max(settings.starting_interval_seconds, MAX_INTERVAL_FACTOR * settings.interval_seconds)
+            return float(min(settings.starting_interval_seconds * 2 ** min(failures // FAILURES_PER_DOUBLING, 32), longest))
+        is_starting = report.stage in (Stage.STARTING, Stage.DOWNLOADING, Stage.CHECKING)
+        return settings.starting_interval_seconds if is_starting else settings.interval_seconds
 
-    async def _read(self, session: aiohttp.ClientSession, target: Target) -> ProgressReport | None:
+    async def _fetch(self, session: aiohttp.ClientSession, target: Target) -> ProgressReport | None:
         try:
             async with session.get(target.url, allow_redirects=False) as response:
                 if response.status != 200:
@@ -170,9 +166,9 @@ class Scraper:
                         return None
                 report = ProgressReport.model_validate_json(data)
         except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
-            logger.debug("%s does not tell its progress: %s", target.url, error)
+            logger.debug("no progress report from %s: %s", target.url, error)
             return None
         if report.uid != target.uid or report.attempt != target.attempt:
-            logger.info("%s is another job's pod now", target.url)
+            logger.info("the pod at %s belongs to another job or attempt", target.url)
             return None
         return report

@@ -1,10 +1,10 @@
-"""A work queue as client-go has it: a key is never handled by two workers at once, and nothing that arrives is lost.
+"""A work queue with the semantics of client-go: one worker per key at a time, and no addition is lost.
 
-A key added while it waits is the same key; added while it is being worked on, it comes back once. Failures wait longer each
-time; `add_after` wakes a key at a time, and the earliest of several times wins.
+Adding a key that waits changes nothing; a key that is added while a worker handles it is handled once more afterwards. The pause
+after a failure doubles with each failure in a row; of several times set by `add_after` the earliest one counts.
 
-Keys that were hurried come first, so that in a burst every new job is started before the others are told about; one in a few turns
-still goes to those that wait longer.
+High-priority keys come first, so that a burst of new jobs gets all its pods started before any status is updated; one turn in a few
+still goes to the other keys.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from finetune_operator.pace import Rush
+from finetune_operator.throttle import BurstDetector
 
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.005, 300.0
-HURRIED_IN_A_ROW = 7
-"""Turns that hurried keys may have before one of the others."""
+HIGH_PRIORITY_IN_A_ROW = 7
+"""High-priority keys that are taken in a row before one of the others."""
 
 
 class Key(NamedTuple):
-    """A FineTuneJob, by name."""
+    """Namespace and name of a FineTuneJob."""
 
     namespace: str
     name: str
@@ -33,42 +33,42 @@ class Key(NamedTuple):
 
 
 class WorkQueue:
-    """Keys to look at. For one event loop; `clock` is in seconds and only its differences matter."""
+    """Keys to reconcile, for one event loop. `clock` is in seconds; only its differences matter."""
 
     def __init__(self, clock: Callable[[], float] | None = None):
         self._clock = clock or asyncio.get_running_loop().time
         self._ready: deque[Key] = deque()
-        self._hurried: deque[Key] = deque()
-        self._in_a_row = 0
-        self._rush = Rush()
-        self._since: dict[Key, float] = {}
-        self._working: dict[Key, float] = {}
-        self._again: set[Key] = set()
+        self._high_priority: deque[Key] = deque()
+        self._high_priority_in_a_row = 0
+        self._burst = BurstDetector()
+        self._waiting_since: dict[Key, float] = {}
+        self._working_since: dict[Key, float] = {}
+        self._added_while_working: set[Key] = set()
         self._due: dict[Key, float] = {}
         self._heap: list[tuple[float, Key]] = []
         self._failures: dict[Key, int] = {}
         self._changed = asyncio.Event()
 
     def add(self, key: Key) -> None:
-        """Look at `key` as soon as a worker is free."""
-        if key in self._working:
-            self._again.add(key)
-        elif key not in self._since:
-            self._since[key] = self._clock()
+        """Queue `key` for the next free worker."""
+        if key in self._working_since:
+            self._added_while_working.add(key)
+        elif key not in self._waiting_since:
+            self._waiting_since[key] = self._clock()
             self._ready.append(key)
             self._changed.set()
 
-    def hurry(self, key: Key) -> None:
-        """Look at `key` before those that were only added."""
-        if key not in self._working and key not in self._since:
-            self._since[key] = self._clock()
-            self._hurried.append(key)
+    def add_high_priority(self, key: Key) -> None:
+        """Queue `key` before those that were added with normal priority."""
+        if key not in self._working_since and key not in self._waiting_since:
+            self._waiting_since[key] = self._clock()
+            self._high_priority.append(key)
             self._changed.set()
         else:
             self.add(key)
 
     def add_after(self, key: Key, seconds: float) -> None:
-        """Look at `key` in that many seconds, unless an earlier time is set already."""
+        """Queue `key` after a delay, unless it is due earlier already."""
         if seconds <= 0:
             self.add(key)
             return
@@ -78,88 +78,86 @@ class WorkQueue:
             heapq.heappush(self._heap, (due, key))
             self._changed.set()
 
-    def failed(self, key: Key) -> float:
-        """Look at `key` again after a pause that doubles with each failure in a row; returns the pause in seconds."""
+    def add_after_failure(self, key: Key) -> float:
+        """Queue `key` after a pause that doubles with each failure in a row; returns the pause in seconds."""
         count = self._failures.get(key, 0)
         self._failures[key] = count + 1
         pause = float(min(FIRST_BACKOFF * 2 ** min(count, 32), LONGEST_BACKOFF))
         self.add_after(key, pause)
         return pause
 
-    def forget(self, key: Key) -> None:
-        """The last look at `key` went well."""
+    def reset_failures(self, key: Key) -> None:
+        """Forget the failures of `key`: it was reconciled without an error."""
         self._failures.pop(key, None)
 
-    def cancel(self, key: Key) -> None:
-        """Drop a time set by `add_after`: the next look will set a new one."""
-        self._due.pop(key, None)
-
     async def take(self) -> tuple[Key, float]:
-        """Wait for a key, and how many seconds it waited. `done` must follow."""
+        """Wait for a key; returns it with the seconds it was queued. The worker must call `done` afterwards."""
         while True:
-            self._promote()
-            if self._ready or self._hurried:
+            self._queue_due_keys()
+            if len(self):
                 key = self._pop()
                 now = self._clock()
-                waited = now - self._since.pop(key)
-                self._working[key] = now
+                waited = now - self._waiting_since.pop(key)
+                self._working_since[key] = now
                 self._due.pop(key, None)
                 return key, waited
             self._changed.clear()
             try:
-                async with asyncio.timeout(self._next_due()):
+                async with asyncio.timeout(self.seconds_until_due()):
                     await self._changed.wait()
             except TimeoutError:
                 continue
 
     def _pop(self) -> Key:
-        hurried = self._hurried and (not self._ready or self._in_a_row < HURRIED_IN_A_ROW)
-        self._in_a_row = self._in_a_row + 1 if hurried else 0
-        if not hurried:
+        high_priority = self._high_priority and (
+            not self._ready or self._high_priority_in_a_row < HIGH_PRIORITY_IN_A_ROW
+        )
+        self._high_priority_in_a_row = self._high_priority_in_a_row + 1 if high_priority else 0
+        if not high_priority:
             return self._ready.popleft()
-        self._rush.note(self._clock())
-        return self._hurried.popleft()
+        self._burst.record(self._clock())
+        return self._high_priority.popleft()
 
     def done(self, key: Key) -> None:
-        """A worker is through with `key`."""
-        del self._working[key]
-        if key in self._again:
-            self._again.discard(key)
+        """End the work on `key`; if it was added meanwhile, it is queued again."""
+        del self._working_since[key]
+        if key in self._added_while_working:
+            self._added_while_working.discard(key)
             self.add(key)
 
-    def drop_waiting(self) -> None:
-        """Forget everything that waits: the process is about to end, and its successor looks at everything anyway."""
+    def clear(self) -> None:
+        """Drop all waiting keys before the process ends; its successor reconciles every job at its start."""
         self._ready.clear()
-        self._hurried.clear()
-        self._since.clear()
-        self._again.clear()
+        self._high_priority.clear()
+        self._waiting_since.clear()
+        self._added_while_working.clear()
         self._due.clear()
 
     def restart_wait_times(self) -> None:
-        """Count the waiting time of all queued keys from now, as `oldest` and `take` report it."""
+        """Count the waiting time of all queued keys from now, as `oldest_seconds` and `take` report it."""
         now = self._clock()
-        self._since = dict.fromkeys(self._since, now)
+        self._waiting_since = dict.fromkeys(self._waiting_since, now)
 
-    def oldest(self) -> float:
-        """Seconds that the longest-waiting or longest-worked-on key has been there."""
+    def oldest_seconds(self) -> float:
+        """Age of the key that has been waiting, or been worked on, for the longest time."""
         now = self._clock()
-        times = [*self._since.values(), *self._working.values()]
+        times = [*self._waiting_since.values(), *self._working_since.values()]
         return now - min(times) if times else 0.0
 
     @property
-    def rush(self) -> bool:
-        """Hurried keys come one upon another, or did until a moment ago."""
-        return self._rush.on(self._clock())
+    def is_burst(self) -> bool:
+        """Whether many high-priority keys were taken within the last seconds."""
+        return self._burst.is_active(self._clock())
 
     def __len__(self) -> int:
-        return len(self._ready) + len(self._hurried)
+        return len(self._ready) + len(self._high_priority)
 
     @property
-    def idle(self) -> bool:
-        """Nothing waits and nothing is worked on."""
-        return not len(self) and not self._working
+    def is_idle(self) -> bool:
+        """Whether no key waits and none is worked on."""
+        return not len(self) and not self._working_since
 
-    def _promote(self) -> None:
+    def _queue_due_keys(self) -> None:
         now = self._clock()
         while self._heap and self._heap[0][0] <= now:
             due, key = heapq.heappop(self._heap)
@@ -169,7 +167,8 @@ class WorkQueue:
         if len(self):
             self._changed.set()
 
-    def _next_due(self) -> float | None:
+    def seconds_until_due(self) -> float | None:
+        """Seconds until the next delayed key is due; None: there is none."""
         while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
             heapq.heappop(self._heap)
         return max(0.0, self._heap[0][0] - self._clock()) if self._heap else None

@@ -1,18 +1,15 @@
-"""Progress over HTTP: whom it believes, what it survives, and that it forgets."""
+"""Progress reports over HTTP: which are accepted, how often they are read, and when they are dropped."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import json
-import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 from aiohttp import web
-from finetune_operator import logs
-from finetune_operator.logs import JsonFormatter, TextFormatter
 from finetune_operator.scrape import MAX_BYTES, Scraper, Target
 from finetune_operator.settings import ScrapeSettings
 from finetune_operator.workqueue import Key
@@ -20,61 +17,80 @@ from finetune_operator.workqueue import Key
 from tests.unit.operator.samples import T0, UID
 
 KEY = Key("team", "run")
-GOOD = {"uid": UID, "attempt": 1, "stage": "training", "progress": {"step": 3, "totalSteps": 9}}
+REPORT = {"uid": UID, "attempt": 1, "stage": "training", "progress": {"step": 3, "totalSteps": 9}}
 
 
 class Pod:
-    """A pod's HTTP server; says `answer`, counts how often."""
+    """The HTTP server of a pod: answers with `body`, or redirects, and counts requests."""
 
     def __init__(self) -> None:
-        self.answer: str | None = json.dumps(GOOD)
-        self.asked = 0
-        self.moved = False
+        self.body: str | None = json.dumps(REPORT)
+        self.redirects = False
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.requests = 0
+        self._changed = asyncio.Condition()
         self.url = ""
 
     async def handle(self, request: web.Request) -> web.Response:
-        self.asked += 1
-        if self.moved and request.path == "/progress":
+        async with self._changed:
+            self.requests += 1
+            self._changed.notify_all()
+        await self.may_answer.wait()
+        if self.redirects and request.path == "/progress":
             raise web.HTTPFound("/elsewhere")
-        return web.Response(text=self.answer) if self.answer is not None else web.Response(status=503)
+        return web.Response(text=self.body) if self.body is not None else web.Response(status=503)
+
+    async def wait_for_requests(self, count: int) -> None:
+        """Wait until so many requests have arrived."""
+        async with asyncio.timeout(10), self._changed:
+            await self._changed.wait_for(lambda: self.requests >= count)
+
+
+@contextlib.asynccontextmanager
+async def serve(pod: Pod) -> AsyncIterator[Pod]:
+    app = web.Application()
+    app.router.add_get("/{path}", pod.handle)
+    runner = web.AppRunner(app, shutdown_timeout=0)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    pod.url = f"http://127.0.0.1:{runner.addresses[0][1]}/progress"
+    yield pod
+    pod.may_answer.set()
+    await runner.cleanup()
 
 
 @pytest.fixture
 async def pod() -> AsyncIterator[Pod]:
-    found = Pod()
-    app = web.Application()
-    app.router.add_get("/{path}", found.handle)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    found.url = f"http://127.0.0.1:{runner.addresses[0][1]}/progress"
-    yield found
-    await runner.cleanup()
+    async with serve(Pod()) as found:
+        yield found
 
 
-class Told:
-    """Counts what the scraper tells."""
+class Reports:
+    """Records the keys that the scraper calls back with."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.keys: list[Key] = []
         self.changed = asyncio.Event()
 
     def __call__(self, key: Key) -> None:
-        assert key == KEY
-        self.count += 1
+        self.keys.append(key)
         self.changed.set()
 
+    async def wait(self) -> None:
+        """Wait for the first report."""
+        await asyncio.wait_for(self.changed.wait(), 10)
+
 
 @pytest.fixture
-async def told() -> Told:
-    return Told()
+async def reports() -> Reports:
+    return Reports()
 
 
 @pytest.fixture
-async def scraper(told: Told) -> AsyncIterator[Scraper]:
-    settings = ScrapeSettings(interval_seconds=0.01, starting_interval_seconds=0.01, timeout_seconds=1)
-    found = Scraper(settings, lambda: T0, told)
+async def scraper(reports: Reports) -> AsyncIterator[Scraper]:
+    settings = ScrapeSettings(interval_seconds=0.01, starting_interval_seconds=0.01, timeout_seconds=60, concurrency=2)
+    found = Scraper(settings, lambda: T0, reports)
     task = asyncio.create_task(found.run())
     yield found
     task.cancel()
@@ -86,112 +102,106 @@ def target(pod: Pod, **fields: Any) -> Target:
     return Target(**{"uid": UID, "attempt": 1, "pod_uid": "pod-1-0", "url": pod.url, **fields})
 
 
-async def asked(pod: Pod, times: int) -> None:
-    async with asyncio.timeout(10):
-        while pod.asked < times:  # noqa: ASYNC110 -- the server of this test counts, nobody tells
-            await asyncio.sleep(0.01)
-
-
-async def test_what_a_pod_says_is_heard_with_its_time(scraper: Scraper, told: Told, pod: Pod) -> None:
+async def test_report_is_kept_with_its_time_for_its_uid_and_attempt(scraper: Scraper, reports: Reports, pod: Pod) -> None:
     scraper.watch(KEY, target(pod))
-    await asyncio.wait_for(told.changed.wait(), 10)
-    heard = scraper.heard(KEY, UID, 1)
-    assert heard is not None
-    assert (heard.report.progress.step, heard.time, heard.pod_uid) == (3, T0, "pod-1-0")
-    assert scraper.heard(KEY, UID, 2) is None
-    assert scraper.heard(KEY, "another", 1) is None
+    await reports.wait()
+    received = scraper.last_report(KEY, UID, 1)
+    assert received is not None
+    assert (received.report.progress.step, received.time, received.pod_uid) == (3, T0, "pod-1-0")
+    assert scraper.last_report(KEY, UID, 2) is None
+    assert scraper.last_report(KEY, "another", 1) is None
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "body",
     [
-        None, "", "not json", "[]", json.dumps(GOOD | {"uid": "another"}), json.dumps(GOOD | {"attempt": 2}),
-        json.dumps(GOOD | {"detail": "x" * MAX_BYTES}), json.dumps(GOOD | {"stage": "flying"}),
+        None, "", "not json", "[]", json.dumps(REPORT | {"uid": "another"}), json.dumps(REPORT | {"attempt": 2}),
+        json.dumps(REPORT | {"detail": "x" * MAX_BYTES}),
     ],
-    ids=["503", "empty", "text", "list", "other job", "other attempt", "too long", "unknown stage"],
+    ids=["503", "empty", "text", "list", "other job", "other attempt", "too long"],
 )  # fmt: skip
-async def test_what_is_not_this_job_s_progress_is_not_believed(
-    scraper: Scraper, told: Told, pod: Pod, answer: str | None
+async def test_answer_that_is_no_report_of_this_attempt_is_ignored(
+    scraper: Scraper, reports: Reports, pod: Pod, body: str | None
 ) -> None:
-    pod.answer = answer
+    pod.body = body
     scraper.watch(KEY, target(pod))
-    await asked(pod, 3)
-    assert told.count == 0
-    assert scraper.heard(KEY, UID, 1) is None
-    pod.answer = json.dumps(GOOD)
-    await asyncio.wait_for(told.changed.wait(), 10)
+    await pod.wait_for_requests(3)
+    assert reports.keys == []
+    assert scraper.last_report(KEY, UID, 1) is None
+    pod.body = json.dumps(REPORT)
+    await reports.wait()
 
 
-async def test_nobody_is_asked_after_the_end(scraper: Scraper, told: Told, pod: Pod) -> None:
+async def test_stopped_target_keeps_its_report_until_it_is_dropped(scraper: Scraper, reports: Reports, pod: Pod) -> None:
     scraper.watch(KEY, target(pod))
-    await asyncio.wait_for(told.changed.wait(), 10)
+    await reports.wait()
     scraper.stop(KEY)
-    assert scraper.heard(KEY, UID, 1) is not None
-    scraper.forget(KEY)
-    assert scraper.heard(KEY, UID, 1) is None
-    assert scraper._turns == {}
-    assert scraper._heard == {}
+    assert scraper.last_report(KEY, UID, 1) is not None
+    scraper.drop(KEY)
+    assert scraper.last_report(KEY, UID, 1) is None
+    assert scraper._subscriptions == {}
+    assert scraper._reports == {}
 
 
-async def test_a_pod_that_cannot_be_reached_holds_nobody_up(scraper: Scraper, told: Told, pod: Pod) -> None:
-    other = Key("team", "other")
-    scraper.watch(other, target(pod, url="http://127.0.0.1:9/progress"))
-    scraper.watch(KEY, target(pod))
-    await asyncio.wait_for(told.changed.wait(), 10)
+async def test_pod_that_does_not_answer_delays_no_other_pod(scraper: Scraper, reports: Reports, pod: Pod) -> None:
+    """The first request stays open for the whole test: with a concurrency of 1 the second pod would never be read."""
+    async with serve(Pod()) as silent:
+        silent.may_answer.clear()
+        scraper.watch(Key("team", "silent"), target(silent))
+        await silent.wait_for_requests(1)
+        scraper.watch(KEY, target(pod))
+        await reports.wait()
+        assert set(reports.keys) == {KEY}
+        assert silent.requests == 1
 
 
-async def test_a_target_that_is_stopped_and_watched_again_is_asked_by_one(scraper: Scraper, pod: Pod) -> None:
-    """A pod whose readiness comes and goes must not be asked twice as often after each time."""
+async def test_no_more_pods_are_read_at_once_than_configured(scraper: Scraper, reports: Reports, pod: Pod) -> None:
+    async with serve(Pod()) as silent:
+        silent.may_answer.clear()
+        for name in ("a", "b"):
+            scraper.watch(Key("team", name), target(silent))
+        await silent.wait_for_requests(2)
+        scraper.watch(KEY, target(pod))
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert (pod.requests, reports.keys) == (0, [])
+        silent.may_answer.set()
+        await pod.wait_for_requests(1)
+
+
+async def test_target_that_is_stopped_and_watched_again_is_read_by_one_subscription(scraper: Scraper, pod: Pod) -> None:
+    """Readiness that comes and goes must not double the requests each time."""
     for _ in range(20):
         scraper.watch(KEY, target(pod))
         scraper.stop(KEY)
     scraper.watch(KEY, target(pod))
-    await asked(pod, 5)
-    assert len([turn for _, _, turn in scraper._heap if scraper._holds(turn)]) <= 1
+    await pod.wait_for_requests(5)
+    assert len([one for _, _, one in scraper._heap if scraper._is_current(one)]) <= 1
     assert len(scraper._heap) <= 1
 
 
-async def test_a_pod_sends_the_operator_nowhere(scraper: Scraper, told: Told, pod: Pod) -> None:
-    pod.moved = True
+async def test_redirects_are_not_followed(scraper: Scraper, reports: Reports, pod: Pod) -> None:
+    pod.redirects = True
     scraper.watch(KEY, target(pod))
-    await asked(pod, 3)
-    assert told.count == 0
+    await pod.wait_for_requests(3)
+    assert reports.keys == []
 
 
-def test_the_silent_are_asked_ever_more_rarely() -> None:
+def test_interval_grows_while_a_pod_does_not_answer() -> None:
     scraper = Scraper(ScrapeSettings(), lambda: T0, lambda key: None)
-    pauses = [scraper._pause(None, count) for count in (1, 4, 5, 9, 10, 15, 20, 25, 1000)]
-    assert pauses == [3, 3, 6, 6, 12, 24, 48, 60, 60]
+    intervals = [scraper._interval(None, failures) for failures in (1, 4, 5, 9, 10, 15, 20, 25, 1000)]
+    assert intervals == [3, 3, 6, 6, 12, 24, 48, 60, 60]
 
 
-def test_addresses() -> None:
-    found = Scraper.url(_bare("http://{ip}:{port}{path}"), "team", "run-1-0-x", "10.0.0.1")
-    assert found == "http://10.0.0.1:8080/progress"
-    assert Scraper.url(_bare("http://{ip}:{port}{path}"), "team", "p", "fd00::1") == "http://[fd00::1]:8080/progress"
-    assert Scraper.url(_bare("http://proxy/{namespace}/{pod}"), "team", "p", "x") == "http://proxy/team/p"
-
-
-def _bare(url: str) -> Any:
-    class Bare:
-        _settings = ScrapeSettings(url=url)
-
-    return Bare()
-
-
-def record(message: str) -> logging.LogRecord:
-    return logging.LogRecord("finetune_operator.x", logging.INFO, "file", 1, message, None, None)
-
-
-def test_log_lines_name_the_job() -> None:
-    token = logs.job.set("team/run")
-    try:
-        value = json.loads(JsonFormatter().format(record("created")))
-        assert {k: value[k] for k in ("level", "message", "job")} == {
-            "level": "info",
-            "message": "created",
-            "job": "team/run",
-        }
-        assert TextFormatter().format(record("created")).endswith("created [job=team/run]")
-    finally:
-        logs.job.reset(token)
-    assert "job" not in json.loads(JsonFormatter().format(record("created")))
+@pytest.mark.parametrize(
+    ("template", "ip", "url"),
+    [
+        ("http://{ip}:{port}{path}", "10.0.0.1", "http://10.0.0.1:8080/progress"),
+        ("http://{ip}:{port}{path}", "fd00::1", "http://[fd00::1]:8080/progress"),
+        ("http://proxy/{namespace}/{pod}", "10.0.0.1", "http://proxy/team/run-1-0-x"),
+    ],
+    ids=["IPv4", "IPv6", "proxy"],
+)
+def test_progress_url_follows_the_template(template: str, ip: str, url: str) -> None:
+    scraper = Scraper(ScrapeSettings(url=template), lambda: T0, lambda key: None)
+    assert scraper.progress_url("team", "run-1-0-x", ip) == url

@@ -1,0 +1,104 @@
+"""Reads why pods are missing, from events about the Job or the pod.
+
+A pod without a node carries the scheduler's message in its own status, and a pod with a node carries the kubelet's message about images
+and references. Only two problems are reported by events alone: a Job whose pods cannot be created, and volumes that are not mounted.
+The API server scans all events of a namespace for each read, so reads are rate limited and their interval grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from datetime import datetime
+
+from finetune_operator.facts import Facts
+from finetune_operator.job_state import BlockingRead
+from finetune_operator.kube import Forbidden, Kube
+from finetune_operator.objects import CORE_EVENT
+from finetune_operator.policies.blocking import blocking_condition_of_events, blocking_condition_of_pods
+from finetune_operator.policies.timeouts import seconds_between
+from finetune_operator.throttle import RateLimiter
+from finetune_operator.workqueue import Key
+
+logger = logging.getLogger(__name__)
+
+NO_PODS_SECONDS, NOT_RUNNING_SECONDS = 10.0, 20.0
+"""Events are read when a Job has existed, or a pod has had its node, for so many seconds without all pods running."""
+MAX_READ_INTERVAL = 300.0
+
+
+@dataclass(frozen=True)
+class MissingPods:
+    """The object whose events explain why pods are missing."""
+
+    uid: str
+    since: datetime
+    grace_seconds: float
+    """Time after `since` in which no explanation is needed."""
+
+
+class BlockingConditionReader:
+    """Reads events about missing pods, at most as often as the rate limiter allows."""
+
+    def __init__(self, kube: Kube):
+        self._kube = kube
+        self._limiter = RateLimiter()
+
+    async def read(self, key: Key, facts: Facts, state: BlockingRead) -> bool:
+        """Update `state.condition` if a read is due; returns whether it changed. Errors: KubeError except Forbidden."""
+        missing = missing_pods(facts)
+        if missing is None:
+            changed = state.condition is not None
+            state.condition, state.due, state.interval = None, None, BlockingRead.interval
+            self._limiter.release(key)
+            return changed
+        now = asyncio.get_running_loop().time()
+        if not self._is_due(key, missing, state, facts, now):
+            return False
+        state.due = now + state.interval
+        state.interval = min(2 * state.interval, MAX_READ_INTERVAL)
+        try:
+            selector = f"involvedObject.uid={missing.uid},type=Warning"
+            listing = await self._kube.list(CORE_EVENT, key.namespace, fields=selector)
+        except Forbidden as error:
+            logger.info("no permission to read events: %s", error)
+            return False
+        finally:
+            self._limiter.release(key)
+            self._limiter.record_read(now, asyncio.get_running_loop().time())
+        found = blocking_condition_of_events(listing.items)
+        changed = found != state.condition
+        state.condition = found
+        return changed
+
+    def _is_due(self, key: Key, missing: MissingPods, state: BlockingRead, facts: Facts, now: float) -> bool:
+        if state.due is None:
+            state.due = now + max(0.0, missing.grace_seconds - seconds_between(missing.since, facts.now))
+        if now >= state.due and key not in self._limiter:
+            state.due = self._limiter.reserve(key, now)
+        return now >= state.due
+
+    def release(self, key: Key) -> None:
+        """Drop the job's reservation for a read."""
+        self._limiter.release(key)
+
+
+def missing_pods(facts: Facts) -> MissingPods | None:
+    """The object to read events about; None: all pods exist and start, or none are wanted now."""
+    current = facts.current_job
+    if current is None or current.is_suspended or current.is_finished or current.is_deleting or facts.termination_reason is not None:
+        return None
+    if all_pods_ended(facts):
+        return None
+    if len(facts.active_pods) < facts.nodes:
+        return MissingPods(current.uid, current.started_at or current.created_at, NO_PODS_SECONDS)
+    stuck = [pod for pod in facts.active_pods if pod.phase == "Pending" and pod.node and not blocking_condition_of_pods([pod])]
+    return MissingPods(stuck[0].uid, stuck[0].scheduled_at or stuck[0].created_at, NOT_RUNNING_SECONDS) if stuck else None
+
+
+def all_pods_ended(facts: Facts) -> bool:
+    """Whether the pods of all ranks ended and still exist, while their Job does not report its end yet."""
+    current, pods = facts.current_job, facts.newest_pods
+    running = current is not None and not current.is_suspended and not current.is_finished
+    return running and len(pods) == facts.nodes and all(pod.is_finished and not pod.is_deleted for pod in pods)

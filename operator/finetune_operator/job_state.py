@@ -1,0 +1,40 @@
+"""What the process keeps about a job between two reconciles. Correctness never depends on it: a restart begins with an empty state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from finetune_api.spec import FineTuneJobSpec
+
+from finetune_operator.policies.acceptance import Accepted, Refused
+from finetune_operator.policies.blocking import BlockingCondition
+from finetune_operator.throttle import PendingChanges
+
+FIRST_EVENT_READ_SECONDS = 15.0
+"""Seconds between the first two reads of events about missing pods; the interval doubles."""
+SPEC_NOT_NEEDED = Accepted(FineTuneJobSpec())
+"""Replaces the resolved spec of a finished job, which no later reconcile uses: it saves memory."""
+
+
+@dataclass
+class BlockingRead:
+    """What events say about the missing pods of one job, and when they are read next."""
+
+    condition: BlockingCondition | None = None
+    due: float | None = None
+    """Time of the next read, in loop time; None: no pod is missing."""
+    interval: float = FIRST_EVENT_READ_SECONDS
+
+
+@dataclass
+class JobState:
+    """In-process state of one FineTuneJob."""
+
+    uid: str = ""
+    generation: int = 0
+    """Generation of the spec that `acceptance` was computed from."""
+    acceptance: Accepted | Refused = SPEC_NOT_NEEDED
+    blocking: BlockingRead = field(default_factory=BlockingRead)
+    pending: PendingChanges = field(default_factory=PendingChanges)
+    first_status_due: float | None = None
+    """Until when the first status may be deferred during a burst, in loop time."""

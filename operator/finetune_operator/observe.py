@@ -1,0 +1,134 @@
+"""Step 1 of a reconcile: the facts about one job, from the cache, and live where a decision would rest on an object being absent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from finetune_api.names import Condition as Kind
+from finetune_api.names import Label, attempt_job_name
+from finetune_api.status import FineTuneJobStatus
+
+from finetune_operator.blocking_reader import BlockingConditionReader
+from finetune_operator.cache import Cache
+from finetune_operator.facts import Facts
+from finetune_operator.job_state import SPEC_NOT_NEEDED, JobState
+from finetune_operator.kube import Kube, NotFound
+from finetune_operator.objects import JOB, POD
+from finetune_operator.policies.acceptance import accept
+from finetune_operator.scrape import Scraper
+from finetune_operator.settings import OperatorConfig
+from finetune_operator.views import JobObject, read_job, read_pod
+from finetune_operator.workqueue import Key
+
+
+class Observer:
+    """Collects facts, and keeps the in-process state of all jobs."""
+
+    def __init__(
+        self, *, kube: Kube, cache: Cache, scraper: Scraper, blocking: BlockingConditionReader, config: OperatorConfig
+    ):
+        self._kube, self._cache, self._scraper = kube, cache, scraper
+        self._blocking, self._config = blocking, config
+        self.states: dict[Key, JobState] = {}
+
+    async def observe(self, key: Key) -> Facts | None:
+        """The facts about a job; None: there is no such job. Errors: KubeError."""
+        facts = self._from_cache(key)
+        for read in (self._read_job, self._read_pods, self._read_blocking):
+            if facts is None or facts.is_finished or facts.job.is_deleting:
+                return facts
+            # The cache changes during each read: afterwards the job may be a new one, or deleted.
+            if await read(key, facts):
+                facts = self._from_cache(key)
+        return facts
+
+    def _from_cache(self, key: Key) -> Facts | None:
+        entry = self._cache.get(key)
+        job = entry.finetunejob
+        if job is None:
+            return None
+        state = self._state(key, job)
+        facts = Facts(
+            job=job,
+            acceptance=state.acceptance,
+            now=self._kube.clock.now(),
+            config=self._config,
+            jobs=tuple(entry.jobs.values()),
+            pods=tuple(entry.pods.values()),
+            blocking=state.blocking.condition,
+        )
+        received = self._scraper.last_report(key, job.uid, facts.attempt)
+        return replace(facts, last_report=received) if received else facts
+
+    def _state(self, key: Key, job: JobObject) -> JobState:
+        state = self.states.get(key)
+        if state is None or state.uid != job.uid:
+            state = self.states[key] = JobState(job.uid)
+        finished = job.status.holds(Kind.FINISHED)
+        # If the status of a finished job was emptied, the job starts again and its spec is needed.
+        if state.generation != job.generation or (state.acceptance is SPEC_NOT_NEEDED and not finished):
+            state.generation = job.generation
+            initial = initial_defaults(job.status)
+            state.acceptance = SPEC_NOT_NEEDED if finished else accept(job.spec, self._config, initial)
+        return state
+
+    async def _read_job(self, key: Key, facts: Facts) -> bool:
+        """Read the Job of a running attempt that the cache lacks; returns whether it was read."""
+        record = facts.attempt_record
+        is_running = record is not None and record.start_time is not None and record.end_time is None
+        if facts.current_job is not None or not is_running:
+            return False
+        try:
+            body = await self._kube.get(JOB, key.namespace, attempt_job_name(key.name, facts.attempt))
+        except NotFound:
+            return True
+        view = read_job(body)
+        if view is not None:
+            self._cache.put_job(view)
+        return True
+
+    async def _read_pods(self, key: Key, facts: Facts) -> bool:
+        """Read the pods of a finished Job if the cache does not show how they ended; returns whether they were read."""
+        if not pods_lag_behind_job(facts):
+            return False
+        selector = f"{Label.UID}={facts.job.uid},{Label.ATTEMPT}={facts.attempt}"
+        listing = await self._kube.list(POD, key.namespace, labels=selector)
+        listed = set()
+        for body in listing.items:
+            view = read_pod(body)
+            if view is not None:
+                listed.add(view.uid)
+                self._cache.put_pod(view)
+        for pod in facts.attempt_pods:
+            if pod.uid not in listed and not pod.is_deleted:
+                self._cache.mark_pod_deleted(pod)
+        return True
+
+    async def _read_blocking(self, key: Key, facts: Facts) -> bool:
+        return await self._blocking.read(key, facts, self.states[key].blocking)
+
+    def drop(self, key: Key) -> JobState | None:
+        """Drop the state of a job that no longer exists, and return it."""
+        self._blocking.release(key)
+        return self.states.pop(key, None)
+
+    def release_finished(self, key: Key) -> None:
+        """Free what a finished job no longer needs."""
+        self._blocking.release(key)
+        self.states[key].acceptance = SPEC_NOT_NEEDED
+
+
+def pods_lag_behind_job(facts: Facts) -> bool:
+    """Whether the Job is finished and the cache does not show the end of all its pods yet."""
+    current = facts.current_job
+    if current is None or not current.is_finished:
+        return False
+    pods = facts.newest_pods
+    return len(pods) < facts.nodes or any(not pod.is_finished for pod in pods)
+
+
+def initial_defaults(status: FineTuneJobStatus) -> Mapping[str, Any]:
+    """The defaults that a job keeps from its first attempt; empty before it."""
+    return (status.resolved.defaults if status.attempts and status.resolved else None) or {}

@@ -1,0 +1,181 @@
+"""An API server of a few lines, and an operator process that talks to it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, cast
+
+from finetune_api.names import API_VERSION, KIND
+from finetune_operator.cache import Cache
+from finetune_operator.events import Recorder
+from finetune_operator.kube import AlreadyExists, Conflict, Created, Kube, Listing, NotFound, ServerClock
+from finetune_operator.metrics import Metrics
+from finetune_operator.objects import EVENT, FINETUNEJOB, JOB, Kind, Object
+from finetune_operator.reconcile import Reconciler
+from finetune_operator.scrape import Scraper
+from finetune_operator.settings import OperatorConfig, ScrapeSettings
+from finetune_operator.throttle import BURST_COUNT
+from finetune_operator.views import JobView, read_finetunejob
+from finetune_operator.workqueue import Key, WorkQueue
+
+from tests.unit.operator.samples import CONFIG, SPEC, UID, ended, pod
+
+KEY = Key("team", "run")
+
+
+@dataclass
+class Server:
+    """Objects by kind and name; `before` is called with verb and kind before a request has any effect, and may raise."""
+
+    objects: dict[tuple[str, str], Object] = field(default_factory=dict)
+    versions: Any = field(default_factory=lambda: itertools.count(2))
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    clock: ServerClock = field(default_factory=ServerClock)
+    before: Callable[[str, Kind], None] = lambda verb, kind: None
+
+    def _receive(self, verb: str, kind: Kind) -> None:
+        self.requests.append((verb, kind.plural))
+        self.before(verb, kind)
+
+    def put(self, kind: Kind, body: Object) -> Object:
+        """Store an object with a new resourceVersion."""
+        created = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+        meta = {"uid": f"uid-{body['metadata']['name']}", "creationTimestamp": created, **body["metadata"]}
+        stored = {**body, "metadata": {**meta, "resourceVersion": str(next(self.versions))}}
+        self.objects[kind.plural, meta["name"]] = stored
+        return stored
+
+    async def get(self, kind: Kind, namespace: str, name: str) -> Object:
+        self._receive("get", kind)
+        if (kind.plural, name) not in self.objects:
+            raise NotFound("get", kind, name, 404, "NotFound", "")
+        return self.objects[kind.plural, name]
+
+    async def list(self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = "") -> Listing:
+        self._receive("list", kind)
+        return Listing([], 1)
+
+    async def create(self, kind: Kind, namespace: str, body: Object) -> Created:
+        self._receive("create", kind)
+        name = body["metadata"]["name"]
+        if (kind.plural, name) in self.objects:
+            raise AlreadyExists("create", kind, name, 409, "AlreadyExists", "")
+        return Created(self.put(kind, {**body, "metadata": {**body["metadata"], "namespace": namespace}}))
+
+    async def replace(self, kind: Kind, namespace: str, body: Object, *, subresource: str | None = None) -> Object:
+        self._receive("update", kind)
+        name = body["metadata"]["name"]
+        if (kind.plural, name) not in self.objects:
+            missing = NotFound("update", kind, name, 404, "NotFound", "")
+            missing.object_missing = True
+            raise missing
+        known = self.objects[kind.plural, name]
+        if known["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
+            raise Conflict("update", kind, name, 409, "Conflict", "")
+        return self.put(kind, {**known, "status": body["status"]})
+
+    async def patch(self, kind: Kind, namespace: str, name: str, body: Object) -> Object:
+        self._receive("patch", kind)
+        known = self.objects[kind.plural, name]
+        meta = {**known["metadata"], **body.get("metadata", {})}
+        return self.put(kind, {**known, **body, "metadata": meta})
+
+    async def delete(self, kind: Kind, namespace: str, name: str, *, uid: str, grace: int | None = None) -> bool:
+        self._receive("delete", kind)
+        return self.objects.pop((kind.plural, name), None) is not None
+
+    def count(self, verb: str, kind: Kind) -> int:
+        """Requests so far."""
+        return self.requests.count((verb, kind.plural))
+
+    @property
+    def finetunejob(self) -> Object:
+        """The FineTuneJob as stored."""
+        return self.objects[FINETUNEJOB.plural, "run"]
+
+    def write_spec(self, spec: Object) -> None:
+        """Change the spec as a user does."""
+        meta = self.finetunejob["metadata"]
+        self.put(FINETUNEJOB, {**self.finetunejob, "metadata": {**meta, "generation": meta["generation"] + 1}, "spec": spec})
+
+    def condition(self, kind: str) -> Object:
+        """A condition of the FineTuneJob."""
+        return next(one for one in self.finetunejob["status"]["conditions"] if one["type"] == kind)
+
+    def event_counts(self) -> dict[str, int]:
+        """How often each event was emitted, by reason."""
+        found = [body for (plural, _), body in self.objects.items() if plural == EVENT.plural]
+        return {body["reason"]: (body.get("series") or {}).get("count", 1) for body in found}
+
+
+def new_server() -> Server:
+    """A server with one new FineTuneJob."""
+    found = Server()
+    meta = {"name": "run", "namespace": "team", "uid": UID, "generation": 1}
+    found.put(FINETUNEJOB, {"apiVersion": API_VERSION, "kind": KIND, "metadata": meta, "spec": SPEC})
+    return found
+
+
+class Process:
+    """An operator that was just started: it knows the FineTuneJob, and nothing else."""
+
+    def __init__(self, server: Server, config: OperatorConfig = CONFIG) -> None:
+        self.server, self.cache, self.queue = server, Cache(), WorkQueue()
+        kube = cast("Kube", server)
+        self.scraper = Scraper(ScrapeSettings(), server.clock.now, self.queue.add)
+        self.reconciler = Reconciler(
+            kube=kube, cache=self.cache, queue=self.queue, recorder=Recorder(kube, "test"), scraper=self.scraper,
+            metrics=Metrics(), config=config,
+        )  # fmt: skip
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Update the cache as the watches do."""
+        self.cache.put_finetunejob(read_finetunejob(self.server.finetunejob))
+        for job in list(self.cache.get(KEY).jobs.values()):
+            if (JOB.plural, job.name) not in self.server.objects:
+                self.cache.drop_job(job)
+
+    async def reconcile(self) -> None:
+        """Reconcile once."""
+        await self.reconciler.reconcile(KEY)
+
+    async def work(self) -> None:
+        """Run one worker until nothing is queued."""
+        self.queue.add(KEY)
+        working = asyncio.create_task(self.reconciler.work())
+        async with asyncio.timeout(10):
+            while not self.server.requests or not self.queue.is_idle:  # noqa: ASYNC110 -- the worker signals no end
+                await asyncio.sleep(0)
+        working.cancel()
+
+    async def start_burst_of_new_jobs(self) -> None:
+        """Take many new jobs from the queue."""
+        others = [Key("team", f"other{number}") for number in range(BURST_COUNT)]
+        for key in others:
+            self.queue.add_high_priority(key)
+        for _ in others:
+            self.queue.done((await self.queue.take())[0])
+
+    def start_burst_of_transitions(self) -> None:
+        """See many transitions of other jobs."""
+        for _ in range(BURST_COUNT):
+            self.reconciler._writer._throttle._transitions.record(asyncio.get_running_loop().time())
+
+    def finish_pod_and_job(self, job: JobView) -> None:
+        """The pod succeeds and its Job completes."""
+        self.cache.put_pod(ended(pod(version=6, created_at=job.created_at), 0))
+        self.cache.put_job(replace(job, version=10**6, completed_at=job.created_at))
+
+
+async def start_attempt(server: Server) -> tuple[Process, JobView]:
+    """A process whose job has a Job and a written status."""
+    process = Process(server)
+    for _ in range(2):
+        await process.reconcile()
+    (job,) = process.cache.get(KEY).jobs.values()
+    return process, job

@@ -1,0 +1,68 @@
+"""Reads of events about missing pods: when they are needed, and how often they happen."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from finetune_operator.kube import KubeError
+from finetune_operator.objects import CORE_EVENT, Kind
+from finetune_operator.throttle import READ_TIME_SHARE
+
+from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
+from tests.unit.operator.samples import pod
+
+
+@pytest.fixture
+def server() -> Server:
+    return new_server()
+
+
+async def stuck_pod(server: Server, scheduled: int) -> Process:
+    """A new process that sees an old pod which got its node `scheduled` seconds ago and does not run."""
+    _, job = await start_attempt(server)
+    process, now = Process(server), server.clock.now()
+    process.cache.put_job(job)
+    waiting = pod(version=5, phase="Pending", is_ready=False, created_at=now - timedelta(hours=1))
+    process.cache.put_pod(replace(waiting, scheduled_at=now - timedelta(seconds=scheduled)))
+    return process
+
+
+@pytest.mark.parametrize(("scheduled", "reads"), [(1, 0), (60, 1)])
+async def test_time_without_a_node_does_not_count_for_a_stuck_pod(server: Server, scheduled: int, reads: int) -> None:
+    """A pod may wait an hour for its node, which says nothing about its volumes."""
+    process = await stuck_pod(server, scheduled)
+    await process.reconcile()
+    assert server.count("list", CORE_EVENT) == reads
+
+
+async def test_reads_of_many_jobs_are_rate_limited(server: Server) -> None:
+    """The server scans all events of the namespace for each read."""
+    process = await stuck_pod(server, 60)
+    limiter, now = process.reconciler._blocking._limiter, asyncio.get_running_loop().time()
+    limiter.record_read(now - 0.2, now)
+    await process.reconcile()
+    await process.reconcile()
+    assert server.count("list", CORE_EVENT) == 0
+    assert 0 < (process.queue.seconds_until_due() or 0) <= 0.2 * READ_TIME_SHARE + 0.1
+    process.reconciler._observer.states[KEY].blocking.due = 0.0
+    await process.reconcile()
+    assert server.count("list", CORE_EVENT) == 1
+    assert KEY not in limiter
+
+
+async def test_failed_read_uses_up_its_reservation(server: Server) -> None:
+    process = await stuck_pod(server, 60)
+
+    def fail(verb: str, kind: Kind) -> None:
+        if kind is CORE_EVENT:
+            raise KubeError(verb, kind, "", 0, "NoAnswer", "")
+
+    server.before = fail
+    with pytest.raises(KubeError):
+        await process.reconcile()
+    limiter = process.reconciler._blocking._limiter
+    assert limiter._next_free > 0
+    assert KEY not in limiter

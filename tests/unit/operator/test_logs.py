@@ -1,0 +1,28 @@
+"""Log lines and the fields they carry."""
+
+from __future__ import annotations
+
+import json
+import logging
+
+from finetune_operator import logs
+from finetune_operator.logs import JsonFormatter, TextFormatter
+
+
+def record(message: str) -> logging.LogRecord:
+    return logging.LogRecord("finetune_operator.x", logging.INFO, "file", 1, message, None, None)
+
+
+def test_log_lines_contain_the_job() -> None:
+    token = logs.job.set("team/run")
+    try:
+        value = json.loads(JsonFormatter().format(record("created")))
+        assert {k: value[k] for k in ("level", "message", "job")} == {
+            "level": "info",
+            "message": "created",
+            "job": "team/run",
+        }
+        assert TextFormatter().format(record("created")).endswith("created [job=team/run]")
+    finally:
+        logs.job.reset(token)
+    assert "job" not in json.loads(JsonFormatter().format(record("created")))

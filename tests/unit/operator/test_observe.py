@@ -1,0 +1,83 @@
+"""Facts from the cache and from live reads, and the in-process state of a job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from finetune_operator import observe
+from finetune_operator.job_state import SPEC_NOT_NEEDED
+from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Kind
+from finetune_operator.policies.acceptance import Accepted
+
+from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
+from tests.unit.operator.samples import SPEC, UID
+
+
+@pytest.fixture
+def server() -> Server:
+    return new_server()
+
+
+async def test_spec_is_checked_once_per_generation(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    accept = observe.accept
+    monkeypatch.setattr(observe, "accept", lambda *args: calls.append(1) or accept(*args))
+    process = Process(server)
+    for _ in range(3):
+        await process.reconcile()
+    assert len(calls) == 1
+    server.write_spec({**SPEC, "suspend": True})
+    process.refresh()
+    await process.reconcile()
+    assert len(calls) == 2
+
+
+async def test_finished_job_keeps_neither_its_spec_nor_a_reservation(server: Server) -> None:
+    process, job = await start_attempt(server)
+    states, limiter = process.reconciler._observer.states, process.reconciler._blocking._limiter
+    process.finish_pod_and_job(job)
+    await process.reconcile()
+    assert states[KEY].acceptance is not SPEC_NOT_NEEDED
+    limiter.reserve(KEY, 0.0)
+    await process.reconcile()
+    assert states[KEY].acceptance is SPEC_NOT_NEEDED
+    assert KEY not in limiter
+    written = server.count("update", FINETUNEJOB)
+    await process.reconcile()
+    assert server.count("update", FINETUNEJOB) == written
+
+
+async def test_spec_of_a_finished_job_is_read_again_if_its_status_is_emptied(server: Server) -> None:
+    process, job = await start_attempt(server)
+    process.finish_pod_and_job(job)
+    for _ in range(2):
+        await process.reconcile()
+    server.put(FINETUNEJOB, {**server.finetunejob, "status": {"observedGeneration": -1}})
+    process.refresh()
+    await process.reconcile()
+    found = process.reconciler._observer.states[KEY].acceptance
+    assert isinstance(found, Accepted)
+    assert found.spec.model.source == SPEC["model"]["source"]
+
+
+@pytest.mark.parametrize("read", [CORE_EVENT, POD, JOB], ids=["events", "pods", "Job"])
+async def test_job_deleted_during_a_live_read_is_not_written(server: Server, read: Kind) -> None:
+    _, job = await start_attempt(server)
+    process = Process(server)
+    long_ago = server.clock.now() - timedelta(hours=1)
+    if read is not JOB:
+        process.cache.put_job(replace(job, version=10**6, created_at=long_ago, completed_at=long_ago if read is POD else None))
+
+    def delete(verb: str, kind: Kind) -> None:
+        if kind is read:
+            process.cache.drop_finetunejob(KEY, UID)
+            del server.objects[FINETUNEJOB.plural, "run"]
+            server.before = lambda verb, kind: None
+
+    server.before = delete
+    server.requests.clear()
+    await process.reconcile()
+    assert [plural for _, plural in server.requests] == [read.plural]
+    assert process.cache.keys() == []

@@ -1,0 +1,264 @@
+"""Status writes: how many there are, which of them are deferred, and what happens to events when the process dies."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from datetime import timedelta
+
+import pytest
+from finetune_api.names import Annotation, Reason
+from finetune_operator import events, status_writer, throttle
+from finetune_operator.facts import ReceivedReport
+from finetune_operator.kube import Created, Forbidden
+from finetune_operator.objects import CORE_EVENT, EVENT, FINETUNEJOB, JOB, Kind, Object
+from finetune_operator.plan import Plan, Situation
+from finetune_operator.status_writer import may_defer
+from finetune_operator.views import read_status
+
+from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
+from tests.unit.operator.samples import CONFIG, SPEC, ended, pod, report
+
+
+@pytest.fixture
+def server() -> Server:
+    return new_server()
+
+
+class PowerCut(BaseException):
+    """The process ends here."""
+
+
+# Events
+
+
+async def test_event_is_neither_lost_nor_doubled_when_the_process_dies_before_the_write(server: Server) -> None:
+    def cut(verb: str, kind: Kind) -> None:
+        if (verb, kind) == ("update", FINETUNEJOB):
+            raise PowerCut
+
+    server.before = cut
+    with pytest.raises(PowerCut):
+        await Process(server).reconcile()
+    assert server.event_counts() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1}
+    server.before = lambda verb, kind: None
+    restarted = Process(server)
+    await restarted.reconcile()
+    assert server.event_counts() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1}
+    assert server.count("patch", EVENT) == 0
+    await restarted.reconcile()
+    assert server.count("create", EVENT) == 4
+
+
+async def test_repeated_transition_is_counted_in_the_event_series(server: Server) -> None:
+    server.finetunejob["spec"] = {**SPEC, "suspend": True}
+    process = Process(server)
+    await process.reconcile()
+    for suspend in (False, True):
+        server.write_spec({**SPEC, "suspend": suspend})
+        server.objects.pop((JOB.plural, "run-1"), None)
+        process.refresh()
+        for _ in range(6):
+            await process.reconcile()
+            process.refresh()
+    assert server.event_counts()[Reason.SUSPENDED] == 2
+    event = next(body for body in server.objects.values() if body.get("reason") == Reason.SUSPENDED)
+    assert event["metadata"]["annotations"][Annotation.OBSERVED_VERSION] != "2"
+
+
+@pytest.mark.parametrize("refused", ["events", "nothing"])
+async def test_status_is_written_without_permission_for_events(server: Server, refused: str) -> None:
+    def refuse(verb: str, kind: Kind) -> None:
+        if kind.plural == refused:
+            raise Forbidden(verb, kind, "", 403, "Forbidden", "")
+
+    server.before = refuse
+    await Process(server).reconcile()
+    assert server.finetunejob["status"]["phase"] == "Starting"
+    assert bool(server.event_counts()) is (refused == "nothing")
+
+
+async def test_status_is_written_when_the_event_times_out(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events, "POST_TIMEOUT_SECONDS", 0.01)
+
+    async def never_answer(kind: Kind, namespace: str, body: Object) -> Created:
+        if kind is EVENT:
+            await asyncio.Event().wait()
+        return await Server.create(server, kind, namespace, body)
+
+    monkeypatch.setattr(server, "create", never_answer)
+    await Process(server).reconcile()
+    assert server.finetunejob["status"]["phase"] == "Starting"
+    assert server.event_counts() == {}
+
+
+# The first status during a burst of new jobs
+
+
+async def test_first_status_is_written_when_the_burst_of_new_jobs_ends(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = Process(server)
+    await process.start_burst_of_new_jobs()
+    await process.work()
+    assert server.requests == [("create", "jobs")]
+    (job,) = process.cache.get(KEY).jobs.values()
+    process.cache.put_pod(pod(version=5, created_at=job.created_at))
+    await process.work()
+    assert server.requests == [("create", "jobs")]
+    monkeypatch.setattr(throttle, "BURST_SECONDS", -1.0)
+    await process.work()
+    assert server.count("update", FINETUNEJOB) == 1
+    assert server.event_counts() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1}
+
+
+async def test_first_status_is_written_at_the_limit_although_the_burst_goes_on(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(status_writer, "FIRST_STATUS_DEFER_SECONDS", 0.0)
+    process = Process(server)
+    await process.start_burst_of_new_jobs()
+    await process.work()
+    await process.work()
+    assert server.count("update", FINETUNEJOB) == 1
+
+
+async def test_spec_change_during_a_burst_is_handled_at_once(server: Server) -> None:
+    process = Process(server)
+    await process.start_burst_of_new_jobs()
+    await process.work()
+    server.write_spec({**SPEC, "suspend": True})
+    process.refresh()
+    await process.work()
+    assert server.requests[1:] != []
+
+
+async def test_start_timeout_is_scheduled_with_the_first_status(server: Server) -> None:
+    """No event follows that write by itself, so the wake-up must be set when it is made."""
+    server.finetunejob["spec"] = {**SPEC, "policy": {"startTimeoutSeconds": 60}}
+    process = Process(server)
+    await process.start_burst_of_new_jobs()
+    await process.work()
+    (job,) = process.cache.get(KEY).jobs.values()
+    process.cache.put_job(replace(job, started_at=job.created_at, version=10**6))
+    process.cache.put_pod(pod(version=5, created_at=job.created_at, phase="Pending", is_ready=False, node="", unschedulable="0/3 nodes"))
+    process.queue.clear()
+    await process.reconcile()
+    assert server.count("update", FINETUNEJOB) == 1
+    assert 50 < (process.queue.seconds_until_due() or 0) <= 61
+
+
+# Transitions
+
+
+async def test_end_of_pods_and_end_of_their_job_are_one_write(server: Server) -> None:
+    """A Job reports its end a moment after its pods ended; meanwhile no events about missing pods are read."""
+    process, job = await start_attempt(server)
+    process.cache.put_pod(pod(version=5, created_at=job.created_at))
+    await process.reconcile()
+    written = server.count("update", FINETUNEJOB)
+    process.cache.put_pod(ended(pod(version=6, created_at=job.created_at), 0))
+    await process.reconcile()
+    assert server.count("update", FINETUNEJOB) == written
+    assert server.count("list", CORE_EVENT) == 0
+    process.cache.put_job(replace(job, version=10**6, completed_at=job.created_at))
+    await process.reconcile()
+    assert server.count("update", FINETUNEJOB) == written + 1
+    assert server.finetunejob["status"]["phase"] == "Succeeded"
+
+
+async def test_end_of_pods_is_written_if_their_job_does_not_report_its_end(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throttle, "JOB_END_SECONDS", 0.0)
+    process, job = await start_attempt(server)
+    process.cache.put_pod(pod(version=5, created_at=job.created_at))
+    await process.reconcile()
+    written = server.count("update", FINETUNEJOB)
+    process.cache.put_pod(ended(pod(version=6, created_at=job.created_at), 0))
+    await process.reconcile()
+    assert server.count("update", FINETUNEJOB) == written + 1
+
+
+async def test_deferred_transition_is_written_together_with_the_next_one(server: Server) -> None:
+    process, job = await start_attempt(server)
+    process.start_burst_of_transitions()
+    written = server.count("update", FINETUNEJOB)
+    process.cache.put_pod(pod(version=5, created_at=job.created_at))
+    await process.reconcile()
+    assert server.count("update", FINETUNEJOB) == written
+    assert 0 < (process.queue.seconds_until_due() or 0) <= throttle.RECHECK_SECONDS
+    process.finish_pod_and_job(job)
+    await process.reconcile()
+    assert server.count("update", FINETUNEJOB) == written + 1
+    assert server.finetunejob["status"]["phase"] == "Succeeded"
+    assert server.event_counts() == {Reason.ACCEPTED: 1, Reason.ATTEMPT_STARTED: 1, Reason.SUCCEEDED: 1}
+
+
+@pytest.mark.parametrize("wish", ["suspend", "cancel"])
+async def test_suspend_and_cancel_are_written_at_once_during_a_burst(server: Server, wish: str) -> None:
+    process, job = await start_attempt(server)
+    process.cache.put_pod(pod(version=5, created_at=job.created_at))
+    await process.reconcile()
+    process.start_burst_of_transitions()
+    server.write_spec({**SPEC, wish: True})
+    process.refresh()
+    written = server.count("update", FINETUNEJOB)
+    await process.reconcile()
+    assert server.count("update", FINETUNEJOB) == written + 1
+
+
+def condition(kind: str, value: str, reason: str) -> Object:
+    return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+
+
+DEFERRABLE = {
+    "only readiness changed": ({}, {}, True),
+    "a step is done": ({}, {"progress": {"step": 1}}, False),
+    "running time ended": ({"activeSeconds": 1}, {"activeSeconds": 5}, False),
+    "a queue holds the job": ({}, {"conditions": [condition("QuotaReserved", "False", "Queued")]}, False),
+    "a pod is unschedulable": ({}, {"conditions": [condition("PodsReady", "False", "Unschedulable")]}, False),
+    "a checkpoint is committed": ({}, {"latestCheckpoint": "step-00000010"}, False),
+    "the attempt resumed from a step": ({}, {"attempts": [{"number": 1, "resumedFromStep": 7}]}, False),
+    "the attempt started": ({}, {"attempts": [{"number": 1}], "conditions": [condition("Accepted", "True", "Accepted")]}, True),
+}
+
+
+@pytest.mark.parametrize("case", DEFERRABLE)
+def test_only_transitions_without_an_event_may_be_deferred(case: str) -> None:
+    before, after, expected = DEFERRABLE[case]
+    old, new = read_status(before), read_status(after)
+    assert may_defer(Plan(Situation.ACTIVE), old, new, events.transitions(old, new)) is expected
+    assert not may_defer(Plan(Situation.SUSPENDED), old, new, [])
+
+
+# Progress
+
+
+async def test_progress_before_the_first_step_is_deferred_during_a_burst(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process, job = await start_attempt(server)
+    written, now = server.count("update", FINETUNEJOB), asyncio.get_running_loop().time()
+    process.cache.put_pod(pod(version=5, is_ready=False, image_id="trainer@sha256:1", created_at=job.created_at))
+    process.reconciler._observer.states[KEY].pending.progress_at = now - CONFIG.progress_seconds - 1
+    process.start_burst_of_transitions()
+    await process.reconcile()
+    assert server.count("update", FINETUNEJOB) == written
+    monkeypatch.setattr(throttle, "BURST_SECONDS", -1.0)
+    await process.reconcile()
+    assert server.count("update", FINETUNEJOB) == written + 1
+
+
+async def test_progress_interval_starts_when_the_report_was_received(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it started at the write, one late write would delay all later ones."""
+    process, job = await start_attempt(server)
+    process.cache.put_pod(pod(version=5, created_at=job.created_at))
+    received = ReceivedReport(report(progress={"step": 7, "totalSteps": 9}), server.clock.now() - timedelta(seconds=4), "pod-1-0")
+    monkeypatch.setattr(process.scraper, "last_report", lambda *_: received)
+    await process.reconcile()
+    assert server.finetunejob["status"]["progress"]["step"] == 7
+    passed = asyncio.get_running_loop().time() - process.reconciler._observer.states[KEY].pending.progress_at
+    assert 4 <= passed < 8

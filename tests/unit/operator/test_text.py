@@ -1,0 +1,35 @@
+"""Text for people: without secrets and control characters, and cut to size."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_operator.text import clean, duration
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("AWS_SECRET_ACCESS_KEY=abcdefgh1234 x", "AWS_SECRET_ACCESS_KEY=[redacted] x"),
+        ('{"password": "hunter22"}', '{"password": "[redacted]"}'),
+        ("key AKIAABCDEFGHIJKLMNOP end", "key [redacted] end"),
+        ("token hf_abcdefghijklmnopqrst", "token [redacted]"),
+        ("Authorization: Bearer abcdefgh.ijkl", "Authorization: Bearer [redacted]"),
+        ("https://user:secret@host/x", "https://[redacted]@host/x"),
+        ("maxTokens = 500 and tokenizer: fine", "maxTokens = 500 and tokenizer: fine"),
+        ("a\x00b\x1b[31m", "a b [31m"),
+    ],
+)
+def test_secrets_and_control_characters_are_not_shown(text: str, shown: str) -> None:
+    assert clean(text) == shown
+
+
+def test_long_text_is_cut() -> None:
+    assert len(clean("x" * 1_000_000)) == 1024
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0s"), (59, "59s"), (90, "1m30s"), (720, "12m"), (4320, "1h12m"), (7200, "2h"), (273600, "3d4h"), (-5, "0s")],
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert duration(seconds) == shown

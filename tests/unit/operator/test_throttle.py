@@ -1,0 +1,160 @@
+"""When a changed status is written, and when an expensive read may happen."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_operator.throttle import (
+    BURST_COUNT,
+    BURST_SECONDS,
+    JOB_END_SECONDS,
+    MAX_DEFER_SECONDS,
+    MAX_READ_DELAY,
+    MAX_READ_PAUSE,
+    READ_TIME_SHARE,
+    RECHECK_SECONDS,
+    BurstDetector,
+    PendingChanges,
+    RateLimiter,
+    StatusThrottle,
+)
+
+
+def start_burst(throttle: StatusThrottle, now: float) -> None:
+    """See enough transitions of other jobs for a burst."""
+    for _ in range(BURST_COUNT):
+        throttle.transition_delay(PendingChanges(), pods_ended=False, now=now)
+
+
+def test_burst_is_many_occurrences_in_a_short_time() -> None:
+    burst = BurstDetector()
+    for number in range(BURST_COUNT):
+        assert not burst.is_active(100.0)
+        burst.record(100.0 + number / 10)
+    assert burst.is_active(100.0 + BURST_SECONDS)
+    assert not burst.is_active(100.1 + BURST_SECONDS)
+
+
+def test_single_transition_is_written_at_once() -> None:
+    throttle = StatusThrottle(15.0)
+    assert throttle.transition_delay(PendingChanges(), pods_ended=False, now=50.0) == 0.0
+
+
+def test_transition_is_deferred_during_a_burst() -> None:
+    throttle, pending = StatusThrottle(15.0), PendingChanges()
+    start_burst(throttle, 50.0)
+    assert throttle.transition_delay(pending, pods_ended=False, now=50.0) == RECHECK_SECONDS
+    assert pending.transition_at == 50.0
+
+
+def test_deferred_transition_is_written_when_the_burst_ends() -> None:
+    throttle, pending = StatusThrottle(15.0), PendingChanges()
+    start_burst(throttle, 50.0)
+    throttle.transition_delay(pending, pods_ended=False, now=50.0)
+    assert throttle.transition_delay(pending, pods_ended=False, now=50.1 + BURST_SECONDS) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("passed", "pods_ended", "delay"),
+    [
+        (MAX_DEFER_SECONDS - RECHECK_SECONDS - 1, False, RECHECK_SECONDS),
+        (MAX_DEFER_SECONDS - 2, False, 2.0),
+        (MAX_DEFER_SECONDS, False, 0.0),
+        (MAX_DEFER_SECONDS - 2, True, JOB_END_SECONDS),
+    ],
+    ids=["well before the limit", "just before the limit", "at the limit", "pods ended: the longer of both delays"],
+)
+def test_long_burst_defers_a_transition_up_to_a_limit(passed: float, pods_ended: bool, delay: float) -> None:
+    throttle, pending = StatusThrottle(15.0), PendingChanges()
+    start_burst(throttle, 50.0)
+    throttle.transition_delay(pending, pods_ended=False, now=50.0)
+    start_burst(throttle, 50.0 + passed)
+    assert throttle.transition_delay(pending, pods_ended=pods_ended, now=50.0 + passed) == delay
+
+
+def test_ended_pods_wait_for_the_end_of_their_job() -> None:
+    throttle, pending = StatusThrottle(15.0), PendingChanges()
+    assert throttle.transition_delay(pending, pods_ended=True, now=50.0) == JOB_END_SECONDS
+    assert throttle.transition_delay(pending, pods_ended=True, now=50.0 + JOB_END_SECONDS) == 0.0
+
+
+def test_progress_is_written_once_per_interval_and_does_not_start_a_burst() -> None:
+    throttle, pending = StatusThrottle(15.0), PendingChanges(progress_at=100.0)
+    assert throttle.progress_delay(pending, 104.0) == 11.0
+    for _ in range(2 * BURST_COUNT):
+        throttle.progress_delay(pending, 104.0)
+    assert throttle.transition_delay(pending, pods_ended=False, now=104.0) == 0.0
+
+
+@pytest.mark.parametrize(("passed", "delay"), [(4.0, 11.0), (15.0, RECHECK_SECONDS), (33.0, 2.0), (35.0, 0.0)])
+def test_progress_before_the_first_step_is_deferred_during_a_burst(passed: float, delay: float) -> None:
+    throttle, pending = StatusThrottle(15.0), PendingChanges(progress_at=100.0)
+    start_burst(throttle, 100.0 + passed)
+    assert throttle.progress_delay(pending, 100.0 + passed, MAX_DEFER_SECONDS) == delay
+    assert throttle.progress_delay(pending, 101.0 + passed + BURST_SECONDS, MAX_DEFER_SECONDS) == 12.0 - passed
+
+
+def test_progress_after_the_first_step_is_not_deferred_during_a_burst() -> None:
+    throttle, pending = StatusThrottle(15.0), PendingChanges(progress_at=100.0)
+    start_burst(throttle, 116.0)
+    assert throttle.progress_delay(pending, 116.0) == -1.0
+
+
+def test_transition_that_was_reverted_does_not_count_as_waiting() -> None:
+    throttle, pending = StatusThrottle(15.0), PendingChanges()
+    start_burst(throttle, 50.0)
+    throttle.transition_delay(pending, pods_ended=False, now=50.0)
+    throttle.transition_delay(pending, pods_ended=True, now=55.0)
+    throttle.progress_delay(pending, 60.0)
+    start_burst(throttle, 69.0)
+    assert throttle.transition_delay(pending, pods_ended=False, now=69.0) == RECHECK_SECONDS
+    throttle.progress_delay(pending, 80.0)
+    assert throttle.transition_delay(pending, pods_ended=True, now=81.0) == JOB_END_SECONDS
+
+
+def test_write_resets_all_pending_changes() -> None:
+    throttle, pending = StatusThrottle(15.0), PendingChanges()
+    throttle.transition_delay(pending, pods_ended=True, now=50.0)
+    throttle.record_write(pending, 54.0)
+    assert pending == PendingChanges(progress_at=54.0)
+    assert throttle.progress_delay(pending, 60.0) == 9.0
+
+
+def test_delay_of_a_first_status_counts_from_when_it_was_deferred() -> None:
+    throttle, pending = StatusThrottle(15.0), PendingChanges(created_at=50.0)
+    start_burst(throttle, 48.0 + MAX_DEFER_SECONDS)
+    assert throttle.transition_delay(pending, pods_ended=False, now=48.0 + MAX_DEFER_SECONDS + 1) == 1.0
+    assert throttle.transition_delay(pending, pods_ended=False, now=48.0 + MAX_DEFER_SECONDS + 2) == 0.0
+
+
+def test_reads_pause_in_proportion_to_the_duration_of_the_last_read() -> None:
+    limiter = RateLimiter()
+    assert [limiter.reserve(one, 10.0) for one in "abc"] == [10.0, 10.0, 10.0]
+    for one in "abc":
+        limiter.release(one)
+    limiter.record_read(19.9, 20.0)
+    expected = [20.0 + 0.1 * READ_TIME_SHARE * number for number in (1, 2, 3)]
+    assert [limiter.reserve(one, 20.0) for one in "abc"] == pytest.approx(expected)
+
+
+def test_released_reservations_delay_no_other_caller() -> None:
+    limiter = RateLimiter()
+    limiter.record_read(0.0, 0.1)
+    for number in range(1000):
+        limiter.reserve(number, 1.0)
+    for number in range(1000):
+        limiter.release(number)
+    assert limiter.reserve("only", 60.0) == 60.0
+
+
+def test_pause_after_a_slow_read_is_limited() -> None:
+    limiter = RateLimiter()
+    limiter.record_read(0.0, 150.0)
+    assert limiter.reserve("next", 150.0) == 150.0 + MAX_READ_PAUSE
+
+
+def test_too_many_reservations_are_spread_over_the_longest_delay() -> None:
+    limiter = RateLimiter()
+    limiter.record_read(0.0, 150.0)
+    reserved = [limiter.reserve(number, 150.0) - 150.0 for number in range(1200)]
+    assert min(reserved) == 0.0 and max(reserved) == MAX_READ_DELAY - MAX_READ_PAUSE
+    assert {reserved.count(moment) for moment in set(reserved)} == {int(1200 * MAX_READ_PAUSE / MAX_READ_DELAY)}
