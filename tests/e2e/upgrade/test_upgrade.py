@@ -1,0 +1,169 @@
+"""Upgrade from release 0.1.0 to this checkout and roll back again, with jobs in every phase: nothing restarts, nothing fails.
+
+The old release is read from the repository's history: its chart, CRD, operator image and trainer image.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.names import PLURAL, Label, Phase
+
+from localcluster import images
+from localcluster.steps import shown
+from tests.e2e.jobs.site import ROOT, SMALL, Place, Room, Site, demo, job
+from tests.support.kubeapi import Object
+
+pytestmark = pytest.mark.faults
+
+OLD_COMMIT = "d755abe"
+"""Commit of release 0.1.0."""
+CHART = "helm/finetune-operator"
+STEPS = 60
+CPU = {"gpusPerNode": 0, "cpu": "100m", "memory": "2Gi"}
+
+
+@dataclass(frozen=True)
+class Release:
+    """A chart with the images that belong to it."""
+
+    chart: Path
+    images: Place
+
+    def install(self, site: Site) -> None:
+        """Run `helm upgrade --install` and wait until the new operator pod is ready."""
+        values = demo.values(self.images)  # type: ignore[arg-type]  # of a cluster it needs these fields only
+        values["settings"] |= {"retry": {"baseSeconds": 1}}
+        values["trainer"] |= {"resources": SMALL, "env": {"OMP_NUM_THREADS": "1"}}
+        site.helm(
+            "upgrade", "--install", demo.RELEASE, str(self.chart), "--wait", "--timeout", "3m", "-f", "-", values=values
+        )
+        site.cluster.kubectl("-n", demo.RELEASE, "rollout", "status", f"deployment/{demo.RELEASE}", "--timeout=120s")
+
+
+@pytest.fixture(scope="module")
+def old_release(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Release:
+    """Release 0.1.0 with its images built and loaded into the nodes."""
+    source = tmp_path_factory.mktemp("release-0.1.0")
+    archive = subprocess.run(["git", "-C", str(ROOT), "archive", OLD_COMMIT], capture_output=True)
+    if archive.returncode != 0:
+        pytest.skip(f"the clone has no commit {OLD_COMMIT}: {archive.stderr.decode().strip()}")
+    subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
+    tags = {}
+    for which in (images.Which.OPERATOR, images.Which.TRAINER):
+        recipe = images.RECIPES[which]
+        old = images.Recipe(f"{recipe.name}-0.1.0", recipe.dockerfile, recipe.arguments, recipe.needs_gb)
+        built = images.build_recipe(old, source, shown)
+        tags[which] = site.cluster.load_image(built.layout)
+    place = Place(site.cluster.s3, tags[images.Which.OPERATOR], tags[images.Which.TRAINER])
+    return Release(source / CHART, place)
+
+
+@pytest.fixture
+def new_release(site: Site) -> Iterator[Release]:
+    """This checkout's release; installed again afterwards for the tests that follow."""
+    release = Release(ROOT / CHART, Place(site.cluster.s3))
+    yield release
+    release.install(site)
+
+
+def long_job(name: str, resources: dict[str, Any], **more: Any) -> Object:
+    """A job that runs long enough to be upgraded in the middle, with frequent checkpoints."""
+    return job(
+        name,
+        resources=resources,
+        training={"maxSteps": STEPS, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4},
+        checkpoint={"steps": 5},
+        policy={"terminationGracePeriodSeconds": 60},
+        **more,
+    )
+
+
+JOBS = {
+    "running": long_job("running", CPU),
+    "gang": long_job("gang", CPU | {"nodes": 2}),
+    "suspended": long_job("suspended", CPU),
+    "done": job("done", training={"maxSteps": 2}),
+    "failed": job("failed", dataset={"train": "s3://datasets/missing.jsonl"}),
+    "cancelled": job("cancelled", training={"maxSteps": 500}),
+    "unschedulable": job("unschedulable", resources={"gpusPerNode": 64}),
+    "queued": job("queued", training={"maxSteps": 2}, placement={"queueName": "nobody-admits"}),
+}
+
+
+def bring_into_every_phase(room: Room) -> None:
+    """Apply all jobs and wait until each is in the phase that its name says."""
+    room.apply(JOBS["done"], JOBS["failed"], JOBS["unschedulable"], JOBS["queued"])
+    room.end("done")
+    room.end("failed", Phase.FAILED)
+    room.apply(JOBS["cancelled"])
+    room.wait("cancelled", lambda s: s.progress and s.progress.step, "training")
+    room.site.api.patch(PLURAL, room.namespace, "cancelled", {"spec": {"cancel": True}})
+    room.end("cancelled", Phase.CANCELLED)
+    room.apply(JOBS["suspended"])
+    room.wait("suspended", lambda s: s.latest_checkpoint, "past its first checkpoint")
+    room.site.api.patch(PLURAL, room.namespace, "suspended", {"spec": {"suspend": True}})
+    room.wait("suspended", lambda s: s.phase is Phase.SUSPENDED, "suspended")
+    room.wait("unschedulable", lambda s: s.phase is Phase.STARTING, "starting")
+    room.wait("queued", lambda s: s.phase is Phase.QUEUED, "queued")
+    room.apply(JOBS["running"], JOBS["gang"])
+    for name in ("running", "gang"):
+        room.wait(name, lambda s: s.progress and s.progress.step, "training")
+
+
+def snapshot(room: Room) -> dict[str, tuple[Any, ...]]:
+    """What an upgrade must not change: attempt, restarts, number of ended attempts, and the uids of the pods."""
+    found = {}
+    for name in JOBS:
+        status = room.status(name)
+        uids = sorted(pod["metadata"]["uid"] for pod in room.pods(name))
+        found[name] = (status.attempt, status.restarts, len(status.attempts), uids)
+    return found
+
+
+def replace_operator_and_finish(room: Room, release: Release) -> None:
+    """Install the other release while the jobs are in their phases, then let every job end as if nothing had happened."""
+    before = snapshot(room)
+    phases = {name: room.status(name).phase for name in ("suspended", "done", "failed", "cancelled", "queued")}
+    release.install(room.site)
+    # A change of the spec shows that the new operator has read each job: it must write the new generation.
+    for name in JOBS:
+        room.site.api.patch(PLURAL, room.namespace, name, {"spec": {"policy": {"ttlSecondsAfterFinished": 86400}}})
+        generation = room.site.api.get(PLURAL, room.namespace, name)["metadata"]["generation"]
+        room.wait(name, lambda s, wanted=generation: s.observed_generation == wanted, "read by the other operator")  # type: ignore[misc]
+    assert snapshot(room) == before
+    assert {name: room.status(name).phase for name in phases} == phases
+    gang = room.status("gang")
+    assert gang.workers is not None
+    assert gang.workers.total == 2
+    room.site.api.patch(PLURAL, room.namespace, "suspended", {"spec": {"suspend": False}})
+    for name in ("running", "gang"):
+        status = room.end(name)
+        assert (status.restarts, len(status.attempts)) == (0, 1), f"{name}: {status.attempts}"
+    resumed = room.end("suspended")
+    first, second = resumed.attempts
+    assert second.resumed_from_step == first.committed_step
+    assert second.resumed_from_step
+    failed = {name: room.status(name).failure for name in JOBS if name != "failed"}
+    assert not any(failed.values()), failed
+
+
+def test_jobs_of_every_phase_survive_the_upgrade_from_0_1_0_and_the_way_back(
+    site: Site, room: Room, old_release: Release, new_release: Release
+) -> None:
+    old_release.install(site)
+    bring_into_every_phase(room)
+    replace_operator_and_finish(room, new_release)
+    for pod in site.api.list("pods", demo.RELEASE):
+        assert "0.1.0" not in pod["spec"]["containers"][0]["image"]
+
+    back = site.room(f"{room.namespace}-back")
+    bring_into_every_phase(back)
+    replace_operator_and_finish(back, old_release)
+    assert site.api.list("pods", back.namespace, labels=f"{Label.NAME}=running")
+    site.api.delete("namespaces", None, back.namespace)
