@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api import names
-from finetune_api.defaults import PlatformDefaults, resolve
+from finetune_api.defaults import PlatformDefaults, origins_of, resolve
 from finetune_api.names import Env, ExitCode, FailureClass
 from finetune_api.pod import ProgressReport, Resume, RunConfig, StoreTarget, TerminationMessage, World
 from finetune_api.rules import ExecutionTarget
@@ -263,6 +263,7 @@ def _write(name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Pat
         attempt=attempt,
         spec=spec,
         defaults=sorted(defaults),
+        origins=origins_of(defaults),
         world=World(
             nodes=1, processes_per_node=spec.resources.processes_per_node or max(1, gpus), gpus_per_node=gpus,
             master_address="127.0.0.1", master_port=0, rendezvous_id=f"{uid}-{attempt}",

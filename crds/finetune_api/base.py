@@ -1,20 +1,21 @@
-"""What all models share: camelCase on the wire, nothing unknown, and options that carry their own documentation.
+"""Base classes of all models: camelCase on the wire, and fields that carry their own documentation.
 
-`option` is the one place where a field's meaning, unit, default and example are written; the CRD's descriptions, the
-reference pages and the resolver of defaults all read it from there.
+`option` and `status_field` hold a field's meaning, unit, default and example. The CRD's descriptions, the reference pages and the
+defaults all read them from there.
 """
 
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
 
 
 class WireModel(BaseModel):
-    """A model whose JSON is camelCase, frozen, and refuses fields it does not know."""
+    """A frozen model with camelCase JSON that refuses unknown fields."""
 
     model_config = ConfigDict(
         alias_generator=to_camel,
@@ -26,37 +27,64 @@ class WireModel(BaseModel):
     )
 
     def to_wire(self) -> dict[str, Any]:
-        """JSON-ready dict with wire names, without the fields that were never given a value."""
+        """Return a JSON-ready dict with wire names, without fields that are None."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 class LenientModel(WireModel):
-    """For reading what another version wrote: unknown fields are dropped instead of refused."""
+    """A model for data that another version may have written: unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore")
+
+
+class ReportModel(LenientModel):
+    """A model for status and reports of another version: unreadable values are dropped, too, and everything else is kept.
+
+    A field with an unreadable value counts as absent; an unreadable item is left out of its list. Errors: ValidationError if a
+    required field is absent or unreadable.
+    """
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _drop_unreadable_values(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            if not isinstance(data, dict):
+                raise
+            return handler(_without_values(data, [item["loc"] for item in error.errors()]))
+
+
+def _without_values(data: dict[str, Any], locations: list[tuple[int | str, ...]]) -> dict[str, Any]:
+    """A copy without the fields at these locations; of a list only the items are removed."""
+    unreadable_items: dict[str, set[int]] = {}
+    kept = dict(data)
+    for field, *inner in locations:
+        if inner and isinstance(inner[0], int) and isinstance(data.get(str(field)), list):
+            unreadable_items.setdefault(str(field), set()).add(inner[0])
+        else:
+            kept.pop(str(field), None)
+    for field, indices in unreadable_items.items():
+        kept[field] = [item for i, item in enumerate(data[field]) if i not in indices]
+    return kept
 
 
 DEFAULT = "x-default"
 DEFAULT_TEXT = "x-default-text"
 EXAMPLE = "x-example"
+SINCE = "x-since"
 
 
 def option(
-    description: str, *, default: Any = None, default_text: str = "", example: Any = None, **constraints: Any
+    description: str, *, default: Any = None, default_text: str = "", example: Any = None, since: str = "", **constraints: Any
 ) -> Any:
-    """An optional field of the spec.
+    """An optional field of the spec. Its value is None until defaults are filled in, so that user values can be distinguished.
 
-    `default` is the value the resolver fills in (a constant); `default_text` says in words what it fills in where
-    that depends on other fields. The field itself stays None until resolved: a schema default would hide where a value
-    came from.
+    `default` is a constant that is filled in; `default_text` describes a default that depends on other fields. `since` is the
+    release that added the field; its default must mean the behaviour before that release.
     """
-    extra: dict[str, Any] = {}
-    if default is not None:
-        extra[DEFAULT] = default
-    if default_text:
-        extra[DEFAULT_TEXT] = default_text
-    if example is not None:
-        extra[EXAMPLE] = example
+    given = {DEFAULT: default, DEFAULT_TEXT: default_text or None, EXAMPLE: example, SINCE: since or None}
+    extra = {key: value for key, value in given.items() if value is not None}
     return Field(default=None, description=description, json_schema_extra=extra or None, **constraints)
 
 
@@ -88,6 +116,41 @@ def status_field(
 
 
 class Group(WireModel):
-    """A group of options. `cel` holds (expression, message) pairs that only concern the group's own fields."""
+    """A group of options. `cel` holds (expression, message) pairs that concern only the group's own fields."""
 
     cel: ClassVar[tuple[tuple[str, str], ...]] = ()
+
+
+def nested_group(annotation: Any) -> type[Group] | None:
+    """The group in a field's annotation (`SomeGroup` or `SomeGroup | None`), or None."""
+    options = [annotation, *getattr(annotation, "__args__", ())]
+    return next((one for one in options if isinstance(one, type) and issubclass(one, Group) and one.model_fields), None)
+
+
+@cache
+def fields_with_since(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
+    """Releases that added fields, by spec path; fields of the first release are left out."""
+    found: dict[str, str] = {}
+    for name, info in model.model_fields.items():
+        path = f"{prefix}{info.alias or name}"
+        if isinstance(info.json_schema_extra, dict) and SINCE in info.json_schema_extra:
+            found[path] = str(info.json_schema_extra[SINCE])
+        group = nested_group(info.annotation)
+        if group is not None:
+            found |= fields_with_since(group, f"{path}.")
+    return found
+
+
+def version_key(release: str) -> tuple[int, ...]:
+    """A release in a form that can be compared: `0.10.0` is newer than `0.9.1`. Unreadable parts count as 0."""
+    return tuple(int(part) if part.isdecimal() else 0 for part in release.split("-")[0].split("."))
+
+
+def remove_path(value: dict[str, Any], path: str) -> None:
+    """Remove the value at a dotted path from nested dicts, if there is one."""
+    *groups, name = path.split(".")
+    inner: Any = value
+    for group in groups:
+        inner = inner.get(group) if isinstance(inner, dict) else None
+    if isinstance(inner, dict):
+        inner.pop(name, None)

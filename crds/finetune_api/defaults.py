@@ -6,14 +6,15 @@ The schema sets no defaults, since they would lose where a value came from. Cons
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
-from finetune_api.base import DEFAULT, Group
+from finetune_api.base import DEFAULT, Group, nested_group
+from finetune_api.names import Origin
 from finetune_api.objectives import FORMATS_WITHOUT_TURNS, OBJECTIVES
 from finetune_api.rules import (
     LORA_METHODS,
@@ -161,6 +162,16 @@ def _storage_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict
     return {f"storage.{key}": value for key, value in default.items()}
 
 
+FROM_PLATFORM = (
+    "resources.gpuResource", "resources.nodePool", "resources.cpu", "resources.memory", "resources.ephemeralStorage", "resources.sharedMemory",
+)  # fmt: skip
+
+
+def origins_of(filled: Iterable[str]) -> dict[str, Origin]:
+    """Origin of filled-in values by spec path, for those that are not defaults of their field."""
+    return {path: Origin.PLATFORM for path in filled if path in FROM_PLATFORM or path.startswith("storage.")}
+
+
 CONDITIONAL: dict[str, Callable[[dict[str, Any]], bool]] = {
     "checkpoint.steps": lambda group: group.get("strategy") in (None, "steps"),
     "training.epochs": lambda group: group.get("maxSteps") is None,
@@ -191,7 +202,7 @@ class _Field(NamedTuple):
 def _fields(model: type[BaseModel]) -> tuple[_Field, ...]:
     found = []
     for name, info in model.model_fields.items():
-        group = _group_of(info.annotation)
+        group = nested_group(info.annotation)
         whole = group is not None and not any(field.is_required() for field in group.model_fields.values())
         extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         found.append(_Field(info.alias or name, group, whole, extra))
@@ -214,11 +225,6 @@ def _constants(model: type[BaseModel], value: dict[str, Any], prefix: str, fille
 
 def _applies(path: str, group: dict[str, Any]) -> bool:
     return path not in COMPUTED and (path not in CONDITIONAL or CONDITIONAL[path](group))
-
-
-def _group_of(annotation: Any) -> type[Group] | None:
-    options = [annotation, *getattr(annotation, "__args__", ())]
-    return next((one for one in options if isinstance(one, type) and issubclass(one, Group) and one.model_fields), None)
 
 
 def _put(value: dict[str, Any], path: str, found: Any, filled: dict[str, Any]) -> None:

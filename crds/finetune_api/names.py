@@ -19,7 +19,27 @@ MAX_NAME_LENGTH = 40
 NAME_PATTERN = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
 MANAGER = "finetune-operator"
-"""Value of `app.kubernetes.io/managed-by` on every child, and the field manager of our writes."""
+"""Value of `app.kubernetes.io/managed-by` on every child, and the field manager of the operator's writes."""
+
+RELEASE = "0.2.0"
+"""Release of this package, and of the operator and the trainer that contain it."""
+OLDEST_TRAINER = "0.1.0"
+"""Oldest trainer release for which run.json is written."""
+CONTRACT_VERSION = 2
+"""Version of the contract between operator and pod; it rises when the shape of run.json changes."""
+
+
+class Origin(StrEnum):
+    """Where a value of the resolved spec comes from."""
+
+    USER = "user"
+    """The user wrote it."""
+    DEFAULT = "default"
+    """The default of the field."""
+    PLAN = "plan"
+    """The operator chose it for this job."""
+    PLATFORM = "platform"
+    """The operator's configuration."""
 
 
 class Label(StrEnum):

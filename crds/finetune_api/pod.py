@@ -1,7 +1,9 @@
-"""The pod contract: what goes down to a pod as one file, and what comes back over HTTP and in its last words.
+"""The contract between operator and pod.
 
-`RunConfig` travels inside the Job as an annotation and is mounted as `run.json`. `ProgressReport` is what `GET /progress` answers.
-`TerminationMessage` is the termination message. The operator and the trainer meet here and nowhere else.
+`RunConfig` is the file that configures a pod: it travels as an annotation of the Job's pod template and is mounted as `run.json`.
+`ProgressReport` is the answer of `GET /progress`. `TerminationMessage` is the container's termination message. Operator and
+trainer exchange nothing else. `docs/decisions/0070-contract-across-versions.md` says what programs of neighbouring releases
+understand of each other.
 """
 
 from __future__ import annotations
@@ -10,88 +12,127 @@ import hashlib
 import json
 from typing import Annotated, Any
 
-from pydantic import AliasChoices, Field
+from pydantic import AliasChoices, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from finetune_api.base import LenientModel, WireModel
-from finetune_api.names import MAX_TERMINATION_BYTES, FailureClass
+from finetune_api.base import ReportModel, WireModel, fields_with_since, remove_path, version_key
+from finetune_api.names import CONTRACT_VERSION, MAX_TERMINATION_BYTES, OLDEST_TRAINER, FailureClass, Origin
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 from finetune_api.status import Checkpoint, Metrics, Output, Progress, Resolved, Stage
 
 
 class StoreTarget(WireModel):
-    """A store, fully resolved: where, and how to connect. Credentials come by environment, never here."""
+    """A location in storage and how to connect to it. It contains no credentials: they are environment variables."""
 
-    uri: str = Field(description="`s3://bucket/prefix`, `file:///path` or `pvc://claim/path`; to read only, `https://host/path`.")
+    uri: str = Field(description="`s3://bucket/prefix`, `file:///path` or `pvc://claim/path`; read-only: `https://host/path`.")
     endpoint: str | None = Field(default=None, description="URL of an S3-compatible store; absent: AWS.")
     region: str | None = Field(default=None, description="Region that requests are signed for.")
-    addressing_style: AddressingStyle | None = Field(default=None, description="How the bucket stands in the URL.")
-    ca_bundle: str | None = Field(default=None, description="File with PEM certificates to trust.")
+    addressing_style: AddressingStyle | None = Field(
+        default=None, description="Whether the bucket is part of the path or of the host name."
+    )
+    ca_bundle: str | None = Field(default=None, description="Path of a file with PEM certificates to trust.")
     credentials_prefix: str = Field(
-        default="", description="Prefix of the AWS_ variables that carry the credentials; empty: the plain ones."
+        default="", description="Prefix of the AWS_ variables with the credentials; empty: variables without a prefix."
     )
     encryption: EncryptionType | None = Field(
-        default=None, description="Server-side encryption to ask for; absent: the bucket's own setting."
+        default=None, description="Server-side encryption to request; absent: the bucket's own setting."
     )
-    kms_key_id: str | None = Field(default=None, description="Key of the key service, with encryption kms.")
+    kms_key_id: str | None = Field(default=None, description="Key of the key management service, with encryption kms.")
     customer_key_variable: str | None = Field(
-        default=None, description="Environment variable that carries the customer's key, with encryption customerKey."
+        default=None, description="Environment variable with the customer's key, with encryption customerKey."
     )
 
 
 class World(WireModel):
-    """Who takes part."""
+    """Pods and ranks of one attempt."""
 
-    nodes: int = Field(ge=1, description="Pods.")
+    nodes: int = Field(ge=1, description="Number of pods.")
     processes_per_node: int = Field(ge=1, description="Ranks per pod.")
     gpus_per_node: int = Field(ge=0, description="GPUs per pod; 0: CPU.")
-    master_address: str = Field(description="Where rank 0 listens: `<job>-0.<service>`; loopback with one pod.")
-    master_port: int = Field(ge=0, le=65535, description="Port there; 0 with one pod: any free one.")
-    rendezvous_id: str = Field(description="`<uid>-<attempt>`: ranks of another attempt can never join.")
+    master_address: str = Field(description="Host of the rendezvous: `<job>-0.<service>`; loopback with one pod.")
+    master_port: int = Field(ge=0, le=65535, description="Port of the rendezvous; 0 with one pod: any free port.")
+    rendezvous_id: str = Field(description="`<uid>-<attempt>`: ranks of another attempt cannot join.")
 
     @property
     def size(self) -> int:
-        """Ranks in all."""
+        """Number of ranks."""
         return self.nodes * self.processes_per_node
 
 
 class Resume(WireModel):
-    """Where this attempt starts."""
+    """The state that an attempt starts from."""
 
     mode: str = Field(
-        description="`auto`: newest healthy checkpoint of this job; `never`; or the uri of one checkpoint."
+        description="`auto`: the newest healthy checkpoint of this job; `never`; or the URI of one checkpoint."
     )
     expect_step: int = Field(
         default=0,
         ge=0,
-        description="Newest step known to be committed; if nothing loads although this is > 0, the pod ends with 73.",
+        description="Newest step known to be committed. If it is > 0 and no checkpoint can be loaded, the pod exits with 73.",
     )
     max_step: int | None = Field(
         default=None, ge=0, description="Ignore checkpoints after this step (rollback after divergence)."
     )
 
 
-class RunConfig(WireModel):
-    """`run.json`: everything a pod needs to know. At most 64 KiB; the same bytes for all pods of an attempt."""
+_MARK = "#"
+_MIN_TRAINER_VERSION = "minTrainerVersion"
 
-    version: int = Field(default=1, description="Of this contract.")
+
+class RunConfig(WireModel):
+    """`run.json`: the whole configuration of a pod, at most 64 KiB; the same bytes for all pods of an attempt.
+
+    Trainer 0.1.0 refuses fields that it does not know, but ignores unknown entries of `defaults`. On the wire `origins` and
+    `min_trainer_version` therefore are such entries: `#platform resources.cpu`, `#minTrainerVersion 0.2.0`.
+    """
+
+    version: int = Field(default=CONTRACT_VERSION, description="Version of this contract.")
     name: str = Field(description="Name of the FineTuneJob.")
-    namespace: str = Field(description="Its namespace.")
-    uid: str = Field(description="Its uid.")
+    namespace: str = Field(description="Namespace of the FineTuneJob.")
+    uid: str = Field(description="uid of the FineTuneJob.")
     attempt: int = Field(ge=1, description="Number of the attempt.")
     spec: FineTuneJobSpec = Field(description="The spec with every default filled in and every adaptation applied.")
-    defaults: Annotated[list[str], Field(description="Spec paths that were filled in.")] = []
+    defaults: Annotated[list[str], Field(description="Spec paths of the values that the user did not write.")] = []
+    origins: Annotated[
+        dict[str, Origin],
+        Field(description="Origin of a value in `defaults` by spec path; absent: `default`. All other values: `user`."),
+    ] = {}
+    min_trainer_version: str = Field(
+        default=OLDEST_TRAINER, description="Oldest trainer release that can run this configuration."
+    )
     before_adaptation: dict[str, Any] | None = Field(
         default=None,
-        description="What the spec said, by path, where an adaptation has changed it: a user's own file still says that.",
+        description="Original values, by spec path, of fields that an adaptation changed; the user's own files still contain them.",
     )
-    world: World = Field(description="Who takes part.")
-    storage: StoreTarget = Field(description="The job's own tree: `<spec.storage.uri>/<namespace>/<name>/<uid>`.")
+    world: World = Field(description="Pods and ranks of the attempt.")
+    storage: StoreTarget = Field(description="Root folder of the job: `<spec.storage.uri>/<namespace>/<name>/<uid>`.")
     publish: str | None = Field(default=None, description="Root of the published copy, if output.dir is set.")
-    model_store: StoreTarget | None = Field(default=None, description="For s3:// models; absent: as storage.")
-    dataset_store: StoreTarget | None = Field(default=None, description="For s3:// data; absent: as storage.")
-    resume: Resume = Field(description="Where this attempt starts.")
-    grace_seconds: int = Field(ge=1, description="Time to save after SIGTERM, in seconds.")
+    model_store: StoreTarget | None = Field(default=None, description="Connection for an s3:// model; absent: as storage.")
+    dataset_store: StoreTarget | None = Field(default=None, description="Connection for s3:// data; absent: as storage.")
+    resume: Resume = Field(description="The state that the attempt starts from.")
+    grace_seconds: int = Field(ge=1, description="Seconds to save after SIGTERM.")
+
+    def origin(self, path: str) -> Origin:
+        """Where the value at a spec path comes from."""
+        return self.origins.get(path, Origin.DEFAULT) if path in self.defaults else Origin.USER
+
+    def to_wire(self) -> dict[str, Any]:
+        """Return the JSON form. Fields that are newer than trainer 0.1.0 are left out where they have their default."""
+        value = super().to_wire()
+        needed = {value.pop("minTrainerVersion")}
+        for path, release in fields_with_since(FineTuneJobSpec).items():
+            if self.origin(path) is Origin.DEFAULT:
+                remove_path(value["spec"], path)
+            elif self.spec.value(path) is not None:
+                needed.add(release)
+        marks = [f"{_MARK}{origin} {path}" for path, origin in value.pop("origins").items()]
+        marks.append(f"{_MARK}{_MIN_TRAINER_VERSION} {max(needed, key=version_key)}")
+        return value | {"defaults": [*self.defaults, *sorted(marks)]}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_marks(cls, data: Any) -> Any:
+        return read_marks(data) if isinstance(data, dict) else data
 
     def to_bytes(self) -> bytes:
         """Canonical JSON: sorted keys, no spaces. Its sha256 is the run's configuration hash."""
@@ -103,46 +144,73 @@ class RunConfig(WireModel):
         return hashlib.sha256(data).hexdigest()
 
 
-class Health(LenientModel):
-    """What may go wrong next."""
+def read_marks(data: dict[str, Any]) -> dict[str, Any]:
+    """`run.json` with the marks in `defaults` moved to the fields that they stand for."""
+    entries = data.get("defaults")
+    marks = [one for one in entries if str(one).startswith(_MARK)] if isinstance(entries, list) else []
+    if not marks:
+        return data
+    result = data | {"defaults": [one for one in data["defaults"] if one not in marks], "origins": {}}
+    for mark in marks:
+        word, _, value = mark.removeprefix(_MARK).partition(" ")
+        if word == _MIN_TRAINER_VERSION:
+            result["minTrainerVersion"] = value
+        else:
+            # An origin that this release does not know counts as `user`: only fields of origin `default` may be ignored.
+            result["origins"][value] = word if word in list(Origin) else Origin.USER
+    return result
+
+
+class Health(ReportModel):
+    """Signs of trouble that the operator watches."""
 
     healthy: bool = Field(
         default=True,
-        description="False while a loss or gradient norm is not finite, or a checkpoint could not be kept.",
+        description="False while a loss or gradient norm is not finite, or a checkpoint could not be stored.",
     )
-    seconds_since_step: float | None = Field(default=None, description="Since the newest optimizer step.")
+    seconds_since_step: float | None = Field(default=None, description="Seconds since the last optimizer step.")
     seconds_since_heartbeat: float | None = Field(
-        default=None, validation_alias=AliasChoices("secondsSinceHeartbeat", "secondsSinceSign"), description="Since training last showed that it is alive: a step, a micro-step, a batch of an evaluation, a file."
+        default=None,
+        validation_alias=AliasChoices("secondsSinceHeartbeat", "secondsSinceSign"),
+        description="Seconds since the last heartbeat of training: a step, a micro-step, an evaluation batch or a file.",
     )
-    median_step_seconds: float | None = Field(default=None, description="Median time of recent optimizer steps.")
+    median_step_seconds: float | None = Field(default=None, description="Median duration of recent optimizer steps.")
     last_save_seconds: float | None = Field(
-        default=None, description="Time the last checkpoint took until it was committed."
+        default=None, description="Seconds from the start of the last checkpoint's upload to its commit."
     )
     checkpoint_problem: str | None = Field(
-        default=None, description="Reason word and sentence if a checkpoint was skipped or damaged."
+        default=None, description="Reason word and sentence if a checkpoint was skipped or is damaged."
     )
 
+    @model_serializer(mode="wrap")
+    def _write_old_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write the heartbeat under its old name, too: operator 0.1.0 would take a long evaluation for a stall without it."""
+        value: dict[str, Any] = handler(self)
+        if value.get("secondsSinceHeartbeat") is not None:
+            value["secondsSinceSign"] = value["secondsSinceHeartbeat"]
+        return value
 
-class ProgressReport(LenientModel):
-    """What `GET /progress` answers."""
+
+class ProgressReport(ReportModel):
+    """The answer of `GET /progress`."""
 
     attempt: int = Field(description="Attempt of this pod.")
-    uid: str = Field(description="uid of the FineTuneJob: a pod that took over an address cannot be mistaken.")
+    uid: str = Field(description="uid of the FineTuneJob: it reveals a foreign pod that took over an address.")
     stage: Stage = Field(default=Stage.STARTING, description="What the pod is doing.")
-    detail: str | None = Field(default=None, description="The same in words. Example: `model: 1.2 of 2.7 GB`.")
+    detail: str | None = Field(default=None, description="Details of the stage. Example: `model: 1.2 of 2.7 GB`.")
     progress: Progress = Field(default_factory=Progress)
     metrics: Metrics = Field(default_factory=Metrics)
     checkpoints: list[Checkpoint] = Field(default_factory=list)
     latest_checkpoint: str | None = None
-    resumed_from_step: int | None = Field(default=None, description="Step this attempt continued from.")
+    resumed_from_step: int | None = Field(default=None, description="Optimizer step that this attempt continued from.")
     resolved: Resolved = Field(
-        default_factory=Resolved, description="What the run really is; only fields the trainer knows."
+        default_factory=Resolved, description="The configuration in use; only the fields that the trainer knows."
     )
     health: Health = Field(default_factory=Health)
-    timings: dict[str, float] = Field(default_factory=dict, description="Seconds each stage took, by name.")
+    timings: dict[str, float] = Field(default_factory=dict, description="Duration of each stage in seconds, by name.")
 
 
-class TerminationMessage(LenientModel):
+class TerminationMessage(ReportModel):
     """The termination message: one JSON object below 4 KiB."""
 
     class_: Annotated[FailureClass | None, Field(alias="class")] = None
@@ -152,12 +220,12 @@ class TerminationMessage(LenientModel):
     exit_code: int | None = None
     node: str | None = None
     rank: int | None = None
-    step: int | None = Field(default=None, description="Newest optimizer step.")
-    checkpoint: str | None = Field(default=None, description="Newest committed checkpoint.")
-    committed_step: int | None = Field(default=None, description="Step of that checkpoint.")
-    time_ns: int | None = Field(default=None, description="When the failure was noticed, nanoseconds since 1970.")
+    step: int | None = Field(default=None, description="Last optimizer step that was completed.")
+    checkpoint: str | None = Field(default=None, description="URI of the newest committed checkpoint.")
+    committed_step: int | None = Field(default=None, description="Optimizer step of that checkpoint.")
+    time_ns: int | None = Field(default=None, description="When the failure was detected, in nanoseconds since 1970.")
     origin: bool | None = Field(
-        default=None, description="True: this rank failed by itself; False: it noticed a peer's failure."
+        default=None, description="True: this rank failed by itself; False: it noticed the failure of another rank."
     )
     output: Output | None = None
     metrics: Metrics | None = None
@@ -168,24 +236,20 @@ class TerminationMessage(LenientModel):
     resolved: Resolved | None = None
 
     def to_json(self) -> str:
-        """The message, cut to what a kubelet keeps: first the lists go, then the long texts are shortened."""
+        """The message, cut to the size that a kubelet keeps: lists are dropped first, then long texts are shortened."""
         value = self.to_wire()
-        for drop in ("resolved", "checkpoints", "metrics"):
-            if len(_compact(value)) <= MAX_TERMINATION_BYTES:
+        for key in ("resolved", "checkpoints", "metrics"):
+            if len(_compact_json(value)) <= MAX_TERMINATION_BYTES:
                 break
-            value.pop(drop, None)
+            value.pop(key, None)
         for key in ("hint", "message"):
-            excess = len(_compact(value)) - MAX_TERMINATION_BYTES
+            excess = len(_compact_json(value)) - MAX_TERMINATION_BYTES
             if excess > 0 and isinstance(value.get(key), str):
-                kept = (
-                    value[key]
-                    .encode(errors="replace")[: max(0, len(value[key].encode(errors="replace")) - excess - 16)]
-                    .decode(errors="ignore")
-                )
-                value[key] = kept + " ..."
-        return _compact(value).decode()
+                text = value[key].encode(errors="replace")
+                value[key] = text[: max(0, len(text) - excess - 16)].decode(errors="ignore") + " ..."
+        return _compact_json(value).decode()
 
 
-def _compact(value: dict[str, Any]) -> bytes:
-    """Bytes that are always UTF-8: half a character from a torn log line must not cost the whole message."""
+def _compact_json(value: dict[str, Any]) -> bytes:
+    """Always valid UTF-8: half a character from a cut log line must not make the whole message unreadable."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, Field, PlainSerializer
 
-from finetune_api.base import PROMPT, LenientModel, Prompt, status_field
+from finetune_api.base import PROMPT, Prompt, ReportModel, status_field
 from finetune_api.names import Condition as ConditionType
 from finetune_api.names import FailureClass, Phase
 from finetune_api.spec.enums import OutputKind
@@ -28,7 +28,7 @@ def rfc3339(moment: datetime) -> str:
 Time = Annotated[datetime, PlainSerializer(rfc3339, return_type=str, when_used="json")]
 
 
-class Condition(LenientModel):
+class Condition(ReportModel):
     """One condition, with the same fields as the conditions of Kubernetes' own objects."""
 
     type: ConditionType = status_field("Name of the condition.", default=..., prompt=Prompt.VALUE)
@@ -45,7 +45,7 @@ class Condition(LenientModel):
     )
 
 
-class Attempt(LenientModel):
+class Attempt(ReportModel):
     """One attempt to run the job. Each attempt is one Kubernetes Job."""
 
     number: int = status_field("Number of the attempt; the first is 1.", default=..., example=1, prompt=Prompt.VALUE)
@@ -73,7 +73,7 @@ class Attempt(LenientModel):
     counted: bool | None = status_field("Whether the attempt counts against policy.retries.", example=True)
 
 
-class Progress(LenientModel):
+class Progress(ReportModel):
     """How far the run is."""
 
     step: int | None = status_field("Optimizer steps completed.", example=120)
@@ -92,7 +92,7 @@ class Progress(LenientModel):
     update_time: Time | None = status_field("When the trainer reported these values.", example="2026-03-01T12:00:00Z")
 
 
-class Metrics(LenientModel):
+class Metrics(ReportModel):
     """Latest values of the training metrics, rounded."""
 
     train_loss: float | None = status_field("Training loss in nats per token.", example=1.234)
@@ -103,7 +103,7 @@ class Metrics(LenientModel):
     grad_norm: float | None = status_field("Gradient norm before clipping.", example=0.8)
 
 
-class Checkpoint(LenientModel):
+class Checkpoint(ReportModel):
     """A checkpoint that is committed to storage."""
 
     step: int = status_field("Optimizer steps completed when the checkpoint was saved.", default=..., example=400)
@@ -123,7 +123,7 @@ class Checkpoint(LenientModel):
     save_seconds: float | None = status_field("Seconds from the start of the upload to the commit.", example=3.2)
 
 
-class Output(LenientModel):
+class Output(ReportModel):
     """The final artefact."""
 
     uri: str | None = status_field(
@@ -140,7 +140,7 @@ class Output(LenientModel):
     )
 
 
-class Failure(LenientModel):
+class Failure(ReportModel):
     """Why the job, or its last attempt, failed."""
 
     class_: Annotated[FailureClass, Field(alias="class", description="Kind of the failure.")]
@@ -153,7 +153,7 @@ class Failure(LenientModel):
     exit_code: int | None = status_field("Exit code of the trainer container.", example=65)
 
 
-class Adaptation(LenientModel):
+class Adaptation(ReportModel):
     """A change to the configuration that the operator made so that the job can continue."""
 
     time: Time = status_field("When the operator made the change.", default=..., example="2026-03-01T12:00:00Z")
@@ -165,7 +165,7 @@ class Adaptation(LenientModel):
     set: dict[str, Any] | None = status_field("New values by spec path.", example={"training.batchSizePerDevice": 2})
 
 
-class Workers(LenientModel):
+class Workers(ReportModel):
     """Pods of the current attempt."""
 
     ready: int = status_field("Pods that are ready.", default=0, example=2)
@@ -173,7 +173,7 @@ class Workers(LenientModel):
     display: str = status_field("Ready and needed pods as text.", default="0/0", example="2/2")
 
 
-class Resolved(LenientModel):
+class Resolved(ReportModel):
     """The configuration that the run really uses: defaults, and what the operator and the trainer found out."""
 
     world_size: int | None = status_field("Number of ranks.", example=8)
@@ -217,7 +217,7 @@ class Resolved(LenientModel):
     )
 
 
-class FineTuneJobStatus(LenientModel):
+class FineTuneJobStatus(ReportModel):
     """What the operator has observed of a FineTuneJob."""
 
     observed_generation: int = status_field(

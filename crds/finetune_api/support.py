@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_api.base import nested_group
 from finetune_api.names import Reason
 from finetune_api.rules import Problem
 from finetune_api.spec import FineTuneJobSpec
@@ -74,13 +75,8 @@ def wire_path(path: str) -> str:
     for name in path.split("."):
         field = model.model_fields[name]
         parts.append(field.alias or name)
-        model = _model_of(field.annotation)
+        model = nested_group(field.annotation)
     return ".".join(parts)
-
-
-def _model_of(annotation: Any) -> Any:
-    options = [annotation, *getattr(annotation, "__args__", ())]
-    return next((one for one in options if hasattr(one, "model_fields")), None)
 
 
 def _problem(spec: FineTuneJobSpec, row: UnsupportedField) -> Problem:

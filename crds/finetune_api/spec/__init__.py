@@ -99,4 +99,4 @@ def load_spec(value: Mapping[str, Any]) -> FineTuneJobSpec:
     return FineTuneJobSpec.model_validate_json(json.dumps(value, default=str), strict=True)
 
 
-__all__ = ["FineTuneJobSpec", "load"]
+__all__ = ["FineTuneJobSpec", "load_spec"]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from finetune_api.defaults import origins_of
 from finetune_api.names import (
     CA_MOUNT,
     DATASET_CREDENTIALS_PREFIX,
@@ -45,6 +46,7 @@ def build_run_config(
         attempt=attempt,
         spec=spec,
         defaults=sorted(defaults),
+        origins=origins_of(defaults),
         before_adaptation=dict(before_adaptation) if before_adaptation else None,
         world=_world(job, spec, attempt),
         storage=_target(f"{root}/{job.namespace}/{job.name}/{job.uid}", spec.storage, "storage", ""),

@@ -1,0 +1,133 @@
+"""Reading what a neighbouring release wrote: the spec of a FineTuneJob and `run.json`.
+
+`docs/decisions/0070-contract-across-versions.md` is the contract. In short: a new field's default means the behaviour before that
+field, so a reader may ignore an unknown field that has its default; it must not ignore one that the user set.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from finetune_api.base import version_key
+from finetune_api.errors import ConfigError, TooOldError
+from finetune_api.names import OLDEST_TRAINER, RELEASE, Origin
+from finetune_api.pod import RunConfig, read_marks
+from finetune_api.spec import FineTuneJobSpec
+
+UNKNOWN_FIELD = "extra_forbidden"
+UNKNOWN_WORDS = ("enum", "literal_error")
+Location = tuple[int | str, ...]
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Unknown:
+    """A field, or a word of an enumeration, that this release does not know."""
+
+    location: Location
+    value: Any
+    is_field: bool
+
+
+def read_spec(raw: Mapping[str, Any]) -> tuple[FineTuneJobSpec, tuple[str, ...]]:
+    """Read a spec as far as this release knows it, and name the spec paths of unknown fields and unknown words.
+
+    Errors: ValidationError for values that no release accepts.
+    """
+    spec, unknown = _read_known(FineTuneJobSpec, dict(raw))
+    return spec, tuple(_path(one.location) for one in unknown)
+
+
+def read_run_config(data: bytes) -> RunConfig:
+    """Read the bytes of `run.json`.
+
+    Unknown fields are ignored if their origin is `default` or if they lie outside the spec: when an operator adds a field there
+    that a trainer must know, it raises `minTrainerVersion`. Errors: TooOldError `TrainerTooOld`, which names the other unknown
+    fields or the release that is needed; ConfigError `RunFileInvalid`.
+    """
+    try:
+        raw = json.loads(data)
+    except ValueError as error:
+        raise ConfigError("RunFileInvalid", f"run.json is not JSON: {error}") from error
+    needed = str(read_marks(raw).get("minTrainerVersion", OLDEST_TRAINER)) if isinstance(raw, dict) else OLDEST_TRAINER
+    if version_key(needed) > version_key(RELEASE):
+        raise _too_old(f"run.json needs trainer {needed} or newer")
+    try:
+        run, unknown = _read_known(RunConfig, raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ConfigError("RunFileInvalid", f"run.json: {_path(first['loc'])}: {first['msg']}") from error
+    refused = [path for one in unknown for path in _paths_to_refuse(run, one)]
+    if refused:
+        raise _too_old(f"run.json contains {', '.join(refused)}, which this trainer does not know")
+    return run
+
+
+def _too_old(problem: str) -> TooOldError:
+    hint = "use a trainer image of the operator's release: update or remove spec.placement.image"
+    return TooOldError("TrainerTooOld", f"{problem}; this is trainer {RELEASE}", hint=hint)
+
+
+def _paths_to_refuse(run: RunConfig, unknown: Unknown) -> Iterator[str]:
+    """Paths at or below something unknown that a trainer must not ignore."""
+    location, value = unknown.location, unknown.value
+    if not unknown.is_field:
+        yield f"{_path(location)}: {value}"
+        return
+    path = _path(location[1:])
+    if location[0] != "spec" or (path in run.defaults and run.origin(path) is Origin.DEFAULT):
+        return
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _paths_to_refuse(run, Unknown((*location, name), inner, is_field=True))
+    else:
+        yield f"spec.{path}"
+
+
+def _read_known(model: type[Model], raw: Any) -> tuple[Model, list[Unknown]]:
+    """Read what this release knows, and list the rest. Errors: ValidationError for values that are wrong in every release."""
+    raw = copy.deepcopy(raw)
+    found: list[Unknown] = []
+    while True:
+        try:
+            return model.model_validate(raw), found
+        except ValidationError as error:
+            removed = {one.location for one in found}
+            removable = {
+                item["loc"]: item["type"] for item in error.errors() if item["type"] in (UNKNOWN_FIELD, *UNKNOWN_WORDS)
+            } | {
+                # The unknown word was required: the group around it cannot be read either.
+                item["loc"][:-1]: item["type"] for item in error.errors()
+                if item["type"] == "missing" and item["loc"] in removed and len(item["loc"]) > 1
+            }  # fmt: skip
+            if not removable:
+                raise
+            # Of a list, the last item is removed first, so that the other positions stay true.
+            for location in sorted(removable, key=_sort_key, reverse=True):
+                value = _remove(raw, location)
+                found.append(Unknown(location, value, is_field=removable[location] == UNKNOWN_FIELD))
+
+
+def _sort_key(location: Location) -> list[tuple[int, str]]:
+    return [(part, "") if isinstance(part, int) else (0, part) for part in location]
+
+
+def _remove(raw: Any, location: Location) -> Any:
+    *outer, last = location
+    for part in outer:
+        raw = raw[part]
+    return raw.pop(last)
+
+
+def _path(location: Location) -> str:
+    """A location as a dotted path: `("spec", "trainer", "rewards", 0)` is `spec.trainer.rewards[0]`."""
+    text = ""
+    for part in location:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text

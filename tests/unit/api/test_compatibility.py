@@ -1,0 +1,260 @@
+"""What programs of neighbouring releases understand of each other: the skew matrix of the contract."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.compatibility import read_run_config, read_spec
+from finetune_api.defaults import PlatformDefaults, origins_of, resolve
+from finetune_api.errors import ConfigError, FineTuneError, TooOldError
+from finetune_api.names import CONTRACT_VERSION, RELEASE, Origin
+from finetune_api.pod import ProgressReport, Resume, RunConfig, StoreTarget, TerminationMessage, World
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.cluster import StorageRoot
+from finetune_api.status import FineTuneJobStatus
+from pydantic import ValidationError
+
+MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+GRPO = {"trainer": {"type": "grpo", "rewards": [{"builtin": "thinkFormat"}]}}
+RELEASE_0_1_0 = json.loads((Path(__file__).parent / "data/run_config_0_1_0.json").read_text())
+"""Every field of trainer 0.1.0's RunConfig; the leaves are None or the words of an enumeration."""
+
+
+def run_config(**changes: Any) -> RunConfig:
+    platform = PlatformDefaults(storage=StorageRoot(uri="s3://bucket/prefix"), cpu="4")
+    resolution = resolve(FineTuneJobSpec.model_validate(MINIMAL | changes), platform=platform)
+    return RunConfig(
+        name="job", namespace="team", uid="u-1", attempt=1, spec=resolution.spec,
+        defaults=sorted(resolution.defaults), origins=origins_of(resolution.defaults),
+        world=World(nodes=1, processes_per_node=1, gpus_per_node=1, master_address="127.0.0.1", master_port=0, rendezvous_id="u-1-1"),
+        storage=StoreTarget(uri="s3://bucket/prefix/team/job/u-1"), resume=Resume(mode="auto"), grace_seconds=300,
+    )  # fmt: skip
+
+
+def put(value: Any, path: str, new: Any) -> None:
+    *groups, name = path.split(".")
+    for group in groups:
+        value = value[int(group)] if isinstance(value, list) else value.setdefault(group, {})
+    value[name] = new
+
+
+def written_by_newer(path: str, value: Any, *marks: str, **changes: Any) -> bytes:
+    """run.json of a newer operator with one more value; `marks` are further entries of `defaults`."""
+    raw = json.loads(run_config(**changes).to_bytes())
+    put(raw, path, value)
+    raw["defaults"] += marks
+    return json.dumps(raw).encode()
+
+
+DEFAULT, IGNORED = Origin.DEFAULT, None
+SKEW = [
+    # field of a newer writer, value, entries of `defaults`, name in the refusal (None: ignored)
+    ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize"], IGNORED),
+    ("spec.training.effectiveBatchSize", 64, [], "spec.training.effectiveBatchSize"),
+    ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize", "#plan training.effectiveBatchSize"], "effectiveBatchSize"),
+    ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize", "#platform training.effectiveBatchSize"], "effectiveBatchSize"),
+    ("spec.training.effectiveBatchSize", 64, ["training.effectiveBatchSize", "#policy training.effectiveBatchSize"], "effectiveBatchSize"),
+    ("spec.prepare", {"strategy": "auto", "ttlDays": 7}, ["prepare.strategy", "prepare.ttlDays"], IGNORED),
+    ("spec.prepare", {"strategy": "always", "ttlDays": 7}, ["prepare.ttlDays"], "spec.prepare.strategy"),
+    ("spec.prepare", {"resources": {"cpu": "8"}}, ["prepare.strategy"], "spec.prepare.resources.cpu"),
+    ("spec.prepare", {}, [], IGNORED),
+    ("spec.dataset.filters", ["a"], ["dataset.filters"], IGNORED),
+    ("spec.dataset.filters", ["a"], [], "spec.dataset.filters"),
+    ("spec.trainer.rewards.0.cache", True, [], "spec.trainer.rewards[0].cache"),
+    ("spec.method.type", "galore", [], "spec.method.type: galore"),
+    ("spec.training.optimizer", "adamw_torch", [], IGNORED),
+    ("spec.training.scheduler", "zigzag", [], "spec.training.scheduler: zigzag"),
+    ("hints", {"x": 1}, [], IGNORED),
+    ("world.zone", "eu-1", [], IGNORED),
+    ("storage.encryption", "quantumSafe", [], "storage.encryption: quantumSafe"),
+    ("version", CONTRACT_VERSION + 1, [], IGNORED),
+    ("uid", "u-1", ["#minTrainerVersion 99.0.0"], "trainer 99.0.0 or newer"),
+    ("uid", "u-1", [f"#minTrainerVersion {RELEASE}"], IGNORED),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "value", "marks", "refusal"), SKEW, ids=[f"{one[0]}-{one[2]}" for one in SKEW])
+def test_trainer_reads_run_config_of_a_newer_operator(path: str, value: Any, marks: list[str], refusal: str | None) -> None:
+    changes = GRPO if "rewards" in path else {}
+    data = written_by_newer(path, value, *marks, **changes)
+    if refusal is None:
+        known = json.loads(run_config(**changes).to_bytes())["spec"]
+        assert read_run_config(data).spec == FineTuneJobSpec.model_validate(known | known_part(path, value, known))
+        return
+    with pytest.raises(TooOldError) as error:
+        read_run_config(data)
+    assert refusal in error.value.message
+    assert (error.value.exit_code, error.value.code) == (79, "TrainerTooOld")
+
+
+def known_part(path: str, value: Any, known: dict[str, Any]) -> dict[str, Any]:
+    return {"training": known["training"] | {"optimizer": value}} if path.endswith("optimizer") else {}
+
+
+def test_every_unknown_field_is_named_at_once() -> None:
+    raw = json.loads(run_config().to_bytes())
+    raw["spec"]["training"] |= {"first": 1, "second": 2}
+    with pytest.raises(TooOldError, match=r"spec\.training\.second.*spec\.training\.first|first.*second"):
+        read_run_config(json.dumps(raw).encode())
+
+
+@pytest.mark.parametrize(
+    "data", [b"{", b"[]", b'{"version": 2}', written_by_newer("attempt", 0), written_by_newer("spec.training.maxSteps", -1)],
+    ids=["torn", "list", "empty", "attempt 0", "maxSteps -1"],
+)  # fmt: skip
+def test_values_that_are_wrong_in_every_release_are_not_a_matter_of_age(data: bytes) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_run_config(data)
+    assert error.value.code == "RunFileInvalid"
+
+
+def test_trainer_reads_run_config_of_operator_0_1_0() -> None:
+    raw = json.loads(run_config().to_bytes())
+    raw["version"] = 1
+    raw["defaults"] = [path for path in raw["defaults"] if not path.startswith("#")]
+    run = read_run_config(json.dumps(raw).encode())
+    assert run.spec == run_config().spec
+    assert (run.origin("training.epochs"), run.origin("model.source")) == (Origin.DEFAULT, Origin.USER)
+
+
+def unknown_to_0_1_0(value: Any, known: Any, path: str = "") -> list[str]:
+    """Paths in a run.json that trainer 0.1.0 refuses."""
+    if isinstance(value, list):
+        return [found for item in value for found in unknown_to_0_1_0(item, known, f"{path}[]")]
+    if isinstance(value, dict) and isinstance(known, dict):
+        new = [f"{path}.{name}" for name in value if name not in known]
+        return new + [
+            found for name in value if name in known for found in unknown_to_0_1_0(value[name], known[name], f"{path}.{name}")
+        ]  # fmt: skip
+    return [f"{path}: {value}"] if isinstance(known, list) and value not in known else []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        GRPO,
+        {"trainer": {"type": "dpo", "dpo": {"beta": 0.2}}},
+        {"method": {"type": "qlora"}, "resources": {"gpusPerNode": 2}, "distributed": {"strategy": "ddp"}},
+        {"method": {"type": "spectrum"}, "training": {"maxSteps": 5}, "checkpoint": {"keep": 1}},
+    ],
+    ids=["smallest", "grpo", "dpo", "qlora", "spectrum"],
+)
+def test_trainer_0_1_0_reads_run_config_where_nothing_new_is_used(changes: dict[str, Any]) -> None:
+    assert unknown_to_0_1_0(json.loads(run_config(**changes).to_bytes()), RELEASE_0_1_0) == []
+
+
+def test_a_new_field_is_left_out_with_its_default_and_raises_the_minimum_version_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune_api.pod.fields_with_since", lambda model: {"training.seed": "0.2.0"})
+    with_default = json.loads(run_config().to_bytes())
+    assert "seed" not in with_default["spec"]["training"]
+    assert "#minTrainerVersion 0.1.0" in with_default["defaults"]
+    with_value = json.loads(run_config(training={"seed": 7}).to_bytes())
+    assert with_value["spec"]["training"]["seed"] == 7
+    assert "#minTrainerVersion 0.2.0" in with_value["defaults"]
+
+
+def test_run_config_keeps_the_origin_of_every_value() -> None:
+    run = read_run_config(run_config(training={"epochs": 2}).to_bytes())
+    assert run == run_config(training={"epochs": 2})
+    origins = {path: run.origin(path) for path in ("training.epochs", "training.seed", "resources.cpu", "storage.uri")}
+    assert list(origins.values()) == [Origin.USER, Origin.DEFAULT, Origin.PLATFORM, Origin.PLATFORM]
+
+
+# The operator reads a spec
+
+
+@pytest.mark.parametrize(
+    ("change", "unknown"),
+    [
+        ({}, ()),
+        ({"prepare": {"strategy": "auto"}}, ("prepare",)),
+        ({"training": {"effectiveBatchSize": 64, "epochs": 2}}, ("training.effectiveBatchSize",)),
+        ({"method": {"type": "galore"}}, ("method.type",)),
+        ({"evaluation": {"metrics": ["accuracy", "vibes", "f1", "charm"]}}, ("evaluation.metrics[3]", "evaluation.metrics[1]")),
+        ({"storage": {"uri": "s3://bucket/x", "encryption": {"type": "quantumSafe"}}}, ("storage.encryption.type", "storage.encryption")),
+        ({"placement": {"tolerations": [{"operator": "Roughly", "key": "gpu"}]}}, ("placement.tolerations[0].operator",)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_operator_reads_what_it_knows_of_a_newer_spec(change: dict[str, Any], unknown: tuple[str, ...]) -> None:
+    spec, found = read_spec(MINIMAL | change)
+    assert found == unknown
+    assert spec.model.source == "org/name"
+    if "evaluation" in change:
+        assert spec.evaluation.metrics == ["accuracy", "f1"]
+    if "training" in change:
+        assert spec.training.epochs == 2
+
+
+def test_reading_a_spec_leaves_the_original_untouched() -> None:
+    raw = MINIMAL | {"training": {"effectiveBatchSize": 64}}
+    read_spec(raw)
+    assert raw["training"] == {"effectiveBatchSize": 64}
+
+
+def test_a_wrong_value_in_a_spec_is_an_error_and_not_a_matter_of_age() -> None:
+    with pytest.raises(ValidationError):
+        read_spec(MINIMAL | {"training": {"epochs": -1}})
+
+
+# The operator reads reports and statuses
+
+REPORT: dict[str, Any] = {"attempt": 1, "uid": "u-1", "stage": "training", "progress": {"step": 5}, "metrics": {"trainLoss": 1.5}}
+
+
+def test_an_unknown_word_in_a_report_costs_only_its_field() -> None:
+    report = ProgressReport.model_validate_json(json.dumps(REPORT | {"stage": "benchmarking", "mood": "good"}))
+    assert (report.stage, report.progress.step, report.metrics.train_loss) == ("starting", 5, 1.5)
+
+
+def test_an_unreadable_number_in_a_report_costs_only_its_field() -> None:
+    report = ProgressReport.model_validate_json(json.dumps(REPORT | {"metrics": {"trainLoss": {"mean": 1}, "gradNorm": 0.5}}))
+    assert (report.metrics.train_loss, report.metrics.grad_norm) == (None, 0.5)
+
+
+def test_an_unreadable_item_in_a_report_costs_only_the_item() -> None:
+    checkpoints = [{"step": 1, "uri": "s3://b/1"}, {"step": 2}, {"step": 3, "uri": "s3://b/3"}]
+    report = ProgressReport.model_validate_json(json.dumps(REPORT | {"checkpoints": checkpoints}))
+    assert [one.step for one in report.checkpoints] == [1, 3]
+
+
+def test_a_report_without_a_required_field_is_refused() -> None:
+    with pytest.raises(ValidationError):
+        ProgressReport.model_validate({"uid": "u-1"})
+
+
+def test_an_unknown_word_in_a_termination_message_costs_only_its_field() -> None:
+    text = json.dumps({"class": "Quota", "code": "X", "message": "m", "output": {"kind": "distilled", "uri": "s3://b/m"}})
+    message = TerminationMessage.model_validate_json(text)
+    assert (message.class_, message.code, message.message) == (None, "X", "m")
+    assert message.output is not None
+    assert (message.output.kind, message.output.uri) == (None, "s3://b/m")
+
+
+def test_a_condition_of_a_newer_operator_costs_only_that_condition() -> None:
+    conditions = [{"type": "Prepared", "status": "True"}, {"type": "Finished", "status": "True"}]
+    status = FineTuneJobStatus.model_validate({"phase": "Preparing", "attempt": 2, "conditions": conditions})
+    assert (status.phase, status.attempt, [one.type for one in status.conditions]) == (None, 2, ["Finished"])
+
+
+def test_the_heartbeat_is_written_and_read_under_its_old_name_too() -> None:
+    written = ProgressReport.model_validate(REPORT | {"health": {"secondsSinceHeartbeat": 4.0}}).to_wire()
+    assert written["health"]["secondsSinceSign"] == 4.0
+    old = ProgressReport.model_validate(REPORT | {"health": {"secondsSinceSign": 3.0}})
+    assert old.health.seconds_since_heartbeat == 3.0
+
+
+def test_too_old_is_an_error_with_its_own_exit_code() -> None:
+    assert issubclass(TooOldError, FineTuneError)
+    assert TooOldError("TrainerTooOld", "m").exit_code == 79
+
+
+def test_release_is_the_version_of_the_project() -> None:
+    import tomllib
+
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    assert project["version"] in (RELEASE, "0.1.0")
