@@ -1,7 +1,7 @@
-"""The operator's configuration: one file, read once, refused whole if a word in it is not understood.
+"""The operator's configuration: one file, read once at startup, refused as a whole if any key or value in it is wrong.
 
-The chart mounts it at `/etc/finetune-operator/config.yaml`; key names are camelCase as everywhere on the wire.
-Every value has a default that suits a small cluster, so that an empty file (or none) is a valid configuration.
+The chart mounts it at `/etc/finetune-operator/config.yaml`. Keys are camelCase. Each value has a default that suits a small cluster, so
+that an empty file, or none, is a valid configuration.
 """
 
 from __future__ import annotations
@@ -13,12 +13,22 @@ from typing import Annotated, Any
 
 import yaml
 from finetune_api.base import WireModel
-from finetune_api.spec.cluster import LabelKey, Quantity, StorageRoot, Toleration
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from finetune_api.spec.cluster import LabelKey, StorageRoot
+from pydantic import Field, ValidationError, model_validator
+
+from finetune_operator.config_types import (
+    DnsName,
+    EnvVariables,
+    NamespaceName,
+    NodeLabels,
+    PlatformQuantity,
+    PlatformToleration,
+    PodAnnotations,
+    PodLabels,
+)
 
 CONFIG_PATH = Path("/etc/finetune-operator/config.yaml")
 
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
 
@@ -39,14 +49,14 @@ class PullPolicy(StrEnum):
 
 
 class LogFormat(StrEnum):
-    """Shape of log lines."""
+    """Format of log lines."""
 
     TEXT = "text"
     JSON = "json"
 
 
 class LogLevel(StrEnum):
-    """Lowest level that is written."""
+    """Lowest level of the log lines that are written."""
 
     DEBUG = "debug"
     INFO = "info"
@@ -55,126 +65,148 @@ class LogLevel(StrEnum):
 
 
 class TrainerSettings(WireModel):
-    """`trainer`: the pods that train."""
+    """`trainer`: the training pods."""
 
     image: str = Field(default="localhost/finetune-trainer:dev", min_length=1, description="Image of the trainer.")
-    image_pull_policy: PullPolicy = Field(default=PullPolicy.IF_NOT_PRESENT, description="When nodes pull it.")
-    image_pull_secrets: tuple[Name, ...] = Field(default=(), description="Secrets for pulling, by name.")
-    service_account_name: Name | None = Field(
-        default=None, description="ServiceAccount of the pods; absent: `default`. Its token is never mounted."
+    image_pull_policy: PullPolicy = Field(default=PullPolicy.IF_NOT_PRESENT, description="When nodes pull the image.")
+    image_pull_secrets: tuple[DnsName, ...] = Field(
+        default=(), description="Names of pull Secrets, which must exist in each job's namespace."
     )
-    env: dict[str, str] = Field(default={}, description="Environment variables for every trainer container.")
-    labels: dict[str, str] = Field(default={}, description="Labels for every trainer pod.")
-    annotations: dict[str, str] = Field(default={}, description="Annotations for every trainer pod.")
-    priority_class_name: Name | None = Field(default=None, description="Priority class where the job names none.")
+    service_account_name: DnsName | None = Field(
+        default=None, description="ServiceAccount of the pods; default: `default`. Its token is never mounted."
+    )
+    env: EnvVariables = Field(default={}, description="Environment variables of each trainer container.")
+    labels: PodLabels = Field(default={}, description="Labels of each trainer pod.")
+    annotations: PodAnnotations = Field(default={}, description="Annotations of each trainer pod.")
+    priority_class_name: DnsName | None = Field(
+        default=None, description="Priority class of jobs that do not set placement.priorityClassName."
+    )
 
 
 class ResourceSettings(WireModel):
-    """`resources`: what a pod gets where the job says nothing."""
+    """`resources`: resources of pods whose job and node pool do not set them."""
 
-    cpu: Quantity = Field(default="1", description="CPU request.")
-    memory: Quantity = Field(default="4Gi", description="Memory request and limit; /dev/shm counts as memory.")
-    ephemeral_storage: Quantity = Field(default="20Gi", description="Local disk request and limit.")
-    shared_memory: Quantity = Field(default="1Gi", description="Size of /dev/shm.")
+    cpu: PlatformQuantity = Field(default="1", description="CPU request.")
+    memory: PlatformQuantity = Field(default="4Gi", description="Memory request and limit, including /dev/shm.")
+    ephemeral_storage: PlatformQuantity = Field(default="20Gi", description="Local disk request and limit.")
+    shared_memory: PlatformQuantity = Field(default="1Gi", description="Size of /dev/shm.")
 
 
 class PoolResources(WireModel):
-    """`nodePools[].resources`: the same, for pods of one pool; absent values come from `resources`."""
+    """`nodePools[].resources`: the same for pods of one pool; `resources` holds the values that are absent here."""
 
-    cpu: Quantity | None = None
-    memory: Quantity | None = None
-    ephemeral_storage: Quantity | None = None
-    shared_memory: Quantity | None = None
+    cpu: PlatformQuantity | None = None
+    memory: PlatformQuantity | None = None
+    ephemeral_storage: PlatformQuantity | None = None
+    shared_memory: PlatformQuantity | None = None
 
 
 class NodePool(WireModel):
-    """`nodePools[]`: machines of one kind, by a name that users may write into `resources.nodePool`."""
+    """`nodePools[]`: nodes of one kind, under a name that users write into `resources.nodePool`."""
 
-    name: Name = Field(description="Name of the pool.")
-    description: str = Field(default="", description="For people; shown when a job names an unknown pool.")
-    default: bool = Field(default=False, description="Used by jobs that ask for GPUs and name no pool.")
-    node_selector: dict[str, str] = Field(default={}, description="Labels of the pool's nodes.")
-    tolerations: tuple[Toleration, ...] = Field(default=(), description="Taints of the pool's nodes.")
-    gpu_resource: LabelKey = Field(default="nvidia.com/gpu", description="Resource name of a GPU or of a slice.")
-    gpus_per_node: int = Field(default=0, ge=0, le=64, description="GPUs a node has; 0: a pool for CPU training.")
-    gpu_memory: Quantity | None = Field(default=None, description="Memory of one GPU, shown where pools are listed.")
-    max_nodes: int | None = Field(default=None, ge=1, description="Nodes the pool can have; absent: not known.")
-    resources: PoolResources = Field(default=PoolResources(), description="What a pod gets on this pool.")
+    name: DnsName = Field(description="Name of the pool.")
+    description: str = Field(default="", description="Description for users, shown when a job names an unknown pool.")
+    default: bool = Field(default=False, description="Whether GPU jobs without resources.nodePool use this pool.")
+    node_selector: NodeLabels = Field(default={}, description="Labels of the pool's nodes.")
+    tolerations: tuple[PlatformToleration, ...] = Field(
+        default=(), description="Tolerations for the taints of the pool's nodes."
+    )
+    gpu_resource: LabelKey = Field(default="nvidia.com/gpu", description="Resource name of a GPU or of a GPU slice.")
+    gpus_per_node: int = Field(
+        default=0, ge=0, le=64, description="GPUs of each node; 0: the pool is for CPU training."
+    )
+    gpu_memory: PlatformQuantity | None = Field(default=None, description="Memory of one GPU, shown in lists of pools.")
+    max_nodes: int | None = Field(default=None, ge=1, description="Largest number of nodes; default: not known.")
+    resources: PoolResources = Field(default=PoolResources(), description="Resources of pods in this pool.")
 
 
 class LeaderElection(WireModel):
-    """`leaderElection`: one active replica, by a Lease."""
+    """`leaderElection`: one active replica, chosen with a Lease."""
 
-    enabled: bool = Field(default=False, description="Needed with two replicas.")
-    lease_name: Name = Field(default="finetune-operator", description="Name of the Lease.")
-    lease_namespace: Name | None = Field(default=None, description="Its namespace; absent: the operator's own.")
-    lease_duration_seconds: Seconds = Field(default=15, description="How long others wait for a silent leader.")
-    renew_deadline_seconds: Seconds = Field(default=10, description="How long the leader tries to renew.")
-    retry_period_seconds: Seconds = Field(default=2, description="Time between tries.")
+    enabled: bool = Field(default=False, description="Whether to elect a leader; required with several replicas.")
+    lease_name: DnsName = Field(default="finetune-operator", description="Name of the Lease.")
+    lease_namespace: NamespaceName | None = Field(
+        default=None, description="Namespace of the Lease; default: the operator's own."
+    )
+    lease_duration_seconds: Seconds = Field(
+        default=15, description="Time without renewal after which another replica takes over."
+    )
+    renew_deadline_seconds: Seconds = Field(
+        default=10, description="Time without renewal after which the leader stops."
+    )
+    retry_period_seconds: Seconds = Field(default=2, description="Time between two renewals.")
 
     @model_validator(mode="after")
-    def _order(self) -> LeaderElection:
+    def _check_order(self) -> LeaderElection:
         if not self.lease_duration_seconds > self.renew_deadline_seconds > self.retry_period_seconds:
-            raise ValueError("leaseDurationSeconds must exceed renewDeadlineSeconds, and that retryPeriodSeconds")
+            raise ValueError(
+                "leaseDurationSeconds must exceed renewDeadlineSeconds, and renewDeadlineSeconds must exceed retryPeriodSeconds"
+            )
         return self
 
 
 class ScrapeSettings(WireModel):
-    """`scrape`: how progress is read from rank 0's pod."""
+    """`scrape`: how the operator reads the progress report of rank 0's pod."""
 
-    interval_seconds: Seconds = Field(default=15, description="Between two reads of one job that trains.")
-    starting_interval_seconds: Seconds = Field(default=3, description="The same before the first step.")
-    timeout_seconds: Seconds = Field(default=3, description="For one read.")
-    concurrency: int = Field(default=32, ge=1, le=1024, description="Reads at the same time.")
+    interval_seconds: Seconds = Field(default=15, description="Time between two requests to the same pod.")
+    starting_interval_seconds: Seconds = Field(default=3, description="The same before the first training step.")
+    timeout_seconds: Seconds = Field(default=3, description="Timeout of one request.")
+    concurrency: int = Field(default=32, ge=1, le=1024, description="Concurrent requests.")
     url: str = Field(
         default="http://{ip}:{port}{path}",
-        description="Address of a pod's progress; {ip}, {port}, {path}, {namespace} and {pod} are filled in.",
+        description="URL of the report; {ip}, {port}, {path}, {namespace} and {pod} are replaced.",
     )
 
 
 class RetrySettings(WireModel):
-    """`retry`: the pause before another attempt; it doubles with each attempt that made no progress."""
+    """`retry`: the pause before the next attempt, which doubles with each attempt without progress."""
 
     base_seconds: Seconds = Field(default=10, description="First pause.")
     max_seconds: Seconds = Field(default=600, description="Longest pause.")
 
 
 class ApiSettings(WireModel):
-    """`api`: how the operator talks to the API server."""
+    """`api`: the client of the API server."""
 
-    connections: int = Field(default=32, ge=1, le=1024, description="Connections at the same time.")
-    timeout_seconds: Seconds = Field(default=30, description="For one request.")
+    connections: int = Field(default=32, ge=1, le=1024, description="Concurrent connections.")
+    timeout_seconds: Seconds = Field(default=30, description="Timeout of one request.")
 
 
 class HttpSettings(WireModel):
-    """`http`: `/healthz`, `/readyz` and `/metrics`."""
+    """`http`: the server of `/healthz`, `/readyz` and `/metrics`."""
 
     host: str = Field(default="0.0.0.0", description="Address to listen on.")  # noqa: S104 -- probes come from outside the pod
-    port: int = Field(default=8080, ge=0, le=65535, description="Port; 0 takes a free one and logs it.")
+    port: int = Field(default=8080, ge=0, le=65535, description="Port to listen on; 0: any free port, which is logged.")
 
 
 class LogSettings(WireModel):
     """`log`: log lines on standard error."""
 
-    format: LogFormat = Field(default=LogFormat.TEXT, description="text for people, json for collectors.")
-    level: LogLevel = Field(default=LogLevel.INFO, description="Lowest level written.")
+    format: LogFormat = Field(default=LogFormat.TEXT, description="text for people, json for log collectors.")
+    level: LogLevel = Field(default=LogLevel.INFO, description="Lowest level that is written.")
 
 
 class OperatorConfig(WireModel):
     """The whole file."""
 
-    namespaces: tuple[Name, ...] = Field(default=(), description="Namespaces to serve; empty: all of the cluster.")
+    namespaces: tuple[NamespaceName, ...] = Field(
+        default=(), description="Namespaces to serve; empty: the whole cluster."
+    )
     trainer: TrainerSettings = TrainerSettings()
-    storage: StorageRoot = Field(default=StorageRoot(), description="Where the job says nothing; as spec.storage.")
+    storage: StorageRoot = Field(
+        default=StorageRoot(), description="Default storage for jobs that do not set spec.storage; same fields."
+    )
     resources: ResourceSettings = ResourceSettings()
     node_pools: tuple[NodePool, ...] = ()
-    workers: int = Field(default=16, ge=1, le=256, description="Jobs looked at side by side.")
-    resync_seconds: Seconds = Field(default=300, description="Between two full lists.")
+    workers: int = Field(default=16, ge=1, le=256, description="Jobs that are reconciled concurrently.")
+    resync_seconds: Seconds = Field(default=300, description="Time between two full lists.")
     progress_seconds: Seconds = Field(default=15, description="Shortest time between two progress writes of one job.")
     lost_node_seconds: Seconds = Field(
-        default=60, description="Silence after a pod's grace period before its node counts as lost."
+        default=60, description="Time after a deleted pod's grace period until its node counts as lost."
     )
-    stuck_seconds: Seconds = Field(default=300, description="/healthz fails when a due job waited this long.")
+    stuck_seconds: Seconds = Field(
+        default=300, description="/healthz fails when a job has waited this long for a worker."
+    )
     leader_election: LeaderElection = LeaderElection()
     scrape: ScrapeSettings = ScrapeSettings()
     retry: RetrySettings = RetrySettings()
@@ -183,11 +215,11 @@ class OperatorConfig(WireModel):
     log: LogSettings = LogSettings()
 
     @model_validator(mode="after")
-    def _pools(self) -> OperatorConfig:
+    def _check_pools(self) -> OperatorConfig:
         names = [pool.name for pool in self.node_pools]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"nodePools holds {', '.join(twice)} more than once: names must differ")
+        duplicates = sorted({name for name in names if names.count(name) > 1})
+        if duplicates:
+            raise ValueError(f"nodePools holds {', '.join(duplicates)} more than once: names must differ")
         defaults = [pool.name for pool in self.node_pools if pool.default]
         if len(defaults) > 1:
             raise ValueError(f"nodePools marks {' and '.join(defaults)} as default: mark one")
@@ -199,21 +231,24 @@ class OperatorConfig(WireModel):
 
     @property
     def default_pool(self) -> NodePool | None:
-        """Pool for jobs that name none."""
+        """Pool of GPU jobs that do not name one."""
         return next((pool for pool in self.node_pools if pool.default), None)
 
 
 def parse(value: Any, origin: str) -> OperatorConfig:
-    """Configuration from a parsed file. Errors: SettingsError naming `origin` and every wrong key."""
+    """Validate a parsed file. Errors: SettingsError with `origin`, each wrong key and what is wrong with it."""
     try:
         return OperatorConfig.model_validate(value if value is not None else {})
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in item['loc']) or 'file'}: {item['msg']}" for item in error.errors()]
-        raise SettingsError(f"{origin} cannot be used: " + "; ".join(lines)) from error
+        problems = []
+        for item in error.errors():
+            key = ".".join(str(part) for part in item["loc"]) or "file"
+            problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
+        raise SettingsError(f"{origin} is not valid: " + "; ".join(problems)) from error
 
 
 def load(path: Path) -> OperatorConfig:
-    """Read the file at `path`. Errors: SettingsError if it is missing, not YAML, or not understood."""
+    """Read the file at `path`. Errors: SettingsError if it is missing, not YAML, or not valid."""
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -223,5 +258,6 @@ def load(path: Path) -> OperatorConfig:
     try:
         value = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path} is not YAML: {error}") from error
+        # A YAML error has several lines, with the position in the last one.
+        raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     return parse(value, str(path))

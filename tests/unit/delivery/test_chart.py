@@ -1,4 +1,4 @@
-"""The chart renders what the operator understands, and refuses what it would not."""
+"""The chart renders a configuration that the operator accepts, and refuses values that it would not accept."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ POOL = {
 
 
 @pytest.fixture(scope="module")
-def template(helm: Path, root: Path) -> Callable[[dict[str, Any]], subprocess.CompletedProcess[str]]:
+def template(helm: Path, root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(values: dict[str, Any]) -> subprocess.CompletedProcess[str]:
         command = [helm, "template", "rel", root / "helm/finetune-operator", "-n", "ops", "-f", "-"]
         return subprocess.run(command, input=json.dumps(values), capture_output=True, text=True)
@@ -31,7 +31,7 @@ def template(helm: Path, root: Path) -> Callable[[dict[str, Any]], subprocess.Co
 
 
 @pytest.fixture(scope="module")
-def render(template: Callable[[dict[str, Any]], subprocess.CompletedProcess[str]]) -> Render:
+def render(template: Callable[..., subprocess.CompletedProcess[str]]) -> Render:
     def run(**values: Any) -> Objects:
         done = template(values)
         assert done.returncode == 0, done.stderr
@@ -49,16 +49,16 @@ def config(objects: Objects) -> OperatorConfig:
     return parse(yaml.safe_load(one(objects, "ConfigMap")["data"]["config.yaml"]), "chart")
 
 
-def test_defaults_install_one_of_each(render: Render) -> None:
+def test_default_values_render_these_objects(render: Render) -> None:
     kinds = sorted(item["kind"] for item in render())
     assert kinds == sorted(
         ["ConfigMap", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "Deployment"]
-        + ["ClusterRole", "ClusterRole"]  # what people who may view and edit get
+        + ["ClusterRole", "ClusterRole"]  # aggregated to the roles view and edit
         + ["Role", "RoleBinding", "ServiceAccount"]
     )
 
 
-def test_default_configuration_is_the_operators_own(render: Render) -> None:
+def test_default_values_are_the_operators_defaults(render: Render) -> None:
     found = config(render())
     assert found.trainer == OperatorConfig().trainer
     assert found.resources == OperatorConfig().resources
@@ -97,7 +97,7 @@ def test_every_value_reaches_the_configuration(render: Render) -> None:
     assert (found.workers, found.resync_seconds, found.scrape.interval_seconds) == (3, 60, 2)
 
 
-def test_crd_is_the_generated_one(render: Render, root: Path) -> None:
+def test_chart_installs_the_generated_crd(render: Render, root: Path) -> None:
     crd = one(render(), "CustomResourceDefinition")
     source = yaml.safe_load((root / "crds/finetunejobs.yaml").read_text("utf-8"))
     assert crd["spec"] == source["spec"]
@@ -108,7 +108,7 @@ def test_crd_is_the_generated_one(render: Render, root: Path) -> None:
 @pytest.mark.parametrize(
     ("crds", "annotated"), [({"enabled": True, "keep": False}, False), ({"enabled": False, "keep": True}, None)]
 )
-def test_crd_switches(render: Render, crds: dict[str, bool], annotated: bool | None) -> None:
+def test_crd_values_install_and_annotate_the_crd(render: Render, crds: dict[str, bool], annotated: bool | None) -> None:
     found = [item for item in render(crds=crds) if item["kind"] == "CustomResourceDefinition"]
     assert [("annotations" in item["metadata"]) for item in found] == ([] if annotated is None else [annotated])
 
@@ -123,8 +123,8 @@ def permissions(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
     }
 
 
-def test_the_operator_may_do_what_it_does_and_no_more(render: Render) -> None:
-    """No wildcard, no Secret, no write to a spec or to a Job."""
+def test_operator_has_exactly_these_permissions(render: Render) -> None:
+    """No wildcard, no Secrets, no write to a spec or a Job."""
     objects = render(rbac={"aggregate": False})
     assert permissions(one(objects, "ClusterRole")["rules"]) == {
         "finetune-operator.io/finetunejobs": ["get", "list", "watch"],
@@ -142,7 +142,7 @@ def test_the_operator_may_do_what_it_does_and_no_more(render: Render) -> None:
     assert renew["resourceNames"] == ["rel-finetune-operator"]
 
 
-def test_people_who_view_and_edit_get_finetunejobs_and_nothing_else(render: Render) -> None:
+def test_roles_view_and_edit_get_only_finetunejobs(render: Render) -> None:
     roles = {item["metadata"]["name"]: item for item in render() if item["kind"] == "ClusterRole"}
     view, edit = roles["rel-finetune-operator-view"], roles["rel-finetune-operator-edit"]
     assert permissions(view["rules"]) == {
@@ -154,14 +154,14 @@ def test_people_who_view_and_edit_get_finetunejobs_and_nothing_else(render: Rend
     }
 
 
-def test_named_namespaces_need_no_cluster_role(render: Render) -> None:
+def test_watch_namespaces_need_no_cluster_role(render: Render) -> None:
     objects = render(watchNamespaces=["a", "b"], leaderElection={"enabled": False})
     assert not [item for item in objects if item["kind"].startswith("ClusterRole")]
     roles = {(item["kind"], item["metadata"]["namespace"]) for item in objects if item["kind"].startswith("Role")}
     assert roles == {("Role", "a"), ("RoleBinding", "a"), ("Role", "b"), ("RoleBinding", "b")}
 
 
-def test_operator_pod_is_restricted(render: Render) -> None:
+def test_operator_pod_meets_pod_security_restricted(render: Render) -> None:
     pod = one(render(), "Deployment")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert pod["securityContext"]["runAsNonRoot"] is True
@@ -171,7 +171,7 @@ def test_operator_pod_is_restricted(render: Render) -> None:
     }  # fmt: skip
 
 
-def test_a_changed_configuration_restarts_the_operator(render: Render) -> None:
+def test_changed_configuration_restarts_the_operator(render: Render) -> None:
     def checksum(**values: Any) -> str:
         template = one(render(**values), "Deployment")["spec"]["template"]
         return str(template["metadata"]["annotations"]["checksum/config"])
@@ -181,7 +181,7 @@ def test_a_changed_configuration_restarts_the_operator(render: Render) -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "named"),
+    ("values", "message"),
     [
         ({"replica": 2}, "additional properties 'replica' not allowed"),
         ({"storage": {"uril": "s3://b"}}, "'/storage': additional properties 'uril' not allowed"),
@@ -192,7 +192,68 @@ def test_a_changed_configuration_restarts_the_operator(render: Render) -> None:
         ({"replicas": 2, "leaderElection": {"enabled": False}}, "leaderElection.enabled is false"),
     ],
 )
-def test_what_would_not_work_is_refused_by_name(template: Any, values: dict[str, Any], named: str) -> None:
+def test_wrong_value_is_refused_by_helm_with_its_key(template: Any, values: dict[str, Any], message: str) -> None:
     done = template(values)
     assert done.returncode != 0
-    assert named in done.stderr
+    assert message in done.stderr
+
+
+WRONG_PLATFORM_VALUES = {
+    "trainer": {
+        "resources": {"memory": "4GB", "cpu": -1, "sharedMemory": 0.5},
+        "labels": {"team!": "x", "team": "a b", "finetune-operator.io/uid": "x"}, "annotations": {"a b": ""},
+        "env": {"1ST": "x", "FINETUNE_UID": "x", "DEBUG": 1},
+        "serviceAccountName": "Who", "priorityClassName": "a b", "imagePullSecrets": ["A"],
+    },
+    "watchNamespaces": ["a.b"],
+    "nodePools": [
+        {"name": "a", "resources": {"cpu": "two"}, "gpuMemory": "80GB", "nodeSelector": {"gpu": "h 100"}},
+        {"name": "b", "tolerations": [
+            {"key": "gpu", "operator": "Exists", "value": "yes"}, {"effect": "NoSchedule"},
+            {"key": "gpu", "tolerationSeconds": 3, "operator": "Exists"}, {"key": "gpu", "value": "a b"},
+        ]},
+    ],
+    "resources": {"limits": {"memory": "512MB"}}, "podLabels": {"team": "a b"}, "nodeSelector": {"a b": "c"},
+    "tolerations": [{"operator": "Equal"}],
+}  # fmt: skip
+
+
+def test_wrong_platform_values_are_refused_by_helm_with_their_keys(template: Any) -> None:
+    """Kubernetes' rules for the platform's values. tests/unit/operator/test_settings.py has the same values at startup."""
+    done = template(WRONG_PLATFORM_VALUES)
+    assert done.returncode != 0
+    for error in [
+        "'/trainer/resources/memory': '4GB'", "'/trainer/resources/cpu': minimum", "'/trainer/resources/sharedMemory': got number",
+        "'/trainer/labels': additional properties 'team!'", "'/trainer/labels/team': 'a b'",
+        "'/trainer/labels/finetune-operator.io~1uid'", "'/trainer/annotations': additional properties 'a b'",
+        "'/trainer/env': additional properties '1ST'", "'/trainer/env/FINETUNE_UID'", "'/trainer/env/DEBUG': got number",
+        "'/trainer/serviceAccountName': 'Who'", "'/trainer/priorityClassName': 'a b'", "'/trainer/imagePullSecrets/0': 'A'",
+        "'/watchNamespaces/0': 'a.b'", "'/nodePools/0/resources/cpu': 'two'", "'/nodePools/0/gpuMemory': '80GB'",
+        "'/nodePools/0/nodeSelector/gpu': 'h 100'", "'/nodePools/1/tolerations/0/value'", "'/nodePools/1/tolerations/1'",
+        "'/nodePools/1/tolerations/2': missing property 'effect'", "'/nodePools/1/tolerations/3/value': 'a b'",
+        "'/resources/limits/memory': '512MB'", "'/podLabels/team': 'a b'", "'/nodeSelector': additional properties 'a b'",
+        "'/tolerations/0'",
+    ]:  # fmt: skip
+        assert error in done.stderr
+
+
+def test_correct_platform_values_are_accepted(render: Render) -> None:
+    """The values of the test above, corrected."""
+    tolerations = [
+        {"operator": "Exists"},
+        {"key": "gpu", "value": ""},
+        {"key": "gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 0},
+    ]
+    resources = {"cpu": 0, "memory": "1.5Gi", "ephemeralStorage": "1e9", "sharedMemory": "512M"}
+    found = config(
+        render(
+            trainer={
+                "labels": {"example.com/team": "", "k" * 63: "v" * 63}, "annotations": {"example.com/note": "any text"},
+                "env": {"_DEBUG1": ""}, "serviceAccountName": "a.b-c", "resources": resources,
+            },
+            nodePools=[{"name": "h100", "nodeSelector": {"gpu": "h100"}, "tolerations": tolerations, "gpuMemory": "80Gi"}],
+            resources={"requests": {"cpu": "100m"}, "limits": {"memory": "512Mi", "nvidia.com/gpu": 1}},
+        )
+    )  # fmt: skip
+    assert [toleration.to_wire() for toleration in found.node_pools[0].tolerations] == tolerations
+    assert found.resources.to_wire() == resources

@@ -1,0 +1,134 @@
+"""Types of configuration values that end up in pods: quantities, labels, tolerations, environment variables.
+
+The API server would refuse a wrong value only when the operator creates a job's pods, and then each job would fail for a mistake of the
+platform. Each type therefore checks Kubernetes' rules when the configuration is loaded, and carries the same rules as a JSON schema, so
+that `helm install` refuses the value, too.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+from finetune_api.names import GROUP, Label
+from finetune_api.spec.cluster import Toleration
+from pydantic import AfterValidator, BeforeValidator, Field, StringConstraints, WithJsonSchema
+
+Schema = dict[str, Any]
+
+DNS_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+DNS_SUBDOMAIN = rf"{DNS_LABEL}(\.{DNS_LABEL})*"
+LABEL_NAME = r"[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?"
+KEY_PATTERN = rf"^({DNS_SUBDOMAIN}/)?{LABEL_NAME}$"
+LABEL_VALUE_PATTERN = rf"^({LABEL_NAME})?$"
+ENV_NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
+QUANTITY_PATTERN = r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([numkMGTPE]|[KMGTPE]i|[eE][-+]?[0-9]+)?$"
+RESERVED_KEYS = rf"^({GROUP}/|{Label.MANAGED_BY}$|batch\.kubernetes\.io/)".replace("-operator.", r"-operator\.")
+"""Labels and annotations that the operator or the Job controller sets itself: they would silently win over configured ones."""
+RESERVED_ENV = r"^FINETUNE_"
+
+KEY_RULE = "letters, digits, '-', '_' and '.', at most 63 of them, optionally after a DNS name and '/'"
+LABEL_VALUE_RULE = "at most 63 letters, digits, '-', '_' and '.', with a letter or digit first and last"
+
+
+def _check_quantity(value: object) -> object:
+    is_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if is_number or (isinstance(value, str) and re.fullmatch(QUANTITY_PATTERN, value)):
+        return value
+    raise ValueError(f"{value!r} is not a quantity: write a string like '500m' or '8Gi', or an integer")
+
+
+def _check_labels(labels: dict[str, str]) -> dict[str, str]:
+    for key, value in labels.items():
+        if not re.fullmatch(KEY_PATTERN, key):
+            raise ValueError(f"{key!r} is not a label key: it has {KEY_RULE}")
+        if not re.fullmatch(LABEL_VALUE_PATTERN, value):
+            raise ValueError(f"{value!r} is not a value for label {key}: it has {LABEL_VALUE_RULE}")
+    return labels
+
+
+def _check_annotations(annotations: dict[str, str]) -> dict[str, str]:
+    for key in annotations:
+        if not re.fullmatch(KEY_PATTERN, key):
+            raise ValueError(f"{key!r} is not an annotation key: it has {KEY_RULE}")
+    return annotations
+
+
+def _check_not_reserved(values: dict[str, str]) -> dict[str, str]:
+    for key in values:
+        if re.match(RESERVED_KEYS, key):
+            raise ValueError(f"{key} is set by the operator or by Kubernetes: remove it")
+    return values
+
+
+def _check_env(variables: dict[str, str]) -> dict[str, str]:
+    for name in variables:
+        if not re.fullmatch(ENV_NAME_PATTERN, name):
+            raise ValueError(
+                f"{name!r} is not a name of an environment variable: it has letters, digits and '_', no digit first"
+            )
+        if re.match(RESERVED_ENV, name):
+            raise ValueError(f"{name} is set by the operator: remove it")
+    return variables
+
+
+def _check_toleration(toleration: Toleration) -> Toleration:
+    if toleration.operator == "Exists" and toleration.value:
+        raise ValueError("operator Exists compares no value: remove value, or set operator to Equal")
+    if not toleration.key and toleration.operator != "Exists":
+        raise ValueError("a toleration without key matches all taints and needs operator Exists")
+    if toleration.toleration_seconds is not None and toleration.effect != "NoExecute":
+        raise ValueError("tolerationSeconds needs effect NoExecute")
+    if toleration.value and not re.fullmatch(LABEL_VALUE_PATTERN, toleration.value):
+        raise ValueError(f"{toleration.value!r} is not a taint value: it has {LABEL_VALUE_RULE}")
+    return toleration
+
+
+def _map_schema(key_pattern: str, value: Schema, reserved: str = "") -> Schema:
+    # Not `propertyNames`: Helm 4.3 names a wrong location for it.
+    allowed: Schema = {key_pattern: {"type": "string"} | value}
+    forbidden: Schema = {reserved: False} if reserved else {}
+    return {"type": "object", "patternProperties": allowed | forbidden, "additionalProperties": False}
+
+
+QUANTITY_SCHEMA: Schema = {
+    "anyOf": [{"type": "string", "pattern": QUANTITY_PATTERN}, {"type": "integer", "minimum": 0}]
+}
+LABELS_SCHEMA = _map_schema(KEY_PATTERN, {"pattern": LABEL_VALUE_PATTERN})
+ANNOTATIONS_SCHEMA = _map_schema(KEY_PATTERN, {})
+TOLERATION_RULES: list[Schema] = [
+    {
+        "if": {"properties": {"operator": {"const": "Exists"}}, "required": ["operator"]},
+        "then": {"properties": {"value": {"maxLength": 0}}},
+    },
+    {"anyOf": [{"required": ["key"]}, {"properties": {"operator": {"const": "Exists"}}, "required": ["operator"]}]},
+    {
+        "if": {"required": ["tolerationSeconds"]},
+        "then": {"properties": {"effect": {"const": "NoExecute"}}, "required": ["effect"]},
+    },
+    {"properties": {"value": {"pattern": LABEL_VALUE_PATTERN}}},
+]
+
+DnsName = Annotated[str, StringConstraints(pattern=rf"^{DNS_SUBDOMAIN}$", max_length=253)]
+"""Name of an object, such as a Secret."""
+NamespaceName = Annotated[str, StringConstraints(pattern=rf"^{DNS_LABEL}$", max_length=63)]
+PlatformQuantity = Annotated[str | int, BeforeValidator(_check_quantity), WithJsonSchema(QUANTITY_SCHEMA)]
+NodeLabels = Annotated[dict[str, str], AfterValidator(_check_labels), WithJsonSchema(LABELS_SCHEMA)]
+PodLabels = Annotated[
+    dict[str, str],
+    AfterValidator(_check_labels),
+    AfterValidator(_check_not_reserved),
+    WithJsonSchema(_map_schema(KEY_PATTERN, {"pattern": LABEL_VALUE_PATTERN}, RESERVED_KEYS)),
+]
+PodAnnotations = Annotated[
+    dict[str, str],
+    AfterValidator(_check_annotations),
+    AfterValidator(_check_not_reserved),
+    WithJsonSchema(_map_schema(KEY_PATTERN, {}, RESERVED_KEYS)),
+]
+EnvVariables = Annotated[
+    dict[str, str], AfterValidator(_check_env), WithJsonSchema(_map_schema(ENV_NAME_PATTERN, {}, RESERVED_ENV))
+]
+PlatformToleration = Annotated[
+    Toleration, AfterValidator(_check_toleration), Field(json_schema_extra={"allOf": TOLERATION_RULES})
+]
