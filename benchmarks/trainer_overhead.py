@@ -116,7 +116,7 @@ def bare(run: Any, inputs: Any, folder: Path) -> Lap:
     tokenizer = AutoTokenizer.from_pretrained(inputs.model)
     model = AutoModelForCausalLM.from_pretrained(
         inputs.model, dtype=hardware.dtype, attn_implementation="sdpa", quantization_config=quantization_config(run, hardware),
-        device_map=None if hardware.cpu else {"": str(hardware.device)},
+        device_map=None if hardware.is_cpu else {"": str(hardware.device)},
     )  # fmt: skip
     if run.spec.method.type != "full":
         lora = run.spec.method.lora

@@ -17,6 +17,7 @@ from finetune_api.base import DEFAULT, Group, nested_group
 from finetune_api.names import Origin
 from finetune_api.objectives import FORMATS_WITHOUT_TURNS, OBJECTIVES
 from finetune_api.rules import (
+    BASE_WEIGHT_METHODS,
     LORA_METHODS,
     PROMPT_METHODS,
     evaluates_during_training,
@@ -124,7 +125,7 @@ def _learning_rate(method: MethodType, trainer: TrainerType) -> float:
     own = OBJECTIVES[trainer].learning_rate
     if own is not None:
         return own
-    return LEARNING_RATE_FULL if method in (MethodType.FULL, MethodType.SPECTRUM) else LEARNING_RATE_ADAPTER
+    return LEARNING_RATE_FULL if method in BASE_WEIGHT_METHODS else LEARNING_RATE_ADAPTER
 
 
 def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any]:

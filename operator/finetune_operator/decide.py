@@ -293,8 +293,7 @@ def waiting_since(facts: Facts) -> datetime | None:
     """Since when the pods, or the Job that would make them, are waited for; None: they are not (queued, suspended)."""
     ready = facts.condition(Condition.PODS_READY)
     if facts.running_since is not None:
-        # Pods that were ready until now have only just begun to be missing.
-        lost_ready = facts.now if ready and ready.status == "True" else ready.last_transition_time if ready else None
+        lost_ready = ready.last_transition_time if ready and ready.status == "False" else None
         return max(facts.running_since, lost_ready) if lost_ready else facts.running_since
     accepted = facts.condition(Condition.ACCEPTED)
     if isinstance(facts.acceptance, Refused) and accepted is not None and accepted.status == "False":

@@ -36,9 +36,9 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
 
 def watch(channel: Channel) -> None:
     """Put ourselves between transformers' loop and the trainer."""
-    from finetune_trainer.engine import Guarded
+    from finetune_trainer.engine import GuardedTrainer
 
-    before = Guarded.get_batch_samples
+    before = GuardedTrainer.get_batch_samples
     micro = 0
 
     def batches(self: Any, *args: Any, **options: Any) -> Any:
@@ -56,20 +56,20 @@ def watch(channel: Channel) -> None:
         micro += 1
         hold(channel, "forward" if micro == 1 else "accumulation", self.state.global_step + 1)
         require_room(channel.rank, self.state.global_step + 1, args[1])
-        loss = super(Guarded, self).training_step(*args, **options)
+        loss = super(GuardedTrainer, self).training_step(*args, **options)
         return broken(loss, self.model, self.state.global_step + 1)
 
     def prediction_step(self: Any, *args: Any, **options: Any) -> Any:
         hold(channel, "evaluation", self.state.global_step)
-        return super(Guarded, self).prediction_step(*args, **options)
+        return super(GuardedTrainer, self).prediction_step(*args, **options)
 
     def save(self: Any, *args: Any, **options: Any) -> Any:
         hold(channel, "save", self.state.global_step)
-        return super(Guarded, self)._save_checkpoint(*args, **options)
+        return super(GuardedTrainer, self)._save_checkpoint(*args, **options)
 
     def finalize(self: Any, *args: Any, **options: Any) -> Any:
         hold(channel, "end", self.state.global_step)
-        return super(Guarded, self)._finalize_training(*args, **options)
+        return super(GuardedTrainer, self)._finalize_training(*args, **options)
 
     def start(self: StopAgreement, step: int) -> None:
         agreements.append(self)
@@ -77,11 +77,11 @@ def watch(channel: Channel) -> None:
 
     begin = StopAgreement.start
     StopAgreement.start = start  # type: ignore[method-assign] # that is what watching means
-    Guarded.get_batch_samples = batches  # type: ignore[method-assign] # likewise
-    Guarded.training_step = training_step  # type: ignore[method-assign] # likewise
-    Guarded.prediction_step = prediction_step  # type: ignore[method-assign] # likewise
-    Guarded._finalize_training = finalize  # type: ignore[method-assign] # likewise
-    Guarded._save_checkpoint = save  # type: ignore[method-assign] # likewise
+    GuardedTrainer.get_batch_samples = batches  # type: ignore[method-assign] # likewise
+    GuardedTrainer.training_step = training_step  # type: ignore[method-assign] # likewise
+    GuardedTrainer.prediction_step = prediction_step  # type: ignore[method-assign] # likewise
+    GuardedTrainer._finalize_training = finalize  # type: ignore[method-assign] # likewise
+    GuardedTrainer._save_checkpoint = save  # type: ignore[method-assign] # likewise
 
 
 def require_room(rank: int, step: int, batch: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""From our options to the Trainer's: the fields that all objectives share. Every option stands here once."""
+"""Converts the spec to the fields of TrainingArguments that all objectives share."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from finetune_api.spec.enums import Backend, GradientCheckpointing, Scheduler, W
 from finetune_trainer.distributed import Plan
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.schedules import SCHEDULERS, scheduler_parameters
+from finetune_trainer.schedules import SCHEDULER_NAMES, scheduler_parameters
 
-CHECKPOINTING = "training.gradientCheckpointing"
-OPTIMIZER = "training.optimizer"
-LIGER = "model.ligerKernels"
-TUNED_OPTIMIZER = "paged_adamw_8bit"
-PACKAGES = {"schedule_free_": "schedulefree", "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao"}
-"""What optimizers need beside torch and bitsandbytes, by how their names begin."""
+CHECKPOINTING_PATH = "training.gradientCheckpointing"
+OPTIMIZER_PATH = "training.optimizer"
+LIGER_PATH = "model.ligerKernels"
+LOW_MEMORY_OPTIMIZER = "paged_adamw_8bit"
+OPTIMIZER_PACKAGES = {"schedule_free_": "schedulefree", "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao"}
+"""Packages of optimizers that need more than torch and bitsandbytes, by the first letters of the optimizer's name."""
 
 
 @dataclass(frozen=True)
-class Tuned:
-    """What `trainer.backend: unsloth` means here: the single-GPU path with every memory saver that nobody set otherwise."""
+class MemorySavers:
+    """Options that save GPU memory. `trainer.backend: unsloth` enables each one that the user did not set."""
 
     checkpointing: GradientCheckpointing
     optimizer: str
@@ -33,35 +33,35 @@ class Tuned:
     notes: tuple[str, ...] = ()
 
     @staticmethod
-    def of(run: RunConfig, hardware: Hardware) -> Tuned:
-        """The three choices of a run, tuned or as they stand. Errors: ConfigError BackendNeedsGpu."""
+    def choose(run: RunConfig, hardware: Hardware) -> MemorySavers:
+        """The options of a run. Errors: ConfigError BackendNeedsGpu."""
         training = run.spec.training
         mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
         name = training.optimizer or "adamw_torch_fused"
         liger = run.spec.model.liger_kernels is True
         if run.spec.trainer.backend is not Backend.UNSLOTH:
-            return Tuned(mode, name, liger)
-        if hardware.cpu:
+            return MemorySavers(mode, name, liger)
+        if hardware.is_cpu:
             raise ConfigError(
-                "BackendNeedsGpu", "trainer.backend unsloth is the tuned path for one GPU, and this job runs on CPU",
+                "BackendNeedsGpu", "trainer.backend unsloth is the path for one GPU with low memory use, and this job runs on CPU",
                 hint="write `backend: transformers`, or ask for a GPU",
             )  # fmt: skip
-        if CHECKPOINTING in run.defaults and mode is not GradientCheckpointing.DISABLED:
+        if CHECKPOINTING_PATH in run.defaults and mode is not GradientCheckpointing.DISABLED:
             mode = GradientCheckpointing.UNSLOTH
-        name = TUNED_OPTIMIZER if OPTIMIZER in run.defaults else name
-        liger = liger or LIGER in run.defaults
-        said = f"backend unsloth is this trainer's own single-GPU path: optimizer {name}, gradientCheckpointing {mode}, liger kernels {liger}"
-        return Tuned(mode, name, liger, (said,))
+        name = LOW_MEMORY_OPTIMIZER if OPTIMIZER_PATH in run.defaults else name
+        liger = liger or LIGER_PATH in run.defaults
+        note = f"backend unsloth is this trainer's own single-GPU path: optimizer {name}, gradientCheckpointing {mode}, liger kernels {liger}"
+        return MemorySavers(mode, name, liger, (note,))
 
 
 def common(run: RunConfig, inputs: Inputs, hardware: Hardware, plan: Plan, *, evaluates: bool) -> dict[str, Any]:
-    """Keyword arguments of TrainingArguments, whatever the objective. `evaluates`: there is validation data.
+    """Keyword arguments of TrainingArguments. `evaluates`: whether there is validation data.
 
     Errors: ConfigError OptimizerUnknown, SchedulerParameterInvalid, EvaluationWithoutData.
     """
     training = run.spec.training
-    tuned = Tuned.of(run, hardware)
-    plan.notes += [note for note in (*tuned.notes, *unread_warmup(run)) if note not in plan.notes]
+    savers = MemorySavers.choose(run, hardware)
+    plan.notes += [note for note in (*savers.notes, *unused_warmup_notes(run)) if note not in plan.notes]
     return {
         "output_dir": str(inputs.output_dir),
         "per_device_train_batch_size": training.batch_size_per_device or 4,
@@ -69,14 +69,14 @@ def common(run: RunConfig, inputs: Inputs, hardware: Hardware, plan: Plan, *, ev
         "num_train_epochs": 3.0 if training.epochs is None else training.epochs,
         "max_steps": training.max_steps or -1,
         "learning_rate": training.learning_rate or 2e-4,
-        "lr_scheduler_type": SCHEDULERS[training.scheduler or Scheduler.COSINE],
+        "lr_scheduler_type": SCHEDULER_NAMES[training.scheduler or Scheduler.COSINE],
         "lr_scheduler_kwargs": scheduler_parameters(run),
         "warmup_steps": _warmup(run),
         "max_grad_norm": 1.0 if training.max_grad_norm is None else training.max_grad_norm,
-        "optim": optimizer(tuned.optimizer),
-        "use_liger_kernel": tuned.liger,
-        # It would replace the forward pass that TRL's losses, and a reward model's head, are made for.
-        "liger_kernel_config": {"fused_linear_cross_entropy": False} if tuned.liger else None,
+        "optim": require_optimizer(savers.optimizer),
+        "use_liger_kernel": savers.liger,
+        # The fused cross entropy replaces the forward pass, which TRL's losses and a reward model's head do not support.
+        "liger_kernel_config": {"fused_linear_cross_entropy": False} if savers.liger else None,
         "adam_beta1": 0.9 if training.adam_beta1 is None else training.adam_beta1,
         "adam_beta2": 0.999 if training.adam_beta2 is None else training.adam_beta2,
         "adam_epsilon": 1e-8 if training.adam_epsilon is None else training.adam_epsilon,
@@ -87,14 +87,14 @@ def common(run: RunConfig, inputs: Inputs, hardware: Hardware, plan: Plan, *, ev
         "data_seed": _seed(run),
         "bf16": hardware.bf16,
         "fp16": hardware.fp16,
-        "use_cpu": hardware.cpu,
-        "dataloader_pin_memory": not hardware.cpu,
+        "use_cpu": hardware.is_cpu,
+        "dataloader_pin_memory": not hardware.is_cpu,
         "disable_tqdm": True,
         "report_to": [],
-        # A non-finite loss must be seen, not replaced by the last good one.
+        # With the filter, transformers logs the last finite loss instead of a loss that is not finite.
         "logging_nan_inf_filter": False,
-        **_checkpointing(run, tuned.checkpointing),
-        **_rhythm(run, evaluates),
+        **_checkpointing(run, savers.checkpointing),
+        **_intervals(run, evaluates),
         **plan.arguments(),
     }
 
@@ -103,28 +103,28 @@ def _seed(run: RunConfig) -> int:
     return 42 if run.spec.training.seed is None else run.spec.training.seed
 
 
-def unread_warmup(run: RunConfig) -> list[str]:
-    """What to say of a warm-up that somebody wrote beside a schedule that has none. Optimizers without a schedule read it themselves."""
+def unused_warmup_notes(run: RunConfig) -> list[str]:
+    """Notes on a warm-up that the constant schedule ignores. Schedule-free optimizers read it themselves."""
     training = run.spec.training
     if training.scheduler is not Scheduler.CONSTANT or (training.optimizer or "").startswith("schedule_free_"):
         return []
-    written = {"training.warmupSteps": training.warmup_steps, "training.warmupRatio": training.warmup_ratio}
+    given = {"training.warmupSteps": training.warmup_steps, "training.warmupRatio": training.warmup_ratio}
     return [
         f"{path} {value:g} has no effect with training.scheduler constant: constantWithWarmup warms up"
-        for path, value in written.items() if value and path not in run.defaults
+        for path, value in given.items() if value and path not in run.defaults
     ]  # fmt: skip
 
 
 def _warmup(run: RunConfig) -> float | int:
-    """Steps, or below 1 a fraction of all steps: transformers has one field for both."""
+    """Warm-up steps; a value below 1 is a fraction of all steps (transformers has one field for both)."""
     training = run.spec.training
     if training.warmup_steps is not None:
         return training.warmup_steps
     return 0.03 if training.warmup_ratio is None else training.warmup_ratio
 
 
-def _rhythm(run: RunConfig, evaluates: bool) -> dict[str, Any]:
-    """When to log, save and evaluate."""
+def _intervals(run: RunConfig, evaluates: bool) -> dict[str, Any]:
+    """When to log, save and evaluate. Errors: ConfigError EvaluationWithoutData."""
     checkpoint, evaluation, tracking = run.spec.checkpoint, run.spec.evaluation, run.spec.tracking
     when = evaluation.strategy or When.NO
     if when is not When.NO and not evaluates:
@@ -132,7 +132,7 @@ def _rhythm(run: RunConfig, evaluates: bool) -> dict[str, Any]:
             "EvaluationWithoutData", f"evaluation.strategy is {when}, but there is no validation data",
             hint="give dataset.validation or dataset.split.validation, or write `strategy: no`",
         )  # fmt: skip
-    best = checkpoint.load_best_at_end is True or run.spec.training.early_stopping is not None
+    tracks_best = checkpoint.load_best_at_end is True or run.spec.training.early_stopping is not None
     return {
         "logging_strategy": "steps",
         "logging_steps": tracking.logging_steps or 10,
@@ -144,13 +144,13 @@ def _rhythm(run: RunConfig, evaluates: bool) -> dict[str, Any]:
         "per_device_eval_batch_size": evaluation.batch_size_per_device or run.spec.training.batch_size_per_device or 4,
         "load_best_model_at_end": checkpoint.load_best_at_end is True,
         "restore_callback_states_from_checkpoint": run.spec.training.early_stopping is not None,
-        "metric_for_best_model": "eval_loss" if best else None,
-        "greater_is_better": False if best else None,
+        "metric_for_best_model": "eval_loss" if tracks_best else None,
+        "greater_is_better": False if tracks_best else None,
     }
 
 
 def _checkpointing(run: RunConfig, mode: GradientCheckpointing) -> dict[str, Any]:
-    """Recompute activations, every layer or every n-th, or move them to host memory."""
+    """Gradient checkpointing: of every layer, of every n-th, or with activations moved to host memory."""
     training = run.spec.training
     if mode is GradientCheckpointing.DISABLED:
         return {"activation_checkpointing": False}
@@ -162,8 +162,8 @@ def _checkpointing(run: RunConfig, mode: GradientCheckpointing) -> dict[str, Any
     return {"activation_checkpointing": True, "activation_checkpointing_kwargs": options}
 
 
-def optimizer(name: str) -> str:
-    """The optimizer's name, if transformers knows it. Errors: ConfigError OptimizerUnknown."""
+def require_optimizer(name: str) -> str:
+    """The optimizer's name. Errors: ConfigError OptimizerUnknown, OptimizerUnavailable (a package is missing)."""
     from difflib import get_close_matches
 
     from transformers.training_args import OptimizerNames
@@ -174,7 +174,7 @@ def optimizer(name: str) -> str:
         raise ConfigError(
             "OptimizerUnknown", f"training.optimizer {name!r} is not known", hint=f"write one of {', '.join(near)}"
         )
-    package = next((package for begin, package in PACKAGES.items() if name.startswith(begin)), None)
+    package = next((package for prefix, package in OPTIMIZER_PACKAGES.items() if name.startswith(prefix)), None)
     if package is not None and find_spec(package) is None:
         raise ConfigError(
             "OptimizerUnavailable", f"training.optimizer {name} needs the package {package}, which this image does not have",
@@ -183,22 +183,22 @@ def optimizer(name: str) -> str:
     return name
 
 
-def settle_kernels(args: Any, run: RunConfig, model_type: str) -> list[str]:
-    """Turn liger's kernels off where there are none for the model and nobody asked for them; what to say of it.
+def choose_kernels(args: Any, run: RunConfig, model_type: str) -> list[str]:
+    """Turn liger's kernels off if there are none for the model and only a default asked for them. Returns notes for the status.
 
-    Errors: ConfigError KernelsUnavailable if they were asked for.
+    Errors: ConfigError KernelsUnavailable if the user asked for them.
     """
     if not args.use_liger_kernel:
         return []
     if find_spec("liger_kernel") is None:
-        why = "liger-kernel is not installed in this image"
+        reason = "liger-kernel is not installed in this image"
     else:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
         if model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
             return []
-        why = f"liger has no kernels for models of type {model_type}"
-    if LIGER not in run.defaults:
-        raise ConfigError("KernelsUnavailable", f"{LIGER} is true, but {why}", hint="remove it")
+        reason = f"liger has no kernels for models of type {model_type}"
+    if LIGER_PATH not in run.defaults:
+        raise ConfigError("KernelsUnavailable", f"{LIGER_PATH} is true, but {reason}", hint="remove it")
     args.use_liger_kernel = False
-    return [f"{why}: the model's own layers are used"]
+    return [f"{reason}: the model's own layers are used"]

@@ -1,8 +1,8 @@
-"""The best checkpoint, kept at hand: its weights are linked when it is saved, and travel with every later checkpoint.
+"""Keeps the weights of the best checkpoint until the end of training, also across attempts.
 
-transformers loads the best checkpoint from its folder at the end of training, and only warns if that is gone: uploaded and
-removed, or written by an attempt whose pod no longer exists. So the weights of the best are kept beside the scratch folder's
-checkpoints, and put into each later one under a name of their own, where a resumed attempt finds them.
+transformers loads the best checkpoint from its folder at the end of training, and only warns if the folder is gone: deleted after its
+upload, or written by an earlier attempt whose pod no longer exists. The weights of the best checkpoint are therefore kept in a
+folder next to the checkpoints, and each later checkpoint carries them under a file name prefix, where a resumed attempt finds them.
 """
 
 from __future__ import annotations
@@ -19,50 +19,51 @@ from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 PREFIX = "best--"
-"""Before the names of the best one's files inside another checkpoint."""
+"""Prefix of the best checkpoint's file names inside another checkpoint."""
 WEIGHTS = re.compile(r"^(adapter_model|adapter_config|model|pytorch_model).*\.(safetensors|bin|json)$")
 FOLDER = "best"
-CHUNK = 64 << 20
-"""Bytes that are sent to the other nodes at once."""
+"""Name of the folder with the best weights, in the Trainer's output folder."""
+CHUNK_BYTES = 64 << 20
+"""Bytes that are broadcast to the other nodes at once."""
 
 
 class KeepBest(TrainerCallback):
-    """One rank of each node links the files; every rank reads them at the end."""
+    """Links the best weights whenever a checkpoint is saved. One rank of each node does so; every rank reads them at the end."""
 
     def __init__(self, resumed: Path | None) -> None:
         self._resumed = resumed
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Take the best weights out of the checkpoint that this attempt resumed from.
+        """Restore the best weights from the checkpoint that this attempt resumed from.
 
-        transformers forgets a best checkpoint whose folder is not on this disk; its step stays known, and is gone by here.
+        transformers drops `best_model_checkpoint` if that folder is not on this disk, but keeps `best_global_step`.
         """
         if self._resumed is None or not state.best_global_step:
             return
         kept = Path(str(args.output_dir)) / FOLDER
-        own = state.best_global_step == state.global_step
-        files = list(_weights(self._resumed) if own else _carried(self._resumed))
-        if not files:  # the best so far was measured between two checkpoints: there is none to load, then as now
+        is_best_itself = state.best_global_step == state.global_step
+        files = list(_weights(self._resumed) if is_best_itself else _carried(self._resumed))
+        if not files:  # the best loss was measured between two checkpoints, so no checkpoint holds those weights
             return
         if args.local_process_index == 0:
-            _fill(kept, iter(files))
+            _replace_files(kept, iter(files))
         state.best_model_checkpoint = str(kept)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep this checkpoint if it is the best, else give it the best one's weights to carry."""
+        """Keep the weights of this checkpoint if it is the best, else add the best weights to it."""
         if args.local_process_index > 0 or not state.best_global_step:
             return
         root = Path(str(args.output_dir))
         folder, kept = root / f"checkpoint-{state.global_step}", root / FOLDER
         if state.best_global_step == state.global_step:
-            _fill(kept, _weights(folder))
+            _replace_files(kept, _weights(folder))
         elif folder.is_dir():
             for name, file in _weights(kept):
                 _link(file, folder / (PREFIX + name))
 
 
-def share(args: TrainingArguments) -> None:
-    """Bring the best weights from rank 0's disk to the other nodes: only its node has written whole weights. All ranks call this."""
+def copy_to_all_nodes(args: TrainingArguments) -> None:
+    """Copy the best weights from rank 0's disk to the other nodes, which have not written any. All ranks call this together."""
     if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
         return
     kept = Path(str(args.output_dir)) / FOLDER
@@ -71,27 +72,27 @@ def share(args: TrainingArguments) -> None:
     if writes:
         shutil.rmtree(received, ignore_errors=True)
         received.mkdir(parents=True)
-    pieces = _pieces(kept) if args.process_index == 0 else iter(())
+    chunks = _chunks(kept) if args.process_index == 0 else iter(())
     while True:
-        told = [next(pieces, None)]
-        distributed.broadcast_object_list(told, src=0, device=args.device)
-        if told[0] is None:
+        message = [next(chunks, None)]
+        distributed.broadcast_object_list(message, src=0, device=args.device)
+        if message[0] is None:
             break
-        name, data = told[0]
+        name, data = message[0]
         if writes:
             with (received / name).open("ab") as file:
                 file.write(data)
     if writes:
-        _fill(kept, _weights(received))
+        _replace_files(kept, _weights(received))
         shutil.rmtree(received)
     distributed.barrier()
 
 
-def _pieces(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """Contents of the weights, at most `CHUNK` bytes at a time."""
+def _chunks(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """File names and contents of the weights, at most `CHUNK_BYTES` at a time."""
     for name, file in _weights(folder):
         with file.open("rb") as source:
-            while data := source.read(CHUNK):
+            while data := source.read(CHUNK_BYTES):
                 yield name, data
 
 
@@ -102,34 +103,37 @@ def best_folder(trainer: Any) -> Path:
         if any(True for _ in _weights(folder)):
             return folder
     raise NoCheckpointError(
-        "BestCheckpointMissing", f"the best checkpoint, of step {trainer.state.best_global_step}, is not on this disk any more",
+        "BestCheckpointMissing", f"the best checkpoint, of step {trainer.state.best_global_step}, is no longer on this disk",
         hint="resume again, or set checkpoint.loadBestAtEnd: false to keep the last weights",
     )  # fmt: skip
 
 
-def _fill(folder: Path, files: Iterator[tuple[str, Path]]) -> None:
-    beside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+def _replace_files(folder: Path, files: Iterator[tuple[str, Path]]) -> None:
+    """Make `folder` hold exactly these files, by one rename, so that no reader sees a part of them."""
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     for name, file in files:
-        _link(file, beside / name)
+        _link(file, temporary / name)
     shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    temporary.rename(folder)
 
 
 def _weights(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Weight files of a checkpoint, by name."""
     if folder.is_dir():
         yield from ((file.name, file) for file in sorted(folder.iterdir()) if WEIGHTS.match(file.name))
 
 
 def _carried(folder: Path) -> Iterator[tuple[str, Path]]:
+    """The best checkpoint's files inside another checkpoint, by their original name."""
     for file in sorted(folder.iterdir()):
         if file.name.startswith(PREFIX):
             yield file.name.removeprefix(PREFIX), file
 
 
 def _link(source: Path, target: Path) -> None:
-    """A second name for the same bytes; a copy where the file system has no links."""
+    """A hard link; a copy where the file system has none."""
     try:
         os.link(source, target)
     except OSError:

@@ -1,7 +1,7 @@
-"""What every objective's Trainer does beside training: guards against runs that go wrong without an error.
+"""What every objective's Trainer does besides training: it ends runs that would otherwise go wrong without an error.
 
-`Guarded` is mixed into TRL's trainers. It connects the strategy, refuses half-loaded checkpoints, and gives adapters their
-precision back. `FiniteGuard` ends a run whose loss is no number.
+`GuardedTrainer` is mixed into TRL's trainers. It connects the distributed strategy and refuses checkpoints that do not fit.
+`FiniteGuard` ends a run whose loss or gradient norm is not finite.
 """
 
 from __future__ import annotations
@@ -17,145 +17,147 @@ import torch
 from finetune_api.errors import ConfigError, DivergedError, NoCheckpointError
 from transformers import (
     EarlyStoppingCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
     TrainingArguments,
 )
 
-from finetune_trainer.best import best_folder, share
+from finetune_trainer.best import best_folder, copy_to_all_nodes
 from finetune_trainer.checkpoint.rates import keep_settings
 from finetune_trainer.distributed import Plan
+from finetune_trainer.library_internals import OpenTrainer, tied_weight_names
 from finetune_trainer.speed import Meter
 
 logger = logging.getLogger(__name__)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
 QUANTIZATION_STATE = (".absmax", ".quant_map", ".quant_state.", ".nested_")
-"""Parts of the names under which bitsandbytes stores how a frozen 4-bit weight is read: the model has them already."""
+"""Parts of the names under which bitsandbytes saves the scales of a frozen 4-bit weight. The loaded model has them already."""
 
 
-class Guarded(Trainer):
-    """Mixed in before a TRL trainer. Set `plan` on the class made by `guarded` before building it."""
+class GuardedTrainer(OpenTrainer):
+    """Mixed in before a TRL trainer. `distributed.connected` makes a class of it with its `plan`."""
 
     plan: Plan
     meter: Meter | None = None
-    plus_ratio: float = 1.0
-    """LoRA+: learning rate of the B matrices over that of the A matrices."""
+    lora_plus_ratio: float = 1.0
+    """LoRA+: learning rate of the B matrices divided by that of the A matrices."""
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Let the strategy finish what TrainingArguments cannot say."""
+        """Apply the settings of the strategy that TrainingArguments has no field for."""
         super().create_accelerator_and_postprocess()
         self.plan.after_accelerator(self)
 
-    def _run_epoch(self, *args: Any, **options: Any) -> None:
-        """One pass over the data, unless the attempt before has done the last step and was lost before it could say so.
+    def run_epoch(self, *args: Any, **options: Any) -> None:
+        """Train on one pass over the data, unless a checkpoint of the last step was restored.
 
-        transformers looks whether training is over after a step only: a run resumed from its last checkpoint would learn too much.
+        transformers compares the step with `max_steps` after a step only, so that a run resumed at its last step would do one more.
         """
-        if self._is_over():
+        if self._is_complete():
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **options)
+        super().run_epoch(*args, **options)
 
-    def _is_over(self) -> bool:
-        patience = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
-        stopped = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in patience)
-        return stopped or self.state.global_step >= self.state.max_steps
+    def _is_complete(self) -> bool:
+        early = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        stopped_early = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in early)
+        return stopped_early or self.state.global_step >= self.state.max_steps
 
     def get_batch_samples(self, batches: Iterator[Any], *args: Any, **options: Any) -> Any:
-        """Count the time spent waiting for data."""
+        """Fetch the micro-batches of a step, and measure the time spent waiting for them."""
         if self.meter is None:
             return super().get_batch_samples(batches, *args, **options)
-        return super().get_batch_samples(self._timed(batches), *args, **options)
-
-    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The same batches. What follows them is no waiting for data: counting their tokens over all ranks waits for the slowest."""
-        assert self.meter is not None, "the caller looks"
-        while True:
-            began = time.perf_counter()
-            batch = next(batches, None)
-            self.meter.waited += time.perf_counter() - began
-            if batch is None:
-                return
-            yield batch
+        return super().get_batch_samples(_timed(batches, self.meter), *args, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the paces since the last line, and the most memory in use."""
+        """Add the throughput since the last log line, and the peak of GPU memory."""
         if self.meter is not None and self.model.training and "loss" in logs:
             logs.update(self.meter.read(int(self.state.num_input_tokens_seen)))
             if self.args.device.type == "cuda":
                 logs["peak_memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
         super().log(logs, start_time)
 
-    def _load_best_model(self) -> None:
-        """Load the best weights from where they are kept. Errors: NoCheckpointError BestCheckpointMissing."""
-        share(self.args)
+    def load_best_model(self) -> None:
+        """Load the best weights from the folder in which `best.KeepBest` keeps them. Errors: NoCheckpointError BestCheckpointMissing."""
+        copy_to_all_nodes(self.args)
         self.state.best_model_checkpoint = str(best_folder(self))
-        super()._load_best_model()
+        super().load_best_model()
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """LoRA+ has its own parameter groups."""
-        if self.optimizer is None and self.plus_ratio != 1.0:
+        """The optimizer. LoRA+ needs parameter groups of its own."""
+        if self.optimizer is None and self.lora_plus_ratio != 1.0:
             from peft.optimizers import create_loraplus_optimizer
 
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             learning_rate = options.pop("lr")
             self.optimizer = create_loraplus_optimizer(
-                model=self.model, optimizer_cls=kind, lr=learning_rate, loraplus_lr_ratio=self.plus_ratio,
+                model=self.model, optimizer_cls=kind, lr=learning_rate, loraplus_lr_ratio=self.lora_plus_ratio,
                 loraplus_weight_decay=self.args.weight_decay, **options,
             )  # fmt: skip
             return self.optimizer
         return super().create_optimizer(model)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Their states from the checkpoint; rates and other settings stay this attempt's own."""
+    def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load both states from the checkpoint, but keep this attempt's learning rates and other settings."""
 
         def load() -> None:
-            super(Guarded, self)._load_optimizer_and_scheduler(checkpoint)
+            super(GuardedTrainer, self).load_optimizer_and_scheduler(checkpoint)
 
         keep_settings(self.optimizer, self.lr_scheduler, load)
 
     def create_scheduler(self, *args: Any, **options: Any) -> Any:
-        """Errors: ConfigError SchedulerParameterInvalid, for values that the schedule cannot be made of."""
+        """The learning-rate schedule. Errors: ConfigError SchedulerParameterInvalid for values that it rejects."""
         try:
             return super().create_scheduler(*args, **options)
         except (ValueError, TypeError) as error:
             raise ConfigError(
-                "SchedulerParameterInvalid", f"training.schedulerParameters make no schedule: {error}",
-                hint="change them, or leave them out with a scheduler that needs none",
+                "SchedulerParameterInvalid", f"the scheduler rejects training.schedulerParameters: {error}",
+                hint="change them, or remove them and write a scheduler without parameters",
             ) from error  # fmt: skip
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """Load weights, all of them, and only those of the kind that is trained.
+    def load_checkpoint_weights(self, folder: str, model: Any = None) -> None:
+        """Load the weights of a checkpoint that is either an adapter or a model.
 
-        transformers looks for model.safetensors first: a stray one beside an adapter makes it leave the adapter as it is.
+        transformers looks for model.safetensors first, so that a stray one next to an adapter leaves the adapter untrained.
         Errors: NoCheckpointError CheckpointForeign.
         """
-        folder = Path(resume_from_checkpoint)
-        if (folder / ADAPTER_WEIGHTS).exists() and (folder / MODEL_WEIGHTS).exists() and not self.is_fsdp_enabled:
+        path = Path(folder)
+        if (path / ADAPTER_WEIGHTS).exists() and (path / MODEL_WEIGHTS).exists() and not self.is_fsdp_enabled:
             raise NoCheckpointError(
-                "CheckpointForeign", f"{folder.name} holds both {ADAPTER_WEIGHTS} and {MODEL_WEIGHTS}: it is not one checkpoint",
+                "CheckpointForeign", f"{path.name} holds both {ADAPTER_WEIGHTS} and {MODEL_WEIGHTS}: it is not one checkpoint",
                 hint="remove the file that does not belong there",
             )  # fmt: skip
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super().load_checkpoint_weights(folder, model)
 
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Missing or unexpected weights are an error, where transformers warns."""
-        tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
-        missing = [key for key in load_result.missing_keys if key not in tied]
-        unexpected = [key for key in load_result.unexpected_keys if not any(part in key for part in QUANTIZATION_STATE)]
-        if missing or unexpected:
-            names = ", ".join([*missing, *unexpected][:4])
+    def check_loaded_keys(self, missing: list[str], unexpected: list[str]) -> None:
+        """Refuse a checkpoint with missing or unexpected weights. Errors: NoCheckpointError CheckpointForeign."""
+        tied = tied_weight_names(self.model)
+        strange = [key for key in missing if key not in tied]
+        strange += [key for key in unexpected if not any(part in key for part in QUANTIZATION_STATE)]
+        if strange:
             raise NoCheckpointError(
-                "CheckpointForeign", f"the checkpoint has other weights than this run trains: {names}",
+                "CheckpointForeign", f"the checkpoint has other weights than this run trains: {', '.join(strange[:4])}",
                 hint="resume with the method, targets and model that it was made with",
             )  # fmt: skip
 
 
+def _timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:
+    """The same batches; adds the time that each takes to arrive to the meter.
+
+    Only the iterator is timed: transformers also counts the tokens of all ranks, which waits for the slowest rank and not for data.
+    """
+    while True:
+        began = time.perf_counter()
+        batch = next(batches, None)
+        meter.waited += time.perf_counter() - began
+        if batch is None:
+            return
+        yield batch
+
+
 class FiniteGuard(TrainerCallback):
-    """Ends the run when loss or gradient norm is no finite number: such weights never recover by themselves."""
+    """Ends the run when a loss or the gradient norm is not finite: such weights do not recover."""
 
     def on_log(
         self,
@@ -183,7 +185,9 @@ class FiniteGuard(TrainerCallback):
 
 
 class LogLine(TrainerCallback):
-    """One line of a pod's log per logged step, from rank 0: what a person wants to see passing by."""
+    """Writes one line to the pod's log for each logged step, on rank 0."""
+
+    METRICS = ("loss", "eval_loss", "learning_rate", "grad_norm", "reward", "rewards/accuracies", "tokens_per_second")
 
     def on_log(
         self,
@@ -193,42 +197,16 @@ class LogLine(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Say it."""
-        shown = ("loss", "eval_loss", "learning_rate", "grad_norm", "reward", "rewards/accuracies", "tokens_per_second")
-        values = [f"{key} {logs[key]:.4g}" for key in shown if logs and isinstance(logs.get(key), float | int)]
+        """Write the line."""
+        values = [f"{key} {logs[key]:.4g}" for key in self.METRICS if logs and isinstance(logs.get(key), float | int)]
         if state.is_world_process_zero and values:
             logger.info("step %d/%d  %s", state.global_step, state.max_steps, "  ".join(values))
 
 
-class PrecisionKeeper:
-    """Remembers the trainable weights of an adapter across a Trainer's construction.
-
-    TRL turns the adapter of a quantised base into bf16 when it is built. Updates smaller than bf16's steps are lost then, so
-    the weights go back to what PEFT made them, in full precision.
-    """
-
-    def __init__(self, model: Any):
-        self._before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-    def restore(self, model: Any) -> None:
-        """Put the remembered weights back."""
-        for name, parameter in model.named_parameters():
-            before = self._before.get(name)
-            if before is not None and parameter.dtype != before.dtype:
-                parameter.data = before.to(parameter.device)
-
-
-def one_device(args: TrainingArguments) -> None:
-    """A rank has one device. transformers would spread it over all that it sees, as on a workstation, and TRL refuses that."""
-    args._n_gpu = min(args.n_gpu, 1)
-
-
-def require_finite(model: Any) -> None:
-    """Refuse to publish weights that are no numbers. Errors: DivergedError WeightsNotFinite."""
+def require_finite_weights(model: Any) -> None:
+    """Refuse to publish trained weights that are not finite. Errors: DivergedError WeightsNotFinite."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not bool(torch.isfinite(parameter.detach()).all()):
             raise DivergedError(
-                "WeightsNotFinite",
-                f"{name} holds values that are no finite numbers",
-                hint="lower training.learningRate",
+                "WeightsNotFinite", f"{name} holds values that are not finite", hint="lower training.learningRate"
             )

@@ -159,6 +159,7 @@ def _killed(rank: int, number: int, name: str, host_memory: bool) -> FineTuneErr
 def root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
     """The one failure that is named, of several: an own reason before a noticed one, told before guessed, early before late."""
     ordered = sorted(
-        failures, key=lambda one: (not one.origin, EXIT_POLICIES[one.error.exit_code].precedence, not one.told, one.time_ns)
+        failures,
+        key=lambda one: (not one.origin, EXIT_POLICIES[one.error.exit_code].precedence, not one.told, one.time_ns),
     )
     return ordered[0] if ordered else None

@@ -1,4 +1,4 @@
-"""What this rank runs on, and what follows from it: device, precision, attention."""
+"""The device of this rank, and the precision and attention that follow from it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import Attention, Device, Dtype, MethodType, MixedPrecision
+from finetune_api.rules import given_bits, trains_base_weights
+from finetune_api.spec.enums import Attention, Device, Dtype, MixedPrecision
 
 if TYPE_CHECKING:
     import torch
 
-FULL_METHODS = (MethodType.FULL, MethodType.SPECTRUM)
 FLASH = "flash_attention_2"
 
 
@@ -24,22 +24,23 @@ class Hardware:
     device: torch.device
     name: str
     dtype: torch.dtype | str
-    """Of the weights as loaded; `auto`: as they were saved."""
+    """Number format in which the weights are loaded; `auto`: the format in which they were saved."""
     bf16: bool
     fp16: bool
     attention: str
     notes: tuple[str, ...] = ()
 
     @property
-    def cpu(self) -> bool:
-        """No accelerator takes part."""
+    def is_cpu(self) -> bool:
+        """Whether this rank trains without an accelerator."""
         return self.device.type == "cpu"
 
 
 def detect(run: RunConfig, local_rank: int) -> Hardware:
-    """Settle device, precision and attention for this rank.
+    """Choose device, precision and attention for this rank.
 
-    Errors: ConfigError DeviceAbsent (cuda or mps asked for and not there), PrecisionUnavailable (fp16 or bf16 the device cannot do).
+    Errors: ConfigError DeviceAbsent (cuda or mps is asked for and missing), PrecisionUnavailable (the device cannot compute in fp16 or
+    bf16), AttentionPrecision (flash attention without 16 bits).
     """
     import torch
 
@@ -49,7 +50,7 @@ def detect(run: RunConfig, local_rank: int) -> Hardware:
     dtype = _dtype(run, device, bf16)
     if attention == FLASH and dtype is torch.float32 and not (bf16 or fp16):
         raise ConfigError(
-            "AttentionPrecision", "model.attention flashAttention2 computes in 16 bits only, and training.mixedPrecision no leaves 32",
+            "AttentionPrecision", "model.attention flashAttention2 computes in 16 bits only, and training.mixedPrecision no means 32 bits",
             hint="write mixedPrecision bf16, or attention sdpa",
         )  # fmt: skip
     if device.type == "cuda":
@@ -57,14 +58,13 @@ def detect(run: RunConfig, local_rank: int) -> Hardware:
     return Hardware(device, _name(device), dtype, bf16, fp16, attention, tuple(notes))
 
 
-def selects_on_quantized(run: RunConfig) -> bool:
-    """Spectrum on a 4-bit base: some modules are trained in full between frozen 4-bit ones."""
-    quantization = run.spec.model.quantization
-    return run.spec.method.type is MethodType.SPECTRUM and quantization is not None and quantization.bits is not None
+def trains_on_quantized_base(run: RunConfig) -> bool:
+    """Whether modules of the base model are trained in full between frozen quantised ones (spectrum on a 4-bit base model)."""
+    return trains_base_weights(run.spec) and given_bits(run.spec) is not None
 
 
-def wants_gpu(run: RunConfig) -> bool:
-    """Whether the run is to train on a CUDA device."""
+def uses_gpu(run: RunConfig) -> bool:
+    """Whether the run trains on a CUDA device."""
     asked = run.spec.training.device or Device.AUTO
     return asked is Device.CUDA or (asked is Device.AUTO and run.world.gpus_per_node > 0)
 
@@ -75,9 +75,11 @@ def _device(run: RunConfig, local_rank: int) -> torch.device:
     asked = run.spec.training.device or Device.AUTO
     if asked is Device.MPS:
         if not torch.backends.mps.is_available():
-            raise ConfigError("DeviceAbsent", "training.device is mps, and this machine has none", hint="write auto")
+            raise ConfigError(
+                "DeviceAbsent", "training.device is mps, and this machine has no MPS device", hint="write auto"
+            )
         return torch.device("mps")
-    if not wants_gpu(run):
+    if not uses_gpu(run):
         return torch.device("cpu")
     if not torch.cuda.is_available() and run.world.gpus_per_node == 0:
         raise ConfigError(
@@ -94,45 +96,46 @@ def _device(run: RunConfig, local_rank: int) -> torch.device:
 
 
 def _precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:
-    """(bf16, fp16) of the forward pass."""
+    """Whether the forward pass computes in bf16, and whether in fp16."""
     import torch
 
     asked = run.spec.training.mixed_precision or MixedPrecision.AUTO
-    able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked is MixedPrecision.AUTO and selects_on_quantized(run):
-        return True, False  # 16-bit modules between 4-bit ones: autocast brings their inputs together
+    supports_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked is MixedPrecision.AUTO and trains_on_quantized_base(run):
+        return True, False  # autocast converts the inputs of 16-bit modules between 4-bit ones
     if asked is MixedPrecision.AUTO:
-        return (False, False) if device.type != "cuda" else (able, not able)
+        return (False, False) if device.type != "cuda" else (supports_bf16, not supports_bf16)
     if asked is MixedPrecision.FP16 and device.type != "cuda":
         raise ConfigError(
             "PrecisionUnavailable", "training.mixedPrecision is fp16, which needs a GPU", hint="write bf16, no or auto"
         )
-    if asked is MixedPrecision.BF16 and not able:
+    if asked is MixedPrecision.BF16 and not supports_bf16:
         raise ConfigError("PrecisionUnavailable", f"{_name(device)} cannot compute in bf16", hint="write fp16 or auto")
     return asked is MixedPrecision.BF16, asked is MixedPrecision.FP16
 
 
 def _dtype(run: RunConfig, device: torch.device, bf16: bool) -> torch.dtype | str:
-    """Weights that are trained themselves keep 32 bits unless told otherwise: small updates vanish in 16."""
+    """Trained base weights are loaded in 32 bits unless `model.dtype` says otherwise: 16 bits lose small updates."""
     import torch
 
     asked = run.spec.model.dtype or Dtype.AUTO
     if asked is not Dtype.AUTO:
         return {Dtype.FLOAT16: torch.float16, Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT32: torch.float32}[asked]
-    if selects_on_quantized(run):
+    if trains_on_quantized_base(run):
         return torch.bfloat16
-    if device.type == "cpu" or run.spec.method.type in FULL_METHODS:
+    if device.type == "cpu" or trains_base_weights(run.spec):
         return torch.float32
     return "auto" if device.type == "cuda" and not bf16 else torch.bfloat16 if bf16 else "auto"
 
 
 def _attention(run: RunConfig, device: torch.device) -> tuple[str, list[str]]:
+    """transformers' name of the attention implementation, and notes for the status."""
     asked = run.spec.model.attention or Attention.AUTO
     if asked is Attention.FLASH_ATTENTION_2:
         if device.type == "cuda" and find_spec("flash_attn") is not None:
             return FLASH, []
-        why = "flash-attn is not installed" if device.type == "cuda" else "there is no GPU"
-        return "sdpa", [f"model.attention flashAttention2 is not available ({why}): sdpa is used"]
+        reason = "flash-attn is not installed" if device.type == "cuda" else "the run uses no GPU"
+        return "sdpa", [f"model.attention flashAttention2 is not available ({reason}): sdpa is used"]
     return {Attention.AUTO: "sdpa", Attention.SDPA: "sdpa", Attention.EAGER: "eager"}[asked], []
 
 

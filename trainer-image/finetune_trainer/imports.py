@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import Backend, MethodType, Strategy, TrainerType
+from finetune_api.rules import base_bits
+from finetune_api.spec.enums import Backend, Strategy, TrainerType
 
 ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -38,10 +39,9 @@ _TRAINERS = {
 def needs_bitsandbytes(run: RunConfig) -> bool:
     """Whether weights or optimizer states are kept in 4 or 8 bits."""
     spec = run.spec
-    quantized = spec.model.quantization is not None and spec.model.quantization.bits is not None
     optimizer = spec.training.optimizer or ""
     tuned = spec.trainer.backend is Backend.UNSLOTH
-    return quantized or spec.method.type is MethodType.QLORA or "8bit" in optimizer or "paged" in optimizer or tuned
+    return base_bits(spec) is not None or "8bit" in optimizer or "paged" in optimizer or tuned
 
 
 def needs_deepspeed(run: RunConfig) -> bool:

@@ -1,47 +1,35 @@
-"""The base model and its tokenizer, loaded as asked: dtype, attention, quantisation, pad token. Nothing is downloaded."""
+"""Loads the base model and its tokenizer from local disk: dtype, attention, quantisation, pad token."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.pod import RunConfig
-from finetune_api.rules import uses_loftq
+from finetune_api.rules import base_bits, trains_base_weights, uses_loftq
 from finetune_api.sources import redact_source
-from finetune_api.spec.enums import ComputeDtype, MethodType, QuantizationType
+from finetune_api.spec.enums import ComputeDtype, QuantizationType
 
 from finetune_trainer import vocabulary
-from finetune_trainer.hardware import Hardware, selects_on_quantized
+from finetune_trainer.hardware import Hardware, trains_on_quantized_base
 from finetune_trainer.inputs import Inputs
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 EOS = "<eos>"
+"""Word of `model.padToken` for the end token."""
 COMPUTE_DTYPE = "model.quantization.computeDtype"
-RESERVED = re.compile(
+RESERVED_TOKEN = re.compile(
     r"^(<\|?(finetune_right_)?pad(_id)?\|?>|\[PAD\]|<\|(reserved_special_token|extra|dummy|unused)_?\d+\|>|<unk>|<\|endoftext\|>)$"
 )
-"""Tokens that vocabularies keep for such uses."""
-
-
-@dataclass
-class LoadedModel:
-    """A model on its device with its tokenizer."""
-
-    model: PreTrainedModel
-    tokenizer: Any
-    limit: int | None
-    """Positions the model has."""
-    quantized_bits: int | None = None
-    notes: list[str] = field(default_factory=list)
+"""Tokens that vocabularies reserve for padding and other uses of the reader."""
 
 
 def load_tokenizer(run: RunConfig, inputs: Inputs) -> tuple[Any, list[str]]:
-    """The tokenizer with a pad token, and what had to be said. Errors: NotFoundError TokenizerUnreadable; ConfigError."""
+    """The tokenizer with a pad token, and notes for the status. Errors: NotFoundError TokenizerUnreadable; ConfigError."""
     from transformers import AutoTokenizer
 
     folder = inputs.tokenizer or inputs.model
@@ -50,33 +38,33 @@ def load_tokenizer(run: RunConfig, inputs: Inputs) -> tuple[Any, list[str]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _unreadable("TokenizerUnreadable", "tokenizer", run.spec.model.tokenizer, folder, error, run) from error
     tokenizer.padding_side = "right"
-    added = vocabulary.extend(tokenizer, run.spec.model.new_tokens)
+    added = vocabulary.add_tokens(tokenizer, run.spec.model.new_tokens)
     notes = [f"{len(added)} new tokens, ids {added[0]} to {added[-1]}"] if added else []
-    return tokenizer, [*notes, *_pad(tokenizer, run.spec.model.pad_token)]
+    return tokenizer, [*notes, *_choose_pad_token(tokenizer, run.spec.model.pad_token)]
 
 
-def _pad(tokenizer: Any, asked: str | None) -> list[str]:
-    """Choose the pad token: as asked, the tokenizer's own, a reserved one, and only then the end token."""
-    vocabulary = tokenizer.get_vocab()
+def _choose_pad_token(tokenizer: Any, asked: str | None) -> list[str]:
+    """Set the pad token: the asked one, the tokenizer's own, a reserved one, or the end token, in this order."""
+    known = tokenizer.get_vocab()
     if asked is not None:
         token = tokenizer.eos_token if asked == EOS else asked
-        if token not in vocabulary:
+        if token not in known:
             raise ConfigError(
                 "PadTokenUnknown", f"model.padToken {asked!r} is not in the vocabulary",
-                hint=f"write a token that is, {EOS} for the end token, or leave it out",
+                hint=f"write a token of the vocabulary or {EOS} for the end token, or remove the field",
             )  # fmt: skip
         tokenizer.pad_token = token
         return []
     if tokenizer.pad_token is not None and tokenizer.pad_token != tokenizer.eos_token:
         return []
-    reserved = sorted(token for token in vocabulary if RESERVED.match(token) and token != tokenizer.eos_token)
+    reserved = sorted(token for token in known if RESERVED_TOKEN.match(token) and token != tokenizer.eos_token)
     tokenizer.pad_token = reserved[0] if reserved else tokenizer.eos_token
     if tokenizer.pad_token is None:
         raise ConfigError(
             "PadTokenUnknown", "the tokenizer has neither a pad nor an end token", hint="set model.padToken"
         )
     return [
-        f"the tokenizer has no pad token of its own: {tokenizer.pad_token} fills short rows and is never learned there"
+        f"the tokenizer has no pad token: short rows are filled with {tokenizer.pad_token}, which is not trained there"
     ]
 
 
@@ -101,9 +89,10 @@ def load_model(
     kind: str = "causal",
     quantize: bool = True,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The base model, complete and in the asked form.
+    """The complete base model, and notes for the status.
 
-    `sharded`: FSDP will split it; `kind` `reward`: one-number head; `quantize` False: whole, whatever the spec says.
+    `skip_quantization`: modules that stay unquantised. `sharded`: FSDP will shard the weights. `kind`: `causal` for a language model,
+    `reward` for a head with one output. `quantize` False: unquantised, whatever the spec says.
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete (class Model); ConfigError QuantizedBase.
     """
@@ -126,12 +115,12 @@ def load_model(
         model, info = loader.from_pretrained(inputs.model, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _unreadable("ModelUnreadable", "model", spec.source, inputs.model, error, run) from error
-    _check_complete(info, run, made_here=("score.weight", "score.bias") if kind == "reward" else ())
+    _check_complete(info, run, expected_missing=("score.weight", "score.bias") if kind == "reward" else ())
     return model, notes
 
 
 def positions(config: Any) -> int | None:
-    """Longest sequence that the model knows positions for."""
+    """Longest sequence that the model has positions for; None if its configuration does not say."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)
 
@@ -139,12 +128,12 @@ def positions(config: Any) -> int | None:
 def quantization_config(
     run: RunConfig, hardware: Hardware, *, skip: tuple[str, ...] = (), sharded: bool = False
 ) -> BitsAndBytesConfig | None:
-    """How the frozen base is quantised, or None. `skip`: modules kept in 16 bits (the head always is)."""
+    """How the frozen base model is quantised; None: not at all. `skip`: modules that stay unquantised, besides the head."""
     import torch
     from transformers import BitsAndBytesConfig
 
     spec = run.spec.model.quantization
-    bits = spec.bits if spec and spec.bits else 4 if run.spec.method.type is MethodType.QLORA else None
+    bits = base_bits(run.spec)
     if bits is None:
         return None
     keep = ["lm_head", "score", *skip] if skip else None
@@ -155,9 +144,9 @@ def quantization_config(
         ComputeDtype.FLOAT16: torch.float16,
         ComputeDtype.FLOAT32: torch.float32,
     }
-    default = ComputeDtype.FLOAT32 if hardware.cpu else ComputeDtype.BFLOAT16
+    default = ComputeDtype.FLOAT32 if hardware.is_cpu else ComputeDtype.BFLOAT16
     asked = spec.compute_dtype if spec else None
-    if selects_on_quantized(run) and COMPUTE_DTYPE in run.defaults:
+    if trains_on_quantized_base(run) and COMPUTE_DTYPE in run.defaults:
         asked = ComputeDtype.BFLOAT16
     compute = types[asked or default]
     return BitsAndBytesConfig(
@@ -165,39 +154,43 @@ def quantization_config(
         bnb_4bit_quant_type=str((spec.type if spec else None) or QuantizationType.NF4),
         bnb_4bit_use_double_quant=spec is None or spec.double_quant is not False,
         bnb_4bit_compute_dtype=compute,
-        # FSDP leaves weights of an integer type unsharded with only a warning: the bytes must look like floats.
+        # FSDP leaves weights of an integer type unsharded with only a warning, so the bytes are stored as floats.
         bnb_4bit_quant_storage=compute if sharded else torch.uint8,
         llm_int8_skip_modules=keep,
     )
 
 
 def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
+    """Notes on a model that is stored quantised. Errors: ConfigError QuantizedBase if the method needs unquantised weights."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return []
     method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "unknown")
-    if run.spec.method.type in (MethodType.FULL, MethodType.SPECTRUM):
+    if trains_base_weights(run.spec):
         raise ConfigError(
-            "QuantizedBase", f"the model is stored quantised ({method}), and method {run.spec.method.type} trains the weights themselves",
+            "QuantizedBase", f"the model is stored quantised ({method}), and method {run.spec.method.type} trains the base weights",
             hint="give the unquantised model, or write method lora",
         )  # fmt: skip
     if uses_loftq(run.spec):
         raise ConfigError(
-            "QuantizedBase", f"the model is stored quantised ({method}), and method.lora.init loftq measures what quantising loses",
-            hint="give the unquantised model, or leave init out",
+            "QuantizedBase", f"the model is stored quantised ({method}), and method.lora.init loftq needs the unquantised weights",
+            hint="give the unquantised model, or remove init",
         )  # fmt: skip
-    return [f"the model is stored quantised ({method}) and is trained on as it is"]
+    return [f"the model is stored quantised ({method}) and stays so"]
 
 
-def _check_complete(info: Any, run: RunConfig, made_here: tuple[str, ...] = ()) -> None:
-    """A weight that is missing would be made up at random, with only a warning: right for a new head (`made_here`) alone."""
-    missing = sorted(set(info.get("missing_keys", ())) - set(made_here))
+def _check_complete(info: Any, run: RunConfig, expected_missing: tuple[str, ...] = ()) -> None:
+    """Refuse a model with missing weights, which transformers initialises randomly with only a warning.
+
+    `expected_missing`: the weights of a new head. Errors: NotFoundError ModelIncomplete.
+    """
+    missing = sorted(set(info.get("missing_keys", ())) - set(expected_missing))
     mismatched = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get("mismatched_keys", ()))
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:5])
         raise NotFoundError(
             "ModelIncomplete", f"{redact_source(run.spec.model.source or '')}: {len(missing)} weights missing, {len(mismatched)} have another shape "
-            f"than config.json says: {names}",
+            f"than config.json says, for example {names}",
             hint="upload all weight files of one model together with its config.json",
         )  # fmt: skip
 
@@ -205,14 +198,26 @@ def _check_complete(info: Any, run: RunConfig, made_here: tuple[str, ...] = ()) 
 def _unreadable(
     code: str, what: str, source: str | None, folder: Path, error: Exception, run: RunConfig
 ) -> NotFoundError:
-    """The library's own first line, without the local path."""
+    """An error with the first line of the library's message, in which the source replaces the local path."""
     source = redact_source(source or what)
     first = str(error).strip().split("\n")[0].replace(str(folder), source)[:300]
-    there = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
-    remote = "trust_remote_code" in first or "custom code" in first
+    files = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
+    needs_remote_code = "trust_remote_code" in first or "custom code" in first
     hint = (
         "set model.trustRemoteCode: true if you trust the source"
-        if remote
-        else f"a {what} folder in the hub's layout is needed; there are: {', '.join(there) or 'no files'}"
+        if needs_remote_code
+        else f"give a {what} folder in the hub's layout; this one holds {', '.join(files) or 'no files'}"
     )
     return NotFoundError(code, f"{source}: {first}", hint=hint)
+
+
+def count_parameters(model: Any) -> tuple[int, int]:
+    """Numbers of trained and of all values in the parameters."""
+    sizes = [(parameter_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
+
+
+def parameter_size(parameter: Any) -> int:
+    """Number of values in a parameter. A 4-bit weight holds two in a byte; a ZeRO-3 parameter counts with its unsharded size."""
+    stored = int(getattr(parameter, "ds_numel", None) or parameter.numel())
+    return stored * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else stored

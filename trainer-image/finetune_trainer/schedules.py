@@ -1,4 +1,4 @@
-"""The course of the learning rate: our words for transformers' schedulers, and their parameters."""
+"""Learning-rate schedules: transformers' names for `training.scheduler`, and `training.schedulerParameters`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import Scheduler
 
-SCHEDULERS = {
+SCHEDULER_NAMES = {
     Scheduler.LINEAR: "linear", Scheduler.COSINE: "cosine", Scheduler.COSINE_WITH_RESTARTS: "cosine_with_restarts",
     Scheduler.COSINE_WITH_MIN_LR: "cosine_with_min_lr", Scheduler.POLYNOMIAL: "polynomial", Scheduler.CONSTANT: "constant",
     Scheduler.CONSTANT_WITH_WARMUP: "constant_with_warmup", Scheduler.INVERSE_SQRT: "inverse_sqrt",
@@ -15,30 +15,30 @@ SCHEDULERS = {
 
 
 def scheduler_parameters(run: RunConfig) -> dict[str, float | int | str | bool]:
-    """`training.schedulerParameters` as numbers where they are numbers. Errors: ConfigError SchedulerParameterInvalid."""
+    """`training.schedulerParameters` with text converted to numbers and truth values. Errors: ConfigError SchedulerParameterInvalid."""
     import inspect
 
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
 
     given = run.spec.training.scheduler_parameters or {}
     scheduler = run.spec.training.scheduler or Scheduler.COSINE
-    function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(SCHEDULERS[scheduler])]
+    function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(SCHEDULER_NAMES[scheduler])]
     known = set(inspect.signature(function).parameters) - {
         "optimizer",
         "num_warmup_steps",
         "num_training_steps",
         "last_epoch",
     }
-    strange = sorted(set(given) - known)
-    if strange:
+    unknown = sorted(set(given) - known)
+    if unknown:
         raise ConfigError(
-            "SchedulerParameterInvalid", f"training.schedulerParameters: scheduler {scheduler} has no {', '.join(strange)}",
+            "SchedulerParameterInvalid", f"training.schedulerParameters: scheduler {scheduler} has no {', '.join(unknown)}",
             hint=f"it has {', '.join(sorted(known)) or 'no parameters'}",
         )  # fmt: skip
-    return {name: _number(text) for name, text in given.items()}
+    return {name: _parse(text) for name, text in given.items()}
 
 
-def _number(text: str) -> float | int | str | bool:
+def _parse(text: str) -> float | int | str | bool:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
     try:

@@ -1,13 +1,13 @@
-"""How fast a run is, counted honestly: tokens per second, model FLOPs utilisation, time spent waiting for data.
+"""Throughput of a run: tokens per second, model FLOPs utilisation (MFU), time spent waiting for data.
 
-FLOPs per token, with N the parameters in matrix products (embedding lookup left out, head included; of experts those that a
-token is sent to), T those of them that are trained, and A the attention's products over the tokens that a token really sees
-(causal: half of the document):
+FLOPs per token, where N is the number of parameters in matrix products (without the embedding lookup, with the head; of experts
+only those that a token is routed to), T the number of those that are trained, and A the FLOPs of the attention over the tokens that
+a token attends to (causal: half of the document on average):
 
     full          3 * (2N + A)     forward, and twice that backward
     spectrum      4N + 2T + 3A     no gradients of frozen weights
     adapters      4N + 2T + 3A     T: modulesToSave
-    recomputing   one forward more, which is work done but not work asked for: it does not count
+    recomputing   the additional forward pass of gradient checkpointing does not count: it is not part of the model's FLOPs
 """
 
 from __future__ import annotations
@@ -18,22 +18,24 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from finetune_trainer.model import parameter_size
+
 PEAK_BF16 = {
     "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12, "B200": 2250e12,
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A10G": 70e12, "A10": 125e12, "RTX 4090": 165e12,
     "RTX 3090": 71e12, "V100": 125e12, "T4": 65e12, "MI300X": 1307e12,
 }  # fmt: skip
-"""Dense bf16 (fp16 where there is none) peaks by words of the device's name, FLOP/s, from the makers' data sheets."""
-LESSER = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D)\b")
-"""In the names of devices that hold a known name and are less: slices of a GPU, its namesakes for desks and laptops."""
+"""Peak FLOP/s of dense bf16 (or fp16) matrix products, by words of the device's name, from the vendors' data sheets."""
+SLOWER_VARIANTS = re.compile(r"\b(MIG|RTX A\d+|Laptop|Max-Q|4090 D)\b")
+"""Words in the names of slower devices that also contain a name of `PEAK_BF16`: MIG slices, workstation and laptop GPUs."""
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-"""How configurations call the number of experts in a layer."""
+"""Fields of a model's configuration that hold the number of experts in a layer."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model decides its work per token."""
+    """The sizes of a model that determine its FLOPs per token."""
 
     matrix_parameters: int
     layers: int
@@ -42,41 +44,39 @@ class Shape:
 
     @staticmethod
     def of(model: Any) -> Shape:
-        """Read it from a transformers model (before or after it was wrapped)."""
+        """The sizes of a transformers model, with or without PEFT layers."""
         config = model.config.get_text_config()
         heads = int(getattr(config, "num_attention_heads", 0) or 0)
-        own = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+        head_size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
         return Shape(
-            sum(numbers for _, numbers in _matrices(model)), int(getattr(config, "num_hidden_layers", 0) or 0), heads, int(own)
+            sum(numbers for _, numbers in _matrices(model)), int(getattr(config, "num_hidden_layers", 0) or 0), heads, int(head_size)
         )  # fmt: skip
 
 
 def trained_parameters(model: Any) -> int:
-    """Parameters of a model in matrix products that are trained, beside the adapters' own."""
+    """Number of trained values in matrix products of the base model, without those of adapters."""
     return sum(numbers for parameter, numbers in _matrices(model) if parameter.requires_grad)
 
 
 def _matrices(model: Any) -> Iterator[tuple[Any, int]]:
-    """Each parameter of the base that a token is multiplied with, and how many of its numbers."""
-    from finetune_trainer.method.base import size
-
+    """Each parameter of the base model that takes part in matrix products, and how many of its values one token is multiplied with."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    heads = {id(one) for _, one in _used(head)} if head is not None else set()
-    lookups = {id(one) for one in model.get_input_embeddings().parameters()} - heads
+    head_ids = {id(one) for _, one in _used(head)} if head is not None else set()
+    lookups = {id(one) for one in model.get_input_embeddings().parameters()} - head_ids
     experts = next((found for name in EXPERTS if (found := getattr(config, name, None))), None)
     chosen = getattr(config, "num_experts_per_tok", None)
-    for name, parameter in _used(model, heads):
+    for name, parameter in _used(model, head_ids):
         if ".lora_" not in name and id(parameter) not in lookups:
-            numbers = size(parameter)
+            numbers = parameter_size(parameter)
             yield parameter, numbers * chosen // experts if experts and chosen and ".experts." in name else numbers
 
 
-def _used(module: Any, anyway: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
-    """Named parameters without those whose place a copy has taken that is trained in full beside an adapter; `anyway`: ids."""
+def _used(module: Any, kept: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
+    """Named parameters, without the originals that PEFT has replaced by a trained copy (`modules_to_save`) unless their id is in `kept`."""
     every = dict(module.named_parameters())
     for name, parameter in every.items():
         copy = name.replace("original_module.", "modules_to_save.default.")
-        if copy == name or copy not in every or id(parameter) in anyway:
+        if copy == name or copy not in every or id(parameter) in kept:
             yield name, parameter
 
 
@@ -86,41 +86,43 @@ def attention_flops(shape: Shape, length: float, *, causal: bool = True) -> floa
 
 
 def flops_per_token(shape: Shape, length: float, *, frozen_base: bool, trained: int = 0, causal: bool = True) -> float:
-    """FLOPs that training asks for, per token. `trained`: parameters of a frozen base that are trained all the same."""
-    seen = attention_flops(shape, length, causal=causal)
+    """FLOPs of training per token. `trained`: number of trained parameters of an otherwise frozen base model."""
+    attention = attention_flops(shape, length, causal=causal)
     matrix = 2 * shape.matrix_parameters
-    return 2 * (matrix + trained) + 3 * seen if frozen_base else 3 * (matrix + seen)
+    return 2 * (matrix + trained) + 3 * attention if frozen_base else 3 * (matrix + attention)
 
 
 def peak_of(device: str) -> float | None:
-    """Peak FLOP/s of a device by its name, or None if it is not known: no figure is better than a wrong one."""
-    if LESSER.search(device):
+    """Peak FLOP/s of a device by its name. None for unknown devices, so that no wrong utilisation is reported."""
+    if SLOWER_VARIANTS.search(device):
         return None
     return next((peak for words, peak in PEAK_BF16.items() if re.search(rf"\b{words}\b", device)), None)
 
 
 class Meter:
-    """Paces between log lines. Times are seconds of the wall clock, counts are of all ranks."""
+    """Throughput between log lines. Times are seconds of the wall clock; tokens are counted over all ranks."""
 
     def __init__(self, *, flops_of_token: float, peak: float | None, ranks: int):
         self._flops, self._peak, self._ranks = flops_of_token, peak, ranks
         self._since: tuple[float, int] | None = None
+        """Time and tokens at the last log line."""
         self.waited = 0.0
+        """Seconds spent waiting for data since the last log line."""
 
     def start(self, tokens: int, now: float | None = None) -> None:
-        """Begin a window at `tokens` seen."""
+        """Start measuring after `tokens` tokens."""
         self._since, self.waited = (time.perf_counter() if now is None else now, tokens), 0.0
 
     def read(self, tokens: int, now: float | None = None) -> dict[str, float]:
-        """Paces since the last call, and a new window."""
+        """Throughput since the last call, as log values. Empty on the first call and if no token was counted."""
         now = time.perf_counter() if now is None else now
         since, waited = self._since, self.waited
         self.start(tokens, now)
         if since is None or now <= since[0] or tokens <= since[1]:
             return {}
         seconds = now - since[0]
-        pace = (tokens - since[1]) / seconds
-        found = {"tokens_per_second": pace, "data_wait_share": min(1.0, waited / seconds)}
+        tokens_per_second = (tokens - since[1]) / seconds
+        found = {"tokens_per_second": tokens_per_second, "data_wait_share": min(1.0, waited / seconds)}
         if self._peak:
-            found["mfu"] = pace * self._flops / (self._peak * self._ranks)
+            found["mfu"] = tokens_per_second * self._flops / (self._peak * self._ranks)
         return found

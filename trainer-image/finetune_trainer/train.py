@@ -1,54 +1,51 @@
-"""One rank's run, from inputs on local disk to the final artefact: settle, load, tune, verify, train, save."""
+"""One rank's run, from inputs on local disk to the final artefact: load, apply the method, verify, train, save."""
 
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import re
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from finetune_api import rules
 from finetune_api.errors import ConfigError, FineTuneError, InternalError, MemoryExhaustedError
 from finetune_api.pod import RunConfig
 from finetune_api.sources import redact_source
-from finetune_api.spec.enums import LoraInit, OutputKind, TrainerType
+from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Resolved, Stage
 
 from finetune_trainer import imports
 from finetune_trainer.channel import Channel
 from finetune_trainer.inputs import Inputs
 
-MEMORY = re.compile(
+if TYPE_CHECKING:
+    from finetune_trainer.method.base import MethodContext, TrainableModel
+    from finetune_trainer.objective.base import Setting
+
+OUT_OF_GPU_MEMORY = re.compile(
     r"(CUDA|HIP|NCCL|Cuda failure).{0,200}out of memory|(CUBLAS|CUSOLVER|CUDNN)_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_HOST_ALLOCATION_FAILED)",
     re.IGNORECASE | re.DOTALL,
 )
-"""How libraries beside torch's own allocator say that a GPU's memory is full."""
-FINAL = "final"
-"""Folder of the final artefact, below the scratch folder."""
-COMBINATIONS = (
+"""Messages of libraries that allocate GPU memory without torch's allocator, and so raise no `torch.OutOfMemoryError`."""
+FINAL_FOLDER = "final"
+"""Folder of the final artefact, inside the Trainer's output folder."""
+RULES_CHECKED_AGAIN = (
     "OptionOfAnotherMethod", "OptionOfAnotherObjective", "LoraInitialisation", "BiasBesideReference", "NewTokensUntrained", "DpoLosses",
     "HalfWeights", "BatchTooSmall", "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
 )  # fmt: skip
-"""Rules of the API that hold here too, whoever made the run's configuration: what would train something else than was asked."""
-OBJECTIVES = {
-    TrainerType.SFT: "finetune_trainer.objective.sft",
-    TrainerType.DPO: "finetune_trainer.objective.dpo",
-    TrainerType.GRPO: "finetune_trainer.objective.grpo",
-    TrainerType.KTO: "finetune_trainer.objective.kto",
-    TrainerType.ORPO: "finetune_trainer.objective.orpo",
-    TrainerType.REWARD: "finetune_trainer.objective.reward",
-}
+"""Rules of the API whose violation would train something else than was asked for. A rank checks them again, because run.json may
+come from an operator that does not know a rule, or from a test."""
 
 
 def preload(run: RunConfig) -> None:
-    """The heavy imports of this run, while the supervisor still downloads."""
+    """Import the heavy libraries of this run. Called while the supervisor still downloads the inputs."""
     imports.preload(run)
-    _objective(run)
-    from finetune_trainer import engine, hardware, model  # noqa: F401  each imports what it needs
+    _load_objective(run)
+    from finetune_trainer import engine, hardware, model  # noqa: F401  each imports the libraries that it needs
 
 
 @runtime_checkable
@@ -60,164 +57,145 @@ class NeedsTrainer(Protocol):
 
 
 class Hooks(Protocol):
-    """What surrounds training: reporting, checkpoints and the hand-over. `finetune_trainer.checkpoint.rank` is the real one."""
+    """Reporting, checkpoints and the delivery of the final artefact. Implemented by `finetune_trainer.checkpoint.rank`, and by tests."""
 
     def callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
         """Callbacks for the Trainer."""
 
     def resume_path(self, inputs: Inputs) -> Path | None:
-        """Checkpoint to go on from."""
+        """Folder of the checkpoint to resume from."""
 
     def finish(
         self, run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]
     ) -> None:
-        """The final artefact is complete."""
+        """Deliver the final artefact, which is complete in `model_dir`."""
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: Hooks | None = None) -> None:
-    """Train and save on this rank. Reports over `channel`; the final artefact is handed over when it is complete on disk.
+    """Train and save on this rank. Reports over `channel`; delivers the final artefact when it is complete on disk.
 
-    Errors: any FineTuneError; what the libraries raise is given a name where it has one (`named`).
+    Errors: any FineTuneError; exceptions of libraries are converted (`to_finetune_error`).
     """
     imports.preload(run)
     try:
-        Session(run, channel, inputs, hooks or _checkpoints()).go()
+        Session(run, channel, inputs, hooks or _checkpoint_hooks()).execute()
     except FineTuneError:
         raise
     except Exception as error:
-        raise named(error) from error
+        raise to_finetune_error(error) from error
 
 
 class Session:
-    """The steps of one rank in order; each leaves what the next one needs."""
+    """The steps of one rank, in the order in which they run."""
 
     def __init__(self, run: RunConfig, channel: Channel, inputs: Inputs, hooks: Hooks):
         from finetune_trainer import distributed, hardware
 
-        _quiet()
-        rules.enforce_rules(rules.without_defaults(run.spec, run.defaults), *COMBINATIONS)
+        _disable_progress_bars()
+        rules.enforce_rules(rules.without_defaults(run.spec, run.defaults), *RULES_CHECKED_AGAIN)
         self.run, self.channel, self.inputs, self.hooks = run, channel, inputs, hooks
-        self.objective = _objective(run)
+        self.objective = _load_objective(run)
         self.hardware = hardware.detect(run, channel.local_rank)
         self.plan = distributed.choose(run, self.hardware, inputs, channel.world_size)
         self.plan.before()
-        self._told: set[str] = set()
-        self._tell(*self.hardware.notes)
+        self.resume_path = hooks.resume_path(inputs)
+        self._emitted_notes: set[str] = set()
+        self._emit_notes(*self.hardware.notes)
 
-    def go(self) -> None:
+    def execute(self) -> None:
         """The whole run."""
         self.channel.stage(Stage.LOADING)
-        trainer, applied = self._build(self.hooks.callbacks(self.run, self.channel, self.inputs))
-        resume = self.hooks.resume_path(self.inputs)
-        if resume is not None:
+        trainer, trainable = self._build(self.hooks.callbacks(self.run, self.channel, self.inputs))
+        if self.resume_path is not None:
             self.channel.stage(Stage.RESTORING)
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-        measured = self._test(trainer)
+        trainer.train(resume_from_checkpoint=str(self.resume_path) if self.resume_path else None)
+        test_metrics = self._evaluate_test_set(trainer)
         self.channel.stage(Stage.SAVING)
-        folder, extra = self._save(trainer, applied)
-        if measured:
-            extra["evaluation"] = measured
-        self.hooks.finish(self.run, self.channel, folder, applied.kind, extra)
+        folder, extra = self._save(trainer, trainable)
+        if test_metrics:
+            extra["evaluation"] = test_metrics
+        self.hooks.finish(self.run, self.channel, folder, trainable.kind, extra)
 
-    def _test(self, trainer: Any) -> dict[str, float]:
-        """The held-out rows, looked at once, with the weights that will be published."""
-        from finetune_trainer.objective import held_out
+    def _build(self, callbacks: list[Any]) -> tuple[Any, TrainableModel]:
+        """The Trainer and its model: arguments, data, base model, method, Trainer.
 
-        if self.test is None:
-            return {}
-        self.channel.stage(Stage.EVALUATING)
-        found = held_out.measure(trainer, self.test)
-        self._tell(held_out.sentence(found))
-        return found
-
-    def _build(self, callbacks: Any) -> tuple[Any, Any]:
+        The order is part of a run's reproducibility: everything after `set_seed` consumes random numbers.
+        """
         from transformers import PrinterCallback, set_seed
 
-        from finetune_trainer import engine, method, model, vocabulary
-        from finetune_trainer.arguments import settle_kernels
-        from finetune_trainer.method import loftq, lora, spectrum
-        from finetune_trainer.objective.base import Setting
+        from finetune_trainer import model, vocabulary
+        from finetune_trainer.method.registry import create_method
 
-        run, inputs = self.run, self.inputs
-        tokenizer, notes = model.load_tokenizer(run, inputs)
-        config = model.load_config(run, inputs)
-        setting = Setting(
-            run, inputs, self.hardware, self.plan, tokenizer, self.channel.work / "tokens", model.positions(config),
-            [*self._guards(), *callbacks],
-        )  # fmt: skip
-        args = self.objective.arguments(setting, evaluates=rules.has_validation_set(run.spec))
-        engine.one_device(args)
-        self._tell(*settle_kernels(args, run, config.model_type))
+        tokenizer, notes = model.load_tokenizer(self.run, self.inputs)
+        setting, args = self._choose_arguments(tokenizer, [*self._own_callbacks(), *callbacks])
         data, self.facts = self.objective.data(setting)
-        self.test = data.test
-        self._tell(*notes, *self.facts.notes)
+        self.test_rows = data.test
+        self._emit_notes(*notes, *self.facts.notes)
         set_seed(args.seed)
-        selection = self._preselect()
-        setting.unquantized = selection.modules if selection else ()
+        method = create_method(self._method_context(tokenizer))
+        setting.unquantized = method.before_load()
         base, notes = model.load_model(
-            run, inputs, self.hardware, sharded=self.plan.sharded_weights, kind=self.objective.MODEL_KIND,
+            self.run, self.inputs, self.hardware, sharded=self.plan.sharded_weights, kind=self.objective.MODEL_KIND,
             skip_quantization=setting.unquantized,
         )  # fmt: skip
-        vocabulary.fit(base, tokenizer, run, [data.train, data.validation, data.test])
-        applied = method.apply(
-            run, inputs, base, keep_dtype=self.plan.keep_adapter_dtype, fsdp=self.plan.name == "fsdp", selection=selection,
-            new_ids=vocabulary.new_ids(tokenizer, run.spec.model.new_tokens),
-        )  # fmt: skip
-        self._tell(*notes, *applied.notes, *self.plan.notes)
-        if lora.starts_with(run, LoraInit.LOFTQ) and self.hooks.resume_path(inputs) is None:
-            whole, _ = model.load_model(run, inputs, self.hardware, kind=self.objective.MODEL_KIND, quantize=False)
-            loftq.start(applied.model, whole)
-            self._tell("init loftq: the adapter belongs to the base in 4 bits, as it is quantised here")
-            del whole
-        autocast = self.hardware.bf16 or self.hardware.fp16
-        if autocast and applied.kind is OutputKind.ADAPTER and not self.plan.keep_adapter_dtype:
-            method.widen(applied.model)
-        keeper = engine.PrecisionKeeper(applied.model) if applied.kind is OutputKind.ADAPTER or selection else None
-        with spectrum.trainable_although_quantized(base) if selection else nullcontext():
-            trainer = self.objective.build(setting, args, applied.model, data)
-        if keeper is not None:
-            keeper.restore(trainer.model)
-        if self.hardware.fp16 and self.plan.name != "deepspeed":
-            method.require_scalable(trainer.model)
-        if lora.starts_with(run, LoraInit.EVA) and self.hooks.resume_path(inputs) is None:
-            lora.start_eva(trainer)
-            set_seed(args.seed)
+        vocabulary.fit_embeddings(base, tokenizer, self.run, [data.train, data.validation, data.test])
+        trainable = method.make_trainable(base)
+        self._emit_notes(*notes, *trainable.notes, *self.plan.notes)
+        with method.trainer_construction(base):
+            trainer = self.objective.build(setting, args, trainable.model, data)
+        method.on_trainer_created(trainer)
         for callback in callbacks:
             if isinstance(callback, NeedsTrainer):
                 callback.on_trainer_created(trainer)
         trainer.remove_callback(PrinterCallback)
-        trainer.plus_ratio = (run.spec.method.lora.plus_ratio or 1.0) if run.spec.method.lora else 1.0
-        self.trainer, self.applied = trainer, applied
-        return trainer, applied
+        self.trainer, self.trainable = trainer, trainable
+        return trainer, trainable
 
-    def _guards(self) -> list[Any]:
-        """Callbacks of this run beside those for checkpoints and reporting; they come first."""
+    def _choose_arguments(self, tokenizer: Any, callbacks: list[Any]) -> tuple[Setting, Any]:
+        """What the objective reads, and its TrainingArguments."""
+        from finetune_trainer import model
+        from finetune_trainer.arguments import choose_kernels
+        from finetune_trainer.library_internals import use_one_device
+        from finetune_trainer.objective.base import Setting
+
+        config = model.load_config(self.run, self.inputs)
+        setting = Setting(
+            self.run, self.inputs, self.hardware, self.plan, tokenizer, self.channel.work / "tokens", model.positions(config), callbacks,
+        )  # fmt: skip
+        args = self.objective.arguments(setting, evaluates=rules.has_validation_set(self.run.spec))
+        use_one_device(args)
+        self._emit_notes(*choose_kernels(args, self.run, config.model_type))
+        return setting, args
+
+    def _method_context(self, tokenizer: Any) -> MethodContext:
+        from finetune_trainer import vocabulary
+        from finetune_trainer.method.base import MethodContext
+
+        return MethodContext(
+            self.run, self.inputs, self.hardware, self.plan, self.objective.MODEL_KIND,
+            new_token_ids=tuple(vocabulary.new_token_ids(tokenizer, self.run.spec.model.new_tokens)),
+            is_resumed=self.resume_path is not None,
+        )  # fmt: skip
+
+    def _own_callbacks(self) -> list[Any]:
+        """Callbacks besides those for checkpoints and reporting. They come first."""
         from transformers import EarlyStoppingCallback
 
         from finetune_trainer.best import KeepBest
         from finetune_trainer.engine import FiniteGuard, LogLine
 
-        found: list[Any] = [self.verifier(), FiniteGuard(), LogLine()]
+        callbacks: list[Any] = [self._verifier(), FiniteGuard(), LogLine()]
         if self.run.spec.checkpoint.load_best_at_end:
-            found.append(KeepBest(self.hooks.resume_path(self.inputs)))
+            callbacks.append(KeepBest(self.resume_path))
         stop = self.run.spec.training.early_stopping
         if stop is not None:
-            found.append(EarlyStoppingCallback(3 if stop.patience is None else stop.patience, stop.threshold or 0.0))
-        return found
+            callbacks.append(
+                EarlyStoppingCallback(3 if stop.patience is None else stop.patience, stop.threshold or 0.0)
+            )
+        return callbacks
 
-    def _preselect(self) -> Any:
-        """Spectrum on a quantised base: choose the modules on the whole weights, before they are quantised."""
-        from finetune_trainer import model
-        from finetune_trainer.hardware import selects_on_quantized
-        from finetune_trainer.method import spectrum
-
-        if not selects_on_quantized(self.run):
-            return None
-        whole, _ = model.load_model(self.run, self.inputs, self.hardware, quantize=False)
-        return spectrum.select(self.run, self.inputs, whole)
-
-    def verifier(self) -> Any:
-        """A callback that proves, once the model is wrapped, that what was asked is what runs, and reports it."""
+    def _verifier(self) -> Any:
+        """A callback that verifies the run once the Trainer has wrapped the model, before the first step."""
         from transformers import TrainerCallback
 
         session = self
@@ -229,116 +207,101 @@ class Session:
         return Verifier()
 
     def verify(self) -> None:
-        """Errors: InternalError StrategyNotActive, QuantizationNotActive, AttentionSwapped."""
-        strategy = self.plan.verify(self.trainer)
-        base = (
-            self.trainer.model.get_base_model() if hasattr(self.trainer.model, "get_base_model") else self.trainer.model
-        )
-        attention = base.config._attn_implementation
-        if attention != self.hardware.attention:
-            raise InternalError(
-                "AttentionSwapped", f"attention {self.hardware.attention} was asked for, {attention} is active"
-            )
-        self._check_quantization(base)
-        self._check_kernels(base)
-        if getattr(self.trainer.args, "packing", False):
-            self.objective.require_isolation(self.trainer)
-        args = self.trainer.args
+        """Compare what runs with what was asked for, and report it.
+
+        Errors: InternalError StrategyNotActive, AttentionSwapped, QuantizationNotActive, KernelsNotActive, PackingLeaks.
+        """
+        from finetune_trainer import verification
+
+        trainer, args = self.trainer, self.trainer.args
+        strategy = self.plan.verify(trainer)
+        base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+        attention = verification.require_attention(base, self.hardware)
+        verification.require_quantization(base, self.run, self.hardware)
+        if args.use_liger_kernel:
+            verification.require_kernels(base)
+        if getattr(args, "packing", False):
+            self.objective.require_isolation(trainer)
         self.channel.resolved(
             Resolved(
                 world_size=self.channel.world_size,
                 effective_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * self.channel.world_size,
                 strategy=strategy, attention=attention, device=self.hardware.name,
-                trainable_parameters=self.applied.trainable, total_parameters=self.applied.total,
+                trainable_parameters=self.trainable.trainable, total_parameters=self.trainable.total,
                 model_revision=self.inputs.model_revision, dataset_digest=self.inputs.dataset_digest,
                 dataset_rows=self.facts.rows, dataset_format=self.facts.format.value,
             )
         )  # fmt: skip
         self.channel.stage(Stage.TRAINING)
 
-    def _check_quantization(self, base: Any) -> None:
-        from finetune_trainer.model import quantization_config
+    def _evaluate_test_set(self, trainer: Any) -> dict[str, float]:
+        """Metrics of the test set, evaluated once, on the weights that will be published. Empty without a test set."""
+        from finetune_trainer.objective import held_out
 
-        asked = quantization_config(self.run, self.hardware)
-        if asked is None:
-            return
-        # The module holds the state even where FSDP has put a slice in the weight's place.
-        four = asked.load_in_4bit
-        layers = [one for one in base.modules() if type(one).__name__ == ("Linear4bit" if four else "Linear8bitLt")]
-        if not any(
-            getattr(one, "quant_state", None) is not None if four else one.weight.element_size() == 1 for one in layers
-        ):
-            bits = 4 if asked.load_in_4bit else 8
-            raise InternalError("QuantizationNotActive", f"{bits}-bit weights were asked for, and none were found")
+        if self.test_rows is None:
+            return {}
+        self.channel.stage(Stage.EVALUATING)
+        metrics = held_out.measure(trainer, self.test_rows)
+        self._emit_notes(held_out.sentence(metrics))
+        return metrics
 
-    def _check_kernels(self, base: Any) -> None:
-        """Errors: InternalError KernelsNotActive. The library passes over models that it does not know without a word."""
-        if not self.trainer.args.use_liger_kernel:
-            return
-        forwards = (getattr(module.forward, "__module__", "") for module in base.modules())
-        if not any(name.startswith("liger_kernel") for name in forwards):
-            raise InternalError(
-                "KernelsNotActive", f"liger kernels were asked for, and no layer of {type(base).__name__} has one",
-                hint="set model.ligerKernels: false",
-            )  # fmt: skip
+    def _save(self, trainer: Any, trainable: TrainableModel) -> tuple[Path, dict[str, Any]]:
+        """Write the final artefact as a folder that transformers or PEFT load. All ranks take part; rank 0 writes."""
+        from finetune_trainer.engine import require_finite_weights
 
-    def _save(self, trainer: Any, applied: Any) -> tuple[Path, dict[str, Any]]:
-        """The final artefact as a plain folder that transformers or PEFT load. All ranks take part, rank 0 writes."""
-        from finetune_trainer.engine import require_finite
-
-        require_finite(trainer.model)
-        folder = self.inputs.output_dir / FINAL
+        require_finite_weights(trainer.model)
+        folder = self.inputs.output_dir / FINAL_FOLDER
         if trainer.is_world_process_zero():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
         trainer.accelerator.wait_for_everyone()
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
-            if applied.initial_adapter is not None:
+            if trainable.initial_adapter is not None:
                 trainer.model.save_pretrained(
-                    folder, path_initial_model_for_weight_conversion=str(applied.initial_adapter)
+                    folder, path_initial_model_for_weight_conversion=str(trainable.initial_adapter)
                 )
-            # Preference trainers keep the adapter's start under this name, and every way of saving writes it.
+            # TRL's preference trainers keep a frozen copy of the adapter under this name, and PEFT saves every adapter.
             shutil.rmtree(folder / "ref", ignore_errors=True)
-            for name, text in applied.extra_files.items():
+            for name, text in trainable.extra_files.items():
                 (folder / name).write_text(text)
-            for stray in ("training_args.bin", "README.md"):
-                (folder / stray).unlink(missing_ok=True)
-            _portable(folder, self.run)
+            for unwanted in ("training_args.bin", "README.md"):
+                (folder / unwanted).unlink(missing_ok=True)
+            _name_base_by_source(folder, self.run)
         trainer.accelerator.wait_for_everyone()
-        return folder, {"data": self.facts.report, "notes": sorted(self._told)}
+        return folder, {"data": self.facts.report, "notes": sorted(self._emitted_notes)}
 
-    def _tell(self, *notes: str) -> None:
-        """Say each note once, from rank 0."""
+    def _emit_notes(self, *notes: str) -> None:
+        """Report each note for the status once, from rank 0."""
         for note in notes:
-            if note not in self._told:
-                self._told.add(note)
+            if note not in self._emitted_notes:
+                self._emitted_notes.add(note)
                 if self.channel.rank == 0:
                     self.channel.note(note)
 
 
-def _checkpoints() -> Hooks:
+def _checkpoint_hooks() -> Hooks:
     from finetune_trainer.checkpoint import rank
 
     return rank  # type: ignore[return-value]  # a module with these three functions
 
 
-def _objective(run: RunConfig) -> ModuleType:
-    kind = run.spec.trainer.type or TrainerType.SFT
+def _load_objective(run: RunConfig) -> ModuleType:
+    """The module named after `trainer.type`. Errors: ConfigError NotSupportedYet."""
+    kind = rules.trainer_of(run.spec).value
+    name = f"finetune_trainer.objective.{kind}"
     try:
-        return importlib.import_module(OBJECTIVES[kind])
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name != OBJECTIVES[kind]:
+        if error.name != name:
             raise
         raise ConfigError(
-            "NotSupportedYet", f"trainer.type {kind} cannot be trained by this version", hint="write sft"
+            "NotSupportedYet", f"this version of the trainer does not support trainer.type {kind}", hint="write sft"
         ) from None
 
 
-def _portable(folder: Path, run: RunConfig) -> None:
-    """An adapter names its base by its source, not by a path on this pod's disk."""
-    import json
-
+def _name_base_by_source(folder: Path, run: RunConfig) -> None:
+    """Write the source of the base model into the adapter's configuration, where PEFT writes a path on this pod's disk."""
     config = folder / "adapter_config.json"
     if config.exists():
         value = json.loads(config.read_text())
@@ -346,20 +309,20 @@ def _portable(folder: Path, run: RunConfig) -> None:
         config.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
-def named(error: Exception) -> FineTuneError:
-    """A library's exception under a name of ours: GPU memory, peers, anything else with its first line."""
+def to_finetune_error(error: Exception) -> FineTuneError:
+    """A library's exception as MemoryExhaustedError GpuOutOfMemory, or as InternalError with its type and first line."""
     import torch
 
     text = str(error).strip().split("\n")[0][:500]
-    if isinstance(error, torch.OutOfMemoryError) or MEMORY.search(str(error)):
+    if isinstance(error, torch.OutOfMemoryError) or OUT_OF_GPU_MEMORY.search(str(error)):
         return MemoryExhaustedError(
             "GpuOutOfMemory", text, hint="lower training.batchSizePerDevice, raise gradientAccumulationSteps, or enable gradientCheckpointing"
         )  # fmt: skip
     return InternalError(type(error).__name__, text or type(error).__name__)
 
 
-def _quiet() -> None:
-    """No progress bars: a pod's log is read line by line."""
+def _disable_progress_bars() -> None:
+    """Progress bars rewrite a line, and a pod's log is read line by line."""
     import datasets
     from transformers.utils import logging as hf_logging
 

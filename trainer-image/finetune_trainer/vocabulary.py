@@ -1,7 +1,7 @@
-"""New tokens (`model.newTokens`): into the tokenizer, and as rows of the embeddings that are trained.
+"""Adds new tokens (`model.newTokens`) to the tokenizer and to the model's embeddings.
 
-A new row starts as the mean of all rows, in the embeddings and in the head: it then gets an average share of the
-probability, where random rows would take far more or far less. What trains the rows is the method's own affair.
+A new row starts as the mean of all rows, in the embeddings and in the head. The new token then has an average probability, which
+random rows would make far too high or too low. Whether the rows are trained is decided by the method.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from finetune_api.pod import RunConfig
 from finetune_api.sources import redact_source
 
 
-def extend(tokenizer: Any, asked: Sequence[str] | None) -> list[int]:
-    """Add the tokens, each always one token in any text; their ids. Errors: ConfigError TokenKnown."""
+def add_tokens(tokenizer: Any, asked: Sequence[str] | None) -> list[int]:
+    """Add tokens that are never split, whatever text surrounds them; returns their ids. Errors: ConfigError TokenKnown."""
     if not asked:
         return []
     from transformers import AddedToken
@@ -24,48 +24,48 @@ def extend(tokenizer: Any, asked: Sequence[str] | None) -> list[int]:
     known = [token for token in asked if token in tokenizer.get_vocab()]
     if known:
         raise ConfigError(
-            "TokenKnown", f"model.newTokens names {', '.join(known)}, which the tokenizer has already",
+            "TokenKnown", f"model.newTokens names {', '.join(known)}, which the tokenizer already has",
             hint="remove it: it is trained like any other token",
         )  # fmt: skip
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in asked])
-    return new_ids(tokenizer, asked)
+    return new_token_ids(tokenizer, asked)
 
 
-def new_ids(tokenizer: Any, asked: Sequence[str] | None) -> list[int]:
-    """Ids of the new tokens, in their order."""
+def new_token_ids(tokenizer: Any, asked: Sequence[str] | None) -> list[int]:
+    """Ids of the new tokens, in the given order."""
     return [int(tokenizer.convert_tokens_to_ids(token)) for token in asked or ()]
 
 
-def fit(model: Any, tokenizer: Any, run: RunConfig, parts: Sequence[Any] = ()) -> None:
-    """Give the model rows for the new tokens; without any, see that it has a row for every token that is used.
+def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, parts: Sequence[Any] = ()) -> None:
+    """Add embedding rows for the new tokens. Without new tokens, check that the model has a row for every token that is used.
 
-    Tokenizers may hold more tokens than the model has rows (for images, say): that is fine as long as none of them is in the data,
-    `parts`, or fills short rows. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
+    A tokenizer may hold more tokens than the model has rows (for images, for example), if none of them is in the data sets `parts`
+    or is the pad token. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
     """
-    ids = new_ids(tokenizer, run.spec.model.new_tokens)
-    words = model.get_input_embeddings().weight
-    rows = int((getattr(words, "ds_shape", None) or words.shape)[0])
+    ids = new_token_ids(tokenizer, run.spec.model.new_tokens)
+    embeddings = model.get_input_embeddings().weight
+    rows = int((getattr(embeddings, "ds_shape", None) or embeddings.shape)[0])
     if not ids:
-        used = max([tokenizer.pad_token_id, *map(_highest, parts)]) if rows < len(tokenizer) else 0
+        used = max([tokenizer.pad_token_id, *map(_highest_id, parts)]) if rows < len(tokenizer) else 0
         if used >= rows:
             raise ConfigError(
-                "VocabularyDiffers", f"{redact_source(run.spec.model.source or '')} knows {rows} tokens, and "
+                "VocabularyDiffers", f"{redact_source(run.spec.model.source or '')} has {rows} embedding rows, and "
                 f"{tokenizer.convert_ids_to_tokens(used)!r} has id {used}",
-                hint="give the model's own tokenizer, and name tokens that are to be added in model.newTokens",
+                hint="give the model's own tokenizer, and name additional tokens in model.newTokens",
             )  # fmt: skip
         return
-    if hasattr(words, "ds_id"):
+    if hasattr(embeddings, "ds_id"):
         raise ConfigError(
-            "NewTokensSharded", "model.newTokens makes the embeddings grow, and with ZeRO stage 3 no rank has them whole",
+            "NewTokensSharded", "model.newTokens enlarges the embeddings, and with ZeRO stage 3 no rank holds all of their rows",
             hint="write zeroStage 2, or fsdp with method full",
         )  # fmt: skip
     if rows < len(tokenizer):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    _start(model, ids)
+    _set_to_mean(model, ids)
 
 
-def _highest(part: Any) -> int:
-    """Highest token id in a data set's columns of ids; -1: it has none."""
+def _highest_id(part: Any) -> int:
+    """Highest token id in a data set's columns of ids; -1 without such columns."""
     import pyarrow.compute
 
     columns = [name for name in getattr(part, "column_names", ()) if name.endswith("_ids")]
@@ -74,15 +74,16 @@ def _highest(part: Any) -> int:
 
 
 @torch.no_grad()
-def _start(model: Any, ids: list[int]) -> None:
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for weight in {id(end.weight): end.weight for end in ends if end is not None}.values():
+def _set_to_mean(model: Any, ids: list[int]) -> None:
+    """Set the rows of the new tokens to the mean of all older rows."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    for weight in {id(end.weight): end.weight for end in modules if end is not None}.values():
         weight[ids] = weight[: min(ids)].float().mean(0).to(weight.dtype)
 
 
-def names(model: Any) -> list[str]:
-    """Last parts of the names of the embeddings and, where it is a weight of its own, of the head."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+def embedding_names(model: Any) -> list[str]:
+    """Last parts of the module names of the embeddings and, if its weight is not tied to them, of the head."""
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     found = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
-    apart = {id(end.weight): found[id(end)] for end in reversed(ends) if end is not None}
-    return list(dict.fromkeys(reversed(apart.values())))
+    untied = {id(end.weight): found[id(end)] for end in reversed(modules) if end is not None}
+    return list(dict.fromkeys(reversed(untied.values())))

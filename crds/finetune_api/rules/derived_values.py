@@ -41,6 +41,11 @@ def given_bits(spec: FineTuneJobSpec) -> int | None:
     return spec.model.quantization.bits if spec.model.quantization else None
 
 
+def trains_base_weights(spec: FineTuneJobSpec) -> bool:
+    """Whether weights of the base model itself are trained, not an adapter."""
+    return method_of(spec) in BASE_WEIGHT_METHODS
+
+
 def base_bits(spec: FineTuneJobSpec) -> int | None:
     """Bits that the base is loaded in, given or implied by the method; None: not quantised."""
     return given_bits(spec) or (4 if method_of(spec) is MethodType.QLORA or uses_loftq(spec) else None)
@@ -57,6 +62,8 @@ INITS_NEEDING_WHOLE_WEIGHTS = (LoraInit.PISSA, LoraInit.OLORA, LoraInit.EVA)
 INITS_CHANGING_BASE = (LoraInit.PISSA, LoraInit.OLORA)
 """Ways to start that take a part of the base away."""
 LORA_METHODS = (MethodType.LORA, MethodType.QLORA, MethodType.DORA, MethodType.ADAPTER)
+BASE_WEIGHT_METHODS = (MethodType.FULL, MethodType.SPECTRUM)
+"""Methods that train weights of the base model itself; the others train an adapter."""
 PROMPT_METHODS = (MethodType.PREFIX_TUNING, MethodType.PROMPT_TUNING)
 PREFERENCE_TRAINERS = (TrainerType.DPO, TrainerType.ORPO, TrainerType.REWARD)
 OUTPUT_HEADS = ("lm_head", "embed_out", "output_projection")

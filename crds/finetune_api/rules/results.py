@@ -6,10 +6,10 @@ from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
     PROMPT_METHODS,
     method_of,
+    trains_base_weights,
 )
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import (
-    MethodType,
     Tracker,
 )
 
@@ -53,7 +53,7 @@ def output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
             f"{spec.output.layout} describes the tree below output.dir, and that is not given",
             "write output.dir, or remove it",
         )
-    if spec.output.merge_adapter and method_of(spec) in (MethodType.FULL, MethodType.SPECTRUM):
+    if spec.output.merge_adapter and trains_base_weights(spec):
         yield (
             "output.mergeAdapter",
             f"true, but method {method_of(spec)} makes no adapter",

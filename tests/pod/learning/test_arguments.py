@@ -56,12 +56,12 @@ def test_backend_transformers_changes_nothing(tmp_path: Path) -> None:
 
 def test_backend_unsloth_needs_a_gpu(tmp_path: Path) -> None:
     import torch
-    from finetune_trainer.arguments import Tuned
+    from finetune_trainer.arguments import MemorySavers
     from finetune_trainer.hardware import Hardware
 
     run, _ = make_run(tmp_path, Path("/models/tiny"), {"trainer": {"backend": "unsloth"}})
     with pytest.raises(ConfigError, match="BackendNeedsGpu"):
-        Tuned.of(run, Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa"))
+        MemorySavers.choose(run, Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa"))
 
 
 PRELOAD = """
@@ -105,11 +105,11 @@ def liger(folder: Path, spec: dict[str, Any], kind: str) -> tuple[bool, list[str
     """Whether the kernels stay on for a model of a kind, and what is said."""
     from types import SimpleNamespace
 
-    from finetune_trainer.arguments import settle_kernels
+    from finetune_trainer.arguments import choose_kernels
 
     run, _ = make_run(folder, Path("/models/tiny"), {"resources": {"gpusPerNode": 1}, **spec})
     args = SimpleNamespace(use_liger_kernel=True)
-    notes = settle_kernels(args, run, kind)
+    notes = choose_kernels(args, run, kind)
     return args.use_liger_kernel, notes
 
 
@@ -131,22 +131,19 @@ def test_kernels_are_put_in_and_leave_the_forward_pass_alone(tmp_path: Path) -> 
     pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
     code = """
 import sys
-from finetune_trainer.train import Session
+from finetune_trainer.verification import require_kernels
 from tests.support.tiny import make_tiny_model
 from transformers import AutoModelForSequenceClassification
 from transformers.integrations.liger import apply_liger_kernel
-from types import SimpleNamespace
 
 config = {"fused_linear_cross_entropy": False}
 model = AutoModelForSequenceClassification.from_pretrained(make_tiny_model(sys.argv[1]), num_labels=1)
-session = object.__new__(Session)
-session.trainer = SimpleNamespace(args=SimpleNamespace(use_liger_kernel=True))
 try:
-    session._check_kernels(model)
+    require_kernels(model)
 except Exception as error:
     print(error.code)
 apply_liger_kernel(model, config)
-session._check_kernels(model)
+require_kernels(model)
 print(model.forward.__func__ is type(model).forward)
 """
     found = gpu_arguments(tmp_path, {"model": {"ligerKernels": True}})
@@ -171,6 +168,6 @@ print(model.forward.__func__ is type(model).forward)
     ],
 )
 def test_a_full_gpu_is_known_in_whatever_words(text: str, memory: bool) -> None:
-    from finetune_trainer.train import named
+    from finetune_trainer.train import to_finetune_error
 
-    assert named(RuntimeError(text)).exit_code == (71 if memory else 70)
+    assert to_finetune_error(RuntimeError(text)).exit_code == (71 if memory else 70)

@@ -75,7 +75,7 @@ def test_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Path)
         ({"scheduler": "warmupStableDecay"}, "num_decay_steps"),
         ({"scheduler": "cosineWithMinLr"}, "min_lr"),
         ({"scheduler": "polynomial", "schedulerParameters": {"lr_end": "1"}}, "lr_end"),
-        ({"scheduler": "polynomial", "schedulerParameters": {"power": "high"}}, "make no schedule"),
+        ({"scheduler": "polynomial", "schedulerParameters": {"power": "high"}}, "rejects training.schedulerParameters"),
     ],
 )
 def test_parameters_that_make_no_schedule_are_refused(
@@ -291,13 +291,13 @@ def test_a_loss_that_is_no_number_ends_the_run(model: Path, tmp_path: Path) -> N
 
 
 def test_weights_that_are_no_numbers_are_not_published(model: Path, tmp_path: Path) -> None:
-    from finetune_trainer.engine import require_finite
+    from finetune_trainer.engine import require_finite_weights
 
     layer = torch.nn.Linear(2, 2)
-    require_finite(layer)
+    require_finite_weights(layer)
     layer.weight.data[0, 0] = float("nan")
     with pytest.raises(DivergedError, match="WeightsNotFinite"):
-        require_finite(layer)
+        require_finite_weights(layer)
 
 
 def test_evaluation_without_data_is_refused(model: Path, tmp_path: Path) -> None:

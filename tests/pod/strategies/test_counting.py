@@ -123,7 +123,7 @@ def test_waiting_for_data_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(Trainer, "get_batch_samples", take)
-    trainer = object.__new__(engine.Guarded)
+    trainer = object.__new__(engine.GuardedTrainer)
     trainer.meter = Meter(flops_of_token=1, peak=None, ranks=1)
     trainer.meter.start(0, now[0])
     source = slow()

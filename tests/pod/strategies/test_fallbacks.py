@@ -111,20 +111,20 @@ def test_a_quantised_base_that_is_whole(
     with pytest.raises(FineTuneError) as caught:
         go(tmp_path, model, spec)
     assert caught.value.code == "QuantizationNotActive"
-    assert caught.value.message == f"{bits}-bit weights were asked for, and none were found"
+    assert caught.value.message == f"{bits}-bit weights were asked for, and no layer has any"
 
 
 def test_an_adapter_that_trains_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_trainer.method import lora
+    from finetune_trainer.method.lora import Lora
 
-    honest = lora.apply
+    original = Lora.apply
 
     def frozen(*args: Any, **options: Any) -> Any:
-        applied = honest(*args, **options)
-        applied.model.requires_grad_(False)
-        return applied
+        trainable = original(*args, **options)
+        trainable.model.requires_grad_(False)
+        return trainable
 
-    monkeypatch.setattr(lora, "apply", frozen)
+    monkeypatch.setattr(Lora, "apply", frozen)
     with pytest.raises(FineTuneError) as caught:
         go(tmp_path, model)
     assert caught.value.code == "NothingTrainable"

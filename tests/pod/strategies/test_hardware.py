@@ -37,7 +37,7 @@ def found(folder: Path, spec: dict[str, Any]) -> Hardware:
 )
 def test_number_formats_on_a_cpu(asked: str, dtype: torch.dtype, bf16: bool, tmp_path: Path) -> None:
     there = found(tmp_path, {"training": {"mixedPrecision": asked}})
-    assert (there.cpu, there.name, there.dtype, there.bf16, there.fp16) == (True, "cpu", dtype, bf16, False)
+    assert (there.is_cpu, there.name, there.dtype, there.bf16, there.fp16) == (True, "cpu", dtype, bf16, False)
 
 
 def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
@@ -105,15 +105,3 @@ def test_flash_attention_needs_16_bits(new_gpus: None, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         found(tmp_path / "b", {**flash, "training": {"mixedPrecision": "no"}})
     assert caught.value.code == "AttentionPrecision" and "write mixedPrecision bf16" in (caught.value.hint or "")
-
-
-def test_a_rank_uses_one_of_several_devices(tmp_path: Path) -> None:
-    """transformers would spread the model over all devices that one process sees."""
-    from finetune_trainer.engine import one_device
-    from transformers import TrainingArguments
-
-    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
-    args._n_gpu = 2
-    assert args.train_batch_size == 8
-    one_device(args)
-    assert args.train_batch_size == 4

@@ -1,15 +1,27 @@
-"""FLOPs and paces, against published figures."""
+"""FLOPs per token, utilisation and throughput, compared with published figures and with counted parameters."""
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
-from finetune_trainer.speed import Meter, Shape, attention_flops, flops_per_token, peak_of
+from finetune_trainer.speed import Meter, Shape, attention_flops, flops_per_token, peak_of, trained_parameters
+
+from tests.support.learning import go
+from tests.support.tiny import make_tiny_model
 
 LLAMA_3_8B = Shape(matrix_parameters=7_504_924_672, layers=32, heads=32, head_size=128)
-"""8.03 billion parameters less the embedding table of 128,256 x 4,096."""
+"""8.03 billion parameters without the embedding table of 128,256 x 4,096."""
+VOCABULARY, HIDDEN, MLP, LAYERS = 48, 16, 32, 2
+TABLE = VOCABULARY * HIDDEN
+LAYER = 4 * HIDDEN * HIDDEN + 3 * HIDDEN * MLP + 2 * HIDDEN
+"""Attention, the three matrices of the MLP, two norms."""
+BODY = LAYERS * LAYER + HIDDEN
+"""All layers and the norm before the head."""
 
 
-def test_published_figures_come_out() -> None:
+def test_published_throughputs_give_the_published_utilisation() -> None:
     # A LoRA run of an 8B model at 4096 tokens, reported at 12,473 tokens/s and 402 TFLOP/s with causal attention.
     lora = 12_473 * flops_per_token(LLAMA_3_8B, 4096, frozen_base=True)
     assert lora / 1e12 == pytest.approx(402, rel=0.05)
@@ -18,13 +30,13 @@ def test_published_figures_come_out() -> None:
     assert full / 989e12 == pytest.approx(0.337, abs=0.003)
 
 
-def test_adapters_cost_two_thirds_of_the_matrix_work() -> None:
+def test_a_frozen_base_needs_two_thirds_of_the_matrix_flops() -> None:
     assert flops_per_token(LLAMA_3_8B, 0, frozen_base=True) == 4 * LLAMA_3_8B.matrix_parameters
     assert flops_per_token(LLAMA_3_8B, 0, frozen_base=False) == 6 * LLAMA_3_8B.matrix_parameters
     assert attention_flops(LLAMA_3_8B, 100, causal=False) == 2 * attention_flops(LLAMA_3_8B, 100)
 
 
-def test_peaks_are_found_by_name_and_unknown_ones_are_not_made_up() -> None:
+def test_peak_flops_are_known_by_device_name_and_none_otherwise() -> None:
     assert peak_of("NVIDIA H100 80GB HBM3") == peak_of("NVIDIA H200") == 989e12
     assert peak_of("NVIDIA H100 PCIe") == 756e12
     assert peak_of("NVIDIA A100-SXM4-80GB") == 312e12
@@ -44,10 +56,99 @@ def test_peaks_are_found_by_name_and_unknown_ones_are_not_made_up() -> None:
     assert peak_of("NVIDIA GeForce RTX 4090 Laptop GPU") is peak_of("NVIDIA GeForce RTX 4090 D") is None
 
 
-def test_meter_measures_between_lines() -> None:
+def test_meter_measures_throughput_between_log_lines() -> None:
     meter = Meter(flops_of_token=2.0, peak=100.0, ranks=2)
     assert meter.read(10, now=1.0) == {}
     meter.waited = 0.5
     assert meter.read(60, now=3.0) == {"tokens_per_second": 25.0, "data_wait_share": 0.25, "mfu": 0.25}
     assert meter.read(60, now=4.0) == {}
     assert "mfu" not in (Meter(flops_of_token=1, peak=None, ranks=1).read(1, now=1.0) | {})
+
+
+def llama(*, tied: bool = False) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=2,
+            max_position_embeddings=32, tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+
+
+def with_lora(model: Any, **options: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **options)
+    ).get_base_model()
+
+
+def matrix_and_trained_parameters(model: Any) -> tuple[int, int]:
+    return Shape.of(model).matrix_parameters, trained_parameters(model)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    ("options", "trained"),
+    [
+        ({}, 0),
+        ({"modules_to_save": ["lm_head"]}, TABLE),
+        ({"modules_to_save": ["embed_tokens"]}, 0),
+        ({"modules_to_save": ["norm"]}, (2 * LAYERS + 1) * HIDDEN),  # every module whose name ends so
+    ],
+)
+def test_a_module_saved_in_full_is_counted_once(options: dict[str, Any], trained: int, tied: bool) -> None:
+    assert matrix_and_trained_parameters(with_lora(llama(tied=tied), **options)) == (BODY + TABLE, trained)
+
+
+def test_trained_embedding_rows_do_not_hide_the_head() -> None:
+    matrices, trained = matrix_and_trained_parameters(with_lora(llama(), trainable_token_indices={"embed_tokens": [1], "lm_head": [1]}))
+    assert (matrices - BODY - TABLE, trained) == (HIDDEN, HIDDEN)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_selected_modules_need_additional_gradient_flops(tied: bool) -> None:
+    model = llama(tied=tied)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("layers.1.mlp" in name or "embed_tokens" in name or "lm_head" in name)
+    learned = 3 * HIDDEN * MLP + TABLE  # the embedding lookup is no matrix product
+    assert matrix_and_trained_parameters(model) == (BODY + TABLE, learned)
+    flops = flops_per_token(Shape.of(model), 0, frozen_base=True, trained=trained_parameters(model))
+    assert flops == 4 * (BODY + TABLE) + 2 * learned
+
+
+def test_training_every_parameter_equals_full_training() -> None:
+    shape = Shape.of(llama())
+    whole = flops_per_token(shape, 8, frozen_base=True, trained=trained_parameters(llama()))
+    assert whole == flops_per_token(shape, 8, frozen_base=False)
+
+
+def test_only_the_chosen_experts_of_a_token_count() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    model = MixtralForCausalLM(
+        MixtralConfig(
+            vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=MLP, num_hidden_layers=LAYERS, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=32, num_local_experts=8, num_experts_per_tok=2,
+        )
+    )  # fmt: skip
+    attention, router, expert, norms = 4 * HIDDEN * HIDDEN, 8 * HIDDEN, 3 * HIDDEN * MLP, 2 * HIDDEN
+    layers = LAYERS * (attention + router + 2 * expert + norms)
+    assert matrix_and_trained_parameters(model) == (layers + HIDDEN + TABLE,) * 2
+
+
+def test_reported_utilisation_counts_the_trained_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_trainer.objective import sft
+
+    monkeypatch.setattr(sft, "peak_of", lambda name: 1e12)
+    method = {"type": "spectrum", "spectrum": {"layers": [1]}}
+    outcome = go(tmp_path, make_tiny_model(tmp_path / "tiny"), {"method": method, "training": {"maxSteps": 2}})
+    report = outcome.extra["data"]["tokens"]["train"]
+    matrices, trained = matrix_and_trained_parameters(outcome.model)
+    assert 0 < trained < matrices
+    flops = flops_per_token(
+        Shape.of(outcome.model), report["tokens"] / report["rows"], frozen_base=True, trained=trained
+    )
+    (line,) = [line for line in outcome.logs if "mfu" in line]
+    assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / 1e12, rel=1e-9)

@@ -190,7 +190,9 @@ class Tree:
             self.store.delete([stat.key for stat in self.store.list(join(folder, PARTS) + "/")])
         except Fenced:
             raise
-        except FineTuneError as error:  # it is committed: what cannot be asked or tidied afterwards does not change that
+        except (
+            FineTuneError
+        ) as error:  # it is committed: what cannot be asked or tidied afterwards does not change that
             log.warning("%s is committed, and could not be looked at once more: %s", base, error)
         return marker
 

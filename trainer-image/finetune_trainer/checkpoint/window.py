@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,15 @@ import torch
 from finetune_api.base import LenientModel
 from finetune_api.errors import DivergedError
 from pydantic import Field
+
+from finetune_trainer.library_internals import (
+    last_logged_step,
+    loss_sum,
+    metric_lists,
+    set_last_logged_step,
+    set_trained_tokens,
+    trained_tokens,
+)
 
 FILE = "window-{rank}.json"
 TRAIN = "train"
@@ -44,10 +54,10 @@ class Window:
         """Put this rank's sums into a checkpoint."""
         trainer = self._trainer
         sums = Sums(
-            since=trainer._globalstep_last_logged, loss=trainer._tr_loss.item(),
+            since=last_logged_step(trainer), loss=loss_sum(trainer).item(),
             ours={name: _number(value) for name, value in self._ours().items()},
             values={name: [_number(one) for one in values] for name, values in self._values().items()},
-            tokens=getattr(trainer, "_total_train_tokens", 0),
+            tokens=trained_tokens(trainer),
         )  # fmt: skip
         folder.mkdir(exist_ok=True)
         (folder / FILE.format(rank=self._rank)).write_text(json.dumps(sums.to_wire()))
@@ -66,27 +76,25 @@ class Window:
 
     def _set(self, sums: Sums) -> None:
         trainer = self._trainer
-        trainer._globalstep_last_logged = sums.since
-        trainer._tr_loss.fill_(sums.loss)
+        set_last_logged_step(trainer, sums.since)
+        loss_sum(trainer).fill_(sums.loss)
         self._ours().update(sums.ours)
         self._values().update(sums.values)
-        if hasattr(trainer, "_total_train_tokens"):
-            trainer._total_train_tokens = sums.tokens
+        set_trained_tokens(trainer, sums.tokens)
 
     def _ours(self) -> dict[str, Any]:
         kept: dict[str, dict[str, Any]] = getattr(self._trainer, "_sums", {TRAIN: {}})
         return kept[TRAIN]
 
-    def _values(self) -> dict[str, Any]:
-        kept: dict[str, dict[str, Any]] = getattr(self._trainer, "_metrics", {TRAIN: {}})
-        return kept[TRAIN]
+    def _values(self) -> MutableMapping[str, Any]:
+        return metric_lists(self._trainer)
 
     def settle(self, model: Any, step: int) -> int:
         """Tokens of the open window over all ranks, once all agree that what they are about to save is finite.
 
         Every rank calls it at the same time. Errors: DivergedError LossNotFinite, WeightsNotFinite.
         """
-        loss, weights = self._trainer._tr_loss, _norm(model)
+        loss, weights = loss_sum(self._trainer), _norm(model)
         tokens = _number(self._ours().get("tokens", 0))
         facts = torch.tensor(
             [float(not torch.isfinite(loss)), float(not math.isfinite(weights)), tokens],

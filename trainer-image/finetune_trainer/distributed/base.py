@@ -66,7 +66,7 @@ class Ddp(Plan):
 
     def arguments(self) -> dict[str, Any]:
         """DDP has every parameter in use (frozen ones do not count), so it need not search for unused ones."""
-        return {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if self.hardware.cpu else "nccl"}
+        return {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
 
 def connected(kind: type, plan: Plan, **attributes: Any) -> Any:

@@ -298,7 +298,7 @@ def _scheduler(config: dict[str, Any], both: Comparison, run: RunConfig, result:
             hint=f"write one of {', '.join(SCHEDULERS)}, or training.scheduler",
         )
     fitting(FILE, "scheduler.params", given, WARMUP, auto=True)
-    from finetune_trainer.schedules import SCHEDULERS as NAMES
+    from finetune_trainer.schedules import SCHEDULER_NAMES
 
     scheduler = both.same(
         "scheduler.type",
@@ -307,7 +307,7 @@ def _scheduler(config: dict[str, Any], both: Comparison, run: RunConfig, result:
         training.scheduler,
         shown=f"{kind} ({SCHEDULERS[kind]})",
     )
-    result.training["lr_scheduler_type"] = NAMES[scheduler]
+    result.training["lr_scheduler_type"] = SCHEDULER_NAMES[scheduler]
     _warmup(given.get("warmup_num_steps"), both, run, result)
     rate = both.undone(
         "training.learningRate", training.learning_rate, result.training.get("learning_rate", training.learning_rate)
@@ -431,7 +431,7 @@ class Deepspeed(Plan):
     @property
     def trainer_bases(self) -> tuple[type, ...]:
         """Loading of the best weights at the end."""
-        return (_best_of_slices(),)
+        return (_best_weights_mixin(),)
 
     def before(self) -> None:
         """DeepSpeed wants a process group even for one rank. On CPU nobody else makes it before the model is loaded."""
@@ -448,7 +448,7 @@ class Deepspeed(Plan):
                 "MASTER_PORT": str(_free_port()),
             }
             os.environ |= alone
-        if self.hardware.cpu:
+        if self.hardware.is_cpu:
             if not torch.distributed.is_initialized():
                 torch.distributed.init_process_group("gloo")
             deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
@@ -475,22 +475,21 @@ class Deepspeed(Plan):
         return name
 
 
-def _best_of_slices() -> type:
+def _best_weights_mixin() -> type:
     """The mix-in; made here so that this module loads without torch."""
-    from transformers import Trainer
-
     from finetune_trainer.best import best_folder
     from finetune_trainer.distributed.weights import load_gathered
+    from finetune_trainer.library_internals import OpenTrainer
 
-    class BestOfSlices(Trainer):  # type: ignore[misc]  # transformers ships no types
-        """The best weights come from the plain folder; the engine's own checkpoint of that step may be gone."""
+    class BestWeightsFromFolder(OpenTrainer):
+        """Loads the best weights from a plain folder; transformers would load DeepSpeed's own checkpoint, which may be deleted."""
 
-        def _load_best_model(self) -> None:
+        def load_best_model(self) -> None:
             reader = self.accelerator.is_main_process
             load_gathered(self.model, best_folder(self) if reader else Path(), reader)
             self.accelerator.wait_for_everyone()
 
-    return BestOfSlices
+    return BestWeightsFromFolder
 
 
 def _free_port() -> int:

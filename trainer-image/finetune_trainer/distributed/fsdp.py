@@ -220,7 +220,7 @@ class Fsdp(Plan):
     @property
     def trainer_bases(self) -> tuple[type, ...]:
         """Saving and loading of sharded state."""
-        return (_sharded_checkpoints(),)
+        return (_sharded_checkpoints_mixin(),)
 
     def arguments(self) -> dict[str, Any]:
         """Fields of TrainingArguments. What is saved as the model is always whole; see `ShardedCheckpoints`."""
@@ -228,23 +228,21 @@ class Fsdp(Plan):
             "version": 2, "reshard_after_forward": self.chosen.sharding is FsdpSharding.FULL_SHARD,
             "state_dict_type": "FULL_STATE_DICT", "cpu_offload": self.chosen.offload, **self.chosen.wrap,
         }  # fmt: skip
-        return {"fsdp": True, "fsdp_config": config, "ddp_backend": "gloo" if self.hardware.cpu else "nccl"}
+        return {"fsdp": True, "fsdp_config": config, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
     def after_accelerator(self, trainer: Any) -> None:
-        """On CPU, turn on what accelerate turns on for GPUs only (accelerate 1.15; needed until it does so itself).
+        """On CPU, enable FSDP, which accelerate enables on GPUs only. In 16 bits, reduce gradients in 32.
 
-        AcceleratorState copies PartialState's fields whenever it is asked for, so both are set. With 16 bits accelerate would
-        also sum gradients and round the loss in them: ranks compute in 16 bits and sum in 32, as with ddp.
+        accelerate would also sum the gradients and round the loss in 16 bits; DDP sums them in 32.
         Errors: ConfigError ConfigFileInvalid for layer classes that the model does not have.
         """
         self._require_layers(trainer.model)
-        from accelerate.state import AcceleratorState, PartialState
-        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+        if self.hardware.is_cpu:
+            from accelerate.utils import FullyShardedDataParallelPlugin
 
-        if self.hardware.cpu:
-            plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
-            AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
-            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            from finetune_trainer.library_internals import enable_fsdp_on_cpu
+
+            enable_fsdp_on_cpu(FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args))
             trainer.is_fsdp_enabled = True
         if self.hardware.bf16 or self.hardware.fp16:
             import torch
@@ -286,23 +284,22 @@ class Fsdp(Plan):
         return super().verify(trainer)
 
 
-def _sharded_checkpoints() -> type:
+def _sharded_checkpoints_mixin() -> type:
     """The mix-in; made here so that this module loads without torch."""
-    from transformers import Trainer
-
     from finetune_trainer.best import best_folder
     from finetune_trainer.distributed.weights import load_whole
+    from finetune_trainer.library_internals import OpenTrainer
 
-    class ShardedCheckpoints(Trainer):  # type: ignore[misc]  # transformers ships no types
-        """Weights or adapter as one plain folder, optimizer state in slices (or whole, if asked), nothing twice.
+    class ShardedCheckpoints(OpenTrainer):
+        """Checkpoints with the weights or the adapter in one plain folder, and the optimizer's state sharded unless asked otherwise.
 
-        transformers (5.23) writes either whole safetensors and whole states, or slices and no model that anyone can load.
+        transformers 5.23 writes either complete safetensors and complete states, or shards, which no library loads as a model.
         """
 
         plan: Fsdp
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-            """Gather what is trained (adapter) or all (model) and write it as a single rank would."""
+            """Gather the trained weights (adapter) or all weights (model), and write them as a single rank would."""
             import torch
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
@@ -310,10 +307,10 @@ def _sharded_checkpoints() -> type:
             whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
             with torch.no_grad():
                 state = get_model_state_dict(self.model, options=whole)
-            self._save(output_dir or self.args.output_dir, state_dict=state)
+            self.save_files(output_dir or self.args.output_dir, state)
             self.accelerator.wait_for_everyone()
 
-        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        def save_optimizer_and_scheduler(self, output_dir: str) -> None:
             import torch
             from accelerate.utils import save_fsdp_optimizer
 
@@ -323,31 +320,31 @@ def _sharded_checkpoints() -> type:
             if self.args.should_save:
                 torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
-        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        def load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
             if checkpoint is None:
                 return
             with self._optimizer_layout(self.accelerator.state.fsdp_plugin, checkpoint):
-                super()._load_optimizer_and_scheduler(checkpoint)
+                super().load_optimizer_and_scheduler(checkpoint)
 
-        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            """Weights from the plain folder into the slices. Errors: NoCheckpointError CheckpointForeign."""
-            load_whole(model or self.model, Path(resume_from_checkpoint), self.accelerator.is_main_process)
+        def load_checkpoint_weights(self, folder: str, model: Any = None) -> None:
+            """Load the weights of a plain folder into the sharded model. Errors: NoCheckpointError CheckpointForeign."""
+            load_whole(model or self.model, Path(folder), self.accelerator.is_main_process)
             self.accelerator.wait_for_everyone()
 
-        def _load_best_model(self) -> None:
+        def load_best_model(self) -> None:
             reader = self.accelerator.is_main_process
             load_whole(self.model, best_folder(self) if reader else Path(), reader)
             self.accelerator.wait_for_everyone()
 
         @contextmanager
         def _optimizer_layout(self, plugin: Any, checkpoint: str | None = None) -> Iterator[None]:
-            """accelerate reads from the plugin whether states are whole or sliced; the model's own layout stays whole."""
-            sliced = self.plan.chosen.state_dict is FsdpStateDict.SHARDED
+            """Set the layout of the optimizer's state for one call: accelerate reads it from the plugin, as that of the model."""
+            sharded = self.plan.chosen.state_dict is FsdpStateDict.SHARDED
             if checkpoint is not None:
-                sliced = not (Path(checkpoint) / "optimizer.bin").exists()
+                sharded = not (Path(checkpoint) / "optimizer.bin").exists()
             before = plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config
             plugin.state_dict_config = plugin.optim_state_dict_config = None
-            plugin.set_state_dict_type("SHARDED_STATE_DICT" if sliced else "FULL_STATE_DICT")
+            plugin.set_state_dict_type("SHARDED_STATE_DICT" if sharded else "FULL_STATE_DICT")
             try:
                 yield
             finally:

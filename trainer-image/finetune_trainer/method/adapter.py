@@ -1,14 +1,14 @@
-"""Continue training an existing adapter, whatever made it, on the base it was made for.
+"""Continues the training of an existing PEFT adapter on the base model that it was made for.
 
-PEFT only warns where a file and the model do not fit each other, and trains what it has made up itself. Here every weight that
-is trained must come from the file, and every weight of the file must have a place.
+PEFT only warns if the file and the model do not fit, and trains randomly initialised weights instead. Here every trained weight
+must come from the file, and every weight of the file must have a place in the model.
 """
 
 from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,141 +17,158 @@ from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
 from finetune_api.rules.methods import keeps_reference_adapter
 from finetune_api.sources import redact_source
-from finetune_api.spec.enums import OutputKind
+from finetune_api.spec.enums import MethodType, OutputKind
 
-from finetune_trainer.inputs import Inputs
-from finetune_trainer.method.base import Applied
-from finetune_trainer.method.lora import show_bias
+from finetune_trainer.library_internals import continuable_adapter_types, expose_head_bias
+from finetune_trainer.method.base import TrainableModel
+from finetune_trainer.method.peft_method import PeftMethod
 
-CONFIG = "adapter_config.json"
-WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""How PEFT's words begin for starts that change the base again whenever such an adapter is added."""
+BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""First letters of `init_lora_weights` for the starts that change the base model whenever such an adapter is added."""
 
 
-def apply(
-    run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False, new_ids: Sequence[int] = ()
-) -> Applied:
-    """Load the adapter with its weights trainable.
+class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
+    """Loads `method.adapter.source` with its weights trainable."""
 
-    Errors: NotFoundError AdapterUnreadable (class Model); ConfigError AdapterNotContinuable, AdapterOfAnotherBase,
-    NewTokensNotTrained.
-    """
-    source = redact_source((run.spec.method.adapter.source if run.spec.method.adapter else None) or "")
-    base = redact_source(run.spec.model.source or "")
-    folder = inputs.adapter
-    assert folder is not None, "the supervisor fetches method.adapter.source"
-    config = _config(folder, source)
-    _require_continuable(config, run, source)
-    trained = config.get("trainable_token_indices") or {}  # PEFT takes a bare list, too: rows of the embeddings
-    rows = list(trained.values()) if isinstance(trained, dict) else [trained]
-    if any(set(new_ids) - set(ids) for ids in rows) or (new_ids and not trained):
-        raise ConfigError(
-            "NewTokensNotTrained", f"{source} trains no rows for model.newTokens, and an adapter that exists gets no new ones",
-            hint="remove newTokens, give the ones that the adapter was made with, or write method lora",
-        )  # fmt: skip
-    weights = _weights(folder, source)
+    def apply(self, model: Any) -> TrainableModel:
+        """Load the adapter and compare its file with the model.
+
+        Errors: NotFoundError AdapterUnreadable (class Model); ConfigError AdapterNotContinuable, AdapterOfAnotherBase,
+        NewTokensNotTrained.
+        """
+        run, folder = self.context.run, self.context.inputs.adapter
+        source = redact_source((run.spec.method.adapter.source if run.spec.method.adapter else None) or "")
+        base = redact_source(run.spec.model.source or "")
+        assert folder is not None, "the supervisor downloads method.adapter.source"
+        config = _read_config(folder, source)
+        _require_continuable(config, run, source)
+        self._require_new_tokens(config, source)
+        weights = _read_weights(folder, source)
+        try:
+            wrapped = self._load(model, folder, weights, f"{source} does not fit {base}")
+        except (RuntimeError, ValueError, KeyError) as error:
+            lines = [line.strip() for line in str(error).strip().split("\n")]
+            reason = next((line for line in lines if "size mismatch" in line), lines[0])[:200]
+            raise ConfigError(
+                "AdapterOfAnotherBase", f"{source} does not fit {base}: {reason}",
+                hint="give the base that the adapter was trained on",
+            ) from error  # fmt: skip
+        expose_head_bias(wrapped)
+        notes = [f"continues the {config['peft_type']} adapter of {source}"]
+        return TrainableModel(wrapped, OutputKind.ADAPTER, notes=notes)
+
+    def _require_new_tokens(self, config: Mapping[str, Any], source: str) -> None:
+        """Errors: ConfigError NewTokensNotTrained unless the adapter already trains the rows of `model.newTokens`."""
+        wanted = self.context.new_token_ids
+        # By module name, or one list for the embeddings: PEFT takes both.
+        trained = config.get("trainable_token_indices") or {}
+        rows = list(trained.values()) if isinstance(trained, dict) else [trained]
+        if any(set(wanted) - set(ids) for ids in rows) or (wanted and not trained):
+            raise ConfigError(
+                "NewTokensNotTrained", f"{source} does not train the rows of model.newTokens, and rows cannot be added to an existing adapter",
+                hint="remove newTokens, give the tokens that the adapter was made with, or write method lora",
+            )  # fmt: skip
+
+    def _load(self, model: Any, folder: Path, weights: Mapping[str, Any], misfit: str) -> Any:
+        """The model with the trainable adapter. Errors: ConfigError AdapterOfAnotherBase, AdapterNotContinuable; PEFT's own."""
+        import torch
+        from peft import PeftModel
+        from peft.utils.save_and_load import set_peft_model_state_dict
+
+        base = dict(model.named_parameters(remove_duplicate=False))
+        base_weights = {name: base[name] for name in map(_base_name, weights) if name in base}
+        before = {name: parameter.detach().clone() for name, parameter in base_weights.items()}
+        wrapped = PeftModel.from_pretrained(
+            model, folder, is_trainable=True, autocast_adapter_dtype=not self.keeps_base_dtype
+        )
+        # Loaded a second time, because only this call returns the keys without a place.
+        loaded = set_peft_model_state_dict(wrapped, dict(weights))
+        _require_all_keys(_absent_weights(wrapped, set(loaded.missing_keys)), sorted(loaded.unexpected_keys), misfit)
+        changed = [
+            name
+            for name, parameter in base_weights.items()
+            if not parameter.requires_grad and not torch.equal(parameter.detach(), before[name])
+        ]
+        if changed:
+            raise ConfigError(
+                "AdapterNotContinuable",
+                f"{misfit}: its file changes the frozen base weights {', '.join(changed[:4])}, and the resulting adapter would not contain them",
+                hint="merge them into the base model, or give the base model that has these values",
+            )  # fmt: skip
+        return wrapped
+
+
+def _read_config(folder: Path, source: str) -> dict[str, Any]:
     try:
-        wrapped = _loaded(model, folder, weights, f"{source} does not fit {base}", keep_dtype)
-    except (RuntimeError, ValueError, KeyError) as error:
-        lines = [line.strip() for line in str(error).strip().split("\n")]
-        told = next((line for line in lines if "size mismatch" in line), lines[0])[:200]
-        raise ConfigError(
-            "AdapterOfAnotherBase", f"{source} does not fit {base}: {told}",
-            hint="give the base that the adapter was trained on",
-        ) from error  # fmt: skip
-    show_bias(wrapped)
-    return Applied(wrapped, OutputKind.ADAPTER, notes=[f"continues the {config['peft_type']} adapter of {source}"])
-
-
-def _config(folder: Path, source: str) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG).read_text())
+        config = json.loads((folder / CONFIG_FILE).read_text())
     except (OSError, ValueError):
         config = None
     if not isinstance(config, dict):
         raise NotFoundError(
-            "AdapterUnreadable", f"method.adapter.source {source}: there is no readable {CONFIG}",
-            hint=f"give the folder that holds {CONFIG} and {WEIGHTS[0]}", failure_class=FailureClass.MODEL,
+            "AdapterUnreadable", f"method.adapter.source {source}: there is no readable {CONFIG_FILE}",
+            hint=f"give the folder that holds {CONFIG_FILE} and {WEIGHT_FILES[0]}", failure_class=FailureClass.MODEL,
         )  # fmt: skip
     return config
 
 
 def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str) -> None:
-    """Errors: ConfigError AdapterNotContinuable for kinds that PEFT cannot train on, or not beside a reference."""
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
+    """Errors: ConfigError AdapterNotContinuable for adapter types that PEFT cannot continue, or not beside a reference model."""
     kind, bias, init = config.get("peft_type", ""), config.get("bias") or "none", config.get("init_lora_weights")
-    if kind in PROMPT_LEARNING or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if kind in PROMPT_LEARNING or kind not in continuable_adapter_types():
         raise ConfigError(
-            "AdapterNotContinuable", f"{source} is a {str(kind).lower().replace('_', ' ') or 'nameless'} adapter, which PEFT cannot go on training",
+            "AdapterNotContinuable", f"{source} is a {str(kind).lower().replace('_', ' ') or 'nameless'} adapter, which PEFT cannot continue to train",
             hint="train a new one, or continue a LoRA or IA3 adapter",
         )  # fmt: skip
     if not keeps_reference_adapter(run.spec):
         return
-    why = f"its biases ({bias}) have no second copy" if bias != "none" else ""
-    if isinstance(init, str) and init.lower().startswith(CHANGED_BASE):
-        why = f"its init {init} changes the base again for the second copy"
-    if why:
+    reason = f"PEFT keeps only one copy of its biases (bias {bias})" if bias != "none" else ""
+    if isinstance(init, str) and init.lower().startswith(BASE_CHANGING_INITS):
+        reason = f"its init {init} would change the base model again for the second copy"
+    if reason:
         raise ConfigError(
-            "AdapterNotContinuable", f"{run.spec.trainer.type} keeps a second copy of {source} as the reference, and {why}",
-            hint="continue it with trainer.type sft, or merge it into the base and write method lora",
+            "AdapterNotContinuable", f"{run.spec.trainer.type} keeps a second copy of {source} as the reference, and {reason}",
+            hint="continue it with trainer.type sft, or merge it into the base model and write method lora",
         )  # fmt: skip
 
 
-def _weights(folder: Path, source: str) -> dict[str, Any]:
+def _read_weights(folder: Path, source: str) -> dict[str, Any]:
     """Tensors by their names in the file. Errors: NotFoundError AdapterUnreadable."""
     from peft.utils.save_and_load import load_peft_weights
     from safetensors import SafetensorError
 
-    found = [name for name in WEIGHTS if (folder / name).exists()]
+    found = [name for name in WEIGHT_FILES if (folder / name).exists()]
     try:
         weights = load_peft_weights(str(folder), device="cpu") if found else {}
     except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
         raise NotFoundError(
             "AdapterUnreadable", f"method.adapter.source {source}: {found[0]} cannot be read: {str(error).strip().splitlines()[0][:200]}",
-            hint="upload the file again: it is cut short, or something else", failure_class=FailureClass.MODEL,
+            hint="upload the file again: it is truncated, or not a weight file", failure_class=FailureClass.MODEL,
         ) from error  # fmt: skip
     if not weights:
         raise NotFoundError(
-            "AdapterUnreadable", f"method.adapter.source {source}: there are no weights beside {CONFIG}",
-            hint=f"give the folder that holds {CONFIG} and {WEIGHTS[0]}", failure_class=FailureClass.MODEL,
+            "AdapterUnreadable", f"method.adapter.source {source}: there are no weights next to {CONFIG_FILE}",
+            hint=f"give the folder that holds {CONFIG_FILE} and {WEIGHT_FILES[0]}", failure_class=FailureClass.MODEL,
         )  # fmt: skip
     return dict(weights)
 
 
-def _loaded(model: Any, folder: Path, weights: Mapping[str, Any], unfit: str, keep_dtype: bool) -> Any:
-    """The model with the adapter, trainable. Errors: ConfigError AdapterOfAnotherBase, AdapterNotContinuable; PEFT's own."""
-    import torch
-    from peft import PeftModel
-    from peft.utils.save_and_load import set_peft_model_state_dict
-
-    base = dict(model.named_parameters(remove_duplicate=False))
-    inside = {name: base[name] for name in map(_plain, weights) if name in base}
-    before = {name: parameter.detach().clone() for name, parameter in inside.items()}
-    wrapped = PeftModel.from_pretrained(model, folder, is_trainable=True, autocast_adapter_dtype=not keep_dtype)
-    loaded = set_peft_model_state_dict(wrapped, dict(weights))  # once more, since only this tells what has no place
-    absent, strange = _absent(wrapped, set(loaded.missing_keys)), sorted(loaded.unexpected_keys)
-    if absent or strange:
-        told = [f"{len(absent)} weights are not in its file, first {absent[0]}"] if absent else []
-        told += [f"{len(strange)} of its file have no place, first {strange[0]}"] if strange else []
+def _require_all_keys(absent: list[str], unexpected: list[str], misfit: str) -> None:
+    """Errors: ConfigError AdapterOfAnotherBase if the model trains weights that the file lacks, or the reverse."""
+    reasons = [f"{len(absent)} weights are not in its file, first {absent[0]}"] if absent else []
+    if unexpected:
+        reasons.append(f"{len(unexpected)} weights of its file have no place in the model, first {unexpected[0]}")
+    if reasons:
         raise ConfigError(
-            "AdapterOfAnotherBase", f"{unfit}: {'; '.join(told)}", hint="give the base that the adapter was trained on, and all of its file"
+            "AdapterOfAnotherBase", f"{misfit}: {'; '.join(reasons)}",
+            hint="give the base that the adapter was trained on, and the complete adapter file",
         )  # fmt: skip
-    changed = [
-        name for name, one in inside.items() if not one.requires_grad and not torch.equal(one.detach(), before[name])
-    ]
-    if changed:
-        raise ConfigError(
-            "AdapterNotContinuable", f"{unfit} as it is: its file holds {', '.join(changed[:4])} with other values, which would be missing beside the result",
-            hint="put them into the base, or give the base that has them",
-        )  # fmt: skip
-    return wrapped
 
 
-def _absent(wrapped: Any, missing: Set[str]) -> list[str]:
-    """Trained parameters of which no name was in the file: one that layers share (VB-LoRA's bank) is there under one of its names."""
+def _absent_weights(wrapped: Any, missing: Set[str]) -> list[str]:
+    """Trained parameters that the file holds under none of their names. Layers may share one parameter (VB-LoRA's vector bank)."""
     names: dict[int, list[str]] = {}
     for name, parameter in wrapped.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
@@ -159,6 +176,6 @@ def _absent(wrapped: Any, missing: Set[str]) -> list[str]:
     return sorted(several[0] for several in names.values() if missing.issuperset(several))
 
 
-def _plain(name: str) -> str:
-    """A weight's name in the file as the base calls it, if it is one of the base."""
+def _base_name(name: str) -> str:
+    """The base model's name for a weight that an adapter file names."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

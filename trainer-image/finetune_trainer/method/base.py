@@ -1,9 +1,13 @@
-"""Choosing the method, and what every method has to prove: that something is trained, and only what was asked for."""
+"""The interface of a method, and the proof that a method trains something.
+
+A method is a subclass of `Method` in a module of this package. `class Full(Method, types=(MethodType.FULL,))` registers it for
+`method.type: full`; nothing else lists methods.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,110 +16,114 @@ from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import MethodType, OutputKind
 
+from finetune_trainer.distributed import Plan
+from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
+from finetune_trainer.library_internals import copied_modules
+from finetune_trainer.method.precision import require_scalable_weights
+from finetune_trainer.model import count_parameters
+
+METHODS: dict[MethodType, type[Method]] = {}
+"""Every `method.type` with its class. A module of this package fills in its own when it is imported (see `registry`)."""
+
+
+@dataclass(frozen=True)
+class MethodContext:
+    """What a method may read."""
+
+    run: RunConfig
+    inputs: Inputs
+    hardware: Hardware
+    plan: Plan
+    model_kind: str = "causal"
+    """Head of the model, as `model.load_model` names it."""
+    new_token_ids: tuple[int, ...] = ()
+    """Ids of `model.newTokens`, whose embedding rows are trained."""
+    is_resumed: bool = False
+    """Whether trained weights will be loaded from a checkpoint, so that computing a start for them is useless."""
 
 
 @dataclass
-class Applied:
-    """A model ready to be trained."""
+class TrainableModel:
+    """A model whose trained parameters require gradients and whose other parameters do not."""
 
     model: Any
     kind: OutputKind
-    """What the final artefact is: an adapter, which needs the base, or a model."""
+    """What the final artefact is: an adapter, which needs the base model, or a model."""
     trainable: int = 0
+    """Number of trained values."""
     total: int = 0
+    """Number of all values."""
     notes: list[str] = field(default_factory=list)
+    """Sentences for the status."""
     extra_files: dict[str, str] = field(default_factory=dict)
     """Text files that belong to the final artefact, by name."""
     initial_adapter: Path | None = None
-    """Where the adapter's start is kept, if the base was changed to make up for it."""
+    """Folder with the adapter before training, for starts that change the base model (PiSSA, OLoRA)."""
 
 
-def apply(
-    run: RunConfig, inputs: Inputs, model: Any, *, keep_dtype: bool = False, fsdp: bool = False, selection: Any = None,
-    new_ids: Sequence[int] = (),
-) -> Applied:  # fmt: skip
-    """Freeze, wrap or select, as `method.type` says. `keep_dtype`: adapters take the base's type (ZeRO-3 mixes none).
-    `fsdp`: FSDP will shard the model.
+class Method:
+    """One way to choose what is trained. The hooks run in the order in which they are defined here; each does nothing by default."""
 
-    `selection`: modules that spectrum chose before a quantised base was loaded. `new_ids`: tokens whose rows are trained.
+    def __init_subclass__(cls, types: tuple[MethodType, ...] = (), **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for one in types:
+            assert one not in METHODS, f"{METHODS[one].__name__} and {cls.__name__} both implement method.type {one}"
+            METHODS[one] = cls
 
-    Errors: ConfigError with the reason for everything that cannot be trained as asked.
-    """
-    from finetune_trainer.method import adapter, full, lora, prompt, spectrum
+    def __init__(self, context: MethodContext):
+        self.context = context
 
-    match run.spec.method.type or MethodType.LORA:
-        case MethodType.FULL:
-            applied = full.apply(run, model)
-        case MethodType.LORA | MethodType.QLORA | MethodType.DORA:
-            applied = lora.apply(run, inputs, model, keep_dtype=keep_dtype, new_ids=new_ids)
-        case MethodType.ADAPTER:
-            applied = adapter.apply(run, inputs, model, keep_dtype=keep_dtype, new_ids=new_ids)
-        case MethodType.SPECTRUM:
-            applied = spectrum.apply(run, inputs, model, selection)
-        case MethodType.PREFIX_TUNING | MethodType.PROMPT_TUNING:
-            applied = prompt.apply(run, model)
-        case MethodType.IA3:
-            applied = lora.apply_ia3(run, model)
-        case other:
-            raise ConfigError(
-                "NotSupportedYet", f"method.type {other} cannot be trained by this version", hint="write lora"
+    def before_load(self) -> tuple[str, ...]:
+        """Compute what needs the unquantised weights. Returns the modules that stay unquantised when the base model is loaded."""
+        return ()
+
+    def apply(self, model: Any) -> TrainableModel:
+        """Freeze, wrap or select parameters. Errors: ConfigError with the reason for everything that cannot be trained as asked."""
+        raise NotImplementedError
+
+    def after_apply(self, trainable: TrainableModel) -> None:
+        """Compute the trained weights' start, and set their number format, before the Trainer is built."""
+
+    def trainer_construction(self, model: Any) -> AbstractContextManager[None]:
+        """A context in which the Trainer is built on the base model `model`."""
+        return nullcontext()
+
+    def on_trainer_created(self, trainer: Any) -> None:
+        """Change or check what the Trainer's constructor did to the model. Errors: ConfigError HalfWeights."""
+        # DeepSpeed scales the loss itself and keeps its own 32-bit copies.
+        if self.context.hardware.fp16 and self.context.plan.name != "deepspeed":
+            require_scalable_weights(trainer.model)
+
+    def make_trainable(self, model: Any) -> TrainableModel:
+        """Run `apply` and `after_apply`, and count what is trained.
+
+        Errors: ConfigError StrategyAndMethod and those of `apply`; InternalError NothingTrainable.
+        """
+        trainable = self.apply(model)
+        trainable.trainable, trainable.total = count_parameters(trainable.model)
+        if trainable.trainable == 0:
+            raise InternalError(
+                "NothingTrainable", f"method {self.context.run.spec.method.type} left no parameter to train"
             )
-    applied.trainable, applied.total = count(applied.model)
-    if applied.trainable == 0:
-        raise InternalError("NothingTrainable", f"method {run.spec.method.type} left no parameter to train")
-    if fsdp and hasattr(applied.model, "peft_config"):
-        _require_apart(applied.model)
-    return applied
+        if self.context.plan.name == "fsdp":
+            require_unshared_copies(trainable.model)
+        self.after_apply(trainable)
+        return trainable
 
 
-def _require_apart(model: Any) -> None:
-    """FSDP shards a module that is copied for training apart from all others, and cannot where its weight is another's, too.
+def require_unshared_copies(model: Any) -> None:
+    """Refuse a module that is trained in full beside an adapter and whose weight another module shares: FSDP cannot shard it.
 
     Errors: ConfigError StrategyAndMethod.
     """
-    from peft.utils.other import ModulesToSaveWrapper
-
-    every = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    for name, module in model.named_modules():
-        if isinstance(module, ModulesToSaveWrapper) and any(
-            every[id(one)] > 1 for one in module.original_module.parameters()
-        ):
+    if not hasattr(model, "peft_config"):
+        return
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    for name, original in copied_modules(model).items():
+        if any(uses[id(parameter)] > 1 for parameter in original.parameters()):
             raise ConfigError(
                 "StrategyAndMethod",
-                f"{name.rsplit('.', 1)[-1]} is trained in full beside the adapter (modulesToSave), and shares its weight, which FSDP cannot shard",
-                hint="leave it out, or write `distributed: {strategy: ddp}` or deepspeed",
+                f"method.lora.modulesToSave names {name.rsplit('.', 1)[-1]}, whose weight another module shares, and FSDP cannot shard shared weights",
+                hint="remove it from modulesToSave, or write `distributed: {strategy: ddp}` or deepspeed",
             )  # fmt: skip
-
-
-def widen(model: Any) -> None:
-    """Give 16-bit weights that are trained 32 bits: their small updates would vanish, and fp16's scaler refuses them.
-
-    PEFT does so for its own layers, and not for modules that are trained in full beside them (`modulesToSave`, a reward
-    model's head, biases). Autocast brings 16-bit inputs and 32-bit weights together.
-    """
-    for parameter in model.parameters():
-        if parameter.requires_grad and parameter.is_floating_point() and parameter.element_size() < 4:
-            parameter.data = parameter.data.float()
-
-
-def require_scalable(model: Any) -> None:
-    """For fp16 with torch's own loss scaling, which divides gradients of 32 bits only. Errors: ConfigError HalfWeights."""
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and str(parameter.dtype) == "torch.float16":
-            raise ConfigError(
-                "HalfWeights", f"{name} is trained in float16, as model.dtype says, and the loss scaling of fp16 needs 32 bits",
-                hint="leave model.dtype out, or write `training: {mixedPrecision: bf16}`",
-            )  # fmt: skip
-
-
-def count(model: Any) -> tuple[int, int]:
-    """Trainable and all parameters."""
-    sizes = [(size(parameter), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(one for one, trained in sizes if trained), sum(one for one, _ in sizes)
-
-
-def size(parameter: Any) -> int:
-    """Numbers in a parameter. 4-bit weights count as the numbers they stand for; ZeRO-3 parameters by their full size."""
-    found = int(getattr(parameter, "ds_numel", None) or parameter.numel())
-    return found * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else found

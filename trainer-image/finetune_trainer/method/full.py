@@ -1,23 +1,22 @@
-"""Full fine-tuning: every weight learns."""
+"""Full fine-tuning: every weight is trained."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import OutputKind
+from finetune_api.spec.enums import MethodType, OutputKind
 
-from finetune_trainer.method.base import Applied
+from finetune_trainer.method.base import Method, TrainableModel
 
 
-def apply(run: RunConfig, model: Any) -> Applied:
-    """Make every floating-point parameter trainable."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            parameter.requires_grad_(True)
-    notes = []
-    if str(next(model.parameters()).dtype) != "torch.float32":
-        notes.append(
-            f"weights are trained in {str(next(model.parameters()).dtype).removeprefix('torch.')}, as model.dtype says"
-        )
-    return Applied(model, OutputKind.MODEL, notes=notes)
+class Full(Method, types=(MethodType.FULL,)):
+    """Trains every floating-point parameter."""
+
+    def apply(self, model: Any) -> TrainableModel:
+        """Unfreeze the parameters, and say so if they are trained in 16 bits."""
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.requires_grad_(True)
+        dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+        notes = [f"weights are trained in {dtype}, as model.dtype says"] if dtype != "float32" else []
+        return TrainableModel(model, OutputKind.MODEL, notes=notes)

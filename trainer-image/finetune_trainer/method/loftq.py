@@ -1,9 +1,10 @@
-"""LoftQ: adapters on a 4-bit base start as the best low-rank repair of what quantisation took away.
+"""LoftQ: an adapter on a 4-bit base model starts as the best low-rank correction of the quantisation error.
 
-For each layer the rest W - Q(W) is approximated with the adapter's rank, by its largest singular directions, so that base and
-adapter together begin closer to the whole model than the 4-bit base alone. PEFT has the same step for CUDA only and without
-regard to alpha / rank; this one runs on any device and gives the adapter the scale that it is read with. One iteration, on
-purpose: a second one would quantise another base, which nobody who loads the adapter later has.
+For each layer the error W - Q(W) is approximated with the adapter's rank from its largest singular directions, so that base
+model and adapter together start closer to the unquantised model. PEFT's implementation needs CUDA and ignores alpha / rank; this
+one runs on any device and divides by the scale that the adapter is multiplied with. It runs one iteration: a second one would
+change the quantised base model, and users load the adapter on a base that bitsandbytes quantises once.
+Source: Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization, https://arxiv.org/abs/2310.08659.
 """
 
 from __future__ import annotations
@@ -12,39 +13,42 @@ from typing import Any
 
 import torch
 
-NAME = "default"
+from finetune_trainer.method.peft_method import ADAPTER_NAME
 
 
 @torch.no_grad()
-def start(model: Any, whole: Any) -> int:
-    """Set A and B of every adapter on a 4-bit layer of `model` (a PEFT model) from the same layer of `whole`; their number."""
+def correct_quantization_error(model: Any, unquantized: Any) -> int:
+    """Set A and B of every adapter on a 4-bit layer of `model` (a PEFT model) from the same layer of the base model `unquantized`.
+
+    Returns the number of layers.
+    """
     from bitsandbytes.functional import dequantize_4bit
     from peft.tuners.lora import Linear4bit
 
     layers = [
         (name, module) for name, module in model.get_base_model().named_modules() if isinstance(module, Linear4bit)
     ]
-    for name, module in layers:
-        packed = module.get_base_layer().weight
-        quantised = dequantize_4bit(packed.data, packed.quant_state).float()
-        weight = whole.get_submodule(name).weight.to(quantised.device, torch.float32)
-        b, a = factors(weight - quantised, module.r[NAME])
-        module.lora_A[NAME].weight.copy_(a)
-        module.lora_B[NAME].weight.copy_(b / module.scaling[NAME])
+    for name, layer in layers:
+        packed = layer.get_base_layer().weight
+        quantized = dequantize_4bit(packed.data, packed.quant_state).float()
+        weight = unquantized.get_submodule(name).weight.to(quantized.device, torch.float32)
+        b, a = low_rank_factors(weight - quantized, layer.r[ADAPTER_NAME])
+        layer.lora_A[ADAPTER_NAME].weight.copy_(a)
+        layer.lora_B[ADAPTER_NAME].weight.copy_(b / layer.scaling[ADAPTER_NAME])
     return len(layers)
 
 
-def factors(rest: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """B (rows x rank) and A (rank x columns) whose product is the best approximation of `rest` of that rank.
+def low_rank_factors(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """B (rows x rank) and A (rank x columns) whose product is the best approximation of `matrix` with that rank.
 
-    From the eigenvectors of the smaller Gram matrix, which costs a fraction of all singular vectors.
+    Computed from the eigenvectors of the smaller Gram matrix, which is much cheaper than a full singular value decomposition.
     """
-    if rest.shape[0] > rest.shape[1]:
-        b, a = factors(rest.T, rank)
+    if matrix.shape[0] > matrix.shape[1]:
+        b, a = low_rank_factors(matrix.T, rank)
         return a.T, b.T
-    values, vectors = torch.linalg.eigh(rest @ rest.T)
+    values, vectors = torch.linalg.eigh(matrix @ matrix.T)
     sizes = values[-rank:].clamp(min=0).sqrt()
     b = vectors[:, -rank:]
-    a = b.T @ rest
+    a = b.T @ matrix
     root = sizes.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
     return b * root, a / root[:, None]

@@ -1,24 +1,25 @@
-"""Prefix and prompt tuning: learned virtual tokens before every row; the model itself is frozen."""
+"""Prefix and prompt tuning: learned virtual tokens in front of every row; the model itself is frozen."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from finetune_api.pod import RunConfig
 from finetune_api.rules import value_or_default
 from finetune_api.spec.enums import MethodType, OutputKind
 
-from finetune_trainer.method.base import Applied
-from finetune_trainer.method.lora import task_of
+from finetune_trainer.method.base import TrainableModel
+from finetune_trainer.method.peft_method import PeftMethod, peft_task_type
 
 
-def apply(run: RunConfig, model: Any) -> Applied:
-    """Put `method.promptLength` virtual tokens before the input (prompt) or before every layer's keys and values (prefix)."""
-    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+class PromptLearning(PeftMethod, types=(MethodType.PREFIX_TUNING, MethodType.PROMPT_TUNING)):
+    """Trains `method.promptLength` virtual tokens: in front of the input (prompt), or of every layer's keys and values (prefix)."""
 
-    length = int(value_or_default(run.spec.method, "prompt_length"))
-    if run.spec.method.type is MethodType.PREFIX_TUNING:
-        config = PrefixTuningConfig(task_type=task_of(model), num_virtual_tokens=length)
-    else:
-        config = PromptTuningConfig(task_type=task_of(model), num_virtual_tokens=length)
-    return Applied(get_peft_model(model, config), OutputKind.ADAPTER)
+    def apply(self, model: Any) -> TrainableModel:
+        """Wrap the model."""
+        from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+        method = self.context.run.spec.method
+        config = PrefixTuningConfig if method.type is MethodType.PREFIX_TUNING else PromptTuningConfig
+        length = int(value_or_default(method, "prompt_length"))
+        wrapped = get_peft_model(model, config(task_type=peft_task_type(model), num_virtual_tokens=length))
+        return TrainableModel(wrapped, OutputKind.ADAPTER)

@@ -1,12 +1,14 @@
-"""Spectrum: train the modules with the best signal-to-noise ratio in full, freeze the rest.
+"""Spectrum: train the modules with the best signal-to-noise ratio (SNR) in full, and freeze the rest.
 
-The scan is the published one: singular values S of every linear weight W (n x m); sigma = IQR(S) / 1.349; the cut is
-sigma * (1 + sqrt(min(n, m) / max(n, m))); SNR = (sum of S above the cut / sum of S not above it) / max(S). Modules are compared
-with those of their own kind only (all `mlp.down_proj`, all `self_attn.q_proj`, ...). `snrThreshold` t keeps the best 1 - t of
-each kind. `meanOverStd` ranks whole layers by mean(|W|) / std(W), as an older tool does: it hardly tells layers apart, and is
-here so that its configurations mean what they meant. The head and the embeddings are always trained.
+The scan follows the paper: with the singular values S of a linear weight W (n x m), sigma = IQR(S) / 1.349 estimates the noise, and
+singular values above sigma * (1 + sqrt(min(n, m) / max(n, m))) are signal. SNR = (sum of the signal / sum of the noise) / max(S).
+A module is compared with modules of the same type only (all `mlp.down_proj`, all `self_attn.q_proj`, ...). `snrThreshold` t
+selects the best 1 - t of each type. The metric `meanOverStd` ranks whole layers by mean(|W|) / std(W), as an older tool does. It
+hardly distinguishes layers, and exists so that configurations of that tool keep their meaning. The head and the embeddings are
+always trained.
 
-On a 4-bit base the selected modules are kept in 16 bits (they are left out of quantisation); only those are trained.
+On a 4-bit base model the selected modules are not quantised, and only they are trained.
+Source: Hartford et al., Spectrum: Targeted Training on Signal to Noise Ratio, https://arxiv.org/abs/2406.06623.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,38 +27,43 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import OutputKind, SpectrumMetric
+from finetune_api.spec.enums import MethodType, OutputKind, SpectrumMetric
 
-from finetune_trainer.hardware import wants_gpu
+from finetune_trainer.hardware import trains_on_quantized_base, uses_gpu
 from finetune_trainer.inputs import Inputs
-from finetune_trainer.method.base import Applied
+from finetune_trainer.library_internals import accept_quantized_model
+from finetune_trainer.method.base import Method, MethodContext, TrainableModel
+from finetune_trainer.method.precision import TrainedWeightsCopy
+from finetune_trainer.model import load_model
 
 SNR_FILE = "spectrum_snr.json"
-_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<kind>.+)$")
+_LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
 
 
 @dataclass(frozen=True)
 class Module:
-    """One linear module of a layer, with its ratio."""
+    """One linear module of a layer, and its SNR."""
 
     name: str
     layer: int
-    kind: str
+    type: str
+    """The module's name below its layer, such as `mlp.down_proj`."""
     snr: float
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is trained: module names (without `.weight`), and the scan, if there was one."""
+    """The modules that are trained, and the scan that they were selected from, if there was one."""
 
     modules: tuple[str, ...]
+    """Names without `.weight`."""
     scan: tuple[Module, ...] = ()
     metric: str | None = None
     threshold: float | None = None
 
     def to_json(self) -> str:
-        """The contents of `spectrum_snr.json`."""
-        modules = {m.name: {"snr": m.snr if math.isfinite(m.snr) else None, "type": m.kind} for m in self.scan}
+        """The contents of `spectrum_snr.json`. An infinite SNR is written as null."""
+        modules = {m.name: {"snr": m.snr if math.isfinite(m.snr) else None, "type": m.type} for m in self.scan}
         value = {
             "metric": self.metric,
             "snrThreshold": self.threshold,
@@ -66,99 +73,114 @@ class Selection:
         return json.dumps(value, indent=2, sort_keys=True) + "\n"
 
 
-def select(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
-    """Choose the modules: the given layers, or the best of a scan, which is kept by the model's revision.
+class Spectrum(Method, types=(MethodType.SPECTRUM,)):
+    """Trains selected modules in full. On a quantised base model, the selection is made on the unquantised weights first."""
+
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        self._selection: Selection | None = None
+        """Made before the base model is loaded quantised; None on an unquantised base model."""
+        self._before_construction: TrainedWeightsCopy | None = None
+
+    def before_load(self) -> tuple[str, ...]:
+        context = self.context
+        if not trains_on_quantized_base(context.run):
+            return ()
+        unquantized, _ = load_model(context.run, context.inputs, context.hardware, quantize=False)
+        self._selection = select_modules(context.run, context.inputs, unquantized)
+        return self._selection.modules
+
+    def apply(self, model: Any) -> TrainableModel:
+        """Freeze all but the selected modules, the head and the embeddings (on a quantised base model: but the selected modules)."""
+        selection = self._selection or select_modules(self.context.run, self.context.inputs, model)
+        is_quantized = bool(getattr(model, "is_loaded_in_4bit", False))
+        always = [] if is_quantized else [model.get_input_embeddings(), model.get_output_embeddings()]
+        always.append(getattr(model, "score", None))  # a reward model's head is randomly initialised
+        always_trained = {id(p) for module in always if module is not None for p in module.parameters()}
+        for name, parameter in model.named_parameters():
+            is_selected = name.rsplit(".", 1)[0] in selection.modules or id(parameter) in always_trained
+            parameter.requires_grad_(is_selected and parameter.is_floating_point())
+            if is_selected and is_quantized and parameter.is_floating_point():
+                parameter.data = parameter.data.float()
+        others = "" if is_quantized else ", the head and the embeddings"
+        notes = [f"spectrum trains {len(selection.modules)} modules{others}"]
+        return TrainableModel(model, OutputKind.MODEL, notes=notes, extra_files={SNR_FILE: selection.to_json()})
+
+    def after_apply(self, trainable: TrainableModel) -> None:
+        if self._selection is not None:
+            self._before_construction = TrainedWeightsCopy(trainable.model)
+
+    def trainer_construction(self, model: Any) -> AbstractContextManager[None]:
+        return nullcontext() if self._selection is None else accept_quantized_model(model)
+
+    def on_trainer_created(self, trainer: Any) -> None:
+        if self._before_construction is not None:
+            self._before_construction.restore(trainer.model)
+        super().on_trainer_created(trainer)
+
+
+def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
+    """Select the modules of the given layers, or the best modules of a scan, which is cached by the model's revision.
 
     Errors: ConfigError SpectrumLayerMissing, SpectrumSelectsNothing.
     """
     spec = run.spec.method.spectrum
-    modules = dict(_linear(model))
+    modules = dict(_linear_modules(model))
     if spec is not None and spec.layers is not None:
-        there = {layer for layer, _ in modules.values()}
-        absent = sorted(set(spec.layers) - there)
+        known = {layer for layer, _ in modules.values()}
+        absent = sorted(set(spec.layers) - known)
         if absent:
             raise ConfigError(
-                "SpectrumLayerMissing", f"method.spectrum.layers names {', '.join(map(str, absent))}; the model has layers 0 to {max(there)}",
-                hint="name layers that are there",
+                "SpectrumLayerMissing", f"method.spectrum.layers names {', '.join(map(str, absent))}; the model has layers 0 to {max(known)}",
+                hint="name layers that the model has",
             )  # fmt: skip
         return Selection(tuple(name for name, (layer, _) in modules.items() if layer in spec.layers))
     metric = (spec.metric if spec else None) or SpectrumMetric.MARCHENKO_PASTUR
     threshold = 0.5 if spec is None or spec.snr_threshold is None else spec.snr_threshold
-    file = inputs.output_dir.parent / f"spectrum-{metric}-{_safe(inputs.model_revision)}.json"
+    file = inputs.output_dir.parent / f"spectrum-{metric}-{_as_file_name(inputs.model_revision)}.json"
     with PartialState().local_main_process_first():
-        scan = _cached(file, model, metric, torch.device("cuda") if wants_gpu(run) else torch.device("cpu"))
-    chosen = (
-        _best_layers(scan, threshold) if metric is SpectrumMetric.MEAN_OVER_STD else _best_of_kind(scan, 1 - threshold)
-    )
-    if not chosen:
+        scan = _cached_scan(file, model, metric, torch.device("cuda") if uses_gpu(run) else torch.device("cpu"))
+    by_layer = metric is SpectrumMetric.MEAN_OVER_STD
+    selected = _best_layers(scan, threshold) if by_layer else _best_of_each_type(scan, 1 - threshold)
+    if not selected:
         raise ConfigError(
-            "SpectrumSelectsNothing", f"method.spectrum.snrThreshold {threshold} keeps no module", hint="lower it"
+            "SpectrumSelectsNothing", f"method.spectrum.snrThreshold {threshold} selects no module", hint="lower it"
         )  # fmt: skip
     # Nodes may round differently where two ratios are close, and every rank must train the same modules.
-    chosen = list(broadcast_object_list(chosen))
-    return Selection(tuple(chosen), tuple(scan), metric.value, threshold)
+    selected = list(broadcast_object_list(selected))
+    return Selection(tuple(selected), tuple(scan), metric.value, threshold)
 
 
-def apply(run: RunConfig, inputs: Inputs, model: Any, selection: Selection | None = None) -> Applied:
-    """Freeze all but the selected modules, the head and the embeddings. On a quantised base `selection` was made before loading."""
-    chosen = selection or select(run, inputs, model)
-    quantized = bool(getattr(model, "is_loaded_in_4bit", False))
-    ends = [] if quantized else [model.get_input_embeddings(), model.get_output_embeddings()]
-    ends.append(getattr(model, "score", None))  # a reward model's head begins at random
-    always = {id(p) for module in ends if module is not None for p in module.parameters()}
-    for name, parameter in model.named_parameters():
-        wanted = name.rsplit(".", 1)[0] in chosen.modules or id(parameter) in always
-        parameter.requires_grad_(wanted and parameter.is_floating_point())
-        if wanted and quantized and parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-    notes = [f"spectrum trains {len(chosen.modules)} modules{'' if quantized else ', the head and the embeddings'}"]
-    return Applied(model, OutputKind.MODEL, notes=notes, extra_files={SNR_FILE: chosen.to_json()})
-
-
-@contextmanager
-def trainable_although_quantized(model: Any) -> Iterator[None]:
-    """Let a Trainer take a model whose frozen part is quantised and whose trained part is not.
-
-    transformers refuses every quantised model without adapters ("purely quantized"); what is trained here are plain 16-bit
-    weights. The flag is the one that it looks at; it goes back as soon as the Trainer is built.
-    """
-    before = getattr(model, "_hf_peft_config_loaded", False)
-    model._hf_peft_config_loaded = True
-    try:
-        yield
-    finally:
-        model._hf_peft_config_loaded = before
-
-
-def _linear(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
-    """Linear modules inside numbered layers: name, (layer, kind)."""
+def _linear_modules(model: Any) -> Iterator[tuple[str, tuple[int, str]]]:
+    """Linear modules inside numbered layers: name, (layer, type)."""
     for name, module in model.named_modules():
         match = _LAYER.match(name)
         if match and getattr(module, "weight", None) is not None and "Linear" in type(module).__name__:
-            yield name, (int(match["index"]), match["kind"])
+            yield name, (int(match["index"]), match["type"])
 
 
-def _cached(file: Path, model: Any, metric: SpectrumMetric, device: torch.device) -> list[Module]:
-    """The scan of this model, from disk if one was made of the same weights."""
+def _cached_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.device) -> list[Module]:
+    """The scan of this model, read from `file` if an earlier run scanned the same weights."""
     if file.exists():
         return [Module(**{**item, "snr": float(item["snr"])}) for item in json.loads(file.read_text())]
     scan = [
-        Module(name, layer, kind, ratio(_weight(model, name, device), metric)) for name, (layer, kind) in _linear(model)
+        Module(name, layer, kind, signal_to_noise(_weight(model, name, device), metric))
+        for name, (layer, kind) in _linear_modules(model)
     ]
     file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(f".{id(model)}")
-    beside.write_text(json.dumps([{**asdict(m), "snr": str(m.snr)} for m in scan]))
-    beside.rename(file)
+    temporary = file.with_suffix(f".{id(model)}")
+    temporary.write_text(json.dumps([{**asdict(m), "snr": str(m.snr)} for m in scan]))
+    temporary.rename(file)
     return scan
 
 
 def _weight(model: Any, name: str, device: torch.device) -> torch.Tensor:
-    """One matrix at a time on the device: singular values cost a CPU minutes a matrix."""
+    """One matrix, in 32 bits on the device: the singular values of a large matrix take minutes on a CPU."""
     return model.get_submodule(name).weight.detach().to(device).float()  # type: ignore[no-any-return]  # get_submodule gives Any
 
 
-def ratio(weight: torch.Tensor, metric: SpectrumMetric) -> float:
-    """Signal-to-noise ratio of one weight, in 32 bits. Infinite where no singular value is noise."""
+def signal_to_noise(weight: torch.Tensor, metric: SpectrumMetric) -> float:
+    """SNR of one weight, computed in 32 bits. Infinite if no singular value is noise."""
     if metric is SpectrumMetric.MEAN_OVER_STD:
         deviation = float(weight.std())
         return float(weight.abs().mean()) / deviation if deviation > 0 else 0.0
@@ -173,20 +195,21 @@ def ratio(weight: torch.Tensor, metric: SpectrumMetric) -> float:
     return signal / noise / largest if noise > 0 else math.inf
 
 
-def _best_of_kind(scan: Sequence[Module], keep: float) -> list[str]:
-    kinds: dict[str, list[Module]] = {}
+def _best_of_each_type(scan: Sequence[Module], share: float) -> list[str]:
+    """Names of the best `share` of the modules of each type, rounded down."""
+    types: dict[str, list[Module]] = {}
     for module in scan:
-        kinds.setdefault(module.kind, []).append(module)
-    chosen = [
+        types.setdefault(module.type, []).append(module)
+    selected = {
         m.name
-        for group in kinds.values()
-        for m in sorted(group, key=lambda m: (-m.snr, m.layer))[: _floor(len(group) * keep)]
-    ]
-    return [module.name for module in scan if module.name in set(chosen)]
+        for group in types.values()
+        for m in sorted(group, key=lambda m: (-m.snr, m.layer))[: _floor(len(group) * share)]
+    }
+    return [module.name for module in scan if module.name in selected]
 
 
 def _best_layers(scan: Sequence[Module], threshold: float) -> list[str]:
-    """Modules of the layers whose mean ratio is at or above that percentile of all layers."""
+    """Modules of the layers whose mean SNR is at or above the quantile `threshold` of all layers."""
     layers: dict[int, list[float]] = {}
     for module in scan:
         layers.setdefault(module.layer, []).append(module.snr)
@@ -196,9 +219,9 @@ def _best_layers(scan: Sequence[Module], threshold: float) -> list[str]:
 
 
 def _floor(count: float) -> int:
-    """Floor that forgives the last bit: 0.7 * 10 is 7."""
+    """Round down, but tolerate the rounding error of a product: 0.7 * 10 is 7."""
     return int(count + 1e-9)
 
 
-def _safe(text: str) -> str:
+def _as_file_name(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "_", text)[:80]

@@ -11,7 +11,8 @@ from trl.trainer.dpo_trainer import DPOTrainer
 
 from finetune_trainer.arguments import common
 from finetune_trainer.distributed import connected
-from finetune_trainer.engine import Guarded
+from finetune_trainer.engine import GuardedTrainer
+from finetune_trainer.library_internals import OwnDatasetPreparation
 from finetune_trainer.objective import answers
 from finetune_trainer.objective.base import Facts, Setting
 from finetune_trainer.objective.reference import Referenced, named_reference
@@ -23,11 +24,8 @@ LOSSES = {
 }  # fmt: skip
 
 
-class Dpo(Guarded, Referenced, DPOTrainer):
+class Dpo(GuardedTrainer, Referenced, OwnDatasetPreparation, DPOTrainer):
     """TRL's trainer on pairs that the data room has tokenised."""
-
-    def _prepare_dataset(self, dataset: Any, *_: Any, **__: Any) -> Any:
-        return dataset
 
 
 def data(setting: Setting) -> tuple[answers.Parts, Facts]:

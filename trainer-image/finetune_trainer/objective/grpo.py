@@ -23,7 +23,8 @@ from finetune_trainer.data.prepare import max_length, style_of, use_template
 from finetune_trainer.data.rows import Conversation, Prompt, Turn
 from finetune_trainer.data.template import Style, render
 from finetune_trainer.distributed import connected
-from finetune_trainer.engine import Guarded
+from finetune_trainer.engine import GuardedTrainer
+from finetune_trainer.library_internals import GenerationUnderAutocast
 from finetune_trainer.objective import answers
 from finetune_trainer.objective.base import Facts, Setting
 from finetune_trainer.objective.reference import Referenced, named_reference
@@ -33,13 +34,8 @@ MODEL_KIND = "causal"
 LOSSES = {GrpoLoss.GRPO: "grpo", GrpoLoss.BNPO: "bnpo", GrpoLoss.DR_GRPO: "dr_grpo", GrpoLoss.DAPO: "dapo"}
 
 
-class GrpoTrainer(Guarded, Referenced, GRPOTrainer):
+class GrpoTrainer(GuardedTrainer, Referenced, GenerationUnderAutocast, GRPOTrainer):
     """TRL's trainer."""
-
-    def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
-        """Answers in the number type of the training: weights that are trained have 32 bits beside 16-bit ones."""
-        with self.accelerator.autocast():
-            return super()._generate_single_turn(*args, **options)
 
 
 def data(setting: Setting) -> tuple[answers.Parts, Facts]:

@@ -12,7 +12,8 @@ from trl.trainer.kto_trainer import KTOTrainer
 
 from finetune_trainer.arguments import common
 from finetune_trainer.distributed import connected
-from finetune_trainer.engine import Guarded
+from finetune_trainer.engine import GuardedTrainer
+from finetune_trainer.library_internals import OwnDatasetPreparation
 from finetune_trainer.objective import answers
 from finetune_trainer.objective.base import Facts, Setting
 from finetune_trainer.objective.reference import Referenced, named_reference
@@ -20,16 +21,17 @@ from finetune_trainer.objective.reference import Referenced, named_reference
 MODEL_KIND = "causal"
 
 
-class Kto(Guarded, Referenced, KTOTrainer):
+class Kto(GuardedTrainer, Referenced, OwnDatasetPreparation, KTOTrainer):
     """TRL's trainer on judged answers that the data room has tokenised.
 
     How far the model has moved is estimated from prompts with the answers of their neighbours in the batch, so rows must keep
     their order through training; they are shuffled once, before.
     """
 
-    def _prepare_dataset(self, dataset: Dataset, processing_class: Any, args: KTOConfig, dataset_name: str) -> Dataset:
-        size = args.per_device_train_batch_size if dataset_name == "train" else args.per_device_eval_batch_size
-        return dataset.map(_neighbours, batched=True, batch_size=size)
+    def prepare_rows(self, rows: Dataset, args: KTOConfig, part: str) -> Dataset:
+        """Add each row's neighbour."""
+        size = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
+        return rows.map(_neighbours, batched=True, batch_size=size)
 
 
 def _neighbours(rows: dict[str, Any]) -> dict[str, Any]:

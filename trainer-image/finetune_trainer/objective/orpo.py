@@ -10,7 +10,7 @@ from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
 from finetune_trainer.arguments import common
 from finetune_trainer.distributed import connected
-from finetune_trainer.engine import Guarded
+from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.objective import answers
 from finetune_trainer.objective.base import Facts, Setting
 
@@ -18,7 +18,7 @@ MODEL_KIND = "causal"
 IGNORED = -100
 
 
-class Orpo(Guarded, ORPOTrainer):
+class Orpo(GuardedTrainer, ORPOTrainer):
     """TRL's trainer (experimental there) on pairs that the data room has tokenised."""
 
     def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.errors import ConfigError
-from finetune_api.spec.enums import MethodType
-from transformers import Trainer
+from finetune_api.rules import trains_base_weights
 
 from finetune_trainer import vocabulary
+from finetune_trainer.library_internals import OpenTrainer
 from finetune_trainer.model import load_config, load_model
 from finetune_trainer.objective.base import Setting
 
@@ -18,7 +18,7 @@ ADAPTER = "ref"
 """TRL's name for the frozen copy of an adapter as it was before training."""
 
 
-class Referenced(Trainer):
+class Referenced(OpenTrainer):
     """Mixed into trainers that compare with the model before training.
 
     With an adapter, TRL keeps that as a second, frozen adapter beside the first. PEFT marks some kinds of it as trainable,
@@ -31,10 +31,11 @@ class Referenced(Trainer):
             if ADAPTER in name.split("."):  # inside, as lora_A.ref.weight, or at the end, as ia3_l.ref
                 parameter.requires_grad_(False)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+    def save_files(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
+        """Save without the frozen copy."""
+        super().save_files(output_dir, state_dict)
         if self.args.should_save:
-            shutil.rmtree(Path(output_dir or self.args.output_dir) / ADAPTER, ignore_errors=True)
+            shutil.rmtree(Path(output_dir) / ADAPTER, ignore_errors=True)
 
 
 def named_reference(setting: Setting) -> Any:
@@ -44,8 +45,7 @@ def named_reference(setting: Setting) -> Any:
     quantised: both must say the same until one of them has learned.
     Errors: NotFoundError ModelUnreadable; ConfigError VocabularyDiffers.
     """
-    trains_weights = setting.run.spec.method.type in (MethodType.FULL, MethodType.SPECTRUM)
-    if setting.inputs.reference is None and not trains_weights:
+    if setting.inputs.reference is None and not trains_base_weights(setting.run.spec):
         return None
     inputs = setting.inputs.model_copy(update={"model": setting.inputs.reference or setting.inputs.model})
     model, _ = load_model(
@@ -53,7 +53,7 @@ def named_reference(setting: Setting) -> Any:
         skip_quantization=setting.unquantized,
     )  # fmt: skip
     if setting.inputs.reference is None:
-        vocabulary.fit(model, setting.tokenizer, setting.run)
+        vocabulary.fit_embeddings(model, setting.tokenizer, setting.run)
     else:
         _require_tokens(model, setting)
     return model.requires_grad_(False).eval()

@@ -13,14 +13,14 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 from finetune_trainer.arguments import common
 from finetune_trainer.distributed import connected
-from finetune_trainer.engine import Guarded
+from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.objective import answers
 from finetune_trainer.objective.base import Facts, Setting
 
 MODEL_KIND = "reward"
 
 
-class RewardModel(Guarded, RewardTrainer):
+class RewardModel(GuardedTrainer, RewardTrainer):
     """TRL's trainer on pairs that the data room has tokenised."""
 
 

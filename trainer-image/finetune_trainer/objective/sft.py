@@ -15,14 +15,15 @@ from trl.trainer.sft_trainer import SFTTrainer
 from finetune_trainer.arguments import common
 from finetune_trainer.data.prepare import Prepared, prepare
 from finetune_trainer.distributed import connected
-from finetune_trainer.engine import Guarded
+from finetune_trainer.engine import GuardedTrainer
+from finetune_trainer.library_internals import attention_implementation
 from finetune_trainer.objective.base import Facts, Setting, facts_of
 from finetune_trainer.speed import Meter, Shape, flops_per_token, peak_of, trained_parameters
 
 MODEL_KIND = "causal"
 
 
-class Sft(Guarded, SFTTrainer):
+class Sft(GuardedTrainer, SFTTrainer):
     """TRL's trainer on rows that the data room has tokenised.
 
     Three differences: sums for metrics stay on the device and are reduced once per log line, where TRL waits for the device
@@ -191,7 +192,7 @@ def require_isolation(trainer: Any) -> None:
         row = trainer.data_collator([{"input_ids": ids, "labels": ids, "seq_lengths": lengths}])
         del row["labels"]
         with trainer.accelerator.autocast():
-            logits: torch.Tensor = model(**trainer._prepare_inputs(row), use_cache=False).logits
+            logits: torch.Tensor = model(**trainer.prepare_inputs(row), use_cache=False).logits
         return logits[0, -len(behind) :].float()
 
     def depends(lengths: list[int]) -> torch.Tensor:
@@ -203,6 +204,6 @@ def require_isolation(trainer: Any) -> None:
     model.train(training)
     if packed > 0.1 * joined:
         raise InternalError(
-            "PackingLeaks", f"with attention {model.config._attn_implementation} packed documents see each other",
+            "PackingLeaks", f"with attention {attention_implementation(model)} packed documents see each other",
             hint="set dataset.packing: false, or another model.attention",
         )  # fmt: skip

@@ -218,9 +218,7 @@ class Fetcher:
             found = Tree(store).marker(where.step)
             problem = "holds no _COMMITTED object"
             if found is not None:
-                problem = bring(
-                    Tree(store), found, target, count=self.count, room=lambda size: self._room(size, path)
-                )
+                problem = bring(Tree(store), found, target, count=self.count, room=lambda size: self._room(size, path))
         finally:
             store.close()
         if found is None:

@@ -289,7 +289,9 @@ class _Coming:
         if answer.status_code == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {self.size}-"):
             self.begin()
             raise _Again(
-                StorageError("DownloadBroken", f"{redact_source(answer.url)} answers with another range than was asked for")
+                StorageError(
+                    "DownloadBroken", f"{redact_source(answer.url)} answers with another range than was asked for"
+                )
             )
         if answer.status_code != 206:
             self.begin()

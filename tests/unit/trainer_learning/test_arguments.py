@@ -1,4 +1,4 @@
-"""A warm-up beside a schedule that has none is not passed over in silence."""
+"""A warm-up that the schedule ignores is reported."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_trainer.arguments import unread_warmup
+from finetune_trainer.arguments import unused_warmup_notes
 
 from tests.support.learning import make_run
 
 
 @pytest.mark.parametrize(
-    ("training", "told"),
+    ("training", "expected"),
     [
         ({"scheduler": "constant", "warmupSteps": 10}, ["training.warmupSteps 10 has no effect"]),
         ({"scheduler": "constant", "warmupRatio": 0.1}, ["training.warmupRatio 0.1 has no effect"]),
@@ -21,7 +21,7 @@ from tests.support.learning import make_run
         ({"scheduler": "constantWithWarmup", "warmupSteps": 10}, []),
     ],
 )
-def test_a_warmup_that_nobody_reads_is_told(tmp_path: Path, training: dict[str, Any], told: list[str]) -> None:
+def test_an_ignored_warmup_is_reported(tmp_path: Path, training: dict[str, Any], expected: list[str]) -> None:
     run, _ = make_run(tmp_path, tmp_path / "model", {"training": training})
     run = run.model_copy(update={"defaults": [*run.defaults, *({"training.warmupRatio"} - {f"training.{name}" for name in training})]})
-    assert [note.split(" with ")[0] for note in unread_warmup(run)] == told
+    assert [note.split(" with ")[0] for note in unused_warmup_notes(run)] == expected

@@ -1,4 +1,4 @@
-"""What comes from an address with a signature is named without it: in messages, notes and in what is published."""
+"""The signature of a signed URL appears in no message, note or published file."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 from finetune_api.errors import FineTuneError
 from finetune_trainer.data.load import _mixture
-from finetune_trainer.method.adapter import apply
 from finetune_trainer.model import _check_complete, load_config
-from finetune_trainer.train import _portable
+from finetune_trainer.train import _name_base_by_source
 
-from tests.support.learning import make_run
+from tests.support.learning import make_run, method_of
 
 URI = "https://host/jobs/model?signature=hidden"
 
@@ -27,16 +26,16 @@ def run(tmp_path: Path) -> Any:
     return make_run(tmp_path, tmp_path, {"model": {"source": URI}, "dataset": dataset, "method": method})[0]
 
 
-def test_messages(run: Any, tmp_path: Path) -> None:
+def test_error_messages_do_not_hold_the_signature(run: Any, tmp_path: Path) -> None:
     inputs: Any = SimpleNamespace(model=tmp_path, adapter=tmp_path)
-    for ask in (
+    for failing_call in (
         lambda: load_config(run, inputs),
         lambda: _check_complete({"missing_keys": ["weight"]}, run),
-        lambda: apply(run, inputs, None),
+        lambda: method_of(run, inputs).apply(None),
         lambda: _mixture(reader(), run, [[], []]),
     ):
         with pytest.raises(FineTuneError) as caught:
-            ask()
+            failing_call()
         assert "https://host/jobs/model" in caught.value.message and "hidden" not in str(caught.value)
 
 
@@ -44,14 +43,14 @@ def reader() -> Any:
     return SimpleNamespace(summary=SimpleNamespace(notes=[]))
 
 
-def test_notes(run: Any) -> None:
+def test_notes_do_not_hold_the_signature(run: Any) -> None:
     read, row = reader(), SimpleNamespace()
-    _mixture(read, run, [[(0, row)], [(1, row)]])  # type: ignore[arg-type, list-item] # what a row is does not matter
+    _mixture(read, run, [[(0, row)], [(1, row)]])  # type: ignore[arg-type, list-item] # rows are not read
     assert "https://host/jobs/model 1 rows" in read.summary.notes[0] and "hidden" not in read.summary.notes[0]
 
 
-def test_an_adapter_names_its_base(run: Any, tmp_path: Path) -> None:
+def test_the_adapter_configuration_does_not_hold_the_signature(run: Any, tmp_path: Path) -> None:
     config = tmp_path / "adapter_config.json"
     config.write_text("{}")
-    _portable(tmp_path, run)
+    _name_base_by_source(tmp_path, run)
     assert json.loads(config.read_text())["base_model_name_or_path"] == "https://host/jobs/model"

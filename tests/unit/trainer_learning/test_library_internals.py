@@ -1,0 +1,260 @@
+"""Each private attribute of a library that the trainer depends on exists in the installed version and does what is relied on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from finetune_trainer import library_internals as internals
+from transformers import Trainer, TrainingArguments
+
+from tests.support.learning import go
+from tests.support.tiny import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "raw")
+
+
+class Scale(torch.nn.Module):
+    """One parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Any) -> dict[str, Any]:
+        return {"loss": (self.weight * x).square().mean()}
+
+
+HOOKS = (
+    "run_epoch", "load_checkpoint_weights", "check_loaded_keys", "load_optimizer_and_scheduler", "save_optimizer_and_scheduler",
+    "load_best_model", "save_files",
+)  # fmt: skip
+
+
+class RecordingTrainer(internals.OpenTrainer):
+    """Counts the calls of each public hook."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.calls = dict.fromkeys(HOOKS, 0)
+        super().__init__(*args, **options)
+
+
+def _recorded(name: str) -> Any:
+    def hook(self: RecordingTrainer, *args: Any, **options: Any) -> Any:
+        self.calls[name] += 1
+        return getattr(super(RecordingTrainer, self), name)(*args, **options)
+
+    return hook
+
+
+for _name in HOOKS:
+    setattr(RecordingTrainer, _name, _recorded(_name))
+
+
+def recording_trainer(folder: Path, **options: Any) -> RecordingTrainer:
+    args = TrainingArguments(
+        output_dir=str(folder), max_steps=2, save_steps=1, learning_rate=0.1, report_to=[], use_cpu=True, disable_tqdm=True,
+        logging_steps=10, **options,
+    )  # fmt: skip
+    rows = [{"x": 1.0}, {"x": 2.0}]
+    return RecordingTrainer(model=Scale(), args=args, train_dataset=rows, eval_dataset=rows)
+
+
+def test_every_public_hook_overrides_one_private_method_of_the_trainer() -> None:
+    private = [name for name, value in vars(internals.OpenTrainer).items() if name.startswith("_") and callable(value)]
+    overridden = [name for name in private if not name.startswith("__")]
+    assert len(overridden) == len(HOOKS)
+    assert [name for name in overridden if not hasattr(Trainer, name)] == []
+
+
+def test_a_training_run_calls_the_hooks_that_belong_to_it(tmp_path: Path) -> None:
+    trainer = recording_trainer(
+        tmp_path, load_best_model_at_end=True, eval_strategy="steps", eval_steps=1, label_names=["x"]
+    )
+    trainer.train()
+    # Two checkpoints; loading the best weights reports their keys.
+    assert trainer.calls == {
+        "run_epoch": 2, "load_checkpoint_weights": 0, "check_loaded_keys": 1, "load_optimizer_and_scheduler": 0,
+        "save_optimizer_and_scheduler": 2, "load_best_model": 1, "save_files": 2,
+    }  # fmt: skip
+
+
+def test_a_resumed_run_calls_the_loading_hooks(tmp_path: Path) -> None:
+    recording_trainer(tmp_path).train()
+    resumed = recording_trainer(tmp_path / "again")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for name in ("load_checkpoint_weights", "check_loaded_keys", "load_optimizer_and_scheduler"):
+        assert resumed.calls[name] == 1, name
+    assert resumed.state.global_step == 2
+
+
+def test_batches_are_moved_to_the_device_of_training(tmp_path: Path) -> None:
+    trainer = recording_trainer(tmp_path)
+    prepared = trainer.prepare_inputs({"x": torch.ones(2)})
+    assert prepared["x"].device == trainer.args.device
+
+
+def test_loss_sum_and_last_logged_step_are_those_of_the_open_logging_window(tmp_path: Path) -> None:
+    trainer = recording_trainer(tmp_path)
+    trainer.train()  # logs nothing: two steps are fewer than logging_steps
+    assert internals.last_logged_step(trainer) == 0
+    assert internals.loss_sum(trainer).item() > 0
+    internals.set_last_logged_step(trainer, 2)
+    assert trainer._globalstep_last_logged == 2
+
+
+def test_a_rank_uses_one_of_several_devices(tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, per_device_train_batch_size=4)
+    args._n_gpu = 2
+    assert args.train_batch_size == 8
+    internals.use_one_device(args)
+    assert args.train_batch_size == 4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_is_among_the_tied_weights_of_a_model_that_ties_it(tied: bool) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    found = internals.tied_weight_names(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **sizes)))
+    assert "lm_head.weight" in found
+    assert internals.tied_weight_names(Scale()) == set()
+
+
+def test_the_active_attention_follows_a_later_change(model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, attn_implementation="sdpa")
+    assert internals.attention_implementation(loaded) == "sdpa"
+    loaded.set_attn_implementation("eager")
+    assert internals.attention_implementation(loaded) == "eager"
+
+
+def test_a_quantised_model_is_accepted_inside_the_context_only() -> None:
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    quantizer = SimpleNamespace(is_trainable=True, is_qat_trainable=False)
+    model: Any = SimpleNamespace(is_quantized=True, hf_quantizer=quantizer)
+    with internals.accept_quantized_model(model):
+        validate_quantization_for_training(model)
+    with pytest.raises(ValueError, match="purely quantized"):
+        validate_quantization_for_training(model)
+
+
+def test_fsdp_on_cpu_is_what_a_new_accelerator_state_reports() -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state(True)  # of runs of earlier tests in this process
+    Accelerator(cpu=True)
+    try:
+        plugin = SimpleNamespace()
+        internals.enable_fsdp_on_cpu(plugin)
+        state = AcceleratorState()
+        assert (state.distributed_type, state.fsdp_plugin) == (DistributedType.FSDP, plugin)
+        assert PartialState().distributed_type == DistributedType.FSDP
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def overriding_class(module: str, name: str) -> type:
+    import importlib
+
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("trl.trainer.dpo_trainer", "DPOTrainer"), ("trl.trainer.kto_trainer", "KTOTrainer")]
+)
+def test_trl_prepares_rows_with_the_arguments_that_the_override_expects(module: str, name: str) -> None:
+    trainer = overriding_class(module, name)
+    expected = list(inspect.signature(internals.OwnDatasetPreparation._prepare_dataset).parameters)
+    assert list(inspect.signature(trainer._prepare_dataset).parameters) == expected  # type: ignore[attr-defined]
+    assert 'self._prepare_dataset(train_dataset, processing_class, args, "train")' in inspect.getsource(trainer)
+
+
+def test_trl_generates_completions_through_the_overridden_method() -> None:
+    trainer = overriding_class("trl.trainer.grpo_trainer", "GRPOTrainer")
+    assert "self._generate_single_turn(" in inspect.getsource(trainer._generate)  # type: ignore[attr-defined]
+
+    class Base:
+        accelerator = SimpleNamespace(autocast=lambda: torch.autocast("cpu", torch.bfloat16))
+
+        def _generate_single_turn(self) -> torch.dtype:
+            return (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+
+    class Generating(internals.GenerationUnderAutocast, Base):
+        pass
+
+    assert Generating()._generate_single_turn() == torch.bfloat16
+
+
+@pytest.fixture
+def trained_sft(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An SFT trainer after two steps that logged nothing."""
+    from trl.trainer.sft_trainer import SFTTrainer
+
+    built: list[Any] = []
+    original = SFTTrainer.__init__
+
+    def remember(self: Any, *args: Any, **options: Any) -> None:
+        original(self, *args, **options)
+        built.append(self)
+
+    monkeypatch.setattr(SFTTrainer, "__init__", remember)
+    go(tmp_path, model, {"training": {"maxSteps": 2}, "tracking": {"loggingSteps": 50}})
+    yield built[0]
+
+
+def test_trl_keeps_metrics_and_a_token_count_under_the_expected_names(trained_sft: Any) -> None:
+    internals.metric_lists(trained_sft)["mine"] = [2.0, 4.0]
+    assert trained_sft._metrics["train"]["mine"] == [2.0, 4.0]
+    assert internals.trained_tokens(trained_sft) == 0  # our loss counts tokens itself
+    internals.set_trained_tokens(trained_sft, 7)
+    assert internals.trained_tokens(trained_sft) == 7
+
+
+def test_trainers_without_trl_have_no_metric_lists() -> None:
+    bare = SimpleNamespace()
+    assert (internals.metric_lists(bare), internals.trained_tokens(bare)) == ({}, 0)
+    internals.set_trained_tokens(bare, 7)
+    assert internals.trained_tokens(bare) == 0
+
+
+def peft_model(model: Path, **options: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], **options)
+    return get_peft_model(AutoModelForCausalLM.from_pretrained(model), config)
+
+
+def test_modules_that_peft_copies_are_found_with_their_original(model: Path) -> None:
+    wrapped = peft_model(model, modules_to_save=["lm_head"])
+    ((name, original),) = internals.copied_modules(wrapped).items()
+    assert name.endswith("lm_head")
+    assert isinstance(original, torch.nn.Linear) and not original.weight.requires_grad
+    assert internals.copied_modules(peft_model(model)) == {}
+
+
+def test_a_head_with_trained_rows_lacks_its_bias_until_it_is_exposed(model: Path) -> None:
+    wrapped = peft_model(model, trainable_token_indices={"lm_head": [1]})
+    head = wrapped.get_base_model().get_output_embeddings()
+    with pytest.raises(AttributeError):
+        _ = head.bias
+    internals.expose_head_bias(wrapped)
+    assert head.bias is None
+
+
+def test_peft_knows_lora_and_no_invented_type() -> None:
+    assert "LORA" in internals.continuable_adapter_types()
+    assert "NEWKIND" not in internals.continuable_adapter_types()

@@ -1,0 +1,71 @@
+"""What every method is checked for, and how a run's method is found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.errors import ConfigError, InternalError
+from finetune_api.spec.enums import MethodType
+from finetune_trainer.method.base import METHODS, Method, TrainableModel
+from finetune_trainer.method.full import Full
+from finetune_trainer.method.registry import all_methods
+
+from tests.support.learning import make_run, method_of
+
+
+def llama(*, tied: bool = False) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=48, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=32, tie_word_embeddings=tied,
+        )
+    )  # fmt: skip
+
+
+def lora_with_saved_module(folder: Path, *, tied: bool, fsdp: bool, saved: str = "embed_tokens") -> TrainableModel:
+    """LoRA on a small model, with one module that is trained in full."""
+    run, inputs = make_run(folder, folder / "model", {"method": {"lora": {"rank": 2, "modulesToSave": [saved]}}})
+    trainable: TrainableModel = method_of(run, inputs, fsdp=fsdp).make_trainable(llama(tied=tied))
+    return trainable
+
+
+def test_every_method_of_the_api_has_one_class() -> None:
+    assert set(all_methods()) == set(MethodType)
+
+
+def test_a_second_class_for_the_same_method_is_refused() -> None:
+    all_methods()
+    with pytest.raises(AssertionError, match="Full and Copy both implement method.type full"):
+        type("Copy", (Method,), {}, types=(MethodType.FULL,))
+    assert METHODS[MethodType.FULL] is Full
+
+
+def test_a_method_that_trains_nothing_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def frozen(self: Full, model: Any) -> TrainableModel:
+        return TrainableModel(model.requires_grad_(False), None)  # type: ignore[arg-type] # not read
+
+    monkeypatch.setattr(Full, "apply", frozen)
+    run, inputs = make_run(tmp_path, tmp_path / "model", {"method": {"type": "full"}})
+    with pytest.raises(InternalError) as caught:
+        method_of(run, inputs).make_trainable(llama())
+    assert caught.value.code == "NothingTrainable"
+
+
+def test_fsdp_refuses_a_saved_module_that_shares_its_weight(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        lora_with_saved_module(tmp_path, tied=True, fsdp=True)
+    assert caught.value.code == "StrategyAndMethod"
+    assert "modulesToSave names embed_tokens, whose weight another module shares" in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("tied", "fsdp", "saved"), [(True, False, "embed_tokens"), (False, True, "embed_tokens"), (True, True, "norm")]
+)
+def test_saved_modules_with_their_own_weight_or_without_fsdp_are_trained(
+    tied: bool, fsdp: bool, saved: str, tmp_path: Path
+) -> None:
+    assert lora_with_saved_module(tmp_path, tied=tied, fsdp=fsdp, saved=saved).trainable > 0

@@ -1,0 +1,54 @@
+"""EVA's search for principal directions ends: with an adapter, or with an error that says what to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.errors import ConfigError
+from finetune_trainer.method import eva
+
+from tests.support.learning import go
+from tests.support.tiny import make_tiny_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "raw")
+
+
+def eva_spec(rank: int, batch: int) -> dict[str, Any]:
+    lora = {"init": "eva", "rank": rank, "targetModules": ["q_proj"]}
+    return {"method": {"lora": lora}, "training": {"maxSteps": 1, "batchSizePerDevice": batch}}
+
+
+def test_batches_with_enough_tokens_give_directions(model: Path, tmp_path: Path) -> None:
+    assert len(go(tmp_path, model, eva_spec(24, 2)).losses) == 1
+
+
+@pytest.mark.parametrize(
+    ("rank", "batch", "expected"),
+    [
+        (32, 1, "needs 32 directions (method.lora.rank), and no batch has more than 18 tokens"),
+        (65, 8, "needs 65 directions (method.lora.rank), and a layer has only 64 inputs"),
+    ],
+    ids=["small batches", "small layers"],
+)
+def test_a_rank_above_the_possible_directions_is_refused(
+    rank: int, batch: int, expected: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path, model, eva_spec(rank, batch))
+    assert caught.value.code == "InitUnavailable"
+    assert expected in caught.value.message
+
+
+def test_directions_that_do_not_converge_are_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # One batch is enough to find the directions; two more are needed to see that they are stable.
+    monkeypatch.setattr(eva, "MAX_BATCHES", 2)
+    with pytest.raises(ConfigError) as caught:
+        go(tmp_path, model, eva_spec(24, 2))
+    assert (caught.value.code, "in 2 batches" in caught.value.message) == ("InitUnavailable", True)

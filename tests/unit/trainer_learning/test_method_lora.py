@@ -1,0 +1,85 @@
+"""Starts of a LoRA adapter that a model does not allow are refused before training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import ConfigError
+
+from tests.support.learning import make_run, method_of
+
+
+def llama(**options: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            max_position_embeddings=64, **options,
+        )
+    )  # fmt: skip
+
+
+def gpt2() -> Any:
+    """A model whose linear weights are transposed (inputs first)."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=2))
+
+
+def apply_lora(folder: Path, model: Any, **options: Any) -> Any:
+    """Adapters with these options of `method.lora`."""
+    run, inputs = make_run(folder, folder / "model", {"method": {"lora": options}})
+    return method_of(run, inputs).apply(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "named"),
+    [
+        (llama, {"init": "pissa", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj, a Linear of 32 x 16"),
+        (llama, {"init": "olora", "rank": 20}, "rank 20 on model.layers.0.self_attn.k_proj, a Linear of 32 x 16"),
+        (llama, {"init": "pissa", "rank": 4, "targetModules": ["embed_tokens", "q_proj"]}, "embed_tokens, a Embedding"),
+        (gpt2, {"init": "olora", "rank": 4}, "transformer.h.0.attn.c_attn, a Conv1D of 32 x 96"),
+        (
+            gpt2,
+            {"init": "olora", "rank": 4, "targetModules": ["attn.c_proj"]},
+            "transformer.h.0.attn.c_proj, a Conv1D of 32 x 32",
+        ),
+    ],
+)
+def test_a_layer_that_the_init_cannot_split_is_refused(
+    model: Any, options: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        apply_lora(tmp_path, model(), **options)
+    assert caught.value.code == "InitUnavailable"
+    assert named in caught.value.message
+
+
+def test_an_init_that_changes_the_base_is_refused_on_quantised_weights(tmp_path: Path) -> None:
+    model = llama()
+    model.is_quantized = True
+    with pytest.raises(ConfigError) as caught:
+        apply_lora(tmp_path, model, init="olora", rank=4)
+    assert (caught.value.code, "stored quantised" in caught.value.message) == ("InitUnavailable", True)
+
+
+@pytest.mark.parametrize(("model", "init"), [(llama, "pissa"), (llama, "olora"), (gpt2, "pissa")])
+def test_the_initial_adapter_is_saved(model: Any, init: str, tmp_path: Path) -> None:
+    trainable = apply_lora(tmp_path, model(), init=init, rank=16)
+    assert trainable.initial_adapter is not None
+    assert (trainable.initial_adapter / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("model", "init"), [(llama, "pissa"), (llama, "olora"), (gpt2, "pissa")])
+def test_the_initialised_adapter_does_not_change_the_outputs(model: Any, init: str, tmp_path: Path) -> None:
+    """On square layers, whose shape does not show whether the weight is transposed."""
+    base, ids = model().eval(), torch.arange(8)[None]
+    with torch.no_grad():
+        before = base(ids).logits
+        asked = ["attn.c_proj"] if model is gpt2 else ["q_proj", "o_proj"]
+        after = apply_lora(tmp_path, base, init=init, rank=4, targetModules=asked).model.eval()(ids).logits
+    assert torch.allclose(before, after, atol=1e-5)

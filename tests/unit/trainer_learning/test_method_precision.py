@@ -1,0 +1,43 @@
+"""Number formats of trained weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from finetune_api.errors import ConfigError
+from finetune_trainer.method.precision import TrainedWeightsCopy, require_scalable_weights, widen_trained_weights
+
+
+def half_model() -> torch.nn.Sequential:
+    """Two float16 layers; only the second one is trained."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)).half()
+    model[0].requires_grad_(False)
+    return model
+
+
+def test_trained_float16_weights_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError) as caught:
+        require_scalable_weights(half_model())
+    assert (caught.value.code, caught.value.message.split()[0]) == ("HalfWeights", "1.weight")
+
+
+def test_frozen_float16_weights_and_trained_bfloat16_weights_are_accepted() -> None:
+    model = half_model()
+    model[1].float()
+    require_scalable_weights(model)
+    require_scalable_weights(model.to(torch.bfloat16).requires_grad_(True))
+
+
+def test_only_trained_weights_are_widened_to_32_bits() -> None:
+    model = half_model()
+    widen_trained_weights(model)
+    assert [parameter.dtype for parameter in model.parameters()] == [torch.float16] * 2 + [torch.float32] * 2
+
+
+def test_restored_weights_have_the_bits_from_before_the_conversion() -> None:
+    model = torch.nn.Linear(2, 2)
+    before = model.weight.detach().clone()
+    copy = TrainedWeightsCopy(model)
+    model.to(torch.bfloat16)
+    copy.restore(model)
+    assert torch.equal(model.weight, before) and model.weight.dtype == torch.float32

@@ -1,0 +1,86 @@
+"""EVA: A of each adapter starts with the principal directions of its layer's inputs on the first batches of the training data.
+
+Source: Paischer et al., Parameter Efficient Fine-tuning via Explained Variance Adaptation, https://arxiv.org/abs/2410.07170.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from finetune_api.errors import ConfigError
+
+from finetune_trainer.method.peft_method import ADAPTER_NAME
+
+MAX_BATCHES = 2000
+"""Batches over all ranks after which the search ends with an error. Directions usually converge within a few hundred."""
+
+
+def initialize_from_inputs(trainer: Any) -> None:
+    """Compute the start of A. PEFT's `init_lora_weights="eva"` alone leaves A random; this call is what makes it EVA.
+
+    Every layer keeps the asked rank (rho 1).
+    Errors: ConfigError InitUnavailable for packed rows (their padding is unknown here), for ranks above the inputs of a layer or the
+    tokens of a batch, and if the directions do not converge.
+    """
+    from peft import initialize_lora_eva_weights
+    from peft.tuners.lora import LoraLayer
+
+    if getattr(trainer.args, "packing", False):
+        raise ConfigError(
+            "InitUnavailable", "method.lora.init eva reads rows one by one, and dataset.packing joins them",
+            hint="remove packing, or write another init",
+        )  # fmt: skip
+    model, device = trainer.model, next(trainer.model.parameters()).device
+    rank = model.peft_config[ADAPTER_NAME].r
+    fewest_inputs = min(layer.in_features for layer in model.modules() if isinstance(layer, LoraLayer))
+    if rank > fewest_inputs:
+        raise ConfigError(
+            "InitUnavailable", f"method.lora.init eva needs {rank} directions (method.lora.rank), and a layer has only {fewest_inputs} inputs",
+            hint=f"write a rank of at most {fewest_inputs}, or another init",
+        )  # fmt: skip
+    if device != trainer.args.device:  # a model that will be sharded is moved to the GPU when training begins
+        model.to(trainer.args.device)
+    initialize_lora_eva_weights(
+        model, dataloader=_EndlessInputs(trainer, rank), show_progress_bar=False,
+        gather_distributed_inputs=trainer.accelerator.num_processes > 1,
+    )  # fmt: skip
+    if device != trainer.args.device:
+        model.to(device)
+
+
+class _EndlessInputs:
+    """Batches of the training data in order and without labels, again and again: PEFT reads them until the directions converge.
+
+    PEFT skips batches with fewer tokens than the rank without a message, and would never end if all batches are so small.
+    Errors: ConfigError InitUnavailable in that case, and after `MAX_BATCHES`.
+    """
+
+    def __init__(self, trainer: Any, rank: int):
+        self._trainer, self._rank = trainer, rank
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        read = most_tokens = 0
+        while True:
+            for batch in self._trainer.get_train_dataloader():
+                inputs = {name: batch[name].to(self._trainer.args.device) for name in ("input_ids", "attention_mask")}
+                tokens = self._trainer.accelerator.reduce(inputs["attention_mask"].sum(), reduction="sum")
+                most_tokens = max(most_tokens, int(tokens))
+                read += 1
+                if read > MAX_BATCHES:
+                    break
+                yield inputs
+            if most_tokens < self._rank:
+                raise ConfigError(
+                    "InitUnavailable",
+                    f"method.lora.init eva needs {self._rank} directions (method.lora.rank), and no batch has more than {most_tokens} tokens",
+                    hint="lower the rank, raise training.batchSizePerDevice, or write another init",
+                )
+            if read > MAX_BATCHES:
+                raise ConfigError(
+                    "InitUnavailable", f"method.lora.init eva found no {self._rank} stable directions in {MAX_BATCHES} batches",
+                    hint="lower method.lora.rank, raise training.batchSizePerDevice, or write another init",
+                )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self._trainer.get_train_dataloader())

@@ -1,0 +1,33 @@
+"""IA3: learned scales on keys, values and the inner activations of the MLP."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.errors import ConfigError
+from finetune_api.spec.enums import MethodType, OutputKind
+
+from finetune_trainer.method.base import TrainableModel
+from finetune_trainer.method.peft_method import PeftMethod, linear_layer_names, peft_task_type
+
+ATTENTION_LAYERS = ("k_proj", "v_proj", "query_key_value", "c_attn")
+MLP_OUTPUT_LAYERS = ("down_proj", "fc2", "dense_4h_to_h", "c_proj", "w2")
+
+
+class Ia3(PeftMethod, types=(MethodType.IA3,)):
+    """Trains IA3's scales; the base model is frozen."""
+
+    def apply(self, model: Any) -> TrainableModel:
+        """Wrap the layers by name. Errors: ConfigError TargetModulesMissing for models with other layer names."""
+        from peft import IA3Config, get_peft_model
+
+        names = linear_layer_names(model)
+        mlp = [name for name in MLP_OUTPUT_LAYERS if name in names][:1]
+        attention = [name for name in ATTENTION_LAYERS if name in names]
+        if not mlp or not attention:
+            raise ConfigError(
+                "TargetModulesMissing", f"ia3 finds key, value and MLP layers by name, and the model only has {', '.join(names)}",
+                hint="write method lora, which finds its layers by type",
+            )  # fmt: skip
+        config = IA3Config(task_type=peft_task_type(model), target_modules=[*attention, *mlp], feedforward_modules=mlp)
+        return TrainableModel(get_peft_model(model, config), OutputKind.ADAPTER)

@@ -1,0 +1,51 @@
+"""What all methods have in common that train a PEFT adapter on a frozen base model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_trainer.method.base import Method, MethodContext, TrainableModel
+from finetune_trainer.method.precision import TrainedWeightsCopy, widen_trained_weights
+
+ADAPTER_NAME = "default"
+"""PEFT's name for the adapter that is trained."""
+
+
+class PeftMethod(Method):
+    """Keeps the trained weights in 32 bits, and passes LoRA+'s learning-rate ratio on to the Trainer."""
+
+    def __init__(self, context: MethodContext):
+        super().__init__(context)
+        self._before_construction: TrainedWeightsCopy | None = None
+
+    @property
+    def keeps_base_dtype(self) -> bool:
+        """Whether adapters must have the base model's number format (ZeRO stage 3 shards only one format)."""
+        return self.context.plan.keep_adapter_dtype
+
+    def after_apply(self, trainable: TrainableModel) -> None:
+        hardware = self.context.hardware
+        if (hardware.bf16 or hardware.fp16) and not self.keeps_base_dtype:
+            widen_trained_weights(trainable.model)
+        self._before_construction = TrainedWeightsCopy(trainable.model)
+
+    def on_trainer_created(self, trainer: Any) -> None:
+        assert self._before_construction is not None, "after_apply runs before the Trainer is built"
+        self._before_construction.restore(trainer.model)
+        super().on_trainer_created(trainer)
+        lora = self.context.run.spec.method.lora
+        if lora is not None and lora.plus_ratio is not None:
+            trainer.lora_plus_ratio = lora.plus_ratio
+
+
+def peft_task_type(model: Any) -> Any:
+    """PEFT's word for the model's task. For a sequence classifier (a reward model) PEFT also trains and saves the head."""
+    from peft import TaskType
+
+    return TaskType.SEQ_CLS if "SequenceClassification" in type(model).__name__ else TaskType.CAUSAL_LM
+
+
+def linear_layer_names(model: Any) -> list[str]:
+    """Last parts of the names of all linear layers, 4-bit and 8-bit ones included."""
+    kinds = ("Linear", "Linear4bit", "Linear8bitLt", "Conv1D")
+    return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if type(module).__name__ in kinds})

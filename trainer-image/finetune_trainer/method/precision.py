@@ -1,0 +1,46 @@
+"""Number formats of trained weights: 32 bits, because 16-bit weights lose updates that are smaller than their rounding step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.errors import ConfigError
+
+
+def widen_trained_weights(model: Any) -> None:
+    """Convert trained 16-bit weights to 32 bits.
+
+    PEFT does so for its own layers, but not for modules that are trained in full beside them (`modulesToSave`, a reward model's
+    head, biases). Autocast lets 16-bit inputs meet 32-bit weights.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point() and parameter.element_size() < 4:
+            parameter.data = parameter.data.float()
+
+
+def require_scalable_weights(model: Any) -> None:
+    """Refuse trained float16 weights: torch's loss scaling for fp16 unscales 32-bit gradients only. Errors: ConfigError HalfWeights."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and str(parameter.dtype) == "torch.float16":
+            raise ConfigError(
+                "HalfWeights", f"{name} is trained in float16, as model.dtype asks, and the loss scaling of fp16 needs 32-bit weights",
+                hint="remove model.dtype, or write `training: {mixedPrecision: bf16}`",
+            )  # fmt: skip
+
+
+class TrainedWeightsCopy:
+    """A copy of the trained weights from before a Trainer is built.
+
+    TRL converts the adapter of a quantised base model to bf16 in its constructor. Small updates are lost in bf16, so `restore`
+    puts the weights back in the format that they had.
+    """
+
+    def __init__(self, model: Any):
+        self._weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    def restore(self, model: Any) -> None:
+        """Put back every weight whose number format has changed."""
+        for name, parameter in model.named_parameters():
+            before = self._weights.get(name)
+            if before is not None and parameter.dtype != before.dtype:
+                parameter.data = before.to(parameter.device)
