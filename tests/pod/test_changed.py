@@ -10,7 +10,7 @@ import pytest
 from finetune_api.names import FailureClass
 from finetune_api.pod import Resume, RunConfig, TerminationMessage
 from finetune_api.status import Adaptation
-from finetune_operator.policies.adaptations import ACCUMULATION, BATCH, adapt_to_out_of_memory, adapted
+from finetune_operator.policies.adaptations import ACCUMULATION, BATCH, adapt_to_out_of_memory, apply_adaptations
 from pod_buckets import Bucket
 from pod_harness import ROWS, Pod, merged, run_config, write_rows
 from stories import EVERY, STEPS, Story, committed, lines, rows_learned, spec_of, story, traced, undisturbed
@@ -124,7 +124,7 @@ def next_attempt(run: RunConfig, rung: Adaptation, expect: int) -> RunConfig:
     number = run.attempt + 1
     return run.model_copy(
         update={
-            "attempt": number, "spec": adapted(run.spec, [rung]), "resume": Resume(mode="auto", expect_step=expect),
+            "attempt": number, "spec": apply_adaptations(run.spec, [rung]), "resume": Resume(mode="auto", expect_step=expect),
             "world": run.world.model_copy(update={"rendezvous_id": f"{run.uid}-{number}"}),
         }
     )  # fmt: skip
