@@ -37,6 +37,7 @@ POD = Kind("v1", "Pod", "pods")
 SERVICE = Kind("v1", "Service", "services")
 CORE_EVENT = Kind("v1", "Event", "events")
 EVENT = Kind("events.k8s.io/v1", "Event", "events")
+DEFAULT_CONTAINER_ANNOTATION = "kubectl.kubernetes.io/default-container"
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 
 SELECTOR = f"{names.Label.MANAGED_BY}={names.MANAGER}"

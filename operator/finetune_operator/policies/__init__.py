@@ -1,1 +1,1 @@
-"""One policy a module: pure functions from facts to a verdict, readable alone, with a table test beside each."""
+"""Pure functions from facts to a verdict, one policy per module."""

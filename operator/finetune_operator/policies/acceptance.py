@@ -1,9 +1,10 @@
-"""Can this spec be run as written, here? Every problem at once, each with its field.
+"""Decides whether a spec can be run as written, and lists all problems at once, each with its field.
 
-What only another spec can mend is final. What the platform team can mend (a pool, the default storage) is looked at again.
+A problem that only another spec can solve is final: the job fails. A problem that the platform team can solve (a node pool, the
+default storage, an operator of an older version) makes the job wait.
 
-Defaults are filled in once in a job's life: a run whose store, batch or learning rate changed with the operator's configuration or
-version between two attempts would be another run, and would not find its checkpoints.
+Defaults are filled in once per job. If the batch, the learning rate or the store followed the operator's configuration or version
+from one attempt to the next, the next attempt would be another run and would not find the checkpoints.
 """
 
 from __future__ import annotations
@@ -14,113 +15,154 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from finetune_api.defaults import PlatformDefaults, Resolution, resolve
+from finetune_api.errors import FineTuneError
 from finetune_api.names import MAX_RUN_BYTES, Reason
 from finetune_api.rules import check
+from finetune_api.sources import parse
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import StorageRoot
+from finetune_api.status import FineTuneJobStatus
 from finetune_api.support import unsupported_fields
 from pydantic import ValidationError
 
 from finetune_operator.objects import Object
+from finetune_operator.policies.placement import choose_pool, placement_problems
+from finetune_operator.policies.spec_reading import read_spec, spec_sha256
+from finetune_operator.policies.verdict import Accepted, Refused
 from finetune_operator.settings import NodePool, OperatorConfig
 from finetune_operator.text import clean
+
+__all__ = ["Accepted", "FirstAttempt", "Refused", "accept", "first_attempt"]
 
 logger = logging.getLogger(__name__)
 
 MAX_SPEC_BYTES = MAX_RUN_BYTES - 8 * 1024
-"""Largest resolved spec: the rest of the run configuration must fit beside it."""
-OF_THE_CLUSTER = ("resources", "placement", "policy")
-"""Groups whose defaults are taken anew for each attempt: they say where and how long it runs, not what is trained."""
-STORE = ("storage.uri", "storage.endpoint")
-"""What makes a store another one; the rest is the way to it."""
+"""Largest resolved spec in bytes: the rest of the run configuration must fit into the same annotation."""
+CLUSTER_GROUPS = ("resources", "placement", "policy")
+"""Groups whose defaults are taken anew for each attempt: they say where and how long it runs, not what it trains."""
+STORE_IDENTITY = ("storage.uri", "storage.endpoint")
+"""Fields that decide which store is used; the other fields of `storage` only say how to connect to it."""
 
 
 @dataclass(frozen=True)
-class Accepted:
-    """The spec with nothing left open."""
+class FirstAttempt:
+    """What the first attempt of a job started from, as the status records it."""
 
-    spec: FineTuneJobSpec
-    defaults: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-    pool: NodePool | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    spec_sha256: str | None = None
 
 
-@dataclass(frozen=True)
-class Refused:
-    """Why it cannot be run."""
-
-    reason: Reason
-    message: str
-    hint: str = ""
-    is_final: bool = True
-    spec: FineTuneJobSpec | None = None
-    """As far as it can be read and filled in: an attempt that runs already goes on by it."""
+def first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
+    """Return what the first attempt started from; None if there was no attempt yet."""
+    if not status.attempts:
+        return None
+    resolved = status.resolved
+    return FirstAttempt(resolved.defaults or {}, resolved.spec_sha256) if resolved else FirstAttempt()
 
 
-def accept(raw: Object, config: OperatorConfig, kept: Mapping[str, Any] | None = None) -> Accepted | Refused:
-    """Judge a spec as it stands in the FineTuneJob. `kept`: the defaults, by spec path, with which its first attempt began."""
-    try:
-        spec = FineTuneJobSpec.model_validate(raw)
-    except ValidationError as error:
-        return Refused(Reason.REJECTED, clean("; ".join(_shape(item) for item in error.errors())))
-    problems = check(spec)
-    found = [*problems, *unsupported_fields(spec)]
-    if found and not kept:
+def accept(raw: Object, config: OperatorConfig, first: FirstAttempt | None = None) -> Accepted | Refused:
+    """Check a FineTuneJob's spec. `first` is None before the first attempt."""
+    spec, unknown = read_spec(raw)
+    pool = choose_pool(spec, config)
+    resolution = _resolve(spec, _platform_defaults(config, None if isinstance(pool, Refused) else pool), first or FirstAttempt())
+    digest = spec_sha256(raw)
+    waiting = _other_version(unknown, digest, first)
+    if waiting is not None:
+        return replace(waiting, spec=resolution.spec)
+    problems, unsupported = check(spec), unsupported_fields(spec)
+    found = [*map(str, problems), *map(str, unsupported)]
+    if found and first is None:
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
-        return Refused(reason, clean("; ".join(str(one) for one in found)), hint=found[0].hint, spec=spec)
-    pool = _pool(spec, config)
-    resolution = _resolve(spec, _context(config, None if isinstance(pool, Refused) else pool), kept or {})
+        return Refused(reason, clean("; ".join(found)), hint=[*problems, *unsupported][0].hint, spec=spec)
     if isinstance(pool, Refused):
         return replace(pool, spec=resolution.spec)
-    if resolution.spec.storage.uri is None:
+    conflicts = list(placement_problems(spec, pool, config))
+    refused = _refuse_conflicts(conflicts, first) or _refuse_storage(resolution) or _refuse_size(resolution, first)
+    if refused is not None:
+        return replace(refused, spec=resolution.spec)
+    # The rules of a newer operator do not end a job that an older one started: its spec is immutable.
+    newer_rules = [clean(f"a new job would be refused: {one}") for one in (*found, *conflicts)]
+    return Accepted(resolution.spec, resolution.defaults, (*resolution.notes, *newer_rules), pool, digest)
+
+
+def _other_version(unknown: tuple[str, ...], digest: str, first: FirstAttempt | None) -> Refused | None:
+    """Make the job wait if the spec was written for another version of the CRD."""
+    if unknown:
+        message = f"this version of the operator does not know parts of the spec: {'; '.join(unknown)}"
+        return Refused(Reason.OPERATOR_TOO_OLD, clean(message), "upgrade the operator to the version of the CRD", is_final=False)
+    if first is not None and first.spec_sha256 not in (None, digest):
+        message = (
+            "the spec is not the one that the first attempt started from, although it is immutable: "
+            "an older CRD has removed the fields that it does not know"
+        )
+        hint = "create a new FineTuneJob whose checkpoint.resume names the newest checkpoint"
+        return Refused(Reason.SPEC_CHANGED, message, hint, is_final=False)
+    return None
+
+
+def _refuse_conflicts(conflicts: list[str], first: FirstAttempt | None) -> Refused | None:
+    if not conflicts or first is not None:
+        return None
+    return Refused(Reason.REJECTED, clean("; ".join(conflicts)), "remove the value, or choose another pool")
+
+
+def _refuse_storage(resolution: Resolution) -> Refused | None:
+    """Refuse a storage uri that is missing or cannot be parsed. A uri that comes from the platform's configuration makes the job wait."""
+    uri, is_default = resolution.spec.storage.uri, "storage.uri" in resolution.defaults
+    if uri is None:
         message = "spec.storage.uri is absent, and the operator's configuration has no default storage"
-        hint = "write spec.storage.uri: s3://bucket/prefix"
-        return Refused(Reason.STORAGE_NOT_CONFIGURED, message, hint, is_final=False, spec=resolution.spec)
+        return Refused(Reason.STORAGE_NOT_CONFIGURED, message, "write spec.storage.uri: s3://bucket/prefix", is_final=False)
+    try:
+        parse(uri, path="storage.uri")
+    except FineTuneError as error:
+        if is_default:
+            message = f"the default storage of the operator's configuration cannot be used: {error.message}"
+            return Refused(Reason.STORAGE_NOT_CONFIGURED, clean(message), error.hint or "", is_final=False)
+        return Refused(Reason.REJECTED, clean(f"spec.storage.uri: {error.message}"), error.hint or "")
+    return None
+
+
+def _refuse_size(resolution: Resolution, first: FirstAttempt | None) -> Refused | None:
     size = len(resolution.spec.model_dump_json(by_alias=True, exclude_none=True).encode())
-    if size > MAX_SPEC_BYTES:
-        message = f"the spec with its defaults takes {size} bytes, and a pod's annotation carries {MAX_SPEC_BYTES}"
-        return Refused(Reason.REJECTED, message, "put templates and long lists into ConfigMaps and refer to them")
-    # A newer operator's rules do not end what an older one let begin, and what nobody may change any more.
-    newer = [clean(f"a new job would be refused: {one}") for one in found]
-    return Accepted(resolution.spec, resolution.defaults, (*resolution.notes, *newer), pool)
+    if size <= MAX_SPEC_BYTES:
+        return None
+    message = f"the spec with its defaults takes {size} bytes, and a pod's annotation carries {MAX_SPEC_BYTES}"
+    hint = "put templates and long lists into ConfigMaps and refer to them"
+    return Refused(Reason.REJECTED, message, hint, is_final=first is None)
 
 
-def _resolve(spec: FineTuneJobSpec, context: PlatformDefaults, kept: Mapping[str, Any]) -> Resolution:
-    """The spec with its defaults, those that were filled in before over those of today."""
-    found = resolve(spec, platform=context)
-    if any(found.defaults.get(path) != kept.get(path) for path in STORE) and any(path in kept for path in STORE):
-        before = {path.partition(".")[2]: value for path, value in kept.items() if path.startswith("storage.")}
+def _resolve(spec: FineTuneJobSpec, platform: PlatformDefaults, first: FirstAttempt) -> Resolution:
+    """Fill in the defaults; those that the first attempt started with replace today's."""
+    found, kept = resolve(spec, platform=platform), first.defaults
+    store_differs = any(found.defaults.get(path) != kept.get(path) for path in STORE_IDENTITY)
+    if store_differs and any(path in kept for path in STORE_IDENTITY):
+        storage = {path.partition(".")[2]: value for path, value in kept.items() if path.startswith("storage.")}
         try:
-            found = resolve(spec, platform=replace(context, storage=StorageRoot.model_validate(before)))
+            found = resolve(spec, platform=replace(platform, storage=StorageRoot.model_validate(storage)))
         except ValidationError as error:
-            logger.warning("the storage that a job began with cannot be read and is not kept: %s", error)
+            logger.warning("the storage that the job started with cannot be read and is not kept: %s", error)
     differing = {
         path: kept[path] for path, value in found.defaults.items()
-        if path in kept and kept[path] != value and path.partition(".")[0] not in (*OF_THE_CLUSTER, "storage")
+        if path in kept and kept[path] != value and path.partition(".")[0] not in (*CLUSTER_GROUPS, "storage")
     }  # fmt: skip
-    return _with(found, differing) if differing else found
+    return _with_defaults(found, differing) if differing else found
 
 
-def _with(found: Resolution, values: Mapping[str, Any]) -> Resolution:
-    """The same with other defaults at some paths."""
+def _with_defaults(found: Resolution, values: Mapping[str, Any]) -> Resolution:
+    """The same resolution with other defaults at some paths."""
     try:
         return replace(found, spec=found.spec.with_values(values), defaults={**found.defaults, **values})
     except ValidationError as error:
-        logger.warning("the defaults that a job began with cannot be used and are not kept: %s", error)
+        logger.warning("the defaults that the job started with cannot be used and are not kept: %s", error)
         return found
 
 
-def _shape(item: Any) -> str:
-    path = ".".join(str(part) for part in item["loc"])
-    return f"spec.{path}: {item['msg']}" if path else str(item["msg"])
-
-
-def _context(config: OperatorConfig, pool: NodePool | None) -> PlatformDefaults:
-    """Defaults of the operator's configuration, the pool's first."""
-    own = pool.resources if pool else None
+def _platform_defaults(config: OperatorConfig, pool: NodePool | None) -> PlatformDefaults:
+    """Defaults from the operator's configuration; the pool's come first."""
+    pool_resources = pool.resources if pool else None
 
     def value(name: str) -> str:
-        found = getattr(own, name) if own else None
+        found = getattr(pool_resources, name) if pool_resources else None
         return str(found if found is not None else getattr(config.resources, name))
 
     return PlatformDefaults(
@@ -132,50 +174,3 @@ def _context(config: OperatorConfig, pool: NodePool | None) -> PlatformDefaults:
         ephemeral_storage=value("ephemeral_storage"),
         shared_memory=value("shared_memory"),
     )
-
-
-def _pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Refused | None:
-    """The pool that a job runs on: the one it names; else, for GPUs, the default one; else none."""
-    wanted = spec.resources
-    gpus = 1 if wanted.gpus_per_node is None else wanted.gpus_per_node
-    if wanted.node_pool is not None:
-        pool = config.pool(wanted.node_pool)
-        if pool is None:
-            message = f"spec.resources.nodePool is {wanted.node_pool!r}; {_pools(config)}"
-            return Refused(Reason.UNKNOWN_NODE_POOL, message, "name one of them", is_final=False)
-    else:
-        pool = _by_resource(config, wanted.gpu_resource) if gpus else None
-        if pool is None:
-            return None
-    if gpus and wanted.gpu_resource is not None and wanted.gpu_resource != pool.gpu_resource:
-        message = f"spec.resources.gpuResource is {wanted.gpu_resource}, and nodes of pool {pool.name} have {pool.gpu_resource}"
-        hint = "remove gpuResource, or name a pool that has it"
-        return Refused(Reason.POOL_LACKS_RESOURCE, f"{message}; {_pools(config)}", hint, is_final=False)
-    if gpus > pool.gpus_per_node:
-        message = f"spec.resources.gpusPerNode is {gpus}, and a node of pool {pool.name} has {pool.gpus_per_node}"
-        return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_pools(config)}", "ask for fewer, or use more nodes", False)
-    nodes = wanted.nodes or 1
-    if pool.max_nodes is not None and nodes > pool.max_nodes:
-        message = f"spec.resources.nodes is {nodes}, and pool {pool.name} has at most {pool.max_nodes} nodes"
-        return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_pools(config)}", "ask for fewer nodes", False)
-    return pool
-
-
-def _by_resource(config: OperatorConfig, resource: str | None) -> NodePool | None:
-    """The default pool, or the first that has the resource the job names."""
-    default = config.default_pool
-    if resource is None or (default and default.gpu_resource == resource):
-        return default
-    return next((pool for pool in config.node_pools if pool.gpu_resource == resource), None)
-
-
-def _pools(config: OperatorConfig) -> str:
-    if not config.node_pools:
-        return "the operator's configuration has no pools"
-    return f"pools are: {', '.join(_shown(pool) for pool in config.node_pools)}"
-
-
-def _shown(pool: NodePool) -> str:
-    memory = f" of {pool.gpu_memory}" if pool.gpu_memory is not None else ""
-    about = f": {pool.description}" if pool.description else ""
-    return f"{pool.name} ({pool.gpus_per_node} x {pool.gpu_resource}{memory}{about})"

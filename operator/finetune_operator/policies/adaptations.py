@@ -1,10 +1,12 @@
-"""What to change after memory ran out or the loss diverged, so that another attempt can do better.
+"""What the next attempt changes after memory ran out or the loss diverged.
 
-Memory: the same effective batch exactly. The micro-batch goes to its largest divisor at or below half, accumulation takes the
-factor, down to the smallest that the objective can do, and an evaluation's batch is never larger; then activation checkpointing; then
-the job fails with its numbers. No rung is taken that the rules would refuse.
-Divergence: once the same again from the last healthy checkpoint (a bit flip does not repeat); then, at most twice, back to the
-healthy checkpoint before with half the learning rate; then it fails.
+Out of memory: the effective batch stays exactly the same. The micro-batch becomes its largest divisor at or below half, and
+gradient accumulation grows by the same factor, down to the smallest micro-batch that the objective can use. The evaluation batch
+is never larger than the training batch. The last change is to enable activation checkpointing; then the job fails and its message
+names the final values. A change that the rules would refuse is skipped.
+
+Divergence: the first further attempt replays the run unchanged from the newest healthy checkpoint, because a hardware fault does
+not repeat. The next two go back to an earlier healthy checkpoint, each with half the learning rate. Then the job fails.
 """
 
 from __future__ import annotations
@@ -30,47 +32,47 @@ EVALUATION_BATCH = "evaluation.batchSizePerDevice"
 CHECKPOINTING = "training.gradientCheckpointing"
 RATE = "training.learningRate"
 MAX_STEP = "resume.maxStep"
-"""Not a path of the spec: the newest checkpoint an attempt may start from."""
+"""Step of the newest checkpoint that an attempt may start from. Stored with the adaptations, but not a path of the spec."""
 FIRST_ATTEMPT = "resume.firstAttempt"
-"""Nor is this: the attempt that was rolled back first. What it and later ones commit is not what the rollback left behind."""
+"""Number of the first attempt after the rollback. Checkpoints of this and later attempts are not affected by the rollback."""
 MAX_ACCUMULATION = 65536
-"""The largest that the API allows."""
+"""Upper bound of training.gradientAccumulationSteps in the API."""
 ROLLBACKS = 2
 RATE_FACTOR = 0.5
 
 
 @dataclass(frozen=True)
 class LadderExhausted:
-    """The ladder has no further rung."""
+    """No further change can help."""
 
     message: str
     hint: str
 
 
 def apply_adaptations(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> FineTuneJobSpec:
-    """The resolved spec with every adaptation applied, the later over the earlier."""
+    """Return the resolved spec with all adaptations applied; a later value replaces an earlier one."""
     try:
-        return spec.with_values(_of_spec(adaptations))
+        return spec.with_values(_spec_values(adaptations))
     except ValidationError as error:
-        # Only somebody who edits the status can bring this about; the job goes on as it was written.
+        # Only a manual edit of the status can lead here; the job goes on with the spec as written.
         logger.warning("the adaptations in status cannot be applied and are ignored: %s", error)
         return spec
 
 
 def original_values(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) -> dict[str, Any]:
-    """What the resolved spec says at the paths of it that adaptations have changed."""
-    return {path: spec.value(path) for path in _of_spec(adaptations)}
+    """Return the resolved spec's own values at the paths that adaptations have changed."""
+    return {path: spec.value(path) for path in _spec_values(adaptations)}
 
 
-def _of_spec(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
-    """Values that now hold, of those that are the spec's."""
+def _spec_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
+    """Current value of every adapted path of the spec."""
     return {
         path: found for path, found in adapted_values(adaptations).items() if path not in (MAX_STEP, FIRST_ATTEMPT)
     }
 
 
 def adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
-    """Values that now hold, by spec path."""
+    """Current value of every adapted path."""
     result: dict[str, Any] = {}
     for one in adaptations:
         result |= one.set or {}
@@ -78,13 +80,13 @@ def adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
 
 
 def adapt_to_out_of_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | LadderExhausted:
-    """The next rung after memory ran out with `spec` (resolved, earlier adaptations applied)."""
+    """Return the next change after memory ran out with `spec` (resolved, with earlier adaptations applied)."""
     batch = spec.training.batch_size_per_device or 1
     accumulation = spec.training.gradient_accumulation_steps or 1
     if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
         return LadderExhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
-    for values in _rungs(spec, batch, accumulation):
-        if not new_problems(spec, spec.with_values(values)):  # nobody is to be refused for what we wrote
+    for values in _possible_changes(spec, batch, accumulation):
+        if not new_problems(spec, spec.with_values(values)):
             change = ", ".join(f"{_shown(path)} {spec.value(path)} -> {value}" for path, value in values.items())
             return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set=values)
     return LadderExhausted(
@@ -94,10 +96,10 @@ def adapt_to_out_of_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation |
     )
 
 
-def _rungs(spec: FineTuneJobSpec, batch: int, accumulation: int) -> Iterator[dict[str, Any]]:
-    """What could be changed next, the best first. An evaluation never takes larger batches than training then does."""
-    looks = evaluates_during_training(spec) or has_test_set(spec)
-    rows = (spec.evaluation.batch_size_per_device or 0) if looks else 0
+def _possible_changes(spec: FineTuneJobSpec, batch: int, accumulation: int) -> Iterator[dict[str, Any]]:
+    """Possible next changes, the most effective first."""
+    evaluates = evaluates_during_training(spec) or has_test_set(spec)
+    rows = (spec.evaluation.batch_size_per_device or 0) if evaluates else 0
     smaller = next((part for part in range(batch // 2, min_batch_size_per_device(spec) - 1, -1) if batch % part == 0), 0)
     more = accumulation * (batch // smaller) if smaller else 0
     if 0 < more <= MAX_ACCUMULATION:
@@ -112,7 +114,7 @@ def _rungs(spec: FineTuneJobSpec, batch: int, accumulation: int) -> Iterator[dic
 
 
 def _shown(path: str) -> str:
-    """As it is called in a sentence: training's fields by their own name."""
+    """Name of a path in messages: fields of `training` go without their group."""
     return path.removeprefix("training.")
 
 
@@ -120,7 +122,7 @@ def adapt_to_divergence(
     spec: FineTuneJobSpec, adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint], now: datetime,
     attempt: int = 1,
 ) -> Adaptation | LadderExhausted:  # fmt: skip
-    """The next rung after the loss of `attempt` was not finite; `spec` has earlier adaptations applied."""
+    """Return the next change after the loss of `attempt` was not finite; `spec` has earlier adaptations applied."""
     if spec.policy.on_divergence is OnDivergence.FAIL:
         return LadderExhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
     earlier = [one for one in adaptations if one.reason == Reason.DIVERGED]
@@ -134,6 +136,7 @@ def adapt_to_divergence(
             f"at last with learningRate {spec.training.learning_rate:g}",
             "look at the rows around the step named here; lower training.learningRate or training.maxGradNorm",
         )
+    # The newest healthy checkpoint has led into the divergence twice: each rollback goes one checkpoint further back.
     back = steps[min(len(earlier), len(steps) - 1)] if len(steps) > 1 else 0
     rate = spec.training.learning_rate or 0.0
     slower = rate * RATE_FACTOR
@@ -143,15 +146,17 @@ def adapt_to_divergence(
 
 
 def max_start_step(adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint]) -> int | None:
-    """The newest step that the next attempt may start from; None: the newest there is.
+    """Return the newest step that the next attempt may start from; None: any.
 
-    A rollback leaves checkpoints behind, not the run: once the attempts after it have come further than those before, it is over.
+    After a rollback the attempts before it must not be continued. Checkpoints that attempts after the rollback committed may be;
+    once these are newer than all others, the limit is no longer needed.
     """
     values = adapted_values(adaptations)
-    limit, first = values.get(MAX_STEP), values.get(FIRST_ATTEMPT)
-    if not isinstance(limit, int) or not isinstance(first, int):
+    limit, first_attempt = values.get(MAX_STEP), values.get(FIRST_ATTEMPT)
+    if not isinstance(limit, int) or not isinstance(first_attempt, int):
         return limit if isinstance(limit, int) else None
-    left, since = [0], [0]
+    steps_before, steps_after = [0], [0]
     for one in checkpoints:
-        (since if (attempt_of_uri(one.uri) or 0) >= first else left).append(one.step)
-    return None if max(since) > max(left) else max(limit, *since)
+        is_after = (attempt_of_uri(one.uri) or 0) >= first_attempt
+        (steps_after if is_after else steps_before).append(one.step)
+    return None if max(steps_after) > max(steps_before) else max(limit, *steps_after)

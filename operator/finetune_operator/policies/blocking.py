@@ -1,4 +1,4 @@
-"""Why do the pods of an attempt not run yet? In the scheduler's, the kubelet's or the admission's own words."""
+"""Finds what keeps the pods of an attempt from running, in the words of the scheduler, the kubelet or admission."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ IMAGE_REASONS = (
     "ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError", "RegistryUnavailable",
 )  # fmt: skip
 CONFIG_REASONS = ("CreateContainerConfigError", "CreateContainerError", "RunContainerError")
-ADMISSION_WORDS = ("admission webhook", "ValidatingAdmissionPolicy", "failed calling webhook")
+ADMISSION_PHRASES = ("admission webhook", "ValidatingAdmissionPolicy", "failed calling webhook")
 MOUNT_REASONS = ("FailedMount", "FailedAttachVolume")
 
 
 @dataclass(frozen=True)
 class BlockingCondition:
-    """Something the cluster must mend before a pod runs."""
+    """A condition that the cluster, the platform team or the user must resolve before the pods can run."""
 
     reason: Reason
     message: str
 
 
 def blocking_condition_of_pods(pods: Iterable[PodView]) -> BlockingCondition | None:
-    """The gravest obstacle that the pods themselves tell of; None: there is none, they only need time."""
-    found = [waiting for pod in pods if not pod.is_finished and (waiting := _blocking_condition_of_pod(pod)) is not None]
+    """Return the most important blocking condition that the pods' own status shows; None: they only need time."""
+    found = [one for pod in pods if not pod.is_finished and (one := _blocking_condition_of_pod(pod)) is not None]
     order = (Reason.CONFIG_MISSING, Reason.IMAGE_PULL_FAILED, Reason.UNSCHEDULABLE, Reason.PODS_NOT_READY)
-    return min(found, key=lambda waiting: order.index(waiting.reason), default=None)
+    return min(found, key=lambda one: order.index(one.reason), default=None)
 
 
 def _blocking_condition_of_pod(pod: PodView) -> BlockingCondition | None:
@@ -43,15 +43,17 @@ def _blocking_condition_of_pod(pod: PodView) -> BlockingCondition | None:
     if pod.waiting_reason in CONFIG_REASONS:
         return BlockingCondition(Reason.CONFIG_MISSING, detail)
     if pod.terminated is not None and pod.phase == "Running":
-        code = pod.terminated.exit_code
-        words = f"the trainer in pod {pod.name} ended with exit code {code}, and a container beside it still runs"
-        return BlockingCondition(Reason.PODS_NOT_READY, f"{words}: make it a native sidecar, or keep it out by placement.annotations")
+        message = (
+            f"the trainer in pod {pod.name} ended with exit code {pod.terminated.exit_code}, and a container beside it still runs: "
+            "make that container a native sidecar, or disable its injection in placement.annotations"
+        )
+        return BlockingCondition(Reason.PODS_NOT_READY, message)
     return None
 
 
 def blocking_condition_of_events(events: Sequence[Object]) -> BlockingCondition | None:
-    """What warnings about a Job or a Pod say: refused by quota or policy, or a volume that does not come."""
-    newest_first = sorted(events, key=_when, reverse=True)
+    """Return what Warning events about a Job or a pod show: pods refused by quota or policy, or a volume that cannot be mounted."""
+    newest_first = sorted(events, key=_event_time, reverse=True)
     for event in newest_first:
         reason, note = str(event.get("reason", "")), clean(str(event.get("message") or event.get("note") or ""))
         if reason == "FailedCreate":
@@ -61,7 +63,7 @@ def blocking_condition_of_events(events: Sequence[Object]) -> BlockingCondition 
     return None
 
 
-def _when(event: Object) -> str:
+def _event_time(event: Object) -> str:
     series = event.get("series") or {}
     return str(
         series.get("lastObservedTime") or event.get("lastTimestamp") or event.get("eventTime")
@@ -70,10 +72,10 @@ def _when(event: Object) -> str:
 
 
 def is_admission_refusal(message: str) -> bool:
-    """Whether the API server's words tell of a policy or a webhook, which others may mend, and not of the object itself."""
-    return any(words in message for words in ADMISSION_WORDS)
+    """Whether an admission policy or webhook refused the object, so that the object itself may be valid."""
+    return any(phrase in message for phrase in ADMISSION_PHRASES)
 
 
-def reason_of_refusal(note: str) -> Reason:
-    """What refused, by the words of the API server."""
-    return Reason.QUOTA_EXCEEDED if "quota" in note.lower() else Reason.FORBIDDEN_BY_POLICY
+def reason_of_refusal(message: str) -> Reason:
+    """Return whether a quota or an admission policy refused, by the API server's message."""
+    return Reason.QUOTA_EXCEEDED if "quota" in message.lower() else Reason.FORBIDDEN_BY_POLICY

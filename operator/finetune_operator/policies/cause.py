@@ -1,43 +1,32 @@
-"""Why did an attempt end? When several pods failed, one of them is the cause and the others are its consequences.
+"""Finds the cause of an attempt's end. When several pods failed, one of them is the cause and the others are its consequences.
 
-User, data, model and storage errors come before memory and divergence, those before what nobody classified, then the cluster
-taking a pod away, then peers that noticed, then pods that stopped because they were told to. Among equals a rank that failed by
-itself comes before one that noticed, and the earlier before the later.
+The failure with the lowest `Precedence` is the cause. Of failures with the same precedence, a rank that failed by itself wins
+over a rank that noticed another's failure, then the earlier failure wins over the later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
-from finetune_api.exits import EXIT_POLICIES, REASON_OF_CLASS, ExitPolicy, Precedence, RetryPolicy, attempt_reason
+from finetune_api.exits import EXIT_POLICIES, REASON_OF_CLASS, ExitPolicy, Precedence, attempt_reason
 from finetune_api.names import ExitCode, FailureClass, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Failure
 
+from finetune_operator.policies.retry import Cause, PodEnd
 from finetune_operator.text import clean
 from finetune_operator.views import JobView, PodView
 
-
-@dataclass(frozen=True)
-class Cause:
-    """Why an attempt ended without success."""
-
-    reason: Reason
-    failure: Failure
-    retry: RetryPolicy
-    precedence: Precedence = Precedence.UNKNOWN
-
-
 NODE_LOST = ("DeletionByTaintManager", "DeletionByPodGC")
-"""Reasons of DisruptionTarget that mean: the node went away."""
+"""Reasons of the DisruptionTarget condition that mean that the node is lost."""
 OOM_KILLED = "OOMKilled"
 EVICTED = "Evicted"
-FOREVER = 2**63
+NO_TIME_NS = 2**63
+"""Sorts a failure without a time after all others."""
 
 
 def cause_of(job: JobView | None, pods: Iterable[PodView]) -> Cause:
-    """Why the attempt that these pods belong to ended; the Job is asked where no pod tells."""
+    """Return why the attempt ended, from its pods or, if no pod explains it, from the conditions of its Job."""
     found = [(cause, pod) for pod in pods if (cause := pod_cause(pod)) is not None]
     if found:
         return min(found, key=lambda pair: _order(*pair))[0]
@@ -45,116 +34,115 @@ def cause_of(job: JobView | None, pods: Iterable[PodView]) -> Cause:
 
 
 def _order(cause: Cause, pod: PodView) -> tuple[int, bool, int, int]:
-    words = pod.termination_message
-    noticed = words is not None and words.origin is False
-    when = words.time_ns if words is not None and words.time_ns else None
-    if when is None and pod.terminated and pod.terminated.finished_at:
-        when = int(pod.terminated.finished_at.timestamp() * 1e9)
-    return cause.precedence, noticed, when if when is not None else FOREVER, pod.index
+    message = pod.termination_message
+    noticed_peer = message is not None and message.origin is False
+    time_ns = message.time_ns if message is not None and message.time_ns else None
+    if time_ns is None and pod.terminated and pod.terminated.finished_at:
+        time_ns = int(pod.terminated.finished_at.timestamp() * 1e9)
+    return cause.precedence, noticed_peer, time_ns if time_ns is not None else NO_TIME_NS, pod.index
 
 
 def pod_cause(pod: PodView) -> Cause | None:
-    """What one pod's end says; None if it did not fail, or has not ended."""
+    """Return why this pod failed; None if it has not ended or did not fail."""
     if not pod.is_finished or pod.phase == "Succeeded" or (pod.terminated and pod.terminated.exit_code == ExitCode.OK):
         return None
     code = pod.terminated.exit_code if pod.terminated else None
     policy = EXIT_POLICIES.get(code) if code is not None else None
     if pod.terminated is not None and pod.terminated.reason == OOM_KILLED:
-        return _host_memory(pod)
-    # An eviction explains a crash that nobody classified, a stop or a lost peer; a disruption explains a stop or a lost peer.
+        return _out_of_host_memory(pod)
+    # An eviction explains an unclassified crash, a stop or a lost peer; a disruption explains a stop or a lost peer.
     if pod.reason == EVICTED and not pod.disruption and (policy is None or policy.precedence >= Precedence.UNKNOWN):
-        return _over_its_limit(pod)
+        return _evicted_for_own_use(pod)
     if policy is not None and not (pod.disruption and policy.precedence >= Precedence.PEER):
         return _exit(pod, policy)
     if pod.disruption:
         return _disrupted(pod)
     if code is not None:
         return _unknown_exit(pod, code)
-    return _without_container(pod)
+    return _no_container_ended(pod)
 
 
 def _exit(pod: PodView, policy: ExitPolicy) -> Cause:
-    words = pod.termination_message or TerminationMessage()
-    failure_class = words.class_ or policy.failure_class
-    message = words.message or _raw(pod) or f"exit code {policy.code:d}"
-    failure = _failure(pod, failure_class, words.code or policy.word, message, policy.hint)
+    reported = pod.termination_message or TerminationMessage()
+    failure_class = reported.class_ or policy.failure_class
+    message = reported.message or _last_log_line(pod) or f"exit code {policy.code:d}"
+    failure = _failure(pod, failure_class, reported.code or policy.word, message, policy.hint)
     return Cause(attempt_reason(policy, failure_class), failure, policy.retry, policy.precedence)
 
 
-def _host_memory(pod: PodView) -> Cause:
+def _cause(reason: Reason, failure: Failure, end: PodEnd) -> Cause:
+    return Cause(reason, failure, end.value.retry, end.value.precedence)
+
+
+def _out_of_host_memory(pod: PodView) -> Cause:
     message = "the kernel killed the trainer: the pod's memory limit was reached"
     failure = _failure(pod, FailureClass.OUT_OF_MEMORY, OOM_KILLED, message)
     hint = "raise resources.memory, or lower training.batchSizePerDevice"
-    failure = failure.model_copy(update={"hint": hint})
-    return Cause(Reason.OUT_OF_MEMORY, failure, RetryPolicy.ADAPT_MEMORY, Precedence.NUMERIC)
+    return _cause(Reason.OUT_OF_MEMORY, failure.model_copy(update={"hint": hint}), PodEnd.OUT_OF_HOST_MEMORY)
 
 
-def _over_its_limit(pod: PodView) -> Cause:
-    """Evicted for what it did itself: a kubelet that needs room for others says so with a disruption."""
+def _evicted_for_own_use(pod: PodView) -> Cause:
+    """The kubelet evicted the pod for its own use of disk or memory; to make room for other pods it sets DisruptionTarget."""
     failure = _failure(pod, FailureClass.INFRASTRUCTURE, EVICTED, pod.message or "the node evicted the pod")
-    hint = "raise resources.ephemeralStorage, or resources.sharedMemory if its words name a volume"
-    return Cause(Reason.PREEMPTED, failure.model_copy(update={"hint": hint}), RetryPolicy.COUNTED, Precedence.CLUSTER)
+    hint = "raise resources.ephemeralStorage, or resources.sharedMemory if the message names a volume"
+    return _cause(Reason.PREEMPTED, failure.model_copy(update={"hint": hint}), PodEnd.EXCEEDED_LIMIT)
 
 
 def _disrupted(pod: PodView) -> Cause:
-    lost = pod.disruption in NODE_LOST
-    message = pod.disruption_message or ("the node went away" if lost else "the cluster took the pod")
+    node_lost = pod.disruption in NODE_LOST
+    message = pod.disruption_message or ("the node is lost" if node_lost else "the cluster removed the pod")
     failure = _failure(pod, FailureClass.PREEMPTED, pod.disruption, message)
-    return Cause(Reason.NODE_LOST if lost else Reason.PREEMPTED, failure, RetryPolicy.FREE, Precedence.CLUSTER)
+    return _cause(Reason.NODE_LOST if node_lost else Reason.PREEMPTED, failure, PodEnd.DISRUPTED)
 
 
 def _unknown_exit(pod: PodView, code: int) -> Cause:
     if code in (ExitCode.TERMINATED, ExitCode.KILLED) and pod.deletion_timestamp is not None:
-        failure = _failure(
-            pod, FailureClass.PREEMPTED, "PreemptedNotSaved", "the pod was deleted and did not save in time"
-        )
-        return Cause(Reason.PREEMPTED, failure, RetryPolicy.FREE, Precedence.STOPPED)
-    words = pod.termination_message or TerminationMessage()
-    failure_class = words.class_ or FailureClass.INTERNAL
-    message = words.message or _raw(pod) or f"the trainer ended with exit code {code}"
-    return Cause(
-        REASON_OF_CLASS[failure_class],
-        _failure(pod, failure_class, words.code or f"ExitCode{code}", message),
-        RetryPolicy.COUNTED,
-    )
+        message = "the pod was deleted and did not save in time"
+        failure = _failure(pod, FailureClass.PREEMPTED, "PreemptedNotSaved", message)
+        return _cause(Reason.PREEMPTED, failure, PodEnd.DELETED_UNSAVED)
+    reported = pod.termination_message or TerminationMessage()
+    failure_class = reported.class_ or FailureClass.INTERNAL
+    message = reported.message or _last_log_line(pod) or f"the trainer ended with exit code {code}"
+    failure = _failure(pod, failure_class, reported.code or f"ExitCode{code}", message)
+    return _cause(REASON_OF_CLASS[failure_class], failure, PodEnd.UNKNOWN_EXIT)
 
 
-def _without_container(pod: PodView) -> Cause:
-    """No container ever ended: rejected by the kubelet, evicted before it ran, or deleted."""
+def _no_container_ended(pod: PodView) -> Cause:
+    """The kubelet rejected the pod, an init container failed, or the pod was deleted."""
     if pod.init_failed:
         failure = _failure(pod, FailureClass.INFRASTRUCTURE, "InitContainerFailed", pod.init_failed)
-        return Cause(Reason.PEER_FAILED, failure, RetryPolicy.COUNTED, Precedence.CLUSTER)
+        return _cause(Reason.PEER_FAILED, failure, PodEnd.NOT_STARTED)
     if pod.phase == "Failed":
-        message = pod.message or "the node refused the pod"
+        message = pod.message or "the node rejected the pod"
         failure = _failure(pod, FailureClass.INFRASTRUCTURE, pod.reason or "PodRejected", message)
-        return Cause(Reason.PEER_FAILED, failure, RetryPolicy.COUNTED, Precedence.CLUSTER)
+        return _cause(Reason.PEER_FAILED, failure, PodEnd.NOT_STARTED)
     failure = _failure(pod, FailureClass.PREEMPTED, "PodDeleted", "the pod was deleted")
-    return Cause(Reason.PREEMPTED, failure, RetryPolicy.FREE, Precedence.STOPPED)
+    return _cause(Reason.PREEMPTED, failure, PodEnd.DELETED)
 
 
 def _job_cause(job: JobView | None) -> Cause:
     code = (job.failed_reason if job else "") or "PodsLost"
-    message = (job.failed_message if job else "") or "the pods are gone and nobody saw how they ended"
+    message = (job.failed_message if job else "") or "the pods were deleted before the operator read how they ended"
     failure = Failure(class_=FailureClass.INFRASTRUCTURE, code=code, message=clean(message))
-    return Cause(Reason.PEER_FAILED, failure, RetryPolicy.COUNTED, Precedence.CLUSTER)
+    return _cause(Reason.PEER_FAILED, failure, PodEnd.UNKNOWN)
 
 
 def _failure(pod: PodView, failure_class: FailureClass, code: str, message: str, hint: str = "") -> Failure:
-    words = pod.termination_message or TerminationMessage()
+    reported = pod.termination_message or TerminationMessage()
     return Failure(
         class_=failure_class,
         code=clean(code, 128),
         message=clean(message),
-        hint=clean(words.hint or hint) or None,
+        hint=clean(reported.hint or hint) or None,
         node=pod.node or None,
-        rank=words.rank if words.rank is not None else None,
-        step=words.step,
+        rank=reported.rank if reported.rank is not None else None,
+        step=reported.step,
         exit_code=pod.terminated.exit_code if pod.terminated else None,
     )
 
 
-def _raw(pod: PodView) -> str:
-    """The last line of a container that left no words of ours (the kubelet then keeps the end of the log)."""
+def _last_log_line(pod: PodView) -> str:
+    """The last line of a container that wrote no termination message: the kubelet then keeps the end of the log in its place."""
     text = pod.terminated.message if pod.terminated else ""
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines and not text.startswith("{") else ""

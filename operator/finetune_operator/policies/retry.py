@@ -1,31 +1,94 @@
-"""What comes after an attempt that did not succeed: the end, or another attempt, changed or not, counted or not."""
+"""All rules on further attempts: whether a failed attempt is repeated, whether it counts, and how long the job waits before the next.
+
+The policy of each exit code stands in `finetune_api.exits`. This module adds the ends of attempts that have no exit code of ours
+(a pod that was evicted, a Job that this operator terminated), the budget `policy.retries`, and the delays.
+"""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from enum import Enum
+from typing import NamedTuple
 
-from finetune_api.exits import RetryPolicy
+from finetune_api.exits import Precedence, RetryPolicy
 from finetune_api.names import FailureClass, Reason
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Adaptation, Failure, FineTuneJobStatus
+from finetune_api.status import Adaptation, Attempt, Failure, FineTuneJobStatus
 
 from finetune_operator.policies.adaptations import LadderExhausted, adapt_to_divergence, adapt_to_out_of_memory
-from finetune_operator.policies.cause import Cause
+from finetune_operator.settings import RetrySettings
+
+DEFAULT_RETRIES = 3
+"""`policy.retries` of a spec without defaults filled in."""
+NO_BACKOFF_REASONS = (Reason.SUSPENDED, Reason.OUT_OF_MEMORY, Reason.DIVERGED)
+"""Reasons of attempts after which the next one starts at once: the user asked for the pause, or the next attempt runs with other values."""
+ALWAYS_BACKOFF_REASONS = (Reason.GANG_INCOMPLETE, Reason.TRAINER_TOO_OLD)
+"""Reasons of attempts that do not count and after which even the first further attempt waits."""
+SHORTEST_BLOCKED_RETRY_SECONDS, LONGEST_BLOCKED_RETRY_SECONDS = 15.0, 300.0
+
+
+class EndPolicy(NamedTuple):
+    """Retry policy and precedence of an attempt's end that has no exit code of ours."""
+
+    retry: RetryPolicy
+    precedence: Precedence
+
+
+class PodEnd(Enum):
+    """The ends of a pod that the exit policy table does not cover."""
+
+    OUT_OF_HOST_MEMORY = EndPolicy(RetryPolicy.ADAPT_MEMORY, Precedence.NUMERIC)
+    """The kernel killed the container at its memory limit."""
+    EXCEEDED_LIMIT = EndPolicy(RetryPolicy.COUNTED, Precedence.CLUSTER)
+    """The kubelet evicted the pod because the pod itself used too much disk or memory: the next attempt would do the same."""
+    DISRUPTED = EndPolicy(RetryPolicy.FREE, Precedence.CLUSTER)
+    """The cluster removed the pod: preemption, a drained or lost node."""
+    DELETED_UNSAVED = EndPolicy(RetryPolicy.FREE, Precedence.STOPPED)
+    """The pod was deleted and its container was killed before it had saved."""
+    DELETED = EndPolicy(RetryPolicy.FREE, Precedence.STOPPED)
+    """The pod was deleted before any container ended."""
+    UNKNOWN_EXIT = EndPolicy(RetryPolicy.COUNTED, Precedence.UNKNOWN)
+    """The container ended with an exit code that is not one of ours."""
+    NOT_STARTED = EndPolicy(RetryPolicy.COUNTED, Precedence.CLUSTER)
+    """The kubelet rejected the pod, or an init container failed."""
+    UNKNOWN = EndPolicy(RetryPolicy.COUNTED, Precedence.CLUSTER)
+    """No pod is known that explains the end."""
+
+
+TERMINATION_RETRY: dict[Reason, RetryPolicy] = {
+    Reason.STALLED: RetryPolicy.COUNTED,
+    # Reason.PREEMPTED means here: a person or a program deleted the Job. Whoever does that may do it after every attempt.
+    Reason.PREEMPTED: RetryPolicy.COUNTED,
+}
+"""Retry policy of an attempt whose Job was deleted, by termination reason; all other reasons are FREE."""
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Why an attempt ended without success."""
+
+    reason: Reason
+    failure: Failure
+    retry: RetryPolicy
+    precedence: Precedence = Precedence.UNKNOWN
 
 
 @dataclass(frozen=True)
 class Retry:
-    """Another attempt."""
+    """Start another attempt."""
 
     counted: bool = False
+    """Whether the failed attempt counts against `policy.retries`."""
     adaptation: Adaptation | None = None
     progressed: bool = False
 
 
 @dataclass(frozen=True)
 class GiveUp:
-    """No further attempt."""
+    """Start no further attempt: the job fails."""
 
     reason: Reason
     failure: Failure
@@ -33,42 +96,78 @@ class GiveUp:
 
 def retry_or_give_up(
     cause: Cause, spec: FineTuneJobSpec, status: FineTuneJobStatus, *, progressed: bool, now: datetime, attempt: int = 1,
+    spec_is_readable: bool = True,
 ) -> Retry | GiveUp:  # fmt: skip
-    """What follows `attempt`, which failed.
+    """Decide what follows after `attempt` failed.
 
-    `spec` is resolved, with earlier adaptations applied; `progressed`: it committed a step newer than all before it.
+    `spec` is resolved, with earlier adaptations applied. `progressed` says that the attempt committed a newer step than all
+    attempts before it. While the operator cannot read the spec (`spec_is_readable` False) it neither adapts values nor counts
+    attempts: the next attempt waits for a newer operator anyway.
     """
     match cause.retry:
         case RetryPolicy.NEVER:
             return GiveUp(cause.reason, cause.failure)
         case RetryPolicy.FREE | RetryPolicy.WAIT:
             return Retry(progressed=progressed)
+        case _ if not spec_is_readable:
+            return Retry(progressed=progressed)
         case RetryPolicy.ADAPT_MEMORY:
-            rung = adapt_to_out_of_memory(spec, now)
+            adaptation = adapt_to_out_of_memory(spec, now)
         case RetryPolicy.ROLL_BACK:
-            rung = adapt_to_divergence(spec, status.adaptations, status.checkpoints, now, attempt)
+            adaptation = adapt_to_divergence(spec, status.adaptations, status.checkpoints, now, attempt)
         case RetryPolicy.COUNTED:
             return _counted(cause, spec, status.retries_used or 0, progressed)
-    if isinstance(rung, LadderExhausted):
-        message = f"{cause.failure.message}; {rung.message}" if cause.failure.message else rung.message
-        return GiveUp(cause.reason, cause.failure.model_copy(update={"message": message, "hint": rung.hint}))
-    return Retry(adaptation=rung, progressed=progressed)
+    if isinstance(adaptation, LadderExhausted):
+        message = f"{cause.failure.message}; {adaptation.message}" if cause.failure.message else adaptation.message
+        return GiveUp(cause.reason, cause.failure.model_copy(update={"message": message, "hint": adaptation.hint}))
+    return Retry(adaptation=adaptation, progressed=progressed)
 
 
-def _counted(cause: Cause, spec: FineTuneJobSpec, used: int, progressed: bool) -> Retry | GiveUp:
+def _counted(cause: Cause, spec: FineTuneJobSpec, retries_used: int, progressed: bool) -> Retry | GiveUp:
     if progressed:
         return Retry(progressed=True)
-    allowed = spec.policy.retries if spec.policy.retries is not None else 3
-    if used >= allowed:
-        message = f"{used + 1} attempts in a row made no progress, policy.retries allows {allowed}; the last: "
+    allowed = spec.policy.retries if spec.policy.retries is not None else DEFAULT_RETRIES
+    if retries_used >= allowed:
+        message = f"{retries_used + 1} attempts in a row made no progress, policy.retries allows {allowed}; the last: "
         failure = cause.failure.model_copy(update={"message": message + cause.failure.message})
         return GiveUp(Reason.RETRIES_EXHAUSTED, failure)
     return Retry(counted=True)
 
 
-def deadline_failure(limit: int) -> Failure:
+def deadline_failure(limit_seconds: int) -> Failure:
     """The failure of a job whose running time is used up."""
     return Failure(
-        class_=FailureClass.USER, code=Reason.DEADLINE_EXCEEDED, message=f"policy.activeDeadlineSeconds {limit} passed",
+        class_=FailureClass.USER, code=Reason.DEADLINE_EXCEEDED, message=f"policy.activeDeadlineSeconds {limit_seconds} passed",
         hint="the newest checkpoint is kept; raise the deadline in a new FineTuneJob that resumes from it",
     )  # fmt: skip
+
+
+def backoff_seconds(attempts: Sequence[Attempt], settings: RetrySettings, seed: str = "") -> float:
+    """Seconds to wait after the last of `attempts` before the next one starts.
+
+    The delay doubles with each attempt in a row that made no progress. The first attempt that the cluster took needs none.
+    After GangIncomplete the delay is random between half and one and a half times its value, so that two gangs that hold nodes
+    from each other do not collide again. `seed` (the job's uid) and the attempt's number determine it.
+    """
+    fruitless = 0
+    for attempt in reversed(attempts):
+        if attempt.reason in NO_BACKOFF_REASONS or _progressed(attempt):
+            break
+        fruitless += 1
+    if fruitless and not attempts[-1].counted and attempts[-1].reason not in ALWAYS_BACKOFF_REASONS:
+        fruitless -= 1
+    if not fruitless:
+        return 0.0
+    delay: float = min(settings.base_seconds * 2 ** min(fruitless - 1, 20), settings.max_seconds)
+    if attempts[-1].reason == Reason.GANG_INCOMPLETE:
+        delay *= random.Random(f"{seed}/{attempts[-1].number}").uniform(0.5, 1.5)  # noqa: S311 -- spreads retries, no secret
+    return delay
+
+
+def _progressed(attempt: Attempt) -> bool:
+    return attempt.committed_step is not None and attempt.committed_step > (attempt.resumed_from_step or 0)
+
+
+def blocked_retry_seconds(blocked_seconds: float) -> float:
+    """Seconds until a refused create is tried again, for a job that has been blocked for `blocked_seconds`."""
+    return min(max(blocked_seconds / 2, SHORTEST_BLOCKED_RETRY_SECONDS), LONGEST_BLOCKED_RETRY_SECONDS)

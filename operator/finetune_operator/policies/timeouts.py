@@ -1,4 +1,4 @@
-"""Time limits, computed from times that servers wrote down: they survive our restarts and a clock that is wrong."""
+"""Time limits. All are computed from times that the API server wrote, so they survive restarts of the operator and a wrong local clock."""
 
 from __future__ import annotations
 
@@ -7,107 +7,94 @@ from datetime import datetime, timedelta
 
 from finetune_api.pod import ProgressReport
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.status import Attempt, Stage
+from finetune_api.status import Stage
 
-from finetune_operator.settings import RetrySettings
 from finetune_operator.views import PodView
 
-LEAST_STALL = 600.0
-"""Shortest stall timeout that is derived from a run's own pace, in seconds."""
+SHORTEST_STALL_SECONDS = 600.0
+"""Shortest stall timeout that is derived from a run's step time."""
 STALL_STEPS = 20
-"""Steps that a run may be late by before it counts as stalled."""
-FRESH = 120.0
-"""Seconds for which a pod's answer still says how it is; after that only the kubelet's word counts."""
+"""Stall timeout in median step times."""
+REPORT_VALID_SECONDS = 120.0
+"""Age up to which a progress report describes the pod; when it is older, only the pod's readiness counts."""
 LONGEST_WAKE = timedelta(hours=1)
-"""Longest time between two looks, whatever a deadline says: guards against a clock that jumped."""
+"""Longest time between two reconciles of a job that waits for a time limit; protects against a clock that jumped."""
 
 
 def seconds_between(start: datetime | None, end: datetime) -> float:
-    """Time from start to end, never negative."""
+    """Seconds from start to end, never negative; 0 without a start."""
     return max(0.0, (end - start).total_seconds()) if start else 0.0
 
 
-def deadline_at(spec: FineTuneJobSpec, active: float, running_since: datetime | None) -> datetime | None:
-    """When `policy.activeDeadlineSeconds` will have passed; None: there is none, or nothing runs."""
-    limit = spec.policy.active_deadline_seconds
-    if limit is None or running_since is None:
-        return None
-    return running_since + timedelta(seconds=max(0.0, limit - active))
+def deadline_at(limit_seconds: int | None, earlier_seconds: float, running_since: datetime | None) -> datetime | None:
+    """Return when `policy.activeDeadlineSeconds` passes; None: no limit, or the job does not run.
 
-
-def ttl_expires_at(ttl: int | None, completed: datetime | None) -> datetime | None:
-    """When Jobs and Pods of a finished job are to be removed."""
-    return completed + timedelta(seconds=ttl) if ttl is not None and completed is not None else None
-
-
-def backoff_seconds(attempts: Sequence[Attempt], settings: RetrySettings, unharmed: Sequence[str]) -> float:
-    """Seconds to wait after the last of `attempts` before the next.
-
-    The pause doubles with each attempt in a row that made no progress. Reasons in `unharmed` (a user's wish, a ladder that
-    changed something) need no pause, and the first attempt that the cluster took needs none either.
+    `earlier_seconds` is the running time before `running_since`.
     """
-    idle = 0
-    for attempt in reversed(attempts):
-        if attempt.reason in unharmed or _progressed(attempt):
-            break
-        idle += 1
-    if idle and not attempts[-1].counted:
-        idle -= 1
-    return min(settings.base_seconds * 2 ** min(idle - 1, 20), settings.max_seconds) if idle else 0.0
+    if limit_seconds is None or running_since is None:
+        return None
+    return running_since + timedelta(seconds=max(0.0, limit_seconds - earlier_seconds))
 
 
-def _progressed(attempt: Attempt) -> bool:
-    return attempt.committed_step is not None and attempt.committed_step > (attempt.resumed_from_step or 0)
+def ttl_expires_at(ttl_seconds: int | None, completed_at: datetime | None) -> datetime | None:
+    """Return when the Jobs and pods of a finished job are removed; None: never."""
+    return completed_at + timedelta(seconds=ttl_seconds) if ttl_seconds is not None and completed_at is not None else None
 
 
 def stall_limit_seconds(spec: FineTuneJobSpec, report: ProgressReport | None) -> float:
-    """Seconds without a step after which a run counts as stalled."""
+    """Seconds without a heartbeat after which a run is stalled."""
     if spec.policy.stall_timeout_seconds is not None:
         return float(spec.policy.stall_timeout_seconds)
     median = (report.health.median_step_seconds if report else None) or 0.0
-    return max(LEAST_STALL, STALL_STEPS * median)
+    return max(SHORTEST_STALL_SECONDS, STALL_STEPS * median)
 
 
 def stall_message(
-    spec: FineTuneJobSpec, report: ProgressReport | None, heard: datetime | None, pods: Sequence[PodView], now: datetime,
-    unready: datetime | None = None,
+    spec: FineTuneJobSpec, report: ProgressReport | None, reported_at: datetime | None, pods: Sequence[PodView], now: datetime,
+    unready_since: datetime | None = None,
 ) -> str:  # fmt: skip
-    """Why the run counts as stalled, in words; empty: it does not.
+    """Return why the run counts as stalled, as a sentence; empty if it does not.
 
-    Only training can stall: downloads have no steps. A batch of an evaluation is as good as a step. A pod that no longer answers
-    counts only if the kubelet, too, finds it not ready (since `unready`, if that is known): a network policy must not kill a healthy
-    run, nor one whose readiness flaps behind it. Nor is a pod missed that was told to go: of those that do not, `lost` speaks.
-    `report` is None where nobody remembers one; `heard` is then when status says that the pod spoke last.
+    There are two kinds of stall. A pod that answers reports that training has had no heartbeat for too long; only the training
+    stage counts, because downloads have no steps. Or the pods have not answered for too long and their readiness probes fail as
+    well: without the second condition a network policy between operator and pods would end a healthy run. A pod that is being
+    deleted is not stalled; `pods_of_lost_nodes` handles it.
+
+    `reported_at` is the time of the last report. After a restart of the operator `report` is None and `reported_at` comes from
+    the status. `unready_since` is the transition time of PodsReady.
     """
-    if heard is None:
+    if reported_at is None:
         return ""
     limit = stall_limit_seconds(spec, report)
-    silent = seconds_between(heard, now)
-    late = _quiet(report) if report is not None and report.stage is Stage.TRAINING else None
-    if late is not None and silent < min(limit, FRESH) and late + silent > limit:
-        return f"no step for {late + silent:.0f} s, the limit is {limit:.0f} s"
+    report_age = seconds_between(reported_at, now)
+    quiet = _seconds_without_heartbeat(report) if report is not None and report.stage is Stage.TRAINING else None
+    if quiet is not None and report_age < min(limit, REPORT_VALID_SECONDS) and quiet + report_age > limit:
+        return f"no step for {quiet + report_age:.0f} s, the limit is {limit:.0f} s"
     running = [pod for pod in pods if not pod.is_finished]
-    silent = seconds_between(max(heard, unready) if unready else heard, now)
+    silent = seconds_between(max(reported_at, unready_since) if unready_since else reported_at, now)
     if silent > limit and running and not any(pod.is_ready or pod.deletion_timestamp for pod in running):
         return f"the pods have not answered for {silent:.0f} s and are not ready, the limit is {limit:.0f} s"
     return ""
 
 
-def _quiet(report: ProgressReport) -> float | None:
-    """Seconds without a sign of life that a pod tells of itself; None before the first step."""
+def _seconds_without_heartbeat(report: ProgressReport) -> float | None:
+    """Seconds since the last heartbeat at the time of the report; None before the first step."""
     health = report.health
     return health.seconds_since_step if health.seconds_since_heartbeat is None else health.seconds_since_heartbeat
 
 
-def pods_of_lost_nodes(pods: Sequence[PodView], grace: float, now: datetime) -> list[PodView]:
-    """Pods that should be gone and are not: their node does not answer. `grace` is in seconds, on top of the pod's own."""
-    return [pod for pod in pods if not pod.is_deleted and pod.deletion_timestamp and seconds_between(pod.deletion_timestamp, now) > grace]
+def pods_of_lost_nodes(pods: Sequence[PodView], margin_seconds: float, now: datetime) -> list[PodView]:
+    """Pods that still exist `margin_seconds` after their deletion grace period: their node does not answer."""
+    return [
+        pod for pod in pods
+        if not pod.is_deleted and pod.deletion_timestamp and seconds_between(pod.deletion_timestamp, now) > margin_seconds
+    ]  # fmt: skip
 
 
 def next_reconcile_at(now: datetime, *moments: datetime | None) -> datetime | None:
-    """The earliest of the moments that are still to come, but not later than in an hour; None: no time matters.
+    """Return the earliest future moment, but at most an hour from now; None if no moment is given.
 
-    One that has passed had its look: whoever looked then and did nothing waits for something else to happen.
+    Moments in the past are skipped: this reconcile has already taken them into account.
     """
-    wanted = [moment for moment in moments if moment is not None]
-    return min([*(moment for moment in wanted if moment > now), now + LONGEST_WAKE]) if wanted else None
+    known = [moment for moment in moments if moment is not None]
+    return min([*(moment for moment in known if moment > now), now + LONGEST_WAKE]) if known else None

@@ -1,0 +1,126 @@
+"""Chooses the node pool of a job, and refuses placement values that contradict the pool, the platform or Kubernetes' syntax."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from finetune_api.names import GROUP, Annotation, Label, Reason
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.cluster import Toleration
+
+from finetune_operator.objects import DEFAULT_CONTAINER_ANNOTATION
+from finetune_operator.policies.verdict import Refused
+from finetune_operator.settings import NodePool, OperatorConfig
+
+RESERVED_PREFIXES = (f"{GROUP}/", "batch.kubernetes.io/")
+RESERVED_LABELS = (Label.MANAGED_BY, Label.QUEUE, "job-name", "controller-uid")
+RESERVED_ANNOTATIONS = (Annotation.RUN_CONFIG, DEFAULT_CONTAINER_ANNOTATION)
+QUANTITY = re.compile(r"\+?(\d+(\.\d*)?|\.\d+)([numkMGTPE]|[KMGTPE]i|[eE][+-]?\d+)?")
+"""A quantity of Kubernetes that is not negative."""
+KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
+"""A qualified name: the key of a label, an annotation or a node label."""
+LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
+
+
+def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Refused | None:
+    """Return the pool that `resources.nodePool` names; without it, the default pool for GPUs; None if no pool applies."""
+    wanted = spec.resources
+    gpus = 1 if wanted.gpus_per_node is None else wanted.gpus_per_node
+    if wanted.node_pool is not None:
+        pool = config.pool(wanted.node_pool)
+        if pool is None:
+            message = f"spec.resources.nodePool is {wanted.node_pool!r}; {_list_pools(config)}"
+            return Refused(Reason.UNKNOWN_NODE_POOL, message, "name one of them", is_final=False)
+    else:
+        pool = _pool_with_resource(config, wanted.gpu_resource) if gpus else None
+        if pool is None:
+            return None
+    if gpus and wanted.gpu_resource is not None and wanted.gpu_resource != pool.gpu_resource:
+        message = f"spec.resources.gpuResource is {wanted.gpu_resource}, and nodes of pool {pool.name} have {pool.gpu_resource}"
+        hint = "remove gpuResource, or name a pool that has it"
+        return Refused(Reason.POOL_LACKS_RESOURCE, f"{message}; {_list_pools(config)}", hint, is_final=False)
+    if gpus > pool.gpus_per_node:
+        message = f"spec.resources.gpusPerNode is {gpus}, and a node of pool {pool.name} has {pool.gpus_per_node}"
+        hint = "ask for fewer, or use more nodes"
+        return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_list_pools(config)}", hint, is_final=False)
+    nodes = wanted.nodes or 1
+    if pool.max_nodes is not None and nodes > pool.max_nodes:
+        message = f"spec.resources.nodes is {nodes}, and pool {pool.name} has at most {pool.max_nodes} nodes"
+        return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_list_pools(config)}", "ask for fewer nodes", is_final=False)
+    return pool
+
+
+def _pool_with_resource(config: OperatorConfig, resource: str | None) -> NodePool | None:
+    """The default pool, or the first pool with the resource that the job names."""
+    default = config.default_pool
+    if resource is None or (default and default.gpu_resource == resource):
+        return default
+    return next((pool for pool in config.node_pools if pool.gpu_resource == resource), None)
+
+
+def _list_pools(config: OperatorConfig) -> str:
+    if not config.node_pools:
+        return "the operator's configuration has no pools"
+    return f"pools are: {', '.join(_describe(pool) for pool in config.node_pools)}"
+
+
+def _describe(pool: NodePool) -> str:
+    memory = f" of {pool.gpu_memory}" if pool.gpu_memory is not None else ""
+    about = f": {pool.description}" if pool.description else ""
+    return f"{pool.name} ({pool.gpus_per_node} x {pool.gpu_resource}{memory}{about})"
+
+
+def placement_problems(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig) -> Iterator[str]:
+    """One sentence for each value of the user that contradicts the pool, the platform or Kubernetes' syntax."""
+    placement, trainer = spec.placement, config.trainer
+    yield from _quantity_problems(spec)
+    yield from _selector_problems(placement.node_selector or {}, pool)
+    for number, toleration in enumerate(placement.tolerations or []):
+        for other in pool.tolerations if pool else ():
+            if _contradict(toleration, other):
+                given, expected = (one.to_wire() for one in (toleration, other))
+                yield f"spec.placement.tolerations[{number}] is {given}, and pool {pool.name if pool else ''} sets {expected}"
+    yield from _metadata_problems("labels", placement.labels or {}, trainer.labels, RESERVED_LABELS)
+    yield from _metadata_problems("annotations", placement.annotations or {}, trainer.annotations, RESERVED_ANNOTATIONS)
+
+
+def _quantity_problems(spec: FineTuneJobSpec) -> Iterator[str]:
+    for name in ("cpu", "memory", "ephemeralStorage", "sharedMemory"):
+        value = spec.value(f"resources.{name}")
+        if value is not None and not QUANTITY.fullmatch(str(value)):
+            yield f"spec.resources.{name} is {value!r}, which is no quantity: write a number with a unit, as in 500m, 4 or 32Gi"
+
+
+def _selector_problems(selector: Mapping[str, str], pool: NodePool | None) -> Iterator[str]:
+    for key, value in selector.items():
+        yield from _syntax_problems(f"spec.placement.nodeSelector.{key}", key, value)
+        if pool is not None and pool.node_selector.get(key, value) != value:
+            yield f"spec.placement.nodeSelector.{key} is {value!r}, and pool {pool.name} selects nodes with {pool.node_selector[key]!r}"
+
+
+def _metadata_problems(
+    field: str, given: Mapping[str, str], platform: Mapping[str, str], reserved: tuple[str, ...]
+) -> Iterator[str]:
+    for key, value in given.items():
+        path = f"spec.placement.{field}.{key}"
+        if key.startswith(RESERVED_PREFIXES) or key in reserved:
+            hint = "write placement.queueName" if key == Label.QUEUE else "remove it"
+            yield f"{path} is {value!r}, and the operator sets this key itself: {hint}"
+        elif platform.get(key, value) != value:
+            yield f"{path} is {value!r}, and the operator's configuration sets {platform[key]!r}"
+        else:
+            yield from _syntax_problems(path, key, value if field == "labels" else "")
+
+
+def _syntax_problems(path: str, key: str, value: str) -> Iterator[str]:
+    if not KEY.fullmatch(key):
+        yield f"{path}: {key!r} is no label or annotation key, as in team or example.com/team"
+    if not LABEL_VALUE.fullmatch(value):
+        yield f"{path} is {value!r}: a label's value has at most 63 letters, digits, '-', '_' and '.', and begins and ends with a letter or digit"
+
+
+def _contradict(given: Toleration, platform: Toleration) -> bool:
+    """Whether both are about the same taint and say different things."""
+    same_effect = given.effect is None or platform.effect is None or given.effect == platform.effect
+    return given.key == platform.key and same_effect and given != platform
