@@ -1,5 +1,5 @@
-"""Carrying out a plan. Every step may be repeated: names are certain, deletes carry a uid, and what exists is adopted only if
-it is ours.
+"""Carries out a plan. Every step can be repeated: names are deterministic, deletes have a uid as precondition, and an object that
+exists already is adopted only if this FineTuneJob owns it.
 """
 
 from __future__ import annotations
@@ -7,27 +7,38 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from finetune_api.names import Reason
+from finetune_api.errors import FineTuneError
+from finetune_api.names import Label, Reason
+from finetune_api.pod import RunConfig
 
 from finetune_operator.builders.job import build_job, build_service
 from finetune_operator.builders.run_config import build_run_config
 from finetune_operator.facts import Facts
 from finetune_operator.killpoints import Point, reach
 from finetune_operator.kube import AlreadyExists, Forbidden, Invalid, Kube, KubeError, NotFound, OutcomeUnknown
-from finetune_operator.objects import FINETUNEJOB, JOB, POD, SERVICE
+from finetune_operator.objects import FINETUNEJOB, JOB, POD, SERVICE, Object
 from finetune_operator.plan import ActionResult, Plan
-from finetune_operator.policies.acceptance import Accepted
 from finetune_operator.policies.adaptations import original_values
 from finetune_operator.policies.blocking import BlockingCondition, is_admission_refusal, reason_of_refusal
+from finetune_operator.policies.rejection import rejected_user_fields
+from finetune_operator.policies.verdict import Accepted, Refused
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.text import clean
-from finetune_operator.views import JobView, read_finetunejob, read_job
+from finetune_operator.views import JobView, read_finetunejob, read_job, read_pod
 
 logger = logging.getLogger(__name__)
 
 
 class StaleFacts(Exception):
-    """The cache lags behind the server; look again when it has caught up."""
+    """The facts differ from the API server's state; the reconcile is repeated when the cache has caught up."""
+
+
+class SpecRejected(Exception):
+    """No Job can be created from the user's spec."""
+
+    def __init__(self, refused: Refused):
+        super().__init__(refused.message)
+        self.refused = refused
 
 
 class Actor:
@@ -40,7 +51,7 @@ class Actor:
         """When a Job's Service was last known to exist, by the Job's uid, in loop time."""
 
     async def act(self, facts: Facts, plan: Plan) -> ActionResult:
-        """Deletes first, then creates. Errors: KubeError and StaleFacts; the plan is made again then."""
+        """Delete, then create. Errors: KubeError, StaleFacts (reconcile again), SpecRejected."""
         deleted = 0
         for job in plan.delete_jobs:
             reach(Point.BEFORE_JOB_DELETE)
@@ -49,59 +60,67 @@ class Actor:
         for pod in plan.delete_pods:
             deleted += await self._kube.delete(POD, pod.namespace, pod.name, uid=pod.uid)
         for pod in plan.force_delete_pods:
-            logger.warning("pod %s of a lost node is removed by force", pod.name)
+            logger.warning("force-deleting pod %s: its node is lost", pod.name)
             deleted += await self._kube.delete(POD, pod.namespace, pod.name, uid=pod.uid, grace=0)
             reach(Point.AFTER_POD_DELETE)
         if plan.create_attempt is not None:
             return await self._create(facts, plan.create_attempt, deleted)
-        obstacle = None
-        if facts.current_job is not None and facts.nodes > 1 and not facts.current_job.is_finished and not facts.current_job.is_deleting:
-            obstacle = await self._service(facts.current_job)
-        return ActionResult(blocking=obstacle, deleted_count=deleted)
+        current, blocking = facts.current_job, None
+        if current is not None and facts.nodes > 1 and not current.is_finished and not current.is_deleting:
+            blocking = await self._ensure_service(current)
+        return ActionResult(blocking=blocking, deleted_count=deleted)
 
     async def _create(self, facts: Facts, attempt: int, deleted: int) -> ActionResult:
-        assert isinstance(facts.acceptance, Accepted)  # noqa: S101 -- decide creates only for accepted specs
+        """Create the Job of an attempt and its Service."""
         if attempt > 1:
             await self._confirm(facts, attempt)
-        run = build_run_config(
-            facts.job, facts.spec, attempt, defaults=facts.acceptance.defaults,
-            committed_step=facts.newest_committed_step, max_step=facts.max_start_step,
-            before_adaptation=original_values(facts.acceptance.spec, facts.job.status.adaptations),
-        )  # fmt: skip
-        body = build_job(facts.job, run, facts.acceptance.pool, self._config)
-        namespace, name = facts.job.namespace, body["metadata"]["name"]
+        body = _build(facts, attempt, self._config)
+        name = body["metadata"]["name"]
         reach(Point.BEFORE_JOB_CREATE)
         warnings: tuple[str, ...] = ()
         try:
-            created = await self._kube.create(JOB, namespace, body)
+            created = await self._kube.create(JOB, facts.job.namespace, body)
             found, warnings = created.body, created.warnings
         except (AlreadyExists, OutcomeUnknown) as error:
             try:
-                found = await self._kube.get(JOB, namespace, name)
+                found = await self._kube.get(JOB, facts.job.namespace, name)
             except NotFound:
                 if is_admission_refusal(error.message):
                     return ActionResult(blocking=_refused(error), deleted_count=deleted)
                 raise error from None
-        except (Forbidden, Invalid) as error:
-            if isinstance(error, Invalid) and not is_admission_refusal(error.message):
-                raise
+        except Invalid as error:
+            return ActionResult(blocking=_invalid(facts, attempt, error), deleted_count=deleted)
+        except Forbidden as error:
             return ActionResult(blocking=_refused(error), deleted_count=deleted)
         reach(Point.AFTER_JOB_CREATE)
         view = read_job(found)
         if view is None or not view.is_owned or view.owner_uid != facts.job.uid:
-            message = f"Job {name} exists and belongs to something else"
+            message = f"Job {name} exists and belongs to another object"
             return ActionResult(blocking=BlockingCondition(Reason.CHILDREN_CONFLICT, message), deleted_count=deleted)
-        obstacle = await self._service(view) if facts.nodes > 1 else None
-        return ActionResult(view, obstacle, deleted_count=deleted, warnings=warnings)
+        blocking = await self._ensure_service(view) if facts.nodes > 1 else None
+        return ActionResult(view, blocking, deleted_count=deleted, warnings=warnings)
 
     async def _confirm(self, facts: Facts, attempt: int) -> None:
-        """A later attempt is only made of what the server itself says: a cache that lags must not revive an old one."""
+        """Compare the facts with the API server's state before a later attempt is created. Errors: StaleFacts.
+
+        A cache that lags behind could otherwise start an attempt that the user has just suspended, or a second attempt beside
+        pods that still run, also when these pods' Job is gone.
+        """
         live = read_finetunejob(await self._kube.get(FINETUNEJOB, facts.job.namespace, facts.job.name))
         if live.uid != facts.job.uid or live.status.attempt != attempt or live.is_deleting:
-            raise StaleFacts(f"attempt {attempt} is not what the server says ({live.status.attempt})")
+            raise StaleFacts(f"attempt {attempt} is not the current one on the API server ({live.status.attempt})")
+        if live.generation != facts.job.generation or _stop_requests(live.spec) != _stop_requests(facts.job.spec):
+            raise StaleFacts("the spec on the API server has changed")
+        listing = await self._kube.list(POD, facts.job.namespace, labels=f"{Label.UID}={facts.job.uid}")
+        running = [pod.name for body in listing.items if (pod := read_pod(body)) is not None and not pod.is_finished]
+        if running:
+            raise StaleFacts(f"pods of an earlier attempt still run: {', '.join(running)}")
 
-    async def _service(self, job: JobView) -> BlockingCondition | None:
-        """See that the Service exists, and again at every resync, since nobody watches Services. Why it cannot be, if it cannot."""
+    async def _ensure_service(self, job: JobView) -> BlockingCondition | None:
+        """Create the Job's Service if it is missing; return why that is impossible.
+
+        No watch covers Services, so this is repeated in the interval of the resync.
+        """
         now = asyncio.get_running_loop().time()
         if now - self._services.get(job.uid, float("-inf")) < self._config.resync_seconds:
             return None
@@ -113,7 +132,7 @@ class Actor:
             found = await self._kube.get(SERVICE, job.namespace, job.name)
             owners = found["metadata"].get("ownerReferences") or []
             if not any(owner.get("uid") == job.uid for owner in owners):
-                message = f"Service {job.name} exists and belongs to something else: the pods cannot find each other"
+                message = f"Service {job.name} exists and belongs to another object: the pods cannot find each other"
                 return BlockingCondition(Reason.CHILDREN_CONFLICT, message)
         except (Forbidden, Invalid) as error:
             return _refused(error)
@@ -122,6 +141,42 @@ class Actor:
         return None
 
 
+def _build(facts: Facts, attempt: int, config: OperatorConfig) -> Object:
+    """Build the Job of an attempt. Errors: SpecRejected if a value of the spec cannot be used."""
+    accepted = facts.acceptance
+    assert isinstance(accepted, Accepted)  # noqa: S101 -- `decide` creates attempts of accepted specs only
+    try:
+        run: RunConfig = build_run_config(
+            facts.job, facts.spec, attempt, defaults=accepted.defaults,
+            committed_step=facts.newest_committed_step, max_step=facts.max_start_step,
+            before_adaptation=original_values(accepted.spec, facts.job.status.adaptations),
+        )  # fmt: skip
+        return build_job(facts.job, run, accepted.pool, config)
+    except FineTuneError as error:
+        refused = Refused(Reason.REJECTED, clean(error.message), clean(error.hint or ""), attempt == 1, facts.spec)
+        raise SpecRejected(refused) from error
+
+
+def _stop_requests(spec: Object) -> tuple[bool, bool]:
+    return spec.get("suspend") is True, spec.get("cancel") is True
+
+
+def _invalid(facts: Facts, attempt: int, error: Invalid) -> BlockingCondition:
+    """The blocking condition of a Job that the API server found invalid.
+
+    Errors: SpecRejected if the first attempt is invalid because of a value that the user wrote. Later attempts are made from a spec
+    that was valid before, so that the cause lies elsewhere.
+    """
+    if is_admission_refusal(error.message):
+        return _refused(error)
+    fields = rejected_user_fields(error.message, facts.job.spec)
+    if attempt == 1 and fields:
+        message = f"the API server rejects the Job because of {', '.join(fields)}: {error.message}"
+        raise SpecRejected(Refused(Reason.REJECTED, clean(message), spec=facts.spec))
+    message = f"the API server rejects the Job, probably because of the operator's configuration: {error.message}"
+    return BlockingCondition(Reason.JOB_REJECTED, clean(message))
+
+
 def _refused(error: KubeError) -> BlockingCondition:
-    words = f"the API server refused to create {error.kind.kind} {error.name}: {error.message}"
-    return BlockingCondition(reason_of_refusal(error.message), clean(words))
+    message = f"the API server refused to create {error.kind.kind} {error.name}: {error.message}"
+    return BlockingCondition(reason_of_refusal(error.message), clean(message))

@@ -1,4 +1,4 @@
-"""What is known about one FineTuneJob at one moment: everything `decide` may look at, and nothing else."""
+"""Everything that is known about one FineTuneJob at one moment. `decide` and `report` read nothing else."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from finetune_operator.views import JobObject, JobView, PodView
 
 @dataclass(frozen=True)
 class ReceivedReport:
-    """What rank 0's pod said, and when."""
+    """A progress report of rank 0's pod, and when it was received."""
 
     report: ProgressReport
     time: datetime
@@ -39,48 +39,75 @@ class ReportedCheckpoints:
 
 @dataclass(frozen=True)
 class Facts:
-    """One job, its children, and the time."""
+    """One job, its Jobs and pods, and the time."""
 
     job: JobObject
     acceptance: Accepted | Refused
     now: datetime
     config: OperatorConfig
     jobs: tuple[JobView, ...] = ()
-    """All Jobs that carry the job's name, also foreign ones."""
+    """All Jobs with the FineTuneJob's name in their labels; other objects may own some of them."""
     pods: tuple[PodView, ...] = ()
-    """All pods that carry the job's name, also memories."""
+    """All pods with that name in their labels, including deleted ones whose last state is still cached."""
     last_report: ReceivedReport | None = None
+    """The newest progress report of the current attempt."""
     blocking: BlockingCondition | None = None
-    """What events about the current Job or its pods say."""
+    """What events about the current Job or its pods show."""
     spec: FineTuneJobSpec = field(init=False)
+    """The resolved and adapted spec; if it is refused, as much of it as can be read."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "spec", self._spec())
+        found, adaptations = self.acceptance.spec or FineTuneJobSpec(), self.job.status.adaptations
+        object.__setattr__(self, "spec", apply_adaptations(found, adaptations) if adaptations else found)
 
-    def _spec(self) -> FineTuneJobSpec:
-        """The spec that holds now: resolved and adapted, if it is accepted; as far as it can be read, if not."""
-        found = self.acceptance.spec or FineTuneJobSpec()
-        adaptations = self.job.status.adaptations
-        return apply_adaptations(found, adaptations) if adaptations else found
+    # The spec. What stops a job is read from the spec as written, so that it works for a spec that cannot be read otherwise.
 
     @property
     def suspend_requested(self) -> bool:
-        """The user wants it to wait."""
+        """`spec.suspend` is true."""
         return self.job.spec.get("suspend") is True
 
     @property
     def cancel_requested(self) -> bool:
-        """The user wants it to end."""
+        """`spec.cancel` is true."""
         return self.job.spec.get("cancel") is True
 
     @property
+    def active_deadline_seconds(self) -> int | None:
+        """`policy.activeDeadlineSeconds`."""
+        return self._policy_seconds("activeDeadlineSeconds")
+
+    @property
+    def ttl_seconds_after_finished(self) -> int | None:
+        """`policy.ttlSecondsAfterFinished`."""
+        return self._policy_seconds("ttlSecondsAfterFinished")
+
+    def _policy_seconds(self, name: str) -> int | None:
+        policy = self.job.spec.get("policy")
+        value = policy.get(name) if isinstance(policy, dict) else None
+        return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+    @property
+    def spec_is_readable(self) -> bool:
+        """Whether this version of the operator knows the spec that the user wrote."""
+        refused_for = self.acceptance.reason if isinstance(self.acceptance, Refused) else None
+        return refused_for not in (Reason.OPERATOR_TOO_OLD, Reason.SPEC_CHANGED)
+
+    # Jobs and pods
+
+    @property
     def owned_jobs(self) -> tuple[JobView, ...]:
-        """Jobs that this very FineTuneJob controls."""
+        """Jobs whose controller is this FineTuneJob."""
         return tuple(one for one in self.jobs if one.is_owned and one.owner_uid == self.job.uid)
 
     @property
+    def owned_pods(self) -> tuple[PodView, ...]:
+        """Pods of this FineTuneJob."""
+        return tuple(pod for pod in self.pods if pod.owner_uid == self.job.uid)
+
+    @property
     def attempt(self) -> int:
-        """Number of the current attempt; 1 before there is one."""
+        """Number of the current attempt; 1 before the first one."""
         return max([self.job.status.attempt or 1, *(one.attempt for one in self.owned_jobs)])
 
     @property
@@ -91,52 +118,43 @@ class Facts:
 
     @property
     def attempt_record(self) -> Attempt | None:
-        """What status remembers of the current attempt."""
+        """The entry of the current attempt in `status.attempts`."""
         return next((one for one in self.job.status.attempts if one.number == self.attempt), None)
 
     @property
+    def nodes(self) -> int:
+        """Number of pods: of the Job that exists, else of the spec."""
+        job = self.current_job
+        return job.nodes if job is not None and job.nodes else self.spec.resources.nodes or 1
+
+    @property
     def attempt_pods(self) -> tuple[PodView, ...]:
-        """Pods of the current attempt, also memories."""
+        """Pods of the current attempt, including deleted ones."""
         return tuple(pod for pod in self.owned_pods if pod.attempt == self.attempt)
 
     @property
-    def owned_pods(self) -> tuple[PodView, ...]:
-        """Pods of this very FineTuneJob."""
-        return tuple(pod for pod in self.pods if pod.owner_uid == self.job.uid)
-
-    @property
-    def nodes(self) -> int:
-        """Pods wanted."""
-        return self.spec.resources.nodes or 1
-
-    @property
     def active_pods(self) -> tuple[PodView, ...]:
-        """Newest pod of each rank of the current attempt that is not over (a queue may have replaced some)."""
-        newest: dict[int, PodView] = {}
-        for pod in sorted(self.attempt_pods, key=lambda one: one.created_at):
-            if not pod.is_finished:
-                newest[pod.index] = pod
-        return tuple(newest[index] for index in sorted(newest))
+        """The newest unfinished pod of each rank of the current attempt; a queue may have replaced earlier ones."""
+        return _newest_by_rank(pod for pod in self.attempt_pods if not pod.is_finished)
 
     @property
     def newest_pods(self) -> tuple[PodView, ...]:
-        """Newest pod of each rank of the current attempt, over or not."""
-        newest: dict[int, PodView] = {}
-        for pod in sorted(self.attempt_pods, key=lambda one: one.created_at):
-            newest[pod.index] = pod
-        return tuple(newest[index] for index in sorted(newest))
+        """The newest pod of each rank of the current attempt, finished or not."""
+        return _newest_by_rank(self.attempt_pods)
 
     @property
     def rank0(self) -> PodView | None:
-        """The pod that speaks for the attempt, if it lives."""
+        """The active pod of rank 0, which serves the progress of the attempt."""
         return next((pod for pod in self.active_pods if pod.index == 0), None)
+
+    # Reports
 
     @property
     def live_report(self) -> ReceivedReport | None:
-        """What was heard, if the pod that said it still runs: a queue may have replaced it within the attempt."""
+        """The last report, if the pod that sent it is still active; a queue may have replaced the pod within the attempt."""
         rank0 = self.rank0
-        same = self.last_report is not None and rank0 is not None and rank0.uid == self.last_report.pod_uid
-        return self.last_report if same else None
+        is_live = self.last_report is not None and rank0 is not None and rank0.uid == self.last_report.pod_uid
+        return self.last_report if is_live else None
 
     @property
     def reported_checkpoints(self) -> tuple[ReportedCheckpoints, ...]:
@@ -164,25 +182,40 @@ class Facts:
         listed = self.steps_of_this_attempt(message.checkpoints, message.resumed_from_step)
         return max(listed, default=0) > max(self.steps_of_this_attempt(self.job.status.checkpoints, None), default=0)
 
+    # Status
+
     def condition(self, kind: Condition) -> StatusCondition | None:
-        """A condition as status has it."""
+        """A condition of the status."""
         return self.job.status.condition(kind)
 
     def is_true(self, kind: Condition) -> bool:
-        """Whether a condition is True in status."""
+        """Whether a condition of the status is True."""
         return self.job.status.holds(kind)
 
     @property
     def is_finished(self) -> bool:
-        """Status says that no further attempt will be made; that is never taken back."""
+        """Status says that no further attempt will be made. This is never revoked."""
         return self.is_true(Condition.FINISHED)
+
+    @property
+    def termination_reason(self) -> Reason | None:
+        """Why the operator ends the current attempt, as recorded in status; None: it does not end it."""
+        record = self.attempt_record
+        if record is None or record.end_time is not None or not record.reason:
+            return None
+        try:
+            return Reason(record.reason)
+        except ValueError:
+            return Reason.PREEMPTED
+
+    # Running time
 
     @property
     def running_since(self) -> datetime | None:
         """When the current stretch of running time began; None while queued, suspended or between attempts."""
         record, job = self.attempt_record, self.current_job
         if record is None and job is not None:
-            # Not written yet: the Job tells, and so does its queue.
+            # The status does not have the attempt yet.
             return self.admitted_at if self.spec.placement.queue_name else job.created_at
         if record is None or record.start_time is None or record.end_time is not None:
             return None
@@ -197,77 +230,83 @@ class Facts:
 
     @property
     def admitted_at(self) -> datetime | None:
-        """When a queue let the Job begin, whoever looked when; None: it is held, or its controller has not seen its release yet."""
+        """When the queue admitted the Job; None: the queue holds it, or the Job controller has not resumed it yet."""
         job = self.current_job
         return None if job is None or job.is_suspended or job.suspended_since is not None else job.started_at
 
     @property
     def earlier_running_seconds(self) -> float:
-        """Seconds of running time before the current stretch."""
+        """Running time before the current stretch."""
         return float(self.job.status.active_seconds or 0)
 
     def running_seconds(self, until: datetime) -> float:
-        """Seconds of running time until then, of all attempts. What a queue took ran until then, whoever looked when."""
-        held = self.current_job.suspended_since if self.current_job else None
-        return self.earlier_running_seconds + seconds_between(self.running_since, min(until, held) if held else until)
+        """Running time of all attempts until then. A Job that a queue has suspended ran until it was suspended."""
+        suspended_since = self.current_job.suspended_since if self.current_job else None
+        end = min(until, suspended_since) if suspended_since else until
+        return self.earlier_running_seconds + seconds_between(self.running_since, end)
 
     @property
     def last_seen_at(self) -> datetime:
-        """When the current attempt, whose Job is gone, ended: now, unless its pods or status tell that nobody looked in time."""
+        """End of the current attempt, whose Job is gone: the newest time at which it is known to have run.
+
+        Usually that is now. If the operator was away when the Job was deleted, the pods or the status know an earlier time.
+        """
         ends = [_end_of(pod) for pod in self.newest_pods]
         if None in ends:
             return self.now
         progress, ready = self.job.status.progress, self.condition(Condition.PODS_READY)
-        told = [progress.update_time if progress else None, ready.last_transition_time if ready else None]
-        told += [self.attempt_record.start_time if self.attempt_record else None, self.last_report.time if self.last_report else None]
-        known = [one for one in (ends or told) if one is not None]
+        recorded = [progress.update_time if progress else None, ready.last_transition_time if ready else None]
+        recorded += [
+            self.attempt_record.start_time if self.attempt_record else None,
+            self.last_report.time if self.last_report else None,
+        ]
+        known = [one for one in (ends or recorded) if one is not None]
         return min(self.now, max(known, default=self.now))
+
+    # Steps
 
     @property
     def newest_committed_step(self) -> int:
-        """Newest step known to be committed, of all attempts."""
+        """Newest committed step of all attempts; 0: none is known."""
         status = self.job.status
         steps = [one.step for one in status.checkpoints]
         steps += [one.committed_step for one in status.attempts if one.committed_step is not None]
         return max([*steps, 0])
 
     def steps_of_this_attempt(self, checkpoints: Iterable[Checkpoint], start: int | None) -> list[int]:
-        """Steps of those checkpoints that the current attempt made itself, having started from step `start`."""
+        """Steps of those checkpoints that the current attempt committed.
+
+        The uri names the attempt; without that, steps after `start`, where the attempt began, count.
+        """
         found = [(one.step, attempt_of_uri(one.uri)) for one in checkpoints]
         return [step for step, maker in found if (step > (start or 0) if maker is None else maker == self.attempt)]
 
     @property
     def newest_step_of_earlier_attempts(self) -> int:
-        """Newest step that earlier attempts committed: what the current one must exceed to have made progress."""
+        """Newest committed step of earlier attempts: the current attempt makes progress when it commits a newer one."""
         status = self.job.status
         steps = [one.committed_step for one in status.attempts if one.number < self.attempt]
-        # Records of attempts are kept for the newest ten only.
+        # Status keeps the newest ten attempts only; the checkpoints of older ones count as well.
         steps += [one.step for one in status.checkpoints if (attempt_of_uri(one.uri) or self.attempt) < self.attempt]
         return max([step for step in steps if step is not None] + [0])
 
     @property
     def max_start_step(self) -> int | None:
-        """Newest step that the next attempt may start from, after a rollback; None: the newest there is."""
+        """Newest step that the next attempt may start from, after a rollback; None: any."""
         return max_start_step(self.job.status.adaptations, self.job.status.checkpoints)
 
     @property
     def next_start_step(self) -> int:
-        """Step that the next attempt starts from, as far as is known."""
+        """Step that the next attempt is expected to start from."""
         limit = self.max_start_step
         return self.newest_committed_step if limit is None else min(limit, self.newest_committed_step)
 
-    @property
-    def termination_reason(self) -> Reason | None:
-        """Why the current attempt is being ended by us, as status remembers."""
-        record = self.attempt_record
-        if record is None or record.end_time is not None or not record.reason:
-            return None
-        try:
-            return Reason(record.reason)
-        except ValueError:
-            return Reason.PREEMPTED
+
+def _newest_by_rank(pods: Iterable[PodView]) -> tuple[PodView, ...]:
+    newest = {pod.index: pod for pod in sorted(pods, key=lambda pod: pod.created_at)}
+    return tuple(newest[index] for index in sorted(newest))
 
 
 def _end_of(pod: PodView) -> datetime | None:
-    """When a pod ended, or should have; None: nobody wrote it down."""
+    """When a pod ended or should have ended; None: unknown."""
     return (pod.terminated.finished_at if pod.terminated else None) or pod.deletion_timestamp

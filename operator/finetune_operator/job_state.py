@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from finetune_api.spec import FineTuneJobSpec
 
+from finetune_operator.objects import Object
 from finetune_operator.policies.acceptance import Accepted, Refused
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.throttle import PendingChanges
@@ -32,7 +33,8 @@ class JobState:
 
     uid: str = ""
     generation: int = 0
-    """Generation of the spec that `acceptance` was computed from."""
+    spec: Object = field(default_factory=dict)
+    """Spec of the generation `generation` that `acceptance` was computed from."""
     acceptance: Accepted | Refused = SPEC_NOT_NEEDED
     blocking: BlockingRead = field(default_factory=BlockingRead)
     pending: PendingChanges = field(default_factory=PendingChanges)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from finetune_api.names import Condition as Kind
 from finetune_api.names import Label, attempt_job_name
-from finetune_api.status import FineTuneJobStatus
 
 from finetune_operator.blocking_reader import BlockingConditionReader
 from finetune_operator.cache import Cache
@@ -16,7 +13,7 @@ from finetune_operator.facts import Facts
 from finetune_operator.job_state import SPEC_NOT_NEEDED, JobState
 from finetune_operator.kube import Kube, NotFound
 from finetune_operator.objects import JOB, POD
-from finetune_operator.policies.acceptance import accept
+from finetune_operator.policies.acceptance import accept, first_attempt
 from finetune_operator.scrape import Scraper
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.views import JobObject, read_job, read_pod
@@ -67,11 +64,12 @@ class Observer:
         if state is None or state.uid != job.uid:
             state = self.states[key] = JobState(job.uid)
         finished = job.status.holds(Kind.FINISHED)
+        # A CRD that prunes fields changes the spec and not the generation.
+        changed = (state.generation, state.spec) != (job.generation, job.spec)
+        state.generation, state.spec = job.generation, job.spec
         # If the status of a finished job was emptied, the job starts again and its spec is needed.
-        if state.generation != job.generation or (state.acceptance is SPEC_NOT_NEEDED and not finished):
-            state.generation = job.generation
-            initial = initial_defaults(job.status)
-            state.acceptance = SPEC_NOT_NEEDED if finished else accept(job.spec, self._config, initial)
+        if changed or (state.acceptance is SPEC_NOT_NEEDED and not finished):
+            state.acceptance = SPEC_NOT_NEEDED if finished else accept(job.spec, self._config, first_attempt(job.status))
         return state
 
     async def _read_job(self, key: Key, facts: Facts) -> bool:
@@ -128,7 +126,3 @@ def pods_lag_behind_job(facts: Facts) -> bool:
     pods = facts.newest_pods
     return len(pods) < facts.nodes or any(not pod.is_finished for pod in pods)
 
-
-def initial_defaults(status: FineTuneJobStatus) -> Mapping[str, Any]:
-    """The defaults that a job keeps from its first attempt; empty before it."""
-    return (status.resolved.defaults if status.attempts and status.resolved else None) or {}

@@ -1,4 +1,4 @@
-"""What a look at a job leads to: the plan that `decide` makes, and what came of it."""
+"""The plan that `decide` makes for one reconcile of a job, and the result of carrying it out."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from finetune_api.names import Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Adaptation, Failure
 
-from finetune_operator.policies.acceptance import Refused
 from finetune_operator.policies.blocking import BlockingCondition
+from finetune_operator.policies.verdict import Refused
 from finetune_operator.views import JobView, PodView
 
 
 class Situation(StrEnum):
-    """Where a job stands, in the operator's eyes."""
+    """The state that a job is in."""
 
     DELETING = "deleting"
-    """The FineTuneJob is being deleted; the garbage collector does the rest."""
+    """The FineTuneJob is being deleted. The garbage collector deletes its Jobs and pods."""
     REFUSED = "refused"
-    """The spec cannot be run, or not yet."""
+    """The spec cannot be run, or cannot be run yet."""
     SUSPENDED = "suspended"
+    """The user suspended the job and none of its pods is left."""
     BLOCKED = "blocked"
-    """Something of an earlier attempt, or somebody else's object, must go first."""
+    """The next attempt waits until Jobs and pods of earlier attempts, or a Job of another owner, are gone."""
     BACKING_OFF = "backing off"
-    """Between two attempts."""
+    """The next attempt waits for the end of the backoff."""
     STARTING = "starting"
-    """An attempt is to be created now."""
+    """The Job of an attempt is created now."""
     ACTIVE = "active"
-    """An attempt's Job exists and may run."""
+    """The Job of an attempt exists and may run."""
     TERMINATING = "terminating"
-    """The attempt is being ended by us."""
+    """The Job of the attempt is being deleted."""
     ENDED = "ended"
-    """The attempt is over: to be recorded, with what comes next."""
+    """The attempt has ended; its end and what follows are recorded now."""
     FINISHED = "finished"
+    """No further attempt is made."""
 
 
 class Outcome(StrEnum):
@@ -57,15 +59,17 @@ class Finish:
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """The end of the current attempt, as it is to be recorded."""
+    """The end of the current attempt, as the status records it."""
 
     reason: Reason
     time: datetime
     failure: Failure | None = None
     termination_message: TerminationMessage | None = None
-    """Rank 0's, if it left any."""
+    """The newest termination message of rank 0."""
     counted: bool = False
+    """Whether the attempt counts against `policy.retries`."""
     progressed: bool = False
+    """Whether the attempt committed a newer step than all earlier attempts."""
     committed_step: int | None = None
     next_attempt: int | None = None
     adaptation: Adaptation | None = None
@@ -73,7 +77,7 @@ class AttemptEnd:
 
 @dataclass(frozen=True)
 class Termination:
-    """Why the current attempt is to be ended; written to status before anything is deleted."""
+    """Why the operator ends the current attempt. It is written to status before the Job is deleted."""
 
     reason: Reason
     message: str
@@ -81,33 +85,35 @@ class Termination:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do now, and what to say."""
+    """What to do now, and what to report."""
 
     situation: Situation
     create_attempt: int | None = None
-    """Number of the attempt whose Job is to be created."""
+    """Number of the attempt whose Job is created."""
     delete_jobs: tuple[JobView, ...] = ()
     delete_pods: tuple[PodView, ...] = ()
-    """Pods without a Job: to be deleted with their grace period."""
+    """Pods without a Job, which are deleted with their grace period."""
     force_delete_pods: tuple[PodView, ...] = ()
-    """Pods of lost nodes: their objects are to be removed."""
+    """Pods of lost nodes, whose objects are removed without waiting for the kubelet."""
     termination: Termination | None = None
     attempt_end: AttemptEnd | None = None
     finish: Finish | None = None
     blocking: BlockingCondition | None = None
     scrape_pod: PodView | None = None
+    """The pod whose progress is read from now on."""
     reconcile_at: datetime | None = None
+    """When a time limit makes another reconcile necessary."""
     refused: Refused | None = None
     is_clean: bool = False
-    """A finished job with nothing left to do."""
+    """Whether the job is finished and none of its Jobs and pods needs to be deleted now."""
 
 
 @dataclass(frozen=True)
 class ActionResult:
-    """What came of a plan."""
+    """What carrying out a plan led to."""
 
     created_job: JobView | None = None
     blocking: BlockingCondition | None = None
-    """Why the Job, or its Service, could not be created."""
+    """Why the Job or its Service could not be created."""
     deleted_count: int = 0
     warnings: tuple[str, ...] = ()

@@ -10,32 +10,29 @@ import asyncio
 import logging
 from datetime import datetime
 
-from finetune_api.names import Reason
-
 from finetune_operator import logs
-from finetune_operator.act import Actor, StaleFacts
+from finetune_operator.act import Actor, SpecRejected, StaleFacts
 from finetune_operator.blocking_reader import BlockingConditionReader
 from finetune_operator.cache import Cache
+from finetune_operator.deadlines import waiting_since
 from finetune_operator.decide import decide
 from finetune_operator.events import Recorder
 from finetune_operator.facts import Facts
-from finetune_operator.kube import Conflict, Invalid, Kube, KubeError, NamespaceTerminating, NotFound
+from finetune_operator.kube import Conflict, Kube, KubeError, NamespaceTerminating, NotFound
 from finetune_operator.lease import LeaseLost
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import FINETUNEJOB
 from finetune_operator.observe import Observer
 from finetune_operator.plan import ActionResult, Plan, Situation
-from finetune_operator.policies.acceptance import Refused
+from finetune_operator.policies.retry import blocked_retry_seconds
+from finetune_operator.policies.timeouts import seconds_between
 from finetune_operator.scrape import Scraper, Target
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.status_writer import StatusWriter
-from finetune_operator.text import clean
 from finetune_operator.workqueue import Key, WorkQueue
 
 logger = logging.getLogger(__name__)
 
-RETRY_CREATE_SECONDS = 15.0
-"""Seconds after which a create that admission or a quota refused is tried again."""
 MIN_WAKE_SECONDS = 0.05
 """Shortest delay of a wake-up: a time that has passed by the server's clock must not cause a busy loop."""
 
@@ -119,8 +116,10 @@ class Reconciler:
         if plan.termination is None:
             try:
                 acted = await self._actor.act(facts, plan)
-            except Invalid as error:
-                self._reject(key, facts, error)
+            except SpecRejected as error:
+                logger.warning("no Job can be created from the spec: %s", error)
+                self._observer.states[key].acceptance = error.refused
+                self._queue.add(key)
                 return
         if acted.created_job is not None and self._record_created(key, acted):
             return
@@ -137,20 +136,14 @@ class Reconciler:
             logger.warning("API server warning: %s", warning)
         return self._writer.defer_first_status(key, self._observer.states[key])
 
-    def _reject(self, key: Key, facts: Facts, error: Invalid) -> None:
-        """Reject a spec whose Job the API server finds invalid: no retry can help."""
-        logger.warning("the API server rejects the Job: %s", error)
-        message = clean(f"the API server rejects the Job made from this spec: {error.message}")
-        self._observer.states[key].acceptance = Refused(Reason.REJECTED, message, spec=facts.spec)
-        self._queue.add(key)
-
     def _schedule(self, key: Key, facts: Facts, plan: Plan, acted: ActionResult) -> None:
         """Start or stop scraping, and queue the next reconcile."""
         self._schedule_scrape(key, facts, plan)
         if plan.termination is not None or plan.attempt_end is not None or plan.finish is not None:
             self._queue.add(key)
         elif acted.blocking is not None:
-            self._queue.add_after(key, RETRY_CREATE_SECONDS)
+            blocked = seconds_between(waiting_since(facts), facts.now)
+            self._queue.add_after(key, blocked_retry_seconds(blocked))
         due = self._observer.states[key].blocking.due
         if due is not None:
             self._queue.add_after(key, max(MIN_WAKE_SECONDS, due - asyncio.get_running_loop().time()))

@@ -24,7 +24,7 @@ from finetune_api.status import (
     Workers,
 )
 
-from finetune_operator.decide import DEFAULT_START_TIMEOUT_SECONDS, waiting_since
+from finetune_operator.deadlines import start_timeout_seconds, waiting_since
 from finetune_operator.facts import Facts
 from finetune_operator.plan import ActionResult, AttemptEnd, Finish, Outcome, Plan, Situation
 from finetune_operator.policies import timeouts
@@ -367,6 +367,7 @@ def _from_spec(view: View, acceptance: Accepted) -> dict[str, Any]:
         "image": spec.placement.image or view.facts.config.trainer.image,
         "node_pool": acceptance.pool.name if acceptance.pool else None,
         "defaults": dict(acceptance.defaults) or None,
+        "spec_sha256": acceptance.spec_sha256 or None,
         "notes": list(acceptance.notes) or None,
     }
 
@@ -564,7 +565,7 @@ def _stalled(view: View) -> Condition | None:
             return _condition(Kind.STALLED, "True", plan.finish.reason, _why(plan.finish))
         return None
     begin = waiting_since(facts)
-    limit = facts.spec.policy.start_timeout_seconds or DEFAULT_START_TIMEOUT_SECONDS
+    limit = start_timeout_seconds(facts)
     late = begin is not None and timeouts.seconds_between(begin, facts.now) >= limit
     if facts.is_true(Kind.PODS_READY):
         return None  # until this look: what came before it was no waiting

@@ -55,6 +55,8 @@ class JobView:
     failed_at: datetime | None = None
     failed_reason: str = ""
     failed_message: str = ""
+    nodes: int = 0
+    """Number of pods (`spec.completions`); 0: unknown."""
     config_sha256: str = ""
 
     @property
@@ -228,6 +230,7 @@ def read_job(body: Object) -> JobView | None:
         failed_at=_since(failed),
         failed_reason=str(failed.get("reason", "")),
         failed_message=str(failed.get("message", ""))[:MAX_TEXT],
+        nodes=_number(spec.get("completions")) or 0,
         config_sha256=str((meta.get("annotations") or {}).get(Annotation.RUN_CONFIG_SHA256, "")),
     )
 

@@ -18,13 +18,12 @@ from finetune_api.spec.common import SecretKeyRef, SecretRef, StorageConnection
 
 from finetune_operator.builders.mounts import mounts
 from finetune_operator.builders.run_config import customer_key_variable
-from finetune_operator.objects import Object
+from finetune_operator.objects import DEFAULT_CONTAINER_ANNOTATION, Object
 from finetune_operator.settings import NodePool, OperatorConfig
 from finetune_operator.views import INDEX_ANNOTATION, JOB_NAME_LABEL, JobObject, JobView
 
 ZONE_KEY = "topology.kubernetes.io/zone"
 HOST_KEY = "kubernetes.io/hostname"
-DEFAULT_CONTAINER = "kubectl.kubernetes.io/default-container"
 
 
 def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: OperatorConfig) -> Object:
@@ -40,8 +39,8 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
         "metadata": {
             "name": names.attempt_job_name(job.name, run.attempt),
             "namespace": job.namespace,
-            "labels": labels | ({Label.QUEUE.value: queue} if queue else {}),
-            "annotations": {Annotation.RUN_CONFIG_SHA256.value: digest},
+            "labels": {**(spec.placement.labels or {}), **labels, **({Label.QUEUE.value: queue} if queue else {})},
+            "annotations": {**(spec.placement.annotations or {}), Annotation.RUN_CONFIG_SHA256.value: digest},
             "ownerReferences": [_owner(names.API_VERSION, names.KIND, job.name, job.uid)],
         },
         "spec": {
@@ -130,7 +129,7 @@ def _template_metadata(labels: dict[str, str], spec: FineTuneJobSpec, config: Op
         "labels": {**config.trainer.labels, **(spec.placement.labels or {}), **labels},
         "annotations": {
             **annotations,
-            DEFAULT_CONTAINER: names.CONTAINER,
+            DEFAULT_CONTAINER_ANNOTATION: names.CONTAINER,
             Annotation.RUN_CONFIG.value: data.decode(),
         },
     }

@@ -63,17 +63,16 @@ def first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
 def accept(raw: Object, config: OperatorConfig, first: FirstAttempt | None = None) -> Accepted | Refused:
     """Check a FineTuneJob's spec. `first` is None before the first attempt."""
     spec, unknown = read_spec(raw)
-    pool = choose_pool(spec, config)
-    resolution = _resolve(spec, _platform_defaults(config, None if isinstance(pool, Refused) else pool), first or FirstAttempt())
-    digest = spec_sha256(raw)
-    waiting = _other_version(unknown, digest, first)
-    if waiting is not None:
-        return replace(waiting, spec=resolution.spec)
-    problems, unsupported = check(spec), unsupported_fields(spec)
+    problems, unsupported = ([], []) if unknown else (check(spec), unsupported_fields(spec))
     found = [*map(str, problems), *map(str, unsupported)]
     if found and first is None:
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
         return Refused(reason, clean("; ".join(found)), hint=[*problems, *unsupported][0].hint, spec=spec)
+    pool, digest = choose_pool(spec, config), spec_sha256(raw)
+    resolution = _resolve(spec, _platform_defaults(config, None if isinstance(pool, Refused) else pool), first or FirstAttempt())
+    waiting = _other_version(unknown, digest, first)
+    if waiting is not None:
+        return replace(waiting, spec=resolution.spec)
     if isinstance(pool, Refused):
         return replace(pool, spec=resolution.spec)
     conflicts = list(placement_problems(spec, pool, config))

@@ -25,7 +25,8 @@ MUTABLE_FIELDS = (
 
 def read_spec(raw: Object) -> tuple[FineTuneJobSpec, tuple[str, ...]]:
     """Return the spec without the parts that this version does not know, and one sentence for each of these parts."""
-    readable, unknown = copy.deepcopy(raw), []
+    readable: Object = copy.deepcopy(raw)
+    unknown: list[str] = []
     while True:
         try:
             return FineTuneJobSpec.model_validate(readable), tuple(unknown)

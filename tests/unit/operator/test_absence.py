@@ -13,7 +13,7 @@ from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import ActionResult, Situation
 from finetune_operator.policies import timeouts
-from finetune_operator.policies.acceptance import Accepted, Refused, accept
+from finetune_operator.policies.acceptance import Accepted, FirstAttempt, Refused, accept
 from finetune_operator.policies.adaptations import (
     LadderExhausted,
     adapt_to_divergence,
@@ -330,7 +330,7 @@ def test_the_last_words_tell_what_retention_took_in_the_end() -> None:
 
 def test_a_newer_operators_rules_do_not_end_what_has_begun() -> None:
     written = spec(training={"optimizer": "adafactor", "adamBeta1": 0.9})
-    new, begun = accept(written, CONFIG), accept(written, CONFIG, {"training.epochs": 3})
+    new, begun = accept(written, CONFIG), accept(written, CONFIG, FirstAttempt({"training.epochs": 3}))
     assert isinstance(new, Refused) and new.is_final
     assert isinstance(begun, Accepted)
     assert any(note.startswith("a new job would be refused: spec.training.adamBeta1") for note in begun.notes)

@@ -46,7 +46,7 @@ EVERYTHING = spec(
         "env": [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "KEY", "secretKeyRef": {"name": "s", "key": "k"}}],
         "volumes": [{"name": "cache", "persistentVolumeClaim": "cache"}, {"name": "more", "secret": "more"}],
         "volumeMounts": [{"name": "cache", "mountPath": "/cache", "subPath": "hub", "readOnly": True}, {"name": "more", "mountPath": "/more"}],
-        "labels": {"team": "a", "finetune-operator.io/name": "not-mine"}, "annotations": {"note": "x"},
+        "labels": {"team": "a"}, "annotations": {"note": "x"},
     },
     policy={"terminationGracePeriodSeconds": 120},
 )  # fmt: skip
@@ -108,10 +108,14 @@ def test_the_same_attempt_is_built_of_the_same_bytes() -> None:
     assert built(EVERYTHING) == built(EVERYTHING)
 
 
-def test_nobody_s_labels_replace_ours() -> None:
-    _, body = built(EVERYTHING)
-    assert body["spec"]["template"]["metadata"]["labels"]["finetune-operator.io/name"] == "run"
-    assert "team" not in body["metadata"]["labels"]
+def test_labels_and_annotations_of_placement_reach_the_job_and_its_pods() -> None:
+    """Kueue reads its priority class from a label of the Job."""
+    labels, annotations = {"kueue.x-k8s.io/priority-class": "high"}, {"note": "x"}
+    _, body = built(spec(placement={"labels": labels, "annotations": annotations}))
+    for metadata in (body["metadata"], body["spec"]["template"]["metadata"]):
+        assert labels.items() <= metadata["labels"].items()
+        assert annotations.items() <= metadata["annotations"].items()
+        assert metadata["labels"]["finetune-operator.io/name"] == "run"
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from finetune_api.pod import TerminationMessage
 from finetune_api.status import Adaptation, Attempt, Checkpoint, FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.policies import timeouts
-from finetune_operator.policies.acceptance import Accepted, Refused, accept
+from finetune_operator.policies.acceptance import Accepted, FirstAttempt, Refused, accept
 from finetune_operator.policies.adaptations import (
     LadderExhausted,
     adapt_to_divergence,
@@ -26,8 +26,8 @@ from finetune_operator.policies.blocking import (
     blocking_condition_of_events,
     blocking_condition_of_pods,
 )
-from finetune_operator.policies.cause import Cause, cause_of, pod_cause
-from finetune_operator.policies.retry import GiveUp, Retry, retry_or_give_up
+from finetune_operator.policies.cause import cause_of, pod_cause
+from finetune_operator.policies.retry import Cause, GiveUp, Retry, backoff_seconds, retry_or_give_up
 from finetune_operator.settings import NodePool, OperatorConfig, RetrySettings, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,7 +70,7 @@ def test_all_problems_at_once_the_first_field_first() -> None:
             Reason.POOL_TOO_SMALL, "nodes is 3, and pool mig has at most 2", False,
         ),
         (spec(storage={"uri": None}), Reason.STORAGE_NOT_CONFIGURED, "spec.storage.uri is absent", False),
-        (spec(training={"epochs": "many"}), Reason.REJECTED, "spec.training.epochs", True),
+        (spec(storage={"uri": "pvc://claim/../x"}), Reason.REJECTED, "spec.storage.uri", True),
     ],
 )  # fmt: skip
 def test_refusals(written: dict[str, Any], reason: Reason, words: str, final: bool) -> None:
@@ -105,7 +105,7 @@ WITHOUT_STORAGE = {name: group for name, group in spec().items() if name != "sto
 
 
 def resolved(written: dict[str, Any], storage: dict[str, Any], kept: dict[str, Any] | None = None) -> Accepted:
-    found = accept(written, parse({"storage": storage}, "test"), kept)
+    found = accept(written, parse({"storage": storage}, "test"), None if kept is None else FirstAttempt(kept))
     assert isinstance(found, Accepted), found
     return found
 
@@ -422,7 +422,7 @@ def attempts(*rows: tuple[str, bool, int]) -> list[Attempt]:
 )
 def test_pauses(rows: list[tuple[str, bool, int]], seconds: float) -> None:
     settings = RetrySettings(base_seconds=10, max_seconds=600)
-    assert timeouts.backoff_seconds(attempts(*rows), settings, (Reason.SUSPENDED, Reason.OUT_OF_MEMORY)) == seconds
+    assert backoff_seconds(attempts(*rows), settings) == seconds
 
 
 @pytest.mark.parametrize(
@@ -436,8 +436,7 @@ def test_pauses(rows: list[tuple[str, bool, int]], seconds: float) -> None:
     ],
 )
 def test_deadline(limit: int | None, active: float, since: datetime | None, moment: datetime | None) -> None:
-    policy = {} if limit is None else {"activeDeadlineSeconds": limit}
-    assert timeouts.deadline_at(accepted(spec(policy=policy)).spec, active, since) == moment
+    assert timeouts.deadline_at(limit, active, since) == moment
 
 
 @pytest.mark.parametrize(

@@ -120,16 +120,6 @@ async def test_job_refused_by_admission_waits_and_quotes_the_policy(
     assert [one for one in caplog.records if one.exc_info] == []
 
 
-async def test_job_that_the_api_server_finds_invalid_is_final(server: Server) -> None:
-    def refuse(verb: str, kind: Kind) -> None:
-        if (verb, kind) == ("create", JOB):
-            raise Invalid(verb, kind, "run-1", 422, "Invalid", "spec.template.spec.priority: Invalid value")
-
-    server.before = refuse
-    await Process(server).work()
-    assert server.finetunejob["status"]["phase"] == "Failed"
-
-
 @pytest.mark.parametrize(
     ("name_taken", "reason", "message"),
     [(True, Reason.CHILDREN_CONFLICT, "Service run-1 exists"), (False, Reason.QUOTA_EXCEEDED, "create Service run-1: exceeded quota")],

@@ -1,0 +1,106 @@
+"""The end of an attempt: why it ended, how far it came, and what follows."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from finetune_api.exits import RetryPolicy
+from finetune_api.names import ExitCode, FailureClass, Reason, attempt_of_uri
+from finetune_api.pod import TerminationMessage
+from finetune_api.status import Checkpoint, Failure
+
+from finetune_operator.facts import Facts
+from finetune_operator.plan import AttemptEnd, Finish, Outcome, Plan, Situation
+from finetune_operator.policies.cause import cause_of
+from finetune_operator.policies.retry import TERMINATION_RETRY, Cause, GiveUp, Retry, deadline_failure, retry_or_give_up
+
+
+def plan_of_ended_attempt(facts: Facts, cause: Cause | None, when: datetime) -> Plan:
+    """Record the end of the attempt (`cause` None: success) together with what follows, in one status write."""
+    message = rank0_termination_message(facts)
+    committed = newest_step_committed_by_attempt(facts, message)
+    if cause is None:
+        end = AttemptEnd(Reason.SUCCEEDED, when, None, message, committed_step=committed)
+        return Plan(Situation.ENDED, attempt_end=end, finish=Finish(Outcome.SUCCEEDED, Reason.SUCCEEDED))
+    progressed = committed is not None and committed > facts.newest_step_of_earlier_attempts
+    follow = _follow(facts, cause, progressed, when)
+    retry = follow if isinstance(follow, Retry) else Retry()
+    end = AttemptEnd(
+        reason=cause.reason,
+        time=when,
+        failure=cause.failure,
+        termination_message=message,
+        counted=retry.counted,
+        progressed=progressed,
+        committed_step=committed,
+        next_attempt=facts.attempt + 1 if isinstance(follow, Retry) else None,
+        adaptation=retry.adaptation,
+    )
+    return Plan(Situation.ENDED, attempt_end=end, finish=follow if isinstance(follow, Finish) else None)
+
+
+def _follow(facts: Facts, cause: Cause, progressed: bool, when: datetime) -> Finish | Retry:
+    """The end of the job, or another attempt."""
+    if facts.cancel_requested or cause.reason is Reason.CANCELLED:
+        return Finish(Outcome.CANCELLED, Reason.CANCELLED)
+    limit = facts.active_deadline_seconds
+    deadline_exceeded = Finish(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, deadline_failure(limit or 0))
+    if cause.reason is Reason.DEADLINE_EXCEEDED:
+        return deadline_exceeded
+    follow = retry_or_give_up(
+        cause, facts.spec, facts.job.status, progressed=progressed, now=facts.now, attempt=facts.attempt,
+        spec_is_readable=facts.spec_is_readable,
+    )  # fmt: skip
+    if isinstance(follow, GiveUp):
+        return Finish(Outcome.FAILED, follow.reason, follow.failure)
+    if limit is not None and facts.running_seconds(when) >= limit:
+        # The deadline passed while the operator was away: the next attempt would have no time left.
+        return deadline_exceeded
+    return follow
+
+
+def all_ranks_succeeded(facts: Facts) -> bool:
+    """Whether the newest pod of every rank exited with 0: by the pod contract the final artefact is committed then."""
+    codes = [pod.terminated.exit_code if pod.terminated else None for pod in facts.newest_pods]
+    return len(codes) == facts.nodes and all(code == ExitCode.OK for code in codes)
+
+
+def cause_of_missing_job(facts: Facts) -> Cause:
+    """Why an attempt ended whose Job is gone."""
+    from_pods = cause_of(None, facts.newest_pods)
+    reason, record = facts.termination_reason, facts.attempt_record
+    if reason is None or record is None or from_pods.retry is RetryPolicy.NEVER:
+        # A fatal error of a pod counts although the operator was ending the attempt: every further attempt would fail as well.
+        return from_pods
+    message = record.message or str(reason)
+    failure = Failure(
+        class_=FailureClass.PREEMPTED, code=reason, message=message,
+        exit_code=from_pods.failure.exit_code, node=from_pods.failure.node,
+    )  # fmt: skip
+    if reason is Reason.STALLED:
+        failure = Failure(class_=FailureClass.INFRASTRUCTURE, code=reason, message=message, exit_code=ExitCode.PEER)
+    return Cause(reason, failure, TERMINATION_RETRY.get(reason, RetryPolicy.FREE))
+
+
+def rank0_termination_message(facts: Facts) -> TerminationMessage | None:
+    """The termination message of rank 0's newest pod that left one."""
+    pods = sorted((p for p in facts.attempt_pods if p.index == 0), key=lambda p: p.created_at, reverse=True)
+    return next((message for pod in pods if (message := pod.termination_message) is not None), None)
+
+
+def newest_step_committed_by_attempt(facts: Facts, message: TerminationMessage | None) -> int | None:
+    """Newest step that the current attempt committed; None: none is known.
+
+    Pods list all checkpoints that exist, including those of earlier attempts. `message` is rank 0's termination message.
+    """
+    # A checkpoint that a replaced pod of this attempt reported may be in the status only.
+    steps = [one.step for one in facts.job.status.checkpoints if attempt_of_uri(one.uri) == facts.attempt]
+    for source in facts.reported_checkpoints:
+        steps += facts.steps_of_this_attempt(source.checkpoints, source.resumed_from_step)
+    if message is not None and message.committed_step is not None:
+        newest = Checkpoint(step=message.committed_step, uri=message.checkpoint or "")
+        steps += facts.steps_of_this_attempt([newest], message.resumed_from_step)
+    record = facts.attempt_record
+    if record is not None and record.committed_step is not None:
+        steps.append(record.committed_step)
+    return max(steps) if steps else None

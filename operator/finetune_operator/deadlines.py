@@ -1,0 +1,114 @@
+"""When the time limits of a job pass: start timeout, stall timeout, backoff, and the deletion of pods on lost nodes."""
+
+from __future__ import annotations
+
+from datetime import datetime, timedelta
+
+from finetune_api.names import Condition
+from finetune_api.pod import ProgressReport
+
+from finetune_operator.facts import Facts
+from finetune_operator.policies import timeouts
+from finetune_operator.policies.retry import backoff_seconds
+from finetune_operator.policies.verdict import Refused
+from finetune_operator.views import PodView
+
+DEFAULT_START_TIMEOUT_SECONDS = 1800
+"""`policy.startTimeoutSeconds` of a spec without defaults filled in."""
+REPEAT_FORCE_DELETE_SECONDS = 30.0
+"""Interval between two forced deletions of a pod that a finalizer keeps."""
+
+
+def start_timeout_seconds(facts: Facts) -> int:
+    """`policy.startTimeoutSeconds`."""
+    return facts.spec.policy.start_timeout_seconds or DEFAULT_START_TIMEOUT_SECONDS
+
+
+def start_timeout_at(facts: Facts) -> datetime | None:
+    """When a job whose pods do not run counts as stalled; None: it does not wait for pods."""
+    begin = waiting_since(facts)
+    return later(begin, start_timeout_seconds(facts)) if begin else None
+
+
+def waiting_since(facts: Facts) -> datetime | None:
+    """Since when the job waits for its pods, or for the Job that creates them; None: it does not (queued, suspended)."""
+    ready = facts.condition(Condition.PODS_READY)
+    if facts.running_since is not None:
+        unready_since = ready.last_transition_time if ready and ready.status == "False" else None
+        return max(facts.running_since, unready_since) if unready_since else facts.running_since
+    accepted = facts.condition(Condition.ACCEPTED)
+    if isinstance(facts.acceptance, Refused) and accepted is not None and accepted.status == "False":
+        return accepted.last_transition_time
+    if facts.current_job is not None or ready is None or ready.status == "True" or ready.last_transition_time is None:
+        return None
+    if facts.is_true(Condition.SUSPENDED):
+        return None  # the job is resumed in this reconcile: the time before was no waiting
+    suspended, (_, backoff_end) = facts.condition(Condition.SUSPENDED), backoff_interval(facts)
+    others = [suspended.last_transition_time if suspended else None, backoff_end]
+    return max([ready.last_transition_time, *(one for one in others if one is not None)])
+
+
+def backoff_interval(facts: Facts) -> tuple[datetime | None, datetime | None]:
+    """Begin and end of the backoff after the last attempt; None: there is no attempt that ended."""
+    attempts = facts.job.status.attempts
+    ended = attempts[-1].end_time if attempts else None
+    return ended, later(ended, backoff_seconds(attempts, facts.config.retry, facts.job.uid)) if ended else None
+
+
+def stall_message(facts: Facts) -> str:
+    """Why the running attempt counts as stalled; empty if it does not."""
+    report, reported_at = _last_report(facts)
+    return timeouts.stall_message(facts.spec, report, reported_at, facts.active_pods, facts.now, _unready_since(facts))
+
+
+def stall_check_at(facts: Facts) -> datetime | None:
+    """When the running attempt may count as stalled, if nothing changes until then."""
+    report, reported_at = _last_report(facts)
+    unready_since = _unready_since(facts)
+    silent_since = [one for one in (reported_at, unready_since) if one is not None and one <= facts.now]
+    limit = timeouts.stall_limit_seconds(facts.spec, report)
+    return later(max(silent_since), limit + 1) if reported_at and silent_since else None
+
+
+def _last_report(facts: Facts) -> tuple[ProgressReport | None, datetime | None]:
+    """The last report of the attempt's active pods, if this process received it, and its time."""
+    received = facts.live_report
+    return (received.report, received.time) if received else (None, _last_report_time_from_status(facts))
+
+
+def _last_report_time_from_status(facts: Facts) -> datetime | None:
+    """Time of the last report of the active pods according to the status, for an operator that restarted since.
+
+    None if the pods are ready, do not run, or have never trained. If a queue replaced the pod within the attempt, the time is the
+    start of the new pod. The report's time comes from the node's clock; a clock that is ahead can only delay the stall timeout.
+    """
+    record, progress, ready = facts.attempt_record, facts.job.status.progress, facts.condition(Condition.PODS_READY)
+    rank0 = facts.rank0
+    if record is None or not record.last_step or rank0 is None or rank0.phase != "Running":
+        return None
+    if ready is None or ready.status == "True" or ready.last_transition_time is None:
+        return None
+    started, reported = rank0.running_since or rank0.created_at, progress.update_time if progress else None
+    return max(started, reported) if reported else started
+
+
+def _unready_since(facts: Facts) -> datetime | None:
+    """Since when the status shows the pods as not ready; now, if it still shows them as ready; None: it does not say."""
+    ready = facts.condition(Condition.PODS_READY)
+    return facts.now if ready is not None and ready.status == "True" else ready.last_transition_time if ready else None
+
+
+def force_delete_at(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:
+    """When the first pod that is being deleted counts as lost with its node.
+
+    If one counts as lost already, the time of the next forced deletion: a finalizer may keep the pod.
+    """
+    deleting = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp and not pod.is_deleted]
+    if timeouts.pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):
+        return later(facts.now, REPEAT_FORCE_DELETE_SECONDS)
+    return later(min(deleting), facts.config.lost_node_seconds + 1) if deleting else None
+
+
+def later(moment: datetime, seconds: float) -> datetime:
+    """The moment `seconds` later."""
+    return moment + timedelta(seconds=seconds)

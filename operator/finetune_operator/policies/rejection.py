@@ -1,0 +1,57 @@
+"""Finds out whether the user's spec is the reason why the API server rejected the Job of an attempt.
+
+If it is not, the operator's configuration is (wrong chart values), or the API server changed; then the job waits instead of failing.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from finetune_operator.objects import Object
+
+ERROR = re.compile(r'(?P<path>(?:spec|metadata)\.[^\s:]+): (?:[A-Z][a-z]+ value|Too long|Forbidden)[^"\[\]{}]{0,3}(?:"(?P<value>[^"]*)")?')
+"""One field error of a 422 answer, as in `spec.template.labels: Invalid value: "a b": ...`."""
+CONTAINER = r"spec\.template\.spec\.containers\[0\]"
+USER_FIELDS = tuple(
+    (re.compile(pattern), fields)
+    for pattern, fields in (
+        (rf"{CONTAINER}\.env\b", ("placement.env",)),
+        (rf"{CONTAINER}\.image$", ("placement.image",)),
+        (rf"{CONTAINER}\.volumeMounts\b", ("placement.volumeMounts",)),
+        (
+            rf"{CONTAINER}\.resources\b",
+            ("resources.cpu", "resources.memory", "resources.ephemeralStorage", "resources.gpuResource"),
+        ),
+        (r"spec\.template\.spec\.volumes\b", ("placement.volumes", "resources.sharedMemory", "resources.ephemeralStorage")),
+        (r"spec\.template\.spec\.nodeSelector\b", ("placement.nodeSelector",)),
+        (r"spec\.template\.spec\.tolerations\b", ("placement.tolerations",)),
+        (r"spec\.template\.spec\.affinity\b", ("placement.nodeAffinity",)),
+        (r"spec\.template\.spec\.priorityClassName\b", ("placement.priorityClassName",)),
+        (r"spec\.template\.spec\.schedulerName\b", ("placement.schedulerName",)),
+        (r"spec\.template\.spec\.serviceAccountName\b", ("placement.serviceAccountName",)),
+        (r"spec\.template\.spec\.imagePullSecrets\b", ("placement.imagePullSecrets",)),
+        (r"(spec\.template\.)?(metadata\.)?labels\b", ("placement.labels", "placement.queueName")),
+        (r"(spec\.template\.)?(metadata\.)?annotations\b", ("placement.annotations",)),
+    )
+)
+"""Field of the Job, and the fields of the FineTuneJob's spec that its value comes from."""
+
+
+def rejected_user_fields(message: str, raw_spec: Object) -> list[str]:
+    """Paths of the user's own values that a 422 answer to the Job's create names; empty if the user caused none of its errors."""
+    found: list[str] = []
+    for error in ERROR.finditer(message):
+        for pattern, fields in USER_FIELDS:
+            if pattern.match(error["path"]):
+                found += [f"spec.{field}" for field in fields if _holds(raw_spec, field, error["value"])]
+    return list(dict.fromkeys(found))
+
+
+def _holds(raw_spec: Object, field: str, value: str | None) -> bool:
+    """Whether the user set this field and, if the error names a value, whether the field contains it."""
+    found: Any = raw_spec
+    for name in field.split("."):
+        found = found.get(name) if isinstance(found, dict) else None
+    return found is not None and (value is None or value in json.dumps(found, ensure_ascii=False))

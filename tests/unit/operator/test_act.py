@@ -1,0 +1,226 @@
+"""Carrying out a plan: what is compared with the API server before an attempt starts, what is adopted, who causes a rejection."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+from finetune_api.errors import ConfigError
+from finetune_api.names import MANAGER, Label, Reason
+from finetune_operator import act as act_module
+from finetune_operator.act import Actor, SpecRejected, StaleFacts
+from finetune_operator.decide import decide
+from finetune_operator.facts import Facts
+from finetune_operator.kube import Invalid, Kube
+from finetune_operator.objects import FINETUNEJOB, JOB, POD, SERVICE, Kind, Object
+from finetune_operator.plan import ActionResult, Plan
+from finetune_operator.policies.rejection import rejected_user_fields
+
+from tests.unit.operator.fake_cluster import Process, Server, new_server
+from tests.unit.operator.samples import CONFIG, T0, UID, at, facts, finetunejob, job, spec, status
+
+ENDED = {"number": 1, "startTime": T0.isoformat(), "endTime": T0.isoformat(), "reason": "Suspended"}
+SECOND = status(attempt=2, attempts=[ENDED])
+
+
+@pytest.fixture
+def server() -> Server:
+    """A server whose FineTuneJob is about to start its second attempt."""
+    found = new_server()
+    found.put(FINETUNEJOB, {**found.finetunejob, "status": SECOND.to_wire()})
+    return found
+
+
+def second_attempt(**fields: Any) -> tuple[Facts, Plan]:
+    found = facts(known=SECOND, jobs=[job(1, failed_at=T0)], now=at(100), **fields)
+    plan = decide(found)
+    assert plan.create_attempt == 2
+    return found, plan
+
+
+async def carry_out(server: Server, found: Facts, plan: Plan) -> ActionResult:
+    return await Actor(cast("Kube", server), CONFIG).act(found, plan)
+
+
+# Before a later attempt
+
+
+async def test_second_attempt_is_created_if_the_server_agrees(server: Server) -> None:
+    result = await carry_out(server, *second_attempt())
+    assert result.created_job is not None and result.created_job.name == "run-2"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"metadata": {"uid": "another"}},
+        {"metadata": {"generation": 2}},
+        {"metadata": {"deletionTimestamp": "2026-11-21T12:00:00Z"}},
+        {"spec": {"suspend": True}},
+        {"spec": {"cancel": True}},
+        {"status": {"attempt": 3}},
+    ],
+    ids=["other uid", "other generation", "deleting", "suspended", "cancelled", "other attempt"],
+)
+async def test_second_attempt_is_not_created_if_the_server_disagrees(server: Server, changed: dict[str, Object]) -> None:
+    """The watch has not delivered the change yet."""
+    body = server.finetunejob
+    server.put(FINETUNEJOB, {**body, **{part: {**body[part], **values} for part, values in changed.items()}})
+    with pytest.raises(StaleFacts):
+        await carry_out(server, *second_attempt())
+    assert (JOB.plural, "run-2") not in server.objects
+
+
+def pod_body(phase: str, uid: str = UID, attempt: int = 1) -> Object:
+    labels = {Label.MANAGED_BY.value: MANAGER, Label.NAME.value: "run", Label.UID.value: uid, Label.ATTEMPT.value: str(attempt)}
+    meta = {"name": "run-1-0-x", "namespace": "team", "labels": labels}
+    return {"metadata": meta, "status": {"phase": phase}}
+
+
+@pytest.mark.parametrize("phase", ["Pending", "Running"])
+async def test_second_attempt_waits_for_a_pod_that_the_cache_lacks(server: Server, phase: str) -> None:
+    """Its Job is gone, so that only the label leads to it."""
+    server.put(POD, pod_body(phase))
+    with pytest.raises(StaleFacts, match="run-1-0-x"):
+        await carry_out(server, *second_attempt())
+    assert (JOB.plural, "run-2") not in server.objects
+
+
+@pytest.mark.parametrize("body", [pod_body("Failed"), pod_body("Running", uid="another")], ids=["finished", "other job"])
+async def test_second_attempt_does_not_wait_for_other_pods(server: Server, body: Object) -> None:
+    server.put(POD, body)
+    assert (await carry_out(server, *second_attempt())).created_job is not None
+
+
+# Objects that exist already
+
+
+def first_attempt(written: Object | None = None) -> tuple[Facts, Plan]:
+    found = facts(written=written)
+    return found, decide(found)
+
+
+async def existing_job(server: Server, uid: str) -> None:
+    """A Job with the first attempt's name whose controller has this uid."""
+    result = await carry_out(server, *first_attempt())
+    assert result.created_job is not None
+    body = server.objects[JOB.plural, "run-1"]
+    owners = [{**owner, "uid": uid} for owner in body["metadata"]["ownerReferences"]]
+    server.put(JOB, {**body, "metadata": {**body["metadata"], "ownerReferences": owners}})
+
+
+async def test_own_job_that_exists_is_adopted(server: Server) -> None:
+    """The answer to the first create was lost."""
+    await existing_job(server, UID)
+    result = await carry_out(server, *first_attempt())
+    assert result.created_job is not None and result.blocking is None
+
+
+async def test_job_of_another_owner_is_not_adopted(server: Server) -> None:
+    await existing_job(server, "another")
+    result = await carry_out(server, *first_attempt())
+    assert result.created_job is None
+    assert result.blocking is not None and result.blocking.reason is Reason.CHILDREN_CONFLICT
+
+
+@pytest.mark.parametrize(("owner", "adopted"), [("uid-run-1", True), ("another", False)])
+async def test_service_is_adopted_only_if_the_job_owns_it(server: Server, owner: str, adopted: bool) -> None:
+    server.put(SERVICE, {"metadata": {"name": "run-1", "namespace": "team", "ownerReferences": [{"uid": owner}]}})
+    result = await carry_out(server, *first_attempt(spec(resources={"nodes": 2, "gpusPerNode": 0})))
+    assert result.created_job is not None
+    assert (result.blocking is None) is adopted
+    assert adopted or (result.blocking is not None and result.blocking.reason is Reason.CHILDREN_CONFLICT)
+
+
+# Jobs that the API server rejects
+
+PLATFORM_ERROR = 'Job.batch "run-1" is invalid: spec.template.spec.containers[0].env[9].name: Invalid value: "a b": a valid name'
+USER_ERROR = 'Job.batch "run-1" is invalid: spec.template.labels: Invalid value: "red green": a valid label must be'
+LABELLED = spec(placement={"labels": {"color": "red green"}})
+
+
+def reject_jobs(message: str, code: int) -> Any:
+    def before(verb: str, kind: Kind) -> None:
+        if (verb, kind) == ("create", JOB):
+            raise Invalid(verb, kind, "run-1", code, "Invalid", message)
+
+    return before
+
+
+def accepted_before(written: Object, found: Facts) -> Facts:
+    """The facts with a spec that acceptance would refuse today."""
+    return replace(found, job=finetunejob(written, found.job.status))
+
+
+@pytest.mark.parametrize("code", [400, 422])
+async def test_job_with_wrong_platform_values_waits(server: Server, code: int) -> None:
+    """Only the platform team can correct the chart's values; the user's job must not fail."""
+    server.before = reject_jobs(PLATFORM_ERROR, code)
+    process = Process(server)
+    server.put(FINETUNEJOB, {**server.finetunejob, "status": {}})
+    process.refresh()
+    await process.work()
+    ready = server.condition("PodsReady")
+    assert (ready["reason"], server.finetunejob["status"]["phase"]) == (Reason.JOB_REJECTED, "Pending")
+    assert "env[9].name" in ready["message"]
+    assert process.queue.seconds_until_due() is not None
+
+
+async def test_first_job_with_a_wrong_value_of_the_user_is_rejected(server: Server) -> None:
+    server.before = reject_jobs(USER_ERROR, 422)
+    found, plan = first_attempt()
+    with pytest.raises(SpecRejected) as caught:
+        await carry_out(server, accepted_before(LABELLED, found), plan)
+    assert caught.value.refused.is_final
+    assert "spec.placement.labels" in caught.value.refused.message
+
+
+async def test_later_job_with_a_wrong_value_of_the_user_waits(server: Server) -> None:
+    """The first attempt was created from the same spec: something else has changed."""
+    server.before = reject_jobs(USER_ERROR, 422)
+    found, plan = second_attempt()
+    result = await carry_out(server, accepted_before(LABELLED, found), plan)
+    assert result.blocking is not None and result.blocking.reason is Reason.JOB_REJECTED
+
+
+async def test_value_that_cannot_be_built_rejects_the_first_attempt_and_blocks_later_ones(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ConfigError("SourceInvalid", "dataset.train: `..` is not allowed", hint="write pvc://claim/path")
+
+    monkeypatch.setattr(act_module, "build_job", fail)
+    for (found, plan), is_final in ((first_attempt(), True), (second_attempt(), False)):
+        with pytest.raises(SpecRejected) as caught:
+            await carry_out(server, found, plan)
+        assert caught.value.refused.is_final is is_final
+        assert (caught.value.refused.message, caught.value.refused.hint) == (
+            "dataset.train: `..` is not allowed", "write pvc://claim/path",
+        )  # fmt: skip
+
+
+async def test_rejected_spec_fails_with_its_message_in_status(server: Server) -> None:
+    server.put(FINETUNEJOB, {**server.finetunejob, "spec": LABELLED, "status": {}})
+    await Process(server).work()
+    written = server.finetunejob["status"]
+    assert (written["phase"], written["failure"]["class"]) == ("Failed", "User")
+    assert "spec.placement.labels.color" in written["failure"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("message", "placement", "fields"),
+    [
+        ('spec.template.labels: Invalid value: "b c": x', {"labels": {"a": "b c"}}, ["spec.placement.labels"]),
+        ('spec.template.labels: Invalid value: "b c": x', {"labels": {"a": "d"}}, []),
+        ('spec.template.labels: Invalid value: "b c": x', {}, []),
+        ("spec.template.spec.tolerations[0].operator: Invalid value: core.Toleration{}: x", {"tolerations": [{"key": "a"}]}, ["spec.placement.tolerations"]),
+        ("spec.template.spec.priority: Invalid value", {"labels": {"a": "b"}}, []),
+        (
+            '[spec.template.spec.nodeSelector: Invalid value: "x y": z, spec.priority: Required value]',
+            {"nodeSelector": {"a": "x y"}}, ["spec.placement.nodeSelector"],
+        ),
+    ],
+)  # fmt: skip
+def test_rejected_fields_are_traced_to_the_users_spec(message: str, placement: Object, fields: list[str]) -> None:
+    assert rejected_user_fields(f'Job.batch "run-1" is invalid: {message}', spec(placement=placement)) == fields
