@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 from finetune_api.pod import RunConfig
 from finetune_api.rules import base_bits
-from finetune_api.spec.enums import Backend, Strategy, TrainerType
+from finetune_api.spec.enums import Backend, Strategy
 
 ENVIRONMENT = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -25,15 +25,6 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 """What the libraries read when they are imported. A rank never talks to a hub: the supervisor has fetched everything."""
-
-_TRAINERS = {
-    TrainerType.SFT: "trl.trainer.sft_trainer",
-    TrainerType.DPO: "trl.trainer.dpo_trainer",
-    TrainerType.GRPO: "trl.trainer.grpo_trainer",
-    TrainerType.KTO: "trl.trainer.kto_trainer",
-    TrainerType.REWARD: "trl.trainer.reward_trainer",
-    TrainerType.ORPO: "trl.experimental.orpo",
-}
 
 
 def needs_bitsandbytes(run: RunConfig) -> bool:
@@ -49,8 +40,8 @@ def needs_deepspeed(run: RunConfig) -> bool:
     return run.spec.distributed.strategy is Strategy.DEEPSPEED
 
 
-def preload(run: RunConfig) -> None:
-    """Import everything the job will need, and hide what it will not."""
+def preload(run: RunConfig, objective_module: str) -> None:
+    """Import everything that the job needs, `objective_module` last, and hide what it does not need."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     threads = run.spec.dataset.num_proc
@@ -60,7 +51,7 @@ def preload(run: RunConfig) -> None:
         if not needed:
             _hide(name)
     with _absent("scipy"):
-        for name in ("torch", "transformers", "peft", "datasets", _TRAINERS[run.spec.trainer.type or TrainerType.SFT]):
+        for name in ("torch", "transformers", "peft", "datasets", objective_module):
             importlib.import_module(name)
         from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401  lazy names: this loads them
     importlib.import_module("transformers.utils.import_utils").is_scipy_available.cache_clear()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 import re
 import shutil
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from finetune_api import rules
-from finetune_api.errors import ConfigError, FineTuneError, InternalError, MemoryExhaustedError
+from finetune_api.errors import FineTuneError, InternalError, MemoryExhaustedError
 from finetune_api.pod import RunConfig
 from finetune_api.sources import redact_source
 from finetune_api.spec.enums import OutputKind
@@ -21,10 +19,11 @@ from finetune_api.status import Resolved, Stage
 from finetune_trainer import imports
 from finetune_trainer.channel import Channel
 from finetune_trainer.inputs import Inputs
+from finetune_trainer.objective import load_objective, module_of
 
 if TYPE_CHECKING:
     from finetune_trainer.method.base import MethodContext, TrainableModel
-    from finetune_trainer.objective.base import Setting
+    from finetune_trainer.objective.base import TrainingContext
 
 OUT_OF_GPU_MEMORY = re.compile(
     r"(CUDA|HIP|NCCL|Cuda failure).{0,200}out of memory|(CUBLAS|CUSOLVER|CUDNN)_STATUS_(ALLOC_FAILED|INTERNAL_ERROR_HOST_ALLOCATION_FAILED)",
@@ -43,8 +42,7 @@ come from an operator that does not know a rule, or from a test."""
 
 def preload(run: RunConfig) -> None:
     """Import the heavy libraries of this run. Called while the supervisor still downloads the inputs."""
-    imports.preload(run)
-    _load_objective(run)
+    imports.preload(run, module_of(rules.trainer_of(run.spec)))
     from finetune_trainer import engine, hardware, model  # noqa: F401  each imports the libraries that it needs
 
 
@@ -76,7 +74,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: Hooks | None =
 
     Errors: any FineTuneError; exceptions of libraries are converted (`to_finetune_error`).
     """
-    imports.preload(run)
+    imports.preload(run, module_of(rules.trainer_of(run.spec)))
     try:
         Session(run, channel, inputs, hooks or _checkpoint_hooks()).execute()
     except FineTuneError:
@@ -94,7 +92,7 @@ class Session:
         _disable_progress_bars()
         rules.enforce_rules(rules.without_defaults(run.spec, run.defaults), *RULES_CHECKED_AGAIN)
         self.run, self.channel, self.inputs, self.hooks = run, channel, inputs, hooks
-        self.objective = _load_objective(run)
+        self.objective = load_objective(rules.trainer_of(run.spec))
         self.hardware = hardware.detect(run, channel.local_rank)
         self.plan = distributed.choose(run, self.hardware, inputs, channel.world_size)
         self.plan.before()
@@ -127,22 +125,22 @@ class Session:
         from finetune_trainer.method.registry import create_method
 
         tokenizer, notes = model.load_tokenizer(self.run, self.inputs)
-        setting, args = self._choose_arguments(tokenizer, [*self._own_callbacks(), *callbacks])
-        data, self.facts = self.objective.data(setting)
+        context, args = self._choose_arguments(tokenizer, [*self._own_callbacks(), *callbacks])
+        data, self.facts = self.objective.load_data(context)
         self.test_rows = data.test
         self._emit_notes(*notes, *self.facts.notes)
         set_seed(args.seed)
         method = create_method(self._method_context(tokenizer))
-        setting.unquantized = method.before_load()
+        context.unquantized = method.before_load()
         base, notes = model.load_model(
-            self.run, self.inputs, self.hardware, sharded=self.plan.sharded_weights, kind=self.objective.MODEL_KIND,
-            skip_quantization=setting.unquantized,
+            self.run, self.inputs, self.hardware, sharded=self.plan.sharded_weights, kind=self.objective.model_kind,
+            skip_quantization=context.unquantized,
         )  # fmt: skip
         vocabulary.fit_embeddings(base, tokenizer, self.run, [data.train, data.validation, data.test])
         trainable = method.make_trainable(base)
         self._emit_notes(*notes, *trainable.notes, *self.plan.notes)
         with method.trainer_construction(base):
-            trainer = self.objective.build(setting, args, trainable.model, data)
+            trainer = self.objective.build_trainer(context, args, trainable.model, data)
         method.on_trainer_created(trainer)
         for callback in callbacks:
             if isinstance(callback, NeedsTrainer):
@@ -151,28 +149,28 @@ class Session:
         self.trainer, self.trainable = trainer, trainable
         return trainer, trainable
 
-    def _choose_arguments(self, tokenizer: Any, callbacks: list[Any]) -> tuple[Setting, Any]:
-        """What the objective reads, and its TrainingArguments."""
+    def _choose_arguments(self, tokenizer: Any, callbacks: list[Any]) -> tuple[TrainingContext, Any]:
+        """The context of the objective, and its TrainingArguments."""
         from finetune_trainer import model
         from finetune_trainer.arguments import choose_kernels
         from finetune_trainer.library_internals import use_one_device
-        from finetune_trainer.objective.base import Setting
+        from finetune_trainer.objective.base import TrainingContext
 
         config = model.load_config(self.run, self.inputs)
-        setting = Setting(
+        context = TrainingContext(
             self.run, self.inputs, self.hardware, self.plan, tokenizer, self.channel.work / "tokens", model.positions(config), callbacks,
         )  # fmt: skip
-        args = self.objective.arguments(setting, evaluates=rules.has_validation_set(self.run.spec))
+        args = self.objective.training_arguments(context, evaluates=rules.has_validation_set(self.run.spec))
         use_one_device(args)
         self._emit_notes(*choose_kernels(args, self.run, config.model_type))
-        return setting, args
+        return context, args
 
     def _method_context(self, tokenizer: Any) -> MethodContext:
         from finetune_trainer import vocabulary
         from finetune_trainer.method.base import MethodContext
 
         return MethodContext(
-            self.run, self.inputs, self.hardware, self.plan, self.objective.MODEL_KIND,
+            self.run, self.inputs, self.hardware, self.plan, self.objective.model_kind,
             new_token_ids=tuple(vocabulary.new_token_ids(tokenizer, self.run.spec.model.new_tokens)),
             is_resumed=self.resume_path is not None,
         )  # fmt: skip
@@ -220,8 +218,7 @@ class Session:
         verification.require_quantization(base, self.run, self.hardware)
         if args.use_liger_kernel:
             verification.require_kernels(base)
-        if getattr(args, "packing", False):
-            self.objective.require_isolation(trainer)
+        self.objective.verify_trainer(trainer)
         self.channel.resolved(
             Resolved(
                 world_size=self.channel.world_size,
@@ -241,8 +238,8 @@ class Session:
         if self.test_rows is None:
             return {}
         self.channel.stage(Stage.EVALUATING)
-        metrics = held_out.measure(trainer, self.test_rows)
-        self._emit_notes(held_out.sentence(metrics))
+        metrics = held_out.measure(trainer, self.test_rows, self.objective.held_out_metrics)
+        self._emit_notes(held_out.summarise(metrics, self.objective.held_out_metrics))
         return metrics
 
     def _save(self, trainer: Any, trainable: TrainableModel) -> tuple[Path, dict[str, Any]]:
@@ -284,20 +281,6 @@ def _checkpoint_hooks() -> Hooks:
     from finetune_trainer.checkpoint import rank
 
     return rank  # type: ignore[return-value]  # a module with these three functions
-
-
-def _load_objective(run: RunConfig) -> ModuleType:
-    """The module named after `trainer.type`. Errors: ConfigError NotSupportedYet."""
-    kind = rules.trainer_of(run.spec).value
-    name = f"finetune_trainer.objective.{kind}"
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name != name:
-            raise
-        raise ConfigError(
-            "NotSupportedYet", f"this version of the trainer does not support trainer.type {kind}", hint="write sft"
-        ) from None
 
 
 def _name_base_by_source(folder: Path, run: RunConfig) -> None:

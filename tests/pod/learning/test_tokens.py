@@ -11,7 +11,7 @@ import torch
 from finetune_api.errors import ConfigError, DataError, FineTuneError
 from finetune_trainer.data.prepare import Prepared, prepare
 from finetune_trainer.data.rows import Completion, Conversation, Text, Turn
-from finetune_trainer.data.template import Style, render
+from finetune_trainer.data.template import RenderOptions, render
 
 from tests.support.learning import TEN, go, make_run, merged, write_rows
 from tests.support.tiny import CHATML, CHATML_MARKED, make_tokenizer
@@ -45,12 +45,12 @@ def tokenizer(folder: Path, template: str | None = CHATML, **options: Any) -> An
 
 def style(
     tok: Any, *, response_only: bool = True, template: bool = True, markers: tuple[str, str] | None = None
-) -> Style:
+) -> RenderOptions:
     specials = tuple(sorted((t.content for t in tok.added_tokens_decoder.values()), key=len, reverse=True))
-    return Style(tok, template, response_only, markers, specials)
+    return RenderOptions(tok, template, response_only, markers, specials)
 
 
-def learned(example: Any, how: Style) -> list[str]:
+def learned(example: Any, how: RenderOptions) -> list[str]:
     rendered = render(example, how)
     return [rendered.text[start:end] for start, end in rendered.spans]
 
@@ -59,7 +59,7 @@ def prepared(
     folder: Path, tok: Any, dataset: dict[str, Any] | None = None, rows: Any = TEN, limit: int = 512
 ) -> Prepared:
     run, inputs = make_run(folder, Path("/models/tiny"), {"dataset": dataset or {}}, rows)
-    return prepare(run, inputs, tok, model_limit=limit, cache=folder / "tokens")
+    return prepare(run, inputs, tok, max_positions=limit, cache=folder / "tokens")
 
 
 def texts(tok: Any, data: Prepared) -> list[tuple[str, str]]:
@@ -155,7 +155,7 @@ def test_absent_marker_is_refused_with_the_row(tmp_path: Path) -> None:
 
 
 def test_words_stand_where_no_template_is_used(tmp_path: Path) -> None:
-    example = Conversation((Turn("user", "one"), Turn("assistant", "red")), words=("Question", "Answer"))
+    example = Conversation((Turn("user", "one"), Turn("assistant", "red")), role_names=("Question", "Answer"))
     rendered = render(example, style(tokenizer(tmp_path, None), template=False))
     assert rendered.text == "Question: one\nAnswer: red"
     assert [rendered.text[a:b] for a, b in rendered.spans] == ["red"]
@@ -222,7 +222,7 @@ def test_the_order_of_a_mixture_does_not_change_what_is_learned(first: str, tmp_
     mixture = [{"source": f"s3://data/{i}.jsonl"} for i in range(3)]
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"train": None, "mixture": mixture}})
     inputs = inputs.model_copy(update={"train": [], "mixture": files})
-    found = texts(tok, prepare(run, inputs, tok, model_limit=512, cache=tmp_path / "tokens"))
+    found = texts(tok, prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens"))
     assert sorted(found) == sorted([
         ("two plus<|im_end|>", "two plus<|im_end|>"), ("one two<|im_end|>", " two<|im_end|>"),
         ("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n", "red<|im_end|>"),
@@ -287,17 +287,17 @@ def test_length_beyond_the_model_is_refused_and_a_default_gives_way(tmp_path: Pa
     with pytest.raises(ConfigError) as caught:
         prepared(tmp_path, tokenizer(tmp_path), {"maxSequenceLength": 1024})
     assert caught.value.code == "SequenceTooLong" and "512 positions" in caught.value.message
-    assert prepared(tmp_path, tokenizer(tmp_path)).max_length == 512
-    assert prepared(tmp_path, tokenizer(tmp_path), limit=4096).max_length == 2048
+    assert prepared(tmp_path, tokenizer(tmp_path)).max_sequence_length == 512
+    assert prepared(tmp_path, tokenizer(tmp_path), limit=4096).max_sequence_length == 2048
 
 
 def test_tokens_are_kept_by_content(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
-    assert prepared(tmp_path, tok).cached is False
-    assert prepared(tmp_path, tok).cached is True
-    assert prepared(tmp_path, tok, {"addEosToken": False}).cached is False
-    assert prepared(tmp_path, tok, {}, TEN[:9]).cached is False
-    assert prepared(tmp_path, tokenizer(tmp_path, CHATML_MARKED)).cached is False
+    assert prepared(tmp_path, tok).is_from_cache is False
+    assert prepared(tmp_path, tok).is_from_cache is True
+    assert prepared(tmp_path, tok, {"addEosToken": False}).is_from_cache is False
+    assert prepared(tmp_path, tok, {}, TEN[:9]).is_from_cache is False
+    assert prepared(tmp_path, tokenizer(tmp_path, CHATML_MARKED)).is_from_cache is False
 
 
 def test_a_second_attempt_finds_the_tokens_of_the_first(model: Path, tmp_path: Path) -> None:
@@ -323,10 +323,10 @@ def test_several_processes_make_the_same_tokens(tmp_path: Path, monkeypatch: pyt
     tok = tokenizer(tmp_path, SYSTEM_FIRST, bos=True)
     dataset = {"badRows": "skip", "numProc": 2}
     alone = prepared(tmp_path / "a", tok, dataset, rows)
-    monkeypatch.setattr(parallel, "ROWS_OF_A_WORKER", 1000)
+    monkeypatch.setattr(parallel, "ROWS_PER_WORKER", 1000)
     started: list[int] = []
-    pool = parallel._pool
-    monkeypatch.setattr(parallel, "_pool", lambda work, workers: started.append(workers) or pool(work, workers))
+    pool = parallel._start_pool
+    monkeypatch.setattr(parallel, "_start_pool", lambda work, workers: started.append(workers) or pool(work, workers))
     together = prepared(tmp_path / "b", tok, dataset, rows)
     assert started == [2]
     assert together.train["input_ids"] == alone.train["input_ids"]
@@ -487,5 +487,5 @@ def test_mixture_is_trained_on(model: Path, tmp_path: Path) -> None:
     run, inputs = make_run(tmp_path, model, {"dataset": {"train": None, "mixture": mixture}})
     loaded = load(run, inputs.model_copy(update={"train": [], "mixture": [inputs.train, [other]]}))
     assert len(loaded.train) == 15
-    assert sum(example.words == ("Question", "Answer") for _, example in loaded.train) == 10  # type: ignore[union-attr]
+    assert sum(example.role_names == ("Question", "Answer") for _, example in loaded.train) == 10  # type: ignore[union-attr]
     assert "s3://data/b.jsonl 5 rows, weight 2" in loaded.summary.notes[0]

@@ -239,7 +239,7 @@ def test_pairs_that_are_equal_once_cut_are_left_out(model: Path, tmp_path: Path)
         *PAIRS[1:],
     ]
     outcome = go(tmp_path, model, objective("dpo", maxCompletionLength=4), same)
-    assert "train: 1 rows whose two answers are the same as far as they are read were left out" in outcome.notes
+    assert "train: 1 rows were left out because their two answers are equal once they are cut" in outcome.notes
     assert outcome.resolved["datasetRows"] == 9
 
 
@@ -251,7 +251,7 @@ def test_text_is_joined_as_it_is_and_learns_its_end(model: Path, tmp_path: Path)
     outcome = go(tmp_path / "a", model, objective("dpo", once), text)
     ids = AutoTokenizer.from_pretrained(model)("What is 1 + 1? yes no<|im_end|>", add_special_tokens=False)["input_ids"]
     assert outcome.extra["data"]["tokens"]["train"]["longest"] == len(ids)
-    assert "prompts and answers are joined as they are; dataset.useChatTemplate: true makes them turns" in outcome.notes
+    assert any(note.startswith("prompts and answers are joined without a chat template") for note in outcome.notes)
     turns = go(tmp_path / "b", model, objective("dpo", {**once, "dataset": {"useChatTemplate": True}}), text)
     assert turns.extra["data"]["tokens"]["train"]["longest"] > len(ids) + 4
 
@@ -335,9 +335,9 @@ def reward(completions, prompts, note, **columns):
 
 
 def test_neighbours_give_their_answers() -> None:
-    from finetune_trainer.objective.kto import _neighbours
+    from finetune_trainer.objective.kto import _add_mismatched_answers
 
-    assert _neighbours({"completion_ids": [[1], [2], [3]]}) == {"KL_completion_ids": [[3], [1], [2]]}
+    assert _add_mismatched_answers({"completion_ids": [[1], [2], [3]]}) == {"KL_completion_ids": [[3], [1], [2]]}
 
 
 # ---- refused
@@ -352,7 +352,7 @@ REFUSED: dict[str, tuple[Spec, list[Any], str, str]] = {
         objective("dpo", {"dataset": {"maxSequenceLength": 32}}, maxCompletionLength=32), PAIRS, "CompletionTooLong", "no token",
     ),
     "kto row by row": (objective("kto", {"training": {"batchSizePerDevice": 1}}), JUDGED, "BatchTooSmall", "rows of one batch"),
-    "kto of one kind": (objective("kto"), JUDGED[::2], "OneSidedJudgement", "judged good"),
+    "kto of one kind": (objective("kto"), JUDGED[::2], "OneSidedJudgement", "labelled good"),
     "kto with a dpo option": (objective("kto", dpo={"lossTypes": ["ipo"]}), JUDGED, "OptionOfAnotherObjective", "lossTypes"),
     "orpo with a reference": (objective("orpo", dpo={"referenceModel": "org/x"}), PAIRS, "OptionOfAnotherObjective", "referenceModel"),
     "orpo with prompt tuning": (

@@ -90,7 +90,7 @@ def test_packing_leaves_few_places_empty_and_says_how_many(model: Path, tmp_path
     assert report["padding_share"] == 1 - report["tokens"] / (512 * report["sequences"])
     assert report["padding_share"] <= 0.03
     assert (
-        f"train: packed into {report['sequences']} sequences, {report['padding_share']:.1%} of the places empty"
+        f"train: packed into {report['sequences']} sequences, {report['padding_share']:.1%} padding"
         in packed.notes
     )
     assert [line["padding_share"] for line in packed.logs if "padding_share" in line] == [0.0, 0.0]

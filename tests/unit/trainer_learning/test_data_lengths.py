@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 from finetune_api.errors import ConfigError
-from finetune_trainer.data.prepare import FAR, max_length
+from finetune_trainer.data.prepare import NO_TOKENIZER_LIMIT, max_sequence_length
 
 from tests.support.learning import make_run
 
 
-def longest(folder: Path, spec: dict[str, Any], limit: int | None, own: int = FAR) -> int:
+def longest(folder: Path, spec: dict[str, Any], limit: int | None, own: int = NO_TOKENIZER_LIMIT) -> int:
     run, _ = make_run(folder, Path("/models/tiny"), spec)
-    return max_length(run, SimpleNamespace(model_max_length=own), limit)
+    return max_sequence_length(run, SimpleNamespace(model_max_length=own), limit)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 from finetune_api.errors import ConfigError, DataError, FineTuneError
 from finetune_api.pod import RunConfig
 from finetune_trainer.data import DataSummary, check_files, load
-from finetune_trainer.data.rows import Completion, Conversation, Judged, Preference, Prompt, Text, Turn
+from finetune_trainer.data.rows import Completion, Conversation, LabelledAnswer, Preference, Prompt, Text, Turn
 from finetune_trainer.inputs import Inputs
 
 from tests.support.learning import make_run, write_rows
@@ -63,22 +63,22 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Any]] = {
     "system column": ("messages", {"system": "Be brief", "messages": TURNS}, Conversation((Turn("system", "Be brief"), U, A))),
     "sharegpt": ("sharegpt", {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, Conversation((U, A))),
     "sharegpt, role": ("sharegpt", {"conversations": [{"role": "human", "value": "hi"}, {"role": "bot", "value": "ho"}]}, Conversation((U, A))),
-    "alpaca": ("alpaca", {"instruction": "hi", "input": "", "output": "ho"}, Conversation((U, A), words=("Instruction", "Output"))),
+    "alpaca": ("alpaca", {"instruction": "hi", "input": "", "output": "ho"}, Conversation((U, A), role_names=("Instruction", "Output"))),
     "alpaca, input": (
         "alpaca", {"instruction": "hi", "input": "x", "output": "ho"},
-        Conversation((Turn("user", "hi\n\nx"), A), words=("Instruction", "Output")),
+        Conversation((Turn("user", "hi\n\nx"), A), role_names=("Instruction", "Output")),
     ),
-    "instruction": ("instruction", {"instruction": "hi", "response": "ho"}, Conversation((U, A), words=("Instruction", "Response"))),
-    "qa": ("qa", {"question": "hi", "answer": "ho"}, Conversation((U, A), words=("Question", "Answer"))),
-    "qa, capitals": ("qa", {"Question": "hi", "Response": "ho"}, Conversation((U, A), words=("Question", "Answer"))),
-    "qa, context": ("qa", {"question": "hi", "answer": "ho", "context": "c"}, Conversation((Turn("user", "c\n\nhi"), A), words=("Question", "Answer"))),
+    "instruction": ("instruction", {"instruction": "hi", "response": "ho"}, Conversation((U, A), role_names=("Instruction", "Response"))),
+    "qa": ("qa", {"question": "hi", "answer": "ho"}, Conversation((U, A), role_names=("Question", "Answer"))),
+    "qa, capitals": ("qa", {"Question": "hi", "Response": "ho"}, Conversation((U, A), role_names=("Question", "Answer"))),
+    "qa, context": ("qa", {"question": "hi", "answer": "ho", "context": "c"}, Conversation((Turn("user", "c\n\nhi"), A), role_names=("Question", "Answer"))),
     "mcq": (
         "mcq", {"question": "hi", "options": {"A": "x", "B": "y"}, "answer": "B", "meta_info": "m"},
-        Conversation((Turn("user", "hi\nA. x\nB. y"), Turn("assistant", "B")), words=("Question", "Answer"), columns={"options": ("A", "B")}),
+        Conversation((Turn("user", "hi\nA. x\nB. y"), Turn("assistant", "B")), role_names=("Question", "Answer"), columns={"options": ("A", "B")}),
     ),
     "mcq, answer as text": (
         "mcq", {"question": "hi", "options": ["x", "y"], "answer": "x"},
-        Conversation((Turn("user", "hi\nA. x\nB. y"), Turn("assistant", "A")), words=("Question", "Answer"), columns={"options": ("A", "B")}),
+        Conversation((Turn("user", "hi\nA. x\nB. y"), Turn("assistant", "A")), role_names=("Question", "Answer"), columns={"options": ("A", "B")}),
     ),
     "promptCompletion": ("promptCompletion", {"prompt": "hi", "completion": "ho"}, Completion("hi", "ho")),
     "promptCompletion, turns": ("promptCompletion", {"prompt": TURNS[:1], "completion": TURNS[1:]}, Conversation((Turn("user", "hi", 0), A))),
@@ -123,7 +123,9 @@ PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
         Preference((U, A), (Turn("user", "and"), *SIDES[0]), (Turn("user", "and"), *SIDES[1])),
     ),
     "empty prompt, whole conversations": ("dpo", {"prompt": "", "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
-    "empty prompt, judged conversation": ("kto", {"prompt": " ", "completion": [S, *TURNS], "label": True}, Judged((Turn("system", "be"), U), (A,), True)),
+    "empty prompt, labelled conversation": (
+        "kto", {"prompt": " ", "completion": [S, *TURNS], "label": True}, LabelledAnswer((Turn("system", "be"), U), (A,), True)
+    ),
     "empty prompt, completed conversation": ("sft", {"prompt": "", "completion": TURNS}, Conversation((U, A))),
     "empty prompt, answers alone": (
         "dpo", {"prompt": "", "chosen": TURNS[1:], "rejected": [NO]}, Preference((Turn("user", ""),), *SIDES)
@@ -140,11 +142,11 @@ PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "system prompts that a column replaces": (
         "dpo", {"system": "be", "prompt": [LED, TURNS[0]], "chosen": [S, *TURNS], "rejected": "no"}, Preference((Turn("system", "be"), U), *SIDES)
     ),
-    "judged, whole conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, Judged((U,), (A,), True)),
+    "judged, whole conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, LabelledAnswer((U,), (A,), True)),
     "completion, whole conversation": ("sft", {"prompt": "hi", "completion": TURNS}, Conversation((Turn("user", "hi", 0), A))),
     "implicit turns": ("reward", {"chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
     "implicit text": ("dpo", {"chosen": "Ask: tell me. yes", "rejected": "Ask: tell me. year"}, Preference("Ask: tell me. ", "yes", "year")),
-    "judged": ("kto", {"prompt": "hi", "completion": "ho", "label": "False"}, Judged("hi", "ho", False)),
+    "judged": ("kto", {"prompt": "hi", "completion": "ho", "label": "False"}, LabelledAnswer("hi", "ho", False)),
     "prompt": ("grpo", {"prompt": "hi", "solution": 4}, Prompt("hi", {"solution": 4})),
     "question for grpo": ("grpo", {"question": "hi", "answer": "ho"}, Prompt((U,), {"question": "hi", "answer": "ho"})),
 }  # fmt: skip
@@ -261,11 +263,11 @@ def test_alpaca_rows_where_named_columns_are_absent(tmp_path: Path) -> None:
     run, inputs = run_for(tmp_path / "a", {"dataset": dataset}, [row])
     loaded = load(run, inputs)
     assert [example for _, example in loaded.train] == [
-        Conversation((Turn("user", "hi\n\nx"), A), words=("Instruction", "Output"))
+        Conversation((Turn("user", "hi\n\nx"), A), role_names=("Instruction", "Output"))
     ]
     assert loaded.summary.format == "alpaca"
     assert loaded.summary.notes == [
-        "no row has `question` or `answer` of dataset.columns; all have `instruction` and `output`: they are read as alpaca"
+        "no row has `question` or `answer` of dataset.columns, and all rows have `instruction` and `output`: they are read as alpaca"
     ]
     error = failure(tmp_path / "b", dataset, [row, {**row, "answer": "ho"}])
     assert error.code == "ColumnMissing" and "`instruction`, `input`, `output`" in error.message
@@ -388,7 +390,7 @@ def test_row_17_of_200_is_named(name: str, tmp_path: Path) -> None:
 
 BAD_CONVERSATIONS: dict[str, tuple[str, Any, str]] = {
     "empty": ("ConversationEmpty", [], "no messages"),
-    "only system": ("ConversationEmpty", [{"role": "system", "content": "x"}], "nothing but a system prompt"),
+    "only system": ("ConversationEmpty", [{"role": "system", "content": "x"}], "has only a system prompt"),
     "unknown role": ("UnknownRole", [{"role": "alien", "content": "x"}, TURNS[1]], "'alien'"),
     "no role": ("DatasetRowInvalid", [{"content": "x"}], "neither `role` nor `from`"),
     "no content": ("DatasetRowInvalid", [{"role": "user"}], "has no content"),
@@ -441,11 +443,16 @@ def test_too_many_bad_rows(tmp_path: Path) -> None:
         ("{", "train.json", "DatasetRowInvalid", "line 1, column 2"),
         ('"x"', "train.json", "DatasetRowInvalid", "found a string"),
         ("a,b\n1\n", "train.csv", "DatasetRowInvalid", "1 values, but the header names 2 columns (a, b)"),
-        ("\x00\x01", "data", "FileFormatUnknown", "neither its name nor its first bytes"),
-        ('{"x": 1}', "train.jsonl", "FormatUnknown", "there are `x`"),
+        ("\x00\x01", "data", "FileFormatUnknown", "neither the name nor the first bytes"),
+        ('{"x": 1}', "train.jsonl", "FormatUnknown", "the first row has `x`"),
         (b"PAR1junk", "train.parquet", "DatasetRowInvalid", "not a readable Parquet file"),
         (b"plain", "train.jsonl.gz", "DatasetRowInvalid", "not a readable gzip file"),
-        (gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20], "train.jsonl.gz", "DatasetRowInvalid", "not a readable gzip file"),
+        (
+            gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20],
+            "train.jsonl.gz",
+            "DatasetRowInvalid",
+            "not a readable gzip file",
+        ),
         (gzip.compress(b"text\na\n", mtime=0)[:-9], "train.csv.gz", "DatasetRowInvalid", "not a readable gzip file"),
         ("[" * 100_000, "train.jsonl", "DatasetRowInvalid", "row 1: not valid JSON: maximum recursion depth"),
         ("[" * 100_000, "train.json", "DatasetRowInvalid", "not valid JSON: maximum recursion depth"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from finetune_api.errors import FineTuneError
-from finetune_trainer.data.load import _mixture
+from finetune_trainer.data.load import _mix_sources
 from finetune_trainer.model import _check_complete, load_config
 from finetune_trainer.train import _name_base_by_source
 
@@ -32,7 +32,7 @@ def test_error_messages_do_not_hold_the_signature(run: Any, tmp_path: Path) -> N
         lambda: load_config(run, inputs),
         lambda: _check_complete({"missing_keys": ["weight"]}, run),
         lambda: method_of(run, inputs).apply(None),
-        lambda: _mixture(reader(), run, [[], []]),
+        lambda: _mix_sources(reader().summary, run, [[], []]),
     ):
         with pytest.raises(FineTuneError) as caught:
             failing_call()
@@ -45,7 +45,7 @@ def reader() -> Any:
 
 def test_notes_do_not_hold_the_signature(run: Any) -> None:
     read, row = reader(), SimpleNamespace()
-    _mixture(read, run, [[(0, row)], [(1, row)]])  # type: ignore[arg-type, list-item] # rows are not read
+    _mix_sources(read.summary, run, [[(0, row)], [(1, row)]])  # type: ignore[arg-type, list-item] # rows are not read
     assert "https://host/jobs/model 1 rows" in read.summary.notes[0] and "hidden" not in read.summary.notes[0]
 
 

@@ -10,13 +10,13 @@ from finetune_api.errors import ConfigError, NotFoundError
 from finetune_api.rules import REWARD_PARAMETERS, invalid_parameters
 from finetune_api.spec.enums import BuiltinReward
 from finetune_api.spec.trainer import Reward
-from finetune_trainer.objective.rewards import MAKERS, Parameters, require_columns, rewards, text_of
+from finetune_trainer.objective.rewards import BUILTIN_REWARDS, Parameters, build_rewards, require_columns, text_of
 
 CITED = "<cited_answer><answer>Paris</answer><citations><source_id>7</source_id></citations></cited_answer>"
 
 
 def one(**spec: object):
-    return rewards([Reward.model_validate(spec)], Path("absent"))[0]
+    return build_rewards([Reward.model_validate(spec)], Path("absent"))[0]
 
 
 def score(
@@ -116,15 +116,15 @@ def test_messages_are_read_as_text() -> None:
     ("spec", "said"),
     [
         ({"builtin": "regex"}, r"trainer.rewards\[0\].parameters.pattern is missing"),
-        ({"builtin": "regex", "parameters": {"pattern": "("}}, "no regular expression"),
+        ({"builtin": "regex", "parameters": {"pattern": "("}}, "not a regular expression"),
         ({"builtin": "regex", "parameters": {"pattern": "a", "ignoreCase": "yes"}}, "write true or false"),
         ({"builtin": "regex", "parameters": {"pattern": "a", "match": "begin"}}, "search, full"),
         ({"builtin": "thinkFormat", "parameters": {"pattern": "a"}}, "thinkFormat has no parameter pattern"),
         ({"builtin": "length"}, "neither minimum nor maximum"),
         ({"builtin": "length", "parameters": {"minimum": "ten"}}, "write a number"),
-        ({"builtin": "length", "parameters": {"minimum": "20", "maximum": "10"}}, "maximum is 10"),
-        ({"builtin": "jsonSchema", "parameters": {"schema": "{"}}, "no JSON"),
-        ({"builtin": "jsonSchema", "parameters": {"schema": '{"type": "thing"}'}}, "no JSON schema"),
+        ({"builtin": "length", "parameters": {"minimum": "20", "maximum": "10"}}, "up to the maximum, 10"),
+        ({"builtin": "jsonSchema", "parameters": {"schema": "{"}}, "not JSON"),
+        ({"builtin": "jsonSchema", "parameters": {"schema": '{"type": "thing"}'}}, "not a JSON schema"),
     ],
 )
 def test_wrong_parameters_are_named(spec: dict[str, object], said: str) -> None:
@@ -136,7 +136,7 @@ def test_wrong_parameters_are_named(spec: dict[str, object], said: str) -> None:
 def test_two_of_one_name_are_refused() -> None:
     twice = [Reward.model_validate({"builtin": "thinkFormat"})] * 2
     with pytest.raises(ConfigError, match="'thinkFormat'") as caught:
-        rewards(twice, Path("absent"))
+        build_rewards(twice, Path("absent"))
     assert caught.value.code == "RewardNameTwice"
 
 
@@ -153,7 +153,7 @@ def own(tmp_path: Path, source: str, **spec: object):
     (tmp_path / "mine").mkdir(exist_ok=True)
     (tmp_path / "mine" / "r.py").write_text(source)
     value = {"configMapRef": {"name": "mine", "key": "r.py"}, **spec}
-    return rewards([Reward.model_validate(value)], tmp_path)[0]
+    return build_rewards([Reward.model_validate(value)], tmp_path)[0]
 
 
 def test_own_function_with_weight_and_columns(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_what_a_function_returns_is_checked(tmp_path: Path, body: str, code: str
 def test_a_missing_config_map_is_the_users(tmp_path: Path) -> None:
     spec = Reward.model_validate({"configMapRef": {"name": "mine", "key": "r.py"}})
     with pytest.raises(NotFoundError) as caught:
-        rewards([spec], tmp_path)
+        build_rewards([spec], tmp_path)
     assert (caught.value.code, caught.value.failure_class) == ("ConfigMapMissing", "User")
 
 
@@ -220,6 +220,6 @@ def test_what_is_read_is_what_the_api_lists(builtin: BuiltinReward) -> None:
         BuiltinReward.REGEX: {"pattern": "x"}, BuiltinReward.JSON_SCHEMA: {"schema": "{}"}, BuiltinReward.LENGTH: {"minimum": "1"},
     }  # fmt: skip
     read = Parameters("trainer.rewards[0]", needed.get(builtin, {}))
-    MAKERS[builtin](read)
-    assert set(read._known) == set(REWARD_PARAMETERS[builtin])
+    BUILTIN_REWARDS[builtin](read)
+    assert set(read.known) == set(REWARD_PARAMETERS[builtin])
     assert list(invalid_parameters("p", builtin, needed.get(builtin, {}))) == []

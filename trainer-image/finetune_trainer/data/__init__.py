@@ -1,8 +1,9 @@
-"""The data room: read, detect, normalise, split (no torch), then template, tokenise, pack.
+"""From data files to token sequences, in stages: read, detect, normalise, check, split (without torch); then render, tokenise, pack.
 
-Each stage takes typed values and gives typed values with counts; each failure names file, row, what was found and what to write.
+Each stage takes and returns typed values and counts what it changed. An error names the file and the row, what was found, and what
+to write instead.
 """
 
-from finetune_trainer.data.load import DataSummary, Loaded, check_files, load, response_only
+from finetune_trainer.data.load import DataSummary, LoadedData, check_files, load, trains_on_answers_only
 
-__all__ = ["DataSummary", "Loaded", "check_files", "load", "response_only"]
+__all__ = ["DataSummary", "LoadedData", "check_files", "load", "trains_on_answers_only"]

@@ -1,4 +1,4 @@
-"""Looks at the rows before training (`dataset.checks`): duplicates, JSON answers, personal data, how often each answer occurs."""
+"""The checks of `dataset.checks`: duplicates, answers that must be JSON, personal data, and how often each answer occurs."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from finetune_trainer.data.rows import (
     Completion,
     Conversation,
     Example,
-    Judged,
+    LabelledAnswer,
     Preference,
     Prompt,
-    Raw,
+    RawRow,
     RowError,
     Text,
     Turn,
 )
 
 PERSONAL = {
-    # Begins where a run of its characters begins, and has bounds: a long row without spaces must not cost its square.
+    # The lookbehind and the bounds keep the search linear: without them, a long row without spaces takes quadratic time.
     "email": re.compile(r"(?<![\w.+-])[\w.+-]+@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}\b"),
     "phone": re.compile(
         r"(?<![\w.])(?:\+\d[\d ()/-]{7,16}\d|0\d[\d ()/-]{6,14}\d|\(?\d{3}\)?[ -]\d{3}[ -]\d{4})(?!\w)"
@@ -32,29 +32,28 @@ PERSONAL = {
     "ipAddress": re.compile(r"\b(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)\b"),
     "iban": re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}\b"),
 }
-MOST_FREQUENT = 10
+MOST_FREQUENT_ANSWERS = 10
 
 
 @dataclass
 class Findings:
-    """What the looks found; None: not asked for."""
+    """Results of the checks. None: the check was not requested."""
 
     duplicates: int | None = None
     personal: dict[str, int] | None = None
-    """Rows with at least one hit, by kind. Never the hits themselves."""
+    """Rows with at least one match, by kind. The matches themselves are not kept."""
     answers: dict[str, int] | None = None
-    """The most frequent answers."""
+    """The most frequent answers with their counts."""
     share_of_top_answer: float | None = None
-    notes: list[str] = field(default_factory=list)
 
 
-Rows = Sequence[tuple[Raw, Example]]
+Rows = Sequence[tuple[RawRow, Example]]
 
 
-def deduplicate(sources: Sequence[Rows]) -> tuple[list[list[tuple[Raw, Example]]], int]:
-    """Each source without the rows that equal an earlier one, of any source, after normalisation; and how many went."""
+def deduplicate(sources: Sequence[Rows]) -> tuple[list[list[tuple[RawRow, Example]]], int]:
+    """Each source without the rows whose example equals an earlier one of any source, and the number of removed rows."""
     seen: set[bytes] = set()
-    kept: list[list[tuple[Raw, Example]]] = []
+    kept: list[list[tuple[RawRow, Example]]] = []
     for rows in sources:
         kept.append([])
         for raw, example in rows:
@@ -65,39 +64,39 @@ def deduplicate(sources: Sequence[Rows]) -> tuple[list[list[tuple[Raw, Example]]
     return kept, sum(map(len, sources)) - sum(map(len, kept))
 
 
-def answer_error(example: Example) -> RowError | None:
-    """What is wrong with an answer that should be JSON, or None."""
-    for answer in answers(example):
+def json_error(example: Example) -> RowError | None:
+    """The error of an example with an answer that is not JSON, or None."""
+    for answer in answer_texts(example):
         try:
             json.loads(answer)
         except ValueError as error:
             return RowError(
                 "AnswerNotJson",
                 f"the answer is not valid JSON: {error}",
-                "write valid JSON, or turn dataset.checks.validateJson off",
+                "write valid JSON, or set dataset.checks.validateJson: false",
             )
     return None
 
 
 def scan_personal(rows: Rows) -> dict[str, int]:
-    """Rows that hold something like personal data, by kind."""
+    """Number of rows that match a pattern of personal data, by kind."""
     found: Counter[str] = Counter(dict.fromkeys(PERSONAL, 0))
     for _, example in rows:
-        text = "\n".join(texts(example))
+        text = "\n".join(all_texts(example))
         found.update(kind for kind, pattern in PERSONAL.items() if pattern.search(text))
     return dict(found)
 
 
 def balance(rows: Rows) -> tuple[dict[str, int], float]:
-    """The most frequent answers with their counts, and the share of the first."""
-    counts = Counter(answer.strip()[:80] for _, example in rows for answer in answers(example))
+    """The most frequent answers (first 80 characters) with their counts, and the share of the most frequent one."""
+    counts = Counter(answer.strip()[:80] for _, example in rows for answer in answer_texts(example))
     total = sum(counts.values())
-    top = counts.most_common(MOST_FREQUENT)
+    top = counts.most_common(MOST_FREQUENT_ANSWERS)
     return dict(top), (top[0][1] / total if total else 0.0)
 
 
-def answers(example: Example) -> list[str]:
-    """Texts that the model learns to say."""
+def answer_texts(example: Example) -> list[str]:
+    """Texts that the model is trained to generate."""
     match example:
         case Conversation(turns):
             return [turn.content for turn in turns if turn.role == "assistant" and turn.weight]
@@ -105,13 +104,13 @@ def answers(example: Example) -> list[str]:
             return [completion]
         case Preference(_, chosen, _):
             return list(_texts_of(chosen))
-        case Judged(_, completion, _):
+        case LabelledAnswer(_, completion, _):
             return list(_texts_of(completion))
         case _:
             return []
 
 
-def texts(example: Example) -> list[str]:
+def all_texts(example: Example) -> list[str]:
     """Every text of an example."""
     match example:
         case Conversation(turns):
@@ -122,7 +121,7 @@ def texts(example: Example) -> list[str]:
             return [prompt, completion]
         case Preference(prompt, chosen, rejected):
             return [*_texts_of(prompt), *_texts_of(chosen), *_texts_of(rejected)]
-        case Judged(prompt, completion, _):
+        case LabelledAnswer(prompt, completion, _):
             return [*_texts_of(prompt), *_texts_of(completion)]
         case Prompt(prompt, _):
             return list(_texts_of(prompt))

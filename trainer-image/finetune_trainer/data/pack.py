@@ -1,7 +1,7 @@
-"""Stage 7, pack: best-fit decreasing, over all rows at once.
+"""Stage 7, pack: put several rows into one sequence, best-fit decreasing over all rows at once.
 
-Rows are put into bins of `capacity` tokens: longest first, each into the fullest bin that still has room. Documents stay
-apart in attention by their positions, which begin at 0 again in each (`lengths` says where).
+Rows go into bins of `capacity` tokens: the longest first, each into the fullest bin that still has enough space. Attention between
+the documents of a sequence is prevented by their position ids, which restart at 0 in each document.
 """
 
 from __future__ import annotations
@@ -11,34 +11,35 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of the rows in each bin, in a fixed order. A row longer than `capacity` must not be given.
+    """Indices of the rows in each bin, in a deterministic order. No row may be longer than `capacity`.
 
-    Cost: O(n log n) for n rows, plus O(capacity) memory.
+    Cost: O(n log n) time for n rows, and O(capacity) additional memory.
     """
-    room: dict[int, list[int]] = {}
-    rooms: list[int] = []
+    bins_by_space: dict[int, list[int]] = {}
+    spaces: list[int] = []
+    """The keys of `bins_by_space`, sorted."""
     bins: list[list[int]] = []
     for row in sorted(range(len(lengths)), key=lambda row: (-lengths[row], row)):
         length = lengths[row]
-        place = bisect_left(rooms, length)
-        if place == len(rooms):
+        at = bisect_left(spaces, length)
+        if at == len(spaces):
             bins.append([row])
             left, target = capacity - length, len(bins) - 1
         else:
-            space = rooms[place]
-            target = room[space].pop()
-            if not room[space]:
-                del room[space]
-                rooms.pop(place)
+            space = spaces[at]
+            target = bins_by_space[space].pop()
+            if not bins_by_space[space]:
+                del bins_by_space[space]
+                spaces.pop(at)
             bins[target].append(row)
             left = space - length
         if left > 0:
-            if left not in room:
-                insort(rooms, left)
-            room.setdefault(left, []).append(target)
+            if left not in bins_by_space:
+                insort(spaces, left)
+            bins_by_space.setdefault(left, []).append(target)
     return bins
 
 
 def padding_share(lengths: Sequence[int], bins: int, capacity: int) -> float:
-    """Fraction of all places in `bins` full-length sequences that hold no token."""
+    """Share of the positions in `bins` sequences of full length that hold no token."""
     return 1 - sum(lengths) / (bins * capacity) if bins else 0.0

@@ -1,7 +1,7 @@
-"""Rows to token ids in as many processes as there are cores, in the rows' own order.
+"""Rendering and tokenising in several processes, with the results in the order of the rows.
 
-The tokenizer's own threads only help while it runs; most of the time goes into rendering conversations, which is Python. Workers
-are started fresh (a fork of a process with threads may hang) and cost a few seconds each, so few rows stay in this process.
+Most of the time goes into rendering conversations, which is Python code, so the tokenizer's own threads help little. Workers are
+spawned (forking a process with threads may deadlock) and take a few seconds to start, so small data sets stay in this process.
 """
 
 from __future__ import annotations
@@ -18,103 +18,101 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from finetune_trainer.data.rows import Example, RowError
-from finetune_trainer.data.template import Rendered, Style, render
-from finetune_trainer.data.tokenise import BATCH, Rules, encoded
+from finetune_trainer.data.template import Rendered, RenderOptions, render
+from finetune_trainer.data.tokenise import BATCH_ROWS, EncodedRow, TokeniseOptions, encode
 
-ROWS_OF_A_WORKER = 10_000
-"""Fewer do not pay for the start of a process."""
-CGROUP = Path("/sys/fs/cgroup/cpu.max")
-Row = tuple[str, list[int], list[int]]
-"""Place, token ids, labels."""
-Made = TypeVar("Made", covariant=True)
+ROWS_PER_WORKER = 10_000
+"""Fewer rows do not pay for the start of a worker."""
+CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+Result = TypeVar("Result", covariant=True)
 
 
-class Refused(NamedTuple):
-    """A row that cannot be used."""
+class RejectedRow(NamedTuple):
+    """A row that cannot be rendered: the fields of its RowError, and where it is."""
 
-    place: str
+    location: str
     code: str
-    found: str
-    write: str
+    message: str
+    hint: str
 
 
-class Task(Protocol[Made]):
-    """What a worker does with a batch of rows, and all that it needs to know for that. It can be pickled."""
+class BatchEncoder(Protocol[Result]):
+    """What a worker does with a batch of rows. It is pickled, with everything it needs."""
 
-    def __call__(self, rows: Sequence[tuple[str, Example]]) -> Sequence[Made | Refused]:
-        """What is made of each row, or why nothing is."""
+    def __call__(self, rows: Sequence[tuple[str, Example]]) -> Sequence[Result | RejectedRow]:
+        """One result per row (location, example)."""
 
 
 @dataclass(frozen=True)
-class Work:
-    """Rows of supervised training: rendered and tokenised."""
+class SupervisedEncoder:
+    """Renders and tokenises rows of supervised training."""
 
-    style: Style
-    rules: Rules
+    render_with: RenderOptions
+    options: TokeniseOptions
 
-    def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[Row | Refused]:
-        """Every row of a batch as token ids, or why not. Errors: ConfigError of the stages."""
-        refused: list[tuple[int, Refused]] = []
+    def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[EncodedRow | RejectedRow]:
+        """Errors: ConfigError of the stages."""
+        rejected: list[tuple[int, RejectedRow]] = []
 
         def rendered() -> Iterator[tuple[str, Rendered]]:
-            for number, (place, example) in enumerate(rows):
+            for number, (location, example) in enumerate(rows):
                 try:
-                    yield place, render(example, self.style)
+                    yield location, render(example, self.render_with)
                 except RowError as error:
-                    refused.append((number, Refused(place, error.code, error.found, error.write)))
+                    rejected.append((number, RejectedRow(location, error.code, error.message, error.hint)))
 
-        result: list[Row | Refused] = list(encoded(rendered(), self.style.tokenizer, self.rules))
-        for number, why in refused:
-            result.insert(number, why)
-        return result
-
-
-_work: Task[Any] | None = None
+        results: list[EncodedRow | RejectedRow] = list(encode(rendered(), self.render_with.tokenizer, self.options))
+        for number, row in rejected:
+            results.insert(number, row)
+        return results
 
 
-def _begin(work: Task[Any]) -> None:
-    global _work  # a worker process has one task all its life
-    _work = work
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the cores are shared out already
+_encoder: BatchEncoder[Any] | None = None
 
 
-def _do(rows: Sequence[tuple[str, Example]]) -> Sequence[Any]:
-    assert _work is not None, "the pool starts every worker with its work"
-    return _work(rows)
+def _start_worker(encoder: BatchEncoder[Any]) -> None:
+    global _encoder  # a worker process has the same encoder until it ends
+    _encoder = encoder
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one worker per core already
 
 
-def encoded_rows(
-    rows: Sequence[tuple[Any, Example]], work: Task[Made], *, processes: int,
+def _encode_batch(rows: Sequence[tuple[str, Example]]) -> Sequence[Any]:
+    assert _encoder is not None, "`_start_worker` runs first in every worker"
+    return _encoder(rows)
+
+
+def encode_rows(
+    rows: Sequence[tuple[Any, Example]], encoder: BatchEncoder[Result], *, processes: int,
     on_bad_row: Callable[[str, str, str, str], None],
-) -> Iterator[Made]:  # fmt: skip
-    """What `work` makes of every row, in order; a row that cannot be rendered is told to `on_bad_row`, which raises or returns."""
+) -> Iterator[Result]:  # fmt: skip
+    """The encoder's result for every row, in order. For a rejected row, `on_bad_row` is called; it raises or returns."""
     batches = _batches(rows)
-    workers = min(processes, len(rows) // ROWS_OF_A_WORKER)
-    pool = _pool(work, workers) if workers > 1 else None
+    workers = min(processes, len(rows) // ROWS_PER_WORKER)
+    pool = _start_pool(encoder, workers) if workers > 1 else None
     with pool or nullcontext():
-        for batch in pool.map(_do, batches) if pool else map(work, batches):
-            for one in batch:
-                if isinstance(one, Refused):
-                    on_bad_row(*one)
+        for batch in pool.map(_encode_batch, batches) if pool else map(encoder, batches):
+            for result in batch:
+                if isinstance(result, RejectedRow):
+                    on_bad_row(*result)
                 else:
-                    yield one
+                    yield result
 
 
-def _pool(work: Task[Any], workers: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, (work,))
+def _start_pool(encoder: BatchEncoder[Any], workers: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (encoder,))
 
 
 def _batches(rows: Sequence[tuple[Any, Example]]) -> Iterator[list[tuple[str, Example]]]:
     stream = iter(rows)
-    while batch := [(raw.place, example) for raw, example in islice(stream, BATCH)]:
+    while batch := [(raw.location, example) for raw, example in islice(stream, BATCH_ROWS)]:
         yield batch
 
 
-def cores() -> int:
-    """CPUs that this process may use: those it may run on, and no more than the pod's limit."""
+def usable_cpus() -> int:
+    """CPUs that this process may use: its affinity, limited by the cgroup's CPU quota."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        quota, period = CGROUP.read_text().split()
+        quota, period = CGROUP_CPU_LIMIT.read_text().split()
         return max(1, min(allowed, math.ceil(int(quota) / int(period))))
-    except (OSError, ValueError):  # no cgroup, or no limit ("max")
+    except (OSError, ValueError):  # no cgroup v2, or no limit ("max")
         return allowed

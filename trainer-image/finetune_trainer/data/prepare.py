@@ -1,16 +1,15 @@
-"""The half of the data room that needs a tokenizer: examples to token sequences, once per node, kept by content hash.
+"""Examples to token sequences, once per node, cached under a hash of everything that decides them.
 
-One rank of a node does the work and writes it below the work folder; the others map the same files into memory. A second
-attempt on the same disk, or a local run repeated, finds them by the hash of everything that went in.
+One rank of a node does the work and writes the result below the work folder; the other ranks map the same files into memory. A
+second attempt on the same disk, or a repeated local run, finds the result by the hash.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,116 +21,131 @@ from finetune_api.pod import RunConfig
 from finetune_api.rules import PROMPT_METHODS, method_of, value_or_default
 from finetune_api.spec.enums import BadRows, DatasetFormat, Overflow
 
-from finetune_trainer.data.load import Loaded, load, response_only
-from finetune_trainer.data.parallel import Work, cores, encoded_rows
+from finetune_trainer.data.load import DEFAULT_MAX_BAD_ROW_RATIO, LoadedData, load, trains_on_answers_only
+from finetune_trainer.data.parallel import SupervisedEncoder, encode_rows, usable_cpus
 from finetune_trainer.data.rows import Completion
-from finetune_trainer.data.template import Style
-from finetune_trainer.data.tokenise import Rules, TokenReport, Tokens, packed, tokenise
+from finetune_trainer.data.template import RenderOptions
+from finetune_trainer.data.tokenise import TokenisedSplit, TokeniseOptions, TokenReport, pack_split, tokenise
 from finetune_trainer.inputs import Inputs
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-logger = logging.getLogger(__name__)
-VERSION = 4
-"""Of what is cached; a change of the stages raises it."""
-SUMMARY = "summary.json"
-MAX_LENGTH = "dataset.maxSequenceLength"
-DEFAULT_LENGTH = 2048
-SHORTEST = 2
-"""Tokens of a row in which something can be predicted."""
-FAR = 1 << 24
-"""A limit beyond this is a tokenizer's way of saying that it has none."""
+CACHE_VERSION = 5
+"""Part of the cache key. Raise it when a change of the stages changes tokens or the cached files."""
+SUMMARY_FILE = "summary.json"
+MAX_SEQUENCE_LENGTH = "dataset.maxSequenceLength"
+DEFAULT_MAX_SEQUENCE_LENGTH = 2048
+SHORTEST_SEQUENCE = 2
+"""Tokens that a row needs so that one token can be predicted from another."""
+NO_TOKENIZER_LIMIT = 1 << 24
+"""A tokenizer without a limit has a huge `model_max_length`; values from here on mean "no limit"."""
 
 
 @dataclass
-class Prepared:
-    """Token sequences of each part, and what is worth saying about them."""
+class Splits:
+    """The data sets of a run."""
 
     train: Dataset
-    validation: Dataset | None
-    test: Dataset | None
-    format: DatasetFormat
-    max_length: int
-    reports: dict[str, TokenReport]
-    rows: dict[str, int]
+    validation: Dataset | None = None
+    test: Dataset | None = None
+
+    def map(self, change: Callable[[Dataset], Dataset]) -> Splits:
+        """The splits with the same change applied to each."""
+        return Splits(change(self.train), self.validation and change(self.validation), self.test and change(self.test))
+
+
+@dataclass
+class Prepared(Splits):
+    """The data sets as token sequences, and their counts."""
+
+    format: DatasetFormat = DatasetFormat.MESSAGES
+    max_sequence_length: int = 0
+    reports: dict[str, TokenReport] = field(default_factory=dict)
+    """Token counts per split."""
+    rows: dict[str, int] = field(default_factory=dict)
+    """Usable rows per split."""
     notes: list[str] = field(default_factory=list)
-    choices: bool = False
-    """Whether all rows are questions with one letter as the answer."""
-    cached: bool = False
+    multiple_choice: bool = False
+    """Whether every row is a question with one letter as its answer."""
+    is_from_cache: bool = False
 
 
 def prepare(
-    run: RunConfig, inputs: Inputs, tokenizer: Any, *, model_limit: int | None, cache: Path,
-    first: AbstractContextManager[Any] | None = None,
+    run: RunConfig, inputs: Inputs, tokenizer: Any, *, max_positions: int | None, cache: Path,
+    one_rank_first: AbstractContextManager[Any] | None = None,
 ) -> Prepared:  # fmt: skip
     """Token sequences for supervised training.
 
-    `model_limit`: positions the model has; `first`: a context that lets one rank of the node in before the others.
-    Errors: those of `load`; DataError NoTrainableToken, RowTooLong, TemplateRefusedRow, MarkerAbsent (with file and row);
+    `max_positions`: the longest sequence that the model can read. `one_rank_first`: a context that one rank of the node enters
+    before the others.
+    Errors: the errors of `load`; DataError NoTrainableToken, RowTooLong, TemplateRefusedRow, MarkerAbsent (with file and row);
     ConfigError SequenceTooLong, ChatTemplateMissing, TemplateSpansUnknown.
     """
-    length = max_length(run, tokenizer, model_limit)
-    template = use_template(run, inputs, tokenizer)
-    folder = cache / key(run, inputs, tokenizer, length)
-    with first or nullcontext():
-        cached = (folder / SUMMARY).exists()
-        if not cached:
-            _write(folder, _tokens(run, inputs, tokenizer, length, template))
-    return _open(folder, length, cached)
+    length = max_sequence_length(run, tokenizer, max_positions)
+    templated = use_chat_template(run, inputs, tokenizer)
+    folder = cache / cache_key(run, inputs, tokenizer, length)
+    with one_rank_first or nullcontext():
+        is_cached = (folder / SUMMARY_FILE).exists()
+        if not is_cached:
+            _write_tokens(folder, *_tokenise_splits(run, inputs, tokenizer, length, templated))
+    return _load_prepared(folder, length, is_cached)
 
 
-def max_length(run: RunConfig, tokenizer: Any, model_limit: int | None) -> int:
-    """Longest row in tokens: as asked; a default gives way to the model's limit. Virtual tokens of a prompt method take positions, too.
+def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | None) -> int:
+    """Longest row in tokens: the spec's value, or a default that is lowered to what the model can read.
 
-    Errors: ConfigError SequenceTooLong.
+    The virtual tokens of a prompt-learning method occupy positions, too. Errors: ConfigError SequenceTooLong.
     """
     asked = run.spec.dataset.max_sequence_length
-    own = getattr(tokenizer, "model_max_length", None)
-    limit = model_limit or (own if own and own < FAR else None)
+    tokenizer_limit = getattr(tokenizer, "model_max_length", None)
+    limit = max_positions or (tokenizer_limit if tokenizer_limit and tokenizer_limit < NO_TOKENIZER_LIMIT else None)
     if limit is None:
-        return asked or DEFAULT_LENGTH
+        return asked or DEFAULT_MAX_SEQUENCE_LENGTH
     virtual = virtual_tokens(run)
-    room = limit - virtual
+    available = limit - virtual
     taken = f", of which method.promptLength takes {virtual}" if virtual else ""
-    if virtual and room < SHORTEST:
+    if virtual and available < SHORTEST_SEQUENCE:
         raise ConfigError(
             "SequenceTooLong", f"the model has {limit} positions{taken}: no row fits",
             hint=f"write method.promptLength {limit // 2} or less, or choose a model with a longer context",
         )  # fmt: skip
-    if asked is None or MAX_LENGTH in run.defaults:
-        return min(DEFAULT_LENGTH, room)
-    if asked <= room:
+    if asked is None or MAX_SEQUENCE_LENGTH in run.defaults:
+        return min(DEFAULT_MAX_SEQUENCE_LENGTH, available)
+    if asked <= available:
         return asked
     raise ConfigError(
-        "SequenceTooLong", f"{MAX_LENGTH} is {asked}, but the model has {limit} positions{taken}",
-        hint=f"write {room} or less, or choose a model with a longer context",
+        "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH} is {asked}, but the model has {limit} positions{taken}",
+        hint=f"write {available} or less, or choose a model with a longer context",
     )  # fmt: skip
 
 
 def virtual_tokens(run: RunConfig) -> int:
-    """Positions before every row that prefix and prompt tuning fill."""
+    """Positions that prefix and prompt tuning occupy before every row."""
     return int(value_or_default(run.spec.method, "prompt_length")) if method_of(run.spec) in PROMPT_METHODS else 0
 
 
-def use_template(run: RunConfig, inputs: Inputs, tokenizer: Any) -> bool:
-    """Give the tokenizer the spec's chat template, if any, and say whether turns are rendered with it. Errors: ConfigError."""
+def use_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any) -> bool:
+    """Set the spec's chat template on the tokenizer, if there is one. Returns whether turns are rendered with a chat template.
+
+    Errors: ConfigError ChatTemplateMissing; NotFoundError ConfigMapMissing.
+    """
     spec = run.spec.dataset
     if spec.chat_template is not None:
-        tokenizer.chat_template = _template_text(spec.chat_template, inputs.config_maps)
-    has = bool(tokenizer.chat_template)
-    if spec.use_chat_template and not has:
+        tokenizer.chat_template = _chat_template_text(spec.chat_template, inputs.config_maps)
+    has_template = bool(tokenizer.chat_template)
+    if spec.use_chat_template and not has_template:
         raise ConfigError(
             "ChatTemplateMissing", "dataset.useChatTemplate is true, but the tokenizer has no chat template",
             hint="give one in dataset.chatTemplate, or leave useChatTemplate out",
         )  # fmt: skip
-    return has if spec.use_chat_template is None else spec.use_chat_template
+    return has_template if spec.use_chat_template is None else spec.use_chat_template
 
 
-def _template_text(chosen: Any, config_maps: Path) -> str:
-    if chosen.text is not None:
-        return str(chosen.text)
-    ref = chosen.config_map_ref
+def _chat_template_text(option: Any, config_maps: Path) -> str:
+    if option.text is not None:
+        return str(option.text)
+    ref = option.config_map_ref
     try:
         return (config_maps / ref.name / ref.key).read_text(encoding="utf-8")
     except OSError:
@@ -141,90 +155,94 @@ def _template_text(chosen: Any, config_maps: Path) -> str:
         ) from None  # fmt: skip
 
 
-def style_of(run: RunConfig, tokenizer: Any, template: bool, kind: DatasetFormat) -> Style:
-    """How the rows of this run are rendered."""
-    chosen = run.spec.dataset.response_only
-    markers = (chosen.question_marker or "", chosen.answer_marker or "") if chosen else ("", "")
+def render_options(run: RunConfig, tokenizer: Any, templated: bool, form: DatasetFormat) -> RenderOptions:
+    """How the rows of this run are rendered. `templated`: with the tokenizer's chat template."""
+    option = run.spec.dataset.response_only
+    markers = (option.question_marker or "", option.answer_marker or "") if option else ("", "")
     specials = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
-    return Style(
-        tokenizer, template, response_only(run, kind), markers if markers[1] else None, tuple(specials),
+    return RenderOptions(
+        tokenizer, templated, trains_on_answers_only(run, form), markers if markers[1] else None, tuple(specials),
         text_as_turns=run.spec.dataset.use_chat_template is True,
     )  # fmt: skip
 
 
-def _tokens(
-    run: RunConfig, inputs: Inputs, tokenizer: Any, length: int, template: bool
-) -> tuple[Loaded, dict[str, Tokens], list[str]]:
-    """Everything but the cache: load, render, tokenise, pack."""
+def _tokenise_splits(
+    run: RunConfig, inputs: Inputs, tokenizer: Any, length: int, templated: bool
+) -> tuple[LoadedData, dict[str, TokenisedSplit], list[str]]:
+    """Load, render, tokenise and pack all splits. Returns them with the notes for the status."""
     spec = run.spec.dataset
     loaded = load(run, inputs)
-    rules = Rules(length, spec.overflow or Overflow.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token)
-    style = style_of(run, tokenizer, template, loaded.summary.with_turns)
+    options = TokeniseOptions(
+        length, spec.overflow or Overflow.TRUNCATE, spec.add_eos_token is not False, spec.add_bos_token
+    )
+    encoder = SupervisedEncoder(render_options(run, tokenizer, templated, loaded.summary.format_with_turns), options)
     notes = list(loaded.summary.notes)
-    parts: dict[str, Tokens] = {}
-    for name, rows in loaded.parts():
-        if template and spec.use_chat_template is None and any(isinstance(one, Completion) for _, one in rows):
-            notes.append("prompt and completion are joined as they are; dataset.useChatTemplate: true makes them turns")
-        bad = RowPolicy(run, len(rows))
-        stream = encoded_rows(rows, Work(style, rules), processes=spec.num_proc or cores(), on_bad_row=bad)
-        parts[name] = tokenise(stream, rules, on_bad_row=bad)
-        notes += bad.notes(name) + [f"{name}: {note}" for note in parts[name].report.notes(rules)]
+    splits: dict[str, TokenisedSplit] = {}
+    for name, rows in loaded.splits():
+        if templated and spec.use_chat_template is None and any(isinstance(one, Completion) for _, one in rows):
+            notes.append(
+                "prompt and completion are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
+            )
+        bad_rows = BadRowPolicy(run, len(rows))
+        stream = encode_rows(rows, encoder, processes=spec.num_proc or usable_cpus(), on_bad_row=bad_rows)
+        splits[name] = tokenise(stream, options, on_bad_row=bad_rows)
+        notes += bad_rows.notes(name) + [f"{name}: {note}" for note in splits[name].report.notes(options)]
     if spec.packing:
-        parts["train"] = packed(parts["train"], length)
-        notes.append(f"train: {parts['train'].report.notes(rules)[-1]}")
-    return loaded, parts, list(dict.fromkeys(notes))
+        splits["train"] = pack_split(splits["train"], length)
+        notes.append(f"train: {splits['train'].report.notes(options)[-1]}")
+    return loaded, splits, list(dict.fromkeys(notes))
 
 
-class RowPolicy:
-    """The policy for rows that turn out to be unusable only once they are rendered."""
+class BadRowPolicy:
+    """Applies `dataset.badRows` to rows that turn out to be unusable only when they are rendered or tokenised."""
 
     def __init__(self, run: RunConfig, rows: int):
-        self.spec, self.total = run.spec.dataset, rows
+        self.spec, self.rows = run.spec.dataset, rows
         self.first: tuple[str, str] | None = None
+        """Location and message of the first bad row."""
         self.count = 0
 
-    def __call__(self, place: str, code: str, found: str, write: str) -> None:
-        """A row that cannot be used. Errors: DataError with the row's own code, or TooManyBadRows."""
+    def __call__(self, location: str, code: str, message: str, hint: str) -> None:
+        """Count a bad row. Errors: DataError with the row's own code (`badRows: fail`), or TooManyBadRows."""
         if self.spec.bad_rows is not BadRows.SKIP:
             raise DataError(
-                code, f"{place}: {found}", hint=f"{write}; or `dataset.badRows: skip` to leave such rows out"
+                code, f"{location}: {message}", hint=f"{hint}; or `dataset.badRows: skip` to leave such rows out"
             )
         self.count += 1
-        self.first = self.first or (place, found)
-        limit = 0.05 if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio
-        if self.count > limit * self.total:
+        self.first = self.first or (location, message)
+        limit = DEFAULT_MAX_BAD_ROW_RATIO if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio
+        if self.count > limit * self.rows:
             raise DataError(
-                "TooManyBadRows", f"more than {limit:.1%} of {self.total} rows cannot be used; the first: {self.first[0]}: {self.first[1]}",
-                hint=f"{write}; or raise dataset.maxBadRowRatio",
+                "TooManyBadRows", f"more than {limit:.1%} of {self.rows} rows cannot be used; the first: {self.first[0]}: {self.first[1]}",
+                hint=f"{hint}; or raise dataset.maxBadRowRatio",
             )  # fmt: skip
 
-    def notes(self, part: str) -> list[str]:
-        """What was left out."""
-        return (
-            [f"{part}: {self.count} rows were left out; the first: {self.first[0]}: {self.first[1]}"]
-            if self.first
-            else []
-        )
+    def notes(self, split: str) -> list[str]:
+        """A sentence for the status if rows were left out."""
+        if self.first is None:
+            return []
+        return [f"{split}: {self.count} rows were left out; the first: {self.first[0]}: {self.first[1]}"]
 
 
 # ---- cache
 
 
-def key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
-    """Hash of everything that decides the tokens: data, options, tokenizer, version."""
+def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
+    """Hash of everything that decides the tokens: the contents of all files, the options, the tokenizer, the cache version."""
     digest = hashlib.sha256(inputs.dataset_digest.encode())
-    for path in [*inputs.train, *(one for part in inputs.mixture for one in part), *inputs.validation, *inputs.test]:
+    mixture = (path for source in inputs.mixture for path in source)
+    for path in [*inputs.train, *mixture, *inputs.validation, *inputs.test]:
         digest.update(f"{path.name}\0".encode())
         if path.is_file():
             with path.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     seed = run.spec.training.seed if run.spec.dataset.mixture else None
     facts = [
-        VERSION,
+        CACHE_VERSION,
         {name: value for name, value in run.spec.dataset.to_wire().items() if name != "numProc"},
         run.spec.trainer.type,
         run.spec.trainer.max_completion_length,
-        _defaults(run),
+        _defaulted_options(run),
         length,
         seed,
         tokenizer.chat_template,
@@ -239,64 +257,61 @@ def key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
     return digest.hexdigest()[:24]
 
 
-def _defaults(run: RunConfig) -> list[str]:
-    """Options that nobody asked for: they give way where an asked one would be refused."""
+def _defaulted_options(run: RunConfig) -> list[str]:
+    """Options that the user did not set. They matter: a default is adapted where a value of the user's is refused."""
     return sorted(path for path in run.defaults if path.startswith(("dataset.", "trainer.maxCompletionLength")))
 
 
-def _write(folder: Path, made: tuple[Loaded, dict[str, Tokens], list[str]]) -> None:
+def _write_tokens(folder: Path, loaded: LoadedData, splits: dict[str, TokenisedSplit], notes: list[str]) -> None:
     from datasets import Dataset
 
-    loaded, parts, notes = made
-    sets = {}
-    for name, tokens in parts.items():
+    datasets = {}
+    for name, tokens in splits.items():
         columns: dict[str, Any] = {"input_ids": tokens.input_ids, "labels": tokens.labels}
         if tokens.lengths is not None:
             columns["seq_lengths"] = tokens.lengths
-        sets[name] = Dataset.from_dict(columns)
+        datasets[name] = Dataset.from_dict(columns)
     summary = {
         "format": loaded.summary.format, "rows": loaded.summary.rows, "notes": notes,
-        "choices": set(loaded.summary.formats) == {DatasetFormat.MCQ},
-        "reports": {name: asdict(tokens.report) for name, tokens in parts.items()},
+        "multipleChoice": set(loaded.summary.formats) == {DatasetFormat.MCQ},
+        "reports": {name: asdict(tokens.report) for name, tokens in splits.items()},
     }  # fmt: skip
-    keep(folder, sets, summary)
+    write_cached(folder, datasets, summary)
 
 
-def keep(folder: Path, parts: Mapping[str, Dataset], summary: Mapping[str, Any]) -> None:
-    """Write beside and rename, so that a reader sees all or nothing."""
-    beside = folder.with_name(folder.name + ".part")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for name, part in parts.items():
-        part.save_to_disk(str(beside / name), num_shards=1)
-    (beside / SUMMARY).write_text(json.dumps(summary))
+def write_cached(folder: Path, datasets: Mapping[str, Dataset], summary: Mapping[str, Any]) -> None:
+    """Write data sets and summary to `folder` by rename, so that a reader sees all of them or nothing."""
+    partial = folder.with_name(folder.name + ".part")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for name, dataset in datasets.items():
+        dataset.save_to_disk(str(partial / name), num_shards=1)
+    (partial / SUMMARY_FILE).write_text(json.dumps(summary))
     shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    partial.rename(folder)
 
 
-def kept(folder: Path) -> tuple[Dataset, Dataset | None, Dataset | None, Any]:
-    """Rows of training, validation and test, in memory that ranks share, and the summary."""
+def load_cached(folder: Path) -> tuple[Splits, Any]:
+    """The splits, memory-mapped so that ranks share them, and the summary."""
     from datasets import Dataset
 
     train, validation, test = (
-        Dataset.load_from_disk(str(folder / part)) if (folder / part).exists() else None
-        for part in ("train", "validation", "test")
+        Dataset.load_from_disk(str(folder / name)) if (folder / name).exists() else None
+        for name in ("train", "validation", "test")
     )
-    assert train is not None, "a summary is written after the rows of training"
-    return train, validation, test, json.loads((folder / SUMMARY).read_text())
+    assert train is not None, "the training rows are written before the summary"
+    return Splits(train, validation, test), json.loads((folder / SUMMARY_FILE).read_text())
 
 
-def _open(folder: Path, length: int, cached: bool) -> Prepared:
-    train, validation, test, summary = kept(folder)
+def _load_prepared(folder: Path, length: int, is_cached: bool) -> Prepared:
+    splits, summary = load_cached(folder)
     return Prepared(
-        train=train,
-        validation=validation,
-        test=test,
+        **vars(splits),
         format=DatasetFormat(summary["format"]),
-        max_length=length,
+        max_sequence_length=length,
         reports={name: TokenReport(**report) for name, report in summary["reports"].items()},
         rows=summary["rows"],
         notes=summary["notes"],
-        choices=summary["choices"],
-        cached=cached,
+        multiple_choice=summary["multipleChoice"],
+        is_from_cache=is_cached,
     )

@@ -1,4 +1,4 @@
-"""Stage 1, read: files become rows. JSONL, JSON, CSV, text and Parquet; UTF-8 only; every failure names file and place."""
+"""Stage 1, read: data files to rows. JSONL, JSON, CSV, text and Parquet, UTF-8 only. Errors name the file and the row or byte."""
 
 from __future__ import annotations
 
@@ -15,44 +15,45 @@ from typing import IO, Any
 from finetune_api.errors import DataError
 from finetune_api.spec.enums import BadRows, FileFormat
 
-from finetune_trainer.data.rows import Raw, RowError
+from finetune_trainer.data.rows import RawRow, RowError
 
-SUFFIXES = {
+FILE_FORMATS = {
     ".jsonl": FileFormat.JSONL, ".ndjson": FileFormat.JSONL, ".json": FileFormat.JSON, ".csv": FileFormat.CSV,
     ".tsv": FileFormat.CSV, ".txt": FileFormat.TXT, ".text": FileFormat.TXT, ".parquet": FileFormat.PARQUET,
 }  # fmt: skip
+"""Format of a file by the extension of its name."""
 CSV_FIELD_LIMIT = 16 * 1024 * 1024
-HALF = "\\ud"
-"""How JSON begins to name half of a character, in small letters."""
+SURROGATE_ESCAPE = "\\ud"
+"""The beginning of a JSON escape for a UTF-16 surrogate (half of a character), in lower case."""
 
 
 def data_files(paths: list[Path]) -> list[Path]:
-    """The files behind `paths`: folders give the data files in them, by name. Errors: DatasetEmpty."""
+    """The data files at `paths`. A folder stands for all data files below it, sorted by name. Errors: DatasetEmpty."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in SUFFIXES)
+            files += sorted(p for p in path.rglob("*") if p.is_file() and _suffix(p) in FILE_FORMATS)
         else:
             files.append(path)
     if not files:
         raise DataError(
             "DatasetEmpty", f"no data file was found in {', '.join(p.name for p in paths) or 'the data set'}",
-            hint=f"give a file or a folder with files that end in {', '.join(SUFFIXES)}",
+            hint=f"give a file or a folder with files that end in {', '.join(FILE_FORMATS)}",
         )  # fmt: skip
     return files
 
 
 def read_rows(
-    files: list[Path], kind: FileFormat, *, bad_rows: list[tuple[Raw, RowError]] | None = None
-) -> Iterator[Raw]:
+    files: list[Path], file_format: FileFormat, *, bad_rows: list[tuple[RawRow, RowError]] | None = None
+) -> Iterator[RawRow]:
     """All rows of all files, in order.
 
-    A row that is no JSON object, or a record of the wrong width, is put into `bad_rows`; without such a list it is an error.
+    A row that is not a JSON object, or a record with the wrong number of values, is added to `bad_rows`; if that is None, it raises.
     Errors: DatasetRowInvalid, DatasetNotUtf8, FileFormatUnknown.
     """
     for file in files:
-        for row in _read_file(file, kind):
-            if isinstance(row, Raw):
+        for row in _read_file(file, file_format):
+            if isinstance(row, RawRow):
                 yield row
             elif bad_rows is None:
                 raise row_failure(*row)
@@ -60,17 +61,17 @@ def read_rows(
                 bad_rows.append(row)
 
 
-def row_failure(row: Raw, error: RowError, *, skippable: bool = True) -> DataError:
-    """The failure that ends a job because of one row."""
-    skip = f"; or `dataset.badRows: {BadRows.SKIP}` to leave such rows out" if skippable else ""
-    return DataError(error.code, f"{row.place}: {error.found}", hint=error.write + skip)
+def row_failure(row: RawRow, error: RowError) -> DataError:
+    """The error that ends a job because of one row."""
+    skip = f"; or `dataset.badRows: {BadRows.SKIP}` to leave such rows out"
+    return DataError(error.code, f"{row.location}: {error.message}", hint=error.hint + skip)
 
 
-def kind_of(file: Path, kind: FileFormat) -> FileFormat:
-    """Kind of a file: as asked, by its name, else by its first bytes. Errors: FileFormatUnknown."""
-    if kind is not FileFormat.AUTO:
-        return kind
-    known = SUFFIXES.get(_suffix(file))
+def file_format_of(file: Path, given: FileFormat) -> FileFormat:
+    """The file's format: the given one, else by its name, else by its first bytes. Errors: FileFormatUnknown."""
+    if given is not FileFormat.AUTO:
+        return given
+    known = FILE_FORMATS.get(_suffix(file))
     if known is not None:
         return known
     with _open(file) as stream:
@@ -81,7 +82,7 @@ def kind_of(file: Path, kind: FileFormat) -> FileFormat:
     if start in (b"{", b"["):
         return FileFormat.JSONL if start == b"{" else FileFormat.JSON
     raise DataError(
-        "FileFormatUnknown", f"{file.name}: neither its name nor its first bytes tell what kind of file it is",
+        "FileFormatUnknown", f"{file.name}: neither the name nor the first bytes show the file's format",
         hint="set dataset.fileFormat to one of jsonl, json, csv, txt, parquet",
     )  # fmt: skip
 
@@ -93,19 +94,19 @@ def _suffix(file: Path) -> str:
 
 @contextmanager
 def _open(file: Path) -> Iterator[IO[bytes]]:
-    """The file's bytes, unpacked. Errors: DatasetRowInvalid for a .gz file that is none, or is cut off."""
+    """The file's bytes, decompressed. Errors: DatasetRowInvalid for a .gz file that is damaged, truncated or not gzip."""
     try:
         with gzip.open(file, "rb") if file.name.lower().endswith(".gz") else file.open("rb") as stream:
             yield stream
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(
             "DatasetRowInvalid", f"{file.name}: not a readable gzip file: {error}",
-            hint="upload it whole, or name it without .gz if it is not compressed",
+            hint="upload it again, or name it without .gz if it is not compressed",
         ) from None  # fmt: skip
 
 
-def _read_file(file: Path, kind: FileFormat) -> Iterator[Raw | tuple[Raw, RowError]]:
-    match kind_of(file, kind):
+def _read_file(file: Path, given: FileFormat) -> Iterator[RawRow | tuple[RawRow, RowError]]:
+    match file_format_of(file, given):
         case FileFormat.JSONL:
             return _jsonl(file)
         case FileFormat.JSON:
@@ -119,7 +120,7 @@ def _read_file(file: Path, kind: FileFormat) -> Iterator[Raw | tuple[Raw, RowErr
 
 
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers. Errors: DatasetNotUtf8."""
+    """Lines that are not blank, with their line numbers. Errors: DatasetNotUtf8."""
     offset = 0
     with _open(file) as stream:
         for number, line in enumerate(stream, start=1):
@@ -140,7 +141,7 @@ def _not_utf8(file: Path, offset: int, head: bytes) -> DataError:
     )  # fmt: skip
 
 
-def _whole(file: Path) -> str:
+def _read_text(file: Path) -> str:
     with _open(file) as stream:
         data = stream.read()
     try:
@@ -149,19 +150,19 @@ def _whole(file: Path) -> str:
         raise _not_utf8(file, error.start, data[:4]) from None
 
 
-def _object(file: Path, number: int, value: Any, *, escapes: bool) -> Raw | tuple[Raw, RowError]:
-    """The row, if it is an object of whole characters; `escapes`: the file wrote some of them as halves."""
+def _object_row(file: Path, number: int, value: Any, *, has_surrogates: bool) -> RawRow | tuple[RawRow, RowError]:
+    """The row, if it is a valid object. `has_surrogates`: the text contains escapes for halves of characters."""
     if isinstance(value, dict):
-        broken = _half_character(value) if escapes else None
-        return (Raw(file, number, {}), broken) if broken else Raw(file, number, value)
-    found = f"a JSON object was expected, found {_kind(value)}"
-    return Raw(file, number, {}), RowError(
-        "DatasetRowInvalid", found, 'write one object per row, for example {"messages": [...]}'
+        error = _surrogate_error(value) if has_surrogates else None
+        return (RawRow(file, number, {}), error) if error else RawRow(file, number, value)
+    message = f"a JSON object was expected, found {_json_type(value)}"
+    return RawRow(file, number, {}), RowError(
+        "DatasetRowInvalid", message, 'write one object per row, for example {"messages": [...]}'
     )
 
 
-def _half_character(value: Any) -> RowError | None:
-    """JSON may name half of a character (`\\ud83d` without its second half), which no tokenizer takes."""
+def _surrogate_error(value: Any) -> RowError | None:
+    """The error of a value with an unpaired surrogate (`\\ud83d` without its second half), which no tokenizer accepts."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
@@ -172,7 +173,7 @@ def _half_character(value: Any) -> RowError | None:
     return None
 
 
-def _jsonl(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
+def _jsonl(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
     for number, line in _lines(file):
         try:
             value = json.loads(line.rstrip())
@@ -181,28 +182,28 @@ def _jsonl(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
                 f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else f": {error}"
             )
             yield (
-                Raw(file, number, {}),
+                RawRow(file, number, {}),
                 RowError("DatasetRowInvalid", f"not valid JSON{where}", "write one JSON object per line"),
             )
             continue
-        yield _object(file, number, value, escapes=HALF in line.lower())
+        yield _object_row(file, number, value, has_surrogates=SURROGATE_ESCAPE in line.lower())
 
 
-def _json(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
-    text = _whole(file)
+def _json(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
+    text = _read_text(file)
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # one object per line under the wrong name is what people mean
+        if error.msg == "Extra data":  # most likely JSONL with the wrong extension
             yield from _jsonl(file)
             return
         raise DataError(
             "DatasetRowInvalid", f"{file.name}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}",
             hint="write an array of objects, or one object per line and `dataset.fileFormat: jsonl`",
         ) from None  # fmt: skip
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested arrays
+    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or deeply nested arrays
         raise DataError(
-            "DatasetRowInvalid", f"{file.name}: not valid JSON: {error}", hint="mend the row, or remove it"
+            "DatasetRowInvalid", f"{file.name}: not valid JSON: {error}", hint="fix the row, or remove it"
         ) from None
     if isinstance(value, dict) and isinstance(value.get("data"), list):
         value = value["data"]
@@ -210,33 +211,33 @@ def _json(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
         value = [value]
     if not isinstance(value, list):
         raise DataError(
-            "DatasetRowInvalid", f"{file.name}: an array of objects was expected, found {_kind(value)}",
+            "DatasetRowInvalid", f"{file.name}: an array of objects was expected, found {_json_type(value)}",
             hint='write [{"messages": [...]}, ...], or an object whose `data` is such an array',
         )  # fmt: skip
-    escapes = HALF in text.lower()
+    has_surrogates = SURROGATE_ESCAPE in text.lower()
     for number, item in enumerate(value, start=1):
-        yield _object(file, number, item, escapes=escapes)
+        yield _object_row(file, number, item, has_surrogates=has_surrogates)
 
 
-def _csv(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
+def _csv(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
     csv.field_size_limit(CSV_FIELD_LIMIT)
-    text = _whole(file)
+    text = _read_text(file)
     header_line = text.split("\n", 1)[0]
     delimiter = max(",;\t", key=header_line.count) if any(c in header_line for c in ",;\t") else ","
     records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     number = 0
     try:
         header = [name.strip() for name in next(records, [])]
-        _require_different(header, file)
+        _require_unique_names(header, file)
         for number, record in enumerate(records, start=1):
             if not record:
                 continue
             if len(record) != len(header):
-                found = f"{len(record)} values, but the header names {len(header)} columns ({', '.join(header)})"
-                write = f"put a value that contains {delimiter!r}, a quote or a line break into double quotes"
-                yield Raw(file, number, {}), RowError("DatasetRowInvalid", found, write)
+                message = f"{len(record)} values, but the header names {len(header)} columns ({', '.join(header)})"
+                hint = f"put a value that contains {delimiter!r}, a quote or a line break into double quotes"
+                yield RawRow(file, number, {}), RowError("DatasetRowInvalid", message, hint)
                 continue
-            yield Raw(file, number, dict(zip(header, record, strict=True)))
+            yield RawRow(file, number, dict(zip(header, record, strict=True)))
     except csv.Error as error:
         raise DataError(
             "DatasetRowInvalid", f"{file.name}, row {number + 1}: not valid CSV: {error}",
@@ -244,21 +245,21 @@ def _csv(file: Path) -> Iterator[Raw | tuple[Raw, RowError]]:
         ) from None  # fmt: skip
 
 
-def _require_different(header: list[str], file: Path) -> None:
-    """Of two columns with one name the first would be lost. Errors: DatasetRowInvalid."""
-    twice = next((name for name in header if name and header.count(name) > 1), None)
-    if twice is not None:
+def _require_unique_names(header: list[str], file: Path) -> None:
+    """Refuse a duplicate column name: only the last of the columns would be read. Errors: DatasetRowInvalid."""
+    duplicate = next((name for name in header if name and header.count(name) > 1), None)
+    if duplicate is not None:
         raise DataError(
-            "DatasetRowInvalid", f"{file.name}: the header names column {twice!r} twice", hint="give each a name of its own"
+            "DatasetRowInvalid", f"{file.name}: the header names column {duplicate!r} twice", hint="give each column its own name"
         )  # fmt: skip
 
 
-def _text(file: Path) -> Iterator[Raw]:
+def _text(file: Path) -> Iterator[RawRow]:
     for number, line in _lines(file):
-        yield Raw(file, number, {"text": line.strip("\r\n")})
+        yield RawRow(file, number, {"text": line.strip("\r\n")})
 
 
-def _parquet(file: Path) -> Iterator[Raw]:
+def _parquet(file: Path) -> Iterator[RawRow]:
     import pyarrow
     import pyarrow.parquet
 
@@ -267,7 +268,7 @@ def _parquet(file: Path) -> Iterator[Raw]:
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):
             for value in batch.to_pylist():
                 number += 1
-                yield Raw(file, number, value)
+                yield RawRow(file, number, value)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         reason = str(error).split("\n")[0]
         raise DataError(
@@ -275,8 +276,8 @@ def _parquet(file: Path) -> Iterator[Raw]:
         ) from None
 
 
-def _kind(value: Any) -> str:
-    """What a JSON value is, in a reader's words."""
+def _json_type(value: Any) -> str:
+    """The JSON type of a value, for messages."""
     match value:
         case None:
             return "null"

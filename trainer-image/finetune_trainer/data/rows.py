@@ -1,7 +1,7 @@
-"""What travels through the data room: raw rows in, typed examples out, and the one error a row can have.
+"""The values that the data stages exchange: raw rows, typed examples, and the error of one row.
 
-Nothing here, nor in `read`, `detect`, `normalise`, `oasst`, `split` and `checks`, imports torch or transformers: the
-supervisor checks every row before a rank has finished importing.
+Neither this module nor `read`, `detect`, `normalise`, `formats`, `split`, `checks` and `load` imports torch or transformers: the
+supervisor checks every row before the ranks have finished importing.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Raw:
-    """One row as it stood in a file. `number` counts from 1: the line of a JSONL or text file, else the record."""
+class RawRow:
+    """One row of a data file. `number` counts from 1: the line of a JSONL or text file, else the record."""
 
     file: Path
     number: int
     value: Mapping[str, Any]
 
     @property
-    def place(self) -> str:
-        """`train.jsonl, row 17`."""
+    def location(self) -> str:
+        """For messages: `train.jsonl, row 17`."""
         return f"{self.file.name}, row {self.number}"
 
 
 class RowError(Exception):
-    """A row that cannot be used: a code word, what was found, and what to write instead."""
+    """A row that cannot be used: the error's code, what was found, and what to write instead."""
 
-    def __init__(self, code: str, found: str, write: str):
-        super().__init__(found)
-        self.code, self.found, self.write = code, found, write
+    def __init__(self, code: str, message: str, hint: str):
+        super().__init__(message)
+        self.code, self.message, self.hint = code, message, hint
 
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message. `weight` 0 keeps it out of the loss. `extra` holds tool calls and names, as templates want them."""
+    """One message. `weight` 0 keeps it out of the loss. `extra` has tool calls and names, for chat templates."""
 
     role: str
     content: str
@@ -44,31 +44,31 @@ class Turn:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def message(self) -> dict[str, Any]:
-        """As a chat template reads it."""
+        """The message as a chat template reads it."""
         return {"role": self.role, "content": self.content, **self.extra}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns, with the words that stand before question and answer where no chat template is used."""
+    """Turns, and the names of user and assistant for rendering without a chat template (`Question: ...`)."""
 
     turns: tuple[Turn, ...]
     tools: tuple[Any, ...] = ()
-    words: tuple[str, str] = ("User", "Assistant")
+    role_names: tuple[str, str] = ("User", "Assistant")
     columns: Mapping[str, Any] = field(default_factory=dict)
-    """Other columns of the row: rewards and multiple-choice metrics read them."""
+    """Other columns of the row, for rewards and multiple-choice metrics."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Plain text: every token is learned."""
+    """Plain text. Every token is trained on."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A prompt and what follows it, joined as they are."""
+    """A prompt and the text that continues it."""
 
     prompt: str
     completion: str
@@ -76,7 +76,7 @@ class Completion:
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """One prompt, a better and a worse answer. Turns all three, or text all three."""
+    """One prompt with a better and a worse answer: all three are turns, or all three are text."""
 
     prompt: tuple[Turn, ...] | str
     chosen: tuple[Turn, ...] | str
@@ -84,8 +84,8 @@ class Preference:
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
-    """One prompt, one answer, and whether it was wanted (unpaired preference)."""
+class LabelledAnswer:
+    """One prompt with one answer, and whether the answer is good (unpaired preference)."""
 
     prompt: tuple[Turn, ...] | str
     completion: tuple[Turn, ...] | str
@@ -94,10 +94,10 @@ class Judged:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt to be answered by the model itself, and the row's other columns for the rewards."""
+    """A prompt that the model itself answers, and the row's other columns for the rewards."""
 
     prompt: tuple[Turn, ...] | str
     columns: Mapping[str, Any]
 
 
-Example = Conversation | Text | Completion | Preference | Judged | Prompt
+Example = Conversation | Text | Completion | Preference | LabelledAnswer | Prompt

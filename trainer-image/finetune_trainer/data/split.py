@@ -1,4 +1,4 @@
-"""Stage 4, split: parts cut from the training data by ratio and seed, and mixtures of several sources by weight."""
+"""Stage 4, split: cut validation and test rows from the training data by ratio and seed; mix several sources by weight."""
 
 from __future__ import annotations
 
@@ -14,28 +14,29 @@ Item = TypeVar("Item")
 
 
 def split_sizes(rows: int, split: Split) -> tuple[int, int, int]:
-    """Rows for training, validation and test, all rounded down but one, which takes the rest: training if it has no ratio, else the last that has one.
+    """Number of rows for training, validation and test.
 
-    Ratios that do not add up to 1 leave rows over. Errors: SplitEmpty.
+    Sizes are rounded down, except one, which takes the rest: training if it has no ratio, else the last part with a ratio. If the
+    ratios add up to less than 1, rows are left over. Errors: SplitEmpty.
     """
-    parts = [Fraction(str(x or 0)) for x in (split.train, split.validation, split.test)]
+    ratios = [Fraction(str(x or 0)) for x in (split.train, split.validation, split.test)]
     if split.train is None:
-        parts[0] = 1 - sum(parts, Fraction(0))
+        ratios[0] = 1 - sum(ratios, Fraction(0))
         last = 0
     else:
-        last = max(place for place, part in enumerate(parts) if part)
-    total = sum(parts, Fraction(0))
-    whole = abs(total - 1) <= Fraction(1, 10**6)
-    sizes = [int(part / total * rows if whole else part * rows) for part in parts]
-    if whole:
+        last = max(index for index, ratio in enumerate(ratios) if ratio)
+    total = sum(ratios, Fraction(0))
+    is_whole = abs(total - 1) <= Fraction(1, 10**6)
+    sizes = [int(ratio / total * rows if is_whole else ratio * rows) for ratio in ratios]
+    if is_whole:
         sizes[last] += rows - sum(sizes)
     train, validation, test = sizes
-    for name, size, asked in (
+    for name, size, is_asked in (
         ("training", train, True),
-        ("validation", validation, parts[1] > 0),
-        ("test", test, parts[2] > 0),
+        ("validation", validation, ratios[1] > 0),
+        ("test", test, ratios[2] > 0),
     ):
-        if asked and size < 1:
+        if is_asked and size < 1:
             raise DataError(
                 "SplitEmpty", f"dataset.split leaves no row for {name}: {rows} rows, cut to {train}, {validation}, {test}",
                 hint="give more rows, another ratio, or files of their own (dataset.validation, dataset.test)",
@@ -44,22 +45,21 @@ def split_sizes(rows: int, split: Split) -> tuple[int, int, int]:
 
 
 def cut(items: Sequence[Item], split: Split) -> tuple[list[Item], list[Item], list[Item]]:
-    """Training, validation and test rows, each in file order; who goes where is decided by the seed alone."""
+    """Training, validation and test rows, each in file order. The assignment depends only on the seed and the number of rows."""
     train, validation, test = split_sizes(len(items), split)
     order = list(range(len(items)))
     random.Random(42 if split.seed is None else split.seed).shuffle(order)
-    held = (
-        order[:validation],
-        order[validation : validation + test],
-        order[validation + test : validation + test + train],
-    )
-    return [items[i] for i in sorted(held[2])], [items[i] for i in sorted(held[0])], [items[i] for i in sorted(held[1])]
+    held_out = validation + test
+    chosen = (order[held_out : held_out + train], order[:validation], order[validation:held_out])
+    in_train, in_validation, in_test = ([items[i] for i in sorted(indices)] for indices in chosen)
+    return in_train, in_validation, in_test
 
 
 def mix(parts: Sequence[Sequence[Item]], weights: Sequence[float], seed: int) -> list[Item]:
     """As many rows as all parts have together, taken from each part in proportion to its weight.
 
-    A part with fewer rows than its share is gone through again, in another order; one with more gives a random choice.
+    A part with fewer rows than its share is repeated; from a part with more rows, a random choice is taken. The rows of a part stay
+    in file order within each repetition. `seed` decides the choice.
     """
     total = sum(len(part) for part in parts)
     shares = [Fraction(str(w)) for w in weights]

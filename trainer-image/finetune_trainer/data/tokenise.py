@@ -1,8 +1,8 @@
-"""Stages 6 and 7, tokenise and pack: texts become token ids and labels, and what happened to them is counted.
+"""Stages 6 and 7, tokenise and pack: texts become token ids and labels, with counts.
 
-A text that a template rendered is tokenised without adding special tokens (they stand in it already), so that no beginning
-token comes twice. A label is the token's id where the token overlaps a learned span and -100 elsewhere, by position in the
-text: never by id, so a pad token that equals the end token hides nothing.
+A text that a chat template rendered is tokenised without adding special tokens, because it contains them already: the beginning
+token must not occur twice. A token that overlaps a trained span is its own label; all others get -100. This is decided by the
+position in the text, never by the token's id, so the end token is trained on even where the pad token has the same id.
 """
 
 from __future__ import annotations
@@ -20,24 +20,27 @@ from finetune_api.spec.enums import Overflow
 from finetune_trainer.data.pack import pack, padding_share
 from finetune_trainer.data.template import Rendered
 
-IGNORED = -100
-BATCH = 1000
+IGNORED_LABEL = -100
+"""The label of a token that is not trained on, in torch and transformers."""
+BATCH_ROWS = 1000
+EncodedRow = tuple[str, list[int], list[int]]
+"""Location, token ids, labels."""
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How texts become sequences."""
+class TokeniseOptions:
+    """How texts become token sequences."""
 
     max_length: int
     overflow: Overflow
     add_eos: bool
     add_bos: bool | None
-    """None: as the tokenizer does by itself."""
+    """None: only if the tokenizer adds one by itself."""
 
 
 @dataclass
-class Tokens:
-    """Sequences of one part. `lengths` holds the documents of each packed sequence; None: not packed."""
+class TokenisedSplit:
+    """The sequences of one split. `lengths`: lengths of the documents in each packed sequence; None: not packed."""
 
     input_ids: list[list[int]] = field(default_factory=list)
     labels: list[list[int]] = field(default_factory=list)
@@ -47,71 +50,77 @@ class Tokens:
 
 @dataclass
 class TokenReport:
-    """Counts of one part."""
+    """Counts of one split."""
 
     rows: int = 0
     truncated: int = 0
     dropped: int = 0
-    """Rows longer than the limit that were left out (`overflow: drop`)."""
+    """Rows longer than the limit, left out because of `overflow: drop`."""
     answerless: int = 0
-    """Rows whose whole answer was cut off; they teach nothing and are left out."""
+    """Rows left out because their whole answer was cut off."""
     tokens: int = 0
-    learned_tokens: int = 0
+    trained_tokens: int = 0
+    """Tokens with a label."""
     longest: int = 0
     median: int = 0
     percentile95: int = 0
     sequences: int = 0
     padding_share: float | None = None
-    """With packing: empty places in full-length sequences."""
+    """With packing: share of the positions that hold no token."""
 
-    def notes(self, rules: Rules) -> list[str]:
-        """What a user should hear of it."""
-        said = [
-            f"{self.rows} rows of {self.median} tokens (median; 95%: {self.percentile95}, longest: {self.longest}), "
-            f"{self.learned_tokens} of {self.tokens} tokens learned"
+    def notes(self, options: TokeniseOptions) -> list[str]:
+        """Sentences for the status."""
+        notes = [
+            f"{self.rows} rows with {self.median} tokens (median; 95%: {self.percentile95}, longest: {self.longest}), "
+            f"{self.trained_tokens} of {self.tokens} tokens are trained on"
         ]
         if self.truncated:
-            said.append(f"{self.truncated} rows were cut to dataset.maxSequenceLength {rules.max_length}")
+            notes.append(f"{self.truncated} rows were cut to dataset.maxSequenceLength {options.max_length}")
         if self.dropped:
-            said.append(f"{self.dropped} rows longer than dataset.maxSequenceLength {rules.max_length} were left out")
-        if self.answerless:
-            said.append(
-                f"{self.answerless} rows lost their whole answer to the cut and were left out: raise dataset.maxSequenceLength"
+            notes.append(
+                f"{self.dropped} rows longer than dataset.maxSequenceLength {options.max_length} were left out"
             )
-        if self.tokens and self.learned_tokens < 0.05 * self.tokens:
-            said.append(f"only {self.learned_tokens / self.tokens:.1%} of the tokens are learned")
+        if self.answerless:
+            notes.append(
+                f"{self.answerless} rows were left out because their whole answer was cut off: raise dataset.maxSequenceLength"
+            )
+        if self.tokens and self.trained_tokens < 0.05 * self.tokens:
+            notes.append(f"only {self.trained_tokens / self.tokens:.1%} of the tokens are trained on")
         if self.padding_share is not None:
-            said.append(f"packed into {self.sequences} sequences, {self.padding_share:.1%} of the places empty")
-        return said
+            notes.append(f"packed into {self.sequences} sequences, {self.padding_share:.1%} padding")
+        return notes
 
 
 def tokenise(
-    rows: Iterable[tuple[str, list[int], list[int]]], rules: Rules, *, on_bad_row: Callable[[str, str, str, str], None]
-) -> Tokens:
-    """Sequences within the limits; `rows` gives place (`train.jsonl, row 17`), token ids and labels of each.
+    rows: Iterable[EncodedRow], options: TokeniseOptions, *, on_bad_row: Callable[[str, str, str, str], None]
+) -> TokenisedSplit:
+    """The rows that are within the length limit, or are cut to it.
 
-    `on_bad_row(place, code, found, write)` is told of a row in which nothing can be learned; it raises or returns.
-    Errors: DataError RowTooLong (`overflow: fail`), NoTrainableToken (nothing left at all).
+    `on_bad_row(location, code, message, hint)` is called for a row without a trained token; it raises or returns.
+    Errors: DataError RowTooLong (`overflow: fail`), NoTrainableToken (no row is left).
     """
-    result, lengths = Tokens(), []
+    result, lengths = TokenisedSplit(), []
     report = result.report
-    for place, ids, labels in rows:
-        if _learned(labels) == 0:
+    for location, ids, labels in rows:
+        if _count_predicted(labels) == 0:
             on_bad_row(
-                place, "NoTrainableToken", "no token of the row is learned", "give it an answer, or remove the row"
+                location,
+                "NoTrainableToken",
+                "no token of the row is trained on",
+                "give it an answer, or remove the row",
             )
             continue
-        if len(ids) > rules.max_length:
-            if rules.overflow is Overflow.FAIL:
+        if len(ids) > options.max_length:
+            if options.overflow is Overflow.FAIL:
                 raise DataError(
-                    "RowTooLong", f"{place}: {len(ids)} tokens, more than dataset.maxSequenceLength {rules.max_length}",
+                    "RowTooLong", f"{location}: {len(ids)} tokens, more than dataset.maxSequenceLength {options.max_length}",
                     hint="raise maxSequenceLength, or set dataset.overflow to truncate or drop",
                 )  # fmt: skip
-            if rules.overflow is Overflow.DROP:
+            if options.overflow is Overflow.DROP:
                 report.dropped += 1
                 continue
-            ids, labels = ids[: rules.max_length], labels[: rules.max_length]
-            if _learned(labels) == 0:
+            ids, labels = ids[: options.max_length], labels[: options.max_length]
+            if _count_predicted(labels) == 0:
                 report.answerless += 1
                 continue
             report.truncated += 1
@@ -119,68 +128,68 @@ def tokenise(
         result.labels.append(labels)
         lengths.append(len(ids))
         report.tokens += len(ids)
-        report.learned_tokens += len(labels) - labels.count(IGNORED)
-    _measure(report, lengths, rules)
+        report.trained_tokens += len(labels) - labels.count(IGNORED_LABEL)
+    _measure_lengths(report, lengths, options)
     return result
 
 
-def _learned(labels: list[int]) -> int:
-    """Labels that are predicted from something: the first has nothing before it."""
-    return len(labels) - labels.count(IGNORED) - (labels[:1] != [IGNORED] and bool(labels))
+def _count_predicted(labels: list[int]) -> int:
+    """Number of labels after the first position. The first token has nothing before it to be predicted from."""
+    return sum(label != IGNORED_LABEL for label in labels[1:])
 
 
-def _measure(report: TokenReport, lengths: list[int], rules: Rules) -> None:
+def _measure_lengths(report: TokenReport, lengths: list[int], options: TokeniseOptions) -> None:
+    """Fill in the counts that need all lengths. Errors: DataError NoTrainableToken."""
     report.rows = report.sequences = len(lengths)
     if not lengths:
         raise DataError(
-            "NoTrainableToken", f"no row is left to learn from: {report.dropped} too long, {report.answerless} without an answer after the cut",
-            hint=f"raise dataset.maxSequenceLength (now {rules.max_length}), or shorten the rows",
+            "NoTrainableToken", f"no row is left to learn from: {report.dropped} are too long, {report.answerless} lost their whole answer",
+            hint=f"raise dataset.maxSequenceLength (now {options.max_length}), or shorten the rows",
         )  # fmt: skip
     ordered = sorted(lengths)
     report.longest, report.median = ordered[-1], int(statistics.median_low(ordered))
     report.percentile95 = ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))]
 
 
-def packed(tokens: Tokens, capacity: int) -> Tokens:
-    """The same documents, put together into sequences of at most `capacity` tokens.
+def pack_split(tokens: TokenisedSplit, capacity: int) -> TokenisedSplit:
+    """The same documents, packed into sequences of at most `capacity` tokens.
 
-    The first label of each document is masked: nothing precedes it that it could be predicted from.
+    The first label of each document is masked: its token must not be predicted from the document before it.
     """
     sizes = [len(ids) for ids in tokens.input_ids]
-    result = Tokens(lengths=[], report=tokens.report)
+    result = TokenisedSplit(lengths=[], report=tokens.report)
     assert result.lengths is not None
     for rows in pack(sizes, capacity):
         result.input_ids.append([token for row in rows for token in tokens.input_ids[row]])
-        result.labels.append([label for row in rows for label in (IGNORED, *tokens.labels[row][1:])])
+        result.labels.append([label for row in rows for label in (IGNORED_LABEL, *tokens.labels[row][1:])])
         result.lengths.append([sizes[row] for row in rows])
     result.report.sequences = len(result.input_ids)
     result.report.padding_share = padding_share(sizes, len(result.input_ids), capacity)
     return result
 
 
-def encoded(
-    texts: Iterable[tuple[str, Rendered]], tokenizer: Any, rules: Rules
-) -> Iterator[tuple[str, list[int], list[int]]]:
-    """Place, token ids and labels of every text, in batches: a fast tokenizer uses all cores for one.
+def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: TokeniseOptions) -> Iterator[EncodedRow]:
+    """Location, token ids and labels of every text. Works in batches, because a fast tokenizer uses all cores for a batch.
 
     Errors: ConfigError BosMissing, EosMissing.
     """
-    ends = _Ends.of(tokenizer, rules)
+    boundary = _BoundaryTokens.of(tokenizer, options)
     stream = iter(texts)
-    while batch := list(islice(stream, BATCH)):
+    while batch := list(islice(stream, BATCH_ROWS)):
         encoded = tokenizer(
             [item.text for _, item in batch],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
         )
-        for (place, item), ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-            yield place, *ends.close(list(ids), labels_of(ids, offsets, item.spans), item.templated)
+        for (location, item), ids, offsets in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            labels = labels_of(ids, offsets, item.spans)
+            yield location, *boundary.apply(list(ids), labels, is_templated=item.is_templated)
 
 
 def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """Ids where a token overlaps a span, -100 elsewhere. Both offsets and spans ascend."""
-    labels = [IGNORED] * len(ids)
+    """The id where a token overlaps a span, -100 elsewhere. Offsets (of the tokens) and spans are in ascending order."""
+    labels = [IGNORED_LABEL] * len(ids)
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     for begin, end in spans:
         first, last = bisect_right(ends, begin), bisect_left(starts, end)
@@ -189,69 +198,72 @@ def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Seq
 
 
 @dataclass(frozen=True)
-class _Ends:
-    """Beginning and end tokens: each once, whatever template and tokenizer do by themselves."""
+class _BoundaryTokens:
+    """The tokens for the beginning and the end of a row. Each occurs at most once, whatever template and tokenizer add."""
 
     bos: int | None
     eos: int | None
+    """None: rows get no end token."""
     specials: frozenset[int]
-    spaces: frozenset[int]
-    add_bos: bool
-    """For texts that no template rendered."""
-    add_bos_templated: bool | None
+    blanks: frozenset[int]
+    """Tokens that are only white space."""
+    add_bos_to_plain: bool
+    """Whether a text that no template rendered gets a beginning token."""
+    add_bos_to_templated: bool | None
+    """The same for rendered texts; None: keep what the template wrote."""
 
     @staticmethod
-    def of(tokenizer: Any, rules: Rules) -> _Ends:
-        """What the tokenizer has, and what the rules want of it. Errors: ConfigError BosMissing, EosMissing."""
+    def of(tokenizer: Any, options: TokeniseOptions) -> _BoundaryTokens:
+        """The tokenizer's tokens, as the options ask for them. Errors: ConfigError BosMissing, EosMissing."""
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        if rules.add_bos and bos is None:
+        if options.add_bos and bos is None:
             raise ConfigError(
                 "BosMissing",
                 "dataset.addBosToken is true, but the tokenizer has no beginning token",
                 hint="leave it out",
             )
-        if rules.add_eos and eos is None:
+        if options.add_eos and eos is None:
             raise ConfigError(
                 "EosMissing",
                 "the tokenizer has no end token",
                 hint="set dataset.addEosToken: false, or give another model.tokenizer",
             )
-        own = tokenizer("a")["input_ids"]
-        by_itself = bos is not None and own[:1] == [bos]
-        blanks = frozenset(one for text in ("\n", " ", "\n\n") for one in _single(tokenizer, text))
-        return _Ends(
-            bos, eos if rules.add_eos else None, frozenset(tokenizer.all_special_ids) | _added_specials(tokenizer), blanks,
-            by_itself if rules.add_bos is None else rules.add_bos, rules.add_bos,
+        adds_bos_itself = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+        blanks = frozenset(token for text in ("\n", " ", "\n\n") for token in _single_token(tokenizer, text))
+        return _BoundaryTokens(
+            bos, eos if options.add_eos else None, frozenset(tokenizer.all_special_ids) | _added_specials(tokenizer), blanks,
+            adds_bos_itself if options.add_bos is None else options.add_bos, options.add_bos,
         )  # fmt: skip
 
-    def close(self, ids: list[int], labels: list[int], templated: bool) -> tuple[list[int], list[int]]:
-        """Ids and labels with exactly the ends that were asked for."""
-        wanted = self.add_bos_templated if templated else self.add_bos
+    def apply(self, ids: list[int], labels: list[int], *, is_templated: bool) -> tuple[list[int], list[int]]:
+        """Ids and labels with the beginning and end tokens that the options ask for."""
+        wanted = self.add_bos_to_templated if is_templated else self.add_bos_to_plain
         leading = 0
         while self.bos is not None and leading < len(ids) and ids[leading] == self.bos:
             leading += 1
-        keep = (1 if leading else 0) if wanted is None else int(wanted)
-        if self.bos is not None and leading != keep:
-            ids, labels = [self.bos] * keep + ids[leading:], [IGNORED] * keep + labels[leading:]
-        if self.eos is not None and not self._ended(ids, templated):
-            last = self._last(ids)
-            learned = last < 0 or labels[last] != IGNORED  # the end of what is not learned is not learned either
-            ids, labels = [*ids, self.eos], [*labels, self.eos if learned else IGNORED]
+        count = (1 if leading else 0) if wanted is None else int(wanted)
+        if self.bos is not None and leading != count:
+            ids, labels = [self.bos] * count + ids[leading:], [IGNORED_LABEL] * count + labels[leading:]
+        if self.eos is not None and not self._has_end(ids, is_templated):
+            last = self._last_nonblank(ids)
+            is_trained = last < 0 or labels[last] != IGNORED_LABEL  # the end of an untrained answer is not trained on
+            ids, labels = [*ids, self.eos], [*labels, self.eos if is_trained else IGNORED_LABEL]
         return ids, labels
 
-    def _ended(self, ids: list[int], templated: bool) -> bool:
-        """Whether the row ends itself: a text with the end token, a template with any special token before blanks."""
-        if not templated:
+    def _has_end(self, ids: list[int], is_templated: bool) -> bool:
+        """Whether the row ends by itself: a plain text with the end token, a rendered one with any special token."""
+        if not is_templated:
             return bool(ids) and ids[-1] == self.eos
-        last = self._last(ids)
+        last = self._last_nonblank(ids)
         return last >= 0 and ids[last] in self.specials
 
-    def _last(self, ids: list[int]) -> int:
-        """Place of the last token that is no blank; -1: there is none."""
-        return next((place for place in range(len(ids) - 1, -1, -1) if ids[place] not in self.spaces), -1)
+    def _last_nonblank(self, ids: list[int]) -> int:
+        """Index of the last token that is not blank; -1: there is none."""
+        return next((index for index in range(len(ids) - 1, -1, -1) if ids[index] not in self.blanks), -1)
 
 
-def _single(tokenizer: Any, text: str) -> list[int]:
+def _single_token(tokenizer: Any, text: str) -> list[int]:
+    """The text's token if it is exactly one, else an empty list."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return list(ids) if len(ids) == 1 else []
 

@@ -1,1 +1,25 @@
-"""The objective that is minimised: one module a trainer type. Each imports TRL, so they are loaded by name, one per job."""
+"""The objectives: one module for each `trainer.type`, named after its value, with one `Objective` called `OBJECTIVE`.
+
+A module imports its trainer from TRL, which takes seconds. It is therefore imported by name, only in a job that needs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from finetune_api.spec.enums import TrainerType
+
+if TYPE_CHECKING:
+    from finetune_trainer.objective.base import Objective
+
+
+def module_of(kind: TrainerType) -> str:
+    """Name of the module that defines the objective."""
+    return f"{__name__}.{kind.value}"
+
+
+def load_objective(kind: TrainerType) -> Objective[Any, Any]:
+    """Import the objective's module and return its `Objective`."""
+    objective: Objective[Any, Any] = importlib.import_module(module_of(kind)).OBJECTIVE
+    return objective

@@ -1,50 +1,113 @@
-"""What an objective is given, and what it gives back."""
+"""The interface of an objective: how it reads the data and builds its Trainer, and what it needs for that."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Generic, TypeVar
 
+from finetune_api.objectives import OBJECTIVES, ObjectiveFacts
 from finetune_api.pod import RunConfig
-from finetune_api.spec.enums import DatasetFormat
+from finetune_api.spec.enums import DatasetFormat, TrainerType
+from transformers import TrainingArguments
 
-from finetune_trainer.data.prepare import Prepared
-from finetune_trainer.distributed import Plan
+from finetune_trainer.data.prepare import Splits
+from finetune_trainer.distributed import Plan, connected
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 
+SplitsT = TypeVar("SplitsT", bound=Splits)
+ArgumentsT = TypeVar("ArgumentsT", bound=TrainingArguments)
+
 
 @dataclass
-class Setting:
-    """Everything that is settled before the model is loaded."""
+class TrainingContext:
+    """Everything that is known before the model is loaded."""
 
     run: RunConfig
     inputs: Inputs
     hardware: Hardware
     plan: Plan
     tokenizer: Any
-    cache: Path
-    """Folder for token files."""
-    limit: int | None
-    """Positions the model has."""
+    token_cache: Path
+    """Folder for tokenised data."""
+    max_positions: int | None
+    """Longest sequence that the model can read, in tokens; None: unknown."""
     callbacks: Sequence[Any] = ()
     unquantized: tuple[str, ...] = ()
-    """Modules that stay whole where the base is quantised: those that spectrum trains."""
+    """Modules that are not quantised although the base is: the modules that spectrum trains."""
 
 
 @dataclass
-class Facts:
-    """What the data turned out to be."""
+class DataFacts:
+    """What is reported about the data of a run."""
 
     rows: int
+    """Training rows."""
     format: DatasetFormat
     notes: list[str] = field(default_factory=list)
+    """Sentences for the status."""
     report: dict[str, Any] = field(default_factory=dict)
+    """Counts for the report, as JSON."""
 
 
-def facts_of(prepared: Prepared) -> Facts:
-    """Facts of tokenised data."""
-    reports = {name: vars(report) for name, report in prepared.reports.items()}
-    return Facts(prepared.rows["train"], prepared.format, prepared.notes, {"tokens": reports, "rows": prepared.rows})
+@dataclass(frozen=True)
+class HeldOutMetric:
+    """A metric that is measured on the test set after training."""
+
+    logged_as: str
+    """Name in the Trainer's log, without the prefix `test_` or `eval_`."""
+    status_name: str
+    """Name in `status.output.evaluation`."""
+    label: str
+    """Name in sentences."""
+
+
+TEST_LOSS = HeldOutMetric("loss", "testLoss", "loss")
+TEST_TOKEN_ACCURACY = HeldOutMetric("mean_token_accuracy", "testTokenAccuracy", "token accuracy")
+TEST_PREFERENCE_ACCURACY = HeldOutMetric("rewards/accuracies", "testPreferenceAccuracy", "preference accuracy")
+
+
+class Objective(ABC, Generic[SplitsT, ArgumentsT]):
+    """One value of `trainer.type`. Objects have no state of their own."""
+
+    type: ClassVar[TrainerType]
+    trainer_class: ClassVar[type[Any]]
+    """The Trainer: a class of TRL with our mixins before it."""
+    model_kind: ClassVar[str] = "causal"
+    """Which head the model gets: `causal` (next token) or `reward` (one score)."""
+    held_out_metrics: ClassVar[tuple[HeldOutMetric, ...]] = (TEST_LOSS,)
+
+    @property
+    def facts(self) -> ObjectiveFacts:
+        """The data formats, options and default learning rate, from the table that the API shares."""
+        return OBJECTIVES[self.type]
+
+    @abstractmethod
+    def load_data(self, context: TrainingContext) -> tuple[SplitsT, DataFacts]:
+        """Read, check and tokenise the data. Errors: ConfigError, DataError."""
+
+    @abstractmethod
+    def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> ArgumentsT:
+        """TRL's configuration. `evaluates`: there is validation data. Errors: ConfigError."""
+
+    def trainer_attributes(self, data: SplitsT) -> dict[str, Any]:
+        """Attributes that are set on the Trainer's class before it is instantiated."""
+        return {}
+
+    def trainer_options(self, context: TrainingContext) -> dict[str, Any]:
+        """Further keyword arguments of the Trainer."""
+        return {}
+
+    def build_trainer(self, context: TrainingContext, args: ArgumentsT, model: Any, data: SplitsT) -> Any:
+        """The Trainer, connected to the strategy."""
+        trainer_class = connected(self.trainer_class, context.plan, **self.trainer_attributes(data))
+        return trainer_class(
+            model=model, args=args, train_dataset=data.train, eval_dataset=data.validation, processing_class=context.tokenizer,
+            callbacks=list(context.callbacks), **self.trainer_options(context),
+        )  # fmt: skip
+
+    def verify_trainer(self, trainer: Any) -> None:
+        """Check, when training begins, that the Trainer does what was asked. Errors: InternalError."""

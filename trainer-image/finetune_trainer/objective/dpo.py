@@ -1,55 +1,62 @@
-"""Direct preference optimisation: the better answer of a pair becomes likelier than the worse one, relative to a reference."""
+"""Direct preference optimisation: raise the better answer's likelihood over the worse one's, relative to a reference model."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from finetune_api.spec.enums import DpoLoss
+from finetune_api.spec.enums import DpoLoss, TrainerType
 from finetune_api.spec.trainer import Dpo as DpoSpec
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
 from finetune_trainer.arguments import common
-from finetune_trainer.distributed import connected
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.library_internals import OwnDatasetPreparation
 from finetune_trainer.objective import answers
-from finetune_trainer.objective.base import Facts, Setting
-from finetune_trainer.objective.reference import Referenced, named_reference
+from finetune_trainer.objective.base import (
+    TEST_LOSS,
+    TEST_PREFERENCE_ACCURACY,
+    TEST_TOKEN_ACCURACY,
+    DataFacts,
+    Objective,
+    TrainingContext,
+)
+from finetune_trainer.objective.reference_model import ReferenceModelMixin, load_reference_model
 
-MODEL_KIND = "causal"
 LOSSES = {
     DpoLoss.SIGMOID: "sigmoid", DpoLoss.HINGE: "hinge", DpoLoss.IPO: "ipo", DpoLoss.EXO_PAIR: "exo_pair", DpoLoss.NCA_PAIR: "nca_pair",
     DpoLoss.ROBUST: "robust", DpoLoss.BCO_PAIR: "bco_pair", DpoLoss.APO_ZERO: "apo_zero", DpoLoss.APO_DOWN: "apo_down", DpoLoss.SFT: "sft",
 }  # fmt: skip
+"""TRL's names of the losses."""
 
 
-class Dpo(GuardedTrainer, Referenced, OwnDatasetPreparation, DPOTrainer):
-    """TRL's trainer on pairs that the data room has tokenised."""
+class DpoTrainer(GuardedTrainer, ReferenceModelMixin, OwnDatasetPreparation, DPOTrainer):
+    """TRL's trainer on pairs that are tokenised already."""
 
 
-def data(setting: Setting) -> tuple[answers.Parts, Facts]:
-    """Pairs."""
-    return answers.pairs(setting)
+class DpoObjective(Objective[answers.Splits, DPOConfig]):
+    """`trainer.type: dpo`."""
+
+    type = TrainerType.DPO
+    trainer_class = DpoTrainer
+    held_out_metrics = (TEST_LOSS, TEST_TOKEN_ACCURACY, TEST_PREFERENCE_ACCURACY)
+
+    def load_data(self, context: TrainingContext) -> tuple[answers.Splits, DataFacts]:
+        return answers.load_pairs(context)
+
+    def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> DPOConfig:
+        spec = context.run.spec.trainer.dpo or DpoSpec()
+        losses = spec.loss_types or [DpoLoss.SIGMOID]
+        return DPOConfig(
+            **common(context.run, context.inputs, context.hardware, context.plan, evaluates=evaluates),
+            beta=0.1 if spec.beta is None else spec.beta,
+            loss_type=[LOSSES[loss] for loss in losses],
+            label_smoothing=spec.label_smoothing or 0.0,
+            max_length=None,
+        )
+
+    def trainer_options(self, context: TrainingContext) -> dict[str, Any]:
+        return {"ref_model": load_reference_model(context)}
 
 
-def arguments(setting: Setting, *, evaluates: bool) -> DPOConfig:
-    """TRL's configuration."""
-    spec = setting.run.spec.trainer.dpo or DpoSpec()
-    losses = spec.loss_types or [DpoLoss.SIGMOID]
-    return DPOConfig(
-        **common(setting.run, setting.inputs, setting.hardware, setting.plan, evaluates=evaluates),
-        beta=0.1 if spec.beta is None else spec.beta,
-        loss_type=[LOSSES[loss] for loss in losses],
-        label_smoothing=spec.label_smoothing or 0.0,
-        max_length=None,
-    )
-
-
-def build(setting: Setting, args: DPOConfig, model: Any, parts: answers.Parts) -> Dpo:
-    """The trainer, ready to run."""
-    trainer: Dpo = connected(Dpo, setting.plan)(
-        model=model, ref_model=named_reference(setting), args=args, train_dataset=parts.train, eval_dataset=parts.validation,
-        processing_class=setting.tokenizer, callbacks=list(setting.callbacks),
-    )  # fmt: skip
-    return trainer
+OBJECTIVE = DpoObjective()

@@ -1,4 +1,4 @@
-"""GRPO: the model answers every prompt several times, and what the rewards prefer becomes likelier."""
+"""GRPO: the model answers every prompt several times, and the answers with higher rewards become likelier."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from datasets import Dataset
 from finetune_api.errors import ConfigError, DataError
 from finetune_api.rules import has_test_set
-from finetune_api.spec.enums import GrpoLoss, Overflow
+from finetune_api.spec.enums import GrpoLoss, Overflow, TrainerType
 from finetune_api.spec.trainer import Grpo as GrpoSpec
 from trl.trainer import grpo_trainer
 from trl.trainer.grpo_config import GRPOConfig
@@ -19,168 +19,185 @@ from trl.trainer.grpo_trainer import GRPOTrainer
 
 from finetune_trainer.arguments import common
 from finetune_trainer.data.load import Rows, load
-from finetune_trainer.data.prepare import max_length, style_of, use_template
+from finetune_trainer.data.prepare import Splits, max_sequence_length, render_options, use_chat_template
 from finetune_trainer.data.rows import Conversation, Prompt, Turn
-from finetune_trainer.data.template import Style, render
-from finetune_trainer.distributed import connected
+from finetune_trainer.data.template import RenderOptions, render
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.library_internals import GenerationUnderAutocast
 from finetune_trainer.objective import answers
-from finetune_trainer.objective.base import Facts, Setting
-from finetune_trainer.objective.reference import Referenced, named_reference
-from finetune_trainer.objective.rewards import GIVEN, RewardFunction, require_columns, rewards
+from finetune_trainer.objective.base import TEST_LOSS, DataFacts, HeldOutMetric, Objective, TrainingContext
+from finetune_trainer.objective.reference_model import ReferenceModelMixin, load_reference_model
+from finetune_trainer.objective.rewards import RESERVED_ARGUMENTS, RewardFunction, build_rewards, require_columns
 
-MODEL_KIND = "causal"
 LOSSES = {GrpoLoss.GRPO: "grpo", GrpoLoss.BNPO: "bnpo", GrpoLoss.DR_GRPO: "dr_grpo", GrpoLoss.DAPO: "dapo"}
+"""TRL's names of the losses."""
 
 
-class GrpoTrainer(GuardedTrainer, Referenced, GenerationUnderAutocast, GRPOTrainer):
+class GrpoTrainer(GuardedTrainer, ReferenceModelMixin, GenerationUnderAutocast, GRPOTrainer):
     """TRL's trainer."""
 
 
-def data(setting: Setting) -> tuple[answers.Parts, Facts]:
-    """Prompts with the columns that rewards read. Errors: ConfigError RewardColumnMissing; DataError RowTooLong, NoTrainableToken."""
-    template = use_template(setting.run, setting.inputs, setting.tokenizer)
-    loaded = load(setting.run, setting.inputs)
-    notes = list(loaded.summary.notes)
-    functions = reward_functions(setting)
-    made: dict[str, Dataset] = {}
-    for name, rows in loaded.parts():
-        style = replace(style_of(setting.run, setting.tokenizer, template, loaded.summary.format), markers=None)
-        prompts = _prompts(rows, style, setting.run.spec.dataset.use_chat_template is True)
-        require_columns(functions, [column for column in prompts[0] if column != "prompt"])
-        made[name] = _dataset(_fitting(prompts, setting, notes, name))
-    facts = Facts(len(made["train"]), loaded.summary.format, notes, {"rows": loaded.summary.rows})
-    return answers.Parts(made["train"], made.get("validation"), made.get("test")), facts
+class GrpoObjective(Objective[Splits, GRPOConfig]):
+    """`trainer.type: grpo`."""
+
+    type = TrainerType.GRPO
+    trainer_class = GrpoTrainer
+    held_out_metrics = (TEST_LOSS, HeldOutMetric("reward", "testReward", "reward"))
+
+    def load_data(self, context: TrainingContext) -> tuple[Splits, DataFacts]:
+        """Prompts with the columns that rewards read.
+
+        Errors: ConfigError RewardColumnMissing; DataError RowTooLong, NoTrainableToken.
+        """
+        templated = use_chat_template(context.run, context.inputs, context.tokenizer)
+        loaded = load(context.run, context.inputs)
+        notes = list(loaded.summary.notes)
+        functions = reward_functions(context)
+        datasets: dict[str, Dataset] = {}
+        for name, rows in loaded.splits():
+            options = replace(
+                render_options(context.run, context.tokenizer, templated, loaded.summary.format), markers=None
+            )
+            prompts = _prompt_rows(rows, options, context.run.spec.dataset.use_chat_template is True)
+            require_columns(functions, [column for column in prompts[0] if column != "prompt"])
+            datasets[name] = _dataset(_drop_long_prompts(prompts, context, notes, name))
+        splits = Splits(datasets["train"], datasets.get("validation"), datasets.get("test"))
+        return splits, DataFacts(len(splits.train), loaded.summary.format, notes, {"rows": loaded.summary.rows})
+
+    def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> GRPOConfig:
+        """Errors: ConfigError CompletionTooLong, and the errors of the rewards."""
+        run, spec = context.run, context.run.spec.trainer.grpo or GrpoSpec()
+        fields = common(run, context.inputs, context.hardware, context.plan, evaluates=evaluates)
+        del fields["train_sampling_strategy"]
+        generations = spec.num_generations or 8
+        if fields["metric_for_best_model"] is not None:
+            fields |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}
+        if fields["eval_strategy"] != "no" or has_test_set(run.spec):
+            batch = fields["per_device_eval_batch_size"] * context.plan.world_size
+            fields["num_generations_eval"] = _generations_for_evaluation(batch, generations)
+        return GRPOConfig(
+            **fields,
+            num_generations=generations,
+            max_completion_length=_length_limits(context)[1],
+            temperature=1.0 if spec.temperature is None else spec.temperature,
+            top_p=1.0 if spec.top_p is None else spec.top_p,
+            beta=0.0 if spec.beta is None else spec.beta,
+            loss_type=LOSSES[spec.loss_type or GrpoLoss.DAPO],
+            reward_weights=[one.weight for one in reward_functions(context)],
+        )
+
+    def trainer_options(self, context: TrainingContext) -> dict[str, Any]:
+        return {"reward_funcs": list(reward_functions(context))}
+
+    def build_trainer(self, context: TrainingContext, args: GRPOConfig, model: Any, data: Splits) -> GrpoTrainer:
+        """The Trainer, with the same reference model as the other objectives."""
+        with _replaced_reference_loader(context):
+            trainer: GrpoTrainer = super().build_trainer(context, args, model, data)
+        return trainer
 
 
-def _prompts(rows: Rows, style: Style, text_as_turns: bool) -> list[dict[str, Any]]:
-    """Turns as messages where the tokenizer has a chat template, else as text that ends where the answer begins; text as it is.
-
-    Each has all columns that any row has, None where it has none itself.
-    """
-    taken = ("prompt", *GIVEN)
-    made = []
+def _prompt_rows(rows: Rows, options: RenderOptions, text_as_turns: bool) -> list[dict[str, Any]]:
+    """Column `prompt`, and the row's other columns for the rewards. Every row gets all columns; absent ones are None."""
+    reserved = ("prompt", *RESERVED_ARGUMENTS)
+    prompts = []
     for _, example in rows:
-        assert isinstance(example, Prompt), "the data room has checked the format"
-        columns = {name: value for name, value in example.columns.items() if name not in taken}
-        made.append({"prompt": _prompt(example.prompt, style, text_as_turns), **columns})
-    every = dict.fromkeys(name for row in made for name in row)
-    return [{**every, **row} for row in made]
+        assert isinstance(example, Prompt), "`load` has checked the format"
+        columns = {name: value for name, value in example.columns.items() if name not in reserved}
+        prompts.append({"prompt": _prompt(example.prompt, options, text_as_turns), **columns})
+    all_columns = dict.fromkeys(name for row in prompts for name in row)
+    return [{**all_columns, **row} for row in prompts]
 
 
-def _dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
-    """Rows that come out as they went in: Arrow would want one type a column, and give every message the keys of all others."""
-    return Dataset.from_dict({"row": [pickle.dumps(row) for row in rows]}).with_transform(_unpacked)
-
-
-def _unpacked(batch: dict[str, list[bytes]]) -> dict[str, list[Any]]:
-    rows = [pickle.loads(row) for row in batch["row"]]
-    return {name: [row[name] for row in rows] for name in rows[0]}
-
-
-def _prompt(prompt: tuple[Turn, ...] | str, style: Style, text_as_turns: bool) -> str | list[dict[str, Any]]:
+def _prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, text_as_turns: bool) -> str | list[dict[str, Any]]:
+    """Turns as messages if there is a chat template, else as text that ends where the answer begins. Text stays text."""
     if isinstance(prompt, str):
         if not text_as_turns:
             return prompt
         prompt = (Turn("user", prompt),)
-    if style.use_chat_template:
+    if options.use_chat_template:
         return [turn.message() for turn in prompt]
-    return render(Conversation((*prompt, Turn("assistant", ""))), style).text
+    return render(Conversation((*prompt, Turn("assistant", ""))), options).text
 
 
-def arguments(setting: Setting, *, evaluates: bool) -> GRPOConfig:
-    """TRL's configuration. Errors: ConfigError CompletionTooLong, and those of the rewards."""
-    run, spec = setting.run, setting.run.spec.trainer.grpo or GrpoSpec()
-    fields = common(run, setting.inputs, setting.hardware, setting.plan, evaluates=evaluates)
-    del fields["train_sampling_strategy"]
-    generations, ranks = spec.num_generations or 8, setting.plan.world_size
-    if fields["metric_for_best_model"] is not None:
-        fields |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}
-    evaluated = fields["eval_strategy"] != "no" or has_test_set(run.spec)
-    return GRPOConfig(
-        **fields,
-        num_generations=generations,
-        num_generations_eval=_eval_group(fields["per_device_eval_batch_size"], generations, ranks)
-        if evaluated
-        else None,
-        max_completion_length=_room(setting)[1],
-        temperature=1.0 if spec.temperature is None else spec.temperature,
-        top_p=1.0 if spec.top_p is None else spec.top_p,
-        beta=0.0 if spec.beta is None else spec.beta,
-        loss_type=LOSSES[spec.loss_type or GrpoLoss.DAPO],
-        reward_weights=[one.weight for one in reward_functions(setting)],
-    )
+def _dataset(rows: Sequence[dict[str, Any]]) -> Dataset:
+    """A data set that returns the rows unchanged.
+
+    Rows are pickled because Arrow requires one type per column and adds the keys of all messages to every message.
+    """
+    return Dataset.from_dict({"row": [pickle.dumps(row) for row in rows]}).with_transform(_unpickle)
 
 
-def build(setting: Setting, args: GRPOConfig, model: Any, parts: answers.Parts) -> GrpoTrainer:
-    """The trainer, ready to run."""
-    with _own_reference(setting):
-        trainer: GrpoTrainer = connected(GrpoTrainer, setting.plan)(
-            model=model, reward_funcs=list(reward_functions(setting)), args=args, train_dataset=parts.train, eval_dataset=parts.validation,
-            processing_class=setting.tokenizer, callbacks=list(setting.callbacks),
-        )  # fmt: skip
-    return trainer
+def _unpickle(batch: dict[str, list[bytes]]) -> dict[str, list[Any]]:
+    rows = [pickle.loads(row) for row in batch["row"]]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 @contextmanager
-def _own_reference(setting: Setting) -> Iterator[None]:
-    """The reference that every other objective has, where TRL would load one by itself.
+def _replaced_reference_loader(context: TrainingContext) -> Iterator[None]:
+    """Make TRL use `load_reference_model` while the trainer is built.
 
-    TRL (1.16) takes what lies on the disk: without rows for new tokens, and whole where the base is quantised. It can be given
-    none, so the function that loads it is another one while the trainer is built.
+    TRL (1.16) loads the reference from disk by itself: without the rows of new tokens, and unquantised where the base is
+    quantised. It has no argument for another reference, so the function that loads it is replaced.
     """
-    before = grpo_trainer.create_model_from_path
-    grpo_trainer.create_model_from_path = lambda *_, **__: named_reference(setting)
+    original = grpo_trainer.create_model_from_path
+    grpo_trainer.create_model_from_path = lambda *_, **__: load_reference_model(context)
     try:
         yield
     finally:
-        grpo_trainer.create_model_from_path = before
+        grpo_trainer.create_model_from_path = original
 
 
-def reward_functions(setting: Setting) -> list[RewardFunction]:
-    """Of this run. Errors: ConfigError RewardsMissing and those of `rewards`."""
-    specs = setting.run.spec.trainer.rewards
+def reward_functions(context: TrainingContext) -> list[RewardFunction]:
+    """The rewards of this run. Errors: ConfigError RewardsMissing, and the errors of `build_rewards`."""
+    specs = context.run.spec.trainer.rewards
     if not specs:
         raise ConfigError("RewardsMissing", "grpo maximises rewards, and none is given", hint="write trainer.rewards")
-    return rewards(specs, setting.inputs.config_maps)
+    return build_rewards(specs, context.inputs.config_maps)
 
 
-def _eval_group(batch: int, generations: int, ranks: int) -> int:
-    """Answers a prompt while evaluating: at most as many as in training, and whole groups in every batch."""
-    fitting = [size for size in range(2, generations + 1) if batch * ranks % size == 0]
+def _generations_for_evaluation(batch: int, generations: int) -> int:
+    """Answers per prompt in evaluations: the most, up to `generations`, that divide the batch of all ranks."""
+    fitting = [size for size in range(2, generations + 1) if batch % size == 0]
     assert fitting, "the API's rules refuse a batch without a whole group"
     return fitting[-1]
 
 
-def _room(setting: Setting) -> tuple[int, int]:
-    """Tokens for the prompt, and for the answer."""
-    whole = max_length(setting.run, setting.tokenizer, setting.limit)
-    answer = answers.answer_length(setting, whole)
-    assert answer is not None, "the resolver fills trainer.maxCompletionLength for grpo"
-    return whole - answer, answer
+def _length_limits(context: TrainingContext) -> tuple[int, int]:
+    """Tokens for the prompt and tokens for the answer."""
+    sequence = max_sequence_length(context.run, context.tokenizer, context.max_positions)
+    answer = answers.max_answer_length(context, sequence)
+    assert answer is not None, "the API's defaults fill in trainer.maxCompletionLength for grpo"
+    return sequence - answer, answer
 
 
-def _fitting(side: list[dict[str, Any]], setting: Setting, notes: list[str], part: str) -> list[dict[str, Any]]:
-    """Prompts that leave room for an answer. A prompt cannot be cut without changing the question, so longer ones are left out."""
-    room, answer = _room(setting)
-    fits = [row for row in side if _tokens(row["prompt"], setting.tokenizer) <= room]
-    if len(fits) == len(side):
-        return side
-    limits = f"dataset.maxSequenceLength {room + answer} less {answer} for the answer"
-    told = f"{part}: {len(side) - len(fits)} of {len(side)} prompts have more than {room} tokens ({limits})"
-    if setting.run.spec.dataset.overflow is Overflow.FAIL:
-        raise DataError("RowTooLong", told, hint="raise maxSequenceLength, or set dataset.overflow to drop")
-    if not fits:
+def _drop_long_prompts(
+    prompts: list[dict[str, Any]], context: TrainingContext, notes: list[str], split: str
+) -> list[dict[str, Any]]:
+    """The prompts that leave enough tokens for an answer. Longer ones are dropped: cutting a prompt changes its question.
+
+    Errors: DataError RowTooLong, NoTrainableToken.
+    """
+    limit, answer = _length_limits(context)
+    fitting = [row for row in prompts if _count_tokens(row["prompt"], context.tokenizer) <= limit]
+    if len(fitting) == len(prompts):
+        return prompts
+    limits = f"dataset.maxSequenceLength {limit + answer} less {answer} for the answer"
+    found = f"{split}: {len(prompts) - len(fitting)} of {len(prompts)} prompts have more than {limit} tokens ({limits})"
+    if context.run.spec.dataset.overflow is Overflow.FAIL:
+        raise DataError("RowTooLong", found, hint="raise maxSequenceLength, or set dataset.overflow to drop")
+    if not fitting:
         raise DataError(
-            "NoTrainableToken", f"{told}: no row is left", hint="raise maxSequenceLength, or shorten the prompts"
+            "NoTrainableToken", f"{found}: no row is left", hint="raise maxSequenceLength, or shorten the prompts"
         )
-    notes.append(f"{told} and were left out")
-    return fits
+    notes.append(f"{found} and were left out")
+    return fitting
 
 
-def _tokens(prompt: Any, tokenizer: Any) -> int:
+def _count_tokens(prompt: Any, tokenizer: Any) -> int:
     if isinstance(prompt, str):
         return len(tokenizer(prompt)["input_ids"])
     text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+OBJECTIVE = GrpoObjective()

@@ -1,48 +1,41 @@
-"""The test set: held out until training is over, looked at once, with the model that is published."""
+"""The metrics of the test set: measured once, after training, with the model that is published."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-METRICS = {
-    "loss": "testLoss",
-    "mean_token_accuracy": "testTokenAccuracy",
-    "answer_accuracy": "testAnswerAccuracy",
-    "rewards/accuracies": "testPreferenceAccuracy",
-    "accuracy": "testPreferenceAccuracy",
-    "reward": "testReward",
-}
-"""Measures by the Trainers' names, and what the status calls them (`output.evaluation`)."""
+from finetune_trainer.objective.base import HeldOutMetric
+
+ROWS = "testRows"
 
 
-def measure(trainer: Any, test: Any) -> dict[str, float]:
-    """Loss and accuracies on the test rows, in nats per token and fractions; empty without a test set.
+def measure(trainer: Any, test: Any, metrics: Sequence[HeldOutMetric]) -> dict[str, float]:
+    """The metrics on the test rows, by their status names, with the number of rows. Empty without a test set.
 
-    All ranks take part. Values that are no finite numbers are left out.
+    The loss is in nats per token, accuracies are fractions. All ranks must call it. Values that are not finite are left out.
     """
     if test is None:
         return {}
     from transformers import EarlyStoppingCallback
 
-    trainer.remove_callback(EarlyStoppingCallback)  # it would look for a validation loss in vain
+    trainer.remove_callback(EarlyStoppingCallback)  # it requires a validation loss, which this evaluation does not have
     before = len(trainer.state.log_history)
     trainer.evaluate(eval_dataset=test, metric_key_prefix="test")
     logged = {key: value for line in trainer.state.log_history[before:] for key, value in line.items()}
-    found: dict[str, float] = {"testRows": len(test)}
-    for name, shown in METRICS.items():
-        # TRL's own measures are logged as "eval_", whatever set is looked at.
-        value = logged.get(f"test_{name}", logged.get(f"eval_{name}"))
+    measured: dict[str, float] = {ROWS: len(test)}
+    for metric in metrics:
+        # TRL logs its own metrics with the prefix "eval_" for every data set.
+        value = logged.get(f"test_{metric.logged_as}", logged.get(f"eval_{metric.logged_as}"))
         if isinstance(value, int | float) and math.isfinite(value):
-            found[shown] = round(float(value), 6)
-    return found
+            measured[metric.status_name] = round(float(value), 6)
+    return measured
 
 
-def sentence(found: dict[str, float]) -> str:
-    """For the status: `test: 12 rows, loss 1.2340, token accuracy 0.5000`."""
-    words = {
-        "testLoss": "loss", "testTokenAccuracy": "token accuracy", "testAnswerAccuracy": "answer accuracy",
-        "testPreferenceAccuracy": "preference accuracy", "testReward": "reward",
-    }  # fmt: skip
-    measured = [f"{word} {found[name]:.4f}" for name, word in words.items() if name in found]
-    return ", ".join([f"test: {found['testRows']:g} rows", *measured])
+def summarise(measured: dict[str, float], metrics: Sequence[HeldOutMetric]) -> str:
+    """One sentence for the status: `test: 12 rows, loss 1.2340, token accuracy 0.5000`."""
+    values = [
+        f"{metric.label} {measured[metric.status_name]:.4f}" for metric in metrics if metric.status_name in measured
+    ]
+    return ", ".join([f"test: {measured[ROWS]:g} rows", *values])

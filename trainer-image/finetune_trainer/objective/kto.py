@@ -1,4 +1,4 @@
-"""KTO: single answers, each judged good or bad, move the model without pairs."""
+"""KTO: learn from single answers, each labelled good or bad, instead of pairs."""
 
 from __future__ import annotations
 
@@ -6,69 +6,69 @@ from typing import Any
 
 from datasets import Dataset
 from finetune_api.errors import DataError
+from finetune_api.spec.enums import TrainerType
 from finetune_api.spec.trainer import Dpo as DpoSpec
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
 from finetune_trainer.arguments import common
-from finetune_trainer.distributed import connected
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.library_internals import OwnDatasetPreparation
 from finetune_trainer.objective import answers
-from finetune_trainer.objective.base import Facts, Setting
-from finetune_trainer.objective.reference import Referenced, named_reference
-
-MODEL_KIND = "causal"
+from finetune_trainer.objective.base import DataFacts, Objective, TrainingContext
+from finetune_trainer.objective.reference_model import ReferenceModelMixin, load_reference_model
 
 
-class Kto(GuardedTrainer, Referenced, OwnDatasetPreparation, KTOTrainer):
-    """TRL's trainer on judged answers that the data room has tokenised.
+class KtoTrainer(GuardedTrainer, ReferenceModelMixin, OwnDatasetPreparation, KTOTrainer):
+    """TRL's trainer on labelled answers that are tokenised already.
 
-    How far the model has moved is estimated from prompts with the answers of their neighbours in the batch, so rows must keep
-    their order through training; they are shuffled once, before.
+    KTO estimates the KL divergence from mismatched pairs: each prompt with the answer of the row before it in the batch. The
+    mismatched pairs are made once, so the rows must keep their order during training; they are shuffled once, before that.
     """
 
     def prepare_rows(self, rows: Dataset, args: KTOConfig, part: str) -> Dataset:
-        """Add each row's neighbour."""
+        """Add the mismatched answers, within batches of the size that the split is read in."""
         size = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
-        return rows.map(_neighbours, batched=True, batch_size=size)
+        return rows.map(_add_mismatched_answers, batched=True, batch_size=size)
 
 
-def _neighbours(rows: dict[str, Any]) -> dict[str, Any]:
-    """Each prompt with the answer of the row before it in the batch."""
-    found = rows["completion_ids"]
-    return {"KL_completion_ids": [found[-1], *found[:-1]]}
+def _add_mismatched_answers(rows: dict[str, Any]) -> dict[str, Any]:
+    """For each prompt of a batch, the answer of the row before it; for the first one, the answer of the last row."""
+    completions = rows["completion_ids"]
+    return {"KL_completion_ids": [completions[-1], *completions[:-1]]}
 
 
-def data(setting: Setting) -> tuple[answers.Parts, Facts]:
-    """Judged answers, shuffled. Errors: DataError OneSidedJudgement and those of `answers.judged`."""
-    parts, facts = answers.judged(setting)
-    wanted = sum(parts.train["label"])
-    if wanted in (0, len(parts.train)):
-        raise DataError(
-            "OneSidedJudgement", f"all {len(parts.train)} answers are judged {'good' if wanted else 'bad'}: there is nothing to tell apart",
-            hint="give rows of both labels, or use trainer.type sft for good answers alone",
-        )  # fmt: skip
-    facts.notes.append(f"train: {wanted} answers judged good, {len(parts.train) - wanted} bad")
-    parts.train = parts.train.shuffle(seed=setting.run.spec.training.seed or 0)
-    return parts, facts
+class KtoObjective(Objective[answers.Splits, KTOConfig]):
+    """`trainer.type: kto`."""
+
+    type = TrainerType.KTO
+    trainer_class = KtoTrainer
+
+    def load_data(self, context: TrainingContext) -> tuple[answers.Splits, DataFacts]:
+        """Labelled answers, shuffled. Errors: DataError OneSidedJudgement, and the errors of `load_labelled_answers`."""
+        splits, facts = answers.load_labelled_answers(context)
+        good = sum(splits.train["label"])
+        bad = len(splits.train) - good
+        if not good or not bad:
+            raise DataError(
+                "OneSidedJudgement", f"all {len(splits.train)} answers are labelled {'good' if good else 'bad'}, and kto learns from the contrast",
+                hint="give rows with both labels, or use trainer.type sft to learn from good answers alone",
+            )  # fmt: skip
+        facts.notes.append(f"train: {good} answers are labelled good, {bad} bad")
+        splits.train = splits.train.shuffle(seed=context.run.spec.training.seed or 0)
+        return splits, facts
+
+    def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> KTOConfig:
+        spec = context.run.spec.trainer.dpo or DpoSpec()
+        fields = common(context.run, context.inputs, context.hardware, context.plan, evaluates=evaluates)
+        return KTOConfig(
+            **{**fields, "train_sampling_strategy": "sequential"},
+            beta=0.1 if spec.beta is None else spec.beta,
+            max_length=None,
+        )
+
+    def trainer_options(self, context: TrainingContext) -> dict[str, Any]:
+        return {"ref_model": load_reference_model(context)}
 
 
-def arguments(setting: Setting, *, evaluates: bool) -> KTOConfig:
-    """TRL's configuration."""
-    spec = setting.run.spec.trainer.dpo or DpoSpec()
-    fields = common(setting.run, setting.inputs, setting.hardware, setting.plan, evaluates=evaluates)
-    return KTOConfig(
-        **{**fields, "train_sampling_strategy": "sequential"},
-        beta=0.1 if spec.beta is None else spec.beta,
-        max_length=None,
-    )
-
-
-def build(setting: Setting, args: KTOConfig, model: Any, parts: answers.Parts) -> Kto:
-    """The trainer, ready to run."""
-    trainer: Kto = connected(Kto, setting.plan)(
-        model=model, ref_model=named_reference(setting), args=args, train_dataset=parts.train, eval_dataset=parts.validation,
-        processing_class=setting.tokenizer, callbacks=list(setting.callbacks),
-    )  # fmt: skip
-    return trainer
+OBJECTIVE = KtoObjective()

@@ -1,0 +1,37 @@
+"""The data formats: one class each. A new format is a class in this package and an entry in `FORMATS`."""
+
+from __future__ import annotations
+
+from finetune_api.spec.enums import DatasetFormat
+
+from finetune_trainer.data.formats.base import Format, ReadOptions
+from finetune_trainer.data.formats.conversations import Messages, ShareGpt
+from finetune_trainer.data.formats.oasst import Oasst
+from finetune_trainer.data.formats.prompts import PairedPreference, PromptCompletion, PromptOnly, UnpairedPreference
+from finetune_trainer.data.formats.questions import Alpaca, Instruction, MultipleChoice, QuestionAnswer
+from finetune_trainer.data.formats.text import Custom, PlainText
+
+FORMATS: tuple[Format, ...] = (
+    Oasst(),
+    PairedPreference(),
+    ShareGpt(),
+    Messages(),
+    UnpairedPreference(),
+    MultipleChoice(),
+    PromptCompletion(),
+    Alpaca(),
+    Instruction(),
+    QuestionAnswer(),
+    PlainText(),
+    PromptOnly(),
+    Custom(),
+)
+"""In the order of detection: a row has the first format that matches it, so formats with specific columns come first."""
+
+
+def format_named(name: DatasetFormat) -> Format:
+    """The format with this value of `dataset.format`."""
+    return next(one for one in FORMATS if one.name is name)
+
+
+__all__ = ["FORMATS", "Format", "ReadOptions", "format_named"]

@@ -1,0 +1,68 @@
+"""The interface of a data format: how it is detected, which columns it needs, and how it turns a row into an example."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from finetune_api.spec.dataset import Columns
+from finetune_api.spec.enums import DatasetFormat
+
+from finetune_trainer.data.columns import ColumnRole, find_column
+from finetune_trainer.data.rows import Example, RawRow, RowError
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """The options of `spec.dataset` that decide how a row is read."""
+
+    columns: Columns = field(default_factory=Columns)
+    system_prompt: str | None = None
+    template: str | None = None
+    include_options: bool = True
+    needs_answer: bool = True
+    """Whether a conversation without an answer is a bad row. False if all tokens are trained on, not only answers."""
+
+
+class Format(ABC):
+    """One value of `dataset.format`. Objects have no state."""
+
+    name: ClassVar[DatasetFormat]
+    required: ClassVar[tuple[ColumnRole, ...]] = ()
+    """Columns that every row must have."""
+
+    def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
+        """Whether the row looks like this format, for detection. By default: it has all required columns."""
+        return all(find_column(role, row.keys(), columns) is not None for role in self.required)
+
+    def required_columns(self, sample: Sequence[RawRow], columns: Columns) -> tuple[ColumnRole, ...]:
+        """Columns that these rows must have."""
+        return self.required
+
+    @abstractmethod
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> Example:
+        """The example of one row. Errors: RowError."""
+
+    def read_all(self, rows: Iterable[RawRow], options: ReadOptions) -> Iterator[tuple[RawRow, Example | RowError]]:
+        """Every row with its example or its error. Formats whose examples span several rows override this."""
+        for row in rows:
+            yield row, attempt(self.read, row.value, options)
+
+
+def attempt(read: Callable[[Value, ReadOptions], Example], value: Value, options: ReadOptions) -> Example | RowError:
+    """The example, or the RowError that reading it raised."""
+    try:
+        return read(value, options)
+    except RowError as error:
+        return error
+
+
+def require_text(text: str, what: str) -> str:
+    """The text, unless it is blank. Errors: RowError RowEmpty."""
+    if not text.strip():
+        raise RowError("RowEmpty", f"the {what} is empty", "give it a text, or remove the row")
+    return text

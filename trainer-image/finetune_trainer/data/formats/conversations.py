@@ -1,0 +1,64 @@
+"""Formats whose rows hold an array of messages: `messages` and `sharegpt`."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from finetune_api.spec.dataset import Columns
+from finetune_api.spec.enums import DatasetFormat
+
+from finetune_trainer.data.columns import SYSTEM, ColumnRole, column_value, find_column, optional_text, required_value
+from finetune_trainer.data.formats.base import Format, ReadOptions
+from finetune_trainer.data.formats.questions import read_question_and_answer
+from finetune_trainer.data.formats.turns import parse_conversation, parse_json_column
+from finetune_trainer.data.rows import Conversation, RawRow, RowError
+
+MESSAGES = ColumnRole("messages", ("messages", "conversations", "conversation"))
+QUESTION = ColumnRole("question", ("question", "prompt"))
+ANSWER = ColumnRole("answer", ("answer", "response"))
+
+
+class Messages(Format):
+    """Messages with `role` and `content`, as chat APIs write them; or a question and an answer in named columns."""
+
+    name = DatasetFormat.MESSAGES
+    required = (MESSAGES,)
+
+    def required_columns(self, sample: Sequence[RawRow], columns: Columns) -> tuple[ColumnRole, ...]:
+        has_pairs = all(_has_pair_instead(row.value.keys(), columns) for row in sample)
+        return (QUESTION, ANSWER) if has_pairs else self.required
+
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
+        if _has_pair_instead(row.keys(), options.columns):
+            return read_question_and_answer(row, options, QUESTION, ANSWER)
+        messages = required_value(MESSAGES, row, options.columns)
+        if isinstance(messages, str):
+            messages = parse_json_column(messages)
+        conversation = parse_conversation(messages, options, system=optional_text(SYSTEM, row, options.columns))
+        tools = row.get("tools")
+        tools = parse_json_column(tools) if isinstance(tools, str) and tools.strip() else tools
+        if tools is not None and not isinstance(tools, list):
+            raise RowError("DatasetRowInvalid", "`tools` is not an array", "write an array of function descriptions")
+        return replace(conversation, tools=tuple(tools or ()))
+
+
+class ShareGpt(Messages):
+    """Messages with `from` and `value`."""
+
+    name = DatasetFormat.SHAREGPT
+
+    def required_columns(self, sample: Sequence[RawRow], columns: Columns) -> tuple[ColumnRole, ...]:
+        return self.required
+
+    def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
+        messages = column_value(MESSAGES, row, columns)
+        first = messages[0] if isinstance(messages, list) and messages else None
+        return isinstance(first, dict) and ("from" in first or "value" in first)
+
+
+def _has_pair_instead(names: Collection[str], columns: Columns) -> bool:
+    """Whether `dataset.columns` names a question or answer column, and there is no column of messages."""
+    is_named = columns.question is not None or columns.answer is not None
+    return is_named and find_column(MESSAGES, names, columns) is None

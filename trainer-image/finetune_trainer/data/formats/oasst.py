@@ -1,0 +1,119 @@
+"""Open Assistant trees (`oasst`): the best-ranked path from each root becomes one conversation.
+
+There are two layouts: flat rows (message_id, parent_id, role, text, rank) and nested trees (`prompt` with `replies`). Rank 0 is the
+best. Messages without a rank come after ranked ones, in the order of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from finetune_api.spec.dataset import Columns
+from finetune_api.spec.enums import DatasetFormat
+
+from finetune_trainer.data.formats.base import Format, ReadOptions, attempt
+from finetune_trainer.data.formats.turns import parse_conversation
+from finetune_trainer.data.rows import Conversation, Example, RawRow, RowError
+
+_HINT = "write message_id, parent_id, role and text, or a tree: prompt {text, role, replies [...]}"
+MessagePath = list[Mapping[str, Any]]
+
+
+class Oasst(Format):
+    """Trees of messages. One conversation is made of several rows, so `read` gets the path instead of a row."""
+
+    name = DatasetFormat.OASST
+
+    def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
+        prompt = row.get("prompt")
+        return ("message_id" in row and "parent_id" in row) or (isinstance(prompt, dict) and "replies" in prompt)
+
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
+        """The conversation of one nested tree."""
+        return parse_conversation(list(_nested_path(row["prompt"])), options)
+
+    def read_all(self, rows: Iterable[RawRow], options: ReadOptions) -> Iterator[tuple[RawRow, Example | RowError]]:
+        for row, path in best_paths(rows):
+            yield row, path if isinstance(path, RowError) else attempt(parse_conversation, path, options)
+
+
+def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | RowError]]:
+    """The messages of each tree's best path, with the row of its root. A message without a root is a bad row."""
+    flat: dict[str, RawRow] = {}
+    for row in rows:
+        value = row.value
+        if isinstance(value.get("prompt"), Mapping):
+            yield row, list(_nested_path(value["prompt"]))
+        elif "message_id" not in value or "text" not in value or "role" not in value:
+            present = ", ".join(value) or "no columns"
+            yield row, RowError("ColumnMissing", f"the row is neither a tree nor a message; it has {present}", _HINT)
+        elif (first := flat.setdefault(str(value["message_id"]), row)) is not row:
+            message = f"message_id {value['message_id']!r} is also the id of {first.location}"
+            yield row, RowError("MessageIdTwice", message, "give each message its own id, or remove one of the two")
+    yield from _flat_paths(flat)
+
+
+def _flat_paths(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple[RawRow, MessagePath | RowError]]:
+    """First the messages without a root, as errors; then the best path from each root."""
+    replies: dict[str, list[RawRow]] = {}
+    for row in rows_by_id.values():
+        replies.setdefault(_parent_id(row), []).append(row)
+    roots = replies.pop("", [])
+    seen = {id(row) for root in roots for row in _subtree(root, replies)}
+    for parent in [one for one in replies if one not in rows_by_id]:
+        error = RowError(
+            "ParentMissing",
+            f"no row has the parent_id {parent!r} as its message_id",
+            "add the parent, or remove the reply",
+        )
+        for reply in replies[parent]:
+            yield reply, error
+            for row in _subtree(reply, replies):
+                seen.add(id(row))
+                if row is not reply:
+                    message = f"it is below {reply.location}, whose parent_id {parent!r} is the message_id of no row"
+                    yield row, RowError("ParentMissing", message, "add that parent, or remove all replies below it")
+    for row in rows_by_id.values():
+        if id(row) not in seen:
+            message = f"the parents from parent_id {_parent_id(row)!r} on form a cycle"
+            yield row, RowError("ParentsInCircle", message, "leave parent_id of each tree's first message empty")
+    for root in roots:
+        yield root, list(_flat_path(root, replies))
+
+
+def _parent_id(row: RawRow) -> str:
+    """Id of the message that the row replies to; empty for a root."""
+    parent = row.value.get("parent_id")
+    return "" if parent is None else str(parent)
+
+
+def _subtree(root: RawRow, replies: Mapping[str, list[RawRow]]) -> Iterator[RawRow]:
+    """The message and all messages below it. It ends because ids are unique and no message below a root is its parent."""
+    pending = [root]
+    while pending:
+        row = pending.pop()
+        yield row
+        pending += reversed(replies.get(str(row.value["message_id"]), []))
+
+
+def _flat_path(root: RawRow, replies: Mapping[str, list[RawRow]]) -> Iterator[Mapping[str, Any]]:
+    row: RawRow | None = root
+    while row is not None:
+        yield row.value
+        candidates = replies.get(str(row.value["message_id"]), [])
+        row = min(candidates, key=lambda reply: _rank(reply.value)) if candidates else None
+
+
+def _nested_path(node: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    while True:
+        yield node
+        replies = [reply for reply in node.get("replies") or () if isinstance(reply, Mapping)]
+        if not replies:
+            return
+        node = min(replies, key=_rank)
+
+
+def _rank(message: Mapping[str, Any]) -> tuple[int, float]:
+    rank = message.get("rank")
+    return (0, float(rank)) if isinstance(rank, int | float) else (1, 0.0)

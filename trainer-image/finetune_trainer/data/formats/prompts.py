@@ -1,0 +1,276 @@
+"""Formats with a prompt and answers to it: `promptCompletion`, `preference`, `unpairedPreference` and `promptOnly`.
+
+Prompt and answers may be text or messages. An answer may also be the whole conversation: then the prompt at its beginning is
+removed from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from finetune_api.spec.dataset import Columns
+from finetune_api.spec.enums import DatasetFormat
+
+from finetune_trainer.data.columns import (
+    PROMPT,
+    SYSTEM,
+    ColumnRole,
+    column_value,
+    find_column,
+    optional_text,
+    required_value,
+)
+from finetune_trainer.data.formats.base import Format, ReadOptions
+from finetune_trainer.data.formats.turns import is_trainable, make_conversation, parse_turns, with_system_prompt
+from finetune_trainer.data.rows import Completion, Conversation, LabelledAnswer, Preference, Prompt, RowError, Turn
+
+TurnsOrText = tuple[Turn, ...] | str
+CHOSEN = ColumnRole("chosen", ("chosen",))
+REJECTED = ColumnRole("rejected", ("rejected",))
+LABEL = ColumnRole("label", ("label",))
+
+
+class PromptCompletion(Format):
+    """A prompt and its completion."""
+
+    name = DatasetFormat.PROMPT_COMPLETION
+    question = ColumnRole("question", ("prompt", "instruction", "question"))
+    answer = ColumnRole("answer", ("completion", "response", "output", "answer"))
+    required = (question, answer)
+
+    def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
+        return columns.question is None and columns.answer is None and row.keys() >= {"prompt", "completion"}
+
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation | Completion:
+        prompt = _turns_or_text(required_value(self.question, row, options.columns), "prompt")
+        completion = _turns_or_text(required_value(self.answer, row, options.columns), "completion")
+        system = optional_text(SYSTEM, row, options.columns)
+        if isinstance(prompt, str) and isinstance(completion, str):
+            if not completion.strip():
+                raise RowError("NoTrainableToken", "the completion is empty", "give it a text, or remove the row")
+            return Completion(_with_leading_system_prompt(prompt, options, system), completion)
+        question, answer = _remove_prompt_from_answers(
+            () if _is_implicit(prompt, completion) else _as_turns(prompt, "user"),
+            completion=_as_turns(completion, "assistant"),
+            ignores_system_prompts=_replaces_system_prompts(options, system),
+            allows_further_question=not isinstance(prompt, str),
+        )
+        untrained = tuple(replace(turn, weight=0) for turn in question)
+        return make_conversation((*untrained, *answer), options, system=system)
+
+
+class PairedPreference(Format):
+    """A better and a worse answer to one prompt. Without a prompt column, the shared beginning of the answers is the prompt."""
+
+    name = DatasetFormat.PREFERENCE
+    required = (CHOSEN, REJECTED)
+
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> Preference:
+        chosen = _turns_or_text(required_value(CHOSEN, row, options.columns), "chosen")
+        rejected = _turns_or_text(required_value(REJECTED, row, options.columns), "rejected")
+        given = column_value(PROMPT, row, options.columns)
+        prompt = _turns_or_text(given, "prompt") if given is not None else None
+        is_implicit = prompt is None or _is_implicit(prompt, chosen, rejected)
+        if is_implicit:
+            prompt, chosen, rejected = _split_shared_beginning(chosen, rejected)
+        system = optional_text(SYSTEM, row, options.columns)
+        prompt, chosen, rejected = _same_kind(
+            prompt, options, system, is_separate=is_implicit, chosen=chosen, rejected=rejected
+        )
+        if chosen == rejected:
+            raise RowError(
+                "DatasetRowInvalid", "chosen and rejected are equal", "give two different answers, or remove the row"
+            )
+        for name, answer in (("chosen", chosen), ("rejected", rejected)):
+            if not (answer.strip() if isinstance(answer, str) else any(is_trainable(turn) for turn in answer)):
+                raise RowError("NoTrainableToken", f"the {name} answer is empty", "give it a text, or remove the row")
+        return Preference(prompt, chosen, rejected)
+
+
+class UnpairedPreference(Format):
+    """One answer to a prompt, labelled good (true) or bad (false)."""
+
+    name = DatasetFormat.UNPAIRED_PREFERENCE
+    answer = ColumnRole("answer", ("completion", "response", "answer"))
+    required = (PROMPT, answer, LABEL)
+
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> LabelledAnswer:
+        prompt = _turns_or_text(required_value(PROMPT, row, options.columns), "prompt")
+        completion = _turns_or_text(required_value(self.answer, row, options.columns), "completion")
+        value = required_value(LABEL, row, options.columns)
+        label = {"true": True, "false": False, "1": True, "0": False}.get(str(value).strip().lower())
+        if label is None:
+            raise RowError("DatasetRowInvalid", f"label is {value!r}", "write true or false")
+        system = optional_text(SYSTEM, row, options.columns)
+        is_implicit = _is_implicit(prompt, completion)
+        if is_implicit and not isinstance(completion, str):
+            prompt, completion = _split_at_first_answer(completion)
+        prompt, completion = _same_kind(prompt, options, system, is_separate=is_implicit, completion=completion)
+        return LabelledAnswer(prompt, completion, label)
+
+
+class PromptOnly(Format):
+    """A prompt that the model itself answers. The other columns are for the rewards."""
+
+    name = DatasetFormat.PROMPT_ONLY
+    required = (PROMPT,)
+
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> Prompt:
+        prompt = _turns_or_text(required_value(PROMPT, row, options.columns), "prompt")
+        name = find_column(PROMPT, row.keys(), options.columns)
+        (prompt,) = _same_kind(prompt, options, optional_text(SYSTEM, row, options.columns))
+        if not prompt or (isinstance(prompt, str) and not prompt.strip()):
+            raise RowError("RowEmpty", "the prompt is empty", "give it a text, or remove the row")
+        return Prompt(prompt, {key: value for key, value in row.items() if key != name})
+
+
+def _turns_or_text(value: Any, what: str) -> TurnsOrText:
+    """A column that holds text, messages, or an object with messages. Errors: RowError."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
+        value = _messages_of_object(value, what)
+    if isinstance(value, list) and value:
+        return parse_turns(value)
+    if isinstance(value, list):
+        raise RowError("ConversationEmpty", f"`{what}` has no messages", "give it messages, or remove the row")
+    raise RowError(
+        "DatasetRowInvalid", f"`{what}` is neither text nor messages", "write a string, or an array of messages"
+    )
+
+
+def _messages_of_object(value: Mapping[str, Any], what: str) -> list[Any]:
+    """The messages of `{messages, tools, ...}`, as OpenAI's preference files write a prompt. Errors: RowError for tools."""
+    if value.get("tools"):
+        raise RowError(
+            "DatasetRowInvalid", f"`{what}` holds tools, which are only supported in `messages` rows of sft",
+            "remove the tools, or the row",
+        )  # fmt: skip
+    return list(value["messages"])
+
+
+def _as_turns(value: TurnsOrText, role: str) -> tuple[Turn, ...]:
+    return (Turn(role, value),) if isinstance(value, str) else value
+
+
+def _with_leading_system_prompt(prompt: str, options: ReadOptions, system: str | None) -> str:
+    """A text prompt after the system prompt of the spec, else of the column."""
+    system = options.system_prompt if options.system_prompt is not None else system
+    return f"{system}\n\n{prompt}" if system else prompt
+
+
+def _is_implicit(prompt: TurnsOrText, *answers: TurnsOrText) -> bool:
+    """Whether the prompt is blank and every answer is a whole conversation that begins with a user message."""
+    whole = (
+        not isinstance(one, str) and [turn.role for turn in _split_system_prompt(one)[1][:1]] == ["user"]
+        for one in answers
+    )  # fmt: skip
+    return isinstance(prompt, str) and not prompt.strip() and all(whole)
+
+
+def _replaces_system_prompts(options: ReadOptions, system: str | None) -> bool:
+    """Whether the spec or a column gives a system prompt, which replaces those in the conversations."""
+    return options.system_prompt is not None or system is not None
+
+
+def _split_shared_beginning(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """The shared beginning of both answers, and the rest of each. Errors: RowError PromptMissing."""
+    shared = 0
+    for a, b in zip(chosen, rejected, strict=False):
+        if a != b:
+            break
+        shared += 1
+    if isinstance(chosen, str) and 0 < shared < len(chosen):  # split between words, not inside one
+        shared = max(chosen.rfind(" ", 0, shared), chosen.rfind("\n", 0, shared)) + 1
+    if shared == 0 or type(chosen) is not type(rejected):
+        raise RowError(
+            "PromptMissing",
+            "there is no prompt, and chosen and rejected have no shared beginning",
+            "add a column `prompt`",
+        )
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _split_at_first_answer(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    """The turns before the first assistant message, and those from it on. Errors: RowError NoTrainableToken."""
+    start = next((index for index, turn in enumerate(turns) if turn.role == "assistant"), None)
+    if start is None:
+        raise RowError("NoTrainableToken", "`completion` has no answer", "give it an answer, or remove the row")
+    return turns[:start], turns[start:]
+
+
+def _same_kind(
+    prompt: Any, options: ReadOptions, system: str | None, *, is_separate: bool = False, **answers: Any
+) -> tuple[Any, ...]:
+    """Prompt and answers, with the system prompt: all turns if one of them is turns, else all text.
+
+    `is_separate`: the prompt was split off the answers, so the answers do not contain it.
+    """
+    if all(isinstance(part, str) for part in (prompt, *answers.values())):
+        return (_with_leading_system_prompt(prompt, options, system), *answers.values())
+    answer_turns = {name: _as_turns(answer, "assistant") for name, answer in answers.items()}
+    turns, rest = _as_turns(prompt, "user"), list(answer_turns.values())
+    if not is_separate:
+        turns, *rest = _remove_prompt_from_answers(
+            turns, ignores_system_prompts=_replaces_system_prompts(options, system), **answer_turns
+        )
+    return (with_system_prompt(turns, options.system_prompt, system), *rest)
+
+
+def _remove_prompt_from_answers(
+    prompt: tuple[Turn, ...], *, ignores_system_prompts: bool = False, allows_further_question: bool = False, **answers: tuple[Turn, ...]
+) -> tuple[tuple[Turn, ...], ...]:  # fmt: skip
+    """Prompt and answers (by column name), where an answer that is the whole conversation loses the prompt at its beginning.
+
+    `ignores_system_prompts`: system prompts may differ, because another one replaces them. `allows_further_question`: an answer may
+    begin with a further user message, unless the prompt occurs later in it. A system prompt that only the answers have is moved to
+    the prompt. Errors: RowError PromptMismatch, NoTrainableToken (nothing after the prompt).
+    """
+    system, question = _split_system_prompt(prompt)
+    rest = []
+    for name, answer in answers.items():
+        own_system, turns = _split_system_prompt(answer)
+        if question and _is_same(turns[: len(question)], question):
+            turns = turns[len(question) :]
+            if not turns:
+                raise RowError(
+                    "NoTrainableToken", f"`{name}` ends with the prompt", "give it an answer, or remove the row"
+                )
+        elif (
+            question
+            and turns
+            and question[-1].role == turns[0].role == "user"
+            and (not allows_further_question or _contains(turns, question))
+        ):
+            raise RowError(
+                "PromptMismatch", f"`{name}` begins with a user message that is not the prompt",
+                "begin it with all messages of the prompt, or with the answer; or leave out `prompt` if chosen and rejected contain it",
+            )  # fmt: skip
+        if own_system and system and not ignores_system_prompts and not _is_same(own_system, system):
+            raise RowError(
+                "PromptMismatch",
+                f"`{name}` has another system prompt than the rest of the row",
+                "write one system prompt",
+            )
+        system = system or own_system
+        rest.append(turns)
+    return ((*system, *question), *rest)
+
+
+def _split_system_prompt(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
+    """The system prompt at the beginning (one turn or none), and the other turns."""
+    count = int(bool(turns) and turns[0].role == "system")
+    return turns[:count], turns[count:]
+
+
+def _contains(turns: tuple[Turn, ...], part: tuple[Turn, ...]) -> bool:
+    return any(_is_same(turns[start : start + len(part)], part) for start in range(len(turns)))
+
+
+def _is_same(some: tuple[Turn, ...], others: tuple[Turn, ...]) -> bool:
+    """Whether roles and contents are equal. Leading and trailing blanks are ignored: columns of one row differ in them."""
+    return [(turn.role, turn.content.strip(), turn.extra) for turn in some] == [
+        (turn.role, turn.content.strip(), turn.extra) for turn in others
+    ]

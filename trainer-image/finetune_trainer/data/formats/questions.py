@@ -1,0 +1,139 @@
+"""Formats whose rows hold a question and an answer: `instruction`, `alpaca`, `qa` and `mcq`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from finetune_api.spec.dataset import Columns
+from finetune_api.spec.enums import DatasetFormat
+
+from finetune_trainer.data.columns import (
+    SYSTEM,
+    ColumnRole,
+    find_column,
+    optional_text,
+    required_text,
+    required_value,
+)
+from finetune_trainer.data.formats.base import Format, ReadOptions, require_text
+from finetune_trainer.data.formats.turns import make_conversation, parse_json_column
+from finetune_trainer.data.rows import Conversation, RowError, Turn
+
+INPUT = ColumnRole("input", ("input", "context"))
+"""Added after the question."""
+PASSAGE = ColumnRole("input", ("context", "passage"))
+"""Added before the question."""
+
+
+class Instruction(Format):
+    """An instruction with a response, and optional input."""
+
+    name = DatasetFormat.INSTRUCTION
+    question = ColumnRole("question", ("instruction", "prompt", "question"))
+    answer = ColumnRole("answer", ("response", "output", "completion", "answer"))
+    required = (question, answer)
+
+    def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
+        return _has_own_names(row, columns, "instruction") and find_column(self.answer, row.keys(), columns) is not None
+
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
+        return read_question_and_answer(
+            row, options, self.question, self.answer, ("Instruction", "Response"), after=INPUT
+        )
+
+
+class Alpaca(Format):
+    """Stanford Alpaca: `instruction`, optional `input`, `output`."""
+
+    name = DatasetFormat.ALPACA
+    question = ColumnRole("question", ("instruction",))
+    answer = ColumnRole("answer", ("output", "response", "completion"))
+    required = (question, answer)
+
+    def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
+        return _has_own_names(row, columns, "instruction", "output")
+
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
+        return read_question_and_answer(
+            row, options, self.question, self.answer, ("Instruction", "Output"), after=INPUT
+        )
+
+
+class QuestionAnswer(Format):
+    """A question with an answer, and an optional passage that the question is about."""
+
+    name = DatasetFormat.QA
+    question = ColumnRole("question", ("question", "query", "q", "prompt"))
+    answer = ColumnRole("answer", ("answer", "response", "a", "completion"))
+    required = (question, answer)
+
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
+        return read_question_and_answer(
+            row, options, self.question, self.answer, ("Question", "Answer"), before=PASSAGE
+        )
+
+
+class MultipleChoice(Format):
+    """A question with options and the letter or the text of the right one. The model learns the letter."""
+
+    name = DatasetFormat.MCQ
+    question = ColumnRole("question", ("question",))
+    answer = ColumnRole("answer", ("answer",))
+    options = ColumnRole("options", ("options", "choices"))
+    required = (question, answer, options)
+
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> Conversation:
+        question = require_text(required_text(self.question, row, options.columns), "question")
+        choices = parse_choices(required_value(self.options, row, options.columns))
+        answer = required_text(self.answer, row, options.columns).strip()
+        letter = next((key for key in choices if key.lower() == answer.strip("().:").lower()), None)
+        letter = letter or next((key for key, text in choices.items() if text.strip().lower() == answer.lower()), None)
+        if letter is None:
+            raise RowError(
+                "AnswerNotAnOption",
+                f"the answer {answer!r} is none of the options {', '.join(choices)}",
+                "write the letter of an option",
+            )
+        if options.include_options:
+            question += "\n" + "\n".join(f"{key}. {text}" for key, text in choices.items())
+        return make_conversation(
+            (Turn("user", question), Turn("assistant", letter)), options, role_names=("Question", "Answer"),
+            system=optional_text(SYSTEM, row, options.columns), columns={"options": tuple(choices)},
+        )  # fmt: skip
+
+
+def parse_choices(value: Any) -> dict[str, str]:
+    """Options by letter, from an object, or from a list whose entries get A, B, C, ... Errors: RowError."""
+    if isinstance(value, str):
+        value = parse_json_column(value)
+    if isinstance(value, Mapping):
+        choices = {str(key): str(text) for key, text in value.items() if text is not None}
+    elif isinstance(value, list):
+        choices = {chr(ord("A") + index): str(text) for index, text in enumerate(value[:26])}
+    else:
+        choices = {}
+    if len(choices) < 2:
+        raise RowError("DatasetRowInvalid", "there are fewer than two options", 'write {"A": "...", "B": "..."}')
+    return choices
+
+
+def read_question_and_answer(
+    row: Mapping[str, Any], options: ReadOptions, question: ColumnRole, answer: ColumnRole,
+    role_names: tuple[str, str] = ("User", "Assistant"), *, before: ColumnRole | None = None, after: ColumnRole | None = None,
+) -> Conversation:  # fmt: skip
+    """A conversation of one question and one answer. `before`, `after`: optional text around the question. Errors: RowError."""
+    asked = required_text(question, row, options.columns)
+    answered = required_text(answer, row, options.columns)
+    if before and (text := optional_text(before, row, options.columns)):
+        asked = f"{text}\n\n{asked}"
+    if after and (text := optional_text(after, row, options.columns)):
+        asked = f"{asked}\n\n{text}"
+    turns = (Turn("user", require_text(asked, "question")), Turn("assistant", answered))
+    system = optional_text(SYSTEM, row, options.columns)
+    return make_conversation(turns, options, system=system, role_names=role_names)
+
+
+def _has_own_names(row: Mapping[str, Any], columns: Columns, *names: str) -> bool:
+    """Whether the row has these columns and `dataset.columns` names no others for question and answer."""
+    return columns.question is None and columns.answer is None and row.keys() >= set(names)

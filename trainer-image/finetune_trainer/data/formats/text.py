@@ -1,0 +1,53 @@
+"""Formats whose rows are one text: `plainText` and `custom`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from finetune_api.spec.dataset import Columns
+from finetune_api.spec.enums import DatasetFormat
+
+from finetune_trainer.data.columns import ColumnRole, as_text, required_text
+from finetune_trainer.data.formats.base import Format, ReadOptions, require_text
+from finetune_trainer.data.rows import RowError, Text
+
+TEXT = ColumnRole("text", ("text", "content"))
+
+
+class PlainText(Format):
+    """One column of text."""
+
+    name = DatasetFormat.PLAIN_TEXT
+    required = (TEXT,)
+
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> Text:
+        return Text(require_text(required_text(TEXT, row, options.columns), "text"))
+
+
+class Custom(Format):
+    """Text that `dataset.template` makes from columns: `{column}` is replaced; `{{` and `}}` are literal braces."""
+
+    name = DatasetFormat.CUSTOM
+
+    def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
+        return False  # only used when dataset.format asks for it
+
+    def read(self, row: Mapping[str, Any], options: ReadOptions) -> Text:
+        def replacement(match: re.Match[str]) -> str:
+            matched = match.group(0)
+            if matched in ("{{", "}}"):
+                return matched[0]
+            name = match.group(1)
+            if name not in row:
+                present = ", ".join(f"`{one}`" for one in row)
+                raise RowError(
+                    "ColumnMissing",
+                    f"dataset.template names `{name}`; the row has {present}",
+                    "name a column of the row",
+                )
+            return as_text(row[name], name) if row[name] is not None else ""
+
+        text = re.sub(r"\{\{|\}\}|\{([^{}]+)\}", replacement, options.template or "")
+        return Text(require_text(text, "rendered template"))

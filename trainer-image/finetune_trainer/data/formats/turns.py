@@ -1,0 +1,148 @@
+"""Parsing of messages into turns, shared by all formats that have messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from finetune_trainer.data.formats.base import ReadOptions
+from finetune_trainer.data.rows import Conversation, RowError, Turn
+
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user", "prompter": "user",
+    "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
+    "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
+}  # fmt: skip
+"""Role names that are understood, and the role that chat templates know."""
+
+
+def parse_json_column(text: str) -> Any:
+    """The value of a text column that holds JSON, as in CSV and Parquet files. Errors: RowError DatasetRowInvalid."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        raise RowError(
+            "DatasetRowInvalid", "an array of messages was expected, found a text that is not JSON", "write an array"
+        ) from None
+
+
+def parse_conversation(messages: Any, options: ReadOptions, *, system: str | None = None) -> Conversation:
+    """The conversation of an array of messages. Errors: RowError."""
+    if not isinstance(messages, Sequence) or isinstance(messages, str):
+        raise RowError(
+            "DatasetRowInvalid",
+            f"messages are {type(messages).__name__}, not an array",
+            'write [{"role": ..., "content": ...}]',
+        )
+    if not messages:
+        raise RowError("ConversationEmpty", "the conversation has no messages", "give it messages, or remove the row")
+    return make_conversation(parse_turns(messages), options, system=system)
+
+
+def parse_turns(messages: Sequence[Any]) -> tuple[Turn, ...]:
+    """One turn per message. Errors: RowError."""
+    return tuple(_parse_turn(message, number) for number, message in enumerate(messages, start=1))
+
+
+def _parse_turn(message: Any, number: int) -> Turn:
+    if not isinstance(message, Mapping):
+        raise RowError(
+            "DatasetRowInvalid",
+            f"message {number} is {type(message).__name__}, not an object",
+            'write {"role": ..., "content": ...}',
+        )
+    role = message.get("role", message.get("from"))
+    if role is None:
+        raise RowError(
+            "DatasetRowInvalid",
+            f"message {number} has neither `role` nor `from`; it has {', '.join(message)}",
+            "write `role`",
+        )
+    known = ROLES.get(str(role).strip().lower())
+    if known is None:
+        raise RowError(
+            "UnknownRole", f"message {number} has the unknown role {role!r}", f"write one of {', '.join(ROLES)}"
+        )
+    extra = {
+        key: message[key]
+        for key in ("tool_calls", "name", "tool_call_id", "reasoning_content")
+        if message.get(key) is not None
+    }
+    if "tool_calls" in extra:
+        extra["tool_calls"] = _parse_tool_calls(extra["tool_calls"], number)
+    content = next((message[key] for key in ("content", "value", "text") if key in message), None)
+    if content is None and "tool_calls" not in extra:
+        raise RowError("DatasetRowInvalid", f"message {number} ({role}) has no content", "write `content`")
+    return Turn(known, _parse_content(content, number), _parse_weight(message.get("weight"), number), extra)
+
+
+def _parse_content(content: Any, number: int) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(part, Mapping) and part.get("type", "text") == "text" for part in content
+    ):
+        return "".join(str(part.get("text", "")) for part in content)
+    raise RowError("DatasetRowInvalid", f"message {number}: content is neither text nor text parts", "write a string")
+
+
+def _parse_weight(weight: Any, number: int) -> int:
+    if weight is None:
+        return 1
+    if weight in (0, 1) and not isinstance(weight, bool):
+        return int(weight)
+    raise RowError(
+        "DatasetRowInvalid", f"message {number}: weight is {weight!r}", "write 0 (not trained on) or 1 (trained on)"
+    )
+
+
+def _parse_tool_calls(calls: Any, number: int) -> list[Any]:
+    """Tool calls with their arguments as objects. APIs write arguments as JSON text; chat templates expect objects."""
+    if not isinstance(calls, list):
+        raise RowError("DatasetRowInvalid", f"message {number}: tool_calls is not an array", "write an array")
+    parsed = []
+    for call in calls:
+        function = call.get("function") if isinstance(call, Mapping) else None
+        if isinstance(function, Mapping) and isinstance(function.get("arguments"), str):
+            try:
+                call = {**call, "function": {**function, "arguments": json.loads(function["arguments"])}}
+            except ValueError:
+                raise RowError(
+                    "DatasetRowInvalid", f"message {number}: the arguments of a tool call are not JSON", "write JSON"
+                ) from None
+        parsed.append(call)
+    return parsed
+
+
+def make_conversation(
+    turns: tuple[Turn, ...], options: ReadOptions, *, system: str | None = None,
+    role_names: tuple[str, str] = ("User", "Assistant"), columns: Mapping[str, Any] | None = None,
+) -> Conversation:  # fmt: skip
+    """A conversation with its system prompt. Errors: RowError ConversationEmpty, NoTrainableToken."""
+    turns = with_system_prompt(turns, options.system_prompt, system)
+    if all(turn.role == "system" for turn in turns):
+        raise RowError("ConversationEmpty", "the conversation has only a system prompt", "add a question and an answer")
+    if options.needs_answer and not any(is_trainable(turn) for turn in turns):
+        raise RowError(
+            "NoTrainableToken", "no answer to learn from: every assistant message is absent, empty or has weight 0",
+            "add an answer, or set dataset.responseOnly.enabled: false to train on all tokens",
+        )  # fmt: skip
+    return Conversation(turns, role_names=role_names, columns=columns or {})
+
+
+def is_trainable(turn: Turn) -> bool:
+    """Whether the turn is an answer with content and weight 1."""
+    return turn.role == "assistant" and turn.weight == 1 and bool(turn.content.strip() or turn.extra.get("tool_calls"))
+
+
+def with_system_prompt(turns: tuple[Turn, ...], from_spec: str | None, from_column: str | None) -> tuple[Turn, ...]:
+    """The turns with the system prompt of the spec, else of the column, else their own."""
+    prompt = from_spec if from_spec is not None else from_column
+    if prompt is None:
+        return turns
+    rest = turns[1:] if turns and turns[0].role == "system" else turns
+    return (Turn("system", prompt), *rest)
