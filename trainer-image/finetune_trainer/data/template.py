@@ -89,7 +89,9 @@ def render(example: Example, options: RenderOptions) -> Rendered:
 def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
     """Lines like `Question: ...` and `Answer: ...`, with the format's own role names."""
     names = {"system": "System", "user": example.role_names[0], "assistant": example.role_names[1], "tool": "Tool"}
-    text, trained, untrained = "", [], []
+    text = ""
+    trained: list[Span] = []
+    untrained: list[Span] = []
     for turn in example.turns:
         text += ("\n" if text else "") + f"{names[turn.role]}: "
         if turn.role == "assistant":

@@ -73,7 +73,7 @@ TEST_PREFERENCE_ACCURACY = HeldOutMetric("rewards/accuracies", "testPreferenceAc
 class Objective(ABC, Generic[SplitsT, ArgumentsT]):
     """One value of `trainer.type`. Objects have no state of their own."""
 
-    type: ClassVar[TrainerType]
+    trainer_type: ClassVar[TrainerType]
     trainer_class: ClassVar[type[Any]]
     """The Trainer: a class of TRL with our mixins before it."""
     model_kind: ClassVar[str] = "causal"
@@ -83,7 +83,7 @@ class Objective(ABC, Generic[SplitsT, ArgumentsT]):
     @property
     def facts(self) -> ObjectiveFacts:
         """The data formats, options and default learning rate, from the table that the API shares."""
-        return OBJECTIVES[self.type]
+        return OBJECTIVES[self.trainer_type]
 
     @abstractmethod
     def load_data(self, context: TrainingContext) -> tuple[SplitsT, DataFacts]:

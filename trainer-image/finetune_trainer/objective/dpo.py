@@ -37,7 +37,7 @@ class DpoTrainer(GuardedTrainer, ReferenceModelMixin, OwnDatasetPreparation, DPO
 class DpoObjective(Objective[answers.Splits, DPOConfig]):
     """`trainer.type: dpo`."""
 
-    type = TrainerType.DPO
+    trainer_type = TrainerType.DPO
     trainer_class = DpoTrainer
     held_out_metrics = (TEST_LOSS, TEST_TOKEN_ACCURACY, TEST_PREFERENCE_ACCURACY)
 

@@ -40,7 +40,7 @@ class GrpoTrainer(GuardedTrainer, ReferenceModelMixin, GenerationUnderAutocast, 
 class GrpoObjective(Objective[Splits, GRPOConfig]):
     """`trainer.type: grpo`."""
 
-    type = TrainerType.GRPO
+    trainer_type = TrainerType.GRPO
     trainer_class = GrpoTrainer
     held_out_metrics = (TEST_LOSS, HeldOutMetric("reward", "testReward", "reward"))
 

@@ -41,7 +41,7 @@ def _add_mismatched_answers(rows: dict[str, Any]) -> dict[str, Any]:
 class KtoObjective(Objective[answers.Splits, KTOConfig]):
     """`trainer.type: kto`."""
 
-    type = TrainerType.KTO
+    trainer_type = TrainerType.KTO
     trainer_class = KtoTrainer
 
     def load_data(self, context: TrainingContext) -> tuple[answers.Splits, DataFacts]:

@@ -41,7 +41,7 @@ class OrpoTrainer(GuardedTrainer, ORPOTrainer):
 class OrpoObjective(Objective[answers.Splits, ORPOConfig]):
     """`trainer.type: orpo`."""
 
-    type = TrainerType.ORPO
+    trainer_type = TrainerType.ORPO
     trainer_class = OrpoTrainer
     held_out_metrics = (TEST_LOSS, TEST_PREFERENCE_ACCURACY)
 

@@ -24,7 +24,7 @@ class RewardModelTrainer(GuardedTrainer, RewardTrainer):
 class RewardObjective(Objective[answers.Splits, RewardConfig]):
     """`trainer.type: reward`."""
 
-    type = TrainerType.REWARD
+    trainer_type = TrainerType.REWARD
     trainer_class = RewardModelTrainer
     model_kind = "reward"
     held_out_metrics = (TEST_LOSS, HeldOutMetric("accuracy", "testPreferenceAccuracy", "preference accuracy"))

@@ -148,7 +148,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
 class SftObjective(Objective[Prepared, SFTConfig]):
     """`trainer.type: sft`."""
 
-    type = TrainerType.SFT
+    trainer_type = TrainerType.SFT
     trainer_class = SftTrainer
     held_out_metrics = (TEST_LOSS, TEST_TOKEN_ACCURACY, HeldOutMetric("answer_accuracy", "testAnswerAccuracy", "answer accuracy"))  # fmt: skip
 
