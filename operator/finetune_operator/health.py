@@ -16,20 +16,29 @@ class Health:
         self._monitor, self._queue, self._is_synced = monitor, queue, is_synced
         self._stalled_watch_seconds = max(2 * config.resync_seconds + config.api.timeout_seconds, STALLED_WATCH_SECONDS)
         self._stuck_seconds = config.stuck_seconds
-        self.is_working = False
-        """Whether the workers run: they do not on a standby, whose queue only grows older."""
-        self.is_stopping = False
+        self._is_working = False
+        self._is_stopping = False
+
+    def on_workers_started(self) -> None:
+        """From now on, a job that waits too long is a problem. On a standby, keys wait in the queue for as long as it is one."""
+        self._queue.restart_wait_times()
+        self._is_working = True
+
+    def on_stopping(self) -> None:
+        """The process is about to end: it is not ready, and its workers take no more jobs."""
+        self._is_working = False
+        self._is_stopping = True
 
     def liveness_problem(self) -> str:
         """Why the process should be restarted: a stalled watch, or a job that waits too long for a worker."""
         stalled = self._monitor.stalled_watch(self._stalled_watch_seconds)
-        if stalled or not self.is_working:
+        if stalled or not self._is_working:
             return stalled
         oldest = self._queue.oldest_seconds()
         return f"a job has waited for {oldest:.0f} s" if oldest > self._stuck_seconds else ""
 
     def readiness_problem(self) -> str:
         """Why the process is not ready: the caches are not filled, or it is about to end."""
-        if self.is_stopping:
+        if self._is_stopping:
             return "the operator is stopping"
         return "" if self._is_synced.is_set() else "the caches are not filled yet"

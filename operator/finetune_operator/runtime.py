@@ -124,8 +124,7 @@ class Runtime:
 
     async def _drain(self) -> None:
         """Let running reconciliations finish and start no others."""
-        self._health.is_stopping = True
-        self._health.is_working = False
+        self._health.on_stopping()
         self._is_working.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(DRAIN_SECONDS):
@@ -146,10 +145,8 @@ class Runtime:
 
     def _start_working(self) -> None:
         """Start the workers: this replica is the leader and its cache is up to date."""
-        # On a standby, keys wait in the queue from the first event on: only the time since now shows whether the workers are stuck.
-        self._queue.restart_wait_times()
         self._metrics.leader.set(1)
-        self._health.is_working = True
+        self._health.on_workers_started()
         self._is_working.set()
         logger.info("reconciling %d jobs with %d workers", len(self._cache.keys()), self._config.workers)
 

@@ -41,7 +41,7 @@ def test_process_is_ready_while_its_caches_are_filled_and_it_does_not_stop() -> 
         problems = [process.health.readiness_problem()]
         process.is_synced.set()
         problems.append(process.health.readiness_problem())
-        process.health.is_stopping = True
+        process.health.on_stopping()
         return [*problems, process.health.readiness_problem()]
 
     assert run(scenario()) == ["the caches are not filled yet", "", "the operator is stopping"]
@@ -71,26 +71,29 @@ def test_stalled_watch_is_unhealthy_although_the_other_watches_go_on() -> None:
     assert run(scenario()) == [*[""] * 12, "the watch of /api/v1/pods is stalled: no request for 660 s", ""]
 
 
-def test_job_that_no_worker_takes_is_unhealthy_on_the_leader_only() -> None:
+def test_job_that_no_worker_takes_is_unhealthy_counted_from_the_start_of_the_workers() -> None:
     async def scenario() -> list[str]:
         process = Process()
         process.queue.add(KEY)
-        await asyncio.sleep(101)
+        await asyncio.sleep(5000)
         problems = [process.health.liveness_problem()]
-        process.health.is_working = True
+        process.health.on_workers_started()
+        await asyncio.sleep(99)
+        problems.append(process.health.liveness_problem())
+        await asyncio.sleep(2)
         problems.append(process.health.liveness_problem())
         await process.queue.take()
         problems.append(process.health.liveness_problem())
         process.queue.done(KEY)
         return [*problems, process.health.liveness_problem()]
 
-    assert run(scenario()) == ["", "a job has waited for 101 s", "", ""]
+    assert run(scenario()) == ["", "", "a job has waited for 101 s", "", ""]
 
 
 def test_worker_that_never_finishes_is_unhealthy() -> None:
     async def scenario() -> str:
         process = Process()
-        process.health.is_working = True
+        process.health.on_workers_started()
         process.queue.add(KEY)
         await process.queue.take()
         await asyncio.sleep(102)

@@ -34,6 +34,12 @@ def test_retries_never_end_and_start_anew_for_each_request() -> None:
         assert list(itertools.islice(backoff, 1000))[:9] == [1, 1, 2, 3, 5, 8, 13, 21, 30]
 
 
+def test_settings_use_the_pieces_of_this_module() -> None:
+    found = operator_settings(CONFIG)
+    assert isinstance(found.networking.error_backoffs, EndlessBackoff)
+    assert found.watching.label_selectors["", "v1", "pods"] == "app.kubernetes.io/managed-by=finetune-operator"
+
+
 def test_inactivity_timeout_is_disabled() -> None:
     """It may cancel the watching task while it hands an event on: that watch then ends without an error."""
     watching = operator_settings(CONFIG).watching
@@ -81,7 +87,7 @@ async def test_requests_are_observed_and_a_rejected_watch_counts_as_stalled() ->
     await asyncio.sleep(0.002)
     async with TestServer(app) as server:
         root = str(server.make_url("")).rstrip("/")
-        urls = ("/api/v1/pods?limit=500", "/apis/batch/v1/jobs?watch=true", "/apis/batch/v1", "/api/v1/pods?watch=true")
+        urls = ("/api/v1/pods?limit=500", "/api/v1/pods?watch=true", "/apis/batch/v1", "/apis/batch/v1/jobs?watch=true")
         async with TracedSession(kopf.ConnectionInfo(server=root, insecure=True), monitor).aiohttp_session as session:
             for url in urls:
                 await (await session.get(root + url)).read()
@@ -89,7 +95,7 @@ async def test_requests_are_observed_and_a_rejected_watch_counts_as_stalled() ->
             with pytest.raises(aiohttp.ClientError):
                 await session.get(root + "/api/v1/pods?watch=true")
     assert observed == [
-        ("list", "pods", 200), ("watch", "jobs", 403), ("get", "discovery", 200), ("watch", "pods", 200), ("watch", "pods", 0),
+        ("list", "pods", 200), ("watch", "pods", 200), ("get", "discovery", 200), ("watch", "jobs", 403), ("watch", "pods", 0),
     ]  # fmt: skip
     assert monitor.stalled_watch(0.001).startswith("the watch of /apis/batch/v1/jobs")
 
