@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from finetune_api.errors import InternalError
 
 from tests.support.learning import TEN, go, merged
 from tests.support.preferences import PAIRS, PROMPTS
@@ -39,9 +40,21 @@ def test_what_is_trained_beside_16_bits_has_32(name: str, model: Path, tmp_path:
     assert len(outcome.losses) == 2 and all(math.isfinite(loss) for loss in outcome.losses)
 
 
-def test_packed_documents_stay_apart_in_16_bits(model: Path, tmp_path: Path) -> None:
-    outcome = go(tmp_path, model, merged(SIXTEEN, {"dataset": {"packing": True}}))
-    assert len(outcome.losses) == 2
+def test_packing_in_16_bits_gives_the_losses_of_unpacked_rows(model: Path, tmp_path: Path) -> None:
+    spec = merged(SIXTEEN, {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10}})
+    unpacked = go(tmp_path / "a", model, spec)
+    packed = go(tmp_path / "b", model, merged(spec, {"dataset": {"packing": True}}))
+    assert packed.extra["data"]["tokens"]["train"]["sequences"] == 1
+    assert packed.losses == pytest.approx(unpacked.losses, rel=0.01)
+
+
+def test_a_packing_leak_is_found_in_16_bits(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    with pytest.raises(InternalError) as caught:
+        go(tmp_path, model, merged(SIXTEEN, {"dataset": {"packing": True}}))
+    assert caught.value.code == "PackingLeaks"
 
 
 def test_without_autocast_types_stay_as_asked(model: Path, tmp_path: Path) -> None:

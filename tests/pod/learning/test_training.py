@@ -13,7 +13,7 @@ import torch
 from finetune_api.errors import ConfigError, DivergedError, NoCheckpointError, NotFoundError
 from finetune_trainer.inputs import RestoredCheckpoint
 
-from tests.support.learning import TEN, Outcome, go, merged
+from tests.support.learning import TEN, Hooks, Outcome, go, merged
 
 pytestmark = pytest.mark.pod
 LORA = {"method": {"lora": {"dropout": 0}}}
@@ -290,14 +290,22 @@ def test_a_loss_that_is_no_number_ends_the_run(model: Path, tmp_path: Path) -> N
     assert "step 1" in caught.value.message
 
 
-def test_weights_that_are_no_numbers_are_not_published(model: Path, tmp_path: Path) -> None:
-    from finetune_trainer.engine import require_finite_weights
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_weights_that_become_nan_after_the_last_step_are_not_published(
+    method: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainerCallback
 
-    layer = torch.nn.Linear(2, 2)
-    require_finite_weights(layer)
-    layer.weight.data[0, 0] = float("nan")
-    with pytest.raises(DivergedError, match="WeightsNotFinite"):
-        require_finite_weights(layer)
+    class Poison(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+            next(one for one in model.parameters() if one.requires_grad).data[0] = float("nan")
+
+    original = Hooks.callbacks
+    monkeypatch.setattr(Hooks, "callbacks", lambda self, *args: [*original(self, *args), Poison()])
+    with pytest.raises(DivergedError) as caught:
+        go(tmp_path, model, {"method": {"type": method}})
+    assert caught.value.code == "WeightsNotFinite" and int(caught.value.exit_code) == 72
+    assert not (tmp_path / "out" / "final").exists()
 
 
 def test_evaluation_without_data_is_refused(model: Path, tmp_path: Path) -> None:

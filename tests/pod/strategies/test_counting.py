@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from finetune_trainer.speed import Meter, Shape, flops_per_token
+from finetune_trainer.speed import Shape, flops_per_token
 
 from tests.support.learning import TEN, Outcome, go
 from tests.support.tiny import make_tiny_model
@@ -103,30 +101,3 @@ def test_padding_is_counted_without_packing(model: Path, tmp_path: Path) -> None
     report = lengths(outcome)
     (line,) = [line for line in outcome.logs if "padding_share" in line]
     assert line["padding_share"] == pytest.approx(1 - report["tokens"] / (2 * report["longest"]))
-
-
-def test_waiting_for_data_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from finetune_trainer import engine
-    from transformers import Trainer
-
-    now = [100.0]
-
-    def slow() -> Iterator[str]:
-        while True:
-            now[0] += 0.25
-            yield "batch"
-
-    def take(self: Any, batches: Iterator[str], count: int, device: str) -> list[str]:
-        found = [next(batches) for _ in range(count)]
-        now[0] += 3  # ranks tell each other how many tokens they have: that is no waiting for data
-        return found
-
-    monkeypatch.setattr(engine, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(Trainer, "get_batch_samples", take)
-    trainer = object.__new__(engine.GuardedTrainer)
-    trainer.meter = Meter(flops_of_token=1, peak=None, ranks=1)
-    trainer.meter.start(0, now[0])
-    source = slow()
-    assert [trainer.get_batch_samples(source, 1, "cpu") for _ in range(2)] == [["batch"], ["batch"]]
-    now[0] += 3.5
-    assert trainer.meter.read(50, now[0]) == {"tokens_per_second": 5.0, "data_wait_share": 0.05}

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from finetune_api.errors import DivergedError, NoCheckpointError
 
 torch = pytest.importorskip("torch")
-from finetune_trainer.engine import GuardedTrainer  # noqa: E402 - the module needs torch
+from finetune_trainer import engine, speed  # noqa: E402 - the module needs torch
+from finetune_trainer.engine import FiniteGuard, GuardedTrainer  # noqa: E402 - the module needs torch
+from finetune_trainer.speed import Meter  # noqa: E402 - the module needs torch
+from safetensors.torch import load_file, save_file  # noqa: E402 - the module needs torch
 from transformers import Trainer, TrainingArguments  # noqa: E402 - the module needs torch
 
 LAST_STEP = 4
@@ -53,3 +58,101 @@ def test_transformers_itself_does_one_step_too_many(tmp_path: Path) -> None:
     train(Trainer, tmp_path)
     step, _ = train(Trainer, tmp_path / "again", tmp_path / f"checkpoint-{LAST_STEP}")
     assert step == LAST_STEP + 1
+
+
+def rename_weight(checkpoint: Path, name: str | None) -> None:
+    """Store the model's only weight under another name; None: store no weight that the model knows."""
+    weights = load_file(checkpoint / "model.safetensors")
+    if name is not None:
+        weights[name] = weights["weight"].clone()
+    else:
+        del weights["weight"]
+    save_file(weights or {"other": torch.ones(1)}, checkpoint / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "named"), [(None, "weight, other"), ("extra.weight", "extra.weight")], ids=["missing", "unexpected"]
+)
+def test_a_checkpoint_with_other_weights_is_refused(name: str | None, named: str, tmp_path: Path) -> None:
+    train(PlainGuardedTrainer, tmp_path)
+    checkpoint = tmp_path / f"checkpoint-{LAST_STEP}"
+    rename_weight(checkpoint, name)
+    with pytest.raises(NoCheckpointError) as caught:
+        train(PlainGuardedTrainer, tmp_path / "again", checkpoint)
+    assert caught.value.code == "CheckpointForeign"
+    assert caught.value.message.endswith(f"than this run trains: {named}")
+
+
+def test_scales_of_frozen_4_bit_weights_may_be_in_a_checkpoint(tmp_path: Path) -> None:
+    train(PlainGuardedTrainer, tmp_path)
+    checkpoint = tmp_path / f"checkpoint-{LAST_STEP}"
+    rename_weight(checkpoint, "layer.weight.absmax")
+    assert train(PlainGuardedTrainer, tmp_path / "again", checkpoint)[0] == LAST_STEP
+
+
+@pytest.mark.parametrize(
+    ("key", "code"), [("loss", "LossNotFinite"), ("eval_loss", "LossNotFinite"), ("grad_norm", "GradientNotFinite")]
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_logged_value_that_is_not_finite_ends_the_run(key: str, code: str, value: float) -> None:
+    args, state, control = SimpleNamespace(fp16=False), SimpleNamespace(global_step=3), SimpleNamespace()
+    with pytest.raises(DivergedError) as caught:
+        FiniteGuard().on_log(args, state, control, logs={"loss": 1.0, key: value})  # type: ignore[arg-type]
+    assert caught.value.code == code
+    assert "at step 3" in caught.value.message
+
+
+def test_the_gradient_norm_of_fp16_may_be_infinite() -> None:
+    """The gradient scaler skips such a step and lowers its scale."""
+    args, state, control = SimpleNamespace(fp16=True), SimpleNamespace(global_step=3), SimpleNamespace()
+    FiniteGuard().on_log(args, state, control, logs={"loss": 1.0, "grad_norm": float("inf")})  # type: ignore[arg-type]
+    with pytest.raises(DivergedError):
+        FiniteGuard().on_log(args, state, control, logs={"loss": float("nan")})  # type: ignore[arg-type]
+
+
+FETCH_SECONDS, COUNT_SECONDS, COMPUTE_SECONDS, TOKENS_PER_STEP = 0.25, 3.0, 1.75, 10
+
+
+class ClockedTrainer(PlainGuardedTrainer):
+    """Advances a virtual clock: when a row is fetched, when the tokens of all ranks are counted, and when a step is computed."""
+
+    now = 100.0
+
+    def _get_num_items_in_batch(self, *args: Any, **options: Any) -> Any:
+        ClockedTrainer.now += COUNT_SECONDS
+        return super()._get_num_items_in_batch(*args, **options)
+
+    def compute_loss(self, *args: Any, **options: Any) -> Any:
+        ClockedTrainer.now += COMPUTE_SECONDS
+        self.state.num_input_tokens_seen += TOKENS_PER_STEP
+        return super().compute_loss(*args, **options)
+
+
+class SlowRows(torch.utils.data.Dataset):
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, index: int) -> dict[str, float]:
+        ClockedTrainer.now += FETCH_SECONDS
+        return {"x": float(index)}
+
+
+def test_only_the_time_until_a_batch_arrives_is_waiting_for_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = SimpleNamespace(perf_counter=lambda: ClockedTrainer.now)
+    monkeypatch.setattr(engine, "time", clock)
+    monkeypatch.setattr(speed, "time", clock)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=LAST_STEP, save_strategy="no", per_device_train_batch_size=1, logging_steps=1, report_to=[],
+        use_cpu=True, disable_tqdm=True, include_num_input_tokens_seen="no",
+    )  # fmt: skip
+    trainer = ClockedTrainer(model=Linear(), args=args, train_dataset=SlowRows())
+    trainer.meter = Meter(flops_of_token=1, peak=None, ranks=1)
+    trainer.train()
+    lines = [line for line in trainer.state.log_history if "data_wait_share" in line]
+    step_seconds = FETCH_SECONDS + COUNT_SECONDS + COMPUTE_SECONDS
+    assert [line["step"] for line in lines] == [2, 3, 4]  # throughput is measured from the first log line on
+    for line in lines:
+        assert line["data_wait_share"] == FETCH_SECONDS / step_seconds
+        assert line["tokens_per_second"] == TOKENS_PER_STEP / step_seconds
