@@ -100,8 +100,8 @@ def test_a_scan_is_kept_for_the_same_weights(model: Path, tmp_path: Path, monkey
     spec = merged(ONE, {"method": {"type": "spectrum"}})
     first = go(tmp_path, model, spec)
     scanned: list[str] = []
-    ratio = spectrum.signal_to_noise
-    monkeypatch.setattr(spectrum, "ratio", lambda weight, metric: scanned.append(metric) or ratio(weight, metric))
+    original = spectrum.signal_to_noise
+    monkeypatch.setattr(spectrum, "signal_to_noise", lambda weight, metric: scanned.append(metric) or original(weight, metric))
     again = go(tmp_path, model, spec)
     assert scanned == []
     assert first.folder == again.folder and again.losses == first.losses

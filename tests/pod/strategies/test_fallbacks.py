@@ -50,9 +50,9 @@ def plan(kind: str, folder: Path, ranks: int) -> Plan:
 @pytest.mark.parametrize(
     ("kind", "said"),
     [
-        ("ddp", "ddp was asked for over 2 ranks, but apart is active"),
-        ("fsdp", "fsdp was asked for over 2 ranks, but 2 of 2 parameters are whole on every rank, first weight"),
-        ("zero", "deepspeed was asked for over 2 ranks, but apart is active"),
+        ("ddp", "ddp was asked for over 2 ranks, but independent is active"),
+        ("fsdp", "fsdp was asked for over 2 ranks, but 2 of 2 parameters are not sharded, first weight"),
+        ("zero", "deepspeed was asked for over 2 ranks, but independent is active"),
     ],
 )
 def test_two_ranks_that_train_apart(kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

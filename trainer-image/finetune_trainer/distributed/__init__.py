@@ -1,4 +1,4 @@
-"""How ranks work together: one module a strategy, each with what it tells the Trainer and how it is proved to be active."""
+"""Distributed strategies: one module for each, with its TrainingArguments and the proof that it is active."""
 
 from finetune_trainer.distributed.base import Plan, connected
 from finetune_trainer.distributed.choice import choose

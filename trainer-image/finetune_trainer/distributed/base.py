@@ -1,7 +1,7 @@
-"""The strategy: chosen before anything is built, and verified after the model is wrapped.
+"""The interface of a strategy. It is chosen before anything is built, and verified after the model is wrapped.
 
-A library that cannot do what was asked often falls back without an error (FSDP to DDP, two ranks to two single runs). So
-the strategy really active is read from the wrapped model, and a difference ends the run.
+Libraries often fall back without an error (FSDP to DDP, two ranks to two independent runs). The active strategy is therefore read
+from the wrapped model, and the run ends if it is not the chosen one.
 """
 
 from __future__ import annotations
@@ -14,31 +14,41 @@ from finetune_api.pod import RunConfig
 
 from finetune_trainer.hardware import Hardware
 
-TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+)
+"""Environment variables that make accelerate create a process group."""
 
 
 class Plan:
-    """One rank, or plain data parallelism. Other strategies override what differs."""
+    """The strategy of one rank. Subclasses override what differs."""
 
     name = "single"
     sharded_weights = False
-    """Whether a rank holds only a part of the weights."""
+    """Whether a rank holds only a part of each weight."""
     keep_adapter_dtype = False
-    """Whether adapters must have the base's number type."""
+    """Whether adapters must have the number format of the base model."""
 
     def __init__(self, run: RunConfig, hardware: Hardware, world_size: int):
         self.run, self.hardware, self.world_size = run, hardware, world_size
         self.notes: list[str] = []
+        """Sentences for the status."""
 
     @property
     def trainer_bases(self) -> tuple[type, ...]:
-        """Classes that the Trainer's class is derived from first."""
+        """Mixins of the Trainer's class. They override the objective's class."""
         return ()
 
     def before(self) -> None:
-        """Prepare the process, before the first use of accelerate. One rank needs no process group."""
+        """Prepare the process before the first use of accelerate. A single rank gets no process group."""
         if self.world_size == 1:
-            for name in TORCHRUN:
+            for name in TORCHRUN_VARIABLES:
                 os.environ.pop(name, None)
 
     def arguments(self) -> dict[str, Any]:
@@ -46,15 +56,15 @@ class Plan:
         return {}
 
     def after_accelerator(self, trainer: Any) -> None:
-        """Called when the Trainer has made its accelerator."""
+        """Called by the Trainer after it has created its accelerator."""
 
     def verify(self, trainer: Any) -> str:
-        """Name of the strategy really active; called when training begins. Errors: InternalError StrategyNotActive."""
+        """Name of the active strategy. Called when training begins. Errors: InternalError StrategyNotActive."""
         active = active_strategy(trainer)
         if active != self.name:
             raise InternalError(
                 "StrategyNotActive", f"{self.name} was asked for over {self.world_size} ranks, but {active} is active",
-                hint="this is a fault of the trainer image: report it with its versions",
+                hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
         return active
 
@@ -65,17 +75,17 @@ class Ddp(Plan):
     name = "ddp"
 
     def arguments(self) -> dict[str, Any]:
-        """DDP has every parameter in use (frozen ones do not count), so it need not search for unused ones."""
+        """Fields of TrainingArguments. Every trained parameter is used in each step, so DDP need not search for unused ones."""
         return {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
 
 def connected(kind: type, plan: Plan, **attributes: Any) -> Any:
-    """The Trainer class of an objective, connected to a plan."""
+    """The Trainer class `kind` of an objective with the mixins and the `plan` of a strategy."""
     return type(kind.__name__, (*plan.trainer_bases, kind), {"plan": plan, **attributes})
 
 
 def active_strategy(trainer: Any) -> str:
-    """What the wrapped model shows: deepspeed, fsdp, ddp, single, or `apart` (several ranks without any connection)."""
+    """The strategy as the wrapped model shows it: deepspeed, fsdp, ddp, single, or `independent` (ranks without any connection)."""
     from torch import distributed
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel
@@ -89,4 +99,4 @@ def active_strategy(trainer: Any) -> str:
         return "ddp" if distributed.get_world_size() > 1 else "single"
     ranks = distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    return "single" if max(ranks, launched) == 1 else "apart"
+    return "single" if max(ranks, launched) == 1 else "independent"

@@ -1,4 +1,4 @@
-"""Which strategy a run has: from the spec, and from how many ranks there are."""
+"""Chooses a run's strategy from the spec and the number of ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from finetune_trainer.inputs import Inputs
 
 
 def choose(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> Plan:
-    """The plan for a run. Errors: ConfigError for what cannot be combined, or where a file and the spec disagree."""
+    """The strategy of a run. Errors: ConfigError for combinations that cannot run, and if a configuration file contradicts the spec."""
     strategy = run.spec.distributed.strategy or (Strategy.DDP if world_size > 1 else Strategy.NONE)
     match strategy:
         case Strategy.FSDP:
@@ -25,7 +25,7 @@ def choose(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) 
 
 
 def _fsdp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> Plan:
-    """FSDP, or DDP where nothing is to be sharded: version 2 has no unsharded mode, and DDP is what that mode was."""
+    """FSDP, or DDP for noShard: FSDP version 2 has no unsharded mode, and in version 1 that mode was DDP."""
     from finetune_trainer.distributed import fsdp
 
     chosen = fsdp.options(run, inputs, hardware, world_size)
@@ -34,6 +34,6 @@ def _fsdp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -
     plan = Ddp(run, hardware, world_size)
     plan.notes += [
         *chosen.notes,
-        "fsdp with noShard keeps everything whole on every rank: that is ddp, and runs as such",
+        "fsdp with noShard keeps all weights on every rank, which is ddp, and runs as ddp",
     ]
     return plan

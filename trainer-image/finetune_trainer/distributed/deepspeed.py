@@ -1,9 +1,9 @@
-"""DeepSpeed ZeRO: stage 1 shards the optimizer, 2 gradients too, 3 parameters too; 0 is plain data parallelism.
+"""DeepSpeed ZeRO: stage 1 shards the optimizer, stage 2 also gradients, stage 3 also parameters; stage 0 is plain data parallelism.
 
-The configuration is made from one source. A user's JSON keeps every option of DeepSpeed's own; where it speaks of something the
-spec also says (batch, clipping, rate, precision, stage, offload), both must agree, or the JSON says `auto`. Optimizer and scheduler
-sections are read and run by torch: DeepSpeed's own ones are compiled on first use, which a pod cannot do. DeepSpeed itself ignores
-keys that it does not know at the top, and ends with a trace where a value has the wrong type: both are refused here by name.
+A user's JSON keeps all options of DeepSpeed itself. Options that the spec also has (batch, clipping, learning rate, precision,
+stage, offload) must agree, or be `auto` in the JSON. The optimizer and scheduler sections are run by torch, because DeepSpeed
+compiles its own ones on first use, which a pod cannot do. DeepSpeed ignores unknown keys at the top level, and fails with a traceback
+if a value has the wrong type; both are refused here by name.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from finetune_api.spec.enums import Scheduler
 from pydantic import ValidationError
 
 from finetune_trainer.distributed.base import Plan
-from finetune_trainer.distributed.userfile import (
+from finetune_trainer.distributed.user_config import (
     AUTO,
     COUNT,
     FLAG,
@@ -36,45 +36,47 @@ from finetune_trainer.distributed.userfile import (
     POSITIVE,
     STEPS,
     TEXT,
-    Comparison,
-    Kind,
-    fitting,
+    FileMerge,
+    ValueType,
+    check_keys,
     one_of,
-    read,
+    read_config_file,
 )
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 
-FILE = "distributed.deepspeed.configRef"
+FILE_FIELD = "distributed.deepspeed.configRef"
 DEFAULT_STAGE = 2
 FILLED_LATER = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
-"""Keys of zero_optimization whose `auto` transformers fills in from the model's size."""
-_NO_METRICS = "metrics go where `tracking` says"
-_GONE = "this version of DeepSpeed does not have it"
-REFUSED = {
-    "tensor_parallel": "tensor parallelism is not offered here", "sequence_parallel_size": "sequence parallelism is not offered here",
-    "expert_parallel": "expert parallelism is not offered here", "elasticity": "the operator decides on the number of ranks",
-    "pipeline": "pipeline parallelism is not offered here", "curriculum_learning": "the order of the rows is not DeepSpeed's to choose here",
-    "data_efficiency": "the order of the rows is not DeepSpeed's to choose here",
-    "activation_checkpointing": "recomputation is asked for by training.gradientCheckpointing",
-    "torch_autocast": "precision is asked for by training.mixedPrecision", "bfloat16": "the key is called bf16",
-    "aio": "nvme is not offered here", "autotuning": "the operator starts the ranks", "hybrid_engine": "answers are not written by DeepSpeed here",
-    "tensorboard": _NO_METRICS, "wandb": _NO_METRICS, "comet": _NO_METRICS, "csv_monitor": _NO_METRICS,
+"""Keys of zero_optimization whose `auto` transformers replaces by a value for the model's size."""
+_SET_IN_TRACKING = "the spec's `tracking` decides where metrics are sent"
+_REMOVED = "this version of DeepSpeed does not have it"
+REFUSED_SECTIONS = {
+    "tensor_parallel": "tensor parallelism is not supported", "sequence_parallel_size": "sequence parallelism is not supported",
+    "expert_parallel": "expert parallelism is not supported", "elasticity": "the operator decides the number of ranks",
+    "pipeline": "pipeline parallelism is not supported", "curriculum_learning": "DeepSpeed cannot choose the order of the rows",
+    "data_efficiency": "DeepSpeed cannot choose the order of the rows",
+    "activation_checkpointing": "write training.gradientCheckpointing instead",
+    "torch_autocast": "write training.mixedPrecision instead", "bfloat16": "the key is called bf16",
+    "aio": "nvme is not supported", "autotuning": "the operator starts the ranks", "hybrid_engine": "DeepSpeed does not generate completions",
+    "tensorboard": _SET_IN_TRACKING, "wandb": _SET_IN_TRACKING, "comet": _SET_IN_TRACKING, "csv_monitor": _SET_IN_TRACKING,
 } | dict.fromkeys(
     ("amp", "compression_training", "eigenvalue", "nebula", "progressive_layer_drop", "quantize_training", "sparse_attention", "sparse_gradients"),
-    _GONE,
+    _REMOVED,
 )  # fmt: skip
-"""Sections that cannot be had, unless the file turns them off itself."""
-REFUSED_OF_ZERO = {
+"""Sections that are refused with the reason, unless the file itself disables them."""
+REFUSED_IN_ZERO = {
     "cpu_offload": "the key is called offload_optimizer", "cpu_offload_param": "the key is called offload_param",
     "cpu_offload_use_pin_memory": "the key is called pin_memory, in offload_optimizer and offload_param",
 }  # fmt: skip
 ROWS, ROWS_PATH = "train_micro_batch_size_per_gpu", "training.batchSizePerDevice"
 ACCUMULATION, ACCUMULATION_PATH = "gradient_accumulation_steps", "training.gradientAccumulationSteps"
-LARGEST = 65536
-"""Of both, as the API has it."""
-BATCH = Kind(f"a whole number from 1 to {LARGEST}", lambda found: COUNT.fits(found) and found <= LARGEST)
-KEYS = {
+MAX_BATCH_VALUE = 65536
+"""Limit of both fields in the API."""
+BATCH = ValueType(
+    f"a whole number from 1 to {MAX_BATCH_VALUE}", lambda found: COUNT.accepts(found) and found <= MAX_BATCH_VALUE
+)
+TOP_LEVEL_KEYS = {
     "train_batch_size": COUNT, ROWS: BATCH, ACCUMULATION: BATCH, "gradient_clipping": NOT_NEGATIVE,
     "bf16": MAPPING, "fp16": MAPPING, "zero_optimization": MAPPING, "optimizer": MAPPING, "scheduler": MAPPING, "zero_allow_untested_optimizer": FLAG,
     "zero_force_ds_cpu_optimizer": FLAG, "communication_data_type": TEXT, "data_types": MAPPING, "prescale_gradients": FLAG,
@@ -82,108 +84,124 @@ KEYS = {
     "timers": MAPPING, "steps_per_print": POSITIVE, "wall_clock_breakdown": FLAG, "memory_breakdown": FLAG, "dump_state": FLAG,
     "disable_python_gc": FLAG, "log_level": TEXT,
 }  # fmt: skip
-"""What the JSON may say at the top. Keys inside the sections that DeepSpeed reads are checked by DeepSpeed, see `read_by_deepspeed`."""
-SECTION = {"type": TEXT, "params": MAPPING}
-DECAY = Kind("a number from 0 to below 1", lambda found: found == AUTO or NOT_NEGATIVE.fits(found) and found < 1)
-BETAS = Kind(
-    "two numbers from 0 to below 1",
-    lambda found: isinstance(found, list) and len(found) == 2 and all(map(DECAY.fits, found)),
+"""Keys at the top level of the JSON. DeepSpeed checks the keys inside its own sections, see `validate_with_deepspeed`."""
+TYPED_SECTION = {"type": TEXT, "params": MAPPING}
+DECAY = ValueType(
+    "a number from 0 to below 1", lambda found: found == AUTO or NOT_NEGATIVE.accepts(found) and found < 1
 )
-ADAM = {
+BETAS = ValueType(
+    "two numbers from 0 to below 1",
+    lambda found: isinstance(found, list) and len(found) == 2 and all(map(DECAY.accepts, found)),
+)
+ADAM_PARAMETERS = {
     "lr": POSITIVE, "betas": BETAS, "eps": POSITIVE, "weight_decay": NOT_NEGATIVE, "adam_w_mode": FLAG, "torch_adam": FLAG,
 }  # fmt: skip
-WARMUP = {
+WARMUP_PARAMETERS = {
     "warmup_num_steps": STEPS, "warmup_min_lr": NOT_NEGATIVE, "warmup_max_lr": NOT_NEGATIVE, "total_num_steps": COUNT, "warmup_type": TEXT,
 }  # fmt: skip
-DEVICE = one_of("none", "cpu", "nvme")
-FUSED = "adamw_torch_fused"
-TORCHS_ADAMW = ("adamw_torch", FUSED)
+OFFLOAD_DEVICE = one_of("none", "cpu", "nvme")
+FUSED_ADAMW = "adamw_torch_fused"
+TORCH_ADAMW = ("adamw_torch", FUSED_ADAMW)
 OFFLOADS = (
     ("offload_optimizer", "offloadOptimizer", "offload_optimizer"), ("offload_param", "offloadParameters", "offload_parameters"),
 )  # fmt: skip
-"""Section of zero_optimization, name in the spec, attribute of it."""
-SCHEDULERS = {
+"""For each offload: section of zero_optimization, field of the spec, its Python attribute."""
+DEEPSPEED_SCHEDULERS = {
     "WarmupLR": Scheduler.CONSTANT_WITH_WARMUP, "WarmupDecayLR": Scheduler.LINEAR, "WarmupCosineLR": Scheduler.COSINE,
 }  # fmt: skip
 
 
 @dataclass
 class Options:
-    """DeepSpeed's configuration, and what of it the Trainer has to know."""
+    """DeepSpeed's configuration, and the TrainingArguments that follow from it."""
 
     stage: int
     config: dict[str, Any]
     training: dict[str, Any] = field(default_factory=dict)
-    """Fields of TrainingArguments that the JSON decides."""
+    """Fields of TrainingArguments that the JSON sets."""
     notes: list[str] = field(default_factory=list)
 
 
 def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int) -> Options:
-    """From the spec and the user's JSON.
+    """The options of a run, from the spec and the user's JSON.
 
     Errors: ConfigError ConfigsDisagree (with all conflicts), ConfigFileInvalid, OffloadNeedsStage3, the codes of rules that the
     values of the file break; NotFoundError ConfigMapMissing.
     """
     spec = run.spec.distributed.deepspeed
-    both = Comparison(run)
-    config = _checked(read(spec.config_ref, inputs.config_maps, FILE) if spec and spec.config_ref else {}, both)
+    merge = FileMerge(run)
+    has_file = spec is not None and spec.config_ref is not None
+    given = read_config_file(spec.config_ref, inputs.config_maps, FILE_FIELD) if has_file else {}
+    config = _checked(given, merge)
     result = Options(DEFAULT_STAGE, config)
-    _batches(config, both, run, result, world_size)
-    _precision(config, both, hardware)
-    _optimizer(config, both, run, result)
-    _scheduler(config, both, run, result)
-    _zero(config, both, run, result)
-    both.settle("the DeepSpeed JSON")
-    result.notes += both.notes
-    _no_auto_left(config)
+    _batches(config, merge, run, result, world_size)
+    _precision(config, merge, hardware)
+    _optimizer(config, merge, run, result)
+    _scheduler(config, merge, run, result)
+    _zero(config, merge, run, result)
+    merge.finish("the DeepSpeed JSON")
+    result.notes += merge.notes
+    _require_no_auto(config)
     return result
 
 
-def _checked(given: dict[str, Any], both: Comparison) -> dict[str, Any]:
-    """A copy of the file without what it leaves open or turns off. Errors: ConfigError ConfigFileInvalid."""
+def _checked(given: dict[str, Any], merge: FileMerge) -> dict[str, Any]:
+    """A copy of the file without null values and disabled sections. Errors: ConfigError ConfigFileInvalid."""
     config: dict[str, Any] = _without_nulls(given)
-    off = [key for key in REFUSED if isinstance(config.get(key), dict) and config[key].get("enabled") is False]
-    for key in off:
+    disabled = [
+        key for key in REFUSED_SECTIONS if isinstance(config.get(key), dict) and config[key].get("enabled") is False
+    ]
+    for key in disabled:
         del config[key]
-    if off:
-        both.notes.append(f"the DeepSpeed JSON turns {', '.join(off)} off: left out")
-    _refuse(REFUSED, "", config)
-    fitting(FILE, "", config, KEYS, auto=True)
+    if disabled:
+        merge.notes.append(f"sections that the DeepSpeed JSON disables are ignored: {', '.join(disabled)}")
+    _refuse(REFUSED_SECTIONS, "", config)
+    check_keys(FILE_FIELD, "", config, TOP_LEVEL_KEYS, allows_auto=True)
     for name in ("bf16", "fp16"):
-        _inner(name, config.get(name), {"enabled": FLAG})
+        _check_read_keys(name, config.get(name), {"enabled": FLAG})
     zero = config.get("zero_optimization", {})
-    _refuse(REFUSED_OF_ZERO, "zero_optimization.", zero)
-    _inner("zero_optimization", zero, {"stage": one_of(0, 1, 2, 3), **{section: MAPPING for section, _, _ in OFFLOADS}})
+    _refuse(REFUSED_IN_ZERO, "zero_optimization.", zero)
+    _check_read_keys(
+        "zero_optimization", zero, {"stage": one_of(0, 1, 2, 3), **{section: MAPPING for section, _, _ in OFFLOADS}}
+    )
     for section, _, _ in OFFLOADS:
-        _inner(f"zero_optimization.{section}", zero.get(section), {"device": DEVICE}, auto=False)
+        _check_read_keys(
+            f"zero_optimization.{section}", zero.get(section), {"device": OFFLOAD_DEVICE}, allows_auto=False
+        )
     return config
 
 
 def _refuse(keys: dict[str, str], prefix: str, section: dict[str, Any]) -> None:
     found = [f"{prefix}{key} ({reason})" for key, reason in keys.items() if key in section]
     if found:
-        raise ConfigError("ConfigFileInvalid", f"{FILE}: {'; '.join(found)}", hint="remove it")
+        raise ConfigError("ConfigFileInvalid", f"{FILE_FIELD}: {'; '.join(found)}", hint="remove it")
 
 
 def _without_nulls(value: Any) -> Any:
-    """null stands for what DeepSpeed does anyway."""
+    """A copy without null values, which mean DeepSpeed's default."""
     if isinstance(value, dict):
         return {key: _without_nulls(one) for key, one in value.items() if one is not None}
     return copy.deepcopy(value)
 
 
-def _inner(group: str, section: Any, kinds: dict[str, Kind], *, auto: bool = True) -> None:
-    """Check the keys that are read here; the others are DeepSpeed's."""
-    fitting(FILE, group, {key: value for key, value in (section or {}).items() if key in kinds}, kinds, auto=auto)
+def _check_read_keys(group: str, section: Any, kinds: dict[str, ValueType], *, allows_auto: bool = True) -> None:
+    """Check the keys of a section that this module reads; DeepSpeed checks the others."""
+    check_keys(
+        FILE_FIELD,
+        group,
+        {key: value for key, value in (section or {}).items() if key in kinds},
+        kinds,
+        allows_auto=allows_auto,
+    )
 
 
-def _batches(config: dict[str, Any], both: Comparison, run: RunConfig, result: Options, world_size: int) -> None:
-    rows, steps = _rows_and_steps(config, both, run)
-    clip = both.same(
+def _batches(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Options, world_size: int) -> None:
+    rows, steps = _rows_and_steps(config, merge, run)
+    clip = merge.merge(
         "gradient_clipping", config.get("gradient_clipping"), "training.maxGradNorm", run.spec.training.max_grad_norm
     )
     whole = rows * steps * world_size
-    both.must("train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", whole)
+    merge.require_equal("train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", whole)
     config |= {ROWS: rows, ACCUMULATION: steps, "train_batch_size": whole, "gradient_clipping": clip}
     result.training |= {
         "per_device_train_batch_size": rows,
@@ -192,67 +210,68 @@ def _batches(config: dict[str, Any], both: Comparison, run: RunConfig, result: O
     }
 
 
-def _rows_and_steps(config: dict[str, Any], both: Comparison, run: RunConfig) -> tuple[int, int]:
-    """Micro-batch and accumulation. What memory could not hold goes down with the spec's, with the same effective batch."""
+def _rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) -> tuple[int, int]:
+    """Micro-batch and accumulation steps. If the operator reduced the spec's micro-batch, the file's is reduced likewise.
+
+    The effective batch stays the same.
+    """
     training = run.spec.training
     asked = training.batch_size_per_device
-    before = both.before(ROWS_PATH, asked)
-    adapted = before != asked
+    before = merge.before_adaptation(ROWS_PATH, asked)
+    is_adapted = before != asked
     more = training.gradient_accumulation_steps
-    of_spec = both.before(ACCUMULATION_PATH, more) if adapted else more
-    rows = both.same(ROWS, config.get(ROWS), ROWS_PATH, before)
-    steps = both.same(ACCUMULATION, config.get(ACCUMULATION), ACCUMULATION_PATH, of_spec)
-    if not adapted or both.conflicts:
+    of_spec = merge.before_adaptation(ACCUMULATION_PATH, more) if is_adapted else more
+    rows = merge.merge(ROWS, config.get(ROWS), ROWS_PATH, before)
+    steps = merge.merge(ACCUMULATION, config.get(ACCUMULATION), ACCUMULATION_PATH, of_spec)
+    if not is_adapted or merge.conflicts:
         return rows, steps
-    both.settled |= {ROWS_PATH: rows, ACCUMULATION_PATH: steps}
-    fewer = _fewer(rows, steps, rows * asked / before, both, run)
+    merge.file_values |= {ROWS_PATH: rows, ACCUMULATION_PATH: steps}
+    reduced = _reduced_rows(rows, steps, rows * asked / before, merge, run)
     if (rows, steps) != (before, of_spec):
-        why = f"as {ROWS_PATH} went from {before} to {asked}"
-        if fewer == rows:
-            told = (
-                f"{ROWS} {rows} of the file stays, though not {why}: it has no smaller divisor that can be trained with"
-            )
+        reason = f"as {ROWS_PATH} went from {before} to {asked}"
+        if reduced == rows:
+            note = f"{ROWS} {rows} of the file stays, though not {reason}: it has no smaller divisor that can be trained with"
         else:
-            told = f"{ROWS} {rows} of the file becomes {fewer}, {why}, and {ACCUMULATION} {steps} becomes {steps * rows // fewer}"
-        both.notes.append(told)
-    steps = steps * rows // fewer
-    both.settled |= {ROWS_PATH: fewer, ACCUMULATION_PATH: steps}
-    return fewer, steps
+            note = f"{ROWS} {rows} of the file becomes {reduced}, {reason}, and {ACCUMULATION} {steps} becomes {steps * rows // reduced}"
+        merge.notes.append(note)
+    steps = steps * rows // reduced
+    merge.file_values |= {ROWS_PATH: reduced, ACCUMULATION_PATH: steps}
+    return reduced, steps
 
 
-def _fewer(rows: int, steps: int, wanted: float, both: Comparison, run: RunConfig) -> int:
-    """The largest divisor of a micro-batch at or below what is wanted, else the smallest there is; `rows` itself if none is smaller.
+def _reduced_rows(rows: int, steps: int, wanted: float, merge: FileMerge, run: RunConfig) -> int:
+    """The largest divisor of the micro-batch that is at most `wanted`, else the smallest divisor; `rows` if it has none.
 
-    None is taken that a rule would refuse: a job whose memory ran out is not to end for what nobody wrote.
+    Divisors that a rule refuses are skipped: a job that ran out of memory must not fail because of a value that no user wrote.
     """
     divisors = [
         part
         for part in range(min_batch_size_per_device(run.spec), rows)
         if rows % part == 0
-        and steps * rows // part <= LARGEST
-        and both.allowed({ROWS_PATH: part, ACCUMULATION_PATH: steps * rows // part})
+        and steps * rows // part <= MAX_BATCH_VALUE
+        and merge.allows({ROWS_PATH: part, ACCUMULATION_PATH: steps * rows // part})
     ]
     return max((part for part in divisors if part <= wanted), default=min(divisors, default=rows))
 
 
-def _precision(config: dict[str, Any], both: Comparison, hardware: Hardware) -> None:
+def _precision(config: dict[str, Any], merge: FileMerge, hardware: Hardware) -> None:
     for name, active in (("bf16", hardware.bf16), ("fp16", hardware.fp16)):
         section = config.setdefault(name, {})
-        both.must(
+        merge.require_equal(
             f"{name}.enabled",
             section.get("enabled"),
-            f"{name} on {hardware.name}, as training.mixedPrecision settles it,",
+            f"{name} on {hardware.name}, from training.mixedPrecision,",
             active,
         )
         section["enabled"] = active
 
 
-def _optimizer(config: dict[str, Any], both: Comparison, run: RunConfig, result: Options) -> None:
-    """Adam of the JSON is run by torch, with its numbers."""
+def _optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Options) -> None:
+    """The JSON's Adam is run by torch, with the JSON's values."""
     section = config.pop("optimizer", None)
     if section is None:
         return
-    fitting(FILE, "optimizer", section, SECTION, auto=True)
+    check_keys(FILE_FIELD, "optimizer", section, TYPED_SECTION, allows_auto=True)
     kind, given, training = (
         str(section.get("type", "without a type")),
         dict(section.get("params") or {}),
@@ -260,84 +279,84 @@ def _optimizer(config: dict[str, Any], both: Comparison, run: RunConfig, result:
     )
     if kind.lower() not in ("adam", "adamw") or given.get("adam_w_mode", True) is False:
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE}: optimizer {kind} is compiled by DeepSpeed on first use, which a pod cannot do",
+            "ConfigFileInvalid", f"{FILE_FIELD}: optimizer {kind} is compiled by DeepSpeed on first use, which a pod cannot do",
             hint="write AdamW, or remove the section and name training.optimizer",
         )  # fmt: skip
-    fitting(FILE, "optimizer.params", given, ADAM, auto=True)
+    check_keys(FILE_FIELD, "optimizer.params", given, ADAM_PARAMETERS, allows_auto=True)
     name = training.optimizer
-    if name not in TORCHS_ADAMW:
-        name = both.same("optimizer.type", FUSED, "training.optimizer", name, shown=kind)
+    if name not in TORCH_ADAMW:
+        name = merge.merge("optimizer.type", FUSED_ADAMW, "training.optimizer", name, shown=kind)
     betas = given.get("betas", AUTO)
     first, second = (AUTO, AUTO) if betas == AUTO else betas
     result.training |= {
         "optim": name,
-        "adam_beta1": both.same("optimizer.params.betas[0]", first, "training.adamBeta1", training.adam_beta1),
-        "adam_beta2": both.same("optimizer.params.betas[1]", second, "training.adamBeta2", training.adam_beta2),
-        "learning_rate": both.same("optimizer.params.lr", given.get("lr"), "training.learningRate", training.learning_rate),
-        "adam_epsilon": both.same("optimizer.params.eps", given.get("eps"), "training.adamEpsilon", training.adam_epsilon),
-        "weight_decay": both.same("optimizer.params.weight_decay", given.get("weight_decay"), "training.weightDecay", training.weight_decay),
+        "adam_beta1": merge.merge("optimizer.params.betas[0]", first, "training.adamBeta1", training.adam_beta1),
+        "adam_beta2": merge.merge("optimizer.params.betas[1]", second, "training.adamBeta2", training.adam_beta2),
+        "learning_rate": merge.merge("optimizer.params.lr", given.get("lr"), "training.learningRate", training.learning_rate),
+        "adam_epsilon": merge.merge("optimizer.params.eps", given.get("eps"), "training.adamEpsilon", training.adam_epsilon),
+        "weight_decay": merge.merge("optimizer.params.weight_decay", given.get("weight_decay"), "training.weightDecay", training.weight_decay),
     }  # fmt: skip
-    both.notes.append(f"optimizer {kind} of the DeepSpeed JSON runs as torch's AdamW ({name})")
+    merge.notes.append(f"optimizer {kind} of the DeepSpeed JSON runs as torch's AdamW ({name})")
 
 
-def _scheduler(config: dict[str, Any], both: Comparison, run: RunConfig, result: Options) -> None:
-    """Warm-up schedules of the JSON are run by transformers."""
+def _scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Options) -> None:
+    """The JSON's warm-up schedule is run by transformers."""
     section = config.pop("scheduler", None)
     if section is None:
         return
-    fitting(FILE, "scheduler", section, SECTION, auto=True)
+    check_keys(FILE_FIELD, "scheduler", section, TYPED_SECTION, allows_auto=True)
     kind, given, training = (
         str(section.get("type", "without a type")),
         dict(section.get("params") or {}),
         run.spec.training,
     )
-    if kind not in SCHEDULERS:
+    if kind not in DEEPSPEED_SCHEDULERS:
         raise ConfigError(
             "ConfigFileInvalid",
-            f"{FILE}: scheduler {kind} is not offered here",
-            hint=f"write one of {', '.join(SCHEDULERS)}, or training.scheduler",
+            f"{FILE_FIELD}: scheduler {kind} is not supported",
+            hint=f"write one of {', '.join(DEEPSPEED_SCHEDULERS)}, or training.scheduler",
         )
-    fitting(FILE, "scheduler.params", given, WARMUP, auto=True)
+    check_keys(FILE_FIELD, "scheduler.params", given, WARMUP_PARAMETERS, allows_auto=True)
     from finetune_trainer.schedules import SCHEDULER_NAMES
 
-    scheduler = both.same(
+    scheduler = merge.merge(
         "scheduler.type",
-        SCHEDULERS[kind],
+        DEEPSPEED_SCHEDULERS[kind],
         "training.scheduler",
         training.scheduler,
-        shown=f"{kind} ({SCHEDULERS[kind]})",
+        shown=f"{kind} ({DEEPSPEED_SCHEDULERS[kind]})",
     )
     result.training["lr_scheduler_type"] = SCHEDULER_NAMES[scheduler]
-    _warmup(given.get("warmup_num_steps"), both, run, result)
-    rate = both.undone(
+    _warmup(given.get("warmup_num_steps"), merge, run, result)
+    rate = merge.undo_adaptation(
         "training.learningRate", training.learning_rate, result.training.get("learning_rate", training.learning_rate)
     )
     for key, path, actual in (
         ("warmup_max_lr", "training.learningRate", rate),
-        ("warmup_min_lr", "the rate that warm-up begins with", 0),
+        ("warmup_min_lr", "the first learning rate of the warm-up", 0),
         ("total_num_steps", "training.maxSteps", training.max_steps),
-        ("warmup_type", "the course of the warm-up", "linear"),
+        ("warmup_type", "the shape of the warm-up", "linear"),
     ):
-        both.must(f"scheduler.params.{key}", given.get(key), path, actual)
-    both.notes.append(f"scheduler {kind} of the DeepSpeed JSON runs as {scheduler}")
+        merge.require_equal(f"scheduler.params.{key}", given.get(key), path, actual)
+    merge.notes.append(f"scheduler {kind} of the DeepSpeed JSON runs as {scheduler}")
 
 
-def _warmup(steps: Any, both: Comparison, run: RunConfig, result: Options) -> None:
-    """Steps of the file win over a ratio that nobody wrote."""
+def _warmup(steps: Any, merge: FileMerge, run: RunConfig, result: Options) -> None:
+    """The file's warm-up steps replace a ratio that is only a default."""
     training, key = run.spec.training, "scheduler.params.warmup_num_steps"
     if steps in (None, AUTO):
         return
     if training.warmup_ratio and "training.warmupRatio" not in run.defaults:
-        both.conflicts.append(f"{key} is {steps}, training.warmupRatio is {training.warmup_ratio:g}")
-    result.training["warmup_steps"] = both.same(key, steps, "training.warmupSteps", training.warmup_steps)
-    if "training.warmupSteps" in both.settled:
-        both.settled["training.warmupRatio"] = None
+        merge.conflicts.append(f"{key} is {steps}, training.warmupRatio is {training.warmup_ratio:g}")
+    result.training["warmup_steps"] = merge.merge(key, steps, "training.warmupSteps", training.warmup_steps)
+    if "training.warmupSteps" in merge.file_values:
+        merge.file_values["training.warmupRatio"] = None
 
 
-def _zero(config: dict[str, Any], both: Comparison, run: RunConfig, result: Options) -> None:
+def _zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Options) -> None:
     spec = run.spec.distributed.deepspeed
     zero = config.setdefault("zero_optimization", {})
-    stage = both.same(
+    stage = merge.merge(
         "zero_optimization.stage",
         zero.get("stage"),
         "distributed.deepspeed.zeroStage",
@@ -349,11 +368,11 @@ def _zero(config: dict[str, Any], both: Comparison, run: RunConfig, result: Opti
         if section.get("device") == "nvme":
             raise ConfigError(
                 "ConfigFileInvalid",
-                f"{FILE}: {key}.device nvme is compiled on first use, which a pod cannot do",
+                f"{FILE_FIELD}: {key}.device nvme is compiled on first use, which a pod cannot do",
                 hint="write cpu",
             )
         found = None if key not in zero else section.get("device", "none") != "none"
-        if both.same(f"zero_optimization.{key}", found, f"distributed.deepspeed.{path}", asked):
+        if merge.merge(f"zero_optimization.{key}", found, f"distributed.deepspeed.{path}", asked):
             zero[key] = {**section, "device": "cpu"}
         else:
             zero.pop(key, None)
@@ -368,54 +387,54 @@ def _zero(config: dict[str, Any], both: Comparison, run: RunConfig, result: Opti
             hint="write `zeroStage: 1` or more, or remove offloadOptimizer",
         )  # fmt: skip
     if result.stage == 3:
-        both.must(
+        merge.require_equal(
             "zero_optimization.stage3_gather_16bit_weights_on_model_save", zero.get("stage3_gather_16bit_weights_on_model_save"),
-            "what a checkpoint that anyone can load needs", True,
+            "the value that a loadable checkpoint needs", True,
         )  # fmt: skip
         zero["stage3_gather_16bit_weights_on_model_save"] = True
-    # The optimizer is torch's, also where its state lies in host memory: DeepSpeed's own would have to be compiled.
+    # torch's optimizer is used even if its state is offloaded to host memory: DeepSpeed would compile its own.
     for key, value in (("zero_allow_untested_optimizer", True), ("zero_force_ds_cpu_optimizer", False)):
-        both.must(key, config.get(key), "what torch's own optimizer needs", value)
+        merge.require_equal(key, config.get(key), "the value that torch's optimizer needs", value)
         config[key] = value
 
 
-def _no_auto_left(config: dict[str, Any]) -> None:
-    left = [key for key in _autos(config) if key.removeprefix("zero_optimization.") not in FILLED_LATER]
+def _require_no_auto(config: dict[str, Any]) -> None:
+    left = [key for key in _auto_keys(config) if key.removeprefix("zero_optimization.") not in FILLED_LATER]
     if left:
         raise ConfigError(
             "ConfigFileInvalid",
-            f"{FILE}: {', '.join(left)} is auto, and nothing says what that is",
+            f"{FILE_FIELD}: {', '.join(left)} is auto, and the spec has no value for it",
             hint="write a value, or remove it",
         )
 
 
-def _autos(value: Any, path: str = "") -> list[str]:
+def _auto_keys(value: Any, path: str = "") -> list[str]:
     if isinstance(value, dict):
-        return [one for key, inner in value.items() for one in _autos(inner, f"{path}.{key}" if path else str(key))]
+        return [one for key, inner in value.items() for one in _auto_keys(inner, f"{path}.{key}" if path else str(key))]
     return [path] if value == AUTO else []
 
 
-def read_by_deepspeed(config: dict[str, Any]) -> None:
-    """Let DeepSpeed read the settled configuration, before anything is loaded. Errors: ConfigError ConfigFileInvalid with its words."""
+def validate_with_deepspeed(config: dict[str, Any]) -> None:
+    """Let DeepSpeed parse the configuration before anything is loaded. Errors: ConfigError ConfigFileInvalid with its message."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     trial = copy.deepcopy(config)
-    del trial["train_batch_size"]  # it is counted again from the other two, with as many ranks as there are by now
+    del trial["train_batch_size"]  # DeepSpeed computes it from the other two; here it would assume one rank
     try:
         DeepSpeedConfig(trial)
     except Exception as error:
-        told = str(error)
+        message = str(error)
         if isinstance(error, ValidationError):
-            told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-            told = f"{error.title}: {told}"
+            message = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+            message = f"{error.title}: {message}"
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE}: DeepSpeed does not take it: {' '.join(told.split())[:500]}",
-            hint="mend what is named, or remove it",
+            "ConfigFileInvalid", f"{FILE_FIELD}: DeepSpeed refuses it: {' '.join(message.split())[:500]}",
+            hint="correct the named key, or remove it",
         ) from error  # fmt: skip
 
 
 class Deepspeed(Plan):
-    """DeepSpeed's engine around the model."""
+    """The model is wrapped in DeepSpeed's engine."""
 
     name = "deepspeed"
 
@@ -430,15 +449,15 @@ class Deepspeed(Plan):
 
     @property
     def trainer_bases(self) -> tuple[type, ...]:
-        """Loading of the best weights at the end."""
+        """A mixin that loads the best weights."""
         return (_best_weights_mixin(),)
 
     def before(self) -> None:
-        """DeepSpeed wants a process group even for one rank. On CPU nobody else makes it before the model is loaded."""
+        """Create the process group that DeepSpeed needs even for one rank. On CPU, accelerate would create it too late."""
         import deepspeed
         import torch
 
-        read_by_deepspeed(self.chosen.config)
+        validate_with_deepspeed(self.chosen.config)
         if self.world_size == 1:
             alone = {
                 "RANK": "0",
@@ -458,35 +477,35 @@ class Deepspeed(Plan):
         return {**self.chosen.training, "deepspeed": copy.deepcopy(self.chosen.config)}
 
     def verify(self, trainer: Any) -> str:
-        """The engine's own word on stage and ranks, and DeepSpeed's marks on parameters. Errors: InternalError StrategyNotActive."""
+        """Also compare the engine's stage and ranks, and count the sharded parameters. Errors: InternalError StrategyNotActive."""
         name = super().verify(trainer)
         engine = trainer.deepspeed
         stage, ranks = engine.zero_optimization_stage(), engine.world_size
         sharded = sum(hasattr(one, "ds_id") for one in trainer.model.parameters())
         total = sum(1 for _ in trainer.model.parameters())
-        wanted = total if self.chosen.stage == 3 else 0
-        if (stage, ranks, sharded) != (self.chosen.stage, self.world_size, wanted):
+        expected = total if self.chosen.stage == 3 else 0
+        if (stage, ranks, sharded) != (self.chosen.stage, self.world_size, expected):
             raise InternalError(
                 "StrategyNotActive",
                 f"ZeRO stage {self.chosen.stage} over {self.world_size} ranks was asked for; active: stage {stage} over {ranks} ranks, "
                 f"{sharded} of {total} parameters sharded",
-                hint="this is a fault of the trainer image: report it with its versions",
+                hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
         return name
 
 
 def _best_weights_mixin() -> type:
-    """The mix-in; made here so that this module loads without torch."""
+    """The mixin's class, created on demand so that this module loads without torch."""
     from finetune_trainer.best import best_folder
-    from finetune_trainer.distributed.weights import load_gathered
+    from finetune_trainer.distributed.weights import load_into_deepspeed
     from finetune_trainer.library_internals import OpenTrainer
 
     class BestWeightsFromFolder(OpenTrainer):
         """Loads the best weights from a plain folder; transformers would load DeepSpeed's own checkpoint, which may be deleted."""
 
         def load_best_model(self) -> None:
-            reader = self.accelerator.is_main_process
-            load_gathered(self.model, best_folder(self) if reader else Path(), reader)
+            is_reader = self.accelerator.is_main_process
+            load_into_deepspeed(self.model, best_folder(self) if is_reader else Path(), is_reader)
             self.accelerator.wait_for_everyone()
 
     return BestWeightsFromFolder

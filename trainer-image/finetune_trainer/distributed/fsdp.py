@@ -1,9 +1,9 @@
-"""Fully sharded data parallel, version 2: every rank holds a slice of each parameter, gradient and optimizer state.
+"""Fully sharded data parallel (FSDP), version 2: every rank holds a shard of each parameter, gradient and optimizer state.
 
-Three things are made right here. On CPU (tests, small runs) accelerate never turns FSDP on, and two ranks would run DDP without
-an error: the state is set by hand, by one override with a test of its own. Checkpoints keep the model or adapter as the same
-plain folder that a single rank writes; only the optimizer stays sharded. And 4-bit weights are stored as floats, since
-accelerate leaves integers unsharded with only a warning (`finetune_trainer.model` does that when `sharded_weights` is set).
+Three gaps of the libraries are closed. On CPU (tests, small runs) accelerate never enables FSDP, and two ranks would run DDP without
+an error (`library_internals.enable_fsdp_on_cpu`). Checkpoints hold the model or the adapter in the same plain folder that a single
+rank writes; only the optimizer stays sharded. And 4-bit weights are stored as floats, because accelerate leaves integers unsharded
+with only a warning (`finetune_trainer.model` does so if `sharded_weights` is set).
 """
 
 from __future__ import annotations
@@ -20,58 +20,67 @@ from finetune_api.rules import incompatible_with_fsdp, raise_first_finding
 from finetune_api.spec.enums import FsdpSharding, FsdpStateDict, GradientCheckpointing
 
 from finetune_trainer.distributed.base import Plan
-from finetune_trainer.distributed.userfile import COUNT, MAPPING, TEXT, Comparison, Kind, fitting, one_of, read
+from finetune_trainer.distributed.user_config import (
+    COUNT,
+    MAPPING,
+    TEXT,
+    FileMerge,
+    ValueType,
+    check_keys,
+    one_of,
+    read_config_file,
+)
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 
-FILE = "distributed.fsdp.configRef"
+FILE_FIELD = "distributed.fsdp.configRef"
 SHARDING = {
     "FULL_SHARD": FsdpSharding.FULL_SHARD, "SHARD_GRAD_OP": FsdpSharding.SHARD_GRAD_OP, "NO_SHARD": FsdpSharding.NO_SHARD,
     "1": FsdpSharding.FULL_SHARD, "2": FsdpSharding.SHARD_GRAD_OP, "3": FsdpSharding.NO_SHARD,
     "true": FsdpSharding.FULL_SHARD, "false": FsdpSharding.SHARD_GRAD_OP,
 }  # fmt: skip
-"""Words of accelerate's files for `sharding`; its version 2 says whether to reshard after the forward pass."""
+"""accelerate's words for `sharding`. For version 2 it is a truth value: whether to reshard after the forward pass."""
 STATE_DICT = {
     "FULL_STATE_DICT": FsdpStateDict.FULL, "SHARDED_STATE_DICT": FsdpStateDict.SHARDED, "LOCAL_STATE_DICT": FsdpStateDict.LOCAL,
 }  # fmt: skip
-LAUNCHER = (
+LAUNCHER_KEYS = (
     "compute_environment", "debug", "downcast_bf16", "enable_cpu_affinity", "machine_rank", "main_process_ip", "main_process_port",
     "main_training_function", "rdzv_backend", "same_network", "tpu_env", "tpu_use_cluster", "tpu_use_sudo", "use_cpu", "gpu_ids",
     "tpu_name", "tpu_zone", "dynamo_config", "commands", "command_file", "deepspeed_config", "megatron_lm_config", "ipex_config",
 )  # fmt: skip
-"""Keys of accelerate's files that tell its launcher how to start ranks; here the operator starts them."""
-BUILT_IN = ("backward_prefetch", "forward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers")
-"""Keys of FSDP version 1 whose behaviour is part of version 2."""
-WRAPS = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
-BY_LAYER, BY_SIZE, _ = WRAPS
-WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-"""Truth values, as accelerate's own questions write them."""
-SWITCH = Kind("true or false", lambda found: str(found).lower() in WORDS)
-SIZE = Kind(
+"""Keys of accelerate's files for its launcher, which start the ranks. Here the operator starts them."""
+VERSION_1_KEYS = ("backward_prefetch", "forward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers")
+"""Keys of FSDP version 1 for behaviour that version 2 always has."""
+WRAP_POLICIES = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
+BY_LAYER, BY_SIZE, _ = WRAP_POLICIES
+TRUTH_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+"""Truth values as `accelerate config` writes them."""
+SWITCH = ValueType("true or false", lambda found: str(found).lower() in TRUTH_WORDS)
+SIZE = ValueType(
     "a whole number of at least 0",
     lambda found: str(found).isdecimal() or isinstance(found, float) and found >= 0 and found.is_integer(),
 )
-LAYERS = Kind(
+LAYERS = ValueType(
     "names of layer classes",
     lambda found: isinstance(found, str) or isinstance(found, list) and all(isinstance(one, str) for one in found),
 )
-ANYTHING = Kind("anything", lambda found: True)
-KEYS = {
+ANYTHING = ValueType("anything", lambda found: True)
+TOP_LEVEL_KEYS = {
     "distributed_type": TEXT, "num_processes": COUNT, "num_machines": COUNT, "fsdp_config": MAPPING,
-    "mixed_precision": one_of("no", "fp16", "bf16", "fp8", False), **dict.fromkeys(LAUNCHER, ANYTHING),
+    "mixed_precision": one_of("no", "fp16", "bf16", "fp8", False), **dict.fromkeys(LAUNCHER_KEYS, ANYTHING),
 }  # fmt: skip
-INNER_KEYS = {
+FSDP_KEYS = {
     "version": one_of(1, 2, "1", "2"), "sharding_strategy": ANYTHING, "reshard_after_forward": ANYTHING, "state_dict_type": ANYTHING,
     "offload_params": SWITCH, "activation_checkpointing": SWITCH, "cpu_ram_efficient_loading": SWITCH, "transformer_layer_cls_to_wrap": LAYERS,
-    "min_num_params": SIZE, "auto_wrap_policy": Kind(f"one of {', '.join(WRAPS)}", lambda found: str(found).upper() in WRAPS),
-    **dict.fromkeys(BUILT_IN, ANYTHING),
+    "min_num_params": SIZE, "auto_wrap_policy": ValueType(f"one of {', '.join(WRAP_POLICIES)}", lambda found: str(found).upper() in WRAP_POLICIES),
+    **dict.fromkeys(VERSION_1_KEYS, ANYTHING),
 }  # fmt: skip
-"""Of fsdp_config, without the prefix; the words of `SHARDING` and `STATE_DICT` are looked up there."""
+"""Keys of fsdp_config, without their prefix. Words of the `SHARDING` and `STATE_DICT` keys are checked when they are read."""
 
 
 @dataclass
 class Options:
-    """What FSDP is told."""
+    """The settings of FSDP."""
 
     sharding: FsdpSharding = FsdpSharding.FULL_SHARD
     state_dict: FsdpStateDict = FsdpStateDict.SHARDED
@@ -81,7 +90,7 @@ class Options:
 
 
 def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int) -> Options:
-    """From the spec and the user's accelerate file.
+    """The settings of a run, from the spec and the user's accelerate file.
 
     Errors: ConfigError ConfigsDisagree, ConfigFileInvalid, the codes of rules that
     the values of the file break, StateDictUnavailable.
@@ -93,7 +102,9 @@ def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int)
     result.sharding = spec.sharding or result.sharding
     result.state_dict = spec.state_dict or result.state_dict
     if spec.config_ref is not None:
-        _merge(result, read(spec.config_ref, inputs.config_maps, FILE), run, hardware, world_size)
+        _merge_file(
+            result, read_config_file(spec.config_ref, inputs.config_maps, FILE_FIELD), run, hardware, world_size
+        )
     if result.state_dict is FsdpStateDict.LOCAL:
         raise ConfigError(
             "StateDictUnavailable", "distributed.fsdp.stateDict is local, which FSDP version 2 does not have",
@@ -102,74 +113,80 @@ def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int)
     return result
 
 
-def _merge(result: Options, file: dict[str, Any], run: RunConfig, hardware: Hardware, world_size: int) -> None:
-    """Put the user's accelerate file into `result`; every key has an effect, is told, or is refused."""
-    both = Comparison(run)
-    inner = _inner(file)
+def _merge_file(result: Options, file: dict[str, Any], run: RunConfig, hardware: Hardware, world_size: int) -> None:
+    """Merge the user's accelerate file into `result`. Every key has an effect, is named in a note, or is refused."""
+    merge = FileMerge(run)
+    inner = _fsdp_group(file)
     kind = file.get("distributed_type", "FSDP")
     if str(kind).upper() != "FSDP":
-        both.conflicts.append(f"distributed_type is {kind}, distributed.strategy is fsdp")
-    both.must("num_processes", file.get("num_processes"), "the number of ranks", world_size)
-    both.must("num_machines", file.get("num_machines"), "resources.nodes", run.world.nodes)
+        merge.conflicts.append(f"distributed_type is {kind}, distributed.strategy is fsdp")
+    merge.require_equal("num_processes", file.get("num_processes"), "the number of ranks", world_size)
+    merge.require_equal("num_machines", file.get("num_machines"), "resources.nodes", run.world.nodes)
     active = "bf16" if hardware.bf16 else "fp16" if hardware.fp16 else "no"
     precision = file.get("mixed_precision")
-    precision = "no" if precision is False else precision  # what YAML makes of no without quotes
-    both.must("mixed_precision", precision, "training.mixedPrecision (as settled)", active)
-    _merge_fsdp(result, inner, both, run)
-    launcher = sorted(set(file) & set(LAUNCHER))
+    precision = "no" if precision is False else precision  # YAML reads an unquoted no as false
+    merge.require_equal("mixed_precision", precision, "the precision from training.mixedPrecision", active)
+    _merge_fsdp(result, inner, merge, run)
+    launcher = sorted(set(file) & set(LAUNCHER_KEYS))
     if launcher:
-        both.notes.append(
-            f"of the accelerate file, {', '.join(launcher)} concern its launcher: the operator starts the ranks"
+        merge.notes.append(
+            f"keys of the accelerate file for its launcher are ignored, because the operator starts the ranks: {', '.join(launcher)}"
         )
-    both.settle("the accelerate file")
-    result.notes += both.notes
+    merge.finish("the accelerate file")
+    result.notes += merge.notes
 
 
-def _inner(file: dict[str, Any]) -> dict[str, Any]:
-    """The group fsdp_config without prefixes and nulls. Errors: ConfigError ConfigFileInvalid."""
-    fitting(FILE, "", file, KEYS)
+def _fsdp_group(file: dict[str, Any]) -> dict[str, Any]:
+    """The group fsdp_config without key prefixes and null values. Errors: ConfigError ConfigFileInvalid."""
+    check_keys(FILE_FIELD, "", file, TOP_LEVEL_KEYS)
     inner = {
         key.removeprefix("fsdp_"): value for key, value in (file.get("fsdp_config") or {}).items() if value is not None
     }
-    fitting(FILE, "fsdp_config", inner, INNER_KEYS)
+    check_keys(FILE_FIELD, "fsdp_config", inner, FSDP_KEYS)
     return inner
 
 
-def _merge_fsdp(result: Options, inner: dict[str, Any], both: Comparison, run: RunConfig) -> None:
+def _merge_fsdp(result: Options, inner: dict[str, Any], merge: FileMerge, run: RunConfig) -> None:
     if str(inner.get("version", 2)) != "2":
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE}: fsdp_version 1 is gone from the libraries", hint="write 2, or remove it"
+            "ConfigFileInvalid",
+            f"{FILE_FIELD}: the libraries no longer have fsdp_version 1",
+            hint="write 2, or remove it",
         )
-    said = {
-        key: _word(inner.get(key), SHARDING, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")
+    shardings = {
+        key: _look_up(inner.get(key), SHARDING, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")
     }
-    words = {key: word for key, word in said.items() if word is not None}
+    words = {key: word for key, word in shardings.items() if word is not None}
     if len(set(words.values())) > 1:
-        both.conflicts.append(
+        merge.conflicts.append(
             f"fsdp_sharding_strategy means {words['sharding_strategy']}, fsdp_reshard_after_forward {words['reshard_after_forward']}"
         )
     for key, word in words.items():
-        result.sharding = both.same(f"fsdp_{key}", word, "distributed.fsdp.sharding", result.sharding)
-    found = _word(inner.get("state_dict_type"), STATE_DICT, "fsdp_state_dict_type")
-    result.state_dict = both.same("fsdp_state_dict_type", found, "distributed.fsdp.stateDict", result.state_dict)
-    result.offload = _true(inner.get("offload_params"))
+        result.sharding = merge.merge(f"fsdp_{key}", word, "distributed.fsdp.sharding", result.sharding)
+    found = _look_up(inner.get("state_dict_type"), STATE_DICT, "fsdp_state_dict_type")
+    result.state_dict = merge.merge("fsdp_state_dict_type", found, "distributed.fsdp.stateDict", result.state_dict)
+    result.offload = _is_true(inner.get("offload_params"))
     result.wrap = _wrap(inner)
     if (recompute := inner.get("activation_checkpointing")) is not None:
-        asked = both.before("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
+        asked = merge.before_adaptation("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
         wanted = asked not in (None, GradientCheckpointing.DISABLED)
-        both.must("fsdp_activation_checkpointing", _true(recompute), "training.gradientCheckpointing", wanted)
-    if _true(inner.get("cpu_ram_efficient_loading")):
+        merge.require_equal(
+            "fsdp_activation_checkpointing", _is_true(recompute), "training.gradientCheckpointing", wanted
+        )
+    if _is_true(inner.get("cpu_ram_efficient_loading")):
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE}: fsdp_cpu_ram_efficient_loading is true, but every rank reads the weights itself here",
+            "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_cpu_ram_efficient_loading is true, but every rank reads the weights itself here",
             hint="remove it, and give the pod memory for one copy of the weights a rank",
         )  # fmt: skip
-    built_in = [f"fsdp_{key}" for key in BUILT_IN if key in inner]
+    built_in = [f"fsdp_{key}" for key in VERSION_1_KEYS if key in inner]
     if built_in:
-        both.notes.append(f"{', '.join(built_in)} belong to FSDP version 1; version 2 always works so, or better")
+        merge.notes.append(
+            f"{', '.join(built_in)} belong to FSDP version 1 and are ignored: version 2 always behaves so"
+        )
 
 
 def _wrap(inner: dict[str, Any]) -> dict[str, Any]:
-    """Which modules are sharded as one. Errors: ConfigError ConfigFileInvalid for what the policy does not read."""
+    """The wrap policy: which modules are sharded as one. Errors: ConfigError ConfigFileInvalid for keys of another policy."""
     policy = str(inner.get("auto_wrap_policy", BY_LAYER)).upper()
     named, least = inner.get("transformer_layer_cls_to_wrap") or (), int(inner.get("min_num_params") or 0)
     layers = [name.strip() for name in (named.split(",") if isinstance(named, str) else named) if name.strip()]
@@ -179,7 +196,7 @@ def _wrap(inner: dict[str, Any]) -> dict[str, Any]:
     ):
         if given and policy != reader:
             raise ConfigError(
-                "ConfigFileInvalid", f"{FILE}: fsdp_{key} is only read with {reader}, and fsdp_auto_wrap_policy is {policy}",
+                "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_{key} is only read with {reader}, and fsdp_auto_wrap_policy is {policy}",
                 hint=f"remove it, or write `fsdp_auto_wrap_policy: {reader}`",
             )  # fmt: skip
     wrap: dict[str, Any] = {"auto_wrap_policy": policy}
@@ -190,23 +207,23 @@ def _wrap(inner: dict[str, Any]) -> dict[str, Any]:
     return wrap
 
 
-def _word(found: Any, words: dict[str, Any], key: str) -> Any:
+def _look_up(found: Any, words: dict[str, Any], key: str) -> Any:
     if found is None:
         return None
     text = str(found)
     value = words.get(text.upper(), words.get(text.lower()))
     if value is None:
         names = ", ".join(word for word in words if word.isupper())
-        raise ConfigError("ConfigFileInvalid", f"{FILE}: {key} is {found}", hint=f"write one of {names}")
+        raise ConfigError("ConfigFileInvalid", f"{FILE_FIELD}: {key} is {found}", hint=f"write one of {names}")
     return value
 
 
-def _true(value: Any) -> bool:
-    return WORDS[str(value).lower()] if value is not None else False
+def _is_true(value: Any) -> bool:
+    return TRUTH_WORDS[str(value).lower()] if value is not None else False
 
 
 class Fsdp(Plan):
-    """Slices of everything on every rank."""
+    """Every rank holds a shard of everything."""
 
     name = "fsdp"
     sharded_weights = True
@@ -219,11 +236,11 @@ class Fsdp(Plan):
 
     @property
     def trainer_bases(self) -> tuple[type, ...]:
-        """Saving and loading of sharded state."""
+        """A mixin that saves and loads sharded state."""
         return (_sharded_checkpoints_mixin(),)
 
     def arguments(self) -> dict[str, Any]:
-        """Fields of TrainingArguments. What is saved as the model is always whole; see `ShardedCheckpoints`."""
+        """Fields of TrainingArguments. The model is always saved unsharded; see `ShardedCheckpoints`."""
         config = {
             "version": 2, "reshard_after_forward": self.chosen.sharding is FsdpSharding.FULL_SHARD,
             "state_dict_type": "FULL_STATE_DICT", "cpu_offload": self.chosen.offload, **self.chosen.wrap,
@@ -248,46 +265,46 @@ class Fsdp(Plan):
             import torch
             from torch.distributed.fsdp import MixedPrecisionPolicy
 
-            narrow = torch.bfloat16 if self.hardware.bf16 else torch.float16
+            compute_dtype = torch.bfloat16 if self.hardware.bf16 else torch.float16
             trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-                param_dtype=narrow, reduce_dtype=torch.float32
+                param_dtype=compute_dtype, reduce_dtype=torch.float32
             )
 
     def _require_layers(self, model: Any) -> None:
-        """Whether the model has the layers that the user's file names. Errors: ConfigError ConfigFileInvalid."""
+        """Refuse layer classes of the user's file that the model does not have. Errors: ConfigError ConfigFileInvalid."""
         asked = self.chosen.wrap.get("transformer_layer_cls_to_wrap", ())
-        there = sorted({type(module).__name__ for module in model.modules()}) if asked else []
-        missing = [name for name in asked if name not in there]
+        known = sorted({type(module).__name__ for module in model.modules()}) if asked else []
+        missing = [name for name in asked if name not in known]
         if missing:
             raise ConfigError(
-                "ConfigFileInvalid", f"{FILE}: fsdp_transformer_layer_cls_to_wrap names {', '.join(missing)}, which the model does not have",
-                hint=f"remove it, or write one of {', '.join(there)}",
+                "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_transformer_layer_cls_to_wrap names {', '.join(missing)}, which the model does not have",
+                hint=f"remove it, or write one of {', '.join(known)}",
             )  # fmt: skip
 
     def verify(self, trainer: Any) -> str:
-        """Every parameter must be sharded over all ranks. Errors: InternalError StrategyNotActive."""
+        """Also check that every parameter is sharded over all ranks. Errors: InternalError StrategyNotActive."""
         from torch.distributed.tensor import DTensor
 
         parameters = dict(trainer.model.named_parameters())
-        whole = [
+        unsharded = [
             name
             for name, one in parameters.items()
             if not (isinstance(one, DTensor) and one.device_mesh.size() == self.world_size)
         ]
-        if whole:
+        if unsharded:
             raise InternalError(
                 "StrategyNotActive",
-                f"fsdp was asked for over {self.world_size} ranks, but {len(whole)} of {len(parameters)} parameters are whole on every rank, "
-                f"first {whole[0]}",
-                hint="this is a fault of the trainer image: report it with its versions",
+                f"fsdp was asked for over {self.world_size} ranks, but {len(unsharded)} of {len(parameters)} parameters are not sharded, "
+                f"first {unsharded[0]}",
+                hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
         return super().verify(trainer)
 
 
 def _sharded_checkpoints_mixin() -> type:
-    """The mix-in; made here so that this module loads without torch."""
+    """The mixin's class, created on demand so that this module loads without torch."""
     from finetune_trainer.best import best_folder
-    from finetune_trainer.distributed.weights import load_whole
+    from finetune_trainer.distributed.weights import load_into_fsdp
     from finetune_trainer.library_internals import OpenTrainer
 
     class ShardedCheckpoints(OpenTrainer):
@@ -304,9 +321,9 @@ def _sharded_checkpoints_mixin() -> type:
             from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
             adapter = hasattr(self.model, "peft_config")
-            whole = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
+            unsharded = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=adapter)
             with torch.no_grad():
-                state = get_model_state_dict(self.model, options=whole)
+                state = get_model_state_dict(self.model, options=unsharded)
             self.save_files(output_dir or self.args.output_dir, state)
             self.accelerator.wait_for_everyone()
 
@@ -328,12 +345,12 @@ def _sharded_checkpoints_mixin() -> type:
 
         def load_checkpoint_weights(self, folder: str, model: Any = None) -> None:
             """Load the weights of a plain folder into the sharded model. Errors: NoCheckpointError CheckpointForeign."""
-            load_whole(model or self.model, Path(folder), self.accelerator.is_main_process)
+            load_into_fsdp(model or self.model, Path(folder), self.accelerator.is_main_process)
             self.accelerator.wait_for_everyone()
 
         def load_best_model(self) -> None:
-            reader = self.accelerator.is_main_process
-            load_whole(self.model, best_folder(self) if reader else Path(), reader)
+            is_reader = self.accelerator.is_main_process
+            load_into_fsdp(self.model, best_folder(self) if is_reader else Path(), is_reader)
             self.accelerator.wait_for_everyone()
 
         @contextmanager

@@ -1,4 +1,4 @@
-"""Weights of a plain checkpoint folder into a model whose parameters are in slices."""
+"""Loads the weights of a plain checkpoint folder into a sharded model."""
 
 from __future__ import annotations
 
@@ -10,45 +10,45 @@ import torch
 from finetune_api.errors import NoCheckpointError
 
 
-def load_whole(model: Any, folder: Path, reader: bool) -> None:
-    """Put the weights of a plain checkpoint folder into a sharded model; only the `reader` rank touches the disk.
+def load_into_fsdp(model: Any, folder: Path, is_reader: bool) -> None:
+    """Load the weights into an FSDP model. Only the rank with `is_reader` reads the folder; the others receive the weights from it.
 
-    Errors: NoCheckpointError CheckpointForeign if the folder's names are not those that this run trains.
+    Errors: NoCheckpointError CheckpointForeign if the folder holds other weights than this run trains.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    state = _stored(model, folder, reader)
+    state = _read_state(model, folder, is_reader)
     set_model_state_dict(
         model, state, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     )
 
 
-def load_gathered(model: Any, folder: Path, reader: bool) -> None:
-    """The same for DeepSpeed: parameters are gathered one by one, set by the `reader` rank, and shared out again.
+def load_into_deepspeed(model: Any, folder: Path, is_reader: bool) -> None:
+    """Load the weights into a DeepSpeed model: gather each parameter, set it on the reading rank, and shard it again.
 
-    Optimizer states stay as they are: this is for weights that are to be saved, not trained on. Errors: as `load_whole`.
+    Optimizer states do not change, so the weights may be saved but not trained further. Errors: as `load_into_fsdp`.
     """
     import deepspeed
 
-    state = _stored(model, folder, reader)
+    state = _read_state(model, folder, is_reader)
     trained = set(saved_names(model).values())
     for name, parameter in model.named_parameters():
         if name not in trained:
             continue
-        sliced = hasattr(parameter, "ds_id")
-        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=sliced), torch.no_grad():
-            if reader and name in state:
+        is_sharded = hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=is_sharded), torch.no_grad():
+            if is_reader and name in state:
                 parameter.data.copy_(state[name])
-            if not sliced:
+            if not is_sharded:
                 torch.distributed.broadcast(parameter.data, 0)
 
 
-def _stored(model: Any, folder: Path, reader: bool) -> dict[str, Any]:
-    """Name in the model -> tensor, on the reader; empty elsewhere. All ranks learn whether the names fit."""
+def _read_state(model: Any, folder: Path, is_reader: bool) -> dict[str, Any]:
+    """Tensors by their name in the model on the reading rank; empty on the others. Every rank raises if the names do not fit."""
     names = saved_names(model)
     state: dict[str, Any] = {}
     strange: list[str] = []
-    if reader:
+    if is_reader:
         stored = read_weights(folder)
         strange = sorted(set(stored) ^ set(names) if hasattr(model, "peft_config") else set(stored) - set(names))
         state = {names[name]: value for name, value in stored.items() if name in names}
@@ -64,15 +64,15 @@ def _stored(model: Any, folder: Path, reader: bool) -> dict[str, Any]:
 
 
 def saved_names(model: Any) -> dict[str, str]:
-    """Name in a saved folder -> name in the model. PEFT leaves the adapter's name out when it saves."""
-    places = {name: torch.empty(0) for name in model.state_dict()}
+    """Names in the model by the names in a saved folder. PEFT omits the adapter's name when it saves."""
+    placeholders = {name: torch.empty(0) for name in model.state_dict()}
     if not hasattr(model, "peft_config"):
-        return {name: name for name in places}
+        return {name: name for name in placeholders}
     from peft import get_peft_model_state_dict
 
-    kept = get_peft_model_state_dict(model, state_dict=places, save_embedding_layers=False)
-    own = {id(value): name for name, value in places.items()}
-    return {saved: own[id(value)] for saved, value in kept.items()}
+    kept = get_peft_model_state_dict(model, state_dict=placeholders, save_embedding_layers=False)
+    model_names = {id(value): name for name, value in placeholders.items()}
+    return {saved: model_names[id(value)] for saved, value in kept.items()}
 
 
 def read_weights(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A user's DeepSpeed JSON and accelerate file beside the spec: what is taken over, what must agree, what is refused."""
+"""A user's DeepSpeed JSON or accelerate file is merged with the spec, must agree with it, or is refused."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from finetune_trainer.distributed import deepspeed, fsdp
 
 from tests.support.learning import make_run, merged
 
-CPU: Any = SimpleNamespace(bf16=False, fp16=False, name="cpu", cpu=True)
-GPU: Any = SimpleNamespace(bf16=True, fp16=False, name="NVIDIA H200", cpu=False)
+CPU: Any = SimpleNamespace(bf16=False, fp16=False, name="cpu", is_cpu=True)
+GPU: Any = SimpleNamespace(bf16=True, fp16=False, name="NVIDIA H200", is_cpu=False)
 
 
 def zero(
@@ -38,7 +38,7 @@ def sharded(tmp_path: Path, file: str | None, spec: dict[str, Any] | None = None
     return fsdp.options(run, inputs, CPU, 2)
 
 
-def test_without_a_file_the_spec_alone_speaks(tmp_path: Path) -> None:
+def test_without_a_file_the_options_come_from_the_spec(tmp_path: Path) -> None:
     found = zero(tmp_path, None)
     assert found.stage == 2
     assert found.config == {
@@ -48,7 +48,7 @@ def test_without_a_file_the_spec_alone_speaks(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-def test_auto_is_filled_in_and_own_options_are_kept(tmp_path: Path) -> None:
+def test_auto_is_replaced_and_options_of_deepspeed_are_kept(tmp_path: Path) -> None:
     file = {
         "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto"}, "wall_clock_breakdown": False,
@@ -61,7 +61,7 @@ def test_auto_is_filled_in_and_own_options_are_kept(tmp_path: Path) -> None:
     assert (found.config["train_batch_size"], found.config["wall_clock_breakdown"]) == (4, False)
 
 
-def test_every_conflict_is_told_with_both_values(tmp_path: Path) -> None:
+def test_every_conflict_is_reported_with_both_values(tmp_path: Path) -> None:
     file = {
         "train_micro_batch_size_per_gpu": 8, "gradient_accumulation_steps": 1, "gradient_clipping": 0.5,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
@@ -69,19 +69,19 @@ def test_every_conflict_is_told_with_both_values(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         zero(tmp_path, file, {"training": {"maxGradNorm": 2}}, zeroStage=2)
     assert caught.value.code == "ConfigsDisagree"
-    for said in (
+    for expected in (
         "train_micro_batch_size_per_gpu is 8, training.batchSizePerDevice is 2",
         "gradient_clipping is 0.5, training.maxGradNorm is 2.0",
         "optimizer.params.lr is 0.0001, training.learningRate is 0.005",
-        "bf16.enabled is true, bf16 on cpu, as training.mixedPrecision settles it, is false",
+        "bf16.enabled is true, bf16 on cpu, from training.mixedPrecision, is false",
         "zero_optimization.stage is 1, distributed.deepspeed.zeroStage is 2",
     ):
-        assert said in caught.value.message
+        assert expected in caught.value.message
     assert "gradient_accumulation_steps" not in caught.value.message
     assert "auto" in (caught.value.hint or "")
 
 
-def test_the_file_wins_over_defaults_and_says_so(tmp_path: Path) -> None:
+def test_the_file_wins_over_defaults_with_a_note(tmp_path: Path) -> None:
     file = {
         "gradient_clipping": 0.5, "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3}},
         "optimizer": {"type": "Adam", "params": {"betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1}},
@@ -97,10 +97,10 @@ def test_the_file_wins_over_defaults_and_says_so(tmp_path: Path) -> None:
 
 
 ADAPTED = {"training.batchSizePerDevice": 2, "training.gradientAccumulationSteps": 1, "training.learningRate": 5e-3}
-"""What the spec of these runs says, before the operator halves micro-batch and rate."""
+"""The spec's values before the operator halves the micro-batch and the learning rate."""
 
 
-def halved(tmp_path: Path, file: Any, defaults: list[str]) -> deepspeed.Options:
+def options_after_halving(tmp_path: Path, file: Any, defaults: list[str]) -> deepspeed.Options:
     spec = {
         "training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2, "learningRate": 2.5e-3},
         "distributed": {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}},
@@ -112,7 +112,7 @@ def halved(tmp_path: Path, file: Any, defaults: list[str]) -> deepspeed.Options:
     return deepspeed.options(run, inputs, CPU, 2)
 
 
-def batches(rows: int, steps: int, rate: float) -> dict[str, Any]:
+def batch_config(rows: int, steps: int, rate: float) -> dict[str, Any]:
     return {
         "train_micro_batch_size_per_gpu": rows, "gradient_accumulation_steps": steps, "train_batch_size": rows * steps * 2,
         "optimizer": {"type": "AdamW", "params": {"lr": rate}},
@@ -120,16 +120,16 @@ def batches(rows: int, steps: int, rate: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_what_file_and_spec_both_said_may_be_adapted(tmp_path: Path) -> None:
-    found = halved(tmp_path, batches(2, 1, 5e-3), defaults=["training.scheduler", "training.optimizer"])
+def test_values_in_both_places_are_adapted_as_in_the_spec(tmp_path: Path) -> None:
+    found = options_after_halving(tmp_path, batch_config(2, 1, 5e-3), defaults=["training.scheduler", "training.optimizer"])
     assert found.training["per_device_train_batch_size"] == 1
     assert found.training["gradient_accumulation_steps"] == 2
     assert found.training["learning_rate"] == 2.5e-3
     assert found.config["train_batch_size"] == 4
 
 
-def test_where_the_file_alone_speaks_its_values_change_by_the_same_factor(tmp_path: Path) -> None:
-    found = halved(tmp_path, batches(8, 3, 1e-4), defaults=list(ADAPTED) + ["training.scheduler", "training.optimizer"])
+def test_values_of_the_file_alone_are_adapted_by_the_same_factor(tmp_path: Path) -> None:
+    found = options_after_halving(tmp_path, batch_config(8, 3, 1e-4), defaults=list(ADAPTED) + ["training.scheduler", "training.optimizer"])
     assert found.training["per_device_train_batch_size"] == 4
     assert found.training["gradient_accumulation_steps"] == 6
     assert found.training["learning_rate"] == pytest.approx(5e-5)
@@ -149,7 +149,7 @@ GRPO = {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters
 
 
 @pytest.mark.parametrize(
-    ("spec", "before", "now", "file", "held", "said"),
+    ("spec", "before", "now", "file", "expected", "note"),
     [
         ({}, (4, 4), (2, 8), (1, None), (1, 4), "1 of the file stays"),
         ({}, (4, 4), (2, 8), (5, None), (1, 20), "5 of the file becomes 1"),
@@ -162,11 +162,11 @@ GRPO = {"trainer": {"type": "grpo", "rewards": [{"builtin": "regex", "parameters
         (merged(GRPO, {"evaluation": {"strategy": "no"}}), (4, 4), (2, 8), (2, None), (1, 8), "2 of the file becomes 1"),
     ],
 )  # fmt: skip
-def test_the_batch_of_a_file_goes_down_as_far_as_it_can(
+def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
     spec: dict[str, Any], before: tuple[int, int], now: tuple[int, int], file: tuple[int | None, int | None],
-    held: tuple[int, int], said: str, tmp_path: Path,
+    expected: tuple[int, int], note: str, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """The effective batch stays the file's own; a job whose memory ran out never ends because the two disagree."""
+    """The effective batch stays that of the file, and a job that ran out of memory does not fail because of a rule."""
     paths = ("training.batchSizePerDevice", "training.gradientAccumulationSteps")
     training = dict(zip(("batchSizePerDevice", "gradientAccumulationSteps"), now, strict=True))
     group = {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}}
@@ -182,17 +182,17 @@ def test_the_batch_of_a_file_goes_down_as_far_as_it_can(
     again = run.model_copy(update={"before_adaptation": dict(zip(paths, before, strict=True)), "defaults": list(paths)})
     whole = deepspeed.options(first, inputs, CPU, 2).config["train_batch_size"]
     found = deepspeed.options(again, inputs, CPU, 2)
-    assert (found.config[keys[0]], found.config[keys[1]]) == held
-    assert found.config["train_batch_size"] == whole == held[0] * held[1] * 2
-    assert any(said in note for note in found.notes)
+    assert (found.config[keys[0]], found.config[keys[1]]) == expected
+    assert found.config["train_batch_size"] == whole == expected[0] * expected[1] * 2
+    assert any(note in one for one in found.notes)
 
 
-def test_an_adapted_value_is_still_compared_with_what_the_user_wrote(tmp_path: Path) -> None:
+def test_an_adapted_value_is_compared_with_the_value_that_the_user_wrote(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="train_micro_batch_size_per_gpu is 1, training.batchSizePerDevice is 2"):
-        halved(tmp_path, {"train_micro_batch_size_per_gpu": 1}, defaults=[])
+        options_after_halving(tmp_path, {"train_micro_batch_size_per_gpu": 1}, defaults=[])
 
 
-def test_checkpointing_that_the_operator_turned_on_is_no_conflict_with_an_accelerate_file(tmp_path: Path) -> None:
+def test_gradient_checkpointing_that_the_operator_enabled_does_not_conflict_with_an_accelerate_file(tmp_path: Path) -> None:
     spec = {
         "training": {"gradientCheckpointing": "enabled"},
         "distributed": {"strategy": "fsdp", "fsdp": {"configRef": {"name": "mine", "key": "a.yaml"}}},
@@ -205,7 +205,7 @@ def test_checkpointing_that_the_operator_turned_on_is_no_conflict_with_an_accele
     fsdp.options(run, inputs, CPU, 2)
 
 
-def test_offload_keeps_torchs_optimizer(tmp_path: Path) -> None:
+def test_offloading_uses_the_optimizer_of_torch(tmp_path: Path) -> None:
     found = zero(
         tmp_path,
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}},
@@ -217,7 +217,7 @@ def test_offload_keeps_torchs_optimizer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "options", "code", "said"),
+    ("file", "options", "code", "expected"),
     [
         ("{", {}, "ConfigFileInvalid", "neither JSON nor YAML"),
         ("[1]", {}, "ConfigFileInvalid", "holds list"),
@@ -227,7 +227,7 @@ def test_offload_keeps_torchs_optimizer(tmp_path: Path) -> None:
         ({"scheduler": {"type": "OneCycle"}}, {}, "ConfigFileInvalid", "OneCycle"),
         ({"comms_logger": {"enabled": "auto"}}, {}, "ConfigFileInvalid", "comms_logger.enabled is auto"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, {}, "ConfigFileInvalid", "nvme"),
-        ({"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}}, {}, "ConfigsDisagree", "anyone can load"),
+        ({"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}}, {}, "ConfigsDisagree", "loadable checkpoint"),
         ({"zero_optimization": {"stage": 2}}, {"offloadParameters": True}, "OffloadNeedsStage3", "stage is 2"),
         ({"zero_optimization": {"stage": 0}}, {"offloadOptimizer": True}, "OffloadNeedsStage1", "stage 0"),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, {"offloadOptimizer": False}, "ConfigsDisagree", "offloadOptimizer"),
@@ -235,7 +235,7 @@ def test_offload_keeps_torchs_optimizer(tmp_path: Path) -> None:
         ({"quantize_training": {"enabled": True}}, {}, "ConfigFileInvalid", "quantize_training (this version of DeepSpeed"),
         ({"progressive_layer_drop": {"enabled": True}}, {}, "ConfigFileInvalid", "progressive_layer_drop"),
         ({"amp": {"enabled": True}}, {}, "ConfigFileInvalid", "amp"),
-        ({"csv_monitor": {"enabled": True}}, {}, "ConfigFileInvalid", "where `tracking` says"),
+        ({"csv_monitor": {"enabled": True}}, {}, "ConfigFileInvalid", "`tracking` decides where"),
         ({"zero_optimization": {"cpu_offload": True}}, {}, "ConfigFileInvalid", "called offload_optimizer"),
         ({"fp16": True}, {}, "ConfigFileInvalid", "fp16 is true, not a mapping"),
         ({"bf16": {"enabled": "false"}}, {}, "ConfigFileInvalid", 'bf16.enabled is "false", not true or false'),
@@ -255,23 +255,23 @@ def test_offload_keeps_torchs_optimizer(tmp_path: Path) -> None:
         ({"gradient_clipping": -1}, {}, "ConfigFileInvalid", "gradient_clipping is -1, not a number of at least 0"),
         ({"train_micro_batch_size_per_gpu": "8"}, {}, "ConfigFileInvalid", 'train_micro_batch_size_per_gpu is "8", not a whole number'),
         ({"zero_force_ds_cpu_optimizer": True}, {}, "ConfigsDisagree", "zero_force_ds_cpu_optimizer is true"),
-        ("{3: 4}", {}, "ConfigFileInvalid", "keys that are no text: 3"),
+        ("{3: 4}", {}, "ConfigFileInvalid", "keys that are not text: 3"),
     ],
 )  # fmt: skip
-def test_a_json_that_cannot_work_is_refused(
-    file: Any, options: dict[str, Any], code: str, said: str, tmp_path: Path
+def test_an_invalid_deepspeed_json_is_refused(
+    file: Any, options: dict[str, Any], code: str, expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(FineTuneError) as caught:
         zero(tmp_path, file, **options)
     assert (caught.value.code, caught.value.exit_code) == (code, 64)
-    assert said in caught.value.message
+    assert expected in caught.value.message
 
 
 BATCHES = {"training": {"batchSizePerDevice": None, "gradientAccumulationSteps": None}}
 
 
 @pytest.mark.parametrize(
-    ("file", "spec", "code", "said"),
+    ("file", "spec", "code", "expected"),
     [
         ({"train_micro_batch_size_per_gpu": 1}, merged(BATCHES, KTO), "BatchTooSmall", "kto compares"),
         (
@@ -281,55 +281,55 @@ BATCHES = {"training": {"batchSizePerDevice": None, "gradientAccumulationSteps":
         ({"zero_optimization": {"stage": 3}}, {"method": {"type": "spectrum"}}, "StrategyAndMethod", "spectrum measures"),
     ],
 )  # fmt: skip
-def test_the_values_of_a_file_keep_the_rules_of_the_spec(
-    file: Any, spec: dict[str, Any], code: str, said: str, tmp_path: Path
+def test_values_of_a_file_must_satisfy_the_rules_of_the_spec(
+    file: Any, spec: dict[str, Any], code: str, expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         zero(tmp_path, file, spec)
     assert caught.value.code == code
-    assert said in caught.value.message and "with the values of the DeepSpeed JSON" in caught.value.message
+    assert expected in caught.value.message and "with the values of the DeepSpeed JSON" in caught.value.message
 
 
-def test_either_adamw_of_torchs_is_adamw(tmp_path: Path) -> None:
+def test_both_adamw_implementations_of_torch_match_adamw(tmp_path: Path) -> None:
     found = zero(tmp_path, {"optimizer": {"type": "AdamW"}}, {"training": {"optimizer": "adamw_torch"}})
     assert found.training["optim"] == "adamw_torch"
     with pytest.raises(ConfigError, match="optimizer.type is Adam, training.optimizer is sgd"):
         zero(tmp_path, {"optimizer": {"type": "Adam"}}, {"training": {"optimizer": "sgd"}})
 
 
-def test_a_schedule_is_named_as_the_file_has_it(tmp_path: Path) -> None:
+def test_a_conflict_names_the_schedule_as_the_file_does(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"scheduler.type is WarmupLR \(constantWithWarmup\), training.scheduler is linear"
     ):
         zero(tmp_path, {"scheduler": {"type": "WarmupLR"}}, {"training": {"scheduler": "linear"}})
 
 
-def test_warmup_steps_of_a_file_replace_a_ratio_that_nobody_wrote(tmp_path: Path) -> None:
+def test_warmup_steps_of_a_file_replace_a_default_ratio(tmp_path: Path) -> None:
     file = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}}
     assert zero(tmp_path, file, {"training": {"warmupRatio": None}}).training["warmup_steps"] == 0
 
 
-def test_what_a_file_leaves_open_or_turns_off_is_left_out(tmp_path: Path) -> None:
+def test_null_values_and_disabled_sections_are_ignored(tmp_path: Path) -> None:
     file = {
         "amp": {"enabled": False}, "fp16": None, "steps_per_print": 1e5,
         "zero_optimization": {"stage": 2, "offload_optimizer": None, "overlap_comm": None},
     }  # fmt: skip
     found = zero(tmp_path, file)
     assert "amp" not in found.config and found.config["zero_optimization"] == {"stage": 2}
-    assert "the DeepSpeed JSON turns amp off: left out" in found.notes
+    assert "sections that the DeepSpeed JSON disables are ignored: amp" in found.notes
 
 
-def test_deepspeed_itself_reads_the_sections_that_are_its_own(tmp_path: Path) -> None:
+def test_deepspeed_validates_its_own_sections(tmp_path: Path) -> None:
     good = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_max_live_parameters": 1e9}}
-    deepspeed.read_by_deepspeed(zero(tmp_path, good).config)
-    for file, said in (
+    deepspeed.validate_with_deepspeed(zero(tmp_path, good).config)
+    for file, expected in (
         ({"zero_optimization": {"overlapcomm": True}}, "overlapcomm: Extra inputs are not permitted"),
         ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size: Input should be a valid"),
         ({"gradient_allreduce_op": "max"}, "Got: 'max'"),
     ):
         with pytest.raises(ConfigError) as caught:
-            deepspeed.read_by_deepspeed(zero(tmp_path, file).config)
-        assert caught.value.code == "ConfigFileInvalid" and said in caught.value.message
+            deepspeed.validate_with_deepspeed(zero(tmp_path, file).config)
+        assert caught.value.code == "ConfigFileInvalid" and expected in caught.value.message
 
 
 def test_a_missing_config_map_is_named(tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_fsdp_without_a_file(tmp_path: Path) -> None:
     assert (found.sharding, found.state_dict, found.offload) == ("fullShard", "sharded", False)
 
 
-def test_an_accelerate_file_is_taken_over(tmp_path: Path) -> None:
+def test_values_of_an_accelerate_file_are_used(tmp_path: Path) -> None:
     file = """
 distributed_type: FSDP
 num_machines: 1
@@ -372,31 +372,31 @@ fsdp_config:
 
 
 @pytest.mark.parametrize(("word", "size"), [("1.0e+8", 10**8), ("'2000'", 2000), ("0.0", None)])
-def test_a_size_may_be_any_whole_number(word: str, size: int | None, tmp_path: Path) -> None:
+def test_a_size_may_be_written_as_any_whole_number(word: str, size: int | None, tmp_path: Path) -> None:
     file = f"fsdp_config: {{fsdp_auto_wrap_policy: SIZE_BASED_WRAP, fsdp_min_num_params: {word}}}\n"
     found = sharded(tmp_path, file).wrap.get("min_num_params")
     assert (found, type(found)) == (size, type(size))
 
 
 @pytest.mark.parametrize(("names", "asked"), [("'Block,'", ["Block"]), ("['Block', ' ']", ["Block"]), ("','", None)])
-def test_an_empty_name_is_no_layer(names: str, asked: list[str] | None, tmp_path: Path) -> None:
+def test_empty_layer_names_are_ignored(names: str, asked: list[str] | None, tmp_path: Path) -> None:
     found = sharded(tmp_path, f"fsdp_config: {{fsdp_transformer_layer_cls_to_wrap: {names}}}\n")
     assert found.wrap.get("transformer_layer_cls_to_wrap") == asked
 
 
 @pytest.mark.parametrize("word", ["no", "'no'"])
-def test_no_is_a_precision_also_without_quotes(word: str, tmp_path: Path) -> None:
+def test_unquoted_no_is_read_as_a_precision(word: str, tmp_path: Path) -> None:
     assert sharded(tmp_path, f"mixed_precision: {word}\n") == fsdp.Options()
-    with pytest.raises(ConfigError, match="mixed_precision is bf16, training.mixedPrecision .as settled. is no"):
+    with pytest.raises(ConfigError, match="mixed_precision is bf16, the precision from training.mixedPrecision is no"):
         sharded(tmp_path, "mixed_precision: bf16\n")
 
 
 @pytest.mark.parametrize(("word", "offloads"), [("yes", True), ("'True'", True), ("false", False), ("'no'", False), ("null", False)])  # fmt: skip
-def test_truth_has_several_words(word: str, offloads: bool, tmp_path: Path) -> None:
+def test_truth_values_have_several_spellings(word: str, offloads: bool, tmp_path: Path) -> None:
     assert sharded(tmp_path, f"fsdp_config: {{fsdp_offload_params: {word}}}\n").offload is offloads
 
 
-def test_layers_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
+def test_unknown_layer_classes_are_refused_by_name(tmp_path: Path) -> None:
     class Block:
         pass
 
@@ -412,7 +412,7 @@ def test_layers_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "options", "code", "said"),
+    ("file", "options", "code", "expected"),
     [
         ("fsdp_config: true\n", {}, "ConfigFileInvalid", "fsdp_config is true, not a mapping"),
         ("fsdp_config: {fsdp_auto_wrap_policy: SIZE_BASED_WRAP, fsdp_min_num_params: abc}\n", {}, "ConfigFileInvalid", "min_num_params is abc"),
@@ -428,8 +428,8 @@ def test_layers_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
         ("fsdp_config: {fsdp_offload_params: maybe}\n", {}, "ConfigFileInvalid", "offload_params is maybe, not true or false"),
         ("mixed_precision: bf17\n", {}, "ConfigFileInvalid", "bf17, not one of no, fp16, bf16, fp8"),
         ("num_processes: '2'\n", {}, "ConfigFileInvalid", 'num_processes is "2", not a whole number'),
-        ("1: 2\nx: 3\n", {}, "ConfigFileInvalid", "keys that are no text: 1"),
-        ("fsdp_config: {3: true, fsdp_version: 2}\n", {}, "ConfigFileInvalid", "keys that are no text: 3"),
+        ("1: 2\nx: 3\n", {}, "ConfigFileInvalid", "keys that are not text: 1"),
+        ("fsdp_config: {3: true, fsdp_version: 2}\n", {}, "ConfigFileInvalid", "keys that are not text: 3"),
         ("distributed_type: MULTI_GPU\nnum_processes: 8\n", {}, "ConfigsDisagree", "num_processes is 8, the number of ranks is 2"),
         ("mixed_precision: bf16\n", {}, "ConfigsDisagree", "mixed_precision is bf16"),
         ("fsdp_config: {fsdp_sharding_strategy: FULL_SHARD}\n", {"sharding": "shardGradOp"}, "ConfigsDisagree", "shardGradOp"),
@@ -446,10 +446,10 @@ def test_layers_that_the_model_does_not_have_are_named(tmp_path: Path) -> None:
         ("fsdp_config: {fsdp_state_dict_type: LOCAL_STATE_DICT}\n", {}, "StateDictUnavailable", "version 2"),
     ],
 )  # fmt: skip
-def test_an_accelerate_file_that_cannot_work_is_refused(
-    file: str, options: dict[str, Any], code: str, said: str, tmp_path: Path
+def test_an_invalid_accelerate_file_is_refused(
+    file: str, options: dict[str, Any], code: str, expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         sharded(tmp_path, file, **options)
     assert caught.value.code == code
-    assert said in caught.value.message
+    assert expected in caught.value.message

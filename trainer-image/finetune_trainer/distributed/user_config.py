@@ -1,0 +1,250 @@
+"""Merges a user's own DeepSpeed or accelerate file, which comes from a ConfigMap, with the fields of the spec.
+
+A value that the user wrote in both places must be the same in both; every difference is reported with both values. If the spec's
+value is a default, the file's value is used, and must satisfy the same rules. The file does not know what the operator has adapted
+since (a smaller micro-batch after running out of memory, a lower learning rate after a rollback). Its values are therefore compared
+with the spec's values before the adaptation, and then adapted by the same factor.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import ConfigError, NotFoundError
+from finetune_api.names import FailureClass
+from finetune_api.pod import RunConfig
+from finetune_api.rules import new_problems, without_defaults
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.common import ConfigMapKeyRef
+from pydantic import ValidationError
+
+AUTO = "auto"
+"""DeepSpeed's word for a value that is filled in."""
+
+
+@dataclass(frozen=True)
+class ValueType:
+    """The values that a key of a file may have."""
+
+    description: str
+    accepts: Callable[[Any], bool]
+
+
+def one_of(*values: Any) -> ValueType:
+    """One of the given words or numbers. `true` is not 1."""
+    return ValueType(
+        f"one of {', '.join(_as_text(one) for one in values)}",
+        lambda found: any(found == one and type(found) is type(one) for one in values),
+    )
+
+
+COUNT = ValueType("a whole number of at least 1", lambda found: _is_whole(found) and found >= 1)
+STEPS = ValueType("a whole number of at least 0", lambda found: _is_whole(found) and found >= 0)
+POSITIVE = ValueType("a number above 0", lambda found: _is_number(found) and found > 0)
+NOT_NEGATIVE = ValueType("a number of at least 0", lambda found: _is_number(found) and 0 <= found < math.inf)
+FLAG = ValueType("true or false", lambda found: isinstance(found, bool))
+TEXT = ValueType("text", lambda found: isinstance(found, str))
+MAPPING = ValueType("a mapping of keys and values", lambda found: isinstance(found, dict))
+
+
+def check_keys(
+    file: str, group: str, found: Mapping[str, Any], types: Mapping[str, ValueType], *, allows_auto: bool = False
+) -> None:
+    """Refuse unknown keys and wrong values in a group of a file (empty group: the top level). null is always accepted.
+
+    `allows_auto`: whether `auto` is accepted, except in place of a mapping.
+    Errors: ConfigError ConfigFileInvalid with every wrong key and value.
+    """
+    unknown = [f"{_key_path(group, key)}{_suggestion(key, types)}" for key in found if key not in types]
+    wrong = [
+        f"{_key_path(group, key)} is {_as_text(value)}, not {kind.description}"
+        for key, kind, value in ((key, types[key], value) for key, value in found.items() if key in types)
+        if value is not None and not (allows_auto and value == AUTO and kind is not MAPPING) and not kind.accepts(value)
+    ]
+    problems = ([f"{', '.join(unknown)} would have no effect"] if unknown else []) + wrong
+    if problems:
+        hint = " and ".join((["remove it"] if unknown else []) + (["write a value that fits"] if wrong else []))
+        raise ConfigError("ConfigFileInvalid", f"{file}: {'; '.join(problems)}", hint=hint)
+
+
+def _key_path(group: str, key: str) -> str:
+    return f"{group}.{key}" if group else key
+
+
+def _suggestion(key: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(key, list(known), 1, cutoff=0.9)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def read_config_file(ref: ConfigMapKeyRef, config_maps: Path, field_path: str) -> dict[str, Any]:
+    """The file as nested dictionaries, from YAML or JSON. Errors: NotFoundError ConfigMapMissing; ConfigError ConfigFileInvalid."""
+    location = f"{field_path}: ConfigMap {ref.name}, key {ref.key}"
+    try:
+        text = (config_maps / ref.name / ref.key).read_text(encoding="utf-8")
+    except OSError:
+        raise NotFoundError(
+            "ConfigMapMissing", f"{location} does not exist", hint="create it", failure_class=FailureClass.USER
+        ) from None
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = _parse_yaml(text, location)
+    if not isinstance(value, dict):
+        raise ConfigError(
+            "ConfigFileInvalid", f"{location} holds {type(value).__name__}, not a mapping", hint="write keys and values"
+        )
+    not_text = [_as_text(key) for key in _all_keys(value) if not isinstance(key, str)]
+    if not_text:
+        raise ConfigError(
+            "ConfigFileInvalid", f"{location} has keys that are not text: {', '.join(not_text)}", hint="write them in quotes"
+        )  # fmt: skip
+    return value
+
+
+def _all_keys(value: Any) -> list[Any]:
+    """Keys at every level of nested dictionaries and lists."""
+    if isinstance(value, list):
+        return [key for one in value for key in _all_keys(one)]
+    return [*value, *(key for one in value.values() for key in _all_keys(one))] if isinstance(value, dict) else []
+
+
+def _parse_yaml(text: str, location: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        first = str(error).splitlines()[0]
+        raise ConfigError(
+            "ConfigFileInvalid", f"{location} is neither JSON nor YAML: {first}", hint="correct the file"
+        ) from None
+
+
+@dataclass
+class FileMerge:
+    """Merges the values of one file with the spec, and collects every conflict, so that all are reported at once."""
+
+    run: RunConfig
+    conflicts: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    """Sentences for the status."""
+    file_values: dict[str, Any] = field(default_factory=dict)
+    """Values that the file sets instead of the spec, by spec path."""
+
+    def merge(self, key: str, found: Any, path: str, asked: Any, shown: str | None = None) -> Any:
+        """The value to use: the file's value `found` of `key`, or the spec's value `asked` at `path` if the file leaves it open.
+
+        A difference from a value that the user wrote in the spec is a conflict. `shown`: the file's own word for `found`.
+        """
+        before = self.before_adaptation(path, asked)
+        if not self._file_wins(key, found, path, before, shown):
+            return asked
+        self.file_values[path] = found if _equal(before, asked) else self._adapt(key, found, path, before, asked)
+        return self.file_values[path]
+
+    def _file_wins(self, key: str, found: Any, path: str, before: Any, shown: str | None = None) -> bool:
+        """Whether the file's value replaces the spec's value `before`. Records a note, or a conflict."""
+        if found is None or found == AUTO or _equal(found, before):
+            return False
+        text = _as_text(found) if shown is None else shown
+        if before is not None and path not in self.run.defaults:
+            self.conflicts.append(f"{key} is {text}, {path} is {_as_text(before)}")
+            return False
+        if before is not None:
+            self.notes.append(f"{key} {text} of the file wins over the default {path} {_as_text(before)}")
+        return True
+
+    def before_adaptation(self, path: str, asked: Any) -> Any:
+        """The spec's value at `path` before the operator adapted it; `asked` if it did not."""
+        return (self.run.before_adaptation or {}).get(path, asked)
+
+    def undo_adaptation(self, path: str, asked: Any, value: Any) -> Any:
+        """`value` without the factor by which the operator adapted the spec's value at `path`."""
+        before = self.before_adaptation(path, asked)
+        return value if _equal(before, asked) else value * before / asked
+
+    def _adapt(self, key: str, found: Any, path: str, before: Any, asked: Any) -> Any:
+        """The file's value, changed by the factor by which the operator adapted the spec's value."""
+        if not all(_is_number(value) and value for value in (found, before, asked)):
+            return asked
+        value = found * asked / before
+        self.notes.append(
+            f"{key} {_as_text(found)} of the file becomes {value:.10g}, as {path} went from {_as_text(before)} to {_as_text(asked)}"
+        )
+        return value
+
+    def require_equal(self, key: str, found: Any, subject: str, actual: Any) -> None:
+        """Record a conflict if the file's value differs from a fact that a file cannot change."""
+        if found is not None and found != AUTO and not _equal(found, actual):
+            self.conflicts.append(f"{key} is {_as_text(found)}, {subject} is {_as_text(actual)}")
+
+    def finish(self, file: str) -> None:
+        """Check the merged values.
+
+        Errors: ConfigError ConfigsDisagree with every conflict; ConfigFileInvalid; or the code of a rule that the file's values break.
+        """
+        if self.conflicts:
+            raise ConfigError(
+                "ConfigsDisagree", f"{file} and the spec disagree: {'; '.join(self.conflicts)}",
+                hint="write the same value in both, remove one of the two, or (DeepSpeed) write auto in the file",
+            )  # fmt: skip
+        if not self.file_values:
+            return
+        try:
+            spec = self.merged_spec()
+        except ValidationError as error:
+            problems = "; ".join(
+                f"{'.'.join(map(str, one['loc']))} {one['input']}: {one['msg']}" for one in error.errors()
+            )
+            raise ConfigError(
+                "ConfigFileInvalid", f"{file} holds values that the API does not allow: {problems}", hint="write a value that fits"
+            ) from None  # fmt: skip
+        for problem in new_problems(self._spec_as_written(), spec):
+            raise ConfigError(
+                problem.code, f"{problem.path}, with the values of {file}: {problem.message}", hint=problem.hint
+            )
+
+    def merged_spec(self) -> FineTuneJobSpec:
+        """The spec as if the user had written the file's values into it. Errors: pydantic's ValidationError."""
+        return self._spec_as_written().with_values(self.file_values)
+
+    def allows(self, values: Mapping[str, Any]) -> bool:
+        """Whether these values, by spec path, break no rule besides those that the file breaks. Errors: pydantic's ValidationError."""
+        spec = self.merged_spec()
+        return not new_problems(spec, spec.with_values(values))
+
+    def _spec_as_written(self) -> FineTuneJobSpec:
+        """The spec without defaults, but with the defaults that the operator has adapted."""
+        adapted = self.run.before_adaptation or {}
+        return without_defaults(self.run.spec, [path for path in self.run.defaults if path not in adapted])
+
+
+def _equal(left: Any, right: Any) -> bool:
+    if isinstance(left, bool) or isinstance(right, bool):
+        return left is right
+    if isinstance(left, int | float) and isinstance(right, int | float):
+        return math.isclose(left, right, rel_tol=1e-9)
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        return len(left) == len(right) and all(_equal(a, b) for a, b in zip(left, right, strict=True))
+    return bool(left == right)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_text(value: Any) -> str:
+    """A value as the file has it. Text that could be read as a number or a truth value is quoted."""
+    if isinstance(value, str):
+        return value if value[:1].isalpha() and value not in ("true", "false", "null") else json.dumps(value)
+    return "not given" if value is None else json.dumps(value, default=str)
