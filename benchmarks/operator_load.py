@@ -15,7 +15,7 @@ pods that are bound run and end with success, and a watch notes when all Jobs ar
 idle, restart: one job really runs; copies of it are written, finished, each with two pods, while no operator runs. Then one starts,
 nothing happens for a while, and it is started again.
 steady: jobs run that tell a new step each second; staleness is the age of the step in status.
-CPU is read from /proc of every program but this one and KWOK. Requests are the operator's own count; events are reported apart from
+CPU is read from /proc of every program but this one and KWOK. Requests are the operator's own count; events are reported split_query from
 writes. A machine that was busy before (`loadBefore` is its load average then) makes all but the counts meaningless.
 """
 

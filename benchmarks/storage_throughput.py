@@ -5,7 +5,7 @@
 Method. A real S3 server (SeaweedFS) runs on this machine and shares its cores with the client, so that only ratios mean
 anything. Ours (`S3Store.put_file`, `download` with its hash), boto3's `upload_file`, `download_file` and obstore's `put`, and `get`
 streamed to a file (if obstore is installed) take turns in every round, each round in another order. Hashing is part of our download only
-and, for uploads, reported apart (`sha256`), since it happens before. Figures: median over rounds of MB/s; the ratio of ours to each
+and, for uploads, reported split_query (`sha256`), since it happens before. Figures: median over rounds of MB/s; the ratio of ours to each
 and to the best of them in the same round; client CPU seconds per GB (all threads of this process); the most memory above what was
 in use before, by the kernel's own high-water mark, which is reset before each transfer.
 """

@@ -99,6 +99,8 @@ class Env(StrEnum):
     """Set by the supervisor for its ranks: the folder name in storage, `a<attempt>-<8 hex>`."""
     FINAL_UPLOAD_TIMEOUT = "FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"
     """How long a store that is down is asked to take the final model, in seconds; default 1800."""
+    UNSAVED_TIMEOUT = "FINETUNE_UNSAVED_TIMEOUT_SECONDS"
+    """How long training may go on without a committed checkpoint while storage takes none, in seconds; default 21600."""
     HF_TOKEN = "HF_TOKEN"
     """Token for a model hub, from `model.tokenSecretRef`."""
     STORAGE_ACCESS_KEY = "AWS_ACCESS_KEY_ID"

@@ -186,7 +186,7 @@ class Pod:
     def pids(self, command: str) -> list[int]:
         """Pids below it whose command line has this word (`train`, `agent`)."""
         assert self.process is not None
-        from finetune_trainer.supervisor.children import descendants
+        from finetune_trainer.processes import descendants
 
         found = []
         for pid in descendants(self.process.pid):
@@ -206,7 +206,7 @@ class Pod:
     def kill(self) -> None:
         """SIGKILL to PID 1 and all below it: what happens when a pod is gone."""
         assert self.process is not None
-        from finetune_trainer.supervisor.children import descendants
+        from finetune_trainer.processes import descendants
 
         for pid in [self.process.pid, *descendants(self.process.pid)]:
             try:

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from finetune_api.names import Env
 from finetune_api.pod import Resume
-from finetune_trainer.checkpoint.rank import DISK_RESERVE
+from finetune_trainer.checkpoint.rank import DISK_RESERVE_BYTES
 from pod_buckets import Bucket
 from pod_harness import run_config
 from stories import committed, spec_of, story, traced, undisturbed
 
 from localcluster.s3 import S3Endpoint
 
-SIZE = 4 * DISK_RESERVE
+SIZE = 4 * DISK_RESERVE_BYTES
 """Bytes that the disk has."""
 
 
@@ -51,7 +51,7 @@ def test_a_full_disk_costs_checkpoints_and_no_training(
     spec = spec_of(model, rows, "lora", "windows")
     place, limit = disk
     filler = place / "filler"
-    filler.write_bytes(bytes(SIZE - DISK_RESERVE))
+    filler.write_bytes(bytes(SIZE - DISK_RESERVE_BYTES))
     small = traced(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket, hold="forward:19")
     small.env |= limit
     with small as pod:

@@ -18,7 +18,7 @@ from tests.support.s3proxy import Latency, S3Proxy
 
 
 @dataclass(frozen=True)
-class Gang:
+class TcpGangStore:
     """Two pods that train one thing, and what one that nothing happens to does."""
 
     spec: dict[str, Any]
@@ -57,11 +57,11 @@ class Gang:
 def gang(
     request: pytest.FixtureRequest, s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Gang:  # fmt: skip
+) -> TcpGangStore:  # fmt: skip
     """With logging windows, or the variant that the test names."""
     variant = getattr(request, "param", "windows")
     whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 2, variant)
-    return Gang(spec_of(model, rows, "lora", variant), bucket, tmp_path, whole)
+    return TcpGangStore(spec_of(model, rows, "lora", variant), bucket, tmp_path, whole)
 
 
 def case(phase: str, signalled: int, stop: int, *, quick: bool = False, variant: str = "windows") -> Any:
@@ -79,7 +79,7 @@ def case(phase: str, signalled: int, stop: int, *, quick: bool = False, variant:
     indirect=["gang"],
 )  # fmt: skip
 def test_a_stop_of_one_pod_stops_both_at_the_same_step_and_nothing_is_lost(
-    gang: Gang, phase: str, signalled: int, stop: int
+    gang: TcpGangStore, phase: str, signalled: int, stop: int
 ) -> None:
     """The signalled pod is in that phase, and the other waits for it in the next collective operation."""
     first = gang.start(1, 0, gang.bucket.target(), hold=phase, signalled=signalled)
@@ -92,7 +92,7 @@ def test_a_stop_of_one_pod_stops_both_at_the_same_step_and_nothing_is_lost(
 
 @pytest.mark.faults
 @pytest.mark.parametrize("signalled", [0, 1])
-def test_a_stop_while_the_gang_uploads(gang: Gang, s3_server: S3Endpoint, signalled: int) -> None:
+def test_a_stop_while_the_gang_uploads(gang: TcpGangStore, s3_server: S3Endpoint, signalled: int) -> None:
     """What is in flight is finished, and the checkpoint of the stop follows it."""
     with S3Proxy(s3_server.host_url) as proxy:
         slow = proxy.fault(Latency(1.0), operation="PutObject", key=r"checkpoints/step-0*8/")

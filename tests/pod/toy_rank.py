@@ -21,7 +21,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Metrics, Progress, Stage
 from finetune_trainer.channel import Channel
-from finetune_trainer.checkpoint.stop import Alone, Gang, StopAgreement, Stopped
+from finetune_trainer.checkpoint.stop import SingleRankStore, StopAgreement, Stopped, TcpGangStore
 from finetune_trainer.inputs import Inputs
 
 CHAIN = "chain-{}"
@@ -35,7 +35,7 @@ def preload(run: RunConfig) -> None:
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     steps, every, pause = SCRIPT.get("steps", 20), SCRIPT.get("every", 5), SCRIPT.get("pause", 0.01)
-    agreement = StopAgreement(channel, Gang("toy") if channel.world_size > 1 else Alone(), poll_seconds=0.02)
+    agreement = StopAgreement(channel, TcpGangStore("toy") if channel.world_size > 1 else SingleRankStore(), poll_seconds=0.02)
     step = inputs.restore.step if inputs.restore else 0
     steps = step + SCRIPT["further"] if "further" in SCRIPT else steps
     chain = (inputs.restore.path / CHAIN.format(channel.rank)).read_text() if inputs.restore else ""

@@ -1,6 +1,6 @@
-"""`finetune-trainer`: what the image runs. `supervise` is a pod's PID 1, `train` one rank, `agent` what stands between.
+"""`finetune-trainer`, the entry point of the image: `supervise` is a pod's PID 1, `agent` starts its ranks, `train` is one rank.
 
-argparse and nothing heavy on purpose: the pod must answer HTTP within a second of its start.
+It imports argparse and nothing heavy: the pod must answer HTTP within a second of its start.
 """
 
 from __future__ import annotations
@@ -27,30 +27,33 @@ def main(arguments: list[str] | None = None) -> int:
             return agent.main(rest)
         case "supervise" | "run":
             return _supervise(command, rest)
-    print(f"finetune-trainer: {command!r} is no command; write supervise, run, train or agent", file=sys.stderr)
+    print(f"finetune-trainer: there is no command {command!r}; write supervise, run, train or agent", file=sys.stderr)
     return 64
 
 
 def _supervise(command: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"finetune-trainer {command}", description="Run one pod of a FineTuneJob.")
-    parser.add_argument("--run-file", help="the run configuration (default: FINETUNE_RUN_FILE)")
-    parser.add_argument("--work-dir", help="folder for everything that is written (default: FINETUNE_WORK_DIR)")
-    parser.add_argument("--port", type=int, help="port of /progress; 0: any free one (default: FINETUNE_PORT)")
+    parser.add_argument("--run-file", help="file with the run configuration (default: FINETUNE_RUN_FILE)")
+    parser.add_argument("--work-dir", help="folder that everything is written to (default: FINETUNE_WORK_DIR)")
+    parser.add_argument("--port", type=int, help="port of /progress; 0 takes a free one (default: FINETUNE_PORT)")
     options = parser.parse_args(arguments)
-    asked = _note_early_stops()
+    stop_requests = _record_early_stop_requests()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s supervisor %(message)s", stream=sys.stderr)
-    from finetune_trainer.supervisor.settings import Settings
+    logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # it logs their origin for every connection
+    from finetune_trainer.settings import Settings
     from finetune_trainer.supervisor.supervise import supervise
 
-    return supervise(Settings.from_env(run_file=options.run_file, work=options.work_dir, port=options.port), asked)
+    return supervise(
+        Settings.from_env(run_file=options.run_file, work=options.work_dir, port=options.port), stop_requests
+    )
 
 
-def _note_early_stops() -> list[float]:
-    """Remember a SIGTERM that comes while we still import: the kernel throws away what PID 1 has no handler for."""
-    asked: list[float] = []
+def _record_early_stop_requests() -> list[float]:
+    """Record the time of each SIGTERM during the imports: the kernel discards signals that PID 1 has no handler for."""
+    requests: list[float] = []
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda _number, _frame: asked.append(time.monotonic()))
-    return asked
+        signal.signal(number, lambda _number, _frame: requests.append(time.monotonic()))
+    return requests
 
 
 if __name__ == "__main__":

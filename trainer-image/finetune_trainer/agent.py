@@ -1,15 +1,14 @@
-"""The agent: torchelastic's launcher in a process of ours, so that the real exit codes of ranks are seen.
+"""The agent runs the ranks of one pod: torchelastic's launcher, in a process of ours.
 
-`torchrun` ends with 1 whatever happened. Here each failed rank's code is written to `<work>/agent.json`, which the supervisor
-reads. Nothing is restarted: one attempt is one gang, and the operator starts the next.
+`torchrun` exits with 1 for every failure. The agent writes the exit code of each failed rank to `agent_result`'s file, which
+the supervisor reads. It restarts nothing: one attempt is one gang, and the operator starts the next attempt.
 
-A single rank has nobody to meet: it is started at once, without torch in this process, which saves seconds of every such run.
+A single rank needs no rendezvous: it is started directly, without importing torch into the agent, which saves seconds.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import socket
 import subprocess
 import sys
@@ -17,36 +16,33 @@ import time
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.supervisor.children import die_with_parent
+from finetune_trainer.agent_result import Failures, write_failures
+from finetune_trainer.processes import die_with_parent
 
-RESULT = "agent.json"
 RENDEZVOUS_SECONDS = 1800
 MONITOR_SECONDS = 0.05
 SHUTDOWN_SECONDS = 5
-"""After one rank failed the others get SIGTERM, and SIGKILL so much later."""
+"""After one rank failed, the others get SIGTERM, and this much later SIGKILL."""
 COMMAND = [sys.executable, "-u", "-m", "finetune_trainer", "train"]
-Failures = dict[str, dict[str, int]]
-"""By rank: how it failed."""
 
 
 def main(arguments: list[str]) -> int:
     """Run the ranks of this pod; 0 if all ended with 0."""
     die_with_parent()
     options = _parse(arguments)
-    failures = _alone() if options.nodes * options.processes == 1 else _gang(options)
-    _write(options.work, failures)
+    failures = _run_single_rank() if options.nodes * options.processes == 1 else _run_ranks(options)
+    write_failures(options.work, failures)
     return 1 if failures else 0
 
 
-def _alone() -> Failures:
-    """The only rank, as a child."""
+def _run_single_rank() -> Failures:
     rank = subprocess.Popen(COMMAND)
     code = rank.wait()
     return {"0": {"exitCode": code, "pid": rank.pid, "time": int(time.time())}} if code else {}
 
 
-def _gang(options: argparse.Namespace) -> Failures:
-    """This pod's part of several ranks, by torchelastic."""
+def _run_ranks(options: argparse.Namespace) -> Failures:
+    """Run this pod's ranks of a gang with torchelastic."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -62,31 +58,16 @@ def _gang(options: argparse.Namespace) -> Failures:
     try:
         elastic_launch(config, COMMAND[0])(*COMMAND[1:])
     except ChildFailedError as error:
-        return {str(rank): _told(failure) for rank, failure in error.failures.items()}
+        return {str(rank): _as_json(failure) for rank, failure in error.failures.items()}
     return {}
 
 
-def _told(failure: Any) -> dict[str, int]:
+def _as_json(failure: Any) -> dict[str, int]:
     return {"exitCode": int(failure.exitcode), "pid": int(failure.pid), "time": int(failure.timestamp)}
 
 
-def _write(work: Path, failures: Failures) -> None:
-    beside = work / f".{RESULT}"
-    beside.write_text(json.dumps({"failures": failures, "time": time.time()}))
-    beside.rename(work / RESULT)
-
-
-def read_result(work: Path) -> dict[int, int] | None:
-    """Exit code by rank of the ranks that failed; None if the agent did not come to write it."""
-    try:
-        value = json.loads((work / RESULT).read_text())
-    except (OSError, ValueError):
-        return None
-    return {int(rank): int(one["exitCode"]) for rank, one in value["failures"].items()}
-
-
 def free_port() -> int:
-    """A port of the loopback that nobody uses now."""
+    """A port of the loopback interface that is not in use."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""Room on the pod's disk: what its file system has left, and what the pod's own limit leaves."""
+"""Free space for the pod: the smaller of what its file system and its ephemeral-storage limit leave."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from finetune_api.names import Env
 
 
 def free_bytes(work: Path) -> int:
-    """Bytes that may still be written below the work folder.
+    """Bytes that may still be written below the work folder; negative if the limit is exceeded already.
 
-    A pod that goes beyond its limit is evicted, however much its node's disk has left. Negative if it is beyond already.
+    The kubelet evicts a pod that exceeds its limit, however much space the node's disk has left.
     """
-    place = work
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    existing = work
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
     limit = os.environ.get(Env.DISK_LIMIT)
     return free if limit is None else min(free, int(limit) - _used(work))
 
 
 def _used(folder: Path) -> int:
-    """Bytes on disk below a folder, a file with several names once: as the kubelet counts."""
+    """Bytes on disk below a folder. A file with several names counts once, as the kubelet counts it."""
     sizes: dict[tuple[int, int], int] = {}
     for parent, _, names in os.walk(folder):
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # files come and go meanwhile
+            with contextlib.suppress(FileNotFoundError):  # files may be removed meanwhile
                 found = Path(parent, name).lstat()
                 sizes[found.st_dev, found.st_ino] = found.st_blocks * 512
     return sum(sizes.values())

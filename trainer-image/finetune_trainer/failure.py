@@ -1,17 +1,18 @@
-"""From whatever went wrong to one named failure: exceptions in ranks, exit codes of workers, several at once.
+"""Classifies exceptions of ranks and exit codes of workers as named failures, and finds the root cause of several.
 
-The rank that failed by itself is named, not the one that noticed: a rank that lost its peer says so (`origin` False), and
-any rank with a reason of its own beats it. A code the user can act on beats one they cannot.
+A rank that only lost its peer reports `origin` False; a failure with `origin` True takes precedence. A failure that the user
+can fix takes precedence over one that they cannot.
 """
 
 from __future__ import annotations
 
 import errno
+import math
 import signal
 import traceback
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune_api.errors import (
     ERROR_OF_CODE,
@@ -25,52 +26,58 @@ from finetune_api.exits import EXIT_POLICIES
 from finetune_api.names import ExitCode, FailureClass
 
 PEER_TYPES = ("DistBackendError", "DistNetworkError", "DistStoreError", "DistError")
-PEER_WORDS = (
+PEER_MESSAGES = (
     "connection closed by peer", "connection reset by peer", "connection refused", "broken pipe", "socket timeout", "gloo",
     "nccl", "connection was likely closed", "timed out waiting", "unable to connect to store", "application timeout",
 )  # fmt: skip
-MEMORY_WORDS = ("out of memory", "cuda error: out of memory", "defaultcpuallocator: can't allocate memory")
+MEMORY_MESSAGES = ("out of memory", "cuda error: out of memory", "defaultcpuallocator: can't allocate memory")
 
 
 @dataclass(frozen=True)
 class RankFailure:
-    """A failure as one rank told it, or as its exit code shows it."""
+    """The failure of one rank, from its own report or from its exit code."""
 
     error: FineTuneError
     rank: int | None = None
     step: int | None = None
     origin: bool = True
     time_ns: int = 0
-    told: bool = True
-    """False: nobody said anything, only an exit code is known."""
+    reported: bool = True
+    """False if the rank reported nothing and only its exit code is known."""
 
 
-DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing file")
-"""What libraries that write weights say where no room is left: their exceptions carry no number."""
-SHARED_MEMORY = ("</torch_", "/dev/shm")  # noqa: S108 -- names in messages
-"""Files of shared memory, as torch and the system name them: where one finds no room, the disk has nothing to do with it."""
+DISK_FULL_MESSAGES = ("No space left on device", "PytorchStreamWriter failed writing file")
+"""Messages of libraries that write weights to a full disk: their exceptions carry no errno."""
+SHARED_MEMORY_PATHS = ("</torch_", "/dev/shm")  # noqa: S108 -- names in messages
+"""Names of shared memory in messages of torch and of the system: a full one is not a full disk."""
 
 
 def local_disk_full() -> StorageError:
-    """69: whoever writes to the pod's own disk finds no room."""
+    """The failure for a full disk of the pod (69)."""
     return StorageError(
         "LocalDiskFull", "the pod's local disk is full", hint="raise resources.ephemeralStorage, or checkpoint less often"
     )  # fmt: skip
 
 
 def classify(error: BaseException) -> tuple[FineTuneError, bool]:
-    """The named failure for an exception in a rank, and whether it is this rank's own (False: a peer's)."""
+    """The named failure for an exception of a rank, and whether it is the rank's own (False: a peer failed first)."""
     if isinstance(error, FineTuneError):
         return error, not isinstance(error, PeerError)
     name, text = type(error).__name__, str(error).lower()
-    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS):
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(word in text for word in MEMORY_MESSAGES):
         return _memory(error, name), True
-    if name in PEER_TYPES or (isinstance(error, RuntimeError | ConnectionError) and any(w in text for w in PEER_WORDS)):
+    if name in PEER_TYPES or (
+        isinstance(error, RuntimeError | ConnectionError) and any(w in text for w in PEER_MESSAGES)
+    ):
         return PeerError(
             "PeerLost", f"a collective failed: {_first_line(error)}", hint="see the other ranks' logs"
         ), False
-    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or any(word in str(error) for word in DISK_FULL):
-        return _shared_memory_full() if any(file in str(error) for file in SHARED_MEMORY) else local_disk_full(), True
+    if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or any(
+        word in str(error) for word in DISK_FULL_MESSAGES
+    ):
+        return _shared_memory_full() if any(
+            file in str(error) for file in SHARED_MEMORY_PATHS
+        ) else local_disk_full(), True
     frames = traceback.extract_tb(error.__traceback__)
     where = f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
     return InternalError(
@@ -90,7 +97,7 @@ def _memory(error: BaseException, name: str) -> MemoryExhaustedError:
 
 
 def _shared_memory_full() -> PeerError:
-    """74, as where the system kills for the same: 71 would make batches smaller, and hint at the GPU."""
+    """74, like the SIGBUS that full shared memory also causes. With 71 the operator would lower the batch size in vain."""
     return PeerError(
         "SharedMemoryFull", "the pod's shared memory, /dev/shm, is full", hint="raise resources.sharedMemory"
     )
@@ -101,9 +108,9 @@ def _first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:1000]
 
 
-def from_message(message: dict[str, Any]) -> RankFailure:
-    """What a rank said on its channel."""
-    code = int(message.get("exitCode", ExitCode.INTERNAL))
+def failure_from_message(message: dict[str, Any]) -> RankFailure:
+    """The failure that a rank reported. Fields that cannot be read get a default: the rest still names the cause."""
+    code = _int_or(message.get("exitCode"), ExitCode.INTERNAL)
     kind = ERROR_OF_CODE.get(code, InternalError)
     given = message.get("failureClass")
     failure_class = FailureClass(given) if given in list(FailureClass) else EXIT_POLICIES[kind.exit_code].failure_class
@@ -116,29 +123,38 @@ def from_message(message: dict[str, Any]) -> RankFailure:
     )
     return RankFailure(
         error,
-        message.get("rank"),
-        message.get("step"),
+        _int_or(message.get("rank"), None),
+        _int_or(message.get("step"), None),
         bool(message.get("origin", True)),
-        int(message.get("timeNs", 0)),
+        _int_or(message.get("timeNs"), 0),
     )
 
 
+Default = TypeVar("Default")
+
+
+def _int_or(value: Any, default: Default) -> int | Default:
+    return int(value) if isinstance(value, int | float) and math.isfinite(value) else default
+
+
 def printable(text: str) -> str:
-    """Text that can be written as UTF-8: half characters, as libraries' messages may hold, are replaced."""
+    """The text without what cannot be encoded as UTF-8: messages of libraries may hold unpaired surrogates."""
     return text.encode(errors="replace").decode()
 
 
-def from_exit_code(rank: int, code: int, *, host_memory: bool = False) -> RankFailure:
-    """What an exit code alone says. `host_memory`: the kernel killed for memory in this pod."""
+def failure_from_exit_code(rank: int, code: int, *, host_memory: bool = False) -> RankFailure:
+    """The failure of a rank of which only the exit code is known. `host_memory`: the kernel killed a process of this pod for memory."""
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
-        return RankFailure(_killed(rank, -code, name, host_memory), rank, told=False, origin=-code != signal.SIGTERM)
+        return RankFailure(
+            _killed(rank, -code, name, host_memory), rank, reported=False, origin=-code != signal.SIGTERM
+        )
     kind = ERROR_OF_CODE.get(code)
     if kind is not None and code != ExitCode.INTERNAL:
-        return RankFailure(kind("RankFailed", f"rank {rank} ended with {code}"), rank, told=False)
+        return RankFailure(kind("RankFailed", f"rank {rank} ended with {code}"), rank, reported=False)
     return RankFailure(
         InternalError("RankCrashed", f"rank {rank} ended with exit code {code} and gave no reason", hint="see the pod's log"),
-        rank, told=False,
+        rank, reported=False,
     )  # fmt: skip
 
 
@@ -157,9 +173,9 @@ def _killed(rank: int, number: int, name: str, host_memory: bool) -> FineTuneErr
 
 
 def root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
-    """The one failure that is named, of several: an own reason before a noticed one, told before guessed, early before late."""
+    """The failure to report, of several: a rank's own before a peer's, then by precedence, a reported one before an exit code, the earliest."""
     ordered = sorted(
         failures,
-        key=lambda one: (not one.origin, EXIT_POLICIES[one.error.exit_code].precedence, not one.told, one.time_ns),
+        key=lambda one: (not one.origin, EXIT_POLICIES[one.error.exit_code].precedence, not one.reported, one.time_ns),
     )
     return ordered[0] if ordered else None

@@ -1,9 +1,9 @@
-"""Heavy imports, in the right order and only those a job needs.
+"""Imports the heavy libraries that a job needs, and hides those it does not need.
 
-Ranks import while the supervisor downloads. Two packages cost seconds and are imported by others merely because they are
-installed: bitsandbytes (by peft) and deepspeed (by accelerate, whenever a model is saved). A job that needs neither is told that
-they are absent, which `importlib` lets one say by an entry None in `sys.modules`. scipy is absent only while transformers is
-imported, which wants it for the losses of object detection: half a second. Whoever asks for it later finds it.
+Ranks import while the supervisor downloads. Two packages take seconds to import, and other libraries import them whenever they
+are installed: bitsandbytes (by peft) and deepspeed (by accelerate, whenever a model is saved). For a job that needs neither, an
+entry None in `sys.modules` makes `importlib` report them as not installed. scipy is hidden only while transformers is imported,
+which needs it for object detection losses (half a second); a later import of scipy works.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ ENVIRONMENT = {
     "TRL_EXPERIMENTAL_SILENCE": "1",
     "TOKENIZERS_PARALLELISM": "true",
 }
-"""What the libraries read when they are imported. A rank never talks to a hub: the supervisor has fetched everything."""
+"""Variables that the libraries read on import. A rank never accesses a hub: the supervisor has fetched everything."""
 
 
 def needs_bitsandbytes(run: RunConfig) -> bool:
-    """Whether weights or optimizer states are kept in 4 or 8 bits."""
+    """Whether weights or optimizer states are stored in 4 or 8 bits."""
     spec = run.spec
     optimizer = spec.training.optimizer or ""
     tuned = spec.trainer.backend is Backend.UNSLOTH
@@ -36,7 +36,7 @@ def needs_bitsandbytes(run: RunConfig) -> bool:
 
 
 def needs_deepspeed(run: RunConfig) -> bool:
-    """Whether DeepSpeed runs this job."""
+    """Whether the job uses DeepSpeed."""
     return run.spec.distributed.strategy is Strategy.DEEPSPEED
 
 
@@ -50,7 +50,7 @@ def preload(run: RunConfig, objective_module: str) -> None:
     for name, needed in (("bitsandbytes", needs_bitsandbytes(run)), ("deepspeed", needs_deepspeed(run))):
         if not needed:
             _hide(name)
-    with _absent("scipy"):
+    with _hidden("scipy"):
         for name in ("torch", "transformers", "peft", "datasets", objective_module):
             importlib.import_module(name)
         from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401  lazy names: this loads them
@@ -58,8 +58,8 @@ def preload(run: RunConfig, objective_module: str) -> None:
 
 
 @contextmanager
-def _absent(name: str) -> Iterator[None]:
-    """Make `name` look as if it were not installed while transformers is imported for the first time, unless it is in use."""
+def _hidden(name: str) -> Iterator[None]:
+    """Hide `name` while transformers is imported for the first time, unless it is imported already."""
     if "transformers" in sys.modules or name in sys.modules:
         yield
         return
@@ -71,6 +71,6 @@ def _absent(name: str) -> Iterator[None]:
 
 
 def _hide(name: str) -> None:
-    """Make `name` look as if it were not installed, unless it is in use already (several jobs in one process: tests)."""
+    """Make `name` look as if it were not installed, unless it is imported already (several jobs in one process: tests)."""
     if sys.modules.get(name) is None:
         sys.modules[name] = None  # type: ignore[assignment]  # the documented way to block an import

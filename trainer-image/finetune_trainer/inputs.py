@@ -1,7 +1,7 @@
-"""What the supervisor has fetched and checked, told to the ranks as one file.
+"""`inputs.json`: the local paths of everything that the supervisor has fetched and checked for its ranks.
 
-Ranks start importing the moment the pod starts; this file appears (by rename, so it is whole or absent) when model, data and
-the checkpoint to resume from lie on local disk. A rank never downloads anything itself.
+Ranks import their libraries while the supervisor downloads. The file appears, by rename and therefore complete, when model,
+data and the checkpoint to resume from are on the local disk. A rank downloads nothing itself.
 """
 
 from __future__ import annotations
@@ -19,18 +19,20 @@ FILE_NAME = "inputs.json"
 class RestoredCheckpoint(WireModel):
     """A committed checkpoint, downloaded and found to match its manifest."""
 
-    path: Path = Field(description="Local folder as the Trainer wrote it: a plain HF or PEFT folder.")
-    step: int = Field(ge=1, description="Optimizer steps done when it was made.")
-    uri: str = Field(description="Where it came from.")
-    manifest: dict[str, Any] = Field(default_factory=dict, description="What its manifest says about the run.")
+    path: Path = Field(description="Local folder, as the Trainer wrote it: a plain HF or PEFT folder.")
+    step: int = Field(ge=1, description="Optimizer steps done in it.")
+    uri: str = Field(description="Its address in storage.")
+    manifest: dict[str, Any] = Field(default_factory=dict, description="Its manifest.")
 
 
 class Inputs(WireModel):
-    """Local paths of everything a rank reads, and the one folder it may write."""
+    """Local paths of everything a rank reads, and the folder it may write to."""
 
     model: Path = Field(description="Folder of the base model.")
     tokenizer: Path | None = Field(default=None, description="Folder of the tokenizer; absent: the model's.")
-    adapter: Path | None = Field(default=None, description="Folder of the adapter to go on with (method.adapter).")
+    adapter: Path | None = Field(
+        default=None, description="Folder of the adapter to continue training (method.adapter)."
+    )
     reference: Path | None = Field(default=None, description="Folder of the reference model (trainer.dpo).")
     train: list[Path] = Field(default_factory=list, description="Training files, in the order of their names.")
     mixture: list[list[Path]] = Field(default_factory=list, description="Files of each item of dataset.mixture.")
@@ -43,15 +45,15 @@ class Inputs(WireModel):
     config_maps: Path = Field(description="Root of mounted ConfigMaps: `<this>/<name>/<key>`.")
 
     def write(self, work: Path) -> None:
-        """Write `<work>/inputs.json` so that a reader sees all of it or nothing."""
+        """Write `<work>/inputs.json` atomically."""
         target = work / FILE_NAME
-        beside = work / f".{FILE_NAME}.{os.getpid()}"
-        beside.write_text(self.model_dump_json(by_alias=True))
-        beside.rename(target)
+        partial = work / f".{FILE_NAME}.{os.getpid()}"
+        partial.write_text(self.model_dump_json(by_alias=True))
+        partial.rename(target)
 
     @staticmethod
     def read(work: Path) -> Inputs | None:
-        """The inputs, or None while they are not there yet."""
+        """The inputs, or None while they are not written yet."""
         try:
             text = (work / FILE_NAME).read_text()
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""One rank: import, wait for inputs, train, and say how it ended in a way the supervisor understands."""
+"""The entry of one rank: import, wait for the inputs, train, and report how it ended."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from finetune_api.pod import RunConfig
 from finetune_trainer.channel import Channel
 from finetune_trainer.checkpoint.stop import Stopped
 from finetune_trainer.failure import classify
-from finetune_trainer.supervisor.children import die_with_parent
-from finetune_trainer.supervisor.settings import Settings, load_run
+from finetune_trainer.processes import die_with_parent
+from finetune_trainer.settings import Settings, load_run
 
 TRAINER = "FINETUNE_TRAINER_MODULE"
-"""Environment variable with the module to train with instead of `finetune_trainer.train`: for tests of the supervisor."""
+"""Environment variable that names the module to train with instead of `finetune_trainer.train`. For tests of the supervisor."""
 
 
 def main() -> int:
-    """Run this rank; never returns normally, since libraries' exit handlers may hang on a lost peer."""
+    """Run this rank and end the process. It does not return: exit handlers of libraries may hang on a lost peer."""
     die_with_parent()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -34,13 +34,13 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s rank %(message)s", stream=sys.stderr)
     channel = Channel.from_env()
     channel.hello()
-    code = _guarded(channel)
+    code = _run_and_report(channel)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
-def _guarded(channel: Channel) -> int:
+def _run_and_report(channel: Channel) -> int:
     try:
         run, _ = load_run(Settings.from_env())
         _train(run, channel)
@@ -49,7 +49,7 @@ def _guarded(channel: Channel) -> int:
         channel.message("stopped", step=stopped.step)
         return ExitCode.OK
     except BaseException as error:
-        # A library's error that was only given its type's name says more when it is looked at itself.
+        # An InternalError that only wraps a library's exception: the exception itself can be classified better.
         cause = (
             error.__cause__ if isinstance(error, InternalError) and isinstance(error.__cause__, Exception) else error
         )

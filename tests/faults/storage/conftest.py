@@ -20,7 +20,7 @@ from finetune_api.pod import StoreTarget  # noqa: E402 - the path comes first
 from finetune_trainer.checkpoint.tree import Tree  # noqa: E402 - the path comes first
 from finetune_trainer.storage.s3 import S3Store  # noqa: E402 - the path comes first
 from pod_harness import write_rows  # noqa: E402 - the path comes first
-from storage_place import Place  # noqa: E402 - the path comes first
+from storage_place import Connection  # noqa: E402 - the path comes first
 from tiny import make_tiny_model  # noqa: E402 - the path comes first
 
 from localcluster.s3 import S3Endpoint, S3Process  # noqa: E402 - the path comes first
@@ -54,9 +54,9 @@ def bucket_name(s3_server: S3Endpoint) -> str:
 
 
 @pytest.fixture
-def place(s3_server: S3Endpoint, proxy: S3Proxy, bucket_name: str) -> Place:
+def place(s3_server: S3Endpoint, proxy: S3Proxy, bucket_name: str) -> Connection:
     uri = f"s3://{bucket_name}/{uuid.uuid4().hex}/team/job/uid"
-    return Place(
+    return Connection(
         Tree(S3Store(StoreTarget(uri=uri, endpoint=proxy.url))),
         Tree(S3Store(StoreTarget(uri=uri, endpoint=s3_server.host_url))),
         s3_server.client(), bucket_name,

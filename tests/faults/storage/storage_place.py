@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.pod import StoreTarget
-from finetune_trainer.checkpoint.manifest import Manifest, base_of
+from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
 from finetune_trainer.checkpoint.tree import Tree
 from pod_harness import PYTHONPATH, Pod, run_config
 from toy_rank import link
@@ -20,7 +20,7 @@ PODS = Path(__file__).parents[2] / "pod"
 
 
 @dataclass
-class Place:
+class Connection:
     """The same tree twice: as the pod sees it through the proxy, and as it truly is."""
 
     through: Tree
@@ -32,7 +32,7 @@ class Place:
         self, step: int | None, folder: Path, incarnation: str = "a1-00000000", attempt: int = 1, **facts: Any
     ) -> Manifest:
         """Upload and commit a folder through the proxy."""
-        base = base_of(step)
+        base = prefix_of(step)
         entries = self.through.upload(base, incarnation, folder)
         manifest = Manifest(step=step or 0, attempt=attempt, incarnation=incarnation, files=entries, **facts)
         self.through.commit(base, manifest)
@@ -62,7 +62,7 @@ def states(steps: int) -> dict[int, str]:
     return found
 
 
-def logged_states(place: Place) -> dict[int, str]:
+def logged_states(place: Connection) -> dict[int, str]:
     """State by step as all attempts logged it; what two logged must be the same."""
     found: dict[int, str] = {}
     for stat in place.truly.store.list("metrics/"):
@@ -72,7 +72,7 @@ def logged_states(place: Place) -> dict[int, str]:
     return found
 
 
-def final_state(place: Place) -> str:
+def final_state(place: Connection) -> str:
     """State of rank 0 in the committed model."""
     model = place.truly.marker(None)
     assert model is not None, "no model is committed"
@@ -80,7 +80,7 @@ def final_state(place: Place) -> str:
 
 
 def toy(
-    folder: Path, spec: dict[str, Any], place: Place, server: S3Endpoint, script: dict[str, Any], **run: Any
+    folder: Path, spec: dict[str, Any], place: Connection, server: S3Endpoint, script: dict[str, Any], **run: Any
 ) -> Pod:
     """A pod of ranks that count (tests/pod/toy_rank.py), with its root in the store as seen through the faults."""
     target = place.through.store.target  # type: ignore[attr-defined] # an S3Store

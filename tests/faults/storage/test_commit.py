@@ -11,17 +11,17 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from finetune_api.errors import FineTuneError, StorageError
-from finetune_trainer.checkpoint.manifest import base_of
+from finetune_trainer.checkpoint.manifest import prefix_of
 from finetune_trainer.checkpoint.tree import Fenced
 from finetune_trainer.storage import s3
 from finetune_trainer.storage.preflight import preflight
-from storage_place import Place
+from storage_place import Connection
 
 from tests.support.faultproxy import Call
 from tests.support.s3proxy import LostResponse, Reset, S3Operation, S3Proxy, Status
 
 
-def test_a_bad_day(place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_bad_day(place: Connection, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
     """30 % SlowDown, 10 % 500, 10 % resets: everything is committed in the end, and right."""
     rules = [
         proxy.fault(Status(503, "SlowDown"), probability=0.3),
@@ -36,7 +36,7 @@ def test_a_bad_day(place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("word", ["optimizer.pt", "manifest.json", "_COMMITTED"])
-def test_a_lost_answer_is_recognised(place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, word: str) -> None:
+def test_a_lost_answer_is_recognised(place: Connection, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, word: str) -> None:
     """The store did it, the answer was lost: once more is the same thing, and an existing marker is our own."""
     with proxy.fault(LostResponse(), operation="PutObject", key=word, times=1) as lost:
         place.commit(5, checkpoint)
@@ -45,7 +45,7 @@ def test_a_lost_answer_is_recognised(place: Place, proxy: S3Proxy, checkpoint: P
 
 
 def test_a_lost_answer_of_a_multipart_upload(
-    place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Connection, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3, "PART_BYTES", 5 * s3.MIB)
     (checkpoint / "model.safetensors").write_bytes(random.Random(3).randbytes(11 * s3.MIB))
@@ -56,7 +56,7 @@ def test_a_lost_answer_of_a_multipart_upload(
 
 
 @pytest.mark.parametrize("second", [1, 2])
-def test_two_incarnations_one_marker(place: Place, checkpoint: Path, tmp_path: Path, second: int) -> None:
+def test_two_incarnations_one_marker(place: Connection, checkpoint: Path, tmp_path: Path, second: int) -> None:
     """Two lives commit the same step at once. Of one attempt: one wins, the other is told and stops. Of two: the later one's stays."""
     ends: dict[str, object] = {}
     start = threading.Barrier(2)
@@ -87,7 +87,7 @@ def test_two_incarnations_one_marker(place: Place, checkpoint: Path, tmp_path: P
 class Forget:
     """Whoever writes last wins, as if nobody had asked for a condition."""
 
-    place: Place
+    place: Connection
 
     async def handle(self, call: Call[S3Operation]) -> web.StreamResponse:
         there = call.operation
@@ -95,7 +95,7 @@ class Forget:
         return await call.forward()
 
 
-def test_a_store_that_ignores_conditions(place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
+def test_a_store_that_ignores_conditions(place: Connection, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
     """It is found out at start; two lives may both commit, and still neither spoils the other's bytes."""
     careless = proxy.fault(Forget(place), operation="PutObject")
     target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
@@ -109,20 +109,20 @@ def test_a_store_that_ignores_conditions(place: Place, proxy: S3Proxy, checkpoin
     assert preflight(target).conditional_writes is True
 
 
-def test_an_upload_that_went_missing_is_never_committed(place: Place, checkpoint: Path) -> None:
-    entries = place.through.upload(base_of(5), "a1-00000000", checkpoint)
+def test_an_upload_that_went_missing_is_never_committed(place: Connection, checkpoint: Path) -> None:
+    entries = place.through.upload(prefix_of(5), "a1-00000000", checkpoint)
     from finetune_trainer.checkpoint.manifest import Manifest
 
     place.truly.store.delete(["checkpoints/step-00000005/a1-00000000/optimizer.pt"])
     with pytest.raises(StorageError) as caught:
-        place.through.commit(base_of(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
+        place.through.commit(prefix_of(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
     assert caught.value.code == "UploadIncomplete" and "optimizer.pt" in caught.value.message
     assert place.truly.committed() == []
 
 
 @pytest.mark.parametrize("word", ["trainer_state.json", "manifest.json", "_COMMITTED"])
 def test_a_store_that_goes_away_leaves_nothing_visible(
-    place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, word: str, s3_server: object
+    place: Connection, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, word: str, s3_server: object
 ) -> None:
     """As after kill -9 between data and manifest, and between manifest and marker; the next start sweeps it away."""
     place.commit(5, checkpoint)
@@ -136,7 +136,7 @@ def test_a_store_that_goes_away_leaves_nothing_visible(
     assert place.whole(tmp_path / "check2") == [5]
 
 
-def test_an_orphaned_multipart_upload_is_swept(place: Place) -> None:
+def test_an_orphaned_multipart_upload_is_swept(place: Connection) -> None:
     key = place.truly.store.key("checkpoints/step-00000005/a1-00000000/model.safetensors")  # type: ignore[attr-defined] # an S3Store
     place.client.create_multipart_upload(Bucket=place.bucket, Key=key)
     assert place.truly.sweep().count == 1
@@ -144,7 +144,7 @@ def test_an_orphaned_multipart_upload_is_swept(place: Place) -> None:
 
 
 def test_a_committed_step_is_whole_at_every_instant(
-    place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path
+    place: Connection, proxy: S3Proxy, checkpoint: Path, tmp_path: Path
 ) -> None:
     """A watcher looks at the bucket all the time while checkpoints come and go under faults."""
     proxy.fault(Status(503, "SlowDown"), probability=0.2)
@@ -177,7 +177,7 @@ def test_a_committed_step_is_whole_at_every_instant(
 ODD = ["with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", ".hidden", "sub folder/x", "empty"]
 
 
-def test_odd_names_and_an_empty_file(place: Place, tmp_path: Path) -> None:
+def test_odd_names_and_an_empty_file(place: Connection, tmp_path: Path) -> None:
     """Names as they are in the folder, in the manifest, in the store and in the folder that comes back."""
     folder = tmp_path / "odd"
     for name in ODD:
@@ -196,7 +196,7 @@ def test_odd_names_and_an_empty_file(place: Place, tmp_path: Path) -> None:
     ("status", "code"), [(501, "NotImplemented"), (405, "MethodNotAllowed"), (400, "MissingContentMD5")]
 )
 def test_a_store_that_cannot_delete_several_at_once(
-    place: Place, proxy: S3Proxy, checkpoint: Path, status: int, code: str
+    place: Connection, proxy: S3Proxy, checkpoint: Path, status: int, code: str
 ) -> None:
     refused = proxy.fault(Status(status, code), operation="DeleteObjects")
     target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
@@ -223,9 +223,9 @@ class NoConditions:
 
 @pytest.mark.parametrize(("status", "code"), [(501, "NotImplemented"), (400, "InvalidArgument")])
 def test_a_store_that_refuses_conditions(
-    place: Place, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, status: int, code: str
+    place: Connection, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, status: int, code: str
 ) -> None:
-    """Whoever finds a marker leaves it; two at the same instant are kept apart by the operator."""
+    """On a store without conditional writes a marker that exists stays; the operator prevents two writers at the same instant."""
     proxy.fault(NoConditions(status, code), operation="PutObject")
     target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).conditional_writes is False
@@ -235,14 +235,14 @@ def test_a_store_that_refuses_conditions(
     assert place.whole(tmp_path / "check") == [5]
 
 
-def test_the_first_question_survives_a_lost_answer(place: Place, proxy: S3Proxy) -> None:
+def test_the_first_question_survives_a_lost_answer(place: Connection, proxy: S3Proxy) -> None:
     target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
     with proxy.fault(LostResponse(), operation="PutObject", key=r"\.probe/", times=1) as lost:
         assert preflight(target).conditional_writes
     assert lost.hits == 1
 
 
-def test_a_full_disk_of_the_pod_is_not_an_unreachable_store(place: Place, tmp_path: Path) -> None:
+def test_a_full_disk_of_the_pod_is_not_an_unreachable_store(place: Connection, tmp_path: Path) -> None:
     place.truly.store.put("weights", b"x" * 100_000)
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(StorageError) as caught:

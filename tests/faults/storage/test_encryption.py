@@ -9,17 +9,17 @@ import pytest
 from finetune_api.errors import FineTuneError
 from finetune_api.pod import Resume, StoreTarget
 from finetune_api.spec.enums import EncryptionType
-from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, base_of
+from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
 from finetune_trainer.checkpoint.restore import restore
 from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.storage import s3
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.storage.s3 import S3Store
-from storage_place import Place
+from storage_place import Connection
 
 
 @pytest.fixture
-def target(place: Place, monkeypatch: pytest.MonkeyPatch) -> StoreTarget:
+def target(place: Connection, monkeypatch: pytest.MonkeyPatch) -> StoreTarget:
     """A root whose objects are sealed with a key of ours. A real spec refuses http:// here; this store is on the loopback."""
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(bytes(range(32))).decode())
     plain: StoreTarget = place.truly.store.target  # type: ignore[attr-defined] # an S3Store
@@ -34,8 +34,8 @@ def test_a_sealed_checkpoint_is_committed_and_restored(
     (checkpoint / "large").write_bytes(bytes(11 * s3.MIB))
     assert preflight(target).conditional_writes
     tree = Tree(S3Store(target))
-    entries = tree.upload(base_of(5), "a1-00000000", checkpoint)
-    tree.commit(base_of(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
+    entries = tree.upload(prefix_of(5), "a1-00000000", checkpoint)
+    tree.commit(prefix_of(5), Manifest(step=5, incarnation="a1-00000000", files=entries))
     found = restore(tree, Resume(mode="auto", expect_step=5), RunFacts(), tmp_path / "back")
     assert (found.step, found.damaged) == (5, [])
     assert found.path is not None and (found.path / "large").read_bytes() == bytes(11 * s3.MIB)
@@ -57,7 +57,7 @@ def test_without_the_key_nothing_can_be_read(
 
 
 @pytest.mark.parametrize("kind", [EncryptionType.S3, EncryptionType.KMS])
-def test_a_store_that_holds_no_keys_is_told_apart_from_one_that_is_broken(place: Place, kind: EncryptionType) -> None:
+def test_a_store_that_holds_no_keys_is_told_apart_from_one_that_is_broken(place: Connection, kind: EncryptionType) -> None:
     """This one answers 500 after all retries: what it means is found out by writing without."""
     plain: StoreTarget = place.truly.store.target  # type: ignore[attr-defined] # an S3Store
     with pytest.raises(FineTuneError) as caught:

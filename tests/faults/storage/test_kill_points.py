@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from aiohttp import web
 from finetune_api.pod import Resume
-from finetune_trainer.checkpoint.manifest import base_of, step_of
-from storage_place import Place, final_state, logged_states, states, toy
+from finetune_trainer.checkpoint.manifest import prefix_of, step_of
+from storage_place import Connection, final_state, logged_states, states, toy
 
 from localcluster.s3 import S3Endpoint
 from tests.support.faultproxy import Call
@@ -51,7 +51,7 @@ class Scene:
 
     folder: Path
     spec: dict[str, Any]
-    place: Place
+    place: Connection
     proxy: S3Proxy
     server: S3Endpoint
 
@@ -77,7 +77,7 @@ class Scene:
 
     def keys(self, step: int) -> set[str]:
         """What the store has of a step."""
-        return {stat.key for stat in self.place.truly.store.list(f"{base_of(step)}/")}
+        return {stat.key for stat in self.place.truly.store.list(f"{prefix_of(step)}/")}
 
     def goes_on_from(self, step: int) -> None:
         """The second attempt goes on from that step, and both together are a run that nothing happened to."""
@@ -95,7 +95,7 @@ class Scene:
 
 
 @pytest.fixture
-def scene(tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint) -> Scene:
+def scene(tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint) -> Scene:
     return Scene(tmp_path, spec, place, proxy, s3_server)
 
 

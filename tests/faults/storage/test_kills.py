@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from finetune_api.pod import Resume
-from storage_place import Place, final_state, logged_states, states, toy
+from storage_place import Connection, final_state, logged_states, states, toy
 
 from localcluster.s3 import S3Endpoint
 
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 @pytest.mark.parametrize("seed", range(50))
 def test_killed_at_a_random_step(
-    tmp_path: Path, spec: dict[str, Any], place: Place, s3_server: S3Endpoint, seed: int
+    tmp_path: Path, spec: dict[str, Any], place: Connection, s3_server: S3Endpoint, seed: int
 ) -> None:
     at = random.Random(seed).randint(1, STEPS)
     script = {"steps": STEPS, "every": EVERY, "pause": 0.002}

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from finetune_api.names import FailureClass
 from finetune_api.pod import Resume
-from finetune_trainer.supervisor.children import descendants
+from finetune_trainer.processes import descendants
 from pod_harness import Pod
-from storage_place import Place, toy
+from storage_place import Connection, toy
 
 from localcluster.s3 import S3Endpoint
 from tests.support.s3proxy import Bandwidth, Latency, Reset, S3Proxy, Status
 
 
 def test_a_slow_store_skips_checkpoints_and_never_queues(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """4 MB a checkpoint, one every 50 ms, at 4 MB/s."""
     proxy.fault(Bandwidth(4e6), operation="PutObject")
@@ -43,7 +43,7 @@ def test_a_slow_store_skips_checkpoints_and_never_queues(
 
 
 def test_a_store_that_is_down_for_a_while(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """Training goes on, the last commit stays, and what comes after is committed."""
     with toy(tmp_path, spec, place, s3_server, {"steps": 500, "every": 10}) as pod:
@@ -60,7 +60,7 @@ def test_a_store_that_is_down_for_a_while(
 
 
 def test_the_final_model_is_refused(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """A right that is missing for the model only: 77, the permission by name, and the checkpoints stay."""
     proxy.fault(Status(403, "AccessDenied"), operation="PutObject", key="/model/")
@@ -73,7 +73,7 @@ def test_the_final_model_is_refused(
 
 
 def test_credentials_that_expire_on_the_way(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     with toy(tmp_path, spec, place, s3_server, {"steps": 200, "every": 5}) as pod:
         pod.wait_committed(5)
@@ -86,7 +86,7 @@ def test_credentials_that_expire_on_the_way(
 
 @pytest.mark.faults
 def test_a_store_that_is_down_for_good(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     sick = toy(tmp_path, spec, place, s3_server, {"steps": 300, "every": 5})
     sick.env["FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"] = "1"
@@ -100,7 +100,7 @@ def test_a_store_that_is_down_for_good(
 
 
 def test_a_kill_while_a_checkpoint_is_uploaded(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """The step never shows, the next attempt sweeps it and resumes from the one before."""
     with toy(
@@ -123,7 +123,7 @@ def test_a_kill_while_a_checkpoint_is_uploaded(
 
 @pytest.mark.faults
 def test_a_bad_day_while_training(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """30 % SlowDown, 10 % 500, 10 % resets: checkpoints come late, training does not, and the retries are counted."""
     with toy(tmp_path, spec, place, s3_server, {"steps": 300, "every": 50, "pause": 0.02}) as pod:
@@ -145,7 +145,7 @@ def retries(pod: Pod) -> float:
 
 
 def test_a_stop_while_a_checkpoint_is_uploaded(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """What is in flight is finished, the stop's own checkpoint follows, and nothing is lost."""
     with toy(tmp_path, spec, place, s3_server, {"steps": 100000, "every": 20, "bytes": 300_000}) as pod:
@@ -160,7 +160,7 @@ def test_a_stop_while_a_checkpoint_is_uploaded(
 
 
 def test_a_grace_period_shorter_than_the_last_save(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """76 at once: ranks are not even asked, and what was committed stays what it was."""
     proxy.fault(Latency(0.5), operation="PutObject", key="checkpoints/")
@@ -176,7 +176,7 @@ def test_a_grace_period_shorter_than_the_last_save(
 
 
 def test_a_zombie_that_comes_back_is_fenced_out(
-    tmp_path: Path, spec: dict[str, Any], place: Place, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, s3_server: S3Endpoint
 ) -> None:
     """A lost node's pod goes on after its successor has finished: it commits nothing, touches nothing, and ends."""
     script = {"steps": 300, "every": 10}
@@ -201,7 +201,7 @@ def test_a_zombie_that_comes_back_is_fenced_out(
 
 
 def test_a_damaged_checkpoint_is_made_again(
-    tmp_path: Path, spec: dict[str, Any], place: Place, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, s3_server: S3Endpoint
 ) -> None:
     """The next attempt goes on from the one before, comes to the same step, and what it makes takes the damaged one's place."""
     script = {"steps": 17, "every": 5}
@@ -223,7 +223,7 @@ def test_a_damaged_checkpoint_is_made_again(
 
 
 def test_without_the_right_to_delete_a_second_attempt_still_runs(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     """What the first one left half stays, and the status says so."""
     proxy.fault(Status(403, "AccessDenied"), operation="DeleteObjects")
@@ -239,7 +239,7 @@ def test_without_the_right_to_delete_a_second_attempt_still_runs(
 
 
 def test_a_store_that_is_busy_when_the_pod_starts_is_asked_again(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     with (
         proxy.fault(Status(503, "SlowDown"), operation="PutObject", key=r"\.probe/", times=4) as busy,
@@ -252,7 +252,7 @@ def test_a_store_that_is_busy_when_the_pod_starts_is_asked_again(
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_stop_while_the_final_model_is_uploaded(
-    tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint, saved: bool
+    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint, saved: bool
 ) -> None:
     """The ranks are gone by then. The pod still ends within its grace period, and says what is saved."""
     proxy.fault(Latency(3600), operation="PutObject", key="/model/")

@@ -18,11 +18,11 @@ import pytest
 from aiohttp import web
 from finetune_api.names import FailureClass
 from finetune_api.pod import Resume
-from finetune_trainer.checkpoint.manifest import base_of, step_of
+from finetune_trainer.checkpoint.manifest import prefix_of, step_of
 from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.storage.s3 import S3Store
 from pod_harness import Pod
-from storage_place import Place, final_state, logged_states, states, toy
+from storage_place import Connection, final_state, logged_states, states, toy
 
 from localcluster.processes import wait_until
 from localcluster.s3 import S3Endpoint
@@ -55,8 +55,8 @@ class Two:
 
     folder: Path
     spec: dict[str, Any]
-    place: Place
-    second: Place
+    place: Connection
+    second: Connection
     proxies: tuple[S3Proxy, S3Proxy]
     server: S3Endpoint
     seen: dict[int, list[str]] = field(default_factory=dict)
@@ -123,10 +123,10 @@ class Two:
 
 
 @pytest.fixture
-def two(tmp_path: Path, spec: dict[str, Any], place: Place, proxy: S3Proxy, s3_server: S3Endpoint) -> Iterator[Two]:
+def two(tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint) -> Iterator[Two]:
     with S3Proxy(s3_server.host_url) as other:
         target = place.truly.store.target.model_copy(update={"endpoint": other.url})  # type: ignore[attr-defined] # an S3Store
-        second = Place(Tree(S3Store(target)), place.truly, place.client, place.bucket)
+        second = Connection(Tree(S3Store(target)), place.truly, place.client, place.bucket)
         yield Two(tmp_path, spec, place, second, (proxy, other), s3_server)
 
 
@@ -210,8 +210,8 @@ def test_two_attempts_commit_the_same_step(two: Two, order: Callable[[Race], Non
         earlier.wait_until(lambda: bool(markers[0].keys))
         step = step_of(markers[0].keys[0].split("/")[-2])
         assert step is not None
-        two.proxies[0].fault(look, operation="HeadObject", key=f"{base_of(step)}/a1-.*/manifest.json", times=1)
-        two.proxies[1].fault(markers[1], operation="PutObject", key=f"{base_of(step)}/_COMMITTED", times=1)
+        two.proxies[0].fault(look, operation="HeadObject", key=f"{prefix_of(step)}/a1-.*/manifest.json", times=1)
+        two.proxies[1].fault(markers[1], operation="PutObject", key=f"{prefix_of(step)}/_COMMITTED", times=1)
         with two.later() as later:
             later.wait_until(lambda: bool(markers[1].keys))
             race = Race(two, earlier, step, markers, look)

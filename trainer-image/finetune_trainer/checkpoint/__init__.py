@@ -1,5 +1,6 @@
-"""Checkpoints that are never lost, never half, never wrong.
+"""Checkpoints in storage: atomic commits, verified restores.
 
-`manifest` says what a checkpoint is, `tree` finds and commits them in storage, `uploader` moves them in the background,
-`restore` brings the newest good one back, `retention` removes old ones. `rank` is the part that lives in the ranks.
+`manifest` defines the contents of a checkpoint, `tree` commits and finds them in storage, `uploader` uploads them in the
+background, `restore` downloads the newest valid one, `retention` chooses which to remove, `address` finds what a URI names.
+`rank`, `stop`, `window` and `rates` run in the ranks.
 """

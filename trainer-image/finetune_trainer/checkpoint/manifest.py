@@ -1,6 +1,7 @@
-"""What a checkpoint, or the final model, consists of and what it means: the contents of `manifest.json` and the markers.
+"""The contents of `manifest.json` and of the marker, for checkpoints and for the final model.
 
-The manifest is the only list of files that counts. A folder without a marker that names its manifest's sha256 does not exist.
+Only the files that the manifest lists belong to a checkpoint. A folder is a checkpoint only if a marker names the sha256 of its
+manifest.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class FileEntry(LenientModel):
 
 
 class RunFacts(LenientModel):
-    """What a run is: two runs with other facts here are not the same run, and one cannot go on from the other's state."""
+    """What identifies a run when another attempt resumes from its checkpoint (see `restore.check_compatible`)."""
 
     model_revision: str = ""
     dataset_digest: str = ""
@@ -44,11 +45,12 @@ class RunFacts(LenientModel):
     effective_batch: int = 1
     learning_rate: float | None = None
     settings: dict[str, str] = Field(
-        default_factory=dict, description="A hash of each group of the spec that decides what numbers come out."
+        default_factory=dict, description="A hash of each group of the spec that influences the numbers of the run."
     )
-    beside: dict[str, str] = Field(
+    other_inputs: dict[str, str] = Field(
         default_factory=dict,
-        description="A hash of each other thing that was read: tokenizer, reference model, adapter, validation data, ConfigMaps.",
+        alias="beside",  # the name that version 0.1.0 wrote
+        description="A hash of each other input: tokenizer, reference model, adapter, validation data, test data, ConfigMaps.",
     )
     config_sha256: str = ""
     versions: dict[str, str] = Field(default_factory=dict)
@@ -66,8 +68,8 @@ class Manifest(LenientModel):
     samples: int | None = None
     tokens: int | None = None
     eval_loss: float | None = None
-    graceful: bool = Field(default=False, description="Made on request when the pod had to end.")
-    kind: OutputKind | None = Field(default=None, description="Of a final model.")
+    graceful: bool = Field(default=False, description="Made because of a stop request.")
+    kind: OutputKind | None = Field(default=None, description="Kind of a final artefact; absent in checkpoints.")
     facts: RunFacts = Field(default_factory=RunFacts)
     extra: dict[str, Any] = Field(default_factory=dict)
     files: list[FileEntry] = Field(default_factory=list)
@@ -83,19 +85,18 @@ class Manifest(LenientModel):
 
 
 class Marker(WireModel):
-    """`_COMMITTED`: the sentence that makes a checkpoint exist."""
+    """`_COMMITTED`: it makes a checkpoint exist."""
 
     attempt: int
-    path: str = Field(description="The incarnation's folder beside the marker.")
+    path: str = Field(description="The incarnation's folder, next to the marker.")
     manifest_sha256: str
 
     def to_bytes(self) -> bytes:
-        """JSON of the marker."""
         return json.dumps(self.to_wire(), sort_keys=True).encode()
 
     @staticmethod
     def parse(data: bytes) -> Marker | None:
-        """The marker, or None if the bytes are none."""
+        """The marker, or None if the bytes are not a valid marker."""
         try:
             return Marker.model_validate_json(data)
         except ValueError:
@@ -103,20 +104,22 @@ class Marker(WireModel):
 
 
 class Part(LenientModel):
-    """Files that one pod of several brought in: `<incarnation>/.parts/node-<n>.json`, removed after the commit."""
+    """Files that one pod of several has uploaded: `<incarnation>/.parts/node-<n>.json`, removed after the commit."""
 
     node: int
-    dropped: bool = Field(default=False, description="This pod skipped the checkpoint: it can never be whole.")
+    dropped: bool = Field(
+        default=False, description="This pod skipped the checkpoint, which can therefore never be complete."
+    )
     files: list[FileEntry] = Field(default_factory=list)
 
 
 def sha256_bytes(data: bytes) -> str:
-    """Hex."""
+    """sha256 (hex)."""
     return hashlib.sha256(data).hexdigest()
 
 
 def entries_of(folder: Path) -> list[FileEntry]:
-    """Every file below a folder with size and sha256, in path order."""
+    """All files below a folder with size and sha256, in path order."""
     return [
         FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256_file(path))
         for path in sorted(folder.rglob("*"))
@@ -125,11 +128,11 @@ def entries_of(folder: Path) -> list[FileEntry]:
 
 
 def step_of(folder: str) -> int | None:
-    """Step of a checkpoint folder's name, or None."""
+    """Step from the name of a checkpoint's folder; None for another name."""
     match = _STEP.match(folder)
     return int(match[1]) if match else None
 
 
-def base_of(step: int | None) -> str:
-    """Key of a checkpoint's folder; None: of the final model's."""
+def prefix_of(step: int | None) -> str:
+    """Key of the folder of a checkpoint, or of the final model (step None)."""
     return str(Storage.MODEL) if step is None else join(Storage.CHECKPOINTS, checkpoint_folder(step))

@@ -1,8 +1,8 @@
-"""The part of checkpoints that lives in a rank: callbacks of the HF Trainer that report, stage and stop.
+"""Callbacks of the HF Trainer in each rank: report progress, stage checkpoints, stop at the agreed step.
 
-`callbacks` come last in the Trainer's list. A checkpoint carries the running means of its unfinished logging window
-(`window`), so that a resumed run logs what an undisturbed one logs; a window or weights that are not finite end the run
-before anything is saved.
+They come last in the Trainer's list of callbacks. A checkpoint includes the sums of the current logging window (`window`), so
+that a resumed run logs the same values as an uninterrupted one. A loss or weights that are not finite end the run before
+anything is saved.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import IntervalStrategy
 
 from finetune_trainer.channel import Channel
-from finetune_trainer.checkpoint.stop import Alone, Board, Gang, StopAgreement, Stopped
+from finetune_trainer.checkpoint.stop import GangStore, SingleRankStore, StopAgreement, Stopped, TcpGangStore
 from finetune_trainer.checkpoint.window import Window
 from finetune_trainer.disk import free_bytes
 from finetune_trainer.inputs import Inputs
 
 INCARNATION = "incarnation"
 START_SECONDS = 1800.0
-"""Other pods may still download."""
-ALIVE_SECONDS = 1.0
-"""Evaluation and long steps show that they are alive at most so often."""
-DISK_RESERVE = 32 * 1024 * 1024
+"""How long to wait for the other pods, which may still download."""
+HEARTBEAT_SECONDS = 1.0
+"""Shortest time between two heartbeats within a step or an evaluation."""
+DISK_RESERVE_BYTES = 32 * 1024 * 1024
 OPTIMIZER_BYTES = 8
-"""Bytes of optimizer state per trained parameter, until the first checkpoint shows its size: Adam's two moments."""
+"""Bytes of optimizer state per trained parameter (Adam's two moments), to estimate the first checkpoint."""
 
 
 def callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[TrainerCallback]:
-    """What the Trainer needs for this run, in this order, after its own callbacks."""
-    shared: Board = Gang(run.world.rendezvous_id) if channel.world_size > 1 else Alone()
+    """The callbacks for this run, in this order, to be added after the Trainer's own."""
+    shared: GangStore = TcpGangStore(run.world.rendezvous_id) if channel.world_size > 1 else SingleRankStore()
     agree_on_start(channel, shared, inputs.restore.step if inputs.restore else 0)
     agreement = StopAgreement(channel, shared)
     return [Reporter(channel), Stager(channel, agreement, _incarnation(channel, shared), resume_path(inputs))]
 
 
 def resume_path(inputs: Inputs) -> Path | None:
-    """For `trainer.train(resume_from_checkpoint=...)`."""
+    """The folder for `trainer.train(resume_from_checkpoint=...)`; None to start at step 0."""
     return inputs.restore.path if inputs.restore else None
 
 
 def finish(run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, extra: dict[str, Any]) -> None:
-    """The final artefact is complete in `model_dir`: the supervisor uploads and commits it."""
+    """Hand the complete final artefact over to the supervisor, which uploads and commits it."""
     if channel.rank == 0:
         channel.stage(Stage.UPLOADING)
         channel.finished(model_dir, kind, extra)
 
 
-def _incarnation(channel: Channel, shared: Board) -> str:
-    """The name that rank 0's pod gave this life of the attempt, told to all."""
+def _incarnation(channel: Channel, shared: GangStore) -> str:
+    """The name of this incarnation, from rank 0's pod."""
     own = os.environ.get(Env.INCARNATION, "a1-00000000")
     if channel.rank == 0:
         shared.set(INCARNATION, own)
@@ -67,8 +67,8 @@ def _incarnation(channel: Channel, shared: Board) -> str:
     return shared.get_all([INCARNATION], START_SECONDS)[0]
 
 
-def agree_on_start(channel: Channel, shared: Board, step: int) -> None:
-    """Each pod found its checkpoint by itself; all must have found the same one.
+def agree_on_start(channel: Channel, shared: GangStore, step: int) -> None:
+    """Check that all pods start from the same step. Each pod restores its checkpoint by itself.
 
     Errors: PeerError `StartsDiffer`, e.g. if a download was damaged on its way to one pod only.
     """
@@ -80,12 +80,12 @@ def agree_on_start(channel: Channel, shared: Board, step: int) -> None:
 
 
 class Reporter(TrainerCallback):
-    """Steps, losses and pace, to the supervisor. Rank 0 of each pod reports; the other ranks only beat."""
+    """Reports steps, losses and throughput to the supervisor. Local rank 0 reports; the other ranks only send heartbeats."""
 
     def __init__(self, channel: Channel) -> None:
         self._channel = channel
-        self._speaks = channel.local_rank == 0
-        self._alive = 0.0
+        self._reports = channel.local_rank == 0
+        self._last_heartbeat = 0.0
         self._tokens: list[tuple[float, int]] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -95,17 +95,17 @@ class Reporter(TrainerCallback):
         self._channel.heartbeat(state.global_step)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._breathe()
+        self._send_heartbeat()
 
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        self._breathe()
+        self._send_heartbeat()
 
-    def _breathe(self) -> None:
+    def _send_heartbeat(self) -> None:
         now = time.monotonic()
-        if now - self._alive > ALIVE_SECONDS:
-            self._alive = now
+        if now - self._last_heartbeat > HEARTBEAT_SECONDS:
+            self._last_heartbeat = now
             self._channel.alive()
 
     def on_log(
@@ -116,14 +116,14 @@ class Reporter(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        if not self._speaks or not logs:
+        if not self._reports or not logs:
             return
         self._channel.log(state.global_step, {k: v for k, v in logs.items() if isinstance(v, int | float)})
         seen = int(state.num_input_tokens_seen or 0)
         self._channel.progress(
             Progress(
                 step=state.global_step, total_steps=state.max_steps, epoch=round(state.epoch or 0.0, 4),
-                tokens_seen=seen or None, tokens_per_second=_finite(logs.get("tokens_per_second"), 1) or self._pace(seen),
+                tokens_seen=seen or None, tokens_per_second=_finite(logs.get("tokens_per_second"), 1) or self._recent_throughput(seen),
             )
         )  # fmt: skip
         self._channel.metrics(
@@ -133,13 +133,14 @@ class Reporter(TrainerCallback):
             )
         )  # fmt: skip
 
-    def _pace(self, seen: int) -> float | None:
+    def _recent_throughput(self, seen: int) -> float | None:
+        """Tokens per second over the last log lines."""
         self._tokens = [*self._tokens[-9:], (time.monotonic(), seen)]
         (start, before), (now, after) = self._tokens[0], self._tokens[-1]
         return round((after - before) / (now - start), 1) if now > start and after > before else None
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if not self._speaks:
+        if not self._reports:
             return
         loss, best, step = eval_loss(state), *best_eval(state)
         self._channel.metrics(Metrics(eval_loss=_finite(loss), best_eval_loss=_finite(best), best_step=step))
@@ -147,7 +148,7 @@ class Reporter(TrainerCallback):
 
 
 class Stager(TrainerCallback):
-    """Hands checkpoints over when they are complete on disk, and ends the run at the agreed step."""
+    """Reports checkpoints that are complete on disk, and ends the run at the agreed step."""
 
     def __init__(
         self, channel: Channel, agreement: StopAgreement, incarnation: str, resumed: Path | None = None
@@ -156,16 +157,16 @@ class Stager(TrainerCallback):
         self._resumed = resumed
         self._window: Window | None = None
         self._open_tokens = 0
-        """Tokens of the open window, which the Trainer's state counts at its next log line."""
+        """Tokens of the current window, which the Trainer's state only counts at its next log line."""
         self._stopping = False
         self._postponed = False
-        """A checkpoint is due that waits for what happens at the epoch's end."""
+        """A checkpoint is due, but waits for the evaluation or log line at the epoch's end."""
         self._bytes = 0
         """Size of the last checkpoint on this pod's disk."""
-        self._began = 0.0
+        self._save_started = 0.0
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Keep access to the Trainer's running sums, which transformers does not pass to callbacks."""
+        """Take the Trainer itself: its running sums are not passed to callbacks."""
         self._window = Window(trainer, self._channel.rank, self._channel.world_size)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -180,7 +181,7 @@ class Stager(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         if state.global_step >= state.max_steps:
-            control.should_log = True  # the last window is logged however short it is
+            control.should_log = True  # log the last window even if it is short
         if self._agreement.reached(state.global_step):
             self._stopping = True
             control.should_save = True
@@ -207,15 +208,17 @@ class Stager(TrainerCallback):
             if self._stopping:
                 raise Stopped(state.global_step)
             return
-        self._began = time.monotonic()
+        self._save_started = time.monotonic()
         self._open_tokens = 0
         if self._window is not None:
-            tokens = self._window.settle(model, state.global_step)
-            self._open_tokens = 0 if control.should_log else tokens  # a line that is logged here counts them
+            tokens = self._window.require_finite(model, state.global_step)
+            self._open_tokens = 0 if control.should_log else tokens  # a log line at this step counts them
 
     def _has_room(self, args: TrainingArguments, model: Any) -> bool:
-        """Whether every rank's disk can hold another checkpoint: all save, or none does."""
-        room = free_bytes(Path(str(args.output_dir)).parent) > (self._bytes or _first_size(model)) + DISK_RESERVE
+        """Whether the disks of all ranks can hold another checkpoint. All ranks get the same answer."""
+        room = (
+            free_bytes(Path(str(args.output_dir)).parent) > (self._bytes or _estimated_size(model)) + DISK_RESERVE_BYTES
+        )
         if self._channel.world_size == 1:
             return room
         flag = torch.tensor([int(room)], device=args.device)
@@ -233,26 +236,26 @@ class Stager(TrainerCallback):
             step, folder, incarnation=self._incarnation, graceful=self._stopping, epoch=state.epoch,
             tokens=int(state.num_input_tokens_seen or 0) + self._open_tokens or None, evalLoss=_finite(eval_loss(state, step)),
             samples=step * args.train_batch_size * args.gradient_accumulation_steps * self._channel.world_size,
-            stallSeconds=round(time.monotonic() - self._began, 4),
+            stallSeconds=round(time.monotonic() - self._save_started, 4),
         )  # fmt: skip
         if self._stopping:
             raise Stopped(step)
 
 
-def _first_size(model: Any) -> int:
-    """What a checkpoint will need, before one was made: trained weights and the optimizer's moments."""
+def _estimated_size(model: Any) -> int:
+    """Bytes of a checkpoint before the first one was written: trained weights and the optimizer's moments."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if model is not None else []
     return sum(one.numel() * (one.element_size() + OPTIMIZER_BYTES) for one in trained)
 
 
 def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:
-    """At an epoch's last step, what is due at its end (evaluation, a log line) comes first: a resumed run would not do it."""
+    """Whether an evaluation or log line at the epoch's end must come before this save: a resumed run would not repeat it."""
     due = IntervalStrategy.EPOCH in (args.eval_strategy, args.save_strategy, args.logging_strategy)
     return due and state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-9
 
 
 def eval_loss(state: TrainerState, step: int | None = None) -> float | None:
-    """The newest validation loss; with `step`, only one measured there."""
+    """The newest validation loss; with `step`, only one measured at that step."""
     for entry in reversed(state.log_history):
         if "eval_loss" in entry and step in (None, entry.get("step")):
             return float(entry["eval_loss"])
@@ -260,7 +263,7 @@ def eval_loss(state: TrainerState, step: int | None = None) -> float | None:
 
 
 def best_eval(state: TrainerState) -> tuple[float | None, int | None]:
-    """The lowest validation loss and its step, over the whole run (the history is part of the checkpoint)."""
+    """The lowest validation loss of the whole run and its step. The history is part of the checkpoint."""
     found = [(float(entry["eval_loss"]), int(entry["step"])) for entry in state.log_history if "eval_loss" in entry]
     return min((one for one in found if math.isfinite(one[0])), default=(None, None))
 

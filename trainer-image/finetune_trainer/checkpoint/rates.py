@@ -1,7 +1,7 @@
-"""What the optimizer is told stays what this attempt was told, although its state comes from a checkpoint.
+"""Loads the state of optimizer and scheduler from a checkpoint without its settings, such as the learning rate.
 
-Optimizers and schedulers save their settings with their state, and loading brings both back. After a rollback with a smaller
-learning rate, or in a job that goes on from another job's checkpoint, the old settings would win without a word.
+Optimizers and schedulers save their settings with their state, and loading restores both. After a rollback with a smaller
+learning rate, or in a job that resumes from another job's checkpoint, the old settings would silently replace the new ones.
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from collections.abc import Callable
 from typing import Any
 
 SETTINGS = ("betas", "eps", "weight_decay")
-"""Entries of a parameter group that are settings; others, such as a schedule-free optimizer's sums, are state."""
+"""Entries of a parameter group that are settings. Others, such as a schedule-free optimizer's sums, are state."""
 
 
-def keep_settings(optimizer: Any, scheduler: Any, load: Callable[[], None]) -> None:
-    """Run `load`, which replaces the states of both, and put back what is no state. Nothing is touched where nothing differs.
+def load_states_keeping_settings(optimizer: Any, scheduler: Any, load: Callable[[], None]) -> None:
+    """Run `load`, which replaces state and settings of both, then restore the settings. Equal settings are not written.
 
-    A scheduler that knows no base rates keeps what it loads.
+    A scheduler without base rates keeps what it loads.
     """
     rates = list(getattr(scheduler, "base_lrs", ()))
     settings = [{name: group[name] for name in SETTINGS if name in group} for group in _groups(optimizer)]
     load()
-    for group, own in zip(_groups(optimizer), settings, strict=True):
-        group.update({name: value for name, value in own.items() if group.get(name) != value})
+    for group, before in zip(_groups(optimizer), settings, strict=True):
+        group.update({name: value for name, value in before.items() if group.get(name) != value})
     loaded = getattr(scheduler, "base_lrs", ())
     for number, (old, new) in enumerate(zip(loaded, rates, strict=True)):
         if old != new and old:

@@ -1,9 +1,9 @@
-"""Where an attempt starts: the newest committed checkpoint that is whole, right and belongs to this run.
+"""Finds and downloads the newest committed checkpoint that is complete, undamaged and belongs to this run.
 
-Every byte is hashed while it comes down and compared with the manifest. A damaged checkpoint is named and the one before it
-is tried. If progress existed and nothing loads, the pod ends with 73: never a silent start from zero. Health that is not
-known yet (the pod died before the next window) does not keep a checkpoint out: its own window was finite, or it would not
-have been committed; to go further back is what `resume.maxStep` is for.
+Every byte is hashed while it is downloaded and compared with the manifest. A damaged checkpoint is reported and the one before
+it is tried. If the job had made progress and nothing can be loaded, the pod ends with 73 instead of starting from zero. A
+checkpoint that is not marked healthy (the pod ended before the next logging window) is used as well: its own loss was finite,
+or it would not have been committed. `resume.maxStep` goes further back.
 """
 
 from __future__ import annotations
@@ -16,40 +16,45 @@ from pathlib import Path
 
 from finetune_api.errors import ConfigError, NoCheckpointError
 from finetune_api.names import Storage
-from finetune_api.pod import Resume
+from finetune_api.pod import Resume, StoreTarget
 from finetune_api.sources import redact_source
 from finetune_api.spec.enums import Strategy
 
-from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, base_of, step_of
+from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, prefix_of, step_of
 from finetune_trainer.checkpoint.tree import Committed, Tree
 from finetune_trainer.storage.base import Counter, join
-from finetune_trainer.storage.web import apart
+from finetune_trainer.storage.roots import open_store
+from finetune_trainer.storage.web import split_query
 
 THREADS = 4
-LARGE = 32 << 20
-"""Bytes from which a file is fetched by itself."""
+LARGE_FILE_BYTES = 32 << 20
+"""Files above this size are downloaded one at a time."""
 
 
 @dataclass
 class Restored:
-    """What was found: the checkpoint (None: start from zero) and what had to be passed over."""
+    """The restored checkpoint (None: start from zero) and the committed checkpoints that were skipped."""
 
     committed: Committed | None = None
     manifest: Manifest | None = None
     path: Path | None = None
     uri: str = ""
     exact: bool = True
+    """Whether the resumed run equals an uninterrupted one bit by bit."""
     note: str | None = None
+    """Why it does not."""
+    changed_inputs: list[str] = field(default_factory=list)
+    """Inputs besides model and training data that differ from those of the checkpoint, such as `validation data`."""
     damaged: list[str] = field(default_factory=list)
-    """One sentence for each checkpoint that did not verify, naming the object."""
-    before: list[Committed] = field(default_factory=list)
-    """The job's own checkpoints up to the one that was taken: this attempt goes on from them."""
-    passed: list[Committed] = field(default_factory=list)
-    """The job's own checkpoints that this attempt does not go on from: damaged, or behind a rollback."""
+    """One sentence for each damaged checkpoint, with the object's address."""
+    ancestors: list[Committed] = field(default_factory=list)
+    """The job's own checkpoints up to the restored one."""
+    skipped: list[Committed] = field(default_factory=list)
+    """The job's own checkpoints that this attempt does not continue: damaged, or later than a rollback's step."""
 
     @property
     def step(self) -> int:
-        """Step to go on from; 0: from the start."""
+        """Step to continue from; 0 without a checkpoint."""
         return self.manifest.step if self.manifest else 0
 
 
@@ -57,37 +62,38 @@ def restore(
     tree: Tree, resume: Resume, facts: RunFacts, target: Path, *, wanted: Callable[[str], bool] = lambda path: True,
     count: Counter | None = None, attempt: int | None = None,
 ) -> Restored:  # fmt: skip
-    """Find, check and download. `wanted` says which files this pod needs, `attempt` which attempt it is a life of.
+    """Find, check and download the checkpoint to resume from.
 
-    What the job has committed itself comes before anything that `checkpoint.resume` says: that is how the job begins, and a life
-    of it may end without the operator's knowing (a queue that takes back its quota starts the same attempt again).
+    `wanted` selects the files that this pod needs; `attempt` is the attempt that this pod belongs to. The job's own checkpoints
+    take precedence over a URI in `checkpoint.resume`, which only says how the job begins: an incarnation may end without the
+    operator noticing (a queue that takes back its quota starts the same attempt again).
 
-    Errors: NoCheckpointError `NoLoadableCheckpoint` if there was progress and nothing loads; ConfigError
-    `CheckpointIncompatible` if the newest whole checkpoint is of another run, naming the difference.
+    Errors: NoCheckpointError `NoLoadableCheckpoint` if the job had made progress and nothing can be loaded; ConfigError
+    `CheckpointIncompatible`, naming the difference, if the newest undamaged checkpoint is of a different run.
     """
-    own, unreadable = tree.survey()
-    result = Restored(passed=own)
+    own, unreadable = tree.list_committed_and_damaged()
+    result = Restored(skipped=own)
     if resume.max_step is None:
         candidates = own
     else:
-        # What this very attempt committed after the rollback, in another life, is its own past.
+        # What another incarnation of this attempt committed after the rollback continues this attempt.
         candidates = [one for one in own if (one.step or 0) <= resume.max_step or one.marker.attempt == attempt]
         unreadable = [step for step in unreadable if step <= resume.max_step]
-    result.damaged += [f"{tree.uri(join(base_of(step), Storage.COMMITTED))} is damaged" for step in unreadable]
+    result.damaged += [f"{tree.uri(join(prefix_of(step), Storage.COMMITTED))} is damaged" for step in unreadable]
     if resume.mode not in ("auto", "never") and not candidates and not unreadable:
         return _restore_named(resume.mode, facts, target, tree, wanted, count, result)
     for candidate in candidates:
         problem = _try(tree, candidate, facts, target, result, wanted, count)
         if problem is None:
-            result.before = [one for one in own if (one.step or 0) <= result.step]
-            result.passed = [one for one in own if (one.step or 0) > result.step]
+            result.ancestors = [one for one in own if (one.step or 0) <= result.step]
+            result.skipped = [one for one in own if (one.step or 0) > result.step]
             return result
         result.damaged.append(problem)
     if candidates or unreadable or resume.expect_step > 0:
-        seen = "; ".join(result.damaged) or "storage holds none"
+        found = "; ".join(result.damaged) or "storage holds none"
         reached = resume.expect_step or max([*(one.step or 0 for one in candidates), *unreadable])
         raise NoCheckpointError(
-            "NoLoadableCheckpoint", f"the job had come to step {reached}, and no checkpoint can be loaded: {seen}",
+            "NoLoadableCheckpoint", f"the job had reached step {reached}, and no checkpoint can be loaded: {found}",
             hint="restore the objects, or create a new FineTuneJob to start again",
         )  # fmt: skip
     return result
@@ -97,18 +103,21 @@ def _try(
     tree: Tree, candidate: Committed, facts: RunFacts, target: Path, result: Restored, wanted: Callable[[str], bool],
     count: Counter | None,
 ) -> str | None:  # fmt: skip
-    """Fill `result` from one checkpoint; returns what is wrong with it, if anything is."""
+    """Download one checkpoint and fill `result`; returns what is wrong with it, or None."""
     manifest = tree.manifest(candidate)
     if manifest is None:
-        return f"{tree.uri(join(candidate.folder, Storage.MANIFEST))} is missing or not the one that was committed"
-    exact, note = compatible(manifest.facts, facts, tree.uri(candidate.folder))
+        return (
+            f"{tree.uri(join(candidate.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"
+        )
+    check_compatible(manifest.facts, facts, tree.uri(candidate.folder))
     folder = target / f"checkpoint-{manifest.step}"
     problem = fetch_verified(tree, candidate.folder, manifest, folder, wanted, count)
     if problem is not None:
         shutil.rmtree(folder, ignore_errors=True)
         return problem
     result.committed, result.manifest, result.path = candidate, manifest, folder
-    result.uri, result.exact, result.note = tree.uri(candidate.folder), exact, note
+    result.uri, result.note = tree.uri(candidate.folder), inexact_because(manifest.facts, facts)
+    result.exact, result.changed_inputs = result.note is None, changed_inputs(manifest.facts, facts)
     return None
 
 
@@ -116,11 +125,7 @@ def _restore_named(
     uri: str, facts: RunFacts, target: Path, tree: Tree, wanted: Callable[[str], bool], count: Counter | None,
     result: Restored,
 ) -> Restored:  # fmt: skip
-    """Resume from a checkpoint named by its uri: a step's folder, or the incarnation's inside it."""
-    from finetune_api.pod import StoreTarget
-
-    from finetune_trainer.storage.roots import open_store
-
+    """Restore the checkpoint that `checkpoint.resume` names: the folder of a step, or of an incarnation in it."""
     root, folder, step = _split(uri)
     origin = getattr(tree.store, "target", None)
     if origin and root.startswith("s3://"):
@@ -132,19 +137,21 @@ def _restore_named(
     uri = redact_source(uri)
     if candidate is None or not (folder == "" or folder == candidate.marker.path):
         raise NoCheckpointError(
-            "CheckpointNotFound", f"checkpoint.resume names {uri}, where no committed checkpoint is",
+            "CheckpointNotFound", f"checkpoint.resume is {uri}, and there is no committed checkpoint at this address",
             hint="write the uri of a folder step-... that holds a _COMMITTED object",
         )  # fmt: skip
     problem = _try(other, candidate, facts, target, result, wanted, count)
     if problem is not None:
-        raise NoCheckpointError("NoLoadableCheckpoint", f"checkpoint.resume names {uri}, which is damaged: {problem}")
+        raise NoCheckpointError(
+            "NoLoadableCheckpoint", f"checkpoint.resume is {uri}, and this checkpoint is damaged: {problem}"
+        )
     return result
 
 
 def _split(uri: str) -> tuple[str, str, int]:
-    """Root (with the query of a web address), incarnation's folder if it is named, and step."""
-    place, query = apart(uri)
-    parts = place.rstrip("/").split("/")
+    """Root (with the query of a web address), the incarnation's folder (empty if not named) and step."""
+    address, query = split_query(uri)
+    parts = address.rstrip("/").split("/")
     for index in range(len(parts) - 1, 0, -1):
         step = step_of(parts[index])
         if step is not None and parts[index - 1] == Storage.CHECKPOINTS:
@@ -163,33 +170,37 @@ def fetch_verified(
     wanted: Callable[[str], bool],
     count: Counter | None = None,
 ) -> str | None:
-    """Download the wanted files and compare them with the manifest; returns what differs, naming the object."""
+    """Download the wanted files and compare them with the manifest; returns the first difference, or None.
+
+    A file that differs is not left on the disk.
+    """
 
     def fetch(entry: FileEntry) -> str | None:
         key = join(folder, entry.path)
         found = tree.store.download(key, target / entry.path, count=count)
         if found is None:
             return f"{tree.uri(key)} is missing"
-        return None if found == entry.sha256 else f"{tree.uri(key)} is damaged: its sha256 is not the manifest's"
+        if found != entry.sha256:
+            (target / entry.path).unlink()
+            return f"{tree.uri(key)} is damaged: its sha256 is not the manifest's"
+        return None
 
     outside = [entry.path for entry in manifest.files if not is_inside(entry.path)]
     if outside:
-        return (
-            f"{tree.uri(join(folder, Storage.MANIFEST))} names {outside[0]!r}, which is no path inside the checkpoint"
-        )
+        return f"{tree.uri(join(folder, Storage.MANIFEST))} lists {outside[0]!r}, which is not a path inside the checkpoint"
     target.mkdir(parents=True, exist_ok=True)
     entries = [entry for entry in manifest.files if wanted(entry.path)]
-    large = [entry for entry in entries if entry.size > LARGE]
-    small = [entry for entry in entries if entry.size <= LARGE]
+    large = [entry for entry in entries if entry.size > LARGE_FILE_BYTES]
+    small = [entry for entry in entries if entry.size <= LARGE_FILE_BYTES]
     with ThreadPoolExecutor(THREADS) as pool:
         problems = [problem for problem in pool.map(fetch, small) if problem]
-    # One after another: each is read in many ranges at once, which are held in memory.
+    # One at a time: each is read in several ranges at once, which are held in memory.
     problems += [problem for problem in map(fetch, large) if problem]
     return problems[0] if problems else None
 
 
 def is_inside(path: str) -> bool:
-    """Whether a manifest's path stays below the checkpoint's folder."""
+    """Whether a path of a manifest stays inside the checkpoint's folder."""
     parts = path.split("/")
     return bool(path) and not path.startswith("/") and not any(part in ("", ".", "..") for part in parts)
 
@@ -203,65 +214,67 @@ MUST_MATCH = {
 }
 
 
-REPLACED = ("tokenizer", "reference model", "adapter")
-"""Beside base model and data: with another one there, the rest of the run would learn something else."""
+INPUTS_THAT_MUST_MATCH = ("tokenizer", "reference model", "adapter")
+"""With another one of these the rest of the run would learn something different."""
 
 
-def compatible(found: RunFacts, now: RunFacts, uri: str) -> tuple[bool, str | None]:
-    """Whether a resumed run will equal an undisturbed one bit by bit, and why not.
+def check_compatible(found: RunFacts, now: RunFacts, uri: str) -> None:
+    """Check that the run may continue from a checkpoint. `found` are the checkpoint's facts, `now` the run's.
 
-    Errors: ConfigError `CheckpointIncompatible` where going on would train something else without saying so.
+    Errors: ConfigError `CheckpointIncompatible` if the resumed run would train something different.
     """
     for name, word in MUST_MATCH.items():
         before, after = getattr(found, name), getattr(now, name)
         if before and after and before != after:
             raise ConfigError(
-                "CheckpointIncompatible", f"{uri} was made with another {word}: {before} there, {after} now",
-                hint="keep it as it was, or start with checkpoint.resume: never",
+                "CheckpointIncompatible", f"{uri} was made with another {word}: {before} in the checkpoint, {after} in this run",
+                hint="restore the earlier value, or write checkpoint.resume: never to start again",
             )  # fmt: skip
-    for word in REPLACED:
-        before, after = found.beside.get(word), now.beside.get(word)
+    for word in INPUTS_THAT_MUST_MATCH:
+        before, after = found.other_inputs.get(word), now.other_inputs.get(word)
         if before and after and before != after:
             raise ConfigError(
-                "CheckpointIncompatible", f"{uri} was made with another {word}: what its source holds has changed since",
-                hint="put back what was there, or start with checkpoint.resume: never",
+                "CheckpointIncompatible", f"{uri} was made with another {word}: the contents of its source have changed since",
+                hint="restore the earlier contents, or write checkpoint.resume: never to start again",
             )  # fmt: skip
     sharded = Strategy.DEEPSPEED in (found.strategy, now.strategy)
     if sharded and (found.world_size != now.world_size or found.strategy != now.strategy):
         raise ConfigError(
             "CheckpointIncompatible",
-            f"{uri} was made by {found.strategy} on {found.world_size} ranks, now it is {now.strategy} on {now.world_size}: "
-            "DeepSpeed's optimizer state cannot be split anew",
+            f"{uri} was made by {found.strategy} on {found.world_size} ranks, this run uses {now.strategy} on {now.world_size}: "
+            "DeepSpeed cannot split its optimizer state for another number of ranks or strategy",
             hint="use the same strategy and number of ranks, or fsdp",
         )  # fmt: skip
     if found.strategy and now.strategy and (found.strategy == Strategy.FSDP) != (now.strategy == Strategy.FSDP):
         raise ConfigError(
             "CheckpointIncompatible",
-            f"{uri} was made by {found.strategy}, now it is {now.strategy}: fsdp keeps the optimizer's state in another form",
-            hint="use the same strategy, or take its weights: name the folder in model.source or method.adapter.source",
+            f"{uri} was made by {found.strategy}, this run uses {now.strategy}: fsdp stores the optimizer's state in another form",
+            hint="use the same strategy, or start from its weights: write its folder in model.source or method.adapter.source",
         )  # fmt: skip
-    return _exactness(found, now)
 
 
-def _exactness(found: RunFacts, now: RunFacts) -> tuple[bool, str | None]:
+def changed_inputs(found: RunFacts, now: RunFacts) -> list[str]:
+    """Inputs whose contents differ from those of the checkpoint. An input that only one of the two has is not compared."""
+    return [name for name, value in now.other_inputs.items() if found.other_inputs.get(name, value) != value]
+
+
+def inexact_because(found: RunFacts, now: RunFacts) -> str | None:
+    """Why a resumed run will not equal an uninterrupted one bit by bit; None if it will."""
     if found.world_size != now.world_size:
-        return (
-            False,
-            f"{found.world_size} ranks made the checkpoint, {now.world_size} go on: same data and batches, other random numbers",
-        )
+        return f"{found.world_size} ranks made the checkpoint, {now.world_size} resume: same data and batches, other random numbers"
     if found.micro_batch != now.micro_batch:
-        return False, "the batch is split otherwise: same data, sums in another order"
+        return "the batch is split differently: same data, but sums in another order"
     if found.learning_rate is not None and found.learning_rate != now.learning_rate:
-        return False, f"learningRate {found.learning_rate:g} until there, {now.learning_rate:g} from there on"
-    others = [group for group, value in now.settings.items() if found.settings.get(group, value) != value]
-    if others:
-        return False, f"made with other settings in {', '.join(others)}"
-    replaced = [word for word, value in now.beside.items() if found.beside.get(word, value) != value]
-    if replaced:
-        return False, f"made with other {', '.join(replaced)}"
-    changed = [name for name, version in now.versions.items() if found.versions.get(name, version) != version]
-    if changed:
-        return False, "other versions: " + ", ".join(
-            f"{name} {found.versions[name]} -> {now.versions[name]}" for name in changed
+        return (
+            f"learningRate was {found.learning_rate:g} until the checkpoint and is {now.learning_rate:g} from there on"
         )
-    return True, None
+    settings = [group for group, value in now.settings.items() if found.settings.get(group, value) != value]
+    if settings:
+        return f"the checkpoint was made with other settings in {', '.join(settings)}"
+    if inputs := changed_inputs(found, now):
+        return f"the checkpoint was made with other {', '.join(inputs)}"
+    versions = [name for name, version in now.versions.items() if found.versions.get(name, version) != version]
+    if versions:
+        changes = (f"{name} {found.versions[name]} -> {now.versions[name]}" for name in versions)
+        return f"the checkpoint was made with other versions: {', '.join(changes)}"
+    return None

@@ -1,8 +1,8 @@
-"""How all ranks come to stop at the same step although only one pod was asked to end.
+"""All ranks of a gang stop at the same step, although only one pod receives the signal.
 
-A thread in each rank watches the local stop file and a key in the gang's TCPStore. Once a stop is asked for, each rank
-publishes the step it has done; the stop is one step after the highest. A rank that ends a step between publishing and
-knowing waits for the answer there, so that nobody runs past it. On the hot path there is one comparison of integers.
+A thread in each rank watches the local stop file and a key in the gang's TCPStore. When a stop is requested, each rank
+publishes its current step; all stop one step after the highest. A rank that completes a step after it published waits until
+the agreed step is known, so that no rank runs past it. The training loop itself only compares two integers per step.
 """
 
 from __future__ import annotations
@@ -17,33 +17,33 @@ from finetune_trainer.channel import Channel
 
 POLL_SECONDS = 0.1
 ANSWER_SECONDS = 60.0
-"""A rank that has published waits at most so long for the others: if they are gone, so is the run."""
+"""How long a rank that has published its step waits for the others. If they are gone, the run is over anyway."""
 REQUEST = "request"
 
 
-class Stopped(BaseException):  # noqa: N818 - an order, not an error: nobody's `except Exception` may swallow it
-    """Training ends here because the pod must; the state is staged."""
+class Stopped(BaseException):  # noqa: N818 - not an error: `except Exception` in a library must not swallow it
+    """Training ends at this step because of a stop request; the state is staged."""
 
     def __init__(self, step: int) -> None:
         super().__init__(f"stopped at step {step}")
         self.step = step
 
 
-class Board(Protocol):
-    """What the ranks share: a tiny key-value store."""
+class GangStore(Protocol):
+    """A key-value store that all ranks of a gang share."""
 
     def set(self, key: str, value: str) -> None:
         """Write a key."""
 
     def has(self, key: str) -> bool:
-        """Whether a key is there, without waiting."""
+        """Whether a key exists, without waiting."""
 
     def get_all(self, keys: Iterable[str], seconds: float) -> list[str]:
-        """Values of all keys, waiting for them; raises if they do not come."""
+        """Values of all keys. Waits for missing keys and raises after `seconds`."""
 
 
-class Alone:
-    """The board of a gang of one."""
+class SingleRankStore:
+    """The store of a single rank."""
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
@@ -58,8 +58,8 @@ class Alone:
         return [self._values[key] for key in keys]
 
 
-class Gang:
-    """The board of a gang of several: a client of its own to the TCPStore that torchelastic's agent hosts."""
+class TcpGangStore:
+    """The store of several ranks: a separate client of the TCPStore that torchelastic's agent hosts."""
 
     def __init__(self, name: str) -> None:
         from torch.distributed import PrefixStore, TCPStore
@@ -83,7 +83,7 @@ class Gang:
 class StopAgreement:
     """One rank's part in the agreement. `reached(step)` is called at the end of every optimizer step."""
 
-    def __init__(self, channel: Channel, shared: Board, *, poll_seconds: float = POLL_SECONDS) -> None:
+    def __init__(self, channel: Channel, shared: GangStore, *, poll_seconds: float = POLL_SECONDS) -> None:
         self._channel, self._shared, self._poll_seconds = channel, shared, poll_seconds
         self._known = threading.Condition()
         self._step = 0
@@ -94,22 +94,23 @@ class StopAgreement:
         self._thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
 
     def start(self, step: int) -> None:
-        """Begin to watch; `step` steps are done already."""
+        """Start to watch; `step` steps are done already."""
         self._step = step
         self._thread.start()
 
     def end(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self._ended.set()
 
     def reached(self, step: int) -> bool:
         """Whether to save and stop after this step.
 
-        Blocks only between publishing and knowing. Raises what kept the others' answers away.
+        Blocks only after this rank published its step and until the agreed step is known. Raises the store's error if the
+        other ranks do not publish theirs.
         """
         if not self._published and self._stop is None:
             self._step = step
-            if not self._published:  # asked again: either this sees the flag, or the watcher sees the step
+            if not self._published:  # checked again: either this thread sees the flag, or the watcher sees the step
                 return False
         with self._known:
             self._known.wait_for(lambda: self._stop is not None or self._failed is not None)
@@ -119,7 +120,7 @@ class StopAgreement:
 
     @property
     def stop(self) -> int | None:
-        """The agreed step, once it is known."""
+        """The agreed step; None until it is known."""
         return self._stop
 
     def _watch(self) -> None:
@@ -131,13 +132,13 @@ class StopAgreement:
                     continue
                 self._agree()
                 return
-        except Exception as error:  # the store went with rank 0's pod; the training thread must not wait for ever
+        except Exception as error:  # rank 0's pod and its store are gone: release the training thread
             with self._known:
                 self._failed = error if self._published else None
                 self._known.notify_all()
 
     def _agree(self) -> None:
-        # First the flag, then the number: a step that ends between the two is published or waits, never neither.
+        # The flag first, then the step: a step that ends between the two is either published or waits.
         self._published = True
         self._shared.set(f"at-{self._channel.rank}", str(self._step))
         keys = [f"at-{rank}" for rank in range(self._channel.world_size)]

@@ -1,8 +1,9 @@
-"""The job's tree in storage: what is committed, and the one way to commit.
+"""The job's tree in storage: reads what is committed, and commits.
 
-Data lies below the incarnation that wrote it, so a zombie's bytes never mix with another's. The manifest follows the data,
-every object is looked at, and the marker comes last, created only if there is none. Its answer may get lost: then the marker
-is read, and one that names our manifest is our success, one that names another's means that we are fenced out.
+Each incarnation writes below a folder of its own, so that the files of a stale incarnation never mix with another's. A commit
+writes the data, then the manifest, checks that every object exists with its size, and creates the marker last, only if there is
+none. If the response to that request is lost, the marker is read: if it names our manifest, the commit succeeded; if it names
+another one, this incarnation is fenced out and must end.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from finetune_trainer.checkpoint.manifest import (
     Manifest,
     Marker,
     Part,
-    base_of,
     entries_of,
+    prefix_of,
     sha256_bytes,
     step_of,
 )
@@ -30,15 +31,15 @@ from finetune_trainer.storage.base import Counter, Created, Stat, Store, join
 
 log = logging.getLogger(__name__)
 PARTS = ".parts"
-INCOMPLETE = "UploadIncomplete"
+UPLOAD_INCOMPLETE = "UploadIncomplete"
 PART_POLL_SECONDS = 0.2
-MARKER_LOOKS = 10
-"""How often a marker is asked for that is there and cannot be read yet: some stores show what was written a moment later."""
+MARKER_READS = 10
+"""How often to read a marker that exists but is not readable yet: some stores show new objects with a delay."""
 
 
 @dataclass(frozen=True)
 class Committed:
-    """A committed checkpoint (or model, step None), as its marker says."""
+    """A committed checkpoint, or the final model (step None)."""
 
     step: int | None
     marker: Marker
@@ -47,19 +48,19 @@ class Committed:
     @property
     def folder(self) -> str:
         """Key of the folder with its files."""
-        return join(base_of(self.step), self.marker.path)
+        return join(prefix_of(self.step), self.marker.path)
 
 
 @dataclass(frozen=True)
 class Swept:
-    """What a sweep did: objects and half-finished uploads that are gone, and why others stayed."""
+    """The result of a sweep: how many objects and unfinished uploads were removed, and why others were not."""
 
     count: int
     problem: FineTuneError | None = None
 
 
 class Fenced(PeerError):
-    """Another incarnation committed this step: we are a zombie and must end."""
+    """Another incarnation has taken over: this one is stale and must end."""
 
 
 class Tree:
@@ -75,11 +76,11 @@ class Tree:
     # ---- reading ----
 
     def committed(self) -> list[Committed]:
-        """Every committed checkpoint, newest first. Folders without a marker are not seen."""
-        return self.survey()[0]
+        """Every committed checkpoint, newest first."""
+        return self.list_committed_and_damaged()[0]
 
-    def survey(self) -> tuple[list[Committed], list[int]]:
-        """Every committed checkpoint, and the steps whose marker says nothing: they were committed and are damaged. Newest first."""
+    def list_committed_and_damaged(self) -> tuple[list[Committed], list[int]]:
+        """Every committed checkpoint, and the steps whose marker cannot be read. Newest first."""
         marked: dict[int, bool] = {}
         for stat in self.store.list(f"{Storage.CHECKPOINTS}/"):
             _, folder, *rest = stat.key.split("/")
@@ -92,7 +93,7 @@ class Tree:
                 marked[step] = True
         found, damaged = [], []
         for step, healthy in sorted(marked.items(), reverse=True):
-            data = self.store.get(join(base_of(step), Storage.COMMITTED))
+            data = self.store.get(join(prefix_of(step), Storage.COMMITTED))
             marker = Marker.parse(data) if data is not None else None
             if marker is not None:
                 found.append(Committed(step, marker, healthy))
@@ -102,15 +103,15 @@ class Tree:
 
     def marker(self, step: int | None, healthy: bool = False) -> Committed | None:
         """The committed checkpoint of a step (None: the final model), if there is one."""
-        marker = self._marker(base_of(step))
+        marker = self._marker(prefix_of(step))
         return Committed(step, marker, healthy) if marker else None
 
-    def _marker(self, base: str) -> Marker | None:
-        data = self.store.get(join(base, Storage.COMMITTED))
+    def _marker(self, prefix: str) -> Marker | None:
+        data = self.store.get(join(prefix, Storage.COMMITTED))
         return Marker.parse(data) if data is not None else None
 
     def manifest(self, committed: Committed) -> Manifest | None:
-        """The manifest that the marker names, or None if it is missing or is not that one."""
+        """The manifest that the marker names; None if it is missing or has another sha256."""
         data = self.store.get(join(committed.folder, Storage.MANIFEST))
         if data is None or sha256_bytes(data) != committed.marker.manifest_sha256:
             return None
@@ -121,104 +122,105 @@ class Tree:
 
     # ---- writing ----
 
-    def upload(self, base: str, incarnation: str, folder: Path, *, count: Counter | None = None) -> list[FileEntry]:
-        """Write a folder's files below the incarnation; returns what was written."""
+    def upload(self, prefix: str, incarnation: str, folder: Path, *, count: Counter | None = None) -> list[FileEntry]:
+        """Upload the files of a folder below the incarnation; returns their entries."""
         entries = entries_of(folder)
         for entry in entries:
-            self.store.put_file(folder / entry.path, join(base, incarnation, entry.path), count=count)
+            self.store.put_file(folder / entry.path, join(prefix, incarnation, entry.path), count=count)
         return entries
 
-    def report_part(self, base: str, incarnation: str, node: int, entries: list[FileEntry] | None) -> None:
-        """Tell rank 0's pod what this pod has written; None: it will not bring its part."""
+    def report_part(self, prefix: str, incarnation: str, node: int, entries: list[FileEntry] | None) -> None:
+        """Tell rank 0's pod which files this pod has uploaded; None: it skips this checkpoint."""
         part = Part(node=node, files=entries or [], dropped=entries is None)
         self.store.put(
-            join(base, incarnation, PARTS, f"node-{node}.json"), part.model_dump_json(by_alias=True).encode()
+            join(prefix, incarnation, PARTS, f"node-{node}.json"), part.model_dump_json(by_alias=True).encode()
         )
 
     def wait_parts(
-        self, base: str, incarnation: str, nodes: int, timeout: float, give_up: Callable[[], bool]
+        self, prefix: str, incarnation: str, nodes: int, timeout: float, give_up: Callable[[], bool]
     ) -> list[FileEntry]:
-        """What the other pods (1 .. nodes-1) have written.
+        """Wait until the other pods (1 .. nodes-1) have uploaded their files; returns the entries.
 
-        Errors: PeerError `PartMissing` if one has not said so within `timeout` seconds or `give_up` says stop.
+        Errors: PeerError `PartMissing` if a pod skips the checkpoint, does not report within `timeout` seconds, or if
+        `give_up` returns True.
         """
         end = time.monotonic() + timeout
         files: list[FileEntry] = []
         for node in range(1, nodes):
-            key = join(base, incarnation, PARTS, f"node-{node}.json")
+            key = join(prefix, incarnation, PARTS, f"node-{node}.json")
             while (data := self.store.get(key)) is None:
                 if time.monotonic() > end or give_up():
                     raise PeerError(
-                        "PartMissing", f"pod {node} did not write its part of {base} within {timeout:.0f} s"
+                        "PartMissing", f"pod {node} did not write its part of {prefix} within {timeout:.0f} s"
                     )
                 time.sleep(PART_POLL_SECONDS)
             part = Part.model_validate_json(data)
             if part.dropped:
-                raise PeerError("PartMissing", f"pod {node} skipped its part of {base}, or could not store it")
+                raise PeerError("PartMissing", f"pod {node} skipped its part of {prefix}, or could not store it")
             files += part.files
         return files
 
     @staticmethod
-    def together(base: str, own: list[FileEntry], others: list[FileEntry]) -> list[FileEntry]:
-        """The files of all pods. Errors: StorageError `PartsDiffer` if two wrote one file, and not the same one."""
+    def merge_parts(prefix: str, own: list[FileEntry], others: list[FileEntry]) -> list[FileEntry]:
+        """The files of all pods. Errors: StorageError `PartsDiffer` if two pods wrote different contents of one file."""
         found: dict[str, FileEntry] = {}
         for entry in (*own, *others):
             before = found.setdefault(entry.path, entry)
             if before.sha256 != entry.sha256:
-                raise StorageError("PartsDiffer", f"two pods wrote {entry.path} of {base}, and not the same bytes")
+                raise StorageError("PartsDiffer", f"two pods wrote {entry.path} of {prefix}, with different contents")
         return list(found.values())
 
-    def commit(self, base: str, manifest: Manifest, *, instead_of: Marker | None = None) -> Marker:
-        """Write the manifest, look at every object, write the marker.
+    def commit(self, prefix: str, manifest: Manifest, *, replaces: Marker | None = None) -> Marker:
+        """Write the manifest, check every object, create the marker.
 
-        `instead_of`: the marker that was found here at the start and passed over; it gives way, and so does one that nobody can
-        read, and one of an earlier attempt, which lives on out of the operator's reach.
+        An existing marker is replaced if it is `replaces` (skipped when this attempt started), cannot be read, or is of an
+        earlier attempt (which may still run where the operator cannot reach it).
         Errors: StorageError `UploadIncomplete` if an object is missing or has another size; Fenced if a later attempt has
-        begun, or the step is another life's of the same attempt.
+        begun, or if another incarnation of this attempt has committed the step.
         """
-        folder = join(base, manifest.incarnation)
+        folder = join(prefix, manifest.incarnation)
         data = manifest.to_bytes()
         marker = Marker(attempt=manifest.attempt, path=manifest.incarnation, manifest_sha256=sha256_bytes(data))
         self.store.put(join(folder, Storage.MANIFEST), data)
-        self._look(folder, manifest)
-        self.require_newest(manifest.attempt)
-        self._mark(base, marker, instead_of)
+        self._check_objects(folder, manifest)
+        self.require_newest_attempt(manifest.attempt)
+        self._create_marker(prefix, marker, replaces)
         try:
             if self._is_swept(folder, manifest):
-                self._take_back(base, marker)
-                raise Fenced("FencedOut", f"{base} was swept by another life; this is {marker.path}, which must end")
+                self._remove_marker(prefix, marker)
+                raise Fenced(
+                    "FencedOut", f"another incarnation has removed {prefix}; this is {marker.path}, which must end"
+                )
             self.store.delete([stat.key for stat in self.store.list(join(folder, PARTS) + "/")])
         except Fenced:
             raise
-        except (
-            FineTuneError
-        ) as error:  # it is committed: what cannot be asked or tidied afterwards does not change that
-            log.warning("%s is committed, and could not be looked at once more: %s", base, error)
+        except FineTuneError as error:  # the checkpoint is committed, whatever fails afterwards
+            log.warning("%s is committed, but could not be checked again: %s", prefix, error)
         return marker
 
-    def begin(self, attempt: int, run: bytes) -> None:
-        """Tell what an attempt was told; from now on no earlier one commits anything."""
+    def begin_attempt(self, attempt: int, run: bytes) -> None:
+        """Store the attempt's run configuration. From now on earlier attempts are fenced out: they commit nothing."""
         self.store.put(join(Storage.RUN, attempt_folder(attempt), RUN_FILE_NAME), run)
 
-    def require_newest(self, attempt: int) -> None:
+    def require_newest_attempt(self, attempt: int) -> None:
         """Errors: Fenced if a later attempt has begun."""
-        if self.superseded(attempt):
+        if self.is_superseded(attempt):
             raise Fenced("FencedOut", f"a later attempt has begun; this is attempt {attempt}, which must end")
 
-    def superseded(self, attempt: int) -> bool:
-        """Whether a later attempt has begun: it says so before it sweeps or writes anything else."""
+    def is_superseded(self, attempt: int) -> bool:
+        """Whether a later attempt has begun: `begin_attempt` is the first thing that an attempt writes."""
         begun = (attempt_of_folder(stat.key.split("/")[1]) for stat in self.store.list(f"{Storage.RUN}/"))
         return any(number is not None and number > attempt for number in begun)
 
-    def _take_back(self, base: str, marker: Marker) -> None:
-        """Remove a marker whose data is gone. Whoever replaced it keeps his."""
-        if self._marker(base) == marker:
-            self.store.delete([join(base, Storage.COMMITTED)])
+    def _remove_marker(self, prefix: str, marker: Marker) -> None:
+        """Remove this marker, whose data is gone. A marker that has replaced it stays."""
+        if self._marker(prefix) == marker:
+            self.store.delete([join(prefix, Storage.COMMITTED)])
 
-    def _mark(self, base: str, marker: Marker, instead_of: Marker | None) -> None:
-        """Write the marker. Errors: Fenced; StorageError `MarkerUnreadable`."""
-        key = join(base, Storage.COMMITTED)
-        for _ in range(MARKER_LOOKS):
+    def _create_marker(self, prefix: str, marker: Marker, replaces: Marker | None) -> None:
+        """Create the marker, or replace one as `commit` describes. Errors: Fenced; StorageError `MarkerUnreadable`."""
+        key = join(prefix, Storage.COMMITTED)
+        for _ in range(MARKER_READS):
             if self.store.create(key, marker.to_bytes()) is Created.NEW:
                 return
             data = self.store.get(key)
@@ -228,61 +230,61 @@ class Tree:
             found = Marker.parse(data)
             if found is not None and found.manifest_sha256 == marker.manifest_sha256:
                 return
-            if found is None or found == instead_of or found.attempt < marker.attempt:
-                self._replace(base, marker)
+            if found is None or found == replaces or found.attempt < marker.attempt:
+                self._replace_marker(prefix, marker)
                 return
-            raise Fenced("FencedOut", f"{base} was committed by {found.path}; this is {marker.path}, which must end")
+            raise Fenced("FencedOut", f"{prefix} was committed by {found.path}; this is {marker.path}, which must end")
         raise StorageError("MarkerUnreadable", f"{self.uri(key)} exists and cannot be read")
 
-    def _replace(self, base: str, marker: Marker) -> None:
-        """Put our marker in the place of one that was passed over; its health is not ours."""
+    def _replace_marker(self, prefix: str, marker: Marker) -> None:
+        """Replace another marker. Its `_HEALTHY` object is removed: it says nothing about the new checkpoint."""
         try:
-            self.store.delete([join(base, Storage.HEALTHY)])
+            self.store.delete([join(prefix, Storage.HEALTHY)])
         except FineTuneError as error:
-            log.warning("%s keeps the mark of a checkpoint that was passed over: %s", base, error)
-        self.store.put(join(base, Storage.COMMITTED), marker.to_bytes())
+            log.warning("%s keeps the %s object of the replaced checkpoint: %s", prefix, Storage.HEALTHY, error)
+        self.store.put(join(prefix, Storage.COMMITTED), marker.to_bytes())
 
-    def _look(self, folder: str, manifest: Manifest) -> None:
+    def _check_objects(self, folder: str, manifest: Manifest) -> None:
+        """Errors: StorageError `UploadIncomplete`."""
         sizes: dict[str, Stat] = {stat.key: stat for stat in self.store.list(folder + "/")}
         for entry in manifest.files:
             stat = sizes.get(join(folder, entry.path))
-            if stat is None or stat.size != entry.size:  # a listing may be behind
+            if stat is None or stat.size != entry.size:  # some stores list new objects with a delay
                 stat = self.store.stat(join(folder, entry.path))
             if stat is None or stat.size != entry.size:
                 found = "is missing" if stat is None else f"has {stat.size} bytes instead of {entry.size}"
-                raise StorageError(INCOMPLETE, f"{self.uri(join(folder, entry.path))} {found} after its upload")
+                raise StorageError(UPLOAD_INCOMPLETE, f"{self.uri(join(folder, entry.path))} {found} after its upload")
 
     def _is_swept(self, folder: str, manifest: Manifest) -> bool:
-        """Whether another life's sweep has taken any of it."""
+        """Whether the sweep of another incarnation has removed any of the objects."""
         if self.store.stat(join(folder, Storage.MANIFEST)) is None:
             return True
         try:
-            self._look(folder, manifest)
+            self._check_objects(folder, manifest)
         except StorageError as error:
-            if error.code == INCOMPLETE:
+            if error.code == UPLOAD_INCOMPLETE:
                 return True
             raise
         return False
 
     def mark_healthy(self, step: int) -> None:
-        """The steps after this checkpoint were finite too."""
-        self.store.put(join(base_of(step), Storage.HEALTHY), b"{}")
+        """Mark a checkpoint after which the losses were finite too."""
+        self.store.put(join(prefix_of(step), Storage.HEALTHY), b"{}")
 
     def remove(self, step: int) -> None:
-        """Take a checkpoint away: first it stops existing, then its bytes go."""
-        base = base_of(step)
-        self.store.delete([join(base, Storage.COMMITTED)])
-        self.store.delete([join(base, Storage.HEALTHY)])
-        keys = [stat.key for stat in self.store.list(base + "/")]
+        """Remove a checkpoint: the marker first, so that no reader sees it incomplete."""
+        prefix = prefix_of(step)
+        self.store.delete([join(prefix, Storage.COMMITTED)])
+        self.store.delete([join(prefix, Storage.HEALTHY)])
+        keys = [stat.key for stat in self.store.list(prefix + "/")]
         manifests = [key for key in keys if key.endswith("/" + Storage.MANIFEST)]
         self.store.delete(manifests)
         self.store.delete([key for key in keys if key not in manifests])
 
     def sweep(self) -> Swept:
-        """Remove what killed incarnations left: data that no marker names, and half-finished uploads.
+        """Remove what killed incarnations left: data that no marker names, and unfinished uploads.
 
-        To be called before this incarnation writes anything, and only when no other one is alive. What cannot be removed
-        stays and is told: it costs room, and nothing else.
+        Call it only while no other incarnation can commit. What cannot be removed stays and is reported: it only costs space.
         """
         count, problem = 0, None
         for sweep in (self._sweep_uploads, self._sweep_data):
@@ -296,40 +298,45 @@ class Tree:
         return sum(self.store.sweep(f"{prefix}/") for prefix in (Storage.CHECKPOINTS, Storage.MODEL))
 
     def _sweep_data(self) -> int:
-        unnamed = {base: keys for base, below in self._by_base().items() if (keys := self._unnamed(base, below))}
-        self.store.delete([key for keys in unnamed.values() for key in keys])
-        for base, keys in unnamed.items():
-            self._unmark(base, keys)
-        return sum(map(len, unnamed.values()))
+        unreferenced = {
+            prefix: keys
+            for prefix, below in self._keys_by_prefix().items()
+            if (keys := self._unreferenced(prefix, below))
+        }
+        self.store.delete([key for keys in unreferenced.values() for key in keys])
+        for prefix, keys in unreferenced.items():
+            self._remove_marker_of_swept_data(prefix, keys)
+        return sum(map(len, unreferenced.values()))
 
-    def _unmark(self, base: str, swept: list[str]) -> None:
-        """Remove a marker that a zombie wrote, between our look and our delete, over what we have just removed.
+    def _remove_marker_of_swept_data(self, prefix: str, swept: list[str]) -> None:
+        """Remove a marker that a stale incarnation created between this sweep's listing and its delete.
 
-        It looks at its data after its marker, we at its marker after its data: one of the two sees what the other did.
+        The stale incarnation checks its data after it created the marker; this sweep checks the marker after it deleted the
+        data. Whatever the order, one of the two notices.
         """
-        marker = self._marker(base)
-        if marker is not None and any(key.startswith(join(base, marker.path) + "/") for key in swept):
-            self._take_back(base, marker)
+        marker = self._marker(prefix)
+        if marker is not None and any(key.startswith(join(prefix, marker.path) + "/") for key in swept):
+            self._remove_marker(prefix, marker)
 
-    def _by_base(self) -> dict[str, list[str]]:
-        """Keys below each checkpoint's folder and the model's."""
+    def _keys_by_prefix(self) -> dict[str, list[str]]:
+        """Keys below each checkpoint's folder and the final model's, by that folder's key."""
         found: dict[str, list[str]] = {}
         for prefix in (Storage.CHECKPOINTS, Storage.MODEL):
             for stat in self.store.list(f"{prefix}/"):
                 parts = stat.key.split("/")
                 step = step_of(parts[1]) if prefix is Storage.CHECKPOINTS else None
                 if prefix is Storage.MODEL or (step is not None and len(parts) > 2):
-                    found.setdefault(base_of(step), []).append(stat.key)
+                    found.setdefault(prefix_of(step), []).append(stat.key)
         return found
 
-    def _unnamed(self, base: str, keys: list[str]) -> list[str]:
-        """Keys that the marker does not name. The marker is asked for by itself: a listing may be behind."""
-        marked = join(base, Storage.COMMITTED)
+    def _unreferenced(self, prefix: str, keys: list[str]) -> list[str]:
+        """Keys that the marker does not refer to. The marker is read directly: some stores list new objects with a delay."""
+        marked = join(prefix, Storage.COMMITTED)
         data = self.store.get(marked)
         if data is None:
-            return keys if marked not in keys else []  # listed, and not to be read now: that it is damaged is not said
+            return keys if marked not in keys else []  # listed but not readable now: it may still be valid
         marker = Marker.parse(data)
-        if marker is None or join(base, marker.path, Storage.MANIFEST) not in keys:
-            return []  # a damaged marker: which of these it meant is for a person to say
-        own = (marked, join(base, Storage.HEALTHY))
-        return [key for key in keys if key not in own and not key.startswith(join(base, marker.path) + "/")]
+        if marker is None or join(prefix, marker.path, Storage.MANIFEST) not in keys:
+            return []  # a damaged marker: a person must decide which data it referred to
+        own = (marked, join(prefix, Storage.HEALTHY))
+        return [key for key in keys if key not in own and not key.startswith(join(prefix, marker.path) + "/")]

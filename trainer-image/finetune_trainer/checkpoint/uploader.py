@@ -1,7 +1,7 @@
-"""Moves staged checkpoints to storage while training goes on.
+"""Uploads staged checkpoints and commits them while training goes on.
 
-One upload is in flight and at most one waits. A newer checkpoint takes the place of one that waits, and that is said; one
-made because the pod must end is never dropped. After a commit the one before it is marked healthy, and old ones go.
+One upload runs and at most one checkpoint is queued. A newer checkpoint replaces the queued one, which is reported; the
+checkpoint of a stop is never dropped. A commit marks the checkpoint before it as healthy and removes old ones.
 """
 
 from __future__ import annotations
@@ -15,83 +15,108 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from finetune_api.errors import FineTuneError, StorageError
 from finetune_api.names import ExitCode
 from finetune_api.spec.enums import OutputKind
 from finetune_api.status import Checkpoint, Output
 
-from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, Marker, RunFacts, base_of
-from finetune_trainer.checkpoint.retention import Kept, removable
+from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, Marker, RunFacts, prefix_of
+from finetune_trainer.checkpoint.retention import Kept, steps_to_remove
 from finetune_trainer.checkpoint.tree import Committed, Fenced, Tree
 from finetune_trainer.storage.base import join
-from finetune_trainer.supervisor.board import Board
 
 log = logging.getLogger(__name__)
 PART_TIMEOUT_SECONDS = 1800.0
-AGAIN_SECONDS = 1.0
-"""Pause before the checkpoint of a stop, which has no successor, is tried once more."""
+RETRY_PAUSE_SECONDS = 1.0
+"""Pause before the checkpoint of a stop, or the final model, is uploaded again."""
+UNSAVED_INTERVALS = 3
+"""A run may always go on for this many checkpoint intervals without a commit, however short the timeout."""
+
+
+class CheckpointReporter(Protocol):
+    """Receives what the uploader has to report (`supervisor.run_state.RunState`)."""
+
+    @property
+    def step(self) -> int:
+        """Newest optimizer step."""
+
+    @property
+    def checkpoint_problem(self) -> str | None:
+        """Reason and sentence of the last checkpoint that was not stored; None after the next commit."""
+
+    def increment_counter(self, name: str, by: float = 1) -> None: ...
+    def add_note(self, text: str) -> None: ...
+    def record_checkpoint_problem(self, reason: str, sentence: str) -> None: ...
+    def clear_checkpoint_problem(self) -> None: ...
+    def add_checkpoint(self, checkpoint: Checkpoint, seconds: float | None = None) -> None: ...
+    def mark_checkpoint_healthy(self, step: int) -> None: ...
+    def remove_checkpoint(self, step: int) -> None: ...
 
 
 @dataclass(frozen=True)
 class Staged:
-    """A checkpoint that lies complete on this pod's disk; step None: the final model."""
+    """A checkpoint that is complete on this pod's disk; step None: the final model."""
 
     step: int | None
     folder: Path
     incarnation: str
     graceful: bool = False
+    """Made because of a stop request: no later checkpoint follows."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What rank 0 said about it: epoch, samples, tokens, evalLoss, kind, extra."""
+    """What rank 0 reported with it: epoch, samples, tokens, evalLoss, outputKind, extra."""
 
 
 @dataclass(frozen=True)
-class Policy:
-    """What to keep."""
+class KeepPolicy:
+    """Which checkpoints to keep."""
 
     keep: int = 3
     pinned: tuple[int, ...] = ()
 
 
 class Uploader:
-    """One pod's uploader. Rank 0's pod commits; the others bring in their files and say so."""
+    """The uploader of one pod. Rank 0's pod commits; the other pods upload their files and report them."""
 
     def __init__(
-        self, tree: Tree, board: Board, facts: RunFacts, policy: Policy, *, job: str, attempt: int, node: int = 0,
+        self, tree: Tree, reporter: CheckpointReporter, facts: RunFacts, policy: KeepPolicy, *, job: str, attempt: int, node: int = 0,
         nodes: int = 1, before_commit: Callable[[], None] = lambda: None, after_commit: Callable[[], None] = lambda: None,
         part_timeout: float = PART_TIMEOUT_SECONDS, final_upload_timeout: float = 0,
     ) -> None:  # fmt: skip
-        self.tree, self._board, self._facts, self._policy = tree, board, facts, policy
+        self.tree, self._reporter, self._facts, self._policy = tree, reporter, facts, policy
         self._job, self._attempt, self._node, self._nodes = job, attempt, node, nodes
         self._before_commit, self._after_commit, self._part_timeout = before_commit, after_commit, part_timeout
         self._final_upload_timeout = final_upload_timeout
-        self._hurry: float | None = None
+        self._part_wait_end: float | None = None
         self._changed = threading.Condition()
-        self._waiting: Staged | None = None
+        self._queued: Staged | None = None
         self._final: Staged | None = None
-        self._busy: Staged | None = None
+        self._uploading: Staged | None = None
         self._closing = False
         self._committed: dict[int, Kept] = {}
-        self._passed: dict[int | None, Marker] = {}
-        """Markers that were there before, of steps that this attempt does again: ours will take their place."""
+        self._skipped: dict[int | None, Marker] = {}
+        """Markers of steps that this attempt does not continue; its own checkpoint of such a step replaces them."""
         self._own_step = 0
-        """Newest step that this life has committed."""
+        """Newest step that this incarnation has committed."""
+        self._unsaved_since: float | None = None
+        """Monotonic time at which the oldest checkpoint was due that is neither committed nor followed by a commit."""
+        self._queued_since = self._last_due = 0.0
+        self._interval = 0.0
+        """Seconds between the last two checkpoints that were due."""
         self._failure: FineTuneError | None = None
-        self._retries = tree.store.retries
-        """Repeated requests that are counted already."""
+        self._counted_retries = tree.store.retries
         self.output: Output | None = None
-        self.graceful_step: int | None = None
-        self.brought_step = 0
-        """Newest step that this pod has brought its part of, if it is not rank 0's."""
+        self.uploaded_step = 0
+        """Newest step whose files this pod has uploaded, if it is not rank 0's."""
         self._thread = threading.Thread(target=self._work, name="uploader", daemon=True)
         self._thread.start()
 
-    # ---- from the supervisor ----
+    # ---- called by the supervisor ----
 
     @property
     def failure(self) -> FineTuneError | None:
-        """What ended uploading for good: fenced out, or the final model could not be stored."""
+        """Why uploading ended for good: this incarnation is fenced out, or the final model could not be stored."""
         return self._failure
 
     @property
@@ -99,243 +124,286 @@ class Uploader:
         """Newest committed step, 0 without any."""
         return max(self._committed, default=0)
 
-    def adopt(self, checkpoints: list[Checkpoint]) -> None:
-        """Checkpoints that were committed before this attempt, on the way to where it starts."""
+    def adopt_committed(self, checkpoints: list[Checkpoint]) -> None:
+        """Take over checkpoints of earlier attempts that this attempt continues."""
         for one in checkpoints:
             self._committed[one.step] = Kept(one.step, bool(one.healthy), one.eval_loss)
-            self._board.saved(one)
+            self._reporter.add_checkpoint(one)
 
-    def pass_over(self, committed: Iterable[Committed]) -> None:
-        """What was committed before this attempt and is not on its way: damaged, or behind a rollback.
+    def set_skipped(self, committed: Iterable[Committed]) -> None:
+        """Set the checkpoints that this attempt does not continue: damaged, or later than a rollback's step.
 
-        It is nobody's progress and proves nobody's health. It gives way when this attempt comes to the same step, and goes
-        when this attempt has passed it.
+        They do not count as progress or as proof of health. Such a checkpoint is replaced when this attempt repeats its step,
+        and removed when this attempt has passed its step.
         """
-        self._passed |= {one.step: one.marker for one in committed}
+        self._skipped |= {one.step: one.marker for one in committed}
 
     def offer(self, staged: Staged) -> None:
-        """Take a staged checkpoint, or the final model; its folder is ours from now on."""
+        """Queue a staged checkpoint or the final model. The uploader removes its folder."""
         dropped = None
+        if staged.step is not None:
+            self.record_unsaved()
         with self._changed:
-            before = self._waiting
+            before = self._queued
             if staged.step is None:
                 self._final = staged
             elif before is not None and before.graceful and not staged.graceful:
                 dropped = staged
             else:
-                dropped, self._waiting = before, staged
+                dropped, self._queued, self._queued_since = before, staged, time.monotonic()
             self._changed.notify_all()
         if dropped is not None:
             self._drop(dropped, staged.step)
 
+    def record_unsaved(self) -> None:
+        """A checkpoint is due now. Until the next commit, the run goes on without having saved this step."""
+        with self._changed:
+            now = time.monotonic()
+            self._interval = now - self._last_due if self._last_due else 0.0
+            self._last_due = now
+            if self._unsaved_since is None:
+                self._unsaved_since = now
+
+    def unsaved_error(self, timeout: float, stall_timeout: float | None) -> StorageError | None:
+        """The failure if no checkpoint could be committed for too long, else None.
+
+        The limit is the longest of `timeout`, the job's own stall timeout and several checkpoint intervals.
+        """
+        with self._changed:
+            if self._unsaved_since is None:
+                return None
+            unsaved = time.monotonic() - self._unsaved_since
+            limit = max(timeout, stall_timeout or 0.0, UNSAVED_INTERVALS * self._interval)
+        if unsaved <= limit:
+            return None
+        problem = self._reporter.checkpoint_problem or "the upload has not ended"
+        return StorageError(
+            "CheckpointsNotSaved", f"no checkpoint was committed for {unsaved:.0f} s although some were due: {problem}",
+            hint="check the store; the next attempt continues from the newest committed checkpoint",
+        )  # fmt: skip
+
     def _drop(self, dropped: Staged, newer: int | None) -> None:
         shutil.rmtree(dropped.folder, ignore_errors=True)
-        self._board.count("checkpoints_skipped")
-        sentence = f"the checkpoint of step {dropped.step} was replaced by that of step {newer} before its upload began"
-        log.warning("storage is slower than checkpoints are made: %s", sentence)
-        self._board.note("storage is slower than checkpoints are made: some were skipped")
-        if self._node > 0:  # beside: who offers hears the ranks, and a slow store must not make it deaf
-            threading.Thread(target=self._tell_dropped, args=(dropped,), name="dropped", daemon=True).start()
+        self._reporter.increment_counter("checkpoints_skipped")
+        log.warning(
+            "storage is slower than checkpoints are made: step %s was replaced by step %s before its upload began", dropped.step, newer
+        )  # fmt: skip
+        self._reporter.add_note("storage is slower than checkpoints are made: some were skipped")
+        if self._node > 0:  # on a thread of its own: `offer` is called by the thread that receives the ranks' messages
+            threading.Thread(
+                target=self._report_skipped_part, args=(dropped,), name="skipped-part", daemon=True
+            ).start()
 
-    def _tell_dropped(self, dropped: Staged) -> None:
+    def _report_skipped_part(self, dropped: Staged) -> None:
+        """Tell rank 0's pod that this pod's files will not come, so that it does not wait for them."""
         with contextlib.suppress(FineTuneError):
-            self.tree.report_part(base_of(dropped.step), dropped.incarnation, self._node, None)
+            self.tree.report_part(prefix_of(dropped.step), dropped.incarnation, self._node, None)
 
-    def hurry(self, seconds: float) -> None:
-        """The gang has failed: other pods' parts that are not there within `seconds` will not come."""
-        self._hurry = time.monotonic() + seconds
+    def limit_part_wait(self, seconds: float) -> None:
+        """The gang has failed: do not wait longer than `seconds` for files of other pods."""
+        self._part_wait_end = time.monotonic() + seconds
 
     def drain(self, timeout: float) -> bool:
-        """Wait until everything offered is committed (or failed); False if time ran out."""
+        """Wait until everything offered is committed or has failed; False if the time ran out."""
         with self._changed:
-            return self._changed.wait_for(self._idle, timeout)
+            return self._changed.wait_for(self._is_idle, timeout)
 
-    def _idle(self) -> bool:
-        return self._waiting is None and self._busy is None and self._final is None
+    def _is_idle(self) -> bool:
+        return self._queued is None and self._uploading is None and self._final is None
 
     def close(self) -> None:
-        """Let the thread end after what it is doing."""
+        """Let the thread end after its current upload."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
 
-    # ---- the thread ----
+    # ---- the uploader's thread ----
 
     def _work(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: not self._idle() or self._closing)
-                if self._idle():
+                self._changed.wait_for(lambda: not self._is_idle() or self._closing)
+                if self._is_idle():
                     return
-                if self._waiting is not None:
-                    self._busy, self._waiting = self._waiting, None
+                if self._queued is not None:
+                    staged, self._queued = self._queued, None
                 else:
-                    self._busy, self._final = self._final, None
+                    assert self._final is not None
+                    staged, self._final = self._final, None
+                self._uploading = staged
             try:
-                self._store(self._busy)
+                self._store(staged)
             finally:
                 with self._changed:
-                    self._busy = None
+                    self._uploading = None
                     self._changed.notify_all()
 
-    def _store(self, staged: Staged | None) -> None:
-        assert staged is not None
+    def _store(self, staged: Staged) -> None:
+        """Upload and commit one checkpoint, or record why that failed."""
         started = time.monotonic()
         try:
-            while self._failure is None and not self._stored(staged, started):
-                self._wait_a_little()
+            while self._failure is None and not self._try_to_store(staged, started):
+                self._pause()
         except Fenced as error:
             self._failure = error
         except FineTuneError as error:
-            self._refused(staged, error)
+            self._record_failure(staged, error)
         except Exception as error:
             log.exception("uploading failed")
-            self._refused(staged, StorageError("UploadFailed", f"{type(error).__name__}: {error}"))
+            self._record_failure(staged, StorageError("UploadFailed", f"{type(error).__name__}: {error}"))
         finally:
-            self._board.count("storage_retries", self.tree.store.retries - self._retries)
-            self._retries = self.tree.store.retries
+            self._reporter.increment_counter("storage_retries", self.tree.store.retries - self._counted_retries)
+            self._counted_retries = self.tree.store.retries
             shutil.rmtree(staged.folder, ignore_errors=True)
 
-    def _stored(self, staged: Staged, started: float) -> bool:
-        """Whether it is done with; False: nothing comes after it, storage did not take it, and there is still time."""
+    def _try_to_store(self, staged: Staged, started: float) -> bool:
+        """Whether the upload is done; False if it failed, has no successor and there is time to repeat it."""
         if staged.step is not None and staged.step <= self._own_step:
-            return True  # what a marker of ours names is never written again
+            return True  # the data of a committed checkpoint is never written again
         try:
-            self._move(staged, started)
+            self._upload_and_commit(staged, started)
         except StorageError as error:
             final = staged.step is None and time.monotonic() - started < self._final_upload_timeout
             if not (staged.graceful or final) or self._closing or error.exit_code is not ExitCode.STORAGE:
                 raise
-            log.warning("%s was not taken, once more: %s", base_of(staged.step), error)
+            log.warning("%s was not stored, retry: %s", prefix_of(staged.step), error)
             return False
         return True
 
-    def _wait_a_little(self) -> None:
+    def _pause(self) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._closing, AGAIN_SECONDS)
+            self._changed.wait_for(lambda: self._closing, RETRY_PAUSE_SECONDS)
 
-    def _refused(self, staged: Staged, error: FineTuneError) -> None:
-        """A checkpoint that cannot be stored is a problem; a final model that cannot is the end."""
+    def _record_failure(self, staged: Staged, error: FineTuneError) -> None:
+        """A checkpoint that cannot be stored is a problem; a final model that cannot be stored ends the attempt."""
         log.error("step %s could not be stored: %s", staged.step, error)
-        self._board.count("checkpoint_failures")
+        self._reporter.increment_counter("checkpoint_failures")
         if staged.step is None:
             self._failure = error
             return
-        self._board.problem(error.code, f"step {staged.step} was not stored: {error.message}")
-        if self._node > 0:  # rank 0's pod must not wait for it, and let newer ones pass meanwhile
-            self._tell_dropped(staged)
-
-    def _move(self, staged: Staged, started: float) -> None:
-        base = base_of(staged.step)
-        entries = self.tree.upload(base, staged.incarnation, staged.folder, count=self._count)
+        self._reporter.record_checkpoint_problem(error.code, f"step {staged.step} was not stored: {error.message}")
         if self._node > 0:
-            self.tree.report_part(base, staged.incarnation, self._node, entries)
-            self.brought_step = staged.step or 0
+            self._report_skipped_part(staged)
+
+    def _upload_and_commit(self, staged: Staged, started: float) -> None:
+        prefix = prefix_of(staged.step)
+        entries = self.tree.upload(prefix, staged.incarnation, staged.folder, count=self._count)
+        if self._node > 0:
+            self.tree.report_part(prefix, staged.incarnation, self._node, entries)
+            self.uploaded_step = staged.step or 0
+            self._record_saved()
             return
         if self._nodes > 1 and staged.step is not None:
-            others = self.tree.wait_parts(base, staged.incarnation, self._nodes, self._part_timeout, self._overtaken)
-            entries = self.tree.together(base, entries, others)
+            others = self.tree.wait_parts(
+                prefix, staged.incarnation, self._nodes, self._part_timeout, self._must_not_wait
+            )
+            entries = self.tree.merge_parts(prefix, entries, others)
         manifest = self._manifest(staged, entries)
-        # Nothing stands before a stop's commit: its time is short, and the end of the pod tells the rest.
-        if not staged.graceful and not self._overtaken():
+        if (
+            not staged.graceful and not self._must_not_wait()
+        ):  # a stop's commit has little time: nothing comes before it
             self._before_commit()
-        marker = self.tree.commit(base, manifest, instead_of=self._passed.get(staged.step))
-        self._passed.pop(staged.step, None)
+        marker = self.tree.commit(prefix, manifest, replaces=self._skipped.get(staged.step))
+        self._skipped.pop(staged.step, None)
         seconds = time.monotonic() - started
-        log.info("committed %s/%s in %.2f s (%d bytes)", base, staged.incarnation, seconds, manifest.total_bytes)
-        uri = self.tree.uri(join(base, staged.incarnation))
+        log.info("committed %s/%s in %.2f s (%d bytes)", prefix, staged.incarnation, seconds, manifest.total_bytes)
+        uri = self.tree.uri(join(prefix, staged.incarnation))
         if staged.step is None:
-            self._mark_healthy(None)  # the run ended finite: what was committed last is healthy
+            self._mark_healthy(before=None)  # the run has ended with finite losses
             self.output = Output(
                 uri=uri, sha256=marker.manifest_sha256, kind=manifest.kind, evaluation=manifest.extra.get("evaluation")
             )
         else:
-            self._landed(staged, manifest, uri, marker.manifest_sha256, seconds)
+            self._record_commit(staged, manifest, uri, marker.manifest_sha256, seconds)
 
-    def _overtaken(self) -> bool:
-        """Whether to wait no longer for other pods' parts: a graceful checkpoint waits, or the gang has failed."""
-        if self._hurry is not None and time.monotonic() > self._hurry:
+    def _must_not_wait(self) -> bool:
+        """Whether to stop waiting for other pods' files: the checkpoint of a stop is queued, or the gang has failed."""
+        if self._part_wait_end is not None and time.monotonic() > self._part_wait_end:
             return True
-        return self._waiting is not None and self._waiting.graceful
+        return self._queued is not None and self._queued.graceful
 
-    def _landed(self, staged: Staged, manifest: Manifest, uri: str, sha256: str, seconds: float) -> None:
+    def _record_saved(self) -> None:
+        """A checkpoint is saved: only a queued one is still unsaved."""
+        with self._changed:
+            self._unsaved_since = self._queued_since if self._queued is not None else None
+
+    def _record_commit(self, staged: Staged, manifest: Manifest, uri: str, sha256: str, seconds: float) -> None:
         step = self._own_step = manifest.step
-        if staged.graceful:
-            self.graceful_step = step
-        self._mark_healthy(step)
+        self._record_saved()
+        self._mark_healthy(before=step)
         self._committed[step] = Kept(step, staged.graceful, manifest.eval_loss)
-        self._board.count("checkpoints")
-        self._board.saved(
+        self._reporter.increment_counter("checkpoints")
+        self._reporter.add_checkpoint(
             Checkpoint(
                 step=step, uri=uri, sha256=sha256, bytes=manifest.total_bytes, time=datetime.now(UTC), healthy=staged.graceful,
                 eval_loss=manifest.eval_loss, save_seconds=round(seconds, 3),
             ),
             seconds,
         )  # fmt: skip
-        self._board.well_again()
+        self._reporter.clear_checkpoint_problem()
         self._after_commit()
         if staged.graceful:
-            with self._warning("marking a checkpoint healthy"):
+            with self._failure_as_note("marking a checkpoint healthy"):
                 self.tree.mark_healthy(step)
         self.retain()
 
-    def _mark_healthy(self, before: int | None) -> None:
-        """Everything committed before this finite step proved healthy."""
+    def _mark_healthy(self, *, before: int | None) -> None:
+        """Mark the checkpoints before this step (None: all) as healthy: the losses after them were finite."""
         for step, kept in sorted(self._committed.items()):
             if not kept.healthy and (before is None or step < before):
-                with self._warning("marking a checkpoint healthy"):
+                with self._failure_as_note("marking a checkpoint healthy"):
                     self.tree.mark_healthy(step)
                     self._committed[step] = Kept(step, True, kept.eval_loss)
-                    self._board.healthy(step)
+                    self._reporter.mark_checkpoint_healthy(step)
 
     def retain(self, *, finished: bool = False) -> None:
-        """Remove what need not be kept. What storage does not let us remove stays, with a warning."""
-        steps = removable(
+        """Remove checkpoints that need not be kept. One that storage does not let us remove stays, with a note."""
+        steps = steps_to_remove(
             list(self._committed.values()), self._policy.keep, pinned=self._policy.pinned, finished=finished
         )
         for step in steps:
-            with self._warning(f"removing the checkpoint of step {step}"):
+            with self._failure_as_note(f"removing the checkpoint of step {step}"):
                 self.tree.remove(step)
                 self._committed.pop(step, None)
-                self._board.removed(step)
-        for passed in [step for step in self._passed if step is not None and step < self.committed_step]:
-            if passed not in self._policy.pinned:
-                with self._warning(f"removing the checkpoint of step {passed}, which was passed over"):
-                    self.tree.remove(passed)
-                    self._passed.pop(passed)
+                self._reporter.remove_checkpoint(step)
+        for step in [one for one in self._skipped if one is not None and one < self.committed_step]:
+            if step not in self._policy.pinned:
+                with self._failure_as_note(f"removing the skipped checkpoint of step {step}"):
+                    self.tree.remove(step)
+                    self._skipped.pop(step)
 
     @contextlib.contextmanager
-    def _warning(self, what: str) -> Iterator[None]:
+    def _failure_as_note(self, what: str) -> Iterator[None]:
         try:
             yield
         except FineTuneError as error:
             log.warning("%s failed: %s", what, error)
-            self._board.note(f"{what} failed: {error.code}")
+            self._reporter.add_note(f"{what} failed: {error.code}")
 
     def _manifest(self, staged: Staged, entries: list[FileEntry]) -> Manifest:
-        said = staged.facts
+        reported = staged.facts
         return Manifest(
             job=self._job,
             attempt=self._attempt,
             incarnation=staged.incarnation,
-            step=staged.step if staged.step is not None else int(said.get("step") or self._board.step),
-            epoch=said.get("epoch"),
-            samples=said.get("samples"),
-            tokens=said.get("tokens"),
-            eval_loss=said.get("evalLoss"),
+            step=staged.step if staged.step is not None else int(reported.get("step") or self._reporter.step),
+            epoch=reported.get("epoch"),
+            samples=reported.get("samples"),
+            tokens=reported.get("tokens"),
+            eval_loss=reported.get("evalLoss"),
             graceful=staged.graceful,
-            kind=OutputKind(said["outputKind"]) if said.get("outputKind") else None,
+            kind=OutputKind(reported["outputKind"]) if reported.get("outputKind") else None,
             facts=self._facts,
-            extra=said.get("extra") or {},
+            extra=reported.get("extra") or {},
             files=sorted(entries, key=lambda entry: entry.path),
         )
 
     def _count(self, count: int) -> None:
-        self._board.count("uploaded_bytes", count)
+        self._reporter.increment_counter("uploaded_bytes", count)
 
 
-def committed_checkpoints(tree: Tree, committed: Iterable[Committed]) -> list[Checkpoint]:
-    """Committed checkpoints for the status; those whose manifest is damaged come without size."""
+def checkpoints_for_status(tree: Tree, committed: Iterable[Committed]) -> list[Checkpoint]:
+    """Committed checkpoints as the status shows them; without a size where the manifest is damaged."""
     found = []
     for one in committed:
         manifest = tree.manifest(one)

@@ -1,9 +1,9 @@
-"""What has been summed up since the last log line, as a part of the checkpoint.
+"""Saves the sums of the current logging window in the checkpoint.
 
-A logged loss is a mean over `tracking.loggingSteps` steps, and checkpoints and stops fall where they fall. transformers starts
-a new sum when it resumes, so that a resumed run would log a mean over fewer steps than an undisturbed one. Here each rank puts
-its sums into the checkpoint and takes them back: both log the same lines with the same numbers. The same sums tell whether
-what is saved is finite, although it has not been logged yet.
+A logged loss is a mean over `tracking.loggingSteps` steps, and a checkpoint may fall within such a window. transformers starts
+a new sum when it resumes, so that a resumed run would log a mean over fewer steps than an uninterrupted one. Each rank
+therefore writes its sums to the checkpoint and restores them: both runs log the same values. The same sums show whether the
+state to be saved is finite before it is logged.
 """
 
 from __future__ import annotations
@@ -33,37 +33,39 @@ TRAIN = "train"
 
 
 class Sums(LenientModel):
-    """One rank's sums. Floats are written so that they come back as the same bits."""
+    """One rank's sums. JSON floats are written so that they are read back as the same bits."""
 
     since: int = Field(description="Step of the last log line.")
     loss: float = Field(description="Sum of this rank's losses.")
-    ours: dict[str, float | int] = Field(default_factory=dict, description="Sums of our supervised trainer, by name.")
+    ours: dict[str, float | int] = Field(
+        default_factory=dict, description="Sums of the sft trainer of this package, by name."
+    )
     values: dict[str, list[float | int]] = Field(
         default_factory=dict, description="TRL's lists, averaged at a log line."
     )
-    tokens: int = Field(default=0, description="TRL's own count of tokens, over the whole run.")
+    tokens: int = Field(default=0, description="TRL's own token count, over the whole run.")
 
 
 class Window:
-    """One rank's open window, in the fields that transformers and TRL keep it in."""
+    """One rank's current window. transformers and TRL keep its sums in attributes of the trainer."""
 
     def __init__(self, trainer: Any, rank: int, world_size: int) -> None:
         self._trainer, self._rank, self._world_size = trainer, rank, world_size
 
     def write(self, folder: Path) -> None:
-        """Put this rank's sums into a checkpoint."""
+        """Write this rank's sums to a checkpoint."""
         trainer = self._trainer
         sums = Sums(
             since=last_logged_step(trainer), loss=loss_sum(trainer).item(),
-            ours={name: _number(value) for name, value in self._ours().items()},
-            values={name: [_number(one) for one in values] for name, values in self._values().items()},
+            ours={name: _number(value) for name, value in self._own_sums().items()},
+            values={name: [_number(one) for one in values] for name, values in self._trl_values().items()},
             tokens=trained_tokens(trainer),
         )  # fmt: skip
         folder.mkdir(exist_ok=True)
         (folder / FILE.format(rank=self._rank)).write_text(json.dumps(sums.to_wire()))
 
     def read(self, folder: Path) -> None:
-        """Go on with the sums of a checkpoint; one that has none (made by an earlier version) begins anew."""
+        """Restore the sums of a checkpoint. Without a file of sums (an earlier version) the window starts empty."""
         files = sorted(folder.glob(FILE.format(rank="*")))
         found = [Sums.model_validate(json.loads(file.read_text())) for file in files]
         if not found:
@@ -71,31 +73,31 @@ class Window:
         own = folder / FILE.format(rank=self._rank)
         if len(found) == self._world_size and own in files:
             self._set(found[files.index(own)])
-        else:  # another number of ranks: what all had together, split so that means and totals stay
-            self._set(_shared(found, first=self._rank == 0))
+        else:  # another number of ranks: split the sums of all so that means and totals stay the same
+            self._set(_share_of(found, first=self._rank == 0))
 
     def _set(self, sums: Sums) -> None:
         trainer = self._trainer
         set_last_logged_step(trainer, sums.since)
         loss_sum(trainer).fill_(sums.loss)
-        self._ours().update(sums.ours)
-        self._values().update(sums.values)
+        self._own_sums().update(sums.ours)
+        self._trl_values().update(sums.values)
         set_trained_tokens(trainer, sums.tokens)
 
-    def _ours(self) -> dict[str, Any]:
+    def _own_sums(self) -> dict[str, Any]:
         kept: dict[str, dict[str, Any]] = getattr(self._trainer, "_sums", {TRAIN: {}})
         return kept[TRAIN]
 
-    def _values(self) -> MutableMapping[str, Any]:
+    def _trl_values(self) -> MutableMapping[str, Any]:
         return metric_lists(self._trainer)
 
-    def settle(self, model: Any, step: int) -> int:
-        """Tokens of the open window over all ranks, once all agree that what they are about to save is finite.
+    def require_finite(self, model: Any, step: int) -> int:
+        """Check on all ranks that loss and weights are finite; returns the tokens of the current window over all ranks.
 
-        Every rank calls it at the same time. Errors: DivergedError LossNotFinite, WeightsNotFinite.
+        A collective: every rank must call it. Errors: DivergedError LossNotFinite, WeightsNotFinite.
         """
         loss, weights = loss_sum(self._trainer), _norm(model)
-        tokens = _number(self._ours().get("tokens", 0))
+        tokens = _number(self._own_sums().get("tokens", 0))
         facts = torch.tensor(
             [float(not torch.isfinite(loss)), float(not math.isfinite(weights)), tokens],
             dtype=torch.float64, device=self._trainer.args.device,
@@ -105,14 +107,14 @@ class Window:
         bad_loss, bad_weights, tokens = facts.tolist()
         hint = "lower training.learningRate, raise warmupSteps, or use bf16 instead of fp16"
         if bad_loss:
-            raise DivergedError("LossNotFinite", f"the loss before step {step} is no finite number", hint=hint)
+            raise DivergedError("LossNotFinite", f"the loss before step {step} is not finite", hint=hint)
         if bad_weights:
-            raise DivergedError("WeightsNotFinite", f"the weights of step {step} hold no finite numbers", hint=hint)
+            raise DivergedError("WeightsNotFinite", f"the weights of step {step} are not all finite", hint=hint)
         return int(tokens)
 
 
-def _shared(found: list[Sums], *, first: bool) -> Sums:
-    """One rank's share where another number of ranks goes on: losses are averaged over ranks, sums are added up."""
+def _share_of(found: list[Sums], *, first: bool) -> Sums:
+    """One rank's share of all sums when the number of ranks has changed: losses are averaged, other sums are added up."""
     names = {name for one in found for name in one.ours} if first else set()
     return Sums(
         since=found[0].since, loss=sum(one.loss for one in found) / len(found),
@@ -126,7 +128,7 @@ def _number(value: Any) -> float | int:
 
 
 def _norm(model: Any) -> float:
-    """Norm of this rank's part of the trained weights: not finite if any of them is not."""
+    """Norm of this rank's part of the trained weights; not finite if any weight is not."""
     if model is None:
         return 0.0
     trained = [getattr(one, "_local_tensor", one).detach() for one in model.parameters() if one.requires_grad]

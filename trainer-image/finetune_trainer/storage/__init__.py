@@ -1,5 +1,5 @@
-"""Roots that a job writes to and reads from, behind one small interface: S3, a folder, a mounted claim.
+"""Stores behind one small interface: S3, a folder or mounted volume claim, and a web server (to read only).
 
-`base` is the interface, `s3` and `folder` are the two kinds, `roots` opens one from a `StoreTarget`, `preflight` tells what
-is wrong before training starts, `fetch` brings models and data to local disk.
+`base` is the interface; `s3`, `folder` and `web` implement it; `roots` opens a store from a `StoreTarget`; `preflight` checks a
+store before training; `errors` names the failures of S3. `python -m finetune_trainer.storage` is the command for people.
 """

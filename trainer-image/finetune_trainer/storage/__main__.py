@@ -1,9 +1,9 @@
-"""`python -m finetune_trainer.storage list|verify|download <uri>`: what a person does with a job's tree.
+"""`python -m finetune_trainer.storage list|verify|download <uri>`: inspect and download what a job has stored.
 
-The uri is that of a job (`s3://bucket/root/<namespace>/<name>/<uid>`), of one checkpoint (`.../checkpoints/step-00000100`) or
-of the final model (`.../model`). Credentials come from the usual AWS_ variables, as does the key of objects
-that are encrypted with a customer's key (AWS_SSE_CUSTOMER_KEY); endpoint and region from options or AWS_ ones. What is served over
-`https://` can be read where one checkpoint or the model is named; a query, such as a signature, goes with every request.
+The URI names a job (`s3://bucket/root/<namespace>/<name>/<uid>`), one checkpoint (`.../checkpoints/step-00000100`) or the final
+model (`.../model`). Credentials come from the usual AWS_ variables, and so does the key of objects that are encrypted with a
+customer's key (AWS_SSE_CUSTOMER_KEY). Endpoint and region come from options or from AWS_ variables. An `https://` URI must name
+one checkpoint or the model; its query, such as a signature, is sent with every request.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from finetune_api.names import Env, ExitCode
 from finetune_api.pod import StoreTarget
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
+from finetune_trainer.checkpoint.address import Address, download_committed, find_committed, parse_address
 from finetune_trainer.checkpoint.tree import Tree
-from finetune_trainer.storage.committed import Address, address, bring, meant
 from finetune_trainer.storage.roots import open_store
-from finetune_trainer.storage.web import apart
+from finetune_trainer.storage.web import split_query
 
 
 def show(tree: Tree, where: Address) -> None:
-    """One line for each checkpoint and the model."""
-    found = list(meant(tree, where))
+    """Print a line for each checkpoint and for the model."""
+    found = list(find_committed(tree, where))
     print(f"{'WHAT':<16}{'FILES':>6}{'BYTES':>14}  {'HEALTHY':<8}{'MADE BY':<14}URI")
     for one in found:
         manifest = tree.manifest(one)
@@ -38,22 +38,22 @@ def show(tree: Tree, where: Address) -> None:
 
 
 def verify(tree: Tree, where: Address) -> None:
-    """Read every byte and compare. Errors: DataError CheckpointDamaged, naming each object."""
+    """Download every file and compare it with the manifest. Errors: DataError `CheckpointDamaged`."""
     problems: list[str] = []
-    for one in meant(tree, where):
+    for one in find_committed(tree, where):
         with tempfile.TemporaryDirectory() as folder:
-            problem = bring(tree, one, Path(folder))
-        print(f"{tree.uri(one.folder)}: {problem or 'whole and right'}")
+            problem = download_committed(tree, one, Path(folder))
+        print(f"{tree.uri(one.folder)}: {problem or 'complete and undamaged'}")
         problems += [problem] if problem else []
     if problems:
         raise DataError("CheckpointDamaged", f"{len(problems)} damaged: {problems[0]}")
 
 
 def download(tree: Tree, where: Address, target: Path) -> None:
-    """Bring the newest that is meant (the model, if the whole job is) into a folder. Errors: DataError CheckpointDamaged."""
-    found = list(meant(tree, where))
+    """Download the newest checkpoint at the address, or the model of a whole job. Errors: DataError `CheckpointDamaged`."""
+    found = list(find_committed(tree, where))
     one = next((one for one in found if one.step is None), found[0])
-    problem = bring(tree, one, target)
+    problem = download_committed(tree, one, target)
     if problem:
         raise DataError("CheckpointDamaged", problem)
     print(f"{tree.uri(one.folder)} is in {target}")
@@ -71,10 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ca-bundle", help="file with PEM certificates to trust")
     options = parser.parse_args(arguments)
     if options.uri.startswith("https://") and (options.endpoint or options.region or options.addressing_style):
-        parser.error(
-            "--endpoint, --region and --addressing-style are for s3://: an https:// uri says itself where to ask"
-        )
-    where = address(options.uri)
+        parser.error("--endpoint, --region and --addressing-style are for s3:// only: an https:// uri names its server")
+    where = parse_address(options.uri)
     target = StoreTarget(
         uri=where.root, endpoint=options.endpoint, region=options.region, addressing_style=options.addressing_style,
         ca_bundle=options.ca_bundle, encryption=EncryptionType.CUSTOMER_KEY if os.environ.get(Env.STORAGE_CUSTOMER_KEY) else None,
@@ -87,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
             case "verify":
                 verify(tree, where)
             case "download":
-                download(tree, where, options.to or Path(apart(options.uri)[0].rstrip("/").rpartition("/")[2]))
+                download(tree, where, options.to or Path(split_query(options.uri)[0].rstrip("/").rpartition("/")[2]))
     except FineTuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)

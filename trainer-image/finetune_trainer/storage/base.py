@@ -1,7 +1,7 @@
-"""What checkpoints need from a store: whole objects, conditional creation, listings. Nothing else.
+"""The interface of a store: whole objects, conditional creation, listings.
 
-Keys are relative to the store's root, with `/` between parts. Every failure leaves a store as a FineTuneError with a code
-that says whose fault it is (`storage.errors`); a missing object is no failure, it is None.
+Keys are relative to the store's root, with `/` between parts. A store raises only FineTuneErrors, whose exit code says who can
+fix the failure (`storage.errors`). A missing object is not an error but None.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Protocol
 
 CHUNK_BYTES = 4 * 1024 * 1024
 Counter = Callable[[int], None]
-"""Called with the number of bytes that just moved."""
+"""Called with a number of bytes, such as those that were just transferred."""
 
 
 @dataclass(frozen=True)
 class Stat:
-    """An object: key relative to the root, size in bytes, and the store's own version mark (ETag or mtime)."""
+    """An object: key relative to the root, size in bytes, and the store's version tag (ETag or mtime)."""
 
     key: str
     size: int
@@ -28,48 +28,48 @@ class Stat:
 
 
 class Created(Enum):
-    """What a conditional creation found."""
+    """Whether a conditional creation created the object."""
 
     NEW = "new"
     EXISTS = "exists"
 
 
 class Store(Protocol):
-    """A root in a store."""
+    """A store below one root."""
 
     uri: str
     retries: int
-    """Requests that had to be repeated."""
+    """Number of repeated requests."""
 
     def put_file(self, source: Path, key: str, *, count: Counter | None = None) -> None:
-        """Write a file as an object, replacing what is there. Readers see all of it or nothing."""
+        """Upload a file atomically: readers see the old object or the complete new one."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Write a small object, replacing what is there."""
+        """Write a small object, replacing an existing one."""
 
     def create(self, key: str, data: bytes) -> Created:
-        """Write a small object unless one is there. Stores that cannot do this atomically replace it (see `abilities`)."""
+        """Write a small object unless it exists. Not atomic on stores without conditional writes (`preflight.Abilities`)."""
 
     def get(self, key: str) -> bytes | None:
-        """A small object's bytes, or None if there is none."""
+        """The bytes of a small object, or None if it does not exist."""
 
     def download(self, key: str, target: Path, *, count: Counter | None = None) -> str | None:
-        """Bring an object to a file; returns the sha256 (hex) of the bytes written, or None if there is no such object."""
+        """Download an object to a file; returns the sha256 (hex) of its bytes, or None if it does not exist."""
 
     def stat(self, key: str) -> Stat | None:
-        """Size of an object, or None if there is none."""
+        """Size and tag of an object, or None if it does not exist."""
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        """All objects whose key starts with the prefix, in key order."""
+        """All objects whose key starts with the prefix, in the order of their keys."""
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Remove objects; missing ones are no failure."""
+        """Remove objects; missing ones are ignored."""
 
     def sweep(self, prefix: str) -> int:
-        """Remove what half-finished uploads left below the prefix; returns how many there were."""
+        """Remove unfinished uploads below the prefix; returns their number."""
 
     def close(self) -> None:
-        """Let go of connections."""
+        """Close connections."""
 
 
 def sha256_file(path: Path) -> str:
@@ -79,5 +79,5 @@ def sha256_file(path: Path) -> str:
 
 
 def join(*parts: str) -> str:
-    """A key from parts, without empty ones."""
+    """A key from its parts; empty parts are left out."""
     return "/".join(part.strip("/") for part in parts if part.strip("/"))

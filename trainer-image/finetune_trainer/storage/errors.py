@@ -1,7 +1,7 @@
-"""What botocore says, told apart by whose fault it is and what to do about it.
+"""Turns exceptions of botocore into named failures that say who can fix them and how.
 
-One table of S3's error codes and one of botocore's exceptions. The operation names the missing permission; the connection
-names what to look at. No message carries a credential: S3's own messages are never copied, since some repeat what was signed.
+The operation gives the missing permission, the connection gives the field of the spec to correct. No message contains a
+credential: S3's own messages are never copied, because some repeat the signed request.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ PERMISSION = {
     "DeleteObject": "s3:DeleteObject", "DeleteObjects": "s3:DeleteObject",
     "AbortMultipartUpload": "s3:AbortMultipartUpload", "ListMultipartUploads": "s3:ListBucketMultipartUploads",
 }  # fmt: skip
-"""Permission that an operation needs."""
+"""The permission that each operation needs."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """The connection, as far as a message may show it."""
+class Connection:
+    """The parts of a connection that a message may show."""
 
     bucket: str
     endpoint: str | None
     region: str
     addressing: str
     prefix: str = ""
-    """Prefix of the credentials' variables: which of the three connections it is."""
+    """Prefix of the credentials' variables: it tells the three connections apart."""
     encryption: str | None = None
-    """What is asked for with every object."""
+    """The encryption that every request asks for."""
 
     @property
     def host(self) -> str:
@@ -52,98 +52,98 @@ class Place:
         return {"": "storage", "MODEL_": "model.storage", "DATASET_": "dataset.storage"}.get(self.prefix, "storage")
 
 
-def explain(error: Exception, place: Place, *, operation: str = "", key: str = "") -> FineTuneError:
+def explain(error: Exception, connection: Connection, *, operation: str = "", key: str = "") -> FineTuneError:
     """The named failure for an exception of botocore, boto3 or s3transfer."""
     from botocore import exceptions as boto
 
     if isinstance(error, FineTuneError):
         return error
     if isinstance(error, boto.ClientError):
-        return _answered(error, place, operation or error.operation_name, key)
+        return _of_response(error, connection, operation or error.operation_name, key)
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
         return CredentialsError(
-            "CredentialsMissing", f"there are no S3 credentials for bucket {place.bucket} at {place.host}",
-            hint=f"name a Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in {place.field}.credentialsSecretRef, "
+            "CredentialsMissing", f"there are no S3 credentials for bucket {connection.bucket} at {connection.host}",
+            hint=f"name a Secret with AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in {connection.field}.credentialsSecretRef, "
             "or give the pod's ServiceAccount an identity",
         )  # fmt: skip
     if isinstance(error, boto.SSLError):
-        return _tls(error, place)
+        return _tls(error, connection)
     if isinstance(error, OSError) and error.errno in LOCAL:
         return of_local_disk(error)
     if isinstance(error, boto.HTTPClientError | boto.ConnectionError | boto.IncompleteReadError | OSError):
-        return unreachable(place, str(error))
-    if isinstance(error, RecursionError):  # botocore follows a redirect to another region without end
-        return _region(place)
+        return unreachable(connection, str(error))
+    if isinstance(error, RecursionError):  # botocore follows redirects to another region endlessly
+        return _region(connection)
     if isinstance(error, boto.ParamValidationError | ValueError):
         return StorageSetupError(
             "EndpointInvalid",
-            f"{place.field}.endpoint {place.endpoint} cannot be used: {error}",
+            f"{connection.field}.endpoint {connection.endpoint} cannot be used: {error}",
             hint="write https://host",
         )
     causes = [error.__cause__, error.__context__, *(arg for arg in error.args if isinstance(arg, Exception))]
     for cause in causes:
         if isinstance(cause, boto.BotoCoreError | boto.ClientError):
-            return explain(cause, place, operation=operation, key=key)
+            return explain(cause, connection, operation=operation, key=key)
     return StorageError(
-        "StorageFailed", f"{operation or 'a request'} to {place.host} failed: {type(error).__name__}: {error}"
+        "StorageFailed", f"{operation or 'a request'} to {connection.host} failed: {type(error).__name__}: {error}"
     )
 
 
 LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""Errors of files, which no connection has."""
+"""Errno values of local files, never of a connection."""
 
 
 def of_local_disk(error: OSError) -> StorageError:
-    """What went wrong with a file of this pod while bytes came or went: the store has no part in it."""
+    """The failure for an error of a local file during a transfer."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return local_disk_full()
     return StorageError("LocalDiskFailed", f"the pod's local disk failed: {error.strerror or error}")
 
 
-def unreachable(place: Place, why: str = "") -> StorageError:
-    """69: nobody answers."""
-    short = "it refused the connection" if "refused" in why.lower() else "nobody answered"
+def unreachable(connection: Connection, why: str = "") -> StorageError:
+    """The failure for a store that does not respond (69)."""
+    short = "it refused the connection" if "refused" in why.lower() else "it did not respond"
     if "resolve" in why.lower() or "Name or service" in why or "Could not connect" in why:
-        short = "its name cannot be resolved or nobody listens there"
+        short = "its name cannot be resolved, or no server listens there"
     return StorageError(
-        "EndpointUnreachable", f"S3 at {place.host} could not be reached: {short}",
-        hint=f"check {place.field}.endpoint, the network policy and that the store is up",
+        "EndpointUnreachable", f"S3 at {connection.host} could not be reached: {short}",
+        hint=f"check {connection.field}.endpoint, the network policy and that the store is up",
     )  # fmt: skip
 
 
-def _tls(error: Exception, place: Place) -> StorageSetupError:
+def _tls(error: Exception, connection: Connection) -> StorageSetupError:
     text = str(error)
     if "WRONG_VERSION_NUMBER" in text or "record layer" in text.lower():
         why, hint = (
             "it does not speak TLS on this port",
-            f"write http:// in {place.field}.endpoint, or the port that speaks TLS",
+            f"write http:// in {connection.field}.endpoint, or the port that speaks TLS",
         )
     elif "CERTIFICATE_VERIFY_FAILED" in text:
-        why = "its certificate is not signed by anybody this pod trusts, or is for another name"
-        hint = f"name the signer's certificate in {place.field}.caBundleRef"
+        why = "its certificate is not signed by a CA that this pod trusts, or is for another name"
+        hint = f"write the CA's certificate in {connection.field}.caBundleRef"
     elif "No such file" in text or "Invalid path" in text or "invalid path" in text:
-        why, hint = "the CA bundle cannot be read", f"check {place.field}.caBundleRef"
+        why, hint = "the CA bundle cannot be read", f"check {connection.field}.caBundleRef"
     else:
-        why, hint = "the TLS handshake failed", f"check {place.field}.endpoint and {place.field}.caBundleRef"
-    return StorageSetupError("TlsFailed", f"{place.host}: {why}", hint=hint)
+        why, hint = "the TLS handshake failed", f"check {connection.field}.endpoint and {connection.field}.caBundleRef"
+    return StorageSetupError("TlsFailed", f"{connection.host}: {why}", hint=hint)
 
 
-def _region(place: Place) -> StorageSetupError:
+def _region(connection: Connection) -> StorageSetupError:
     return StorageSetupError(
         "RegionWrong",
-        f"bucket {place.bucket} at {place.host} is not in region {place.region}",
-        hint=f"write the bucket's region in {place.field}.region",
+        f"bucket {connection.bucket} at {connection.host} is not in region {connection.region}",
+        hint=f"write the bucket's region in {connection.field}.region",
     )
 
 
-def _answered(error: Exception, place: Place, operation: str, key: str) -> FineTuneError:
+def _of_response(error: Exception, connection: Connection, operation: str, key: str) -> FineTuneError:
     response = getattr(error, "response", {})
     code = str(response.get("Error", {}).get("Code", ""))
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     said = str(response.get("Error", {}).get("Message", ""))
-    where = f"bucket {place.bucket} at {place.host}"
-    named = _of_encryption(code, status, said, place, where, operation) or _named(
-        code, status, said, place, where, operation, key
+    where = f"bucket {connection.bucket} at {connection.host}"
+    named = _of_encryption(code, status, said, connection, where, operation) or _named(
+        code, status, said, connection, where, operation, key
     )
     if named is not None:
         return named
@@ -152,32 +152,36 @@ def _answered(error: Exception, place: Place, operation: str, key: str) -> FineT
     return StorageError("StorageFailed", f"{where} answered {operation} with {status} {code}")
 
 
-def _of_encryption(code: str, status: int, said: str, place: Place, where: str, operation: str) -> FineTuneError | None:
-    """What a store says about keys: the right on the key service by name, a key that is not there, no such thing here."""
-    if status == 403 and (right := _KMS_RIGHT.search(said)):
+def _of_encryption(
+    code: str, status: int, said: str, connection: Connection, where: str, operation: str
+) -> FineTuneError | None:
+    """The failure if the response is about encryption: a missing permission, a wrong key, or an unsupported kind."""
+    if status == 403 and (permission := _KMS_PERMISSION.search(said)):
         return CredentialsError(
-            "PermissionDenied", f"{where} refuses {right[0]}: the key service does not let these credentials use the key",
-            hint=f"grant {right[0]} on the key in {place.field}.encryption.kmsKeyId, or on the bucket's own key",
+            "PermissionDenied", f"{where} refuses {permission[0]}: the key service does not let these credentials use the key",
+            hint=f"grant {permission[0]} on the key in {connection.field}.encryption.kmsKeyId, or on the bucket's own key",
         )  # fmt: skip
-    plain = (place.endpoint or "https").startswith("http://")
+    plain = (connection.endpoint or "https").startswith("http://")
     unreadable = code in ("InvalidArgument", "InvalidRequest") or (code == "400" and not plain)
     if operation in ("HeadObject", "GetObject") and status == 400 and unreadable:
         return StorageSetupError(
-            "EncryptionRefused", f"{where} does not show an object as it is asked for: it is encrypted with a customer's key "
-            "and none was given, with another key, or not with a customer's key at all",
-            hint=f"correct {place.field}.encryption",
+            "EncryptionRefused", f"{where} cannot return an object with the given encryption: it is encrypted with a customer's "
+            "key and none was given, with another key, or without a customer's key",
+            hint=f"correct {connection.field}.encryption",
         )  # fmt: skip
     about_keys = code.startswith("KMS.") or code in _ENCRYPTION_CODES
-    if not about_keys and not (place.encryption and (code in ("InvalidArgument", "InvalidRequest") or status == 501)):
+    if not about_keys and not (
+        connection.encryption and (code in ("InvalidArgument", "InvalidRequest") or status == 501)
+    ):
         return None
-    asked = place.encryption or "the bucket's own"
+    requested = connection.encryption or "the bucket's own"
     return StorageSetupError(
-        "EncryptionRefused", f"{where} does not do the encryption that is asked for ({asked}): {code or status}",
-        hint=f"correct {place.field}.encryption, or leave it out and set the bucket's default",
+        "EncryptionRefused", f"{where} does not support the requested encryption ({requested}): {code or status}",
+        hint=f"correct {connection.field}.encryption, or leave it out and set the bucket's default",
     )  # fmt: skip
 
 
-_KMS_RIGHT = re.compile(r"\bkms:[A-Za-z]+\b")
+_KMS_PERMISSION = re.compile(r"\bkms:[A-Za-z]+\b")
 _ENCRYPTION_CODES = (
     "InvalidEncryptionAlgorithmError", "InvalidEncryptionMethod", "ServerSideEncryptionConfigurationNotFoundError",
     "InvalidSSECustomerKey", "InvalidCustomerKey", "KmsKeyNotFound", "XMinioKMSNotConfigured",
@@ -185,9 +189,9 @@ _ENCRYPTION_CODES = (
 
 
 def _named(
-    code: str, status: int, said: str, place: Place, where: str, operation: str, key: str
+    code: str, status: int, said: str, connection: Connection, where: str, operation: str, key: str
 ) -> FineTuneError | None:
-    group = place.field
+    group = connection.field
     if code == "NoSuchBucket":
         return StorageSetupError(
             "BucketNotFound", f"there is no {where}", hint=f"create it, or correct the bucket in {group}.uri"
@@ -225,33 +229,33 @@ def _named(
         )
         or status == 301
     ):
-        if status == 301 and place.endpoint and "endpoint" in said.lower():
+        if status == 301 and connection.endpoint and "endpoint" in said.lower():
             return StorageSetupError(
-                "AddressingWrong", f"{where} must be addressed differently than {place.addressing}",
-                hint=f"write {group}.addressingStyle: {'path' if place.addressing == 'virtual' else 'virtual'}, or the bucket's own endpoint",
+                "AddressingWrong", f"{where} must be addressed differently than {connection.addressing}",
+                hint=f"write {group}.addressingStyle: {'path' if connection.addressing == 'virtual' else 'virtual'}, or the bucket's own endpoint",
             )  # fmt: skip
         return StorageSetupError(
             "RegionWrong",
-            f"{where} is not in region {place.region}",
+            f"{where} is not in region {connection.region}",
             hint=f"write the bucket's region in {group}.region",
         )
     if code in ("AccessDenied", "AllAccessDisabled", "403", "Forbidden", "AccountProblem") or status == 403:
-        right = PERMISSION.get(operation, operation)
+        permission = PERMISSION.get(operation, operation)
         return CredentialsError(
             "PermissionDenied",
-            f"{where} refuses {right}" + (f" on {key}" if key else ""),
-            hint=f"grant {right} on {place.bucket}",
+            f"{where} refuses {permission}" + (f" on {key}" if key else ""),
+            hint=f"grant {permission} on {connection.bucket}",
         )
     if code == "InvalidBucketName" or (code == "400" and "bucket" in said.lower()):
         return StorageSetupError(
             "AddressingWrong",
-            f"{where}: the store takes another word for the bucket's name",
+            f"{where}: the store reads another part of the address as the bucket's name",
             hint=f"try {group}.addressingStyle: path",
         )
     if status == 400 and ("HTTPS" in said or "HTTP request" in said or code == "400"):
         return StorageSetupError(
             "TlsFailed",
-            f"{place.host} wants TLS, and was spoken to without",
+            f"{connection.host} requires TLS, and the request did not use it",
             hint=f"write https:// in {group}.endpoint",
         )
     return None

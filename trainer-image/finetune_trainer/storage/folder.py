@@ -1,6 +1,7 @@
 """A folder as a store: `file:///path` on a laptop, `pvc://claim/path` in a pod.
 
-Writes go to a hidden neighbour, are flushed to disk and renamed; creation is a hard link, which one of two writers gets.
+An object is written to a hidden file in the same folder, flushed to disk and renamed. Conditional creation uses a hard link:
+of two writers only one succeeds.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from finetune_trainer.storage.errors import of_local_disk
 
 PARTIAL = ".partial-"
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
-"""How file systems without hard links (SMB, many FUSE ones) refuse one."""
+"""Errno values of file systems without hard links (SMB, many FUSE ones)."""
 
 
 class FolderStore:
@@ -88,7 +89,7 @@ class FolderStore:
         return digest.hexdigest()
 
     def stat(self, key: str) -> Stat | None:
-        with self._errors(f"look at {key}"):
+        with self._errors(f"read {key}"):
             try:
                 found = (self.root / key).stat()
             except (FileNotFoundError, NotADirectoryError):
@@ -117,19 +118,19 @@ class FolderStore:
         return len(partial)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to close."""
 
     def _drop_empty(self, folder: Path) -> None:
         while folder != self.root and self.root in folder.parents:
             try:
                 folder.rmdir()
-            except OSError:  # not empty, or somebody else was faster
+            except OSError:  # not empty, or removed by another process
                 return
             folder = folder.parent
 
     @contextlib.contextmanager
     def _writing(self, key: str) -> Iterator[Path]:
-        """A partial file beside `key`; it is gone afterwards unless it was renamed."""
+        """A hidden file next to `key`; it is removed afterwards unless it was renamed."""
         target = self.root / key
         partial = target.parent / f"{PARTIAL}{uuid.uuid4().hex[:12]}"
         with self._errors(f"write {key}"):
@@ -160,13 +161,13 @@ class FolderStore:
                 raise StorageError(
                     "StorageFull",
                     f"cannot {what} below {self.uri}: the disk is full",
-                    hint="make room, or a larger volume",
+                    hint="free space, or use a larger volume",
                 ) from error
             raise StorageError("StorageFailed", f"cannot {what} below {self.uri}: {error.strerror or error}") from error
 
 
 def _files(base: Path) -> Iterator[Path]:
-    """Files below a folder. What goes away meanwhile is not there; what may not be looked into is an error, not emptiness."""
+    """Files below a folder without hidden partial ones. A folder that cannot be read is an error, not empty."""
 
     def refuse(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
@@ -177,7 +178,7 @@ def _files(base: Path) -> Iterator[Path]:
 
 
 def _create_in_place(target: Path, data: bytes) -> Created:
-    """Creation on a file system without hard links: one of two writers makes the file. A reader may see it empty for a moment."""
+    """Conditional creation without hard links. A reader may see the file empty for a moment."""
     try:
         handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:

@@ -1,7 +1,7 @@
-"""The first question to a store: can this job write, read and list there? Answered in seconds, before anything else starts.
+"""Checks, within seconds and before anything else, that the job can write, read and list in its store.
 
-Bucket, region, addressing, TLS, credentials, each permission and the clock are told apart (`storage.errors`); what the store
-can do beyond plain objects is tried out and reported, never relied on.
+Wrong bucket, region, addressing, TLS, credentials, permissions and clock are distinguished (`storage.errors`). What the store
+supports beyond plain objects is tried out and reported, but nothing depends on it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from finetune_trainer.storage.roots import open_store
 from finetune_trainer.storage.s3 import S3Store
 
 PROBES = ".probe"
-IMPATIENT = {"attempts": 2, "connect_timeout": 2.0, "read_timeout": 3.0}
-"""Options of a store that is asked whether it is there at all: the answer must come within 10 s."""
+PREFLIGHT_OPTIONS = {"attempts": 2, "connect_timeout": 2.0, "read_timeout": 3.0}
+"""Options of a store that must respond within 10 s."""
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a store can do, for `status.resolved.storage`."""
+    """What a store supports, for `status.resolved.storage`."""
 
     kind: str
     conditional_writes: bool
@@ -38,22 +38,22 @@ class Abilities:
 
 
 def preflight(target: StoreTarget, *, write: bool = True) -> Abilities:
-    """Try everything that checkpoints need, with a small object of our own.
+    """Try everything that checkpoints need with a small object.
 
     Errors: StorageSetupError (67), CredentialsError (77, naming the permission), StorageError (69 EndpointUnreachable);
     ConfigError `StorageUriInvalid` (64) for a web server, which can only be read.
     """
     if target.uri.startswith("https://"):
         raise ConfigError(
-            "StorageUriInvalid", f"storage.uri is {redact_source(target.uri)}: a web server can only be read, since it has neither a listing "
-            "nor conditional creation",
+            "StorageUriInvalid", f"storage.uri is {redact_source(target.uri)}: a web server can only be read: it has no listing and no "
+            "conditional creation",
             hint="write s3://bucket/prefix, pvc://claim/path or file:///path; checkpoint.resume, model.source and dataset.* may be https://",
         )  # fmt: skip
-    store = open_store(target, **IMPATIENT)
+    store = open_store(target, **PREFLIGHT_OPTIONS)
     try:
         return _try_all(store, write)
     except StorageError as error:
-        raise _sharper(error, store) from error
+        raise _refined(error, store) from error
     finally:
         store.close()
 
@@ -66,7 +66,7 @@ def _try_all(store: Store, write: bool) -> Abilities:
     if not write:
         return Abilities(kind, False)
     key = join(PROBES, uuid.uuid4().hex)
-    store.create(key, b"first")  # that it exists already means that the first answer was lost
+    store.create(key, b"first")  # if it exists already, the response to the first try was lost
     if store.get(key) != b"first":
         raise StorageError("StorageInconsistent", f"{store.uri}: an object just written cannot be read back")
     second = store.create(key, b"second")
@@ -80,37 +80,37 @@ def _try_all(store: Store, write: bool) -> Abilities:
     return Abilities(kind, conditional and second is Created.EXISTS and back == b"first", can_delete)
 
 
-def _sharper(error: StorageError, store: Store) -> FineTuneError:
-    """What is behind it: addressing, if only the bucket's own name does not answer; encryption, if plain objects can be written."""
+def _refined(error: StorageError, store: Store) -> FineTuneError:
+    """A more precise failure: wrong addressing if only the bucket's host name fails, encryption if plain objects can be written."""
     if error.code == "StorageFailed" and isinstance(store, S3Store) and _encryption_fails(store):
         return StorageSetupError(
-            "EncryptionRefused", f"bucket {store.bucket} at {store.place.host} takes objects, and none with the encryption that is "
-            f"asked for ({store.place.encryption})",
-            hint=f"correct {store.place.field}.encryption, or leave it out and set the bucket's default",
+            "EncryptionRefused", f"bucket {store.bucket} at {store.connection.host} accepts objects, but not with the requested "
+            f"encryption ({store.connection.encryption})",
+            hint=f"correct {store.connection.field}.encryption, or leave it out and set the bucket's default",
         )  # fmt: skip
     if error.code != "EndpointUnreachable" or not isinstance(store, S3Store):
         return error
-    place = store.place
-    if place.addressing != "virtual" or not place.endpoint:
+    connection = store.connection
+    if connection.addressing != "virtual" or not connection.endpoint:
         return error
-    parts = urlsplit(place.endpoint)
+    parts = urlsplit(connection.endpoint)
     if not _listens(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)):
         return error
     return StorageSetupError(
-        "AddressingWrong", f"{place.endpoint} answers, but {place.bucket}.{parts.hostname} does not",
-        hint=f"write {place.field}.addressingStyle: path",
+        "AddressingWrong", f"{connection.endpoint} answers, but {connection.bucket}.{parts.hostname} does not",
+        hint=f"write {connection.field}.addressingStyle: path",
     )  # fmt: skip
 
 
 def _encryption_fails(store: S3Store) -> bool:
-    """Whether the same store takes an object that is not to be encrypted: many answer 500 where they hold no keys."""
+    """Whether the store accepts an object without encryption. Many stores respond 500 to encryption without keys."""
     if store.target.encryption is None:
         return False
     plain = S3Store(store.target.model_copy(update={"encryption": None}), attempts=2, connect_timeout=2, read_timeout=3)
     key = join(PROBES, uuid.uuid4().hex)
     try:
         plain.put(key, b"")
-        with contextlib.suppress(CredentialsError):  # no right to delete is another matter
+        with contextlib.suppress(CredentialsError):  # a missing right to delete is reported elsewhere
             plain.delete([key])
     except FineTuneError:
         return False

@@ -1,4 +1,4 @@
-"""From a `StoreTarget` to an open store."""
+"""Opens the store that a `StoreTarget` describes."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from finetune_trainer.storage.web import WebStore
 
 
 def open_store(target: StoreTarget, **options: float) -> Store:
-    """Open a root; nothing is asked of the network yet. `options` are S3Store's and WebStore's.
+    """Open a store without a request to the network. `options` are those of S3Store and WebStore.
 
-    Errors: ConfigError `StorageUriInvalid` for a notation that is no root.
+    Errors: ConfigError `StorageUriInvalid` for a URI of another kind.
     """
     scheme, _, rest = target.uri.partition("://")
     match scheme:
@@ -31,6 +31,6 @@ def open_store(target: StoreTarget, **options: float) -> Store:
         case "https":
             return WebStore(target, **options)  # type: ignore[arg-type] # as above
     raise ConfigError(
-        "StorageUriInvalid", f"{redact_source(target.uri)!r} is no root that can be written to or read",
+        "StorageUriInvalid", f"{redact_source(target.uri)!r} is not the URI of a store",
         hint="write s3://bucket/prefix, pvc://claim/path or file:///path, or https://host/path to read only",
     )  # fmt: skip

@@ -1,8 +1,8 @@
-"""S3 and what speaks like it, through boto3 with its classic transfer client.
+"""S3 and compatible stores, through boto3 with its classic transfer client.
 
-boto3's CRT client ignores a custom endpoint, and its default checksums are refused by some compatible stores: both are
-pinned here. Retries are more than botocore's three, since a checkpoint is worth waiting for. Conditional creation uses
-If-None-Match and recognises a lost response: whether an object that "exists" is our own is the caller's to compare.
+boto3's CRT client ignores a custom endpoint, and some compatible stores refuse its default checksums: both are switched off.
+Requests are retried more often than botocore's three times, because a lost checkpoint costs more than a delay. Conditional
+creation uses If-None-Match. After a lost response the object exists: the caller compares whether it is its own.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from finetune_api.pod import StoreTarget
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
 from finetune_trainer.storage.base import Counter, Created, Stat, join
-from finetune_trainer.storage.errors import Place, explain, status_of
+from finetune_trainer.storage.errors import Connection, explain, status_of
 
 MIB = 1024 * 1024
 PART_BYTES = 8 * MIB
 RANGE_BYTES = 8 * MIB
 MAX_PARTS = 9000
 CONCURRENCY = 10
-"""Parts or ranges at a time; with the one being hashed, at most 88 MiB of a download are in memory."""
+"""Parts or ranges that are transferred in parallel. With the one being hashed, at most 88 MiB of a download are in memory."""
 ATTEMPTS = 9
 DEFAULT_REGION = "us-east-1"
 CUSTOMER_KEY_BYTES = 32
-BATCH = 1000
-"""Most keys of one DeleteObjects request."""
+MAX_DELETE_KEYS = 1000
+"""Limit of S3 for one DeleteObjects request."""
 CONFLICT_SECONDS = 0.2
-NO_CONDITIONS = ("NotImplemented", "InvalidArgument", "InvalidRequest")
-"""What stores say to `If-None-Match` on a PUT if they do not know it; what else may be meant shows without it."""
-NO_BATCHES = (
+CONDITIONS_UNSUPPORTED = ("NotImplemented", "InvalidArgument", "InvalidRequest")
+"""Error codes for `If-None-Match` on a PUT of stores that do not support it. If another cause is meant, the plain PUT fails too."""
+BATCHES_UNSUPPORTED = (
     "NotImplemented",
     "MethodNotAllowed",
     "MissingContentMD5",
@@ -50,7 +50,7 @@ NO_BATCHES = (
     "InvalidArgument",
     "InvalidRequest",
 )
-"""What stores say to a deletion of several objects at once, or to how its body is signed, if they do not know it."""
+"""Error codes for DeleteObjects of stores that do not support it, or not the way its body is signed."""
 
 
 class S3Store:
@@ -65,15 +65,15 @@ class S3Store:
         self.bucket, self.prefix = match[1], (match[2] or "").strip("/")
         self.uri = target.uri.rstrip("/")
         self.target = target
-        self.place = place_of(target, self.bucket)
+        self.connection = connection_of(target, self.bucket)
         self.retries = 0
         self.conditional = True
-        """Whether the store creates only what is not there, until it says no."""
+        """Whether the store supports conditional writes: True until it refuses one."""
         self._batches = True
-        """Whether several objects can be deleted at once, until the store says no."""
+        """Whether the store supports DeleteObjects: True until it refuses it."""
         self._lock = threading.Lock()
-        self._sealed = sealing(target, self.place)
-        self._client = _client(target, self.place, attempts, connect_timeout, read_timeout)
+        self._encryption = encryption_arguments(target, self.connection)
+        self._client = _client(target, self.connection, attempts, connect_timeout, read_timeout)
         self._client.meta.events.register("needs-retry.s3", self._count_retry)
 
     def _count_retry(self, attempts: int = 1, **_ignored: Any) -> None:
@@ -83,7 +83,7 @@ class S3Store:
 
     @property
     def client(self) -> Any:
-        """The boto3 client, for what is special to S3 (preflight)."""
+        """The boto3 client."""
         return self._client
 
     def key(self, key: str) -> str:
@@ -106,37 +106,37 @@ class S3Store:
                 self.key(key),
                 Config=_transfer(size),
                 Callback=count,
-                ExtraArgs=self._sealed.write,
+                ExtraArgs=self._encryption.write,
             )
         except Exception as error:
             found = self.stat(key) if _lost_completion(error) else None
             if found is None or found.size != size:
-                raise explain(error, self.place, key=key) from error
+                raise explain(error, self.connection, key=key) from error
 
     def put(self, key: str, data: bytes) -> None:
         try:
-            self._client.put_object(Bucket=self.bucket, Key=self.key(key), Body=data, **self._sealed.write)
+            self._client.put_object(Bucket=self.bucket, Key=self.key(key), Body=data, **self._encryption.write)
         except Exception as error:
-            raise explain(error, self.place, key=key) from error
+            raise explain(error, self.connection, key=key) from error
 
     def create(self, key: str, data: bytes) -> Created:
         for last in (False, False, False, True):
             try:
                 self._client.put_object(
-                    Bucket=self.bucket, Key=self.key(key), Body=data, IfNoneMatch="*", **self._sealed.write
+                    Bucket=self.bucket, Key=self.key(key), Body=data, IfNoneMatch="*", **self._encryption.write
                 )
                 return Created.NEW
             except Exception as error:
                 status, code = status_of(error)
                 if status == 412 or code == "PreconditionFailed":
                     return Created.EXISTS
-                if status == 409 and not last:  # somebody else is writing it: ask again
+                if status == 409 and not last:  # another writer is creating the object
                     time.sleep(CONFLICT_SECONDS)
                     continue
-                if status == 501 or code in NO_CONDITIONS:
+                if status == 501 or code in CONDITIONS_UNSUPPORTED:
                     self.conditional = False
                     break
-                raise explain(error, self.place, key=key) from error
+                raise explain(error, self.connection, key=key) from error
         if self.stat(key) is not None:
             return Created.EXISTS
         self.put(key, data)
@@ -144,25 +144,25 @@ class S3Store:
 
     def delete(self, keys: Iterable[str]) -> None:
         names = [self.key(key) for key in keys]
-        for start in range(0, len(names), BATCH):
-            batch = names[start : start + BATCH]
+        for start in range(0, len(names), MAX_DELETE_KEYS):
+            batch = names[start : start + MAX_DELETE_KEYS]
             if not (self._batches and self._delete_batch(batch)):
                 self._batches = False
                 for name in batch:
                     self._delete_one(name)
 
     def _delete_batch(self, names: list[str]) -> bool:
-        """Whether the store knows this request; what it refuses otherwise is an error."""
-        asked = {"Objects": [{"Key": name} for name in names], "Quiet": True}
+        """Delete several objects; returns False if the store does not support this request."""
+        request = {"Objects": [{"Key": name} for name in names], "Quiet": True}
         try:
-            answer = self._client.delete_objects(Bucket=self.bucket, Delete=asked)
+            answer = self._client.delete_objects(Bucket=self.bucket, Delete=request)
         except Exception as error:
             status, code = status_of(error)
-            if status in (405, 501) or code in NO_BATCHES:
+            if status in (405, 501) or code in BATCHES_UNSUPPORTED:
                 return False
-            raise explain(error, self.place, operation="DeleteObjects") from error
+            raise explain(error, self.connection, operation="DeleteObjects") from error
         for failed in answer.get("Errors", []):
-            raise _refused_delete(failed, self.place)
+            raise _refused_delete(failed, self.connection)
         return True
 
     def _delete_one(self, name: str) -> None:
@@ -170,10 +170,10 @@ class S3Store:
             self._client.delete_object(Bucket=self.bucket, Key=name)
         except Exception as error:
             if not _missing(error):
-                raise explain(error, self.place, operation="DeleteObject", key=name) from error
+                raise explain(error, self.connection, operation="DeleteObject", key=name) from error
 
     def sweep(self, prefix: str) -> int:
-        """Abort multipart uploads that a killed process left below the prefix."""
+        """Abort the multipart uploads that killed processes left below the prefix."""
         swept = 0
         try:
             pages = self._client.get_paginator("list_multipart_uploads").paginate(
@@ -183,7 +183,7 @@ class S3Store:
                 self._client.abort_multipart_upload(Bucket=self.bucket, Key=upload["Key"], UploadId=upload["UploadId"])
                 swept += 1
         except Exception as error:
-            raise explain(error, self.place, operation="ListMultipartUploads") from error
+            raise explain(error, self.connection, operation="ListMultipartUploads") from error
         return swept
 
     # ---- reading ----
@@ -191,17 +191,17 @@ class S3Store:
     def get(self, key: str) -> bytes | None:
         for last in (False, False, True):
             try:
-                body = self._client.get_object(Bucket=self.bucket, Key=self.key(key), **self._sealed.read)["Body"]
+                body = self._client.get_object(Bucket=self.bucket, Key=self.key(key), **self._encryption.read)["Body"]
                 return bytes(body.read())
             except Exception as error:
                 if _missing(error):
                     return None
                 if last or status_of(error)[0]:
-                    raise explain(error, self.place, key=key) from error
+                    raise explain(error, self.connection, key=key) from error
         raise AssertionError("unreachable")
 
     def download(self, key: str, target: Path, *, count: Counter | None = None) -> str | None:
-        """Several ranges at a time, hashed in order while the next ones come: no second pass over the file."""
+        """Ranges are downloaded in parallel and hashed in order, so that the file is not read again."""
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             found = self.stat(key)
@@ -210,34 +210,34 @@ class S3Store:
             digest = hashlib.sha256()
             starts = range(0, found.size, RANGE_BYTES)
             with target.open("wb") as writer, ThreadPoolExecutor(min(CONCURRENCY, max(1, len(starts)))) as pool:
-                coming: deque[Future[bytes]] = deque()
+                pending: deque[Future[bytes]] = deque()
                 for start in starts:
-                    coming.append(pool.submit(self._range, key, found, start))
-                    if len(coming) > CONCURRENCY:
-                        _take(coming.popleft().result(), digest, writer, count)
-                while coming:
-                    _take(coming.popleft().result(), digest, writer, count)
+                    pending.append(pool.submit(self._range, key, found, start))
+                    if len(pending) > CONCURRENCY:
+                        _append(pending.popleft().result(), digest, writer, count)
+                while pending:
+                    _append(pending.popleft().result(), digest, writer, count)
         except Exception as error:
             if _missing(error):
                 return None
-            raise explain(error, self.place, operation="GetObject", key=key) from error
+            raise explain(error, self.connection, operation="GetObject", key=key) from error
         return digest.hexdigest()
 
     def _range(self, key: str, found: Stat, start: int) -> bytes:
-        """One range of an object; broken streams are asked for again. An object that changes on the way is an error."""
+        """Download one range of an object; broken streams are repeated. Errors: StorageError `ObjectChanged`."""
         end = min(start + RANGE_BYTES, found.size) - 1
         tries = 4
         while True:
             tries -= 1
             try:
-                answer = self._client.get_object(
-                    Bucket=self.bucket, Key=self.key(key), Range=f"bytes={start}-{end}", **self._sealed.read
+                response = self._client.get_object(
+                    Bucket=self.bucket, Key=self.key(key), Range=f"bytes={start}-{end}", **self._encryption.read
                 )
-                if found.tag and str(answer.get("ETag", "")).strip('"') != found.tag:
+                if found.tag and str(response.get("ETag", "")).strip('"') != found.tag:
                     raise StorageError("ObjectChanged", f"{self.uri}/{key} changed while it was read")
-                data = bytes(answer["Body"].read())
+                data = bytes(response["Body"].read())
                 if len(data) != end - start + 1:
-                    raise ConnectionError(f"{len(data)} of {end - start + 1} bytes came")
+                    raise ConnectionError(f"{len(data)} of {end - start + 1} bytes were received")
                 return data
             except Exception as error:
                 if tries == 0 or status_of(error)[0] or isinstance(error, StorageError):
@@ -245,11 +245,11 @@ class S3Store:
 
     def stat(self, key: str) -> Stat | None:
         try:
-            found = self._client.head_object(Bucket=self.bucket, Key=self.key(key), **self._sealed.read)
+            found = self._client.head_object(Bucket=self.bucket, Key=self.key(key), **self._encryption.read)
         except Exception as error:
             if _missing(error):
                 return None
-            raise explain(error, self.place, operation="HeadObject", key=key) from error
+            raise explain(error, self.connection, operation="HeadObject", key=key) from error
         return Stat(key, int(found["ContentLength"]), str(found.get("ETag", "")).strip('"'))
 
     def list(self, prefix: str) -> Iterator[Stat]:
@@ -260,54 +260,54 @@ class S3Store:
                 for one in page.get("Contents", []):
                     yield Stat(one["Key"][cut:], int(one["Size"]), str(one.get("ETag", "")).strip('"'))
         except Exception as error:
-            raise explain(error, self.place, operation="ListObjectsV2") from error
+            raise explain(error, self.connection, operation="ListObjectsV2") from error
 
     def close(self) -> None:
         self._client.close()
 
 
-def _take(data: bytes, digest: Any, writer: IO[bytes], count: Counter | None) -> None:
+def _append(data: bytes, digest: Any, writer: IO[bytes], count: Counter | None) -> None:
     digest.update(data)
     writer.write(data)
     if count:
         count(len(data))
 
 
-def place_of(target: StoreTarget, bucket: str) -> Place:
-    """The connection's public facts, with what is filled in for what is absent."""
+def connection_of(target: StoreTarget, bucket: str) -> Connection:
+    """The connection that a target describes, with the defaults for what it leaves out."""
     endpoint = target.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     style = target.addressing_style or (AddressingStyle.PATH if endpoint else AddressingStyle.VIRTUAL)
     region = target.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or DEFAULT_REGION
-    asked = target.encryption.value if target.encryption else None
-    return Place(bucket, endpoint, region, style.value, target.credentials_prefix, asked)
+    encryption = target.encryption.value if target.encryption else None
+    return Connection(bucket, endpoint, region, style.value, target.credentials_prefix, encryption)
 
 
 @dataclass(frozen=True)
-class Sealing:
-    """Arguments of requests that write, and of those that read: a key of ours is needed for both, the store's for none."""
+class EncryptionArguments:
+    """Arguments of requests that write and that read. Reading needs some only with a customer's key."""
 
     write: dict[str, Any]
     read: dict[str, Any]
 
 
-def sealing(target: StoreTarget, place: Place) -> Sealing:
-    """How objects of this store are encrypted at rest.
+def encryption_arguments(target: StoreTarget, connection: Connection) -> EncryptionArguments:
+    """The request arguments for the encryption at rest that the target asks for.
 
-    Errors: ConfigError `CustomerKeyInvalid` if the Secret holds no 32 bytes in base64.
+    Errors: ConfigError `CustomerKeyInvalid` if the Secret does not hold 32 bytes in base64.
     """
     match target.encryption:
         case EncryptionType.S3:
-            return Sealing({"ServerSideEncryption": "AES256"}, {})
+            return EncryptionArguments({"ServerSideEncryption": "AES256"}, {})
         case EncryptionType.KMS:
             named = {"SSEKMSKeyId": target.kms_key_id} if target.kms_key_id else {}
-            return Sealing({"ServerSideEncryption": "aws:kms", **named}, {})
+            return EncryptionArguments({"ServerSideEncryption": "aws:kms", **named}, {})
         case EncryptionType.CUSTOMER_KEY:
-            key = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": _customer_key(target, place)}
-            return Sealing(key, key)
-    return Sealing({}, {})
+            key = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": _customer_key(target, connection)}
+            return EncryptionArguments(key, key)
+    return EncryptionArguments({}, {})
 
 
-def _customer_key(target: StoreTarget, place: Place) -> bytes:
+def _customer_key(target: StoreTarget, connection: Connection) -> bytes:
     text = os.environ.get(target.customer_key_variable or Env.STORAGE_CUSTOMER_KEY, "")
     try:
         key = base64.b64decode(text.strip(), validate=True)
@@ -316,22 +316,24 @@ def _customer_key(target: StoreTarget, place: Place) -> bytes:
     if len(key) != CUSTOMER_KEY_BYTES:
         raise ConfigError(
             "CustomerKeyInvalid",
-            f"the Secret of {place.field}.encryption.customerKeySecretRef does not hold {CUSTOMER_KEY_BYTES} bytes in base64",
+            f"the Secret of {connection.field}.encryption.customerKeySecretRef does not hold {CUSTOMER_KEY_BYTES} bytes in base64",
             hint="make one with `openssl rand -base64 32`",
         )
     return key
 
 
-def _client(target: StoreTarget, place: Place, attempts: int, connect_timeout: float, read_timeout: float) -> Any:
+def _client(
+    target: StoreTarget, connection: Connection, attempts: int, connect_timeout: float, read_timeout: float
+) -> Any:
     import boto3
     from botocore.config import Config
 
     custom = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
     config = Config(
-        s3={"addressing_style": place.addressing},
+        s3={"addressing_style": connection.addressing},
         retries={"total_max_attempts": attempts, "mode": "standard"},
         connect_timeout=connect_timeout, read_timeout=read_timeout, tcp_keepalive=True, max_pool_connections=4 * CONCURRENCY,
-        signature_version="s3v4", **(custom if place.endpoint else {}),
+        signature_version="s3v4", **(custom if connection.endpoint else {}),
     )  # fmt: skip
     prefix = target.credentials_prefix
     keys = {
@@ -342,15 +344,15 @@ def _client(target: StoreTarget, place: Place, attempts: int, connect_timeout: f
     given = {name: value for name, value in keys.items() if value} if prefix else {}
     try:
         return boto3.session.Session().client(
-            "s3", endpoint_url=place.endpoint, region_name=place.region, config=config,
+            "s3", endpoint_url=connection.endpoint, region_name=connection.region, config=config,
             verify=target.ca_bundle or None, **given,
         )  # fmt: skip
     except Exception as error:
-        raise explain(error, place) from error
+        raise explain(error, connection) from error
 
 
 def _transfer(size: int) -> Any:
-    """Parts that suit a file of `size` bytes: never more than S3's limit of parts."""
+    """The transfer settings for a file of `size` bytes: its parts stay below S3's limit on their number."""
     from boto3.s3.transfer import TransferConfig
 
     part = max(PART_BYTES, -(-size // MAX_PARTS // MIB) * MIB)
@@ -368,12 +370,12 @@ def _missing(error: Exception) -> bool:
 
 
 def _lost_completion(error: Exception) -> bool:
-    """Whether completing a multipart upload may have worked although its answer was lost."""
+    """Whether a multipart upload may be complete although its response was lost."""
     return "NoSuchUpload" in str(error) or isinstance(error, StorageError)
 
 
-def _refused_delete(failed: dict[str, Any], place: Place) -> Exception:
+def _refused_delete(failed: dict[str, Any], connection: Connection) -> Exception:
     from botocore.exceptions import ClientError
 
     answer = {"Error": {"Code": failed.get("Code", ""), "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": 0}}
-    return explain(ClientError(answer, "DeleteObjects"), place, key=str(failed.get("Key", "")))
+    return explain(ClientError(answer, "DeleteObjects"), connection, key=str(failed.get("Key", "")))

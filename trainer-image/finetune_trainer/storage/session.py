@@ -1,6 +1,6 @@
-"""What we ask of requests: certificates on top of its own, no repeats behind our back, no way out of TLS.
+"""A session of requests with additional CA certificates, without automatic retries, and without redirects that leave TLS.
 
-A module of its own, since it is imported only where something is read from the web.
+It is a separate module because requests is only imported when something is read from the web.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from requests.adapters import HTTPAdapter
 
 
 class Adapter(HTTPAdapter):
-    """Connections that are kept, to the server or through a proxy, with `context` beside requests' own certificates."""
+    """A pool of connections, direct or through a proxy, with the CA certificates of `context` and of requests."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self._context = context
@@ -29,7 +29,7 @@ class Adapter(HTTPAdapter):
         return super().proxy_manager_for(proxy, ssl_context=self._context, **options)
 
     def cert_verify(self, conn: Any, url: str, verify: Any, cert: Any) -> None:
-        """Errors: StorageSetupError `TlsFailed` for a variable that names a file which is not there."""
+        """Errors: StorageSetupError `TlsFailed` if REQUESTS_CA_BUNDLE names a file that does not exist."""
         try:
             super().cert_verify(conn, url, verify, cert)
         except OSError as error:
@@ -39,7 +39,7 @@ class Adapter(HTTPAdapter):
 
 
 class Session(requests.Session):
-    """Follows redirects, but never to where an answer can be changed on its way."""
+    """Follows redirects only to https, where a response cannot be modified in transit."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         """Errors: StorageSetupError `RedirectRefused`."""
@@ -47,15 +47,15 @@ class Session(requests.Session):
         parts = urlsplit(target or "")
         if parts.scheme not in ("", "https"):
             raise StorageSetupError(
-                "RedirectRefused", f"{redact_source(resp.url)} is redirected to {parts.scheme}://{parts.hostname}, and what comes from "
-                "there can be changed on its way",
-                hint="write the https address that it really has",
+                "RedirectRefused", f"{redact_source(resp.url)} is redirected to {parts.scheme}://{parts.hostname}, where a response "
+                "can be modified in transit",
+                hint="write the https address of the redirect's target",
             )  # fmt: skip
         return target
 
 
 def session_on(adapter: Adapter) -> Session:
-    """A session for one request: its cookies are nobody else's, its connections the adapter's."""
+    """A session for one request: it has its own cookies and shares the adapter's connections."""
     session = Session()
     session.mount("https://", adapter)
     return session

@@ -1,5 +1,7 @@
-"""PID 1 of a trainer pod. It imports no torch: it answers HTTP within a second and costs little memory.
+"""PID 1 of a trainer pod. It imports no torch, so that it answers HTTP within a second and needs little memory.
 
-`supervise` tells the story; `prepare` fetches and checks, `children` starts, reaps and kills processes, `line` hears the
-ranks, `board` knows what they said, `server` answers HTTP, `settings` are the environment.
+`supervise` is the sequence from pod start to exit code. `prepare` and `fetch` download and check the inputs, `agent_process`
+starts the ranks, `rank_channel` receives their messages and `rank_messages` applies them, `staging` hands checkpoints to the
+uploader, `run_state` holds what is known about the run, `server` serves it over HTTP, `stall` detects a run that no longer
+progresses, `exit_decision` chooses the exit code.
 """

@@ -1,6 +1,6 @@
-"""Everything between pod start and the ranks' first look at data: is storage usable, fetch, check, restore.
+"""Everything between the pod's start and training: check storage, fetch the inputs, check them, restore the checkpoint.
 
-It runs beside the ranks' imports. Its failures end the pod before training, with the code that says whose fault it is.
+It runs while the ranks import. A failure here ends the pod before training, with the exit code of whoever can fix it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from finetune_api.errors import StorageError
 from finetune_api.names import CONFIGMAP_MOUNT, Reason
@@ -22,79 +22,95 @@ from finetune_trainer.checkpoint.manifest import RunFacts
 from finetune_trainer.checkpoint.restore import Restored, restore
 from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.inputs import Inputs, RestoredCheckpoint
+from finetune_trainer.settings import Settings
 from finetune_trainer.storage.base import sha256_file
-from finetune_trainer.storage.fetch import Fetcher, digest_of, fingerprint
 from finetune_trainer.storage.preflight import preflight
-
-if TYPE_CHECKING:
-    from finetune_trainer.supervisor.board import Board
+from finetune_trainer.supervisor.fetch import Fetcher, digest_of, fingerprint
+from finetune_trainer.supervisor.run_state import RunState
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
-BUSY_PAUSES = (1.0, 2.0, 4.0, 8.0)
-NUMBERS = ("model", "method", "trainer", "dataset", "training", "evaluation")
-BESIDE = (
+BUSY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
+COMPARED_GROUPS = ("model", "method", "trainer", "dataset", "training", "evaluation")
+"""Groups of the spec that influence the numbers of a run."""
+NOT_HASHED = (
     "batchSizePerDevice", "gradientAccumulationSteps", "learningRate", "gradientCheckpointing", "storage", "tokenSecretRef",
 )  # fmt: skip
-"""What an attempt may change and is told by itself, and how sources are reached."""
+"""Fields of those groups that are compared by themselves, or that only say how a source is reached."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
 
 
 class Preparation:
-    """Fetches and checks for one pod; `run` returns what the ranks need and what the uploader must know."""
+    """The steps of preparing one pod, in the order in which they are called."""
 
-    def __init__(self, run: RunConfig, config_sha256: str, work: Path, board: Board, *, node_rank: int = 0) -> None:
-        self._run, self._sha256, self._work, self._board, self._node_rank = run, config_sha256, work, board, node_rank
+    def __init__(self, run: RunConfig, config_sha256: str, settings: Settings, run_state: RunState) -> None:
+        self._run, self._sha256, self._work = run, config_sha256, settings.work
+        self._node_rank, self._state = settings.node_rank, run_state
         self._bytes = 0
 
     def preflight(self) -> None:
-        """Is the job's own root usable? Errors: 67, 69, 77."""
+        """Check that the job's storage can be used. Errors: 67, 69, 77."""
         self._timed("preflight", self._preflight)
 
     def _preflight(self) -> None:
-        abilities = self._patiently(lambda: preflight(self._run.storage, write=self._node_rank == 0))
+        abilities = self._retry_while_busy(lambda: preflight(self._run.storage, write=self._node_rank == 0))
         if self._node_rank == 0:
-            self._board.resolve(Resolved(storage=abilities.to_wire()))
+            self._state.merge_resolved(Resolved(storage=abilities.to_wire()))
             if not abilities.can_delete:
-                self._board.note("storage: s3:DeleteObject is not granted; old checkpoints stay")
+                self._state.add_note("storage: s3:DeleteObject is not granted; old checkpoints stay")
 
-    def _patiently(self, ask: Callable[[], T]) -> T:
-        """A store that answers, and is busy, is asked again; what is set up wrongly, or does not answer, is told at once."""
-        for pause in BUSY_PAUSES:
+    def _retry_while_busy(self, ask: Callable[[], T]) -> T:
+        """Repeat a request while the store answers that it is busy. Wrong settings and unreachable stores fail at once."""
+        for pause in BUSY_PAUSES_SECONDS:
             try:
                 return ask()
             except StorageError as error:
                 if error.code != "StorageFailed":
                     raise
-                log.warning("storage is busy, asked again in %.0f s: %s", pause, error)
+                log.warning("storage is busy, retry in %.0f s: %s", pause, error)
                 time.sleep(pause)
         return ask()
 
     def fetch(self) -> tuple[Inputs, RunFacts]:
-        """Bring everything to local disk and check the rows. Errors: 64, 65, 66, 67, 69, 77."""
-        self._board.stage(Stage.DOWNLOADING)
+        """Download all inputs to the local disk and check the rows. Errors: 64, 65, 66, 67, 69, 77."""
+        self._state.enter_stage(Stage.DOWNLOADING)
         inputs = self._timed("fetch", self._fetch)
-        self._board.stage(Stage.CHECKING)
+        self._state.enter_stage(Stage.CHECKING)
         self._timed("check", lambda: self._check(inputs))
-        facts = facts_of(self._run, self._sha256, inputs)
-        return inputs, facts
+        return inputs, run_facts_of(self._run, self._sha256, inputs)
+
+    def claim_storage(self, tree: Tree) -> None:
+        """Fence out earlier attempts, then remove what killed incarnations left. Rank 0's pod does it for the gang.
+
+        The order matters: an earlier attempt that still runs commits nothing after `begin_attempt`, so that the sweep
+        cannot remove data that it is about to commit. Errors: Fenced if a later attempt has begun.
+        """
+        if self._node_rank > 0:
+            return
+        tree.require_newest_attempt(self._run.attempt)
+        tree.begin_attempt(self._run.attempt, self._run.to_bytes())
+        sweep(tree, self._state)
 
     def restore(self, tree: Tree, facts: RunFacts) -> Restored:
-        """The checkpoint to go on from. Errors: 64 CheckpointIncompatible, 73."""
-        self._board.stage(Stage.RESTORING)
-        found = self._timed(
+        """Download the checkpoint to resume from. Errors: 64 `CheckpointIncompatible`, 73."""
+        self._state.enter_stage(Stage.RESTORING)
+        restored = self._timed(
             "restore",
             lambda: restore(
                 tree, self._run.resume, facts, self._work / "output", count=self._count, attempt=self._run.attempt
             ),
         )
-        for sentence in found.damaged:
-            self._board.problem(Reason.CHECKPOINT_DAMAGED, sentence)
-            self._board.note(f"passed over: {sentence}")  # stays when the next commit has made the condition well again
-        if found.manifest is not None:
-            self._board.resumed_from_step = found.step
-            self._board.resolve(Resolved(resume_exact=found.exact, resume_note=found.note))
-        return found
+        for sentence in restored.damaged:
+            self._state.record_checkpoint_problem(Reason.CHECKPOINT_DAMAGED, sentence)
+            self._state.add_note(f"skipped: {sentence}")  # the problem is cleared by the next commit, the note stays
+        if restored.manifest is not None:
+            self._state.resumed_from_step = restored.step
+            self._state.merge_resolved(Resolved(resume_exact=restored.exact, resume_note=restored.note))
+            if restored.changed_inputs:
+                self._state.add_note(
+                    f"resumed from step {restored.step} with changed {', '.join(restored.changed_inputs)}"
+                )
+        return restored
 
     def _fetch(self) -> Inputs:
         spec, fetcher = self._run.spec, Fetcher(self._run, self._work, count=self._count)
@@ -131,8 +147,8 @@ class Preparation:
 
         summary = check_files(self._run, inputs)
         for note in summary.notes:
-            self._board.note(note)
-        self._board.resolve(
+            self._state.add_note(note)
+        self._state.merge_resolved(
             Resolved(
                 model_revision=inputs.model_revision,
                 dataset_digest=inputs.dataset_digest,
@@ -146,23 +162,35 @@ class Preparation:
         try:
             return work()
         finally:
-            self._board.timing(name, time.monotonic() - started)
+            self._state.add_timing(name, time.monotonic() - started)
 
     def _count(self, count: int) -> None:
         self._bytes += count
-        self._board.stage(self._board.current_stage, f"{self._bytes / 1e6:.0f} MB")
+        self._state.enter_stage(self._state.current_stage, f"{self._bytes / 1e6:.0f} MB")
 
 
-def with_restored(inputs: Inputs, found: Restored) -> Inputs:
-    """The inputs with the checkpoint to resume from."""
-    if found.manifest is None or found.path is None:
+def sweep(tree: Tree, run_state: RunState) -> None:
+    """Remove what killed incarnations left. Leftovers only cost space: a missing permission is noted and fails nothing."""
+    swept = tree.sweep()
+    if swept.count:
+        log.info("removed %d objects of unfinished uploads", swept.count)
+    if swept.problem is not None:
+        log.warning("removing unfinished uploads failed: %s", swept.problem)
+        run_state.add_note(f"storage: unfinished uploads could not be removed: {swept.problem.message}")
+
+
+def with_restored(inputs: Inputs, restored: Restored) -> Inputs:
+    """The inputs with the checkpoint to resume from, if there is one."""
+    if restored.manifest is None or restored.path is None:
         return inputs
-    restored = RestoredCheckpoint(path=found.path, step=found.step, uri=found.uri, manifest=found.manifest.to_wire())
-    return inputs.model_copy(update={"restore": restored})
+    checkpoint = RestoredCheckpoint(
+        path=restored.path, step=restored.step, uri=restored.uri, manifest=restored.manifest.to_wire()
+    )
+    return inputs.model_copy(update={"restore": checkpoint})
 
 
-def facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts:
-    """What this run is, for comparison with what a checkpoint was made by."""
+def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts:
+    """What a checkpoint of this run is compared by when another attempt resumes from it."""
     training = run.spec.training
     micro, accumulation = training.batch_size_per_device or 1, training.gradient_accumulation_steps or 1
     return RunFacts(
@@ -177,45 +205,48 @@ def facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts:
         accumulation=accumulation,
         effective_batch=micro * accumulation * run.world.size,
         learning_rate=training.learning_rate,
-        settings=settings_of(run),
-        beside=beside_of(inputs),
+        settings=setting_hashes_of(run),
+        other_inputs=other_inputs_of(inputs),
         config_sha256=config_sha256,
-        versions=versions(),
+        versions=package_versions(),
     )
 
 
-def settings_of(run: RunConfig) -> dict[str, str]:
-    """A short hash of each group of the spec that decides what numbers come out, without what is compared by itself."""
+def setting_hashes_of(run: RunConfig) -> dict[str, str]:
+    """A short hash of each compared group of the spec."""
     spec = run.spec.to_wire()
     found = {}
-    for group in NUMBERS:
-        value = {name: one for name, one in (spec.get(group) or {}).items() if name not in BESIDE}
+    for group in COMPARED_GROUPS:
+        value = {name: one for name, one in (spec.get(group) or {}).items() if name not in NOT_HASHED}
         found[group] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
     return found
 
 
-def beside_of(inputs: Inputs) -> dict[str, str]:
-    """A hash of everything else that was read, by what it is called in a sentence."""
+def other_inputs_of(inputs: Inputs) -> dict[str, str]:
+    """A hash of each input besides base model and training data, by the name that messages use."""
     models = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference, "adapter": inputs.adapter}
-    found = {word: fingerprint(folder) for word, folder in models.items() if folder is not None}
-    files = {"validation data": inputs.validation, "contents of ConfigMaps": _mounted(inputs.config_maps)}
-    return found | {word: digest_of(paths, sha256_file) for word, paths in files.items() if paths}
+    found = {name: fingerprint(folder) for name, folder in models.items() if folder is not None}
+    files = {
+        "validation data": inputs.validation, "test data": inputs.test,
+        "contents of ConfigMaps": _mounted_files(inputs.config_maps),
+    }  # fmt: skip
+    return found | {name: digest_of(paths, sha256_file) for name, paths in files.items() if paths}
 
 
-def _mounted(folder: Path) -> list[Path]:
-    """Files of mounted ConfigMaps: a mount's own folders, whose names begin with two dots, hold each of them once more."""
+def _mounted_files(folder: Path) -> list[Path]:
+    """Files of mounted ConfigMaps. The kubelet keeps each file once more in folders whose names begin with two dots."""
     found = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return [path for path in found if not any(part.startswith("..") for part in path.relative_to(folder).parts)]
 
 
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide what numbers come out, without importing them."""
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that influence the numbers of a run, without importing them."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
     for package in PACKAGES:
         try:
             found[package] = version(package)
-        except PackageNotFoundError:  # an image may leave out what its jobs never use
+        except PackageNotFoundError:  # an image may leave out packages that its jobs do not need
             continue
     return found

@@ -1,7 +1,8 @@
-"""The pod's HTTP: `/progress` for the operator, `/metrics` for Prometheus, `/healthz` for the kubelet.
+"""The pod's HTTP server: `/progress` for the operator, `/metrics` for Prometheus, `/healthz` for the kubelet.
 
-On the loopback it also takes the Kubeflow progress protocol (`POST .../status`), so that a user's own script with a current
-transformers reports progress without a line of code. Standard library only: it must answer within a second of pod start.
+On the loopback interface it also accepts the Kubeflow progress protocol (`POST .../status`): a user's own script with a
+current transformers then reports progress without extra code. It uses the standard library only, because it must answer within
+a second of the pod's start.
 """
 
 from __future__ import annotations
@@ -15,25 +16,31 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from finetune_api.names import Path as Route
+from finetune_api.status import Metrics, Progress
 
-from finetune_trainer.supervisor.board import Board
+from finetune_trainer.supervisor.run_state import RunState
 
 LOOPBACK = ("127.0.0.1", "::1", "::ffff:127.0.0.1")
-MAX_BODY = 64 * 1024
+MAX_BODY_BYTES = 64 * 1024
 PREFIX = "finetune_trainer"
+KUBEFLOW_METRICS = {
+    "loss": "trainLoss",
+    "eval_loss": "evalLoss",
+    "learning_rate": "learningRate",
+    "grad_norm": "gradNorm",
+}
 
 
 class Server:
-    """Serves a board on a port (0: any free one; see `port`) until it is closed."""
+    """Serves the state of the run until it is closed. Port 0 takes a free port; `port` is the one in use."""
 
-    def __init__(self, board: Board, port: int, *, host: str = "") -> None:
-        self._http = _Http((host, port), board)
+    def __init__(self, run_state: RunState, port: int, *, host: str = "") -> None:
+        self._http = _Http((host, port), run_state)
         self.port = int(self._http.server_address[1])
         self._thread = threading.Thread(target=self._http.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop answering."""
         self._http.shutdown()
         self._http.server_close()
 
@@ -42,14 +49,14 @@ class _Http(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, address: tuple[str, int], board: Board) -> None:
-        self.board = board
+    def __init__(self, address: tuple[str, int], run_state: RunState) -> None:
+        self.run_state = run_state
         if not address[0] and socket.has_dualstack_ipv6():
-            self.address_family = socket.AF_INET6  # a pod's address may be of either kind
+            self.address_family = socket.AF_INET6  # a pod's address may be IPv4 or IPv6
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        """Without asking a name server for our own name, as http.server does: that may take seconds."""
+        """Bind without resolving this host's name as http.server does: a slow name server would delay the pod's start."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
@@ -62,35 +69,35 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 30
 
     def do_GET(self) -> None:
-        answers: dict[str, Callable[[], tuple[str, bytes]]] = {
+        routes: dict[str, Callable[[], tuple[str, bytes]]] = {
             Route.PROGRESS: lambda: ("application/json", self._progress()),
-            Route.METRICS: lambda: ("text/plain; version=0.0.4", exposition(self.server.board).encode()),
+            Route.METRICS: lambda: ("text/plain; version=0.0.4", format_metrics(self.server.run_state).encode()),
             Route.HEALTH: lambda: ("text/plain", b"ok\n"),
         }
-        answer = answers.get(self.path.partition("?")[0])
-        if answer is None:
+        route = routes.get(self.path.partition("?")[0])
+        if route is None:
             self._send(404, "text/plain", f"try {', '.join(Route)}\n".encode())
         else:
-            self._send(200, *answer())
+            self._send(200, *route())
 
     def do_POST(self) -> None:
         if not self.path.partition("?")[0].endswith("/status") or self.client_address[0] not in LOOPBACK:
             self._send(404, "text/plain", b"not found\n")
             return
         length = int(self.headers.get("Content-Length") or 0)
-        if length > MAX_BODY:
+        if length > MAX_BODY_BYTES:
             self._send(413, "text/plain", b"too large\n")
             return
         try:
             body = json.loads(self.rfile.read(length))
-            take_kubeflow(self.server.board, body["trainerStatus"])
+            merge_kubeflow_status(self.server.run_state, body["trainerStatus"])
         except (ValueError, KeyError, TypeError):
             self._send(422, "text/plain", b'write {"trainerStatus": {...}}\n')
             return
         self._send(200, "application/json", json.dumps(body).encode())
 
     def _progress(self) -> bytes:
-        return json.dumps(self.server.board.report().to_wire(), separators=(",", ":")).encode()
+        return json.dumps(self.server.run_state.report().to_wire(), separators=(",", ":")).encode()
 
     def _send(self, status: int, kind: str, body: bytes) -> None:
         self.send_response(status)
@@ -100,39 +107,34 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Probes and scrapes are not worth a line."""
+        """Do not log probes and scrapes."""
 
 
-def take_kubeflow(board: Board, status: dict[str, Any]) -> None:
-    """Progress as the Kubeflow protocol words it. Steps are not part of it; percent and time left are."""
-    found: dict[str, Any] = {}
-    if (percent := status.get("progressPercentage")) is not None:
-        found |= {"percent": int(percent), "display": f"{int(percent)}%"}
-    if (left := status.get("estimatedRemainingSeconds")) is not None:
-        found |= {"secondsRemaining": int(left)}
-    board.progress(found)
-    metrics: dict[str, float] = {}
-    for one in status.get("metrics") or []:
-        name = {
-            "loss": "trainLoss",
-            "eval_loss": "evalLoss",
-            "learning_rate": "learningRate",
-            "grad_norm": "gradNorm",
-        }.get(one.get("name", ""))
-        if name:
-            metrics[name] = float(one["value"])
-    board.metrics(metrics)
+def merge_kubeflow_status(run_state: RunState, status: dict[str, Any]) -> None:
+    """Apply a report of the Kubeflow progress protocol. It has percent and time left, but no steps.
+
+    Errors: KeyError, TypeError, ValueError if the report does not follow the protocol.
+    """
+    percent, left = status.get("progressPercentage"), status.get("estimatedRemainingSeconds")
+    progress = Progress(
+        percent=None if percent is None else int(percent), display=None if percent is None else f"{int(percent)}%",
+        seconds_remaining=None if left is None else int(left),
+    )  # fmt: skip
+    reported = {KUBEFLOW_METRICS.get(one.get("name", "")): float(one["value"]) for one in status.get("metrics") or []}
+    metrics = Metrics.model_validate({name: value for name, value in reported.items() if name})
+    run_state.merge_progress(progress)
+    run_state.merge_metrics(metrics)
 
 
-def exposition(board: Board) -> str:
-    """The board in Prometheus' text format."""
-    report = board.report()
-    values: dict[str, tuple[str, float | None]] = {
+def format_metrics(run_state: RunState) -> str:
+    """The state of the run in Prometheus' text format."""
+    report = run_state.report()
+    gauges: dict[str, tuple[str, float | None]] = {
         "step": ("Optimizer steps done.", report.progress.step),
         "steps_total": ("Optimizer steps in all.", report.progress.total_steps),
         "epoch": ("Passes over the data done.", report.progress.epoch),
         "tokens_seen": ("Tokens trained on.", report.progress.tokens_seen),
-        "tokens_per_second": ("Recent pace.", report.progress.tokens_per_second),
+        "tokens_per_second": ("Recent throughput in tokens per second.", report.progress.tokens_per_second),
         "train_loss": ("Training loss.", report.metrics.train_loss),
         "eval_loss": ("Validation loss.", report.metrics.eval_loss),
         "learning_rate": ("Learning rate.", report.metrics.learning_rate),
@@ -140,17 +142,20 @@ def exposition(board: Board) -> str:
         "step_seconds_median": ("Median seconds of recent steps.", report.health.median_step_seconds),
         "seconds_since_step": ("Seconds since the newest step.", report.health.seconds_since_step),
         "checkpoint_seconds": ("Seconds the last checkpoint took until committed.", report.health.last_save_seconds),
-        "healthy": ("1 unless a loss was not finite or a checkpoint could not be kept.", float(report.health.healthy)),
+        "healthy": (
+            "0 if a loss was not finite or a checkpoint could not be stored, else 1.",
+            float(report.health.healthy),
+        ),
         "checkpoint_step": (
             "Step of the newest committed checkpoint.",
             report.checkpoints[0].step if report.checkpoints else None,
         ),
     }
     lines: list[str] = []
-    for name, (text, value) in values.items():
+    for name, (text, value) in gauges.items():
         if value is not None:
             lines += [f"# HELP {PREFIX}_{name} {text}", f"# TYPE {PREFIX}_{name} gauge", f"{PREFIX}_{name} {value:g}"]
-    for name, value in sorted(board.counters.items()):
+    for name, value in sorted(run_state.counters.items()):
         lines += [f"# TYPE {PREFIX}_{name}_total counter", f"{PREFIX}_{name}_total {value:g}"]
     lines += [
         f"# HELP {PREFIX}_stage What the pod is doing.",

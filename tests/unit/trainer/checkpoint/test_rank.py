@@ -1,0 +1,263 @@
+"""The callbacks in a rank: when checkpoints are made, logged, skipped and reported, and where a stop takes effect."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from finetune_api.errors import DivergedError  # noqa: E402 - likewise
+from finetune_trainer.channel import STOP_FILE, Channel  # noqa: E402 - torch first: without it there is nothing to test
+from finetune_trainer.checkpoint import rank as subject  # noqa: E402 - likewise
+from finetune_trainer.checkpoint.stop import SingleRankStore, StopAgreement, Stopped  # noqa: E402 - likewise
+from transformers import TrainerControl, TrainerState, TrainingArguments  # noqa: E402 - likewise
+
+
+class Run:
+    """A Trainer's loop, reduced to the order in which it calls callbacks."""
+
+    def __init__(self, folder: Path, *, steps_per_epoch: int = 10, **arguments: Any) -> None:
+        (folder / "work").mkdir()
+        self.channel = Channel.recording(folder / "work")
+        self.agreement = StopAgreement(self.channel, SingleRankStore(), poll_seconds=0.001)
+        self.stager = subject.Stager(self.channel, self.agreement, "a1-00000000")
+        self.reporter = subject.Reporter(self.channel)
+        given = {
+            "logging_steps": 100,
+            "save_strategy": "steps",
+            "save_steps": 100,
+            "eval_strategy": "no",
+            "report_to": [],
+        }
+        self.args = TrainingArguments(output_dir=str(folder / "work/output"), use_cpu=True, **(given | arguments))
+        Path(self.args.output_dir).mkdir()
+        self.state, self.control = TrainerState(max_steps=1000), TrainerControl()
+        self.state.train_batch_size = 1
+        self.steps_per_epoch = steps_per_epoch
+        self.model = torch.nn.Linear(2, 2)
+        self.logged: list[int] = []
+        self.saved: list[int] = []
+        self.agreement.start(0)
+
+    def ask_to_stop(self) -> None:
+        (self.channel.work / STOP_FILE).write_text("")
+        self.agreement._thread.join(10)
+
+    def step(self, *, save: bool = False, log: bool = False) -> None:
+        """One optimizer step; `save`, `log`: whether the Trainer itself saves or logs at this step."""
+        self.control = TrainerControl(should_save=save, should_log=log)
+        self.state.global_step += 1
+        self.state.epoch = self.state.global_step / self.steps_per_epoch
+        for callback in (self.reporter, self.stager):
+            callback.on_step_end(self.args, self.state, self.control, model=self.model)
+        self._flow()
+
+    def epoch_end(self) -> None:
+        self.control = TrainerControl()
+        self.stager.on_epoch_end(self.args, self.state, self.control, model=self.model)
+        self._flow()
+
+    def _flow(self) -> None:
+        if self.control.should_log:
+            self.logged.append(self.state.global_step)
+        if self.control.should_save:
+            folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+            folder.mkdir()
+            (folder / "optimizer.pt").write_bytes(b"x" * 100)
+            self.saved.append(self.state.global_step)
+            self.stager.on_save(self.args, self.state, self.control)
+
+    def sent(self, kind: str) -> list[dict[str, Any]]:
+        return [message for message in self.channel.sent if message["kind"] == kind]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path)
+
+
+def test_a_checkpoint_is_reported_and_adds_no_log_line(run: Run) -> None:
+    run.step()
+    run.step(save=True)
+    run.step()
+    assert run.logged == [] and run.saved == [2]
+    (message,) = run.sent("staged")
+    assert (message["step"], message["graceful"], message["incarnation"]) == (2, False, "a1-00000000")
+    assert message["folder"] == str(Path(run.args.output_dir) / "checkpoint-2")
+    assert [beat["step"] for beat in run.sent("heartbeat")] == [1, 2, 3]
+
+
+def test_a_stop_saves_one_step_later_and_ends(run: Run) -> None:
+    run.step()
+    run.ask_to_stop()
+    with pytest.raises(Stopped) as stopped:
+        run.step()
+    assert stopped.value.step == 2 and run.saved == [2] and run.logged == []
+    assert run.sent("staged")[0]["graceful"] is True
+    assert run.sent("stopping")[0]["step"] == 2
+
+
+def test_the_last_step_is_logged_even_if_its_window_is_short(run: Run) -> None:
+    run.state.max_steps = 2
+    run.step()
+    run.step()
+    run.step()
+    assert run.logged == [2, 3]
+
+
+def test_the_current_window_is_part_of_the_checkpoint(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    sums = {"tokens": torch.tensor(7), "nll": torch.tensor(0.3)}
+    trainer = SimpleNamespace(
+        args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(0.1) + torch.tensor(0.2), _sums={"train": sums}
+    )  # fmt: skip
+    run.stager.on_trainer_created(trainer)
+    run.state.num_input_tokens_seen = 100
+    run.step()
+    run.step(save=True)
+    (message,) = run.sent("staged")
+    assert message["tokens"] == 107
+    later = SimpleNamespace(args=run.args, _globalstep_last_logged=2, _tr_loss=torch.tensor(0.0), _sums={"train": {}})
+    again = subject.Stager(run.channel, run.agreement, "a2-00000000", Path(message["folder"]))
+    again.on_trainer_created(later)
+    run.agreement.start = lambda step: None  # type: ignore[method-assign] # it is started already
+    again.on_train_begin(run.args, run.state, run.control)
+    assert later._globalstep_last_logged == 0
+    assert later._tr_loss.item() == trainer._tr_loss.item() and later._tr_loss.dtype == torch.float32
+    assert later._sums["train"] == {"tokens": 7, "nll": torch.tensor(0.3).item()}
+
+
+@pytest.mark.parametrize(
+    ("loss", "weight", "code"),
+    [("nan", 1.0, "LossNotFinite"), ("inf", 1.0, "LossNotFinite"), ("1", float("nan"), "WeightsNotFinite")],
+)
+def test_a_state_that_is_not_finite_is_never_saved(run: Run, loss: str, weight: float, code: str) -> None:
+    run.stager.on_trainer_created(
+        SimpleNamespace(
+            args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(float(loss)), _sums={"train": {}}
+        )
+    )
+    run.model.weight.data[0, 0] = weight
+    with pytest.raises(DivergedError) as caught:
+        run.step(save=True)
+    assert (caught.value.code, run.saved) == (code, [])
+
+
+def test_weights_are_checked_at_a_step_with_a_log_line_too(run: Run) -> None:
+    """The last update may have made them non-finite although the loss before it was finite."""
+    sums = {"train": {"tokens": torch.tensor(7)}}
+    run.stager.on_trainer_created(
+        SimpleNamespace(args=run.args, _globalstep_last_logged=0, _tr_loss=torch.tensor(1.0), _sums=sums)
+    )
+    run.step(save=True, log=True)
+    assert run.saved == [1] and "tokens" not in run.sent("staged")[0], (
+        "the tokens of the log line are not counted twice"
+    )
+    run.model.weight.data[0, 0] = float("inf")
+    with pytest.raises(DivergedError) as caught:
+        run.step(save=True, log=True)
+    assert (caught.value.code, run.saved) == ("WeightsNotFinite", [1])
+
+
+def test_a_checkpoint_at_an_epochs_end_comes_after_the_evaluation(tmp_path: Path) -> None:
+    """Otherwise a resumed run would skip the evaluation, with other losses and another early stop."""
+    run = Run(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
+    run.step(save=True)
+    run.step(save=True)
+    assert run.saved == [1]
+    run.epoch_end()
+    assert run.saved == [1, 2]
+    run.step()
+    run.epoch_end()
+    assert run.saved == [1, 2]
+
+
+def test_a_stop_is_not_caught_by_except_exception(run: Run) -> None:
+    assert not issubclass(Stopped, Exception)
+
+
+def test_a_stop_at_an_epochs_end_waits_for_the_evaluation(tmp_path: Path) -> None:
+    """A resumed run starts with the next epoch and would never measure this one's validation loss."""
+    run = Run(tmp_path, steps_per_epoch=2, eval_strategy="epoch")
+    run.step()
+    run.ask_to_stop()
+    run.step()
+    assert run.saved == []
+    with pytest.raises(Stopped):
+        run.epoch_end()
+    assert run.saved == [2]
+
+
+def test_a_stop_at_an_epochs_end_without_evaluation_is_immediate(tmp_path: Path) -> None:
+    run = Run(tmp_path, steps_per_epoch=2)
+    run.step()
+    run.ask_to_stop()
+    with pytest.raises(Stopped):
+        run.step()
+
+
+def full(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(subject, "free_bytes", lambda work: free)
+
+
+def test_a_full_disk_skips_the_checkpoint_and_training_goes_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    full(monkeypatch, subject.DISK_RESERVE_BYTES)
+    run.step(save=True)
+    run.step()
+    assert run.saved == []
+    (message,) = run.sent("skipped")
+    assert (message["step"], message["reason"]) == (1, "StagingDiskFull")
+    full(monkeypatch, 10 * subject.DISK_RESERVE_BYTES)
+    run.step(save=True)
+    assert run.saved == [3]
+
+
+def test_a_full_disk_at_a_stop_ends_without_a_checkpoint(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    full(monkeypatch, 0)
+    run.step()
+    run.ask_to_stop()
+    with pytest.raises(Stopped):
+        run.step()
+    assert run.saved == [] and run.sent("skipped")
+
+
+def test_the_size_of_the_first_checkpoint_is_estimated(run: Run) -> None:
+    """Trained weights and two moments each."""
+    assert subject._estimated_size(run.model) == 6 * (4 + 8)
+    run.model.bias.requires_grad = False
+    assert subject._estimated_size(run.model) == 4 * (4 + 8)
+
+
+def test_only_finite_values_are_reported(run: Run) -> None:
+    run.state.global_step, run.state.num_input_tokens_seen = 3, 500
+    run.reporter.on_log(
+        run.args, run.state, run.control, logs={"loss": 1.23456789, "grad_norm": float("nan"), "text": "x"}
+    )
+    assert run.sent("metrics")[0]["value"] == {"trainLoss": 1.234568}
+    assert run.sent("log")[0]["values"] == {"loss": 1.23456789, "grad_norm": "nan"}
+    assert run.sent("progress")[0]["value"] | {"updateTime": ""} == {
+        "step": 3, "totalSteps": 1000, "epoch": 0.0, "tokensSeen": 500, "updateTime": ""
+    }  # fmt: skip
+
+
+def test_the_best_validation_loss_is_known_after_a_resume(run: Run) -> None:
+    run.state.log_history = [
+        {"step": 2, "eval_loss": 1.0}, {"step": 3, "loss": 9.0}, {"step": 4, "eval_loss": 0.5}, {"step": 6, "eval_loss": 0.7}
+    ]  # fmt: skip
+    run.reporter.on_evaluate(run.args, run.state, run.control)
+    assert run.sent("metrics")[0]["value"] == {"evalLoss": 0.7, "bestEvalLoss": 0.5, "bestStep": 4}
+    assert subject.eval_loss(run.state, 4) == 0.5 and subject.eval_loss(run.state, 5) is None
+
+
+def test_pods_that_restored_different_steps_do_not_start(tmp_path: Path) -> None:
+    from finetune_api.errors import PeerError
+
+    shared = SingleRankStore()
+    shared.set("start-1", "5")
+    with pytest.raises(PeerError) as caught:
+        subject.agree_on_start(Channel.recording(tmp_path, world_size=2), shared, 10)
+    assert caught.value.code == "StartsDiffer" and "[5, 10]" in caught.value.message
+    subject.agree_on_start(Channel.recording(tmp_path, world_size=2), shared, 5)

@@ -1,0 +1,82 @@
+"""Loading the optimizer's state from a checkpoint keeps the learning rate and settings of this attempt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from finetune_trainer.checkpoint.rates import load_states_keeping_settings  # noqa: E402 - torch first: without it there is nothing to test
+from transformers import get_cosine_schedule_with_warmup  # noqa: E402 - likewise
+
+
+def make(rate: float, **settings: Any) -> tuple[Any, Any]:
+    """An optimizer with two groups, the second with a sixteenth of the rate, and its scheduler."""
+    weights = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    groups = [{"params": [weights[0]], "lr": rate}, {"params": [weights[1]], "lr": rate / 16}]
+    optimizer = torch.optim.AdamW(groups, lr=rate, **settings)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, 4, 40)
+
+
+def run(optimizer: Any, scheduler: Any, steps: int) -> list[tuple[float, ...]]:
+    rates = []
+    for _ in range(steps):
+        rates.append(tuple(group["lr"] for group in optimizer.param_groups))
+        for group in optimizer.param_groups:
+            group["params"][0].grad = torch.ones(2)
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def resumed(tmp_path: Path, rate: float, **settings: Any) -> tuple[Any, Any]:
+    """Ten steps at 1e-3, saved as the Trainer does, and loaded by another attempt."""
+    before = make(1e-3)
+    run(*before, 10)
+    torch.save([one.state_dict() for one in before], tmp_path / "state")
+    after = make(rate, **settings)
+
+    def load() -> None:
+        for one, state in zip(after, torch.load(tmp_path / "state", weights_only=True), strict=True):
+            one.load_state_dict(state)
+
+    load_states_keeping_settings(*after, load)
+    return after
+
+
+@pytest.mark.parametrize("rate", [5e-4, 2e-3])
+def test_a_new_rate_applies_from_the_first_step(tmp_path: Path, rate: float) -> None:
+    uninterrupted = run(*make(rate), 20)
+    found = run(*resumed(tmp_path, rate), 10)
+    assert found == [pytest.approx(one, rel=1e-12) for one in uninterrupted[10:]]
+
+
+def test_the_same_rate_gives_the_same_bits(tmp_path: Path) -> None:
+    assert run(*resumed(tmp_path, 1e-3), 10) == run(*make(1e-3), 20)[10:]
+
+
+def test_new_settings_apply_to_the_loaded_state(tmp_path: Path) -> None:
+    optimizer, _ = resumed(tmp_path, 1e-3, weight_decay=0.25, betas=(0.5, 0.75))
+    assert [(one["weight_decay"], one["betas"]) for one in optimizer.param_groups] == [(0.25, (0.5, 0.75))] * 2
+    assert [float(one["step"]) for one in optimizer.state.values()] == [10.0, 10.0]
+
+
+def test_a_scheduler_without_base_rates_keeps_what_it_loads() -> None:
+    """A scheduler such as ReduceLROnPlateau: its rates are part of its state, and no other rate exists to restore."""
+    optimizer, _ = make(1e-3)
+    scheduler = SimpleNamespace(factor=0.5)
+
+    def load() -> None:
+        scheduler.factor = 0.25
+        for group in optimizer.param_groups:
+            group.update(lr=4e-4, weight_decay=0.75)
+
+    load_states_keeping_settings(optimizer, scheduler, load)
+    assert vars(scheduler) == {"factor": 0.25}
+    assert [group["lr"] for group in optimizer.param_groups] == [4e-4, 4e-4]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.01], (
+        "AdamW's own default is restored"
+    )

@@ -1,0 +1,346 @@
+"""Which checkpoint an attempt resumes from, which are refused or not exact, and what commit and sweep do; in a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from finetune_api.errors import ConfigError, CredentialsError, NoCheckpointError
+from finetune_api.names import Storage
+from finetune_api.pod import Resume, StoreTarget
+from finetune_trainer.checkpoint.manifest import FileEntry, Manifest, RunFacts, prefix_of
+from finetune_trainer.checkpoint.restore import Restored, restore
+from finetune_trainer.checkpoint.tree import Fenced, Swept, Tree
+from finetune_trainer.storage.base import Created, Stat
+from finetune_trainer.storage.folder import FolderStore
+from finetune_trainer.storage.roots import open_store
+from web_server import Web
+
+FACTS = RunFacts(
+    model_revision="m", dataset_digest="d", method="lora", trainer="sft", effective_batch=4, versions={"torch": "2"},
+    strategy="ddp", learning_rate=0.001, settings={"training": "one", "dataset": "two"},
+    other_inputs={"tokenizer": "a", "adapter": "a", "reference model": "a", "validation data": "a", "test data": "a", "contents of ConfigMaps": "a"},
+)  # fmt: skip
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Tree:
+    return Tree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/job/uid")))
+
+
+@pytest.fixture
+def two(job: Tree, tmp_path: Path) -> Tree:
+    """Steps 5 and 10 are committed."""
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    (folder / "weights").write_text("w")
+    for step in (5, 10):
+        files = job.upload(prefix_of(step), "a1-00000000", folder)
+        job.commit(prefix_of(step), Manifest(step=step, incarnation="a1-00000000", files=files, facts=FACTS))
+    return job
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Tree:
+    """The empty tree of another job."""
+    return Tree(open_store(StoreTarget(uri=f"file://{tmp_path}/root/team/other/uid")))
+
+
+def resume(job: Tree, folder: Path, how: Resume | None = None, facts: RunFacts = FACTS) -> Restored:
+    return restore(job, how or Resume(mode="auto", expect_step=10), facts, folder / "restored")
+
+
+def test_a_job_with_progress_but_without_checkpoints_fails(job: Tree, tmp_path: Path) -> None:
+    with pytest.raises(NoCheckpointError):
+        resume(job, tmp_path, Resume(mode="auto", expect_step=7))
+    assert resume(job, tmp_path, Resume(mode="auto")).step == 0
+
+
+def test_never_and_rollback(two: Tree, other: Tree, tmp_path: Path) -> None:
+    assert resume(other, tmp_path, Resume(mode="never", expect_step=0)).step == 0
+    assert resume(two, tmp_path, Resume(mode="auto", expect_step=10, max_step=9)).step == 5
+
+
+@pytest.mark.parametrize("uri", ["{root}/checkpoints/step-00000005", "{root}/checkpoints/step-00000005/a1-00000000/"])
+def test_a_checkpoint_named_by_its_uri(two: Tree, other: Tree, tmp_path: Path, uri: str) -> None:
+    named = uri.format(root=two.store.uri)
+    assert resume(other, tmp_path, Resume(mode=named)).step == 5
+
+
+def test_a_checkpoint_on_a_web_server(two: Tree, tmp_path: Path, server: Web) -> None:
+    """It is read with the CA bundle of the job's own storage, and no error message shows the query."""
+    (tmp_path / "root/team").rename(server.folder / "team")
+    store = FolderStore(tmp_path / "own", "file:///own")
+    store.target = StoreTarget(uri="s3://bucket/root", ca_bundle=server.ca)  # type: ignore[attr-defined] # as S3Store has it
+    own = Tree(store)
+    job, secret = f"{server.url}/team/job/uid", "?signature=hidden/word"
+    found = resume(own, tmp_path, Resume(mode=f"{job}/checkpoints/step-00000005/a1-00000000{secret}"))
+    assert (found.step, found.uri) == (5, f"{job}/checkpoints/step-00000005/a1-00000000")
+    assert found.path is not None and (found.path / "weights").read_text() == "w"
+    (server.folder / "team/job/uid/checkpoints/step-00000010/a1-00000000/weights").write_text("x")
+    for place, code in (("10", "NoLoadableCheckpoint"), ("15", "CheckpointNotFound"), ("x", "ResumeInvalid")):
+        with pytest.raises((NoCheckpointError, ConfigError)) as caught:
+            resume(own, tmp_path, Resume(mode=f"{job}/checkpoints/step-000000{place}{secret}"))
+        assert caught.value.code == code and "hidden" not in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["never", "{root}/checkpoints/step-00000005"])
+def test_own_progress_takes_precedence_over_the_configured_start(
+    two: Tree, other: Tree, tmp_path: Path, mode: str
+) -> None:
+    """A queue restarts the same attempt, or the operator missed a commit."""
+    folder = tmp_path / "staged"
+    files = other.upload(prefix_of(150), "a1-00000000", folder)
+    other.commit(prefix_of(150), Manifest(step=150, incarnation="a1-00000000", files=files, facts=FACTS))
+    wanted = Resume(mode=mode.format(root=two.store.uri))
+    assert resume(other, tmp_path, wanted).step == 150
+    rolled_back = resume(other, tmp_path, wanted.model_copy(update={"max_step": 0}))
+    assert rolled_back.step == (0 if mode == "never" else 5)
+    assert [one.step for one in rolled_back.skipped] == [150]
+
+
+@pytest.mark.parametrize(
+    ("uri", "code"),
+    [("{root}/checkpoints/step-00000006", "CheckpointNotFound"), ("{root}/model", "ResumeInvalid")],
+)
+def test_a_uri_that_names_no_checkpoint(two: Tree, other: Tree, tmp_path: Path, uri: str, code: str) -> None:
+    with pytest.raises((NoCheckpointError, ConfigError)) as caught:
+        resume(other, tmp_path, Resume(mode=uri.format(root=two.store.uri)))
+    assert caught.value.code == code
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"model_revision": "other"}, "base model"),
+        ({"dataset_digest": "other"}, "training data"),
+        ({"method": "full"}, "method"),
+        ({"effective_batch": 8}, "effective batch"),
+        ({"strategy": "deepspeed", "world_size": 2}, "DeepSpeed"),
+        ({"strategy": "fsdp"}, "fsdp stores"),
+        ({"other_inputs": {"tokenizer": "b"}}, "another tokenizer"),
+        ({"other_inputs": {"adapter": "b"}}, "another adapter"),
+        ({"other_inputs": {"reference model": "b"}}, "another reference model"),
+    ],
+)
+def test_a_checkpoint_of_a_different_run_is_refused(
+    two: Tree, tmp_path: Path, change: dict[str, object], word: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resume(two, tmp_path, facts=FACTS.model_copy(update=change))
+    assert caught.value.code == "CheckpointIncompatible" and word in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"world_size": 2}, "ranks"),
+        ({"micro_batch": 2}, "split"),
+        ({"versions": {"torch": "3"}}, "torch 2 -> 3"),
+        ({"learning_rate": 0.0005}, "learningRate was 0.001 until the checkpoint and is 0.0005"),
+        ({"settings": {"training": "other", "dataset": "two"}}, "other settings in training"),
+        ({"other_inputs": {"validation data": "b"}}, "made with other validation data"),
+        ({"other_inputs": {"validation data": "a", "test data": "b"}}, "made with other test data"),
+        ({"other_inputs": {"contents of ConfigMaps": "b"}}, "made with other contents of ConfigMaps"),
+    ],
+)
+def test_an_inexact_resume_says_why(two: Tree, tmp_path: Path, change: dict[str, object], word: str) -> None:
+    found = resume(two, tmp_path, facts=FACTS.model_copy(update=change))
+    assert found.step == 10 and found.exact is False and word in (found.note or "")
+
+
+def test_skipped_checkpoints_are_not_ancestors(two: Tree, tmp_path: Path) -> None:
+    """Skipped are those after a rollback's step, and damaged ones."""
+    rolled = resume(two, tmp_path, Resume(mode="auto", expect_step=10, max_step=9))
+    assert ([one.step for one in rolled.ancestors], [one.step for one in rolled.skipped]) == ([5], [10])
+    two.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
+    damaged = resume(two, tmp_path)
+    assert ([one.step for one in damaged.ancestors], [one.step for one in damaged.skipped]) == ([5], [10])
+    whole = resume(two, tmp_path, Resume(mode="auto", expect_step=5, max_step=5))
+    assert [one.step for one in whole.ancestors] == [5]
+
+
+@pytest.mark.parametrize("path", ["../escaped", "/tmp/escaped", "sub/../../escaped", "sub//x", "."])
+def test_a_manifest_with_paths_outside_the_checkpoint_is_damaged(two: Tree, tmp_path: Path, path: str) -> None:
+    files = [FileEntry(path=path, size=1, sha256="0" * 64)]
+    two.store.put("checkpoints/step-00000015/a1-00000000/x", b"x")
+    manifest = Manifest(step=15, incarnation="a1-00000000", files=files, facts=FACTS)
+    two._check_objects = lambda folder, manifest: None  # type: ignore[method-assign] # only an attacker writes such a manifest
+    two.commit(prefix_of(15), manifest)
+    found = resume(two, tmp_path)
+    assert found.step == 10 and "not a path inside" in found.damaged[0]
+
+
+class DelayedStore(FolderStore):
+    """A store whose listings or reads do not show new objects yet."""
+
+    unlisted: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+    refuse_deletes = False
+
+    def list(self, prefix: str) -> Iterator[Stat]:
+        return (stat for stat in super().list(prefix) if not stat.key.endswith(self.unlisted or ("\0",)))
+
+    def get(self, key: str) -> bytes | None:
+        return None if key.endswith(self.unread or ("\0",)) else super().get(key)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        if self.refuse_deletes:
+            raise CredentialsError("PermissionDenied", "s3:DeleteObject")
+        super().delete(keys)
+
+
+@pytest.fixture
+def delayed(two: Tree) -> DelayedStore:
+    assert isinstance(two.store, FolderStore)
+    made = DelayedStore(two.store.root, two.store.uri)
+    two.store = made
+    return made
+
+
+@pytest.mark.parametrize(("unlisted", "unread"), [((Storage.COMMITTED,), ()), ((), (Storage.COMMITTED,))])
+def test_a_sweep_keeps_a_committed_checkpoint_that_the_store_does_not_show_yet(
+    two: Tree, delayed: DelayedStore, tmp_path: Path, unlisted: tuple[str, ...], unread: tuple[str, ...]
+) -> None:
+    delayed.unlisted, delayed.unread = unlisted, unread
+    assert two.sweep().count == 0
+    delayed.unlisted = delayed.unread = ()
+    assert resume(two, tmp_path).step == 10
+
+
+def test_a_sweep_without_permission_to_delete_reports_it_and_does_not_fail(two: Tree, delayed: DelayedStore) -> None:
+    two.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
+    delayed.refuse_deletes = True
+    swept = two.sweep()
+    assert swept.count == 0 and swept.problem is not None and swept.problem.code == "PermissionDenied"
+
+
+def test_a_sweep_removes_an_incomplete_final_model_and_keeps_a_committed_one(two: Tree, tmp_path: Path) -> None:
+    two.store.put("model/a1-00000000/model.safetensors", b"half of it")
+    assert two.sweep().count == 1
+    assert list(two.store.list("model/")) == []
+    files = two.upload("model", "a2-00000000", tmp_path / "staged")
+    two.commit("model", Manifest(step=10, incarnation="a2-00000000", files=files, facts=FACTS))
+    two.store.put("model/a1-00000000/model.safetensors", b"half of it")
+    assert two.sweep().count == 1
+    assert {stat.key.split("/")[1] for stat in two.store.list("model/")} == {"_COMMITTED", "a2-00000000"}
+
+
+def test_only_the_marker_of_a_skipped_checkpoint_is_replaced(two: Tree, tmp_path: Path) -> None:
+    """When the step is repeated, the new checkpoint replaces the old one and is not healthy yet."""
+    two.mark_healthy(10)
+    (old,) = resume(two, tmp_path, Resume(mode="auto", max_step=9)).skipped
+    files = two.upload(prefix_of(10), "a1-22222222", tmp_path / "staged")
+    ours = Manifest(step=10, attempt=1, incarnation="a1-22222222", files=files, facts=FACTS)
+    with pytest.raises(Fenced):
+        two.commit(prefix_of(10), ours)
+    two.commit(prefix_of(10), ours, replaces=old.marker)
+    found = two.marker(10)
+    assert found is not None and (found.marker.path, [one.healthy for one in two.committed()]) == (
+        "a1-22222222",
+        [False, False],
+    )
+    with pytest.raises(Fenced):
+        two.commit(
+            prefix_of(10), ours.model_copy(update={"incarnation": "a1-33333333", "files": []}), replaces=old.marker
+        )
+
+
+def commit(tree: Tree, folder: Path, step: int, attempt: int = 1) -> Manifest:
+    """Commit a checkpoint of an attempt."""
+    incarnation = f"a{attempt}-00000000"
+    files = tree.upload(prefix_of(step), incarnation, folder / "staged")
+    manifest = Manifest(step=step, attempt=attempt, incarnation=incarnation, files=files, facts=FACTS)
+    tree.commit(prefix_of(step), manifest)
+    return manifest
+
+
+def begin(tree: Tree, attempt: int) -> None:
+    tree.begin_attempt(attempt, b"{}")
+    assert tree.store.get(f"run/attempt-{attempt}/run.json") == b"{}"
+
+
+def test_an_earlier_attempt_commits_nothing_after_the_next_has_begun(two: Tree, tmp_path: Path) -> None:
+    """Its earlier checkpoints are replaced when the next attempt reaches their steps."""
+    commit(two, tmp_path, 20)
+    begin(two, 2)
+    with pytest.raises(Fenced, match="a later attempt has begun"):
+        commit(two, tmp_path, 30)
+    commit(two, tmp_path, 20, attempt=2)
+    found = two.marker(20)
+    assert found is not None and found.marker.attempt == 2
+    with pytest.raises(Fenced):
+        commit(two, tmp_path, 20)
+    assert [one.step for one in two.committed()] == [20, 10, 5]
+
+
+def test_a_checkpoint_that_is_swept_during_its_commit_is_not_committed(
+    two: Tree, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its last check and its marker the next attempt begins and sweeps."""
+    create = two.store.create
+
+    def late(key: str, data: bytes) -> Created:
+        begin(two, 2)
+        assert two.sweep().count == 2
+        return create(key, data)
+
+    monkeypatch.setattr(two.store, "create", late)
+    with pytest.raises(Fenced, match="has removed"):
+        commit(two, tmp_path, 20)
+    assert [one.step for one in two.committed()] == [10, 5]
+
+
+def test_attempts_are_compared_by_number(two: Tree) -> None:
+    begin(two, 9)
+    begin(two, 10)
+    assert [attempt for attempt in (1, 9, 10, 11) if two.is_superseded(attempt)] == [1, 9]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"{", b'{"attempt": 1, "path": "a1-00000001", "manifestSha256": "%s"}' % (b"0" * 64)]
+)
+def test_a_sweep_keeps_data_next_to_a_damaged_marker(two: Tree, tmp_path: Path, damage: bytes) -> None:
+    two.store.put("checkpoints/step-00000010/_COMMITTED", damage)
+    two.sweep()
+    assert two.store.get("checkpoints/step-00000010/a1-00000000/weights") is not None
+    found = resume(two, tmp_path)
+    assert found.step == 5 and "step-00000010" in found.damaged[0]
+    commit(two, tmp_path, 10, attempt=2)
+    assert [one.step for one in two.committed()] == [10, 5]
+
+
+def test_only_damaged_markers_do_not_lead_to_a_start_from_zero(job: Tree, tmp_path: Path) -> None:
+    job.store.put("checkpoints/step-00000007/_COMMITTED", b"{")
+    with pytest.raises(NoCheckpointError, match="had reached step 7") as caught:
+        resume(job, tmp_path, Resume(mode="auto"))
+    assert "_COMMITTED is damaged" in caught.value.message
+
+
+def test_a_marker_that_becomes_readable_later_is_recognised(two: Tree, delayed: DelayedStore, tmp_path: Path) -> None:
+    """The response to its creation is lost, and the store does not show it at once."""
+    reads: list[str] = []
+    create, get = delayed.create, delayed.get
+
+    def lost(key: str, data: bytes) -> Created:
+        return create(key, data) and Created.EXISTS
+
+    def late(key: str) -> bytes | None:
+        reads.append(key)
+        return get(key) if len(reads) > 2 else None
+
+    delayed.create, delayed.get = lost, late  # type: ignore[method-assign] # that is what the fault is
+    files = two.upload(prefix_of(15), "a1-00000000", tmp_path / "staged")
+    two.commit(prefix_of(15), Manifest(step=15, incarnation="a1-00000000", files=files))
+    assert len(reads) == 3 and [one.step for one in two.committed()] == [15, 10, 5]
+
+
+def test_a_sweep_removes_only_what_no_marker_names(two: Tree, tmp_path: Path) -> None:
+    before = {stat.key for stat in two.store.list("checkpoints/")}
+    two.store.put("checkpoints/step-00000010/a9-deadbeef/weights", b"of a stale incarnation")
+    two.store.put("checkpoints/step-00000015/a1-00000000/weights", b"never committed")
+    two.store.put("checkpoints/step-00000015/_HEALTHY", b"{}")
+    assert two.sweep() == Swept(3)
+    assert {stat.key for stat in two.store.list("checkpoints/")} == before
+    assert resume(two, tmp_path).step == 10

@@ -1,0 +1,49 @@
+"""Which checkpoints are removed: examples, and rules that hold for every history."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_trainer.checkpoint.retention import Kept, best_step, steps_to_remove
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+def kept(*steps: int, healthy: bool = True, losses: dict[int, float] | None = None) -> list[Kept]:
+    return [Kept(step, healthy, (losses or {}).get(step)) for step in steps]
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "keep", "options", "gone"),
+    [
+        (kept(1, 2, 3, 4, 5), 0, {}, []),
+        (kept(1, 2, 3, 4, 5), 3, {}, [1, 2]),
+        (kept(1, 2, 3, 4, 5), 1, {}, [1, 2, 3]),
+        (kept(1, 2, 3, 4, 5), 1, {"finished": True}, [1, 2, 3, 4]),
+        (kept(1, 2, 3, 4, 5), 2, {"pinned": (1, 9)}, [2, 3]),
+        (kept(1, 2, 3, 4, losses={1: 2.0, 2: 1.0, 3: 1.0, 4: 3.0}), 1, {"finished": True}, [1, 3]),
+        ([*kept(1, 2), *kept(3, 4, 5, healthy=False)], 1, {}, [3, 4]),
+        ([], 3, {}, []),
+    ],
+)
+def test_examples(checkpoints: list[Kept], keep: int, options: dict[str, object], gone: list[int]) -> None:
+    assert steps_to_remove(checkpoints, keep, **options) == gone  # type: ignore[arg-type] # options of the examples
+
+
+HISTORY = st.lists(
+    st.tuples(st.integers(1, 1000), st.booleans(), st.none() | st.floats(0, 10)),
+    unique_by=lambda one: one[0],
+    max_size=12,
+).map(lambda found: [Kept(*one) for one in found])
+
+
+@given(HISTORY, st.integers(1, 5), st.sets(st.integers(1, 1000)), st.booleans())
+def test_rules(checkpoints: list[Kept], keep: int, pinned: set[int], finished: bool) -> None:
+    gone = set(steps_to_remove(checkpoints, keep, pinned=pinned, finished=finished))
+    newest = sorted((one.step for one in checkpoints), reverse=True)
+    healthy = sorted((one.step for one in checkpoints if one.healthy), reverse=True)
+    assert not gone & set(newest[:keep])
+    assert not gone & pinned
+    assert best_step(checkpoints) not in gone
+    if not finished:
+        assert not gone & set(healthy[:2])
+    assert gone <= set(newest)

@@ -1,0 +1,94 @@
+"""All ranks stop at the same step, whichever rank received the request and however unevenly they run."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from finetune_trainer.channel import STOP_FILE, Channel
+from finetune_trainer.checkpoint.stop import StopAgreement
+
+
+class ThreadStore:
+    """A gang store for threads of one process."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, str] = {}
+        self._changed = threading.Condition()
+        self.broken = False
+
+    def set(self, key: str, value: str) -> None:
+        with self._changed:
+            self._values[key] = value
+            self._changed.notify_all()
+
+    def has(self, key: str) -> bool:
+        return key in self._values
+
+    def get_all(self, keys: Iterable[str], seconds: float) -> list[str]:
+        names = list(keys)
+        with self._changed:
+            complete = self._changed.wait_for(
+                lambda: self.broken or all(name in self._values for name in names), seconds
+            )
+            if self.broken or not complete:
+                raise ConnectionError("the store is gone")
+            return [self._values[name] for name in names]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_all_ranks_agree(tmp_path: Path, seed: int) -> None:
+    """With ranks that synchronise at every step, and with ranks that do not."""
+    draw = random.Random(seed)
+    ranks, asked, together = draw.choice([1, 2, 3, 5]), draw.randrange(5), draw.random() < 0.5
+    barrier = threading.Barrier(ranks)
+    shared, stops = ThreadStore(), [0] * ranks
+    pauses = [draw.uniform(0, 0.002) for _ in range(ranks)]
+
+    def train(rank: int) -> None:
+        work = tmp_path / str(rank)
+        work.mkdir()
+        agreement = StopAgreement(Channel.recording(work, rank=rank, world_size=ranks), shared, poll_seconds=0.003)
+        agreement.start(0)
+        step = 0
+        while True:
+            if together:
+                barrier.wait(20)
+            time.sleep(pauses[rank])
+            step += 1
+            if agreement.reached(step):
+                break
+            if rank == asked % ranks and step == 1 + seed % 7:
+                (work / STOP_FILE).write_text("")
+        stops[rank] = step
+
+    threads = [threading.Thread(target=train, args=(rank,)) for rank in range(ranks)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(set(stops)) == 1 and stops[0] > 1 + seed % 7
+
+
+def test_a_lost_store_ends_the_wait(tmp_path: Path) -> None:
+    shared = ThreadStore()
+    agreement = StopAgreement(Channel.recording(tmp_path, rank=0, world_size=2), shared, poll_seconds=0.003)
+    agreement.start(0)
+    (tmp_path / STOP_FILE).write_text("")
+
+    def break_it() -> None:
+        with shared._changed:
+            shared._changed.wait_for(lambda: shared.has("at-0"), 20)
+            shared.broken = True
+            shared._changed.notify_all()
+
+    breaker = threading.Thread(target=break_it)
+    breaker.start()
+    with pytest.raises(ConnectionError):
+        for step in range(1, 10**9):
+            assert not agreement.reached(step)
+    breaker.join()

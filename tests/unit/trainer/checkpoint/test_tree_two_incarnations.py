@@ -1,0 +1,150 @@
+"""Two incarnations write below one root at once: whatever the order of their requests, no marker names missing data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from finetune_api.errors import StorageError
+from finetune_api.pod import Resume
+from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
+from finetune_trainer.checkpoint.restore import restore
+from finetune_trainer.checkpoint.tree import Fenced, Tree
+from finetune_trainer.storage.base import Created, Stat
+from finetune_trainer.storage.folder import FolderStore
+
+FACTS = RunFacts()
+
+
+def nothing() -> None:
+    """The default hook."""
+
+
+class SlowStore(FolderStore):
+    """A store that delays deletions until `arrive` and has hooks before deletions, markers and manifests."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, f"file://{root}")
+        self.holds = False
+        self.held: list[str] = []
+        self.before_delete = self.before_marker = self.before_manifest = nothing
+
+    def delete(self, keys: Iterable[str]) -> None:
+        if self.holds:
+            self.held += keys
+            return
+        happens, self.before_delete = self.before_delete, nothing  # once
+        happens()
+        super().delete(keys)
+
+    def arrive(self) -> None:
+        """Carry out the delayed deletions."""
+        self.holds = False
+        self.delete(self.held)
+
+    def create(self, key: str, data: bytes) -> Created:
+        self.before_marker()
+        return super().create(key, data)
+
+    def put(self, key: str, data: bytes) -> None:
+        if key.endswith("manifest.json"):
+            self.before_manifest()
+        super().put(key, data)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> SlowStore:
+    """An empty store, and a staged checkpoint."""
+    (tmp_path / "staged").mkdir()
+    (tmp_path / "staged" / "weights").write_bytes(b"abc")
+    return SlowStore(tmp_path / "root")
+
+
+def commit(tree: Tree, staged: Path, step: int, attempt: int, pod_uid: str = "00000000") -> None:
+    incarnation = f"a{attempt}-{pod_uid}"
+    files = tree.upload(prefix_of(step), incarnation, staged)
+    tree.commit(
+        prefix_of(step), Manifest(step=step, attempt=attempt, incarnation=incarnation, files=files, facts=FACTS)
+    )
+
+
+def test_a_marker_created_between_listing_and_delete_of_a_sweep_is_removed(store: SlowStore, tmp_path: Path) -> None:
+    """The old attempt has passed its last check when the delete arrives: the sweep removes the marker."""
+    tree, key = Tree(store), f"{prefix_of(10)}/_COMMITTED"
+    commit(tree, tmp_path / "staged", 10, 1)
+    marker = store.get(key)
+    assert marker is not None
+    store.delete([key])  # only the marker is missing; it is created during the sweep
+    store.before_delete = lambda: store.put(key, marker)
+    assert tree.sweep().problem is None
+    assert (tree.marker(10), list(store.list("checkpoints/"))) == (None, [])
+
+
+def test_a_sweep_during_a_commit_leaves_no_marker(store: SlowStore, tmp_path: Path) -> None:
+    tree = Tree(store)
+
+    def swept_meanwhile() -> None:
+        store.holds = True
+        tree.begin_attempt(2, b"{}")
+        tree.sweep()
+        store.arrive()
+
+    store.before_marker = swept_meanwhile
+    with pytest.raises(Fenced, match="another incarnation has removed"):
+        commit(tree, tmp_path / "staged", 10, 1)
+    assert restore(tree, Resume(mode="auto"), FACTS, tmp_path / "out").step == 0
+
+
+def test_a_commit_notices_that_a_sweep_removed_its_data_before_the_manifest(store: SlowStore, tmp_path: Path) -> None:
+    """A queue starts the same attempt again; the sweep lists the data before its manifest is written."""
+    tree = Tree(store)
+
+    def sweep_begins() -> None:
+        store.holds = True
+        tree.sweep()
+        store.holds = False
+
+    store.before_manifest = sweep_begins
+    store.before_marker = store.arrive
+    with pytest.raises(Fenced, match="another incarnation has removed"):
+        commit(tree, tmp_path / "staged", 10, 1)
+    assert tree.committed() == []
+
+
+@pytest.mark.parametrize("asked", ["stat", "list"])
+def test_a_store_that_fails_after_the_marker_does_not_undo_the_commit(
+    store: SlowStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    tree = Tree(store)
+    answer = getattr(store, asked)
+
+    def down(key: str) -> Stat | None:
+        if tree.marker(10) is not None and not key.startswith("run/"):
+            raise StorageError("StorageFailed", "503")
+        found: Stat | None = answer(key)
+        return found
+
+    monkeypatch.setattr(store, asked, down)
+    commit(tree, tmp_path / "staged", 10, 1)
+    monkeypatch.undo()
+    assert [one.step for one in tree.committed()] == [10]
+
+
+def test_another_incarnation_resumes_from_the_attempts_own_steps_after_a_rollback(
+    store: SlowStore, tmp_path: Path
+) -> None:
+    tree, rolled_back = Tree(store), Resume(mode="auto", max_step=10)
+    for step, attempt in ((10, 1), (30, 2), (20, 3)):
+        commit(tree, tmp_path / "staged", step, attempt)
+    found = restore(tree, rolled_back, FACTS, tmp_path / "third", attempt=3)
+    assert (found.step, [one.step for one in found.skipped]) == (20, [30])
+    assert restore(tree, rolled_back, FACTS, tmp_path / "fourth", attempt=4).step == 10
+
+
+def test_an_attempt_is_fenced_before_training_if_a_later_one_has_begun(store: SlowStore) -> None:
+    tree = Tree(store)
+    tree.begin_attempt(5, b"{}")
+    tree.require_newest_attempt(5)
+    with pytest.raises(Fenced, match="a later attempt has begun; this is attempt 4"):
+        tree.require_newest_attempt(4)

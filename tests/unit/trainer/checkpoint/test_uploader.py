@@ -1,0 +1,494 @@
+"""Background uploads: one runs, one is queued, a newer one replaces it, the checkpoint of a stop is never dropped."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from finetune_api.errors import CredentialsError, StorageError
+from finetune_trainer.checkpoint.manifest import Manifest, RunFacts, prefix_of
+from finetune_trainer.checkpoint.tree import Fenced, Tree
+from finetune_trainer.checkpoint.uploader import KeepPolicy, Staged, Uploader, checkpoints_for_status
+from finetune_trainer.storage.folder import FolderStore
+from finetune_trainer.supervisor.run_state import RunState
+
+
+class GatedStore(FolderStore):
+    """A folder whose uploads wait for a gate."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, f"file://{root}")
+        self.gate = threading.Event()
+        self.entered = threading.Event()
+        self.gate.set()
+        self.refuse: Callable[[str], None] = lambda key: None
+
+    def put_file(self, source: Path, key: str, *, count: object = None) -> None:
+        self.entered.set()
+        assert self.gate.wait(20)
+        self.refuse(key)
+        super().put_file(source, key)
+
+    def delete(self, keys: object) -> None:
+        for key in keys:  # type: ignore[attr-defined] # an iterable of keys
+            self.refuse(f"delete {key}")
+            super().delete([key])
+
+
+class Fixture:
+    """An uploader with a gated store."""
+
+    def __init__(self, folder: Path, *, final_timeout: float = 60, **policy: object) -> None:
+        self.folder = folder
+        self.store = GatedStore(folder / "root")
+        self.tree, self.run_state = Tree(self.store), RunState()
+        self.uploader = Uploader(
+            self.tree, self.run_state, RunFacts(), KeepPolicy(**policy), job="n/j/u", attempt=1,  # type: ignore[arg-type] # a table's
+            final_upload_timeout=final_timeout,
+        )  # fmt: skip
+
+    def offer(self, step: int | None, *, graceful: bool = False, **facts: object) -> None:
+        staged = self.folder / f"staged-{step}"
+        staged.mkdir()
+        (staged / "weights").write_text(f"{step}")
+        if step is None:
+            facts |= {"outputKind": "adapter", "step": 9}
+        self.uploader.offer(Staged(step, staged, "a1-00000000", graceful, facts))
+
+    def steps(self) -> list[int]:
+        return [one.step or 0 for one in self.tree.committed()]
+
+    def drain(self) -> None:
+        self.store.gate.set()
+        assert self.uploader.drain(20)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Fixture]:
+    made = Fixture(tmp_path, keep=0)
+    yield made
+    made.drain()
+    made.uploader.close()
+
+
+def test_a_newer_checkpoint_replaces_the_queued_one(bench: Fixture) -> None:
+    bench.store.gate.clear()
+    bench.offer(1)
+    assert bench.store.entered.wait(10)
+    for step in (2, 3, 4):
+        bench.offer(step)
+    bench.drain()
+    assert bench.steps() == [4, 1]
+    assert bench.run_state.counters["checkpoints_skipped"] == 2
+    assert any("skipped" in note for note in bench.run_state.report().resolved.notes or [])
+    assert not (bench.folder / "staged-2").exists()
+
+
+def test_the_stop_checkpoint_is_never_dropped(bench: Fixture) -> None:
+    bench.store.gate.clear()
+    bench.offer(1)
+    assert bench.store.entered.wait(10)
+    bench.offer(2)
+    bench.offer(3, graceful=True)
+    bench.offer(4)
+    bench.drain()
+    assert bench.steps() == [3, 1]
+
+
+def test_a_fenced_commit_ends_the_attempt(bench: Fixture) -> None:
+    """A later attempt has begun: this incarnation is stale and must not train on."""
+    bench.tree.begin_attempt(2, b"{}")
+    bench.offer(1)
+    bench.drain()
+    assert isinstance(bench.uploader.failure, Fenced) and bench.uploader.failure.exit_code == 74
+    assert bench.steps() == [] and "checkpoint_failures" not in bench.run_state.counters
+    bench.offer(2)
+    bench.drain()
+    assert bench.steps() == [], "nothing is uploaded after the first fenced commit"
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("finetune_trainer.checkpoint.uploader.time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_a_store_that_takes_no_checkpoint_for_too_long_ends_the_attempt(
+    bench: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+
+    def refuse(key: str) -> None:
+        raise StorageError("EndpointUnreachable", "gone")
+
+    bench.store.refuse = refuse
+    for step in (1, 2):
+        clock.now += 100
+        bench.offer(step)
+        bench.drain()
+    clock.now += 499
+    assert bench.uploader.unsaved_error(600, None) is None
+    clock.now += 2
+    assert bench.uploader.unsaved_error(600, 700) is None, "not before the job's own stall timeout"
+    assert bench.uploader.unsaved_error(200, None) is not None
+    error = bench.uploader.unsaved_error(600, None)
+    assert error is not None and (error.exit_code, error.code) == (69, "CheckpointsNotSaved")
+    assert "EndpointUnreachable: step 2 was not stored: gone" in error.message
+    bench.store.refuse = lambda key: None
+    bench.offer(3)
+    bench.drain()
+    clock.now += 10_000
+    assert bench.uploader.unsaved_error(600, None) is None, "step 3 is committed"
+
+
+def test_a_run_may_go_unsaved_for_several_checkpoint_intervals(bench: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    bench.uploader.record_unsaved()
+    clock.now += 1000
+    bench.uploader.record_unsaved()
+    clock.now += 1999
+    assert bench.uploader.unsaved_error(60, None) is None
+    clock.now += 2
+    assert bench.uploader.unsaved_error(60, None) is not None
+
+
+def test_the_final_model_is_uploaded_after_the_last_checkpoint(bench: Fixture) -> None:
+    bench.store.gate.clear()
+    bench.offer(8)
+    bench.offer(None)
+    bench.drain()
+    assert bench.steps() == [8]
+    assert bench.uploader.output is not None and bench.uploader.output.uri == f"{bench.store.uri}/model/a1-00000000"
+    found = bench.tree.marker(None)
+    assert found is not None and found.marker.manifest_sha256 == bench.uploader.output.sha256
+    assert [one.healthy for one in checkpoints_for_status(bench.tree, bench.tree.committed())] == [True]
+
+
+def test_a_checkpoint_is_healthy_once_the_next_one_is_committed(bench: Fixture) -> None:
+    bench.offer(1)
+    bench.drain()
+    assert [one.healthy for one in bench.tree.committed()] == [False]
+    bench.offer(2)
+    bench.drain()
+    assert [(one.step, one.healthy) for one in bench.tree.committed()] == [(2, False), (1, True)]
+    bench.offer(3, graceful=True)
+    bench.drain()
+    assert all(one.healthy for one in bench.tree.committed())
+
+
+def test_old_checkpoints_are_removed_after_a_commit(tmp_path: Path) -> None:
+    bench = Fixture(tmp_path, keep=1, pinned=(2,))
+    for step in range(1, 7):
+        bench.offer(step, evalLoss=0.5 if step == 3 else 1.0)
+        bench.drain()
+    assert bench.steps() == [6, 5, 4, 3, 2]
+    bench.uploader.retain(finished=True)
+    assert bench.steps() == [6, 3, 2]
+    assert [one.step for one in bench.run_state.checkpoints] == [6, 3, 2]
+    bench.uploader.close()
+
+
+def test_a_missing_permission_to_delete_is_a_note(tmp_path: Path) -> None:
+    bench = Fixture(tmp_path, keep=1)
+
+    def refuse(key: str) -> None:
+        if key.startswith("delete checkpoints/") and not key.endswith(".json"):
+            raise CredentialsError("PermissionDenied", "s3:DeleteObject")
+
+    bench.store.refuse = refuse
+    for step in range(1, 6):
+        bench.offer(step)
+        bench.drain()
+    assert bench.steps() == [5, 4, 3, 2, 1]
+    assert bench.uploader.failure is None
+    assert any("PermissionDenied" in note for note in bench.run_state.report().resolved.notes or [])
+    bench.uploader.close()
+
+
+def test_a_checkpoint_that_cannot_be_stored_is_a_problem_but_not_the_end(bench: Fixture) -> None:
+    def refuse(key: str) -> None:
+        raise StorageError("StorageFailed", "gone")
+
+    bench.store.refuse = refuse
+    bench.offer(1)
+    bench.drain()
+    health = bench.run_state.report().health
+    assert (health.healthy, health.checkpoint_problem) == (False, "StorageFailed: step 1 was not stored: gone")
+    assert bench.uploader.failure is None
+    bench.store.refuse = lambda key: None
+    bench.offer(2)
+    bench.drain()
+    assert bench.steps() == [2]
+    assert bench.run_state.report().health.healthy
+
+
+def test_the_checkpoint_of_a_stop_is_retried(bench: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No later checkpoint follows: a short outage of the store must not lose it."""
+    monkeypatch.setattr("finetune_trainer.checkpoint.uploader.RETRY_PAUSE_SECONDS", 0.001)
+    tries: list[str] = []
+
+    def refuse(key: str) -> None:
+        tries.append(key)
+        if len(tries) < 5:
+            raise StorageError("EndpointUnreachable", "gone")
+
+    bench.store.refuse = refuse
+    bench.offer(1, graceful=True)
+    bench.drain()
+    assert len(tries) == 5 and bench.steps() == [1]
+
+
+def test_the_checkpoint_of_a_stop_is_given_up_when_the_uploader_closes(tmp_path: Path) -> None:
+    bench = Fixture(tmp_path)
+
+    def refuse(key: str) -> None:
+        raise StorageError("EndpointUnreachable", "gone")
+
+    bench.store.refuse = refuse
+    bench.offer(1, graceful=True)
+    assert bench.store.entered.wait(10)
+    assert not bench.uploader.drain(0)
+    bench.uploader.close()
+    assert bench.uploader.drain(20) and bench.steps() == []
+
+
+def test_skipped_checkpoints_are_replaced_or_removed_and_are_no_progress(tmp_path: Path) -> None:
+    """Another attempt committed steps 10 to 30. This one resumes from 10 and repeats the later ones."""
+    folder = tmp_path / "staged"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    bench = Fixture(tmp_path / "bench", keep=1, pinned=(25,))
+    for step in (10, 20, 25, 27, 30):
+        files = bench.tree.upload(prefix_of(step), "a0-00000000", folder)
+        bench.tree.commit(prefix_of(step), Manifest(step=step, incarnation="a0-00000000", files=files))
+    own = bench.tree.committed()
+    bench.uploader.adopt_committed(checkpoints_for_status(bench.tree, [one for one in own if one.step == 10]))
+    bench.uploader.set_skipped([one for one in own if one.step != 10])
+    assert bench.uploader.committed_step == 10
+    assert [one.step for one in bench.run_state.checkpoints] == [10]
+    bench.folder.mkdir(exist_ok=True)
+    bench.offer(20)
+    bench.drain()
+    found = {one.step: (one.marker.path, one.healthy) for one in bench.tree.committed()}
+    assert found[20] == ("a1-00000000", False) and found[10][1] is True
+    assert found[30] == ("a0-00000000", False), "this attempt's finite losses prove nothing about a skipped checkpoint"
+    bench.offer(30)
+    bench.drain()
+    assert {one.step: one.marker.path for one in bench.tree.committed()} == {
+        10: "a0-00000000", 20: "a1-00000000", 25: "a0-00000000", 30: "a1-00000000"
+    }  # fmt: skip
+    assert bench.uploader.failure is None
+    bench.uploader.close()
+
+
+def test_the_data_of_a_committed_checkpoint_is_never_written_again(bench: Fixture) -> None:
+    bench.offer(5)
+    bench.drain()
+    (bench.folder / "staged-5").mkdir()
+    (bench.folder / "staged-5" / "weights").write_text("other bytes")
+    bench.uploader.offer(Staged(5, bench.folder / "staged-5", "a1-00000000", True, {}))
+    bench.drain()
+    (found,) = bench.tree.committed()
+    assert bench.tree.manifest(found) is not None and bench.uploader.failure is None
+    assert bench.store.get(f"{found.folder}/weights") == b"5"
+
+
+def test_the_evaluation_is_part_of_output_and_manifest(bench: Fixture) -> None:
+    measured = {"testRows": 3, "testLoss": 1.25}
+    bench.offer(None, extra={"evaluation": measured, "notes": []})
+    bench.drain()
+    assert bench.uploader.output is not None and bench.uploader.output.evaluation == measured
+    committed = bench.tree.marker(None)
+    manifest = bench.tree.manifest(committed) if committed else None
+    assert manifest is not None and manifest.extra["evaluation"] == measured
+
+
+def test_a_final_model_that_cannot_be_stored_ends_the_attempt(tmp_path: Path) -> None:
+    bench = Fixture(tmp_path, final_timeout=0)
+
+    def refuse(key: str) -> None:
+        raise StorageError("StorageFailed", "gone")
+
+    bench.store.refuse = refuse
+    bench.offer(None)
+    bench.drain()
+    bench.uploader.close()
+    assert bench.uploader.failure is not None and bench.uploader.failure.exit_code == 69
+
+
+def test_the_final_model_is_retried_while_the_store_is_unavailable(
+    bench: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.checkpoint.uploader.RETRY_PAUSE_SECONDS", 0.01)
+    tries: list[str] = []
+
+    def refuse(key: str) -> None:
+        tries.append(key)
+        if len(tries) < 4:
+            raise StorageError("StorageFailed", "gone")
+
+    bench.store.refuse = refuse
+    bench.offer(None)
+    bench.drain()
+    assert bench.uploader.failure is None and bench.uploader.output is not None
+
+
+def test_a_final_model_without_permission_to_write_is_not_retried(bench: Fixture) -> None:
+    tries: list[str] = []
+
+    def refuse(key: str) -> None:
+        tries.append(key)
+        raise CredentialsError("AccessDenied", "no s3:PutObject")
+
+    bench.store.refuse = refuse
+    bench.offer(None)
+    bench.drain()
+    assert len(tries) == 1 and bench.uploader.failure is not None and bench.uploader.failure.exit_code == 77
+
+
+def test_two_pods_make_one_checkpoint(tmp_path: Path) -> None:
+    store = GatedStore(tmp_path / "root")
+    pods = [
+        Uploader(Tree(store), RunState(), RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=node, nodes=2)
+        for node in (0, 1)
+    ]
+    for node, uploader in enumerate(pods):
+        folder = tmp_path / f"node-{node}"
+        folder.mkdir()
+        (folder / f"rng_state_{node}.pth").write_text(str(node))
+        uploader.offer(Staged(5, folder, "a1-00000000"))
+    for uploader in pods:
+        assert uploader.drain(20)
+        uploader.close()
+    (found,) = Tree(store).committed()
+    manifest = Tree(store).manifest(found)
+    assert manifest is not None
+    assert [one.path for one in manifest.files] == ["rng_state_0.pth", "rng_state_1.pth"]
+    assert not list(store.list(f"{prefix_of(5)}/a1-00000000/.parts"))
+
+
+def test_pods_that_wrote_one_file_differently_make_no_checkpoint(tmp_path: Path) -> None:
+    store, states = GatedStore(tmp_path / "root"), [RunState(), RunState()]
+    pods = [
+        Uploader(Tree(store), states[node], RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=node, nodes=2)
+        for node in (0, 1)
+    ]
+    for node, uploader in enumerate(pods):
+        folder = tmp_path / f"node-{node}"
+        folder.mkdir()
+        (folder / "state.json").write_text(str(node))
+        uploader.offer(Staged(5, folder, "a1-00000000"))
+    for uploader in pods:
+        assert uploader.drain(20)
+        uploader.close()
+    assert Tree(store).committed() == []
+    assert "PartsDiffer" in (states[0].report().health.checkpoint_problem or "")
+
+
+def test_part_files_that_cannot_be_removed_do_not_undo_a_commit(tmp_path: Path) -> None:
+    store, run_state = GatedStore(tmp_path / "root"), RunState()
+
+    def refuse(key: str) -> None:
+        if key.startswith("delete "):
+            raise CredentialsError("PermissionDenied", "s3:DeleteObject")
+
+    store.refuse = refuse
+    Tree(store).report_part(prefix_of(5), "a1-00000000", 1, [])
+    first = Uploader(Tree(store), run_state, RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=0, nodes=2)
+    folder = tmp_path / "node-0"
+    folder.mkdir()
+    (folder / "x").write_text("x")
+    first.offer(Staged(5, folder, "a1-00000000", True))
+    assert first.drain(20)
+    first.close()
+    assert (first.committed_step, run_state.report().health.healthy) == (5, True)
+
+
+def test_a_part_that_cannot_be_stored_is_reported_at_once(tmp_path: Path) -> None:
+    """Otherwise rank 0's pod would wait for half an hour and commit nothing meanwhile."""
+    store, run_state = GatedStore(tmp_path / "root"), RunState()
+    pods = [
+        Uploader(Tree(store), run_state, RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=node, nodes=2)
+        for node in (0, 1)
+    ]
+
+    def refuse(key: str) -> None:
+        if key.endswith("rng-1"):
+            raise StorageError("StorageFailed", "gone")
+
+    store.refuse = refuse
+    for node, uploader in enumerate(pods):
+        folder = tmp_path / f"node-{node}"
+        folder.mkdir()
+        (folder / f"rng-{node}").write_text(str(node))
+        uploader.offer(Staged(5, folder, "a1-00000000"))
+    for uploader in pods:
+        assert uploader.drain(20)
+        uploader.close()
+    assert Tree(store).committed() == [] and pods[1].uploaded_step == 0
+
+
+def test_a_slow_store_does_not_block_offer(tmp_path: Path) -> None:
+    """A pod reports a skipped part on another thread than the one that receives its ranks' messages."""
+    store = GatedStore(tmp_path / "root")
+    reported = threading.Event()
+    put = store.put
+
+    def slow(key: str, data: bytes) -> None:
+        reported.set()
+        assert store.gate.wait(20)
+        put(key, data)
+
+    store.put = slow  # type: ignore[method-assign] # that is what the fault is
+    second = Uploader(Tree(store), RunState(), RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=1, nodes=2)
+    store.gate.clear()
+    for step in (1, 2, 3):
+        folder = tmp_path / f"staged-{step}"
+        folder.mkdir()
+        (folder / "x").write_text("x")
+        second.offer(Staged(step, folder, "a1-00000000"))
+        if step == 1:
+            assert store.entered.wait(10)
+    assert reported.wait(10), "the report is sent although the store is slow"
+    store.gate.set()
+    assert second.drain(20)
+    second.close()
+
+
+def test_a_skipped_part_makes_no_checkpoint(tmp_path: Path) -> None:
+    store = GatedStore(tmp_path / "root")
+    Tree(store).report_part(prefix_of(5), "a1-00000000", 1, None)
+    run_state = RunState()
+    first = Uploader(Tree(store), run_state, RunFacts(), KeepPolicy(), job="n/j/u", attempt=1, node=0, nodes=2)
+    folder = tmp_path / "node-0"
+    folder.mkdir()
+    (folder / "x").write_text("x")
+    first.offer(Staged(5, folder, "a1-00000000"))
+    assert first.drain(20)
+    first.close()
+    assert Tree(store).committed() == []
+    assert "PartMissing" in (run_state.report().health.checkpoint_problem or "")
+
+
+def test_before_commit_is_called_except_for_the_checkpoint_of_a_stop(tmp_path: Path) -> None:
+    store = FolderStore(tmp_path / "root", "file:///root")
+    tree, at = Tree(store), []
+    uploader = Uploader(
+        tree, RunState(), RunFacts(), KeepPolicy(), job="n/j/u", attempt=1,
+        before_commit=lambda: at.append([one.step for one in tree.committed()]),
+    )  # fmt: skip
+    for step, graceful in ((5, False), (8, True), (None, False)):
+        folder = tmp_path / f"staged-{step}"
+        folder.mkdir()
+        (folder / "weights").write_text("x")
+        facts = {"outputKind": "adapter", "step": 9} if step is None else {}
+        uploader.offer(Staged(step, folder, "a1-00000000", graceful, facts))
+        assert uploader.drain(20)
+    uploader.close()
+    assert at == [[], [8, 5]]
+    assert uploader.output is not None

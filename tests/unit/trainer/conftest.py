@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from web_server import Web
+
+sys.path[:0] = [str(Path(__file__).parent)]
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invalid keys, and no configuration of this machine."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDENTIFIER")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret-word")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nonexistent")
+
+
+@pytest.fixture
+def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Pauses in seconds between requests to the web; the tests do not wait."""
+    from finetune_trainer.storage import web
+
+    waited: list[float] = []
+    monkeypatch.setattr(web.time, "sleep", waited.append)
+    return waited
+
+
+@pytest.fixture
+def server(tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
+    """An https server for `<tmp_path>/served`, reached without a proxy."""
+    from web_server import serving
+
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "served").mkdir()
+    with serving(tmp_path / "served", tmp_path) as web:
+        yield web

@@ -1,0 +1,140 @@
+"""The sources of a pod's credentials, and the renewal of expiring ones, from what each request was signed with."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from finetune_api.pod import StoreTarget
+from finetune_trainer.storage.s3 import S3Store
+
+
+class Issuer:
+    """A token service, a pod identity agent and an S3 server in one. The credentials that it issues expire within a minute."""
+
+    def __init__(self) -> None:
+        self.issued = 0
+        self.signed: list[tuple[str, str]] = []
+        """Access key and session token of each S3 request."""
+        self.shown: list[str] = []
+        """What the clients presented to get credentials."""
+        issuer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                if self.path == "/agent":
+                    issuer.shown.append(self.headers["Authorization"])
+                    self._answer(issuer.as_json())
+                else:
+                    issuer.take(dict(self.headers))
+                    self._answer(b"body")
+
+            def do_POST(self) -> None:
+                text = self.rfile.read(int(self.headers["Content-Length"])).decode()
+                issuer.shown.append(text)
+                self._answer(issuer.as_xml())
+
+            def _answer(self, body: bytes) -> None:
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+
+    def _next(self) -> tuple[str, str]:
+        self.issued += 1
+        return f"KEY{self.issued}", (datetime.now(UTC) + timedelta(minutes=1)).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    def as_json(self) -> bytes:
+        key, end = self._next()
+        return json.dumps({"AccessKeyId": key, "SecretAccessKey": "s", "Token": f"T{key}", "Expiration": end}).encode()
+
+    def as_xml(self) -> bytes:
+        key, end = self._next()
+        return (
+            '<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">'
+            f"<AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>{key}</AccessKeyId><SecretAccessKey>s</SecretAccessKey>"
+            f"<SessionToken>T{key}</SessionToken><Expiration>{end}</Expiration></Credentials>"
+            "</AssumeRoleWithWebIdentityResult></AssumeRoleWithWebIdentityResponse>"
+        ).encode()
+
+    def take(self, headers: dict[str, str]) -> None:
+        key = re.search(r"Credential=([^/]+)/", headers["Authorization"])
+        assert key is not None
+        self.signed.append((key[1], headers.get("X-Amz-Security-Token", "")))
+
+
+@pytest.fixture
+def issuer() -> Iterator[Issuer]:
+    made = Issuer()
+    yield made
+    made.http.shutdown()
+    made.http.server_close()
+
+
+def sign_requests(issuer: Issuer, times: int, **target: str) -> list[tuple[str, str]]:
+    store = S3Store(StoreTarget(uri="s3://bucket/root", endpoint=issuer.url, region="eu-central-1", **target))
+    for _ in range(times):
+        assert store.get("key") == b"body"
+    store.close()
+    return issuer.signed
+
+
+def test_a_secret_with_a_session_token(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "session")
+    assert sign_requests(issuer, 1) == [("AKIDENTIFIER", "session")]
+
+
+def test_each_connection_has_its_own_keys(issuer: Issuer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_AWS_ACCESS_KEY_ID", "MODELKEY")
+    monkeypatch.setenv("MODEL_AWS_SECRET_ACCESS_KEY", "s")
+    assert sign_requests(issuer, 1, credentials_prefix="MODEL_") == [("MODELKEY", "")]
+
+
+def test_a_web_identity_is_renewed_before_it_ends(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The ServiceAccount's token is read again each time, because the kubelet replaces it."""
+    without_keys(monkeypatch)
+    token = tmp_path / "token"
+    token.write_text("first")
+    monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(token))
+    monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::111122223333:role/trainer")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_STS", issuer.url)
+    store = S3Store(StoreTarget(uri="s3://bucket/root", endpoint=issuer.url, region="eu-central-1"))
+    store.get("key")
+    token.write_text("second")
+    store.get("key")
+    keys = [key for key, _ in issuer.signed]
+    assert len(set(keys)) == 2 and issuer.signed == [(key, f"T{key}") for key in keys]
+    assert "WebIdentityToken=first" in issuer.shown[0] and "WebIdentityToken=second" in issuer.shown[-1]
+
+
+def test_a_pod_identity_is_renewed_before_it_ends(
+    issuer: Issuer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    without_keys(monkeypatch)
+    (tmp_path / "token").write_text("pod-token")
+    monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{issuer.url}/agent")
+    monkeypatch.setenv("AWS_CONTAINER_AUTHORIZATION_TOKEN_FILE", str(tmp_path / "token"))
+    keys = [key for key, _ in sign_requests(issuer, 2)]
+    assert len(set(keys)) == 2 and set(issuer.shown) == {"pod-token"}
+
+
+def without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")

@@ -1,0 +1,188 @@
+"""Server-side encryption: the headers of each request, and the failures of stores that do not support it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
+from botocore.exceptions import ClientError
+from finetune_api.errors import ConfigError, FineTuneError
+from finetune_api.pod import StoreTarget
+from finetune_trainer.checkpoint.restore import restore
+from finetune_trainer.storage import s3
+from finetune_trainer.storage.errors import explain
+from finetune_trainer.storage.s3 import S3Store
+
+KEY = bytes(range(32))
+ARN = "arn:aws:kms:eu-central-1:111122223333:key/1234abcd"
+CUSTOMER_KEY_HEADERS = {
+    "x-amz-server-side-encryption-customer-algorithm": "AES256",
+    "x-amz-server-side-encryption-customer-key": base64.b64encode(KEY).decode(),
+    "x-amz-server-side-encryption-customer-key-md5": base64.b64encode(hashlib.md5(KEY).digest()).decode(),
+}
+BODY = b"body"
+
+
+class Body(io.BytesIO):
+    """The body of a response, as urllib3 returns it."""
+
+    def stream(self, *_: object) -> Iterator[bytes]:
+        yield self.read()
+
+
+class Wire:
+    """A store whose requests are answered here; `sent` holds their encryption headers by operation."""
+
+    def __init__(self, **target: Any) -> None:
+        self.store = S3Store(StoreTarget(uri="s3://bucket/root", region="eu-central-1", **target), attempts=1)
+        self.store.client.meta.events.register("before-send.s3", self._answer)
+        self.sent: dict[str, dict[str, str]] = {}
+
+    def _answer(self, request: AWSPreparedRequest, event_name: str, **_: Any) -> AWSResponse:
+        operation = event_name.rpartition(".")[2]
+        headers = {name.lower(): _text(value) for name, value in request.headers.items()}
+        self.sent[operation] = {name: value for name, value in headers.items() if "encryption" in name}
+        answers = {
+            "CreateMultipartUpload": b"<R><Bucket>bucket</Bucket><Key>k</Key><UploadId>7</UploadId></R>",
+            "CompleteMultipartUpload": b'<R><ETag>"t"</ETag></R>',
+            "GetObject": BODY,
+        }
+        data = answers.get(operation, b"")
+        assert operation != "UploadPart" or parse_qs(urlsplit(request.url).query)["uploadId"] == ["7"]
+        return AWSResponse(request.url, 200, {"content-length": str(len(BODY)), "etag": '"t"'}, Body(data))
+
+    def everything(self, folder: Path) -> None:
+        """Make every kind of request that carries an object."""
+        large = folder / "large"
+        large.write_bytes(b"\0" * (11 * s3.MIB))
+        self.store.put("small", BODY)
+        self.store.create("marker", BODY)
+        self.store.put_file(large, "large")
+        self.store.get("small")
+        self.store.stat("small")
+        self.store.download("small", folder / "back")
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * s3.MIB)
+
+
+def test_no_encryption_headers_by_default(tmp_path: Path) -> None:
+    wire = Wire()
+    wire.everything(tmp_path)
+    assert set(wire.sent) == {
+        "PutObject", "CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload", "GetObject", "HeadObject"
+    }  # fmt: skip
+    assert not any(wire.sent.values())
+
+
+@pytest.mark.parametrize(
+    ("target", "headers"),
+    [
+        ({"encryption": "s3"}, {"x-amz-server-side-encryption": "AES256"}),
+        ({"encryption": "kms"}, {"x-amz-server-side-encryption": "aws:kms"}),
+        (
+            {"encryption": "kms", "kms_key_id": ARN},
+            {"x-amz-server-side-encryption": "aws:kms", "x-amz-server-side-encryption-aws-kms-key-id": ARN},
+        ),
+    ],
+)
+def test_keys_of_the_store_are_requested_when_an_object_is_created(
+    tmp_path: Path, target: dict[str, str], headers: dict[str, str]
+) -> None:
+    wire = Wire(**target)
+    wire.everything(tmp_path)
+    for operation in ("PutObject", "CreateMultipartUpload"):
+        assert wire.sent.pop(operation) == headers
+    assert not any(wire.sent.values()), "S3 refuses these headers on parts and on reads"
+
+
+def test_a_customer_key_is_sent_with_every_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode() + "\n")
+    wire = Wire(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY")
+    wire.everything(tmp_path)
+    for operation in ("PutObject", "CreateMultipartUpload", "UploadPart", "GetObject", "HeadObject"):
+        assert wire.sent[operation] == CUSTOMER_KEY_HEADERS, operation
+
+
+def test_each_connection_has_its_own_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(b"x" * 32).decode())
+    monkeypatch.setenv("MODEL_AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode())
+    wire = Wire(encryption="customerKey", customer_key_variable="MODEL_AWS_SSE_CUSTOMER_KEY")
+    wire.store.get("small")
+    assert wire.sent["GetObject"] == CUSTOMER_KEY_HEADERS
+
+
+@pytest.mark.parametrize("text", ["", "not base64!", base64.b64encode(b"too short").decode(), "very-secret-word"])
+def test_an_invalid_key_is_reported_and_never_shown(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", text)
+    with pytest.raises(ConfigError) as caught:
+        Wire(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY")
+    assert (caught.value.code, caught.value.exit_code) == ("CustomerKeyInvalid", 64)
+    assert "storage.encryption.customerKeySecretRef" in caught.value.message
+    assert not text or text not in f"{caught.value} {caught.value.hint}"
+
+
+def test_a_checkpoint_named_by_uri_is_read_with_the_same_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_api.pod import Resume
+    from finetune_trainer.checkpoint.manifest import RunFacts
+    from finetune_trainer.checkpoint.tree import Tree
+
+    monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(KEY).decode())
+    wire, opened = Wire(encryption="customerKey", customer_key_variable="AWS_SSE_CUSTOMER_KEY"), []
+
+    def note(target: StoreTarget) -> S3Store:
+        opened.append(target)
+        return wire.store
+
+    monkeypatch.setattr("finetune_trainer.checkpoint.restore.open_store", note)
+    uri = "s3://other/team/job/uid/checkpoints/step-00000005"
+    with pytest.raises(FineTuneError, match="no committed checkpoint"):
+        restore(Tree(wire.store), Resume(mode=uri), RunFacts(), tmp_path)
+    assert opened == [wire.store.target.model_copy(update={"uri": "s3://other/team/job/uid"})]
+
+
+def failure_of(status: int, code: str, message: str = "", operation: str = "PutObject", **target: Any) -> FineTuneError:
+    store = S3Store(StoreTarget(uri="s3://bucket/root", **target))
+    answer: Any = {"Error": {"Code": code, "Message": message}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return explain(ClientError(answer, operation), store.connection)
+
+
+def test_a_missing_permission_on_the_key_service_is_named() -> None:
+    message = f"User: arn:aws:iam::1:user/u is not authorized to perform: kms:GenerateDataKey on resource: {ARN}"
+    error = failure_of(403, "AccessDenied", message, encryption="kms")
+    assert (error.exit_code, error.code) == (77, "PermissionDenied")
+    assert "kms:GenerateDataKey" in error.message and "arn:aws:iam" not in f"{error} {error.hint}"
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "operation", "target"),
+    [
+        (400, "KMS.NotFoundException", "PutObject", {"encryption": "kms", "kms_key_id": ARN}),
+        (400, "KMS.DisabledException", "GetObject", {}),
+        (501, "NotImplemented", "PutObject", {"encryption": "s3", "endpoint": "https://store.example"}),
+        (400, "InvalidArgument", "PutObject", {"encryption": "kms", "endpoint": "http://store.example"}),
+        (400, "InvalidEncryptionAlgorithmError", "PutObject", {"encryption": "s3"}),
+        (400, "400", "HeadObject", {}),
+        (400, "InvalidRequest", "GetObject", {}),
+        (400, "InvalidArgument", "GetObject", {"endpoint": "http://store.example"}),
+    ],
+)
+def test_a_store_that_refuses_encryption_is_a_wrong_setting(
+    status: int, code: str, operation: str, target: dict[str, str]
+) -> None:
+    error = failure_of(status, code, operation=operation, **target)
+    assert (error.exit_code, error.code) == (67, "EncryptionRefused")
+    assert "storage.encryption" in (error.hint or "")

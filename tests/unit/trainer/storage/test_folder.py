@@ -1,0 +1,140 @@
+"""A folder as a store, on file systems that are full, read-only, without hard links, or of another user."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.errors import FineTuneError
+from finetune_api.pod import StoreTarget
+from finetune_trainer.storage.base import Created
+from finetune_trainer.storage.folder import FolderStore
+from finetune_trainer.storage.preflight import preflight
+from finetune_trainer.supervisor.staging import hard_link_tree
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> FolderStore:
+    return FolderStore(tmp_path / "root", f"file://{tmp_path}/root")
+
+
+def failing(number: int) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_only_one_writer_creates_an_object_without_hard_links(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(Path, "hardlink_to", failing(number))
+    found: list[Created] = []
+    start = threading.Barrier(8)
+
+    def create(data: bytes) -> None:
+        start.wait()
+        found.append(store.create("a/_COMMITTED", data))
+
+    threads = [threading.Thread(target=create, args=(b"%d" % number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(one.value for one in found) == ["exists"] * 7 + ["new"]
+    assert [stat.key for stat in store.list("")] == ["a/_COMMITTED"]
+    assert preflight(StoreTarget(uri=store.uri)).conditional_writes
+
+
+def test_a_read_only_volume_is_a_wrong_setting(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "mkdir", failing(errno.EROFS))
+    with pytest.raises(FineTuneError) as caught:
+        preflight(StoreTarget(uri=store.uri))
+    assert (caught.value.exit_code, caught.value.code) == (67, "StorageReadOnly")
+
+
+def test_a_full_local_disk_is_not_blamed_on_the_store(store: FolderStore, tmp_path: Path) -> None:
+    store.put("weights", b"x" * 100_000)
+    (tmp_path / "full").symlink_to("/dev/full")
+    with pytest.raises(FineTuneError) as caught:
+        store.download("weights", tmp_path / "full")
+    assert (caught.value.code, caught.value.hint) == (
+        "LocalDiskFull", "raise resources.ephemeralStorage, or checkpoint less often"
+    )  # fmt: skip
+
+
+def test_a_full_volume_is_a_storage_failure(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
+    with pytest.raises(FineTuneError) as caught:
+        store.put("weights", b"x")
+    assert (caught.value.exit_code, caught.value.code) == (69, "StorageFull")
+    assert list(store.list("")) == []
+
+
+def test_an_unreadable_folder_is_an_error_and_not_empty(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run must not start from zero because its checkpoints belong to another user."""
+    store.put("checkpoints/step-00000005/_COMMITTED", b"{}")
+    scan = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if str(path).endswith("step-00000005"):
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(FineTuneError) as caught:
+        list(store.list("checkpoints/"))
+    assert (caught.value.exit_code, caught.value.code) == (77, "PermissionDenied")
+
+
+def test_a_folder_that_is_removed_during_a_listing_is_ignored(
+    store: FolderStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (5, 10):
+        store.put(f"checkpoints/step-{step}/_COMMITTED", b"{}")
+    scan = os.scandir
+
+    def gone(path: Any) -> Any:
+        if str(path).endswith("step-5"):
+            raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", gone)
+    assert [stat.key for stat in store.list("checkpoints/")] == ["checkpoints/step-10/_COMMITTED"]
+    assert list(store.list("nothing/")) == []
+
+
+def test_partial_files_of_killed_writers_are_neither_listed_nor_kept_by_a_sweep(store: FolderStore) -> None:
+    store.put("checkpoints/step-5/weights", b"w")
+    partial = store.root / "checkpoints/step-5/.partial-0123456789ab"
+    partial.write_bytes(b"half")
+    assert [stat.key for stat in store.list("")] == ["checkpoints/step-5/weights"]
+    assert store.sweep("checkpoints/") == 1
+    assert not partial.exists() and store.get("checkpoints/step-5/weights") == b"w"
+
+
+UNUSUAL = ["with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", "empty", ".hidden", "sub folder/x"]
+
+
+def test_unusual_names_and_empty_files(store: FolderStore, tmp_path: Path) -> None:
+    for name in UNUSUAL:
+        store.put(name, b"")
+    assert sorted(stat.key for stat in store.list("")) == sorted(UNUSUAL)
+    assert [store.download(name, tmp_path / "back" / name) is not None for name in UNUSUAL] == [True] * len(UNUSUAL)
+
+
+def test_a_symbolic_link_in_a_checkpoint_is_staged_as_its_target(tmp_path: Path) -> None:
+    """A relative link would be broken in the staging folder, and its file would be missing from the checkpoint."""
+    folder = tmp_path / "checkpoint"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "weights").write_text("w")
+    (folder / "sub" / "latest").symlink_to("../weights")
+    hard_link_tree(folder, tmp_path / "elsewhere" / "staged")
+    found = tmp_path / "elsewhere" / "staged" / "sub" / "latest"
+    assert not found.is_symlink() and found.read_text() == "w"
+    assert found.stat().st_ino == (folder / "weights").stat().st_ino

@@ -1,0 +1,122 @@
+"""Every wrong setting of a store is named before training starts."""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import threading
+from pathlib import Path
+
+import pytest
+from finetune_api.errors import FineTuneError
+from finetune_api.names import FailureClass
+from finetune_api.pod import StoreTarget
+from finetune_api.spec.enums import AddressingStyle
+from finetune_trainer.storage.preflight import preflight
+from stub_s3 import answering
+
+
+def refused(endpoint: str | None, **change: object) -> FineTuneError:
+    with pytest.raises(FineTuneError) as caught:
+        preflight(StoreTarget.model_validate({"uri": "s3://bucket/root", "endpoint": endpoint} | change))
+    shown = f"{caught.value} {caught.value.hint}"
+    assert "very-secret-word" not in shown and "AKIDENTIFIER" not in shown
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("status", "answer", "only", "exit_code", "code", "said"),
+    [
+        (404, "NoSuchBucket", None, 67, "BucketNotFound", "bucket"),
+        (301, "PermanentRedirect", None, 67, "RegionWrong", "us-east-1"),
+        (400, "AuthorizationHeaderMalformed", None, 67, "RegionWrong", "us-east-1"),
+        (403, "RequestTimeTooSkewed", None, 67, "ClockSkew", "clock"),
+        (403, "InvalidAccessKeyId", None, 77, "CredentialsRejected", "InvalidAccessKeyId"),
+        (403, "SignatureDoesNotMatch", None, 77, "CredentialsRejected", "SignatureDoesNotMatch"),
+        (400, "ExpiredToken", None, 77, "CredentialsExpired", "expired"),
+        (403, "AccessDenied", "GET", 77, "PermissionDenied", "s3:ListBucket"),
+        (403, "AccessDenied", "PUT", 77, "PermissionDenied", "s3:PutObject"),
+        (500, "InternalError", None, 69, "StorageFailed", "500"),
+    ],
+)
+def test_an_error_response_has_a_named_failure(
+    status: int, answer: str, only: str | None, exit_code: int, code: str, said: str
+) -> None:
+    with answering(status, answer, only=only) as endpoint:
+        error = refused(endpoint)
+    assert (error.exit_code, error.code, error.failure_class) == (exit_code, code, FailureClass.STORAGE)
+    assert said in f"{error.message} {error.hint}"
+
+
+def test_a_port_without_a_server() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        error = refused(f"http://127.0.0.1:{taken.getsockname()[1]}")
+    assert (error.exit_code, error.code) == (69, "EndpointUnreachable")
+
+
+def test_an_unknown_host() -> None:
+    error = refused("http://store.invalid:9000")
+    assert (error.exit_code, error.code) == (69, "EndpointUnreachable")
+    assert "store.invalid" in error.message
+
+
+def test_a_host_name_with_the_bucket_that_is_unknown() -> None:
+    with answering(200, "none") as endpoint:
+        named = endpoint.replace("127.0.0.1", "localhost")
+        error = refused(named, addressing_style=AddressingStyle.VIRTUAL, uri="s3://no-such-host-name-here/x")
+    assert (error.exit_code, error.code) == (67, "AddressingWrong")
+    assert "addressingStyle: path" in (error.hint or "")
+
+
+def test_tls_to_a_port_without_tls() -> None:
+    with answering(200, "none") as endpoint:
+        error = refused(endpoint.replace("http://", "https://"))
+    assert (error.exit_code, error.code) == (67, "TlsFailed")
+    assert "http://" in (error.hint or "")
+
+
+def test_an_untrusted_certificate(tmp_path: Path) -> None:
+    from self_signed import certificate
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate(tmp_path))
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            try:
+                context.wrap_socket(connection, server_side=True).close()
+            except (ssl.SSLError, OSError):
+                connection.close()
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    try:
+        error = refused(f"https://127.0.0.1:{listener.getsockname()[1]}")
+        trusted = refused(f"https://127.0.0.1:{listener.getsockname()[1]}", ca_bundle=str(tmp_path / "cert.pem"))
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+    assert (error.exit_code, error.code) == (67, "TlsFailed")
+    assert "caBundleRef" in (error.hint or "")
+    assert trusted.code == "EndpointUnreachable", "with the bundle TLS works; this server sends no response"
+
+
+def test_missing_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with answering(200, "none") as endpoint:
+        error = refused(endpoint)
+    assert (error.exit_code, error.code) == (77, "CredentialsMissing")
+    assert "credentialsSecretRef" in (error.hint or "")
+
+
+def test_a_folder_passes_the_same_checks(tmp_path: Path) -> None:
+    found = preflight(StoreTarget(uri=f"file://{tmp_path}/root"))
+    assert found.to_wire() == {"kind": "folder", "conditionalWrites": True, "canDelete": True}
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

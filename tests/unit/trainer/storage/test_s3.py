@@ -1,0 +1,123 @@
+"""S3: the size of parts, and responses that must not be taken for success."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from botocore.awsrequest import AWSPreparedRequest, AWSResponse
+from finetune_api.errors import CredentialsError, FineTuneError, StorageError
+from finetune_api.pod import StoreTarget
+from finetune_trainer.storage import s3
+from finetune_trainer.storage.s3 import MIB, PART_BYTES, RANGE_BYTES, S3Store, _transfer
+
+MAX_PARTS = 10_000
+"""Limit of S3 for the parts of one object."""
+MAX_PART_BYTES = 5 * 1024 * MIB
+"""Limit of S3 for the bytes of one part."""
+Response = tuple[int, dict[str, str], bytes]
+
+
+class Body(io.BytesIO):
+    """The body of a response, as urllib3 returns it."""
+
+    def stream(self, *_: object) -> Iterator[bytes]:
+        yield self.read()
+
+
+def store_with(respond: Callable[[str, AWSPreparedRequest], Response]) -> S3Store:
+    """A store whose requests `respond` answers, by operation."""
+    store = S3Store(StoreTarget(uri="s3://bucket/root", region="eu-central-1"), attempts=1)
+
+    def send(request: AWSPreparedRequest, event_name: str, **_: Any) -> AWSResponse:
+        status, headers, body = respond(event_name.rpartition(".")[2], request)
+        return AWSResponse(request.url, status, {"content-length": str(len(body))} | headers, Body(body))
+
+    store.client.meta.events.register("before-send.s3", send)
+    return store
+
+
+@pytest.mark.parametrize(
+    ("size", "part"),
+    [
+        (9 * MIB, 8 * MIB), (10 * 1024 * MIB, 8 * MIB), (70 * 1024 * MIB, 8 * MIB), (100 * 1024 * MIB, 12 * MIB),
+        (5 * 1024 * 1024 * MIB, 583 * MIB),
+    ],
+)  # fmt: skip
+def test_part_size_for_file_sizes(size: int, part: int) -> None:
+    config = _transfer(size)
+    assert config.multipart_chunksize == part
+    assert -(-size // part) <= MAX_PARTS and PART_BYTES <= part <= MAX_PART_BYTES
+    assert config.preferred_transfer_client == "classic", "boto3's other client ignores an endpoint"
+
+
+@pytest.mark.parametrize(("code", "kind"), [("AccessDenied", CredentialsError), ("InternalError", StorageError)])
+def test_a_key_that_is_not_deleted_is_an_error(code: str, kind: type[FineTuneError]) -> None:
+    """DeleteObjects responds with 200 and lists the keys that it did not delete."""
+
+    def respond(operation: str, request: AWSPreparedRequest) -> Response:
+        return 200, {}, f"<DeleteResult><Error><Key>root/b</Key><Code>{code}</Code></Error></DeleteResult>".encode()
+
+    with pytest.raises(kind) as caught:
+        store_with(respond).delete(["a", "b"])
+    assert code == "InternalError" or "root/b" in caught.value.message
+
+
+def test_a_download_of_an_object_that_changes_is_an_error(tmp_path: Path) -> None:
+    """The ranges of two versions of an object must not be joined."""
+    tags = iter(['"old"', '"old"', '"new"'])
+
+    def respond(operation: str, request: AWSPreparedRequest) -> Response:
+        size = 2 * RANGE_BYTES
+        if operation == "HeadObject":
+            return 200, {"content-length": str(size), "etag": next(tags)}, b""
+        return 206, {"etag": next(tags)}, b"x" * RANGE_BYTES
+
+    with pytest.raises(StorageError) as caught:
+        store_with(respond).download("weights", tmp_path / "weights")
+    assert caught.value.code == "ObjectChanged"
+
+
+@pytest.mark.parametrize("stored", [11 * MIB, 11 * MIB - 1], ids=["complete", "another-size"])
+def test_a_lost_completion_counts_only_with_the_right_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stored: int
+) -> None:
+    """The response to CompleteMultipartUpload is lost; its repetition finds no upload."""
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * MIB)
+
+    def respond(operation: str, request: AWSPreparedRequest) -> Response:
+        if operation == "CompleteMultipartUpload":
+            return 404, {}, b"<Error><Code>NoSuchUpload</Code><Message>The upload does not exist</Message></Error>"
+        if operation == "CreateMultipartUpload":
+            return 200, {}, b"<R><Bucket>bucket</Bucket><Key>k</Key><UploadId>7</UploadId></R>"
+        return (
+            200,
+            {"content-length": str(stored), "etag": '"t"'} if operation == "HeadObject" else {"etag": '"t"'},
+            b"",
+        )
+
+    (tmp_path / "large").write_bytes(b"\0" * (11 * MIB))
+    store = store_with(respond)
+    if stored == 11 * MIB:
+        store.put_file(tmp_path / "large", "large")
+    else:
+        with pytest.raises(StorageError):
+            store.put_file(tmp_path / "large", "large")
+
+
+def test_a_download_is_hashed_in_order(tmp_path: Path) -> None:
+    data = bytes(range(256)) * (2 * RANGE_BYTES // 256) + b"end"
+
+    def respond(operation: str, request: AWSPreparedRequest) -> Response:
+        if operation == "HeadObject":
+            return 200, {"content-length": str(len(data)), "etag": '"t"'}, b""
+        value = request.headers["Range"]
+        first, last = (value.decode() if isinstance(value, bytes) else value).removeprefix("bytes=").split("-")
+        return 206, {"etag": '"t"'}, data[int(first) : int(last) + 1]
+
+    found = store_with(respond).download("weights", tmp_path / "weights")
+    assert found == hashlib.sha256(data).hexdigest() and (tmp_path / "weights").read_bytes() == data

@@ -1,0 +1,247 @@
+"""A web server as a read-only store: retries, refusals, and that no message shows the query. The server is a real one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import socket
+import threading
+import traceback
+from email.utils import formatdate
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from finetune_api.errors import FineTuneError
+from finetune_api.pod import StoreTarget
+from finetune_trainer.storage.base import Stat
+from finetune_trainer.storage.preflight import preflight
+from finetune_trainer.storage.roots import open_store
+from finetune_trainer.storage.web import ATTEMPTS, LONGEST_PAUSE_SECONDS, READ_BYTES, WebStore
+from web_server import Fault, Web
+
+SECRET = "?X-Amz-Signature=hidden-word"
+BODY = bytes(range(256)) * 4 * (READ_BYTES // 1024) * 3
+"""Three times what is read at once."""
+
+
+@pytest.fixture
+def store(server: Web) -> WebStore:
+    (server.folder / "a b").mkdir()
+    (server.folder / "a b/weights").write_bytes(BODY)
+    opened = open_store(StoreTarget(uri=f"{server.url}/a b{SECRET}", ca_bundle=server.ca))
+    assert isinstance(opened, WebStore)
+    return opened
+
+
+def fails(store: WebStore, target: Path, key: str = "weights") -> FineTuneError:
+    with pytest.raises(FineTuneError) as caught:
+        store.download(key, target)
+    assert "hidden-word" not in str(caught.value)
+    assert "hidden-word" not in "".join(traceback.format_exception(caught.value))
+    return caught.value
+
+
+def test_download_returns_the_hash(store: WebStore, server: Web, tmp_path: Path) -> None:
+    moved: list[int] = []
+    found = store.download("weights", tmp_path / "deep/weights", count=moved.append)
+    assert found == hashlib.sha256(BODY).hexdigest() and sum(moved) == len(BODY)
+    assert (tmp_path / "deep/weights").read_bytes() == BODY == store.get("weights")
+    assert store.stat("weights") == Stat("weights", len(BODY), found[:12])
+    assert server.asked[0] == f"GET /a%20b/weights{SECRET}" and store.uri == f"{server.url}/a b"
+    assert store.retries == 0
+
+
+def test_a_missing_object_is_none(store: WebStore, tmp_path: Path) -> None:
+    found = store.get("nothing"), store.stat("nothing"), store.download("nothing", tmp_path / "nothing")
+    assert found == (None, None, None) and not (tmp_path / "nothing").exists()
+
+
+def test_stat_uses_get_where_head_is_refused(store: WebStore, server: Web) -> None:
+    server.faults = [Fault(403)]
+    found = store.stat("weights")
+    assert found is not None and found.size == len(BODY)
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504])
+def test_a_busy_server_is_retried(
+    store: WebStore, server: Web, pauses: list[float], tmp_path: Path, status: int
+) -> None:
+    server.faults = [Fault(status), Fault(status)]
+    assert store.download("weights", tmp_path / "weights") == hashlib.sha256(BODY).hexdigest()
+    assert (store.retries, pauses) == (2, [1.0, 2.0])
+
+
+def test_a_server_that_stays_busy_fails_after_all_tries(
+    store: WebStore, server: Web, pauses: list[float], tmp_path: Path
+) -> None:
+    server.faults = [Fault(503)] * ATTEMPTS
+    error = fails(store, tmp_path / "weights")
+    assert (error.exit_code, error.code, len(pauses)) == (69, "DownloadFailed", ATTEMPTS - 1)
+    assert error.message == f"{server.url}/a b/weights answers 503"
+
+
+@pytest.mark.parametrize(
+    ("header", "waited"),
+    [("7", 7.0), ("86400", LONGEST_PAUSE_SECONDS), (formatdate(0), 1.0), ("soon", 1.0)],
+)
+def test_the_retry_after_header_is_followed(
+    store: WebStore, server: Web, pauses: list[float], header: str, waited: float
+) -> None:
+    server.faults = [Fault(429, {"Retry-After": header})]
+    assert store.get("weights") == BODY and pauses == [waited]
+
+
+def test_an_interrupted_download_continues(store: WebStore, server: Web, tmp_path: Path) -> None:
+    server.faults = [Fault(cut=READ_BYTES + 5), Fault(cut=7)]
+    assert store.download("weights", tmp_path / "weights") == hashlib.sha256(BODY).hexdigest()
+    rest = [line.partition("hidden-word ")[2] for line in server.asked]
+    assert rest == ["", f"bytes={READ_BYTES + 5}-", f"bytes={READ_BYTES + 12}-"]
+    assert (tmp_path / "weights").read_bytes() == BODY
+
+
+@pytest.mark.parametrize("change", ["no ranges", "another body", "another range"])
+def test_an_interrupted_download_that_cannot_continue_restarts(
+    store: WebStore, server: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, change: str
+) -> None:
+    now = BODY[::-1] if change == "another body" else BODY
+    server.ranges = change != "no ranges"
+    server.faults = [Fault(cut=READ_BYTES + 5)]
+    if change == "another range":
+        server.faults.append(Fault(206, {"Content-Range": "bytes 5-9/10"}))
+
+    def later(_: float) -> None:
+        (server.folder / "a b/weights").write_bytes(now)
+
+    monkeypatch.setattr("finetune_trainer.storage.web.time.sleep", later)
+    assert store.download("weights", tmp_path / "weights") == hashlib.sha256(now).hexdigest()
+    assert (tmp_path / "weights").read_bytes() == now
+
+
+def test_a_download_that_is_always_interrupted_fails(store: WebStore, server: Web, tmp_path: Path) -> None:
+    server.ranges = False
+    server.faults = [Fault(cut=10)] * ATTEMPTS
+    error = fails(store, tmp_path / "weights")
+    assert (error.exit_code, error.code) == (69, "DownloadBroken")
+    assert f"ended after 10 of {len(BODY)} bytes" in error.message
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_refusal_is_not_retried(
+    store: WebStore, server: Web, pauses: list[float], tmp_path: Path, status: int
+) -> None:
+    server.faults = [Fault(status)]
+    error = fails(store, tmp_path / "weights")
+    assert (error.exit_code, error.code, pauses) == (77, "PermissionDenied", [])
+
+
+def test_a_redirect_is_followed_only_within_tls(store: WebStore, server: Web, tmp_path: Path) -> None:
+    server.faults = [Fault(302, {"Location": f"{server.url}/a%20b/weights"})]
+    assert store.get("weights") == BODY
+    server.faults = [Fault(302, {"Location": "http://elsewhere.example/weights?token=hidden-word"})]
+    error = fails(store, tmp_path / "weights")
+    assert (error.exit_code, error.code) == (67, "RedirectRefused") and "http://elsewhere.example" in error.message
+    server.faults = [Fault(302, {"Location": f"/a%20b/weights{SECRET}"})] * 40
+    assert "redirected endlessly" in fails(store, tmp_path / "weights").message
+
+
+def test_an_untrusted_certificate_is_not_retried(server: Web, pauses: list[float], tmp_path: Path) -> None:
+    error = fails(WebStore(StoreTarget(uri=server.url + SECRET)), tmp_path / "weights")
+    assert (error.exit_code, error.code, pauses) == (69, "EndpointUnreachable", [])
+    assert "SSLCertVerificationError" in error.message and "caBundleRef" in (error.hint or "")
+
+
+def test_an_invalid_ca_bundle_is_named(tmp_path: Path, server: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "none.pem").write_text("nothing")
+    for bundle in ("none.pem", "missing.pem"):
+        with pytest.raises(FineTuneError, match="cannot be read") as caught:
+            WebStore(StoreTarget(uri=server.url, ca_bundle=str(tmp_path / bundle)))
+        assert (caught.value.exit_code, caught.value.code) == (67, "TlsFailed")
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "missing.pem"))
+    assert "REQUESTS_CA_BUNDLE" in str(fails(WebStore(StoreTarget(uri=server.url)), tmp_path / "weights"))
+
+
+def test_a_port_without_a_server(pauses: list[float], tmp_path: Path, server: Web) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{taken.getsockname()[1]}"
+        error = fails(WebStore(StoreTarget(uri=f"https://{place}/x{SECRET}"), attempts=3), tmp_path / "weights")
+    assert error.message == f"{place} could not be reached (ConnectionRefusedError)" and pauses == [1.0, 2.0]
+
+
+def test_the_proxy_of_the_environment_is_used(server: Web, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_CONNECT(self) -> None:
+            asked.append(self.path)
+            self.send_error(407)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    proxy = HTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.server_address[1]}")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setenv("no_proxy", "")
+    try:
+        error = fails(WebStore(StoreTarget(uri="https://files.example/x"), attempts=1), tmp_path / "weights")
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+    assert asked == ["files.example:443"] and "proxy" in (error.hint or "")
+
+
+def test_the_query_is_never_logged(
+    store: WebStore, server: Web, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.faults = [Fault(503), Fault(cut=10), Fault(302, {"Location": f"/a%20b/weights{SECRET}"})]
+    assert store.download("weights", tmp_path / "weights") == hashlib.sha256(BODY).hexdigest()
+    assert "retry in 1 s" in caplog.text and "GET /a%20b/weights" in caplog.text
+    assert "hidden-word" not in caplog.text
+
+
+def test_listing_and_writing_are_refused(store: WebStore, tmp_path: Path) -> None:
+    for ask in (
+        lambda: store.put("x", b""), lambda: store.create("x", b""), lambda: store.put_file(tmp_path, "x"),
+        lambda: store.delete(["x"]), lambda: store.sweep("x"),
+    ):  # fmt: skip
+        with pytest.raises(FineTuneError, match="it has no conditional creation") as caught:
+            ask()
+        assert (caught.value.exit_code, caught.value.code) == (67, "StorageReadOnly")
+        assert "s3://bucket/prefix" in (caught.value.hint or "") and "hidden-word" not in str(caught.value)
+    with pytest.raises(FineTuneError, match="cannot be listed") as caught:
+        store.list("")
+    assert caught.value.code == "StorageNotListable" and "/checkpoints/step-" in (caught.value.hint or "")
+    assert "hidden-word" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("uri", "code"),
+    [
+        ("https://user:hidden-word@host/x", "SourceInvalid"),
+        ("https://host:port/x?hidden-word", "SourceInvalid"),
+        ("https:///x?hidden-word", "SourceInvalid"),
+        ("http://host/x?hidden-word", "StorageUriInvalid"),
+    ],
+)
+def test_an_invalid_url_is_refused(uri: str, code: str) -> None:
+    with pytest.raises(FineTuneError) as caught:
+        open_store(StoreTarget(uri=uri))
+    assert (caught.value.exit_code, caught.value.code) == (64, code) and "hidden-word" not in str(caught.value)
+
+
+def test_a_job_cannot_write_to_a_web_server() -> None:
+    with pytest.raises(FineTuneError, match="can only be read") as caught:
+        preflight(StoreTarget(uri=f"https://host/x{SECRET}"))
+    assert (caught.value.exit_code, caught.value.code) == (64, "StorageUriInvalid")
+    assert "s3://bucket/prefix" in (caught.value.hint or "") and "hidden-word" not in str(caught.value)
+
+
+def test_the_image_contains_requests() -> None:
+    lock = Path(__file__).parents[4] / "requirements/trainer.lock"
+    assert any(line.startswith("requests==") for line in lock.read_text().splitlines()), (
+        "tiktoken no longer depends on it: add it to trainer.in"
+    )

@@ -1,0 +1,43 @@
+"""A server that responds to requests with one S3 error, as real stores do."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
+@contextlib.contextmanager
+def answering(status: int, code: str, *, only: str | None = None, message: str = "no") -> Iterator[str]:
+    """URL of a server that responds with an error to this method (`only`; default: all), and with an empty listing otherwise."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def _answer(self) -> None:
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            refuse = only is None or self.command == only
+            body = (
+                f"<Error><Code>{code}</Code><Message>{message}</Message></Error>"
+                if refuse
+                else "<ListBucketResult><KeyCount>0</KeyCount></ListBucketResult>"
+            ).encode()
+            self.send_response(status if refuse else 200)
+            self.send_header("Content-Type", "application/xml")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _answer
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+    finally:
+        server.shutdown()
+        server.server_close()

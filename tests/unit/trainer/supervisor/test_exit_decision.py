@@ -1,0 +1,82 @@
+"""The exit code of a pod, from what happened to it."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_api.errors import DataError, DivergedError, FineTuneError, InternalError, PeerError, StorageError
+from finetune_api.status import Output
+from finetune_trainer.failure import RankFailure, failure_from_exit_code
+from finetune_trainer.supervisor.exit_decision import AttemptFacts, decide_exit, is_state_saved, stop_deadline
+
+OWN = RankFailure(DivergedError("LossNotFinite", "m"), rank=1)
+NOTICED = RankFailure(PeerError("PeerLost", "m"), rank=0, origin=False)
+STALLED = PeerError("Stalled", "m")
+
+
+@pytest.mark.parametrize(
+    ("facts", "saved", "code", "named"),
+    [
+        (AttemptFacts(output=Output(uri="u"), error=STALLED, stop_requested_at=1.0), False, 0, None),
+        (AttemptFacts(stop_requested_at=1.0), True, 75, None),
+        (AttemptFacts(stop_requested_at=1.0), False, 76, None),
+        (AttemptFacts(stop_requested_at=1.0, rank_failures=[NOTICED]), True, 75, None),
+        (AttemptFacts(stop_requested_at=1.0, rank_failures=[NOTICED, OWN]), True, 72, "LossNotFinite"),
+        (AttemptFacts(stop_requested_at=1.0, error=StorageError("Gone", "m")), True, 69, "Gone"),
+        (AttemptFacts(error=DataError("Empty", "m"), rank_failures=[OWN]), False, 65, "Empty"),
+        (AttemptFacts(error=STALLED, rank_failures=[OWN]), False, 72, "LossNotFinite"),
+        (AttemptFacts(error=STALLED, rank_failures=[NOTICED]), False, 74, "Stalled"),
+        (AttemptFacts(rank_failures=[NOTICED, OWN], agent_code=1), False, 72, "LossNotFinite"),
+        (AttemptFacts(agent_code=0), False, 70, "NoArtefact"),
+        (AttemptFacts(agent_code=-9), False, 74, "AgentKilled"),
+        (AttemptFacts(agent_code=1), False, 74, "AgentFailed"),
+    ],
+    ids=[
+        "an-artefact-is-success", "stopped-and-saved", "stopped-and-not-saved", "a-lost-peer-does-not-explain-a-stop",
+        "a-failure-before-the-stop", "storage-failed-during-the-stop", "the-supervisor's-own-failure",
+        "a-rank's-own-failure-explains-a-stall", "a-stall", "the-rank-that-failed-first", "no-artefact", "agent-killed", "agent-failed",
+    ],
+)  # fmt: skip
+def test_exit_code(facts: AttemptFacts, saved: bool, code: int, named: str | None) -> None:
+    decided = decide_exit(facts, [], is_saved=saved, node_rank=0)
+    assert (decided.code, decided.failure.error.code if decided.failure else None) == (code, named)
+
+
+def test_an_exit_code_explains_only_ranks_that_reported_nothing() -> None:
+    killed = failure_from_exit_code(1, -9)
+    silent = decide_exit(AttemptFacts(rank_failures=[NOTICED]), [killed], is_saved=False, node_rank=0)
+    assert silent.failure is not None and silent.failure.error.code == "RankKilled"
+    reported = decide_exit(AttemptFacts(rank_failures=[OWN]), [killed], is_saved=False, node_rank=0)
+    assert reported.failure is OWN
+
+
+def test_only_rank_0s_pod_needs_an_artefact_for_success() -> None:
+    facts = AttemptFacts(agent_code=0)
+    assert decide_exit(facts, [], is_saved=False, node_rank=1).code == 0
+    failed: FineTuneError = InternalError("x", "m")
+    assert decide_exit(AttemptFacts(agent_code=0, error=failed), [], is_saved=False, node_rank=1).code == 70
+
+
+@pytest.mark.parametrize(
+    ("step", "committed", "uploaded", "node_rank", "stopped", "too_late", "saved"),
+    [
+        (5, 0, 0, 0, set(), False, True),
+        (9, 9, 0, 0, set(), False, True),
+        (9, 8, 9, 0, {0}, False, False),
+        (9, 0, 9, 1, {1}, False, True),
+        (9, 0, 8, 1, {1}, False, False),
+        (9, 0, 9, 1, set(), False, False),
+        (9, 0, 9, 1, {1}, True, False),
+    ],
+    ids=["no-new-step", "committed", "not-committed", "uploaded", "not-uploaded", "rank-did-not-stop", "too-late"],
+)
+def test_whether_a_stop_loses_steps(
+    step: int, committed: int, uploaded: int, node_rank: int, stopped: set[int], too_late: bool, saved: bool
+) -> None:
+    facts = AttemptFacts(start_step=5, stopped_ranks=stopped, deadline_passed=too_late)
+    found = is_state_saved(facts, step=step, committed_step=committed, uploaded_step=uploaded, node_rank=node_rank)
+    assert found == saved
+
+
+@pytest.mark.parametrize(("grace", "deadline"), [(10, 109.0), (30, 127.0), (300, 395.0)])
+def test_the_deadline_leaves_time_for_the_termination_message(grace: float, deadline: float) -> None:
+    assert stop_deadline(100.0, grace) == deadline

@@ -1,0 +1,164 @@
+"""Sources on the web: every failure is named, and the signature of a URL is never shown. The server is a real one."""
+
+from __future__ import annotations
+
+import errno
+import http.client
+import ssl
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from finetune_api.errors import FineTuneError
+from finetune_api.names import FailureClass
+from finetune_api.pod import StoreTarget
+from finetune_trainer.checkpoint.manifest import Manifest, prefix_of
+from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.storage.roots import open_store
+from finetune_trainer.storage.web import ATTEMPTS
+from finetune_trainer.supervisor.fetch import Fetcher
+from web_server import Fault, Web
+
+SECRET = "?X-Amz-Signature=hidden-word"
+
+
+@pytest.fixture
+def fetcher(tmp_path: Path, server: Web) -> Fetcher:
+    storage = StoreTarget(uri="s3://bucket/root", ca_bundle=server.ca)
+    (server.folder / "sets").mkdir()
+    (server.folder / "sets/rows.jsonl").write_bytes(b"0123456789")
+    run: Any = SimpleNamespace(model_store=None, dataset_store=None, storage=storage)
+    return Fetcher(run, tmp_path / "work")
+
+
+def refused(fetcher: Fetcher, url: str) -> FineTuneError:
+    with pytest.raises(FineTuneError) as caught:
+        fetcher.data(url + SECRET, "dataset.train", "train")
+    assert "hidden-word" not in str(caught.value) and "dataset.train" in caught.value.message
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("faults", "exit_code", "code", "said"),
+    [
+        ([Fault(404)], 66, "DatasetNotFound", "answers 404"),
+        ([Fault(410)], 66, "DatasetNotFound", "answers 410"),
+        ([Fault(403)], 77, "PermissionDenied", "answers 403"),
+        ([Fault(503)] * ATTEMPTS, 69, "DownloadFailed", "answers 503"),
+        ([Fault(headers={"Content-Length": "20"}, cut=10)] * ATTEMPTS, 69, "DownloadBroken", "10 of 20 bytes"),
+    ],
+)
+def test_an_error_response_has_a_named_failure(
+    fetcher: Fetcher, server: Web, faults: list[Fault], exit_code: int, code: str, said: str
+) -> None:
+    server.ranges, server.faults = False, faults
+    error = refused(fetcher, f"{server.url}/sets/rows.jsonl")
+    wanted = FailureClass.STORAGE if exit_code == 69 else FailureClass.DATA
+    assert (error.exit_code, error.code, error.failure_class) == (exit_code, code, wanted) and said in error.message
+
+
+@pytest.mark.parametrize(
+    ("breaks", "code", "said"),
+    [
+        (http.client.IncompleteRead(b""), "DownloadBroken", "IncompleteRead"),
+        (ssl.SSLEOFError("cut"), "EndpointUnreachable", "SSLEOFError"),
+        (TimeoutError(), "EndpointUnreachable", "TimeoutError"),
+        (ConnectionResetError(), "EndpointUnreachable", "ConnectionResetError"),
+        (OSError(errno.ENOSPC, "No space left on device"), "LocalDiskFull", "local disk"),
+    ],
+)
+def test_an_interrupted_download_has_a_named_failure(
+    fetcher: Fetcher, server: Web, monkeypatch: pytest.MonkeyPatch, breaks: Exception, code: str, said: str
+) -> None:
+    from urllib3 import HTTPResponse
+    from urllib3.exceptions import ProtocolError, ReadTimeoutError, SSLError
+
+    def stream(*_: object, **__: object) -> Iterator[bytes]:
+        yield b"01234"
+        if isinstance(breaks, ssl.SSLError):
+            raise SSLError(breaks) from breaks
+        if isinstance(breaks, TimeoutError):
+            raise ReadTimeoutError(None, None, "Read timed out.") from breaks  # type: ignore[arg-type] # as it is without a pool
+        if isinstance(breaks, http.client.HTTPException | ConnectionError):
+            raise ProtocolError("Connection broken", breaks) from breaks
+        raise breaks
+
+    monkeypatch.setattr(HTTPResponse, "stream", stream)
+    server.ranges, server.faults = False, [Fault(headers={"Content-Length": "0"})] * ATTEMPTS
+    error = refused(fetcher, f"{server.url}/sets/rows.jsonl")
+    assert (error.exit_code, error.code) == (69, code) and said in error.message
+
+
+def test_an_untrusted_certificate(fetcher: Fetcher, server: Web) -> None:
+    fetcher.run.storage = StoreTarget(uri="s3://bucket/root")  # type: ignore[misc] # not frozen here
+    error = refused(fetcher, f"{server.url}/sets/rows.jsonl")
+    assert (error.exit_code, error.code) == (69, "EndpointUnreachable") and "SSLCertVerificationError" in error.message
+
+
+@pytest.mark.parametrize(
+    "url", ["https://host:port/rows.jsonl", "https://host:99999/x", "https://[half/x", "https://bad..host/x"]
+)
+def test_an_invalid_url(fetcher: Fetcher, url: str) -> None:
+    error = refused(fetcher, url)
+    assert (error.exit_code, error.code) == (64, "SourceInvalid") and "host" in str(error)
+
+
+def test_a_web_file_keeps_its_name(fetcher: Fetcher, server: Web, tmp_path: Path) -> None:
+    moved: list[int] = []
+    fetcher.count = moved.append
+    server.faults = [Fault(503)]
+    (file,) = fetcher.data(f"{server.url}/sets/rows.jsonl{SECRET}", "dataset.train", "train")
+    assert (file.name, file.read_bytes(), sum(moved)) == ("rows.jsonl", b"0123456789", 10)
+    assert server.asked == [f"GET /sets/rows.jsonl{SECRET}"] * 2
+
+
+def test_a_file_larger_than_the_disk_is_not_downloaded(
+    fetcher: Fetcher, server: Web, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune_trainer.supervisor.fetch.free_bytes", lambda path: 0)
+    error = refused(fetcher, f"{server.url}/sets/rows.jsonl")
+    assert (error.exit_code, error.code) == (64, "LocalDiskTooSmall")
+
+
+@pytest.fixture
+def served(fetcher: Fetcher, server: Web, tmp_path: Path) -> str:
+    """The root of a committed checkpoint and a committed model."""
+    tree = Tree(open_store(StoreTarget(uri=f"file://{server.folder}/root")))
+    for step in (100, None):
+        staged = tmp_path / f"staged-{step}"
+        (staged / "sub").mkdir(parents=True)
+        (staged / "config.json").write_text("{}")
+        (staged / "sub/weights").write_text(f"weights of {step}")
+        files = tree.upload(prefix_of(step), "a1-00000000", staged)
+        tree.commit(prefix_of(step), Manifest(step=step or 100, incarnation="a1-00000000", files=files))
+    return f"{server.url}/root"
+
+
+@pytest.mark.parametrize(
+    ("path", "found"),
+    [("model", "None"), ("model/a1-00000000", "None"), ("checkpoints/step-00000100", "100")],
+)
+def test_a_committed_model_is_read_by_its_manifest(fetcher: Fetcher, served: str, path: str, found: str) -> None:
+    model = fetcher.model(f"{served}/{path}{SECRET}", "model.source", "model")
+    assert (model.path / "sub/weights").read_text() == f"weights of {found}"
+
+
+@pytest.mark.parametrize(
+    ("path", "code", "message"),
+    [
+        ("model", "ModelInvalid", "a1-00000000/sub/weights is damaged"),
+        ("checkpoints/step-00000200", "ModelNotFound", "no _COMMITTED"),
+        ("weights.gguf", "ModelInvalid", "a web server has no listing"),
+    ],
+)
+def test_the_failure_of_a_model_does_not_show_the_signature(
+    fetcher: Fetcher, served: str, server: Web, path: str, code: str, message: str
+) -> None:
+    (server.folder / "root/model/a1-00000000/sub/weights").write_text("weights of Nome")
+    with pytest.raises(FineTuneError) as caught:
+        fetcher.model(f"{served}/{path}{SECRET}", "model.source", "model")
+    error = caught.value
+    assert (error.exit_code, error.code, error.failure_class) == (66, code, FailureClass.MODEL)
+    assert message in error.message and "model.source" in error.message and "hidden-word" not in str(error)

@@ -1,0 +1,19 @@
+"""The supervisor, with fetching and checking, never imports torch or other heavy packages."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+HEAVY = ("torch", "transformers", "trl", "peft", "datasets", "numpy", "pandas")
+PROGRAM = """
+import sys
+import finetune_trainer.supervisor.supervise, finetune_trainer.data, finetune_trainer.storage.__main__
+print(",".join(name for name in {heavy!r} if name in sys.modules))
+"""
+
+
+def test_the_supervisor_imports_nothing_heavy() -> None:
+    program = PROGRAM.format(heavy=HEAVY)
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == ""

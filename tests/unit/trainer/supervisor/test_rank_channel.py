@@ -1,0 +1,84 @@
+"""The channel between ranks and their supervisor: every message arrives, and invalid ones do no harm."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.errors import DataError
+from finetune_api.spec.enums import OutputKind
+from finetune_trainer.channel import MAX_MESSAGE_BYTES, Channel, socket_sender
+from finetune_trainer.failure import failure_from_message
+from finetune_trainer.supervisor.rank_channel import RankChannel
+
+
+class Recorder:
+    """The supervisor's end of a channel that records what it receives."""
+
+    def __init__(self) -> None:
+        self.received: list[dict[str, Any]] = []
+        self.any = threading.Event()
+        self.channel = RankChannel(self._record)
+
+    def _record(self, message: dict[str, Any]) -> None:
+        self.received.append(message)
+        self.any.set()
+        if message.get("kind") == "unusable":
+            raise ValueError(message)
+
+
+@pytest.fixture
+def recorder() -> Iterator[Recorder]:
+    made = Recorder()
+    yield made
+    made.channel.close()
+
+
+def rank(recorder: Recorder, work: Path) -> Channel:
+    return Channel(socket_sender(recorder.channel.address), work)
+
+
+def test_a_message_larger_than_a_datagram_arrives(recorder: Recorder, tmp_path: Path) -> None:
+    """The final model must not be lost because its report is long."""
+    report = {"notes": [f"row {number}: too long" for number in range(10_000)]}
+    rank(recorder, tmp_path).finished(tmp_path / "final", OutputKind.ADAPTER, report)
+    recorder.channel.close()
+    assert [one["extra"] for one in recorder.received] == [report]
+    assert not Path(recorder.channel.address).parent.exists()
+
+
+def test_a_failure_with_many_wide_characters_arrives(recorder: Recorder, tmp_path: Path) -> None:
+    """Each of these characters takes twelve bytes in a message."""
+    text = "\N{FIRE}" * 8000
+    assert len(json.dumps(text)) > MAX_MESSAGE_BYTES
+    rank(recorder, tmp_path).failed(DataError("RowBroken", text))
+    recorder.channel.close()
+    (found,) = recorder.received
+    assert failure_from_message(found).error.message.startswith("\N{FIRE}" * 100)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"\xff\x00", b"[1]", b'"spilled"', b'{"spilled": "socket"}', b'{"spilled": "../../etc/passwd.json"}', b'{"spilled": 7}',
+     b'{"kind": "unusable"}', b'{"kind": "of a later version"}'],
+    ids=["empty", "no-text", "list", "string", "no-json-file", "outside", "number", "unusable", "unknown-kind"],
+)  # fmt: skip
+def test_an_invalid_message_does_not_stop_the_channel(recorder: Recorder, tmp_path: Path, data: bytes) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+        sender.sendto(data, recorder.channel.address)
+    rank(recorder, tmp_path).note("still listening")
+    recorder.channel.close()
+    assert recorder.received[-1]["text"] == "still listening"
+
+
+def test_sending_to_an_ended_supervisor_is_no_error(recorder: Recorder, tmp_path: Path) -> None:
+    sender = rank(recorder, tmp_path)
+    recorder.channel.close()
+    sender.note("not received")
+    sender.finished(tmp_path, OutputKind.MODEL, {"long": "x" * MAX_MESSAGE_BYTES})
+    assert recorder.received == []

@@ -1,0 +1,94 @@
+"""Messages of ranks: what each changes, and that one unreadable field does not discard the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.status import Metrics, Stage
+from finetune_trainer.failure import failure_from_message
+from finetune_trainer.supervisor.exit_decision import AttemptFacts
+from finetune_trainer.supervisor.metric_log import MetricLog
+from finetune_trainer.supervisor.rank_messages import RankMessages, readable_fields
+from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.supervisor.staging import Staging
+
+
+class Pod:
+    def __init__(self, work: Path) -> None:
+        self.state, self.facts = RunState(), AttemptFacts()
+        self.messages = RankMessages(
+            self.state, self.facts, Staging(work, self.state, ranks=1), MetricLog(self.state, "a1-0"), "a1-0"
+        )
+
+    def receive(self, kind: str, local_rank: int = 0, **fields: Any) -> None:
+        self.messages.apply({"kind": kind, "rank": local_rank, "localRank": local_rank, **fields})
+
+
+@pytest.fixture
+def pod(tmp_path: Path) -> Pod:
+    return Pod(tmp_path)
+
+
+def test_only_local_rank_0_reports_progress(pod: Pod) -> None:
+    pod.receive("progress", local_rank=1, value={"step": 7})
+    pod.receive("heartbeat", local_rank=1, step=7)
+    assert pod.state.step == 0 and pod.state.seconds_since_heartbeat() is not None
+    pod.receive("progress", value={"step": 3, "totalSteps": 9})
+    assert pod.state.report().progress.display == "3/9 (33%)"
+
+
+@pytest.mark.parametrize(
+    ("value", "loss", "rate"),
+    [
+        ({"trainLoss": 1.5, "learningRate": "fast"}, 1.5, None),
+        ({"trainLoss": 1.5, "ofALaterVersion": [1]}, 1.5, None),
+        ({"trainLoss": float("nan"), "learningRate": 0.5}, None, 0.5),
+        ("no object", None, None),
+    ],
+    ids=["wrong-type", "unknown-field", "not-finite", "no-object"],
+)
+def test_an_unreadable_field_does_not_discard_the_others(
+    pod: Pod, value: Any, loss: float | None, rate: float | None
+) -> None:
+    pod.receive("metrics", value=value)
+    metrics = pod.state.report().metrics
+    assert (metrics.train_loss, metrics.learning_rate) == (loss, rate)
+    assert readable_fields(Metrics, value).train_loss == loss
+
+
+def test_an_unknown_stage_keeps_the_current_one_and_shows_the_detail(pod: Pod) -> None:
+    pod.receive("stage", stage="training")
+    pod.receive("stage", stage="distilling", detail="teacher 1 of 2")
+    report = pod.state.report()
+    assert (report.stage, report.detail) == (Stage.TRAINING, "teacher 1 of 2")
+
+
+def test_a_failure_with_unreadable_fields_still_names_the_cause() -> None:
+    found = failure_from_message(
+        {
+            "kind": "failed",
+            "exitCode": "?",
+            "code": "DatasetEmpty",
+            "message": "no row",
+            "failureClass": "Weather",
+            "timeNs": None,
+            "rank": "x",
+        }
+    )
+    assert (found.error.code, found.error.message, found.error.exit_code, found.rank) == (
+        "DatasetEmpty",
+        "no row",
+        70,
+        None,
+    )
+    known = failure_from_message(
+        {"exitCode": 65, "code": "DatasetEmpty", "message": "no row", "failureClass": "Weather"}
+    )
+    assert (known.error.exit_code, known.error.failure_class) == (65, "Data")
+
+
+def test_a_stop_of_another_pod_stops_this_one(pod: Pod) -> None:
+    pod.receive("stopping", local_rank=1, step=12)
+    assert pod.facts.stop_requested_at is not None and pod.state.current_stage is Stage.STOPPING

@@ -1,0 +1,128 @@
+"""Exceptions and exit codes become named failures, and the root cause of several is found."""
+
+from __future__ import annotations
+
+import errno
+import signal
+
+import pytest
+from finetune_api.errors import DataError, FineTuneError, InternalError, PeerError
+from finetune_api.names import FailureClass
+from finetune_trainer.failure import RankFailure, classify, failure_from_exit_code, failure_from_message, root_cause
+
+
+class DistStoreError(RuntimeError):
+    """A class with the name of torch's."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """A class with the name of torch's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "exit_code", "origin"),
+    [
+        (DataError("DatasetEmpty", "x"), "DatasetEmpty", 65, True),
+        (OutOfMemoryError("CUDA out of memory. Tried"), "GpuMemory", 71, True),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "HostMemory", 71, True),
+        (MemoryError(), "HostMemory", 71, True),
+        (DistStoreError("wait timeout"), "PeerLost", 74, False),
+        (RuntimeError("[gloo] Connection closed by peer"), "PeerLost", 74, False),
+        (ConnectionResetError("Connection reset by peer"), "PeerLost", 74, False),
+        (PeerError("StartsDiffer", "x"), "StartsDiffer", 74, False),
+        (OSError(errno.ENOSPC, "No space left on device"), "LocalDiskFull", 69, True),
+        (
+            RuntimeError("[enforce fail] PytorchStreamWriter failed writing file data/0: file write failed"),
+            "LocalDiskFull",
+            69,
+            True,
+        ),
+        (
+            Exception("Error while serializing: I/O error: No space left on device (os error 28)"),
+            "LocalDiskFull",
+            69,
+            True,
+        ),
+        (
+            RuntimeError("unable to write to file </torch_71_2860184014_0>: No space left on device (28)"),
+            "SharedMemoryFull",
+            74,
+            True,
+        ),
+        (
+            RuntimeError(
+                "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+                "RuntimeError: unable to write to file </torch_71_2860184014_0>: No space left on device (28)"
+            ),
+            "SharedMemoryFull",
+            74,
+            True,
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "/dev/shm/psm_1"), "SharedMemoryFull", 74, True),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/work/torch_1/model.safetensors"),
+            "LocalDiskFull",
+            69,
+            True,
+        ),
+        (ValueError("what"), "TrainerCrashed", 70, True),
+    ],
+)
+def test_an_exception_is_classified(error: Exception, code: str, exit_code: int, origin: bool) -> None:
+    found, own = classify(error)
+    assert (found.code, found.exit_code, own) == (code, exit_code, origin)
+
+
+@pytest.mark.parametrize(
+    ("code", "memory", "name", "exit_code", "origin"),
+    [
+        (-signal.SIGKILL, False, "RankKilled", 74, True),
+        (-signal.SIGKILL, True, "HostMemory", 71, True),
+        (-signal.SIGTERM, False, "RankKilled", 74, False),
+        (-signal.SIGABRT, False, "RankKilled", 74, True),
+        (-signal.SIGSEGV, False, "RankCrashed", 70, True),
+        (-signal.SIGBUS, False, "RankKilled", 74, True),
+        (72, False, "RankFailed", 72, True),
+        (1, False, "RankCrashed", 70, True),
+    ],
+)
+def test_an_exit_code_alone_is_classified(code: int, memory: bool, name: str, exit_code: int, origin: bool) -> None:
+    found = failure_from_exit_code(3, code, host_memory=memory)
+    assert (found.error.code, found.error.exit_code, found.origin, found.rank) == (name, exit_code, origin, 3)
+
+
+def failure(code: int, *, origin: bool = True, time_ns: int = 0, told: bool = True) -> RankFailure:
+    found = failure_from_message(
+        {"exitCode": code, "code": f"C{code}", "message": "m", "origin": origin, "timeNs": time_ns}
+    )
+    return RankFailure(found.error, 0, None, origin, time_ns, told)
+
+
+@pytest.mark.parametrize(
+    ("several", "named"),
+    [
+        ([failure(74, origin=False), failure(72)], 72),
+        ([failure(70), failure(65)], 65),
+        ([failure(74), failure(71)], 71),
+        ([failure(74, origin=False, time_ns=1), failure(74, time_ns=2)], 74),
+        ([failure(70, time_ns=2), failure(72, time_ns=3)], 72),
+    ],
+)
+def test_the_root_cause_is_reported(several: list[RankFailure], named: int) -> None:
+    cause = root_cause(several)
+    assert cause is not None and cause.error.exit_code == named and cause.origin
+    assert root_cause([]) is None
+
+
+def test_the_earlier_of_equal_failures_is_reported() -> None:
+    cause = root_cause([failure(70, time_ns=2), failure(70, time_ns=1)])
+    assert cause is not None and cause.time_ns == 1
+
+
+def test_a_message_keeps_its_class_and_loses_unpaired_surrogates() -> None:
+    found = failure_from_message(
+        {"exitCode": 77, "code": "X", "message": "a\udcffb", "failureClass": "Model", "rank": 2}
+    )
+    assert isinstance(found.error, FineTuneError) and found.error.failure_class is FailureClass.MODEL
+    assert (found.error.message, found.rank) == ("a?b", 2)
+    assert isinstance(failure_from_message({"exitCode": 200}).error, InternalError)

@@ -1,0 +1,99 @@
+"""A real https server on the loopback interface that serves a folder, with faults."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import ssl
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+from self_signed import certificate
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A faulty response: another status with headers, or only the first `cut` bytes of the body."""
+
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: int | None = None
+
+
+@dataclass
+class Web:
+    """A running server: its address, the file with its certificate, and the requests that it received."""
+
+    folder: Path
+    url: str
+    ca: str
+    faults: list[Fault] = field(default_factory=list)
+    """Responses to the next requests; afterwards the folder's files are served."""
+    ranges: bool = True
+    asked: list[str] = field(default_factory=list)
+    """`METHOD /path?query RANGE` of each request."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Ignore clients that close their connection early."""
+
+
+@contextlib.contextmanager
+def serving(folder: Path, keys: Path) -> Iterator[Web]:
+    """Serve a folder; certificate and key are written to `keys`."""
+    chain = certificate(keys)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*chain)
+    server = _Server(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    web = Web(folder, f"https://127.0.0.1:{server.server_address[1]}", str(chain[0]))
+    server.RequestHandlerClass = _handler(web)
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield web
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def _handler(web: Web) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def _answer(self) -> None:
+            web.asked.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
+            fault = web.faults.pop(0) if web.faults else Fault()
+            file = web.folder / unquote(self.path.partition("?")[0]).lstrip("/")
+            if fault.status != 200 or not file.is_file():
+                self._send(404 if fault.status == 200 else fault.status, b"", fault.headers)
+                return
+            data = file.read_bytes()
+            tag = f'"{hashlib.sha256(data).hexdigest()[:12]}"'
+            start, status, headers = 0, 200, {"ETag": tag} | fault.headers
+            if web.ranges and "Range" in self.headers and self.headers.get("If-Range", tag) == tag:
+                start, status = int(self.headers["Range"].removeprefix("bytes=").rstrip("-")), 206
+                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            self._send(status, data[start:], headers, fault.cut)
+
+        def _send(self, status: int, body: bytes, headers: dict[str, str], cut: int | None = None) -> None:
+            self.send_response(status)
+            for name, value in ({"Content-Length": str(len(body))} | headers).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body[:cut])
+            self.close_connection = cut is not None
+
+        do_GET = do_HEAD = _answer
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    return Handler

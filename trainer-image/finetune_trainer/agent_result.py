@@ -1,0 +1,27 @@
+"""`<work>/agent.json`: the exit codes of failed ranks. The agent writes it, the supervisor reads it."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+RESULT_FILE = "agent.json"
+Failures = dict[str, dict[str, int]]
+"""Exit code, pid and time of each failed rank, by rank."""
+
+
+def write_failures(work: Path, failures: Failures) -> None:
+    """Write the file atomically. Without failures it says that all ranks ended with 0."""
+    partial = work / f".{RESULT_FILE}"
+    partial.write_text(json.dumps({"failures": failures, "time": time.time()}))
+    partial.rename(work / RESULT_FILE)
+
+
+def read_exit_codes(work: Path) -> dict[int, int] | None:
+    """Exit codes of the ranks that failed, by rank; None if the agent ended before it wrote them."""
+    try:
+        value = json.loads((work / RESULT_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return {int(rank): int(one["exitCode"]) for rank, one in value["failures"].items()}

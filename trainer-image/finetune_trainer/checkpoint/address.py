@@ -1,0 +1,80 @@
+"""What the URI of a job, of one checkpoint or of the final model names, and how to download it.
+
+The marker of a step or of the model has a known key, so that it is found without a listing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api.errors import NotFoundError
+from finetune_api.names import Storage, attempt_of_uri
+
+from finetune_trainer.checkpoint.manifest import prefix_of, step_of
+from finetune_trainer.checkpoint.restore import fetch_verified
+from finetune_trainer.checkpoint.tree import Committed, Tree
+from finetune_trainer.storage.base import Counter, join
+from finetune_trainer.storage.web import split_query
+
+
+@dataclass(frozen=True)
+class Address:
+    """The root of a job (with the query of a web address), and the step or the model if the URI names one."""
+
+    root: str
+    step: int | None = None
+    model: bool = False
+
+    @property
+    def whole_job(self) -> bool:
+        return self.step is None and not self.model
+
+
+def parse_address(uri: str) -> Address:
+    """Parse a URI as it stands in a job's status: with or without the incarnation's folder."""
+    address, query = split_query(uri)
+    parts = address.rstrip("/").split("/")
+    for index in range(len(parts) - 1, 2, -1):
+        step = step_of(parts[index])
+        if step is not None and parts[index - 1] == Storage.CHECKPOINTS:
+            return Address("/".join(parts[: index - 1]) + query, step)
+        if parts[index] == Storage.MODEL and (
+            index == len(parts) - 1 or (index == len(parts) - 2 and attempt_of_uri(address.rstrip("/")) is not None)
+        ):
+            return Address("/".join(parts[:index]) + query, model=True)
+        if parts[index] == Storage.CHECKPOINTS and index == len(parts) - 1:
+            return Address("/".join(parts[:index]) + query)
+    return Address("/".join(parts) + query)
+
+
+def find_committed(tree: Tree, where: Address) -> Iterator[Committed]:
+    """What is committed at the address: checkpoints, newest first, then the model. Errors: NotFoundError `NothingCommitted`."""
+    found = tree.committed() if where.whole_job else [one for one in [_at(tree, where.step)] if one]
+    if where.whole_job:
+        found += [model] if (model := tree.marker(None)) else []
+    if not found:
+        raise NotFoundError(
+            "NothingCommitted", f"nothing is committed at {tree.uri(prefix_of(where.step)) if not where.whole_job else tree.store.uri}",
+            hint="check the uri; `list` shows a job's tree",
+        )  # fmt: skip
+    yield from found
+
+
+def _at(tree: Tree, step: int | None) -> Committed | None:
+    if step is None:
+        return tree.marker(None)
+    return tree.marker(step, healthy=tree.store.get(join(prefix_of(step), Storage.HEALTHY)) is not None)
+
+
+def download_committed(
+    tree: Tree, one: Committed, folder: Path, *, count: Counter | None = None, check_space: Counter | None = None
+) -> str | None:
+    """Download into a folder and verify; returns what is wrong, or None. `check_space` is called with the size in bytes first."""
+    manifest = tree.manifest(one)
+    if manifest is None:
+        return f"{tree.uri(join(one.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"
+    if check_space:
+        check_space(manifest.total_bytes)
+    return fetch_verified(tree, one.folder, manifest, folder, lambda path: True, count)

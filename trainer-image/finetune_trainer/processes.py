@@ -1,0 +1,99 @@
+"""Child processes: start them, list all descendants, kill and reap them.
+
+When the agent dies, its ranks keep running, and would train to the end and commit. The supervisor is therefore the subreaper
+of all its descendants (PID 1 is one anyway) and kills every process that has it as an ancestor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def adopt_orphans() -> None:
+    """Become the parent of descendants whose own parent ends (subreaper)."""
+    _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends. The child itself calls it."""
+    _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+class Child:
+    """A direct child in a process group of its own."""
+
+    def __init__(self, command: list[str], env: dict[str, str], *, cwd: Path | None = None) -> None:
+        self._process = subprocess.Popen(command, env=env, cwd=cwd, start_new_session=True)
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        """Exit code (negative: the signal's number), or None while it runs. Reaps an ended child."""
+        return self._process.poll()
+
+    def stop(self, number: int = signal.SIGKILL) -> None:
+        """Send a signal to its process group."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, number)
+
+
+def descendants(root: int | None = None) -> list[int]:
+    """Pids of all running descendants of `root` (default: this process), from /proc; without zombie processes."""
+    parents: dict[int, int] = {}
+    for folder in Path("/proc").iterdir():
+        if not folder.name.isdigit():
+            continue
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
+            if state not in "ZX":
+                parents[int(folder.name)] = int(parent)
+    below, frontier = set(), {root or os.getpid()}
+    while frontier:
+        frontier = {pid for pid, parent in parents.items() if parent in frontier and pid not in below}
+        below |= frontier
+    return sorted(below)
+
+
+def kill_all_descendants(timeout: float = 10.0) -> None:
+    """SIGKILL all descendants of this process and reap them."""
+    end = time.monotonic() + timeout
+    while (running := descendants()) and time.monotonic() < end:
+        for pid in running:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        reap_children()
+        time.sleep(0.02)
+    reap_children()
+
+
+def reap_children() -> None:
+    """Collect the exit status of all ended children."""
+    with contextlib.suppress(ChildProcessError):
+        for folder in Path(f"/proc/{os.getpid()}/task").iterdir():
+            children = (folder / "children").read_text().split() if (folder / "children").exists() else []
+            for pid in map(int, children):
+                with contextlib.suppress(ChildProcessError, OSError):
+                    os.waitpid(pid, os.WNOHANG)
+
+
+def killed_for_memory() -> bool:
+    """Whether the kernel killed a process of this container for lack of memory (cgroup v2, then v1)."""
+    for file, key in (
+        ("/sys/fs/cgroup/memory.events", "oom_kill"),
+        ("/sys/fs/cgroup/memory/memory.oom_control", "oom_kill"),
+    ):
+        with contextlib.suppress(OSError, ValueError):
+            for line in Path(file).read_text().splitlines():
+                name, _, value = line.partition(" ")
+                if name == key:
+                    return int(value) > 0
+    return False

@@ -1,0 +1,77 @@
+"""The settings of one pod, from its environment, and the run configuration, with its checksum verified."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune_api import names
+from finetune_api.errors import ConfigError, InternalError
+from finetune_api.names import Env, incarnation
+from finetune_api.pod import RunConfig
+from pydantic import ValidationError
+
+FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
+"""How long to retry the upload of the final model while the store is unavailable. It holds all that was trained."""
+UNSAVED_TIMEOUT_SECONDS = 6 * 3600.0
+"""How long a run may go on without a committed checkpoint while checkpoints are due. See `Uploader.unsaved_error`."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The environment of one pod, or of one local run."""
+
+    run_file: Path
+    run_sha256: str | None
+    work: Path
+    termination_log: Path
+    port: int
+    node_rank: int
+    node_name: str
+    pod_uid: str
+    final_upload_timeout: float = FINAL_UPLOAD_TIMEOUT_SECONDS
+    unsaved_timeout: float = UNSAVED_TIMEOUT_SECONDS
+
+    @classmethod
+    def from_env(cls, *, run_file: str | None = None, work: str | None = None, port: int | None = None) -> Settings:
+        """From the variables of `names.Env`; arguments override them."""
+        env = os.environ
+        return cls(
+            run_file=Path(run_file or env.get(Env.RUN_FILE) or names.RUN_FILE),
+            run_sha256=env.get(Env.RUN_SHA256) or None,
+            work=Path(work or env.get(Env.WORK_DIR) or names.WORK_MOUNT),
+            termination_log=Path(env.get(Env.TERMINATION_LOG) or names.TERMINATION_LOG),
+            port=port if port is not None else int(env.get(Env.PORT) or names.PROGRESS_PORT),
+            node_rank=int(env.get(Env.NODE_RANK) or 0),
+            node_name=env.get(Env.NODE_NAME, ""),
+            pod_uid=env.get(Env.POD_UID) or os.urandom(4).hex(),
+            final_upload_timeout=float(env.get(Env.FINAL_UPLOAD_TIMEOUT) or FINAL_UPLOAD_TIMEOUT_SECONDS),
+            unsaved_timeout=float(env.get(Env.UNSAVED_TIMEOUT) or UNSAVED_TIMEOUT_SECONDS),
+        )
+
+    def incarnation(self, run: RunConfig) -> str:
+        """Name of the folders in storage that this incarnation writes. The ranks of all pods use rank 0's."""
+        return incarnation(run.attempt, self.pod_uid)
+
+
+def load_run(settings: Settings) -> tuple[RunConfig, str]:
+    """The run configuration and its sha256.
+
+    Errors: InternalError `RunFileMissing`, `RunFileDamaged` (checksum); ConfigError `RunFileInvalid`.
+    """
+    try:
+        data = settings.run_file.read_bytes()
+    except OSError as error:
+        raise InternalError("RunFileMissing", f"{settings.run_file} cannot be read: {error.strerror}") from error
+    digest = RunConfig.sha256(data)
+    if settings.run_sha256 and digest != settings.run_sha256:
+        raise InternalError(
+            "RunFileDamaged", f"{settings.run_file} has sha256 {digest}, {settings.run_sha256} was sent"
+        )
+    try:
+        return RunConfig.model_validate_json(data), digest
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        raise ConfigError("RunFileInvalid", f"{settings.run_file}: {path}: {first['msg']}") from error

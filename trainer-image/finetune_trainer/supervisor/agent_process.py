@@ -1,0 +1,44 @@
+"""Starts the agent, which runs this pod's ranks, with the environment that ranks may see."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from finetune_api.names import Env
+from finetune_api.pod import RunConfig
+
+from finetune_trainer.channel import SOCKET
+from finetune_trainer.processes import Child
+from finetune_trainer.settings import Settings
+
+CREDENTIALS = (Env.STORAGE_ACCESS_KEY, Env.STORAGE_SECRET_KEY, Env.STORAGE_SESSION_TOKEN, Env.STORAGE_CUSTOMER_KEY)
+
+
+def start_agent(run: RunConfig, settings: Settings, channel_address: str) -> Child:
+    """Start `finetune-trainer agent`. `channel_address`: the socket that ranks report to."""
+    world, several_nodes = run.world, run.world.nodes > 1
+    command = [
+        sys.executable, "-m", "finetune_trainer", "agent", "--nodes", str(world.nodes), "--processes",
+        str(world.processes_per_node), "--node-rank", str(settings.node_rank), "--address",
+        world.master_address if several_nodes else "127.0.0.1", "--port", str(world.master_port if several_nodes else 0),
+        "--id", world.rendezvous_id, "--work", str(settings.work),
+    ]  # fmt: skip
+    if not several_nodes:
+        command += ["--local-address", "127.0.0.1"]
+    return Child(command, _rank_environment(run, settings, channel_address))
+
+
+def _rank_environment(run: RunConfig, settings: Settings, channel_address: str) -> dict[str, str]:
+    """The environment of agent and ranks. It has no storage credentials: ranks never access storage."""
+    inherited = {name: value for name, value in os.environ.items() if not name.endswith(tuple(CREDENTIALS))}
+    cpus = len(os.sched_getaffinity(0))
+    return {
+        "OMP_NUM_THREADS": str(max(1, cpus // run.world.processes_per_node)),
+        "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(settings.work / "hub"),
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # the libraries are pinned: their users can do nothing about them
+        **inherited,
+        SOCKET: channel_address, Env.WORK_DIR: str(settings.work), Env.RUN_FILE: str(settings.run_file),
+        Env.INCARNATION: settings.incarnation(run), Env.NODE_RANK: str(settings.node_rank),
+    }  # fmt: skip

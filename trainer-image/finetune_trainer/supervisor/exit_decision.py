@@ -1,0 +1,109 @@
+"""The exit code of a pod, decided in one place from facts. Pure: no processes, no storage, no clock.
+
+The order: a committed final artefact is success whatever happened afterwards; a requested stop ends with 75 or 76; otherwise
+the root cause of the failures decides.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from finetune_api.errors import FineTuneError, InternalError, PeerError
+from finetune_api.names import ExitCode
+from finetune_api.status import Output
+
+from finetune_trainer.failure import RankFailure, root_cause
+
+MAX_GRACE_MARGIN_SECONDS = 5.0
+GRACE_MARGIN = 0.1
+"""Fraction of the grace period that is reserved for the termination message, at most `MAX_GRACE_MARGIN_SECONDS`."""
+
+
+@dataclass
+class AttemptFacts:
+    """What happened to this pod so far."""
+
+    error: FineTuneError | None = None
+    """The supervisor's own failure: preparation, storage or a stall."""
+    rank_failures: list[RankFailure] = field(default_factory=list)
+    """Failures that ranks reported."""
+    stop_requested_at: float | None = None
+    """Monotonic time of SIGTERM, or of the first message that another pod of the gang received one."""
+    stopped_ranks: set[int] = field(default_factory=set)
+    finished: bool = False
+    """Rank 0 has written the final artefact to the pod's disk."""
+    deadline_passed: bool = False
+    """The grace period has ended, or is too short for another checkpoint."""
+    agent_code: int | None = None
+    output: Output | None = None
+    """The committed final artefact."""
+    start_step: int = 0
+    """Step that this incarnation started from."""
+
+
+@dataclass(frozen=True)
+class Exit:
+    """An exit code, and the failure behind it; no failure for success and for a requested stop."""
+
+    code: int
+    failure: RankFailure | None = None
+
+
+def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, is_saved: bool, node_rank: int) -> Exit:
+    """The exit of this pod. `exit_code_failures`: ranks that only left an exit code; `is_saved`: see `is_state_saved`."""
+    if facts.output is not None:
+        return Exit(ExitCode.OK)
+    if facts.error is None and facts.stop_requested_at is not None:
+        return _exit_after_stop(facts, is_saved)
+    failure = _root_cause(facts, exit_code_failures)
+    if failure is None and node_rank > 0 and facts.agent_code == 0:
+        return Exit(ExitCode.OK)  # rank 0's pod commits the final artefact
+    if failure is None:
+        failure = RankFailure(_unexplained_end(facts.agent_code), reported=False)
+    return Exit(int(failure.error.exit_code), failure)
+
+
+def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> Exit:
+    """75 if the trained steps are saved, else 76. A rank that failed by itself before the stop decides instead."""
+    own = root_cause(one for one in facts.rank_failures if one.origin)
+    if own is not None:
+        return Exit(int(own.error.exit_code), own)
+    return Exit(ExitCode.PREEMPTED_SAVED if is_saved else ExitCode.PREEMPTED_UNSAVED)
+
+
+def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> RankFailure | None:
+    """The supervisor's own failure, else the ranks'. A rank's own failure explains a PeerError of the supervisor."""
+    if facts.error is None:
+        reported_ranks = {one.rank for one in facts.rank_failures}
+        silent = [one for one in exit_code_failures if one.rank not in reported_ranks]
+        return root_cause([*facts.rank_failures, *silent])
+    own = root_cause(one for one in facts.rank_failures if one.origin)
+    return own if own is not None and isinstance(facts.error, PeerError) else RankFailure(facts.error)
+
+
+def _unexplained_end(agent_code: int | None) -> FineTuneError:
+    if agent_code is not None and agent_code < 0:
+        return PeerError("AgentKilled", f"the torchelastic agent was killed by signal {-agent_code}")
+    if agent_code == 0:
+        return InternalError("NoArtefact", "all ranks ended without an error and without a final artefact")
+    return PeerError(
+        "AgentFailed", f"the torchelastic agent ended with {agent_code} before the ranks reported a reason", hint="see the pod's log"
+    )  # fmt: skip
+
+
+def is_state_saved(facts: AttemptFacts, *, step: int, committed_step: int, uploaded_step: int, node_rank: int) -> bool:
+    """Whether a stop at `step` loses nothing.
+
+    Rank 0's pod commits (`committed_step`); the other pods only upload their files (`uploaded_step`), and their ranks must
+    have reached the agreed step.
+    """
+    if step <= facts.start_step:
+        return True
+    if node_rank == 0 or facts.deadline_passed:
+        return committed_step >= step
+    return bool(facts.stopped_ranks) and uploaded_step >= step
+
+
+def stop_deadline(stop_requested_at: float, grace_seconds: float) -> float:
+    """Time by which a stopped pod must have written its termination message: shortly before the kubelet kills it."""
+    return stop_requested_at + grace_seconds - min(MAX_GRACE_MARGIN_SECONDS, GRACE_MARGIN * grace_seconds)

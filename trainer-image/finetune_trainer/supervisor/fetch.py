@@ -1,0 +1,331 @@
+"""Downloads models and data to the local disk, from every notation that a spec may use. Local sources are used in place.
+
+Each failure names the spec field and the source. Exit codes: 66 for a missing source (class Model or Data), 77 or 67 for a store
+that refuses access, 69 for a store that cannot be reached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import unquote, urlsplit
+
+from finetune_api.errors import ConfigError, CredentialsError, FineTuneError, NotFoundError, StorageError
+from finetune_api.names import CONFIGMAP_MOUNT, PVC_MOUNT, Env, FailureClass
+from finetune_api.pod import RunConfig, StoreTarget
+from finetune_api.sources import (
+    ConfigMapSource,
+    FileSource,
+    HttpsSource,
+    HubSource,
+    PvcSource,
+    S3Source,
+    parse,
+    redact_source,
+)
+
+from finetune_trainer.checkpoint.address import download_committed, parse_address
+from finetune_trainer.checkpoint.tree import Tree
+from finetune_trainer.disk import free_bytes
+from finetune_trainer.storage.base import Counter, Stat
+from finetune_trainer.storage.preflight import PREFLIGHT_OPTIONS
+from finetune_trainer.storage.s3 import S3Store
+from finetune_trainer.storage.web import WebStore
+
+THREADS = 4
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.bin", "*.tiktoken")
+DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.parquet", "*.jsonl.gz")
+SMALL_FILE_BYTES = 8 * 1024 * 1024
+EDGE_BYTES = 1024 * 1024
+"""Of a larger file the fingerprint reads this much at its beginning and end."""
+RESERVE_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """Whether a source is a model or data: decides the code words, the failure class and the store."""
+
+    word: str
+    code: str
+    failure_class: FailureClass
+    patterns: tuple[str, ...]
+    repo_type: str
+
+
+MODEL = SourceKind("model", "Model", FailureClass.MODEL, MODEL_FILES, "model")
+DATA = SourceKind("data set", "Dataset", FailureClass.DATA, DATA_FILES, "dataset")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """A source on the local disk: a folder, or files in the order of their names."""
+
+    path: Path
+    files: list[Path]
+    revision: str | None = None
+    """Commit of a hub repository; None for other sources."""
+
+
+class Fetcher:
+    """Fetches the sources of one run. `count` is called with the number of bytes that were downloaded."""
+
+    def __init__(self, run: RunConfig, work: Path, *, count: Counter | None = None) -> None:
+        self.run, self.work, self.count = run, work, count
+
+    def model(self, text: str, path: str, name: str) -> Fetched:
+        """Fetch a folder with a model, tokenizer or adapter. `path` is the spec field, `name` the folder to download into.
+
+        Errors: NotFoundError ModelNotFound, ModelGated, ModelInvalid (66); storage errors.
+        """
+        fetched = self._fetch(text, path, self.work / "fetched" / name, MODEL)
+        if not fetched.path.is_dir():
+            raise NotFoundError(
+                "ModelInvalid", f"{path} is {redact_source(text)}, which is a file: a folder with config.json and weights is needed",
+                hint="name the folder", failure_class=MODEL.failure_class,
+            )  # fmt: skip
+        if not any((fetched.path / file).exists() for file in _MODEL_FILES_TO_EXPECT):
+            found = ", ".join(sorted(one.name for one in fetched.path.iterdir())[:5]) or "nothing"
+            raise NotFoundError(
+                "ModelInvalid", f"{path} is {redact_source(text)}, a folder without config.json (found: {found})",
+                hint="name the folder that holds config.json and the weights", failure_class=MODEL.failure_class,
+            )  # fmt: skip
+        return fetched
+
+    def data(self, text: str, path: str, name: str) -> list[Path]:
+        """Fetch the files of a data source, in the order of their names. Errors: NotFoundError DatasetNotFound (66); storage errors."""
+        files = self._fetch(text, path, self.work / "fetched" / name, DATA).files
+        if not files:
+            raise self._missing(DATA, path, text, "holds no data file")
+        return files
+
+    def _fetch(self, text: str, path: str, target: Path, kind: SourceKind) -> Fetched:
+        source = parse(text, path=path)
+        match source:
+            case FileSource(path=local):
+                return self._local(Path(local), path, text, kind)
+            case PvcSource(claim=claim, path=inside):
+                return self._local(Path(PVC_MOUNT, claim, inside), path, text, kind)
+            case ConfigMapSource(name=name, key=key):
+                return self._local(Path(CONFIGMAP_MOUNT, name, key), path, text, kind)
+            case S3Source():
+                return self._s3(source, path, target, kind)
+            case HttpsSource():
+                return self._web(source, path, target, kind)
+            case HubSource():
+                return self._hub(source, path, target, kind)
+
+    def _local(self, local: Path, path: str, text: str, kind: SourceKind) -> Fetched:
+        try:
+            if local.is_file():
+                return Fetched(local, [local])
+            if local.is_dir():
+                return Fetched(local, _data_files(local))
+        except PermissionError as error:
+            raise CredentialsError(
+                "PermissionDenied", f"{path} is {text}, which user {os.getuid()} may not read",
+                hint="make it readable", failure_class=kind.failure_class,
+            ) from error  # fmt: skip
+        raise self._missing(kind, path, text, "does not exist")
+
+    # ---- S3 ----
+
+    def _store(self, bucket: str, kind: SourceKind, **options: float) -> S3Store:
+        given = self.run.model_store if kind is MODEL else self.run.dataset_store
+        base = given or (self.run.storage if self.run.storage.uri.startswith("s3://") else StoreTarget(uri=""))
+        return S3Store(base.model_copy(update={"uri": f"s3://{bucket}"}), **options)  # type: ignore[arg-type] # mixed numbers
+
+    def _s3(self, source: S3Source, path: str, target: Path, kind: SourceKind) -> Fetched:
+        store = self._store(source.bucket, kind)
+        try:
+            found = self._list_impatiently(source, kind)
+            if not found:
+                raise self._missing(
+                    kind, path, str(source), "does not exist: there is no such object and none below it"
+                )
+            self._require_space(sum(stat.size for stat in found), path)
+            root = "" if [stat.key for stat in found] == [source.key] else source.key
+            jobs = [(stat, target / _inside(stat.key, root)) for stat in found]
+            with ThreadPoolExecutor(THREADS) as pool:
+                sums = list(pool.map(lambda job: store.download(job[0].key, job[1], count=self.count), jobs))
+            for stat, digest in zip(found, sums, strict=True):
+                if digest is None:
+                    raise self._missing(kind, path, f"s3://{source.bucket}/{stat.key}", "was removed while it was read")
+        except FineTuneError as error:
+            if error.failure_class is FailureClass.STORAGE and isinstance(error, CredentialsError):
+                error.failure_class = kind.failure_class
+            raise
+        finally:
+            store.close()
+        files = [file for _, file in jobs]
+        return Fetched(files[0] if not root and len(files) == 1 else target, files)
+
+    def _list_impatiently(self, source: S3Source, kind: SourceKind) -> list[Stat]:
+        """List the source with short timeouts, so that wrong settings fail within seconds. The download itself retries longer."""
+        store = self._store(source.bucket, kind, **PREFLIGHT_OPTIONS)
+        try:
+            return self._objects(store, source.key)
+        finally:
+            store.close()
+
+    def _objects(self, store: S3Store, key: str) -> list[Stat]:
+        """The object with this key, or all objects below it."""
+        if key and (stat := store.stat(key)) is not None:
+            return [stat]
+        below = store.list(f"{key}/" if key else "")
+        return [stat for stat in below if stat.size > 0 or not stat.key.endswith("/")]
+
+    # ---- the web and the hub ----
+
+    def _web(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> Fetched:
+        try:
+            return (
+                self._committed_model(source, path, target)
+                if kind is MODEL
+                else self._web_file(source, path, target, kind)
+            )
+        except FineTuneError as error:
+            if not error.message.startswith(path):
+                error.message = f"{path}: {error.message}"
+            if isinstance(error, CredentialsError):
+                error.failure_class = kind.failure_class
+            raise
+
+    def _web_file(self, source: HttpsSource, path: str, target: Path, kind: SourceKind) -> Fetched:
+        """Download one file of a web server under its own name."""
+        file = target / (PurePosixPath(unquote(urlsplit(source.url).path)).name or "data")
+        store = self._web_store(source.url, kind)
+        try:
+            digest = store.download(
+                "", file, count=self.count, check_space=lambda size: self._require_space(size, path)
+            )
+        except NotFoundError as error:
+            raise self._missing(kind, path, store.uri, f"answers {error.message.rpartition(' ')[2]}") from error
+        finally:
+            store.close()
+        if digest is None:
+            raise self._missing(kind, path, store.uri, "answers 404")
+        return Fetched(file, [file])
+
+    def _committed_model(self, source: HttpsSource, path: str, target: Path) -> Fetched:
+        """Download a model or checkpoint that a job committed. Its manifest lists the files, because a web server does not."""
+        if not source.committed:
+            raise NotFoundError(
+                "ModelInvalid", f"{path} is {redact_source(source.url)}: a web server has no listing, so only what a job committed can be read there",
+                hint="write https://host/jobs/model or https://host/jobs/checkpoints/step-00000100, a hub's name as org/name, or s3://bucket/prefix",
+                failure_class=MODEL.failure_class,
+            )  # fmt: skip
+        where = parse_address(source.url)
+        store = self._web_store(where.root, MODEL)
+        try:
+            found = Tree(store).marker(where.step)
+            problem = "holds no _COMMITTED object"
+            if found is not None:
+                problem = download_committed(
+                    Tree(store), found, target, count=self.count,
+                    check_space=lambda size: self._require_space(size, path),
+                )  # fmt: skip
+        finally:
+            store.close()
+        if found is None:
+            raise self._missing(MODEL, path, redact_source(source.url), problem)
+        if problem is not None:
+            raise NotFoundError(
+                "ModelInvalid", f"{path} is {redact_source(source.url)}, which is damaged: {problem}",
+                hint="upload it again", failure_class=MODEL.failure_class,
+            )  # fmt: skip
+        return Fetched(target, _data_files(target))
+
+    def _web_store(self, uri: str, kind: SourceKind) -> WebStore:
+        """A web store with the CA bundle of the configured connection."""
+        given = (self.run.model_store if kind is MODEL else self.run.dataset_store) or self.run.storage
+        return WebStore(StoreTarget(uri=uri, ca_bundle=given.ca_bundle))
+
+    def _hub(self, source: HubSource, path: str, target: Path, kind: SourceKind) -> Fetched:
+        import huggingface_hub
+        from huggingface_hub import errors as hub
+
+        named = f"{source.repo}" + (f"@{source.revision}" if source.revision else "")
+        try:
+            folder = huggingface_hub.snapshot_download(
+                source.repo, repo_type=kind.repo_type, revision=source.revision, cache_dir=self.work / "hub",
+                token=os.environ.get(Env.HF_TOKEN) or False, allow_patterns=list(kind.patterns), max_workers=THREADS,
+            )  # fmt: skip
+        except hub.GatedRepoError as error:
+            raise NotFoundError(
+                f"{kind.code}Gated", f"{path} is {named}, which is gated: its owner must grant access first",
+                hint="accept its terms on the hub and name a token in model.tokenSecretRef", failure_class=kind.failure_class,
+            ) from error  # fmt: skip
+        except hub.RevisionNotFoundError as error:
+            raise self._missing(kind, path, named, "has no such revision") from error
+        except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
+            raise self._missing(kind, path, named, "is not on the hub, or is private and no token was given") from error
+        except Exception as error:  # the hub's client does not wrap the exceptions of its HTTP library
+            raise _hub_unreachable(kind, path, named, error) from error
+        local = Path(folder)
+        return Fetched(local, _data_files(local), revision=local.name)
+
+    # ---- shared ----
+
+    def _missing(self, kind: SourceKind, path: str, text: str, why: str) -> NotFoundError:
+        return NotFoundError(
+            f"{kind.code}NotFound",
+            f"{path} is {text}, which {why}",
+            hint=f"correct {path}",
+            failure_class=kind.failure_class,
+        )
+
+    def _require_space(self, size: int, path: str) -> None:
+        free = free_bytes(self.work)
+        if size + RESERVE_BYTES > free:
+            raise ConfigError(
+                "LocalDiskTooSmall", f"{path} has {size / 1e9:.2f} GB, and the pod's disk has {free / 1e9:.2f} GB left",
+                hint="raise resources.ephemeralStorage",
+            )  # fmt: skip
+
+
+_MODEL_FILES_TO_EXPECT = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+
+
+def _hub_unreachable(kind: SourceKind, path: str, named: str, error: Exception) -> StorageError:
+    return StorageError(
+        "HubUnreachable", f"{path} is {named}, and the model hub could not be reached ({type(error).__name__})",
+        hint="check the pod's access to the internet, or copy it to S3 and write s3://bucket/prefix",
+        failure_class=kind.failure_class,
+    )  # fmt: skip
+
+
+def _inside(key: str, root: str) -> str:
+    if not root:
+        return PurePosixPath(key).name
+    inside = key[len(root) :].lstrip("/")
+    return "/".join(part for part in inside.split("/") if part not in ("", ".", ".."))
+
+
+def _data_files(folder: Path) -> list[Path]:
+    names = {path for pattern in DATA_FILES for path in folder.glob(pattern)}
+    return sorted(path for path in names if path.is_file())
+
+
+def fingerprint(folder: Path) -> str:
+    """A sha256 that identifies a model: contents of all small files, size and both ends of the large ones."""
+    digest = hashlib.sha256()
+    for path in sorted(one for one in folder.rglob("*") if one.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
+        with path.open("rb") as stream:
+            if size <= SMALL_FILE_BYTES:
+                digest.update(stream.read())
+            else:
+                digest.update(stream.read(EDGE_BYTES))
+                stream.seek(size - EDGE_BYTES)
+                digest.update(stream.read())
+    return "sha256:" + digest.hexdigest()
+
+
+def digest_of(files: list[Path], sha256: Callable[[Path], str]) -> str:
+    """sha256 over the contents of files in their order."""
+    return hashlib.sha256("\n".join(sha256(file) for file in files).encode()).hexdigest()

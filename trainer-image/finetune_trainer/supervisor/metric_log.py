@@ -1,0 +1,37 @@
+"""The logged values of a run, one JSON line per log call, as the object `metrics/<incarnation>.jsonl` in storage."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+from finetune_api.errors import FineTuneError
+from finetune_api.names import Storage
+
+from finetune_trainer.storage.base import Store, join
+from finetune_trainer.supervisor.run_state import RunState
+
+log = logging.getLogger(__name__)
+
+
+class MetricLog:
+    """Collects the lines of one incarnation."""
+
+    def __init__(self, run_state: RunState, incarnation: str) -> None:
+        self._state = run_state
+        self._key = join(Storage.METRICS, f"{incarnation}.jsonl")
+        self._lines: list[str] = []
+
+    def append(self, step: int, values: dict[str, Any]) -> None:
+        self._lines.append(json.dumps({"step": step, **values}))
+
+    def upload(self, store: Store) -> None:
+        """Replace the object with all lines so far. A failure is only noted: metrics are no reason to fail a run."""
+        if not self._lines:
+            return
+        try:
+            store.put(self._key, ("\n".join(self._lines) + "\n").encode())
+        except FineTuneError as error:
+            log.warning("log lines were not stored: %s", error)
+            self._state.add_note(f"some log lines were not stored: {error.code}")

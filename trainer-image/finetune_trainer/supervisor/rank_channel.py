@@ -1,0 +1,68 @@
+"""The supervisor's end of the channel to its ranks: a datagram socket, read by one thread."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer.channel import MAX_MESSAGE_BYTES, read_spilled
+
+log = logging.getLogger(__name__)
+RECEIVE_BUFFER_BYTES = 4 * 1024 * 1024
+
+
+class RankChannel:
+    """Receives messages of ranks and calls `on_message` with each, in order, on a thread of its own."""
+
+    def __init__(self, on_message: Callable[[dict[str, Any]], None]) -> None:
+        # The path of a Unix socket may have 107 characters at most; the work folder's path may be longer.
+        self._folder = Path(tempfile.mkdtemp(prefix="finetune-"))
+        self.address = str(self._folder / "socket")
+        self._on_message = on_message
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER_BYTES)
+        self._socket.bind(self.address)
+        self._socket.settimeout(0.2)
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._receive, name="rank-channel", daemon=True)
+        self._thread.start()
+
+    def _receive(self) -> None:
+        while True:
+            try:
+                data = self._socket.recv(MAX_MESSAGE_BYTES + 1)
+            except TimeoutError:
+                if self._closing.is_set():
+                    return
+                continue
+            except OSError:
+                return
+            message = self._parse(data)
+            if message is not None:
+                try:
+                    self._on_message(message)
+                except Exception:  # an unusable message must not end the thread that reads the next one
+                    log.exception("a rank's message could not be applied: %s", message.get("kind"))
+
+    def _parse(self, data: bytes) -> dict[str, Any] | None:
+        """The message, or None if the bytes are not one of ours."""
+        try:
+            message = json.loads(data)
+            message = read_spilled(message, self._folder) if isinstance(message, dict) else None
+        except (OSError, ValueError):
+            return None
+        return message if isinstance(message, dict) else None
+
+    def close(self) -> None:
+        """Read what was already sent, then stop. All ranks must have ended before."""
+        self._closing.set()
+        self._thread.join(timeout=30)
+        self._socket.close()
+        shutil.rmtree(self._folder, ignore_errors=True)

@@ -1,0 +1,88 @@
+"""Applies the messages of ranks to the state of the run. One unreadable field does not discard the rest of a message."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, TypeVar
+
+from finetune_api.base import WireModel
+from finetune_api.status import Metrics, Progress, Resolved, Stage
+from pydantic import ValidationError
+
+from finetune_trainer.failure import failure_from_message
+from finetune_trainer.supervisor.exit_decision import AttemptFacts
+from finetune_trainer.supervisor.metric_log import MetricLog
+from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.supervisor.staging import Staging
+
+log = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=WireModel)
+HEARTBEATS = ("heartbeat", "alive", "stage", "staged", "log")
+"""Kinds of messages that show that training goes on."""
+
+
+class RankMessages:
+    """Handles the messages of one pod's ranks. Only local rank 0 reports progress; every rank reports failures and files."""
+
+    def __init__(
+        self, run_state: RunState, facts: AttemptFacts, staging: Staging, metric_log: MetricLog, incarnation: str
+    ) -> None:
+        self._state, self._facts, self._staging, self._metric_log = run_state, facts, staging, metric_log
+        self._incarnation = incarnation
+
+    def apply(self, message: dict[str, Any]) -> None:
+        """Handle one message. Errors: StorageError `StagingFailed` if the final artefact cannot be staged."""
+        kind = message.get("kind")
+        if kind in HEARTBEATS:
+            self._state.record_activity()
+        match kind:
+            case "note":
+                self._state.add_note(str(message["text"]))
+            case "staged":
+                self._staging.add_rank_files(message)
+            case "finished":
+                self._facts.finished = True
+                self._state.enter_stage(Stage.UPLOADING)
+                self._staging.add_final(message, self._incarnation)
+            case "failed":
+                self._facts.rank_failures.append(failure_from_message(message))
+            case "stopping":
+                if self._facts.stop_requested_at is None:  # another pod of the gang received the signal
+                    self._facts.stop_requested_at = time.monotonic()
+                self._state.enter_stage(Stage.STOPPING, f"at step {message['step']}")
+            case "stopped":
+                self._facts.stopped_ranks.add(int(message["rank"]))
+            case _ if message.get("localRank") == 0:
+                self._apply_report(message)
+
+    def _apply_report(self, message: dict[str, Any]) -> None:
+        """A report of local rank 0."""
+        state = self._state
+        match message.get("kind"):
+            case "heartbeat":
+                state.record_step(int(message["step"]))
+            case "stage":
+                stage = message["stage"]
+                state.enter_stage(Stage(stage) if stage in list(Stage) else state.current_stage, message.get("detail"))
+            case "progress":
+                state.merge_progress(readable_fields(Progress, message["value"]))
+            case "metrics":
+                state.merge_metrics(readable_fields(Metrics, message["value"]))
+            case "resolved":
+                state.merge_resolved(readable_fields(Resolved, message["value"]))
+            case "log":
+                self._metric_log.append(message["step"], message["values"])
+            case "skipped":
+                self._staging.skip_checkpoint(str(message["reason"]), str(message["sentence"]))
+
+
+def readable_fields(model: type[Model], value: Any) -> Model:
+    """The model with the fields that can be read; the others are logged and left out."""
+    fields = value if isinstance(value, dict) else {}
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        unreadable = {str(one["loc"][0]) for one in error.errors() if one["loc"]}
+        log.warning("fields of a rank's report cannot be read and are left out: %s", ", ".join(sorted(unreadable)))
+        return model.model_validate({name: one for name, one in fields.items() if name not in unreadable})

@@ -1,0 +1,242 @@
+"""The state of one pod's run, updated from the messages of its ranks and from the uploader.
+
+`/progress`, `/metrics` and the termination message are made from it. It is thread-safe. Ranks report facts; the estimate of
+the time left and the texts for people are derived here.
+"""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections import deque
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_api.pod import Health, ProgressReport, RunConfig
+from finetune_api.status import Checkpoint, Metrics, Progress, Resolved, Stage
+
+RECENT_STEPS = 50
+NEWEST_CHECKPOINTS = 5
+
+
+class RunState:
+    """What is known about the run of one pod."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._run: RunConfig | None = None
+        self._stage = Stage.STARTING
+        self._detail: str | None = None
+        self._progress = Progress()
+        self._metrics = Metrics()
+        self._resolved = Resolved()
+        self._notes: list[str] = []
+        self._checkpoints: dict[int, Checkpoint] = {}
+        self._recent_step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._step_time: float | None = None
+        self._activity_time: float | None = None
+        self._stage_since = time.monotonic()
+        self._timings: dict[str, float] = {}
+        self._health = Health()
+        self.resumed_from_step: int | None = None
+        self.counters: dict[str, float] = {}
+
+    def set_run_config(self, run: RunConfig, config_sha256: str) -> None:
+        with self._lock:
+            self._run = run
+            self.merge_resolved(Resolved(config_sha256=config_sha256, world_size=run.world.size))
+
+    # ---- updates ----
+
+    def enter_stage(self, stage: Stage, detail: str | None = None) -> None:
+        """Enter a stage, or replace the detail of the current one. Time in the previous stage is added to the timings."""
+        with self._lock:
+            if stage != self._stage:
+                now = time.monotonic()
+                self._timings[self._stage.value] = self._timings.get(self._stage.value, 0.0) + now - self._stage_since
+                self._stage, self._stage_since = stage, now
+            self._detail = detail
+
+    def add_timing(self, name: str, seconds: float) -> None:
+        with self._lock:
+            self._timings[name] = self._timings.get(name, 0.0) + seconds
+
+    def increment_counter(self, name: str, by: float = 1) -> None:
+        """Add to a counter of `/metrics`."""
+        with self._lock:
+            self.counters[name] = self.counters.get(name, 0) + by
+
+    def record_activity(self) -> None:
+        """Record a heartbeat: a step, a part of a step, a batch of an evaluation or a file is done."""
+        with self._lock:
+            self._activity_time = time.monotonic()
+
+    def record_step(self, step: int) -> None:
+        """Record that an optimizer step is done. Late messages about earlier steps do not lower the step."""
+        now = time.monotonic()
+        with self._lock:
+            before = self._progress.step or 0
+            if self._step_time is not None and step == before + 1:
+                self._recent_step_seconds.append(now - self._step_time)
+            self._step_time = now
+            if step > before:
+                self._update_progress({"step": step})
+
+    def merge_progress(self, progress: Progress) -> None:
+        """Fields that are None keep their value."""
+        with self._lock:
+            self._update_progress(progress.model_dump(exclude_none=True))
+
+    def _update_progress(self, fields: dict[str, Any]) -> None:
+        self._progress = self._progress.model_copy(update=fields | {"update_time": datetime.now(UTC)})
+
+    def merge_metrics(self, metrics: Metrics) -> None:
+        """Fields that are None keep their value."""
+        with self._lock:
+            self._metrics = self._metrics.model_copy(update=metrics.model_dump(exclude_none=True))
+
+    def merge_resolved(self, resolved: Resolved) -> None:
+        """Fields that are None keep their value."""
+        with self._lock:
+            self._resolved = self._resolved.model_copy(update=resolved.model_dump(exclude_none=True))
+
+    def add_note(self, text: str) -> None:
+        """Add a sentence to `status.resolved.notes`, once."""
+        with self._lock:
+            if text not in self._notes:
+                self._notes.append(text)
+
+    def record_checkpoint_problem(self, reason: str, sentence: str) -> None:
+        """A checkpoint was skipped, could not be stored or is damaged."""
+        with self._lock:
+            self._health = self._health.model_copy(
+                update={"healthy": False, "checkpoint_problem": f"{reason}: {sentence}"}
+            )
+
+    def clear_checkpoint_problem(self) -> None:
+        with self._lock:
+            self._health = self._health.model_copy(update={"healthy": True, "checkpoint_problem": None})
+
+    def add_checkpoint(self, checkpoint: Checkpoint, seconds: float | None = None) -> None:
+        """Add a committed checkpoint. `seconds`: how long its upload took."""
+        with self._lock:
+            self._checkpoints[checkpoint.step] = checkpoint
+            if seconds is not None:
+                self._health = self._health.model_copy(update={"last_save_seconds": round(seconds, 3)})
+
+    def mark_checkpoint_healthy(self, step: int) -> None:
+        """The losses after this checkpoint were finite."""
+        with self._lock:
+            if step in self._checkpoints:
+                self._checkpoints[step] = self._checkpoints[step].model_copy(update={"healthy": True})
+
+    def remove_checkpoint(self, step: int) -> None:
+        with self._lock:
+            self._checkpoints.pop(step, None)
+
+    # ---- reading ----
+
+    @property
+    def current_stage(self) -> Stage:
+        return self._stage
+
+    @property
+    def step(self) -> int:
+        """Newest optimizer step, 0 before the first."""
+        return self._progress.step or 0
+
+    @property
+    def last_save_seconds(self) -> float | None:
+        """How long the upload of the last checkpoint took until its commit."""
+        return self._health.last_save_seconds
+
+    @property
+    def checkpoint_problem(self) -> str | None:
+        """Reason and sentence of the last checkpoint that was not stored; None after the next commit."""
+        return self._health.checkpoint_problem
+
+    def seconds_since_step(self) -> float | None:
+        """None before the first step."""
+        with self._lock:
+            return None if self._step_time is None else time.monotonic() - self._step_time
+
+    def seconds_since_heartbeat(self) -> float | None:
+        """None before the first heartbeat."""
+        with self._lock:
+            return None if self._activity_time is None else time.monotonic() - self._activity_time
+
+    def median_step_seconds(self) -> float | None:
+        """Median over the recent steps."""
+        with self._lock:
+            return statistics.median(self._recent_step_seconds) if self._recent_step_seconds else None
+
+    @property
+    def checkpoints(self) -> list[Checkpoint]:
+        """Committed checkpoints, newest first."""
+        with self._lock:
+            return [self._checkpoints[step] for step in sorted(self._checkpoints, reverse=True)]
+
+    def report(self) -> ProgressReport:
+        """The response of `/progress`."""
+        with self._lock:
+            stage_seconds = self._timings.get(self._stage.value, 0.0) + time.monotonic() - self._stage_since
+            newest = self.checkpoints
+            return ProgressReport(
+                attempt=self._run.attempt if self._run else 1,
+                uid=self._run.uid if self._run else "",
+                stage=self._stage,
+                detail=self._detail,
+                progress=self._progress_with_estimates(),
+                metrics=self._metrics,
+                checkpoints=newest_and_best(newest),
+                latest_checkpoint=newest[0].uri if newest else None,
+                resumed_from_step=self.resumed_from_step,
+                resolved=self._resolved.model_copy(update={"notes": list(self._notes) or None}),
+                health=self._health_with_ages(),
+                timings={
+                    name: round(one, 3) for name, one in (self._timings | {self._stage.value: stage_seconds}).items()
+                },
+            )
+
+    def _health_with_ages(self) -> Health:
+        since_step, since_heartbeat = self.seconds_since_step(), self.seconds_since_heartbeat()
+        median = self.median_step_seconds()
+        silent = None if since_step is None or since_heartbeat is None else min(since_step, since_heartbeat)
+        return self._health.model_copy(
+            update={
+                "seconds_since_step": None if since_step is None else round(since_step, 3),
+                "seconds_since_heartbeat": None if silent is None else round(silent, 3),
+                "median_step_seconds": None if median is None else round(median, 4),
+            }
+        )
+
+    def _progress_with_estimates(self) -> Progress:
+        """Progress with percent, time left and the texts for people."""
+        step, total = self._progress.step, self._progress.total_steps
+        update: dict[str, Any] = {}
+        if step is not None and total:
+            percent = min(100, 100 * step // total)
+            update |= {"percent": percent, "display": f"{step}/{total} ({percent}%)"}
+            median = self.median_step_seconds()
+            if median is not None:
+                left = round(median * max(0, total - step))
+                update |= {"seconds_remaining": left, "eta": format_duration(left)}
+        return self._progress.model_copy(update=update)
+
+
+def newest_and_best(newest_first: list[Checkpoint]) -> list[Checkpoint]:
+    """The newest few checkpoints and the one with the lowest validation loss."""
+    newest = newest_first[:NEWEST_CHECKPOINTS]
+    evaluated = [one for one in newest_first if one.eval_loss is not None]
+    best = min(evaluated, key=lambda one: (one.eval_loss or 0.0, one.step), default=None)
+    return newest if best is None or best in newest else [*newest, best]
+
+
+def format_duration(seconds: int) -> str:
+    """Seconds for people: `45s`, `3m20s`, `1h12m`."""
+    minutes, rest = divmod(max(0, seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}h{minutes}m"
+    return f"{minutes}m{rest}s" if minutes else f"{rest}s"

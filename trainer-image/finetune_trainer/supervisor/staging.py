@@ -1,0 +1,80 @@
+"""Hands complete checkpoints of this pod's ranks, and the final artefact, to the uploader.
+
+A rank reports a folder when its files are complete. The files get a second name below `<work>/staged`, so that the Trainer may
+remove its own copy while the upload still runs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from finetune_api.errors import StorageError
+
+from finetune_trainer.checkpoint.uploader import Staged, Uploader
+from finetune_trainer.supervisor.run_state import RunState
+
+
+class Staging:
+    """The staging folder of one pod. `uploader` is None until the pod is prepared; until then nothing is staged."""
+
+    def __init__(self, work: Path, run_state: RunState, *, ranks: int) -> None:
+        self._folder = work / "staged"
+        self._state = run_state
+        self._ranks = ranks
+        self._reported: dict[int, dict[int, dict[str, Any]]] = {}
+        """Messages by step and local rank, of checkpoints that are not complete yet."""
+        self.uploader: Uploader | None = None
+
+    def add_rank_files(self, message: dict[str, Any]) -> None:
+        """One rank's files of a checkpoint are complete; when those of all ranks of this pod are, upload it."""
+        step, local_rank = int(message["step"]), int(message["localRank"])
+        reported = self._reported.setdefault(step, {})
+        reported[local_rank] = message
+        if local_rank == 0:
+            self._state.increment_counter("checkpoint_stall_seconds", float(message.get("stallSeconds", 0)))
+        if len(reported) < self._ranks:
+            return
+        del self._reported[step]
+        if self.uploader is None:
+            return
+        source, target = Path(message["folder"]), self._folder / f"step-{step}"
+        try:
+            hard_link_tree(source, target)
+        except OSError as error:
+            self.skip_checkpoint("StagingFailed", f"step {step}: {error.strerror or error}")
+            return
+        finally:  # it is not read again: the weights of the best step are kept elsewhere
+            shutil.rmtree(source, ignore_errors=True)
+        facts = reported.get(0, message)
+        self.uploader.offer(
+            Staged(step, target, str(message["incarnation"]), graceful=bool(message.get("graceful")), facts=facts)
+        )
+
+    def skip_checkpoint(self, reason: str, sentence: str) -> None:
+        """A checkpoint that was due cannot be staged."""
+        self._state.increment_counter("checkpoints_skipped")
+        self._state.record_checkpoint_problem(reason, sentence)
+        if self.uploader is not None:
+            self.uploader.record_unsaved()
+
+    def add_final(self, message: dict[str, Any], incarnation: str) -> None:
+        """The final artefact is complete: upload it. Errors: StorageError `StagingFailed`."""
+        if self.uploader is None:
+            return
+        target = self._folder / "final"
+        try:
+            hard_link_tree(Path(message["folder"]), target)
+        except OSError as error:
+            raise StorageError(
+                "StagingFailed", f"the final model cannot be staged on the pod's disk: {error.strerror or error}"
+            ) from error
+        self.uploader.offer(Staged(None, target, incarnation, facts=message | {"step": self._state.step}))
+
+
+def hard_link_tree(source: Path, target: Path) -> None:
+    """Give every file of a folder a second name: it costs no space and stays when the first name is removed."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(source, target, copy_function=lambda one, other: os.link(os.path.realpath(one), other))

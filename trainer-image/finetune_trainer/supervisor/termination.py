@@ -1,0 +1,55 @@
+"""The termination message: what the operator reads when the pod has ended."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from finetune_api.names import ExitCode, FailureClass
+from finetune_api.pod import ProgressReport, TerminationMessage
+from finetune_api.status import Output
+
+from finetune_trainer.supervisor.exit_decision import Exit
+
+log = logging.getLogger(__name__)
+
+
+def termination_message(
+    decided: Exit, report: ProgressReport, *, output: Output | None, start_step: int, node_name: str
+) -> TerminationMessage:
+    newest = report.checkpoints[0] if report.checkpoints else None
+    common: dict[str, Any] = {
+        "exit_code": int(decided.code), "node": node_name or None, "step": report.progress.step,
+        "committed_step": newest.step if newest else None, "checkpoint": newest.uri if newest else None,
+        "latest_checkpoint": newest.uri if newest else None, "resumed_from_step": report.resumed_from_step,
+        "progress": report.progress, "metrics": report.metrics, "checkpoints": report.checkpoints, "resolved": report.resolved,
+    }  # fmt: skip
+    if decided.code == ExitCode.OK:
+        return TerminationMessage(**common, output=output)
+    failure = decided.failure
+    if failure is None:
+        saved = decided.code == ExitCode.PREEMPTED_SAVED
+        where = f"at step {report.progress.step or start_step}"
+        return TerminationMessage(
+            **common, class_=FailureClass.PREEMPTED, code="StoppedSaved" if saved else "StoppedUnsaved",
+            message=f"stopped on request {where}, " + ("the state is saved" if saved else "the newest steps are not saved"),
+            origin=True, time_ns=time.time_ns(),
+        )  # fmt: skip
+    error = failure.error
+    common |= {"rank": failure.rank, "step": failure.step if failure.step is not None else common["step"]}
+    return TerminationMessage(
+        **common, class_=error.failure_class, code=error.code, message=error.message, hint=error.hint,
+        origin=failure.origin, time_ns=failure.time_ns or time.time_ns(),
+    )  # fmt: skip
+
+
+def write_termination_message(message: TerminationMessage, path: Path) -> None:
+    """Write the message to the container's termination log, or print it where there is none (local runs)."""
+    if message.message:
+        log.error("%s: %s%s", message.code, message.message, f" ({message.hint})" if message.hint else "")
+    try:
+        path.write_text(message.to_json())
+    except OSError:
+        print(message.to_json(), flush=True)
