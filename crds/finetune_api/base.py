@@ -6,7 +6,9 @@ defaults all read them from there.
 
 from __future__ import annotations
 
-from enum import StrEnum
+import ast
+import inspect
+from enum import Enum, StrEnum
 from functools import cache
 from typing import Any, ClassVar, Self
 
@@ -125,6 +127,19 @@ def nested_group(annotation: Any) -> type[Group] | None:
     """The group in a field's annotation (`SomeGroup` or `SomeGroup | None`), or None."""
     options = [annotation, *getattr(annotation, "__args__", ())]
     return next((one for one in options if isinstance(one, type) and issubclass(one, Group) and one.model_fields), None)
+
+
+def member_docs(enum: type[Enum]) -> dict[str, str]:
+    """The docstring below each member of an enumeration, by member name."""
+    body = ast.parse(inspect.getsource(enum)).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found: dict[str, str] = {}
+    for node, follower in zip(body.body, body.body[1:], strict=False):
+        if isinstance(node, ast.Assign) and isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
+            target = node.targets[0]
+            assert isinstance(target, ast.Name)
+            found[target.id] = inspect.cleandoc(str(follower.value.value))
+    return found
 
 
 @cache

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import ast
-import inspect
 import sys
 from collections.abc import Iterator
 from enum import Enum
@@ -14,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api import names
+from finetune_api.base import member_docs
 from finetune_api.exits import EXIT_POLICIES, RetryPolicy
 from finetune_api.rules import RULES
 from finetune_api.schema import COLUMNS, crd
@@ -78,19 +77,6 @@ def _columns() -> str:
             "",
         ]
     )
-
-
-def member_docs(enum: type[Enum]) -> dict[str, str]:
-    """The sentence below each member of an enumeration."""
-    body = ast.parse(inspect.getsource(enum)).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found: dict[str, str] = {}
-    for node, follower in zip(body.body, body.body[1:], strict=False):
-        if isinstance(node, ast.Assign) and isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
-            target = node.targets[0]
-            assert isinstance(target, ast.Name)
-            found[target.id] = inspect.cleandoc(str(follower.value.value))
-    return found
 
 
 def _table(title: str, enum: type[Enum]) -> str:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from finetune_api import names
-from finetune_api.base import DEFAULT, DEFAULT_TEXT, EXAMPLE, Group
+from finetune_api.base import DEFAULT, DEFAULT_TEXT, EXAMPLE, Group, member_docs
 from finetune_api.rules import RULES
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import FineTuneJobStatus
@@ -55,16 +55,32 @@ SELECTABLE = (".status.phase", ".spec.model.source", ".spec.placement.queueName"
 
 
 def describe(info: FieldInfo) -> str:
-    """Description of a field as users read it: meaning, default, example."""
-    crd_yaml = (info.description or "").strip()
+    """Description of a field as `kubectl explain` shows it: meaning, values, default, example."""
+    text = (info.description or "").strip()
     extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    text += explain_values(info.annotation)
     if DEFAULT in extra:
-        crd_yaml += f" Default: {_plain(extra[DEFAULT])}."
+        text += f" Default: {_plain(extra[DEFAULT])}."
     elif DEFAULT_TEXT in extra:
-        crd_yaml += f" Default: {extra[DEFAULT_TEXT]}."
+        text += f" Default: {extra[DEFAULT_TEXT]}."
     if EXAMPLE in extra:
-        crd_yaml += f" Example: `{_plain(extra[EXAMPLE])}`."
-    return crd_yaml
+        text += f" Example: `{_plain(extra[EXAMPLE])}`."
+    return text
+
+
+def explain_values(annotation: Any) -> str:
+    """Every word of the enumeration in a field's type with its meaning, as further sentences; empty for other types."""
+    enum = _enum_in(annotation)
+    if enum is None:
+        return ""
+    docs = member_docs(enum)
+    return " Values: " + " ".join(f"`{member.value}`: {docs[member.name]}" for member in enum)
+
+
+def _enum_in(annotation: Any) -> type[Enum] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return annotation
+    return next((found for one in get_args(annotation) if (found := _enum_in(one))), None)
 
 
 def _plain(value: Any) -> str:
@@ -169,19 +185,26 @@ def _constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _bounds(metadata: list[Any]) -> Schema:
+    """Bounds of a number. A fractional bound is a CEL rule: the API server cuts it to an integer where the value has no decimal point."""
     schema: Schema = {}
     for name, value in _constraints(metadata):
-        if name in ("ge", "gt"):
-            schema["minimum"] = value
-        elif name in ("le", "lt"):
-            schema["maximum"] = value
-        elif name == "enum":
+        if name == "enum":
             schema["enum"] = value
-        if name == "gt":
-            schema["exclusiveMinimum"] = True
-        elif name == "lt":
-            schema["exclusiveMaximum"] = True
+        elif isinstance(value, float) and not value.is_integer():
+            sign, words = COMPARISONS[name]
+            rule = {"rule": f"self {sign} {value}", "message": f"should be {words} {value}"}
+            schema.setdefault("x-kubernetes-validations", []).append(rule)
+        else:
+            side = "minimum" if name in ("ge", "gt") else "maximum"
+            schema[side] = value
+            if name in ("gt", "lt"):
+                schema[f"exclusive{side.capitalize()}"] = True
     return schema
+
+
+COMPARISONS = {
+    "ge": (">=", "greater than or equal to"), "gt": (">", "greater than"), "le": ("<=", "less than or equal to"), "lt": ("<", "less than"),
+}  # fmt: skip
 
 
 def _length(metadata: list[Any], what: str) -> Schema:

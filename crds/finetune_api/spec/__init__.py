@@ -1,4 +1,4 @@
-"""The spec of a FineTuneJob: one class per group, every field optional until the resolver fills it in."""
+"""The spec of a FineTuneJob: one class per group. Every field is optional until defaults are filled in."""
 
 from __future__ import annotations
 
@@ -19,68 +19,88 @@ from finetune_api.spec.training import Checkpoint, Distributed, Training
 
 
 class FineTuneJobSpec(Group):
-    """What a user asks for."""
+    """`spec`: what a user asks for."""
 
-    model: Model = Field(default_factory=Model, description="What is tuned, and how it is loaded. Required.")
-    method: Method = Field(default_factory=Method, description="Which parameters are trained. Default: LoRA.")
+    model: Model = Field(
+        default_factory=Model,
+        description="The base model and how it is loaded. Required. Example: `{source: HuggingFaceTB/SmolLM2-135M-Instruct}`.",
+    )
+    method: Method = Field(
+        default_factory=Method,
+        description="Which parameters are trained. Default: LoRA. Example: `{type: qlora}`.",
+    )
     trainer: Trainer = Field(
-        default_factory=Trainer, description="The objective that is minimised. Default: supervised fine-tuning."
+        default_factory=Trainer,
+        description="The training objective. Default: supervised fine-tuning. Example: `{type: dpo}`.",
     )
     dataset: Dataset = Field(
-        default_factory=Dataset, description="What is learned from, and how rows become tokens. Required."
+        default_factory=Dataset,
+        description="The training data and how rows become tokens. Required. Example: `{train: s3://data/train.jsonl}`.",
     )
     training: Training = Field(
-        default_factory=Training, description="How the optimiser runs. Default: the values of its fields."
+        default_factory=Training,
+        description="The optimizer. Default: the values of its fields. Example: `{epochs: 1, learningRate: 1e-4}`.",
     )
     distributed: Distributed = Field(
-        default_factory=Distributed, description="How ranks work together. Default: the values of its fields."
+        default_factory=Distributed,
+        description="How ranks share the work. Default: the values of its fields. Example: `{strategy: fsdp}`.",
     )
     checkpoint: Checkpoint = Field(
         default_factory=Checkpoint,
-        description="When checkpoints are made and how many are kept. Default: the values of its fields.",
+        description="When checkpoints are saved and how many are kept. Default: the values of its fields. Example: `{steps: 500}`.",
     )
     output: Output = Field(
         default_factory=Output,
-        description="What comes out beside the model in storage. Default: the values of its fields.",
+        description="Additional copies and formats of the result. Default: the values of its fields. Example: `{mergeAdapter: true}`.",
     )
     evaluation: Evaluation = Field(
         default_factory=Evaluation,
-        description="How the model is judged. Default: validation loss where there is validation data.",
+        description="How the model is evaluated. Default: validation loss, if there is validation data. Example: `{steps: 50}`.",
     )
     tracking: Tracking = Field(
-        default_factory=Tracking, description="Who is told about metrics. Default: the values of its fields."
+        default_factory=Tracking,
+        description="Where metrics are sent. Default: the values of its fields. Example: `{loggingSteps: 50}`.",
     )
-    phases: Phases = Field(default_factory=Phases, description="Which parts of the pipeline run. Default: training.")
+    phases: Phases = Field(
+        default_factory=Phases,
+        description="The parts of the pipeline that run. Default: training. Example: `{train: true}`.",
+    )
     storage: StorageRoot = Field(
         default_factory=StorageRoot,
-        description="Where everything the job writes lies. Default: the operator's configuration.",
+        description="Where the job writes checkpoints, the final model and metrics. Default: the operator's configuration. "
+        "Example: `{uri: s3://models/finetune}`.",
     )
     resources: Resources = Field(
-        default_factory=Resources, description="Pods, ranks and what each pod gets. Default: one pod with one GPU."
+        default_factory=Resources,
+        description="Pods, ranks, and the resources of each pod. Default: one pod with one GPU. Example: `{gpusPerNode: 8}`.",
     )
     placement: Placement = Field(
-        default_factory=Placement, description="Where and as whom the pods run. Default: the operator's configuration."
+        default_factory=Placement,
+        description="Where the pods run and with which identity. Default: the operator's configuration. "
+        "Example: `{queueName: team-a}`.",
     )
     policy: Policy = Field(
         default_factory=Policy,
-        description="Time limits and what happens after a failure. Default: the values of its fields.",
+        description="Time limits and what happens after a failure. Default: the values of its fields. Example: `{retries: 5}`.",
     )
     suspend: bool = Field(
-        default=False, description="Save, free the GPUs, and wait; false resumes. Default: false. Example: `true`."
+        default=False,
+        description="True: save a checkpoint and free the GPUs. Back to false: resume. Default: false. Example: `true`.",
     )
     cancel: bool = Field(
-        default=False, description="Save and stop for good; it cannot be taken back. Default: false. Example: `true`."
+        default=False,
+        description="True: save a checkpoint and end the job. It cannot be undone. Default: false. Example: `true`.",
     )
 
     def value(self, path: str) -> Any:
-        """What stands at a path, which is a dotted wire name; None if nothing does."""
-        found: Any = self.to_wire()
+        """The value at a dotted path of wire names, or None."""
+        value: Any = self.to_wire()
         for name in path.split("."):
-            found = found.get(name) if isinstance(found, dict) else None
-        return found
+            value = value.get(name) if isinstance(value, dict) else None
+        return value
 
     def with_values(self, values: Mapping[str, Any]) -> FineTuneJobSpec:
-        """The same with other values at some paths, which are dotted wire names. Errors: pydantic's ValidationError."""
+        """A copy with other values at dotted paths of wire names. Errors: pydantic's ValidationError."""
         wire = self.to_wire()
         for path, value in values.items():
             *groups, name = path.split(".")
@@ -92,9 +112,9 @@ class FineTuneJobSpec(Group):
 
 
 def load_spec(value: Mapping[str, Any]) -> FineTuneJobSpec:
-    """A spec from JSON-like data, with the API server's strictness: a quoted number or a boolean is no number.
+    """Read a spec from JSON-like data as strictly as the API server does: a quoted number or a boolean is not a number.
 
-    Errors: pydantic's ValidationError, one entry per field.
+    Errors: pydantic's ValidationError with one entry per field.
     """
     return FineTuneJobSpec.model_validate_json(json.dumps(value, default=str), strict=True)
 

@@ -23,18 +23,29 @@ LabelKey = Annotated[
 
 
 class StorageRoot(StorageConnection):
-    """`spec.storage`: where everything the job writes lies."""
+    """`spec.storage`: where the job writes checkpoints, the final model and metrics."""
+
+    cel = (
+        *StorageConnection.cel,
+        (
+            "!has(self.uri) || !self.uri.split('/').exists(part, part == '..')",
+            "storage.uri must not contain `..`: write the path without it",
+        ),
+    )
 
     uri: Annotated[str, StringConstraints(pattern=r"^(s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^\s?#]*)?|file:///[^\s?#]*|pvc://[a-z0-9][-a-z0-9.]*(/[^\s?#]*)?)$", max_length=512)] | None = option(
-        "Root of all that the job writes: `s3://bucket/prefix`; the job's own tree is `<uri>/<namespace>/<name>/<uid>/`. `pvc://claim/path` and `file:///path` are roots, too; a web server (`https://`) can only be read.",
+        "Root folder: `s3://bucket/prefix`, `pvc://claim/path` or `file:///path`. The job writes below "
+        "`<uri>/<namespace>/<name>/<uid>/`.",
         default_text="the operator's configuration", example="s3://models/finetune",
     )  # fmt: skip
 
 
 class Resources(Group):
-    """`spec.resources`: pods, ranks and what each pod gets."""
+    """`spec.resources`: pods, ranks, and the resources of each pod."""
 
-    nodes: Annotated[int, Field(ge=1, le=1024)] | None = option("Pods, one a node.", default=1, example=2)
+    nodes: Annotated[int, Field(ge=1, le=1024)] | None = option(
+        "Number of pods; each runs on its own node.", default=1, example=2
+    )
     gpus_per_node: Annotated[int, Field(ge=0, le=64)] | None = option(
         "GPUs per pod; 0 trains on CPU.", default=1, example=8
     )
@@ -42,12 +53,12 @@ class Resources(Group):
         "Ranks per pod.", default_text="gpusPerNode, or 1 on CPU", example=2
     )
     gpu_resource: LabelKey | None = option(
-        "Resource name of a GPU: MIG slices and other vendors by their name.",
-        default_text="the node pool's, else nvidia.com/gpu",
+        "Kubernetes resource name of a GPU, for MIG slices and other vendors.",
+        default_text="that of the node pool, else nvidia.com/gpu",
         example="nvidia.com/mig-1g.10gb",
     )
     node_pool: Word | None = option(
-        "Pool of the operator's configuration.", default_text="the pool marked as default, else none", example="h100"
+        "Node pool of the operator's configuration.", default_text="the default pool, else none", example="h100"
     )
     cpu: Quantity | None = option("CPUs per pod (request).", default_text="the operator's configuration", example="4")
     memory: Quantity | None = option(
@@ -59,7 +70,9 @@ class Resources(Group):
         example="100Gi",
     )
     shared_memory: Quantity | None = option(
-        "Size of /dev/shm per pod; counts as memory.", default_text="the operator's configuration", example="8Gi"
+        "Size of /dev/shm per pod. It counts as memory of the pod.",
+        default_text="the operator's configuration",
+        example="8Gi",
     )
 
 
@@ -67,31 +80,39 @@ class Toleration(Group):
     """A toleration, as in a pod."""
 
     key: LabelKey | None = option(
-        "Taint key; absent with operator Exists matches all. Default: none.", example="nvidia.com/gpu"
+        "Key of the taint. Absent with operator Exists: tolerate every taint.",
+        default_text="none",
+        example="nvidia.com/gpu",
     )
     operator: Literal["Exists", "Equal"] | None = option(
-        "How key and value are compared.", default_text="Equal", example="Exists"
+        "Comparison. `Exists`: a taint with the key. `Equal`: a taint with the key and the value.",
+        default_text="Equal",
+        example="Exists",
     )
     value: Annotated[str, StringConstraints(max_length=63)] | None = option(
-        "Taint value. Default: none.", example="present"
+        "Value of the taint.", default_text="none", example="present"
     )
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = option(
-        "Taint effect. Default: all effects.", example="NoSchedule"
+        "Effect of the taint. `NoSchedule`: no new pods. `PreferNoSchedule`: new pods only if there is no other node. "
+        "`NoExecute`: running pods are evicted, too.",
+        default_text="all effects",
+        example="NoSchedule",
     )
     toleration_seconds: Annotated[int, Field(ge=0)] | None = option(
-        "Seconds that a NoExecute taint is tolerated. Default: forever.", example=300
+        "Seconds that a NoExecute taint is tolerated.", default_text="forever", example=300
     )
 
 
 class NodeAffinityTerm(Group):
-    """One requirement on node labels; all of them must hold."""
+    """One requirement on node labels."""
 
-    key: LabelKey = Field(description="Node label. Required. Example: `topology.kubernetes.io/zone`.")
+    key: LabelKey = Field(description="Label of the node. Required. Example: `topology.kubernetes.io/zone`.")
     operator: Literal["In", "NotIn", "Exists", "DoesNotExist", "Gt", "Lt"] = Field(
-        description="Comparison. Required. Example: `In`."
+        description="Comparison. `In`: the label has one of the values. `NotIn`: it has none of them. `Exists`: the label exists. "
+        "`DoesNotExist`: it does not. `Gt`: it is an integer above the value. `Lt`: below the value. Required. Example: `In`."
     )
     values: Annotated[list[Annotated[str, StringConstraints(max_length=63)]], Field(max_length=64)] | None = option(
-        "Values compared with. Default: none.", example=["eu-1a"]
+        "Values to compare with.", default_text="none", example=["eu-1a"]
     )
 
 
@@ -106,18 +127,18 @@ class EnvVar(Group):
     )
 
     name: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)] = Field(
-        description="Name. Required. Example: `NCCL_DEBUG`."
+        description="Name of the variable. Required. Example: `NCCL_DEBUG`."
     )
     value: Annotated[str, StringConstraints(max_length=4096)] | None = option(
-        "Value; for secrets use secretKeyRef. Default: none.", example="INFO"
+        "Value. For secrets use secretKeyRef.", default_text="none", example="INFO"
     )
     secret_key_ref: SecretKeyRef | None = option(
-        "Secret key that the value comes from. Default: none.", example={"name": "s", "key": "k"}
+        "Secret key that contains the value.", default_text="none", example={"name": "proxy", "key": "password"}
     )
 
 
 class Volume(Group):
-    """A volume: exactly one of the three sources."""
+    """A volume with exactly one source."""
 
     cel = (
         (
@@ -127,28 +148,32 @@ class Volume(Group):
     )
 
     name: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)] = Field(
-        description="Name. Required. Example: `cache`."
+        description="Name of the volume. Required. Example: `cache`."
     )
-    persistent_volume_claim: ObjectName | None = option("Claim in the job's namespace. Default: none.", example="cache")
-    config_map: ObjectName | None = option("ConfigMap in the job's namespace. Default: none.", example="extra")
-    secret: ObjectName | None = option("Secret in the job's namespace. Default: none.", example="extra")
+    persistent_volume_claim: ObjectName | None = option(
+        "PersistentVolumeClaim in the job's namespace.", default_text="none", example="model-cache"
+    )
+    config_map: ObjectName | None = option(
+        "ConfigMap in the job's namespace.", default_text="none", example="extra-files"
+    )
+    secret: ObjectName | None = option("Secret in the job's namespace.", default_text="none", example="certificates")
 
 
 class VolumeMount(Group):
-    """Where a volume is seen in the trainer container."""
+    """Where a volume is mounted in the trainer container."""
 
     name: Word = Field(description="Name of one of placement.volumes. Required. Example: `cache`.")
     mount_path: Annotated[str, StringConstraints(pattern=r"^/[^\s:]+$", max_length=512)] = Field(
-        description="Absolute path. Required. Example: `/mnt/cache`."
+        description="Absolute path in the container. Required. Example: `/mnt/cache`."
     )
     sub_path: Annotated[str, StringConstraints(max_length=512)] | None = option(
-        "Path inside the volume. Default: its root.", example="hub"
+        "Path in the volume.", default_text="the root of the volume", example="hub"
     )
-    read_only: bool | None = option("Mount read-only.", default=False, example=True)
+    read_only: bool | None = option("Mount the volume read-only.", default=False, example=True)
 
 
 class Placement(Group):
-    """`spec.placement`: where and as whom the pods run. A small typed subset of a pod, never all of it."""
+    """`spec.placement`: where the pods run and with which identity. A small typed subset of a pod's spec."""
 
     cel = (
         (
@@ -158,44 +183,56 @@ class Placement(Group):
     )
 
     node_selector: Annotated[StringMap, Field(max_length=32)] | None = option(
-        "Labels that the node must have, beside the pool's. Default: none.", example={"zone": "a"}
+        "Labels that the node must have, in addition to those of the node pool.",
+        default_text="none",
+        example={"topology.kubernetes.io/zone": "eu-1a"},
     )
     tolerations: Annotated[list[Toleration], Field(max_length=32)] | None = option(
-        "Tolerations, beside the pool's. Default: none.", example=[{"key": "gpu", "operator": "Exists"}]
+        "Tolerations, in addition to those of the node pool.",
+        default_text="none",
+        example=[{"key": "nvidia.com/gpu", "operator": "Exists"}],
     )
     node_affinity: Annotated[list[NodeAffinityTerm], Field(max_length=32)] | None = option(
-        "Required node labels with comparisons; all must hold. Default: none.",
-        example=[{"key": "zone", "operator": "In", "values": ["a"]}],
+        "Requirements on node labels; the node must meet all of them.",
+        default_text="none",
+        example=[{"key": "topology.kubernetes.io/zone", "operator": "In", "values": ["eu-1a"]}],
     )
     priority_class_name: ObjectName | None = option(
-        "Priority class of the pods. Default: the cluster's.", example="batch"
+        "PriorityClass of the pods.", default_text="the cluster's default", example="batch"
     )
-    scheduler_name: Word | None = option("Scheduler of the pods. Default: the cluster's.", example="volcano")
-    queue_name: ObjectName | None = option("Kueue LocalQueue. Default: none, no queue.", example="team-a")
+    scheduler_name: Word | None = option(
+        "Scheduler of the pods.", default_text="the cluster's default", example="volcano"
+    )
+    queue_name: ObjectName | None = option("Kueue LocalQueue.", default_text="none: no queue", example="team-a")
     service_account_name: ObjectName | None = option(
-        "ServiceAccount of the pods, for workload identity; its token is not mounted. Default: the operator's configuration.",
+        "ServiceAccount of the pods, for workload identity. Its token is not mounted.",
+        default_text="the operator's configuration",
         example="trainer",
     )
     image_pull_secrets: Annotated[list[ObjectName], Field(max_length=16)] | None = option(
-        "Secrets for pulling the image. Default: the operator's configuration.", example=["registry"]
+        "Secrets for pulling the trainer image.", default_text="the operator's configuration", example=["registry"]
     )
     image: Annotated[str, StringConstraints(pattern=r"^[^\s]+$", max_length=512)] | None = option(
-        "Trainer image. Default: the operator's configuration.", example="registry.example.com/trainer:1.2"
+        "Trainer image.", default_text="the operator's configuration", example="registry.example.com/trainer:0.2.0"
     )
     env: Annotated[list[EnvVar], Field(max_length=64)] | None = option(
-        "Further environment variables. Default: none.", example=[{"name": "NCCL_DEBUG", "value": "INFO"}]
+        "Additional environment variables of the trainer container.",
+        default_text="none",
+        example=[{"name": "NCCL_DEBUG", "value": "INFO"}],
     )
     volumes: Annotated[list[Volume], Field(max_length=16)] | None = option(
-        "Further volumes. Default: none.", example=[{"name": "cache", "persistentVolumeClaim": "cache"}]
+        "Additional volumes.", default_text="none", example=[{"name": "cache", "persistentVolumeClaim": "model-cache"}]
     )
     volume_mounts: Annotated[list[VolumeMount], Field(max_length=32)] | None = option(
-        "Where those volumes are mounted. Default: none.", example=[{"name": "cache", "mountPath": "/mnt/cache"}]
+        "Where placement.volumes are mounted.",
+        default_text="none",
+        example=[{"name": "cache", "mountPath": "/mnt/cache"}],
     )
     labels: Annotated[StringMap, Field(max_length=32)] | None = option(
-        "Further labels on the pods. Default: none.", example={"team": "a"}
+        "Additional labels of the pods.", default_text="none", example={"team": "a"}
     )
     annotations: Annotated[StringMap, Field(max_length=32)] | None = option(
-        "Further annotations on the pods. Default: none.", example={"note": "x"}
+        "Additional annotations of the pods.", default_text="none", example={"example.com/cost-center": "42"}
     )
 
 
@@ -203,34 +240,35 @@ class Policy(Group):
     """`spec.policy`: time limits and what happens after a failure."""
 
     active_deadline_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = option(
-        "Seconds of running time, all attempts together, after which the job fails; queued and suspended time does not count. Default: none.",
+        "Maximum running time of all attempts together, in seconds; then the job fails. Queued and suspended time does not count.",
+        default_text="none: no limit",
         example=86400,
     )
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=31536000)] | None = option(
-        "Seconds after the end when Jobs and Pods are removed; the FineTuneJob stays. Default: none, they stay.",
-        example=86400,
+        "Seconds after the end at which Jobs and Pods are deleted. The FineTuneJob is never deleted.",
+        default_text="none: they are kept",
+        example=3600,
     )
     retries: Annotated[int, Field(ge=0, le=1000)] | None = option(
-        "Attempts without progress that are allowed before the job fails.", default=3, example=3
+        "Consecutive attempts without progress before the job fails.", default=3, example=5
     )
     termination_grace_period_seconds: Annotated[int, Field(ge=1, le=86400)] | None = option(
-        "Seconds a stopping pod has to save. If not given, the next attempt has at least three times what the newest checkpoint took.",
+        "Seconds that a stopping pod has to save its state. If this is not set and checkpoints take long, the operator raises it to "
+        "three times the duration of the newest checkpoint.",
         default=300,
-        example=300,
+        example=600,
     )
     start_timeout_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = option(
-        "Seconds that pods may take to run before the job shows as stalled.", default=1800, example=1800
+        "Seconds until a job whose pods do not run is reported as stalled.", default=1800, example=7200
     )
     stall_timeout_seconds: Annotated[int, Field(ge=1, le=31536000)] | None = option(
-        "Seconds without a step after which an attempt is restarted.",
-        default_text="from the run's own step time, at least 600",
+        "Seconds without an optimizer step until an attempt is restarted.",
+        default_text="derived from the recent step time, at least 600",
         example=900,
     )
     on_out_of_memory: OnOutOfMemory | None = option(
-        "Adapt: retry with a smaller micro-batch and the same effective batch. Fail: end.",
-        default="Adapt",
-        example="Adapt",
+        "What happens when GPU memory is exhausted.", default="Adapt", example="Fail"
     )
     on_divergence: OnDivergence | None = option(
-        "Rollback: go back to a healthy checkpoint. Fail: end.", default="Rollback", example="Rollback"
+        "What happens when the loss or gradients are not finite.", default="Rollback", example="Fail"
     )

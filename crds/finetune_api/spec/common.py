@@ -1,4 +1,4 @@
-"""Small shapes used by several spec groups: references, sources, storage connections."""
+"""Small types that several spec groups use: references, sources, storage connections."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SecretKeyRef(Group):
     """One key of a Secret in the job's namespace."""
 
     name: ObjectName = Field(description="Name of the Secret in the job's namespace. Required. Example: `hub-token`.")
-    key: Key = Field(description="Key inside the Secret. Required. Example: `token`.")
+    key: Key = Field(description="Key in the Secret. Required. Example: `token`.")
 
 
 class SecretRef(Group):
@@ -42,48 +42,47 @@ class ConfigMapKeyRef(Group):
     name: ObjectName = Field(
         description="Name of the ConfigMap in the job's namespace. Required. Example: `my-config`."
     )
-    key: Key = Field(description="Key inside the ConfigMap. Required. Example: `data.jsonl`.")
+    key: Key = Field(description="Key in the ConfigMap. Required. Example: `data.jsonl`.")
 
 
 class Encryption(Group):
-    """Server-side encryption of what lies in an S3 store."""
+    """Server-side encryption of objects in an S3 store."""
 
     cel = (
         (
             "!has(self.kmsKeyId) || self.type == 'kms'",
-            "kmsKeyId only goes with type kms: write `type: kms`, or remove kmsKeyId",
+            "kmsKeyId requires type kms: write `type: kms`, or remove kmsKeyId",
         ),
         (
             "has(self.customerKeySecretRef) == (self.type == 'customerKey')",
-            "type customerKey goes with customerKeySecretRef: write both `type: customerKey` and the Secret with the key, or neither",
+            "type customerKey and customerKeySecretRef require each other: write both, or neither",
         ),
     )
 
-    type: EncryptionType = Field(
-        description="Who holds the key: `s3` (the store, SSE-S3), `kms` (its key service, SSE-KMS) or `customerKey` (you, SSE-C: the store keeps no copy, and without the key nothing can be read). Required. Example: `kms`."
-    )
+    type: EncryptionType = Field(description="Who holds the encryption key. Required. Example: `kms`.")
     kms_key_id: Annotated[str, StringConstraints(pattern=r"^\S+$", max_length=2048)] | None = option(
-        "Key of the key service, by id, ARN or alias; only with type kms. Default: the store's own key for the account.",
+        "Key of the key management service: id, ARN or alias. Only with type kms. Default: the account's default key.",
         example="arn:aws:kms:eu-central-1:111122223333:key/1234abcd",
     )
     customer_key_secret_ref: SecretKeyRef | None = option(
-        "Secret key that holds 32 random bytes in base64 (`openssl rand -base64 32`); only with type customerKey. Default: none.",
+        "Secret key with 32 random bytes in base64 (`openssl rand -base64 32`). Only with type customerKey. Default: none.",
         example={"name": "s3-customer-key", "key": "key"},
     )
 
 
 class StorageConnection(Group):
-    """How to reach an S3 store: shared by `storage`, `model.storage` and `dataset.storage`."""
+    """Connection to an S3 store: used by `storage`, `model.storage` and `dataset.storage`."""
 
     cel = (
         (
             "!has(self.encryption) || self.encryption.type != 'customerKey' || !has(self.endpoint) || self.endpoint.startsWith('https://')",
-            "a customer's key is sent with every request: write https:// in endpoint, or another encryption.type",
+            "every request contains the customer's key: write https:// in endpoint, or another encryption.type",
         ),
     )
 
     endpoint: Annotated[str, StringConstraints(pattern=r"^https?://[^\s/?#@]+/?$", max_length=512)] | None = option(
-        "URL of an S3-compatible store, scheme and host only, no user and password. Default: the operator's configuration, else AWS.",
+        "URL of an S3-compatible store: scheme and host, without user, password or path.",
+        default_text="the operator's configuration, else AWS",
         example="https://s3.example.com",
     )
     region: Word | None = option(
@@ -92,18 +91,23 @@ class StorageConnection(Group):
         example="eu-central-1",
     )
     addressing_style: AddressingStyle | None = option(
-        "How the bucket stands in the URL: `path` (host/bucket) or `virtual` (bucket.host).",
-        default_text="path with an endpoint, virtual without", example="path",
-    )  # fmt: skip
+        "Whether the bucket is part of the path or of the host name.",
+        default_text="path with an endpoint, virtual without",
+        example="path",
+    )
     credentials_secret_ref: SecretRef | None = option(
-        "Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN. Default: the operator's configuration, else the pod's own identity.",
+        "Secret with AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and optionally AWS_SESSION_TOKEN.",
+        default_text="the operator's configuration, else the pod's own identity",
         example={"name": "s3-credentials"},
     )
     ca_bundle_ref: ConfigMapKeyRef | None = option(
-        "ConfigMap key with PEM certificates to trust for the endpoint and, on top of the image's own, for `https://` sources. Default: the image's own certificates.",
+        "ConfigMap key with PEM certificates to trust for the endpoint. For `https://` sources they are trusted in addition to "
+        "the image's certificates.",
+        default_text="the image's certificates",
         example={"name": "ca", "key": "ca.crt"},
     )
     encryption: Encryption | None = option(
-        "Server-side encryption that is asked for with every object. Default: what the bucket itself is set to.",
+        "Server-side encryption to request for every object.",
+        default_text="the bucket's own setting",
         example={"type": "s3"},
     )

@@ -1,4 +1,4 @@
-"""`spec.output`, `spec.evaluation`, `spec.tracking` and `spec.phases`: what comes out, how it is judged, who is told."""
+"""`spec.output`, `spec.evaluation`, `spec.tracking` and `spec.phases`: the artefacts, their evaluation, and where metrics are sent."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class RunName(Group):
     name: NamePart | None = option(
         "Name of the run, without $ # @ & * !.", default_text="the FineTuneJob's name", example="support-bot"
     )
-    prefix: NamePart | None = option("Put before the name. Default: none.", example="team-a-")
-    suffix: NamePart | None = option("Put after the name. Default: none.", example="-v2")
+    prefix: NamePart | None = option("Text before the name.", default_text="none", example="team-a-")
+    suffix: NamePart | None = option("Text after the name.", default_text="none", example="-v2")
 
 
 class Hub(Group):
     """`output.hub`: push the final artefact to a model hub."""
 
-    push: bool | None = option("Push the final artefact.", default=False, example=True)
+    push: bool | None = option("Push the final artefact to the hub.", default=False, example=True)
     repository: Annotated[str, StringConstraints(pattern=r"^[\w.-]+(/[\w.-]+)?$", max_length=256)] | None = option(
-        "Repository to push to. Required with push.", example="org/my-model"
+        "Repository to push to. Required with push.", default_text="none", example="org/my-model"
     )
-    private: bool | None = option("Create the repository as private.", default=True, example=True)
+    private: bool | None = option("Create the repository as private.", default=True, example=False)
     token_secret_ref: SecretKeyRef | None = option(
-        "Secret key with a token that may write.",
+        "Secret key with a hub token that has write permission.",
         default_text="model.tokenSecretRef",
         example={"name": "hub", "key": "token"},
     )
@@ -42,21 +42,21 @@ class Output(Group):
     """`spec.output`."""
 
     dir: Annotated[str, StringConstraints(pattern=r"^[^/\s][^\s]*$", max_length=512)] | None = option(
-        "Also publish the results below `<storage.uri>/<dir>/`. Default: none.", example="results"
+        "Folder below storage.uri in which the results are published, too.", default_text="none", example="results"
     )
     project: Annotated[str, StringConstraints(pattern=r"^[\w.-]+$", max_length=128)] | None = option(
-        "Project name in the published layout and in trackers.", default_text="the namespace", example="support"
+        "Project name in the published folders and in trackers.", default_text="the namespace", example="support"
     )
     run_name: RunName | None = option(
-        "Name of the run in trackers. Default: the FineTuneJob's name.", example={"name": "support-bot"}
+        "Name of the run in trackers.", default_text="the FineTuneJob's name", example={"name": "support-bot"}
     )
-    layout: Layout | None = option("Layout below dir.", default="projectModelTime", example="flat")
+    layout: Layout | None = option("Folders below dir.", default="projectModelTime", example="flat")
     hub: Hub | None = option(
-        "Push to a model hub. Default: none.", example={"push": True, "repository": "org/my-model"}
+        "Push the final artefact to a model hub.", default_text="none", example={"push": True, "repository": "org/my-model"}
     )
-    merge_adapter: bool | None = option("Also write the base with the adapter merged in.", default=False, example=True)
+    merge_adapter: bool | None = option("Save the base model with the adapter merged in, too.", default=False, example=True)
     export: Annotated[list[ExportFormat], Field(max_length=8)] | None = option(
-        "Further formats of the final model. Default: none.", example=["gguf"]
+        "Additional formats of the final model.", default_text="none", example=["gguf"]
     )
 
 
@@ -65,20 +65,20 @@ class Benchmark(Group):
 
     name: Word = Field(description="Name of the benchmark harness or domain set. Required. Example: `lm-eval`.")
     tasks: Annotated[list[Word], Field(max_length=128)] | None = option(
-        "Tasks of the harness. Default: all.", example=["arc_easy"]
+        "Tasks of the harness.", default_text="all", example=["arc_easy"]
     )
 
 
 class Judge(Group):
     """`evaluation.judge`: a model that scores answers."""
 
-    model: Word | None = option("Model that judges. Default: none.", example="my-judge")
-    embedding: Word | None = option("Model that embeds. Default: none.", example="my-embedder")
+    model: Word | None = option("Model that scores answers.", default_text="none", example="my-judge")
+    embedding: Word | None = option("Model that computes embeddings.", default_text="none", example="my-embedder")
     input_price: Annotated[float, Field(ge=0, le=1000000)] | None = option(
-        "Price of a million input tokens, for the cost report. Default: none.", example=0.5
+        "Price of a million input tokens, for the cost report.", default_text="none", example=0.5
     )
     output_price: Annotated[float, Field(ge=0, le=1000000)] | None = option(
-        "Price of a million output tokens, for the cost report. Default: none.", example=1.5
+        "Price of a million output tokens, for the cost report.", default_text="none", example=1.5
     )
 
 
@@ -86,30 +86,30 @@ class Generation(Group):
     """`evaluation.comparison.generation`: how answers are generated."""
 
     max_new_tokens: Annotated[int, Field(ge=1, le=1048576)] | None = option(
-        "Longest answer in tokens.", default=256, example=128
+        "Maximum length of an answer in tokens.", default=256, example=128
     )
     temperature: Annotated[float, Field(ge=0, le=10)] | None = option("Sampling temperature.", default=1.0, example=0.7)
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = option("Nucleus sampling.", default=1.0, example=0.9)
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = option("Nucleus sampling: total probability of the tokens to sample among.", default=1.0, example=0.9)
     top_k: Annotated[int, Field(ge=0, le=1000000)] | None = option(
-        "Sample among the k likeliest tokens; 0: all.", default=0, example=50
+        "Sample among the k most likely tokens; 0: all tokens.", default=0, example=50
     )
     min_p: Annotated[float, Field(ge=0, le=1)] | None = option(
-        "Drop tokens below this fraction of the likeliest one's probability.", default=0.0, example=0.05
+        "Minimum probability of a token, as a fraction of the most likely token's probability.", default=0.0, example=0.05
     )
-    do_sample: bool | None = option("Sample instead of taking the likeliest token.", default=False, example=True)
+    do_sample: bool | None = option("Sample instead of taking the most likely token.", default=False, example=True)
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = option(
-        "Penalty on repeated tokens; 1: none.", default=1.0, example=1.1
+        "Penalty on repeated tokens; 1: no penalty.", default=1.0, example=1.1
     )
 
 
 class Comparison(Group):
-    """`evaluation.comparison`: the same prompts answered by base and tuned model."""
+    """`evaluation.comparison`: the base model and the tuned model answer the same prompts."""
 
     prompts_ref: ConfigMapKeyRef | None = option(
-        "ConfigMap key with one prompt a line. Default: none.", example={"name": "prompts", "key": "prompts.txt"}
+        "ConfigMap key with one prompt per line.", default_text="none", example={"name": "prompts", "key": "prompts.txt"}
     )
     generation: Generation | None = option(
-        "How answers are generated. Default: the values of its fields.", example={"maxNewTokens": 128}
+        "How answers are generated.", default_text="the values of its fields", example={"maxNewTokens": 128}
     )
 
 
@@ -117,23 +117,23 @@ class Evaluation(Group):
     """`spec.evaluation`."""
 
     strategy: When | None = option(
-        "When the validation loss is measured.", default_text="steps with validation data, else no", example="steps"
+        "When the validation loss is measured.", default_text="steps with validation data, else no", example="epoch"
     )
     steps: Annotated[int, Field(ge=1, le=1000000000)] | None = option(
         "Optimizer steps between evaluations.", default_text="checkpoint.steps", example=100
     )
     batch_size_per_device: Annotated[int, Field(ge=1, le=65536)] | None = option(
-        "Rows per rank in an evaluation.", default_text="training.batchSizePerDevice", example=8
+        "Rows per rank in one forward pass of an evaluation.", default_text="training.batchSizePerDevice", example=8
     )
     metrics: Annotated[list[Metric], Field(max_length=16)] | None = option(
-        "Metrics after training. Default: none.", example=["perplexity"]
+        "Metrics to compute after training.", default_text="none", example=["perplexity"]
     )
     benchmarks: Annotated[list[Benchmark], Field(max_length=32)] | None = option(
-        "Benchmarks after training. Default: none.", example=[{"name": "lm-eval"}]
+        "Benchmarks to run after training.", default_text="none", example=[{"name": "lm-eval"}]
     )
-    judge: Judge | None = option("Model that scores answers. Default: none.", example={"model": "my-judge"})
+    judge: Judge | None = option("Model that scores answers.", default_text="none", example={"model": "my-judge"})
     comparison: Comparison | None = option(
-        "Base and tuned model side by side. Default: none.", example={"promptsRef": {"name": "p", "key": "prompts.txt"}}
+        "Prompts that the base model and the tuned model both answer.", default_text="none", example={"promptsRef": {"name": "prompts", "key": "prompts.txt"}}
     )
 
 
@@ -141,18 +141,18 @@ class Mlflow(Group):
     """`tracking.mlflow`."""
 
     tracking_uri: Line | None = option(
-        "MLflow server. Required with reportTo mlflow.", example="http://mlflow.mlops:5000"
+        "URL of the MLflow server. Required with reportTo mlflow.", default_text="none", example="http://mlflow.mlops:5000"
     )
-    experiment_name: Word | None = option("Experiment.", default_text="output.project", example="support")
+    experiment_name: Word | None = option("Name of the MLflow experiment.", default_text="output.project", example="support")
 
 
 class Wandb(Group):
     """`tracking.wandb`."""
 
-    project: Word | None = option("Project.", default_text="output.project", example="support")
-    entity: Word | None = option("Team or user. Default: the key's own.", example="team-a")
+    project: Word | None = option("Name of the W&B project.", default_text="output.project", example="support")
+    entity: Word | None = option("Team or user.", default_text="the owner of the API key", example="team-a")
     api_key_secret_ref: SecretKeyRef | None = option(
-        "Secret key with the API key. Required with reportTo wandb.", example={"name": "wandb", "key": "apiKey"}
+        "Secret key with the API key. Required with reportTo wandb.", default_text="none", example={"name": "wandb", "key": "apiKey"}
     )
 
 
@@ -160,32 +160,32 @@ class Mongodb(Group):
     """`tracking.mongodb`."""
 
     uri_secret_ref: SecretKeyRef | None = option(
-        "Secret key with the connection URI. Required with reportTo mongodb.", example={"name": "mongo", "key": "uri"}
+        "Secret key with the connection URI. Required with reportTo mongodb.", default_text="none", example={"name": "mongo", "key": "uri"}
     )
-    database: Word | None = option("Database.", default="finetuning", example="finetuning")
+    database: Word | None = option("Name of the database.", default="finetuning", example="experiments")
 
 
 class Tracking(Group):
     """`spec.tracking`."""
 
     report_to: Annotated[list[Tracker], Field(max_length=4)] | None = option(
-        "Trackers that metrics go to. Default: none.", example=["tensorboard"]
+        "Trackers that receive the metrics.", default_text="none", example=["tensorboard"]
     )
     logging_steps: Annotated[int, Field(ge=1, le=1000000)] | None = option(
-        "Optimizer steps between logged values.", default=10, example=10
+        "Optimizer steps between logged values.", default=10, example=50
     )
-    log_first_step: bool | None = option("Log the first step too.", default=True, example=True)
-    mlflow: Mlflow | None = option("MLflow. Default: none.", example={"trackingUri": "http://mlflow.mlops:5000"})
-    wandb: Wandb | None = option("Weights & Biases. Default: none.", example={"project": "support"})
-    mongodb: Mongodb | None = option("MongoDB. Default: none.", example={"database": "finetuning"})
-    system_metrics: bool | None = option("Also report CPU, memory and GPU use.", default=False, example=True)
+    log_first_step: bool | None = option("Log the first optimizer step, too.", default=True, example=False)
+    mlflow: Mlflow | None = option("Connection to MLflow.", default_text="none", example={"trackingUri": "http://mlflow.mlops:5000"})
+    wandb: Wandb | None = option("Connection to Weights & Biases.", default_text="none", example={"project": "support"})
+    mongodb: Mongodb | None = option("Connection to MongoDB.", default_text="none", example={"database": "experiments"})
+    system_metrics: bool | None = option("Report CPU, memory and GPU use, too.", default=False, example=True)
 
 
 class Phases(Group):
-    """`spec.phases`: parts of the pipeline."""
+    """`spec.phases`: the parts of the pipeline that run."""
 
-    train: bool | None = option("Train.", default=True, example=True)
-    infer: bool | None = option("Answer the test set with the tuned model.", default=False, example=True)
+    train: bool | None = option("Train the model.", default=True, example=False)
+    infer: bool | None = option("Generate answers to the test set with the tuned model.", default=False, example=True)
     evaluate: bool | None = option(
         "Compute evaluation.metrics after training.",
         default_text="true with evaluation.metrics, else false",

@@ -1,4 +1,4 @@
-"""`spec.trainer`: the objective that is minimised."""
+"""`spec.trainer`: the training objective."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from finetune_api.spec.enums import Backend, BuiltinReward, DpoLoss, GrpoLoss, T
 
 
 class Dpo(Group):
-    """`trainer.dpo`: direct preference optimisation (also beta of kto and orpo)."""
+    """`trainer.dpo`: direct preference optimisation; kto and orpo read beta, kto also referenceModel."""
 
     beta: Annotated[float, Field(gt=0, le=100)] | None = option(
-        "Strength of the pull towards the reference model.", default=0.1, example=0.1
+        "Strength of the regularisation towards the reference model.", default=0.1, example=0.3
     )
     loss_types: Annotated[list[DpoLoss], Field(min_length=1, max_length=8)] | None = option(
-        "Loss functions; several are summed.", default=["sigmoid"], example=["sigmoid"]
+        "Loss functions; several are added up.", default=["sigmoid"], example=["sigmoid", "sft"]
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] | None = option(
-        "Assumed probability that a pair is labelled the wrong way round.", default=0.0, example=0.1
+        "Assumed probability that a pair is labelled the wrong way round; below 0.5.", default=0.0, example=0.1
     )
     reference_model: Source | None = option(
         "Reference model, in the notations of model.source.",
-        default_text="the base model itself",
+        default_text="the model before training",
         example="s3://models/sft",
     )
 
@@ -34,11 +34,13 @@ class Grpo(Group):
     """`trainer.grpo`: group relative policy optimisation."""
 
     num_generations: Annotated[int, Field(ge=2, le=1024)] | None = option(
-        "Completions sampled per prompt.", default=8, example=8
+        "Completions generated per prompt.", default=8, example=16
     )
     temperature: Annotated[float, Field(gt=0, le=10)] | None = option("Sampling temperature.", default=1.0, example=0.9)
     top_p: Annotated[float, Field(gt=0, le=1)] | None = option(
-        "Nucleus sampling: smallest set of tokens with this total probability.", default=1.0, example=0.95
+        "Nucleus sampling: sample among the most likely tokens that together have this probability.",
+        default=1.0,
+        example=0.95,
     )
     beta: Annotated[float, Field(ge=0, le=100)] | None = option(
         "Weight of the KL term; 0 loads no reference model.", default=0.0, example=0.04
@@ -57,36 +59,44 @@ class Reward(Group):
     )
 
     name: Word | None = option(
-        "Name in metrics.", default_text="the built-in's or the function's name", example="format"
+        "Name in metrics.", default_text="the name of the built-in or of the function", example="format"
     )
-    builtin: BuiltinReward | None = option("A built-in reward. Default: none.", example="regex")
+    builtin: BuiltinReward | None = option("A built-in reward.", default_text="none", example="regex")
     config_map_ref: ConfigMapKeyRef | None = option(
-        "ConfigMap key with a Python file. Default: none.", example={"name": "rewards", "key": "rewards.py"}
+        "ConfigMap key with a Python file.", default_text="none", example={"name": "rewards", "key": "rewards.py"}
     )
     function: Annotated[str, StringConstraints(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$", max_length=128)] | None = option(
-        "Function in that file: takes prompts, completions and the row's columns as keyword arguments, returns a list of numbers.",
+        "Function in that file. It gets prompts, completions and the row's columns as keyword arguments and returns a list of "
+        "numbers.",
         default_text="reward",
-        example="reward",
+        example="score_answer",
     )
-    weight: Annotated[float, Field(ge=-1000, le=1000)] | None = option("Weight in the sum.", default=1.0, example=0.5)
+    weight: Annotated[float, Field(ge=-1000, le=1000)] | None = option(
+        "Weight in the sum of rewards.", default=1.0, example=0.5
+    )
     parameters: StringMap | None = option(
-        "Parameters of a built-in, as strings. Default: none.", example={"pattern": "^Answer: "}
+        "Parameters of a built-in reward, as strings.", default_text="none", example={"pattern": "^Answer: "}
     )
 
 
 class Trainer(Group):
     """`spec.trainer`."""
 
-    type: TrainerType | None = option("Objective.", default="sft", example="dpo")
-    backend: Backend | None = option(
-        "`unsloth` selects the tuned single-GPU path.", default="transformers", example="transformers"
-    )
+    type: TrainerType | None = option("Training objective.", default="sft", example="dpo")
+    backend: Backend | None = option("Implementation that trains.", default="transformers", example="unsloth")
     max_completion_length: Annotated[int, Field(ge=1, le=1048576)] | None = option(
-        "Longest completion in tokens (dpo: truncation, grpo: generation).", default=512, example=512
+        "Maximum length of a completion in tokens: longer ones are truncated (dpo, kto, orpo) or not generated (grpo).",
+        default=512,
+        example=1024,
     )
-    dpo: Dpo | None = option("Options of dpo, kto and orpo. Default: the values of its fields.", example={"beta": 0.1})
-    grpo: Grpo | None = option("Options of grpo. Default: the values of its fields.", example={"numGenerations": 8})
+    dpo: Dpo | None = option(
+        "Options of dpo, kto and orpo.", default_text="the values of its fields", example={"beta": 0.3}
+    )
+    grpo: Grpo | None = option(
+        "Options of grpo.", default_text="the values of its fields", example={"numGenerations": 16}
+    )
     rewards: Annotated[list[Reward], Field(min_length=1, max_length=32)] | None = option(
         "Reward functions of grpo. Required with grpo.",
+        default_text="none",
         example=[{"builtin": "regex", "parameters": {"pattern": "^Answer: "}}],
     )
