@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
@@ -25,7 +25,7 @@ LabelKey = Annotated[
 class StorageRoot(StorageConnection):
     """`spec.storage`: where the job writes checkpoints, the final model and metrics."""
 
-    cel = (
+    cel: ClassVar[tuple[tuple[str, str], ...]] = (
         *StorageConnection.cel,
         (
             "!has(self.uri) || !self.uri.split('/').exists(part, part == '..')",

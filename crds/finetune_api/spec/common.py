@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import Field, StringConstraints
 
@@ -73,7 +73,7 @@ class Encryption(Group):
 class StorageConnection(Group):
     """Connection to an S3 store: used by `storage`, `model.storage` and `dataset.storage`."""
 
-    cel = (
+    cel: ClassVar[tuple[tuple[str, str], ...]] = (
         (
             "!has(self.encryption) || self.encryption.type != 'customerKey' || !has(self.endpoint) || self.endpoint.startsWith('https://')",
             "every request contains the customer's key: write https:// in endpoint, or another encryption.type",
