@@ -1,5 +1,5 @@
 """`python -m finetune_cli`."""
 
-from finetune_cli.start import main
+from finetune_cli.entrypoint import main
 
 main()

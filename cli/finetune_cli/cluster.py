@@ -1,4 +1,4 @@
-"""The API server, as the everyday commands need it: plain objects, kubectl's configuration, complaints in one sentence."""
+"""Client of the API server: plain dicts, kubectl's configuration, and failures as one sentence."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from urllib.parse import quote, urlencode
 
 from finetune_api.names import API_VERSION, KIND, PLURAL, Label
 
-from finetune_cli.output import Told
+from finetune_cli.output import CommandError
 
 FIELD_MANAGER = "finetune-cli"
 JOBS = f"/apis/{API_VERSION}"
 CORE = "/api/v1"
 EVENTS = "/apis/events.k8s.io/v1"
-TABLE = "application/json;as=Table;v=v1;g=meta.k8s.io"
-CALL_SECONDS = 30
+TABLE_CONTENT_TYPE = "application/json;as=Table;v=v1;g=meta.k8s.io"
+CALL_TIMEOUT_SECONDS = 30
 HTTP_UNAUTHORIZED, HTTP_NOT_FOUND = 401, 404
-KINDS = (KIND.lower(), PLURAL, "ftj")
-NAMESPACE = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
+KIND_NAMES = (KIND.lower(), PLURAL, "ftj")
+NAMESPACE_NAME = re.compile(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$")
 WATCH_SECONDS = 60
 
 Object = dict[str, Any]
 
 
-class ClusterError(Told):
-    """The API server refused, or cannot be reached. `code` is HTTP's, 0 for no answer."""
+class ClusterError(CommandError):
+    """The API server refused a request or cannot be reached. `code` is the HTTP status; 0 if there was no response."""
 
     def __init__(self, message: str, code: int = 0):
         super().__init__(message)
@@ -42,7 +42,7 @@ class ClusterError(Told):
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connection and the namespace that commands act in."""
+    """A connection to an API server, and the namespace that commands act in."""
 
     client: Any
     namespace: str
@@ -50,44 +50,49 @@ class Cluster:
     # --- FineTuneJobs
 
     def job(self, name: str) -> Object:
-        """One FineTuneJob. Raises ClusterError; its code is 404 if there is none."""
-        return self.call("GET", self._job(name))
+        """Return a FineTuneJob. Raises ClusterError, with code 404 if it does not exist."""
+        return self.call("GET", self._job_path(name))
 
     def create(self, body: Object, *, dry_run: bool = False) -> Object:
-        """Create an object; the server refuses unknown fields."""
+        """Create an object. The server refuses unknown fields."""
         query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict", **({"dryRun": "All"} if dry_run else {})}
-        return self.call("POST", self._collection(body), query, body)
+        return self.call("POST", self._collection_path(body), query, body)
 
     def apply(self, body: Object, *, dry_run: bool = False) -> Object:
-        """Create or change an object by server-side apply."""
+        """Create or update an object by server-side apply."""
         query = {
             "fieldManager": FIELD_MANAGER,
             "fieldValidation": "Strict",
             "force": "true",
             **({"dryRun": "All"} if dry_run else {}),
         }
-        path = f"{self._collection(body)}/{quote(str(body['metadata']['name']), safe='')}"
+        path = f"{self._collection_path(body)}/{quote(str(body['metadata']['name']), safe='')}"
         return self.call("PATCH", path, query, body, "application/apply-patch+yaml")
 
     def patch_spec(self, name: str, spec: Object) -> Object:
         """Change fields of a FineTuneJob's spec."""
         return self.call(
-            "PATCH", self._job(name), {"fieldManager": FIELD_MANAGER}, {"spec": spec}, "application/merge-patch+json"
+            "PATCH",
+            self._job_path(name),
+            {"fieldManager": FIELD_MANAGER},
+            {"spec": spec},
+            "application/merge-patch+json",
         )
 
-    def table(self, name: str | None, *, everywhere: bool) -> Object:
-        """The server's own table of FineTuneJobs, with the columns that kubectl shows."""
-        path = f"{JOBS}/{PLURAL}" if everywhere else self._job(name) if name else f"{JOBS}/{self._namespaced(PLURAL)}"
-        return self.call("GET", path, accept=TABLE)
+    def table(self, name: str | None, *, all_namespaces: bool) -> Object:
+        """Return the server's table of FineTuneJobs, which has the columns of `kubectl get`."""
+        return self.call(
+            "GET", self._job_path(name) if name else self._jobs_path(all_namespaces), accept=TABLE_CONTENT_TYPE
+        )
 
-    def jobs(self, *, everywhere: bool) -> list[Object]:
-        """All FineTuneJobs of the namespace, or of all."""
-        path = f"{JOBS}/{PLURAL}" if everywhere else f"{JOBS}/{self._namespaced(PLURAL)}"
+    def jobs(self, *, all_namespaces: bool) -> list[Object]:
+        """Return the FineTuneJobs of this namespace, or of all namespaces."""
+        path = self._jobs_path(all_namespaces)
         items = self.call("GET", path).get("items") or []
         return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in items]
 
-    def follow(self, name: str, deadline: float | None = None) -> Iterator[Object]:
-        """The FineTuneJob now, and after every change until the deadline (monotonic seconds). Raises ClusterError."""
+    def watch_job(self, name: str, deadline: float | None = None) -> Iterator[Object]:
+        """Yield a FineTuneJob now and after every change, until the deadline (monotonic seconds). Raises ClusterError."""
         while True:
             job = self.job(name)
             yield job
@@ -100,7 +105,7 @@ class Cluster:
                 "watch": "true", "fieldSelector": f"metadata.name={name}", "resourceVersion": job["metadata"]["resourceVersion"],
                 "timeoutSeconds": str(seconds),
             }  # fmt: skip
-            for event in self._watch(f"{JOBS}/{self._namespaced(PLURAL)}", query, seconds + CALL_SECONDS):
+            for event in self._watch(f"{JOBS}/{self._namespaced(PLURAL)}", query, seconds + CALL_TIMEOUT_SECONDS):
                 if event.get("type") in ("ADDED", "MODIFIED"):
                     yield event["object"]
                 elif event.get("type") == "DELETED":
@@ -108,10 +113,10 @@ class Cluster:
                 else:
                     break
 
-    # --- what belongs to a job
+    # --- objects of a job
 
     def pods(self, name: str, attempt: int | None = None) -> list[Object]:
-        """Pods of a job, by attempt and index."""
+        """Return the pods of a job, sorted by attempt and completion index."""
         selector = f"{Label.NAME}={name}" + (f",{Label.ATTEMPT}={attempt}" if attempt is not None else "")
         found = self.call("GET", f"{CORE}/{self._namespaced('pods')}", {"labelSelector": selector}).get("items") or []
         return sorted(
@@ -119,17 +124,16 @@ class Cluster:
         )
 
     def events(self, uids: set[str]) -> list[Object]:
-        """Events about objects with these uids, oldest first."""
+        """Return the events about the objects with these uids, oldest first."""
         found = self.call("GET", f"{EVENTS}/{self._namespaced('events')}").get("items") or []
-        mine = [one for one in found if (one.get("regarding") or {}).get("uid") in uids]
-        return sorted(mine, key=event_time)
+        return sorted((one for one in found if (one.get("regarding") or {}).get("uid") in uids), key=event_time)
 
     def secret(self, name: str) -> Object:
-        """A Secret of the namespace."""
+        """Return a Secret of the namespace."""
         return self.call("GET", f"{CORE}/{self._namespaced('secrets', name)}")
 
     def log(self, pod: str, container: str, *, follow: bool, tail: int | None) -> Iterator[str]:
-        """Lines of a pod's log. Raises ClusterError."""
+        """Yield the lines of a container's log. Raises ClusterError."""
         query = {
             "container": container,
             **({"follow": "true"} if follow else {}),
@@ -142,12 +146,12 @@ class Cluster:
             None,
             "",
             "*/*",
-            None if follow else CALL_SECONDS,
+            None if follow else CALL_TIMEOUT_SECONDS,
         )
         yield from _lines(response)
 
     def version(self) -> str:
-        """Version of the API server."""
+        """Return the version of the API server."""
         return str(self.call("GET", "/version").get("gitVersion", ""))
 
     # --- requests
@@ -156,15 +160,15 @@ class Cluster:
         self, method: str, path: str, query: dict[str, str] | None = None, body: Object | None = None,
         content: str = "application/json", accept: str = "application/json",
     ) -> Object:  # fmt: skip
-        """One request and its JSON answer. Raises ClusterError."""
-        response = self._send(method, path, query or {}, body, content, accept, CALL_SECONDS)
+        """Send one request and return its JSON response. Raises ClusterError."""
+        response = self._send(method, path, query or {}, body, content, accept, CALL_TIMEOUT_SECONDS)
         try:
             found = json.loads(response.read())
         except ValueError:
             found = None
         if not isinstance(found, dict):
             raise ClusterError(
-                f"{self.client.configuration.host} does not answer as an API server does: is it the address of a login page or of a proxy?"
+                f"{self.client.configuration.host} does not respond like a Kubernetes API server: it may be the address of a login page or a proxy"
             )
         return found
 
@@ -191,86 +195,92 @@ class Cluster:
             headers["Content-Type"] = content
         self.client.update_params_for_auth(headers, [], ["BearerToken"], path, method, None)
         url = f"{self.client.configuration.host.rstrip('/')}{path}" + (f"?{urlencode(query)}" if query else "")
-        timeout = urllib3.Timeout(connect=CALL_SECONDS, read=seconds)
+        timeout = urllib3.Timeout(connect=CALL_TIMEOUT_SECONDS, read=seconds)
         try:
             response = self.client.rest_client.pool_manager.request(
                 method, url, headers=headers, body=None if body is None else json.dumps(body), preload_content=False, timeout=timeout, retries=False,
             )  # fmt: skip
         except urllib3.exceptions.HTTPError as error:
             raise ClusterError(
-                f"the API server at {self.client.configuration.host} cannot be reached: {reason_of(error)}"
+                f"the API server at {self.client.configuration.host} cannot be reached: {last_reason(error)}"
             ) from None
         if response.status >= 400:
-            raise self._refused(response.read(), response.status, path)
+            raise self._response_error(response.read(), response.status, path)
         return response
 
-    def _refused(self, body: bytes, status: int, path: str) -> ClusterError:
-        """What the server said, and what to do about it. A kind that the server lacks is not a job that is gone: its code is 0."""
+    def _response_error(self, body: bytes, status: int, path: str) -> ClusterError:
+        """Return the error for a failed response.
+
+        If the server does not know the kind, the code is 0 and not 404, so that no caller takes the job for deleted.
+        """
         host = self.client.configuration.host
         try:
             found = json.loads(body)
-            said = str(found.get("message") or found.get("reason") or "") if isinstance(found, dict) else ""
+            message = str(found.get("message") or found.get("reason") or "") if isinstance(found, dict) else ""
         except ValueError:
-            said = ""
+            message = ""
         if status == HTTP_UNAUTHORIZED:
             return ClusterError(
                 f"the API server at {host} does not accept the credentials of the kubeconfig: log in again", status
             )
-        if status == HTTP_NOT_FOUND and not said and path.startswith(JOBS):
+        if status == HTTP_NOT_FOUND and not message and path.startswith(JOBS):
             hint = "install the operator's chart, or choose another cluster with --context"
-            return ClusterError(f"the cluster at {host} knows no {KIND}s of {API_VERSION}: {hint}")
-        if not said:
+            return ClusterError(f"the cluster at {host} has no CRD for {KIND} {API_VERSION}: {hint}")
+        if not message:
             text = " ".join(body[:200].decode(errors="replace").split())
-            said = f"the API server at {host} answered HTTP {status}: {text[:120]}"
-        return ClusterError(said, status)
+            message = f"the API server at {host} responded with HTTP {status}: {text[:120]}"
+        return ClusterError(message, status)
 
-    def _job(self, name: str) -> str:
-        return f"{JOBS}/{self._namespaced(PLURAL, bare(name))}"
+    def _job_path(self, name: str) -> str:
+        return f"{JOBS}/{self._namespaced(PLURAL, parse_job_name(name))}"
+
+    def _jobs_path(self, all_namespaces: bool) -> str:
+        return f"{JOBS}/{PLURAL}" if all_namespaces else f"{JOBS}/{self._namespaced(PLURAL)}"
 
     def _namespaced(self, plural: str, name: str | None = None, namespace: str | None = None) -> str:
-        """Path of a collection, or of an object in it; names are quoted, so that none of them is a path of its own."""
+        """Return the path of a collection or of one object. Names are quoted, so that `../x` cannot leave the collection."""
         path = f"namespaces/{quote(namespace or self.namespace, safe='')}/{plural}"
         return path if name is None else f"{path}/{quote(name, safe='')}"
 
-    def _collection(self, body: Object) -> str:
+    def _collection_path(self, body: Object) -> str:
         kind, version = str(body["kind"]), str(body["apiVersion"])
         namespace = (body.get("metadata") or {}).get("namespace") or self.namespace
         plural = {KIND: PLURAL, "Secret": "secrets", "ConfigMap": "configmaps"}.get(kind)
         if plural is None:
-            raise ClusterError(f"{kind} is not submitted by this command: use kubectl apply")
+            raise ClusterError(f"this command does not submit objects of kind {kind}: use kubectl apply")
         root = CORE if version == "v1" else f"/apis/{version}"
         return f"{root}/{self._namespaced(plural, namespace=str(namespace))}"
 
 
 def connect(namespace: str | None, context: str | None, kubeconfig: Path | None) -> Cluster:
-    """A connection by kubectl's rules: --kubeconfig, KUBECONFIG, ~/.kube/config, else the pod's own account. Raises ClusterError."""
+    """Connect as kubectl does: --kubeconfig, KUBECONFIG, ~/.kube/config, or inside a pod its ServiceAccount. Raises ClusterError."""
     from kubernetes import client, config
 
-    if namespace is not None and not NAMESPACE.match(namespace):
+    if namespace is not None and not NAMESPACE_NAME.match(namespace):
         raise ClusterError(
-            f"--namespace {namespace}: it cannot be the name of a namespace; write a-z, 0-9 and -, at most 63 characters"
+            f"--namespace {namespace}: this cannot be the name of a namespace; write a-z, 0-9 and -, at most 63 characters"
         )
     if kubeconfig is not None and (not kubeconfig.exists() or kubeconfig.is_dir()):
         raise ClusterError(f"no cluster: --kubeconfig {kubeconfig}: there is no such file")
     configuration = client.Configuration()
     try:
-        found = _kubeconfig(
+        found = _load_kubeconfig(
             configuration, context, str(kubeconfig) if kubeconfig else os.environ.get("KUBECONFIG") or None
         )
     except config.ConfigException as error:
-        if kubeconfig or context or not Path(IN_POD).is_file():
+        if kubeconfig or context or not Path(POD_NAMESPACE_FILE).is_file():
             raise ClusterError(f"no cluster: {error}; name a kubeconfig with --kubeconfig or KUBECONFIG") from None
         config.load_incluster_config(client_configuration=configuration)
-        found = Path(IN_POD).read_text(encoding="utf-8").strip()
+        found = Path(POD_NAMESPACE_FILE).read_text(encoding="utf-8").strip()
     configuration.retries = None
     return Cluster(client.ApiClient(configuration), namespace or found or "default")
 
 
-def _kubeconfig(configuration: Any, context: str | None, path: str | None) -> str | None:
-    """Read the kubeconfig into a configuration; the namespace of its context. Raises ConfigException, ClusterError."""
+def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) -> str | None:
+    """Load the kubeconfig into a configuration and return the namespace of its context. Raises ConfigException or ClusterError."""
     from kubernetes import config
 
-    with _heard() as heard:
+    with _captured_log_errors() as log_errors:
         try:
             config.load_kube_config(config_file=path, context=context, client_configuration=configuration)
             contexts, active = config.list_kube_config_contexts(config_file=path)
@@ -279,19 +289,20 @@ def _kubeconfig(configuration: Any, context: str | None, path: str | None) -> st
         except OSError as error:
             raise ClusterError(f"{error.filename or path or 'the kubeconfig'}: {error.strerror}") from None
         except Exception as error:
-            # The library lets through whatever its parsers raise, with a piece of the file in the text: not to be shown.
-            where = path or "~/.kube/config"
-            raise ClusterError(f"{where} is not a kubeconfig that can be read ({type(error).__name__})") from None
-    if heard:
-        raise ClusterError(f"no credentials from the kubeconfig: {'; '.join(heard)}")
+            # The library passes on whatever its parsers raise. The exception's text may quote credentials of the file.
+            raise ClusterError(
+                f"{path or '~/.kube/config'} is not a valid kubeconfig ({type(error).__name__})"
+            ) from None
+    if log_errors:
+        raise ClusterError(f"the kubeconfig gave no credentials: {'; '.join(log_errors)}")
     chosen = next((one for one in contexts if one["name"] == context), active) if context else active
     found = (chosen.get("context") or {}).get("namespace")
     return str(found) if found else None
 
 
 @contextlib.contextmanager
-def _heard() -> Iterator[list[str]]:
-    """What the library only logs: a credential plugin that failed."""
+def _captured_log_errors() -> Iterator[list[str]]:
+    """Collect logged errors: the library only logs that a credential plugin failed."""
     lines: list[str] = []
 
     class Listener(logging.Handler):
@@ -306,11 +317,11 @@ def _heard() -> Iterator[list[str]]:
         root.removeHandler(listener)
 
 
-IN_POD = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
+POD_NAMESPACE_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
-def reason_of(error: Exception) -> str:
-    """The last words of a chain of network errors."""
+def last_reason(error: Exception) -> str:
+    """Return the innermost reason from the text of a chain of network errors."""
     text = str(error)
     return text.rpartition(": ")[2].strip("()<> '\"") or type(error).__name__
 
@@ -332,28 +343,28 @@ def _lines(response: Any) -> Iterator[str]:
         yield rest.decode(errors="replace")
 
 
-def bare(name: str) -> str:
-    """The name of a job, also written as `finetunejobs.finetune-operator.io/NAME`, as `get -o name` prints it. Raises ClusterError."""
+def parse_job_name(name: str) -> str:
+    """Return the name of a job from `NAME` or `KIND/NAME`, which `get -o name` prints. Raises ClusterError."""
     kind, slash, rest = name.rpartition("/")
-    if not rest or (slash and kind.lower().partition(".")[0] not in KINDS):
+    if not rest or (slash and kind.lower().partition(".")[0] not in KIND_NAMES):
         raise ClusterError(f"{name!r} is not the name of a {KIND}; write NAME, or {KIND.lower()}/NAME")
     return rest
 
 
-def attempt_of(thing: Object) -> int:
-    """Attempt that a pod belongs to; 0 if it does not say."""
-    return int((thing["metadata"].get("labels") or {}).get(Label.ATTEMPT, 0))
+def attempt_of(pod: Object) -> int:
+    """Return the attempt of a pod; 0 if it has no such label."""
+    return int((pod["metadata"].get("labels") or {}).get(Label.ATTEMPT, 0))
 
 
 def index_of(pod: Object) -> int:
-    """Index of a pod among those of its attempt."""
+    """Return the completion index of a pod within its attempt."""
     labels, annotations = pod["metadata"].get("labels") or {}, pod["metadata"].get("annotations") or {}
     key = "batch.kubernetes.io/job-completion-index"
     return int(labels.get(key) or annotations.get(key) or 0)
 
 
 def event_time(event: Object) -> str:
-    """When an event was last seen, as text that sorts."""
+    """Return when an event was last seen, as text that sorts by time."""
     series = event.get("series") or {}
     times = (
         series.get("lastObservedTime"),

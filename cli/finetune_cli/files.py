@@ -1,77 +1,73 @@
-"""Reading what the user names, and writing where the user says; every way in which that can fail is told in one sentence.
-
-`-` is standard input, as for kubectl.
-"""
+"""Reads and writes the files that the user names. Every failure is reported in one sentence. `-` is standard input, as in kubectl."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from finetune_cli.importers.material import Mistake
-from finetune_cli.output import Told
+from finetune_cli.mistakes import Mistake
+from finetune_cli.output import CommandError
 
 STDIN = "-"
 MAX_BYTES = 4 << 20
-"""Longer than any manifest that an API server takes, and than any configuration; rows of data may be longer."""
-DATA = ".jsonl"
+"""Larger than any manifest that an API server accepts and than any configuration file. Data files may be larger."""
+DATA_SUFFIX = ".jsonl"
 
 
-class Unreadable(Told):
-    """A file that cannot be read, or is not what it must be."""
+class UnreadableFile(CommandError):
+    """A file that cannot be read, or does not hold what is expected."""
 
     def __init__(self, mistake: Mistake):
         super().__init__(str(mistake))
         self.mistake = mistake
 
 
-class Unwritable(Told):
-    """A place that cannot be written to."""
+class UnwritableFile(CommandError):
+    """A file that cannot be written."""
 
 
-def shown(path: Path) -> str:
-    """A path as messages name it."""
+def display_name(path: Path) -> str:
+    """Return a path as messages show it."""
     return "standard input" if str(path) == STDIN else str(path)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file in UTF-8, without a byte order mark. Raises Unreadable."""
+    """Read a UTF-8 text file without its byte order mark. Raises UnreadableFile."""
     try:
-        data = _bytes(path)
-        if len(data) > MAX_BYTES and path.suffix != DATA:
-            raise Unreadable(
-                Mistake(shown(path), "", f"it is longer than {MAX_BYTES >> 20} MiB, which no configuration is")
-            )
+        data = _read_bytes(path)
+        if len(data) > MAX_BYTES and path.suffix != DATA_SUFFIX:
+            message = f"the file is larger than {MAX_BYTES >> 20} MiB, which is too large for a configuration"
+            raise UnreadableFile(Mistake(display_name(path), "", message))
         return data.decode("utf-8-sig").replace("\r\n", "\n")
     except FileNotFoundError:
-        why = "there is no such file"
+        message = "there is no such file"
     except IsADirectoryError:
-        why = "it is a folder, and a file is needed"
+        message = "this is a folder, and a file is needed"
     except UnicodeDecodeError:
-        why = "it is not a text in UTF-8"
+        message = "the file is not UTF-8 text"
     except (OSError, ValueError) as error:
-        why = f"it cannot be read: {getattr(error, 'strerror', None) or error}"
-    raise Unreadable(Mistake(shown(path), "", why))
+        message = f"the file cannot be read: {getattr(error, 'strerror', None) or error}"
+    raise UnreadableFile(Mistake(display_name(path), "", message))
 
 
-def _bytes(path: Path) -> bytes:
-    """What a file holds; of one that may not be so long, no more than is needed to see that."""
+def _read_bytes(path: Path) -> bytes:
+    """Read a data file whole, and any other file only until it is known to be too large."""
     if str(path) == STDIN:
         return sys.stdin.buffer.read(MAX_BYTES + 1)
     with path.open("rb") as file:
-        return file.read() if path.suffix == DATA else file.read(MAX_BYTES + 1)
+        return file.read() if path.suffix == DATA_SUFFIX else file.read(MAX_BYTES + 1)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file. Raises Unwritable."""
+    """Write a text file. Raises UnwritableFile."""
     try:
         path.write_text(text, encoding="utf-8")
     except (OSError, ValueError) as error:
         raise unwritable(path, error) from None
 
 
-def unwritable(path: Path, error: Exception) -> Unwritable:
-    """The failure to write somewhere, in one sentence."""
-    return Unwritable(
-        f"{path} cannot be written: {getattr(error, 'strerror', None) or error}; name another place with -o"
+def unwritable(path: Path, error: Exception) -> UnwritableFile:
+    """Return the error for a path that cannot be written."""
+    return UnwritableFile(
+        f"{path} cannot be written: {getattr(error, 'strerror', None) or error}; choose another path with -o"
     )

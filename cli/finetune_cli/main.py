@@ -1,4 +1,4 @@
-"""The entry of `finetune` and `kubectl finetune`.
+"""The commands of `finetune` and `kubectl finetune`, and how a command's failure becomes a message and an exit code.
 
 Modules of commands import nothing heavy at their top, so that `finetune --help` answers at once.
 """
@@ -12,22 +12,28 @@ from typing import Annotated
 
 import typer
 
-from finetune_cli.commands.changing import cancel, rerun, resume, submit, suspend
+from finetune_cli.commands.checkpoints import checkpoints
 from finetune_cli.commands.diff import diff
+from finetune_cli.commands.events import events
 from finetune_cli.commands.explain import explain
-from finetune_cli.commands.importing import import_
+from finetune_cli.commands.get import get
+from finetune_cli.commands.import_command import import_
 from finetune_cli.commands.init import init
-from finetune_cli.commands.local import run_command
+from finetune_cli.commands.lifecycle import cancel, resume, suspend
 from finetune_cli.commands.logs import logs
+from finetune_cli.commands.purge import purge
 from finetune_cli.commands.report import report
-from finetune_cli.commands.stored import checkpoints, purge
+from finetune_cli.commands.rerun import rerun
+from finetune_cli.commands.run import run_command
+from finetune_cli.commands.status import status
+from finetune_cli.commands.submit import submit
 from finetune_cli.commands.validate import validate
-from finetune_cli.commands.watching import events, get, status, wait
+from finetune_cli.commands.wait import wait
 
 app = typer.Typer(
     name="finetune",
     no_args_is_help=True,
-    help="Fine-tune language models on Kubernetes: write, check, submit, watch, and import from other tools.",
+    help="Fine-tune language models on Kubernetes: write, check, submit and watch jobs, and import configurations of other tools.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -55,7 +61,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _version(wanted: bool) -> None:
+def _print_version(wanted: bool) -> None:
     if wanted:
         from importlib.metadata import PackageNotFoundError, version
 
@@ -70,7 +76,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True, callback=_print_version)
     ] = False,
 ) -> None:
     pass
@@ -80,29 +86,29 @@ for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 
 
-TRACE = "FINETUNE_TRACE"
-NAME = "finetune"
-NO_FILES = 4
-"""What kubectl calls a completion without file names."""
-USAGE = 2
+TRACE_VARIABLE = "FINETUNE_TRACE"
+PROGRAM = "finetune"
+NO_FILE_COMPLETION = 4
+"""kubectl's directive for a completion without file names (cobra's ShellCompDirectiveNoFileComp)."""
+CLICK_USAGE_ERROR = 2
 """Exit code of the option parser for wrong usage."""
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Console entry. Everything behind a first `--` belongs to the other tool's command line (`finetune import`)."""
+    """Run the program and exit. With `import`, everything after the first `--` is the other tool's command line."""
     for stream in (sys.stdout, sys.stderr):
-        # As kubectl: YAML and JSON are UTF-8, whatever the locale calls itself.
+        # YAML and JSON are UTF-8 whatever the locale, as in kubectl.
         getattr(stream, "reconfigure", lambda **_: None)(encoding="utf-8", errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
-    behind: list[str] = []
+    tool_arguments: list[str] = []
     if "--" in words and "import" in words[: words.index("--")]:
         cut = words.index("--")
-        words, behind = words[:cut], words[cut + 1 :]
-    sys.exit(_said(run(words, behind)))
+        words, tool_arguments = words[:cut], words[cut + 1 :]
+    sys.exit(_flush_stdout(run(words, tool_arguments)))
 
 
-def _said(code: int) -> int:
-    """The exit code, once everything is out: a full disk behind stdout is told, and not lost at the end of the process."""
+def _flush_stdout(code: int) -> int:
+    """Flush stdout and return the exit code. A full disk is reported here; at interpreter exit it would be lost."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -116,71 +122,77 @@ def _said(code: int) -> int:
     return code
 
 
-def run(words: list[str], behind: list[str]) -> int:
-    """Run one command; its exit code. Wrong usage is 1, as kubectl's: 2 is kept for jobs that failed."""
+def run(words: list[str], tool_arguments: list[str]) -> int:
+    """Run one command and return its exit code. Wrong usage is 1, as in kubectl: 2 means that the job failed."""
     from finetune_cli import output
 
     try:
-        app(args=words, prog_name=_program(), obj=behind)
-    except output.Ended as ended:
-        return ended.code
+        app(args=words, prog_name=_program(), obj=tool_arguments)
+    except output.Exit as exit_:
+        return exit_.code
     except Exception as error:
-        return _told(error)
-    except SystemExit as ended:
-        return output.ERROR if ended.code == USAGE else int(ended.code or 0)
+        return _print_failure(error)
+    except SystemExit as exit_:
+        return output.ERROR if exit_.code == CLICK_USAGE_ERROR else int(exit_.code or 0)
     return output.OK
 
 
-def _told(error: Exception) -> int:
-    """What a failure is told as. No trace reaches a user; one of ours is kept for those who ask for it."""
+def _print_failure(error: Exception) -> int:
+    """Print a failure as sentences and return the exit code. A traceback is printed only where the user asks for it."""
     from finetune_api.errors import FineTuneError
 
     from finetune_cli import output
+    from finetune_cli.mistakes import InvalidInput
 
     if isinstance(error, BrokenPipeError):
         sys.stderr.close()
-    elif isinstance(error, output.Told | FineTuneError):
+    elif isinstance(error, InvalidInput):
+        output.errors(error.mistakes)
+    elif isinstance(error, output.CommandError | FineTuneError):
         output.errors([error])
     elif isinstance(error, OSError) and error.filename is not None:
         output.errors([f"{error.filename}: {error.strerror}"])
     else:
-        _fault(error)
+        _print_bug(error)
     return output.ERROR
 
 
-def _fault(error: Exception) -> None:
-    """A fault of this program: where it is, not what it held, which may be a secret."""
+def _print_bug(error: Exception) -> None:
+    """Report a bug of this program by its location only: the exception's text may hold a secret."""
     import traceback
 
     from finetune_cli import output
 
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    name = place.filename.replace("\\", "/").rpartition("/")[2]
-    output.errors([f"this is a fault of {_program()}: {type(error).__name__} in {name}:{place.lineno}"])
-    if os.environ.get(TRACE):
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    file = frame.filename.replace("\\", "/").rpartition("/")[2]
+    output.errors([f"this is a bug in {_program()}: {type(error).__name__} in {file}:{frame.lineno}"])
+    if os.environ.get(TRACE_VARIABLE):
         traceback.print_exception(error)
     else:
-        output.notes([f"with {TRACE}=1 in the environment the whole trace is shown, for a bug report"])
+        output.notes([f"set {TRACE_VARIABLE}=1 in the environment to see the traceback for a bug report"])
 
 
 def kubectl_complete() -> None:
-    """Entry of `kubectl_complete-finetune`, which kubectl asks for candidates: one a line, then what to do with them."""
+    """Print completion candidates for kubectl, one a line, then kubectl's directive."""
     import shlex
 
     words = sys.argv[1:]
     os.environ["_FINETUNE_COMPLETE"] = "complete_bash"
-    os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = shlex.join([NAME, *words]), str(len(words))
+    os.environ["COMP_WORDS"], os.environ["COMP_CWORD"] = shlex.join([PROGRAM, *words]), str(len(words))
     try:
-        app(args=[], prog_name=NAME)
+        app(args=[], prog_name=PROGRAM)
     except SystemExit:
-        sys.stdout.write(f":{NO_FILES}\n")
+        sys.stdout.write(f":{NO_FILE_COMPLETION}\n")
 
 
 def _program() -> str:
-    """The name that was typed; what installs completion is about the program of its own, since kubectl completes plugins."""
+    """Return the program's name as the user typed it.
+
+    Options that install shell completion always get `finetune`, because kubectl completes its plugins itself.
+    """
     if any(word.startswith(("--install-completion", "--show-completion")) for word in sys.argv):
-        return NAME
-    return "kubectl finetune" if sys.argv and sys.argv[0].rpartition("/")[2].startswith("kubectl-") else NAME
+        return PROGRAM
+    return "kubectl finetune" if sys.argv and sys.argv[0].rpartition("/")[2].startswith("kubectl-") else PROGRAM
 
 
 if __name__ == "__main__":

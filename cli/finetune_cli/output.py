@@ -1,4 +1,4 @@
-"""How results and complaints reach the terminal: results on stdout, everything else on stderr, colours only where wanted."""
+"""Terminal output: results go to stdout; errors, warnings and notes go to stderr. Colours are used only on a terminal."""
 
 from __future__ import annotations
 
@@ -11,69 +11,75 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 OK, ERROR, JOB_FAILED = 0, 1, 2
-"""Exit codes: done; the command could not do it; the job failed."""
+"""Exit codes: success; the command failed; the job failed."""
 
 
-class Ended(Exception):
-    """A command ends here, with an exit code; everything was said."""
+class Exit(Exception):
+    """End the command with an exit code. Every message is already printed."""
 
     def __init__(self, code: int):
         super().__init__(code)
         self.code = code
 
 
-class Told(Exception):
-    """A failure that is told in one sentence, without a trace."""
+class CommandError(Exception):
+    """A failure that is printed as one sentence, without a traceback."""
 
 
 @functools.cache
 def console() -> Console:
-    """stdout. Rich honours NO_COLOR and knows a terminal from a pipe."""
+    """Return the console for stdout. Rich honours NO_COLOR and detects whether stdout is a terminal."""
     from rich.console import Console
 
     return Console(highlight=False, soft_wrap=True)
 
 
 @functools.cache
-def messages() -> Console:
-    """stderr."""
+def error_console() -> Console:
+    """Return the console for stderr."""
     from rich.console import Console
 
     return Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 def write(text: str) -> None:
-    """A result, as it is. Raises Told if there is nowhere to write it to."""
+    """Write a result to stdout unchanged. Raises CommandError if stdout is closed or cannot be written."""
     if sys.stdout is None:
-        raise Told("standard output is closed, so the result cannot be written")
+        raise CommandError("standard output is closed, so the result cannot be written")
     try:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
     except BrokenPipeError:
         raise
     except OSError as error:
-        raise Told(f"standard output cannot be written: {error.strerror}") from None
+        raise CommandError(f"standard output cannot be written: {error.strerror}") from None
 
 
-def say(kind: str, lines: Iterable[Any], style: str = "") -> None:
-    """Lines on stderr, each behind its kind: `error: ...`."""
+def _print_lines(prefix: str, lines: Iterable[Any], style: str) -> None:
+    """Print lines to stderr, each with a prefix such as `error: `. Secrets are redacted."""
     from rich.text import Text
 
-    from finetune_cli.hiding import hide
+    from finetune_cli.redaction import redact_text
 
     for line in lines:
-        messages().print(Text.assemble((f"{kind}: ", style), hide(str(line))))
+        error_console().print(Text.assemble((f"{prefix}: ", style), redact_text(str(line))))
 
 
 def errors(lines: Iterable[Any]) -> None:
-    """What is wrong."""
-    say("error", lines, "bold red")
+    """Print errors."""
+    _print_lines("error", lines, "bold red")
 
 
 def warnings(lines: Iterable[Any]) -> None:
-    """What the user should act on."""
-    say("warning", lines, "yellow")
+    """Print warnings: things that the user should act on."""
+    _print_lines("warning", lines, "yellow")
 
 
 def notes(lines: Iterable[Any]) -> None:
-    """What the user may want to know."""
-    say("note", lines, "dim")
+    """Print notes: things that the user may want to know."""
+    _print_lines("note", lines, "dim")
+
+
+def fail(*lines: Any) -> Exit:
+    """Print errors and return the exception that ends the command with exit code 1."""
+    errors(lines)
+    return Exit(ERROR)

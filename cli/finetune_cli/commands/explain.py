@@ -1,4 +1,4 @@
-"""`finetune explain`: the reference of every field, in the terminal."""
+"""`finetune explain`: the reference of every field."""
 
 from __future__ import annotations
 
@@ -7,24 +7,27 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune_cli import output
-from finetune_cli.commands.options import complete_path
+from finetune_cli.commands.shared import complete_path
 
 if TYPE_CHECKING:
-    from finetune_cli.paths import Field
+    from finetune_cli.fields import Field
 
 
 def explain(
     path: Annotated[
         str | None,
         typer.Argument(
-            help="A field, such as training.learningRate; left out: all groups.", autocompletion=complete_path
+            help="A field, such as training.learningRate. Default: all groups.", autocompletion=complete_path
         ),
     ] = None,
     search: Annotated[
-        str | None, typer.Option("--search", "-s", metavar="WORD", help="Fields whose name or text holds the word.")
+        str | None,
+        typer.Option(
+            "--search", "-s", metavar="WORD", help="List the fields whose name or description contains this word."
+        ),
     ] = None,
 ) -> None:
-    """Explain fields of a FineTuneJob: type, meaning, default and example.
+    """Explain a field of a FineTuneJob: type, meaning, default and example.
 
     Example: finetune explain training
 
@@ -32,26 +35,23 @@ def explain(
 
     Example: finetune explain --search warmup
     """
-    from finetune_cli.importers.convert import nearest
-    from finetune_cli.paths import fields
+    from finetune_cli.fields import fields
+    from finetune_cli.suggestions import closest_name
 
     every = fields()
     if search is not None:
         word = search.lower()
         found = [one for one in every if word in one.path.lower() or word in one.description.lower()]
         if not found:
-            output.errors([f"no field has {search!r} in its name or text"])
-            raise output.Ended(output.ERROR)
+            raise output.fail(f"no field has {search!r} in its name or description")
         output.write("\n".join(_line(one) for one in found))
         return
     wanted = "spec" if path is None else path.replace("[]", "").removeprefix("FineTuneJob.")
     found = [one for one in every if one.path.replace("[]", "") in (wanted, f"spec.{wanted}", f"status.{wanted}")]
     if not found:
-        near = nearest(f"spec.{wanted.removeprefix('spec.')}", [one.path for one in every])
-        output.errors(
-            [f"{path} is not a field of a FineTuneJob" + (f"; did you mean {near}?" if near else "; try --search")]
-        )
-        raise output.Ended(output.ERROR)
+        closest = closest_name(f"spec.{wanted.removeprefix('spec.')}", [one.path for one in every])
+        hint = f"did you mean {closest}?" if closest else "search with --search WORD"
+        raise output.fail(f"{path} is not a field of a FineTuneJob; {hint}")
     output.write("\n\n".join(_entry(one, every) for one in found))
 
 

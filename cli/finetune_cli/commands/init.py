@@ -1,4 +1,4 @@
-"""`finetune init`: a first manifest, commented."""
+"""`finetune init`: writes a first manifest with comments."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from finetune_cli import output
-from finetune_cli.commands.options import one_of
+from finetune_cli.commands.shared import complete_words
 
 METHODS = ("lora", "qlora", "dora", "full", "spectrum")
 TRAINERS = ("sft", "dpo", "grpo", "kto", "orpo", "reward")
@@ -31,20 +31,22 @@ def init(
     ] = None,
     validation: Annotated[str | None, typer.Option(metavar="URI", help="Validation data.")] = None,
     storage: Annotated[
-        str | None, typer.Option(metavar="URI", help="Where results go; left out: the operator's own.")
+        str | None, typer.Option(metavar="URI", help="Storage root for results. Default: the operator's storage.")
     ] = None,
     method: Annotated[
-        str, typer.Option(metavar="|".join(METHODS), help="Fine-tuning method.", autocompletion=one_of(*METHODS))
+        str,
+        typer.Option(metavar="|".join(METHODS), help="Fine-tuning method.", autocompletion=complete_words(*METHODS)),
     ] = "lora",
     trainer: Annotated[
-        str, typer.Option(metavar="|".join(TRAINERS), help="Objective.", autocompletion=one_of(*TRAINERS))
+        str,
+        typer.Option(metavar="|".join(TRAINERS), help="Training objective.", autocompletion=complete_words(*TRAINERS)),
     ] = "sft",
-    gpus: Annotated[int, typer.Option(help="GPUs; 0: CPU.")] = 1,
+    gpus: Annotated[int, typer.Option(help="GPUs; 0 trains on CPU.")] = 1,
     file: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to a file; it must not exist.")
+        Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write to a new file instead of stdout.")
     ] = None,
 ) -> None:
-    """Write a commented manifest; what is not given is asked for, if there is somebody to ask.
+    """Write a manifest with comments. On a terminal, missing values are asked for.
 
     Example: finetune init support-bot --model org/name --data s3://data/train.jsonl -o job.yaml
     """
@@ -52,58 +54,55 @@ def init(
 
     from finetune_cli.files import write_text
 
-    asking = sys.stdin.isatty()
-    name = _asked(name, "Name", asking, "NAME")
-    model = _asked(model, "Base model (org/name or URI)", asking, "--model")
-    data = _asked(data, "Training data (URI)", asking, "--data")
+    interactive = sys.stdin.isatty()
+    name = _value_or_prompt(name, "Name", interactive, "NAME")
+    model = _value_or_prompt(model, "Base model (org/name or URI)", interactive, "--model")
+    data = _value_or_prompt(data, "Training data (URI)", interactive, "--data")
     wrong = [
-        f"{option}: {value} is not known here; one of {', '.join(allowed)}"
+        f"{option}: unknown value {value}; write one of {', '.join(allowed)}"
         for option, value, allowed in (("--method", method, METHODS), ("--trainer", trainer, TRAINERS))
         if value not in allowed
     ]
     if wrong:
-        output.errors(wrong)
-        raise output.Ended(output.ERROR)
-    text = manifest(name, model, data, validation, storage, method, trainer, gpus)
-    _refuse_wrong(text)
+        raise output.fail(*wrong)
+    text = manifest_text(name, model, data, validation, storage, method, trainer, gpus)
+    _check(text)
     if file is None:
         output.write(text)
     elif file.exists():
-        output.errors([f"{file} exists; name another file"])
-        raise output.Ended(output.ERROR)
+        raise output.fail(f"{file} already exists; choose another file")
     else:
         write_text(file, text)
-        output.notes([f"{file} is written; next: finetune validate {file}"])
+        output.notes([f"wrote {file}; next: finetune validate {file}"])
 
 
-def _asked(value: str | None, question: str, asking: bool, option: str) -> str:
+def _value_or_prompt(value: str | None, question: str, interactive: bool, option: str) -> str:
     if value:
         return value
-    if not asking:
-        output.errors([f"{option} is missing, and there is nobody to ask"])
-        raise output.Ended(output.ERROR)
+    if not interactive:
+        raise output.fail(f"{option} is missing; without a terminal `init` cannot ask for it")
     return str(typer.prompt(question, err=True))
 
 
-def _refuse_wrong(text: str) -> None:
-    """What was asked for must be a job that can be run; fields not supported yet are told by `validate`."""
+def _check(text: str) -> None:
+    """Refuse a manifest with errors. Fields that are not supported yet are left to `validate`. Raises Exit."""
     import dataclasses
 
     from finetune_api.names import Reason
 
-    from finetune_cli.manifests import examine, parse
+    from finetune_cli.checks import check_manifest, errors_of
+    from finetune_cli.manifests import parse
 
-    _, findings = examine(next(parse(text, "manifest")))
-    wrong = [dataclasses.replace(one.mistake, place="") for one in findings if one.code != Reason.NOT_SUPPORTED_YET]
+    findings = errors_of(check_manifest(next(parse(text, "manifest")))[1])
+    wrong = [dataclasses.replace(one.mistake, location="") for one in findings if one.code != Reason.NOT_SUPPORTED_YET]
     if wrong:
-        output.errors(wrong)
-        raise output.Ended(output.ERROR)
+        raise output.fail(*wrong)
 
 
-def manifest(
+def manifest_text(
     name: str, model: str, data: str, validation: str | None, storage: str | None, method: str, trainer: str, gpus: int
 ) -> str:
-    """The manifest with its comments; every commented-out line can be used as it stands."""
+    """Return the manifest with comments. Every commented-out line is valid once uncommented."""
     import json
 
     from finetune_api.names import API_VERSION, KIND
@@ -130,7 +129,7 @@ def manifest(
     if trainer == "grpo":
         lines += ["    rewards:", "      - builtin: regex", "        parameters: {pattern: '^Answer: '}"]
     lines += ["  dataset:", f"    train: {quoted(data)}"]
-    lines += [f"    format: {form}"] if form else ["    # format: messages   # left out: recognised from the rows"]
+    lines += [f"    format: {form}"] if form else ["    # format: messages   # default: detected from the rows"]
     lines += (
         [f"    validation: {quoted(validation)}"]
         if validation
@@ -139,7 +138,7 @@ def manifest(
     lines += [
         "  training:",
         "    epochs: 3",
-        "    # learningRate: 2.0e-4   # left out: chosen by method and objective",
+        "    # learningRate: 2.0e-4   # default: depends on method and objective",
         f"    batchSizePerDevice: {8 if trainer == 'grpo' else 4}",
         "  resources:",
         f"    gpusPerNode: {gpus}",
@@ -148,7 +147,7 @@ def manifest(
     lines += (
         ["  storage:", f"    uri: {quoted(storage)}"]
         if storage
-        else ["  # storage: {uri: 's3://bucket/prefix'}   # left out: the operator's"]
+        else ["  # storage: {uri: 's3://bucket/prefix'}   # default: the operator's storage"]
     )
-    lines += ["  # suspend: true   # save, free the GPUs, resume later"]
+    lines += ["  # suspend: true   # save a checkpoint, release the GPUs, resume later"]
     return "\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""`finetune logs`: the logs of all pods of a job, merged, each line behind its origin."""
+"""`finetune logs`: the merged logs of the pods of a job."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune_cli import output
-from finetune_cli.commands.options import ContextOption, KubeconfigOption, NameArgument, NamespaceOption
+from finetune_cli.commands.shared import ContextOption, KubeconfigOption, NameArgument, NamespaceOption
 
 if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
 
-END = ""
-
 
 def logs(
     name: NameArgument,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the pods end.")] = False,
-    rank: Annotated[int | None, typer.Option(metavar="N", min=0, help="The pod that holds this rank only.")] = None,
-    attempt: Annotated[int | None, typer.Option(metavar="N", min=1, help="An attempt; left out: the newest.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Pods of all attempts.")] = False,
-    tail: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only the newest lines of each pod.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Print new lines until the pods end.")] = False,
+    rank: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only the pod with this rank.")] = None,
+    attempt: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Number of the attempt. Default: the newest.")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="Include the pods of all attempts.")] = False,
+    tail: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only the last N lines of each pod.")] = None,
     namespace: NamespaceOption = None,
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Logs of a job's pods, merged; each line says attempt and node it came from, if there are several.
+    """Print the merged logs of a job's pods. With several pods, each line begins with [attempt/node].
 
     Example: finetune logs support-bot -f
 
@@ -39,58 +39,55 @@ def logs(
 
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.job(name)
-    pods = chosen(cluster, job, rank, attempt, every)
-    many = len(pods) > 1
-    for origin, line in merged(cluster, pods, follow=follow, tail=tail):
-        output.write(f"{origin} {line}" if many else line)
+    pods = select_pods(cluster, job, rank, attempt, every)
+    several = len(pods) > 1
+    for origin, line in merged_lines(cluster, pods, follow=follow, tail=tail):
+        output.write(f"{origin} {line}" if several else line)
 
 
-def chosen(
+def select_pods(
     cluster: Cluster, job: dict[str, Any], rank: int | None, attempt: int | None, every: bool
 ) -> list[dict[str, Any]]:
-    """The pods that were asked for. Raises ClusterError, which says what there is."""
+    """Return the pods that the options select. Raises ClusterError, which names the pods that exist."""
     from finetune_cli.cluster import ClusterError, attempt_of, index_of
 
     name = job["metadata"]["name"]
     pods = cluster.pods(name)
     if not pods:
         raise ClusterError(
-            f"{name} has no pods: they have not been made yet, or were removed; `finetune status {name}` tells more"
+            f"{name} has no pods: they are not created yet or already deleted; `finetune status {name}` shows the reason"
         )
     attempts = sorted({attempt_of(pod) for pod in pods})
     if attempt is not None and attempt not in attempts:
-        raise ClusterError(
-            f"{name} has no pods of attempt {attempt}; there are those of {', '.join(map(str, attempts))}"
-        )
+        raise ClusterError(f"{name} has no pods of attempt {attempt}, only of {', '.join(map(str, attempts))}")
     if not every:
         wanted = attempt if attempt is not None else attempts[-1]
         pods = [pod for pod in pods if attempt_of(pod) == wanted]
     if rank is not None:
-        index = rank // ranks_of(job)
+        index = rank // ranks_per_pod(job)
         found = [pod for pod in pods if index_of(pod) == index]
         if not found:
             raise ClusterError(
-                f"{name} has no pod that holds rank {rank}; {len(pods)} pods with {ranks_of(job)} ranks each are there"
+                f"{name} has no pod with rank {rank}: it has {len(pods)} pods with {ranks_per_pod(job)} ranks each"
             )
         pods = found
     return pods
 
 
-def ranks_of(job: dict[str, Any]) -> int:
-    """Ranks of a pod."""
+def ranks_per_pod(job: dict[str, Any]) -> int:
     resources = (job.get("spec") or {}).get("resources") or {}
     return int(resources.get("processesPerNode") or resources.get("gpusPerNode", 1) or 1)
 
 
-def merged(
+def merged_lines(
     cluster: Cluster, pods: list[dict[str, Any]], *, follow: bool, tail: int | None
 ) -> Iterator[tuple[str, str]]:
-    """(origin, line) of several pods: as they come when followed, else pod by pod."""
+    """Yield (origin, line) of several pods: in order of arrival if followed, otherwise pod by pod."""
     from finetune_cli.cluster import ClusterError, attempt_of, index_of
 
     lines: queue.Queue[tuple[str, str | None]] = queue.Queue(maxsize=1000)
 
-    def pump(pod: dict[str, Any]) -> None:
+    def read_pod(pod: dict[str, Any]) -> None:
         origin = f"[{attempt_of(pod)}/{index_of(pod)}]"
         try:
             for line in _log(cluster, pod, follow, tail):
@@ -109,7 +106,7 @@ def merged(
                 yield origin, f"({error})"
         return
     for pod in pods:
-        threading.Thread(target=pump, args=(pod,), daemon=True).start()
+        threading.Thread(target=read_pod, args=(pod,), daemon=True).start()
     running = len(pods)
     while running:
         origin, line = lines.get()

@@ -1,4 +1,4 @@
-"""`finetune report`: everything a maintainer needs to understand a failure, and nothing that must not leave the cluster."""
+"""`finetune report`: an archive for a bug report, without secrets."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune_cli import output
-from finetune_cli.commands.options import ContextOption, KubeconfigOption, NameArgument, NamespaceOption
-from finetune_cli.yaml_text import to_yaml
+from finetune_cli.commands.shared import ContextOption, KubeconfigOption, NameArgument, NamespaceOption
+from finetune_cli.yaml_writer import to_yaml
 
 if TYPE_CHECKING:
     from finetune_cli.cluster import Cluster
@@ -26,20 +26,22 @@ SECRET_TEXT = re.compile(
     r"\b(hf_[A-Za-z0-9]{6,}|sk-[A-Za-z0-9_-]{8,}|AKIA[0-9A-Z]{12,}|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_.-]+)|(?<=://)[^/@\s]+:[^/@\s]+(?=@)"
     r"|(?<=X-Amz-Signature=)[0-9a-f]+|(?i:(?<=bearer )[A-Za-z0-9._-]{8,})"
 )
-HIDDEN = "REDACTED"
+REDACTED = "REDACTED"
 
 
 def report(
     name: NameArgument,
     file: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="The archive; left out: finetune-report-NAME.tar.gz."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="File name of the archive. Default: finetune-report-NAME.tar.gz."
+        ),
     ] = None,
     namespace: NamespaceOption = None,
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Collect a job, its pods, events and the ends of its logs in one archive for a bug report, secrets taken out.
+    """Write an archive for a bug report: the job, its pods, events and the ends of its logs, with secrets redacted.
 
     Example: finetune report support-bot
     """
@@ -54,7 +56,7 @@ def report(
         _pack(path, name, parts)
     except OSError as error:
         raise unwritable(path, error) from None
-    output.write(f"{path}: {len(parts)} files; read it before you give it away")
+    output.write(f"{path}: {len(parts)} files; read them before you send the archive to anyone")
 
 
 def _pack(path: Path, name: str, parts: dict[str, str]) -> None:
@@ -67,12 +69,11 @@ def _pack(path: Path, name: str, parts: dict[str, str]) -> None:
 
 
 def collect(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
-    """Texts of the archive by name, redacted. What cannot be read is said in its place."""
+    """Return the files of the archive by name, redacted. Where something cannot be read, the file holds the error."""
     from finetune_api.names import CONTAINER
 
     from finetune_cli.cluster import ClusterError
-    from finetune_cli.commands.watching import event_line
-    from finetune_cli.view import describe
+    from finetune_cli.status_text import describe, event_line
 
     name = job["metadata"]["name"]
     job["metadata"].pop("managedFields", None)
@@ -89,44 +90,44 @@ def collect(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
             {"kubernetes": cluster.version(), "python": platform.python_version()}, indent=1
         )
     except ClusterError as error:
-        parts["problems.txt"] = str(error)
+        parts["errors.txt"] = str(error)
     for pod in pods:
         pod_name = pod["metadata"]["name"]
         try:
             parts[f"logs/{pod_name}.txt"] = "\n".join(cluster.log(pod_name, CONTAINER, follow=False, tail=LOG_LINES))
         except ClusterError as error:
             parts[f"logs/{pod_name}.txt"] = f"({error})"
-    return {part: clean(text) for part, text in parts.items()}
+    return {part: redact_for_report(text) for part, text in parts.items()}
 
 
-def clean(text: str) -> str:
-    """The text without what looks like a secret: more than elsewhere, since an archive leaves the cluster."""
-    from finetune_cli.hiding import hide
+def redact_for_report(text: str) -> str:
+    """Redact secrets in a text. The patterns are broader than elsewhere, because the archive leaves the cluster."""
+    from finetune_cli.redaction import redact_text
 
-    return hide(SECRET_TEXT.sub(HIDDEN, text), HIDDEN)
+    return redact_text(SECRET_TEXT.sub(REDACTED, text), REDACTED)
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """A copy without values of environment variables and of fields that are named like secrets."""
+    """Return a copy in which the values of variables and fields that are named like secrets are redacted."""
     if isinstance(value, dict):
         if "name" in value and "value" in value and len(value) == 2:
             return {
                 "name": value["name"],
-                "value": HIDDEN if SECRET_KEY.search(str(value["name"])) else redact(value["value"]),
+                "value": REDACTED if SECRET_KEY.search(str(value["name"])) else redact(value["value"]),
             }
         return {name: redact(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
         return [redact(one, key) for one in value]
     if isinstance(value, str):
         if SECRET_KEY.search(key) and not key.endswith(("Ref", "Name")):
-            return HIDDEN
-        return _redact_json(value) if value.startswith(("{", "[")) else clean(value)
+            return REDACTED
+        return _redact_json(value) if value.startswith(("{", "[")) else redact_for_report(value)
     return value
 
 
 def _redact_json(text: str) -> str:
-    """A text that is JSON: what `kubectl apply` and the operator keep in annotations holds the same variables again."""
+    """Redact JSON in a string: annotations of `kubectl apply` and of the operator repeat the variables of the spec."""
     try:
         return json.dumps(redact(json.loads(text)), ensure_ascii=False)
     except (ValueError, RecursionError):
-        return clean(text)
+        return redact_for_report(text)

@@ -1,4 +1,4 @@
-"""`finetune validate`: everything that can be known about a manifest without a cluster."""
+"""`finetune validate`: checks manifests without a cluster."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 
 
 def validate(
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help="Manifests; a file may hold several documents.")
-    ],
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Manifests. A file may hold several.")],
     strict: Annotated[
-        bool, typer.Option("--strict", help="Refuse documents that are no FineTuneJob, and warnings too.")
+        bool, typer.Option("--strict", help="Refuse manifests with warnings, and objects of other kinds.")
     ] = False,
-    local: Annotated[bool, typer.Option("--local", help="Check for `run --local`, not for a cluster.")] = False,
+    local: Annotated[
+        bool, typer.Option("--local", help="Check for `finetune run --local` instead of a cluster.")
+    ] = False,
 ) -> None:
-    """Check manifests offline: schema, names, and every rule of the API and the operator, all errors at once.
+    """Check manifests without a cluster, by the schema and every rule of the operator. Reports all errors at once.
 
-    Exit code 0: they can be submitted; 1: they cannot.
+    Exit code 0: the manifests can be submitted; 1: they have errors.
 
     Example: finetune validate job.yaml
 
@@ -32,51 +32,50 @@ def validate(
     """
     from finetune_api.rules import ExecutionTarget
 
-    from finetune_cli.files import shown
+    from finetune_cli.files import display_name
     from finetune_cli.manifests import read_all
 
     manifests, unreadable = read_all(files)
-    wrong = list(map(str, unreadable))
+    errors = list(map(str, unreadable))
     for manifest in manifests:
-        wrong += _check(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict)
+        errors += _check(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict)
     jobs = [one for one in manifests if one.is_job]
-    if not jobs and not wrong:
-        wrong.append(f"{', '.join(map(shown, files))}: there is no FineTuneJob in it")
-    wrong += _twice(jobs)
-    if wrong:
-        output.errors(dict.fromkeys(wrong))
-        raise output.Ended(output.ERROR)
+    if not jobs and not errors:
+        errors.append(f"{', '.join(map(display_name, files))}: there is no FineTuneJob in the input")
+    errors += _duplicate_names(jobs)
+    if errors:
+        raise output.fail(*dict.fromkeys(errors))
     output.write("\n".join(f"{one.file}: {one.name}: ok" for one in jobs))
 
 
-def _check(manifest: Manifest, where: object, strict: bool) -> list[str]:
+def _check(manifest: Manifest, target: object, strict: bool) -> list[str]:
     from finetune_api.rules import ExecutionTarget
 
-    from finetune_cli.manifests import advice, examine, serious
+    from finetune_cli.checks import check_manifest, errors_of, warnings_of
 
     if not manifest.is_job:
         kind = manifest.value.get("kind")
         if strict and kind not in ("Secret", "ConfigMap"):
-            return [f"{manifest.place('kind')}: kind: {kind or 'missing'} is not a FineTuneJob"]
+            return [f"{manifest.location('kind')}: kind: {kind or 'missing'} is not a FineTuneJob"]
         if kind is None:
-            return [f"{manifest.file}: kind: it is missing; write kind: FineTuneJob"]
+            return [f"{manifest.file}: kind: this required field is missing; write kind: FineTuneJob"]
         return []
-    _, findings = examine(manifest, ExecutionTarget(str(where)))
+    _, findings = check_manifest(manifest, ExecutionTarget(str(target)))
     if not strict:
-        output.warnings(advice(findings))
-        findings = serious(findings)
+        output.warnings(warnings_of(findings))
+        findings = errors_of(findings)
     return [f"{one.mistake} [{one.code}]" for one in findings]
 
 
-def _twice(jobs: list[Manifest]) -> list[str]:
+def _duplicate_names(jobs: list[Manifest]) -> list[str]:
     seen: dict[tuple[str, str], Manifest] = {}
-    wrong = []
+    errors = []
     for one in jobs:
         metadata = one.value.get("metadata")
         key = (str(metadata.get("namespace", "")) if isinstance(metadata, dict) else "", one.name)
         if one.name and key in seen:
-            wrong.append(
-                f"{one.place('metadata.name')}: metadata.name: {one.name} stands twice, first at {seen[key].place('metadata.name')}"
+            errors.append(
+                f"{one.location('metadata.name')}: metadata.name: {one.name} is used twice, first in {seen[key].location('metadata.name')}"
             )
         seen.setdefault(key, one)
-    return wrong
+    return errors

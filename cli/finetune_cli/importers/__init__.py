@@ -1,5 +1,5 @@
-"""Configuration files of other tools become FineTuneJobs.
+"""Imports of configuration files of other tools.
 
-One reader and one table a tool (`<tool>.py`); everything they share - precedence, defaults, checks, errors all at once -
-is in `engine.py`. A further tool is one more module with the five parts of `material.Importer`.
+Each tool has one module with a reader and a table of its options. What all tools share is in `run_import.py`: precedence, defaults,
+checks, and the report of all errors at once. To add a tool, write a module with an `Importer` (see `draft.py`) and register it.
 """

@@ -1,7 +1,7 @@
-"""`env`: a `.env` file and the command line of a trainer that is configured by both.
+"""`env`: the importer for a trainer that is configured by a `.env` file and its command line.
 
-The file's keys and the command line's flags are two spellings of one option; flags win. What that tool documents and does not
-do (ratios, accumulation, result folder) is honoured here as documented.
+Keys of the file and flags of the command line are two spellings of the same options; flags override the file. Some options that the
+tool documents but ignores (ratios, accumulation, result folder) work here as documented.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from finetune_cli.importers.commands import after_launcher, config_document, flag_entry, parse_flags, stray_mistakes
-from finetune_cli.importers.convert import (
-    boolean,
-    choice,
-    each,
-    exactly,
-    integer,
-    modules,
-    nearest,
-    number,
+from finetune_cli.importers.command_lines import (
+    add_config_file,
+    add_stray_mistakes,
+    flag_entry,
+    parse_flags,
+    strip_launcher,
 )
-from finetune_cli.importers.material import Document, Draft, Entry, Fill, Importer, Mistake, Origin, Row
-from finetune_cli.importers.paths import config_map_reference, output_folder, place_source, place_tokenizer
+from finetune_cli.importers.converters import boolean, choice, integer, list_of, module_names, number, text_matching
+from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, ToolDefault
+from finetune_cli.importers.sources import assign_config_map, assign_output_folder, assign_source, assign_tokenizer
+from finetune_cli.mistakes import Mistake
+from finetune_cli.provenance import Origin
+from finetune_cli.suggestions import closest_name
 
 FORMATS = {
     "plain_text": "plainText", "mcq_jsonl": "mcq", "instruction_jsonl": "instruction", "instruction": "instruction", "qa": "qa", "text": "text",
@@ -34,9 +34,11 @@ METRICS = {
     "rougeL": "rouge", "bertscore": "bertscore",
 }  # fmt: skip
 PRECISION = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
-NOT_ACTED_ON = "that tool writes its metrics to fixed places, and so do we"
-SHORT_WORD = 12
-FOLDER_NAME = exactly(lambda t: bool(re.match(r"^[\w.-]+$", t)), "cannot be a folder's name", "letters, digits, _ . -")
+FIXED_FILES = "metrics and reports are written to fixed files"
+MAX_SHOWN_WORD = 12
+FOLDER_NAME = text_matching(
+    lambda t: bool(re.match(r"^[\w.-]+$", t)), "cannot be a folder's name", "letters, digits, _ . -"
+)
 
 ROWS: tuple[Row, ...] = (
     Row("PROJECT_NAME", "output.project", FOLDER_NAME, ("--project_name", "-project", "--project")),
@@ -62,7 +64,7 @@ ROWS: tuple[Row, ...] = (
     Row("LORA_R", "method.lora.rank", integer(4, 128), ("--lora_r", "-lora_r")),
     Row("LORA_ALPHA", "method.lora.alpha", number(above=0), ("--lora_alpha", "-lora_alpha")),
     Row("LORA_DROPOUT", "method.lora.dropout", number(0, 0.3), ("--lora_dropout", "-lora_dropout")),
-    Row("LORA_TARGET_MODULES", "method.lora.targetModules", modules, ("--lora_target_modules",)),
+    Row("LORA_TARGET_MODULES", "method.lora.targetModules", module_names, ("--lora_target_modules",)),
     Row("LORA_BIAS", "method.lora.bias", choice({"none": "none", "all": "all", "lora_only": "loraOnly"})),
     Row("LOAD_IN_4BIT", "model.quantization.bits", boolean, manual=True),
     Row("BNB_4BIT_COMPUTE_DTYPE", "model.quantization.computeDtype", choice(PRECISION)),
@@ -82,16 +84,16 @@ ROWS: tuple[Row, ...] = (
     Row("COMPARISON_TEMPERATURE", "evaluation.comparison.generation.temperature", number(0, 10)),
     Row("COMPARISON_TOP_P", "evaluation.comparison.generation.topP", number(0, 1, above=0)),
     Row("COMPARISON_DO_SAMPLE", "evaluation.comparison.generation.doSample", boolean),
-    Row("COMPARISON_OUTPUT", inert=NOT_ACTED_ON),
+    Row("COMPARISON_OUTPUT", no_effect=FIXED_FILES),
     Row("TRACK_METRICS", "evaluation.metrics", manual=True),
-    Row("METRICS", "evaluation.metrics", each(choice(METRICS)), manual=True),
-    Row("METRICS_PATH", inert=NOT_ACTED_ON),
-    Row("REPORT_PATH", inert=NOT_ACTED_ON),
+    Row("METRICS", "evaluation.metrics", list_of(choice(METRICS)), manual=True),
+    Row("METRICS_PATH", no_effect=FIXED_FILES),
+    Row("REPORT_PATH", no_effect=FIXED_FILES),
     Row("LOG_INTERVAL", "tracking.loggingSteps", integer(1)),
     Row("MONGODB_ENABLED", "tracking.reportTo", boolean, manual=True),
     Row("MONGODB_URI", "tracking.mongodb.uriSecretRef", manual=True, secret=True),
     Row("MONGODB_DB_NAME", "tracking.mongodb.database"),
-    Row("MONGODB_COLLECTION_PREFIX", inert="collections have fixed names"),
+    Row("MONGODB_COLLECTION_PREFIX", no_effect="collections have fixed names"),
 )  # fmt: skip
 
 
@@ -99,7 +101,7 @@ KEYS = frozenset(key for row in ROWS for key in (row.key, *row.aliases))
 
 
 def _validated(draft: Draft) -> bool:
-    return draft.has("dataset.validation") or bool(draft.value("dataset.split.validation"))
+    return draft.has_value("dataset.validation") or bool(draft.value("dataset.split.validation"))
 
 
 def _four_bits(draft: Draft) -> bool:
@@ -107,40 +109,40 @@ def _four_bits(draft: Draft) -> bool:
 
 
 def _compares(draft: Draft) -> bool:
-    """Whether base and tuned model answer prompts: what the file leaves open about that is not what we would do."""
+    """Return whether base and tuned model are compared on prompts. The tool's defaults for that differ from those of FineTuneJob."""
     return any(path.startswith("evaluation.comparison.") for path in draft.values)
 
 
-PROFILE: tuple[Fill, ...] = (
-    Fill("model.source", "gpt2", "page default"),
-    Fill("method.lora.rank", 8, when=lambda d: d.value("method.type") != "adapter"),
-    Fill("method.lora.alpha", 16, when=lambda d: d.value("method.type") != "adapter"),
-    Fill("method.lora.dropout", 0.1, when=lambda d: d.value("method.type") != "adapter"),
-    Fill("training.epochs", 3),
-    Fill("training.batchSizePerDevice", 4),
-    Fill("training.gradientAccumulationSteps", 4),
-    Fill("training.learningRate", 3e-4),
-    Fill("training.scheduler", "linear", "fixed in its code"),
-    Fill("training.warmupRatio", 0, "fixed in its code"),
-    Fill("training.optimizer", "adamw_torch", "fixed in its code"),
-    Fill("training.weightDecay", 0, "fixed in its code"),
-    Fill("training.maxGradNorm", 1, "fixed in its code"),
-    Fill("dataset.maxSequenceLength", 512),
-    Fill("dataset.useChatTemplate", False, "fixed in its code"),
-    Fill("dataset.responseOnly.enabled", False, "fixed in its code"),
-    Fill("model.quantization.doubleQuant", False, "default of its code", _four_bits),
-    Fill("model.quantization.computeDtype", "float16", "default of its code", lambda d: _four_bits(d) and d.value("training.mixedPrecision") == "fp16"),
-    Fill("evaluation.comparison.generation.maxNewTokens", 150, "default of its code", _compares),
-    Fill("evaluation.comparison.generation.temperature", 0.7, "default of its code", _compares),
-    Fill("evaluation.comparison.generation.topP", 0.9, "default of its code", _compares),
-    Fill("evaluation.comparison.generation.doSample", True, "default of its code", _compares),
-    Fill("dataset.mcq.includeOptions", True, "our choice: that tool leaves the options out of the prompt", lambda d: d.value("dataset.format") == "mcq"),
-    Fill("checkpoint.keep", 0, "fixed in its code"),
-    Fill("checkpoint.loadBestAtEnd", True, "fixed in its code", _validated),
-    Fill("output.dir", "results", "fixed in its code"),
-    Fill("output.layout", "projectModelTime", "fixed in its code"),
-    Fill("output.project", "default_project", "fixed in its code"),
-    Fill("tracking.loggingSteps", 10),
+DEFAULTS: tuple[ToolDefault, ...] = (
+    ToolDefault("model.source", "gpt2", "documented default"),
+    ToolDefault("method.lora.rank", 8, when=lambda d: d.value("method.type") != "adapter"),
+    ToolDefault("method.lora.alpha", 16, when=lambda d: d.value("method.type") != "adapter"),
+    ToolDefault("method.lora.dropout", 0.1, when=lambda d: d.value("method.type") != "adapter"),
+    ToolDefault("training.epochs", 3),
+    ToolDefault("training.batchSizePerDevice", 4),
+    ToolDefault("training.gradientAccumulationSteps", 4),
+    ToolDefault("training.learningRate", 3e-4),
+    ToolDefault("training.scheduler", "linear", "hard-coded in the tool"),
+    ToolDefault("training.warmupRatio", 0, "hard-coded in the tool"),
+    ToolDefault("training.optimizer", "adamw_torch", "hard-coded in the tool"),
+    ToolDefault("training.weightDecay", 0, "hard-coded in the tool"),
+    ToolDefault("training.maxGradNorm", 1, "hard-coded in the tool"),
+    ToolDefault("dataset.maxSequenceLength", 512),
+    ToolDefault("dataset.useChatTemplate", False, "hard-coded in the tool"),
+    ToolDefault("dataset.responseOnly.enabled", False, "hard-coded in the tool"),
+    ToolDefault("model.quantization.doubleQuant", False, "default of its code", _four_bits),
+    ToolDefault("model.quantization.computeDtype", "float16", "default of its code", lambda d: _four_bits(d) and d.value("training.mixedPrecision") == "fp16"),
+    ToolDefault("evaluation.comparison.generation.maxNewTokens", 150, "default of its code", _compares),
+    ToolDefault("evaluation.comparison.generation.temperature", 0.7, "default of its code", _compares),
+    ToolDefault("evaluation.comparison.generation.topP", 0.9, "default of its code", _compares),
+    ToolDefault("evaluation.comparison.generation.doSample", True, "default of its code", _compares),
+    ToolDefault("dataset.mcq.includeOptions", True, "chosen here: the tool leaves the options out of the prompt", lambda d: d.value("dataset.format") == "mcq"),
+    ToolDefault("checkpoint.keep", 0, "hard-coded in the tool"),
+    ToolDefault("checkpoint.loadBestAtEnd", True, "hard-coded in the tool", _validated),
+    ToolDefault("output.dir", "results", "hard-coded in the tool"),
+    ToolDefault("output.layout", "projectModelTime", "hard-coded in the tool"),
+    ToolDefault("output.project", "default_project", "hard-coded in the tool"),
+    ToolDefault("tracking.loggingSteps", 10),
 )  # fmt: skip
 
 
@@ -150,15 +152,15 @@ MARKS = re.compile(r"^\s*(export\s+)?(MODEL_NAME|TRAIN_DATA_PATH|DATASET_TYPE|TE
 FLAG_MARKS = ("--data_path", "--dataset_type", "--technique", "--model_name", "--hf_token")
 
 
-def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
-    """A `.env` file, or that tool's flags where no file is given."""
+def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
+    """Return whether there is a `.env` file, or without files, whether the flags are those of the tool."""
     if documents:
         return any(d.path.suffix == ".env" or d.path.name == ".env" or MARKS.search(d.text) for d in documents)
     return any(word.partition("=")[0] in FLAG_MARKS for word in words)
 
 
 def read(draft: Draft) -> Iterator[Entry]:
-    """Files in order, then the file of the tool's own --config, then its flags."""
+    """Yield the options of the files in order, of the file that the tool's `--config` names, then of its flags."""
     for document in draft.documents:
         yield from _file(document, draft)
     yield from _flags(draft)
@@ -170,35 +172,40 @@ def _file(document: Document, draft: Draft) -> Iterator[Entry]:
     values: dict[str, str] = {}
     for binding in parse_stream(io.StringIO(document.text)):
         line = binding.original.line + _leading_lines(binding.original.string)
-        place = f"{document.name}:{line}"
+        location = f"{document.name}:{line}"
         if binding.error:
             shown = binding.original.string.strip()
             draft.mistakes.append(
-                Mistake(place, "", f"{_shorten(shown)!r} is not KEY=value", "remove the line, or write KEY=value")
+                Mistake(
+                    location,
+                    "",
+                    f"{_shorten(shown)!r} has not the form KEY=value",
+                    "remove the line, or write KEY=value",
+                )
             )
         elif binding.key is not None and binding.value is None:
             name = binding.key if binding.key in KEYS else _shorten(binding.key)
-            hint = f"write {name}=value, or {name}= for none"
-            draft.mistakes.append(Mistake(place, name, "it has no `=` and no value", hint))
+            hint = f"write {name}=value, or {name}= to leave it unset"
+            draft.mistakes.append(Mistake(location, name, "the line has no `=` and no value", hint))
         elif binding.key is not None and binding.value is not None:
-            value = _interpolate(binding.value, values, draft, place, binding.key)
+            value = _interpolate(binding.value, values, draft, location, binding.key)
             values[binding.key] = value
-            yield Entry(binding.key, value.strip(), Origin(place))
+            yield Entry(binding.key, value.strip(), Origin(location))
 
 
 def _leading_lines(original: str) -> int:
-    """Blank lines that the parser counts to the binding behind them."""
+    """Count the blank lines before a binding, which the parser includes in the binding."""
     return len(original) - len(original.lstrip("\r\n")) if original.strip() else 0
 
 
 def _shorten(line: str) -> str:
-    """Enough of a stray line to find it; one long word may be a secret that lost its key."""
-    if " " not in line and len(line) > SHORT_WORD:
+    """Shorten a stray line so that it can still be found. A single long word may be a secret without its key, so only its start is shown."""
+    if " " not in line and len(line) > MAX_SHOWN_WORD:
         return line[:2] + "..."
     return line if len(line) <= 40 else line[:37] + "..."
 
 
-def _interpolate(value: str, values: dict[str, str], draft: Draft, place: str, key: str) -> str:
+def _interpolate(value: str, values: dict[str, str], draft: Draft, location: str, key: str) -> str:
     from dotenv.variables import parse_variables
 
     known = {**draft.request.environment, **values}
@@ -207,31 +214,31 @@ def _interpolate(value: str, values: dict[str, str], draft: Draft, place: str, k
         name = getattr(part, "name", None)
         if name is not None and name not in known and getattr(part, "default", None) is None:
             draft.mistakes.append(
-                Mistake(place, key, f"variable {name} is not set", "set it above this line, or write the value itself")
+                Mistake(location, key, f"variable {name} is not set", "set it above this line, or write its value here")
             )
     return "".join(part.resolve(known) for part in parts)
 
 
 def _flags(draft: Draft) -> Iterator[Entry]:
     known = [alias for row in ROWS for alias in row.aliases if alias.startswith("-")]
-    flags = parse_flags(after_launcher(draft.request.words), lambda name: True)
-    stray_mistakes(draft, flags)
+    flags = parse_flags(strip_launcher(draft.request.tool_arguments), lambda name: True)
+    add_stray_mistakes(draft, flags)
     entries: list[Entry] = []
     for name, value in flags.pairs:
         spelled = _complete(name, known)
         if spelled in ("--config", "-config"):
-            document = config_document(draft, value) if value else None
+            document = add_config_file(draft, value) if value else None
             if document is not None:
                 yield from _file(document, draft)
         elif value is None:
-            draft.mistakes.append(Mistake("command line", name, "it has no value", f"write {name} VALUE"))
+            draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         else:
             entries.append(flag_entry(spelled, value))
     yield from entries
 
 
 def _complete(name: str, known: list[str]) -> str:
-    """The flag that an abbreviation stands for, as that tool's parser reads it; otherwise the name itself."""
+    """Return the flag that an abbreviation means to the tool's parser; otherwise the name itself."""
     if name in known or name in ("--config", "-config"):
         return name
     longer = [one for one in (*known, "--config") if name.startswith("--") and one.startswith(name)]
@@ -242,15 +249,15 @@ def _complete(name: str, known: list[str]) -> str:
 
 
 def combine(draft: Draft) -> None:
-    """What one option of that tool means depends on others."""
-    place_source(draft, "MODEL_NAME", "model.source")
-    place_tokenizer(draft, "TOKENIZER", "MODEL_NAME")
+    """Set the fields whose value depends on several options of the tool."""
+    assign_source(draft, "MODEL_NAME", "model.source")
+    assign_tokenizer(draft, "TOKENIZER", "MODEL_NAME")
     for key, path in (
         ("TRAIN_DATA_PATH", "dataset.train"),
         ("VAL_DATA_PATH", "dataset.validation"),
         ("TEST_DATA_PATH", "dataset.test"),
     ):
-        place_source(draft, key, path, always_local=True)
+        assign_source(draft, key, path, always_local=True)
     _token(draft)
     _format(draft)
     _split(draft)
@@ -263,69 +270,72 @@ def combine(draft: Draft) -> None:
 def _token(draft: Draft) -> None:
     token, used = draft.given.get("HUGGINGFACE_TOKEN"), draft.get("USE_AUTH_TOKEN")
     if token is not None and used is False:
-        draft.warn(f"{token.origin.place}: {token.key} has no effect: USE_AUTH_TOKEN is false")
+        draft.warn_no_effect("HUGGINGFACE_TOKEN", "USE_AUTH_TOKEN is false")
     elif token is not None:
-        draft.put("model.tokenSecretRef", draft.secret("hf-token", token.value), "HUGGINGFACE_TOKEN")
-    elif used and "model.tokenSecretRef" not in draft.request.own:
-        place = draft.given["USE_AUTH_TOKEN"].origin.place
-        draft.warn(f"{place}: USE_AUTH_TOKEN is true and no token is given: for a gated model add model.tokenSecretRef")
+        draft.assign("model.tokenSecretRef", draft.store_secret("hf-token", token.value), "HUGGINGFACE_TOKEN")
+    elif used and "model.tokenSecretRef" not in draft.request.overrides:
+        location = draft.given["USE_AUTH_TOKEN"].origin.location
+        message = "USE_AUTH_TOKEN is true, but no token is given: for a gated model, set model.tokenSecretRef"
+        draft.add_warning(f"{location}: {message}")
 
 
 def _format(draft: Draft) -> None:
     found = draft.get("DATASET_TYPE")
     if found == "text":
         found = "plainText" if str(draft.get("TRAIN_DATA_PATH", "")).endswith(".txt") else "promptCompletion"
-        draft.note(f"DATASET_TYPE text is read as {found}")
+        draft.add_note(f"DATASET_TYPE text is read as {found}")
     if found is not None:
-        draft.put("dataset.format", found, "DATASET_TYPE")
+        draft.assign("dataset.format", found, "DATASET_TYPE")
     if found == "mcq":
-        draft.note(
-            "multiple choice: the options are written into the prompt; `dataset.mcq.includeOptions: false` leaves them out, as that tool does"
+        draft.add_note(
+            "multiple choice: the prompt lists the options; to leave them out as the tool does, set `dataset.mcq.includeOptions: false`"
         )
 
 
 def _split(draft: Draft) -> None:
     ratios = ("TRAIN_RATIO", "VAL_RATIO", "TEST_RATIO")
     given = {key: float(draft.get(key)) for key in ratios if key in draft.given}
-    if draft.has("dataset.validation") or draft.has("dataset.test"):
+    if draft.has_value("dataset.validation") or draft.has_value("dataset.test"):
         for key in (*given, *(["SPLIT_SEED"] if "SPLIT_SEED" in draft.given else [])):
             one = draft.given[key]
-            draft.warn(
-                f"{one.origin.place}: {one.key} has no effect: a file of its own is given for validation or test, so nothing is split"
+            draft.add_warning(
+                f"{one.origin.location}: {one.key} has no effect: the training data is not split, because a validation or test file is given"
             )
         return
-    if any(key in draft.broken for key in ratios):
+    if any(key in draft.unreadable for key in ratios):
         return
     total = sum(given.values())
     names = "+".join(given)
     if len(given) == 3 and abs(total - 1) > 1e-6:
-        draft.refuse(
-            tuple(given), f"{names} = {total:g}, must be 1", "change one of them, or leave one out: it takes the rest"
+        draft.add_mistake(
+            tuple(given),
+            f"{names} = {total:g}, but must be 1",
+            "change one of them, or remove one, which then takes the rest",
         )
         return
     if total > 1 + 1e-6:
-        draft.refuse(tuple(given), f"{names} = {total:g}, must not be more than 1", "make them smaller")
+        draft.add_mistake(tuple(given), f"{names} = {total:g}, but must be at most 1", "reduce them")
         return
     parts = _ratios(given)
     if parts["TRAIN_RATIO"] <= 0:
-        draft.refuse(
-            tuple(given), "nothing is left for training", "make the other parts smaller", settles="dataset.split"
+        draft.add_mistake(
+            tuple(given), "no rows are left for training", "reduce the other ratios", explains="dataset.split"
         )
         return
     for key, value in parts.items():
         part = {"TRAIN_RATIO": "train", "VAL_RATIO": "validation", "TEST_RATIO": "test"}[key]
         if key in given:
-            draft.put(f"dataset.split.{part}", value, key)
+            draft.assign(f"dataset.split.{part}", value, key)
         else:
-            draft.fill(f"dataset.split.{part}", value, "the rest" if given else "page default")
+            draft.assign_default(f"dataset.split.{part}", value, "the rest" if given else "documented default")
     if "SPLIT_SEED" in draft.given:
-        draft.put("dataset.split.seed", draft.get("SPLIT_SEED"), "SPLIT_SEED")
+        draft.assign("dataset.split.seed", draft.get("SPLIT_SEED"), "SPLIT_SEED")
     else:
-        draft.fill("dataset.split.seed", 42, "page default")
+        draft.assign_default("dataset.split.seed", 42, "documented default")
 
 
 def _ratios(given: dict[str, float]) -> dict[str, float]:
-    """All three ratios: what is not given takes the rest; a lone training ratio leaves equal parts to the other two."""
+    """Return all three ratios. Missing ratios take the rest; if only the training ratio is given, the other two share the rest equally."""
     ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
     if not given:
         return ratios
@@ -342,130 +352,129 @@ def _ratios(given: dict[str, float]) -> dict[str, float]:
 
 def _method(draft: Draft) -> None:
     technique, four_bit = draft.get("TECHNIQUE", "lora"), draft.get("LOAD_IN_4BIT")
-    if "TECHNIQUE" in draft.broken:
+    if "TECHNIQUE" in draft.unreadable:
         return
     if technique == "qlora" and four_bit is False:
-        draft.refuse(
+        draft.add_mistake(
             ("TECHNIQUE", "LOAD_IN_4BIT"),
-            "qlora loads the base in 4 bit, and LOAD_IN_4BIT is false",
+            "qlora loads the base model in 4 bits, but LOAD_IN_4BIT is false",
             "remove LOAD_IN_4BIT, or write TECHNIQUE=lora",
         )
     if technique == "lora" and four_bit:
-        draft.note("TECHNIQUE lora with LOAD_IN_4BIT true is QLoRA, and imported as such")
+        draft.add_note("TECHNIQUE lora with LOAD_IN_4BIT true is QLoRA and is imported as qlora")
         technique = "qlora"
     if technique == "adapter":
-        place_source(draft, "ADAPTER_PATH", "method.adapter.source")
-        if not draft.has("method.adapter.source") and "ADAPTER_PATH" not in draft.broken:
-            draft.refuse(
+        assign_source(draft, "ADAPTER_PATH", "method.adapter.source")
+        if not draft.has_value("method.adapter.source") and "ADAPTER_PATH" not in draft.unreadable:
+            draft.add_mistake(
                 "TECHNIQUE",
-                "adapter needs an adapter to load, and none is named",
+                "the technique adapter continues an adapter, but none is given",
                 "give --adapter URI",
-                settles="method.adapter.source",
+                explains="method.adapter.source",
             )
     elif "ADAPTER_PATH" in draft.given:
-        draft.warn(f"{draft.given['ADAPTER_PATH'].origin.place}: ADAPTER_PATH has no effect: TECHNIQUE is {technique}")
+        draft.warn_no_effect("ADAPTER_PATH", f"TECHNIQUE is {technique}")
     if "TECHNIQUE" in draft.given:
-        draft.put("method.type", technique, "TECHNIQUE")
+        draft.assign("method.type", technique, "TECHNIQUE")
     else:
-        draft.fill("method.type", technique)
+        draft.assign_default("method.type", technique)
     if four_bit or technique == "qlora":
-        draft.put("model.quantization.bits", 4, "LOAD_IN_4BIT" if four_bit else "TECHNIQUE")
-        draft.fill("model.quantization.type", "nf4")
+        draft.assign("model.quantization.bits", 4, "LOAD_IN_4BIT" if four_bit else "TECHNIQUE")
+        draft.assign_default("model.quantization.type", "nf4")
 
 
 def _device(draft: Draft) -> None:
     device = draft.get("DEVICE", "auto")
     if device == "auto":
         return
-    draft.put("training.device", device, "DEVICE")
+    draft.assign("training.device", device, "DEVICE")
     if device == "cpu":
-        draft.put("resources.gpusPerNode", 0, "DEVICE")
-        draft.fill("training.mixedPrecision", "no", "fixed in its code")
+        draft.assign("resources.gpusPerNode", 0, "DEVICE")
+        draft.assign_default("training.mixedPrecision", "no", "hard-coded in the tool")
     if device == "cuda":
-        draft.put("resources.gpusPerNode", 1, "DEVICE")
-        draft.fill("training.mixedPrecision", "fp16", "fixed in its code")
+        draft.assign("resources.gpusPerNode", 1, "DEVICE")
+        draft.assign_default("training.mixedPrecision", "fp16", "hard-coded in the tool")
     if device == "mps":
-        draft.fill("training.mixedPrecision", "no", "fixed in its code")
+        draft.assign_default("training.mixedPrecision", "no", "hard-coded in the tool")
 
 
 def _steps(draft: Draft) -> None:
-    """With validation data that tool evaluates and saves every EVAL_STEPS steps; without, SAVE_STRATEGY decides."""
+    """Set evaluation and checkpoints. With validation data the tool does both every EVAL_STEPS steps; without, SAVE_STRATEGY applies."""
     steps, saves = draft.get("EVAL_STEPS", 100), draft.get("SAVE_STRATEGY")
     origin = draft.given["EVAL_STEPS"].origin if "EVAL_STEPS" in draft.given else None
     if _validated(draft):
-        draft.fill("evaluation.strategy", "steps", "fixed in its code")
-        draft.fill("checkpoint.strategy", "steps", "fixed in its code")
+        draft.assign_default("evaluation.strategy", "steps", "hard-coded in the tool")
+        draft.assign_default("checkpoint.strategy", "steps", "hard-coded in the tool")
         for path in ("evaluation.steps", "checkpoint.steps"):
             if origin:
-                draft.put(path, steps, "EVAL_STEPS")
+                draft.assign(path, steps, "EVAL_STEPS")
             else:
-                draft.fill(path, steps, "page default")
+                draft.assign_default(path, steps, "documented default")
         if saves not in (None, "steps"):
-            place = draft.given["SAVE_STRATEGY"].origin.place
-            draft.warn(
-                f"{place}: SAVE_STRATEGY has no effect: with validation data checkpoints are made when the model is evaluated"
-            )
+            draft.warn_no_effect("SAVE_STRATEGY", "with validation data, checkpoints are saved at every evaluation")
         return
     if saves is None:
-        draft.fill("checkpoint.strategy", "epoch", "fixed in its code")
+        draft.assign_default("checkpoint.strategy", "epoch", "hard-coded in the tool")
     else:
-        draft.put("checkpoint.strategy", saves, "SAVE_STRATEGY")
+        draft.assign("checkpoint.strategy", saves, "SAVE_STRATEGY")
     if saves == "steps":
-        draft.put("checkpoint.steps", steps, "EVAL_STEPS" if origin else "SAVE_STRATEGY")
-    elif origin and "dataset.split" not in {m.key for m in draft.mistakes} and not draft.broken:
-        draft.warn(f"{origin.place}: EVAL_STEPS has no effect: there is no validation data")
+        draft.assign("checkpoint.steps", steps, "EVAL_STEPS" if origin else "SAVE_STRATEGY")
+    elif origin and "dataset.split" not in {m.key for m in draft.mistakes} and not draft.unreadable:
+        draft.warn_no_effect("EVAL_STEPS", "there is no validation data")
 
 
 def _rest(draft: Draft) -> None:
     if "OUTPUT_DIR" in draft.given:
-        output_folder(draft, "OUTPUT_DIR")
-    config_map_reference(draft, "PROMPTS_FILE", "evaluation.comparison.promptsRef", "prompts", "--prompts")
+        assign_output_folder(draft, "OUTPUT_DIR")
+    assign_config_map(draft, "PROMPTS_FILE", "evaluation.comparison.promptsRef", "prompts", "--prompts")
     if "RESUME_CHECKPOINT" in draft.given:
         word = str(draft.get("RESUME_CHECKPOINT")).lower()
         if word in ("auto", "never", "true", "false"):
-            draft.put("checkpoint.resume", {"true": "auto", "false": "never"}.get(word, word), "RESUME_CHECKPOINT")
+            draft.assign("checkpoint.resume", {"true": "auto", "false": "never"}.get(word, word), "RESUME_CHECKPOINT")
         else:
-            place_source(draft, "RESUME_CHECKPOINT", "checkpoint.resume", always_local=True)
+            assign_source(draft, "RESUME_CHECKPOINT", "checkpoint.resume", always_local=True)
     if "CACHE_DIR" in draft.given:
         _cache(draft)
     _metrics(draft)
     if draft.get("MONGODB_ENABLED"):
-        draft.put("tracking.reportTo", ["mongodb"], "MONGODB_ENABLED")
+        draft.assign("tracking.reportTo", ["mongodb"], "MONGODB_ENABLED")
     if "MONGODB_URI" in draft.given and draft.get("MONGODB_ENABLED") is not False:
-        draft.put("tracking.reportTo", ["mongodb"], "MONGODB_URI")
-        draft.put("tracking.mongodb.uriSecretRef", draft.secret("mongodb-uri", draft.get("MONGODB_URI")), "MONGODB_URI")
+        draft.assign("tracking.reportTo", ["mongodb"], "MONGODB_URI")
+        draft.assign(
+            "tracking.mongodb.uriSecretRef", draft.store_secret("mongodb-uri", draft.get("MONGODB_URI")), "MONGODB_URI"
+        )
 
 
 def _cache(draft: Draft) -> None:
     given = draft.given["CACHE_DIR"]
     if str(given.value).startswith("pvc://"):
-        draft.put("model.cache", given.value, "CACHE_DIR")
+        draft.assign("model.cache", given.value, "CACHE_DIR")
     else:
-        draft.warn(
-            f"{given.origin.place}: CACHE_DIR has no effect: pods have no such folder; name a volume with --set model.cache=pvc://claim/path"
+        draft.warn_no_effect(
+            "CACHE_DIR", "pods cannot use a local folder; name a volume with --set model.cache=pvc://claim/path"
         )
 
 
 def _metrics(draft: Draft) -> None:
-    """METRICS lists them; TRACK_METRICS is a list or a switch."""
+    """Set the metrics. METRICS lists them; TRACK_METRICS is either a list or a boolean."""
     found: list[Any] = list(draft.get("METRICS") or [])
     track = draft.given.get("TRACK_METRICS")
     if track is not None and str(track.value).lower() not in ("true", "false"):
         for word in str(track.value).strip("[]").split(","):
             name = METRICS.get(word.strip())
             if name is None:
-                near = nearest(word.strip(), METRICS)
-                draft.refuse(
+                closest = closest_name(word.strip(), METRICS)
+                draft.add_mistake(
                     "TRACK_METRICS",
-                    f'"{word.strip()}" is not a metric known here',
-                    f"one of {', '.join(METRICS)}" + (f"; did you mean {near}?" if near else ""),
+                    f'"{word.strip()}" is not a supported metric',
+                    f"write one of {', '.join(METRICS)}" + (f"; did you mean {closest}?" if closest else ""),
                 )
             else:
                 found.append(name)
     if found and not (track is not None and str(track.value).lower() == "false"):
-        draft.put(
+        draft.assign(
             "evaluation.metrics", list(dict.fromkeys(found)), "METRICS" if "METRICS" in draft.given else "TRACK_METRICS"
         )
 
 
-IMPORTER = Importer("env", "this .env tool", ROWS, PROFILE, recognise, read, combine)
+IMPORTER = Importer("env", "this .env tool", ROWS, DEFAULTS, recognises, read, combine)

@@ -1,4 +1,4 @@
-"""`guide`: a flat quick-reference YAML, and the nested form that belongs to it; the flags of its script as overrides."""
+"""`guide`: the importer for a flat quick-reference YAML, its nested form, and the flags of its script."""
 
 from __future__ import annotations
 
@@ -6,64 +6,71 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from finetune_cli.importers.commands import after_launcher, config_document, flag_entry, parse_flags, stray_mistakes
-from finetune_cli.importers.convert import (
-    Unfit,
-    anything,
+from finetune_cli.importers.command_lines import (
+    add_config_file,
+    add_stray_mistakes,
+    flag_entry,
+    parse_flags,
+    strip_launcher,
+)
+from finetune_cli.importers.converters import (
+    ConversionError,
+    any_value,
     boolean,
     choice,
-    exactly,
+    first_match,
     integer,
-    modules,
+    mapping,
+    module_names,
     number,
-    one_of,
-    table,
     text,
+    text_matching,
 )
-from finetune_cli.importers.material import Document, Draft, Entry, Fill, Importer, Mistake, Row
-from finetune_cli.importers.paths import is_local, output_folder, place_source
+from finetune_cli.importers.documents import entries, parse, peek
+from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, ToolDefault
+from finetune_cli.importers.sources import assign_output_folder, assign_source, is_local
 from finetune_cli.importers.toml import BIAS, DTYPES, SCHEDULERS
-from finetune_cli.importers.yaml_tree import entries, parse, sniff
+from finetune_cli.mistakes import Mistake
 
 GENERATION = "evaluation.comparison.generation"
 TRACKERS = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
 FORMATS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "promptCompletion", "custom": "custom"}
-PLACES_ITSELF = "the trainer places the model itself"
+DEVICE_MAP = "the trainer assigns the model to devices"
 
 
-TRAIN_SPLIT = exactly(
+TRAIN_SPLIT = text_matching(
     lambda t: t == "train",
-    "names a split, and a source is its training split",
-    "train; for another one give --data URI",
+    "is not the training split, which a source always uses",
+    "train; for another split give --data URI",
 )
 
 
 def steps_or_none(value: Any) -> int | None:
-    """A number of steps; -1 and 0 mean none."""
+    """Convert a number of steps; -1 and 0 become None."""
     found = integer(-1)(value)
     return found if found > 0 else None
 
 
 def positive(value: Any) -> float | int:
-    """A positive number."""
+    """Convert a positive number."""
     try:
         found: float | int = number(above=0)(value)
         return found
-    except Unfit as unfit:
-        raise Unfit("is not a positive number", unfit.allowed) from None
+    except ConversionError as error:
+        raise ConversionError("is not a positive number", error.allowed) from None
 
 
 ROWS: tuple[Row, ...] = (
     Row("model", "model.source", aliases=("base_model.name", "--model"), required=True, manual=True),
     Row("base_model.dtype", "model.dtype", choice(DTYPES)),
-    Row("base_model.device_map", inert=PLACES_ITSELF),
+    Row("base_model.device_map", no_effect=DEVICE_MAP),
     Row("base_model.trust_remote_code", "model.trustRemoteCode", boolean),
     Row("lora_r", "method.lora.rank", integer(1), ("lora.r", "--lora-r")),
     Row("lora_alpha", "method.lora.alpha", positive, ("lora.lora_alpha",)),
     Row("lora.lora_dropout", "method.lora.dropout", number(0, below=1)),
     Row("lora.bias", "method.lora.bias", choice(BIAS)),
     Row("lora.task_type", "method.lora.taskType", choice({"CAUSAL_LM": "causalLM"})),
-    Row("target_modules", "method.lora.targetModules", one_of(modules, table), ("lora.target_modules",), manual=True),
+    Row("target_modules", "method.lora.targetModules", first_match(module_names, mapping), ("lora.target_modules",), manual=True),
     Row("use_4bit", "model.quantization.bits", boolean, manual=True),
     Row("quantization.enabled", "model.quantization.bits", boolean, manual=True),
     Row("quantization.load_in_4bit", "model.quantization.bits", boolean, manual=True),
@@ -90,13 +97,13 @@ ROWS: tuple[Row, ...] = (
     Row("training.logging_first_step", "tracking.logFirstStep", boolean),
     Row("training.eval_strategy", "evaluation.strategy", choice(["steps", "epoch", "no"])),
     Row("training.eval_steps", "evaluation.steps", integer(1), manual=True),
-    Row("training.eval_accumulation_steps", convert=anything, inert="the trainer never keeps all outputs of an evaluation"),
+    Row("training.eval_accumulation_steps", convert=any_value, no_effect="the trainer does not accumulate evaluation outputs"),
     Row("training.save_strategy", "checkpoint.strategy", choice(["steps", "epoch", "no"])),
     Row("training.save_steps", "checkpoint.steps", integer(1)),
     Row("training.save_total_limit", "checkpoint.keep", integer(1)),
     Row("training.load_best_model_at_end", "checkpoint.loadBestAtEnd", boolean),
     Row("training.output_dir", "output.dir", aliases=("--output",), manual=True),
-    Row("training.overwrite_output_dir", convert=boolean, inert="every run writes to a folder of its own"),
+    Row("training.overwrite_output_dir", convert=boolean, no_effect="every run writes to its own folder"),
     Row("training.report_to", "tracking.reportTo", choice(TRACKERS), manual=True, empty_is_absent=False),
     Row("training.seed", "training.seed", integer(0, 4294967295)),
     Row("--data", "dataset.train", manual=True),
@@ -121,47 +128,47 @@ ROWS: tuple[Row, ...] = (
     Row("inference.top_p", f"{GENERATION}.topP", number(0, 1, above=0)),
     Row("inference.top_k", f"{GENERATION}.topK", integer(0)),
     Row("inference.do_sample", f"{GENERATION}.doSample", boolean),
-    Row("inference.num_beams", convert=integer(1), inert="answers are sampled or greedy, without beams"),
+    Row("inference.num_beams", convert=integer(1), no_effect="generation is greedy or sampled, without beam search"),
     Row("inference.repetition_penalty", f"{GENERATION}.repetitionPenalty", number(above=0)),
     Row("post_training.merge_adapter", "output.mergeAdapter", boolean, ("--merge",)),
     Row("post_training.push_to_hub", "output.hub.push", boolean),
     Row("post_training.hub_model_id", "output.hub.repository"),
-    Row("templates", "dataset.template", table, manual=True),
-    Row("requirements", convert=anything, inert="it holds notes on memory"),
+    Row("templates", "dataset.template", mapping, manual=True),
+    Row("requirements", convert=any_value, no_effect="it only documents memory requirements"),
 )  # fmt: skip
-FIXED = "fixed in its code"
+FIXED = "hard-coded in the tool"
 
 
 def _four_bits(draft: Draft) -> bool:
     return bool(draft.value("method.type") == "qlora")
 
 
-PROFILE: tuple[Fill, ...] = (
-    Fill("method.lora.rank", 16),
-    Fill("method.lora.alpha", 32),
-    Fill("method.lora.dropout", 0.05, FIXED),
-    Fill("method.lora.bias", "none", FIXED),
-    Fill("model.quantization.type", "nf4", FIXED, _four_bits),
-    Fill("model.quantization.computeDtype", "bfloat16", FIXED, _four_bits),
-    Fill("model.quantization.doubleQuant", True, FIXED, _four_bits),
-    Fill("training.epochs", 3),
-    Fill("training.batchSizePerDevice", 4),
-    Fill("training.gradientAccumulationSteps", 4),
-    Fill("training.learningRate", 2e-4),
-    Fill("training.scheduler", "linear"),
-    Fill("training.warmupRatio", 0.03, when=lambda d: not d.has("training.warmupSteps")),
-    Fill("training.optimizer", "adamw_torch"),
-    Fill("training.weightDecay", 0),
-    Fill("training.maxGradNorm", 1),
-    Fill("training.mixedPrecision", "bf16", FIXED, gpu=True),
-    Fill("dataset.maxSequenceLength", 512),
-    Fill("checkpoint.strategy", "steps"),
-    Fill("checkpoint.steps", 100),
-    Fill("checkpoint.keep", 3),
-    Fill("output.dir", "output", FIXED),
-    Fill("output.layout", "flat", FIXED),
-    Fill("tracking.reportTo", ["tensorboard"]),
-    Fill("tracking.loggingSteps", 10),
+DEFAULTS: tuple[ToolDefault, ...] = (
+    ToolDefault("method.lora.rank", 16),
+    ToolDefault("method.lora.alpha", 32),
+    ToolDefault("method.lora.dropout", 0.05, FIXED),
+    ToolDefault("method.lora.bias", "none", FIXED),
+    ToolDefault("model.quantization.type", "nf4", FIXED, _four_bits),
+    ToolDefault("model.quantization.computeDtype", "bfloat16", FIXED, _four_bits),
+    ToolDefault("model.quantization.doubleQuant", True, FIXED, _four_bits),
+    ToolDefault("training.epochs", 3),
+    ToolDefault("training.batchSizePerDevice", 4),
+    ToolDefault("training.gradientAccumulationSteps", 4),
+    ToolDefault("training.learningRate", 2e-4),
+    ToolDefault("training.scheduler", "linear"),
+    ToolDefault("training.warmupRatio", 0.03, when=lambda d: not d.has_value("training.warmupSteps")),
+    ToolDefault("training.optimizer", "adamw_torch"),
+    ToolDefault("training.weightDecay", 0),
+    ToolDefault("training.maxGradNorm", 1),
+    ToolDefault("training.mixedPrecision", "bf16", FIXED, needs_gpu=True),
+    ToolDefault("dataset.maxSequenceLength", 512),
+    ToolDefault("checkpoint.strategy", "steps"),
+    ToolDefault("checkpoint.steps", 100),
+    ToolDefault("checkpoint.keep", 3),
+    ToolDefault("output.dir", "output", FIXED),
+    ToolDefault("output.layout", "flat", FIXED),
+    ToolDefault("tracking.reportTo", ["tensorboard"]),
+    ToolDefault("tracking.loggingSteps", 10),
 )  # fmt: skip
 MERGED = frozenset({"templates", "requirements", "lora.target_modules", "target_modules"})
 FLAGS = ("--model", "--data", "--output", "--epochs", "--batch-size", "--lora-r", "--merge")
@@ -170,12 +177,12 @@ FLAGS = ("--model", "--data", "--output", "--epochs", "--batch-size", "--lora-r"
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
-    """Flat: `model` as a text with `lora_r` or `use_4bit`. Nested: `base_model.name` and `lora`."""
+def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
+    """Return whether a document has the flat form (`model` as text, with `lora_r` or `use_4bit`) or the nested form (`base_model.name`)."""
     if not documents:
         return any(word.partition("=")[0] in ("--lora-r", "--merge") for word in words)
     for document in documents:
-        found = sniff(document)
+        found = peek(document)
         base = found.get("base_model")
         flat = isinstance(found.get("model"), str) and any(key in found for key in ("lora_r", "use_4bit", "lora_alpha"))
         if flat or (isinstance(base, dict) and "name" in base):
@@ -184,19 +191,19 @@ def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
 
 
 def read(draft: Draft) -> Iterator[Entry]:
-    """Files in order, then the flags of that tool's script."""
-    flags = parse_flags(after_launcher(draft.request.words), lambda name: name != "--merge")
-    stray_mistakes(draft, flags)
+    """Yield the options of the files in order, then the flags of the tool's script."""
+    flags = parse_flags(strip_launcher(draft.request.tool_arguments), lambda name: name != "--merge")
+    add_stray_mistakes(draft, flags)
     for name, value in flags.pairs:
         if name == "--config" and value:
-            config_document(draft, value)
+            add_config_file(draft, value)
     for document in draft.documents:
         yield from entries(document, parse(document), MERGED)
     for name, value in flags.pairs:
         if name == "--merge":
             yield flag_entry(name, True if value is None else value)
         elif name != "--config" and value is None:
-            draft.mistakes.append(Mistake("command line", name, "it has no value", f"write {name} VALUE"))
+            draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         elif name != "--config":
             yield flag_entry(name, value)
 
@@ -205,9 +212,9 @@ def read(draft: Draft) -> Iterator[Entry]:
 
 
 def combine(draft: Draft) -> None:
-    """What one option of that tool means depends on others."""
-    place_source(draft, "model", "model.source")
-    place_source(draft, "--data", "dataset.train", always_local=is_local(str(draft.get("--data", ""))))
+    """Set the fields whose value depends on several options of the tool."""
+    assign_source(draft, "model", "model.source")
+    assign_source(draft, "--data", "dataset.train", always_local=is_local(str(draft.get("--data", ""))))
     _method(draft)
     _targets(draft)
     _precision(draft)
@@ -215,10 +222,10 @@ def combine(draft: Draft) -> None:
     _evaluation(draft)
     _callbacks(draft)
     if "training.output_dir" in draft.given:
-        output_folder(draft, "training.output_dir")
+        assign_output_folder(draft, "training.output_dir")
     if "training.gradient_checkpointing" in draft.given:
         on = "enabled" if draft.get("training.gradient_checkpointing") else "disabled"
-        draft.put("training.gradientCheckpointing", on, "training.gradient_checkpointing")
+        draft.assign("training.gradientCheckpointing", on, "training.gradient_checkpointing")
 
 
 def _method(draft: Draft) -> None:
@@ -226,56 +233,61 @@ def _method(draft: Draft) -> None:
     eight = _loaded(draft, "load_in_8bit")
     if four and eight:
         keys = ("quantization.load_in_4bit", "quantization.load_in_8bit")
-        draft.refuse(
+        draft.add_mistake(
             keys,
-            "4-bit and 8-bit are both true, and a base is loaded in one of them",
+            "4-bit and 8-bit loading are both true, but a base model is loaded in only one of them",
             "set one of them to false",
-            settles="model.quantization",
+            explains="model.quantization",
         )
         return
     adapters = [key for key in draft.given if key.startswith("lora") or key == "target_modules"]
-    broken = any(key.startswith("lora") or "4bit" in key for key in draft.broken) or any(
+    broken = any(key.startswith("lora") or "4bit" in key for key in draft.unreadable) or any(
         m.key.startswith("lora") for m in draft.mistakes
     )
     if not adapters and not four:
         if not broken:
             hint = "write lora_r for LoRA, and use_4bit: true for QLoRA"
             draft.mistakes.append(
-                Mistake(draft.where, "lora_r", "no method: there are neither LoRA's options nor 4-bit loading", hint)
+                Mistake(
+                    draft.location,
+                    "lora_r",
+                    "the file selects no method: it has neither LoRA options nor 4-bit loading",
+                    hint,
+                )
             )
         return
     source = four or (adapters[0] if adapters else eight)
     if source is None:
         return
-    draft.put("method.type", "qlora" if four else "lora", source)
+    draft.assign("method.type", "qlora" if four else "lora", source)
     if four or eight:
-        draft.put("model.quantization.bits", 4 if four else 8, four or eight or source)
+        draft.assign("model.quantization.bits", 4 if four else 8, four or eight or source)
 
 
 def _loaded(draft: Draft, name: str) -> str | None:
-    """The key that switches loading in few bits on; `quantization.enabled: false` switches it off."""
+    """Return the key that enables quantized loading; None if it is off. `quantization.enabled: false` disables it."""
     key, enabled = f"quantization.{name}", draft.get("quantization.enabled")
     if name == "load_in_4bit" and draft.get("use_4bit"):
         return "use_4bit"
     if draft.get(key) and enabled is False:
         given = draft.given[key]
-        draft.warn(f"{given.origin.place}: {given.key} has no effect: quantization.enabled is false")
+        draft.warn_no_effect(given.row.key, "quantization.enabled is false")
         return None
     if draft.get(key):
         return key
-    if name == "load_in_4bit" and enabled and not draft.wrote(key) and not draft.get("quantization.load_in_8bit"):
+    if name == "load_in_4bit" and enabled and not draft.has_key(key) and not draft.get("quantization.load_in_8bit"):
         return "quantization.enabled"
     return None
 
 
 def _targets(draft: Draft) -> None:
-    """A list, or a map from model family to a list: the family is looked for in the model's name."""
+    """Set the target modules from a list, or from a map of model families, whose key must occur in the model's name."""
     given = draft.given.get("target_modules")
     if given is None:
         return
     if not isinstance(given.value, dict):
         if given.value is not None:
-            draft.put("method.lora.targetModules", given.value, "target_modules")
+            draft.assign("method.lora.targetModules", given.value, "target_modules")
         return
     source = str(draft.value("model.source", ""))
     name = re.sub(r"[^a-z0-9]", "", source.lower())
@@ -283,44 +295,46 @@ def _targets(draft: Draft) -> None:
     found = next((family for family in families if re.sub(r"[^a-z0-9]", "", family.lower()) in name), None)
     found = found or next((family for family in families if family in ("default", "auto")), None)
     if found is None:
-        draft.refuse(
+        draft.add_mistake(
             "target_modules",
-            f"it names {', '.join(given.value)}, and none of them stands in the model's name {source}",
+            f"none of the model families {', '.join(given.value)} occurs in the model name {source}",
             "write a list",
         )
         return
     try:
-        draft.put("method.lora.targetModules", modules(given.value[found]), "target_modules")
-    except Unfit as unfit:
-        draft.refuse("target_modules", f"{found} {unfit.what}", f"allowed: {unfit.allowed}")
-    draft.note(f"target_modules: the list of {found} is taken, for {source}")
+        draft.assign("method.lora.targetModules", module_names(given.value[found]), "target_modules")
+    except ConversionError as error:
+        draft.add_mistake("target_modules", f"{found} {error.problem}", f"allowed: {error.allowed}")
+    draft.add_note(f"target_modules: the list for {found} is used for {source}")
 
 
 def _precision(draft: Draft) -> None:
     fp16, bf16 = "training.fp16", "training.bf16"
     if draft.get(fp16) and draft.get(bf16):
-        draft.refuse((fp16, bf16), "fp16 and bf16 are both true", "set one of them to false")
+        draft.add_mistake((fp16, bf16), "fp16 and bf16 are both true", "set one of them to false")
         return
     if draft.get(bf16):
-        draft.put("training.mixedPrecision", "bf16", bf16)
+        draft.assign("training.mixedPrecision", "bf16", bf16)
         if draft.get("base_model.dtype") == "float16":
             given = draft.given["base_model.dtype"]
-            draft.warn(f"{given.origin.place}: {given.key}: float16 weights and bf16 training: bfloat16 wins")
-            draft.put("model.dtype", "bfloat16", bf16)
+            draft.add_warning(
+                f"{given.origin.location}: {given.key}: weights in float16 do not fit bf16 training: bfloat16 is used"
+            )
+            draft.assign("model.dtype", "bfloat16", bf16)
     elif draft.get(fp16):
-        draft.put("training.mixedPrecision", "fp16", fp16)
+        draft.assign("training.mixedPrecision", "fp16", fp16)
     elif draft.get(bf16) is False:
-        draft.put("training.mixedPrecision", "no", bf16)
+        draft.assign("training.mixedPrecision", "no", bf16)
 
 
 def _data(draft: Draft) -> None:
     given = draft.given.get("dataset.eval_split")
-    if given is not None and not draft.has("dataset.validation"):
-        draft.warn(
-            f"{given.origin.place}: {given.key}: {given.value} names a split of a hub data set; give --validation URI, or dataset.eval_size"
+    if given is not None and not draft.has_value("dataset.validation"):
+        draft.add_warning(
+            f"{given.origin.location}: {given.key}: splits of hub data sets cannot be selected; give --validation URI or dataset.eval_size"
         )
-    if draft.has("dataset.split.validation"):
-        draft.fill("dataset.split.seed", 42, "our choice: that tool's hold-out is not seeded")
+    if draft.has_value("dataset.split.validation"):
+        draft.assign_default("dataset.split.seed", 42, "chosen here: the tool's split has no seed")
         if draft.get("dataset.eval_size") == 0:
             draft.values.pop("dataset.split.validation")
             draft.values.pop("dataset.split.seed")
@@ -328,7 +342,7 @@ def _data(draft: Draft) -> None:
     if draft.get("dataset.format") == "custom":
         _template(draft)
     elif templates is not None:
-        draft.warn(f"{templates.origin.place}: templates has no effect: dataset.format is not custom")
+        draft.add_warning(f"{templates.origin.location}: templates has no effect: dataset.format is not custom")
 
 
 def _template(draft: Draft) -> None:
@@ -336,28 +350,28 @@ def _template(draft: Draft) -> None:
     found = {} if given is None else {name: one for name, one in given.value.items() if isinstance(one, str)}
     chosen = found.get("custom") or (next(iter(found.values())) if len(found) == 1 else None)
     if chosen is None:
-        draft.refuse(
+        draft.add_mistake(
             "dataset.format",
-            "custom rows need a template, and none can be chosen",
+            "the format custom needs a template, but the file has none or several",
             "write templates.custom",
-            settles="dataset.template",
+            explains="dataset.template",
         )
     else:
-        draft.put("dataset.template", text(chosen), "templates")
+        draft.assign("dataset.template", text(chosen), "templates")
 
 
 def _evaluation(draft: Draft) -> None:
-    validated = draft.has("dataset.validation") or bool(draft.value("dataset.split.validation"))
+    validated = draft.has_value("dataset.validation") or bool(draft.value("dataset.split.validation"))
     if "training.eval_steps" in draft.given:
-        if validated or draft.has("evaluation.strategy"):
-            draft.put("evaluation.steps", draft.get("training.eval_steps"), "training.eval_steps")
+        if validated or draft.has_value("evaluation.strategy"):
+            draft.assign("evaluation.steps", draft.get("training.eval_steps"), "training.eval_steps")
         else:
             given = draft.given["training.eval_steps"]
-            draft.warn(f"{given.origin.place}: {given.key} has no effect: there is no validation data")
+            draft.warn_no_effect(given.row.key, "there is no validation data")
     elif validated:
-        draft.fill("evaluation.steps", 100)
+        draft.assign_default("evaluation.steps", 100)
     if validated:
-        draft.fill("evaluation.strategy", "steps")
+        draft.assign_default("evaluation.strategy", "steps")
 
 
 def _callbacks(draft: Draft) -> None:
@@ -366,21 +380,21 @@ def _callbacks(draft: Draft) -> None:
     if draft.get("callbacks.wandb.enabled"):
         trackers = list(dict.fromkeys([*(trackers or []), "wandb"]))
     if trackers is not None:
-        draft.put(
+        draft.assign(
             "tracking.reportTo",
             trackers,
             "callbacks.wandb.enabled" if draft.get("callbacks.wandb.enabled") else "training.report_to",
         )
-    elif draft.wrote("training.report_to") and "training.report_to" not in draft.broken:
-        draft.fill("tracking.reportTo", [], "report_to is null")
+    elif draft.has_key("training.report_to") and "training.report_to" not in draft.unreadable:
+        draft.assign_default("tracking.reportTo", [], "report_to is null")
     names = ("patience", "threshold")
     if draft.get("callbacks.early_stopping.enabled"):
-        draft.put(
+        draft.assign(
             "training.earlyStopping.patience",
             draft.get("callbacks.early_stopping.patience", 3),
             "callbacks.early_stopping.enabled",
         )
-        draft.put(
+        draft.assign(
             "training.earlyStopping.threshold",
             draft.get("callbacks.early_stopping.threshold", 0.01),
             "callbacks.early_stopping.enabled",
@@ -389,7 +403,7 @@ def _callbacks(draft: Draft) -> None:
     for name in names:
         given = draft.given.get(f"callbacks.early_stopping.{name}")
         if given is not None:
-            draft.warn(f"{given.origin.place}: {given.key} has no effect: early stopping is not enabled")
+            draft.warn_no_effect(given.row.key, "early stopping is not enabled")
 
 
-IMPORTER = Importer("guide", "this guide", ROWS, PROFILE, recognise, read, combine)
+IMPORTER = Importer("guide", "this guide", ROWS, DEFAULTS, recognises, read, combine)

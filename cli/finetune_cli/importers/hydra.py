@@ -1,6 +1,6 @@
-"""`hydra`: a composed file, a folder of groups or an older dashed command line, with Hydra's own composition and override grammar.
+"""`hydra`: the importer for a Hydra configuration: a composed file, a folder of groups, or an older command line with dashed flags.
 
-That tool's method, adapter sizes and warm-up are fixed in its code; an import writes them out, or the run would be another.
+Method, adapter sizes and warm-up are hard-coded in the tool; an import writes them into the spec, so that the run stays the same.
 """
 
 from __future__ import annotations
@@ -9,24 +9,26 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from finetune_cli.importers.commands import after_launcher, flag_entry, parse_flags, stray_mistakes
-from finetune_cli.importers.companions import is_accelerate, read_accelerate
-from finetune_cli.importers.convert import boolean, choice, integer, nearest, number
+from finetune_cli.importers.accelerate import is_accelerate, read_accelerate
+from finetune_cli.importers.command_lines import add_stray_mistakes, flag_entry, parse_flags, strip_launcher
+from finetune_cli.importers.converters import boolean, choice, integer, number
+from finetune_cli.importers.documents import peek
+from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, ToolDefault
 from finetune_cli.importers.hydra_compose import (
     GROUPS,
     composed,
     config_file,
     config_name,
     dashed,
-    key_of,
+    normalise_key,
     options,
     shipped,
 )
-from finetune_cli.importers.material import Document, Draft, Entry, Fill, Importer, Mistake, Row
-from finetune_cli.importers.paths import is_local, place_source
+from finetune_cli.importers.sources import assign_source, is_local
 from finetune_cli.importers.toml import PROJECTIONS, SCHEDULERS
 from finetune_cli.importers.yaml import assume_ranks
-from finetune_cli.importers.yaml_tree import sniff
+from finetune_cli.mistakes import Mistake
+from finetune_cli.suggestions import closest_name
 
 TRACKERS = {"wandb": ["wandb"], "tensorboard": ["tensorboard"], "mlflow": ["mlflow"], "none": []}
 FORMATS = {
@@ -36,12 +38,12 @@ COLUMNS: dict[str, dict[str, str]] = {
     "messages": {"question": "Question", "answer": "Response"},
     "plainText": {"text": "text"},
 }
-"""Columns that its code wants. Those of the other formats the trainer finds by itself, in any letter case, after TRL's own."""
+"""Columns that the tool's code requires. For the other formats the trainer finds the columns itself, in any letter case."""
 SYSTEM_PROMPT = "You are a personal assistant."
 
 
 def config(key: str, *args: Any, **kwargs: Any) -> Row:
-    """A key of the training group; its dashed flag is another spelling."""
+    """Return the row of a key of the training group. The dashed flag is another spelling of the key."""
     return Row(f"training_config.{key}", *args, **kwargs)
 
 
@@ -74,36 +76,36 @@ ROWS: tuple[Row, ...] = (
     config("num_generations", "trainer.grpo.numGenerations", integer(2), manual=True),
     config("temperature", "trainer.grpo.temperature", number(above=0), manual=True),
 )  # fmt: skip
-FIXED = "fixed in its code"
-PROFILE: tuple[Fill, ...] = (
-    Fill("method.type", "lora", FIXED),
-    Fill("method.lora.rank", 128, FIXED),
-    Fill("method.lora.alpha", 64, FIXED),
-    Fill("method.lora.dropout", 0, "fixed in its code for Unsloth", lambda d: d.value("trainer.backend") == "unsloth"),
-    Fill("method.lora.dropout", 0.05, FIXED),
-    Fill("method.lora.targetModules", PROJECTIONS, FIXED),
-    Fill("method.lora.bias", "none", FIXED),
-    Fill("model.dtype", "bfloat16", FIXED, gpu=True),
-    Fill("model.attention", "flashAttention2", FIXED, lambda d: d.value("trainer.backend") != "unsloth", gpu=True),
-    Fill("trainer.type", "sft", "code default"),
-    Fill("training.batchSizePerDevice", 2, "code default"),
-    Fill("training.gradientAccumulationSteps", 4, "code default"),
-    Fill("training.optimizer", "adamw_torch_fused", "code default"),
-    Fill("training.epochs", 1, "code default"),
-    Fill("training.scheduler", "cosine", "code default"),
-    Fill("training.warmupRatio", 0.1, FIXED, lambda d: not d.has("training.warmupSteps")),
-    Fill("training.weightDecay", 0, FIXED),
-    Fill("training.maxGradNorm", 1, FIXED),
-    Fill("training.mixedPrecision", "bf16", FIXED, gpu=True),
-    Fill("dataset.maxSequenceLength", 2048, "code default"),
-    Fill("dataset.responseOnly.enabled", False, FIXED, lambda d: d.value("trainer.type", "sft") == "sft"),
-    Fill("dataset.useChatTemplate", True, FIXED, lambda d: d.value("dataset.format") not in ("plainText", None)),
-    Fill("checkpoint.strategy", "steps", FIXED),
-    Fill("checkpoint.steps", 100, "code default"),
-    Fill("checkpoint.keep", 0, FIXED),
-    Fill("output.dir", "adapters", FIXED),
-    Fill("output.layout", "flat", FIXED),
-    Fill("tracking.loggingSteps", 50, FIXED),
+FIXED = "hard-coded in the tool"
+DEFAULTS: tuple[ToolDefault, ...] = (
+    ToolDefault("method.type", "lora", FIXED),
+    ToolDefault("method.lora.rank", 128, FIXED),
+    ToolDefault("method.lora.alpha", 64, FIXED),
+    ToolDefault("method.lora.dropout", 0, "fixed in its code for Unsloth", lambda d: d.value("trainer.backend") == "unsloth"),
+    ToolDefault("method.lora.dropout", 0.05, FIXED),
+    ToolDefault("method.lora.targetModules", PROJECTIONS, FIXED),
+    ToolDefault("method.lora.bias", "none", FIXED),
+    ToolDefault("model.dtype", "bfloat16", FIXED, needs_gpu=True),
+    ToolDefault("model.attention", "flashAttention2", FIXED, lambda d: d.value("trainer.backend") != "unsloth", needs_gpu=True),
+    ToolDefault("trainer.type", "sft", "default in its code"),
+    ToolDefault("training.batchSizePerDevice", 2, "default in its code"),
+    ToolDefault("training.gradientAccumulationSteps", 4, "default in its code"),
+    ToolDefault("training.optimizer", "adamw_torch_fused", "default in its code"),
+    ToolDefault("training.epochs", 1, "default in its code"),
+    ToolDefault("training.scheduler", "cosine", "default in its code"),
+    ToolDefault("training.warmupRatio", 0.1, FIXED, lambda d: not d.has_value("training.warmupSteps")),
+    ToolDefault("training.weightDecay", 0, FIXED),
+    ToolDefault("training.maxGradNorm", 1, FIXED),
+    ToolDefault("training.mixedPrecision", "bf16", FIXED, needs_gpu=True),
+    ToolDefault("dataset.maxSequenceLength", 2048, "default in its code"),
+    ToolDefault("dataset.responseOnly.enabled", False, FIXED, lambda d: d.value("trainer.type", "sft") == "sft"),
+    ToolDefault("dataset.useChatTemplate", True, FIXED, lambda d: d.value("dataset.format") not in ("plainText", None)),
+    ToolDefault("checkpoint.strategy", "steps", FIXED),
+    ToolDefault("checkpoint.steps", 100, "default in its code"),
+    ToolDefault("checkpoint.keep", 0, FIXED),
+    ToolDefault("output.dir", "adapters", FIXED),
+    ToolDefault("output.layout", "flat", FIXED),
+    ToolDefault("tracking.loggingSteps", 50, FIXED),
 )  # fmt: skip
 SHIPPED: dict[str, Any] = {
     "training_config.model": "./my_saved_model/qwen3-full", "training_config.trainer": "SFT", "training_config.distributed_training": "Unsloth",
@@ -112,10 +114,10 @@ SHIPPED: dict[str, Any] = {
     "training_config.save_steps": 100, "training_config.max_completion_length": 2048, "training_config.max_seq_length": 4096,
     "training_config.gradient_checkpointing": True, "training_config.report_to": "tensorboard", "dataset.path": None, "dataset.format": "standard",
 }  # fmt: skip
-"""What that tool's own configuration files say: the base of overrides that come without a file."""
+"""The tool's own configuration files: the base for overrides without a file."""
 
 
-KNOWN = frozenset(key_of(row.key) for row in ROWS)
+KNOWN = frozenset(normalise_key(row.key) for row in ROWS)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
@@ -131,17 +133,17 @@ FLAG_MARKS = (
 )
 
 
-def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
-    """A mapping with a training group, a flat group file, a folder of groups, or that tool's flags and overrides."""
+def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
+    """Return whether the input is a training group, a flat group file, a folder of groups, or flags or overrides of the tool."""
     if not documents:
         return any(
             w.partition("=")[0] in FLAG_MARKS or re.match(r"^[+~]*(training_configs?|training|dataset)[.=]", w)
             for w in words
         )
     for document in documents:
-        if document.folder:
+        if document.is_folder:
             return config_file(document.path) is not None or any(options(document.path))
-        found = sniff(document)
+        found = peek(document)
         model = found.get("model")
         if any(isinstance(found.get(group), dict) for group in GROUPS[:2]):
             return True
@@ -158,8 +160,8 @@ def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
 
 
 def read(draft: Draft) -> Iterator[Entry]:
-    """Compose files and overrides with Hydra, or take the older dashed flags."""
-    words, config = config_name(draft, after_launcher(draft.request.words))
+    """Yield the options after composing files and overrides with Hydra, or those of the older dashed flags."""
+    words, config = config_name(draft, strip_launcher(draft.request.tool_arguments))
     bases = [document for document in draft.documents if not is_accelerate(document)]
     flagged = dashed(words)
     if len(bases) > 1:
@@ -167,8 +169,8 @@ def read(draft: Draft) -> Iterator[Entry]:
             Mistake(
                 ", ".join(d.name for d in bases),
                 "",
-                "one base file or folder is needed",
-                "give one, and the accelerate file beside it",
+                "several base files are given",
+                "give one file or folder, and an accelerate file if there is one",
             )
         )
         return
@@ -184,20 +186,20 @@ def read(draft: Draft) -> Iterator[Entry]:
 
 def _flags(draft: Draft, words: list[str]) -> Iterator[Entry]:
     flags = parse_flags(words, lambda name: True)
-    stray_mistakes(draft, flags)
+    add_stray_mistakes(draft, flags)
     known = sorted({f"--{key.partition('.')[2].replace('_', '-')}" for key in KNOWN} | {"--dataset", "--format"})
     for name, value in flags.pairs:
-        if key_of(name) not in KNOWN:
-            near = nearest(name, known)
+        if normalise_key(name) not in KNOWN:
+            closest = closest_name(name, known)
             draft.mistakes.append(
-                Mistake("command line", name, "unknown option", f"did you mean {near}?" if near else "remove it")
+                Mistake("command line", name, "unknown option", f"did you mean {closest}?" if closest else "remove it")
             )
         elif value is None:
-            draft.mistakes.append(Mistake("command line", name, "it has no value", f"write {name} VALUE"))
+            draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         else:
             yield flag_entry(
                 "--" + name.lstrip("-"),
-                None if value.lower() in ("null", "none") and key_of(name).endswith("report_to") else value,
+                None if value.lower() in ("null", "none") and normalise_key(name).endswith("report_to") else value,
             )
 
 
@@ -205,19 +207,19 @@ def _flags(draft: Draft, words: list[str]) -> Iterator[Entry]:
 
 
 def combine(draft: Draft) -> None:
-    """What one option of that tool means depends on others."""
-    place_source(draft, "training_config.model", "model.source")
+    """Set the fields whose value depends on several options of the tool."""
+    assign_source(draft, "training_config.model", "model.source")
     found = str(draft.get("dataset.path", ""))
-    place_source(draft, "dataset.path", "dataset.train", always_local=is_local(found))
+    assign_source(draft, "dataset.path", "dataset.train", always_local=is_local(found))
     if (
-        not draft.wrote("dataset.path")
-        and (draft.wrote("dataset.format") or dashed(draft.request.words))
-        and "dataset.train" not in draft.request.own
+        not draft.has_key("dataset.path")
+        and (draft.has_key("dataset.format") or dashed(draft.request.tool_arguments))
+        and "dataset.train" not in draft.request.overrides
     ):
         draft.mistakes.append(
-            Mistake(draft.where, "dataset.path", "it is missing, and it is required", "add it, or give --data URI")
+            Mistake(draft.location, "dataset.path", "this required option is missing", "add it, or give --data URI")
         )
-        draft.broken["dataset.path"] = "dataset.train"
+        draft.unreadable["dataset.path"] = "dataset.train"
     _learning_rate(draft)
     for document in draft.documents:
         if is_accelerate(document):
@@ -230,22 +232,22 @@ def combine(draft: Draft) -> None:
 
 
 def _learning_rate(draft: Draft) -> None:
-    if draft.wrote("training_config.learning_rate"):
+    if draft.has_key("training_config.learning_rate"):
         return
-    if dashed(draft.request.words) and not [d for d in draft.documents if not is_accelerate(d)]:
-        draft.fill("training.learningRate", 2e-4, "page advice")
-        draft.note("no learning rate is given: 2e-4, as that tool's page advises for its flags")
+    if dashed(draft.request.tool_arguments) and not [d for d in draft.documents if not is_accelerate(d)]:
+        draft.assign_default("training.learningRate", 2e-4, "documented advice")
+        draft.add_note("no learning rate is given, so it is 2e-4, which the tool's documentation advises for its flags")
     else:
-        draft.fill("training.learningRate", 5e-5, "code default")
+        draft.assign_default("training.learningRate", 5e-5, "default in its code")
 
 
 def _with_accelerate(draft: Draft, document: Document) -> None:
-    """The strategy of the file is set first, so that another one there is told as a contradiction."""
-    wanted = draft.given.get("training_config.distributed_training")
-    if wanted is not None:
-        draft.put(
+    """Read an accelerate file. The strategy of the main file is set first, so that a different one is reported as a contradiction."""
+    given = draft.given.get("training_config.distributed_training")
+    if given is not None:
+        draft.assign(
             "distributed.strategy",
-            "none" if wanted.value == "unsloth" else wanted.value,
+            "none" if given.value == "unsloth" else given.value,
             "training_config.distributed_training",
         )
     read_accelerate(draft, document)
@@ -253,32 +255,32 @@ def _with_accelerate(draft: Draft, document: Document) -> None:
 
 def _strategy(draft: Draft) -> None:
     key = "training_config.distributed_training"
-    if key in draft.broken:
+    if key in draft.unreadable:
         return
     given = draft.given.get(key)
-    if given is None and draft.has("distributed.strategy"):
-        draft.fill("trainer.backend", "transformers", "fixed in its code")
+    if given is None and draft.has_value("distributed.strategy"):
+        draft.assign_default("trainer.backend", "transformers", "hard-coded in the tool")
         return
     wanted = given.value if given else "unsloth"
     backend, strategy = ("unsloth", "none") if wanted == "unsloth" else ("transformers", wanted)
     if given:
-        draft.put("trainer.backend", backend, key)
-        draft.put("distributed.strategy", strategy, key)
+        draft.assign("trainer.backend", backend, key)
+        draft.assign("distributed.strategy", strategy, key)
     else:
-        draft.fill("trainer.backend", backend, "page default")
-        draft.fill("distributed.strategy", strategy, "page default")
+        draft.assign_default("trainer.backend", backend, "documented default")
+        draft.assign_default("distributed.strategy", strategy, "documented default")
     if strategy == "fsdp":
         assume_ranks(draft, "FSDP")
 
 
 def _format(draft: Draft) -> None:
     if "dataset.format" in draft.given:
-        draft.put("dataset.format", draft.get("dataset.format"), "dataset.format")
+        draft.assign("dataset.format", draft.get("dataset.format"), "dataset.format")
     form = draft.get("dataset.format")
     for column, name in COLUMNS.get(str(form), {}).items():
-        draft.fill(f"dataset.columns.{column}", name, "fixed in its code")
+        draft.assign_default(f"dataset.columns.{column}", name, "hard-coded in the tool")
     if form == "messages":
-        draft.fill("dataset.systemPrompt", SYSTEM_PROMPT, "fixed in its code")
+        draft.assign_default("dataset.systemPrompt", SYSTEM_PROMPT, "hard-coded in the tool")
 
 
 def _objective(draft: Draft) -> None:
@@ -296,20 +298,22 @@ def _objective(draft: Draft) -> None:
 
 
 def _completions(draft: Draft) -> None:
-    """That tool's two limits may be equal, which leaves nothing to the prompt: then each gets one half."""
+    """Set the maximum completion length. The tool allows it to equal the sequence length; then prompt and completion get half each."""
     path, key = "trainer.maxCompletionLength", "training_config.max_completion_length"
     wanted, whole = draft.get(key, 2048), draft.get("training_config.max_seq_length", 2048)
     half = max(1, whole // 2)
     if wanted < whole and key not in draft.given:
-        draft.fill(path, wanted, "code default")
+        draft.assign_default(path, wanted, "default in its code")
     elif wanted >= whole and key in draft.given:
         given = draft.given[key]
-        draft.put(path, half, key)
-        draft.warn(
-            f"{given.origin.place}: {given.key}: {wanted} leaves no room in {whole} tokens to the prompt: {half} is written"
+        draft.assign(path, half, key)
+        draft.add_warning(
+            f"{given.origin.location}: {given.key}: {wanted} leaves no room for the prompt in {whole} tokens: {half} is used"
         )
-    elif key not in draft.broken:
-        draft.fill(path, half, f"our choice: the code's 2048 leaves no room in {whole} tokens to the prompt")
+    elif key not in draft.unreadable:
+        draft.assign_default(
+            path, half, f"chosen here: the tool's 2048 leaves no room for the prompt in {whole} tokens"
+        )
 
 
 def _put_or_warn(draft: Draft, key: str, path: str | None) -> None:
@@ -317,15 +321,15 @@ def _put_or_warn(draft: Draft, key: str, path: str | None) -> None:
     if given is None:
         return
     if path:
-        draft.put(path, given.value, key)
+        draft.assign(path, given.value, key)
     else:
-        draft.warn(f"{given.origin.place}: {given.key} has no effect with this trainer")
+        draft.add_warning(f"{given.origin.location}: {given.key} has no effect with this trainer")
 
 
 def _grpo(draft: Draft) -> None:
-    draft.fill("trainer.rewards", [{"builtin": "citationFormat"}], "fixed in its code")
-    draft.note(
-        "trainer GRPO: the reward of that tool's code, citationFormat, is filled in; name others in trainer.rewards"
+    draft.assign_default("trainer.rewards", [{"builtin": "citationFormat"}], "hard-coded in the tool")
+    draft.add_note(
+        "trainer GRPO uses the reward that is hard-coded in the tool, citationFormat; set others in trainer.rewards"
     )
     rows = int(draft.get("training_config.per_device_train_batch_size", 2)) * int(
         draft.get("training_config.gradient_acc_steps", 4)
@@ -334,12 +338,16 @@ def _grpo(draft: Draft) -> None:
     if rows % wanted and "training_config.num_generations" not in draft.given:
         fitting = next((n for n in range(min(wanted, rows), 1, -1) if rows % n == 0), None)
         if fitting is None:
-            draft.fill(
-                "training.gradientAccumulationSteps", 8, "our choice: GRPO compares several completions in a step"
+            draft.assign_default(
+                "training.gradientAccumulationSteps", 8, "chosen here: GRPO compares several completions in a step"
             )
         else:
-            draft.fill("trainer.grpo.numGenerations", fitting, "our choice: divides the completions of a step")
-            draft.note(f"GRPO samples {fitting} completions for a prompt, since 8 do not divide the {rows} of one step")
+            draft.assign_default(
+                "trainer.grpo.numGenerations", fitting, "chosen here: it divides the completions of a step"
+            )
+            draft.add_note(
+                f"GRPO samples {fitting} completions per prompt, because 8 does not divide the {rows} completions of a step"
+            )
 
 
 def _checkpointing(draft: Draft) -> None:
@@ -347,18 +355,18 @@ def _checkpointing(draft: Draft) -> None:
     gpus = draft.value("resources.gpusPerNode") != 0
     on = "unsloth" if gpus and draft.value("trainer.backend") == "unsloth" else "enabled"
     if key in draft.given:
-        draft.put(path, on if draft.get(key) else "disabled", key)
-    elif key not in draft.broken:
-        draft.fill(path, on, "code default")
+        draft.assign(path, on if draft.get(key) else "disabled", key)
+    elif key not in draft.unreadable:
+        draft.assign_default(path, on, "default in its code")
 
 
 def _report(draft: Draft) -> None:
     key = "training_config.report_to"
     if key in draft.given:
-        draft.put("tracking.reportTo", draft.get(key), key)
-    elif key not in draft.broken:
-        flags = dashed(draft.request.words)
-        draft.fill("tracking.reportTo", ["wandb"] if flags else ["tensorboard"], "code default")
+        draft.assign("tracking.reportTo", draft.get(key), key)
+    elif key not in draft.unreadable:
+        flags = dashed(draft.request.tool_arguments)
+        draft.assign_default("tracking.reportTo", ["wandb"] if flags else ["tensorboard"], "default in its code")
 
 
-IMPORTER = Importer("hydra", "this Hydra tool", ROWS, PROFILE, recognise, read, combine, key_of)
+IMPORTER = Importer("hydra", "this Hydra tool", ROWS, DEFAULTS, recognises, read, combine, normalise_key)

@@ -1,4 +1,4 @@
-"""`openai`: a fine-tuning job of an API of that kind, as JSON, and its JSONL data, which is used unchanged."""
+"""`openai`: the importer for a fine-tuning job of an OpenAI-compatible API, as JSON. Its JSONL data is used unchanged."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from finetune_cli.importers.convert import Unfit, anything, choice, integer, number, table, text
-from finetune_cli.importers.material import Document, Draft, Entry, Fill, Importer, Mistake, Origin, Row
-from finetune_cli.importers.paths import is_local, place_source
-from finetune_cli.importers.yaml_tree import parse, parse_json, sniff_json
+from finetune_cli.importers.converters import ConversionError, any_value, choice, integer, mapping, number, text
+from finetune_cli.importers.documents import parse, parse_json, peek_json
+from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, ToolDefault
+from finetune_cli.importers.sources import assign_source, is_local
+from finetune_cli.mistakes import Mistake
+from finetune_cli.provenance import Origin
 
-REPORTED = "it is what that API reports about a job"
+REPORTED = "the API reports it about a job and does not read it"
 
 
 def auto_or(convert: Any) -> Any:
-    """`auto` leaves the value to us."""
+    """Return a converter that turns `auto` into None, so that the default applies."""
 
     def read_value(value: Any) -> Any:
         if value == "auto":
             return None
         try:
             return convert(value)
-        except Unfit as unfit:
-            raise Unfit(unfit.what, f'"auto" or {unfit.allowed}') from None
+        except ConversionError as error:
+            raise ConversionError(error.problem, f'"auto" or {error.allowed}') from None
 
     return read_value
 
@@ -32,8 +34,8 @@ def auto_or(convert: Any) -> Any:
 def _hyper(
     name: str, path: str, convert: Any, methods: tuple[str, ...] = ("supervised", "dpo"), *, manual: bool = False
 ) -> Row:
-    places = tuple(f"method.{method}.hyperparameters.{name}" for method in methods)
-    return Row(f"hyperparameters.{name}", path, auto_or(convert), places, manual=manual)
+    aliases = tuple(f"method.{method}.hyperparameters.{name}" for method in methods)
+    return Row(f"hyperparameters.{name}", path, auto_or(convert), aliases, manual=manual)
 
 
 ROWS: tuple[Row, ...] = (
@@ -47,43 +49,50 @@ ROWS: tuple[Row, ...] = (
     _hyper("beta", "trainer.dpo.beta", number(above=0, high=2), ("dpo",)),
     Row("seed", "training.seed", integer(0, 4294967295)),
     Row("suffix", "output.runName.suffix", text),
-    Row("metadata", convert=table, manual=True),
-    Row("integrations", "tracking.reportTo", anything, manual=True),
-    *(Row(key, convert=anything, inert=REPORTED) for key in (
+    Row("metadata", convert=mapping, manual=True),
+    Row("integrations", "tracking.reportTo", any_value, manual=True),
+    *(Row(key, convert=any_value, no_effect=REPORTED) for key in (
         "id", "object", "created_at", "finished_at", "fine_tuned_model", "organization_id", "result_files", "status", "trained_tokens", "error",
         "estimated_finish", "user_provided_suffix", "shared_with_openai", "usage_metrics", "eval_id",
     )),
 )  # fmt: skip
-PROFILE: tuple[Fill, ...] = (
-    Fill("training.epochs", 3, "auto"),
-    Fill("method.type", "lora", "our choice: that API does not say what it trains"),
-    Fill("dataset.fileFormat", "jsonl", "fixed by that API"),
-    Fill("dataset.responseOnly.enabled", True, "fixed by that API", lambda d: d.value("trainer.type", "sft") == "sft"),
+DEFAULTS: tuple[ToolDefault, ...] = (
+    ToolDefault("training.epochs", 3, "auto"),
+    ToolDefault("method.type", "lora", "chosen here: the API does not document its method"),
+    ToolDefault("dataset.fileFormat", "jsonl", "fixed by the API"),
+    ToolDefault(
+        "dataset.responseOnly.enabled", True, "fixed by the API", lambda d: d.value("trainer.type", "sft") == "sft"
+    ),
 )
 OPAQUE = frozenset({"metadata", "integrations", "error"})
 BASE_RATE = {"sft": 2e-4, "dpo": 5e-6}
-"""Learning rates that the multiplier multiplies: our own defaults for adapters."""
+"""Base of the learning rate multiplier: the default learning rates for adapters."""
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
-    """A JSON object with a training file."""
+def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
+    """Return whether a document is a JSON object with a training file."""
     return any(_is_job(document) for document in documents)
 
 
 def _is_job(document: Document) -> bool:
     if document.path.suffix == ".json" and '"training_file"' in document.text:
         return True
-    return "training_file" in sniff_json(document)
+    return "training_file" in peek_json(document)
 
 
 def read(draft: Draft) -> Iterator[Entry]:
-    """The job, with the line of every key; data files given beside it are looked at in `combine`."""
-    for word in draft.request.words:
+    """Yield the fields of the job with their lines. `combine` checks the data files."""
+    for word in draft.request.tool_arguments:
         draft.mistakes.append(
-            Mistake("command line", word, "this source has no command line", "change the file, or use our own options")
+            Mistake(
+                "command line",
+                word,
+                "this importer reads no command line",
+                "change the file, or use the options of `finetune import`",
+            )
         )
     for document in draft.documents:
         if document.path.suffix == ".jsonl":
@@ -106,44 +115,46 @@ def _leaves(value: dict[str, Any], prefix: str, document: Document, lines: dict[
 
 
 def combine(draft: Draft) -> None:
-    """What one field of that API means depends on others."""
+    """Set the fields whose value depends on several fields of the job."""
     _model(draft)
     trainer = draft.get("method.type", "sft")
     if "method.type" in draft.given:
-        draft.put("trainer.type", trainer, "method.type")
+        draft.assign("trainer.type", trainer, "method.type")
     else:
-        draft.fill("trainer.type", trainer, "fixed by that API")
+        draft.assign_default("trainer.type", trainer, "fixed by the API")
     _data(draft, trainer)
     _batch(draft)
     multiplier = draft.get("hyperparameters.learning_rate_multiplier")
     if multiplier is not None:
         base = BASE_RATE[trainer]
-        draft.put(
+        draft.assign(
             "training.learningRate", float(f"{base * multiplier:.6g}"), "hyperparameters.learning_rate_multiplier"
         )
-        draft.note(f"learning_rate_multiplier {multiplier:g} multiplies our own default rate, {base:g}")
+        draft.add_note(f"learning_rate_multiplier {multiplier:g} multiplies the default learning rate {base:g}")
     if trainer != "dpo":
-        draft.drop("trainer.dpo", "the method is not dpo")
+        draft.remove("trainer.dpo", "the method is not dpo")
     _metadata(draft)
     _integrations(draft)
 
 
 def _model(draft: Draft) -> None:
     given = draft.given.get("model")
-    if given is None or "model.source" in draft.request.own:
+    if given is None or "model.source" in draft.request.overrides:
         return
     name = str(given.value)
     mapped = draft.request.model_map.get(name)
     if mapped is not None:
-        draft.put("model.source", f"file://{mapped}" if is_local(mapped) and "://" not in mapped else mapped, "model")
+        draft.assign(
+            "model.source", f"file://{mapped}" if is_local(mapped) and "://" not in mapped else mapped, "model"
+        )
     elif "/" in name or is_local(name):
-        place_source(draft, "model", "model.source")
+        assign_source(draft, "model", "model.source")
     else:
-        draft.refuse(
+        draft.add_mistake(
             "model",
-            f'"{name}" is a model of that API, which nobody else can train',
-            f"say which open model takes its place: --model-map {name}=org/name",
-            settles="model.source",
+            f'"{name}" is a model that only the API can train',
+            f"name an open model that replaces it: --model-map {name}=org/name",
+            explains="model.source",
         )
 
 
@@ -153,43 +164,43 @@ def _data(draft: Draft, trainer: str) -> None:
         ("training_file", "dataset.train", beside[0] if beside else None),
         ("validation_file", "dataset.validation", beside[1] if len(beside) > 1 else None),
     ):
-        if key not in draft.given or path in draft.request.own:
+        if key not in draft.given or path in draft.request.overrides:
             continue
         _file(draft, key, path, document)
     for document in beside:
         _rows(draft, document, trainer)
     if trainer == "dpo":
-        draft.fill("dataset.format", "preference", "fixed by that API")
+        draft.assign_default("dataset.format", "preference", "fixed by the API")
         for column, name in (
             ("question", "input"),
             ("chosen", "preferred_output"),
             ("rejected", "non_preferred_output"),
         ):
-            draft.fill(f"dataset.columns.{column}", name, "fixed by that API")
+            draft.assign_default(f"dataset.columns.{column}", name, "fixed by the API")
     else:
-        draft.fill("dataset.format", "messages", "fixed by that API")
+        draft.assign_default("dataset.format", "messages", "fixed by the API")
 
 
 def _file(draft: Draft, key: str, path: str, document: Document | None) -> None:
     given = draft.given[key]
     if document is not None:
         option = "--data" if path == "dataset.train" else "--validation"
-        draft.put(path, f"file://{document.path}", key)
-        draft.warn(
-            f"{given.origin.place}: {key}: {document.path} is a path of this machine, which no pod of a cluster can read; give {option} URI"
+        draft.assign(path, f"file://{document.path}", key)
+        draft.add_warning(
+            f"{given.origin.location}: {key}: {document.path} is a path on this machine, which pods cannot read; give {option} URI"
         )
     elif re.match(r"^file-[A-Za-z0-9]+$", str(given.value)):
         option = "--data" if path == "dataset.train" else "--validation"
-        draft.warn(
-            f"{given.origin.place}: {key}: {given.value} is a file of that API; give the same rows with {option} URI"
+        draft.add_warning(
+            f"{given.origin.location}: {key}: {given.value} is a file of the API; give the same rows with {option} URI"
         )
-        draft.broken[key] = path if path == "dataset.train" else ""
+        draft.unreadable[key] = path if path == "dataset.train" else ""
     else:
-        place_source(draft, key, path)
+        assign_source(draft, key, path)
 
 
 def _rows(draft: Draft, document: Document, trainer: str) -> None:
-    """Look at the rows' shape, so that a file of the other method is told here and not on a GPU."""
+    """Check the keys of the rows, so that data for another method is refused here and not on a GPU."""
     wanted = ("input", "preferred_output", "non_preferred_output") if trainer == "dpo" else ("messages",)
     for number_, line in enumerate(document.text.splitlines(), 1):
         if not line.strip():
@@ -197,8 +208,8 @@ def _rows(draft: Draft, document: Document, trainer: str) -> None:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            why = getattr(error, "msg", "a number is too long, or it is nested too deeply")
-            draft.mistakes.append(Mistake(f"{document.name}:{number_}", "", f"it is not JSON: {why}"))
+            why = getattr(error, "msg", "the row holds a number that is too long, or is nested too deeply")
+            draft.mistakes.append(Mistake(f"{document.name}:{number_}", "", f"invalid JSON: {why}"))
             return
         missing = [key for key in wanted if not isinstance(row, dict) or key not in row]
         if missing:
@@ -207,7 +218,7 @@ def _rows(draft: Draft, document: Document, trainer: str) -> None:
                 Mistake(
                     f"{document.name}:{number_}",
                     ", ".join(missing),
-                    f"it is missing in the row, which has {present}",
+                    f"the key is missing in this row, which has {present}",
                     f"rows of {trainer} hold {', '.join(wanted)}",
                 )
             )
@@ -215,7 +226,7 @@ def _rows(draft: Draft, document: Document, trainer: str) -> None:
 
 
 def _batch(draft: Draft) -> None:
-    """That API's batch size counts all rows of an optimizer step, whatever number of ranks they are spread over."""
+    """Set the batch size. The API counts all rows of an optimizer step, over all ranks."""
     rows, key = draft.get("hyperparameters.batch_size"), "hyperparameters.batch_size"
     if rows is None:
         return
@@ -223,21 +234,23 @@ def _batch(draft: Draft) -> None:
     share = rows // ranks
     if rows % ranks:
         fitting = f"{share * ranks} or {(share + 1) * ranks}" if share else str(ranks)
-        draft.refuse(
+        draft.add_mistake(
             key,
-            f"{rows} rows of a step cannot be shared by {ranks} ranks",
-            f"write {fitting}, or other --gpus and --nodes",
+            f"{rows} rows per step cannot be divided among {ranks} ranks",
+            f"write {fitting}, or change --gpus and --nodes",
         )
         return
     device = next(size for size in (4, 3, 2, 1) if share % size == 0)
-    draft.put("training.batchSizePerDevice", device, key)
-    draft.put("training.gradientAccumulationSteps", share // device, key)
-    draft.note(f"batch_size {rows} is {device} rows a rank, times {share // device} accumulated, times {ranks} ranks")
+    draft.assign("training.batchSizePerDevice", device, key)
+    draft.assign("training.gradientAccumulationSteps", share // device, key)
+    draft.add_note(
+        f"batch_size {rows} becomes {device} rows per rank, times {share // device} accumulation steps, times {ranks} ranks"
+    )
 
 
 def _ranks(draft: Draft) -> int:
-    """Processes of the job, from our own options: that API's files name none."""
-    own = {path: one.value for path, one in draft.request.own.items() if isinstance(one.value, int)}
+    """Return the number of ranks from the options of `finetune import`: the API's files do not give it."""
+    own = {path: one.value for path, one in draft.request.overrides.items() if isinstance(one.value, int)}
     gpus = own.get("resources.gpusPerNode", 1)
     each = own.get("resources.processesPerNode", gpus) or 1
     return max(1, each * own.get("resources.nodes", 1))
@@ -255,20 +268,22 @@ def _integrations(draft: Draft) -> None:
     if given is None:
         return
     if not isinstance(given.value, list):
-        draft.refuse("integrations", "it is not a list", 'write [{"type": "wandb", "wandb": {"project": "..."}}]')
+        draft.add_mistake(
+            "integrations", "this is not a list", 'write [{"type": "wandb", "wandb": {"project": "..."}}]'
+        )
         return
     for one in given.value:
         options = one.get("wandb") if isinstance(one, dict) else None
         if not isinstance(one, dict) or one.get("type") != "wandb" or not isinstance(options, dict):
-            draft.refuse(
-                "integrations", "only wandb is offered", 'write [{"type": "wandb", "wandb": {"project": "..."}}]'
+            draft.add_mistake(
+                "integrations", "only wandb is supported", 'write [{"type": "wandb", "wandb": {"project": "..."}}]'
             )
             continue
-        draft.put("tracking.reportTo", ["wandb"], "integrations")
+        draft.assign("tracking.reportTo", ["wandb"], "integrations")
         ignored = [key for key in options if key not in ("project", "entity", "name")]
         if ignored:
-            draft.warn(
-                f"{given.origin.place}: integrations: {', '.join(ignored)} of wandb has no effect: it has no counterpart"
+            draft.add_warning(
+                f"{given.origin.location}: integrations: {', '.join(ignored)} of wandb has no counterpart and no effect"
             )
         for key, path in (
             ("project", "tracking.wandb.project"),
@@ -276,7 +291,7 @@ def _integrations(draft: Draft) -> None:
             ("name", "output.runName.name"),
         ):
             if options.get(key):
-                draft.put(path, str(options[key]), "integrations")
+                draft.assign(path, str(options[key]), "integrations")
 
 
-IMPORTER = Importer("openai", "that API", ROWS, PROFILE, recognise, read, combine)
+IMPORTER = Importer("openai", "the fine-tuning API", ROWS, DEFAULTS, recognises, read, combine)

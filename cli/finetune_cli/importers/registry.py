@@ -1,9 +1,9 @@
-"""All importers, by the name that `--from` takes. A further tool is one more line here."""
+"""All importers, by the name that `--from` takes. To add a tool, add its importer here."""
 
 from __future__ import annotations
 
 from finetune_cli.importers import env, guide, hydra, openai, toml, yaml
-from finetune_cli.importers.material import Importer
+from finetune_cli.importers.draft import Importer
 
 IMPORTERS: dict[str, Importer] = {
     one.name: one

@@ -1,4 +1,4 @@
-"""`yaml`: a nested YAML file with seven sections, dotted overrides on the command line, and a DeepSpeed JSON beside it."""
+"""`yaml`: the importer for a nested YAML file with seven sections, dotted overrides on its command line, and an optional DeepSpeed JSON."""
 
 from __future__ import annotations
 
@@ -6,27 +6,37 @@ from collections.abc import Iterator
 from typing import Any
 
 from finetune_cli.files import read_text
-from finetune_cli.importers.commands import NEGATIVE, after_launcher, config_document, flag_entry
-from finetune_cli.importers.companions import SHARDING, STATE, is_deepspeed, read_deepspeed
-from finetune_cli.importers.convert import (
+from finetune_cli.importers.accelerate import SHARDING, STATE_DICTS
+from finetune_cli.importers.command_lines import NEGATIVE, add_config_file, flag_entry, strip_launcher
+from finetune_cli.importers.converters import (
+    ConversionError,
     Convert,
-    Unfit,
-    anything,
+    any_value,
     boolean,
     choice,
-    each,
+    first_match,
     integer,
-    integers,
-    modules,
+    layer_numbers,
+    list_of,
+    module_names,
     number,
-    one_of,
 )
-from finetune_cli.importers.material import Document, Draft, Entry, Fill, Importer, Mistake, Origin, Row
-from finetune_cli.importers.paths import config_map_reference, is_local, output_folder, place_source, place_tokenizer
+from finetune_cli.importers.deepspeed import is_deepspeed, read_deepspeed
+from finetune_cli.importers.documents import entries, parse, peek
+from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, ToolDefault
+from finetune_cli.importers.sources import (
+    assign_config_map,
+    assign_output_folder,
+    assign_source,
+    assign_tokenizer,
+    is_local,
+)
 from finetune_cli.importers.toml import BIAS, PROJECTIONS, SCHEDULERS
-from finetune_cli.importers.yaml_tree import entries, parse, parse_value, sniff
+from finetune_cli.mistakes import Mistake
+from finetune_cli.provenance import Origin
+from finetune_cli.yaml_reader import parse_value
 
-LATER = "it belongs to a later revision of that tool and has no counterpart"
+LATER = "it belongs to a later revision of the tool and has no counterpart here"
 BENCHMARKS = ["lm-evaluation-harness", "domain-specific-eval", "human-eval", "openai-humaneval"]
 UNUSED = (
     "model.hybrid_lora_adapter", "fine_tuning.lora.dynamic_rank", "fine_tuning.quantization.bnb_8bit_compute_dtype",
@@ -40,16 +50,16 @@ UNUSED = (
 
 
 def on_off(value: Any) -> str:
-    """A switch for recomputing activations."""
+    """Convert a boolean to `enabled` or `disabled`."""
     return "enabled" if boolean(value) else "disabled"
 
 
 def off_only(what: str) -> Convert:
-    """A switch that can only be off, since what it switches on is not offered."""
+    """Return a converter for a boolean that must be false, because the feature is not supported."""
 
     def convert(value: Any) -> bool:
         if boolean(value):
-            raise Unfit(f"asks for {what}, which is not offered", "false")
+            raise ConversionError(f"enables {what}, which is not supported", "false")
         return False
 
     return convert
@@ -67,12 +77,12 @@ ROWS: tuple[Row, ...] = (
     Row("fine_tuning.lora.r", "method.lora.rank", integer(1)),
     Row("fine_tuning.lora.alpha", "method.lora.alpha", number(above=0)),
     Row("fine_tuning.lora.dropout", "method.lora.dropout", number(0, below=1)),
-    Row("fine_tuning.lora.target_modules", "method.lora.targetModules", modules),
+    Row("fine_tuning.lora.target_modules", "method.lora.targetModules", module_names),
     Row("fine_tuning.lora.bias", "method.lora.bias", choice(BIAS)),
     Row("fine_tuning.lora.task_type", "method.lora.taskType", choice({"CAUSAL_LM": "causalLM"})),
     Row("fine_tuning.spectrum.snr_threshold", "method.spectrum.snrThreshold", number(0, 1)),
-    Row("fine_tuning.spectrum.layers_to_finetune", "method.spectrum.layers", one_of(integers, choice({"auto": None}))),
-    Row("fine_tuning.quantization.bits", "model.quantization.bits", one_of(choice({"4": 4, "8": 8}), integer(4, 8)), manual=True),
+    Row("fine_tuning.spectrum.layers_to_finetune", "method.spectrum.layers", first_match(layer_numbers, choice({"auto": None}))),
+    Row("fine_tuning.quantization.bits", "model.quantization.bits", first_match(choice({"4": 4, "8": 8}), integer(4, 8)), manual=True),
     Row("fine_tuning.quantization.bnb_4bit_compute_dtype", "model.quantization.computeDtype", choice(["bfloat16", "float16", "float32"])),
     Row("fine_tuning.quantization.bnb_4bit_quant_type", "model.quantization.type", choice(["nf4", "fp4"])),
     Row("fine_tuning.quantization.bnb_4bit_use_double_quant", "model.quantization.doubleQuant", boolean),
@@ -102,9 +112,9 @@ ROWS: tuple[Row, ...] = (
     Row("distributed.zero_stage", "distributed.deepspeed.zeroStage", integer(0, 3), manual=True),
     Row("distributed.gradient_accumulation_steps", "training.gradientAccumulationSteps", integer(1), manual=True),
     Row("distributed.use_fsdp", "distributed.strategy", boolean, manual=True),
-    Row("distributed.fsdp_config", "distributed.fsdp.configRef", convert=anything, manual=True),
+    Row("distributed.fsdp_config", "distributed.fsdp.configRef", convert=any_value, manual=True),
     Row("distributed.fsdp_sharding_strategy", "distributed.fsdp.sharding", choice(SHARDING)),
-    Row("distributed.fsdp_checkpoint_strategy", "distributed.fsdp.stateDict", choice(STATE)),
+    Row("distributed.fsdp_checkpoint_strategy", "distributed.fsdp.stateDict", choice(STATE_DICTS)),
     Row("distributed.offload_optimizer", "distributed.deepspeed.offloadOptimizer", boolean),
     Row("distributed.offload_param", "distributed.deepspeed.offloadParameters", boolean),
     Row("output.output_dir", "output.dir", manual=True),
@@ -119,50 +129,50 @@ ROWS: tuple[Row, ...] = (
     Row("evaluation.eval_batch_size", "evaluation.batchSizePerDevice", integer(1)),
     Row("evaluation.eval_strategy", "evaluation.strategy", choice(["steps", "epoch", "no"]), manual=True),
     Row("evaluation.eval_steps", "evaluation.steps", integer(1), manual=True),
-    Row("evaluation.benchmarks", "evaluation.benchmarks", each(choice(BENCHMARKS)), manual=True),
+    Row("evaluation.benchmarks", "evaluation.benchmarks", list_of(choice(BENCHMARKS)), manual=True),
     Row("pruning.enabled", convert=off_only("pruning")),
-    *(Row(key, convert=anything, inert=LATER) for key in UNUSED),
+    *(Row(key, convert=any_value, no_effect=LATER) for key in UNUSED),
     Row("--eval_only", "phases.train", boolean, manual=True),
 )  # fmt: skip
 
 
-EXAMPLE = "page example"
-PROFILE: tuple[Fill, ...] = (
-    Fill("model.trustRemoteCode", False, "our choice: that tool runs code from the model unasked"),
-    Fill("model.dtype", "bfloat16", "fixed in its code", gpu=True),
-    Fill("model.attention", "flashAttention2", "page default", gpu=True),
-    Fill("model.ligerKernels", False, "page default"),
-    Fill("method.lora.rank", 16, EXAMPLE),
-    Fill("method.lora.alpha", 32, EXAMPLE),
-    Fill("method.lora.dropout", 0.05, EXAMPLE),
-    Fill("method.lora.targetModules", PROJECTIONS, EXAMPLE, lambda d: "fine_tuning.lora.target_modules" not in d.given),
-    Fill("method.lora.bias", "none", EXAMPLE),
-    Fill("method.spectrum.snrThreshold", 0.5, EXAMPLE),
-    Fill("method.spectrum.metric", "marchenkoPastur", "our choice: that tool's own ranking does not rank"),
-    Fill("training.epochs", 3, EXAMPLE),
-    Fill("training.batchSizePerDevice", 1, EXAMPLE),
-    Fill("training.gradientAccumulationSteps", 16, EXAMPLE),
-    Fill("training.learningRate", 2e-4, EXAMPLE),
-    Fill("training.scheduler", "cosine", EXAMPLE),
-    Fill("training.warmupRatio", 0.03, EXAMPLE, lambda d: not d.has("training.warmupSteps")),
-    Fill("training.maxGradNorm", 0.3, EXAMPLE),
-    Fill("training.optimizer", "paged_adamw_8bit", EXAMPLE, gpu=True),
-    Fill("training.weightDecay", 0.001, EXAMPLE),
-    Fill("training.gradientCheckpointing", "enabled", EXAMPLE),
-    Fill("training.mixedPrecision", "bf16", EXAMPLE, gpu=True),
-    Fill("dataset.maxSequenceLength", 4096, EXAMPLE),
-    Fill("dataset.format", "alpaca", EXAMPLE),
-    Fill("dataset.addEosToken", True, EXAMPLE),
-    Fill("dataset.addBosToken", False, EXAMPLE),
-    Fill("dataset.useChatTemplate", True, EXAMPLE),
-    Fill("dataset.responseOnly.enabled", False, "fixed in its code"),
-    Fill("checkpoint.strategy", "steps", "fixed in its code"),
-    Fill("checkpoint.steps", 500, EXAMPLE),
-    Fill("checkpoint.keep", 5, EXAMPLE),
-    Fill("output.dir", "models/runs", EXAMPLE),
-    Fill("output.layout", "flat", "fixed in its code"),
-    Fill("tracking.reportTo", ["tensorboard"], "fixed in its code"),
-    Fill("tracking.loggingSteps", 10, EXAMPLE),
+EXAMPLE = "documented example"
+DEFAULTS: tuple[ToolDefault, ...] = (
+    ToolDefault("model.trustRemoteCode", False, "chosen here: the tool runs code from the model's repository by default"),
+    ToolDefault("model.dtype", "bfloat16", "hard-coded in the tool", needs_gpu=True),
+    ToolDefault("model.attention", "flashAttention2", "documented default", needs_gpu=True),
+    ToolDefault("model.ligerKernels", False, "documented default"),
+    ToolDefault("method.lora.rank", 16, EXAMPLE),
+    ToolDefault("method.lora.alpha", 32, EXAMPLE),
+    ToolDefault("method.lora.dropout", 0.05, EXAMPLE),
+    ToolDefault("method.lora.targetModules", PROJECTIONS, EXAMPLE, lambda d: "fine_tuning.lora.target_modules" not in d.given),
+    ToolDefault("method.lora.bias", "none", EXAMPLE),
+    ToolDefault("method.spectrum.snrThreshold", 0.5, EXAMPLE),
+    ToolDefault("method.spectrum.metric", "marchenkoPastur", "chosen here: the ranking of the tool does not rank modules"),
+    ToolDefault("training.epochs", 3, EXAMPLE),
+    ToolDefault("training.batchSizePerDevice", 1, EXAMPLE),
+    ToolDefault("training.gradientAccumulationSteps", 16, EXAMPLE),
+    ToolDefault("training.learningRate", 2e-4, EXAMPLE),
+    ToolDefault("training.scheduler", "cosine", EXAMPLE),
+    ToolDefault("training.warmupRatio", 0.03, EXAMPLE, lambda d: not d.has_value("training.warmupSteps")),
+    ToolDefault("training.maxGradNorm", 0.3, EXAMPLE),
+    ToolDefault("training.optimizer", "paged_adamw_8bit", EXAMPLE, needs_gpu=True),
+    ToolDefault("training.weightDecay", 0.001, EXAMPLE),
+    ToolDefault("training.gradientCheckpointing", "enabled", EXAMPLE),
+    ToolDefault("training.mixedPrecision", "bf16", EXAMPLE, needs_gpu=True),
+    ToolDefault("dataset.maxSequenceLength", 4096, EXAMPLE),
+    ToolDefault("dataset.format", "alpaca", EXAMPLE),
+    ToolDefault("dataset.addEosToken", True, EXAMPLE),
+    ToolDefault("dataset.addBosToken", False, EXAMPLE),
+    ToolDefault("dataset.useChatTemplate", True, EXAMPLE),
+    ToolDefault("dataset.responseOnly.enabled", False, "hard-coded in the tool"),
+    ToolDefault("checkpoint.strategy", "steps", "hard-coded in the tool"),
+    ToolDefault("checkpoint.steps", 500, EXAMPLE),
+    ToolDefault("checkpoint.keep", 5, EXAMPLE),
+    ToolDefault("output.dir", "models/runs", EXAMPLE),
+    ToolDefault("output.layout", "flat", "hard-coded in the tool"),
+    ToolDefault("tracking.reportTo", ["tensorboard"], "hard-coded in the tool"),
+    ToolDefault("tracking.loggingSteps", 10, EXAMPLE),
 )  # fmt: skip
 
 
@@ -179,12 +189,12 @@ OPAQUE = frozenset(
 FLAG_MARKS = ("--model.", "--fine_tuning.", "--training.", "--dataset.", "--distributed.", "--output.", "--evaluation.")
 
 
-def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
-    """A mapping with `model.base_model` or a section `fine_tuning`."""
+def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
+    """Return whether a document has `model.base_model` or a section `fine_tuning`."""
     if not documents:
         return any(word.startswith(FLAG_MARKS) for word in words)
     for document in documents:
-        found = sniff(document)
+        found = peek(document)
         model = found.get("model")
         if "fine_tuning" in found or (isinstance(model, dict) and "base_model" in model):
             return True
@@ -192,7 +202,7 @@ def recognise(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
 
 
 def read(draft: Draft) -> Iterator[Entry]:
-    """Files in order, then the overrides; a DeepSpeed JSON waits for `combine`."""
+    """Yield the options of the files in order, then the overrides. `combine` reads a DeepSpeed JSON."""
     overrides = list(_overrides(draft))
     for document in draft.documents:
         if not is_deepspeed(document):
@@ -201,20 +211,22 @@ def read(draft: Draft) -> Iterator[Entry]:
 
 
 def _overrides(draft: Draft) -> Iterator[Entry]:
-    rest = after_launcher(draft.request.words)
+    rest = strip_launcher(draft.request.tool_arguments)
     while rest:
         word = rest.pop(0)
         name, equals, value = word.partition("=")
         if not name.startswith("--"):
-            draft.mistakes.append(Mistake("command line", word, "it belongs to no option", "write --section.key value"))
+            draft.mistakes.append(
+                Mistake("command line", word, "this word belongs to no option", "write --section.key value")
+            )
         elif name == "--eval_only" and not equals:
             yield flag_entry(name, True)
         elif not equals and (not rest or (rest[0].startswith("-") and not NEGATIVE.match(rest[0]))):
-            draft.mistakes.append(Mistake("command line", name, "it has no value", f"write {name} VALUE"))
+            draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         else:
             text = value if equals else rest.pop(0)
             if name == "--config":
-                config_document(draft, text)
+                add_config_file(draft, text)
             elif name == "--deepspeed":
                 yield Entry("distributed.deepspeed_config", text, Origin(f"command line {name}"))
             else:
@@ -225,13 +237,13 @@ def _overrides(draft: Draft) -> Iterator[Entry]:
 
 
 def combine(draft: Draft) -> None:
-    """What one option of that tool means depends on others."""
-    place_source(draft, "model.base_model", "model.source")
-    place_tokenizer(draft, "model.tokenizer", "model.base_model")
+    """Set the fields whose value depends on several options of the tool."""
+    assign_source(draft, "model.base_model", "model.source")
+    assign_tokenizer(draft, "model.tokenizer", "model.base_model")
     _data(draft)
     _method(draft)
     if "model.use_flash_attention" in draft.given:
-        draft.put(
+        draft.assign(
             "model.attention",
             "flashAttention2" if draft.get("model.use_flash_attention") else "sdpa",
             "model.use_flash_attention",
@@ -240,40 +252,40 @@ def combine(draft: Draft) -> None:
     _distributed(draft)
     _evaluation(draft)
     if "output.output_dir" in draft.given:
-        output_folder(draft, "output.output_dir")
+        assign_output_folder(draft, "output.output_dir")
     if draft.get("--eval_only"):
-        draft.put("phases.train", False, "--eval_only")
-        draft.put("phases.evaluate", True, "--eval_only")
+        draft.assign("phases.train", False, "--eval_only")
+        draft.assign("phases.evaluate", True, "--eval_only")
 
 
 def _data(draft: Draft) -> None:
     for key, path in (("dataset.train_path", "dataset.train"), ("dataset.eval_path", "dataset.validation")):
         if key in draft.given:
             found = str(draft.get(key))
-            place_source(
+            assign_source(
                 draft,
                 key,
                 path,
                 always_local=is_local(found) or "/" not in found or found.split("/")[0] in ("data", "datasets"),
             )
     if draft.get("dataset.format") == "custom" and "dataset.preprocessing.custom_prompt_template" not in draft.given:
-        draft.refuse(
+        draft.add_mistake(
             "dataset.format",
-            "custom rows need a template, and none is given",
+            "the format custom needs a template, but none is given",
             "write dataset.preprocessing.custom_prompt_template",
-            settles="dataset.template",
+            explains="dataset.template",
         )
 
 
 def _remote_code(draft: Draft) -> None:
     given = draft.given.get("model.trust_remote_code")
     if given is None:
-        draft.note(
-            "model.trust_remote_code is not set, and stays false: that tool's default runs code from the model's repository; "
+        draft.add_note(
+            "model.trust_remote_code is not set and becomes false, although the tool runs code from the model's repository by default; "
             "set it to true if the model needs it"
         )
     elif given.value:
-        draft.warn(f"{given.origin.place}: {given.key}: code from the model's repository will run in the pod")
+        draft.add_warning(f"{given.origin.location}: {given.key}: the pod will run code from the model's repository")
 
 
 FOUR, EIGHT, BITS, METHOD = (
@@ -287,80 +299,82 @@ FOUR, EIGHT, BITS, METHOD = (
 def _method(draft: Draft) -> None:
     method = draft.get(METHOD, "qlora")
     bits = _bits(draft, method)
-    if METHOD in draft.broken:
+    if METHOD in draft.unreadable:
         return
     if method == "lora" and bits == 4:
-        draft.note("method lora on a 4-bit base is QLoRA, and imported as such")
+        draft.add_note("method lora with a 4-bit base model is QLoRA and is imported as qlora")
         method = "qlora"
     if METHOD in draft.given:
-        draft.put("method.type", method, METHOD)
+        draft.assign("method.type", method, METHOD)
     else:
-        draft.fill("method.type", method)
+        draft.assign_default("method.type", method)
     if method == "spectrum":
-        draft.note(
-            "spectrum ranks modules as published (marchenkoPastur); that tool's own ranking is `method.spectrum.metric: meanOverStd`"
+        draft.add_note(
+            "spectrum ranks modules as published (marchenkoPastur); for the ranking of the tool, set `method.spectrum.metric: meanOverStd`"
         )
         if bits == 4:
-            draft.warn(
-                "spectrum with a 4-bit base: frozen layers stay in 4 bit, the selected ones are loaded in 16 bit"
+            draft.add_warning(
+                "spectrum with a 4-bit base model: frozen layers stay in 4 bits, the selected layers are loaded in 16 bits"
             )
     if method == "full" and bits:
         keys = tuple(key for key in (METHOD, FOUR, EIGHT, BITS) if key in draft.given)
-        draft.refuse(
+        draft.add_mistake(
             keys,
-            f"method full trains all weights, and weights in {bits} bit cannot be trained",
-            "do not quantise, or write method: qlora",
-            settles="model.quantization",
+            f"method full trains all weights, but weights in {bits} bits cannot be trained",
+            "remove the quantization, or write method: qlora",
+            explains="model.quantization",
         )
     elif bits:
         source = next((key for key in (FOUR, EIGHT) if draft.get(key)), BITS if BITS in draft.given else METHOD)
         if source in draft.given:
-            draft.put("model.quantization.bits", bits, source)
+            draft.assign("model.quantization.bits", bits, source)
         else:
-            draft.fill("model.quantization.bits", bits)
+            draft.assign_default("model.quantization.bits", bits)
 
 
 def _bits(draft: Draft, method: str) -> int | None:
-    """Bits of the base from four options, refusing what contradicts."""
+    """Return the bits of the base model from four options. Contradictions are mistakes."""
     four, eight, bits = draft.get(FOUR), draft.get(EIGHT), draft.get(BITS)
     if bits is not None and bits not in (4, 8):
-        draft.refuse(BITS, f"{bits} is not offered", "allowed: 4 or 8")
+        draft.add_mistake(BITS, f"{bits} is not supported", "write 4 or 8")
         return None
     if four and eight:
-        draft.refuse(
+        draft.add_mistake(
             (FOUR, EIGHT),
-            "4-bit and 8-bit are both true, and a base is loaded in one of them",
+            "4-bit and 8-bit loading are both true, but a base model is loaded in only one of them",
             "set one of them to false",
-            settles="model.quantization",
+            explains="model.quantization",
         )
         return None
     if method == "qlora":
         for key, wrong in ((FOUR, four is False), (EIGHT, bool(eight)), (BITS, bits == 8)):
             if wrong:
                 shown = str(draft.get(key)).lower()
-                draft.refuse(
+                draft.add_mistake(
                     (METHOD, key),
                     f"method qlora needs 4-bit, but {key} is {shown}",
                     "set load_in_4bit: true, or write method: lora",
-                    settles="model.quantization",
+                    explains="model.quantization",
                 )
         return 4
     loaded = 4 if four else 8 if eight else None
     if loaded and bits and loaded != bits:
-        draft.refuse(
+        draft.add_mistake(
             (FOUR if four else EIGHT, BITS),
-            f"{loaded} bit and {bits} bit are given for one base",
+            f"{loaded} bits and {bits} bits are given for the same base model",
             "make them equal",
-            settles="model.quantization",
+            explains="model.quantization",
         )
     if (
         loaded is None
         and bits is not None
         and (four is False or eight is False)
-        and not (draft.wrote(FOUR) and four is None)
+        and not (draft.has_key(FOUR) and four is None)
     ):
         given = draft.given[BITS]
-        draft.warn(f"{given.origin.place}: {given.key} has no effect: the base is not loaded in {bits} bit")
+        draft.add_warning(
+            f"{given.origin.location}: {given.key} has no effect: the base model is not loaded in {bits} bits"
+        )
         return None
     return loaded or bits
 
@@ -369,61 +383,63 @@ def _distributed(draft: Draft) -> None:
     deepspeed, fsdp = "distributed.use_deepspeed", "distributed.use_fsdp"
     _accumulation(draft)
     if draft.get(deepspeed) and draft.get(fsdp):
-        draft.refuse(
+        draft.add_mistake(
             (deepspeed, fsdp),
-            "both are true, and one strategy is needed",
+            "both are true, but a job has only one strategy",
             "set one of them to false",
-            settles="distributed",
+            explains="distributed",
         )
         return
     stage = draft.get("distributed.zero_stage")
     if draft.get(deepspeed):
         _deepspeed(draft, deepspeed, stage)
     elif draft.get(fsdp):
-        draft.put("distributed.strategy", "fsdp", fsdp)
+        draft.assign("distributed.strategy", "fsdp", fsdp)
         assume_ranks(draft, "FSDP")
     elif deepspeed in draft.given or fsdp in draft.given:
-        draft.put("distributed.strategy", "none", deepspeed if deepspeed in draft.given else fsdp)
+        draft.assign("distributed.strategy", "none", deepspeed if deepspeed in draft.given else fsdp)
     if not draft.get(deepspeed) and "distributed.zero_stage" in draft.given:
         given = draft.given["distributed.zero_stage"]
-        draft.warn(f"{given.origin.place}: {given.key} has no effect: DeepSpeed is not used")
+        draft.warn_no_effect(given.row.key, "DeepSpeed is not used")
     _fsdp_file(draft)
 
 
 def assume_ranks(draft: Draft, strategy: str) -> None:
-    """FSDP needs several ranks; files of other tools leave their number to the launcher."""
-    if not any(draft.has(path) for path in ("resources.gpusPerNode", "resources.nodes", "resources.processesPerNode")):
-        draft.fill(
-            "resources.gpusPerNode", 2, f"our choice: {strategy} needs several ranks, and the file names no number"
+    """Choose a number of GPUs for FSDP, which needs several ranks. In other tools the launcher gives the number, not the file."""
+    if not any(
+        draft.has_value(path) for path in ("resources.gpusPerNode", "resources.nodes", "resources.processesPerNode")
+    ):
+        draft.assign_default(
+            "resources.gpusPerNode", 2, f"chosen here: {strategy} needs several ranks, and the file gives no number"
         )
-        draft.warn(
-            f"{strategy} needs several ranks, and no number is given: 2 GPUs a node are written; say how many with --gpus N (and --nodes N)"
+        draft.add_warning(
+            f"{strategy} needs several ranks, but the file gives no number: the job gets 2 GPUs per node; to change it, give --gpus N (and --nodes N)"
         )
 
 
 def _deepspeed(draft: Draft, key: str, stage: int | None) -> None:
     if stage == 0:
-        draft.put("distributed.strategy", "ddp", "distributed.zero_stage")
-        draft.note("zero_stage 0 shards nothing: it is plain DDP")
+        draft.assign("distributed.strategy", "ddp", "distributed.zero_stage")
+        draft.add_note("zero_stage 0 does not shard anything and is imported as DDP")
         return
-    draft.put("distributed.strategy", "deepspeed", key)
+    draft.assign("distributed.strategy", "deepspeed", key)
     if stage is not None:
-        draft.put("distributed.deepspeed.zeroStage", stage, "distributed.zero_stage")
-    document = next((d for d in draft.documents if is_deepspeed(d)), None) or _beside(draft)
+        draft.assign("distributed.deepspeed.zeroStage", stage, "distributed.zero_stage")
+    document = next((d for d in draft.documents if is_deepspeed(d)), None) or _deepspeed_file(draft)
     if document is not None:
         read_deepspeed(draft, document)
     else:
-        config_map_reference(
+        assign_config_map(
             draft, "distributed.deepspeed_config", "distributed.deepspeed.configRef", "deepspeed", "--deepspeed"
         )
-    if "distributed.zero_stage" not in draft.broken:
-        draft.fill("distributed.deepspeed.zeroStage", 2, EXAMPLE)
+    if "distributed.zero_stage" not in draft.unreadable:
+        draft.assign_default("distributed.deepspeed.zeroStage", 2, EXAMPLE)
 
 
-def _beside(draft: Draft) -> Document | None:
-    """The DeepSpeed file that the configuration names, if it lies where the tool would look for it."""
+def _deepspeed_file(draft: Draft) -> Document | None:
+    """Return the DeepSpeed file that the configuration names, if it exists relative to the configuration."""
     named = draft.get("distributed.deepspeed_config")
-    if not named or any(own.startswith("distributed.deepspeed.configRef") for own in draft.request.own):
+    if not named or any(override.startswith("distributed.deepspeed.configRef") for override in draft.request.overrides):
         return None
     for folder in [d.path.parent for d in draft.documents]:
         path = folder / str(named)
@@ -438,13 +454,13 @@ def _accumulation(draft: Draft) -> None:
     if second not in draft.given:
         return
     if first in draft.given and draft.get(first) != draft.get(second):
-        draft.refuse(
+        draft.add_mistake(
             (first, second),
-            f"{draft.get(first)} and {draft.get(second)} are given for one thing",
+            f"{draft.get(first)} and {draft.get(second)} are given for the same option",
             "make them equal, or remove one",
         )
     elif first not in draft.given:
-        draft.put("training.gradientAccumulationSteps", draft.get(second), second)
+        draft.assign("training.gradientAccumulationSteps", draft.get(second), second)
 
 
 def _fsdp_file(draft: Draft) -> None:
@@ -452,59 +468,61 @@ def _fsdp_file(draft: Draft) -> None:
     if given is None:
         return
     if isinstance(given.value, str) and draft.get("distributed.use_fsdp"):
-        config_map_reference(
+        assign_config_map(
             draft, "distributed.fsdp_config", "distributed.fsdp.configRef", "fsdp", "--set distributed.fsdp.configRef="
         )
     else:
-        draft.warn(f"{given.origin.place}: {given.key} has no effect: the trainer wraps layers by itself")
+        draft.warn_no_effect(given.row.key, "the trainer chooses the layers to wrap")
 
 
 def _evaluation(draft: Draft) -> None:
     do_eval, strategy, steps = "evaluation.do_eval", "evaluation.eval_strategy", "evaluation.eval_steps"
-    there = draft.has("dataset.validation")
+    has_validation = draft.has_value("dataset.validation")
     off = draft.get(do_eval) is False or draft.get(strategy) == "no"
     if off:
-        draft.put("evaluation.strategy", "no", do_eval if draft.get(do_eval) is False else strategy)
-    elif draft.get(do_eval) and not there and "dataset.eval_path" not in draft.broken:
-        draft.refuse(
+        draft.assign("evaluation.strategy", "no", do_eval if draft.get(do_eval) is False else strategy)
+    elif draft.get(do_eval) and not has_validation and "dataset.eval_path" not in draft.unreadable:
+        draft.add_mistake(
             do_eval,
-            "it is true, but dataset.eval_path is missing",
+            "evaluation is on, but dataset.eval_path is missing",
             "add dataset.eval_path, give --validation URI, or set do_eval: false",
-            settles="evaluation",
+            explains="evaluation",
         )
-    elif there:
+    elif has_validation:
         if strategy in draft.given:
-            draft.put("evaluation.strategy", draft.get(strategy), strategy)
-        draft.fill("evaluation.strategy", "steps", EXAMPLE)
-        draft.fill("evaluation.metrics", ["perplexity", "bleu", "rouge"], "fixed in its code")
+            draft.assign("evaluation.strategy", draft.get(strategy), strategy)
+        draft.assign_default("evaluation.strategy", "steps", EXAMPLE)
+        draft.assign_default("evaluation.metrics", ["perplexity", "bleu", "rouge"], "hard-coded in the tool")
     elif strategy in draft.given:
-        draft.put("evaluation.strategy", draft.get(strategy), strategy)
-    _eval_steps(draft, steps, there and not off)
+        draft.assign("evaluation.strategy", draft.get(strategy), strategy)
+    _eval_steps(draft, steps, has_validation and not off)
     if "evaluation.benchmarks" in draft.given and not off:
-        draft.put(
+        draft.assign(
             "evaluation.benchmarks",
             [{"name": name} for name in draft.get("evaluation.benchmarks")],
             "evaluation.benchmarks",
         )
     elif "evaluation.benchmarks" in draft.given:
         given = draft.given["evaluation.benchmarks"]
-        draft.warn(f"{given.origin.place}: {given.key} has no effect: evaluation is off")
+        draft.warn_no_effect(given.row.key, "evaluation is off")
 
 
 def _eval_steps(draft: Draft, steps: str, on: bool) -> None:
-    """The evaluation section's period wins over the output section's."""
+    """Set the evaluation interval. The evaluation section overrides the output section."""
     other = "output.eval_steps"
     if steps in draft.given and other in draft.given and draft.get(steps) != draft.get(other):
         given = draft.given[other]
-        draft.warn(f"{given.origin.place}: {given.key} has no effect: evaluation.eval_steps ({draft.get(steps)}) wins")
+        draft.add_warning(
+            f"{given.origin.location}: {given.key} has no effect: evaluation.eval_steps ({draft.get(steps)}) overrides it"
+        )
     key = steps if steps in draft.given else other if other in draft.given else None
     if key and on:
-        draft.put("evaluation.steps", draft.get(key), key)
+        draft.assign("evaluation.steps", draft.get(key), key)
     elif key:
         given = draft.given[key]
-        draft.warn(f"{given.origin.place}: {given.key} has no effect: nothing is evaluated during training")
+        draft.warn_no_effect(given.row.key, "there is no evaluation during training")
     elif on:
-        draft.fill("evaluation.steps", 200, EXAMPLE)
+        draft.assign_default("evaluation.steps", 200, EXAMPLE)
 
 
-IMPORTER = Importer("yaml", "this YAML tool", ROWS, PROFILE, recognise, read, combine)
+IMPORTER = Importer("yaml", "this YAML tool", ROWS, DEFAULTS, recognises, read, combine)

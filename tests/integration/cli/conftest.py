@@ -68,7 +68,7 @@ def finetune(
 
     def run(*words: str, default_namespace: bool = True) -> Result:
         output.console.cache_clear()
-        output.messages.cache_clear()
+        output.error_console.cache_clear()
         extra = ["-n", namespace] if default_namespace else []
         capsys.readouterr()
         code = main.run([*words, *extra], [])

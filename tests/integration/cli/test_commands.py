@@ -50,7 +50,7 @@ def test_submit_creates_the_job_and_what_stands_beside_it(
 ) -> None:
     result = finetune("submit", write(tmp_path, SECRET + JOB))
     assert (result.code, result.err) == (0, "")
-    assert result.out == f"secret hub applied in {namespace}\nfinetunejob bot created in {namespace}\n"
+    assert result.out == f"secret hub applied in namespace {namespace}\nfinetunejob bot created in namespace {namespace}\n"
     assert api.get(names.PLURAL, namespace, "bot")["spec"]["training"] == {"learningRate": 0.0002}
     assert api.find("secrets", namespace, "hub") is not None
 
@@ -83,7 +83,7 @@ def test_submit_of_a_name_that_is_taken(finetune: Finetune, job: Job, tmp_path: 
     job()
     result = finetune("submit", write(tmp_path, JOB))
     assert result.code == 1
-    assert "already exists; `finetune rerun` makes a new one from it" in result.err
+    assert "already exists; use another name, or create a new job" in result.err
 
 
 # --- looking --------------------------------------------------------------------------------------------------------
@@ -102,9 +102,9 @@ def test_get_shows_the_servers_columns(finetune: Finetune, job: Job) -> None:
 
 
 def test_get_says_what_is_wrong(finetune: Finetune) -> None:
-    assert "no FineTuneJobs in namespace" in finetune("get").err
+    assert "there are no FineTuneJobs in namespace" in finetune("get").err
     assert finetune("get", "nobody") == Result(1, "", 'error: finetunejobs.finetune-operator.io "nobody" not found\n')
-    assert "-o table: one of yaml, json, wide, name" in finetune("get", "-o", "table").err
+    assert "-o table: unknown output format; write one of yaml, json, wide, name" in finetune("get", "-o", "table").err
 
 
 def test_status_tells_the_story(finetune: Finetune, job: Job, namespace: str) -> None:
@@ -147,12 +147,12 @@ def test_wait_for_a_condition_and_for_too_long(finetune: Finetune, job: Job) -> 
     assert finetune("wait", "bot", "--for", "running").code == 0
     assert finetune("wait", "bot", "--for", "reconciling").code == 0
     assert "bot is not Finished after 1 s" in finetune("wait", "bot", "--timeout", "1").err
-    assert "--for nonsense: one of running, Accepted" in finetune("wait", "bot", "--for", "nonsense").err
+    assert "--for nonsense: unknown condition; write one of running, Accepted" in finetune("wait", "bot", "--for", "nonsense").err
 
 
 def test_events(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
     made = job()
-    assert "no events of bot" in finetune("events", "bot").err
+    assert "bot has no events" in finetune("events", "bot").err
     regarding = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
@@ -173,9 +173,9 @@ def test_events(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> N
 
 def test_suspend_resume_cancel(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
     job(status=RUNNING)
-    assert finetune("suspend", "bot").out == "bot: it saves its state, then its GPUs are free\n"
+    assert finetune("suspend", "bot").out == "bot: saving a checkpoint, then the GPUs are released\n"
     assert api.get(names.PLURAL, namespace, "bot")["spec"]["suspend"] is True
-    assert "nothing to change, suspend is true already" in finetune("suspend", "bot").err
+    assert "nothing to change, suspend is already true" in finetune("suspend", "bot").err
     assert finetune("resume", "bot").code == 0
     assert api.get(names.PLURAL, namespace, "bot")["spec"]["suspend"] is False
     assert "confirm with --yes" in finetune("cancel", "bot").err
@@ -185,7 +185,7 @@ def test_suspend_resume_cancel(finetune: Finetune, job: Job, api: KubeApi, names
 
 def test_what_has_ended_is_not_changed(finetune: Finetune, job: Job) -> None:
     job(status=DONE)
-    assert finetune("suspend", "bot").err == "error: bot has ended already: Succeeded\n"
+    assert finetune("suspend", "bot").err == "error: bot has already ended: Succeeded\n"
 
 
 def test_rerun_makes_a_new_job_with_its_lineage(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
@@ -193,7 +193,7 @@ def test_rerun_makes_a_new_job_with_its_lineage(finetune: Finetune, job: Job, ap
     result = finetune(
         "rerun", "bot", "--from-checkpoint", "100", "--set", "training.epochs=2", "--set", "method.lora.rank=4"
     )
-    assert result.out == f"bot-2 created in {namespace}, from bot\n"
+    assert result.out == f"bot-2 created from bot in namespace {namespace}\n"
     new = api.get(names.PLURAL, namespace, "bot-2")
     assert new["spec"]["checkpoint"] == {"resume": "s3://models/x/checkpoints/step-00000100/a1-1"}
     assert (new["spec"]["training"], new["spec"]["method"]) == ({"epochs": 2}, {"lora": {"rank": 4}})
@@ -206,7 +206,7 @@ def test_rerun_makes_a_new_job_with_its_lineage(finetune: Finetune, job: Job, ap
 
 def test_rerun_says_what_cannot_be(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING)
-    assert "bot shows no checkpoint of step 7: 100" in finetune("rerun", "bot", "--from-checkpoint", "7").err
+    assert "the status of bot lists no checkpoint of step 7, only: 100" in finetune("rerun", "bot", "--from-checkpoint", "7").err
     assert (
         "--set: training.epoch: unknown field; did you mean training.epochs?"
         in finetune("rerun", "bot", "--set", "training.epoch=1").err
@@ -296,7 +296,7 @@ def test_a_name_as_it_is_printed_is_taken(finetune: Finetune, job: Job) -> None:
     assert finetune("wait", printed, "--timeout", "0").code == 0
     found = finetune("wait", "bot", "--for", "Suspended", "--timeout", "0")
     assert (found.code, found.out) == (1, "")
-    assert "has ended (Succeeded), and will never be Suspended" in found.err
+    assert "has ended (Succeeded) and cannot become Suspended" in found.err
     found = finetune("get", "bot", "-A", default_namespace=False)
     assert (found.code, found.out) == (1, "")
 

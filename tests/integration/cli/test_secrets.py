@@ -38,7 +38,7 @@ def test_a_token_reaches_the_pod_and_nothing_else(
     (tmp_path / name).write_text(text, encoding="utf-8")
     manifest = tmp_path / "job.yaml"
     own = ["--name", "bot", "--data", "org/rows", "--storage", "s3://models/x", "--gpus", "0", "--set", "output=null"]
-    output.messages.cache_clear()
+    output.error_console.cache_clear()
     assert main.run(["import", str(tmp_path / name), *own, "-o", str(manifest)], behind) == output.OK
     said = capsys.readouterr()
     submitted = finetune("submit", str(manifest))

@@ -98,7 +98,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path) -> None:
     assert (other.returncode, "holds the work of another bot" in other.stderr) == (1, True)
     again = finetune(folder, *words)
     assert again.returncode == 0, again.stderr
-    words_left = json.loads((folder / "stopped/.finetune/bot/work/last-words.json").read_text(encoding="utf-8"))
+    words_left = json.loads((folder / "stopped/.finetune/bot/work/termination-message.json").read_text(encoding="utf-8"))
     assert (words_left["resumedFromStep"], words_left["step"]) == (saved, 300)
 
 
@@ -122,5 +122,5 @@ def test_an_import_of_every_source_trains(folder: Path, source: str) -> None:
     (marker,) = (home / "out" / "local").glob(f"{source}/*/model/_COMMITTED")
     adapter = marker.parent / json.loads(marker.read_text())["path"] / "adapter_config.json"
     assert json.loads(adapter.read_text(encoding="utf-8"))["r"] == SOURCES[source].rank
-    words = json.loads((home / f"out/.finetune/{source}/work/last-words.json").read_text(encoding="utf-8"))
+    words = json.loads((home / f"out/.finetune/{source}/work/termination-message.json").read_text(encoding="utf-8"))
     assert words["step"] == SOURCES[source].steps

@@ -40,7 +40,7 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 
     def run(*words: str | Path, behind: tuple[str, ...] = ()) -> tuple[int, str, str]:
         output.console.cache_clear()
-        output.messages.cache_clear()
+        output.error_console.cache_clear()
         capsys.readouterr()
         code = main.run([str(word) for word in words], list(behind))
         found = capsys.readouterr()

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_cli.importers.engine import run
-from finetune_cli.importers.manifest import documents, render
-from finetune_cli.importers.material import Assigned, Origin, Refused, Request
+from finetune_cli.importers.draft import Request
 from finetune_cli.importers.registry import IMPORTERS
+from finetune_cli.importers.render import documents, render
+from finetune_cli.importers.run_import import run_import
+from finetune_cli.mistakes import InvalidInput
+from finetune_cli.provenance import AssignedValue, Origin
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
@@ -52,14 +54,14 @@ def import_(
         tuple(shlex.split(words) if isinstance(words, str) else words),
         source,
         name,
-        own={path: Assigned(value, Origin("option"), "--set") for path, value in (own or {}).items()},
+        overrides={path: AssignedValue(value, Origin("option"), "--set") for path, value in (own or {}).items()},
         environment=ENVIRONMENT if environment is None else environment,
         **more,
     )
     try:
-        found = run(request, IMPORTERS)
-    except Refused as refused:
-        return Outcome(mistakes=[str(mistake) for mistake in refused.mistakes])
+        found = run_import(request, IMPORTERS)
+    except InvalidInput as invalid:
+        return Outcome(mistakes=[str(mistake) for mistake in invalid.mistakes])
     return Outcome(
         spec=found.spec,
         warnings=[one for one in found.warnings if NOT_YET not in one],

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import typer
 from finetune_api import names
-from finetune_cli.importers.engine import run
-from finetune_cli.importers.material import Importer, Refused, Request
+from finetune_cli.importers.draft import Importer, Request
 from finetune_cli.importers.registry import IMPORTERS
+from finetune_cli.importers.run_import import run_import
 from finetune_cli.main import COMMANDS, app
+from finetune_cli.mistakes import InvalidInput
 
 from tests.unit.cli.conftest import Write
 
@@ -57,18 +58,20 @@ def test_the_sixth_tool_of_the_guide_imports(write: Write) -> None:
     scope: dict[str, Importer] = {}
     exec(code, scope)
     registry = {**IMPORTERS, "sixth": scope["SIXTH"]}
-    found = run(Request((write("a.json", '{"base": "org/m", "rows": "s3://data/t.jsonl", "passes": 4}'),)), registry)
+    found = run_import(
+        Request((write("a.json", '{"base": "org/m", "rows": "s3://data/t.jsonl", "passes": 4}'),)), registry
+    )
     assert found.spec == {
         "model": {"source": "org/m"},
         "dataset": {"train": "s3://data/t.jsonl"},
         "training": {"epochs": 4},
     }
-    with pytest.raises(Refused) as refused:
-        run(Request((write("b.json", '{"base": "org/m", "passes": 0, "pases": 1}'),)), registry)
-    assert [str(one) for one in refused.value.mistakes] == [
+    with pytest.raises(InvalidInput) as invalid:
+        run_import(Request((write("b.json", '{"base": "org/m", "passes": 0, "pases": 1}'),)), registry)
+    assert [str(one) for one in invalid.value.mistakes] == [
         "b.json: pases: unknown key; did you mean passes?",
         "b.json: passes: 0 is out of range; allowed: an integer of at least 1",
-        "b.json: rows: it is missing, and it is required; add it, or give --data URI",
+        "b.json: rows: this required option is missing; add it, or give --data URI",
     ]
 
 
@@ -89,7 +92,7 @@ def test_the_table_of_secrets_names_all_that_an_import_makes(write: Write) -> No
     )
     made: dict[str, str] = {}
     for name, text, words in (("a.env", env, ()), ("a.toml", toml, flags)):
-        found = run(Request((write(name, text),), words), IMPORTERS)
+        found = run_import(Request((write(name, text),), words), IMPORTERS)
         assert set(found.secrets) == set(references(found.spec))
         made |= references(found.spec)
     text = (GUIDES / "import.md").read_text(encoding="utf-8")

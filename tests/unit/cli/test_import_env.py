@@ -52,15 +52,15 @@ def test_dollar_without_braces_is_text(env: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "mistake"),
     [
-        ("Copy code\n", "job.env:4: 'Copy code' is not KEY=value; remove the line, or write KEY=value"),
-        ("EPOCHS\n", "job.env:4: EPOCHS: it has no `=` and no value; write EPOCHS=value, or EPOCHS= for none"),
+        ("Copy code\n", "job.env:4: 'Copy code' has not the form KEY=value; remove the line, or write KEY=value"),
+        ("EPOCHS\n", "job.env:4: EPOCHS: the line has no `=` and no value; write EPOCHS=value, or EPOCHS= to leave it unset"),
         ("LERNING_RATE=1e-4\n", "job.env:4: LERNING_RATE: unknown key; did you mean LEARNING_RATE?"),
         ("PACKING=yes\n", 'job.env:4: PACKING: "yes" is not true or false; allowed: true, false'),
         ("EPOCHS=21\n", 'job.env:4: EPOCHS: "21" is out of range; allowed: an integer from 1 to 20'),
         ("LEARNING_RATE=1e-6\n", 'job.env:4: LEARNING_RATE: "1e-6" is out of range; allowed: a number from 1e-05 to 0.0005'),
         ("LEARNING_RATE=nan\n", 'job.env:4: LEARNING_RATE: "nan" is not a number; allowed: a number from 1e-05 to 0.0005'),
         ("BATCH_SIZE=1_0\n", 'job.env:4: BATCH_SIZE: "1_0" is not an integer; allowed: an integer from 1 to 32'),
-        ("TOKENIZER=${NOBODY}\n", "job.env:4: TOKENIZER: variable NOBODY is not set; set it above this line, or write the value itself"),
+        ("TOKENIZER=${NOBODY}\n", "job.env:4: TOKENIZER: variable NOBODY is not set; set it above this line, or write its value here"),
     ],
 )  # fmt: skip
 def test_mistakes(env: Any, text: str, mistake: str) -> None:
@@ -68,7 +68,7 @@ def test_mistakes(env: Any, text: str, mistake: str) -> None:
 
 
 def test_an_empty_required_value_is_a_mistake(env: Any) -> None:
-    assert env("TRAIN_DATA_PATH=\n").mistakes == ["job.env:4: TRAIN_DATA_PATH: it is empty, and it is required"]
+    assert env("TRAIN_DATA_PATH=\n").mistakes == ["job.env:4: TRAIN_DATA_PATH: this required option is empty"]
 
 
 @pytest.mark.parametrize(
@@ -90,18 +90,18 @@ def test_ratios(env: Any, ratios: str, split: tuple[float, float, float]) -> Non
 
 def test_two_ratios_over_one_are_refused(env: Any) -> None:
     (mistake,) = env("TRAIN_RATIO=0.8\nTEST_RATIO=0.3\n").mistakes
-    assert "TRAIN_RATIO+TEST_RATIO = 1.1, must not be more than 1" in mistake
+    assert "TRAIN_RATIO+TEST_RATIO = 1.1, but must be at most 1" in mistake
 
 
 @pytest.mark.parametrize("text", ["TRAIN_RATIO=0\n", "VAL_RATIO=0.5\nTEST_RATIO=0.5\n"])
 def test_a_split_must_leave_something_to_train_on(env: Any, text: str) -> None:
     (mistake,) = env(text).mistakes
-    assert "nothing is left for training" in mistake
+    assert "no rows are left for training" in mistake
 
 
 def test_a_stray_word_that_may_be_a_secret_is_not_shown(env: Any) -> None:
     assert env("Sup3rS3cretValue\n").mistakes == [
-        "job.env:4: Su...: it has no `=` and no value; write Su...=value, or Su...= for none"
+        "job.env:4: Su...: the line has no `=` and no value; write Su...=value, or Su...= to leave it unset"
     ]
 
 
@@ -152,7 +152,7 @@ def test_technique_and_bits(env: Any, text: str, method: str, bits: int | None) 
 
 def test_qlora_without_four_bits_is_refused(env: Any) -> None:
     (mistake,) = env("TECHNIQUE=qlora\nLOAD_IN_4BIT=False\n").mistakes
-    assert mistake.startswith("job.env:4, job.env:5: TECHNIQUE, LOAD_IN_4BIT: qlora loads the base in 4 bit")
+    assert mistake.startswith("job.env:4, job.env:5: TECHNIQUE, LOAD_IN_4BIT: qlora loads the base model in 4 bits")
 
 
 def test_an_adapter_is_named_by_our_option(env: Any) -> None:
@@ -235,5 +235,13 @@ def test_options_of_a_new_adapter_have_no_effect_on_one_that_is_continued(env: A
         [],
         {"type": "adapter", "adapter": {"source": "s3://models/adapter"}},
     )
-    told = [one for one in found.warnings if "has no effect: the adapter that is continued has its own" in one]
+    told = [one for one in found.warnings if "has no effect: the existing adapter defines it" in one]
     assert [one.split(": ")[1].split(" ")[0] for one in told] == ["LORA_R", "LORA_DROPOUT"]
+
+
+def test_defaults_of_four_bit_quantization(write: Write) -> None:
+    text = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/d.jsonl\nDATASET_TYPE=qa\nTECHNIQUE=qlora\n"
+    found = import_(write("a.env", text))
+    assert found.at("model.quantization") == {"bits": 4, "type": "nf4", "doubleQuant": False}
+    found = import_(write("a.env", text + "DEVICE=cuda\nBNB_4BIT_USE_DOUBLE_QUANT=true\n"))
+    assert found.at("model.quantization") == {"bits": 4, "type": "nf4", "doubleQuant": True, "computeDtype": "float16"}

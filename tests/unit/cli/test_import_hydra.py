@@ -119,21 +119,24 @@ def test_a_group_option_that_is_not_there(folder: Path) -> None:
         ),
         (
             "+training_config.foo_bar_baz=1",
-            "command line: training_config.foo_bar_baz: unknown key; remove it; + is only for keys known here",
+            "command line: training_config.foo_bar_baz: unknown key; remove it; + can only add keys of this tool",
         ),
         (
             "training_config.seed=1",
-            "command line: training_config.seed: it is not in the file; write +training_config.seed=... to add it",
+            "command line: training_config.seed: the key is not in the file; write +training_config.seed=... to add it",
         ),
         (
             "+training_config.trainer=DPO",
-            "command line: +training_config.trainer: it is there already; write training_config.trainer=... without +",
+            "command line: +training_config.trainer: the key already exists; write training_config.trainer=... without +",
         ),
         (
             "dataset.path=a,b",
-            "command line: dataset.path: a comma makes a sweep, and a sweep needs -m; quote the value: 'dataset.path=\"...\"'",
+            "command line: dataset.path: a comma means a sweep, and sweeps are not supported; quote the value: 'dataset.path=\"...\"'",
         ),
-        ("-m", "command line: -m: a sweep makes several jobs, and a FineTuneJob is one; import each of them"),
+        (
+            "-m",
+            "command line: -m: a sweep means several jobs, but an import makes one FineTuneJob; import each combination separately",
+        ),
     ],
 )
 def test_overrides_that_are_refused(hydra: Any, words: str, mistake: str) -> None:
@@ -156,10 +159,10 @@ def test_the_environment_is_read_for_allowed_names_only(hydra: Any, monkeypatch:
     base = BASE.replace("model: org/m", "model: ${oc.env:BASE_MODEL}")
     monkeypatch.setenv("BASE_MODEL", "org/other")
     assert hydra(base=base, environment={"BASE_MODEL": "org/other"}).mistakes == [
-        "job.yaml:3: training_config.model: it reads the environment variable BASE_MODEL, which is not allowed; allow it with --allow-env BASE_MODEL",
-        "job.yaml: training_config.model: it is missing, and it is required; add it, or give --model URI",
+        "job.yaml:3: training_config.model: the value reads the environment variable BASE_MODEL, which is not allowed; allow it with --allow-env BASE_MODEL",
+        "job.yaml: training_config.model: this required option is missing; add it, or give --model URI",
     ]
-    found = hydra(base=base, environment={"BASE_MODEL": "org/other"}, allow_env=frozenset({"BASE_MODEL"}))
+    found = hydra(base=base, environment={"BASE_MODEL": "org/other"}, allowed_variables=frozenset({"BASE_MODEL"}))
     assert found.at("model.source") == "org/other"
 
 
@@ -168,7 +171,9 @@ def test_flags_are_proper_booleans_and_any_letter_case(write: Write) -> None:
         words="--model m/m --dataset d/d --trainer sft --distributed-training ddp --gradient-checkpointing False ---max-seq-length 99 --format standard"
     )
     assert (found.at("training.gradientCheckpointing"), found.at("dataset.maxSequenceLength")) == ("disabled", 99)
-    assert "no learning rate is given: 2e-4, as that tool's page advises for its flags" in found.notes
+    assert (
+        "no learning rate is given, so it is 2e-4, which the tool's documentation advises for its flags" in found.notes
+    )
 
 
 def test_an_unknown_flag(write: Write) -> None:
@@ -214,7 +219,7 @@ def test_a_mistake_in_a_group_file_is_told_with_its_line(write: Write, folder: P
     text = (folder / "training/ddp.yaml").read_text(encoding="utf-8").replace("5e-5", "big")
     write("configs/training/ddp.yaml", text)
     assert import_(folder, words="--config-name config --config-path=x").mistakes == [
-        'dataset/default.yaml:2: dataset.format: "standrd" is not a word known here; '
+        'dataset/default.yaml:2: dataset.format: "standrd" is not an allowed value; '
         "allowed: one of standard, conversational, preference, no, simple; did you mean standard?",
         'training/ddp.yaml:4: training.learning_rate: "big" is not a number; allowed: a number greater than 0',
     ]
@@ -228,11 +233,11 @@ def test_the_primary_file_has_the_name_that_is_given(write: Write, folder: Path)
     found = import_(folder, words=["train.py", "-cn", "other", "training.learning_rate=1e-6"], source="hydra")
     assert (found.mistakes, found.at("trainer.type"), found.at("training.learningRate")) == ([], "dpo", 1e-6)
     assert (
-        "configs: --config-name: nobody.yaml is not in it; name another"
+        "configs: --config-name: the folder has no nobody.yaml; give another name"
         in import_(folder, words="--config-name nobody").mistakes
     )
     assert (
-        "command line: --config-name: it has no value; write --config-name VALUE"
+        "command line: --config-name: the value is missing; write --config-name VALUE"
         in import_(folder, words="--config-name").mistakes
     )
 
@@ -240,12 +245,12 @@ def test_the_primary_file_has_the_name_that_is_given(write: Write, folder: Path)
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("defaults: hello\ndataset: {path: x}\n", "config.yaml:1: defaults: it is not a list; write `- group: option` lines"),
+        ("defaults: hello\ndataset: {path: x}\n", "config.yaml:1: defaults: this is not a list; write `- group: option` lines"),
         ("defaults:\n  - dataset: missing\n", "configs: Hydra cannot compose it: In 'config': Could not find 'dataset/missing'; "
                                                "Available options in 'dataset': default pairs"),
-        ("dataset: [1]\ntraining: x\n", "config.yaml:1: dataset: it is not a group of options; write name: value below it"),
+        ("dataset: [1]\ntraining: x\n", "config.yaml:1: dataset: this is not a group of options; write name: value below it"),
         ('dataset: {path: "${dataset.path}"}\ntraining: {model: org/m}\n', "config.yaml:1: dataset.path: Recursive interpolation detected"),
-        ('dataset: {path: "${"}\ntraining: {model: org/m}\n', "configs: it cannot be read: no viable alternative at input '${'"),
+        ('dataset: {path: "${"}\ntraining: {model: org/m}\n', "configs: the configuration cannot be read: no viable alternative at input '${'"),
     ],
 )  # fmt: skip
 def test_a_primary_file_that_cannot_be(write: Write, folder: Path, text: str, expected: str) -> None:
@@ -257,13 +262,13 @@ def test_companions_with_a_value_where_a_group_is_needed(write: Write, folder: P
     accelerate = write("acc.yaml", "distributed_type: FSDP\nnum_processes: x\nfsdp_config: hello\n")
     found = import_(folder, accelerate, source="hydra", words="training.distributed_training=FSDP").mistakes
     assert found == [
-        "acc.yaml:2: num_processes: x is not a number of at least 1",
-        "acc.yaml:3: fsdp_config: hello is given, and a group of options is needed; write names and values",
+        "acc.yaml:2: num_processes: x is not an integer of at least 1",
+        "acc.yaml:3: fsdp_config: the value is hello, and a group of options is needed; write names and values",
     ]
     deepspeed = write("ds.json", '{"zero_optimization": 3, "gradient_clipping": "a"}')
     text = "model: {base_model: a/b}\nfine_tuning: {method: lora}\ndistributed: {use_deepspeed: true}\n"
     assert import_(write("job.yaml", text), deepspeed, source="yaml").mistakes == [
-        "ds.json: zero_optimization: 3 is given, and a group of options is needed; write names and values",
+        "ds.json: zero_optimization: the value is 3, and a group of options is needed; write names and values",
         "ds.json: gradient_clipping: 'a': should be a valid number, unable to parse string as a number",
     ]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from finetune_api.spec import FineTuneJobSpec
-from finetune_cli.importers.engine import load
 from finetune_cli.importers.registry import IMPORTERS
+from finetune_cli.importers.run_import import load
 
 from tests.pod.cli.sources import SOURCES
 from tests.unit.cli.cases import AS_COMMANDS, COMMANDS, CONTRACT, PAGES, cases, outcome
@@ -81,15 +81,15 @@ def test_all_toml_blocks_in_order_are_one_configuration() -> None:
 @pytest.mark.parametrize("name", cases())
 def test_a_case_is_recognised_as_its_own_tool_or_refused(name: str) -> None:
     files, source, words = cases()[name]
-    fitting = [one.name for one in IMPORTERS.values() if one.recognise(load(files), tuple(words.split()))]
+    fitting = [one.name for one in IMPORTERS.values() if one.recognises(load(files), tuple(words.split()))]
     assert fitting in ([source or name.removeprefix("blocks-").partition("-")[0]], [])
 
 
 def test_annotated_text_holds_every_value_and_its_origin() -> None:
     text = import_(HERE / "samples" / "env-A.env").text
     assert "learningRate: 0.0002 # env-A.env:9 LEARNING_RATE" in text
-    assert "gradientAccumulationSteps: 4 # profile default" in text
-    assert "scheduler: linear # fixed in its code" in text
+    assert "gradientAccumulationSteps: 4 # default of the tool" in text
+    assert "scheduler: linear # hard-coded in the tool" in text
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -101,7 +101,9 @@ def test_on_a_cpu_nothing_is_filled_in_that_only_a_gpu_can_do(source: str, write
     assert "bf16" not in str(found.spec)
     on_gpu = import_(file, source=source, own=own)
     left_out = [
-        note for note in found.notes if note.startswith("the job asks for no GPU, so our defaults stand in for ")
+        note
+        for note in found.notes
+        if note.startswith("the job uses no GPU, so the defaults of FineTuneJob replace ")
     ]
     assert bool(left_out) is (source in ("toml", "yaml", "hydra", "guide"))
-    assert not any(note.startswith("the job asks for no GPU") for note in on_gpu.notes)
+    assert not any(note.startswith("the job uses no GPU") for note in on_gpu.notes)

@@ -39,18 +39,18 @@ def test_profile_of_a_silent_file(toml: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "mistake"),
     [
-        ("dtype = null\n", 'job.toml:4: fine_tuner.dtype: a bare null is not TOML; write "null", or leave the key out'),
+        ("dtype = null\n", 'job.toml:4: fine_tuner.dtype: an unquoted null is not TOML; write "null", or remove the key'),
         ("packing = True\n", "job.toml:4: fine_tuner.packing: True is not TOML; write true"),
         ("weight_decay = .5\n", "job.toml:4: fine_tuner.weight_decay: .5 is not TOML; write 0.5"),
         ("epochs = 1\nepochs = 2\n",
-         "job.toml:5: fine_tuner.epochs: fine_tuner.epochs is set twice: lines 4 and 5; keep one; for a file over another one give both files in order"),
-        ("[finetuner]\nrank = 1\n", "job.toml:4: [finetuner]: unknown section; one of fine_tuner, mlflow, inferencer, evaluator, pipeline"),
+         "job.toml:5: fine_tuner.epochs: fine_tuner.epochs is set twice: lines 4 and 5; keep one; to override one file by another, give both files in order"),
+        ("[finetuner]\nrank = 1\n", "job.toml:4: [finetuner]: unknown section; write one of fine_tuner, mlflow, inferencer, evaluator, pipeline"),
         ("ranks = 8\n", "job.toml:4: fine_tuner.ranks: unknown key; did you mean fine_tuner.rank?"),
         ("epochs = true\n", "job.toml:4: fine_tuner.epochs: true is not an integer; allowed: an integer of at least 1"),
         ("lora_dropout = 0.31\n", "job.toml:4: fine_tuner.lora_dropout: 0.31 is out of range; allowed: a number from 0 to 0.3"),
         ('system_prompt_override_text = "${NOBODY}"\n',
-         "job.toml:4: fine_tuner.system_prompt_override_text: variable NOBODY is not set; set NOBODY, or write the value itself"),
-        ('report_to = "mlflow"\n', "job.toml:4: fine_tuner.report_to: mlflow needs a server, and none is named; write [mlflow] tracking_uri"),
+         "job.toml:4: fine_tuner.system_prompt_override_text: variable NOBODY is not set; set NOBODY, or write its value here"),
+        ('report_to = "mlflow"\n', "job.toml:4: fine_tuner.report_to: mlflow needs a server, but none is given; write [mlflow] tracking_uri"),
         ("tags = 1\n", "job.toml:4: fine_tuner.tags: unknown key; it is not an option of this TOML tool; remove it"),
     ],
 )  # fmt: skip
@@ -99,7 +99,7 @@ def test_a_quantised_base_stays_so(write: Write) -> None:
     text = BASE.replace("org/m", "org/m-bnb-4bit") + "load_in_4bit = false\n"
     found = import_(write("job.toml", text))
     assert (found.at("method.type"), found.at("model.quantization.bits")) == ("qlora", 4)
-    assert "holds 4-bit weights already" in found.warnings[0]
+    assert "holds 4-bit weights" in found.warnings[0]
 
 
 def test_loftq(toml: Any) -> None:
@@ -111,13 +111,14 @@ def test_loftq(toml: Any) -> None:
         None,
     )
     assert (
-        found.notes[0] == "LoftQ with load_in_4bit: the base is loaded in full precision, initialised, then quantised"
+        found.notes[0]
+        == "LoftQ with load_in_4bit: the base model is loaded in full precision, initialised, then quantized"
     )
 
 
 def test_loftq_on_a_quantised_base_is_refused(toml: Any) -> None:
     (mistake,) = toml("loftq_config = { loftq_bits = 4 }\n", base=BASE.replace("org/m", "org/m-bnb-4bit")).mistakes
-    assert "LoftQ needs the whole base" in mistake
+    assert "LoftQ needs an unquantized base model" in mistake
 
 
 def test_validation_data_is_used(toml: Any) -> None:
@@ -163,3 +164,12 @@ def test_evaluation_and_phases(toml: Any) -> None:
     assert found.at("evaluation.metrics") == ["rouge", "answerAccuracy"]
     assert found.at("evaluation.judge") == {"model": "j", "embedding": "text-embedding-3-small", "inputPrice": 0.15}
     assert found.at("phases") == {"infer": False, "evaluate": False}
+
+
+TOML = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nreport_to = "none"\n'
+
+
+def test_null_system_column_gives_a_note(write: Write) -> None:
+    found = import_(write("a.toml", TOML + 'system_prompt_column = "null"\n'))
+    assert found.at("dataset.columns") == {"question": "question", "answer": "answer"}
+    assert any(note.startswith("system_prompt_column is null") for note in found.notes)

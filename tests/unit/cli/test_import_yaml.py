@@ -59,7 +59,9 @@ def test_an_unquoted_no_is_the_word(yaml: Any, word: str) -> None:
 
 
 def test_a_key_that_stands_twice_is_refused(yaml: Any) -> None:
-    assert yaml("model: {base_model: b}\n").mistakes == ["job.yaml:3: model: it stands twice: lines 1 and 3; keep one"]
+    assert yaml("model: {base_model: b}\n").mistakes == [
+        "job.yaml:3: model: the key occurs twice, in lines 1 and 3; keep one"
+    ]
 
 
 def test_overrides_in_both_spellings(yaml: Any) -> None:
@@ -91,7 +93,7 @@ def test_method_and_bits(yaml: Any, text: str, method: str, bits: int | None) ->
 @pytest.mark.parametrize(
     ("model", "tuning", "words"),
     [
-        ("load_in_4bit: true, load_in_8bit: true", "method: lora", "4-bit and 8-bit are both true"),
+        ("load_in_4bit: true, load_in_8bit: true", "method: lora", "4-bit and 8-bit loading are both true"),
         ("load_in_8bit: true", "method: qlora", "method qlora needs 4-bit, but model.load_in_8bit is true"),
         (
             "load_in_4bit: true",
@@ -99,7 +101,11 @@ def test_method_and_bits(yaml: Any, text: str, method: str, bits: int | None) ->
             "method qlora needs 4-bit, but fine_tuning.quantization.bits is 8",
         ),
         ("load_in_4bit: true", "method: full", "method full trains all weights"),
-        ("load_in_4bit: true", "method: lora, quantization: {bits: 8}", "4 bit and 8 bit are given for one base"),
+        (
+            "load_in_4bit: true",
+            "method: lora, quantization: {bits: 8}",
+            "4 bits and 8 bits are given for the same base model",
+        ),
         ("load_in_4bit: false", "method: qlora", "method qlora needs 4-bit, but model.load_in_4bit is false"),
     ],
 )
@@ -113,7 +119,7 @@ def test_bits_that_contradict(yaml: Any, model: str, tuning: str, words: str) ->
 def test_lora_on_four_bits_is_qlora(yaml: Any) -> None:
     found = yaml(base="model: {base_model: m/m, load_in_4bit: true}\nfine_tuning: {method: lora}\n")
     assert found.at("method.type") == "qlora"
-    assert "method lora on a 4-bit base is QLoRA, and imported as such" in found.notes
+    assert "method lora with a 4-bit base model is QLoRA and is imported as qlora" in found.notes
 
 
 def test_evaluation_without_data_is_refused_and_with_ours_is_not(yaml: Any) -> None:
@@ -127,7 +133,7 @@ def test_the_evaluation_sections_period_wins(yaml: Any) -> None:
     text = "evaluation: {eval_steps: 200}\noutput: {eval_steps: 100}\n"
     found = yaml(text, own={"dataset.validation": "s3://data/v.json"})
     assert found.at("evaluation.steps") == 200
-    assert found.warnings == ["job.yaml:4: output.eval_steps has no effect: evaluation.eval_steps (200) wins"]
+    assert found.warnings == ["job.yaml:4: output.eval_steps has no effect: evaluation.eval_steps (200) overrides it"]
 
 
 def test_human_eval_means_rating_sheets(yaml: Any) -> None:
@@ -148,14 +154,14 @@ def test_the_head_is_not_a_target(yaml: Any) -> None:
 def test_layers_by_hand_and_threshold(yaml: Any) -> None:
     found = yaml("fine_tuning: {method: spectrum, spectrum: {snr_threshold: 0.7, layers_to_finetune: [3]}}\n")
     assert found.at("method.spectrum") == {"layers": [3]}
-    assert "snr_threshold has no effect: the layers are named by hand" in found.warnings[0]
+    assert "snr_threshold has no effect: the layers are listed explicitly" in found.warnings[0]
     (mistake,) = yaml("fine_tuning: {method: spectrum, spectrum: {layers_to_finetune: [3, 3]}}\n").mistakes
     assert "3 stands more than once" in mistake
 
 
 def test_pruning_is_not_offered(yaml: Any) -> None:
     assert yaml("pruning: {enabled: false, method: magnitude}\n").mistakes == []
-    assert "asks for pruning, which is not offered" in yaml("pruning: {enabled: true}\n").mistakes[0]
+    assert "enables pruning, which is not supported" in yaml("pruning: {enabled: true}\n").mistakes[0]
 
 
 def deepspeed(**zero: Any) -> str:
@@ -180,7 +186,7 @@ def test_a_deepspeed_file_that_says_something_else(yaml: Any, write: Write) -> N
         "fine_tuning: {method: lora}\ndistributed: {use_deepspeed: true, zero_stage: 3, deepspeed_config: ds.json}\n"
     ).mistakes
     assert mistake.startswith(
-        "job.yaml:4, ds.json: distributed.zero_stage, zero_optimization.stage: 3 and 2 are given for one thing"
+        "job.yaml:4, ds.json: distributed.zero_stage, zero_optimization.stage: 3 and 2 are given for the same option"
     )
 
 
@@ -196,7 +202,10 @@ def test_fsdp_needs_ranks(yaml: Any) -> None:
     assert found.spec["distributed"] == {"strategy": "fsdp", "fsdp": {"sharding": "shardGradOp", "stateDict": "full"}}
     assert found.at("resources.gpusPerNode") == 2
     assert "optimizer" not in found.spec["training"]
-    assert "FSDP cannot use the optimizer of that tool, so our defaults stand in for training.optimizer paged_adamw_8bit" in found.notes
+    assert (
+        "FSDP cannot use the default optimizer of the tool, so the defaults of FineTuneJob replace training.optimizer paged_adamw_8bit"
+        in found.notes
+    )
     assert yaml("distributed: {use_fsdp: true}\n", own={"resources.gpusPerNode": 8}).at("resources.gpusPerNode") == 8
 
 

@@ -1,0 +1,216 @@
+"""Checks manifests of FineTuneJobs offline, by the schema and by every rule of the API server and the operator."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.names import API_VERSION, KIND, MAX_NAME_LENGTH, NAME_PATTERN
+from finetune_api.rules import ExecutionTarget, check
+from finetune_api.spec import FineTuneJobSpec, load_spec
+from finetune_api.support import unsupported_fields
+from pydantic import ValidationError
+
+from finetune_cli.field_errors import FieldError, field_errors, is_within, locations_to_remove
+from finetune_cli.fields import fields, get_value
+from finetune_cli.manifests import Manifest
+from finetune_cli.mistakes import Mistake
+from finetune_cli.redaction import contains_secret
+from finetune_cli.suggestions import closest_name
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One problem of a manifest. `is_error` is false for a warning, which only `validate --strict` refuses."""
+
+    mistake: Mistake
+    code: str
+    is_error: bool = True
+
+
+def errors_of(findings: list[Finding]) -> list[Finding]:
+    """Return the findings that must be corrected."""
+    return [one for one in findings if one.is_error]
+
+
+def warnings_of(findings: list[Finding]) -> list[Mistake]:
+    """Return the warnings: legal, but probably not intended."""
+    return [one.mistake for one in findings if not one.is_error]
+
+
+def check_manifest(
+    manifest: Manifest, target: ExecutionTarget = ExecutionTarget.CLUSTER
+) -> tuple[FineTuneJobSpec | None, list[Finding]]:
+    """Return the spec, if it can be read, and every problem of the manifest."""
+    findings = list(_check_metadata(manifest))
+    raw = manifest.value.get("spec")
+    if not isinstance(raw, dict):
+        message = "the spec is missing" if raw is None else "the spec is not a mapping"
+        mistake = Mistake(manifest.location("spec"), "spec", message, "write spec: with fields below it")
+        return None, [*findings, Finding(mistake, "SpecMissing")]
+    raw = without_nulls(raw)
+    findings += _unknown_fields(manifest, raw)
+    spec, wrong = _load_spec(raw)
+    findings += [
+        _finding(manifest, one.path, one.message, one.hint, "ValueInvalid") for one in wrong if not one.is_unknown
+    ]
+    if spec is not None:
+        findings += [
+            _finding(manifest, one.path, one.message, one.hint, one.code)
+            for one in (*check(spec, target=target), *unsupported_fields(spec))
+            if not (target is ExecutionTarget.LOCAL and one.code == "SourceInvalid" and _is_local_path(raw, one.path))
+            and not any(is_within(one.path, other.path) or is_within(other.path, one.path) for other in wrong)
+        ]
+    findings += _secrets(manifest, raw)
+    return spec, findings
+
+
+def _finding(manifest: Manifest, path: str, message: str, hint: str, code: str) -> Finding:
+    return Finding(Mistake(manifest.location(f"spec.{path}"), f"spec.{path}", message, hint), code)
+
+
+def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy without nulls, which the API server removes."""
+    return {
+        key: without_nulls(inner) if isinstance(inner, dict) else inner
+        for key, inner in value.items()
+        if inner is not None
+    }
+
+
+def _is_local_path(raw: dict[str, Any], path: str) -> bool:
+    """Return whether a field holds a path of the user's machine, which `run --local` accepts."""
+    value = get_value(raw, path)
+    return isinstance(value, str) and value.startswith(("file://", ".", "/", "~"))
+
+
+def _secrets(manifest: Manifest, raw: dict[str, Any], path: str = "spec") -> Iterator[Finding]:
+    """Warn about strings that look like secrets: everyone who may read the job can read them."""
+    for key, inner in raw.items():
+        here = f"{path}.{key}"
+        if isinstance(inner, dict):
+            yield from _secrets(manifest, inner, here)
+        elif contains_secret(inner):
+            message = "this looks like a token or password, and everyone who may read the job can see it"
+            hint = "store it in a Secret and refer to that Secret"
+            yield Finding(Mistake(manifest.location(here), here, message, hint), "LooksSecret", is_error=False)
+
+
+# --- metadata -------------------------------------------------------------------------------------------------------
+
+TOP_LEVEL_KEYS = ("apiVersion", "kind", "metadata", "spec", "status")
+METADATA_KEYS = (
+    "name", "namespace", "labels", "annotations", "generateName", "finalizers", "ownerReferences", "uid", "resourceVersion", "generation",
+    "creationTimestamp", "deletionTimestamp", "deletionGracePeriodSeconds", "managedFields", "selfLink",
+)  # fmt: skip
+
+
+def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
+    """Check everything outside the spec."""
+    for key, wanted, code in (("apiVersion", API_VERSION, "ApiVersion"), ("kind", KIND, "Kind")):
+        found = manifest.value.get(key)
+        if found != wanted:
+            message = "this required field is missing" if found is None else f"{found} is not {wanted}"
+            yield Finding(Mistake(manifest.location(key), key, message, f"write {key}: {wanted}"), code)
+    yield from (_unknown_key(manifest, key, TOP_LEVEL_KEYS, "") for key in manifest.value if key not in TOP_LEVEL_KEYS)
+    metadata = manifest.value.get("metadata")
+    message = invalid_name(manifest.name)
+    if message:
+        hint = f"write a-z, 0-9 and -, beginning with a letter, at most {MAX_NAME_LENGTH} characters"
+        yield Finding(Mistake(manifest.location("metadata.name"), "metadata.name", message, hint), "NameInvalid")
+    if isinstance(metadata, dict):
+        yield from (
+            _unknown_key(manifest, key, METADATA_KEYS, "metadata.") for key in metadata if key not in METADATA_KEYS
+        )
+        yield from _unquoted_values(manifest, metadata)
+
+
+def invalid_name(name: str) -> str:
+    """Return why a text cannot be the name of a FineTuneJob; an empty string if it can."""
+    if not name:
+        return "this required field is missing"
+    if len(name) > MAX_NAME_LENGTH:
+        return f"{name!r} has {len(name)} characters, and the name of a FineTuneJob may have at most {MAX_NAME_LENGTH}"
+    return "" if re.match(NAME_PATTERN, name) else f"{name!r} cannot be the name of a FineTuneJob"
+
+
+def _unknown_key(manifest: Manifest, key: str, known: tuple[str, ...], prefix: str) -> Finding:
+    closest = closest_name(key, known)
+    hint = (
+        f"did you mean {prefix}{closest}?" if closest else "remove it" if prefix else "remove it, or move it below spec"
+    )
+    return Finding(Mistake(manifest.location(prefix + key), prefix + key, "unknown field", hint), "UnknownField")
+
+
+def _unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[Finding]:
+    """Find numbers and booleans in labels, annotations and the namespace, where the API server accepts only strings."""
+    found: list[tuple[str, Any]] = [("namespace", metadata.get("namespace"))]
+    for group in ("labels", "annotations"):
+        inner = metadata.get(group)
+        found += [(f"{group}.{key}", value) for key, value in inner.items()] if isinstance(inner, dict) else []
+    for key, value in found:
+        if isinstance(value, bool | int | float):
+            path, text = f"metadata.{key}", str(value).lower() if isinstance(value, bool) else str(value)
+            mistake = Mistake(manifest.location(path), path, f"{text} is not a string", f'quote it: "{text}"')
+            yield Finding(mistake, "ValueInvalid")
+
+
+# --- unknown fields and refused values ------------------------------------------------------------------------------
+
+
+def _unknown_fields(manifest: Manifest, raw: dict[str, Any]) -> Iterator[Finding]:
+    """Find fields that the schema does not have, each with the closest field that it has."""
+    known = {one.path: one.is_group or one.kind.startswith("list of group") for one in fields()}
+    maps = {one.path for one in fields() if one.kind.startswith("map of")}
+    yield from _unknown_below(manifest, raw, "spec", "spec", known, maps)
+
+
+def _unknown_below(
+    manifest: Manifest, value: dict[str, Any], path: str, pattern: str, known: dict[str, bool], maps: set[str]
+) -> Iterator[Finding]:
+    """`path` holds the indexes of list items, which `pattern` replaces by `[]`."""
+    for key, inner in value.items():
+        here, wanted = f"{path}.{key}", f"{pattern}.{key}"
+        if wanted not in known:
+            closest = closest_name(wanted, known)
+            hint = f"did you mean {closest}?" if closest else "`finetune explain` lists all fields"
+            yield Finding(Mistake(manifest.location(here), here, "unknown field", hint), "UnknownField")
+        elif wanted in maps:
+            continue
+        elif isinstance(inner, dict) and known[wanted]:
+            yield from _unknown_below(manifest, inner, here, wanted, known, maps)
+        elif isinstance(inner, list):
+            for i, item in enumerate(inner):
+                if isinstance(item, dict):
+                    yield from _unknown_below(manifest, item, f"{here}[{i}]", f"{wanted}[]", known, maps)
+
+
+def _load_spec(raw: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[FieldError]]:
+    """Read the spec with its models. Refused values are returned as errors and removed, so that the rules can check the rest."""
+    wrong: list[FieldError] = []
+    value = raw
+    for _ in range(3):
+        try:
+            return load_spec(value), wrong
+        except ValidationError as error:
+            wrong += list(field_errors(error, wrong))
+            value = _without(value, list(locations_to_remove(error)))
+    return None, wrong
+
+
+def _without(value: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
+    """Return a copy without some fields. A list with a refused item is removed as a whole."""
+    result = copy.deepcopy(value)
+    for location in locations:
+        group: Any = result
+        for depth, part in enumerate(location):
+            inner = group.get(part) if isinstance(group, dict) else None
+            if depth == len(location) - 1 or not isinstance(inner, dict):
+                if isinstance(group, dict):
+                    group.pop(part, None)
+                break
+            group = inner
+    return result

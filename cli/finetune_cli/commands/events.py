@@ -1,0 +1,33 @@
+"""`finetune events`: the Kubernetes events of a job and of its pods."""
+
+from __future__ import annotations
+
+from finetune_cli import output
+from finetune_cli.commands.shared import ContextOption, KubeconfigOption, NameArgument, NamespaceOption
+
+
+def events(
+    name: NameArgument,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """List the events of a job and of its pods, oldest first.
+
+    Example: finetune events support-bot
+    """
+    from finetune_cli.cluster import connect
+    from finetune_cli.status_text import event_line
+
+    cluster = connect(namespace, context, kubeconfig)
+    job = cluster.job(name)
+    uids = {job["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in cluster.pods(name))}
+    found = cluster.events(uids)
+    if not found:
+        output.notes(
+            [
+                f"{name} has no events; the cluster deletes events after some time, and `finetune status {name}` shows what remains"
+            ]
+        )
+        return
+    output.write("\n".join(event_line(one) for one in found))

@@ -1,0 +1,84 @@
+"""`finetune get`: lists jobs with the columns of `kubectl get`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import (
+    ContextOption,
+    FormatOption,
+    KubeconfigOption,
+    NamespaceOption,
+    check_format,
+    job_name,
+    write_data,
+)
+
+FORMATS = ("yaml", "json", "wide", "name")
+
+
+def get(
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Name of one job. Default: all jobs.", callback=job_name)
+    ] = None,
+    all_namespaces: Annotated[
+        bool, typer.Option("--all-namespaces", "-A", help="List jobs of all namespaces.")
+    ] = False,
+    form: FormatOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """List jobs with the columns of kubectl get.
+
+    Example: finetune get -A -o wide
+
+    Example: finetune get support-bot -o yaml
+    """
+    from finetune_cli.cluster import connect
+
+    check_format(form, *FORMATS)
+    if name is not None and all_namespaces:
+        raise output.fail(f"{name} with --all-namespaces: a single job is in one namespace; give the namespace with -n")
+    cluster = connect(namespace, context, kubeconfig)
+    if form in ("yaml", "json", "name"):
+        items = [cluster.job(name)] if name else cluster.jobs(all_namespaces=all_namespaces)
+        _write_objects(items, form, single=name is not None)
+        return
+    table = cluster.table(name, all_namespaces=all_namespaces)
+    rows = table.get("rows") or []
+    if not rows:
+        output.notes(
+            [f"there are no FineTuneJobs in {'any namespace' if all_namespaces else 'namespace ' + cluster.namespace}"]
+        )
+        return
+    output.write(_grid(table["columnDefinitions"], rows, wide=form == "wide", namespaces=all_namespaces))
+
+
+def _write_objects(items: list[dict[str, Any]], form: str, *, single: bool) -> None:
+    from finetune_api.names import GROUP, PLURAL
+
+    for item in items:
+        item.get("metadata", {}).pop("managedFields", None)
+    if form == "name":
+        if items:
+            output.write("\n".join(f"{PLURAL}.{GROUP}/{item['metadata']['name']}" for item in items))
+        return
+    write_data(items[0] if single else {"apiVersion": "v1", "kind": "List", "items": items}, form)
+
+
+def _grid(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, wide: bool, namespaces: bool) -> str:
+    """Format the server's table. Columns with a priority above 0 are shown only with `-o wide`."""
+    shown = [i for i, column in enumerate(columns) if wide or not column.get("priority")]
+    head = (["NAMESPACE"] if namespaces else []) + [str(columns[i]["name"]).upper() for i in shown]
+    lines = [head]
+    for row in rows:
+        namespace = [row["object"]["metadata"].get("namespace", "")] if namespaces else []
+        lines.append(namespace + ["-" if row["cells"][i] in (None, "") else str(row["cells"][i]) for i in shown])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    return "\n".join(
+        "   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
+    )

@@ -1,0 +1,159 @@
+"""`finetune import`: turns the configuration of another tool into a FineTuneJob."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import complete_set, complete_words
+
+if TYPE_CHECKING:
+    from finetune_cli.importers.run_import import Imported
+
+
+def import_(
+    context: typer.Context,
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="FILE...", help="Files or a folder of the other tool. Later files override earlier ones."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="env|toml|yaml|hydra|guide|openai",
+            help="The tool that the files belong to. Default: recognised by content.",
+            autocompletion=complete_words("env", "toml", "yaml", "hydra", "guide", "openai"),
+        ),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the FineTuneJob. Default: the name of the first file.")
+    ] = None,
+    namespace: Annotated[
+        str | None, typer.Option("--namespace", "-n", help="Namespace written into all manifests.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(metavar="URI", help="Base model; overrides the files.")] = None,
+    data: Annotated[str | None, typer.Option(metavar="URI", help="Training data; overrides the files.")] = None,
+    validation: Annotated[str | None, typer.Option(metavar="URI", help="Validation data; overrides the files.")] = None,
+    test: Annotated[str | None, typer.Option(metavar="URI", help="Test data; overrides the files.")] = None,
+    adapter: Annotated[str | None, typer.Option(metavar="URI", help="Adapter to continue training.")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="NAME/KEY", help="ConfigMap and key with the prompts for comparing base and tuned model."),
+    ] = None,
+    deepspeed: Annotated[
+        str | None, typer.Option(metavar="NAME/KEY", help="ConfigMap and key with a DeepSpeed configuration in JSON.")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(metavar="URI", help="Storage root for results, for example s3://bucket/prefix.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs per node; 0 trains on CPU.")] = None,
+    nodes: Annotated[int | None, typer.Option(help="Number of nodes.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="PATH=VALUE",
+            help="Set a field of the spec; overrides the files.",
+            autocompletion=complete_set,
+        ),
+    ] = None,
+    model_map: Annotated[
+        list[str] | None,
+        typer.Option(metavar="THEIRS=OURS", help="openai: the open model that replaces a model of that API."),
+    ] = None,
+    allow_env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="hydra: an environment variable that the configuration may read."),
+    ] = None,
+    annotate: Annotated[bool, typer.Option(help="Add a comment with the origin of every value.")] = False,
+    explain: Annotated[bool, typer.Option(help="Print a table of every option instead of the manifest.")] = False,
+    file: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Write the manifest to a file instead of stdout."),
+    ] = None,
+) -> None:
+    """Turn the configuration of another tool into a FineTuneJob.
+
+    The manifest goes to stdout, notes and warnings go to stderr. Everything after -- is the other tool's own command line.
+
+    Example: finetune import train.env --data s3://data/train.jsonl --storage s3://models/tuned | kubectl apply -f -
+
+    Example: finetune import config.yaml -- --training.learning_rate 1e-4
+
+    Example: finetune import --from hydra configs/ -- training=fsdp dataset.path=org/data
+    """
+    from finetune_cli.files import write_text
+    from finetune_cli.importers.draft import Request
+    from finetune_cli.importers.registry import IMPORTERS
+    from finetune_cli.importers.render import render
+    from finetune_cli.importers.run_import import run_import
+    from finetune_cli.overrides import parse_overrides
+
+    options = {
+        "model": model, "data": data, "validation": validation, "test": test, "adapter": adapter, "storage": storage, "gpus": gpus, "nodes": nodes,
+        "prompts": prompts, "deepspeed": deepspeed,
+    }  # fmt: skip
+    if file is not None and any(file.resolve() == one.resolve() for one in files or ()):
+        raise output.fail(f"-o {file}: this file is one of the inputs; choose another file for the manifest")
+    request = Request(
+        files=tuple(files or ()),
+        tool_arguments=tuple(context.obj or ()),
+        source=source,
+        name=name,
+        namespace=namespace,
+        overrides=parse_overrides(set_ or (), options),
+        model_map=parse_pairs("--model-map", model_map or []),
+        allowed_variables=frozenset(allow_env or ()),
+        environment=dict(os.environ),
+    )
+    imported = run_import(request, IMPORTERS)
+    output.warnings(imported.warnings)
+    output.notes(imported.notes)
+    text = options_table(imported) if explain else render(imported, annotate=annotate)
+    if file is None:
+        output.write(text)
+    else:
+        write_text(file, text)
+
+
+def parse_pairs(option: str, texts: list[str]) -> dict[str, str]:
+    """Parse `NAME=VALUE` texts. Raises InvalidInput."""
+    from finetune_cli.mistakes import InvalidInput, Mistake
+
+    result: dict[str, str] = {}
+    mistakes = []
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key or not value:
+            mistakes.append(Mistake(option, text, "the text has not the form NAME=VALUE"))
+        result[key] = value
+    if mistakes:
+        raise InvalidInput(mistakes)
+    return result
+
+
+def options_table(imported: Imported) -> str:
+    """Return a table of every option: its key in the file, the field, the value, and the origin."""
+    from io import StringIO
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from finetune_cli.importers.render import describe_origin
+
+    grid = Table("WRITTEN AS", "FIELD", "VALUE", "ORIGIN", box=None, pad_edge=False)
+    for path, assigned in sorted(imported.assigned.items()):
+        origin = assigned.origin.location if assigned.key else describe_origin(assigned)
+        grid.add_row(assigned.key or "-", path, str(assigned.value), origin)
+    buffer = StringIO()
+    width = sys.stdout.isatty() and output.console().width or 200
+    Console(file=buffer, width=width, highlight=False).print(grid)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines())

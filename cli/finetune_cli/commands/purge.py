@@ -1,0 +1,100 @@
+"""`finetune purge`: deletes everything that a job has in storage."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import ContextOption, KubeconfigOption, NameArgument, NamespaceOption
+from finetune_cli.commands.storage_options import EndpointOption, SecretOption, StorageOption, open_storage
+
+if TYPE_CHECKING:
+    from finetune_cli.cluster import Cluster
+    from finetune_cli.job_storage import StoredObject
+
+HTTP_NOT_FOUND = 404
+
+
+def purge(
+    name: NameArgument,
+    uid: Annotated[
+        str | None, typer.Option(metavar="UID", help="Uid of a job that is already deleted; needs --storage.")
+    ] = None,
+    yes: Annotated[
+        str | None,
+        typer.Option("--yes-purge", metavar="NAME", help="Do not ask for confirmation; repeat the job's name."),
+    ] = None,
+    use_secret: SecretOption = False,
+    endpoint: EndpointOption = None,
+    storage: StorageOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """Delete everything that a finished or deleted job has in storage: checkpoints, model, metrics. Asks twice.
+
+    Example: finetune purge old-bot
+
+    Example: finetune purge old-bot --uid 1b2c... --storage s3://models/finetune
+    """
+    from finetune_cli.cluster import connect
+    from finetune_cli.job_storage import StorageError
+    from finetune_cli.status_text import format_bytes
+
+    cluster = connect(namespace, context, kubeconfig)
+    if uid is not None and storage is None:
+        raise StorageError("--uid needs --storage URI: the storage root of a deleted job is unknown")
+    job = _finished_job(cluster, name, uid)
+    opened = open_storage(cluster, job, use_secret, endpoint, storage)
+    objects = list(opened.objects())
+    if not objects:
+        output.notes([f"there are no objects below {opened.uri}"])
+        return
+    total = format_bytes(sum(one.size for one in objects))
+    _confirm(name, f"{len(objects)} objects, {total}, below {opened.uri}", yes)
+    opened.delete(_markers_first(objects))
+    output.write(f"{name}: {len(objects)} objects, {total}, deleted")
+
+
+def _finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any]:
+    """Return the job whose storage is purged. With a uid, the job may be deleted. Raises ClusterError if it has not finished."""
+    from finetune_cli.cluster import ClusterError
+    from finetune_cli.status_text import has_finished, status_of
+
+    try:
+        job = cluster.job(name)
+    except ClusterError as error:
+        if error.code != HTTP_NOT_FOUND or uid is None:
+            raise
+        job = {"spec": {}}
+    else:
+        if uid in (None, job["metadata"]["uid"]) and not has_finished(status_of(job)):
+            raise ClusterError(f"{name} has not finished: cancel it first")
+    if uid is not None:
+        job = {**job, "metadata": {"name": name, "namespace": cluster.namespace, "uid": uid}}
+    return job
+
+
+def _markers_first(objects: list[StoredObject]) -> list[StoredObject]:
+    """Sort the commit markers first, so that an interrupted purge leaves no marker without its files."""
+    from finetune_api.names import Storage
+
+    return sorted(objects, key=lambda one: not one.key.endswith((Storage.COMMITTED, Storage.HEALTHY)))
+
+
+def _confirm(name: str, objects: str, yes: str | None) -> None:
+    """Ask for confirmation, then for the job's name. Raises StorageError if the answer is no."""
+    from finetune_cli.job_storage import StorageError
+
+    if yes is not None:
+        if yes != name:
+            raise StorageError(f"--yes-purge {yes}: this is not the name of the job, {name}")
+        return
+    if not sys.stdin.isatty():
+        raise StorageError(f"{objects} would be deleted permanently: confirm with --yes-purge {name}")
+    typer.confirm(f"Delete {objects}?", abort=True, err=True)
+    if typer.prompt("Type the name of the job", err=True) != name:
+        raise StorageError("this is not the name of the job; nothing was deleted")

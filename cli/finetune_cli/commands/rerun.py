@@ -1,0 +1,100 @@
+"""`finetune rerun`: creates a new job from an existing one."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import ContextOption, KubeconfigOption, NameArgument, NamespaceOption, SetOption
+
+
+def rerun(
+    name: NameArgument,
+    from_checkpoint: Annotated[
+        int | None,
+        typer.Option(
+            "--from-checkpoint", metavar="STEP", min=0, help="Start from this checkpoint of the existing job."
+        ),
+    ] = None,
+    sets: SetOption = None,
+    new_name: Annotated[
+        str | None, typer.Option("--name", help="Name of the new job. Default: the existing name with a number.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the new manifest without creating the job.")
+    ] = False,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """Create a new job from an existing one. Annotations of the new job name the existing job, which stays.
+
+    Example: finetune rerun support-bot --from-checkpoint 400 --set training.learningRate=1e-4
+    """
+    from finetune_cli.checks import check_manifest, errors_of, warnings_of
+    from finetune_cli.cluster import connect
+    from finetune_cli.manifests import parse
+    from finetune_cli.overrides import parse_overrides
+    from finetune_cli.yaml_writer import to_yaml
+
+    cluster = connect(namespace, context, kubeconfig)
+    old = cluster.job(name)
+    changes = {path: one.value for path, one in parse_overrides(sets or ()).items()}
+    if from_checkpoint is not None:
+        changes["checkpoint.resume"] = _checkpoint_uri(old, from_checkpoint)
+    taken = {job["metadata"]["name"] for job in cluster.jobs(all_namespaces=False)}
+    body = build_rerun(old, new_name or free_name(name, taken), changes, from_checkpoint)
+    text = to_yaml(body)
+    _, findings = check_manifest(next(parse(text, "new job")))
+    output.warnings(warnings_of(findings))
+    if errors_of(findings):
+        raise output.fail(*(finding.mistake for finding in errors_of(findings)))
+    if dry_run:
+        output.write(text)
+        return
+    cluster.create(body)
+    output.write(f"{body['metadata']['name']} created from {name} in namespace {cluster.namespace}")
+
+
+def _checkpoint_uri(job: dict[str, Any], step: int) -> str:
+    from finetune_cli.cluster import ClusterError
+    from finetune_cli.status_text import status_of
+
+    known = status_of(job).checkpoints
+    found = next((one.uri for one in known if one.step == step), None)
+    if found is None:
+        steps = ", ".join(str(one.step) for one in sorted(known, key=lambda one: one.step)) or "none"
+        raise ClusterError(
+            f"the status of {job['metadata']['name']} lists no checkpoint of step {step}, only: {steps}; "
+            "name another checkpoint with --set checkpoint.resume=URI"
+        )
+    return found
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """Return the first free name with a number: `bot` -> `bot-2`, `bot-2` -> `bot-3`. The base is cut to the maximum length."""
+    from finetune_api.names import MAX_NAME_LENGTH
+
+    found = re.match(r"^(.*?)-(\d+)$", name)
+    base, number = (found.group(1), int(found.group(2)) + 1) if found else (name, 2)
+    while f"{base[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}" in taken:
+        number += 1
+    return f"{base[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}"
+
+
+def build_rerun(old: dict[str, Any], name: str, changes: dict[str, Any], step: int | None) -> dict[str, Any]:
+    """Return the new object: the old spec with changes, not suspended and not cancelled, with the old job in its annotations."""
+    from finetune_api.names import API_VERSION, KIND, Annotation
+
+    from finetune_cli.fields import with_values
+
+    spec = with_values(old.get("spec") or {}, {"suspend": None, "cancel": None, **changes})
+    metadata = old["metadata"]
+    annotations = {Annotation.RERUN_OF.value: f"{metadata['name']}/{metadata['uid']}"}
+    if step is not None:
+        annotations[Annotation.FROM_STEP.value] = str(step)
+    body = {"name": name, "namespace": metadata.get("namespace"), "annotations": annotations}
+    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": body, "spec": spec}

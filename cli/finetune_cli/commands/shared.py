@@ -1,0 +1,101 @@
+"""Options and small functions that several commands share. Options are spelled as in kubectl."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from finetune_cli import output
+
+
+def complete_job(ctx: typer.Context, incomplete: str) -> list[str]:
+    """Complete the name of a FineTuneJob; no candidates if the cluster cannot be reached."""
+    from finetune_cli.cluster import connect
+
+    given = ctx.params
+    try:
+        jobs = connect(given.get("namespace"), given.get("context"), given.get("kubeconfig")).jobs(all_namespaces=False)
+    except output.CommandError:
+        return []
+    return [name for name in (job["metadata"]["name"] for job in jobs) if name.startswith(incomplete)]
+
+
+def job_name(value: str | None) -> str | None:
+    """Return the name of a job from `NAME` or `KIND/NAME`. Raises ClusterError."""
+    from finetune_cli.cluster import parse_job_name
+
+    return None if value is None else parse_job_name(value)
+
+
+def complete_path(incomplete: str) -> list[str]:
+    """Complete the path of a field."""
+    from finetune_cli.fields import fields
+
+    known = (one.path.removeprefix("spec.").replace("[]", "") for one in fields())
+    return [path for path in known if path.startswith(incomplete)]
+
+
+def complete_set(incomplete: str) -> list[str]:
+    """Complete the argument of `--set`."""
+    return [f"{path}=" for path in complete_path(incomplete) if not path.startswith("status")]
+
+
+def complete_words(*words: str) -> Callable[[str], list[str]]:
+    """Return a completion function for an option with a fixed set of values."""
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
+
+
+def check_format(form: str | None, *allowed: str) -> None:
+    """Refuse an output format that the command does not have. Raises Exit."""
+    if form is not None and form not in allowed:
+        raise output.fail(f"-o {form}: unknown output format; write one of {', '.join(allowed)}")
+
+
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Set a field of the spec, for example training.epochs=2.",
+        autocompletion=complete_set,
+    ),
+]
+NameArgument = Annotated[
+    str, typer.Argument(metavar="NAME", help="Name of the FineTuneJob.", autocompletion=complete_job, callback=job_name)
+]
+NamespaceOption = Annotated[
+    str | None, typer.Option("--namespace", "-n", help="Namespace. Default: the namespace of the kubeconfig context.")
+]
+ContextOption = Annotated[str | None, typer.Option("--context", help="Context of the kubeconfig to use.")]
+KubeconfigOption = Annotated[Path | None, typer.Option("--kubeconfig", help="Path of the kubeconfig file.")]
+FormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="yaml|json|wide|name",
+        help="Output format.",
+        autocompletion=complete_words("yaml", "json", "wide", "name"),
+    ),
+]
+DataFormatOption = Annotated[
+    str | None,
+    typer.Option(
+        "-o",
+        "--output",
+        metavar="yaml|json",
+        help="Print the data as YAML or JSON.",
+        autocompletion=complete_words("yaml", "json"),
+    ),
+]
+
+
+def write_data(value: Any, form: str) -> None:
+    """Write a value to stdout as JSON or YAML."""
+    from finetune_cli.yaml_writer import to_yaml
+
+    output.write(json.dumps(value, indent=2) if form == "json" else to_yaml(value))

@@ -1,0 +1,91 @@
+"""`finetune status`: what a job does and why."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import (
+    ContextOption,
+    DataFormatOption,
+    KubeconfigOption,
+    NameArgument,
+    NamespaceOption,
+    check_format,
+    write_data,
+)
+
+if TYPE_CHECKING:
+    from finetune_cli.cluster import Cluster
+
+MAX_LOSSES = 60
+
+
+def status(
+    name: NameArgument,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Update until the job ends.")] = False,
+    form: DataFormatOption = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """Show phase, reason, progress, loss, remaining time, attempts and checkpoints of a job, and a failure with its hint.
+
+    Exit code 2 if the job failed.
+
+    Example: finetune status support-bot --watch
+    """
+    from finetune_cli.cluster import connect
+    from finetune_cli.status_text import describe
+
+    check_format(form, "yaml", "json")
+    if watch and form is not None:
+        raise output.fail("--watch and -o: -o prints the status once, and --watch updates it; choose one of them")
+    cluster = connect(namespace, context, kubeconfig)
+    if watch:
+        exit_if_failed(follow_job(cluster, name))
+        return
+    job = cluster.job(name)
+    if form is not None:
+        write_data(job.get("status") or {}, form)
+    else:
+        output.write(describe(job))
+    exit_if_failed(job)
+
+
+def follow_job(cluster: Cluster, name: str) -> dict[str, Any]:
+    """Show a job until it ends and return it. On a terminal the text is updated in place, elsewhere printed at every change."""
+    from rich.live import Live
+    from rich.text import Text
+
+    from finetune_cli.status_text import describe, has_finished, status_of
+
+    losses: list[float] = []
+    job: dict[str, Any] = {}
+    last = ""
+    with Live(console=output.console(), auto_refresh=False, screen=False) as live:
+        for job in cluster.watch_job(name):
+            found = status_of(job)
+            loss = found.metrics.train_loss if found.metrics else None
+            if loss is not None and (not losses or losses[-1] != loss):
+                losses = [*losses[1 - MAX_LOSSES :], loss]
+            text = describe(job, losses)
+            if output.console().is_terminal:
+                live.update(Text(text), refresh=True)
+            elif text != last:
+                output.write(text + "\n")
+            last = text
+            if has_finished(found):
+                break
+    return job
+
+
+def exit_if_failed(job: dict[str, Any]) -> None:
+    """Raise Exit with code 2 if the job has ended without success."""
+    from finetune_cli.status_text import has_finished, has_succeeded, status_of
+
+    found = status_of(job)
+    if has_finished(found) and not has_succeeded(found):
+        raise output.Exit(output.JOB_FAILED)

@@ -1,0 +1,107 @@
+"""`finetune submit`: checks manifests and creates their jobs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import ContextOption, KubeconfigOption, NamespaceOption
+
+if TYPE_CHECKING:
+    from finetune_cli.cluster import Cluster
+    from finetune_cli.manifests import Manifest
+
+HTTP_CONFLICT = 409
+
+
+def submit(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help="Manifests of FineTuneJobs, and of the Secrets and ConfigMaps that they use."
+        ),
+    ],
+    wait: Annotated[
+        bool, typer.Option("--wait", help="Show the jobs until all have ended. Exit code 2 if one failed.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Let the API server check the objects without storing them.")
+    ] = False,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """Check manifests offline, then create their jobs. Secrets and ConfigMaps in the files are applied first.
+
+    Example: finetune submit job.yaml --wait
+    """
+    from finetune_cli.cluster import connect
+
+    manifests = _checked_manifests(files)
+    cluster = connect(namespace, context, kubeconfig)
+    jobs = [one for one in manifests if one.is_job]
+    for one in (*(one for one in manifests if not one.is_job), *jobs):
+        _send(cluster, one, dry_run)
+    if wait and not dry_run:
+        from finetune_cli.commands.status import exit_if_failed, follow_job
+
+        ended = [follow_job(_in_namespace(cluster, one), one.name) for one in jobs]
+        for job in ended:
+            exit_if_failed(job)
+
+
+def _checked_manifests(files: list[Path]) -> list[Manifest]:
+    """Read and check all files. Prints every error of every file, then raises Exit."""
+    from finetune_cli.checks import check_manifest, errors_of, warnings_of
+    from finetune_cli.files import display_name
+    from finetune_cli.manifests import read_all
+
+    manifests, unreadable = read_all(files)
+    errors: list[Any] = list(unreadable)
+    for one in manifests:
+        kind = one.value.get("kind")
+        if one.is_job:
+            findings = check_manifest(one)[1]
+            output.warnings(warnings_of(findings))
+            errors += [finding.mistake for finding in errors_of(findings)]
+        elif kind not in ("Secret", "ConfigMap"):
+            errors.append(
+                f"{one.location('kind')}: kind: this command does not submit kind {kind or '(missing)'}; use kubectl apply"
+            )
+    if not any(one.is_job for one in manifests) and not errors:
+        errors.append(f"{', '.join(map(display_name, files))}: there is no FineTuneJob in the input")
+    if errors:
+        raise output.fail(*errors)
+    return manifests
+
+
+def _in_namespace(cluster: Cluster, manifest: Manifest) -> Cluster:
+    """Return the cluster with the namespace of the manifest, if the manifest names one."""
+    found = (manifest.value.get("metadata") or {}).get("namespace")
+    return dataclasses.replace(cluster, namespace=str(found)) if found else cluster
+
+
+def _send(cluster: Cluster, manifest: Manifest, dry_run: bool) -> None:
+    from finetune_cli.cluster import ClusterError
+
+    target = _in_namespace(cluster, manifest)
+    kind, name = manifest.value["kind"], manifest.name
+    try:
+        if manifest.is_job:
+            target.create(manifest.value, dry_run=dry_run)
+        else:
+            target.apply(manifest.value, dry_run=dry_run)
+    except ClusterError as error:
+        is_name_taken = error.code == HTTP_CONFLICT and manifest.is_job
+        hint = (
+            f"; use another name, or create a new job from the existing one with `finetune rerun {name}`"
+            if is_name_taken
+            else ""
+        )
+        raise ClusterError(f"{kind} {name}: {error}{hint}", error.code) from None
+    verb = f"{'would be ' if dry_run else ''}{'created' if manifest.is_job else 'applied'}"
+    output.write(f"{kind.lower()} {name} {verb} in namespace {target.namespace}")

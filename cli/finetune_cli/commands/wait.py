@@ -1,0 +1,68 @@
+"""`finetune wait`: waits until a job ends or a condition is true."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune_cli import output
+from finetune_cli.commands.shared import ContextOption, KubeconfigOption, NameArgument, NamespaceOption
+from finetune_cli.commands.status import exit_if_failed
+
+if TYPE_CHECKING:
+    from finetune_api.status import FineTuneJobStatus
+
+
+def wait(
+    name: NameArgument,
+    until: Annotated[
+        str, typer.Option("--for", metavar="CONDITION", help="A condition of the job, or `running`.")
+    ] = "Finished",
+    timeout: Annotated[
+        float | None, typer.Option(metavar="SECONDS", min=0, help="Maximum time to wait. Default: no limit.")
+    ] = None,
+    namespace: NamespaceOption = None,
+    context: ContextOption = None,
+    kubeconfig: KubeconfigOption = None,
+) -> None:
+    """Wait until a job has ended, or until a condition is true.
+
+    Exit code 0: the condition is true, and a finished job succeeded; 1: the time is up; 2: the job failed.
+
+    Example: finetune wait support-bot
+
+    Example: finetune wait support-bot --for PodsReady --timeout 600
+    """
+    from finetune_api.names import Condition, Phase
+
+    from finetune_cli.cluster import connect
+    from finetune_cli.status_text import condition, has_finished, status_of
+
+    conditions = {one.value.lower(): one for one in Condition}
+    if until.lower() not in conditions and until.lower() != "running":
+        raise output.fail(f"--for {until}: unknown condition; write one of running, {', '.join(Condition)}")
+    wanted = conditions.get(until.lower())
+    deadline = None if timeout is None else time.monotonic() + timeout
+    for job in connect(namespace, context, kubeconfig).watch_job(name, deadline):
+        found = status_of(job)
+        if has_finished(found):
+            exit_if_failed(job)
+            _fail_if_unreachable(name, wanted, found)
+        is_running = wanted is None and found.phase in (Phase.RUNNING, Phase.EVALUATING, Phase.UPLOADING)
+        if is_running or (wanted is not None and condition(found, wanted)) or has_finished(found):
+            output.write(f"{name}: {found.phase or until}")
+            return
+    raise output.fail(f"{name} is not {until} after {timeout:g} s")
+
+
+def _fail_if_unreachable(name: str, wanted: str | None, found: FineTuneJobStatus) -> None:
+    """Fail if a finished job cannot reach the condition. Conditions that every successful job passes count as reached."""
+    from finetune_api.names import Condition
+
+    from finetune_cli.status_text import condition
+
+    optional = (Condition.SUSPENDED, Condition.RECONCILING, Condition.STALLED)
+    if wanted in optional and not condition(found, Condition(wanted)):
+        raise output.fail(f"{name} has ended ({found.phase}) and cannot become {wanted}")

@@ -1,0 +1,26 @@
+"""Console entry points. This module imports nothing heavy, so that Ctrl-C during the imports also ends the program without a traceback."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells use it (128 + SIGINT)."""
+
+
+def main() -> None:
+    """Run `finetune`."""
+    _run("main")
+
+
+def kubectl_complete() -> None:
+    """Run `kubectl_complete-finetune`, which kubectl calls for shell completion of its plugin."""
+    _run("kubectl_complete")
+
+
+def _run(function: str) -> None:
+    try:
+        getattr(importlib.import_module("finetune_cli.main"), function)()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

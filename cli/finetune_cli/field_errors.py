@@ -1,0 +1,74 @@
+"""Turns validation errors of the API's models into errors about fields."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_cli.fields import example_of
+
+
+@dataclass(frozen=True)
+class FieldError:
+    """A field whose value its model refuses. `path` is relative to spec. `is_unknown`: there is no such field."""
+
+    path: str
+    message: str
+    hint: str = ""
+    is_unknown: bool = False
+
+
+def is_within(path: str, group: str) -> bool:
+    """Return whether a path is a group, one of its fields, or a field of one of its items."""
+    return path == group or path.startswith((f"{group}.", f"{group}["))
+
+
+def field_errors(error: ValidationError, known: Iterable[FieldError] = ()) -> Iterator[FieldError]:
+    """Yield every error of a model. A missing field that was removed because of a `known` error is skipped."""
+    earlier = list(known)
+    for one in error.errors():
+        path = path_of(one["loc"])
+        if one["type"] == "missing" and any(
+            is_within(other.path, path.rpartition(".")[0] or path) for other in earlier
+        ):
+            continue
+        yield FieldError(path, _message(one), _hint(one, path), one["type"] == "extra_forbidden")
+
+
+def locations_to_remove(error: ValidationError) -> Iterator[tuple[Any, ...]]:
+    """Yield the values to remove so that the rest can be read: refused values, and groups that miss a required field."""
+    for one in error.errors():
+        location = one["loc"][:-1] if one["type"] == "missing" else one["loc"]
+        if location:
+            yield location
+
+
+def path_of(location: tuple[Any, ...]) -> str:
+    """Return a location of pydantic as a dotted path."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
+
+
+def _message(one: Any) -> str:
+    if one["type"] == "missing":
+        return "this required field is missing"
+    value = one["input"]
+    if one["type"] == "string_too_short":
+        return "the value is empty"
+    shown = f"{value!r}: " if isinstance(value, str | int | float) and len(str(value)) <= 200 else ""
+    if one["type"] == "string_pattern_mismatch":
+        return f"{shown}the value does not have the required form"
+    return shown + str(one["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+
+
+def _hint(one: Any, path: str) -> str:
+    """Return an example where the message alone does not say what to write."""
+    if one["type"] in ("missing", "string_too_short", "string_pattern_mismatch", "list_type"):
+        example = example_of(path)
+        return f"for example {path.rpartition('.')[2]}: {example}" if example else ""
+    return ""

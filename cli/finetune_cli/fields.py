@@ -1,0 +1,116 @@
+"""The fields of a FineTuneJob, read from the schema of the CRD: which exist, their types, and how to set one in a spec."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.schema import crd
+
+
+@dataclass(frozen=True)
+class Field:
+    """One field. `path` starts with `spec` or `status`; `[]` marks the items of a list."""
+
+    path: str
+    kind: str
+    description: str
+    is_group: bool
+    words: tuple[str, ...] = ()
+    """Allowed values of an enum."""
+
+
+@functools.cache
+def fields() -> tuple[Field, ...]:
+    """Return every field of spec and status; a group comes before its fields."""
+    root = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
+    return tuple(one for name in ("spec", "status") for one in _fields(name, root[name]))
+
+
+@functools.cache
+def fields_by_path() -> dict[str, Field]:
+    """Return every field by its path, which starts with `spec` or `status`."""
+    return {one.path: one for one in fields()}
+
+
+def _fields(path: str, schema: dict[str, Any]) -> Iterator[Field]:
+    is_group = bool(schema.get("properties"))
+    words = tuple(str(one) for one in schema.get("enum") or schema.get("items", {}).get("enum") or ())
+    yield Field(path, kind_of(schema), str(schema.get("description", "")), is_group, words)
+    inner, suffix = (schema["items"], "[]") if schema.get("type") == "array" else (schema, "")
+    for name, value in (inner.get("properties") or {}).items():
+        yield from _fields(f"{path}{suffix}.{name}", value)
+
+
+def kind_of(schema: dict[str, Any]) -> str:
+    """Describe the type of a field with its bounds, or list the values of an enum."""
+    if "x-kubernetes-int-or-string" in schema:
+        return "quantity"
+    if schema.get("type") == "array":
+        return f"list of {kind_of(schema['items'])}"
+    if "additionalProperties" in schema:
+        return f"map of {kind_of(schema['additionalProperties'])}"
+    if "enum" in schema:
+        return " | ".join(str(one) for one in schema["enum"])
+    if schema.get("properties"):
+        return "group"
+    low = f"{'>' if schema.get('exclusiveMinimum') else '>='} {schema['minimum']:g}" if "minimum" in schema else ""
+    high = f"{'<' if schema.get('exclusiveMaximum') else '<='} {schema['maximum']:g}" if "maximum" in schema else ""
+    bounds = ", ".join(part for part in (low, high) if part)
+    return " ".join(part for part in (str(schema.get("type", "object")), bounds) if part)
+
+
+def example_of(path: str) -> str:
+    """Return the example in the description of a field below spec; an empty string if there is none."""
+    field = fields_by_path().get(re.sub(r"\[\d+\]", "[]", f"spec.{path}"))
+    match = re.search(r"Example: `(.*)`", field.description) if field else None
+    return match.group(1) if match else ""
+
+
+# --- values at dotted paths -----------------------------------------------------------------------------------------
+
+
+def get_value(spec: dict[str, Any], path: str) -> Any:
+    """Return the value at a dotted path of a nested spec; None if there is none."""
+    value: Any = spec
+    for name in path.split("."):
+        value = value.get(name) if isinstance(value, dict) else None
+    return value
+
+
+def set_value(spec: dict[str, Any], path: str, value: Any) -> None:
+    """Set the value at a dotted path of a nested spec; None removes the field."""
+    *groups, last = path.split(".")
+    for name in groups:
+        if value is None and name not in spec:
+            return
+        spec = spec.setdefault(name, {})
+    if value is None:
+        spec.pop(last, None)
+    else:
+        spec[last] = value
+
+
+def with_values(spec: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of a spec with values set by dotted path; None removes a field."""
+    result = copy.deepcopy(spec)
+    for path, value in values.items():
+        set_value(result, path, value)
+    return result
+
+
+def flatten(spec: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return every value of a nested spec as JSON, by dotted path. Empty groups are left out."""
+    result: dict[str, str] = {}
+    for key, inner in spec.items():
+        path = f"{prefix}{key}"
+        if isinstance(inner, dict) and inner:
+            result |= flatten(inner, f"{path}.")
+        elif inner != {}:
+            result[path] = json.dumps(inner, ensure_ascii=False)
+    return result

@@ -1,0 +1,219 @@
+"""Reads an accelerate YAML next to another tool's configuration."""
+
+from __future__ import annotations
+
+from finetune_cli.importers.deepspeed import assign_consistently, options_group
+from finetune_cli.importers.documents import parse, peek
+from finetune_cli.importers.draft import Document, Draft
+from finetune_cli.mistakes import Mistake
+from finetune_cli.provenance import AssignedValue, Origin
+from finetune_cli.suggestions import closest_name
+from finetune_cli.yaml_reader import Tree
+
+SHARDING = {
+    "FULL_SHARD": "fullShard", "SHARD_GRAD_OP": "shardGradOp", "NO_SHARD": "noShard", "HYBRID_SHARD": "fullShard", "1": "fullShard", "2": "shardGradOp",
+    "3": "noShard",
+}  # fmt: skip
+STATE_DICTS = {
+    "FULL_STATE_DICT": "full", "SHARDED_STATE_DICT": "sharded", "LOCAL_STATE_DICT": "local", "FULL": "full", "SHARDED": "sharded", "LOCAL": "local",
+}  # fmt: skip
+ACCELERATE_KEYS = (
+    "compute_environment", "debug", "distributed_type", "downcast_bf16", "dynamo_config", "enable_cpu_affinity", "fsdp_config", "deepspeed_config",
+    "gpu_ids", "machine_rank", "main_process_ip", "main_process_port", "main_training_function", "mixed_precision", "num_machines", "num_processes",
+    "rdzv_backend", "same_network", "tpu_env", "tpu_use_cluster", "tpu_use_sudo", "use_cpu", "megatron_lm_config", "mpirun_config", "ipex_config",
+)  # fmt: skip
+FSDP_KEYS = (
+    "fsdp_sharding_strategy",
+    "fsdp_state_dict_type",
+    "fsdp_version",
+    "fsdp_offload_params",
+    "fsdp_reshard_after_forward",
+)
+IGNORED_KEYS = (
+    "dynamo_config",
+    "gpu_ids",
+    "ipex_config",
+    "megatron_lm_config",
+    "mpirun_config",
+    "tpu_env",
+    "tpu_use_cluster",
+    "tpu_use_sudo",
+)
+"""Keys of an accelerate configuration that have no effect here."""
+DEEPSPEED_KEYS = (
+    "zero_stage", "offload_optimizer_device", "offload_param_device", "gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file",
+)  # fmt: skip
+OFFLOAD_KEY = "fsdp_offload_params"
+RESHARD_KEY = "fsdp_reshard_after_forward"
+"""FSDP 2 has this boolean instead of the sharding strategies of FSDP 1."""
+
+
+def is_accelerate(document: Document) -> bool:
+    """Return whether a document is an accelerate configuration: it has the key distributed_type."""
+    return "distributed_type" in peek(document)
+
+
+def read_accelerate(draft: Draft, document: Document) -> None:
+    """Set strategy, resources and sharding from an accelerate configuration."""
+    tree = parse(document)
+    for key in tree.value:
+        if key not in ACCELERATE_KEYS:
+            closest = closest_name(key, ACCELERATE_KEYS)
+            draft.mistakes.append(
+                Mistake(
+                    _location(document, tree, key),
+                    key,
+                    "unknown key",
+                    f"did you mean {closest}?" if closest else "remove it",
+                )
+            )
+    kind = str(tree.value.get("distributed_type", "NO")).upper()
+    strategy = {
+        "NO": "none",
+        "FALSE": "none",
+        "MULTI_GPU": "ddp",
+        "MULTI_CPU": "ddp",
+        "FSDP": "fsdp",
+        "DEEPSPEED": "deepspeed",
+    }.get(kind)
+    origin = Origin(_location(document, tree, "distributed_type"))
+    if strategy is None:
+        draft.mistakes.append(
+            Mistake(
+                origin.location,
+                "distributed_type",
+                f"{kind} is not supported",
+                "write one of NO, MULTI_GPU, FSDP, DEEPSPEED",
+            )
+        )
+        return
+    assign_consistently(draft, "distributed.strategy", "distributed_type", strategy, origin)
+    _sizes(draft, document, tree)
+    _precision(draft, document, tree)
+    unused = [key for key in IGNORED_KEYS if tree.value.get(key) not in (None, False, {}, "NO", "no", "all")]
+    if unused:
+        draft.add_warning(
+            f"{document.name}: {', '.join(unused)} have no effect: the operator and the trainer set up processes and devices themselves"
+        )
+    if strategy == "fsdp":
+        _fsdp(draft, document, tree)
+    if strategy == "deepspeed":
+        _deepspeed(draft, document, tree)
+
+
+def _precision(draft: Draft, document: Document, tree: Tree) -> None:
+    found = tree.value.get("mixed_precision")
+    location = _location(document, tree, "mixed_precision")
+    if found in ("no", "fp16", "bf16", False):
+        draft.values["training.mixedPrecision"] = AssignedValue(found or "no", Origin(location), "mixed_precision")
+    elif found is not None:
+        draft.mistakes.append(
+            Mistake(location, "mixed_precision", f"{found} is not supported", "write one of no, fp16, bf16")
+        )
+
+
+def _location(document: Document, tree: Tree, key: str) -> str:
+    return f"{document.name}:{tree.lines[key]}" if key in tree.lines else document.name
+
+
+def _sizes(draft: Draft, document: Document, tree: Tree) -> None:
+    machines, processes = tree.value.get("num_machines", 1), tree.value.get("num_processes")
+    origin = Origin(_location(document, tree, "num_processes"))
+    for key, value in (("num_machines", machines), ("num_processes", processes)):
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            draft.mistakes.append(
+                Mistake(_location(document, tree, key), key, f"{value} is not an integer of at least 1")
+            )
+            return
+    if machines > 1:
+        draft.values["resources.nodes"] = AssignedValue(
+            machines, Origin(_location(document, tree, "num_machines")), "num_machines"
+        )
+    if processes is None:
+        return
+    if processes % machines:
+        draft.mistakes.append(
+            Mistake(
+                origin.location,
+                "num_processes",
+                f"{processes} processes cannot be divided among {machines} machines",
+                "write a multiple of num_machines",
+            )
+        )
+        return
+    per_machine = processes // machines
+    on_cpu = tree.value.get("use_cpu") is True
+    draft.values["resources.gpusPerNode"] = AssignedValue(0 if on_cpu else per_machine, origin, "num_processes")
+    if on_cpu:
+        draft.values["resources.processesPerNode"] = AssignedValue(per_machine, origin, "num_processes")
+
+
+def _fsdp(draft: Draft, document: Document, tree: Tree) -> None:
+    options = options_group(draft, tree.value, "fsdp_config", Origin(_location(document, tree, "fsdp_config")))
+    for key, path, words in (
+        ("fsdp_sharding_strategy", "distributed.fsdp.sharding", SHARDING),
+        ("fsdp_state_dict_type", "distributed.fsdp.stateDict", STATE_DICTS),
+    ):
+        if options.get(key) is None:
+            continue
+        origin = Origin(_location(document, tree, f"fsdp_config.{key}"))
+        word = words.get(str(options[key]).upper())
+        if word is None:
+            draft.mistakes.append(
+                Mistake(origin.location, key, f'"{options[key]}" is not supported', f"write one of {', '.join(words)}")
+            )
+        else:
+            assign_consistently(draft, path, key, word, origin)
+    if isinstance(options.get(RESHARD_KEY), bool):
+        word = "fullShard" if options[RESHARD_KEY] else "shardGradOp"
+        assign_consistently(
+            draft,
+            "distributed.fsdp.sharding",
+            RESHARD_KEY,
+            word,
+            Origin(_location(document, tree, f"fsdp_config.{RESHARD_KEY}")),
+        )
+    if str(options.get("fsdp_sharding_strategy")).upper().startswith("HYBRID"):
+        draft.add_warning(
+            f"{document.name}: fsdp_sharding_strategy: {options['fsdp_sharding_strategy']} replicates the shards on every node; "
+            "fullShard is used instead, which shards across all ranks: the results are the same, with more traffic between nodes"
+        )
+    if options.get(OFFLOAD_KEY) is True:
+        location = _location(document, tree, f"fsdp_config.{OFFLOAD_KEY}")
+        draft.add_warning(f"{location}: {OFFLOAD_KEY} has no effect: the weights stay in GPU memory and must fit there")
+    others = [key for key in options if key not in FSDP_KEYS]
+    if others:
+        draft.add_warning(
+            f"{document.name}: fsdp_config: {', '.join(others)} have no effect: the trainer chooses the layers to wrap"
+        )
+
+
+def _deepspeed(draft: Draft, document: Document, tree: Tree) -> None:
+    origin = Origin(_location(document, tree, "deepspeed_config"))
+    options = options_group(draft, tree.value, "deepspeed_config", origin)
+    if isinstance(options.get("zero_stage"), int):
+        assign_consistently(draft, "distributed.deepspeed.zeroStage", "zero_stage", options["zero_stage"], origin)
+    for key, path in (("offload_optimizer_device", "offloadOptimizer"), ("offload_param_device", "offloadParameters")):
+        if options.get(key) in ("cpu", "nvme"):
+            assign_consistently(draft, f"distributed.deepspeed.{path}", key, True, origin)
+    for key, path in (
+        ("gradient_accumulation_steps", "training.gradientAccumulationSteps"),
+        ("gradient_clipping", "training.maxGradNorm"),
+    ):
+        if isinstance(options.get(key), int | float) and not isinstance(options[key], bool):
+            assign_consistently(draft, path, key, options[key], origin)
+    named = options.get("deepspeed_config_file")
+    if named and not any(
+        override.startswith("distributed.deepspeed.configRef") for override in draft.request.overrides
+    ):
+        draft.mistakes.append(
+            Mistake(
+                origin.location, "deepspeed_config_file", f"the file {named} is not read",
+                "store it in a ConfigMap and refer to that with --deepspeed NAME/KEY",
+            )
+        )  # fmt: skip
+    others = [key for key in options if key not in DEEPSPEED_KEYS and options[key] not in (None, "none", "auto", False)]
+    if others:
+        draft.add_warning(
+            f"{document.name}: deepspeed_config: {', '.join(others)} have no effect: the trainer chooses these values"
+        )

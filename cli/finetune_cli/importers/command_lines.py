@@ -1,0 +1,83 @@
+"""Parses the command lines of other tools, which follow `--`: skips the launcher and turns flags into options."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from finetune_cli.files import UnreadableFile, read_text
+from finetune_cli.importers.draft import Document, Draft, Entry
+from finetune_cli.mistakes import Mistake
+from finetune_cli.provenance import Origin
+
+LAUNCHERS = ("python", "python3", "accelerate", "torchrun", "deepspeed", "uv", "poetry", "launch", "run")
+NEGATIVE = re.compile(r"^-(\d|\.\d)")
+
+
+def strip_launcher(words: tuple[str, ...]) -> list[str]:
+    """Return the words after a launcher such as `python train.py` or `accelerate launch x.py`, without line continuations."""
+    rest = [word for word in words if word.strip() not in ("\\", "")]
+    while rest and (rest[0] in LAUNCHERS or rest[0].endswith(".py")):
+        launcher = rest.pop(0)
+        if launcher in LAUNCHERS and rest[:1] == ["-m"]:
+            del rest[:2]
+    return rest
+
+
+@dataclass
+class Flags:
+    """A parsed command line: (name with dashes, value or None) in order, and the words that belong to no flag."""
+
+    pairs: list[tuple[str, str | None]] = field(default_factory=list)
+    stray: list[str] = field(default_factory=list)
+
+
+def parse_flags(words: list[str], takes_value: Callable[[str], bool]) -> Flags:
+    """Split a command line into flags and values: `--a v` or `--a=v`. A flag for which `takes_value` is false has no value."""
+    flags = Flags()
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-") or NEGATIVE.match(word):
+            flags.stray.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        if equals:
+            flags.pairs.append((name, value))
+        elif takes_value(name) and rest and (not rest[0].startswith("-") or NEGATIVE.match(rest[0])):
+            flags.pairs.append((name, rest.pop(0)))
+        else:
+            flags.pairs.append((name, None))
+    return flags
+
+
+def flag_entry(name: str, value: object) -> Entry:
+    """Return the entry for a flag."""
+    return Entry(name, value, Origin("command line"))
+
+
+def add_stray_mistakes(draft: Draft, flags: Flags) -> None:
+    """Record a mistake for every word that belongs to no flag."""
+    for word in flags.stray:
+        draft.mistakes.append(Mistake("command line", word, "this word belongs to no option", "write --option value"))
+
+
+def add_config_file(draft: Draft, path: str) -> Document | None:
+    """Add the file that the tool's own `--config` names to the documents. Returns None if it is already there or cannot be read."""
+    try:
+        document = Document(Path(path), read_text(Path(path)))
+    except UnreadableFile as error:
+        if draft.documents:
+            if not any(one.path.name == Path(path).name for one in draft.documents):
+                draft.add_note(f"--config {path} does not exist on this machine; the given files are used instead")
+            return None
+        draft.mistakes.append(
+            Mistake("command line", "--config", f"{path}: {error.mistake.message}", "name the file before `--` as well")
+        )
+        return None
+    if any(one.path.resolve() == document.path.resolve() for one in draft.documents):
+        return None
+    draft.documents = (*draft.documents, document)
+    return document

@@ -1,0 +1,229 @@
+"""Converters from values in files of other tools to values of the spec.
+
+A converter takes the value as parsed from the file and raises `ConversionError`, which says what is allowed and, for words, which one
+is closest. Converters are strict: a boolean is never a number, and a string is a boolean only if it spells one.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+from finetune_cli.suggestions import closest_name
+
+NUMBER = re.compile(r"^[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?$")
+INTEGER = re.compile(r"^[+-]?\d+$")
+MAX_DIGITS = 400
+"""Longer strings are not read as numbers."""
+RUN_NAME = re.compile(r"^[^$#@&*!]*$")
+
+
+class ConversionError(Exception):
+    """A value is not allowed: `problem` says why, `allowed` what is allowed, `closest` names the most similar allowed word."""
+
+    def __init__(self, problem: str, allowed: str, closest: str = ""):
+        super().__init__(problem)
+        self.problem, self.allowed, self.closest = problem, allowed, closest
+
+
+Convert = Callable[[Any], Any]
+
+
+def _number(value: Any) -> float | int | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, str) and len(value) <= MAX_DIGITS and NUMBER.match(value.strip()):
+        value = int(value) if INTEGER.match(value.strip()) else float(value)
+    return value if isinstance(value, int) or (isinstance(value, float) and math.isfinite(value)) else None
+
+
+def number(
+    low: float = -math.inf, high: float = math.inf, *, above: float | None = None, below: float | None = None
+) -> Convert:
+    """Return a converter for a number in an inclusive range. `above` and `below` are exclusive bounds."""
+    allowed = _describe_range("a number", low, high, above, below)
+
+    def convert(value: Any) -> float | int:
+        found = _number(value)
+        if found is None:
+            raise ConversionError("is not a number", allowed)
+        _check_range(found, low, high, above, below, allowed)
+        return found
+
+    return convert
+
+
+def integer(low: float = -math.inf, high: float = math.inf) -> Convert:
+    """Return a converter for an integer in an inclusive range."""
+    allowed = _describe_range("an integer", low, high, None, None)
+
+    def convert(value: Any) -> int:
+        found = _number(value)
+        if found is None or found != int(found) or (isinstance(value, str) and not INTEGER.match(value.strip())):
+            raise ConversionError("is not an integer", allowed)
+        _check_range(found, low, high, None, None, allowed)
+        return int(found)
+
+    return convert
+
+
+def _check_range(found: float, low: float, high: float, above: float | None, below: float | None, allowed: str) -> None:
+    if not low <= found <= high or (above is not None and found <= above) or (below is not None and found >= below):
+        raise ConversionError("is out of range", allowed)
+
+
+def _describe_range(kind: str, low: float, high: float, above: float | None, below: float | None) -> str:
+    parts = []
+    if low > -math.inf and high < math.inf:
+        return f"{kind} from {_format_bound(low)} to {_format_bound(high)}"
+    if low > -math.inf:
+        parts.append(f"of at least {_format_bound(low)}")
+    if above is not None:
+        parts.append(f"greater than {_format_bound(above)}")
+    if high < math.inf:
+        parts.append(f"of at most {_format_bound(high)}")
+    if below is not None:
+        parts.append(f"below {_format_bound(below)}")
+    return " ".join([kind, " and ".join(parts)]).strip()
+
+
+def _format_bound(value: float) -> str:
+    return str(int(value)) if value == int(value) else f"{value:g}"
+
+
+def boolean(value: Any) -> bool:
+    """Convert true or false in any letter case. The strings `yes`, `1` and `on` are refused, because tools read them differently."""
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    raise ConversionError("is not true or false", "true, false")
+
+
+def text(value: Any) -> str:
+    """Convert to a non-empty string."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or str(value) == "":
+        raise ConversionError("is not text", "text")
+    return str(value)
+
+
+def any_text(value: Any) -> str:
+    """Convert to a string that may be empty."""
+    return "" if value == "" else text(value)
+
+
+def text_or_none(value: Any) -> str | None:
+    """Convert to a string; an empty or null value becomes None."""
+    return None if value is None or value == "" else text(value)
+
+
+def run_name(value: Any) -> str:
+    """Convert a part of a run name."""
+    found = any_text(value)
+    if not RUN_NAME.match(found):
+        raise ConversionError("contains one of $ # @ & * !", "text without $ # @ & * !")
+    return found
+
+
+def text_matching(check: Callable[[str], bool], problem: str, allowed: str) -> Convert:
+    """Return a converter for a string that a predicate accepts."""
+
+    def convert(value: Any) -> str:
+        found = text(value)
+        if not check(found):
+            raise ConversionError(problem, allowed)
+        return found
+
+    return convert
+
+
+def name_list(value: Any) -> list[str]:
+    """Convert a list of strings, or one string with commas."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.strip("[]").split(",")]
+    if not isinstance(value, list) or not value or not all(isinstance(one, str) and one for one in value):
+        raise ConversionError("is not a list of names", "a list of names, or one string with commas")
+    return list(value)
+
+
+def module_names(value: Any) -> list[str] | None:
+    """Convert a list of module names; `auto` becomes None, so that the trainer chooses."""
+    if isinstance(value, str) and value.strip().lower() == "auto":
+        return None
+    return name_list(value)
+
+
+def layer_numbers(value: Any) -> list[int]:
+    """Convert a list of layer numbers."""
+    if not isinstance(value, list) or not all(
+        isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value
+    ):
+        raise ConversionError("is not a list of layer numbers", "a list of integers of at least 0")
+    return list(value)
+
+
+def mapping(value: Any) -> dict[str, Any]:
+    """Convert a mapping."""
+    if not isinstance(value, dict):
+        raise ConversionError("is not a mapping", "a mapping of names to values")
+    return value
+
+
+def any_value(value: Any) -> Any:
+    """Accept any value, for options whose value is not used."""
+    return value
+
+
+def choice(allowed: Mapping[str, Any] | Iterable[str], *, fold: bool = True) -> Convert:
+    """Return a converter for one of several words. A mapping translates them.
+
+    YAML parses an unquoted `no` or `off` as false; where `no` is an allowed word, false is read as `no`.
+    """
+    meaning = dict(allowed) if isinstance(allowed, Mapping) else {word: word for word in allowed}
+    shown = ", ".join(meaning)
+    folded = {word.lower() if fold else word: value for word, value in meaning.items()}
+
+    def convert(value: Any) -> Any:
+        if value is False and "no" in folded:
+            value = "no"
+        if isinstance(value, str):
+            key = value.strip().lower() if fold else value.strip()
+            if key in folded:
+                found = folded[key]
+                return found.value if isinstance(found, Enum) else found
+        closest = closest_name(str(value), meaning)
+        raise ConversionError("is not an allowed value", f"one of {shown}", closest)
+
+    return convert
+
+
+def list_of(one: Convert) -> Convert:
+    """Return a converter for a list whose items `one` converts. A single string is split at commas."""
+
+    def convert(value: Any) -> list[Any]:
+        if isinstance(value, str):
+            value = [part.strip() for part in value.strip("[]").split(",") if part.strip()]
+        if not isinstance(value, list):
+            raise ConversionError("is not a list", "a list")
+        return [one(item) for item in value]
+
+    return convert
+
+
+def first_match(*converters: Convert) -> Convert:
+    """Return a converter that tries several converters in order."""
+
+    def convert(value: Any) -> Any:
+        failures: list[ConversionError] = []
+        for converter in converters:
+            try:
+                return converter(value)
+            except ConversionError as error:
+                failures.append(error)
+        last = failures[-1]
+        raise ConversionError(last.problem, " or ".join(one.allowed for one in failures), last.closest)
+
+    return convert

@@ -1,0 +1,102 @@
+"""Reads a DeepSpeed JSON next to another tool's configuration."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from finetune_cli.importers.documents import parse_json, peek_json
+from finetune_cli.importers.draft import Document, Draft
+from finetune_cli.mistakes import Mistake
+from finetune_cli.provenance import AssignedValue, Origin
+
+DEEPSPEED_KEYS = (
+    "zero_optimization",
+    "train_micro_batch_size_per_gpu",
+    "train_batch_size",
+    "bf16",
+    "fp16",
+    "gradient_clipping",
+)
+
+
+def is_deepspeed(document: Document) -> bool:
+    """Return whether a document is a DeepSpeed JSON: an object with keys of DeepSpeed."""
+    value = peek_json(document)
+    return any(key in value for key in DEEPSPEED_KEYS) and "model" not in value
+
+
+def read_deepspeed(draft: Draft, document: Document) -> None:
+    """Set the fields that the API has, compare them with the other files, and store the whole file in a ConfigMap."""
+    content = parse_json(document)
+    origin = Origin(document.name)
+    zero = options_group(draft, content, "zero_optimization", origin)
+    found: dict[str, tuple[str, Any]] = {
+        "distributed.deepspeed.zeroStage": ("zero_optimization.stage", zero.get("stage")),
+        "training.maxGradNorm": ("gradient_clipping", content.get("gradient_clipping")),
+        "training.batchSizePerDevice": (
+            "train_micro_batch_size_per_gpu",
+            content.get("train_micro_batch_size_per_gpu"),
+        ),
+        "training.gradientAccumulationSteps": (
+            "gradient_accumulation_steps",
+            content.get("gradient_accumulation_steps"),
+        ),
+    }
+    for path, (key, value) in found.items():
+        if value is not None and value != "auto":
+            assign_consistently(draft, path, key, value, origin)
+    for path, key in (
+        ("distributed.deepspeed.offloadOptimizer", "offload_optimizer"),
+        ("distributed.deepspeed.offloadParameters", "offload_param"),
+    ):
+        device = (zero.get(key) or {}).get("device") if isinstance(zero.get(key), dict) else None
+        if device in ("cpu", "nvme"):
+            assign_consistently(draft, path, f"zero_optimization.{key}.device", True, origin)
+    for precision in ("bf16", "fp16"):
+        if isinstance(content.get(precision), dict) and content[precision].get("enabled") is True:
+            assign_consistently(draft, "training.mixedPrecision", f"{precision}.enabled", precision, origin)
+    _add_config_map(draft, document)
+
+
+def options_group(draft: Draft, content: dict[str, Any], key: str, origin: Origin) -> dict[str, Any]:
+    """Return a group of options; an empty one if it is absent. Anything else is a mistake."""
+    found = content.get(key) or {}
+    if isinstance(found, dict):
+        return found
+    draft.mistakes.append(
+        Mistake(
+            origin.location, key, f"the value is {found}, and a group of options is needed", "write names and values"
+        )
+    )
+    return {}
+
+
+def assign_consistently(draft: Draft, path: str, key: str, value: Any, origin: Origin) -> None:
+    """Set a field. If the user wrote another value in another file, record a mistake that names both."""
+    existing = draft.values.get(path)
+    if existing is not None and existing.key and existing.value != value:
+        hint = f"make them equal, or write `auto` for {key}"
+        draft.mistakes.append(
+            Mistake(
+                f"{existing.origin.location}, {origin.location}",
+                f"{existing.key}, {key}",
+                f"{existing.value} and {value} are given for the same option",
+                hint,
+            )
+        )
+        return
+    if existing is None or not existing.key:
+        draft.values[path] = AssignedValue(value, origin, key)
+
+
+def _add_config_map(draft: Draft, document: Document) -> None:
+    """Store the whole file in a ConfigMap of the manifest and refer to it."""
+    path = "distributed.deepspeed.configRef"
+    if any(override.startswith(path) for override in draft.request.overrides):
+        return
+    name, key = f"{draft.name}-deepspeed", re.sub(r"[^-._a-zA-Z0-9]", "_", document.path.name) or "deepspeed.json"
+    draft.config_maps[name] = {key: document.text}
+    origin = Origin(document.name)
+    draft.values[f"{path}.name"] = AssignedValue(name, origin, document.name)
+    draft.values[f"{path}.key"] = AssignedValue(key, origin, document.name)

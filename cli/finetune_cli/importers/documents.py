@@ -1,0 +1,102 @@
+"""Input documents of an import: parses them as YAML or JSON and lists their options with file and line."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from finetune_cli.importers.draft import Document, Entry
+from finetune_cli.mistakes import InvalidInput, Mistake
+from finetune_cli.provenance import Origin
+from finetune_cli.yaml_reader import InvalidYaml, Tree, read_trees
+
+
+def parse(document: Document) -> Tree:
+    """Parse a document that holds one YAML or JSON mapping. Raises InvalidInput."""
+    try:
+        found = read_trees(document.text)
+    except InvalidYaml as error:
+        raise InvalidInput([Mistake(_location(document, error.line), "", str(error))]) from None
+    if not found:
+        raise InvalidInput([Mistake(document.name, "", "the file is empty")])
+    tree = found[0]
+    if len(found) > 1:
+        location = _location(document, found[1].line)
+        raise InvalidInput(
+            [Mistake(location, "", "a second YAML document begins here", "keep one configuration per file")]
+        )
+    if not isinstance(tree.value, dict):
+        raise InvalidInput([Mistake(document.name, "", "the file is not a mapping of names to values")])
+    if tree.problems:
+        raise InvalidInput(
+            [Mistake(_location(document, one.line), one.path, one.message, one.hint) for one in tree.problems]
+        )
+    return tree
+
+
+def _location(document: Document, line: int) -> str:
+    return f"{document.name}:{line}" if line else document.name
+
+
+def entries(document: Document, tree: Tree, opaque: frozenset[str] = frozenset()) -> Iterator[Entry]:
+    """Yield every leaf of a tree as an entry with its file and line."""
+    for path, value in tree.leaves(opaque):
+        line = tree.lines.get(path)
+        yield Entry(path, value, Origin(f"{document.name}:{line}" if line else document.name))
+
+
+def parse_json(document: Document) -> dict[str, Any]:
+    """Parse a document that holds one JSON object. Raises InvalidInput."""
+    try:
+        value = json.loads(document.text)
+    except json.JSONDecodeError as error:
+        raise InvalidInput([Mistake(f"{document.name}:{error.lineno}", "", f"invalid JSON: {error.msg}")]) from None
+    except (ValueError, RecursionError):
+        message = "the file holds a number that is too long, or is nested too deeply"
+        raise InvalidInput([Mistake(document.name, "", message)]) from None
+    if not isinstance(value, dict):
+        raise InvalidInput([Mistake(document.name, "", "the file is not a JSON object")])
+    return value
+
+
+@functools.lru_cache(maxsize=16)
+def peek_json(document: Document) -> dict[str, Any]:
+    """Return the document as an object if it is JSON, else an empty dict. Only for recognising the tool; never reports errors."""
+    if document.is_folder or not document.text.lstrip().startswith("{"):
+        return {}
+    try:
+        return parse_json(document)
+    except InvalidInput:
+        return {}
+
+
+@functools.lru_cache(maxsize=16)
+def peek(document: Document) -> dict[str, Any]:
+    """Return the document as a mapping if it is YAML or JSON, else its keys as far as they can be guessed.
+
+    Only for recognising the tool; never reports errors.
+    """
+    if document.is_folder or document.path.suffix.lower() in (".env", ".toml"):
+        return {}
+    try:
+        return dict(parse(document).value)
+    except InvalidInput:
+        return _guess_keys(document.text)
+
+
+def _guess_keys(text: str) -> dict[str, Any]:
+    """Guess the keys of invalid YAML, so that the importer of the right tool reports the error."""
+    result: dict[str, Any] = {}
+    section: dict[str, Any] = {}
+    for line in text.splitlines():
+        name, colon, rest = line.partition(":")
+        if not colon or name.strip().startswith(("#", "-")) or not name.strip():
+            continue
+        if not name.startswith((" ", "\t")):
+            section = {}
+            result[name.strip()] = rest.strip() or section
+        else:
+            section[name.strip()] = rest.strip()
+    return result

@@ -1,0 +1,239 @@
+"""The types of an import: options read from files, the option table of a tool, and the draft that becomes a FineTuneJob."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_cli.importers.converters import Convert, text
+from finetune_cli.mistakes import Mistake
+from finetune_cli.provenance import AssignedValue, Origin
+from finetune_cli.redaction import REDACTED, redact_text
+
+SECRET_NAME = re.compile(r"(token|secret|passw|api_?key|credential|_key$|-key$|_uri$)", re.IGNORECASE)
+"""Names of options and variables that usually hold secrets."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One option as found in a file: the key as written, the parsed value, and where it was found."""
+
+    key: str
+    value: Any
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Row:
+    """One option of a tool: its key, the field of the spec that it sets, and how its value is converted.
+
+    `manual`: the tool's `combine` function sets the field, and `path` only documents it.
+    `no_effect`: why a known option changes nothing here; using it gives a warning.
+    `secret`: the value is never printed and is stored in a Secret.
+    """
+
+    key: str
+    path: str = ""
+    convert: Convert = text
+    aliases: tuple[str, ...] = ()
+    required: bool = False
+    manual: bool = False
+    secret: bool = False
+    no_effect: str = ""
+    empty_is_absent: bool = True
+
+
+@dataclass(frozen=True)
+class ToolDefault:
+    """A value that the tool itself uses where the file has none. `origin` says where the tool defines it."""
+
+    path: str
+    value: Any
+    origin: str = "default of the tool"
+    when: Callable[[Draft], bool] = lambda draft: True
+    needs_gpu: bool = False
+    """The value works only on a GPU. A job without GPUs gets this project's default instead."""
+
+
+@dataclass(frozen=True)
+class GivenOption:
+    """An option of the user after conversion: the key and value as written, the converted value, and where it was written."""
+
+    row: Row
+    key: str
+    value: Any
+    raw: Any
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of `finetune import`."""
+
+    files: tuple[Path, ...]
+    tool_arguments: tuple[str, ...] = ()
+    """The other tool's own command line, which follows `--`."""
+    source: str | None = None
+    name: str | None = None
+    namespace: str | None = None
+    overrides: Mapping[str, AssignedValue] = field(default_factory=dict)
+    """Fields set by options of `finetune import`, by spec path. They override every file."""
+    model_map: Mapping[str, str] = field(default_factory=dict)
+    allowed_variables: frozenset[str] = frozenset()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One input file or folder."""
+
+    path: Path
+    text: str
+    is_folder: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return the file name as messages show it."""
+        return "standard input" if str(self.path) == "-" else self.path.name or str(self.path)
+
+
+@dataclass
+class Draft:
+    """A FineTuneJob while it is built from files."""
+
+    request: Request
+    rows: tuple[Row, ...]
+    name: str
+    documents: tuple[Document, ...] = ()
+    given: dict[str, GivenOption] = field(default_factory=dict)
+    """Options of the user, by the key in the tool's table."""
+    unreadable: dict[str, str] = field(default_factory=dict)
+    """Keys whose value could not be converted, with the spec path that they would have set."""
+    values: dict[str, AssignedValue] = field(default_factory=dict)
+    paths_without_default: set[str] = field(default_factory=set)
+    """Spec paths that the tool's defaults must not set."""
+    mistakes: list[Mistake] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    secrets: dict[str, str] = field(default_factory=dict)
+    """Content of the Secret, by key."""
+    secret_texts: set[str] = field(default_factory=set)
+    """Texts that must never be printed."""
+    config_maps: dict[str, dict[str, str]] = field(default_factory=dict)
+    annotations: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def secret_name(self) -> str:
+        return f"{self.name}-import"
+
+    @property
+    def location(self) -> str:
+        """Return the names of the input files, as the location of mistakes about something that is missing."""
+        return ", ".join(document.name for document in self.documents) or "command line"
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """Return the converted value of an option, or the default if the option is absent or unreadable."""
+        found = self.given.get(key)
+        return default if found is None else found.value
+
+    def has_key(self, key: str) -> bool:
+        """Return whether the user wrote this option, readable or not."""
+        return key in self.given or key in self.unreadable
+
+    def has_value(self, path: str) -> bool:
+        """Return whether the spec has a value at this path, overrides included."""
+        override = self.request.overrides.get(path)
+        return path in self.values if override is None else override.value is not None
+
+    def value(self, path: str, default: Any = None) -> Any:
+        """Return the value at a path of the spec, overrides included."""
+        found = self.request.overrides.get(path) or self.values.get(path)
+        return default if found is None else found.value
+
+    def assign(self, path: str, value: Any, source: str | Origin) -> None:
+        """Set a field. `source` is the key of the option that it comes from, or an origin."""
+        if isinstance(source, str):
+            given = self.given[source]
+            self.values[path] = AssignedValue(value, given.origin, given.key)
+        else:
+            self.values[path] = AssignedValue(value, source)
+
+    def assign_default(self, path: str, value: Any, reason: str = "default of the tool") -> None:
+        """Set a field that the user did not set, unless it already has a value."""
+        if not self.has_value(path) and path not in self.paths_without_default:
+            self.values[path] = AssignedValue(value, Origin(reason, written_by_user=False))
+
+    def remove(self, prefix: str, reason: str) -> None:
+        """Remove a field or group that would have no effect, and keep defaults away. Warns if the user wrote it."""
+        self.paths_without_default.add(prefix)
+        for path in [one for one in self.values if one == prefix or one.startswith(prefix + ".")]:
+            assigned = self.values.pop(path)
+            self.paths_without_default.add(path)
+            if assigned.key:
+                self.add_warning(f"{assigned.origin.location}: {assigned.key} has no effect: {reason}")
+
+    def add_mistake(self, keys: str | tuple[str, ...], message: str, hint: str = "", *, explains: str = "") -> None:
+        """Record a mistake about one or several options, each with its location.
+
+        `explains` is a spec path: later problems at this path are not reported, because this mistake causes them.
+        """
+        if explains:
+            self.unreadable[explains] = explains
+        keys = (keys,) if isinstance(keys, str) else keys
+        found = [self.given[key] for key in keys if key in self.given]
+        locations = ", ".join(dict.fromkeys(one.origin.location for one in found))
+        spellings = ", ".join(dict.fromkeys(one.key for one in found)) or ", ".join(keys)
+        self.mistakes.append(Mistake(locations or self.location, spellings, message, hint))
+
+    def add_warning(self, message: str) -> None:
+        """Record something that the user should act on."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+
+    def warn_no_effect(self, key: str, reason: str) -> None:
+        """Warn that an option of the user changes nothing."""
+        given = self.given[key]
+        self.add_warning(f"{given.origin.location}: {given.key} has no effect: {reason}")
+
+    def add_note(self, message: str) -> None:
+        """Record something that the user may want to know."""
+        if message not in self.notes:
+            self.notes.append(message)
+
+    def store_secret(self, key: str, value: str) -> dict[str, str]:
+        """Add a value to the Secret and return the reference to it for the spec."""
+        self.secrets[key] = value
+        self.hide(value)
+        return {"name": self.secret_name, "key": key}
+
+    def hide(self, value: Any) -> None:
+        """Redact this text in every message."""
+        if isinstance(value, str) and value.strip():
+            self.secret_texts.add(value)
+
+    def redacted(self, message: str) -> str:
+        """Return a message without secrets."""
+        for secret in sorted(self.secret_texts, key=len, reverse=True):
+            edge = r"\b" if len(secret) < 6 else ""
+            message = re.sub(edge + re.escape(secret) + edge, REDACTED, message)
+        return redact_text(message)
+
+
+@dataclass(frozen=True)
+class Importer:
+    """A tool: how its files are recognised and read, its options and defaults, and how its options combine."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    defaults: tuple[ToolDefault, ...]
+    recognises: Callable[[tuple[Document, ...], tuple[str, ...]], bool]
+    """Takes the documents and the tool's own command line."""
+    read: Callable[[Draft], Iterator[Entry]]
+    combine: Callable[[Draft], None]
+    """Sets the fields whose value depends on several options."""
+    normalise_key: Callable[[str], str] = lambda key: key
+    """Normalises the spelling of a key before it is looked up in the table."""

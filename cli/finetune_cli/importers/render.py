@@ -1,0 +1,90 @@
+"""The YAML that an import prints: the FineTuneJob, and the Secret and ConfigMaps that it refers to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from finetune_api.names import API_VERSION, KIND
+from finetune_api.spec import FineTuneJobSpec
+
+from finetune_cli.importers.run_import import Imported
+from finetune_cli.provenance import AssignedValue
+from finetune_cli.yaml_writer import to_yaml_stream
+
+
+def render(imported: Imported, *, annotate: bool) -> str:
+    """Return all objects as YAML. `annotate` adds a comment with its origin to every value."""
+    return to_yaml_stream(documents(imported, annotate=annotate))
+
+
+def documents(imported: Imported, *, annotate: bool = False) -> Iterator[Any]:
+    """Yield the Secret and the ConfigMaps, if any, then the FineTuneJob."""
+    if imported.secrets:
+        yield {
+            "apiVersion": "v1",
+            "kind": "Secret",
+            "metadata": _metadata(imported, imported.secret_name),
+            "type": "Opaque",
+            "stringData": dict(imported.secrets),
+        }
+    for name, data in imported.config_maps.items():
+        yield {"apiVersion": "v1", "kind": "ConfigMap", "metadata": _metadata(imported, name), "data": dict(data)}
+    metadata = _metadata(imported, imported.name)
+    if imported.annotations:
+        metadata["annotations"] = dict(imported.annotations)
+    spec = _group(_ordered(imported.spec, FineTuneJobSpec), "", imported.assigned if annotate else {})
+    yield {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
+
+
+def _metadata(imported: Imported, name: str) -> dict[str, Any]:
+    return {"name": name, **({"namespace": imported.namespace} if imported.namespace else {})}
+
+
+def _ordered(values: dict[str, Any], model: Any) -> dict[str, Any]:
+    """Sort fields as in the API reference."""
+    result: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        wire = field.alias or name
+        if wire in values:
+            inner = next(
+                (
+                    a
+                    for a in (field.annotation, *getattr(field.annotation, "__args__", ()))
+                    if hasattr(a, "model_fields")
+                ),
+                None,
+            )
+            value = values[wire]
+            result[wire] = _ordered(value, inner) if inner is not None and isinstance(value, dict) else value
+    return result
+
+
+def _group(values: dict[str, Any], prefix: str, assigned: dict[str, AssignedValue]) -> Any:
+    from ruamel.yaml.comments import CommentedMap
+
+    result = CommentedMap()
+    for key, value in values.items():
+        path = f"{prefix}.{key}" if prefix else key
+        result[key] = _group(value, path, assigned) if isinstance(value, dict) else _scalar(value)
+        if path in assigned:
+            comment = describe_origin(assigned[path])
+            result.yaml_add_eol_comment(comment, key)
+    return result
+
+
+def _scalar(value: Any) -> Any:
+    from ruamel.yaml.comments import CommentedSeq
+
+    if isinstance(value, list) and all(not isinstance(one, dict | list) for one in value):
+        sequence = CommentedSeq(value)
+        sequence.fa.set_flow_style()
+        return sequence
+    return value
+
+
+def describe_origin(assigned: AssignedValue) -> str:
+    """Describe where a value came from: location and key, or the reason for a default."""
+    if assigned.key and assigned.origin.location.endswith(assigned.key):
+        return assigned.origin.location
+    return f"{assigned.origin.location} {assigned.key}".strip()

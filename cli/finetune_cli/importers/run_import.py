@@ -1,0 +1,508 @@
+"""Runs an import: precedence, conversion, defaults, checks, and the report of all mistakes at once.
+
+Later values override earlier ones: the tool's defaults < its files in order < its command line < options of `finetune import`.
+Problems that the API's rules find in the result are reported with the key and location in the user's own file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.names import KIND, MAX_NAME_LENGTH, NAME_PATTERN
+from finetune_api.rules import OPTIMIZERS_FOR_SHARDED_WEIGHTS, Problem, check
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import DatasetFormat, MethodType, Strategy, TrainerType
+from finetune_api.support import unsupported_fields
+from pydantic import ValidationError
+
+from finetune_cli.field_errors import FieldError, field_errors, is_within, locations_to_remove, path_of
+from finetune_cli.files import UnreadableFile, read_text
+from finetune_cli.importers.converters import ConversionError
+from finetune_cli.importers.documents import parse, parse_json
+from finetune_cli.importers.draft import (
+    SECRET_NAME,
+    Document,
+    Draft,
+    Entry,
+    GivenOption,
+    Importer,
+    Request,
+    Row,
+    ToolDefault,
+)
+from finetune_cli.importers.no_effect import remove_options_without_effect
+from finetune_cli.mistakes import InvalidInput, Mistake
+from finetune_cli.provenance import AssignedValue
+from finetune_cli.redaction import REDACTED, contains_secret
+from finetune_cli.suggestions import closest_name
+
+
+@dataclass(frozen=True)
+class Imported:
+    """The result of an import: a FineTuneJob with the origin of every value."""
+
+    importer: Importer
+    name: str
+    namespace: str | None
+    spec: dict[str, Any]
+    assigned: dict[str, AssignedValue]
+    secret_name: str
+    secrets: dict[str, str]
+    config_maps: dict[str, dict[str, str]]
+    annotations: dict[str, str]
+    warnings: list[str]
+    notes: list[str]
+
+
+def run_import(request: Request, importers: dict[str, Importer]) -> Imported:
+    """Import the files of a request. Raises InvalidInput with all mistakes, in which secrets are redacted."""
+    _check_namespace(request)
+    documents = load(request.files)
+    importer = choose_importer(documents, request, importers)
+    draft = Draft(request, importer.rows, job_name(request, documents), documents)
+    _read_options(importer, draft)
+    _check_required(draft)
+    importer.combine(draft)
+    _apply_defaults(importer, draft)
+    _apply_overrides(draft)
+    remove_options_without_effect(draft)
+    spec = _check_spec(draft)
+    _refuse_secrets(draft)
+    if draft.mistakes:
+        raise InvalidInput([_redacted(draft, mistake) for mistake in dict.fromkeys(draft.mistakes)])
+    return Imported(
+        importer, draft.name, request.namespace, spec, draft.values, draft.secret_name, draft.secrets, draft.config_maps,
+        draft.annotations, [draft.redacted(one) for one in draft.warnings], [draft.redacted(one) for one in draft.notes],
+    )  # fmt: skip
+
+
+def _apply_defaults(importer: Importer, draft: Draft) -> None:
+    """Apply the tool's defaults to fields without a value, except defaults that this job cannot use."""
+    skipped: dict[str, list[str]] = {}
+    for default in importer.defaults:
+        if not default.when(draft):
+            continue
+        reason = _unusable_because(default, draft)
+        if reason is None:
+            draft.assign_default(default.path, default.value, default.origin)
+        elif not draft.has_value(default.path):
+            skipped.setdefault(reason, []).append(f"{default.path} {default.value}")
+    for reason, fields in skipped.items():
+        draft.add_note(f"{reason}, so the defaults of FineTuneJob replace {', '.join(fields)}")
+
+
+def _unusable_because(default: ToolDefault, draft: Draft) -> str | None:
+    """Return why this job cannot use a default of the tool; None if it can."""
+    if default.needs_gpu and draft.value("resources.gpusPerNode") == 0:
+        return "the job uses no GPU"
+    optimizer = default.value if default.path == "training.optimizer" else None
+    if (
+        optimizer not in (None, *OPTIMIZERS_FOR_SHARDED_WEIGHTS)
+        and draft.value("distributed.strategy") == Strategy.FSDP
+    ):
+        return "FSDP cannot use the default optimizer of the tool"
+    return None
+
+
+def _apply_overrides(draft: Draft) -> None:
+    """Apply the options of `finetune import`. A null removes a field or a whole group."""
+    for path, assigned in draft.request.overrides.items():
+        for known in [one for one in draft.values if is_within(one, path)]:
+            del draft.values[known]
+        if assigned.value is not None:
+            draft.values[path] = assigned
+
+
+def _refuse_secrets(draft: Draft) -> None:
+    """Refuse fields that look like secrets: everyone who may read the job can read its fields."""
+    hint = "remove it; refer to a Secret with model.tokenSecretRef, or in placement.env with secretKeyRef"
+    reported = {one.key for one in draft.mistakes}
+    for path, assigned in draft.values.items():
+        key = assigned.key or f"spec.{path}"
+        if contains_secret(assigned.value) and key not in reported:
+            draft.mistakes.append(Mistake(assigned.origin.location, key, "this looks like a token or password", hint))
+    for key, value in draft.annotations.items():
+        if contains_secret(value):
+            draft.mistakes.append(Mistake(draft.location, key, "this looks like a token or password", "remove it"))
+
+
+def _redacted(draft: Draft, mistake: Mistake) -> Mistake:
+    return Mistake(
+        mistake.location, draft.redacted(mistake.key), draft.redacted(mistake.message), draft.redacted(mistake.hint)
+    )
+
+
+# --- files ----------------------------------------------------------------------------------------------------------
+
+
+def load(files: Iterable[Path]) -> tuple[Document, ...]:
+    """Read all files. A folder is only noted; its importer reads it. Raises InvalidInput for unreadable or empty files."""
+    mistakes: list[Mistake] = []
+    documents: list[Document] = []
+    for path in files:
+        if path.is_dir():
+            documents.append(Document(path, "", is_folder=True))
+            continue
+        try:
+            documents.append(Document(path, read_text(path)))
+        except UnreadableFile as error:
+            mistakes.append(error.mistake)
+    mistakes += [
+        Mistake(one.name, "", "the file is empty") for one in documents if not one.is_folder and not one.text.strip()
+    ]
+    if mistakes:
+        raise InvalidInput(mistakes)
+    return tuple(documents)
+
+
+def choose_importer(documents: tuple[Document, ...], request: Request, importers: dict[str, Importer]) -> Importer:
+    """Return the importer that `--from` names, or the only one that recognises the files. Raises InvalidInput."""
+    known = ", ".join(importers)
+    if request.source is not None:
+        if request.source not in importers:
+            raise InvalidInput(
+                [Mistake("--from", request.source, "there is no importer with this name", f"write one of {known}")]
+            )
+        return importers[request.source]
+    if not documents and not request.tool_arguments:
+        raise InvalidInput(
+            [
+                Mistake(
+                    "command line",
+                    "FILE",
+                    "no file is given",
+                    "give a file or a folder, or after -- the command line of the tool",
+                )
+            ]
+        )
+    found = [one for one in importers.values() if one.recognises(documents, request.tool_arguments)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(document.name for document in documents) or "command line"
+    if not found:
+        _check_syntax(documents)
+        raise InvalidInput(
+            [
+                Mistake(
+                    names,
+                    "",
+                    "no importer recognises this configuration",
+                    f"choose one with --from: {known}",
+                )
+            ]
+        )
+    fits = ", ".join(one.name for one in found)
+    raise InvalidInput(
+        [
+            Mistake(
+                names,
+                "",
+                f"several importers recognise this configuration: {fits}",
+                f"choose one with --from {'|'.join(one.name for one in found)}",
+            )
+        ]
+    )
+
+
+def _check_syntax(documents: tuple[Document, ...]) -> None:
+    """Raises InvalidInput if an unrecognised file is invalid YAML or JSON, or a FineTuneJob."""
+    for document in documents:
+        if document.path.suffix.lower() in (".yaml", ".yml"):
+            found = parse(document)
+            if found.value.get("kind") == KIND:
+                hint = "check it with `finetune validate`, or submit it with `finetune submit`"
+                raise InvalidInput([Mistake(document.name, "", f"this is already a {KIND}", hint)])
+        if document.path.suffix.lower() == ".json":
+            parse_json(document)
+
+
+def job_name(request: Request, documents: tuple[Document, ...]) -> str:
+    """Return the name of the FineTuneJob: from `--name`, or from the name of the first file."""
+    if request.name is not None:
+        if not re.match(NAME_PATTERN, request.name) or len(request.name) > MAX_NAME_LENGTH:
+            raise InvalidInput([
+                Mistake(
+                    "--name", request.name, "this cannot be the name of a FineTuneJob",
+                    f"write a-z, 0-9 and -, beginning with a letter, at most {MAX_NAME_LENGTH} characters",
+                )
+            ])  # fmt: skip
+        return request.name
+    stem = next((d.path.resolve().name if d.is_folder else d.path.stem or d.path.name for d in documents), "")
+    return slug(stem) or "imported"
+
+
+def _check_namespace(request: Request) -> None:
+    if request.namespace is not None and not re.match(r"^[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?$", request.namespace):
+        hint = "write a-z, 0-9 and -, at most 63 characters"
+        raise InvalidInput([Mistake("--namespace", request.namespace, "this cannot be the name of a namespace", hint)])
+
+
+def slug(text: str) -> str:
+    """Turn a text into a valid name of a FineTuneJob; an empty string if no valid character is left."""
+    found = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-").lstrip("0123456789-")
+    return found[:MAX_NAME_LENGTH].strip("-")
+
+
+# --- from entries to values -----------------------------------------------------------------------------------------
+
+
+COMMAND_LINE = "command line"
+"""How the location of a flag begins. Later flags override earlier ones."""
+
+
+def _read_options(importer: Importer, draft: Draft) -> None:
+    """Look up every entry in the tool's table and convert it. A later entry of the same option overrides an earlier one."""
+    by_key = {importer.normalise_key(spelling): row for row in importer.rows for spelling in (row.key, *row.aliases)}
+    last: dict[str, tuple[Row, Entry]] = {}
+    for entry in importer.read(draft):
+        row = by_key.get(importer.normalise_key(entry.key))
+        if row is None:
+            _add_unknown(importer, draft, entry)
+            continue
+        if row.secret:
+            draft.hide(entry.value)
+        if row.key in last and not row.no_effect and not _overrides_earlier(draft, row, last[row.key][1], entry):
+            continue
+        last[row.key] = (row, entry)
+    for row, entry in last.values():
+        _convert(row, entry, draft)
+
+
+def _overrides_earlier(draft: Draft, row: Row, first: Entry, second: Entry) -> bool:
+    """Return whether the second entry of an option overrides the first.
+
+    If one file spells an option in two ways with different values, the order means nothing, and this is a mistake.
+    """
+    if first.key == second.key or _file(first) != _file(second):
+        return True
+    if first.origin.location.startswith(COMMAND_LINE):
+        draft.add_note(f"{second.origin.location}: {second.key} overrides {first.key}")
+        return True
+    if _is_unset(second.value) or str(first.value) == str(second.value):
+        return False
+    if not _is_unset(first.value):
+        draft.unreadable[row.key] = row.path
+        locations = ", ".join(dict.fromkeys((first.origin.location, second.origin.location)))
+        values = f"{REDACTED} and {REDACTED}" if row.secret else f"{_shown(first.value)} and {_shown(second.value)}"
+        draft.mistakes.append(
+            Mistake(
+                locations, f"{first.key}, {second.key}", f"{values} are given for the same option", "keep one of them"
+            )
+        )
+    return True
+
+
+def _file(entry: Entry) -> str:
+    """Return the file of an entry without the line."""
+    return re.sub(r":\d+$", "", entry.origin.location)
+
+
+def _is_unset(value: Any) -> bool:
+    """Return whether a value leaves the choice to another spelling of the option."""
+    return is_absent(value) or value == "auto"
+
+
+def _add_unknown(importer: Importer, draft: Draft, entry: Entry) -> None:
+    """Record an unknown key, and say so if a group is given where one value is needed, or the reverse."""
+    if SECRET_NAME.search(entry.key):
+        draft.hide(entry.value)
+    known = [key for row in importer.rows for key in (row.key, *row.aliases)]
+    inner = next((one for one in known if one.startswith(f"{entry.key}.")), None)
+    outer = next((one for one in known if entry.key.startswith(f"{one}.")), None)
+    if inner is not None:
+        message, hint = (
+            "this is a group of options, and a single value is given",
+            f"write its options, for example {inner}",
+        )
+    elif outer is not None:
+        message, hint = "unknown key", f"{outer} takes a single value and is not a group"
+    else:
+        closest = closest_name(entry.key, known)
+        message = "unknown key"
+        hint = f"did you mean {closest}?" if closest else f"it is not an option of {importer.title}; remove it"
+    draft.mistakes.append(Mistake(entry.origin.location, entry.key, message, hint))
+
+
+def is_absent(value: Any) -> bool:
+    """Return whether a value means that the option is not set."""
+    return value is None or (isinstance(value, str) and value.strip() in ("", "null", "~"))
+
+
+def _convert(row: Row, entry: Entry, draft: Draft) -> None:
+    if row.empty_is_absent and is_absent(entry.value):
+        if row.required:
+            draft.unreadable[row.key] = row.path
+            draft.mistakes.append(Mistake(entry.origin.location, entry.key, "this required option is empty"))
+        return
+    if row.no_effect:
+        draft.add_warning(f"{entry.origin.location}: {entry.key} has no effect: {row.no_effect}")
+        return
+    try:
+        value = row.convert(entry.value)
+    except ConversionError as error:
+        draft.unreadable[row.key] = row.path
+        shown = REDACTED if row.secret else _shown(entry.value)
+        hint = f"allowed: {error.allowed}" + (f"; did you mean {error.closest}?" if error.closest else "")
+        draft.mistakes.append(Mistake(entry.origin.location, entry.key, f"{shown} {error.problem}", hint))
+        return
+    draft.given[row.key] = GivenOption(row, entry.key, value, entry.value, entry.origin)
+    if row.path and not row.manual and value is not None:
+        draft.assign(row.path, value, row.key)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return f'"{value}"' if len(value) <= 80 else f'"{value[:77]}..."'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if not isinstance(value, dict | list) or len(str(value)) <= 80 else "the value"
+
+
+def _check_required(draft: Draft) -> None:
+    """Record a mistake for every required option that is missing, unless an override sets its field."""
+    for row in draft.rows:
+        if row.required and not draft.has_key(row.key) and row.path not in draft.request.overrides:
+            draft.unreadable[row.key] = row.path
+            option = {"model.source": "--model", "dataset.train": "--data"}.get(row.path)
+            draft.mistakes.append(
+                Mistake(
+                    draft.location,
+                    row.key,
+                    "this required option is missing",
+                    f"add it, or give {option} URI" if option else "add it",
+                )
+            )
+
+
+# --- the checks of the API, reported for the user's own file ---------------------------------------------------------
+
+
+def nest(values: dict[str, AssignedValue]) -> dict[str, Any]:
+    """Turn values at dotted paths into a nested spec."""
+    spec: dict[str, Any] = {}
+    for path, assigned in values.items():
+        group = spec
+        *groups, last = path.split(".")
+        for one in groups:
+            group = group.setdefault(one, {})
+        group[last] = assigned.value
+    return spec
+
+
+def _check_spec(draft: Draft) -> dict[str, Any]:
+    """Check the spec with the API's models and rules, and return it nested."""
+    values = dict(draft.values)
+    reported: list[FieldError] = []
+    for _ in range(3):
+        try:
+            spec = FineTuneJobSpec.model_validate(nest(values))
+            break
+        except ValidationError as error:
+            found = list(field_errors(error, reported))
+            reported += found
+            for wrong in found:
+                draft.unreadable[wrong.path] = wrong.path
+                draft.mistakes.append(_in_user_terms(draft, Problem(wrong.path, "Shape", wrong.message, wrong.hint)))
+            for location in map(path_of, locations_to_remove(error)):
+                for known in [one for one in values if is_within(location, one) or is_within(one, location)]:
+                    del values[known]
+    else:
+        return nest(values)
+    for problem in _problems(spec, draft):
+        _record_problem(problem, draft)
+    if not draft.mistakes:
+        for missing in unsupported_fields(spec):
+            draft.add_warning(f"spec.{missing.path}: {missing.message}; {missing.hint}")
+    return nest(draft.values)
+
+
+DISCRIMINATORS: dict[str, tuple[str, ...]] = {
+    "method.type": tuple(MethodType),
+    "trainer.type": tuple(TrainerType),
+    "dataset.format": tuple(DatasetFormat),
+    "distributed.strategy": tuple(Strategy),
+}
+"""Fields that decide which other fields are allowed. If one is unreadable, only problems that hold for all its values are reported."""
+
+
+def _problems(spec: FineTuneJobSpec, draft: Draft) -> list[Problem]:
+    """Return the problems that the rules find, without those that only follow from an unreadable value."""
+    unreadable = [path for path in draft.unreadable.values() if path]
+    problems = check(spec)
+    for path in unreadable:
+        if path in DISCRIMINATORS:
+            group, field = path.split(".")
+            for value in DISCRIMINATORS[path]:
+                changed = spec.to_wire()
+                changed.setdefault(group, {})[field] = value
+                still = {(one.path, one.code) for one in check(FineTuneJobSpec.model_validate(changed))}
+                problems = [one for one in problems if (one.path, one.code) in still]
+    return [
+        one
+        for one in problems
+        if not any(is_within(one.path, path) or is_within(path, one.path) for path in unreadable)
+    ]
+
+
+def _record_problem(problem: Problem, draft: Draft) -> None:
+    """Record a problem as a mistake, or as a warning if the user can correct it outside the imported file."""
+    mistake = _in_user_terms(draft, problem)
+    relative = problem.code == "SourceInvalid" and str(draft.value(problem.path, "")).startswith("file://")
+    missing_data = problem.code == "DatasetMissing" and problem.path == "dataset.train"
+    another_machine = problem.path == "training.device" and draft.value("training.device") == "mps"
+    if missing_data:
+        if "dataset.train" not in draft.unreadable.values():
+            draft.add_warning(
+                f"{draft.location}: the configuration names no training data: give --data URI, or set dataset.train in the manifest"
+            )
+    elif relative:
+        return
+    elif another_machine or problem.path in (
+        "output.hub.tokenSecretRef",
+        "tracking.wandb.apiKeySecretRef",
+        "tracking.mongodb.uriSecretRef",
+    ):
+        draft.add_warning(f"{mistake} (the operator refuses the job until this is corrected)")
+    elif problem.code == "ModelMissing":
+        if "model.source" not in draft.unreadable.values():
+            draft.mistakes.append(Mistake(draft.location, "", "no base model is given", "add it, or give --model URI"))
+    else:
+        draft.mistakes.append(mistake)
+
+
+def _in_user_terms(draft: Draft, problem: Problem) -> Mistake:
+    """Report a problem at a spec path with the key and location that the value came from."""
+    group, _, _ = problem.path.rpartition(".")
+    assigned = _values_around(draft, problem.path) or (_values_around(draft, group) if "." in group else [])
+    written = [one for one in assigned if one.key] or [one for one in assigned if one.origin.written_by_user]
+    if not written:
+        return Mistake(draft.location, f"spec.{problem.path}", problem.message, problem.hint)
+    keys = ", ".join(dict.fromkeys(one.key or f"spec.{problem.path}" for one in written))
+    locations = ", ".join(dict.fromkeys(one.origin.location for one in written))
+    return Mistake(
+        locations,
+        keys,
+        _spelling(draft, written[0]) + problem.message,
+        f"{problem.hint} (spec.{problem.path})" if problem.hint else "",
+    )
+
+
+def _values_around(draft: Draft, path: str) -> list[AssignedValue]:
+    """Return the values at, below and above a path."""
+    return [
+        one
+        for known, one in draft.values.items()
+        if is_within(known, path) or path.startswith((known + ".", known + "["))
+    ]
+
+
+def _spelling(draft: Draft, assigned: AssignedValue) -> str:
+    """Return the value as the user spelled it, if the spec spells it differently."""
+    given = next((one for one in draft.given.values() if one.key == assigned.key), None)
+    if given is None or not isinstance(given.raw, str) or given.row.secret or given.raw == str(assigned.value):
+        return ""
+    return f'"{given.raw}" is ' if isinstance(assigned.value, str) and not given.raw.startswith(("/", ".")) else ""

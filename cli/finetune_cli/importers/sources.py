@@ -1,0 +1,86 @@
+"""Turns local paths and hub names of other tools into source URIs.
+
+A hub name stays unchanged. A path of the user's machine becomes `file://` and the path as written, with a warning, because no pod can
+read it; options such as `--data` name a source that pods can read.
+"""
+
+from __future__ import annotations
+
+import re
+
+from finetune_cli.importers.draft import Draft
+
+URI = re.compile(r"^(hf|s3|pvc|configmap|https?|file)://")
+DATA_FILE = re.compile(r"\.(jsonl?|csv|txt|parquet|tsv|zip|gz)$", re.IGNORECASE)
+OPTION = {
+    "model.source": "--model",
+    "model.tokenizer": "--set model.tokenizer=URI",
+    "method.adapter.source": "--adapter",
+    "dataset.train": "--data",
+    "dataset.validation": "--validation",
+    "dataset.test": "--test",
+    "checkpoint.resume": "--set checkpoint.resume=URI",
+}
+
+
+def is_local(text: str) -> bool:
+    """Return whether the name of a model or data set can only be a path."""
+    return text.startswith((".", "/", "~")) or "\\" in text or text.count("/") > 1 or bool(DATA_FILE.search(text))
+
+
+def assign_source(draft: Draft, key: str, path: str, *, always_local: bool = False) -> None:
+    """Set a source field from an option, unless an override sets the field."""
+    if key not in draft.given or path in draft.request.overrides:
+        return
+    given = draft.given[key]
+    found = str(given.value)
+    if not URI.match(found) and (always_local or is_local(found)):
+        option = OPTION[path]
+        written = option if option.startswith("--set") else f"{option} URI"
+        draft.add_warning(
+            f"{given.origin.location}: {given.key}: {found} is a path on this machine, which pods cannot read; "
+            f"give {written} (`finetune run --local` can read the path)"
+        )
+        found = f"file://{found}"
+    draft.assign(path, found, key)
+
+
+def assign_tokenizer(draft: Draft, key: str, model_key: str) -> None:
+    """Set the tokenizer. If the file repeats the model's name there and an override names another model, the tokenizer follows it."""
+    if "model.source" in draft.request.overrides and key in draft.given and draft.get(key) == draft.get(model_key):
+        draft.add_note(f"{draft.given[key].key} names the model itself, so the tokenizer is taken from --model")
+        return
+    assign_source(draft, key, "model.tokenizer")
+
+
+def assign_config_map(draft: Draft, key: str, path: str, purpose: str, option: str) -> None:
+    """Refer to a ConfigMap for a local file, and warn with the command that creates the ConfigMap."""
+    if key not in draft.given or any(
+        override == path or override.startswith(path + ".") for override in draft.request.overrides
+    ):
+        return
+    given = draft.given[key]
+    file = str(given.value)
+    name = f"{draft.name}-{purpose}"
+    base = re.sub(r"[^-._a-zA-Z0-9]", "_", file.replace("\\", "/").rstrip("/").rpartition("/")[2]) or purpose
+    draft.assign(f"{path}.name", name, key)
+    draft.assign(f"{path}.key", base, key)
+    draft.add_warning(
+        f"{given.origin.location}: {given.key}: pods read {file} from a ConfigMap: "
+        f"create it with `kubectl create configmap {name} --from-file={base}={file}`, or name an existing one with {option} NAME/KEY"
+    )
+
+
+def assign_output_folder(draft: Draft, key: str) -> None:
+    """Set the folder for results, relative to the storage root."""
+    given = draft.given[key]
+    folder = str(given.value).replace("\\", "/")
+    relative = re.sub(r"^(\./)+", "", folder).lstrip("/")
+    if folder.startswith(("/", "~", "..")) or re.match(r"^[A-Za-z]:", folder):
+        draft.add_warning(
+            f"{given.origin.location}: {given.key}: results are written below the storage root, so {folder} is read relative to it"
+        )
+        relative = re.sub(r"^(~|\.\.)?/*", "", re.sub(r"^[A-Za-z]:", "", relative))
+    if relative in ("", "."):
+        return
+    draft.assign("output.dir", relative.rstrip("/"), key)

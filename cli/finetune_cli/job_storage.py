@@ -1,0 +1,243 @@
+"""Checkpoints and models of a job in storage: lists, verifies, downloads and deletes them from the user's machine.
+
+Credentials come from the AWS_ variables, or with `--use-secret` from the Secret that the job names.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from finetune_api.names import Storage
+from finetune_api.spec.cluster import StorageRoot
+
+from finetune_cli.output import CommandError
+
+
+class StorageError(CommandError):
+    """Storage refused a request, or does not hold what was asked for."""
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """One object: its key relative to the root of the storage, and its size in bytes."""
+
+    key: str
+    size: int
+
+
+class JobStorage:
+    """The objects below a URI: `s3://bucket/prefix` or `file:///path`."""
+
+    def __init__(self, uri: str, connection: StorageRoot, credentials: dict[str, str] | None = None):
+        self.uri = uri.rstrip("/")
+        parts = urlsplit(self.uri)
+        self.local = Path(parts.path) if parts.scheme == "file" else None
+        if parts.scheme not in ("s3", "file"):
+            raise StorageError(f"{uri}: this command reads only s3:// and file:// storage")
+        self.bucket, self.prefix = parts.netloc, parts.path.strip("/")
+        self.client: Any = None if self.local else _s3_client(connection, credentials)
+
+    def objects(self, below: str = "") -> Iterator[StoredObject]:
+        """Yield all objects below a folder, sorted by key. Raises StorageError."""
+        if self.local is not None:
+            root = self.local / below
+            for path in sorted(root.rglob("*")) if root.is_dir() else []:
+                if path.is_file():
+                    yield StoredObject(path.relative_to(self.local).as_posix(), path.stat().st_size)
+            return
+        folder = "/".join(part for part in (self.prefix, below.strip("/")) if part) + "/"
+        with _StorageErrors(self.uri):
+            for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder):
+                for one in page.get("Contents") or []:
+                    yield StoredObject(one["Key"][len(self.prefix) :].lstrip("/"), int(one["Size"]))
+
+    def read(self, key: str) -> bytes:
+        """Return the content of a small object. Raises StorageError."""
+        if self.local is not None:
+            try:
+                return (self.local / key).read_bytes()
+            except OSError as error:
+                raise StorageError(f"{self.uri}/{key}: {error.strerror}") from None
+        with _StorageErrors(f"{self.uri}/{key}"):
+            found: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+            return found
+
+    def chunks(self, key: str) -> Iterator[bytes]:
+        """Yield the content of an object in chunks. Raises StorageError."""
+        if self.local is not None:
+            with (self.local / key).open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    yield chunk
+            return
+        with _StorageErrors(f"{self.uri}/{key}"):
+            yield from self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].iter_chunks(1 << 20)
+
+    def delete(self, objects: list[StoredObject]) -> None:
+        """Delete objects in the given order. Raises StorageError for the first object that could not be deleted."""
+        if self.local is not None:
+            for one in objects:
+                (self.local / one.key).unlink(missing_ok=True)
+            return
+        for start in range(0, len(objects), 1000):
+            part = [{"Key": self._key(one.key)} for one in objects[start : start + 1000]]
+            with _StorageErrors(self.uri):
+                failed = (
+                    self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": part, "Quiet": True}).get(
+                        "Errors"
+                    )
+                    or []
+                )
+            if failed:
+                raise StorageError(f"{failed[0].get('Key')}: {failed[0].get('Message') or failed[0].get('Code')}")
+
+    def _key(self, key: str) -> str:
+        return f"{self.prefix}/{key}" if self.prefix else key
+
+
+def _s3_client(connection: StorageRoot, credentials: dict[str, str] | None) -> Any:
+    import boto3
+    from botocore.config import Config
+
+    style = connection.addressing_style or ("path" if connection.endpoint else "virtual")
+    given = credentials or {}
+    return boto3.client(
+        "s3",
+        endpoint_url=connection.endpoint,
+        region_name=connection.region or "us-east-1",
+        aws_access_key_id=given.get("AWS_ACCESS_KEY_ID"),
+        aws_secret_access_key=given.get("AWS_SECRET_ACCESS_KEY"),
+        aws_session_token=given.get("AWS_SESSION_TOKEN"),
+        config=Config(
+            s3={"addressing_style": str(style)}, retries={"max_attempts": 5, "mode": "standard"},
+            request_checksum_calculation="when_required", response_checksum_validation="when_required",
+        ),
+    )  # fmt: skip
+
+
+class _StorageErrors:
+    """Turns errors of the S3 client into StorageErrors, which hold no secrets."""
+
+    def __init__(self, target: str):
+        self.target = target
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        if isinstance(error, ClientError):
+            found = error.response.get("Error", {})
+            raise StorageError(f"{self.target}: {found.get('Code')}: {found.get('Message')}") from None
+        if isinstance(error, BotoCoreError):
+            raise StorageError(f"{self.target}: {error}") from None
+
+
+def root_of(job: dict[str, Any]) -> tuple[str, StorageRoot]:
+    """Return the root of a job's folder in storage, and how to connect to it, from spec and status. Raises StorageError."""
+    metadata = job["metadata"]
+    connection = StorageRoot.model_validate((job.get("spec") or {}).get("storage") or {})
+    tail = f"{metadata.get('namespace', 'default')}/{metadata['name']}/{metadata['uid']}"
+    if connection.uri:
+        return f"{connection.uri.rstrip('/')}/{tail}", connection
+    status = job.get("status") or {}
+    known = [
+        status.get("latestCheckpoint"),
+        (status.get("output") or {}).get("uri"),
+        *(c.get("uri") for c in status.get("checkpoints") or []),
+    ]
+    for uri in known:
+        if uri and tail in uri:
+            return uri[: uri.index(tail) + len(tail)], connection
+    raise StorageError(
+        f"{metadata['name']} uses the operator's default storage, and its status names no file there yet; give the storage root with --storage URI"
+    )
+
+
+def decode_secret(secret: dict[str, Any]) -> dict[str, str]:
+    """Return the decoded values of a Secret."""
+    return {key: base64.b64decode(value).decode() for key, value in (secret.get("data") or {}).items()}
+
+
+@dataclass(frozen=True)
+class CommittedFolder:
+    """A committed checkpoint or model in storage."""
+
+    folder: str
+    path: str
+    manifest_sha256: str
+    healthy: bool
+
+
+def list_committed(storage: JobStorage) -> list[CommittedFolder]:
+    """Return every folder with a commit marker: checkpoints by step, then the model. Raises StorageError."""
+    keys = {one.key for one in storage.objects()}
+    found = []
+    for key in sorted(keys):
+        folder, _, name = key.rpartition("/")
+        if name != Storage.COMMITTED:
+            continue
+        try:
+            marker = json.loads(storage.read(key))
+            found.append(
+                CommittedFolder(
+                    folder, str(marker["path"]), str(marker["manifestSha256"]), f"{folder}/{Storage.HEALTHY}" in keys
+                )
+            )
+        except (ValueError, KeyError, TypeError):
+            raise StorageError(f"{storage.uri}/{key} is damaged: it is not a valid commit marker") from None
+    return sorted(found, key=lambda one: (one.folder.startswith(Storage.MODEL), one.folder))
+
+
+def read_file_list(storage: JobStorage, one: CommittedFolder) -> list[dict[str, Any]]:
+    """Return the files that the manifest of a commit lists, after checking the hash of the manifest. Raises StorageError."""
+    key = f"{one.folder}/{one.path}/{Storage.MANIFEST}"
+    data = storage.read(key)
+    if hashlib.sha256(data).hexdigest() != one.manifest_sha256:
+        raise StorageError(f"{storage.uri}/{key} is damaged: its sha256 differs from the one in the commit marker")
+    found: list[dict[str, Any]] = json.loads(data)["files"]
+    return found
+
+
+def verify_and_download(storage: JobStorage, one: CommittedFolder, target: Path | None) -> int:
+    """Read every file of a commit, check its sha256, and write it below `target` unless that is None. Returns the bytes read."""
+    total = 0
+    for file in read_file_list(storage, one):
+        name = str(file["path"])
+        if name.startswith("/") or ".." in name.split("/"):
+            raise StorageError(f"{storage.uri}: the manifest lists {name}, which lies outside its folder")
+        total += _copy(storage, f"{one.folder}/{one.path}/{name}", file, target / name if target else None)
+    return total
+
+
+def _copy(storage: JobStorage, key: str, file: dict[str, Any], path: Path | None) -> int:
+    digest, count = hashlib.sha256(), 0
+    part_file = None
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part_file = path.with_name(path.name + ".part")
+    handle = part_file.open("wb") if part_file else None
+    try:
+        for chunk in storage.chunks(key):
+            digest.update(chunk)
+            count += len(chunk)
+            if handle:
+                handle.write(chunk)
+    finally:
+        if handle:
+            handle.close()
+    if digest.hexdigest() != file["sha256"] or count != file["size"]:
+        raise StorageError(
+            f"{storage.uri}/{key} is damaged: it has {count} bytes and sha256 {digest.hexdigest()[:12]}..., "
+            f"and the manifest lists {file['size']} bytes and {file['sha256'][:12]}..."
+        )
+    if part_file and path:
+        part_file.replace(path)
+    return count

@@ -1,0 +1,326 @@
+"""Runs a job on the user's machine: writes the run configuration, starts the trainer and shows its progress."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api import names
+from finetune_api.defaults import PlatformDefaults, origins_of, resolve
+from finetune_api.names import Env, ExitCode, FailureClass
+from finetune_api.pod import ProgressReport, Resume, RunConfig, StoreTarget, TerminationMessage, World
+from finetune_api.rules import ExecutionTarget
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.cluster import StorageRoot
+from finetune_api.status import Metrics, Stage
+
+from finetune_cli import output
+from finetune_cli.checks import check_manifest, errors_of
+from finetune_cli.fields import flatten, with_values
+from finetune_cli.files import unwritable
+from finetune_cli.local_spec import LocalMachine, LocalRunError, adapt_spec, count_gpus, parse_folders
+from finetune_cli.manifests import Manifest, read_job
+from finetune_cli.overrides import parse_overrides
+from finetune_cli.status_text import bar
+
+NAMESPACE = "local"
+POLL_SECONDS = 0.5
+GRACE_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class LocalRun:
+    """A run that is ready to start: every file is written."""
+
+    name: str
+    config: RunConfig
+    config_file: Path
+    work_folder: Path
+    log: Path
+    notes: tuple[str, ...]
+
+
+def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], claims: list[str]) -> LocalRun:
+    """Read a manifest, adapt it to this machine and write its run configuration.
+
+    Raises InvalidInput, CommandError, or Exit after printing the errors of the manifest.
+    """
+    manifest = read_job(file)
+    overrides = {path: one.value for path, one in parse_overrides(sets).items()}
+    spec = with_values(manifest.spec, overrides)
+    _checked(manifest, spec, only="ValueInvalid")
+    machine = LocalMachine(
+        folder.resolve(),
+        file.resolve().parent,
+        count_gpus(),
+        parse_folders("--config-map", config_maps),
+        parse_folders("--claim", claims),
+    )
+    spec = copy.deepcopy(spec)
+    notes = adapt_spec(spec, machine)
+    checked = _checked(manifest, spec)
+    resolution = resolve(checked, platform=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
+    try:
+        return _write(
+            manifest.name, resolution.spec, resolution.defaults, folder.resolve(), (*notes, *resolution.notes)
+        )
+    except OSError as error:
+        raise unwritable(folder, error) from None
+
+
+def _checked(manifest: Manifest, spec: dict[str, Any], only: str | None = None) -> FineTuneJobSpec:
+    """Check a manifest with another spec and return it. `only` limits the check to one code. Raises Exit."""
+    changed = Manifest(manifest.file, manifest.number, {**manifest.value, "spec": spec}, manifest.lines)
+    checked, findings = check_manifest(changed, ExecutionTarget.LOCAL)
+    errors = [one for one in errors_of(findings) if only in (None, one.code)]
+    if errors or checked is None:
+        raise output.fail(*(one.mistake for one in errors))
+    return checked
+
+
+# --- the run configuration ------------------------------------------------------------------------------------------
+
+
+def _write(name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Path, notes: tuple[str, ...]) -> LocalRun:
+    """Write the run configuration of the next attempt. The same folder and name continue the same job."""
+    uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"file://{root}/{name}"))
+    home = root / ".finetune" / name
+    home.mkdir(parents=True, exist_ok=True)
+    tree = root / NAMESPACE / name / uid
+    _check_same_job(home / names.RUN_FILE_NAME, spec, tree, name)
+    counter = home / "attempt"
+    counted = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
+    # The counter alone is not enough: it lies next to downloads, which users delete to free disk space.
+    attempt = max(counted, last_started_attempt(tree)) + 1
+    counter.write_text(str(attempt), encoding="utf-8")
+    gpus = spec.resources.gpus_per_node or 0
+    run = RunConfig(
+        name=name,
+        namespace=NAMESPACE,
+        uid=uid,
+        attempt=attempt,
+        spec=spec,
+        defaults=sorted(defaults),
+        origins=origins_of(defaults),
+        world=World(
+            nodes=1, processes_per_node=spec.resources.processes_per_node or max(1, gpus), gpus_per_node=gpus,
+            master_address="127.0.0.1", master_port=0, rendezvous_id=f"{uid}-{attempt}",
+        ),
+        storage=StoreTarget(uri=f"file://{tree}"),
+        publish=f"file://{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None,
+        resume=Resume(mode="auto" if attempt > 1 else spec.checkpoint.resume or "auto"),
+        grace_seconds=GRACE_SECONDS,
+    )  # fmt: skip
+    run_file = home / names.RUN_FILE_NAME
+    run_file.write_bytes(run.to_bytes())
+    return LocalRun(name, run, run_file, home / "work", home / f"attempt-{attempt}.log", notes)
+
+
+def last_started_attempt(tree: Path) -> int:
+    """Return the newest attempt that the trainer recorded in storage; 0 if there is none."""
+    found = (names.attempt_of_folder(path.name) for path in (tree / names.Storage.RUN).glob("*"))
+    return max((number for number in found if number is not None), default=0)
+
+
+def _check_same_job(run_file: Path, spec: FineTuneJobSpec, tree: Path, name: str) -> None:
+    """Refuse to continue in the folder of another job: committed checkpoints belong to one spec. Raises LocalRunError."""
+    if not run_file.is_file() or not any(tree.rglob(names.Storage.COMMITTED.value)):
+        return
+    old, new = (
+        flatten(RunConfig.model_validate_json(run_file.read_bytes()).spec.to_wire()),
+        flatten(spec.to_wire()),
+    )
+    changed = sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
+    if changed:
+        shown = "; ".join(f"{path} {old.get(path, '-')} -> {new.get(path, '-')}" for path in changed[:3])
+        raise LocalRunError(
+            f"{tree} holds results of a job {name} with another spec ({shown}): choose another folder with -o, or delete that one"
+        )
+
+
+# --- the trainer ----------------------------------------------------------------------------------------------------
+
+
+def train(run: LocalRun, python: str | None) -> int:
+    """Run the trainer until it ends and return the exit code of the command."""
+    interpreter = python or sys.executable
+    _require_trainer(interpreter)
+    output.notes(run.notes)
+    output.notes([f"log: {run.log}"])
+    run.work_folder.mkdir(parents=True, exist_ok=True)
+    termination_file = run.work_folder / "termination-message.json"
+    termination_file.unlink(missing_ok=True)
+    port = free_port()
+    command = [
+        interpreter,
+        "-m",
+        "finetune_trainer",
+        "supervise",
+        "--run-file",
+        str(run.config_file),
+        "--work-dir",
+        str(run.work_folder),
+        "--port",
+        str(port),
+    ]
+    environment = {
+        **os.environ,
+        Env.RUN_SHA256.value: RunConfig.sha256(run.config_file.read_bytes()),
+        Env.TERMINATION_LOG.value: str(termination_file),
+        Env.NODE_NAME.value: socket.gethostname(),
+        Env.NODE_RANK.value: "0",
+    }
+    with run.log.open("wb") as log:
+        process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        code = _wait(process, port, termination_file)
+    return _print_result(code, termination_file, run)
+
+
+def _require_trainer(interpreter: str) -> None:
+    """Raises LocalRunError if the interpreter has no trainer installed."""
+    check = "import importlib.util, sys; sys.exit(importlib.util.find_spec('finetune_trainer') is None)"
+    try:
+        found = subprocess.run([interpreter, "-c", check], check=False, capture_output=True).returncode == 0
+    except OSError as error:
+        raise LocalRunError(f"--python {interpreter}: {error.strerror}") from None
+    if not found:
+        raise LocalRunError(
+            f"{interpreter} has no trainer: install finetune-operator[trainer] there, or choose another interpreter with --python"
+        )
+
+
+def free_port() -> int:
+    """Return a free TCP port of this machine."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return int(one.getsockname()[1])
+
+
+def _wait(process: subprocess.Popen[bytes], port: int, termination_file: Path) -> int:
+    """Show progress until the process ends, and return its exit code.
+
+    The last steps come from the termination message, because the process may end between two polls.
+    The first Ctrl-C makes the trainer save and stop; the second kills it.
+    """
+    show = progress_printer()
+    interrupts = 0
+    while True:
+        try:
+            code = process.wait(POLL_SECONDS)
+            show(last_report(termination_file))
+            show(None)
+            return code
+        except subprocess.TimeoutExpired:
+            found = fetch_progress(port)
+            if found is not None:
+                show(found)
+        except KeyboardInterrupt:
+            interrupts += 1
+            process.send_signal(signal.SIGTERM if interrupts == 1 else signal.SIGKILL)
+            output.notes(
+                ["saving a checkpoint; press Ctrl-C again to stop without saving"] if interrupts == 1 else ["stopped"]
+            )
+
+
+def fetch_progress(port: int) -> ProgressReport | None:
+    """Return the trainer's progress report; None if the trainer does not respond."""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{names.Path.PROGRESS}", timeout=5) as answer:
+            return ProgressReport.model_validate_json(answer.read())
+    except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError):
+        return None
+
+
+def progress_printer() -> Callable[[ProgressReport | None], None]:
+    """Return a function that prints reports; None ends the output.
+
+    On a terminal one line is updated. Elsewhere a line is printed when the stage changes and at every ten percent.
+    """
+    is_terminal = output.error_console().is_terminal
+    last: list[tuple[Any, Any]] = [(None, None)]
+
+    def show(report: ProgressReport | None) -> None:
+        if report is None:
+            if is_terminal:
+                sys.stderr.write("\n")
+            return
+        state = (report.stage, (report.progress.percent or 0) // 10)
+        if is_terminal:
+            sys.stderr.write("\r\033[K" + line_of(report))
+            sys.stderr.flush()
+        elif state != last[0]:
+            output.error_console().print(line_of(report))
+        last[0] = state
+
+    return show
+
+
+def line_of(report: ProgressReport) -> str:
+    """Format a progress report as one line."""
+    parts = [str(report.stage)]
+    if report.progress.step is not None:
+        parts += [bar(report.progress.percent), report.progress.display or str(report.progress.step)]
+    if report.metrics.train_loss is not None:
+        parts.append(f"loss {report.metrics.train_loss:.4g}")
+    if report.progress.eta:
+        parts.append(f"{report.progress.eta} left")
+    if report.detail and report.progress.step is None:
+        parts.append(report.detail)
+    return "  ".join(parts)
+
+
+def _print_result(code: int, termination_file: Path, run: LocalRun) -> int:
+    """Print how the run ended and return the exit code of the command."""
+    message = _read_termination_message(termination_file)
+    if code == ExitCode.OK:
+        uri = message.output.uri if message and message.output else run.config.storage.uri
+        output.write(f"{run.name}: done, the model is in {uri}")
+        return output.OK
+    if code == ExitCode.PREEMPTED_SAVED:
+        output.notes(
+            [f"stopped and saved at step {message.step if message else '-'}; run the same command again to continue"]
+        )
+        return output.ERROR
+    if message is not None and message.message:
+        output.errors([f"{message.class_ or ''} {message.code or ''}: {message.message}".strip()])
+        output.notes([message.hint] if message.hint else [])
+    else:
+        output.errors([f"the trainer ended with exit code {code}", *_last_lines(run.log)])
+    output.notes([f"log: {run.log}"])
+    return output.JOB_FAILED
+
+
+def last_report(path: Path) -> ProgressReport | None:
+    """Return the termination message as a progress report; None if it names no step."""
+    message = _read_termination_message(path)
+    if message is None or message.progress is None or message.progress.step is None:
+        return None
+    is_preempted = message.class_ is FailureClass.PREEMPTED
+    stage = Stage.DONE if message.output else Stage.FAILED if message.code and not is_preempted else Stage.STOPPING
+    progress = message.progress.model_copy(update={"eta": None})
+    return ProgressReport(attempt=1, uid="", stage=stage, progress=progress, metrics=message.metrics or Metrics())
+
+
+def _read_termination_message(path: Path) -> TerminationMessage | None:
+    try:
+        return TerminationMessage.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _last_lines(log: Path) -> Iterator[str]:
+    yield from log.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]

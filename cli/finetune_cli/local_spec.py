@@ -1,0 +1,141 @@
+"""Adapts a spec to the user's machine for `finetune run --local`: storage and sources become local paths, resources the local GPUs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_api.sources import ConfigMapSource, PvcSource, parse
+
+from finetune_cli.fields import get_value, set_value
+from finetune_cli.output import CommandError
+
+SOURCE_FIELDS = (
+    "model.source",
+    "model.tokenizer",
+    "method.adapter.source",
+    "trainer.dpo.referenceModel",
+    "dataset.train",
+    "dataset.validation",
+    "dataset.test",
+)
+
+
+class LocalRunError(CommandError):
+    """The job cannot run on this machine."""
+
+
+@dataclass(frozen=True)
+class LocalMachine:
+    """What the user's machine has: folders, GPUs, and local folders that replace ConfigMaps and volume claims (by name)."""
+
+    output_folder: Path
+    manifest_folder: Path
+    gpus: int
+    config_maps: dict[str, Path] = field(default_factory=dict)
+    claims: dict[str, Path] = field(default_factory=dict)
+
+
+def parse_folders(option: str, texts: list[str]) -> dict[str, Path]:
+    """Parse `NAME=FOLDER` texts. Raises LocalRunError if a folder does not exist."""
+    result = {}
+    for text in texts:
+        name, equals, path = text.partition("=")
+        if not equals or not Path(path).is_dir():
+            raise LocalRunError(f"{option} {text}: write NAME=FOLDER with an existing folder")
+        result[name] = Path(path).resolve()
+    return result
+
+
+def count_gpus() -> int:
+    """Count the NVIDIA GPUs of this machine by their device files, which needs no driver library."""
+    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name.removeprefix("nvidia").isdigit()])
+
+
+def adapt_spec(spec: dict[str, Any], machine: LocalMachine) -> list[str]:
+    """Change a spec in place so that it runs on this machine. Returns notes on what changed. Raises LocalRunError."""
+    notes: list[str] = []
+    storage = get_value(spec, "storage.uri")
+    if storage:
+        notes.append(f"results are written to {machine.output_folder} instead of {storage}")
+    spec["storage"] = {"uri": f"file://{machine.output_folder}"}
+    for path in SOURCE_FIELDS:
+        text = get_value(spec, path)
+        if isinstance(text, str) and text:
+            set_value(spec, path, local_source(text, path, machine))
+    for i, item in enumerate(get_value(spec, "dataset.mixture") or []):
+        if isinstance(item, dict) and isinstance(item.get("source"), str):
+            item["source"] = local_source(item["source"], f"dataset.mixture[{i}].source", machine)
+    _inline_config_maps(spec, machine)
+    _limit_resources(spec, machine.gpus, notes)
+    return notes
+
+
+def local_source(text: str, path: str, machine: LocalMachine) -> str:
+    """Return a source that this machine can read. Hub, S3 and web sources stay as they are. Raises LocalRunError."""
+    if text.startswith("file://") and not text.startswith("file:///"):
+        return _file_source(text.removeprefix("file://"), path, machine)
+    if text.startswith((".", "/", "~")):
+        return _file_source(text, path, machine)
+    source = parse(text, path=path)
+    if isinstance(source, ConfigMapSource):
+        return f"file://{_path_in_folder(machine.config_maps, source.name, source.key, path, '--config-map')}"
+    if isinstance(source, PvcSource):
+        return f"file://{_path_in_folder(machine.claims, source.claim, source.path, path, '--claim')}"
+    return text
+
+
+def _file_source(text: str, path: str, machine: LocalMachine) -> str:
+    """A relative path is looked up in the current folder, then in the folder of the manifest."""
+    try:
+        found = Path(text).expanduser()
+    except RuntimeError:
+        raise LocalRunError(
+            f"spec.{path}: {text}: this user has no home folder on this machine; write the whole path"
+        ) from None
+    for candidate in (found, machine.manifest_folder / found):
+        if candidate.exists():
+            return f"file://{candidate.resolve()}"
+    raise LocalRunError(
+        f"spec.{path}: {text} does not exist; relative paths are looked up in {Path.cwd()} and in {machine.manifest_folder}"
+    )
+
+
+def _path_in_folder(folders: dict[str, Path], name: str, inner: str, path: str, option: str) -> Path:
+    if name not in folders:
+        raise LocalRunError(
+            f"spec.{path}: {name} is not on this machine; name a folder that replaces it with {option} {name}=FOLDER"
+        )
+    found = folders[name] / inner
+    if not found.exists():
+        raise LocalRunError(f"spec.{path}: {found} does not exist")
+    return found
+
+
+def _inline_config_maps(spec: dict[str, Any], machine: LocalMachine) -> None:
+    """Replace a ConfigMap reference to a chat template by its text. Other ConfigMap references need a pod."""
+    reference = get_value(spec, "dataset.chatTemplate.configMapRef")
+    if isinstance(reference, dict):
+        name, key = str(reference.get("name")), str(reference.get("key"))
+        file = _path_in_folder(machine.config_maps, name, key, "dataset.chatTemplate.configMapRef", "--config-map")
+        spec["dataset"]["chatTemplate"] = {"text": file.read_text(encoding="utf-8")}
+    for path in ("distributed.deepspeed.configRef", "distributed.fsdp.configRef"):
+        if get_value(spec, path) is not None:
+            raise LocalRunError(
+                f"spec.{path}: only a pod can read this ConfigMap; write the other fields of the group instead"
+            )
+
+
+def _limit_resources(spec: dict[str, Any], gpus: int, notes: list[str]) -> None:
+    resources = spec.setdefault("resources", {})
+    if int(resources.get("nodes") or 1) > 1:
+        notes.append(f"resources.nodes is {resources['nodes']}, and a local run uses 1")
+        resources["nodes"] = 1
+    wanted = resources.get("gpusPerNode")
+    if wanted is None or int(wanted) > gpus:
+        if wanted is not None:
+            notes.append(f"resources.gpusPerNode is {wanted}, and this machine has {gpus}")
+        resources["gpusPerNode"] = min(int(wanted or 1), gpus)
+    for name in ("nodePool", "gpuResource"):
+        resources.pop(name, None)

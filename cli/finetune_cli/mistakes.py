@@ -1,0 +1,27 @@
+"""A mistake in the user's input, and the exception that carries all mistakes of one command."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """One mistake in the user's files or options: where it is, the key as the user wrote it, what is wrong, what to write."""
+
+    location: str
+    key: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        start = ": ".join(dict.fromkeys(part for part in (self.location, self.key) if part))
+        return f"{start}: {self.message}" + (f"; {self.hint}" if self.hint else "")
+
+
+class InvalidInput(Exception):
+    """The input cannot be used. Carries every mistake, so that the user can correct all of them at once."""
+
+    def __init__(self, mistakes: list[Mistake]):
+        super().__init__(f"{len(mistakes)} mistakes")
+        self.mistakes = mistakes

@@ -1,0 +1,106 @@
+"""Values of a spec that the user gives on the command line: `--set PATH=VALUE`, and options that stand for one field."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from finetune_cli.fields import Field, fields
+from finetune_cli.mistakes import InvalidInput, Mistake
+from finetune_cli.provenance import AssignedValue, Origin
+from finetune_cli.suggestions import closest_name
+from finetune_cli.yaml_reader import parse_value
+
+FIELD_OF_OPTION = {
+    "model": "model.source", "data": "dataset.train", "validation": "dataset.validation", "test": "dataset.test",
+    "adapter": "method.adapter.source", "storage": "storage.uri", "gpus": "resources.gpusPerNode", "nodes": "resources.nodes",
+}  # fmt: skip
+CONFIG_MAP_OPTIONS = {"prompts": "evaluation.comparison.promptsRef", "deepspeed": "distributed.deepspeed.configRef"}
+SOURCE_OPTIONS = ("model", "data", "validation", "test", "adapter")
+CONFIG_MAP_NAME = re.compile(r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")
+CONFIG_MAP_KEY = re.compile(r"^[-._a-zA-Z0-9]+$")
+
+
+def parse_overrides(sets: Iterable[str], options: Mapping[str, Any] | None = None) -> dict[str, AssignedValue]:
+    """Return the values of `--set` texts and of named options, by spec path. Raises InvalidInput.
+
+    `options` maps the option's name to its value; None means that the option is not given.
+    """
+    mistakes: list[Mistake] = []
+    result: dict[str, AssignedValue] = {}
+    for option, value in (options or {}).items():
+        if value is not None:
+            result |= _parse_option(option, value, mistakes)
+    by_path = {one.path.removeprefix("spec."): one for one in fields() if one.path.startswith("spec.")}
+    for text in sets:
+        result |= _parse_set(text, by_path, mistakes)
+    if mistakes:
+        raise InvalidInput(mistakes)
+    return result
+
+
+def _parse_option(option: str, value: Any, mistakes: list[Mistake]) -> dict[str, AssignedValue]:
+    origin, spelling = Origin(f"--{option}"), f"--{option}"
+    if option in FIELD_OF_OPTION:
+        is_path = option in SOURCE_OPTIONS and str(value).startswith((".", "/", "~"))
+        return {FIELD_OF_OPTION[option]: AssignedValue(f"file://{value}" if is_path else value, origin, spelling)}
+    name, _, key = str(value).removeprefix("configmap://").partition("/")
+    if not CONFIG_MAP_NAME.match(name) or not CONFIG_MAP_KEY.match(key):
+        mistakes.append(Mistake(spelling, str(value), "this is not the name and key of a ConfigMap", "write NAME/KEY"))
+        return {}
+    path = CONFIG_MAP_OPTIONS[option]
+    return {f"{path}.name": AssignedValue(name, origin, spelling), f"{path}.key": AssignedValue(key, origin, spelling)}
+
+
+def _parse_set(text: str, by_path: dict[str, Field], mistakes: list[Mistake]) -> dict[str, AssignedValue]:
+    written, equals, value = text.partition("=")
+    path = written.removeprefix("spec.")
+    field = by_path.get(path)
+    if field is None:
+        mistakes.append(Mistake("--set", written, "unknown field", _hint_for_unknown(path, by_path)))
+    elif not equals or value == "":
+        mistakes.append(
+            Mistake(
+                "--set", path, "the value is missing", f"write --set {path}=VALUE, or {path}=null to remove the field"
+            )
+        )
+    elif value == "null":
+        return {path: AssignedValue(None, Origin("--set"), path)}
+    elif field.is_group:
+        inner = next((one for one in by_path if one.startswith(f"{path}.")), path)
+        hint = f"set its fields, for example --set {inner}=VALUE, or remove the group with --set {path}=null"
+        mistakes.append(Mistake("--set", path, "this is a group of fields and takes no value", hint))
+    else:
+        return {path: AssignedValue(_convert(field.kind, value), Origin("--set"), path)}
+    return {}
+
+
+def _hint_for_unknown(path: str, by_path: dict[str, Field]) -> str:
+    """Say what to write instead of an unknown path. Lists and maps can only be set as a whole."""
+    whole = path
+    while whole and whole not in by_path:
+        whole = whole[: whole.rfind("[")] if whole.endswith("]") else whole.rpartition(".")[0]
+    kind = by_path[whole].kind if whole else ""
+    if kind.startswith("list of"):
+        return f"set the whole list: --set '{whole}=[...]'"
+    if kind.startswith("map of"):
+        return f"set the whole map: --set '{whole}={{NAME: VALUE}}'"
+    closest = closest_name(path, [one for one in by_path if "[]" not in one])
+    return f"did you mean {closest}?" if closest else "`finetune explain` lists all fields"
+
+
+def _convert(kind: str, text: str) -> Any:
+    """Convert a text to the type of a field. Where the field is a string or an enum, `no` and `010` stay text."""
+    if kind.startswith("string") or (" | " in kind and not kind.startswith("list")):
+        return text
+    found = parse_value(text)
+    if kind == "map of string" and isinstance(found, dict):
+        return {key: one if isinstance(one, str | dict | list) else _as_string(one) for key, one in found.items()}
+    if kind.startswith("list of") and isinstance(found, str) and not text.startswith("["):
+        return [part.strip() for part in found.split(",")]
+    return found
+
+
+def _as_string(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

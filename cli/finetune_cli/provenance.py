@@ -1,0 +1,23 @@
+"""Where a value of a spec came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a value came from: `file:line`, `command line`, or the reason for a default."""
+
+    location: str
+    written_by_user: bool = True
+
+
+@dataclass(frozen=True)
+class AssignedValue:
+    """A value of the spec with its origin. `key` is the key as the user wrote it; empty for a default."""
+
+    value: Any
+    origin: Origin
+    key: str = ""

@@ -1,0 +1,37 @@
+"""Recognises text that looks like a secret. Such text is never printed and never written into a FineTuneJob."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+REDACTED = "***"
+TOKEN = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{20,}|glpat-[A-Za-z0-9_-]{16,}"
+    r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+)"
+)
+"""The minimum lengths keep names of models, columns and folders from matching."""
+USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
+QUERY = re.compile(r"(?<=[?&])((?:[a-z]+[-_])*(?:token|key|secret|password|sig|signature)=)[^&\s'\"]+", re.IGNORECASE)
+
+
+def redact_text(text: str, mark: str = REDACTED) -> str:
+    """Replace every part of a text that looks like a secret by a mark."""
+    return QUERY.sub(rf"\1{mark}", USERINFO.sub(f"{mark}@", TOKEN.sub(mark, text)))
+
+
+def contains_secret(value: Any) -> bool:
+    """Return whether a string, or any string inside a list or mapping, looks like a secret."""
+    return any(redact_text(text) != text for text in _strings(value))
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _strings(one)
+    elif isinstance(value, dict):
+        for one in value.values():
+            yield from _strings(one)

@@ -1,0 +1,229 @@
+"""The text of `finetune status`: phase, stages, progress, losses, attempts, checkpoints, and the failure with its hint."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+from finetune_api.names import FINAL_PHASES, Phase
+from finetune_api.names import Condition as ConditionType
+from finetune_api.status import FineTuneJobStatus
+
+from finetune_cli.cluster import event_time
+
+BAR_WIDTH = 30
+SPARK_BLOCKS = "▁▂▃▄▅▆▇█"
+STAGE_PHASES = (
+    (Phase.PENDING, Phase.VALIDATING, Phase.QUEUED), (Phase.STARTING,), (Phase.RUNNING, Phase.RECOVERING), (Phase.EVALUATING,), (Phase.UPLOADING,),
+    (Phase.SUCCEEDED,),
+)  # fmt: skip
+STAGE_NAMES = ("accepted", "started", "trained", "evaluated", "uploaded", "done")
+
+
+def status_of(job: dict[str, Any]) -> FineTuneJobStatus:
+    """Return the status of a job. Fields of other versions are ignored."""
+    return FineTuneJobStatus.model_validate(job.get("status") or {})
+
+
+def condition(status: FineTuneJobStatus, kind: ConditionType) -> bool | None:
+    """Return whether a condition is true; None if it is absent or Unknown."""
+    found = status.condition(kind)
+    return None if found is None or found.status == "Unknown" else found.status == "True"
+
+
+def has_finished(status: FineTuneJobStatus) -> bool:
+    """Return whether the job has ended, so that no further attempt follows."""
+    return bool(condition(status, ConditionType.FINISHED)) or status.phase in FINAL_PHASES
+
+
+def has_succeeded(status: FineTuneJobStatus) -> bool:
+    """Return whether the final model is committed in storage."""
+    return bool(condition(status, ConditionType.SUCCEEDED)) or status.phase == Phase.SUCCEEDED
+
+
+def bar(percent: int | None) -> str:
+    """Draw a progress bar of fixed width."""
+    full = 0 if percent is None else max(0, min(BAR_WIDTH, round(BAR_WIDTH * percent / 100)))
+    return "█" * full + "░" * (BAR_WIDTH - full)
+
+
+def sparkline(values: list[float]) -> str:
+    """Draw values as one line of block characters of different heights."""
+    if not values:
+        return ""
+    low, high = min(values), max(values)
+    span = (high - low) or 1.0
+    return "".join(
+        SPARK_BLOCKS[min(len(SPARK_BLOCKS) - 1, int((value - low) / span * len(SPARK_BLOCKS)))] for value in values
+    )
+
+
+def stages(phase: Phase | None) -> str:
+    """List the stages of a job and mark which are done, active and open."""
+    current = next((i for i, group in enumerate(STAGE_PHASES) if phase in group), None)
+    if current is None:
+        return ""
+    last = len(STAGE_NAMES) - 1
+    marks = [
+        "●" if i < current or (i == last and current == last) else "◐" if i == current else "○"
+        for i in range(len(STAGE_NAMES))
+    ]
+    return "  ".join(f"{mark} {name}" for mark, name in zip(marks, STAGE_NAMES, strict=True))
+
+
+def age(time: datetime | None, now: datetime | None = None) -> str:
+    """Format how long ago a time was, as kubectl does."""
+    if time is None:
+        return "-"
+    seconds = int(((now or datetime.now(UTC)) - time.astimezone(UTC)).total_seconds())
+    if seconds < 120:
+        return f"{max(0, seconds)}s"
+    if seconds < 7200:
+        return f"{seconds // 60}m"
+    return f"{seconds // 3600}h" if seconds < 172800 else f"{seconds // 86400}d"
+
+
+def format_bytes(number: int | None) -> str:
+    """Format a number of bytes with a binary unit."""
+    if number is None:
+        return "-"
+    value = float(number)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def describe(job: dict[str, Any], losses: list[float] | None = None, now: datetime | None = None) -> str:
+    """Describe a job and its progress as text."""
+    status = status_of(job)
+    spec = job.get("spec") or {}
+    metadata = job["metadata"]
+    lines = [f"{metadata.get('namespace', '')}/{metadata['name']}  {status.phase or 'Pending'}"]
+    lines += [f"  {line}" for line in (_reason(status), stages(status.phase)) if line]
+    lines += [
+        "",
+        *_model_and_method(spec, status),
+        *_progress(status, losses or [], now),
+        *_failure(status),
+        *_attempts(status),
+        *_checkpoints(status, now),
+    ]
+    lines += _output_and_notes(status)
+    return "\n".join(lines)
+
+
+def _reason(status: FineTuneJobStatus) -> str:
+    """Return why the job waits, or why it ended."""
+    for kind in (ConditionType.STALLED, ConditionType.RECONCILING, ConditionType.ACCEPTED, ConditionType.FINISHED):
+        found = status.condition(kind)
+        wanted = "False" if kind == ConditionType.ACCEPTED else "True"
+        if found is not None and found.status == wanted and found.message:
+            return f"{found.reason}: {found.message}"
+    return ""
+
+
+def _model_and_method(spec: dict[str, Any], status: FineTuneJobStatus) -> list[str]:
+    resolved = status.resolved
+    method = (resolved and resolved.method) or (spec.get("method") or {}).get("type") or "lora"
+    parts = [f"model     {(spec.get('model') or {}).get('source', '-')}", f"method    {method}"]
+    if resolved is not None and resolved.world_size:
+        strategy = resolved.strategy or "-"
+        parts.append(
+            f"ranks     {resolved.world_size} ({strategy}), effective batch {resolved.effective_batch or '-'}, on {resolved.device or '-'}"
+        )
+    if resolved is not None and resolved.trainable_parameters:
+        parts.append(f"trainable {resolved.trainable_parameters:,} of {resolved.total_parameters or 0:,} parameters")
+    return parts
+
+
+def _progress(status: FineTuneJobStatus, losses: list[float], now: datetime | None) -> list[str]:
+    progress, metrics = status.progress, status.metrics
+    lines = []
+    if progress is not None and progress.step is not None:
+        eta = f", {progress.eta} left" if progress.eta else ""
+        lines.append(f"progress  {bar(progress.percent)} {progress.display or progress.step}{eta}")
+        if progress.tokens_per_second:
+            speed = f"{progress.tokens_per_second:,.0f} tokens/s, {progress.tokens_seen or 0:,} tokens in total"
+            lines.append(f"speed     {speed}, reported {age(progress.update_time, now)} ago")
+    if metrics is not None:
+        found = [
+            f"{name} {value:.4g}"
+            for name, value in (
+                ("train", metrics.train_loss),
+                ("validation", metrics.eval_loss),
+                ("best", metrics.best_eval_loss),
+            )
+            if value is not None
+        ]
+        if found:
+            spark = sparkline(losses) if len(losses) > 1 else ""
+            lines.append(f"loss      {', '.join(found)}" + (f"  {spark}" if spark else ""))
+    if status.workers is not None and status.workers.total:
+        lines.append(f"workers   {status.workers.display} ready")
+    return lines
+
+
+def _failure(status: FineTuneJobStatus) -> list[str]:
+    failure = status.failure
+    if failure is None:
+        return []
+    where = ", ".join(
+        f"{name} {value}"
+        for name, value in (
+            ("rank", failure.rank),
+            ("node", failure.node),
+            ("step", failure.step),
+            ("exit code", failure.exit_code),
+        )
+        if value is not None
+    )
+    lines = ["", f"failure   {failure.class_} {failure.code}: {failure.message}" + (f" ({where})" if where else "")]
+    return [*lines, f"          {failure.hint}"] if failure.hint else lines
+
+
+def _attempts(status: FineTuneJobStatus) -> list[str]:
+    if not status.attempts:
+        return []
+    lines = ["", "ATTEMPT  REASON                 EXIT  FROM STEP  LAST STEP  LOST  NODE"]
+    for one in status.attempts:
+        reason = one.reason or ("running" if one.end_time is None else "-")
+        cells = (one.exit_code, one.resumed_from_step, one.last_step, one.steps_lost)
+        code, start, last, lost = ("-" if value is None else str(value) for value in cells)
+        lines.append(f"{one.number:<8} {reason:<22} {code:<5} {start:<10} {last:<10} {lost:<5} {one.node or '-'}")
+    return lines
+
+
+def _checkpoints(status: FineTuneJobStatus, now: datetime | None) -> list[str]:
+    return ["", *checkpoint_table(status, now)] if status.checkpoints else []
+
+
+def checkpoint_table(status: FineTuneJobStatus, now: datetime | None = None) -> list[str]:
+    """Return a table with one line per checkpoint."""
+    lines = ["STEP      HEALTHY  LOSS      SIZE        AGE   URI"]
+    for one in sorted(status.checkpoints, key=lambda checkpoint: checkpoint.step):
+        healthy = {True: "yes", False: "no", None: "-"}[one.healthy]
+        loss = "-" if one.eval_loss is None else f"{one.eval_loss:.4g}"
+        lines.append(
+            f"{one.step:<9} {healthy:<8} {loss:<9} {format_bytes(one.bytes):<11} {age(one.time, now):<5} {one.uri}"
+        )
+    return lines
+
+
+def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
+    lines = []
+    if status.output is not None and status.output.uri:
+        lines += ["", f"output    {status.output.uri} ({status.output.kind or '-'})"]
+    if status.adaptations:
+        lines += ["", *(f"adapted   {one.change} ({one.reason})" for one in status.adaptations)]
+    if status.resolved is not None and status.resolved.notes:
+        lines += ["", *(f"note      {one}" for one in status.resolved.notes)]
+    return lines
+
+
+def event_line(event: dict[str, Any]) -> str:
+    """Format a Kubernetes event as one line."""
+    regarding = event.get("regarding") or {}
+    thing = f"{regarding.get('kind', '')}/{regarding.get('name', '')}"
+    return f"{event_time(event)[:19]:<20} {event.get('type', ''):<8} {event.get('reason', ''):<26} {thing:<40} {event.get('note', '')}"

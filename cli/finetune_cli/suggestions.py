@@ -1,0 +1,36 @@
+"""Suggestions for misspelled names."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+
+def closest_name(word: str, known: Iterable[str]) -> str:
+    """Return the known name most similar to a word, or an empty string. For a dotted name, names of the same group come first."""
+    candidates = list(dict.fromkeys(known))
+    head, dot, tail = word.rpartition(".")
+    siblings = {one.rpartition(".")[2]: one for one in candidates if one.rpartition(".")[0] == head}
+    initials = {_initials(name): one for name, one in reversed(siblings.items())}
+    if len(tail.strip("-")) <= 3 and tail.strip("-").lower() in initials:
+        return initials[tail.strip("-").lower()]
+    found = _most_similar(tail, siblings, 0.55)
+    if found:
+        return siblings[found]
+    start = next((one for name, one in siblings.items() if tail.startswith(name) or name.startswith(tail)), "")
+    if not dot:
+        return start if len(tail) > 1 else ""
+    elsewhere = next((one for one in candidates if one.rpartition(".")[2] == tail), "")
+    return start or elsewhere or ("" if siblings else _most_similar(word, candidates, 0.8))
+
+
+def _most_similar(word: str, known: Iterable[str], cutoff: float) -> str:
+    lower = {one.lower(): one for one in known}
+    found = difflib.get_close_matches(word.lower(), lower, 1, cutoff)
+    return lower[found[0]] if found else ""
+
+
+def _initials(name: str) -> str:
+    """Return the initials of the words of a name: `lr` for `learning_rate`."""
+    return "".join(part[:1] for part in re.split("[-_]", name.strip("-").lower()))

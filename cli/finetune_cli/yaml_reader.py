@@ -1,0 +1,204 @@
+"""Reads YAML with line numbers by the rules of YAML 1.1, as kubectl and most other tools do. Duplicate keys are refused.
+
+`2e-4` is read as a number although YAML 1.1 requires a dot, because every tool means a number. `1_000` is a number by the grammar.
+An unquoted `no` is false; converters that expect a word turn it back into the word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+MAX_NODES = 20_000
+"""More values than any configuration holds. The limit stops aliases of aliases, which let a few lines expand without end."""
+MAX_QUOTED = 80
+SCALARS = frozenset({"null", "bool", "int", "float", "str", "timestamp", "value"})
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An error in the YAML itself."""
+
+    line: int
+    path: str
+    message: str
+    hint: str = ""
+
+
+@dataclass
+class Tree:
+    """One YAML document: its value, the line of every path, and its errors."""
+
+    value: Any
+    lines: dict[str, int] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    line: int = 1
+
+    def leaves(self, opaque: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
+        """Yield (dotted path, value) of everything that is not a mapping. Mappings whose path is in `opaque` count as values."""
+        yield from _leaves(self.value, "", opaque)
+
+
+def _leaves(value: Any, prefix: str, opaque: frozenset[str]) -> Iterator[tuple[str, Any]]:
+    for key, inner in value.items():
+        path = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(inner, dict) and path not in opaque:
+            yield from _leaves(inner, path, opaque)
+        else:
+            yield path, inner
+
+
+class InvalidYaml(Exception):
+    """A text that is not YAML, or that is too large or too deep to read. `line` is 0 if it is unknown."""
+
+    def __init__(self, message: str, line: int = 0):
+        super().__init__(message)
+        self.line = line
+
+
+def read_trees(text: str) -> list[Tree]:
+    """Read every non-empty document of a text. Raises InvalidYaml."""
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+    yaml = YAML(typ="safe", pure=True)
+    yaml.version = (1, 1)
+    try:
+        return [_tree(node) for node in yaml.compose_all(text) if node is not None]
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise InvalidYaml(
+            f"invalid YAML: {error.problem or error.context}{_quoted_line(text, mark)}", mark.line + 1 if mark else 0
+        ) from None
+    except YAMLError as error:
+        raise InvalidYaml(f"invalid YAML: {str(error).splitlines()[0]}") from None
+    except RecursionError:
+        raise InvalidYaml("the YAML is nested too deeply for a configuration") from None
+
+
+def _quoted_line(text: str, mark: Any) -> str:
+    """Return the faulty line in quotes, to append to a message; an empty string if the line is unknown or empty."""
+    lines = text.splitlines()
+    line = lines[mark.line].strip() if mark and mark.line < len(lines) else ""
+    return f", in the line `{line[:MAX_QUOTED]}`" if line else ""
+
+
+def _tree(node: Any) -> Tree:
+    tree = Tree(None, line=node.start_mark.line + 1)
+    tree.value = _Reader(tree).value(node, "")
+    return tree
+
+
+def parse_value(text: str) -> Any:
+    """Read one value of a command line as YAML; a text that is not YAML is returned unchanged."""
+    try:
+        found = read_trees(text)
+    except InvalidYaml:
+        return text
+    return found[0].value if len(found) == 1 and not found[0].problems else text if found else ""
+
+
+class _Reader:
+    """Turns YAML nodes into values and records lines and errors in the tree."""
+
+    def __init__(self, tree: Tree):
+        self.tree = tree
+        self.count = 0
+        self.unfinished: set[int] = set()
+        """Ids of the nodes that enclose the current node. An alias to one of them would recurse without end."""
+
+    def value(self, node: Any, path: str) -> Any:
+        line = node.start_mark.line + 1
+        self.count += 1
+        if self.count > MAX_NODES:
+            raise InvalidYaml(f"the file holds more than {MAX_NODES} values after aliases are expanded", line)
+        self.tree.lines.setdefault(path, line)
+        kind = str(node.tag).rpartition(":")[2]
+        if node.id == "scalar":
+            return (
+                scalar(node)
+                if kind in SCALARS
+                else self._add_problem(line, path, f"the tag {node.tag} is not supported")
+            )
+        if id(node) in self.unfinished:
+            return self._add_problem(line, path, "the alias refers to a value that contains it")
+        if kind not in ("map", "seq"):
+            return self._add_problem(line, path, f"the tag {node.tag} is not supported")
+        self.unfinished.add(id(node))
+        found = self._mapping(node, path) if node.id == "mapping" else self._sequence(node, path)
+        self.unfinished.discard(id(node))
+        return found
+
+    def _add_problem(self, line: int, path: str, message: str, hint: str = "write the value itself") -> None:
+        self.tree.problems.append(Problem(line, path, message, hint))
+
+    def _sequence(self, node: Any, path: str) -> list[Any]:
+        return [self.value(one, f"{path}[{i}]") for i, one in enumerate(node.value)]
+
+    def _mapping(self, node: Any, prefix: str) -> dict[str, Any]:
+        """Read a mapping. Its own keys win over merged mappings (`<<`), and earlier merged mappings win over later ones."""
+        result: dict[str, Any] = {}
+        for one in reversed(list(self._merged_mappings(node))):
+            result |= self.value(one, prefix) or {}
+        first: dict[str, int] = {}
+        for key_node, value_node in node.value:
+            line = key_node.start_mark.line + 1
+            if key_node.id != "scalar":
+                self._add_problem(line, prefix, "a key must be plain text", "write key: value")
+                continue
+            key = str(key_node.value)
+            path = f"{prefix}.{key}" if prefix else key
+            if _is_merge(key_node):
+                continue
+            if key in first:
+                self._add_problem(line, path, f"the key occurs twice, in lines {first[key]} and {line}", "keep one")
+                continue
+            self.tree.lines[path] = first[key] = line
+            result[key] = self.value(value_node, path)
+        return result
+
+    def _merged_mappings(self, node: Any) -> Iterator[Any]:
+        """Yield the mappings that `<<` refers to."""
+        for key_node, value_node in node.value:
+            if not _is_merge(key_node):
+                continue
+            for one in value_node.value if value_node.id == "sequence" else [value_node]:
+                if one.id == "mapping":
+                    yield one
+                else:
+                    self._add_problem(key_node.start_mark.line + 1, "<<", "the merge key does not refer to a mapping")
+
+
+def _is_merge(node: Any) -> bool:
+    return bool(node.id == "scalar" and node.value == "<<" and not node.style)
+
+
+def scalar(node: Any) -> Any:
+    """Return the value of a scalar node by YAML 1.1, with the number spellings described at the top of this module."""
+    kind = str(node.tag).rpartition(":")[2]
+    raw = str(node.value)
+    if kind == "null":
+        return None
+    if kind == "bool":
+        return raw.lower() in ("true", "yes", "on", "y")
+    if kind in ("int", "float") and not node.style:
+        return _plain_number(raw)
+    return raw
+
+
+def _plain_number(raw: str) -> Any:
+    """Read a number of YAML 1.1: underscores, 0x, 0b and a leading 0 for octal are read; base 60 stays text."""
+    digits = raw.replace("_", "")
+    sign = -1 if digits.startswith("-") else 1
+    plain = digits.lstrip("+-")
+    try:
+        if plain.lower().startswith("0x"):
+            return sign * int(plain[2:], 16)
+        if plain.lower().startswith("0b"):
+            return sign * int(plain[2:], 2)
+        if plain.isdigit():
+            return sign * int(plain, 8 if len(plain) > 1 and plain.startswith("0") else 10)
+        return float(digits)
+    except ValueError:
+        return raw

@@ -1,0 +1,135 @@
+"""The client of the API server: kubeconfigs, job names, failed responses."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from finetune_cli import cluster
+from finetune_cli.cluster import ClusterError, parse_job_name
+
+from tests.unit.cli.conftest import Call, Write
+
+KUBECONFIG = """\
+apiVersion: v1
+kind: Config
+clusters: [{name: c, cluster: {server: "http://127.0.0.1:9"}}]
+contexts: [{name: x, context: {cluster: c, user: u}}]
+users: [{name: u, user: {token: secret-of-mine}}]
+current-context: x
+"""
+
+
+@pytest.fixture
+def answering(tmp_path: Path) -> Iterator[Callable[[int, bytes], str]]:
+    """A kubeconfig of a server that gives one answer to everything."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def serve(status: int, body: bytes) -> str:
+        class Answer(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Silent."""
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
+        user = {"name": "u", "user": {"token": "t"}}
+        context = {"name": "x", "context": {"cluster": "c", "user": "u"}}
+        config = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [cluster],
+            "users": [user],
+            "contexts": [context],
+            "current-context": "x",
+        }
+        path = tmp_path / "kubeconfig"
+        path.write_text(json.dumps(config), encoding="utf-8")
+        return str(path)
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (KUBECONFIG, "the API server at http://127.0.0.1:9 cannot be reached: "),
+        ("", "no cluster: "),
+        ("a: [secret-of-mine", "config is not a valid kubeconfig (ParserError)"),
+        ("[1, 2]", "config is not a valid kubeconfig (TypeError)"),
+        (KUBECONFIG.replace("context: x", "context: y"), "no cluster: "),
+        (KUBECONFIG.replace("token: secret-of-mine", "exec: {apiVersion: client.authentication.k8s.io/v1, command: /nobody, interactiveMode: Never}"),
+         "the kubeconfig gave no credentials: "),
+    ],
+)  # fmt: skip
+def test_unusable_kubeconfig_is_reported_without_secrets(call: Call, write: Write, text: str, expected: str) -> None:
+    path = write("config", text)
+    code, out, said = call("get", "--kubeconfig", path)
+    assert (code, out) == (1, "")
+    assert expected in said
+    assert len(said.splitlines()) == 1
+    assert "secret-of-mine" not in said
+
+
+def test_names_are_quoted_in_paths() -> None:
+    one = cluster.Cluster(None, "team/../x")
+    assert one._namespaced("pods", "../secrets/a?b") == "namespaces/team%2F..%2Fx/pods/..%2Fsecrets%2Fa%3Fb"
+
+
+@pytest.mark.parametrize("name", ["bot", "finetunejobs.finetune-operator.io/bot", "ftj/bot", "FineTuneJob/bot"])
+def test_job_name_with_kind_is_accepted(name: str) -> None:
+    assert parse_job_name(name) == "bot"
+
+
+@pytest.mark.parametrize("name", ["", "pod/bot", "ftj/"])
+def test_name_of_another_kind_is_refused(name: str) -> None:
+    with pytest.raises(ClusterError, match="is not the name of a FineTuneJob"):
+        parse_job_name(name)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "told"),
+    [
+        (
+            404,
+            b"404 page not found\n",
+            "has no CRD for FineTuneJob finetune-operator.io/v1alpha1: install the operator's chart",
+        ),
+        (200, b"<html>please log in</html>", "does not respond like a Kubernetes API server"),
+        (302, b"", "does not respond like a Kubernetes API server"),
+        (401, b'{"message": "Unauthorized"}', "does not accept the credentials of the kubeconfig: log in again"),
+        (502, b"<html>\n<body>\nBad Gateway</body></html>", "responded with HTTP 502: <html> <body> Bad Gateway"),
+    ],
+)
+def test_failed_response_is_reported_in_one_line(
+    call: Call, answering: Callable[[int, bytes], str], status: int, body: bytes, told: str
+) -> None:
+    code, out, err = call("get", "--kubeconfig", answering(status, body))
+    assert (code, out, err.count("\n"), err.startswith("error: ")) == (1, "", 1, True)
+    assert told in err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--kubeconfig", "/no/such/file"), "--kubeconfig /no/such/file: there is no such file"),
+        (("-n", "a/b"), "--namespace a/b: this cannot be the name of a namespace"),
+    ],
+)
+def test_invalid_kubeconfig_path_and_namespace_are_named(call: Call, words: tuple[str, ...], told: str) -> None:
+    code, _, err = call("get", *words)
+    assert (code, told in err) == (1, True)

@@ -1,0 +1,81 @@
+"""Reading and writing the files that the user names."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+from finetune_cli.files import MAX_BYTES
+
+from tests.unit.cli.conftest import JOB, Call, Write
+
+
+def sentences(said: str, folder: Path) -> list[str]:
+    """The errors of a command, without the test's folder."""
+    return [
+        line.removeprefix("error: ").replace(f"{folder}/", "")
+        for line in said.splitlines()
+        if line.startswith("error: ")
+    ]
+
+
+ENV = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
+
+
+FLAT = "model: org/m\nlora_r: 8\n"
+
+
+def test_unreadable_paths_are_refused(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "a.env").write_bytes(bytes(range(256)))
+    for command in ("import", "validate"):
+        code, _, said = call(command, tmp_path / "a.env")
+        assert (code, sentences(said, tmp_path)) == (1, ["a.env: the file is not UTF-8 text"])
+    assert call("validate", tmp_path)[2] == f"error: {tmp_path}: this is a folder, and a file is needed\n"
+    assert call("import", tmp_path / "b.env")[2] == f"error: {tmp_path}/b.env: there is no such file\n"
+    assert "no importer recognises this configuration" in call("import", tmp_path)[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.env", ENV), ("a.yaml", FLAT), ("job.yaml", JOB)], ids=["env", "guide", "job"]
+)
+def test_byte_order_mark_and_carriage_returns_are_ignored(
+    call: Call, write: Write, tmp_path: Path, name: str, text: str
+) -> None:
+    command = "validate" if text is JOB else "import"
+    plain = call(command, write(name, text))
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    assert plain[0] == 0
+    assert call(command, tmp_path / name) == plain
+
+
+def test_dash_reads_standard_input(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def typed(text: str) -> None:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    typed(ENV)
+    code, out, _ = call("import", "-")
+    assert (code, "name: imported" in out) == (0, True)
+    typed(ENV + "EPOCHS=0\n")
+    assert call("import", "-")[2].startswith("error: standard input:4: EPOCHS: ")
+    typed(JOB)
+    assert call("validate", "-")[:2] == (0, "standard input: bot: ok\n")
+    typed("")
+    assert call("validate", "-")[2] == "error: standard input: there is no FineTuneJob in the input\n"
+
+
+def test_unwritable_path_is_reported(call: Call, write: Write, tmp_path: Path) -> None:
+    words = ("init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl", "-o")
+    assert call(*words, "/proc/nobody/x")[2].startswith("error: /proc/nobody/x cannot be written: ")
+    assert call(*words, tmp_path)[2] == f"error: {tmp_path} already exists; choose another file\n"
+    job = write("job.yaml", JOB)
+    assert call("run", job, "--local", "-o", "/proc/nobody")[2].startswith("error: /proc/nobody cannot be written: ")
+    assert call("import", write("a.env", ENV), "-o", tmp_path)[2].endswith(
+        f"error: {tmp_path} cannot be written: Is a directory; choose another path with -o\n"
+    )
+
+
+def test_too_large_file_is_refused(write: Write, call: Call) -> None:
+    code, _, err = call("validate", write("big.yaml", "a: b\n" * (MAX_BYTES // 5 + 1)))
+    assert (code, "larger than 4 MiB" in err) == (1, True)

@@ -1,0 +1,47 @@
+"""Accelerate files next to a Hydra configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.unit.cli.conftest import Write
+from tests.unit.cli.imports import import_
+
+HYDRA = """\
+dataset: {path: org/data, format: standard}
+training_config: {model: org/m, trainer: SFT, distributed_training: FSDP, max_seq_length: 512}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "at", "value"),
+    [
+        ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2, fsdp_reshard_after_forward: false}\n",
+         "distributed.fsdp.sharding", "shardGradOp"),
+        ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_sharding_strategy: FULL_SHARD}\n", "distributed.fsdp.sharding", "fullShard"),
+    ],
+)  # fmt: skip
+def test_sharding_strategy_is_read(write: Write, text: str, at: str, value: Any) -> None:
+    found = import_(write("job.yaml", HYDRA), write("acc.yaml", text), source="hydra")
+    assert (found.mistakes, found.at(at)) == ([], value)
+
+
+def test_ignored_options_give_a_warning(write: Write) -> None:
+    text = (
+        "distributed_type: FSDP\nnum_processes: 2\ndynamo_config: {dynamo_backend: INDUCTOR}\n"
+        "fsdp_config: {fsdp_sharding_strategy: HYBRID_SHARD, fsdp_offload_params: true}\n"
+    )
+    told = "\n".join(import_(write("job.yaml", HYDRA), write("acc.yaml", text), source="hydra").warnings)
+    assert [one for one in ("dynamo_config", "HYBRID_SHARD", "fsdp_offload_params") if one not in told] == []
+
+
+def test_contradicting_deepspeed_options_are_refused(write: Write) -> None:
+    job = HYDRA.replace("distributed_training: FSDP", "gradient_acc_steps: 4")
+    text = "distributed_type: DEEPSPEED\nnum_processes: 2\nmixed_precision: fp8\n"
+    text += "deepspeed_config: {gradient_accumulation_steps: 8, deepspeed_config_file: ds.json}\n"
+    mistakes = "\n".join(import_(write("job.yaml", job), write("acc.yaml", text), source="hydra").mistakes)
+    assert "fp8 is not supported" in mistakes
+    assert "4 and 8 are given for the same option" in mistakes
+    assert "the file ds.json is not read" in mistakes

@@ -1,0 +1,66 @@
+"""`finetune import` as a command: its own options and output."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.unit.cli.conftest import Call, Write
+from tests.unit.cli.imports import HERE
+
+
+def test_tool_arguments_after_two_dashes_are_read(call: Call) -> None:
+    code, out, said = call(
+        "import",
+        HERE / "samples" / "env-A.env",
+        "--name",
+        "x",
+        "-n",
+        "team",
+        "--storage",
+        "s3://bucket/out",
+        behind=("--epochs", "9"),
+    )
+    assert code == 0
+    assert out.startswith(
+        "apiVersion: finetune-operator.io/v1alpha1\nkind: FineTuneJob\nmetadata:\n  name: x\n  namespace: team\n"
+    )
+    assert "epochs: 9\n" in out
+    assert "uri: s3://bucket/out\n" in out
+    assert "warning: env-A.env:4: TRAIN_DATA_PATH:" in said
+
+
+def test_refused_import_prints_no_manifest(call: Call) -> None:
+    code, out, said = call("import", HERE / "samples" / "env-R2.env")
+    assert (code, out, len(said.splitlines())) == (1, "", 3)
+
+
+def test_explain_lists_every_option(call: Call) -> None:
+    lines = call("import", HERE / "samples" / "env-A.env", "--explain")[1].splitlines()
+    assert lines[0].split() == ["WRITTEN", "AS", "FIELD", "VALUE", "ORIGIN"]
+    assert any(line.split() == ["LEARNING_RATE", "training.learningRate", "0.0002", "env-A.env:9"] for line in lines)
+    assert any(line.split() == ["-", "training.maxGradNorm", "1", "hard-coded", "in", "the", "tool"] for line in lines)
+
+
+def test_invalid_options_are_all_reported(call: Call) -> None:
+    said = call(
+        "import", HERE / "samples" / "env-A.env", "--set", "training.sed=1", "--set", "training.seed", "--prompts", "x"
+    )[2]
+    assert said.splitlines() == [
+        "error: --prompts: x: this is not the name and key of a ConfigMap; write NAME/KEY",
+        "error: --set: training.sed: unknown field; did you mean training.seed?",
+        "error: --set: training.seed: the value is missing; write --set training.seed=VALUE, or training.seed=null to remove the field",
+    ]
+
+
+def test_output_goes_to_a_file(call: Call, tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    assert call("import", HERE / "samples" / "env-A.env", "-o", path)[1] == ""
+    assert path.read_text(encoding="utf-8").startswith("apiVersion:")
+
+
+def test_output_must_not_be_an_input_file(write: Write, call: Call) -> None:
+    text = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/d.jsonl\nDATASET_TYPE=qa\n"
+    file = write("a.env", text)
+    code, out, err = call("import", file, "-o", file)
+    assert (code, out, file.read_text(encoding="utf-8")) == (1, "", text)
+    assert "this file is one of the inputs" in err

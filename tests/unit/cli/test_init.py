@@ -1,0 +1,35 @@
+"""`finetune init`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.conftest import Call, Write
+
+
+def test_all_unknown_values_are_reported(call: Call) -> None:
+    said = call("init", "bot", "--model", "org/m", "--data", "org/d", "--method", "x", "--trainer", "y")[2]
+    assert [line.split(";")[0] for line in said.splitlines()] == [
+        "error: --method: unknown value x",
+        "error: --trainer: unknown value y",
+    ]
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo", "grpo", "kto", "orpo", "reward"])
+def test_written_manifest_is_valid(call: Call, write: Write, trainer: str) -> None:
+    code, text, _ = call("init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl", "--trainer", trainer)
+    assert code == 0
+    said = call("validate", write("job.yaml", text))[2]
+    assert [line for line in said.splitlines() if "NotSupportedYet" not in line] == []
+
+
+def test_missing_and_invalid_values_are_refused(call: Call, write: Write, tmp_path: Path) -> None:
+    assert "--model is missing; without a terminal `init` cannot ask for it" in call("init", "bot", "--data", "x/y")[2]
+    assert "metadata.name" in call("init", "Bad", "--model", "org/m", "--data", "x/y")[2]
+    assert "--method: unknown value lra" in call("init", "bot", "--model", "o/m", "--data", "x/y", "--method", "lra")[2]
+    there = write("job.yaml", "")
+    assert (
+        "already exists; choose another file" in call("init", "bot", "--model", "o/m", "--data", "x/y", "-o", there)[2]
+    )

@@ -1,0 +1,97 @@
+"""Listing, verifying, downloading and deleting what a job has in storage."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.spec.cluster import StorageRoot
+from finetune_cli.job_storage import JobStorage, StorageError, list_committed, root_of, verify_and_download
+
+
+def commit(root: Path, folder: str, files: dict[str, bytes], incarnation: str = "a1-00000000") -> Path:
+    """Write a committed folder as the trainer does."""
+    home = root / folder / incarnation
+    home.mkdir(parents=True)
+    for name, data in files.items():
+        (home / name).write_bytes(data)
+    entries = [
+        {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+    ]
+    manifest = json.dumps({"files": entries}).encode()
+    (home / "manifest.json").write_bytes(manifest)
+    marker = {"attempt": 1, "path": incarnation, "manifestSha256": hashlib.sha256(manifest).hexdigest()}
+    (root / folder / "_COMMITTED").write_text(json.dumps(marker), encoding="utf-8")
+    return home
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> JobStorage:
+    """A job's tree in a folder: two checkpoints, one of them healthy, one that was never committed, and the model."""
+    root = tmp_path / "tree"
+    commit(root, "checkpoints/step-00000010", {"a.bin": b"one"})
+    (root / "checkpoints/step-00000010/_HEALTHY").write_text("")
+    commit(root, "checkpoints/step-00000020", {"a.bin": b"two", "b.bin": b"x" * 100})
+    (root / "checkpoints/step-00000030/a1-1").mkdir(parents=True)
+    (root / "checkpoints/step-00000030/a1-1/a.bin").write_bytes(b"half")
+    commit(root, "model", {"w.bin": b"weights"})
+    return JobStorage(f"file://{root}", StorageRoot())
+
+
+def test_only_committed_folders_are_listed(storage: JobStorage) -> None:
+    assert [(one.folder, one.healthy) for one in list_committed(storage)] == [
+        ("checkpoints/step-00000010", True), ("checkpoints/step-00000020", False), ("model", False),
+    ]  # fmt: skip
+
+
+def test_download_is_complete_and_verified(storage: JobStorage, tmp_path: Path) -> None:
+    assert verify_and_download(storage, list_committed(storage)[1], tmp_path / "out") == 103
+    assert (tmp_path / "out" / "a.bin").read_bytes() == b"two"
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a.bin", "b.bin"]
+
+
+def test_flipped_byte_is_detected(storage: JobStorage, tmp_path: Path) -> None:
+    (tmp_path / "tree/checkpoints/step-00000020/a1-00000000/b.bin").write_bytes(b"y" + b"x" * 99)
+    with pytest.raises(StorageError, match=r"b\.bin is damaged: it has 100 bytes"):
+        verify_and_download(storage, list_committed(storage)[1], tmp_path / "out")
+    assert not (tmp_path / "out" / "b.bin").exists()
+
+
+def test_changed_manifest_is_detected(storage: JobStorage, tmp_path: Path) -> None:
+    path = tmp_path / "tree/model/a1-00000000/manifest.json"
+    path.write_text(path.read_text() + " ")
+    with pytest.raises(StorageError, match=r"manifest\.json is damaged"):
+        verify_and_download(storage, list_committed(storage)[2], None)
+
+
+def test_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
+    home = commit(tmp_path / "t", "model", {"a": b"x"})
+    manifest = json.dumps({"files": [{"path": "../../evil", "size": 1, "sha256": "0"}]}).encode()
+    (home / "manifest.json").write_bytes(manifest)
+    marker = {"path": home.name, "manifestSha256": hashlib.sha256(manifest).hexdigest()}
+    (tmp_path / "t/model/_COMMITTED").write_text(json.dumps(marker))
+    storage = JobStorage(f"file://{tmp_path / 't'}", StorageRoot())
+    with pytest.raises(StorageError, match="which lies outside its folder"):
+        verify_and_download(storage, list_committed(storage)[0], tmp_path / "out")
+
+
+def test_delete_removes_all_objects(storage: JobStorage) -> None:
+    storage.delete(list(storage.objects()))
+    assert list(storage.objects()) == []
+
+
+def test_root_comes_from_spec_or_status() -> None:
+    metadata = {"name": "bot", "namespace": "team", "uid": "u1"}
+    job: dict[str, Any] = {"metadata": metadata, "spec": {"storage": {"uri": "s3://models/x/"}}}
+    assert root_of(job)[0] == "s3://models/x/team/bot/u1"
+    found = {
+        "metadata": metadata,
+        "spec": {},
+        "status": {"checkpoints": [{"uri": "s3://b/y/team/bot/u1/checkpoints/step-1/a"}]},
+    }
+    assert root_of(found)[0] == "s3://b/y/team/bot/u1"
+    with pytest.raises(StorageError, match="with --storage URI"):
+        root_of({"metadata": metadata, "spec": {}})

@@ -1,0 +1,96 @@
+"""Adapting a spec to the user's machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.spec.cluster import StorageRoot
+from finetune_cli.job_storage import JobStorage
+from finetune_cli.local_spec import LocalMachine, LocalRunError, adapt_spec
+
+
+def commit(root: Path, folder: str, files: dict[str, bytes], incarnation: str = "a1-00000000") -> Path:
+    """Write a committed folder as the trainer does."""
+    home = root / folder / incarnation
+    home.mkdir(parents=True)
+    for name, data in files.items():
+        (home / name).write_bytes(data)
+    entries = [
+        {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
+    ]
+    manifest = json.dumps({"files": entries}).encode()
+    (home / "manifest.json").write_bytes(manifest)
+    marker = {"attempt": 1, "path": incarnation, "manifestSha256": hashlib.sha256(manifest).hexdigest()}
+    (root / folder / "_COMMITTED").write_text(json.dumps(marker), encoding="utf-8")
+    return home
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> JobStorage:
+    """A job's tree in a folder: two checkpoints, one of them healthy, one that was never committed, and the model."""
+    root = tmp_path / "tree"
+    commit(root, "checkpoints/step-00000010", {"a.bin": b"one"})
+    (root / "checkpoints/step-00000010/_HEALTHY").write_text("")
+    commit(root, "checkpoints/step-00000020", {"a.bin": b"two", "b.bin": b"x" * 100})
+    (root / "checkpoints/step-00000030/a1-1").mkdir(parents=True)
+    (root / "checkpoints/step-00000030/a1-1/a.bin").write_bytes(b"half")
+    commit(root, "model", {"w.bin": b"weights"})
+    return JobStorage(f"file://{root}", StorageRoot())
+
+
+def adapt(spec: dict[str, Any], tmp_path: Path, gpus: int = 0, **folders: Path) -> tuple[dict[str, Any], list[str]]:
+    config_maps = {"data": folders["maps"]} if "maps" in folders else {}
+    claims = {"models": folders["claims"]} if "claims" in folders else {}
+    notes = adapt_spec(spec, LocalMachine(tmp_path / "out", tmp_path, gpus, config_maps, claims))
+    return spec, notes
+
+
+def test_sources_become_local_files(tmp_path: Path) -> None:
+    for name in ("m", "maps", "claims/x"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "maps/t.jsonl").write_text("{}")
+    spec = {
+        "model": {"source": "file://m", "tokenizer": "pvc://models/x"},
+        "dataset": {"train": "configmap://data/t.jsonl", "validation": "org/v"},
+    }
+    found, _ = adapt(spec, tmp_path, maps=tmp_path / "maps", claims=tmp_path / "claims")
+    assert found["model"] == {"source": f"file://{tmp_path}/m", "tokenizer": f"file://{tmp_path}/claims/x"}
+    assert found["dataset"] == {"train": f"file://{tmp_path}/maps/t.jsonl", "validation": "org/v"}
+    assert found["storage"] == {"uri": f"file://{tmp_path}/out"}
+
+
+def test_missing_local_source_is_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        LocalRunError, match=r"spec\.dataset\.train: x\.jsonl does not exist; relative paths are looked up in"
+    ):
+        adapt({"dataset": {"train": "file://x.jsonl"}}, tmp_path)
+    with pytest.raises(LocalRunError, match="name a folder that replaces it with --config-map cm=FOLDER"):
+        adapt({"dataset": {"train": "configmap://cm/k"}}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("resources", "gpus", "result", "said"),
+    [
+        ({}, 0, {"gpusPerNode": 0}, 0),
+        ({}, 2, {"gpusPerNode": 1}, 0),
+        ({"gpusPerNode": 8, "nodes": 2, "nodePool": "h100"}, 2, {"gpusPerNode": 2, "nodes": 1}, 2),
+        ({"gpusPerNode": 0}, 2, {"gpusPerNode": 0}, 0),
+    ],
+)
+def test_resources_are_limited_to_this_machine(
+    tmp_path: Path, resources: dict[str, Any], gpus: int, result: dict[str, Any], said: int
+) -> None:
+    found, notes = adapt({"resources": resources}, tmp_path, gpus)
+    assert (found["resources"], len(notes)) == (result, said)
+
+
+def test_chat_template_of_a_config_map_is_inlined(tmp_path: Path) -> None:
+    (tmp_path / "t.jinja").write_text("{{ x }}")
+    found, _ = adapt(
+        {"dataset": {"chatTemplate": {"configMapRef": {"name": "data", "key": "t.jinja"}}}}, tmp_path, maps=tmp_path
+    )
+    assert found["dataset"]["chatTemplate"] == {"text": "{{ x }}"}

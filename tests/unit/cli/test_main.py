@@ -1,0 +1,163 @@
+"""The program: usage, help, exit codes, completion, bugs, and output to odd terminals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from finetune_cli import main, output
+
+from tests.unit.cli.conftest import JOB, Call, Write
+
+TOKEN = "hf_" + "a1B2c3D4e5F6g7H8"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("wait", "bot", "--timeout", "-1"), ("logs", "bot", "--rank", "-1"), ("rerun", "bot", "--from-checkpoint", "x")],
+)
+def test_option_out_of_range_is_wrong_usage(call: Call, words: tuple[str, ...]) -> None:
+    code, _, said = call(*words)
+    assert (code, "Error: Invalid value for" in said) == (1, True)
+
+
+def test_bug_prints_no_traceback_unless_requested(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*words: object, **more: object) -> None:
+        raise KeyError(TOKEN)
+
+    monkeypatch.setattr(main, "app", broken)
+    code, out, said = call("get")
+    assert (code, out) == (output.ERROR, "")
+    assert said.startswith("error: this is a bug in finetune: KeyError in test_main.py:")
+    assert ("Traceback" in said, TOKEN in said) == (False, False)
+    monkeypatch.setitem(os.environ, main.TRACE_VARIABLE, "1")
+    assert "Traceback" in call("get")[2]
+
+
+def test_version_is_printed(call: Call) -> None:
+    code, out, _ = call("--version")
+    assert (code, out.split()[0]) == (0, "finetune")
+
+
+def test_wrong_usage_exits_with_1(call: Call) -> None:
+    assert call("nonsense")[0] == 1
+    assert call("validate")[0] == 1
+
+
+@pytest.mark.parametrize("command", sorted(main.COMMANDS))
+def test_every_command_has_an_example(call: Call, command: str) -> None:
+    code, out, _ = call(command, "--help")
+    assert code == 0
+    assert f"Example: finetune {command}" in out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("pydantic", "kubernetes", "hydra", "omegaconf", "boto3", "ruamel.yaml", "finetune_api")
+    code = f"import sys; sys.argv = ['finetune']; import finetune_cli.main; print([m for m in {heavy!r} if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_run_requires_local(call: Call, write: Write) -> None:
+    assert "needs --local" in call("run", write("job.yaml", JOB))[2]
+
+
+@pytest.mark.parametrize(
+    ("typed", "candidates"),
+    [
+        ("ev", {"events"}),
+        ("explain training.learn", {"training.learningRate"}),
+        ("import --from h", {"hydra"}),
+        ("rerun x --set method.lora.ra", {"method.lora.rank=", "method.lora.rankStabilized="}),
+        ("get -o ", {"yaml", "json", "wide", "name"}),
+    ],
+)
+def test_shell_completion_lists_candidates(typed: str, candidates: set[str]) -> None:
+    words = ["finetune", *typed.split(" ")]
+    environment = {
+        **os.environ,
+        "_FINETUNE_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    code = "from finetune_cli.main import app; app(prog_name='finetune')"
+    if not words[-1]:
+        environment["COMP_WORDS"] += "''"
+    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert set(found.stdout.split()) == candidates
+
+
+def test_kubectl_completion_lists_candidates(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_FINETUNE_COMPLETE", "COMP_WORDS", "COMP_CWORD"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(sys, "argv", ["kubectl_complete-finetune", "status", "bot", "--wa"])
+    main.kubectl_complete()
+    assert capsys.readouterr().out.split() == ["--watch", ":4"]
+
+
+def test_plugin_uses_the_name_it_is_called_by(
+    call: Call, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune"])
+    assert call("--help")[1].startswith("Usage: kubectl finetune [OPTIONS]")
+    monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune", "--show-completion", "bash"])
+    assert "_FINETUNE_COMPLETE=complete_bash" in call("--show-completion", "bash")[1]
+
+
+def test_unknown_output_format_is_refused(call: Call) -> None:
+    assert (
+        call("get", "-o", "table")[2] == "error: -o table: unknown output format; write one of yaml, json, wide, name\n"
+    )
+    assert call("status", "bot", "-o", "wide")[2] == "error: -o wide: unknown output format; write one of yaml, json\n"
+    assert "choose one" in call("status", "bot", "-o", "json", "--watch")[2]
+    assert (
+        call("checkpoints", "bot", "--verify", "-o", "json")[2]
+        == "error: --verify and -o exclude each other: choose one of them\n"
+    )
+
+
+def test_colours_follow_no_color(write: Write, tmp_path: Path) -> None:
+    def said(**more: str) -> str:
+        command = f"{sys.executable} -m finetune_cli validate {tmp_path}/none"
+        environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
+        words = ["script", "-qec", command, "/dev/null"]
+        return subprocess.run(
+            words, env={**environment, "TERM": "xterm", **more}, capture_output=True, text=True
+        ).stdout
+
+    assert "\x1b[1;31merror: " in said()
+    assert "\x1b[1;31m" not in said(NO_COLOR="1")
+
+
+def test_output_is_utf8_in_any_locale(write: Write, tmp_path: Path) -> None:
+    other = write("b.yaml", JOB.replace('t.jsonl"', 't.jsonl", systemPrompt: ü'))
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune_cli", "diff", str(write("a.yaml", JOB)), str(other)],
+        env={"PATH": "/usr/bin:/bin", "PYTHONIOENCODING": "ascii", "HOME": str(tmp_path)}, capture_output=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, '"ü"' in done.stdout.decode()) == (0, True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux")
+def test_full_disk_is_reported() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "finetune_cli", "explain", "training"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (1, "error: standard output cannot be written: No space left on device\n")
+
+
+def test_interrupt_during_imports_prints_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
+    command = [sys.executable, "-m", "finetune_cli", "--help"]
+    path = os.pathsep.join([str(tmp_path), *(one for one in sys.path if one)])
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -1,0 +1,39 @@
+"""Reading manifests."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.cli.conftest import JOB, Call, Write
+
+
+def test_anchors_and_merge_keys_are_read_as_in_kubectl(call: Call, write: Write) -> None:
+    text = "model: {base_model: org/m}\nfine_tuning:\n  method: lora\n  lora:\n    <<: [{r: 8, alpha: 4}, {r: 3, dropout: 0.2}]\n    alpha: 6\n"
+    code, out, _ = call("import", write("a.yaml", text))
+    assert code == 0
+    assert "      rank: 8\n      alpha: 6\n      dropout: 0.2\n" in out
+    job = JOB + "  training: &t {epochs: 2}\n  checkpoint: {<<: {steps: 30}}\n"
+    assert call("validate", write("job.yaml", job))[0] == 0
+    said = call("validate", write("job.yaml", JOB + "  checkpoint: {<<: {stps: 30}}\n"))[2]
+    assert "spec.checkpoint.stps: unknown field; did you mean spec.checkpoint.steps?" in said
+
+
+def test_items_of_a_list_are_read(write: Write, call: Call) -> None:
+    items = "\n".join(f"    {line}" for line in JOB.splitlines()).replace("    apiVersion", "  - apiVersion", 1)
+    file = write("list.yaml", f"apiVersion: v1\nkind: List\nitems:\n{items}\n")
+    assert call("validate", file) == (0, f"{file}: bot: ok\n", "")
+    file = write("list.yaml", file.read_text(encoding="utf-8").replace("source:", "sorce:"))
+    code, _, err = call("validate", file)
+    assert code == 1
+    assert f"{file}:8: spec.model.sorce: unknown field" in err
+
+
+@pytest.mark.parametrize(
+    "spec", ["[a]", "{model: {source: org/m}, resources: {nodes: two}}", "{model: {source: ~nobody-here/m}}"]
+)
+@pytest.mark.parametrize("words", [("run", "--local"), ("diff",)])
+def test_invalid_spec_is_no_bug(write: Write, call: Call, spec: str, words: tuple[str, ...]) -> None:
+    file = write("job.yaml", JOB[: JOB.index("spec:")] + f"spec: {spec}\n")
+    code, _, err = call(words[0], file, *words[1:], *([file] if words[0] == "diff" else []))
+    assert "fault" not in err
+    assert code == 1 or "~nobody" in spec

@@ -1,0 +1,63 @@
+"""`--set` and the options of `finetune import` that stand for one field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.conftest import Call, Write
+
+ENV = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
+
+
+def sentences(said: str, folder: Path) -> list[str]:
+    """The errors of a command, without the test's folder."""
+    return [
+        line.removeprefix("error: ").replace(f"{folder}/", "")
+        for line in said.splitlines()
+        if line.startswith("error: ")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("option", "expected"),
+    [
+        (["--set", "training"], "--set: training: the value is missing; write --set training=VALUE, or training=null to remove the field"),
+        (["--set", "training=3"], "--set: training: this is a group of fields and takes no value; set its fields, for example --set training.epochs=VALUE, "
+                                  "or remove the group with --set training=null"),
+        (["--set", "training.epochs="], "--set: training.epochs: the value is missing; write --set training.epochs=VALUE, "
+                                    "or training.epochs=null to remove the field"),
+        (["--set", "training.epochs=.nan"], "--set: training.epochs: '.nan': should be a valid number, unable to parse string as a number"),
+        (["--set", "training.epochs=1e999"], "--set: training.epochs: inf: should be a finite number"),
+        (["--set", "trainer.rewards[0].weight=2"], "--set: trainer.rewards[0].weight: unknown field; set the whole list: --set 'trainer.rewards=[...]'"),
+        (["--set", "training.schedulerParameters.x=1"], "--set: training.schedulerParameters.x: unknown field; set the whole map: "
+                                                        "--set 'training.schedulerParameters={NAME: VALUE}'"),
+        (["--set", "=3"], "--set: unknown field; `finetune explain` lists all fields"),
+        (["--name", "A"], "--name: A: this cannot be the name of a FineTuneJob; write a-z, 0-9 and -, beginning with a letter, at most 40 characters"),
+        (["--name", "a" * 41], f"--name: {'a' * 41}: this cannot be the name of a FineTuneJob; "
+                               "write a-z, 0-9 and -, beginning with a letter, at most 40 characters"),
+        (["--namespace", "A B"], "--namespace: A B: this cannot be the name of a namespace; write a-z, 0-9 and -, at most 63 characters"),
+        (["--storage", "x"], "--storage: 'x': the value does not have the required form; for example uri: s3://models/finetune (spec.storage.uri)"),
+        (["--data", ""], "--data: the value is empty; for example train: s3://data/train.jsonl (spec.dataset.train)"),
+        (["--gpus", "-1"], "--gpus: -1: should be greater than or equal to 0"),
+        (["--prompts", "A_B/k"], "--prompts: A_B/k: this is not the name and key of a ConfigMap; write NAME/KEY"),
+        (["--from", "nobody"], "--from: nobody: there is no importer with this name; write one of env, toml, yaml, hydra, guide, openai"),
+        (["-o", "/proc/nobody/x.yaml"], "/proc/nobody/x.yaml cannot be written: No such file or directory; choose another path with -o"),
+    ],
+)  # fmt: skip
+def test_invalid_option_is_refused(call: Call, write: Write, option: list[str], expected: str) -> None:
+    path = write("a.env", ENV)
+    code, out, said = call("import", path, *option)
+    assert (code, out, sentences(said, path.parent)) == (1, "", [expected])
+
+
+def test_set_reads_lists_maps_and_words(call: Call, write: Write) -> None:
+    code, out, _ = call(
+        "import", write("a.env", ENV), "--set", "method.lora.targetModules=q_proj,v_proj", "--set", "training.schedulerParameters={x: 1, z: true}",
+        "--set", "dataset.systemPrompt=no",
+    )  # fmt: skip
+    assert code == 0
+    assert "targetModules: [q_proj, v_proj]" in out
+    assert '      x: "1"\n      z: "true"\n' in out
+    assert 'systemPrompt: "no"' in out

@@ -1,0 +1,154 @@
+"""Importing a file: precedence, unreadable input, secrets, and how the tool is recognised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.cli.conftest import JOB, Call, Write
+from tests.unit.cli.imports import Outcome, import_
+
+ENV = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
+
+
+FLAT = "model: org/m\nlora_r: 8\n"
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+
+
+def sentences(said: str, folder: Path) -> list[str]:
+    """The errors of a command, without the test's folder."""
+    return [
+        line.removeprefix("error: ").replace(f"{folder}/", "")
+        for line in said.splitlines()
+        if line.startswith("error: ")
+    ]
+
+
+TOKEN = "hf_" + "a1B2c3D4e5F6g7H8"
+
+
+@pytest.fixture
+def guide(write: Write) -> Any:
+    """Import a text of the guide."""
+
+    def run(text: str, words: str = "", **more: Any) -> Outcome:
+        return import_(write("job.yaml", text), words=words, source="guide", **more)
+
+    return run
+
+
+API_JOB = {"model": "gpt-4o-mini", "training_file": "file-abc123"}
+
+
+TOML = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nreport_to = "none"\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected"),
+    [
+        ("a.env", "", ["a.env: the file is empty"]),
+        ("a.yaml", " \n\n", ["a.yaml: the file is empty"]),
+        ("a.yaml", "# nothing\n", ["a.yaml: the file is empty"]),
+        ("a.yaml", "hello\n", ["a.yaml: the file is not a mapping of names to values"]),
+        ("a.yaml", "\tmodel: x\n", ["a.yaml:1: invalid YAML: found character '\\t' that cannot start any token, in the line `model: x`"]),
+        ("a.yaml", FLAT + "lora_r: 16\n", ["a.yaml:3: lora_r: the key occurs twice, in lines 2 and 3; keep one"]),
+        ("a.yaml", FLAT + "---\n" + FLAT, ["a.yaml:4: a second YAML document begins here; keep one configuration per file"]),
+        ("a.yaml", "model: &a [*a]\n", ["a.yaml:1: model[0]: the alias refers to a value that contains it; write the value itself"]),
+        ("a.yaml", "? [a, b]\n: c\n" + FLAT, ["a.yaml:1: a key must be plain text; write key: value"]),
+        ("a.yaml", "model: !!python/name:os.system x\nlora_r: 8\n",
+         ["a.yaml:1: model: the tag tag:yaml.org,2002:python/name:os.system is not supported; write the value itself"]),
+        ("a.yaml", BOMB, ["a.yaml:1: the file holds more than 20000 values after aliases are expanded"]),
+        ("a.yaml", "[" * 600, ["a.yaml: the YAML is nested too deeply for a configuration"]),
+        ("a.yaml", "model: org/m\nlora_r: 99999999999999999999\nlearning_rate: .nan\nepochs: .inf\n", [
+            'a.yaml:3: learning_rate: ".nan" is not a number; allowed: a number greater than 0',
+            'a.yaml:4: epochs: ".inf" is not a number; allowed: a number greater than 0',
+            "a.yaml:2: lora_r: 99999999999999999999: should be less than or equal to 4096",
+        ]),
+        ("a.env", ENV + "EPOCHS=1e400\nLEARNING_RATE=nan\nBATCH_SIZE=" + "9" * 5000 + "\n", [
+            'a.env:4: EPOCHS: "1e400" is not an integer; allowed: an integer from 1 to 20',
+            'a.env:5: LEARNING_RATE: "nan" is not a number; allowed: a number from 1e-05 to 0.0005',
+            f'a.env:6: BATCH_SIZE: "{"9" * 77}..." is not an integer; allowed: an integer from 1 to 32',
+        ]),
+        ("a.toml", '[fine_tuner]\nbase_model_id = "m"\ntraining_data_id = "d"\n[[arr]]\n',
+         ["a.toml:4: arr: unknown key; it is not an option of this TOML tool; remove it"]),
+        ("a.toml", "[fine_tuner]\nepochs = " + "9" * 5000 + "\n", ["a.toml: the file holds a number that is too long, or is nested too deeply"]),
+        ("a.json", "[1, 2]", ["a.json: the file is not a JSON object"]),
+        ("a.json", '{"model": "org/m", "training_file": "s3://data/t", "hyperparameters": [1], "method": "dpo", "seed": -1}', [
+            "a.json:1: hyperparameters: this is a group of options, and a single value is given; write its options, for example hyperparameters.n_epochs",
+            "a.json:1: method: this is a group of options, and a single value is given; write its options, for example method.type",
+            "a.json:1: seed: -1 is out of range; allowed: an integer from 0 to 4294967295",
+        ]),
+        ("a.json", '{"model": "org/m", "training_file": ' + "9" * 5000 + "}", ["a.json: the file holds a number that is too long, or is nested too deeply"]),
+    ],
+)  # fmt: skip
+def test_unreadable_input_is_refused_with_its_location(
+    call: Call, write: Write, name: str, text: str, expected: list[str]
+) -> None:
+    path = write(name, text)
+    code, out, said = call("import", path)
+    assert (code, out) == (1, "")
+    assert sentences(said, path.parent) == expected
+
+
+@pytest.mark.parametrize(
+    "text", [TOKEN, f"see {TOKEN}", "https://me:pw@host.example/x", "http://host.example/?api_key=abc"]
+)
+def test_secrets_are_refused_and_never_printed(call: Call, write: Write, text: str) -> None:
+    for line in (f"PAD_TOKEN={text}", f"PROJECT_NAME={text}", f"NOBODY_KNOWS={text}", text):
+        code, out, said = call("import", write("a.env", f"{ENV}{line}\n"))
+        assert (code, out) == (1, "")
+        assert text not in said
+        assert "pw" not in said
+        assert TOKEN not in said
+    code, out, said = call("import", write("a.env", ENV), "--set", f"model.padToken={text}")
+    assert (code, out, text in said) == (1, "", False)
+
+
+def test_file_of_two_tools_is_refused(write: Write) -> None:
+    text = "model: {base_model: m}\ntraining_config: {model: m}\n"
+    assert import_(write("x.yaml", text)).mistakes == [
+        "x.yaml: several importers recognise this configuration: yaml, hydra; choose one with --from yaml|hydra"
+    ]
+
+
+def test_unrecognised_file_is_refused(write: Write) -> None:
+    assert import_(write("x.yaml", "a: 1\n")).mistakes == [
+        "x.yaml: no importer recognises this configuration; choose one with --from: env, toml, yaml, hydra, guide, openai"
+    ]
+
+
+def test_missing_files_are_all_named(tmp_path: Any) -> None:
+    found = import_(tmp_path / "a", tmp_path / "b")
+    assert [one.rpartition("/")[2] for one in found.mistakes] == [
+        "a: there is no such file",
+        "b: there is no such file",
+    ]
+
+
+def test_invalid_job_name_is_refused(write: Write) -> None:
+    (mistake,) = import_(write("job.json", json.dumps(API_JOB)), name="Bad_Name").mistakes
+    assert mistake.startswith("--name: Bad_Name: this cannot be the name of a FineTuneJob")
+
+
+def test_two_spellings_with_different_values_are_refused(write: Write) -> None:
+    found = import_(write("a.toml", TOML + "device_train_batch_size = 4\ndevice_batch_size = 8\n"))
+    assert found.mistakes == [
+        "a.toml:5, a.toml:6: fine_tuner.device_train_batch_size, fine_tuner.device_batch_size: 4 and 8 are given for the same option; keep one of them"
+    ]
+
+
+def test_two_spellings_with_the_same_value_are_accepted(write: Write) -> None:
+    found = import_(write("a.toml", TOML + "device_train_batch_size = 4\ndevice_batch_size = 4\n"))
+    assert (found.mistakes, found.at("training.batchSizePerDevice")) == ([], 4)
+
+
+def test_finetunejob_is_not_imported(write: Write, call: Call) -> None:
+    code, _, err = call("import", write("job.yaml", JOB))
+    assert (code, "this is already a FineTuneJob" in err) == (1, True)

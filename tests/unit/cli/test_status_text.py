@@ -1,0 +1,28 @@
+"""The text of `finetune status`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from finetune_cli.status_text import age, bar, format_bytes, sparkline, stages
+
+
+def test_bars_sparklines_stages_sizes_and_ages() -> None:
+    assert bar(50) == "█" * 15 + "░" * 15
+    assert (bar(None), bar(100)) == ("░" * 30, "█" * 30)
+    assert sparkline([3.0, 2.0, 1.0]) == "█▅▁"
+    assert (sparkline([]), sparkline([1.0, 1.0])) == ("", "▁▁")
+    assert stages("Running").startswith("● accepted  ● started  ◐ trained  ○ evaluated")
+    assert stages("Succeeded").endswith("● done")
+    assert (format_bytes(None), format_bytes(10), format_bytes(2048), format_bytes(3 * 1024**3)) == (
+        "-",
+        "10 B",
+        "2.0 KiB",
+        "3.0 GiB",
+    )
+    now = datetime(2026, 1, 2, tzinfo=UTC)
+    assert [age(datetime(2026, 1, d, h, m, tzinfo=UTC), now) for d, h, m in ((1, 23, 59), (1, 23, 0), (1, 12, 0))] == [
+        "60s",
+        "60m",
+        "12h",
+    ]

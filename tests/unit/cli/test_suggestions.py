@@ -1,0 +1,21 @@
+"""Suggestions for misspelled names."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_cli.suggestions import closest_name
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "found"),
+    [
+        ("LEARN_RATE", ["LEARNING_RATE", "LORA_R"], "LEARNING_RATE"),
+        ("mcq", ["plain_text", "mcq_jsonl"], "mcq_jsonl"),
+        ("lora.rank", ["lora.r", "lora.alpha", "training.rank"], "lora.r"),
+        ("training.lr", ["training.model", "training.learning_rate"], "training.learning_rate"),
+        ("training.seed", ["model.seed"], "model.seed"),
+        ("zebra", ["apple", "pear"], ""),
+    ],
+)
+def test_closest_name_is_found(word: str, known: list[str], found: str) -> None:
+    assert closest_name(word, known) == found

@@ -1,0 +1,84 @@
+"""`finetune validate`."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.cli.conftest import JOB, Call, Write
+
+
+def test_valid_manifest_is_ok(call: Call, write: Write) -> None:
+    path = write("job.yaml", JOB)
+    assert call("validate", path) == (0, f"{path}: bot: ok\n", "")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: bot", "name: Bot_1",
+         "job.yaml:3: metadata.name: 'Bot_1' cannot be the name of a FineTuneJob; "
+         "write a-z, 0-9 and -, beginning with a letter, at most 40 characters [NameInvalid]"),
+        ("v1alpha1", "v1",
+         "job.yaml:1: apiVersion: finetune-operator.io/v1 is not finetune-operator.io/v1alpha1; write apiVersion: finetune-operator.io/v1alpha1 [ApiVersion]"),
+        ("source: org/m", "sorce: org/m", "job.yaml:5: spec.model.sorce: unknown field; did you mean spec.model.source? [UnknownField]"),
+        ("org/m}", "org/m}\n  training: {warmupSteps: 1, warmupRatio: 0.1}",
+         "job.yaml:6: spec.training.warmupRatio: warmupSteps 1 and warmupRatio 0.1 exclude each other; remove one of them [WarmupTwice]"),
+        ("org/m}", "org/m}\n  training: {learningRate: '2e-4'}", None),
+        ("org/m}", "org/m}\n  training: {device: mps}",
+         "job.yaml:6: spec.training.device: mps only exists on Apple machines, not on cluster nodes; "
+         "remove it, or use `finetune run --local` [DeviceOfAnotherMachine]"),
+    ],
+)  # fmt: skip
+def test_one_problem_is_reported_with_its_line(
+    call: Call, write: Write, old: str, new: str, message: str | None
+) -> None:
+    path = write("job.yaml", JOB.replace(old, new))
+    code, _, said = call("validate", path)
+    found = [line.removeprefix("error: ").replace(str(path.parent) + "/", "") for line in said.splitlines()]
+    if message is None:
+        assert code in (0, 1)
+        return
+    assert code == 1
+    assert message in found
+
+
+def test_all_problems_of_several_documents_are_reported(call: Call, write: Write) -> None:
+    two = JOB.replace("org/m", "./m") + "---\n" + JOB.replace("name: bot", "name: other").replace("train:", "trian:")
+    code, out, said = call("validate", write("jobs.yaml", two))
+    assert (code, out) == (1, "")
+    assert "jobs.yaml:5: spec.model.source:" in said
+    assert "jobs.yaml:13: spec.dataset.trian: unknown field; did you mean spec.dataset.train?" in said
+    assert "no training data is named" in said
+
+
+def test_duplicate_name_is_refused(call: Call, write: Write) -> None:
+    assert "metadata.name: bot is used twice, first in" in call("validate", write("jobs.yaml", JOB + "---\n" + JOB))[2]
+
+
+def test_local_accepts_files_and_devices_of_this_machine(call: Call, write: Write) -> None:
+    path = write("job.yaml", JOB.replace("org/m", "file://tiny") + "  training: {device: mps}\n")
+    assert call("validate", "--local", path)[0] == 0
+    assert call("validate", path)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "invalid YAML"),
+        ("- a\n", "this is not a manifest: a mapping is needed"),
+        ("kind: Pod\n", "there is no FineTuneJob in the input"),
+        ("a: 1\n", "kind: this required field is missing; write kind: FineTuneJob"),
+        (JOB + "spec: {}\n", "the key occurs twice"),
+        (JOB.partition("spec:")[0], "spec: the spec is missing; write spec: with fields below it"),
+    ],
+)
+def test_input_without_a_manifest_is_refused(call: Call, write: Write, text: str, message: str) -> None:
+    code, _, said = call("validate", write("job.yaml", text))
+    assert code == 1
+    assert message in said
+
+
+def test_strict_refuses_other_kinds(call: Call, write: Write) -> None:
+    path = write("job.yaml", JOB + "---\nkind: Service\n")
+    assert call("validate", path)[0] == 0
+    assert "kind: Service is not a FineTuneJob" in call("validate", "--strict", path)[2]
