@@ -1,4 +1,4 @@
-"""The command line in this process, against a real API server; a namespace a test. No operator: the tests write the status."""
+"""Fixtures that run commands in this process against a real API server, with one namespace per test. The tests write the status themselves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ numbers = itertools.count(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here needs the API server."""
+    """Mark every test of this folder, because all need the API server."""
     for item in items:
         if "tests/integration/cli" in str(item.path):
             item.add_marker("integration")
@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """What a command answered."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -38,7 +38,7 @@ class Result:
 
 @pytest.fixture(scope="session")
 def api(control_plane: Endpoint) -> KubeApi:
-    """The API server with the CRD."""
+    """Return a client of the API server with the CRD installed."""
     found = KubeApi(control_plane)
     crd = YAML(typ="safe").load(CRD.read_text(encoding="utf-8"))
     if found.find("customresourcedefinitions", None, crd["metadata"]["name"]) is None:
@@ -52,7 +52,7 @@ def api(control_plane: Endpoint) -> KubeApi:
 
 @pytest.fixture
 def namespace(api: KubeApi) -> str:
-    """A namespace of the test's own."""
+    """Create a namespace for the test."""
     name = f"cli-{next(numbers)}"
     api.create("namespaces", None, {"metadata": {"name": name}})
     return name
@@ -62,7 +62,7 @@ def namespace(api: KubeApi) -> str:
 def finetune(
     control_plane: Endpoint, namespace: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., Result]:
-    """Run a command with the test's namespace as the default."""
+    """Return a function that runs a command in the namespace of the test."""
     monkeypatch.setenv("KUBECONFIG", str(control_plane.kubeconfig))
     monkeypatch.setenv("NO_COLOR", "1")
 
@@ -80,7 +80,7 @@ def finetune(
 
 @pytest.fixture
 def job(api: KubeApi, namespace: str) -> Callable[..., dict[str, Any]]:
-    """Create a FineTuneJob, with a status if one is given."""
+    """Return a function that creates a FineTuneJob, optionally with a status."""
 
     def make(name: str = "bot", status: dict[str, Any] | None = None, **spec: Any) -> dict[str, Any]:
         body = {
@@ -96,12 +96,12 @@ def job(api: KubeApi, namespace: str) -> Callable[..., dict[str, Any]]:
 
 
 def set_status(api: KubeApi, namespace: str, name: str, status: dict[str, Any]) -> dict[str, Any]:
-    """Write a status as the operator would."""
+    """Write a status as the operator does."""
     return api.patch(f"{names.PLURAL}/status", namespace, name, {"status": status})
 
 
 def condition(kind: str, status: str = "True", reason: str = "R", message: str = "") -> dict[str, Any]:
-    """One condition."""
+    """Return a condition."""
     time = "2026-01-01T00:00:00Z"
     return {
         "type": kind,

@@ -45,17 +45,19 @@ def write(folder: Path, text: str, name: str = "job.yaml") -> str:
 # --- submit ---------------------------------------------------------------------------------------------------------
 
 
-def test_submit_creates_the_job_and_what_stands_beside_it(
+def test_submit_creates_the_job_and_its_secret(
     finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
     result = finetune("submit", write(tmp_path, SECRET + JOB))
     assert (result.code, result.err) == (0, "")
-    assert result.out == f"secret hub applied in namespace {namespace}\nfinetunejob bot created in namespace {namespace}\n"
+    assert (
+        result.out == f"secret hub applied in namespace {namespace}\nfinetunejob bot created in namespace {namespace}\n"
+    )
     assert api.get(names.PLURAL, namespace, "bot")["spec"]["training"] == {"learningRate": 0.0002}
     assert api.find("secrets", namespace, "hub") is not None
 
 
-def test_nulls_and_merge_keys_mean_to_the_server_what_they_mean_here(
+def test_server_reads_nulls_and_merge_keys_as_the_cli(
     finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
     text = JOB + "  method: ~\n  checkpoint: {<<: {steps: 30}}\n  evaluation: {steps: ~}\n"
@@ -64,12 +66,12 @@ def test_nulls_and_merge_keys_mean_to_the_server_what_they_mean_here(
     assert (spec["checkpoint"], spec["evaluation"], "method" in spec) == ({"steps": 30}, {}, False)
 
 
-def test_submit_dry_run_keeps_nothing(finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path) -> None:
+def test_submit_dry_run_stores_nothing(finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path) -> None:
     assert finetune("submit", write(tmp_path, JOB), "--dry-run").code == 0
     assert api.find(names.PLURAL, namespace, "bot") is None
 
 
-def test_submit_refuses_here_what_the_server_would_refuse(
+def test_submit_refuses_offline_what_the_server_refuses(
     finetune: Finetune, api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
     result = finetune("submit", write(tmp_path, JOB.replace("learningRate: 2e-4", "learningRat: 2e-4, epochs: 0")))
@@ -79,17 +81,17 @@ def test_submit_refuses_here_what_the_server_would_refuse(
     assert api.find(names.PLURAL, namespace, "bot") is None
 
 
-def test_submit_of_a_name_that_is_taken(finetune: Finetune, job: Job, tmp_path: Path) -> None:
+def test_submit_of_an_existing_name_is_refused(finetune: Finetune, job: Job, tmp_path: Path) -> None:
     job()
     result = finetune("submit", write(tmp_path, JOB))
     assert result.code == 1
     assert "already exists; use another name, or create a new job" in result.err
 
 
-# --- looking --------------------------------------------------------------------------------------------------------
+# --- watching --------------------------------------------------------------------------------------------------------
 
 
-def test_get_shows_the_servers_columns(finetune: Finetune, job: Job) -> None:
+def test_get_shows_the_columns_of_the_server(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING)
     head, row = finetune("get").out.splitlines()
     assert head.split() == ["NAME", "STATUS", "PROGRESS", "LOSS", "ETA", "WORKERS", "RESTARTS", "REASON", "AGE"]
@@ -101,13 +103,13 @@ def test_get_shows_the_servers_columns(finetune: Finetune, job: Job) -> None:
     assert "bot" in finetune("get", "-A", default_namespace=False).out
 
 
-def test_get_says_what_is_wrong(finetune: Finetune) -> None:
+def test_get_reports_missing_jobs_and_formats(finetune: Finetune) -> None:
     assert "there are no FineTuneJobs in namespace" in finetune("get").err
     assert finetune("get", "nobody") == Result(1, "", 'error: finetunejobs.finetune-operator.io "nobody" not found\n')
     assert "-o table: unknown output format; write one of yaml, json, wide, name" in finetune("get", "-o", "table").err
 
 
-def test_status_tells_the_story(finetune: Finetune, job: Job, namespace: str) -> None:
+def test_status_shows_progress_attempts_and_checkpoints(finetune: Finetune, job: Job, namespace: str) -> None:
     job(status=RUNNING)
     result = finetune("status", "bot")
     assert result.code == 0
@@ -118,7 +120,7 @@ def test_status_tells_the_story(finetune: Finetune, job: Job, namespace: str) ->
     assert "100       yes      1.75      2.0 KiB     -     s3://models/x/checkpoints/step-00000100/a1-1" in result.out
 
 
-def test_status_of_a_failed_job_is_2_with_the_hint(finetune: Finetune, job: Job) -> None:
+def test_status_of_a_failed_job_exits_with_2_and_shows_the_hint(finetune: Finetune, job: Job) -> None:
     job(status=FAILED)
     result = finetune("status", "bot")
     assert result.code == 2
@@ -127,7 +129,7 @@ def test_status_of_a_failed_job_is_2_with_the_hint(finetune: Finetune, job: Job)
     )
 
 
-def test_status_watch_follows_to_the_end(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+def test_status_watch_ends_with_the_job(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
     job(status=RUNNING)
     threading.Timer(1.0, lambda: set_status(api, namespace, "bot", DONE)).start()
     result = finetune("status", "bot", "--watch")
@@ -142,12 +144,15 @@ def test_wait_ends_with_the_job(finetune: Finetune, job: Job, status: dict[str, 
     assert finetune("wait", "bot").code == code
 
 
-def test_wait_for_a_condition_and_for_too_long(finetune: Finetune, job: Job) -> None:
+def test_wait_for_a_condition_and_timeout(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING)
     assert finetune("wait", "bot", "--for", "running").code == 0
     assert finetune("wait", "bot", "--for", "reconciling").code == 0
     assert "bot is not Finished after 1 s" in finetune("wait", "bot", "--timeout", "1").err
-    assert "--for nonsense: unknown condition; write one of running, Accepted" in finetune("wait", "bot", "--for", "nonsense").err
+    assert (
+        "--for nonsense: unknown condition; write one of running, Accepted"
+        in finetune("wait", "bot", "--for", "nonsense").err
+    )
 
 
 def test_events(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
@@ -183,12 +188,12 @@ def test_suspend_resume_cancel(finetune: Finetune, job: Job, api: KubeApi, names
     assert api.get(names.PLURAL, namespace, "bot")["spec"]["cancel"] is True
 
 
-def test_what_has_ended_is_not_changed(finetune: Finetune, job: Job) -> None:
+def test_finished_job_is_not_changed(finetune: Finetune, job: Job) -> None:
     job(status=DONE)
     assert finetune("suspend", "bot").err == "error: bot has already ended: Succeeded\n"
 
 
-def test_rerun_makes_a_new_job_with_its_lineage(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+def test_rerun_creates_a_job_with_its_lineage(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
     old = job(status=RUNNING, suspend=True)
     result = finetune(
         "rerun", "bot", "--from-checkpoint", "100", "--set", "training.epochs=2", "--set", "method.lora.rank=4"
@@ -204,9 +209,12 @@ def test_rerun_makes_a_new_job_with_its_lineage(finetune: Finetune, job: Job, ap
     assert finetune("rerun", "bot").out.startswith("bot-3 created")
 
 
-def test_rerun_says_what_cannot_be(finetune: Finetune, job: Job) -> None:
+def test_rerun_refuses_unknown_checkpoints_and_fields(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING)
-    assert "the status of bot lists no checkpoint of step 7, only: 100" in finetune("rerun", "bot", "--from-checkpoint", "7").err
+    assert (
+        "the status of bot lists no checkpoint of step 7, only: 100"
+        in finetune("rerun", "bot", "--from-checkpoint", "7").err
+    )
     assert (
         "--set: training.epoch: unknown field; did you mean training.epochs?"
         in finetune("rerun", "bot", "--set", "training.epoch=1").err
@@ -241,8 +249,8 @@ def test_logs_without_pods_and_without_a_node(finetune: Finetune, job: Job, api:
     api.create("pods", namespace, pod("bot-2-0", 2, 0))
     api.create("pods", namespace, pod("bot-2-1", 2, 1))
     assert finetune("logs", "bot") == Result(0, "", "")
-    assert "there are those of 1, 2" in finetune("logs", "bot", "--attempt", "9").err
-    assert "no pod that holds rank 5" in finetune("logs", "bot", "--rank", "5").err
+    assert "only of 1, 2" in finetune("logs", "bot", "--attempt", "9").err
+    assert "no pod with rank 5" in finetune("logs", "bot", "--rank", "5").err
 
 
 def test_report_holds_everything_but_secrets(
@@ -274,7 +282,7 @@ def test_report_holds_everything_but_secrets(
 # --- connections ----------------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_is_not_there(finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_server_is_reported(finetune: Finetune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = {
         "apiVersion": "v1", "kind": "Config", "current-context": "c", "contexts": [{"name": "c", "context": {"cluster": "c", "user": "u"}}],
         "clusters": [{"name": "c", "cluster": {"server": "https://127.0.0.1:1"}}], "users": [{"name": "u", "user": {}}],
@@ -284,12 +292,12 @@ def test_a_server_that_is_not_there(finetune: Finetune, tmp_path: Path, monkeypa
     assert result.err.startswith("error: the API server at https://127.0.0.1:1 cannot be reached: ")
 
 
-def test_no_cluster_at_all(finetune: Finetune, tmp_path: Path) -> None:
+def test_missing_kubeconfig_is_reported(finetune: Finetune, tmp_path: Path) -> None:
     result = finetune("get", "--kubeconfig", str(tmp_path / "none"))
     assert (result.code, result.err.startswith("error: no cluster: ")) == (1, True)
 
 
-def test_a_name_as_it_is_printed_is_taken(finetune: Finetune, job: Job) -> None:
+def test_job_name_with_kind_is_accepted(finetune: Finetune, job: Job) -> None:
     job("bot", status={"phase": "Succeeded", "conditions": [condition("Finished"), condition("Succeeded")]})
     printed = finetune("get", "-o", "name").out.strip()
     assert finetune("status", printed).out == finetune("status", "bot").out
@@ -301,6 +309,6 @@ def test_a_name_as_it_is_printed_is_taken(finetune: Finetune, job: Job) -> None:
     assert (found.code, found.out) == (1, "")
 
 
-def test_no_jobs_have_no_names(finetune: Finetune) -> None:
+def test_get_names_without_jobs_prints_nothing(finetune: Finetune) -> None:
     found = finetune("get", "-o", "name")
     assert (found.code, found.out) == (0, "")

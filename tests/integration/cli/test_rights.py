@@ -1,4 +1,4 @@
-"""The role in the guide is enough for every command it is meant for, and gives no right beyond."""
+"""The role in the guide is sufficient for its commands and grants nothing more."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUNNING = {"phase": "Running", "conditions": [condition("Reconciling")]}
 
 @pytest.fixture
 def token(api: KubeApi, namespace: str) -> str:
-    """A token of an account that has the guide's role and nothing else."""
+    """Return a token of an account that has only the role of the guide."""
     (text,) = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     role = YAML(typ="safe").load(text)
     api.create("roles", namespace, role)
@@ -41,7 +41,7 @@ def token(api: KubeApi, namespace: str) -> str:
 def as_user(
     control_plane: Endpoint, token: str, tmp_path: Path, finetune: Callable[..., Result]
 ) -> Callable[..., Result]:
-    """Commands with that account's rights."""
+    """Run commands with the rights of that account."""
     config = tmp_path / "kubeconfig"
     yaml = YAML(typ="safe")
     value = yaml.load(control_plane.kubeconfig.read_text(encoding="utf-8"))
@@ -52,7 +52,7 @@ def as_user(
     return lambda *words: finetune(*words, "--kubeconfig", str(config))
 
 
-def test_the_role_is_enough(
+def test_documented_role_is_sufficient(
     as_user: Callable[..., Result], job: Callable[..., object], api: KubeApi, namespace: str, tmp_path: Path
 ) -> None:
     job(status=RUNNING)
@@ -80,7 +80,7 @@ def test_the_role_is_enough(
         assert (result.code, "forbidden" in result.err) == (0, False), (words, result)
 
 
-def test_the_role_reads_no_secrets(api: KubeApi, control_plane: Endpoint, token: str, namespace: str) -> None:
+def test_documented_role_cannot_read_secrets(api: KubeApi, control_plane: Endpoint, token: str, namespace: str) -> None:
     with pytest.raises(Refused) as refused:
         KubeApi(control_plane, token=token).list("secrets", namespace)
     assert refused.value.code == 403
@@ -119,11 +119,11 @@ RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "`purge`": (("purge", "done", "--use-secret", "--yes-purge", "done"),),
     "`report`": (("report", "bot", "-o", "ARCHIVE"),),
 }
-"""Commands that together do all that a row of the table speaks of."""
+"""Commands that together use every right in a row of the table."""
 
 
 def table() -> dict[str, set[str]]:
-    """The guide's table: the commands of a row, and `resource:verb` of all that they may need."""
+    """Return the table of the guide: the commands of a row, and the rights that they need as `resource:verb`."""
     text = GUIDE.read_text(encoding="utf-8")
     found = {}
     for commands, jobs, others in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?)\|$", text, re.MULTILINE):
@@ -135,17 +135,17 @@ def table() -> dict[str, set[str]]:
 
 
 def verbs(text: str) -> set[str]:
-    """Verbs of the API in a text."""
+    """Return the API verbs in a text."""
     return set(re.findall(r"\b(get|list|watch|create|patch)\b", text))
 
 
-def test_the_table_speaks_of_all_commands() -> None:
+def test_documented_table_covers_all_commands() -> None:
     assert set(table()) == {*RUNS, OFFLINE}
     assert table()[OFFLINE] == set()
 
 
 @pytest.mark.parametrize("row", RUNS)
-def test_a_command_needs_what_the_table_says(
+def test_command_uses_the_documented_rights(
     row: str, finetune: Callable[..., Result], job: Callable[..., object], api: KubeApi, namespace: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -169,9 +169,9 @@ def test_a_command_needs_what_the_table_says(
 
 
 def prepare(job: Callable[..., object], api: KubeApi, namespace: str) -> None:
-    """A running job with a pod, and one that has ended and has a Secret for its storage, in which nothing is."""
+    """Create a running job with a pod, and a finished job whose storage is empty and has a Secret."""
     job(status=RUNNING)
-    storage = {"uri": "file:///nobody/was/here", "credentialsSecretRef": {"name": "s3"}}
+    storage = {"uri": "file:///empty/storage", "credentialsSecretRef": {"name": "s3"}}
     job("done", status=DONE, storage=storage)
     keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
     api.create("secrets", namespace, {"metadata": {"name": "s3"}, "stringData": keys})
@@ -183,7 +183,7 @@ def prepare(job: Callable[..., object], api: KubeApi, namespace: str) -> None:
 
 
 def rights(method: str, path: str, query: dict[str, str]) -> set[str]:
-    """`resource:verb` of one request; server-side apply may have to create."""
+    """Return the rights that a request needs as `resource:verb`; server-side apply may need to create the object."""
     found = re.match(
         r"^/(?:api/v1|apis/([^/]+)/[^/]+)(?:/namespaces/[^/]+)?/([a-z]+)(?:/([^/]+))?(?:/([a-z]+))?$", path
     )

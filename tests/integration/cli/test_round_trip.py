@@ -1,4 +1,4 @@
-"""Every import that succeeds is accepted by the real API server, read as kubectl reads it (YAML 1.1)."""
+"""The real API server accepts every successful import, read as YAML 1.1 like kubectl does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.unit.cli.imports import import_
 
 
 @pytest.mark.parametrize("name", accepted())
-def test_an_import_is_accepted_by_the_server(name: str, api: KubeApi) -> None:
+def test_import_is_accepted_by_the_server(name: str, api: KubeApi) -> None:
     files, source, words = cases()[name]
     found = import_(*files, source=source, words=words, name="imported")
     for document in yaml.safe_load_all(found.text):

@@ -1,4 +1,4 @@
-"""A token in another tool's file reaches the trainer, by way of a Secret, and stands nowhere else."""
+"""A token in a file of another tool reaches the trainer through a Secret and appears nowhere else."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TOML = '[fine_tuner]\nbase_model_id = "org/gated"\ntraining_data_id = "org/rows"
     ],
     ids=["env", "toml"],
 )  # fmt: skip
-def test_a_token_reaches_the_pod_and_nothing_else(
+def test_token_reaches_only_the_pod(
     name: str, text: str, behind: list[str], wanted: dict[str, str],
     finetune: Callable[..., Result], api: KubeApi, namespace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -55,7 +55,7 @@ def test_a_token_reaches_the_pod_and_nothing_else(
 
 
 def attempt(made: dict[str, Any]) -> dict[str, Any]:
-    """The Job that the operator makes of a FineTuneJob."""
+    """Return the Job that the operator creates for a FineTuneJob."""
     found = accepted(made["spec"])
     mine = finetunejob(made["spec"])
     run = build_run_config(mine, found.spec, 1, defaults=found.defaults, committed_step=0, max_step=None)

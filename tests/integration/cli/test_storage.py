@@ -57,14 +57,14 @@ def stored(bucket: Any, s3_server: S3Endpoint, job: Callable[..., dict[str, Any]
 
 
 @pytest.fixture(autouse=True)
-def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No credentials from outside."""
+def no_ambient_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Remove the credentials of the environment."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
-def test_verify_and_download(finetune: Finetune, stored: str, tmp_path: Path) -> None:
+def test_checkpoints_are_verified_and_downloaded(finetune: Finetune, stored: str, tmp_path: Path) -> None:
     assert finetune("checkpoints", "bot", "--verify", "--use-secret") == Result(
         0, "checkpoints/step-00000010: ok, 6.8 KiB\n", ""
     )
@@ -74,14 +74,14 @@ def test_verify_and_download(finetune: Finetune, stored: str, tmp_path: Path) ->
     assert (result.code, "20 is not committed below s3://" in result.err) == (1, True)
 
 
-def test_damage_is_found(finetune: Finetune, stored: str, bucket: Any) -> None:
+def test_damaged_file_is_detected(finetune: Finetune, stored: str, bucket: Any) -> None:
     bucket.put_object(Key=f"{stored}/checkpoints/step-00000010/a1-00000000/w.bin", Body=b"x" * 7000)
     result = finetune("checkpoints", "bot", "--verify", "--use-secret")
     assert result.code == 1
-    assert "w.bin is damaged: 7000 bytes" in result.err
+    assert "w.bin is damaged: it has 7000 bytes" in result.err
 
 
-def test_the_users_own_credentials(
+def test_credentials_come_from_the_environment(
     finetune: Finetune, stored: str, s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = finetune("checkpoints", "bot", "--verify")
@@ -91,13 +91,13 @@ def test_the_users_own_credentials(
     assert finetune("checkpoints", "bot", "--verify").code == 0
 
 
-def test_purge_removes_the_jobs_own_and_asks(
+def test_purge_asks_and_deletes_only_this_job(
     finetune: Finetune, stored: str, bucket: Any, api: KubeApi, namespace: str
 ) -> None:
-    assert "bot has not ended: cancel it first" in finetune("purge", "bot", "--use-secret").err
+    assert "bot has not finished: cancel it first" in finetune("purge", "bot", "--use-secret").err
     set_status(api, namespace, "bot", DONE)
-    assert "would be removed for good: confirm with --yes-purge bot" in finetune("purge", "bot", "--use-secret").err
-    assert "it is not the job's name" in finetune("purge", "bot", "--use-secret", "--yes-purge", "other").err
+    assert "would be deleted permanently: confirm with --yes-purge bot" in finetune("purge", "bot", "--use-secret").err
+    assert "this is not the name of the job" in finetune("purge", "bot", "--use-secret", "--yes-purge", "other").err
     result = finetune("purge", "bot", "--use-secret", "--yes-purge", "bot")
-    assert (result.code, result.out) == (0, "bot: 4 objects, 7.1 KiB, removed\n")
+    assert (result.code, result.out) == (0, "bot: 4 objects, 7.1 KiB, deleted\n")
     assert [one.key for one in bucket.objects.all()] == ["root/other/file"]

@@ -1,4 +1,4 @@
-"""One real file of every source that can be imported, for a tiny model on a CPU, and rows in the shapes that they want."""
+"""One configuration file for every importer, for a tiny model on a CPU, and rows in the format that it needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Source:
-    """A file of a source; `steps` and `rank` are what the run must come to."""
+    """A configuration file, and the number of steps and the adapter rank that its run must reach."""
 
     file: str
     text: str

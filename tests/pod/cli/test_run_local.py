@@ -1,4 +1,4 @@
-"""`finetune run --local`: the real trainer on this machine, by the command a user types."""
+"""`finetune run --local` with the real trainer on this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ spec:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and rows, as a user's project would be."""
+    """Create a project folder with a tiny model, rows and a manifest."""
     root = tmp_path_factory.mktemp("project")
     make_tiny_model(root / "tiny")
     turns = [
@@ -47,19 +47,19 @@ def finetune(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*FINETUNE, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
-def test_a_run_commits_its_model_where_s3_would_hold_it(folder: Path) -> None:
+def test_run_commits_the_model_with_the_layout_of_s3(folder: Path) -> None:
     done = finetune(folder, "run", "job.yaml", "--local", "-o", "out")
     assert done.returncode == 0, done.stderr
     (marker,) = (folder / "out/local/bot").glob("*/model/_COMMITTED")
     path = marker.parent / json.loads(marker.read_text())["path"]
     assert (path / "adapter_config.json").is_file()
-    assert done.stdout == f"bot: done, file://{path}\n"
+    assert done.stdout == f"bot: done, the model is in file://{path}\n"
     assert "6/6 (100%)" in done.stderr
     steps = sorted(one.parent.name for one in marker.parents[1].glob("checkpoints/*/_COMMITTED"))
     assert steps == ["step-00000003", "step-00000006"]
 
 
-def test_a_failure_is_told_with_its_hint(folder: Path) -> None:
+def test_failure_is_reported_with_its_hint(folder: Path) -> None:
     (folder / "bad.jsonl").write_text('{"messages": [{"role": "nobody", "content": "x"}]}\n', encoding="utf-8")
     failed = finetune(folder, "run", "job.yaml", "--local", "-o", "bad", "--set", "dataset.train=file://bad.jsonl")
     assert failed.returncode == 2
@@ -67,7 +67,7 @@ def test_a_failure_is_told_with_its_hint(folder: Path) -> None:
     assert "Traceback" not in failed.stderr
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path) -> None:
+def test_ctrl_c_saves_and_the_same_command_resumes(folder: Path) -> None:
     words = [
         "run",
         "job.yaml",
@@ -88,28 +88,28 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(folder: Path) -> None:
         if line.startswith("training"):
             break
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate()
+    _, stderr = process.communicate()
     assert process.returncode == 1
-    assert "the same command goes on from there" in said
+    assert "run the same command again to continue" in stderr
     (step,) = (folder / "stopped/local/bot").glob("*/checkpoints/*/_COMMITTED")
     saved = int(step.parent.name.removeprefix("step-"))
     assert 0 < saved < 300
     other = finetune(folder, *words[:-2], "--set", "training.seed=1")
-    assert (other.returncode, "holds the work of another bot" in other.stderr) == (1, True)
-    again = finetune(folder, *words)
-    assert again.returncode == 0, again.stderr
-    words_left = json.loads((folder / "stopped/.finetune/bot/work/termination-message.json").read_text(encoding="utf-8"))
-    assert (words_left["resumedFromStep"], words_left["step"]) == (saved, 300)
+    assert (other.returncode, "holds results of a job bot with another spec" in other.stderr) == (1, True)
+    resumed = finetune(folder, *words)
+    assert resumed.returncode == 0, resumed.stderr
+    message = json.loads((folder / "stopped/.finetune/bot/work/termination-message.json").read_text(encoding="utf-8"))
+    assert (message["resumedFromStep"], message["step"]) == (saved, 300)
 
 
 QUICK = ("yaml", "openai")
-"""Trained in `make test`; all of them in `make test-faults`, since each costs a start of the trainer."""
+"""Trained in `make test`. The others run in `make test-faults`, because each needs a start of the trainer."""
 
 
 @pytest.mark.parametrize(
     "source", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in SOURCES]
 )
-def test_an_import_of_every_source_trains(folder: Path, source: str) -> None:
+def test_imported_job_trains(folder: Path, source: str) -> None:
     home = folder / source
     home.mkdir()
     (home / SOURCES[source].file).write_text(SOURCES[source].text, encoding="utf-8")
@@ -122,5 +122,5 @@ def test_an_import_of_every_source_trains(folder: Path, source: str) -> None:
     (marker,) = (home / "out" / "local").glob(f"{source}/*/model/_COMMITTED")
     adapter = marker.parent / json.loads(marker.read_text())["path"] / "adapter_config.json"
     assert json.loads(adapter.read_text(encoding="utf-8"))["r"] == SOURCES[source].rank
-    words = json.loads((home / f"out/.finetune/{source}/work/termination-message.json").read_text(encoding="utf-8"))
-    assert words["step"] == SOURCES[source].steps
+    message = json.loads((home / f"out/.finetune/{source}/work/termination-message.json").read_text(encoding="utf-8"))
+    assert message["step"] == SOURCES[source].steps
