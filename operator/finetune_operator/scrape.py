@@ -18,9 +18,9 @@ import aiohttp
 from finetune_api.names import PROGRESS_PORT, Path
 from finetune_api.pod import ProgressReport
 from finetune_api.status import Stage
-from pydantic import ValidationError
 
 from finetune_operator.facts import ReceivedReport
+from finetune_operator.pod_reports import read_progress_report
 from finetune_operator.settings import ScrapeSettings
 from finetune_operator.workqueue import Key
 
@@ -164,9 +164,12 @@ class Scraper:
                     data += chunk
                     if len(data) > MAX_BYTES:
                         return None
-                report = ProgressReport.model_validate_json(data)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValidationError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
             logger.debug("no progress report from %s: %s", target.url, error)
+            return None
+        report = read_progress_report(data, self._now())
+        if report is None:
+            logger.debug("no progress report from %s: it is not a report", target.url)
             return None
         if report.uid != target.uid or report.attempt != target.attempt:
             logger.info("the pod at %s belongs to another job or attempt", target.url)

@@ -6,7 +6,6 @@ must hold neither. Reading never raises: whatever another version, a person or a
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -18,6 +17,7 @@ from finetune_api.status import FineTuneJobStatus
 from pydantic import ValidationError
 
 from finetune_operator.objects import Object
+from finetune_operator.pod_reports import read_termination_message
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class PodView:
     @property
     def termination_message(self) -> TerminationMessage | None:
         """Its termination message, if it is one of ours."""
-        return parse_termination_message(self.terminated.message) if self.terminated else None
+        return read_termination_message(self.terminated.message) if self.terminated else None
 
 
 @dataclass(frozen=True)
@@ -151,16 +151,6 @@ def parse_time(text: Any) -> datetime | None:
     except ValueError:
         return None
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
-
-
-def parse_termination_message(message: str) -> TerminationMessage | None:
-    """A termination message of the trainer, or None if it is anything else."""
-    if not message.startswith("{"):
-        return None
-    try:
-        return TerminationMessage.model_validate(json.loads(message))
-    except ValueError:
-        return None
 
 
 def read_status(raw: Any) -> FineTuneJobStatus:

@@ -1,0 +1,185 @@
+"""What pods report is bounded and cleaned: one wrong value neither enters the status nor takes the rest of the report with it."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from finetune_api.names import ExitCode, FailureClass
+from finetune_api.pod import ProgressReport, TerminationMessage
+from finetune_operator.pod_reports import MAX_NUMBER, read_progress_report, read_termination_message
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.unit.operator.samples import UID, at, report
+
+NOW = at(0)
+GOOD: dict[str, Any] = {
+    "uid": UID, "attempt": 1, "stage": "training", "detail": "step 3",
+    "progress": {"step": 3, "totalSteps": 9, "secondsRemaining": 60, "updateTime": "2026-11-21T12:00:00Z"},
+    "metrics": {"trainLoss": -0.5, "gradNorm": 1.5},
+    "health": {"secondsSinceStep": 1.0, "medianStepSeconds": 0.5},
+    "checkpoints": [{"step": 2, "uri": "s3://b/2", "time": "2026-11-21T11:59:00Z"}], "latestCheckpoint": "s3://b/2",
+    "resolved": {"strategy": "ddp"},
+}  # fmt: skip
+
+
+def read(value: Any) -> ProgressReport | None:
+    return read_progress_report(json.dumps(value).encode(), NOW)
+
+
+def changed(path: str, value: Any) -> dict[str, Any]:
+    """GOOD with another value at a dotted path."""
+    result = json.loads(json.dumps(GOOD))
+    *parents, name = [int(part) if part.isdigit() else part for part in path.split(".")]
+    inner = result
+    for part in parents:
+        inner = inner[part]
+    inner[name] = value
+    return result
+
+
+def field(found: ProgressReport, path: str) -> Any:
+    value: Any = found.to_wire()
+    for part in path.split("."):
+        value = value[int(part)] if part.isdigit() else value.get(part)
+    return value
+
+
+def test_good_report_is_unchanged() -> None:
+    assert read(GOOD) == ProgressReport.model_validate(GOOD)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "kept"),
+    [
+        ("progress.step", 2**63, None),
+        ("progress.step", 10**400, None),
+        ("progress.step", 1e300, None),
+        ("progress.step", -1, None),
+        ("progress.step", "9223372036854775808", None),
+        ("progress.step", "seven", None),
+        ("metrics.trainLoss", "-Infinity", None),
+        ("progress.step", MAX_NUMBER, MAX_NUMBER),
+        ("progress.step", MAX_NUMBER + 1, None),
+        ("progress.secondsRemaining", 10**12, None),
+        ("progress.updateTime", "0001-01-01T00:00:00Z", None),
+        ("progress.updateTime", "9999-12-31T23:59:59Z", None),
+        ("progress.updateTime", "2026-11-22T11:59:59Z", "2026-11-22T11:59:59Z"),
+        ("progress.updateTime", "2026-11-22T12:00:01Z", None),
+        ("progress.updateTime", "2026-11-21T14:00:00+02:00", "2026-11-21T12:00:00Z"),
+        ("progress.updateTime", "2026-11-21T12:00:00", "2026-11-21T12:00:00Z"),
+        ("progress.updateTime", "0001-01-01T00:00:00+14:00", None),
+        ("progress.updateTime", 5, None),
+        ("progress.updateTime", "soon", None),
+        ("metrics.trainLoss", float("nan"), None),
+        ("metrics.trainLoss", float("-inf"), None),
+        ("metrics.trainLoss", -2.5, -2.5),
+        ("metrics.gradNorm", -2.5, None),
+        ("health.medianStepSeconds", 1e300, None),
+        ("health.secondsSinceStep", -5.0, None),
+        ("detail", "a\x1b[31mred\x00\u202eb", "a [31mred  b"),
+        ("detail", "x" * 5000, "x" * 252 + " ..."),
+        ("detail", 7, None),
+        ("latestCheckpoint", "s3://b/\x1b]0;x", None),
+        ("latestCheckpoint", "s3://b/" + "x" * 2000, None),
+        ("checkpoints.0.time", "0001-01-01T00:00:00Z", None),
+        ("resolved.defaults", {"training.learningRate": 9}, None),
+        ("resolved.strategy", "d\x07dp", "d dp"),
+        ("resolved.notes", ["a"] * 5000, ["a"] * 100),
+        ("resolved.storage", {"a": {"b": {"c": {"d": {"e": {"f": 1}}}}}}, {"a": {"b": {"c": {}}}}),
+        ("resolved.storage", {"rate": float("inf"), "ok": True}, {"ok": True}),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_value_out_of_bounds_is_dropped_or_cleaned(path: str, value: Any, kept: Any) -> None:
+    found = read(changed(path, value))
+    assert found is not None
+    assert field(found, path) == kept
+    assert found.attempt == 1 and found.uid == UID
+    others = [one for one in ("progress.totalSteps", "health.healthy") if field(found, one) is None]
+    assert others == []
+
+
+@pytest.mark.parametrize(
+    "checkpoint",
+    [{"step": 2**63, "uri": "s3://b/x"}, {"step": -1, "uri": "s3://b/x"}, {"step": 4, "uri": "s3://b/\x1b"}, {"uri": "s3://b/x"}, "x"],
+    ids=["step too large", "negative step", "control character", "no step", "no object"],
+)
+def test_checkpoint_without_a_usable_step_and_uri_is_dropped(checkpoint: Any) -> None:
+    found = read(GOOD | {"checkpoints": [checkpoint, *GOOD["checkpoints"], checkpoint]})
+    assert found is not None
+    assert [(one.step, one.uri) for one in found.checkpoints] == [(2, "s3://b/2")]
+
+
+def test_only_the_newest_of_many_checkpoints_are_kept() -> None:
+    found = read(GOOD | {"checkpoints": [{"step": step, "uri": f"s3://b/{step}"} for step in range(500)]})
+    assert found is not None
+    assert [one.step for one in found.checkpoints] == list(range(400, 500))
+
+
+def test_unknown_stage_does_not_discard_the_report() -> None:
+    found = read(changed("stage", "merging"))
+    assert found is not None
+    assert (found.stage, found.progress.step) == ("starting", 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"[]", b"{", b"7", b"[" * 60_000, b'{"a":' * 10_000, b'{"uid": "\xff"}', json.dumps({"uid": UID}).encode()],
+    ids=["empty", "list", "cut", "number", "deep list", "deep object", "not UTF-8", "without attempt"],
+)
+def test_what_is_no_report_is_none(data: bytes) -> None:
+    assert read_progress_report(data, NOW) is None
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["step", "uri", "time", "x"]), inner, max_size=3),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(st.sampled_from([*GOOD, "timings", "resumedFromStep"]), JSON))
+def test_any_json_is_read_without_an_error(changes: dict[str, Any]) -> None:
+    found = read({**GOOD, **changes, "uid": UID, "attempt": 1})
+    assert found is not None
+    assert json.dumps(found.to_wire(), allow_nan=False)
+
+
+# Termination messages
+
+
+def test_termination_message_is_read_with_its_nanoseconds() -> None:
+    message = TerminationMessage(
+        class_=FailureClass.DATA, code="RowMalformed", message="row 17", exit_code=int(ExitCode.DATA), time_ns=1_763_726_400_000_000_001
+    )
+    assert read_termination_message(message.to_json()) == message
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"step": 2**63, "message": "m"}, TerminationMessage(message="m")),
+        ({"class": "Cosmic", "code": "X"}, TerminationMessage(code="X")),
+        ({"message": "\x1b[2Jgone", "hint": "token=hf_abcdefghijklmnopqrst"}, TerminationMessage(message="[2Jgone", hint="token=[redacted]")),
+        ({"code": "c" * 100}, TerminationMessage(code="c" * 60 + " ...")),
+        ({"timeNs": 2**64, "rank": -1}, TerminationMessage()),
+        ({"output": {"uri": "s3://b/m", "kind": "sculpture", "evaluation": {"testReward": -1.5, "x": float("nan")}}},
+         TerminationMessage.model_validate({"output": {"uri": "s3://b/m", "evaluation": {"testReward": -1.5}}})),
+    ],
+    ids=["step", "unknown class", "escape sequence and secret", "long code", "nanoseconds and rank", "output"],
+)  # fmt: skip
+def test_termination_message_is_bounded_and_cleaned(value: dict[str, Any], expected: TerminationMessage) -> None:
+    assert read_termination_message(json.dumps(value)) == expected
+
+
+@pytest.mark.parametrize("text", ["", "Killed", "[1]", "[" * 4096, "{" * 4096])
+def test_other_texts_are_no_termination_message(text: str) -> None:
+    assert read_termination_message(text) is None
+
+
+def test_status_times_of_a_report_are_utc() -> None:
+    assert report(progress={"updateTime": "2026-11-21T12:00:00Z"}).progress.update_time == datetime(2026, 11, 21, 12, tzinfo=UTC)
