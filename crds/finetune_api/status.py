@@ -228,7 +228,7 @@ class FineTuneJobStatus(ReportModel):
         "One word for people. Programs read conditions.", example="Running", prompt=Prompt.VALUE
     )
     reason: str | None = status_field(
-        "One word: why the job waits, or why it failed. Absent while it runs normally.",
+        "One word: why the job waits, or why it failed. `-` if the phase says everything.",
         example="Unschedulable", prompt=Prompt.VALUE,
     )  # fmt: skip
     conditions: list[Condition] = status_field("Conditions, by type.", default_factory=list, prompt=Prompt.VALUE)

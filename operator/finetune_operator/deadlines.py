@@ -34,7 +34,8 @@ def waiting_since(facts: Facts) -> datetime | None:
     """Since when the job waits for its pods, or for the Job that creates them; None: it does not (queued, suspended)."""
     ready = facts.condition(Condition.PODS_READY)
     if facts.running_since is not None:
-        unready_since = ready.last_transition_time if ready and ready.status == "False" else None
+        # If the status still shows ready pods, they stopped being ready just now.
+        unready_since = facts.now if ready and ready.status == "True" else ready.last_transition_time if ready else None
         return max(facts.running_since, unready_since) if unready_since else facts.running_since
     accepted = facts.condition(Condition.ACCEPTED)
     if isinstance(facts.acceptance, Refused) and accepted is not None and accepted.status == "False":

@@ -1,578 +1,401 @@
-"""From facts, a plan and what came of it to the status: computed in memory, compared, written once. Pure.
+"""Computes the status from facts, a plan and the result of its actions. Pure; the caller compares and writes it.
 
-The status is what was observed, never what is hoped for. Text that others wrote is cut and cleaned before it gets here.
+The status contains what was observed, and nothing that is merely expected. Everything that pods report is bounded and cleaned before it
+gets here (`pod_reports`).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from datetime import datetime
+from typing import TypeVar
 
 from finetune_api.names import Condition as Kind
-from finetune_api.names import FailureClass, Phase, Reason
+from finetune_api.names import FailureClass, Reason, attempt_of_uri
+from finetune_api.sources import model_name
 from finetune_api.status import (
+    Adaptation,
     Attempt,
     Checkpoint,
-    Condition,
     Failure,
     FineTuneJobStatus,
     Metrics,
+    Output,
     Progress,
     Resolved,
     Stage,
     Workers,
 )
+from pydantic import BaseModel
 
-from finetune_operator.deadlines import start_timeout_seconds, waiting_since
+from finetune_operator.conditions import conditions, with_generation
 from finetune_operator.facts import Facts
+from finetune_operator.phase import NO_VALUE, phase, reason
 from finetune_operator.plan import ActionResult, AttemptEnd, Finish, Outcome, Plan, Situation
-from finetune_operator.policies import timeouts
-from finetune_operator.policies.acceptance import Accepted, Refused
-from finetune_operator.policies.blocking import BlockingCondition
+from finetune_operator.policies.acceptance import Accepted
+from finetune_operator.policies.timeouts import seconds_between
+from finetune_operator.status_input import StatusInput
 from finetune_operator.text import clean, duration
 
 KEPT_ATTEMPTS = 10
 KEPT_CHECKPOINTS = 5
-NOTHING = "-"
-"""Shown in a column that has no value yet: never blank without meaning."""
-Truth = Literal["True", "False", "Unknown"]
+KEPT_ADAPTATIONS = 20
+STEP_IN_URI = re.compile(r"/step-(\d{8,})(?:/|$)")
 
-PHASE_OF_STAGE: dict[Stage, Phase] = {
-    Stage.STARTING: Phase.STARTING,
-    Stage.DOWNLOADING: Phase.STARTING,
-    Stage.CHECKING: Phase.VALIDATING,
-    Stage.LOADING: Phase.STARTING,
-    Stage.RESTORING: Phase.STARTING,
-    Stage.TRAINING: Phase.RUNNING,
-    Stage.SAVING: Phase.RUNNING,
-    Stage.EVALUATING: Phase.EVALUATING,
-    Stage.UPLOADING: Phase.UPLOADING,
-    Stage.STOPPING: Phase.RUNNING,
-    Stage.DONE: Phase.UPLOADING,
-    Stage.FAILED: Phase.RUNNING,
-}
-PHASE_OF_OUTCOME = {
-    Outcome.SUCCEEDED: Phase.SUCCEEDED,
-    Outcome.FAILED: Phase.FAILED,
-    Outcome.CANCELLED: Phase.CANCELLED,
-}
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def merge(first: Model, *newer: Model | None) -> Model:
+    """`first` with the fields that newer values set; a field that is None is not set."""
+    fields = {name: value for one in newer if one is not None for name, value in one if value is not None}
+    return first.model_copy(update=fields)
+
+
+def report(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJobStatus:
+    """The current status."""
+    old = facts.job.status
+    if plan.situation is Situation.DELETING:
+        return old
+    if plan.situation is Situation.FINISHED and plan.finish is None:
+        return _with_generation(old, facts.job.generation)
+    view = StatusInput(facts, plan, result)
+    counters, checkpoints = _counters(view), _checkpoints(view)
+    found = conditions(view, checkpoints.latest)
+    return FineTuneJobStatus(
+        observed_generation=facts.job.generation,
+        phase=phase(view),
+        reason=reason(view, found),
+        conditions=found,
+        attempt=counters.attempt,
+        restarts=counters.restarts,
+        retries_used=counters.retries_used,
+        active_seconds=counters.active_seconds,
+        attempts=_attempts(view),
+        progress=_progress(view),
+        metrics=_metrics(view),
+        checkpoints=checkpoints.kept,
+        latest_checkpoint=checkpoints.latest,
+        latest_checkpoint_step=checkpoints.latest_step,
+        output=_output(view),
+        failure=_failure(view),
+        adaptations=counters.adaptations,
+        workers=_workers(view),
+        resolved=_resolved(view),
+        start_time=counters.start_time,
+        completion_time=_completion_time(view) or old.completion_time,
+        duration=_duration(view) or old.duration,
+    )
+
+
+def _with_generation(status: FineTuneJobStatus, generation: int) -> FineTuneJobStatus:
+    """The status of a finished job whose spec was edited: nothing but the generation changes."""
+    dated = FineTuneJobStatus(
+        observed_generation=generation, conditions=with_generation(status.conditions, generation)
+    )
+    return status.model_copy(
+        update={"observed_generation": dated.observed_generation, "conditions": dated.conditions}
+    )
+
+
+# Attempts and counters
 
 
 @dataclass(frozen=True)
-class View:
-    """Everything a status is computed from, with the answers that several fields need."""
+class Counters:
+    """Attempt number, retries, running time and what they depend on."""
 
-    facts: Facts
-    plan: Plan
-    acted: ActionResult
-
-    @property
-    def old(self) -> FineTuneJobStatus:
-        """The status as it was."""
-        return self.facts.job.status
-
-    @property
-    def queued(self) -> bool:
-        """A queue holds the Job."""
-        job = self.acted.created_job or self.facts.current_job
-        return job is not None and job.is_suspended and not job.is_finished
-
-    @property
-    def ready(self) -> int:
-        """Pods that are ready."""
-        return sum(pod.is_ready for pod in self.facts.active_pods)
-
-    @property
-    def waiting(self) -> BlockingCondition | None:
-        """What keeps the pods from running."""
-        return self.acted.blocking or self.plan.blocking
-
-    @property
-    def suspended(self) -> bool:
-        """No pods, because the user asked for it."""
-        between = self.plan.situation is Situation.ENDED and self.plan.finish is None
-        return self.facts.suspend_requested and (self.plan.situation is Situation.SUSPENDED or between)
-
-    @property
-    def stopping(self) -> Reason | None:
-        """Why the attempt is being ended by us."""
-        return self.plan.termination.reason if self.plan.termination else self.facts.termination_reason
+    attempt: int | None
+    restarts: int
+    retries_used: int | None
+    active_seconds: int | None
+    adaptations: list[Adaptation]
+    start_time: datetime | None
 
 
-def report(facts: Facts, plan: Plan, acted: ActionResult) -> FineTuneJobStatus:
-    """The status that is true now."""
-    if plan.situation is Situation.DELETING:
-        return facts.job.status
-    view = View(facts, plan, acted)
-    if plan.situation is Situation.FINISHED and plan.finish is None:
-        return _seen(view.old, facts.job.generation)
-    changes: dict[str, Any] = {
-        "observed_generation": facts.job.generation,
-        "phase": phase(view),
-        "attempts": _attempts(view),
-        "workers": _workers(view),
-        "resolved": _resolved(view),
-        "conditions": _conditions(view),
-    }
-    changes |= _counters(view) | _progress(view) | _checkpoints(view) | _end(view)
-    return view.old.model_copy(update=changes)
+def _counters(view: StatusInput) -> Counters:
+    facts, old, end, job = view.facts, view.old, view.plan.attempt_end, view.current_job
+    attempt = facts.attempt if end is None or end.next_attempt is None else end.next_attempt
+    has_started = job is not None or old.start_time is not None or attempt > 1
+    retries_used, adaptations = old.retries_used, old.adaptations
+    if end is not None:
+        retries_used = 0 if end.progressed else (old.retries_used or 0) + end.counted
+        if end.adaptation is not None:
+            adaptations = [*old.adaptations, end.adaptation][-KEPT_ADAPTATIONS:]
+    return Counters(
+        attempt=attempt if has_started else old.attempt,
+        restarts=attempt - 1,
+        retries_used=retries_used,
+        active_seconds=_active_seconds(view),
+        adaptations=adaptations,
+        start_time=old.start_time or (job.created_at if job else None),
+    )
 
 
-def _seen(status: FineTuneJobStatus, generation: int) -> FineTuneJobStatus:
-    """A final status, for a spec that was edited since: nothing else of it changes any more."""
-    conditions = [one.model_copy(update={"observed_generation": generation}) for one in status.conditions]
-    return status.model_copy(update={"observed_generation": generation, "conditions": conditions})
+def _active_seconds(view: StatusInput) -> int | None:
+    """Running time of all attempts; it changes when a period of running time ends."""
+    facts, end = view.facts, view.plan.attempt_end
+    quota_lost = view.is_queued and facts.is_true(Kind.QUOTA_RESERVED)
+    if facts.running_since is None or (end is None and not quota_lost):
+        return view.old.active_seconds
+    return round(facts.running_seconds(end.time if end is not None else facts.now))
 
 
-def phase(view: View) -> Phase:
-    """One word for people."""
-    plan, facts = view.plan, view.facts
-    if plan.finish is not None:
-        return PHASE_OF_OUTCOME[plan.finish.outcome]
-    if view.suspended:
-        return Phase.SUSPENDED
-    recovering = _recovering(view.old)
-    match plan.situation:
-        case Situation.REFUSED:
-            return Phase.PENDING
-        case Situation.BLOCKED:
-            return Phase.SUSPENDING if facts.suspend_requested else Phase.RECOVERING if recovering else Phase.PENDING
-        case Situation.BACKING_OFF | Situation.ENDED:
-            return Phase.RECOVERING
-        case Situation.STARTING if view.acted.created_job is None:
-            return Phase.PENDING
-    if view.stopping is not None:
-        stops = {Reason.SUSPENDED: Phase.SUSPENDING, Reason.CANCELLED: Phase.CANCELLING}
-        stops |= {Reason.DEADLINE_EXCEEDED: Phase.CANCELLING}
-        return stops.get(view.stopping, Phase.RECOVERING)
-    if view.queued:
-        return Phase.QUEUED
-    return _phase_of_pods(view, recovering)
-
-
-def _recovering(status: FineTuneJobStatus) -> bool:
-    """Whether the next or current attempt repairs something; continuing after a suspension does not."""
-    ended = [one for one in status.attempts if one.end_time is not None]
-    return bool(ended) and ended[-1].reason != Reason.SUSPENDED
-
-
-def _phase_of_pods(view: View, recovering: bool) -> Phase:
-    facts, heard = view.facts, view.facts.live_report
-    if heard is None:
-        if facts.active_pods and facts.attempt_record is not None and facts.attempt_record.last_step:
-            # It trained, as far as status remembers; we have only not asked it yet since we started.
-            return Phase.RUNNING
-        return Phase.RECOVERING if recovering else Phase.STARTING
-    found = PHASE_OF_STAGE[heard.report.stage]
-    if found is Phase.EVALUATING and not _last_step(heard.report.progress):
-        return Phase.RUNNING
-    before = found in (Phase.STARTING, Phase.VALIDATING)
-    return Phase.RECOVERING if before and recovering else found
-
-
-def _last_step(progress: Progress) -> bool:
-    return progress.total_steps is not None and (progress.step or 0) >= progress.total_steps
-
-
-def _counters(view: View) -> dict[str, Any]:
-    """Attempt number, retries and running time."""
-    facts, plan, old = view.facts, view.plan, view.old
-    started = view.acted.created_job is not None or facts.current_job is not None or old.start_time is not None
-    ended = plan.attempt_end
-    attempt = facts.attempt if ended is None or ended.next_attempt is None else ended.next_attempt
-    changes: dict[str, Any] = {"restarts": attempt - 1}
-    if started or attempt > 1:
-        changes["attempt"] = attempt
-    if old.start_time is None and (job := view.acted.created_job or facts.current_job) is not None:
-        changes["start_time"] = job.created_at
-    if ended is not None:
-        used = 0 if ended.progressed else (old.retries_used or 0) + ended.counted
-        changes["retries_used"] = used
-    quota_lost = view.queued and facts.is_true(Kind.QUOTA_RESERVED)
-    if facts.running_since is not None and (ended is not None or quota_lost):
-        changes["active_seconds"] = round(facts.running_seconds(ended.time if ended is not None else facts.now))
-    if ended is not None and ended.adaptation is not None:
-        changes["adaptations"] = [*old.adaptations, ended.adaptation][-KEPT_ATTEMPTS * 2 :]
-    return changes
-
-
-def _attempts(view: View) -> list[Attempt]:
-    """The attempts, the current one brought up to date."""
-    facts, plan = view.facts, view.plan
+def _attempts(view: StatusInput) -> list[Attempt]:
+    """The newest attempts, the current one up to date."""
     attempts = {one.number: one for one in view.old.attempts}
-    job = view.acted.created_job or facts.current_job
-    current = attempts.get(facts.attempt)
-    if current is None and job is not None:
-        current = Attempt(number=facts.attempt, start_time=job.created_at, config_sha256=job.config_sha256 or None)
-    if current is None:
-        return list(view.old.attempts)
-    if facts.last_report is not None:
-        current = current.model_copy(update=_heard(view, current))
-        _count_lost(attempts, current)
+    number, job, plan = view.facts.attempt, view.current_job, view.plan
+    known = attempts.get(number)
+    if known is None:
+        if job is None:
+            return list(view.old.attempts)
+        known = Attempt(number=number, start_time=job.created_at, config_sha256=job.config_sha256 or None)
+    current = merge(known, _reported_attempt(view, known))
     if plan.termination is not None:
-        current = current.model_copy(update={"reason": plan.termination.reason, "message": plan.termination.message})
+        current = merge(
+            current, Attempt(number=number, reason=plan.termination.reason, message=plan.termination.message)
+        )
     if plan.attempt_end is not None:
-        current = current.model_copy(update=_ended(plan.attempt_end, current))
-        _count_lost(attempts, current)
-    attempts[current.number] = current
+        current = merge(current, _ended_attempt(plan.attempt_end, number))
+    attempts[number] = current
+    previous = attempts.get(number - 1)
+    if previous is not None and (view.last_report is not None or plan.attempt_end is not None):
+        attempts[number - 1] = _previous_attempt(previous, current, view)
     return [attempts[number] for number in sorted(attempts)][-KEPT_ATTEMPTS:]
 
 
-def _heard(view: View, current: Attempt) -> dict[str, Any]:
-    assert view.facts.last_report is not None  # noqa: S101 -- the caller asked
-    found = view.facts.last_report.report
+def _reported_attempt(view: StatusInput, known: Attempt) -> Attempt | None:
+    """What the pod reported about the current attempt."""
+    found = view.last_report
+    if found is None:
+        return None
     steps = view.facts.steps_of_this_attempt(found.checkpoints, found.resumed_from_step)
-    changes = {
-        "last_step": found.progress.step,
-        "resumed_from_step": found.resumed_from_step,
-        "committed_step": max([*steps, current.committed_step or 0]) or None,
-    }
-    return {name: value for name, value in changes.items() if value is not None}
+    return Attempt(
+        number=known.number,
+        last_step=found.progress.step,
+        resumed_from_step=found.resumed_from_step,
+        committed_step=max([*steps, known.committed_step or 0]) or None,
+    )
 
 
-def _count_lost(attempts: dict[int, Attempt], current: Attempt) -> None:
-    """Steps of the attempt before that this one repeats, known as soon as it says where it started."""
-    before = attempts.get(current.number - 1)
-    if before is None or before.last_step is None or before.steps_lost is not None or current.last_step is None:
-        return
-    lost = max(0, before.last_step - (current.resumed_from_step or 0))
-    attempts[before.number] = before.model_copy(update={"steps_lost": lost})
+def _ended_attempt(end: AttemptEnd, number: int) -> Attempt:
+    failure, message = end.failure, end.termination_message
+    return Attempt(
+        number=number,
+        end_time=end.time,
+        reason=end.reason,
+        message=clean(failure.message) if failure else None,
+        exit_code=failure.exit_code if failure else 0,
+        node=failure.node if failure else None,
+        counted=end.counted if failure else None,
+        committed_step=end.committed_step,
+        last_step=(message.step if message else None) or (failure.step if failure else None),
+        resumed_from_step=message.resumed_from_step if message else None,
+    )
 
 
-def _ended(ended: AttemptEnd, current: Attempt) -> dict[str, Any]:
-    failure, words = ended.failure, ended.termination_message
-    changes = {
-        "end_time": ended.time,
-        "reason": ended.reason,
-        "message": clean(failure.message) if failure else None,
-        "exit_code": failure.exit_code if failure else 0,
-        "node": failure.node if failure else None,
-        "counted": ended.counted if failure else None,
-        "committed_step": ended.committed_step,
-        "last_step": (words.step if words else None) or (failure.step if failure else None),
-        "resumed_from_step": words.resumed_from_step if words else None,
-    }
-    return {name: value for name, value in changes.items() if value is not None}
+def _previous_attempt(previous: Attempt, current: Attempt, view: StatusInput) -> Attempt:
+    """The previous attempt with what the current one's start tells about it.
+
+    If the previous attempt ended while the operator was away, its status lacks its last steps. A current attempt that resumed
+    from a later step proves that the previous one reached and committed that step.
+    """
+    resumed = current.resumed_from_step
+    if resumed is not None and resumed > (previous.last_step or 0) and _is_made_by(previous, resumed, view):
+        committed = max(resumed, previous.committed_step or 0)
+        return merge(
+            previous, Attempt(number=previous.number, last_step=resumed, committed_step=committed, steps_lost=0)
+        )
+    if previous.last_step is None or previous.steps_lost is not None or current.last_step is None:
+        return previous
+    steps_lost = max(0, previous.last_step - (resumed or 0))
+    return merge(previous, Attempt(number=previous.number, steps_lost=steps_lost))
 
 
-def _workers(view: View) -> Workers:
+def _is_made_by(attempt: Attempt, step: int, view: StatusInput) -> bool:
+    """Whether the attempt committed the checkpoint of that step.
+
+    Without a URI that names the attempt, only the first report of the current attempt proves it: after that, a queue may have
+    replaced the current attempt's pods, which then resume from its own checkpoints.
+    """
+    listed = [one for source in view.facts.reported_checkpoints for one in source.checkpoints]
+    makers = {attempt_of_uri(one.uri) for one in [*view.old.checkpoints, *listed] if one.step == step} - {None}
+    if makers:
+        return attempt.number in makers
+    record = view.facts.attempt_record
+    return record is None or record.last_step is None
+
+
+def _workers(view: StatusInput) -> Workers:
     total = view.facts.nodes
-    ready = view.ready if view.plan.finish is None else 0
+    ready = view.ready_pods if view.plan.finish is None else 0
     return Workers(ready=ready, total=total, display=f"{ready}/{total}")
 
 
-def _progress(view: View) -> dict[str, Any]:
-    """Progress and metrics: what the pod says, in the end its last words; never back to nothing."""
-    words = view.plan.attempt_end.termination_message if view.plan.attempt_end else None
-    heard = view.facts.last_report.report if view.facts.last_report else None
-    progress = _merged(
-        Progress, view.old.progress, heard.progress if heard else None, words.progress if words else None
+# Progress
+
+
+def _progress(view: StatusInput) -> Progress:
+    """Progress from the last report and, at the end, the termination message; known values are never lost."""
+    found, message = view.last_report, view.termination_message
+    merged = merge(
+        view.old.progress or Progress(), found.progress if found else None, message.progress if message else None
     )
-    metrics = _merged(Metrics, view.old.metrics, heard.metrics if heard else None, words.metrics if words else None)
-    if words is not None and words.step is not None and words.step > (progress.step or 0):
-        progress = progress.model_copy(update={"step": words.step})
-    return {"progress": _displayed(progress, view), "metrics": metrics}
-
-
-def _merged(model: type[Any], *values: Any) -> Any:
-    """One value, the later fields over the earlier."""
-    fields: dict[str, Any] = {}
-    for value in values:
-        if value is not None:
-            fields |= {name: found for name, found in value if found is not None}
-    return model(**fields)
-
-
-def _displayed(progress: Progress, view: View) -> Progress:
-    step, total = progress.step, progress.total_steps
-    changes: dict[str, Any] = {"display": NOTHING, "eta": NOTHING}
-    if step is not None and total:
-        percent = min(100, 100 * step // total)
-        changes |= {"percent": percent, "display": f"{step}/{total} ({percent}%)"}
-    elif step is not None:
-        changes["display"] = str(step)
-    training = view.plan.situation is Situation.ACTIVE and not view.queued and bool(view.facts.active_pods)
-    if training and progress.seconds_remaining is not None:
-        changes["eta"] = duration(progress.seconds_remaining)
+    if message is not None and message.step is not None and message.step > (merged.step or 0):
+        merged = merge(merged, Progress(step=message.step))
     if view.plan.finish is not None:
-        changes["seconds_remaining"] = None
-    return progress.model_copy(update=changes)
+        merged = merged.model_copy(update={"seconds_remaining": None})
+    return merge(merged, _displayed(merged, view))
 
 
-def _checkpoints(view: View) -> dict[str, Any]:
-    """The newest committed checkpoints and the best."""
-    words = view.plan.attempt_end.termination_message if view.plan.attempt_end else None
-    heard = view.facts.last_report.report if view.facts.last_report else None
-    # By step: after a rollback an attempt commits a step in the place of the one that was left behind.
+def _displayed(progress: Progress, view: StatusInput) -> Progress:
+    """Progress as text for people."""
+    step, total = progress.step, progress.total_steps
+    is_training = view.plan.situation is Situation.ACTIVE and not view.is_queued and bool(view.facts.active_pods)
+    remaining = progress.seconds_remaining
+    eta = duration(remaining) if is_training and remaining is not None else NO_VALUE
+    if step is None:
+        return Progress(display=NO_VALUE, eta=eta)
+    if not total:
+        return Progress(display=str(step), eta=eta)
+    percent = min(100, 100 * step // total)
+    return Progress(percent=percent, display=f"{step}/{total} ({percent}%)", eta=eta)
+
+
+def _metrics(view: StatusInput) -> Metrics:
+    found, message = view.last_report, view.termination_message
+    return merge(view.old.metrics or Metrics(), found.metrics if found else None, message.metrics if message else None)
+
+
+# Checkpoints
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The newest committed checkpoints and the best one, and which of them is the newest."""
+
+    kept: list[Checkpoint]
+    latest: str | None
+    latest_step: int | None
+
+
+def _checkpoints(view: StatusInput) -> Checkpoints:
+    # By step: after a rollback, an attempt commits a step again and replaces the checkpoint that was left behind.
     known = {one.step: one for one in view.old.checkpoints}
     for source in view.facts.reported_checkpoints:
-        known = {step: one for step, one in known.items() if not _removed(one, source.checkpoints)}
-        known |= {one.step: _merged_checkpoint(known.get(one.step), one) for one in source.checkpoints}
+        known = {step: one for step, one in known.items() if not _is_removed(one, source.checkpoints)}
+        known |= {one.step: _same_or_newer(known.get(one.step), one) for one in source.checkpoints}
     ordered = sorted(known.values(), key=lambda one: one.step)
     kept = ordered[-KEPT_CHECKPOINTS:]
-    judged = [one for one in ordered if one.eval_loss is not None]
-    best = min(judged, key=lambda one: one.eval_loss or 0.0, default=None)
+    evaluated = [one for one in ordered if one.eval_loss is not None]
+    best = min(evaluated, key=lambda one: one.eval_loss or 0.0, default=None)
     if best is not None and best not in kept:
         kept = [best, *kept]
-    latest = _latest(kept, heard.latest_checkpoint if heard else None, words.latest_checkpoint if words else None)
-    return {"checkpoints": kept, "latest_checkpoint": latest or view.old.latest_checkpoint}
+    latest = _latest_uri(view, kept) or view.old.latest_checkpoint
+    return Checkpoints(kept, latest, _step_of(latest, kept))
 
 
-def _merged_checkpoint(before: Checkpoint | None, now: Checkpoint) -> Checkpoint:
-    """What is said now over what was known of the same one: an attempt that took it over does not know how long it took to save."""
-    return now if before is None or before.uri != now.uri else _merged(Checkpoint, before, now)
+def _same_or_newer(before: Checkpoint | None, now: Checkpoint) -> Checkpoint:
+    """The reported checkpoint, with what only the attempt that made it knew, such as the duration of its upload."""
+    return now if before is None or before.uri != now.uri else merge(before, now)
 
 
-def _removed(one: Checkpoint, told: Sequence[Checkpoint]) -> bool:
-    """Whether retention has taken it: rank 0 tells of newer ones and not of it. What lies behind a rollback is newer than all of them."""
-    steps = {checkpoint.step for checkpoint in told}
+def _is_removed(one: Checkpoint, listed: Sequence[Checkpoint]) -> bool:
+    """Whether retention removed a checkpoint: the pod lists newer ones but not this one.
+
+    Checkpoints that a rollback left behind are newer than all listed ones, and stay.
+    """
+    steps = {checkpoint.step for checkpoint in listed}
     return bool(steps) and one.step not in steps and one.step < max(steps)
 
 
-def _latest(kept: list[Checkpoint], *said: str | None) -> str | None:
-    return next((uri for uri in reversed(said) if uri), kept[-1].uri if kept else None)
+def _latest_uri(view: StatusInput, kept: list[Checkpoint]) -> str | None:
+    found, message = view.last_report, view.termination_message
+    reported = (message.latest_checkpoint if message else None) or (found.latest_checkpoint if found else None)
+    return reported or (kept[-1].uri if kept else None)
 
 
-def _resolved(view: View) -> Resolved:
-    """What the run really is: from the spec, from the pods, and from the trainer, which knows best."""
-    facts, acceptance = view.facts, view.facts.acceptance
-    own: dict[str, Any] = {}
-    begun = facts.current_job is not None and facts.attempt_record is not None
-    if isinstance(acceptance, Accepted) and not begun:
-        # What runs keeps what it began with, whatever the operator's configuration says since.
-        own = _from_spec(view, acceptance)
-    job = view.acted.created_job or facts.current_job
-    if job is not None and job.config_sha256:
-        own["config_sha256"] = job.config_sha256
-    digest = next((pod.image_id for pod in facts.attempt_pods if pod.image_id), None)
-    if digest:
-        own["image_digest"] = digest
-    words = view.plan.attempt_end.termination_message if view.plan.attempt_end else None
-    said = [facts.last_report.report.resolved if facts.last_report else None, words.resolved if words else None]
-    merged: Resolved = _merged(Resolved, view.old.resolved, Resolved(**own), *said)
-    return merged
+def _step_of(uri: str | None, kept: list[Checkpoint]) -> int | None:
+    if uri is None:
+        return None
+    found = STEP_IN_URI.search(uri)
+    return next((one.step for one in kept if one.uri == uri), int(found[1]) if found else None)
 
 
-def _from_spec(view: View, acceptance: Accepted) -> dict[str, Any]:
+# The resolved configuration
+
+
+def _resolved(view: StatusInput) -> Resolved:
+    """The configuration that the run uses: from the spec, from the pods, and from the trainer, in rising precedence."""
+    facts, found, message = view.facts, view.last_report, view.termination_message
+    # A running attempt keeps what it started with, even if the operator's configuration has changed since.
+    is_running = facts.current_job is not None and facts.attempt_record is not None
+    from_spec = _from_spec(view, facts.acceptance) if isinstance(facts.acceptance, Accepted) and not is_running else None
+    job = view.current_job
+    observed = Resolved(
+        config_sha256=(job.config_sha256 if job else None) or None,
+        image_digest=next((pod.image_id for pod in facts.attempt_pods if pod.image_id), None),
+    )
+    trainer = [found.resolved if found else None, message.resolved if message else None]
+    return merge(view.old.resolved or Resolved(), from_spec, observed, *trainer)
+
+
+def _from_spec(view: StatusInput, acceptance: Accepted) -> Resolved:
     spec = view.facts.spec
     gpus = spec.resources.gpus_per_node if spec.resources.gpus_per_node is not None else 1
     ranks = (spec.resources.nodes or 1) * (spec.resources.processes_per_node or max(gpus, 1))
     training = spec.training
-    batch = (training.batch_size_per_device or 1) * (training.gradient_accumulation_steps or 1) * ranks
-    return {
-        "method": spec.method.type,
-        "world_size": ranks,
-        "effective_batch": batch,
-        "image": spec.placement.image or view.facts.config.trainer.image,
-        "node_pool": acceptance.pool.name if acceptance.pool else None,
-        "defaults": dict(acceptance.defaults) or None,
-        "spec_sha256": acceptance.spec_sha256 or None,
-        "notes": list(acceptance.notes) or None,
-    }
+    return Resolved(
+        method=spec.method.type,
+        model_name=model_name(spec.model.source) if spec.model.source else None,
+        world_size=ranks,
+        effective_batch=(training.batch_size_per_device or 1) * (training.gradient_accumulation_steps or 1) * ranks,
+        image=spec.placement.image or view.facts.config.trainer.image,
+        node_pool=acceptance.pool.name if acceptance.pool else None,
+        defaults=dict(acceptance.defaults) or None,
+        spec_sha256=acceptance.spec_sha256 or None,
+        notes=list(acceptance.notes) or None,
+    )
 
 
-def _end(view: View) -> dict[str, Any]:
-    """Failure, output and times."""
-    plan, old = view.plan, view.old
-    changes: dict[str, Any] = {}
-    ended = plan.attempt_end
-    if ended is not None:
-        wished = ended.reason in (Reason.SUSPENDED, Reason.CANCELLED)
-        changes["failure"] = None if wished else ended.failure
-        if ended.termination_message is not None and ended.termination_message.output is not None:
-            changes["output"] = ended.termination_message.output
-    elif view.facts.live_report is not None and view.facts.live_report.report.stage is Stage.TRAINING:
-        # The attempt trains: whatever ended the one before is history, told in `attempts`.
-        changes["failure"] = None
-    if plan.finish is None:
-        return changes
-    changes["failure"] = _final_failure(plan.finish)
-    finished = ended.time if ended is not None else view.facts.now
-    changes["completion_time"] = finished
-    start = old.start_time or (view.facts.current_job.created_at if view.facts.current_job else None)
-    changes["duration"] = duration(timeouts.seconds_between(start, finished)) if start else NOTHING
-    return changes
+# The end
+
+
+def _output(view: StatusInput) -> Output | None:
+    message = view.termination_message
+    return (message.output if message else None) or view.old.output
+
+
+def _failure(view: StatusInput) -> Failure | None:
+    """The failure of the job, or of its last attempt until the next one trains."""
+    plan = view.plan
+    if plan.finish is not None:
+        return _final_failure(plan.finish)
+    if plan.attempt_end is not None:
+        is_requested = plan.attempt_end.reason in (Reason.SUSPENDED, Reason.CANCELLED)
+        return None if is_requested else plan.attempt_end.failure
+    received = view.facts.live_report
+    is_training = received is not None and received.report.stage is Stage.TRAINING
+    return None if is_training else view.old.failure
 
 
 def _final_failure(finish: Finish) -> Failure | None:
-    if finish.outcome is Outcome.FAILED:
-        return finish.failure or Failure(class_=FailureClass.INTERNAL, code=finish.reason, message="unknown")
-    return None
-
-
-# Conditions
-
-
-def _conditions(view: View) -> list[Condition]:
-    """All conditions, in the order of the vocabulary."""
-    found = [
-        _accepted(view), _quota(view), _pods_ready(view), _suspended(view), _checkpoints_healthy(view),
-        _succeeded(view), _finished(view), _reconciling(view), _stalled(view),
-    ]  # fmt: skip
-    old = {one.type: one for one in view.old.conditions}
-    return [_dated(one, old.get(one.type), view) for one in found if one is not None]
-
-
-def _dated(new: Condition, old: Condition | None, view: View) -> Condition:
-    """With the time its status last changed: its own, if somebody else wrote that down, else this look's."""
-    same = old is not None and old.status == new.status and old.last_transition_time is not None
-    when = old.last_transition_time if same and old else None
-    own = new.last_transition_time
-    # The later of both: it may have been lost and won again while nobody looked.
-    when = max(when, own) if when and own else when or own or view.facts.now
-    return new.model_copy(update={"last_transition_time": when, "observed_generation": view.facts.job.generation})
-
-
-def _condition(kind: Kind, status: Truth, reason: Reason, message: str) -> Condition:
-    return Condition(type=kind, status=status, reason=reason.value, message=clean(message))
-
-
-def _accepted(view: View) -> Condition:
-    acceptance = view.facts.acceptance
-    if isinstance(acceptance, Refused):
-        message = acceptance.message + (f"; {acceptance.hint}" if acceptance.hint and not acceptance.is_final else "")
-        return _condition(Kind.ACCEPTED, "False", acceptance.reason, message)
-    return _condition(Kind.ACCEPTED, "True", Reason.ACCEPTED, "the spec can be run as written")
-
-
-def _quota(view: View) -> Condition | None:
-    queue = view.facts.spec.placement.queue_name
-    if not queue and not view.queued and view.facts.condition(Kind.QUOTA_RESERVED) is None:
+    if finish.outcome is not Outcome.FAILED:
         return None
-    where = f"queue {queue}" if queue else "the queue"
-    job = view.acted.created_job or view.facts.current_job
-    if job is not None and not view.queued and not job.is_finished:
-        reserved = _condition(Kind.QUOTA_RESERVED, "True", Reason.PROGRESSING, f"{where} admitted attempt {job.attempt}")
-        return reserved.model_copy(update={"last_transition_time": view.facts.admitted_at})
-    if job is not None and job.is_finished:
-        return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "the attempt is over, its quota is free")
-    if job is None:
-        return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "there is no Job that asks for quota")
-    return _condition(Kind.QUOTA_RESERVED, "False", Reason.QUEUED, f"waiting for quota in {where}")
+    return finish.failure or Failure(class_=FailureClass.INTERNAL, code=finish.reason, message="unknown")
 
 
-def _pods_ready(view: View) -> Condition:
-    total, ready = view.facts.nodes, view.ready
-    if view.plan.finish is not None:
-        return _condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, "the job is over")
-    if ready >= total:
-        return _condition(Kind.PODS_READY, "True", Reason.PODS_READY, f"all {total} pods are ready")
-    waiting = view.waiting
-    if waiting is not None:
-        message = f"waiting for {total - ready} of {total} pods: {waiting.message}"
-        return _condition(Kind.PODS_READY, "False", waiting.reason, message)
-    return _condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, f"{ready} of {total} pods are ready")
-
-
-def _suspended(view: View) -> Condition:
-    if view.suspended:
-        step = view.facts.next_start_step
-        where = f"the next attempt continues from step {step}" if step else "nothing is committed yet"
-        return _condition(Kind.SUSPENDED, "True", Reason.SUSPENDED, f"spec.suspend is true and no pod is left; {where}")
-    if view.facts.suspend_requested and view.plan.finish is None:
-        return _condition(Kind.SUSPENDED, "False", Reason.SUSPENDING, "spec.suspend is true; the pods are saving")
-    if view.facts.condition(Kind.SUSPENDED) is not None and view.facts.is_true(Kind.SUSPENDED):
-        return _condition(Kind.SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false again")
-    return _condition(Kind.SUSPENDED, "False", Reason.PROGRESSING, "spec.suspend is false")
-
-
-def _checkpoints_healthy(view: View) -> Condition:
-    heard = view.facts.last_report
-    problem = heard.report.health.checkpoint_problem if heard else None
-    if problem:
-        word = problem.split(":")[0].strip()
-        own = {one.value: one for one in (Reason.STAGING_DISK_FULL, Reason.CHECKPOINT_DAMAGED)}
-        return _condition(Kind.CHECKPOINTS_HEALTHY, "False", own.get(word, Reason.CHECKPOINT_NOT_STORED), problem)
-    latest = _checkpoints(view)["latest_checkpoint"]
-    if latest:
-        return _condition(Kind.CHECKPOINTS_HEALTHY, "True", Reason.CHECKPOINT_COMMITTED, f"newest: {latest}")
-    return _condition(Kind.CHECKPOINTS_HEALTHY, "Unknown", Reason.PROGRESSING, "no checkpoint is committed yet")
-
-
-def _succeeded(view: View) -> Condition:
-    finish = view.plan.finish
-    if finish is None:
-        return _condition(Kind.SUCCEEDED, "Unknown", Reason.PROGRESSING, "the job is not over")
-    if finish.outcome is Outcome.SUCCEEDED:
-        return _condition(Kind.SUCCEEDED, "True", Reason.SUCCEEDED, "the final artefact is committed")
-    return _condition(Kind.SUCCEEDED, "False", finish.reason, _why(finish))
-
-
-def _finished(view: View) -> Condition:
-    finish = view.plan.finish
-    if finish is None:
-        return _condition(Kind.FINISHED, "False", Reason.PROGRESSING, "the job is not over")
-    reasons = {
-        Outcome.SUCCEEDED: Reason.SUCCEEDED, Outcome.FAILED: Reason.FAILED, Outcome.CANCELLED: Reason.CANCELLED,
-    }  # fmt: skip
-    return _condition(Kind.FINISHED, "True", reasons[finish.outcome], "no further attempt will be made")
-
-
-def _why(finish: Finish) -> str:
-    if finish.outcome is Outcome.CANCELLED:
-        return "spec.cancel is true; the newest checkpoint is kept"
-    failure = finish.failure
-    if failure is None:
-        return "the job ended without its artefact"
-    return f"{failure.class_} {failure.code}: {failure.message}" + (f"; {failure.hint}" if failure.hint else "")
-
-
-def _reconciling(view: View) -> Condition | None:
-    """kstatus: there is work going on."""
-    if view.plan.finish is not None or view.suspended:
+def _completion_time(view: StatusInput) -> datetime | None:
+    if view.plan.finish is None:
         return None
-    reason, message = _doing(view)
-    return _condition(Kind.RECONCILING, "True", reason, message)
+    return view.plan.attempt_end.time if view.plan.attempt_end is not None else view.facts.now
 
 
-def _doing(view: View) -> tuple[Reason, str]:
-    """What is going on, in one sentence."""
-    plan, facts = view.plan, view.facts
-    if plan.refused is not None:
-        return plan.refused.reason, plan.refused.message
-    if view.stopping is not None:
-        record = facts.attempt_record
-        why = plan.termination.message if plan.termination else (record.message if record else "") or view.stopping
-        return view.stopping, f"attempt {facts.attempt} is being ended: {why}"
-    if plan.attempt_end is not None:
-        failure = plan.attempt_end.failure
-        return Reason.RETRYING, f"attempt {facts.attempt} ended: {failure.message if failure else plan.attempt_end.reason}"
-    if plan.situation is Situation.BACKING_OFF:
-        until = plan.reconcile_at.strftime("%H:%M:%SZ") if plan.reconcile_at else "soon"
-        return Reason.RETRYING, f"attempt {facts.attempt} starts at {until}"
-    if view.waiting is not None:
-        return view.waiting.reason, view.waiting.message
-    if view.queued:
-        return Reason.QUEUED, "waiting for quota in the queue"
-    heard = facts.live_report
-    detail = heard.report.detail if heard else None
-    stage = (
-        heard.report.stage
-        if heard
-        else Stage.TRAINING
-        if _phase_of_pods(view, False) is Phase.RUNNING
-        else Stage.STARTING
-    )
-    return Reason.PROGRESSING, f"attempt {facts.attempt}: {stage}" + (f", {detail}" if detail else "")
-
-
-def _stalled(view: View) -> Condition | None:
-    """kstatus: a terminal failure, or a human is needed."""
-    plan, facts = view.plan, view.facts
-    if plan.finish is not None:
-        if plan.finish.outcome is Outcome.FAILED:
-            return _condition(Kind.STALLED, "True", plan.finish.reason, _why(plan.finish))
+def _duration(view: StatusInput) -> str | None:
+    end = _completion_time(view)
+    if end is None:
         return None
-    begin = waiting_since(facts)
-    limit = start_timeout_seconds(facts)
-    late = begin is not None and timeouts.seconds_between(begin, facts.now) >= limit
-    if facts.is_true(Kind.PODS_READY):
-        return None  # until this look: what came before it was no waiting
-    starting = plan.situation in (Situation.STARTING, Situation.BLOCKED) and view.waiting is not None
-    running = plan.situation is Situation.ACTIVE and plan.termination is None and not view.queued
-    blocked = plan.refused is not None or starting or (running and view.ready < facts.nodes)
-    if not (late and blocked):
-        return None
-    why = plan.refused.message if plan.refused else view.waiting.message if view.waiting else "the pods are not ready"
-    return _condition(Kind.STALLED, "True", Reason.START_TIMEOUT, f"policy.startTimeoutSeconds {limit} passed: {why}")
+    job = view.facts.current_job
+    start = view.old.start_time or (job.created_at if job else None)
+    return duration(seconds_between(start, end)) if start else NO_VALUE

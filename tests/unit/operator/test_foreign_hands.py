@@ -108,7 +108,7 @@ def test_suspending_a_job_of_a_queue_is_not_called_the_queue_s_doing() -> None:
     assert Reason.QUEUED not in told
     assert Reason.SUSPENDED in told
     quota = next(one for one in new.conditions if one.type == Condition.QUOTA_RESERVED)
-    assert (quota.status, quota.message) == ("False", "there is no Job that asks for quota")
+    assert (quota.status, quota.message) == ("False", "no Job requests quota")
     again = facts(written=spec(placement={"queueName": "team"}), known=new, now=at(90))
     plan = decide(again)
     waits = report(again, plan, ActionResult(created_job=job(2, is_suspended=True, started_at=None, queue="team")))

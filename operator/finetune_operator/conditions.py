@@ -1,0 +1,209 @@
+"""The conditions of a FineTuneJob, as programs, GitOps tools (kstatus) and people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from datetime import datetime
+from typing import Literal
+
+from finetune_api.names import Condition as Kind
+from finetune_api.names import Phase, Reason
+from finetune_api.status import Condition, Stage
+
+from finetune_operator.deadlines import start_timeout_seconds, waiting_since
+from finetune_operator.phase import phase_of_pods
+from finetune_operator.plan import Finish, Outcome, Situation
+from finetune_operator.policies.acceptance import Refused
+from finetune_operator.policies.timeouts import seconds_between
+from finetune_operator.status_input import StatusInput
+from finetune_operator.text import clean
+
+ConditionStatus = Literal["True", "False", "Unknown"]
+REASON_OF_OUTCOME = {
+    Outcome.SUCCEEDED: Reason.SUCCEEDED,
+    Outcome.FAILED: Reason.FAILED,
+    Outcome.CANCELLED: Reason.CANCELLED,
+}
+CHECKPOINT_PROBLEMS = {one.value: one for one in (Reason.STAGING_DISK_FULL, Reason.CHECKPOINT_DAMAGED)}
+"""Problems that the trainer names and that have a reason of their own."""
+
+
+def conditions(view: StatusInput, latest_checkpoint: str | None) -> list[Condition]:
+    """All conditions, in the order of the vocabulary."""
+    found = [
+        _accepted(view), _quota_reserved(view), _pods_ready(view), _suspended(view),
+        _checkpoints_healthy(view, latest_checkpoint), _succeeded(view), _finished(view), _reconciling(view), _stalled(view),
+    ]  # fmt: skip
+    old = {one.type: one for one in view.old.conditions}
+    return [_with_time(one, old.get(one.type), view) for one in found if one is not None]
+
+
+def with_generation(found: Iterable[Condition], generation: int) -> list[Condition]:
+    """The same conditions for a newer spec."""
+    return [_dated(one, one.last_transition_time, generation) for one in found]
+
+
+def _with_time(new: Condition, old: Condition | None, view: StatusInput) -> Condition:
+    """The condition with the time when its status last changed."""
+    unchanged_since = old.last_transition_time if old is not None and old.status == new.status else None
+    known = [when for when in (unchanged_since, new.last_transition_time) if when is not None]
+    # The later time counts: while the operator was away, the condition may have changed and changed back.
+    return _dated(new, max(known, default=view.facts.now), view.facts.job.generation)
+
+
+def _dated(one: Condition, when: datetime | None, generation: int) -> Condition:
+    return Condition(
+        type=one.type, status=one.status, reason=one.reason, message=one.message, last_transition_time=when,
+        observed_generation=generation,
+    )  # fmt: skip
+
+
+def _condition(
+    kind: Kind, status: ConditionStatus, reason: Reason, message: str, since: datetime | None = None
+) -> Condition:
+    return Condition(
+        type=kind, status=status, reason=reason.value, message=clean(message), last_transition_time=since
+    )
+
+
+def _accepted(view: StatusInput) -> Condition:
+    acceptance = view.facts.acceptance
+    if isinstance(acceptance, Refused):
+        message = acceptance.message + (f"; {acceptance.hint}" if acceptance.hint and not acceptance.is_final else "")
+        return _condition(Kind.ACCEPTED, "False", acceptance.reason, message)
+    return _condition(Kind.ACCEPTED, "True", Reason.ACCEPTED, "the spec passed all checks")
+
+
+def _quota_reserved(view: StatusInput) -> Condition | None:
+    name = view.facts.spec.placement.queue_name
+    if not name and not view.is_queued and view.facts.condition(Kind.QUOTA_RESERVED) is None:
+        return None
+    queue = f"queue {name}" if name else "the queue"
+    job = view.current_job
+    if job is None:
+        return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "no Job requests quota")
+    if job.is_finished:
+        return _condition(Kind.QUOTA_RESERVED, "False", Reason.PROGRESSING, "the attempt ended and released its quota")
+    if view.is_queued:
+        return _condition(Kind.QUOTA_RESERVED, "False", Reason.QUEUED, f"waiting for quota in {queue}")
+    message, since = f"{queue} admitted attempt {job.attempt}", view.facts.admitted_at
+    return _condition(Kind.QUOTA_RESERVED, "True", Reason.PROGRESSING, message, since)
+
+
+def _pods_ready(view: StatusInput) -> Condition:
+    total, ready = view.facts.nodes, view.ready_pods
+    if view.plan.finish is not None:
+        return _condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, "the job is finished")
+    if ready >= total:
+        return _condition(Kind.PODS_READY, "True", Reason.PODS_READY, f"all {total} pods are ready")
+    if view.blocking is not None:
+        message = f"waiting for {total - ready} of {total} pods: {view.blocking.message}"
+        return _condition(Kind.PODS_READY, "False", view.blocking.reason, message)
+    return _condition(Kind.PODS_READY, "False", Reason.PODS_NOT_READY, f"{ready} of {total} pods are ready")
+
+
+def _suspended(view: StatusInput) -> Condition:
+    if view.is_suspended:
+        step = view.facts.next_start_step
+        start = f"the next attempt continues from step {step}" if step else "no checkpoint is committed yet"
+        return _condition(Kind.SUSPENDED, "True", Reason.SUSPENDED, f"spec.suspend is true and no pod is left; {start}")
+    if view.facts.suspend_requested and view.plan.finish is None:
+        return _condition(Kind.SUSPENDED, "False", Reason.SUSPENDING, "spec.suspend is true; the pods save and stop")
+    if view.facts.is_true(Kind.SUSPENDED):
+        return _condition(Kind.SUSPENDED, "False", Reason.RESUMED, "spec.suspend is false again")
+    return _condition(Kind.SUSPENDED, "False", Reason.PROGRESSING, "spec.suspend is false")
+
+
+def _checkpoints_healthy(view: StatusInput, latest_checkpoint: str | None) -> Condition:
+    problem = view.last_report.health.checkpoint_problem if view.last_report else None
+    if problem:
+        reason = CHECKPOINT_PROBLEMS.get(problem.split(":")[0].strip(), Reason.CHECKPOINT_NOT_STORED)
+        return _condition(Kind.CHECKPOINTS_HEALTHY, "False", reason, problem)
+    if latest_checkpoint:
+        message = f"newest checkpoint: {latest_checkpoint}"
+        return _condition(Kind.CHECKPOINTS_HEALTHY, "True", Reason.CHECKPOINT_COMMITTED, message)
+    return _condition(Kind.CHECKPOINTS_HEALTHY, "Unknown", Reason.PROGRESSING, "no checkpoint is committed yet")
+
+
+def _succeeded(view: StatusInput) -> Condition:
+    finish = view.plan.finish
+    if finish is None:
+        return _condition(Kind.SUCCEEDED, "Unknown", Reason.PROGRESSING, "the job is not finished")
+    if finish.outcome is Outcome.SUCCEEDED:
+        return _condition(Kind.SUCCEEDED, "True", Reason.SUCCEEDED, "the final artefact is committed")
+    return _condition(Kind.SUCCEEDED, "False", finish.reason, _why_not_succeeded(finish))
+
+
+def _finished(view: StatusInput) -> Condition:
+    finish = view.plan.finish
+    if finish is None:
+        return _condition(Kind.FINISHED, "False", Reason.PROGRESSING, "the job is not finished")
+    return _condition(Kind.FINISHED, "True", REASON_OF_OUTCOME[finish.outcome], "no further attempt follows")
+
+
+def _why_not_succeeded(finish: Finish) -> str:
+    if finish.outcome is Outcome.CANCELLED:
+        return "spec.cancel is true; the newest checkpoint is kept"
+    failure = finish.failure
+    if failure is None:
+        return "the job ended without a final artefact"
+    return f"{failure.class_} {failure.code}: {failure.message}" + (f"; {failure.hint}" if failure.hint else "")
+
+
+def _reconciling(view: StatusInput) -> Condition | None:
+    """Present for kstatus while the job is neither finished nor suspended."""
+    if view.plan.finish is not None or view.is_suspended:
+        return None
+    reason, message = _current_activity(view)
+    return _condition(Kind.RECONCILING, "True", reason, message)
+
+
+def _current_activity(view: StatusInput) -> tuple[Reason, str]:
+    plan, facts = view.plan, view.facts
+    if plan.refused is not None:
+        return plan.refused.reason, plan.refused.message
+    if view.termination_reason is not None:
+        record = facts.attempt_record
+        recorded = (record.message if record else "") or view.termination_reason
+        why = plan.termination.message if plan.termination else recorded
+        return view.termination_reason, f"ending attempt {facts.attempt}: {why}"
+    if plan.attempt_end is not None:
+        failure = plan.attempt_end.failure
+        why = failure.message if failure else plan.attempt_end.reason
+        return Reason.RETRYING, f"attempt {facts.attempt} ended: {why}"
+    if plan.situation is Situation.BACKING_OFF:
+        start = plan.reconcile_at.strftime("%H:%M:%SZ") if plan.reconcile_at else "soon"
+        return Reason.RETRYING, f"attempt {facts.attempt} starts at {start}"
+    if view.blocking is not None:
+        return view.blocking.reason, view.blocking.message
+    if view.is_queued:
+        return Reason.QUEUED, "waiting for quota in the queue"
+    return Reason.PROGRESSING, f"attempt {facts.attempt}: {_stage(view)}"
+
+
+def _stage(view: StatusInput) -> str:
+    received = view.facts.live_report
+    if received is not None:
+        detail = received.report.detail
+        return received.report.stage + (f", {detail}" if detail else "")
+    return Stage.TRAINING if phase_of_pods(view, recovering=False) is Phase.RUNNING else Stage.STARTING
+
+
+def _stalled(view: StatusInput) -> Condition | None:
+    """Present for kstatus when the job failed, or when only a person can help."""
+    plan, facts = view.plan, view.facts
+    if plan.finish is not None:
+        if plan.finish.outcome is not Outcome.FAILED:
+            return None
+        return _condition(Kind.STALLED, "True", plan.finish.reason, _why_not_succeeded(plan.finish))
+    since = waiting_since(facts)
+    limit = start_timeout_seconds(facts)
+    if since is None or seconds_between(since, facts.now) < limit:
+        return None
+    starting = plan.situation in (Situation.STARTING, Situation.BLOCKED) and view.blocking is not None
+    running = plan.situation is Situation.ACTIVE and plan.termination is None and not view.is_queued
+    if not (plan.refused is not None or starting or (running and view.ready_pods < facts.nodes)):
+        return None
+    why = plan.refused.message if plan.refused else view.blocking.message if view.blocking else "the pods are not ready"
+    message = f"policy.startTimeoutSeconds {limit} passed: {why}"
+    return _condition(Kind.STALLED, "True", Reason.START_TIMEOUT, message)

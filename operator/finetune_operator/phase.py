@@ -1,0 +1,132 @@
+"""The phase of a job and the reason beside it: one word each, for people. Programs read conditions."""
+
+from __future__ import annotations
+
+import re
+
+from finetune_api.names import Condition as Kind
+from finetune_api.names import Phase, Reason
+from finetune_api.status import Condition, FineTuneJobStatus, Progress, Stage
+
+from finetune_operator.plan import Outcome, Situation
+from finetune_operator.status_input import StatusInput
+
+NO_VALUE = "-"
+"""Shown in a column of `kubectl get` that has nothing to say: an empty cell could also mean an error."""
+PHASE_OF_STAGE: dict[Stage, Phase] = {
+    Stage.STARTING: Phase.STARTING,
+    Stage.DOWNLOADING: Phase.STARTING,
+    Stage.CHECKING: Phase.VALIDATING,
+    Stage.LOADING: Phase.STARTING,
+    Stage.RESTORING: Phase.STARTING,
+    Stage.TRAINING: Phase.RUNNING,
+    Stage.SAVING: Phase.RUNNING,
+    Stage.EVALUATING: Phase.EVALUATING,
+    Stage.UPLOADING: Phase.UPLOADING,
+    Stage.STOPPING: Phase.RUNNING,
+    Stage.DONE: Phase.UPLOADING,
+    Stage.FAILED: Phase.RUNNING,
+}
+PHASE_OF_OUTCOME = {
+    Outcome.SUCCEEDED: Phase.SUCCEEDED,
+    Outcome.FAILED: Phase.FAILED,
+    Outcome.CANCELLED: Phase.CANCELLED,
+}
+PHASE_OF_TERMINATION = {
+    Reason.SUSPENDED: Phase.SUSPENDING,
+    Reason.CANCELLED: Phase.CANCELLING,
+    Reason.DEADLINE_EXCEEDED: Phase.CANCELLING,
+}
+"""Phases while the operator ends an attempt; for all other reasons the job recovers afterwards."""
+CODE = re.compile(r"[A-Za-z][A-Za-z0-9]{0,39}")
+"""A failure code that fits into a table; codes come from pods."""
+
+
+def phase(view: StatusInput) -> Phase:
+    """The phase of the job."""
+    plan, facts = view.plan, view.facts
+    if plan.finish is not None:
+        return PHASE_OF_OUTCOME[plan.finish.outcome]
+    if view.is_suspended:
+        return Phase.SUSPENDED
+    recovering = is_recovering(view.old)
+    match plan.situation:
+        case Situation.REFUSED:
+            return Phase.PENDING
+        case Situation.BLOCKED:
+            return Phase.SUSPENDING if facts.suspend_requested else Phase.RECOVERING if recovering else Phase.PENDING
+        case Situation.BACKING_OFF | Situation.ENDED:
+            return Phase.RECOVERING
+        case Situation.STARTING if view.result.created_job is None:
+            return Phase.PENDING
+    if view.termination_reason is not None:
+        return PHASE_OF_TERMINATION.get(view.termination_reason, Phase.RECOVERING)
+    if view.is_queued:
+        return Phase.QUEUED
+    return phase_of_pods(view, recovering)
+
+
+def is_recovering(status: FineTuneJobStatus) -> bool:
+    """Whether the current or next attempt follows a failed one; a resume after a suspension is no recovery."""
+    ended = [one for one in status.attempts if one.end_time is not None]
+    return bool(ended) and ended[-1].reason != Reason.SUSPENDED
+
+
+def phase_of_pods(view: StatusInput, recovering: bool) -> Phase:
+    """The phase that the pods of a running attempt report."""
+    facts, received = view.facts, view.facts.live_report
+    if received is None:
+        record = facts.attempt_record
+        if facts.active_pods and record is not None and record.last_step:
+            # The operator was restarted and has not read the pod's progress yet, but status shows that it trained.
+            return Phase.RUNNING
+        return Phase.RECOVERING if recovering else Phase.STARTING
+    found = PHASE_OF_STAGE[received.report.stage]
+    if found is Phase.EVALUATING and not _is_last_step(received.report.progress):
+        return Phase.RUNNING
+    is_starting = found in (Phase.STARTING, Phase.VALIDATING)
+    return Phase.RECOVERING if is_starting and recovering else found
+
+
+def _is_last_step(progress: Progress) -> bool:
+    return progress.total_steps is not None and (progress.step or 0) >= progress.total_steps
+
+
+def reason(view: StatusInput, conditions: list[Condition]) -> str:
+    """One word: why the job waits, is being ended, recovers or failed; `-` if the phase says it all."""
+    plan = view.plan
+    if plan.finish is not None:
+        return _reason_of_failure(view) if plan.finish.outcome is Outcome.FAILED else NO_VALUE
+    if view.is_suspended:
+        return NO_VALUE
+    if plan.refused is not None:
+        return plan.refused.reason
+    if plan.attempt_end is not None:
+        return plan.attempt_end.reason
+    if view.termination_reason is not None:
+        is_requested = view.termination_reason in (Reason.SUSPENDED, Reason.CANCELLED)
+        return NO_VALUE if is_requested else view.termination_reason
+    if view.blocking is not None and view.blocking.reason is not Reason.PROGRESSING:
+        return view.blocking.reason
+    if view.is_queued:
+        return Reason.QUEUED
+    if is_recovering(view.old) and phase(view) is Phase.RECOVERING:
+        return next(one.reason for one in reversed(view.old.attempts) if one.end_time is not None) or NO_VALUE
+    return _reason_of_conditions(conditions)
+
+
+def _reason_of_failure(view: StatusInput) -> str:
+    """The failure's code, which says more than the condition's reason, unless the code is not a plain word."""
+    finish = view.plan.finish
+    assert finish is not None  # noqa: S101 -- the caller checks
+    code = finish.failure.code if finish.failure else ""
+    return code if CODE.fullmatch(code) else finish.reason
+
+
+def _reason_of_conditions(conditions: list[Condition]) -> str:
+    """The problem of a running attempt that its conditions name."""
+    for one in conditions:
+        is_problem = (one.type, one.status) in ((Kind.STALLED, "True"), (Kind.CHECKPOINTS_HEALTHY, "False"))
+        if is_problem:
+            return one.reason
+    return NO_VALUE

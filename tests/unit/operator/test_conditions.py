@@ -1,0 +1,103 @@
+"""Conditions: their status, reason and message, and the times at which they change."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+import pytest
+from finetune_api.names import Condition, Reason
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.decide import decide
+from finetune_operator.facts import Facts
+from finetune_operator.plan import ActionResult
+from finetune_operator.report import report as compute
+
+from tests.unit.operator.samples import at, facts, job, pod, report, spec, status
+
+RUNNING = {
+    "attempt": 1,
+    "startTime": "2026-11-21T12:00:00Z",
+    "attempts": [{"number": 1, "startTime": "2026-11-21T12:00:00Z"}],
+}
+
+
+def status_of(found: Facts, result: ActionResult | None = None) -> FineTuneJobStatus:
+    return compute(found, decide(found), result or ActionResult())
+
+
+def values(found: FineTuneJobStatus) -> dict[str, str]:
+    return {one.type.value: one.status for one in found.conditions}
+
+
+def test_conditions_of_a_new_job() -> None:
+    assert values(status_of(facts(), ActionResult(created_job=job()))) == {
+        "Accepted": "True", "PodsReady": "False", "Suspended": "False", "CheckpointsHealthy": "Unknown",
+        "Succeeded": "Unknown", "Finished": "False", "Reconciling": "True",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("problem", "value", "reason"),
+    [
+        ("CheckpointDamaged: s3://b/x/optimizer.pt is damaged", "False", "CheckpointDamaged"),
+        ("StagingDiskFull: the checkpoint of step 5 was skipped", "False", "StagingDiskFull"),
+        ("StorageFailed: step 5 was not stored: it answered with 503", "False", "CheckpointNotStored"),
+        ("StagingFailed: step 5: Not a directory", "False", "CheckpointNotStored"),
+        (None, "True", "CheckpointCommitted"),
+    ],
+)
+def test_checkpoint_problem_of_the_pod_becomes_a_condition(problem: str | None, value: str, reason: str) -> None:
+    health = {"healthy": problem is None, "checkpointProblem": problem}
+    checkpoints = [{"step": 5, "uri": "s3://b/5"}]
+    reported = report(health=health, checkpoints=checkpoints, latestCheckpoint="s3://b/5")
+    found = status_of(facts(known=status(**RUNNING), jobs=[job()], pods=[pod()], last_report=reported))
+    condition = found.condition(Condition.CHECKPOINTS_HEALTHY)
+    assert condition is not None
+    assert (condition.status, condition.reason) == (value, reason)
+    assert problem is None or condition.message == problem
+
+
+def test_start_timeout_sets_stalled_and_does_not_finish_the_job() -> None:
+    written = spec(policy={"startTimeoutSeconds": 60})
+    pulling = pod(phase="Pending", is_ready=False, waiting_reason="ImagePullBackOff", waiting_message="no")
+    late = status_of(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=[pulling], now=at(61)))
+    assert (values(late)["Stalled"], values(late)["Reconciling"], values(late)["Finished"]) == ("True", "True", "False")
+    early = status_of(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=[pulling], now=at(59)))
+    assert "Stalled" not in values(early)
+
+
+def test_start_timeout_of_pods_that_stop_being_ready_counts_from_then_and_is_scheduled() -> None:
+    """The status write that records the missing pods causes no event, so the wake-up must be set by the same reconcile."""
+    written = spec(policy={"startTimeoutSeconds": 60})
+    ready = status_of(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=[pod()], now=at(10)))
+    lost = facts(written=written, known=ready, jobs=[job()], pods=[pod(is_ready=False)], now=at(500))
+    assert decide(lost).reconcile_at == at(560)
+    known = status_of(lost)
+    assert "Stalled" not in values(known)
+    for seconds, is_stalled in ((559, False), (560, True)):
+        later = facts(written=written, known=known, jobs=[job()], pods=[pod(is_ready=False)], now=at(seconds))
+        assert ("Stalled" in values(status_of(later))) is is_stalled
+
+
+def test_transition_time_changes_only_with_the_status() -> None:
+    first = status_of(facts(known=status(**RUNNING), jobs=[job()], pods=[pod(is_ready=False)], now=at(10)))
+    second = status_of(facts(known=first, jobs=[job()], pods=[pod(is_ready=False)], now=at(20)))
+    third = status_of(facts(known=second, jobs=[job()], pods=[pod()], now=at(30)))
+
+    def changed_at(found: FineTuneJobStatus) -> datetime | None:
+        condition = found.condition(Condition.PODS_READY)
+        return condition.last_transition_time if condition else None
+
+    assert (changed_at(first), changed_at(second), changed_at(third)) == (at(10), at(10), at(30))
+
+
+def test_missing_pool_is_not_accepted_and_leaves_the_running_attempt_alone() -> None:
+    written = spec(resources={"nodes": 2, "nodePool": "gone", "gpusPerNode": 1}, policy={"activeDeadlineSeconds": 100})
+    pods = [pod(), pod(index=1)]
+    found = facts(written=written, known=status(**RUNNING), jobs=[job()], pods=pods, now=at(50))
+    assert decide(found).termination is None
+    shown = status_of(found)
+    assert shown.workers is not None and shown.workers.display == "2/2"
+    assert values(shown)["Accepted"] == "False"
+    late = decide(facts(written=written, known=status(**RUNNING), jobs=[job()], pods=pods, now=at(101)))
+    assert late.termination is not None and late.termination.reason is Reason.DEADLINE_EXCEEDED

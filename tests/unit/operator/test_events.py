@@ -1,0 +1,65 @@
+"""Events: which transitions emit one, and how an event is named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from finetune_api.names import Reason
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.decide import decide
+from finetune_operator.events import MAX_NOTE, Note, build_event, transitions
+from finetune_operator.plan import ActionResult
+from finetune_operator.report import report as compute
+
+from tests.unit.operator.samples import at, ended, facts, finetunejob, job, pod, report, status
+
+RUNNING = {
+    "attempt": 1,
+    "startTime": "2026-11-21T12:00:00Z",
+    "attempts": [{"number": 1, "startTime": "2026-11-21T12:00:00Z"}],
+}
+
+
+def step(known: FineTuneJobStatus, result: ActionResult | None = None, **observed: Any) -> tuple[FineTuneJobStatus, list[str]]:
+    """The next status, and the reasons of the events in between."""
+    found = facts(known=known, **observed)
+    new = compute(found, decide(found), result or ActionResult())
+    return new, [note.reason.value for note in transitions(known, new)]
+
+
+def test_events_of_a_whole_run() -> None:
+    reported = report(progress={"step": 1, "totalSteps": 9}, checkpoints=[{"step": 1, "uri": "s3://b/1"}])
+    sequence: list[tuple[ActionResult | None, dict[str, Any]]] = [
+        (ActionResult(created_job=job()), {}),
+        (None, {"jobs": [job()], "pods": [pod(is_ready=False, phase="Pending", unschedulable="0/1 nodes")]}),
+        (None, {"jobs": [job()], "pods": [pod()]}),
+        (None, {"jobs": [job()], "pods": [pod()], "last_report": reported}),
+        (None, {"jobs": [job(completed_at=at(9))], "pods": [ended(pod(), 0)]}),
+        (None, {"jobs": [job(completed_at=at(9))], "pods": [ended(pod(), 0)]}),
+    ]
+    seen: list[str] = []
+    current = FineTuneJobStatus()
+    for result, observed in sequence:
+        current, reasons = step(current, result, **observed)
+        seen += reasons
+    assert seen == [
+        "Accepted", "AttemptStarted", "Unschedulable", "TrainingStarted", "FirstCheckpointCommitted", "Succeeded",
+    ]  # fmt: skip
+
+
+def test_events_of_a_retry() -> None:
+    first, _ = step(status(**RUNNING), jobs=[job()], pods=[pod()])
+    second, reasons = step(first, jobs=[job(failed_at=at(60))], pods=[ended(pod(), 71)], now=at(61))
+    assert reasons == ["OutOfMemory", "OutOfMemory", "Retrying"]
+    assert (second.attempt, second.restarts, second.phase) == (2, 1, "Recovering")
+
+
+def test_event_name_depends_on_its_text() -> None:
+    def name(text: str) -> str:
+        event = build_event(finetunejob(), Note(Reason.STALLED, text), "x", at(0))
+        assert len(event["note"]) <= MAX_NOTE
+        return str(event["metadata"]["name"])
+
+    assert name("a") == name("a")
+    assert name("a") != name("b")
+    assert name("n" * 9999).startswith("run.")
