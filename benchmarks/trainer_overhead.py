@@ -82,7 +82,7 @@ class Hooks:
         """A fresh start."""
 
     def finish(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
-        """Nothing is handed over."""
+        """The artefact is not uploaded."""
 
 
 Program = Callable[[Any, Any, Path], Lap]
@@ -95,7 +95,7 @@ def ours(run: Any, inputs: Any, folder: Path) -> Lap:
 
     lap = Lap()
     channel = Channel.recording(folder / "work")
-    train.Session(run, channel, inputs, Hooks(lap)).go()
+    train.Session(run, channel, inputs, Hooks(lap)).execute()
     return lap
 
 

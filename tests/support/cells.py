@@ -1,6 +1,6 @@
-"""Many short training runs in one launch: starting ranks costs seconds, a run of a tiny model a fraction of one.
+"""Many short training runs (cells) in one launch, because starting ranks takes seconds and a tiny run a fraction of one.
 
-Called by `launch`, once for each rank: every rank runs the same cells in the same order, and rank 0 writes what came out.
+`launch` starts this module once for each rank. Every rank runs the same cells in the same order, and rank 0 writes the results.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 @dataclass
 class Cell:
-    """One run: see `tests.support.learning.make_run`."""
+    """One run. The fields are arguments of `tests.support.learning.make_run`."""
 
     name: str
     model: str
@@ -33,14 +33,14 @@ class Cell:
     adapter: str | None = None
     reference: str | None = None
     resume: str | None = None
-    """Checkpoint folder to go on from."""
+    """Checkpoint folder to resume from."""
     keep: bool = False
     """Leave the final folder and the checkpoints on disk."""
 
 
 @dataclass
 class Result:
-    """What a cell did on rank 0, and the failures of all ranks."""
+    """The results of a cell on rank 0."""
 
     name: str
     seconds: float = 0.0
@@ -53,13 +53,13 @@ class Result:
     kind: str | None = None
     files: list[str] = field(default_factory=list)
     folder: str = ""
-    """Scratch folder of the Trainer; the final artefact lies in `final` there."""
+    """Output folder of the Trainer; the final artefact is in its folder `final`."""
     error: dict[str, Any] | None = None
-    """Class, code, message, hint, exitCode, and the traceback if the failure has no name of its own."""
+    """Class, code, message, hint, exitCode, and the traceback of an unclassified failure."""
 
 
 def launch(cells: Sequence[Cell], folder: Path, *, ranks: int, timeout: float = 540) -> dict[str, Result]:
-    """Run the cells with `ranks` processes on this machine; results by name. Errors: AssertionError with the output's end."""
+    """Run the cells with `ranks` processes on this machine. Returns results by name. Errors: AssertionError with the end of the output."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cells.json").write_text(json.dumps([asdict(cell) for cell in cells]))
     command = [sys.executable, "-m", "tests.support.cells", str(folder)]
@@ -81,14 +81,14 @@ def launch(cells: Sequence[Cell], folder: Path, *, ranks: int, timeout: float = 
             command, env=environment, stdout=output, stderr=subprocess.STDOUT, timeout=timeout, cwd=REPOSITORY
         )
     text = (folder / "output.txt").read_text(errors="replace")
-    assert done.returncode == 0, f"the cells ended with {done.returncode}:\n{text[-6000:]}"
+    assert done.returncode == 0, f"the cells exited with {done.returncode}:\n{text[-6000:]}"
     found = json.loads((folder / "results.json").read_text())
     return {value["name"]: Result(**value) for value in found}
 
 
 def main(folder: Path) -> None:
-    """One rank."""
-    import bitsandbytes  # noqa: F401  before a cell that does not need it hides it
+    """Run all cells on this rank."""
+    import bitsandbytes  # noqa: F401  imported before a cell that does not need it hides it
     import torch
 
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -100,12 +100,12 @@ def main(folder: Path) -> None:
         import deepspeed  # noqa: F401  likewise
     results = []
     for number, cell in enumerate(cells):
-        _forget()
+        _reset_library_state()
         results.append(_run(cell, folder / f"{number:03d}", rank, ranks))
         if rank == 0:
             (folder / "results.json").write_text(json.dumps([asdict(one) for one in results], default=str))
             print(f"{cell.name}: {results[-1].losses or results[-1].error}", flush=True)
-    os._exit(0)  # communication threads of what was trained need no orderly end
+    os._exit(0)  # skips the shutdown of communication threads, which may hang
 
 
 def _run(cell: Cell, folder: Path, rank: int, ranks: int) -> Result:
@@ -167,8 +167,8 @@ def _barrier(ranks: int) -> None:
         torch.distributed.barrier()
 
 
-def _forget() -> None:
-    """accelerate and transformers keep the state of a run in globals."""
+def _reset_library_state() -> None:
+    """Reset the global variables in which accelerate and transformers keep the state of a run."""
     from accelerate.state import AcceleratorState, GradientState
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 

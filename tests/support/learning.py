@@ -1,4 +1,4 @@
-"""Training runs of tiny models in this process: a spec in, losses, messages and the final folder out."""
+"""Runs a training of a tiny model in this process, and returns its losses, messages and final folder."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ TEN = [
         ("question", "Paris"), ("answer", "Berlin"), ("input", "nine"), ("output", "three"), ("true", "false"),
     ]
 ]  # fmt: skip
-"""Ten rows whose answers cannot be guessed from each other."""
+"""Ten rows whose answers do not follow from each other."""
 
 
 def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """`more` over `base`, group by group."""
+    """`base` with the values of `more`, merged group by group."""
     result = dict(base)
     for key, value in more.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -36,7 +36,7 @@ def merged(base: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> Path:
-    """Rows as JSONL."""
+    """Write rows as JSONL."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -47,7 +47,7 @@ def make_run(
     ranks: int = 1, restore: RestoredCheckpoint | None = None, validation: Sequence[Any] | None = None,
     config_maps: Mapping[str, Mapping[str, str]] | None = None, adapter: Path | None = None,
 ) -> tuple[RunConfig, Inputs]:  # fmt: skip
-    """A resolved run, on the CPU unless the spec asks for GPUs, and its inputs, all below `folder`."""
+    """A resolved run (on a CPU unless the spec asks for GPUs) and its inputs. All files are below `folder`."""
     train = write_rows(folder / "train.jsonl", rows)
     held = [write_rows(folder / "validation.jsonl", validation)] if validation is not None else []
     base: dict[str, Any] = {
@@ -100,7 +100,7 @@ def method_of(
 
 @dataclass
 class Outcome:
-    """What a run did."""
+    """The results of a run."""
 
     logs: list[dict[str, Any]] = field(default_factory=list)
     folder: Path | None = None
@@ -108,7 +108,7 @@ class Outcome:
     extra: dict[str, Any] = field(default_factory=dict)
     channel: Channel | None = None
     model: Any = None
-    """The model as it was trained, after training."""
+    """The trained model."""
 
     @property
     def losses(self) -> list[float]:
@@ -125,58 +125,58 @@ class Outcome:
         """Validation losses in order."""
         return [line["eval_loss"] for line in self.logs if "eval_loss" in line]
 
-    def said(self, kind: str) -> list[dict[str, Any]]:
-        """Messages of one kind."""
+    def messages(self, kind: str) -> list[dict[str, Any]]:
+        """Messages of one kind that the rank sent to the supervisor."""
         assert self.channel is not None
         return [message for message in self.channel.sent if message["kind"] == kind]
 
     @property
     def resolved(self) -> dict[str, Any]:
-        """What the run reported that it really is."""
+        """The resolved settings that the run reported."""
         found: dict[str, Any] = {}
-        for message in self.said("resolved"):
+        for message in self.messages("resolved"):
             found |= message["value"]
         return found
 
     @property
     def notes(self) -> list[str]:
         """Sentences for the status."""
-        return [message["text"] for message in self.said("note")]
+        return [message["text"] for message in self.messages("note")]
 
 
 class Hooks:
-    """Stands in for checkpoints and hand-over: keeps what it is told."""
+    """Implements `train.Hooks` for tests: records logs and the final folder."""
 
     def __init__(self) -> None:
         self.outcome = Outcome()
 
     def callbacks(self, run: RunConfig, channel: Channel, inputs: Inputs) -> list[Any]:
-        """One callback that keeps the logs."""
+        """One callback that records the logs."""
         from transformers import TrainerCallback
 
         outcome = self.outcome
         outcome.channel = channel
 
-        class Keep(TrainerCallback):
+        class Recorder(TrainerCallback):
             def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
                 outcome.logs.append({"step": state.global_step, **(logs or {})})
 
             def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
                 outcome.model = model
 
-        return [Keep()]
+        return [Recorder()]
 
     def resume_path(self, inputs: Inputs) -> Path | None:
-        """The restored folder."""
+        """Folder of the restored checkpoint."""
         return inputs.restore.path if inputs.restore else None
 
     def finish(self, run: RunConfig, channel: Channel, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
-        """Keep the folder."""
+        """Record the final folder."""
         self.outcome.folder, self.outcome.kind, self.outcome.extra = model_dir, kind.value, extra
 
 
 def train_here(run: RunConfig, inputs: Inputs) -> Outcome:
-    """Run one rank in this process. Errors: what the run raises."""
+    """Run one rank in this process. Errors: those of the run."""
     from finetune_trainer import train
 
     train.preload(run)

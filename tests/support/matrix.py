@@ -1,6 +1,6 @@
-"""Every method with every objective under every strategy: what works, and what is refused with which words.
+"""Runs every method with every objective under every strategy, and writes which combinations work and why others are refused.
 
-`python -m tests.support.matrix` runs all of it (some ten minutes on two cores) and writes docs/reference/matrix.md.
+`python -m tests.support.matrix` runs all combinations (about ten minutes on two cores) and writes docs/reference/matrix.md.
 """
 
 from __future__ import annotations
@@ -55,27 +55,27 @@ STRATEGIES: dict[str, tuple[int, dict[str, Any]]] = {
     "deepspeed, ZeRO 3": (2, {"strategy": "deepspeed", "deepspeed": {"zeroStage": 3}}),
 }
 Table = dict[tuple[str, str], str]
-"""(method, objective) -> `yes`, or why not."""
+"""`yes`, or the reason for the refusal, by (method, objective)."""
 
 
 def run(strategy: str, folder: Path) -> Table:
-    """All cells of one strategy in one launch. Errors: AssertionError if a cell ends without a name for its failure."""
+    """Run all cells of one strategy in one launch. Errors: AssertionError if a cell fails with anything but a ConfigError."""
     ranks, distributed = STRATEGIES[strategy]
     model = _model(folder / "model")
     writer, scorer = (_adapter(model, folder / kind, kind) for kind in ("CAUSAL_LM", "SEQ_CLS"))
     cells = []
     for method, spec in METHODS.items():
         for objective, (trainer, rows) in OBJECTIVES.items():
-            whole = merged(spec, {"trainer": trainer, "distributed": distributed, "training": {"maxSteps": 2}})
+            cell_spec = merged(spec, {"trainer": trainer, "distributed": distributed, "training": {"maxSteps": 2}})
             adapter = None if method != "adapter" else scorer if objective == "reward" else writer
-            cells.append(Cell(f"{method} | {objective}", str(model), whole, rows, adapter=adapter))
+            cells.append(Cell(f"{method} | {objective}", str(model), cell_spec, rows, adapter=adapter))
     found = launch(cells, folder / "cells", ranks=ranks, timeout=1500)
     return {
-        (method, objective): _said(found[f"{method} | {objective}"]) for method in METHODS for objective in OBJECTIVES
+        (method, objective): _verdict(found[f"{method} | {objective}"]) for method in METHODS for objective in OBJECTIVES
     }
 
 
-def _said(result: Result) -> str:
+def _verdict(result: Result) -> str:
     if result.error is None:
         assert len(result.losses) == 2, result
         assert any(name.endswith(".safetensors") for name in result.files), result
@@ -91,7 +91,7 @@ def _model(path: Path) -> Path:
 
 
 def _adapter(model: Path, folder: Path, kind: str) -> str:
-    """A new adapter of its kind, as a user would have it."""
+    """A saved adapter of the task type `kind`."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -104,17 +104,17 @@ def _adapter(model: Path, folder: Path, kind: str) -> str:
 
 HEAD = """# What works together
 
-Every method with every objective under every strategy, run on a tiny model with two ranks (one where it says so) on CPUs. A dot
-works: it trained, and left an artefact. A number is refused before training, with the words below. Made by
-`python -m tests.support.matrix`; a test holds it against what runs.
+Every method with every objective under every strategy, run on a tiny model with two ranks (one where stated) on CPUs. A dot means
+that the combination trained and saved an artefact. A number means that it was refused before training, with the message below. Written
+by `python -m tests.support.matrix`; a test compares this page with actual runs.
 """
 
 
 def page(tables: dict[str, Table]) -> str:
-    """The page of the reference."""
+    """The text of the reference page."""
     reasons: list[str] = []
     blocks = []
-    for strategies, table in _alike(tables):
+    for strategies, table in _grouped(tables):
         lines = [
             f"## {'; '.join(strategies)}",
             "",
@@ -124,18 +124,18 @@ def page(tables: dict[str, Table]) -> str:
         for method in METHODS:
             marks = []
             for objective in OBJECTIVES:
-                said = table[method, objective]
-                if said != WORKS and said not in reasons:
-                    reasons.append(said)
-                marks.append("•" if said == WORKS else str(reasons.index(said) + 1))
+                verdict = table[method, objective]
+                if verdict != WORKS and verdict not in reasons:
+                    reasons.append(verdict)
+                marks.append("•" if verdict == WORKS else str(reasons.index(verdict) + 1))
             lines.append(f"| {method} | {' | '.join(marks)} |")
         blocks.append("\n".join(lines))
     notes = "\n".join(f"{place}. {reason}" for place, reason in enumerate(reasons, 1))
     return "\n".join([HEAD, "\n\n".join(blocks), "\n## Refused\n", notes, ""])
 
 
-def _alike(tables: dict[str, Table]) -> Iterator[tuple[list[str], Table]]:
-    """Strategies with the same table stand together."""
+def _grouped(tables: dict[str, Table]) -> Iterator[tuple[list[str], Table]]:
+    """Tables with the names of all strategies that have this table."""
     groups: list[tuple[list[str], Table]] = []
     for strategy, table in tables.items():
         for names, other in groups:
@@ -148,9 +148,9 @@ def _alike(tables: dict[str, Table]) -> Iterator[tuple[list[str], Table]]:
 
 
 def expected(strategy: str) -> Table:
-    """What the page says of a strategy."""
+    """The table of a strategy on the reference page."""
     text = PAGE.read_text()
-    assert strategy in text, f"the page does not speak of {strategy}: python -m tests.support.matrix '{strategy}'"
+    assert strategy in text, f"the page has no table of {strategy}: python -m tests.support.matrix '{strategy}'"
     reasons = dict(re.findall(r"^(\d+)\. (.+)$", text.split("\n## Refused\n")[1], re.MULTILINE))
     block = next(one for one in text.split("\n## ") if strategy in one.splitlines()[0].split("; "))
     table: Table = {}
@@ -163,12 +163,12 @@ def expected(strategy: str) -> Table:
 
 
 def main(asked: Sequence[str]) -> None:
-    """Run the asked strategies (none: all) and write the page after each; the others stay as the page has them."""
+    """Run the asked strategies (default: all) and write the page after each. Tables of other strategies stay unchanged."""
     tables = {name: expected(name) for name in STRATEGIES if PAGE.exists() and name in PAGE.read_text()}
     for strategy in asked or STRATEGIES:
         with tempfile.TemporaryDirectory() as folder:
             tables[strategy] = run(strategy, Path(folder))
-        refused = sum(said != WORKS for said in tables[strategy].values())
+        refused = sum(verdict != WORKS for verdict in tables[strategy].values())
         print(f"{strategy}: {len(tables[strategy]) - refused} work, {refused} are refused", flush=True)
         PAGE.write_text(page({name: tables[name] for name in STRATEGIES if name in tables}))
 

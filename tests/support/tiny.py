@@ -1,8 +1,8 @@
-"""A real model in a third of a second: byte-level BPE tokenizer and a two-layer Llama, saved as any hub model is.
+"""Makes a real model in a third of a second: byte-level BPE tokenizer and a two-layer Llama, saved in the hub's layout.
 
-Nothing is downloaded. The weights are random but seeded, so that two calls with the same arguments write the same bytes.
-Variants exist on purpose: templates with and without generation markers, no pad token, a pad token that is the end token,
-a beginning token, tied embeddings, biases in attention.
+Nothing is downloaded. The weights are random but seeded, so that two calls with the same arguments write the same bytes. Options
+produce variants for tests: templates with and without generation markers, no pad token, a pad token that is the end token, a
+beginning token, tied embeddings, attention biases.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ CHATML_MARKED = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""ChatML with generation markers around what an assistant says, its end-of-turn token included."""
+"""ChatML with generation markers around an assistant's message, including its end-of-turn token."""
 
 
 def make_tokenizer(
     path: Path | str, *, chat_template: str | None = CHATML, pad: str | None = "<|pad|>", bos: bool = False
 ):
-    """Train and save the tokenizer; `bos` makes it begin every text with <|bos|>."""
+    """Train and save the tokenizer. `bos`: it adds <|bos|> before every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -95,7 +95,7 @@ def make_tiny_model(
 
 
 def make_tiny_classifier(path: Path | str, *, seed: int = 1) -> Path:
-    """The same backbone with a one-number head: a reward model."""
+    """The same backbone with a head of one output: a reward model."""
     import torch
     from transformers import AutoTokenizer, LlamaForSequenceClassification
 
@@ -111,9 +111,9 @@ def make_tiny_classifier(path: Path | str, *, seed: int = 1) -> Path:
 
 
 def teach(path: Path | str, conversations: list[list[dict[str, str]]], *, steps: int = 150, rate: float = 5e-3) -> Path:
-    """Train the saved model itself on conversations, so that its embeddings and head mean something.
+    """Train all weights of the saved model on conversations.
 
-    Adapters on random weights cannot learn to speak: the frozen head gives every token nearly the same score.
+    Adapters on random weights learn almost nothing, because the frozen random head gives every token nearly the same score.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -1,4 +1,4 @@
-"""The model of these tests has been taught to speak, so that adapters have something to build on."""
+"""The model of these tests is pre-trained, because adapters on random weights learn almost nothing."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from tests.support.models import libraries, raw_model, taught_model  # noqa: F40
 
 @pytest.fixture(scope="session")
 def model(taught_model: Path) -> Path:  # noqa: F811  the fixture by that name
-    """Weights that know the words of the ten rows, with other answers."""
+    """A model that was trained on the questions of the ten rows with other answers."""
     return taught_model

@@ -1,4 +1,4 @@
-"""What of the spec becomes which argument, where no run on this machine can show it; and what is not imported."""
+"""TrainingArguments of GPU runs, which no test here can execute, and the imports of a run."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def gpu_arguments(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
     return {**common(run, inputs, hardware, plan, evaluates=False), "notes": plan.notes}
 
 
-def test_backend_unsloth_fills_what_nobody_set(tmp_path: Path) -> None:
+def test_backend_unsloth_changes_defaults(tmp_path: Path) -> None:
     found = gpu_arguments(tmp_path, {"trainer": {"backend": "unsloth"}})
     assert (found["optim"], found["use_liger_kernel"]) == ("paged_adamw_8bit", True)
     assert found["activation_checkpointing_kwargs"] == {"use_reentrant": False, "offload": True}
     assert "backend unsloth is this trainer's own single-GPU path" in found["notes"][0]
 
 
-def test_backend_unsloth_leaves_what_was_set(tmp_path: Path) -> None:
+def test_backend_unsloth_keeps_values_of_the_user(tmp_path: Path) -> None:
     training = {"optimizer": "adamw_torch", "gradientCheckpointing": "disabled", "maxSteps": 4}
     found = gpu_arguments(
         tmp_path, {"trainer": {"backend": "unsloth"}, "training": training, "model": {"ligerKernels": False}}
@@ -102,7 +102,7 @@ def _env(root: Path) -> dict[str, str]:
 
 
 def liger(folder: Path, spec: dict[str, Any], kind: str) -> tuple[bool, list[str]]:
-    """Whether the kernels stay on for a model of a kind, and what is said."""
+    """Whether the kernels stay enabled for a type of model, and the notes."""
     from types import SimpleNamespace
 
     from finetune_trainer.arguments import choose_kernels
@@ -113,8 +113,8 @@ def liger(folder: Path, spec: dict[str, Any], kind: str) -> tuple[bool, list[str
     return args.use_liger_kernel, notes
 
 
-def test_kernels_that_a_model_does_not_have_are_refused_or_left_out(tmp_path: Path) -> None:
-    """The library passes over a model that it does not know without a word."""
+def test_kernels_without_an_implementation_are_refused_or_disabled(tmp_path: Path) -> None:
+    """The library skips a model that it does not know without a message."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
     tuned = {"trainer": {"backend": "unsloth"}}
     assert liger(tmp_path / "a", tuned, "llama") == (True, [])
@@ -126,8 +126,8 @@ def test_kernels_that_a_model_does_not_have_are_refused_or_left_out(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_kernels_are_put_in_and_leave_the_forward_pass_alone(tmp_path: Path) -> None:
-    """A reward model has no head over words: the kernel for one in its forward pass would end the run."""
+def test_active_kernels_are_found_and_keep_the_forward_pass(tmp_path: Path) -> None:
+    """A reward model has no language-model head: a kernel that replaces the forward pass would fail."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
     code = """
 import sys
@@ -149,7 +149,7 @@ print(model.forward.__func__ is type(model).forward)
     found = gpu_arguments(tmp_path, {"model": {"ligerKernels": True}})
     assert found["liger_kernel_config"] == {"fused_linear_cross_entropy": False}
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True, text=True)
-    # Libraries say on the same stream what they find missing here.
+    # Libraries print warnings to the same stream.
     assert done.stdout.split()[-2:] == ["KernelsNotActive", "True"], done.stderr[-2000:]
 
 
@@ -167,7 +167,7 @@ print(model.forward.__func__ is type(model).forward)
         ("the reward function ran out of memory cells", False),
     ],
 )
-def test_a_full_gpu_is_known_in_whatever_words(text: str, memory: bool) -> None:
+def test_messages_of_every_library_about_full_gpu_memory_are_recognised(text: str, memory: bool) -> None:
     from finetune_trainer.train import to_finetune_error
 
     assert to_finetune_error(RuntimeError(text)).exit_code == (71 if memory else 70)

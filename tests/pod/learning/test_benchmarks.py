@@ -1,4 +1,4 @@
-"""The benchmarks of the trainer run here, small: a program that only runs on a machine nobody has is no program."""
+"""The benchmarks of the trainer run here with a tiny model, so that they do not break unnoticed."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 def benchmark(name: str) -> ModuleType:
-    """The program as a module."""
+    """A benchmark imported as a module."""
     if str(BENCHMARKS) not in sys.path:
         sys.path.insert(0, str(BENCHMARKS))
     return importlib.import_module(name)
 
 
-def test_overhead_compares_equal_trainings() -> None:
+def test_the_overhead_benchmark_runs() -> None:
     found = benchmark("trainer_overhead").measure(1, 3, hidden=64, layers=2, length=64, batch=2, method="lora")
     assert found["step"]["ratio"] > 0 and found["run"]["ratio"] > 0 and found["stepsEach"] == 3
 
 
-def test_throughput_runs_on_the_cpu() -> None:
+def test_the_throughput_benchmark_runs_on_a_cpu() -> None:
     options = [
         "--shape",
         "tiny",
@@ -47,7 +47,7 @@ def test_throughput_runs_on_the_cpu() -> None:
     assert found["ours"]["mfu"] is None and found["device"] == "cpu"
 
 
-def test_throughput_of_a_gpu_is_not_measured_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_throughput_benchmark_refuses_a_missing_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

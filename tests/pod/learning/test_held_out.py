@@ -1,4 +1,4 @@
-"""The test set is held out, looked at once at the end with the published weights, and its measures are told."""
+"""The test set is not trained on; its metrics are measured once, on the published weights, and reported."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.pod
 LORA: dict[str, Any] = {"type": "lora", "lora": {"dropout": 0}}
 
 
-def test_three_parts_are_cut_and_the_test_part_is_measured_at_the_end(model: Path, tmp_path: Path) -> None:
+def test_a_split_off_test_set_is_measured_at_the_end(model: Path, tmp_path: Path) -> None:
     split = {"dataset": {"split": {"validation": 0.2, "test": 0.3, "seed": 7}}}
     spec = {"method": LORA, "evaluation": {"strategy": "steps", "steps": 2}, **split}
     run, inputs = make_run(tmp_path, model, spec, TEN)
@@ -37,7 +37,7 @@ def test_three_parts_are_cut_and_the_test_part_is_measured_at_the_end(model: Pat
 
 
 def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
-    """Mean loss of all answer tokens together, by plain transformers and PEFT."""
+    """Mean loss over all answer tokens, computed with plain transformers and PEFT."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -67,7 +67,7 @@ def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
         ("grpo", PROMPTS, {"testReward"}),
     ],
 )
-def test_a_test_file_is_measured_by_every_objective(
+def test_every_objective_measures_a_test_file(
     kind: str, rows: list[Any], measures: set[str], model: Path, tmp_path: Path
 ) -> None:
     held = write_rows(tmp_path / "held.jsonl", rows[:4])
@@ -82,10 +82,10 @@ def test_a_test_file_is_measured_by_every_objective(
     assert measures <= found.keys()
     assert found["testRows"] == 4
     assert outcome.resolved["datasetRows"] == len(rows)
-    assert [message["stage"] for message in outcome.said("stage")][-2:] == ["evaluating", "saving"]
+    assert [message["stage"] for message in outcome.messages("stage")][-2:] == ["evaluating", "saving"]
 
 
-def test_letters_of_a_test_set_are_counted(model: Path, tmp_path: Path) -> None:
+def test_answer_letters_of_a_test_set_are_counted(model: Path, tmp_path: Path) -> None:
     rows = [
         {"question": row["messages"][0]["content"], "options": {"A": "x", "B": "y"}, "answer": "AB"[i % 2]}
         for i, row in enumerate(TEN)
@@ -97,4 +97,4 @@ def test_letters_of_a_test_set_are_counted(model: Path, tmp_path: Path) -> None:
 def test_without_a_test_set_nothing_is_measured(model: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path, model, {"training": {"maxSteps": 1}})
     assert "evaluation" not in outcome.extra
-    assert "evaluating" not in [message["stage"] for message in outcome.said("stage")]
+    assert "evaluating" not in [message["stage"] for message in outcome.messages("stage")]

@@ -1,4 +1,4 @@
-"""Every method learns, trains only what it should, and leaves an artefact that plain transformers and PEFT can use."""
+"""Every method learns, trains only the right parameters, and saves an artefact that plain transformers and PEFT load."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.pod
 SIXTY = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
 NO_DROPOUT = {"lora": {"dropout": 0}}
 
-# The bound for each method: below 0.1 where the method can memorise ten rows in sixty steps. Prefix and prompt tuning of a
-# two-layer model cannot (twenty vectors in front of frozen weights): their bounds are what they honestly reach.
+# The final loss must be below this bound. Most methods memorise ten rows in sixty steps. Prefix and prompt tuning of a two-layer
+# model cannot, because they only train twenty vectors; their bounds are slightly above the loss that they reach.
 LEARNERS = {
     "full": ({"method": {"type": "full"}}, 0.1),
     "lora": ({"method": NO_DROPOUT}, 0.1),
@@ -42,7 +42,7 @@ LEARNERS = {
 
 
 def load_tuned(outcome: Outcome, model: Path, **options: Any) -> Any:
-    """The artefact as any user would load it."""
+    """The artefact, loaded as a user would."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -54,7 +54,7 @@ def load_tuned(outcome: Outcome, model: Path, **options: Any) -> Any:
 
 
 def answer(tuned: Any, folder: Path, question: str) -> str:
-    """What the tuned model says, greedily, until it stops by itself."""
+    """The tuned model's greedy answer, up to its end token."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -75,7 +75,7 @@ def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path
     assert outcome.losses[-1] < bound
     assert outcome.folder is not None
     tuned = load_tuned(outcome, model)
-    if bound > 0.1:  # too small to answer right: what is loaded says what was trained
+    if bound > 0.1:  # the model cannot answer correctly; the loaded artefact must give the same logits
         ids = torch.arange(5, 25).unsqueeze(0)
         with torch.no_grad():
             assert torch.allclose(tuned.eval()(ids).logits, outcome.model.eval()(ids).logits, atol=1e-5)
@@ -87,7 +87,7 @@ def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path
 
 
 @pytest.mark.parametrize("name", ["lora", "dora", "ia3", "promptTuning", "qlora", "lora8bit"])
-def test_adapters_leave_the_base_bit_equal(name: str, model: Path, tmp_path: Path) -> None:
+def test_adapters_do_not_change_the_base_weights(name: str, model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     outcome = go(tmp_path, model, LEARNERS[name][0])
@@ -99,14 +99,14 @@ def test_adapters_leave_the_base_bit_equal(name: str, model: Path, tmp_path: Pat
         if found is not None and found.dtype == value.dtype:
             assert torch.equal(found, value), key
             compared += 1
-    assert compared >= 7  # embeddings, head and norms at the least; all 21 where nothing is quantised
+    assert compared >= 7  # at least embeddings, head and norms; all 21 without quantisation
     if name in ("lora", "dora", "ia3", "promptTuning"):
         assert compared == 21
     assert outcome.kind == "adapter"
     assert outcome.resolved["trainableParameters"] < outcome.resolved["totalParameters"]
 
 
-def test_loftq_repairs_what_quantisation_took(model: Path, tmp_path: Path) -> None:
+def test_loftq_starts_as_the_best_low_rank_correction_of_the_quantisation_error(model: Path, tmp_path: Path) -> None:
     from bitsandbytes.functional import dequantize_4bit
     from safetensors.torch import load_file
 
@@ -118,14 +118,14 @@ def test_loftq_repairs_what_quantisation_took(model: Path, tmp_path: Path) -> No
     assert len(layers) == 6
     for name, layer in layers:
         packed = layer.get_base_layer().weight
-        rest = whole[f"{name}.weight"] - dequantize_4bit(packed.data, packed.quant_state)
-        repaired = rest - 4 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
-        singular = torch.linalg.svdvals(rest)
-        # Nothing of rank 4 comes closer: what stays are the singular values after the fourth.
-        assert float(repaired.norm()) == pytest.approx(float(singular[4:].norm()), rel=1e-4)
+        error = whole[f"{name}.weight"] - dequantize_4bit(packed.data, packed.quant_state)
+        remaining = error - 4 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
+        singular = torch.linalg.svdvals(error)
+        # The best approximation of rank 4 leaves the singular values after the fourth.
+        assert float(remaining.norm()) == pytest.approx(float(singular[4:].norm()), rel=1e-4)
 
 
-def test_full_changes_every_weight(model: Path, tmp_path: Path) -> None:
+def test_full_training_changes_every_weight(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     outcome = go(tmp_path, model, {"method": {"type": "full"}})
@@ -136,7 +136,7 @@ def test_full_changes_every_weight(model: Path, tmp_path: Path) -> None:
     assert outcome.resolved["trainableParameters"] == outcome.resolved["totalParameters"] == 131392
 
 
-def test_qlora_base_is_really_4_bit(model: Path, tmp_path: Path) -> None:
+def test_the_base_of_qlora_is_stored_in_4_bits(model: Path, tmp_path: Path) -> None:
     outcome = go(
         tmp_path, model, {"method": {"type": "qlora"}, "model": {"quantization": {"type": "fp4", "doubleQuant": False}}}
     )
@@ -147,7 +147,7 @@ def test_qlora_base_is_really_4_bit(model: Path, tmp_path: Path) -> None:
     assert all(p.dtype == torch.float32 for p in outcome.model.parameters() if p.requires_grad)
 
 
-def test_lora_options_arrive_in_the_artefact(model: Path, tmp_path: Path) -> None:
+def test_lora_options_are_written_to_the_adapter_configuration(model: Path, tmp_path: Path) -> None:
     lora = {
         "rank": 3,
         "alpha": 5,
@@ -165,7 +165,7 @@ def test_lora_options_arrive_in_the_artefact(model: Path, tmp_path: Path) -> Non
     assert config["base_model_name_or_path"] == f"file://{model}"
 
 
-def test_lora_plus_gives_b_its_own_rate(model: Path, tmp_path: Path) -> None:
+def test_lora_plus_changes_the_run_from_the_second_step(model: Path, tmp_path: Path) -> None:
     plain = go(tmp_path / "a", model, {"method": NO_DROPOUT})
     plus = go(tmp_path / "b", model, {"method": {"lora": {"dropout": 0, "plusRatio": 8}}})
     assert plain.losses[0] == plus.losses[0]
@@ -179,7 +179,7 @@ def test_lora_on_the_head_is_refused(model: Path, tmp_path: Path) -> None:
     assert "modulesToSave" in (caught.value.hint or "")
 
 
-def test_unknown_target_is_refused_with_what_is_there(model: Path, tmp_path: Path) -> None:
+def test_an_unknown_target_module_is_refused_with_the_known_names(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         go(tmp_path, model, {"method": {"lora": {"targetModules": ["q_proj", "wqkv"]}}})
     assert caught.value.code == "TargetModulesMissing"
@@ -187,7 +187,7 @@ def test_unknown_target_is_refused_with_what_is_there(model: Path, tmp_path: Pat
     assert "down_proj" in (caught.value.hint or "")
 
 
-def test_adapter_is_continued(model: Path, tmp_path: Path) -> None:
+def test_a_continued_adapter_starts_from_its_trained_weights(model: Path, tmp_path: Path) -> None:
     first = go(tmp_path / "a", model, merged(SIXTY, {"method": NO_DROPOUT, "training": {"maxSteps": 20}}))
     spec = {"method": {"type": "adapter", "adapter": {"source": f"file://{first.folder}"}}}
     again = go(tmp_path / "b", model, merged(SIXTY, spec), adapter=first.folder)
@@ -196,7 +196,7 @@ def test_adapter_is_continued(model: Path, tmp_path: Path) -> None:
     assert again.losses[-1] < again.losses[0]
 
 
-def test_prompt_adapter_cannot_be_continued(model: Path, tmp_path: Path) -> None:
+def test_a_prompt_adapter_cannot_be_continued(model: Path, tmp_path: Path) -> None:
     first = go(tmp_path / "a", model, {"method": {"type": "promptTuning"}})
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
     with pytest.raises(ConfigError) as caught:
@@ -204,7 +204,7 @@ def test_prompt_adapter_cannot_be_continued(model: Path, tmp_path: Path) -> None
     assert caught.value.code == "AdapterNotContinuable"
 
 
-def test_folder_without_adapter_is_named(model: Path, tmp_path: Path) -> None:
+def test_a_folder_without_an_adapter_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError) as caught:
         go(tmp_path, model, {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}, adapter=model)
     assert caught.value.code == "AdapterUnreadable"
@@ -226,14 +226,14 @@ def test_spectrum_trains_the_selected_modules_only(model: Path, tmp_path: Path) 
         assert trained == [max(group, key=lambda name: group[name])]
 
 
-def test_spectrum_takes_given_layers(model: Path, tmp_path: Path) -> None:
+def test_spectrum_trains_the_given_layers(model: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path, model, {"method": {"type": "spectrum", "spectrum": {"layers": [1]}}})
     assert outcome.folder is not None
     trained = json.loads((outcome.folder / "spectrum_snr.json").read_text())["trained"]
     assert len(trained) == 7 and all(name.startswith("model.layers.1.") for name in trained)
 
 
-def test_spectrum_layer_out_of_range_is_refused(model: Path, tmp_path: Path) -> None:
+def test_an_unknown_spectrum_layer_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         go(tmp_path, model, {"method": {"type": "spectrum", "spectrum": {"layers": [0, 2]}}})
     assert caught.value.code == "SpectrumLayerMissing"

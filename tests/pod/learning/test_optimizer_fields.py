@@ -1,4 +1,4 @@
-"""Which of Adam's settings an optimizer reads: what the rules say is what transformers does."""
+"""The API's rules know which of Adam's settings each optimizer reads in transformers."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ WITHOUT_PACKAGE = (
     "schedule_free_sgd",
     "schedule_free_radam",
 )
-"""Need packages that the image does not have."""
+"""Optimizers whose packages the image does not have."""
 
 
 @pytest.mark.parametrize("name", [one for one in OPTIMIZERS if one not in WITHOUT_PACKAGE])
-def test_the_rules_know_what_transformers_passes_on(name: str) -> None:
+def test_the_rules_know_the_settings_that_transformers_passes_to_the_optimizer(name: str) -> None:
     from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 
     betas, eps = (0.125, 0.25), 0.5

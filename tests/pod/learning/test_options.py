@@ -1,4 +1,4 @@
-"""Options of methods, models and objectives that no other test looks at: each changes what it says it changes."""
+"""Options of methods, models and objectives that other tests do not cover have their documented effect."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_prompt_length_is_the_number_of_virtual_tokens(
     assert tuple(learned.shape) == shape
 
 
-def test_use_dora_is_method_dora(model: Path, tmp_path: Path) -> None:
+def test_use_dora_equals_method_dora(model: Path, tmp_path: Path) -> None:
     lora = {"lora": {"dropout": 0, "rank": 4}}
     word = go(tmp_path / "a", model, merged(ONE, {"method": {"type": "dora", **lora}}))
     flag = go(tmp_path / "b", model, merged(ONE, {"method": {"lora": {**lora["lora"], "useDora": True}}}))
@@ -55,7 +55,7 @@ def test_use_dora_is_method_dora(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("bias", "trained"), [("none", 0), ("loraOnly", 2), ("all", 6)])
-def test_biases_are_trained_as_asked(bias: str, trained: int, tmp_path: Path) -> None:
+def test_the_asked_biases_are_trained(bias: str, trained: int, tmp_path: Path) -> None:
     from tests.support.tiny import make_tiny_model
 
     biased = make_tiny_model(tmp_path / "model", attention_bias=True)
@@ -67,14 +67,14 @@ def test_biases_are_trained_as_asked(bias: str, trained: int, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_the_compute_type_of_4_bits(kind: str, model: Path, tmp_path: Path) -> None:
+def test_4_bit_layers_compute_in_the_asked_type(kind: str, model: Path, tmp_path: Path) -> None:
     spec = merged(ONE, {"method": {"type": "qlora"}, "model": {"quantization": {"computeDtype": kind}}})
     outcome = go(tmp_path, model, spec)
     layers = [m for m in outcome.model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "compute_dtype")]
     assert {str(layer.compute_dtype) for layer in layers} == {f"torch.{kind}"}
 
 
-def test_spectrum_ranks_layers_by_mean_over_deviation(model: Path, tmp_path: Path) -> None:
+def test_mean_over_std_selects_whole_layers(model: Path, tmp_path: Path) -> None:
     before = weights(model, "model.safetensors")
     ratios = {
         layer: sum(
@@ -94,7 +94,7 @@ def test_spectrum_ranks_layers_by_mean_over_deviation(model: Path, tmp_path: Pat
     assert all(name.startswith(f"model.layers.{best}.") for name in record["trained"])
 
 
-def test_a_scan_is_kept_for_the_same_weights(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scan_is_reused_for_the_same_model_revision(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune_trainer.method import spectrum
 
     spec = merged(ONE, {"method": {"type": "spectrum"}})
@@ -113,7 +113,7 @@ def test_a_scan_is_kept_for_the_same_weights(model: Path, tmp_path: Path, monkey
 # ---- the model
 
 
-def test_code_of_the_model_runs_only_if_trusted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remote_code_runs_only_if_it_is_trusted(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
@@ -138,7 +138,7 @@ def test_code_of_the_model_runs_only_if_trusted(model: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("cold", [{"temperature": 0.001}, {"topP": 0.001}], ids=["temperature", "topP"])
-def test_sampling_without_choice_gives_equal_answers(cold: dict[str, float], model: Path, tmp_path: Path) -> None:
+def test_sampling_from_one_candidate_gives_equal_completions(cold: dict[str, float], model: Path, tmp_path: Path) -> None:
     reward = {"builtin": "length", "parameters": {"unit": "characters", "minimum": "500"}}
 
     def spread(**options: float) -> float:
@@ -158,7 +158,7 @@ def test_sampling_without_choice_gives_equal_answers(cold: dict[str, float], mod
 
 
 @pytest.mark.parametrize(("first", "steps"), [(True, [1, 3, 6]), (False, [3, 6])])
-def test_what_is_logged(first: bool, steps: list[int], model: Path, tmp_path: Path) -> None:
+def test_log_lines_appear_at_the_asked_steps(first: bool, steps: list[int], model: Path, tmp_path: Path) -> None:
     spec = {"training": {"maxSteps": 6}, "tracking": {"loggingSteps": 3, "logFirstStep": first}}
     outcome = go(tmp_path, model, spec)
     assert [line["step"] for line in outcome.logs if "loss" in line] == steps

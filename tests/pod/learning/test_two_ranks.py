@@ -1,4 +1,4 @@
-"""New tokens, LoftQ and the test set with two ranks, in one launch: the same numbers as with one, whatever the strategy."""
+"""New tokens, LoftQ and the test set give the same numbers on two ranks as on one, with every strategy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROWS = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": f"<yes>{row['messages'][1]['content']}"}]}
     for row in [*TEN, TEN[0]]
 ]
-"""Eleven, of which three are held out: on two ranks the last batch is filled up with rows that must not count twice."""
+"""Eleven rows, of which three are the test set: on two ranks its last batch repeats a row, which must not count twice."""
 BASE: dict[str, Any] = {
     "model": {"newTokens": ["<yes>"]}, "dataset": {"split": {"test": 0.3}}, "training": {"batchSizePerDevice": 2, "maxSteps": 3},
 }  # fmt: skip
@@ -48,7 +48,7 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 @pytest.fixture(scope="module")
 def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
-    """The same effective batch on one rank."""
+    """The same runs on one rank, with the same effective batch."""
     batch = {"training": {"batchSizePerDevice": 4}}
     return {
         name: go(tmp_path_factory.mktemp(name), model, merged(merged(BASE, method), batch), ROWS)
@@ -65,7 +65,7 @@ def measured(notes: list[str]) -> float:
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_two_ranks_do_what_one_does(name: str, results: dict[str, Result], alone: dict[str, Outcome]) -> None:
+def test_two_ranks_give_the_numbers_of_one_rank(name: str, results: dict[str, Result], alone: dict[str, Outcome]) -> None:
     found, one = results[name], alone[name.rsplit(" ", 1)[-1]]
     assert found.error is None
     assert found.resolved["worldSize"] == 2

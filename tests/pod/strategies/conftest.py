@@ -1,3 +1,3 @@
-"""The libraries as jobs of every kind need them in one process."""
+"""Fixtures of the libraries: runs of every strategy share this process."""
 
 from tests.support.models import libraries  # noqa: F401  a fixture

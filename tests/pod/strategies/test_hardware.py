@@ -1,4 +1,4 @@
-"""Device, number formats and attention: settled from the spec and what is there, or refused with what to write."""
+"""Device, number formats and attention are chosen from the spec and the machine, or refused with a suggestion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GPU: dict[str, Any] = {"resources": {"gpusPerNode": 1}}
 
 @pytest.fixture
 def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device without bf16, as torch would tell of it."""
+    """A device without bf16, as torch describes it."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
@@ -25,7 +25,7 @@ def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
 
 
-def found(folder: Path, spec: dict[str, Any]) -> Hardware:
+def detected(folder: Path, spec: dict[str, Any]) -> Hardware:
     run, _ = make_run(folder, Path("/models/tiny"), spec)
     world = run.world.model_copy(update={"gpus_per_node": run.spec.resources.gpus_per_node})
     return detect(run.model_copy(update={"world": world}), 0)
@@ -35,18 +35,18 @@ def found(folder: Path, spec: dict[str, Any]) -> Hardware:
     ("asked", "dtype", "bf16"),
     [("auto", torch.float32, False), ("no", torch.float32, False), ("bf16", torch.float32, True)],
 )
-def test_number_formats_on_a_cpu(asked: str, dtype: torch.dtype, bf16: bool, tmp_path: Path) -> None:
-    there = found(tmp_path, {"training": {"mixedPrecision": asked}})
-    assert (there.is_cpu, there.name, there.dtype, there.bf16, there.fp16) == (True, "cpu", dtype, bf16, False)
+def test_a_cpu_trains_in_32_bits_unless_bf16_is_asked_for(asked: str, dtype: torch.dtype, bf16: bool, tmp_path: Path) -> None:
+    hardware = detected(tmp_path, {"training": {"mixedPrecision": asked}})
+    assert (hardware.is_cpu, hardware.name, hardware.dtype, hardware.bf16, hardware.fp16) == (True, "cpu", dtype, bf16, False)
 
 
 def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
-    there = found(tmp_path, GPU)
-    assert (there.device, there.name, there.bf16, there.fp16) == (torch.device("cuda", 0), "Tesla T4", False, True)
+    hardware = detected(tmp_path, GPU)
+    assert (hardware.device, hardware.name, hardware.bf16, hardware.fp16) == (torch.device("cuda", 0), "Tesla T4", False, True)
 
 
 @pytest.mark.parametrize(
-    ("spec", "code", "said", "hint"),
+    ("spec", "code", "expected", "hint"),
     [
         (
             {"training": {"mixedPrecision": "fp16"}},
@@ -64,31 +64,31 @@ def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_is_not_there_is_refused(
-    spec: dict[str, Any], code: str, said: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_missing_device_or_format_is_refused(
+    spec: dict[str, Any], code: str, expected: str, hint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     with pytest.raises(ConfigError) as caught:
-        found(tmp_path, spec)
+        detected(tmp_path, spec)
     assert (caught.value.code, caught.value.exit_code) == (code, 64)
-    assert said in caught.value.message and hint in (caught.value.hint or "")
+    assert expected in caught.value.message and hint in (caught.value.hint or "")
 
 
-def test_bf16_on_a_gpu_that_has_none_is_refused(old_gpu: None, tmp_path: Path) -> None:
+def test_bf16_on_a_gpu_without_it_is_refused(old_gpu: None, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        found(tmp_path, {**GPU, "training": {"mixedPrecision": "bf16"}})
+        detected(tmp_path, {**GPU, "training": {"mixedPrecision": "bf16"}})
     assert caught.value.message == "Tesla T4 cannot compute in bf16"
 
 
 @pytest.mark.parametrize(("asked", "active"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
-def test_attention_as_asked(asked: str, active: str, tmp_path: Path) -> None:
-    assert found(tmp_path, {"model": {"attention": asked}}).attention == active
+def test_the_asked_attention_is_chosen(asked: str, active: str, tmp_path: Path) -> None:
+    assert detected(tmp_path, {"model": {"attention": asked}}).attention == active
 
 
 @pytest.fixture
 def new_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A workstation with two devices and flash attention."""
+    """A machine with two GPUs and flash attention."""
     from finetune_trainer import hardware
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -101,7 +101,7 @@ def new_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_flash_attention_needs_16_bits(new_gpus: None, tmp_path: Path) -> None:
     flash: dict[str, Any] = {**GPU, "model": {"attention": "flashAttention2"}, "method": {"type": "full"}}
-    assert found(tmp_path / "a", flash).attention == "flash_attention_2"
+    assert detected(tmp_path / "a", flash).attention == "flash_attention_2"
     with pytest.raises(ConfigError) as caught:
-        found(tmp_path / "b", {**flash, "training": {"mixedPrecision": "no"}})
+        detected(tmp_path / "b", {**flash, "training": {"mixedPrecision": "no"}})
     assert caught.value.code == "AttentionPrecision" and "write mixedPrecision bf16" in (caught.value.hint or "")

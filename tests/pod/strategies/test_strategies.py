@@ -1,4 +1,4 @@
-"""Every strategy really runs over two ranks: the same losses, whole artefacts, exact resume, and proof of what is active."""
+"""Every strategy on two ranks: equal losses, complete artefacts, exact resume, and the right strategy is active."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ UNEVEN = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + place % 4)}]}
     for place, row in enumerate(TEN[:8])
 ]
-"""Rows whose answers differ in length, so that ranks and micro-batches hold unequal numbers of learned tokens."""
+"""Rows whose answers differ in length, so that ranks and micro-batches have unequal numbers of trained tokens."""
 EXACT: dict[str, Any] = {
     "training": {"seed": 7, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1, "maxSteps": 4}
 }
@@ -96,7 +96,7 @@ EQUAL: dict[str, dict[str, Any]] = {
     "zero2": zero(2),
     "zero2, accumulated": merged(zero(2), {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
 }
-"""Two ranks that together take four rows a step."""
+"""Two ranks with four rows per step together."""
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "fsdp prompt": (merged({"method": {"type": "promptTuning"}}, fsdp()), "StrategyAndMethod", "virtual tokens"),
     "fsdp 8 bit": (merged({"model": {"quantization": {"bits": 8}}}, fsdp()), "StrategyAndMethod", "8-bit"),
@@ -126,15 +126,15 @@ SIXTEEN: dict[str, Any] = {
     "model": {"dtype": "bfloat16"},
     "training": {"mixedPrecision": "bf16", "gradientCheckpointing": "enabled", "maxSteps": 3, "learningRate": 5e-3},
 }
-"""The number types and the recomputation that a GPU has by default."""
+"""A GPU's default number formats and gradient checkpointing."""
 PACKED: dict[str, Any] = {"dataset": {"packing": True, "maxSequenceLength": 64}, "training": {"batchSizePerDevice": 1}}
-BESIDE = {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}}
-NARROW: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
+HEAD_IN_FULL = {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}}
+SIXTEEN_BIT_RUNS: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
     "16 bits, ddp": (merged(LORA_EXACT, DDP), TEN),
     "16 bits, fsdp": (merged(LORA_EXACT, fsdp()), TEN),
     "16 bits, zero2": (merged(LORA_EXACT, zero(2)), TEN),
     "16 bits, zero3": (merged(LORA_EXACT, zero(3)), TEN),
-    "16 bits, ddp, the head beside": (merged(BESIDE, DDP), TEN),
+    "16 bits, ddp, the head in full": (merged(HEAD_IN_FULL, DDP), TEN),
     "16 bits, ddp, ia3 and dpo": (merged({"method": {"type": "ia3"}, "trainer": {"type": "dpo"}}, DDP), PAIRS),
     "16 bits, fsdp, reward": (merged({"trainer": {"type": "reward"}}, fsdp()), PAIRS),
     "16 bits, zero3, reward": (merged({"trainer": {"type": "reward"}}, zero(3)), PAIRS),
@@ -159,13 +159,13 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for name in RESUMED:
         checkpoint = folder / f"{places[name]:03d}" / "out" / "checkpoint-2"
         cells.append(Cell(f"{name}, resumed", str(model), specs[name], TEN, resume=str(checkpoint)))
-    # Answers of signs that no trained answer has: the validation loss falls at first (the form is learned), then it rises.
+    # Answers of characters that no training row has: the validation loss first falls (the format is learned), then it rises.
     other = [{"messages": [row["messages"][0], {"role": "assistant", "content": "!?#%&@"}]} for row in TEN]
     best = {
         "training": {"maxSteps": 12, "scheduler": "constant"}, "evaluation": {"steps": 3},
         "checkpoint": {"strategy": "steps", "steps": 3, "loadBestAtEnd": True},
     }  # fmt: skip
-    cells += [Cell(name, str(model), merged(SIXTEEN, spec), rows) for name, (spec, rows) in NARROW.items()]
+    cells += [Cell(name, str(model), merged(SIXTEEN, spec), rows) for name, (spec, rows) in SIXTEEN_BIT_RUNS.items()]
     cells += [Cell(name, str(model), merged(best, spec), TEN, validation=other) for name, spec in BEST.items()]
     cells += [
         Cell(equal_cell(method, name), str(model), merged(merged(EXACT, given), spec), UNEVEN)
@@ -217,7 +217,7 @@ def test_strategy_is_active_and_learns(name: str, results: dict[str, Result]) ->
         ("zero3 offload", "ddp full"),
     ],
 )
-def test_losses_and_artefact_are_those_of_ddp(name: str, like: str, results: dict[str, Result]) -> None:
+def test_losses_and_artefact_equal_those_of_ddp(name: str, like: str, results: dict[str, Result]) -> None:
     found, plain = results[name], results[like]
     assert found.losses == pytest.approx(plain.losses, abs=1e-5)
     mine, theirs = tensors(found), tensors(plain)
@@ -232,23 +232,23 @@ def test_losses_and_artefact_are_those_of_ddp(name: str, like: str, results: dic
 def one_process(
     request: pytest.FixtureRequest, model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Any]:
-    """The same four rows a step, on one rank."""
+    """One rank with the same four rows per step."""
     method = str(request.param)
     given = merged(merged(EXACT, FULL if method == "full" else LORA_EXACT), {"training": {"batchSizePerDevice": 4}})
     return method, go(tmp_path_factory.mktemp("one"), model, given, UNEVEN)
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_two_ranks_learn_what_one_learns(name: str, one_process: tuple[str, Any], results: dict[str, Result]) -> None:
-    method, alone = one_process
+def test_two_ranks_have_the_losses_of_one_rank(name: str, one_process: tuple[str, Any], results: dict[str, Result]) -> None:
+    method, one_rank = one_process
     found = results[equal_cell(method, name)]
     assert found.error is None and found.resolved["effectiveBatch"] == 4
-    assert len(alone.losses) == 4
-    assert found.losses == pytest.approx(alone.losses, abs=1e-6)
-    assert found.grad_norms == pytest.approx(alone.grad_norms, rel=1e-5)
+    assert len(one_rank.losses) == 4
+    assert found.losses == pytest.approx(one_rank.losses, abs=1e-6)
+    assert found.grad_norms == pytest.approx(one_rank.grad_norms, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", NARROW)
+@pytest.mark.parametrize("name", SIXTEEN_BIT_RUNS)
 def test_two_ranks_train_in_16_bits(name: str, results: dict[str, Result]) -> None:
     found, (start, strategy, *what) = results[name], name.split(", ")
     assert found.error is None
@@ -257,7 +257,7 @@ def test_two_ranks_train_in_16_bits(name: str, results: dict[str, Result]) -> No
     assert found.losses == pytest.approx(like.losses, abs=0.02)
 
 
-def test_no_shard_runs_as_ddp_and_says_so(results: dict[str, Result]) -> None:
+def test_no_shard_runs_as_ddp_with_a_note(results: dict[str, Result]) -> None:
     assert results["fsdp noShard"].resolved["strategy"] == "ddp"
     assert any("noShard" in note for note in results["fsdp noShard"].notes)
 
@@ -273,7 +273,7 @@ def test_resume_is_exact(name: str, results: dict[str, Result]) -> None:
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
-def test_checkpoints_of_fsdp_hold_everything_once(results: dict[str, Result]) -> None:
+def test_fsdp_checkpoints_hold_weights_and_optimizer_once(results: dict[str, Result]) -> None:
     def names(name: str) -> set[str]:
         return {path.name for path in (Path(results[name].folder) / "checkpoint-2").iterdir()}
 
@@ -315,7 +315,7 @@ def test_artefacts_load_in_plain_libraries(model: Path, results: dict[str, Resul
         base = tuned.unload()
 
 
-def test_the_json_decides_where_the_spec_is_silent(results: dict[str, Result]) -> None:
+def test_the_json_sets_what_the_spec_leaves_open(results: dict[str, Result]) -> None:
     found = results["zero3 json"]
     said = "\n".join(found.notes)
     assert "gradient_clipping 0.25 of the file wins over the default training.maxGradNorm 1.0" in said
@@ -324,7 +324,7 @@ def test_the_json_decides_where_the_spec_is_silent(results: dict[str, Result]) -
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_is_refused_with_the_reason(name: str, results: dict[str, Result]) -> None:
+def test_impossible_combinations_are_refused_with_the_reason(name: str, results: dict[str, Result]) -> None:
     _, code, said = REFUSED[name]
     error = results[name].error
     assert error is not None

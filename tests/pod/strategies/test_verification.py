@@ -1,4 +1,4 @@
-"""A library that quietly does something else than it was asked for is found out when training begins, and ends the run."""
+"""If a library silently falls back to something else, the run ends before its first step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(engine: Any = None) -> Any:
-    """A Trainer whose model nobody has wrapped."""
+    """A Trainer whose model is not wrapped by a strategy."""
     network = torch.nn.Linear(4, 4)
     return SimpleNamespace(
         model=network, model_wrapped=network, is_deepspeed_enabled=engine is not None, deepspeed=engine
@@ -48,29 +48,29 @@ def plan(kind: str, folder: Path, ranks: int) -> Plan:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"),
+    ("kind", "expected"),
     [
         ("ddp", "ddp was asked for over 2 ranks, but independent is active"),
         ("fsdp", "fsdp was asked for over 2 ranks, but 2 of 2 parameters are not sharded, first weight"),
         ("zero", "deepspeed was asked for over 2 ranks, but independent is active"),
     ],
 )
-def test_two_ranks_that_train_apart(kind: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_independent_ranks_are_refused(kind: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(FineTuneError) as caught:
         plan(kind, tmp_path, 2).verify(trainer())
     assert (caught.value.code, caught.value.exit_code) == ("StrategyNotActive", 70)
-    assert caught.value.message == said
+    assert caught.value.message == expected
 
 
-def test_one_rank_is_single(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_strategy_of_one_rank_is_single(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert plan("none", tmp_path, 1).verify(trainer()) == "single"
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 1), (3, 2)])
-def test_deepspeed_with_another_stage_or_fewer_ranks(stage: int, ranks: int, tmp_path: Path) -> None:
-    """The last case has the right stage and ranks, and parameters that DeepSpeed has not taken."""
+def test_deepspeed_with_another_stage_ranks_or_unsharded_parameters_is_refused(stage: int, ranks: int, tmp_path: Path) -> None:
+    """In the last case, stage and ranks are right, and the parameters are not sharded."""
     engine = SimpleNamespace(zero_optimization_stage=lambda: stage, world_size=ranks)
     with pytest.raises(FineTuneError) as caught:
         plan("zero", tmp_path, 2).verify(trainer(engine))
@@ -78,13 +78,13 @@ def test_deepspeed_with_another_stage_or_fewer_ranks(stage: int, ranks: int, tmp
     assert f"active: stage {stage} over {ranks} ranks, 0 of 2 parameters sharded" in caught.value.message
 
 
-def test_attention_that_was_swapped(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_attention_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune_trainer import model as loading
 
-    honest = loading.load_model
+    original = loading.load_model
 
     def swapped(*args: Any, **options: Any) -> Any:
-        loaded, notes = honest(*args, **options)
+        loaded, notes = original(*args, **options)
         loaded.set_attn_implementation("eager")
         return loaded, notes
 
@@ -101,20 +101,20 @@ def test_attention_that_was_swapped(model: Path, tmp_path: Path, monkeypatch: py
     ("spec", "bits"),
     [({"method": {"type": "qlora"}}, 4), ({"method": {"type": "lora"}, "model": {"quantization": {"bits": 8}}}, 8)],
 )
-def test_a_quantised_base_that_is_whole(
+def test_an_unquantised_base_is_refused_if_bits_were_asked_for(
     spec: dict[str, Any], bits: int, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from finetune_trainer import model as loading
 
-    honest = loading.load_model
-    monkeypatch.setattr(loading, "load_model", lambda *args, **options: honest(*args, **options | {"quantize": False}))
+    original = loading.load_model
+    monkeypatch.setattr(loading, "load_model", lambda *args, **options: original(*args, **options | {"quantize": False}))
     with pytest.raises(FineTuneError) as caught:
         go(tmp_path, model, spec)
     assert caught.value.code == "QuantizationNotActive"
     assert caught.value.message == f"{bits}-bit weights were asked for, and no layer has any"
 
 
-def test_an_adapter_that_trains_nothing(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_without_trainable_weights_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune_trainer.method.lora import Lora
 
     original = Lora.apply

@@ -1,4 +1,4 @@
-"""New tokens: one token each in any text, trained with every method that can, saved, and used by what is loaded again."""
+"""New tokens are never split, are trained by every method that supports them, and work in the loaded artefact."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(outcome: Outcome, model: Path) -> tuple[Any, Any]:
-    """Model and tokenizer as any user would load them: the base of an adapter grows first."""
+    """Model and tokenizer, loaded as a user would: the base of an adapter is resized first."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -65,18 +65,18 @@ def answer(tuned: Any, tokenizer: Any, row: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_new_tokens_are_learned_and_said(name: str, model: Path, tmp_path: Path) -> None:
+def test_new_tokens_are_learned_and_generated(name: str, model: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path, model, merged(merged(SIXTY, TOKENS), METHODS[name]), ROWS)
     assert outcome.losses[-1] < 0.1
     assert "2 new tokens, ids 448 to 449" in outcome.notes
     tuned, tokenizer = load(outcome, model)
     assert tokenizer("a<yes><no>b", add_special_tokens=False)["input_ids"][1:3] == [448, 449]
-    if name != "qlora":  # its adapter belongs to the 4-bit base
+    if name != "qlora":  # its adapter corrects the 4-bit base model
         for row in ROWS[:2]:
             assert answer(tuned, tokenizer, row) == f"{row['messages'][1]['content']}<|im_end|>"
 
 
-def test_an_adapter_holds_two_rows_and_not_the_vocabulary(model: Path, tied_model: Path, tmp_path: Path) -> None:
+def test_an_adapter_stores_only_the_rows_of_the_new_tokens(model: Path, tied_model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     for base, places in ((model, 2), (tied_model, 1)):
@@ -93,7 +93,7 @@ def test_an_adapter_holds_two_rows_and_not_the_vocabulary(model: Path, tied_mode
         assert torch.equal(old, load_file(base / "model.safetensors")["model.embed_tokens.weight"])
 
 
-def test_rows_on_a_16_bit_base_are_trained_in_32(model: Path, tmp_path: Path) -> None:
+def test_rows_on_a_16_bit_base_are_trained_in_32_bits(model: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path, model, merged(merged(TOKENS, LORA), {"model": {"dtype": "bfloat16"}}), ROWS)
     trained = {name: p.dtype for name, p in outcome.model.named_parameters() if p.requires_grad}
     assert sum("trainable_tokens_delta" in name for name in trained) == 2
@@ -101,7 +101,7 @@ def test_rows_on_a_16_bit_base_are_trained_in_32(model: Path, tmp_path: Path) ->
     assert outcome.losses[-1] < outcome.losses[0]
 
 
-def test_new_rows_start_as_the_mean(model: Path, tmp_path: Path) -> None:
+def test_new_rows_start_as_the_mean_of_the_old_rows(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     still = {"method": {"type": "full"}, "training": {"maxSteps": 1, "learningRate": 1e-12}}
@@ -125,7 +125,7 @@ def test_a_run_with_new_tokens_resumes_exactly(method: str, model: Path, tmp_pat
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_the_reference_knows_the_new_tokens_too(method: str, model: Path, tmp_path: Path) -> None:
+def test_the_reference_model_has_the_new_tokens(method: str, model: Path, tmp_path: Path) -> None:
     import math
 
     rows = [{**row, "chosen": [{"role": "assistant", "content": "<yes>"}]} for row in PAIRS]
@@ -135,7 +135,7 @@ def test_the_reference_knows_the_new_tokens_too(method: str, model: Path, tmp_pa
     assert outcome.losses[-1] < outcome.losses[0]
 
 
-def test_an_adapter_is_continued_with_its_new_tokens(model: Path, tmp_path: Path) -> None:
+def test_an_adapter_can_be_continued_with_its_new_tokens_only(model: Path, tmp_path: Path) -> None:
     first = go(tmp_path / "a", model, merged(merged(TOKENS, LORA), {"training": {"maxSteps": 20}}), ROWS)
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
     again = go(tmp_path / "b", model, merged(TOKENS, spec), ROWS, adapter=first.folder)
@@ -146,7 +146,7 @@ def test_an_adapter_is_continued_with_its_new_tokens(model: Path, tmp_path: Path
     assert caught.value.code == "NewTokensNotTrained"
 
 
-def test_refused_by_name(model: Path, tmp_path: Path) -> None:
+def test_impossible_tokens_are_refused_by_name(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         go(tmp_path / "a", model, {"model": {"newTokens": ["<new>", "<|im_end|>"]}})
     assert (caught.value.code, "<|im_end|>" in caught.value.message, "<new>" in caught.value.message) == (
@@ -165,7 +165,7 @@ def test_refused_by_name(model: Path, tmp_path: Path) -> None:
     own.save_pretrained(tmp_path / "tokenizer")
     tokenizer = {"tokenizer": tmp_path / "tokenizer"}
     run, inputs = make_run(tmp_path / "c", model, {"training": {"maxSteps": 1}})
-    assert len(train_here(run, inputs.model_copy(update=tokenizer)).losses) == 1  # a token that nobody uses is no harm
+    assert len(train_here(run, inputs.model_copy(update=tokenizer)).losses) == 1  # an unused token needs no embedding row
     strange = [{"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "<strange>"}]}, *TEN]
     run, inputs = make_run(tmp_path / "d", model, {}, strange)
     with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""Pace, utilisation, padding and waiting, as runs report them: each counted from what really ran."""
+"""Throughput, utilisation and padding that runs report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def matrices(folder: Path) -> int:
-    """Numbers in the weights of a stored model that every token is multiplied with: all but the embedding table."""
+    """Number of weights that every token is multiplied with: all of the stored model except the embedding table."""
     from safetensors.torch import load_file
 
     stored = load_file(folder / "model.safetensors")
@@ -28,13 +28,13 @@ def matrices(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
-def test_the_shape_is_that_of_the_base_whatever_is_trained(method: str, model: Path, tmp_path: Path) -> None:
+def test_the_shape_is_that_of_the_base_model_with_every_method(method: str, model: Path, tmp_path: Path) -> None:
     trained = go(tmp_path, model, {"method": {"type": method}, "training": {"maxSteps": 1}}).model
     base = getattr(trained, "get_base_model", lambda: trained)()
     assert Shape.of(base) == Shape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
 
 
-def test_a_head_that_is_the_embedding_table_counts_once(tmp_path: Path) -> None:
+def test_a_tied_head_counts_once(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = make_tiny_model(tmp_path / "tied", hidden=HIDDEN, layers=LAYERS, tied=True)
@@ -44,7 +44,7 @@ def test_a_head_that_is_the_embedding_table_counts_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("method", "frozen"), [("lora", True), ("full", False)])
-def test_utilisation_is_pace_times_flops_over_the_peak(
+def test_utilisation_is_tokens_per_second_times_flops_over_the_peak(
     method: str, frozen: bool, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from finetune_trainer.objective import sft
@@ -56,7 +56,7 @@ def test_utilisation_is_pace_times_flops_over_the_peak(
     shape = Shape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
     flops = flops_per_token(shape, report["tokens"] / report["rows"], frozen_base=frozen)
     lines = [line for line in outcome.logs if "mfu" in line]
-    assert [line["step"] for line in lines] == [2, 3, 4]  # the first line has no pace: there is no line before it
+    assert [line["step"] for line in lines] == [2, 3, 4]  # throughput is measured between two log lines
     for line in lines:
         assert line["mfu"] == pytest.approx(line["tokens_per_second"] * flops / peak, rel=1e-9)
 
@@ -65,17 +65,17 @@ def test_an_unknown_device_has_no_utilisation(model: Path, tmp_path: Path) -> No
     assert not any("mfu" in line for line in go(tmp_path, model).logs)
 
 
-def test_tokens_seen_are_those_of_the_data(model: Path, tmp_path: Path) -> None:
+def test_the_token_count_is_that_of_the_data(model: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path, model, {"training": {"maxSteps": None, "epochs": 2, "batchSizePerDevice": 5}})
     tokens = outcome.extra["data"]["tokens"]["train"]["tokens"]
     assert [line["num_tokens"] for line in outcome.logs if "loss" in line][-1] == 2 * tokens
 
 
-def lengths(outcome: Outcome) -> dict[str, Any]:
+def length_report(outcome: Outcome) -> dict[str, Any]:
     return dict(outcome.extra["data"]["tokens"]["train"])
 
 
-def test_packing_leaves_few_places_empty_and_says_how_many(model: Path, tmp_path: Path) -> None:
+def test_packing_leaves_little_padding_and_reports_it(model: Path, tmp_path: Path) -> None:
     rows = [
         {"messages": [TEN[i % 10]["messages"][0], {"role": "assistant", "content": "red blue " * (1 + (7 * i) % 23)}]}
         for i in range(200)
@@ -83,7 +83,7 @@ def test_packing_leaves_few_places_empty_and_says_how_many(model: Path, tmp_path
     packed = go(
         tmp_path, model, {"dataset": {"packing": True, "maxSequenceLength": 512}, "training": {"maxSteps": 2}}, rows
     )
-    report = lengths(packed)
+    report = length_report(packed)
     assert report["rows"] == 200 and report["dropped"] == report["truncated"] == 0
     assert report["padding_share"] == 1 - report["tokens"] / (512 * report["sequences"])
     assert report["padding_share"] <= 0.03
@@ -94,10 +94,10 @@ def test_packing_leaves_few_places_empty_and_says_how_many(model: Path, tmp_path
     assert [line["padding_share"] for line in packed.logs if "padding_share" in line] == [0.0, 0.0]
 
 
-def test_padding_is_counted_without_packing(model: Path, tmp_path: Path) -> None:
-    """Two rows a batch, padded to the longer one."""
+def test_padding_is_reported_without_packing(model: Path, tmp_path: Path) -> None:
+    """A batch of two rows is padded to the longer one."""
     rows = [{"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "red " * times}]} for times in (1, 9)]
     outcome = go(tmp_path, model, {"training": {"maxSteps": 1, "batchSizePerDevice": 2}}, rows)
-    report = lengths(outcome)
+    report = length_report(outcome)
     (line,) = [line for line in outcome.logs if "padding_share" in line]
     assert line["padding_share"] == pytest.approx(1 - report["tokens"] / (2 * report["longest"]))

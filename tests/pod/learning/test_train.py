@@ -1,4 +1,4 @@
-"""Every option of `spec.training`, `checkpoint` and `evaluation` changes what it says it changes."""
+"""Options of `spec.training`, `checkpoint` and `evaluation` have their documented effect, and failing runs end with a named error."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ LORA = {"method": {"lora": {"dropout": 0}}}
 
 
 @pytest.fixture(scope="module")
-def plain_lora(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Four steps of LoRA with nothing changed."""
-    return go(tmp_path_factory.mktemp("plain"), model, LORA)
+def default_lora(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Four steps of LoRA with default options."""
+    return go(tmp_path_factory.mktemp("default"), model, LORA)
 
 
 @pytest.fixture(scope="module")
-def plain_full(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
-    """Four steps of full training with nothing changed."""
-    return go(tmp_path_factory.mktemp("plain"), model, {"method": {"type": "full"}})
+def default_full(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    """Four steps of full training with default options."""
+    return go(tmp_path_factory.mktemp("default"), model, {"method": {"type": "full"}})
 
 
 def rates(outcome: Outcome) -> list[float]:
-    """Learning rate of each step."""
+    """The logged learning rates."""
     return [line["learning_rate"] for line in outcome.logs if "learning_rate" in line]
 
 
@@ -54,7 +54,7 @@ SCHEDULES: dict[str, tuple[dict[str, Any], list[float]]] = {
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-def test_course_of_the_learning_rate(name: str, raw_model: Path, tmp_path: Path) -> None:
+def test_the_learning_rate_follows_the_schedule(name: str, raw_model: Path, tmp_path: Path) -> None:
     training, wanted = SCHEDULES[name]
     if "warmupSteps" in training:
         training = {**training, "warmupRatio": None}
@@ -62,7 +62,7 @@ def test_course_of_the_learning_rate(name: str, raw_model: Path, tmp_path: Path)
     assert rates(outcome) == pytest.approx([5e-3 * one for one in wanted], rel=1e-6, abs=1e-12)
 
 
-def test_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Path) -> None:
+def test_an_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         go(tmp_path, raw_model, {"training": {"scheduler": "cosine", "schedulerParameters": {"min_lr": "0"}}})
     assert caught.value.code == "SchedulerParameterInvalid"
@@ -70,7 +70,7 @@ def test_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("training", "said"),
+    ("training", "expected"),
     [
         ({"scheduler": "warmupStableDecay"}, "num_decay_steps"),
         ({"scheduler": "cosineWithMinLr"}, "min_lr"),
@@ -78,18 +78,18 @@ def test_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Path)
         ({"scheduler": "polynomial", "schedulerParameters": {"power": "high"}}, "rejects training.schedulerParameters"),
     ],
 )
-def test_parameters_that_make_no_schedule_are_refused(
-    training: dict[str, Any], said: str, raw_model: Path, tmp_path: Path
+def test_invalid_scheduler_parameters_are_refused(
+    training: dict[str, Any], expected: str, raw_model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         go(tmp_path, raw_model, {"training": training})
-    assert caught.value.code == "SchedulerParameterInvalid" and said in caught.value.message
+    assert caught.value.code == "SchedulerParameterInvalid" and expected in caught.value.message
 
 
 @pytest.mark.parametrize(
     ("name", "package"), [("schedule_free_adamw", "schedulefree"), ("adamw_torch_4bit", "torchao")]
 )
-def test_an_optimizer_of_a_package_that_is_not_there(
+def test_an_optimizer_whose_package_is_missing_is_refused(
     name: str, package: str, raw_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from finetune_trainer import arguments
@@ -100,7 +100,7 @@ def test_an_optimizer_of_a_package_that_is_not_there(
     assert caught.value.code == "OptimizerUnavailable" and f"needs the package {package}" in caught.value.message
 
 
-def test_optimizers_of_the_api_are_those_of_the_library() -> None:
+def test_transformers_has_every_optimizer_of_the_api() -> None:
     from finetune_api.rules import OPTIMIZERS
     from transformers.training_args import OptimizerNames
 
@@ -110,12 +110,12 @@ def test_optimizers_of_the_api_are_those_of_the_library() -> None:
 @pytest.mark.parametrize(
     "name", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion_8bit", "rmsprop"]
 )
-def test_optimizers_train_here(name: str, model: Path, plain_lora: Outcome, tmp_path: Path) -> None:
+def test_optimizers_train(name: str, model: Path, default_lora: Outcome, tmp_path: Path) -> None:
     outcome = go(
         tmp_path, model, {**LORA, "training": {"optimizer": name, "learningRate": 1e-2 if name != "sgd" else 1}}
     )
-    assert outcome.losses[0] == plain_lora.losses[0]
-    assert outcome.losses[1:] != plain_lora.losses[1:]
+    assert outcome.losses[0] == default_lora.losses[0]
+    assert outcome.losses[1:] != default_lora.losses[1:]
     assert all(math.isfinite(loss) for loss in outcome.losses)
 
 
@@ -131,17 +131,17 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_option_changes_the_run(name: str, model: Path, plain_full: Outcome, tmp_path: Path) -> None:
+def test_an_option_changes_the_losses(name: str, model: Path, default_full: Outcome, tmp_path: Path) -> None:
     other = go(tmp_path, model, {"method": {"type": "full"}, "training": CHANGES[name]})
-    assert plain_full.losses != other.losses
+    assert default_full.losses != other.losses
 
 
-def test_same_run_same_losses(model: Path, tmp_path: Path) -> None:
+def test_two_equal_runs_have_equal_losses(model: Path, tmp_path: Path) -> None:
     first, second = (go(tmp_path / name, model, {"training": {"maxSteps": 6}}) for name in "ab")
     assert first.losses == second.losses and first.grad_norms == second.grad_norms
 
 
-def test_gradients_are_clipped_unless_0(model: Path, tmp_path: Path) -> None:
+def test_gradients_are_clipped_unless_the_norm_is_0(model: Path, tmp_path: Path) -> None:
     spec: dict[str, Any] = {"method": {"type": "full"}, "training": {"optimizer": "sgd", "learningRate": 1e-2}}
     clipped = go(tmp_path / "a", model, merged(spec, {"training": {"maxGradNorm": 0.001}}))
     free = go(tmp_path / "b", model, merged(spec, {"training": {"maxGradNorm": 0}}))
@@ -149,15 +149,15 @@ def test_gradients_are_clipped_unless_0(model: Path, tmp_path: Path) -> None:
     assert clipped.losses[1] > free.losses[1]
 
 
-def test_epochs_and_max_steps(model: Path, tmp_path: Path) -> None:
+def test_max_steps_wins_over_epochs(model: Path, tmp_path: Path) -> None:
     epochs = go(tmp_path / "a", model, {"training": {"maxSteps": None, "epochs": 1.5}})
-    assert len(epochs.losses) == 8  # ten rows by two, one and a half times, rounded up
+    assert len(epochs.losses) == 8  # 1.5 epochs of ten rows, two rows a step, rounded up
     assert len(go(tmp_path / "b", model, {"training": {"maxSteps": 3, "epochs": 9}}).losses) == 3
 
 
-def test_bf16_on_the_cpu(model: Path, plain_full: Outcome, tmp_path: Path) -> None:
+def test_mixed_precision_keeps_32_bit_weights_and_dtype_changes_them(model: Path, default_full: Outcome, tmp_path: Path) -> None:
     mixed = go(tmp_path / "b", model, {"method": {"type": "full"}, "training": {"mixedPrecision": "bf16"}})
-    assert mixed.losses != plain_full.losses and mixed.losses == pytest.approx(plain_full.losses, rel=0.05)
+    assert mixed.losses != default_full.losses and mixed.losses == pytest.approx(default_full.losses, rel=0.05)
     assert next(mixed.model.parameters()).dtype == torch.float32
     half = go(tmp_path / "c", model, {"method": {"type": "full"}, "model": {"dtype": "bfloat16"}})
     assert next(half.model.parameters()).dtype == torch.bfloat16
@@ -165,7 +165,7 @@ def test_bf16_on_the_cpu(model: Path, plain_full: Outcome, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "spectrum", "ia3", "promptTuning"])
-def test_recomputing_changes_nothing_but_memory(method: str, model: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_does_not_change_the_losses(method: str, model: Path, tmp_path: Path) -> None:
     spec: dict[str, Any] = {"method": {"type": method, **({"lora": {"dropout": 0}} if method == "lora" else {})}}
     plain = go(tmp_path / "a", model, spec)
     again = go(tmp_path / "b", model, merged(spec, {"training": {"gradientCheckpointing": "enabled"}}))
@@ -173,13 +173,13 @@ def test_recomputing_changes_nothing_but_memory(method: str, model: Path, tmp_pa
 
 
 @pytest.mark.parametrize(("every", "recomputed"), [(1, [True, True]), (2, [True, False])])
-def test_recomputing_every_nth_layer(every: int, recomputed: list[bool], model: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_of_every_nth_layer(every: int, recomputed: list[bool], model: Path, tmp_path: Path) -> None:
     training = {"gradientCheckpointing": "enabled", "checkpointEveryNLayers": every, "maxSteps": 1}
     outcome = go(tmp_path, model, {"method": {"type": "full"}, "training": training})
     assert [layer.gradient_checkpointing for layer in outcome.model.model.layers] == recomputed
 
 
-def test_rows_of_like_length_share_a_batch(model: Path, tmp_path: Path) -> None:
+def test_grouping_by_length_reduces_padding(model: Path, tmp_path: Path) -> None:
     rows = [
         {"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "red " * (1 + 9 * (i % 2))}]}
         for i in range(20)
@@ -203,7 +203,7 @@ def test_early_stopping_ends_the_run(model: Path, tmp_path: Path) -> None:
     assert outcome.eval_losses.index(best) == len(outcome.eval_losses) - 3
 
 
-def test_the_best_checkpoint_is_the_final_model(model: Path, tmp_path: Path) -> None:
+def test_the_best_weights_are_published_also_after_a_resume(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     others = [{"messages": [row["messages"][0], TEN[(i + 5) % 10]["messages"][1]]} for i, row in enumerate(TEN)]
@@ -221,7 +221,7 @@ def test_the_best_checkpoint_is_the_final_model(model: Path, tmp_path: Path) -> 
     carried = tmp_path / "out" / "checkpoint-8" / "best--adapter_model.safetensors"
     assert all(torch.equal(load_file(carried)[key], kept[key]) for key in kept)
 
-    # Another attempt, whose disk has only the newest checkpoint, ends with the same best.
+    # A second attempt, whose disk has only the newest checkpoint, publishes the same weights.
     moved = tmp_path / "again" / "restored"
     shutil.copytree(tmp_path / "out" / "checkpoint-8", moved)
     shutil.rmtree(tmp_path / "out")
@@ -255,7 +255,7 @@ def test_resuming_is_exact(method: str, model: Path, tmp_path: Path) -> None:
         assert (rest.folder / file.name).read_bytes() == file.read_bytes()
 
 
-def test_spectrum_on_4_bits_resumes(model: Path, tmp_path: Path) -> None:
+def test_spectrum_on_a_4_bit_base_resumes(model: Path, tmp_path: Path) -> None:
     spec = {
         "method": {"type": "spectrum"}, "model": {"quantization": {"bits": 4}}, "training": {"maxSteps": 4},
         "checkpoint": {"strategy": "steps", "steps": 2},
@@ -266,7 +266,7 @@ def test_spectrum_on_4_bits_resumes(model: Path, tmp_path: Path) -> None:
     assert rest.losses == pytest.approx(whole.losses[2:], rel=1e-3)
 
 
-def test_stray_weights_in_a_checkpoint_are_refused(model: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_with_model_and_adapter_weights_is_refused(model: Path, tmp_path: Path) -> None:
     spec = {**LORA, "checkpoint": {"strategy": "steps", "steps": 2}}
     go(tmp_path / "a", model, spec)
     folder = tmp_path / "a" / "out" / "checkpoint-2"
@@ -276,7 +276,7 @@ def test_stray_weights_in_a_checkpoint_are_refused(model: Path, tmp_path: Path) 
     assert caught.value.code == "CheckpointForeign"
 
 
-def test_a_loss_that_is_no_number_ends_the_run(model: Path, tmp_path: Path) -> None:
+def test_a_nan_loss_ends_the_run_as_diverged(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     poisoned = tmp_path / "poisoned"
@@ -314,7 +314,7 @@ def test_evaluation_without_data_is_refused(model: Path, tmp_path: Path) -> None
     assert caught.value.code == "EvaluationWithoutData"
 
 
-def test_model_that_is_not_there_or_not_whole(model: Path, tmp_path: Path) -> None:
+def test_a_missing_or_incomplete_model_is_refused(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     empty = tmp_path / "empty"
@@ -333,7 +333,7 @@ def test_model_that_is_not_there_or_not_whole(model: Path, tmp_path: Path) -> No
     assert caught.value.code == "ModelIncomplete" and "model.layers.1.mlp.up_proj.weight" in caught.value.message
 
 
-def test_attention_is_what_was_asked_or_said(model: Path, tmp_path: Path) -> None:
+def test_the_asked_attention_is_used_or_its_replacement_is_noted(model: Path, tmp_path: Path) -> None:
     eager = go(tmp_path / "a", model, {**LORA, "model": {"attention": "eager"}})
     flash = go(tmp_path / "b", model, {**LORA, "model": {"attention": "flashAttention2"}})
     assert (eager.resolved["attention"], flash.resolved["attention"]) == ("eager", "sdpa")
@@ -341,14 +341,14 @@ def test_attention_is_what_was_asked_or_said(model: Path, tmp_path: Path) -> Non
     assert eager.losses == pytest.approx(flash.losses, abs=1e-5)
 
 
-def test_what_the_run_really_is(model: Path, tmp_path: Path) -> None:
+def test_the_run_reports_its_resolved_settings(model: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path, model, {"training": {"batchSizePerDevice": 2, "gradientAccumulationSteps": 3}})
     told = outcome.resolved
     assert (told["worldSize"], told["effectiveBatch"], told["strategy"], told["device"]) == (1, 6, "single", "cpu")
     assert (told["datasetRows"], told["datasetFormat"]) == (10, "messages")
     line = outcome.logs[-2]
     assert line["tokens_per_second"] > 0 and 0 <= line["data_wait_share"] <= 1
-    assert outcome.said("stage")[-1]["stage"] == "saving"
+    assert outcome.messages("stage")[-1]["stage"] == "saving"
     assert (
         json.loads((tmp_path / "out" / "final" / "config.json").read_text())["model_type"] == "llama"
         if outcome.kind == "model"
@@ -356,7 +356,7 @@ def test_what_the_run_really_is(model: Path, tmp_path: Path) -> None:
     )
 
 
-def test_eva_starts_from_the_data(model: Path, tmp_path: Path) -> None:
+def test_eva_starts_with_orthonormal_directions(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     spec = {
@@ -369,5 +369,5 @@ def test_eva_starts_from_the_data(model: Path, tmp_path: Path) -> None:
         key: value for key, value in load_file(outcome.folder / "adapter_model.safetensors").items() if "lora_A" in key
     }
     assert len(weights) == 14
-    for value in weights.values():  # principal directions are orthonormal; a random start is not
+    for value in weights.values():  # a random start is not orthonormal
         assert torch.allclose(value @ value.T, torch.eye(4), atol=1e-3)

@@ -1,4 +1,4 @@
-"""Runs with the number types of a GPU, on the CPU: a base of 16 bits, autocast, recomputation. What is trained has 32 bits."""
+"""Runs on a CPU with a GPU's number formats: 16-bit base, autocast, gradient checkpointing. Trained weights have 32 bits."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SIXTEEN: dict[str, Any] = {
     "model": {"dtype": "bfloat16"},
     "training": {"maxSteps": 2, "mixedPrecision": "bf16", "gradientCheckpointing": "enabled"},
 }
-WHOLE = {"method": {"lora": {"modulesToSave": ["lm_head"], "bias": "all"}}}
+FULL_MODULES = {"method": {"lora": {"modulesToSave": ["lm_head"], "bias": "all"}}}
 REWARDS = [{"builtin": "length", "parameters": {"maximum": "3"}}]
 CASES: dict[str, tuple[dict[str, Any], Any]] = {
-    "modules beside the adapter": (WHOLE, TEN),
+    "modules beside the adapter": (FULL_MODULES, TEN),
     "a reward model's head": ({"trainer": {"type": "reward"}}, PAIRS),
     "answers of grpo": (
-        {**WHOLE, "trainer": {"type": "grpo", "maxCompletionLength": 4, "grpo": {"numGenerations": 2}, "rewards": REWARDS}},
+        {**FULL_MODULES, "trainer": {"type": "grpo", "maxCompletionLength": 4, "grpo": {"numGenerations": 2}, "rewards": REWARDS}},
         PROMPTS,
     ),
     "ia3": ({"method": {"type": "ia3"}}, TEN),
@@ -31,8 +31,8 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_trained_beside_16_bits_has_32(name: str, model: Path, tmp_path: Path) -> None:
-    """Steps of a usual learning rate are smaller than what 16 bits can tell apart."""
+def test_trained_weights_on_a_16_bit_base_have_32_bits(name: str, model: Path, tmp_path: Path) -> None:
+    """16-bit weights would lose the updates of a usual learning rate."""
     spec, rows = CASES[name]
     outcome = go(tmp_path, model, merged(SIXTEEN, spec), rows)
     types = {(one.requires_grad, one.dtype) for one in outcome.model.parameters()}
@@ -57,6 +57,6 @@ def test_a_packing_leak_is_found_in_16_bits(model: Path, tmp_path: Path, monkeyp
     assert caught.value.code == "PackingLeaks"
 
 
-def test_without_autocast_types_stay_as_asked(model: Path, tmp_path: Path) -> None:
-    outcome = go(tmp_path, model, {"model": {"dtype": "bfloat16"}, **WHOLE, "training": {"maxSteps": 1}})
+def test_without_autocast_trained_modules_keep_the_asked_format(model: Path, tmp_path: Path) -> None:
+    outcome = go(tmp_path, model, {"model": {"dtype": "bfloat16"}, **FULL_MODULES, "training": {"maxSteps": 1}})
     assert outcome.model.get_output_embeddings().weight.dtype == torch.bfloat16

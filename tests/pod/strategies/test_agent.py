@@ -1,4 +1,4 @@
-"""How ranks are started: one at once, several by torchelastic; the exit codes that the supervisor sees are their own."""
+"""The agent starts a single rank directly and several ranks with torchelastic; their exit codes reach the supervisor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ POD = Path(__file__).parents[1]
 
 
 def started(folder: Path, model: Path, rows: Path, script: dict[str, Any], ranks: int) -> Pod:
-    """A pod whose ranks only count, as the script says."""
+    """A pod whose ranks execute the script of `toy_rank`."""
     spec = {
         "model": {"source": f"file://{model}"},
         "dataset": {"train": f"file://{rows}", "format": "messages"},
@@ -33,7 +33,7 @@ def started(folder: Path, model: Path, rows: Path, script: dict[str, Any], ranks
 
 
 @pytest.mark.parametrize(("ranks", "launcher"), [(1, False), (2, True)])
-def test_torch_is_loaded_by_the_agent_only_to_bring_ranks_together(
+def test_the_agent_loads_torch_only_for_several_ranks(
     ranks: int, launcher: bool, model: Path, rows: Path, tmp_path: Path
 ) -> None:
     with started(tmp_path, model, rows, {"steps": 100_000}, ranks) as pod:
@@ -58,7 +58,7 @@ assert is_scipy_available()
 """
 
 
-def test_a_rank_imports_scipy_only_for_whoever_asks(tmp_path: Path) -> None:
+def test_scipy_can_still_be_imported_after_preloading_without_it(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", PRELOAD, str(tmp_path)],
         env={**os.environ, "PYTHONPATH": PYTHONPATH},
@@ -70,10 +70,10 @@ def test_a_rank_imports_scipy_only_for_whoever_asks(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("what", "code", "name"), [("exit", 70, "RankCrashed"), ("die", 74, "RankKilled")])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_the_last_rank_ends_without_a_word(
+def test_a_rank_that_ends_without_a_report_is_named_in_the_termination_message(
     what: str, code: int, name: str, ranks: int, model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    # More steps than the other rank can count meanwhile: these ranks do not wait for one another.
+    # Far more steps than the other rank can do in that time: these ranks do not wait for one another.
     with started(tmp_path, model, rows, {"steps": 100_000, "at": {f"{ranks - 1}:7": what}}, ranks) as pod:
         assert pod.end() == code, pod.text[-3000:]
         words = pod.words()

@@ -1,4 +1,4 @@
-"""What is learned of a row, token by token: templates, markers, ends, limits, packing."""
+"""Which tokens of a row are trained: templates, markers, end tokens, length limits, packing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ THINKING = (
     "{% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}{{ m.content | trim + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""Like those of reasoning models: the last answer is rendered with something that earlier ones do not have."""
+"""As templates of reasoning models: only the last answer is rendered with a thinking block."""
 SYSTEM_FIRST = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system must come first') }}"
     "{% endif %}{{ '[' + m.role + ']' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
@@ -63,7 +63,7 @@ def prepared(
 
 
 def texts(tok: Any, data: Prepared) -> list[tuple[str, str]]:
-    """(whole text, learned text) of every sequence."""
+    """(text, trained text) of every sequence."""
     return [
         (tok.decode(row["input_ids"]), tok.decode([token for token in row["labels"] if token != -100]))
         for row in data.train
@@ -71,7 +71,7 @@ def texts(tok: Any, data: Prepared) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, THINKING], ids=["plain", "marked", "thinking"])
-def test_answers_and_their_ends_are_learned(template: str, tmp_path: Path) -> None:
+def test_answers_and_their_end_tokens_are_trained(template: str, tmp_path: Path) -> None:
     spans = learned(Conversation(TWO), style(tokenizer(tmp_path, template)))
     assert spans[0] == "red<|im_end|>"
     assert spans[1] in ("green<|im_end|>", "<think></think>green<|im_end|>")
@@ -81,14 +81,14 @@ MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant says: {% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n"
     "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
-"""Writes a header for an answer, and not when asked for one; its markers leave the end of the turn out."""
+"""Writes a header for an answer that the generation prompt lacks; its markers exclude the end of the turn."""
 IN_PIECES = MARKED.replace(
     "{{ m.content }}", "{{ m.content[:2] }}{% endgeneration %}{% generation %}{{ m.content[2:] + '<|im_end|>\n' }}", 1
 )
 IN_PIECES = IN_PIECES.replace("{% endgeneration %}<|im_end|>\n", "{% endgeneration %}")
 
 
-def test_generation_markers_tell_what_is_learned(tmp_path: Path) -> None:
+def test_generation_markers_decide_what_is_trained(tmp_path: Path) -> None:
     how = style(tokenizer(tmp_path, MARKED))
     assert learned(Conversation(TWO), how) == ["red<|im_end|>", "green<|im_end|>"]
     turns = (*TWO[:2], Turn("assistant", "red", 0), *TWO[3:])
@@ -101,20 +101,20 @@ def test_generation_markers_tell_what_is_learned(tmp_path: Path) -> None:
     assert "says" in learned(Conversation(TWO), style(tokenizer(tmp_path / "b", unmarked)))[0]
 
 
-def test_generation_markers_around_pieces_of_an_answer(tmp_path: Path) -> None:
+def test_generation_markers_around_parts_of_an_answer(tmp_path: Path) -> None:
     how = style(tokenizer(tmp_path, IN_PIECES))
     assert learned(Conversation(TWO), how) == ["re", "d<|im_end|>\n", "gr", "een<|im_end|>\n"]
     turns = (*TWO[:2], Turn("assistant", "red", 0), *TWO[3:])
     assert "red" not in "".join(learned(Conversation(turns), how)), "pieces that cannot be told apart are looked for"
 
 
-def test_only_the_template_in_use_is_asked_for_markers(tmp_path: Path) -> None:
+def test_only_the_template_in_use_is_searched_for_markers(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     tok.chat_template = {"default": CHATML, "tool_use": MARKED}
     assert learned(Conversation(TWO), style(tok)) == ["red<|im_end|>", "green<|im_end|>"]
 
 
-def test_an_answer_of_weight_0_is_not_learned(tmp_path: Path) -> None:
+def test_an_answer_of_weight_0_is_not_trained(tmp_path: Path) -> None:
     turns = (*TWO[:2], Turn("assistant", "red", 0), *TWO[3:])
     assert learned(Conversation(turns), style(tokenizer(tmp_path))) == ["green<|im_end|>"]
     whole = learned(Conversation(turns), style(tokenizer(tmp_path), response_only=False))
@@ -122,7 +122,7 @@ def test_an_answer_of_weight_0_is_not_learned(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("template", [True, False], ids=["template", "words"])
-def test_a_silent_answer_is_told_from_the_same_word_elsewhere(template: bool, tmp_path: Path) -> None:
+def test_an_answer_of_weight_0_is_distinguished_from_the_same_text_elsewhere(template: bool, tmp_path: Path) -> None:
     turns = (Turn("user", "say red"), Turn("assistant", "red", 0), Turn("user", "two"), Turn("assistant", "green"))
     how = style(tokenizer(tmp_path), response_only=False, template=template)
     rendered = render(Conversation(turns), how)
@@ -133,20 +133,20 @@ def test_a_silent_answer_is_told_from_the_same_word_elsewhere(template: bool, tm
     assert "say red" in rendered.text[slice(*rendered.spans[0])]
 
 
-def test_all_tokens_are_learned_on_request(tmp_path: Path) -> None:
+def test_all_tokens_are_trained_on_request(tmp_path: Path) -> None:
     how = style(tokenizer(tmp_path), response_only=False)
     rendered = render(Conversation(TWO), how)
     assert rendered.spans == ((0, len(rendered.text)),)
 
 
-def test_markers_of_the_user_win(tmp_path: Path) -> None:
+def test_markers_of_the_user_replace_those_of_the_template(tmp_path: Path) -> None:
     how = style(tokenizer(tmp_path), markers=("<|im_start|>user", "<|im_start|>assistant\n"))
     assert learned(Conversation(TWO), how) == ["red<|im_end|>\n", "green<|im_end|>\n"]
     plain = style(tokenizer(tmp_path), template=False, markers=("Q:", "A:"))
     assert learned(Text("Q: one A: red Q: two A: green"), plain) == [" red ", " green"]
 
 
-def test_absent_marker_is_refused_with_the_row(tmp_path: Path) -> None:
+def test_a_missing_marker_is_refused_with_the_row(tmp_path: Path) -> None:
     dataset = {"responseOnly": {"questionMarker": "<start_of_turn>user", "answerMarker": "<start_of_turn>model"}}
     with pytest.raises(DataError) as caught:
         prepared(tmp_path, tokenizer(tmp_path), dataset)
@@ -154,14 +154,14 @@ def test_absent_marker_is_refused_with_the_row(tmp_path: Path) -> None:
     assert "train.jsonl, row 1" in caught.value.message and "<|im_start|>user" in caught.value.message
 
 
-def test_words_stand_where_no_template_is_used(tmp_path: Path) -> None:
+def test_role_names_are_written_without_a_template(tmp_path: Path) -> None:
     example = Conversation((Turn("user", "one"), Turn("assistant", "red")), role_names=("Question", "Answer"))
     rendered = render(example, style(tokenizer(tmp_path, None), template=False))
     assert rendered.text == "Question: one\nAnswer: red"
     assert [rendered.text[a:b] for a, b in rendered.spans] == ["red"]
 
 
-def test_prompt_and_completion_are_joined_as_they_are(tmp_path: Path) -> None:
+def test_prompt_and_completion_are_joined_unchanged(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     data = prepared(tmp_path, tok, {"format": "promptCompletion"}, [{"prompt": "one:", "completion": "red"}] * 3)
     assert texts(tok, data) == [("one:red<|im_end|>", "red<|im_end|>")] * 3
@@ -171,7 +171,7 @@ def test_prompt_and_completion_are_joined_as_they_are(tmp_path: Path) -> None:
     assert learned(Completion("one ", "red"), style(tok, template=False)) == ["red"]
 
 
-def test_template_refusals_name_the_row(tmp_path: Path) -> None:
+def test_errors_of_a_template_name_the_row(tmp_path: Path) -> None:
     rows = [TEN[0], {"messages": [*TEN[1]["messages"], {"role": "system", "content": "late"}]}]
     with pytest.raises(DataError) as caught:
         prepared(tmp_path, tokenizer(tmp_path, SYSTEM_FIRST, bos=True), {}, rows)
@@ -179,7 +179,7 @@ def test_template_refusals_name_the_row(tmp_path: Path) -> None:
     assert "row 2" in caught.value.message and "system must come first" in caught.value.message
 
 
-def test_beginning_token_stands_once(tmp_path: Path) -> None:
+def test_the_beginning_token_appears_once(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path, SYSTEM_FIRST, bos=True)
     for dataset, rows in (({}, TEN), ({}, [{"text": "one red"}]), ({"addBosToken": True}, TEN)):
         for row in prepared(tmp_path, tok, dataset, rows).train:
@@ -192,7 +192,7 @@ def test_beginning_token_stands_once(tmp_path: Path) -> None:
         )
 
 
-def test_end_token_stands_once_and_is_learned(tmp_path: Path) -> None:
+def test_the_end_token_appears_once_and_is_trained(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     for rows in (TEN, [{"text": "one red"}], [{"text": "one red<|im_end|>"}]):
         for row in prepared(tmp_path, tok, {}, rows).train:
@@ -202,7 +202,7 @@ def test_end_token_stands_once_and_is_learned(tmp_path: Path) -> None:
     assert tok.eos_token_id not in row["input_ids"]
 
 
-def test_the_end_of_what_is_not_learned_is_not_learned(tmp_path: Path) -> None:
+def test_the_end_token_of_an_untrained_answer_is_not_trained(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     more = [{"role": "user", "content": "two"}]
     silent = [{"role": "assistant", "content": "green", "weight": 0}]
@@ -213,8 +213,8 @@ def test_the_end_of_what_is_not_learned_is_not_learned(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("first", ["text", "messages"])
-def test_the_order_of_a_mixture_does_not_change_what_is_learned(first: str, tmp_path: Path) -> None:
-    """Text without turns is learned whole; the questions of a conversation are not, whichever comes first."""
+def test_the_order_of_a_mixture_does_not_change_the_trained_tokens(first: str, tmp_path: Path) -> None:
+    """Text without turns is trained completely, questions of a conversation are not, whichever source comes first."""
     tok = tokenizer(tmp_path)
     plain, joined = [{"text": "two plus"}], [{"prompt": "one ", "completion": "two"}]
     sources = [plain, joined, TEN[:1]] if first == "text" else [TEN[:1], joined, plain]
@@ -229,13 +229,13 @@ def test_the_order_of_a_mixture_does_not_change_what_is_learned(first: str, tmp_
     ])  # fmt: skip
 
 
-def test_beginning_token_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+def test_a_missing_beginning_token_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         prepared(tmp_path, tokenizer(tmp_path), {"addBosToken": True})
     assert caught.value.code == "BosMissing"
 
 
-def test_pad_that_is_the_end_token_hides_no_end(tmp_path: Path, model: Path) -> None:
+def test_end_tokens_are_trained_if_the_pad_token_is_the_end_token(tmp_path: Path, model: Path) -> None:
     from finetune_trainer.model import load_tokenizer
     from transformers import AutoTokenizer
 
@@ -243,7 +243,7 @@ def test_pad_that_is_the_end_token_hides_no_end(tmp_path: Path, model: Path) -> 
     run, inputs = make_run(tmp_path, model, {}, TEN)
     chosen, notes = load_tokenizer(run, inputs.model_copy(update={"tokenizer": tmp_path / "tokenizer"}))
     assert chosen.pad_token != chosen.eos_token and chosen.pad_token in ("<|pad|>", "<|endoftext|>")
-    assert "fills short rows" in notes[0]
+    assert "short rows are filled" in notes[0]
     run, inputs = make_run(tmp_path, model, {"model": {"padToken": "<eos>"}}, TEN)
     forced, _ = load_tokenizer(run, inputs)
     assert forced.pad_token == forced.eos_token
@@ -259,7 +259,7 @@ LONG = [{"text": "one two three four five " * n} for n in (1, 2, 12)]
 
 
 @pytest.mark.parametrize(("overflow", "rows", "counted"), [("truncate", 3, "truncated"), ("drop", 2, "dropped")])
-def test_overflow_policy_is_counted(overflow: str, rows: int, counted: str, tmp_path: Path) -> None:
+def test_rows_that_are_too_long_are_counted(overflow: str, rows: int, counted: str, tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     data = prepared(tmp_path, tok, {"overflow": overflow, "maxSequenceLength": 48}, LONG)
     report = data.reports["train"]
@@ -268,13 +268,13 @@ def test_overflow_policy_is_counted(overflow: str, rows: int, counted: str, tmp_
     assert any("maxSequenceLength 48" in note for note in data.notes)
 
 
-def test_overflow_can_fail(tmp_path: Path) -> None:
+def test_rows_that_are_too_long_can_be_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         prepared(tmp_path, tokenizer(tmp_path), {"overflow": "fail", "maxSequenceLength": 48}, LONG)
     assert caught.value.code == "RowTooLong" and "train.jsonl, row 3" in caught.value.message
 
 
-def test_rows_that_lose_their_answer_are_left_out_and_said(tmp_path: Path) -> None:
+def test_rows_whose_answer_is_truncated_away_are_dropped_with_a_note(tmp_path: Path) -> None:
     rows = [*TEN, {"messages": [{"role": "user", "content": "one two three " * 30}, TEN[0]["messages"][1]]}]
     data = prepared(tmp_path, tokenizer(tmp_path), {"maxSequenceLength": 64}, rows)
     assert len(data.train) == 10 and data.reports["train"].answerless == 1
@@ -283,7 +283,7 @@ def test_rows_that_lose_their_answer_are_left_out_and_said(tmp_path: Path) -> No
     assert caught.value.code == "NoTrainableToken" and "maxSequenceLength (now 5)" in (caught.value.hint or "")
 
 
-def test_length_beyond_the_model_is_refused_and_a_default_gives_way(tmp_path: Path) -> None:
+def test_a_length_beyond_the_model_is_refused_and_a_default_is_lowered(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         prepared(tmp_path, tokenizer(tmp_path), {"maxSequenceLength": 1024})
     assert caught.value.code == "SequenceTooLong" and "512 positions" in caught.value.message
@@ -291,7 +291,7 @@ def test_length_beyond_the_model_is_refused_and_a_default_gives_way(tmp_path: Pa
     assert prepared(tmp_path, tokenizer(tmp_path), limit=4096).max_sequence_length == 2048
 
 
-def test_tokens_are_kept_by_content(tmp_path: Path) -> None:
+def test_tokens_are_cached_by_content(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     assert prepared(tmp_path, tok).is_from_cache is False
     assert prepared(tmp_path, tok).is_from_cache is True
@@ -300,8 +300,8 @@ def test_tokens_are_kept_by_content(tmp_path: Path) -> None:
     assert prepared(tmp_path, tokenizer(tmp_path, CHATML_MARKED)).is_from_cache is False
 
 
-def test_a_second_attempt_finds_the_tokens_of_the_first(model: Path, tmp_path: Path) -> None:
-    """Another attempt on the same disk, with other cores, reads no row again and trains on the same sequences."""
+def test_a_second_attempt_reuses_the_token_files(model: Path, tmp_path: Path) -> None:
+    """Another attempt on the same disk, with another number of cores, tokenises no row and trains on the same sequences."""
     from finetune_trainer.data import prepare as room
 
     first = go(tmp_path, model, {"training": {"maxSteps": 2}})
@@ -315,7 +315,7 @@ def test_a_second_attempt_finds_the_tokens_of_the_first(model: Path, tmp_path: P
 
 
 @pytest.mark.timeout(120)
-def test_several_processes_make_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune_trainer.data import parallel
 
     late = {"messages": [*TEN[1]["messages"], {"role": "system", "content": "late"}]}
@@ -349,8 +349,8 @@ def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
     assert caught.value.code == "ConfigMapMissing"
 
 
-def test_packed_equals_unpacked_for_every_document(model: Path, tmp_path: Path) -> None:
-    """Losses of documents, packed and alone, on the attention that runs."""
+def test_every_packed_document_has_the_loss_of_the_unpacked_one(model: Path, tmp_path: Path) -> None:
+    """Compared on the attention implementation of training."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -382,8 +382,8 @@ def test_packed_equals_unpacked_for_every_document(model: Path, tmp_path: Path) 
         assert packed[key] == pytest.approx(value, abs=1e-5)
 
 
-def test_a_packing_leak_ends_the_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Documents that see each other are found before the first step, on the model as it is."""
+def test_attention_between_packed_documents_ends_the_run(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The check runs before the first step, on the model that is trained."""
     from transformers import masking_utils
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
@@ -392,7 +392,7 @@ def test_a_packing_leak_ends_the_run(model: Path, tmp_path: Path, monkeypatch: p
     assert caught.value.code == "PackingLeaks"
 
 
-def test_accumulation_equals_the_big_batch(model: Path, tmp_path: Path) -> None:
+def test_gradient_accumulation_equals_one_large_batch(model: Path, tmp_path: Path) -> None:
     rows = [
         {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + i % 4)}]}
         for i, row in enumerate(TEN[:8])
@@ -406,7 +406,7 @@ def test_accumulation_equals_the_big_batch(model: Path, tmp_path: Path) -> None:
     assert small.grad_norms == pytest.approx(big.grad_norms, abs=1e-5)
 
 
-def test_packing_trains_to_the_same_loss(model: Path, tmp_path: Path) -> None:
+def test_packing_gives_the_losses_of_unpacked_rows(model: Path, tmp_path: Path) -> None:
     spec = {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10, "maxSteps": 3}}
     plain = go(tmp_path / "a", model, spec)
     packed = go(tmp_path / "b", model, {**spec, "dataset": {"packing": True}})
@@ -414,7 +414,7 @@ def test_packing_trains_to_the_same_loss(model: Path, tmp_path: Path) -> None:
     assert packed.extra["data"]["tokens"]["train"]["sequences"] == 1
 
 
-def test_evaluation_loss_is_that_of_all_tokens(model: Path, tmp_path: Path) -> None:
+def test_the_evaluation_loss_is_the_mean_over_all_tokens(model: Path, tmp_path: Path) -> None:
     rows = [
         {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + 3 * (i % 3))}]}
         for i, row in enumerate(TEN)
@@ -428,8 +428,8 @@ def test_evaluation_loss_is_that_of_all_tokens(model: Path, tmp_path: Path) -> N
     assert len(one.eval_losses) == 1
 
 
-def test_experts_are_balanced_and_their_runs_counted_as_any(model: Path, tmp_path: Path) -> None:
-    """A mixture of experts has a second loss, which is trained on and is no part of the validation loss."""
+def test_the_balancing_loss_of_experts_is_trained_and_not_evaluated(model: Path, tmp_path: Path) -> None:
+    """The router's auxiliary loss is part of the training loss, and not of the validation loss."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     folder = tmp_path / "experts"
@@ -459,7 +459,7 @@ def test_experts_are_balanced_and_their_runs_counted_as_any(model: Path, tmp_pat
     assert outcome.eval_losses == pytest.approx(one.eval_losses, abs=1e-5)
 
 
-def test_letters_of_multiple_choice_are_counted(model: Path, tmp_path: Path) -> None:
+def test_answer_letters_of_multiple_choice_are_counted(model: Path, tmp_path: Path) -> None:
     rows = [
         {"question": row["messages"][0]["content"], "options": {"A": "x", "B": "y", "C": "z"}, "answer": "ABC"[i % 3]}
         for i, row in enumerate(TEN)
@@ -474,7 +474,7 @@ def test_letters_of_multiple_choice_are_counted(model: Path, tmp_path: Path) -> 
     assert outcome.resolved["datasetFormat"] == "mcq"
 
 
-def test_mixture_is_trained_on(model: Path, tmp_path: Path) -> None:
+def test_a_mixture_is_trained(model: Path, tmp_path: Path) -> None:
     from finetune_trainer.data import load
 
     from tests.support.learning import write_rows
