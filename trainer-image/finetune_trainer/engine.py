@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from finetune_trainer.best import best_folder, copy_to_all_nodes
-from finetune_trainer.checkpoint.rates import keep_settings
+from finetune_trainer.checkpoint.rates import load_states_keeping_settings
 from finetune_trainer.distributed import Plan
 from finetune_trainer.library_internals import OpenTrainer, tied_weight_names
 from finetune_trainer.speed import Meter
@@ -104,7 +104,7 @@ class GuardedTrainer(OpenTrainer):
         def load() -> None:
             super(GuardedTrainer, self).load_optimizer_and_scheduler(checkpoint)
 
-        keep_settings(self.optimizer, self.lr_scheduler, load)
+        load_states_keeping_settings(self.optimizer, self.lr_scheduler, load)
 
     def create_scheduler(self, *args: Any, **options: Any) -> Any:
         """The learning-rate schedule. Errors: ConfigError SchedulerParameterInvalid for values that it rejects."""
