@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from finetune_api.errors import (
     ERROR_OF_CODE,
     FineTuneError,
+    InstallationBrokenError,
     InternalError,
     MemoryExhaustedError,
     PeerError,
@@ -51,6 +52,18 @@ DISK_FULL_MESSAGES = ("No space left on device", "PytorchStreamWriter failed wri
 SHARED_MEMORY_PATHS = ("</torch_", "/dev/shm")  # noqa: S108 -- names in messages
 """Names of shared memory in messages of torch and of the system: a full one is not a full disk."""
 
+BUILD_TOOLS = ("c++", "g++", "gcc", "cc", "clang", "nvcc", "ninja")
+IMAGE_PACKAGES = (
+    "accelerate", "bitsandbytes", "datasets", "deepspeed", "liger_kernel", "numpy", "peft", "safetensors", "tokenizers", "torch",
+    "transformers", "triton", "trl",
+)  # fmt: skip
+"""Packages that the trainer image installs. A module that is missing for a user's own code is not among them."""
+INSTALLATION_MESSAGES = (
+    "cannot open shared object file", "failed to find c compiler", "ninja is required to load c++ extensions", "cuda_home",
+    "cuda driver version is insufficient", "found no nvidia driver", "the nvidia driver on your system is too old",
+)  # fmt: skip
+"""Messages of libraries about a missing compiler, shared library or driver, in lower case."""
+
 
 def local_disk_full() -> StorageError:
     """The failure for a full disk of the pod (69)."""
@@ -64,6 +77,11 @@ def classify(error: BaseException) -> tuple[FineTuneError, bool]:
     if isinstance(error, FineTuneError):
         return error, not isinstance(error, PeerError)
     name, text = type(error).__name__, str(error).lower()
+    if _is_installation_broken(error):
+        return InstallationBrokenError(
+            "InstallationBroken",
+            f"the trainer image or the node lacks something that this job needs: {name}: {_first_line(error)}",
+        ), True
     if name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(word in text for word in MEMORY_MESSAGES):
         return _memory(error, name), True
     if name in PEER_TYPES or (
@@ -83,6 +101,15 @@ def classify(error: BaseException) -> tuple[FineTuneError, bool]:
     return InternalError(
         "TrainerCrashed", f"{name}: {_first_line(error)}{where}", hint="the traceback is in the pod's log"
     ), True
+
+
+def _is_installation_broken(error: BaseException) -> bool:
+    """Whether a compiler, a package of the image, a shared library or a driver is missing: another attempt cannot help."""
+    if isinstance(error, FileNotFoundError) and str(error.filename).rpartition("/")[2] in BUILD_TOOLS:
+        return True
+    if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in IMAGE_PACKAGES:
+        return True
+    return any(message in str(error).lower() for message in INSTALLATION_MESSAGES)
 
 
 def _memory(error: BaseException, name: str) -> MemoryExhaustedError:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api import names
-from finetune_api.errors import ConfigError, InternalError
+from finetune_api.compatibility import read_run_config
+from finetune_api.errors import InternalError
 from finetune_api.names import Env, incarnation
 from finetune_api.pod import RunConfig
-from pydantic import ValidationError
 
 FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
 """How long to retry the upload of the final model while the store is unavailable. It holds all that was trained."""
@@ -58,7 +58,8 @@ class Settings:
 def load_run(settings: Settings) -> tuple[RunConfig, str]:
     """The run configuration and its sha256.
 
-    Errors: InternalError `RunFileMissing`, `RunFileDamaged` (checksum); ConfigError `RunFileInvalid`.
+    Errors: InternalError `RunFileMissing`, `RunFileDamaged` (checksum); ConfigError `RunFileInvalid`; TooOldError
+    `TrainerTooOld` for a field that the user set and this trainer does not know.
     """
     try:
         data = settings.run_file.read_bytes()
@@ -69,9 +70,4 @@ def load_run(settings: Settings) -> tuple[RunConfig, str]:
         raise InternalError(
             "RunFileDamaged", f"{settings.run_file} has sha256 {digest}, {settings.run_sha256} was sent"
         )
-    try:
-        return RunConfig.model_validate_json(data), digest
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
-        raise ConfigError("RunFileInvalid", f"{settings.run_file}: {path}: {first['msg']}") from error
+    return read_run_config(data), digest

@@ -1,0 +1,66 @@
+"""The run configuration of a pod: its checksum, and a file of another release."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.errors import ConfigError, FineTuneError, InternalError, TooOldError
+from finetune_api.pod import RunConfig
+from finetune_trainer.settings import Settings, load_run
+
+RUN: dict[str, Any] = {
+    "name": "j", "namespace": "n", "uid": "u", "attempt": 1, "graceSeconds": 30,
+    "spec": {
+        "model": {"source": "org/name"}, "method": {"type": "lora"}, "trainer": {"type": "sft"}, "dataset": {"train": "file:///rows.jsonl"},
+        "storage": {"uri": "file:///root"},
+    },
+    "world": {"nodes": 1, "processesPerNode": 1, "gpusPerNode": 0, "masterAddress": "127.0.0.1", "masterPort": 0, "rendezvousId": "u-1"},
+    "storage": {"uri": "file:///root/n/j/u"}, "resume": {"mode": "auto"},
+}  # fmt: skip
+
+
+def load(folder: Path, run: dict[str, Any] | bytes, sha256: str | None = None) -> RunConfig:
+    file = folder / "run.json"
+    file.write_bytes(run if isinstance(run, bytes) else json.dumps(run).encode())
+    settings = replace(Settings.from_env(run_file=str(file), work=str(folder)), run_sha256=sha256)
+    return load_run(settings)[0]
+
+
+def test_a_run_file_with_its_checksum(tmp_path: Path) -> None:
+    data = json.dumps(RUN).encode()
+    assert load(tmp_path, data, RunConfig.sha256(data)).name == "j"
+
+
+@pytest.mark.parametrize(
+    ("run", "sha256", "kind", "code"),
+    [
+        (RUN, "0" * 64, InternalError, "RunFileDamaged"),
+        (b"{", None, ConfigError, "RunFileInvalid"),
+        (RUN | {"attempt": "many"}, None, ConfigError, "RunFileInvalid"),
+        (RUN | {"spec": RUN["spec"] | {"training": {"ofALaterRelease": 1}}}, None, TooOldError, "TrainerTooOld"),
+    ],
+    ids=["wrong-checksum", "no-json", "wrong-type", "field-of-a-later-release"],
+)
+def test_an_unusable_run_file_is_named(
+    tmp_path: Path, run: dict[str, Any] | bytes, sha256: str | None, kind: type[FineTuneError], code: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        load(tmp_path, run, sha256)
+    assert caught.value.code == code
+
+
+def test_an_unknown_field_with_its_default_is_ignored(tmp_path: Path) -> None:
+    later = RUN | {
+        "spec": RUN["spec"] | {"training": {"ofALaterRelease": 1}}, "defaults": ["training.ofALaterRelease"],
+        "origins": {"training.ofALaterRelease": "default"},
+    }  # fmt: skip
+    assert load(tmp_path, later).attempt == 1
+
+
+def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InternalError, match=r"nothing\.json cannot be read"):
+        load_run(Settings.from_env(run_file=str(tmp_path / "nothing.json"), work=str(tmp_path)))
