@@ -1,14 +1,11 @@
-"""Splits by the floor rule, mixtures by weight, packing by best fit."""
+"""Splits by ratio, and mixtures by weight."""
 
 from __future__ import annotations
 
 import pytest
 from finetune_api.errors import DataError
 from finetune_api.spec.dataset import Split
-from finetune_trainer.data.pack import pack, padding_share
 from finetune_trainer.data.split import cut, mix, split_sizes
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize(
@@ -45,7 +42,7 @@ def test_an_empty_part_is_refused() -> None:
             split_sizes(3, split)
 
 
-def test_cut_depends_on_the_seed_alone_and_keeps_order() -> None:
+def test_cut_depends_only_on_the_seed_and_keeps_the_order() -> None:
     rows = list(range(20))
     train, validation, test = cut(rows, Split(validation=0.2, test=0.1, seed=1))
     assert (len(train), len(validation), len(test)) == (14, 4, 2)
@@ -65,39 +62,6 @@ def test_mixture_follows_the_weights() -> None:
     assert mix([a, b], [3, 1], seed=3).count("b0") == 1
 
 
-@given(st.lists(st.integers(1, 64), max_size=60))
-@settings(max_examples=200, deadline=None)
-def test_packing_loses_nothing_and_overfills_nothing(lengths: list[int]) -> None:
-    bins = pack(lengths, 64)
-    assert sorted(row for rows in bins for row in rows) == list(range(len(lengths)))
-    assert all(sum(lengths[row] for row in rows) <= 64 for rows in bins)
-
-
-def test_packing_is_best_fit() -> None:
-    assert pack([6, 5, 4, 3, 2], 10) == [[0, 2], [1, 3, 4]]
-    lengths = [(17 * i) % 97 + 30 for i in range(2000)]
-    bins = pack(lengths, 2048)
-    assert padding_share(lengths, len(bins), 2048) < 0.03
-
-
-@given(
-    st.lists(st.integers(1, 5), min_size=1, max_size=30),
-    st.lists(st.tuples(st.integers(0, 6), st.integers(0, 9)), max_size=5),
-)
-@settings(max_examples=200, deadline=None)
-def test_a_token_is_learned_if_it_overlaps_a_span(widths: list[int], gaps: list[tuple[int, int]]) -> None:
-    from finetune_trainer.data.tokenise import labels_of
-
-    ends = [sum(widths[: i + 1]) for i in range(len(widths))]
-    offsets = [(end - width, end) for end, width in zip(ends, widths, strict=True)]
-    spans, at = [], 0
-    for gap, length in gaps:
-        if length:
-            spans.append((at + gap, at + gap + length))
-        at += gap + length
-    ids = list(range(100, 100 + len(widths)))
-    wanted = [
-        token if any(start < stop and end > begin for begin, stop in spans) else -100
-        for token, (start, end) in zip(ids, offsets, strict=True)
-    ]
-    assert labels_of(ids, offsets, spans) == wanted
+def test_the_seed_decides_which_rows_of_a_large_part_are_taken() -> None:
+    parts = [[f"a{i}" for i in range(30)], [f"b{i}" for i in range(10)]]
+    assert len({tuple(mix(parts, [1, 1], seed)) for seed in range(5)}) == 5

@@ -1,0 +1,157 @@
+"""Supervised fine-tuning: packing, accumulation, evaluation loss and token cache, by training a tiny model."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from finetune_api.errors import FineTuneError
+
+from tests.support.data import prepare_rows
+from tests.support.learning import TEN, go, merged
+
+pytestmark = pytest.mark.pod
+
+
+def test_a_second_attempt_uses_the_cached_tokens(model: Path, tmp_path: Path) -> None:
+    """Another attempt on the same disk, with other cores, reads no row again and trains on the same sequences."""
+    from finetune_trainer.data import prepare as room
+
+    first = go(tmp_path, model, {"training": {"maxSteps": 2}})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(room, "load", None)
+        again = go(tmp_path, model, {"training": {"maxSteps": 2}, "dataset": {"numProc": 3}})
+    assert again.losses == first.losses
+    assert [note for note in again.notes if note.startswith("train:")] == [
+        n for n in first.notes if n.startswith("train:")
+    ]
+
+
+def test_packed_documents_have_the_same_loss_as_alone(model: Path, tmp_path: Path) -> None:
+    """Losses of documents, packed and alone, on the attention that runs."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    tok = AutoTokenizer.from_pretrained(model)
+    net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    alone = prepare_rows(tmp_path, tok).train
+    together = prepare_rows(tmp_path, tok, {"packing": True, "maxSequenceLength": 64}).train
+    assert 1 < len(together) < len(alone) and max(len(row["input_ids"]) for row in together) <= 64
+
+    def losses(rows: list[dict[str, Any]], free: bool) -> dict[tuple[int, ...], float]:
+        found = {}
+        for row in rows:
+            batch = DataCollatorForLanguageModeling(tok.pad_token_id, padding_free=free)([row])
+            labels = batch.pop("labels")
+            with torch.no_grad():
+                logits = net(**batch, use_cache=False).logits
+            each = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none", ignore_index=-100)
+            start = 0
+            for length in row.get("seq_lengths") or [len(row["input_ids"])]:
+                found[tuple(row["input_ids"][start : start + length])] = float(
+                    each[max(start - 1, 0) : start + length - 1].sum()
+                )
+                start += length
+        return found
+
+    single, packed = losses(list(alone), False), losses(list(together), True)
+    assert single.keys() == packed.keys() and len(single) == 10
+    for key, value in single.items():
+        assert packed[key] == pytest.approx(value, abs=1e-5)
+
+
+def test_packed_documents_that_attend_to_each_other_end_the_run(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Documents that see each other are found before the first step, on the model as it is."""
+    from transformers import masking_utils
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+    with pytest.raises(FineTuneError) as caught:
+        go(tmp_path, model, {"dataset": {"packing": True}})
+    assert caught.value.code == "PackingLeaks"
+
+
+def test_gradient_accumulation_equals_one_big_batch(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + i % 4)}]}
+        for i, row in enumerate(TEN[:8])
+    ]
+    lora = {"method": {"lora": {"dropout": 0}}}
+    big = go(tmp_path / "a", model, {**lora, "training": {"batchSizePerDevice": 8}}, rows)
+    small = go(
+        tmp_path / "b", model, {**lora, "training": {"batchSizePerDevice": 2, "gradientAccumulationSteps": 4}}, rows
+    )
+    assert small.losses == pytest.approx(big.losses, abs=1e-6)
+    assert small.grad_norms == pytest.approx(big.grad_norms, abs=1e-5)
+
+
+def test_packing_trains_to_the_same_loss(model: Path, tmp_path: Path) -> None:
+    spec = {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10, "maxSteps": 3}}
+    plain = go(tmp_path / "a", model, spec)
+    packed = go(tmp_path / "b", model, {**spec, "dataset": {"packing": True}})
+    assert packed.losses == pytest.approx(plain.losses, abs=1e-5)
+    assert packed.extra["data"]["tokens"]["train"]["sequences"] == 1
+
+
+def test_evaluation_loss_is_the_mean_over_all_tokens(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + 3 * (i % 3))}]}
+        for i, row in enumerate(TEN)
+    ]
+    spec = {"training": {"maxSteps": 1}, "evaluation": {"steps": 1, "strategy": "steps"}}
+    one = go(tmp_path / "a", model, {**spec, "evaluation": {"batchSizePerDevice": 1, "steps": 1}}, validation=rows)
+    all_at_once = go(
+        tmp_path / "b", model, {**spec, "evaluation": {"batchSizePerDevice": 10, "steps": 1}}, validation=rows
+    )
+    assert one.eval_losses == pytest.approx(all_at_once.eval_losses, abs=1e-5)
+    assert len(one.eval_losses) == 1
+
+
+def test_load_balance_loss_is_trained_on_but_not_part_of_the_validation_loss(model: Path, tmp_path: Path) -> None:
+    """A mixture of experts has a second loss, which is trained on and is no part of the validation loss."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    folder = tmp_path / "experts"
+    shutil.copytree(model, folder)
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = MixtralConfig(
+        vocab_size=448, num_local_experts=4, max_position_embeddings=512, router_aux_loss_coef=0.5, eos_token_id=2, pad_token_id=3, **sizes
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(folder)
+    rows = [{"text": "red " * (1 + 5 * i)} for i in range(3)]
+    spec = {
+        "method": {"type": "full"},
+        "evaluation": {"strategy": "steps", "steps": 1},
+        "training": {"maxSteps": 1, "learningRate": 1e-9},
+    }
+    outcome = go(tmp_path / "run", folder, merged(spec, {"training": {"batchSizePerDevice": 2}}), rows, validation=rows)
+    (line,) = [line for line in outcome.logs if "loss" in line]
+    assert line["num_tokens"] > 0 and line["loss"] > outcome.eval_losses[0] + 0.4
+    one = go(tmp_path / "one", folder, merged(spec, {"training": {"batchSizePerDevice": 3}}), rows, validation=rows)
+    assert outcome.eval_losses == pytest.approx(one.eval_losses, abs=1e-5)
+
+
+def test_correct_letters_of_multiple_choice_are_measured(model: Path, tmp_path: Path) -> None:
+    rows = [
+        {"question": row["messages"][0]["content"], "options": {"A": "x", "B": "y", "C": "z"}, "answer": "ABC"[i % 3]}
+        for i, row in enumerate(TEN)
+    ]
+    spec = {
+        "training": {"maxSteps": 80, "batchSizePerDevice": 10, "scheduler": "constant"}, "method": {"type": "full"},
+        "evaluation": {"strategy": "steps", "steps": 20},
+    }  # fmt: skip
+    outcome = go(tmp_path, model, spec, rows, validation=rows)
+    right = [line["eval_answer_accuracy"] for line in outcome.logs if "eval_answer_accuracy" in line]
+    assert len(right) == 4 and right[0] < right[-1] == 1.0
+    assert outcome.resolved["datasetFormat"] == "mcq"

@@ -1,0 +1,92 @@
+"""Helpers for tests of the data stages: runs over files, loaded examples, and tokenised rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.errors import FineTuneError
+from finetune_api.pod import RunConfig
+from finetune_trainer.data import check_files, load
+from finetune_trainer.data.prepare import Prepared, prepare
+from finetune_trainer.data.rows import Turn
+from finetune_trainer.data.template import RenderOptions, render
+from finetune_trainer.inputs import Inputs
+
+from tests.support.learning import TEN, make_run
+from tests.support.tiny import CHATML, make_tokenizer
+
+U, A = Turn("user", "hi"), Turn("assistant", "ho")
+SYSTEM_FIRST = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' and not loop.first %}{{ raise_exception('system must come first') }}"
+    "{% endif %}{{ '[' + m.role + ']' + m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"
+)
+"""A chat template that writes the beginning token itself and refuses a late system prompt."""
+
+
+def run_for(
+    folder: Path,
+    spec: dict[str, Any] | None = None,
+    rows: Any = (),
+    *,
+    text: str | bytes | None = None,
+    name: str = "train.jsonl",
+) -> tuple[RunConfig, Inputs]:
+    """A run over one file that holds `rows` as JSONL, or `text` as it is."""
+    run, inputs = make_run(folder, Path("/models/tiny"), spec, rows)
+    if text is not None:
+        file = folder / name
+        file.write_bytes(text if isinstance(text, bytes) else text.encode())
+        inputs = inputs.model_copy(update={"train": [file]})
+    return run, inputs
+
+
+def load_examples(folder: Path, dataset: dict[str, Any] | None = None, rows: Any = (), **more: Any) -> list[Any]:
+    """Typed training examples."""
+    run, inputs = run_for(folder, {"dataset": dataset or {}, **more.pop("spec", {})}, rows, **more)
+    return [example for _, example in load(run, inputs).train]
+
+
+def check_error(folder: Path, dataset: dict[str, Any] | None = None, rows: Any = (), **more: Any) -> FineTuneError:
+    """The error that `check_files` raises."""
+    run, inputs = run_for(folder, {"dataset": dataset or {}, **more.pop("spec", {})}, rows, **more)
+    with pytest.raises(FineTuneError) as caught:
+        check_files(run, inputs)
+    return caught.value
+
+
+def tokenizer(folder: Path, template: str | None = CHATML, **options: Any) -> Any:
+    """A tiny tokenizer with a chat template."""
+    return make_tokenizer(folder / "tokenizer", chat_template=template, **options)
+
+
+def render_options(
+    tok: Any, *, response_only: bool = True, template: bool = True, markers: tuple[str, str] | None = None
+) -> RenderOptions:
+    """Options for rendering with the tokenizer."""
+    specials = tuple(sorted((t.content for t in tok.added_tokens_decoder.values()), key=len, reverse=True))
+    return RenderOptions(tok, template, response_only, markers, specials)
+
+
+def trained_texts(example: Any, options: RenderOptions) -> list[str]:
+    """The parts of the rendered text that are trained on."""
+    rendered = render(example, options)
+    return [rendered.text[start:end] for start, end in rendered.spans]
+
+
+def prepare_rows(
+    folder: Path, tok: Any, dataset: dict[str, Any] | None = None, rows: Any = TEN, limit: int = 512
+) -> Prepared:
+    """Token sequences of the rows."""
+    run, inputs = make_run(folder, Path("/models/tiny"), {"dataset": dataset or {}}, rows)
+    return prepare(run, inputs, tok, max_positions=limit, cache=folder / "tokens")
+
+
+def decoded(tok: Any, data: Prepared) -> list[tuple[str, str]]:
+    """(whole text, trained text) of every training sequence."""
+    return [
+        (tok.decode(row["input_ids"]), tok.decode([token for token in row["labels"] if token != -100]))
+        for row in data.train
+    ]

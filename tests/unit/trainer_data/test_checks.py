@@ -1,0 +1,46 @@
+"""The checks of `dataset.checks`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from finetune_trainer.data import check_files
+from finetune_trainer.data.rows import Turn
+
+from tests.support.data import check_error, run_for
+
+U, A = Turn("user", "hi"), Turn("assistant", "ho")
+
+
+@pytest.mark.timeout(30)
+def test_scan_of_a_long_row_without_spaces_takes_linear_time(tmp_path: Path) -> None:
+    """A search that begins anew at every dot needs minutes for such a row."""
+    dots = "a.b-c." * 50_000
+    rows = [{"text": dots}, {"text": f"{dots}@{dots}"}, {"text": "to a.b@mail.example.org."}, {"text": "a@b"}]
+    run, inputs = run_for(tmp_path, {"dataset": {"checks": {"piiScan": True}}}, rows)
+    findings = check_files(run, inputs).findings
+    assert findings.personal is not None and findings.personal["email"] == 1
+
+
+def test_an_answer_that_is_not_json_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [{"question": "hi", "answer": '{"a": 1}'}, {"question": "hi", "answer": "{a: 1}"}]
+    error = check_error(tmp_path, {"checks": {"validateJson": True}}, rows)
+    assert error.code == "AnswerNotJson" and "row 2" in error.message
+
+
+def test_check_results_are_reported(tmp_path: Path) -> None:
+    rows = [
+        {"question": "Mail me", "answer": "to a.b@example.org"}, {"question": "Mail me", "answer": "to a.b@example.org"},
+        {"question": "Call", "answer": "+49 170 1234567"}, {"question": "Which", "answer": "yes"}, {"question": "What", "answer": "yes"},
+    ]  # fmt: skip
+    run, inputs = run_for(
+        tmp_path, {"dataset": {"checks": {"deduplicate": True, "piiScan": True, "balance": True}}}, rows
+    )
+    summary = check_files(run, inputs)
+    assert summary.rows["train"] == 4
+    assert summary.findings.duplicates == 1
+    assert summary.findings.personal == {"email": 1, "phone": 1, "creditCard": 0, "ipAddress": 0, "iban": 0}
+    assert summary.findings.answers is not None and summary.findings.answers["yes"] == 2
+    assert summary.findings.share_of_top_answer == 0.5
+    assert not any("example.org" in note for note in summary.notes if "personal" in note)

@@ -1,0 +1,303 @@
+"""Every data format: detection, reading, and the errors of bad rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_trainer.data import load
+from finetune_trainer.data.rows import Completion, Conversation, LabelledAnswer, Preference, Prompt, Text, Turn
+
+from tests.support.data import check_error, load_examples, run_for
+
+U, A = Turn("user", "hi"), Turn("assistant", "ho")
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+PARTS = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+FORMATS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    # name: (format recognised, row, example)
+    "messages": ("messages", {"messages": TURNS}, Conversation((U, A))),
+    "messages, parts": ("messages", {"messages": [{"role": "human", "content": PARTS}, TURNS[1]]}, Conversation((U, A))),
+    "conversation column": ("messages", {"conversation": TURNS}, Conversation((U, A))),
+    "weight": ("messages", {"messages": [*TURNS, {**TURNS[1], "weight": 0}]}, Conversation((U, A, Turn("assistant", "ho", 0)))),
+    "system column": ("messages", {"system": "Be brief", "messages": TURNS}, Conversation((Turn("system", "Be brief"), U, A))),
+    "sharegpt": ("sharegpt", {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}, Conversation((U, A))),
+    "sharegpt, role": ("sharegpt", {"conversations": [{"role": "human", "value": "hi"}, {"role": "bot", "value": "ho"}]}, Conversation((U, A))),
+    "alpaca": ("alpaca", {"instruction": "hi", "input": "", "output": "ho"}, Conversation((U, A), role_names=("Instruction", "Output"))),
+    "alpaca, input": (
+        "alpaca", {"instruction": "hi", "input": "x", "output": "ho"},
+        Conversation((Turn("user", "hi\n\nx"), A), role_names=("Instruction", "Output")),
+    ),
+    "instruction": ("instruction", {"instruction": "hi", "response": "ho"}, Conversation((U, A), role_names=("Instruction", "Response"))),
+    "qa": ("qa", {"question": "hi", "answer": "ho"}, Conversation((U, A), role_names=("Question", "Answer"))),
+    "qa, capitals": ("qa", {"Question": "hi", "Response": "ho"}, Conversation((U, A), role_names=("Question", "Answer"))),
+    "qa, context": ("qa", {"question": "hi", "answer": "ho", "context": "c"}, Conversation((Turn("user", "c\n\nhi"), A), role_names=("Question", "Answer"))),
+    "mcq": (
+        "mcq", {"question": "hi", "options": {"A": "x", "B": "y"}, "answer": "B", "meta_info": "m"},
+        Conversation((Turn("user", "hi\nA. x\nB. y"), Turn("assistant", "B")), role_names=("Question", "Answer"), columns={"options": ("A", "B")}),
+    ),
+    "mcq, answer as text": (
+        "mcq", {"question": "hi", "options": ["x", "y"], "answer": "x"},
+        Conversation((Turn("user", "hi\nA. x\nB. y"), Turn("assistant", "A")), role_names=("Question", "Answer"), columns={"options": ("A", "B")}),
+    ),
+    "promptCompletion": ("promptCompletion", {"prompt": "hi", "completion": "ho"}, Completion("hi", "ho")),
+    "promptCompletion, turns": ("promptCompletion", {"prompt": TURNS[:1], "completion": TURNS[1:]}, Conversation((Turn("user", "hi", 0), A))),
+    "plainText": ("plainText", {"text": "hi ho"}, Text("hi ho")),
+    "tree": (
+        "oasst", {"prompt": {"text": "hi", "role": "prompter", "replies": [
+            {"text": "no", "role": "assistant", "rank": 1, "replies": []}, {"text": "ho", "role": "assistant", "rank": 0, "replies": []}]}},
+        Conversation((U, A)),
+    ),
+}  # fmt: skip
+NO = {"role": "assistant", "content": "no"}
+S = {"role": "system", "content": "be"}
+LED = {"role": "system", "content": "become"}
+AND = {"role": "user", "content": "and"}
+SIDES = ((A,), (Turn("assistant", "no"),))
+TURN_PAIR = Preference((U,), *SIDES)
+PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "text": ("dpo", {"prompt": "hi", "chosen": "ho", "rejected": "no"}, Preference("hi", "ho", "no")),
+    "capitals": ("dpo", {"Question": "hi", "Chosen": "ho", "Rejected": "no"}, Preference("hi", "ho", "no")),
+    "turns": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [NO]}, TURN_PAIR),
+    "text prompt, whole conversations": ("dpo", {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "blanks at the end": ("dpo", {"prompt": "hi\n", "chosen": TURNS, "rejected": [TURNS[0], NO]}, Preference((Turn("user", "hi\n"),), *SIDES)),
+    "whole conversations": ("reward", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "one whole conversation": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": "no"}, TURN_PAIR),
+    "whole conversations with a system prompt": (
+        "dpo", {"prompt": "hi", "chosen": [S, *TURNS], "rejected": [S, TURNS[0], NO]}, Preference((Turn("system", "be"), *TURN_PAIR.prompt), *SIDES)
+    ),
+    "a further question": (
+        "dpo", {"prompt": TURNS, "chosen": [AND, TURNS[1]], "rejected": [AND, NO]},
+        Preference((U, A), (Turn("user", "and"), *SIDES[0]), (Turn("user", "and"), *SIDES[1])),
+    ),
+    "empty prompt, whole conversations": ("dpo", {"prompt": "", "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "empty prompt, labelled conversation": (
+        "kto", {"prompt": " ", "completion": [S, *TURNS], "label": True}, LabelledAnswer((Turn("system", "be"), U), (A,), True)
+    ),
+    "empty prompt, completed conversation": ("sft", {"prompt": "", "completion": TURNS}, Conversation((U, A))),
+    "empty prompt, answers alone": (
+        "dpo", {"prompt": "", "chosen": TURNS[1:], "rejected": [NO]}, Preference((Turn("user", ""),), *SIDES)
+    ),
+    "two questions without a prompt": (
+        "dpo", {"chosen": [TURNS[0], AND, TURNS[1]], "rejected": TURNS[:1] + [NO]}, Preference((U,), (Turn("user", "and"), A), SIDES[1])
+    ),
+    "the same question twice without a prompt": (
+        "dpo", {"chosen": [TURNS[0], *TURNS], "rejected": [TURNS[0], NO]}, Preference((U,), (U, A), SIDES[1])
+    ),
+    "a further question behind a question": (
+        "sft", {"prompt": TURNS[:1], "completion": [AND, TURNS[1]]}, Conversation((Turn("user", "hi", 0), Turn("user", "and"), A))
+    ),
+    "system prompts that a column replaces": (
+        "dpo", {"system": "be", "prompt": [LED, TURNS[0]], "chosen": [S, *TURNS], "rejected": "no"}, Preference((Turn("system", "be"), U), *SIDES)
+    ),
+    "judged, whole conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, LabelledAnswer((U,), (A,), True)),
+    "completion, whole conversation": ("sft", {"prompt": "hi", "completion": TURNS}, Conversation((Turn("user", "hi", 0), A))),
+    "implicit turns": ("reward", {"chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "implicit text": ("dpo", {"chosen": "Ask: tell me. yes", "rejected": "Ask: tell me. year"}, Preference("Ask: tell me. ", "yes", "year")),
+    "judged": ("kto", {"prompt": "hi", "completion": "ho", "label": "False"}, LabelledAnswer("hi", "ho", False)),
+    "prompt": ("grpo", {"prompt": "hi", "solution": 4}, Prompt("hi", {"solution": 4})),
+    "question for grpo": ("grpo", {"question": "hi", "answer": "ho"}, Prompt((U,), {"question": "hi", "answer": "ho"})),
+}  # fmt: skip
+MISMATCHES: dict[str, tuple[str, dict[str, Any], str, str]] = {
+    "another question": ("dpo", {"prompt": "hi", "chosen": [AND, TURNS[1]], "rejected": [AND, NO]}, "PromptMismatch", "`chosen` begins"),
+    "only the last question": ("dpo", {"prompt": "and", "chosen": [*TURNS, AND, TURNS[1]], "rejected": [*TURNS, AND, NO]}, "PromptMismatch", "`chosen` begins"),
+    "two system prompts": (
+        "dpo", {"prompt": [S, TURNS[0]], "chosen": [LED, *TURNS], "rejected": "no"}, "PromptMismatch", "system prompt",
+    ),
+    "judged": ("kto", {"prompt": "hi", "completion": [AND, TURNS[1]], "label": True}, "PromptMismatch", "`completion` begins"),
+    "a completion with the prompt further on": ("sft", {"prompt": TURNS[:1], "completion": [AND, NO, *TURNS]}, "PromptMismatch", "`completion` begins"),
+    "no answer at all": ("kto", {"prompt": "", "completion": TURNS[:1], "label": True}, "NoTrainableToken", "no answer"),
+    "no answer": ("kto", {"prompt": "hi", "completion": TURNS[:1], "label": True}, "NoTrainableToken", "ends with the prompt"),
+}  # fmt: skip
+BAD_CONVERSATIONS: dict[str, tuple[str, Any, str]] = {
+    "empty": ("ConversationEmpty", [], "no messages"),
+    "only system": ("ConversationEmpty", [{"role": "system", "content": "x"}], "has only a system prompt"),
+    "unknown role": ("UnknownRole", [{"role": "alien", "content": "x"}, TURNS[1]], "'alien'"),
+    "no role": ("DatasetRowInvalid", [{"content": "x"}], "neither `role` nor `from`"),
+    "no content": ("DatasetRowInvalid", [{"role": "user"}], "has no content"),
+    "no assistant": ("NoTrainableToken", TURNS[:1], "no answer to learn from"),
+    "weight": ("DatasetRowInvalid", [TURNS[0], {**TURNS[1], "weight": 0.5}], "weight is 0.5"),
+    "all weights 0": ("NoTrainableToken", [TURNS[0], {**TURNS[1], "weight": 0}], "has weight 0"),
+    "not an array": ("DatasetRowInvalid", 3, "not an array"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_format_is_detected_and_read(name: str, tmp_path: Path) -> None:
+    kind, row, wanted = FORMATS[name]
+    run, inputs = run_for(tmp_path, {}, [row])
+    loaded = load(run, inputs)
+    assert loaded.summary.format == kind
+    assert [example for _, example in loaded.train] == [wanted]
+    assert load_examples(tmp_path, {"format": kind}, [row]) == [wanted]
+
+
+@pytest.mark.parametrize("name", PREFERENCES)
+def test_rows_with_prompts_and_answers_are_read(name: str, tmp_path: Path) -> None:
+    trainer, row, wanted = PREFERENCES[name]
+    spec = {"trainer": {"type": trainer, **({"rewards": [{"builtin": "thinkFormat"}]} if trainer == "grpo" else {})}}
+    assert load_examples(tmp_path, rows=[row], spec=spec) == [wanted]
+
+
+def test_system_prompts_may_differ_if_the_spec_replaces_them(tmp_path: Path) -> None:
+    rows = [{"prompt": [S, TURNS[0]], "completion": [LED, *TURNS]}]
+    spec = {"dataset": {"systemPrompt": "x"}}
+    assert load_examples(tmp_path, rows=rows, spec=spec) == [
+        Conversation((Turn("system", "x"), Turn("user", "hi", 0), A))
+    ]
+
+
+@pytest.mark.parametrize("name", MISMATCHES)
+def test_an_answer_that_does_not_continue_the_prompt_is_a_bad_row(name: str, tmp_path: Path) -> None:
+    trainer, row, code, found = MISMATCHES[name]
+    error = check_error(tmp_path, rows=[row], spec={"trainer": {"type": trainer}})
+    assert (error.code, error.exit_code) == (code, 65)
+    assert found in error.message and "train.jsonl, row 1" in error.message
+
+
+def test_oasst_takes_the_best_ranked_path(tmp_path: Path) -> None:
+    rows = [
+        {"message_id": "1", "parent_id": None, "role": "prompter", "text": "hi"},
+        {"message_id": "2", "parent_id": "1", "role": "assistant", "text": "worse", "rank": 1},
+        {"message_id": "3", "parent_id": "1", "role": "assistant", "text": "ho", "rank": 0},
+        {"message_id": "4", "parent_id": "3", "role": "prompter", "text": "and"},
+        {"message_id": "5", "parent_id": "4", "role": "assistant", "text": "so"},
+    ]
+    assert load_examples(tmp_path, rows=rows) == [Conversation((U, A, Turn("user", "and"), Turn("assistant", "so")))]
+
+
+def test_oasst_message_without_its_parent_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [{"message_id": "1", "parent_id": "9", "role": "prompter", "text": "hi"}]
+    error = check_error(tmp_path, rows=rows)
+    assert (error.code, error.exit_code) == ("ParentMissing", 65)
+    assert "train.jsonl, row 1" in error.message and "'9'" in error.message
+
+
+def message(name: str, parent: str | None, role: str = "prompter", text: str = "hi") -> dict[str, Any]:
+    return {"message_id": name, "parent_id": parent, "role": role, "text": text}
+
+
+def test_oasst_messages_without_a_root_are_bad_rows(tmp_path: Path) -> None:
+    tree = [message("1", None), message("2", "1", "assistant", "ho")]
+    circle = [message("a", "b"), message("b", "a", "assistant"), message("c", "b")]
+    error = check_error(tmp_path / "a", rows=[*tree, *circle])
+    assert (error.code, error.exit_code) == ("ParentsInCircle", 65)
+    assert "train.jsonl, row 3" in error.message and "'b'" in error.message
+    below = [message("d", "gone"), message("e", "d", "assistant")]
+    skip = {"badRows": "skip", "maxBadRowRatio": 0.9}
+    run, inputs = run_for(tmp_path / "b", {"dataset": skip}, [*circle, *tree, *below])
+    loaded = load(run, inputs)
+    assert [example for _, example in loaded.train] == [Conversation((U, A))]
+    assert loaded.summary.bad_rows == 5
+    itself = check_error(tmp_path / "c", rows=[*tree, message("x", "x")])
+    assert itself.code == "ParentsInCircle" and "row 3" in itself.message
+
+
+@pytest.mark.timeout(30)
+def test_oasst_duplicate_id_is_a_bad_row(tmp_path: Path) -> None:
+    rows = [message("1", None), message("2", "1", "assistant", "ho"), message("1", "2")]
+    error = check_error(tmp_path, rows=rows)
+    assert (error.code, error.exit_code) == ("MessageIdTwice", 65)
+    assert "row 3" in error.message and "train.jsonl, row 1" in error.message
+
+
+def test_system_prompt_of_the_spec_wins_over_the_column(tmp_path: Path) -> None:
+    row = {"question": "hi", "answer": "ho", "system": "column"}
+    (example,) = load_examples(tmp_path, {"systemPrompt": "spec"}, [row])
+    assert example.turns[0] == Turn("system", "spec")
+
+
+def test_dataset_columns_name_the_columns(tmp_path: Path) -> None:
+    row = {"q": "hi", "good": "ho", "persona": "You are kind."}
+    columns = {"question": "q", "answer": "good", "system": "persona"}
+    (example,) = load_examples(tmp_path, {"columns": columns}, [row])
+    assert example.turns == (Turn("system", "You are kind."), U, A)
+
+
+def test_messages_format_reads_question_and_answer_columns_that_are_named(tmp_path: Path) -> None:
+    dataset = {"format": "messages", "columns": {"question": "Question", "answer": "Response"}, "systemPrompt": "Help."}
+    wanted = Conversation((Turn("system", "Help."), U, A))
+    assert load_examples(tmp_path / "a", dataset, [{"Question": "hi", "Response": "ho"}]) == [wanted]
+    assert load_examples(tmp_path / "b", dataset, [{"messages": TURNS}]) == [
+        wanted
+    ]  # messages that are there come first
+    error = check_error(tmp_path / "c", dataset, [{"Question": "hi", "Answer": "ho"}])
+    assert error.code == "ColumnMissing"
+    assert "column `Response` (dataset.columns.answer)" in error.message and "`Question`, `Answer`" in error.message
+    error = check_error(tmp_path / "d", {"format": "messages"}, [{"Question": "hi", "Response": "ho"}])
+    assert error.code == "ColumnMissing" and "`messages`" in error.message
+
+
+def test_qa_rows_with_alpaca_columns_are_read_as_alpaca(tmp_path: Path) -> None:
+    dataset = {"format": "qa", "columns": {"question": "question", "answer": "answer"}}
+    row = {"instruction": "hi", "input": "x", "output": "ho"}
+    run, inputs = run_for(tmp_path / "a", {"dataset": dataset}, [row])
+    loaded = load(run, inputs)
+    assert [example for _, example in loaded.train] == [
+        Conversation((Turn("user", "hi\n\nx"), A), role_names=("Instruction", "Output"))
+    ]
+    assert loaded.summary.format == "alpaca"
+    assert loaded.summary.notes == [
+        "no row has `question` or `answer` of dataset.columns, and all rows have `instruction` and `output`: they are read as alpaca"
+    ]
+    error = check_error(tmp_path / "b", dataset, [row, {**row, "answer": "ho"}])
+    assert error.code == "ColumnMissing" and "`instruction`, `input`, `output`" in error.message
+
+
+def test_a_prompt_may_be_an_object_with_messages(tmp_path: Path) -> None:
+    columns = {"question": "input", "chosen": "preferred_output", "rejected": "non_preferred_output"}
+    row = {
+        "input": {"messages": TURNS[:1], "tools": [], "parallel_tool_calls": True}, "preferred_output": TURNS[1:],
+        "non_preferred_output": [NO],
+    }  # fmt: skip
+    dataset, spec = {"format": "preference", "columns": columns}, {"trainer": {"type": "dpo"}}
+    assert load_examples(tmp_path / "a", dataset, [row], spec=spec) == [TURN_PAIR]
+    row["input"] = {"messages": TURNS[:1], "tools": [{"type": "function"}]}
+    error = check_error(tmp_path / "b", dataset, [row], spec=spec)
+    assert error.code == "DatasetRowInvalid" and "holds tools" in error.message
+
+
+def test_custom_template_replaces_columns_and_keeps_literal_braces(tmp_path: Path) -> None:
+    dataset = {"format": "custom", "template": "{a} {{x}} {b}"}
+    assert load_examples(tmp_path, dataset, [{"a": "1", "b": 2}]) == [Text("1 {x} 2")]
+
+
+def test_mcq_options_can_be_left_out_of_the_question(tmp_path: Path) -> None:
+    row = {"question": "hi", "options": {"A": "x", "B": "y"}, "answer": "a"}
+    (example,) = load_examples(tmp_path, {"format": "mcq", "mcq": {"includeOptions": False}}, [row])
+    assert [turn.content for turn in example.turns] == ["hi", "A"]
+
+
+def test_tool_call_arguments_become_objects(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
+    turns = [
+        TURNS[0],
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        TURNS[1],
+    ]
+    (example,) = load_examples(tmp_path, rows=[{"messages": turns, "tools": [{"type": "function"}]}])
+    assert example.turns[1].extra["tool_calls"][0]["function"]["arguments"] == {"x": 1}
+    assert example.tools == ({"type": "function"},)
+
+
+@pytest.mark.parametrize("name", BAD_CONVERSATIONS)
+def test_bad_conversation_is_refused(name: str, tmp_path: Path) -> None:
+    code, turns, found = BAD_CONVERSATIONS[name]
+    error = check_error(tmp_path, rows=[{"messages": TURNS}, {"messages": turns}])
+    assert (error.code, int(error.exit_code)) == (code, 65)
+    assert error.message.startswith("train.jsonl, row 2: ") and found in error.message
+
+
+def test_rows_without_an_answer_are_usable_when_all_tokens_are_trained_on(tmp_path: Path) -> None:
+    dataset = {"responseOnly": {"enabled": False}}
+    assert load_examples(tmp_path, dataset, [{"messages": TURNS[:1]}]) == [Conversation((U,))]
+
+
+def test_equal_answers_and_missing_prompts_are_refused(tmp_path: Path) -> None:
+    spec = {"trainer": {"type": "dpo"}}
+    assert (
+        "are equal"
+        in check_error(tmp_path / "a", rows=[{"prompt": "a", "chosen": "b", "rejected": "b"}], spec=spec).message
+    )
+    assert check_error(tmp_path / "b", rows=[{"chosen": "b", "rejected": "c"}], spec=spec).code == "PromptMissing"

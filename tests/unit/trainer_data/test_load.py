@@ -1,0 +1,203 @@
+"""Loading of all sources: bad rows, mixtures, splits, and formats that the objective cannot use."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from finetune_api.errors import ConfigError, DataError
+from finetune_trainer.data import DataSummary, check_files, load
+from finetune_trainer.data.rows import Conversation, LabelledAnswer, Preference, Prompt, Text, Turn
+
+from tests.support.data import check_error, load_examples, run_for
+from tests.support.learning import make_run, write_rows
+
+U, A = Turn("user", "hi"), Turn("assistant", "ho")
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+NO = {"role": "assistant", "content": "no"}
+S = {"role": "system", "content": "be"}
+LED = {"role": "system", "content": "become"}
+AND = {"role": "user", "content": "and"}
+SIDES = ((A,), (Turn("assistant", "no"),))
+TURN_PAIR = Preference((U,), *SIDES)
+PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "text": ("dpo", {"prompt": "hi", "chosen": "ho", "rejected": "no"}, Preference("hi", "ho", "no")),
+    "capitals": ("dpo", {"Question": "hi", "Chosen": "ho", "Rejected": "no"}, Preference("hi", "ho", "no")),
+    "turns": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [NO]}, TURN_PAIR),
+    "text prompt, whole conversations": ("dpo", {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "blanks at the end": ("dpo", {"prompt": "hi\n", "chosen": TURNS, "rejected": [TURNS[0], NO]}, Preference((Turn("user", "hi\n"),), *SIDES)),
+    "whole conversations": ("reward", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "one whole conversation": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": "no"}, TURN_PAIR),
+    "whole conversations with a system prompt": (
+        "dpo", {"prompt": "hi", "chosen": [S, *TURNS], "rejected": [S, TURNS[0], NO]}, Preference((Turn("system", "be"), *TURN_PAIR.prompt), *SIDES)
+    ),
+    "a further question": (
+        "dpo", {"prompt": TURNS, "chosen": [AND, TURNS[1]], "rejected": [AND, NO]},
+        Preference((U, A), (Turn("user", "and"), *SIDES[0]), (Turn("user", "and"), *SIDES[1])),
+    ),
+    "empty prompt, whole conversations": ("dpo", {"prompt": "", "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "empty prompt, labelled conversation": (
+        "kto", {"prompt": " ", "completion": [S, *TURNS], "label": True}, LabelledAnswer((Turn("system", "be"), U), (A,), True)
+    ),
+    "empty prompt, completed conversation": ("sft", {"prompt": "", "completion": TURNS}, Conversation((U, A))),
+    "empty prompt, answers alone": (
+        "dpo", {"prompt": "", "chosen": TURNS[1:], "rejected": [NO]}, Preference((Turn("user", ""),), *SIDES)
+    ),
+    "two questions without a prompt": (
+        "dpo", {"chosen": [TURNS[0], AND, TURNS[1]], "rejected": TURNS[:1] + [NO]}, Preference((U,), (Turn("user", "and"), A), SIDES[1])
+    ),
+    "the same question twice without a prompt": (
+        "dpo", {"chosen": [TURNS[0], *TURNS], "rejected": [TURNS[0], NO]}, Preference((U,), (U, A), SIDES[1])
+    ),
+    "a further question behind a question": (
+        "sft", {"prompt": TURNS[:1], "completion": [AND, TURNS[1]]}, Conversation((Turn("user", "hi", 0), Turn("user", "and"), A))
+    ),
+    "system prompts that a column replaces": (
+        "dpo", {"system": "be", "prompt": [LED, TURNS[0]], "chosen": [S, *TURNS], "rejected": "no"}, Preference((Turn("system", "be"), U), *SIDES)
+    ),
+    "judged, whole conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, LabelledAnswer((U,), (A,), True)),
+    "completion, whole conversation": ("sft", {"prompt": "hi", "completion": TURNS}, Conversation((Turn("user", "hi", 0), A))),
+    "implicit turns": ("reward", {"chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "implicit text": ("dpo", {"chosen": "Ask: tell me. yes", "rejected": "Ask: tell me. year"}, Preference("Ask: tell me. ", "yes", "year")),
+    "judged": ("kto", {"prompt": "hi", "completion": "ho", "label": "False"}, LabelledAnswer("hi", "ho", False)),
+    "prompt": ("grpo", {"prompt": "hi", "solution": 4}, Prompt("hi", {"solution": 4})),
+    "question for grpo": ("grpo", {"question": "hi", "answer": "ho"}, Prompt((U,), {"question": "hi", "answer": "ho"})),
+}  # fmt: skip
+GOOD = {"question": "hi", "answer": "ho"}
+BAD_ROWS: dict[str, tuple[str, Any, str, str]] = {
+    # name: (code, row 17, words of the message, words of the hint)
+    "not JSON": ("DatasetRowInvalid", '{"question": "hi", ', "not valid JSON at column 19", "one JSON object per line"),
+    "an array": ("DatasetRowInvalid", "[1]", "found an array", "one object per row"),
+    "column gone": (
+        "ColumnMissing",
+        '{"question": "hi", "reply": "ho"}',
+        "`question`, `reply`",
+        "dataset.columns.answer",
+    ),
+    "null": ("DatasetRowInvalid", '{"question": "hi", "answer": null}', "`answer` is null", "remove the row"),
+    "empty answer": (
+        "NoTrainableToken",
+        '{"question": "hi", "answer": " "}',
+        "no answer to learn from",
+        "add an answer",
+    ),
+    "empty question": ("RowEmpty", '{"question": "", "answer": "ho"}', "question is empty", "remove the row"),
+    "a list": ("DatasetRowInvalid", '{"question": ["hi"], "answer": "ho"}', "holds list", "write a string"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_error_names_the_bad_row(name: str, tmp_path: Path) -> None:
+    code, line, found, write = BAD_ROWS[name]
+    lines = [json.dumps(GOOD)] * 200
+    lines[16] = line
+    error = check_error(tmp_path, text="\n".join(lines))
+    assert isinstance(error, DataError)
+    assert error.code == code and error.exit_code == 65
+    assert error.message.startswith("train.jsonl, row 17: ")
+    assert found in error.message
+    assert write in (error.hint or "") and "badRows: skip" in (error.hint or "")
+
+
+def test_bad_rows_are_skipped_and_counted(tmp_path: Path) -> None:
+    lines = [json.dumps(GOOD)] * 60
+    lines[4], lines[9] = "{", '{"question": "hi", "answer": ""}'
+    run, inputs = run_for(tmp_path, {"dataset": {"badRows": "skip"}}, text="\n".join(lines))
+    summary: DataSummary = check_files(run, inputs)
+    assert (summary.rows["train"], summary.bad_rows) == (58, 2)
+    assert summary.notes == [
+        "2 of 60 rows were left out; the first: train.jsonl, row 5: not valid JSON at column 2: Expecting property name enclosed in double quotes"
+    ]
+
+
+def test_too_many_bad_rows_are_refused(tmp_path: Path) -> None:
+    lines = [json.dumps(GOOD)] * 10 + ["{"]
+    error = check_error(tmp_path, {"badRows": "skip"}, text="\n".join(lines))
+    assert error.code == "TooManyBadRows" and "1 of 11 rows" in error.message and "row 11" in error.message
+    assert len(load_examples(tmp_path, {"badRows": "skip", "maxBadRowRatio": 0.1}, text="\n".join(lines))) == 10
+
+
+def load_mixture(folder: Path, dataset: dict[str, Any], *sources: Any) -> Any:
+    """What is loaded of a mixture of sources, the first of weight 9."""
+    items = [{"source": f"s3://data/{i}.jsonl", "weight": 1 if i else 9} for i in range(len(sources))]
+    run, inputs = run_for(folder, {"dataset": {"train": None, "mixture": items, **dataset}})
+    files = [[write_rows(folder / f"{i}.jsonl", rows)] for i, rows in enumerate(sources)]
+    return load(run, inputs.model_copy(update={"train": [], "mixture": files}))
+
+
+def text_rows(count: int, first: int = 0) -> list[dict[str, str]]:
+    return [{"text": f"text {number}"} for number in range(first, first + count)]
+
+
+def test_a_row_of_a_mixture_is_either_trained_on_or_held_out(tmp_path: Path) -> None:
+    """A small source is gone through several times: its rows must not be both."""
+    loaded = load_mixture(tmp_path, {"split": {"validation": 0.2, "test": 0.2}}, text_rows(4), text_rows(16, 100))
+    train, validation, test = ({row.text for _, row in part} for part in (loaded.train, loaded.validation, loaded.test))
+    assert (len(loaded.train), len(validation), len(test)) == (12, 4, 4)
+    assert not train & validation and not train & test and not validation & test
+    assert sum(row.text in {one["text"] for one in text_rows(4)} for _, row in loaded.train) == 11  # 9 of 10 parts
+
+
+def test_deduplication_keeps_the_weights_of_a_mixture(tmp_path: Path) -> None:
+    loaded = load_mixture(
+        tmp_path, {"checks": {"deduplicate": True}}, text_rows(2) * 2, [*text_rows(1), *text_rows(8, 100)]
+    )
+    assert loaded.summary.findings.duplicates == 3
+    assert [row.text.startswith("text 10") for _, row in loaded.train].count(False) == 9
+    assert len(loaded.train) == 10
+
+
+def test_a_source_with_only_duplicates_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load_mixture(tmp_path, {"checks": {"deduplicate": True}}, text_rows(2), text_rows(2))
+    assert caught.value.code == "DatasetEmpty" and "s3://data/1.jsonl: no row is left" in caught.value.message
+
+
+def test_a_column_that_no_row_has_is_one_error(tmp_path: Path) -> None:
+    error = check_error(tmp_path, {"format": "qa", "columns": {"answer": "reply"}, "badRows": "skip"}, [GOOD])
+    assert error.code == "ColumnMissing"
+    assert "column `reply` (dataset.columns.answer)" in error.message and "`question`, `answer`" in error.message
+
+
+def test_rows_in_a_format_of_another_objective_are_refused(tmp_path: Path) -> None:
+    error = check_error(tmp_path / "a", rows=[PREFERENCES["text"][1]])
+    assert isinstance(error, ConfigError) and error.code == "FormatMismatch" and "preference" in error.message
+    error = check_error(tmp_path / "b", rows=[GOOD], spec={"trainer": {"type": "dpo"}})
+    assert error.code == "FormatMismatch" and "dpo needs preference data; the rows are qa" in error.message
+
+
+def test_response_only_on_plain_text_needs_markers(tmp_path: Path) -> None:
+    rows = [{"text": "x"}]
+    error = check_error(tmp_path, {"responseOnly": {"enabled": True}}, rows)
+    assert isinstance(error, ConfigError) or error.code == "ResponseOnlyWithoutTurns"
+    assert "questionMarker" in (error.hint or "")
+    assert load_examples(tmp_path, {"responseOnly": {"questionMarker": "Q:", "answerMarker": "A:"}}, rows) == [
+        Text("x")
+    ]
+    assert load_examples(tmp_path, {}, rows) == [Text("x")]
+
+
+def test_checking_files_imports_no_torch() -> None:
+    code = "import sys, finetune_trainer.data as d; d.check_files; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'datasets', 'numpy')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_mixture_repeats_rows_by_weight(tmp_path: Path) -> None:
+    from finetune_trainer.data import load
+
+    from tests.support.learning import write_rows
+
+    other = write_rows(tmp_path / "other.jsonl", [{"q": "one", "a": "red"}] * 5)
+    mixture = [
+        {"source": "s3://data/a.jsonl", "weight": 1},
+        {"source": "s3://data/b.jsonl", "weight": 2, "format": "qa", "columns": {"question": "q", "answer": "a"}},
+    ]
+    run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"train": None, "mixture": mixture}})
+    loaded = load(run, inputs.model_copy(update={"train": [], "mixture": [inputs.train, [other]]}))
+    assert len(loaded.train) == 15
+    assert sum(example.role_names == ("Question", "Answer") for _, example in loaded.train) == 10  # type: ignore[union-attr]
+    assert "s3://data/b.jsonl 5 rows, weight 2" in loaded.summary.notes[0]

@@ -1,0 +1,36 @@
+"""Encoding in several processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from finetune_api.errors import DataError
+
+from tests.support.data import SYSTEM_FIRST, prepare_rows, tokenizer
+from tests.support.learning import TEN
+
+
+@pytest.mark.timeout(120)
+def test_several_processes_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune_trainer.data import parallel
+
+    late = {"messages": [*TEN[1]["messages"], {"role": "system", "content": "late"}]}
+    rows = [late if place in (7, 1203) else TEN[place % 10] for place in range(2500)]
+    tok = tokenizer(tmp_path, SYSTEM_FIRST, bos=True)
+    dataset = {"badRows": "skip", "numProc": 2}
+    alone = prepare_rows(tmp_path / "a", tok, dataset, rows)
+    monkeypatch.setattr(parallel, "ROWS_PER_WORKER", 1000)
+    started: list[int] = []
+    pool = parallel._start_pool
+    monkeypatch.setattr(parallel, "_start_pool", lambda work, workers: started.append(workers) or pool(work, workers))
+    together = prepare_rows(tmp_path / "b", tok, dataset, rows)
+    assert started == [2]
+    assert together.train["input_ids"] == alone.train["input_ids"]
+    assert together.train["labels"] == alone.train["labels"]
+    assert together.notes == alone.notes
+    assert len(together.train) == 2498
+    assert any("2 rows were left out; the first: train.jsonl, row 8" in note for note in together.notes)
+    with pytest.raises(DataError) as caught:
+        prepare_rows(tmp_path / "c", tok, {"numProc": 2}, rows)
+    assert caught.value.code == "TemplateRefusedRow" and "row 8" in caught.value.message

@@ -1,0 +1,134 @@
+"""Token sequences and their cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from finetune_api.errors import ConfigError, FineTuneError
+from finetune_trainer.data.prepare import NO_TOKENIZER_LIMIT, Prepared, max_sequence_length, prepare
+from finetune_trainer.data.rows import Completion
+
+from tests.support.data import decoded, prepare_rows, render_options, tokenizer, trained_texts
+from tests.support.learning import TEN, make_run, write_rows
+from tests.support.tiny import CHATML_MARKED
+
+
+def longest(folder: Path, spec: dict[str, Any], limit: int | None, own: int = NO_TOKENIZER_LIMIT) -> int:
+    run, _ = make_run(folder, Path("/models/tiny"), spec)
+    return max_sequence_length(run, SimpleNamespace(model_max_length=own), limit)
+
+
+@pytest.mark.parametrize(
+    ("method", "taken"),
+    [({}, 0), ({"type": "prefixTuning"}, 20), ({"type": "promptTuning", "promptLength": 8}, 8)],
+    ids=["lora", "prefix", "prompt"],
+)
+def test_virtual_tokens_reduce_the_sequence_length(method: dict[str, Any], taken: int, tmp_path: Path) -> None:
+    assert longest(tmp_path, {"method": method}, 512) == 512 - taken
+    assert longest(tmp_path, {"method": method}, None, own=256) == 256 - taken
+    assert longest(tmp_path, {"method": method}, 4096) == 2048, "the default is what fits, not more"
+    assert longest(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 512 - taken}}, 512) == 512 - taken
+    with pytest.raises(ConfigError, match=f"write {512 - taken} or less") as caught:
+        longest(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 513 - taken}}, 512)
+    assert caught.value.code == "SequenceTooLong"
+    assert ("method.promptLength takes" in caught.value.message) is bool(taken)
+
+
+def test_virtual_tokens_that_leave_no_position_are_refused(tmp_path: Path) -> None:
+    spec = {"method": {"type": "promptTuning", "promptLength": 64}}
+    with pytest.raises(ConfigError, match="64 positions, of which method.promptLength takes 64: no row fits") as caught:
+        longest(tmp_path, spec, 64)
+    assert (caught.value.code, caught.value.exit_code) == ("SequenceTooLong", 64)
+    assert "promptLength 32" in (caught.value.hint or "")
+
+
+def test_prompt_and_completion_are_joined_without_a_template(tmp_path: Path) -> None:
+    tok = tokenizer(tmp_path)
+    data = prepare_rows(tmp_path, tok, {"format": "promptCompletion"}, [{"prompt": "one:", "completion": "red"}] * 3)
+    assert decoded(tok, data) == [("one:red<|im_end|>", "red<|im_end|>")] * 3
+    assert any("useChatTemplate" in note for note in data.notes)
+    turns = prepare_rows(tmp_path / "b", tok, {"useChatTemplate": True}, [{"prompt": "one", "completion": "red"}])
+    assert decoded(tok, turns)[0][0].startswith("<|im_start|>user\none")
+    assert trained_texts(Completion("one ", "red"), render_options(tok, template=False)) == ["red"]
+
+
+@pytest.mark.parametrize("first", ["text", "messages"])
+def test_trained_tokens_do_not_depend_on_the_order_of_a_mixture(first: str, tmp_path: Path) -> None:
+    """Text without turns is learned whole; the questions of a conversation are not, whichever comes first."""
+    tok = tokenizer(tmp_path)
+    plain, joined = [{"text": "two plus"}], [{"prompt": "one ", "completion": "two"}]
+    sources = [plain, joined, TEN[:1]] if first == "text" else [TEN[:1], joined, plain]
+    files = [[write_rows(tmp_path / f"{i}.jsonl", rows)] for i, rows in enumerate(sources)]
+    mixture = [{"source": f"s3://data/{i}.jsonl"} for i in range(3)]
+    run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"train": None, "mixture": mixture}})
+    inputs = inputs.model_copy(update={"train": [], "mixture": files})
+    found = decoded(tok, prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens"))
+    assert sorted(found) == sorted([
+        ("two plus<|im_end|>", "two plus<|im_end|>"), ("one two<|im_end|>", " two<|im_end|>"),
+        ("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n", "red<|im_end|>"),
+    ])  # fmt: skip
+
+
+def test_a_length_beyond_the_model_is_refused_and_a_default_is_lowered(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        prepare_rows(tmp_path, tokenizer(tmp_path), {"maxSequenceLength": 1024})
+    assert caught.value.code == "SequenceTooLong" and "512 positions" in caught.value.message
+    assert prepare_rows(tmp_path, tokenizer(tmp_path)).max_sequence_length == 512
+    assert prepare_rows(tmp_path, tokenizer(tmp_path), limit=4096).max_sequence_length == 2048
+
+
+def test_tokens_are_cached_by_content(tmp_path: Path) -> None:
+    tok = tokenizer(tmp_path)
+    assert prepare_rows(tmp_path, tok).is_from_cache is False
+    assert prepare_rows(tmp_path, tok).is_from_cache is True
+    assert prepare_rows(tmp_path, tok, {"addEosToken": False}).is_from_cache is False
+    assert prepare_rows(tmp_path, tok, {}, TEN[:9]).is_from_cache is False
+    assert prepare_rows(tmp_path, tokenizer(tmp_path, CHATML_MARKED)).is_from_cache is False
+
+
+def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
+    tok = tokenizer(tmp_path)
+    template = "{% for m in messages %}{{ m.role + '=' + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant={% endif %}"
+    data = prepare_rows(tmp_path, tok, {"chatTemplate": {"text": template}})
+    assert decoded(tok, data)[0] == ("user=one<|im_end|>assistant=red<|im_end|>", "red<|im_end|>")
+    with pytest.raises(FineTuneError) as caught:
+        prepare_rows(tmp_path, tok, {"chatTemplate": {"configMapRef": {"name": "t", "key": "chat.jinja"}}})
+    assert caught.value.code == "ConfigMapMissing"
+
+
+@pytest.mark.parametrize("changed", ["validation", "test"])
+def test_changed_validation_or_test_rows_are_tokenised_again(changed: str, tmp_path: Path) -> None:
+    """The files keep their names, and the training files do not change."""
+    tok = tokenizer(tmp_path)
+    run, inputs = make_run(tmp_path, Path("/models/tiny"), rows=TEN)
+    files = {name: write_rows(tmp_path / f"{name}.jsonl", TEN[:2]) for name in ("validation", "test")}
+    inputs = inputs.model_copy(update={name: [file] for name, file in files.items()})
+
+    def prepare_again() -> Prepared:
+        return prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens")
+
+    assert (prepare_again().is_from_cache, prepare_again().is_from_cache) == (False, True)
+    write_rows(files[changed], TEN[2:5])
+    data = prepare_again()
+    assert not data.is_from_cache
+    assert data.rows[changed] == 3
+
+
+def test_changed_seed_mixes_again(tmp_path: Path) -> None:
+    tok = tokenizer(tmp_path)
+    sources = [[write_rows(tmp_path / f"{i}.jsonl", TEN[i * 5 : i * 5 + 5])] for i in range(2)]
+    mixture = [{"source": f"s3://data/{i}.jsonl", "weight": 1 + 3 * i} for i in range(2)]
+
+    def mixed(seed: int) -> Prepared:
+        spec = {"dataset": {"train": None, "mixture": mixture}, "training": {"seed": seed}}
+        run, inputs = make_run(tmp_path, Path("/models/tiny"), spec)
+        inputs = inputs.model_copy(update={"train": [], "mixture": sources})
+        return prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens")
+
+    first = [mixed(seed) for seed in range(4)]
+    assert [data.is_from_cache for data in first] == [False] * 4
+    assert len({tuple(map(tuple, data.train["input_ids"])) for data in first}) > 1
+    assert mixed(0).is_from_cache and mixed(0).train["input_ids"] == first[0].train["input_ids"]

@@ -1,0 +1,103 @@
+"""Reading of data files: formats, encodings and damaged files."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+
+import pytest
+from finetune_trainer.data.rows import Conversation, Text, Turn
+
+from tests.support.data import check_error, load_examples
+
+U, A = Turn("user", "hi"), Turn("assistant", "ho")
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+FILES: dict[str, tuple[str, str | bytes]] = {
+    "json array": ("a.json", '[{"text": "x"}, {"text": "y"}]'),
+    "json data": ("a.json", '{"data": [{"text": "x"}, {"text": "y"}]}'),
+    "jsonl under the name json": ("a.json", '{"text": "x"}\n{"text": "y"}\n'),
+    "jsonl with blank lines and BOM": ("a.jsonl", b'\xef\xbb\xbf{"text": "x"}\n\n{"text": "y"}'),
+    "csv": ("a.csv", "text,other\nx,1\ny,2\n"),
+    "csv with semicolons": ("a.csv", "text;other\nx;1\ny;2\n"),
+    "tsv": ("a.tsv", "text\tother\nx\t1\ny\t2\n"),
+    "txt": ("a.txt", "x\n\ny\n"),
+    "gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"text": "y"}\n')),
+    "name without ending": ("data", '{"text": "x"}\n{"text": "y"}\n'),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_format_is_read(name: str, tmp_path: Path) -> None:
+    file, text = FILES[name]
+    assert load_examples(tmp_path, text=text, name=file) == [Text("x"), Text("y")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "wanted"),
+    [
+        ("csv", "text,other\nx,1\n", ["x"]),
+        ("txt", '{"text": "x"}\n', ['{"text": "x"}']),
+        ("jsonl", '{"text": "x"}\n', ["x"]),
+        ("json", '[{"text": "x"}]', ["x"]),
+    ],
+)
+def test_file_format_of_the_spec_wins_over_the_extension(
+    kind: str, text: str, wanted: list[str], tmp_path: Path
+) -> None:
+    found = load_examples(tmp_path, {"fileFormat": kind}, text=text, name="rows.parquet")
+    assert found == [Text(one) for one in wanted]
+
+
+def test_parquet_is_read(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"messages": [TURNS]}), tmp_path / "a.parquet")
+    assert load_examples(tmp_path, text=(tmp_path / "a.parquet").read_bytes(), name="b.parquet") == [
+        Conversation((U, A))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "code", "found"),
+    [
+        ("", "train.jsonl", "DatasetEmpty", "no rows"),
+        ("\n \n", "train.txt", "DatasetEmpty", "no rows"),
+        ("[]", "train.json", "DatasetEmpty", "no rows"),
+        (b'{"text": "a"}\n{"text": "\xff"}\n', "train.jsonl", "DatasetNotUtf8", "byte 24 is not UTF-8"),
+        ("[1]".encode("utf-16"), "train.json", "DatasetNotUtf8", "UTF-16"),
+        ("{", "train.json", "DatasetRowInvalid", "line 1, column 2"),
+        ('"x"', "train.json", "DatasetRowInvalid", "found a string"),
+        ("a,b\n1\n", "train.csv", "DatasetRowInvalid", "1 values, but the header names 2 columns (a, b)"),
+        ("\x00\x01", "data", "FileFormatUnknown", "neither the name nor the first bytes"),
+        ('{"x": 1}', "train.jsonl", "FormatUnknown", "the first row has `x`"),
+        (b"PAR1junk", "train.parquet", "DatasetRowInvalid", "not a readable Parquet file"),
+        (b"plain", "train.jsonl.gz", "DatasetRowInvalid", "not a readable gzip file"),
+        (
+            gzip.compress(b'{"text": "a"}' * 99, mtime=0)[:-20],
+            "train.jsonl.gz",
+            "DatasetRowInvalid",
+            "not a readable gzip file",
+        ),
+        (gzip.compress(b"text\na\n", mtime=0)[:-9], "train.csv.gz", "DatasetRowInvalid", "not a readable gzip file"),
+        ("[" * 100_000, "train.jsonl", "DatasetRowInvalid", "row 1: not valid JSON: maximum recursion depth"),
+        ("[" * 100_000, "train.json", "DatasetRowInvalid", "not valid JSON: maximum recursion depth"),
+        (f'[{{"text": {"1" * 5000}}}]', "train.json", "DatasetRowInvalid", "not valid JSON: Exceeds the limit"),
+        (r'{"text": "a \ud83d b"}', "train.jsonl", "DatasetRowInvalid", r"row 1: `\ud83d` is half of a character"),
+        (
+            r'[{"text": "a"}, {"text": {"b": ["\uDE00"]}}]',
+            "train.json",
+            "DatasetRowInvalid",
+            r"row 2: `\ude00` is half",
+        ),
+        ("question,answer,answer\nq,a,b\n", "train.csv", "DatasetRowInvalid", "names column 'answer' twice"),
+    ],
+)
+def test_broken_file_is_refused(text: str | bytes, name: str, code: str, found: str, tmp_path: Path) -> None:
+    error = check_error(tmp_path, text=text, name=name)
+    assert (error.code, int(error.exit_code)) == (code, 65)
+    assert found in error.message and name in error.message
+
+
+def test_escaped_surrogate_pairs_are_read(tmp_path: Path) -> None:
+    assert load_examples(tmp_path, text=r'{"text": "a \ud83d\ude00"}') == [Text("a \U0001f600")]

@@ -1,0 +1,69 @@
+"""Answers to prompts as token ids: length limits, and the prompt that two answers share."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_api.errors import DataError
+from finetune_api.spec.enums import Overflow, TrainerType
+from finetune_trainer.objective.answers import (
+    EncodedAnswers,
+    LengthLimits,
+    RowCounts,
+    fit_to_limits,
+    with_shared_prompt,
+)
+
+
+def fit(
+    row: EncodedAnswers, kind: TrainerType, overflow: Overflow = Overflow.TRUNCATE, answer: int | None = None
+) -> tuple[EncodedAnswers | None, RowCounts]:
+    """The row within a sequence of 6 tokens, and the counts."""
+    counts = RowCounts()
+    return fit_to_limits("train.jsonl, row 1", row, LengthLimits(6, answer, overflow), counts, kind), counts
+
+
+LONG = EncodedAnswers([1, 2, 3], [[4, 5, 6, 7], [8]])
+"""Seven tokens with the longer answer."""
+
+
+def test_answers_beyond_the_sequence_are_cut_and_counted() -> None:
+    fitted, counts = fit(LONG, TrainerType.DPO)
+    assert fitted == EncodedAnswers([1, 2, 3], [[4, 5, 6], [8]])
+    assert (counts.cut, counts.left_out) == (1, 0)
+
+
+def test_a_reward_model_drops_rows_whose_answer_would_be_cut() -> None:
+    """The score is read at the end of the answer."""
+    fitted, counts = fit(LONG, TrainerType.REWARD)
+    assert fitted is None
+    assert (counts.cut, counts.left_out) == (0, 1)
+
+
+def test_a_reward_model_keeps_rows_that_fit() -> None:
+    row = EncodedAnswers([1, 2, 3], [[4, 5, 6], [8]])
+    assert fit(row, TrainerType.REWARD) == (row, RowCounts())
+
+
+def test_overflow_drop_drops_the_row_and_fail_names_it() -> None:
+    assert fit(LONG, TrainerType.DPO, Overflow.DROP)[0] is None
+    with pytest.raises(DataError, match="train.jsonl, row 1: 7 tokens, more than dataset.maxSequenceLength 6"):
+        fit(LONG, TrainerType.DPO, Overflow.FAIL)
+
+
+def test_a_prompt_that_leaves_no_token_for_an_answer_is_dropped() -> None:
+    assert fit(EncodedAnswers([1, 2, 3, 4, 5, 6], [[7], [8]]), TrainerType.DPO)[1].left_out == 1
+
+
+def test_pairs_that_are_equal_once_cut_are_dropped() -> None:
+    fitted, counts = fit(EncodedAnswers([1], [[2, 3, 4], [2, 3, 5]]), TrainerType.DPO, answer=2)
+    assert fitted is None and counts.same == 1
+
+
+def test_tokens_merged_across_the_end_of_the_prompt_belong_to_the_answers() -> None:
+    """The prompts of both answers are [1, 2] and a token that depends on the answer's first character."""
+    encoded = [([1, 2, 10], [4]), ([1, 2, 11], [5, 6])]
+    assert with_shared_prompt(encoded, None) == EncodedAnswers([1, 2], [[10, 4], [11, 5, 6]])
+
+
+def test_a_prompt_that_is_shorter_for_one_answer_is_cut_to_the_shared_tokens() -> None:
+    assert with_shared_prompt([([1, 2], [3]), ([1, 2, 4], [5])], None) == EncodedAnswers([1, 2], [[3], [4, 5]])
