@@ -325,7 +325,7 @@ async def test_somebody_deletes_our_job(world: Rig) -> None:
     await world.job("run-2")
     attempt = world.status()["attempts"][0]
     assert (attempt["reason"], attempt["counted"]) == ("Preempted", True)
-    assert "somebody deleted" in attempt["message"]
+    assert "was deleted, and not by the operator" in attempt["message"]
 
 
 async def test_name_taken_by_a_foreign_job(world: Rig) -> None:

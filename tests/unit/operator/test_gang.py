@@ -1,0 +1,97 @@
+"""A gang without a queue whose pods found nodes only in part: it must not hold them for ever."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from finetune_api.exits import RetryPolicy
+from finetune_api.names import Condition, Reason
+from finetune_api.status import Attempt
+from finetune_operator.decide import decide
+from finetune_operator.facts import Facts
+from finetune_operator.plan import Situation
+from finetune_operator.policies.retry import TERMINATION_RETRY, backoff_seconds, blocked_retry_seconds
+from finetune_operator.settings import RetrySettings
+
+from tests.unit.operator.samples import T0, UID, at, ended, facts, job, pod, spec, status
+
+BEGUN: dict[str, Any] = {"number": 1, "startTime": at(0).isoformat()}
+UNREADY = {"type": Condition.PODS_READY, "status": "False", "reason": "Unschedulable", "message": "", "lastTransitionTime": at(0).isoformat()}
+KNOWN = status(attempt=1, attempts=[BEGUN], conditions=[UNREADY])
+GANG = spec(resources={"nodes": 3}, policy={"startTimeoutSeconds": 600})
+
+
+def waiting(placed: int, *, made: int = 3, now: float = 601, **job_fields: Any) -> Facts:
+    """A gang of three; `made` of its pods exist and `placed` of these have a node."""
+    pods = [
+        pod(index=index, phase="Pending", is_ready=False, node="node-1" if index < placed else "")
+        for index in range(made)
+    ]
+    return facts(written=GANG, known=KNOWN, jobs=[job(nodes=3, **job_fields)], pods=pods, now=at(now))
+
+
+@pytest.mark.parametrize(("placed", "made"), [(1, 3), (2, 3), (1, 1), (2, 2)])
+def test_incomplete_gang_is_ended_after_the_start_timeout(placed: int, made: int) -> None:
+    """Also where a quota refuses the missing pods."""
+    plan = decide(waiting(placed, made=made))
+    assert plan.termination is not None
+    assert plan.termination.reason is Reason.GANG_INCOMPLETE
+    assert f"{placed} of 3 pods have a node" in plan.termination.message
+    assert decide(waiting(placed, made=made, now=599)).termination is None
+
+
+@pytest.mark.parametrize(("placed", "made"), [(0, 3), (3, 3), (0, 0)])
+def test_gang_without_any_node_or_with_all_keeps_waiting(placed: int, made: int) -> None:
+    """An autoscaler may be adding nodes, or an image is being pulled."""
+    plan = decide(waiting(placed, made=made))
+    assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
+
+
+def test_gang_of_a_queue_keeps_waiting() -> None:
+    assert decide(waiting(1, queue="team-a")).termination is None
+
+
+def test_single_pod_keeps_waiting() -> None:
+    found = facts(written=spec(policy={"startTimeoutSeconds": 600}), known=KNOWN, jobs=[job(nodes=1)], now=at(601))
+    assert decide(found).termination is None
+
+
+def test_gang_with_a_finished_pod_is_left_to_its_job() -> None:
+    found = waiting(2)
+    pods = (replace(ended(found.pods[0], 0), is_deleted=True), *found.pods[1:])
+    assert decide(replace(found, pods=pods)).termination is None
+
+
+def test_incomplete_gang_is_retried_uncounted_after_a_delay() -> None:
+    assert TERMINATION_RETRY.get(Reason.GANG_INCOMPLETE, RetryPolicy.FREE) is RetryPolicy.FREE
+    terminated = status(attempt=1, attempts=[{**BEGUN, "reason": Reason.GANG_INCOMPLETE, "message": "1 of 3"}], retriesUsed=3)
+    plan = decide(facts(written=GANG, known=terminated, now=at(700)))
+    assert plan.attempt_end is not None and plan.finish is None
+    assert (plan.attempt_end.reason, plan.attempt_end.counted, plan.attempt_end.next_attempt) == (Reason.GANG_INCOMPLETE, False, 2)
+    over = {**BEGUN, "endTime": at(700).isoformat(), "reason": Reason.GANG_INCOMPLETE}
+    assert decide(facts(written=GANG, known=status(attempt=2, attempts=[over]), now=at(701))).situation is Situation.BACKING_OFF
+
+
+def incomplete(count: int) -> list[Attempt]:
+    return [Attempt(number=n, reason=Reason.GANG_INCOMPLETE, counted=False, end_time=T0) for n in range(1, count + 1)]
+
+
+def test_delay_of_incomplete_gangs_grows_and_differs_between_jobs() -> None:
+    settings = RetrySettings(base_seconds=10, max_seconds=600)
+    delays = [backoff_seconds(incomplete(count), settings, UID) for count in range(1, 5)]
+    for count, delay in enumerate(delays):
+        assert 0.5 * 10 * 2**count <= delay <= 1.5 * 10 * 2**count
+    assert delays == [backoff_seconds(incomplete(count), settings, UID) for count in range(1, 5)]
+    assert len({backoff_seconds(incomplete(1), settings, f"job-{n}") for n in range(20)}) == 20
+
+
+def test_trainer_that_is_too_old_is_retried_after_a_backoff() -> None:
+    attempts = [Attempt(number=1, reason=Reason.TRAINER_TOO_OLD, counted=False, end_time=T0)]
+    assert backoff_seconds(attempts, RetrySettings(base_seconds=10, max_seconds=600)) == 10
+
+
+@pytest.mark.parametrize(("blocked", "pause"), [(0, 15), (20, 15), (100, 50), (9999, 300)])
+def test_refused_create_is_repeated_with_a_growing_pause(blocked: float, pause: float) -> None:
+    assert blocked_retry_seconds(blocked) == pause

@@ -1,0 +1,118 @@
+"""Node pools, and placement values that contradict the pool, the platform or Kubernetes' syntax."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api.names import Reason
+from finetune_operator.policies.acceptance import Accepted, FirstAttempt, Refused, accept
+from finetune_operator.settings import OperatorConfig, parse
+
+from tests.unit.operator.samples import CONFIG, accepted, spec
+
+TAINT = {"key": "gpu", "operator": "Equal", "value": "h100", "effect": "NoSchedule"}
+POOLED = parse(
+    {
+        "trainer": {"image": "trainer:1", "labels": {"cost": "research"}, "annotations": {"mesh": "off"}},
+        "nodePools": [
+            {"name": "h100", "default": True, "gpusPerNode": 8, "nodeSelector": {"gpu": "h100"}, "tolerations": [TAINT]}
+        ],
+    },
+    "test",
+)
+
+
+def verdict(placement: dict[str, Any], first: FirstAttempt | None = None, **groups: Any) -> Accepted | Refused:
+    written = spec(placement=placement, resources={"gpusPerNode": 1}, **groups)
+    return accept(written, POOLED, first)
+
+
+@pytest.mark.parametrize(
+    ("placement", "values"),
+    [
+        ({"nodeSelector": {"gpu": "a100"}}, ("spec.placement.nodeSelector.gpu is 'a100'", "pool h100 selects nodes with 'h100'")),
+        ({"tolerations": [{**TAINT, "value": "a100"}]}, ("'value': 'a100'", "pool h100 sets", "'value': 'h100'")),
+        ({"tolerations": [{"key": "gpu", "operator": "Exists"}]}, ("'operator': 'Exists'", "'value': 'h100'")),
+        ({"labels": {"cost": "fun"}}, ("spec.placement.labels.cost is 'fun'", "sets 'research'")),
+        ({"annotations": {"mesh": "on"}}, ("spec.placement.annotations.mesh is 'on'", "sets 'off'")),
+        ({"labels": {"finetune-operator.io/name": "x"}}, ("spec.placement.labels.finetune-operator.io/name", "sets this key itself")),
+        ({"labels": {"kueue.x-k8s.io/queue-name": "q"}}, ("kueue.x-k8s.io/queue-name", "write placement.queueName")),
+        ({"annotations": {"finetune-operator.io/run.json": "{}"}}, ("finetune-operator.io/run.json", "sets this key itself")),
+        ({"annotations": {"kubectl.kubernetes.io/default-container": "x"}}, ("default-container", "sets this key itself")),
+        ({"labels": {"team": "a b"}}, ("spec.placement.labels.team is 'a b'", "at most 63")),
+        ({"nodeSelector": {"a b": "c"}}, ("spec.placement.nodeSelector.a b", "'a b'")),
+    ],
+)  # fmt: skip
+def test_contradiction_is_refused_with_both_values(placement: dict[str, Any], values: tuple[str, ...]) -> None:
+    found = verdict(placement)
+    assert isinstance(found, Refused), found
+    assert (found.reason, found.is_final) == (Reason.REJECTED, True)
+    for value in values:
+        assert value in found.message
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        {"nodeSelector": {"gpu": "h100", "disk": "nvme"}},
+        {"tolerations": [TAINT]},
+        {"tolerations": [{**TAINT, "value": "a100", "effect": "NoExecute"}]},
+        {"tolerations": [{"key": "spot", "operator": "Exists"}]},
+        {"labels": {"cost": "research", "team": "", "example.com/team": "a"}},
+        {"labels": {"kueue.x-k8s.io/priority-class": "high"}},
+        {"annotations": {"mesh": "off", "note": "any text: at all"}},
+    ],
+)
+def test_values_beside_or_equal_to_the_platforms_are_accepted(placement: dict[str, Any]) -> None:
+    assert isinstance(verdict(placement), Accepted)
+
+
+def test_pool_that_changed_since_the_first_attempt_does_not_end_the_job() -> None:
+    found = verdict({"nodeSelector": {"gpu": "a100"}}, FirstAttempt())
+    assert isinstance(found, Accepted)
+    assert any("pool h100 selects nodes with 'h100'" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("name", ["cpu", "memory", "ephemeralStorage", "sharedMemory"])
+@pytest.mark.parametrize("value", ["32 GB", "lots", "-1Gi", "1.5.0", "4gi", "", -1, "1e"])
+def test_wrong_quantity_is_refused_with_its_field(name: str, value: str | int) -> None:
+    found = accept(spec(resources={name: value}), CONFIG)
+    assert isinstance(found, Refused), found
+    assert found.reason is Reason.REJECTED
+    assert f"spec.resources.{name} is {value!r}" in found.message
+
+
+@pytest.mark.parametrize("value", ["32Gi", "500m", 4, "4", "1.5", ".5", "1e9", "2E+3", "100k", "0"])
+def test_quantities_of_kubernetes_are_accepted(value: str | int) -> None:
+    assert isinstance(accept(spec(resources={"memory": value}), CONFIG), Accepted)
+
+
+@pytest.mark.parametrize(("gpus", "nodes", "fits"), [(8, 1, True), (9, 1, False), (8, 2, True), (7, 3, False)])
+def test_job_may_use_the_whole_pool(gpus: int, nodes: int, fits: bool) -> None:
+    """All 8 GPUs of a node, and as many nodes as the pool has."""
+    pools = [{"name": "h100", "default": True, "gpusPerNode": 8, "maxNodes": 2}]
+    config: OperatorConfig = parse({"trainer": {"image": "t"}, "nodePools": pools}, "test")
+    found = accept(spec(resources={"gpusPerNode": gpus, "nodes": nodes}), config)
+    assert isinstance(found, Accepted) is fits
+    assert fits or (isinstance(found, Refused) and found.reason is Reason.POOL_TOO_SMALL)
+
+
+def test_default_storage_that_cannot_be_parsed_waits_for_the_platform_team() -> None:
+    """The user cannot correct it."""
+    config = parse({"trainer": {"image": "t"}, "storage": {"uri": "pvc://claim/../x"}}, "test")
+    written = {name: group for name, group in spec().items() if name != "storage"}
+    found = accept(written, config)
+    assert isinstance(found, Refused)
+    assert (found.reason, found.is_final) == (Reason.STORAGE_NOT_CONFIGURED, False)
+    assert isinstance(accept(spec(), config), Accepted)
+
+
+def test_storage_with_dots_in_its_path_is_refused() -> None:
+    found = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG)
+    assert isinstance(found, Refused) and found.is_final
+    assert "spec.storage.uri" in found.message and ".." in found.message
+
+
+def test_accepted_spec_has_its_pool() -> None:
+    assert accepted(spec(resources={"gpusPerNode": 8})).pool is not None

@@ -1,0 +1,165 @@
+"""Specs of another version: a newer CRD beside an older operator, or an older CRD that removed a field. No such job fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api.names import Condition, Phase, Reason
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.decide import decide
+from finetune_operator.facts import Facts
+from finetune_operator.objects import Object
+from finetune_operator.plan import ActionResult, Situation
+from finetune_operator.policies.acceptance import Accepted, FirstAttempt, Refused, accept, first_attempt
+from finetune_operator.policies.spec_reading import read_spec, spec_sha256
+from finetune_operator.report import report as make_report
+
+from tests.unit.operator.samples import CONFIG, at, ended, facts, finetunejob, job, pod, report, spec, status
+
+BEGUN: dict[str, Any] = {"number": 1, "startTime": at(0).isoformat()}
+RUNNING = status(attempt=1, attempts=[BEGUN], phase="Running")
+NEWER = {
+    "unknown field": {"training": {"momentum": 0.9}},
+    "unknown group": {"prepare": {"strategy": "auto"}},
+    "unknown enum word": {"policy": {"onDivergence": "Restart"}},
+    "unknown word in a list": {"placement": {"tolerations": [{"key": "a"}, {"key": "b", "operator": "Gt"}]}},
+    "wider bounds": {"policy": {"retries": 100000}},
+    "another type": {"training": {"epochs": "many"}},
+    "required field is missing": {"placement": {"env": [{"value": "x"}, {"name": "A", "value": "b"}]}},
+    "group of another type": {"training": ["sft"]},
+}
+
+
+def newer(name: str, **groups: Any) -> Object:
+    return {**spec(**NEWER[name]), **groups}
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_unknown_part_of_a_spec_is_named_and_the_rest_is_read(name: str) -> None:
+    found, unknown = read_spec(newer(name))
+    assert found.model.source == "org/tiny"
+    assert len(unknown) == 1
+    (group,) = NEWER[name]
+    assert unknown[0].startswith(f"spec.{group}")
+
+
+def test_several_unknown_items_of_a_list_are_removed() -> None:
+    env = [{"name": "A", "newer": 1}, {"value": "x"}, {"name": "B"}, {"value": "y"}]
+    found, unknown = read_spec(spec(placement={"env": env}))
+    assert [one.name for one in found.placement.env or []] == ["A", "B"]
+    assert len(unknown) == 3
+
+
+@pytest.mark.parametrize("name", NEWER)
+@pytest.mark.parametrize("attempts", [0, 1], ids=["new", "between attempts"])
+def test_job_with_an_unreadable_spec_waits_for_a_newer_operator(name: str, attempts: int) -> None:
+    over = {**BEGUN, "endTime": at(1).isoformat(), "reason": "Suspended"}
+    known = status(attempt=2, attempts=[over]) if attempts else None
+    found = facts(written=newer(name), known=known, now=at(5000))
+    plan = decide(found)
+    assert (plan.situation, plan.create_attempt, plan.finish) == (Situation.REFUSED, None, None)
+    new = make_report(found, plan, ActionResult())
+    accepted = new.condition(Condition.ACCEPTED)
+    assert accepted is not None and (accepted.status, accepted.reason) == ("False", Reason.OPERATOR_TOO_OLD)
+    assert next(iter(NEWER[name])) in accepted.message
+    assert new.phase is Phase.PENDING
+
+
+def test_suspended_job_with_an_unreadable_spec_stays_suspended() -> None:
+    over = {**BEGUN, "endTime": at(1).isoformat(), "reason": "Suspended", "committedStep": 5000}
+    found = facts(written=newer("unknown field", suspend=True), known=status(attempt=2, attempts=[over]), now=at(5000))
+    assert make_report(found, decide(found), ActionResult()).phase is Phase.SUSPENDED
+
+
+def test_cancelled_job_with_an_unreadable_spec_is_cancelled() -> None:
+    plan = decide(facts(written=newer("unknown field", cancel=True)))
+    assert plan.finish is not None and plan.finish.reason is Reason.CANCELLED
+
+
+# What runs
+
+
+def running(written: Object, now: float = 60, **fields: Any) -> Facts:
+    pods = [pod(index=index) for index in range(4)]
+    return facts(written=written, known=RUNNING, jobs=[job(nodes=4)], pods=pods, now=at(now), **fields)
+
+
+@pytest.mark.parametrize("lost", ["resources", "training"])
+def test_running_gang_keeps_its_number_of_pods(lost: str) -> None:
+    """The number of pods comes from the Job, also when `resources` cannot be read."""
+    found = running({**spec(resources={"nodes": 4}), lost: {"newer": 1, "nodes": "four"}})
+    plan = decide(found)
+    assert (plan.situation, plan.termination, plan.delete_jobs) == (Situation.ACTIVE, None, ())
+    new = make_report(found, plan, ActionResult())
+    assert new.workers is not None and new.workers.display == "4/4"
+    assert new.phase is Phase.RUNNING or new.phase is Phase.STARTING
+
+
+@pytest.mark.parametrize(
+    ("groups", "reason"),
+    [
+        ({"suspend": True}, Reason.SUSPENDED),
+        ({"cancel": True}, Reason.CANCELLED),
+        ({"policy": {"activeDeadlineSeconds": 50, "newer": True}}, Reason.DEADLINE_EXCEEDED),
+    ],
+)
+def test_running_attempt_with_an_unreadable_spec_can_be_stopped(groups: Object, reason: Reason) -> None:
+    plan = decide(running(newer("unknown field", **groups)))
+    assert plan.termination is not None and plan.termination.reason is reason
+
+
+def test_running_attempt_with_an_unreadable_spec_is_not_stalled() -> None:
+    said = report(health={"secondsSinceHeartbeat": 5000.0}, progress={"step": 5})
+    stalled = running(spec(), last_report=said)
+    assert (decide(stalled).termination is not None) is True
+    assert decide(running(newer("unknown field"), last_report=said)).termination is None
+
+
+@pytest.mark.parametrize("code", [70, 71, 72, 74])
+def test_failure_under_an_unreadable_spec_is_not_counted_and_changes_nothing(code: int) -> None:
+    known = status(attempt=1, attempts=[BEGUN], retriesUsed=3)
+    written = newer("unknown field", policy={"onOutOfMemory": "Fail", "onDivergence": "Fail"})
+    plan = decide(facts(written=written, known=known, jobs=[job(failed_at=at(60))], pods=[ended(pod(), code)], now=at(61)))
+    assert plan.finish is None and plan.attempt_end is not None
+    assert (plan.attempt_end.next_attempt, plan.attempt_end.counted, plan.attempt_end.adaptation) == (2, False, None)
+
+
+# A field that an older CRD removed
+
+
+def started_from(written: Object) -> FineTuneJobStatus:
+    """The status after the first attempt of this spec."""
+    found = facts(written=written)
+    new = make_report(found, decide(found), ActionResult(created_job=job()))
+    assert new.resolved is not None and new.resolved.spec_sha256 == spec_sha256(written)
+    return new
+
+
+def test_resume_waits_if_an_older_crd_removed_a_field() -> None:
+    before = started_from(spec(training={"seed": 7}))
+    after = accept(spec(), CONFIG, first_attempt(before))
+    assert isinstance(after, Refused)
+    assert (after.reason, after.is_final) == (Reason.SPEC_CHANGED, False)
+    attempts = [one.model_copy(update={"end_time": at(1), "reason": "Suspended"}) for one in before.attempts]
+    ended_status = before.model_copy(update={"attempts": attempts, "attempt": 2})
+    waits = Facts(finetunejob(spec(), ended_status), after, at(100), CONFIG)
+    plan = decide(waits)
+    assert (plan.situation, plan.create_attempt, plan.finish) == (Situation.REFUSED, None, None)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"suspend": True}, {"cancel": False}, {"policy": {}}, {"placement": {}},
+        {"policy": {"activeDeadlineSeconds": 5, "ttlSecondsAfterFinished": 5}}, {"placement": {"queueName": "q"}},
+    ],
+)  # fmt: skip
+def test_changes_that_the_api_allows_keep_the_hash(changed: Object) -> None:
+    assert spec_sha256(spec(**changed)) == spec_sha256(spec())
+    assert isinstance(accept(spec(**changed), CONFIG, first_attempt(started_from(spec()))), Accepted)
+
+
+def test_job_without_a_recorded_hash_goes_on() -> None:
+    """An operator of version 0.1.0 started it."""
+    assert isinstance(accept(spec(), CONFIG, FirstAttempt({"training.epochs": 3})), Accepted)
