@@ -178,7 +178,7 @@ def test_an_end_that_nobody_saw_is_said_to_be_one(rig: Rig) -> None:
     body = rig.wait_attempt(2)
     first = body["status"]["attempts"][0]
     assert first["endTime"]
-    assert "nobody saw how they ended" in first["message"]
+    assert "before the operator read how they ended" in first["message"]
     assert body["status"]["retriesUsed"] == 1
     rig.wait_event(Reason.RETRYING)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from finetune_api.names import Condition, Reason
 from finetune_api.pod import TerminationMessage
@@ -135,3 +137,76 @@ def test_checkpoints_of_earlier_attempts_are_no_progress_of_this_one() -> None:
     plan = decide(facts(known=known, jobs=[job(12, failed_at=at(60))], pods=[ended(pod(12), 70, said)], now=at(61)))
     assert plan.attempt_end is not None
     assert (plan.attempt_end.progressed, plan.attempt_end.committed_step) == (True, 600)
+
+
+# How an attempt's end is judged
+
+
+def uri(step: int, attempt: int) -> str:
+    return f"s3://b/checkpoints/step-{step:08d}/a{attempt}-0123abcd"
+
+
+@pytest.mark.parametrize(("step", "progressed"), [(500, False), (501, True)])
+def test_repeating_the_newest_step_is_no_progress(step: int, progressed: bool) -> None:
+    first = {**BEGUN, "endTime": T, "reason": "InternalError", "committedStep": 500}
+    known = status(attempt=2, attempts=[first, {"number": 2, "startTime": T}])
+    message = TerminationMessage.model_validate({"checkpoints": [{"step": step, "uri": uri(step, 2)}]})
+    plan = decide(facts(known=known, jobs=[job(2, failed_at=at(60))], pods=[ended(pod(2), 70, message)], now=at(61)))
+    assert plan.attempt_end is not None
+    assert (plan.attempt_end.committed_step, plan.attempt_end.progressed) == (step, progressed)
+
+
+@pytest.mark.parametrize(("codes", "outcome"), [([0, 0], Outcome.SUCCEEDED), ([0], None), ([0, 75], None)])
+def test_gang_whose_job_is_gone_succeeded_only_if_every_rank_did(codes: list[int], outcome: Outcome | None) -> None:
+    pods = [replace(ended(pod(index=index), code), is_deleted=True) for index, code in enumerate(codes)]
+    found = facts(written=spec(resources={"nodes": 2, "gpusPerNode": 0}), known=RUNNING, pods=pods, now=at(90))
+    plan = decide(found)
+    assert (plan.finish and plan.finish.outcome) == outcome
+
+
+@pytest.mark.parametrize("reason", [Reason.SUSPENDED, Reason.STALLED, Reason.NODE_LOST, Reason.PREEMPTED])
+def test_fatal_exit_ends_the_job_although_the_attempt_was_being_ended(reason: Reason) -> None:
+    """The data error of a pod that was told to stop would return with the next attempt."""
+    known = status(attempt=1, attempts=[{**BEGUN, "reason": reason}])
+    over = replace(ended(pod(), 65), is_deleted=True)
+    plan = decide(facts(written=spec(suspend=reason is Reason.SUSPENDED), known=known, pods=[over], now=at(90)))
+    assert plan.finish is not None
+    assert (plan.finish.outcome, plan.finish.reason) == (Outcome.FAILED, Reason.DATA_ERROR)
+
+
+def test_job_that_is_being_ended_is_deleted_although_it_has_failed_meanwhile() -> None:
+    """Otherwise the failure that the deletion caused would count instead of the recorded reason."""
+    known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
+    failed = job(failed_at=at(60), failed_reason="BackoffLimitExceeded")
+    plan = decide(facts(written=spec(suspend=True), known=known, jobs=[failed], pods=[ended(pod(), 75)], now=at(61)))
+    assert (plan.situation, plan.delete_jobs) == (Situation.TERMINATING, (failed,))
+
+
+def test_job_that_completed_while_it_was_being_ended_succeeds() -> None:
+    known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
+    plan = decide(facts(written=spec(suspend=True), known=known, jobs=[job(completed_at=at(60))], pods=[ended(pod(), 0)], now=at(61)))
+    assert plan.finish is not None and plan.finish.outcome is Outcome.SUCCEEDED
+
+
+@pytest.mark.parametrize(("now", "situation"), [(-3600, Situation.STARTING), (59, Situation.STARTING), (60, Situation.BACKING_OFF)])
+def test_backoff_is_over_if_the_clock_was_set_back(now: float, situation: Situation) -> None:
+    """The attempt ended at 60 s, and its backoff takes 10 s. Without this rule a clock an hour back would add an hour."""
+    known, jobs, pods = PLACES["recovering"]
+    assert decide(facts(known=known, jobs=jobs, pods=pods, now=at(now))).situation is situation
+
+
+def test_job_of_another_owner_is_not_current_and_blocks_the_attempt() -> None:
+    """Its labels and its name look like ours, and a FineTuneJob of the same name made it: only the controller's uid tells."""
+    foreign = job(is_owned=False)
+    plan = decide(facts(jobs=[foreign]))
+    assert (plan.situation, plan.delete_jobs) == (Situation.BLOCKED, ())
+    assert plan.blocking is not None and plan.blocking.reason is Reason.CHILDREN_CONFLICT
+
+
+@pytest.mark.parametrize("wish", [{"suspend": True}, {"cancel": True}, {}])
+def test_job_without_our_controller_reference_is_never_deleted(wish: dict[str, bool]) -> None:
+    """It carries our uid in a label only: somebody copied the labels."""
+    foreign = job(is_owned=False)
+    found = facts(written=spec(**wish), jobs=[foreign])
+    assert found.owned_jobs == ()
+    assert decide(found).delete_jobs == ()

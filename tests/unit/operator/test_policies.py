@@ -340,6 +340,20 @@ def test_the_divergence_ladder() -> None:
     assert isinstance(adapt_to_divergence(apply_adaptations(base, done), done, marks, T0), LadderExhausted)
 
 
+def test_unproven_checkpoints_are_no_rollback_targets() -> None:
+    """The loss after such a checkpoint was not finite: it may hold the weights that led there."""
+    base = accepted().spec
+    marks = [
+        Checkpoint(step=step, uri=f"u{step}", healthy=healthy)
+        for step, healthy in ((10, True), (20, False), (30, True), (40, False))
+    ]
+    replay = adapt_to_divergence(base, [], marks, T0)
+    assert isinstance(replay, Adaptation) and "step 30" in replay.change
+    rollback = adapt_to_divergence(base, [replay], marks, T0, 2)
+    assert isinstance(rollback, Adaptation) and rollback.set is not None
+    assert rollback.set["resume.maxStep"] == 10
+
+
 def test_divergence_without_a_checkpoint_goes_back_to_the_start() -> None:
     base = accepted().spec
     first = adapt_to_divergence(base, [], [], T0)
