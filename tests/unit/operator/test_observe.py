@@ -6,10 +6,11 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+from finetune_api.names import Reason
 from finetune_operator import observe
 from finetune_operator.job_state import SPEC_NOT_NEEDED
 from finetune_operator.objects import CORE_EVENT, FINETUNEJOB, JOB, POD, Kind
-from finetune_operator.policies.acceptance import Accepted
+from finetune_operator.policies.acceptance import Accepted, Refused
 
 from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
 from tests.unit.operator.samples import SPEC, UID
@@ -32,6 +33,18 @@ async def test_spec_is_checked_once_per_generation(server: Server, monkeypatch: 
     process.refresh()
     await process.reconcile()
     assert len(calls) == 2
+
+
+async def test_spec_is_checked_again_if_a_crd_removed_a_field_of_it(server: Server) -> None:
+    """Pruning changes the spec and leaves the generation."""
+    server.put(FINETUNEJOB, {**server.finetunejob, "spec": {**SPEC, "training": {"seed": 7}}})
+    process = Process(server)
+    await process.reconcile()
+    server.put(FINETUNEJOB, {**server.finetunejob, "spec": SPEC})
+    process.refresh()
+    await process.reconcile()
+    found = process.reconciler._observer.states[KEY].acceptance
+    assert isinstance(found, Refused) and found.reason is Reason.SPEC_CHANGED
 
 
 async def test_finished_job_keeps_neither_its_spec_nor_a_reservation(server: Server) -> None:
