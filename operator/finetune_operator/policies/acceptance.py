@@ -10,10 +10,11 @@ from one attempt to the next, the next attempt would be another run and would no
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from finetune_api.compatibility import read_spec
 from finetune_api.defaults import PlatformDefaults, Resolution, resolve
 from finetune_api.errors import FineTuneError
 from finetune_api.names import MAX_RUN_BYTES, Reason
@@ -27,7 +28,7 @@ from pydantic import ValidationError
 
 from finetune_operator.objects import Object
 from finetune_operator.policies.placement import choose_pool, placement_problems
-from finetune_operator.policies.spec_reading import read_spec, spec_sha256
+from finetune_operator.policies.spec_hash import spec_sha256
 from finetune_operator.policies.verdict import Accepted, Refused
 from finetune_operator.settings import NodePool, OperatorConfig
 from finetune_operator.text import clean
@@ -62,7 +63,10 @@ def first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
 
 def accept(raw: Object, config: OperatorConfig, first: FirstAttempt | None = None) -> Accepted | Refused:
     """Check a FineTuneJob's spec. `first` is None before the first attempt."""
-    spec, unknown = read_spec(raw)
+    try:
+        spec, unknown = read_spec(raw)
+    except ValidationError as error:
+        return _operator_too_old([_sentence(item) for item in error.errors()])
     problems, unsupported = ([], []) if unknown else (check(spec), unsupported_fields(spec))
     found = [*map(str, problems), *map(str, unsupported)]
     if found and first is None:
@@ -84,11 +88,20 @@ def accept(raw: Object, config: OperatorConfig, first: FirstAttempt | None = Non
     return Accepted(resolution.spec, resolution.defaults, (*resolution.notes, *newer_rules), pool, digest)
 
 
+def _operator_too_old(unknown: Iterable[str]) -> Refused:
+    """Make the job wait: the API server enforces the CRD's schema, so that a newer CRD has accepted what this version cannot read."""
+    message = f"this version of the operator does not know parts of the spec: {'; '.join(unknown)}"
+    return Refused(Reason.OPERATOR_TOO_OLD, clean(message), "upgrade the operator to the version of the CRD", is_final=False)
+
+
+def _sentence(item: Any) -> str:
+    return f"spec.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
+
+
 def _other_version(unknown: tuple[str, ...], digest: str, first: FirstAttempt | None) -> Refused | None:
-    """Make the job wait if the spec was written for another version of the CRD."""
+    """Make the job wait if another version of the CRD accepted its spec or has changed it."""
     if unknown:
-        message = f"this version of the operator does not know parts of the spec: {'; '.join(unknown)}"
-        return Refused(Reason.OPERATOR_TOO_OLD, clean(message), "upgrade the operator to the version of the CRD", is_final=False)
+        return _operator_too_old(f"spec.{path}" for path in unknown)
     if first is not None and first.spec_sha256 not in (None, digest):
         message = (
             "the spec is not the one that the first attempt started from, although it is immutable: "

@@ -12,7 +12,7 @@ from finetune_operator.facts import Facts
 from finetune_operator.objects import Object
 from finetune_operator.plan import ActionResult, Situation
 from finetune_operator.policies.acceptance import Accepted, FirstAttempt, Refused, accept, first_attempt
-from finetune_operator.policies.spec_reading import read_spec, spec_sha256
+from finetune_operator.policies.spec_hash import spec_sha256
 from finetune_operator.report import report as make_report
 
 from tests.unit.operator.samples import CONFIG, at, ended, facts, finetunejob, job, pod, report, spec, status
@@ -33,22 +33,6 @@ NEWER = {
 
 def newer(name: str, **groups: Any) -> Object:
     return {**spec(**NEWER[name]), **groups}
-
-
-@pytest.mark.parametrize("name", NEWER)
-def test_unknown_part_of_a_spec_is_named_and_the_rest_is_read(name: str) -> None:
-    found, unknown = read_spec(newer(name))
-    assert found.model.source == "org/tiny"
-    assert len(unknown) == 1
-    (group,) = NEWER[name]
-    assert unknown[0].startswith(f"spec.{group}")
-
-
-def test_several_unknown_items_of_a_list_are_removed() -> None:
-    env = [{"name": "A", "newer": 1}, {"value": "x"}, {"name": "B"}, {"value": "y"}]
-    found, unknown = read_spec(spec(placement={"env": env}))
-    assert [one.name for one in found.placement.env or []] == ["A", "B"]
-    assert len(unknown) == 3
 
 
 @pytest.mark.parametrize("name", NEWER)

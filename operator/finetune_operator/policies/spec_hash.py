@@ -1,0 +1,27 @@
+"""The hash of a spec's immutable fields. It shows that a CRD of an older version has removed fields, which no rule of the API prevents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+MUTABLE_FIELDS = (
+    "suspend", "cancel", "policy.activeDeadlineSeconds", "policy.ttlSecondsAfterFinished", "placement.queueName",
+)  # fmt: skip
+"""Fields of the spec that may change after creation."""
+
+
+def spec_sha256(raw: Mapping[str, Any]) -> str:
+    """Hash of the fields of a spec that may not change after creation. Empty groups do not count: the CRD may add them."""
+    text = json.dumps(_immutable_fields(raw, ""), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _immutable_fields(value: Any, path: str) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    children = {name: (f"{path}.{name}" if path else name) for name in value}
+    kept = {name: _immutable_fields(value[name], child) for name, child in children.items() if child not in MUTABLE_FIELDS}
+    return {name: found for name, found in kept.items() if found != {}}
