@@ -1,4 +1,4 @@
-"""A real Kubernetes on one machine, for the demo, the tests, and whoever has no cluster at hand."""
+"""A real Kubernetes cluster on one machine, for the demo, the tests, and users without a cluster."""
 
 from localcluster.api import ApiError, Endpoint
 from localcluster.control_plane import ControlPlane

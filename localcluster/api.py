@@ -1,4 +1,4 @@
-"""The few API calls that starting a cluster needs, without a client library's start-up time."""
+"""The few API calls that are needed to start a cluster, without the import time of a client library."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 class ApiError(Exception):
-    """The API server answered with an error; `status` is the HTTP code, 0 if it could not be reached."""
+    """The API server answered with an error. `status` is the HTTP code, 0 if there was no answer."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(f"{status}: {message}")
@@ -21,7 +21,7 @@ class ApiError(Exception):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A running API server: `kubeconfig` is a file with administrator rights, `ca` the certificate to verify it by."""
+    """A running API server. `kubeconfig` has administrator rights, `ca` is the certificate that verifies the server."""
 
     kubeconfig: Path
     server: str
@@ -29,18 +29,18 @@ class Endpoint:
     ca: Path
 
     def request(self, method: str, path: str, body: Any = None, *, content_type: str = "application/json") -> Any:
-        """One call; the answer's JSON, or its text if it is none. ApiError for an error status or no answer."""
+        """Send one request. Returns the parsed JSON, or the text of another response. Errors: ApiError."""
         request = urllib.request.Request(self.server + path, method=method)
         request.add_header("Authorization", f"Bearer {self.token}")
         request.add_header("Content-Type", content_type)
         data = None if body is None else json.dumps(body).encode()
         try:
             context = ssl.create_default_context(cafile=str(self.ca))
-            direct = urllib.request.build_opener(
+            opener = urllib.request.build_opener(
                 urllib.request.ProxyHandler({}), urllib.request.HTTPSHandler(context=context)
             )
-            with direct.open(request, data=data, timeout=10) as answer:
-                text = answer.read().decode()
+            with opener.open(request, data=data, timeout=10) as response:
+                text = response.read().decode()
         except urllib.error.HTTPError as error:
             raise ApiError(error.code, error.read().decode(errors="replace")[:500]) from None
         except OSError as error:
@@ -48,7 +48,6 @@ class Endpoint:
         return json.loads(text) if text.startswith(("{", "[")) else text
 
     def get(self, path: str) -> Any:
-        """See request."""
         return self.request("GET", path)
 
     def apply(self, path: str, manifest: Any) -> Any:
@@ -57,14 +56,14 @@ class Endpoint:
         return self.request("PATCH", path + query, manifest, content_type="application/apply-patch+yaml")
 
     def ready(self) -> bool:
-        """Whether the API server says that it is ready."""
+        """Whether `/readyz` succeeds."""
         try:
             return bool(self.get("/readyz") == "ok")
         except ApiError:
             return False
 
     def exists(self, path: str) -> bool:
-        """Whether there is an object at `path`."""
+        """Whether there is an object at this URL path."""
         try:
             self.get(path)
         except ApiError:

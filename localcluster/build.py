@@ -1,6 +1,6 @@
-"""The programs of the cluster, built from Go modules once and kept by version and content.
+"""Build the cluster's programs from Go modules, once for each version and content of the sources.
 
-Nothing is downloaded ready-made: the sources come through the Go module proxy, pinned by go.sum.
+No binaries are downloaded: the sources come from the Go module proxy, pinned by go.sum.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from localcluster.steps import Step, silent
 
 SOURCES = Path(__file__).resolve().parent / "go"
 GO = (1, 26)
-"""The oldest Go that the sources' go.mod files accept."""
+"""Oldest Go version that the go.mod files accept."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """One Go program. `versioned_by` is the module whose version it carries; `hint` is how long a first build takes."""
+    """One Go program. Its version is that of the module `versioned_by`; `hint` says how long a first build takes."""
 
     name: str
     versioned_by: str | None = None
@@ -47,7 +47,7 @@ class Program:
 
     @property
     def binary(self) -> Path:
-        """Where it lies once built."""
+        """Path of the built program."""
         digest = hashlib.sha256()
         for path in sorted(self.folder.iterdir()):
             if path.name in ("go.mod", "go.sum") or path.suffix == ".go":
@@ -57,7 +57,7 @@ class Program:
 
     @property
     def flags(self) -> list[str]:
-        """Kubernetes' components tell their version to clients; a build of ours has to say which one it is."""
+        """Build flags. Kubernetes' components report their version to clients, which upstream's build sets by linker flags."""
         link = ["-s", "-w"]
         if self.name == KUBE:
             major, minor, _ = self.version.split(".")
@@ -80,15 +80,15 @@ PROGRAMS = {
 
 
 def ensure(name: str, step: Step = silent) -> Path:
-    """The program's path, built first if it is not there. MissingRequirement (no Go), BuildFailed (end of the log)."""
+    """Path of the program, which is built first if necessary. Errors: MissingRequirement (no Go), BuildFailed (with the end of the log)."""
     program = PROGRAMS[name]
     binary = program.binary
     if binary.exists():
         return binary
     check_go()
     binary.parent.mkdir(parents=True, exist_ok=True)
-    what = f"build {name} {program.version} from Go modules (first time: {program.hint})"
-    with (binary.parent / "lock").open("w") as lock, step(what):
+    description = f"build {name} {program.version} from Go modules (first time: {program.hint})"
+    with (binary.parent / "lock").open("w") as lock, step(description):
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not binary.exists():
             _build(program, binary)
@@ -109,7 +109,7 @@ def _build(program: Program, binary: Path) -> None:
 
 
 def check_go() -> None:
-    """MissingRequirement unless a Go that is new enough is on the PATH."""
+    """Raise MissingRequirement unless a recent enough Go is on the PATH."""
     if shutil.which("go") is None:
         raise MissingRequirement(f"Go {GO[0]}.{GO[1]} or newer is missing (`go` is not on the PATH): install it")
     text = subprocess.run(["go", "version"], capture_output=True, text=True).stdout

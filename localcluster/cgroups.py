@@ -1,4 +1,4 @@
-"""The containers' cgroups: one folder per node in every hierarchy, made before and removed after."""
+"""The containers' cgroups: one folder per node in each hierarchy, created before a cluster starts and removed after it ends."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from localcluster.errors import StartFailed
 from localcluster.layout import CGROUP
 
 ROOT = Path("/sys/fs/cgroup")
-SHARE = 4
-"""What all containers together weigh against one process of this machine, when cores are short."""
+WEIGHT = 4
+"""CPU weight of all containers together, relative to one other process group of this machine."""
 
 
 def hierarchies() -> list[Path]:
-    """The mounted hierarchies: one with cgroup v2, one per controller with v1."""
+    """The mounted hierarchies: one with cgroup v2, one for each controller with v1."""
     if (ROOT / "cgroup.controllers").exists():
         return [ROOT]
     return [path for path in ROOT.iterdir() if path.is_dir() and not path.is_symlink()]
 
 
 def create(nodes: list[str]) -> None:
-    """A cgroup for each node."""
+    """Create a cgroup for each node."""
     for hierarchy in hierarchies():
         ours = hierarchy / CGROUP
         for node in nodes:
@@ -35,30 +35,30 @@ def create(nodes: list[str]) -> None:
                 (folder / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in names))
         elif (ours / "cpuset.cpus").exists():
             _inherit_cpuset(ours, [ours / node for node in nodes])
-        _weigh(ours)
+        _set_weight(ours)
 
 
-def _weigh(folder: Path) -> None:
-    """A new group counts like a single process: pods would starve beside whatever else is at work here."""
+def _set_weight(folder: Path) -> None:
+    """Raise the CPU weight. A new group has the weight of a single process, so that pods would get too little CPU next to other programs."""
     for name, one in (("cpu.weight", 100), ("cpu.shares", 1024)):
         if (folder / name).exists():
-            (folder / name).write_text(str(SHARE * one))
+            (folder / name).write_text(str(WEIGHT * one))
 
 
 def _inherit_cpuset(ours: Path, nodes: list[Path]) -> None:
-    """A new v1 cpuset is empty, and nothing can run in it."""
+    """Copy the parent's cpuset: a new one of cgroup v1 is empty, and no process can run in it."""
     for folder in [ours, *nodes]:
         for name in ("cpuset.cpus", "cpuset.mems"):
             (folder / name).write_text((folder.parent / name).read_text())
 
 
-def left() -> list[Path]:
-    """Cgroups of ours that exist, deepest first."""
+def existing() -> list[Path]:
+    """The existing cgroups of local clusters, deepest first."""
     return [Path(top) for h in hierarchies() for top, _, _ in os.walk(h / CGROUP, topdown=False)]
 
 
 def kill(node: str) -> None:
-    """End all containers of a node at once, as a power cut would."""
+    """Kill all containers of a node at once, as a power cut would."""
     for hierarchy in hierarchies():
         for top, _, _ in os.walk(hierarchy / CGROUP / node):
             with contextlib.suppress(OSError):
@@ -68,13 +68,13 @@ def kill(node: str) -> None:
 
 
 def remove(timeout: float = 10.0) -> None:
-    """Remove them all; their processes must be dead or dying. StartFailed if some are still busy after `timeout` s."""
+    """Remove all cgroups, whose processes must have been killed. Errors: StartFailed if some are in use after `timeout` seconds."""
     deadline = time.monotonic() + timeout
-    while folders := left():
+    while folders := existing():
         for folder in folders:
-            with contextlib.suppress(OSError):  # busy: the kernel is not done with its last process
+            with contextlib.suppress(OSError):  # in use: the kernel has not yet removed its last process
                 folder.rmdir()
         if time.monotonic() > deadline:
-            raise StartFailed(f"cgroups do not go away: {', '.join(str(f) for f in folders[:3])}")
-        if left():
+            raise StartFailed(f"cgroups cannot be removed: {', '.join(str(f) for f in folders[:3])}")
+        if existing():
             time.sleep(0.02)

@@ -1,4 +1,4 @@
-"""`localcluster`: a real Kubernetes on this machine, from the command line."""
+"""`localcluster`: a real Kubernetes cluster on this machine."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from localcluster.processes import Lifetime
 from localcluster.steps import shown
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, rich_markup_mode=None)
-node_app = typer.Typer(help="Make a node fail, and bring it back.", no_args_is_help=True)
+node_app = typer.Typer(help="Make a node fail, and recover it.", no_args_is_help=True)
 images_app = typer.Typer(help="Build the project's container images.", no_args_is_help=True)
 app.add_typer(node_app, name="node")
 app.add_typer(images_app, name="images")
 
 
 class Mode(StrEnum):
-    """What `up` starts."""
+    """Kind of cluster that `up` starts."""
 
     CONTROL_PLANE = CONTROL_PLANE
     NODE = NODE
@@ -37,24 +37,24 @@ class Mode(StrEnum):
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
-Name = Annotated[str, typer.Option(help="Name of the cluster: its state lies in the cache folder under it.")]
-State = Annotated[Path | None, typer.Option(help="State folder, instead of the one by name.", file_okay=False)]
+Name = Annotated[str, typer.Option(help="Name of the cluster.")]
+State = Annotated[Path | None, typer.Option(help="State folder; default: in the cache folder, by the cluster's name.", file_okay=False)]
 
 
 def folder(name: str, state: Path | None) -> Path:
-    """The state folder that was asked for."""
+    """The state folder: `state`, else that of the cluster `name`."""
     return (state or paths.state(name)).absolute()
 
 
 @app.command()
 def up(
-    mode: Annotated[Mode, typer.Option(help="node runs pods and needs root; control-plane is the API.")] = Mode.NODE,
+    mode: Annotated[Mode, typer.Option(help="node runs pods and needs root; control-plane is the API server and the controllers.")] = Mode.NODE,
     nodes: Annotated[int, typer.Option(min=1, max=4, help="Number of nodes (mode node).")] = 1,
-    gpus: Annotated[int, typer.Option(min=0, max=64, help="GPUs that each node claims to have (mode node).")] = 0,
+    gpus: Annotated[int, typer.Option(min=0, max=64, help="GPUs that each node reports; none is real (mode node).")] = 0,
     name: Name = "default",
     state: State = None,
 ) -> None:
-    """Start a cluster; instant if it is up. Prints how to use it."""
+    """Start a cluster, unless it is running, and print how to use it."""
     where = folder(name, state)
     if mode is Mode.CONTROL_PLANE:
         if nodes != 1 or gpus:
@@ -71,9 +71,9 @@ def up(
 def down(
     name: Name = "default",
     state: State = None,
-    purge: Annotated[bool, typer.Option(help="Remove the nodes' copies of images too.")] = False,
+    purge: Annotated[bool, typer.Option(help="Remove the nodes' images, too.")] = False,
 ) -> None:
-    """End a cluster; nothing of it stays but the nodes' copies of images."""
+    """End a cluster. Only the nodes' images are kept, for the next cluster."""
     where = folder(name, state)
     with shown(f"end the cluster in {where}"):
         if read_mode(where) == CONTROL_PLANE or os.geteuid() != 0:
@@ -84,16 +84,16 @@ def down(
 
 
 def open_endpoint(where: Path) -> Endpoint:
-    """The API server of the cluster in that folder; NotRunning if it does not answer."""
+    """The API server of the cluster in that folder. Errors: NotRunning."""
     running = NodeCluster(where).endpoint if read_mode(where) == NODE else ControlPlane(where).running()
     if running is None or not running.ready():
-        raise NotRunning(f"no cluster is up in {where}: run `localcluster up`")
+        raise NotRunning(f"no cluster is running in {where}: run `localcluster up`")
     return running
 
 
 @app.command()
 def status(name: Name = "default", state: State = None) -> None:
-    """Show what is up: server, nodes, S3. Exit code 1 if nothing is."""
+    """Show server, nodes and S3 of a running cluster. Exit code 1 if none is running."""
     where = folder(name, state)
     endpoint = open_endpoint(where)
     typer.echo(f"mode    {read_mode(where)}\nserver  {endpoint.server}\nconfig  {endpoint.kubeconfig}")
@@ -126,20 +126,20 @@ def load_image(
     name: Name = "default",
     state: State = None,
 ) -> None:
-    """Bring an image to all nodes."""
+    """Load an image into all nodes."""
     source = Path(image) if Path(image).is_dir() else image
     typer.echo(NodeCluster(folder(name, state), step=shown).load_image(source))
 
 
 @app.command("build")
 def build_programs() -> None:
-    """Build the cluster's programs from Go modules, if they are not built yet."""
+    """Build the cluster's programs from Go modules, unless they are built."""
     for program in build.PROGRAMS:
         typer.echo(build.ensure(program, shown))
 
 
 @app.command()
-def packages(install: Annotated[bool, typer.Option(help="Install what is missing, by apt.")] = False) -> None:
+def packages(install: Annotated[bool, typer.Option(help="Install missing packages with apt.")] = False) -> None:
     """Check the Debian packages that nodes and image builds need."""
     wanted = {**requirements.NODE_PACKAGES, **requirements.IMAGE_PACKAGES}
     missing = requirements.missing_packages(wanted)
@@ -152,7 +152,7 @@ def packages(install: Annotated[bool, typer.Option(help="Install what is missing
 
 @node_app.command("stop")
 def node_stop(node: str, name: Name = "default", state: State = None) -> None:
-    """End the node's kubelet: the node falls silent, its containers go on."""
+    """End the node's kubelet: the node becomes NotReady, its containers go on."""
     NodeCluster(folder(name, state)).stop_node(node)
 
 
@@ -164,7 +164,7 @@ def node_kill(node: str, name: Name = "default", state: State = None) -> None:
 
 @node_app.command("start")
 def node_start(node: str, name: Name = "default", state: State = None) -> None:
-    """Bring the node back and wait until it is ready."""
+    """Start the node again and wait until it is ready."""
     with shown(f"start {node}"):
         NodeCluster(folder(name, state)).start_node(node)
 
@@ -173,13 +173,13 @@ def node_start(node: str, name: Name = "default", state: State = None) -> None:
 def images_build(
     which: Annotated[list[images.Which], typer.Argument(help="operator, trainer, s3, or all.")],
 ) -> None:
-    """Build images into OCI layouts in the cache; prints tag and folder of each."""
+    """Build images as OCI layouts in the cache, and print the tag and folder of each."""
     for built in images.build(which, shown):
         typer.echo(f"{built.tag} {built.layout}")
 
 
 def main() -> None:
-    """The console script. What the user can mend is told in one line; Ctrl-C and SIGTERM clean up first."""
+    """The console script. Errors that the user can correct are one line; Ctrl-C and SIGTERM clean up first."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()

@@ -1,6 +1,6 @@
-"""How each Kubernetes component is called: pure functions from addresses and folders to argument lists.
+"""Command lines and configuration of the Kubernetes components, computed from addresses and folders.
 
-Only what a cluster on one machine needs differs from the defaults of production.
+They differ from the defaults only where a cluster on one machine needs it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DNS_DOMAIN = "cluster.local"
 
 @dataclass(frozen=True)
 class ControlPlaneAddresses:
-    """Where the control plane listens. `bind` is the API server's address, `advertise` what pods reach it by."""
+    """Addresses of the control plane. The API server listens on `bind`; pods reach it at `advertise`."""
 
     bind: str
     advertise: str
@@ -44,7 +44,7 @@ class User:
 
 
 def etcd(kube: Path, folder: Path, at: ControlPlaneAddresses) -> list[str]:
-    """The store; no fsync, as it holds nothing that outlives the cluster."""
+    """etcd without fsync, because its data are not kept when the cluster ends."""
     client, peer = f"http://127.0.0.1:{at.etcd_port}", f"http://127.0.0.1:{at.etcd_peer_port}"
     return [
         str(kube), "etcd", "--data-dir", str(folder / "etcd"), "--unsafe-no-fsync", "--log-level", "warn",
@@ -54,9 +54,9 @@ def etcd(kube: Path, folder: Path, at: ControlPlaneAddresses) -> list[str]:
 
 
 def api_server(kube: Path, folder: Path, at: ControlPlaneAddresses) -> list[str]:
-    """The API server, with tokens from a file and a serving certificate of its own making.
+    """The API server, with a token file and a self-signed serving certificate.
 
-    The endpoint reconciler is off when it listens on the loopback: no pod could use that address.
+    On the loopback the endpoint reconciler is off, because no pod could use that address.
     """
     loopback = at.advertise.startswith("127.")
     return [
@@ -75,7 +75,7 @@ def api_server(kube: Path, folder: Path, at: ControlPlaneAddresses) -> list[str]
 
 
 def controller_manager(kube: Path, folder: Path, *, node_grace_seconds: int) -> list[str]:
-    """All controllers, without an election. A node that is silent for `node_grace_seconds` becomes NotReady."""
+    """All controllers, without leader election. A node without heartbeat for `node_grace_seconds` becomes NotReady."""
     return [
         str(kube), "kube-controller-manager", "--kubeconfig", str(folder / "kubeconfig"),
         "--service-account-private-key-file", str(folder / "sa.key"), "--root-ca-file", str(folder / "ca.crt"),
@@ -85,7 +85,7 @@ def controller_manager(kube: Path, folder: Path, *, node_grace_seconds: int) -> 
 
 
 def scheduler(kube: Path, folder: Path) -> list[str]:
-    """The scheduler, without an election."""
+    """The scheduler, without leader election."""
     return [
         str(kube), "kube-scheduler", "--kubeconfig", str(folder / "kubeconfig"), "--leader-elect=false",
         "--secure-port", "0",
@@ -93,7 +93,7 @@ def scheduler(kube: Path, folder: Path) -> list[str]:
 
 
 def kubelet(kube: Path, folder: Path, *, node: str, address: str) -> list[str]:
-    """The kubelet of one node, its files below the node's `folder`."""
+    """The kubelet of one node, with its files below the node's `folder`."""
     return [
         str(kube), "kubelet", "--config", str(folder / "kubelet.json"), "--kubeconfig", str(folder / "kubeconfig"),
         "--root-dir", str(folder / "kubelet"), "--cert-dir", str(folder / "kubelet-certs"),
@@ -102,7 +102,7 @@ def kubelet(kube: Path, folder: Path, *, node: str, address: str) -> list[str]:
 
 
 def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: str, lease_seconds: int) -> str:
-    """The kubelet's configuration file: small thresholds (laptops' disks are nearly full), no image collection."""
+    """The kubelet's configuration file: low eviction thresholds, because a laptop's disk may be nearly full, and no image garbage collection."""
     return json.dumps(
         {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -117,7 +117,7 @@ def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: s
             "resolvConf": "",
             "clusterDNS": [dns],
             "clusterDomain": DNS_DOMAIN,
-            # Only this cluster's own network namespace reaches the kubelet.
+            # The kubelet can be reached only from this cluster's network namespace.
             "authentication": {"anonymous": {"enabled": True}, "webhook": {"enabled": False}},
             "authorization": {"mode": "AlwaysAllow"},
             "evictionHard": {"memory.available": "100Mi", "nodefs.available": "1%", "imagefs.available": "1%"},
@@ -134,7 +134,7 @@ def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: s
 
 
 def kube_proxy(kube: Path, kubeconfig: Path, *, node: str, cluster_cidr: str) -> list[str]:
-    """Services by iptables; the conntrack sysctls are the machine's and are left alone."""
+    """kube-proxy with iptables. It does not set the conntrack sysctls, which belong to the machine."""
     return [
         str(kube), "kube-proxy", "--kubeconfig", str(kubeconfig), "--proxy-mode", "iptables",
         "--hostname-override", node, "--cluster-cidr", cluster_cidr, "--conntrack-max-per-core", "0",
@@ -144,7 +144,7 @@ def kube_proxy(kube: Path, kubeconfig: Path, *, node: str, cluster_cidr: str) ->
 
 
 def kubeconfig(server: str, token: str, ca: bytes | None) -> str:
-    """A kubeconfig as JSON (which is YAML). Without `ca` the server is not verified: only for its own components."""
+    """A kubeconfig as JSON, which is also YAML. Without `ca` the server is not verified: only for the cluster's own components."""
     cluster: dict[str, str | bool] = {"server": server}
     if ca is None:
         cluster["insecure-skip-tls-verify"] = True

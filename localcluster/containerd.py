@@ -16,8 +16,8 @@ _UNUSED = [
 
 
 def configuration(node: Node, *, cri: bool) -> str:
-    """config.toml; without `cri` it is a plain image and container store, to tidy up in."""
-    # Without CAP_SYS_RESOURCE (a container as machine) runc may not lower a sandbox's oom_score_adj: restrict it.
+    """config.toml. Without `cri` it has no CRI plugin, for removing old containers before the kubelet sees them."""
+    # Without CAP_SYS_RESOURCE, as in a container, runc may not lower the oom_score_adj of a sandbox: restrict it.
     unused = _UNUSED if cri else [*_UNUSED, "io.containerd.grpc.v1.cri"]
     plugin = 'plugins."io.containerd.grpc.v1.cri"'
     return f"""version = 2
@@ -45,7 +45,7 @@ disabled_plugins = {json.dumps(unused)}
 
 
 def network(node: Node) -> str:
-    """The CNI configuration: pods hang on a bridge of the node and are routed, not masqueraded, to the other nodes."""
+    """The CNI configuration: pods are attached to a bridge of the node and routed to the other nodes, without masquerading."""
     prefix = node.pod_cidr.rpartition(".")[0]
     return json.dumps(
         {
@@ -66,7 +66,7 @@ def network(node: Node) -> str:
 
 
 def write(node: Node) -> Path:
-    """Write both for a node. Returns the path of config.toml."""
+    """Write the containerd and CNI configuration of a node. Returns the path of config.toml."""
     (node.folder / "cni").mkdir(parents=True, exist_ok=True)
     node.store.mkdir(parents=True, exist_ok=True)
     (node.folder / "cni" / "10-bridge.conflist").write_text(network(node))

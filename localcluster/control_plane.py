@@ -1,7 +1,7 @@
-"""A Kubernetes API server with its store and its controllers, without nodes: for tests that play the kubelet.
+"""A Kubernetes API server with etcd and the controllers, without nodes: for tests that act as the kubelet.
 
-It needs no root and no namespaces: three processes on the loopback, ready in about three seconds, as many side by
-side as the machine holds (600 MB each).
+It needs neither root nor namespaces: three processes on the loopback, ready in about three seconds. Several can run at the same time
+(600 MB each).
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from localcluster.ports import free_ports
 from localcluster.processes import Lifetime, Server
 from localcluster.steps import Step, silent
 
-STARTS = 4
-"""Another program may take a chosen port first: so often new ones are tried."""
+MAX_STARTS = 4
+"""Number of starts with new ports, because another program may take a chosen port first."""
 PROCESSES = ("etcd", "kube-apiserver", "kube-controller-manager")
 STATE = "state.json"
 MODE = "control-plane"
 NODE_MODE = "node"
 PLAN = "plan.json"
-"""What a cluster with nodes has in its state folder before anything of it runs."""
+"""File that a cluster with nodes has in its state folder before any of its processes starts."""
 KUBERNETES_SERVICE = "/api/v1/namespaces/default/serviceaccounts/default"
-"""The object that shows that the controllers are at work: they make it."""
+"""An object that the controllers create: its existence shows that they work."""
 
 
 class ControlPlane:
     """etcd, kube-apiserver and kube-controller-manager (`scheduler=True`: kube-scheduler too) below `state_dir`.
 
     A context manager, or `up()` and `down()`. With the default lifetime it ends with the thread that started it, even
-    by kill -9; what an earlier one left in `state_dir` is ended and removed first. Errors: StartFailed,
-    MissingRequirement (Go, when the programs are not built yet), ClusterDiffers (nodes are up in this folder).
+    after kill -9. Processes and files that an earlier one left in `state_dir` are removed first. Errors: StartFailed,
+    MissingRequirement (Go, if the programs are not built yet), ClusterDiffers (a cluster with nodes is running in this folder).
     """
 
     def __init__(
@@ -52,20 +52,20 @@ class ControlPlane:
         self._step = step
 
     def up(self) -> Endpoint:
-        """Start it, or return the one that is up in this folder already."""
+        """Start it, unless it is running in this folder."""
         with locked(self.state_dir):
             if running := self.running():
                 return running
             kube = build.ensure(build.KUBE, self._step)
             with self._step("start the control plane"):
-                for attempt in range(STARTS):
+                for attempt in range(MAX_STARTS):
                     self._clean()
                     try:
                         return self._start(kube)
                     except StartFailed:
-                        lost_a_port = self._lost_a_port()
+                        has_port_conflict = self._has_port_conflict()
                         self._end()
-                        if attempt == STARTS - 1 or not lost_a_port:
+                        if attempt == MAX_STARTS - 1 or not has_port_conflict:
                             raise
                     except BaseException:
                         self._end()
@@ -73,10 +73,10 @@ class ControlPlane:
         raise AssertionError("unreachable")
 
     def running(self) -> Endpoint | None:
-        """The endpoint, if it is up and ready."""
+        """The endpoint, if it is running and ready."""
         endpoint = read_endpoint(self.state_dir, MODE)
-        whole = len(processes.owned_by(self.state_dir)) >= len(PROCESSES) + self._scheduler
-        return endpoint if whole and endpoint and endpoint.ready() else None
+        is_complete = len(processes.owned_by(self.state_dir)) >= len(PROCESSES) + self._scheduler
+        return endpoint if is_complete and endpoint and endpoint.ready() else None
 
     def _start(self, kube: Path) -> Endpoint:
         etcd, api_server, controllers = PROCESSES
@@ -102,12 +102,12 @@ class ControlPlane:
         log = self.state_dir / "logs" / f"{name}.log"
         return processes.spawn(name, argv, owner=self.state_dir, log=log, lifetime=self._lifetime)
 
-    def _lost_a_port(self) -> bool:
+    def _has_port_conflict(self) -> bool:
         logs = (self.state_dir / "logs").glob("*.log")
         return any("address already in use" in log.read_text(errors="replace") for log in logs)
 
     def down(self) -> None:
-        """End it and remove its folder's contents. Does nothing if there is nothing."""
+        """End it and remove its state folder, if it exists."""
         if self.state_dir.exists():
             with locked(self.state_dir):
                 self._clean()
@@ -131,13 +131,13 @@ class ControlPlane:
 
 @contextlib.contextmanager
 def locked(state_dir: Path) -> Iterator[None]:
-    """One command at a time in a state folder; ClusterBusy if another one is at work there."""
+    """Allow one command at a time in a state folder. Errors: ClusterBusy if another one is running there."""
     state_dir.mkdir(parents=True, exist_ok=True)
     with (state_dir / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ClusterBusy(f"another localcluster command is at work in {state_dir}: wait for it") from None
+            raise ClusterBusy(f"another localcluster command is running in {state_dir}: wait for it") from None
         yield
 
 
@@ -156,13 +156,13 @@ def prepare(folder: Path, kube: Path, at: ControlPlaneAddresses, nodes: list[Use
 
 
 def wait_for_api(folder: Path, at: ControlPlaneAddresses, token: str, servers: list[Server]) -> Endpoint:
-    """Wait for the certificate, then for readiness; from then on everyone verifies the server."""
+    """Wait for the serving certificate, then for readiness. From then on all clients verify the server."""
     certificate = folder / "certs" / "apiserver.crt"
     processes.wait_until("the API server's certificate", certificate.exists, servers=servers, timeout=60)
     endpoint = Endpoint(folder / "kubeconfig", at.server, token, folder / "ca.crt")
 
     def ready() -> bool:
-        shutil.copy(certificate, endpoint.ca)  # at the first look the file may be there, and not yet what is to be in it
+        shutil.copy(certificate, endpoint.ca)  # each time: at first, the file may exist without its content
         return endpoint.ready()
 
     processes.wait_until("the API server", ready, servers=servers, timeout=60)
@@ -171,7 +171,7 @@ def wait_for_api(folder: Path, at: ControlPlaneAddresses, token: str, servers: l
 
 
 def write_state(folder: Path, mode: str, endpoint: Endpoint, **more: object) -> None:
-    """Remember what is up in `folder`; written last, so that its presence means that the start was finished."""
+    """Write the state file of a running cluster. It is written last, so that its existence shows that the start succeeded."""
     unfinished = folder / f".{STATE}"
     unfinished.touch(mode=0o600)
     unfinished.write_text(json.dumps({"mode": mode, "server": endpoint.server, "token": endpoint.token, **more}))
@@ -179,7 +179,7 @@ def write_state(folder: Path, mode: str, endpoint: Endpoint, **more: object) -> 
 
 
 def read_endpoint(folder: Path, mode: str) -> Endpoint | None:
-    """The endpoint that `write_state` remembered, if any. ClusterDiffers if it is of another mode and still alive."""
+    """The endpoint that `write_state` has written, if any. Errors: ClusterDiffers if a cluster of another mode is running."""
     try:
         state = json.loads((folder / STATE).read_text())
     except FileNotFoundError:
@@ -187,13 +187,13 @@ def read_endpoint(folder: Path, mode: str) -> Endpoint | None:
     endpoint = Endpoint(folder / "kubeconfig", state["server"], state["token"], folder / "ca.crt")
     if state["mode"] != mode:
         if endpoint.ready():
-            raise ClusterDiffers(f"a {state['mode']} cluster is up in {folder}: run `localcluster down` first")
+            raise ClusterDiffers(f"a {state['mode']} cluster is running in {folder}: run `localcluster down` first")
         return None
     return endpoint
 
 
 def read_mode(folder: Path) -> str | None:
-    """The mode of the cluster in `folder`, started or half started; None if there is none."""
+    """The mode of the cluster in `folder`, even if its start was interrupted; None if there is none."""
     with contextlib.suppress(FileNotFoundError):
         return str(json.loads((folder / STATE).read_text())["mode"])
     return NODE_MODE if (folder / PLAN).exists() else None

@@ -1,10 +1,10 @@
-"""Why a local cluster cannot be: every refusal has a class, a code, and a message of one line that says what to do."""
+"""Errors of a local cluster. Each has a code and a message of one line that says what to do."""
 
 from __future__ import annotations
 
 
 class LocalClusterError(Exception):
-    """Something the person at the keyboard can mend. `code` is stable; the text says what was found and what to do."""
+    """An error that the user can correct. `code` does not change; the message says what was found and what to do."""
 
     code = "LocalCluster"
 
@@ -14,31 +14,31 @@ class LocalClusterError(Exception):
 
 
 class MissingRequirement(LocalClusterError):
-    """Root, a kernel feature, a Debian package, or Go is not there; found out before anything is started."""
+    """Root rights, a kernel feature, a Debian package or Go is missing. Raised before any process starts."""
 
     code = "MissingRequirement"
 
 
 class ClusterBusy(LocalClusterError):
-    """The machine's one node cluster belongs to another state folder, or the folder is in use by another command."""
+    """A cluster with nodes is running in another state folder (one per machine), or another command uses this folder."""
 
     code = "ClusterBusy"
 
 
 class ClusterDiffers(LocalClusterError):
-    """A cluster is up in this state folder, but it is not the one that was asked for."""
+    """The cluster that is running in this state folder has another mode or number of nodes than requested."""
 
     code = "ClusterDiffers"
 
 
 class NotRunning(LocalClusterError):
-    """A command needs a running cluster and there is none."""
+    """The command needs a running cluster, and there is none."""
 
     code = "NotRunning"
 
 
 class StartFailed(LocalClusterError):
-    """A component ended, or did not become ready in time; the message carries the end of its log."""
+    """A component ended, or was not ready in time; the message holds the end of its log."""
 
     code = "StartFailed"
 
@@ -50,6 +50,6 @@ class BuildFailed(LocalClusterError):
 
 
 class ImageNotFound(LocalClusterError):
-    """An image to load is neither an OCI layout nor one that was built here."""
+    """An image to load is neither an OCI layout nor the tag of an image that was built here."""
 
     code = "ImageNotFound"

@@ -1,7 +1,7 @@
-"""The project's images, from its own Dockerfiles, as folders that a node takes in by hard link.
+"""Build the project's images from its Dockerfiles, as OCI layouts that a node imports with hard links.
 
-buildah builds them (layers cached by the content of the lock file, outside the checkout), skopeo exports them as
-uncompressed OCI layouts: unpacking is the node's only work, and a code change moves megabytes.
+buildah builds them (its layer cache is outside the checkout and depends on the lock file), and skopeo exports them as uncompressed OCI
+layouts: the node only has to unpack them, and after a code change it reads megabytes instead of gigabytes.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from localcluster.steps import Step, silent
 
 PUBLIC_BASE = "docker.io/library/python:3.11-slim-bookworm"
 LOCAL_BASE = "localhost/finetune-base:bookworm-1"
-"""The base where the public one cannot be pulled: the same Debian with its own Python 3.11, made by debootstrap."""
+"""Base image if the public one cannot be pulled: the same Debian release with its own Python 3.11, created by debootstrap."""
 CA_FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 DEBIAN_CA = Path("/etc/ssl/certs/ca-certificates.crt")
-ROOM_GB = 40
-"""With less free disk, layers of earlier lock files are removed after a build."""
-_WASTE = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "var/log")
-"""Folders that are emptied in a base of our own making."""
+MIN_FREE_GB = 40
+"""With less free disk space, layers of earlier lock files are removed after a build."""
+_UNUSED_FOLDERS = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "var/log")
+"""Folders that are emptied in the base image that debootstrap creates."""
 
 
 class Which(StrEnum):
-    """What can be built."""
+    """Images that can be built."""
 
     OPERATOR = "operator"
     TRAINER = "trainer"
@@ -47,7 +47,7 @@ class Which(StrEnum):
 
 @dataclass(frozen=True)
 class Recipe:
-    """One image of the project. `needs_gb` is the free disk that a first build takes, layouts and node included."""
+    """One image of the project. `needs_gb` is the disk space of a first build, including the layout and the node's copy."""
 
     name: str
     dockerfile: str
@@ -65,34 +65,34 @@ class Recipe:
 
 RECIPES = {
     Which.OPERATOR: Recipe("finetune-operator", "operator/Dockerfile"),
-    # No compiler: Triton needs one on GPUs only, and a local cluster has none.
+    # Without compiler: only Triton on GPUs needs one, and a local cluster has no GPUs.
     Which.TRAINER: Recipe("finetune-trainer", "trainer-image/Dockerfile", ("COMPILER=",), needs_gb=30),
 }
 
 
 @dataclass(frozen=True)
 class Built:
-    """An image and the OCI layout that holds it."""
+    """An image and its OCI layout."""
 
     tag: str
     layout: Path
 
 
 def build(which: Sequence[Which], step: Step = silent) -> list[Built]:
-    """Build images, as far as they have changed. MissingRequirement (packages, root, disk), BuildFailed."""
+    """Build images whose sources have changed. Errors: MissingRequirement (packages, root, disk space), BuildFailed."""
     wanted = [Which.OPERATOR, Which.TRAINER, Which.S3] if Which.ALL in which else list(dict.fromkeys(which))
-    done = []
-    for one in wanted:
-        if one is Which.S3:
+    built = []
+    for image in wanted:
+        if image is Which.S3:
             with step("build localhost/seaweedfs:dev"):
-                done.append(Built(s3_pod.TAG, s3_pod.layout()))
+                built.append(Built(s3_pod.TAG, s3_pod.layout()))
         else:
-            done.append(build_recipe(RECIPES[one], paths.CHECKOUT, step))
-    return done
+            built.append(build_recipe(RECIPES[image], paths.CHECKOUT, step))
+    return built
 
 
 def build_recipe(recipe: Recipe, context: Path, step: Step = silent) -> Built:
-    """Build one image from the folder `context` and export it. See build."""
+    """Build one image from the folder `context` and export it. Errors: as `build`."""
     check_packages(IMAGE_PACKAGES)
     if os.geteuid() != 0:
         raise MissingRequirement("building images needs root: run it as root, or build with docker and use kind")
@@ -101,16 +101,16 @@ def build_recipe(recipe: Recipe, context: Path, step: Step = silent) -> Built:
             check_disk(recipe)
         base = ensure_base(step)
         with step(f"build {recipe.tag}"):
-            _bud(recipe, context, base)
+            _run_build(recipe, context, base)
         with step(f"export {recipe.tag}"):
             _export(recipe)
-        if _free_gb() < ROOM_GB:
+        if _free_gb() < MIN_FREE_GB:
             buildah("rmi", "--prune")
     return Built(recipe.tag, recipe.layout)
 
 
 def check_disk(recipe: Recipe) -> None:
-    """MissingRequirement if a first build would fill the disk."""
+    """Raise MissingRequirement if the disk has too little space for a first build."""
     free = _free_gb()
     if free < recipe.needs_gb:
         raise MissingRequirement(
@@ -126,7 +126,7 @@ def _free_gb() -> int:
 
 @contextlib.contextmanager
 def one_builder() -> Iterator[None]:
-    """One build at a time on the machine; others wait."""
+    """Allow one build at a time on the machine; others wait."""
     store().mkdir(parents=True, exist_ok=True)
     with (store() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -134,12 +134,12 @@ def one_builder() -> Iterator[None]:
 
 
 def store() -> Path:
-    """Where buildah keeps layers."""
+    """Folder of buildah's layers."""
     return paths.cache() / "buildah"
 
 
 def buildah(*arguments: str | Path, timeout: float | None = None) -> str:
-    """Run buildah on our store; its standard output. BuildFailed with the end of its words, or after `timeout` s."""
+    """Run buildah with our layer folder. Returns its standard output. Errors: BuildFailed, also after `timeout` seconds."""
     command = ["buildah", *_storage(), *(str(a) for a in arguments)]
     return _run(command, f"buildah {arguments[0]}", timeout)
 
@@ -149,7 +149,7 @@ def _storage() -> list[str]:
 
 
 def _run(command: list[str], what: str, timeout: float | None = None) -> str:
-    # Not /tmp: what is staged there can be gigabytes.
+    # Not /tmp: buildah stages gigabytes there.
     scratch = store() / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "TMPDIR": str(scratch)}
@@ -166,7 +166,7 @@ def _run(command: list[str], what: str, timeout: float | None = None) -> str:
 
 
 def ensure_base(step: Step = silent) -> str:
-    """Name of the base image: the public one where it can be had, else a Debian of our own making, once."""
+    """Name of the base image: the public one if it can be pulled, else a Debian that debootstrap creates once."""
     images = json.loads(buildah("images", "--json") or "[]") or []
     known = {name for image in images for name in image.get("names") or []}
     for name in (PUBLIC_BASE, LOCAL_BASE):
@@ -175,7 +175,7 @@ def ensure_base(step: Step = silent) -> str:
     with contextlib.suppress(BuildFailed), step(f"pull {PUBLIC_BASE}"):
         buildah("pull", "--quiet", PUBLIC_BASE, timeout=300)
         return PUBLIC_BASE
-    with step("make a base image by debootstrap (the public one cannot be pulled)"):
+    with step("create a base image with debootstrap (the public one cannot be pulled)"):
         _debootstrap()
     return LOCAL_BASE
 
@@ -187,8 +187,8 @@ def _debootstrap() -> None:
             ["debootstrap", "--variant=minbase", "--include=python3.11,ca-certificates", "bookworm", str(root)],
             "debootstrap",
         )
-        for waste in _WASTE:
-            for path in (root / waste).iterdir() if (root / waste).is_dir() else []:
+        for folder in _UNUSED_FOLDERS:
+            for path in (root / folder).iterdir() if (root / folder).is_dir() else []:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         container = buildah("from", "--quiet", "scratch").strip()
         try:
@@ -199,7 +199,7 @@ def _debootstrap() -> None:
             buildah("rm", container)
 
 
-def _bud(recipe: Recipe, context: Path, base: str) -> None:
+def _run_build(recipe: Recipe, context: Path, base: str) -> None:
     with tempfile.TemporaryDirectory(dir=store()) as scratch:
         shutil.copy2(find_program("uv", "the Python package uv"), scratch)
         arguments = [f"--build-arg={argument}" for argument in (f"BASE={base}", *recipe.arguments)]
@@ -211,7 +211,7 @@ def _bud(recipe: Recipe, context: Path, base: str) -> None:
 
 
 def _ca_secret() -> list[str]:
-    """The certificates that this machine trusts, for the build only: a proxy here may re-sign what is downloaded."""
+    """The certificates that this machine trusts, as a build secret: a proxy may re-sign TLS connections."""
     named = [Path(os.environ[name]) for name in CA_FILES if os.environ.get(name)]
     for path in [*named, DEBIAN_CA]:
         if path.is_file():
@@ -220,14 +220,14 @@ def _ca_secret() -> list[str]:
 
 
 def _uv_cache() -> list[str]:
-    """This user's uv cache, so that a first build downloads nothing that the machine has."""
+    """Mount the user's uv cache, so that a first build downloads no package again."""
     path = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache" / "uv")
     path.mkdir(parents=True, exist_ok=True)
     return ["--volume", f"{path}:/root/.cache/uv"]
 
 
 def _export(recipe: Recipe) -> None:
-    """The layout keeps one image; blobs that it has are not written again, others are removed."""
+    """Export the image to its layout. Existing blobs are not written again, blobs of older images are removed."""
     recipe.layout.parent.mkdir(parents=True, exist_ok=True)
     (recipe.layout / "index.json").unlink(missing_ok=True)
     source = f"containers-storage:[overlay@{store() / 'root'}+{store() / 'run'}]{recipe.tag}"

@@ -1,4 +1,4 @@
-"""What a cluster with nodes looks like: names, addresses, folders. Shared by the program outside and the one inside."""
+"""Names, addresses and folders of a cluster with nodes, as seen from outside and inside its namespaces."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from localcluster import paths
 from localcluster.errors import MissingRequirement
 
 HOST_LINK = "ftlc0"
-"""The network device on the machine's side of the cable into the cluster."""
+"""The machine's end of the veth pair that connects it with the cluster."""
 CGROUP = "finetune-localcluster"
-"""Every container's cgroup lies below this one; there is one cluster with nodes per machine."""
+"""Parent of all containers' cgroups. Its name is fixed: there is one cluster with nodes per machine."""
 API_PORT = 6443
 S3_NODE_PORT = 30333
 BLOCKS = [f"10.{n}" for n in range(201, 240)] + [f"172.{n}" for n in range(20, 32)] + ["198.18", "198.19"]
-"""The /16 blocks that are tried for nodes and pods: private ones, then those set aside for tests of networks."""
-DEFAULT_ROUTES = 4
-"""A route for a block wider than this many bits is a default route in disguise, as VPNs set them."""
+"""/16 blocks for nodes and pods, in the order in which they are tried: private ones, then those reserved for network tests (RFC 2544)."""
+MAX_DEFAULT_PREFIX = 4
+"""A route with a prefix of at most so many bits counts as a default route: VPNs set 0.0.0.0/1 and 128.0.0.0/1."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node. `folder` holds its kubelet's files; `store` its images, kept for the next cluster on this machine."""
+    """One node. `folder` holds its kubelet's files, `store` its images, which are kept for the next cluster on this machine."""
 
     name: str
     number: int
@@ -43,7 +43,7 @@ class Node:
 
     @property
     def socket(self) -> str:
-        """containerd's socket, in the node's own /run."""
+        """Path of containerd's socket, in the node's own /run."""
         return "/run/finetune/containerd.sock"
 
     @property
@@ -53,7 +53,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """A cluster with nodes below `folder`; all its addresses are in the /16 `block`, say `10.201`."""
+    """A cluster with nodes and the state folder `folder`. All its addresses are in the /16 `block`, for example `10.201`."""
 
     folder: Path
     block: str
@@ -67,7 +67,7 @@ class Plan:
         ]
 
     def node(self, name: str) -> Node:
-        """The node of that name; KeyError if there is none."""
+        """The node with this name. Errors: KeyError."""
         return {node.name: node for node in self.nodes}[name]
 
     @property
@@ -93,12 +93,12 @@ class Plan:
 
 
 def node_stores() -> Path:
-    """Where the nodes' images lie: one cluster at a time uses them, whichever its state folder is."""
+    """Folder of the nodes' images. One cluster at a time uses them, whatever its state folder is."""
     return paths.cache() / "nodes"
 
 
 def free_block() -> str:
-    """The first two numbers of a /16 that this machine has no address in and no route to (default routes apart)."""
+    """The first two numbers of a /16 in which this machine has no address, and to which it has no route except default routes."""
     command = ["ip", "-j", "-4", "route", "show", "table", "all"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     taken = [
@@ -108,6 +108,6 @@ def free_block() -> str:
     ]
     for name in BLOCKS:
         block = ipaddress.ip_network(f"{name}.0.0/16")
-        if not any(block.overlaps(other) for other in taken if other.prefixlen > DEFAULT_ROUTES):
+        if not any(block.overlaps(other) for other in taken if other.prefixlen > MAX_DEFAULT_PREFIX):
             return name
     raise MissingRequirement(f"no free address range: {', '.join(BLOCKS)} (/16 each) all have routes on this machine")

@@ -1,7 +1,7 @@
-"""The namespaces of a cluster with nodes, seen from outside: start them, reach into them, end them, leave nothing.
+"""Create, use and remove the namespaces of a cluster with nodes, from outside.
 
-There is one such cluster per machine, as its cgroups and its cable have fixed names: whoever holds the lock owns them,
-the kernel drops the lock with the last process, and whatever still lies around then is garbage.
+There is one such cluster per machine, because its cgroups and its veth pair have fixed names. The holder of the lock owns them. The
+kernel releases the lock with the cluster's last process; cgroups and links that still exist then can be removed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from localcluster import cgroups, inside, paths, processes
+from localcluster import cgroups, namespace_init, paths, processes
 from localcluster.errors import ClusterBusy, NotRunning, StartFailed
 from localcluster.layout import HOST_LINK, Node, Plan
 from localcluster.processes import Lifetime, Server
@@ -26,13 +26,13 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Machine:
-    """The namespaces of the cluster in `folder`, whether this program started them or an earlier one did."""
+    """The namespaces of the cluster in `folder`, which this or an earlier program has started."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def start(self, plan: Plan, lifetime: Lifetime) -> Server:
-        """Make the namespaces, the nodes' networks and the cable. The components are started by `start_component`."""
+        """Create the namespaces, the nodes' networks and the veth pair to this machine. `start_component` starts the components."""
         lock = take_lock(self.folder)
         with lock:
             clean_machine()
@@ -41,12 +41,12 @@ class Machine:
             server = processes.spawn(
                 "the nodes' namespaces",
                 ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc",
-                 "--propagation", "private", sys.executable, "-m", "localcluster.inside", self.folder],
+                 "--propagation", "private", sys.executable, "-m", "localcluster.namespace_init", self.folder],
                 owner=self.folder, log=self.folder / "logs" / "machine.log", lifetime=lifetime,
                 env={"PATH": PATH, "PYTHONPATH": str(paths.CHECKOUT), "HOME": "/root", "LANG": "C.UTF-8"},
                 pass_fds=[lock.fileno()],
             )
-        processes.wait_until("the nodes' network", self.answers, servers=[server], timeout=20)
+        processes.wait_until("the nodes' network", self.is_responding, servers=[server], timeout=20)
         self._connect(plan)
         return server
 
@@ -56,52 +56,52 @@ class Machine:
         run("ip", "link", "set", HOST_LINK, "up")
         run("nsenter", "-t", str(self.pid()), "-n", "ip", "link", "set", "host", "master", "lan0", "up")
 
-    def answers(self) -> bool:
-        """Whether the first process inside takes requests."""
+    def is_responding(self) -> bool:
+        """Whether the first process inside answers requests."""
         try:
-            inside.ask(self.folder, "states")
+            namespace_init.send_request(self.folder, "states")
         except OSError:
             return False
         return True
 
-    def ask(self, do: str, **arguments: Any) -> Any:
-        """A request to the first process inside. NotRunning if there is none, StartFailed if it refuses."""
+    def request(self, method: str, **arguments: Any) -> Any:
+        """Send a request to the first process inside. Errors: NotRunning if there is none, StartFailed if the request fails."""
         try:
-            return inside.ask(self.folder, do, **arguments)
+            return namespace_init.send_request(self.folder, method, **arguments)
         except OSError:
             raise not_running(self.folder) from None
         except RuntimeError as error:
             raise StartFailed(str(error)) from None
 
     def start_component(self, name: str, node: Node, argv: list[str]) -> None:
-        """Start a component on a node, its output in the cluster's logs."""
+        """Start a component on a node, with its output in the cluster's logs."""
         log = self.folder / "logs" / f"{name}.log"
-        self.ask("start", name=name, node=node.name, argv=argv, log=str(log))
+        self.request("start", name=name, node=node.name, argv=argv, log=str(log))
 
     def check(self) -> None:
-        """StartFailed with the end of its log if a component has ended."""
-        for name, code in self.ask("states").items():
+        """Raise StartFailed with the end of its log if a component has ended."""
+        for name, code in self.request("states").items():
             if code is not None:
                 raise StartFailed(f"{name} ended with {code}: {processes.tail(self.folder / 'logs' / f'{name}.log')}")
 
-    def is_whole(self, names: Sequence[str]) -> bool:
-        """Whether the machine runs and these components with it."""
+    def is_running(self, names: Sequence[str]) -> bool:
+        """Whether the namespaces exist and these components run in them."""
         try:
-            states = inside.ask(self.folder, "states")
+            states = namespace_init.send_request(self.folder, "states")
         except OSError:
             return False
         return all(name in states and states[name] is None for name in names)
 
     def pid(self, node: str | None = None) -> int:
-        """The pid, on this machine, of a process in a node's namespaces (without one: the first process inside)."""
-        number = 1 if node is None else self.ask("holder", node=node)
+        """Pid, on this machine, of a process in a node's namespaces; without `node`, of the first process inside."""
+        number = 1 if node is None else self.request("holder", node=node)
         for pid in processes.owned_by(self.folder):
             if inner_pid(pid) == number:
                 return pid
         raise not_running(self.folder)
 
     def kill_shims(self, node: str) -> None:
-        """End what holds a node's containers while containerd is away."""
+        """Kill containerd's shims of a node, which keep its containers alive without containerd."""
         mounts = Path(f"/proc/{self.pid(node)}/ns/mnt").readlink()
         for pid in processes.owned_by(self.folder):
             with contextlib.suppress(OSError):  # it has ended
@@ -110,23 +110,23 @@ class Machine:
                     os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """End everything inside, and remove its cable and cgroups if they are this cluster's."""
+        """End all processes inside, and remove the veth pair and the cgroups if they belong to this cluster."""
         processes.end_all(self.folder)
         try:
             lock = take_lock(self.folder)
         except ClusterBusy:
-            return  # another cluster's: nothing on the machine is ours
+            return  # another cluster is running: links and cgroups belong to it
         with lock:
             clean_machine()
 
 
 def not_running(folder: Path) -> NotRunning:
-    """What to say when a running cluster is needed and there is none."""
-    return NotRunning(f"no cluster with nodes is up in {folder}: run `localcluster up --mode node`")
+    """The error for a command that needs a running cluster with nodes."""
+    return NotRunning(f"no cluster with nodes is running in {folder}: run `localcluster up --mode node`")
 
 
 def inner_pid(pid: int) -> int | None:
-    """The pid that a process has inside its own PID namespace; None if it has none of its own or has ended."""
+    """Pid of a process inside its own PID namespace; None if it is in ours or has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -136,14 +136,14 @@ def inner_pid(pid: int) -> int | None:
 
 
 def take_lock(folder: Path) -> TextIO:
-    """The machine's lock. ClusterBusy, naming the cluster that holds it, if another folder's cluster does.
+    """Take the machine's lock. Errors: ClusterBusy, with the state folder of the other cluster that holds it.
 
-    What this folder's own cluster still holds is waited for (the caller has ended it): a process that is ending can no
-    longer be told whose it is, since its memory is gone before its files are.
+    If this folder's cluster holds it, wait: the caller has killed its processes. While a process ends, its owner can no longer be read,
+    because the kernel frees its environment before it closes its files.
     """
     lock = LOCK.open("a+")
     try:
-        processes.wait_until(f"the end of the cluster in {folder}", lambda: _taken(lock, folder), servers=[], timeout=20)
+        processes.wait_until(f"the end of the cluster in {folder}", lambda: _try_lock(lock, folder), servers=[], timeout=20)
     except BaseException:
         lock.close()
         raise
@@ -154,7 +154,7 @@ def take_lock(folder: Path) -> TextIO:
     return lock
 
 
-def _taken(lock: TextIO, folder: Path) -> bool:
+def _try_lock(lock: TextIO, folder: Path) -> bool:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -162,24 +162,24 @@ def _taken(lock: TextIO, folder: Path) -> bool:
         if (holder := lock.read().strip()) == str(folder):
             return False
         raise ClusterBusy(
-            f"a cluster with nodes is up already, one per machine is possible: end it with "
+            f"another cluster with nodes is running, and only one per machine is possible: end it with "
             f"`localcluster down --state {holder}`"
         ) from None
     return True
 
 
 def clean_machine() -> None:
-    """Remove the cable and the cgroups. Only for the holder of the lock."""
+    """Remove the veth pair and the cgroups. Only the holder of the lock may do that."""
     link = Path(f"/sys/class/net/{HOST_LINK}")
     if link.exists():
-        # The kernel may be removing it at this moment, with the namespace that its other end was in.
+        # The kernel may be removing it at the same time, with the namespace of its other end.
         subprocess.run(["ip", "link", "del", HOST_LINK], capture_output=True)
         processes.wait_until(f"the end of {HOST_LINK}", lambda: not link.exists(), servers=[], timeout=10)
     cgroups.remove()
 
 
 def run(*argv: str) -> None:
-    """Run a command; StartFailed with its words if it fails."""
+    """Run a command. Errors: StartFailed with its error message."""
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode != 0:
         raise StartFailed(f"`{' '.join(argv)}` failed: {done.stderr.strip()}")

@@ -1,6 +1,6 @@
-"""A whole Kubernetes with one or two nodes that run real containers, and S3 in a pod: for the demo and the e2e tests.
+"""A complete Kubernetes cluster with one or more nodes that run real containers, and S3 in a pod: for the demo and the e2e tests.
 
-Everything lives in namespaces of its own; the kernel takes it all away with the first process in them.
+It runs in its own namespaces: when their first process ends, the kernel ends all other processes.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from localcluster.store import Containerd
 
 GPU = "nvidia.com/gpu"
 NODE_GRACE_SECONDS = 16
-"""A node that is silent for so long becomes NotReady; production waits 50 s."""
+"""A node without heartbeat for this time becomes NotReady; production clusters wait 50 s."""
 LEASE_SECONDS = 8
 
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked for: number of nodes, and GPUs that each claims to have (for scheduling; none is real)."""
+    """Number of nodes, and of GPUs that each node reports for scheduling. No GPU is real."""
 
     nodes: int = 1
     gpus: int = 0
@@ -47,9 +47,9 @@ class Options:
 class NodeCluster:
     """API server, controllers, scheduler, DNS, S3, and `nodes` nodes with containerd below `state_dir`.
 
-    A context manager (which leaves up what it found up), or `up()` and `down()`. With the default lifetime it ends with
-    the thread that started it, even by kill -9. Errors: MissingRequirement (root, packages, kernel, Go), ClusterBusy (one
-    per machine), ClusterDiffers (up with another number of nodes), StartFailed.
+    A context manager, which ends only a cluster that it has started, or `up()` and `down()`. With the default lifetime the cluster ends
+    with the thread that started it, even after kill -9. Errors: MissingRequirement (root, packages, kernel, Go), ClusterBusy (another
+    one is running on this machine), ClusterDiffers (it is running with another number of nodes), StartFailed.
     """
 
     def __init__(
@@ -63,12 +63,10 @@ class NodeCluster:
         self._machine = Machine(self.state_dir)
         self._started = False
 
-    # ---- life
-
     def up(self) -> NodeCluster:
-        """Start it, or join the one that is up in this folder already. Ready means: nodes, DNS and S3 work."""
+        """Start it, unless it is running in this folder. When this returns, nodes, DNS and S3 work."""
         with locked(self.state_dir):
-            if not self._running():
+            if not self._is_running():
                 requirements.check_node()
                 self._machine.end()
                 take_lock(self.state_dir).close()
@@ -77,25 +75,25 @@ class NodeCluster:
                     self._start(programs)
                     self._started = True
                 except BaseException:
-                    with self._step("the start did not succeed: clean up"):
+                    with self._step("clean up after the failed start"):
                         self._machine.end()
                     raise
             self._set_gpus()
         return self
 
-    def _running(self) -> bool:
+    def _is_running(self) -> bool:
         endpoint = read_endpoint(self.state_dir, MODE)
-        if endpoint is None or not endpoint.ready() or not self._machine.is_whole(PROCESSES):
+        if endpoint is None or not endpoint.ready() or not self._machine.is_running(PROCESSES):
             return False
         if (count := self.plan.count) != self.options.nodes:
             raise ClusterDiffers(
-                f"a cluster with {count} node(s) is up in {self.state_dir}, not {self.options.nodes}: "
+                f"a cluster with {count} node(s) is running in {self.state_dir}, not {self.options.nodes}: "
                 f"run `localcluster down` first"
             )
         return True
 
     def _start(self, programs: dict[str, Path]) -> None:
-        with self._step("lay the network"):
+        with self._step("create the network"):
             self._clean()
             plan = Plan(self.state_dir, free_block(), self.options.nodes)
             server = self._machine.start(plan, self._lifetime)
@@ -106,7 +104,7 @@ class NodeCluster:
         access_key, secret_key = new_keys()
         with self._step(f"start {plan.count} node(s)"):
             self._start_nodes(plan, programs, endpoint)
-            # On the first node, so that losing another one in a test does not take the store along.
+            # On the first node, so that S3 stays available when a test ends another node.
             s3_pod.apply(endpoint, access_key, secret_key, node=plan.nodes[0].name)
             self._wait("the nodes", lambda: len(ready_nodes(endpoint)) == plan.count)
         with self._step("start S3"):
@@ -134,26 +132,26 @@ class NodeCluster:
         return endpoint
 
     def _start_containerd(self, node: Node) -> None:
-        """A store with images of an earlier life is rid of its containers before the kubelet sees it."""
-        used = node.store.exists()
+        """Start containerd. Containers of an earlier cluster are first removed from the store, before the kubelet sees them."""
+        has_old_store = node.store.exists()
         containerd.write(node)
         name = f"containerd-{node.name}"
-        if used:
+        if has_old_store:
             self._machine.start_component(name, node, ["containerd", "-c", str(node.folder / "sweep.toml")])
-            self._wait(name, self.containerd(node).answers)
-            self.containerd(node).sweep()
+            self._wait(name, self.containerd(node).is_responding)
+            self.containerd(node).remove_containers()
             self._kill(name)
         self._machine.start_component(name, node, ["containerd", "-c", str(node.folder / "containerd.toml")])
 
-    def _ended(self, name: str) -> bool:
-        return self._machine.ask("states")[name] is not None
+    def _has_ended(self, name: str) -> bool:
+        return self._machine.request("states")[name] is not None
 
     def _load_system(self, plan: Plan, pause: Path) -> None:
         folder = pause.parent / "image"
         images = [write_layout(folder, Image(containerd.PAUSE, {"/pause": pause}, ["/pause"])), s3_pod.layout()]
         for node in plan.nodes:
             store = self.containerd(node)
-            self._wait(f"containerd of {node.name}", store.answers)
+            self._wait(f"containerd of {node.name}", store.is_responding)
             for image in images[: 2 if node.number == 1 else 1]:
                 store.load(image)
 
@@ -180,20 +178,20 @@ class NodeCluster:
         self._machine.start_component(f"kubelet-{node.name}", node, argv)
 
     def _wait(self, what: str, ready: processes.Condition) -> None:
-        def look() -> bool:
+        def is_ready() -> bool:
             self._machine.check()
             return ready()
 
-        processes.wait_until(what, look, servers=[], timeout=60)
+        processes.wait_until(what, is_ready, servers=[], timeout=60)
 
     def down(self) -> None:
-        """End it. The nodes' images stay in the cache for the next cluster; `purge` removes them too."""
+        """End the cluster. The nodes' images are kept for the next one; `purge` removes them, too."""
         with locked(self.state_dir):
             self._machine.end()
             self._clean()
 
     def purge(self) -> None:
-        """End it, and remove its state folder and the nodes' images."""
+        """End the cluster, and remove its state folder and the nodes' images."""
         self.down()
         with take_lock(self.state_dir):
             shutil.rmtree(node_stores(), ignore_errors=True)
@@ -211,11 +209,9 @@ class NodeCluster:
         if self._started:
             self.down()
 
-    # ---- use
-
     @property
     def plan(self) -> Plan:
-        """Names and addresses. NotRunning if it is down."""
+        """Names and addresses. Errors: NotRunning."""
         try:
             return Plan.load((self.state_dir / PLAN).read_text())
         except FileNotFoundError:
@@ -223,7 +219,7 @@ class NodeCluster:
 
     @property
     def endpoint(self) -> Endpoint:
-        """The API server. NotRunning if it is down."""
+        """The API server. Errors: NotRunning."""
         endpoint = read_endpoint(self.state_dir, MODE)
         if endpoint is None:
             raise not_running(self.state_dir)
@@ -231,24 +227,24 @@ class NodeCluster:
 
     @property
     def kubeconfig(self) -> Path:
-        """A kubeconfig with administrator rights, usable from this machine."""
+        """A kubeconfig with administrator rights for this machine."""
         return self.endpoint.kubeconfig
 
     @property
     def s3(self) -> S3Endpoint:
-        """The S3 server in the cluster. NotRunning if it is down."""
+        """The S3 server in the cluster. Errors: NotRunning."""
         plan = self.plan
         state = json.loads((self.state_dir / STATE).read_text())
         return s3_endpoint(plan, state["access_key"], state["secret_key"])
 
     def containerd(self, node: Node) -> Containerd:
-        """The containerd of a node, as reached from this machine."""
+        """Client of a node's containerd."""
         return Containerd(f"/proc/{self._machine.pid(node.name)}/root{node.socket}", node.store)
 
     def load_image(self, image: Path | str, *, nodes: Sequence[str] | None = None) -> str:
-        """Bring an image to the nodes (all, unless named): a folder with an OCI layout, or the tag of one built here.
+        """Load an image into these nodes, by default all: a folder with an OCI layout, or the tag of an image that was built here.
 
-        Returns its name. ImageNotFound if there is no such image.
+        Returns the image's name. Errors: ImageNotFound.
         """
         layout = image if isinstance(image, Path) else find_layout(image)
         name, _ = manifest_of(layout)
@@ -259,37 +255,37 @@ class NodeCluster:
         return name
 
     def kubectl(self, *arguments: str, check: bool = True, stdin: str | None = None) -> str:
-        """Run kubectl on this cluster; its standard output. CalledProcessError, with stderr, if it fails."""
+        """Run kubectl on this cluster. Returns its standard output. Errors: CalledProcessError with stderr."""
         command = [str(build.ensure(build.KUBE)), "kubectl", "--kubeconfig", str(self.kubeconfig), *arguments]
         return subprocess.run(command, check=check, capture_output=True, text=True, input=stdin).stdout
 
     def stop_node(self, name: str) -> None:
-        """End a node's kubelet: the node falls silent, its containers go on."""
+        """End a node's kubelet: the node becomes NotReady, its containers go on."""
         self._kill(f"kubelet-{self._node(name).name}")
 
     def power_off(self, name: str) -> None:
-        """End a node's kubelet, containerd and all of its containers at once."""
+        """End a node's kubelet, containerd and all containers at once."""
         self.stop_node(name)
         self._kill(f"containerd-{name}")
         self._machine.kill_shims(name)
         cgroups.kill(name)
 
     def _kill(self, component: str) -> None:
-        self._machine.ask("kill", name=component, number=int(signal.SIGKILL))
-        processes.wait_until(f"the end of {component}", lambda: self._ended(component), servers=[], timeout=10)
+        self._machine.request("kill", name=component, number=int(signal.SIGKILL))
+        processes.wait_until(f"the end of {component}", lambda: self._has_ended(component), servers=[], timeout=10)
 
     def start_node(self, name: str) -> None:
-        """Start again what `stop_node` or `power_off` ended, and wait until the node says that it is ready."""
+        """Start the components that `stop_node` or `power_off` ended, and wait until the node is Ready."""
         node = self._node(name)
-        begun = datetime.now(UTC)
-        if self._ended(f"containerd-{name}"):
+        started_at = datetime.now(UTC)
+        if self._has_ended(f"containerd-{name}"):
             argv = ["containerd", "-c", str(node.folder / "containerd.toml")]
             self._machine.start_component(f"containerd-{name}", node, argv)
-            # A kubelet that finds no runtime ends.
-            processes.wait_until(f"containerd of {name}", self.containerd(node).answers, servers=[], timeout=30)
-        if self._ended(f"kubelet-{name}"):
+            # A kubelet without container runtime exits.
+            processes.wait_until(f"containerd of {name}", self.containerd(node).is_responding, servers=[], timeout=30)
+        if self._has_ended(f"kubelet-{name}"):
             self._start_kubelet(build.ensure(build.KUBE), node)
-        self._wait(f"node {name}", lambda: name in ready_nodes(self.endpoint, since=begun))
+        self._wait(f"node {name}", lambda: name in ready_nodes(self.endpoint, since=started_at))
         self._set_gpus()
 
     def _node(self, name: str) -> Node:
@@ -300,7 +296,7 @@ class NodeCluster:
             raise NotRunning(f"there is no node {name}: the nodes are {names}") from None
 
     def _set_gpus(self) -> None:
-        """The kubelet keeps what it does not manage; a patch is all that a pretended device needs."""
+        """Set the nodes' GPU capacity. The kubelet keeps extended resources that it does not manage."""
         if self.options.gpus:
             for node in self.plan.nodes:
                 where = f"/status/capacity/{GPU.replace('/', '~1')}"
@@ -310,12 +306,12 @@ class NodeCluster:
 
 
 def s3_endpoint(plan: Plan, access_key: str, secret_key: str) -> S3Endpoint:
-    """Where the S3 server of a cluster is."""
+    """Addresses and keys of a cluster's S3 server."""
     return S3Endpoint(f"http://{plan.api_address}:{S3_NODE_PORT}", s3_pod.CLUSTER_URL, access_key, secret_key)
 
 
 def ready_nodes(endpoint: Endpoint, *, since: datetime | None = None) -> list[str]:
-    """Names of the nodes that are Ready; with `since`, of those whose kubelet has given a sign of life after it."""
+    """Names of the nodes that are Ready; with `since`, only of those whose kubelet has sent a heartbeat after it."""
     try:
         nodes = endpoint.get("/api/v1/nodes")["items"]
         leases = endpoint.get("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases")["items"]
@@ -335,7 +331,7 @@ def ready_nodes(endpoint: Endpoint, *, since: datetime | None = None) -> list[st
 
 
 def find_layout(tag: str) -> Path:
-    """The OCI layout of an image that was built here. ImageNotFound if there is none of that tag."""
+    """The OCI layout of an image that was built here. Errors: ImageNotFound."""
     for layout in sorted((paths.cache() / "images").glob("*/index.json")):
         with contextlib.suppress(ImageNotFound):
             manifest_of(layout.parent, tag)

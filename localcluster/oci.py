@@ -1,4 +1,4 @@
-"""Small images without an image builder: an OCI layout from a few files, for programs that need nothing around them."""
+"""Write small OCI image layouts from a few files without an image builder, for statically linked programs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LAYER = "application/vnd.oci.image.layer.v1.tar"
 
 @dataclass(frozen=True)
 class Image:
-    """What goes into a small image: files by their path in it, the program to run, the user to run it as."""
+    """Content of a small image: source files by their path in the image, entry point, and user."""
 
     tag: str
     files: Mapping[str, Path]
@@ -33,7 +33,7 @@ class Image:
 
 
 def write_layout(folder: Path, image: Image) -> Path:
-    """Write `image` as an uncompressed OCI layout, reproducibly, unless it is there. Returns `folder`."""
+    """Write `image` as an uncompressed, reproducible OCI layout, unless it exists. Returns `folder`."""
     if (folder / "index.json").exists():
         return folder
     unfinished = folder.with_name(folder.name + ".unfinished")
@@ -58,14 +58,14 @@ def write_layout(folder: Path, image: Image) -> Path:
 
 
 def manifest_of(layout: Path, tag: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Tag and index entry of the image called `tag` in a layout (of its only or newest image without one).
+    """Tag and index entry of the image `tag` in a layout; without `tag`, of the newest image.
 
-    ImageNotFound if the folder is no layout or holds no such image.
+    Errors: ImageNotFound if the folder is no layout or has no such image.
     """
     try:
         entries = json.loads((layout / "index.json").read_text())["manifests"]
     except (OSError, ValueError, KeyError):
-        raise ImageNotFound(f"{layout} is no OCI image layout (it needs an index.json)") from None
+        raise ImageNotFound(f"{layout} is no OCI image layout: it has no index.json") from None
     named = [(entry.get("annotations", {}).get(REF_NAME), entry) for entry in entries]
     matching = [(name, entry) for name, entry in named if name and tag in (None, name)]
     if not matching:

@@ -1,4 +1,4 @@
-"""Where things lie outside the checkout, so that a fresh clone finds what an older one made."""
+"""Folders outside the checkout, so that a fresh clone finds the files of an older one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 
 def cache() -> Path:
-    """Everything that may be thrown away and made again: binaries, image layers, clusters."""
+    """Folder of files that can be created again: binaries, image layers, clusters."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return base / "finetune-operator"
 
 
 def state(name: str) -> Path:
-    """The state folder of the cluster called `name`."""
+    """State folder of the cluster `name`."""
     return cache() / "clusters" / name

@@ -1,8 +1,7 @@
-"""Free ports on the loopback.
+"""Find free ports on the loopback.
 
-Taken from below the range that the kernel hands to outgoing connections, so that nothing of the machine's own grabs one
-between our look and the server's bind. Two programs may still choose the same port at once: whoever starts a server
-must treat `address already in use` as a reason to choose again.
+They are below the range of ephemeral ports, so that the kernel gives none of them to an outgoing connection between the check here and
+the server's bind. Two programs may still choose the same port: on `address already in use`, the caller must choose again.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ FIRST, LAST = 20000, 32700
 
 
 def free_ports(count: int, host: str = "127.0.0.1") -> list[int]:
-    """`count` different TCP ports that nobody listens on at `host` right now."""
+    """`count` different TCP ports on `host` that are not in use now."""
     chosen: list[int] = []
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as sockets:
         for port in random.SystemRandom().sample(range(FIRST, LAST), 2000):
-            probe = held.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
+            probe = sockets.enter_context(socket.socket(socket.AF_INET, socket.SOCK_STREAM))
             try:
                 probe.bind((host, port))
             except OSError:

@@ -1,7 +1,7 @@
-"""Start servers, find them again, and end them, with nothing left behind.
+"""Start processes, find them again, and end them with all their children.
 
-No pid files: they lie after a reboot and are missing after a `kill -9` at the wrong moment. Every process we start
-carries its owner (a state folder) in its environment, its children inherit it, and `/proc` is the only truth.
+There are no pid files, which are wrong after a reboot and may be missing after a `kill -9`. Instead, each process has its owner (a state
+folder) in its environment, its children inherit it, and the processes are found in `/proc`.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ Condition = Callable[[], bool]
 
 
 class Lifetime(Enum):
-    """How long a server lives when nobody stops it."""
+    """How long a server runs unless it is stopped."""
 
     PARENT = "parent"
-    """Until the thread that started it ends, even by `kill -9`: for tests and programs."""
+    """Until the thread that started it ends, even after `kill -9`: for tests and programs."""
     DETACHED = "detached"
     """Until it is stopped: for `localcluster up`."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A process of ours, with the file that it writes to."""
+    """A started process and its log file."""
 
     name: str
     process: subprocess.Popen[bytes]
     log: Path
 
     def check(self) -> None:
-        """Raise StartFailed with the end of its log if it has ended."""
+        """Raise StartFailed with the end of the log if it has ended."""
         code = self.process.poll()
         if code is not None:
             raise StartFailed(f"{self.name} ended with {code} while starting: {tail(self.log)}")
@@ -52,9 +52,9 @@ def spawn(
     name: str, argv: Sequence[str | Path], *, owner: Path, log: Path, lifetime: Lifetime,
     env: Mapping[str, str] | None = None, cwd: Path | None = None, pass_fds: Sequence[int] = (),
 ) -> Server:
-    """Start `argv` in a session of its own, its output in `log`, marked as belonging to `owner`.
+    """Start `argv` in a new session, with its output in `log` and `owner` in its environment.
 
-    `env` is the whole environment (without it: ours).
+    `env` replaces the environment of this process.
     """
     parent = os.getpid()
 
@@ -75,7 +75,7 @@ def spawn(
 
 
 def tail(log: Path, lines: int = 3) -> str:
-    """The last lines of a log, in one line."""
+    """The last lines of a log, joined into one line."""
     try:
         text = log.read_text(errors="replace").splitlines()
     except OSError:
@@ -84,22 +84,22 @@ def tail(log: Path, lines: int = 3) -> str:
 
 
 def owned_by(owner: Path) -> list[int]:
-    """Pids of all live processes marked with `owner`, children included. The caller itself is never in it."""
+    """Pids of all live processes of `owner`, including children, without this process."""
     marker = f"{OWNER}={owner}".encode()
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
-            if marker in (entry / "environ").read_bytes().split(b"\0") and born(int(entry.name)) is not None:
+            if marker in (entry / "environ").read_bytes().split(b"\0") and start_time(int(entry.name)) is not None:
                 found.append(int(entry.name))
         except OSError:
-            continue  # it ended meanwhile, or is another user's
+            continue  # it has ended, or belongs to another user
     return found
 
 
-def born(pid: int) -> str | None:
-    """When a process was started, in the kernel's ticks, as a pid may be used again; None if it is dead."""
+def start_time(pid: int) -> str | None:
+    """Start time of a process in the kernel's ticks, which distinguishes processes with the same pid; None if it is dead."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -108,27 +108,27 @@ def born(pid: int) -> str | None:
 
 
 def end_all(owner: Path, timeout: float = 20.0) -> int:
-    """Kill everything that `owner` has running and wait until it is gone. Returns how many processes there were.
+    """Kill all processes of `owner` and wait for their end. Returns their number.
 
-    The first process of a PID namespace is gone only when all in it are.
+    The first process of a PID namespace ends only after all others in it.
     """
     seen: dict[int, str] = {}
     deadline = time.monotonic() + timeout
     while True:
         for pid in owned_by(owner):
-            if start := born(pid):
+            if start := start_time(pid):
                 seen[pid] = start
             kill(pid)
-        left = [pid for pid, start in seen.items() if born(pid) == start]
-        if not left:
+        remaining = [pid for pid, start in seen.items() if start_time(pid) == start]
+        if not remaining:
             return len(seen)
         if time.monotonic() > deadline:
-            raise StartFailed(f"processes {left} of {owner} do not end")
+            raise StartFailed(f"processes {remaining} of {owner} do not end after SIGKILL")
         time.sleep(0.01)
 
 
 def kill(pid: int) -> None:
-    """SIGKILL a process that may have ended already; reap it if it is our child."""
+    """Send SIGKILL to a process that may have ended; reap it if it is a child of this process."""
     try:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -137,7 +137,7 @@ def kill(pid: int) -> None:
 
 
 def wait_until(what: str, ready: Callable[[], bool], *, servers: Sequence[Server], timeout: float) -> None:
-    """Poll `ready` until it is true; StartFailed as soon as one of `servers` has ended, or after `timeout` seconds."""
+    """Wait until `ready` is true. Errors: StartFailed when one of `servers` has ended, or after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while not ready():
         for server in servers:

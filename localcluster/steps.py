@@ -1,4 +1,4 @@
-"""Tell the person who waits what is being done, and afterwards how long it took."""
+"""Show the user which step is running, and how long it took."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 Step = Callable[[str], AbstractContextManager[None]]
-"""`with step("what is done"):` around something that takes a while."""
+"""Used as `with step("description"):` around a slow step."""
 
 
 @contextlib.contextmanager
-def silent(what: str) -> Iterator[None]:
-    """For programs: says nothing."""
-    del what
+def silent(description: str) -> Iterator[None]:
+    """Show nothing: for programs and tests."""
+    del description
     yield
 
 
 @contextlib.contextmanager
-def shown(what: str) -> Iterator[None]:
-    """For people: a spinner on a terminal, two plain lines elsewhere; on standard error."""
-    from rich.console import Console  # 0.2 s, not for programs
+def shown(description: str) -> Iterator[None]:
+    """Show a spinner on a terminal, two plain lines otherwise, on standard error."""
+    from rich.console import Console  # the import takes 0.2 s
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     started = time.monotonic()
     if not console.is_terminal:
-        console.print(f"         {what} ...")
-    with console.status(what) if console.is_terminal else contextlib.nullcontext():
+        console.print(f"         {description} ...")
+    with console.status(description) if console.is_terminal else contextlib.nullcontext():
         yield
-    console.print(f"{time.monotonic() - started:6.1f} s {what}")
+    console.print(f"{time.monotonic() - started:6.1f} s {description}")

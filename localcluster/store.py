@@ -1,7 +1,7 @@
-"""Images into a node's containerd, moving as few bytes as possible.
+"""Load images into a node's containerd while copying as few bytes as possible.
 
-A training image has gigabytes in a few layers that seldom change. Layers go in as hard links to the build's own files
-(same file system, no copy); what the node has already is not sent again; only manifests travel.
+A training image has gigabytes in a few layers that seldom change. Layers are hard-linked to the files of the build, blobs that the node
+has are not sent again, and only small blobs are copied.
 """
 
 from __future__ import annotations
@@ -20,52 +20,51 @@ from localcluster.errors import StartFailed
 from localcluster.oci import manifest_of
 
 NAMESPACE = "k8s.io"
-"""containerd's namespace for what the kubelet runs."""
-IMPORTS = 3
-"""How often an import is tried: what was linked for it may be collected as garbage before the image holds it."""
+"""containerd's namespace of the kubelet."""
+MAX_IMPORTS = 3
+"""Tries of an import: containerd may garbage-collect linked blobs before the image refers to them."""
 
 
 @dataclass(frozen=True)
 class Containerd:
-    """A containerd as seen from this machine. `root` is its persistent folder, `socket` a path that reaches it."""
+    """Client of a containerd. `root` is its data folder and `socket` its socket, both as paths of this machine."""
 
     socket: str
     root: Path
 
     def ctr(self, *arguments: str, stdin: BinaryIO | None = None) -> str:
-        """Run `ctr`, reading from the file `stdin`; its standard output. StartFailed with its words if it fails."""
+        """Run `ctr` with `stdin` as standard input. Returns its standard output. Errors: StartFailed with its error message."""
         command = ["ctr", "-a", self.socket, "-n", NAMESPACE, *arguments]
         done = subprocess.run(command, stdin=stdin or subprocess.DEVNULL, capture_output=True)
         if done.returncode != 0:
             raise StartFailed(f"`ctr {' '.join(arguments)}` failed: {done.stderr.decode(errors='replace').strip()}")
         return done.stdout.decode()
 
-    def answers(self) -> bool:
-        """Whether it is up."""
+    def is_responding(self) -> bool:
         return subprocess.run(["ctr", "-a", self.socket, "version"], capture_output=True).returncode == 0
 
     def images(self) -> dict[str, str]:
-        """Digest by name of all images."""
+        """Digests of all images by name."""
         rows = [line.split() for line in self.ctr("images", "ls").splitlines()[1:]]
         return {row[0]: row[2] for row in rows}
 
     def load(self, layout: Path, tag: str | None = None) -> str:
-        """Bring an image of an OCI layout in and unpack it, unless it is there. Returns its name."""
+        """Import and unpack an image of an OCI layout, unless containerd has it. Returns its name."""
         name, entry = manifest_of(layout, tag)
         if self.images().get(name) == entry["digest"]:
             return name
-        for tries_left in reversed(range(IMPORTS)):
+        for tries_left in reversed(range(MAX_IMPORTS)):
             try:
                 self._import(layout, name, entry)
                 break
             except StartFailed as error:
                 if "not found" not in str(error) or not tries_left:
                     raise
-        self._forget_untagged()
+        self._remove_untagged()
         return name
 
     def _import(self, layout: Path, name: str, entry: dict[str, Any]) -> None:
-        """Link what is large, send the rest."""
+        """Link large blobs and send the others."""
         blobs = self._missing(layout, entry)
         remaining = [digest for digest in blobs if not self._link(layout, digest)]
         with tempfile.TemporaryFile() as archive:
@@ -73,20 +72,20 @@ class Containerd:
             archive.seek(0)
             self.ctr("images", "import", "-", stdin=archive)
 
-    def _forget_untagged(self) -> None:
-        """Let go of images whose tag went to a newer one: the kubelet's names for them would keep gigabytes."""
+    def _remove_untagged(self) -> None:
+        """Remove images whose tag now names a newer one: the kubelet's names for them would keep gigabytes on the disk."""
         images = self.images()
         for name in untagged(images):
             self.ctr("images", "rm", name)
 
     def _missing(self, layout: Path, entry: dict[str, Any]) -> list[str]:
         manifest = json.loads(blob(layout, entry["digest"]).read_text())
-        have = set(self.ctr("content", "ls", "-q").split())
+        existing = set(self.ctr("content", "ls", "-q").split())
         wanted = [entry["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
-        return [digest for digest in dict.fromkeys(wanted) if digest not in have]
+        return [digest for digest in dict.fromkeys(wanted) if digest not in existing]
 
     def _link(self, layout: Path, digest: str) -> bool:
-        """Hard-link a blob into the store and make it known. False if it has to be sent (small, other file system)."""
+        """Hard-link a blob into the content store and register it. False if it must be sent: it is small or on another file system."""
         source = blob(layout, digest)
         if source.stat().st_size < 1 << 20:
             return False
@@ -94,36 +93,36 @@ class Containerd:
         try:
             os.link(source, target)
         except FileExistsError:
-            pass  # left by an image that was removed; the content is named by its hash
+            pass  # left by a removed image; its content is the same, since the hash is its name
         except OSError:
             return False
         size = str(source.stat().st_size)
-        with source.open("rb") as content:  # it seeks to the end and finds everything there: nothing is read
+        with source.open("rb") as content:  # ctr seeks to the end and finds all data there: it copies nothing
             self.ctr(
                 "content", "ingest", "--expected-digest", digest, "--expected-size", size, f"link-{digest}",
                 stdin=content,
             )
         return True
 
-    def sweep(self) -> None:
-        """Forget containers of an earlier life; images stay."""
+    def remove_containers(self) -> None:
+        """Remove the containers of an earlier cluster; images stay."""
         for container in self.ctr("containers", "ls", "-q").split():
             self.ctr("containers", "rm", container)
 
 
 def untagged(images: dict[str, str]) -> list[str]:
-    """Of digests by name, the names that are hashes of images which have no other name."""
+    """Names that are hashes of images without any other name; `images` are digests by name."""
     tagged = {digest for name, digest in images.items() if not name.startswith("sha256:")}
     return [name for name, digest in images.items() if name.startswith("sha256:") and digest not in tagged]
 
 
 def blob(layout: Path, digest: str) -> Path:
-    """The file of a blob in a layout or a content store."""
+    """Path of a blob in a layout or a content store."""
     return layout / "blobs" / digest.replace(":", "/")
 
 
 def _write_archive(out: BinaryIO, layout: Path, name: str, entry: dict[str, Any], digests: list[str]) -> None:
-    """An OCI archive of one image with only those blobs in it."""
+    """Write an OCI archive of one image that contains only these blobs."""
     annotations = {**entry.get("annotations", {}), "io.containerd.image.name": name}
     index = {"schemaVersion": 2, "manifests": [{**entry, "annotations": annotations}]}
     with tarfile.open(fileobj=out, mode="w") as archive:

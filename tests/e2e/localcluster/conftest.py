@@ -1,4 +1,4 @@
-"""The program that the cluster's own tests run in pods."""
+"""Fixtures for tests of the cluster itself: pods of testbox, a small program that ends in a chosen way."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.e2e.localcluster.pods import TESTBOX, Lab
 
 @pytest.fixture(scope="session")
 def testbox(node_cluster: NodeCluster) -> str:
-    """testbox as an image on all nodes."""
+    """Tag of the testbox image, which is loaded into all nodes."""
     program = build.ensure("testbox")
     layout = write_layout(program.parent / "image", Image(TESTBOX, {"/testbox": program}, ["/testbox"]))
     return node_cluster.load_image(layout)
@@ -19,11 +19,11 @@ def testbox(node_cluster: NodeCluster) -> str:
 
 @pytest.fixture
 def lab(node_cluster: NodeCluster, namespace: str, testbox: str) -> Lab:
-    """A namespace with what pods need."""
+    """A new namespace and the calls that tests make in it."""
     assert testbox == TESTBOX
     return Lab(node_cluster, namespace)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that end the common cluster come after all others."""
+    """Run tests that end the common cluster after all others."""
     items.sort(key=lambda item: item.path.name == "test_life.py")

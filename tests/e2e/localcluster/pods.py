@@ -1,4 +1,4 @@
-"""Small pods that end in a chosen way, and what became of them."""
+"""Pods of testbox that end in a chosen way, and their status."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def phase(found: Object) -> str:
 
 
 def terminated(found: Object) -> Object:
-    """How the pod's container ended; empty while it has not."""
+    """The terminated state of the pod's container; empty while it has not ended."""
     states = found["status"].get("containerStatuses") or [{}]
     ended: Object = states[0].get("state", {}).get("terminated", {})
     return ended
 
 
 def waiting_reason(found: Object) -> str | None:
-    """Why the pod's container does not run yet."""
+    """The reason why the pod's container waits."""
     states = found["status"].get("containerStatuses") or [{}]
     reason: str | None = states[0].get("state", {}).get("waiting", {}).get("reason")
     return reason
@@ -62,21 +62,21 @@ class Lab:
     namespace: str
 
     def create(self, manifest: Object) -> Object:
-        """POST a manifest of any of the kinds used here."""
+        """Create an object."""
         created: Object = self.cluster.endpoint.request("POST", self._path(manifest["kind"].lower()), manifest)
         return created
 
     def get(self, kind: str, name: str) -> Object:
-        """One object by kind and name."""
+        """Read an object."""
         found: Object = self.cluster.endpoint.get(f"{self._path(kind)}/{name}")
         return found
 
     def delete(self, kind: str, name: str) -> None:
-        """Delete one object, as gracefully as it asks for."""
+        """Delete an object with its own grace period."""
         self.cluster.endpoint.request("DELETE", f"{self._path(kind)}/{name}")
 
     def wait(self, kind: str, name: str, until: Callable[[Object], object], seconds: float = 40) -> Object:
-        """The object, as soon as `until` says so. AssertionError with its status after so many seconds."""
+        """Wait until `until` is true for the object, and return it. Errors: AssertionError with its status after `seconds`."""
         deadline = time.monotonic() + seconds
         while not until(found := self.get(kind, name)):
             assert time.monotonic() < deadline, f"{kind} {name} after {seconds} s: {found['status']}"
@@ -89,7 +89,7 @@ class Lab:
         return self.wait("pod", manifest["metadata"]["name"], terminated, seconds)
 
     def kubectl(self, *arguments: str) -> str:
-        """kubectl in this namespace; its output without the last line break."""
+        """Run kubectl in this namespace. Returns its output without the last line break."""
         return self.cluster.kubectl("-n", self.namespace, *arguments).rstrip("\n")
 
     def _path(self, kind: str) -> str:

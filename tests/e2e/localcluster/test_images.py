@@ -1,4 +1,4 @@
-"""Images on a node: the newest under a tag is what runs, and older ones take no room."""
+"""Images on a node: pods run the newest image of a tag, and older ones are removed."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ TAG = "localhost/changing:dev"
 
 
 def _version(folder: Path, number: str) -> Path:
-    """A layout of testbox beside a file that is this version's own, large enough to go in by hard link."""
+    """A layout of testbox and a file that differs by version and is large enough to be hard-linked."""
     extra = folder / number
     extra.write_bytes(number.encode() * (2 << 20))
     image = Image(TAG, {"/testbox": build.ensure("testbox"), "/extra": extra}, ["/testbox"])
     return write_layout(folder / f"layout-{number}", image)
 
 
-def test_a_changed_image_is_what_new_pods_run(lab: Lab, tmp_path: Path) -> None:
+def test_new_pods_run_the_changed_image(lab: Lab, tmp_path: Path) -> None:
     on_n1 = {"container": {"image": TAG}, "nodeSelector": {"kubernetes.io/hostname": "n1"}}
     store = lab.cluster.containerd(lab.cluster.plan.node("n1"))
-    ran = []
+    image_ids = []
     for number in ("1", "2"):
         assert lab.cluster.load_image(_version(tmp_path, number), nodes=["n1"]) == TAG
         found = lab.run(pod(f"p{number}", "exit", number, **on_n1))
         assert terminated(found)["exitCode"] == int(number)
-        ran.append(found["status"]["containerStatuses"][0]["imageID"])
+        image_ids.append(found["status"]["containerStatuses"][0]["imageID"])
         assert untagged(store.images()) == []
-    assert ran[0] != ran[1]
+    assert image_ids[0] != image_ids[1]
 
 
-def test_loading_again_sends_nothing(lab: Lab, tmp_path: Path) -> None:
+def test_loading_an_image_again_reads_no_layers(lab: Lab, tmp_path: Path) -> None:
     layout = _version(tmp_path, "3")
     lab.cluster.load_image(layout, nodes=["n1"])
     for blob in (layout / "blobs" / "sha256").iterdir():
         if blob.stat().st_size > 1 << 20:
-            blob.unlink()  # it would be missed if it were read
+            blob.unlink()  # reading it would fail
     assert lab.cluster.load_image(layout, nodes=["n1"]) == TAG
 
 
-def test_an_image_that_was_never_built_is_told(lab: Lab) -> None:
+def test_image_that_was_never_built_is_an_error(lab: Lab) -> None:
     with pytest.raises(ImageNotFound, match="run `localcluster images build`"):
         lab.cluster.load_image("localhost/never:dev")

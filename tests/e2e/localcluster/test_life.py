@@ -1,4 +1,4 @@
-"""However a cluster ends, nothing of it is left: no process, namespace, mount, link or cgroup."""
+"""When a cluster ends, for any reason, no process, namespace, mount, link or cgroup remains."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from localcluster import LocalClusterError, NodeCluster, census, processes
-from localcluster.census import NOTHING, Census
+from localcluster import LocalClusterError, NodeCluster, leftovers, processes
 from localcluster.errors import ClusterBusy, ClusterDiffers
+from localcluster.leftovers import NOTHING, Leftovers
 from localcluster.machine import Machine
 from tests.e2e.localcluster.pods import Lab, phase, pod
 
@@ -23,12 +23,12 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture
 def cluster(node_cluster: NodeCluster) -> NodeCluster:
-    """The common cluster. These tests come last of all (conftest), and bring it up only if they need it."""
+    """The common cluster. These tests run last (conftest), and start it only if they need it."""
     return node_cluster
 
 
-def _busy(cluster: NodeCluster) -> None:
-    """Pods that resist: one deaf to SIGTERM, on each node."""
+def _run_stubborn_pods(cluster: NodeCluster) -> None:
+    """Run a pod that ignores SIGTERM on each node."""
     lab = Lab(cluster, "default")
     for node in ("n1", "n2"):
         lab.create(pod(f"p-{node}", "sleep", "600", nodeSelector={"kubernetes.io/hostname": node}))
@@ -36,9 +36,9 @@ def _busy(cluster: NodeCluster) -> None:
         lab.wait("pod", f"p-{node}", lambda p: phase(p) == "Running")
 
 
-def _wait(what: Callable[[], bool], seconds: float = 30) -> None:
+def _wait(is_true: Callable[[], bool], seconds: float = 30) -> None:
     deadline = time.monotonic() + seconds
-    while not what():
+    while not is_true():
         assert time.monotonic() < deadline, f"not within {seconds} s"
         time.sleep(0.02)
 
@@ -47,36 +47,36 @@ def _command(cluster: NodeCluster, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "localcluster", *arguments, "--state", str(cluster.state_dir)]
 
 
-def test_a_second_up_joins_and_a_different_one_is_told(cluster: NodeCluster, tmp_path: Path) -> None:
+def test_second_up_uses_the_cluster_and_a_different_one_is_refused(cluster: NodeCluster, tmp_path: Path) -> None:
     pid = Machine(cluster.state_dir).pid()
     again = NodeCluster(cluster.state_dir, nodes=2).up()
     assert Machine(again.state_dir).pid() == pid
     with pytest.raises(ClusterDiffers, match="2 node.*not 1: run `localcluster down` first"):
         NodeCluster(cluster.state_dir, nodes=1).up()
-    with pytest.raises(ClusterBusy, match="one per machine"):
+    with pytest.raises(ClusterBusy, match="only one per machine"):
         NodeCluster(tmp_path / "other").up()
     assert cluster.endpoint.ready()
 
 
-def test_command_line_tells_what_is_up(cluster: NodeCluster) -> None:
-    told = subprocess.run(_command(cluster, "status"), capture_output=True, text=True).stdout
-    assert "nodes   n1 Ready, n2 Ready" in told
-    assert cluster.s3.host_url in told
+def test_status_shows_nodes_and_s3(cluster: NodeCluster) -> None:
+    status = subprocess.run(_command(cluster, "status"), capture_output=True, text=True).stdout
+    assert "nodes   n1 Ready, n2 Ready" in status
+    assert cluster.s3.host_url in status
     with pytest.raises(LocalClusterError, match="there is no node n9: the nodes are n1, n2"):
         cluster.stop_node("n9")
 
 
-def test_kill_9_of_the_first_process_then_up_leaves_only_the_new_cluster(cluster: NodeCluster, testbox: str) -> None:
+def test_up_after_kill_9_of_the_first_process_leaves_only_the_new_cluster(cluster: NodeCluster, testbox: str) -> None:
     assert testbox
-    _busy(cluster.up())
-    namespaces = census.namespaces_of(cluster.state_dir)
-    before = census.take(cluster.state_dir, namespaces)
-    old = [int(line.split()[0]) for line in before.processes]
-    born = {pid: processes.born(pid) for pid in old}
+    _run_stubborn_pods(cluster.up())
+    namespaces = leftovers.namespaces_of(cluster.state_dir)
+    before = leftovers.find(cluster.state_dir, namespaces)
+    old_pids = [int(line.split()[0]) for line in before.processes]
+    start_times = {pid: processes.start_time(pid) for pid in old_pids}
     os.kill(Machine(cluster.state_dir).pid(), signal.SIGKILL)
     cluster.up()
-    assert [pid for pid in old if born[pid] and processes.born(pid) == born[pid]] == []
-    after = census.take(cluster.state_dir, census.namespaces_of(cluster.state_dir))
+    assert [pid for pid in old_pids if start_times[pid] and processes.start_time(pid) == start_times[pid]] == []
+    after = leftovers.find(cluster.state_dir, leftovers.namespaces_of(cluster.state_dir))
     assert len(after.namespaces) == len(before.namespaces)
     assert after.mounts == ()
     pods = cluster.endpoint.get("/api/v1/pods")["items"]
@@ -85,43 +85,43 @@ def test_kill_9_of_the_first_process_then_up_leaves_only_the_new_cluster(cluster
 
 def test_down_leaves_nothing(cluster: NodeCluster, testbox: str) -> None:
     assert testbox
-    _busy(cluster.up())
-    namespaces = census.namespaces_of(cluster.state_dir)
-    before = census.take(cluster.state_dir, namespaces)
+    _run_stubborn_pods(cluster.up())
+    namespaces = leftovers.namespaces_of(cluster.state_dir)
+    before = leftovers.find(cluster.state_dir, namespaces)
     assert len(before.namespaces) >= 5  # of both nodes, and of processes
     assert len(before.processes) > 15
     assert before.links and before.cgroups
     cluster.down()
-    assert census.take(cluster.state_dir, namespaces) == NOTHING
+    assert leftovers.find(cluster.state_dir, namespaces) == NOTHING
     assert sorted(p.name for p in cluster.state_dir.iterdir()) == ["lock"]
 
 
-def test_kill_9_of_up_itself_then_down_leaves_nothing(cluster: NodeCluster) -> None:
+def test_down_after_kill_9_of_up_leaves_nothing(cluster: NodeCluster) -> None:
     cluster.down()
     started = subprocess.Popen(_command(cluster, "up", "--nodes", "2"), stderr=subprocess.DEVNULL)
     _wait((cluster.state_dir / "certs" / "apiserver.crt").exists)
-    namespaces = census.namespaces_of(cluster.state_dir)
+    namespaces = leftovers.namespaces_of(cluster.state_dir)
     started.kill()
     started.wait()
-    assert census.take(cluster.state_dir, namespaces) != NOTHING
+    assert leftovers.find(cluster.state_dir, namespaces) != NOTHING
     assert subprocess.run(_command(cluster, "down"), stderr=subprocess.DEVNULL).returncode == 0
-    assert census.take(cluster.state_dir, namespaces) == NOTHING
+    assert leftovers.find(cluster.state_dir, namespaces) == NOTHING
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_up_leaves_nothing(cluster: NodeCluster, number: signal.Signals) -> None:
+def test_interrupted_up_leaves_nothing(cluster: NodeCluster, number: signal.Signals) -> None:
     cluster.down()
     with subprocess.Popen(_command(cluster, "up", "--nodes", "2"), stderr=subprocess.PIPE, text=True) as started:
         _wait((cluster.state_dir / "certs" / "apiserver.crt").exists)
-        namespaces = census.namespaces_of(cluster.state_dir)
+        namespaces = leftovers.namespaces_of(cluster.state_dir)
         started.send_signal(number)
-        _, words = started.communicate()
+        _, stderr = started.communicate()
     assert started.returncode == 130
-    assert words.splitlines()[-1] == "localcluster: interrupted, nothing was left running"
-    assert census.take(cluster.state_dir, namespaces) == NOTHING
+    assert stderr.splitlines()[-1] == "localcluster: interrupted, nothing was left running"
+    assert leftovers.find(cluster.state_dir, namespaces) == NOTHING
 
 
-def test_the_end_of_the_program_that_started_it_is_its_end(cluster: NodeCluster) -> None:
+def test_cluster_ends_with_the_program_that_started_it(cluster: NodeCluster) -> None:
     cluster.down()
     program = (
         "import pathlib, localcluster; "
@@ -131,10 +131,10 @@ def test_the_end_of_the_program_that_started_it_is_its_end(cluster: NodeCluster)
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as owner:
         assert owner.stdout is not None
         assert owner.stdout.readline() == b"up\n"
-        namespaces = census.namespaces_of(cluster.state_dir)
+        namespaces = leftovers.namespaces_of(cluster.state_dir)
         owner.kill()
-    _wait(lambda: census.take(cluster.state_dir, namespaces).processes == ())
+    _wait(lambda: leftovers.find(cluster.state_dir, namespaces).processes == ())
 
 
-def test_a_census_that_finds_something_is_not_nothing() -> None:
-    assert Census((), (), (), ("ftlc0",), ()) != NOTHING
+def test_leftovers_with_a_link_are_not_nothing() -> None:
+    assert Leftovers((), (), (), ("ftlc0",), ()) != NOTHING

@@ -1,4 +1,4 @@
-"""Names and addresses over two nodes: pods of a gang, services, the API server, S3."""
+"""DNS and network across two nodes: pods of an Indexed Job, Services, the API server, S3."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ON_N2 = {"nodeSelector": {"kubernetes.io/hostname": "n2"}}
 
 
 def _pair(*arguments: str) -> dict[str, Any]:
-    """An Indexed Job of two pods, one a node."""
+    """An Indexed Job of two pods on different nodes."""
     spread = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"job": "pair"}}}
     template = {
         **pod("x", *arguments)["spec"],
@@ -37,7 +37,7 @@ def _headless() -> dict[str, Any]:
     return {"apiVersion": "v1", "kind": "Service", "metadata": {"name": "pair"}, "spec": spec}
 
 
-def test_pods_of_an_indexed_job_find_each_other_by_name_across_nodes(lab: Lab) -> None:
+def test_pods_of_an_indexed_job_resolve_each_other_across_nodes(lab: Lab) -> None:
     lab.create(_headless())
     full = f"pair-0.pair.{lab.namespace}.svc.cluster.local"
     lab.create(_pair("lookup", "pair-0.pair", "20", "--", "lookup", "pair-1.pair", "20", "--", "lookup", full, "20"))
@@ -50,7 +50,7 @@ def test_pods_of_an_indexed_job_find_each_other_by_name_across_nodes(lab: Lab) -
         assert lab.kubectl("logs", found["metadata"]["name"]).split("\n") == [*addresses, addresses[0]]
 
 
-def test_a_service_is_reached_from_the_other_node(lab: Lab) -> None:
+def test_service_is_reachable_from_the_other_node(lab: Lab) -> None:
     server = pod("server", "serve", "8000", **{"nodeSelector": {"kubernetes.io/hostname": "n1"}})
     server["metadata"]["labels"] = {"app": "server"}
     lab.create(server)
@@ -62,19 +62,19 @@ def test_a_service_is_reached_from_the_other_node(lab: Lab) -> None:
 
 
 @pytest.mark.parametrize("node", ["n1", "n2"])
-def test_a_service_account_reaches_the_api_server(lab: Lab, node: str) -> None:
-    where = {"kubernetes.io/hostname": node}
-    manifest = pod("p", "api", "/api", "20", automountServiceAccountToken=True, nodeSelector=where)
+def test_service_account_can_reach_the_api_server(lab: Lab, node: str) -> None:
+    selector = {"kubernetes.io/hostname": node}
+    manifest = pod("p", "api", "/api", "20", automountServiceAccountToken=True, nodeSelector=selector)
     assert terminated(lab.run(manifest))["exitCode"] == 0
     assert lab.kubectl("logs", "p") == "200 OK"
 
 
-def test_rights_are_checked(lab: Lab) -> None:
+def test_service_account_without_rights_is_forbidden(lab: Lab) -> None:
     lab.run(pod("p", "api", "/api/v1/nodes", "20", automountServiceAccountToken=True))
     assert lab.kubectl("logs", "p") == "403 Forbidden"
 
 
-def test_s3_answers_here_and_in_pods(lab: Lab) -> None:
+def test_s3_is_reachable_from_this_machine_and_from_pods(lab: Lab) -> None:
     assert is_ready(lab.cluster.s3)
     status = f"{lab.cluster.s3.cluster_url}/status"
     assert terminated(lab.run(pod("p", "get", status, "20", **ON_N2)))["exitCode"] == 0

@@ -1,4 +1,4 @@
-"""Nodes that fall silent, lose power, are drained or are full."""
+"""Nodes without kubelet, after a power cut, drained, or without free GPUs."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ ON_N2 = {"nodeSelector": {"kubernetes.io/hostname": "n2"}}
 
 @pytest.fixture
 def n2(node_cluster: NodeCluster) -> Iterator[str]:
-    """The second node, brought back afterwards."""
+    """The second node, which is started and uncordoned again afterwards."""
     yield "n2"
     node_cluster.start_node("n2")
     node_cluster.kubectl("uncordon", "n2")
 
 
-def _impatient(seconds: int) -> list[dict[str, object]]:
+def _tolerations(seconds: int) -> list[dict[str, object]]:
     taints = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
     return [{"key": k, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds} for k in taints]
 
 
-def test_a_silent_node_becomes_not_ready_and_its_pods_are_evicted(lab: Lab, n2: str) -> None:
-    manifest = pod("p", "graceful", "0", tolerations=_impatient(1), terminationGracePeriodSeconds=5, **ON_N2)
+def test_node_without_kubelet_becomes_not_ready_and_its_pods_are_evicted(lab: Lab, n2: str) -> None:
+    manifest = pod("p", "graceful", "0", tolerations=_tolerations(1), terminationGracePeriodSeconds=5, **ON_N2)
     lab.create(manifest)
     lab.wait("pod", "p", lambda p: phase(p) == "Running")
     lab.cluster.stop_node(n2)
     lab.wait("node", n2, lambda n: not is_true(n, "Ready"), seconds=60)
     found = lab.wait("pod", "p", lambda p: p["metadata"].get("deletionTimestamp"), seconds=60)
     assert is_true(found, "DisruptionTarget")
-    assert phase(found) == "Running"  # nobody is there to say otherwise
+    assert phase(found) == "Running"  # without kubelet, nothing updates its status
     lab.cluster.start_node(n2)
     lab.wait("node", n2, lambda n: is_true(n, "Ready"))
 
 
-def test_power_loss_takes_the_containers_along(lab: Lab, n2: str) -> None:
+def test_power_cut_ends_all_containers(lab: Lab, n2: str) -> None:
     lab.create(pod("p", "sleep", "600", **ON_N2))
     lab.wait("pod", "p", lambda p: phase(p) == "Running")
     lab.cluster.power_off(n2)
@@ -48,7 +48,7 @@ def test_power_loss_takes_the_containers_along(lab: Lab, n2: str) -> None:
     assert terminated(lab.run(pod("again", "exit", "0", **ON_N2)))["exitCode"] == 0
 
 
-def test_drain_evicts_and_keeps_new_pods_away(lab: Lab, n2: str) -> None:
+def test_drain_evicts_pods_and_prevents_new_ones(lab: Lab, n2: str) -> None:
     lab.create(pod("p", "graceful", "75", **ON_N2))
     lab.wait("pod", "p", lambda p: phase(p) == "Running")
     lab.kubectl("drain", n2, "--force", "--delete-emptydir-data", "--ignore-daemonsets", "--timeout=60s")
@@ -59,13 +59,13 @@ def test_drain_evicts_and_keeps_new_pods_away(lab: Lab, n2: str) -> None:
     assert terminated(lab.wait("pod", "late", terminated))["exitCode"] == 0
 
 
-def test_gpus_are_counted(lab: Lab) -> None:
-    def wants(number: int) -> dict[str, object]:
+def test_scheduler_respects_the_number_of_gpus(lab: Lab) -> None:
+    def gpus(number: int) -> dict[str, object]:
         return {"resources": {"limits": {"nvidia.com/gpu": str(number)}}}
 
-    lab.create(pod("a", "graceful", "0", container=wants(3), **ON_N2))
+    lab.create(pod("a", "graceful", "0", container=gpus(3), **ON_N2))
     lab.wait("pod", "a", lambda p: phase(p) == "Running")
-    lab.create(pod("b", "exit", "0", container=wants(2), **ON_N2))
+    lab.create(pod("b", "exit", "0", container=gpus(2), **ON_N2))
     found = lab.wait("pod", "b", lambda p: p["status"].get("conditions"))
     assert "Insufficient nvidia.com/gpu" in found["status"]["conditions"][0]["message"]
     lab.delete("pod", "a")

@@ -1,4 +1,4 @@
-"""How pods end on a real node: what the operator's and the trainer's contracts rest on."""
+"""How pods end on a real node, as the operator and the trainer expect."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, "Succeeded"), (64, "Failed"), (137, "Failed")])
-def test_exit_codes_arrive_unchanged(lab: Lab, code: int, expected: str) -> None:
+def test_exit_code_is_in_the_pod_status(lab: Lab, code: int, expected: str) -> None:
     found = lab.run(pod("p", "exit", str(code)))
     assert terminated(found)["exitCode"] == code
     assert lab.wait("pod", "p", lambda p: phase(p) == expected)
@@ -22,34 +22,34 @@ def test_exit_codes_arrive_unchanged(lab: Lab, code: int, expected: str) -> None
 def test_memory_limit_ends_as_oom_killed(lab: Lab) -> None:
     limit = {"resources": {"limits": {"memory": "64Mi"}}}
     assert terminated(lab.run(pod("p", "allocate", "256", container=limit)))["exitCode"] == 137
-    # The runtime hears of the exit and of the memory by two ways, and tells the reason when it knows both.
+    # The runtime receives the exit and the OOM event separately, and sets the reason when it has both.
     assert lab.wait("pod", "p", lambda p: terminated(p)["reason"] == "OOMKilled")
 
 
-def test_sigterm_reaches_the_program_and_its_exit_code_counts(lab: Lab) -> None:
-    lab.create({**pod("p", "graceful", "75", terminationGracePeriodSeconds=30), **_kept("p")})
+def test_program_can_exit_with_its_own_code_after_sigterm(lab: Lab) -> None:
+    lab.create({**pod("p", "graceful", "75", terminationGracePeriodSeconds=30), **_with_finalizer("p")})
     lab.wait("pod", "p", lambda p: phase(p) == "Running")
     lab.wait("pod", "p", lambda _: "waiting" in lab.kubectl("logs", "p"))
     lab.delete("pod", "p")
     assert terminated(lab.wait("pod", "p", terminated))["exitCode"] == 75
     assert lab.kubectl("logs", "p") == "waiting\ngot SIGTERM"
-    _let_go(lab, "p")
+    _remove_finalizer(lab, "p")
 
 
-def test_a_deaf_program_is_killed_after_its_grace(lab: Lab) -> None:
-    lab.create({**pod("p", "sleep", "600", terminationGracePeriodSeconds=1), **_kept("p")})
+def test_program_that_ignores_sigterm_is_killed_after_the_grace_period(lab: Lab) -> None:
+    lab.create({**pod("p", "sleep", "600", terminationGracePeriodSeconds=1), **_with_finalizer("p")})
     lab.wait("pod", "p", lambda p: phase(p) == "Running")
     lab.delete("pod", "p")
     assert terminated(lab.wait("pod", "p", terminated))["exitCode"] == 137
-    _let_go(lab, "p")
+    _remove_finalizer(lab, "p")
 
 
-def _kept(name: str) -> dict[str, object]:
-    """A finalizer, so that the pod can be looked at after its deletion."""
+def _with_finalizer(name: str) -> dict[str, object]:
+    """Metadata with a finalizer, so that the pod can be read after its deletion."""
     return {"metadata": {"name": name, "finalizers": ["finetune-operator.io/test"]}}
 
 
-def _let_go(lab: Lab, name: str) -> None:
+def _remove_finalizer(lab: Lab, name: str) -> None:
     lab.kubectl("patch", "pod", name, "--type=json", '-p=[{"op":"remove","path":"/metadata/finalizers"}]')
 
 
@@ -85,7 +85,7 @@ def test_exec_and_port_forward(lab: Lab) -> None:
     assert got.stdout.strip() == "p"
 
 
-def test_unknown_image_is_told_as_such(lab: Lab) -> None:
+def test_unknown_image_is_a_waiting_reason(lab: Lab) -> None:
     lab.create(pod("p", "exit", "0", container={"image": "localhost/no-such-image:1"}))
     found = lab.wait("pod", "p", lambda p: waiting_reason(p) in ("ErrImagePull", "ImagePullBackOff"))
     assert phase(found) == "Pending"

@@ -1,4 +1,4 @@
-"""`CLUSTER=current`: the only cluster of the demo that belongs to somebody else."""
+"""The demo on the user's own cluster (`CLUSTER=current`): it changes and removes only what it has created."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ pytestmark = pytest.mark.integration
 
 
 @pytest.fixture
-def somebodys(tmp_path: Path) -> Any:
-    """An API server of its own: what is claimed here belongs to the whole cluster."""
+def users_cluster(tmp_path: Path) -> Any:
+    """A new API server, because the demo creates objects of cluster scope."""
     with ControlPlane(tmp_path / "state") as endpoint:
         yield endpoint
 
 
 @pytest.fixture
 def current(
-    somebodys: Endpoint, s3_server: S3Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    users_cluster: Endpoint, s3_server: S3Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> demo_clusters.DemoCluster:
-    """The demo's view of it, with kubectl on the PATH."""
+    """The demo's view of this cluster, with kubectl on the PATH."""
     kubectl = tmp_path / "bin" / "kubectl"
     kubectl.parent.mkdir()
     kubectl.write_text(f'#!/bin/sh\nexec {build.ensure(build.KUBE)} kubectl "$@"\n')
     kubectl.chmod(0o755)
     for name, value in {
-        "PATH": f"{kubectl.parent}{os.pathsep}{os.environ['PATH']}", "KUBECONFIG": str(somebodys.kubeconfig),
+        "PATH": f"{kubectl.parent}{os.pathsep}{os.environ['PATH']}", "KUBECONFIG": str(users_cluster.kubeconfig),
         "OPERATOR_IMAGE": "r/o:1", "TRAINER_IMAGE": "r/t:1", "S3_ENDPOINT": s3_server.host_url,
         "AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key,
     }.items():  # fmt: skip
@@ -48,35 +48,35 @@ def current(
 
 
 def namespaces(endpoint: Endpoint) -> set[str]:
-    return {one["metadata"]["name"] for one in KubeApi(endpoint).list("namespaces", None)}
+    return {item["metadata"]["name"] for item in KubeApi(endpoint).list("namespaces", None)}
 
 
-def test_it_brings_its_namespaces_and_takes_them_away(
-    current: demo_clusters.DemoCluster, somebodys: Endpoint
+def test_demo_creates_and_removes_its_namespaces(
+    current: demo_clusters.DemoCluster, users_cluster: Endpoint
 ) -> None:
-    before = namespaces(somebodys)
+    before = namespaces(users_cluster)
     current.up()
-    current.up()  # what KEEP=1 left up is its own
-    install_crd(KubeApi(somebodys))
-    assert namespaces(somebodys) == before | {demo.RELEASE, demo.NAMESPACE}
+    current.up()  # a demo that ran with KEEP=1 is continued
+    install_crd(KubeApi(users_cluster))
+    assert namespaces(users_cluster) == before | {demo.RELEASE, demo.NAMESPACE}
     demo.leave(current)
-    assert namespaces(somebodys) == before
+    assert namespaces(users_cluster) == before
     assert current.kubectl("get", "crd", "-o", "name") == ""
     assert not current.is_guest()
 
 
 @pytest.mark.parametrize("there", ["namespace finetune-operator", "definition"])
-def test_what_it_did_not_bring_it_neither_replaces_nor_removes(
-    current: demo_clusters.DemoCluster, somebodys: Endpoint, there: str
+def test_demo_neither_replaces_nor_removes_existing_objects(
+    current: demo_clusters.DemoCluster, users_cluster: Endpoint, there: str
 ) -> None:
-    api = KubeApi(somebodys)
+    api = KubeApi(users_cluster)
     if there == "definition":
         install_crd(api)
     else:
         current.kubectl("create", "namespace", there.partition(" ")[2])
-    before = namespaces(somebodys)
+    before = namespaces(users_cluster)
     with pytest.raises(demo_clusters.NoCluster, match=f"has .*{there}.*, which the demo did not bring"):
         current.up()
     assert not current.is_guest()
-    assert namespaces(somebodys) == before
+    assert namespaces(users_cluster) == before
     assert json.loads(current.kubectl("get", "crd", "-o", "json"))["items"] != [] or there != "definition"

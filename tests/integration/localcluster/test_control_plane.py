@@ -1,4 +1,4 @@
-"""Control planes: quick, side by side, and gone without a trace."""
+"""Control planes run at the same time, and leave nothing when they end."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def state(tmp_path: Path) -> Iterator[Path]:
-    """A state folder whose cluster ends with the test, however that ends."""
+    """A state folder whose cluster ends with the test, even if the test fails."""
     yield tmp_path / "c"
     processes.end_all(tmp_path / "c")
 
 
-def test_two_live_side_by_side_and_know_nothing_of_each_other(control_plane: Endpoint, tmp_path: Path) -> None:
+def test_two_control_planes_are_independent(control_plane: Endpoint, tmp_path: Path) -> None:
     with ControlPlane(tmp_path / "other") as other:
         assert other.server != control_plane.server
         made = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "only-here"}}
@@ -44,7 +44,7 @@ def test_two_live_side_by_side_and_know_nothing_of_each_other(control_plane: End
     assert not (tmp_path / "other").exists()
 
 
-def test_the_command_line_from_up_to_down(state: Path) -> None:
+def test_command_line_from_up_to_down(state: Path) -> None:
     where = ["--state", str(state)]
     up = _command("up", "--mode", "control-plane", *where)
     assert up.stdout == f"export KUBECONFIG={state}/kubeconfig\n"
@@ -57,7 +57,7 @@ def test_the_command_line_from_up_to_down(state: Path) -> None:
     assert _command("kubectl", *where, "--", "get", "--raw", "/readyz").stdout == "ok"
     other = _command("up", "--nodes", "2", *where)
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)
-    assert "a control-plane cluster is up in" in other.stderr
+    assert "a control-plane cluster is running in" in other.stderr
     for pid in pids[:1]:
         os.kill(pid, signal.SIGKILL)
     assert _command("up", "--mode", "control-plane", *where).returncode == 0
@@ -65,7 +65,7 @@ def test_the_command_line_from_up_to_down(state: Path) -> None:
     assert _command("down", *where).returncode == 0
     assert processes.owned_by(state) == []
     down = _command("status", *where)
-    assert (down.returncode, down.stderr) == (1, f"localcluster: no cluster is up in {state}: run `localcluster up`\n")
+    assert (down.returncode, down.stderr) == (1, f"localcluster: no cluster is running in {state}: run `localcluster up`\n")
 
 
 def test_ctrl_c_while_starting_leaves_nothing(state: Path) -> None:
@@ -76,9 +76,9 @@ def test_ctrl_c_while_starting_leaves_nothing(state: Path) -> None:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         started.send_signal(signal.SIGINT)
-        _, words = started.communicate()
+        _, stderr = started.communicate()
     assert started.returncode == 130
-    assert words.splitlines()[-1] == "localcluster: interrupted, nothing was left running"
+    assert stderr.splitlines()[-1] == "localcluster: interrupted, nothing was left running"
     assert processes.owned_by(state) == []
 
 
@@ -89,16 +89,16 @@ def test_options_without_nodes_are_refused(tmp_path: Path) -> None:
 
 
 def test_one_command_at_a_time(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(ClusterBusy, match="another localcluster command is at work"):
+    with locked(tmp_path), pytest.raises(ClusterBusy, match="another localcluster command is running"):
         ControlPlane(tmp_path).up()
 
 
-def test_kubectl_tells_the_version_that_was_built(control_plane: Endpoint) -> None:
+def test_server_reports_the_version_that_was_built(control_plane: Endpoint) -> None:
     version = control_plane.get("/version")["gitVersion"]
     assert version == f"v{build.PROGRAMS[build.KUBE].version}"
 
 
-def test_files_with_secrets_are_the_owner_s_alone(control_plane: Endpoint) -> None:
+def test_only_the_owner_can_read_files_with_secrets(control_plane: Endpoint) -> None:
     folder = control_plane.kubeconfig.parent
     for name in ("kubeconfig", "tokens.csv", "sa.key", "state.json"):
         assert (folder / name).stat().st_mode & 0o077 == 0, name

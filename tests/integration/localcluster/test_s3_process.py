@@ -1,4 +1,4 @@
-"""The S3 server as a process: authentication, conditional writes, restarts, nothing left behind."""
+"""The S3 server as a process: authentication, conditional writes, restart, cleanup."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bucket(s3_server: S3Endpoint) -> str:
     return "process"
 
 
-def test_only_the_right_keys_get_in(s3_server: S3Endpoint, bucket: str) -> None:
+def test_wrong_keys_and_anonymous_requests_are_refused(s3_server: S3Endpoint, bucket: str) -> None:
     with pytest.raises(ClientError) as refused:
         dataclasses.replace(s3_server, secret_key="wrong").client().list_objects_v2(Bucket=bucket)
     assert _code(refused) == "SignatureDoesNotMatch"
@@ -39,9 +39,9 @@ def test_only_the_right_keys_get_in(s3_server: S3Endpoint, bucket: str) -> None:
     assert anonymous.value.code == 403
 
 
-def test_a_bucket_is_not_made_by_writing_to_it(s3_server: S3Endpoint) -> None:
+def test_write_does_not_create_a_bucket(s3_server: S3Endpoint) -> None:
     with pytest.raises(ClientError) as refused:
-        s3_server.client().put_object(Bucket="never-made", Key="k", Body=b"")
+        s3_server.client().put_object(Bucket="never-created", Key="k", Body=b"")
     assert _code(refused) == "NoSuchBucket"
 
 
@@ -54,8 +54,8 @@ def test_conditional_writes_have_one_winner(s3_server: S3Endpoint, bucket: str) 
     assert client.get_object(Bucket=bucket, Key="once")["Body"].read() == b"1"
 
 
-def test_it_comes_back_with_its_data_at_the_same_address(tmp_path: Path) -> None:
-    before = set(Path("/tmp").glob("seaweedfs-*.sock"))  # of servers that were killed with nobody to clean up after them
+def test_restart_keeps_data_and_address(tmp_path: Path) -> None:
+    before = set(Path("/tmp").glob("seaweedfs-*.sock"))  # of servers that other runs have killed without cleanup
     server = S3Process(tmp_path)
     first = server.start()
     first.client().create_bucket(Bucket="kept")
@@ -68,6 +68,6 @@ def test_it_comes_back_with_its_data_at_the_same_address(tmp_path: Path) -> None
     server.stop()
 
 
-def test_before_its_start_it_has_no_address(tmp_path: Path) -> None:
+def test_server_has_no_address_before_its_start(tmp_path: Path) -> None:
     with pytest.raises(StartFailed, match="was not started"):
         assert S3Process(tmp_path).endpoint

@@ -1,4 +1,4 @@
-"""The pure parts: addresses, arguments, configurations, small images, names of what is missing."""
+"""Addresses, command lines, configurations, small images, and messages about missing requirements."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_addresses_of_a_plan(plan: Plan) -> None:
         plan.node("n3")
 
 
-def test_images_of_nodes_do_not_lie_in_a_cluster_s_folder(plan: Plan) -> None:
+def test_images_of_nodes_are_outside_the_state_folder(plan: Plan) -> None:
     assert [node.store for node in plan.nodes] == [paths.cache() / "nodes" / "n1", paths.cache() / "nodes" / "n2"]
 
 
@@ -64,23 +64,23 @@ def test_images_of_nodes_do_not_lie_in_a_cluster_s_folder(plan: Plan) -> None:
         ([{"dst": "10.201.0.7"}, {"dst": "10.202.0.0/16"}], "10.203"),
     ],
 )
-def test_a_free_block_is_taken(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]], expected: str) -> None:
-    _answer_with(monkeypatch, routes)
+def test_first_free_address_block_is_chosen(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]], expected: str) -> None:
+    _set_routes(monkeypatch, routes)
     assert free_block() == expected
 
 
-def test_no_free_block_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    _answer_with(monkeypatch, [{"dst": "10.0.0.0/8"}, {"dst": "172.16.0.0/12"}, {"dst": "198.18.0.0/15"}])
+def test_missing_address_block_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_routes(monkeypatch, [{"dst": "10.0.0.0/8"}, {"dst": "172.16.0.0/12"}, {"dst": "198.18.0.0/15"}])
     with pytest.raises(MissingRequirement, match=r"no free address range: 10\.201, .* all have routes"):
         free_block()
 
 
-def _answer_with(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]]) -> None:
+def _set_routes(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]]) -> None:
     done = subprocess.CompletedProcess([], 0, stdout=json.dumps(routes))
     monkeypatch.setattr(layout.subprocess, "run", lambda *_, **__: done)
 
 
-def test_an_api_server_on_the_loopback_reconciles_no_endpoints(tmp_path: Path) -> None:
+def test_api_server_on_the_loopback_has_no_endpoint_reconciler(tmp_path: Path) -> None:
     def reconciler(address: str) -> str:
         at = ControlPlaneAddresses(address, address, 6443, 2379, 2380)
         arguments = components.api_server(Path("kube"), tmp_path, at)
@@ -89,18 +89,18 @@ def test_an_api_server_on_the_loopback_reconciles_no_endpoints(tmp_path: Path) -
     assert (reconciler("127.0.0.1"), reconciler("10.201.0.1")) == ("none", "lease")
 
 
-def test_kubeconfigs_verify_the_server_once_there_is_a_certificate() -> None:
+def test_kubeconfig_with_certificate_verifies_the_server() -> None:
     without = json.loads(components.kubeconfig("https://a:1", "t", None))["clusters"][0]["cluster"]
     assert without == {"server": "https://a:1", "insecure-skip-tls-verify": True}
     verified = json.loads(components.kubeconfig("https://a:1", "t", b"x"))["clusters"][0]["cluster"]
     assert verified == {"server": "https://a:1", "certificate-authority-data": "eA=="}
 
 
-def test_token_line() -> None:
+def test_user_becomes_a_line_of_the_token_file() -> None:
     assert User("secret", "system:node:n1", "system:nodes").line == "secret,system:node:n1,system:node:n1,system:nodes\n"
 
 
-def test_containerd_configuration_is_toml_with_the_registry_free_sandbox(plan: Plan) -> None:
+def test_containerd_configuration_uses_a_local_sandbox_image(plan: Plan) -> None:
     node = plan.nodes[1]
     parsed = tomllib.loads(containerd.configuration(node, cri=True))
     cri = parsed["plugins"]["io.containerd.grpc.v1.cri"]
@@ -131,7 +131,7 @@ def test_small_images_are_reproducible_layouts(tmp_path: Path) -> None:
     assert json.loads(store.blob(one, manifest["config"]["digest"]).read_text())["config"]["User"] == "65532:65532"
 
 
-def test_what_is_no_layout_or_lacks_the_image_is_told(tmp_path: Path) -> None:
+def test_missing_layout_or_image_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ImageNotFound, match="no OCI image layout"):
         manifest_of(tmp_path)
     program = tmp_path / "p"
@@ -158,7 +158,7 @@ def test_images_without_a_tag_are_found() -> None:
     assert store.untagged(images) == ["sha256:x"]
 
 
-def test_programs_are_kept_by_version_and_content() -> None:
+def test_path_of_a_program_holds_its_version_and_hash() -> None:
     kube = build.PROGRAMS[build.KUBE]
     assert kube.version.split(".")[0] == "1"
     assert kube.binary.parent.name.startswith(f"kube-{kube.version}-")
@@ -166,20 +166,20 @@ def test_programs_are_kept_by_version_and_content() -> None:
     assert len({program.binary for program in build.PROGRAMS.values()}) == len(build.PROGRAMS)
 
 
-def test_a_module_without_the_named_version_is_told() -> None:
+def test_program_without_its_module_is_an_error() -> None:
     with pytest.raises(BuildFailed, match="requires no example.org/none"):
         assert build.Program("pause", "example.org/none").version
 
 
 @pytest.mark.parametrize(
-    ("answer", "ok"),
+    ("output", "is_accepted"),
     [("go version go1.26.8 linux/amd64", True), ("go version go2.0 linux/amd64", True), ("go version go1.25.1 x", False),
      ("", False)],
 )
-def test_go_must_be_new_enough(monkeypatch: pytest.MonkeyPatch, answer: str, ok: bool) -> None:
+def test_go_must_be_new_enough(monkeypatch: pytest.MonkeyPatch, output: str, is_accepted: bool) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda _: "/go")
-    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=answer))
-    if ok:
+    monkeypatch.setattr(build.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=output))
+    if is_accepted:
         build.check_go()
     else:
         with pytest.raises(MissingRequirement, match=r"Go 1\.26 or newer is needed, found: "):
@@ -207,11 +207,11 @@ def test_nodes_need_root_and_linux(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_free_ports_are_different_and_free() -> None:
     found = ports.free_ports(20)
     assert len(set(found)) == 20
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", found[0]))
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", found[0]))
 
 
-def test_s3_server_talks_to_nobody_outside_and_names_each_port_once() -> None:
+def test_s3_server_has_no_telemetry_and_uses_each_port_once() -> None:
     arguments = s3.server_arguments(list(range(8)), directory="d", config="c", listen="127.0.0.1")
     assert "-master.telemetry=false" in arguments
     chosen = [a.partition("=")[2] for a in arguments if "port" in a and not a.endswith(("iceberg=0", "lance=0"))]
@@ -226,18 +226,18 @@ def test_s3_objects_run_on_the_named_node_only() -> None:
     assert [o["kind"] for o in s3_pod.objects("a", "b")] == ["Namespace", "Secret", "Service", "Deployment"]
 
 
-def test_a_certificate_that_is_only_half_written_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certificate_is_copied_again_until_the_server_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificate = tmp_path / "certs" / "apiserver.crt"
     certificate.parent.mkdir()
     certificate.touch()
-    looks: list[bytes] = []
+    copies: list[bytes] = []
 
     def ready(endpoint: control_plane.Endpoint) -> bool:
-        looks.append(endpoint.ca.read_bytes())
+        copies.append(endpoint.ca.read_bytes())
         certificate.write_bytes(b"whole")
-        return looks[-1] == b"whole"
+        return copies[-1] == b"whole"
 
     monkeypatch.setattr(control_plane.Endpoint, "ready", ready)
     at = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", 6443, 2379, 2380)
     found = control_plane.wait_for_api(tmp_path, at, "token", [])
-    assert (looks, found.ca.read_bytes()) == ([b"", b"whole"], b"whole")
+    assert (copies, found.ca.read_bytes()) == ([b"", b"whole"], b"whole")

@@ -1,8 +1,7 @@
-"""The first process inside a cluster's namespaces: it is the machine that the nodes run on.
+"""The first process (PID 1) inside a cluster's PID, mount and network namespaces.
 
-Runs as PID 1 of new PID, mount and network namespaces. It lays the cables, gives each node a private /run and
-/var/lib, starts and ends components when told to over a socket, reaps orphans, and takes everything along when it
-ends: the kernel kills all processes of the PID namespace, and mounts, links and addresses go with the last of them.
+It sets up the nodes' networks, gives each node its own /run and /var/lib/kubelet, starts and signals components on request over a
+socket, and reaps orphans. When it ends, the kernel kills all processes of the PID namespace and removes their mounts and links.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ CONTROL = "control.sock"
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 PRIVATE = ("/run", "/var/log", "/var/lib/cni", "/var/lib/kubelet")
-"""Folders that components of a node write to under fixed names: each node has its own, in memory."""
+"""Folders whose paths are fixed in the components: each node has its own, on tmpfs."""
 SYSCTLS = {"vm/overcommit_memory": "1", "kernel/panic": "10", "kernel/panic_on_oops": "1"}
-"""The kubelet sets these for the whole machine; it gets files of its own instead."""
+"""Sysctls that the kubelet sets for the whole machine: it writes to files that are mounted over them instead."""
 
 
 def call(*argv: str) -> None:
-    """Run a command of the set-up; its output goes to our log, a failure ends us."""
+    """Run a command of the setup. Its failure ends this process."""
     subprocess.run(argv, check=True)
 
 
 def mount_private(folder: Path, dns: str) -> None:
-    """The node's private folders, its sysctl files, and a resolver that knows the cluster alone."""
+    """Mount the node's own folders, sysctl files, and a resolv.conf with only the cluster's DNS."""
     for path in PRIVATE:
         Path(path).mkdir(parents=True, exist_ok=True)
         call("mount", "-t", "tmpfs", "tmpfs", path)
@@ -47,9 +46,9 @@ def mount_private(folder: Path, dns: str) -> None:
     files = folder / "sysctl"
     files.mkdir(parents=True, exist_ok=True)
     for name, value in SYSCTLS.items():
-        own = files / name.replace("/", ".")
-        own.write_text(value + "\n")
-        call("mount", "--bind", str(own), f"/proc/sys/{name}")
+        file = files / name.replace("/", ".")
+        file.write_text(value + "\n")
+        call("mount", "--bind", str(file), f"/proc/sys/{name}")
     resolver = files / "resolv.conf"
     resolver.write_text(f"nameserver {dns}\noptions timeout:1 attempts:1\n")
     if Path("/etc/resolv.conf").exists():
@@ -57,12 +56,12 @@ def mount_private(folder: Path, dns: str) -> None:
 
 
 def write_sysctl(name: str, value: str) -> None:
-    """A sysctl of this network namespace."""
+    """Set a sysctl of this network namespace."""
     Path("/proc/sys", name).write_text(value)
 
 
 def set_up_first_node(plan: Plan) -> None:
-    """The bridge that all nodes and the machine hang on, and the first node's addresses."""
+    """Create the bridge that connects all nodes and the machine, with the first node's address."""
     first = plan.nodes[0]
     call("ip", "link", "set", "lo", "up")
     call("ip", "link", "add", "lan0", "type", "bridge")
@@ -74,15 +73,15 @@ def set_up_first_node(plan: Plan) -> None:
 
 
 def finish_network(device: str) -> None:
-    """What every node needs: forwarding, and a way for its own processes to service addresses."""
+    """Enable forwarding, and route service addresses from the node's own processes to `device`."""
     call("ip", "route", "add", SERVICE_CIDR, "dev", device)
     write_sysctl("net/ipv4/ip_forward", "1")
-    with contextlib.suppress(FileNotFoundError):  # built without bridge filtering: services between neighbours only
+    with contextlib.suppress(FileNotFoundError):  # kernel without bridge filtering: services work only between nodes
         write_sysctl("net/bridge/bridge-nf-call-iptables", "1")
 
 
 def set_up_other_node(node: Node, plan: Plan) -> None:
-    """Runs in the node's own namespaces, with the cable's end in place."""
+    """Set up another node, from inside its own namespaces, after its veth device exists."""
     call("ip", "link", "set", "lo", "up")
     call("ip", "addr", "add", f"{node.address}/24", "dev", "eth0")
     call("ip", "link", "set", "eth0", "up")
@@ -94,32 +93,32 @@ def set_up_other_node(node: Node, plan: Plan) -> None:
 
 
 def fork_node(node: Node, plan: Plan) -> int:
-    """A process that holds another node's network and mount namespaces. Returns its pid."""
-    made_read, made_write = os.pipe()
-    wired_read, wired_write = os.pipe()
-    done_read, done_write = os.pipe()
+    """Start a process that keeps another node's network and mount namespaces alive. Returns its pid."""
+    created_read, created_write = os.pipe()
+    connected_read, connected_write = os.pipe()
+    ready_read, ready_write = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             unshare(_CLONE_NEWNET | _CLONE_NEWNS)
-            os.write(made_write, b"1")
-            os.read(wired_read, 1)
+            os.write(created_write, b"1")
+            os.read(connected_read, 1)
             set_up_other_node(node, plan)
-            os.write(done_write, b"1")
-            os.close(done_write)
+            os.write(ready_write, b"1")
+            os.close(ready_write)
             while True:
                 signal.pause()
         finally:
             os._exit(1)
-    for end in (made_write, wired_read, done_write):
+    for end in (created_write, connected_read, ready_write):
         os.close(end)
-    os.read(made_read, 1)
+    os.read(created_read, 1)
     call("ip", "link", "add", node.name, "type", "veth", "peer", "name", "eth0", "netns", str(pid))
     call("ip", "link", "set", node.name, "master", "lan0", "up")
-    os.write(wired_write, b"1")
-    if os.read(done_read, 1) != b"1":
+    os.write(connected_write, b"1")
+    if os.read(ready_read, 1) != b"1":
         raise RuntimeError(f"the network of {node.name} could not be set up")
-    for end in (made_read, wired_write, done_read):
+    for end in (created_read, connected_write, ready_read):
         os.close(end)
     return pid
 
@@ -130,7 +129,7 @@ def unshare(flags: int) -> None:
 
 
 def enter(pid: int) -> None:
-    """Join the mount and network namespaces of `pid`; only between fork and exec."""
+    """Join the mount and network namespaces of `pid`. To be called between fork and exec."""
     for kind in ("mnt", "net"):
         handle = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)
         if _libc.setns(handle, 0) != 0:
@@ -140,24 +139,24 @@ def enter(pid: int) -> None:
 
 @dataclass
 class Component:
-    """A process that was started on request. `code` is None while it runs."""
+    """A process that was started on request. `exit_code` is None while it runs."""
 
     pid: int
-    code: int | None = None
+    exit_code: int | None = None
 
 
 @dataclass
-class Machine:
-    """The requests that the socket answers, and the processes that they started."""
+class ComponentManager:
+    """Handles the requests of the socket: its public methods, except `reap` and `handle`."""
 
     plan: Plan
     holders: dict[str, int]
     components: dict[str, Component] = field(default_factory=dict)
 
     def start(self, name: str, node: str, argv: list[str], log: str) -> int:
-        """Start a component on a node. Refused while one of that name runs."""
+        """Start a component on a node, unless one of that name is running. Returns its pid."""
         current = self.components.get(name)
-        if current and current.code is None:
+        if current and current.exit_code is None:
             raise ValueError(f"{name} is running")
         holder = self.holders.get(node)
         with Path(log).open("ab") as out:
@@ -165,26 +164,26 @@ class Machine:
                 argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
                 preexec_fn=(lambda: enter(holder)) if holder else None,
             )
-        process.returncode = 0  # the reaper below is the one that waits
+        process.returncode = 0  # so that Popen does not wait: `reap` does
         self.components[name] = Component(process.pid)
         return process.pid
 
     def kill(self, name: str, number: int) -> None:
-        """Send a signal to a component; nothing if it has ended."""
+        """Send a signal to a component, unless it has ended."""
         component = self.components[name]
-        if component.code is None:
+        if component.exit_code is None:
             os.kill(component.pid, number)
 
     def holder(self, node: str) -> int:
-        """A process in the node's namespaces, by its number inside."""
+        """Pid of a process in the node's namespaces, inside the PID namespace."""
         return self.holders.get(node, 1)
 
     def states(self) -> dict[str, int | None]:
-        """Exit code by component, None for those that run."""
-        return {name: component.code for name, component in self.components.items()}
+        """Exit codes by component; None: it is running."""
+        return {name: component.exit_code for name, component in self.components.items()}
 
     def reap(self) -> None:
-        """Take note of everything that has ended, orphans of containers included."""
+        """Collect the exit codes of all ended processes, including orphans of containers."""
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
@@ -192,47 +191,47 @@ class Machine:
                     return
                 for component in self.components.values():
                     if component.pid == pid:
-                        component.code = os.waitstatus_to_exitcode(status)
+                        component.exit_code = os.waitstatus_to_exitcode(status)
 
-    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+    def handle(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
-            result = getattr(self, request.pop("do"))(**request)
+            result = getattr(self, request.pop("method"))(**request)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             return {"error": f"{type(error).__name__}: {error}"}
         return {"result": result}
 
 
-def serve(machine: Machine) -> None:
-    """Answer one request a connection, and reap, for ever."""
+def serve(manager: ComponentManager) -> None:
+    """Serve one request per connection, and reap ended processes, for ever."""
     wake_read, wake_write = socket.socketpair()
     wake_write.setblocking(False)
     signal.set_wakeup_fd(wake_write.fileno())
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    listener = listen(machine.plan.folder)
-    with selectors.DefaultSelector() as waiting:
-        waiting.register(listener, selectors.EVENT_READ)
-        waiting.register(wake_read, selectors.EVENT_READ)
+    listener = listen(manager.plan.folder)
+    with selectors.DefaultSelector() as selector:
+        selector.register(listener, selectors.EVENT_READ)
+        selector.register(wake_read, selectors.EVENT_READ)
         while True:
-            for key, _ in waiting.select():
+            for key, _ in selector.select():
                 if key.fileobj is wake_read:
                     wake_read.recv(4096)
-                    machine.reap()
+                    manager.reap()
                 else:
-                    with contextlib.suppress(OSError):  # whoever asked has gone
-                        answer_one(listener, machine)
+                    with contextlib.suppress(OSError):  # the client has closed the connection
+                        serve_one(listener, manager)
 
 
-def answer_one(listener: socket.socket, machine: Machine) -> None:
+def serve_one(listener: socket.socket, manager: ComponentManager) -> None:
     connection, _ = listener.accept()
     with connection, connection.makefile("rw") as stream:
         connection.settimeout(5)
-        machine.reap()
-        stream.write(json.dumps(machine.answer(json.loads(stream.readline()))) + "\n")
+        manager.reap()
+        stream.write(json.dumps(manager.handle(json.loads(stream.readline()))) + "\n")
 
 
 @contextlib.contextmanager
 def short_path(folder: Path, name: str) -> Iterator[str]:
-    """A path to a socket in `folder` that fits the kernel's 107 characters, however deep the folder lies."""
+    """A path to a socket in `folder` of less than 108 characters (the kernel's limit), even if the folder's path is longer."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{handle}/{name}"
@@ -250,29 +249,29 @@ def listen(folder: Path) -> socket.socket:
     return listener
 
 
-def ask(folder: Path, do: str, **arguments: Any) -> Any:
-    """Used from outside: one request to the cluster in `folder`. RuntimeError with its words if it is refused."""
+def send_request(folder: Path, method: str, **arguments: Any) -> Any:
+    """Call a method of the cluster in `folder`, from outside. Errors: OSError without a cluster, RuntimeError with its error message."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(20)
         with short_path(folder, CONTROL) as path:
             connection.connect(path)
         with connection.makefile("rw") as stream:
-            stream.write(json.dumps({"do": do, **arguments}) + "\n")
+            stream.write(json.dumps({"method": method, **arguments}) + "\n")
             stream.flush()
-            answer = json.loads(stream.readline())
-    if "error" in answer:
-        raise RuntimeError(answer["error"])
-    return answer["result"]
+            response = json.loads(stream.readline())
+    if "error" in response:
+        raise RuntimeError(response["error"])
+    return response["result"]
 
 
 def main() -> None:
-    """PID 1: the cluster's folder is the one argument."""
+    """Run as PID 1. The only argument is the cluster's state folder."""
     plan = Plan.load((Path(sys.argv[1]) / "plan.json").read_text())
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     set_up_first_node(plan)
     mount_private(plan.nodes[0].folder, plan.api_address)
     holders = {node.name: fork_node(node, plan) for node in plan.nodes[1:]}
-    serve(Machine(plan, holders))
+    serve(ComponentManager(plan, holders))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Count what a cluster has on the machine: processes, namespaces, mounts, links, cgroups. After its end: nothing."""
+"""Find the processes, namespaces, mounts, links and cgroups of a cluster. After its end there must be none."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ KINDS = ("net", "mnt", "pid")
 
 
 @dataclass(frozen=True)
-class Census:
-    """What was found, by name; empty tuples mean that nothing is left."""
+class Leftovers:
+    """What was found, by name."""
 
     processes: tuple[str, ...]
     namespaces: tuple[str, ...]
@@ -25,11 +25,11 @@ class Census:
     cgroups: tuple[str, ...]
 
 
-NOTHING = Census((), (), (), (), ())
+NOTHING = Leftovers((), (), (), (), ())
 
 
 def namespaces_of(state_dir: Path) -> frozenset[str]:
-    """The namespaces that a running cluster's processes are in and this program is not."""
+    """The namespaces of a running cluster's processes, without those of this process."""
     found = set()
     for pid in processes.owned_by(state_dir):
         if inner_pid(pid) is not None:
@@ -37,29 +37,28 @@ def namespaces_of(state_dir: Path) -> frozenset[str]:
     return frozenset(found - _namespaces(os.getpid()))
 
 
-def take(state_dir: Path, namespaces: frozenset[str] = frozenset()) -> Census:
-    """Count what belongs to the cluster in `state_dir`; `namespaces` are those it had while it ran.
+def find(state_dir: Path, namespaces: frozenset[str] = frozenset()) -> Leftovers:
+    """Find what belongs to the cluster in `state_dir`, whose namespaces were `namespaces` while it ran.
 
-    A process counts if it was started by the cluster, runs below its folder, or is in one of its namespaces, as every
-    process of every container is.
+    A process belongs to it if the cluster has started it or if it is in one of these namespaces, as are the processes of containers.
     """
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and processes.born(int(p.name))]
-    inhabited = {pid: _namespaces(pid) & namespaces for pid in pids}
-    owned = set(processes.owned_by(state_dir)) | {pid for pid, inside in inhabited.items() if inside}
-    return Census(
+    pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and processes.start_time(int(p.name))]
+    namespaces_by_pid = {pid: _namespaces(pid) & namespaces for pid in pids}
+    owned = set(processes.owned_by(state_dir)) | {pid for pid, inside in namespaces_by_pid.items() if inside}
+    return Leftovers(
         processes=tuple(sorted(f"{pid} {_command(pid)}" for pid in owned)),
-        namespaces=tuple(sorted({name for inside in inhabited.values() for name in inside})),
+        namespaces=tuple(sorted({name for inside in namespaces_by_pid.values() for name in inside})),
         mounts=tuple(line for line in mounts if str(state_dir) in line or "/run/finetune/" in line),
         links=tuple(p.name for p in Path("/sys/class/net").iterdir() if p.name == HOST_LINK),
-        cgroups=tuple(str(p) for p in cgroups.left()),
+        cgroups=tuple(str(p) for p in cgroups.existing()),
     )
 
 
 def _namespaces(pid: int) -> set[str]:
     found = set()
     for kind in KINDS:
-        with contextlib.suppress(OSError):  # it has ended, or is a zombie
+        with contextlib.suppress(OSError):  # it has ended or is a zombie
             found.add(str(Path(f"/proc/{pid}/ns/{kind}").readlink()))
     return found
 
