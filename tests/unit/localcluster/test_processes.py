@@ -50,7 +50,8 @@ def test_process_with_parent_lifetime_ends_with_a_killed_parent(tmp_path: Path) 
         with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
             assert parent.stdout is not None
             assert parent.stdout.readline() == b"ready\n"
-            assert len(processes.owned_by(owner)) == 1
+            # The kernel closes the pipe on which Popen waits before it sets the environment of the new program.
+            _wait_until(lambda owner=owner: len(processes.owned_by(owner)) == 1)
             parent.send_signal(signal.SIGKILL)
         if expected == 0:
             _wait_until(lambda owner=owner: processes.owned_by(owner) == [])
