@@ -47,7 +47,7 @@ from finetune_trainer.inputs import Inputs
 
 FILE_FIELD = "distributed.deepspeed.configRef"
 DEFAULT_STAGE = 2
-FILLED_LATER = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+AUTO_ALLOWED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
 """Keys of zero_optimization whose `auto` transformers replaces by a value for the model's size."""
 _SET_IN_TRACKING = "the spec's `tracking` decides where metrics are sent"
 _REMOVED = "this version of DeepSpeed does not have it"
@@ -200,9 +200,9 @@ def _batches(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: O
     clip = merge.merge(
         "gradient_clipping", config.get("gradient_clipping"), "training.maxGradNorm", run.spec.training.max_grad_norm
     )
-    whole = rows * steps * world_size
-    merge.require_equal("train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", whole)
-    config |= {ROWS: rows, ACCUMULATION: steps, "train_batch_size": whole, "gradient_clipping": clip}
+    effective_batch = rows * steps * world_size
+    merge.require_equal("train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", effective_batch)
+    config |= {ROWS: rows, ACCUMULATION: steps, "train_batch_size": effective_batch, "gradient_clipping": clip}
     result.training |= {
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": steps,
@@ -219,20 +219,20 @@ def _rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) ->
     asked = training.batch_size_per_device
     before = merge.before_adaptation(ROWS_PATH, asked)
     is_adapted = before != asked
-    more = training.gradient_accumulation_steps
-    of_spec = merge.before_adaptation(ACCUMULATION_PATH, more) if is_adapted else more
+    asked_steps = training.gradient_accumulation_steps
+    spec_steps = merge.before_adaptation(ACCUMULATION_PATH, asked_steps) if is_adapted else asked_steps
     rows = merge.merge(ROWS, config.get(ROWS), ROWS_PATH, before)
-    steps = merge.merge(ACCUMULATION, config.get(ACCUMULATION), ACCUMULATION_PATH, of_spec)
+    steps = merge.merge(ACCUMULATION, config.get(ACCUMULATION), ACCUMULATION_PATH, spec_steps)
     if not is_adapted or merge.conflicts:
         return rows, steps
     merge.file_values |= {ROWS_PATH: rows, ACCUMULATION_PATH: steps}
     reduced = _reduced_rows(rows, steps, rows * asked / before, merge, run)
-    if (rows, steps) != (before, of_spec):
-        reason = f"as {ROWS_PATH} went from {before} to {asked}"
+    if (rows, steps) != (before, spec_steps):
+        change = f"{ROWS_PATH} went from {before} to {asked}"
         if reduced == rows:
-            note = f"{ROWS} {rows} of the file stays, though not {reason}: it has no smaller divisor that can be trained with"
+            note = f"{ROWS} {rows} of the file stays although {change}: no smaller divisor of {rows} is allowed"
         else:
-            note = f"{ROWS} {rows} of the file becomes {reduced}, {reason}, and {ACCUMULATION} {steps} becomes {steps * rows // reduced}"
+            note = f"{ROWS} {rows} of the file becomes {reduced}, as {change}, and {ACCUMULATION} {steps} becomes {steps * rows // reduced}"
         merge.notes.append(note)
     steps = steps * rows // reduced
     merge.file_values |= {ROWS_PATH: reduced, ACCUMULATION_PATH: steps}
@@ -399,7 +399,7 @@ def _zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Opti
 
 
 def _require_no_auto(config: dict[str, Any]) -> None:
-    left = [key for key in _auto_keys(config) if key.removeprefix("zero_optimization.") not in FILLED_LATER]
+    left = [key for key in _auto_keys(config) if key.removeprefix("zero_optimization.") not in AUTO_ALLOWED]
     if left:
         raise ConfigError(
             "ConfigFileInvalid",
