@@ -102,8 +102,8 @@ def ours(run: Any, inputs: Any, folder: Path) -> Lap:
 def bare(run: Any, inputs: Any, folder: Path) -> Lap:
     """One run of a plain TRL script: same arguments, same tokens."""
     from datasets import Dataset
-    from finetune_trainer.arguments import common
-    from finetune_trainer.distributed import Plan
+    from finetune_trainer.arguments import shared_arguments
+    from finetune_trainer.distributed import DistributedStrategy
     from finetune_trainer.hardware import detect
     from finetune_trainer.model import quantization_config
     from peft import LoraConfig, get_peft_model
@@ -132,7 +132,7 @@ def bare(run: Any, inputs: Any, folder: Path) -> Lap:
         )
     (tokens,) = (folder / "work" / "tokens").glob("*/train")
     args = SFTConfig(
-        **common(run, inputs, hardware, Plan(run, hardware, 1), evaluates=False),
+        **shared_arguments(run, inputs, hardware, DistributedStrategy(run, hardware, 1), evaluates=False),
         dataset_kwargs={"skip_prepare_dataset": True}, packing=dataset.packing is True,
         max_length=dataset.max_sequence_length if dataset.packing else None,
     )  # fmt: skip

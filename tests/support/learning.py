@@ -86,16 +86,16 @@ def method_of(
 ) -> Any:
     """The run's method, on a CPU. `fsdp`: for a model that FSDP will shard."""
     import torch
-    from finetune_trainer.distributed import Plan
+    from finetune_trainer.distributed import DistributedStrategy
     from finetune_trainer.hardware import Hardware
     from finetune_trainer.method.base import MethodContext
     from finetune_trainer.method.registry import create_method
 
     hardware = Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa")
-    plan = Plan(run, hardware, 1)
-    plan.name = "fsdp" if fsdp else plan.name
-    plan.keep_adapter_dtype = keep_base_dtype
-    return create_method(MethodContext(run, inputs, hardware, plan, new_token_ids=tuple(new_token_ids)))
+    strategy = DistributedStrategy(run, hardware, 1)
+    strategy.name = "fsdp" if fsdp else strategy.name
+    strategy.keeps_base_dtype = keep_base_dtype
+    return create_method(MethodContext(run, inputs, hardware, strategy, new_token_ids=tuple(new_token_ids)))
 
 
 @dataclass

@@ -10,7 +10,7 @@ from finetune_api.errors import ConfigError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import Backend, GradientCheckpointing, Scheduler, When
 
-from finetune_trainer.distributed import Plan
+from finetune_trainer.distributed import DistributedStrategy
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.schedules import SCHEDULER_NAMES, scheduler_parameters
@@ -54,14 +54,16 @@ class MemorySavers:
         return MemorySavers(mode, name, liger, (note,))
 
 
-def common(run: RunConfig, inputs: Inputs, hardware: Hardware, plan: Plan, *, evaluates: bool) -> dict[str, Any]:
+def shared_arguments(
+    run: RunConfig, inputs: Inputs, hardware: Hardware, strategy: DistributedStrategy, *, evaluates: bool
+) -> dict[str, Any]:
     """Keyword arguments of TrainingArguments. `evaluates`: whether there is validation data.
 
     Errors: ConfigError OptimizerUnknown, SchedulerParameterInvalid, EvaluationWithoutData.
     """
     training = run.spec.training
     savers = MemorySavers.choose(run, hardware)
-    plan.notes += [note for note in (*savers.notes, *unused_warmup_notes(run)) if note not in plan.notes]
+    strategy.notes += [note for note in (*savers.notes, *unused_warmup_notes(run)) if note not in strategy.notes]
     return {
         "output_dir": str(inputs.output_dir),
         "per_device_train_batch_size": training.batch_size_per_device or 4,
@@ -95,7 +97,7 @@ def common(run: RunConfig, inputs: Inputs, hardware: Hardware, plan: Plan, *, ev
         "logging_nan_inf_filter": False,
         **_checkpointing(run, savers.checkpointing),
         **_intervals(run, evaluates),
-        **plan.arguments(),
+        **strategy.training_arguments(),
     }
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from finetune_trainer.best import best_folder, copy_to_all_nodes
 from finetune_trainer.checkpoint.rates import load_states_keeping_settings
-from finetune_trainer.distributed import Plan
+from finetune_trainer.distributed import DistributedStrategy
 from finetune_trainer.library_internals import OpenTrainer, tied_weight_names
 from finetune_trainer.speed import Meter
 
@@ -37,9 +37,9 @@ QUANTIZATION_STATE = (".absmax", ".quant_map", ".quant_state.", ".nested_")
 
 
 class GuardedTrainer(OpenTrainer):
-    """Mixed in before a TRL trainer. `distributed.connected` makes a class of it with its `plan`."""
+    """Mixed in before a TRL trainer. `distributed.connect_trainer_class` makes a class of it with its `strategy`."""
 
-    plan: Plan
+    strategy: DistributedStrategy
     meter: Meter | None = None
     lora_plus_ratio: float = 1.0
     """LoRA+: learning rate of the B matrices divided by that of the A matrices."""
@@ -47,7 +47,7 @@ class GuardedTrainer(OpenTrainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Apply the settings of the strategy that TrainingArguments has no field for."""
         super().create_accelerator_and_postprocess()
-        self.plan.after_accelerator(self)
+        self.strategy.on_accelerator_created(self)
 
     def run_epoch(self, *args: Any, **options: Any) -> None:
         """Train on one pass over the data, unless a checkpoint of the last step was restored.

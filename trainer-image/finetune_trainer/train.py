@@ -94,8 +94,8 @@ class Session:
         self.run, self.channel, self.inputs, self.hooks = run, channel, inputs, hooks
         self.objective = load_objective(rules.trainer_of(run.spec))
         self.hardware = hardware.detect(run, channel.local_rank)
-        self.plan = distributed.choose(run, self.hardware, inputs, channel.world_size)
-        self.plan.before()
+        self.strategy = distributed.choose(run, self.hardware, inputs, channel.world_size)
+        self.strategy.prepare_process()
         self.resume_path = hooks.resume_path(inputs)
         self._emitted_notes: set[str] = set()
         self._emit_notes(*self.hardware.notes)
@@ -133,12 +133,12 @@ class Session:
         method = create_method(self._method_context(tokenizer))
         context.unquantized = method.before_load()
         base, notes = model.load_model(
-            self.run, self.inputs, self.hardware, sharded=self.plan.sharded_weights, kind=self.objective.model_kind,
+            self.run, self.inputs, self.hardware, sharded=self.strategy.shards_weights, kind=self.objective.model_kind,
             skip_quantization=context.unquantized,
         )  # fmt: skip
         vocabulary.fit_embeddings(base, tokenizer, self.run, [data.train, data.validation, data.test])
         trainable = method.make_trainable(base)
-        self._emit_notes(*notes, *trainable.notes, *self.plan.notes)
+        self._emit_notes(*notes, *trainable.notes, *self.strategy.notes)
         with method.trainer_construction(base):
             trainer = self.objective.build_trainer(context, args, trainable.model, data)
         method.on_trainer_created(trainer)
@@ -158,7 +158,7 @@ class Session:
 
         config = model.load_config(self.run, self.inputs)
         context = TrainingContext(
-            self.run, self.inputs, self.hardware, self.plan, tokenizer, self.channel.work / "tokens", model.positions(config), callbacks,
+            self.run, self.inputs, self.hardware, self.strategy, tokenizer, self.channel.work / "tokens", model.positions(config), callbacks,
         )  # fmt: skip
         args = self.objective.training_arguments(context, evaluates=rules.has_validation_set(self.run.spec))
         use_one_device(args)
@@ -170,7 +170,7 @@ class Session:
         from finetune_trainer.method.base import MethodContext
 
         return MethodContext(
-            self.run, self.inputs, self.hardware, self.plan, self.objective.model_kind,
+            self.run, self.inputs, self.hardware, self.strategy, self.objective.model_kind,
             new_token_ids=tuple(vocabulary.new_token_ids(tokenizer, self.run.spec.model.new_tokens)),
             is_resumed=self.resume_path is not None,
         )  # fmt: skip
@@ -212,7 +212,7 @@ class Session:
         from finetune_trainer import verification
 
         trainer, args = self.trainer, self.trainer.args
-        strategy = self.plan.verify(trainer)
+        active_strategy = self.strategy.verify(trainer)
         base = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
         attention = verification.require_attention(base, self.hardware)
         verification.require_quantization(base, self.run, self.hardware)
@@ -223,7 +223,7 @@ class Session:
             Resolved(
                 world_size=self.channel.world_size,
                 effective_batch=args.per_device_train_batch_size * args.gradient_accumulation_steps * self.channel.world_size,
-                strategy=strategy, attention=attention, device=self.hardware.name,
+                strategy=active_strategy, attention=attention, device=self.hardware.name,
                 trainable_parameters=self.trainable.trainable, total_parameters=self.trainable.total,
                 model_revision=self.inputs.model_revision, dataset_digest=self.inputs.dataset_digest,
                 dataset_rows=self.facts.rows, dataset_format=self.facts.format.value,

@@ -18,14 +18,14 @@ pytestmark = pytest.mark.pod
 def gpu_arguments(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
     """Arguments of a run on one GPU."""
     import torch
-    from finetune_trainer.arguments import common
-    from finetune_trainer.distributed import Plan
+    from finetune_trainer.arguments import shared_arguments
+    from finetune_trainer.distributed import DistributedStrategy
     from finetune_trainer.hardware import Hardware
 
     run, inputs = make_run(folder, Path("/models/tiny"), {"resources": {"gpusPerNode": 1}, **spec})
     hardware = Hardware(torch.device("cuda", 0), "NVIDIA H100", torch.bfloat16, True, False, "sdpa")
-    plan = Plan(run, hardware, 1)
-    return {**common(run, inputs, hardware, plan, evaluates=False), "notes": plan.notes}
+    strategy = DistributedStrategy(run, hardware, 1)
+    return {**shared_arguments(run, inputs, hardware, strategy, evaluates=False), "notes": strategy.notes}
 
 
 def test_backend_unsloth_changes_defaults(tmp_path: Path) -> None:

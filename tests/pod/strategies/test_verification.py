@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from finetune_api.errors import FineTuneError
-from finetune_trainer.distributed.base import Ddp, Plan
+from finetune_trainer.distributed.base import Ddp, DistributedStrategy
 from finetune_trainer.distributed.deepspeed import Deepspeed
 from finetune_trainer.distributed.deepspeed import Options as ZeroOptions
 from finetune_trainer.distributed.fsdp import Fsdp
@@ -35,7 +35,7 @@ def trainer(engine: Any = None) -> Any:
     )
 
 
-def plan(kind: str, folder: Path, ranks: int) -> Plan:
+def make_strategy(kind: str, folder: Path, ranks: int) -> DistributedStrategy:
     run, _ = make_run(folder, Path("/models/tiny"), ranks=ranks)
     match kind:
         case "fsdp":
@@ -44,7 +44,7 @@ def plan(kind: str, folder: Path, ranks: int) -> Plan:
             return Deepspeed(run, CPU, ranks, ZeroOptions(3, {}))
         case "ddp":
             return Ddp(run, CPU, ranks)
-    return Plan(run, CPU, ranks)
+    return DistributedStrategy(run, CPU, ranks)
 
 
 @pytest.mark.parametrize(
@@ -58,14 +58,14 @@ def plan(kind: str, folder: Path, ranks: int) -> Plan:
 def test_two_independent_ranks_are_refused(kind: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(FineTuneError) as caught:
-        plan(kind, tmp_path, 2).verify(trainer())
+        make_strategy(kind, tmp_path, 2).verify(trainer())
     assert (caught.value.code, caught.value.exit_code) == ("StrategyNotActive", 70)
     assert caught.value.message == expected
 
 
 def test_the_strategy_of_one_rank_is_single(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert plan("none", tmp_path, 1).verify(trainer()) == "single"
+    assert make_strategy("none", tmp_path, 1).verify(trainer()) == "single"
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 1), (3, 2)])
@@ -73,7 +73,7 @@ def test_deepspeed_with_another_stage_ranks_or_unsharded_parameters_is_refused(s
     """In the last case, stage and ranks are right, and the parameters are not sharded."""
     engine = SimpleNamespace(zero_optimization_stage=lambda: stage, world_size=ranks)
     with pytest.raises(FineTuneError) as caught:
-        plan("zero", tmp_path, 2).verify(trainer(engine))
+        make_strategy("zero", tmp_path, 2).verify(trainer(engine))
     assert caught.value.code == "StrategyNotActive"
     assert f"active: stage {stage} over {ranks} ranks, 0 of 2 parameters sharded" in caught.value.message
 

@@ -405,7 +405,7 @@ def test_unknown_layer_classes_are_refused_by_name(tmp_path: Path) -> None:
     run, _ = make_run(tmp_path, tmp_path / "model", {"distributed": {"strategy": "fsdp"}}, ranks=2)
     trainer: Any = SimpleNamespace(model=SimpleNamespace(modules=lambda: [Block()]))
     with pytest.raises(ConfigError) as caught:
-        fsdp.Fsdp(run, CPU, 2, found).after_accelerator(trainer)
+        fsdp.Fsdp(run, CPU, 2, found).on_accelerator_created(trainer)
     assert caught.value.code == "ConfigFileInvalid"
     assert "names NoSuchLayer, which the model does not have" in caught.value.message
     assert caught.value.hint == "remove it, or write one of Block"

@@ -26,13 +26,13 @@ TORCHRUN_VARIABLES = (
 """Environment variables that make accelerate create a process group."""
 
 
-class Plan:
+class DistributedStrategy:
     """The strategy of one rank. Subclasses override what differs."""
 
     name = "single"
-    sharded_weights = False
+    shards_weights = False
     """Whether a rank holds only a part of each weight."""
-    keep_adapter_dtype = False
+    keeps_base_dtype = False
     """Whether adapters must have the number format of the base model."""
 
     def __init__(self, run: RunConfig, hardware: Hardware, world_size: int):
@@ -41,21 +41,21 @@ class Plan:
         """Sentences for the status."""
 
     @property
-    def trainer_bases(self) -> tuple[type, ...]:
+    def trainer_mixins(self) -> tuple[type, ...]:
         """Mixins of the Trainer's class. They override the objective's class."""
         return ()
 
-    def before(self) -> None:
+    def prepare_process(self) -> None:
         """Prepare the process before the first use of accelerate. A single rank gets no process group."""
         if self.world_size == 1:
             for name in TORCHRUN_VARIABLES:
                 os.environ.pop(name, None)
 
-    def arguments(self) -> dict[str, Any]:
+    def training_arguments(self) -> dict[str, Any]:
         """Fields of TrainingArguments."""
         return {}
 
-    def after_accelerator(self, trainer: Any) -> None:
+    def on_accelerator_created(self, trainer: Any) -> None:
         """Called by the Trainer after it has created its accelerator."""
 
     def verify(self, trainer: Any) -> str:
@@ -69,19 +69,19 @@ class Plan:
         return active
 
 
-class Ddp(Plan):
+class Ddp(DistributedStrategy):
     """Every rank holds the whole model; gradients are averaged."""
 
     name = "ddp"
 
-    def arguments(self) -> dict[str, Any]:
+    def training_arguments(self) -> dict[str, Any]:
         """Fields of TrainingArguments. Every trained parameter is used in each step, so DDP need not search for unused ones."""
         return {"ddp_find_unused_parameters": False, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
 
-def connected(kind: type, plan: Plan, **attributes: Any) -> Any:
-    """The Trainer class `kind` of an objective with the mixins and the `plan` of a strategy."""
-    return type(kind.__name__, (*plan.trainer_bases, kind), {"plan": plan, **attributes})
+def connect_trainer_class(kind: type, strategy: DistributedStrategy, **attributes: Any) -> Any:
+    """The Trainer class `kind` of an objective with the mixins of a strategy."""
+    return type(kind.__name__, (*strategy.trainer_mixins, kind), {"strategy": strategy, **attributes})
 
 
 def active_strategy(trainer: Any) -> str:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import FsdpSharding, Strategy
 
-from finetune_trainer.distributed.base import Ddp, Plan
+from finetune_trainer.distributed.base import Ddp, DistributedStrategy
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 
 
-def choose(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> Plan:
+def choose(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
     """The strategy of a run. Errors: ConfigError for combinations that cannot run, and if a configuration file contradicts the spec."""
-    strategy = run.spec.distributed.strategy or (Strategy.DDP if world_size > 1 else Strategy.NONE)
-    match strategy:
+    asked = run.spec.distributed.strategy or (Strategy.DDP if world_size > 1 else Strategy.NONE)
+    match asked:
         case Strategy.FSDP:
             return _fsdp(run, hardware, inputs, world_size)
         case Strategy.DEEPSPEED:
@@ -21,19 +21,19 @@ def choose(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) 
 
             return deepspeed.Deepspeed(run, hardware, world_size, deepspeed.options(run, inputs, hardware, world_size))
         case _:
-            return (Ddp if world_size > 1 else Plan)(run, hardware, world_size)
+            return (Ddp if world_size > 1 else DistributedStrategy)(run, hardware, world_size)
 
 
-def _fsdp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> Plan:
+def _fsdp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
     """FSDP, or DDP for noShard: FSDP version 2 has no unsharded mode, and in version 1 that mode was DDP."""
     from finetune_trainer.distributed import fsdp
 
     chosen = fsdp.options(run, inputs, hardware, world_size)
     if chosen.sharding is not FsdpSharding.NO_SHARD:
         return fsdp.Fsdp(run, hardware, world_size, chosen)
-    plan = Ddp(run, hardware, world_size)
-    plan.notes += [
+    strategy = Ddp(run, hardware, world_size)
+    strategy.notes += [
         *chosen.notes,
         "fsdp with noShard keeps all weights on every rank, which is ddp, and runs as ddp",
     ]
-    return plan
+    return strategy

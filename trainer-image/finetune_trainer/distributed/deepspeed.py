@@ -26,7 +26,7 @@ from finetune_api.rules import (
 from finetune_api.spec.enums import Scheduler
 from pydantic import ValidationError
 
-from finetune_trainer.distributed.base import Plan
+from finetune_trainer.distributed.base import DistributedStrategy
 from finetune_trainer.distributed.user_config import (
     AUTO,
     COUNT,
@@ -201,7 +201,9 @@ def _batches(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: O
         "gradient_clipping", config.get("gradient_clipping"), "training.maxGradNorm", run.spec.training.max_grad_norm
     )
     effective_batch = rows * steps * world_size
-    merge.require_equal("train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", effective_batch)
+    merge.require_equal(
+        "train_batch_size", config.get("train_batch_size"), "micro-batch x accumulation x ranks", effective_batch
+    )
     config |= {ROWS: rows, ACCUMULATION: steps, "train_batch_size": effective_batch, "gradient_clipping": clip}
     result.training |= {
         "per_device_train_batch_size": rows,
@@ -433,7 +435,7 @@ def validate_with_deepspeed(config: dict[str, Any]) -> None:
         ) from error  # fmt: skip
 
 
-class Deepspeed(Plan):
+class Deepspeed(DistributedStrategy):
     """The model is wrapped in DeepSpeed's engine."""
 
     name = "deepspeed"
@@ -441,18 +443,18 @@ class Deepspeed(Plan):
     def __init__(self, run: RunConfig, hardware: Hardware, world_size: int, chosen: Options):
         super().__init__(run, hardware, world_size)
         self.chosen = chosen
-        self.sharded_weights = self.keep_adapter_dtype = chosen.stage == 3
+        self.shards_weights = self.keeps_base_dtype = chosen.stage == 3
         self.notes += [*chosen.notes, f"DeepSpeed ZeRO stage {chosen.stage}"]
         raise_first_finding("StrategyAndMethod", incompatible_with_deepspeed(run.spec))
         if chosen.stage == 3:
             raise_first_finding("StrategyAndMethod", incompatible_with_zero3(run.spec))
 
     @property
-    def trainer_bases(self) -> tuple[type, ...]:
+    def trainer_mixins(self) -> tuple[type, ...]:
         """A mixin that loads the best weights."""
         return (_best_weights_mixin(),)
 
-    def before(self) -> None:
+    def prepare_process(self) -> None:
         """Create the process group that DeepSpeed needs even for one rank. On CPU, accelerate would create it too late."""
         import deepspeed
         import torch
@@ -472,7 +474,7 @@ class Deepspeed(Plan):
                 torch.distributed.init_process_group("gloo")
             deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
 
-    def arguments(self) -> dict[str, Any]:
+    def training_arguments(self) -> dict[str, Any]:
         """Fields of TrainingArguments."""
         return {**self.chosen.training, "deepspeed": copy.deepcopy(self.chosen.config)}
 

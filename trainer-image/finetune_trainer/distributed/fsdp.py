@@ -3,7 +3,7 @@
 Three gaps of the libraries are closed. On CPU (tests, small runs) accelerate never enables FSDP, and two ranks would run DDP without
 an error (`library_internals.enable_fsdp_on_cpu`). Checkpoints hold the model or the adapter in the same plain folder that a single
 rank writes; only the optimizer stays sharded. And 4-bit weights are stored as floats, because accelerate leaves integers unsharded
-with only a warning (`finetune_trainer.model` does so if `sharded_weights` is set).
+with only a warning (`finetune_trainer.model` does so if `shards_weights` is set).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from finetune_api.pod import RunConfig
 from finetune_api.rules import incompatible_with_fsdp, raise_first_finding
 from finetune_api.spec.enums import FsdpSharding, FsdpStateDict, GradientCheckpointing
 
-from finetune_trainer.distributed.base import Plan
+from finetune_trainer.distributed.base import DistributedStrategy
 from finetune_trainer.distributed.user_config import (
     COUNT,
     MAPPING,
@@ -222,11 +222,11 @@ def _is_true(value: Any) -> bool:
     return TRUTH_WORDS[str(value).lower()] if value is not None else False
 
 
-class Fsdp(Plan):
+class Fsdp(DistributedStrategy):
     """Every rank holds a shard of everything."""
 
     name = "fsdp"
-    sharded_weights = True
+    shards_weights = True
 
     def __init__(self, run: RunConfig, hardware: Hardware, world_size: int, chosen: Options):
         super().__init__(run, hardware, world_size)
@@ -235,11 +235,11 @@ class Fsdp(Plan):
         raise_first_finding("StrategyAndMethod", incompatible_with_fsdp(run.spec))
 
     @property
-    def trainer_bases(self) -> tuple[type, ...]:
+    def trainer_mixins(self) -> tuple[type, ...]:
         """A mixin that saves and loads sharded state."""
         return (_sharded_checkpoints_mixin(),)
 
-    def arguments(self) -> dict[str, Any]:
+    def training_arguments(self) -> dict[str, Any]:
         """Fields of TrainingArguments. The model is always saved unsharded; see `ShardedCheckpoints`."""
         config = {
             "version": 2, "reshard_after_forward": self.chosen.sharding is FsdpSharding.FULL_SHARD,
@@ -247,7 +247,7 @@ class Fsdp(Plan):
         }  # fmt: skip
         return {"fsdp": True, "fsdp_config": config, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
-    def after_accelerator(self, trainer: Any) -> None:
+    def on_accelerator_created(self, trainer: Any) -> None:
         """On CPU, enable FSDP, which accelerate enables on GPUs only. In 16 bits, reduce gradients in 32.
 
         accelerate would also sum the gradients and round the loss in 16 bits; DDP sums them in 32.
@@ -313,7 +313,7 @@ def _sharded_checkpoints_mixin() -> type:
         transformers 5.23 writes either complete safetensors and complete states, or shards, which no library loads as a model.
         """
 
-        plan: Fsdp
+        strategy: Fsdp
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             """Gather the trained weights (adapter) or all weights (model), and write them as a single rank would."""
@@ -356,7 +356,7 @@ def _sharded_checkpoints_mixin() -> type:
         @contextmanager
         def _optimizer_layout(self, plugin: Any, checkpoint: str | None = None) -> Iterator[None]:
             """Set the layout of the optimizer's state for one call: accelerate reads it from the plugin, as that of the model."""
-            sharded = self.plan.chosen.state_dict is FsdpStateDict.SHARDED
+            sharded = self.strategy.chosen.state_dict is FsdpStateDict.SHARDED
             if checkpoint is not None:
                 sharded = not (Path(checkpoint) / "optimizer.bin").exists()
             before = plugin.state_dict_type, plugin.state_dict_config, plugin.optim_state_dict_config

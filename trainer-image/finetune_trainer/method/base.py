@@ -16,7 +16,7 @@ from finetune_api.errors import ConfigError, InternalError
 from finetune_api.pod import RunConfig
 from finetune_api.spec.enums import MethodType, OutputKind
 
-from finetune_trainer.distributed import Plan
+from finetune_trainer.distributed import DistributedStrategy
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.library_internals import copied_modules
@@ -34,7 +34,7 @@ class MethodContext:
     run: RunConfig
     inputs: Inputs
     hardware: Hardware
-    plan: Plan
+    strategy: DistributedStrategy
     model_kind: str = "causal"
     """Head of the model, as `model.load_model` names it."""
     new_token_ids: tuple[int, ...] = ()
@@ -92,7 +92,7 @@ class Method:
     def on_trainer_created(self, trainer: Any) -> None:
         """Change or check what the Trainer's constructor did to the model. Errors: ConfigError HalfWeights."""
         # DeepSpeed scales the loss itself and keeps its own 32-bit copies.
-        if self.context.hardware.fp16 and self.context.plan.name != "deepspeed":
+        if self.context.hardware.fp16 and self.context.strategy.name != "deepspeed":
             require_scalable_weights(trainer.model)
 
     def make_trainable(self, model: Any) -> TrainableModel:
@@ -106,7 +106,7 @@ class Method:
             raise InternalError(
                 "NothingTrainable", f"method {self.context.run.spec.method.type} left no parameter to train"
             )
-        if self.context.plan.name == "fsdp":
+        if self.context.strategy.name == "fsdp":
             require_unshared_copies(trainable.model)
         self.after_apply(trainable)
         return trainable

@@ -21,7 +21,7 @@ class PeftMethod(Method):
     @property
     def keeps_base_dtype(self) -> bool:
         """Whether adapters must have the base model's number format (ZeRO stage 3 shards only one format)."""
-        return self.context.plan.keep_adapter_dtype
+        return self.context.strategy.keeps_base_dtype
 
     def after_apply(self, trainable: TrainableModel) -> None:
         hardware = self.context.hardware

@@ -14,7 +14,7 @@ from finetune_api.spec.enums import DatasetFormat, TrainerType
 from transformers import TrainingArguments
 
 from finetune_trainer.data.prepare import Splits
-from finetune_trainer.distributed import Plan, connected
+from finetune_trainer.distributed import DistributedStrategy, connect_trainer_class
 from finetune_trainer.hardware import Hardware
 from finetune_trainer.inputs import Inputs
 
@@ -29,7 +29,7 @@ class TrainingContext:
     run: RunConfig
     inputs: Inputs
     hardware: Hardware
-    plan: Plan
+    strategy: DistributedStrategy
     tokenizer: Any
     token_cache: Path
     """Folder for tokenised data."""
@@ -103,7 +103,7 @@ class Objective(ABC, Generic[SplitsT, ArgumentsT]):
 
     def build_trainer(self, context: TrainingContext, args: ArgumentsT, model: Any, data: SplitsT) -> Any:
         """The Trainer, connected to the strategy."""
-        trainer_class = connected(self.trainer_class, context.plan, **self.trainer_attributes(data))
+        trainer_class = connect_trainer_class(self.trainer_class, context.strategy, **self.trainer_attributes(data))
         return trainer_class(
             model=model, args=args, train_dataset=data.train, eval_dataset=data.validation, processing_class=context.tokenizer,
             callbacks=list(context.callbacks), **self.trainer_options(context),

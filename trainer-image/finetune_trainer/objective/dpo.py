@@ -9,7 +9,7 @@ from finetune_api.spec.trainer import Dpo as DpoSpec
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 
-from finetune_trainer.arguments import common
+from finetune_trainer.arguments import shared_arguments
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.library_internals import OwnDatasetPreparation
 from finetune_trainer.objective import answers
@@ -48,7 +48,7 @@ class DpoObjective(Objective[answers.Splits, DPOConfig]):
         spec = context.run.spec.trainer.dpo or DpoSpec()
         losses = spec.loss_types or [DpoLoss.SIGMOID]
         return DPOConfig(
-            **common(context.run, context.inputs, context.hardware, context.plan, evaluates=evaluates),
+            **shared_arguments(context.run, context.inputs, context.hardware, context.strategy, evaluates=evaluates),
             beta=0.1 if spec.beta is None else spec.beta,
             loss_type=[LOSSES[loss] for loss in losses],
             label_smoothing=spec.label_smoothing or 0.0,

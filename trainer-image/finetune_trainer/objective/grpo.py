@@ -17,7 +17,7 @@ from trl.trainer import grpo_trainer
 from trl.trainer.grpo_config import GRPOConfig
 from trl.trainer.grpo_trainer import GRPOTrainer
 
-from finetune_trainer.arguments import common
+from finetune_trainer.arguments import shared_arguments
 from finetune_trainer.data.load import Rows, load
 from finetune_trainer.data.prepare import Splits, max_sequence_length, render_options, use_chat_template
 from finetune_trainer.data.rows import Conversation, Prompt, Turn
@@ -67,13 +67,13 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
     def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> GRPOConfig:
         """Errors: ConfigError CompletionTooLong, and the errors of the rewards."""
         run, spec = context.run, context.run.spec.trainer.grpo or GrpoSpec()
-        fields = common(run, context.inputs, context.hardware, context.plan, evaluates=evaluates)
+        fields = shared_arguments(run, context.inputs, context.hardware, context.strategy, evaluates=evaluates)
         del fields["train_sampling_strategy"]
         generations = spec.num_generations or 8
         if fields["metric_for_best_model"] is not None:
             fields |= {"metric_for_best_model": "eval_reward", "greater_is_better": True}
         if fields["eval_strategy"] != "no" or has_test_set(run.spec):
-            batch = fields["per_device_eval_batch_size"] * context.plan.world_size
+            batch = fields["per_device_eval_batch_size"] * context.strategy.world_size
             fields["num_generations_eval"] = _generations_for_evaluation(batch, generations)
         return GRPOConfig(
             **fields,

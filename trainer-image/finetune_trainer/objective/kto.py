@@ -11,7 +11,7 @@ from finetune_api.spec.trainer import Dpo as DpoSpec
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.kto_trainer import KTOTrainer
 
-from finetune_trainer.arguments import common
+from finetune_trainer.arguments import shared_arguments
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.library_internals import OwnDatasetPreparation
 from finetune_trainer.objective import answers
@@ -60,7 +60,7 @@ class KtoObjective(Objective[answers.Splits, KTOConfig]):
 
     def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> KTOConfig:
         spec = context.run.spec.trainer.dpo or DpoSpec()
-        fields = common(context.run, context.inputs, context.hardware, context.plan, evaluates=evaluates)
+        fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, evaluates=evaluates)
         return KTOConfig(
             **{**fields, "train_sampling_strategy": "sequential"},
             beta=0.1 if spec.beta is None else spec.beta,

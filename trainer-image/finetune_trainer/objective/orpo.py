@@ -9,7 +9,7 @@ from finetune_api.spec.enums import TrainerType
 from finetune_api.spec.trainer import Dpo as DpoSpec
 from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-from finetune_trainer.arguments import common
+from finetune_trainer.arguments import shared_arguments
 from finetune_trainer.data.tokenise import IGNORED_LABEL
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.objective import answers
@@ -52,7 +52,7 @@ class OrpoObjective(Objective[answers.Splits, ORPOConfig]):
     def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> ORPOConfig:
         run, spec = context.run, context.run.spec.trainer.dpo or DpoSpec()
         return ORPOConfig(
-            **common(run, context.inputs, context.hardware, context.plan, evaluates=evaluates),
+            **shared_arguments(run, context.inputs, context.hardware, context.strategy, evaluates=evaluates),
             beta=0.1 if spec.beta is None else spec.beta, max_length=answers.length_limits(context).sequence,
             remove_unused_columns=False,
         )  # fmt: skip

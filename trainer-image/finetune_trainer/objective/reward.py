@@ -11,7 +11,7 @@ from finetune_api.spec.enums import MethodType, TrainerType
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
-from finetune_trainer.arguments import common
+from finetune_trainer.arguments import shared_arguments
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.objective import answers
 from finetune_trainer.objective.base import TEST_LOSS, DataFacts, HeldOutMetric, Objective, TrainingContext
@@ -36,7 +36,7 @@ class RewardObjective(Objective[answers.Splits, RewardConfig]):
     def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> RewardConfig:
         """Errors: ConfigError AdapterWithoutHead."""
         _require_score_head(context)
-        fields = common(context.run, context.inputs, context.hardware, context.plan, evaluates=evaluates)
+        fields = shared_arguments(context.run, context.inputs, context.hardware, context.strategy, evaluates=evaluates)
         return RewardConfig(**fields, max_length=None)
 
 

@@ -13,7 +13,7 @@ from finetune_api.spec.enums import MethodType, TrainerType
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
-from finetune_trainer.arguments import common
+from finetune_trainer.arguments import shared_arguments
 from finetune_trainer.data.prepare import Prepared, prepare
 from finetune_trainer.engine import GuardedTrainer
 from finetune_trainer.library_internals import attention_implementation
@@ -168,7 +168,7 @@ class SftObjective(Objective[Prepared, SFTConfig]):
         run = context.run
         packing = run.spec.dataset.packing is True
         return SFTConfig(
-            **common(run, context.inputs, context.hardware, context.plan, evaluates=evaluates),
+            **shared_arguments(run, context.inputs, context.hardware, context.strategy, evaluates=evaluates),
             packing=packing,
             eval_packing=False,
             max_length=run.spec.dataset.max_sequence_length or 2048 if packing else None,
@@ -188,7 +188,9 @@ class SftObjective(Objective[Prepared, SFTConfig]):
         report = data.reports["train"]
         mean_length = report.tokens / max(1, report.rows)
         flops = flops_per_token(Shape.of(base), mean_length, frozen_base=not is_full, trained=trained_parameters(base))
-        trainer.meter = Meter(flops_of_token=flops, peak=peak_of(context.hardware.name), ranks=context.plan.world_size)
+        trainer.meter = Meter(
+            flops_of_token=flops, peak=peak_of(context.hardware.name), ranks=context.strategy.world_size
+        )
         return trainer
 
     def verify_trainer(self, trainer: Any) -> None:
