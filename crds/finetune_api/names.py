@@ -348,6 +348,8 @@ class Reason(StrEnum):
     """A checkpoint was skipped for lack of local disk."""
     CHECKPOINT_NOT_STORED = "CheckpointNotStored"
     """A checkpoint could not be staged or uploaded; training goes on, and the one committed before it counts."""
+    STATUS_REJECTED = "StatusRejected"
+    """The API server rejected the status; it is written without what the pods reported, so that the job can still be controlled."""
     # Ends of attempts and jobs
     PREEMPTED = "Preempted"
     """The cluster took the pods; the attempt is free of charge."""

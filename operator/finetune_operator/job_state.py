@@ -40,3 +40,5 @@ class JobState:
     pending: PendingChanges = field(default_factory=PendingChanges)
     first_status_due: float | None = None
     """Until when the first status may be deferred during a burst, in loop time."""
+    status_rejection: str = ""
+    """The last message with which the API server rejected this job's status: the same rejection is reported once."""

@@ -99,6 +99,60 @@ def _with_generation(status: FineTuneJobStatus, generation: int) -> FineTuneJobS
     )
 
 
+def reduced_status(new: FineTuneJobStatus, stored: FineTuneJobStatus) -> FineTuneJobStatus:
+    """The parts of `new` that later decisions depend on; what pods report stays as stored.
+
+    For a status that the API server rejects: suspend, cancel and the deadline must act all the same.
+    """
+    resolved = new.resolved or Resolved()
+    return FineTuneJobStatus(
+        observed_generation=new.observed_generation,
+        phase=new.phase,
+        reason=new.reason,
+        conditions=new.conditions,
+        attempt=new.attempt,
+        restarts=new.restarts,
+        retries_used=new.retries_used,
+        active_seconds=new.active_seconds,
+        attempts=_reduced_attempts(new.attempts, stored.attempts),
+        progress=stored.progress,
+        metrics=stored.metrics,
+        checkpoints=stored.checkpoints,
+        latest_checkpoint=stored.latest_checkpoint,
+        latest_checkpoint_step=stored.latest_checkpoint_step,
+        output=Output(uri=new.output.uri) if new.output else None,
+        failure=_reduced_failure(new.failure),
+        adaptations=new.adaptations,
+        workers=new.workers,
+        resolved=merge(
+            stored.resolved or Resolved(), Resolved(defaults=resolved.defaults, spec_sha256=resolved.spec_sha256)
+        ),
+        start_time=new.start_time,
+        completion_time=new.completion_time,
+        duration=new.duration,
+    )
+
+
+def _reduced_attempts(new: list[Attempt], stored: list[Attempt]) -> list[Attempt]:
+    known = {one.number: one for one in stored}
+    return [
+        Attempt(
+            number=one.number, start_time=one.start_time, end_time=one.end_time, reason=one.reason, message=one.message,
+            exit_code=one.exit_code, node=one.node, config_sha256=one.config_sha256, counted=one.counted,
+            resumed_from_step=before.resumed_from_step if before else None, last_step=before.last_step if before else None,
+            committed_step=before.committed_step if before else None, steps_lost=before.steps_lost if before else None,
+        )
+        for one in new
+        for before in [known.get(one.number)]
+    ]  # fmt: skip
+
+
+def _reduced_failure(failure: Failure | None) -> Failure | None:
+    if failure is None:
+        return None
+    return Failure(class_=failure.class_, code=failure.code, message=failure.message, hint=failure.hint)
+
+
 # Attempts and counters
 
 

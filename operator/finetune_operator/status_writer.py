@@ -15,12 +15,12 @@ from finetune_operator.events import Note, Recorder, transitions
 from finetune_operator.facts import Facts
 from finetune_operator.job_state import JobState
 from finetune_operator.killpoints import Point, reach
-from finetune_operator.kube import Kube
+from finetune_operator.kube import Invalid, Kube
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import FINETUNEJOB, Object
 from finetune_operator.plan import ActionResult, Plan, Situation
 from finetune_operator.policies.timeouts import seconds_between
-from finetune_operator.report import report
+from finetune_operator.report import reduced_status, report
 from finetune_operator.throttle import MAX_DEFER_SECONDS, StatusThrottle
 from finetune_operator.views import JobObject, read_finetunejob
 from finetune_operator.workqueue import Key, WorkQueue
@@ -61,14 +61,42 @@ class StatusWriter:
         now = asyncio.get_running_loop().time()
         await self._recorder.emit(facts.job, notes)
         reach(Point.BEFORE_STATUS_WRITE)
-        written = await self._kube.replace(FINETUNEJOB, key.namespace, status_body(facts.job, after), subresource="status")
+        written = await self._replace_status(facts.job, new, state)
         reach(Point.AFTER_STATUS_WRITE)
         # The next interval starts when the progress was received. If it started at the write, one late write would delay all later ones.
         received_ago = seconds_between(facts.last_report.time, facts.now) if facts.last_report else 0.0
         self._throttle.record_write(state.pending, now - received_ago)
-        self._cache.put_finetunejob(read_finetunejob(written))
+        self._cache.put_finetunejob(written)
         self._recorder.commit(facts.job.uid)
         self._record_metrics(facts, old, new, plan)
+
+    async def _replace_status(self, job: JobObject, new: FineTuneJobStatus, state: JobState) -> JobObject:
+        """Write the status; where the API server rejects it, without what pods reported, so that control goes on."""
+        try:
+            return await self._replace(job, new)
+        except Invalid as error:
+            await self._report_rejection(job, error, state)
+        reduced = reduced_status(new, job.status)
+        if reduced.to_wire() == job.status.to_wire():
+            return job
+        try:
+            return await self._replace(job, reduced)
+        except Invalid as error:
+            # A newer CRD may reject values that an older one stored.
+            logger.warning("the API server rejects the stored status, too: %s", error)
+            return await self._replace(job, reduced_status(new, FineTuneJobStatus()))
+
+    async def _replace(self, job: JobObject, status: FineTuneJobStatus) -> JobObject:
+        body = status_body(job, status.to_wire())
+        return read_finetunejob(await self._kube.replace(FINETUNEJOB, job.namespace, body, subresource="status"))
+
+    async def _report_rejection(self, job: JobObject, error: Invalid, state: JobState) -> None:
+        if error.message == state.status_rejection:
+            return
+        state.status_rejection = error.message
+        logger.warning("the API server rejects the status, which is written without what pods reported: %s", error)
+        text = f"the API server rejects the status, which is written without what the pods reported: {error.message}"
+        await self._recorder.emit(job, [Note(Reason.STATUS_REJECTED, text, "Warning", "Report")])
 
     def _delay(
         self, facts: Facts, plan: Plan, new: FineTuneJobStatus, notes: list[Note], state: JobState, *, is_transition: bool

@@ -12,7 +12,7 @@ from typing import Any, cast
 from finetune_api.names import API_VERSION, KIND
 from finetune_operator.cache import Cache
 from finetune_operator.events import Recorder
-from finetune_operator.kube import AlreadyExists, Conflict, Created, Kube, Listing, NotFound, ServerClock
+from finetune_operator.kube import AlreadyExists, Conflict, Created, Invalid, Kube, Listing, NotFound, ServerClock
 from finetune_operator.metrics import Metrics
 from finetune_operator.objects import EVENT, FINETUNEJOB, JOB, POD, Kind, Object
 from finetune_operator.reconcile import Reconciler
@@ -36,6 +36,7 @@ class Server:
     requests: list[tuple[str, str]] = field(default_factory=list)
     clock: ServerClock = field(default_factory=ServerClock)
     before: Callable[[str, Kind], None] = lambda verb, kind: None
+    rejects_status: Callable[[Object], bool] = lambda status: False
 
     def _receive(self, verb: str, kind: Kind) -> None:
         self.requests.append((verb, kind.plural))
@@ -79,6 +80,8 @@ class Server:
         known = self.objects[kind.plural, name]
         if known["metadata"]["resourceVersion"] != body["metadata"]["resourceVersion"]:
             raise Conflict("update", kind, name, 409, "Conflict", "")
+        if self.rejects_status(body["status"]):
+            raise Invalid("update", kind, name, 422, "Invalid", "status.progress.step: Invalid value")
         return self.put(kind, {**known, "status": body["status"]})
 
     async def patch(self, kind: Kind, namespace: str, name: str, body: Object) -> Object:

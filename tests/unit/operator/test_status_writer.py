@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from finetune_api.names import Annotation, Reason
@@ -14,7 +15,7 @@ from finetune_operator.kube import Created, Forbidden
 from finetune_operator.objects import CORE_EVENT, EVENT, FINETUNEJOB, JOB, Kind, Object
 from finetune_operator.plan import Plan, Situation
 from finetune_operator.status_writer import may_defer
-from finetune_operator.views import read_status
+from finetune_operator.views import JobView, read_status
 
 from tests.unit.operator.fake_cluster import KEY, Process, Server, new_server, start_attempt
 from tests.unit.operator.samples import CONFIG, SPEC, ended, pod, report
@@ -262,3 +263,87 @@ async def test_progress_interval_starts_when_the_report_was_received(
     assert server.finetunejob["status"]["progress"]["step"] == 7
     passed = asyncio.get_running_loop().time() - process.reconciler._observer.states[KEY].pending.progress_at
     assert 4 <= passed < 8
+
+
+# A status that the API server rejects
+
+
+def has_progress(status: Object) -> bool:
+    return "step" in (status.get("progress") or {})
+
+
+def report_step(process: Process, job: JobView, monkeypatch: pytest.MonkeyPatch, **reported: Any) -> None:
+    """The pod runs and reports a step."""
+    process.cache.put_pod(pod(version=5, created_at=job.created_at))
+    received = ReceivedReport(report(progress={"step": 7}, **reported), process.server.clock.now(), "pod-1-0")
+    monkeypatch.setattr(process.scraper, "last_report", lambda key, uid, attempt: received if attempt == 1 else None)
+
+
+async def finish_deletion(process: Process, job: JobView) -> None:
+    """The Job is deleted, and its pod ends."""
+    assert (JOB.plural, job.name) not in process.server.objects
+    process.cache.mark_pod_deleted(ended(pod(version=9, created_at=job.created_at), 75))
+    for _ in range(3):
+        process.refresh()
+        await process.reconcile()
+
+
+@pytest.mark.parametrize(("wish", "phase"), [({"suspend": True}, "Suspended"), ({"cancel": True}, "Cancelled")])
+async def test_suspend_and_cancel_act_although_the_status_is_rejected(
+    server: Server, monkeypatch: pytest.MonkeyPatch, wish: Object, phase: str
+) -> None:
+    server.rejects_status = has_progress
+    process, job = await start_attempt(server)
+    report_step(process, job, monkeypatch)
+    await process.reconcile()
+    server.write_spec({**SPEC, **wish})
+    process.refresh()
+    for _ in range(2):
+        await process.reconcile()
+    await finish_deletion(process, job)
+    assert server.finetunejob["status"]["phase"] == phase
+    assert not has_progress(server.finetunejob["status"])
+    assert server.event_counts()[Reason.STATUS_REJECTED] == 1
+
+
+async def test_deadline_acts_although_the_status_is_rejected(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.rejects_status = has_progress
+    server.finetunejob["spec"] = {**SPEC, "policy": {"activeDeadlineSeconds": 600}}
+    process, job = await start_attempt(server)
+    report_step(process, job, monkeypatch)
+    await process.reconcile()
+    server.clock.offset = timedelta(seconds=601)
+    for _ in range(2):
+        await process.reconcile()
+    await finish_deletion(process, job)
+    assert server.finetunejob["status"]["phase"] == "Failed"
+    assert server.finetunejob["status"]["failure"]["code"] == Reason.DEADLINE_EXCEEDED
+
+
+async def test_rejected_progress_leaves_the_stored_status_as_it_is(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    process, job = await start_attempt(server)
+    process.cache.put_pod(pod(version=5, created_at=job.created_at))
+    await process.reconcile()
+    server.rejects_status = has_progress
+    report_step(process, job, monkeypatch, stage="downloading")
+    process.reconciler._observer.states[KEY].pending.progress_at = float("-inf")
+    stored = server.finetunejob
+    for _ in range(3):
+        await process.reconcile()
+    changed = [one for one in ("phase", "attempts", "progress") if server.finetunejob["status"].get(one) != stored["status"].get(one)]
+    assert changed == []
+    assert server.event_counts()[Reason.STATUS_REJECTED] == 1
+
+
+async def test_stored_values_that_a_newer_crd_rejects_are_left_out(server: Server) -> None:
+    process, job = await start_attempt(server)
+    stored = server.finetunejob
+    checkpoint = {"step": 5, "uri": "s3://b/5"}
+    server.put(FINETUNEJOB, {**stored, "status": {**stored["status"], "checkpoints": [checkpoint]}})
+    server.rejects_status = lambda status: "checkpoints" in status and status["checkpoints"] != []
+    process.refresh()
+    server.write_spec({**SPEC, "suspend": True})
+    process.refresh()
+    await process.reconcile()
+    assert server.finetunejob["status"]["attempts"][0]["reason"] == Reason.SUSPENDED
+    assert server.finetunejob["status"].get("checkpoints", []) == []
