@@ -327,9 +327,11 @@ async def test_rejected_progress_leaves_the_stored_status_as_it_is(server: Serve
     server.rejects_status = has_progress
     report_step(process, job, monkeypatch, stage="downloading")
     process.reconciler._observer.states[KEY].pending.progress_at = float("-inf")
-    stored = server.finetunejob
+    stored, versions = server.finetunejob, []
     for _ in range(3):
         await process.reconcile()
+        versions.append(server.finetunejob["metadata"]["resourceVersion"])
+    assert len(set(versions)) == 1
     changed = [one for one in ("phase", "attempts", "progress") if server.finetunejob["status"].get(one) != stored["status"].get(one)]
     assert changed == []
     assert server.event_counts()[Reason.STATUS_REJECTED] == 1
