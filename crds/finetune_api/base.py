@@ -10,7 +10,7 @@ import ast
 import inspect
 from enum import Enum, StrEnum
 from functools import cache
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 from pydantic.alias_generators import to_camel
@@ -117,10 +117,20 @@ def status_field(
     return Field(default=default, description=description, json_schema_extra=extra or None)
 
 
-class Group(WireModel):
-    """A group of options. `cel` holds (expression, message) pairs that concern only the group's own fields."""
+class CelRule(NamedTuple):
+    """A rule that the API server checks inside a group of the spec."""
 
-    cel: ClassVar[tuple[tuple[str, str], ...]] = ()
+    expression: str
+    message: str
+    """What the API server answers if the expression is false."""
+    code: str
+    """Code of the rule in `finetune_api.rules` that refuses the same specs offline."""
+
+
+class Group(WireModel):
+    """A group of options. `cel` contains the rules that concern only the group's own fields."""
+
+    cel: ClassVar[tuple[CelRule, ...]] = ()
 
 
 def nested_group(annotation: Any) -> type[Group] | None:

@@ -111,7 +111,7 @@ def model_schema(model: type[BaseModel], path: tuple[str, ...]) -> Schema:
 
 def _rules(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str, str]]:
     if issubclass(model, Group):
-        yield from model.cel
+        yield from ((rule.expression, rule.message) for rule in model.cel)
     if path == ("spec",):
         yield from ((rule.cel, rule.message) for rule in RULES if rule.cel)
 
@@ -170,7 +170,7 @@ def _scalar(annotation: type, metadata: list[Any], path: tuple[str, ...]) -> Sch
     raise TypeError(f"{'.'.join(path)}: no structural schema for {annotation}")
 
 
-def _constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
+def constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
     """(name, value) of every constraint, whether it stands in a Field, a StringConstraints or alone."""
     for item in metadata:
         parts = [*item.metadata, item] if isinstance(item, FieldInfo) else [item]
@@ -187,7 +187,7 @@ def _constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
 def _bounds(metadata: list[Any]) -> Schema:
     """Bounds of a number. A fractional bound is a CEL rule: the API server cuts it to an integer where the value has no decimal point."""
     schema: Schema = {}
-    for name, value in _constraints(metadata):
+    for name, value in constraints(metadata):
         if name == "enum":
             schema["enum"] = value
         elif isinstance(value, float) and not value.is_integer():
@@ -208,12 +208,12 @@ COMPARISONS = {
 
 
 def _length(metadata: list[Any], what: str) -> Schema:
-    found = dict(_constraints(metadata))
+    found = dict(constraints(metadata))
     return {f"{side}{what}": found[f"{side}_length"] for side in ("min", "max") if f"{side}_length" in found}
 
 
 def _pattern(metadata: list[Any]) -> Schema:
-    found = dict(_constraints(metadata))
+    found = dict(constraints(metadata))
     return {"pattern": found["pattern"]} if "pattern" in found else {}
 
 

@@ -1,4 +1,4 @@
-"""Where pods run, and with what environment."""
+"""Rules for `spec.placement`: environment variables, volumes, and names that must be unique."""
 
 from __future__ import annotations
 
@@ -9,11 +9,53 @@ from finetune_api.spec import FineTuneJobSpec
 
 @rule("EnvironmentReserved")
 def environment(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    ours = {member.value for member in Env}
+    reserved = {member.value for member in Env}
     for i, variable in enumerate(spec.placement.env or []):
-        if variable.name in ours or variable.name.startswith("FINETUNE_"):
+        if variable.name in reserved or variable.name.startswith("FINETUNE_"):
             yield (
                 f"placement.env[{i}].name",
-                f"{variable.name} is set by the operator",
-                "remove it; credentials belong into storage.credentialsSecretRef and model.tokenSecretRef",
+                f"the operator sets {variable.name}",
+                "remove it; credentials belong in storage.credentialsSecretRef and model.tokenSecretRef",
             )
+
+
+@rule("EnvironmentContradiction")
+def environment_values(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    for i, variable in enumerate(spec.placement.env or []):
+        if variable.value is not None and variable.secret_key_ref is not None:
+            yield f"placement.env[{i}]", f"{variable.name} has both `value` and `secretKeyRef`", "remove one of the two"
+
+
+@rule("VolumeContradiction")
+def volumes(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    for i, volume in enumerate(spec.placement.volumes or []):
+        given = [source for source in (volume.persistent_volume_claim, volume.config_map, volume.secret) if source is not None]
+        if len(given) != 1:
+            yield (
+                f"placement.volumes[{i}]",
+                f"{volume.name} has {len(given)} sources",
+                "write exactly one of `persistentVolumeClaim`, `configMap` and `secret`",
+            )
+    names = [volume.name for volume in spec.placement.volumes or []]
+    for i, mount in enumerate(spec.placement.volume_mounts or []):
+        if mount.name not in names:
+            there = f"placement.volumes contains {', '.join(names)}" if names else "there are no placement.volumes"
+            yield (
+                f"placement.volumeMounts[{i}].name",
+                f"{mount.name} is not the name of a volume: {there}",
+                "add the volume to placement.volumes, or write the name of one",
+            )
+
+
+@rule("PlacementNameTwice")
+def unique_names(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    placement = spec.placement
+    keys = {
+        "env[{}].name": [one.name for one in placement.env or []],
+        "volumes[{}].name": [one.name for one in placement.volumes or []],
+        "volumeMounts[{}].mountPath": [one.mount_path for one in placement.volume_mounts or []],
+    }
+    for path, values in keys.items():
+        for i, value in enumerate(values):
+            if value in values[:i]:
+                yield f"placement.{path.format(i)}", f"{value} is used twice", "use each once"

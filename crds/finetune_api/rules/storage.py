@@ -1,47 +1,57 @@
-"""Storage connections."""
+"""Rules for `spec.storage` and the other storage connections."""
 
 from __future__ import annotations
 
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.spec import FineTuneJobSpec
-from finetune_api.spec.enums import (
-    EncryptionType,
-)
+from finetune_api.spec.common import StorageConnection
+from finetune_api.spec.enums import EncryptionType
+
+
+@rule("StorageUriInvalid")
+def storage_uri(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    uri = spec.storage.uri or ""
+    if ".." in uri.split("/"):
+        yield "storage.uri", f"{uri} contains `..`, which may lead out of the volume or bucket", "write the path without `..`"
 
 
 @rule("EncryptionContradiction")
 def encryption(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    """What the API server checks inside the group, and whether there is anything to encrypt."""
     connections = {
         "storage": spec.storage,
         "model.storage": spec.model.storage,
         "dataset.storage": spec.dataset.storage,
     }
     for path, connection in connections.items():
-        asked = connection.encryption if connection else None
-        if connection is None or asked is None:
-            continue
-        if asked.kms_key_id is not None and asked.type is not EncryptionType.KMS:
-            yield (
-                f"{path}.encryption.kmsKeyId",
-                f"a key of the key service, but type is {asked.type}",
-                "write `type: kms`, or remove kmsKeyId",
-            )
-        if (asked.customer_key_secret_ref is not None) != (asked.type is EncryptionType.CUSTOMER_KEY):
-            yield (
-                f"{path}.encryption.customerKeySecretRef",
-                f"type is {asked.type}, and a Secret with the key is {'given' if asked.customer_key_secret_ref else 'missing'}",
-                "write `{type: customerKey, customerKeySecretRef: {name: s3-customer-key, key: key}}`, or another type without it",
-            )
-        if asked.type is EncryptionType.CUSTOMER_KEY and (connection.endpoint or "").startswith("http://"):
-            yield (
-                f"{path}.endpoint",
-                f"{connection.endpoint} is not encrypted, and a customer's key is sent with every request",
-                "write https://, or another encryption.type",
-            )
+        if connection is not None:
+            yield from _encryption_of(connection, path)
     if spec.storage.encryption is not None and (spec.storage.uri or "s3://").partition("://")[0] != "s3":
         yield (
             "storage.encryption",
             f"storage.uri is {spec.storage.uri}, and only an S3 store encrypts on request",
             "remove it, or write s3:// in storage.uri",
+        )
+
+
+def _encryption_of(connection: StorageConnection, path: str) -> Findings:
+    wanted = connection.encryption
+    if wanted is None:
+        return
+    if wanted.kms_key_id is not None and wanted.type is not EncryptionType.KMS:
+        yield (
+            f"{path}.encryption.kmsKeyId",
+            f"it requires type kms, and type is {wanted.type}",
+            "write `type: kms`, or remove kmsKeyId",
+        )
+    if (wanted.customer_key_secret_ref is not None) != (wanted.type is EncryptionType.CUSTOMER_KEY):
+        yield (
+            f"{path}.encryption.customerKeySecretRef",
+            f"type is {wanted.type}, and the Secret with the key is {'given' if wanted.customer_key_secret_ref else 'missing'}",
+            "write `{type: customerKey, customerKeySecretRef: {name: s3-customer-key, key: key}}`, or another type without it",
+        )
+    if wanted.type is EncryptionType.CUSTOMER_KEY and (connection.endpoint or "").startswith("http://"):
+        yield (
+            f"{path}.endpoint",
+            f"{connection.endpoint} is not encrypted, and every request contains the customer's key",
+            "write https://, or another encryption.type",
         )

@@ -116,7 +116,16 @@ def load_spec(value: Mapping[str, Any]) -> FineTuneJobSpec:
 
     Errors: pydantic's ValidationError with one entry per field.
     """
-    return FineTuneJobSpec.model_validate_json(json.dumps(value, default=str), strict=True)
+    return FineTuneJobSpec.model_validate_json(json.dumps(_whole_numbers(value), default=str), strict=True)
+
+
+def _whole_numbers(value: Any) -> Any:
+    """A copy in which `2.0` is 2: the API server accepts both spellings for an integer."""
+    if isinstance(value, Mapping):
+        return {key: _whole_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_whole_numbers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 __all__ = ["FineTuneJobSpec", "load_spec"]

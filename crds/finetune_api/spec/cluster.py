@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import Group, option
+from finetune_api.base import CelRule, Group, option
 from finetune_api.spec.common import ObjectName, SecretKeyRef, StorageConnection, StringMap, Word
 from finetune_api.spec.enums import OnDivergence, OnOutOfMemory
 
@@ -25,11 +25,12 @@ LabelKey = Annotated[
 class StorageRoot(StorageConnection):
     """`spec.storage`: where the job writes checkpoints, the final model and metrics."""
 
-    cel: ClassVar[tuple[tuple[str, str], ...]] = (
+    cel: ClassVar[tuple[CelRule, ...]] = (
         *StorageConnection.cel,
-        (
+        CelRule(
             "!has(self.uri) || !self.uri.split('/').exists(part, part == '..')",
             "storage.uri must not contain `..`: write the path without it",
+            "StorageUriInvalid",
         ),
     )
 
@@ -120,9 +121,10 @@ class EnvVar(Group):
     """One environment variable of the trainer container."""
 
     cel = (
-        (
+        CelRule(
             "!(has(self.value) && has(self.secretKeyRef))",
             "an environment variable has either `value` or `secretKeyRef`: remove one",
+            "EnvironmentContradiction",
         ),
     )
 
@@ -141,9 +143,10 @@ class Volume(Group):
     """A volume with exactly one source."""
 
     cel = (
-        (
+        CelRule(
             "[has(self.persistentVolumeClaim), has(self.configMap), has(self.secret)].filter(x, x).size() == 1",
             "a volume has exactly one of `persistentVolumeClaim`, `configMap` and `secret`",
+            "VolumeContradiction",
         ),
     )
 
@@ -176,9 +179,10 @@ class Placement(Group):
     """`spec.placement`: where the pods run and with which identity. A small typed subset of a pod's spec."""
 
     cel = (
-        (
+        CelRule(
             "!has(self.volumeMounts) || (has(self.volumes) && self.volumeMounts.all(m, self.volumes.exists(v, v.name == m.name)))",
             "every placement.volumeMounts[].name must be the name of one of placement.volumes",
+            "VolumeContradiction",
         ),
     )
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from pydantic import Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
-from finetune_api.base import Group, option
+from finetune_api.base import CelRule, Group, option
 from finetune_api.spec.enums import AddressingStyle, EncryptionType
 
 ObjectName = Annotated[
@@ -19,6 +19,17 @@ Line = Annotated[str, StringConstraints(min_length=1, max_length=1024)]
 Word = Annotated[str, StringConstraints(min_length=1, max_length=253)]
 Column = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 StringMap = Annotated[dict[Word, Annotated[str, StringConstraints(max_length=4096)]], Field(max_length=64)]
+
+
+def one_of(*allowed: int) -> AfterValidator:
+    """A validator that accepts only these integers; the CRD repeats them as `enum`."""
+
+    def check(value: int) -> int:
+        if value not in allowed:
+            raise ValueError(f"should be {' or '.join(map(str, allowed))}")
+        return value
+
+    return AfterValidator(check)
 
 
 class SecretKeyRef(Group):
@@ -49,13 +60,15 @@ class Encryption(Group):
     """Server-side encryption of objects in an S3 store."""
 
     cel = (
-        (
+        CelRule(
             "!has(self.kmsKeyId) || self.type == 'kms'",
             "kmsKeyId requires type kms: write `type: kms`, or remove kmsKeyId",
+            "EncryptionContradiction",
         ),
-        (
+        CelRule(
             "has(self.customerKeySecretRef) == (self.type == 'customerKey')",
             "type customerKey and customerKeySecretRef require each other: write both, or neither",
+            "EncryptionContradiction",
         ),
     )
 
@@ -73,10 +86,11 @@ class Encryption(Group):
 class StorageConnection(Group):
     """Connection to an S3 store: used by `storage`, `model.storage` and `dataset.storage`."""
 
-    cel: ClassVar[tuple[tuple[str, str], ...]] = (
-        (
+    cel: ClassVar[tuple[CelRule, ...]] = (
+        CelRule(
             "!has(self.encryption) || self.encryption.type != 'customerKey' || !has(self.endpoint) || self.endpoint.startsWith('https://')",
             "every request contains the customer's key: write https:// in endpoint, or another encryption.type",
+            "EncryptionContradiction",
         ),
     )
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from finetune_api.base import Group, option
+from finetune_api.base import CelRule, Group, option
 from finetune_api.spec.common import Column, ConfigMapKeyRef, Line, Source, StorageConnection, Text
 from finetune_api.spec.enums import BadRows, DatasetFormat, FileFormat, Overflow
 
@@ -111,9 +111,10 @@ class ChatTemplate(Group):
     """`dataset.chatTemplate`: a Jinja template, as text or from a ConfigMap."""
 
     cel = (
-        (
+        CelRule(
             "has(self.text) != has(self.configMapRef)",
             "a chat template is either `text` or `configMapRef`: write exactly one of the two",
+            "DataOptionWithoutEffect",
         ),
     )
 
@@ -129,14 +130,20 @@ class Dataset(Group):
     """`spec.dataset`."""
 
     cel = (
-        ("!(has(self.train) && has(self.mixture))", "dataset.train and dataset.mixture exclude each other: remove one"),
-        (
+        CelRule(
+            "!(has(self.train) && has(self.mixture))",
+            "dataset.train and dataset.mixture exclude each other: remove one",
+            "DatasetMissing",
+        ),
+        CelRule(
             "!has(self.maxBadRowRatio) || (has(self.badRows) && self.badRows == 'skip')",
             "dataset.maxBadRowRatio requires `badRows: skip`: add it, or remove maxBadRowRatio",
+            "DataOptionWithoutEffect",
         ),
-        (
+        CelRule(
             "!has(self.template) || (has(self.format) && self.format == 'custom')",
             "dataset.template requires `format: custom`: add it, or remove template",
+            "DataOptionWithoutEffect",
         ),
     )
 

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import Group, option
-from finetune_api.spec.common import Source, Word
+from finetune_api.spec.common import Source, Word, one_of
 from finetune_api.spec.enums import LoraBias, LoraInit, MethodType, SpectrumMetric, TaskType
 
 
@@ -24,7 +24,7 @@ class Adapter(Group):
 class Loftq(Group):
     """`method.lora.loftq`: parameters of the LoftQ initialisation; giving them implies `init: loftq`."""
 
-    bits: Annotated[int, Field(json_schema_extra={"enum": [2, 4, 8]})] | None = option(
+    bits: Annotated[int, Field(json_schema_extra={"enum": [2, 4, 8]}), one_of(2, 4, 8)] | None = option(
         "Bits per weight of the quantised base whose error the adapter approximates: 2, 4 or 8.", default=4, example=4
     )
     iterations: Annotated[int, Field(ge=1, le=64)] | None = option(

@@ -7,14 +7,14 @@ from typing import Annotated
 from pydantic import Field
 
 from finetune_api.base import Group, option
-from finetune_api.spec.common import SecretKeyRef, Source, StorageConnection, Word
+from finetune_api.spec.common import SecretKeyRef, Source, StorageConnection, Word, one_of
 from finetune_api.spec.enums import Attention, ComputeDtype, Dtype, Modality, QuantizationType
 
 
 class Quantization(Group):
     """`model.quantization`: load the base model in fewer bits (bitsandbytes)."""
 
-    bits: Annotated[int, Field(json_schema_extra={"enum": [4, 8]})] | None = option(
+    bits: Annotated[int, Field(json_schema_extra={"enum": [4, 8]}), one_of(4, 8)] | None = option(
         "Bits per weight of the frozen base: 4 or 8. Absent: not quantised.",
         default_text="4 with method qlora, else none",
         example=4,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import Group, option
+from finetune_api.base import CelRule, Group, option
 from finetune_api.spec.common import ConfigMapKeyRef, Source, StringMap, Word
 from finetune_api.spec.enums import Backend, BuiltinReward, DpoLoss, GrpoLoss, TrainerType
 
@@ -52,9 +52,10 @@ class Reward(Group):
     """One reward function: built in, or a Python function from a ConfigMap."""
 
     cel = (
-        (
+        CelRule(
             "has(self.builtin) != has(self.configMapRef)",
             "a reward is either `builtin` or `configMapRef` with `function`: write exactly one of the two",
+            "RewardIncomplete",
         ),
     )
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from finetune_api.base import Group, option
+from finetune_api.base import CelRule, Group, option
 from finetune_api.spec.common import ConfigMapKeyRef, StringMap
 from finetune_api.spec.enums import (
     Device,
@@ -37,9 +37,10 @@ class Training(Group):
     """`spec.training`."""
 
     cel = (
-        (
+        CelRule(
             "!(has(self.warmupSteps) && has(self.warmupRatio))",
             "training.warmupSteps and training.warmupRatio exclude each other: remove one",
+            "WarmupTwice",
         ),
     )
 

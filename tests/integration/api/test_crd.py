@@ -2,96 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import ssl
-import urllib.error
-import urllib.request
-from dataclasses import dataclass
-from email.message import Message
-from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
 
 import pytest
 from finetune_api import names
-from finetune_api.rules import RULES, check
-from finetune_api.spec import FineTuneJobSpec
-from ruamel.yaml import YAML
+from finetune_api.base import CelRule
+from finetune_api.rules import RULES
 
 from localcluster.api import Endpoint
+from tests.integration.api.conftest import CRD_PATH, JOBS_PATH, MINIMAL, Answer, call, dry_run, manifest
+from tests.support.cel_cases import SPEC_RULES, group_rules
 
 pytestmark = pytest.mark.integration
-
-ROOT = Path(__file__).parents[3]
-CRD_PATH = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-JOBS_PATH = f"/apis/{names.API_VERSION}/namespaces/default/{names.PLURAL}"
-MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    body: Any
-    headers: Message
-
-    @property
-    def message(self) -> str:
-        return str(self.body.get("message", ""))
-
-
-def call(
-    api: Endpoint, method: str, path: str, body: Any = None, *, kind: str = "application/json", **query: str
-) -> Answer:
-    """One request with the answer's headers: warnings travel there."""
-    url = api.server + path + (f"?{urlencode(query)}" if query else "")
-    request = urllib.request.Request(url, method=method, data=None if body is None else json.dumps(body).encode())
-    request.add_header("Authorization", f"Bearer {api.token}")
-    request.add_header("Content-Type", kind)
-    context = ssl.create_default_context(cafile=str(api.ca))
-    try:
-        with urllib.request.urlopen(request, context=context, timeout=20) as answer:
-            return Answer(answer.status, json.loads(answer.read()), answer.headers)
-    except urllib.error.HTTPError as error:
-        return Answer(error.code, json.loads(error.read()), error.headers)
-
-
-@pytest.fixture(scope="module")
-def api(control_plane: Endpoint, crd_installed: Answer) -> Endpoint:
-    return control_plane
-
-
-@pytest.fixture(scope="module")
-def crd_installed(control_plane: Endpoint) -> Answer:
-    crd = YAML(typ="safe").load((ROOT / "crds" / "finetunejobs.yaml").read_text())
-    path = f"{CRD_PATH}/{crd['metadata']['name']}"
-    answer = call(
-        control_plane, "PATCH", path, crd, kind="application/apply-patch+yaml", fieldManager="test", force="true"
-    )
-    assert answer.status in (200, 201), answer.message
-    watch = {"fieldSelector": f"metadata.name={crd['metadata']['name']}", "watch": "true", "timeoutSeconds": "30"}
-    request = urllib.request.Request(f"{control_plane.server}{CRD_PATH}?{urlencode(watch)}")
-    request.add_header("Authorization", f"Bearer {control_plane.token}")
-    context = ssl.create_default_context(cafile=str(control_plane.ca))
-    with urllib.request.urlopen(request, context=context, timeout=40) as lines:
-        for line in lines:
-            conditions = json.loads(line)["object"].get("status", {}).get("conditions") or []
-            if {c["type"]: c["status"] for c in conditions}.get("Established") == "True":
-                break
-        else:
-            pytest.fail("the CRD was not established within 30 s")
-    return answer
-
-
-def manifest(name: str, spec: dict[str, Any]) -> dict[str, Any]:
-    return {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}, "spec": spec}
-
-
-SEALED = {"type": "customerKey", "customerKeySecretRef": {"name": "sse", "key": "key"}}
-
-
-def dry_run(api: Endpoint, spec: dict[str, Any], name: str = "job") -> Answer:
-    return call(api, "POST", JOBS_PATH, manifest(name, spec), dryRun="All", fieldValidation="Strict")
-
 
 def test_it_is_accepted_without_a_warning_and_is_structural(control_plane: Endpoint, crd_installed: Answer) -> None:
     assert crd_installed.headers.get_all("Warning") is None
@@ -116,12 +38,6 @@ def test_the_smallest_job_gets_only_the_switches_and_an_unobserved_status(api: E
         ({"method": {"lora": {"rank": 1.5}}}, ["spec.method.lora.rank", "integer"]),
         ({"method": {"type": "qlorra"}}, ["spec.method.type", '"qlora"']),
         ({"training": {"learnRate": 1}}, ['unknown field "spec.training.learnRate"']),
-        ({"placement": {"volumeMounts": [{"name": "x", "mountPath": "/x"}]}}, ["placement.volumes"]),
-        ({"trainer": {"rewards": [{"weight": 1}]}}, ["exactly one"]),
-        ({"training": {"warmupSteps": 1, "warmupRatio": 0.1}}, ["exclude each other"]),
-        ({"storage": {"encryption": {"type": "s3", "kmsKeyId": "alias/x"}}}, ["kmsKeyId only goes with type kms"]),
-        ({"storage": {"encryption": {"type": "customerKey"}}}, ["goes with customerKeySecretRef"]),
-        ({"storage": {"endpoint": "http://store:9000", "encryption": SEALED}}, ["write https://"]),
     ],
 )
 def test_a_bad_value_is_refused_with_its_field(api: Endpoint, change: dict[str, Any], words: list[str]) -> None:
@@ -130,32 +46,19 @@ def test_a_bad_value_is_refused_with_its_field(api: Endpoint, change: dict[str, 
     assert [word for word in words if word not in answer.message] == []
 
 
-BROKEN: dict[str, dict[str, Any]] = {
-    "ModelMissing": {"model": {"dtype": "auto"}},
-    "QloraNeedsFourBits": {"method": {"type": "qlora"}, "model": {"source": "a/b", "quantization": {"bits": 8}}},
-    "FullNeedsWholeWeights": {"method": {"type": "full"}, "model": {"source": "a/b", "quantization": {"bits": 4}}},
-    "AdapterSourceMissing": {"method": {"type": "adapter"}},
-    "LoraOnHead": {"method": {"lora": {"targetModules": ["lm_head"]}}},
-    "RewardsMissing": {"trainer": {"type": "grpo"}},
-    "BestNeedsMatchingSteps": {
-        "dataset": {"train": "a/b", "validation": "a/c"},
-        "checkpoint": {"loadBestAtEnd": True, "steps": 30},
-        "evaluation": {"steps": 20},
-    },
-    "BackendAndStrategy": {"trainer": {"backend": "unsloth"}, "distributed": {"strategy": "ddp"}},
-    "HubRepositoryMissing": {"output": {"hub": {"push": True, "tokenSecretRef": {"name": "h", "key": "t"}}}},
-}
+GROUP_CASES = list(group_rules())
 
 
-def test_every_rule_with_cel_has_a_case_here() -> None:
-    assert {rule.code for rule in RULES if rule.cel} == set(BROKEN)
-
-
-@pytest.mark.parametrize("code", sorted(BROKEN))
-def test_cel_and_python_refuse_the_same(api: Endpoint, code: str) -> None:
-    spec = MINIMAL | BROKEN[code]
-    assert code in {problem.code for problem in check(FineTuneJobSpec.model_validate(spec))}
+@pytest.mark.parametrize(("rule", "spec"), GROUP_CASES, ids=[f"{rule.code}-{rule.message[:20]}" for rule, _ in GROUP_CASES])
+def test_the_api_server_refuses_what_a_rule_inside_a_group_forbids(api: Endpoint, rule: CelRule, spec: dict[str, Any]) -> None:
     answer = dry_run(api, spec)
+    assert answer.status == 422
+    assert rule.message in answer.message
+
+
+@pytest.mark.parametrize("code", sorted(SPEC_RULES))
+def test_the_api_server_refuses_what_a_rule_over_several_groups_forbids(api: Endpoint, code: str) -> None:
+    answer = dry_run(api, MINIMAL | SPEC_RULES[code])
     assert answer.status == 422
     assert next(rule.message for rule in RULES if rule.code == code) in answer.message
 

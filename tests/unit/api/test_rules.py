@@ -246,6 +246,35 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
         "dataset.responseOnly",
     ),
     ("WarmupTwice", {"training": {"warmupSteps": 5, "warmupRatio": 0.1}}, "training.warmupRatio"),
+    ("WarmupTwice", {"training": {"warmupSteps": 0, "warmupRatio": 0.1}}, "training.warmupRatio"),
+    ("WarmupTwice", {"training": {"warmupSteps": 5, "warmupRatio": 0.0}}, "training.warmupRatio"),
+    ("StorageUriInvalid", {"storage": {"uri": "pvc://claim/../x"}}, "storage.uri"),
+    ("StorageUriInvalid", {"storage": {"uri": "s3://bucket/a/.."}}, "storage.uri"),
+    ("StorageUriInvalid", {"storage": {"uri": "file:///../etc"}}, "storage.uri"),
+    ("VolumeContradiction", {"placement": {"volumeMounts": [{"name": "x", "mountPath": "/x"}]}}, "placement.volumeMounts[0].name"),
+    ("VolumeContradiction", {"placement": {"volumes": [{"name": "x"}]}}, "placement.volumes[0]"),
+    ("VolumeContradiction", {"placement": {"volumes": [{"name": "x", "secret": "a", "configMap": "b"}]}}, "placement.volumes[0]"),
+    (
+        "EnvironmentContradiction",
+        {"placement": {"env": [{"name": "A", "value": "", "secretKeyRef": {"name": "s", "key": "k"}}]}},
+        "placement.env[0]",
+    ),
+    ("PlacementNameTwice", {"placement": {"env": [{"name": "A"}, {"name": "B"}, {"name": "A"}]}}, "placement.env[2].name"),
+    (
+        "PlacementNameTwice",
+        {"placement": {"volumes": [{"name": "v", "secret": "a"}, {"name": "v", "secret": "b"}]}},
+        "placement.volumes[1].name",
+    ),
+    (
+        "PlacementNameTwice",
+        {
+            "placement": {
+                "volumes": [{"name": "v", "secret": "a"}],
+                "volumeMounts": [{"name": "v", "mountPath": "/x"}, {"name": "v", "mountPath": "/x"}],
+            }
+        },
+        "placement.volumeMounts[1].mountPath",
+    ),
     ("OptimizerUnknown", {"training": {"optimizer": "adamw_torch_fusd"}}, "training.optimizer"),
     (
         "PrecisionOnCpu",
@@ -486,6 +515,50 @@ def test_a_resolved_spec_is_judged_as_it_was_written() -> None:
 )
 def test_a_good_spec_has_no_problems(change: dict[str, Any]) -> None:
     assert check(spec(change)) == []
+
+
+VALIDATED: dict[str, Any] = {"train": "a/b", "validation": "a/c"}
+
+
+@pytest.mark.parametrize(
+    ("save_steps", "eval_steps", "refused"),
+    [(40, 20, False), (20, 40, True), (40, 40, False), (30, 20, True), (None, 50, False), (None, 200, True), (40, None, False)],
+)
+def test_save_steps_must_be_a_multiple_of_eval_steps(save_steps: int | None, eval_steps: int | None, refused: bool) -> None:
+    change = {
+        "dataset": VALIDATED,
+        "checkpoint": {"loadBestAtEnd": True, "steps": save_steps},
+        "evaluation": {"steps": eval_steps},
+    }
+    codes = {problem.code for problem in check(spec(change))}
+    assert ("BestNeedsMatchingSteps" in codes) == refused
+
+
+@pytest.mark.parametrize(
+    ("resources", "refused"),
+    [
+        ({"gpusPerNode": 8}, False),
+        ({"gpusPerNode": 4, "nodes": 2}, False),
+        ({"gpusPerNode": 0, "processesPerNode": 8}, False),
+        ({"gpusPerNode": 4}, True),
+        ({"gpusPerNode": 1}, True),
+    ],
+    ids=str,
+)
+def test_completions_of_all_ranks_together_must_be_divisible_by_the_generations(resources: dict[str, int], refused: bool) -> None:
+    change = grpo({"builtin": "thinkFormat"}, training={"batchSizePerDevice": 1, "gradientAccumulationSteps": 1}, resources=resources)
+    codes = {problem.code for problem in check(spec(change))}
+    assert ("GenerationsDoNotDivide" in codes) == refused
+
+
+@pytest.mark.parametrize(("gpus", "refused"), [(1, True), (2, False)])
+def test_answers_of_all_ranks_together_must_hold_a_group_in_an_evaluation(gpus: int, refused: bool) -> None:
+    change = grpo(
+        {"builtin": "thinkFormat"}, dataset=VALIDATED, resources={"gpusPerNode": gpus},
+        evaluation={"batchSizePerDevice": 1},
+    )  # fmt: skip
+    paths = {problem.path for problem in check(spec(change)) if problem.code == "GenerationsDoNotDivide"}
+    assert ("evaluation.batchSizePerDevice" in paths) == refused
 
 
 def test_what_only_a_cluster_cannot_do_is_allowed_locally() -> None:

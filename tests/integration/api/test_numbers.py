@@ -1,0 +1,171 @@
+"""Every numeric field of the spec on the real API server: default, bounds and spellings. The models refuse the same values."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args, get_origin
+
+import pytest
+from finetune_api.base import DEFAULT
+from finetune_api.schema import constraints
+from finetune_api.spec import FineTuneJobSpec, load_spec
+from pydantic import BaseModel, ValidationError
+
+from localcluster.api import Endpoint
+from tests.integration.api.conftest import JOBS_PATH, Answer, call, manifest
+
+pytestmark = pytest.mark.integration
+BASE: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+BESIDE: dict[str, dict[str, Any]] = {
+    "dataset.maxBadRowRatio": {"dataset": {"train": "s3://bucket/train.jsonl", "badRows": "skip"}},
+}
+ITEMS: dict[str, dict[str, Any]] = {
+    "trainer.rewards": {"builtin": "thinkFormat"}, "dataset.mixture": {"source": "s3://bucket/a"},
+}  # fmt: skip
+"""What an item of a list needs besides the number."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """A numeric field. `path` is dotted; `[]` stands after a list."""
+
+    path: str
+    integer: bool
+    bounds: dict[str, Any]
+    default: Any
+
+    def accepted(self) -> list[str]:
+        """Spellings of values that are accepted."""
+        values = [*self.bounds.get("enum", []), *([] if self.default is None else [self.default])]
+        values += [self.bounds[name] for name in ("ge", "le") if name in self.bounds]
+        step = 1 if self.integer else 1e-9
+        values += [self.bounds["gt"] + step] if "gt" in self.bounds else []
+        values += [self.bounds["lt"] - step] if "lt" in self.bounds else []
+        return [text for value in values for text in spellings(value)]
+
+    def refused(self) -> list[str]:
+        """Spellings of values that are refused."""
+        values = [self.bounds[name] for name in ("gt", "lt") if name in self.bounds]
+        values += [self.bounds[name] - 1 for name in ("ge", "gt") if name in self.bounds]
+        values += [self.bounds[name] + 1 for name in ("le", "lt") if name in self.bounds]
+        values += [max(self.bounds["enum"]) + 1] if "enum" in self.bounds else []
+        return [text for value in values for text in spellings(value)] + (["1.5"] if self.integer else [])
+
+
+def spellings(value: float) -> list[str]:
+    """Integer, decimal and exponent spelling of a number, as far as it has them."""
+    texts = [repr(value), f"{value:.17e}"]
+    if value == int(value):
+        texts += [str(int(value)), f"{int(value)}.0", f"{int(value)}e0"]
+    return list(dict.fromkeys(texts))
+
+
+def numbers(model: type[BaseModel], prefix: str = "") -> Iterator[Number]:
+    for name, info in model.model_fields.items():
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        yield from _numbers(info.annotation, list(info.metadata), f"{prefix}{info.alias or name}", extra.get(DEFAULT))
+
+
+def _numbers(annotation: Any, metadata: list[Any], path: str, default: Any) -> Iterator[Number]:
+    if get_origin(annotation) is Annotated:
+        inner, *more = get_args(annotation)
+        yield from _numbers(inner, [*metadata, *more], path, default)
+    elif get_origin(annotation) is list:
+        yield from _numbers(get_args(annotation)[0], [], f"{path}[]", None)
+    elif get_args(annotation):
+        options = [one for one in get_args(annotation) if one is not type(None)]
+        if len(options) == 1:
+            yield from _numbers(options[0], metadata, path, default)
+    elif issubclass(annotation, BaseModel):
+        yield from numbers(annotation, f"{path}.")
+    elif issubclass(annotation, int | float) and not issubclass(annotation, bool):
+        yield Number(path, issubclass(annotation, int), dict(constraints(metadata)), default)
+
+
+NUMBERS = tuple(numbers(FineTuneJobSpec))
+
+
+def spec_with(values: dict[str, str]) -> str:
+    """JSON of a spec with spelled numbers at dotted paths."""
+    spec = json.loads(json.dumps(BASE))
+    for path, text in values.items():
+        for group, extra in BESIDE.get(path, {}).items():
+            spec[group] = spec.get(group, {}) | extra
+        if path.startswith("dataset.mixture"):
+            spec["dataset"].pop("train", None)
+        *groups, name = path.split(".")
+        target, seen = spec, []
+        for group in groups:
+            seen.append(group.removesuffix("[]"))
+            if group.endswith("[]"):
+                target = target.setdefault(seen[-1], [dict(ITEMS.get(".".join(seen), {}))])[0]
+            else:
+                target = target.setdefault(group, {})
+        if name.endswith("[]"):
+            target[name.removesuffix("[]")] = [f"@{text}@"]
+        else:
+            target[name] = f"@{text}@"
+    return re.sub(r'"@([^@"]+)@"', r"\1", json.dumps(spec))
+
+
+def dry_run(api: Endpoint, spec: str) -> Answer:
+    body = json.dumps(manifest("numbers", {})).replace('"spec": {}', f'"spec": {spec}')
+    return call(api, "POST", JOBS_PATH, body, dryRun="All", fieldValidation="Strict")
+
+
+def rounds(texts: dict[str, list[str]]) -> Iterator[dict[str, str]]:
+    """One spelling of every field at a time, until each has had all of its own; later rounds only contain fields that have more."""
+    for i in range(max(map(len, texts.values()))):
+        yield {path: some[i] for path, some in texts.items() if i < len(some)}
+
+
+def alone(paths: dict[str, list[str]]) -> list[dict[str, list[str]]]:
+    """Fields that a rule forbids next to others, in groups of their own."""
+    apart = {"training.warmupSteps", "dataset.mixture[].weight"}
+    return [
+        {path: texts for path, texts in paths.items() if path not in apart},
+        {path: texts for path, texts in paths.items() if path in apart},
+    ]
+
+
+def test_the_table_contains_every_kind_of_number() -> None:
+    paths = {one.path for one in NUMBERS}
+    assert {"training.learningRate", "trainer.dpo.labelSmoothing", "trainer.rewards[].weight", "checkpoint.pinned[]"} <= paths
+    assert len(paths) > 50
+    assert all(one.bounds for one in NUMBERS)
+
+
+@pytest.mark.parametrize("group", [0, 1], ids=["together", "apart"])
+def test_default_and_bounds_are_accepted_in_every_spelling(api: Endpoint, group: int) -> None:
+    texts = alone({one.path: one.accepted() for one in NUMBERS})[group]
+    for values in rounds(texts):
+        spec = spec_with(values)
+        answer = dry_run(api, spec)
+        assert answer.status == 201, answer.message
+        FineTuneJobSpec.model_validate_json(spec)
+        load_spec(json.loads(spec))
+
+
+def test_values_outside_the_bounds_are_refused_in_every_spelling(api: Endpoint) -> None:
+    by_schema, by_rule = {}, {}
+    for one in NUMBERS:
+        fractional = any(isinstance(bound, float) and not bound.is_integer() for bound in one.bounds.values() if not isinstance(bound, list))
+        (by_rule if fractional else by_schema)[one.path] = one.refused()
+    for texts in (by_schema, by_rule):
+        for values in rounds(texts):
+            spec = spec_with(values)
+            answer = dry_run(api, spec)
+            assert answer.status == 422, (values, answer.body)
+            named = {cause["field"].removeprefix("spec.").replace("[0]", "[]") for cause in answer.body["details"]["causes"]}
+            assert named >= set(values), sorted(set(values) - named)
+            with pytest.raises(ValidationError) as error:
+                FineTuneJobSpec.model_validate_json(spec)
+            offline = {_dotted(item["loc"]) for item in error.value.errors()}
+            assert offline >= set(values), sorted(set(values) - offline)
+
+
+def _dotted(location: tuple[int | str, ...]) -> str:
+    return "".join("[]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")

@@ -1,0 +1,68 @@
+"""For each CEL rule of the spec one spec that breaks it; the API server and the offline rules must both refuse it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from finetune_api.base import CelRule, Group
+from finetune_api.spec import FineTuneJobSpec
+
+MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+SEALED = {"type": "customerKey", "customerKeySecretRef": {"name": "sse", "key": "key"}}
+SPEC_RULES: dict[str, dict[str, Any]] = {
+    "ModelMissing": {"model": {"dtype": "auto"}},
+    "QloraNeedsFourBits": {"method": {"type": "qlora"}, "model": {"source": "a/b", "quantization": {"bits": 8}}},
+    "FullNeedsWholeWeights": {"method": {"type": "full"}, "model": {"source": "a/b", "quantization": {"bits": 4}}},
+    "AdapterSourceMissing": {"method": {"type": "adapter"}},
+    "LoraOnHead": {"method": {"lora": {"targetModules": ["lm_head"]}}},
+    "RewardsMissing": {"trainer": {"type": "grpo"}},
+    "BestNeedsMatchingSteps": {
+        "dataset": {"train": "a/b", "validation": "a/c"},
+        "checkpoint": {"loadBestAtEnd": True, "steps": 30},
+        "evaluation": {"steps": 20},
+    },
+    "BackendAndStrategy": {"trainer": {"backend": "unsloth"}, "distributed": {"strategy": "ddp"}},
+    "HubRepositoryMissing": {"output": {"hub": {"push": True, "tokenSecretRef": {"name": "h", "key": "t"}}}},
+}
+"""By code: rules over several groups."""
+GROUP_RULES: dict[tuple[str, str], dict[str, Any]] = {
+    ("Encryption", "kmsKeyId requires"): {"storage": {"encryption": {"type": "s3", "kmsKeyId": "alias/x"}}},
+    ("Encryption", "type customerKey"): {"storage": {"encryption": {"type": "customerKey"}}},
+    ("StorageConnection", "every request"): {"dataset": {"train": "s3://bucket/x", "storage": {"endpoint": "http://s:9", "encryption": SEALED}}},
+    ("StorageRoot", "every request"): {"storage": {"endpoint": "http://store:9000", "encryption": SEALED}},
+    ("StorageRoot", "storage.uri"): {"storage": {"uri": "pvc://claim/../x"}},
+    ("EnvVar", "an environment variable"): {"placement": {"env": [{"name": "A", "value": "b", "secretKeyRef": {"name": "s", "key": "k"}}]}},
+    ("Volume", "a volume has"): {"placement": {"volumes": [{"name": "v", "secret": "s", "configMap": "c"}]}},
+    ("Placement", "every placement.volumeMounts"): {"placement": {"volumeMounts": [{"name": "x", "mountPath": "/x"}]}},
+    ("ChatTemplate", "a chat template"): {"dataset": {"train": "s3://bucket/x", "chatTemplate": {}}},
+    ("Dataset", "dataset.train and"): {"dataset": {"train": "s3://bucket/x", "mixture": [{"source": "s3://bucket/y"}]}},
+    ("Dataset", "dataset.maxBadRowRatio"): {"dataset": {"train": "s3://bucket/x", "maxBadRowRatio": 0.1}},
+    ("Dataset", "dataset.template"): {"dataset": {"train": "s3://bucket/x", "template": "{q}"}},
+    ("Reward", "a reward is"): {"trainer": {"type": "grpo", "rewards": [{"weight": 1}]}},
+    ("Training", "training.warmupSteps"): {"training": {"warmupSteps": 0, "warmupRatio": 0.1}},
+}  # fmt: skip
+"""By group and the beginning of the message: rules inside one group."""
+
+
+def groups(model: type[Group] = FineTuneJobSpec) -> Iterator[type[Group]]:
+    """Every group of the spec, also those in lists; some several times."""
+    yield model
+    for info in model.model_fields.values():
+        for inner in _groups_in(info.annotation):
+            yield from groups(inner)
+
+
+def _groups_in(annotation: Any) -> Iterator[type[Group]]:
+    if isinstance(annotation, type) and issubclass(annotation, Group):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _groups_in(argument)
+
+
+def group_rules() -> Iterator[tuple[CelRule, dict[str, Any]]]:
+    """Each rule inside a group with a spec that breaks it. Errors: KeyError for a rule without a case."""
+    for group in dict.fromkeys(groups()):
+        for rule in group.cel:
+            [case] = [spec for (name, start), spec in GROUP_RULES.items() if name == group.__name__ and rule.message.startswith(start)]
+            yield rule, MINIMAL | case
