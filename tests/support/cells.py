@@ -97,7 +97,7 @@ def main(folder: Path) -> None:
         torch.distributed.init_process_group("gloo")
     cells = [Cell(**value) for value in json.loads((folder / "cells.json").read_text())]
     if any("deepspeed" in json.dumps(cell.spec) for cell in cells):
-        import deepspeed  # noqa: F401  likewise
+        import deepspeed  # noqa: F401  imported before a cell hides it
     results = []
     for number, cell in enumerate(cells):
         _reset_library_state()

@@ -1,7 +1,7 @@
-"""Loaded libraries are no garbage.
+"""Excludes loaded libraries from garbage collection.
 
-accelerate asks for a garbage collection whenever a training begins. With torch, transformers, PEFT and TRL in memory that looks
-at more than a million objects: a third of a second, three quarters of a tiny training. Frozen, they are not looked at again.
+accelerate runs a garbage collection whenever a training begins. With torch, transformers, PEFT and TRL in memory it visits more than
+a million objects, which takes a third of a second, three quarters of a tiny training. Frozen objects are not visited.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import gc
 import sys
 
-_seen = 0
+_frozen_modules = 0
 
 
 def freeze_libraries() -> None:
-    """Take what is loaded out of later garbage collections of this process, whenever more modules are loaded than before."""
-    global _seen  # of this process, as the collector's own state
-    if len(sys.modules) > _seen:
+    """Exclude all loaded objects from later garbage collections of this process, whenever more modules are loaded than before."""
+    global _frozen_modules  # one value per process, as the garbage collector's state
+    if len(sys.modules) > _frozen_modules:
         gc.collect()
         gc.freeze()
-        _seen = len(sys.modules)
+        _frozen_modules = len(sys.modules)

@@ -1,6 +1,6 @@
-"""Fixtures for tests that train in this process: the libraries as a job needs them, and the tiny models, each made once.
+"""Fixtures for tests that train in this process: the imported libraries, and tiny models, each made once per session.
 
-A conftest takes them by importing their names.
+A conftest uses them by importing their names.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def libraries() -> Iterator[None]:
-    """bitsandbytes before anything hides it: jobs with and without it run in this one process."""
-    import bitsandbytes  # noqa: F401  imported so that it counts as in use
+    """Import bitsandbytes before a job hides it: jobs with and without it run in this process."""
+    import bitsandbytes  # noqa: F401  an imported package is not hidden
     import torch
 
     torch.set_num_threads(1)
     yield
-    gc.unfreeze()  # at its end a process cleans up after the libraries
+    gc.unfreeze()  # so that the exit of the process can clean up
 
 
 @pytest.fixture(scope="session")
 def raw_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Random weights."""
+    """A model with random weights."""
     from tests.support.tiny import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("models") / "raw")
@@ -38,7 +38,7 @@ def raw_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Other random weights under the same vocabulary."""
+    """A model with other random weights and the same vocabulary."""
     from tests.support.tiny import make_tiny_model
 
     return make_tiny_model(tmp_path_factory.mktemp("models") / "other", seed=7)
@@ -46,7 +46,7 @@ def other_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def taught_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights that know the words of the ten rows, with other answers: adapters have something to build on."""
+    """A model that was trained on the questions of the ten rows with other answers."""
     from tests.support.learning import TEN
     from tests.support.tiny import make_tiny_model, teach
 

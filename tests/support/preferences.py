@@ -6,7 +6,7 @@ from typing import Any
 
 
 def user(text: str) -> dict[str, str]:
-    """What somebody asks."""
+    """A prompt of one user message."""
     return {"role": "user", "content": text}
 
 

@@ -53,7 +53,7 @@ def preload(run: RunConfig, objective_module: str) -> None:
     with _hidden("scipy"):
         for name in ("torch", "transformers", "peft", "datasets", objective_module):
             importlib.import_module(name)
-        from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401  lazy names: this loads them
+        from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer  # noqa: F401  transformers loads these names on access
     importlib.import_module("transformers.utils.import_utils").is_scipy_available.cache_clear()
 
 

@@ -97,7 +97,7 @@ class GenerationUnderAutocast:
 
     def _generate_single_turn(self, *args: Any, **options: Any) -> Any:
         with self.accelerator.autocast():  # type: ignore[attr-defined]  # of the Trainer that this is mixed into
-            return super()._generate_single_turn(*args, **options)  # type: ignore[misc]  # likewise
+            return super()._generate_single_turn(*args, **options)  # type: ignore[misc]  # of the TRL trainer
 
 
 def use_one_device(args: TrainingArguments) -> None:
@@ -164,7 +164,7 @@ def metric_lists(trainer: Any) -> MutableMapping[str, Any]:
 
 
 def trained_tokens(trainer: Any) -> int:
-    """TRL's count of tokens over the whole run; 0 for trainers without it."""
+    """TRL's count of tokens since the run began; 0 for trainers without it."""
     return int(getattr(trainer, "_total_train_tokens", 0))
 
 
@@ -175,7 +175,7 @@ def set_trained_tokens(trainer: Any, tokens: int) -> None:
 
 
 def copied_modules(model: Any) -> dict[str, Any]:
-    """Original modules by name, of those that PEFT copies to train the copy in full (`modules_to_save`)."""
+    """The frozen originals, by name, of the modules that PEFT copies in order to train the copy in full (`modules_to_save`)."""
     from peft.utils.other import ModulesToSaveWrapper
 
     return {

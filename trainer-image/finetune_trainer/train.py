@@ -101,7 +101,7 @@ class Session:
         self._emit_notes(*self.hardware.notes)
 
     def execute(self) -> None:
-        """The whole run."""
+        """Train, evaluate the test set, save and deliver."""
         self.channel.stage(Stage.LOADING)
         trainer, trainable = self._build(self.hooks.callbacks(self.run, self.channel, self.inputs))
         if self.resume_path is not None:

@@ -20,7 +20,7 @@ SIXTEEN: dict[str, Any] = {
 FULL_MODULES = {"method": {"lora": {"modulesToSave": ["lm_head"], "bias": "all"}}}
 REWARDS = [{"builtin": "length", "parameters": {"maximum": "3"}}]
 CASES: dict[str, tuple[dict[str, Any], Any]] = {
-    "modules beside the adapter": (FULL_MODULES, TEN),
+    "modules trained in full": (FULL_MODULES, TEN),
     "a reward model's head": ({"trainer": {"type": "reward"}}, PAIRS),
     "answers of grpo": (
         {**FULL_MODULES, "trainer": {"type": "grpo", "maxCompletionLength": 4, "grpo": {"numGenerations": 2}, "rewards": REWARDS}},

@@ -113,12 +113,12 @@ def test_loftq_starts_as_the_best_low_rank_correction_of_the_quantisation_error(
     still = {"training": {"maxSteps": 1, "learningRate": 1e-12}}
     lora = {"rank": 4, "alpha": 16, "init": "loftq", "dropout": 0, "targetModules": ["q_proj", "down_proj", "up_proj"]}
     outcome = go(tmp_path, model, merged(still, {"method": {"lora": lora}}))
-    whole = load_file(model / "model.safetensors")
+    original = load_file(model / "model.safetensors")
     layers = [m for m in outcome.model.get_base_model().named_modules() if hasattr(m[1], "lora_A")]
     assert len(layers) == 6
     for name, layer in layers:
         packed = layer.get_base_layer().weight
-        error = whole[f"{name}.weight"] - dequantize_4bit(packed.data, packed.quant_state)
+        error = original[f"{name}.weight"] - dequantize_4bit(packed.data, packed.quant_state)
         remaining = error - 4 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
         singular = torch.linalg.svdvals(error)
         # The best approximation of rank 4 leaves the singular values after the fourth.

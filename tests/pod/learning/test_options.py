@@ -46,12 +46,12 @@ def test_prompt_length_is_the_number_of_virtual_tokens(
 
 def test_use_dora_equals_method_dora(model: Path, tmp_path: Path) -> None:
     lora = {"lora": {"dropout": 0, "rank": 4}}
-    word = go(tmp_path / "a", model, merged(ONE, {"method": {"type": "dora", **lora}}))
-    flag = go(tmp_path / "b", model, merged(ONE, {"method": {"lora": {**lora["lora"], "useDora": True}}}))
+    by_type = go(tmp_path / "a", model, merged(ONE, {"method": {"type": "dora", **lora}}))
+    by_flag = go(tmp_path / "b", model, merged(ONE, {"method": {"lora": {**lora["lora"], "useDora": True}}}))
     plain = go(tmp_path / "c", model, merged(ONE, {"method": lora}))
-    sizes = [sum("magnitude" in key for key in weights(outcome.folder)) for outcome in (word, flag, plain)]
+    sizes = [sum("magnitude" in key for key in weights(outcome.folder)) for outcome in (by_type, by_flag, plain)]
     assert sizes == [14, 14, 0]
-    assert word.losses == flag.losses
+    assert by_type.losses == by_flag.losses
 
 
 @pytest.mark.parametrize(("bias", "trained"), [("none", 0), ("loraOnly", 2), ("all", 6)])

@@ -244,15 +244,15 @@ def test_resuming_is_exact(method: str, model: Path, tmp_path: Path) -> None:
         "dataset": {"packing": False},
     }
     spec["method"] = {"lora": {"init": "pissa", "dropout": 0.1}} if method == "pissa" else {"type": method}
-    whole = go(tmp_path / "a", model, spec)
+    uninterrupted = go(tmp_path / "a", model, spec)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-3", step=3, uri="file:///x")
-    rest = go(tmp_path / "b", model, spec, restore=restore)
-    assert [line["step"] for line in rest.logs if "loss" in line] == [4, 5, 6]
-    assert rest.losses == whole.losses[3:] and rest.grad_norms == whole.grad_norms[3:]
-    assert rest.logs[-1]["num_tokens"] == whole.logs[-1]["num_tokens"]
-    assert rest.folder is not None and whole.folder is not None
-    for file in whole.folder.glob("*.safetensors"):
-        assert (rest.folder / file.name).read_bytes() == file.read_bytes()
+    resumed = go(tmp_path / "b", model, spec, restore=restore)
+    assert [line["step"] for line in resumed.logs if "loss" in line] == [4, 5, 6]
+    assert resumed.losses == uninterrupted.losses[3:] and resumed.grad_norms == uninterrupted.grad_norms[3:]
+    assert resumed.logs[-1]["num_tokens"] == uninterrupted.logs[-1]["num_tokens"]
+    assert resumed.folder is not None and uninterrupted.folder is not None
+    for file in uninterrupted.folder.glob("*.safetensors"):
+        assert (resumed.folder / file.name).read_bytes() == file.read_bytes()
 
 
 def test_spectrum_on_a_4_bit_base_resumes(model: Path, tmp_path: Path) -> None:
@@ -260,10 +260,10 @@ def test_spectrum_on_a_4_bit_base_resumes(model: Path, tmp_path: Path) -> None:
         "method": {"type": "spectrum"}, "model": {"quantization": {"bits": 4}}, "training": {"maxSteps": 4},
         "checkpoint": {"strategy": "steps", "steps": 2},
     }  # fmt: skip
-    whole = go(tmp_path / "a", model, spec)
+    uninterrupted = go(tmp_path / "a", model, spec)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
-    rest = go(tmp_path / "b", model, spec, restore=restore)
-    assert rest.losses == pytest.approx(whole.losses[2:], rel=1e-3)
+    resumed = go(tmp_path / "b", model, spec, restore=restore)
+    assert resumed.losses == pytest.approx(uninterrupted.losses[2:], rel=1e-3)
 
 
 def test_a_checkpoint_with_model_and_adapter_weights_is_refused(model: Path, tmp_path: Path) -> None:
@@ -343,9 +343,9 @@ def test_the_asked_attention_is_used_or_its_replacement_is_noted(model: Path, tm
 
 def test_the_run_reports_its_resolved_settings(model: Path, tmp_path: Path) -> None:
     outcome = go(tmp_path, model, {"training": {"batchSizePerDevice": 2, "gradientAccumulationSteps": 3}})
-    told = outcome.resolved
-    assert (told["worldSize"], told["effectiveBatch"], told["strategy"], told["device"]) == (1, 6, "single", "cpu")
-    assert (told["datasetRows"], told["datasetFormat"]) == (10, "messages")
+    resolved = outcome.resolved
+    assert (resolved["worldSize"], resolved["effectiveBatch"], resolved["strategy"], resolved["device"]) == (1, 6, "single", "cpu")
+    assert (resolved["datasetRows"], resolved["datasetFormat"]) == (10, "messages")
     line = outcome.logs[-2]
     assert line["tokens_per_second"] > 0 and 0 <= line["data_wait_share"] <= 1
     assert outcome.messages("stage")[-1]["stage"] == "saving"

@@ -118,10 +118,10 @@ def test_new_rows_start_as_the_mean_of_the_old_rows(model: Path, tmp_path: Path)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_with_new_tokens_resumes_exactly(method: str, model: Path, tmp_path: Path) -> None:
     spec = merged(TOKENS, {"method": {"type": method}, "checkpoint": {"strategy": "steps", "steps": 2}})
-    whole = go(tmp_path / "a", model, spec, ROWS)
+    uninterrupted = go(tmp_path / "a", model, spec, ROWS)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
-    rest = go(tmp_path / "b", model, spec, ROWS, restore=restore)
-    assert rest.losses == whole.losses[2:]
+    resumed = go(tmp_path / "b", model, spec, ROWS, restore=restore)
+    assert resumed.losses == uninterrupted.losses[2:]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

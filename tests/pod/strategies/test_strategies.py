@@ -57,7 +57,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "ddp lora": merged(merged(LORA, DDP), SAVING),
     "ddp qlora": merged(QLORA, DDP),
     "fsdp full": merged(merged(FULL, fsdp()), SAVING),
-    "fsdp full, whole states": merged(merged(FULL, fsdp(stateDict="full")), SAVING),
+    "fsdp full, full states": merged(merged(FULL, fsdp(stateDict="full")), SAVING),
     "fsdp lora": merged(merged(LORA, fsdp()), SAVING),
     "fsdp qlora": merged(QLORA, fsdp()),
     "fsdp shardGradOp": merged(FULL, fsdp(sharding="shardGradOp")),
@@ -74,7 +74,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "zero3 offload": merged(FULL, zero(3, offloadOptimizer=True, offloadParameters=True)),
     "zero3 json": merged(FULL, zero(configRef={"name": "mine", "key": "zero.json"})),
 }
-RESUMED = ("ddp lora", "fsdp full", "fsdp full, whole states", "fsdp lora", "zero2 full", "zero3 full", "zero3 lora")
+RESUMED = ("ddp lora", "fsdp full", "fsdp full, full states", "fsdp lora", "zero2 full", "zero3 full", "zero3 lora")
 BEST = {
     "fsdp best": merged(merged(LORA, fsdp()), {"training": {"learningRate": 0.03}}),
     "zero2 best": merged(merged(FULL, zero(2)), {"training": {"learningRate": 0.01}}),
@@ -264,12 +264,12 @@ def test_no_shard_runs_as_ddp_with_a_note(results: dict[str, Result]) -> None:
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_resume_is_exact(name: str, results: dict[str, Result]) -> None:
-    whole, resumed = results[name], results[f"{name}, resumed"]
+    uninterrupted, resumed = results[name], results[f"{name}, resumed"]
     assert resumed.error is None
     assert len(resumed.losses) == 2  # steps 3 and 4, not all four again
-    assert resumed.losses == whole.losses[2:]
-    assert resumed.grad_norms == whole.grad_norms[2:]
-    first, second = tensors(whole), tensors(resumed)
+    assert resumed.losses == uninterrupted.losses[2:]
+    assert resumed.grad_norms == uninterrupted.grad_norms[2:]
+    first, second = tensors(uninterrupted), tensors(resumed)
     assert [key for key in first if not torch.equal(first[key], second[key])] == []
 
 
@@ -277,11 +277,11 @@ def test_fsdp_checkpoints_hold_weights_and_optimizer_once(results: dict[str, Res
     def names(name: str) -> set[str]:
         return {path.name for path in (Path(results[name].folder) / "checkpoint-2").iterdir()}
 
-    sliced, whole, adapter = names("fsdp full"), names("fsdp full, whole states"), names("fsdp lora")
-    assert {"model.safetensors", "optimizer_0", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"} <= sliced
-    assert {"model.safetensors", "optimizer.bin"} <= whole and "optimizer_0" not in whole
+    sharded, full, adapter = names("fsdp full"), names("fsdp full, full states"), names("fsdp lora")
+    assert {"model.safetensors", "optimizer_0", "scheduler.pt", "rng_state_0.pth", "rng_state_1.pth"} <= sharded
+    assert {"model.safetensors", "optimizer.bin"} <= full and "optimizer_0" not in full
     assert {"adapter_model.safetensors", "optimizer_0"} <= adapter
-    assert not any("pytorch_model_fsdp" in name for name in sliced | whole | adapter)
+    assert not any("pytorch_model_fsdp" in name for name in sharded | full | adapter)
 
 
 @pytest.mark.parametrize("name", BEST)

@@ -22,18 +22,18 @@ def zero(
 ) -> deepspeed.Options:
     """Options of a run whose JSON is `file` (None: none)."""
     group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "ds.json"}, **options}
-    whole = merged(spec or {}, {"distributed": {"strategy": "deepspeed", **({"deepspeed": group} if group else {})}})
+    job_spec = merged(spec or {}, {"distributed": {"strategy": "deepspeed", **({"deepspeed": group} if group else {})}})
     maps = {} if file is None else {"mine": {"ds.json": file if isinstance(file, str) else json.dumps(file)}}
-    run, inputs = make_run(tmp_path, tmp_path / "model", whole, ranks=2, config_maps=maps)
+    run, inputs = make_run(tmp_path, tmp_path / "model", job_spec, ranks=2, config_maps=maps)
     return deepspeed.options(run, inputs, hardware, 2)
 
 
 def sharded(tmp_path: Path, file: str | None, spec: dict[str, Any] | None = None, **options: Any) -> fsdp.Options:
     """Options of a run whose accelerate file is `file`."""
     group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "a.yaml"}, **options}
-    whole = merged(spec or {}, {"distributed": {"strategy": "fsdp", **({"fsdp": group} if group else {})}})
+    job_spec = merged(spec or {}, {"distributed": {"strategy": "fsdp", **({"fsdp": group} if group else {})}})
     run, inputs = make_run(
-        tmp_path, tmp_path / "model", whole, ranks=2, config_maps={"mine": {"a.yaml": file}} if file else {}
+        tmp_path, tmp_path / "model", job_spec, ranks=2, config_maps={"mine": {"a.yaml": file}} if file else {}
     )
     return fsdp.options(run, inputs, CPU, 2)
 
@@ -180,10 +180,10 @@ def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
         update={"spec": run.spec.with_values(dict(zip(paths, before, strict=True))), "defaults": list(paths)}
     )
     again = run.model_copy(update={"before_adaptation": dict(zip(paths, before, strict=True)), "defaults": list(paths)})
-    whole = deepspeed.options(first, inputs, CPU, 2).config["train_batch_size"]
+    effective_batch = deepspeed.options(first, inputs, CPU, 2).config["train_batch_size"]
     found = deepspeed.options(again, inputs, CPU, 2)
     assert (found.config[keys[0]], found.config[keys[1]]) == expected
-    assert found.config["train_batch_size"] == whole == expected[0] * expected[1] * 2
+    assert found.config["train_batch_size"] == effective_batch == expected[0] * expected[1] * 2
     assert any(note in one for one in found.notes)
 
 

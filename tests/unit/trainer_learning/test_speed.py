@@ -120,8 +120,8 @@ def test_selected_modules_need_additional_gradient_flops(tied: bool) -> None:
 
 def test_training_every_parameter_equals_full_training() -> None:
     shape = Shape.of(llama())
-    whole = flops_per_token(shape, 8, frozen_base=True, trained=trained_parameters(llama()))
-    assert whole == flops_per_token(shape, 8, frozen_base=False)
+    every_parameter = flops_per_token(shape, 8, frozen_base=True, trained=trained_parameters(llama()))
+    assert every_parameter == flops_per_token(shape, 8, frozen_base=False)
 
 
 def test_only_the_chosen_experts_of_a_token_count() -> None:

@@ -70,7 +70,7 @@ class DistributedStrategy:
 
 
 class Ddp(DistributedStrategy):
-    """Every rank holds the whole model; gradients are averaged."""
+    """Every rank holds a complete copy of the model; gradients are averaged."""
 
     name = "ddp"
 

@@ -213,7 +213,7 @@ def _batches(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: O
 
 
 def _rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) -> tuple[int, int]:
-    """Micro-batch and accumulation steps. If the operator reduced the spec's micro-batch, the file's is reduced likewise.
+    """Micro-batch and accumulation steps. If the operator reduced the spec's micro-batch, the file's is reduced by the same factor.
 
     The effective batch stays the same.
     """
@@ -380,12 +380,12 @@ def _zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Opti
             zero.pop(key, None)
     if "offload_param" in zero and result.stage != 3:
         raise ConfigError(
-            "OffloadNeedsStage3", f"parameters are to be offloaded, but the ZeRO stage is {result.stage}, which does not shard them",
+            "OffloadNeedsStage3", f"offloadParameters is true, but the ZeRO stage is {result.stage}, which does not shard parameters",
             hint="write `zeroStage: 3`, or remove offloadParameters",
         )  # fmt: skip
     if "offload_optimizer" in zero and result.stage == 0:
         raise ConfigError(
-            "OffloadNeedsStage1", "the optimizer is to be offloaded, but with ZeRO stage 0 DeepSpeed does not own its state",
+            "OffloadNeedsStage1", "offloadOptimizer is true, but with ZeRO stage 0 DeepSpeed does not hold the optimizer's state",
             hint="write `zeroStage: 1` or more, or remove offloadOptimizer",
         )  # fmt: skip
     if result.stage == 3:

@@ -108,7 +108,7 @@ def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int)
     if result.state_dict is FsdpStateDict.LOCAL:
         raise ConfigError(
             "StateDictUnavailable", "distributed.fsdp.stateDict is local, which FSDP version 2 does not have",
-            hint="write sharded, which is also one file a rank, or full",
+            hint="write sharded (one file per rank) or full",
         )  # fmt: skip
     return result
 
@@ -156,13 +156,13 @@ def _merge_fsdp(result: Options, inner: dict[str, Any], merge: FileMerge, run: R
     shardings = {
         key: _look_up(inner.get(key), SHARDING, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")
     }
-    words = {key: word for key, word in shardings.items() if word is not None}
-    if len(set(words.values())) > 1:
+    given = {key: sharding for key, sharding in shardings.items() if sharding is not None}
+    if len(set(given.values())) > 1:
         merge.conflicts.append(
-            f"fsdp_sharding_strategy means {words['sharding_strategy']}, fsdp_reshard_after_forward {words['reshard_after_forward']}"
+            f"fsdp_sharding_strategy means {given['sharding_strategy']}, fsdp_reshard_after_forward {given['reshard_after_forward']}"
         )
-    for key, word in words.items():
-        result.sharding = merge.merge(f"fsdp_{key}", word, "distributed.fsdp.sharding", result.sharding)
+    for key, sharding in given.items():
+        result.sharding = merge.merge(f"fsdp_{key}", sharding, "distributed.fsdp.sharding", result.sharding)
     found = _look_up(inner.get("state_dict_type"), STATE_DICT, "fsdp_state_dict_type")
     result.state_dict = merge.merge("fsdp_state_dict_type", found, "distributed.fsdp.stateDict", result.state_dict)
     result.offload = _is_true(inner.get("offload_params"))

@@ -115,7 +115,7 @@ def _read_config(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str) -> None:
-    """Errors: ConfigError AdapterNotContinuable for adapter types that PEFT cannot continue, or not beside a reference model."""
+    """Errors: ConfigError AdapterNotContinuable for adapter types that PEFT cannot continue, or not together with a reference model."""
     kind, bias, init = config.get("peft_type", ""), config.get("bias") or "none", config.get("init_lora_weights")
     if kind in PROMPT_LEARNING or kind not in continuable_adapter_types():
         raise ConfigError(

@@ -113,7 +113,7 @@ class Method:
 
 
 def require_unshared_copies(model: Any) -> None:
-    """Refuse a module that is trained in full beside an adapter and whose weight another module shares: FSDP cannot shard it.
+    """Refuse a module that is trained in full together with an adapter if another module shares its weight: FSDP cannot shard it.
 
     Errors: ConfigError StrategyAndMethod.
     """

@@ -54,7 +54,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=not self.keeps_base_dtype)
         if self.context.new_token_ids:
             # PEFT compares the vocabulary size with that of the base model at this path. It differs, and PEFT would then save the
-            # whole embeddings with each adapter.
+            # complete embeddings with each adapter.
             config.base_model_name_or_path = ""
             expose_head_bias(wrapped)
         trainable = TrainableModel(wrapped, OutputKind.ADAPTER)
@@ -172,7 +172,7 @@ def target_modules(model: Any, asked: Sequence[str] | None) -> str | list[str]:
 
 
 def modules_to_save(model: Any, asked: Sequence[str] | None) -> list[str] | None:
-    """Modules trained in full beside the adapter. Errors: ConfigError TargetModulesMissing for unknown names."""
+    """Modules that are trained in full together with the adapter. Errors: ConfigError TargetModulesMissing for unknown names."""
     if not asked:
         return None
     last_parts = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})

@@ -10,7 +10,7 @@ from finetune_api.errors import ConfigError
 def widen_trained_weights(model: Any) -> None:
     """Convert trained 16-bit weights to 32 bits.
 
-    PEFT does so for its own layers, but not for modules that are trained in full beside them (`modulesToSave`, a reward model's
+    PEFT does so for its own layers, but not for modules that are trained in full next to them (`modulesToSave`, a reward model's
     head, biases). Autocast lets 16-bit inputs meet 32-bit weights.
     """
     for parameter in model.parameters():
