@@ -1,11 +1,11 @@
-"""Words for people, from people and programs we do not control: cut to size, without secrets, without control characters."""
+"""Makes text from users and other programs safe to show: without secrets and control characters, and of limited length."""
 
 from __future__ import annotations
 
 import re
 
 MAX_MESSAGE = 1024
-"""Characters of a message in status; conditions and events of the whole cluster share etcd."""
+"""Longest message in status, in characters. All objects of a cluster share etcd, whose size is limited."""
 REDACTED = "[redacted]"
 
 _SECRETS = (
@@ -22,7 +22,7 @@ _SECRETS = (
 
 
 def clean(text: str, limit: int = MAX_MESSAGE) -> str:
-    """Text that may be shown to everybody who may read the job, at most `limit` characters."""
+    """Return the text with secrets masked, in at most `limit` characters: everybody who can read the job can read it."""
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text[: limit * 4]).strip()
     for pattern in _SECRETS:
         text = pattern.sub(_mask, text)
@@ -36,7 +36,7 @@ def _mask(match: re.Match[str]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time span for people: `45s`, `12m`, `1h12m`, `3d4h`."""
+    """Format a time span: `45s`, `12m`, `1h12m`, `3d4h`."""
     whole = max(0, round(seconds))
     if whole < 60:
         return f"{whole}s"

@@ -1,7 +1,7 @@
-"""What the operator keeps of the objects it watches: small frozen views, cut from JSON at the border.
+"""Small frozen views of the objects that the operator watches, read from their JSON.
 
-A Job's template carries the whole run configuration and a Pod's managed fields are longer than its status; a cache of thousands
-must hold neither. Reading never raises: whatever another version, a person or a broken node wrote becomes a view or None.
+A cache of thousands of objects must not hold a Job's template, which contains the whole run configuration, or a pod's managed
+fields, which are longer than its status. Reading never raises: an object that cannot be read becomes None.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ JOB_NAME_LABEL = "batch.kubernetes.io/job-name"
 INITIALIZING = "PodInitializing"
 GATED = "SchedulingGated"
 MAX_TEXT = 2048
-"""Characters kept of a message somebody else wrote."""
+"""Longest message that is kept, in characters."""
 
 
 @dataclass(frozen=True)
 class JobView:
-    """A batch/v1 Job that carries our labels."""
+    """A batch/v1 Job with the operator's labels, or owned by a FineTuneJob."""
 
     namespace: str
     name: str
@@ -39,16 +39,16 @@ class JobView:
     version: int
     owner_uid: str
     is_owned: bool
-    """Whether a FineTuneJob of uid `owner_uid` is its controller."""
+    """Whether its controller is the FineTuneJob with uid `owner_uid`; without a controller, that uid comes from a label."""
     job_name: str
-    """Name of that FineTuneJob, from the label."""
+    """Name of the FineTuneJob, from the label."""
     attempt: int
     created_at: datetime
     is_deleting: bool = False
     is_suspended: bool = False
-    """Its own `spec.suspend`: a queue holds it."""
+    """`spec.suspend` of the Job: a queue holds it."""
     suspended_since: datetime | None = None
-    """Since when its controller holds it: also for a moment after it was let go, with the start of the time before."""
+    """Transition time of the Job's Suspended condition. It is still set for a moment after the queue has resumed the Job."""
     queue: str | None = None
     started_at: datetime | None = None
     completed_at: datetime | None = None
@@ -61,7 +61,7 @@ class JobView:
 
     @property
     def is_finished(self) -> bool:
-        """Over, and none of its pods runs any more."""
+        """Whether the Job succeeded or failed; the Job controller reports that when its last pod has ended."""
         return self.completed_at is not None or self.failed_at is not None
 
 
@@ -77,14 +77,14 @@ class Terminated:
 
 @dataclass(frozen=True)
 class PodView:
-    """A pod that carries our labels. `gone`: the object was deleted; this is the last that was seen of it."""
+    """A pod with the operator's labels."""
 
     namespace: str
     name: str
     uid: str
     version: int
     job_uid: str
-    """uid of the Job that owns it."""
+    """uid of the Job that owns the pod; empty: none."""
     owner_uid: str
     """uid of the FineTuneJob, from the label."""
     job_name: str
@@ -96,13 +96,13 @@ class PodView:
     ip: str = ""
     node: str = ""
     deletion_timestamp: datetime | None = None
-    """When it should be gone: the time of the delete plus its grace period."""
+    """`metadata.deletionTimestamp`: when the pod's grace period ends; None: the pod is not being deleted."""
     reason: str = ""
     message: str = ""
     scheduled_at: datetime | None = None
-    """When it got its node."""
+    """When the scheduler chose its node."""
     unschedulable: str = ""
-    """The scheduler's words, if it finds no node."""
+    """The scheduler's message, if it finds no node."""
     waiting_reason: str = ""
     waiting_message: str = ""
     running_since: datetime | None = None
@@ -111,24 +111,25 @@ class PodView:
     disruption_message: str = ""
     terminated: Terminated | None = None
     init_failed: str = ""
-    """How an init container failed, in words: somebody's admission put it there."""
+    """How an init container failed, as a sentence. Only admission webhooks add init containers to trainer pods."""
     image_id: str = ""
     is_deleted: bool = False
+    """Whether the object is deleted and this is its last known state."""
 
     @property
     def is_finished(self) -> bool:
-        """It will never run again."""
+        """Whether the pod has ended or is deleted."""
         return self.is_deleted or self.phase in ("Succeeded", "Failed")
 
     @property
     def termination_message(self) -> TerminationMessage | None:
-        """Its termination message, if it is one of ours."""
+        """The termination message of the trainer; None if the container wrote none."""
         return read_termination_message(self.terminated.message) if self.terminated else None
 
 
 @dataclass(frozen=True)
 class JobObject:
-    """A FineTuneJob: metadata that matters, the spec as written, the status as it was."""
+    """A FineTuneJob: the metadata that the operator uses, the spec as written, and the status."""
 
     namespace: str
     name: str
@@ -143,7 +144,7 @@ class JobObject:
 
 
 def parse_time(text: Any) -> datetime | None:
-    """Kubernetes' time, or None."""
+    """Return the time of a Kubernetes timestamp; None if it is none."""
     if not isinstance(text, str):
         return None
     try:
@@ -154,26 +155,16 @@ def parse_time(text: Any) -> datetime | None:
 
 
 def read_status(raw: Any) -> FineTuneJobStatus:
-    """A status, whatever is in it: what cannot be read is dropped, an item or a field, so that the rest is not lost."""
-    value = dict(raw) if isinstance(raw, dict) else {}
-    while True:
-        try:
-            return FineTuneJobStatus.model_validate(value)
-        except ValidationError as error:
-            bad = [item["loc"] for item in error.errors() if item["loc"] and item["loc"][0] in value]
-            if not bad:
-                return FineTuneJobStatus()
-            logger.warning("parts of a status cannot be read and are dropped: %s", bad)
-            for field_ in {loc[0] for loc in bad}:
-                items = {loc[1] for loc in bad if loc[0] == field_ and len(loc) > 1 and isinstance(loc[1], int)}
-                if items and isinstance(value[field_], list):
-                    value[field_] = [one for number, one in enumerate(value[field_]) if number not in items]
-                else:
-                    del value[field_]
+    """Read a status. Fields and list items that cannot be read are dropped, so that the rest is not lost."""
+    try:
+        return FineTuneJobStatus.model_validate(raw if isinstance(raw, dict) else {})
+    except ValidationError as error:
+        logger.warning("a status cannot be read and counts as empty: %s", error)
+        return FineTuneJobStatus()
 
 
 def read_finetunejob(body: Object) -> JobObject:
-    """View of a FineTuneJob."""
+    """Return the view of a FineTuneJob."""
     meta = body["metadata"]
     return JobObject(
         namespace=meta["namespace"],
@@ -190,10 +181,10 @@ def read_finetunejob(body: Object) -> JobObject:
 
 
 def read_job(body: Object) -> JobView | None:
-    """View of a Job that carries our labels or is controlled by a FineTuneJob; None of any other."""
+    """Return the view of a Job that has the operator's labels or is controlled by a FineTuneJob; None for other Jobs."""
     meta = body["metadata"]
     labels = meta.get("labels") or {}
-    identity = _labelled(labels) or _named(meta)
+    identity = _identity_from_labels(labels) or _identity_from_owner(meta)
     if identity is None:
         return None
     job_name, attempt = identity
@@ -213,11 +204,11 @@ def read_job(body: Object) -> JobView | None:
         created_at=parse_time(meta.get("creationTimestamp")) or datetime.now(UTC),
         is_deleting=bool(meta.get("deletionTimestamp")),
         is_suspended=bool(spec.get("suspend")),
-        suspended_since=_since(conditions.get("Suspended")),
+        suspended_since=_transition_time(conditions.get("Suspended")),
         queue=labels.get(Label.QUEUE),
         started_at=parse_time(status.get("startTime")),
-        completed_at=_since(conditions.get("Complete")),
-        failed_at=_since(failed),
+        completed_at=_transition_time(conditions.get("Complete")),
+        failed_at=_transition_time(failed),
         failed_reason=str(failed.get("reason", "")),
         failed_message=str(failed.get("message", ""))[:MAX_TEXT],
         nodes=_number(spec.get("completions")) or 0,
@@ -225,16 +216,16 @@ def read_job(body: Object) -> JobView | None:
     )
 
 
-def _labelled(labels: Object) -> tuple[str, int] | None:
-    """FineTuneJob and attempt, as our labels say."""
+def _identity_from_labels(labels: Object) -> tuple[str, int] | None:
+    """Name of the FineTuneJob and number of the attempt, from the labels."""
     attempt = _number(labels.get(Label.ATTEMPT))
     if labels.get(Label.MANAGED_BY) != MANAGER or not labels.get(Label.NAME) or attempt is None:
         return None
     return str(labels[Label.NAME]), attempt
 
 
-def _named(meta: Object) -> tuple[str, int] | None:
-    """The same from owner and name: somebody who takes a label off a running Job must not start a second one beside it."""
+def _identity_from_owner(meta: Object) -> tuple[str, int] | None:
+    """The same from the controller and the Job's name: removing a label from a running Job must not lead to a second Job beside it."""
     owners = meta.get("ownerReferences") or []
     owner = next((str(o.get("name")) for o in owners if o.get("kind") == KIND and o.get("controller")), "")
     name, _, number = str(meta["name"]).rpartition("-")
@@ -242,7 +233,7 @@ def _named(meta: Object) -> tuple[str, int] | None:
 
 
 def read_pod(body: Object) -> PodView | None:
-    """View of a Pod, or None if it does not carry our labels."""
+    """Return the view of a pod; None if it lacks the operator's labels."""
     meta = body["metadata"]
     labels, annotations = meta.get("labels") or {}, meta.get("annotations") or {}
     attempt = _number(labels.get(Label.ATTEMPT))
@@ -250,9 +241,9 @@ def read_pod(body: Object) -> PodView | None:
         return None
     status = body.get("status") or {}
     conditions = {c.get("type"): c for c in status.get("conditions") or []}
-    container = _trainer(status)
+    container = _trainer_status(status)
     state = container.get("state") or {}
-    waiting, disruption = _waits(status, state), conditions.get("DisruptionTarget", {})
+    waiting, disruption = _waiting_state(status, state), conditions.get("DisruptionTarget", {})
     disrupted = disruption.get("status") == "True"
     scheduled = conditions.get("PodScheduled", {})
     unschedulable = scheduled.get("status") == "False" and scheduled.get("reason") in ("Unschedulable", GATED)
@@ -274,8 +265,8 @@ def read_pod(body: Object) -> PodView | None:
         deletion_timestamp=parse_time(meta.get("deletionTimestamp")),
         reason=str(status.get("reason", "")),
         message=str(status.get("message", ""))[:MAX_TEXT],
-        scheduled_at=_since(scheduled) if scheduled.get("status") == "True" else None,
-        unschedulable=_no_node(body, scheduled)[:MAX_TEXT] if unschedulable else "",
+        scheduled_at=_transition_time(scheduled) if scheduled.get("status") == "True" else None,
+        unschedulable=_unschedulable_message(body, scheduled)[:MAX_TEXT] if unschedulable else "",
         waiting_reason=str(waiting.get("reason", "")),
         waiting_message=str(waiting.get("message", ""))[:MAX_TEXT],
         running_since=parse_time((state.get("running") or {}).get("startedAt")),
@@ -287,14 +278,14 @@ def read_pod(body: Object) -> PodView | None:
     )
 
 
-def _trainer(status: Object) -> Object:
-    """The trainer among the containers: admission may have put others beside it, and a kubelet sorts them by name."""
+def _trainer_status(status: Object) -> Object:
+    """Status of the trainer container. Admission webhooks may add containers, and the kubelet sorts the list by name."""
     found: list[Object] = status.get("containerStatuses") or [{}]
     return next((one for one in found if one.get("name") == CONTAINER), found[0])
 
 
-def _waits(status: Object, state: Object) -> Object:
-    """What the trainer waits for; while init containers are at work, what the first of them waits for."""
+def _waiting_state(status: Object, state: Object) -> Object:
+    """The waiting state of the trainer container; while init containers run, the waiting state of the first of them."""
     own: Object = state.get("waiting") or {}
     if own.get("reason") != INITIALIZING:
         return own
@@ -307,19 +298,19 @@ def _init_failed(status: Object) -> str:
         ended = (one.get("state") or {}).get("terminated") or {}
         code = _number(ended.get("exitCode"))
         if code:
-            words = str(ended.get("message") or ended.get("reason") or "").strip()
-            return f"init container {one.get('name')} ended with exit code {code}" + (f": {words}" if words else "")
+            detail = str(ended.get("message") or ended.get("reason") or "").strip()
+            return f"init container {one.get('name')} ended with exit code {code}" + (f": {detail}" if detail else "")
     return ""
 
 
-def _no_node(body: Object, scheduled: Object) -> str:
-    """The scheduler's words, and the gates that hold the pod back."""
+def _unschedulable_message(body: Object, scheduled: Object) -> str:
+    """The scheduler's message, and the scheduling gates that hold the pod back."""
     gates = [str(one.get("name")) for one in (body.get("spec") or {}).get("schedulingGates") or []]
     return str(scheduled.get("message", "")) + (f" ({', '.join(gates)})" if gates else "")
 
 
 def as_deleted(pod: PodView) -> PodView:
-    """The last that was seen of a pod whose object is deleted."""
+    """Return the last known state of a pod whose object is deleted."""
     return replace(pod, is_deleted=True, is_ready=False)
 
 
@@ -334,7 +325,7 @@ def _terminated(value: Object | None) -> Terminated | None:
     )
 
 
-def _since(condition: Object | None) -> datetime | None:
+def _transition_time(condition: Object | None) -> datetime | None:
     if not condition:
         return None
     return parse_time(condition.get("lastTransitionTime")) or datetime.now(UTC)

@@ -1,1 +1,1 @@
-"""From an accepted spec to the objects of one attempt. Pure, with golden files."""
+"""Pure functions from an accepted spec to the objects of one attempt. Golden files show their results."""

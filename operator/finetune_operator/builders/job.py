@@ -1,7 +1,7 @@
-"""The Indexed Job of one attempt, and its Service. One write creates an attempt: the run configuration travels inside.
+"""Builds the Indexed Job of one attempt and its Service.
 
-The pods pass Pod Security `restricted`; what varies by job is named in the spec, everything else is written here once.
-Labels and annotations of the FineTuneJob are never copied: tools that manage it would take the children for theirs.
+The Job contains the run configuration, so that one write creates an attempt. The pods meet Pod Security `restricted`. Labels and
+annotations of the FineTuneJob are not copied: tools such as Argo CD would take the Job for an object of theirs and prune it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.cluster import EnvVar
 from finetune_api.spec.common import SecretKeyRef, SecretRef, StorageConnection
 
-from finetune_operator.builders.mounts import mounts
+from finetune_operator.builders.mounts import build_mounts
 from finetune_operator.builders.run_config import customer_key_variable
 from finetune_operator.objects import DEFAULT_CONTAINER_ANNOTATION, Object
 from finetune_operator.settings import NodePool, OperatorConfig
@@ -27,7 +27,7 @@ HOST_KEY = "kubernetes.io/hostname"
 
 
 def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: OperatorConfig) -> Object:
-    """The Job of the attempt that `run` describes."""
+    """Return the Job of the attempt that `run` describes."""
     spec, nodes = run.spec, run.world.nodes
     labels = child_labels(job, run.attempt)
     data = run.to_bytes()
@@ -62,7 +62,7 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
 
 
 def build_service(job: JobView) -> Object:
-    """The headless Service of an attempt with several pods: rank 0 is found by name before it is ready."""
+    """Return the headless Service of an attempt with several pods: the other ranks find rank 0 by its name, before it is ready."""
     labels = {
         Label.MANAGED_BY.value: names.MANAGER,
         Label.NAME.value: job.job_name,
@@ -76,7 +76,7 @@ def build_service(job: JobView) -> Object:
             "name": job.name,
             "namespace": job.namespace,
             "labels": labels,
-            # Not blocking: that would need a permission on Jobs' finalizers, and the Job's pods go first anyway.
+            # Not blocking: that would need permission to update finalizers of Jobs, and the Job's pods are deleted first anyway.
             "ownerReferences": [_owner("batch/v1", "Job", job.name, job.uid) | {"blockOwnerDeletion": False}],
         },
         "spec": {
@@ -92,7 +92,7 @@ def build_service(job: JobView) -> Object:
 
 
 def child_labels(job: JobObject, attempt: int) -> dict[str, str]:
-    """Labels of every child of an attempt."""
+    """Labels of the Job and the pods of an attempt."""
     return {
         Label.MANAGED_BY.value: names.MANAGER,
         Label.NAME.value: job.name,
@@ -108,9 +108,9 @@ def _owner(api_version: str, kind: str, name: str, uid: str) -> Object:
 
 
 def _failure_rules() -> list[Object]:
-    """Two rules that end the Job at once; `backoffLimit: 0` ends it for everything else.
+    """Rules for disruptions and for the exit codes that fail the Job at once. `backoffLimit: 0` covers all other failures.
 
-    A rule for all other codes would fail a suspended Job whose pods end with 75.
+    A rule for all other codes would fail a suspended Job whose pods exit with 75.
     """
     return [
         {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -137,7 +137,7 @@ def _template_metadata(labels: dict[str, str], spec: FineTuneJobSpec, config: Op
 
 def _pod(name: str, run: RunConfig, digest: str, pool: NodePool | None, config: OperatorConfig) -> Object:
     spec, placement = run.spec, run.spec.placement
-    found = mounts(spec)
+    found = build_mounts(spec)
     pod: Object = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -152,7 +152,7 @@ def _pod(name: str, run: RunConfig, digest: str, pool: NodePool | None, config: 
             "seccompProfile": {"type": "RuntimeDefault"},
         },
         "containers": [_container(run, digest, config, list(found.mounts))],
-        "volumes": [*_own_volumes(spec), *found.volumes],
+        "volumes": [*_operator_volumes(spec), *found.volumes],
     }
     if run.world.nodes > 1:
         pod["subdomain"] = name
@@ -164,7 +164,7 @@ def _pod(name: str, run: RunConfig, digest: str, pool: NodePool | None, config: 
     return pod | ({"serviceAccountName": account} if account else {})
 
 
-def _container(run: RunConfig, digest: str, config: OperatorConfig, seen: list[Object]) -> Object:
+def _container(run: RunConfig, digest: str, config: OperatorConfig, extra_mounts: list[Object]) -> Object:
     spec = run.spec
     return {
         "name": names.CONTAINER,
@@ -188,14 +188,14 @@ def _container(run: RunConfig, digest: str, config: OperatorConfig, seen: list[O
         "volumeMounts": [
             {"name": "run", "mountPath": names.RUN_MOUNT, "readOnly": True},
             {"name": "work", "mountPath": names.WORK_MOUNT},
-            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 -- where shared memory lives on Linux
+            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 -- shared memory on Linux
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 -- an emptyDir: the root file system is read-only
-            *seen,
+            *extra_mounts,
         ],
     }  # fmt: skip
 
 
-def _own_volumes(spec: FineTuneJobSpec) -> list[Object]:
+def _operator_volumes(spec: FineTuneJobSpec) -> list[Object]:
     resources = spec.resources
     item = {"path": names.RUN_FILE_NAME, "fieldRef": {"fieldPath": f"metadata.annotations['{Annotation.RUN_CONFIG}']"}}
     return [
@@ -211,7 +211,7 @@ def _sized(volume: Object, size: str | int | None) -> Object:
 
 
 def _resources(spec: FineTuneJobSpec) -> Object:
-    """CPU is a request only: a limit throttles data loading. Memory and disk are requested as much as they may be used."""
+    """Requests and limits. CPU has no limit, which would throttle data loading; memory and disk requests equal their limits."""
     wanted = spec.resources
     requests: Object = {} if wanted.cpu is None else {"cpu": str(wanted.cpu)}
     limits: Object = {}
@@ -225,9 +225,9 @@ def _resources(spec: FineTuneJobSpec) -> Object:
 
 
 def _env(run: RunConfig, digest: str, config: OperatorConfig) -> list[Object]:
-    """Environment of the trainer; the user's variables come last but never replace one of ours."""
+    """Environment of the trainer. The user's variables come last; those that the operator sets are reserved."""
     spec = run.spec
-    own: list[Object] = [
+    operator: list[Object] = [
         {"name": Env.RUN_SHA256.value, "value": digest},
         {"name": Env.NODE_RANK.value, "valueFrom": _field(f"metadata.annotations['{INDEX_ANNOTATION}']")},
         {"name": Env.POD_NAME.value, "valueFrom": _field("metadata.name")},
@@ -242,22 +242,22 @@ def _env(run: RunConfig, digest: str, config: OperatorConfig) -> list[Object]:
         *_customer_key("dataset", spec.dataset.storage),
     ]
     if spec.model.token_secret_ref:
-        own.append({"name": Env.HF_TOKEN.value, "valueFrom": _secret_key(spec.model.token_secret_ref)})
-    offered = _publishing_keys(spec)
+        operator.append({"name": Env.HF_TOKEN.value, "valueFrom": _secret_key(spec.model.token_secret_ref)})
+    overridable = _publishing_keys(spec)
     if run.world.nodes > 1 and run.world.gpus_per_node:
-        offered.append({"name": "NCCL_SOCKET_IFNAME", "value": "^lo,docker"})
-    reserved = {variable["name"] for variable in own}
+        overridable.append({"name": "NCCL_SOCKET_IFNAME", "value": "^lo,docker"})
+    reserved = {variable["name"] for variable in operator}
     users = [_user_variable(one) for one in spec.placement.env or [] if one.name not in reserved]
     chosen = {variable["name"] for variable in users}
-    taken = reserved | chosen | {variable["name"] for variable in offered}
+    taken = reserved | chosen | {variable["name"] for variable in overridable}
     defaults: list[Object] = [
         {"name": name, "value": value} for name, value in sorted(config.trainer.env.items()) if name not in taken
     ]
-    return [*own, *(one for one in offered if one["name"] not in chosen), *defaults, *users]
+    return [*operator, *(one for one in overridable if one["name"] not in chosen), *defaults, *users]
 
 
 def _publishing_keys(spec: FineTuneJobSpec) -> list[Object]:
-    """Keys of trackers and of the hub that is written to, under the names that their own libraries read."""
+    """Keys of trackers and of the hub that the model is published to, in the variables that these libraries read."""
     wandb, mongodb, hub = spec.tracking.wandb, spec.tracking.mongodb, spec.output.hub
     references = (
         (names.WANDB_KEY, wandb.api_key_secret_ref if wandb else None),
@@ -284,7 +284,7 @@ def _credentials(secret: SecretRef | None, prefix: str) -> list[Object]:
 
 
 def _customer_key(which: str, connection: StorageConnection | None) -> list[Object]:
-    """The key that a store encrypts with and does not keep, from its Secret."""
+    """The key for server-side encryption with a customer's key (SSE-C), from its Secret."""
     reference = connection.encryption.customer_key_secret_ref if connection and connection.encryption else None
     if reference is None:
         return []
@@ -306,7 +306,7 @@ def _field(path: str) -> Object:
 
 
 def _scheduling(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig, gang: str | None) -> Object:
-    """Where the pods may run. `gang` is the Job's name if there are several: near each other, and spread over hosts."""
+    """Scheduling fields of the pod. `gang` is the Job's name if it has several pods: these prefer one zone and different hosts."""
     placement = spec.placement
     result: Object = {}
     selector = {**(pool.node_selector if pool else {}), **(placement.node_selector or {})}

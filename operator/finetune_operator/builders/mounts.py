@@ -1,4 +1,4 @@
-"""What a spec refers to in its namespace (ConfigMaps, claims, CA bundles) and where a pod finds it."""
+"""Volumes and mounts for the ConfigMaps, volume claims and CA bundles that a spec names."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from pydantic import BaseModel
 from finetune_operator.objects import Object
 
 CA_FILES = {"storage": "ca.crt", "model": "model/ca.crt", "dataset": "dataset/ca.crt"}
-"""File below CA_MOUNT by the connection whose `caBundleRef` it comes from."""
+"""File below CA_MOUNT, by the connection whose `caBundleRef` names its content."""
 
 
 @dataclass(frozen=True)
 class Mounts:
-    """Volumes of a pod and where its container sees them."""
+    """Volumes of a pod, and their mounts in the trainer container."""
 
     volumes: tuple[Object, ...]
     mounts: tuple[Object, ...]
 
 
-def mounts(spec: FineTuneJobSpec) -> Mounts:
-    """Volumes for everything the spec names."""
+def build_mounts(spec: FineTuneJobSpec) -> Mounts:
+    """Return volumes and mounts for everything that the spec names. Errors: ConfigError for a source that cannot be parsed."""
     volumes: list[Object] = []
-    seen: list[Object] = []
+    mounts: list[Object] = []
     for number, name in enumerate(sorted(_config_maps(spec))):
         volumes.append({"name": f"configmap-{number}", "configMap": {"name": name}})
-        seen.append({"name": f"configmap-{number}", "mountPath": f"{CONFIGMAP_MOUNT}/{name}", "readOnly": True})
+        mounts.append({"name": f"configmap-{number}", "mountPath": f"{CONFIGMAP_MOUNT}/{name}", "readOnly": True})
     for number, (claim, writable) in enumerate(sorted(_claims(spec).items())):
         volumes.append({"name": f"pvc-{number}", "persistentVolumeClaim": {"claimName": claim}})
-        seen.append({"name": f"pvc-{number}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": not writable})
+        mounts.append({"name": f"pvc-{number}", "mountPath": f"{PVC_MOUNT}/{claim}", "readOnly": not writable})
     bundles = ca_bundles(spec)
     if bundles:
         sources = [
@@ -43,13 +43,13 @@ def mounts(spec: FineTuneJobSpec) -> Mounts:
             for which, ref in bundles.items()
         ]
         volumes.append({"name": "ca", "projected": {"sources": sources}})
-        seen.append({"name": "ca", "mountPath": CA_MOUNT, "readOnly": True})
+        mounts.append({"name": "ca", "mountPath": CA_MOUNT, "readOnly": True})
     placed_volumes, placed_mounts = _placed(spec)
-    return Mounts((*volumes, *placed_volumes), (*seen, *placed_mounts))
+    return Mounts((*volumes, *placed_volumes), (*mounts, *placed_mounts))
 
 
 def ca_bundles(spec: FineTuneJobSpec) -> dict[str, ConfigMapKeyRef]:
-    """CA bundles by the connection they belong to."""
+    """CA bundles, by connection."""
     connections = {"storage": spec.storage, "model": spec.model.storage, "dataset": spec.dataset.storage}
     return {which: one.ca_bundle_ref for which, one in connections.items() if one and one.ca_bundle_ref}
 
@@ -61,7 +61,7 @@ def _config_maps(spec: FineTuneJobSpec) -> set[str]:
 
 
 def _claims(spec: FineTuneJobSpec) -> dict[str, bool]:
-    """Claims, and whether anything is written to them."""
+    """Names of the volume claims, and whether the job writes to them."""
     result: dict[str, bool] = {}
     for source, writable in _sources(spec):
         if isinstance(source, PvcSource):
@@ -70,7 +70,7 @@ def _claims(spec: FineTuneJobSpec) -> dict[str, bool]:
 
 
 def _sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
-    """Every source of the spec, and whether it is written to."""
+    """All sources of the spec, and whether the job writes to them."""
     adapter = spec.method.adapter.source if spec.method.adapter else None
     reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
     data = spec.dataset
@@ -98,7 +98,7 @@ def _sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
 
 
 def _references(value: Any) -> Iterator[ConfigMapKeyRef]:
-    """Every reference to a ConfigMap's key, wherever it stands."""
+    """All references to a key of a ConfigMap in `value`."""
     if isinstance(value, ConfigMapKeyRef):
         yield value
     elif isinstance(value, BaseModel):
@@ -110,7 +110,7 @@ def _references(value: Any) -> Iterator[ConfigMapKeyRef]:
 
 
 def _placed(spec: FineTuneJobSpec) -> tuple[list[Object], list[Object]]:
-    """Volumes that the user adds by hand."""
+    """Volumes and mounts of `placement.volumes` and `placement.volumeMounts`."""
     volumes: list[Object] = []
     for one in spec.placement.volumes or []:
         if one.persistent_volume_claim:
@@ -120,12 +120,12 @@ def _placed(spec: FineTuneJobSpec) -> tuple[list[Object], list[Object]]:
         else:
             source = {"secret": {"secretName": one.secret}}
         volumes.append({"name": f"user-{one.name}", **source})
-    seen: list[Object] = []
+    mounts: list[Object] = []
     for mount in spec.placement.volume_mounts or []:
         value: Object = {"name": f"user-{mount.name}", "mountPath": mount.mount_path}
         if mount.sub_path:
             value["subPath"] = mount.sub_path
         if mount.read_only:
             value["readOnly"] = True
-        seen.append(value)
-    return volumes, seen
+        mounts.append(value)
+    return volumes, mounts

@@ -1,4 +1,4 @@
-"""`run.json` of one attempt: the resolved and adapted spec, who takes part, where everything lies, where to start."""
+"""Builds `run.json` of one attempt: the resolved and adapted spec, the ranks, the stores, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from finetune_operator.views import JobObject
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_GRACE, MAX_GRACE = 300, 86400
-SAVES = 3
-"""A stop has to wait for an upload that is under way, then saves; the store may be slower than last time."""
+GRACE_SAVES = 3
+"""Grace period in times of the newest save: a stop waits for the upload in progress and then saves, and the store may be slower than before."""
 
 
 def build_run_config(
     job: JobObject, spec: FineTuneJobSpec, attempt: int, *,
     defaults: Mapping[str, Any], committed_step: int, max_step: int | None, before_adaptation: Mapping[str, Any] | None = None,
 ) -> RunConfig:  # fmt: skip
-    """Run configuration of an attempt.
+    """Return the run configuration of an attempt.
 
-    `spec` is resolved, with every adaptation applied; `committed_step` is the newest step known to be in storage (0: none),
-    `max_step` the newest one the attempt may start from (None: any), `before_adaptation` what was said where it is changed now.
+    `spec` is resolved, with all adaptations applied. `committed_step` is the newest step that is known to be in storage (0: none),
+    `max_step` the newest step that the attempt may start from (None: any). `before_adaptation` has the original values of adapted
+    fields, by path.
     """
     root = f"{(spec.storage.uri or '').rstrip('/')}"
     publish = f"{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None
@@ -59,14 +60,14 @@ def build_run_config(
 
 
 def _grace(job: JobObject, spec: FineTuneJobSpec, defaults: Mapping[str, Any]) -> int:
-    """Seconds to save after SIGTERM: what the user wrote, else enough for what the newest checkpoint took."""
+    """Seconds to save after SIGTERM: the user's value, or else long enough for a checkpoint like the newest one."""
     grace = spec.policy.termination_grace_period_seconds or DEFAULT_GRACE
     if "policy.terminationGracePeriodSeconds" not in defaults:
         return grace
     measured = [one for one in job.status.checkpoints if one.save_seconds is not None]
     newest = max(measured, key=lambda one: one.step, default=None)
     took = newest.save_seconds if newest is not None and newest.save_seconds is not None else 0.0
-    return min(MAX_GRACE, max(grace, math.ceil(SAVES * took)))
+    return min(MAX_GRACE, max(grace, math.ceil(GRACE_SAVES * took)))
 
 
 def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
@@ -84,7 +85,7 @@ def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
 
 
 def _resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None) -> Resume:
-    """A later attempt goes on from the job's own checkpoints; rolled back behind all of them, from where the first began."""
+    """A later attempt continues from the job's own checkpoints. If a rollback excludes all of them, it starts where the first one did."""
     asked = spec.checkpoint.resume or "auto"
     expected = committed_step if max_step is None else min(committed_step, max_step)
     mode = "auto" if attempt > 1 and (expected or asked == "never") else asked
@@ -109,13 +110,13 @@ def _target(uri: str, connection: StorageConnection, which: str, prefix: str) ->
 
 
 def customer_key_variable(which: str) -> str:
-    """Variable of a customer's key by connection; unlike credentials, a key never serves two of them."""
+    """Variable with the customer's encryption key, by connection. Unlike credentials, a key is never used for two connections."""
     prefix = {"storage": "", "model": MODEL_CREDENTIALS_PREFIX, "dataset": DATASET_CREDENTIALS_PREFIX}[which]
     return f"{prefix}{Env.STORAGE_CUSTOMER_KEY.value}"
 
 
 def _other(spec: FineTuneJobSpec, connection: StorageConnection | None, which: str, prefix: str) -> StoreTarget | None:
-    """A store of its own for models or data; its uri is the source's and stays in the spec."""
+    """A separate store for models or data, with the uri of the source in the spec."""
     if connection is None:
         return None
     source = spec.model.source if which == "model" else spec.dataset.train
