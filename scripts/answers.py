@@ -1,6 +1,6 @@
-"""Ask the base model and the tuned one the same questions, and print both answers as JSON.
+"""Ask the base model and the fine-tuned model the same questions, and print both answers as JSON.
 
-A program of its own: it needs torch, which the demo's live view should not wait for.
+This is a separate program because it imports torch, which would delay the demo's live view.
 Usage: answers.py BASE ADAPTER QUESTION... -- prints [{"question", "base", "tuned"}, ...]
 """
 
@@ -14,28 +14,28 @@ MAX_NEW_TOKENS = 48
 
 
 def answer(model: Any, tokenizer: Any, question: str) -> str:
-    """The likeliest answer, at most MAX_NEW_TOKENS tokens."""
+    """The answer by greedy decoding, at most MAX_NEW_TOKENS tokens."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
-    out = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
-    return str(tokenizer.decode(out[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    output = model.generate(**prompt, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    return str(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
 def compare(base: str, adapter: str, questions: list[str]) -> list[dict[str, str]]:
-    """One entry a question."""
+    """Answers of both models, one entry for each question."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    before = [answer(model, tokenizer, question) for question in questions]
+    base_answers = [answer(model, tokenizer, question) for question in questions]
     tuned = PeftModel.from_pretrained(model, adapter)
-    after = [answer(tuned, tokenizer, question) for question in questions]
+    tuned_answers = [answer(tuned, tokenizer, question) for question in questions]
     return [
-        {"question": question, "base": one, "tuned": two}
-        for question, one, two in zip(questions, before, after, strict=True)
+        {"question": question, "base": base_answer, "tuned": tuned_answer}
+        for question, base_answer, tuned_answer in zip(questions, base_answers, tuned_answers, strict=True)
     ]
 
 

@@ -1,7 +1,7 @@
-"""`make demo`: one fine-tuning job from `kubectl apply` to a model in S3, on a real cluster, with every step shown.
+"""`make demo`: one fine-tuning job from `kubectl apply` to a model in S3, on a real cluster, with each step shown.
 
-The demo does nothing that a user could not: it installs the chart, uploads a model and data, applies
-`examples/quickstart.yaml`, and watches the resource. CLUSTER=kind|local|current says where; KEEP=1 leaves it up.
+The demo does what a user would do: it installs the chart, uploads a model and data, applies `examples/quickstart.yaml`, and watches the
+resource. CLUSTER=kind|local|current chooses the cluster; KEEP=1 keeps everything running.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from demo_clusters import CRD, NAMESPACE, RELEASE, DemoCluster, NoCluster, choose
-from demo_view import Job, Look, follow
+from demo_view import Job, Snapshot, follow
 from finetune_api.names import Phase
+from parallel_steps import StepFailed, run_all
 from prepare import ROOT, model_step
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
-from side_by_side import StepFailed, run_all
 from smollm2 import cache, ensure
 from tools import HELM
 
@@ -38,19 +38,19 @@ NAME = "quickstart"
 MODELS, DATASETS, RESULTS = "models", "datasets", "finetune"
 MODEL_KEY = "smollm2-135m-instruct"
 QUESTIONS = ["What is the capital of Spain?", "How many legs does a cat have?"]
-"""None of them is in the data."""
+"""Questions that are not in the training data."""
 TIMEOUT_SECONDS = 900
 
 console = Console(stderr=False, soft_wrap=True)
 
 
 class DemoFailed(Exception):
-    """The demo cannot go on; the message is for the person who watches."""
+    """The demo cannot continue; the message is for the user."""
 
 
 @contextlib.contextmanager
-def part(title: str) -> Iterator[None]:
-    """A step of the story with its time."""
+def step(title: str) -> Iterator[None]:
+    """Show a step and how long it took."""
     started = time.monotonic()
     with console.status(title) if console.is_terminal else contextlib.nullcontext():
         yield
@@ -58,12 +58,12 @@ def part(title: str) -> Iterator[None]:
 
 
 def heading(text: str) -> None:
-    """A chapter."""
+    """Print the title of the next section."""
     console.print(f"\n[bold]{text}[/]")
 
 
 def upload(cluster: DemoCluster) -> None:
-    """Buckets, the model and the data, as a user would with any S3 client."""
+    """Create the buckets and upload the model and the data, as a user would with any S3 client."""
     client = cluster.s3.client()
     existing = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
     for bucket in {MODELS, DATASETS, RESULTS} - existing:
@@ -75,7 +75,7 @@ def upload(cluster: DemoCluster) -> None:
 
 
 def image_value(reference: str) -> dict[str, str]:
-    """An image reference in the chart's parts."""
+    """Split an image reference into the chart's values."""
     name, _, digest = reference.partition("@")
     repository, colon, tag = name.rpartition(":")
     if not colon or "/" in tag:
@@ -95,14 +95,14 @@ def values(cluster: DemoCluster) -> dict[str, Any]:
             "addressingStyle": "path",
             "credentialsSecretRef": {"name": SECRET},
         },
-        # Training takes every core it finds; the operator must not be the one that starves.
+        # The training pod uses all cores: without this request, the operator would get too little CPU.
         "resources": {"requests": {"cpu": "250m", "memory": "128Mi"}, "limits": {"memory": "512Mi"}},
         "settings": {"progressSeconds": 1, "scrape": {"intervalSeconds": 1, "startingIntervalSeconds": 1}},
     }
 
 
 def helm(cluster: DemoCluster, *arguments: str, stdin: str | None = None) -> None:
-    """Run Helm on the cluster. DemoFailed with its last words."""
+    """Run Helm on the cluster. Errors: DemoFailed with its error message."""
     command = [str(HELM.path), "--kubeconfig", str(cluster.kubeconfig), "--namespace", RELEASE, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, input=stdin)
     if done.returncode != 0:
@@ -110,7 +110,7 @@ def helm(cluster: DemoCluster, *arguments: str, stdin: str | None = None) -> Non
 
 
 def install(cluster: DemoCluster) -> None:
-    """The chart, from the checkout."""
+    """Install the chart of the checkout."""
     chart = str(ROOT / "helm/finetune-operator")
     helm(
         cluster, "upgrade", "--install", RELEASE, chart, "--create-namespace", "--wait", "--timeout", "3m", "-f", "-",
@@ -118,8 +118,8 @@ def install(cluster: DemoCluster) -> None:
     )  # fmt: skip
 
 
-def namespace(cluster: DemoCluster) -> None:
-    """A namespace under the strictest Pod Security level, with the credentials that jobs use."""
+def create_namespace(cluster: DemoCluster) -> None:
+    """Create a namespace with the strictest Pod Security level and the S3 credentials of the jobs."""
     enforced = {"pod-security.kubernetes.io/enforce": "restricted"}
     keys = {"AWS_ACCESS_KEY_ID": cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": cluster.s3.secret_key}
     objects = [
@@ -131,25 +131,25 @@ def namespace(cluster: DemoCluster) -> None:
 
 
 def apply(cluster: DemoCluster) -> None:
-    """`kubectl apply`, after a job of an earlier demo is gone."""
+    """Apply the example, after the job of an earlier demo was deleted."""
     cluster.kubectl("-n", NAMESPACE, "delete", "finetunejob", NAME, "--ignore-not-found", "--wait")
     cluster.kubectl("-n", NAMESPACE, "apply", "-f", str(EXAMPLE))
 
 
-def finish(look: Look) -> None:
-    """DemoFailed with the status' own words unless the job succeeded."""
-    status = look.status
+def check_success(snapshot: Snapshot) -> None:
+    """Raise DemoFailed with the failure in the job's status unless the job succeeded."""
+    status = snapshot.status
     if status and status.phase is Phase.SUCCEEDED:
         return
     failure = status.failure if status else None
-    words = f"{failure.code}: {failure.message} {failure.hint or ''}" if failure else "no reason in its status"
-    raise DemoFailed(f"the job is {look.phase}: {words}")
+    reason = f"{failure.code}: {failure.message} {failure.hint or ''}" if failure else "no reason in its status"
+    raise DemoFailed(f"the job is {snapshot.phase}: {reason}")
 
 
-def show_objects(cluster: DemoCluster, look: Look) -> None:
-    """What lies in S3 now."""
-    assert look.status and look.status.output and look.status.output.uri
-    root, _, _ = look.status.output.uri.partition("/model/")
+def show_objects(cluster: DemoCluster, snapshot: Snapshot) -> None:
+    """Print the job's folders in S3."""
+    assert snapshot.status and snapshot.status.output and snapshot.status.output.uri
+    root, _, _ = snapshot.status.output.uri.partition("/model/")
     bucket, _, prefix = root.removeprefix("s3://").partition("/")
     folders: dict[str, list[int]] = {}
     for page in cluster.s3.client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix + "/"):
@@ -165,61 +165,61 @@ def show_objects(cluster: DemoCluster, look: Look) -> None:
     console.print(table)
 
 
-def show_answers(cluster: DemoCluster, look: Look) -> None:
-    """The same questions, answered by the base and by the tuned model."""
-    assert look.status and look.status.output and look.status.output.uri
-    bucket, _, prefix = look.status.output.uri.removeprefix("s3://").partition("/")
+def show_answers(cluster: DemoCluster, snapshot: Snapshot) -> None:
+    """Print the answers of the base model and the fine-tuned model to the same questions."""
+    assert snapshot.status and snapshot.status.output and snapshot.status.output.uri
+    bucket, _, prefix = snapshot.status.output.uri.removeprefix("s3://").partition("/")
     with tempfile.TemporaryDirectory() as folder:
         client = cluster.s3.client()
         for item in client.list_objects_v2(Bucket=bucket, Prefix=prefix + "/").get("Contents", []):
             target = Path(folder) / item["Key"].removeprefix(prefix + "/")
             target.parent.mkdir(parents=True, exist_ok=True)
             client.download_file(bucket, item["Key"], str(target))
-        with part("load the base model, then the adapter from S3 on top, and ask both"):
+        with step("load the base model and the adapter from S3, and ask both"):
             script = [sys.executable, str(ROOT / "scripts/answers.py"), str(ensure()), folder, *QUESTIONS]
             quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             done = subprocess.run(script, capture_output=True, text=True, env={**os.environ, **quiet})
     if done.returncode != 0:
-        raise DemoFailed(f"the models could not be asked: {done.stderr.strip().splitlines()[-1]}")
+        raise DemoFailed(f"the models could not answer: {done.stderr.strip().splitlines()[-1]}")
     for answer in json.loads(done.stdout):
         console.print(f"\n  [bold]{answer['question']}[/]", highlight=False)
         console.print(f"    base   {answer['base']}", highlight=False, markup=False)
         console.print(f"    tuned  {answer['tuned']}", style="green", highlight=False, markup=False)
 
 
-def story(cluster: DemoCluster) -> None:
-    """The demo from the installed chart to the answers."""
+def run_demo(cluster: DemoCluster) -> None:
+    """Run the demo on a cluster, from the installation of the chart to the answers."""
     heading("Install and upload")
-    with part("helm install: CRD, RBAC, operator"):
+    with step("helm install: CRD, RBAC, operator"):
         install(cluster)
-    with part(f"upload the model to s3://{MODELS} and the data to s3://{DATASETS}"):
+    with step(f"upload the model to s3://{MODELS} and the data to s3://{DATASETS}"):
         upload(cluster)
-    with part(f"namespace {NAMESPACE}, Pod Security restricted, with S3 credentials"):
-        namespace(cluster)
+    with step(f"namespace {NAMESPACE}, Pod Security restricted, with S3 credentials"):
+        create_namespace(cluster)
     heading(f"kubectl apply -f {EXAMPLE.relative_to(ROOT)}")
     apply(cluster)
-    look = follow(Job(cluster.kubeconfig, NAMESPACE, NAME), console, timeout=TIMEOUT_SECONDS)
-    finish(look)
+    snapshot = follow(Job(cluster.kubeconfig, NAMESPACE, NAME), console, timeout=TIMEOUT_SECONDS)
+    check_success(snapshot)
     heading("kubectl get finetunejobs")
     console.print(cluster.kubectl("-n", NAMESPACE, "get", "finetunejobs").rstrip(), highlight=False, markup=False)
     heading("In S3")
-    show_objects(cluster, look)
-    heading("What it has learned")
-    show_answers(cluster, look)
+    show_objects(cluster, snapshot)
+    heading("What the model has learned")
+    show_answers(cluster, snapshot)
 
 
-def tidy(cluster: DemoCluster) -> None:
-    """Take away what was made; a second Ctrl-C does not stop it half-way."""
+def clean_up(cluster: DemoCluster) -> None:
+    """Remove everything that the demo has created. Another Ctrl-C does not interrupt it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    with part("take everything down"):
-        if cluster.is_guest():
-            leave(cluster)
+    with step("remove everything"):
+        if cluster.has_demo_objects():
+            uninstall(cluster)
         cluster.down()
 
 
-def leave(cluster: DemoCluster) -> None:
-    """Take what the demo brought out of a cluster that stays: last the namespace that says that it was the demo."""
+def uninstall(cluster: DemoCluster) -> None:
+    """Remove the demo's objects from a user's cluster, last the namespace whose label shows that the demo has created them."""
     with contextlib.suppress(subprocess.CalledProcessError):
         cluster.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found")
     with contextlib.suppress(DemoFailed):
@@ -230,35 +230,35 @@ def leave(cluster: DemoCluster) -> None:
 
 
 def run(cluster: DemoCluster, *, keep: bool) -> None:
-    """Prepare, tell the story, and tidy up unless everything is to stay."""
-    heading(f"Prepare ({cluster.name} cluster; slow steps are done once, side by side)")
+    """Prepare, run the demo, and clean up unless `keep` is set."""
+    heading(f"Prepare ({cluster.name} cluster; slow steps run once, in parallel)")
     run_all([*cluster.steps(), HELM.step(), model_step()], cache() / "logs", console)
-    kept = False
+    is_kept = False
     try:
         cluster.up()
-        story(cluster)
-        kept = keep
+        run_demo(cluster)
+        is_kept = keep
     finally:
-        if not kept:
+        if not is_kept:
             console.print()
-            tidy(cluster)
-    if kept:
-        heading("Everything is left up (KEEP=1)")
+            clean_up(cluster)
+    if is_kept:
+        heading("Everything keeps running (KEEP=1)")
         for line in cluster.keep_lines():
             console.print(f"  {line}", highlight=False, markup=False)
 
 
-def complain(words: str) -> int:
-    """Say why it ended; the exit code."""
+def report_error(message: str) -> int:
+    """Print why the demo ended. Returns the exit code."""
     console.print("demo: ", style="red", end="")
-    console.print(words, highlight=False, markup=False)
+    console.print(message, highlight=False, markup=False)
     return 1
 
 
 def main() -> int:
-    """0; 1 with one line that says what is missing or went wrong; 130 after Ctrl-C."""
+    """Run the demo. Returns 0, 1 after an error (one line says which), or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--down", action="store_true", help="take down what KEEP=1 left up")
+    parser.add_argument("--down", action="store_true", help="remove what a demo with KEEP=1 kept")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep = os.environ.get("KEEP", "") not in ("", "0")
@@ -266,16 +266,16 @@ def main() -> int:
     try:
         cluster = choose(os.environ.get("CLUSTER", ""), keep=keep)
         if arguments.down:
-            tidy(cluster)
+            clean_up(cluster)
             return 0
         run(cluster, keep=keep)
     except KeyboardInterrupt:
-        console.print("\nstopped; nothing is left running")
+        console.print("\nstopped; everything was removed")
         return 130
     except (NoCluster, DemoFailed, StepFailed, LocalClusterError, TimeoutError) as error:
-        return complain(str(error))
+        return report_error(str(error))
     except subprocess.CalledProcessError as error:
-        return complain(f"{error.cmd[0]}: {error.stderr or error}")
+        return report_error(f"{error.cmd[0]}: {error.stderr or error}")
     console.print(f"\n[bold green]Done[/] in {time.monotonic() - started:.0f} s.", highlight=False)
     return 0
 

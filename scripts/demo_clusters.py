@@ -1,6 +1,6 @@
-"""The three places where the demo can run, behind one face: a local cluster, kind, or the cluster of a kubeconfig.
+"""The clusters on which the demo can run: a local cluster, kind, or the cluster of a kubeconfig.
 
-Only `current` touches a cluster that the demo did not make, and it takes away only what it brought.
+Only `current` uses a cluster that the demo did not create, and it removes only what it has created there.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.names import GROUP, PLURAL
+from parallel_steps import Commands, Step, StepFailed
 from prepare import ROOT, local_steps
-from side_by_side import Commands, Step, StepFailed
 from smollm2 import cache
-from tools import KIND, kind
+from tools import KIND, installed_kind
 
 from localcluster import s3_pod
 from localcluster.errors import NotRunning
@@ -36,31 +36,32 @@ KIND_NAME = "finetune-demo"
 NAMESPACE = "finetune-demo"
 RELEASE = "finetune-operator"
 CRD = f"{PLURAL}.{GROUP}"
-OURS = f"{GROUP}/demo"
-"""Label of namespaces that the demo made in a cluster which is not its own."""
+DEMO_LABEL = f"{GROUP}/demo"
+"""Label of namespaces that the demo has created in a user's cluster."""
 
 
 class NoCluster(Exception):
-    """There is no place to run in; the message is one line that says what is missing."""
+    """The demo has no cluster to run on; the message is one line that says what is missing."""
 
 
 class DemoCluster(ABC):
-    """A place to run: made, used, taken away."""
+    """A cluster for the demo."""
 
     name: str
     operator_image = OPERATOR_IMAGE
     trainer_image = TRAINER_IMAGE
+
     @abstractmethod
     def steps(self) -> list[Step]:
-        """The slow work before `up`, done side by side."""
+        """Slow steps before `up`, which run in parallel."""
 
     @abstractmethod
     def up(self) -> None:
-        """Start it, images and S3 included."""
+        """Start the cluster with images and S3."""
 
     @abstractmethod
     def down(self) -> None:
-        """Take away what `up` made."""
+        """Remove what `up` has created."""
 
     @property
     @abstractmethod
@@ -70,49 +71,49 @@ class DemoCluster(ABC):
     @property
     @abstractmethod
     def s3(self) -> S3Endpoint:
-        """Where models and data are uploaded to, and results lie."""
+        """The S3 server for models, data and results."""
 
     @abstractmethod
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
-        """Run kubectl; its output. CalledProcessError if it fails."""
+        """Run kubectl. Returns its output. Errors: CalledProcessError."""
 
-    def is_guest(self) -> bool:
-        """Whether the demo must take away, piece by piece, what it installed; not where the whole cluster goes."""
+    def has_demo_objects(self) -> bool:
+        """Whether the demo must uninstall its objects, because the cluster itself stays."""
         return False
 
     def keep_lines(self) -> list[str]:
-        """What to tell the user when everything is left up."""
-        return [f"export KUBECONFIG={self.kubeconfig}", "kubectl get finetunejobs -A     # look around", "make down"]
+        """Lines for the user when everything keeps running."""
+        return [f"export KUBECONFIG={self.kubeconfig}", "kubectl get finetunejobs -A     # show the jobs", "make down"]
 
 
 class Local(DemoCluster):
-    """The embedded cluster: Linux and root. One that was up before is used, and left up."""
+    """The local cluster, which needs Linux and root. If it is running, the demo uses it and does not end it."""
 
     name = "local"
 
     def __init__(self, *, keep: bool) -> None:
         self._cluster = NodeCluster(lifetime=Lifetime.DETACHED if keep else Lifetime.PARENT, step=shown)
-        self._was_up = False
+        self._was_running = False
 
     def steps(self) -> list[Step]:
-        if not self._is_up():
-            take_lock(self._cluster.state_dir).close()  # another cluster is better found now than after the slow steps
+        if not self._is_running():
+            take_lock(self._cluster.state_dir).close()  # fail now if another cluster is running, not after the slow steps
         return local_steps()
 
     def up(self) -> None:
-        self._was_up = self._is_up()
+        self._was_running = self._is_running()
         self._cluster.up()
         for image in (OPERATOR_IMAGE, TRAINER_IMAGE):
             self._cluster.load_image(image)
 
-    def _is_up(self) -> bool:
+    def _is_running(self) -> bool:
         try:
             return self._cluster.endpoint.ready()
         except NotRunning:
             return False
 
     def down(self) -> None:
-        if not self._was_up:
+        if not self._was_running:
             self._cluster.down()
 
     @property
@@ -132,7 +133,7 @@ class Local(DemoCluster):
 
 
 class WithKubectl(DemoCluster):
-    """A cluster that is spoken to with the user's own kubectl."""
+    """A cluster that is used through the kubectl on the PATH."""
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         command = ["kubectl", "--kubeconfig", str(self.kubeconfig), *arguments]
@@ -140,19 +141,19 @@ class WithKubectl(DemoCluster):
 
 
 class Kind(WithKubectl):
-    """kind in Docker: the images built by Docker, S3 as a pod that is reached through a port-forward."""
+    """kind in Docker. Docker builds the images; S3 is a pod that is reached through a port-forward."""
 
     name = "kind"
 
     def __init__(self, *, keep: bool) -> None:
-        del keep  # containers live until they are removed
+        del keep  # kind's containers run until they are removed
         self._kubeconfig = cache() / f"{KIND_NAME}.kubeconfig"
-        self._program = kind() or KIND.path
+        self._program = installed_kind() or KIND.path
         self._forward: subprocess.Popen[str] | None = None
         self._s3: S3Endpoint | None = None
 
     def steps(self) -> list[Step]:
-        tool = [] if kind() else [KIND.step()]
+        tool = [] if installed_kind() else [KIND.step()]
         builds = [
             Step(f"image of the {name}", lambda command, file=file, tag=tag: self._build(command, file, tag))  # type: ignore[misc]  # lambda defaults
             for name, file, tag in (
@@ -177,17 +178,7 @@ class Kind(WithKubectl):
             command([self._program, "export", "kubeconfig", "--name", KIND_NAME, "--kubeconfig", self._kubeconfig])
         else:
             command(
-                [
-                    self._program,
-                    "create",
-                    "cluster",
-                    "--name",
-                    KIND_NAME,
-                    "--kubeconfig",
-                    self._kubeconfig,
-                    "--wait",
-                    "180s",
-                ]
+                [self._program, "create", "cluster", "--name", KIND_NAME, "--kubeconfig", self._kubeconfig, "--wait", "180s"]
             )
 
     def up(self) -> None:
@@ -230,12 +221,12 @@ class Kind(WithKubectl):
     @property
     def s3(self) -> S3Endpoint:
         if self._s3 is None:
-            raise NoCluster("the kind cluster is not up")
+            raise NoCluster("the kind cluster is not running")
         return self._s3
 
 
 def _s3_archive(folder: Path) -> Path:
-    """The S3 image as an archive that containerd imports under its name."""
+    """Write the S3 image as an archive that containerd imports with its name."""
     layout = shutil.copytree(s3_pod.layout(), folder / "layout")
     index = json.loads((layout / "index.json").read_text())
     for entry in index["manifests"]:
@@ -248,7 +239,7 @@ def _s3_archive(folder: Path) -> Path:
 
 
 class Current(WithKubectl):
-    """The cluster of the user's kubeconfig: images from a registry, S3 from outside; what was brought is taken away."""
+    """The cluster of the user's kubeconfig, with images from a registry and an external S3 server."""
 
     name = "current"
     needs = ("OPERATOR_IMAGE", "TRAINER_IMAGE", "S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -259,7 +250,7 @@ class Current(WithKubectl):
         if missing:
             raise NoCluster(
                 f"CLUSTER=current needs {', '.join(missing)}: images that the cluster can pull (build and push them) "
-                "and an S3 store that pods and this machine reach (S3_CLUSTER_ENDPOINT, where pods use another address)"
+                "and an S3 server that pods and this machine can reach (set S3_CLUSTER_ENDPOINT if pods use another address)"
             )
         self.operator_image = os.environ["OPERATOR_IMAGE"]
         self.trainer_image = os.environ["TRAINER_IMAGE"]
@@ -268,43 +259,43 @@ class Current(WithKubectl):
         return []
 
     def up(self) -> None:
-        with shown("reach the cluster of the kubeconfig"):
+        with shown("connect to the cluster of the kubeconfig"):
             self.kubectl("version", "-o", "json")
-        with shown("reach S3"):
+        with shown("connect to S3"):
             if not is_ready(self.s3):
-                raise NoCluster(f"S3_ENDPOINT={self.s3.host_url} does not take a signed write with these keys")
-        self._claim()
+                raise NoCluster(f"S3_ENDPOINT={self.s3.host_url} does not accept a signed write with these keys")
+        self._create_namespaces()
 
-    def _claim(self) -> None:
-        """Make the demo's two namespaces. NoCluster if something of these names is there that the demo did not bring."""
+    def _create_namespaces(self) -> None:
+        """Create the demo's two namespaces. Errors: NoCluster if objects of these names exist that the demo did not create."""
         labels = {name: self._labels("namespace", name) for name in (RELEASE, NAMESPACE)}
-        foreign = [f"namespace {name}" for name, found in labels.items() if found is not None and OURS not in found]
+        foreign = [f"namespace {name}" for name, found in labels.items() if found is not None and DEMO_LABEL not in found]
         if labels[RELEASE] is None and self._labels("crd", CRD) is not None:
-            foreign.append(f"the definition {CRD}")
+            foreign.append(f"the CustomResourceDefinition {CRD}")
         if foreign:
             raise NoCluster(
-                f"the cluster of {self.kubeconfig} has {' and '.join(foreign)}, which the demo did not bring and would "
-                "replace and take away: use a cluster without the operator, or apply examples/quickstart.yaml there"
+                f"the cluster of {self.kubeconfig} has {' and '.join(foreign)}, which the demo did not create and would "
+                "replace and remove: use a cluster without the operator, or apply examples/quickstart.yaml there"
             )
         for name, found in labels.items():
             if found is None:
-                meta = {"name": name, "labels": {OURS: "true"}}
+                meta = {"name": name, "labels": {DEMO_LABEL: "true"}}
                 body = {"apiVersion": "v1", "kind": "Namespace", "metadata": meta}
                 self.kubectl("create", "-f", "-", stdin=json.dumps(body))
 
     def _labels(self, kind: str, name: str) -> dict[str, str] | None:
-        """Labels of an object of the cluster; None if there is none."""
+        """Labels of an object; None if it does not exist."""
         text = self.kubectl("get", kind, name, "--ignore-not-found", "-o", "json")
         return dict(json.loads(text)["metadata"].get("labels") or {}) if text.strip() else None
 
-    def is_guest(self) -> bool:
+    def has_demo_objects(self) -> bool:
         try:
-            return OURS in (self._labels("namespace", RELEASE) or {})
+            return DEMO_LABEL in (self._labels("namespace", RELEASE) or {})
         except subprocess.CalledProcessError:
-            return False  # no such cluster: nothing was brought
+            return False  # the cluster cannot be reached, so that nothing was created
 
     def down(self) -> None:
-        """Nothing: what the demo brought is the demo's to remove."""
+        """Nothing: `demo.uninstall` removes the demo's objects."""
 
     @property
     def kubeconfig(self) -> Path:
@@ -313,15 +304,14 @@ class Current(WithKubectl):
     @property
     def s3(self) -> S3Endpoint:
         host = os.environ["S3_ENDPOINT"]
-        inside = os.environ.get("S3_CLUSTER_ENDPOINT") or host
-        return S3Endpoint(host, inside, os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
+        cluster_url = os.environ.get("S3_CLUSTER_ENDPOINT") or host
+        return S3Endpoint(host, cluster_url, os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"])
 
 
-KINDS: dict[str, Any] = {"kind": Kind, "local": Local, "current": Current}
+CLUSTERS: dict[str, Any] = {"kind": Kind, "local": Local, "current": Current}
 
 
-def docker_answers() -> bool:
-    """Whether a Docker daemon can be used."""
+def is_docker_running() -> bool:
     if shutil.which("docker") is None:
         return False
     try:
@@ -331,25 +321,25 @@ def docker_answers() -> bool:
 
 
 def choose(wanted: str, *, keep: bool) -> DemoCluster:
-    """The cluster to use. NoCluster, in one line, if there is none or a word is not understood."""
-    if wanted and wanted not in KINDS:
-        raise NoCluster(f"CLUSTER={wanted} is not known: write kind, local or current, or leave it out")
+    """The cluster to use. Errors: NoCluster if there is none, or `wanted` is unknown."""
+    if wanted and wanted not in CLUSTERS:
+        raise NoCluster(f"CLUSTER={wanted} is not known: write kind, local or current, or do not set it")
     if not wanted:
         wanted = _best()
-    if wanted == "kind" and not docker_answers():
+    if wanted == "kind" and not is_docker_running():
         raise NoCluster(
-            "CLUSTER=kind needs Docker, and `docker info` gets no answer: start Docker, or use CLUSTER=local"
+            "CLUSTER=kind needs Docker, and `docker info` fails: start Docker, or use CLUSTER=local"
         )
     if wanted == "local":
         check_local()
     elif shutil.which("kubectl") is None:
         raise NoCluster(f"CLUSTER={wanted} needs kubectl, which is not on the PATH: install it")
-    chosen: DemoCluster = KINDS[wanted](keep=keep)
+    chosen: DemoCluster = CLUSTERS[wanted](keep=keep)
     return chosen
 
 
 def check_local() -> None:
-    """What no step of ours could mend."""
+    """Check requirements that the demo cannot install itself."""
     if sys.platform != "linux" or os.geteuid() != 0:
         raise NoCluster(
             "CLUSTER=local needs Linux and root: run `sudo make demo`, or start Docker and use CLUSTER=kind"
@@ -361,11 +351,11 @@ def check_local() -> None:
 
 
 def _best() -> str:
-    if docker_answers():
+    if is_docker_running():
         return "kind"
     if sys.platform == "linux" and os.geteuid() == 0:
         return "local"
     raise NoCluster(
-        "no cluster to run in: Docker does not answer (for kind), and this is not root on Linux (for the local "
+        "there is no cluster to run on: Docker is not running (for kind), and this is not root on Linux (for the local "
         "cluster): start Docker, use sudo, or choose CLUSTER=current"
     )

@@ -1,6 +1,6 @@
-"""What a person sees while a job runs: phase, progress, loss, time left, events.
+"""Show a running job: phase, progress, loss, remaining time and events.
 
-Drawn live on a terminal, as lines elsewhere. It reads what every user can read: the resource's status and its events.
+The view is live on a terminal and consists of lines otherwise. It reads only the resource's status and its events.
 """
 
 from __future__ import annotations
@@ -32,56 +32,56 @@ class Event:
     time: datetime
     reason: str
     note: str
-    warning: bool
+    is_warning: bool
 
     @property
     def line(self) -> str:
-        """For people, in one line."""
+        """The event as one line of text."""
         return f"{self.time.astimezone():%H:%M:%S}  {self.reason}: {self.note}"
 
 
 @dataclass(frozen=True)
-class Look:
-    """What was seen at one moment. `status` is None before the operator has said anything."""
+class Snapshot:
+    """Status and events at one moment. `status` is None before the operator has written it."""
 
     status: FineTuneJobStatus | None
     events: tuple[Event, ...]
 
     @property
     def phase(self) -> str:
-        """The phase, in words for a person who has just applied the job."""
+        """The phase, also before the operator has written it."""
         return str(self.status.phase) if self.status and self.status.phase else "Waiting for the operator"
 
     @property
-    def finished(self) -> bool:
-        """Whether nothing further will happen."""
+    def is_finished(self) -> bool:
+        """Whether the phase is final."""
         return self.status is not None and self.status.phase in FINAL_PHASES
 
 
-class Watched(Protocol):
-    """Anything that can be looked at again and again."""
+class Readable(Protocol):
+    """A job whose current state can be read."""
 
-    def look(self) -> Look:
-        """The present state."""
+    def read(self) -> Snapshot:
+        """Read the current state."""
 
 
 @dataclass
 class Job:
-    """One FineTuneJob of a cluster, seen through its API."""
+    """A FineTuneJob in a cluster."""
 
     kubeconfig: Path
     namespace: str
     name: str
     _clients: tuple[Any, Any] | None = field(default=None, repr=False)
 
-    def look(self) -> Look:
+    def read(self) -> Snapshot:
         """Read status and events."""
         custom, events = self._api()
         found = custom.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, self.name)
         status = found.get("status") or {}
         selector = f"regarding.kind=FineTuneJob,regarding.uid={found['metadata']['uid']}"
         listed = events.list_namespaced_event(self.namespace, field_selector=selector)
-        return Look(
+        return Snapshot(
             FineTuneJobStatus.model_validate(status) if status.get("phase") else None,
             tuple(sorted((_event(item) for item in listed.items), key=lambda event: event.time)),
         )
@@ -100,60 +100,60 @@ def _event(item: Any) -> Event:
     return Event(moment, item.reason or "", item.note or "", item.type == "Warning")
 
 
-def follow(job: Watched, console: Console, *, timeout: float) -> Look:
-    """Show the job until it is finished; the last look. TimeoutError if it takes longer than `timeout` seconds."""
+def follow(job: Readable, console: Console, *, timeout: float) -> Snapshot:
+    """Show the job until it is finished, and return its last state. Errors: TimeoutError after `timeout` seconds."""
     return _live(job, console, timeout) if console.is_terminal else _lines(job, console, timeout)
 
 
-def _looks(job: Watched, timeout: float) -> Iterator[Look]:
+def _snapshots(job: Readable, timeout: float) -> Iterator[Snapshot]:
     deadline = time.monotonic() + timeout
     while True:
-        look = job.look()
-        yield look
-        if look.finished:
+        snapshot = job.read()
+        yield snapshot
+        if snapshot.is_finished:
             return
         if time.monotonic() > deadline:
-            raise TimeoutError(f"the job is {look.phase} after {timeout:.0f} s")
+            raise TimeoutError(f"the job is {snapshot.phase} after {timeout:.0f} s")
         time.sleep(POLL_SECONDS)
 
 
-def _live(job: Watched, console: Console, timeout: float) -> Look:
+def _live(job: Readable, console: Console, timeout: float) -> Snapshot:
     started = time.monotonic()
     with Live(console=console, refresh_per_second=8) as live:
-        for look in _looks(job, timeout):
-            live.update(panel(look, time.monotonic() - started))
-    return look
+        for snapshot in _snapshots(job, timeout):
+            live.update(panel(snapshot, time.monotonic() - started))
+    return snapshot
 
 
-def _lines(job: Watched, console: Console, timeout: float) -> Look:
-    """Without a terminal: a line for each change of phase, each event, and each fifth of the way."""
-    said: set[str] = set()
-    for look in _looks(job, timeout):
-        for line in [f"phase {look.phase}", *(event.line for event in look.events), *_milestone(look)]:
-            if line not in said:
-                said.add(line)
+def _lines(job: Readable, console: Console, timeout: float) -> Snapshot:
+    """Without a terminal: print a line for each change of phase, each event, and each fifth of the steps."""
+    printed: set[str] = set()
+    for snapshot in _snapshots(job, timeout):
+        for line in [f"phase {snapshot.phase}", *(event.line for event in snapshot.events), *_milestone(snapshot)]:
+            if line not in printed:
+                printed.add(line)
                 console.print(f"    {line}", highlight=False, markup=False)
-    return look
+    return snapshot
 
 
-def _milestone(look: Look) -> list[str]:
-    """A word at each fifth of the way."""
-    progress = look.status.progress if look.status else None
+def _milestone(snapshot: Snapshot) -> list[str]:
+    """One line for each fifth of the steps."""
+    progress = snapshot.status.progress if snapshot.status else None
     fifth = (progress.percent or 0) // 20 * 20 if progress else 0
     return [f"{fifth} % of the steps done"] if fifth else []
 
 
-def panel(look: Look, seconds: float) -> RenderableType:
-    """The picture of one moment."""
-    status = look.status or FineTuneJobStatus()
+def panel(snapshot: Snapshot, seconds: float) -> RenderableType:
+    """The live view of one moment."""
+    status = snapshot.status or FineTuneJobStatus()
     head = Table.grid(padding=(0, 2))
     attempt = f"attempt {status.attempt}" if status.attempt else ""
     workers = f"{status.workers.display} pods ready" if status.workers else ""
-    head.add_row(Text(look.phase, style="bold cyan"), attempt, workers, f"[dim]{seconds:.0f} s[/]")
+    head.add_row(Text(snapshot.phase, style="bold cyan"), attempt, workers, f"[dim]{seconds:.0f} s[/]")
     parts: list[RenderableType] = [head, _bar(status), _numbers(status)]
-    if look.events:
+    if snapshot.events:
         parts.append(Text())
-        parts += [Text(event.line, style="yellow" if event.warning else "dim") for event in look.events[-SHOWN_EVENTS:]]
+        parts += [Text(event.line, style="yellow" if event.is_warning else "dim") for event in snapshot.events[-SHOWN_EVENTS:]]
     return Panel(Group(*parts), title="FineTuneJob", title_align="left", border_style="blue")
 
 

@@ -1,7 +1,7 @@
-"""Write the files that are made from the API's models, or check that they are as they would be written.
+"""Write the files that are generated from the models, or check that they are up to date.
 
-The chart carries its own copy of the CRD, since Helm reads no file outside a chart, and a values schema that follows
-the operator's settings; one command writes all, and `make verify` runs it with --check.
+The chart has its own copy of the CRD, because Helm reads no file outside a chart, and a values schema that is generated from the
+operator's settings. One command writes all files; `make verify` runs it with --check.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ VALUES_SCHEMA = ROOT / "helm/finetune-operator/values.schema.json"
 
 
 def generated() -> dict[Path, str]:
-    """Every generated file with the text it must have."""
+    """Text of each generated file."""
     values = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
     reference = {REFERENCE / name: text for name, text in pages().items()}
     return dict.fromkeys(CRD_FILES, crd_yaml()) | {VALUES_SCHEMA: values} | reference
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0 if all is as it must be (or was written), 1 if --check found a difference."""
+    """Write or check the files. Returns 1 if --check found a difference, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a file differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs")
     arguments = parser.parse_args(argv)
     differing = [path for path, text in generated().items() if not path.exists() or path.read_text("utf-8") != text]
     for path in differing:

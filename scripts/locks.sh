@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Lock what the images and the command line install, with the versions that the tests run with. No index lines: a lock names no place.
+# Lock the packages of the images and the command line, in the versions of the test environment. Locks contain no index URLs.
 set -euo pipefail
 cd "$(dirname "$0")/../requirements"
 uv="$(ls -d "${XDG_CACHE_HOME:-$HOME/.cache}"/finetune-operator/uv-*/bin/uv | head -n 1)"

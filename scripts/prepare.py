@@ -1,6 +1,6 @@
-"""The slow one-time work before a demo or the end-to-end tests, side by side: Kubernetes, Helm, images, the model.
+"""Run the slow steps before a demo or the end-to-end tests in parallel: Kubernetes, Helm, images, the model.
 
-All of it is kept in the cache, so that the second time costs a second or two.
+Their results are cached, so that the second run takes one or two seconds.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from parallel_steps import Step, StepFailed, run_all
 from rich.console import Console
-from side_by_side import Step, StepFailed, run_all
 from smollm2 import cache
 from tools import HELM
 
@@ -17,17 +17,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(*arguments: str) -> list[str]:
-    """A command of this environment's Python."""
+    """Command line of a Python program in this environment."""
     return [sys.executable, *arguments]
 
 
 def model_step() -> Step:
-    """The demo's model."""
+    """Create the demo's model."""
     return Step("SmolLM2-135M as safetensors", lambda command: command(python(str(ROOT / "scripts/smollm2.py"))))
 
 
 def local_steps() -> list[Step]:
-    """What the local cluster needs: Debian packages first, then programs and images."""
+    """Steps for the local cluster: Debian packages, programs and images."""
     packages = "Debian packages of the local cluster"
     return [
         Step(packages, lambda command: command(python("-m", "localcluster", "packages", "--install"))),
@@ -41,7 +41,7 @@ def local_steps() -> list[Step]:
 
 
 def main() -> int:
-    """0, or 1 with one line that says what could not be done."""
+    """Run all steps. Returns 1 if one failed, else 0."""
     console = Console(stderr=True)
     try:
         run_all([*local_steps(), HELM.step(), model_step()], cache() / "logs", console)

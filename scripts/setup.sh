@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make .venv: a thin environment of this checkout (the project itself, editable) on top of one shared by lock hash.
-# The shared one is what costs minutes; a second clone on the same machine is ready in seconds.
+# Create .venv: a small environment with this project (editable), on top of an environment that all checkouts with the same locks share.
+# Creating the shared one takes minutes; a second clone on the same machine is ready in seconds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cache="${XDG_CACHE_HOME:-$HOME/.cache}/finetune-operator"
@@ -38,7 +38,7 @@ site="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["pure
 for tool in "$base"/bin/*; do
   name="$(basename "$tool")"
   [ -e ".venv/bin/$name" ] || [ "$name" = uv ] || case "$name" in python*|activate*|pip*) ;; *)
-    # A script of the shared environment names its interpreter in the first line; ours must come first so that the project is importable.
+    # Scripts of the shared environment run its interpreter: replace it by that of .venv, which can import the project.
     if head -c 2 "$tool" | grep -q '#!'; then
       sed "1s|.*|#!$PWD/.venv/bin/python|" "$tool" > ".venv/bin/$name" && chmod +x ".venv/bin/$name"
     else

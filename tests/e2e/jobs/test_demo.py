@@ -1,4 +1,4 @@
-"""The demo's story on a real cluster, with a tiny model in the place of the real one."""
+"""The demo on a real cluster, with a tiny model instead of the real one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 import demo
 import pytest
 from demo_clusters import DemoCluster
+from parallel_steps import Step
 from rich.console import Console
-from side_by_side import Step
 
 from localcluster import S3Endpoint
 from tests.e2e.jobs.site import ROOT, Site
@@ -55,13 +55,13 @@ def lent(site: Site) -> Iterator[Site]:
     site.install()
 
 
-def test_the_story_is_told_to_its_end(lent: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_runs_to_its_end(lent: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny_model(tmp_path / "model", hidden=128, layers=4)
     out = tmp_path / "out.txt"
     with out.open("w") as file:
         monkeypatch.setattr(demo, "console", Console(file=file, width=200))
         monkeypatch.setattr(demo, "ensure", lambda: model)
-        demo.story(OnSite(lent))
+        demo.run_demo(OnSite(lent))
     lent.api.delete("namespaces", None, demo.NAMESPACE)
     text = out.read_text()
     for fact in (

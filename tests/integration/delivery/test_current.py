@@ -59,24 +59,24 @@ def test_demo_creates_and_removes_its_namespaces(
     current.up()  # a demo that ran with KEEP=1 is continued
     install_crd(KubeApi(users_cluster))
     assert namespaces(users_cluster) == before | {demo.RELEASE, demo.NAMESPACE}
-    demo.leave(current)
+    demo.uninstall(current)
     assert namespaces(users_cluster) == before
     assert current.kubectl("get", "crd", "-o", "name") == ""
-    assert not current.is_guest()
+    assert not current.has_demo_objects()
 
 
-@pytest.mark.parametrize("there", ["namespace finetune-operator", "definition"])
+@pytest.mark.parametrize("there", ["namespace finetune-operator", "CustomResourceDefinition"])
 def test_demo_neither_replaces_nor_removes_existing_objects(
     current: demo_clusters.DemoCluster, users_cluster: Endpoint, there: str
 ) -> None:
     api = KubeApi(users_cluster)
-    if there == "definition":
+    if there == "CustomResourceDefinition":
         install_crd(api)
     else:
         current.kubectl("create", "namespace", there.partition(" ")[2])
     before = namespaces(users_cluster)
-    with pytest.raises(demo_clusters.NoCluster, match=f"has .*{there}.*, which the demo did not bring"):
+    with pytest.raises(demo_clusters.NoCluster, match=f"has .*{there}.*, which the demo did not create"):
         current.up()
-    assert not current.is_guest()
+    assert not current.has_demo_objects()
     assert namespaces(users_cluster) == before
-    assert json.loads(current.kubectl("get", "crd", "-o", "json"))["items"] != [] or there != "definition"
+    assert json.loads(current.kubectl("get", "crd", "-o", "json"))["items"] != [] or there != "CustomResourceDefinition"

@@ -1,4 +1,4 @@
-"""The scripts are programs, not a package: make them importable here, and build Helm if it is not there."""
+"""Make the scripts importable, which are no package, and build Helm if necessary."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The checkout."""
+    """Root of the checkout."""
     return ROOT
 
 
 @pytest.fixture(scope="session")
 def helm(root: Path) -> Path:
-    """The Helm program of the cache."""
+    """Path of the cached Helm."""
     out = subprocess.run([sys.executable, root / "scripts/tools.py"], check=True, capture_output=True, text=True)
     return Path(out.stdout.strip())

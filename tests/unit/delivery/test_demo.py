@@ -1,4 +1,4 @@
-"""The demo chooses its cluster by plain rules, and shows what the resource says."""
+"""How the demo chooses its cluster, and what it shows of the resource."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 import demo
 import demo_clusters
 import pytest
-from demo_view import Event, Look, follow, panel
+from demo_view import Event, Snapshot, follow, panel
 from finetune_api.names import Phase
 from finetune_api.status import Failure, FineTuneJobStatus, Metrics, Progress, Workers
+from parallel_steps import Commands
 from rich.console import Console
-from side_by_side import Commands
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """A machine with nothing on its PATH, and no wishes of the user's."""
+    """A machine with an empty PATH and none of the demo's environment variables."""
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in demo_clusters.Current.needs:
         monkeypatch.delenv(name, raising=False)
@@ -35,18 +35,18 @@ def program(folder: Path, name: str, script: str = "exit 0") -> None:
     path.chmod(0o755)
 
 
-def test_an_unknown_word_is_refused() -> None:
+def test_unknown_cluster_is_refused() -> None:
     with pytest.raises(demo_clusters.NoCluster, match="^CLUSTER=minikube is not known: write kind, local or current"):
         demo_clusters.choose("minikube", keep=False)
 
 
-def test_kind_is_taken_where_docker_answers(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kind_is_chosen_where_docker_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("docker", "kubectl", "kind"):
         program(tmp_path, name)
     assert demo_clusters.choose("", keep=False).name == "kind"
 
 
-def test_local_is_taken_for_root_on_linux_without_docker(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_local_is_chosen_for_root_on_linux_without_docker(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program(tmp_path, "docker", "exit 1")
     program(tmp_path, "go")
     machine.setattr(sys, "platform", "linux")
@@ -55,31 +55,31 @@ def test_local_is_taken_for_root_on_linux_without_docker(machine: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
-def test_otherwise_one_line_says_what_is_missing(machine: pytest.MonkeyPatch, platform: str) -> None:
+def test_no_cluster_is_an_error_of_one_line(machine: pytest.MonkeyPatch, platform: str) -> None:
     machine.setattr(sys, "platform", platform)
     machine.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(demo_clusters.NoCluster) as raised:
         demo_clusters.choose("", keep=False)
-    assert "Docker does not answer" in str(raised.value)
+    assert "Docker is not running" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "words"),
+    ("wanted", "message"),
     [
         ("kind", "CLUSTER=kind needs Docker"),
         ("local", "CLUSTER=local needs Go"),
         ("current", "CLUSTER=current needs kubectl"),
     ],
 )
-def test_a_choice_that_cannot_be_is_told_in_one_line(machine: pytest.MonkeyPatch, wanted: str, words: str) -> None:
+def test_cluster_without_its_requirements_is_refused(machine: pytest.MonkeyPatch, wanted: str, message: str) -> None:
     machine.setattr(sys, "platform", "linux")
     machine.setattr(os, "geteuid", lambda: 0)
-    with pytest.raises(demo_clusters.NoCluster, match=f"^{words}"):
+    with pytest.raises(demo_clusters.NoCluster, match=f"^{message}"):
         demo_clusters.choose(wanted, keep=False)
 
 
-def test_current_says_everything_that_it_needs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_current_names_all_missing_variables(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     program(tmp_path, "kubectl")
     machine.setenv("TRAINER_IMAGE", "r/t:1")
     with pytest.raises(demo_clusters.NoCluster) as raised:
@@ -87,7 +87,7 @@ def test_current_says_everything_that_it_needs(machine: pytest.MonkeyPatch, tmp_
     assert "needs OPERATOR_IMAGE, S3_ENDPOINT, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY:" in str(raised.value)
 
 
-def test_kind_builds_the_projects_dockerfiles(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kind_builds_the_dockerfiles_of_the_project(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     log = tmp_path / "calls"
     for name in ("docker", "kubectl", "kind", "uv"):
         program(tmp_path, name, f'echo "{name} $*" >> {log}')
@@ -105,13 +105,13 @@ def test_kind_builds_the_projects_dockerfiles(machine: pytest.MonkeyPatch, tmp_p
 
 
 @dataclass
-class Scripted:
-    """Looks that come one after the other; the last one stays."""
+class FakeJob:
+    """A job with the given states in order; the last one is repeated."""
 
-    looks: list[Look]
+    snapshots: list[Snapshot]
 
-    def look(self) -> Look:
-        return self.looks.pop(0) if len(self.looks) > 1 else self.looks[0]
+    def read(self) -> Snapshot:
+        return self.snapshots.pop(0) if len(self.snapshots) > 1 else self.snapshots[0]
 
 
 def running(step: int) -> FineTuneJobStatus:
@@ -122,14 +122,14 @@ def running(step: int) -> FineTuneJobStatus:
     )  # fmt: skip
 
 
-EVENT = Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "TrainingStarted", "first step", warning=False)
+EVENT = Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "TrainingStarted", "first step", is_warning=False)
 
 
-def test_without_a_terminal_each_change_is_one_line() -> None:
+def test_without_terminal_each_change_is_one_line() -> None:
     out = io.StringIO()
     done = FineTuneJobStatus(observed_generation=1, phase=Phase.SUCCEEDED)
-    looks = [Look(None, ()), Look(running(10), (EVENT,)), Look(running(11), (EVENT,)), Look(done, (EVENT,))]
-    last = follow(Scripted(looks), Console(file=out), timeout=60)
+    snapshots = [Snapshot(None, ()), Snapshot(running(10), (EVENT,)), Snapshot(running(11), (EVENT,)), Snapshot(done, (EVENT,))]
+    last = follow(FakeJob(snapshots), Console(file=out), timeout=60)
     assert last.status == done
     lines = [line.strip() for line in out.getvalue().splitlines()]
     assert lines == [
@@ -141,23 +141,23 @@ def test_without_a_terminal_each_change_is_one_line() -> None:
     ]
 
 
-def test_a_job_that_never_ends_is_given_up() -> None:
+def test_job_that_does_not_end_is_a_timeout() -> None:
     with pytest.raises(TimeoutError, match="the job is Running after 0 s"):
-        follow(Scripted([Look(running(1), ())]), Console(file=io.StringIO()), timeout=0)
+        follow(FakeJob([Snapshot(running(1), ())]), Console(file=io.StringIO()), timeout=0)
 
 
-def test_the_picture_holds_the_facts() -> None:
+def test_live_view_shows_phase_progress_loss_and_events() -> None:
     out = io.StringIO()
-    Console(file=out, width=100).print(panel(Look(running(10), (EVENT,)), 3.0))
-    for fact in ("Running", "attempt 1", "1/1 pods ready", "10/40", "loss 1.234", "ready in 12s", "TrainingStarted"):
-        assert fact in out.getvalue()
+    Console(file=out, width=100).print(panel(Snapshot(running(10), (EVENT,)), 3.0))
+    for text in ("Running", "attempt 1", "1/1 pods ready", "10/40", "loss 1.234", "ready in 12s", "TrainingStarted"):
+        assert text in out.getvalue()
 
 
-def test_a_failed_job_ends_the_demo_with_its_own_words() -> None:
+def test_failed_job_ends_the_demo_with_its_failure() -> None:
     failure = Failure.model_validate({"class": "Data", "code": "DatasetEmpty", "message": "0 rows", "hint": "add rows"})
-    look = Look(FineTuneJobStatus(observed_generation=1, phase=Phase.FAILED, failure=failure), ())
+    snapshot = Snapshot(FineTuneJobStatus(observed_generation=1, phase=Phase.FAILED, failure=failure), ())
     with pytest.raises(demo.DemoFailed, match="^the job is Failed: DatasetEmpty: 0 rows add rows$"):
-        demo.finish(look)
+        demo.check_success(snapshot)
 
 
 @pytest.mark.parametrize(

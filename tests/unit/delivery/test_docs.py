@@ -1,4 +1,4 @@
-"""What the guides tell people to write is accepted as written."""
+"""The YAML of the README and the quickstart is valid as written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def blocks() -> list[tuple[str, dict[str, Any]]]:
-    """Every YAML block of the README and the quickstart, with the page that it stands on."""
+    """Each YAML block of the README and the quickstart, with its page."""
     found = []
     for page in ("README.md", "docs/guides/quickstart.md"):
         texts = re.findall(r"^```yaml\n(.*?)^```", (ROOT / page).read_text("utf-8"), re.M | re.S)
@@ -31,19 +31,19 @@ JOBS = [body for _, body in blocks() if body.get("kind") == KIND]
 VALUES = [body for _, body in blocks() if "kind" not in body]
 
 
-def test_there_is_something_to_check() -> None:
+def test_documents_contain_yaml_blocks() -> None:
     assert (len(JOBS), len(VALUES)) == (2, 1)
 
 
 @pytest.mark.parametrize("body", JOBS, ids=lambda body: body["metadata"]["name"])
-def test_a_documented_job_can_be_run(body: dict[str, Any]) -> None:
+def test_documented_job_passes_all_checks(body: dict[str, Any]) -> None:
     spec = FineTuneJobSpec.model_validate(body["spec"])
     assert rules.check(spec) == []
     assert unsupported_fields(spec) == []
 
 
 @pytest.mark.parametrize("body", VALUES, ids=lambda _: "values")
-def test_documented_values_fit_the_chart(helm: Path, body: dict[str, Any]) -> None:
+def test_documented_values_are_valid_for_the_chart(helm: Path, body: dict[str, Any]) -> None:
     command = [helm, "template", "x", ROOT / "helm/finetune-operator", "-f", "-"]
     done = subprocess.run(command, input=json.dumps(body), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

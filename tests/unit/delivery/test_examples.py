@@ -1,4 +1,4 @@
-"""The examples are whole: their specs pass every check, and the data that they name lies beside them."""
+"""The examples pass all checks, and their data exist next to them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def jobs(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example_can_be_run_as_written(path: Path) -> None:
+def test_example_passes_all_checks(path: Path) -> None:
     (job,) = jobs(path)
     spec = FineTuneJobSpec.model_validate(job["spec"])
     assert rules.check(spec) == []
@@ -35,7 +35,7 @@ def test_example_can_be_run_as_written(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_data_of_an_example_lies_beside_it(path: Path) -> None:
+def test_data_of_an_example_exist(path: Path) -> None:
     for job in jobs(path):
         source = parse(job["spec"]["dataset"]["train"])
         if isinstance(source, S3Source):
@@ -43,12 +43,12 @@ def test_data_of_an_example_lies_beside_it(path: Path) -> None:
             assert (path.parent / "data" / source.key).is_file()
 
 
-def test_readme_lists_every_example(root: Path) -> None:
+def test_readme_lists_each_example(root: Path) -> None:
     text = (root / "examples/README.md").read_text("utf-8")
     assert sorted(re.findall(r"^\| `(\S+\.yaml)`", text, re.M)) == sorted(path.name for path in EXAMPLES)
 
 
-def test_quickstart_data_teach_one_visible_style(root: Path) -> None:
+def test_quickstart_data_have_one_recognisable_style(root: Path) -> None:
     rows = [json.loads(line) for line in (root / "examples/data/captain.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) == 36
     for row in rows:
@@ -58,7 +58,7 @@ def test_quickstart_data_teach_one_visible_style(root: Path) -> None:
     assert len({row["messages"][0]["content"] for row in rows}) == 36
 
 
-def test_demo_asks_what_is_not_in_the_data(root: Path) -> None:
+def test_questions_of_the_demo_are_not_in_the_data(root: Path) -> None:
     import demo
 
     text = (root / "examples/data/captain.jsonl").read_text("utf-8")

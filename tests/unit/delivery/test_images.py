@@ -1,4 +1,4 @@
-"""What the images are made of: locked, no torch in the operator's, nothing that names a place to download from."""
+"""Packages of the images: locked, without torch in the operator's image, and without download addresses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LOCKS = ("operator", "trainer", "cli")
 
 
 def pins(path: Path) -> dict[str, str]:
-    """Version by package of a lock file."""
+    """Versions in a lock file by package."""
     return dict(re.findall(r"^([a-z0-9][a-z0-9.-]*)==(\S+)", path.read_text("utf-8"), re.M))
 
 
@@ -22,7 +22,7 @@ def test_operator_image_has_no_torch(root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_images_have_the_versions_that_were_tested(root: Path, name: str) -> None:
+def test_images_have_the_versions_of_the_test_environment(root: Path, name: str) -> None:
     tested = pins(root / "requirements/dev.lock")
     found = pins(root / f"requirements/{name}.lock")
     assert found
@@ -30,7 +30,7 @@ def test_images_have_the_versions_that_were_tested(root: Path, name: str) -> Non
 
 
 @pytest.mark.parametrize("name", [*LOCKS, "dev", "nodeps", "bootstrap"])
-def test_locks_are_hashed_and_name_no_place(root: Path, name: str) -> None:
+def test_locks_have_hashes_and_no_addresses(root: Path, name: str) -> None:
     text = (root / f"requirements/{name}.lock").read_text("utf-8")
     assert text.count("==") <= text.count("--hash=sha256:")
     assert "--index-url" not in text
@@ -44,7 +44,7 @@ def test_locks_are_hashed_and_name_no_place(root: Path, name: str) -> None:
         ("trainer-image/Dockerfile", "trainer", "finetune_trainer"),
     ],
 )
-def test_dockerfiles(root: Path, dockerfile: str, lock: str, module: str) -> None:
+def test_dockerfile_copies_only_lock_and_packages(root: Path, dockerfile: str, lock: str, module: str) -> None:
     text = (root / dockerfile).read_text("utf-8")
     copies = re.findall(r"^COPY (\S+) (\S+)", text, re.M)
     assert [source for source, _ in copies] == [

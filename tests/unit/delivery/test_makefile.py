@@ -1,4 +1,4 @@
-"""`make help` lists every target, and the README's commands exist."""
+"""`make help` lists each target, and the documented make commands exist."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ def targets(root: Path) -> set[str]:
     return set(re.findall(r"^\.PHONY: (\S+)$", (root / "Makefile").read_text("utf-8"), re.M))
 
 
-def test_help_lists_every_target(root: Path) -> None:
+def test_help_lists_each_target(root: Path) -> None:
     command = ["make", "-C", root, "--no-print-directory", "help"]
     out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert set(re.findall(r"^  ([a-z0-9-]+) ", out, re.M)) == targets(root)
 
 
 def test_documented_make_targets_exist(root: Path) -> None:
-    """A command stands in a code block or between backticks."""
+    """Commands in code blocks and between backticks."""
     for path in [root / "README.md", *(root / "docs").rglob("*.md"), *(root / "examples").glob("*.md")]:
         named = set(re.findall(r"(?:^|`)make ([a-z][a-z0-9-]*)", path.read_text("utf-8"), re.M))
         assert named <= targets(root), path
 
 
-def test_ci_runs_what_people_run(root: Path) -> None:
+def test_ci_runs_the_documented_targets(root: Path) -> None:
     text = (root / ".ci/run").read_text("utf-8")
     assert re.findall(r"^make .*?(\S+)$", text, re.M) == ["lint", "test"]
 

@@ -1,7 +1,7 @@
-"""Run slow steps side by side and show each one's time: what a person who waits wants to know.
+"""Run slow steps in parallel, and show how long each one takes.
 
-Steps are functions that run commands; a step starts when the ones it needs are done. The first failure ends the others
-and is the only thing that is reported. Everything started here ends with us: on Ctrl-C too.
+A step is a function that runs commands. It starts when the steps that it depends on have ended. The first failure ends the other steps,
+and only this failure is reported. All started programs end with this one, also on Ctrl-C.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-TICK = 0.1
-"""Seconds between two looks at the steps."""
-GRACE = 10
-"""Seconds that a command has to end by itself."""
+POLL_SECONDS = 0.1
+TERMINATION_GRACE_SECONDS = 10
+"""Time between SIGTERM and SIGKILL."""
 
 
 class StepFailed(Exception):
-    """A step could not be done; the message is one or a few lines for a person."""
+    """A step failed; the message has one or a few lines for the user."""
 
 
 @dataclass
 class Step:
-    """Something slow. `run` gets a Commands to start programs with; `after` names steps that must be done before."""
+    """A slow step. `run` starts programs with the given Commands; `after` names steps that must have ended before."""
 
     name: str
     run: Callable[[Commands], None]
@@ -43,7 +42,7 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """How long it has taken so far."""
+        """Duration until now."""
         if self.started is None:
             return 0.0
         return (self.ended or time.monotonic()) - self.started
@@ -51,20 +50,20 @@ class Step:
 
 @dataclass
 class Commands:
-    """Starts programs in process groups of their own, remembers them, and can end all of them."""
+    """Runs programs in their own process groups, and can end all of them."""
 
     log: Path
     running: set[subprocess.Popen[bytes]] = field(default_factory=set)
-    ending: threading.Event = field(default_factory=threading.Event)
+    is_ending: threading.Event = field(default_factory=threading.Event)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __call__(self, argv: Sequence[str | Path], *, env: dict[str, str] | None = None) -> None:
-        """Run a command to its end, output to the log. StepFailed with the last lines it wrote."""
+        """Run a command with its output in a log file. Errors: StepFailed with the last lines of the output."""
         log = self.log / f"{Path(argv[0]).stem}-{threading.get_ident()}-{time.monotonic_ns()}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as out:
             with self._lock:
-                if self.ending.is_set():
+                if self.is_ending.is_set():
                     raise StepFailed("interrupted")
                 process = subprocess.Popen(
                     [str(part) for part in argv], stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
@@ -79,36 +78,36 @@ class Commands:
             raise StepFailed("\n".join(lines[-5:]) or f"{argv[0]} ended with {code}")
 
     def end(self) -> None:
-        """End every program that was started here, groups and all."""
+        """End all running programs and their process groups."""
         with self._lock:
-            self.ending.set()
+            self.is_ending.set()
             processes = list(self.running)
         for number in (signal.SIGTERM, signal.SIGKILL):
             for process in processes:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, number)
-            deadline = time.monotonic() + GRACE
+            deadline = time.monotonic() + TERMINATION_GRACE_SECONDS
             for process in processes:
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(max(0.0, deadline - time.monotonic()))
 
 
-def run_all(steps: Sequence[Step], log: Path, console: Console, *, at_once: int = 4) -> None:
-    """Do all steps, as many side by side as their order and `at_once` allow. StepFailed names the step that failed."""
+def run_all(steps: Sequence[Step], log: Path, console: Console, *, max_parallel: int = 4) -> None:
+    """Run all steps, at most `max_parallel` at the same time. Errors: StepFailed with the name of the step."""
     commands = Commands(log)
     pending, done = list(steps), set[str]()
     futures: dict[Future[None], Step] = {}
-    pool = ThreadPoolExecutor(at_once)
+    pool = ThreadPoolExecutor(max_parallel)
     try:
         with _shown(steps, console) as refresh:
             while pending or futures:
-                for step in [one for one in pending if done.issuperset(one.after)]:
+                for step in [step for step in pending if done.issuperset(step.after)]:
                     pending.remove(step)
                     futures[pool.submit(_timed, step, commands)] = step
-                finished, _ = wait(futures, timeout=TICK, return_when=FIRST_COMPLETED)
+                finished, _ = wait(futures, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
                 for future in finished:
                     _collect(futures.pop(future), future, console)
-                done.update(one.name for one in steps if one.ended)
+                done.update(step.name for step in steps if step.ended)
                 refresh()
     finally:
         commands.end()
@@ -132,7 +131,7 @@ def _collect(step: Step, future: Future[None], console: Console) -> None:
 
 @contextlib.contextmanager
 def _shown(steps: Sequence[Step], console: Console):  # type: ignore[no-untyped-def]  # yields a function
-    """The steps under way, with their times, below what is printed; nothing where there is no terminal."""
+    """On a terminal, show the running steps and their times below the printed lines."""
     if not console.is_terminal:
         yield lambda: None
         return

@@ -1,4 +1,4 @@
-"""Steps keep their order, run together where they may, and leave no process behind when one fails."""
+"""Order and parallelism of steps, and the end of all processes when one step fails."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import threading
 from pathlib import Path
 
 import pytest
+from parallel_steps import Commands, Step, StepFailed, run_all
 from rich.console import Console
-from side_by_side import Commands, Step, StepFailed, run_all
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def console() -> Console:
     return Console(file=io.StringIO())
 
 
-def test_a_step_waits_for_those_it_needs(tmp_path: Path, console: Console) -> None:
+def test_step_waits_for_the_steps_it_depends_on(tmp_path: Path, console: Console) -> None:
     order: list[str] = []
     steps = [
         Step("last", lambda _: order.append("last"), after=("first", "second")),
@@ -33,28 +33,28 @@ def test_a_step_waits_for_those_it_needs(tmp_path: Path, console: Console) -> No
 
 
 def test_independent_steps_run_at_the_same_time(tmp_path: Path, console: Console) -> None:
-    both = threading.Barrier(2, timeout=30)
-    run_all([Step(name, lambda _: both.wait()) for name in ("a", "b")], tmp_path, console)
-    assert not both.broken
+    barrier = threading.Barrier(2, timeout=30)
+    run_all([Step(name, lambda _: barrier.wait()) for name in ("a", "b")], tmp_path, console)
+    assert not barrier.broken
 
 
-def test_a_failure_ends_the_others_and_is_told_alone(tmp_path: Path, console: Console) -> None:
+def test_failure_ends_the_other_steps_and_is_the_only_message(tmp_path: Path, console: Console) -> None:
     pid_file = tmp_path / "pid"
     os.mkfifo(pid_file)
     pids: list[int] = []
 
     def fail(command: Commands) -> None:
         pids.append(int(pid_file.read_text()))
-        command(["sh", "-c", "echo first; echo the last words; exit 3"])
+        command(["sh", "-c", "echo first; echo second; exit 3"])
 
     long = Step("long", lambda command: command(["sh", "-c", f"echo $$ > {pid_file}; exec sleep 1000"]))
-    with pytest.raises(StepFailed, match="^broken: first\nthe last words$"):
+    with pytest.raises(StepFailed, match="^broken: first\nsecond$"):
         run_all([long, Step("broken", fail)], tmp_path / "log", console)
     with pytest.raises(ProcessLookupError):
         os.kill(pids[0], 0)
 
 
-def test_nothing_starts_after_the_end(tmp_path: Path) -> None:
+def test_no_command_starts_after_the_end(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     commands.end()
     with pytest.raises(StepFailed, match="interrupted"):
@@ -62,13 +62,13 @@ def test_nothing_starts_after_the_end(tmp_path: Path) -> None:
 
 
 def test_interrupted_steps_leave_no_process(tmp_path: Path, root: Path) -> None:
-    """Ctrl-C while slow steps run: the program they started is gone when ours has ended."""
+    """After Ctrl-C, the programs of running steps have ended when this program ends."""
     fifo = tmp_path / "pid"
     os.mkfifo(fifo)
     script = (
         "import sys, signal; from pathlib import Path; from rich.console import Console\n"
         f"sys.path.insert(0, {str(root / 'scripts')!r})\n"
-        "from side_by_side import Step, run_all\n"
+        "from parallel_steps import Step, run_all\n"
         f"slow = Step('slow', lambda command: command(['sh', '-c', 'echo $$ > {fifo}; exec sleep 1000']))\n"
         f"run_all([slow], Path({str(tmp_path / 'log')!r}), Console())\n"
     )
