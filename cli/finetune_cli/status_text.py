@@ -100,7 +100,8 @@ def describe(job: dict[str, Any], losses: list[float] | None = None, now: dateti
     status = status_of(job)
     spec = job.get("spec") or {}
     metadata = job["metadata"]
-    lines = [f"{metadata.get('namespace', '')}/{metadata['name']}  {status.phase or 'Pending'}"]
+    phase = f"{status.phase or Phase.PENDING}" + (f" ({status.reason})" if status.reason else "")
+    lines = [f"{metadata.get('namespace', '')}/{metadata['name']}  {phase}"]
     lines += [f"  {line}" for line in (_reason(status), stages(status.phase)) if line]
     lines += [
         "",
@@ -124,10 +125,17 @@ def _reason(status: FineTuneJobStatus) -> str:
     return ""
 
 
+def _model(spec: dict[str, Any], status: FineTuneJobStatus) -> str:
+    """Return the source of the model; the short name of a long source comes first."""
+    source = str((spec.get("model") or {}).get("source", "-"))
+    name = status.resolved.model_name if status.resolved else None
+    return f"{name} ({source})" if name and "://" in source else source
+
+
 def _model_and_method(spec: dict[str, Any], status: FineTuneJobStatus) -> list[str]:
     resolved = status.resolved
     method = (resolved and resolved.method) or (spec.get("method") or {}).get("type") or "lora"
-    parts = [f"model     {(spec.get('model') or {}).get('source', '-')}", f"method    {method}"]
+    parts = [f"model     {_model(spec, status)}", f"method    {method}"]
     if resolved is not None and resolved.world_size:
         strategy = resolved.strategy or "-"
         parts.append(
@@ -147,6 +155,8 @@ def _progress(status: FineTuneJobStatus, losses: list[float], now: datetime | No
         if progress.tokens_per_second:
             speed = f"{progress.tokens_per_second:,.0f} tokens/s, {progress.tokens_seen or 0:,} tokens in total"
             lines.append(f"speed     {speed}, reported {age(progress.update_time, now)} ago")
+    if status.latest_checkpoint_step is not None:
+        lines.append(f"saved     step {status.latest_checkpoint_step}")
     if metrics is not None:
         found = [
             f"{name} {value:.4g}"

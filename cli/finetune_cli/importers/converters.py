@@ -77,9 +77,9 @@ def _check_range(found: float, low: float, high: float, above: float | None, bel
 
 def _describe_range(kind: str, low: float, high: float, above: float | None, below: float | None) -> str:
     parts = []
-    if low > -math.inf and high < math.inf:
+    if low > -math.inf and high < math.inf and above is None and below is None:
         return f"{kind} from {_format_bound(low)} to {_format_bound(high)}"
-    if low > -math.inf:
+    if low > -math.inf and (above is None or above < low):
         parts.append(f"of at least {_format_bound(low)}")
     if above is not None:
         parts.append(f"greater than {_format_bound(above)}")

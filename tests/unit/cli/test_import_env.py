@@ -245,3 +245,9 @@ def test_defaults_of_four_bit_quantization(write: Write) -> None:
     assert found.at("model.quantization") == {"bits": 4, "type": "nf4", "doubleQuant": False}
     found = import_(write("a.env", text + "DEVICE=cuda\nBNB_4BIT_USE_DOUBLE_QUANT=true\n"))
     assert found.at("model.quantization") == {"bits": 4, "type": "nf4", "doubleQuant": True, "computeDtype": "float16"}
+
+
+def test_token_is_ignored_when_use_auth_token_is_false(env: Any) -> None:
+    found = env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=false\n")
+    assert (found.secrets, found.at("model.tokenSecretRef")) == ({}, None)
+    assert found.warnings == ["job.env:4: HUGGINGFACE_TOKEN has no effect: USE_AUTH_TOKEN is false"]

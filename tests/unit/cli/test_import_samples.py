@@ -101,9 +101,7 @@ def test_on_a_cpu_nothing_is_filled_in_that_only_a_gpu_can_do(source: str, write
     assert "bf16" not in str(found.spec)
     on_gpu = import_(file, source=source, own=own)
     left_out = [
-        note
-        for note in found.notes
-        if note.startswith("the job uses no GPU, so the defaults of FineTuneJob replace ")
+        note for note in found.notes if note.startswith("the job uses no GPU, so the defaults of FineTuneJob replace ")
     ]
     assert bool(left_out) is (source in ("toml", "yaml", "hydra", "guide"))
     assert not any(note.startswith("the job uses no GPU") for note in on_gpu.notes)

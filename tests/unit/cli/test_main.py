@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -120,17 +121,19 @@ def test_unknown_output_format_is_refused(call: Call) -> None:
     )
 
 
-def test_colours_follow_no_color(write: Write, tmp_path: Path) -> None:
-    def said(**more: str) -> str:
-        command = f"{sys.executable} -m finetune_cli validate {tmp_path}/none"
+def test_colours_follow_no_color(tmp_path: Path) -> None:
+    def on_terminal(**more: str) -> str:
+        """Run a failing command with a pseudo-terminal as its output, and return what it wrote."""
         environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
-        words = ["script", "-qec", command, "/dev/null"]
-        return subprocess.run(
-            words, env={**environment, "TERM": "xterm", **more}, capture_output=True, text=True
-        ).stdout
+        command = [sys.executable, "-m", "finetune_cli", "validate", str(tmp_path / "none")]
+        terminal, program_side = pty.openpty()
+        with os.fdopen(program_side, "wb") as stderr:
+            subprocess.run(command, stderr=stderr, env={**environment, "TERM": "xterm", **more}, check=False)
+        with os.fdopen(terminal, "rb") as output_of_program:
+            return output_of_program.read1(1 << 16).decode()
 
-    assert "\x1b[1;31merror: " in said()
-    assert "\x1b[1;31m" not in said(NO_COLOR="1")
+    assert "\x1b[1;31merror: " in on_terminal()
+    assert "\x1b[1;31m" not in on_terminal(NO_COLOR="1")
 
 
 def test_output_is_utf8_in_any_locale(write: Write, tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Any
 
-from finetune_cli.status_text import age, bar, format_bytes, sparkline, stages
+import pytest
+from finetune_cli.status_text import age, bar, describe, format_bytes, sparkline, stages
 
 
 def test_bars_sparklines_stages_sizes_and_ages() -> None:
@@ -26,3 +28,18 @@ def test_bars_sparklines_stages_sizes_and_ages() -> None:
         "60m",
         "12h",
     ]
+
+
+@pytest.mark.parametrize(
+    ("status", "lines"),
+    [
+        ({"phase": "Pending", "reason": "Unschedulable"}, ["team/bot  Pending (Unschedulable)"]),
+        ({"phase": "Running"}, ["team/bot  Running"]),
+        ({"phase": "Running", "latestCheckpointStep": 400}, ["saved     step 400"]),
+        ({"phase": "Running", "resolved": {"modelName": "tiny"}}, ["model     tiny (s3://models/tiny)"]),
+    ],
+)
+def test_status_shows_reason_checkpoint_step_and_model_name(status: dict[str, Any], lines: list[str]) -> None:
+    job = {"metadata": {"name": "bot", "namespace": "team"}, "spec": {"model": {"source": "s3://models/tiny"}}}
+    text = describe({**job, "status": status}).splitlines()
+    assert [line for line in lines if line not in text] == []
