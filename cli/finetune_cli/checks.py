@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.names import API_VERSION, KIND, MAX_NAME_LENGTH, NAME_PATTERN
-from finetune_api.rules import ExecutionTarget, check
+from finetune_api.rules import ExecutionTarget, check, warnings
+from finetune_api.sources import is_data_file_name
 from finetune_api.spec import FineTuneJobSpec, load_spec
 from finetune_api.support import unsupported_fields
 from pydantic import ValidationError
@@ -64,12 +65,17 @@ def check_manifest(
             if not (target is ExecutionTarget.LOCAL and one.code == "SourceInvalid" and _is_local_path(raw, one.path))
             and not any(is_within(one.path, other.path) or is_within(other.path, one.path) for other in wrong)
         ]
+        findings += [
+            _finding(manifest, one.path, one.message, one.hint, one.code, is_error=False) for one in warnings(spec)
+        ]
     findings += _secrets(manifest, raw)
     return spec, findings
 
 
-def _finding(manifest: Manifest, path: str, message: str, hint: str, code: str) -> Finding:
-    return Finding(Mistake(manifest.location(f"spec.{path}"), f"spec.{path}", message, hint), code)
+def _finding(
+    manifest: Manifest, path: str, message: str, hint: str, code: str, *, is_error: bool = True
+) -> Finding:
+    return Finding(Mistake(manifest.location(f"spec.{path}"), f"spec.{path}", message, hint), code, is_error)
 
 
 def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
@@ -84,7 +90,7 @@ def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
 def _is_local_path(raw: dict[str, Any], path: str) -> bool:
     """Return whether a field holds a path of the user's machine, which `run --local` accepts."""
     value = get_value(raw, path)
-    return isinstance(value, str) and value.startswith(("file://", ".", "/", "~"))
+    return isinstance(value, str) and (value.startswith(("file://", ".", "/", "~")) or is_data_file_name(value))
 
 
 def _secrets(manifest: Manifest, raw: dict[str, Any], path: str = "spec") -> Iterator[Finding]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_api.sources import ConfigMapSource, PvcSource, parse
+from finetune_api.sources import ConfigMapSource, PvcSource, is_data_file_name, parse
 
 from finetune_cli.fields import get_value, set_value
 from finetune_cli.output import CommandError
@@ -76,7 +76,7 @@ def local_source(text: str, path: str, machine: LocalMachine) -> str:
     """Return a source that this machine can read. Hub, S3 and web sources stay as they are. Raises LocalRunError."""
     if text.startswith("file://") and not text.startswith("file:///"):
         return _file_source(text.removeprefix("file://"), path, machine)
-    if text.startswith((".", "/", "~")):
+    if text.startswith((".", "/", "~")) or is_data_file_name(text):
         return _file_source(text, path, machine)
     source = parse(text, path=path)
     if isinstance(source, ConfigMapSource):

@@ -27,6 +27,7 @@ from finetune_api.rules import (
     method_of,
     trainer_of,
     uses_loftq,
+    warnings,
     world_size,
 )
 from finetune_api.spec import FineTuneJobSpec
@@ -82,10 +83,7 @@ def resolve(spec: FineTuneJobSpec, *, platform: PlatformDefaults | None = None) 
     _constants(FineTuneJobSpec, value, "", filled)
     if spec.training.max_steps is not None:
         filled.pop("training.epochs", None)
-        if spec.training.epochs is not None:
-            notes.append(
-                f"training.maxSteps {spec.training.max_steps} wins over training.epochs {spec.training.epochs:g}"
-            )
+    notes += [f"{one.path} {one.message}" for one in warnings(spec)]
     if method_of(spec) is MethodType.LORA and spec.model.quantization and spec.model.quantization.bits == 4:
         notes.append("method lora on a 4-bit base is QLoRA")
     if spec.distributed.strategy is Strategy.DDP and world_size(spec) == 1:

@@ -127,7 +127,7 @@ def type_schema(annotation: Any, metadata: list[Any], path: tuple[str, ...]) -> 
         if len(options) == 1:
             return type_schema(options[0], metadata, path)
         if set(options) == {str, int}:
-            return {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer"}, {"type": "string"}]}
+            return {"anyOf": [{"type": "integer"}, {"type": "string"}], **_int_or_string(metadata)}
         raise TypeError(f"{'.'.join(path)}: a structural schema has no union types: {annotation}")
     if origin is Literal:
         return {"type": "string", "enum": list(get_args(annotation))}
@@ -200,6 +200,12 @@ def _bounds(metadata: list[Any]) -> Schema:
             if name in ("gt", "lt"):
                 schema[f"exclusive{side.capitalize()}"] = True
     return schema
+
+
+def _int_or_string(metadata: list[Any]) -> Schema:
+    """Schema of a quantity. `pattern` applies to strings only and `minimum` to integers only."""
+    extras = [item.json_schema_extra for item in metadata if isinstance(item, FieldInfo)]
+    return next((extra for extra in extras if isinstance(extra, dict)), {"x-kubernetes-int-or-string": True})
 
 
 COMPARISONS = {

@@ -20,6 +20,7 @@ _KEY = re.compile(r"^[-._a-zA-Z0-9]+$")
 _INCARNATION = r"(/a\d+-[^/]{8})?$"
 _CHECKPOINT = re.compile(r"/checkpoints/step-\d{8,}" + _INCARNATION)
 _MODEL = re.compile(r"/model" + _INCARNATION)
+_DATA_FILE = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet|zip|gz)$", re.IGNORECASE)
 _UID = re.compile(r"^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}$")
 NOTATIONS = "org/name[@revision], hf://org/name, s3://bucket/key, pvc://claim/path, configmap://name/key, https://host/path or file:///path"
 
@@ -162,6 +163,14 @@ def _hub(rest: str, path: str, text: str) -> HubSource:
             "it looks like a local path, which no pod can read",
             f"file://{absolute} if the image holds it, else s3://bucket/key",
         )
+    if is_data_file_name(text):
+        raise _refuse(
+            path,
+            text,
+            "it is the name of a file, not of a hub repository, and pods cannot read a file of your machine",
+            f"s3://bucket/{text}, pvc://claim/{text}, configmap://name/{text.rpartition('/')[2]} or, for a file in the image, "
+            f"file:///path/{text}; only `finetune run --local` reads a relative path (hf://{text} if it is a repository after all)",
+        )
     _demand(
         bool(_REPO.match(repo)) and "--" not in repo and ".." not in repo,
         path,
@@ -177,6 +186,11 @@ def _hub(rest: str, path: str, text: str) -> HubSource:
         f"{repo}@main",
     )
     return HubSource(repo, revision or None)
+
+
+def is_data_file_name(text: str) -> bool:
+    """Whether a source without a scheme has the name of a data file, such as `data/train.jsonl`."""
+    return "://" not in text and bool(_DATA_FILE.search(text))
 
 
 def _s3(rest: str, path: str, text: str) -> S3Source:

@@ -213,7 +213,7 @@ class Resolved(ReportModel):
         "Every default that was filled in, by spec path.", example={"training.epochs": 3}
     )
     notes: list[str] | None = status_field(
-        "Remarks on how the spec was understood.", example=["training.maxSteps 40 wins over training.epochs 3"]
+        "Remarks on how the spec was understood.", example=["training.epochs 3 has no effect, because training.maxSteps is 40"]
     )
 
 

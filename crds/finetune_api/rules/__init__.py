@@ -55,9 +55,11 @@ from finetune_api.rules.strategies import OPTIMIZERS_FOR_SHARDED_WEIGHTS, incomp
 from finetune_api.rules import results
 from finetune_api.rules import storage
 from finetune_api.rules import placement
+from finetune_api.rules import quantities
+from finetune_api.rules.warnings import warnings
 from finetune_api.rules.rewards import REWARD_PARAMETERS, invalid_parameters
 
-MODULES = (required_fields, methods, objectives, data, training, strategies, results, storage, placement)
+MODULES = (required_fields, methods, objectives, data, training, strategies, results, storage, placement, quantities)
 """Where the rules stand, in the order in which they are asked."""
 
 __all__ = [
@@ -104,5 +106,6 @@ __all__ = [
     "incompatible_with_fsdp",
     "incompatible_with_zero3",
     "invalid_parameters",
+    "warnings",
     "world_size",
 ]

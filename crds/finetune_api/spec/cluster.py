@@ -7,13 +7,12 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, StringConstraints
 
 from finetune_api.base import CelRule, Group, option
+from finetune_api.quantities import CPU, SIZE
 from finetune_api.spec.common import ObjectName, SecretKeyRef, StorageConnection, StringMap, Word
 from finetune_api.spec.enums import OnDivergence, OnOutOfMemory
 
-Quantity = Annotated[
-    str | int,
-    Field(json_schema_extra={"x-kubernetes-int-or-string": True}, union_mode="left_to_right"),
-]
+CpuQuantity = Annotated[str | int, Field(json_schema_extra=CPU.schema, union_mode="left_to_right")]
+SizeQuantity = Annotated[str | int, Field(json_schema_extra=SIZE.schema, union_mode="left_to_right")]
 LabelKey = Annotated[
     str,
     StringConstraints(
@@ -61,16 +60,16 @@ class Resources(Group):
     node_pool: Word | None = option(
         "Node pool of the operator's configuration.", default_text="the default pool, else none", example="h100"
     )
-    cpu: Quantity | None = option("CPUs per pod (request).", default_text="the operator's configuration", example="4")
-    memory: Quantity | None = option(
+    cpu: CpuQuantity | None = option("CPUs per pod (request).", default_text="the operator's configuration", example="4")
+    memory: SizeQuantity | None = option(
         "Memory per pod (request and limit).", default_text="the operator's configuration", example="32Gi"
     )
-    ephemeral_storage: Quantity | None = option(
+    ephemeral_storage: SizeQuantity | None = option(
         "Local disk per pod for downloads and staged checkpoints (request and limit).",
         default_text="the operator's configuration",
         example="100Gi",
     )
-    shared_memory: Quantity | None = option(
+    shared_memory: SizeQuantity | None = option(
         "Size of /dev/shm per pod. It counts as memory of the pod.",
         default_text="the operator's configuration",
         example="8Gi",

@@ -156,7 +156,7 @@ def test_resolving_twice_changes_nothing_and_fills_nothing() -> None:
 
 def test_max_steps_wins_and_says_so() -> None:
     found = resolved({"training": {"maxSteps": 40, "epochs": 2}})
-    assert found.notes == ["training.maxSteps 40 wins over training.epochs 2"]
+    assert found.notes == ["training.epochs 2 has no effect, because training.maxSteps is 40"]
 
 
 def test_another_store_gets_no_credentials_of_the_default_one() -> None:

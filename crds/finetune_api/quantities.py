@@ -1,0 +1,84 @@
+"""Kubernetes quantities of `spec.resources`: what the CRD accepts, and what to write instead of anything else."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+CPU_PATTERN = r"^([0-9]+(\.[0-9]{1,3})?|[0-9]+m)$"
+"""CPUs: `4`, `0.5`, `500m`."""
+SIZE_PATTERN = r"^([0-9]{7,}|[0-9]+(\.[0-9]+)?([KMGTPE]i|[kMGTPE])|[0-9]+[eE][0-9]+)$"
+"""Bytes with a unit: `32Gi`, `500M`. Without a unit at least 7 digits, because `4` almost always means gibibytes."""
+MIN_SIZE_BYTES = 1_000_000
+_NUMBER = re.compile(r"^\s*[-+]?(\d+(?:\.\d+)?)\s*([A-Za-z%]*)\s*$")
+_UNITS: dict[str, int] = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "P": 10**15, "E": 10**18} | {
+    f"{letter}i": 2 ** (10 * power) for power, letter in enumerate("KMGTPE", 1)
+}
+
+
+@dataclass(frozen=True)
+class QuantityKind:
+    """One kind of quantity: its pattern for strings, its minimum for integers, and the unit of a suggestion."""
+
+    pattern: str
+    minimum: int
+    example: str
+
+    @property
+    def schema(self) -> dict[str, Any]:
+        """Return the part of the CRD's schema that depends on the kind."""
+        return {"x-kubernetes-int-or-string": True, "pattern": self.pattern, "minimum": self.minimum}
+
+
+CPU = QuantityKind(CPU_PATTERN, 1, "4")
+SIZE = QuantityKind(SIZE_PATTERN, MIN_SIZE_BYTES, "32Gi")
+
+
+def quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | None:
+    """Return what is wrong with a quantity and what to write; None if it is valid."""
+    text = str(value)
+    if isinstance(value, int) and value >= kind.minimum:
+        return None
+    if (
+        isinstance(value, str)
+        and re.match(kind.pattern, text)
+        and _amount(text) >= (kind.minimum if kind is SIZE else Decimal("0.001"))
+    ):
+        return None
+    suggestion = _suggestion(text, kind)
+    needed = "a number of CPUs" if kind is CPU else "a number with a unit"
+    hint = f"write {suggestion}" if suggestion else f"write {needed}, for example {kind.example}"
+    if kind is SIZE and re.match(r"^\d+$", text):
+        return f"{text} means {text} bytes", hint
+    return f"{text!r} is not {needed}" if kind is CPU else f"{text!r} is not an amount of memory or disk", hint
+
+
+def _amount(text: str) -> Decimal:
+    """Return the amount of a quantity that matches its pattern, in CPUs or bytes."""
+    if text.endswith("m"):
+        return Decimal(text[:-1]) / 1000
+    unit = next((one for one in sorted(_UNITS, key=len, reverse=True) if text.endswith(one)), "")
+    return Decimal(text.removesuffix(unit)) * _UNITS.get(unit, 1)
+
+
+def _suggestion(text: str, kind: QuantityKind) -> str:
+    """Return the quantity that the user probably means; an empty string if that is unclear."""
+    found = _NUMBER.match(text)
+    if found is None or "%" in text or Decimal(found.group(1)) == 0:
+        return ""
+    number, unit = found.groups()
+    if kind is CPU:
+        return number if unit.lower() in ("", "c", "cpu", "cpus", "core", "cores", "vcpu", "vcpus") else ""
+    letter = unit[:1].upper()
+    if not unit:
+        return f"{number}Gi"
+    return f"{number}{letter}i" if letter in "KMGTPE" and unit.lower() in _SPELLINGS[letter] else ""
+
+
+_WORDS = {"K": "kilo", "M": "mega", "G": "giga", "T": "tera", "P": "peta", "E": "exa"}
+_SPELLINGS = {
+    letter: {one.lower() for one in (letter, f"{letter}i", f"{letter}b", f"{letter}ib", f"{word}byte", f"{word}bytes")}
+    for letter, word in _WORDS.items()
+}

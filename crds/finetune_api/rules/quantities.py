@@ -1,0 +1,21 @@
+"""Quantities of `spec.resources`. The CRD has the same patterns and minimums in its schema (see `finetune_api.quantities`)."""
+
+from __future__ import annotations
+
+from finetune_api.quantities import CPU, SIZE, quantity_problem
+from finetune_api.rules.base import ExecutionTarget, Findings, rule
+from finetune_api.spec import FineTuneJobSpec
+
+
+@rule("QuantityInvalid")
+def quantity_invalid(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
+    resources = spec.resources
+    for name, value, kind in (
+        ("cpu", resources.cpu, CPU),
+        ("memory", resources.memory, SIZE),
+        ("ephemeralStorage", resources.ephemeral_storage, SIZE),
+        ("sharedMemory", resources.shared_memory, SIZE),
+    ):
+        found = None if value is None else quantity_problem(value, kind)
+        if found is not None:
+            yield f"resources.{name}", *found

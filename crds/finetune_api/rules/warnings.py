@@ -1,0 +1,58 @@
+"""Warnings: a spec that is valid, but probably not what the user intends. Unlike a rule, a warning refuses nothing.
+
+`finetune validate` prints warnings, and `status.resolved.notes` lists them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from finetune_api.rules.base import Problem
+from finetune_api.rules.derived_values import BASE_WEIGHT_METHODS, PROMPT_METHODS, method_of, trainer_of
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.enums import MethodType, TrainerType
+
+LEARNING_RATE_RANGES = {
+    "base weights": (1e-7, 1e-3),
+    "adapters": (1e-6, 1e-2),
+    "prompts": (1e-5, 1.0),
+    "preferences": (1e-8, 1e-3),
+}
+"""Usual learning rates: smaller ones hardly change the model, larger ones usually diverge. The defaults lie inside."""
+PREFERENCE_OBJECTIVES = (TrainerType.DPO, TrainerType.KTO, TrainerType.ORPO, TrainerType.GRPO)
+
+
+def warnings(spec: FineTuneJobSpec) -> list[Problem]:
+    """Return the warnings about a spec as the user wrote it, before defaults are filled in."""
+    return [*_learning_rate(spec), *_epochs(spec)]
+
+
+def _learning_rate(spec: FineTuneJobSpec) -> Iterator[Problem]:
+    rate = spec.training.learning_rate
+    if rate is None:
+        return
+    low, high = LEARNING_RATE_RANGES[_range_of(spec)]
+    if not low <= rate <= high:
+        size, effect = (
+            ("small", "hardly changes the model") if rate < low else ("large", "usually makes training diverge")
+        )
+        used = f"trainer {trainer_of(spec)} with method {method_of(spec)}"
+        message = f"{rate:g} is unusually {size} for {used}, and {effect}"
+        yield Problem(
+            "training.learningRate", "LearningRateUnusual", message, f"usual values are from {low:g} to {high:g}"
+        )
+
+
+def _range_of(spec: FineTuneJobSpec) -> str:
+    if trainer_of(spec) in PREFERENCE_OBJECTIVES:
+        return "preferences"
+    if method_of(spec) in BASE_WEIGHT_METHODS:
+        return "base weights"
+    return "prompts" if method_of(spec) in (*PROMPT_METHODS, MethodType.IA3) else "adapters"
+
+
+def _epochs(spec: FineTuneJobSpec) -> Iterator[Problem]:
+    steps, epochs = spec.training.max_steps, spec.training.epochs
+    if steps is not None and epochs is not None:
+        message = f"{epochs:g} has no effect, because training.maxSteps is {steps}"
+        yield Problem("training.epochs", "EpochsIgnored", message, "remove training.epochs or training.maxSteps")

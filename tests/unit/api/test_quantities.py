@@ -1,0 +1,45 @@
+"""Quantities of `spec.resources`: what is accepted, and what to write instead of anything else."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from finetune_api.quantities import CPU, SIZE, QuantityKind, quantity_problem
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [(SIZE, one) for one in ("32Gi", "1.5Gi", "500M", "32G", "1e9", "8000000000", 8_000_000_000)]
+    + [(CPU, one) for one in (4, "4", "0.5", "500m", "1000m")],
+)
+def test_quantity_is_accepted_here_and_by_the_crd(kind: QuantityKind, value: str | int) -> None:
+    assert quantity_problem(value, kind) is None
+    assert re.match(kind.pattern, value) if isinstance(value, str) else value >= kind.minimum
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "message", "hint"),
+    [
+        (SIZE, "32GB", "'32GB' is not an amount of memory or disk", "write 32Gi"),
+        (SIZE, "32 GiB", "'32 GiB' is not an amount of memory or disk", "write 32Gi"),
+        (SIZE, "-4Gi", "'-4Gi' is not an amount of memory or disk", "write 4Gi"),
+        (SIZE, "100m", "'100m' is not an amount of memory or disk", "write 100Mi"),
+        (SIZE, "10%", "'10%' is not an amount of memory or disk", "write a number with a unit, for example 32Gi"),
+        (SIZE, 4, "4 means 4 bytes", "write 4Gi"),
+        (SIZE, "4", "4 means 4 bytes", "write 4Gi"),
+        (CPU, "4 cores", "'4 cores' is not a number of CPUs", "write 4"),
+        (CPU, "-2", "'-2' is not a number of CPUs", "write 2"),
+        (CPU, "10%", "'10%' is not a number of CPUs", "write a number of CPUs, for example 4"),
+        (CPU, "4Gi", "'4Gi' is not a number of CPUs", "write a number of CPUs, for example 4"),
+        (CPU, 0, "'0' is not a number of CPUs", "write a number of CPUs, for example 4"),
+    ],
+)
+def test_quantity_is_refused_here_and_by_the_crd(kind: QuantityKind, value: str | int, message: str, hint: str) -> None:
+    assert quantity_problem(value, kind) == (message, hint)
+    assert not re.match(kind.pattern, value) if isinstance(value, str) else value < kind.minimum
+
+
+@pytest.mark.parametrize(("kind", "value"), [(SIZE, "0Gi"), (SIZE, "0.1k"), (CPU, "0"), (CPU, "0m")])
+def test_amount_of_zero_is_refused(kind: QuantityKind, value: str) -> None:
+    assert quantity_problem(value, kind) is not None

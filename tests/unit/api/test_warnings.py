@@ -1,0 +1,66 @@
+"""Warnings about a valid spec, and their place in `status.resolved.notes`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api.defaults import LEARNING_RATE_ADAPTER, LEARNING_RATE_FULL, resolve
+from finetune_api.objectives import OBJECTIVES
+from finetune_api.rules import warnings
+from finetune_api.rules.warnings import LEARNING_RATE_RANGES
+from finetune_api.spec import FineTuneJobSpec
+
+
+def spec(**groups: Any) -> FineTuneJobSpec:
+    return FineTuneJobSpec.model_validate({"model": {"source": "org/m"}, "dataset": {"train": "org/d"}, **groups})
+
+
+@pytest.mark.parametrize(
+    ("method", "trainer", "rate", "is_unusual"),
+    [
+        ("lora", "sft", 5, True),
+        ("lora", "sft", 1e-2, False),
+        ("lora", "sft", 2e-2, True),
+        ("lora", "sft", 1e-7, True),
+        ("qlora", "sft", 2e-4, False),
+        ("full", "sft", 2e-3, True),
+        ("full", "sft", 1e-3, False),
+        ("spectrum", "sft", 2e-3, True),
+        ("promptTuning", "sft", 0.3, False),
+        ("lora", "dpo", 2e-3, True),
+        ("lora", "dpo", 5e-6, False),
+    ],
+)
+def test_learning_rate_outside_the_usual_range_gives_a_warning(
+    method: str, trainer: str, rate: float, is_unusual: bool
+) -> None:
+    job = spec(method={"type": method}, trainer={"type": trainer}, training={"learningRate": rate})
+    assert [one.code for one in warnings(job)] == (["LearningRateUnusual"] if is_unusual else [])
+
+
+def test_default_learning_rates_give_no_warning() -> None:
+    for rate, kind in ((LEARNING_RATE_ADAPTER, "adapters"), (LEARNING_RATE_FULL, "base weights")):
+        low, high = LEARNING_RATE_RANGES[kind]
+        assert low <= rate <= high
+    for objective, facts in OBJECTIVES.items():
+        job = spec(trainer={"type": objective}, training={"learningRate": facts.learning_rate or LEARNING_RATE_ADAPTER})
+        assert warnings(job) == []
+
+
+def test_epochs_next_to_max_steps_give_a_warning() -> None:
+    (found,) = warnings(spec(training={"epochs": 2, "maxSteps": 40}))
+    assert str(found) == (
+        "spec.training.epochs: 2 has no effect, because training.maxSteps is 40; remove training.epochs or training.maxSteps"
+    )
+    assert warnings(spec(training={"maxSteps": 40})) == []
+
+
+def test_warnings_are_notes_of_the_resolution() -> None:
+    job = spec(training={"epochs": 2, "maxSteps": 40, "learningRate": 5})
+    notes = resolve(job).notes
+    assert (
+        notes[0]
+        == "training.learningRate 5 is unusually large for trainer sft with method lora, and usually makes training diverge"
+    )
+    assert notes[1] == "training.epochs 2 has no effect, because training.maxSteps is 40"
