@@ -102,7 +102,7 @@ def test_kubectl_get_says_it_all(examples: Examples) -> None:
     kubectl = examples.room.site.cluster.kubectl
     header, row = kubectl("-n", examples.room.namespace, "get", "finetunejobs", "quickstart").splitlines()
     assert header.split() == ["NAME", "STATUS", "PROGRESS", "LOSS", "ETA", "WORKERS", "RESTARTS", "REASON", "AGE"]
-    name, phase, progress, percent, loss, eta, _, restarts, _ = row.split()
+    name, phase, progress, percent, loss, eta, _, restarts, reason, _ = row.split()
     assert (name, phase, progress, percent) == ("quickstart", Phase.SUCCEEDED.value, "40/40", "(100%)")
     assert float(loss) > 0
-    assert (eta, restarts) == ("-", "0")
+    assert (eta, restarts, reason) == ("-", "0", "-")
