@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: 16-bit training, fused kernels, paged optimizers, activations in host memory."""
+"""Features that need a CUDA device: 16-bit training, fused kernels, paged optimizers, activations in host memory."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ SIXTY = {
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose sizes the kernels accept; tests of this folder run on a CUDA device only."""
+    """A model whose sizes the kernels support. Skips the tests of this folder without a CUDA device."""
     torch = pytest.importorskip("torch", reason="torch is not installed")
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    import bitsandbytes  # noqa: F401  before a job that does not need it hides it
+    import bitsandbytes  # noqa: F401  imported before a job hides it
 
     return make_tiny_model(tmp_path_factory.mktemp("models") / "gpu", hidden=256)
 
@@ -53,7 +53,7 @@ def run(name: str, model: Path, folder: Path) -> Outcome:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_it_learns_on_the_gpu(name: str, model: Path, tmp_path: Path) -> None:
+def test_every_feature_learns_on_a_gpu(name: str, model: Path, tmp_path: Path) -> None:
     outcome = run(name, model, tmp_path)
     assert outcome.losses[-1] < 0.5 * outcome.losses[0]
     assert outcome.resolved["device"] not in ("cpu", None)
@@ -62,7 +62,7 @@ def test_it_learns_on_the_gpu(name: str, model: Path, tmp_path: Path) -> None:
         assert any("paged_adamw_8bit" in note and "liger kernels True" in note for note in outcome.notes)
 
 
-def test_a_reward_models_head_has_32_bits_beside_a_base_of_16(model: Path, tmp_path: Path) -> None:
+def test_a_reward_model_trains_32_bit_weights_on_a_16_bit_base(model: Path, tmp_path: Path) -> None:
     import torch
 
     from tests.support.preferences import PAIRS
@@ -73,7 +73,7 @@ def test_a_reward_models_head_has_32_bits_beside_a_base_of_16(model: Path, tmp_p
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
 
 
-def test_weights_are_kept_in_32_bits_and_computed_in_16(model: Path, tmp_path: Path) -> None:
+def test_full_training_keeps_weights_in_32_bits(model: Path, tmp_path: Path) -> None:
     import torch
 
     outcome = go(tmp_path, model, merged(SIXTY, {"method": {"type": "full"}, "training": {"maxSteps": 2}}))

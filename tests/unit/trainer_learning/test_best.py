@@ -1,4 +1,4 @@
-"""Where the best weights are found after a resume."""
+"""The best weights after a resume."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each private attribute of a library that the trainer depends on exists in the installed version and does what is relied on."""
+"""Each private attribute of a library in `library_internals` exists in the installed version and behaves as the trainer expects."""
 
 from __future__ import annotations
 

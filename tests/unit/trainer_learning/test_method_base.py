@@ -1,4 +1,4 @@
-"""What every method is checked for, and how a run's method is found."""
+"""Checks that apply to every method, and the registration of methods."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starts of a LoRA adapter that a model does not allow are refused before training."""
+"""Initialisations of LoRA adapters; those that a model does not support are refused before training."""
 
 from __future__ import annotations
 

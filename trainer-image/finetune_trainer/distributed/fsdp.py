@@ -248,7 +248,7 @@ class Fsdp(DistributedStrategy):
         return {"fsdp": True, "fsdp_config": config, "ddp_backend": "gloo" if self.hardware.is_cpu else "nccl"}
 
     def on_accelerator_created(self, trainer: Any) -> None:
-        """On CPU, enable FSDP, which accelerate enables on GPUs only. In 16 bits, reduce gradients in 32.
+        """On CPU, enable FSDP, which accelerate enables on GPUs only. If training computes in 16 bits, reduce gradients in 32 bits.
 
         accelerate would also sum the gradients and round the loss in 16 bits; DDP sums them in 32.
         Errors: ConfigError ConfigFileInvalid for layer classes that the model does not have.

@@ -40,7 +40,7 @@ def one_of(*values: Any) -> ValueType:
     """One of the given words or numbers. `true` is not 1."""
     return ValueType(
         f"one of {', '.join(_as_text(one) for one in values)}",
-        lambda found: any(found == one and type(found) is type(one) for one in values),
+        lambda value: any(value == allowed and type(value) is type(allowed) for allowed in values),
     )
 
 
@@ -215,7 +215,7 @@ class FileMerge:
         return self._spec_as_written().with_values(self.file_values)
 
     def allows(self, values: Mapping[str, Any]) -> bool:
-        """Whether these values, by spec path, break no rule besides those that the file breaks. Errors: pydantic's ValidationError."""
+        """Whether the merged spec with these values (by spec path) breaks no further rule. Errors: pydantic's ValidationError."""
         spec = self.merged_spec()
         return not new_problems(spec, spec.with_values(values))
 

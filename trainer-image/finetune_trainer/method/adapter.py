@@ -27,7 +27,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PROMPT_LEARNING = ("PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""First letters of `init_lora_weights` for the starts that change the base model whenever such an adapter is added."""
+"""Prefixes of the values of `init_lora_weights` with which PEFT changes the base model whenever it adds the adapter."""
 
 
 class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):

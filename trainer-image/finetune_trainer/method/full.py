@@ -13,7 +13,7 @@ class Full(Method, types=(MethodType.FULL,)):
     """Trains every floating-point parameter."""
 
     def apply(self, model: Any) -> TrainableModel:
-        """Unfreeze the parameters, and say so if they are trained in 16 bits."""
+        """Unfreeze the parameters. A note names their number format if it is not 32 bits."""
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)

@@ -24,7 +24,7 @@ PEFT_INIT = {
     LoraInit.DEFAULT: True, LoraInit.GAUSSIAN: "gaussian", LoraInit.PISSA: "pissa", LoraInit.OLORA: "olora", LoraInit.EVA: "eva",
     LoraInit.LOFTQ: True,
 }  # fmt: skip
-"""PEFT's `init_lora_weights`. LoftQ begins with PEFT's default and is computed here afterwards."""
+"""PEFT's `init_lora_weights`. LoftQ starts with PEFT's default; `after_apply` then replaces the weights."""
 
 
 class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA)):

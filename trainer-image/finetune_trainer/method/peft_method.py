@@ -1,4 +1,4 @@
-"""What all methods have in common that train a PEFT adapter on a frozen base model."""
+"""The base class of all methods that train a PEFT adapter on a frozen base model."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
     def __init__(self, context: MethodContext):
         super().__init__(context)
         self._selection: Selection | None = None
-        """Made before the base model is loaded quantised; None on an unquantised base model."""
+        """Computed before a quantised base model is loaded; None for an unquantised base model, which `apply` selects from itself."""
         self._before_construction: TrainedWeightsCopy | None = None
 
     def before_load(self) -> tuple[str, ...]:
@@ -91,7 +91,7 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
         return self._selection.modules
 
     def apply(self, model: Any) -> TrainableModel:
-        """Freeze all but the selected modules, the head and the embeddings (on a quantised base model: but the selected modules)."""
+        """Freeze all but the selected modules and, on an unquantised base model, the head and the embeddings."""
         selection = self._selection or select_modules(self.context.run, self.context.inputs, model)
         is_quantized = bool(getattr(model, "is_loaded_in_4bit", False))
         always = [] if is_quantized else [model.get_input_embeddings(), model.get_output_embeddings()]
