@@ -82,7 +82,12 @@ def make_run(
 
 
 def method_of(
-    run: RunConfig, inputs: Inputs, *, fsdp: bool = False, keep_base_dtype: bool = False, new_token_ids: Sequence[int] = ()
+    run: RunConfig,
+    inputs: Inputs,
+    *,
+    fsdp: bool = False,
+    keep_base_dtype: bool = False,
+    new_token_ids: Sequence[int] = (),
 ) -> Any:
     """The run's method, on a CPU. `fsdp`: for a model that FSDP will shard."""
     import torch
@@ -187,8 +192,8 @@ def train_here(run: RunConfig, inputs: Inputs) -> Outcome:
     return hooks.outcome
 
 
-def go(
+def run_training(
     folder: Path, model: Path, spec: Mapping[str, Any] | None = None, rows: Sequence[Any] = TEN, **options: Any
 ) -> Outcome:
-    """`make_run` and `train_here` in one."""
+    """Make a run and its inputs, and train it in this process."""
     return train_here(*make_run(folder, model, spec, rows, **options))

@@ -71,7 +71,9 @@ def run(strategy: str, folder: Path) -> Table:
             cells.append(Cell(f"{method} | {objective}", str(model), cell_spec, rows, adapter=adapter))
     found = launch(cells, folder / "cells", ranks=ranks, timeout=1500)
     return {
-        (method, objective): _verdict(found[f"{method} | {objective}"]) for method in METHODS for objective in OBJECTIVES
+        (method, objective): _verdict(found[f"{method} | {objective}"])
+        for method in METHODS
+        for objective in OBJECTIVES
     }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from finetune_trainer.data import load
 
-from tests.support.learning import TEN, go, make_run, train_here, write_rows
+from tests.support.learning import TEN, make_run, run_training, train_here, write_rows
 from tests.support.preferences import JUDGED, PAIRS, PROMPTS
 
 pytestmark = pytest.mark.pod
@@ -91,10 +91,10 @@ def test_answer_letters_of_a_test_set_are_counted(model: Path, tmp_path: Path) -
         for i, row in enumerate(TEN)
     ]
     spec = {"training": {"maxSteps": 1}, "dataset": {"split": {"test": 0.4}}}
-    assert "testAnswerAccuracy" in go(tmp_path, model, spec, rows).extra["evaluation"]
+    assert "testAnswerAccuracy" in run_training(tmp_path, model, spec, rows).extra["evaluation"]
 
 
 def test_without_a_test_set_nothing_is_measured(model: Path, tmp_path: Path) -> None:
-    outcome = go(tmp_path, model, {"training": {"maxSteps": 1}})
+    outcome = run_training(tmp_path, model, {"training": {"maxSteps": 1}})
     assert "evaluation" not in outcome.extra
     assert "evaluating" not in [message["stage"] for message in outcome.messages("stage")]

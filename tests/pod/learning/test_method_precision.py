@@ -10,7 +10,7 @@ import pytest
 import torch
 from finetune_api.errors import InternalError
 
-from tests.support.learning import TEN, go, merged
+from tests.support.learning import TEN, merged, run_training
 from tests.support.preferences import PAIRS, PROMPTS
 
 SIXTEEN: dict[str, Any] = {
@@ -34,7 +34,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 def test_trained_weights_on_a_16_bit_base_have_32_bits(name: str, model: Path, tmp_path: Path) -> None:
     """16-bit weights would lose the updates of a usual learning rate."""
     spec, rows = CASES[name]
-    outcome = go(tmp_path, model, merged(SIXTEEN, spec), rows)
+    outcome = run_training(tmp_path, model, merged(SIXTEEN, spec), rows)
     types = {(one.requires_grad, one.dtype) for one in outcome.model.parameters()}
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
     assert len(outcome.losses) == 2 and all(math.isfinite(loss) for loss in outcome.losses)
@@ -42,8 +42,8 @@ def test_trained_weights_on_a_16_bit_base_have_32_bits(name: str, model: Path, t
 
 def test_packing_in_16_bits_gives_the_losses_of_unpacked_rows(model: Path, tmp_path: Path) -> None:
     spec = merged(SIXTEEN, {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10}})
-    unpacked = go(tmp_path / "a", model, spec)
-    packed = go(tmp_path / "b", model, merged(spec, {"dataset": {"packing": True}}))
+    unpacked = run_training(tmp_path / "a", model, spec)
+    packed = run_training(tmp_path / "b", model, merged(spec, {"dataset": {"packing": True}}))
     assert packed.extra["data"]["tokens"]["train"]["sequences"] == 1
     assert packed.losses == pytest.approx(unpacked.losses, rel=0.01)
 
@@ -53,10 +53,12 @@ def test_a_packing_leak_is_found_in_16_bits(model: Path, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with pytest.raises(InternalError) as caught:
-        go(tmp_path, model, merged(SIXTEEN, {"dataset": {"packing": True}}))
+        run_training(tmp_path, model, merged(SIXTEEN, {"dataset": {"packing": True}}))
     assert caught.value.code == "PackingLeaks"
 
 
 def test_without_autocast_trained_modules_keep_the_asked_format(model: Path, tmp_path: Path) -> None:
-    outcome = go(tmp_path, model, {"model": {"dtype": "bfloat16"}, **FULL_MODULES, "training": {"maxSteps": 1}})
+    outcome = run_training(
+        tmp_path, model, {"model": {"dtype": "bfloat16"}, **FULL_MODULES, "training": {"maxSteps": 1}}
+    )
     assert outcome.model.get_output_embeddings().weight.dtype == torch.bfloat16

@@ -10,7 +10,7 @@ import pytest
 import torch
 from finetune_api.errors import ConfigError, NotFoundError
 
-from tests.support.learning import TEN, Outcome, go, merged
+from tests.support.learning import TEN, Outcome, merged, run_training
 
 pytestmark = pytest.mark.pod
 SIXTY = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
@@ -70,7 +70,7 @@ def answer(tuned: Any, folder: Path, question: str) -> str:
 @pytest.mark.parametrize("name", LEARNERS)
 def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path: Path) -> None:
     spec, bound = LEARNERS[name]
-    outcome = go(tmp_path, model, merged(SIXTY, spec))
+    outcome = run_training(tmp_path, model, merged(SIXTY, spec))
     assert outcome.losses[0] > 1.5 * bound
     assert outcome.losses[-1] < bound
     assert outcome.folder is not None
@@ -90,7 +90,7 @@ def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path
 def test_adapters_do_not_change_the_base_weights(name: str, model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    outcome = go(tmp_path, model, LEARNERS[name][0])
+    outcome = run_training(tmp_path, model, LEARNERS[name][0])
     base = outcome.model.get_base_model().state_dict()
     original = load_file(model / "model.safetensors")
     compared = 0
@@ -112,7 +112,7 @@ def test_loftq_starts_as_the_best_low_rank_correction_of_the_quantisation_error(
 
     still = {"training": {"maxSteps": 1, "learningRate": 1e-12}}
     lora = {"rank": 4, "alpha": 16, "init": "loftq", "dropout": 0, "targetModules": ["q_proj", "down_proj", "up_proj"]}
-    outcome = go(tmp_path, model, merged(still, {"method": {"lora": lora}}))
+    outcome = run_training(tmp_path, model, merged(still, {"method": {"lora": lora}}))
     original = load_file(model / "model.safetensors")
     layers = [m for m in outcome.model.get_base_model().named_modules() if hasattr(m[1], "lora_A")]
     assert len(layers) == 6
@@ -128,7 +128,7 @@ def test_loftq_starts_as_the_best_low_rank_correction_of_the_quantisation_error(
 def test_full_training_changes_every_weight(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    outcome = go(tmp_path, model, {"method": {"type": "full"}})
+    outcome = run_training(tmp_path, model, {"method": {"type": "full"}})
     assert outcome.folder is not None
     before, after = load_file(model / "model.safetensors"), load_file(outcome.folder / "model.safetensors")
     assert before.keys() == after.keys()
@@ -137,7 +137,7 @@ def test_full_training_changes_every_weight(model: Path, tmp_path: Path) -> None
 
 
 def test_the_base_of_qlora_is_stored_in_4_bits(model: Path, tmp_path: Path) -> None:
-    outcome = go(
+    outcome = run_training(
         tmp_path, model, {"method": {"type": "qlora"}, "model": {"quantization": {"type": "fp4", "doubleQuant": False}}}
     )
     four = [p for p in outcome.model.parameters() if type(p).__name__ == "Params4bit"]
@@ -156,7 +156,7 @@ def test_lora_options_are_written_to_the_adapter_configuration(model: Path, tmp_
         "bias": "loraOnly",
         "modulesToSave": ["lm_head"],
     }
-    outcome = go(tmp_path, model, {"method": {"lora": lora}})
+    outcome = run_training(tmp_path, model, {"method": {"lora": lora}})
     assert outcome.folder is not None
     config = json.loads((outcome.folder / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"], config["bias"]) == (3, 5, 0.25, "lora_only")
@@ -166,54 +166,56 @@ def test_lora_options_are_written_to_the_adapter_configuration(model: Path, tmp_
 
 
 def test_lora_plus_changes_the_run_from_the_second_step(model: Path, tmp_path: Path) -> None:
-    plain = go(tmp_path / "a", model, {"method": NO_DROPOUT})
-    plus = go(tmp_path / "b", model, {"method": {"lora": {"dropout": 0, "plusRatio": 8}}})
+    plain = run_training(tmp_path / "a", model, {"method": NO_DROPOUT})
+    plus = run_training(tmp_path / "b", model, {"method": {"lora": {"dropout": 0, "plusRatio": 8}}})
     assert plain.losses[0] == plus.losses[0]
     assert plain.losses[1:] != plus.losses[1:]
 
 
 def test_lora_on_the_head_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path, model, {"method": {"lora": {"targetModules": ["q_proj", "lm_head"]}}})
+        run_training(tmp_path, model, {"method": {"lora": {"targetModules": ["q_proj", "lm_head"]}}})
     assert caught.value.code == "LoraOnHead"
     assert "modulesToSave" in (caught.value.hint or "")
 
 
 def test_an_unknown_target_module_is_refused_with_the_known_names(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path, model, {"method": {"lora": {"targetModules": ["q_proj", "wqkv"]}}})
+        run_training(tmp_path, model, {"method": {"lora": {"targetModules": ["q_proj", "wqkv"]}}})
     assert caught.value.code == "TargetModulesMissing"
     assert "wqkv" in caught.value.message and "q_proj" not in caught.value.message
     assert "down_proj" in (caught.value.hint or "")
 
 
 def test_a_continued_adapter_starts_from_its_trained_weights(model: Path, tmp_path: Path) -> None:
-    first = go(tmp_path / "a", model, merged(SIXTY, {"method": NO_DROPOUT, "training": {"maxSteps": 20}}))
+    first = run_training(tmp_path / "a", model, merged(SIXTY, {"method": NO_DROPOUT, "training": {"maxSteps": 20}}))
     spec = {"method": {"type": "adapter", "adapter": {"source": f"file://{first.folder}"}}}
-    again = go(tmp_path / "b", model, merged(SIXTY, spec), adapter=first.folder)
+    again = run_training(tmp_path / "b", model, merged(SIXTY, spec), adapter=first.folder)
     assert again.losses[0] == pytest.approx(first.losses[-1], rel=0.5)
     assert again.losses[0] < 0.5 * first.losses[0]
     assert again.losses[-1] < again.losses[0]
 
 
 def test_a_prompt_adapter_cannot_be_continued(model: Path, tmp_path: Path) -> None:
-    first = go(tmp_path / "a", model, {"method": {"type": "promptTuning"}})
+    first = run_training(tmp_path / "a", model, {"method": {"type": "promptTuning"}})
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path / "b", model, spec, adapter=first.folder)
+        run_training(tmp_path / "b", model, spec, adapter=first.folder)
     assert caught.value.code == "AdapterNotContinuable"
 
 
 def test_a_folder_without_an_adapter_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError) as caught:
-        go(tmp_path, model, {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}, adapter=model)
+        run_training(
+            tmp_path, model, {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}, adapter=model
+        )
     assert caught.value.code == "AdapterUnreadable"
 
 
 def test_spectrum_trains_the_selected_modules_only(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    outcome = go(tmp_path, model, {"method": {"type": "spectrum", "spectrum": {"snrThreshold": 0.5}}})
+    outcome = run_training(tmp_path, model, {"method": {"type": "spectrum", "spectrum": {"snrThreshold": 0.5}}})
     assert outcome.folder is not None
     record = json.loads((outcome.folder / "spectrum_snr.json").read_text())
     assert len(record["modules"]) == 14 and len(record["trained"]) == 7
@@ -227,7 +229,7 @@ def test_spectrum_trains_the_selected_modules_only(model: Path, tmp_path: Path) 
 
 
 def test_spectrum_trains_the_given_layers(model: Path, tmp_path: Path) -> None:
-    outcome = go(tmp_path, model, {"method": {"type": "spectrum", "spectrum": {"layers": [1]}}})
+    outcome = run_training(tmp_path, model, {"method": {"type": "spectrum", "spectrum": {"layers": [1]}}})
     assert outcome.folder is not None
     trained = json.loads((outcome.folder / "spectrum_snr.json").read_text())["trained"]
     assert len(trained) == 7 and all(name.startswith("model.layers.1.") for name in trained)
@@ -235,6 +237,6 @@ def test_spectrum_trains_the_given_layers(model: Path, tmp_path: Path) -> None:
 
 def test_an_unknown_spectrum_layer_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path, model, {"method": {"type": "spectrum", "spectrum": {"layers": [0, 2]}}})
+        run_training(tmp_path, model, {"method": {"type": "spectrum", "spectrum": {"layers": [0, 2]}}})
     assert caught.value.code == "SpectrumLayerMissing"
     assert "layers 0 to 1" in caught.value.message

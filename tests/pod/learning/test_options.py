@@ -11,7 +11,7 @@ import pytest
 import torch
 from finetune_api.errors import NotFoundError
 
-from tests.support.learning import Outcome, go, make_run, merged, train_here
+from tests.support.learning import Outcome, make_run, merged, run_training, train_here
 from tests.support.preferences import PROMPTS
 
 pytestmark = pytest.mark.pod
@@ -38,7 +38,7 @@ def weights(folder: Path | None, name: str = "adapter_model.safetensors") -> dic
 def test_prompt_length_is_the_number_of_virtual_tokens(
     method: str, shape: tuple[int, int], model: Path, tmp_path: Path
 ) -> None:
-    outcome = go(tmp_path, model, merged(ONE, {"method": {"type": method, "promptLength": 7}}))
+    outcome = run_training(tmp_path, model, merged(ONE, {"method": {"type": method, "promptLength": 7}}))
     assert adapter_config(outcome)["num_virtual_tokens"] == 7
     (learned,) = weights(outcome.folder).values()
     assert tuple(learned.shape) == shape
@@ -46,9 +46,9 @@ def test_prompt_length_is_the_number_of_virtual_tokens(
 
 def test_use_dora_equals_method_dora(model: Path, tmp_path: Path) -> None:
     lora = {"lora": {"dropout": 0, "rank": 4}}
-    by_type = go(tmp_path / "a", model, merged(ONE, {"method": {"type": "dora", **lora}}))
-    by_flag = go(tmp_path / "b", model, merged(ONE, {"method": {"lora": {**lora["lora"], "useDora": True}}}))
-    plain = go(tmp_path / "c", model, merged(ONE, {"method": lora}))
+    by_type = run_training(tmp_path / "a", model, merged(ONE, {"method": {"type": "dora", **lora}}))
+    by_flag = run_training(tmp_path / "b", model, merged(ONE, {"method": {"lora": {**lora["lora"], "useDora": True}}}))
+    plain = run_training(tmp_path / "c", model, merged(ONE, {"method": lora}))
     sizes = [sum("magnitude" in key for key in weights(outcome.folder)) for outcome in (by_type, by_flag, plain)]
     assert sizes == [14, 14, 0]
     assert by_type.losses == by_flag.losses
@@ -60,7 +60,7 @@ def test_the_asked_biases_are_trained(bias: str, trained: int, tmp_path: Path) -
 
     biased = make_tiny_model(tmp_path / "model", attention_bias=True)
     spec = {"method": {"lora": {"targetModules": ["q_proj"], "bias": bias}}}
-    outcome = go(tmp_path, biased, spec)
+    outcome = run_training(tmp_path, biased, spec)
     names = [n for n, p in outcome.model.named_parameters() if p.requires_grad and n.endswith(".bias")]
     assert len([n for n in names if "o_proj" not in n]) == trained
     assert all((("q_proj" in n) or bias == "all") for n in names)
@@ -69,7 +69,7 @@ def test_the_asked_biases_are_trained(bias: str, trained: int, tmp_path: Path) -
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
 def test_4_bit_layers_compute_in_the_asked_type(kind: str, model: Path, tmp_path: Path) -> None:
     spec = merged(ONE, {"method": {"type": "qlora"}, "model": {"quantization": {"computeDtype": kind}}})
-    outcome = go(tmp_path, model, spec)
+    outcome = run_training(tmp_path, model, spec)
     layers = [m for m in outcome.model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "compute_dtype")]
     assert {str(layer.compute_dtype) for layer in layers} == {f"torch.{kind}"}
 
@@ -86,7 +86,7 @@ def test_mean_over_std_selects_whole_layers(model: Path, tmp_path: Path) -> None
     }
     best = max(ratios, key=lambda layer: ratios[layer])
     spec = merged(ONE, {"method": {"type": "spectrum", "spectrum": {"metric": "meanOverStd", "snrThreshold": 0.9}}})
-    outcome = go(tmp_path, model, spec)
+    outcome = run_training(tmp_path, model, spec)
     assert outcome.folder is not None
     record = json.loads((outcome.folder / "spectrum_snr.json").read_text())
     assert record["metric"] == "meanOverStd"
@@ -94,15 +94,19 @@ def test_mean_over_std_selects_whole_layers(model: Path, tmp_path: Path) -> None
     assert all(name.startswith(f"model.layers.{best}.") for name in record["trained"])
 
 
-def test_a_scan_is_reused_for_the_same_model_revision(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_scan_is_reused_for_the_same_model_revision(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from finetune_trainer.method import spectrum
 
     spec = merged(ONE, {"method": {"type": "spectrum"}})
-    first = go(tmp_path, model, spec)
+    first = run_training(tmp_path, model, spec)
     scanned: list[str] = []
     original = spectrum.signal_to_noise
-    monkeypatch.setattr(spectrum, "signal_to_noise", lambda weight, metric: scanned.append(metric) or original(weight, metric))
-    again = go(tmp_path, model, spec)
+    monkeypatch.setattr(
+        spectrum, "signal_to_noise", lambda weight, metric: scanned.append(metric) or original(weight, metric)
+    )
+    again = run_training(tmp_path, model, spec)
     assert scanned == []
     assert first.folder == again.folder and again.losses == first.losses
     run, inputs = make_run(tmp_path, model, spec)
@@ -128,9 +132,9 @@ def test_remote_code_runs_only_if_it_is_trusted(model: Path, tmp_path: Path, mon
     places = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     (own / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": places}))
     with pytest.raises(NotFoundError) as caught:
-        go(tmp_path / "a", own, ONE)
+        run_training(tmp_path / "a", own, ONE)
     assert caught.value.hint == "set model.trustRemoteCode: true if you trust the source"
-    trusted = go(tmp_path / "b", own, merged(ONE, {"model": {"trustRemoteCode": True}}))
+    trusted = run_training(tmp_path / "b", own, merged(ONE, {"model": {"trustRemoteCode": True}}))
     assert type(trusted.model.get_base_model()).__name__ == "OwnForCausalLM"
 
 
@@ -138,7 +142,9 @@ def test_remote_code_runs_only_if_it_is_trusted(model: Path, tmp_path: Path, mon
 
 
 @pytest.mark.parametrize("cold", [{"temperature": 0.001}, {"topP": 0.001}], ids=["temperature", "topP"])
-def test_sampling_from_one_candidate_gives_equal_completions(cold: dict[str, float], model: Path, tmp_path: Path) -> None:
+def test_sampling_from_one_candidate_gives_equal_completions(
+    cold: dict[str, float], model: Path, tmp_path: Path
+) -> None:
     reward = {"builtin": "length", "parameters": {"unit": "characters", "minimum": "500"}}
 
     def spread(**options: float) -> float:
@@ -150,7 +156,7 @@ def test_sampling_from_one_candidate_gives_equal_completions(cold: dict[str, flo
             "rewards": [reward],
         }
         batch = {"training": {"batchSizePerDevice": 32, "maxSteps": 1}}
-        outcome = go(tmp_path / f"{sorted(options)}", model, merged(batch, {"trainer": trainer}), PROMPTS)
+        outcome = run_training(tmp_path / f"{sorted(options)}", model, merged(batch, {"trainer": trainer}), PROMPTS)
         return next(float(line["frac_reward_zero_std"]) for line in outcome.logs if "frac_reward_zero_std" in line)
 
     assert spread(**cold) == 1.0
@@ -160,5 +166,5 @@ def test_sampling_from_one_candidate_gives_equal_completions(cold: dict[str, flo
 @pytest.mark.parametrize(("first", "steps"), [(True, [1, 3, 6]), (False, [3, 6])])
 def test_log_lines_appear_at_the_asked_steps(first: bool, steps: list[int], model: Path, tmp_path: Path) -> None:
     spec = {"training": {"maxSteps": 6}, "tracking": {"loggingSteps": 3, "logFirstStep": first}}
-    outcome = go(tmp_path, model, spec)
+    outcome = run_training(tmp_path, model, spec)
     assert [line["step"] for line in outcome.logs if "loss" in line] == steps

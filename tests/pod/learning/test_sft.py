@@ -11,7 +11,7 @@ import torch
 from finetune_api.errors import FineTuneError
 
 from tests.support.data import prepare_rows
-from tests.support.learning import TEN, go, merged
+from tests.support.learning import TEN, merged, run_training
 
 pytestmark = pytest.mark.pod
 
@@ -20,10 +20,10 @@ def test_a_second_attempt_uses_the_cached_tokens(model: Path, tmp_path: Path) ->
     """Another attempt on the same disk, with other cores, reads no row again and trains on the same sequences."""
     from finetune_trainer.data import prepare as room
 
-    first = go(tmp_path, model, {"training": {"maxSteps": 2}})
+    first = run_training(tmp_path, model, {"training": {"maxSteps": 2}})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(room, "load", None)
-        again = go(tmp_path, model, {"training": {"maxSteps": 2}, "dataset": {"numProc": 3}})
+        again = run_training(tmp_path, model, {"training": {"maxSteps": 2}, "dataset": {"numProc": 3}})
     assert again.losses == first.losses
     assert [note for note in again.notes if note.startswith("train:")] == [
         n for n in first.notes if n.startswith("train:")
@@ -71,7 +71,7 @@ def test_packed_documents_that_attend_to_each_other_end_the_run(
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
     with pytest.raises(FineTuneError) as caught:
-        go(tmp_path, model, {"dataset": {"packing": True}})
+        run_training(tmp_path, model, {"dataset": {"packing": True}})
     assert caught.value.code == "PackingLeaks"
 
 
@@ -81,8 +81,8 @@ def test_gradient_accumulation_equals_one_big_batch(model: Path, tmp_path: Path)
         for i, row in enumerate(TEN[:8])
     ]
     lora = {"method": {"lora": {"dropout": 0}}}
-    big = go(tmp_path / "a", model, {**lora, "training": {"batchSizePerDevice": 8}}, rows)
-    small = go(
+    big = run_training(tmp_path / "a", model, {**lora, "training": {"batchSizePerDevice": 8}}, rows)
+    small = run_training(
         tmp_path / "b", model, {**lora, "training": {"batchSizePerDevice": 2, "gradientAccumulationSteps": 4}}, rows
     )
     assert small.losses == pytest.approx(big.losses, abs=1e-6)
@@ -91,8 +91,8 @@ def test_gradient_accumulation_equals_one_big_batch(model: Path, tmp_path: Path)
 
 def test_packing_trains_to_the_same_loss(model: Path, tmp_path: Path) -> None:
     spec = {"method": {"lora": {"dropout": 0}}, "training": {"batchSizePerDevice": 10, "maxSteps": 3}}
-    plain = go(tmp_path / "a", model, spec)
-    packed = go(tmp_path / "b", model, {**spec, "dataset": {"packing": True}})
+    plain = run_training(tmp_path / "a", model, spec)
+    packed = run_training(tmp_path / "b", model, {**spec, "dataset": {"packing": True}})
     assert packed.losses == pytest.approx(plain.losses, abs=1e-5)
     assert packed.extra["data"]["tokens"]["train"]["sequences"] == 1
 
@@ -103,8 +103,10 @@ def test_evaluation_loss_is_the_mean_over_all_tokens(model: Path, tmp_path: Path
         for i, row in enumerate(TEN)
     ]
     spec = {"training": {"maxSteps": 1}, "evaluation": {"steps": 1, "strategy": "steps"}}
-    one = go(tmp_path / "a", model, {**spec, "evaluation": {"batchSizePerDevice": 1, "steps": 1}}, validation=rows)
-    all_at_once = go(
+    one = run_training(
+        tmp_path / "a", model, {**spec, "evaluation": {"batchSizePerDevice": 1, "steps": 1}}, validation=rows
+    )
+    all_at_once = run_training(
         tmp_path / "b", model, {**spec, "evaluation": {"batchSizePerDevice": 10, "steps": 1}}, validation=rows
     )
     assert one.eval_losses == pytest.approx(all_at_once.eval_losses, abs=1e-5)
@@ -135,10 +137,14 @@ def test_load_balance_loss_is_trained_on_but_not_part_of_the_validation_loss(mod
         "evaluation": {"strategy": "steps", "steps": 1},
         "training": {"maxSteps": 1, "learningRate": 1e-9},
     }
-    outcome = go(tmp_path / "run", folder, merged(spec, {"training": {"batchSizePerDevice": 2}}), rows, validation=rows)
+    outcome = run_training(
+        tmp_path / "run", folder, merged(spec, {"training": {"batchSizePerDevice": 2}}), rows, validation=rows
+    )
     (line,) = [line for line in outcome.logs if "loss" in line]
     assert line["num_tokens"] > 0 and line["loss"] > outcome.eval_losses[0] + 0.4
-    one = go(tmp_path / "one", folder, merged(spec, {"training": {"batchSizePerDevice": 3}}), rows, validation=rows)
+    one = run_training(
+        tmp_path / "one", folder, merged(spec, {"training": {"batchSizePerDevice": 3}}), rows, validation=rows
+    )
     assert outcome.eval_losses == pytest.approx(one.eval_losses, abs=1e-5)
 
 
@@ -151,7 +157,7 @@ def test_correct_letters_of_multiple_choice_are_measured(model: Path, tmp_path: 
         "training": {"maxSteps": 80, "batchSizePerDevice": 10, "scheduler": "constant"}, "method": {"type": "full"},
         "evaluation": {"strategy": "steps", "steps": 20},
     }  # fmt: skip
-    outcome = go(tmp_path, model, spec, rows, validation=rows)
+    outcome = run_training(tmp_path, model, spec, rows, validation=rows)
     right = [line["eval_answer_accuracy"] for line in outcome.logs if "eval_answer_accuracy" in line]
     assert len(right) == 4 and right[0] < right[-1] == 1.0
     assert outcome.resolved["datasetFormat"] == "mcq"

@@ -13,7 +13,7 @@ import torch
 from finetune_api.errors import ConfigError, DivergedError, NoCheckpointError, NotFoundError
 from finetune_trainer.inputs import RestoredCheckpoint
 
-from tests.support.learning import TEN, Hooks, Outcome, go, merged
+from tests.support.learning import TEN, Hooks, Outcome, merged, run_training
 
 pytestmark = pytest.mark.pod
 LORA = {"method": {"lora": {"dropout": 0}}}
@@ -22,13 +22,13 @@ LORA = {"method": {"lora": {"dropout": 0}}}
 @pytest.fixture(scope="module")
 def default_lora(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Four steps of LoRA with default options."""
-    return go(tmp_path_factory.mktemp("default"), model, LORA)
+    return run_training(tmp_path_factory.mktemp("default"), model, LORA)
 
 
 @pytest.fixture(scope="module")
 def default_full(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Outcome:
     """Four steps of full training with default options."""
-    return go(tmp_path_factory.mktemp("default"), model, {"method": {"type": "full"}})
+    return run_training(tmp_path_factory.mktemp("default"), model, {"method": {"type": "full"}})
 
 
 def rates(outcome: Outcome) -> list[float]:
@@ -58,13 +58,13 @@ def test_the_learning_rate_follows_the_schedule(name: str, raw_model: Path, tmp_
     training, wanted = SCHEDULES[name]
     if "warmupSteps" in training:
         training = {**training, "warmupRatio": None}
-    outcome = go(tmp_path, raw_model, {**LORA, "training": training})
+    outcome = run_training(tmp_path, raw_model, {**LORA, "training": training})
     assert rates(outcome) == pytest.approx([5e-3 * one for one in wanted], rel=1e-6, abs=1e-12)
 
 
 def test_an_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path, raw_model, {"training": {"scheduler": "cosine", "schedulerParameters": {"min_lr": "0"}}})
+        run_training(tmp_path, raw_model, {"training": {"scheduler": "cosine", "schedulerParameters": {"min_lr": "0"}}})
     assert caught.value.code == "SchedulerParameterInvalid"
     assert "min_lr" in caught.value.message and "num_cycles" in (caught.value.hint or "")
 
@@ -82,7 +82,7 @@ def test_invalid_scheduler_parameters_are_refused(
     training: dict[str, Any], expected: str, raw_model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path, raw_model, {"training": training})
+        run_training(tmp_path, raw_model, {"training": training})
     assert caught.value.code == "SchedulerParameterInvalid" and expected in caught.value.message
 
 
@@ -96,7 +96,7 @@ def test_an_optimizer_whose_package_is_missing_is_refused(
 
     monkeypatch.setattr(arguments, "find_spec", lambda name: None)
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path, raw_model, {"training": {"optimizer": name}})
+        run_training(tmp_path, raw_model, {"training": {"optimizer": name}})
     assert caught.value.code == "OptimizerUnavailable" and f"needs the package {package}" in caught.value.message
 
 
@@ -111,7 +111,7 @@ def test_transformers_has_every_optimizer_of_the_api() -> None:
     "name", ["adamw_torch", "adamw_8bit", "paged_adamw_8bit", "sgd", "adafactor", "lion_8bit", "rmsprop"]
 )
 def test_optimizers_train(name: str, model: Path, default_lora: Outcome, tmp_path: Path) -> None:
-    outcome = go(
+    outcome = run_training(
         tmp_path, model, {**LORA, "training": {"optimizer": name, "learningRate": 1e-2 if name != "sgd" else 1}}
     )
     assert outcome.losses[0] == default_lora.losses[0]
@@ -132,34 +132,36 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_an_option_changes_the_losses(name: str, model: Path, default_full: Outcome, tmp_path: Path) -> None:
-    other = go(tmp_path, model, {"method": {"type": "full"}, "training": CHANGES[name]})
+    other = run_training(tmp_path, model, {"method": {"type": "full"}, "training": CHANGES[name]})
     assert default_full.losses != other.losses
 
 
 def test_two_equal_runs_have_equal_losses(model: Path, tmp_path: Path) -> None:
-    first, second = (go(tmp_path / name, model, {"training": {"maxSteps": 6}}) for name in "ab")
+    first, second = (run_training(tmp_path / name, model, {"training": {"maxSteps": 6}}) for name in "ab")
     assert first.losses == second.losses and first.grad_norms == second.grad_norms
 
 
 def test_gradients_are_clipped_unless_the_norm_is_0(model: Path, tmp_path: Path) -> None:
     spec: dict[str, Any] = {"method": {"type": "full"}, "training": {"optimizer": "sgd", "learningRate": 1e-2}}
-    clipped = go(tmp_path / "a", model, merged(spec, {"training": {"maxGradNorm": 0.001}}))
-    free = go(tmp_path / "b", model, merged(spec, {"training": {"maxGradNorm": 0}}))
+    clipped = run_training(tmp_path / "a", model, merged(spec, {"training": {"maxGradNorm": 0.001}}))
+    free = run_training(tmp_path / "b", model, merged(spec, {"training": {"maxGradNorm": 0}}))
     assert clipped.grad_norms[0] > 0.001
     assert clipped.losses[1] > free.losses[1]
 
 
 def test_max_steps_wins_over_epochs(model: Path, tmp_path: Path) -> None:
-    epochs = go(tmp_path / "a", model, {"training": {"maxSteps": None, "epochs": 1.5}})
+    epochs = run_training(tmp_path / "a", model, {"training": {"maxSteps": None, "epochs": 1.5}})
     assert len(epochs.losses) == 8  # 1.5 epochs of ten rows, two rows a step, rounded up
-    assert len(go(tmp_path / "b", model, {"training": {"maxSteps": 3, "epochs": 9}}).losses) == 3
+    assert len(run_training(tmp_path / "b", model, {"training": {"maxSteps": 3, "epochs": 9}}).losses) == 3
 
 
-def test_mixed_precision_keeps_32_bit_weights_and_dtype_changes_them(model: Path, default_full: Outcome, tmp_path: Path) -> None:
-    mixed = go(tmp_path / "b", model, {"method": {"type": "full"}, "training": {"mixedPrecision": "bf16"}})
+def test_mixed_precision_keeps_32_bit_weights_and_dtype_changes_them(
+    model: Path, default_full: Outcome, tmp_path: Path
+) -> None:
+    mixed = run_training(tmp_path / "b", model, {"method": {"type": "full"}, "training": {"mixedPrecision": "bf16"}})
     assert mixed.losses != default_full.losses and mixed.losses == pytest.approx(default_full.losses, rel=0.05)
     assert next(mixed.model.parameters()).dtype == torch.float32
-    half = go(tmp_path / "c", model, {"method": {"type": "full"}, "model": {"dtype": "bfloat16"}})
+    half = run_training(tmp_path / "c", model, {"method": {"type": "full"}, "model": {"dtype": "bfloat16"}})
     assert next(half.model.parameters()).dtype == torch.bfloat16
     assert any("bfloat16" in note for note in half.notes)
 
@@ -167,15 +169,17 @@ def test_mixed_precision_keeps_32_bit_weights_and_dtype_changes_them(model: Path
 @pytest.mark.parametrize("method", ["full", "lora", "spectrum", "ia3", "promptTuning"])
 def test_gradient_checkpointing_does_not_change_the_losses(method: str, model: Path, tmp_path: Path) -> None:
     spec: dict[str, Any] = {"method": {"type": method, **({"lora": {"dropout": 0}} if method == "lora" else {})}}
-    plain = go(tmp_path / "a", model, spec)
-    again = go(tmp_path / "b", model, merged(spec, {"training": {"gradientCheckpointing": "enabled"}}))
+    plain = run_training(tmp_path / "a", model, spec)
+    again = run_training(tmp_path / "b", model, merged(spec, {"training": {"gradientCheckpointing": "enabled"}}))
     assert again.losses == pytest.approx(plain.losses, abs=1e-6)
 
 
 @pytest.mark.parametrize(("every", "recomputed"), [(1, [True, True]), (2, [True, False])])
-def test_gradient_checkpointing_of_every_nth_layer(every: int, recomputed: list[bool], model: Path, tmp_path: Path) -> None:
+def test_gradient_checkpointing_of_every_nth_layer(
+    every: int, recomputed: list[bool], model: Path, tmp_path: Path
+) -> None:
     training = {"gradientCheckpointing": "enabled", "checkpointEveryNLayers": every, "maxSteps": 1}
-    outcome = go(tmp_path, model, {"method": {"type": "full"}, "training": training})
+    outcome = run_training(tmp_path, model, {"method": {"type": "full"}, "training": training})
     assert [layer.gradient_checkpointing for layer in outcome.model.model.layers] == recomputed
 
 
@@ -185,8 +189,8 @@ def test_grouping_by_length_reduces_padding(model: Path, tmp_path: Path) -> None
         for i in range(20)
     ]
     spec = {"training": {"maxSteps": 10, "batchSizePerDevice": 2}}
-    mixed = go(tmp_path / "a", model, spec, rows)
-    grouped = go(tmp_path / "b", model, merged(spec, {"training": {"groupByLength": True}}), rows)
+    mixed = run_training(tmp_path / "a", model, spec, rows)
+    grouped = run_training(tmp_path / "b", model, merged(spec, {"training": {"groupByLength": True}}), rows)
     padding = [sum(line["padding_share"] for line in o.logs if "padding_share" in line) for o in (mixed, grouped)]
     assert padding[1] < 0.5 * padding[0]
 
@@ -197,7 +201,7 @@ def test_early_stopping_ends_the_run(model: Path, tmp_path: Path) -> None:
         "training": {"maxSteps": 60, "earlyStopping": {"patience": 2}},
         "evaluation": {"strategy": "steps", "steps": 2},
     }
-    outcome = go(tmp_path, model, merged(LORA, spec), validation=others)
+    outcome = run_training(tmp_path, model, merged(LORA, spec), validation=others)
     best = min(outcome.eval_losses)
     assert len(outcome.losses) < 60
     assert outcome.eval_losses.index(best) == len(outcome.eval_losses) - 3
@@ -211,7 +215,7 @@ def test_the_best_weights_are_published_also_after_a_resume(model: Path, tmp_pat
         "training": {"maxSteps": 8}, "evaluation": {"strategy": "steps", "steps": 2},
         "checkpoint": {"strategy": "steps", "steps": 2, "loadBestAtEnd": True},
     }  # fmt: skip
-    outcome = go(tmp_path, model, merged(LORA, spec), validation=others)
+    outcome = run_training(tmp_path, model, merged(LORA, spec), validation=others)
     best = 2 * (1 + outcome.eval_losses.index(min(outcome.eval_losses)))
     assert best < 8
     assert outcome.folder is not None
@@ -227,7 +231,7 @@ def test_the_best_weights_are_published_also_after_a_resume(model: Path, tmp_pat
     shutil.rmtree(tmp_path / "out")
     longer = merged(merged(LORA, spec), {"training": {"maxSteps": 10}})
     restore = RestoredCheckpoint(path=moved, step=8, uri="file:///x")
-    again = go(tmp_path / "again", model, longer, validation=others, restore=restore)
+    again = run_training(tmp_path / "again", model, longer, validation=others, restore=restore)
     assert len(again.losses) == 2
     assert again.folder is not None
     final = load_file(again.folder / "adapter_model.safetensors")
@@ -244,9 +248,9 @@ def test_resuming_is_exact(method: str, model: Path, tmp_path: Path) -> None:
         "dataset": {"packing": False},
     }
     spec["method"] = {"lora": {"init": "pissa", "dropout": 0.1}} if method == "pissa" else {"type": method}
-    uninterrupted = go(tmp_path / "a", model, spec)
+    uninterrupted = run_training(tmp_path / "a", model, spec)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-3", step=3, uri="file:///x")
-    resumed = go(tmp_path / "b", model, spec, restore=restore)
+    resumed = run_training(tmp_path / "b", model, spec, restore=restore)
     assert [line["step"] for line in resumed.logs if "loss" in line] == [4, 5, 6]
     assert resumed.losses == uninterrupted.losses[3:] and resumed.grad_norms == uninterrupted.grad_norms[3:]
     assert resumed.logs[-1]["num_tokens"] == uninterrupted.logs[-1]["num_tokens"]
@@ -260,19 +264,19 @@ def test_spectrum_on_a_4_bit_base_resumes(model: Path, tmp_path: Path) -> None:
         "method": {"type": "spectrum"}, "model": {"quantization": {"bits": 4}}, "training": {"maxSteps": 4},
         "checkpoint": {"strategy": "steps", "steps": 2},
     }  # fmt: skip
-    uninterrupted = go(tmp_path / "a", model, spec)
+    uninterrupted = run_training(tmp_path / "a", model, spec)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
-    resumed = go(tmp_path / "b", model, spec, restore=restore)
+    resumed = run_training(tmp_path / "b", model, spec, restore=restore)
     assert resumed.losses == pytest.approx(uninterrupted.losses[2:], rel=1e-3)
 
 
 def test_a_checkpoint_with_model_and_adapter_weights_is_refused(model: Path, tmp_path: Path) -> None:
     spec = {**LORA, "checkpoint": {"strategy": "steps", "steps": 2}}
-    go(tmp_path / "a", model, spec)
+    run_training(tmp_path / "a", model, spec)
     folder = tmp_path / "a" / "out" / "checkpoint-2"
     shutil.copy(model / "model.safetensors", folder)
     with pytest.raises(NoCheckpointError) as caught:
-        go(tmp_path / "b", model, spec, restore=RestoredCheckpoint(path=folder, step=2, uri="file:///x"))
+        run_training(tmp_path / "b", model, spec, restore=RestoredCheckpoint(path=folder, step=2, uri="file:///x"))
     assert caught.value.code == "CheckpointForeign"
 
 
@@ -285,7 +289,7 @@ def test_a_nan_loss_ends_the_run_as_diverged(model: Path, tmp_path: Path) -> Non
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(DivergedError) as caught:
-        go(tmp_path / "a", poisoned, {"method": {"type": "full"}})
+        run_training(tmp_path / "a", poisoned, {"method": {"type": "full"}})
     assert caught.value.code == "LossNotFinite" and int(caught.value.exit_code) == 72
     assert "step 1" in caught.value.message
 
@@ -303,14 +307,14 @@ def test_weights_that_become_nan_after_the_last_step_are_not_published(
     original = Hooks.callbacks
     monkeypatch.setattr(Hooks, "callbacks", lambda self, *args: [*original(self, *args), Poison()])
     with pytest.raises(DivergedError) as caught:
-        go(tmp_path, model, {"method": {"type": method}})
+        run_training(tmp_path, model, {"method": {"type": method}})
     assert caught.value.code == "WeightsNotFinite" and int(caught.value.exit_code) == 72
     assert not (tmp_path / "out" / "final").exists()
 
 
 def test_evaluation_without_data_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path, model, {"evaluation": {"strategy": "epoch"}})
+        run_training(tmp_path, model, {"evaluation": {"strategy": "epoch"}})
     assert caught.value.code == "EvaluationWithoutData"
 
 
@@ -320,7 +324,7 @@ def test_a_missing_or_incomplete_model_is_refused(model: Path, tmp_path: Path) -
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(NotFoundError) as caught:
-        go(tmp_path / "a", empty)
+        run_training(tmp_path / "a", empty)
     assert caught.value.code in ("TokenizerUnreadable", "ModelUnreadable") and caught.value.failure_class == "Model"
     assert str(empty) not in caught.value.message.replace(f"file://{empty}", "")
     part = tmp_path / "part"
@@ -329,22 +333,27 @@ def test_a_missing_or_incomplete_model_is_refused(model: Path, tmp_path: Path) -
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, part / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(NotFoundError) as caught:
-        go(tmp_path / "b", part)
+        run_training(tmp_path / "b", part)
     assert caught.value.code == "ModelIncomplete" and "model.layers.1.mlp.up_proj.weight" in caught.value.message
 
 
 def test_the_asked_attention_is_used_or_its_replacement_is_noted(model: Path, tmp_path: Path) -> None:
-    eager = go(tmp_path / "a", model, {**LORA, "model": {"attention": "eager"}})
-    flash = go(tmp_path / "b", model, {**LORA, "model": {"attention": "flashAttention2"}})
+    eager = run_training(tmp_path / "a", model, {**LORA, "model": {"attention": "eager"}})
+    flash = run_training(tmp_path / "b", model, {**LORA, "model": {"attention": "flashAttention2"}})
     assert (eager.resolved["attention"], flash.resolved["attention"]) == ("eager", "sdpa")
     assert any("flashAttention2 is not available" in note for note in flash.notes)
     assert eager.losses == pytest.approx(flash.losses, abs=1e-5)
 
 
 def test_the_run_reports_its_resolved_settings(model: Path, tmp_path: Path) -> None:
-    outcome = go(tmp_path, model, {"training": {"batchSizePerDevice": 2, "gradientAccumulationSteps": 3}})
+    outcome = run_training(tmp_path, model, {"training": {"batchSizePerDevice": 2, "gradientAccumulationSteps": 3}})
     resolved = outcome.resolved
-    assert (resolved["worldSize"], resolved["effectiveBatch"], resolved["strategy"], resolved["device"]) == (1, 6, "single", "cpu")
+    assert (resolved["worldSize"], resolved["effectiveBatch"], resolved["strategy"], resolved["device"]) == (
+        1,
+        6,
+        "single",
+        "cpu",
+    )
     assert (resolved["datasetRows"], resolved["datasetFormat"]) == (10, "messages")
     line = outcome.logs[-2]
     assert line["tokens_per_second"] > 0 and 0 <= line["data_wait_share"] <= 1
@@ -363,7 +372,7 @@ def test_eva_starts_with_orthonormal_directions(model: Path, tmp_path: Path) -> 
         "method": {"lora": {"dropout": 0, "init": "eva", "rank": 4}},
         "training": {"learningRate": 1e-9, "maxSteps": 1},
     }
-    outcome = go(tmp_path, model, spec)
+    outcome = run_training(tmp_path, model, spec)
     assert outcome.folder is not None
     weights = {
         key: value for key, value in load_file(outcome.folder / "adapter_model.safetensors").items() if "lora_A" in key

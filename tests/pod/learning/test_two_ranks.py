@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.cells import Cell, Result, launch
-from tests.support.learning import TEN, Outcome, go, merged
+from tests.support.learning import TEN, Outcome, merged, run_training
 
 pytestmark = [pytest.mark.pod, pytest.mark.slow, pytest.mark.timeout(400)]
 ROWS = [
@@ -51,7 +51,7 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ou
     """The same runs on one rank, with the same effective batch."""
     batch = {"training": {"batchSizePerDevice": 4}}
     return {
-        name: go(tmp_path_factory.mktemp(name), model, merged(merged(BASE, method), batch), ROWS)
+        name: run_training(tmp_path_factory.mktemp(name), model, merged(merged(BASE, method), batch), ROWS)
         for name, method in (("lora", LORA), ("full", FULL), ("loftq", LOFTQ))
     }
 
@@ -65,7 +65,9 @@ def measured(notes: list[str]) -> float:
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_two_ranks_give_the_numbers_of_one_rank(name: str, results: dict[str, Result], alone: dict[str, Outcome]) -> None:
+def test_two_ranks_give_the_numbers_of_one_rank(
+    name: str, results: dict[str, Result], alone: dict[str, Outcome]
+) -> None:
     found, one = results[name], alone[name.rsplit(" ", 1)[-1]]
     assert found.error is None
     assert found.resolved["worldSize"] == 2

@@ -10,7 +10,7 @@ import torch
 from finetune_api.errors import ConfigError
 from finetune_trainer.inputs import RestoredCheckpoint
 
-from tests.support.learning import TEN, Outcome, go, merged
+from tests.support.learning import TEN, Outcome, merged, run_training
 from tests.support.preferences import PAIRS
 
 pytestmark = pytest.mark.pod
@@ -66,7 +66,7 @@ def answer(tuned: Any, tokenizer: Any, row: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_new_tokens_are_learned_and_generated(name: str, model: Path, tmp_path: Path) -> None:
-    outcome = go(tmp_path, model, merged(merged(SIXTY, TOKENS), METHODS[name]), ROWS)
+    outcome = run_training(tmp_path, model, merged(merged(SIXTY, TOKENS), METHODS[name]), ROWS)
     assert outcome.losses[-1] < 0.1
     assert "2 new tokens, ids 448 to 449" in outcome.notes
     tuned, tokenizer = load(outcome, model)
@@ -81,7 +81,7 @@ def test_an_adapter_stores_only_the_rows_of_the_new_tokens(model: Path, tied_mod
 
     for base, places in ((model, 2), (tied_model, 1)):
         spec = merged(merged(TOKENS, LORA), {"checkpoint": {"strategy": "steps", "steps": 2}})
-        outcome = go(tmp_path / base.name, base, spec, ROWS)
+        outcome = run_training(tmp_path / base.name, base, spec, ROWS)
         assert outcome.folder is not None
         for folder in (outcome.folder, outcome.folder.parent / "checkpoint-2"):
             weights = load_file(folder / "adapter_model.safetensors")
@@ -94,7 +94,7 @@ def test_an_adapter_stores_only_the_rows_of_the_new_tokens(model: Path, tied_mod
 
 
 def test_rows_on_a_16_bit_base_are_trained_in_32_bits(model: Path, tmp_path: Path) -> None:
-    outcome = go(tmp_path, model, merged(merged(TOKENS, LORA), {"model": {"dtype": "bfloat16"}}), ROWS)
+    outcome = run_training(tmp_path, model, merged(merged(TOKENS, LORA), {"model": {"dtype": "bfloat16"}}), ROWS)
     trained = {name: p.dtype for name, p in outcome.model.named_parameters() if p.requires_grad}
     assert sum("trainable_tokens_delta" in name for name in trained) == 2
     assert set(trained.values()) == {torch.float32}
@@ -105,7 +105,7 @@ def test_new_rows_start_as_the_mean_of_the_old_rows(model: Path, tmp_path: Path)
     from safetensors.torch import load_file
 
     still = {"method": {"type": "full"}, "training": {"maxSteps": 1, "learningRate": 1e-12}}
-    outcome = go(tmp_path, model, merged(TOKENS, still), ROWS)
+    outcome = run_training(tmp_path, model, merged(TOKENS, still), ROWS)
     assert outcome.folder is not None
     after = load_file(outcome.folder / "model.safetensors")
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -118,9 +118,9 @@ def test_new_rows_start_as_the_mean_of_the_old_rows(model: Path, tmp_path: Path)
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_with_new_tokens_resumes_exactly(method: str, model: Path, tmp_path: Path) -> None:
     spec = merged(TOKENS, {"method": {"type": method}, "checkpoint": {"strategy": "steps", "steps": 2}})
-    uninterrupted = go(tmp_path / "a", model, spec, ROWS)
+    uninterrupted = run_training(tmp_path / "a", model, spec, ROWS)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
-    resumed = go(tmp_path / "b", model, spec, ROWS, restore=restore)
+    resumed = run_training(tmp_path / "b", model, spec, ROWS, restore=restore)
     assert resumed.losses == uninterrupted.losses[2:]
 
 
@@ -130,32 +130,34 @@ def test_the_reference_model_has_the_new_tokens(method: str, model: Path, tmp_pa
 
     rows = [{**row, "chosen": [{"role": "assistant", "content": "<yes>"}]} for row in PAIRS]
     spec = merged(TOKENS, {"trainer": {"type": "dpo"}, "method": {"type": method}})
-    outcome = go(tmp_path, model, spec, rows)
+    outcome = run_training(tmp_path, model, spec, rows)
     assert outcome.losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert outcome.losses[-1] < outcome.losses[0]
 
 
 def test_an_adapter_can_be_continued_with_its_new_tokens_only(model: Path, tmp_path: Path) -> None:
-    first = go(tmp_path / "a", model, merged(merged(TOKENS, LORA), {"training": {"maxSteps": 20}}), ROWS)
+    first = run_training(tmp_path / "a", model, merged(merged(TOKENS, LORA), {"training": {"maxSteps": 20}}), ROWS)
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
-    again = go(tmp_path / "b", model, merged(TOKENS, spec), ROWS, adapter=first.folder)
+    again = run_training(tmp_path / "b", model, merged(TOKENS, spec), ROWS, adapter=first.folder)
     assert again.losses[0] < 0.6 * first.losses[0]
-    plain = go(tmp_path / "c", model, LORA)
+    plain = run_training(tmp_path / "c", model, LORA)
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path / "d", model, merged(TOKENS, spec), ROWS, adapter=plain.folder)
+        run_training(tmp_path / "d", model, merged(TOKENS, spec), ROWS, adapter=plain.folder)
     assert caught.value.code == "NewTokensNotTrained"
 
 
 def test_impossible_tokens_are_refused_by_name(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path / "a", model, {"model": {"newTokens": ["<new>", "<|im_end|>"]}})
+        run_training(tmp_path / "a", model, {"model": {"newTokens": ["<new>", "<|im_end|>"]}})
     assert (caught.value.code, "<|im_end|>" in caught.value.message, "<new>" in caught.value.message) == (
         "TokenKnown",
         True,
         False,
     )
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path / "b", model, merged(TOKENS, {"method": {"lora": {"targetModules": ["q_proj", "embed_tokens"]}}}))
+        run_training(
+            tmp_path / "b", model, merged(TOKENS, {"method": {"lora": {"targetModules": ["q_proj", "embed_tokens"]}}})
+        )
     assert caught.value.code == "NewTokensTwice"
     from tests.support.learning import make_run, train_here
     from tests.support.tiny import make_tokenizer
@@ -165,7 +167,9 @@ def test_impossible_tokens_are_refused_by_name(model: Path, tmp_path: Path) -> N
     own.save_pretrained(tmp_path / "tokenizer")
     tokenizer = {"tokenizer": tmp_path / "tokenizer"}
     run, inputs = make_run(tmp_path / "c", model, {"training": {"maxSteps": 1}})
-    assert len(train_here(run, inputs.model_copy(update=tokenizer)).losses) == 1  # an unused token needs no embedding row
+    assert (
+        len(train_here(run, inputs.model_copy(update=tokenizer)).losses) == 1
+    )  # an unused token needs no embedding row
     strange = [{"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "<strange>"}]}, *TEN]
     run, inputs = make_run(tmp_path / "d", model, {}, strange)
     with pytest.raises(ConfigError) as caught:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from finetune_api.errors import ConfigError, DataError, FineTuneError, NotFoundError
 
-from tests.support.learning import Outcome, go, merged
+from tests.support.learning import Outcome, merged, run_training
 from tests.support.preferences import JUDGED, PAIRS, PROMPTS, assistant, user
 
 pytestmark = pytest.mark.pod
@@ -62,7 +62,7 @@ def tuned(outcome: Outcome, model: Path) -> tuple[Any, Any, Any]:
 
 @pytest.mark.parametrize(("kind", "rows", "bound"), [("dpo", PAIRS, 0.1), ("orpo", PAIRS, 0.5), ("kto", JUDGED, 0.3)])
 def test_better_answers_become_likelier(kind: str, rows: list[Any], bound: float, model: Path, tmp_path: Path) -> None:
-    outcome = go(tmp_path, model, objective(kind, merged(LONG, FULL)), rows)
+    outcome = run_training(tmp_path, model, objective(kind, merged(LONG, FULL)), rows)
     assert outcome.losses[-1] < bound < outcome.losses[0]
     after, before, tokenizer = tuned(outcome, model)
     for row in PAIRS:
@@ -77,7 +77,7 @@ def test_reward_model_scores_better_answers_higher(model: Path, tmp_path: Path) 
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    outcome = go(tmp_path, model, objective("reward", LONG), PAIRS)
+    outcome = run_training(tmp_path, model, objective("reward", LONG), PAIRS)
     assert outcome.losses[-1] < 0.1
     assert outcome.folder is not None and outcome.kind == "adapter"
     assert json.loads((outcome.folder / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
@@ -95,7 +95,7 @@ def test_reward_model_scores_better_answers_higher(model: Path, tmp_path: Path) 
 def test_full_reward_model_is_a_model_with_its_head(model: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
-    outcome = go(tmp_path, model, merged(objective("reward"), {"method": {"type": "full", "lora": None}}), PAIRS)
+    outcome = run_training(tmp_path, model, merged(objective("reward"), {"method": {"type": "full", "lora": None}}), PAIRS)
     assert outcome.folder is not None and outcome.kind == "model"
     loaded, info = AutoModelForSequenceClassification.from_pretrained(outcome.folder, output_loading_info=True)
     assert (loaded.config.num_labels, list(info["missing_keys"])) == (1, [])
@@ -105,7 +105,7 @@ def test_full_reward_model_is_a_model_with_its_head(model: Path, tmp_path: Path)
 def test_spectrum_trains_the_head_of_a_reward_model(bits: int | None, model: Path, tmp_path: Path) -> None:
     quantization = {"model": {"quantization": {"bits": bits}}} if bits else {}
     whole = {"training": {"batchSizePerDevice": 10, "learningRate": 1e-3, "maxSteps": 8}}
-    outcome = go(
+    outcome = run_training(
         tmp_path, model, {"trainer": {"type": "reward"}, "method": {"type": "spectrum"}, **quantization, **whole}, PAIRS
     )
     assert outcome.model.score.weight.requires_grad
@@ -115,7 +115,7 @@ def test_spectrum_trains_the_head_of_a_reward_model(bits: int | None, model: Pat
 def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
     # A random model says something with an "e" in four of ten answers.
     steps = {"training": {"maxSteps": 30, "batchSizePerDevice": 16, "scheduler": "constant", "learningRate": 1e-2}}
-    outcome = go(tmp_path, model, grpo(merged(steps, FULL), [WITH_E], numGenerations=8), PROMPTS)
+    outcome = run_training(tmp_path, model, grpo(merged(steps, FULL), [WITH_E], numGenerations=8), PROMPTS)
     found = logged(outcome, "rewards/regex/mean")
     assert sum(found[:3]) / 3 < 0.7
     assert sum(found[-3:]) / 3 > 0.9
@@ -126,7 +126,7 @@ def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
 def test_the_reference_is_not_published(kind: str, model: Path, tmp_path: Path) -> None:
     rows = {"dpo": PAIRS, "kto": JUDGED, "grpo": PROMPTS}[kind]
     spec = grpo(beta=0.1) if kind == "grpo" else objective(kind)
-    outcome = go(tmp_path, model, merged(spec, {"checkpoint": {"strategy": "steps", "steps": 2}}), rows)
+    outcome = run_training(tmp_path, model, merged(spec, {"checkpoint": {"strategy": "steps", "steps": 2}}), rows)
     assert outcome.folder is not None
     for folder in (outcome.folder, outcome.folder.parent / "checkpoint-2"):
         assert (folder / "adapter_model.safetensors").exists()
@@ -150,9 +150,9 @@ def test_resume_is_exact(kind: str, model: Path, tmp_path: Path) -> None:
 
     spec, rows = ALL[kind]
     spec = merged(spec, {"checkpoint": {"strategy": "steps", "steps": 2}, "method": {"lora": {"dropout": 0.1}}})
-    whole = go(tmp_path / "a", model, spec, rows)
+    whole = run_training(tmp_path / "a", model, spec, rows)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="s3://x")
-    resumed = go(tmp_path / "b", model, spec, rows, restore=restore)
+    resumed = run_training(tmp_path / "b", model, spec, rows, restore=restore)
     assert (resumed.losses, resumed.grad_norms) == (whole.losses[2:], whole.grad_norms[2:])
     assert whole.folder is not None and resumed.folder is not None
     first, second = ((one.folder / "adapter_model.safetensors").read_bytes() for one in (whole, resumed))
@@ -162,7 +162,7 @@ def test_resume_is_exact(kind: str, model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "reward"])
 def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> None:
     spec, rows = ALL[kind]
-    outcome = go(
+    outcome = run_training(
         tmp_path, model, merged(spec, {"evaluation": {"strategy": "steps", "steps": 2}}), rows, validation=rows[:6]
     )
     assert len(outcome.eval_losses) == 2
@@ -178,7 +178,7 @@ def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> 
 )
 def test_every_dpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
     smoothing = {"labelSmoothing": 0.1} if loss in ("robust", "exoPair") else {}
-    outcome = go(tmp_path, model, objective("dpo", dpo={"lossTypes": [loss], **smoothing}), PAIRS)
+    outcome = run_training(tmp_path, model, objective("dpo", dpo={"lossTypes": [loss], **smoothing}), PAIRS)
     # At the start model and reference are the same, so every ratio is 0 and the loss is known.
     half = math.log(2)
     known = {
@@ -191,13 +191,13 @@ def test_every_dpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
 
 
 def test_dpo_losses_are_summed(model: Path, tmp_path: Path) -> None:
-    outcome = go(tmp_path, model, objective("dpo", dpo={"lossTypes": ["sigmoid", "hinge"]}), PAIRS)
+    outcome = run_training(tmp_path, model, objective("dpo", dpo={"lossTypes": ["sigmoid", "hinge"]}), PAIRS)
     assert outcome.losses[0] == pytest.approx(math.log(2) + 1.0, abs=1e-5)
 
 
 def test_beta_is_read(model: Path, tmp_path: Path) -> None:
-    mild = go(tmp_path / "a", model, objective("dpo", dpo={"beta": 0.1}), PAIRS)
-    strong = go(tmp_path / "b", model, objective("dpo", dpo={"beta": 0.5}), PAIRS)
+    mild = run_training(tmp_path / "a", model, objective("dpo", dpo={"beta": 0.1}), PAIRS)
+    strong = run_training(tmp_path / "b", model, objective("dpo", dpo={"beta": 0.5}), PAIRS)
     assert strong.grad_norms[0] == pytest.approx(5 * mild.grad_norms[0], rel=1e-3)
 
 
@@ -217,13 +217,13 @@ def test_a_named_reference_is_used(method: str, model: Path, other_model: Path, 
 
 def test_long_answers_are_cut_and_told(model: Path, tmp_path: Path) -> None:
     long = [{**PAIRS[0], "chosen": [assistant("red " * 30)]}, *PAIRS[1:]]
-    outcome = go(tmp_path, model, objective("dpo", maxCompletionLength=10), long)
+    outcome = run_training(tmp_path, model, objective("dpo", maxCompletionLength=10), long)
     assert "train: answers of 1 rows were cut to trainer.maxCompletionLength 10" in outcome.notes
     short = {"dataset": {"maxSequenceLength": 16, "overflow": "drop"}}
-    outcome = go(tmp_path / "drop", model, objective("dpo", short, maxCompletionLength=12), long)
+    outcome = run_training(tmp_path / "drop", model, objective("dpo", short, maxCompletionLength=12), long)
     assert any("left out" in note for note in outcome.notes)
     with pytest.raises(DataError) as caught:
-        go(
+        run_training(
             tmp_path / "fail",
             model,
             objective("dpo", merged(short, {"dataset": {"overflow": "fail"}}), maxCompletionLength=12),
@@ -238,7 +238,7 @@ def test_pairs_that_are_equal_once_cut_are_left_out(model: Path, tmp_path: Path)
         {**PAIRS[0], "chosen": [assistant("red " * 9 + "yes")], "rejected": [assistant("red " * 9 + "no")]},
         *PAIRS[1:],
     ]
-    outcome = go(tmp_path, model, objective("dpo", maxCompletionLength=4), same)
+    outcome = run_training(tmp_path, model, objective("dpo", maxCompletionLength=4), same)
     assert "train: 1 rows were left out because their two answers are equal once they are cut" in outcome.notes
     assert outcome.resolved["datasetRows"] == 9
 
@@ -248,11 +248,11 @@ def test_text_is_joined_as_it_is_and_learns_its_end(model: Path, tmp_path: Path)
 
     text = [{"prompt": "What is 1 + 1?", "chosen": " two", "rejected": " yes no"}] * 4
     once = {"training": {"maxSteps": 1, "batchSizePerDevice": 4}}
-    outcome = go(tmp_path / "a", model, objective("dpo", once), text)
+    outcome = run_training(tmp_path / "a", model, objective("dpo", once), text)
     ids = AutoTokenizer.from_pretrained(model)("What is 1 + 1? yes no<|im_end|>", add_special_tokens=False)["input_ids"]
     assert outcome.extra["data"]["tokens"]["train"]["longest"] == len(ids)
     assert any(note.startswith("prompts and answers are joined without a chat template") for note in outcome.notes)
-    turns = go(tmp_path / "b", model, objective("dpo", {**once, "dataset": {"useChatTemplate": True}}), text)
+    turns = run_training(tmp_path / "b", model, objective("dpo", {**once, "dataset": {"useChatTemplate": True}}), text)
     assert turns.extra["data"]["tokens"]["train"]["longest"] > len(ids) + 4
 
 
@@ -263,20 +263,20 @@ def test_own_rewards_see_columns_and_weights(model: Path, tmp_path: Path) -> Non
     source = "def near(completions, answer, **_):\n    return [float(len(one)) for one in answer]\n"
     own = {"configMapRef": {"name": "mine", "key": "r.py"}, "function": "near", "weight": 0.5}
     spec = grpo({"training": {"maxSteps": 1, "batchSizePerDevice": 20}}, [own, {"builtin": "exactMatch", "weight": 2}])
-    outcome = go(tmp_path, model, spec, PROMPTS, config_maps={"mine": {"r.py": source}})
+    outcome = run_training(tmp_path, model, spec, PROMPTS, config_maps={"mine": {"r.py": source}})
     mean = sum(len(row["answer"]) for row in PROMPTS) / len(PROMPTS)
     assert logged(outcome, "rewards/near/mean") == [pytest.approx(mean)]
     assert logged(outcome, "reward") == [pytest.approx(0.5 * mean + 2 * logged(outcome, "rewards/exactMatch/mean")[0])]
 
 
 def test_beta_brings_in_the_distance(model: Path, tmp_path: Path) -> None:
-    assert logged(go(tmp_path / "a", model, grpo(), PROMPTS), "kl") == []
-    assert len(logged(go(tmp_path / "b", model, grpo(beta=0.1), PROMPTS), "kl")) == 4
+    assert logged(run_training(tmp_path / "a", model, grpo(), PROMPTS), "kl") == []
+    assert len(logged(run_training(tmp_path / "b", model, grpo(beta=0.1), PROMPTS), "kl")) == 4
 
 
 @pytest.mark.parametrize("loss", ["grpo", "bnpo", "drGrpo", "dapo"])
 def test_every_grpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
-    outcome = go(tmp_path, model, grpo({"training": {"batchSizePerDevice": 8}}, [WITH_E], lossType=loss), PROMPTS)
+    outcome = run_training(tmp_path, model, grpo({"training": {"batchSizePerDevice": 8}}, [WITH_E], lossType=loss), PROMPTS)
     assert all(math.isfinite(one) for one in outcome.losses)
     assert outcome.grad_norms[0] > 0
 
@@ -288,21 +288,21 @@ def test_grpo_evaluates_by_reward(model: Path, tmp_path: Path) -> None:
             "checkpoint": {"strategy": "steps", "steps": 2, "loadBestAtEnd": True},
         }
     )
-    outcome = go(tmp_path, model, spec, PROMPTS, validation=PROMPTS[:4])
+    outcome = run_training(tmp_path, model, spec, PROMPTS, validation=PROMPTS[:4])
     assert len(logged(outcome, "eval_rewards/length/mean")) == 2
 
 
 def test_prompts_without_room_are_left_out(model: Path, tmp_path: Path) -> None:
     long = [{"prompt": [user("one " * 60)], "answer": "red"}, *PROMPTS]
-    outcome = go(tmp_path, model, grpo({"dataset": {"maxSequenceLength": 40}}), long)
+    outcome = run_training(tmp_path, model, grpo({"dataset": {"maxSequenceLength": 40}}), long)
     assert any("1 of 11 prompts have more than 32 tokens" in note and "left out" in note for note in outcome.notes)
 
 
 def test_text_prompts_and_templates_off(model: Path, tmp_path: Path) -> None:
     text = [{"prompt": "1 + 1 =", "answer": "two"}] * 4
     plain = {"dataset": {"format": "promptOnly", "useChatTemplate": False}}
-    assert len(go(tmp_path / "a", model, grpo(plain), text).losses) == 4
-    assert len(go(tmp_path / "b", model, grpo(plain), PROMPTS).losses) == 4
+    assert len(run_training(tmp_path / "a", model, grpo(plain), text).losses) == 4
+    assert len(run_training(tmp_path / "b", model, grpo(plain), PROMPTS).losses) == 4
 
 
 def test_prompts_and_columns_come_to_rewards_as_they_stand_in_the_rows(model: Path, tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def reward(completions, prompts, note, **columns):
         {"prompt": [user("three")], "note": ["x", {"a": 1}]},
     ]
     own = {"configMapRef": {"name": "mine", "key": "r.py"}}
-    go(
+    run_training(
         tmp_path / "run",
         model,
         grpo({"training": {"maxSteps": 3}}, rewards=[own]),
@@ -372,7 +372,7 @@ def test_refused_by_name(name: str, model: Path, tmp_path: Path) -> None:
     spec, rows, code, said = REFUSED[name]
     files = {"mine": {"r.py": "def reward(completions, **_):\n    return [1 / 0 for _ in completions]\n"}}
     with pytest.raises(FineTuneError) as caught:
-        go(tmp_path, model, spec, rows, config_maps=files)
+        run_training(tmp_path, model, spec, rows, config_maps=files)
     assert isinstance(caught.value, ConfigError | DataError)
     assert caught.value.code == code
     assert said in caught.value.message
@@ -380,13 +380,13 @@ def test_refused_by_name(name: str, model: Path, tmp_path: Path) -> None:
 
 
 def test_a_writers_adapter_is_no_reward_model(model: Path, tmp_path: Path) -> None:
-    writer = go(tmp_path / "a", model, objective("dpo"), PAIRS)
+    writer = run_training(tmp_path / "a", model, objective("dpo"), PAIRS)
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}, "trainer": {"type": "reward"}}
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path / "b", model, spec, PAIRS, adapter=writer.folder)
+        run_training(tmp_path / "b", model, spec, PAIRS, adapter=writer.folder)
     assert caught.value.code == "AdapterWithoutHead"
-    scorer = go(tmp_path / "c", model, objective("reward"), PAIRS)
-    again = go(tmp_path / "d", model, spec, PAIRS, adapter=scorer.folder)
+    scorer = run_training(tmp_path / "c", model, objective("reward"), PAIRS)
+    again = run_training(tmp_path / "d", model, spec, PAIRS, adapter=scorer.folder)
     assert again.losses[0] < scorer.losses[0]
 
 
@@ -400,11 +400,11 @@ def test_a_reward_model_begins_with_a_whole_base(model: Path, tmp_path: Path) ->
     weights.pop("model.layers.1.mlp.up_proj.weight")
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(NotFoundError) as caught:
-        go(tmp_path, folder, objective("reward"), PAIRS)
+        run_training(tmp_path, folder, objective("reward"), PAIRS)
     assert caught.value.code == "ModelIncomplete" and "layers.1.mlp.up_proj" in caught.value.message
 
 
 def test_a_missing_reward_file_is_named(model: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError) as caught:
-        go(tmp_path, model, grpo(rewards=[OWN]), PROMPTS)
+        run_training(tmp_path, model, grpo(rewards=[OWN]), PROMPTS)
     assert caught.value.code == "ConfigMapMissing"

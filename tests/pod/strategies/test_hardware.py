@@ -35,14 +35,27 @@ def detected(folder: Path, spec: dict[str, Any]) -> Hardware:
     ("asked", "dtype", "bf16"),
     [("auto", torch.float32, False), ("no", torch.float32, False), ("bf16", torch.float32, True)],
 )
-def test_a_cpu_trains_in_32_bits_unless_bf16_is_asked_for(asked: str, dtype: torch.dtype, bf16: bool, tmp_path: Path) -> None:
+def test_a_cpu_trains_in_32_bits_unless_bf16_is_asked_for(
+    asked: str, dtype: torch.dtype, bf16: bool, tmp_path: Path
+) -> None:
     hardware = detected(tmp_path, {"training": {"mixedPrecision": asked}})
-    assert (hardware.is_cpu, hardware.name, hardware.dtype, hardware.bf16, hardware.fp16) == (True, "cpu", dtype, bf16, False)
+    assert (hardware.is_cpu, hardware.name, hardware.dtype, hardware.bf16, hardware.fp16) == (
+        True,
+        "cpu",
+        dtype,
+        bf16,
+        False,
+    )
 
 
 def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
     hardware = detected(tmp_path, GPU)
-    assert (hardware.device, hardware.name, hardware.bf16, hardware.fp16) == (torch.device("cuda", 0), "Tesla T4", False, True)
+    assert (hardware.device, hardware.name, hardware.bf16, hardware.fp16) == (
+        torch.device("cuda", 0),
+        "Tesla T4",
+        False,
+        True,
+    )
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from finetune_trainer.speed import Shape, flops_per_token
 
-from tests.support.learning import TEN, Outcome, go
+from tests.support.learning import TEN, Outcome, run_training
 from tests.support.tiny import make_tiny_model
 
 HIDDEN, LAYERS, HEADS = 64, 2, 4
@@ -29,7 +29,7 @@ def matrices(folder: Path) -> int:
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
 def test_the_shape_is_that_of_the_base_model_with_every_method(method: str, model: Path, tmp_path: Path) -> None:
-    trained = go(tmp_path, model, {"method": {"type": method}, "training": {"maxSteps": 1}}).model
+    trained = run_training(tmp_path, model, {"method": {"type": method}, "training": {"maxSteps": 1}}).model
     base = getattr(trained, "get_base_model", lambda: trained)()
     assert Shape.of(base) == Shape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
 
@@ -51,7 +51,7 @@ def test_utilisation_is_tokens_per_second_times_flops_over_the_peak(
 
     peak = 1e12
     monkeypatch.setattr(sft, "peak_of", lambda name: peak)
-    outcome = go(tmp_path, model, {"method": {"type": method}})
+    outcome = run_training(tmp_path, model, {"method": {"type": method}})
     report = outcome.extra["data"]["tokens"]["train"]
     shape = Shape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
     flops = flops_per_token(shape, report["tokens"] / report["rows"], frozen_base=frozen)
@@ -62,11 +62,11 @@ def test_utilisation_is_tokens_per_second_times_flops_over_the_peak(
 
 
 def test_an_unknown_device_has_no_utilisation(model: Path, tmp_path: Path) -> None:
-    assert not any("mfu" in line for line in go(tmp_path, model).logs)
+    assert not any("mfu" in line for line in run_training(tmp_path, model).logs)
 
 
 def test_the_token_count_is_that_of_the_data(model: Path, tmp_path: Path) -> None:
-    outcome = go(tmp_path, model, {"training": {"maxSteps": None, "epochs": 2, "batchSizePerDevice": 5}})
+    outcome = run_training(tmp_path, model, {"training": {"maxSteps": None, "epochs": 2, "batchSizePerDevice": 5}})
     tokens = outcome.extra["data"]["tokens"]["train"]["tokens"]
     assert [line["num_tokens"] for line in outcome.logs if "loss" in line][-1] == 2 * tokens
 
@@ -80,24 +80,21 @@ def test_packing_leaves_little_padding_and_reports_it(model: Path, tmp_path: Pat
         {"messages": [TEN[i % 10]["messages"][0], {"role": "assistant", "content": "red blue " * (1 + (7 * i) % 23)}]}
         for i in range(200)
     ]
-    packed = go(
+    packed = run_training(
         tmp_path, model, {"dataset": {"packing": True, "maxSequenceLength": 512}, "training": {"maxSteps": 2}}, rows
     )
     report = length_report(packed)
     assert report["rows"] == 200 and report["dropped"] == report["truncated"] == 0
     assert report["padding_share"] == 1 - report["tokens"] / (512 * report["sequences"])
     assert report["padding_share"] <= 0.03
-    assert (
-        f"train: packed into {report['sequences']} sequences, {report['padding_share']:.1%} padding"
-        in packed.notes
-    )
+    assert f"train: packed into {report['sequences']} sequences, {report['padding_share']:.1%} padding" in packed.notes
     assert [line["padding_share"] for line in packed.logs if "padding_share" in line] == [0.0, 0.0]
 
 
 def test_padding_is_reported_without_packing(model: Path, tmp_path: Path) -> None:
     """A batch of two rows is padded to the longer one."""
     rows = [{"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "red " * times}]} for times in (1, 9)]
-    outcome = go(tmp_path, model, {"training": {"maxSteps": 1, "batchSizePerDevice": 2}}, rows)
+    outcome = run_training(tmp_path, model, {"training": {"maxSteps": 1, "batchSizePerDevice": 2}}, rows)
     report = length_report(outcome)
     (line,) = [line for line in outcome.logs if "padding_share" in line]
     assert line["padding_share"] == pytest.approx(1 - report["tokens"] / (2 * report["longest"]))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.support.cells import Cell, Result, launch
-from tests.support.learning import TEN, go, merged
+from tests.support.learning import TEN, merged, run_training
 from tests.support.preferences import PAIRS
 from tests.support.tiny import make_tiny_model
 
@@ -235,11 +235,13 @@ def one_process(
     """One rank with the same four rows per step."""
     method = str(request.param)
     given = merged(merged(EXACT, FULL if method == "full" else LORA_EXACT), {"training": {"batchSizePerDevice": 4}})
-    return method, go(tmp_path_factory.mktemp("one"), model, given, UNEVEN)
+    return method, run_training(tmp_path_factory.mktemp("one"), model, given, UNEVEN)
 
 
 @pytest.mark.parametrize("name", EQUAL)
-def test_two_ranks_have_the_losses_of_one_rank(name: str, one_process: tuple[str, Any], results: dict[str, Result]) -> None:
+def test_two_ranks_have_the_losses_of_one_rank(
+    name: str, one_process: tuple[str, Any], results: dict[str, Result]
+) -> None:
     method, one_rank = one_process
     found = results[equal_cell(method, name)]
     assert found.error is None and found.resolved["effectiveBatch"] == 4

@@ -16,7 +16,7 @@ from finetune_trainer.distributed.fsdp import Fsdp
 from finetune_trainer.distributed.fsdp import Options as FsdpOptions
 from finetune_trainer.hardware import Hardware
 
-from tests.support.learning import go, make_run
+from tests.support.learning import make_run, run_training
 from tests.support.tiny import make_tiny_model
 
 CPU = Hardware(torch.device("cpu"), "cpu", torch.float32, False, False, "sdpa")
@@ -55,7 +55,9 @@ def make_strategy(kind: str, folder: Path, ranks: int) -> DistributedStrategy:
         ("zero", "deepspeed was asked for over 2 ranks, but independent is active"),
     ],
 )
-def test_two_independent_ranks_are_refused(kind: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_independent_ranks_are_refused(
+    kind: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(FineTuneError) as caught:
         make_strategy(kind, tmp_path, 2).verify(trainer())
@@ -69,7 +71,9 @@ def test_the_strategy_of_one_rank_is_single(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(2, 2), (3, 1), (3, 2)])
-def test_deepspeed_with_another_stage_ranks_or_unsharded_parameters_is_refused(stage: int, ranks: int, tmp_path: Path) -> None:
+def test_deepspeed_with_another_stage_ranks_or_unsharded_parameters_is_refused(
+    stage: int, ranks: int, tmp_path: Path
+) -> None:
     """In the last case, stage and ranks are right, and the parameters are not sharded."""
     engine = SimpleNamespace(zero_optimization_stage=lambda: stage, world_size=ranks)
     with pytest.raises(FineTuneError) as caught:
@@ -90,7 +94,7 @@ def test_another_attention_is_refused(model: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(loading, "load_model", swapped)
     with pytest.raises(FineTuneError) as caught:
-        go(tmp_path, model)
+        run_training(tmp_path, model)
     assert (caught.value.code, caught.value.message) == (
         "AttentionSwapped",
         "attention sdpa was asked for, eager is active",
@@ -107,14 +111,18 @@ def test_an_unquantised_base_is_refused_if_bits_were_asked_for(
     from finetune_trainer import model as loading
 
     original = loading.load_model
-    monkeypatch.setattr(loading, "load_model", lambda *args, **options: original(*args, **options | {"quantize": False}))
+    monkeypatch.setattr(
+        loading, "load_model", lambda *args, **options: original(*args, **options | {"quantize": False})
+    )
     with pytest.raises(FineTuneError) as caught:
-        go(tmp_path, model, spec)
+        run_training(tmp_path, model, spec)
     assert caught.value.code == "QuantizationNotActive"
     assert caught.value.message == f"{bits}-bit weights were asked for, and no layer has any"
 
 
-def test_an_adapter_without_trainable_weights_is_refused(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_without_trainable_weights_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from finetune_trainer.method.lora import Lora
 
     original = Lora.apply
@@ -126,5 +134,5 @@ def test_an_adapter_without_trainable_weights_is_refused(model: Path, tmp_path: 
 
     monkeypatch.setattr(Lora, "apply", frozen)
     with pytest.raises(FineTuneError) as caught:
-        go(tmp_path, model)
+        run_training(tmp_path, model)
     assert caught.value.code == "NothingTrainable"

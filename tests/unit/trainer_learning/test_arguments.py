@@ -23,5 +23,7 @@ from tests.support.learning import make_run
 )
 def test_an_ignored_warmup_is_reported(tmp_path: Path, training: dict[str, Any], expected: list[str]) -> None:
     run, _ = make_run(tmp_path, tmp_path / "model", {"training": training})
-    run = run.model_copy(update={"defaults": [*run.defaults, *({"training.warmupRatio"} - {f"training.{name}" for name in training})]})
+    run = run.model_copy(
+        update={"defaults": [*run.defaults, *({"training.warmupRatio"} - {f"training.{name}" for name in training})]}
+    )
     assert [note.split(" with ")[0] for note in unused_warmup_notes(run)] == expected

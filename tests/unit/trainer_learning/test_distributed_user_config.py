@@ -121,7 +121,9 @@ def batch_config(rows: int, steps: int, rate: float) -> dict[str, Any]:
 
 
 def test_values_in_both_places_are_adapted_as_in_the_spec(tmp_path: Path) -> None:
-    found = options_after_halving(tmp_path, batch_config(2, 1, 5e-3), defaults=["training.scheduler", "training.optimizer"])
+    found = options_after_halving(
+        tmp_path, batch_config(2, 1, 5e-3), defaults=["training.scheduler", "training.optimizer"]
+    )
     assert found.training["per_device_train_batch_size"] == 1
     assert found.training["gradient_accumulation_steps"] == 2
     assert found.training["learning_rate"] == 2.5e-3
@@ -129,7 +131,9 @@ def test_values_in_both_places_are_adapted_as_in_the_spec(tmp_path: Path) -> Non
 
 
 def test_values_of_the_file_alone_are_adapted_by_the_same_factor(tmp_path: Path) -> None:
-    found = options_after_halving(tmp_path, batch_config(8, 3, 1e-4), defaults=list(ADAPTED) + ["training.scheduler", "training.optimizer"])
+    found = options_after_halving(
+        tmp_path, batch_config(8, 3, 1e-4), defaults=list(ADAPTED) + ["training.scheduler", "training.optimizer"]
+    )
     assert found.training["per_device_train_batch_size"] == 4
     assert found.training["gradient_accumulation_steps"] == 6
     assert found.training["learning_rate"] == pytest.approx(5e-5)
@@ -192,7 +196,9 @@ def test_an_adapted_value_is_compared_with_the_value_that_the_user_wrote(tmp_pat
         options_after_halving(tmp_path, {"train_micro_batch_size_per_gpu": 1}, defaults=[])
 
 
-def test_gradient_checkpointing_that_the_operator_enabled_does_not_conflict_with_an_accelerate_file(tmp_path: Path) -> None:
+def test_gradient_checkpointing_that_the_operator_enabled_does_not_conflict_with_an_accelerate_file(
+    tmp_path: Path,
+) -> None:
     spec = {
         "training": {"gradientCheckpointing": "enabled"},
         "distributed": {"strategy": "fsdp", "fsdp": {"configRef": {"name": "mine", "key": "a.yaml"}}},

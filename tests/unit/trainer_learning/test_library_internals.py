@@ -13,7 +13,7 @@ import torch
 from finetune_trainer import library_internals as internals
 from transformers import Trainer, TrainingArguments
 
-from tests.support.learning import go
+from tests.support.learning import run_training
 from tests.support.tiny import make_tiny_model
 
 
@@ -123,7 +123,13 @@ def test_a_rank_uses_one_of_several_devices(tmp_path: Path) -> None:
 def test_the_head_is_among_the_tied_weights_of_a_model_that_ties_it(tied: bool) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     found = internals.tied_weight_names(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **sizes)))
     assert "lm_head.weight" in found
     assert internals.tied_weight_names(Scale()) == set()
@@ -211,7 +217,7 @@ def trained_sft(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         built.append(self)
 
     monkeypatch.setattr(SFTTrainer, "__init__", remember)
-    go(tmp_path, model, {"training": {"maxSteps": 2}, "tracking": {"loggingSteps": 50}})
+    run_training(tmp_path, model, {"training": {"maxSteps": 2}, "tracking": {"loggingSteps": 50}})
     yield built[0]
 
 

@@ -95,7 +95,9 @@ def test_a_weight_that_layers_share_needs_one_entry_in_the_file(tmp_path: Path) 
 
 def test_a_shared_weight_without_an_entry_is_refused(tmp_path: Path) -> None:
     folder = saved_vb_lora(tmp_path / "adapter")
-    rewrite_weights(folder, lambda weights: {name: tensor for name, tensor in weights.items() if "vector_bank" not in name})
+    rewrite_weights(
+        folder, lambda weights: {name: tensor for name, tensor in weights.items() if "vector_bank" not in name}
+    )
     with pytest.raises(ConfigError) as caught:
         continue_adapter(tmp_path, folder)
     assert (caught.value.code, "1 weights are not in its file" in caught.value.message) == (

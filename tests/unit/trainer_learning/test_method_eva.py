@@ -9,7 +9,7 @@ import pytest
 from finetune_api.errors import ConfigError
 from finetune_trainer.method import eva
 
-from tests.support.learning import go
+from tests.support.learning import run_training
 from tests.support.tiny import make_tiny_model
 
 
@@ -24,7 +24,7 @@ def eva_spec(rank: int, batch: int) -> dict[str, Any]:
 
 
 def test_batches_with_enough_tokens_give_directions(model: Path, tmp_path: Path) -> None:
-    assert len(go(tmp_path, model, eva_spec(24, 2)).losses) == 1
+    assert len(run_training(tmp_path, model, eva_spec(24, 2)).losses) == 1
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_a_rank_above_the_possible_directions_is_refused(
     rank: int, batch: int, expected: str, model: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path, model, eva_spec(rank, batch))
+        run_training(tmp_path, model, eva_spec(rank, batch))
     assert caught.value.code == "InitUnavailable"
     assert expected in caught.value.message
 
@@ -50,5 +50,5 @@ def test_directions_that_do_not_converge_are_refused(
     # One batch is enough to find the directions; two more are needed to see that they are stable.
     monkeypatch.setattr(eva, "MAX_BATCHES", 2)
     with pytest.raises(ConfigError) as caught:
-        go(tmp_path, model, eva_spec(24, 2))
+        run_training(tmp_path, model, eva_spec(24, 2))
     assert (caught.value.code, "in 2 batches" in caught.value.message) == ("InitUnavailable", True)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from finetune_trainer.speed import Meter, Shape, attention_flops, flops_per_token, peak_of, trained_parameters
 
-from tests.support.learning import go
+from tests.support.learning import run_training
 from tests.support.tiny import make_tiny_model
 
 LLAMA_3_8B = Shape(matrix_parameters=7_504_924_672, layers=32, heads=32, head_size=128)
@@ -103,7 +103,9 @@ def test_a_module_saved_in_full_is_counted_once(options: dict[str, Any], trained
 
 
 def test_trained_embedding_rows_do_not_hide_the_head() -> None:
-    matrices, trained = matrix_and_trained_parameters(with_lora(llama(), trainable_token_indices={"embed_tokens": [1], "lm_head": [1]}))
+    matrices, trained = matrix_and_trained_parameters(
+        with_lora(llama(), trainable_token_indices={"embed_tokens": [1], "lm_head": [1]})
+    )
     assert (matrices - BODY - TABLE, trained) == (HIDDEN, HIDDEN)
 
 
@@ -143,7 +145,9 @@ def test_reported_utilisation_counts_the_trained_modules(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(sft, "peak_of", lambda name: 1e12)
     method = {"type": "spectrum", "spectrum": {"layers": [1]}}
-    outcome = go(tmp_path, make_tiny_model(tmp_path / "tiny"), {"method": method, "training": {"maxSteps": 2}})
+    outcome = run_training(
+        tmp_path, make_tiny_model(tmp_path / "tiny"), {"method": method, "training": {"maxSteps": 2}}
+    )
     report = outcome.extra["data"]["tokens"]["train"]
     matrices, trained = matrix_and_trained_parameters(outcome.model)
     assert 0 < trained < matrices

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from finetune_api.errors import ConfigError
 
-from tests.support.learning import go, make_run, train_here
+from tests.support.learning import make_run, run_training, train_here
 from tests.support.preferences import JUDGED, PAIRS, PROMPTS, user
 from tests.support.tiny import make_tiny_model
 
@@ -38,12 +38,12 @@ def one_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_the_first_preference_loss_is_that_of_equals(method: str, model: Path, tmp_path: Path) -> None:
     spec = {**METHODS[method], "trainer": {"type": "dpo"}, "training": {"maxSteps": 1}}
-    assert go(tmp_path, model, spec, PAIRS).losses == [pytest.approx(math.log(2), abs=2e-6)]
+    assert run_training(tmp_path, model, spec, PAIRS).losses == [pytest.approx(math.log(2), abs=2e-6)]
 
 
 def test_the_first_judged_loss_is_that_of_equals(model: Path, tmp_path: Path) -> None:
     spec = {**METHODS["spectrum on 4 bits"], "trainer": {"type": "kto"}, "training": {"maxSteps": 1}}
-    assert go(tmp_path, model, spec, JUDGED).losses == [pytest.approx(0.5, abs=2e-6)]
+    assert run_training(tmp_path, model, spec, JUDGED).losses == [pytest.approx(0.5, abs=2e-6)]
 
 
 @pytest.mark.parametrize("method", ["spectrum on 4 bits", "new tokens"])
@@ -52,7 +52,7 @@ def test_rewarded_answers_begin_at_their_own_start(method: str, model: Path, tmp
     grown = {"method": {"type": "full"}, "model": {"newTokens": ["<a>"]}}
     spec = {**METHODS.get(method, grown), "trainer": REWARDED, "training": {"maxSteps": 1}}
     rows = [{**row, "prompt": [user("<a> one")]} for row in PROMPTS] if method == "new tokens" else PROMPTS
-    assert [line["kl"] for line in go(tmp_path, model, spec, rows).logs if "kl" in line] == [pytest.approx(0, abs=2e-6)]
+    assert [line["kl"] for line in run_training(tmp_path, model, spec, rows).logs if "kl" in line] == [pytest.approx(0, abs=2e-6)]
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def test_tokens_that_are_never_used_need_no_row_in_the_reference(
     trainer: dict[str, Any], rows: Any, spare: Path, tmp_path: Path
 ) -> None:
     spec = {"method": {"type": "full"}, "trainer": trainer, "training": {"maxSteps": 1}}
-    assert len(go(tmp_path, spare, spec, rows).losses) == 1
+    assert len(run_training(tmp_path, spare, spec, rows).losses) == 1
 
 
 @pytest.mark.parametrize("rows", [448, 447])
