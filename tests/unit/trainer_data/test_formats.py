@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from finetune_api.spec.enums import DatasetFormat
 from finetune_trainer.data import load
+from finetune_trainer.data.formats import FORMATS as ALL_FORMATS
 from finetune_trainer.data.rows import Completion, Conversation, LabelledAnswer, Preference, Prompt, Text, Turn
 
 from tests.support.data import check_error, load_examples, run_for
@@ -301,3 +303,7 @@ def test_equal_answers_and_missing_prompts_are_refused(tmp_path: Path) -> None:
         in check_error(tmp_path / "a", rows=[{"prompt": "a", "chosen": "b", "rejected": "b"}], spec=spec).message
     )
     assert check_error(tmp_path / "b", rows=[{"chosen": "b", "rejected": "c"}], spec=spec).code == "PromptMissing"
+
+
+def test_every_dataset_format_has_one_class() -> None:
+    assert sorted(form.name for form in ALL_FORMATS) == sorted(DatasetFormat)
