@@ -1,10 +1,10 @@
-"""Cross-field rules: what cannot be together, said once for the CRD (CEL), the operator, the command line and the trainer.
+"""Cross-field rules: combinations of fields that cannot work. The CRD (CEL), the operator, the CLI and the trainer share this list.
 
-One module a part of the spec; problems come in the order of these modules. What needs the model or the data is checked by the
-trainer before its first step.
+Each module covers one part of the spec; problems are reported in the order of the modules. The trainer checks what needs the model
+or the data before its first step.
 """
 
-# ruff: noqa: I001  the order of these imports is the order in which problems are told
+# ruff: noqa: I001  the order of these imports is the order in which problems are reported
 from finetune_api.rules.base import (
     RULES,
     Findings,
@@ -60,7 +60,7 @@ from finetune_api.rules.warnings import warnings
 from finetune_api.rules.rewards import REWARD_PARAMETERS, invalid_parameters
 
 MODULES = (required_fields, methods, objectives, data, training, strategies, results, storage, placement, quantities)
-"""Where the rules stand, in the order in which they are asked."""
+"""Modules with rules, in the order in which the rules run."""
 
 __all__ = [
     "MODULES",

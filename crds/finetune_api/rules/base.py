@@ -1,7 +1,8 @@
-"""What a rule is: a function from a spec to the problems it finds, registered under a code; and how rules are asked.
+"""The type of a rule, and functions that run rules.
 
-Rules look at what the user wrote, before defaults are filled in (`as_written` takes them out again). An option that would have no
-effect is a problem, not a shrug. Where CEL can say the same, the expression stands beside the rule.
+A rule is a function that yields the problems of a spec, registered under a code. Rules expect the spec as the user wrote it, before
+defaults are filled in (`without_defaults` removes them again). An option that would have no effect is a problem. If CEL can express
+a rule, the expression is part of its registration.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from finetune_api.spec import FineTuneJobSpec
 
 
 class ExecutionTarget(StrEnum):
-    """Where the job is to run: some things are only possible on the user's own machine."""
+    """Where the job runs. Some options are only possible on the user's own machine."""
 
     CLUSTER = "cluster"
+    """As a FineTuneJob."""
     LOCAL = "local"
+    """On the user's machine, with `finetune run --local`."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong: where, what was found and why it cannot be, what to write."""
+    """One problem of a spec: the field's path, what was found and why it cannot work, and what to write instead."""
 
     path: str
     code: str
@@ -36,12 +39,12 @@ class Problem:
 
 
 Findings = Iterator[tuple[str, str, str]]
-"""(path, what is wrong, what to write)."""
+"""(path, what is wrong, what to write) of each problem."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """A named rule; `cel` is empty where only code can say it."""
+    """A named rule; `cel` is empty if CEL cannot express it."""
 
     code: str
     find: Callable[[FineTuneJobSpec, ExecutionTarget], Findings]
@@ -55,7 +58,7 @@ RULES: list[Rule] = []
 def rule(
     code: str, *, cel: str = "", message: str = ""
 ) -> Callable[[Callable[[FineTuneJobSpec, ExecutionTarget], Findings]], Callable[..., Findings]]:
-    """Register a rule; `message` is what the API server says when `cel` is false."""
+    """Register a rule. `message` is the API server's answer when `cel` is false."""
 
     def register(find: Callable[[FineTuneJobSpec, ExecutionTarget], Findings]) -> Callable[..., Findings]:
         RULES.append(Rule(code, find, cel, message))
@@ -65,18 +68,18 @@ def rule(
 
 
 def check(spec: FineTuneJobSpec, *, target: ExecutionTarget = ExecutionTarget.CLUSTER) -> list[Problem]:
-    """All problems of a spec, in the order of the rules; empty: it can be run as far as the spec alone tells."""
+    """All problems of a spec, in the order of the rules."""
     return [Problem(path, one.code, message, hint) for one in RULES for path, message, hint in one.find(spec, target)]
 
 
 def new_problems(before: FineTuneJobSpec, after: FineTuneJobSpec) -> list[Problem]:
-    """What `after` breaks and `before` did not: nobody is refused for what he wrote and what was accepted."""
+    """Problems of `after` that `before` does not have. Problems of an accepted spec do not forbid a change of it."""
     known = {(problem.code, problem.path) for problem in check(before)}
     return [problem for problem in check(after) if (problem.code, problem.path) not in known]
 
 
 def without_defaults(spec: FineTuneJobSpec, filled: Iterable[str]) -> FineTuneJobSpec:
-    """A resolved spec without what was filled in (wire paths), as rules want to see it."""
+    """A resolved spec without the values at the filled-in paths, in the form that rules expect."""
     value = spec.to_wire()
     for path in filled:
         *groups, name = path.split(".")
@@ -94,14 +97,14 @@ def _without_empty(value: Any) -> Any:
     return {key: one for key, one in inner.items() if one != {}}
 
 
-def raise_first_finding(code: str, found: Findings) -> None:
-    """End with the first problem found. Errors: ConfigError with that code."""
-    for _, message, hint in found:
+def raise_first_finding(code: str, findings: Findings) -> None:
+    """Raise the first finding, if there is one. Errors: ConfigError with that code."""
+    for _, message, hint in findings:
         raise ConfigError(code, message, hint=hint)
 
 
 def enforce_rules(spec: FineTuneJobSpec, *codes: str) -> None:
-    """End with the first problem of the named rules. Errors: ConfigError with the rule's code."""
+    """Raise the first problem of the rules with these codes, if there is one. Errors: ConfigError with the rule's code."""
     for one in RULES:
         if one.code in codes:
             for path, message, hint in one.find(spec, ExecutionTarget.CLUSTER):

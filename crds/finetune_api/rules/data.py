@@ -1,4 +1,4 @@
-"""Data: parts, and options that would have no effect."""
+"""Rules for `spec.dataset`: split sizes, and options that would have no effect."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def split_ratios(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if parts.get(name) and getattr(spec.dataset, name) is not None:
             yield (
                 f"dataset.split.{name}",
-                f"{parts[name]:g}, but dataset.{name} names its own data",
+                f"{parts[name]:g}, but dataset.{name} is given, too",
                 "remove one of the two",
             )
 
@@ -75,8 +75,8 @@ def data_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if not (only.question_marker and only.answer_marker):
             yield (
                 "dataset.responseOnly",
-                "one marker alone does not tell where an answer ends",
-                "give both questionMarker and answerMarker, or neither: the chat template's own turns are then used",
+                "with one marker alone the end of an answer is unknown",
+                "give both questionMarker and answerMarker, or neither: then the turns of the chat template are used",
             )
 
 
@@ -87,6 +87,6 @@ def response_only(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if only is not None and only.enabled and without and not (only.question_marker or only.answer_marker):
         yield (
             "dataset.responseOnly.enabled",
-            f"true, but format {form} has no turns to tell an answer by",
+            f"true, but format {form} has no turns, so answers cannot be found",
             "give questionMarker and answerMarker, or remove it",
         )

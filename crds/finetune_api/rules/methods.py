@@ -1,4 +1,4 @@
-"""Methods, their options, and the base that they train on."""
+"""Rules for methods, their options, and the base model that they train."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarget) ->
     if given and quantization.bits is None:
         yield (
             "model.quantization.bits",
-            "nothing is quantised without it, so the other fields of the group have no effect",
+            "without it nothing is quantised, and the other fields of the group have no effect",
             "write `bits: 4`, or remove model.quantization",
         )
     elif quantization.bits == 8 and given:
         wire = ", ".join(type(quantization).model_fields[name].alias or name for name in given)
-        yield "model.quantization", f"{wire} only concern 4 bit, and bits is 8", f"remove {wire}, or write `bits: 4`"
+        yield "model.quantization", f"{wire} have an effect only with 4 bits, and bits is 8", f"remove {wire}, or write `bits: 4`"
 
 
 @rule(
@@ -91,7 +91,7 @@ def adapter_source(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if method_of(spec) is MethodType.ADAPTER and not source:
         yield (
             "method.adapter.source",
-            "method adapter continues an existing adapter, and none is named",
+            "method adapter continues an existing adapter, and none is given",
             "write for example `adapter: {source: s3://models/my-adapter}`",
         )
     if method_of(spec) is not MethodType.ADAPTER and spec.method.adapter is not None:
@@ -133,7 +133,7 @@ def options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarget) ->
             if name != "plus_ratio":
                 yield (
                     f"method.lora.{type(spec.method.lora).model_fields[name].alias or name}",
-                    "the adapter that is continued has its own, and only plusRatio is read beside it",
+                    "the existing adapter defines it; with method adapter only plusRatio is read",
                     "remove it, or write `type: lora` for a new adapter",
                 )
 
@@ -148,8 +148,8 @@ def lora_on_head(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if module in OUTPUT_HEADS:
             yield (
                 "method.lora.targetModules",
-                f"{module!r} is the head; a low-rank update of it is not saved and merged reliably",
-                f"remove it, and to train the head write `modulesToSave: [{module}]`",
+                f"{module!r} is the output head, whose low-rank update is not saved and merged reliably",
+                f"remove it; to train the head write `modulesToSave: [{module}]`",
             )
 
 
@@ -165,49 +165,49 @@ def lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
             "remove one of the two",
         )
     bits = given_bits(spec)
-    beside = list(_unfit_for_changed_base(spec)) if lora.init in INITS_CHANGING_BASE else []
-    if beside:
+    conflicts = list(_incompatible_with_changed_base(spec)) if lora.init in INITS_CHANGING_BASE else []
+    if conflicts:
         yield (
             "method.lora.init",
-            f"{lora.init} moves a part of the base into the adapter, which is written for the untouched base in the end; "
-            f"that cannot be done with {' and '.join(beside)}",
+            f"{lora.init} moves a part of the base into the adapter, and the final adapter is converted back for the original base; "
+            f"the conversion does not support {' and '.join(conflicts)}",
             "remove it, or the other",
         )
     if lora.init is LoraInit.EVA and spec.dataset.packing:
         yield (
             "dataset.packing",
-            "true, but `method.lora.init: eva` looks at rows one by one",
+            "true, but `method.lora.init: eva` reads rows one by one",
             "write `packing: false`, or another init",
         )
     if lora.init is LoraInit.EVA and trainer_of(spec) is not TrainerType.SFT:
         yield (
             "method.lora.init",
-            f"eva looks at whole rows as sft has them, and the objective is {trainer_of(spec)}",
+            f"eva reads the rows of sft, and the objective is {trainer_of(spec)}",
             "remove it",
         )
     if uses_loftq(spec):
         if bits == 8:
             yield (
                 "model.quantization.bits",
-                "8, but LoftQ makes up for what 4 bits lose",
+                "8, but LoftQ corrects the error of a 4-bit base",
                 "remove model.quantization: the base is then quantised to 4 bits",
             )
         if lora.use_dora or method_of(spec) is MethodType.DORA:
             yield (
                 "method.lora.init",
-                "loftq, but DoRA takes its directions from the base before LoftQ sets the adapter",
+                "loftq, but DoRA computes its directions from the base before LoftQ initialises the adapter",
                 "write `method: {type: lora}` without useDora, or remove init",
             )
 
 
-def _unfit_for_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
-    """What a start that takes a part of the base away cannot stand beside.
+def _incompatible_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
+    """Options that cannot be combined with an initialisation that moves a part of the base into the adapter.
 
-    The published adapter is a difference of two low-rank updates: it has no place for anything else that was trained, needs
-    plain weights and a plain scale, and a second adapter that starts in the same way takes the same part away again.
+    The final adapter is the difference of two low-rank updates. It cannot contain other trained weights, it needs unquantised
+    weights and the plain LoRA scale, and a second adapter with the same initialisation would remove the same part again.
     """
     lora, method, objective = spec.method.lora, method_of(spec), trainer_of(spec)
-    assert lora is not None, "it names the start"
+    assert lora is not None, "the caller has read its init"
     if given_bits(spec):
         yield "model.quantization.bits"
     if method is not MethodType.LORA:
@@ -225,11 +225,11 @@ def _unfit_for_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
     if objective is TrainerType.REWARD:
         yield "trainer.type reward, which trains a head"
     if keeps_reference_adapter(spec):
-        yield f"trainer.type {objective}, which keeps the adapter's start beside it as the reference"
+        yield f"trainer.type {objective}, which keeps a frozen copy of the initial adapter as the reference"
 
 
 def keeps_reference_adapter(spec: FineTuneJobSpec) -> bool:
-    """Whether the objective compares with the model before training, which with adapters is a second, frozen adapter."""
+    """Whether the objective compares with the model before training. With adapters, that is a second, frozen adapter."""
     match trainer_of(spec):
         case TrainerType.DPO | TrainerType.KTO:
             return spec.trainer.dpo is None or spec.trainer.dpo.reference_model is None
@@ -245,59 +245,62 @@ def bias_beside_reference(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
     if bias not in (None, LoraBias.NONE) and keeps_reference_adapter(spec):
         yield (
             "method.lora.bias",
-            f"{bias}, but {trainer_of(spec)} keeps the adapter's start beside it as the reference, and both would share the biases",
+            f"{bias}, but {trainer_of(spec)} keeps a frozen copy of the initial adapter as the reference, and both would share the biases",
             "remove it",
         )
 
 
 @rule("NewTokensUntrained")
 def new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    """Rows of new tokens must be trained by the method, and lie where they can be."""
-    asked, method = spec.model.new_tokens or [], method_of(spec)
-    if not asked:
+    """The method must train the embeddings of new tokens, and the strategy must allow to add rows to them."""
+    tokens, method = spec.model.new_tokens or [], method_of(spec)
+    if not tokens:
         return
     path = "model.newTokens"
-    twice = next((token for token in asked if asked.count(token) > 1), None)
+    twice = next((token for token in tokens if tokens.count(token) > 1), None)
     if twice is not None:
-        yield path, f"{twice} stands twice", "name every token once"
+        yield path, f"{twice} is named twice", "name each token once"
     if method in (MethodType.IA3, *PROMPT_METHODS):
         yield (
             path,
-            f"method {method} trains no embeddings, so new tokens would stay without meaning",
+            f"method {method} trains no embeddings, so the embeddings of new tokens would stay untrained",
             "write method lora or full",
         )
     if method is MethodType.SPECTRUM and spec.model.quantization and spec.model.quantization.bits:
         yield (
             path,
-            "spectrum on a quantised base freezes the embeddings, so new tokens would stay without meaning",
+            "spectrum on a quantised base freezes the embeddings, so the embeddings of new tokens would stay untrained",
             "remove model.quantization, or write method qlora",
         )
     strategy, deepspeed = spec.distributed.strategy, spec.distributed.deepspeed
     if strategy is Strategy.FSDP and method in LORA_METHODS:
         yield (
             path,
-            "an adapter trains single rows of the embeddings for them, which FSDP cannot shard",
+            "an adapter trains single rows of the embeddings, which FSDP cannot shard",
             "write `distributed: {strategy: ddp}`, or method full",
         )
     if strategy is Strategy.DEEPSPEED and deepspeed and deepspeed.zero_stage == 3:
         yield (
             path,
-            "the embeddings have to grow, and with ZeRO stage 3 no rank has them whole",
+            "the embeddings must be enlarged, and with ZeRO stage 3 no rank holds them whole",
             "write zeroStage 2, or fsdp with method full",
         )
 
 
 @rule("HalfWeights")
 def half_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    """DeepSpeed keeps 32 bits of its own beside such weights, and spectrum's on a quantised base are widened."""
+    """Half-precision weights cannot be trained with loss scaling.
+
+    DeepSpeed is exempt, since it keeps its own 32-bit copy; so is spectrum on a quantised base, since it trains 32-bit weights there.
+    """
     trains_weights = method_of(spec) is MethodType.FULL or (
         method_of(spec) is MethodType.SPECTRUM and not given_bits(spec)
     )
-    halves = spec.model.dtype is Dtype.FLOAT16 and spec.training.mixed_precision is MixedPrecision.FP16
-    if trains_weights and halves and spec.distributed.strategy is not Strategy.DEEPSPEED:
+    is_half_precision = spec.model.dtype is Dtype.FLOAT16 and spec.training.mixed_precision is MixedPrecision.FP16
+    if trains_weights and is_half_precision and spec.distributed.strategy is not Strategy.DEEPSPEED:
         yield (
             "model.dtype",
-            f"float16, but method {method_of(spec)} trains the weights themselves, and the loss scaling of mixedPrecision fp16 needs 32 bits of them",
+            f"float16, but method {method_of(spec)} trains these weights, and the loss scaling of mixedPrecision fp16 needs them in 32 bits",
             "remove it, or write `mixedPrecision: bf16`",
         )
 
@@ -309,13 +312,13 @@ def spectrum_layers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         return
     twice = sorted({layer for layer in spectrum.layers if spectrum.layers.count(layer) > 1})
     if twice:
-        yield "method.spectrum.layers", f"{', '.join(map(str, twice))} stands more than once", "name every layer once"
+        yield "method.spectrum.layers", f"{', '.join(map(str, twice))} is named more than once", "name each layer once"
     for name in ("snr_threshold", "metric"):
         if getattr(spectrum, name) is not None:
             wire = type(spectrum).model_fields[name].alias or name
             yield (
                 f"method.spectrum.{wire}",
-                "it steers the scan, and with `layers` given there is none",
+                "it is an option of the scan, and with `layers` there is no scan",
                 "remove one of the two",
             )
 
@@ -327,12 +330,12 @@ def prompt_tuning(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if method is MethodType.PREFIX_TUNING and checkpointing not in (None, GradientCheckpointing.DISABLED):
         yield (
             "training.gradientCheckpointing",
-            f"{checkpointing}, but prefix tuning feeds its prefix as a key-value cache, which recomputation drops",
+            f"{checkpointing}, but prefix tuning passes its prefix as a key-value cache, which recomputation discards",
             "write `gradientCheckpointing: disabled`",
         )
     if method in PROMPT_METHODS and spec.dataset.packing:
         yield (
             "dataset.packing",
-            f"true, but {method} puts its virtual tokens before the first document only",
+            f"true, but {method} inserts its virtual tokens before the first row of a sequence only",
             "write `packing: false`",
         )

@@ -1,4 +1,4 @@
-"""Objectives, their options, and what they learn from."""
+"""Rules for objectives, their options, and the data formats that they learn from."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rewards_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if trainer_of(spec) is TrainerType.GRPO and not spec.trainer.rewards:
         yield (
             "trainer.rewards",
-            "grpo maximises rewards, and none is given",
+            "grpo maximises rewards, and no reward is given",
             "write for example `rewards: [{builtin: regex, parameters: {pattern: '^Answer: '}}]`",
         )
 
@@ -64,13 +64,13 @@ def rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if reward.function is not None and reward.config_map_ref is None:
             yield (
                 f"{path}.function",
-                "it names a function of a ConfigMap's file, and no configMapRef is given",
+                "it is a function in a ConfigMap's file, and no configMapRef is given",
                 "add configMapRef, or remove it",
             )
         if reward.parameters and reward.config_map_ref is not None:
             yield (
                 f"{path}.parameters",
-                "they are only read by built-in rewards, and this one is a function from a ConfigMap",
+                "only built-in rewards read parameters, and this one is a function from a ConfigMap",
                 "remove them, and write the values into the function",
             )
         elif reward.builtin is not None:
@@ -83,8 +83,8 @@ def rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if name in names[:i]:
             yield (
                 f"trainer.rewards[{i}].name",
-                f"two rewards are called {name!r}, and metrics are kept by name",
-                "give each its own `name`",
+                f"two rewards are named {name!r}, and metrics are stored by name",
+                "give each reward its own `name`",
             )
 
 
@@ -105,19 +105,19 @@ def options_of_another_objective(spec: FineTuneJobSpec, target: ExecutionTarget)
             objectives = " and ".join(", ".join(objectives_that_read(option)).rsplit(", ", 1))
             yield f"trainer.{option}", f"it is only read with {objectives}, and the objective is {trainer}", write
     if spec.dataset.packing and trainer is not TrainerType.SFT:
-        yield "dataset.packing", f"true, but rows of {trainer} cannot share a sequence", "write `packing: false`"
+        yield "dataset.packing", f"true, but {trainer} cannot train on several rows in one sequence", "write `packing: false`"
     if spec.training.neftune_noise_alpha is not None and trainer is not TrainerType.SFT:
         yield "training.neftuneNoiseAlpha", f"it is only read with sft, and the objective is {trainer}", "remove it"
     if spec.training.group_by_length and trainer is not TrainerType.SFT:
         yield (
             "training.groupByLength",
-            f"it orders the rows of sft only, and the objective is {trainer}",
+            f"it has an effect only with sft, and the objective is {trainer}",
             "remove it",
         )
     if trainer is TrainerType.REWARD and spec.method.lora is not None and spec.method.lora.task_type is not None:
         yield (
             "method.lora.taskType",
-            f"{spec.method.lora.task_type}, but a reward model gives a score and writes no text",
+            f"{spec.method.lora.task_type}, but a reward model outputs a score and no text",
             "remove it",
         )
     dpo = spec.trainer.dpo
@@ -141,7 +141,7 @@ _DPO_READERS: dict[str, tuple[TrainerType, ...]] = {
     "reference_model": (TrainerType.DPO, TrainerType.KTO),
 }
 LOSSES_WITH_LABEL_SMOOTHING = (DpoLoss.ROBUST, DpoLoss.EXO_PAIR)
-"""Losses that read the label smoothing."""
+"""Losses that read labelSmoothing."""
 
 
 @rule("DpoLosses")
@@ -152,23 +152,23 @@ def dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     losses = dpo.loss_types or [DpoLoss.SIGMOID]
     twice = next((loss for loss in losses if losses.count(loss) > 1), None)
     if twice is not None:
-        yield "trainer.dpo.lossTypes", f"it names {twice} twice", "name every loss once"
+        yield "trainer.dpo.lossTypes", f"it names {twice} twice", "name each loss once"
     if dpo.label_smoothing and not any(loss in LOSSES_WITH_LABEL_SMOOTHING for loss in losses):
         yield (
             "trainer.dpo.labelSmoothing",
             f"it is {dpo.label_smoothing:g}, and {', '.join(losses)} do not read it",
-            "write `lossTypes: [robust]`, the loss for pairs that may be labelled the wrong way round, or remove it",
+            "write `lossTypes: [robust]`, which assumes wrongly labelled pairs, or remove it",
         )
     if not dpo.label_smoothing and DpoLoss.EXO_PAIR in losses:
         yield (
             "trainer.dpo.labelSmoothing",
-            "loss exoPair takes the logarithm of it, and it is 0",
+            "it is 0, and loss exoPair takes its logarithm",
             "write `labelSmoothing: 0.001`",
         )
 
 
 def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
-    """Rows that a device needs at least: kto compares those of one batch with each other."""
+    """Minimum rows per device: kto compares the rows of one batch with each other."""
     return 2 if trainer_of(spec) is TrainerType.KTO else 1
 
 
@@ -187,7 +187,7 @@ def objective_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
     if trainer_of(spec) is TrainerType.ORPO and method_of(spec) is MethodType.PROMPT_TUNING:
         yield (
             "method.type",
-            "orpo compares every place of the output with the row, and promptTuning puts virtual tokens before it",
+            "orpo compares each output position with the row, and promptTuning inserts virtual tokens before the row",
             "write method prefixTuning or lora, or trainer.type dpo",
         )
 
@@ -206,15 +206,15 @@ def generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         yield (
             "trainer.grpo.numGenerations",
             f"{wanted} does not divide the {rows} completions of one optimizer step (batchSizePerDevice x gradientAccumulationSteps x ranks)",
-            "change one of them so that it does",
+            "change one of these so that it does",
         )
     batch = (
         spec.evaluation.batch_size_per_device or int(value_or_default(spec.training, "batch_size_per_device"))
     ) * world_size(spec)
-    looks = evaluates_during_training(spec) or has_test_set(spec)
-    if looks and not any(batch % size == 0 for size in range(2, wanted + 1)):
+    generates = evaluates_during_training(spec) or has_test_set(spec)
+    if generates and not any(batch % size == 0 for size in range(2, wanted + 1)):
         yield (
             "evaluation.batchSizePerDevice",
-            f"{batch} answers of all ranks together hold no whole group of at least two",
+            f"{batch} answers of all ranks together cannot be divided into groups of two or more",
             "write an even number",
         )

@@ -1,4 +1,4 @@
-"""What must be there: a model, data, sources that can be read."""
+"""Rules for required fields: a model, training data, and sources that can be read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def model_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if not spec.model.source:
         yield (
             "model.source",
-            "no base model is named",
+            "no base model is given",
             "write for example `source: org/name` or `source: s3://bucket/prefix`",
         )
 
@@ -29,7 +29,7 @@ def dataset_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.dataset.train is None and spec.dataset.mixture is None:
         yield (
             "dataset.train",
-            "no training data is named",
+            "no training data is given",
             "write for example `train: s3://bucket/train.jsonl`, or a `mixture`",
         )
     if spec.dataset.train is not None and spec.dataset.mixture is not None:
@@ -49,7 +49,7 @@ def sources(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
         if isinstance(source, ConfigMapSource):
             yield (
                 path,
-                f"a model is a folder of files, and {text!r} names a single one",
+                f"a model is a folder of files, and {text!r} is a single file",
                 "write org/name, s3://bucket/prefix, pvc://claim/path or file:///path",
             )
         if isinstance(source, HttpsSource) and not _is_readable_folder(source, path):
@@ -61,18 +61,18 @@ def _is_readable_folder(source: HttpsSource, path: str) -> bool:
 
 
 def _no_listing(text: str, path: str) -> tuple[str, str]:
-    """Why a folder on a web server cannot be read, and what to write."""
+    """Why a folder on a web server cannot be read, and what to write instead."""
     step = "https://host/jobs/checkpoints/step-00000100"
     if path == "checkpoint.resume":
         return f"{redact_source(text)!r} does not name a checkpoint", f"write {step}"
     return (
-        f"a web server has no listing, so of {redact_source(text)!r} nobody can tell which files belong to the model",
-        f"write org/name, s3://bucket/prefix, pvc://claim/path, file:///path, or what a job committed: https://host/jobs/model or {step}",
+        f"a web server cannot list the files in {redact_source(text)!r}",
+        f"write org/name, s3://bucket/prefix, pvc://claim/path, file:///path, or the result of a job: https://host/jobs/model or {step}",
     )
 
 
 def source_fields(spec: FineTuneJobSpec) -> Iterator[tuple[str, str]]:
-    """(path, text) of every source that is given."""
+    """(path, text) of every source in the spec."""
     fields: list[tuple[str, str | None]] = [
         ("model.source", spec.model.source),
         ("model.tokenizer", spec.model.tokenizer),

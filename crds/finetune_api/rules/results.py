@@ -1,4 +1,4 @@
-"""What happens to the result: hub, output, trackers, judge."""
+"""Rules for `spec.output`, `spec.tracking` and `spec.evaluation.judge`."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def hub_push(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if hub.repository is None:
         yield (
             "output.hub.repository",
-            "push is true, and no repository is named",
+            "push is true, and no repository is given",
             "write for example `repository: org/my-model`",
         )
     if hub.token_secret_ref is None and spec.model.token_secret_ref is None:
         yield (
             "output.hub.tokenSecretRef",
-            "push is true, and there is no token that may write",
+            "push is true, and no token with write permission is given",
             "write `tokenSecretRef: {name: hub, key: token}`, here or in model",
         )
 
@@ -50,13 +50,13 @@ def output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.output.layout is not None and spec.output.dir is None:
         yield (
             "output.layout",
-            f"{spec.output.layout} describes the tree below output.dir, and that is not given",
+            f"{spec.output.layout} describes the folders below output.dir, which is not given",
             "write output.dir, or remove it",
         )
     if spec.output.merge_adapter and trains_base_weights(spec):
         yield (
             "output.mergeAdapter",
-            f"true, but method {method_of(spec)} makes no adapter",
+            f"true, but method {method_of(spec)} trains no adapter",
             "remove it: the output is a whole model",
         )
     if spec.output.merge_adapter and method_of(spec) in PROMPT_METHODS:
@@ -88,24 +88,24 @@ def trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     ):
         yield (
             "tracking.wandb.apiKeySecretRef",
-            "reportTo names wandb, and there is no key",
+            "reportTo names wandb, and no API key is given",
             "write `wandb: {apiKeySecretRef: {name: wandb, key: apiKey}}`",
         )
     if Tracker.MLFLOW in named and (spec.tracking.mlflow is None or spec.tracking.mlflow.tracking_uri is None):
         yield (
             "tracking.mlflow.trackingUri",
-            "reportTo names mlflow, and no server is named",
+            "reportTo names mlflow, and no server is given",
             "write for example `mlflow: {trackingUri: 'http://mlflow.mlops:5000'}`",
         )
     if Tracker.MONGODB in named and (spec.tracking.mongodb is None or spec.tracking.mongodb.uri_secret_ref is None):
         yield (
             "tracking.mongodb.uriSecretRef",
-            "reportTo names mongodb, and no connection is named",
+            "reportTo names mongodb, and no connection is given",
             "write `mongodb: {uriSecretRef: {name: mongo, key: uri}}`",
         )
     for i, one in enumerate(named):
         if one in named[:i]:
-            yield f"tracking.reportTo[{i}]", f"{one} stands twice", "name it once"
+            yield f"tracking.reportTo[{i}]", f"{one} is named twice", "name it once"
 
 
 @rule("JudgeMissing")
@@ -114,6 +114,6 @@ def judge(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if group is not None and group.model is None and (group.input_price is not None or group.output_price is not None):
         yield (
             "evaluation.judge.model",
-            "prices are given, and no judge that would cost them",
-            "name a model, or remove the prices",
+            "prices are given, but no judge model that they apply to",
+            "write a model, or remove the prices",
         )

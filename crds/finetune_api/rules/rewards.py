@@ -1,4 +1,4 @@
-"""What the built-in rewards of GRPO may be told: names and kinds of their parameters, all strings in the spec."""
+"""Names and types of the parameters of GRPO's built-in rewards. In the spec all values are strings."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ REWARD_PARAMETERS: dict[BuiltinReward, dict[str, tuple[str, ...] | str]] = {
     BuiltinReward.LENGTH: {"unit": ("tokens", "words", "characters"), "minimum": "number", "maximum": "number"},
     BuiltinReward.JSON_SCHEMA: {"schema": "json", "parsed": "number"},
 }  # fmt: skip
-"""Parameters of each built-in reward: a kind of value, or the words it may be."""
+"""Parameters of each built-in reward: the type of the value, or the allowed words."""
 REQUIRED_PARAMETERS = {BuiltinReward.REGEX: "pattern", BuiltinReward.JSON_SCHEMA: "schema"}
 
 
 def invalid_parameters(path: str, builtin: BuiltinReward, given: Mapping[str, str]) -> Iterator[tuple[str, str, str]]:
-    """What is wrong with the parameters of one built-in reward: (path, what was found, what to write)."""
+    """Problems of the parameters of one built-in reward: (path, what was found, what to write)."""
     known = REWARD_PARAMETERS[builtin]
-    strange = sorted(set(given) - set(known))
-    if strange:
-        yield path, f"{builtin} has no parameter {', '.join(strange)}", f"it has {', '.join(sorted(known))}"
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        yield path, f"{builtin} has no parameter {', '.join(unknown)}", f"it has {', '.join(sorted(known))}"
     required = REQUIRED_PARAMETERS.get(builtin)
     if required is not None and required not in given:
         yield f"{path}.{required}", f"it is missing, and {builtin} needs it", f"write `parameters: {{{required}: ...}}`"
     if builtin is BuiltinReward.LENGTH and not {"minimum", "maximum"} & set(given):
         yield path, "neither minimum nor maximum is given", "write at least one of them"
     for name, text in given.items():
-        wanted = _unreadable(known[name], text) if name in known else None
-        if wanted is not None:
-            yield f"{path}.{name}", f"it is {text[:200]!r}", wanted
+        hint = _hint_for_unreadable(known[name], text) if name in known else None
+        if hint is not None:
+            yield f"{path}.{name}", f"it is {text[:200]!r}", hint
 
 
-def _unreadable(kind: tuple[str, ...] | str, text: str) -> str | None:
-    """What to write instead of a value that cannot be read as its kind."""
+def _hint_for_unreadable(kind: tuple[str, ...] | str, text: str) -> str | None:
+    """What to write instead of a value that does not have its type; None if the value is right."""
     if isinstance(kind, tuple):
         return None if text in kind else f"write one of {', '.join(kind)}"
     try:
@@ -55,7 +55,7 @@ def _unreadable(kind: tuple[str, ...] | str, text: str) -> str | None:
             case "json":
                 json.loads(text)
     except re.error as error:
-        return f"it is no regular expression: {error}"
+        return f"write a regular expression: {error}"
     except ValueError:
-        return "write a number" if kind == "number" else "it is no JSON"
+        return "write a number" if kind == "number" else "write JSON"
     return None

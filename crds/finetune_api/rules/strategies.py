@@ -1,4 +1,4 @@
-"""Ranks, strategies, and what each strategy cannot train."""
+"""Rules for ranks and distributed strategies, and what each strategy cannot train."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def strategy_and_ranks(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
     if strategy is Strategy.NONE and ranks > 1:
         yield (
             "distributed.strategy",
-            f"none, but there are {ranks} ranks, which would each train a model of its own",
+            f"none, but there are {ranks} ranks, each of which would train its own model",
             "write ddp, fsdp or deepspeed, or remove it",
         )
     if strategy is Strategy.FSDP and ranks == 1:
         yield (
             "distributed.strategy",
-            "fsdp, but there is one rank, and nothing can be sharded over one",
-            "ask for more in resources (gpusPerNode, nodes), or remove it",
+            "fsdp, but there is only one rank, so nothing can be sharded",
+            "raise resources.gpusPerNode or resources.nodes, or remove it",
         )
     if spec.distributed.deepspeed is not None and strategy is not Strategy.DEEPSPEED:
         yield (
@@ -72,25 +72,25 @@ def strategy_and_ranks(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
     if deepspeed is not None and deepspeed.offload_optimizer and deepspeed.zero_stage == 0:
         yield (
             "distributed.deepspeed.offloadOptimizer",
-            "true, but with zeroStage 0 DeepSpeed does not own the optimizer's state",
+            "true, but with zeroStage 0 DeepSpeed does not manage the optimizer state",
             "write `zeroStage: 1` or more, or remove it",
         )
 
 
 def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
-    """What FSDP cannot train."""
+    """Problems of a spec that is trained with FSDP."""
     method, bits = method_of(spec), base_bits(spec)
     if method in PROMPT_METHODS:
         yield (
             "method.type",
-            f"method {method} looks its virtual tokens up outside the layers that FSDP gathers",
-            "write `distributed: {strategy: ddp}`: so few parameters are trained that nothing is gained by sharding them",
+            f"method {method} uses its virtual tokens outside the layers that FSDP gathers",
+            "write `distributed: {strategy: ddp}`: sharding so few trained parameters saves no memory",
         )
     if method is MethodType.SPECTRUM and bits:
         yield (
             "model.quantization.bits",
-            "spectrum trains whole weights between quantised ones, and FSDP gathers those of a layer in one number type",
-            "write `distributed: {strategy: ddp}`, or do not quantise: FSDP shards the whole weights too",
+            "spectrum trains 16-bit weights next to quantised ones, and FSDP needs one data type per layer",
+            "write `distributed: {strategy: ddp}`, or remove model.quantization: FSDP shards whole weights, too",
         )
     if bits == 8:
         yield (
@@ -101,67 +101,67 @@ def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
     if spec.method.lora is not None and spec.method.lora.init in INITS_CHANGING_BASE:
         yield (
             "method.lora.init",
-            f"method.lora.init {spec.method.lora.init} compares whole adapters when the result is written, and ranks hold slices of them",
+            f"method.lora.init {spec.method.lora.init} needs whole adapters when the result is saved, and with FSDP each rank holds only a slice",
             "remove it, or write `distributed: {strategy: ddp}`",
         )
-    # The loss reads the head's weight without calling it, and beside an adapter nothing sums its gradients over the ranks.
+    # The loss reads the head's weight without calling its forward, so with an adapter FSDP does not sum the head's gradients over ranks.
     for name in (spec.method.lora and spec.method.lora.modules_to_save) or []:
         if name.rsplit(".", 1)[-1] in OUTPUT_HEADS and trainer_of(spec) is not TrainerType.REWARD:
             yield (
                 "method.lora.modulesToSave",
-                f"it names the head {name}, of which each rank would train a slice on its own rows alone",
+                f"it contains the head {name}, of which each rank would train its slice on its own rows only",
                 "remove it, or write `distributed: {strategy: ddp}`",
             )
     if spec.training.optimizer not in (None, *OPTIMIZERS_FOR_SHARDED_WEIGHTS):
         yield (
             "training.optimizer",
-            f"it is {spec.training.optimizer}, which cannot update slices of weights as FSDP makes them",
+            f"it is {spec.training.optimizer}, which cannot update the weight slices of FSDP",
             f"write one of {', '.join(OPTIMIZERS_FOR_SHARDED_WEIGHTS)}, or `distributed: {{strategy: deepspeed}}`",
         )
 
 
 OPTIMIZERS_FOR_SHARDED_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
-"""Optimizers that update slices of weights as FSDP makes them: torch's own."""
+"""Optimizers that can update FSDP's weight slices: torch's own."""
 
 
 def incompatible_with_deepspeed(spec: FineTuneJobSpec) -> Findings:
-    """What DeepSpeed cannot train at any stage."""
+    """Problems of a spec that is trained with DeepSpeed, at any ZeRO stage."""
     if spec.training.optimizer == "adagrad":
         yield (
             "training.optimizer",
-            "it is adagrad, which makes its state before DeepSpeed has put the weights together",
+            "it is adagrad, which creates its state before DeepSpeed has prepared the weights",
             "write adamw_torch_fused",
         )
 
 
 def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
-    """What reads or rewrites whole weights, which no rank has with ZeRO stage 3."""
+    """Problems of a spec that is trained with ZeRO stage 3, where no rank holds whole weights."""
     method, lora = method_of(spec), spec.method.lora
     hint = "write zeroStage 2, or use fsdp"
     if base_bits(spec):
         yield (
             "distributed.deepspeed.zeroStage",
             "ZeRO stage 3 cannot shard a quantised base",
-            "write zeroStage 2, or do not quantise",
+            "write zeroStage 2, or remove model.quantization",
         )
     if method is MethodType.SPECTRUM:
-        yield "method.type", "spectrum measures whole weight matrices, which no rank has with ZeRO stage 3", hint
+        yield "method.type", "spectrum measures whole weight matrices, which no rank holds with ZeRO stage 3", hint
     if method in PROMPT_METHODS:
         yield (
             "method.type",
-            f"{method} looks its virtual tokens up outside the layers that ZeRO stage 3 gathers",
+            f"{method} uses its virtual tokens outside the layers that ZeRO stage 3 gathers",
             "write zeroStage 2, or `distributed: {strategy: ddp}`",
         )
     if method is MethodType.IA3 and trainer_of(spec) is TrainerType.KTO:
         yield (
             "method.type",
-            "ZeRO stage 3 fetches parameters in the order of the step before, and kto does not use those of ia3 in one order",
+            "ZeRO stage 3 prefetches parameters in the order of the previous step, and kto uses those of ia3 in a changing order",
             "write zeroStage 2, or method lora",
         )
     if lora is not None and lora.init in INITS_NEEDING_WHOLE_WEIGHTS:
         yield (
             "method.lora.init",
-            f"method.lora.init {lora.init} factorises whole weights, which no rank has with ZeRO stage 3",
+            f"method.lora.init {lora.init} factorises whole weights, which no rank holds with ZeRO stage 3",
             hint,
         )
 
@@ -183,8 +183,8 @@ def state_dict(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if fsdp is not None and fsdp.state_dict is FsdpStateDict.LOCAL:
         yield (
             "distributed.fsdp.stateDict",
-            "it is local, which FSDP version 2 does not have",
-            "write sharded, which is also one file a rank, or full",
+            "it is local, which FSDP version 2 does not support",
+            "write sharded, which also stores one file per rank, or full",
         )
 
 
@@ -205,6 +205,6 @@ def backend_and_strategy(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
     elif world_size(spec) > 1:
         yield (
             "trainer.backend",
-            f"unsloth is the single-GPU path, and resources ask for {world_size(spec)} ranks",
-            "write `backend: transformers`, or ask for one GPU",
+            f"unsloth is the single-GPU path, and resources request {world_size(spec)} ranks",
+            "write `backend: transformers`, or request one GPU",
         )

@@ -1,4 +1,4 @@
-"""Training: schedule, precision, devices, and when to look and to save."""
+"""Rules for `spec.training`, `spec.checkpoint` and `spec.evaluation`: schedule, precision, devices, and when to evaluate and save."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ OPTIMIZERS = (
     "rmsprop_bnb_32bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit", "adamw_torch_4bit", "adamw_torch_8bit",
     "schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam",
 )  # fmt: skip
-"""Optimizer names accepted; the trainer's tests hold them against transformers' own list."""
+"""Accepted optimizer names; the trainer's tests compare them with transformers' own list."""
 
 
 @rule("OptimizerUnknown")
@@ -50,7 +50,7 @@ def optimizer_unknown(spec: FineTuneJobSpec, target: ExecutionTarget) -> Finding
         near = difflib.get_close_matches(name, OPTIMIZERS, 1)
         yield (
             "training.optimizer",
-            f"{name!r} is not an optimizer known here",
+            f"{name!r} is not a known optimizer",
             f"did you mean {near[0]}?" if near else f"write one of {', '.join(OPTIMIZERS[:8])}, ...",
         )
 
@@ -61,11 +61,11 @@ def precision_on_cpu(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
     if not cpu or (target is ExecutionTarget.LOCAL and spec.training.device in (None, Device.AUTO)):
         return
     if spec.training.mixed_precision is MixedPrecision.FP16:
-        yield "training.mixedPrecision", "fp16, but a CPU has no loss scaling for it", "write auto, no or bf16"
+        yield "training.mixedPrecision", "fp16, but loss scaling does not exist on CPU", "write auto, no or bf16"
     if spec.model.liger_kernels:
         yield (
             "model.ligerKernels",
-            "true, but the kernels only exist for GPUs, and the job runs on CPU",
+            "true, but the kernels need a GPU, and the job runs on CPU",
             "remove it, or ask for GPUs",
         )
     if spec.training.gradient_checkpointing is GradientCheckpointing.UNSLOTH:
@@ -84,13 +84,13 @@ def device(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if wanted is Device.MPS:
         yield (
             "training.device",
-            "mps only exists on Apple machines, not on cluster nodes",
+            "mps exists only on Apple machines, not on cluster nodes",
             "remove it, or use `finetune run --local`",
         )
     if wanted is Device.CPU and gpus_per_node(spec) > 0:
         yield (
             "training.device",
-            f"cpu, but resources.gpusPerNode is {gpus_per_node(spec)}: the GPUs would be idle",
+            f"cpu, but resources.gpusPerNode is {gpus_per_node(spec)}: the GPUs would stay idle",
             "write `resources: {gpusPerNode: 0}`",
         )
     if wanted is Device.CUDA and gpus_per_node(spec) == 0:
@@ -108,34 +108,34 @@ def best_checkpoint(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if not evaluates_during_training(spec):
         yield (
             "checkpoint.loadBestAtEnd",
-            "true, but no validation loss is measured, so no checkpoint is the best",
+            "true, but no validation loss is measured, so there is no best checkpoint",
             "add dataset.validation or dataset.split.validation, or remove it",
         )
         return
-    saves, looks = value_or_default(spec.checkpoint, "strategy"), spec.evaluation.strategy or When.STEPS
-    if saves == When.NO or saves != looks:
+    save_strategy, eval_strategy = value_or_default(spec.checkpoint, "strategy"), spec.evaluation.strategy or When.STEPS
+    if save_strategy == When.NO or save_strategy != eval_strategy:
         yield (
             "checkpoint.strategy",
-            f"{saves}, but evaluation.strategy is {looks}: with loadBestAtEnd both must be the same",
-            f"write `checkpoint: {{strategy: {looks}}}`",
+            f"{save_strategy}, but evaluation.strategy is {eval_strategy}: loadBestAtEnd needs the same strategy for both",
+            f"write `checkpoint: {{strategy: {eval_strategy}}}`",
         )
-    every = int(value_or_default(spec.checkpoint, "steps"))
-    evaluated = spec.evaluation.steps or every
-    if saves == When.STEPS and looks is When.STEPS and every % evaluated:
+    save_steps = int(value_or_default(spec.checkpoint, "steps"))
+    eval_steps = spec.evaluation.steps or save_steps
+    if save_strategy == When.STEPS and eval_strategy is When.STEPS and save_steps % eval_steps:
         yield (
             "checkpoint.steps",
-            f"{every} is not a multiple of evaluation.steps {evaluated}, and only an evaluated checkpoint can be the best",
-            f"write for example {math.ceil(every / evaluated) * evaluated}",
+            f"{save_steps} is not a multiple of evaluation.steps {eval_steps}, and only an evaluated checkpoint can be the best",
+            f"write for example {math.ceil(save_steps / eval_steps) * eval_steps}",
         )
 
 
 @rule("StepsWithoutEffect")
 def steps_without_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    saves = value_or_default(spec.checkpoint, "strategy")
-    if spec.checkpoint.steps is not None and saves != When.STEPS:
+    save_strategy = value_or_default(spec.checkpoint, "strategy")
+    if spec.checkpoint.steps is not None and save_strategy != When.STEPS:
         yield (
             "checkpoint.steps",
-            f"it is only read with strategy steps, and the strategy is {saves}",
+            f"it is only read with strategy steps, and the strategy is {save_strategy}",
             "remove one of the two",
         )
     if spec.evaluation.steps is not None and spec.evaluation.strategy in (When.EPOCH, When.NO):
@@ -145,26 +145,26 @@ def steps_without_effect(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
             "remove one of the two",
         )
     if spec.training.checkpoint_every_n_layers not in (None, 1):
-        yield from _nothing_recomputed(spec)
+        yield from _no_layer_recomputed(spec)
 
 
-def _nothing_recomputed(spec: FineTuneJobSpec) -> Findings:
-    """Layers to recompute are named where, asked or by default, none is recomputed."""
-    path, asked = "training.checkpointEveryNLayers", spec.training.gradient_checkpointing
-    if asked is GradientCheckpointing.DISABLED:
+def _no_layer_recomputed(spec: FineTuneJobSpec) -> Findings:
+    """checkpointEveryNLayers is set, but no activations are recomputed, as requested or by default."""
+    path, mode = "training.checkpointEveryNLayers", spec.training.gradient_checkpointing
+    if mode is GradientCheckpointing.DISABLED:
         yield path, "it has no effect with `gradientCheckpointing: disabled`", "remove one of the two"
-    elif asked is None and method_of(spec) is MethodType.PREFIX_TUNING:
-        yield path, "it has no effect with prefixTuning, which recomputes nothing", "remove it"
-    elif asked is None and gpus_per_node(spec) == 0:
+    elif mode is None and method_of(spec) is MethodType.PREFIX_TUNING:
+        yield path, "it has no effect with prefixTuning, for which gradientCheckpointing is disabled by default", "remove it"
+    elif mode is None and gpus_per_node(spec) == 0:
         yield (
             path,
             "it has no effect on CPU, where gradientCheckpointing is disabled by default",
-            "write `gradientCheckpointing: enabled`, too, or remove it",
+            "add `gradientCheckpointing: enabled`, or remove it",
         )
 
 
 def adam_fields(optimizer: str) -> tuple[str, ...]:
-    """Fields of `spec.training` that are Adam's and that an optimizer reads, too; the trainer's tests hold them against transformers' own code."""
+    """The Adam options of `spec.training` that an optimizer reads. The trainer's tests compare them with transformers' own code."""
     if "adam" in optimizer or "ademamix" in optimizer:
         return ("adam_beta1", "adam_beta2", "adam_epsilon")
     return ("adam_beta1", "adam_beta2") if "lion" in optimizer else ()
@@ -180,12 +180,12 @@ def training_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings
             yield (
                 f"training.{wire}",
                 f"{getattr(training, field):g}, but optimizer {name} does not read it",
-                "remove it, or choose an optimizer of Adam's kind",
+                "remove it, or choose an Adam optimizer",
             )
     if training.group_by_length and spec.dataset.packing:
         yield (
             "training.groupByLength",
-            "true, but with `packing: true` rows become sequences of one length",
+            "true, but with `packing: true` all sequences have the same length",
             "remove one of the two",
         )
 
@@ -197,7 +197,7 @@ def validation_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
         if spec.training.early_stopping is not None and not evaluates_during_training(spec):
             yield (
                 "training.earlyStopping",
-                "it watches the validation loss, and evaluation.strategy is no",
+                "it needs the validation loss, and evaluation.strategy is no",
                 "write `evaluation: {strategy: steps}`, or remove it",
             )
         return
@@ -206,4 +206,4 @@ def validation_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
     if spec.evaluation.steps is not None and spec.evaluation.strategy is None:
         yield "evaluation.steps", "given, but there is no validation data", hint
     if spec.training.early_stopping is not None:
-        yield "training.earlyStopping", "it watches the validation loss, but there is no validation data", hint
+        yield "training.earlyStopping", "it needs the validation loss, but there is no validation data", hint
