@@ -1,7 +1,7 @@
-"""Every default, filled in at one place, with a record of what was filled in.
+"""Fill in the defaults of a spec and record which values were filled in.
 
-The schema sets no defaults, since they would lose where a value came from. Constant defaults stand at their fields
-(`option(default=...)`); those that depend on other fields are computed here.
+The CRD's schema sets no defaults, because user values and defaults could not be distinguished then. Constant defaults are part of
+their field (`option(default=...)`); this module computes those that depend on other fields.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ MAX_SEQUENCE_LENGTH = 2048
 
 @dataclass(frozen=True)
 class PlatformDefaults:
-    """What the operator's configuration (or the local machine) adds to a spec."""
+    """Defaults from the operator's configuration or, for local runs, from the machine."""
 
     storage: StorageRoot | None = None
     gpu_resource: str = "nvidia.com/gpu"
@@ -55,11 +55,11 @@ class PlatformDefaults:
 
 @dataclass(frozen=True)
 class Resolution:
-    """A spec with nothing left open, what was filled in, and what had to be said."""
+    """A spec with all defaults, the filled-in values, and remarks for the user."""
 
     spec: FineTuneJobSpec
     defaults: dict[str, Any] = field(default_factory=dict)
-    """Value by spec path, wire names."""
+    """Filled-in values by spec path (wire names)."""
     notes: list[str] = field(default_factory=list)
 
 
@@ -69,18 +69,18 @@ OPTIONAL_GROUPS = frozenset({
     "training.earlyStopping", "distributed.deepspeed", "distributed.fsdp", "output.hub", "output.runName", "evaluation.judge", "evaluation.comparison",
     "tracking.mlflow", "tracking.wandb", "tracking.mongodb",
 })  # fmt: skip
-"""Sub-groups that stay absent unless the user, or the method and objective, bring them in."""
+"""Groups that stay absent unless the user writes them or the method or objective needs them."""
 
 
 def resolve(spec: FineTuneJobSpec, *, platform: PlatformDefaults | None = None) -> Resolution:
-    """Fill in every default. The spec should have passed `rules.check`; nothing is refused here."""
+    """Fill in every default. Nothing is refused: run `rules.check` first."""
     platform = platform or PlatformDefaults()
     value = spec.to_wire()
     filled: dict[str, Any] = {}
     notes: list[str] = []
-    for path, found in _computed(spec, platform).items():
-        _put(value, path, found, filled)
-    _constants(FineTuneJobSpec, value, "", filled)
+    for path, default in _computed_defaults(spec, platform).items():
+        _fill_in(value, path, default, filled)
+    _fill_in_constants(FineTuneJobSpec, value, "", filled)
     if spec.training.max_steps is not None:
         filled.pop("training.epochs", None)
     notes += [f"{one.path} {one.message}" for one in warnings(spec)]
@@ -91,8 +91,8 @@ def resolve(spec: FineTuneJobSpec, *, platform: PlatformDefaults | None = None) 
     return Resolution(FineTuneJobSpec.model_validate(value), filled, notes)
 
 
-def _computed(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict[str, Any]:
-    """Defaults that depend on other fields or on the platform, by wire path."""
+def _computed_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict[str, Any]:
+    """Defaults that depend on other fields or on the platform, by spec path."""
     method, trainer, gpus = method_of(spec), trainer_of(spec), gpus_per_node(spec)
     result: dict[str, Any] = {
         "model.tokenizer": spec.model.source,
@@ -116,7 +116,7 @@ def _computed(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict[str, An
     if evaluates_during_training(spec) and spec.evaluation.strategy in (None, When.STEPS):
         result["evaluation.steps"] = spec.checkpoint.steps or 100
     result |= _method_defaults(spec, method) | dict(OBJECTIVES[trainer].defaults) | _storage_defaults(spec, platform)
-    return {path: found for path, found in result.items() if found is not None}
+    return {path: default for path, default in result.items() if default is not None}
 
 
 def _learning_rate(method: MethodType, trainer: TrainerType) -> float:
@@ -149,9 +149,9 @@ def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any
 
 
 def _storage_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict[str, Any]:
-    """The connection of the operator's configuration fills what is absent, but never another store's credentials.
+    """The storage of the operator's configuration.
 
-    A job that names its own endpoint is another store: neither region nor credentials of the default one apply.
+    If the job sets its own endpoint, it uses another store: then neither region nor credentials of the configured store apply.
     """
     if platform.storage is None:
         return {}
@@ -167,7 +167,7 @@ FROM_PLATFORM = (
 
 
 def origins_of(filled: Iterable[str]) -> dict[str, Origin]:
-    """Origin of filled-in values by spec path, for those that are not defaults of their field."""
+    """Origin of filled-in values by spec path; paths of origin `default` are left out."""
     return {path: Origin.PLATFORM for path in filled if path in FROM_PLATFORM or path.startswith("storage.")}
 
 
@@ -180,57 +180,55 @@ CONDITIONAL: dict[str, Callable[[dict[str, Any]], bool]] = {
     "dataset.maxBadRowRatio": lambda group: group.get("badRows") == "skip",
     "output.layout": lambda group: group.get("dir") is not None,
 }
-"""Constants that only hold under a condition on their own group (wire names)."""
+"""Constant defaults that apply only under a condition on their own group (wire names)."""
 COMPUTED = frozenset({
     "method.promptLength", "method.spectrum.snrThreshold", "method.spectrum.metric", "model.quantization.type", "model.quantization.doubleQuant",
 })  # fmt: skip
-"""Constants in the reference that `_computed` fills in, since they depend on other groups."""
+"""Constant defaults that depend on other groups: `_computed_defaults` fills them in."""
 
 
 class _Field(NamedTuple):
-    """What filling in needs to know of a field."""
+    """One field of a group, as far as filling in defaults needs it."""
 
     wire: str
     group: type[Group] | None
-    whole: bool
-    """A group that can be without any of its fields."""
-    extra: Mapping[str, Any]
+    can_be_empty: bool
+    """Whether it is a group without required fields."""
+    metadata: Mapping[str, Any]
 
 
 @cache
 def _fields(model: type[BaseModel]) -> tuple[_Field, ...]:
-    found = []
+    fields = []
     for name, info in model.model_fields.items():
         group = nested_group(info.annotation)
-        whole = group is not None and not any(field.is_required() for field in group.model_fields.values())
-        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        found.append(_Field(info.alias or name, group, whole, extra))
-    return tuple(found)
+        can_be_empty = group is not None and not any(field.is_required() for field in group.model_fields.values())
+        metadata = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        fields.append(_Field(info.alias or name, group, can_be_empty, metadata))
+    return tuple(fields)
 
 
-def _constants(model: type[BaseModel], value: dict[str, Any], prefix: str, filled: dict[str, Any]) -> None:
-    """Fill in every constant default below `value`, group by group."""
-    for wire, group, whole, extra in _fields(model):
+def _fill_in_constants(model: type[BaseModel], value: dict[str, Any], prefix: str, filled: dict[str, Any]) -> None:
+    """Fill in every constant default of `value` and its groups."""
+    for wire, group, can_be_empty, metadata in _fields(model):
         path = f"{prefix}{wire}"
         if group is not None:
-            if whole and path not in OPTIONAL_GROUPS:
+            if can_be_empty and path not in OPTIONAL_GROUPS:
                 value.setdefault(wire, {})
             if isinstance(value.get(wire), dict):
-                _constants(group, value[wire], f"{path}.", filled)
-        elif DEFAULT in extra and value.get(wire) is None and _applies(path, value):
-            value[wire] = extra[DEFAULT]
-            filled[path] = extra[DEFAULT]
+                _fill_in_constants(group, value[wire], f"{path}.", filled)
+        elif DEFAULT in metadata and value.get(wire) is None and _applies(path, value):
+            value[wire] = filled[path] = metadata[DEFAULT]
 
 
 def _applies(path: str, group: dict[str, Any]) -> bool:
     return path not in COMPUTED and (path not in CONDITIONAL or CONDITIONAL[path](group))
 
 
-def _put(value: dict[str, Any], path: str, found: Any, filled: dict[str, Any]) -> None:
-    """Set a value at a path unless something stands there."""
+def _fill_in(value: dict[str, Any], path: str, default: Any, filled: dict[str, Any]) -> None:
+    """Set the value at a path, unless there is one."""
     *groups, name = path.split(".")
     for group in groups:
         value = value.setdefault(group, {})
     if value.get(name) is None:
-        value[name] = found
-        filled[path] = found
+        value[name] = filled[path] = default

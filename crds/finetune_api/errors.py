@@ -1,7 +1,7 @@
-"""Every failure has a name. One class per exit code; the code word says which failure it is, the hint says what to write.
+"""Errors with a name: one class per exit code. The code word identifies the failure, the hint says what to write.
 
-The trainer raises these and turns them into exit codes and last words; the CLI and the operator raise the first one.
-A message says what was given and why it cannot be; it never contains a secret.
+The trainer turns them into exit codes and termination messages. The CLI and the operator raise ConfigError only. A message says
+what was found and why it cannot work; it never contains a secret.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class FineTuneError(Exception):
         return f"{self.code}: {self.message}" + (f" ({self.hint})" if self.hint else "")
 
     def __reduce__(self) -> tuple[object, ...]:
-        """Picklable: failures cross process borders."""
+        """Make errors picklable: ranks send them to the supervisor."""
         return _rebuild, (type(self), self.code, self.message, self.hint, self.failure_class)
 
 
@@ -42,7 +42,7 @@ def _rebuild(
 
 
 class ConfigError(FineTuneError):
-    """64: the configuration cannot work; only another spec can mend it."""
+    """64: the configuration cannot work; only another spec helps."""
 
     exit_code = ExitCode.CONFIG
 
@@ -60,7 +60,7 @@ class NotFoundError(FineTuneError):
 
 
 class StorageSetupError(FineTuneError):
-    """67: storage is wrongly set up (bucket, region, addressing, TLS)."""
+    """67: storage is wrongly configured (bucket, region, addressing, TLS)."""
 
     exit_code = ExitCode.STORAGE_SETUP
 
@@ -78,31 +78,31 @@ class InternalError(FineTuneError):
 
 
 class MemoryExhaustedError(FineTuneError):
-    """71: GPU out of memory."""
+    """71: GPU memory was exhausted."""
 
     exit_code = ExitCode.OUT_OF_MEMORY
 
 
 class DivergedError(FineTuneError):
-    """72: loss or gradient norm not finite."""
+    """72: loss or gradient norm was not finite."""
 
     exit_code = ExitCode.DIVERGED
 
 
 class NoCheckpointError(FineTuneError):
-    """73: progress existed and no checkpoint can be loaded."""
+    """73: checkpoints were committed, but none can be loaded."""
 
     exit_code = ExitCode.NO_CHECKPOINT
 
 
 class PeerError(FineTuneError):
-    """74: a peer or a collective failed, or the run hung."""
+    """74: another rank or a collective operation failed, or training hung."""
 
     exit_code = ExitCode.PEER
 
 
 class CredentialsError(FineTuneError):
-    """77: credentials or permission."""
+    """77: credentials or permissions are missing or wrong."""
 
     exit_code = ExitCode.CREDENTIALS
 
@@ -114,7 +114,7 @@ class InstallationBrokenError(FineTuneError):
 
 
 class TooOldError(FineTuneError):
-    """79: this program is older than a field that the user set."""
+    """79: this program does not know a field that the user set."""
 
     exit_code = ExitCode.TOO_OLD
 

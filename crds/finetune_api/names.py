@@ -1,6 +1,6 @@
-"""Every wire name, written once: what it is called, and what it means.
+"""Every name that programs exchange, with its meaning: labels, variables, reasons, exit codes, paths.
 
-Other modules import from here and never spell a label, a variable or a reason themselves.
+Other modules import these names and do not repeat the strings.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ class Origin(StrEnum):
 
 
 class Label(StrEnum):
-    """Labels on the objects the operator creates."""
+    """Labels on the objects that the operator creates."""
 
     MANAGED_BY = "app.kubernetes.io/managed-by"
-    """Always `finetune-operator`; the watches select by it."""
+    """Always `finetune-operator`; the operator's watches select by it."""
     NAME = f"{GROUP}/name"
-    """Name of the FineTuneJob a child belongs to."""
+    """Name of the FineTuneJob that the object belongs to."""
     UID = f"{GROUP}/uid"
-    """Uid of that FineTuneJob; a namesake created later has another."""
+    """uid of that FineTuneJob; a later FineTuneJob of the same name has another uid."""
     ATTEMPT = f"{GROUP}/attempt"
     """Number of the attempt, counted from 1."""
     QUEUE = "kueue.x-k8s.io/queue-name"
@@ -58,18 +58,18 @@ class Label(StrEnum):
 
 
 class Annotation(StrEnum):
-    """Annotations on the objects the operator creates."""
+    """Annotations on the objects that the operator and the CLI create."""
 
     RUN_CONFIG = f"{GROUP}/run.json"
     """The whole run configuration; mounted into the pod as a file by the downward API."""
     RUN_CONFIG_SHA256 = f"{GROUP}/spec-sha256"
     """sha256 of the attempt's run configuration (run.json); the key's name is older than this meaning and is kept."""
     RERUN_OF = f"{GROUP}/rerun-of"
-    """On a FineTuneJob made by `finetune rerun`: name and uid of the job it was made from."""
+    """On a FineTuneJob from `finetune rerun`: name and uid of the original job."""
     FROM_STEP = f"{GROUP}/from-step"
-    """On such a job: optimizer step of the old job's checkpoint it starts from."""
+    """On a FineTuneJob from `finetune rerun`: optimizer step of the original job's checkpoint that it starts from."""
     OBSERVED_VERSION = f"{GROUP}/observed-version"
-    """On an event: resourceVersion of the FineTuneJob that it was told from; from the same version it is the same event, not a repeat."""
+    """On an event: resourceVersion of the FineTuneJob that caused it. An event with the same version is the same event, not a repetition."""
 
 
 class Env(StrEnum):
@@ -86,50 +86,50 @@ class Env(StrEnum):
     NODE_NAME = "FINETUNE_NODE_NAME"
     """Name of the node, for failure reports."""
     DISK_LIMIT = "FINETUNE_DISK_LIMIT_BYTES"
-    """How much the pod may have on its disk, in bytes (its limit of ephemeral storage); absent in local runs."""
+    """Limit of the pod's ephemeral storage, in bytes; absent in local runs."""
     RUN_FILE = "FINETUNE_RUN_FILE"
     """Path of the run configuration; default `/etc/finetune/run.json`."""
     WORK_DIR = "FINETUNE_WORK_DIR"
     """Writable scratch folder: downloads, staged checkpoints, logs; default `/work`."""
     TERMINATION_LOG = "FINETUNE_TERMINATION_LOG"
-    """Where the last words go; default `/dev/termination-log`."""
+    """Path of the termination message; default `/dev/termination-log`."""
     PORT = "FINETUNE_PORT"
-    """Port of the progress server; default 8080. 0 takes a free one (local runs)."""
+    """Port of the progress server; default 8080. 0: any free port (local runs)."""
     INCARNATION = "FINETUNE_INCARNATION"
-    """Set by the supervisor for its ranks: the folder name in storage, `a<attempt>-<8 hex>`."""
+    """Name of the incarnation's folder in storage, `a<attempt>-<8 hex>`. The supervisor sets it for its ranks."""
     FINAL_UPLOAD_TIMEOUT = "FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"
-    """How long a store that is down is asked to take the final model, in seconds; default 1800."""
+    """How long to retry the upload of the final model while the store is unavailable, in seconds; default 1800."""
     UNSAVED_TIMEOUT = "FINETUNE_UNSAVED_TIMEOUT_SECONDS"
     """How long training may go on without a committed checkpoint while storage takes none, in seconds; default 21600."""
     HF_TOKEN = "HF_TOKEN"
     """Token for a model hub, from `model.tokenSecretRef`."""
     STORAGE_ACCESS_KEY = "AWS_ACCESS_KEY_ID"
-    """From `storage.credentialsSecretRef`; the same variables under MODEL_ and DATASET_ prefixes carry the other two connections."""
+    """From `storage.credentialsSecretRef`; with prefix MODEL_ or DATASET_ the variable belongs to `model.storage` or `dataset.storage`."""
     STORAGE_SECRET_KEY = "AWS_SECRET_ACCESS_KEY"
     """See STORAGE_ACCESS_KEY."""
     STORAGE_SESSION_TOKEN = "AWS_SESSION_TOKEN"
     """See STORAGE_ACCESS_KEY; optional in the Secret."""
     STORAGE_CUSTOMER_KEY = "AWS_SSE_CUSTOMER_KEY"
-    """From `storage.encryption.customerKeySecretRef`, 32 bytes in base64; under the same prefixes for the other two connections."""
+    """From `storage.encryption.customerKeySecretRef`, 32 bytes in base64. The same prefixes as for STORAGE_ACCESS_KEY."""
 
 
 MODEL_CREDENTIALS_PREFIX = "MODEL_"
-"""Prefix of the three AWS_ variables that carry `model.storage.credentialsSecretRef`."""
+"""Prefix of the three AWS_ variables with the credentials of `model.storage.credentialsSecretRef`."""
 DATASET_CREDENTIALS_PREFIX = "DATASET_"
-"""Prefix of the three AWS_ variables that carry `dataset.storage.credentialsSecretRef`."""
+"""Prefix of the three AWS_ variables with the credentials of `dataset.storage.credentialsSecretRef`."""
 
 WANDB_KEY = "WANDB_API_KEY"
-"""Variable that carries `tracking.wandb.apiKeySecretRef`; a variable of this name in `placement.env` wins."""
+"""Variable with the value of `tracking.wandb.apiKeySecretRef`; a variable of this name in `placement.env` takes precedence."""
 MONGODB_URI = "MONGODB_URI"
-"""Variable that carries `tracking.mongodb.uriSecretRef`; a variable of this name in `placement.env` wins."""
+"""Variable with the value of `tracking.mongodb.uriSecretRef`; a variable of this name in `placement.env` takes precedence."""
 HUB_TOKEN = "FINETUNE_HUB_TOKEN"
-"""Variable that carries `output.hub.tokenSecretRef`: it may write, the one of `model.tokenSecretRef` need only read."""
+"""Variable with the token of `output.hub.tokenSecretRef`, which has write permission; that of `model.tokenSecretRef` only reads."""
 
 RUN_MOUNT = "/etc/finetune"
 RUN_FILE_NAME = "run.json"
 RUN_FILE = f"{RUN_MOUNT}/{RUN_FILE_NAME}"
 MAX_RUN_BYTES = 64 * 1024
-"""Largest run configuration in bytes: it travels inside an annotation."""
+"""Maximum size of run.json in bytes: it is transported in an annotation."""
 CONFIGMAP_MOUNT = "/etc/finetune-config"
 """ConfigMaps named by the spec are mounted at `<this>/<name>/`."""
 PVC_MOUNT = "/mnt/pvc"
@@ -158,36 +158,36 @@ class Path(StrEnum):
 
 
 class ExitCode(IntEnum):
-    """How a pod ended. The operator's retry policy and `failure.class` follow from these."""
+    """How a pod ended. `finetune_api.exits` maps each code to its failure class and retry policy."""
 
     OK = 0
     """The final artefact is committed."""
     CONFIG = 64
-    """Bad configuration: only another spec can mend it."""
+    """The configuration cannot work; only another spec helps."""
     DATA = 65
-    """Bad data."""
+    """The data cannot be trained on."""
     NOT_FOUND = 66
-    """Model or data set missing or gated."""
+    """A model or data set is missing or gated."""
     STORAGE_SETUP = 67
-    """Storage wrongly set up: bucket, region, addressing, TLS. Not retried."""
+    """Storage is wrongly configured: bucket, region, addressing, TLS."""
     STORAGE = 69
-    """Storage unreachable after retries."""
+    """Storage could not be reached after retries."""
     INTERNAL = 70
     """Unclassified."""
     OUT_OF_MEMORY = 71
-    """GPU out of memory."""
+    """GPU memory was exhausted."""
     DIVERGED = 72
-    """Non-finite loss after rollbacks."""
+    """Loss or gradient norm was not finite."""
     NO_CHECKPOINT = 73
-    """Progress existed and no checkpoint can be loaded."""
+    """Checkpoints were committed, but none can be loaded."""
     PEER = 74
-    """A peer or a collective failed, or the run hung."""
+    """Another rank or a collective operation failed, or training hung."""
     PREEMPTED_SAVED = 75
-    """Stopped on request, state saved."""
+    """Stopped on request; the state is saved."""
     PREEMPTED_UNSAVED = 76
-    """Stopped on request, state not saved."""
+    """Stopped on request; the state is not saved."""
     CREDENTIALS = 77
-    """Credentials or permission."""
+    """Credentials or permissions are missing or wrong."""
     INSTALLATION_BROKEN = 78
     """The image or the node lacks a compiler, library or driver that the run needs."""
     TOO_OLD = 79
@@ -195,13 +195,13 @@ class ExitCode(IntEnum):
     GATE_FAILED = 80
     """The trained model missed a gate in `evaluation.gates`; the model is kept."""
     KILLED = 137
-    """SIGKILL; with reason OOMKilled: host memory."""
+    """Killed by SIGKILL. With reason OOMKilled: host memory was exhausted."""
     TERMINATED = 143
-    """SIGTERM that nobody handled."""
+    """Ended by SIGTERM before a handler was installed."""
 
 
 class FailureClass(StrEnum):
-    """Whose fault a failure is; the first word a user reads."""
+    """Kind of a failure; the first word that a user reads."""
 
     USER = "User"
     """The spec cannot work; only another spec helps."""
@@ -224,7 +224,7 @@ class FailureClass(StrEnum):
 
 
 class Phase(StrEnum):
-    """One word for people. Derived from facts, never read back; programs read conditions."""
+    """One word for people. The operator derives it from conditions and never reads it; programs should read conditions."""
 
     PENDING = "Pending"
     """Not started: the job waits for something in the cluster."""
@@ -269,7 +269,7 @@ class Condition(StrEnum):
     PODS_READY = "PodsReady"
     """All pods of the current attempt are ready."""
     SUSPENDED = "Suspended"
-    """No pods exist because the user asked for it."""
+    """No pod exists, because spec.suspend is true."""
     CHECKPOINTS_HEALTHY = "CheckpointsHealthy"
     """Checkpoints are being committed and verified."""
     SUCCEEDED = "Succeeded"
@@ -277,13 +277,13 @@ class Condition(StrEnum):
     FINISHED = "Finished"
     """No further attempt will be made."""
     RECONCILING = "Reconciling"
-    """kstatus: present and True while there is work going on."""
+    """For kstatus: present and True while the operator or the pods are working."""
     STALLED = "Stalled"
-    """kstatus: present and True after a terminal failure, or when a human is needed."""
+    """For kstatus: present and True after a final failure, or when a person must act."""
 
 
 class Reason(StrEnum):
-    """Reasons in conditions, attempts and events: one word a program can match on."""
+    """Reasons in conditions, attempts and events: one word for programs."""
 
     # Acceptance
     ACCEPTED = "Accepted"
@@ -291,24 +291,24 @@ class Reason(StrEnum):
     REJECTED = "Rejected"
     """A check refused the spec; the message names the field."""
     NOT_SUPPORTED_YET = "NotSupportedYet"
-    """A field of the API whose behaviour this version does not have."""
+    """This release does not implement a field that the spec sets."""
     UNKNOWN_NODE_POOL = "UnknownNodePool"
     """`resources.nodePool` names no pool of the operator's configuration."""
     POOL_TOO_SMALL = "PoolTooSmall"
-    """More GPUs a node, or more nodes, were asked for than the pool has."""
+    """The spec requests more GPUs per node, or more nodes, than the pool has."""
     POOL_LACKS_RESOURCE = "PoolLacksResource"
-    """`resources.gpuResource` is not what the nodes of the pool have."""
+    """The nodes of the pool do not have the resource `resources.gpuResource`."""
     OPERATOR_TOO_OLD = "OperatorTooOld"
     """The spec has a field or a value that this version of the operator does not know; the job waits for a newer operator."""
     SPEC_CHANGED = "SpecChanged"
     """The spec is not the one that the first attempt started from, usually because an older CRD removed a field; the job waits."""
     STORAGE_NOT_CONFIGURED = "StorageNotConfigured"
-    """Neither the spec nor the operator's configuration names a storage uri."""
+    """Neither the spec nor the operator's configuration sets storage.uri."""
     # Waiting
     QUEUED = "Queued"
     """Waiting for quota in a queue."""
     CHILDREN_CONFLICT = "ChildrenConflict"
-    """A child's name is taken by an object that is not ours."""
+    """An object that does not belong to the job has the name of one of its children."""
     QUOTA_EXCEEDED = "QuotaExceeded"
     """A resource quota refused the pods."""
     FORBIDDEN_BY_POLICY = "ForbiddenByPolicy"
@@ -316,20 +316,20 @@ class Reason(StrEnum):
     JOB_REJECTED = "JobRejected"
     """The API server rejected the Job of an attempt, and the user's spec is not the cause: the operator's configuration must change."""
     UNSCHEDULABLE = "Unschedulable"
-    """The scheduler finds no node; its words are in the message."""
+    """The scheduler finds no node; the message repeats its explanation."""
     IMAGE_PULL_FAILED = "ImagePullFailed"
     """The image cannot be pulled."""
     CONFIG_MISSING = "ConfigMissing"
     """A Secret, ConfigMap or volume that the pod needs does not exist."""
     START_TIMEOUT = "StartTimeout"
     """`policy.startTimeoutSeconds` passed without all pods running."""
-    # Life
+    # Running
     PROGRESSING = "Progressing"
-    """Work is going on."""
+    """The operator or the pods are working."""
     ATTEMPT_STARTED = "AttemptStarted"
     """A Job was created for an attempt."""
     TRAINING_STARTED = "TrainingStarted"
-    """The first optimizer step was seen."""
+    """The first optimizer step was reported."""
     FIRST_CHECKPOINT_COMMITTED = "FirstCheckpointCommitted"
     """The first checkpoint is in storage."""
     RESUMED_FROM_CHECKPOINT = "ResumedFromCheckpoint"
@@ -343,20 +343,20 @@ class Reason(StrEnum):
     CHECKPOINT_COMMITTED = "CheckpointCommitted"
     """The newest checkpoint is committed and healthy."""
     CHECKPOINT_DAMAGED = "CheckpointDamaged"
-    """A committed checkpoint did not verify; an older one was used."""
+    """A committed checkpoint failed verification; an older one was used."""
     STAGING_DISK_FULL = "StagingDiskFull"
-    """A checkpoint was skipped for lack of local disk."""
+    """A checkpoint was skipped because the local disk was full."""
     CHECKPOINT_NOT_STORED = "CheckpointNotStored"
-    """A checkpoint could not be staged or uploaded; training goes on, and the one committed before it counts."""
+    """A checkpoint could not be staged or uploaded; training continues, and the previous checkpoint remains the newest."""
     STATUS_REJECTED = "StatusRejected"
     """The API server rejected the status; it is written without what the pods reported, so that the job can still be controlled."""
     # Ends of attempts and jobs
     PREEMPTED = "Preempted"
-    """The cluster took the pods; the attempt is free of charge."""
+    """The cluster removed the pods; the attempt does not count against policy.retries."""
     GANG_INCOMPLETE = "GangIncomplete"
     """Some pods of the attempt had nodes and others had none until the start timeout; they were deleted to free the nodes for another job."""
     NODE_LOST = "NodeLost"
-    """A node went away under its pod."""
+    """The node of a pod disappeared."""
     OUT_OF_MEMORY = "OutOfMemory"
     """GPU or host memory was exhausted."""
     DIVERGED = "Diverged"
@@ -364,9 +364,9 @@ class Reason(StrEnum):
     STALLED = "Stalled"
     """No step for longer than the stall timeout."""
     PEER_FAILED = "PeerFailed"
-    """A peer or a collective failed."""
+    """Another rank or a collective operation failed."""
     RETRIES_EXHAUSTED = "RetriesExhausted"
-    """As many attempts without progress as `policy.retries` allows."""
+    """There were more consecutive attempts without progress than `policy.retries` allows."""
     DEADLINE_EXCEEDED = "DeadlineExceeded"
     """`policy.activeDeadlineSeconds` passed."""
     USER_ERROR = "UserError"
@@ -388,61 +388,71 @@ class Reason(StrEnum):
     SUSPENDED = "Suspended"
     """`spec.suspend` is true and no pod is left."""
     SUSPENDING = "Suspending"
-    """`spec.suspend` is true; the pods are saving."""
+    """`spec.suspend` is true; the pods save their state."""
     RESUMED = "Resumed"
-    """`spec.suspend` went back to false."""
+    """`spec.suspend` is false again."""
     CANCELLING = "Cancelling"
-    """`spec.cancel` is true; the pods are saving."""
+    """`spec.cancel` is true; the pods save their state."""
     CANCELLED = "Cancelled"
     """`spec.cancel` is true and no pod is left."""
     SUCCEEDED = "Succeeded"
     """The final artefact is committed."""
     FAILED = "Failed"
-    """The job ended without its artefact."""
+    """The job ended without the final artefact."""
 
 
 class Storage(StrEnum):
     """Names of folders and objects below `<storage.uri>/<namespace>/<name>/<uid>/`."""
 
     CHECKPOINTS = "checkpoints"
+    """Folder of all checkpoints, `step-<n>` below it."""
     MODEL = "model"
+    """Folder of the final adapter or model."""
     METRICS = "metrics"
+    """Folder of the training metrics."""
     EVALUATION = "evaluation"
+    """Folder of evaluation results."""
     REPORT = "report"
+    """Folder of the report of the run."""
     RUN = "run"
+    """Folder with the configuration and the start marker of each attempt."""
     MANIFEST = "manifest.json"
-    """Inside an incarnation's folder: every file with size and sha256, and what the state means."""
+    """In an incarnation's folder: size and sha256 of every file, and the state's step and metrics."""
     COMMITTED = "_COMMITTED"
-    """Beside the incarnation folders, written last: JSON {attempt, path, manifestSha256}."""
+    """Next to the incarnation folders, written last: JSON {attempt, path, manifestSha256}."""
     HEALTHY = "_HEALTHY"
-    """Written when the window after the checkpoint was finite too."""
+    """Written when loss and gradients stayed finite in the steps after the checkpoint."""
 
 
 def checkpoint_folder(step: int) -> str:
-    """Folder of the checkpoint of `step` (optimizer steps), eight digits so that names sort as numbers do."""
+    """Folder name of a checkpoint. Eight digits make names sort like numbers."""
     return f"step-{step:08d}"
 
 
 def incarnation(attempt: int, pod_uid: str) -> str:
-    """Name of what one life of an attempt writes: `a<attempt>-<8 hex of rank 0's pod uid>`. A zombie has another."""
+    """Folder name of one incarnation: one run of an attempt's pod 0.
+
+    `a<attempt>-<first 8 hex digits of the pod's uid>`. A fenced incarnation that still runs has another name, so it cannot overwrite
+    the files of its successor.
+    """
     digits = "".join(c for c in pod_uid.lower() if c in "0123456789abcdef")[:8]
     return f"a{attempt}-{digits:0<8}"
 
 
 def attempt_of_uri(uri: str) -> int | None:
-    """Attempt that wrote the checkpoint of this uri, from its incarnation's folder; None if the uri does not end in one."""
+    """Attempt that wrote the checkpoint at this URI, from the name of the incarnation's folder; None if the URI does not end in one."""
     word, _, digits = uri.rstrip("/").rpartition("/")[2].partition("-")
     number = word[1:]
     return int(number) if word[:1] == "a" and number.isdecimal() and len(digits) == 8 else None
 
 
 def attempt_folder(attempt: int) -> str:
-    """Folder below `run/` in which an attempt tells that it has begun."""
+    """Folder below `run/` that marks the start of an attempt."""
     return f"{_ATTEMPT_FOLDER}{attempt}"
 
 
 def attempt_of_folder(name: str) -> int | None:
-    """Attempt that a folder below `run/` belongs to; None if it is none of an attempt's."""
+    """Attempt that a folder below `run/` belongs to, or None."""
     number = name.removeprefix(_ATTEMPT_FOLDER)
     return int(number) if number != name and number.isdecimal() else None
 
@@ -451,5 +461,5 @@ _ATTEMPT_FOLDER = "attempt-"
 
 
 def attempt_job_name(name: str, attempt: int) -> str:
-    """Name of the Job (and of its Service) of one attempt."""
+    """Name of the Job of an attempt, and of its Service."""
     return f"{name}-{attempt}"

@@ -115,7 +115,7 @@ def _rules() -> str:
         f"| `{rule.code}` | {'API server, ' if rule.cel else ''}operator, command line | {_cell(rule.message)} |"
         for rule in RULES
     ]
-    later = [f"| `{wire_path(row.path)}` | {_cell(row.instead)} |" for row in UNSUPPORTED_FIELDS]
+    later = [f"| `{wire_path(row.path)}` | {_cell(row.hint)} |" for row in UNSUPPORTED_FIELDS]
     return "\n".join(
         [
             "# What is refused, and by whom\n", "## Cross-field rules\n", "| rule | checked by | what the API server says |", "|---|---|---|", *rows,

@@ -1,4 +1,4 @@
-"""Where models and data come from: one notation, one parser, one set of errors.
+"""Sources of models and data: notations, parser and errors.
 
 `hf://org/name[@revision]`, bare `org/name` or `name` meaning the same, `s3://bucket/key`, `pvc://claim/path`,
 `configmap://name/key`, `https://host/path`, `file:///path`.
@@ -27,7 +27,7 @@ NOTATIONS = "org/name[@revision], hf://org/name, s3://bucket/key, pvc://claim/pa
 
 @dataclass(frozen=True)
 class HubSource:
-    """A repository of a model hub."""
+    """A repository on a model hub."""
 
     repo: str
     revision: str | None = None
@@ -38,7 +38,7 @@ class HubSource:
 
 @dataclass(frozen=True)
 class S3Source:
-    """An object, or all objects below a prefix. `key` has no leading slash."""
+    """An object, or all objects below a prefix, in an S3 bucket. `key` has no leading slash."""
 
     bucket: str
     key: str
@@ -49,7 +49,7 @@ class S3Source:
 
 @dataclass(frozen=True)
 class PvcSource:
-    """A path in a volume claim of the job's namespace; empty: its root."""
+    """A path in a PersistentVolumeClaim of the job's namespace; an empty path is the root of the volume."""
 
     claim: str
     path: str
@@ -71,7 +71,7 @@ class ConfigMapSource:
 
 @dataclass(frozen=True)
 class HttpsSource:
-    """A file on a web server, or a checkpoint or model that a job committed and somebody serves there."""
+    """A file on a web server, or a job's checkpoint or model that a web server provides."""
 
     url: str
 
@@ -80,12 +80,12 @@ class HttpsSource:
 
     @property
     def committed(self) -> bool:
-        """Whether it names a checkpoint or a final model by its place in a job's tree: the only folders that can be read there."""
+        """Whether the path is that of a job's checkpoint or final model: only these folders can be read from a web server."""
         return bool(_CHECKPOINT.search(self._path) or _MODEL.search(self._path))
 
     @property
     def checkpoint(self) -> bool:
-        """Whether it names a checkpoint by its place in a job's tree."""
+        """Whether the path is that of a job's checkpoint."""
         return bool(_CHECKPOINT.search(self._path))
 
     @property
@@ -95,7 +95,7 @@ class HttpsSource:
 
 @dataclass(frozen=True)
 class FileSource:
-    """An absolute path inside the image, or on this machine in local runs."""
+    """An absolute path in the trainer image or, in local runs, on this machine."""
 
     path: str
 
@@ -107,12 +107,12 @@ Source = HubSource | S3Source | PvcSource | ConfigMapSource | HttpsSource | File
 
 
 def parse(text: str, *, path: str = "model.source") -> Source:
-    """Parse a source; `path` is the spec field for the error.
+    """Parse a source. `path` is the spec field that errors name.
 
     Errors: ConfigError `SourceInvalid`, which says what was found and what to write.
     """
     if text != text.strip() or not text:
-        raise _refuse(path, text, "it is empty or has blanks around it", NOTATIONS)
+        raise _source_error(path, text, "it is empty or has spaces around it", NOTATIONS)
     scheme, colon, rest = text.partition("://")
     if not colon:
         return _hub(text, path, text)
@@ -123,18 +123,18 @@ def parse(text: str, *, path: str = "model.source") -> Source:
             return _s3(rest, path, text)
         case "pvc":
             claim, _, inside = rest.partition("/")
-            _demand(
+            _require(
                 bool(_OBJECT.match(claim)),
                 path,
                 text,
-                "the claim's name is missing or not a Kubernetes name",
+                "the claim name is missing or not a Kubernetes name",
                 "pvc://claim/path",
             )
-            _demand(".." not in inside.split("/"), path, text, "`..` may not stand in the path", "pvc://claim/path")
+            _require(".." not in inside.split("/"), path, text, "the path contains `..`", "pvc://claim/path")
             return PvcSource(claim, inside.strip("/"))
         case "configmap":
             name, _, key = rest.partition("/")
-            _demand(
+            _require(
                 bool(_OBJECT.match(name)) and bool(_KEY.match(key)),
                 path,
                 text,
@@ -145,44 +145,44 @@ def parse(text: str, *, path: str = "model.source") -> Source:
         case "https" | "http":
             return _web(scheme, text, path)
         case "file":
-            _demand(
+            _require(
                 rest.startswith("/"), path, text, "the path is not absolute", f"file:///{rest.lstrip('/') or 'path'}"
             )
             return FileSource("/" + rest.strip("/"))
         case _:
-            raise _refuse(path, text, f"`{scheme}://` is not a notation known here", NOTATIONS)
+            raise _source_error(path, text, f"`{scheme}://` is not a supported notation", NOTATIONS)
 
 
 def _hub(rest: str, path: str, text: str) -> HubSource:
     repo, at, revision = rest.partition("@")
     if text.startswith((".", "/", "~")):
         absolute = text if text.startswith("/") else "/path/to/" + text.lstrip("./~")
-        raise _refuse(
+        raise _source_error(
             path,
             text,
-            "it looks like a local path, which no pod can read",
+            "it looks like a local path, which pods cannot read",
             f"file://{absolute} if the image holds it, else s3://bucket/key",
         )
     if is_data_file_name(text):
-        raise _refuse(
+        raise _source_error(
             path,
             text,
             "it is the name of a file, not of a hub repository, and pods cannot read a file of your machine",
             f"s3://bucket/{text}, pvc://claim/{text}, configmap://name/{text.rpartition('/')[2]} or, for a file in the image, "
             f"file:///path/{text}; only `finetune run --local` reads a relative path (hf://{text} if it is a repository after all)",
         )
-    _demand(
+    _require(
         bool(_REPO.match(repo)) and "--" not in repo and ".." not in repo,
         path,
         text,
-        "it is not a repository name of a hub",
+        "it is not the name of a hub repository",
         NOTATIONS,
     )
-    _demand(
+    _require(
         not at or bool(_REVISION.match(revision)),
         path,
         text,
-        "after @ a branch, tag or commit is needed",
+        "a branch, tag or commit must follow @",
         f"{repo}@main",
     )
     return HubSource(repo, revision or None)
@@ -195,14 +195,14 @@ def is_data_file_name(text: str) -> bool:
 
 def _s3(rest: str, path: str, text: str) -> S3Source:
     bucket, _, key = rest.partition("/")
-    _demand(
+    _require(
         bool(_BUCKET.match(bucket)),
         path,
         text,
-        "the bucket's name is missing or not one that S3 allows (3 to 63 of a-z 0-9 . -)",
+        "the bucket name is missing or invalid (3 to 63 characters of a-z 0-9 . -)",
         "s3://bucket/key",
     )
-    _demand("?" not in key and "#" not in key, path, text, "`?` and `#` may not stand in the key", "s3://bucket/key")
+    _require("?" not in key and "#" not in key, path, text, "the key contains `?` or `#`", "s3://bucket/key")
     return S3Source(bucket, key.strip("/"))
 
 
@@ -226,32 +226,32 @@ def model_name(source: str) -> str:
 
 
 def redact_source(text: str) -> str:
-    """A source as a message may show it: the query of a web address may be a signature, what stands before @ a password."""
+    """A source without secrets, for messages: a URL's query may be a signature, and the part before @ a password."""
     if not re.match(r"\s*https?://", text, re.IGNORECASE):
         return text
     return re.sub(r"://[^/@]*@", "://", text.partition("?")[0].partition("#")[0])
 
 
 def _web(scheme: str, text: str, path: str) -> HttpsSource:
-    _demand(scheme == "https", path, text, "plain http can be changed on its way", "https" + redact_source(text)[len("http") :])
+    _require(scheme == "https", path, text, "plain http is not protected against modification", "https" + redact_source(text)[len("http") :])
     try:
         parts = urlsplit(text)
-        whole = bool(parts.hostname) and bool(parts.path.strip("/")) and parts.port != 0
-    except ValueError:  # a port that is none, or half an IPv6 address
-        whole = False
-    _demand(whole, path, text, "host and file are needed", "https://host/path/file.jsonl")
+        is_complete = bool(parts.hostname) and bool(parts.path.strip("/")) and parts.port != 0
+    except ValueError:  # an invalid port or IPv6 address
+        is_complete = False
+    _require(is_complete, path, text, "the host or the file is missing", "https://host/path/file.jsonl")
     if parts.username or parts.password:
         raise ConfigError(
-            "SourceInvalid", f"{path}: the URL for {parts.hostname} carries a user or password, which would be shown to everybody who may read the job",
+            "SourceInvalid", f"{path}: the URL for {parts.hostname} contains a user or password, which everybody who may read the job could see",
             hint="put the file into S3, or serve it without a password in the URL",
         )  # fmt: skip
     return HttpsSource(text)
 
 
-def _demand(holds: bool, path: str, text: str, why: str, write: str) -> None:
+def _require(holds: bool, path: str, text: str, why: str, write: str) -> None:
     if not holds:
-        raise _refuse(path, text, why, write)
+        raise _source_error(path, text, why, write)
 
 
-def _refuse(path: str, text: str, why: str, write: str) -> ConfigError:
+def _source_error(path: str, text: str, why: str, write: str) -> ConfigError:
     return ConfigError("SourceInvalid", f"{path} is {redact_source(text)!r}: {why}", hint=f"write {write}")

@@ -1,6 +1,6 @@
-"""What the API can say and this version cannot do yet: refused by name, never accepted and ignored.
+"""Fields that the API defines and this release does not implement. They are refused by name, never accepted and ignored.
 
-Whoever builds a behaviour removes its row.
+To implement a field, remove its row from `UNSUPPORTED_FIELDS`.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from finetune_api.spec import FineTuneJobSpec
 
 @dataclass(frozen=True)
 class UnsupportedField:
-    """A spec path (attribute names, dotted) and for which values it is refused."""
+    """A dotted spec path (attribute names), and the values that are refused."""
 
     path: str
-    when: Callable[[Any], bool] = lambda value: value not in (None, False, 0, [])
-    instead: str = "remove it"
+    refuses: Callable[[Any], bool] = lambda value: value not in (None, False, 0, [])
+    hint: str = "remove it"
 
 
-def _is(*words: object) -> Callable[[Any], bool]:
-    return lambda value: value in words
+def _any_of(*values: object) -> Callable[[Any], bool]:
+    return lambda value: value in values
 
 
 UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
-    UnsupportedField("model.modality", _is("visionLanguage"), "train a text model"),
+    UnsupportedField("model.modality", _any_of("visionLanguage"), "train a text model"),
     UnsupportedField("model.cache"),
     UnsupportedField("method.vision"),
-    UnsupportedField("method.lora.loftq.bits", _is(2, 8), "write 4: no library loads the other bases that LoftQ makes"),
+    UnsupportedField("method.lora.loftq.bits", _any_of(2, 8), "write 4: no library can load the base that LoftQ produces with other bits"),
     UnsupportedField(
         "method.lora.loftq.iterations",
         lambda value: value not in (None, 1),
-        "write 1: each further iteration quantises another base, which nobody has who loads the adapter",
+        "write 1: each further iteration changes the quantised base, and users of the adapter do not have that base",
     ),
     UnsupportedField("output.dir"),
     UnsupportedField("output.hub"),
@@ -50,15 +50,15 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
     UnsupportedField("evaluation.comparison"),
     UnsupportedField("tracking.report_to"),
     UnsupportedField("tracking.system_metrics"),
-    UnsupportedField("phases.train", _is(False), "leave it out"),
+    UnsupportedField("phases.train", _any_of(False), "leave it out"),
     UnsupportedField("phases.infer"),
     UnsupportedField("phases.evaluate"),
 )
 
 
 def unsupported_fields(spec: FineTuneJobSpec) -> list[Problem]:
-    """Every field of the spec whose behaviour is not there yet."""
-    return [_problem(spec, row) for row in UNSUPPORTED_FIELDS if row.when(_value(spec, row.path))]
+    """Problems for every field of the spec that this release does not implement."""
+    return [_problem(spec, row) for row in UNSUPPORTED_FIELDS if row.refuses(_value(spec, row.path))]
 
 
 def _value(spec: FineTuneJobSpec, path: str) -> Any:
@@ -69,7 +69,7 @@ def _value(spec: FineTuneJobSpec, path: str) -> Any:
 
 
 def wire_path(path: str) -> str:
-    """Spec path as users write it, from attribute names."""
+    """A dotted path of attribute names as a path of wire names."""
     parts: list[str] = []
     model: Any = FineTuneJobSpec
     for name in path.split("."):
@@ -85,6 +85,6 @@ def _problem(spec: FineTuneJobSpec, row: UnsupportedField) -> Problem:
     return Problem(
         wire_path(row.path),
         Reason.NOT_SUPPORTED_YET,
-        f"{shown}is part of the API, and this version cannot do it yet",
-        row.instead,
+        f"{shown}is part of the API, but this release does not implement it",
+        row.hint,
     )

@@ -19,7 +19,7 @@ def model_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if not spec.model.source:
         yield (
             "model.source",
-            "no base model is given",
+            "no base model is named",
             "write for example `source: org/name` or `source: s3://bucket/prefix`",
         )
 
@@ -29,7 +29,7 @@ def dataset_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.dataset.train is None and spec.dataset.mixture is None:
         yield (
             "dataset.train",
-            "no training data is given",
+            "no training data is named",
             "write for example `train: s3://bucket/train.jsonl`, or a `mixture`",
         )
     if spec.dataset.train is not None and spec.dataset.mixture is not None:

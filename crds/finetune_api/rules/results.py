@@ -34,7 +34,7 @@ def hub_push(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if hub.repository is None:
         yield (
             "output.hub.repository",
-            "push is true, and no repository is given",
+            "push is true, and no repository is named",
             "write for example `repository: org/my-model`",
         )
     if hub.token_secret_ref is None and spec.model.token_secret_ref is None:
@@ -88,7 +88,7 @@ def trackers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     ):
         yield (
             "tracking.wandb.apiKeySecretRef",
-            "reportTo names wandb, and no API key is given",
+            "reportTo names wandb, and there is no key",
             "write `wandb: {apiKeySecretRef: {name: wandb, key: apiKey}}`",
         )
     if Tracker.MLFLOW in named and (spec.tracking.mlflow is None or spec.tracking.mlflow.tracking_uri is None):

@@ -84,7 +84,7 @@ def device(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if wanted is Device.MPS:
         yield (
             "training.device",
-            "mps exists only on Apple machines, not on cluster nodes",
+            "mps only exists on Apple machines, not on cluster nodes",
             "remove it, or use `finetune run --local`",
         )
     if wanted is Device.CPU and gpus_per_node(spec) > 0:

@@ -16,7 +16,7 @@ from finetune_cli.provenance import AssignedValue, Origin
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}
-NOT_YET = "this version cannot do it yet"
+NOT_YET = "this release does not implement it"
 
 
 @dataclass

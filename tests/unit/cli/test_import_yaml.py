@@ -146,7 +146,7 @@ def test_human_eval_means_rating_sheets(yaml: Any) -> None:
 
 def test_the_head_is_not_a_target(yaml: Any) -> None:
     (mistake,) = yaml("fine_tuning: {lora: {target_modules: [q_proj, lm_head]}}\n").mistakes
-    assert mistake.startswith("job.yaml:3: fine_tuning.lora.target_modules: 'lm_head' is the head")
+    assert mistake.startswith("job.yaml:3: fine_tuning.lora.target_modules: 'lm_head' is the output head")
     assert "modulesToSave: [lm_head]" in mistake
     assert yaml("fine_tuning: {lora: {target_modules: [q_proj, embed_tokens]}}\n").mistakes == []
 
@@ -156,7 +156,7 @@ def test_layers_by_hand_and_threshold(yaml: Any) -> None:
     assert found.at("method.spectrum") == {"layers": [3]}
     assert "snr_threshold has no effect: the layers are listed explicitly" in found.warnings[0]
     (mistake,) = yaml("fine_tuning: {method: spectrum, spectrum: {layers_to_finetune: [3, 3]}}\n").mistakes
-    assert "3 stands more than once" in mistake
+    assert "3 is named more than once" in mistake
 
 
 def test_pruning_is_not_offered(yaml: Any) -> None:
