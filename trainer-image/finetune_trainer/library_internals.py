@@ -1,7 +1,7 @@
 """Every private attribute of transformers, TRL, PEFT and accelerate that the trainer depends on.
 
 These libraries may rename a private attribute in any release. Each one is therefore used in this module only, by one function
-or method with the reason for it, and `tests/unit/trainer_learning/test_library_internals.py` checks each against the installed
+or method with the reason for it, and `tests/unit/trainer/test_library_internals.py` checks each against the installed
 versions (read for this module: transformers 5.23, TRL 1.16, PEFT 0.21, accelerate 1.15).
 """
 
