@@ -1,4 +1,4 @@
-"""One control plane for all, one operator process a module, a namespace a test."""
+"""One control plane for all tests, one operator process per module, one namespace per test."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ numbers = itertools.count(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Everything here needs the API server."""
+    """Mark all tests here as integration tests: they need the API server."""
     for item in items:
         if "tests/integration/operator" in str(item.path):
             item.add_marker("integration")
@@ -34,7 +34,7 @@ def served(control_plane: Endpoint) -> Iterator[Endpoint]:
 
 @pytest.fixture(scope="session")
 def progress() -> Iterator[Progress]:
-    """Stands for the pods' HTTP servers."""
+    """The HTTP server in place of those of all pods."""
     found = Progress()
     yield found
     found.close()
@@ -42,7 +42,7 @@ def progress() -> Iterator[Progress]:
 
 @pytest.fixture(scope="session")
 def config(progress: Progress) -> dict[str, object]:
-    """Configuration of the operator under test: short pauses, two pools."""
+    """Configuration of the operator: short intervals, two pools."""
     return {
         "trainer": {"image": "registry.example.com/trainer:1"},
         "http": {"host": "127.0.0.1", "port": 0},
@@ -63,7 +63,7 @@ def config(progress: Progress) -> dict[str, object]:
 def operator(
     served: Endpoint, config: dict[str, object], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Operator]:
-    """The operator, running. For a module, not longer: other folders' tests run operators of theirs on the same server."""
+    """A running operator, for one module only: tests of other folders run their own operators on the same server."""
     found = Operator(tmp_path_factory.mktemp("operator"), served.kubeconfig, config)
     found.start()
     yield found
@@ -75,14 +75,14 @@ def operator(
 
 @pytest.fixture
 async def idle(served: Endpoint, progress: Progress, request: pytest.FixtureRequest) -> AsyncIterator[Rig]:
-    """A namespace that no operator of this folder's own making looks after yet: tests start theirs."""
+    """A namespace without an operator; the test starts one."""
     async with rig(served, _namespace(request), progress) as found:
         yield found
 
 
 @pytest.fixture
 async def world(operator: Operator, idle: Rig) -> Rig:
-    """A namespace, served by the operator of this folder."""
+    """A namespace that the operator of this folder serves."""
     return idle
 
 

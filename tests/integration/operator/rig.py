@@ -1,6 +1,10 @@
-"""What the tests of the control loop stand on: the operator as a process, and a kubelet played by the test.
+"""The rig of the control loop's tests: the operator as a process, a real API server, and a kubelet that the test plays.
 
-The kubelet runs pods, writes how they end and finishes deletions, as the real one does; everything else is real.
+The kubelet runs pods, writes how they end and finishes deletions, as a real one does.
+
+The rig watches FineTuneJobs, Jobs and pods separately, and the order of events between two watches is not defined: a Job may be seen
+before the status that was written first. Tests therefore wait for each fact that they assert, and requests of the kubelet are repeated
+when a busy API server does not answer in time.
 """
 
 from __future__ import annotations
@@ -19,24 +23,25 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import yaml
 from finetune_api.names import API_VERSION, KIND, ExitCode, Label
 from finetune_api.pod import TerminationMessage
-from finetune_operator.kube import Kube, KubeError, NotFound
+from finetune_operator.kube import AlreadyExists, Conflict, Kube, NotFound, OutcomeUnknown, Unavailable
 from finetune_operator.objects import FINETUNEJOB, JOB, POD, Kind, Object
 from finetune_operator.settings import ApiSettings
 
 from localcluster import Endpoint
 
+T = TypeVar("T")
 NODE = "test-node"
 CORE_NODE = Kind("v1", "Node", "nodes")
-RETRY = 0.1
-"""Seconds between two tries of a watch."""
-PATIENCE = 30.0
-"""Seconds that a condition may take before the test fails with what it saw."""
+RETRY_SECONDS = 0.1
+"""Seconds between two tries of a watch or a request."""
+TIMEOUT_SECONDS = 120.0
+"""Seconds after which a test fails with everything that it saw; no assertion depends on them."""
 SPEC: Object = {
     "model": {"source": "org/tiny"},
     "dataset": {"train": "s3://data/train.jsonl"},
@@ -47,7 +52,7 @@ SPEC: Object = {
 
 
 class Progress:
-    """Stands for the pods' HTTP servers: what `put` was told is what the operator reads."""
+    """One HTTP server in place of those of all pods: it answers with the reports that `put` received."""
 
     def __init__(self) -> None:
         self.answers: dict[str, str] = {}
@@ -64,7 +69,7 @@ class Progress:
                 self.wfile.write(body)
 
             def log_message(self, *_: Any) -> None:
-                """Nothing: a test's output is for failures."""
+                """Log nothing: the output of a test is for failures."""
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
@@ -76,13 +81,13 @@ class Progress:
         return f"http://127.0.0.1:{self._server.server_port}/{{namespace}}/{{pod}}"
 
     def put(self, pod: Object, report: Object) -> None:
-        """What this pod says from now on; uid and attempt are filled in."""
+        """Set the report of a pod; uid and attempt are filled in."""
         meta = pod["metadata"]
         full = {"uid": meta["labels"][Label.UID], "attempt": int(meta["labels"][Label.ATTEMPT]), **report}
         self.answers[f"/{meta['namespace']}/{meta['name']}"] = json.dumps(full)
 
     def silence(self, pod: Object) -> None:
-        """The pod answers no more."""
+        """Stop answering for this pod."""
         self.answers.pop(f"/{pod['metadata']['namespace']}/{pod['metadata']['name']}", None)
 
     def close(self) -> None:
@@ -103,11 +108,11 @@ class Operator:
 
     @property
     def log(self) -> Path:
-        """Its log lines."""
+        """File with the log lines."""
         return self.folder / "operator.log"
 
     def start(self) -> None:
-        """Start it."""
+        """Start the process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "config.yaml"
         path.write_text(yaml.safe_dump(self.config))
@@ -118,13 +123,13 @@ class Operator:
             )
 
     def kill(self) -> None:
-        """kill -9."""
+        """Send SIGKILL."""
         if self.process is not None:
             self.process.kill()
             self.process.wait()
 
     def stop(self) -> int:
-        """SIGTERM; its exit code."""
+        """Send SIGTERM and return the exit code."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         try:
@@ -134,7 +139,7 @@ class Operator:
             raise
 
     def port(self) -> int:
-        """Port of its HTTP server, from its log."""
+        """Port of the HTTP server, from the log."""
         for line in self.log.read_text().splitlines():
             if "/metrics on port" in line:
                 port = int(line.split("on port ")[1].split()[0])
@@ -148,17 +153,17 @@ class Store:
         self._rig, self._kind = rig, kind
         self.items: dict[str, Object] = {}
         self.history: list[tuple[str, Object]] = []
-        self.trouble: list[str] = []
-        """Why watches had to be begun again."""
+        self.errors: list[str] = []
+        """Errors after which the watch was started again."""
 
     async def run(self, session: aiohttp.ClientSession) -> None:
-        """Watch until cancelled. A watch that ends, breaks, or is refused is begun again: a server refuses while it fills its cache."""
+        """Watch until cancelled. A watch that ends or fails is started again: a server refuses watches while it fills its cache."""
         while True:
             try:
                 await self._watch(session)
             except (aiohttp.ClientError, ValueError) as error:
-                self.trouble.append(str(error))
-                await asyncio.sleep(RETRY)
+                self.errors.append(str(error))
+                await asyncio.sleep(RETRY_SECONDS)
 
     async def _watch(self, session: aiohttp.ClientSession) -> None:
         url = f"{self._rig.endpoint.server}{self._kind.path(self._rig.namespace)}?watch=true&sendInitialEvents=true"
@@ -183,7 +188,7 @@ class Store:
 
 
 class Rig:
-    """One namespace of a test: its objects, its kubelet, and waiting for what should become true."""
+    """The namespace of one test: its objects, its kubelet, and methods that wait for a state."""
 
     def __init__(self, endpoint: Endpoint, kube: Kube, namespace: str, progress: Progress):
         self.endpoint, self.kube, self.namespace, self.progress = endpoint, kube, namespace, progress
@@ -191,7 +196,7 @@ class Rig:
         self.jobs, self.pods, self.ftjs = Store(self, JOB), Store(self, POD), Store(self, FINETUNEJOB)
         self.kubelet = Kubelet(self)
         self.tasks: list[asyncio.Task[None]] = []
-        """What serves the namespace; one that ended explains why nothing happens any more."""
+        """Tasks that serve the namespace; if one ended, `describe` shows why."""
 
     async def create(self, name: str = "run", **groups: Any) -> Object:
         """Create a FineTuneJob; `groups` are merged into the groups of SPEC."""
@@ -205,30 +210,43 @@ class Rig:
         """Change the spec of a FineTuneJob."""
         return await self.kube.patch(FINETUNEJOB, self.namespace, name, {"spec": spec})
 
-    async def until(self, what: str, condition: Callable[[], Any], patience: float = PATIENCE) -> Any:
-        """Wait until `condition` is true; its value. Fails with everything that was seen."""
+    async def until(self, what: str, condition: Callable[[], Any]) -> Any:
+        """Wait until `condition` is true and return its value. Fails with everything that was seen."""
         try:
-            async with asyncio.timeout(patience), self.changed:
+            async with asyncio.timeout(TIMEOUT_SECONDS), self.changed:
                 while not (value := condition()):
                     await self.changed.wait()
                 return value
         except TimeoutError:
-            raise AssertionError(f"not in {patience:.0f} s: {what}\n{self.describe()}") from None
+            raise AssertionError(f"not within {TIMEOUT_SECONDS:.0f} s: {what}\n{self.describe()}") from None
 
-    async def phase(self, phase: str, name: str = "run", patience: float = PATIENCE) -> Object:
-        """Wait for a phase; the status."""
-        return (await self.until(f"phase {phase}", lambda: self._in_phase(name, phase), patience))["status"]
+    async def phase(self, phase: str, name: str = "run") -> Object:
+        """Wait for a phase and return the status."""
+        return (await self.until(f"phase {phase}", lambda: self._in_phase(name, phase)))["status"]
 
     def _in_phase(self, name: str, phase: str) -> Object | None:
         found = self.ftjs.items.get(name)
         return found if found and (found.get("status") or {}).get("phase") == phase else None
 
     async def job(self, name: str) -> Object:
-        """Wait for a Job to exist."""
+        """Wait until a Job exists."""
         return await self.until(f"Job {name}", lambda: self.jobs.items.get(name))
 
+    async def ended_attempt(self, number: int, name: str = "run") -> Object:
+        """Wait until the status shows the end of an attempt, and return its record."""
+
+        def ended() -> Object | None:
+            records = self.status(name).get("attempts", [])
+            return next((one for one in records if one["number"] == number and one.get("endTime")), None)
+
+        return await self.until(f"the end of attempt {number}", ended)
+
+    async def no_jobs_and_pods(self) -> None:
+        """Wait until neither Jobs nor pods are left."""
+        await self.until("no Jobs and pods", lambda: not self.jobs.items and not self.pods.items)
+
     async def pod(self, job: str, index: int = 0, state: str = "") -> Object:
-        """Wait for a pod of a Job, by index, in a phase if one is given."""
+        """Wait for a pod of a Job, by index, and for its phase if `state` is given."""
         return await self.until(f"pod {index} of {job} {state}", lambda: self._pod(job, index, state))
 
     def _pod(self, job: str, index: int, state: str) -> Object | None:
@@ -240,17 +258,17 @@ class Rig:
         return None
 
     def status(self, name: str = "run") -> Object:
-        """Status as the watch last showed it."""
+        """Status from the last watch event."""
         return self.ftjs.items.get(name, {}).get("status") or {}
 
     def condition(self, kind: str, name: str = "run") -> Object:
-        """A condition; empty if it is absent."""
+        """A condition; empty if absent."""
         return next((c for c in self.status(name).get("conditions", []) if c["type"] == kind), {})
 
     def describe(self) -> str:
-        """Everything seen, for a failure."""
+        """Everything that was seen, as text for a failed test."""
         lines = [f"{task.get_name()} ended: {task.exception()!r}" for task in self.tasks if task.done()]
-        lines += [trouble for store in (self.ftjs, self.jobs, self.pods) for trouble in store.trouble]
+        lines += [error for store in (self.ftjs, self.jobs, self.pods) for error in store.errors]
         for ftj in self.ftjs.items.values():
             lines.append(yaml.safe_dump({ftj["metadata"]["name"]: ftj.get("status")}))
         for job in self.jobs.items.values():
@@ -260,7 +278,7 @@ class Rig:
         return "\n".join(lines)
 
     async def train(self, job: str, step: int = 40, total: int = 100, **report: Any) -> Object:
-        """Pod 0 of a Job trains: it says so from now on."""
+        """Let pod 0 of a Job report that it trains."""
         pod = await self.pod(job, 0, "Running")
         shown = {"step": step, "totalSteps": total, "secondsRemaining": 60}
         value = {"stage": "training", "progress": shown, "health": {"secondsSinceStep": 1.0, "medianStepSeconds": 0.5}}
@@ -269,19 +287,19 @@ class Rig:
 
 
 class Kubelet:
-    """Runs the pods of one namespace. `auto`: every pod runs and gets ready as soon as it exists."""
+    """Runs the pods of one namespace; with `auto`, every pod runs and becomes ready as soon as it exists."""
 
     def __init__(self, rig: Rig):
         self._rig = rig
         self.auto = True
         self.stops = True
-        """Whether pods that are being deleted end; False: their node is gone."""
+        """Whether deleted pods end; False: their node is lost."""
         self.stop_code = int(ExitCode.PREEMPTED_SAVED)
-        self.stop_words = TerminationMessage(code="Stopped", message="saved on request", step=0)
+        self.stop_message = TerminationMessage(code="Stopped", message="saved on request", step=0)
         self._seen: set[tuple[str, str]] = set()
 
     async def run(self) -> None:
-        """Serve until cancelled."""
+        """Run and stop pods until cancelled."""
         while True:
             async with self._rig.changed:
                 todo = await self._todo()
@@ -310,15 +328,16 @@ class Kubelet:
         return True
 
     async def start(self, pod: Object, *, ready: bool = True) -> None:
-        """Bind the pod, run it."""
+        """Bind the pod to the node and run it."""
         name = pod["metadata"]["name"]
         self._seen.add((pod["metadata"]["uid"], "run"))
         binding = {
             "apiVersion": "v1", "kind": "Binding", "metadata": {"name": name},
             "target": {"apiVersion": "v1", "kind": "Node", "name": NODE},
         }  # fmt: skip
-        with contextlib.suppress(KubeError):
-            await self._rig.kube.create(Kind("v1", "Binding", f"pods/{name}/binding"), self._rig.namespace, binding)
+        kind = Kind("v1", "Binding", f"pods/{name}/binding")
+        with contextlib.suppress(Conflict, AlreadyExists):  # it is bound
+            await _repeat(lambda: self._rig.kube.create(kind, self._rig.namespace, binding))
         await self.write(pod, {
             "phase": "Running", "podIP": "127.0.0.1", "startTime": _now(),
             "conditions": [_true("PodScheduled"), {**_true("Ready"), "status": "True" if ready else "False"}],
@@ -326,11 +345,11 @@ class Kubelet:
         })  # fmt: skip
 
     async def end(
-        self, pod: Object, code: int, words: TerminationMessage | None = None, *, reason: str = "", raw: str = ""
+        self, pod: Object, code: int, message: TerminationMessage | None = None, *, reason: str = "", raw: str = ""
     ) -> None:
-        """The container ends with this exit code and these last words."""
-        message = raw or (words.to_json() if words else "")
-        terminated = {"exitCode": code, "reason": reason or ("Completed" if code == 0 else "Error"), "message": message}
+        """The container ends with this exit code and termination message."""
+        text = raw or (message.to_json() if message else "")
+        terminated = {"exitCode": code, "reason": reason or ("Completed" if code == 0 else "Error"), "message": text}
         terminated |= {"finishedAt": _now(), "startedAt": _now()}
         await self.write(pod, {
             "phase": "Succeeded" if code == 0 else "Failed",
@@ -339,25 +358,35 @@ class Kubelet:
         })  # fmt: skip
 
     async def succeed(self, pod: Object, step: int = 100) -> None:
-        """The run is over and its artefact committed."""
+        """The pod succeeds and reports the final artefact."""
         output = {"uri": f"s3://models/test/model/{pod['metadata']['uid'][:8]}", "sha256": "ab" * 32, "kind": "adapter"}
-        words = TerminationMessage.model_validate({"output": output, "step": step, "metrics": {"trainLoss": 0.5}})
-        await self.end(pod, 0, words)
+        message = TerminationMessage.model_validate({"output": output, "step": step, "metrics": {"trainLoss": 0.5}})
+        await self.end(pod, 0, message)
 
     async def write(self, pod: Object, status: Object) -> None:
-        """Write a pod's status."""
-        await self._rig.kube.patch(POD, self._rig.namespace, pod["metadata"]["name"], {"status": status}, subresource="status")
+        """Write the status of a pod."""
+        name, body = pod["metadata"]["name"], {"status": status}
+        await _repeat(lambda: self._rig.kube.patch(POD, self._rig.namespace, name, body, subresource="status"))
 
     async def _stop(self, pod: Object) -> None:
-        """SIGTERM: save, end, and let the object go."""
+        """Handle a deletion: end the container, then remove the object."""
         if pod["status"].get("phase") not in ("Succeeded", "Failed"):
-            await self.end(pod, self.stop_code, self.stop_words)
+            await self.end(pod, self.stop_code, self.stop_message)
         await self.remove(pod)
 
     async def remove(self, pod: Object) -> None:
-        """The last act of a deletion."""
+        """Remove the object of a deleted pod."""
         meta = pod["metadata"]
         await self._rig.kube.delete(POD, self._rig.namespace, meta["name"], uid=meta["uid"], grace=0)
+
+
+async def _repeat(request: Callable[[], Awaitable[T]]) -> T:
+    """Send a request until the server answers: a test must not fail because a busy server answered too late."""
+    while True:
+        try:
+            return await request()
+        except (Unavailable, OutcomeUnknown):
+            await asyncio.sleep(RETRY_SECONDS)
 
 
 def _container(state: Object, ready: bool) -> Object:
@@ -376,7 +405,7 @@ def _now() -> str:
 
 @contextlib.asynccontextmanager
 async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIterator[Rig]:
-    """A namespace with everything that serves it."""
+    """Create a namespace and run the tasks that serve it."""
     kube = await Kube.connect(ApiSettings(), kubeconfig=endpoint.kubeconfig)
     body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
     await kube.create(Kind("v1", "Namespace", "namespaces"), "", body)
@@ -404,7 +433,7 @@ async def rig(endpoint: Endpoint, namespace: str, progress: Progress) -> AsyncIt
 
 
 class Heartbeat:
-    """Keeps the one node Ready, as its kubelet would: without it, the controllers would evict every pod."""
+    """Keeps the one node Ready, as its kubelet does; otherwise the controllers would evict every pod."""
 
     def __init__(self, endpoint: Endpoint):
         self._endpoint = endpoint
@@ -417,7 +446,8 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._end.wait(5):
-            self._beat()
+            with contextlib.suppress(Exception):  # a busy server: the next beat comes in time
+                self._beat()
 
     def _beat(self) -> None:
         now = _now()

@@ -1,4 +1,4 @@
-"""The thin line: a FineTuneJob becomes a Job, its pod trains, the status tells it."""
+"""A whole run: a FineTuneJob becomes a Job, its pod trains, and the status shows it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_api.pod import RunConfig
 from tests.integration.operator.rig import Rig
 
 
-async def test_apply_to_succeeded(world: Rig) -> None:
+async def test_job_runs_from_apply_to_success(world: Rig) -> None:
     created = await world.create()
     job = await world.job("run-1")
     assert job["metadata"]["ownerReferences"][0]["uid"] == created["metadata"]["uid"]

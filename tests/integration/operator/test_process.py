@@ -1,4 +1,4 @@
-"""The process itself: health, metrics, configuration, what it says when it cannot start."""
+"""The operator process: health, metrics, configuration, and errors at its start."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def fetch(operator: Operator, path: str) -> tuple[int, str]:
 
 
 async def metrics(operator: Operator, having: str) -> str:
-    """The page as soon as it has a line of that name: we see a status before its answer reaches the operator that counts it."""
+    """The metrics once they contain a line: a status is visible before the operator receives the answer and counts it."""
     async with asyncio.timeout(30):
         while having not in (text := (await fetch(operator, "/metrics"))[1]):
             continue
@@ -51,7 +51,7 @@ def run(tmp_path: Path, text: str, env: dict[str, str]) -> subprocess.CompletedP
     return subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=60, check=False)
 
 
-def test_a_wrong_configuration_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_wrong_configuration_is_one_error_line(tmp_path: Path) -> None:
     done = run(tmp_path, "workers: none\nnodePool: []\n", {})
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
@@ -59,14 +59,14 @@ def test_a_wrong_configuration_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "nodePool: Extra inputs are not permitted" in done.stderr
 
 
-def test_without_an_api_server_it_says_so(tmp_path: Path) -> None:
+def test_missing_api_server_is_an_error_message(tmp_path: Path) -> None:
     done = run(tmp_path, "{}", {"KUBECONFIG": str(tmp_path / "none")})
     assert done.returncode == 2
     assert "no API server to connect to" in done.stderr
     assert "Traceback" not in done.stderr
 
 
-def test_without_the_crd_it_says_so(tmp_path: Path, served: Endpoint) -> None:
+def test_missing_crd_is_an_error_message(tmp_path: Path, served: Endpoint) -> None:
     config = {"http": {"port": 0}, "api": {"timeoutSeconds": 5}}
     kubeconfig = yaml.safe_load(served.kubeconfig.read_text())
     path = tmp_path / "kubeconfig"

@@ -1,4 +1,4 @@
-"""With a queue: created suspended, shown as queued, admitted, evicted free of charge, admitted again."""
+"""Jobs with a queue: queued, admitted, evicted without counting as a retry, and admitted again."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import asyncio
 from finetune_operator.objects import EVENT
 
 from tests.integration.operator.kueue import PRIORITY_CLASS, Queue
-from tests.integration.operator.rig import Rig
+from tests.integration.operator.rig import TIMEOUT_SECONDS, Rig
 
 
-async def test_admitted_evicted_and_admitted_again(world: Rig) -> None:
+async def test_job_is_queued_admitted_evicted_and_admitted_again(world: Rig) -> None:
     queue = Queue(world)
     await world.create(placement={"queueName": "team-a"})
     await queue.waiting("run-1")
@@ -31,10 +31,9 @@ async def test_admitted_evicted_and_admitted_again(world: Rig) -> None:
     assert world.condition("QuotaReserved")["reason"] == "Queued"
     assert (status["attempt"], status.get("retriesUsed")) == (1, None)
     await world.until("no pods", lambda: not world.pods.items)
-    events = (await world.kube.list(EVENT, world.namespace)).items
-    while "Preempted" not in {e["reason"] for e in events}:
-        await asyncio.sleep(0.05)
-        events = (await world.kube.list(EVENT, world.namespace)).items
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while "Preempted" not in {e["reason"] for e in (await world.kube.list(EVENT, world.namespace)).items}:  # noqa: ASYNC110 -- events are not watched
+            await asyncio.sleep(0.05)
 
     await queue.admit("run-1", {"flavour": "on-demand"})
     again = await world.pod("run-1", 0, "Running")
@@ -45,7 +44,7 @@ async def test_admitted_evicted_and_admitted_again(world: Rig) -> None:
     assert status["restarts"] == 0
 
 
-async def test_time_in_the_queue_is_not_running_time(world: Rig) -> None:
+async def test_deadline_does_not_count_time_in_the_queue(world: Rig) -> None:
     await world.create(placement={"queueName": "team-a"}, policy={"activeDeadlineSeconds": 2})
     await world.phase("Queued")
     await asyncio.sleep(2.5)  # the deadline's length, spent in the queue: nothing may come of it
@@ -55,17 +54,17 @@ async def test_time_in_the_queue_is_not_running_time(world: Rig) -> None:
     assert status["failure"]["code"] == "DeadlineExceeded"
 
 
-async def test_suspended_while_queued(world: Rig) -> None:
+async def test_queued_job_can_be_suspended(world: Rig) -> None:
     await world.create(placement={"queueName": "team-a"})
     await world.phase("Queued")
     await world.patch({"suspend": True})
     await world.phase("Suspended")
-    assert world.jobs.items == {}
+    await world.no_jobs_and_pods()
     await world.patch({"suspend": False, "placement": {"queueName": "team-b"}})
 
 
-async def test_the_higher_priority_takes_the_quota_and_the_lower_goes_on_afterwards(world: Rig) -> None:
-    """Kueue reads the priority from the pods' class: `placement.priorityClassName` is all that a user writes."""
+async def test_higher_priority_preempts_and_the_lower_priority_resumes_afterwards(world: Rig) -> None:
+    """Kueue reads the priority from the pods' priority class, so `placement.priorityClassName` suffices."""
     queue, urgent = Queue(world), f"urgent-{world.namespace}"[:63].rstrip("-")
     body = {"apiVersion": "scheduling.k8s.io/v1", "kind": "PriorityClass", "metadata": {"name": urgent}, "value": 1000}
     await world.kube.create(PRIORITY_CLASS, "", body)
@@ -87,7 +86,7 @@ async def test_the_higher_priority_takes_the_quota_and_the_lower_goes_on_afterwa
     running = await world.train("high-1")
     assert running["spec"]["priority"] == 1000
     await world.phase("Running", "high")
-    assert await queue.schedule() is None, "a lower priority takes nothing from a higher"
+    assert await queue.schedule() is None, "a lower priority must not preempt a higher one"
 
     await world.kubelet.succeed(running)
     await world.phase("Succeeded", "high")

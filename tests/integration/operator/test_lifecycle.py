@@ -1,4 +1,4 @@
-"""Suspend, resume, cancel, retry, ladders, limits: the life of a job against a real API server."""
+"""Suspend, resume, cancel, retries, adaptations and limits of a job against a real API server."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_api.pod import RunConfig, TerminationMessage
 from finetune_operator.kube import Invalid, KubeError
 from finetune_operator.objects import EVENT, FINETUNEJOB, JOB, POD, SERVICE, Kind
 
-from tests.integration.operator.rig import Rig
+from tests.integration.operator.rig import TIMEOUT_SECONDS, Rig
 
 POLICY = Kind(
     "admissionregistration.k8s.io/v1", "ValidatingAdmissionPolicy", "validatingadmissionpolicies"
@@ -33,17 +33,23 @@ def checkpoint(step: int, attempt: int = 1) -> dict[str, Any]:
     return {"step": step, "uri": uri, "healthy": True}
 
 
-async def reasons(world: Rig, name: str = "run") -> list[str]:
+async def event_reasons(world: Rig, name: str = "run") -> list[str]:
     events = (await world.kube.list(EVENT, world.namespace)).items
     mine = [e for e in events if e["regarding"]["kind"] == "FineTuneJob" and e["regarding"]["name"] == name]
     return [e["reason"] for e in sorted(mine, key=lambda e: e["eventTime"])]
 
 
-async def test_suspend_saves_frees_and_resumes_from_that_step(world: Rig) -> None:
+async def wait_for_event(world: Rig, reason: str) -> None:
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        while reason not in await event_reasons(world):  # noqa: ASYNC110 -- events are not watched
+            await asyncio.sleep(0.05)
+
+
+async def test_suspended_job_saves_and_resumes_from_the_saved_step(world: Rig) -> None:
     await world.create()
     await world.train("run-1", step=40, checkpoints=[checkpoint(30)], latestCheckpoint=checkpoint(30)["uri"])
     await world.until("checkpoint", lambda: world.status().get("checkpoints"))
-    world.kubelet.stop_words = TerminationMessage(code="Stopped", message="saved", step=42, committed_step=42)
+    world.kubelet.stop_message = TerminationMessage(code="Stopped", message="saved", step=42, committed_step=42)
     await world.patch({"suspend": True})
     status = await world.phase("Suspended")
     assert world.condition("Suspended")["status"] == "True"
@@ -53,8 +59,7 @@ async def test_suspend_saves_frees_and_resumes_from_that_step(world: Rig) -> Non
     assert status["attempts"][0]["exitCode"] == 75
     assert "failure" not in status
     assert status["attempts"][0].get("counted") is False
-    assert world.jobs.items == {}
-    assert world.pods.items == {}
+    await world.no_jobs_and_pods()
     await world.patch({"suspend": False})
     job = await world.job("run-2")
     run = run_config(job)
@@ -66,14 +71,14 @@ async def test_suspend_saves_frees_and_resumes_from_that_step(world: Rig) -> Non
     assert [(a["number"], a["reason"]) for a in status["attempts"]] == [(1, "Suspended"), (2, "Succeeded")]
     assert status["attempts"][0]["stepsLost"] == 0
     assert status["restarts"] == 1
-    await asyncio.wait_for(_event(world, "Succeeded"), 10)
-    seen = await reasons(world)
-    assert [r for r in seen if r in ("Suspended", "Resumed", "ResumedFromCheckpoint", "Succeeded")] == [
+    await wait_for_event(world, "Succeeded")
+    emitted = await event_reasons(world)
+    assert [r for r in emitted if r in ("Suspended", "Resumed", "ResumedFromCheckpoint", "Succeeded")] == [
         "Suspended", "Resumed", "ResumedFromCheckpoint", "Succeeded",
     ]  # fmt: skip
 
 
-async def test_suspended_before_it_starts(world: Rig) -> None:
+async def test_job_created_suspended_starts_when_it_is_resumed(world: Rig) -> None:
     await world.create(suspend=True)
     await world.phase("Suspended")
     assert world.jobs.items == {}
@@ -81,7 +86,7 @@ async def test_suspended_before_it_starts(world: Rig) -> None:
     await world.job("run-1")
 
 
-async def test_cancel_is_final(world: Rig) -> None:
+async def test_cancelled_job_is_finished_and_has_no_failure(world: Rig) -> None:
     await world.create()
     await world.train("run-1")
     await world.phase("Running")
@@ -91,39 +96,37 @@ async def test_cancel_is_final(world: Rig) -> None:
     assert world.condition("Succeeded")["reason"] == "Cancelled"
     assert world.condition("Stalled") == {}
     assert "failure" not in status
-    assert world.jobs.items == {}
+    await world.no_jobs_and_pods()
 
 
-async def test_data_error_stops_at_once_with_the_trainer_s_words(world: Rig) -> None:
+async def test_data_error_fails_the_job_with_the_trainer_s_message(world: Rig) -> None:
     await world.create()
     pod = await world.pod("run-1", 0, "Running")
-    words = TerminationMessage(class_=FailureClass.DATA, code="RowMalformed", message="row 17: not JSON", hint="mend it", rank=0)
-    await world.kubelet.end(pod, ExitCode.DATA, words)
+    message = TerminationMessage(class_=FailureClass.DATA, code="RowMalformed", message="row 17: not JSON", hint="fix it", rank=0)
+    await world.kubelet.end(pod, ExitCode.DATA, message)
     status = await world.phase("Failed")
     assert status["failure"] == {
-        "class": "Data", "code": "RowMalformed", "message": "row 17: not JSON", "hint": "mend it", "rank": 0,
+        "class": "Data", "code": "RowMalformed", "message": "row 17: not JSON", "hint": "fix it", "rank": 0,
         "exitCode": 65, "node": "test-node",
     }  # fmt: skip
     assert world.condition("Stalled")["status"] == "True"
     assert world.condition("Stalled")["reason"] == "DataError"
     assert list(world.jobs.items) == ["run-1"]
-    await asyncio.wait_for(_event(world, "Failed"), 10)
+    await wait_for_event(world, "Failed")
 
 
-async def test_preempted_pod_is_free_of_charge(world: Rig) -> None:
+async def test_preempted_attempt_does_not_count(world: Rig) -> None:
     await world.create(policy={"retries": 0})
     pod = await world.train("run-1")
     await world.phase("Running")
     await world.kube.delete(POD, world.namespace, pod["metadata"]["name"], uid=pod["metadata"]["uid"], grace=30)
     await world.job("run-2")
-    status = await world.phase("Recovering")
-    assert status["attempts"][0]["reason"] == "Preempted"
-    assert status["attempts"][0]["counted"] is False
-    assert status["retriesUsed"] == 0
-    assert status["attempts"][0]["exitCode"] == 75
+    attempt = await world.ended_attempt(1)
+    assert (attempt["reason"], attempt["counted"], attempt["exitCode"]) == ("Preempted", False, 75)
+    assert (await world.phase("Recovering"))["retriesUsed"] == 0
 
 
-async def test_unknown_errors_use_up_the_retries(world: Rig) -> None:
+async def test_unknown_errors_count_until_the_retries_are_exhausted(world: Rig) -> None:
     await world.create(policy={"retries": 2})
     for number in (1, 2, 3):
         pod = await world.pod(f"run-{number}", 0, "Running")
@@ -134,23 +137,24 @@ async def test_unknown_errors_use_up_the_retries(world: Rig) -> None:
     assert "[redacted]" in status["failure"]["message"]
     assert "hf_abc" not in json.dumps(status)
     assert world.condition("Succeeded")["reason"] == "RetriesExhausted"
-    assert sorted(world.jobs.items) == ["run-2", "run-3"]
+    await world.until("the two newest Jobs", lambda: sorted(world.jobs.items) == ["run-2", "run-3"])
 
 
-async def test_progress_resets_the_retries(world: Rig) -> None:
+async def test_retry_counter_resets_after_progress(world: Rig) -> None:
     await world.create(policy={"retries": 1})
     for number, step in ((1, 0), (2, 20), (3, 0)):
         pod = await world.pod(f"run-{number}", 0, "Running")
-        words = TerminationMessage(code="Odd", message="odd", committed_step=step or None)
-        await world.kubelet.end(pod, ExitCode.INTERNAL, words)
+        message = TerminationMessage(code="Odd", message="odd", committed_step=step or None)
+        await world.kubelet.end(pod, ExitCode.INTERNAL, message)
         await world.job(f"run-{number + 1}")
+    await world.ended_attempt(3)
     status = world.status()
     assert [a["counted"] for a in status["attempts"][:3]] == [True, False, True]
     assert status["retriesUsed"] == 1
     assert run_config(world.jobs.items["run-4"]).resume.expect_step == 20
 
 
-async def test_memory_ladder_keeps_the_effective_batch(world: Rig) -> None:
+async def test_out_of_memory_halves_the_batch_and_keeps_the_effective_batch(world: Rig) -> None:
     await world.create(training={"batchSizePerDevice": 4, "gradientAccumulationSteps": 2})
     pod = await world.pod("run-1", 0, "Running")
     await world.kubelet.end(pod, ExitCode.OUT_OF_MEMORY, TerminationMessage(code="GpuOutOfMemory", message="no memory"))
@@ -161,13 +165,14 @@ async def test_memory_ladder_keeps_the_effective_batch(world: Rig) -> None:
     run = run_config(await world.job("run-3"))
     assert (run.spec.training.batch_size_per_device, run.spec.training.gradient_accumulation_steps) == (1, 8)
     assert run.before_adaptation == {"training.batchSizePerDevice": 4, "training.gradientAccumulationSteps": 2}
+    await world.ended_attempt(2)
     status = world.status()
     assert [a["reason"] for a in status["adaptations"]] == ["OutOfMemory", "OutOfMemory"]
     assert status["resolved"]["effectiveBatch"] == 8
     assert status["retriesUsed"] == 0
 
 
-async def test_divergence_is_replayed_then_rolled_back_then_fails(world: Rig) -> None:
+async def test_divergence_is_repeated_then_rolled_back_then_fails(world: Rig) -> None:
     await world.create(training={"learningRate": 0.001})
     marks = [checkpoint(step) for step in (10, 20, 30)]
     rates, limits = [], []
@@ -177,22 +182,22 @@ async def test_divergence_is_replayed_then_rolled_back_then_fails(world: Rig) ->
         rates.append(run.spec.training.learning_rate)
         limits.append(run.resume.max_step)
         pod = await world.pod(f"run-{number}", 0, "Running")
-        words = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": marks, "step": 33})
-        await world.kubelet.end(pod, ExitCode.DIVERGED, words)
+        message = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": marks, "step": 33})
+        await world.kubelet.end(pod, ExitCode.DIVERGED, message)
     status = await world.phase("Failed")
     assert rates == [0.001, 0.001, 0.0005, 0.00025]
     assert limits == [None, None, 20, 10]
     assert status["failure"]["class"] == "Diverged"
 
 
-async def test_after_a_rollback_the_run_goes_on_from_its_newest_checkpoint(world: Rig) -> None:
-    """Whatever takes its pods: it is not rolled back again with every attempt."""
+async def test_attempt_after_a_rollback_starts_from_its_newest_checkpoint(world: Rig) -> None:
+    """A rollback is for one attempt: a later preemption does not repeat it."""
     await world.create(training={"learningRate": 0.001})
     marks = [checkpoint(step) for step in (10, 20, 30)]
     for number in (1, 2):
         pod = await world.pod(f"run-{number}", 0, "Running")
-        words = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": marks, "step": 33})
-        await world.kubelet.end(pod, ExitCode.DIVERGED, words)
+        message = TerminationMessage.model_validate({"code": "LossNotFinite", "message": "nan", "checkpoints": marks, "step": 33})
+        await world.kubelet.end(pod, ExitCode.DIVERGED, message)
     assert run_config(await world.job("run-3")).resume.max_step == 20
     far = [*marks, checkpoint(60, attempt=3)]
     saved = {"code": "StoppedSaved", "checkpoints": far, "committedStep": 60, "checkpoint": far[-1]["uri"], "step": 60}
@@ -203,7 +208,7 @@ async def test_after_a_rollback_the_run_goes_on_from_its_newest_checkpoint(world
     assert run_config(await world.job("run-4")).spec.training.learning_rate == 0.0005
 
 
-async def test_deadline_counts_running_time(world: Rig) -> None:
+async def test_deadline_ends_a_running_job(world: Rig) -> None:
     await world.create(policy={"activeDeadlineSeconds": 1})
     await world.job("run-1")
     status = await world.phase("Failed")
@@ -212,7 +217,7 @@ async def test_deadline_counts_running_time(world: Rig) -> None:
     assert world.condition("Succeeded")["reason"] == "DeadlineExceeded"
 
 
-async def test_ttl_removes_jobs_and_pods_never_the_finetunejob(world: Rig) -> None:
+async def test_ttl_deletes_jobs_and_pods_and_keeps_the_finetunejob(world: Rig) -> None:
     await world.create(policy={"ttlSecondsAfterFinished": 1})
     await world.kubelet.succeed(await world.pod("run-1", 0, "Running"))
     await world.phase("Succeeded")
@@ -223,28 +228,28 @@ async def test_ttl_removes_jobs_and_pods_never_the_finetunejob(world: Rig) -> No
     assert world.status()["phase"] == "Succeeded"
 
 
-async def test_lost_node_is_forced_and_replaced(world: Rig) -> None:
+async def test_pod_of_a_lost_node_is_removed_and_replaced(world: Rig) -> None:
     await world.create(policy={"terminationGracePeriodSeconds": 1})
     pod = await world.train("run-1")
     await world.phase("Running")
     world.kubelet.stops = False
     await world.kube.delete(POD, world.namespace, pod["metadata"]["name"], uid=pod["metadata"]["uid"])
     await world.job("run-2")
-    status = world.status()
-    assert status["attempts"][0]["reason"] == "NodeLost"
-    assert status["attempts"][0]["counted"] is False
-    assert [p["metadata"]["labels"][Label.ATTEMPT] for p in world.pods.items.values()] in (["2"], [])
+    attempt = await world.ended_attempt(1)
+    assert (attempt["reason"], attempt["counted"]) == ("NodeLost", False)
+    await world.until("the pod's removal", lambda: pod["metadata"]["name"] not in world.pods.items)
+    assert {p["metadata"]["labels"][Label.ATTEMPT] for p in world.pods.items.values()} <= {"2"}
 
 
-async def test_stalled_run_is_restarted(world: Rig) -> None:
+async def test_stalled_attempt_is_ended_and_counts(world: Rig) -> None:
     await world.create(policy={"stallTimeoutSeconds": 30})
     await world.train("run-1", step=7, health={"secondsSinceStep": 31.0, "medianStepSeconds": 0.1})
     await world.job("run-2")
-    attempt = world.status()["attempts"][0]
+    attempt = await world.ended_attempt(1)
     assert (attempt["reason"], attempt["exitCode"], attempt["counted"]) == ("Stalled", 74, True)
 
 
-async def test_unknown_pool_waits_with_the_list_of_pools(world: Rig) -> None:
+async def test_unknown_pool_waits_and_lists_the_pools(world: Rig) -> None:
     await world.create(resources={"nodePool": "a100", "gpusPerNode": 1})
     await world.phase("Pending")
     accepted = world.condition("Accepted")
@@ -255,7 +260,7 @@ async def test_unknown_pool_waits_with_the_list_of_pools(world: Rig) -> None:
     assert world.jobs.items == {}
 
 
-async def test_rejected_spec_is_final_and_names_the_field(world: Rig) -> None:
+async def test_rejected_spec_fails_and_names_the_field(world: Rig) -> None:
     await world.create(method={"type": "spectrum"}, model={"source": "./local"})
     status = await world.phase("Failed")
     accepted = world.condition("Accepted")
@@ -265,7 +270,7 @@ async def test_rejected_spec_is_final_and_names_the_field(world: Rig) -> None:
     assert world.condition("Stalled")["status"] == "True"
 
 
-async def test_gpu_pool_reaches_the_pod(world: Rig) -> None:
+async def test_pods_get_node_selector_and_gpus_of_their_pool(world: Rig) -> None:
     await world.create(resources={"gpusPerNode": 2, "nodes": 2})
     job = await world.job("run-1")
     pod = job["spec"]["template"]["spec"]
@@ -282,15 +287,15 @@ async def test_gpu_pool_reaches_the_pod(world: Rig) -> None:
 async def test_one_failed_rank_ends_the_attempt_for_all(world: Rig) -> None:
     await world.create(resources={"nodes": 2})
     first, second = await world.pod("run-1", 0, "Running"), await world.pod("run-1", 1, "Running")
-    words = TerminationMessage(code="Boom", message="boom", rank=1, origin=True)
-    await world.kubelet.end(second, ExitCode.INTERNAL, words)
+    message = TerminationMessage(code="Boom", message="boom", rank=1, origin=True)
+    await world.kubelet.end(second, ExitCode.INTERNAL, message)
     await world.job("run-2")
-    attempt = world.status()["attempts"][0]
+    attempt = await world.ended_attempt(1)
     assert (attempt["reason"], attempt["exitCode"]) == ("InternalError", 70)
     assert first["metadata"]["name"] != second["metadata"]["name"]
 
 
-async def test_gangs_side_by_side_have_nothing_in_common(world: Rig) -> None:
+async def test_two_gangs_share_neither_service_nor_rendezvous(world: Rig) -> None:
     worlds = {}
     for name in ("one", "two"):
         await world.create(name, resources={"nodes": 2})
@@ -298,7 +303,7 @@ async def test_gangs_side_by_side_have_nothing_in_common(world: Rig) -> None:
         text = job["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
         worlds[name] = json.loads(text)["world"]
         assert job["spec"]["template"]["spec"]["subdomain"] == f"{name}-1"
-        await world.until(f"{name} is told of", lambda name=name: world.status(name).get("attempts"))
+        await world.until(f"a status of {name}", lambda name=name: world.status(name).get("attempts"))
     assert worlds["one"]["masterAddress"] == "one-1-0.one-1"
     assert worlds["two"]["masterAddress"] == "two-1-0.two-1"
     assert worlds["one"]["rendezvousId"] != worlds["two"]["rendezvousId"]
@@ -316,19 +321,19 @@ async def test_gangs_side_by_side_have_nothing_in_common(world: Rig) -> None:
     assert (await world.phase("Succeeded", "two"))["workers"]["total"] == 2
 
 
-async def test_somebody_deletes_our_job(world: Rig) -> None:
+async def test_job_deleted_by_somebody_else_counts_as_an_attempt(world: Rig) -> None:
     await world.create()
     await world.train("run-1")
     await world.phase("Running")
     job = world.jobs.items["run-1"]
     await world.kube.delete(JOB, world.namespace, "run-1", uid=job["metadata"]["uid"])
     await world.job("run-2")
-    attempt = world.status()["attempts"][0]
+    attempt = await world.ended_attempt(1)
     assert (attempt["reason"], attempt["counted"]) == ("Preempted", True)
     assert "was deleted, and not by the operator" in attempt["message"]
 
 
-async def test_name_taken_by_a_foreign_job(world: Rig) -> None:
+async def test_job_of_another_owner_with_the_same_name_blocks_the_attempt(world: Rig) -> None:
     foreign = {
         "apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "run-1", "namespace": world.namespace},
         "spec": {"suspend": True, "template": {"spec": {"restartPolicy": "Never", "containers": [{"name": "x", "image": "x"}]}}},
@@ -340,37 +345,32 @@ async def test_name_taken_by_a_foreign_job(world: Rig) -> None:
     assert world.jobs.items["run-1"]["metadata"]["uid"] == made["metadata"]["uid"]
 
 
-async def test_unschedulable_in_the_scheduler_s_words(world: Rig) -> None:
+async def test_unschedulable_pod_shows_the_scheduler_s_message(world: Rig) -> None:
     world.kubelet.auto = False
     await world.create()
     pod = await world.pod("run-1")
-    words = "0/3 nodes are available: 3 Insufficient cpu."
-    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
+    message = "0/3 nodes are available: 3 Insufficient cpu."
+    condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
     await world.kubelet.write(pod, {"conditions": [condition]})
-    await world.until("words", lambda: words in world.condition("PodsReady").get("message", ""))
+    await world.until("the message", lambda: message in world.condition("PodsReady").get("message", ""))
     assert world.condition("PodsReady")["reason"] == "Unschedulable"
-    await asyncio.wait_for(_event(world, "Unschedulable"), 10)
+    await wait_for_event(world, "Unschedulable")
 
 
-async def _event(world: Rig, reason: str) -> None:
-    while reason not in await reasons(world):  # noqa: ASYNC110 -- what is waited for happens on the API server
-        await asyncio.sleep(0.05)
-
-
-async def test_quota_refusal_shows_the_admission_s_words(world: Rig) -> None:
+async def test_quota_refusal_shows_the_message_of_admission(world: Rig) -> None:
     quota = {
         "apiVersion": "v1", "kind": "ResourceQuota", "metadata": {"name": "none", "namespace": world.namespace},
         "spec": {"hard": {"pods": "0"}},
     }  # fmt: skip
     await world.kube.create(Kind("v1", "ResourceQuota", "resourcequotas"), world.namespace, quota)
     await world.create()
-    await world.until("quota", lambda: world.condition("PodsReady").get("reason") == "QuotaExceeded", 60)
+    await world.until("quota", lambda: world.condition("PodsReady").get("reason") == "QuotaExceeded")
     assert "exceeded quota: none" in world.condition("PodsReady")["message"]
     assert world.status()["phase"] == "Starting"
 
 
 async def refusal(world: Rig) -> KubeError:
-    """The API server's answer to a Job, once a policy that was just made holds."""
+    """The API server's refusal of a Job, once a new policy is in force."""
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "i"}]}}
     for number in itertools.count():
         body = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": f"probe-{number}"}}
@@ -382,8 +382,8 @@ async def refusal(world: Rig) -> KubeError:
     raise AssertionError("unreachable")
 
 
-async def test_a_policy_of_the_cluster_is_quoted_and_waited_for(world: Rig) -> None:
-    """It answers as if the object were wrong (422), and nothing is wrong with it."""
+async def test_job_refused_by_an_admission_policy_waits_and_quotes_it(world: Rig) -> None:
+    """The policy answers 422, as for an invalid object, but the object is valid."""
     name = f"costs-{world.namespace}"
     only_here = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": world.namespace}}}
     rules = [{"apiGroups": ["batch"], "apiVersions": ["v1"], "operations": ["CREATE"], "resources": ["jobs"]}]
@@ -406,7 +406,7 @@ async def test_a_policy_of_the_cluster_is_quoted_and_waited_for(world: Rig) -> N
     await world.job("run-1")
 
 
-async def test_deleting_the_finetunejob_removes_its_children(world: Rig) -> None:
+async def test_deleting_the_finetunejob_deletes_its_jobs_and_pods(world: Rig) -> None:
     made = await world.create()
     await world.pod("run-1", 0, "Running")
     await world.kube.delete(FINETUNEJOB, world.namespace, "run", uid=made["metadata"]["uid"], foreground=False)
