@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from finetune_api.names import Condition, Reason
+from finetune_api.names import Condition, Phase, Reason
 from finetune_api.pod import TerminationMessage
 from finetune_api.status import Checkpoint, FineTuneJobStatus
 from finetune_operator.decide import decide
@@ -61,14 +61,23 @@ def test_cancel_ends_everything_for_good(place: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 def test_cancel_wins_over_suspend(place: str) -> None:
     both, alone = plan_of(place, cancel=True, suspend=True), plan_of(place, cancel=True)
-    assert (both.finish, both.termination and both.termination.reason) == (alone.finish, alone.termination and alone.termination.reason)
+    assert (both.finish, both.termination and both.termination.reason) == (
+        alone.finish,
+        alone.termination and alone.termination.reason,
+    )
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_finished_job_is_never_started_again(place: str) -> None:
     known, jobs, pods = PLACES[place]
     when = "2026-11-21T12:01:00Z"
-    truth = {"type": Condition.FINISHED, "status": "True", "reason": "Succeeded", "message": "", "lastTransitionTime": when}
+    truth = {
+        "type": Condition.FINISHED,
+        "status": "True",
+        "reason": "Succeeded",
+        "message": "",
+        "lastTransitionTime": when,
+    }
     finished = FineTuneJobStatus.model_validate({**(known.to_wire() if known else {}), "conditions": [truth]})
     for wish in ({}, {"suspend": False}, {"suspend": True}, {"cancel": True}):
         plan = decide(facts(written=spec(**wish), known=finished, jobs=jobs, pods=pods, now=at(4000)))
@@ -83,7 +92,12 @@ def test_pauses_end_with_the_next_attempt() -> None:
     assert (plan.situation, plan.create_attempt) == (Situation.STARTING, 2)
 
 
-NOT_READY = {"type": "PodsReady", "status": "False", "reason": "Unschedulable", "lastTransitionTime": "2026-11-21T12:00:00Z"}
+NOT_READY = {
+    "type": "PodsReady",
+    "status": "False",
+    "reason": "Unschedulable",
+    "lastTransitionTime": "2026-11-21T12:00:00Z",
+}
 REFUSED = {**NOT_READY, "type": "Accepted", "reason": "UnknownNodePool"}
 SILENT = pod(phase="Pending", is_ready=False, node="", unschedulable="0/9 nodes")
 GOING = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
@@ -124,17 +138,17 @@ def test_checkpoints_of_earlier_attempts_are_no_progress_of_this_one() -> None:
     old = {"step": 500, "uri": "s3://b/checkpoints/step-00000500/a1-0123abcd"}
     idle = [{"number": n, "startTime": T, "endTime": T, "reason": "NodeLost", "counted": False} for n in range(2, 12)]
     known = status(attempt=12, attempts=[*idle, {"number": 12, "startTime": T}], checkpoints=[old], retriesUsed=3)
-    said = TerminationMessage.model_validate(
+    received = TerminationMessage.model_validate(
         {"checkpoints": [old], "committedStep": 500, "checkpoint": old["uri"], "resumedFromStep": 300}
     )
-    last = ended(pod(12), 70, said)
+    last = ended(pod(12), 70, received)
     plan = decide(facts(known=known, jobs=[job(12, failed_at=at(60))], pods=[last], now=at(61)))
     assert plan.attempt_end is not None
     assert (plan.attempt_end.progressed, plan.attempt_end.committed_step) == (False, None)
     assert plan.finish is not None and plan.finish.reason is Reason.RETRIES_EXHAUSTED
     new = {"step": 600, "uri": "s3://b/checkpoints/step-00000600/a12-0123abcd"}
-    said = said.model_copy(update={"checkpoints": [Checkpoint.model_validate(one) for one in (old, new)]})
-    plan = decide(facts(known=known, jobs=[job(12, failed_at=at(60))], pods=[ended(pod(12), 70, said)], now=at(61)))
+    received = received.model_copy(update={"checkpoints": [Checkpoint.model_validate(one) for one in (old, new)]})
+    plan = decide(facts(known=known, jobs=[job(12, failed_at=at(60))], pods=[ended(pod(12), 70, received)], now=at(61)))
     assert plan.attempt_end is not None
     assert (plan.attempt_end.progressed, plan.attempt_end.committed_step) == (True, 600)
 
@@ -184,11 +198,17 @@ def test_job_that_is_being_ended_is_deleted_although_it_has_failed_meanwhile() -
 
 def test_job_that_completed_while_it_was_being_ended_succeeds() -> None:
     known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
-    plan = decide(facts(written=spec(suspend=True), known=known, jobs=[job(completed_at=at(60))], pods=[ended(pod(), 0)], now=at(61)))
+    plan = decide(
+        facts(
+            written=spec(suspend=True), known=known, jobs=[job(completed_at=at(60))], pods=[ended(pod(), 0)], now=at(61)
+        )
+    )
     assert plan.finish is not None and plan.finish.outcome is Outcome.SUCCEEDED
 
 
-@pytest.mark.parametrize(("now", "situation"), [(-3600, Situation.STARTING), (59, Situation.STARTING), (60, Situation.BACKING_OFF)])
+@pytest.mark.parametrize(
+    ("now", "situation"), [(-3600, Situation.STARTING), (59, Situation.STARTING), (60, Situation.BACKING_OFF)]
+)
 def test_backoff_is_over_if_the_clock_was_set_back(now: float, situation: Situation) -> None:
     """The attempt ended at 60 s, and its backoff takes 10 s. Without this rule a clock an hour back would add an hour."""
     known, jobs, pods = PLACES["recovering"]
@@ -210,3 +230,33 @@ def test_job_without_our_controller_reference_is_never_deleted(wish: dict[str, b
     found = facts(written=spec(**wish), jobs=[foreign])
     assert found.owned_jobs == ()
     assert decide(found).delete_jobs == ()
+
+
+def condition(kind: Condition, value: str, seconds: float) -> dict[str, str]:
+    return {
+        "type": kind,
+        "status": value,
+        "reason": "Progressing",
+        "message": "",
+        "lastTransitionTime": at(seconds).isoformat(),
+    }
+
+
+def test_orphaned_pods_are_deleted_at_the_ttl_like_their_job() -> None:
+    done = [condition(Condition.FINISHED, "True", 100)]
+    known = status(attempt=1, phase=Phase.SUCCEEDED, conditions=done, completionTime=at(100).isoformat())
+    written = spec(policy={"ttlSecondsAfterFinished": 60})
+    left, runs = ended(pod(), 0), pod(uid="runs", index=1)
+    early = decide(facts(written=written, known=known, pods=[left, runs], now=at(120)))
+    assert (early.situation, early.delete_pods, early.is_clean) == (Situation.FINISHED, (runs,), False)
+    due = decide(facts(written=written, known=known, pods=[left], now=at(161)))
+    assert (due.delete_pods, due.is_clean) == ((left,), False)
+    with_job = decide(facts(written=written, known=known, jobs=[job(completed_at=at(90))], pods=[left], now=at(161)))
+    assert (with_job.delete_pods, len(with_job.delete_jobs)) == ((), 1)
+
+
+def test_unfinished_job_of_an_earlier_attempt_is_deleted_while_the_pool_is_missing() -> None:
+    known = status(attempt=2, attempts=[{**BEGUN, "endTime": "2026-11-21T12:01:00Z", "reason": "Preempted"}])
+    written = spec(resources={"nodePool": "gone", "gpusPerNode": 1})
+    plan = decide(facts(written=written, known=known, jobs=[job(1)], now=at(90)))
+    assert [one.name for one in plan.delete_jobs] == ["run-1"]

@@ -1,0 +1,192 @@
+"""What the next attempt changes after memory ran out or the loss diverged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api.names import Reason
+from finetune_api.rules import check
+from finetune_api.status import Adaptation, Checkpoint
+from finetune_operator.decide import decide
+from finetune_operator.plan import ActionResult
+from finetune_operator.policies.adaptations import (
+    LadderExhausted,
+    adapt_to_divergence,
+    adapt_to_out_of_memory,
+    apply_adaptations,
+    max_start_step,
+)
+from finetune_operator.report import report as make_report
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.unit.operator.samples import T0, accepted, at, facts, job, pod, report, spec, status
+
+ROLLED_BACK = Adaptation(
+    time=T0, reason=Reason.DIVERGED, change="", set={"resume.maxStep": 20, "resume.firstAttempt": 3}
+)
+
+
+def rungs(**groups: Any) -> list[str]:
+    """Changes of the whole ladder."""
+    current, changes = accepted(spec(**groups)).spec, []
+    while isinstance(rung := adapt_to_out_of_memory(current, T0), Adaptation):
+        changes.append(rung.change)
+        current = apply_adaptations(current, [rung])
+        assert not check(current), rung
+    return changes
+
+
+def iso(seconds: float) -> str:
+    return at(seconds).isoformat().replace("+00:00", "Z")
+
+
+BEGUN = {"number": 1, "startTime": iso(0)}
+
+CHECKPOINTS = [
+    {"step": step, "uri": f"s3://m/checkpoints/step-{step:08d}/a1-aaaaaaaa", "healthy": True} for step in (100, 200, 300, 400, 500)
+]  # fmt: skip
+
+
+@settings(deadline=None)
+@given(batch=st.integers(1, 512), accumulation=st.integers(1, 512))
+def test_memory_adaptations_keep_the_effective_batch_and_end(batch: int, accumulation: int) -> None:
+    current = accepted(spec(training={"batchSizePerDevice": batch, "gradientAccumulationSteps": accumulation})).spec
+    seen = batch
+    for _ in range(12):
+        rung = adapt_to_out_of_memory(current, T0)
+        if isinstance(rung, LadderExhausted):
+            break
+        current = apply_adaptations(current, [rung])
+        now, more = current.training.batch_size_per_device, current.training.gradient_accumulation_steps
+        assert now is not None and more is not None
+        assert now * more == batch * accumulation
+        assert now <= seen / 2 or now == seen
+        seen = now
+    else:
+        raise AssertionError("the ladder has no end")
+    assert seen == 1 or accumulation * batch > 65536
+    assert current.training.gradient_checkpointing == "enabled"
+
+
+def test_next_micro_batch_is_the_largest_divisor_at_or_below_half() -> None:
+    rung = adapt_to_out_of_memory(
+        accepted(spec(training={"batchSizePerDevice": 9, "gradientAccumulationSteps": 2})).spec, T0
+    )
+    assert isinstance(rung, Adaptation)
+    assert rung.change == "batchSizePerDevice 9 -> 3, gradientAccumulationSteps 2 -> 6"
+
+
+def test_micro_batch_of_kto_keeps_two_rows() -> None:
+    written = spec(trainer={"type": "kto"}, training={"batchSizePerDevice": 4, "gradientCheckpointing": "disabled"})
+    first = adapt_to_out_of_memory(accepted(written).spec, T0)
+    assert isinstance(first, Adaptation)
+    assert first.set == {"training.batchSizePerDevice": 2, "training.gradientAccumulationSteps": 8}
+    second = adapt_to_out_of_memory(apply_adaptations(accepted(written).spec, [first]), T0)
+    assert isinstance(second, Adaptation)
+    assert second.set == {"training.gradientCheckpointing": "enabled"}
+
+
+def test_policy_fail_allows_no_adaptation() -> None:
+    assert isinstance(
+        adapt_to_out_of_memory(accepted(spec(policy={"onOutOfMemory": "Fail"})).spec, T0), LadderExhausted
+    )
+    found = adapt_to_divergence(accepted(spec(policy={"onDivergence": "Fail"})).spec, [], [], T0)
+    assert isinstance(found, LadderExhausted)
+
+
+def test_divergence_replays_once_then_rolls_back_twice_with_half_the_learning_rate() -> None:
+    base = accepted(spec(training={"learningRate": 0.01})).spec
+    marks = [Checkpoint(step=s, uri=f"u{s}", healthy=True) for s in (10, 20, 30)]
+    done: list[Adaptation] = []
+    for attempt in (1, 2, 3):
+        rung = adapt_to_divergence(apply_adaptations(base, done), done, marks, T0, attempt)
+        assert isinstance(rung, Adaptation)
+        done.append(rung)
+    assert [one.set for one in done] == [
+        {},
+        {"training.learningRate": 0.005, "resume.maxStep": 20, "resume.firstAttempt": 3},
+        {"training.learningRate": 0.0025, "resume.maxStep": 10, "resume.firstAttempt": 4},
+    ]
+    assert isinstance(adapt_to_divergence(apply_adaptations(base, done), done, marks, T0), LadderExhausted)
+
+
+def test_unproven_checkpoints_are_no_rollback_targets() -> None:
+    """The loss after such a checkpoint was not finite: it may hold the weights that led there."""
+    base = accepted().spec
+    marks = [
+        Checkpoint(step=step, uri=f"u{step}", healthy=healthy)
+        for step, healthy in ((10, True), (20, False), (30, True), (40, False))
+    ]
+    replay = adapt_to_divergence(base, [], marks, T0)
+    assert isinstance(replay, Adaptation) and "step 30" in replay.change
+    rollback = adapt_to_divergence(base, [replay], marks, T0, 2)
+    assert isinstance(rollback, Adaptation) and rollback.set is not None
+    assert rollback.set["resume.maxStep"] == 10
+
+
+def test_divergence_without_a_checkpoint_goes_back_to_the_start() -> None:
+    base = accepted().spec
+    first = adapt_to_divergence(base, [], [], T0)
+    assert isinstance(first, Adaptation)
+    second = adapt_to_divergence(base, [first], [], T0)
+    assert isinstance(second, Adaptation)
+    assert second.set is not None
+    assert second.set["resume.maxStep"] == 0
+
+
+@pytest.mark.parametrize(
+    ("made", "start"),
+    [
+        ([], 20),
+        ([(10, 1), (20, 1), (30, 2)], 20),
+        ([(10, 1), (20, 1), (30, 2), (25, 3)], 25),
+        ([(20, 1), (30, 2), (30, 3)], 30),
+        ([(20, 1), (30, 2), (40, 3)], None),
+        ([(30, 2), (500, 3), (600, 4)], None),
+        ([(30, 0)], 20),
+    ],
+)
+def test_rollback_excludes_older_attempts_checkpoints_and_no_newer_ones(
+    made: list[tuple[int, int]], start: int | None
+) -> None:
+    """`made`: (step, attempt) of every checkpoint; attempt 0: nobody knows."""
+    uris = {
+        attempt: f"s3://b/checkpoints/step/a{attempt}-0123abcd" if attempt else "s3://b/step" for _, attempt in made
+    }
+    marks = [Checkpoint(step=step, uri=uris[attempt]) for step, attempt in made]
+    assert max_start_step([ROLLED_BACK], marks) == start
+    assert max_start_step([], marks) is None
+
+
+def test_adaptation_that_the_rules_refuse_is_skipped() -> None:
+    assert rungs(method={"type": "prefixTuning"}, training={"batchSizePerDevice": 2}) == [
+        "batchSizePerDevice 2 -> 1, gradientAccumulationSteps 4 -> 8"
+    ]
+
+
+def test_evaluation_batch_shrinks_with_the_training_batch() -> None:
+    held_out = {"split": {"validation": 0.1}}
+    assert rungs(dataset={"train": "s3://data/a.jsonl", **held_out}, evaluation={"batchSizePerDevice": 32}, training={"batchSizePerDevice": 2}) == [
+        "batchSizePerDevice 2 -> 1, gradientAccumulationSteps 4 -> 8, evaluation.batchSizePerDevice 32 -> 1",
+        "gradientCheckpointing disabled -> enabled",
+    ]  # fmt: skip
+    assert rungs(dataset={"train": "s3://data/a.jsonl", **held_out}, evaluation={"batchSizePerDevice": 8}, training={"batchSizePerDevice": 1})[0] == (
+        "evaluation.batchSizePerDevice 8 -> 1"
+    )  # fmt: skip
+    assert "evaluation" not in " ".join(rungs(evaluation={"batchSizePerDevice": 32}))
+
+
+def test_second_rollback_uses_a_checkpoint_that_retention_kept() -> None:
+    written = spec(checkpoint={"keep": 2})
+    known = status(attempt=1, attempts=[BEGUN], checkpoints=CHECKPOINTS)
+    received = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 510})
+    found = facts(written=written, known=known, jobs=[job()], pods=[pod()], last_report=received)
+    left = make_report(found, decide(found), ActionResult()).checkpoints
+    adaptations: list[Adaptation] = []
+    for attempt in (1, 2, 3):
+        rung = adapt_to_divergence(accepted(written).spec, adaptations, left, T0, attempt)
+        assert not isinstance(rung, LadderExhausted)
+        adaptations.append(rung)
+    assert (adaptations[-1].set or {})["resume.maxStep"] == 400

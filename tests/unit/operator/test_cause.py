@@ -1,0 +1,190 @@
+"""Why an attempt ended, from its pods and its Job."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from finetune_api.exits import RetryPolicy
+from finetune_api.names import CONTAINER, MANAGER, FailureClass, Label, Reason
+from finetune_api.pod import TerminationMessage
+from finetune_operator.policies.cause import cause_of, pod_cause
+from finetune_operator.views import PodView, read_pod
+
+from tests.unit.operator.samples import T0, UID, at, ended, job, pod
+
+
+def message(code: str, **fields: Any) -> TerminationMessage:
+    return TerminationMessage(code=code, message=f"{code} happened", **fields)
+
+
+def seen(phase: str, trainer: dict[str, Any], *, beside: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
+         conditions: list[dict[str, Any]] | None = None, gates: list[str] | None = None) -> PodView:  # fmt: skip
+    """A pod as the API server shows it. States of the trainer, of a container whose name sorts before it, of an init container."""
+    labels = {Label.MANAGED_BY: MANAGER, Label.NAME: "run", Label.UID: UID, Label.ATTEMPT: "1"}
+    states = [{"name": "istio-proxy", "imageID": "proxy", "state": beside}] if beside else []
+    states.append({"name": CONTAINER, "imageID": "trainer", "state": trainer})
+    body = {
+        "metadata": {"name": "run-1-0-x", "namespace": "team", "uid": "pod-1", "labels": labels},
+        "spec": {"schedulingGates": [{"name": gate} for gate in gates or []]},
+        "status": {
+            "phase": phase, "containerStatuses": states, "conditions": conditions or [],
+            "initContainerStatuses": [{"name": "setup", "state": init}] if init else [],
+        },
+    }  # fmt: skip
+    found = read_pod(body)
+    assert found is not None
+    return found
+
+
+INITIALIZING = {"waiting": {"reason": "PodInitializing"}}
+
+
+@pytest.mark.parametrize(
+    ("code", "reason", "retry"),
+    [
+        (64, Reason.USER_ERROR, RetryPolicy.NEVER), (65, Reason.DATA_ERROR, RetryPolicy.NEVER), (66, Reason.MODEL_ERROR, RetryPolicy.NEVER),
+        (67, Reason.STORAGE_ERROR, RetryPolicy.NEVER), (69, Reason.STORAGE_ERROR, RetryPolicy.COUNTED),
+        (70, Reason.INTERNAL_ERROR, RetryPolicy.COUNTED), (71, Reason.OUT_OF_MEMORY, RetryPolicy.ADAPT_MEMORY),
+        (72, Reason.DIVERGED, RetryPolicy.ROLL_BACK), (73, Reason.STORAGE_ERROR, RetryPolicy.COUNTED),
+        (74, Reason.PEER_FAILED, RetryPolicy.COUNTED), (75, Reason.PREEMPTED, RetryPolicy.FREE), (76, Reason.PREEMPTED, RetryPolicy.FREE),
+        (77, Reason.STORAGE_ERROR, RetryPolicy.NEVER), (78, Reason.INSTALLATION_BROKEN, RetryPolicy.NEVER),
+        (79, Reason.TRAINER_TOO_OLD, RetryPolicy.WAIT), (80, Reason.GATE_FAILED, RetryPolicy.NEVER), (1, Reason.INTERNAL_ERROR, RetryPolicy.COUNTED),
+        (137, Reason.INTERNAL_ERROR, RetryPolicy.COUNTED),
+    ],
+)  # fmt: skip
+def test_exit_code_decides_reason_and_retry_policy(code: int, reason: Reason, retry: RetryPolicy) -> None:
+    found = pod_cause(ended(pod(), code))
+    assert found is not None
+    assert (found.reason, found.retry, found.failure.exit_code) == (reason, retry, code)
+
+
+def test_class_in_the_termination_message_wins_over_the_exit_codes_class() -> None:
+    found = pod_cause(ended(pod(), 77, message("Gated", class_=FailureClass.MODEL, hint="ask for access")))
+    assert found is not None
+    assert (found.reason, found.failure.class_, found.failure.hint) == (
+        Reason.MODEL_ERROR, FailureClass.MODEL, "ask for access",
+    )  # fmt: skip
+
+
+def test_running_or_succeeded_pod_is_no_cause() -> None:
+    assert pod_cause(pod()) is None
+    assert pod_cause(ended(pod(), 0)) is None
+
+
+@pytest.mark.parametrize(
+    ("disruption", "code", "reason"),
+    [
+        ("PreemptionByScheduler", 143, Reason.PREEMPTED),
+        ("EvictionByEvictionAPI", 75, Reason.PREEMPTED),
+        ("DeletionByTaintManager", 137, Reason.NODE_LOST),
+        ("DeletionByPodGC", None, Reason.NODE_LOST),
+        ("TerminationByKubelet", None, Reason.PREEMPTED),
+    ],
+)
+def test_disruption_does_not_count_as_a_retry(disruption: str, code: int | None, reason: Reason) -> None:
+    taken = replace(pod(), disruption=disruption, phase="Failed")
+    found = pod_cause(ended(taken, code) if code is not None else taken)
+    assert found is not None
+    assert (found.reason, found.retry) == (reason, RetryPolicy.FREE)
+
+
+def test_data_error_of_a_disrupted_pod_stays_a_data_error() -> None:
+    found = pod_cause(replace(ended(pod(), 65), disruption="EvictionByEvictionAPI"))
+    assert found is not None
+    assert found.reason is Reason.DATA_ERROR
+
+
+def test_oom_killed_pod_leads_to_the_memory_adaptation() -> None:
+    found = pod_cause(ended(pod(), 137, reason="OOMKilled"))
+    assert found is not None
+    assert (found.reason, found.retry, found.failure.code) == (
+        Reason.OUT_OF_MEMORY,
+        RetryPolicy.ADAPT_MEMORY,
+        "OOMKilled",
+    )
+
+
+def test_pod_killed_while_being_deleted_is_preempted() -> None:
+    found = pod_cause(replace(ended(pod(), 137), deletion_timestamp=T0))
+    assert found is not None
+    assert (found.reason, found.retry) == (Reason.PREEMPTED, RetryPolicy.FREE)
+
+
+def test_pod_rejected_by_its_node_counts_as_a_retry() -> None:
+    found = pod_cause(replace(pod(), phase="Failed", reason="OutOfnvidia.com/gpu", message="no"))
+    assert found is not None
+    assert (found.retry, found.failure.code) == (RetryPolicy.COUNTED, "OutOfnvidia.com/gpu")
+
+
+@pytest.mark.parametrize(
+    ("codes", "counts"),
+    [
+        ([74, 65], 65), ([71, 70], 71), ([75, 74], 74), ([75, 70, 74], 70), ([72, 65], 65), ([69, 72], 69),
+    ],
+)  # fmt: skip
+def test_failure_with_the_lowest_precedence_is_the_cause(codes: list[int], counts: int) -> None:
+    pods = [ended(pod(index=n), code, message("X")) for n, code in enumerate(codes)]
+    assert cause_of(None, pods).failure.exit_code == counts
+
+
+def test_earliest_rank_that_failed_by_itself_is_the_cause() -> None:
+    pods = [
+        ended(pod(index=0), 70, message("Noticed", origin=False, time_ns=1, rank=0)),
+        ended(pod(index=1), 70, message("Late", origin=True, time_ns=30, rank=1)),
+        ended(pod(index=2), 70, message("Early", origin=True, time_ns=20, rank=2)),
+    ]
+    assert cause_of(None, pods).failure.code == "Early"
+
+
+def test_disruption_is_the_cause_of_peer_failures() -> None:
+    pods = [ended(pod(index=0), 74), replace(ended(pod(index=1), 137), disruption="DeletionByTaintManager")]
+    assert cause_of(None, pods).reason is Reason.NODE_LOST
+
+
+def test_condition_of_the_job_is_the_cause_if_no_pod_is_known() -> None:
+    failed = job(failed_at=at(1), failed_reason="BackoffLimitExceeded", failed_message="Job has reached it")
+    found = cause_of(failed, [])
+    assert (found.failure.code, found.retry) == ("BackoffLimitExceeded", RetryPolicy.COUNTED)
+    assert cause_of(None, []).failure.code == "PodsLost"
+
+
+def test_last_log_line_replaces_a_missing_termination_message_without_secrets() -> None:
+    text = "Traceback\nAWS_SECRET_ACCESS_KEY=wJalrXUtnFEMIK7MDENG failed\n"
+    found = pod_cause(ended(pod(), 1, message=text))
+    assert found is not None
+    assert found.failure.message == "AWS_SECRET_ACCESS_KEY=[redacted] failed"
+
+
+def test_exit_of_the_trainer_counts_and_not_that_of_an_injected_container() -> None:
+    over = seen("Failed", {"terminated": {"exitCode": 65}}, beside={"terminated": {"exitCode": 0}})
+    assert over.image_id == "trainer"
+    cause = pod_cause(over)
+    assert cause is not None
+    assert (cause.failure.exit_code, cause.retry) == (65, RetryPolicy.NEVER)
+
+
+def test_failed_init_container_is_named() -> None:
+    failed = {"terminated": {"exitCode": 3, "reason": "Error", "message": "no route to the vault"}}
+    cause = cause_of(None, [seen("Failed", INITIALIZING, init=failed)])
+    assert (cause.failure.code, cause.retry) == ("InitContainerFailed", RetryPolicy.COUNTED)
+    assert cause.failure.message == "init container setup ended with exit code 3: no route to the vault"
+
+
+@pytest.mark.parametrize("code", [75, 76, 137, 143])
+def test_pod_evicted_for_its_own_use_counts_as_a_retry(code: int) -> None:
+    words = "Pod ephemeral local storage usage exceeds the total limit of containers 20Gi."
+    evicted = replace(ended(pod(), code), reason="Evicted", message=words)
+    cause = pod_cause(evicted)
+    assert cause is not None
+    assert (cause.failure.class_, cause.failure.code, cause.failure.message) == (
+        FailureClass.INFRASTRUCTURE,
+        "Evicted",
+        words,
+    )
+    assert cause.retry is RetryPolicy.COUNTED
+    assert "resources.ephemeralStorage" in (cause.failure.hint or "")
+    free = pod_cause(replace(evicted, disruption="TerminationByKubelet"))
+    assert free is not None
+    assert free.retry is RetryPolicy.FREE

@@ -1,0 +1,191 @@
+"""Start timeout and stall timeout of a job, also after a restart of the operator."""
+
+from __future__ import annotations
+
+import pytest
+from finetune_api.names import Condition, Reason
+from finetune_api.status import FineTuneJobStatus
+from finetune_operator.decide import decide
+from finetune_operator.facts import Facts
+from finetune_operator.plan import ActionResult, Situation
+from finetune_operator.policies.blocking import BlockingCondition
+from finetune_operator.report import report as make_report
+
+from tests.unit.operator.samples import at, facts, job, pod, report, spec, status
+
+
+def iso(seconds: float) -> str:
+    return at(seconds).isoformat().replace("+00:00", "Z")
+
+
+BEGUN = {"number": 1, "startTime": iso(0)}
+
+
+def condition(kind: Condition, value: str, reason: str, seconds: float) -> dict[str, str]:
+    return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": iso(seconds)}
+
+
+def stalled(found: Facts, acted: ActionResult | None = None) -> bool:
+    new = make_report(found, decide(found), acted or ActionResult())
+    return any(one.type == Condition.STALLED and one.status == "True" for one in new.conditions)
+
+
+def silent(ready_since: float) -> FineTuneJobStatus:
+    return status(
+        attempt=1, attempts=[{**BEGUN, "lastStep": 500}], progress={"step": 500, "updateTime": iso(100)},
+        conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, ready_since)],
+    )  # fmt: skip
+
+
+def test_pods_that_were_ready_until_now_are_not_late() -> None:
+    begun = status(
+        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "True", Reason.PODS_READY, 5)]
+    )
+    found = facts(known=begun, jobs=[job()], pods=[pod(is_ready=False)], now=at(7200))
+    assert not stalled(found)
+    lost = status(
+        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 7200)]
+    )
+    assert stalled(facts(known=lost, jobs=[job()], pods=[pod(is_ready=False)], now=at(9001)))
+
+
+def test_pod_that_was_silent_before_the_operator_restarted_stalls() -> None:
+    found = facts(known=silent(200), jobs=[job()], pods=[pod(is_ready=False)], now=at(900))
+    plan = decide(found)
+    assert plan.termination is not None and plan.termination.reason is Reason.STALLED
+
+
+@pytest.mark.parametrize(
+    ("known", "ready"),
+    [
+        (silent(200), True),
+        (silent(500), False),
+        (status(attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 0)]), False),
+        (silent(200).model_copy(update={"attempts": status(attempts=[{"number": 1, "startTime": iso(150)}]).attempts}), False),
+    ],
+    ids=["ready", "not yet", "never spoke", "another attempt spoke"],
+)  # fmt: skip
+def test_pod_without_any_report_does_not_stall(known: FineTuneJobStatus, ready: bool) -> None:
+    plan = decide(facts(known=known, jobs=[job()], pods=[pod(is_ready=ready)], now=at(900)))
+    assert plan.termination is None and plan.reconcile_at is not None
+
+
+def test_pod_that_replaced_a_requeued_one_gets_the_whole_stall_timeout() -> None:
+    """The quota went at 120 and came back at 7200: what spoke is gone, and the new pod has only just been made."""
+    known = status(
+        attempt=1, attempts=[{**BEGUN, "lastStep": 50}], progress={"step": 50, "updateTime": iso(100)},
+        conditions=[condition(Condition.QUOTA_RESERVED, "True", Reason.PROGRESSING, 7200), condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 120)],
+    )  # fmt: skip
+    again = job(queue="q", started_at=at(7200))
+    waits = pod(uid="new", phase="Pending", is_ready=False, created_at=at(7200))
+    runs = pod(uid="new", is_ready=False, created_at=at(7200), running_since=at(7300))
+    queued = spec(placement={"queueName": "q"})
+    for new, now, ends in ((waits, 9000, False), (runs, 7400, False), (runs, 7899, False), (runs, 7905, True)):
+        found = facts(written=queued, known=known, jobs=[again], pods=[new], now=at(now))
+        assert (decide(found).termination is not None) is ends, (new.phase, now)
+
+
+def test_node_clock_that_is_ahead_does_not_stall_an_attempt_that_has_not_started() -> None:
+    known = status(
+        attempt=2, attempts=[{**BEGUN, "lastStep": 50, "endTime": iso(102), "reason": "PodFailed"}, {"number": 2, "startTime": iso(112)}],
+        progress={"step": 50, "updateTime": iso(130)}, conditions=[condition(Condition.PODS_READY, "False", "PodsNotReady", 102)],
+    )  # fmt: skip
+    new = pod(
+        uid="new", attempt=2, phase="Pending", is_ready=False, created_at=at(112), node="", unschedulable="0/3 nodes"
+    )
+    assert decide(facts(known=known, jobs=[job(2, created_at=at(112))], pods=[new], now=at(800))).termination is None
+
+
+def test_refused_create_shows_as_stalled_after_the_start_timeout() -> None:
+    known = status(
+        conditions=[
+            condition(Condition.ACCEPTED, "True", "Accepted", 0),
+            condition(Condition.PODS_READY, "False", "QuotaExceeded", 0),
+        ]
+    )
+    refused = ActionResult(blocking=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    assert not stalled(facts(known=known, now=at(1700)), refused)
+    assert stalled(facts(known=known, now=at(1900)), refused)
+    assert not stalled(facts(known=known, now=at(1900)))
+
+
+def test_taken_name_shows_as_stalled_after_the_start_timeout() -> None:
+    known = status(
+        conditions=[
+            condition(Condition.ACCEPTED, "True", "Accepted", 0),
+            condition(Condition.PODS_READY, "False", "ChildrenConflict", 0),
+        ]
+    )
+    early = facts(known=known, jobs=[job(owner_uid="other")], now=at(100))
+    assert decide(early).situation is Situation.BLOCKED and decide(early).reconcile_at == at(1800)
+    assert stalled(facts(known=known, jobs=[job(owner_uid="other")], now=at(1900)))
+
+
+@pytest.mark.parametrize(
+    ("suspended", "ready", "now"),
+    [
+        (condition(Condition.SUSPENDED, "False", "Resumed", 9000), "QuotaExceeded", 9100),
+        (condition(Condition.SUSPENDED, "True", "Suspended", 100), "PodsNotReady", 9000),
+    ],
+    ids=["resumed a while ago", "resumed in this look"],
+)
+def test_suspended_time_does_not_count_as_waiting(suspended: dict[str, str], ready: str, now: float) -> None:
+    conditions = [condition(Condition.PODS_READY, "False", ready, 0), suspended]
+    refused = ActionResult(blocking=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    assert not stalled(facts(known=status(conditions=conditions), now=at(now)), refused)
+
+
+def test_backoff_does_not_count_as_waiting() -> None:
+    attempts = [
+        {"number": n, "startTime": iso(n), "endTime": iso(n + 1), "reason": "PodFailed", "counted": True} for n in range(1, 6)
+    ]  # fmt: skip
+    ready = condition(Condition.PODS_READY, "False", "PodsNotReady", 5)
+    known, pause = status(attempt=6, attempts=attempts, conditions=[ready]), 160
+    refused = ActionResult(blocking=BlockingCondition(Reason.QUOTA_EXCEEDED, "exceeded quota"))
+    for now, late in ((6 + pause + 1, False), (6 + pause + 61, True)):
+        found = facts(written=spec(policy={"startTimeoutSeconds": 60}), known=known, now=at(now))
+        assert stalled(found, refused) is late
+
+
+def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
+    conditions = [
+        condition(Condition.QUOTA_RESERVED, "True", "Progressing", 5000),
+        condition(Condition.PODS_READY, "False", "Progressing", 600),
+    ]
+    progress = {"step": 7, "updateTime": at(590).isoformat()}
+    known = status(attempt=1, attempts=[BEGUN], progress=progress, conditions=conditions)
+    new = pod(uid="new", created_at=at(5000), phase="Pending", is_ready=False, ip="")
+    found = facts(
+        written=spec(placement={"queueName": "q"}), known=known, jobs=[job(queue="q", started_at=at(5000))], pods=[new],
+        now=at(5001),
+    )  # fmt: skip
+    assert decide(found).termination is None
+
+
+def test_pod_of_a_lost_node_is_lost_and_not_stalled() -> None:
+    """The cluster evicts it after 340 s; 300 s of grace and 60 s more are longer than the time after which a silent pod is missed."""
+    known = status(
+        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", "Progressing", 40)]
+    )
+    received = report(stage="training", health={"secondsSinceStep": 1.0})
+    evicted = pod(is_ready=False, deletion_timestamp=at(640), disruption="DeletionByTaintManager")
+    for now, reason in ((650, None), (701, Reason.NODE_LOST)):
+        found = facts(known=known, jobs=[job()], pods=[evicted], last_report=received, reported_at=at(0), now=at(now))
+        condemn = decide(found).termination
+        assert (condemn.reason if condemn else None) is reason
+
+
+def test_flapping_readiness_of_an_unreachable_pod_is_no_stall() -> None:
+    """Nobody could ask the pod for an hour, which a network policy may bring about; the kubelet found it ready until now."""
+    received = report(stage="training", health={"secondsSinceStep": 1.0})
+    flapping = pod(is_ready=False)
+    known = status(attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "True", "Progressing", 10)])
+    found = facts(known=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3600))
+    assert decide(found).termination is None
+    known = make_report(found, decide(found), ActionResult())
+    later = facts(known=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=at(3660))
+    wake = decide(later).reconcile_at
+    assert wake is not None and wake == at(3600 + 600 + 1)
+    late = facts(known=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=wake)
+    condemn = decide(late).termination
+    assert condemn is not None and condemn.reason is Reason.STALLED

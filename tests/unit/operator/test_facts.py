@@ -1,0 +1,161 @@
+"""Facts about running time and checkpoints, also when the operator was away or a queue replaced the pods."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from finetune_api.names import Condition, Reason
+from finetune_api.pod import TerminationMessage
+from finetune_operator.decide import decide
+from finetune_operator.plan import ActionResult
+from finetune_operator.report import report as make_report
+
+from tests.unit.operator.samples import at, ended, facts, job, pod, spec, status
+
+
+def iso(seconds: float) -> str:
+    return at(seconds).isoformat().replace("+00:00", "Z")
+
+
+BEGUN = {"number": 1, "startTime": iso(0)}
+
+QUEUED = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 1800})
+
+
+def condition(kind: Condition, value: str, reason: str, seconds: float) -> dict[str, str]:
+    return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": iso(seconds)}
+
+
+def test_running_time_begins_when_the_queue_admits_the_job() -> None:
+    known = status(
+        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
+    )
+    found = facts(written=QUEUED, known=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
+    assert found.running_since == at(100)
+    plan = decide(found)
+    assert plan.termination is not None and plan.termination.reason is Reason.DEADLINE_EXCEEDED
+
+
+def test_attempt_missing_in_status_runs_since_its_job_was_created() -> None:
+    found = facts(jobs=[job(created_at=at(7))], pods=[pod()], now=at(100))
+    assert (found.attempt_record, found.running_since) == (None, at(7))
+    over = facts(jobs=[job(created_at=at(7), failed_at=at(40), failed_reason="x")], pods=[ended(pod(), 70)], now=at(41))
+    assert make_report(over, decide(over), ActionResult()).active_seconds == 33
+
+
+def test_attempt_missing_in_status_runs_since_its_queue_admitted_it() -> None:
+    waiting = facts(written=QUEUED, jobs=[job(queue="q", is_suspended=True, started_at=None)], now=at(100))
+    assert (waiting.attempt_record, waiting.running_since) == (None, None)
+    running = facts(written=QUEUED, jobs=[job(queue="q", started_at=at(60))], pods=[pod()], now=at(100))
+    assert (running.attempt_record, running.running_since) == (None, at(60))
+
+
+def test_attempt_that_failed_while_the_operator_was_away_has_used_its_time() -> None:
+    known = status(
+        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
+    )
+    over = job(queue="q", started_at=at(100), failed_at=at(1700), failed_reason="x")
+    found = facts(written=QUEUED, known=known, jobs=[over], pods=[ended(pod(), 70)], now=at(3700))
+    assert make_report(found, decide(found), ActionResult()).active_seconds == 1600
+
+
+def test_requeued_job_runs_since_its_last_admission() -> None:
+    """A Job keeps its start time while it is held, and until its controller has seen that it no longer is."""
+    for value, reason, since in (("False", Reason.QUEUED, 1800), ("True", Reason.PROGRESSING, 7201)):
+        taken = condition(Condition.QUOTA_RESERVED, value, reason, since)
+        known = status(attempt=1, attempts=[BEGUN], activeSeconds=1700, conditions=[taken])
+        for one in (job(queue="q", started_at=at(100), suspended_since=at(1800)), job(queue="q", started_at=at(7200))):
+            found = facts(written=QUEUED, known=known, jobs=[one], now=at(7202))
+            assert decide(found).termination is None
+            assert found.running_since in (None, at(7200), at(7201))
+
+
+def test_no_attempt_starts_after_the_deadline() -> None:
+    over = job(failed_at=at(300), failed_reason="BackoffLimitExceeded")
+    found = facts(
+        written=spec(policy={"activeDeadlineSeconds": 100}), known=status(attempt=1, attempts=[BEGUN]), jobs=[over],
+        pods=[ended(pod(), 70)], now=at(301),
+    )  # fmt: skip
+    plan = decide(found)
+    assert plan.finish is not None and plan.finish.reason is Reason.DEADLINE_EXCEEDED
+
+
+def test_time_after_the_queue_suspended_the_job_is_not_running_time() -> None:
+    known = status(
+        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
+    )
+    taken = job(queue="q", is_suspended=True, suspended_since=at(1000), started_at=None)
+    found = facts(written=QUEUED, known=known, jobs=[taken], now=at(5000))
+    plan = decide(found)
+    assert plan.termination is None
+    assert make_report(found, plan, ActionResult()).active_seconds == 900
+
+
+def test_readmission_while_the_operator_was_away_restarts_the_reservation() -> None:
+    known = status(
+        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "True", "Progressing", 100)]
+    )
+    found = facts(written=QUEUED, known=known, jobs=[job(queue="q", started_at=at(4000))], now=at(4100))
+    new = make_report(found, decide(found), ActionResult())
+    quota = next(one for one in new.conditions if one.type == Condition.QUOTA_RESERVED)
+    assert quota.last_transition_time == at(4000)
+    gone = facts(written=QUEUED, known=new, now=at(4200))
+    assert decide(gone).finish is None
+
+
+def test_job_deleted_while_the_operator_was_away_ran_until_its_last_report() -> None:
+    """Suspended by its user; the operator comes back hours later: the deadline has not passed meanwhile."""
+    begun = {**BEGUN, "reason": "Suspended", "message": "spec.suspend is true"}
+    known = status(attempt=1, attempts=[begun], progress={"step": 7, "updateTime": at(500).isoformat()})
+    written = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})
+    found = facts(written=written, known=known, now=at(9000))
+    plan = decide(found)
+    assert plan.finish is None
+    assert plan.attempt_end is not None and (plan.attempt_end.reason, plan.attempt_end.time) == (
+        Reason.SUSPENDED,
+        at(500),
+    )
+    assert make_report(found, plan, ActionResult()).active_seconds == 500
+
+
+def test_deleted_job_ran_until_its_pods_ended() -> None:
+    known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
+    over = ended(pod(is_deleted=True), 75)  # at 60 s
+    found = facts(
+        written=spec(suspend=True, policy={"activeDeadlineSeconds": 1800}), known=known, pods=[over], now=at(9000)
+    )
+    plan = decide(found)
+    assert plan.finish is None
+    assert plan.attempt_end is not None and plan.attempt_end.time == at(60)
+
+
+def test_checkpoints_of_a_pod_that_a_queue_replaced_are_recorded() -> None:
+    """The operator restarted before it scraped step 20: only the termination message of the preempted pod lists it."""
+    uri = "s3://models/test/checkpoints/step-{0:08d}/a1-00000000"
+    listed = [{"step": step, "uri": uri.format(step)} for step in (10, 20)]
+    message = TerminationMessage.model_validate({"step": 29, "resumedFromStep": 0, "checkpoints": listed})
+    preempted = replace(ended(pod(), 75, message), is_deleted=True)
+    replacement = ended(pod(uid="new", created_at=at(300)), 75, TerminationMessage(code="Code"))
+    known = status(attempt=1, attempts=[BEGUN])
+    found = facts(
+        written=QUEUED,
+        known=known,
+        jobs=[job(queue="q", failed_at=at(400))],
+        pods=[preempted, replacement],
+        now=at(400),
+    )
+    plan = decide(found)
+    assert plan.attempt_end is not None
+    assert (plan.attempt_end.committed_step, plan.attempt_end.progressed) == (20, True)
+    assert [one.step for one in make_report(found, plan, ActionResult()).checkpoints] == [10, 20]
+
+
+def test_message_of_a_replaced_pod_does_not_bring_back_removed_checkpoints() -> None:
+    uri = "s3://models/test/checkpoints/step-{0:08d}/a1-00000000"
+    listed = [{"step": step, "uri": uri.format(step)} for step in (10, 20)]
+    message = TerminationMessage.model_validate({"checkpoints": listed})
+    preempted = replace(ended(pod(), 75, message), is_deleted=True)
+    newer = [{"step": step, "uri": uri.format(step)} for step in (20, 30)]
+    known = status(attempt=1, attempts=[BEGUN], checkpoints=newer)
+    found = facts(known=known, jobs=[job()], pods=[preempted, pod(uid="new", created_at=at(300))], now=at(400))
+    assert [one.step for one in make_report(found, decide(found), ActionResult()).checkpoints] == [20, 30]

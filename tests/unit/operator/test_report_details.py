@@ -1,0 +1,112 @@
+"""What the status says about checkpoints, quota and suspension."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from finetune_api.names import Condition, Phase, Reason
+from finetune_api.pod import TerminationMessage
+from finetune_operator.decide import decide
+from finetune_operator.events import transitions
+from finetune_operator.plan import ActionResult, Situation
+from finetune_operator.report import report as make_report
+
+from tests.unit.operator.samples import at, ended, facts, job, pod, report, spec, status
+
+
+def iso(seconds: float) -> str:
+    return at(seconds).isoformat().replace("+00:00", "Z")
+
+
+BEGUN = {"number": 1, "startTime": iso(0)}
+
+QUEUED = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 1800})
+
+
+def condition(kind: Condition, value: str, reason: str, seconds: float) -> dict[str, str]:
+    return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": iso(seconds)}
+
+
+CHECKPOINTS = [
+    {"step": step, "uri": f"s3://m/checkpoints/step-{step:08d}/a1-aaaaaaaa", "healthy": True} for step in (100, 200, 300, 400, 500)
+]  # fmt: skip
+
+
+def kept(told_steps: list[int], known_steps: list[int]) -> list[int]:
+    """Steps in status after a pod told of some, where status knew of others."""
+    known = status(attempt=1, attempts=[BEGUN], checkpoints=[one for one in CHECKPOINTS if one["step"] in known_steps])
+    received = report(checkpoints=[one for one in CHECKPOINTS if one["step"] in told_steps], progress={"step": 510})
+    found = facts(known=known, jobs=[job()], pods=[pod()], last_report=received)
+    return [one.step for one in make_report(found, decide(found), ActionResult()).checkpoints]
+
+
+def test_quota_reserved_has_the_time_of_admission() -> None:
+    known = status(
+        attempt=1, attempts=[BEGUN], conditions=[condition(Condition.QUOTA_RESERVED, "False", Reason.QUEUED, 0)]
+    )
+    queued = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 7200})
+    found = facts(written=queued, known=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
+    seen = make_report(found, decide(found), ActionResult())
+    assert [one.last_transition_time for one in seen.conditions if one.type is Condition.QUOTA_RESERVED] == [at(100)]
+    lost = facts(written=queued, known=seen, jobs=[job(queue="q", is_suspended=True, started_at=at(100))], now=at(3800))
+    assert make_report(lost, decide(lost), ActionResult()).active_seconds == 3700
+
+
+def test_checkpoints_that_retention_removed_leave_the_status() -> None:
+    assert kept([400, 500], [100, 200, 300, 400, 500]) == [400, 500]
+
+
+def test_save_time_of_a_checkpoint_is_kept_when_a_later_report_lacks_it() -> None:
+    known = status(attempt=1, attempts=[BEGUN], checkpoints=[CHECKPOINTS[3] | {"saveSeconds": 400.0}])
+    found = facts(known=known, jobs=[job()], pods=[pod()], last_report=report(checkpoints=[CHECKPOINTS[3]]))
+    assert make_report(found, decide(found), ActionResult()).checkpoints[0].save_seconds == 400.0
+
+
+def test_checkpoints_newer_than_the_reported_ones_stay_in_status() -> None:
+    assert kept([100, 200], [100, 200, 300, 400]) == [100, 200, 300, 400]
+    assert kept([], [100, 200]) == [100, 200]
+
+
+def test_termination_message_removes_checkpoints_that_retention_removed_last() -> None:
+    known = status(attempt=1, attempts=[BEGUN], checkpoints=CHECKPOINTS[-2:])
+    words = TerminationMessage.model_validate(
+        {"step": 500, "checkpoints": CHECKPOINTS[-1:], "output": {"uri": "s3://m/final"}}
+    )
+    received = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 500})
+    found = facts(
+        known=known, jobs=[job(completed_at=at(60))], pods=[ended(pod(), 0, words)], last_report=received, now=at(61)
+    )
+    assert [one.step for one in make_report(found, decide(found), ActionResult()).checkpoints] == [500]
+
+
+def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
+    admitted = {
+        "type": "QuotaReserved",
+        "status": "True",
+        "reason": "Progressing",
+        "lastTransitionTime": BEGUN["startTime"],
+    }
+    known = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}], conditions=[admitted])
+    written = spec(placement={"queueName": "team"}, suspend=True)
+    gone = facts(written=written, known=known, pods=[replace(ended(pod(), 75), is_deleted=True)], now=at(60))
+    new = make_report(gone, decide(gone), ActionResult())
+    told = [note.reason for note in transitions(known, new)]
+    assert Reason.PREEMPTED not in told
+    assert Reason.QUEUED not in told
+    assert Reason.SUSPENDED in told
+    quota = next(one for one in new.conditions if one.type == Condition.QUOTA_RESERVED)
+    assert (quota.status, quota.message) == ("False", "no Job requests quota")
+    again = facts(written=spec(placement={"queueName": "team"}), known=new, now=at(90))
+    plan = decide(again)
+    waits = make_report(again, plan, ActionResult(created_job=job(2, is_suspended=True, started_at=None, queue="team")))
+    assert Reason.QUEUED in [note.reason for note in transitions(new, waits)]
+
+
+def test_job_suspended_while_it_waits_for_a_pool_is_suspended_at_once() -> None:
+    found = facts(written=spec(resources={"nodePool": "gone", "gpusPerNode": 1}, suspend=True))
+    plan = decide(found)
+    assert plan.situation is Situation.SUSPENDED
+    new = make_report(found, plan, ActionResult())
+    assert new.phase is Phase.SUSPENDED
+    received = {one.type: one.status for one in new.conditions}
+    assert (received[Condition.SUSPENDED], received[Condition.ACCEPTED]) == ("True", "False")

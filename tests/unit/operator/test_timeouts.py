@@ -1,0 +1,72 @@
+"""Deadline, stall timeout and the time of the next reconcile."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from datetime import datetime
+
+import pytest
+from finetune_operator.policies import timeouts
+
+from tests.unit.operator.samples import T0, accepted, at, pod, report, spec
+
+
+@pytest.mark.parametrize(
+    ("limit", "active", "since", "moment"),
+    [
+        (100, 0.0, T0, at(100)),
+        (100, 60.0, T0, at(40)),
+        (100, 200.0, T0, T0),
+        (None, 0.0, T0, None),
+        (100, 0.0, None, None),
+    ],
+)
+def test_deadline_counts_earlier_running_time(
+    limit: int | None, active: float, since: datetime | None, moment: datetime | None
+) -> None:
+    assert timeouts.deadline_at(limit, active, since) == moment
+
+
+@pytest.mark.parametrize(
+    ("stage", "since_step", "heard", "ready", "stalls"),
+    [
+        ("training", 601.0, 0, True, True),
+        ("training", 599.0, 0, True, False),
+        ("evaluating", 5000.0, 0, True, False),
+        ("training", 550.0, 60, True, True),
+        ("training", 1.0, 700, True, False),
+        ("training", 1.0, 700, False, True),
+    ],
+)
+def test_attempt_stalls_without_steps_or_without_answers_while_not_ready(
+    stage: str, since_step: float, heard: int, ready: bool, stalls: bool
+) -> None:
+    received = report(stage=stage, health={"secondsSinceStep": since_step, "medianStepSeconds": 1.0})
+    found = timeouts.stall_message(accepted().spec, received, T0, [replace(pod(), is_ready=ready)], at(heard))
+    assert bool(found) == stalls
+
+
+def test_stall_limit_follows_the_step_time_unless_the_spec_sets_it() -> None:
+    received = report(health={"medianStepSeconds": 120.0})
+    assert timeouts.stall_limit_seconds(accepted().spec, received) == 2400.0
+    assert timeouts.stall_limit_seconds(accepted(spec(policy={"stallTimeoutSeconds": 5})).spec, received) == 5.0
+
+
+def test_next_reconcile_is_within_an_hour() -> None:
+    assert timeouts.next_reconcile_at(T0, at(10), at(20), None) == at(10)
+    assert timeouts.next_reconcile_at(T0, at(99999)) == at(3600)
+    assert timeouts.next_reconcile_at(T0, None) is None
+
+
+def test_ready_pod_does_not_stall_because_its_last_report_is_old() -> None:
+    """A network policy between us and a pod must not end it in the last minutes before the limit."""
+    received = report(health={"secondsSinceStep": 30.0, "medianStepSeconds": 1.0})
+    assert timeouts.stall_message(accepted().spec, received, T0, [pod()], at(580)) == ""
+
+
+@pytest.mark.parametrize(("sign", "late"), [(3.0, False), (690.0, True), (None, True)])
+def test_heartbeat_of_an_evaluation_batch_prevents_a_stall(sign: float | None, late: bool) -> None:
+    received = report(health={"secondsSinceStep": 700.0, "secondsSinceHeartbeat": sign, "medianStepSeconds": 1.0})
+    assert bool(timeouts.stall_message(accepted().spec, received, T0, [pod()], at(5))) is (
+        late and (sign is None or sign + 5 > 600)
+    )
