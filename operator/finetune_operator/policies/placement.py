@@ -1,4 +1,4 @@
-"""Chooses the node pool of a job, and refuses placement values that contradict the pool, the platform or Kubernetes' syntax."""
+"""Chooses the node pool of a job, and finds placement values that contradict the pool, the platform or Kubernetes' syntax."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ from finetune_operator.settings import NodePool, OperatorConfig
 RESERVED_PREFIXES = (f"{GROUP}/", "batch.kubernetes.io/")
 RESERVED_LABELS = (Label.MANAGED_BY, Label.QUEUE, "job-name", "controller-uid")
 RESERVED_ANNOTATIONS = (Annotation.RUN_CONFIG, DEFAULT_CONTAINER_ANNOTATION)
-QUANTITY = re.compile(r"\+?(\d+(\.\d*)?|\.\d+)([numkMGTPE]|[KMGTPE]i|[eE][+-]?\d+)?")
-"""A quantity of Kubernetes that is not negative."""
 KEY = re.compile(r"([a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?")
 """A qualified name: the key of a label, an annotation or a node label."""
 LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
@@ -74,7 +72,6 @@ def _describe(pool: NodePool) -> str:
 def placement_problems(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig) -> Iterator[str]:
     """One sentence for each value of the user that contradicts the pool, the platform or Kubernetes' syntax."""
     placement, trainer = spec.placement, config.trainer
-    yield from _quantity_problems(spec)
     yield from _selector_problems(placement.node_selector or {}, pool)
     for number, toleration in enumerate(placement.tolerations or []):
         for other in pool.tolerations if pool else ():
@@ -83,13 +80,6 @@ def placement_problems(spec: FineTuneJobSpec, pool: NodePool | None, config: Ope
                 yield f"spec.placement.tolerations[{number}] is {given}, and pool {pool.name if pool else ''} sets {expected}"
     yield from _metadata_problems("labels", placement.labels or {}, trainer.labels, RESERVED_LABELS)
     yield from _metadata_problems("annotations", placement.annotations or {}, trainer.annotations, RESERVED_ANNOTATIONS)
-
-
-def _quantity_problems(spec: FineTuneJobSpec) -> Iterator[str]:
-    for name in ("cpu", "memory", "ephemeralStorage", "sharedMemory"):
-        value = spec.value(f"resources.{name}")
-        if value is not None and not QUANTITY.fullmatch(str(value)):
-            yield f"spec.resources.{name} is {value!r}, which is no quantity: write a number with a unit, as in 500m, 4 or 32Gi"
 
 
 def _selector_problems(selector: Mapping[str, str], pool: NodePool | None) -> Iterator[str]:

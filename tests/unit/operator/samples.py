@@ -1,4 +1,4 @@
-"""Views and facts for tests, with everything said that a test does not care about."""
+"""Views and facts for tests, with defaults for everything that a test does not set."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from finetune_api.names import Condition
 from finetune_api.pod import ProgressReport, TerminationMessage
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.facts import Facts, ReceivedReport
@@ -40,6 +41,16 @@ CONFIG = parse(
 def at(seconds: float) -> datetime:
     """That many seconds after T0."""
     return T0 + timedelta(seconds=seconds)
+
+
+def iso(seconds: float) -> str:
+    """That time as the API server writes it."""
+    return at(seconds).isoformat().replace("+00:00", "Z")
+
+
+def condition(kind: Condition, value: str, reason: str, seconds: float) -> dict[str, str]:
+    """A condition of the status whose last transition was `seconds` after T0."""
+    return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": iso(seconds)}
 
 
 def spec(**groups: Any) -> Object:
@@ -83,9 +94,9 @@ def pod(attempt: int = 1, index: int = 0, **fields: Any) -> PodView:
     return PodView(**{**values, **fields})
 
 
-def ended(view: PodView, code: int, words: TerminationMessage | None = None, *, reason: str = "", message: str = "") -> PodView:
+def ended(view: PodView, code: int, termination_message: TerminationMessage | None = None, *, reason: str = "", message: str = "") -> PodView:
     """The pod after its container ended."""
-    text = message or (words.to_json() if words else "")
+    text = message or (termination_message.to_json() if termination_message else "")
     phase = "Succeeded" if code == 0 else "Failed"
     return replace(view, phase=phase, is_ready=False, terminated=Terminated(code, reason, text, at(60)))
 
@@ -109,5 +120,5 @@ def facts(
 
 
 def report(**fields: Any) -> ProgressReport:
-    """What rank 0's pod says, from wire names."""
+    """A progress report of rank 0's pod, from wire names."""
     return ProgressReport.model_validate({"uid": UID, "attempt": 1, "stage": "training", **fields})

@@ -21,7 +21,7 @@ from finetune_operator.report import report as make_report
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.unit.operator.samples import T0, accepted, at, facts, job, pod, report, spec, status
+from tests.unit.operator.samples import T0, accepted, facts, iso, job, pod, report, spec, status
 
 ROLLED_BACK = Adaptation(
     time=T0, reason=Reason.DIVERGED, change="", set={"resume.maxStep": 20, "resume.firstAttempt": 3}
@@ -36,10 +36,6 @@ def rungs(**groups: Any) -> list[str]:
         current = apply_adaptations(current, [rung])
         assert not check(current), rung
     return changes
-
-
-def iso(seconds: float) -> str:
-    return at(seconds).isoformat().replace("+00:00", "Z")
 
 
 BEGUN = {"number": 1, "startTime": iso(0)}

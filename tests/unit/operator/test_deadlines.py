@@ -11,18 +11,9 @@ from finetune_operator.plan import ActionResult, Situation
 from finetune_operator.policies.blocking import BlockingCondition
 from finetune_operator.report import report as make_report
 
-from tests.unit.operator.samples import at, facts, job, pod, report, spec, status
-
-
-def iso(seconds: float) -> str:
-    return at(seconds).isoformat().replace("+00:00", "Z")
-
+from tests.unit.operator.samples import at, condition, facts, iso, job, pod, report, spec, status
 
 BEGUN = {"number": 1, "startTime": iso(0)}
-
-
-def condition(kind: Condition, value: str, reason: str, seconds: float) -> dict[str, str]:
-    return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": iso(seconds)}
 
 
 def stalled(found: Facts, acted: ActionResult | None = None) -> bool:
@@ -63,7 +54,7 @@ def test_pod_that_was_silent_before_the_operator_restarted_stalls() -> None:
         (status(attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 0)]), False),
         (silent(200).model_copy(update={"attempts": status(attempts=[{"number": 1, "startTime": iso(150)}]).attempts}), False),
     ],
-    ids=["ready", "not yet", "never spoke", "another attempt spoke"],
+    ids=["ready", "not yet", "never reported", "an earlier attempt reported"],
 )  # fmt: skip
 def test_pod_without_any_report_does_not_stall(known: FineTuneJobStatus, ready: bool) -> None:
     plan = decide(facts(known=known, jobs=[job()], pods=[pod(is_ready=ready)], now=at(900)))
@@ -71,10 +62,13 @@ def test_pod_without_any_report_does_not_stall(known: FineTuneJobStatus, ready: 
 
 
 def test_pod_that_replaced_a_requeued_one_gets_the_whole_stall_timeout() -> None:
-    """The quota went at 120 and came back at 7200: what spoke is gone, and the new pod has only just been made."""
+    """The queue suspended the Job at 120 s and admitted it again at 7200 s: the reporting pod is gone, and its replacement is new."""
     known = status(
         attempt=1, attempts=[{**BEGUN, "lastStep": 50}], progress={"step": 50, "updateTime": iso(100)},
-        conditions=[condition(Condition.QUOTA_RESERVED, "True", Reason.PROGRESSING, 7200), condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 120)],
+        conditions=[
+            condition(Condition.QUOTA_RESERVED, "True", Reason.PROGRESSING, 7200),
+            condition(Condition.PODS_READY, "False", Reason.PODS_NOT_READY, 120),
+        ],
     )  # fmt: skip
     again = job(queue="q", started_at=at(7200))
     waits = pod(uid="new", phase="Pending", is_ready=False, created_at=at(7200))
@@ -127,7 +121,7 @@ def test_taken_name_shows_as_stalled_after_the_start_timeout() -> None:
         (condition(Condition.SUSPENDED, "False", "Resumed", 9000), "QuotaExceeded", 9100),
         (condition(Condition.SUSPENDED, "True", "Suspended", 100), "PodsNotReady", 9000),
     ],
-    ids=["resumed a while ago", "resumed in this look"],
+    ids=["resumed a while ago", "resumed in this reconcile"],
 )
 def test_suspended_time_does_not_count_as_waiting(suspended: dict[str, str], ready: str, now: float) -> None:
     conditions = [condition(Condition.PODS_READY, "False", ready, 0), suspended]
@@ -163,7 +157,7 @@ def test_queued_time_does_not_count_towards_the_stall_timeout() -> None:
 
 
 def test_pod_of_a_lost_node_is_lost_and_not_stalled() -> None:
-    """The cluster evicts it after 340 s; 300 s of grace and 60 s more are longer than the time after which a silent pod is missed."""
+    """The pod is evicted after 340 s. Its 300 s of grace and the margin of 60 s exceed the stall timeout."""
     known = status(
         attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "False", "Progressing", 40)]
     )
@@ -171,12 +165,12 @@ def test_pod_of_a_lost_node_is_lost_and_not_stalled() -> None:
     evicted = pod(is_ready=False, deletion_timestamp=at(640), disruption="DeletionByTaintManager")
     for now, reason in ((650, None), (701, Reason.NODE_LOST)):
         found = facts(known=known, jobs=[job()], pods=[evicted], last_report=received, reported_at=at(0), now=at(now))
-        condemn = decide(found).termination
-        assert (condemn.reason if condemn else None) is reason
+        termination = decide(found).termination
+        assert (termination.reason if termination else None) is reason
 
 
 def test_flapping_readiness_of_an_unreachable_pod_is_no_stall() -> None:
-    """Nobody could ask the pod for an hour, which a network policy may bring about; the kubelet found it ready until now."""
+    """The operator could not reach the pod for an hour, as a network policy can cause; the kubelet found the pod ready until now."""
     received = report(stage="training", health={"secondsSinceStep": 1.0})
     flapping = pod(is_ready=False)
     known = status(attempt=1, attempts=[BEGUN], conditions=[condition(Condition.PODS_READY, "True", "Progressing", 10)])
@@ -187,5 +181,5 @@ def test_flapping_readiness_of_an_unreachable_pod_is_no_stall() -> None:
     wake = decide(later).reconcile_at
     assert wake is not None and wake == at(3600 + 600 + 1)
     late = facts(known=known, jobs=[job()], pods=[flapping], last_report=received, reported_at=at(0), now=wake)
-    condemn = decide(late).termination
-    assert condemn is not None and condemn.reason is Reason.STALLED
+    termination = decide(late).termination
+    assert termination is not None and termination.reason is Reason.STALLED

@@ -11,7 +11,7 @@ from finetune_api.status import Checkpoint, FineTuneJobStatus
 from finetune_operator.decide import decide
 from finetune_operator.plan import Outcome, Plan, Situation
 
-from tests.unit.operator.samples import at, ended, facts, job, pod, report, spec, status
+from tests.unit.operator.samples import at, condition, ended, facts, job, pod, report, spec, status
 
 T = "2026-11-21T12:00:00Z"
 BEGUN = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
@@ -232,18 +232,8 @@ def test_job_without_our_controller_reference_is_never_deleted(wish: dict[str, b
     assert decide(found).delete_jobs == ()
 
 
-def condition(kind: Condition, value: str, seconds: float) -> dict[str, str]:
-    return {
-        "type": kind,
-        "status": value,
-        "reason": "Progressing",
-        "message": "",
-        "lastTransitionTime": at(seconds).isoformat(),
-    }
-
-
 def test_orphaned_pods_are_deleted_at_the_ttl_like_their_job() -> None:
-    done = [condition(Condition.FINISHED, "True", 100)]
+    done = [condition(Condition.FINISHED, "True", "Succeeded", 100)]
     known = status(attempt=1, phase=Phase.SUCCEEDED, conditions=done, completionTime=at(100).isoformat())
     written = spec(policy={"ttlSecondsAfterFinished": 60})
     left, runs = ended(pod(), 0), pod(uid="runs", index=1)

@@ -10,20 +10,11 @@ from finetune_operator.decide import decide
 from finetune_operator.plan import ActionResult
 from finetune_operator.report import report as make_report
 
-from tests.unit.operator.samples import at, ended, facts, job, pod, spec, status
-
-
-def iso(seconds: float) -> str:
-    return at(seconds).isoformat().replace("+00:00", "Z")
-
+from tests.unit.operator.samples import at, condition, ended, facts, iso, job, pod, spec, status
 
 BEGUN = {"number": 1, "startTime": iso(0)}
 
 QUEUED = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 1800})
-
-
-def condition(kind: Condition, value: str, reason: str, seconds: float) -> dict[str, str]:
-    return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": iso(seconds)}
 
 
 def test_running_time_begins_when_the_queue_admits_the_job() -> None:
@@ -60,7 +51,7 @@ def test_attempt_that_failed_while_the_operator_was_away_has_used_its_time() -> 
 
 
 def test_requeued_job_runs_since_its_last_admission() -> None:
-    """A Job keeps its start time while it is held, and until its controller has seen that it no longer is."""
+    """A suspended Job keeps its start time until the Job controller has handled that the queue resumed it."""
     for value, reason, since in (("False", Reason.QUEUED, 1800), ("True", Reason.PROGRESSING, 7201)):
         taken = condition(Condition.QUOTA_RESERVED, value, reason, since)
         known = status(attempt=1, attempts=[BEGUN], activeSeconds=1700, conditions=[taken])
@@ -104,7 +95,7 @@ def test_readmission_while_the_operator_was_away_restarts_the_reservation() -> N
 
 
 def test_job_deleted_while_the_operator_was_away_ran_until_its_last_report() -> None:
-    """Suspended by its user; the operator comes back hours later: the deadline has not passed meanwhile."""
+    """The user suspended the job, and the operator came back hours later: the deadline has not passed in between."""
     begun = {**BEGUN, "reason": "Suspended", "message": "spec.suspend is true"}
     known = status(attempt=1, attempts=[begun], progress={"step": 7, "updateTime": at(500).isoformat()})
     written = spec(suspend=True, policy={"activeDeadlineSeconds": 1800})

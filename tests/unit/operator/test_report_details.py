@@ -11,20 +11,11 @@ from finetune_operator.events import transitions
 from finetune_operator.plan import ActionResult, Situation
 from finetune_operator.report import report as make_report
 
-from tests.unit.operator.samples import at, ended, facts, job, pod, report, spec, status
-
-
-def iso(seconds: float) -> str:
-    return at(seconds).isoformat().replace("+00:00", "Z")
-
+from tests.unit.operator.samples import at, condition, ended, facts, iso, job, pod, report, spec, status
 
 BEGUN = {"number": 1, "startTime": iso(0)}
 
 QUEUED = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 1800})
-
-
-def condition(kind: Condition, value: str, reason: str, seconds: float) -> dict[str, str]:
-    return {"type": kind, "status": value, "reason": reason, "message": "", "lastTransitionTime": iso(seconds)}
 
 
 CHECKPOINTS = [
@@ -32,10 +23,10 @@ CHECKPOINTS = [
 ]  # fmt: skip
 
 
-def kept(told_steps: list[int], known_steps: list[int]) -> list[int]:
-    """Steps in status after a pod told of some, where status knew of others."""
+def kept(reported_steps: list[int], known_steps: list[int]) -> list[int]:
+    """Steps in status after a pod reported some, where the status had others."""
     known = status(attempt=1, attempts=[BEGUN], checkpoints=[one for one in CHECKPOINTS if one["step"] in known_steps])
-    received = report(checkpoints=[one for one in CHECKPOINTS if one["step"] in told_steps], progress={"step": 510})
+    received = report(checkpoints=[one for one in CHECKPOINTS if one["step"] in reported_steps], progress={"step": 510})
     found = facts(known=known, jobs=[job()], pods=[pod()], last_report=received)
     return [one.step for one in make_report(found, decide(found), ActionResult()).checkpoints]
 
@@ -46,9 +37,9 @@ def test_quota_reserved_has_the_time_of_admission() -> None:
     )
     queued = spec(placement={"queueName": "q"}, policy={"activeDeadlineSeconds": 7200})
     found = facts(written=queued, known=known, jobs=[job(queue="q", started_at=at(100))], pods=[pod()], now=at(3700))
-    seen = make_report(found, decide(found), ActionResult())
-    assert [one.last_transition_time for one in seen.conditions if one.type is Condition.QUOTA_RESERVED] == [at(100)]
-    lost = facts(written=queued, known=seen, jobs=[job(queue="q", is_suspended=True, started_at=at(100))], now=at(3800))
+    new = make_report(found, decide(found), ActionResult())
+    assert [one.last_transition_time for one in new.conditions if one.type is Condition.QUOTA_RESERVED] == [at(100)]
+    lost = facts(written=queued, known=new, jobs=[job(queue="q", is_suspended=True, started_at=at(100))], now=at(3800))
     assert make_report(lost, decide(lost), ActionResult()).active_seconds == 3700
 
 
@@ -69,12 +60,12 @@ def test_checkpoints_newer_than_the_reported_ones_stay_in_status() -> None:
 
 def test_termination_message_removes_checkpoints_that_retention_removed_last() -> None:
     known = status(attempt=1, attempts=[BEGUN], checkpoints=CHECKPOINTS[-2:])
-    words = TerminationMessage.model_validate(
+    message = TerminationMessage.model_validate(
         {"step": 500, "checkpoints": CHECKPOINTS[-1:], "output": {"uri": "s3://m/final"}}
     )
     received = report(checkpoints=CHECKPOINTS[-2:], progress={"step": 500})
     found = facts(
-        known=known, jobs=[job(completed_at=at(60))], pods=[ended(pod(), 0, words)], last_report=received, now=at(61)
+        known=known, jobs=[job(completed_at=at(60))], pods=[ended(pod(), 0, message)], last_report=received, now=at(61)
     )
     assert [one.step for one in make_report(found, decide(found), ActionResult()).checkpoints] == [500]
 
@@ -90,10 +81,10 @@ def test_suspending_a_queued_job_is_not_reported_as_preemption() -> None:
     written = spec(placement={"queueName": "team"}, suspend=True)
     gone = facts(written=written, known=known, pods=[replace(ended(pod(), 75), is_deleted=True)], now=at(60))
     new = make_report(gone, decide(gone), ActionResult())
-    told = [note.reason for note in transitions(known, new)]
-    assert Reason.PREEMPTED not in told
-    assert Reason.QUEUED not in told
-    assert Reason.SUSPENDED in told
+    reasons = [note.reason for note in transitions(known, new)]
+    assert Reason.PREEMPTED not in reasons
+    assert Reason.QUEUED not in reasons
+    assert Reason.SUSPENDED in reasons
     quota = next(one for one in new.conditions if one.type == Condition.QUOTA_RESERVED)
     assert (quota.status, quota.message) == ("False", "no Job requests quota")
     again = facts(written=spec(placement={"queueName": "team"}), known=new, now=at(90))
@@ -108,5 +99,5 @@ def test_job_suspended_while_it_waits_for_a_pool_is_suspended_at_once() -> None:
     assert plan.situation is Situation.SUSPENDED
     new = make_report(found, plan, ActionResult())
     assert new.phase is Phase.SUSPENDED
-    received = {one.type: one.status for one in new.conditions}
-    assert (received[Condition.SUSPENDED], received[Condition.ACCEPTED]) == ("True", "False")
+    statuses = {one.type: one.status for one in new.conditions}
+    assert (statuses[Condition.SUSPENDED], statuses[Condition.ACCEPTED]) == ("True", "False")
