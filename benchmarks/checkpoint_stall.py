@@ -1,13 +1,13 @@
-"""What checkpoints cost the training that goes on: how long each one stops it, and what a slow store does to its steps.
+"""How much checkpoints slow down training: the stall of each one, and the effect of a slow S3 server on step times.
 
     python -m benchmarks.checkpoint_stall
 
 Method. A pod (supervisor and one rank of the real trainer, one thread) trains a small Llama on this machine's CPU and uploads to
-a real S3 server on the same machine. The rank's own clock gives the time from "this step is to be saved" to "the supervisor has
-been told", which is all that training waits for. Two states are saved: a LoRA adapter with its optimizer after every second step, and
+a real S3 server on the same machine. The rank's own clock gives the time from the decision to save a step to the message to the
+supervisor, which is the time that training waits. Two states are saved: a LoRA adapter with its optimizer after every second step, and
 a fully trained model with its optimizer, of 1 GB, after every second step. Then the same LoRA training runs with no
-checkpoints and with one after every 10th step into a store that takes 1 MB/s (a proxy in front of the server keeps the rate of each
-request), in turns: the figure is the ratio of the medians of all steps that were not saved themselves, over pairs of neighbouring runs.
+checkpoints and with one after every 10th step to a server that accepts 1 MB/s (a proxy limits the rate of each request), alternately. The
+result is the ratio of the medians of all steps without a save, over pairs of consecutive runs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from tests.support.s3proxy import Bandwidth, S3Proxy
 
 LORA = {"hidden": 512, "layers": 8}
 FULL = {"hidden": 1024, "layers": 9}
-SLOW = 1e6
-EVERY = 10
+SLOW_BYTES_PER_SECOND = 1e6
+STEPS_PER_CHECKPOINT = 10
 
 
-def trained(
+def run_training(
     place: Bench, name: str, spec: dict[str, Any], *, endpoint: str | None = None
 ) -> tuple[list[float], list[float], int]:
-    """Seconds of steps that were not saved, seconds of stalls, bytes of the newest checkpoint."""
+    """Run a training. Returns the seconds of steps without a save, the seconds of stalls, and the bytes of the newest checkpoint."""
     target = place.target(name, endpoint=endpoint)
     with place.pod(name, spec, target, "benchmarks.lib.timed_train", env={"OMP_NUM_THREADS": "1"}) as pod:
         code = pod.end(580)
@@ -39,7 +39,7 @@ def trained(
         times = [json.loads(line) for line in (pod.folder / "work" / "times.jsonl").read_text().splitlines()]
     ends = {one["step"]: one["ended"] for one in times if "ended" in one}
     stalls = {one["step"]: one["stall"] for one in times if "stall" in one}
-    # A step's time holds the stall of the checkpoint before it.
+    # The time of a step includes the stall of the checkpoint before it.
     steps = [ends[step] - ends[step - 1] for step in ends if step - 1 in ends and step - 1 not in stalls]
     return steps[2:], list(stalls.values()), size
 
@@ -54,42 +54,42 @@ def spec_of(place: Bench, method: str, shape: dict[str, Any], steps: int, every:
 
 
 def stalls(place: Bench, method: str, shape: dict[str, Any], steps: int) -> dict[str, Any]:
-    """Stalls of one kind of state."""
-    quiet, found, size = trained(place, f"stall-{method}", spec_of(place, method, shape, steps, 2))
+    """Measure the stalls of one kind of training state."""
+    quiet, found, size = run_training(place, f"stall-{method}", spec_of(place, method, shape, steps, 2))
     return {
         "checkpointBytes": size, "stallSeconds": spread(found, 4), "stepSeconds": round(statistics.median(quiet), 4),
     }  # fmt: skip
 
 
 def slow_store(place: Bench, rounds: int, steps: int) -> dict[str, Any]:
-    """Step times without checkpoints and with a store that takes 1 MB/s, in turns."""
+    """Measure step times without checkpoints and with a server that accepts 1 MB/s, alternately."""
     pairs: list[tuple[float, float]] = []
     with S3Proxy(place.server.host_url) as proxy:
-        proxy.fault(Bandwidth(SLOW), operation="PutObject")
-        proxy.fault(Bandwidth(SLOW), operation="UploadPart", key="checkpoints/")
+        proxy.fault(Bandwidth(SLOW_BYTES_PER_SECOND), operation="PutObject")
+        proxy.fault(Bandwidth(SLOW_BYTES_PER_SECOND), operation="UploadPart", key="checkpoints/")
         for number in range(rounds):
-            order = (None, EVERY) if number % 2 == 0 else (EVERY, None)
+            order = (None, STEPS_PER_CHECKPOINT) if number % 2 == 0 else (STEPS_PER_CHECKPOINT, None)
             medians = {}
             for every in order:
                 spec = spec_of(place, "lora", {}, steps, every)
-                times, _, _ = trained(place, f"slow-{number}-{every}", spec, endpoint=proxy.url)
+                times, _, _ = run_training(place, f"slow-{number}-{every}", spec, endpoint=proxy.url)
                 medians[every] = statistics.median(times)
-            pairs.append((medians[None], medians[EVERY]))
+            pairs.append((medians[None], medians[STEPS_PER_CHECKPOINT]))
             print(
-                f"round {number}: {medians[None] * 1000:.2f} ms without, {medians[EVERY] * 1000:.2f} ms with",
+                f"round {number}: {medians[None] * 1000:.2f} ms without, {medians[STEPS_PER_CHECKPOINT] * 1000:.2f} ms with",
                 flush=True,
             )
     ratios = [slow / none for none, slow in pairs]
     return {
-        "bytesPerSecond": SLOW, "rounds": rounds, "stepsEach": steps, "ratio": round(statistics.median(ratios), 4),
+        "bytesPerSecond": SLOW_BYTES_PER_SECOND, "rounds": rounds, "stepsEach": steps, "ratio": round(statistics.median(ratios), 4),
         "ratios": [round(one, 4) for one in ratios], "stepMsWithout": round(1000 * statistics.median(a for a, _ in pairs), 2),
     }  # fmt: skip
 
 
 def main() -> None:
-    """Measure and write down; parts that are left out keep the figures of the last run."""
+    """Measure and write the result. Parts that are not measured keep the figures of the last run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", default="lora,full,slow", help="which of them to measure")
+    parser.add_argument("--parts", default="lora,full,slow", help="parts to measure")
     parser.add_argument("--lora-steps", type=int, default=240)
     parser.add_argument("--full-steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=4)

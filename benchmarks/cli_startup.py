@@ -1,10 +1,10 @@
-"""How fast the command line answers: `finetune --help`, and the offline commands people run all day.
+"""Start time of the command line: `finetune --help` and the common offline commands.
 
     python benchmarks/cli_startup.py --runs 20
 
-Method. Each command is started as a new process, in turns, and timed from start to end on the monotonic clock. The first turn
-warms the page cache and is left out; median and worst of the others are reported, in seconds, and the median CPU time, which
-a busy machine does not change. The promise is 0.4 s for `--help`.
+Method. Each command runs as a new process, alternately with the others, and is timed on the monotonic clock. The first round warms the
+page cache and is not counted. Median and maximum of the others are reported in seconds, and the median CPU time, which does not depend
+on other load. The target is 0.4 s for `--help`.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ ENV = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=instruc
 
 
 def measure(commands: dict[str, list[str]], runs: int) -> dict[str, dict[str, float]]:
-    """Times of every command."""
+    """Measure the times of each command."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-    for turn in range(runs + 1):
-        for name, words in commands.items():
+    for round_number in range(runs + 1):
+        for name, arguments in commands.items():
             start, before = time.perf_counter(), cpu_of_children()
-            subprocess.run([sys.executable, "-m", "finetune_cli", *words], check=True, capture_output=True)
-            if turn:
+            subprocess.run([sys.executable, "-m", "finetune_cli", *arguments], check=True, capture_output=True)
+            if round_number:
                 times[name].append((time.perf_counter() - start, cpu_of_children() - before))
     return {
         name: {
@@ -50,7 +50,7 @@ def measure(commands: dict[str, list[str]], runs: int) -> dict[str, dict[str, fl
 
 
 def cpu_of_children() -> float:
-    """CPU seconds of all ended children, user and system."""
+    """CPU seconds of all ended child processes, user and system."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

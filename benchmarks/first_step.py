@@ -1,14 +1,13 @@
-"""From `kubectl apply` to the first optimizer step, split by stage.
+"""Time from `kubectl apply` to the first optimizer step, by stage.
 
-Needs a cluster with the operator installed and the demo's model and data uploaded: `make demo KEEP=1` leaves one. Then
+Needs a cluster with the operator installed and the demo's model and data uploaded: `make demo KEEP=1` creates one. Then
 
     python benchmarks/first_step.py --kubeconfig ... --namespace finetune-demo --runs 5
 
-Method. The manifest is applied under a new name. One thread watches Jobs, one watches Pods; the moments at which the Job and
-the running pod are first seen are taken from this machine's monotonic clock. From the moment the pod runs its `/progress` is
-asked every 20 ms through the API server's pod proxy until it says that step 1 is done. The stages inside the pod are the
-pod's own measurements. A run begins when the pods of the one before are gone: they would hold the cores that it asks for.
-The first run warms the page cache and is left out; medians of the others are reported.
+Method. The manifest is applied under a new name. One thread watches Jobs, another one pods; the monotonic clock gives the times
+at which the Job and the running pod are first seen. While the pod runs, its `/progress` is requested every 20 ms through the API server's
+pod proxy until it reports step 1. The stages inside the pod are measured by the pod. A run starts when the pods of the previous one are
+gone, which would use the cores that it requests. The first run warms the page cache and is not counted; medians of the others are reported.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ TIMEOUT_SECONDS = 300
 
 
 class NotMeasured(Exception):
-    """A run did not come to its first step; the message says what was seen."""
+    """A run did not reach its first step; the message says what was seen."""
 
 
 @dataclass
-class Moments:
-    """Seconds of the monotonic clock at which things were first seen."""
+class Timeline:
+    """Times of the monotonic clock, in seconds, at which events of one run were first seen."""
 
     applied: float = 0.0
     job: float | None = None
@@ -50,7 +49,7 @@ class Moments:
     timings: dict[str, float] = field(default_factory=dict)
 
     def stages(self) -> dict[str, float]:
-        """The way split into stages, in seconds."""
+        """Durations of the stages, in seconds."""
         assert self.job and self.running and self.first_step
         outside = {
             "admission": self.job - self.applied, "podStart": self.running - self.job,
@@ -67,7 +66,7 @@ class Run:
         self._core, self._batch, self._jobs = client.CoreV1Api(), client.BatchV1Api(), client.CustomObjectsApi()
         self._namespace, self._name = namespace, name
         self._manifest = manifest | {"metadata": {"name": name}}
-        self._moments = Moments()
+        self._timeline = Timeline()
         self._running = threading.Event()
 
     def measure(self) -> dict[str, float]:
@@ -75,53 +74,53 @@ class Run:
         selector = f"{names.Label.NAME.value}={self._name}"
         for target in (self._watch_jobs, self._watch_pods):
             threading.Thread(target=target, args=(selector,), daemon=True).start()
-        self._moments.applied = time.monotonic()
-        where = (names.GROUP, names.VERSION, self._namespace, names.PLURAL)
-        self._jobs.create_namespaced_custom_object(*where, self._manifest)
+        self._timeline.applied = time.monotonic()
+        collection = (names.GROUP, names.VERSION, self._namespace, names.PLURAL)
+        self._jobs.create_namespaced_custom_object(*collection, self._manifest)
         try:
             if not self._running.wait(TIMEOUT_SECONDS):
                 raise NotMeasured(f"no pod of {self._name} ran within {TIMEOUT_SECONDS} s")
-            self._ask()
+            self._wait_for_step()
         finally:
-            self._jobs.delete_namespaced_custom_object(*where, self._name)
+            self._jobs.delete_namespaced_custom_object(*collection, self._name)
             self._wait_until_gone(selector)
-        return self._moments.stages()
+        return self._timeline.stages()
 
     def _wait_until_gone(self, selector: str) -> None:
-        """Until no pod of this run is left. Errors: NotMeasured."""
+        """Wait until the run has no pods. Errors: NotMeasured."""
         end = time.monotonic() + TIMEOUT_SECONDS
         while self._core.list_namespaced_pod(self._namespace, label_selector=selector).items:
             if time.monotonic() > end:
-                raise NotMeasured(f"pods of {self._name} are still there {TIMEOUT_SECONDS} s after its deletion")
+                raise NotMeasured(f"pods of {self._name} still exist {TIMEOUT_SECONDS} s after its deletion")
             time.sleep(GONE_POLL_SECONDS)
 
     def _watch_jobs(self, selector: str) -> None:
         for _ in watch.Watch().stream(self._batch.list_namespaced_job, self._namespace, label_selector=selector):
-            self._moments.job = time.monotonic()
+            self._timeline.job = time.monotonic()
             return
 
     def _watch_pods(self, selector: str) -> None:
         for event in watch.Watch().stream(self._core.list_namespaced_pod, self._namespace, label_selector=selector):
             pod = event["object"]
             if pod.status.phase == "Running":
-                self._moments.running, self._moments.pod = time.monotonic(), pod.metadata.name
+                self._timeline.running, self._timeline.pod = time.monotonic(), pod.metadata.name
                 self._running.set()
                 return
 
-    def _ask(self) -> None:
-        """Ask the pod until it has done a step."""
+    def _wait_for_step(self) -> None:
+        """Request the progress until the pod has done a step."""
         end = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < end:
             report = self._report()
             if report is not None and (report.progress.step or 0) >= 1:
-                self._moments.first_step = time.monotonic()
-                self._moments.timings = report.timings
+                self._timeline.first_step = time.monotonic()
+                self._timeline.timings = report.timings
                 return
             time.sleep(POLL_SECONDS)
-        raise NotMeasured(f"pod {self._moments.pod} did no step within {TIMEOUT_SECONDS} s")
+        raise NotMeasured(f"pod {self._timeline.pod} has done no step within {TIMEOUT_SECONDS} s")
 
     def _report(self) -> ProgressReport | None:
-        pod = f"{self._moments.pod}:{names.PROGRESS_PORT}"
+        pod = f"{self._timeline.pod}:{names.PROGRESS_PORT}"
         try:
             answer = self._core.connect_get_namespaced_pod_proxy_with_path(
                 pod, self._namespace, names.Path.PROGRESS.value.lstrip("/"), _preload_content=False
@@ -132,7 +131,7 @@ class Run:
 
 
 def medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    """Median of every stage over the runs that have it."""
+    """Median of each stage over the runs that have it."""
     stages = dict.fromkeys(name for run in runs for name in run)
     return {name: round(statistics.median([run[name] for run in runs if name in run]), 2) for name in stages}
 

@@ -1,13 +1,13 @@
-"""Tokens per second of this trainer and of a bare TRL script, on packed sequences with random weights.
+"""Tokens per second of this trainer and of a bare TRL script, with packed sequences and random weights.
 
     python benchmarks/gpu_throughput.py --shape 8b --method lora            # one GPU
     python benchmarks/gpu_throughput.py --shape tiny --device cpu --no-write  # shows that it runs
 
-Method. A Llama of the asked shape gets random weights (throughput does not depend on what they say). Rows of random words are
-packed to full sequences. Ours and bare TRL train in turns for the same steps with the same arguments in one process; the first
-pair warms up and is left out. Only optimizer steps are timed. Tokens are those that are not padding. MFU counts what training
-asks for (adapters: 4N + 3A, full: 3 (2N + A)), not recomputation, over the device's dense bf16 peak. A figure that was not
-measured is not written.
+Method. A Llama of the chosen shape has random weights, since throughput does not depend on them. Rows of random words are packed into
+full sequences. This trainer and bare TRL train alternately for the same number of steps with the same arguments in one process; the first
+pair warms up and is not counted. Only optimizer steps are timed, and only tokens that are not padding are counted. MFU is the work that
+training requires (adapters: 4N + 3A, full: 3 (2N + A)), without recomputation, divided by the device's dense bf16 peak. Only measured
+figures are written.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ TIED = {"tiny": False, "1b": True, "8b": False}
 
 
 def make_model(folder: Path, shape: str, length: int) -> Path:
-    """Random weights in bf16 and the small tokenizer of the tests; ids above its vocabulary are simply never used."""
+    """Write a model with random bf16 weights and the small tokenizer of the tests, which uses only a part of the vocabulary."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -71,19 +71,19 @@ def make_model(folder: Path, shape: str, length: int) -> Path:
 
 
 def rows(length: int, sequences: int) -> list[dict[str, str]]:
-    """Random rows of very different lengths, enough for so many full sequences."""
+    """Random rows of different lengths, enough for `sequences` full sequences."""
     source = random.Random(0)
     words = ["red", "green", "blue", "one", "two", "three", "Paris", "Berlin", "fox", "dog"]
-    made, tokens = [], 0
+    rows_of_text, tokens = [], 0
     while tokens < length * sequences:
         count = source.randint(8, max(9, length // 8))
-        made.append({"text": " ".join(source.choice(words) for _ in range(count))})
+        rows_of_text.append({"text": " ".join(source.choice(words) for _ in range(count))})
         tokens += 2 * count
-    return made
+    return rows_of_text
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second and MFU of both, and their ratio. Errors: SystemExit if they would not run on the asked device."""
+    """Tokens per second and MFU of both, and their ratio. Errors: SystemExit if the chosen device is not available."""
     import torch
     from finetune_trainer.hardware import detect
     from finetune_trainer.speed import Shape, flops_per_token, peak_of
@@ -107,7 +107,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     run, inputs = make_run(folder, model, spec, rows(options.length, 2 * options.batch * options.steps))
     device = detect(run, 0).name
     if gpu == (device == "cpu"):
-        raise SystemExit(f"{options.device} was asked for, and the runs would use {device}")
+        raise SystemExit(f"--device {options.device} is not available: the runs would use {device}")
     seconds: dict[str, list[float]] = {"ours": [], "bare": []}
     memory = 0
     for place in range(options.rounds + 1):
@@ -135,8 +135,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "batch": options.batch,
     }
     for name, laps in seconds.items():
-        pace = tokens / statistics.median(laps)
-        found[name] = {"tokensPerSecond": round(pace, 1), "mfu": round(pace * work / peak, 4) if peak else None}
+        tokens_per_second = tokens / statistics.median(laps)
+        found[name] = {"tokensPerSecond": round(tokens_per_second, 1), "mfu": round(tokens_per_second * work / peak, 4) if peak else None}
     found["ratio"] = round(statistics.median(a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)), 4)
     if gpu:
         found["peakMemoryGb"] = round(memory / 1e9, 2)
@@ -144,7 +144,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
-    """Measure, print, and write the result unless told otherwise."""
+    """Measure, print, and write the result unless --no-write is set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="1b")
     parser.add_argument("--method", choices=["full", "lora", "qlora"], default="lora")

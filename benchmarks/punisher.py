@@ -1,19 +1,18 @@
-"""A run that is killed again and again: does it end, is it exact, what is lost, how fast does it recover?
+"""A run that is killed repeatedly: whether it ends, whether its result is exact, how many steps are lost, how fast it recovers.
 
     python -m benchmarks.punisher --kills 1000 --every 1 --seconds 420 --folder ~/.cache/finetune-operator/punisher
 
-Method. Ranks that keep a chain of hashes instead of training (tests/pod/toy_rank.py) run below the real supervisor, agent,
-checkpoint protocol and a real S3 server. A random victim (rank, agent, or the whole pod) is killed by SIGKILL, or the pod is asked
-to stop by SIGTERM, at a random moment of the interval between two checkpoints, after the attempt's first new step; the next attempt
-starts at once, as the operator would start it.
-Steps lost: those that were made while the checkpoint in flight and the one that waits were brought; with a step of 50 ms, and a
-checkpoint at each, that is a matter of how busy the machine is.
-Goodput: seconds of steps that were kept over all seconds that pods were held. Recovery: from the kill to the next attempt's first new
-step. At every restart all committed checkpoints are read back and compared with their manifests; in the end every step must have a
-logged state, and all of them and the final one are compared with those of a run that nothing happened to, which a chain of hashes
-lets anyone compute.
+Method. Ranks that compute a chain of hashes instead of training (tests/pod/toy_rank.py) run with the real supervisor, agent and
+checkpoint protocol and a real S3 server. After the attempt's first new step, at a random time between two checkpoints, a random victim
+(rank, agent or the whole pod) is killed with SIGKILL, or the pod is stopped with SIGTERM. The next attempt starts at once, as the operator
+would start it.
+Steps lost: those after the newest committed checkpoint. One upload may be in flight and one queued; with steps of 50 ms and a checkpoint
+at each step, the number depends on the load of the machine.
+Goodput: seconds of steps that were kept, divided by all seconds of pods. Recovery: from the kill to the next attempt's first new step. At
+each restart, all committed checkpoints are read and compared with their manifests. At the end, each step must have a logged state, and
+all states are compared with those of an undisturbed run, which can be computed from the chain of hashes.
 
-With --folder and --seconds it stops between two kills when the time is over, and the same command goes on where it stopped.
+With --folder and --seconds, it stops between two kills when the time is over, and the same command continues.
 """
 
 from __future__ import annotations
@@ -41,22 +40,22 @@ VICTIMS = ("rank", "agent", "pod", "stop")
 POLL_SECONDS = 0.01
 
 
-class Ledger(BaseModel):
-    """What has happened so far; kept on disk so that a run may be done in pieces."""
+class RunRecord(BaseModel):
+    """Counters of the run, which are stored on disk so that it can be continued."""
 
     attempt: int = 0
     kills: int = 0
     newest: int = 0
-    held: float = Field(default=0.0, description="Seconds that pods were held.")
+    held: float = Field(default=0.0, description="Seconds of all pods.")
     recoveries: list[float] = Field(default_factory=list)
     lost: list[int] = Field(default_factory=list)
     codes: dict[str, int] = Field(default_factory=dict, description="Attempts by victim and exit code.")
-    checked: int = Field(default=0, description="Committed checkpoints read back.")
+    checked: int = Field(default=0, description="Committed checkpoints that were read and verified.")
     done: bool = False
 
 
-def strike(pod: Pod, victim: str) -> None:
-    """Kill, or ask to stop."""
+def kill_victim(pod: Pod, victim: str) -> None:
+    """Kill the victim, or stop the pod."""
     if victim == "pod":
         pod.kill()
     elif victim == "stop":
@@ -66,8 +65,8 @@ def strike(pod: Pod, victim: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def check(tree: Tree, folder: Path, ledger: Ledger) -> int:
-    """Newest committed step, after every committed checkpoint was compared with its manifest."""
+def verify_checkpoints(tree: Tree, folder: Path, ledger: RunRecord) -> int:
+    """Compare each committed checkpoint with its manifest. Returns the newest committed step."""
     newest = 0
     for committed in tree.committed():
         manifest = tree.manifest(committed)
@@ -80,21 +79,21 @@ def check(tree: Tree, folder: Path, ledger: Ledger) -> int:
 
 
 def reference(steps: int) -> list[str]:
-    """State after each step of a run that nothing happens to; index 0: before the first."""
+    """States of an undisturbed run after each step; index 0: before the first step."""
     states = [""]
     for step in range(1, steps + 1):
         states.append(link(states[-1], 0, step))
     return states
 
 
-def same_curve(tree: Tree, steps: int) -> int:
-    """Logged states that were compared with the reference; fails at the first that differs, and if a step has none."""
+def compare_states(tree: Tree, steps: int) -> int:
+    """Compare all logged states with the reference. Returns their number; fails if one differs or a step has none."""
     states, compared = reference(steps), 0
     seen: set[int] = set()
     for stat in tree.store.list("metrics/"):
         for line in (tree.store.get(stat.key) or b"").decode().splitlines():
             value = json.loads(line)
-            assert value["chain"] == states[value["step"]], f"{stat.key}: step {value['step']} is another state"
+            assert value["chain"] == states[value["step"]], f"{stat.key}: step {value['step']} differs from the reference"
             compared += 1
             seen.add(value["step"])
     unlogged = set(range(1, steps + 1)) - seen
@@ -104,8 +103,8 @@ def same_curve(tree: Tree, steps: int) -> int:
     return compared
 
 
-def attempt(place: Bench, options: argparse.Namespace, ledger: Ledger, draw: random.Random) -> None:
-    """One attempt: start, wait for a new step, hurt it, look at what is left."""
+def attempt(place: Bench, options: argparse.Namespace, ledger: RunRecord, draw: random.Random) -> None:
+    """Run one attempt: start it, wait for a new step, kill a victim, verify the checkpoints."""
     ledger.attempt += 1
     target, name = place.target("punished"), f"attempt-{ledger.attempt}"
     spec = place.spec(checkpoint={"steps": options.every})
@@ -123,20 +122,20 @@ def attempt(place: Bench, options: argparse.Namespace, ledger: Ledger, draw: ran
         if ledger.kills < options.kills:
             time.sleep(draw.uniform(0, options.every * options.pause))
             seen, victim = pod.step(), draw.choice(VICTIMS)
-            strike(pod, victim)
+            kill_victim(pod, victim)
             ledger.kills += 1
         code = pod.end(600)
     ledger.held += time.monotonic() - began
     ledger.codes[f"{victim} {code}"] = ledger.codes.get(f"{victim} {code}", 0) + 1
     ledger.done = code == 0
     if not ledger.done:
-        ledger.newest = check(tree, place.folder / "check", ledger)
+        ledger.newest = verify_checkpoints(tree, place.folder / "check", ledger)
         ledger.lost.append(max(0, seen - ledger.newest))
         print(f"kill {ledger.kills}: {victim:<5} at step {seen}, code {code}, committed {ledger.newest}", flush=True)
 
 
-def figures_of(place: Bench, options: argparse.Namespace, ledger: Ledger) -> dict[str, Any]:
-    compared = same_curve(Tree(open_store(place.target("punished"))), options.steps)
+def figures_of(place: Bench, options: argparse.Namespace, ledger: RunRecord) -> dict[str, Any]:
+    compared = compare_states(Tree(open_store(place.target("punished"))), options.steps)
     return {
         "steps": options.steps, "checkpointEvery": options.every, "stepSeconds": options.pause, "kills": ledger.kills,
         "attempts": ledger.attempt, "endings": dict(sorted(ledger.codes.items())), "podSeconds": round(ledger.held, 1),
@@ -147,26 +146,26 @@ def figures_of(place: Bench, options: argparse.Namespace, ledger: Ledger) -> dic
 
 
 def main() -> None:
-    """Punish and write down."""
+    """Run until the job has ended, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=2, help="steps between checkpoints")
     parser.add_argument("--kills", type=int, default=1000)
-    parser.add_argument("--pause", type=float, default=0.05, help="seconds a step takes")
+    parser.add_argument("--pause", type=float, default=0.05, help="seconds of one step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="keep state here, and go on from it")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after so many, between two kills")
+    parser.add_argument("--folder", type=Path, help="folder for the state of the run, to continue it")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time, between two kills")
     options = parser.parse_args()
     began = time.monotonic()
     with bench(options.folder) as place:
-        book = place.folder / "ledger.json"
-        ledger = Ledger.model_validate_json(book.read_text()) if book.exists() else Ledger()
+        record_file = place.folder / "ledger.json"
+        ledger = RunRecord.model_validate_json(record_file.read_text()) if record_file.exists() else RunRecord()
         while not ledger.done and time.monotonic() - began < options.seconds:
             draw = random.Random(f"{options.seed}/{ledger.attempt}")
             attempt(place, options, ledger, draw)
-            book.write_text(ledger.model_dump_json())
+            record_file.write_text(ledger.model_dump_json())
         if not ledger.done:
-            print(f"{ledger.kills} kills, step {ledger.newest} of {options.steps}: the same command goes on")
+            print(f"{ledger.kills} kills, step {ledger.newest} of {options.steps}: run the same command to continue")
             return
         figures = figures_of(place, options, ledger)
     print(json.dumps(figures, indent=1))

@@ -1,4 +1,4 @@
-"""What every benchmark writes down beside its figures: when, on what machine, with which versions, from which commit."""
+"""Write the result of a benchmark with its time, machine, versions and commit."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Versions of the packages that matter, as installed."""
+    """Versions of the installed packages."""
     found = {"python": platform.python_version()}
     for name in packages:
         try:
@@ -43,7 +43,7 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def commit() -> str:
-    """The checkout's commit, with `+` if there are changes."""
+    """Commit of the checkout, with `+` if files have changed."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -57,12 +57,12 @@ def commit() -> str:
 
 
 def method(doc: str | None) -> str:
-    """How a program measures: what its description says after `Method.`"""
+    """The method of a benchmark: the text after `Method.` in its docstring."""
     return (doc or "").split("Method.", 1)[1].strip()
 
 
 def write(name: str, figures: dict[str, Any], *, method: str) -> Path:
-    """Write `results/<name>.json`; the newest run replaces the last one."""
+    """Write `results/<name>.json`, replacing the last result."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     path = RESULTS / f"{name}.json"
     record = {

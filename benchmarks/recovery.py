@@ -1,14 +1,14 @@
-"""From a kill to the first new step, split: what a restart costs, and where.
+"""Time from a kill to the first new step, by stage.
 
     python -m benchmarks.recovery --kills 12
 
-Method. The real trainer trains a tiny Llama with LoRA on one rank below a real supervisor, with a real S3 server, on this machine's
-CPU; its rank is killed by SIGKILL a random moment after a commit. `detect` is the time until the pod has ended and said why. The next
-attempt is started at once by this program (a cluster's part, creating a Job and starting a pod, is measured by
-first_step.py) and asked every 10 ms for its first new step. What lies between is split by the pod's own clock: `starting` and
-`downloading` (the supervisor is up, storage is tried, model and data are fetched, while the rank imports), `restoring` (the
-checkpoint is downloaded and verified), `loading` (what is left of the imports, and the model), `training` (optimizer state,
-skipping what was learned from, the first step). The first kill warms the page cache and is left out.
+Method. The real trainer trains a tiny Llama with LoRA on one rank with the real supervisor and a real S3 server, on this machine's CPU. The
+rank is killed with SIGKILL at a random time after a commit. `detect` is the time until the pod has ended with its termination message. This
+program starts the next attempt at once (first_step.py measures the time for creating a Job and starting a pod) and requests its progress
+every 10 ms until its first new step. The pod's own clock gives the stages: `starting` and `downloading` (the supervisor checks storage and
+downloads model and data, while the rank imports its libraries), `restoring` (the checkpoint is downloaded and verified), `loading` (the rest
+of the imports, and the model), `training` (optimizer state, skipping used data, the first step). The first kill warms the page cache and is
+not counted.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from benchmarks import record
 from benchmarks.lib.bench_pods import Bench, bench, spread
 from tests.pod.pod_harness import Pod
 
-EVERY = 10
+STEPS_PER_CHECKPOINT = 10
 POLL_SECONDS = 0.01
 STAGES = ("starting", "downloading", "checking", "restoring", "loading", "training")
 
 
 def first_new_step(pod: Pod, newest: int) -> dict[str, float]:
-    """The pod's own timings at the moment its first new step was seen."""
+    """Wait for the first new step. Returns the pod's own timings by stage."""
     while True:
         assert pod.process is not None and pod.process.poll() is None, pod.text[-3000:]
         report = pod.report()
@@ -40,23 +40,23 @@ def first_new_step(pod: Pod, newest: int) -> dict[str, float]:
         time.sleep(POLL_SECONDS)
 
 
-def killed(pod: Pod, newest: int, draw: random.Random) -> tuple[float, float, int]:
-    """Kill the rank after the next commit: the moment, seconds until the pod had ended, newest committed step."""
+def kill_rank(pod: Pod, newest: int, draw: random.Random) -> tuple[float, float, int]:
+    """Kill the rank after the next commit. Returns the time of the kill, the seconds until the pod had ended, and the newest committed step."""
     pod.wait_committed(newest + 1)
     time.sleep(draw.uniform(0, 0.3))
-    struck = time.monotonic()
+    killed_at = time.monotonic()
     os.kill(pod.pids("train")[0], signal.SIGKILL)
     assert pod.end() == 74, pod.text[-3000:]
-    return struck, time.monotonic() - struck, pod.words().committed_step or 0
+    return killed_at, time.monotonic() - killed_at, pod.words().committed_step or 0
 
 
 def measure(place: Bench, kills: int, seed: int) -> dict[str, object]:
     draw = random.Random(seed)
     spec = place.spec(
-        method={"type": "lora"}, checkpoint={"steps": EVERY}, tracking={"loggingSteps": 10},
+        method={"type": "lora"}, checkpoint={"steps": STEPS_PER_CHECKPOINT}, tracking={"loggingSteps": 10},
         training={"maxSteps": 100_000, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1},
     )  # fmt: skip
-    target, newest, struck = place.target("recovered"), 0, 0.0
+    target, newest, killed_at = place.target("recovered"), 0, 0.0
     detect: list[float] = []
     total: list[float] = []
     stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
@@ -66,10 +66,10 @@ def measure(place: Bench, kills: int, seed: int) -> dict[str, object]:
         ) as pod:
             found = first_new_step(pod, newest)
             if attempt > 2:
-                total.append(time.monotonic() - struck)
+                total.append(time.monotonic() - killed_at)
                 for stage, seconds in found.items():
                     stages[stage].append(seconds)
-            struck, seconds, newest = killed(pod, newest, draw)
+            killed_at, seconds, newest = kill_rank(pod, newest, draw)
             if attempt > 1:
                 detect.append(seconds)
         print(f"kill {attempt}: step {newest}, {total[-1] if total else 0:.2f} s to the first new step", flush=True)
@@ -83,7 +83,7 @@ def measure(place: Bench, kills: int, seed: int) -> dict[str, object]:
 
 
 def main() -> None:
-    """Measure and write down."""
+    """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,13 +1,13 @@
-"""How fast checkpoints go to S3 and come back, against boto3's own transfer functions and obstore on the same file in the same run.
+"""Upload and download throughput of checkpoints, compared with boto3's transfer functions and obstore.
 
     python -m benchmarks.storage_throughput --megabytes 256 --rounds 5
 
-Method. A real S3 server (SeaweedFS) runs on this machine and shares its cores with the client, so that only ratios mean
-anything. Ours (`S3Store.put_file`, `download` with its hash), boto3's `upload_file`, `download_file` and obstore's `put`, and `get`
-streamed to a file (if obstore is installed) take turns in every round, each round in another order. Hashing is part of our download only
-and, for uploads, reported split_query (`sha256`), since it happens before. Figures: median over rounds of MB/s; the ratio of ours to each
-and to the best of them in the same round; client CPU seconds per GB (all threads of this process); the most memory above what was
-in use before, by the kernel's own high-water mark, which is reset before each transfer.
+Method. A real S3 server (SeaweedFS) runs on this machine and shares its cores with the client, so that only ratios are
+meaningful. Ours (`S3Store.put_file`, `download` with its hash), boto3's `upload_file`, `download_file` and obstore's `put`, and `get`
+streamed to a file (if obstore is installed) run alternately with the same file, in another order in each round. Hashing is part of our
+download only; for uploads it happens before and is reported separately (`sha256`). Figures: median MB/s over the rounds; ratio of ours to
+each of the others and to the best of them in the same round; client CPU seconds per GB (all threads of this process); the largest memory
+increase, from the kernel's high-water mark, which is reset before each transfer.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from finetune_trainer.storage.s3 import S3Store
 from benchmarks import record
 from benchmarks.lib.bench_pods import BUCKET, Bench, bench
 
-WAYS = ("up", "down")
+DIRECTIONS = ("up", "down")
 OTHERS = ("boto3", "obstore")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one transfer took."""
+    """Wall seconds, CPU seconds and bytes of memory of one transfer."""
 
     wall: float
     cpu: float
     memory: int
 
 
-def cost_of(work: Callable[[], object]) -> Cost:
-    """Wall and CPU seconds of this process, and bytes above what was in use."""
+def measure_cost(work: Callable[[], object]) -> Cost:
+    """Run `work` and measure its cost."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _kib("VmRSS")
     wall, cpu = time.perf_counter(), time.process_time()
@@ -58,7 +58,7 @@ def _kib(name: str) -> int:
 
 
 def tasks_of(place: Bench, source: Path, target: Path) -> dict[str, Callable[[], object]]:
-    """What is timed, by client and way."""
+    """The measured transfers by client and direction."""
     store = S3Store(StoreTarget(uri=f"s3://{BUCKET}/ours", endpoint=place.server.host_url))
     plain = place.server.client()
     tasks: dict[str, Callable[[], object]] = {
@@ -95,12 +95,12 @@ def measure(place: Bench, megabytes: int, rounds: int) -> dict[str, object]:
     source.write_bytes(random.Random(0).randbytes(megabytes * 1_000_000))
     tasks = tasks_of(place, source, target)
     found: dict[str, list[Cost]] = {task: [] for task in tasks}
-    for number in range(rounds + 1):  # the first warms up
+    for number in range(rounds + 1):  # the first one warms up
         order = list(tasks)
         if number:
             random.Random(number).shuffle(order)
         for task in order:
-            cost = cost_of(tasks[task])
+            cost = measure_cost(tasks[task])
             if number:
                 found[task].append(cost)
             print(f"round {number}  {task:<13} {megabytes / cost.wall:8.1f} MB/s", flush=True)
@@ -116,21 +116,21 @@ def _figures(found: dict[str, list[Cost]], megabytes: int) -> dict[str, object]:
         }
         for task, costs in found.items()
     }
-    for way in WAYS:
-        ours = found[f"ours {way}"]
-        rivals = {name: found[f"{name} {way}"] for name in OTHERS if f"{name} {way}" in found}
-        for name, theirs in rivals.items():
+    for direction in DIRECTIONS:
+        ours = found[f"ours {direction}"]
+        others = {name: found[f"{name} {direction}"] for name in OTHERS if f"{name} {direction}" in found}
+        for name, theirs in others.items():
             pairs = zip(theirs, ours, strict=True)
-            figures[f"ratio {way} to {name}"] = round(statistics.median(a.wall / b.wall for a, b in pairs), 3)
-        best = [min(costs) for costs in zip(*([one.wall for one in costs] for costs in rivals.values()), strict=True)]
-        figures[f"ratio {way} to the best"] = round(
+            figures[f"ratio {direction} to {name}"] = round(statistics.median(a.wall / b.wall for a, b in pairs), 3)
+        best = [min(costs) for costs in zip(*([one.wall for one in costs] for costs in others.values()), strict=True)]
+        figures[f"ratio {direction} to the best"] = round(
             statistics.median(a / b.wall for a, b in zip(best, ours, strict=True)), 3
         )
     return figures
 
 
 def main() -> None:
-    """Measure and write down."""
+    """Measure and write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)

@@ -1,4 +1,4 @@
-"""What this trainer costs over a bare TRL script with the same arguments, data and order.
+"""Overhead of this trainer compared with a bare TRL script with the same arguments, data and order.
 
     python benchmarks/trainer_overhead.py --rounds 6 --steps 300
 
@@ -35,18 +35,18 @@ TOLERANCE = 1e-6
 
 @dataclass
 class Lap:
-    """One run: the times of its loop and of all of it in seconds, its losses, and the share of time spent waiting for data."""
+    """Measurements of one run: seconds of the loop and of the whole run, losses, and the share of time spent waiting for data."""
 
     seconds: float = 0.0
     whole: float = 0.0
     losses: dict[int, float] = field(default_factory=dict)
-    """By step. Ours also logs the last step."""
+    """Losses by step. This trainer also logs the last step."""
     waits: list[float] = field(default_factory=list)
     began: float = 0.0
 
 
 def clock(lap: Lap) -> Any:
-    """A callback that times the loop and keeps the losses."""
+    """A callback that measures the loop and records the losses."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -66,30 +66,30 @@ def clock(lap: Lap) -> Any:
 
 
 class Hooks:
-    """The real callbacks of a rank, over a channel without a supervisor, and the clock."""
+    """The callbacks of a rank, with a channel that has no supervisor, and the clock."""
 
     def __init__(self, lap: Lap) -> None:
         self._lap = lap
         self.trainer_arguments: dict[str, Any] = {}
 
     def callbacks(self, run: Any, channel: Any, inputs: Any) -> list[Any]:
-        """Those of checkpoints and reporting, then the clock."""
+        """Callbacks for checkpoints and reporting, then the clock."""
         from finetune_trainer.checkpoint import rank
 
         return [*rank.callbacks(run, channel, inputs), clock(self._lap)]
 
     def resume_path(self, inputs: Any) -> None:
-        """A fresh start."""
+        """None: the run does not resume."""
 
     def finish(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
-        """The artefact is not uploaded."""
+        """Nothing: the artefact is not uploaded."""
 
 
 Program = Callable[[Any, Any, Path], Lap]
 
 
 def ours(run: Any, inputs: Any, folder: Path) -> Lap:
-    """One run of this trainer."""
+    """Run this trainer once."""
     from finetune_trainer import train
     from finetune_trainer.channel import Channel
 
@@ -100,7 +100,7 @@ def ours(run: Any, inputs: Any, folder: Path) -> Lap:
 
 
 def bare(run: Any, inputs: Any, folder: Path) -> Lap:
-    """One run of a plain TRL script: same arguments, same tokens."""
+    """Run a plain TRL script once, with the same arguments and tokens."""
     from datasets import Dataset
     from finetune_trainer.arguments import shared_arguments
     from finetune_trainer.distributed import DistributedStrategy
@@ -150,7 +150,7 @@ def bare(run: Any, inputs: Any, folder: Path) -> Lap:
 
 
 def timed(program: Program, run: Any, inputs: Any, folder: Path) -> Lap:
-    """One run with the time of all of it."""
+    """Run once and measure the whole duration."""
     gc.collect()
     began = time.perf_counter()
     lap = program(run, inputs, folder)
@@ -161,7 +161,7 @@ def timed(program: Program, run: Any, inputs: Any, folder: Path) -> Lap:
 def measure(
     rounds: int, steps: int, *, hidden: int, layers: int, length: int, batch: int, method: str
 ) -> dict[str, Any]:
-    """Pairs of runs in turns. Errors: SystemExit if the two did not train the same."""
+    """Measure pairs of alternating runs. Errors: SystemExit if their losses differ."""
     import torch
 
     from tests.support.learning import make_run
@@ -184,7 +184,7 @@ def measure(
             order: tuple[Program, Program] = (ours, bare) if place % 2 == 0 else (bare, ours)
             laps = {program: timed(program, run, inputs, folder) for program in order}
             if any(abs(laps[ours].losses[step] - loss) > TOLERANCE for step, loss in laps[bare].losses.items()):
-                raise SystemExit(f"not the same training: {laps[ours].losses} and {laps[bare].losses}")
+                raise SystemExit(f"the trainings differ: {laps[ours].losses} and {laps[bare].losses}")
             pairs += [(laps[ours], laps[bare])] if place else []
     shutil.rmtree(folder)
     return {
@@ -203,14 +203,14 @@ def measure(
 
 
 def _compared(pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    """Ours over bare: the median, and each pair."""
+    """Ratios of ours to bare: the median and each pair."""
     ratios = [a / b for a, b in pairs]
     return {"ratio": round(statistics.median(ratios), 4), "ratios": [round(one, 4) for one in ratios]}
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No warnings of the libraries between the figures."""
+    """Suppress warnings of the libraries."""
     import warnings
 
     with warnings.catch_warnings():
@@ -219,9 +219,9 @@ def quiet() -> Iterator[None]:
 
 
 def main() -> None:
-    """Measure, print, and write the result unless told otherwise."""
+    """Measure, print, and write the result unless --no-write is set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=6, help="timed pairs of runs")
+    parser.add_argument("--rounds", type=int, default=6, help="measured pairs of runs")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a run")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)

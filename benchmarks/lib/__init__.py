@@ -1,1 +1,1 @@
-"""What the load benchmark is made of: a control plane that is not the limit, played nodes, clients, and measurements."""
+"""Parts of the load benchmark: a control plane with raised limits, simulated nodes, clients, and measurements."""

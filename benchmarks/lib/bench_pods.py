@@ -1,4 +1,4 @@
-"""Pods as local processes with a real S3 server, for benchmarks: what the pod tests use, put together for a `with` block."""
+"""Pods as local processes with a real S3 server, from the helpers of the pod tests."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from tests.support.tiny import make_tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "benchmarks"
 MODULES = os.pathsep.join([PYTHONPATH, str(ROOT / "tests/pod")])
-"""Where a pod finds the modules that stand in for its training."""
+"""PYTHONPATH of a pod, with modules that replace its training."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A folder, an S3 server, a model and its rows."""
+    """A folder, an S3 server, a model and its data."""
 
     folder: Path
     server: S3Endpoint
 
     @property
     def keys(self) -> dict[str, str]:
-        """Credentials as a pod gets them."""
+        """S3 credentials as environment variables of a pod."""
         return {"AWS_ACCESS_KEY_ID": self.server.access_key, "AWS_SECRET_ACCESS_KEY": self.server.secret_key}
 
     def target(self, run: str, *, endpoint: str | None = None) -> StoreTarget:
-        """The tree of one run."""
+        """Storage root of one run."""
         return StoreTarget(uri=f"s3://{BUCKET}/{run}/team/job/{UID}", endpoint=endpoint or self.server.host_url)
 
     def spec(self, model: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]:
-        """A small job; the model is made once. `model` goes to make_tiny_model."""
+        """Spec of a small job. `model` are arguments of make_tiny_model; the model is created once."""
         shape = model or {}
         name = "-".join(["model", *(f"{key}{value}" for key, value in sorted(shape.items()))])
         if not (self.folder / name / "config.json").exists():
@@ -57,7 +57,7 @@ class Bench:
         self, name: str, spec: dict[str, Any], target: StoreTarget, module: str, *,
         attempt: int = 1, newest: int = 0, env: dict[str, str] | None = None,
     ) -> Pod:  # fmt: skip
-        """A pod of one rank, whose training is `module`."""
+        """A pod with one rank that runs `module` as its training."""
         run = run_config(spec, target, attempt=attempt, resume=Resume(mode="auto", expect_step=newest))
         settings = {"PYTHONPATH": MODULES, "FINETUNE_TRAINER_MODULE": module, **self.keys}
         return Pod(run, self.folder / name, settings | (env or {}))
@@ -65,7 +65,7 @@ class Bench:
 
 @contextlib.contextmanager
 def bench(folder: Path | None = None) -> Iterator[Bench]:
-    """A server and a folder: a temporary one, or one that is kept and gone on with."""
+    """Start an S3 server with a temporary folder, or with `folder`, whose data are kept."""
     with contextlib.ExitStack() as stack:
         place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         place.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ def bench(folder: Path | None = None) -> Iterator[Bench]:
 
 
 def spread(values: list[float], digits: int = 3) -> dict[str, float | int | None]:
-    """Median, 99th percentile and most, of so many."""
+    """Median, 99th percentile, maximum and number of the values."""
     if not values:
         return {"n": 0, "p50": None, "p99": None, "most": None}
     ordered = sorted(values)

@@ -1,4 +1,4 @@
-"""Nodes and pods that are played by KWOK: a pod that is bound to a node runs, and ends with success at once.
+"""Nodes and pods simulated by KWOK: a pod that is bound to a node runs and ends with success at once.
 
 Pods of the namespace `LASTING` go on running.
 """
@@ -112,7 +112,7 @@ spec:
 
 
 def program() -> Path:
-    """KWOK, built on the first call."""
+    """Path of KWOK, which is built on the first call."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     target = base / "finetune-operator" / "tools" / f"kwok-{VERSION}" / "kwok"
     if not target.exists():
@@ -121,7 +121,7 @@ def program() -> Path:
 
 
 async def make_nodes(client: Client, count: int) -> None:
-    """Nodes that are ready, roomy, and without taints."""
+    """Create nodes that are ready, have large capacity and no taints."""
     amount = {"cpu": "10000", "memory": "100Ti", "ephemeral-storage": "1000Ti", "pods": "10000"}
     for number in range(count):
         name = f"played-{number}"
@@ -134,7 +134,7 @@ async def make_nodes(client: Client, count: int) -> None:
 
 
 class Kwok:
-    """The process, in a `with` statement."""
+    """The KWOK process, as a context manager."""
 
     def __init__(self, endpoint: Endpoint, folder: Path) -> None:
         self._endpoint, self._folder = endpoint, folder

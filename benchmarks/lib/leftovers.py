@@ -1,4 +1,4 @@
-"""Finished jobs by the thousand, as an earlier operator left them: copies of one that really ran, written by the benchmark.
+"""Create thousands of finished jobs as copies of one that has run.
 
 The FineTuneJob has its final status, the Job is complete, the pods are there (never bound: nothing reads how they ended any more).
 """
@@ -21,7 +21,7 @@ OWN = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFiel
 
 @dataclass(frozen=True)
 class Model:
-    """What one finished job consists of."""
+    """The objects of one finished job."""
 
     job: Object
     attempt: Object
@@ -38,7 +38,7 @@ async def model(client: Client, namespace: str) -> Model:
 
 
 async def write(client: Client, namespace: str, found: Model, count: int, pods: int, clients: int) -> None:
-    """`count` copies in `namespace`, each with so many pods, written by so many clients."""
+    """Write `count` copies into `namespace`, each with `pods` pods, with `clients` concurrent clients."""
     left = iter(range(count))
 
     async def work() -> None:
@@ -60,7 +60,7 @@ async def _one(client: Client, namespace: str, found: Model, name: str, pods: in
     attempt["spec"]["suspend"] = True
     attempt["metadata"]["ownerReferences"] = [_owner(made, names.API_VERSION, names.KIND)]
     job = await client.send("POST", jobs, attempt)
-    # A patch: the Job controller has its own word (Suspended) to write, and neither should undo the other.
+    # A patch, because the Job controller writes its own condition (Suspended) at the same time.
     await client.send("PATCH", f"{jobs}/{job_name}/status", {"status": found.attempt["status"]}, MERGE)
     for index in range(pods):
         pod = copied(found.pod, f"{job_name}-{index}-left", labels | {"batch.kubernetes.io/job-name": job_name})
@@ -71,7 +71,7 @@ async def _one(client: Client, namespace: str, found: Model, name: str, pods: in
 
 
 def copied_job(body: Object, name: str, labels: dict[str, str]) -> Object:
-    """A copy of a Job under another name, with these labels on it and on its pods, without what the server adds."""
+    """A copy of a Job under another name, with these labels on it and on its pods, without the fields that the server sets."""
     copy = copied(body, name, labels)
     copy.pop("status", None)
     copy["spec"] = {key: value for key, value in copy["spec"].items() if key not in ("selector", "manualSelector")}
@@ -81,7 +81,7 @@ def copied_job(body: Object, name: str, labels: dict[str, str]) -> Object:
 
 
 def copied(body: Object, name: str, labels: dict[str, str] | None = None) -> Object:
-    """A deep copy under another name, without what the server fills in."""
+    """A deep copy with another name, without the fields that the server sets."""
     copy: Object = json.loads(json.dumps(body))
     meta = {key: value for key, value in copy["metadata"].items() if key not in (*OWN, "namespace", "generateName")}
     copy["metadata"] = meta | {"name": name} | ({"labels": meta.get("labels", {}) | labels} if labels else {})

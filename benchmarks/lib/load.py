@@ -1,4 +1,4 @@
-"""Clients that create things as fast as they can, and watchers that note when things were first seen."""
+"""Clients that create objects as fast as possible, and watches that record when objects are first seen."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ META_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1,applic
 
 
 class Client:
-    """A connection pool to the API server. Use in an `async with`."""
+    """A client of the API server. An async context manager."""
 
     def __init__(self, endpoint: Endpoint) -> None:
         self._endpoint = endpoint
@@ -35,7 +35,7 @@ class Client:
         await self._session.close()
 
     async def send(self, method: str, path: str, body: Any = None, kind: str = "application/json") -> Object:
-        """One request. RuntimeError with the server's words if it is refused."""
+        """Send one request. Errors: RuntimeError with the server's message."""
         data = None if body is None else json.dumps(body).encode()
         url = self._endpoint.server + path
         async with self._session.request(method, url, data=data, headers={"Content-Type": kind}) as answer:
@@ -57,7 +57,7 @@ class Client:
                 return items
 
     async def create_all(self, path: str, bodies: list[Object], clients: int) -> dict[str, float]:
-        """Create all, by so many clients; returns the moment each request was sent, by name."""
+        """Create all objects with `clients` concurrent clients. Returns the times at which the requests were sent, by name."""
         sent: dict[str, float] = {}
         left = iter(bodies)
 
@@ -72,7 +72,7 @@ class Client:
         return sent
 
     async def events(self, path: str, *, version: str, meta_only: bool) -> AsyncIterator[Object]:
-        """Watch events of a collection from a version on."""
+        """Watch a collection from a resourceVersion."""
         headers = {"Accept": META_ONLY} if meta_only else {}
         url = f"{self._endpoint.server}{path}?watch=true&resourceVersion={version}"
         rest = b""
@@ -85,8 +85,8 @@ class Client:
                     yield json.loads(line)
 
 
-class Seen:
-    """When objects of a collection were first seen to be something."""
+class FirstSeen:
+    """Watches a collection and records when each object first met a condition."""
 
     def __init__(self, client: Client, path: str, wanted: Callable[[Object], bool] | None = None) -> None:
         self._client, self._path, self._wanted = client, path, wanted
@@ -94,7 +94,7 @@ class Seen:
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
-    async def __aenter__(self) -> Seen:
+    async def __aenter__(self) -> FirstSeen:
         version = (await self._client.send("GET", f"{self._path}?limit=1"))["metadata"]["resourceVersion"]
         self._task = asyncio.create_task(self._watch(version))
         return self
@@ -110,7 +110,7 @@ class Seen:
             self._changed.set()
 
     async def _note(self, version: str) -> None:
-        """A watch that the server ends (it does so to those that are too slow) goes on where it ended."""
+        """Watch continuously. The server ends a watch that is too slow, which then continues at the last version."""
         while True:
             async for event in self._client.events(self._path, version=version, meta_only=self._wanted is None):
                 if event["type"] == "ERROR":
@@ -126,9 +126,9 @@ class Seen:
             self.moments[name] = time.monotonic()
             self._changed.set()
 
-    async def wait(self, count: int, patience: float) -> float:
-        """The moment at which `count` objects had been seen. TimeoutError after `patience` seconds says how many were."""
-        deadline = time.monotonic() + patience
+    async def wait(self, count: int, timeout_seconds: float) -> float:
+        """The time at which `count` objects had been seen. Errors: TimeoutError after `timeout_seconds`."""
+        deadline = time.monotonic() + timeout_seconds
         while len(self.moments) < count:
             if self._task is None or self._task.done():
                 raise RuntimeError(f"the watch of {self._path} ended") from (self._task and self._task.exception())
@@ -138,7 +138,7 @@ class Seen:
                     await self._changed.wait()
             except TimeoutError:
                 found = len(self.moments)
-                raise TimeoutError(f"{found} of {count} seen at {self._path} in {patience:.0f} s") from None
+                raise TimeoutError(f"{found} of {count} seen at {self._path} in {timeout_seconds:.0f} s") from None
         return sorted(self.moments.values())[count - 1]
 
 
@@ -153,6 +153,6 @@ def condition_true(kind: str) -> Callable[[Object], bool]:
 
 
 def percentile(values: list[float], share: float) -> float:
-    """Nearest rank; 0 for no values."""
+    """Percentile by the nearest-rank method; 0 without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else 0.0

@@ -1,4 +1,4 @@
-"""The measured operator: a process as in production, its metrics, and the progress of pods that nobody runs."""
+"""The measured operator as a process, its metrics, and progress reports of simulated pods."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WRITES = ("create", "update", "patch", "delete")
 
 
 class Operator:
-    """One operator with its shipped configuration; only addresses are the benchmark's. A context manager."""
+    """The operator with its default configuration except addresses. A context manager."""
 
     def __init__(self, endpoint: Endpoint, folder: Path, progress_url: str) -> None:
         self._endpoint, self._folder, self._progress_url = endpoint, folder, progress_url
@@ -32,7 +32,7 @@ class Operator:
         self._port = 0
 
     def start(self) -> float:
-        """Start; returns the seconds until it looked at its first job."""
+        """Start the operator. Returns the seconds until it reconciled its first job."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self._port = free_ports(1)[0]
         config = self._folder / "config.yaml"
@@ -42,7 +42,7 @@ class Operator:
         }))  # fmt: skip
         argv = [sys.executable, "-m", "finetune_operator", "--config", str(config)]
         env = {**os.environ, "KUBECONFIG": str(self._endpoint.kubeconfig)}
-        begun = time.monotonic()
+        started_at = time.monotonic()
         with (self._folder / "operator.log").open("ab") as log:
             self._process = subprocess.Popen(argv, stdout=log, stderr=subprocess.STDOUT, env=env)
         while True:
@@ -50,13 +50,13 @@ class Operator:
             if samples.get(f"{PREFIX}_leader") == 1 and (
                 not samples.get(f"{PREFIX}_queue_depth") or _total(samples, f"{PREFIX}_reconcile_seconds_count")
             ):
-                return time.monotonic() - begun
+                return time.monotonic() - started_at
             if self._process.poll() is not None:
                 raise RuntimeError(f"the operator ended: see {self._folder / 'operator.log'}")
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """End it as a deployment does."""
+        """Stop it with SIGTERM."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait(30)
@@ -68,7 +68,7 @@ class Operator:
         return self._process.pid
 
     def metrics(self) -> dict[str, float]:
-        """Samples by `name{labels}`; empty while it does not answer."""
+        """Metric samples by `name{labels}`; empty while the operator does not answer."""
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=10) as answer:
                 text = answer.read().decode()
@@ -97,7 +97,7 @@ class Operator:
 
 
 def writes(requests: Counter[str]) -> int:
-    """Those that change something, events not counted: they are posted in the background and may be dropped."""
+    """Number of writes without events, which are posted in the background and may be dropped."""
     return sum(count for label, count in requests.items() if label.startswith(WRITES) and not label.endswith(" events"))
 
 
@@ -132,7 +132,7 @@ class LagSampler:
 
 
 class ProgressServer:
-    """Answers GET /progress for every pod: the step is the number of seconds since the server started."""
+    """Serves /progress for all pods; the step is the number of seconds since the server started."""
 
     def __init__(self) -> None:
         self.uids: dict[tuple[str, str], str] = {}
@@ -168,5 +168,5 @@ class ProgressServer:
         return web.Response(body=json.dumps(report), content_type="application/json")
 
     def now(self) -> int:
-        """The step that a pod would tell now."""
+        """The current step of all pods."""
         return 1 + int(time.time() - self.started)

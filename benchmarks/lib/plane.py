@@ -1,4 +1,4 @@
-"""A control plane whose own client limits are not what is measured, and the programs that share the machine with it."""
+"""A control plane with raised client limits, and the CPU time and memory of its processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from localcluster import ControlPlane, build, components
 from localcluster.processes import Server
 
 LIMITS = ("--kube-api-qps=2000", "--kube-api-burst=4000")
-"""Shipped defaults (20 and 30 a second) would be all that one sees, in either arm."""
+"""With the defaults (20 and 30 requests per second), the benchmark would measure only these limits."""
 EXTRA = {
     "kube-controller-manager": [*LIMITS, "--concurrent-job-syncs=20"],
     "kube-scheduler": list(LIMITS),
@@ -23,7 +23,7 @@ PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class FastControlPlane(ControlPlane):
-    """The local cluster's control plane, with limits that a busy cluster would raise, and a scheduler on demand."""
+    """The local cluster's control plane with raised client limits, and a scheduler that can be started and stopped."""
 
     def __init__(self, state_dir: Path) -> None:
         super().__init__(state_dir)
@@ -37,7 +37,7 @@ class FastControlPlane(ControlPlane):
 
     @contextlib.contextmanager
     def scheduling(self) -> Iterator[None]:
-        """Pods are bound to nodes inside this block, and not outside of it: they exist and do not run."""
+        """Run the scheduler inside this block only: before, pods exist without node."""
         server = self._spawn("kube-scheduler", components.scheduler(build.ensure(build.KUBE), self.state_dir))
         try:
             yield
@@ -48,7 +48,7 @@ class FastControlPlane(ControlPlane):
 
 @dataclass(frozen=True)
 class Usage:
-    """CPU seconds used so far, by program."""
+    """CPU seconds by program."""
 
     seconds: dict[str, float]
 
@@ -57,12 +57,12 @@ class Usage:
         return cls({name: cpu_seconds(pid) for name, pid in pids.items()})
 
     def since(self, before: Usage) -> dict[str, float]:
-        """Seconds used since `before`; programs that were not there then count from zero."""
+        """CPU seconds since `before`; programs that started later count from zero."""
         return {name: round(used - before.seconds.get(name, 0.0), 2) for name, used in self.seconds.items()}
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process, children that it waited for included; 0 if it is gone."""
+    """User and system time of a process and its waited-for children; 0 if it has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def memory_bytes(pid: int, field: str = "VmRSS") -> int:
-    """Resident memory of a process; `VmHWM` is its highest so far."""
+    """Resident memory of a process in bytes; `VmHWM`: the maximum until now."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

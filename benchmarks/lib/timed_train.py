@@ -1,4 +1,4 @@
-"""The real training, timed: when each step ended and how long each checkpoint kept training waiting, by the rank's own clock.
+"""The real training with time measurements: the end of each step and the stall of each checkpoint, by the rank's own clock.
 
 Set by FINETUNE_TRAINER_MODULE; writes `<work>/times.jsonl`: {"step", "ended"} and {"step", "stall"}, in seconds.
 """

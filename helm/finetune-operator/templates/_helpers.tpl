@@ -33,7 +33,7 @@ app.kubernetes.io/part-of: finetune-operator
 {{- end -}}
 {{- end -}}
 
-{{/* An image reference from {repository, tag, digest}; the digest wins. */}}
+{{/* Image reference from {repository, tag, digest}; with a digest, the tag is ignored. */}}
 {{- define "finetune-operator.image" -}}
 {{- if .digest -}}
 {{- printf "%s@%s" .repository .digest -}}
@@ -42,7 +42,7 @@ app.kubernetes.io/part-of: finetune-operator
 {{- end -}}
 {{- end -}}
 
-{{/* The operator's configuration file: the chart's values under the program's own key names, without empty ones. */}}
+{{/* The operator's configuration file: the chart's values under the operator's key names, without empty ones. */}}
 {{- define "finetune-operator.config" -}}
 {{- $trainer := dict "image" (include "finetune-operator.image" .Values.trainer.image) "imagePullPolicy" .Values.trainer.image.pullPolicy -}}
 {{- range $key := list "imagePullSecrets" "serviceAccountName" "priorityClassName" "env" "labels" "annotations" -}}
@@ -61,7 +61,7 @@ app.kubernetes.io/part-of: finetune-operator
 {{- toYaml $config -}}
 {{- end -}}
 
-{{/* What the operator may do where jobs live. No wildcard, no Secrets. */}}
+{{/* The operator's permissions in the namespaces of jobs. No wildcard, no Secrets. */}}
 {{- define "finetune-operator.rules" -}}
 - apiGroups: [finetune-operator.io]
   resources: [finetunejobs]
@@ -70,22 +70,22 @@ app.kubernetes.io/part-of: finetune-operator
   resources: [finetunejobs/status]
   verbs: [update]
 - apiGroups: [finetune-operator.io]
-  # For blockOwnerDeletion on the children, where OwnerReferencesPermissionEnforcement is on.
+  # For blockOwnerDeletion in owner references, where the admission plugin OwnerReferencesPermissionEnforcement is on.
   resources: [finetunejobs/finalizers]
   verbs: [update]
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
 - apiGroups: [""]
-  # Deleted only by force, when their node is lost.
+  # Pods without a Job are deleted; pods of lost nodes are deleted with grace period 0.
   resources: [pods]
   verbs: [list, watch, delete]
 - apiGroups: [""]
-  # They go with the Job that owns them.
+  # Not deleted: garbage collection removes them with the Job that owns them.
   resources: [services]
   verbs: [get, create]
 - apiGroups: [""]
-  # Quota and Pod Security refusals of the Job controller are told by its events only.
+  # Events of the Job controller are the only place where quota and Pod Security refusals of pods are reported.
   resources: [events]
   verbs: [list]
 - apiGroups: [events.k8s.io]

@@ -16,12 +16,12 @@ pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 def test_a_run_that_is_punished_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
     options = argparse.Namespace(steps=60, every=2, kills=15, pause=0.05)
-    ledger = punisher.Ledger()
+    run_record = punisher.RunRecord()
     with bench(tmp_path) as place:
-        while not ledger.done:
-            punisher.attempt(place, options, ledger, random.Random(ledger.attempt))
-        figures = punisher.figures_of(place, options, ledger)
+        while not run_record.done:
+            punisher.attempt(place, options, run_record, random.Random(run_record.attempt))
+        figures = punisher.figures_of(place, options, run_record)
     assert figures["curveEqual"] and figures["statesCompared"] >= 60
-    assert ledger.kills > 5 and sum(ledger.codes.values()) == ledger.attempt
-    assert {code.split()[1] for code in ledger.codes} <= {"0", "74", "75", "-9"}, ledger.codes
+    assert run_record.kills > 5 and sum(run_record.codes.values()) == run_record.attempt
+    assert {code.split()[1] for code in run_record.codes} <= {"0", "74", "75", "-9"}, run_record.codes
     assert figures["stepsLost"]["most"] <= 3 * options.every
