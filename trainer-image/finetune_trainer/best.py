@@ -18,10 +18,10 @@ from finetune_api.errors import NoCheckpointError
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-PREFIX = "best--"
+BEST_PREFIX = "best--"
 """Prefix of the best checkpoint's file names inside another checkpoint."""
-WEIGHTS = re.compile(r"^(adapter_model|adapter_config|model|pytorch_model).*\.(safetensors|bin|json)$")
-FOLDER = "best"
+WEIGHT_FILE = re.compile(r"^(adapter_model|adapter_config|model|pytorch_model).*\.(safetensors|bin|json)$")
+BEST_FOLDER = "best"
 """Name of the folder with the best weights, in the Trainer's output folder."""
 CHUNK_BYTES = 64 << 20
 """Bytes that are broadcast to the other nodes at once."""
@@ -40,7 +40,7 @@ class KeepBest(TrainerCallback):
         """
         if self._resumed is None or not state.best_global_step:
             return
-        kept = Path(str(args.output_dir)) / FOLDER
+        kept = Path(str(args.output_dir)) / BEST_FOLDER
         is_best_itself = state.best_global_step == state.global_step
         files = list(_weights(self._resumed) if is_best_itself else _carried(self._resumed))
         if not files:  # the best loss was measured between two checkpoints, so no checkpoint holds those weights
@@ -54,20 +54,20 @@ class KeepBest(TrainerCallback):
         if args.local_process_index > 0 or not state.best_global_step:
             return
         root = Path(str(args.output_dir))
-        folder, kept = root / f"checkpoint-{state.global_step}", root / FOLDER
+        folder, kept = root / f"checkpoint-{state.global_step}", root / BEST_FOLDER
         if state.best_global_step == state.global_step:
             _replace_files(kept, _weights(folder))
         elif folder.is_dir():
             for name, file in _weights(kept):
-                _link(file, folder / (PREFIX + name))
+                _link(file, folder / (BEST_PREFIX + name))
 
 
 def copy_to_all_nodes(args: TrainingArguments) -> None:
     """Copy the best weights from rank 0's disk to the other nodes, which have not written any. All ranks call this together."""
     if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
         return
-    kept = Path(str(args.output_dir)) / FOLDER
-    received = kept.with_name(FOLDER + ".received")
+    kept = Path(str(args.output_dir)) / BEST_FOLDER
+    received = kept.with_name(BEST_FOLDER + ".received")
     writes = args.local_process_index == 0 and args.process_index > 0
     if writes:
         shutil.rmtree(received, ignore_errors=True)
@@ -98,7 +98,7 @@ def _chunks(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def best_folder(trainer: Any) -> Path:
     """Folder with the best weights. Errors: NoCheckpointError BestCheckpointMissing."""
-    kept = Path(str(trainer.args.output_dir)) / FOLDER
+    kept = Path(str(trainer.args.output_dir)) / BEST_FOLDER
     for folder in (kept, Path(str(trainer.state.best_model_checkpoint))):
         if any(True for _ in _weights(folder)):
             return folder
@@ -122,14 +122,14 @@ def _replace_files(folder: Path, files: Iterator[tuple[str, Path]]) -> None:
 def _weights(folder: Path) -> Iterator[tuple[str, Path]]:
     """Weight files of a checkpoint, by name."""
     if folder.is_dir():
-        yield from ((file.name, file) for file in sorted(folder.iterdir()) if WEIGHTS.match(file.name))
+        yield from ((file.name, file) for file in sorted(folder.iterdir()) if WEIGHT_FILE.match(file.name))
 
 
 def _carried(folder: Path) -> Iterator[tuple[str, Path]]:
     """The best checkpoint's files inside another checkpoint, by their original name."""
     for file in sorted(folder.iterdir()):
-        if file.name.startswith(PREFIX):
-            yield file.name.removeprefix(PREFIX), file
+        if file.name.startswith(BEST_PREFIX):
+            yield file.name.removeprefix(BEST_PREFIX), file
 
 
 def _link(source: Path, target: Path) -> None:

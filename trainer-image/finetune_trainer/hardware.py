@@ -14,7 +14,7 @@ from finetune_api.spec.enums import Attention, Device, Dtype, MixedPrecision
 if TYPE_CHECKING:
     import torch
 
-FLASH = "flash_attention_2"
+FLASH_ATTENTION = "flash_attention_2"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def detect(run: RunConfig, local_rank: int) -> Hardware:
     bf16, fp16 = _precision(run, device)
     attention, notes = _attention(run, device)
     dtype = _dtype(run, device, bf16)
-    if attention == FLASH and dtype is torch.float32 and not (bf16 or fp16):
+    if attention == FLASH_ATTENTION and dtype is torch.float32 and not (bf16 or fp16):
         raise ConfigError(
             "AttentionPrecision", "model.attention flashAttention2 computes in 16 bits only, and training.mixedPrecision no means 32 bits",
             hint="write mixedPrecision bf16, or attention sdpa",
@@ -133,7 +133,7 @@ def _attention(run: RunConfig, device: torch.device) -> tuple[str, list[str]]:
     asked = run.spec.model.attention or Attention.AUTO
     if asked is Attention.FLASH_ATTENTION_2:
         if device.type == "cuda" and find_spec("flash_attn") is not None:
-            return FLASH, []
+            return FLASH_ATTENTION, []
         reason = "flash-attn is not installed" if device.type == "cuda" else "the run uses no GPU"
         return "sdpa", [f"model.attention flashAttention2 is not available ({reason}): sdpa is used"]
     return {Attention.AUTO: "sdpa", Attention.SDPA: "sdpa", Attention.EAGER: "eager"}[asked], []

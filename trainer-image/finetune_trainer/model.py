@@ -19,9 +19,9 @@ from finetune_trainer.inputs import Inputs
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
-EOS = "<eos>"
+END_TOKEN_WORD = "<eos>"
 """Word of `model.padToken` for the end token."""
-COMPUTE_DTYPE = "model.quantization.computeDtype"
+COMPUTE_DTYPE_PATH = "model.quantization.computeDtype"
 RESERVED_TOKEN = re.compile(
     r"^(<\|?(finetune_right_)?pad(_id)?\|?>|\[PAD\]|<\|(reserved_special_token|extra|dummy|unused)_?\d+\|>|<unk>|<\|endoftext\|>)$"
 )
@@ -47,11 +47,11 @@ def _choose_pad_token(tokenizer: Any, asked: str | None) -> list[str]:
     """Set the pad token: the asked one, the tokenizer's own, a reserved one, or the end token, in this order."""
     known = tokenizer.get_vocab()
     if asked is not None:
-        token = tokenizer.eos_token if asked == EOS else asked
+        token = tokenizer.eos_token if asked == END_TOKEN_WORD else asked
         if token not in known:
             raise ConfigError(
                 "PadTokenUnknown", f"model.padToken {asked!r} is not in the vocabulary",
-                hint=f"write a token of the vocabulary or {EOS} for the end token, or remove the field",
+                hint=f"write a token of the vocabulary or {END_TOKEN_WORD} for the end token, or remove the field",
             )  # fmt: skip
         tokenizer.pad_token = token
         return []
@@ -146,7 +146,7 @@ def quantization_config(
     }
     default = ComputeDtype.FLOAT32 if hardware.is_cpu else ComputeDtype.BFLOAT16
     asked = spec.compute_dtype if spec else None
-    if trains_on_quantized_base(run) and COMPUTE_DTYPE in run.defaults:
+    if trains_on_quantized_base(run) and COMPUTE_DTYPE_PATH in run.defaults:
         asked = ComputeDtype.BFLOAT16
     compute = types[asked or default]
     return BitsAndBytesConfig(

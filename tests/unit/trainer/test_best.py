@@ -7,14 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from finetune_trainer.best import FOLDER, PREFIX, KeepBest
+from finetune_trainer.best import BEST_FOLDER, BEST_PREFIX, KeepBest
 
 
 @pytest.mark.parametrize(
     ("step", "files", "kept"),
     [
-        (20, {"model.safetensors": "own", PREFIX + "model.safetensors": "older"}, "own"),
-        (10, {"model.safetensors": "own", PREFIX + "model.safetensors": "older"}, "older"),
+        (20, {"model.safetensors": "own", BEST_PREFIX + "model.safetensors": "older"}, "own"),
+        (10, {"model.safetensors": "own", BEST_PREFIX + "model.safetensors": "older"}, "older"),
         (10, {"model.safetensors": "own"}, None),
     ],
     ids=["this checkpoint is the best", "it carries an older one", "the best was never saved"],
@@ -33,5 +33,5 @@ def test_best_weights_are_restored_if_a_checkpoint_holds_them(
     if kept is None:
         assert state.best_model_checkpoint is None
     else:
-        assert Path(state.best_model_checkpoint) == tmp_path / FOLDER
-        assert (tmp_path / FOLDER / "model.safetensors").read_text() == kept
+        assert Path(state.best_model_checkpoint) == tmp_path / BEST_FOLDER
+        assert (tmp_path / BEST_FOLDER / "model.safetensors").read_text() == kept
