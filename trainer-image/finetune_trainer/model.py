@@ -19,7 +19,7 @@ from finetune_trainer.inputs import Inputs
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
-END_TOKEN_WORD = "<eos>"
+END_OF_SEQUENCE = "<eos>"
 """Word of `model.padToken` for the end token."""
 COMPUTE_DTYPE_PATH = "model.quantization.computeDtype"
 RESERVED_TOKEN = re.compile(
@@ -47,11 +47,11 @@ def _choose_pad_token(tokenizer: Any, asked: str | None) -> list[str]:
     """Set the pad token: the asked one, the tokenizer's own, a reserved one, or the end token, in this order."""
     known = tokenizer.get_vocab()
     if asked is not None:
-        token = tokenizer.eos_token if asked == END_TOKEN_WORD else asked
+        token = tokenizer.eos_token if asked == END_OF_SEQUENCE else asked
         if token not in known:
             raise ConfigError(
                 "PadTokenUnknown", f"model.padToken {asked!r} is not in the vocabulary",
-                hint=f"write a token of the vocabulary or {END_TOKEN_WORD} for the end token, or remove the field",
+                hint=f"write a token of the vocabulary or {END_OF_SEQUENCE} for the end token, or remove the field",
             )  # fmt: skip
         tokenizer.pad_token = token
         return []
