@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Iterator
 from enum import Enum, StrEnum
 from functools import cache
 from typing import Any, ClassVar, NamedTuple, Self
@@ -137,6 +138,21 @@ def nested_group(annotation: Any) -> type[Group] | None:
     """The group in a field's annotation (`SomeGroup` or `SomeGroup | None`), or None."""
     options = [annotation, *getattr(annotation, "__args__", ())]
     return next((one for one in options if isinstance(one, type) and issubclass(one, Group) and one.model_fields), None)
+
+
+def nested_groups(model: type[Group]) -> Iterator[type[Group]]:
+    """The group itself and every group below it, also in lists; a group that several fields use comes several times."""
+    yield model
+    for info in model.model_fields.values():
+        for group in _groups_in(info.annotation):
+            yield from nested_groups(group)
+
+
+def _groups_in(annotation: Any) -> Iterator[type[Group]]:
+    if isinstance(annotation, type) and issubclass(annotation, Group):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _groups_in(argument)
 
 
 def member_docs(enum: type[Enum]) -> dict[str, str]:

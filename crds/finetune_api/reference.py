@@ -1,4 +1,4 @@
-"""The reference pages, written from the same texts that `kubectl explain` shows.
+"""Generate the reference pages from the texts that `kubectl explain` shows.
 
 `python -m finetune_api.reference FOLDER` writes them; `make verify` fails when they differ.
 """
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api import names
-from finetune_api.base import member_docs
+from finetune_api.base import member_docs, nested_groups
 from finetune_api.exits import EXIT_POLICIES, RetryPolicy
 from finetune_api.rules import RULES
 from finetune_api.schema import COLUMNS, crd
+from finetune_api.spec import FineTuneJobSpec
 from finetune_api.support import UNSUPPORTED_FIELDS, wire_path
 
 NOTE = "<!-- Generated from crds/finetune_api by `make generate`; do not edit. -->\n\n"
@@ -107,25 +108,29 @@ def _names() -> str:
         ("Environment variables of the trainer container", names.Env),
         ("Names in storage", names.Storage),
     ]
-    return "# Names on the wire\n\n" + "\n".join(_table(title, enum) for title, enum in parts) + "\n" + _exit_codes()
+    return "# Names that programs exchange\n\n" + "\n".join(_table(title, enum) for title, enum in parts) + "\n" + _exit_codes()
 
 
 def _rules() -> str:
+    messages = {rule.code: [rule.message] if rule.cel else [] for rule in RULES}
+    for cel in dict.fromkeys(cel for group in nested_groups(FineTuneJobSpec) for cel in group.cel):
+        messages[cel.code].append(cel.message)
     rows = [
-        f"| `{rule.code}` | {'API server, ' if rule.cel else ''}operator, command line | {_cell(rule.message)} |"
+        f"| `{rule.code}` | {'API server, ' if messages[rule.code] else ''}operator, command line | {_cell('; '.join(messages[rule.code]))} |"
         for rule in RULES
     ]
-    later = [f"| `{wire_path(row.path)}` | {_cell(row.hint)} |" for row in UNSUPPORTED_FIELDS]
+    unsupported = [f"| `{wire_path(row.path)}` | {_cell(row.hint)} |" for row in UNSUPPORTED_FIELDS]
     return "\n".join(
         [
-            "# What is refused, and by whom\n", "## Cross-field rules\n", "| rule | checked by | what the API server says |", "|---|---|---|", *rows,
-            "\n## Not there yet\n", "Refused with `Accepted=False`, reason `NotSupportedYet` (for some fields only certain values).\n", "| field | instead |", "|---|---|", *later, "",
+            "# Rules\n", "## Cross-field rules\n", "| rule | checked by | message of the API server |", "|---|---|---|", *rows,
+            "\n## Fields that this release does not implement\n", "Refused with `Accepted=False`, reason `NotSupportedYet` (of some fields only certain values).\n",
+            "| field | what to write |", "|---|---|", *unsupported, "",
         ]
     )  # fmt: skip
 
 
 def main() -> None:
-    """Write the pages into the folder given."""
+    """Write the pages into the folder that the first argument names."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages().items():

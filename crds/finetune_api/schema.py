@@ -1,6 +1,6 @@
-"""From the models to the CustomResourceDefinition: a structural schema with descriptions, bounds, enums and CEL.
+"""Generate the CustomResourceDefinition from the models: a structural schema with descriptions, bounds, enumerations and CEL rules.
 
-A generator of our own, because pydantic's JSON schema is not structural (`$ref`, `anyOf` for optional fields, `const`).
+pydantic's own JSON schema is not structural (`$ref`, `anyOf` for optional fields, `const`), so this module writes its own.
 `python -m finetune_api.schema` prints the CRD.
 """
 
@@ -25,8 +25,9 @@ from finetune_api.status import FineTuneJobStatus
 Schema = dict[str, Any]
 
 MUTABLE = ("suspend", "cancel", "policy", "placement")
-"""Fields of the spec that may change in some way after creation; all others are compared whole."""
+"""Fields of the spec that may change after creation, at least in part. All other fields are immutable."""
 MUTABLE_POLICY = ("activeDeadlineSeconds", "ttlSecondsAfterFinished")
+"""Fields of `spec.policy` that may change after creation."""
 LIST_MAP_KEYS = {
     ("status", "conditions"): ["type"],
     ("status", "attempts"): ["number"],
@@ -34,7 +35,7 @@ LIST_MAP_KEYS = {
     ("spec", "placement", "volumes"): ["name"],
     ("spec", "placement", "volumeMounts"): ["mountPath"],
 }
-"""Lists whose items have an identity, and its key."""
+"""Lists whose items are identified by a key."""
 
 COLUMNS: tuple[tuple[str, str, str, int, str], ...] = (
     ("Status", "string", ".status.phase", 0, "Phase of the job."),
@@ -52,6 +53,7 @@ COLUMNS: tuple[tuple[str, str, str, int, str], ...] = (
 )  # fmt: skip
 """Printer columns of `kubectl get`: name, type, JSON path, priority (1: only with `-o wide`), description."""
 SELECTABLE = (".status.phase", ".spec.model.source", ".spec.placement.queueName")
+"""Paths that `kubectl get --field-selector` supports."""
 
 
 def describe(info: FieldInfo) -> str:
@@ -69,7 +71,7 @@ def describe(info: FieldInfo) -> str:
 
 
 def explain_values(annotation: Any) -> str:
-    """Every word of the enumeration in a field's type with its meaning, as further sentences; empty for other types."""
+    """Sentences that explain every value of the enumeration in a field's type; empty for other types."""
     enum = _enum_in(annotation)
     if enum is None:
         return ""
@@ -88,7 +90,7 @@ def _plain(value: Any) -> str:
 
 
 def model_schema(model: type[BaseModel], path: tuple[str, ...]) -> Schema:
-    """Structural schema of a model that stands at `path`."""
+    """Structural schema of the model at `path`."""
     properties: Schema = {}
     required: list[str] = []
     for name, info in model.model_fields.items():
@@ -117,7 +119,7 @@ def _rules(model: type[BaseModel], path: tuple[str, ...]) -> Iterator[tuple[str,
 
 
 def type_schema(annotation: Any, metadata: list[Any], path: tuple[str, ...]) -> Schema:
-    """Schema of an annotated type; `metadata` holds the constraints found so far."""
+    """Schema of an annotated type. `metadata` contains the constraints from outer annotations."""
     origin = get_origin(annotation)
     if origin is Annotated:
         inner, *more = get_args(annotation)
@@ -171,7 +173,7 @@ def _scalar(annotation: type, metadata: list[Any], path: tuple[str, ...]) -> Sch
 
 
 def constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
-    """(name, value) of every constraint, whether it stands in a Field, a StringConstraints or alone."""
+    """(name, value) of every constraint in Field, StringConstraints or single annotations."""
     for item in metadata:
         parts = [*item.metadata, item] if isinstance(item, FieldInfo) else [item]
         for part in parts:
@@ -185,7 +187,11 @@ def constraints(metadata: list[Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _bounds(metadata: list[Any]) -> Schema:
-    """Bounds of a number. A fractional bound is a CEL rule: the API server cuts it to an integer where the value has no decimal point."""
+    """Bounds of a number.
+
+    A fractional bound becomes a CEL rule: the API server truncates a fractional `maximum` to an integer when the value is written
+    without a decimal point, so that `0` violates `maximum: 0.5, exclusiveMaximum: true`.
+    """
     schema: Schema = {}
     for name, value in constraints(metadata):
         if name == "enum":
@@ -224,7 +230,7 @@ def _pattern(metadata: list[Any]) -> Schema:
 
 
 def immutability(spec: Schema) -> None:
-    """Add the rules that keep a created job what it is. They sit inside the groups, so that removing a group is no way round."""
+    """Add the rules that make a created job immutable. Rules of a group are inside the group, so removing the group does not bypass them."""
     policy, placement = spec["properties"]["policy"], spec["properties"]["placement"]
     policy["default"], placement["default"] = {}, {}
     _forbid_change(spec, "spec", [wire for wire in spec["properties"] if wire not in MUTABLE])
@@ -243,43 +249,43 @@ def immutability(spec: Schema) -> None:
 
 
 def _forbid_change(schema: Schema, path: str, wires: list[str]) -> None:
-    """A rule at each field for its value, and one at the group for all that came or went.
+    """Add a rule to each field that forbids another value, and one to the group that forbids adding or removing fields.
 
-    Rules run at every write of a status too: a rule at a field costs nothing while the field is not written, and whether fields came
-    or went is asked without comparing what is in them.
+    Rules also run at every status write, so they are cheap: a rule on a field does not run while the field is absent, and the rule
+    on the group compares only which fields exist.
     """
     sentence = "cannot change after creation: create a new FineTuneJob"
     for wire in wires:
         _add(schema["properties"][wire], "self == oldSelf", message=f"{path}.{wire} {sentence}")
-    there = {wire: f"has(self.{wire}) == has(oldSelf.{wire})" for wire in wires}
-    first = "".join(f"!({same}) ? '{path}.{wire}' : " for wire, same in there.items())
+    same_presence = {wire: f"has(self.{wire}) == has(oldSelf.{wire})" for wire in wires}
+    first = "".join(f"!({same}) ? '{path}.{wire}' : " for wire, same in same_presence.items())
     _add(
-        schema, " && ".join(there.values()), message=f"a field of {path} {sentence}",
+        schema, " && ".join(same_presence.values()), message=f"a field of {path} {sentence}",
         messageExpression=f"({first}'{path}') + ' {sentence}'",
     )  # fmt: skip
 
 
-def _add(schema: Schema, rule: str, **said: str) -> None:
-    schema.setdefault("x-kubernetes-validations", []).append({"rule": rule, "reason": "FieldValueForbidden", **said})
+def _add(schema: Schema, rule: str, **messages: str) -> None:
+    schema.setdefault("x-kubernetes-validations", []).append({"rule": rule, "reason": "FieldValueForbidden", **messages})
 
 
 def crd() -> Schema:
-    """The whole CustomResourceDefinition."""
+    """The CustomResourceDefinition."""
     spec = model_schema(FineTuneJobSpec, ("spec",))
     immutability(spec)
     status = model_schema(FineTuneJobStatus, ("status",))
     status["properties"]["observedGeneration"]["default"] = -1
     status["default"] = {"observedGeneration": -1}
-    # Status has one writer, who writes all of it: a record of who wrote which of its fields would be as long as it is, and making
-    # it a quarter of what a write costs the server.
+    # Only the operator writes the status, always as a whole. With an atomic map the API server does not track the owner of each field;
+    # that record would be as long as the status and cost a quarter of each write.
     status["x-kubernetes-map-type"] = "atomic"
     root = {
         "type": "object",
-        "description": "Fine-tunes a language model: reads a base model and data, trains, and leaves the result in object storage.",
+        "description": "Fine-tunes a language model: reads a base model and data, trains, and stores the result in object storage.",
         "required": ["spec"],
         "properties": {
             "apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"},
-            "spec": {"description": "What is asked for.", **spec}, "status": {"description": "What was observed.", **status},
+            "spec": {"description": "What the user asks for.", **spec}, "status": {"description": "What the operator has observed.", **status},
         },
         "x-kubernetes-validations": [
             {
@@ -321,7 +327,7 @@ HEADER = "# Generated from crds/finetune_api by `make generate`; `make verify` f
 
 
 def crd_yaml() -> str:
-    """The CRD as YAML that every reader understands alike: kubectl and Helm read YAML 1.1, where an unquoted `no` is false."""
+    """The CRD as YAML that means the same in YAML 1.1 and 1.2: kubectl and Helm read YAML 1.1, where an unquoted `no` is false."""
     from io import StringIO
 
     from ruamel.yaml import YAML
@@ -337,7 +343,7 @@ AMBIGUOUS = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "nul
 
 
 def _quoted(value: Any) -> Any:
-    """A copy in which words are quoted that YAML 1.1 takes for something else."""
+    """A copy in which words are quoted that YAML 1.1 reads as booleans or null."""
     from ruamel.yaml.scalarstring import SingleQuotedScalarString
 
     if isinstance(value, dict):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from finetune_api.base import CelRule, Group
+from finetune_api.base import CelRule, nested_groups
 from finetune_api.spec import FineTuneJobSpec
 
 MINIMAL: dict[str, Any] = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
@@ -45,24 +45,9 @@ GROUP_RULES: dict[tuple[str, str], dict[str, Any]] = {
 """By group and the beginning of the message: rules inside one group."""
 
 
-def groups(model: type[Group] = FineTuneJobSpec) -> Iterator[type[Group]]:
-    """Every group of the spec, also those in lists; some several times."""
-    yield model
-    for info in model.model_fields.values():
-        for inner in _groups_in(info.annotation):
-            yield from groups(inner)
-
-
-def _groups_in(annotation: Any) -> Iterator[type[Group]]:
-    if isinstance(annotation, type) and issubclass(annotation, Group):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _groups_in(argument)
-
-
 def group_rules() -> Iterator[tuple[CelRule, dict[str, Any]]]:
     """Each rule inside a group with a spec that breaks it. Errors: KeyError for a rule without a case."""
-    for group in dict.fromkeys(groups()):
+    for group in dict.fromkeys(nested_groups(FineTuneJobSpec)):
         for rule in group.cel:
             [case] = [spec for (name, start), spec in GROUP_RULES.items() if name == group.__name__ and rule.message.startswith(start)]
             yield rule, MINIMAL | case

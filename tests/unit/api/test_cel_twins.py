@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from finetune_api.base import CelRule
+from finetune_api.base import CelRule, nested_groups
 from finetune_api.rules import RULES, check
-from finetune_api.spec import load_spec
+from finetune_api.spec import FineTuneJobSpec, load_spec
 
-from tests.support.cel_cases import MINIMAL, SPEC_RULES, group_rules, groups
+from tests.support.cel_cases import MINIMAL, SPEC_RULES, group_rules
 
 CASES = list(group_rules())
 
@@ -26,7 +26,7 @@ def test_a_rule_over_several_groups_has_an_offline_twin(code: str) -> None:
 
 def test_every_rule_has_a_case() -> None:
     assert {rule.code for rule in RULES if rule.cel} == set(SPEC_RULES)
-    assert len(CASES) == len({rule for group in groups() for rule in group.cel}) + 1  # one rule is inherited by spec.storage
+    assert len(CASES) == len({rule for group in nested_groups(FineTuneJobSpec) for rule in group.cel}) + 1  # one rule is inherited by spec.storage
 
 
 def test_what_the_cases_break_is_the_only_problem_of_the_smallest_spec() -> None:
