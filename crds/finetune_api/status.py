@@ -33,8 +33,9 @@ class Condition(ReportModel):
 
     type: ConditionType = status_field("Name of the condition.", default=..., prompt=Prompt.VALUE)
     status: Literal["True", "False", "Unknown"] = status_field(
-        "Whether the condition holds.", default=..., prompt=Prompt.VALUE
-    )
+        "Whether the condition holds. Values: `True`: it holds. `False`: it does not hold. `Unknown`: it is not known yet.",
+        default=..., prompt=Prompt.VALUE,
+    )  # fmt: skip
     reason: str = status_field(
         "One word: why the condition has this status.", default="", example="Unschedulable", prompt=Prompt.VALUE
     )

@@ -3,7 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from finetune_api.sources import MAX_MODEL_NAME_LENGTH, model_name
+from finetune_api.errors import ConfigError
+from finetune_api.sources import (
+    MAX_MODEL_NAME_LENGTH,
+    ConfigMapSource,
+    FileSource,
+    HttpsSource,
+    HubSource,
+    PvcSource,
+    S3Source,
+    model_name,
+    parse,
+)
 
 UID = "6f1c1f6e-58a7-4b52-8c49-1d2a3b4c5d6e"
 
@@ -36,3 +47,54 @@ def test_a_long_model_name_is_cut() -> None:
     name = model_name("org/" + "x" * 90)
     assert len(name) == MAX_MODEL_NAME_LENGTH
     assert name.endswith("xx...")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("org/name", HubSource("org/name")),
+        ("gpt2", HubSource("gpt2")),
+        ("hf://org/name@v1.0", HubSource("org/name", "v1.0")),
+        ("s3://bucket/a/b.jsonl", S3Source("bucket", "a/b.jsonl")),
+        ("s3://bucket", S3Source("bucket", "")),
+        ("pvc://claim/models/x", PvcSource("claim", "models/x")),
+        ("configmap://data/train.jsonl", ConfigMapSource("data", "train.jsonl")),
+        ("https://example.com/x.csv", HttpsSource("https://example.com/x.csv")),
+        ("file:///data/x", FileSource("/data/x")),
+    ],
+)
+def test_every_notation_is_parsed(text: str, expected: object) -> None:
+    assert parse(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "write"),
+    [
+        ("", "org/name"),
+        (" org/name", "org/name"),
+        ("./data", "file:///path/to/data"),
+        ("/data", "file:///data"),
+        ("s3://B/x", "s3://bucket/key"),
+        ("s3:///x", "s3://bucket/key"),
+        ("pvc://claim/../x", "pvc://claim/path"),
+        ("configmap://only-name", "configmap://name/key"),
+        ("http://example.com/x", "https://example.com/x"),
+        ("https://example.com", "https://host/path/file.jsonl"),
+        ("file://data/x", "file:///data/x"),
+        ("org/name@", "org/name@main"),
+        ("a/b/c", "org/name"),
+        ("gs://bucket/x", "s3://bucket/key"),
+    ],
+)
+def test_error_of_an_invalid_source_says_what_to_write(text: str, write: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(text, path="dataset.train")
+    assert error.value.code == "SourceInvalid"
+    assert error.value.message.startswith("dataset.train")
+    assert write in (error.value.hint or "")
+
+
+def test_error_of_a_url_with_password_does_not_contain_the_password() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse("https://user:hunter2@example.com/x.jsonl")
+    assert "hunter2" not in str(error.value)

@@ -1,0 +1,84 @@
+"""Defaults that are filled into a spec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api.defaults import PlatformDefaults, resolve
+from finetune_api.rules import check
+from finetune_api.spec import FineTuneJobSpec
+from finetune_api.spec.cluster import StorageRoot
+
+MINIMAL = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+
+
+def resolved(change: dict[str, Any] | None = None, platform: PlatformDefaults | None = None) -> Any:
+    return resolve(FineTuneJobSpec.model_validate(MINIMAL | (change or {})), platform=platform)
+
+
+def test_defaults_of_the_smallest_job() -> None:
+    found = resolved()
+    spec = found.spec
+    assert (spec.method.type, spec.method.lora.rank, spec.method.lora.alpha, spec.method.lora.dropout) == (
+        "lora",
+        16,
+        32,
+        0.05,
+    )
+    assert (spec.training.epochs, spec.training.batch_size_per_device, spec.training.gradient_accumulation_steps) == (
+        3,
+        4,
+        4,
+    )
+    assert (spec.training.learning_rate, spec.training.scheduler, spec.training.warmup_ratio) == (2e-4, "cosine", 0.03)
+    assert (spec.training.gradient_checkpointing, spec.training.seed, spec.dataset.packing) == ("enabled", 42, False)
+    assert (spec.checkpoint.strategy, spec.checkpoint.steps, spec.checkpoint.keep, spec.checkpoint.resume) == (
+        "steps",
+        100,
+        3,
+        "auto",
+    )
+    assert (spec.tracking.logging_steps, spec.policy.retries, spec.resources.gpus_per_node) == (10, 3, 1)
+    assert found.defaults["training.learningRate"] == 2e-4
+    assert "model.source" not in found.defaults
+    assert found.notes == []
+
+
+@pytest.mark.parametrize(
+    ("change", "rate"),
+    [
+        ({"method": {"type": "full"}}, 2e-5),
+        ({"method": {"type": "spectrum"}}, 2e-5),
+        ({"method": {"type": "qlora"}}, 2e-4),
+        ({"trainer": {"type": "dpo"}}, 5e-6),
+        ({"trainer": {"type": "orpo"}, "method": {"type": "full"}}, 5e-6),
+        ({"trainer": {"type": "grpo"}}, 1e-6),
+        ({"training": {"learningRate": 0.5}}, 0.5),
+    ],
+)
+def test_the_learning_rate_depends_on_method_and_objective(change: dict[str, Any], rate: float) -> None:
+    assert resolved(change).spec.training.learning_rate == rate
+
+
+def test_resolving_a_resolved_spec_changes_nothing() -> None:
+    once = resolved({"method": {"type": "qlora"}, "training": {"maxSteps": 40}})
+    twice = resolve(once.spec)
+    assert twice.spec == once.spec
+    assert twice.defaults == {}
+    assert check(once.spec) == []
+
+
+def test_max_steps_takes_precedence_over_epochs_with_a_note() -> None:
+    found = resolved({"training": {"maxSteps": 40, "epochs": 2}})
+    assert found.notes == ["training.epochs 2 has no effect, because training.maxSteps is 40"]
+
+
+def test_another_endpoint_does_not_get_the_default_credentials() -> None:
+    default = StorageRoot(
+        uri="s3://models/x", endpoint="https://s3.internal", region="eu", credentials_secret_ref={"name": "s3"}
+    )
+    platform = PlatformDefaults(storage=default)
+    assert resolved(None, platform).spec.storage == default
+    own = resolved({"storage": {"endpoint": "https://elsewhere.example.com"}}, platform).spec.storage
+    assert own.to_wire() == {"endpoint": "https://elsewhere.example.com", "uri": "s3://models/x"}

@@ -1,0 +1,33 @@
+"""Error classes and their exit codes."""
+
+from __future__ import annotations
+
+from finetune_api import names
+from finetune_api.errors import ERROR_OF_CODE, DataError
+from finetune_api.exits import EXIT_POLICIES, REASON_OF_CLASS
+
+
+def test_every_failing_exit_code_has_a_class_and_every_class_a_reason() -> None:
+    plain = {names.ExitCode.OK, names.ExitCode.KILLED, names.ExitCode.TERMINATED}
+    assert set(EXIT_POLICIES) == set(names.ExitCode) - plain
+    assert set(REASON_OF_CLASS) == set(names.FailureClass)
+
+
+def test_every_failing_exit_code_except_stops_has_an_error_class() -> None:
+    codes = set(ERROR_OF_CODE)
+    stops = {names.ExitCode.PREEMPTED_SAVED, names.ExitCode.PREEMPTED_UNSAVED}
+    assert codes == set(EXIT_POLICIES) - stops
+
+
+def test_errors_can_be_pickled() -> None:
+    import pickle
+
+    error = DataError("DatasetEmpty", "no rows", hint="add rows")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (type(copy), copy.code, copy.hint, copy.failure_class, copy.exit_code) == (
+        DataError,
+        "DatasetEmpty",
+        "add rows",
+        "Data",
+        65,
+    )

@@ -1,0 +1,115 @@
+"""The generated CRD: descriptions, structure, size, and the file that is checked in."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from finetune_api.base import DEFAULT, DEFAULT_TEXT
+from finetune_api.schema import HEADER, crd
+from finetune_api.spec import FineTuneJobSpec
+from ruamel.yaml import YAML
+
+ROOT = Path(__file__).parents[3]
+
+
+def fields(schema: dict[str, Any], path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, value in schema.get("properties", {}).items():
+        yield f"{path}.{name}", value
+        yield from fields(value, f"{path}.{name}")
+        yield from fields(value.get("items", {}), f"{path}.{name}[]")
+
+
+def schema_of(part: str) -> dict[str, Any]:
+    return crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"][part]
+
+
+def test_description_of_every_spec_field_contains_its_default_or_required() -> None:
+    without = [
+        path
+        for path, value in fields(schema_of("spec"), "spec")
+        if not any(word in value["description"] for word in ("Default", "Required"))
+    ]
+    assert without == []
+
+
+def test_every_field_of_the_status_is_described() -> None:
+    assert [
+        path for path, value in fields(schema_of("status"), "status") if len(value.get("description", "")) < 4
+    ] == []
+
+
+def test_the_schema_is_structural() -> None:
+    text = json.dumps(crd())
+    assert "$ref" not in text
+    assert "oneOf" not in text
+    for path, value in fields(schema_of("spec"), "spec"):
+        assert "type" in value or "x-kubernetes-int-or-string" in value, path
+
+
+def test_schema_sets_no_defaults_except_switches_and_two_groups() -> None:
+    found = {path: value["default"] for path, value in fields(schema_of("spec"), "spec") if "default" in value}
+    assert found == {"spec.suspend": False, "spec.cancel": False, "spec.policy": {}, "spec.placement": {}}
+
+
+def test_checked_in_crd_is_up_to_date_and_below_200_kb() -> None:
+    path = ROOT / "crds" / "finetunejobs.yaml"
+    text = path.read_text()
+    assert text.startswith(HEADER)
+    assert YAML(typ="safe").load(text) == json.loads(json.dumps(crd()))
+    assert path.stat().st_size < 200_000
+
+
+def test_no_field_has_both_a_constant_default_and_a_default_text() -> None:
+    def walk(model: Any) -> Iterator[tuple[str, Any]]:
+        for name, info in model.model_fields.items():
+            yield f"{model.__name__}.{name}", info
+            for one in [info.annotation, *getattr(info.annotation, "__args__", ())]:
+                if hasattr(one, "model_fields"):
+                    yield from walk(one)
+
+    for path, info in walk(FineTuneJobSpec):
+        extra = info.json_schema_extra or {}
+        assert not (DEFAULT in extra and DEFAULT_TEXT in extra), path
+
+
+@pytest.mark.parametrize("name", ["crds/finetunejobs.yaml", "helm/finetune-operator/files/finetunejobs.yaml"])
+def test_crd_file_means_the_same_in_yaml_1_1(name: str) -> None:
+    assert yaml.safe_load((ROOT / name).read_text(encoding="utf-8")) == crd()
+
+
+def test_description_of_every_spec_field_contains_an_example() -> None:
+    assert [path for path, value in fields(schema_of("spec"), "spec") if "Example: `" not in value["description"]] == []
+
+
+def test_example_differs_from_the_default() -> None:
+    """An example that repeats the default does not show how to change it."""
+    allowed = {"spec.method.lora.taskType", "spec.model.modality", "spec.method.lora.loftq.bits", "spec.method.lora.loftq.iterations"}
+    same = []
+    for path, value in fields(schema_of("spec"), "spec"):
+        match = re.search(r"Default: (.*?)\. Example: `(.*)`", value["description"])
+        if match and match.group(1) == match.group(2):
+            same.append(path)
+    assert set(same) <= allowed | {f"{path}.suspend" for path in ("spec",)}, sorted(set(same) - allowed)
+
+
+@pytest.mark.parametrize("part", ["spec", "status"])
+def test_every_value_of_an_enumeration_is_explained(part: str) -> None:
+    unexplained = [
+        f"{path}: {word}"
+        for path, value in fields(schema_of(part), part)
+        for word in [*value.get("enum", []), *value.get("items", {}).get("enum", [])]
+        if isinstance(word, str) and f"`{word}`: " not in value["description"]
+    ]
+    assert unexplained == []
+
+
+def test_fractional_bound_is_a_cel_rule() -> None:
+    field = schema_of("spec")["properties"]["trainer"]["properties"]["dpo"]["properties"]["labelSmoothing"]
+    assert "maximum" not in field
+    assert [rule["rule"] for rule in field["x-kubernetes-validations"]] == ["self < 0.5"]

@@ -1,0 +1,51 @@
+"""Reading a spec."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from finetune_api.spec import FineTuneJobSpec, load_spec
+from pydantic import ValidationError
+
+MINIMAL = {"model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}}
+
+
+def test_unknown_fields_nan_and_values_outside_bounds_are_refused() -> None:
+    for change in (
+        {"training": {"learninRate": 1}},
+        {"training": {"learningRate": float("nan")}},
+        {"training": {"maxSteps": 0}},
+    ):
+        with pytest.raises(ValidationError):
+            FineTuneJobSpec.model_validate(MINIMAL | change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"training": {"maxSteps": True}}, {"training": {"maxSteps": "3"}}, {"suspend": "true"}]
+)
+def test_loading_refuses_booleans_and_strings_as_numbers(change: dict[str, Any]) -> None:
+    assert load_spec(MINIMAL | {"training": {"learningRate": 1}, "method": {"type": "qlora"}}).training.learning_rate == 1
+    with pytest.raises(ValidationError):
+        load_spec(MINIMAL | change)
+
+
+@pytest.mark.parametrize("endpoint", ["https://s3.example.com", "http://10.0.0.7:8333/", "http://[fd00::7]:8333"])
+def test_an_endpoint_is_scheme_and_host(endpoint: str) -> None:
+    assert load_spec(MINIMAL | {"storage": {"endpoint": endpoint}}).storage.endpoint == endpoint
+
+
+@pytest.mark.parametrize("endpoint", ["https://key:secret@s3.example.com", "https://s3.example.com/bucket", "s3.example.com"])
+def test_an_endpoint_has_no_credentials_and_no_path(endpoint: str) -> None:
+    with pytest.raises(ValidationError, match="storage.endpoint"):
+        load_spec(MINIMAL | {"storage": {"endpoint": endpoint}})
+
+
+def test_loading_accepts_every_spelling_of_an_integer() -> None:
+    assert load_spec(MINIMAL | {"training": {"maxSteps": 20.0, "epochs": 1}}).training.max_steps == 20
+
+
+@pytest.mark.parametrize("bits", [2, 3, 5, 16])
+def test_quantisation_has_4_or_8_bits(bits: int) -> None:
+    with pytest.raises(ValidationError, match="should be 4 or 8"):
+        load_spec(MINIMAL | {"model": {"source": "a/b", "quantization": {"bits": bits}}})
