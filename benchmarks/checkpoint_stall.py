@@ -35,7 +35,7 @@ def run_training(
     with place.pod(name, spec, target, "benchmarks.lib.timed_train", env={"OMP_NUM_THREADS": "1"}) as pod:
         code = pod.end(580)
         assert code == 0, pod.text[-3000:]
-        size = max((one.bytes or 0 for one in pod.words().checkpoints), default=0)
+        size = max((one.bytes or 0 for one in pod.termination_message().checkpoints), default=0)
         times = [json.loads(line) for line in (pod.folder / "work" / "times.jsonl").read_text().splitlines()]
     ends = {one["step"]: one["ended"] for one in times if "ended" in one}
     stalls = {one["step"]: one["stall"] for one in times if "stall" in one}

@@ -47,7 +47,7 @@ def kill_rank(pod: Pod, newest: int, draw: random.Random) -> tuple[float, float,
     killed_at = time.monotonic()
     os.kill(pod.pids("train")[0], signal.SIGKILL)
     assert pod.end() == 74, pod.text[-3000:]
-    return killed_at, time.monotonic() - killed_at, pod.words().committed_step or 0
+    return killed_at, time.monotonic() - killed_at, pod.termination_message().committed_step or 0
 
 
 def measure(place: Bench, kills: int, seed: int) -> dict[str, object]:

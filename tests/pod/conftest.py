@@ -1,4 +1,4 @@
-"""Shared by the pod tests: one S3 server a session, a bucket a test, one tiny model."""
+"""Fixtures of the pod tests: one S3 server and one tiny model per session, a prefix per test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Places in the session's S3 server, as a pod and as a test see them."""
+"""Prefixes in the session's S3 server, for pods and tests."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BUCKET = "pods"
 
 @dataclass(frozen=True)
 class Bucket:
-    """A prefix of the test's own in the session's bucket: SeaweedFS sets volumes aside for each bucket."""
+    """A separate prefix in the session's bucket. SeaweedFS reserves volumes for each bucket, so that tests share one."""
 
     name: str
     endpoint: S3Endpoint
@@ -32,7 +32,7 @@ class Bucket:
         return {"AWS_ACCESS_KEY_ID": self.endpoint.access_key, "AWS_SECRET_ACCESS_KEY": self.endpoint.secret_key}
 
     def target(self, **change: Any) -> StoreTarget:
-        """The job's own tree in it."""
+        """The tree of the job."""
         given = {"uri": f"s3://{self.name}/{self.root}/team/job/{UID}", "endpoint": self.endpoint.host_url} | change
         return StoreTarget.model_validate(given)
 
@@ -52,5 +52,5 @@ class Bucket:
 
 
 def new_bucket(server: S3Endpoint) -> Bucket:
-    """A place that nobody has written to."""
+    """A new, empty prefix."""
     return Bucket(BUCKET, server, uuid.uuid4().hex[:12])

@@ -1,4 +1,4 @@
-"""A pod without Kubernetes: the supervisor as a local process, its run configuration, its HTTP and its last words."""
+"""A pod without Kubernetes: the supervisor as a local process, with its run configuration, HTTP server and termination message."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
 
 
 def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries, `change` winning."""
+    """Merge nested dictionaries; `change` takes precedence."""
     result = dict(base)
     for key, value in change.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
@@ -53,7 +53,7 @@ def run_config(
     spec: dict[str, Any], storage: StoreTarget, *, attempt: int = 1, nodes: int = 1, processes: int = 1,
     resume: Resume | None = None, master_port: int = 0, grace: int = 60,
 ) -> RunConfig:  # fmt: skip
-    """`run.json` as the operator would make it."""
+    """A run configuration as the operator makes it."""
     root = storage.uri.rsplit("/", 3)[0]
     given = FineTuneJobSpec.model_validate(
         merged(spec, {"resources": {"nodes": nodes, "gpusPerNode": 0, "processesPerNode": processes}})
@@ -71,7 +71,7 @@ def run_config(
 
 @dataclass
 class Pod:
-    """One supervisor. `end()` waits for it; leaving the `with` block kills what is left."""
+    """One supervisor process. `end()` waits for it; leaving the `with` block kills it."""
 
     run: RunConfig
     folder: Path
@@ -80,7 +80,7 @@ class Pod:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> Pod:
-        """Write run.json and start."""
+        """Write run.json and start the process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         data = self.run.to_bytes()
         (self.folder / "run.json").write_bytes(data)
@@ -88,7 +88,7 @@ class Pod:
             **{k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "FINETUNE_"))},
             "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "FINETUNE_RUN_FILE": str(self.folder / "run.json"),
             "FINETUNE_RUN_SHA256": RunConfig.sha256(data), "FINETUNE_WORK_DIR": str(self.folder / "work"),
-            "FINETUNE_TERMINATION_LOG": str(self.folder / "last-words"), "FINETUNE_PORT": "0",
+            "FINETUNE_TERMINATION_LOG": str(self.folder / "termination-message"), "FINETUNE_PORT": "0",
             "FINETUNE_NODE_RANK": str(self.node_rank), "FINETUNE_NODE_NAME": f"node-{self.node_rank}",
             "FINETUNE_POD_UID": os.urandom(8).hex(), **self.env,
         }  # fmt: skip
@@ -108,7 +108,7 @@ class Pod:
             self.process.wait()
         self.log.close()
 
-    # ---- looking ----
+    # ---- reading ----
 
     @property
     def text(self) -> str:
@@ -117,7 +117,7 @@ class Pod:
 
     @property
     def port(self) -> int | None:
-        """Port of its HTTP server, once it listens."""
+        """Port of its HTTP server; None until it listens."""
         with (self.folder / "log").open("rb") as stream:
             head = stream.read(20_000).decode(errors="replace")
         for line in head.splitlines():
@@ -126,7 +126,7 @@ class Pod:
         return None
 
     def get(self, path: str = "/progress") -> bytes | None:
-        """What it answers; None while it does not."""
+        """The response body of a path; None without a response."""
         if self.port is None:
             return None
         try:
@@ -145,12 +145,11 @@ class Pod:
         report = self.report()
         return (report.progress.step or 0) if report else 0
 
-    def words(self) -> TerminationMessage:
-        """Its last words."""
-        return TerminationMessage.model_validate_json((self.folder / "last-words").read_text())
+    def termination_message(self) -> TerminationMessage:
+        return TerminationMessage.model_validate_json((self.folder / "termination-message").read_text())
 
     def wait_until(self, holds: Callable[[], bool], timeout: float = 300) -> None:
-        """Until a condition holds; fails with the log if the pod ends or time runs out first."""
+        """Wait until a condition holds; fail with the log if the pod ends or the time runs out first."""
         end = time.monotonic() + timeout
         while not holds():
             assert self.process is not None
@@ -161,11 +160,11 @@ class Pod:
             time.sleep(0.02)
 
     def wait_step(self, step: int, timeout: float = 300) -> None:
-        """Until it has done so many steps."""
+        """Wait until this step is done."""
         self.wait_until(lambda: self.step() >= step, timeout)
 
     def wait_committed(self, step: int, timeout: float = 300) -> None:
-        """Until a checkpoint of at least this step is committed."""
+        """Wait until a checkpoint of at least this step is committed."""
 
         def holds() -> bool:
             report = self.report()
@@ -174,17 +173,17 @@ class Pod:
         self.wait_until(holds, timeout)
 
     def end(self, timeout: float = 400) -> int:
-        """Its exit code."""
+        """Wait for the end; returns the exit code."""
         assert self.process is not None
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout} s:\n{self.text[-6000:]}") from None
 
-    # ---- hurting ----
+    # ---- signals ----
 
     def pids(self, command: str) -> list[int]:
-        """Pids below it whose command line has this word (`train`, `agent`)."""
+        """Pids of its descendants whose command line contains this word (`train`, `agent`)."""
         assert self.process is not None
         from finetune_trainer.processes import descendants
 
@@ -199,12 +198,12 @@ class Pod:
         return found
 
     def terminate(self) -> None:
-        """SIGTERM to PID 1, as a kubelet does."""
+        """Send SIGTERM to PID 1, as a kubelet does."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """SIGKILL to PID 1 and all below it: what happens when a pod is gone."""
+        """Send SIGKILL to PID 1 and all its descendants, as when a node is lost."""
         assert self.process is not None
         from finetune_trainer.processes import descendants
 

@@ -1,4 +1,4 @@
-"""A pod whose disk is full, by a real file system of a fixed size or by its own limit, and the real training on it."""
+"""Real training in a pod whose disk is full: a file system of a fixed size, or the pod's own limit."""
 
 from __future__ import annotations
 
@@ -13,49 +13,49 @@ from finetune_api.pod import Resume
 from finetune_trainer.checkpoint.rank import DISK_RESERVE_BYTES
 from pod_buckets import Bucket
 from pod_harness import run_config
-from stories import committed, spec_of, story, traced, undisturbed
+from recorded_run import committed, record_run, run_uninterrupted, spec_of, traced_pod
 
 from localcluster.s3 import S3Endpoint
 
 SIZE = 4 * DISK_RESERVE_BYTES
-"""Bytes that the disk has."""
+"""Size of the disk in bytes."""
 
 
 @pytest.fixture(params=["file system", "limit"])
 def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, str]]]:
-    """Where a pod's work lies, and its environment: a file system of its own, or a limit on a larger one."""
+    """The work folder and the pod's environment: a file system of its own, or a limit on a larger one."""
     if request.param == "limit":
-        place = tmp_path / "one" / "work"
-        place.mkdir(parents=True)
-        yield place, {Env.DISK_LIMIT: str(SIZE)}
+        work = tmp_path / "one" / "work"
+        work.mkdir(parents=True)
+        yield work, {Env.DISK_LIMIT: str(SIZE)}
         return
     if os.geteuid() != 0:
         pytest.skip("a file system is mounted, which takes root")
-    place = tmp_path / "one" / "work"
-    place.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(place)], check=True)
+    work = tmp_path / "one" / "work"
+    work.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(work)], check=True)
     try:
-        yield place, {}
+        yield work, {}
     finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)
+        subprocess.run(["umount", "--lazy", str(work)], check=True)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk_costs_checkpoints_and_no_training(
+def test_a_full_disk_skips_checkpoints_and_training_goes_on(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, disk: tuple[Path, dict[str, str]], tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, processes: int,
 ) -> None:  # fmt: skip
-    """Two checkpoints find no room and are skipped; with room again the next one is committed, and a resumed run equals an undisturbed one."""
-    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", processes, "windows")
+    """Two checkpoints are skipped; with free space the next one is committed, and a resumed run equals an uninterrupted one."""
+    expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", processes, "windows")
     spec = spec_of(model, rows, "lora", "windows")
-    place, limit = disk
-    filler = place / "filler"
+    work, limit = disk
+    filler = work / "filler"
     filler.write_bytes(bytes(SIZE - DISK_RESERVE_BYTES))
-    small = traced(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket, hold="forward:19")
+    small = traced_pod(run_config(spec, bucket.target(), processes=processes), tmp_path / "one", bucket, hold="forward:19")
     small.env |= limit
     with small as pod:
-        pod.wait_until((place / "held").exists)
+        pod.wait_until((work / "held").exists)
         report = pod.report()
         assert report is not None and report.progress is not None
         assert (report.progress.step, committed(bucket)) == (18, [])
@@ -65,6 +65,6 @@ def test_a_full_disk_costs_checkpoints_and_no_training(
         assert pod.end() == 75, pod.text[-4000:]
     assert committed(bucket) == [19]
     resume = Resume(mode="auto", expect_step=19)
-    with traced(run_config(spec, bucket.target(), processes=processes, attempt=2, resume=resume), tmp_path / "two", bucket) as again:
+    with traced_pod(run_config(spec, bucket.target(), processes=processes, attempt=2, resume=resume), tmp_path / "two", bucket) as again:
         assert again.end() == 0, again.text[-4000:]
-    assert story(bucket, [pod, again], again.words()) == whole
+    assert record_run(bucket, [pod, again], again.termination_message()) == expected_run

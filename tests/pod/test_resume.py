@@ -1,6 +1,6 @@
-"""Exact resume through a real S3 server: killed or stopped runs that go on equal an undisturbed one, bit by bit.
+"""Exact resume through a real S3 server: killed or stopped runs that resume equal an uninterrupted one, bit by bit.
 
-Each run is held at one place until it is disturbed there, so that a test means the same on a fast and on a slow machine.
+Each run waits at a fixed point until it is interrupted there, so that a test means the same on a fast and on a slow machine.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import pytest
 from finetune_api.pod import Resume
 from pod_buckets import Bucket
 from pod_harness import Pod, run_config
-from stories import EVERY, STEPS, committed, spec_of, story, traced, undisturbed
+from recorded_run import EVERY, STEPS, committed, record_run, run_uninterrupted, spec_of, traced_pod
 
 from localcluster.s3 import S3Endpoint
 
 HOLDS = {
     "epochs": ("forward:16", 8), "boundary": ("forward:18", 9), "end": (f"end:{STEPS}", STEPS), "early-end": ("end:24", 24),
 }  # fmt: skip
-"""Where a variant is held, and the newest step that is committed by then: last steps of an epoch, and of the run."""
+"""Where a variant waits, and the newest step that is committed by then: last steps of an epoch and of the run."""
 SAME = {"end": "plain", "early-end": "early"}
-"""Variants that are another one, held elsewhere."""
+"""Variants that equal another one, but wait elsewhere."""
 MIDDLE = ("accumulation:19", 16)
 """In the middle of an epoch, of a logging window, of an effective batch, and between two checkpoints."""
 
@@ -42,7 +42,7 @@ def agent_killed(pod: Pod) -> tuple[int, int]:
 
 
 def pod_killed(pod: Pod) -> tuple[int, int]:
-    """PID 1 and all below it at once, as when a node dies."""
+    """SIGKILL to PID 1 and all its descendants, as when a node is lost."""
     pod.kill()
     return -signal.SIGKILL, -signal.SIGKILL
 
@@ -54,16 +54,16 @@ def stopped(pod: Pod) -> tuple[int, int]:
 
 
 def case(
-    method: str, processes: int, disturb: Callable[[Pod], tuple[int, int]], variant: str, *, quick: bool = False
+    method: str, processes: int, interrupt: Callable[[Pod], tuple[int, int]], variant: str, *, quick: bool = False
 ) -> Any:
     marks = [] if quick else [pytest.mark.faults]
     return pytest.param(
-        method, processes, disturb, variant, marks=marks, id=f"{variant}-{method}-{processes}-{disturb.__name__}"
+        method, processes, interrupt, variant, marks=marks, id=f"{variant}-{method}-{processes}-{interrupt.__name__}"
     )
 
 
 @pytest.mark.parametrize(
-    ("method", "processes", "disturb", "variant"),
+    ("method", "processes", "interrupt", "variant"),
     [
         case("lora", 2, stopped, "windows", quick=True), case("full", 1, pod_killed, "end", quick=True),
         case("full", 1, pod_killed, "plain"), case("lora", 1, pod_killed, "early-end"),
@@ -74,63 +74,63 @@ def case(
         case("full", 2, rank_killed, "fsdp"), case("lora", 2, stopped, "fsdp"),
     ],
 )  # fmt: skip
-def test_a_disturbed_run_equals_an_undisturbed_one(
+def test_a_resumed_run_equals_an_uninterrupted_one(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
-    tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, disturb: Callable[[Pod], tuple[int, int]],
+    tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, interrupt: Callable[[Pod], tuple[int, int]],
     variant: str,
 ) -> None:  # fmt: skip
     same = SAME.get(variant, variant)
-    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, same)
+    expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, same)
     spec = spec_of(model, rows, method, same)
     hold, newest = HOLDS.get(variant, MIDDLE)
     run = run_config(spec, bucket.target(), processes=processes)
-    with traced(run, tmp_path / "one", bucket, hold=hold) as first:
+    with traced_pod(run, tmp_path / "one", bucket, hold=hold) as first:
         first.wait_until((first.folder / "work" / "held").exists)
         first.wait_committed(newest)
-        code, expected = disturb(first)
+        code, expected = interrupt(first)
     assert code == expected, first.text[-4000:]
-    at = int(hold.partition(":")[2]) if disturb is stopped else newest
+    at = int(hold.partition(":")[2]) if interrupt is stopped else newest
     assert max(committed(bucket)) == at and not bucket.keys("model/")
 
     again = run_config(
         spec, bucket.target(), processes=processes, attempt=2, resume=Resume(mode="auto", expect_step=newest)
     )
-    with traced(again, tmp_path / "two", bucket) as second:
+    with traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
-    words = second.words()
-    assert words.resumed_from_step == at
-    assert words.resolved is not None and words.resolved.resume_exact is True
-    assert story(bucket, [first, second], words) == whole
+    termination = second.termination_message()
+    assert termination.resumed_from_step == at
+    assert termination.resolved is not None and termination.resolved.resume_exact is True
+    assert record_run(bucket, [first, second], termination) == expected_run
 
 
 @pytest.mark.faults
 def test_a_stop_in_the_middle_of_an_evaluation(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
-    """The evaluation is finished, one more step is done, and the validation loss is measured once."""
-    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "best")
+    """The evaluation is completed, one more step is done, and the validation loss is measured once."""
+    expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "best")
     spec = spec_of(model, rows, "lora", "best")
-    with traced(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold="evaluation:16") as first:
+    with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold="evaluation:16") as first:
         first.wait_until((first.folder / "work" / "held").exists)
         first.terminate()
         assert first.end() == 75, first.text[-4000:]
-    assert first.words().committed_step == 17
+    assert first.termination_message().committed_step == 17
     again = run_config(spec, bucket.target(), attempt=2, resume=Resume(mode="auto", expect_step=17))
-    with traced(again, tmp_path / "two", bucket) as second:
+    with traced_pod(again, tmp_path / "two", bucket) as second:
         assert second.end() == 0, second.text[-4000:]
-    assert second.words().resumed_from_step == 17
-    assert story(bucket, [first, second], second.words()) == whole
+    assert second.termination_message().resumed_from_step == 17
+    assert record_run(bucket, [first, second], second.termination_message()) == expected_run
 
 
 @pytest.mark.faults
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_killed_again_and_again(
+def test_repeated_kills(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, seed: int,
 ) -> None:  # fmt: skip
-    """Five kills at random steps of one run, most of them before there was anything new to keep."""
-    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "windows")
+    """Five kills at random steps of one run, most of them before a new checkpoint."""
+    expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "windows")
     spec, draw = spec_of(model, rows, "lora", "windows"), random.Random(seed)
     pods: list[Pod] = []
     newest = 0
@@ -138,7 +138,7 @@ def test_killed_again_and_again(
         at = draw.randint(newest + 1, min(STEPS, newest + 2 * EVERY)) if attempt < 6 else 0
         resume = Resume(mode="auto", expect_step=newest)
         run = run_config(spec, bucket.target(), attempt=attempt, resume=resume)
-        pod = traced(run, tmp_path / f"attempt-{attempt}", bucket, hold=f"forward:{at}" if at else "")
+        pod = traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, hold=f"forward:{at}" if at else "")
         pods.append(pod)
         with pod:
             if at:
@@ -149,4 +149,4 @@ def test_killed_again_and_again(
                 assert pod.end() == 0, pod.text[-4000:]
         newest = max(newest, (at - 1) // EVERY * EVERY)
         assert max(committed(bucket), default=0) == (newest if at else STEPS)
-    assert story(bucket, pods, pods[-1].words()) == whole
+    assert record_run(bucket, pods, pods[-1].termination_message()) == expected_run

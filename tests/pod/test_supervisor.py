@@ -1,4 +1,4 @@
-"""The supervisor's promises, with ranks that only count: exit codes, last words, stalls, stops, nobody left behind."""
+"""The supervisor's promises, with ranks that only count: exit codes, last termination, stalls, stops, nobody left behind."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ def committed(folder: Path) -> list[int]:
 
 def ended(pod: Pod) -> tuple[int, TerminationMessage]:
     code = pod.end()
-    words = pod.words()
-    assert words.exit_code == code, pod.text[-3000:]
-    return code, words
+    termination = pod.termination_message()
+    assert termination.exit_code == code, pod.text[-3000:]
+    return code, termination
 
 
 def test_success(tmp_path: Path, spec: dict[str, Any]) -> None:
     with toy(tmp_path, spec, {}) as pod:
-        code, words = ended(pod)
+        code, termination = ended(pod)
     assert code == 0, pod.text[-3000:]
-    assert words.output is not None and words.output.uri is not None and words.output.kind == "adapter"
-    folder = Path(words.output.uri.removeprefix("file://"))
+    assert termination.output is not None and termination.output.uri is not None and termination.output.kind == "adapter"
+    folder = Path(termination.output.uri.removeprefix("file://"))
     assert (folder / "adapter_model.safetensors").read_text() == "final 20"
-    assert (words.step, words.committed_step, words.class_, words.code) == (20, 20, None, None)
+    assert (termination.step, termination.committed_step, termination.class_, termination.code) == (20, 20, None, None)
     assert committed(tmp_path) == [10, 15, 20]
     assert not list(pod.folder.glob("work/output/checkpoint-*")), "checkpoints that are in storage stay on the pod's disk"
     assert not list(pod.folder.glob("work/staged/*"))
@@ -83,41 +83,41 @@ def test_a_failing_rank_is_named(
     tmp_path: Path, spec: dict[str, Any], what: str, code: int, name: str, failure_class: FailureClass
 ) -> None:
     with toy(tmp_path, spec, {"at": {"0:7": what}}) as pod:
-        found, words = ended(pod)
-    assert (found, words.code, words.class_, words.rank, words.origin) == (code, name, failure_class, 0, True)
-    assert committed(tmp_path) == [5] and words.committed_step == 5
-    assert len((pod.folder / "last-words").read_bytes()) <= 4096
+        found, termination = ended(pod)
+    assert (found, termination.code, termination.class_, termination.rank, termination.origin) == (code, name, failure_class, 0, True)
+    assert committed(tmp_path) == [5] and termination.committed_step == 5
+    assert len((pod.folder / "last-termination").read_bytes()) <= 4096
 
 
 def test_the_rank_that_failed_is_named_and_not_the_one_that_noticed(tmp_path: Path, spec: dict[str, Any]) -> None:
     script = {"at": {"0:7": "lose-peer", "1:9": "diverge"}, "pause": 0.02}
     with toy(tmp_path, spec, script, processes=2) as pod:
-        code, words = ended(pod)
-    assert (code, words.code, words.rank) in [(72, "LossNotFinite", 1), (74, "PeerLost", 0)]
-    if words.rank == 0:  # rank 1 was ended before it came to its own failure: then what rank 0 noticed is all there is
-        assert words.origin is False
+        code, termination = ended(pod)
+    assert (code, termination.code, termination.rank) in [(72, "LossNotFinite", 1), (74, "PeerLost", 0)]
+    if termination.rank == 0:  # rank 1 was ended before it came to its own failure: then what rank 0 noticed is all there is
+        assert termination.origin is False
 
 
 def test_a_flood_of_noise_leaves_valid_last_words(tmp_path: Path, spec: dict[str, Any]) -> None:
     with toy(tmp_path, spec, {"at": {"0:3": "shout"}}) as pod:
-        code, words = ended(pod)
-    assert (code, words.code) == (70, "TrainerCrashed")
+        code, termination = ended(pod)
+    assert (code, termination.code) == (70, "TrainerCrashed")
     assert (pod.folder / "log").stat().st_size > 100_000_000
 
 
 def test_a_frozen_rank_is_a_stall(tmp_path: Path, spec: dict[str, Any]) -> None:
     quick = merged(spec, {"policy": {"stallTimeoutSeconds": 2}})
     with toy(tmp_path, quick, {"at": {"0:7": "freeze"}}) as pod:
-        code, words = ended(pod)
-    assert (code, words.code, words.class_) == (74, "Stalled", FailureClass.INFRASTRUCTURE)
-    assert "after step 6" in (words.message or "")
+        code, termination = ended(pod)
+    assert (code, termination.code, termination.class_) == (74, "Stalled", FailureClass.INFRASTRUCTURE)
+    assert "after step 6" in (termination.message or "")
 
 
 def test_a_hanging_rank_leaves_its_stacks_in_the_log(tmp_path: Path, spec: dict[str, Any]) -> None:
     quick = merged(spec, {"policy": {"stallTimeoutSeconds": 2}})
     with toy(tmp_path, quick, {"at": {"0:7": "hang"}}) as pod:
-        code, words = ended(pod)
-    assert (code, words.code) == (74, "Stalled")
+        code, termination = ended(pod)
+    assert (code, termination.code) == (74, "Stalled")
     assert "toy_rank.py" in pod.text and "in happen" in pod.text
 
 
@@ -126,21 +126,21 @@ def test_a_stop_saves_and_the_next_attempt_goes_on(tmp_path: Path, spec: dict[st
     with toy(tmp_path, spec, script) as pod:
         pod.wait_step(10)
         pod.terminate()
-        code, words = ended(pod)
-    assert (code, words.class_, words.code) == (75, FailureClass.PREEMPTED, "StoppedSaved")
-    assert words.step == words.committed_step and committed(tmp_path) == [words.step]
-    again = {"steps": words.step + 5, "every": 1000}
-    with toy(tmp_path, spec, again, name="two", attempt=2, resume=Resume(mode="auto", expect_step=words.step)) as pod:
+        code, termination = ended(pod)
+    assert (code, termination.class_, termination.code) == (75, FailureClass.PREEMPTED, "StoppedSaved")
+    assert termination.step == termination.committed_step and committed(tmp_path) == [termination.step]
+    again = {"steps": termination.step + 5, "every": 1000}
+    with toy(tmp_path, spec, again, name="two", attempt=2, resume=Resume(mode="auto", expect_step=termination.step)) as pod:
         code, second = ended(pod)
-    assert (code, second.resumed_from_step) == (0, words.step)
+    assert (code, second.resumed_from_step) == (0, termination.step)
 
 
 def test_a_stop_before_the_first_step_loses_nothing(tmp_path: Path, spec: dict[str, Any]) -> None:
     with toy(tmp_path, spec, {"at": {"import:0": "hang"}}) as pod:
         pod.wait_until(lambda: bool(pod.pids("train")))
         pod.terminate()
-        code, words = ended(pod)
-    assert (code, words.code) == (75, "StoppedSaved")
+        code, termination = ended(pod)
+    assert (code, termination.code) == (75, "StoppedSaved")
 
 
 def test_a_stop_right_after_the_start_is_heard(tmp_path: Path, spec: dict[str, Any]) -> None:
@@ -155,8 +155,8 @@ def test_a_stop_right_after_the_start_is_heard(tmp_path: Path, spec: dict[str, A
 
         pod.wait_until(listens)
         pod.terminate()
-        code, words = ended(pod)
-    assert (code, words.code, words.step) == (75, "StoppedSaved", None)
+        code, termination = ended(pod)
+    assert (code, termination.code, termination.step) == (75, "StoppedSaved", None)
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, spec: dict[str, Any]) -> None:
@@ -175,8 +175,8 @@ def test_a_stop_that_cannot_save_in_time(tmp_path: Path, spec: dict[str, Any]) -
     with toy(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=2) as pod:
         pod.wait_step(6)
         pod.terminate()
-        code, words = ended(pod)
-    assert (code, words.code, words.class_) == (76, "StoppedUnsaved", FailureClass.PREEMPTED)
+        code, termination = ended(pod)
+    assert (code, termination.code, termination.class_) == (76, "StoppedUnsaved", FailureClass.PREEMPTED)
     assert committed(tmp_path) == [5]
 
 
@@ -206,8 +206,8 @@ def test_a_final_model_that_cannot_be_staged_is_named(tmp_path: Path, spec: dict
         pod.wait_step(1)
         (pod.folder / "work" / "staged").rmdir()
         (pod.folder / "work" / "staged").touch()
-        code, words = ended(pod)
-    assert (code, words.code, words.class_) == (69, "StagingFailed", FailureClass.STORAGE)
+        code, termination = ended(pod)
+    assert (code, termination.code, termination.class_) == (69, "StagingFailed", FailureClass.STORAGE)
 
 
 def test_the_success_of_a_life_that_could_not_say_so(tmp_path: Path, spec: dict[str, Any]) -> None:
@@ -266,8 +266,8 @@ def test_a_port_that_is_taken_is_named(tmp_path: Path, spec: dict[str, Any]) -> 
         taken.listen()
         port = str(taken.getsockname()[1])
         with toy(tmp_path, spec, {}, env={"FINETUNE_PORT": port}) as pod:
-            code, words = ended(pod)
-    assert (code, words.code) == (70, "PortInUse") and port in (words.message or "")
+            code, termination = ended(pod)
+    assert (code, termination.code) == (70, "PortInUse") and port in (termination.message or "")
     assert "Traceback" not in pod.text
 
 

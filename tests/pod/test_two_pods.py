@@ -1,4 +1,4 @@
-"""A gang of two pods: rank 0's pod commits what both bring in, and a stop of either stops both at the same step."""
+"""A gang of two pods: rank 0's pod commits the files of both, and a stop of either stops both at the same step."""
 
 from __future__ import annotations
 
@@ -11,57 +11,57 @@ from finetune_api.pod import Resume, StoreTarget, TerminationMessage
 from finetune_trainer.agent import free_port
 from pod_buckets import Bucket
 from pod_harness import Pod, run_config
-from stories import Story, spec_of, story, traced, undisturbed
+from recorded_run import RecordedRun, record_run, run_uninterrupted, spec_of, traced_pod
 
 from localcluster.s3 import S3Endpoint
 from tests.support.s3proxy import Latency, S3Proxy
 
 
 @dataclass(frozen=True)
-class TcpGangStore:
-    """Two pods that train one thing, and what one that nothing happens to does."""
+class TwoPods:
+    """Two pods that train together, and the expected record of their run."""
 
     spec: dict[str, Any]
     bucket: Bucket
     folder: Path
-    whole: Story
+    whole: RecordedRun
 
     def start(self, attempt: int, expect: int, target: StoreTarget, *, hold: str = "", signalled: int = 0) -> list[Pod]:
-        """An attempt; the signalled pod waits in the phase `hold`."""
+        """Start an attempt; the signalled pod waits in the phase `hold`."""
         resume = Resume(mode="auto", expect_step=expect)
         run = run_config(self.spec, target, nodes=2, attempt=attempt, master_port=free_port(), resume=resume)
         folders = [self.folder / f"attempt-{attempt}-{node}" for node in (0, 1)]
         return [
-            traced(run, folders[node], self.bucket, hold=hold if node == signalled else "", node_rank=node)
+            traced_pod(run, folders[node], self.bucket, hold=hold if node == signalled else "", node_rank=node)
             for node in (0, 1)
         ]
 
     def stopped(self, first: list[Pod], signalled: int) -> list[TerminationMessage]:
-        """The signalled pod is told to end. A kubelet tells only that one; the other learns of it from the gang."""
+        """Send SIGTERM to one pod, as a kubelet does; the other one learns of it through the gang."""
         first[signalled].terminate()
         assert [pod.end() for pod in first] == [75, 75], first[0].text[-3000:] + first[1].text[-3000:]
-        words = [pod.words() for pod in first]
-        assert words[0].step == words[1].step == words[0].committed_step
-        return words
+        termination = [pod.termination_message() for pod in first]
+        assert termination[0].step == termination[1].step == termination[0].committed_step
+        return termination
 
-    def goes_on(self, first: list[Pod], at: int) -> None:
-        """The next attempt goes on from that step, and both together did what an undisturbed run does."""
+    def resume(self, first: list[Pod], at: int) -> None:
+        """Run the next attempt from that step and compare both with an uninterrupted run."""
         second = self.start(2, at, self.bucket.target())
         with second[0], second[1]:
             assert [pod.end() for pod in second] == [0, 0], second[0].text[-3000:] + second[1].text[-3000:]
-        assert second[0].words().resumed_from_step == at
-        assert story(self.bucket, [*first, *second], second[0].words()) == self.whole
+        assert second[0].termination_message().resumed_from_step == at
+        assert record_run(self.bucket, [*first, *second], second[0].termination_message()) == self.expected_run
 
 
 @pytest.fixture
 def gang(
     request: pytest.FixtureRequest, s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> TcpGangStore:  # fmt: skip
-    """With logging windows, or the variant that the test names."""
+) -> TwoPods:  # fmt: skip
+    """With logging windows, or with the variant that the test names."""
     variant = getattr(request, "param", "windows")
-    whole = undisturbed(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 2, variant)
-    return TcpGangStore(spec_of(model, rows, "lora", variant), bucket, tmp_path, whole)
+    expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 2, variant)
+    return TwoPods(spec_of(model, rows, "lora", variant), bucket, tmp_path, expected_run)
 
 
 def case(phase: str, signalled: int, stop: int, *, quick: bool = False, variant: str = "windows") -> Any:
@@ -78,29 +78,29 @@ def case(phase: str, signalled: int, stop: int, *, quick: bool = False, variant:
     ],
     indirect=["gang"],
 )  # fmt: skip
-def test_a_stop_of_one_pod_stops_both_at_the_same_step_and_nothing_is_lost(
-    gang: TcpGangStore, phase: str, signalled: int, stop: int
+def test_a_stop_of_one_pod_stops_both_at_the_same_step(
+    gang: TwoPods, phase: str, signalled: int, stop: int
 ) -> None:
-    """The signalled pod is in that phase, and the other waits for it in the next collective operation."""
+    """The signalled pod is in that phase; the other one waits for it in the next collective operation."""
     first = gang.start(1, 0, gang.bucket.target(), hold=phase, signalled=signalled)
     with first[0], first[1]:
         first[signalled].wait_until((first[signalled].folder / "work" / "held").exists)
-        words = gang.stopped(first, signalled)
-    assert words[0].committed_step == stop
-    gang.goes_on(first, stop)
+        termination = gang.stopped(first, signalled)
+    assert termination[0].committed_step == stop
+    gang.resume(first, stop)
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("signalled", [0, 1])
-def test_a_stop_while_the_gang_uploads(gang: TcpGangStore, s3_server: S3Endpoint, signalled: int) -> None:
-    """What is in flight is finished, and the checkpoint of the stop follows it."""
+def test_a_stop_while_the_gang_uploads(gang: TwoPods, s3_server: S3Endpoint, signalled: int) -> None:
+    """The running upload is finished, and the checkpoint of the stop follows."""
     with S3Proxy(s3_server.host_url) as proxy:
         slow = proxy.fault(Latency(1.0), operation="PutObject", key=r"checkpoints/step-0*8/")
         first = gang.start(1, 0, gang.bucket.target(endpoint=proxy.url))
         with first[0], first[1]:
             first[signalled].wait_until(lambda: slow.hits > 0)
-            words = gang.stopped(first, signalled)
-    stop = words[0].committed_step
+            termination = gang.stopped(first, signalled)
+    stop = termination[0].committed_step
     assert stop is not None
     assert {f"step-{8:08}", f"step-{stop:08}"} <= {key.split("/")[1] for key in gang.bucket.keys("checkpoints/")}
-    gang.goes_on(first, stop)
+    gang.resume(first, stop)

@@ -1,7 +1,7 @@
-"""A rank that trains nothing: it counts steps, writes checkpoints and misbehaves as TOY_SCRIPT says. For the supervisor's tests.
+"""A rank that trains nothing: it counts steps, writes checkpoints and fails as TOY_SCRIPT says. For the supervisor's tests.
 
-Its state is a chain of hashes, one link a step: whoever resumes from anything but the right state ends with another one.
-TOY_SCRIPT is JSON: {"steps": 20 (or "further": 20, counted from where it goes on),
+Its state is a chain of hashes, one link per step: a run that resumes from a wrong state ends with another one.
+TOY_SCRIPT is JSON: {"steps": 20 (or "further": 20, counted from where it resumes),
 "every": 5, "pause": 0.01, "bytes": 1000, "at": {"<rank>:<step>": "<what happens>"}}.
 """
 
@@ -77,7 +77,7 @@ def save(channel: Channel, inputs: Inputs, step: int, chain: str, stopping: bool
 
 
 def happen(who: int | str, step: int) -> None:
-    """What the script says about this rank and step."""
+    """Do what the script says for this rank and step."""
     match SCRIPT.get("at", {}).get(f"{who}:{step}"):
         case None:
             return
@@ -94,7 +94,7 @@ def happen(who: int | str, step: int) -> None:
         case "lose-peer":
             raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
         case "crash":
-            raise ValueError("a long story: " + '\N{SNOWMAN}\0"\\' * 3000)
+            raise ValueError("a long message: " + '\N{SNOWMAN}\0"\\' * 3000)
         case "shout":
             sys.stdout.buffer.write((b"x" * 1023 + b"\xff\n") * 100 * 1024)
             sys.stdout.flush()

@@ -1,11 +1,11 @@
-"""The real training, watched: which rows each step learns from, and a place where a test may hold it until it is asked to stop.
+"""The real training, with a record of each step's rows and points at which a test may hold it until a stop is requested.
 
-Set by FINETUNE_TRAINER_MODULE. Rows are told by `<work>/rows-<rank>.jsonl`: one line a step, a hash for each sequence of each
+Used through FINETUNE_TRAINER_MODULE. `<work>/rows-<rank>.jsonl` has one line per step, with a hash for each sequence of each
 micro-batch. TRACE_HOLD, `<phase>:<step>`, holds this rank there until all ranks have agreed on the step to stop at: `forward`,
 `accumulation` (before the second micro-batch of the step), `save`, `evaluation` (after the step), `end` (after the
 last step). `<work>/held` then exists.
-TRACE_BREAK, `memory:<step>` or `nan:<step>`, lets a micro-batch of that step not fit or come out as no number;
-`room:<step>:<rank>:<rows>` leaves one rank, from that step on, room for so many rows in a micro-batch and no more.
+TRACE_BREAK, `memory:<step>` or `nan:<step>`, lets a micro-batch of that step run out of memory or return a non-finite loss;
+`room:<step>:<rank>:<rows>` limits one rank, from that step on, to this many rows per micro-batch.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HOLD = "TRACE_HOLD"
 BREAK = "TRACE_BREAK"
 preload = train.preload
 agreements: list[StopAgreement] = []
-"""This rank's, once it watches."""
+"""The stop agreement of this rank, once it is started."""
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
@@ -35,7 +35,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
 
 
 def watch(channel: Channel) -> None:
-    """Put ourselves between transformers' loop and the trainer."""
+    """Replace methods of the trainer by ones that record and hold."""
     from finetune_trainer.engine import GuardedTrainer
 
     before = GuardedTrainer.get_batch_samples
@@ -46,9 +46,9 @@ def watch(channel: Channel) -> None:
         micro = 0
         found, count = before(self, *args, **options)
         if found:
-            told = {"step": self.state.global_step + 1, "rows": [rows_of(batch) for batch in found]}
+            entry = {"step": self.state.global_step + 1, "rows": [rows_of(batch) for batch in found]}
             with (channel.work / f"rows-{channel.rank}.jsonl").open("a") as file:
-                file.write(json.dumps(told) + "\n")
+                file.write(json.dumps(entry) + "\n")
         return found, count
 
     def training_step(self: Any, *args: Any, **options: Any) -> Any:
@@ -76,7 +76,7 @@ def watch(channel: Channel) -> None:
         begin(self, step)
 
     begin = StopAgreement.start
-    StopAgreement.start = start  # type: ignore[method-assign] # that is what watching means
+    StopAgreement.start = start  # type: ignore[method-assign] # recorded through it
     GuardedTrainer.get_batch_samples = batches  # type: ignore[method-assign] # likewise
     GuardedTrainer.training_step = training_step  # type: ignore[method-assign] # likewise
     GuardedTrainer.prediction_step = prediction_step  # type: ignore[method-assign] # likewise
@@ -85,7 +85,7 @@ def watch(channel: Channel) -> None:
 
 
 def require_room(rank: int, step: int, batch: dict[str, Any]) -> None:
-    """Errors: torch.OutOfMemoryError, as CUDA raises it, for a micro-batch that this rank shall have no room for."""
+    """Errors: torch.OutOfMemoryError, as CUDA raises it, for a micro-batch that is larger than this rank's limit."""
     import torch
 
     what, *numbers = os.environ.get(BREAK, "").split(":")
@@ -97,7 +97,7 @@ def require_room(rank: int, step: int, batch: dict[str, Any]) -> None:
 
 
 def broken(loss: Any, model: Any, step: int) -> Any:
-    """What happens at this step, if something shall."""
+    """The loss, or the failure that TRACE_BREAK asks for at this step."""
     import torch
 
     what, _, when = os.environ.get(BREAK, "").partition(":")
@@ -112,14 +112,14 @@ def broken(loss: Any, model: Any, step: int) -> Any:
 
 
 def rows_of(batch: dict[str, Any]) -> list[str]:
-    """A short hash of each sequence, without what pads it."""
+    """A short hash of each sequence without its padding."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     rows = [row if mask is None else row[mask[number].bool()] for number, row in enumerate(ids)]
     return [hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()[:12] for row in rows]
 
 
 def hold(channel: Channel, phase: str, step: int) -> None:
-    """Wait here until the gang has agreed on the step to stop at, if this is the place."""
+    """Wait until the gang has agreed on the step to stop at, if TRACE_HOLD names this point."""
     if os.environ.get(HOLD) != f"{phase}:{step}":
         return
     (channel.work / "held").touch()

@@ -1,4 +1,4 @@
-"""A real S3 server behind a proxy that misbehaves, and a job's tree in it."""
+"""A real S3 server behind a fault proxy, and a job's tree in it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from finetune_api.pod import StoreTarget  # noqa: E402 - the path comes first
 from finetune_trainer.checkpoint.tree import Tree  # noqa: E402 - the path comes first
 from finetune_trainer.storage.s3 import S3Store  # noqa: E402 - the path comes first
 from pod_harness import write_rows  # noqa: E402 - the path comes first
-from storage_place import Connection  # noqa: E402 - the path comes first
+from proxied_tree import ProxiedTree  # noqa: E402 - the path comes first
 from tiny import make_tiny_model  # noqa: E402 - the path comes first
 
 from localcluster.s3 import S3Endpoint, S3Process  # noqa: E402 - the path comes first
@@ -48,15 +48,15 @@ def credentials(s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def bucket_name(s3_server: S3Endpoint) -> str:
-    """One bucket for all: SeaweedFS sets volumes aside for each. Tests differ by prefix."""
+    """One bucket for all tests, which use different prefixes: SeaweedFS reserves volumes for each bucket."""
     s3_server.client().create_bucket(Bucket="faults")
     return "faults"
 
 
 @pytest.fixture
-def place(s3_server: S3Endpoint, proxy: S3Proxy, bucket_name: str) -> Connection:
+def storage(s3_server: S3Endpoint, proxy: S3Proxy, bucket_name: str) -> ProxiedTree:
     uri = f"s3://{bucket_name}/{uuid.uuid4().hex}/team/job/uid"
-    return Connection(
+    return ProxiedTree(
         Tree(S3Store(StoreTarget(uri=uri, endpoint=proxy.url))),
         Tree(S3Store(StoreTarget(uri=uri, endpoint=s3_server.host_url))),
         s3_server.client(), bucket_name,

@@ -15,14 +15,14 @@ from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.storage import s3
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.storage.s3 import S3Store
-from storage_place import Connection
+from proxied_tree import ProxiedTree
 
 
 @pytest.fixture
-def target(place: Connection, monkeypatch: pytest.MonkeyPatch) -> StoreTarget:
+def target(storage: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> StoreTarget:
     """A root whose objects are sealed with a key of ours. A real spec refuses http:// here; this store is on the loopback."""
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(bytes(range(32))).decode())
-    plain: StoreTarget = place.truly.store.target  # type: ignore[attr-defined] # an S3Store
+    plain: StoreTarget = storage.direct.store.target  # type: ignore[attr-defined] # an S3Store
     return plain.model_copy(update={"encryption": EncryptionType.CUSTOMER_KEY})
 
 
@@ -57,9 +57,9 @@ def test_without_the_key_nothing_can_be_read(
 
 
 @pytest.mark.parametrize("kind", [EncryptionType.S3, EncryptionType.KMS])
-def test_a_store_that_holds_no_keys_is_told_apart_from_one_that_is_broken(place: Connection, kind: EncryptionType) -> None:
+def test_a_store_that_holds_no_keys_is_told_apart_from_one_that_is_broken(storage: ProxiedTree, kind: EncryptionType) -> None:
     """This one answers 500 after all retries: what it means is found out by writing without."""
-    plain: StoreTarget = place.truly.store.target  # type: ignore[attr-defined] # an S3Store
+    plain: StoreTarget = storage.direct.store.target  # type: ignore[attr-defined] # an S3Store
     with pytest.raises(FineTuneError) as caught:
         preflight(plain.model_copy(update={"encryption": kind}))
     assert (caught.value.exit_code, caught.value.code) == (67, "EncryptionRefused")

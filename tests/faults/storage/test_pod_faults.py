@@ -1,4 +1,4 @@
-"""A whole pod whose store misbehaves while it trains: training goes on, the status says what is wrong, nothing is half."""
+"""A pod whose store fails while it trains: training goes on, the status names the problem, no checkpoint is incomplete."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from finetune_api.names import FailureClass
 from finetune_api.pod import Resume
 from finetune_trainer.processes import descendants
 from pod_harness import Pod
-from storage_place import Connection, toy
+from proxied_tree import ProxiedTree, toy
 
 from localcluster.s3 import S3Endpoint
 from tests.support.s3proxy import Bandwidth, Latency, Reset, S3Proxy, Status
 
 
-def test_a_slow_store_skips_checkpoints_and_never_queues(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
+def test_a_slow_store_skips_checkpoints(
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """4 MB a checkpoint, one every 50 ms, at 4 MB/s."""
+    """Checkpoints of 4 MB, one every 50 ms, at 4 MB/s."""
     proxy.fault(Bandwidth(4e6), operation="PutObject")
     most = 0
-    with toy(tmp_path, spec, place, s3_server, {"steps": 200, "every": 5, "bytes": 4_000_000}) as pod:
+    with toy(tmp_path, spec, storage, s3_server, {"steps": 200, "every": 5, "bytes": 4_000_000}) as pod:
         staged = pod.folder / "work" / "staged"
 
         def ended() -> bool:
@@ -34,99 +34,117 @@ def test_a_slow_store_skips_checkpoints_and_never_queues(
             return pod.process is not None and pod.process.poll() is not None
 
         pod.wait_until(ended, 120)
-    words = pod.words()
-    assert words.exit_code == 0, pod.text[-3000:]
-    steps = place.whole(tmp_path / "check")
+    termination = pod.termination_message()
+    assert termination.exit_code == 0, pod.text[-3000:]
+    steps = storage.verify_all(tmp_path / "check")
     assert steps[0] == 200 and len(steps) < 30
-    assert most <= 3, "in flight, waiting, and the one being handed over"
-    assert words.resolved is not None and any("skipped" in note for note in words.resolved.notes or [])
+    assert most <= 3, "one uploading, one queued and one being staged"
+    assert termination.resolved is not None and any("skipped" in note for note in termination.resolved.notes or [])
 
 
 def test_a_store_that_is_down_for_a_while(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """Training goes on, the last commit stays, and what comes after is committed."""
-    with toy(tmp_path, spec, place, s3_server, {"steps": 500, "every": 10}) as pod:
+    """Training goes on, the last commit stays, and later checkpoints are committed."""
+    with toy(tmp_path, spec, storage, s3_server, {"steps": 500, "every": 10}) as pod:
         pod.wait_committed(10)
         down = proxy.fault(Reset())
         before = pod.step()
         pod.wait_step(before + 30)
-        during = [committed.step or 0 for committed in place.truly.committed()]
+        during = [committed.step or 0 for committed in storage.direct.committed()]
         assert max(during) <= before + 10
         down.remove()
         assert down.hits > 0
         assert pod.end() == 0, pod.text[-3000:]
-    assert place.whole(tmp_path / "check")[0] == 500
+    assert storage.verify_all(tmp_path / "check")[0] == 500
 
 
 def test_the_final_model_is_refused(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """A right that is missing for the model only: 77, the permission by name, and the checkpoints stay."""
+    """A permission is missing for the model only: 77 names it, and the checkpoints stay."""
     proxy.fault(Status(403, "AccessDenied"), operation="PutObject", key="/model/")
-    with toy(tmp_path, spec, place, s3_server, {}) as pod:
+    with toy(tmp_path, spec, storage, s3_server, {}) as pod:
         assert pod.end() == 77, pod.text[-3000:]
-    words = pod.words()
-    assert (words.code, words.class_, words.committed_step) == ("PermissionDenied", FailureClass.STORAGE, 20)
-    assert "s3:PutObject" in (words.message or "")
-    assert place.whole(tmp_path / "check")[0] == 20
+    termination = pod.termination_message()
+    assert (termination.code, termination.class_, termination.committed_step) == ("PermissionDenied", FailureClass.STORAGE, 20)
+    assert "s3:PutObject" in (termination.message or "")
+    assert storage.verify_all(tmp_path / "check")[0] == 20
 
 
-def test_credentials_that_expire_on_the_way(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
+def test_credentials_that_expire_during_training(
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    with toy(tmp_path, spec, place, s3_server, {"steps": 200, "every": 5}) as pod:
+    with toy(tmp_path, spec, storage, s3_server, {"steps": 200, "every": 5}) as pod:
         pod.wait_committed(5)
         proxy.fault(Status(400, "ExpiredToken"))
         assert pod.end() == 77, pod.text[-3000:]
-    words = pod.words()
-    assert (words.code, words.class_) == ("CredentialsExpired", FailureClass.STORAGE)
-    assert words.committed_step is not None and words.committed_step >= 5
+    termination = pod.termination_message()
+    assert (termination.code, termination.class_) == ("CredentialsExpired", FailureClass.STORAGE)
+    assert termination.committed_step is not None and termination.committed_step >= 5
 
 
 @pytest.mark.faults
-def test_a_store_that_is_down_for_good(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
+def test_a_store_that_stays_down(
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    sick = toy(tmp_path, spec, place, s3_server, {"steps": 300, "every": 5})
-    sick.env["FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"] = "1"
-    with sick as pod:
+    pod = toy(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 5})
+    pod.env["FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"] = "1"
+    with pod:
         pod.wait_committed(5)
         proxy.fault(Reset())
         assert pod.end(500) == 69, pod.text[-3000:]
-    words = pod.words()
-    assert words.class_ is FailureClass.STORAGE
-    assert place.whole(tmp_path / "check")[0] == words.committed_step
+    termination = pod.termination_message()
+    assert termination.class_ is FailureClass.STORAGE
+    assert storage.verify_all(tmp_path / "check")[0] == termination.committed_step
+
+
+def test_training_ends_when_no_checkpoint_can_be_stored_for_too_long(
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
+) -> None:
+    """Otherwise a run would train for days and lose everything at its end."""
+    pod = toy(tmp_path, spec, storage, s3_server, {"steps": 10_000_000, "every": 10})
+    pod.env["FINETUNE_UNSAVED_TIMEOUT_SECONDS"] = "1"
+    quick = pod.run.spec.model_copy(update={"policy": pod.run.spec.policy.model_copy(update={"stall_timeout_seconds": 2})})
+    pod.run = pod.run.model_copy(update={"spec": quick})
+    with pod:
+        pod.wait_committed(10)
+        proxy.fault(Status(403, "AccessDenied"), operation="PutObject", key="checkpoints/")
+        assert pod.end(60) == 69, pod.text[-3000:]
+    termination = pod.termination_message()
+    assert (termination.code, termination.class_) == ("CheckpointsNotSaved", FailureClass.STORAGE)
+    assert "PermissionDenied" in (termination.message or "")
+    assert storage.verify_all(tmp_path / "check")[0] == termination.committed_step
 
 
 def test_a_kill_while_a_checkpoint_is_uploaded(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """The step never shows, the next attempt sweeps it and resumes from the one before."""
+    """The step is never visible; the next attempt sweeps it and resumes from the one before."""
     with toy(
-        tmp_path, spec, place, s3_server, {"steps": 100000, "every": 20, "pause": 0.02, "bytes": 2_000_000}
+        tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20, "pause": 0.02, "bytes": 2_000_000}
     ) as pod:
         pod.wait_committed(20)
         slow = proxy.fault(Bandwidth(100_000), operation="PutObject")
         pod.wait_step((pod.step() // 20 + 2) * 20 + 1)
         pod.kill()
     slow.remove()
-    steps = place.whole(tmp_path / "check")
+    steps = storage.verify_all(tmp_path / "check")
     last = {"steps": steps[0] + 3, "every": 20}
     again = tmp_path / "again"
-    with toy(again, spec, place, s3_server, last, attempt=2, resume=Resume(mode="auto", expect_step=20)) as second:
+    with toy(again, spec, storage, s3_server, last, attempt=2, resume=Resume(mode="auto", expect_step=20)) as second:
         assert second.end() == 0, second.text[-3000:]
-    assert second.words().resumed_from_step == steps[0]
-    folders = {stat.key.split("/")[1] for stat in place.truly.store.list("checkpoints/")}
+    assert second.termination_message().resumed_from_step == steps[0]
+    folders = {stat.key.split("/")[1] for stat in storage.direct.store.list("checkpoints/")}
     assert folders == {f"step-{step:08d}" for step in steps}
 
 
 @pytest.mark.faults
-def test_a_bad_day_while_training(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
+def test_a_store_with_many_errors(
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """30 % SlowDown, 10 % 500, 10 % resets: checkpoints come late, training does not, and the retries are counted."""
-    with toy(tmp_path, spec, place, s3_server, {"steps": 300, "every": 50, "pause": 0.02}) as pod:
+    """30 % SlowDown, 10 % 500, 10 % resets: checkpoints are late, training is not, and retries are counted."""
+    with toy(tmp_path, spec, storage, s3_server, {"steps": 300, "every": 50, "pause": 0.02}) as pod:
         pod.wait_committed(50)
         rules = [
             proxy.fault(Status(503, "SlowDown"), probability=0.3),
@@ -136,7 +154,7 @@ def test_a_bad_day_while_training(
         pod.wait_until(lambda: retries(pod) > 0)
         assert pod.end(580) == 0, pod.text[-3000:]
     assert all(rule.hits > 0 for rule in rules)
-    assert place.whole(tmp_path / "check")[0] == 300
+    assert storage.verify_all(tmp_path / "check")[0] == 300
 
 
 def retries(pod: Pod) -> float:
@@ -145,123 +163,123 @@ def retries(pod: Pod) -> float:
 
 
 def test_a_stop_while_a_checkpoint_is_uploaded(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """What is in flight is finished, the stop's own checkpoint follows, and nothing is lost."""
-    with toy(tmp_path, spec, place, s3_server, {"steps": 100000, "every": 20, "bytes": 300_000}) as pod:
+    """The running upload is finished, the checkpoint of the stop follows, and nothing is lost."""
+    with toy(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20, "bytes": 300_000}) as pod:
         pod.wait_committed(20)
         slow = proxy.fault(Bandwidth(1e6), operation="PutObject", key="checkpoints/.*state-0")
         pod.wait_until(lambda: slow.hits > 0)
         pod.terminate()
         assert pod.end() == 75, pod.text[-3000:]
-    words = pod.words()
-    assert (words.code, words.committed_step) == ("StoppedSaved", words.step)
-    assert place.whole(tmp_path / "check")[0] == words.step
+    termination = pod.termination_message()
+    assert (termination.code, termination.committed_step) == ("StoppedSaved", termination.step)
+    assert storage.verify_all(tmp_path / "check")[0] == termination.step
 
 
 def test_a_grace_period_shorter_than_the_last_save(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """76 at once: ranks are not even asked, and what was committed stays what it was."""
+    """The pod ends with 76 at once, without stopping its ranks; committed checkpoints stay."""
     proxy.fault(Latency(0.5), operation="PutObject", key="checkpoints/")
-    with toy(tmp_path, spec, place, s3_server, {"steps": 100000, "every": 20}, grace=1) as pod:
+    with toy(tmp_path, spec, storage, s3_server, {"steps": 100000, "every": 20}, grace=1) as pod:
         pod.wait_committed(20)
         pod.terminate()
         assert pod.end() == 76, pod.text[-3000:]
     assert not (pod.folder / "work" / "stop").exists()
-    words = pod.words()
-    assert (words.code, words.class_) == ("StoppedUnsaved", FailureClass.PREEMPTED)
-    assert words.resolved is not None and any("GracePeriodSeconds" in note for note in words.resolved.notes or [])
-    assert place.whole(tmp_path / "check")[0] >= 20
+    termination = pod.termination_message()
+    assert (termination.code, termination.class_) == ("StoppedUnsaved", FailureClass.PREEMPTED)
+    assert termination.resolved is not None and any("GracePeriodSeconds" in note for note in termination.resolved.notes or [])
+    assert storage.verify_all(tmp_path / "check")[0] >= 20
 
 
-def test_a_zombie_that_comes_back_is_fenced_out(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, s3_server: S3Endpoint
+def test_a_stale_incarnation_ends_at_its_first_fenced_commit(
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint
 ) -> None:
-    """A lost node's pod goes on after its successor has finished: it commits nothing, touches nothing, and ends."""
-    script = {"steps": 300, "every": 10}
-    with toy(tmp_path / "one", spec, place, s3_server, script) as zombie:
-        zombie.wait_committed(10)
-        assert zombie.process is not None
-        frozen = [zombie.process.pid, *descendants(zombie.process.pid)]
+    """The pod of a lost node continues after its successor has finished: it commits and changes nothing, and ends at once."""
+    endless, script = {"steps": 10_000_000, "every": 10}, {"steps": 300, "every": 10}
+    with toy(tmp_path / "one", spec, storage, s3_server, endless) as stale:
+        stale.wait_committed(10)
+        assert stale.process is not None
+        frozen = [stale.process.pid, *descendants(stale.process.pid)]
         for pid in frozen:
             os.kill(pid, signal.SIGSTOP)
         resume = Resume(mode="auto", expect_step=10)
-        with toy(tmp_path / "two", spec, place, s3_server, script, attempt=2, resume=resume) as second:
+        with toy(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=resume) as second:
             assert second.end() == 0, second.text[-3000:]
-        before = {stat.key: stat.tag for stat in place.truly.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
+        before = {stat.key: stat.tag for stat in storage.direct.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
         for pid in frozen:
             os.kill(pid, signal.SIGCONT)
-        assert zombie.end() == 74, zombie.text[-3000:]
-    words = zombie.words()
-    assert (words.code, words.class_, words.origin) == ("FencedOut", FailureClass.INFRASTRUCTURE, True)
-    after = {stat.key: stat.tag for stat in place.truly.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
-    assert {key: after.get(key) for key in before} == before, "steps that the second skipped may be new"
-    assert place.whole(tmp_path / "check")[0] == 300
+        assert stale.end(60) == 74, "it trains on although it is fenced out\n" + stale.text[-3000:]
+    termination = stale.termination_message()
+    assert (termination.code, termination.class_, termination.origin) == ("FencedOut", FailureClass.INFRASTRUCTURE, True)
+    after = {stat.key: stat.tag for stat in storage.direct.store.list("") if "/a2-" in stat.key or "/_" in stat.key}
+    assert {key: after.get(key) for key in before} == before, "steps that the successor skipped may be new"
+    assert storage.verify_all(tmp_path / "check")[0] == 300
 
 
-def test_a_damaged_checkpoint_is_made_again(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, s3_server: S3Endpoint
+def test_a_damaged_checkpoint_is_replaced(
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, s3_server: S3Endpoint
 ) -> None:
-    """The next attempt goes on from the one before, comes to the same step, and what it makes takes the damaged one's place."""
+    """The next attempt goes on from the one before, comes to the same step, and what it makes takes the damaged one's storage."""
     script = {"steps": 17, "every": 5}
-    with toy(tmp_path / "one", spec, place, s3_server, script | {"at": {"0:17": "die"}}) as first:
+    with toy(tmp_path / "one", spec, storage, s3_server, script | {"at": {"0:17": "die"}}) as first:
         assert first.end() == 74, first.text[-3000:]
-    newest, before = place.truly.committed()[:2]
+    newest, before = storage.direct.committed()[:2]
     assert newest.step == 15 and before.step is not None
-    place.truly.store.put(f"{newest.folder}/state-0", b"x" * 1000)
+    storage.direct.store.put(f"{newest.folder}/state-0", b"x" * 1000)
     again = Resume(mode="auto", expect_step=15)
-    with toy(tmp_path / "two", spec, place, s3_server, script, attempt=2, resume=again) as second:
+    with toy(tmp_path / "two", spec, storage, s3_server, script, attempt=2, resume=again) as second:
         assert second.end() == 0, second.text[-3000:]
-    assert second.words().resumed_from_step == before.step
-    assert place.whole(tmp_path / "check")[0] == 15
-    made = place.truly.marker(15)
+    assert second.termination_message().resumed_from_step == before.step
+    assert storage.verify_all(tmp_path / "check")[0] == 15
+    made = storage.direct.marker(15)
     assert made is not None and made.marker.attempt == 2
-    assert {stat.key.split("/")[2] for stat in place.truly.store.list("checkpoints/step-00000015/a")} == {
+    assert {stat.key.split("/")[2] for stat in storage.direct.store.list("checkpoints/step-00000015/a")} == {
         made.marker.path
     }
 
 
-def test_without_the_right_to_delete_a_second_attempt_still_runs(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
+def test_an_attempt_runs_without_permission_to_delete(
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
-    """What the first one left half stays, and the status says so."""
+    """Unfinished uploads stay, and the status says so."""
     proxy.fault(Status(403, "AccessDenied"), operation="DeleteObjects")
     proxy.fault(Status(403, "AccessDenied"), operation="ListMultipartUploads")
-    place.truly.store.put("checkpoints/step-00000005/a1-deadbeef/half", b"left by somebody who was killed")
-    with toy(tmp_path, spec, place, s3_server, {}, attempt=2) as pod:
+    storage.direct.store.put("checkpoints/step-00000005/a1-deadbeef/half", b"left by a killed incarnation")
+    with toy(tmp_path, spec, storage, s3_server, {}, attempt=2) as pod:
         assert pod.end() == 0, pod.text[-3000:]
-    words = pod.words()
-    assert words.resolved is not None
-    notes = words.resolved.notes or []
+    termination = pod.termination_message()
+    assert termination.resolved is not None
+    notes = termination.resolved.notes or []
     assert any("could not be removed" in note and "s3:ListBucketMultipartUploads" in note for note in notes)
-    assert place.whole(tmp_path / "check")[0] == 20
+    assert storage.verify_all(tmp_path / "check")[0] == 20
 
 
-def test_a_store_that_is_busy_when_the_pod_starts_is_asked_again(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint
+def test_a_store_that_is_busy_at_the_start_is_retried(
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint
 ) -> None:
     with (
         proxy.fault(Status(503, "SlowDown"), operation="PutObject", key=r"\.probe/", times=4) as busy,
-        toy(tmp_path, spec, place, s3_server, {}) as pod,
+        toy(tmp_path, spec, storage, s3_server, {}) as pod,
     ):
         assert pod.end() == 0, pod.text[-3000:]
     assert busy.hits == 4
-    assert place.whole(tmp_path / "check")[0] == 20
+    assert storage.verify_all(tmp_path / "check")[0] == 20
 
 
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_stop_while_the_final_model_is_uploaded(
-    tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint, saved: bool
+    tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint, saved: bool
 ) -> None:
-    """The ranks are gone by then. The pod still ends within its grace period, and says what is saved."""
+    """The ranks have ended. The pod still ends within its grace period and reports what is saved."""
     proxy.fault(Latency(3600), operation="PutObject", key="/model/")
     script = {"steps": 20, "every": 5 if saved else 15}
-    with toy(tmp_path, spec, place, s3_server, script, grace=3) as pod:
+    with toy(tmp_path, spec, storage, s3_server, script, grace=3) as pod:
         pod.wait_until(lambda: b'stage="uploading"' in (pod.get("/metrics") or b"") and not pod.pids("train"))
         pod.wait_committed(20 if saved else 15)
         pod.terminate()
         assert pod.end(120) == (75 if saved else 76), pod.text[-3000:]
-    words = pod.words()
-    assert (words.code, words.committed_step) == (("StoppedSaved", 20) if saved else ("StoppedUnsaved", 15))
-    assert place.truly.marker(None) is None
+    termination = pod.termination_message()
+    assert (termination.code, termination.committed_step) == (("StoppedSaved", 20) if saved else ("StoppedUnsaved", 15))
+    assert storage.direct.marker(None) is None

@@ -1,4 +1,4 @@
-"""A small run of the benchmark that kills again and again: rank, agent, pod or a stop, and the end is the one of an undisturbed run."""
+"""A small run of the benchmark that kills rank, agent or pod repeatedly: the end equals that of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.lib.bench_pods import bench
 pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 
-def test_a_run_that_is_punished_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+def test_a_run_with_many_kills_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     options = argparse.Namespace(steps=60, every=2, kills=15, pause=0.05)
     run_record = punisher.RunRecord()
     with bench(tmp_path) as place:

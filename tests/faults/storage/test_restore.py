@@ -19,7 +19,7 @@ from finetune_trainer.checkpoint.restore import Restored, restore
 from finetune_trainer.storage.preflight import preflight
 from finetune_trainer.storage.s3 import S3Store
 from finetune_trainer.supervisor.fetch import Fetcher
-from storage_place import Connection
+from proxied_tree import ProxiedTree
 
 from tests.support.faultproxy import Call
 from tests.support.s3proxy import FlipByte, S3Operation, S3Proxy, Status, Truncate
@@ -31,34 +31,34 @@ FACTS = RunFacts(
 
 
 @pytest.fixture
-def two(place: Connection, checkpoint: Path) -> Connection:
+def two(storage: ProxiedTree, checkpoint: Path) -> ProxiedTree:
     """Steps 5 and 10 are committed."""
-    place.commit(5, checkpoint, facts=FACTS)
-    place.commit(10, checkpoint, facts=FACTS)
-    return place
+    storage.commit(5, checkpoint, facts=FACTS)
+    storage.commit(10, checkpoint, facts=FACTS)
+    return storage
 
 
-def back(place: Connection, folder: Path, resume: Resume | None = None, facts: RunFacts = FACTS) -> Restored:
-    return restore(place.through, resume or Resume(mode="auto", expect_step=10), facts, folder / "restored")
+def back(storage: ProxiedTree, folder: Path, resume: Resume | None = None, facts: RunFacts = FACTS) -> Restored:
+    return restore(storage.proxied, resume or Resume(mode="auto", expect_step=10), facts, folder / "restored")
 
 
-def flip(place: Connection, key: str) -> None:
-    data = place.truly.store.get(key)
+def flip(storage: ProxiedTree, key: str) -> None:
+    data = storage.direct.store.get(key)
     assert data is not None
-    place.truly.store.put(key, data[:7] + bytes([data[7] ^ 1]) + data[8:])
+    storage.direct.store.put(key, data[:7] + bytes([data[7] ^ 1]) + data[8:])
 
 
-def cut(place: Connection, key: str) -> None:
-    data = place.truly.store.get(key)
+def cut(storage: ProxiedTree, key: str) -> None:
+    data = storage.direct.store.get(key)
     assert data is not None
-    place.truly.store.put(key, data[: len(data) // 2])
+    storage.direct.store.put(key, data[: len(data) // 2])
 
 
-def remove(place: Connection, key: str) -> None:
-    place.truly.store.delete([key])
+def remove(storage: ProxiedTree, key: str) -> None:
+    storage.direct.store.delete([key])
 
 
-def test_the_newest_is_taken(two: Connection, checkpoint: Path, tmp_path: Path) -> None:
+def test_the_newest_is_taken(two: ProxiedTree, checkpoint: Path, tmp_path: Path) -> None:
     found = back(two, tmp_path)
     assert (found.step, found.exact, found.note, found.damaged) == (10, True, None, [])
     assert found.path is not None
@@ -69,7 +69,7 @@ def test_the_newest_is_taken(two: Connection, checkpoint: Path, tmp_path: Path) 
 @pytest.mark.parametrize("hurt", [flip, cut, remove])
 @pytest.mark.parametrize("name", ["optimizer.pt", "sub/rng_state.pth", "manifest.json"])
 def test_damage_is_named_and_the_one_before_is_taken(
-    two: Connection, tmp_path: Path, hurt: Callable[[Connection, str], None], name: str
+    two: ProxiedTree, tmp_path: Path, hurt: Callable[[ProxiedTree, str], None], name: str
 ) -> None:
     hurt(two, f"{FOLDER}/{name}")
     found = back(two, tmp_path)
@@ -77,19 +77,19 @@ def test_damage_is_named_and_the_one_before_is_taken(
     assert len(found.damaged) == 1 and f"{FOLDER}/{name}" in found.damaged[0]
 
 
-def test_an_object_that_no_manifest_names_is_not_brought(two: Connection, tmp_path: Path) -> None:
-    two.truly.store.put(f"{FOLDER}/model.safetensors", b"stray")
+def test_an_object_that_no_manifest_names_is_not_brought(two: ProxiedTree, tmp_path: Path) -> None:
+    two.direct.store.put(f"{FOLDER}/model.safetensors", b"stray")
     found = back(two, tmp_path)
     assert found.step == 10 and found.path is not None
     assert not (found.path / "model.safetensors").exists()
 
 
-def test_a_damaged_marker_does_not_exist(two: Connection, tmp_path: Path) -> None:
-    two.truly.store.put("checkpoints/step-00000010/_COMMITTED", b"{")
+def test_a_damaged_marker_does_not_exist(two: ProxiedTree, tmp_path: Path) -> None:
+    two.direct.store.put("checkpoints/step-00000010/_COMMITTED", b"{")
     assert back(two, tmp_path).step == 5
 
 
-def test_all_damaged_is_73_and_never_a_silent_start(two: Connection, tmp_path: Path) -> None:
+def test_all_damaged_is_73_and_never_a_silent_start(two: ProxiedTree, tmp_path: Path) -> None:
     for step in (5, 10):
         flip(two, f"checkpoints/step-{step:08d}/a1-00000000/optimizer.pt")
     with pytest.raises(NoCheckpointError) as caught:
@@ -98,13 +98,13 @@ def test_all_damaged_is_73_and_never_a_silent_start(two: Connection, tmp_path: P
     assert "step-00000010" in caught.value.message and "step-00000005" in caught.value.message
 
 
-def test_a_download_that_breaks_is_asked_for_again(two: Connection, proxy: S3Proxy, tmp_path: Path) -> None:
+def test_a_download_that_breaks_is_asked_for_again(two: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
     with proxy.fault(Truncate(1000), operation="GetObject", key="optimizer.pt", times=2) as cut_off:
         found = back(two, tmp_path)
     assert (found.step, found.damaged, cut_off.hits) == (10, [], 2)
 
 
-def test_a_byte_flipped_on_the_way_is_found(two: Connection, proxy: S3Proxy, tmp_path: Path) -> None:
+def test_a_byte_flipped_on_the_way_is_found(two: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
     with proxy.fault(FlipByte(99_999), operation="GetObject", key="step-00000010/.*optimizer.pt", times=1) as flipped:
         found = back(two, tmp_path)
     assert (found.step, flipped.hits) == (5, 1)
@@ -115,25 +115,25 @@ def test_a_byte_flipped_on_the_way_is_found(two: Connection, proxy: S3Proxy, tmp
 class RemoveFirst:
     """Retention is at work: the whole step goes away just before the object is read."""
 
-    place: Connection
+    storage: ProxiedTree
     step: int
 
     async def handle(self, call: Call[S3Operation]) -> web.StreamResponse:
-        await asyncio.to_thread(self.place.truly.remove, self.step)
+        await asyncio.to_thread(self.storage.direct.remove, self.step)
         return await call.forward()
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_read_is_passed_over(
-    two: Connection, proxy: S3Proxy, tmp_path: Path
+    two: ProxiedTree, proxy: S3Proxy, tmp_path: Path
 ) -> None:
     proxy.fault(RemoveFirst(two, 10), operation="GetObject", key="step-00000010/.*/optimizer.pt", times=1)
     found = back(two, tmp_path)
     assert (found.step, len(found.damaged)) == (5, 1)
     assert "optimizer.pt is missing" in found.damaged[0]
-    assert [committed.step for committed in two.truly.committed()] == [5]
+    assert [committed.step for committed in two.direct.committed()] == [5]
 
 
-def test_a_clock_that_is_wrong_is_named_and_not_tried_for_ever(two: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_is_wrong_is_named_and_not_tried_for_ever(two: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signed twenty minutes from now, against a server that knows what time it is."""
     from botocore import auth
 
@@ -141,16 +141,16 @@ def test_a_clock_that_is_wrong_is_named_and_not_tried_for_ever(two: Connection, 
     monkeypatch.setattr(
         auth, "get_current_datetime", lambda *args, **options: now(*args, **options) + timedelta(minutes=20)
     )
-    target = two.through.store.target  # type: ignore[attr-defined] # an S3Store
+    target = two.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     with pytest.raises(FineTuneError) as caught:
         preflight(target)
     assert (caught.value.exit_code, caught.value.code) == (67, "ClockSkew")
 
 
-def test_a_store_that_is_busy_is_asked_again_for_models_and_data(place: Connection, proxy: S3Proxy, tmp_path: Path) -> None:
+def test_a_store_that_is_busy_is_asked_again_for_models_and_data(storage: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
     """Whether anything is there is asked with little patience; what is there is worth more of it."""
-    place.truly.store.put("rows.jsonl", b"{}")
-    store = place.through.store
+    storage.direct.store.put("rows.jsonl", b"{}")
+    store = storage.proxied.store
     assert isinstance(store, S3Store)
     run: Any = SimpleNamespace(model_store=None, dataset_store=store.target, storage=store.target)
     with proxy.fault(Status(503, "SlowDown"), operation="GetObject", key="rows.jsonl", times=2) as busy:

@@ -22,7 +22,7 @@ from finetune_trainer.checkpoint.manifest import prefix_of, step_of
 from finetune_trainer.checkpoint.tree import Tree
 from finetune_trainer.storage.s3 import S3Store
 from pod_harness import Pod
-from storage_place import Connection, final_state, logged_states, states, toy
+from proxied_tree import ProxiedTree, final_state, logged_states, states, toy
 
 from localcluster.processes import wait_until
 from localcluster.s3 import S3Endpoint
@@ -55,8 +55,8 @@ class Two:
 
     folder: Path
     spec: dict[str, Any]
-    place: Connection
-    second: Connection
+    storage: ProxiedTree
+    second: ProxiedTree
     proxies: tuple[S3Proxy, S3Proxy]
     server: S3Endpoint
     seen: dict[int, list[str]] = field(default_factory=dict)
@@ -66,11 +66,11 @@ class Two:
 
     def earlier(self) -> Pod:
         """The first attempt: it would train for long."""
-        return toy(self.folder / "one", self.spec, self.place, self.server, SCRIPT | {"steps": 100_000})
+        return toy(self.folder / "one", self.spec, self.storage, self.server, SCRIPT | {"steps": 100_000})
 
     def later(self) -> Pod:
         """The second attempt, begun while the first one lives. It ends some checkpoints after where it goes on from."""
-        self.start = max(one.step or 0 for one in self.place.truly.committed())
+        self.start = max(one.step or 0 for one in self.storage.direct.committed())
         script, resume = SCRIPT | {"further": 12 * EVERY}, Resume(mode="auto", expect_step=self.start)
         return toy(self.folder / "two", self.spec, self.second, self.server, script, attempt=2, resume=resume)
 
@@ -81,7 +81,7 @@ class Two:
 
         def watch() -> None:
             while not done.wait(LOOK_SECONDS):
-                for one in self.place.truly.committed():
+                for one in self.storage.direct.committed():
                     paths = self.seen.setdefault(one.step or 0, [])
                     if paths[-1:] != [one.marker.path]:
                         paths.append(one.marker.path)
@@ -95,39 +95,39 @@ class Two:
             thread.join()
 
     def require_one_winner(self, earlier: Pod, later: Pod, why: str) -> None:
-        """The earlier attempt was fenced out, the later one's checkpoints count, and the end is the undisturbed run's."""
+        """The earlier attempt was fenced out, the later one's checkpoints count, and the end is the uninterrupted run's."""
         assert [earlier.process and earlier.process.poll(), later.end()] == [74, 0], (
             earlier.text[-3000:] + later.text[-3000:]
         )
-        words = earlier.words()
-        assert (words.code, words.class_, words.origin) == ("FencedOut", FailureClass.INFRASTRUCTURE, True)
-        assert why in (words.message or "") and "which must end" in (words.message or "")
-        resumed = later.words().resumed_from_step
+        termination = earlier.termination_message()
+        assert (termination.code, termination.class_, termination.origin) == ("FencedOut", FailureClass.INFRASTRUCTURE, True)
+        assert why in (termination.message or "") and "which must end" in (termination.message or "")
+        resumed = later.termination_message().resumed_from_step
         assert resumed is not None and resumed >= self.start
         last = resumed + 12 * EVERY
-        for one in self.place.truly.committed():
+        for one in self.storage.direct.committed():
             assert one.marker.attempt == (1 if (one.step or 0) <= resumed else 2), one
         for step, paths in self.seen.items():
             assert paths == sorted(paths) and len(paths) <= 2, f"step {step}: {paths}"
-        assert last in self.place.whole(self.folder / "after")
-        named = {f"{one.folder}/" for one in self.place.truly.committed()}
+        assert last in self.storage.verify_all(self.folder / "after")
+        named = {f"{one.folder}/" for one in self.storage.direct.committed()}
         data = [
             stat.key
-            for stat in self.place.truly.store.list("checkpoints/")
+            for stat in self.storage.direct.store.list("checkpoints/")
             if not stat.key.rpartition("/")[2].startswith("_")
         ]
         assert all(any(key.startswith(folder) for folder in named) for key in data), "nothing of the loser is left"
-        logged = logged_states(self.place)
+        logged = logged_states(self.storage)
         assert {step: state for step, state in logged.items() if step <= last} == states(last)
-        assert final_state(self.place) == states(last)[last]
+        assert final_state(self.storage) == states(last)[last]
 
 
 @pytest.fixture
-def two(tmp_path: Path, spec: dict[str, Any], place: Connection, proxy: S3Proxy, s3_server: S3Endpoint) -> Iterator[Two]:
+def two(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Proxy, s3_server: S3Endpoint) -> Iterator[Two]:
     with S3Proxy(s3_server.host_url) as other:
-        target = place.truly.store.target.model_copy(update={"endpoint": other.url})  # type: ignore[attr-defined] # an S3Store
-        second = Connection(Tree(S3Store(target)), place.truly, place.client, place.bucket)
-        yield Two(tmp_path, spec, place, second, (proxy, other), s3_server)
+        target = storage.direct.store.target.model_copy(update={"endpoint": other.url})  # type: ignore[attr-defined] # an S3Store
+        second = ProxiedTree(Tree(S3Store(target)), storage.direct, storage.client, storage.bucket)
+        yield Two(tmp_path, spec, storage, second, (proxy, other), s3_server)
 
 
 def test_two_attempts_side_by_side(two: Two) -> None:
@@ -161,7 +161,7 @@ class Race:
 
     def marked(self) -> int:
         """Attempt that the step's marker names; 0: there is none."""
-        found = self.two.place.truly.marker(self.step)
+        found = self.two.storage.direct.marker(self.step)
         return found.marker.attempt if found is not None else 0
 
     def finish(self) -> None:

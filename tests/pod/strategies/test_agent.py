@@ -76,5 +76,5 @@ def test_a_rank_that_ends_without_a_report_is_named_in_the_termination_message(
     # Far more steps than the other rank can do in that time: these ranks do not wait for one another.
     with started(tmp_path, model, rows, {"steps": 100_000, "at": {f"{ranks - 1}:7": what}}, ranks) as pod:
         assert pod.end() == code, pod.text[-3000:]
-        message = pod.words()
+        message = pod.termination_message()
     assert (message.exit_code, message.code, message.rank) == (code, name, ranks - 1)

@@ -1,4 +1,4 @@
-"""What a run did, to be compared with `==`: every logged number, every row of every step, the final weights."""
+"""Records of runs, to be compared with `==`: every logged value, the rows of every step, the final weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from localcluster.s3 import S3Endpoint
 
 STEPS, EVERY = 40, 8
 TIMED = ("_per_second", "runtime", "data_wait_share", "peak_memory_gb", "mfu")
-"""Ends of the names of logged values that no two runs share."""
+"""Endings of the names of logged values that differ between equal runs."""
 Lines = dict[tuple[int, str], dict[str, Any]]
 """Logged values by step and kind of line."""
 Rows = dict[tuple[int, int], list[list[str]]]
@@ -43,15 +43,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp": {"distributed": {"strategy": "fsdp"}, "tracking": {"loggingSteps": 3}},
     "zero": {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}, "tracking": {"loggingSteps": 3}},
 }  # fmt: skip
-"""What else a resumed run must get right: 36 rows, 4 a step on one rank, so that an epoch has 9 steps. In `early` no loss ever
-improves by enough: the first evaluation is the best one, and the third ends the run."""
+"""Variants of the run: 36 rows, 4 per step on one rank, so that an epoch has 9 steps. In `early` no evaluation improves enough on
+the first one, and the third ends the run."""
 LAST = {"early": 3 * EVERY}
-"""Step at which a variant ends, if not at the last."""
+"""Step at which a variant ends, if it is not the last."""
 
 
 @dataclass(frozen=True)
-class Story:
-    """A whole run, in however many attempts."""
+class RecordedRun:
+    """The record of a run in one or several attempts."""
 
     lines: Lines
     rows: Rows
@@ -76,10 +76,10 @@ def spec_of(model: Path, rows: Path, method: str, variant: str = "plain") -> dic
     return made
 
 
-def traced(
+def traced_pod(
     run: RunConfig, folder: Path, bucket: Bucket, *, hold: str = "", breaks: str = "", node_rank: int = 0
 ) -> Pod:
-    """A pod that trains for real and tells which rows it learns from."""
+    """A pod that trains for real and records the rows of each step."""
     env = {
         "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(Path(__file__).parent)]), "FINETUNE_TRAINER_MODULE": "traced_train",
         **({"TRACE_HOLD": hold} if hold else {}), **({"TRACE_BREAK": breaks} if breaks else {}),
@@ -87,13 +87,13 @@ def traced(
     return Pod(run, folder, bucket.env | env, node_rank=node_rank)
 
 
-def story(bucket: Bucket, pods: Iterable[Pod], words: TerminationMessage) -> Story:
-    """Everything that a run's pods did."""
-    return Story(lines(bucket), rows_learned(pods), weights(bucket, words))
+def record_run(bucket: Bucket, pods: Iterable[Pod], termination: TerminationMessage) -> RecordedRun:
+    """The record of a run, from its pods and its bucket."""
+    return RecordedRun(lines(bucket), rows_learned(pods), weights(bucket, termination))
 
 
 def lines(bucket: Bucket, attempt: str = "") -> Lines:
-    """Every logged value, of one attempt (`a2-`) or of all; lines that several attempts logged must be equal."""
+    """Logged values, of one attempt (`a2-`) or of all. Steps that several attempts logged must be equal."""
     found: Lines = {}
     for key in bucket.keys(f"metrics/{attempt}"):
         for text in bucket.read(key).decode().splitlines():
@@ -107,24 +107,24 @@ def lines(bucket: Bucket, attempt: str = "") -> Lines:
 
 
 def rows_learned(pods: Iterable[Pod]) -> Rows:
-    """What each rank learned from at each step; steps that several attempts did must be equal."""
+    """The rows of each rank and step. Steps that several attempts trained must be equal."""
     found: Rows = {}
     for pod in pods:
         for file in sorted((pod.folder / "work").glob("rows-*.jsonl")):
             rank = int(file.stem.removeprefix("rows-"))
             for text in file.read_text().splitlines(keepends=True):
                 if not text.endswith("\n"):
-                    continue  # the rank was killed while it wrote: the step was not done
-                told = json.loads(text)
-                kept = told["rows"]
-                assert found.setdefault((told["step"], rank), kept) == kept, f"step {told['step']} of {file}"
+                    continue  # the rank was killed while it wrote this line: the step is not done
+                entry = json.loads(text)
+                kept = entry["rows"]
+                assert found.setdefault((entry["step"], rank), kept) == kept, f"step {entry['step']} of {file}"
     return found
 
 
-def weights(bucket: Bucket, words: TerminationMessage) -> dict[str, str]:
+def weights(bucket: Bucket, termination: TerminationMessage) -> dict[str, str]:
     """sha256 of the final model's weight files, from its manifest."""
-    assert words.output is not None and words.output.uri is not None
-    manifest = json.loads(bucket.read(words.output.uri.split("/job/", 1)[1].split("/", 1)[1] + "/manifest.json"))
+    assert termination.output is not None and termination.output.uri is not None
+    manifest = json.loads(bucket.read(termination.output.uri.split("/job/", 1)[1].split("/", 1)[1] + "/manifest.json"))
     return {one["path"]: one["sha256"] for one in manifest["files"] if one["path"].endswith(".safetensors")}
 
 
@@ -135,17 +135,17 @@ def committed(bucket: Bucket) -> list[int]:
 
 
 @cache
-def undisturbed(
+def run_uninterrupted(
     server: S3Endpoint, folder: Path, model: Path, rows: Path, method: str, processes: int, variant: str = "plain"
-) -> Story:
-    """A run that nothing happens to; one for all tests."""
+) -> RecordedRun:
+    """The record of a run without faults. Each is made once and shared by all tests."""
     bucket = new_bucket(server)
     run = run_config(spec_of(model, rows, method, variant), bucket.target(), processes=processes)
-    with traced(run, folder / f"undisturbed-{variant}-{method}-{processes}", bucket) as pod:
+    with traced_pod(run, folder / f"uninterrupted-{variant}-{method}-{processes}", bucket) as pod:
         assert pod.end() == 0, pod.text[-4000:]
-    found = story(bucket, [pod], pod.words())
+    found = record_run(bucket, [pod], pod.termination_message())
     last, every = LAST.get(variant, STEPS), run.spec.tracking.logging_steps or 1
     logged = [step for step, kind in sorted(found.lines) if kind == "loss"]
-    assert logged == sorted({1, *range(every, last + 1, every), last}), "no line more, no line less"
+    assert logged == sorted({1, *range(every, last + 1, every), last}), "exactly the expected lines are logged"
     assert sorted(found.rows) == [(step, rank) for step in range(1, last + 1) for rank in range(processes)]
     return found

@@ -1,4 +1,4 @@
-"""A job's tree in a store, seen through the faults and as it truly is."""
+"""A job's tree in a store, through the fault proxy and directly."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ PODS = Path(__file__).parents[2] / "pod"
 
 
 @dataclass
-class Connection:
-    """The same tree twice: as the pod sees it through the proxy, and as it truly is."""
+class ProxiedTree:
+    """The same tree twice: through the proxy, as the pod sees it, and directly."""
 
-    through: Tree
-    truly: Tree
+    proxied: Tree
+    direct: Tree
     client: Any
     bucket: str
 
@@ -33,21 +33,21 @@ class Connection:
     ) -> Manifest:
         """Upload and commit a folder through the proxy."""
         base = prefix_of(step)
-        entries = self.through.upload(base, incarnation, folder)
+        entries = self.proxied.upload(base, incarnation, folder)
         manifest = Manifest(step=step or 0, attempt=attempt, incarnation=incarnation, files=entries, **facts)
-        self.through.commit(base, manifest)
+        self.proxied.commit(base, manifest)
         return manifest
 
-    def whole(self, folder: Path) -> list[int]:
-        """Committed steps, each checked byte by byte against its manifest; fails if one is not what it says."""
+    def verify_all(self, folder: Path) -> list[int]:
+        """Verify every committed checkpoint against its manifest; returns the steps, newest first."""
         from finetune_trainer.checkpoint.restore import fetch_verified
 
         steps = []
-        for committed in self.truly.committed():
-            manifest = self.truly.manifest(committed)
+        for committed in self.direct.committed():
+            manifest = self.direct.manifest(committed)
             assert manifest is not None, committed
             problem = fetch_verified(
-                self.truly, committed.folder, manifest, folder / committed.folder, lambda path: True
+                self.direct, committed.folder, manifest, folder / committed.folder, lambda path: True
             )
             assert problem is None, problem
             steps.append(manifest.step)
@@ -55,35 +55,35 @@ class Connection:
 
 
 def states(steps: int) -> dict[int, str]:
-    """State of rank 0 after each step of a run of toy ranks that nothing happens to."""
+    """State of rank 0 after each step of an uninterrupted run of toy ranks."""
     found, chain = {}, ""
     for step in range(1, steps + 1):
         found[step] = chain = link(chain, 0, step)
     return found
 
 
-def logged_states(place: Connection) -> dict[int, str]:
-    """State by step as all attempts logged it; what two logged must be the same."""
+def logged_states(storage: ProxiedTree) -> dict[int, str]:
+    """State by step, as logged by all attempts. Steps that two attempts logged must be equal."""
     found: dict[int, str] = {}
-    for stat in place.truly.store.list("metrics/"):
-        for line in (place.truly.store.get(stat.key) or b"").decode().splitlines():
+    for stat in storage.direct.store.list("metrics/"):
+        for line in (storage.direct.store.get(stat.key) or b"").decode().splitlines():
             value = json.loads(line)
             assert found.setdefault(value["step"], value["chain"]) == value["chain"], value
     return found
 
 
-def final_state(place: Connection) -> str:
+def final_state(storage: ProxiedTree) -> str:
     """State of rank 0 in the committed model."""
-    model = place.truly.marker(None)
+    model = storage.direct.marker(None)
     assert model is not None, "no model is committed"
-    return (place.truly.store.get(f"{model.folder}/chain-0") or b"").decode()
+    return (storage.direct.store.get(f"{model.folder}/chain-0") or b"").decode()
 
 
 def toy(
-    folder: Path, spec: dict[str, Any], place: Connection, server: S3Endpoint, script: dict[str, Any], **run: Any
+    folder: Path, spec: dict[str, Any], storage: ProxiedTree, server: S3Endpoint, script: dict[str, Any], **run: Any
 ) -> Pod:
-    """A pod of ranks that count (tests/pod/toy_rank.py), with its root in the store as seen through the faults."""
-    target = place.through.store.target  # type: ignore[attr-defined] # an S3Store
+    """A pod of ranks that count (tests/pod/toy_rank.py), with its root in the store behind the proxy."""
+    target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     env = {
         "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(PODS)]), "FINETUNE_TRAINER_MODULE": "toy_rank",
         "TOY_SCRIPT": json.dumps(script), "AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key,

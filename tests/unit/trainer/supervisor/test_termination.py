@@ -1,0 +1,66 @@
+"""The termination message: every named failure of a rank reaches the operator with its code, class, message and hint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from finetune_api.errors import ERROR_OF_CODE, FineTuneError
+from finetune_api.exits import EXIT_POLICIES
+from finetune_api.names import MAX_TERMINATION_BYTES, ExitCode, FailureClass
+from finetune_api.pod import TerminationMessage
+from finetune_api.status import Checkpoint, Output, Progress
+from finetune_trainer.channel import Channel
+from finetune_trainer.failure import classify, failure_from_message
+from finetune_trainer.supervisor.exit_decision import AttemptFacts, Exit, decide_exit
+from finetune_trainer.supervisor.run_state import RunState
+from finetune_trainer.supervisor.termination import termination_message, write_termination_message
+
+KINDS = sorted(ERROR_OF_CODE.values(), key=lambda kind: kind.exit_code)
+
+
+def message_of(decided: Exit, *, step: int = 7, output: Output | None = None) -> TerminationMessage:
+    """What an operator of the same release reads."""
+    state = RunState()
+    state.merge_progress(Progress(step=step))
+    state.add_checkpoint(Checkpoint(step=5, uri="s3://b/step-5"))
+    made = termination_message(decided, state.report(), output=output, start_step=0, node_name="node-1")
+    return TerminationMessage.model_validate_json(made.to_json())
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=[kind.__name__ for kind in KINDS])
+def test_every_named_failure_of_a_rank_is_reported(tmp_path: Path, kind: type[FineTuneError]) -> None:
+    channel = Channel.recording(tmp_path, rank=3)
+    error, origin = classify(kind("Expected", "what was wrong", hint="what to write"))
+    channel.failed(error, origin=origin)
+    facts = AttemptFacts(rank_failures=[failure_from_message(channel.sent[0])])
+    found = message_of(decide_exit(facts, [], is_saved=False, node_rank=0))
+    assert (found.exit_code, found.code, found.message, found.hint) == (
+        kind.exit_code, "Expected", "what was wrong", "what to write"
+    )  # fmt: skip
+    assert found.class_ is EXIT_POLICIES[kind.exit_code].failure_class
+    assert (found.rank, found.node, found.step, found.committed_step, found.checkpoint) == (3, "node-1", 7, 5, "s3://b/step-5")
+
+
+@pytest.mark.parametrize(
+    ("code", "word"), [(ExitCode.PREEMPTED_SAVED, "StoppedSaved"), (ExitCode.PREEMPTED_UNSAVED, "StoppedUnsaved")]
+)
+def test_a_stop_is_reported_as_preemption(code: ExitCode, word: str) -> None:
+    found = message_of(Exit(code))
+    assert (found.exit_code, found.code, found.class_, found.origin) == (code, word, FailureClass.PREEMPTED, True)
+    assert "at step 7" in (found.message or "")
+
+
+def test_success_has_the_output_and_no_failure() -> None:
+    found = message_of(Exit(ExitCode.OK), output=Output(uri="s3://b/model"))
+    assert (found.exit_code, found.class_, found.code) == (0, None, None)
+    assert found.output is not None and found.output.uri == "s3://b/model"
+
+
+def test_a_message_fits_into_what_the_kubelet_keeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    failure = failure_from_message({"exitCode": 70, "code": "TrainerCrashed", "message": "\N{SNOWMAN}" * 5000, "hint": "h" * 5000})
+    message = message_of(Exit(70, failure))
+    write_termination_message(message, tmp_path / "termination")
+    assert len((tmp_path / "termination").read_bytes()) <= MAX_TERMINATION_BYTES
+    write_termination_message(message, tmp_path / "missing" / "termination")
+    assert TerminationMessage.model_validate_json(capsys.readouterr().out).code == "TrainerCrashed", "a local run prints it"
