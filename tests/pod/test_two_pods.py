@@ -24,7 +24,7 @@ class TwoPods:
     spec: dict[str, Any]
     bucket: Bucket
     folder: Path
-    whole: RecordedRun
+    expected_run: RecordedRun
 
     def start(self, attempt: int, expect: int, target: StoreTarget, *, hold: str = "", signalled: int = 0) -> list[Pod]:
         """Start an attempt; the signalled pod waits in the phase `hold`."""
