@@ -128,7 +128,7 @@ def test_unusable_defaults_of_the_first_attempt_are_ignored(kept: dict[str, Any]
 
 
 def test_running_attempt_keeps_its_resolved_spec_when_its_pool_is_removed() -> None:
-    """Memory ran out in it: its ladder stands on the batch it runs with, not on an empty spec."""
+    """After it ran out of memory, the adaptation starts from the batch it ran with, not from an empty spec."""
     written = spec(resources={"nodePool": "gone", "gpusPerNode": 1}, policy={"onOutOfMemory": "Adapt"})
     begun = {"number": 1, "startTime": "2026-11-21T12:00:00Z"}
     rung = {

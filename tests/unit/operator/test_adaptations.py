@@ -28,13 +28,13 @@ ROLLED_BACK = Adaptation(
 )
 
 
-def rungs(**groups: Any) -> list[str]:
-    """Changes of the whole ladder."""
+def all_changes(**groups: Any) -> list[str]:
+    """All changes in order, until none is left."""
     current, changes = accepted(spec(**groups)).spec, []
-    while isinstance(rung := adapt_to_out_of_memory(current, T0), Adaptation):
-        changes.append(rung.change)
-        current = apply_adaptations(current, [rung])
-        assert not check(current), rung
+    while isinstance(change := adapt_to_out_of_memory(current, T0), Adaptation):
+        changes.append(change.change)
+        current = apply_adaptations(current, [change])
+        assert not check(current), change
     return changes
 
 
@@ -51,10 +51,10 @@ def test_memory_adaptations_keep_the_effective_batch_and_end(batch: int, accumul
     current = accepted(spec(training={"batchSizePerDevice": batch, "gradientAccumulationSteps": accumulation})).spec
     seen = batch
     for _ in range(12):
-        rung = adapt_to_out_of_memory(current, T0)
-        if isinstance(rung, LadderExhausted):
+        change = adapt_to_out_of_memory(current, T0)
+        if isinstance(change, LadderExhausted):
             break
-        current = apply_adaptations(current, [rung])
+        current = apply_adaptations(current, [change])
         now, more = current.training.batch_size_per_device, current.training.gradient_accumulation_steps
         assert now is not None and more is not None
         assert now * more == batch * accumulation
@@ -67,11 +67,11 @@ def test_memory_adaptations_keep_the_effective_batch_and_end(batch: int, accumul
 
 
 def test_next_micro_batch_is_the_largest_divisor_at_or_below_half() -> None:
-    rung = adapt_to_out_of_memory(
+    change = adapt_to_out_of_memory(
         accepted(spec(training={"batchSizePerDevice": 9, "gradientAccumulationSteps": 2})).spec, T0
     )
-    assert isinstance(rung, Adaptation)
-    assert rung.change == "batchSizePerDevice 9 -> 3, gradientAccumulationSteps 2 -> 6"
+    assert isinstance(change, Adaptation)
+    assert change.change == "batchSizePerDevice 9 -> 3, gradientAccumulationSteps 2 -> 6"
 
 
 def test_micro_batch_of_kto_keeps_two_rows() -> None:
@@ -97,9 +97,9 @@ def test_divergence_replays_once_then_rolls_back_twice_with_half_the_learning_ra
     marks = [Checkpoint(step=s, uri=f"u{s}", healthy=True) for s in (10, 20, 30)]
     done: list[Adaptation] = []
     for attempt in (1, 2, 3):
-        rung = adapt_to_divergence(apply_adaptations(base, done), done, marks, T0, attempt)
-        assert isinstance(rung, Adaptation)
-        done.append(rung)
+        change = adapt_to_divergence(apply_adaptations(base, done), done, marks, T0, attempt)
+        assert isinstance(change, Adaptation)
+        done.append(change)
     assert [one.set for one in done] == [
         {},
         {"training.learningRate": 0.005, "resume.maxStep": 20, "resume.firstAttempt": 3},
@@ -147,7 +147,7 @@ def test_divergence_without_a_checkpoint_goes_back_to_the_start() -> None:
 def test_rollback_excludes_older_attempts_checkpoints_and_no_newer_ones(
     made: list[tuple[int, int]], start: int | None
 ) -> None:
-    """`made`: (step, attempt) of every checkpoint; attempt 0: nobody knows."""
+    """`made`: (step, attempt) of every checkpoint; attempt 0: its uri names no attempt."""
     uris = {
         attempt: f"s3://b/checkpoints/step/a{attempt}-0123abcd" if attempt else "s3://b/step" for _, attempt in made
     }
@@ -157,21 +157,21 @@ def test_rollback_excludes_older_attempts_checkpoints_and_no_newer_ones(
 
 
 def test_adaptation_that_the_rules_refuse_is_skipped() -> None:
-    assert rungs(method={"type": "prefixTuning"}, training={"batchSizePerDevice": 2}) == [
+    assert all_changes(method={"type": "prefixTuning"}, training={"batchSizePerDevice": 2}) == [
         "batchSizePerDevice 2 -> 1, gradientAccumulationSteps 4 -> 8"
     ]
 
 
 def test_evaluation_batch_shrinks_with_the_training_batch() -> None:
     held_out = {"split": {"validation": 0.1}}
-    assert rungs(dataset={"train": "s3://data/a.jsonl", **held_out}, evaluation={"batchSizePerDevice": 32}, training={"batchSizePerDevice": 2}) == [
+    assert all_changes(dataset={"train": "s3://data/a.jsonl", **held_out}, evaluation={"batchSizePerDevice": 32}, training={"batchSizePerDevice": 2}) == [
         "batchSizePerDevice 2 -> 1, gradientAccumulationSteps 4 -> 8, evaluation.batchSizePerDevice 32 -> 1",
         "gradientCheckpointing disabled -> enabled",
     ]  # fmt: skip
-    assert rungs(dataset={"train": "s3://data/a.jsonl", **held_out}, evaluation={"batchSizePerDevice": 8}, training={"batchSizePerDevice": 1})[0] == (
+    assert all_changes(dataset={"train": "s3://data/a.jsonl", **held_out}, evaluation={"batchSizePerDevice": 8}, training={"batchSizePerDevice": 1})[0] == (
         "evaluation.batchSizePerDevice 8 -> 1"
     )  # fmt: skip
-    assert "evaluation" not in " ".join(rungs(evaluation={"batchSizePerDevice": 32}))
+    assert "evaluation" not in " ".join(all_changes(evaluation={"batchSizePerDevice": 32}))
 
 
 def test_second_rollback_uses_a_checkpoint_that_retention_kept() -> None:
@@ -182,7 +182,7 @@ def test_second_rollback_uses_a_checkpoint_that_retention_kept() -> None:
     left = make_report(found, decide(found), ActionResult()).checkpoints
     adaptations: list[Adaptation] = []
     for attempt in (1, 2, 3):
-        rung = adapt_to_divergence(accepted(written).spec, adaptations, left, T0, attempt)
-        assert not isinstance(rung, LadderExhausted)
-        adaptations.append(rung)
+        change = adapt_to_divergence(accepted(written).spec, adaptations, left, T0, attempt)
+        assert not isinstance(change, LadderExhausted)
+        adaptations.append(change)
     assert (adaptations[-1].set or {})["resume.maxStep"] == 400

@@ -19,7 +19,7 @@ from tests.unit.operator.samples import UID, pod
 
 def seen(phase: str, trainer: dict[str, Any], *, beside: dict[str, Any] | None = None, init: dict[str, Any] | None = None,
          conditions: list[dict[str, Any]] | None = None, gates: list[str] | None = None) -> PodView:  # fmt: skip
-    """A pod as the API server shows it. States of the trainer, of a container whose name sorts before it, of an init container."""
+    """A pod read from JSON, with the states of its trainer, of an injected container that sorts before it, and of an init container."""
     labels = {Label.MANAGED_BY: MANAGER, Label.NAME: "run", Label.UID: UID, Label.ATTEMPT: "1"}
     states = [{"name": "istio-proxy", "imageID": "proxy", "state": beside}] if beside else []
     states.append({"name": CONTAINER, "imageID": "trainer", "state": trainer})

@@ -1,4 +1,4 @@
-"""The objects of an attempt, against golden files.
+"""The Job, the Service and run.json of an attempt, compared with golden files.
 
 After an intended change: `GOLDEN=write pytest tests/unit/operator/test_builders.py`, and read the difference.
 """
@@ -79,21 +79,21 @@ def without_run(body: Object) -> Object:
 
 
 @pytest.mark.parametrize(("name", "written"), [("small", spec()), ("everything", EVERYTHING)])
-def test_job(name: str, written: Object) -> None:
+def test_job_matches_its_golden_file(name: str, written: Object) -> None:
     _, body = built(written)
     golden(f"job-{name}", without_run(body))
 
 
-def test_run_config() -> None:
+def test_run_config_matches_its_golden_file() -> None:
     run, _ = built(EVERYTHING)
     golden("run-everything", run.to_wire())
 
 
-def test_service() -> None:
+def test_service_matches_its_golden_file() -> None:
     golden("service", build_service(job()))
 
 
-def test_the_job_carries_its_run_configuration_and_its_hash() -> None:
+def test_job_contains_its_run_configuration_and_the_hash_of_it() -> None:
     run, body = built(EVERYTHING)
     text = body["spec"]["template"]["metadata"]["annotations"][Annotation.RUN_CONFIG]
     assert RunConfig.model_validate(json.loads(text)) == run
@@ -104,7 +104,7 @@ def test_the_job_carries_its_run_configuration_and_its_hash() -> None:
     assert len(text.encode()) < MAX_RUN_BYTES
 
 
-def test_the_same_attempt_is_built_of_the_same_bytes() -> None:
+def test_builders_are_deterministic() -> None:
     assert built(EVERYTHING) == built(EVERYTHING)
 
 
@@ -134,14 +134,14 @@ def test_labels_and_annotations_of_placement_reach_the_job_and_its_pods() -> Non
         ("s3://old/checkpoints/step-00000010", 3, 40, 20, "auto", 20),
     ],
 )
-def test_where_an_attempt_starts(
+def test_resume_settings_of_an_attempt(
     asked: str, attempt: int, committed: int, max_step: int | None, mode: str, expected: int
 ) -> None:
     run, _ = built(spec(checkpoint={"resume": asked}), attempt, committed_step=committed, max_step=max_step)
     assert (run.resume.mode, run.resume.expect_step, run.resume.max_step) == (mode, expected, max_step)
 
 
-def test_one_pod_needs_no_name_and_several_do() -> None:
+def test_only_several_pods_need_a_dns_name() -> None:
     alone, body = built(spec())
     assert (alone.world.master_address, alone.world.master_port) == ("127.0.0.1", 0)
     assert "subdomain" not in body["spec"]["template"]["spec"]
@@ -155,8 +155,7 @@ def test_one_pod_needs_no_name_and_several_do() -> None:
     ("written", "took", "grace"),
     [(None, None, 300), (None, 99.0, 300), (None, 200.5, 602), (None, 1e6, 86400), (120, 200.5, 120)],
 )
-def test_a_stop_has_time_for_what_the_newest_checkpoint_took(written: int | None, took: float | None, grace: int) -> None:
-    """Unless the user wrote how much time it has."""
+def test_grace_period_covers_three_saves_unless_the_user_set_it(written: int | None, took: float | None, grace: int) -> None:
     policy = {} if written is None else {"terminationGracePeriodSeconds": written}
     body = finetunejob(spec(policy=policy))
     slow = Checkpoint(step=40, uri="s3://r/40", save_seconds=took)

@@ -1,4 +1,4 @@
-"""What the user's wishes do to a job, wherever it stands."""
+"""Suspend, cancel, finished jobs and the ends of attempts, in every state of a job."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ OVER = {**BEGUN, "endTime": "2026-11-21T12:01:00Z", "reason": "InternalError", "
 RUNNING = status(attempt=1, attempts=[BEGUN])
 RECOVERING = status(attempt=2, attempts=[OVER])
 PENDING, STARTING = pod(phase="Pending", is_ready=False, node=""), pod(is_ready=False)
-PLACES = {
-    "not looked at yet": (None, [], []),
+STATES = {
+    "not reconciled yet": (None, [], []),
     "starting, no pod": (RUNNING, [job()], []),
     "starting, pod waits": (RUNNING, [job()], [PENDING]),
     "queued": (RUNNING, [job(is_suspended=True, started_at=None)], []),
     "running": (RUNNING, [job()], [pod()]),
     "recovering": (RECOVERING, [job(failed_at=at(60), failed_reason="BackoffLimitExceeded")], [ended(pod(), 70)]),
 }
-"""(status, Jobs, pods) of a job at that place."""
+"""(status, Jobs, pods) of a job in that state."""
 
 
-def plan_of(place: str, **wish: bool) -> Plan:
-    known, jobs, pods = PLACES[place]
-    return decide(facts(written=spec(**wish), known=known, jobs=jobs, pods=pods, now=at(61)))
+def plan_of(state: str, **stop_request: bool) -> Plan:
+    known, jobs, pods = STATES[state]
+    return decide(facts(written=spec(**stop_request), known=known, jobs=jobs, pods=pods, now=at(61)))
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_suspend_starts_nothing_and_ends_what_runs(place: str) -> None:
-    plan = plan_of(place, suspend=True)
+@pytest.mark.parametrize("state", STATES)
+def test_suspend_creates_no_attempt_and_ends_the_running_one(state: str) -> None:
+    plan = plan_of(state, suspend=True)
     assert plan.create_attempt is None
-    if place in ("not looked at yet", "recovering"):
+    if state in ("not reconciled yet", "recovering"):
         assert plan.situation is Situation.SUSPENDED
     else:
         assert plan.termination is not None
         assert plan.termination.reason is Reason.SUSPENDED
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_cancel_ends_everything_for_good(place: str) -> None:
-    plan = plan_of(place, cancel=True)
+@pytest.mark.parametrize("state", STATES)
+def test_cancel_ends_the_running_attempt_and_the_job(state: str) -> None:
+    plan = plan_of(state, cancel=True)
     assert plan.create_attempt is None
-    if place in ("not looked at yet", "recovering"):
+    if state in ("not reconciled yet", "recovering"):
         assert plan.finish is not None
         assert plan.finish.outcome is Outcome.CANCELLED
     else:
@@ -58,18 +58,18 @@ def test_cancel_ends_everything_for_good(place: str) -> None:
         assert plan.termination.reason is Reason.CANCELLED
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_cancel_wins_over_suspend(place: str) -> None:
-    both, alone = plan_of(place, cancel=True, suspend=True), plan_of(place, cancel=True)
+@pytest.mark.parametrize("state", STATES)
+def test_cancel_wins_over_suspend(state: str) -> None:
+    both, alone = plan_of(state, cancel=True, suspend=True), plan_of(state, cancel=True)
     assert (both.finish, both.termination and both.termination.reason) == (
         alone.finish,
         alone.termination and alone.termination.reason,
     )
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_finished_job_is_never_started_again(place: str) -> None:
-    known, jobs, pods = PLACES[place]
+@pytest.mark.parametrize("state", STATES)
+def test_finished_job_never_starts_again(state: str) -> None:
+    known, jobs, pods = STATES[state]
     when = "2026-11-21T12:01:00Z"
     truth = {
         "type": Condition.FINISHED,
@@ -79,15 +79,15 @@ def test_a_finished_job_is_never_started_again(place: str) -> None:
         "lastTransitionTime": when,
     }
     finished = FineTuneJobStatus.model_validate({**(known.to_wire() if known else {}), "conditions": [truth]})
-    for wish in ({}, {"suspend": False}, {"suspend": True}, {"cancel": True}):
-        plan = decide(facts(written=spec(**wish), known=finished, jobs=jobs, pods=pods, now=at(4000)))
+    for stop_request in ({}, {"suspend": False}, {"suspend": True}, {"cancel": True}):
+        plan = decide(facts(written=spec(**stop_request), known=finished, jobs=jobs, pods=pods, now=at(4000)))
         assert plan.situation is Situation.FINISHED
         assert (plan.create_attempt, plan.finish, plan.termination) == (None, None, None)
 
 
-def test_pauses_end_with_the_next_attempt() -> None:
+def test_next_attempt_starts_when_the_backoff_ends() -> None:
     assert plan_of("recovering").situation is Situation.BACKING_OFF
-    known, jobs, pods = PLACES["recovering"]
+    known, jobs, pods = STATES["recovering"]
     plan = decide(facts(known=known, jobs=jobs, pods=pods, now=at(71)))
     assert (plan.situation, plan.create_attempt) == (Situation.STARTING, 2)
 
@@ -99,11 +99,11 @@ NOT_READY = {
     "lastTransitionTime": "2026-11-21T12:00:00Z",
 }
 REFUSED = {**NOT_READY, "type": "Accepted", "reason": "UnknownNodePool"}
-SILENT = pod(phase="Pending", is_ready=False, node="", unschedulable="0/9 nodes")
-GOING = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
-LONG_PAST = {
+UNSCHEDULABLE = pod(phase="Pending", is_ready=False, node="", unschedulable="0/9 nodes")
+SUSPENDING = status(attempt=1, attempts=[{**BEGUN, "reason": "Suspended"}])
+PASSED_LIMITS = {
     "start timeout": facts(
-        known=status(attempt=1, attempts=[BEGUN], conditions=[NOT_READY]), jobs=[job()], pods=[SILENT], now=at(3600)
+        known=status(attempt=1, attempts=[BEGUN], conditions=[NOT_READY]), jobs=[job()], pods=[UNSCHEDULABLE], now=at(3600)
     ),
     "start timeout of a pool that is not there": facts(
         written=spec(resources={"nodePool": "a100", "gpusPerNode": 1}), known=status(conditions=[REFUSED]), now=at(3600)
@@ -112,29 +112,29 @@ LONG_PAST = {
         known=RUNNING, jobs=[job()], pods=[pod()], now=at(3600), last_report=report(stage="evaluating"), reported_at=at(0)
     ),
     "grace of a pod that a finalizer holds": facts(
-        known=GOING, jobs=[job(is_deleting=True)], pods=[pod(deletion_timestamp=at(0))], now=at(3600)
+        known=SUSPENDING, jobs=[job(is_deleting=True)], pods=[pod(deletion_timestamp=at(0))], now=at(3600)
     ),
     "grace of a pod that a finalizer holds, its Job gone": facts(
-        known=GOING, pods=[pod(deletion_timestamp=at(0))], now=at(3600)
+        known=SUSPENDING, pods=[pod(deletion_timestamp=at(0))], now=at(3600)
     ),
     "grace of an orphan that a finalizer holds": facts(
         known=RECOVERING, pods=[pod(deletion_timestamp=at(0), job_uid="gone")], now=at(3600)
     ),
 }  # fmt: skip
-"""A time that has come, and nothing to be done about it."""
+"""Time limits that have passed and after which there is nothing to do."""
 
 
-@pytest.mark.parametrize("case", LONG_PAST)
-def test_a_time_that_has_passed_makes_no_hot_loop(case: str) -> None:
-    known = LONG_PAST[case]
+@pytest.mark.parametrize("case", PASSED_LIMITS)
+def test_time_limit_in_the_past_causes_no_busy_loop(case: str) -> None:
+    known = PASSED_LIMITS[case]
     plan = decide(known)
     assert plan.termination is None
     assert plan.reconcile_at is not None
     assert (plan.reconcile_at - known.now).total_seconds() >= 30
 
 
-def test_checkpoints_of_earlier_attempts_are_no_progress_of_this_one() -> None:
-    """Pods tell of all checkpoints there are, and records of attempts are kept for the newest ten only."""
+def test_checkpoints_of_earlier_attempts_are_no_progress_of_the_current_one() -> None:
+    """Pods list all checkpoints that exist, and status keeps the newest ten attempts only."""
     old = {"step": 500, "uri": "s3://b/checkpoints/step-00000500/a1-0123abcd"}
     idle = [{"number": n, "startTime": T, "endTime": T, "reason": "NodeLost", "counted": False} for n in range(2, 12)]
     known = status(attempt=12, attempts=[*idle, {"number": 12, "startTime": T}], checkpoints=[old], retriesUsed=3)
@@ -211,23 +211,23 @@ def test_job_that_completed_while_it_was_being_ended_succeeds() -> None:
 )
 def test_backoff_is_over_if_the_clock_was_set_back(now: float, situation: Situation) -> None:
     """The attempt ended at 60 s, and its backoff takes 10 s. Without this rule a clock an hour back would add an hour."""
-    known, jobs, pods = PLACES["recovering"]
+    known, jobs, pods = STATES["recovering"]
     assert decide(facts(known=known, jobs=jobs, pods=pods, now=at(now))).situation is situation
 
 
 def test_job_of_another_owner_is_not_current_and_blocks_the_attempt() -> None:
-    """Its labels and its name look like ours, and a FineTuneJob of the same name made it: only the controller's uid tells."""
+    """Its name and labels are those of the first attempt; only its owner reference shows that another object owns it."""
     foreign = job(is_owned=False)
     plan = decide(facts(jobs=[foreign]))
     assert (plan.situation, plan.delete_jobs) == (Situation.BLOCKED, ())
     assert plan.blocking is not None and plan.blocking.reason is Reason.CHILDREN_CONFLICT
 
 
-@pytest.mark.parametrize("wish", [{"suspend": True}, {"cancel": True}, {}])
-def test_job_without_our_controller_reference_is_never_deleted(wish: dict[str, bool]) -> None:
-    """It carries our uid in a label only: somebody copied the labels."""
+@pytest.mark.parametrize("stop_request", [{"suspend": True}, {"cancel": True}, {}])
+def test_job_without_our_controller_reference_is_never_deleted(stop_request: dict[str, bool]) -> None:
+    """It has the FineTuneJob's uid in a copied label only."""
     foreign = job(is_owned=False)
-    found = facts(written=spec(**wish), jobs=[foreign])
+    found = facts(written=spec(**stop_request), jobs=[foreign])
     assert found.owned_jobs == ()
     assert decide(found).delete_jobs == ()
 

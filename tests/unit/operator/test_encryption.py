@@ -1,4 +1,4 @@
-"""Server-side encryption on its way to a pod: the choice in run.json, a customer's key in its environment and nowhere else."""
+"""Server-side encryption: run.json has the type of encryption; the customer's key is only in the environment of the container."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def variables(body: dict[str, Any]) -> dict[str, Any]:
     return {one["name"]: one for one in body["spec"]["template"]["spec"]["containers"][0]["env"]}
 
 
-def test_a_key_of_the_key_service_is_a_word_in_the_run_configuration() -> None:
+def test_kms_key_id_is_part_of_the_run_configuration() -> None:
     run, body = built(spec(storage={"uri": "s3://results/team", "encryption": KMS}))
     assert (run.storage.encryption, run.storage.kms_key_id) == ("kms", "alias/models")
     assert run.storage.customer_key_variable is None
     assert Env.STORAGE_CUSTOMER_KEY.value not in variables(body)
 
 
-def test_a_customers_key_comes_by_environment() -> None:
+def test_customer_key_is_a_variable_from_its_secret() -> None:
     sealed = {"encryption": CUSTOMER}
     model = {"source": "s3://bucket/model", "storage": sealed}
     run, body = built(spec(storage={"uri": "s3://results/team"} | sealed, model=model))
@@ -37,6 +37,6 @@ def test_a_customers_key_comes_by_environment() -> None:
         assert variables(body)[name] == {"name": name, "valueFrom": {"secretKeyRef": SECRET}}
 
 
-def test_without_it_nothing_about_it_is_said() -> None:
+def test_run_configuration_without_encryption_does_not_mention_it() -> None:
     run, body = built(spec())
     assert "encryption" not in json.dumps(run.to_wire()) and "SSE" not in json.dumps(variables(body))

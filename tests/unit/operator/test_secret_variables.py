@@ -1,4 +1,4 @@
-"""Keys that a spec names become variables of the trainer, by reference; their values are nowhere in the Job."""
+"""Secret keys that a spec names become variables of the trainer by reference. The Job does not contain their values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.unit.operator.test_builders import built
 
 
 def variables(**groups: Any) -> dict[str, Any]:
-    """Variables of the container by name; what this version cannot publish yet is put past its acceptance."""
+    """Variables of the container by name; fields that acceptance does not support yet are set after it."""
     run, _ = built(spec())
     written = FineTuneJobSpec.model_validate({**run.spec.to_wire(), **groups})
     run = RunConfig.model_validate(run.model_dump(by_alias=True) | {"spec": written.to_wire()})
@@ -39,17 +39,17 @@ KEY = {"name": "keys", "key": "mine"}
         ("OPENAI_API_KEY", {"placement": {"env": [{"name": "OPENAI_API_KEY", "secretKeyRef": KEY}]}}),
     ],
 )
-def test_a_key_is_a_reference(name: str, groups: dict[str, Any]) -> None:
+def test_secret_key_is_a_reference_and_not_a_value(name: str, groups: dict[str, Any]) -> None:
     assert variables(**groups)[name] == KEY
     assert name not in variables()
 
 
-def test_a_users_variable_wins_over_a_trackers() -> None:
-    own = {"env": [{"name": names.WANDB_KEY, "value": "own"}]}
-    assert variables(placement=own, tracking={"wandb": {"apiKeySecretRef": KEY}})[names.WANDB_KEY] == "own"
+def test_users_variable_wins_over_a_trackers_key() -> None:
+    placement = {"env": [{"name": names.WANDB_KEY, "value": "own"}]}
+    assert variables(placement=placement, tracking={"wandb": {"apiKeySecretRef": KEY}})[names.WANDB_KEY] == "own"
 
 
-def test_a_users_variable_never_replaces_the_hubs_token() -> None:
-    own = {"env": [{"name": names.Env.HF_TOKEN.value, "value": "own"}]}
-    found = variables(placement=own, model={"source": "org/m", "tokenSecretRef": KEY})
+def test_users_variable_never_replaces_the_hub_token() -> None:
+    placement = {"env": [{"name": names.Env.HF_TOKEN.value, "value": "own"}]}
+    found = variables(placement=placement, model={"source": "org/m", "tokenSecretRef": KEY})
     assert found[names.Env.HF_TOKEN.value] == KEY

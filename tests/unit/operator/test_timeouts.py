@@ -59,7 +59,7 @@ def test_next_reconcile_is_within_an_hour() -> None:
 
 
 def test_ready_pod_does_not_stall_because_its_last_report_is_old() -> None:
-    """A network policy between us and a pod must not end it in the last minutes before the limit."""
+    """A network policy between operator and pod must not end the attempt."""
     received = report(health={"secondsSinceStep": 30.0, "medianStepSeconds": 1.0})
     assert timeouts.stall_message(accepted().spec, received, T0, [pod()], at(580)) == ""
 
