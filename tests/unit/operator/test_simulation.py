@@ -1,7 +1,7 @@
-"""Random lives of a job: whatever the user, the pods, the cluster, a queue and a dying operator do, in whatever order.
+"""Random sequences of events: what the user, the pods, the cluster, a queue and a crashing operator may do to one job.
 
-A world of plain values stands for the cluster (`world.py`). The operator's pure half (`decide`, `report`) runs on it. What must hold
-at every moment is checked after every step; in the end the cluster is left in peace, and the job must come to rest.
+The pure functions `decide` and `report` run on a simulated cluster (`world.py`). The invariants are checked after every event. In the
+end no more events happen, and the job must reach a stable state.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from tests.unit.operator.samples import CONFIG, UID, accepted
-from tests.unit.operator.world import FOREIGN, World, effective
+from tests.unit.operator.world import FOREIGN, SimulatedCluster, effective
 
 CODES = st.sampled_from([0, 1, 64, 65, 69, 70, 71, 71, 72, 72, 73, 74, 75, 76, 77, 137, 143])
-AWAY = st.sampled_from([0, 30, 650])
+PAUSES = st.sampled_from([0, 30, 650])
 DEADLINE, TTL = 3000, 600
 ROUNDING = 1.0
-"""Seconds by which the running time of an attempt may differ: status keeps whole ones."""
+"""Tolerance for the running time of an attempt: the status has whole seconds."""
 
 
-class Lives(RuleBasedStateMachine):
-    """One job, and everything that may happen to it."""
+class JobEvents(RuleBasedStateMachine):
+    """One job, and all events that may happen to it."""
 
     pods = 1
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = World(nodes=self.pods)
+        self.world = SimulatedCluster(nodes=self.pods)
         self.final: str | None = None
         self.highest = 0
         self.attempts = 0
@@ -47,23 +47,23 @@ class Lives(RuleBasedStateMachine):
         queue=st.sampled_from([None, "team-a"]), deadline=st.sampled_from([None, DEADLINE]),
         ttl=st.sampled_from([None, TTL]), keep=st.sampled_from([3, 8]),
     )  # fmt: skip
-    def wish(self, queue: str | None, deadline: int | None, ttl: int | None, keep: int) -> None:
+    def choose_spec(self, queue: str | None, deadline: int | None, ttl: int | None, keep: int) -> None:
         world = self.world
         world.queue, world.deadline, world.ttl, world.keep = queue, deadline, ttl, keep
 
-    # What the operator does
+    # Operator
 
     @rule(crash=st.sampled_from(["no", "no", "no", "before act", "between deletes and creates", "before write"]))
-    def look(self, crash: str) -> None:
-        self._look(crash)
+    def reconcile(self, crash: str) -> None:
+        self._reconcile(crash)
 
-    def _look(self, crash: str = "no") -> Plan:
+    def _reconcile(self, crash: str = "no") -> Plan:
         world = self.world
         facts = world.facts()
         plan = decide(facts)
         assert decide(facts) == plan
-        self._never_touch_what_is_not_ours(facts, plan)
-        self._the_deadline_is_kept(facts, plan)
+        self._check_that_only_owned_objects_are_deleted(facts, plan)
+        self._check_deadline(facts, plan)
         if crash == "before act":
             return plan
         acted = ActionResult()
@@ -77,7 +77,7 @@ class Lives(RuleBasedStateMachine):
             if crash == "between deletes and creates":
                 return plan
             if plan.create_attempt is not None:
-                self._a_new_attempt_is_right(facts)
+                self._check_new_attempt(facts)
                 acted = ActionResult(created_job=world.create(plan.create_attempt, facts.max_start_step))
         if crash == "before write":
             return plan
@@ -87,37 +87,37 @@ class Lives(RuleBasedStateMachine):
         world.status = written
         return plan
 
-    def _never_touch_what_is_not_ours(self, facts: Facts, plan: Plan) -> None:
+    def _check_that_only_owned_objects_are_deleted(self, facts: Facts, plan: Plan) -> None:
         assert all(one.is_owned and one.owner_uid == UID for one in plan.delete_jobs)
         assert all(p.owner_uid == UID for p in (*plan.delete_pods, *plan.force_delete_pods))
         late = CONFIG.lost_node_seconds
         assert all(p.deletion_timestamp and between(p.deletion_timestamp, facts.now) > late for p in plan.force_delete_pods), plan.force_delete_pods
 
-    def _the_deadline_is_kept(self, facts: Facts, plan: Plan) -> None:
+    def _check_deadline(self, facts: Facts, plan: Plan) -> None:
         world, job = self.world, facts.current_job
         if plan.finish is not None and plan.finish.reason is Reason.DEADLINE_EXCEEDED:
-            assert world.ran >= DEADLINE - ROUNDING * len(world.status.attempts), world.ran
+            assert world.running_seconds >= DEADLINE - ROUNDING * len(world.status.attempts), world.running_seconds
         if world.deadline is None or job is None or plan.situation is not Situation.ACTIVE or job.started_at is None:
             return
         assert plan.termination is not None or between(job.started_at, facts.now) < DEADLINE
 
-    def _a_new_attempt_is_right(self, facts: Facts) -> None:
-        """It computes what the user asked for, and goes on from what is known."""
+    def _check_new_attempt(self, facts: Facts) -> None:
+        """The attempt keeps the effective batch and continues from the known checkpoints."""
         assert not facts.is_finished
         first: FineTuneJobSpec = accepted(self.world.written()).spec
         assert effective(facts.spec) == effective(first)
-        backs = [one.set for one in facts.job.status.adaptations if one.set and MAX_STEP in one.set]
-        assert facts.spec.training.learning_rate == (first.training.learning_rate or 0) * 0.5 ** len(backs)
-        if not backs:
+        rollbacks = [one.set for one in facts.job.status.adaptations if one.set and MAX_STEP in one.set]
+        assert facts.spec.training.learning_rate == (first.training.learning_rate or 0) * 0.5 ** len(rollbacks)
+        if not rollbacks:
             assert facts.max_start_step is None
             return
-        since = [step for step, maker in self.world.told if maker >= backs[-1][FIRST_ATTEMPT]]
-        wanted = max([backs[-1][MAX_STEP], *since])
+        since = [step for step, maker in self.world.reported if maker >= rollbacks[-1][FIRST_ATTEMPT]]
+        wanted = max([rollbacks[-1][MAX_STEP], *since])
         assert facts.max_start_step is None or facts.max_start_step >= wanted, (facts.max_start_step, wanted)
-        if facts.attempt == backs[-1][FIRST_ATTEMPT]:
-            assert facts.max_start_step == backs[-1][MAX_STEP]
+        if facts.attempt == rollbacks[-1][FIRST_ATTEMPT]:
+            assert facts.max_start_step == rollbacks[-1][MAX_STEP]
 
-    # What the user does
+    # User
 
     @rule(value=st.booleans())
     def suspend(self, value: bool) -> None:
@@ -126,7 +126,7 @@ class Lives(RuleBasedStateMachine):
 
     @rule(sure=st.sampled_from([False, False, False, True]))
     def cancel(self, sure: bool) -> None:
-        """Seldom: a life that ends early shows little."""
+        """Seldom: a sequence that ends early tests little."""
         self.world.cancel = self.world.cancel or sure
         self.world.generation += 1
 
@@ -135,7 +135,7 @@ class Lives(RuleBasedStateMachine):
         self.world.ttl = value
         self.world.generation += 1
 
-    # What the cluster does
+    # Cluster
 
     @rule()
     def controllers(self) -> None:
@@ -146,7 +146,7 @@ class Lives(RuleBasedStateMachine):
         self.world.kubelet()
 
     @rule()
-    def pods_run(self) -> None:
+    def pods_start(self) -> None:
         self.world.start_pods()
 
     @rule(code=CODES, which=st.integers(0, 3))
@@ -161,16 +161,16 @@ class Lives(RuleBasedStateMachine):
             self.world.delete([there[which % len(there)]])
 
     @rule(steps=st.integers(1, 30))
-    def trains(self, steps: int) -> None:
+    def gang_trains(self, steps: int) -> None:
         self.world.train(steps)
 
     @rule()
-    def speaks(self) -> None:
-        self.world.speak()
+    def operator_scrapes(self) -> None:
+        self.world.report_progress()
 
     @rule(steps=st.integers(1, 30), code=st.sampled_from([None, None, None, 71, 72]))
-    def all_goes_well(self, steps: int, code: int | None) -> None:
-        """What mostly happens: chance alone would seldom get a job to train."""
+    def job_trains(self, steps: int, code: int | None) -> None:
+        """The common sequence up to training, which random events alone would seldom reach."""
         self.world.jobs.pop(FOREIGN.uid, None)
         self.suspend(False)
         for _ in range(4):
@@ -178,14 +178,14 @@ class Lives(RuleBasedStateMachine):
             self.world.kubelet()
             self.world.admit()
             self.world.pass_time(30)
-            self._look()
+            self._reconcile()
         self.world.start_pods()
         self.world.train(steps)
-        self.world.speak()
+        self.world.report_progress()
         if code is not None:
             self.pod_ends(code, 0)
 
-    @rule(which=st.integers(0, 3), seconds=AWAY)
+    @rule(which=st.integers(0, 3), seconds=PAUSES)
     def node_is_lost(self, which: int, seconds: int) -> None:
         if running := self.world.running():
             self.world.lose(running[which % len(running)])
@@ -202,7 +202,7 @@ class Lives(RuleBasedStateMachine):
         self.world.admit()
 
     @precondition(lambda self: self.world.queue)
-    @rule(seconds=AWAY)
+    @rule(seconds=PAUSES)
     def queue_preempts(self, seconds: int) -> None:
         self.world.preempt()
         self.world.controllers()
@@ -213,21 +213,21 @@ class Lives(RuleBasedStateMachine):
     def job_is_deleted_by_somebody(self) -> None:
         for one in list(self.world.jobs.values())[-1:]:
             self.world.jobs[one.uid] = replace(one, is_deleting=True)
-            self.world.charged.add(one.attempt)
+            self.world.may_count.add(one.attempt)
 
     @rule()
     def job_is_orphaned(self) -> None:
         for one in list(self.world.jobs.values())[-1:]:
             if one.is_owned:
                 del self.world.jobs[one.uid]
-                self.world.charged.add(one.attempt)
+                self.world.may_count.add(one.attempt)
 
     @rule()
-    def memories_are_lost(self) -> None:
-        """The operator was away: it never saw how pods that are gone ended."""
-        self.world.charged |= {p.attempt for p in self.world.pods.values() if p.is_deleted}
+    def operator_restarts(self) -> None:
+        """The operator restarts: it never reads how the deleted pods ended."""
+        self.world.may_count |= {p.attempt for p in self.world.pods.values() if p.is_deleted}
         self.world.pods = {uid: p for uid, p in self.world.pods.items() if not p.is_deleted}
-        self.world.heard = None
+        self.world.last_report = None
 
     @rule()
     def a_foreign_job_takes_the_name(self) -> None:
@@ -238,7 +238,7 @@ class Lives(RuleBasedStateMachine):
     def time_passes(self, seconds: int) -> None:
         self.world.pass_time(seconds)
 
-    # What must hold
+    # Invariants
 
     @invariant()
     def at_most_one_active_job(self) -> None:
@@ -246,7 +246,7 @@ class Lives(RuleBasedStateMachine):
         assert len(active) <= 1, active
 
     @invariant()
-    def the_end_is_never_taken_back(self) -> None:
+    def finished_job_stays_finished(self) -> None:
         status = self.world.status
         over = any(c.type is Condition.FINISHED and c.status == "True" for c in status.conditions)
         if self.final is not None:
@@ -262,64 +262,64 @@ class Lives(RuleBasedStateMachine):
         self.highest = self.world.status.attempt or 0
 
     @invariant()
-    def the_end_is_never_followed(self) -> None:
-        """A finished job makes no attempt, whatever is done to it or to its Jobs."""
+    def finished_job_starts_no_attempt(self) -> None:
+        """A finished job starts no attempt, whatever happens to it or its Jobs."""
         if self.final is None:
             self.attempts = len(self.world.created)
         assert len(self.world.created) == self.attempts
 
     @invariant()
-    def what_the_cluster_takes_is_free(self) -> None:
+    def preemption_does_not_count(self) -> None:
         counted = {one.number for one in self.world.status.attempts if one.counted}
-        assert counted <= self.world.charged, self.world.status.to_wire()
+        assert counted <= self.world.may_count, self.world.status.to_wire()
 
     @invariant()
-    def nothing_stalls(self) -> None:
-        """Pods here answer unless their node is lost, which the cluster says before they are missed, or a queue has taken them."""
+    def no_attempt_stalls(self) -> None:
+        """Simulated pods answer unless a queue suspended them or their node is lost, and lost nodes are evicted before the stall timeout."""
         assert Reason.STALLED not in {one.reason for one in self.world.status.attempts}, self.world.status.to_wire()
 
     @invariant()
     def only_running_time_counts(self) -> None:
         status = self.world.status
-        assert (status.active_seconds or 0) <= self.world.ran + ROUNDING * (len(status.attempts) + 1), status.to_wire()
+        assert (status.active_seconds or 0) <= self.world.running_seconds + ROUNDING * (len(status.attempts) + 1), status.to_wire()
 
     @invariant()
-    def ladders_have_an_end(self) -> None:
+    def adaptations_have_an_end(self) -> None:
         changes = [one.set or {} for one in self.world.status.adaptations]
         assert len([one for one in changes if RATE in one]) <= ROLLBACKS
         diverged = [one for one in self.world.status.adaptations if one.reason == Reason.DIVERGED]
         assert len(diverged) <= ROLLBACKS + 1
 
     def teardown(self) -> None:
-        """Left in peace, the wish is fulfilled; then the job comes to rest, and a further look changes nothing."""
+        """Without further events the job is suspended or finished as requested, and then another reconcile changes nothing."""
         world = self.world
         world.jobs.pop(FOREIGN.uid, None)
         if world.suspend or world.cancel:
-            self._until(Situation.SUSPENDED, Situation.FINISHED, pods_end=False)
+            self._reconcile_until(Situation.SUSPENDED, Situation.FINISHED, pods_end=False)
             assert not [one for one in world.jobs.values() if not one.is_finished]
             assert not [p for p in world.pods.values() if not p.is_finished]
         world.suspend = False
-        self._until(Situation.FINISHED, pods_end=True)
+        self._reconcile_until(Situation.FINISHED, pods_end=True)
         before = world.status.to_wire()
-        self._look()
+        self._reconcile()
         assert world.status.to_wire() == before
-        self._nothing_stays()
+        self._check_cleanup()
         assert world.status.to_wire() == before
 
-    def _nothing_stays(self) -> None:
-        """When their time has come, Jobs and pods go, and nothing comes in their place."""
+    def _check_cleanup(self) -> None:
+        """After the TTL all Jobs and pods are deleted, and no new ones are created."""
         world = self.world
         world.ttl = TTL
         world.pass_time(TTL)
         for _ in range(4):
-            self._look()
+            self._reconcile()
             world.controllers()
             world.kubelet()
-        assert not world.mine()
+        assert not world.owned_jobs()
         assert not [p for p in world.pods.values() if not p.is_deleted], world.pods
-        self.the_end_is_never_followed()
+        self.finished_job_starts_no_attempt()
 
-    def _until(self, *rest: Situation, pods_end: bool) -> None:
+    def _reconcile_until(self, *situations: Situation, pods_end: bool) -> None:
         world = self.world
         for _ in range(60):
             world.controllers()
@@ -329,19 +329,19 @@ class Lives(RuleBasedStateMachine):
             for p in world.running() if pods_end else []:
                 world.end(p, 0)
             world.pass_time(700)
-            plan = self._look()
-            if plan.situation in rest and plan.finish is None and (plan.is_clean or plan.situation is not rest[-1]):
+            plan = self._reconcile()
+            if plan.situation in situations and plan.finish is None and (plan.is_clean or plan.situation is not situations[-1]):
                 return
-        raise AssertionError(f"no rest: {plan}\n{world.status.to_wire()}")
+        raise AssertionError(f"the job reaches no stable state: {plan}\n{world.status.to_wire()}")
 
 
-class WideLives(Lives):
+class GangEvents(JobEvents):
     """The same with three pods."""
 
     pods = 3
 
 
-TestLives = Lives.TestCase
-TestLives.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
-TestWideLives = WideLives.TestCase
-TestWideLives.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)
+TestJobEvents = JobEvents.TestCase
+TestJobEvents.settings = settings(max_examples=50, stateful_step_count=40, deadline=None)
+TestGangEvents = GangEvents.TestCase
+TestGangEvents.settings = settings(max_examples=30, stateful_step_count=40, deadline=None)

@@ -1,7 +1,7 @@
-"""A cluster of plain values for random lives of a job: a Job controller, a garbage collector, a kubelet, a queue, nodes and a trainer.
+"""A simulated cluster of plain values: a Job controller, a garbage collector, a kubelet, a queue, nodes and a trainer.
 
-Each does what the real one does to the objects that the operator sees, in a few lines. What the operator cannot know is kept
-beside: how long pods truly ran, what lies in the store, who is to blame for an end.
+Each changes the objects that the operator sees as the real one does. The simulation also keeps what the operator cannot know: how
+long the pods running_seconds, which checkpoints are in storage, and which attempts may count against the retries.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from tests.unit.operator.samples import pod as make_pod
 FOREIGN = make_job(1, name="run-1", uid="foreign", owner_uid="somebody", is_owned=False)
 GRACE = timedelta(seconds=300)
 EVICTION = timedelta(seconds=340)
-"""From a node's last word to the eviction of its pods: 40 s until it is not ready, 300 s that pods tolerate it."""
-EVERY = 10
+"""Time from the last heartbeat of a node to the eviction of its pods: 40 s until it is not ready, 300 s of toleration."""
+CHECKPOINT_EVERY = 10
 """Steps between two checkpoints."""
 
 
 @dataclass
-class World:
-    """The cluster."""
+class SimulatedCluster:
+    """The state of the cluster and of one FineTuneJob."""
 
     nodes: int = 1
     queue: str | None = None
@@ -48,30 +48,30 @@ class World:
     generation: int = 1
     jobs: dict[str, JobView] = field(default_factory=dict)
     pods: dict[str, PodView] = field(default_factory=dict)
-    heard: ReceivedReport | None = None
+    last_report: ReceivedReport | None = None
     serial: int = 0
     created: list[int] = field(default_factory=list)
     lost: dict[str, datetime] = field(default_factory=dict)
-    """Pods of nodes that answer no more, by uid, and since when."""
-    excused: set[str] = field(default_factory=set)
-    """Pods that ended because their Job was suspended: the Job controller does not take them for failed."""
-    store: dict[int, int] = field(default_factory=dict)
-    """Attempt that committed a step."""
+    """uid of each pod on a lost node, and since when the node is lost."""
+    ended_by_suspension: set[str] = field(default_factory=set)
+    """uids of pods that ended because their Job was suspended: the Job controller does not count them as failed."""
+    committed: dict[int, int] = field(default_factory=dict)
+    """Committed steps, each with the attempt that committed it."""
     runs: dict[str, int | None] = field(default_factory=dict)
-    """Newest step that an attempt may start from, by its Job's uid."""
+    """Newest step that an attempt may start from, by the uid of its Job."""
     starts: dict[str, int] = field(default_factory=dict)
-    """Step that a pod started from."""
+    """Step that each pod started from, by uid."""
     steps: dict[str, int] = field(default_factory=dict)
-    """Step that a pod has come to."""
-    told: set[tuple[int, int]] = field(default_factory=set)
-    """Step and attempt of what the operator was told to be committed."""
-    ran: float = 0.0
-    """Seconds for which an attempt was admitted and not over."""
-    charged: set[int] = field(default_factory=set)
-    """Attempts to which something happened that may count."""
+    """Step that each pod has reached, by uid."""
+    reported: set[tuple[int, int]] = field(default_factory=set)
+    """(step, attempt) of each checkpoint that was reported to the operator."""
+    running_seconds: float = 0.0
+    """Seconds during which an attempt was admitted and had not ended."""
+    may_count: set[int] = field(default_factory=set)
+    """Attempts that may count against the retries."""
 
     def written(self) -> Object:
-        """The spec as the user wrote it."""
+        """Return the spec as the user wrote it."""
         policy = {"retries": 2, "activeDeadlineSeconds": self.deadline, "ttlSecondsAfterFinished": self.ttl}
         groups: Object = {"policy": {name: value for name, value in policy.items() if value is not None}}
         if self.queue is not None:
@@ -80,25 +80,25 @@ class World:
         return spec(**groups, suspend=self.suspend, cancel=self.cancel)
 
     def facts(self) -> Facts:
-        """What the operator knows."""
+        """Return what the operator knows."""
         written = self.written()
         mine = finetunejob(written, self.status, generation=self.generation)
         found = Facts(
             mine, accept(written, CONFIG), self.now, CONFIG, tuple(self.jobs.values()), tuple(self.pods.values())
         )
-        same = self.heard is not None and self.heard.report.attempt == found.attempt
-        return replace(found, last_report=self.heard) if same else found
+        same = self.last_report is not None and self.last_report.report.attempt == found.attempt
+        return replace(found, last_report=self.last_report) if same else found
 
-    def mine(self) -> list[JobView]:
-        """Jobs that the FineTuneJob controls."""
+    def owned_jobs(self) -> list[JobView]:
+        """Jobs that the FineTuneJob owns."""
         return [one for one in self.jobs.values() if one.is_owned]
 
-    def of(self, job: JobView) -> list[PodView]:
+    def pods_of(self, job: JobView) -> list[PodView]:
         """Pods of a Job whose objects exist."""
         return [p for p in self.pods.values() if p.job_uid == job.uid and not p.is_deleted]
 
     def create(self, attempt: int, max_step: int | None) -> JobView | None:
-        """What the API server makes of the operator's wish; None if the name is taken by somebody else."""
+        """Create the Job as the API server does; returns None if an object of another owner has the name."""
         name = attempt_job_name("run", attempt)
         found = next((one for one in self.jobs.values() if one.name == name), None)
         if found is not None:
@@ -116,7 +116,7 @@ class World:
     def controllers(self) -> None:
         """The Job controller and the garbage collector, until nothing changes."""
         for one in list(self.jobs.values()):
-            pods = self.of(one)
+            pods = self.pods_of(one)
             if one.is_deleting:
                 self.delete(pods)
                 if not pods:
@@ -127,7 +127,7 @@ class World:
     def _run_job(self, one: JobView, pods: list[PodView]) -> None:
         if one.is_suspended:
             self._hold_job(one, pods)
-        mine = [p for p in self.pods.values() if p.job_uid == one.uid and p.uid not in self.excused]
+        mine = [p for p in self.pods.values() if p.job_uid == one.uid and p.uid not in self.ended_by_suspension]
         if any(p.is_finished and p.phase != "Succeeded" for p in mine):
             self.delete([p for p in pods if not p.is_finished])
             if all(p.is_finished for p in pods):
@@ -141,12 +141,12 @@ class World:
             self.jobs[one.uid] = replace(one, completed_at=self.now)
 
     def _hold_job(self, one: JobView, pods: list[PodView]) -> None:
-        """Suspended: its pods go, and none of them makes it fail, unless its rules end it for what a pod says."""
+        """Delete the pods of a suspended Job. They do not make it fail, unless its podFailurePolicy does."""
         self.delete([p for p in pods if not p.is_finished])
         for p in self.pods.values():
             final = p.terminated is not None and p.terminated.exit_code in codes_that_fail_the_job()
             if p.job_uid == one.uid and p.phase != "Succeeded" and not final:
-                self.excused.add(p.uid)
+                self.ended_by_suspension.add(p.uid)
 
     def _make_pod(self, one: JobView, index: int) -> None:
         self.serial += 1
@@ -156,52 +156,52 @@ class World:
         )
 
     def delete(self, pods: list[PodView]) -> None:
-        """Ask pods to go, with their grace period."""
+        """Delete pods with their grace period."""
         for p in pods:
             if p.deletion_timestamp is None and not p.is_deleted:
                 self.pods[p.uid] = replace(p, deletion_timestamp=self.now + GRACE)
 
     def kubelet(self) -> None:
-        """Pods that are being deleted end and go; those of lost nodes do not."""
+        """End and remove the pods that are being deleted, except those on lost nodes."""
         for p in list(self.pods.values()):
             if p.deletion_timestamp is not None and not p.is_deleted and p.uid not in self.lost:
                 self.end(p, ExitCode.PREEMPTED_SAVED)
                 self.pods[p.uid] = as_deleted(self.pods[p.uid])
 
     def start_pods(self) -> None:
-        """Pods that wait run and get ready."""
+        """Start all pending pods; they become ready."""
         for p in list(self.pods.values()):
             if p.phase == "Pending" and not p.is_deleted and p.deletion_timestamp is None:
                 self.pods[p.uid] = replace(p, phase="Running", is_ready=True)
 
     def running(self) -> list[PodView]:
-        """Pods whose nodes say that they run."""
+        """Running pods on nodes that are not lost."""
         found = [p for p in self.pods.values() if p.phase == "Running" and not p.is_deleted]
         return [p for p in found if p.uid not in self.lost]
 
     def end(self, p: PodView, code: int) -> None:
-        """The container ends; one that was not killed leaves its last words."""
+        """End the container; unless it was killed it writes its termination message."""
         if p.is_finished:
             return
-        words = self._words(p) if code not in (ExitCode.KILLED, ExitCode.TERMINATED) and p.phase == "Running" else None
-        if words is not None and p.index == 0:
-            self.told |= {(one.step, self.maker(one)) for one in words.checkpoints}
-        over = end_pod(p, code, words)
-        assert over.terminated is not None
-        self.pods[p.uid] = replace(over, terminated=replace(over.terminated, finished_at=self.now))
+        message = self._termination_message(p) if code not in (ExitCode.KILLED, ExitCode.TERMINATED) and p.phase == "Running" else None
+        if message is not None and p.index == 0:
+            self.reported |= {(one.step, self.attempt_of(one)) for one in message.checkpoints}
+        ended_pod = end_pod(p, code, message)
+        assert ended_pod.terminated is not None
+        self.pods[p.uid] = replace(ended_pod, terminated=replace(ended_pod.terminated, finished_at=self.now))
         if code not in EXIT_POLICIES or EXIT_POLICIES[code].retry is RetryPolicy.COUNTED:
-            self.charged.add(p.attempt)
+            self.may_count.add(p.attempt)
 
     # Nodes
 
     def lose(self, p: PodView) -> None:
-        """The pod's node says nothing any more. Until then the operator has asked it, as it does every few seconds."""
-        self.speak()
+        """Lose the pod's node. The operator has scraped the pod just before, as it does every few seconds."""
+        self.report_progress()
         self.lost[p.uid] = self.now
         self.pods[p.uid] = replace(p, is_ready=False)
 
     def evict(self) -> None:
-        """The taint manager: pods of nodes that are lost for long are disrupted and deleted."""
+        """Disrupt and delete pods whose nodes have been lost for long, as the taint manager does."""
         for uid, since in self.lost.items():
             p = self.pods.get(uid)
             if p is not None and not p.is_finished and not p.disruption and self.now >= since + EVICTION:
@@ -209,7 +209,7 @@ class World:
                 self.pods[uid] = replace(p, disruption="DeletionByTaintManager", deletion_timestamp=deleting)
 
     def node_comes_back(self) -> None:
-        """The kubelets of lost nodes answer again; what they should have ended they end."""
+        """The kubelets of lost nodes answer again and end the pods that were deleted."""
         for uid in list(self.lost):
             p = self.pods.get(uid)
             if p is not None and not p.is_finished and p.deletion_timestamp is None:
@@ -219,22 +219,22 @@ class World:
     # The queue
 
     def admit(self) -> None:
-        """Quota is there."""
-        for one in self.mine():
-            if one.is_suspended and not one.is_finished and not one.is_deleting and not [p for p in self.of(one) if not p.is_finished]:
+        """Admit all Jobs that wait for quota."""
+        for one in self.owned_jobs():
+            if one.is_suspended and not one.is_finished and not one.is_deleting and not [p for p in self.pods_of(one) if not p.is_finished]:
                 self.jobs[one.uid] = replace(one, is_suspended=False, suspended_since=None, started_at=self.now)
 
     def preempt(self) -> None:
-        """Quota is taken for somebody else; the start is forgotten as Kueue forgets it."""
-        for one in self.mine():
+        """Suspend the Job and clear its start time, as Kueue does when it gives the quota to another workload."""
+        for one in self.owned_jobs():
             if one.queue and not one.is_suspended and not one.is_finished and not one.is_deleting:
                 self.jobs[one.uid] = replace(one, is_suspended=True, suspended_since=self.now, started_at=None)
 
     # The trainer
 
     def train(self, steps: int) -> None:
-        """Gangs that are complete come further, and commit."""
-        for one in self.mine():
+        """Advance the complete gangs by `steps` and commit their checkpoints."""
+        for one in self.owned_jobs():
             gang = [p for p in self.running() if p.job_uid == one.uid and p.deletion_timestamp is None]
             if one.is_finished or one.is_suspended or len({p.index for p in gang}) < self.nodes:
                 continue
@@ -242,62 +242,62 @@ class World:
             before = self.steps.setdefault(leader.uid, self._start(leader))
             self.steps[leader.uid] = before + steps
             for step in range(before + 1, before + steps + 1):
-                if step % EVERY == 0:
+                if step % CHECKPOINT_EVERY == 0:
                     self._commit(step, one.attempt)
 
     def _commit(self, step: int, attempt: int) -> None:
-        """A checkpoint, and retention; what a rollback left behind is newer than all of its own and stays."""
-        self.store[step] = attempt
-        for old in sorted(one for one in self.store if one <= step)[: -self.keep]:
-            del self.store[old]
+        """Commit a checkpoint and apply retention. Checkpoints newer than this step, which a rollback left, stay."""
+        self.committed[step] = attempt
+        for old in sorted(one for one in self.committed if one <= step)[: -self.keep]:
+            del self.committed[old]
 
     def _start(self, leader: PodView) -> int:
-        """Where a pod of rank 0 begins: the newest committed step that its run configuration allows."""
+        """Return the step that a pod of rank 0 starts from: the newest committed one that its run configuration allows."""
         limit = self.runs[leader.job_uid]
-        self.starts[leader.uid] = max([step for step in self.store if limit is None or step <= limit], default=0)
+        self.starts[leader.uid] = max([step for step in self.committed if limit is None or step <= limit], default=0)
         return self.starts[leader.uid]
 
-    def speak(self) -> None:
-        """The operator asks rank 0 how it is."""
+    def report_progress(self) -> None:
+        """The operator scrapes rank 0."""
         for p in self.running():
             if p.index == 0 and p.uid in self.steps and p.job_uid in self.jobs:
                 step, start, known = self.steps[p.uid], self.starts[p.uid], self._checkpoints()
-                said = report(attempt=p.attempt, stage=Stage.TRAINING, resumedFromStep=start, health={})
-                said = said.model_copy(
+                received = report(attempt=p.attempt, stage=Stage.TRAINING, resumedFromStep=start, health={})
+                received = received.model_copy(
                     update={"progress": Progress(step=step, update_time=self.now), "checkpoints": known}
                 )
-                self.heard = ReceivedReport(said, self.now, p.uid)
-                self.told |= {(one.step, self.maker(one)) for one in known}
+                self.last_report = ReceivedReport(received, self.now, p.uid)
+                self.reported |= {(one.step, self.attempt_of(one)) for one in known}
 
-    def _words(self, p: PodView) -> TerminationMessage:
+    def _termination_message(self, p: PodView) -> TerminationMessage:
         if p.uid not in self.steps:
-            return TerminationMessage(code="Code", message="words")
-        words = TerminationMessage(code="Code", message="words", step=self.steps[p.uid], resumed_from_step=self.starts[p.uid])
-        return words.model_copy(update={"checkpoints": self._checkpoints()})
+            return TerminationMessage(code="Code", message="message")
+        message = TerminationMessage(code="Code", message="message", step=self.steps[p.uid], resumed_from_step=self.starts[p.uid])
+        return message.model_copy(update={"checkpoints": self._checkpoints()})
 
     def _checkpoints(self) -> list[Checkpoint]:
         uri = "s3://models/test/checkpoints/step-{step:08d}/a{attempt}-00000000"
         return [
-            Checkpoint(step=s, uri=uri.format(step=s, attempt=self.store[s]), healthy=True) for s in sorted(self.store)
+            Checkpoint(step=s, uri=uri.format(step=s, attempt=self.committed[s]), healthy=True) for s in sorted(self.committed)
         ]
 
     @staticmethod
-    def maker(one: Checkpoint) -> int:
-        """Attempt that committed it."""
+    def attempt_of(one: Checkpoint) -> int:
+        """Return the attempt that committed a checkpoint."""
         return int(one.uri.rpartition("/a")[2].partition("-")[0])
 
     # Time
 
     def pass_time(self, seconds: int) -> None:
-        """Time goes on; what is admitted, or has pods, runs."""
-        admitted = [one for one in self.mine() if not one.is_suspended and not one.is_finished]
+        """Advance the time; an attempt that is admitted or has pods uses running time."""
+        admitted = [one for one in self.owned_jobs() if not one.is_suspended and not one.is_finished]
         if admitted or not all(p.is_finished for p in self.pods.values()):
-            self.ran += seconds
+            self.running_seconds += seconds
         self.now += timedelta(seconds=seconds)
         self.evict()
 
 
 def effective(found: FineTuneJobSpec) -> int:
-    """Rows of an optimizer step on one rank."""
+    """Rows per optimizer step on one rank."""
     training = found.training
     return (training.batch_size_per_device or 1) * (training.gradient_accumulation_steps or 1)
