@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from finetune_api.names import API_VERSION, KIND, MAX_NAME_LENGTH, NAME_PATTERN
-from finetune_api.rules import ExecutionTarget, check, warnings
+from finetune_api.rules import ExecutionTarget, Problem, check, warnings
 from finetune_api.sources import is_data_file_name
 from finetune_api.spec import FineTuneJobSpec, load_spec
 from finetune_api.support import unsupported_fields
 from pydantic import ValidationError
 
 from finetune_cli.field_errors import FieldError, field_errors, is_within, locations_to_remove
-from finetune_cli.fields import fields, get_value
+from finetune_cli.fields import fields, get_value, group_example
 from finetune_cli.manifests import Manifest
 from finetune_cli.mistakes import Mistake
 from finetune_cli.redaction import contains_secret
-from finetune_cli.suggestions import closest_name
+from finetune_cli.suggestions import closest_name, suggest_field
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ def check_manifest(
         _finding(manifest, one.path, one.message, one.hint, "ValueInvalid") for one in wrong if not one.is_unknown
     ]
     if spec is not None:
+        unsupported = unsupported_fields(spec)
+        problems = [one for one in check(spec, target=target) if not _concerns_unsupported(one, unsupported)]
         findings += [
             _finding(manifest, one.path, one.message, one.hint, one.code)
-            for one in (*check(spec, target=target), *unsupported_fields(spec))
+            for one in (*problems, *unsupported)
             if not (target is ExecutionTarget.LOCAL and one.code == "SourceInvalid" and _is_local_path(raw, one.path))
             and not any(is_within(one.path, other.path) or is_within(other.path, one.path) for other in wrong)
         ]
@@ -72,9 +75,7 @@ def check_manifest(
     return spec, findings
 
 
-def _finding(
-    manifest: Manifest, path: str, message: str, hint: str, code: str, *, is_error: bool = True
-) -> Finding:
+def _finding(manifest: Manifest, path: str, message: str, hint: str, code: str, *, is_error: bool = True) -> Finding:
     return Finding(Mistake(manifest.location(f"spec.{path}"), f"spec.{path}", message, hint), code, is_error)
 
 
@@ -85,6 +86,14 @@ def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
         for key, inner in value.items()
         if inner is not None
     }
+
+
+def _concerns_unsupported(problem: Problem, unsupported: list[Problem]) -> bool:
+    """Return whether a problem only concerns an unsupported field. Its hint would contradict the hint to remove that field."""
+    paths = [one.path for one in unsupported]
+    return any(is_within(problem.path, path) for path in paths) or (
+        "tracking.reportTo" in paths and is_within(problem.path, "tracking")
+    )
 
 
 def _is_local_path(raw: dict[str, Any], path: str) -> bool:
@@ -180,10 +189,15 @@ def _unknown_below(
     """`path` holds the indexes of list items, which `pattern` replaces by `[]`."""
     for key, inner in value.items():
         here, wanted = f"{path}.{key}", f"{pattern}.{key}"
-        if wanted not in known:
-            closest = closest_name(wanted, known)
-            hint = f"did you mean {closest}?" if closest else "`finetune explain` lists all fields"
-            yield Finding(Mistake(manifest.location(here), here, "unknown field", hint), "UnknownField")
+        if "." in key:
+            message = "a key with dots does not select a nested field"
+            yield Finding(
+                Mistake(manifest.location(here), here, message, f"write {_nested(key, inner)}"), "UnknownField"
+            )
+        elif wanted not in known:
+            yield Finding(
+                Mistake(manifest.location(here), here, "unknown field", _field_hint(wanted, known)), "UnknownField"
+            )
         elif wanted in maps:
             continue
         elif isinstance(inner, dict) and known[wanted]:
@@ -192,6 +206,24 @@ def _unknown_below(
             for i, item in enumerate(inner):
                 if isinstance(item, dict):
                     yield from _unknown_below(manifest, item, f"{here}[{i}]", f"{wanted}[]", known, maps)
+
+
+def _nested(key: str, value: Any) -> str:
+    """Return a dotted key with its value in the nested form of YAML: `training: {learningRate: 0.5}`."""
+    *groups, last = key.split(".")
+    text = f"{last}: {json.dumps(value) if isinstance(value, str | int | float | bool | None) else '...'}"
+    for group in reversed(groups):
+        text = f"{group}: {{{text}}}"
+    return text
+
+
+def _field_hint(path: str, known: dict[str, bool]) -> str:
+    """Suggest what to write instead of an unknown field; for a group with an example of its fields."""
+    closest = suggest_field(path, known)
+    if not closest:
+        return "`finetune explain` lists all fields"
+    example = group_example(closest.removeprefix("spec."))
+    return f"did you mean {closest}?" + (f" For example {example}" if example else "")
 
 
 def _load_spec(raw: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[FieldError]]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from finetune_cli.fields import example_of
+from finetune_cli.fields import example_of, group_example
+
+SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 @dataclass(frozen=True)
@@ -71,4 +74,15 @@ def _hint(one: Any, path: str) -> str:
     if one["type"] in ("missing", "string_too_short", "string_pattern_mismatch", "list_type"):
         example = example_of(path)
         return f"for example {path.rpartition('.')[2]}: {example}" if example else ""
-    return ""
+    if one["type"] in ("model_type", "model_attributes_type", "dict_type"):
+        example = group_example(path)
+        return f"write for example {example}" if example else ""
+    seconds = _seconds(one["input"]) if path.endswith("Seconds") else None
+    return f"write {seconds}" if seconds is not None else ""
+
+
+def _seconds(value: Any) -> int | None:
+    """Return the seconds that a duration such as `1h`, `30m` or `1h30m` means; None if it is not one."""
+    if not isinstance(value, str) or not re.fullmatch(r"(\d+[smhd])+", value):
+        return None
+    return sum(int(number) * SECONDS[unit] for number, unit in re.findall(r"(\d+)([smhd])", value))

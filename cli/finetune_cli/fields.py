@@ -72,6 +72,25 @@ def example_of(path: str) -> str:
     return match.group(1) if match else ""
 
 
+def group_example(path: str) -> str:
+    """Return an example of a group below spec with one of its fields, such as `training: {epochs: 3}`.
+
+    An empty string if the field is not a group.
+    """
+    pattern = re.sub(r"\[\d+\]", "[]", f"spec.{path}")
+    field = fields_by_path().get(pattern.removesuffix("[]"))
+    if field is None or not (field.is_group or pattern.endswith("[]")):
+        return ""
+    prefix = f"{pattern}."
+    inner = [one.path.removeprefix(prefix) for one in fields() if one.path.startswith(prefix)]
+    examples = [(name, example_of(f"{path}.{name}")) for name in inner if "." not in name]
+    pairs = [f"{name}: {example}" for name, example in examples if example]
+    # One field of a group is enough, but an item of a list and a reference need their required fields, which come first.
+    wanted = pairs if path.endswith("Ref") else pairs[: 2 if pattern.endswith("[]") else 1]
+    name = "" if pattern.endswith("[]") else f"{path.rpartition('.')[2]}: "
+    return f"{name}{{{', '.join(wanted)}}}" if wanted else ""
+
+
 # --- values at dotted paths -----------------------------------------------------------------------------------------
 
 

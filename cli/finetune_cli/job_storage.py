@@ -19,6 +19,8 @@ from finetune_api.spec.cluster import StorageRoot
 
 from finetune_cli.output import CommandError
 
+CREDENTIALS_HINT = "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+
 
 class StorageError(CommandError):
     """Storage refused a request, or does not hold what was asked for."""
@@ -131,11 +133,13 @@ class _StorageErrors:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        from botocore.exceptions import BotoCoreError, ClientError
+        from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
         if isinstance(error, ClientError):
             found = error.response.get("Error", {})
             raise StorageError(f"{self.target}: {found.get('Code')}: {found.get('Message')}") from None
+        if isinstance(error, NoCredentialsError):
+            raise StorageError(f"{self.target}: there are no S3 credentials; {CREDENTIALS_HINT}") from None
         if isinstance(error, BotoCoreError):
             raise StorageError(f"{self.target}: {error}") from None
 

@@ -30,7 +30,14 @@ from finetune_cli import output
 from finetune_cli.checks import check_manifest, errors_of
 from finetune_cli.fields import flatten, with_values
 from finetune_cli.files import unwritable
-from finetune_cli.local_spec import LocalMachine, LocalRunError, adapt_spec, count_gpus, parse_folders
+from finetune_cli.local_spec import (
+    LocalMachine,
+    LocalRunError,
+    adapt_spec,
+    count_gpus,
+    parse_folders,
+    require_s3_credentials,
+)
 from finetune_cli.manifests import Manifest, read_job
 from finetune_cli.overrides import parse_overrides
 from finetune_cli.status_text import bar
@@ -71,6 +78,7 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
     spec = copy.deepcopy(spec)
     notes = adapt_spec(spec, machine)
     checked = _checked(manifest, spec)
+    require_s3_credentials(spec)
     resolution = resolve(checked, platform=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
     try:
         return _write(

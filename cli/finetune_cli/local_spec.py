@@ -9,6 +9,7 @@ from typing import Any
 from finetune_api.sources import ConfigMapSource, PvcSource, is_data_file_name, parse
 
 from finetune_cli.fields import get_value, set_value
+from finetune_cli.job_storage import CREDENTIALS_HINT
 from finetune_cli.output import CommandError
 
 SOURCE_FIELDS = (
@@ -111,6 +112,23 @@ def _path_in_folder(folders: dict[str, Path], name: str, inner: str, path: str, 
     if not found.exists():
         raise LocalRunError(f"spec.{path}: {found} does not exist")
     return found
+
+
+def require_s3_credentials(spec: dict[str, Any]) -> None:
+    """Raise LocalRunError if a source is in S3 and this machine has no credentials: the trainer would fail only after its start."""
+    mixture = get_value(spec, "dataset.mixture") or []
+    sources = {path: get_value(spec, path) for path in SOURCE_FIELDS}
+    sources |= {
+        f"dataset.mixture[{i}].source": item.get("source") for i, item in enumerate(mixture) if isinstance(item, dict)
+    }
+    found = {path: text for path, text in sources.items() if isinstance(text, str) and text.startswith("s3://")}
+    if not found:
+        return
+    from botocore.session import Session
+
+    if Session().get_credentials() is None:
+        path, text = next(iter(found.items()))
+        raise LocalRunError(f"spec.{path}: {text} needs S3 credentials; {CREDENTIALS_HINT}")
 
 
 def _inline_config_maps(spec: dict[str, Any], machine: LocalMachine) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from finetune_cli.fields import Field, fields
 from finetune_cli.mistakes import InvalidInput, Mistake
 from finetune_cli.provenance import AssignedValue, Origin
-from finetune_cli.suggestions import closest_name
+from finetune_cli.suggestions import suggest_field
 from finetune_cli.yaml_reader import parse_value
 
 FIELD_OF_OPTION = {
@@ -86,7 +86,7 @@ def _hint_for_unknown(path: str, by_path: dict[str, Field]) -> str:
         return f"set the whole list: --set '{whole}=[...]'"
     if kind.startswith("map of"):
         return f"set the whole map: --set '{whole}={{NAME: VALUE}}'"
-    closest = closest_name(path, [one for one in by_path if "[]" not in one])
+    closest = suggest_field(path, [one for one in by_path if "[]" not in one])
     return f"did you mean {closest}?" if closest else "`finetune explain` lists all fields"
 
 

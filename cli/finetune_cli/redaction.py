@@ -12,6 +12,8 @@ TOKEN = re.compile(
     r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+)"
 )
 """The minimum lengths keep names of models, columns and folders from matching."""
+SECRET_NAME = re.compile(r"(token|secret|passw|api_?key|credential|_key\b|-key\b|_uri\b)", re.IGNORECASE)
+"""Names of options and variables that usually hold secrets."""
 USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
 QUERY = re.compile(r"(?<=[?&])((?:[a-z]+[-_])*(?:token|key|secret|password|sig|signature)=)[^&\s'\"]+", re.IGNORECASE)
 

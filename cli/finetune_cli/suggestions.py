@@ -1,10 +1,27 @@
-"""Suggestions for misspelled names."""
+"""Suggestions for misspelled names and for names that other tools use."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable
+
+from finetune_api.aliases import field_for_alias, normalise
+
+
+def suggest_field(path: str, known: Iterable[str]) -> str:
+    """Return the field that an unknown path probably means; an empty string if none is similar.
+
+    Both may begin with `spec.`. A field of the same group with another spelling (`batch_size`) comes first, then usual names of
+    other tools (`lr`), then similar names.
+    """
+    candidates = list(known)
+    group, _, name = path.rpartition(".")
+    same_group = (one for one in candidates if one.rpartition(".")[0] == group)
+    found = next((one for one in same_group if normalise(one.rpartition(".")[2]) == normalise(name)), "")
+    prefix = "spec." if path.startswith("spec.") else ""
+    alias = field_for_alias(path.removeprefix("spec."))
+    return found or (prefix + alias if prefix + alias in candidates else "") or closest_name(path, candidates)
 
 
 def closest_name(word: str, known: Iterable[str]) -> str:

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from finetune_cli.redaction import SECRET_NAME
+
 MAX_NODES = 20_000
 """More values than any configuration holds. The limit stops aliases of aliases, which let a few lines expand without end."""
 MAX_QUOTED = 80
@@ -78,9 +80,11 @@ def read_trees(text: str) -> list[Tree]:
 
 
 def _quoted_line(text: str, mark: Any) -> str:
-    """Return the faulty line in quotes, to append to a message; an empty string if the line is unknown or empty."""
+    """Return the faulty line in quotes, to append to a message; an empty string if it is unknown, empty, or may hold a secret."""
     lines = text.splitlines()
     line = lines[mark.line].strip() if mark and mark.line < len(lines) else ""
+    if SECRET_NAME.search(line):
+        return ""
     return f", in the line `{line[:MAX_QUOTED]}`" if line else ""
 
 

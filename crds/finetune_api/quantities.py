@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-CPU_PATTERN = r"^([0-9]+(\.[0-9]{1,3})?|[0-9]+m)$"
+CPU_PATTERN = r"^([0-9]+(\.[0-9]{1,3})?|\.[0-9]{1,3}|[0-9]+m)$"
 """CPUs: `4`, `0.5`, `500m`."""
 SIZE_PATTERN = r"^([0-9]{7,}|[0-9]+(\.[0-9]+)?([KMGTPE]i|[kMGTPE])|[0-9]+[eE][0-9]+)$"
 """Bytes with a unit: `32Gi`, `500M`. Without a unit at least 7 digits, because `4` almost always means gibibytes."""

@@ -167,9 +167,9 @@ def _hub(rest: str, path: str, text: str) -> HubSource:
         raise _source_error(
             path,
             text,
-            "it is the name of a file, not of a hub repository, and pods cannot read a file of your machine",
-            f"s3://bucket/{text}, pvc://claim/{text}, configmap://name/{text.rpartition('/')[2]} or, for a file in the image, "
-            f"file:///path/{text}; only `finetune run --local` reads a relative path (hf://{text} if it is a repository after all)",
+            "it is the name of a file, which pods cannot read from your machine",
+            f"s3://bucket/{text}, pvc://claim/{text} or configmap://name/{text.rpartition('/')[2]}; for a file in the image "
+            f"file:///path/{text}, for a hub repository hf://{text}; `finetune run --local` reads the relative path",
         )
     _require(
         bool(_REPO.match(repo)) and "--" not in repo and ".." not in repo,

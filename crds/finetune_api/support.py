@@ -15,13 +15,22 @@ from finetune_api.rules import Problem
 from finetune_api.spec import FineTuneJobSpec
 
 
+def _is_set(value: Any) -> bool:
+    return value not in (None, False, 0, [])
+
+
 @dataclass(frozen=True)
 class UnsupportedField:
     """A dotted spec path (attribute names), and the values that are refused."""
 
     path: str
-    refuses: Callable[[Any], bool] = lambda value: value not in (None, False, 0, [])
+    refuses: Callable[[Any], bool] = _is_set
     hint: str = "remove it"
+
+    @property
+    def refuses_every_value(self) -> bool:
+        """Whether the field is refused whatever its value."""
+        return self.refuses is _is_set
 
 
 def _any_of(*values: object) -> Callable[[Any], bool]:

@@ -24,12 +24,17 @@ def diff(
 
     Example: finetune diff support-1 support-2 -n team-a
     """
+    from finetune_cli.checks import check_manifest
     from finetune_cli.fields import flatten
     from finetune_cli.manifests import read_job
 
     def load(text: str) -> dict[str, Any]:
         if text == "-" or Path(text).is_file() or text.endswith((".yaml", ".yml", ".json")):
-            return read_job(Path(text)).spec
+            manifest = read_job(Path(text))
+            unknown = [one.mistake for one in check_manifest(manifest)[1] if one.code == "UnknownField"]
+            if unknown:
+                raise output.fail(*unknown)
+            return manifest.spec
         from finetune_cli.cluster import connect
 
         return dict(connect(namespace, context, kubeconfig).job(text).get("spec") or {})

@@ -13,9 +13,6 @@ from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import AssignedValue, Origin
 from finetune_cli.redaction import REDACTED, redact_text
 
-SECRET_NAME = re.compile(r"(token|secret|passw|api_?key|credential|_key$|-key$|_uri$)", re.IGNORECASE)
-"""Names of options and variables that usually hold secrets."""
-
 
 @dataclass(frozen=True)
 class Entry:

@@ -24,7 +24,6 @@ from finetune_cli.files import UnreadableFile, read_text
 from finetune_cli.importers.converters import ConversionError
 from finetune_cli.importers.documents import parse, parse_json
 from finetune_cli.importers.draft import (
-    SECRET_NAME,
     Document,
     Draft,
     Entry,
@@ -37,7 +36,7 @@ from finetune_cli.importers.draft import (
 from finetune_cli.importers.no_effect import remove_options_without_effect
 from finetune_cli.mistakes import InvalidInput, Mistake
 from finetune_cli.provenance import AssignedValue
-from finetune_cli.redaction import REDACTED, contains_secret
+from finetune_cli.redaction import REDACTED, SECRET_NAME, contains_secret
 from finetune_cli.suggestions import closest_name
 
 

@@ -32,11 +32,11 @@ from finetune_cli.importers.converters import (
     run_name,
     text_or_none,
 )
-from finetune_cli.importers.draft import SECRET_NAME, Document, Draft, Entry, Importer, Row, ToolDefault
+from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, ToolDefault
 from finetune_cli.importers.sources import assign_output_folder, assign_source
 from finetune_cli.mistakes import InvalidInput, Mistake
 from finetune_cli.provenance import Origin
-from finetune_cli.redaction import USERINFO
+from finetune_cli.redaction import SECRET_NAME, USERINFO
 
 SCHEDULERS = {
     "linear": "linear", "cosine": "cosine", "constant": "constant", "constant_with_warmup": "constantWithWarmup", "polynomial": "polynomial",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 
+from finetune_api.aliases import OPTIMIZER_ALIASES, normalise
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
     evaluates_during_training,
@@ -43,16 +45,12 @@ OPTIMIZERS = (
 
 @rule("OptimizerUnknown")
 def optimizer_unknown(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    import difflib
-
     name = spec.training.optimizer
     if name is not None and name not in OPTIMIZERS:
-        near = difflib.get_close_matches(name, OPTIMIZERS, 1)
-        yield (
-            "training.optimizer",
-            f"{name!r} is not a known optimizer",
-            f"did you mean {near[0]}?" if near else f"write one of {', '.join(OPTIMIZERS[:8])}, ...",
-        )
+        alias = OPTIMIZER_ALIASES.get(name.lower()) or OPTIMIZER_ALIASES.get(normalise(name))
+        similar = difflib.get_close_matches(name, OPTIMIZERS, 1)
+        hint = f"did you mean {similar[0]}?" if similar else f"write one of {', '.join(OPTIMIZERS[:8])}, ..."
+        yield "training.optimizer", f"{name!r} is not a supported optimizer", f"write {alias}" if alias else hint
 
 
 @rule("PrecisionOnCpu")

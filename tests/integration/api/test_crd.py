@@ -46,6 +46,21 @@ def test_a_bad_value_is_refused_with_its_field(api: Endpoint, change: dict[str, 
     assert [word for word in words if word not in answer.message] == []
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("memory", "32GB"), ("memory", "-4Gi"), ("memory", 4), ("sharedMemory", "10%"), ("ephemeralStorage", "4"), ("cpu", "4 cores"), ("cpu", 0)],
+)
+def test_server_refuses_an_invalid_quantity(api: Endpoint, name: str, value: str | int) -> None:
+    answer = dry_run(api, MINIMAL | {"resources": {name: value}})
+    assert (answer.status, f"spec.resources.{name}" in answer.message) == (422, True), answer.message
+
+
+@pytest.mark.parametrize("resources", [{"memory": "1.5Gi", "cpu": "500m"}, {"memory": 8_000_000_000, "cpu": 4}, {"sharedMemory": "1e9"}])
+def test_server_accepts_a_valid_quantity(api: Endpoint, resources: dict[str, str | int]) -> None:
+    answer = dry_run(api, MINIMAL | {"resources": resources})
+    assert answer.status == 201, answer.message
+
+
 GROUP_CASES = list(group_rules())
 
 

@@ -85,7 +85,7 @@ def test_credentials_come_from_the_environment(
     finetune: Finetune, stored: str, s3_server: S3Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     result = finetune("checkpoints", "bot", "--verify")
-    assert (result.code, "Unable to locate credentials" in result.err) == (1, True)
+    assert (result.code, "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY" in result.err) == (1, True)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
     assert finetune("checkpoints", "bot", "--verify").code == 0

@@ -41,8 +41,10 @@ def test_secret_in_a_manifest_is_a_warning_and_an_error_with_strict(call: Call, 
             "job.yaml:7: spec.storage.credentialsSecretRef.name: this required field is missing; for example name: s3-credentials [ValueInvalid]",
             "job.yaml:8: spec.training.warmupRatio: warmupSteps 1 and warmupRatio 0.1 exclude each other; remove one of them [WarmupTwice]",
         ]),
-        ("  trainer: {type: grpo, rewards: [3]}\n", ["job.yaml:7: spec.trainer.rewards[0]: 3: should be an object [ValueInvalid]"]),
-        ("  training: hello\n", ["job.yaml:7: spec.training: 'hello': should be an object [ValueInvalid]"]),
+        ("  trainer: {type: grpo, rewards: [3]}\n", [
+            "job.yaml:7: spec.trainer.rewards[0]: 3: should be an object; "
+            "write for example {name: format, builtin: regex} [ValueInvalid]"]),
+        ("  training: hello\n", ["job.yaml:7: spec.training: 'hello': should be an object; write for example training: {epochs: 1} [ValueInvalid]"]),
         ("  training: {epochs: .nan, seed: 99999999999}\n", [
             "job.yaml:7: spec.training.epochs: '.nan': should be a valid number [ValueInvalid]",
             "job.yaml:7: spec.training.seed: 99999999999: should be less than or equal to 4294967295 [ValueInvalid]",
@@ -85,3 +87,74 @@ def test_invalid_metadata_is_refused(call: Call, write: Write, old: str, new: st
     path = write("job.yaml", JOB.replace(old, new))
     code, _, said = call("validate", path)
     assert (code, sentences(said, path.parent)) == (1, expected)
+
+
+@pytest.mark.parametrize(
+    ("more", "error"),
+    [
+        ("  training.learningRate: 0.5\n",
+         "spec.training.learningRate: a key with dots does not select a nested field; write training: {learningRate: 0.5}"),
+        ("  method: {lora.rank: 8}\n", "spec.method.lora.rank: a key with dots does not select a nested field; write lora: {rank: 8}"),
+        ("  resources: {gpus: 1}\n", "spec.resources.gpus: unknown field; did you mean spec.resources.gpusPerNode?"),
+        ("  training: {num_gpus: 1}\n", "spec.training.num_gpus: unknown field; did you mean spec.resources.gpusPerNode?"),
+        ("  training: {lr: 1.0e-4}\n", "spec.training.lr: unknown field; did you mean spec.training.learningRate?"),
+        ("  method: {lora: {r: 8}}\n", "spec.method.lora.r: unknown field; did you mean spec.method.lora.rank?"),
+        ("  method: {lora_alpha: 8}\n", "spec.method.lora_alpha: unknown field; did you mean spec.method.lora.alpha?"),
+        ("  training: {batch_size: 8}\n", "spec.training.batch_size: unknown field; did you mean spec.training.batchSizePerDevice?"),
+        ("  evaluation: {batch_size: 8}\n", "spec.evaluation.batch_size: unknown field; did you mean spec.evaluation.batchSizePerDevice?"),
+        ("  training: {learning_rate: 8}\n", "spec.training.learning_rate: unknown field; did you mean spec.training.learningRate?"),
+        ("  trainer: {token: x}\n", "spec.trainer.token: unknown field; did you mean spec.model.tokenSecretRef? "
+                                    "For example tokenSecretRef: {name: hub-token, key: token}"),
+        ("  training: {optimizer: adamw}\n", "spec.training.optimizer: 'adamw' is not a supported optimizer; write adamw_torch_fused"),
+        ("  training: {optimizer: adamw_8bitt}\n", "spec.training.optimizer: 'adamw_8bitt' is not a supported optimizer; did you mean adamw_8bit?"),
+        ("  policy: {activeDeadlineSeconds: 1h}\n", "spec.policy.activeDeadlineSeconds: '1h': should be a valid integer; write 3600"),
+        ("  policy: {activeDeadlineSeconds: 1h30m}\n", "spec.policy.activeDeadlineSeconds: '1h30m': should be a valid integer; write 5400"),
+        ("  checkpoint: hello\n", "spec.checkpoint: 'hello': should be an object; write for example checkpoint: {strategy: epoch}"),
+        ("  resources: {memory: 32GB}\n", "spec.resources.memory: '32GB' is not an amount of memory or disk; write 32Gi"),
+    ],
+)  # fmt: skip
+def test_hint_says_what_to_write(call: Call, write: Write, more: str, error: str) -> None:
+    path = write("job.yaml", JOB + more)
+    code, _, said = call("validate", path)
+    assert (code, [line.partition(": ")[2].rpartition(" [")[0] for line in sentences(said, path.parent)]) == (
+        1,
+        [error],
+    )
+
+
+@pytest.mark.parametrize("words", [("validate",), ("run", "--local"), ("diff",)])
+def test_dotted_key_is_refused_by_every_command(call: Call, write: Write, words: tuple[str, ...]) -> None:
+    path = write("job.yaml", JOB.replace("s3://data/t.jsonl", "org/d") + "  training.learningRate: 0.5\n")
+    code, _, said = call(words[0], path, *words[1:], *([path] if words[0] == "diff" else []))
+    assert (code, "write training: {learningRate: 0.5}" in said) == (1, True)
+
+
+@pytest.mark.parametrize("name", ["data/chats.jsonl", "chats.jsonl", "train.csv"])
+def test_data_file_is_refused_for_a_cluster_and_accepted_for_a_local_run(call: Call, write: Write, name: str) -> None:
+    path = write("job.yaml", JOB.replace("s3://data/t.jsonl", name))
+    code, _, said = call("validate", path)
+    assert (code, f"write s3://bucket/{name}, pvc://claim/{name}" in said) == (1, True)
+    assert call("validate", "--local", path)[0] == 0
+
+
+def test_unsupported_tracker_gives_one_error(call: Call, write: Write) -> None:
+    path = write("job.yaml", JOB + "  tracking: {reportTo: [wandb]}\n")
+    code, _, said = call("validate", path)
+    assert (code, [line.rpartition("[")[2] for line in sentences(said, path.parent)]) == (1, ["NotSupportedYet]"])
+
+
+def test_warnings_are_printed_and_refused_only_with_strict(call: Call, write: Write) -> None:
+    path = write("job.yaml", JOB + "  training: {learningRate: 5, epochs: 2, maxSteps: 40}\n")
+    code, _, said = call("validate", path)
+    warnings = [
+        line.partition(": spec.")[2].partition(",")[0] for line in said.splitlines() if line.startswith("warning: ")
+    ]
+    assert (code, warnings) == (0, [
+        "training.learningRate: 5 is unusually large for trainer sft with method lora", "training.epochs: 2 has no effect",
+    ])  # fmt: skip
+    assert call("validate", "--strict", path)[0] == 1
+
+
+def test_too_long_name_says_its_length_and_the_limit(call: Call, write: Write) -> None:
+    said = call("validate", write("job.yaml", JOB.replace("name: bot", f"name: {'a' * 41}")))[2]
+    assert "has 41 characters, and the name of a FineTuneJob may have at most 40" in said

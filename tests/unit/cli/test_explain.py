@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.unit.cli.conftest import Call
 
 
@@ -16,3 +18,24 @@ def test_fields_are_explained_and_searched(call: Call) -> None:
         1, "", "error: training.learnRate is not a field of a FineTuneJob; did you mean spec.training.learningRate?\n",
     )  # fmt: skip
     assert call("explain", "--search", "zebra")[0] == 1
+
+
+def test_unsupported_fields_are_marked(call: Call) -> None:
+    assert "\n  [not supported yet] " in call("explain", "output.dir")[1]
+    assert "[not supported yet]" in call("explain", "output.hub.repository")[1]
+    assert "[some values are not supported yet: train a text model]" in call("explain", "model.modality")[1]
+    assert "not supported yet" not in call("explain", "training")[1]
+
+
+@pytest.mark.parametrize(
+    ("word", "hint"),
+    [
+        ("lr", "did you mean spec.training.learningRate?"),
+        ("gpus", "did you mean spec.resources.gpusPerNode?"),
+        ("Kueue", "these fields mention it: spec.placement.queueName"),
+        ("zebra", "search the descriptions with --search WORD"),
+    ],
+)
+def test_unknown_word_suggests_fields(call: Call, word: str, hint: str) -> None:
+    code, _, said = call("explain", word)
+    assert (code, f"{word} is not a field of a FineTuneJob; {hint}" in said) == (1, True)

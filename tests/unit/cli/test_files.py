@@ -69,7 +69,7 @@ def test_unwritable_path_is_reported(call: Call, write: Write, tmp_path: Path) -
     words = ("init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl", "-o")
     assert call(*words, "/proc/nobody/x")[2].startswith("error: /proc/nobody/x cannot be written: ")
     assert call(*words, tmp_path)[2] == f"error: {tmp_path} already exists; choose another file\n"
-    job = write("job.yaml", JOB)
+    job = write("job.yaml", JOB.replace("s3://data/t.jsonl", "org/d"))
     assert call("run", job, "--local", "-o", "/proc/nobody")[2].startswith("error: /proc/nobody cannot be written: ")
     assert call("import", write("a.env", ENV), "-o", tmp_path)[2].endswith(
         f"error: {tmp_path} cannot be written: Is a directory; choose another path with -o\n"

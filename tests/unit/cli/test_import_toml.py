@@ -137,7 +137,7 @@ def test_a_push_takes_the_runs_name(toml: Any) -> None:
     text = 'push_to_hub = true\n[mlflow]\nrun_name = "bot"\n[inferencer]\nhf_user_id = "me"\n'
     found = toml(text)
     assert found.spec["output"]["hub"] == {"push": True, "repository": "me/bot", "private": False}
-    assert any("there is no token that may write" in one for one in found.warnings)
+    assert any("no token with write permission is given" in one for one in found.warnings)
 
 
 def test_keys_of_the_command_line_are_secrets(toml: Any) -> None:

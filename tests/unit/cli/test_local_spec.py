@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from finetune_api.spec.cluster import StorageRoot
 from finetune_cli.job_storage import JobStorage
-from finetune_cli.local_spec import LocalMachine, LocalRunError, adapt_spec
+from finetune_cli.local_spec import LocalMachine, LocalRunError, adapt_spec, require_s3_credentials
 
 
 def commit(root: Path, folder: str, files: dict[str, bytes], incarnation: str = "a1-00000000") -> Path:
@@ -94,3 +94,30 @@ def test_chat_template_of_a_config_map_is_inlined(tmp_path: Path) -> None:
         {"dataset": {"chatTemplate": {"configMapRef": {"name": "data", "key": "t.jinja"}}}}, tmp_path, maps=tmp_path
     )
     assert found["dataset"]["chatTemplate"] == {"text": "{{ x }}"}
+
+
+def test_s3_source_without_credentials_names_the_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    spec = {
+        "model": {"source": "org/m"},
+        "dataset": {"mixture": [{"source": "org/d"}, {"source": "s3://data/t.jsonl"}]},
+    }
+    with pytest.raises(
+        LocalRunError, match=r"mixture\[1\].source: s3://data/t.jsonl needs S3 credentials; export AWS_ACCESS_KEY_ID"
+    ):
+        require_s3_credentials(spec)
+    require_s3_credentials({"model": {"source": "org/m"}})
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    require_s3_credentials(spec)
+
+
+def test_relative_data_file_is_a_local_source(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/chats.jsonl").write_text("{}")
+    found, _ = adapt({"dataset": {"train": "data/chats.jsonl"}}, tmp_path)
+    assert found["dataset"]["train"] == f"file://{tmp_path}/data/chats.jsonl"

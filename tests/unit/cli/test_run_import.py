@@ -152,3 +152,13 @@ def test_two_spellings_with_the_same_value_are_accepted(write: Write) -> None:
 def test_finetunejob_is_not_imported(write: Write, call: Call) -> None:
     code, _, err = call("import", write("job.yaml", JOB))
     assert (code, "this is already a FineTuneJob" in err) == (1, True)
+
+
+def test_invalid_yaml_quotes_the_line_unless_it_may_hold_a_secret(write: Write) -> None:
+    (mistake,) = import_(write("a.yaml", "model: org/m\nlora_r: [8\nepochs: 3\n"), source="guide").mistakes
+    assert (mistake.startswith("a.yaml:3: invalid YAML: "), mistake.endswith(", in the line `epochs: 3`")) == (
+        True,
+        True,
+    )
+    (mistake,) = import_(write("a.yaml", "model: org/m\nhf_token: 'abc' def\n"), source="guide").mistakes
+    assert ("abc" in mistake, mistake.startswith("a.yaml:2: invalid YAML: ")) == (False, True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from finetune_api.aliases import FIELD_ALIASES, OPTIMIZER_ALIASES, normalise
+from finetune_api.rules import OPTIMIZERS
+from finetune_cli.fields import fields_by_path
 from finetune_cli.suggestions import closest_name
 
 
@@ -19,3 +22,9 @@ from finetune_cli.suggestions import closest_name
 )
 def test_closest_name_is_found(word: str, known: list[str], found: str) -> None:
     assert closest_name(word, known) == found
+
+
+def test_aliases_name_existing_fields_and_optimizers() -> None:
+    assert [path for path in FIELD_ALIASES.values() if f"spec.{path}" not in fields_by_path()] == []
+    assert [name for name in FIELD_ALIASES if normalise(name) != name] == []
+    assert [name for name in OPTIMIZER_ALIASES.values() if name not in OPTIMIZERS] == []
