@@ -1,4 +1,4 @@
-"""The load benchmark runs from end to end at a size that proves nothing but that: figures are read from full runs."""
+"""The load benchmark runs at a small size, which shows only that it works; its figures come from full runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.mark.slow
-def test_a_small_run_measures_everything_that_has_a_budget(tmp_path: Path) -> None:
+def test_small_run_measures_everything_with_a_budget(tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     argv = [sys.executable, "benchmarks/operator_load.py", "--jobs", "10", "--rounds", "1", "--clients", "4"]
     argv += ["--finished", "5", "--idle-seconds", "2", "--steady-seconds", "6", "--timeout", "60"]

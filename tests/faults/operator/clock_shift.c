@@ -1,4 +1,4 @@
-// The wall clock of a process, moved by $CLOCK_SHIFT seconds; every other clock is left alone.
+// Shifts the wall clock of a process by $CLOCK_SHIFT seconds; other clocks do not change.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <stdlib.h>

@@ -1,4 +1,4 @@
-"""The rig of the operator's long fault matrix: every row that needs patience, or a control plane of its own."""
+"""The rig of the long fault matrix: rows that take long or need their own control plane."""
 
 from __future__ import annotations
 

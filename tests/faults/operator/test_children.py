@@ -1,4 +1,4 @@
-"""Pods that end in every way a cluster knows, nodes that go, and children that others lay hands on."""
+"""Every way in which a pod can end or not start, lost nodes, and Jobs and Services that somebody else changes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.mark.row(19)
-def test_a_namesake_waits_for_the_job_of_the_one_before_it_and_never_adopts_it(rig: Rig) -> None:
+def test_recreated_finetunejob_waits_for_the_old_job_and_does_not_adopt_it(rig: Rig) -> None:
     rig.operator()
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
@@ -30,7 +30,7 @@ def test_a_namesake_waits_for_the_job_of_the_one_before_it_and_never_adopts_it(r
 
 
 @pytest.mark.row(22)
-def test_a_service_that_somebody_deletes_comes_back(rig: Rig) -> None:
+def test_deleted_service_is_created_again(rig: Rig) -> None:
     rig.operator(config={"resyncSeconds": 2})
     rig.submit(resources={"nodes": 2})
     rig.kubelet.wait_running(rig.namespace, "job", count=2)
@@ -42,8 +42,8 @@ def test_a_service_that_somebody_deletes_comes_back(rig: Rig) -> None:
 
 @pytest.mark.row(23)
 @pytest.mark.parametrize("label", ["app.kubernetes.io/managed-by", "finetune-operator.io/attempt"])
-def test_a_label_that_somebody_takes_off_our_job_starts_no_second_one(rig: Rig, label: str) -> None:
-    """Without its label the Job is out of our sight: it still runs, and nothing may run beside it."""
+def test_job_without_its_label_causes_no_second_job(rig: Rig, label: str) -> None:
+    """The watch does not show a Job without its label, but the Job still runs, and no other may run at the same time."""
     proxy = rig.proxy()
     rig.operator(through=proxy, config={"resyncSeconds": 1})
     rig.submit()
@@ -79,7 +79,7 @@ ENDINGS: dict[str, tuple[Ending, str, str]] = {
 
 @pytest.mark.row(24)
 @pytest.mark.parametrize("case", ENDINGS)
-def test_each_end_of_a_pod_has_its_own_reason_and_another_attempt(rig: Rig, case: str) -> None:
+def test_each_end_of_a_pod_has_its_own_reason_and_is_retried(rig: Rig, case: str) -> None:
     ending, reason, _ = ENDINGS[case]
     rig.operator()
     rig.submit()
@@ -97,7 +97,7 @@ def test_each_end_of_a_pod_has_its_own_reason_and_another_attempt(rig: Rig, case
 @pytest.mark.parametrize(
     ("code", "failure_class"), [(64, "User"), (65, "Data"), (66, "Model"), (67, "Storage"), (77, "Storage")]
 )
-def test_what_another_attempt_cannot_mend_ends_at_once(rig: Rig, code: int, failure_class: str) -> None:
+def test_error_that_no_retry_can_fix_fails_the_job_at_once(rig: Rig, code: int, failure_class: str) -> None:
     rig.operator()
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
@@ -123,7 +123,7 @@ def test_what_another_attempt_cannot_mend_ends_at_once(rig: Rig, code: int, fail
     ],
     ids=["unschedulable", "image", "secret"],
 )  # fmt: skip
-def test_pods_that_do_not_start_say_why_and_start_when_it_is_mended(
+def test_pods_that_do_not_start_show_the_reason_and_start_when_it_is_fixed(
     rig: Rig, plan: Plan, reason: Reason, words: str
 ) -> None:
     rig.kubelet.plan(rig.namespace, plan)
@@ -140,7 +140,7 @@ def test_pods_that_do_not_start_say_why_and_start_when_it_is_mended(
 
 
 @pytest.mark.row(25)
-def test_a_node_that_is_deleted_costs_the_user_nothing(rig: Rig) -> None:
+def test_deleted_node_does_not_count_as_a_retry(rig: Rig) -> None:
     rig.operator()
     rig.submit(policy={"terminationGracePeriodSeconds": 1})
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
@@ -168,7 +168,7 @@ def _run_config(rig: Rig, attempt: int) -> str:
 
 
 @pytest.mark.row(26)
-def test_a_node_that_falls_silent_is_left_and_its_pod_removed(rig: Rig) -> None:
+def test_pod_of_an_unreachable_node_is_removed(rig: Rig) -> None:
     rig.operator()
     tolerated = [
         {"key": f"node.kubernetes.io/{word}", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1}
@@ -190,7 +190,7 @@ def test_a_node_that_falls_silent_is_left_and_its_pod_removed(rig: Rig) -> None:
 
 
 @pytest.mark.row(24)
-def test_the_failure_that_caused_the_others_is_the_one_that_is_named(rig: Rig) -> None:
+def test_failure_shows_the_rank_that_failed_first(rig: Rig) -> None:
     rig.operator()
     rig.submit(resources={"nodes": 2})
     pods = rig.kubelet.wait_running(rig.namespace, "job", count=2)

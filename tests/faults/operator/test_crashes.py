@@ -1,4 +1,4 @@
-"""The operator dies, at every named point, in every part of a job's life; and is away while things happen."""
+"""The operator is killed at every kill point, in every phase of a job, and is away while the cluster changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.faults
 
 
 def nothing(rig: Rig) -> None:
-    """The job is not there yet."""
+    """Create nothing: the job does not exist yet."""
 
 
 def running(rig: Rig) -> None:
@@ -70,7 +70,7 @@ MOMENTS: dict[str, tuple[Callable[[Rig], None], Callable[[Rig], None], tuple[Poi
     "resume": (suspended, resumes, CREATION),
     "cancel": (running, cancels, DELETION),
 }
-"""What a job is at, what happens, and the points that the operator passes because of it."""
+"""State of the job, the change that follows, and the kill points that the operator passes."""
 ENDS: dict[str, list[tuple[int, str]]] = {
     "create": [(1, Reason.SUCCEEDED)],
     "create two": [(1, Reason.SUCCEEDED)],
@@ -92,17 +92,17 @@ STORIES: dict[str, list[str]] = {
     "resume": [Reason.ACCEPTED, Reason.SUSPENDED, Reason.RESUMED, Reason.ATTEMPT_STARTED, Reason.SUCCEEDED],
     "cancel": [Reason.ACCEPTED, Reason.ATTEMPT_STARTED, Reason.CANCELLED],
 }  # fmt: skip
-"""Events that must be told wherever the operator died."""
+"""Events that must exist wherever the operator was killed."""
 
 
-def test_every_point_is_died_at() -> None:
-    """Pods are removed by force only where a node is dead: that has a test of its own below."""
+def test_every_kill_point_is_covered() -> None:
+    """Forced removal happens only on lost nodes, which another test covers."""
     died_at = {point for _, _, points in MOMENTS.values() for point in points}
     assert died_at == set(Point) - {Point.AFTER_POD_DELETE}
 
 
 @pytest.mark.row(2)
-def test_killed_after_it_removed_the_pod_of_a_dead_node(rig: Rig) -> None:
+def test_killed_after_the_forced_removal_of_a_pod(rig: Rig) -> None:
     operator = rig.operator()
     rig.kubelet.plan(rig.namespace, Plan(stop=None))
     rig.submit(policy={"terminationGracePeriodSeconds": 1})
@@ -118,7 +118,7 @@ def test_killed_after_it_removed_the_pod_of_a_dead_node(rig: Rig) -> None:
 
 
 @pytest.mark.row(21)
-def test_pods_that_somebody_orphans_end_before_another_attempt_begins(rig: Rig) -> None:
+def test_orphaned_pods_end_before_the_next_attempt_starts(rig: Rig) -> None:
     rig.operator()
     running(rig)
     first = rig.kubelet.pods(rig.namespace, "job")[0]
@@ -130,7 +130,7 @@ def test_pods_that_somebody_orphans_end_before_another_attempt_begins(rig: Rig) 
 
 @pytest.mark.row(2)
 @pytest.mark.parametrize(("moment", "point"), [(m, p) for m, (_, _, points) in MOMENTS.items() for p in points])
-def test_killed_at_a_point_of_a_moment(rig: Rig, moment: str, point: str) -> None:
+def test_job_continues_after_a_kill_at_each_point(rig: Rig, moment: str, point: str) -> None:
     prepare, happen, _ = MOMENTS[moment]
     first = rig.operator()
     prepare(rig)
@@ -153,7 +153,7 @@ def test_killed_at_a_point_of_a_moment(rig: Rig, moment: str, point: str) -> Non
 
 
 @pytest.mark.row(5)
-def test_a_job_that_ended_while_it_was_away_is_read_from_what_is_left(rig: Rig) -> None:
+def test_end_of_an_attempt_during_an_absence_is_read_from_its_pods(rig: Rig) -> None:
     operator = rig.operator()
     running(rig)
     operator.stop()
@@ -166,7 +166,7 @@ def test_a_job_that_ended_while_it_was_away_is_read_from_what_is_left(rig: Rig) 
 
 
 @pytest.mark.row(5)
-def test_an_end_that_nobody_saw_is_said_to_be_one(rig: Rig) -> None:
+def test_unobserved_end_of_an_attempt_is_reported_as_such(rig: Rig) -> None:
     operator = rig.operator()
     running(rig)
     operator.stop()
@@ -184,7 +184,7 @@ def test_an_end_that_nobody_saw_is_said_to_be_one(rig: Rig) -> None:
 
 
 @pytest.mark.row(28)
-def test_a_deadline_that_passes_while_it_is_away(rig: Rig) -> None:
+def test_deadline_that_passes_during_an_absence_ends_the_job(rig: Rig) -> None:
     operator = rig.operator()
     rig.submit(policy={"activeDeadlineSeconds": 4})
     rig.kubelet.wait_running(rig.namespace, "job")
@@ -206,7 +206,7 @@ def _seconds_since(time: str) -> float:
     return (datetime.now(UTC) - datetime.fromisoformat(time.replace("Z", "+00:00"))).total_seconds()
 
 
-def test_what_was_cancelled_while_it_was_away_never_starts(rig: Rig) -> None:
+def test_job_cancelled_during_an_absence_never_starts(rig: Rig) -> None:
     rig.submit()
     rig.steer(cancel=True)
     proxy = rig.proxy()
@@ -216,8 +216,8 @@ def test_what_was_cancelled_while_it_was_away_never_starts(rig: Rig) -> None:
     assert created(proxy, "jobs") == 0
 
 
-def test_a_lost_attempt_count_is_found_again_from_the_jobs(rig: Rig) -> None:
-    """Somebody wipes the status: the names of the Jobs still tell which attempt it was."""
+def test_attempt_number_is_recovered_from_the_job_names(rig: Rig) -> None:
+    """The status is emptied; the names of the Jobs contain the attempt number."""
     operator = rig.operator()
     running(rig)
     fails(rig)

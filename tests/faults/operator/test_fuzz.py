@@ -1,4 +1,4 @@
-"""Specs that the API accepts and nobody thought of, and children that nobody could have written."""
+"""Random specs that the API accepts, malformed Jobs and pods, and damaged statuses."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def some_spec(chance: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.row(48)
-def test_every_job_that_is_made_of_an_accepted_spec_is_a_job(rig: Rig) -> None:
+def test_job_of_every_accepted_spec_is_valid(rig: Rig) -> None:
     accepted, refused = 0, set()
     for seed in range(SEEDS):
         spec = some_spec(random.Random(seed))
@@ -91,7 +91,7 @@ def test_every_job_that_is_made_of_an_accepted_spec_is_a_job(rig: Rig) -> None:
 
 
 @pytest.mark.row(49)
-def test_children_that_nobody_could_have_written_change_nothing(rig: Rig) -> None:
+def test_malformed_jobs_and_pods_are_ignored(rig: Rig) -> None:
     labels = {Label.MANAGED_BY.value: names.MANAGER, Label.NAME.value: "job", Label.UID.value: "x", Label.ATTEMPT.value: "1"}
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}}
     chance = random.Random(49)
@@ -125,7 +125,7 @@ def test_children_that_nobody_could_have_written_change_nothing(rig: Rig) -> Non
 
 @pytest.mark.row(49)
 @pytest.mark.parametrize("damage", [{"attempts": [{"number": "x"}]}, {"phase": "Odd"}, {"attempt": -5, "conditions": []}])
-def test_a_status_that_was_damaged_is_survived(rig: Rig, damage: dict[str, Any]) -> None:
+def test_damaged_status_is_repaired(rig: Rig, damage: dict[str, Any]) -> None:
     operator = rig.operator()
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")

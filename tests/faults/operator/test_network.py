@@ -1,4 +1,4 @@
-"""The API server refuses, is silent, forgets, or goes away."""
+"""The API server refuses requests, does not answer, loses history, or is unavailable."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tests.support.rig import FTJ, Cluster, Rig, attempts, created, install_crd
 pytestmark = pytest.mark.faults
 WATCHED = ("pods", "jobs", FTJ)
 NO_RESYNC = {"resyncSeconds": 3600}
-"""Only the watches can tell."""
+"""Without resyncs, so that only watches report changes."""
 
 
 @pytest.mark.row(9)
-def test_too_many_requests_are_answered_with_fewer(rig: Rig) -> None:
+def test_fewer_requests_are_sent_after_429(rig: Rig) -> None:
     proxy = rig.proxy()
     rig.operator(through=proxy)
     for number in range(10):
@@ -36,15 +36,15 @@ def test_too_many_requests_are_answered_with_fewer(rig: Rig) -> None:
         begun = time.monotonic()
         proxy.wait_for(lambda e: e.started > begun + 20, timeout=60)
         refused = len(proxy.exchanges)
-    # 10 jobs and 3 watches, each trying every 3 s at most, and what was under way when it began
+    # 10 jobs and 3 watches, each with a retry every 3 s at most, and the requests that were already sent
     assert refused <= 13 * (20 / 3 + 3)
     for number in range(10):
         assert attempts(rig.wait_finished(f"job-{number}", timeout=60)) == [(1, Reason.SUCCEEDED)]
 
 
 @pytest.mark.row(10)
-def test_a_server_that_is_unavailable_for_longer_than_a_watcher_is_patient(rig: Rig) -> None:
-    """kopf gives up after 54 s unless it is told not to."""
+def test_operator_survives_an_unavailable_server(rig: Rig) -> None:
+    """By default, kopf gives up after 54 s."""
     rig.allowed.append("503")
     proxy = rig.proxy()
     operator = rig.operator(through=proxy, config={"stuckSeconds": 3600})
@@ -63,7 +63,7 @@ def test_a_server_that_is_unavailable_for_longer_than_a_watcher_is_patient(rig: 
 
 
 @pytest.mark.row(12)
-def test_no_transition_is_missed_while_watches_break_all_the_time(rig: Rig) -> None:
+def test_no_transition_is_missed_while_watches_break(rig: Rig) -> None:
     proxy = rig.proxy()
     operator = rig.operator(through=proxy, config=NO_RESYNC)
     rig.kubelet.plan(rig.namespace, Plan(end=failure(70, message="again")))
@@ -81,7 +81,7 @@ def test_no_transition_is_missed_while_watches_break_all_the_time(rig: Rig) -> N
 
 
 @pytest.mark.row(13)
-def test_what_was_deleted_while_nobody_watched_is_forgotten(rig: Rig) -> None:
+def test_objects_deleted_without_a_watch_are_dropped_from_the_cache(rig: Rig) -> None:
     proxy = rig.proxy()
     operator = rig.operator(through=proxy, config={"resyncSeconds": 3})
     for name in ("kept", "ghost"):
@@ -107,7 +107,7 @@ def test_what_was_deleted_while_nobody_watched_is_forgotten(rig: Rig) -> None:
 
 
 def _phases(metrics: dict[str, float]) -> dict[str, int]:
-    """Jobs by phase as the operator counts them."""
+    """Jobs by phase from the metrics."""
     found = {}
     for name, value in metrics.items():
         if name.startswith("finetune_operator_jobs{") and value:
@@ -116,7 +116,7 @@ def _phases(metrics: dict[str, float]) -> dict[str, int]:
 
 
 @pytest.mark.row(14)
-def test_a_watch_that_says_nothing_for_ever_is_left(rig: Rig) -> None:
+def test_stalled_watch_is_closed_and_restarted(rig: Rig) -> None:
     proxy = rig.proxy()
     rig.operator(through=proxy, config=NO_RESYNC)
     rig.submit()
@@ -130,8 +130,8 @@ def test_a_watch_that_says_nothing_for_ever_is_left(rig: Rig) -> None:
 
 @pytest.mark.row(15)
 @pytest.mark.parametrize("resource", WATCHED)
-def test_an_error_in_a_watch_never_makes_a_zombie(rig: Rig, resource: str) -> None:
-    """The process ends, to be started again: never alive and deaf."""
+def test_watch_error_ends_the_process(rig: Rig, resource: str) -> None:
+    """Its Deployment starts it again; a process with a stalled watch must not go on."""
     rig.allowed += ["watch", "Watch", "multitasker"]
     proxy = rig.proxy()
     operator = rig.operator(through=proxy, config=NO_RESYNC)
@@ -157,7 +157,7 @@ def own_cluster(tmp_path: Path) -> Iterator[tuple[Cluster, Path]]:
 
 
 @pytest.mark.row(16)
-def test_a_server_that_restarts_with_a_compacted_store(own_cluster: tuple[Cluster, Path], tmp_path: Path) -> None:
+def test_operator_survives_a_restart_of_the_server_with_a_compacted_store(own_cluster: tuple[Cluster, Path], tmp_path: Path) -> None:
     cluster, state = own_cluster
     cluster.api.create("namespaces", None, {"metadata": {"name": "work"}})
     rig = Rig(cluster, "work", tmp_path)
@@ -184,7 +184,7 @@ def test_a_server_that_restarts_with_a_compacted_store(own_cluster: tuple[Cluste
 
 
 def _process_of(state: Path, name: str) -> tuple[int, list[str]]:
-    """Pid and words of a component."""
+    """Process id and command line of a component."""
     for pid in processes.owned_by(state):
         argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")[:-1]
         if len(argv) > 1 and argv[1] == name:
@@ -193,7 +193,7 @@ def _process_of(state: Path, name: str) -> tuple[int, list[str]]:
 
 
 def _compact(etcd: str) -> None:
-    """Drop all history of the store, so that every watch's version is too old."""
+    """Compact the store, so that the resourceVersion of every watch is too old."""
     status = _post(f"{etcd}/v3/kv/range", b'{"key": "AA=="}')
     revision = status.partition('"revision":"')[2].partition('"')[0]
     _post(f"{etcd}/v3/kv/compaction", b'{"revision": "%s", "physical": true}' % revision.encode())
@@ -205,7 +205,7 @@ def _post(url: str, body: bytes) -> str:
 
 
 @pytest.mark.row(34)
-def test_without_the_definition_it_says_so_and_ends(tmp_path: Path) -> None:
+def test_missing_crd_ends_the_process_with_a_message(tmp_path: Path) -> None:
     with ControlPlane(tmp_path / "state") as endpoint:
         api = KubeApi(endpoint)
         with FakeKubelet(endpoint) as kubelet:
@@ -224,7 +224,7 @@ def test_without_the_definition_it_says_so_and_ends(tmp_path: Path) -> None:
 
 
 @pytest.mark.row(35)
-def test_a_definition_that_is_taken_away_and_put_back(own_cluster: tuple[Cluster, Path], tmp_path: Path) -> None:
+def test_operator_survives_removal_and_reinstallation_of_the_crd(own_cluster: tuple[Cluster, Path], tmp_path: Path) -> None:
     cluster, _ = own_cluster
     cluster.api.create("namespaces", None, {"metadata": {"name": "work"}})
     rig = Rig(cluster, "work", tmp_path)
@@ -241,15 +241,15 @@ def test_a_definition_that_is_taken_away_and_put_back(own_cluster: tuple[Cluster
         assert operator.wait_end(10) > 0
         rig.operator()
     rig.kubelet.end(rig.kubelet.wait_running("work", "new")[0], success())
-    # The garbage collector can only tell now that the owner is gone.
+    # Only now can the garbage collector see that the owner is deleted.
     rig.api.wait_gone("jobs", "work", "old-1", timeout=90)
     assert rig.wait_finished("new")["status"]["phase"] == Phase.SUCCEEDED
     for each in rig.operators:
         each.kill()
 
 
-def test_the_proxy_is_what_breaks_it(rig: Rig) -> None:
-    """Against a proof of nothing: through a proxy that breaks nothing, everything works."""
+def test_everything_works_through_a_proxy_without_faults(rig: Rig) -> None:
+    """Control: the failures of the other tests come from the faults, not from the proxy."""
     proxy = rig.proxy()
     rig.operator(through=proxy)
     rig.submit()

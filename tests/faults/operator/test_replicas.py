@@ -1,4 +1,4 @@
-"""Two replicas and one Lease: the leader dies, sleeps, or is robbed of it."""
+"""Two replicas and one Lease: the leader is killed or paused, or the Lease is deleted or taken over."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LEASE = "finetune-operator"
 
 
 def replica(rig: Rig) -> tuple[OperatorProcess, ApiProxy]:
-    """An operator with a proxy of its own, so that it is known who wrote what."""
+    """An operator with its own proxy, which shows its writes."""
     election = {
         "enabled": True, "leaseName": LEASE, "leaseNamespace": rig.namespace, "leaseDurationSeconds": 3,
         "renewDeadlineSeconds": 2, "retryPeriodSeconds": 0.5,
@@ -35,7 +35,7 @@ def holder(rig: Rig) -> str:
 
 
 def work(proxy: ApiProxy) -> list[str]:
-    """Writes but those of the Lease."""
+    """Writes to anything but the Lease."""
     return [label for label in proxy.writes() if not label.endswith(" leases")]
 
 
@@ -45,7 +45,7 @@ def finish(rig: Rig, name: str, **more: Any) -> None:
 
 
 @pytest.mark.row(31)
-def test_the_standby_takes_over_from_a_leader_that_is_killed(rig: Rig) -> None:
+def test_standby_takes_over_from_a_killed_leader(rig: Rig) -> None:
     leader, first = replica(rig)
     rig.submit("one")
     rig.wait_attempt(1, "one")
@@ -64,7 +64,7 @@ def test_the_standby_takes_over_from_a_leader_that_is_killed(rig: Rig) -> None:
 
 
 @pytest.mark.row(32)
-def test_a_leader_that_slept_writes_nothing_when_it_wakes(rig: Rig) -> None:
+def test_paused_leader_writes_nothing_when_it_resumes(rig: Rig) -> None:
     rig.allowed += ["Lease was not renewed in time", "is the leader now"]
     leader, first = replica(rig)
     rig.submit("one")
@@ -86,7 +86,7 @@ def test_a_leader_that_slept_writes_nothing_when_it_wakes(rig: Rig) -> None:
 
 
 @pytest.mark.row(33)
-def test_a_lease_that_is_deleted_or_taken_does_not_stop_the_work(rig: Rig) -> None:
+def test_work_continues_after_the_lease_is_deleted_or_taken_over(rig: Rig) -> None:
     rig.allowed += ["Lease was not renewed in time", "is the leader now"]
     replica(rig)
     replica(rig)
@@ -99,7 +99,7 @@ def test_a_lease_that_is_deleted_or_taken_does_not_stop_the_work(rig: Rig) -> No
     rig.api.patch("leases", rig.namespace, LEASE, {"spec": {"holderIdentity": "somebody-else"}})
 
     def taken_back(lease: Object) -> bool:
-        """Whoever lost the Lease ends, some time after: a Deployment starts another one."""
+        """Restart the replica that lost the Lease and ended, as a Deployment does."""
         if not any(operator.alive for operator in rig.operators):
             replica(rig)
         return lease["spec"].get("holderIdentity") not in ("", "somebody-else")
@@ -110,7 +110,7 @@ def test_a_lease_that_is_deleted_or_taken_does_not_stop_the_work(rig: Rig) -> No
     assert any(operator.alive for operator in rig.operators)
 
 
-def test_a_leader_that_is_told_to_end_hands_over_at_once(rig: Rig) -> None:
+def test_leader_releases_the_lease_on_sigterm(rig: Rig) -> None:
     leader, _ = replica(rig)
     rig.submit("one")
     rig.wait_attempt(1, "one")
@@ -135,8 +135,8 @@ def neighbour(rig: Rig) -> Iterator[Rig]:
     assert not alarms, alarms
 
 
-def test_two_operators_with_namespaces_of_their_own_share_a_cluster(rig: Rig, neighbour: Rig) -> None:
-    """Each serves its own with its own configuration, and what befalls one is nothing to the other."""
+def test_two_operators_with_different_namespaces_share_a_cluster(rig: Rig, neighbour: Rig) -> None:
+    """Each serves its own namespace with its own configuration, and neither is affected by the other."""
     sides = []
     for side, root in ((rig, "s3://here/runs"), (neighbour, "s3://there/runs")):
         proxy = side.proxy()

@@ -1,4 +1,4 @@
-"""The rig of the fault tests, for the rows that are quick enough to run each time."""
+"""The rig of the fault tests, for the rows that are quick enough for every test run."""
 
 import pytest
 

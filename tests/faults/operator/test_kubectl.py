@@ -1,4 +1,4 @@
-"""What people see: the table of `kubectl get`, and what `kubectl explain` and `kubectl wait` rest on."""
+"""What kubectl shows: the columns of `get`, the descriptions of `explain`, and the conditions that `wait` needs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tests.support.rig import FTJ, Rig
 pytestmark = pytest.mark.faults
 NARROW = ["Name", "Status", "Progress", "Loss", "Eta", "Workers", "Restarts", "Age"]
 NOT_YET = {"Loss", "Checkpoint", "Duration"}
-"""Blank until there is one: their values are a number, an address and a span."""
+"""Columns that stay empty until there is a value: a number, a URI and a duration."""
 WIDE = ["Model", "Method", "Checkpoint", "Duration", "Reason"]
 
 
 def table(api: KubeApi, namespace: str) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]]]:
-    """Columns, and cells by job and column, as kubectl receives them."""
+    """The columns, and the cells by job and column, as kubectl receives them."""
     url = api.endpoint.server + path_of(FTJ, namespace)
     headers = {
         "Authorization": f"Bearer {api.endpoint.token}",
@@ -34,7 +34,7 @@ def table(api: KubeApi, namespace: str) -> tuple[list[dict[str, Any]], dict[str,
 
 
 @pytest.mark.row(55)
-def test_the_table_is_never_blank_without_meaning(rig: Rig) -> None:
+def test_table_has_no_empty_cells_without_a_reason(rig: Rig) -> None:
     rig.operator()
     rig.submit("asleep", suspend=True)
     rig.wait_phase(Phase.SUSPENDED, "asleep")
@@ -69,25 +69,25 @@ def test_the_table_is_never_blank_without_meaning(rig: Rig) -> None:
 
 
 @pytest.mark.row(55)
-def test_every_field_explains_itself(rig: Rig) -> None:
+def test_every_field_has_a_description(rig: Rig) -> None:
     found = rig.api.request("GET", f"/openapi/v3/apis/{names.API_VERSION}").body
     schemas = found["components"]["schemas"].values()
     kind = next(one for one in schemas if {"spec", "status"} <= set(one.get("properties") or {}))
-    silent = list(_silent(kind["properties"]["spec"], "spec")) + list(_silent(kind["properties"]["status"], "status"))
+    silent = list(_undescribed(kind["properties"]["spec"], "spec")) + list(_undescribed(kind["properties"]["status"], "status"))
     assert silent == []
 
 
-def _silent(schema: dict[str, Any], path: str) -> Any:
-    """Paths without a description."""
+def _undescribed(schema: dict[str, Any], path: str) -> Any:
+    """Paths of fields without a description."""
     if not schema.get("description"):
         yield path
     for name, inner in (schema.get("properties") or {}).items():
-        yield from _silent(inner, f"{path}.{name}")
+        yield from _undescribed(inner, f"{path}.{name}")
 
 
 @pytest.mark.row(55)
-def test_one_wait_is_enough_for_every_end(rig: Rig) -> None:
-    """`kubectl wait --for=condition=Finished` looks at the condition's own generation."""
+def test_one_kubectl_wait_covers_every_end(rig: Rig) -> None:
+    """`kubectl wait --for=condition=Finished` compares the generation of the condition."""
     rig.operator()
     for name, ending in (("good", success()), ("bad", failure(64, message="no"))):
         rig.submit(name)

@@ -1,4 +1,4 @@
-"""What the operator writes when it has nothing to say, too much to say, or something that nobody may read."""
+"""How much the operator writes, and what it never writes: idle cost, throttling, event series, secrets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHIFT_SOURCE = Path(__file__).with_name("clock_shift.c")
 
 
 @pytest.mark.row(41)
-def test_finished_jobs_cost_nothing(rig: Rig) -> None:
+def test_finished_jobs_cause_no_requests(rig: Rig) -> None:
     proxy = rig.proxy()
     rig.kubelet.plan(rig.namespace, Plan(end=success()))
     rig.operator(through=proxy, config={"resyncSeconds": 3})
@@ -37,7 +37,7 @@ def test_finished_jobs_cost_nothing(rig: Rig) -> None:
 
 
 @pytest.mark.row(57)
-def test_progress_is_written_at_its_own_pace_and_transitions_at_once(rig: Rig) -> None:
+def test_progress_is_throttled_and_transitions_are_written_at_once(rig: Rig) -> None:
     proxy = rig.proxy()
     scrape = {"intervalSeconds": 0.05, "startingIntervalSeconds": 0.05}
     rig.operator(through=proxy, config={"progressSeconds": 4, "scrape": scrape})
@@ -60,7 +60,7 @@ def test_progress_is_written_at_its_own_pace_and_transitions_at_once(rig: Rig) -
 
 
 @pytest.mark.row(56)
-def test_the_same_event_again_is_counted_and_not_repeated(rig: Rig) -> None:
+def test_repeated_event_is_counted_in_a_series(rig: Rig) -> None:
     rig.operator()
     rig.submit(suspend=True)
     rig.wait_phase(Phase.SUSPENDED)
@@ -86,7 +86,7 @@ SECRETS = ("wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY", "hf_abcdefghijklmnopqrstu
 
 
 @pytest.mark.row(58)
-def test_what_a_pod_shouts_is_cut_and_its_secrets_stay_secret(rig: Rig) -> None:
+def test_long_messages_of_pods_are_shortened_and_secrets_masked(rig: Rig) -> None:
     operator = rig.operator()
     rig.submit(policy={"retries": 0})
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
@@ -105,7 +105,7 @@ def test_what_a_pod_shouts_is_cut_and_its_secrets_stay_secret(rig: Rig) -> None:
 
 
 @pytest.mark.row(58)
-def test_what_is_no_text_at_all_is_survived(rig: Rig) -> None:
+def test_binary_termination_message_is_tolerated(rig: Rig) -> None:
     rig.operator()
     rig.submit(policy={"retries": 0})
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
@@ -117,7 +117,7 @@ def test_what_is_no_text_at_all_is_survived(rig: Rig) -> None:
 
 @pytest.fixture(scope="module")
 def clock_shift(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A library that moves a process's wall clock by $CLOCK_SHIFT seconds; libfaketime in twenty lines."""
+    """A library that shifts the wall clock of a process by $CLOCK_SHIFT seconds, like libfaketime."""
     library = tmp_path_factory.mktemp("clock") / "shift.so"
     try:
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", library, SHIFT_SOURCE, "-ldl"], check=True)
@@ -128,7 +128,7 @@ def clock_shift(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.row(29)
 @pytest.mark.parametrize("hours", [2, -2])
-def test_a_wrong_clock_changes_neither_deadline_nor_ttl(rig: Rig, clock_shift: Path, hours: int) -> None:
+def test_deadline_and_ttl_are_right_although_the_operator_s_clock_is_wrong(rig: Rig, clock_shift: Path, hours: int) -> None:
     proxy = rig.proxy()
     env = {"LD_PRELOAD": str(clock_shift), "CLOCK_SHIFT": str(hours * 3600)}
     rig.operator(through=proxy, env=env)
@@ -153,7 +153,7 @@ def test_a_wrong_clock_changes_neither_deadline_nor_ttl(rig: Rig, clock_shift: P
 
 
 def _now(rig: Rig) -> float:
-    """The API server's time."""
+    """Current time of the API server, in seconds."""
     made = rig.api.create("events", rig.namespace, {
         "metadata": {"generateName": "now-"}, "eventTime": "2026-01-01T00:00:00.000000Z", "action": "Look", "type": "Normal",
         "reportingController": "test", "reportingInstance": "test", "reason": "Now", "regarding": {"namespace": rig.namespace},
@@ -167,7 +167,7 @@ def _later(time_: str, seconds: float) -> float:
     return datetime.fromisoformat(time_.replace("Z", "+00:00")).timestamp() + seconds
 
 
-def test_a_failure_is_told_once(rig: Rig) -> None:
+def test_failure_emits_one_event(rig: Rig) -> None:
     rig.operator()
     rig.submit(policy={"retries": 0})
     rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], failure(70, message="broken"))

@@ -1,4 +1,4 @@
-"""The rows of the fault matrix that are quick: lost answers, conflicts, stale views, a dead operator, foreign objects."""
+"""The quick rows of the fault matrix: lost responses, conflicts, a stale cache, a killed operator, foreign objects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.mark.row(1)
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_a_whole_life_costs_few_writes_and_none_of_what_is_the_user_s(rig: Rig, nodes: int) -> None:
+def test_whole_run_needs_few_writes_and_none_to_spec_or_metadata(rig: Rig, nodes: int) -> None:
     proxy = rig.proxy()
     rig.operator(through=proxy)
     rig.submit(resources={"nodes": nodes})
@@ -41,7 +41,7 @@ def test_a_whole_life_costs_few_writes_and_none_of_what_is_the_user_s(rig: Rig, 
 
 @pytest.mark.row(2)
 @pytest.mark.parametrize("point", ["before_status_write", "after_job_create"])
-def test_killed_while_it_starts_a_job(rig: Rig, point: str) -> None:
+def test_kill_during_the_start_of_a_job_changes_nothing(rig: Rig, point: str) -> None:
     dying = rig.operator(crash_at=point)
     rig.submit()
     assert dying.wait_end() == -9
@@ -57,7 +57,7 @@ def test_killed_while_it_starts_a_job(rig: Rig, point: str) -> None:
 
 
 @pytest.mark.row(3, 6)
-def test_what_was_wished_while_it_was_away_is_what_happens(rig: Rig) -> None:
+def test_last_wish_during_an_absence_applies(rig: Rig) -> None:
     rig.submit("new")
     rig.submit("flipped")
     for value in (True, False, True):
@@ -71,7 +71,7 @@ def test_what_was_wished_while_it_was_away_is_what_happens(rig: Rig) -> None:
 
 
 @pytest.mark.row(4)
-def test_deletion_needs_no_operator(rig: Rig) -> None:
+def test_job_is_deleted_without_the_operator(rig: Rig) -> None:
     operator = rig.operator()
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
@@ -89,7 +89,7 @@ def test_deletion_needs_no_operator(rig: Rig) -> None:
 
 @pytest.mark.row(7)
 @pytest.mark.parametrize("fault", [LostResponse(), StatusAfter(504)], ids=["lost", "504"])
-def test_a_create_whose_answer_is_lost_makes_one_job(rig: Rig, fault: LostResponse | StatusAfter) -> None:
+def test_lost_response_to_a_create_leads_to_one_job(rig: Rig, fault: LostResponse | StatusAfter) -> None:
     proxy = rig.proxy()
     rig.operator(through=proxy)
     with proxy.fault(fault, verb="create", resource="jobs", times=1) as rule:
@@ -102,7 +102,7 @@ def test_a_create_whose_answer_is_lost_makes_one_job(rig: Rig, fault: LostRespon
 
 
 @pytest.mark.row(8)
-def test_conflicts_at_the_status_are_not_worth_a_word(rig: Rig) -> None:
+def test_status_conflicts_are_retried_without_a_warning(rig: Rig) -> None:
     proxy = rig.proxy()
     rig.operator(through=proxy)
     with all_of(
@@ -117,7 +117,7 @@ def test_conflicts_at_the_status_are_not_worth_a_word(rig: Rig) -> None:
 
 
 @pytest.mark.row(17)
-def test_old_events_that_come_again_change_nothing(rig: Rig) -> None:
+def test_repeated_watch_events_change_nothing(rig: Rig) -> None:
     proxy = rig.proxy()
     rig.operator(through=proxy)
     rig.submit()
@@ -134,7 +134,7 @@ def test_old_events_that_come_again_change_nothing(rig: Rig) -> None:
 
 
 @pytest.mark.row(18)
-def test_a_view_that_lags_makes_no_second_job(rig: Rig) -> None:
+def test_stale_cache_leads_to_no_second_job(rig: Rig) -> None:
     proxy = rig.proxy()
     with all_of(
         proxy.fault(LateEvents(1.5), verb="watch", resource="jobs"),
@@ -153,7 +153,7 @@ def test_a_view_that_lags_makes_no_second_job(rig: Rig) -> None:
 
 
 @pytest.mark.row(20)
-def test_what_is_not_ours_is_left_alone(rig: Rig) -> None:
+def test_foreign_jobs_are_left_alone(rig: Rig) -> None:
     labels = {Label.MANAGED_BY.value: names.MANAGER, Label.NAME.value: "job", Label.UID.value: "another"}
     template = {"spec": {"restartPolicy": "Never", "containers": [{"name": "c", "image": "x"}]}}
 
@@ -178,7 +178,7 @@ def test_what_is_not_ours_is_left_alone(rig: Rig) -> None:
 
 
 @pytest.mark.row(21)
-def test_a_job_that_somebody_deletes_is_an_attempt_that_ended(rig: Rig) -> None:
+def test_deleted_job_counts_as_an_ended_attempt(rig: Rig) -> None:
     rig.operator()
     rig.submit(policy={"retries": 1})
     for attempt in (1, 2):
@@ -192,7 +192,7 @@ def test_a_job_that_somebody_deletes_is_an_attempt_that_ended(rig: Rig) -> None:
 
 
 @pytest.mark.row(27)
-def test_retries_end_once_and_for_all(rig: Rig) -> None:
+def test_exhausted_retries_finish_the_job_for_good(rig: Rig) -> None:
     proxy = rig.proxy()
     rig.kubelet.plan(rig.namespace, Plan(end=failure(70, message="it breaks each time")))
     rig.operator(through=proxy)
@@ -212,7 +212,7 @@ def test_retries_end_once_and_for_all(rig: Rig) -> None:
 
 
 @pytest.mark.row(30)
-def test_suspend_resume_suspend_leaves_nothing_behind(rig: Rig) -> None:
+def test_suspend_resume_suspend_leaves_no_pods(rig: Rig) -> None:
     rig.kubelet.plan(rig.namespace, Plan(stop=failure(75, step=4, committed=4)))
     rig.operator()
     rig.submit()
