@@ -59,6 +59,10 @@ locks: setup ## Write requirements/{operator,trainer,cli}.lock again, with the v
 	@scripts/locks.sh
 
 ##@ Tests
+.PHONY: mutants
+mutants: setup ## Mutation tests of the most important modules: MODULES="lease decide" chooses some (minutes to hours)
+	@$(PY) scripts/mutants.py $(MODULES)
+
 .PHONY: test-quick
 test-quick: tools ## Unit, integration and pod tests: no images, no node
 	@$(PYTEST) -m "not e2e and not faults and not slow and not gpu"

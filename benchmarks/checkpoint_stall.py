@@ -28,11 +28,11 @@ STEPS_PER_CHECKPOINT = 10
 
 
 def run_training(
-    place: Bench, name: str, spec: dict[str, Any], *, endpoint: str | None = None
+    workspace: Bench, name: str, spec: dict[str, Any], *, endpoint: str | None = None
 ) -> tuple[list[float], list[float], int]:
     """Run a training. Returns the seconds of steps without a save, the seconds of stalls, and the bytes of the newest checkpoint."""
-    target = place.target(name, endpoint=endpoint)
-    with place.pod(name, spec, target, "benchmarks.lib.timed_train", env={"OMP_NUM_THREADS": "1"}) as pod:
+    target = workspace.target(name, endpoint=endpoint)
+    with workspace.pod(name, spec, target, "benchmarks.lib.timed_train", env={"OMP_NUM_THREADS": "1"}) as pod:
         code = pod.end(580)
         assert code == 0, pod.text[-3000:]
         size = max((one.bytes or 0 for one in pod.termination_message().checkpoints), default=0)
@@ -44,35 +44,35 @@ def run_training(
     return steps[2:], list(stalls.values()), size
 
 
-def spec_of(place: Bench, method: str, shape: dict[str, Any], steps: int, every: int | None) -> dict[str, Any]:
+def spec_of(workspace: Bench, method: str, shape: dict[str, Any], steps: int, every: int | None) -> dict[str, Any]:
     checkpoint = {"steps": every, "keep": 2} if every else {"strategy": "no"}
-    return place.spec(
+    return workspace.spec(
         shape, method={"type": method}, checkpoint=checkpoint, tracking={"loggingSteps": 10},
         training={"maxSteps": steps, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
         policy={"stallTimeoutSeconds": 600},
     )  # fmt: skip
 
 
-def stalls(place: Bench, method: str, shape: dict[str, Any], steps: int) -> dict[str, Any]:
+def stalls(workspace: Bench, method: str, shape: dict[str, Any], steps: int) -> dict[str, Any]:
     """Measure the stalls of one kind of training state."""
-    quiet, found, size = run_training(place, f"stall-{method}", spec_of(place, method, shape, steps, 2))
+    quiet, found, size = run_training(workspace, f"stall-{method}", spec_of(workspace, method, shape, steps, 2))
     return {
         "checkpointBytes": size, "stallSeconds": spread(found, 4), "stepSeconds": round(statistics.median(quiet), 4),
     }  # fmt: skip
 
 
-def slow_store(place: Bench, rounds: int, steps: int) -> dict[str, Any]:
+def slow_store(workspace: Bench, rounds: int, steps: int) -> dict[str, Any]:
     """Measure step times without checkpoints and with a server that accepts 1 MB/s, alternately."""
     pairs: list[tuple[float, float]] = []
-    with S3Proxy(place.server.host_url) as proxy:
+    with S3Proxy(workspace.server.host_url) as proxy:
         proxy.fault(Bandwidth(SLOW_BYTES_PER_SECOND), operation="PutObject")
         proxy.fault(Bandwidth(SLOW_BYTES_PER_SECOND), operation="UploadPart", key="checkpoints/")
         for number in range(rounds):
             order = (None, STEPS_PER_CHECKPOINT) if number % 2 == 0 else (STEPS_PER_CHECKPOINT, None)
             medians = {}
             for every in order:
-                spec = spec_of(place, "lora", {}, steps, every)
-                times, _, _ = run_training(place, f"slow-{number}-{every}", spec, endpoint=proxy.url)
+                spec = spec_of(workspace, "lora", {}, steps, every)
+                times, _, _ = run_training(workspace, f"slow-{number}-{every}", spec, endpoint=proxy.url)
                 medians[every] = statistics.median(times)
             pairs.append((medians[None], medians[STEPS_PER_CHECKPOINT]))
             print(
@@ -98,13 +98,13 @@ def main() -> None:
     parts = options.parts.split(",")
     path = record.RESULTS / "checkpoint_stall.json"
     figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
-    with bench() as place:
+    with bench() as workspace:
         if "lora" in parts:
-            figures["lora"] = stalls(place, "lora", LORA, options.lora_steps)
+            figures["lora"] = stalls(workspace, "lora", LORA, options.lora_steps)
         if "full" in parts:
-            figures["full"] = stalls(place, "full", FULL, options.full_steps)
+            figures["full"] = stalls(workspace, "full", FULL, options.full_steps)
         if "slow" in parts:
-            figures["slowStore"] = slow_store(place, options.rounds, options.slow_steps)
+            figures["slowStore"] = slow_store(workspace, options.rounds, options.slow_steps)
     print(json.dumps(figures, indent=1))
     print(record.write("checkpoint_stall", figures, method=record.method(__doc__)))
 

@@ -110,14 +110,14 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         raise SystemExit(f"--device {options.device} is not available: the runs would use {device}")
     seconds: dict[str, list[float]] = {"ours": [], "bare": []}
     memory = 0
-    for place in range(options.rounds + 1):
+    for round_number in range(options.rounds + 1):
         for name, program in (("ours", ours), ("bare", bare)):
             gc.collect()
             if gpu:
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats()
             lap = program(run, inputs, folder)
-            if place:
+            if round_number:
                 seconds[name].append(lap.seconds)
             if gpu and name == "ours":
                 memory = max(memory, torch.cuda.max_memory_allocated())

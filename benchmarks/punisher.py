@@ -65,7 +65,7 @@ def kill_victim(pod: Pod, victim: str) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def verify_checkpoints(tree: Tree, folder: Path, ledger: RunRecord) -> int:
+def verify_checkpoints(tree: Tree, folder: Path, run_record: RunRecord) -> int:
     """Compare each committed checkpoint with its manifest. Returns the newest committed step."""
     newest = 0
     for committed in tree.committed():
@@ -74,7 +74,7 @@ def verify_checkpoints(tree: Tree, folder: Path, ledger: RunRecord) -> int:
         problem = fetch_verified(tree, committed.folder, manifest, folder / committed.folder, lambda path: True)
         assert problem is None, problem
         newest = max(newest, manifest.step)
-        ledger.checked += 1
+        run_record.checked += 1
     return newest
 
 
@@ -103,45 +103,45 @@ def compare_states(tree: Tree, steps: int) -> int:
     return compared
 
 
-def attempt(place: Bench, options: argparse.Namespace, ledger: RunRecord, draw: random.Random) -> None:
+def attempt(workspace: Bench, options: argparse.Namespace, run_record: RunRecord, draw: random.Random) -> None:
     """Run one attempt: start it, wait for a new step, kill a victim, verify the checkpoints."""
-    ledger.attempt += 1
-    target, name = place.target("punished"), f"attempt-{ledger.attempt}"
-    spec = place.spec(checkpoint={"steps": options.every})
+    run_record.attempt += 1
+    target, name = workspace.target("punished"), f"attempt-{run_record.attempt}"
+    spec = workspace.spec(checkpoint={"steps": options.every})
     script = json.dumps({"steps": options.steps, "every": options.every, "pause": options.pause})
     began, tree = time.monotonic(), Tree(open_store(target))
-    with place.pod(
-        name, spec, target, "toy_rank", attempt=ledger.attempt, newest=ledger.newest, env={"TOY_SCRIPT": script}
+    with workspace.pod(
+        name, spec, target, "toy_rank", attempt=run_record.attempt, newest=run_record.newest, env={"TOY_SCRIPT": script}
     ) as pod:
         assert pod.process is not None
-        while pod.step() <= ledger.newest and pod.process.poll() is None:
+        while pod.step() <= run_record.newest and pod.process.poll() is None:
             time.sleep(POLL_SECONDS)
-        if ledger.kills:
-            ledger.recoveries.append(time.monotonic() - began)
+        if run_record.kills:
+            run_record.recoveries.append(time.monotonic() - began)
         seen, victim = pod.step(), "none"
-        if ledger.kills < options.kills:
+        if run_record.kills < options.kills:
             time.sleep(draw.uniform(0, options.every * options.pause))
             seen, victim = pod.step(), draw.choice(VICTIMS)
             kill_victim(pod, victim)
-            ledger.kills += 1
+            run_record.kills += 1
         code = pod.end(600)
-    ledger.held += time.monotonic() - began
-    ledger.codes[f"{victim} {code}"] = ledger.codes.get(f"{victim} {code}", 0) + 1
-    ledger.done = code == 0
-    if not ledger.done:
-        ledger.newest = verify_checkpoints(tree, place.folder / "check", ledger)
-        ledger.lost.append(max(0, seen - ledger.newest))
-        print(f"kill {ledger.kills}: {victim:<5} at step {seen}, code {code}, committed {ledger.newest}", flush=True)
+    run_record.held += time.monotonic() - began
+    run_record.codes[f"{victim} {code}"] = run_record.codes.get(f"{victim} {code}", 0) + 1
+    run_record.done = code == 0
+    if not run_record.done:
+        run_record.newest = verify_checkpoints(tree, workspace.folder / "check", run_record)
+        run_record.lost.append(max(0, seen - run_record.newest))
+        print(f"kill {run_record.kills}: {victim:<5} at step {seen}, code {code}, committed {run_record.newest}", flush=True)
 
 
-def figures_of(place: Bench, options: argparse.Namespace, ledger: RunRecord) -> dict[str, Any]:
-    compared = compare_states(Tree(open_store(place.target("punished"))), options.steps)
+def figures_of(workspace: Bench, options: argparse.Namespace, run_record: RunRecord) -> dict[str, Any]:
+    compared = compare_states(Tree(open_store(workspace.target("punished"))), options.steps)
     return {
-        "steps": options.steps, "checkpointEvery": options.every, "stepSeconds": options.pause, "kills": ledger.kills,
-        "attempts": ledger.attempt, "endings": dict(sorted(ledger.codes.items())), "podSeconds": round(ledger.held, 1),
-        "goodput": round(options.steps * options.pause / ledger.held, 4), "recoverySeconds": spread(ledger.recoveries),
-        "stepsLost": {"most": max(ledger.lost, default=0), "mean": round(sum(ledger.lost) / max(1, len(ledger.lost)), 2)},
-        "checkpointsReadBack": ledger.checked, "statesCompared": compared, "curveEqual": True,
+        "steps": options.steps, "checkpointEvery": options.every, "stepSeconds": options.pause, "kills": run_record.kills,
+        "attempts": run_record.attempt, "endings": dict(sorted(run_record.codes.items())), "podSeconds": round(run_record.held, 1),
+        "goodput": round(options.steps * options.pause / run_record.held, 4), "recoverySeconds": spread(run_record.recoveries),
+        "stepsLost": {"most": max(run_record.lost, default=0), "mean": round(sum(run_record.lost) / max(1, len(run_record.lost)), 2)},
+        "checkpointsReadBack": run_record.checked, "statesCompared": compared, "curveEqual": True,
     }  # fmt: skip
 
 
@@ -157,17 +157,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time, between two kills")
     options = parser.parse_args()
     began = time.monotonic()
-    with bench(options.folder) as place:
-        record_file = place.folder / "ledger.json"
-        ledger = RunRecord.model_validate_json(record_file.read_text()) if record_file.exists() else RunRecord()
-        while not ledger.done and time.monotonic() - began < options.seconds:
-            draw = random.Random(f"{options.seed}/{ledger.attempt}")
-            attempt(place, options, ledger, draw)
-            record_file.write_text(ledger.model_dump_json())
-        if not ledger.done:
-            print(f"{ledger.kills} kills, step {ledger.newest} of {options.steps}: run the same command to continue")
+    with bench(options.folder) as workspace:
+        record_file = workspace.folder / "ledger.json"
+        run_record = RunRecord.model_validate_json(record_file.read_text()) if record_file.exists() else RunRecord()
+        while not run_record.done and time.monotonic() - began < options.seconds:
+            draw = random.Random(f"{options.seed}/{run_record.attempt}")
+            attempt(workspace, options, run_record, draw)
+            record_file.write_text(run_record.model_dump_json())
+        if not run_record.done:
+            print(f"{run_record.kills} kills, step {run_record.newest} of {options.steps}: run the same command to continue")
             return
-        figures = figures_of(place, options, ledger)
+        figures = figures_of(workspace, options, run_record)
     print(json.dumps(figures, indent=1))
     print(record.write("punisher", figures, method=record.method(__doc__)))
 

@@ -50,18 +50,18 @@ def kill_rank(pod: Pod, newest: int, draw: random.Random) -> tuple[float, float,
     return killed_at, time.monotonic() - killed_at, pod.termination_message().committed_step or 0
 
 
-def measure(place: Bench, kills: int, seed: int) -> dict[str, object]:
+def measure(workspace: Bench, kills: int, seed: int) -> dict[str, object]:
     draw = random.Random(seed)
-    spec = place.spec(
+    spec = workspace.spec(
         method={"type": "lora"}, checkpoint={"steps": STEPS_PER_CHECKPOINT}, tracking={"loggingSteps": 10},
         training={"maxSteps": 100_000, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1},
     )  # fmt: skip
-    target, newest, killed_at = place.target("recovered"), 0, 0.0
+    target, newest, killed_at = workspace.target("recovered"), 0, 0.0
     detect: list[float] = []
     total: list[float] = []
     stages: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for attempt in range(1, kills + 2):
-        with place.pod(
+        with workspace.pod(
             f"attempt-{attempt}", spec, target, "finetune_trainer.train", attempt=attempt, newest=newest
         ) as pod:
             found = first_new_step(pod, newest)
@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with bench() as place:
-        figures = measure(place, options.kills, options.seed)
+    with bench() as workspace:
+        figures = measure(workspace, options.kills, options.seed)
     print(json.dumps(figures, indent=1))
     print(record.write("recovery", figures, method=record.method(__doc__)))
 

@@ -57,10 +57,10 @@ def _kib(name: str) -> int:
     return int(line.split()[1])
 
 
-def tasks_of(place: Bench, source: Path, target: Path) -> dict[str, Callable[[], object]]:
+def tasks_of(workspace: Bench, source: Path, target: Path) -> dict[str, Callable[[], object]]:
     """The measured transfers by client and direction."""
-    store = S3Store(StoreTarget(uri=f"s3://{BUCKET}/ours", endpoint=place.server.host_url))
-    plain = place.server.client()
+    store = S3Store(StoreTarget(uri=f"s3://{BUCKET}/ours", endpoint=workspace.server.host_url))
+    plain = workspace.server.client()
     tasks: dict[str, Callable[[], object]] = {
         "ours up": lambda: store.put_file(source, "file"),
         "boto3 up": lambda: plain.upload_file(str(source), BUCKET, "boto3/file"),
@@ -69,14 +69,14 @@ def tasks_of(place: Bench, source: Path, target: Path) -> dict[str, Callable[[],
         "sha256": lambda: sha256_file(source),
     }
     if find_spec("obstore"):
-        tasks |= _obstore(place, source, target)
+        tasks |= _obstore(workspace, source, target)
     return tasks
 
 
-def _obstore(place: Bench, source: Path, target: Path) -> dict[str, Callable[[], object]]:
+def _obstore(workspace: Bench, source: Path, target: Path) -> dict[str, Callable[[], object]]:
     import obstore
 
-    server = place.server
+    server = workspace.server
     store = obstore.store.S3Store(
         BUCKET, endpoint=server.host_url, access_key_id=server.access_key, secret_access_key=server.secret_key,
         region=server.region, virtual_hosted_style_request=False, client_options={"allow_http": True},
@@ -90,10 +90,10 @@ def _obstore(place: Bench, source: Path, target: Path) -> dict[str, Callable[[],
     return {"obstore up": lambda: obstore.put(store, "obstore/file", source), "obstore down": down}
 
 
-def measure(place: Bench, megabytes: int, rounds: int) -> dict[str, object]:
-    source, target = place.folder / "source", place.folder / "target"
+def measure(workspace: Bench, megabytes: int, rounds: int) -> dict[str, object]:
+    source, target = workspace.folder / "source", workspace.folder / "target"
     source.write_bytes(random.Random(0).randbytes(megabytes * 1_000_000))
-    tasks = tasks_of(place, source, target)
+    tasks = tasks_of(workspace, source, target)
     found: dict[str, list[Cost]] = {task: [] for task in tasks}
     for number in range(rounds + 1):  # the first one warms up
         order = list(tasks)
@@ -136,8 +136,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     os.environ.pop("AWS_ENDPOINT_URL", None)
-    with bench() as place:
-        figures = measure(place, options.megabytes, options.rounds)
+    with bench() as workspace:
+        figures = measure(workspace, options.megabytes, options.rounds)
     print(json.dumps(figures, indent=1))
     print(record.write("storage_throughput", figures, method=record.method(__doc__)))
 

@@ -180,12 +180,12 @@ def measure(
     run, inputs = make_run(folder, model, spec, rows)
     pairs: list[tuple[Lap, Lap]] = []
     with quiet():
-        for place in range(rounds + 1):
-            order: tuple[Program, Program] = (ours, bare) if place % 2 == 0 else (bare, ours)
+        for round_number in range(rounds + 1):
+            order: tuple[Program, Program] = (ours, bare) if round_number % 2 == 0 else (bare, ours)
             laps = {program: timed(program, run, inputs, folder) for program in order}
             if any(abs(laps[ours].losses[step] - loss) > TOLERANCE for step, loss in laps[bare].losses.items()):
                 raise SystemExit(f"the trainings differ: {laps[ours].losses} and {laps[bare].losses}")
-            pairs += [(laps[ours], laps[bare])] if place else []
+            pairs += [(laps[ours], laps[bare])] if round_number else []
     shutil.rmtree(folder)
     return {
         "step": _compared([(a.seconds, b.seconds) for a, b in pairs]) | {

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Lock the packages of the images and the command line, in the versions of the test environment. Locks contain no index URLs.
+# Lock the packages of the images, the command line and the mutation tool, in the versions of the test environment. Locks contain no index URLs.
 set -euo pipefail
 cd "$(dirname "$0")/../requirements"
 uv="$(ls -d "${XDG_CACHE_HOME:-$HOME/.cache}"/finetune-operator/uv-*/bin/uv | head -n 1)"
-for name in operator trainer cli; do
+for name in operator trainer cli mutants; do
   "$uv" pip compile -q --generate-hashes --no-emit-index-url --no-header --python-version 3.11 -c dev.lock "$name.in" -o "$name.lock"
 done

@@ -67,14 +67,14 @@ class Bench:
 def bench(folder: Path | None = None) -> Iterator[Bench]:
     """Start an S3 server with a temporary folder, or with `folder`, whose data are kept."""
     with contextlib.ExitStack() as stack:
-        place = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        place.mkdir(parents=True, exist_ok=True)
-        server = stack.enter_context(S3Process(place / "s3"))
+        workspace = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        workspace.mkdir(parents=True, exist_ok=True)
+        server = stack.enter_context(S3Process(workspace / "s3"))
         client = server.client()
         if BUCKET not in {one["Name"] for one in client.list_buckets()["Buckets"]}:
             client.create_bucket(Bucket=BUCKET)
         os.environ |= {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
-        yield Bench(place, server)
+        yield Bench(workspace, server)
 
 
 def spread(values: list[float], digits: int = 3) -> dict[str, float | int | None]:

@@ -128,7 +128,7 @@ async def run(
     monitor: WatchMonitor,
     is_stopping: Callable[[], bool],
 ) -> None:
-    """Run kopf until the process is told to end. First wait until the API server serves the custom resource.
+    """Run kopf until the process is asked to stop. First wait until the API server serves the custom resource.
 
     With `scanning.disabled`, kopf reads the discovery document once: it would never watch a CRD that is served a moment later.
     """

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE_FILE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 DRAIN_SECONDS = 10.0
-"""Time for running reconciliations to finish when the process is told to end."""
+"""Time for running reconciliations to finish when the process is asked to stop."""
 LAG_PERIOD_SECONDS = 1.0
 
 
@@ -65,7 +65,7 @@ class Runtime:
         self._stop_requested = asyncio.Event()
 
     async def run(self) -> int:
-        """Run until the process is told to end. Returns the exit code: 0 if it was told to, 1 if a task failed."""
+        """Run until the process is asked to stop. Returns the exit code: 0 if it it was, 1 if a task failed."""
         # kopf installs its own signal handlers later. A signal before that ends the process at once.
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop_requested.set)
@@ -83,7 +83,7 @@ class Runtime:
         return await self._run_tasks()
 
     async def _fill_cache(self) -> int | None:
-        """Fill the cache before anything else starts. Returns an exit code if that failed or the process was told to end."""
+        """Fill the cache before anything else starts. Returns an exit code if that failed or the process was asked to stop."""
         resync = asyncio.create_task(self._resyncer.run_once())
         stop = asyncio.create_task(self._stop_requested.wait())
         await asyncio.wait([resync, stop], return_when=asyncio.FIRST_COMPLETED)

@@ -85,7 +85,7 @@ app.kubernetes.io/part-of: finetune-operator
   resources: [services]
   verbs: [get, create]
 - apiGroups: [""]
-  # Events of the Job controller are the only place where quota and Pod Security refusals of pods are reported.
+  # Events of the Job controller are the only report of quota and Pod Security refusals of pods.
   resources: [events]
   verbs: [list]
 - apiGroups: [events.k8s.io]

@@ -29,7 +29,7 @@ def test_images_have_the_versions_of_the_test_environment(root: Path, name: str)
     assert {package: tested.get(package) for package in found} == found
 
 
-@pytest.mark.parametrize("name", [*LOCKS, "dev", "nodeps", "bootstrap"])
+@pytest.mark.parametrize("name", [*LOCKS, "dev", "nodeps", "bootstrap", "mutants"])
 def test_locks_have_hashes_and_no_addresses(root: Path, name: str) -> None:
     text = (root / f"requirements/{name}.lock").read_text("utf-8")
     assert text.count("==") <= text.count("--hash=sha256:")
