@@ -65,7 +65,7 @@ class Runtime:
         self._stop_requested = asyncio.Event()
 
     async def run(self) -> int:
-        """Run until the process is asked to stop. Returns the exit code: 0 if it it was, 1 if a task failed."""
+        """Run until the process is asked to stop. Returns the exit code: 0 if it was asked to stop, 1 if a task failed."""
         # kopf installs its own signal handlers later. A signal before that ends the process at once.
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, self._stop_requested.set)
