@@ -89,7 +89,7 @@ def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
     if method is MethodType.SPECTRUM and bits:
         yield (
             "model.quantization.bits",
-            "spectrum trains 16-bit weights next to quantised ones, and FSDP needs one data type per layer",
+            "spectrum trains unquantised weights next to quantised ones, and FSDP needs one data type per layer",
             "write `distributed: {strategy: ddp}`, or remove model.quantization: FSDP shards whole weights, too",
         )
     if bits == 8:

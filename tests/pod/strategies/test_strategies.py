@@ -107,12 +107,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "fsdp 8-bit optimizer": (
         merged({"training": {"optimizer": "adamw_8bit"}}, fsdp()),
         "StrategyAndMethod",
-        "adamw_8bit, which cannot update slices",
+        "adamw_8bit, which cannot update the weight slices",
     ),
     "fsdp head": (
         merged({"method": {"lora": {"modulesToSave": ["lm_head"]}}}, fsdp()),
         "StrategyAndMethod",
-        "names the head lm_head",
+        "contains the head lm_head",
     ),
     "zero1 adagrad": (merged({"training": {"optimizer": "adagrad"}}, zero(1)), "StrategyAndMethod", "it is adagrad"),
     "json against fields": (
