@@ -42,7 +42,7 @@ RATE_FACTOR = 0.5
 
 
 @dataclass(frozen=True)
-class LadderExhausted:
+class AdaptationsExhausted:
     """No further change can help."""
 
     message: str
@@ -79,17 +79,17 @@ def adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
     return result
 
 
-def adapt_to_out_of_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | LadderExhausted:
+def adapt_to_out_of_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation | AdaptationsExhausted:
     """Return the next change after memory ran out with `spec` (resolved, with earlier adaptations applied)."""
     batch = spec.training.batch_size_per_device or 1
     accumulation = spec.training.gradient_accumulation_steps or 1
     if spec.policy.on_out_of_memory is OnOutOfMemory.FAIL:
-        return LadderExhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
+        return AdaptationsExhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
     for values in _possible_changes(spec, batch, accumulation):
         if not new_problems(spec, spec.with_values(values)):
             change = ", ".join(f"{_shown(path)} {spec.value(path)} -> {value}" for path, value in values.items())
             return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set=values)
-    return LadderExhausted(
+    return AdaptationsExhausted(
         f"memory ran out with batchSizePerDevice {batch}, gradientAccumulationSteps {accumulation} and activation "
         f"checkpointing {spec.training.gradient_checkpointing or 'unknown'}: nothing is left to reduce",
         "use a larger GPU or resources.memory, a quantised base (method qlora), or a shorter dataset.maxSequenceLength",
@@ -121,17 +121,17 @@ def _shown(path: str) -> str:
 def adapt_to_divergence(
     spec: FineTuneJobSpec, adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint], now: datetime,
     attempt: int = 1,
-) -> Adaptation | LadderExhausted:  # fmt: skip
+) -> Adaptation | AdaptationsExhausted:  # fmt: skip
     """Return the next change after the loss of `attempt` was not finite; `spec` has earlier adaptations applied."""
     if spec.policy.on_divergence is OnDivergence.FAIL:
-        return LadderExhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
+        return AdaptationsExhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
     earlier = [one for one in adaptations if one.reason == Reason.DIVERGED]
     steps = sorted((c.step for c in checkpoints if c.healthy is not False), reverse=True)
     if not earlier:
         start = f"step {steps[0]}" if steps else "the start"
         return Adaptation(time=now, reason=Reason.DIVERGED, change=f"replay from {start}, nothing changed", set={})
     if len(earlier) > ROLLBACKS:
-        return LadderExhausted(
+        return AdaptationsExhausted(
             f"the loss was not finite again after one replay and {ROLLBACKS} rollbacks, "
             f"at last with learningRate {spec.training.learning_rate:g}",
             "look at the rows around the step named here; lower training.learningRate or training.maxGradNorm",

@@ -18,7 +18,7 @@ from finetune_api.names import FailureClass, Reason
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.status import Adaptation, Attempt, Failure, FineTuneJobStatus
 
-from finetune_operator.policies.adaptations import LadderExhausted, adapt_to_divergence, adapt_to_out_of_memory
+from finetune_operator.policies.adaptations import AdaptationsExhausted, adapt_to_divergence, adapt_to_out_of_memory
 from finetune_operator.settings import RetrySettings
 
 DEFAULT_RETRIES = 3
@@ -117,7 +117,7 @@ def retry_or_give_up(
             adaptation = adapt_to_divergence(spec, status.adaptations, status.checkpoints, now, attempt)
         case RetryPolicy.COUNTED:
             return _counted(cause, spec, status.retries_used or 0, progressed)
-    if isinstance(adaptation, LadderExhausted):
+    if isinstance(adaptation, AdaptationsExhausted):
         message = f"{cause.failure.message}; {adaptation.message}" if cause.failure.message else adaptation.message
         return GiveUp(cause.reason, cause.failure.model_copy(update={"message": message, "hint": adaptation.hint}))
     return Retry(adaptation=adaptation, progressed=progressed)

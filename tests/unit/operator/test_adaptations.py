@@ -11,7 +11,7 @@ from finetune_api.status import Adaptation, Checkpoint
 from finetune_operator.decide import decide
 from finetune_operator.plan import ActionResult
 from finetune_operator.policies.adaptations import (
-    LadderExhausted,
+    AdaptationsExhausted,
     adapt_to_divergence,
     adapt_to_out_of_memory,
     apply_adaptations,
@@ -52,7 +52,7 @@ def test_memory_adaptations_keep_the_effective_batch_and_end(batch: int, accumul
     seen = batch
     for _ in range(12):
         change = adapt_to_out_of_memory(current, T0)
-        if isinstance(change, LadderExhausted):
+        if isinstance(change, AdaptationsExhausted):
             break
         current = apply_adaptations(current, [change])
         now, more = current.training.batch_size_per_device, current.training.gradient_accumulation_steps
@@ -86,10 +86,10 @@ def test_micro_batch_of_kto_keeps_two_rows() -> None:
 
 def test_policy_fail_allows_no_adaptation() -> None:
     assert isinstance(
-        adapt_to_out_of_memory(accepted(spec(policy={"onOutOfMemory": "Fail"})).spec, T0), LadderExhausted
+        adapt_to_out_of_memory(accepted(spec(policy={"onOutOfMemory": "Fail"})).spec, T0), AdaptationsExhausted
     )
     found = adapt_to_divergence(accepted(spec(policy={"onDivergence": "Fail"})).spec, [], [], T0)
-    assert isinstance(found, LadderExhausted)
+    assert isinstance(found, AdaptationsExhausted)
 
 
 def test_divergence_replays_once_then_rolls_back_twice_with_half_the_learning_rate() -> None:
@@ -105,7 +105,7 @@ def test_divergence_replays_once_then_rolls_back_twice_with_half_the_learning_ra
         {"training.learningRate": 0.005, "resume.maxStep": 20, "resume.firstAttempt": 3},
         {"training.learningRate": 0.0025, "resume.maxStep": 10, "resume.firstAttempt": 4},
     ]
-    assert isinstance(adapt_to_divergence(apply_adaptations(base, done), done, marks, T0), LadderExhausted)
+    assert isinstance(adapt_to_divergence(apply_adaptations(base, done), done, marks, T0), AdaptationsExhausted)
 
 
 def test_unproven_checkpoints_are_no_rollback_targets() -> None:
@@ -183,6 +183,6 @@ def test_second_rollback_uses_a_checkpoint_that_retention_kept() -> None:
     adaptations: list[Adaptation] = []
     for attempt in (1, 2, 3):
         change = adapt_to_divergence(accepted(written).spec, adaptations, left, T0, attempt)
-        assert not isinstance(change, LadderExhausted)
+        assert not isinstance(change, AdaptationsExhausted)
         adaptations.append(change)
     assert (adaptations[-1].set or {})["resume.maxStep"] == 400
