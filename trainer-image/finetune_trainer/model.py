@@ -119,7 +119,7 @@ def load_model(
     return model, notes
 
 
-def positions(config: Any) -> int | None:
+def max_positions(config: Any) -> int | None:
     """Longest sequence that the model has positions for; None if its configuration does not say."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "max_position_embeddings", None)

@@ -158,7 +158,7 @@ class Session:
 
         config = model.load_config(self.run, self.inputs)
         context = TrainingContext(
-            self.run, self.inputs, self.hardware, self.strategy, tokenizer, self.channel.work / "tokens", model.positions(config), callbacks,
+            self.run, self.inputs, self.hardware, self.strategy, tokenizer, self.channel.work / "tokens", model.max_positions(config), callbacks,
         )  # fmt: skip
         args = self.objective.training_arguments(context, evaluates=rules.has_validation_set(self.run.spec))
         use_one_device(args)
