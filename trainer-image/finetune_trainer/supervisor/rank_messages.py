@@ -1,14 +1,14 @@
-"""Applies the messages of ranks to the state of the run. One unreadable field does not discard the rest of a message."""
+"""Applies the messages of ranks to the state of the run.
+
+One unreadable field does not discard the rest of a message: `finetune_api.base.ReportModel` leaves it out.
+"""
 
 from __future__ import annotations
 
-import logging
 import time
-from typing import Any, TypeVar
+from typing import Any
 
-from finetune_api.base import WireModel
 from finetune_api.status import Metrics, Progress, Resolved, Stage
-from pydantic import ValidationError
 
 from finetune_trainer.failure import failure_from_message
 from finetune_trainer.supervisor.exit_decision import AttemptFacts
@@ -16,8 +16,6 @@ from finetune_trainer.supervisor.metric_log import MetricLog
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.staging import Staging
 
-log = logging.getLogger(__name__)
-Model = TypeVar("Model", bound=WireModel)
 HEARTBEATS = ("heartbeat", "alive", "stage", "staged", "log")
 """Kinds of messages that show that training goes on."""
 
@@ -66,23 +64,12 @@ class RankMessages:
                 stage = message["stage"]
                 state.enter_stage(Stage(stage) if stage in list(Stage) else state.current_stage, message.get("detail"))
             case "progress":
-                state.merge_progress(readable_fields(Progress, message["value"]))
+                state.merge_progress(Progress.model_validate(message["value"]))
             case "metrics":
-                state.merge_metrics(readable_fields(Metrics, message["value"]))
+                state.merge_metrics(Metrics.model_validate(message["value"]))
             case "resolved":
-                state.merge_resolved(readable_fields(Resolved, message["value"]))
+                state.merge_resolved(Resolved.model_validate(message["value"]))
             case "log":
                 self._metric_log.append(message["step"], message["values"])
             case "skipped":
                 self._staging.skip_checkpoint(str(message["reason"]), str(message["sentence"]))
-
-
-def readable_fields(model: type[Model], value: Any) -> Model:
-    """The model with the fields that can be read; the others are logged and left out."""
-    fields = value if isinstance(value, dict) else {}
-    try:
-        return model.model_validate(fields)
-    except ValidationError as error:
-        unreadable = {str(one["loc"][0]) for one in error.errors() if one["loc"]}
-        log.warning("fields of a rank's report cannot be read and are left out: %s", ", ".join(sorted(unreadable)))
-        return model.model_validate({name: one for name, one in fields.items() if name not in unreadable})

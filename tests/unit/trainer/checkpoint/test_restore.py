@@ -156,6 +156,7 @@ def test_skipped_checkpoints_are_not_ancestors(two: Tree, tmp_path: Path) -> Non
     assert ([one.step for one in rolled.ancestors], [one.step for one in rolled.skipped]) == ([5], [10])
     two.store.put("checkpoints/step-00000010/a1-00000000/weights", b"x")
     damaged = resume(two, tmp_path)
+    assert not (tmp_path / "restored/checkpoint-10").exists(), "the Trainer would take it for a checkpoint"
     assert ([one.step for one in damaged.ancestors], [one.step for one in damaged.skipped]) == ([5], [10])
     whole = resume(two, tmp_path, Resume(mode="auto", expect_step=5, max_step=5))
     assert [one.step for one in whole.ancestors] == [5]

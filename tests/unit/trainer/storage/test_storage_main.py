@@ -86,7 +86,14 @@ def test_download(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (tmp_path / "b/sub/weights").read_text() == "weights of 5"
 
 
-def test_nothing_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_download_is_not_left_on_disk(root: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(root.removeprefix("file://"), "model/a1-00000000/sub/weights").write_text("weights of Nome")
+    assert main(["download", root, "--to", str(tmp_path / "a")]) == 65
+    assert "sub/weights is damaged" in capsys.readouterr().err
+    assert not (tmp_path / "a/sub/weights").exists()
+
+
+def test_an_address_without_anything_committed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", f"file://{tmp_path}/nothing"]) == 66
     assert "NothingCommitted" in capsys.readouterr().err
 

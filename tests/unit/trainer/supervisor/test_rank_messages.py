@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.status import Metrics, Stage
+from finetune_api.status import Stage
 from finetune_trainer.failure import failure_from_message
 from finetune_trainer.supervisor.exit_decision import AttemptFacts
 from finetune_trainer.supervisor.metric_log import MetricLog
-from finetune_trainer.supervisor.rank_messages import RankMessages, readable_fields
+from finetune_trainer.supervisor.rank_messages import RankMessages
 from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.staging import Staging
 
@@ -45,9 +45,8 @@ def test_only_local_rank_0_reports_progress(pod: Pod) -> None:
         ({"trainLoss": 1.5, "learningRate": "fast"}, 1.5, None),
         ({"trainLoss": 1.5, "ofALaterVersion": [1]}, 1.5, None),
         ({"trainLoss": float("nan"), "learningRate": 0.5}, None, 0.5),
-        ("no object", None, None),
     ],
-    ids=["wrong-type", "unknown-field", "not-finite", "no-object"],
+    ids=["wrong-type", "unknown-field", "not-finite"],
 )
 def test_an_unreadable_field_does_not_discard_the_others(
     pod: Pod, value: Any, loss: float | None, rate: float | None
@@ -55,7 +54,6 @@ def test_an_unreadable_field_does_not_discard_the_others(
     pod.receive("metrics", value=value)
     metrics = pod.state.report().metrics
     assert (metrics.train_loss, metrics.learning_rate) == (loss, rate)
-    assert readable_fields(Metrics, value).train_loss == loss
 
 
 def test_an_unknown_stage_keeps_the_current_one_and_shows_the_detail(pod: Pod) -> None:
