@@ -326,9 +326,9 @@ async def test_rejected_progress_leaves_the_stored_status_as_it_is(server: Serve
     await process.reconcile()
     server.rejects_status = has_progress
     report_step(process, job, monkeypatch, stage="downloading")
-    process.reconciler._observer.states[KEY].pending.progress_at = float("-inf")
     stored, versions = server.finetunejob, []
     for _ in range(3):
+        process.reconciler._observer.states[KEY].pending.progress_at = float("-inf")  # an interval later
         await process.reconcile()
         versions.append(server.finetunejob["metadata"]["resourceVersion"])
     assert len(set(versions)) == 1
