@@ -1,4 +1,4 @@
-"""The CRD on a real API server: no warnings, structural, and its CEL rules say what the Python rules say."""
+"""The CRD on a real API server: no warnings, structural, bounds, CEL rules and immutability."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.support.cel_cases import SPEC_RULES, group_rules
 
 pytestmark = pytest.mark.integration
 
-def test_it_is_accepted_without_a_warning_and_is_structural(control_plane: Endpoint, crd_installed: Answer) -> None:
+def test_crd_is_accepted_without_a_warning_and_is_structural(control_plane: Endpoint, crd_installed: Answer) -> None:
     assert crd_installed.headers.get_all("Warning") is None
     found = call(control_plane, "GET", f"{CRD_PATH}/{names.PLURAL}.{names.GROUP}").body
     conditions = {one["type"]: one["status"] for one in found["status"]["conditions"]}
     assert conditions == {"NamesAccepted": "True", "Established": "True"}
 
 
-def test_the_smallest_job_gets_only_the_switches_and_an_unobserved_status(api: Endpoint) -> None:
+def test_smallest_job_gets_only_switches_empty_groups_and_an_unobserved_status(api: Endpoint) -> None:
     answer = dry_run(api, MINIMAL)
     assert answer.status == 201, answer.message
     assert answer.body["spec"] == MINIMAL | {"suspend": False, "cancel": False, "policy": {}, "placement": {}}
@@ -79,7 +79,7 @@ def test_the_api_server_refuses_what_a_rule_over_several_groups_forbids(api: End
 
 
 @pytest.mark.parametrize("name", ["a.b", "1job", "a" * 41, "job-"])
-def test_names_that_could_not_be_host_names_are_refused(api: Endpoint, name: str) -> None:
+def test_name_that_is_not_a_host_name_is_refused(api: Endpoint, name: str) -> None:
     answer = dry_run(api, MINIMAL, name)
     assert answer.status == 422
     assert "metadata.name" in answer.message
@@ -114,7 +114,7 @@ def patch(api: Endpoint, name: str, spec: dict[str, Any], *, dry: bool = True) -
 
 
 @pytest.mark.parametrize(("change", "words"), CHANGES, ids=[words[:40] for _, words in CHANGES])
-def test_a_created_job_cannot_become_another(api: Endpoint, created: str, change: dict[str, Any], words: str) -> None:
+def test_created_job_is_immutable(api: Endpoint, created: str, change: dict[str, Any], words: str) -> None:
     answer = patch(api, created, change)
     assert answer.status == 422, answer.body
     assert words in answer.message
@@ -129,12 +129,12 @@ def test_a_created_job_cannot_become_another(api: Endpoint, created: str, change
         {"policy": {"ttlSecondsAfterFinished": 9}},
     ],
 )
-def test_what_steers_a_job_can_change(api: Endpoint, created: str, change: dict[str, Any]) -> None:
+def test_suspend_cancel_and_limits_can_change(api: Endpoint, created: str, change: dict[str, Any]) -> None:
     answer = patch(api, created, change)
     assert answer.status == 200, answer.message
 
 
-def test_the_queue_can_change_while_suspended_and_a_cancel_cannot_be_taken_back(api: Endpoint) -> None:
+def test_queue_can_change_while_suspended_and_cancel_is_final(api: Endpoint) -> None:
     name = "steered"
     assert call(api, "POST", JOBS_PATH, manifest(name, MINIMAL | {"suspend": True})).status == 201
     assert patch(api, name, {"placement": {"queueName": "other"}}, dry=False).status == 200

@@ -1,4 +1,4 @@
-"""What the API server refuses by CEL, `finetune validate` refuses without a cluster."""
+"""The offline rules refuse every spec that a CEL rule of the CRD refuses."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ CASES = list(group_rules())
 
 
 @pytest.mark.parametrize(("rule", "spec"), CASES, ids=[f"{rule.code}-{rule.message[:20]}" for rule, _ in CASES])
-def test_a_rule_inside_a_group_has_an_offline_twin(rule: CelRule, spec: dict[str, Any]) -> None:
+def test_cel_rule_of_a_group_is_also_checked_offline(rule: CelRule, spec: dict[str, Any]) -> None:
     assert rule.code in {problem.code for problem in check(load_spec(spec))}
 
 
 @pytest.mark.parametrize("code", sorted(SPEC_RULES))
-def test_a_rule_over_several_groups_has_an_offline_twin(code: str) -> None:
+def test_cel_rule_of_the_spec_is_also_checked_offline(code: str) -> None:
     assert code in {problem.code for problem in check(load_spec(MINIMAL | SPEC_RULES[code]))}
 
 
-def test_every_rule_has_a_case() -> None:
+def test_every_cel_rule_has_a_case() -> None:
     assert {rule.code for rule in RULES if rule.cel} == set(SPEC_RULES)
     assert len(CASES) == len({rule for group in nested_groups(FineTuneJobSpec) for rule in group.cel}) + 1  # one rule is inherited by spec.storage
 
 
-def test_what_the_cases_break_is_the_only_problem_of_the_smallest_spec() -> None:
+def test_smallest_spec_has_no_problems() -> None:
     assert check(load_spec(MINIMAL)) == []

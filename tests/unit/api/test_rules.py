@@ -1,4 +1,4 @@
-"""Every cross-field rule: one spec that breaks it, the exact field it points at, and a spec that passes all of them."""
+"""Every cross-field rule: specs that break it, the field that the problem names, and specs without problems."""
 
 from __future__ import annotations
 
@@ -430,7 +430,7 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("code", "change", "path"), CASES, ids=[f"{code}-{path}" for code, _, path in CASES])
-def test_a_broken_rule_names_its_field_and_what_to_write(code: str, change: dict[str, Any], path: str) -> None:
+def test_problem_names_the_field_and_what_to_write(code: str, change: dict[str, Any], path: str) -> None:
     found = [problem for problem in check(spec(change)) if problem.code == code]
     assert [problem.path for problem in found] == [path]
     assert found[0].message
@@ -441,7 +441,7 @@ def test_a_broken_rule_names_its_field_and_what_to_write(code: str, change: dict
 @pytest.mark.parametrize(
     "place", ["model", "model/a1-1f3c9a2b", "checkpoints/step-00000100/", "checkpoints/step-00000100/a12-1f3c9a2b"]
 )
-def test_what_a_job_committed_is_read_from_a_web_server(place: str) -> None:
+def test_checkpoint_or_model_of_a_job_on_a_web_server_is_a_valid_source(place: str) -> None:
     uri = f"https://host/jobs/{place}?signature=a/b"
     change = {"model": {"source": uri}} | ({"checkpoint": {"resume": uri}} if "step" in place else {})
     assert [problem for problem in check(spec(change)) if problem.code == "SourceInvalid"] == []
@@ -457,7 +457,7 @@ def test_what_a_job_committed_is_read_from_a_web_server(place: str) -> None:
         "https://u:hidden@h/x",
     ],
 )
-def test_a_source_is_refused_without_its_signature(text: str) -> None:
+def test_problem_of_a_source_does_not_contain_its_signature(text: str) -> None:
     found = [problem for problem in check(spec({"model": {"source": text}})) if problem.code == "SourceInvalid"]
     assert len(found) == 1 and found[0].hint and "hidden" not in str(found[0])
 
@@ -471,7 +471,7 @@ def test_rule_codes_are_unique() -> None:
     assert len(codes) == len(set(codes))
 
 
-def test_a_resolved_spec_is_judged_as_it_was_written() -> None:
+def test_resolved_spec_without_its_defaults_has_the_same_problems() -> None:
     from finetune_api.defaults import resolve
     from finetune_api.errors import ConfigError
     from finetune_api.rules import enforce_rules, without_defaults
@@ -559,7 +559,7 @@ def test_completions_of_all_ranks_together_must_be_divisible_by_the_generations(
 
 
 @pytest.mark.parametrize(("gpus", "refused"), [(1, True), (2, False)])
-def test_answers_of_all_ranks_together_must_hold_a_group_in_an_evaluation(gpus: int, refused: bool) -> None:
+def test_evaluation_batch_of_all_ranks_must_contain_a_whole_group(gpus: int, refused: bool) -> None:
     change = grpo(
         {"builtin": "thinkFormat"}, dataset=VALIDATED, resources={"gpusPerNode": gpus},
         evaluation={"batchSizePerDevice": 1},
@@ -568,11 +568,11 @@ def test_answers_of_all_ranks_together_must_hold_a_group_in_an_evaluation(gpus: 
     assert ("evaluation.batchSizePerDevice" in paths) == refused
 
 
-def test_what_only_a_cluster_cannot_do_is_allowed_locally() -> None:
+def test_device_that_clusters_lack_is_allowed_in_local_runs() -> None:
     assert check(spec({"training": {"device": "mps"}}), target=ExecutionTarget.LOCAL) == []
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     found = check(
         spec(
             {"model": {"source": None}, "trainer": {"type": "grpo"}, "dataset": {"split": {"train": 0.9, "test": 0.2}}}
@@ -582,7 +582,7 @@ def test_all_problems_are_told_at_once() -> None:
     assert found[-1].message == "train 0.9 + test 0.2 = 1.1, and the parts must sum to 1"
 
 
-def test_only_what_a_change_breaks_is_added() -> None:
+def test_new_problems_are_only_those_that_the_change_causes() -> None:
     before = spec({"method": {"type": "full", "promptLength": 4}})
     after = before.with_values({"method.lora": {"rank": 4}})
     assert [one.path for one in check(before)] == ["method.promptLength"]

@@ -1,4 +1,4 @@
-"""What a start that changes the base cannot stand beside, and what it can."""
+"""Options that can and cannot be combined with adapter initialisations that change the base."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TWO: dict[str, Any] = {"gpusPerNode": 2}
 
 
 def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
-    """Of a spec with these options of LoRA, in groups of their own."""
+    """Problems of a spec with these LoRA options and other groups."""
     groups["model"] = {"source": "org/name", **groups.get("model", {})}
     groups["method"] = {**groups.get("method", {}), "lora": lora}
     return check(FineTuneJobSpec.model_validate({"dataset": {"train": "s3://bucket/train.jsonl"}, **groups}))
@@ -36,7 +36,7 @@ def problems(lora: dict[str, Any], **groups: Any) -> list[Problem]:
         ({}, {"method": {"type": "dora"}}, "method.type dora"),
     ],
 )
-def test_a_start_that_changes_the_base_is_refused_beside(
+def test_initialisation_that_changes_the_base_is_refused_with(
     init: str, lora: dict[str, Any], groups: dict[str, Any], named: str
 ) -> None:
     found = problems({"init": init, **lora}, **groups)
@@ -55,22 +55,22 @@ def test_a_start_that_changes_the_base_is_refused_beside(
         {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}, "resources": TWO},
     ],
 )
-def test_what_keeps_no_second_adapter_may_change_the_base(groups: dict[str, Any]) -> None:
+def test_objective_without_reference_adapter_allows_changing_the_base(groups: dict[str, Any]) -> None:
     assert problems({"init": "pissa"}, **groups) == []
 
 
-def test_everything_in_the_way_is_told_at_once() -> None:
+def test_all_conflicting_options_are_named_at_once() -> None:
     (found,) = problems({"init": "pissa", "modulesToSave": ["norm"], "rankStabilized": True})
     assert "method.lora.rankStabilized and method.lora.modulesToSave" in found.message
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_fsdp_has_no_whole_adapters_to_compare(init: str) -> None:
+def test_fsdp_refuses_initialisations_that_change_the_base(init: str) -> None:
     (found,) = problems({"init": init}, distributed={"strategy": "fsdp"}, resources=TWO)
     assert (found.code, found.path) == ("StrategyAndMethod", "method.lora.init")
 
 
-def test_biases_have_no_second_copy_for_a_reference() -> None:
+def test_bias_training_is_refused_with_a_reference_adapter() -> None:
     (found,) = problems({"bias": "all"}, trainer={"type": "kto"})
     assert (found.code, found.path) == ("BiasBesideReference", "method.lora.bias")
     assert problems({"bias": "all"}, trainer={"type": "kto", "dpo": {"referenceModel": "a/b"}}) == []
@@ -79,7 +79,7 @@ def test_biases_have_no_second_copy_for_a_reference() -> None:
     )
 
 
-def test_weights_that_are_trained_in_fp16_have_32_bits() -> None:
+def test_float16_weights_cannot_be_trained_with_loss_scaling() -> None:
     def found(dtype: str, precision: str, **groups: Any) -> list[str]:
         model = {"source": "org/name", "dtype": dtype, **groups.pop("model", {})}
         whole = {
