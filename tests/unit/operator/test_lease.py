@@ -24,6 +24,8 @@ class Server:
         self.version = 0
         self.is_down = False
         self.answer_delay_seconds = 0.0
+        self.conflicts = 0
+        """Number of replacements that fail because another client has changed the Lease."""
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Object:
         self._check("get", kind, name)
@@ -39,6 +41,9 @@ class Server:
 
     async def replace(self, kind: Kind, namespace: str, body: Object) -> Object:
         self._check("update", kind, "l")
+        if self.conflicts:
+            self.conflicts -= 1
+            raise Conflict("update", kind, "l", 409, "Conflict", "changed")
         if self.lease is None or body["metadata"]["resourceVersion"] != self.lease["metadata"]["resourceVersion"]:
             raise Conflict("update", kind, "l", 409, "Conflict", "changed")
         return await self._store(body)
@@ -209,16 +214,49 @@ def test_renewal_counts_from_the_request_when_the_answer_is_slow() -> None:
     run(scenario())
 
 
-def test_lease_of_another_holder_is_never_released() -> None:
-    async def scenario() -> str:
+@pytest.mark.parametrize(("old", "new"), [("a", "b"), ("b", "a")])
+def test_lease_of_another_holder_is_never_released(old: str, new: str) -> None:
+    async def scenario() -> tuple[str, int]:
         server = Server()
-        first, second = elector(server, "first"), elector(server, "second")
+        first, second = elector(server, old), elector(server, new)
         await first.acquire()
         await second.acquire()  # after the lease duration: the first one was frozen
         await first.release()
-        return server.holder
+        assert server.lease is not None
+        return server.holder, server.lease["spec"]["leaseTransitions"]
 
-    assert run(scenario()) == "second"
+    assert run(scenario()) == (new, 1)
+
+
+def test_replica_does_not_lead_while_the_server_is_down() -> None:
+    async def scenario() -> float:
+        server = Server()
+        server.is_down = True
+        first = elector(server, "first")
+        acquiring = asyncio.create_task(first.acquire())
+        await asyncio.sleep(31)
+        assert not acquiring.done()
+        server.is_down = False
+        await acquiring
+        first.ensure_leading()
+        return now()
+
+    assert 31 < run(scenario()) <= 31 + 2
+
+
+def test_renewal_that_conflicts_is_tried_again() -> None:
+    async def scenario() -> None:
+        server = Server()
+        first = elector(server, "first")
+        await first.acquire()
+        server.conflicts = 2
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(30):
+                await first.renew_until_lost()
+        assert server.conflicts == 0
+        first.ensure_leading()
+
+    run(scenario())
 
 
 def test_lease_is_renewed_during_a_long_first_resync() -> None:
