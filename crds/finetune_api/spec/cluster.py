@@ -232,10 +232,10 @@ class Placement(Group):
         example=[{"name": "cache", "mountPath": "/mnt/cache"}],
     )
     labels: Annotated[StringMap, Field(max_length=32)] | None = option(
-        "Additional labels of the pods.", default_text="none", example={"team": "a"}
+        "Additional labels of the Job and its pods. Keys that the operator sets are refused.", default_text="none", example={"kueue.x-k8s.io/priority-class": "high"}
     )
     annotations: Annotated[StringMap, Field(max_length=32)] | None = option(
-        "Additional annotations of the pods.", default_text="none", example={"example.com/cost-center": "42"}
+        "Additional annotations of the Job and its pods. Keys that the operator sets are refused.", default_text="none", example={"example.com/cost-center": "42"}
     )
 
 
