@@ -228,20 +228,28 @@ def _wait(process: subprocess.Popen[bytes], port: int, termination_file: Path) -
     interrupts = 0
     while True:
         try:
-            code = process.wait(POLL_SECONDS)
-            show(last_report(termination_file))
-            show(None)
-            return code
-        except subprocess.TimeoutExpired:
-            found = fetch_progress(port)
-            if found is not None:
-                show(found)
+            code = _poll(process, port, show)
         except KeyboardInterrupt:
             interrupts += 1
             process.send_signal(signal.SIGTERM if interrupts == 1 else signal.SIGKILL)
-            output.notes(
-                ["saving a checkpoint; press Ctrl-C again to stop without saving"] if interrupts == 1 else ["stopped"]
-            )
+            hint = "saving a checkpoint; press Ctrl-C again to stop without saving" if interrupts == 1 else "stopped"
+            output.notes([hint])
+            continue
+        if code is not None:
+            show(last_report(termination_file))
+            show(None)
+            return code
+
+
+def _poll(process: subprocess.Popen[bytes], port: int, show: Callable[[ProgressReport | None], None]) -> int | None:
+    """Wait a moment for the process. Returns its exit code, or shows its progress and returns None while it runs."""
+    try:
+        return process.wait(POLL_SECONDS)
+    except subprocess.TimeoutExpired:
+        report = fetch_progress(port)
+        if report is not None:
+            show(report)
+        return None
 
 
 def fetch_progress(port: int) -> ProgressReport | None:

@@ -83,9 +83,7 @@ def _description(field: Field) -> str:
         path = f"spec.{wire_path(row.path)}"
         if field.path == path or field.path.startswith((f"{path}.", f"{path}[")):
             mark = (
-                "[not supported yet]"
-                if row.refuses_every_value
-                else f"[some values are not supported yet: {row.hint}]"
+                "[not supported yet]" if row.refuses_every_value else f"[some values are not supported yet: {row.hint}]"
             )
             return f"{mark} {field.description}"
     return field.description

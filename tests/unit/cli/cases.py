@@ -1,6 +1,6 @@
-"""Every sample of the compatibility contract and every configuration block of the five tools' pages, and how it is imported.
+"""The import cases: every sample of the compatibility contract and every configuration block of the five tools' pages.
 
-`python -m tests.unit.cli.cases` writes the expected results anew; read the difference before it is committed.
+`python -m tests.unit.cli.cases` rewrites the expected results. Review the difference before you commit it.
 """
 
 from __future__ import annotations
@@ -81,12 +81,12 @@ COMMANDS: dict[str, tuple[tuple[str, ...], str, str]] = {
 
 
 PAGES: dict[str, tuple[int, int]] = {"env": (2, 8), "toml": (17, 0), "yaml": (4, 3), "hydra": (0, 1), "guide": (2, 0)}
-"""How many configuration files, and how many command lines, each tool's page shows. What else is fenced there is data and code."""
+"""Number of configuration files and of command lines on each tool's page. Other code blocks there are data and code."""
 CONTRACT: dict[str, tuple[str, str]] = {
     "env": ("A B C", "R1 R2 R3 R4"), "toml": ("A B C", "R1 R2 R3 R4"), "yaml": ("A B C D", "R1 R2 R3 R4"),
     "hydra": ("A B C D", "R1 R2 R3 R4"), "guide": ("A B", "R1 R2"),
 }  # fmt: skip
-"""Names of the contract's samples of each tool: those to accept, and those to refuse."""
+"""Names of the contract's samples for each tool: accepted ones, then refused ones."""
 AS_COMMANDS = {
     "env-C": "env-command-line-over-file", "yaml-C": "yaml-overrides", "yaml-D": "yaml-deepspeed-beside", "yaml-R4": "yaml-overrides-refused",
     "hydra-C": "hydra-overrides", "hydra-D": "hydra-flags", "hydra-R3": "hydra-unknown-key", "hydra-R4": "hydra-sweep",
@@ -95,7 +95,7 @@ AS_COMMANDS = {
 
 
 def cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:
-    """Name of a case -> (files, source or None for recognised, words of the tool's own command line)."""
+    """Return the cases by name: files, source (None: recognised by content), and the tool's own command line."""
     found: dict[str, tuple[tuple[Path, ...], str | None, str]] = {}
     for folder in ("samples", "blocks"):
         for path in sorted((HERE / folder).iterdir()):
@@ -111,14 +111,14 @@ def cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:
 
 
 def accepted() -> list[str]:
-    """Names of the cases that import."""
+    """Return the names of the cases that are accepted."""
     return [
         name for name in cases() if '"refused"' not in (HERE / "expected" / f"{name}.json").read_text(encoding="utf-8")
     ]
 
 
 def outcome(name: str) -> dict[str, Any]:
-    """What an import of a case says, as it is kept in `expected/`."""
+    """Return the outcome of a case in the form of `expected/`."""
     from tests.unit.cli.imports import import_
 
     files, source, words = cases()[name]

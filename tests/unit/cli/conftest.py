@@ -1,4 +1,4 @@
-"""Fixtures of the command line's tests."""
+"""Fixtures of the CLI tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ spec:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Write:
-    """Write a text to a file of the test's own folder."""
+    """Return a function that writes a file in the folder of the test."""
 
     def write_text(name: str, text: str) -> Path:
         path = tmp_path / name
@@ -35,14 +35,14 @@ def write(tmp_path: Path) -> Write:
 
 @pytest.fixture
 def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    """Run a command in this process: exit code, stdout, stderr."""
+    """Return a function that runs a command in this process and returns exit code, stdout and stderr."""
     monkeypatch.setenv("NO_COLOR", "1")
 
-    def run(*words: str | Path, behind: tuple[str, ...] = ()) -> tuple[int, str, str]:
+    def run(*words: str | Path, tool_arguments: tuple[str, ...] = ()) -> tuple[int, str, str]:
         output.console.cache_clear()
         output.error_console.cache_clear()
         capsys.readouterr()
-        code = main.run([str(word) for word in words], list(behind))
+        code = main.run([str(word) for word in words], list(tool_arguments))
         found = capsys.readouterr()
         return code, found.out, found.err
 

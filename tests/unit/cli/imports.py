@@ -1,4 +1,4 @@
-"""What the import tests share: run an import in this process, and say in one value what came of it."""
+"""Helpers of the import tests: run an import in this process and return its outcome as one value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NOT_YET = "this release does not implement it"
 
 @dataclass
 class Outcome:
-    """Either a spec or mistakes, and what was said."""
+    """The outcome of an import: a spec or mistakes, with warnings and notes."""
 
     spec: dict[str, Any] = field(default_factory=dict)
     mistakes: list[str] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Outcome:
     text: str = ""
 
     def at(self, path: str) -> Any:
-        """Value of the spec at a dotted path; None if absent."""
+        """Return the value of the spec at a dotted path; None if there is none."""
         value: Any = self.spec
         for part in path.split("."):
             value = value.get(part) if isinstance(value, dict) else None

@@ -1,4 +1,4 @@
-"""The guides tell the truth: every command line in them is one that the program takes, and the sixth tool imports."""
+"""Every command line in the guides is valid, and the example importer of the guide works."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GUIDES = Path(__file__).parents[3] / "docs" / "guides"
 
 
 def documented() -> list[str]:
-    """Command lines of the guides and of every command's own help."""
+    """Return the command lines in the guides and in the help of every command."""
     found: list[str] = []
     for name in ("cli.md", "import.md"):
         for block in re.findall(r"```\n(.*?)```", (GUIDES / name).read_text(encoding="utf-8"), re.DOTALL):
@@ -33,7 +33,7 @@ def documented() -> list[str]:
 
 
 @pytest.mark.parametrize("line", documented())
-def test_a_documented_command_line_is_understood(line: str) -> None:
+def test_documented_command_line_is_valid(line: str) -> None:
     words = shlex.split(line.partition(" | ")[0].partition(" -- ")[0])[1:]
     root = typer.main.get_command(app)
     if words[0].startswith("--"):
@@ -53,7 +53,7 @@ def test_every_source_is_documented() -> None:
     assert [name for name in IMPORTERS if f"| `{name}` |" not in text or f"* **`{name}`**" not in text] == []
 
 
-def test_the_sixth_tool_of_the_guide_imports(write: Write) -> None:
+def test_example_importer_of_the_guide_works(write: Write) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (GUIDES / "import.md").read_text(encoding="utf-8"), re.DOTALL)
     scope: dict[str, Importer] = {}
     exec(code, scope)
@@ -75,7 +75,7 @@ def test_the_sixth_tool_of_the_guide_imports(write: Write) -> None:
     ]
 
 
-def test_the_table_of_secrets_names_all_that_an_import_makes(write: Write) -> None:
+def test_table_of_secrets_lists_every_secret(write: Write) -> None:
     env = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=org/d\nDATASET_TYPE=qa\nHUGGINGFACE_TOKEN=h\nMONGODB_URI=mongodb://a:b@c\n"
     toml = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nreport_to = "wandb"\n'
     flags = (
@@ -106,7 +106,7 @@ def test_the_table_of_secrets_names_all_that_an_import_makes(write: Write) -> No
 
 
 def references(value: Any, path: str = "") -> dict[str, str]:
-    """Keys of Secrets that a spec refers to, and the field that does."""
+    """Return the keys of Secrets that a spec refers to, with the fields."""
     if isinstance(value, list):
         return (
             {key: path for one in value for key in references(one["secretKeyRef"])} if path == "placement.env" else {}

@@ -18,7 +18,7 @@ def test_tool_arguments_after_two_dashes_are_read(call: Call) -> None:
         "team",
         "--storage",
         "s3://bucket/out",
-        behind=("--epochs", "9"),
+        tool_arguments=("--epochs", "9"),
     )
     assert code == 0
     assert out.startswith(

@@ -22,7 +22,7 @@ def env(write: Write) -> Any:
     return run
 
 
-def test_profile_of_a_silent_file(env: Any) -> None:
+def test_defaults_of_a_minimal_file(env: Any) -> None:
     found = env()
     assert found.spec["training"] == {
         "epochs": 3, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "learningRate": 3e-4, "scheduler": "linear", "warmupRatio": 0,
@@ -35,7 +35,7 @@ def test_profile_of_a_silent_file(env: Any) -> None:
     assert found.at("output.dir") == "results"
 
 
-def test_python_dotenv_grammar(env: Any) -> None:
+def test_dotenv_syntax_is_read(env: Any) -> None:
     text = 'export PROJECT_NAME = "a.b"\nDEVICE=cpu  \nTOKENIZER=${MODEL_NAME}\nLORA_R=8 # small\nLORA_R=16\nPAD_TOKEN=a#b\n'
     found = env(text)
     assert found.at("output.project") == "a.b"
@@ -45,7 +45,7 @@ def test_python_dotenv_grammar(env: Any) -> None:
     assert found.at("model.padToken") == "a#b"
 
 
-def test_dollar_without_braces_is_text(env: Any) -> None:
+def test_dollar_without_braces_is_literal(env: Any) -> None:
     assert env("PAD_TOKEN=$X\n").at("model.padToken") == "$X"
 
 
@@ -63,11 +63,11 @@ def test_dollar_without_braces_is_text(env: Any) -> None:
         ("TOKENIZER=${NOBODY}\n", "job.env:4: TOKENIZER: variable NOBODY is not set; set it above this line, or write its value here"),
     ],
 )  # fmt: skip
-def test_mistakes(env: Any, text: str, mistake: str) -> None:
+def test_invalid_line_is_refused(env: Any, text: str, mistake: str) -> None:
     assert env(text, environment={}).mistakes == [mistake]
 
 
-def test_an_empty_required_value_is_a_mistake(env: Any) -> None:
+def test_empty_required_option_is_refused(env: Any) -> None:
     assert env("TRAIN_DATA_PATH=\n").mistakes == ["job.env:4: TRAIN_DATA_PATH: this required option is empty"]
 
 
@@ -83,40 +83,40 @@ def test_an_empty_required_value_is_a_mistake(env: Any) -> None:
         ("", (0.8, 0.1, 0.1)),
     ],
 )
-def test_ratios(env: Any, ratios: str, split: tuple[float, float, float]) -> None:
+def test_split_ratios_are_completed(env: Any, ratios: str, split: tuple[float, float, float]) -> None:
     found = env(ratios).spec["dataset"]["split"]
     assert (found["train"], found["validation"], found["test"], found["seed"]) == (*split, 42)
 
 
-def test_two_ratios_over_one_are_refused(env: Any) -> None:
+def test_ratios_above_one_are_refused(env: Any) -> None:
     (mistake,) = env("TRAIN_RATIO=0.8\nTEST_RATIO=0.3\n").mistakes
     assert "TRAIN_RATIO+TEST_RATIO = 1.1, but must be at most 1" in mistake
 
 
 @pytest.mark.parametrize("text", ["TRAIN_RATIO=0\n", "VAL_RATIO=0.5\nTEST_RATIO=0.5\n"])
-def test_a_split_must_leave_something_to_train_on(env: Any, text: str) -> None:
+def test_split_without_training_rows_is_refused(env: Any, text: str) -> None:
     (mistake,) = env(text).mistakes
     assert "no rows are left for training" in mistake
 
 
-def test_a_stray_word_that_may_be_a_secret_is_not_shown(env: Any) -> None:
+def test_stray_word_that_may_be_a_secret_is_shortened(env: Any) -> None:
     assert env("Sup3rS3cretValue\n").mistakes == [
         "job.env:4: Su...: the line has no `=` and no value; write Su...=value, or Su...= to leave it unset"
     ]
 
 
-def test_own_files_leave_nothing_to_split(env: Any) -> None:
+def test_validation_file_replaces_the_split(env: Any) -> None:
     found = env("VAL_DATA_PATH=s3://data/v.jsonl\nTRAIN_RATIO=0.9\n")
     assert found.at("dataset.split") is None
     assert found.at("dataset.validation") == "s3://data/v.jsonl"
     assert "job.env:5: TRAIN_RATIO has no effect" in found.warnings[0]
 
 
-def test_zero_on_the_command_line_counts(env: Any) -> None:
+def test_zero_on_the_command_line_is_kept(env: Any) -> None:
     assert env(words="--lora_dropout 0").at("method.lora.dropout") == 0
 
 
-def test_flags_win_and_may_be_shortened(env: Any) -> None:
+def test_flags_override_the_file_and_may_be_abbreviated(env: Any) -> None:
     found = env("EPOCHS=2\nLEARNING_RATE=1e-4\n", words="python main.py --epochs=5 --learning_rat 2e-4 -lora_r 64")
     assert (found.at("training.epochs"), found.at("training.learningRate"), found.at("method.lora.rank")) == (
         5,
@@ -125,13 +125,13 @@ def test_flags_win_and_may_be_shortened(env: Any) -> None:
     )
 
 
-def test_later_files_win_key_by_key(write: Write) -> None:
+def test_later_files_override_earlier_ones_per_key(write: Write) -> None:
     first, second = write("a.env", BASE + "EPOCHS=2\nBATCH_SIZE=8\n"), write("b.env", "EPOCHS=7\n")
     found = import_(first, second, source="env")
     assert (found.at("training.epochs"), found.at("training.batchSizePerDevice")) == (7, 8)
 
 
-def test_the_tools_own_config_flag_reads_a_file(write: Write) -> None:
+def test_config_flag_of_the_tool_reads_a_file(write: Write) -> None:
     found = import_(words=["python", "main.py", "--config", str(write("x.env", BASE)), "--epochs", "1"], source="env")
     assert (found.at("model.source"), found.at("training.epochs")) == ("org/m", 1)
 
@@ -145,7 +145,7 @@ def test_the_tools_own_config_flag_reads_a_file(write: Write) -> None:
         ("TECHNIQUE=dora\nLOAD_IN_4BIT=true\n", "dora", 4),
     ],
 )
-def test_technique_and_bits(env: Any, text: str, method: str, bits: int | None) -> None:
+def test_technique_and_bits_select_the_method(env: Any, text: str, method: str, bits: int | None) -> None:
     found = env(text)
     assert (found.at("method.type"), found.at("model.quantization.bits")) == (method, bits)
 
@@ -155,7 +155,7 @@ def test_qlora_without_four_bits_is_refused(env: Any) -> None:
     assert mistake.startswith("job.env:4, job.env:5: TECHNIQUE, LOAD_IN_4BIT: qlora loads the base model in 4 bits")
 
 
-def test_an_adapter_is_named_by_our_option(env: Any) -> None:
+def test_adapter_comes_from_an_override(env: Any) -> None:
     found = env("TECHNIQUE=adapter\n", own={"method.adapter.source": "s3://models/a"})
     assert found.spec["method"] == {"type": "adapter", "adapter": {"source": "s3://models/a"}}
 
@@ -163,14 +163,14 @@ def test_an_adapter_is_named_by_our_option(env: Any) -> None:
 @pytest.mark.parametrize(
     ("device", "gpus", "precision"), [("cpu", 0, "no"), ("cuda", 1, "fp16"), ("auto", None, None), ("mps", None, "no")]
 )
-def test_device(env: Any, device: str, gpus: int | None, precision: str | None) -> None:
+def test_device_sets_gpus_and_precision(env: Any, device: str, gpus: int | None, precision: str | None) -> None:
     found = env(f"DEVICE={device}\n")
     assert (found.at("resources.gpusPerNode"), found.at("training.mixedPrecision")) == (gpus, precision)
     assert found.at("training.device") == (None if device == "auto" else device)
     assert any("mps only exists on Apple machines" in one for one in found.warnings) == (device == "mps")
 
 
-def test_a_token_goes_into_the_secret_only(env: Any) -> None:
+def test_token_is_written_only_to_the_secret(env: Any) -> None:
     found = env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=True\n")
     assert found.secrets == {"hf-token": "hf_verysecret"}
     assert found.at("model.tokenSecretRef") == {"name": "job-import", "key": "hf-token"}
@@ -179,7 +179,7 @@ def test_a_token_goes_into_the_secret_only(env: Any) -> None:
     assert "hf_verysecret" not in str(job) + str(found.warnings) + str(found.notes)
 
 
-def test_a_refused_file_says_nothing_of_its_secret(env: Any) -> None:
+def test_refused_file_does_not_print_its_secrets(env: Any) -> None:
     found = env(
         "HUGGINGFACE_TOKEN=verysecret\nMODEL_TOKEN=othersecret\nPAD_TOKEN=verysecret\nEPOCHS=verysecret\nverysecret\n"
     )
@@ -188,7 +188,7 @@ def test_a_refused_file_says_nothing_of_its_secret(env: Any) -> None:
     assert "othersecret" not in str(found.mistakes)
 
 
-def test_a_mongo_address_is_a_secret(env: Any) -> None:
+def test_mongodb_uri_is_written_to_the_secret(env: Any) -> None:
     found = env("MONGODB_URI=mongodb://u:p@host/db\nMONGODB_DB_NAME=runs\n")
     assert found.spec["tracking"]["mongodb"] == {
         "database": "runs",
@@ -218,7 +218,7 @@ def test_prompts_come_from_a_config_map(env: Any) -> None:
         ("qa", "a.csv", "qa"),
     ],
 )
-def test_later_names_of_row_formats(env: Any, kind: str, file: str, form: str) -> None:
+def test_dataset_types_of_later_versions_are_read(env: Any, kind: str, file: str, form: str) -> None:
     assert env(base=f"TRAIN_DATA_PATH=s3://data/{file}\nDATASET_TYPE={kind}\n").at("dataset.format") == form
 
 
@@ -229,7 +229,7 @@ def test_evaluation_options_without_validation_data(env: Any) -> None:
     assert found.warnings == ["job.env:6: EVAL_STEPS has no effect: there is no validation data"]
 
 
-def test_options_of_a_new_adapter_have_no_effect_on_one_that_is_continued(env: Any) -> None:
+def test_adapter_options_have_no_effect_on_an_existing_adapter(env: Any) -> None:
     found = env("TECHNIQUE=adapter\nLORA_R=8\nLORA_DROPOUT=0.2\n", own={"method.adapter.source": "s3://models/adapter"})
     assert (found.mistakes, found.spec["method"]) == (
         [],

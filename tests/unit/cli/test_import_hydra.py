@@ -1,4 +1,4 @@
-"""The Hydra tool: composition, override grammar, the older flags, accelerate beside it."""
+"""The importer `hydra`: composition, overrides, the older flags, and accelerate files."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def folder(write: Write, tmp_path: Path) -> Path:
     return tmp_path / "configs"
 
 
-def test_what_is_fixed_in_its_code(hydra: Any) -> None:
+def test_hard_coded_values_are_written(hydra: Any) -> None:
     found = hydra()
     assert found.spec["method"]["lora"] == {
         "rank": 128, "alpha": 64, "dropout": 0.05, "bias": "none",
@@ -69,19 +69,19 @@ def test_what_is_fixed_in_its_code(hydra: Any) -> None:
     assert found.at("tracking.reportTo") == []
 
 
-def test_unsloth_has_no_dropout_and_its_own_checkpointing(hydra: Any) -> None:
+def test_unsloth_sets_dropout_and_gradient_checkpointing(hydra: Any) -> None:
     found = hydra(base=BASE.replace("DDP", "unsloth"))
     assert (found.at("method.lora.dropout"), found.at("training.gradientCheckpointing")) == (0, "unsloth")
     assert (found.at("trainer.backend"), found.at("distributed.strategy")) == ("unsloth", "none")
 
 
 @pytest.mark.parametrize("group", ["training_config", "training_configs", "training"])
-def test_all_names_of_the_group(hydra: Any, group: str) -> None:
+def test_every_name_of_the_training_group_is_read(hydra: Any, group: str) -> None:
     found = hydra(words=f"{group}.learning_rate=1e-5", base=BASE.replace("training_config:", f"{group}:"))
     assert found.at("training.learningRate") == 1e-5
 
 
-def test_a_folder_is_composed(folder: Path) -> None:
+def test_folder_is_composed(folder: Path) -> None:
     found = import_(folder)
     assert (found.at("dataset.train"), found.at("dataset.format"), found.at("trainer.type")) == (
         "org/data",
@@ -90,7 +90,7 @@ def test_a_folder_is_composed(folder: Path) -> None:
     )
 
 
-def test_other_options_of_groups_and_overrides(folder: Path) -> None:
+def test_group_options_and_overrides_are_applied(folder: Path) -> None:
     found = import_(
         folder,
         words="python train.py dataset=pairs training=dpo training.learning_rate=1e-6 +training.warmup_ratio=0.2",
@@ -104,7 +104,7 @@ def test_other_options_of_groups_and_overrides(folder: Path) -> None:
     assert (found.at("training.warmupRatio"), found.at("dataset.maxSequenceLength")) == (0.2, 256)
 
 
-def test_a_group_option_that_is_not_there(folder: Path) -> None:
+def test_missing_group_option_is_refused(folder: Path) -> None:
     (mistake,) = import_(folder, words="training=nope").mistakes
     assert mistake.startswith("configs: Hydra cannot compose it: ")
     assert "training/nope" in mistake
@@ -139,11 +139,11 @@ def test_a_group_option_that_is_not_there(folder: Path) -> None:
         ),
     ],
 )
-def test_overrides_that_are_refused(hydra: Any, words: str, mistake: str) -> None:
+def test_invalid_override_is_refused(hydra: Any, words: str, mistake: str) -> None:
     assert hydra(words=words).mistakes == [mistake]
 
 
-def test_overrides_add_force_and_delete(hydra: Any) -> None:
+def test_overrides_add_force_and_delete_keys(hydra: Any) -> None:
     found = hydra(
         words="++training_config.seed=3 ~training_config.learning_rate +training_config.save_total_limit=2 'dataset.path=\"a,b.json\"'"
     )
@@ -151,11 +151,11 @@ def test_overrides_add_force_and_delete(hydra: Any) -> None:
     assert found.at("dataset.train") == "file://a,b.json"
 
 
-def test_interpolation_within_the_file_resolves(hydra: Any) -> None:
+def test_interpolation_within_the_file_is_resolved(hydra: Any) -> None:
     assert hydra(base=BASE.replace("model: org/m", "model: ${dataset.path}")).at("model.source") == "org/data"
 
 
-def test_the_environment_is_read_for_allowed_names_only(hydra: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_allowed_environment_variables_are_read(hydra: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     base = BASE.replace("model: org/m", "model: ${oc.env:BASE_MODEL}")
     monkeypatch.setenv("BASE_MODEL", "org/other")
     assert hydra(base=base, environment={"BASE_MODEL": "org/other"}).mistakes == [
@@ -166,7 +166,7 @@ def test_the_environment_is_read_for_allowed_names_only(hydra: Any, monkeypatch:
     assert found.at("model.source") == "org/other"
 
 
-def test_flags_are_proper_booleans_and_any_letter_case(write: Write) -> None:
+def test_flags_accept_booleans_and_any_letter_case(write: Write) -> None:
     found = import_(
         words="--model m/m --dataset d/d --trainer sft --distributed-training ddp --gradient-checkpointing False ---max-seq-length 99 --format standard"
     )
@@ -176,19 +176,19 @@ def test_flags_are_proper_booleans_and_any_letter_case(write: Write) -> None:
     )
 
 
-def test_an_unknown_flag(write: Write) -> None:
+def test_unknown_flag_is_refused(write: Write) -> None:
     found = import_(words="--model m/m --dataset d/d --trainr SFT --distributed-training DDP", source="hydra")
     assert found.mistakes == ["command line: --trainr: unknown option; did you mean --trainer?"]
 
 
-def test_grpo_gets_the_reward_of_its_code(hydra: Any) -> None:
+def test_grpo_gets_the_hard_coded_reward(hydra: Any) -> None:
     found = hydra(base=BASE.replace("SFT", "grpo") + "  per_device_train_batch_size: 1\n  gradient_acc_steps: 4\n")
     assert found.mistakes == []
     assert found.at("trainer.rewards") == [{"builtin": "citationFormat"}]
     assert found.at("trainer.grpo.numGenerations") == 4
 
 
-def test_formats(hydra: Any) -> None:
+def test_dataset_formats_are_translated(hydra: Any) -> None:
     assert hydra(base=BASE.replace("conversational", "no")).spec["dataset"]["columns"] == {"text": "text"}
     assert hydra(base=BASE.replace("conversational", "no")).at("dataset.format") == "plainText"
     (mistake,) = hydra(base=BASE.replace("conversational", "preference")).mistakes
@@ -200,21 +200,21 @@ def test_formats(hydra: Any) -> None:
 ACCELERATE = "distributed_type: FSDP\nnum_machines: 2\nnum_processes: 8\nmixed_precision: bf16\nfsdp_config:\n  fsdp_sharding_strategy: FULL_SHARD\n"
 
 
-def test_accelerate_beside(write: Write) -> None:
+def test_accelerate_file_sets_nodes_and_sharding(write: Write) -> None:
     found = import_(write("job.yaml", BASE.replace("DDP", "FSDP")), write("acc.yaml", ACCELERATE))
     assert found.mistakes == []
     assert found.spec["resources"] == {"nodes": 2, "gpusPerNode": 4}
     assert found.spec["distributed"] == {"strategy": "fsdp", "fsdp": {"sharding": "fullShard"}}
 
 
-def test_accelerate_that_says_something_else(write: Write) -> None:
+def test_contradicting_accelerate_file_is_refused(write: Write) -> None:
     (mistake,) = import_(write("job.yaml", BASE), write("acc.yaml", ACCELERATE)).mistakes
     assert mistake.startswith(
         "job.yaml:5, acc.yaml:1: training_config.distributed_training, distributed_type: ddp and fsdp are given"
     )
 
 
-def test_a_mistake_in_a_group_file_is_told_with_its_line(write: Write, folder: Path) -> None:
+def test_mistake_in_a_group_file_names_its_line(write: Write, folder: Path) -> None:
     write("configs/dataset/default.yaml", "path: org/data\nformat: standrd\n")
     text = (folder / "training/ddp.yaml").read_text(encoding="utf-8").replace("5e-5", "big")
     write("configs/training/ddp.yaml", text)
@@ -225,7 +225,7 @@ def test_a_mistake_in_a_group_file_is_told_with_its_line(write: Write, folder: P
     ]
 
 
-def test_the_primary_file_has_the_name_that_is_given(write: Write, folder: Path) -> None:
+def test_config_name_selects_the_primary_file(write: Write, folder: Path) -> None:
     write(
         "configs/other.yaml",
         "defaults:\n  - dataset: default\n  - training: dpo\n  - _self_\ndataset: {format: preference}\n",
@@ -253,12 +253,12 @@ def test_the_primary_file_has_the_name_that_is_given(write: Write, folder: Path)
         ('dataset: {path: "${"}\ntraining: {model: org/m}\n', "configs: the configuration cannot be read: no viable alternative at input '${'"),
     ],
 )  # fmt: skip
-def test_a_primary_file_that_cannot_be(write: Write, folder: Path, text: str, expected: str) -> None:
+def test_invalid_primary_file_is_refused(write: Write, folder: Path, text: str, expected: str) -> None:
     write("configs/config.yaml", text)
     assert import_(folder, source="hydra").mistakes[0].startswith(expected)
 
 
-def test_companions_with_a_value_where_a_group_is_needed(write: Write, folder: Path) -> None:
+def test_value_in_place_of_a_group_is_refused(write: Write, folder: Path) -> None:
     accelerate = write("acc.yaml", "distributed_type: FSDP\nnum_processes: x\nfsdp_config: hello\n")
     found = import_(folder, accelerate, source="hydra", words="training.distributed_training=FSDP").mistakes
     assert found == [
@@ -273,7 +273,7 @@ def test_companions_with_a_value_where_a_group_is_needed(write: Write, folder: P
     ]
 
 
-def test_a_folder_of_groups_alone_tells_lines_too(write: Write, tmp_path: Path) -> None:
+def test_folder_without_a_primary_file_names_lines(write: Write, tmp_path: Path) -> None:
     write("conf/dataset/only.yaml", "path: org/d\nformat: standard\n")
     write("conf/training/only.yaml", "model: org/m\nlearning_rate: big\n")
     (mistake,) = import_(tmp_path / "conf", source="hydra").mistakes
@@ -289,7 +289,7 @@ def test_a_folder_of_groups_alone_tells_lines_too(write: Write, tmp_path: Path) 
         ("max_seq_length: 1024\n  max_completion_length: 2048", 512, True),
     ],
 )
-def test_the_prompt_keeps_room_beside_the_completion(hydra: Any, lengths: str, completion: int, warned: bool) -> None:
+def test_completion_length_leaves_room_for_the_prompt(hydra: Any, lengths: str, completion: int, warned: bool) -> None:
     base = BASE.replace("max_seq_length: 512", lengths).replace("SFT", "DPO").replace("conversational", "preference")
     found = hydra(base=base)
     assert (found.mistakes, found.at("trainer.maxCompletionLength")) == ([], completion)

@@ -1,4 +1,4 @@
-"""Every sample of the contract and every block of the pages gives exactly the result that was read and kept in `expected/`."""
+"""Every sample of the contract and every block of the pages gives the reviewed result in `expected/`."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ TOML_BLOCKS = sorted((HERE / "blocks").glob("toml-*.toml"))
 
 
 @pytest.mark.parametrize("name", cases())
-def test_it_gives_what_was_reviewed(name: str) -> None:
+def test_import_gives_the_reviewed_result(name: str) -> None:
     kept = json.loads((HERE / "expected" / f"{name}.json").read_text(encoding="utf-8"))
     assert json.loads(json.dumps(outcome(name))) == kept
 
 
-def test_no_expectation_is_left_over() -> None:
+def test_every_expected_result_has_a_case() -> None:
     assert {path.stem for path in (HERE / "expected").glob("*.json")} == set(cases())
 
 
 @pytest.mark.parametrize("source", PAGES)
-def test_no_block_of_a_page_is_left_out(source: str) -> None:
+def test_every_block_of_a_page_is_imported(source: str) -> None:
     blocks = [path for path in (HERE / "blocks").iterdir() if path.name.startswith(f"{source}-")]
     commands = [path for path in blocks if path.suffix == ".txt"]
     typed = [name for name in COMMANDS if name.startswith(f"{source}-page-")]
@@ -37,7 +37,7 @@ def test_no_block_of_a_page_is_left_out(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", CONTRACT)
-def test_no_sample_of_the_contract_is_left_out(source: str) -> None:
+def test_every_sample_of_the_contract_is_imported(source: str) -> None:
     for words, refused in zip(CONTRACT[source], (False, True), strict=True):
         for word in words.split():
             name = AS_COMMANDS.get(f"{source}-{word}", f"samples-{source}-{word}")
@@ -57,19 +57,19 @@ def test_accepted_samples_are_accepted(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in cases() if "-R" in name])
-def test_refused_samples_are_refused_with_place(name: str) -> None:
+def test_refused_samples_name_the_location(name: str) -> None:
     for mistake in outcome(name)["refused"]:
         assert name.partition("-")[2].split("-")[0] in mistake.split(":")[0]
 
 
 @pytest.mark.parametrize("path", TOML_BLOCKS, ids=lambda path: path.stem)
-def test_every_toml_block_imports_once_model_and_data_are_named(path: Path) -> None:
+def test_toml_block_imports_with_model_and_data(path: Path) -> None:
     found = import_(path, source="toml", own={"model.source": "org/m", "dataset.train": "org/d"})
     assert found.mistakes == []
     assert found.at("model.source") == "org/m"
 
 
-def test_all_toml_blocks_in_order_are_one_configuration() -> None:
+def test_all_toml_blocks_combine_to_one_configuration() -> None:
     found = import_(*TOML_BLOCKS, source="toml", own={"output.hub.tokenSecretRef": {"name": "hub", "key": "token"}})
     assert found.mistakes == []
     assert found.at("training.epochs") == 30
@@ -79,13 +79,13 @@ def test_all_toml_blocks_in_order_are_one_configuration() -> None:
 
 
 @pytest.mark.parametrize("name", cases())
-def test_a_case_is_recognised_as_its_own_tool_or_refused(name: str) -> None:
+def test_case_is_recognised_as_its_tool_or_refused(name: str) -> None:
     files, source, words = cases()[name]
     fitting = [one.name for one in IMPORTERS.values() if one.recognises(load(files), tuple(words.split()))]
     assert fitting in ([source or name.removeprefix("blocks-").partition("-")[0]], [])
 
 
-def test_annotated_text_holds_every_value_and_its_origin() -> None:
+def test_annotated_manifest_names_the_origin_of_values() -> None:
     text = import_(HERE / "samples" / "env-A.env").text
     assert "learningRate: 0.0002 # env-A.env:9 LEARNING_RATE" in text
     assert "gradientAccumulationSteps: 4 # default of the tool" in text
@@ -93,7 +93,7 @@ def test_annotated_text_holds_every_value_and_its_origin() -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_on_a_cpu_nothing_is_filled_in_that_only_a_gpu_can_do(source: str, write: Write) -> None:
+def test_cpu_job_gets_no_gpu_only_defaults(source: str, write: Write) -> None:
     own = {"model.source": "org/m", "dataset.train": "org/d", "output": None, "tracking.reportTo": None}
     file = write(SOURCES[source].file, SOURCES[source].text)
     found = import_(file, source=source, own={**own, "resources.gpusPerNode": 0})

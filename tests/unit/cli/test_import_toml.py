@@ -1,4 +1,4 @@
-"""The TOML tool: sections, `"null"`, variables, and what belongs together."""
+"""The importer `toml`: sections, `"null"`, variables, and options that combine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def toml(write: Write) -> Any:
     return run
 
 
-def test_profile_of_a_silent_file(toml: Any) -> None:
+def test_defaults_of_a_minimal_file(toml: Any) -> None:
     found = toml()
     assert found.spec["training"] == {
         "epochs": 30, "learningRate": 2e-4, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "warmupSteps": 5, "scheduler": "linear",
@@ -54,17 +54,17 @@ def test_profile_of_a_silent_file(toml: Any) -> None:
         ("tags = 1\n", "job.toml:4: fine_tuner.tags: unknown key; it is not an option of this TOML tool; remove it"),
     ],
 )  # fmt: skip
-def test_mistakes(toml: Any, text: str, mistake: str) -> None:
+def test_invalid_file_is_refused_with_its_line(toml: Any, text: str, mistake: str) -> None:
     assert toml(text, environment={}).mistakes == [mistake]
 
 
-def test_numbers_of_the_grammar_and_in_quotes(toml: Any) -> None:
+def test_numbers_and_quoted_numbers_are_read(toml: Any) -> None:
     found = toml('max_sequence_length = 1_024\nlearning_rate = "1e-4"\n')
     assert (found.at("dataset.maxSequenceLength"), found.at("training.learningRate")) == (1024, 1e-4)
     assert "is not a number" in toml('learning_rate = "1_000"\n').mistakes[0]
 
 
-def test_a_text_over_several_lines_keeps_later_line_numbers(toml: Any) -> None:
+def test_multi_line_string_keeps_later_line_numbers(toml: Any) -> None:
     text = 'system_prompt_override_text = """You are\nepochs = 3\nbrief."""\nepochs = 0\n'
     assert toml(text).mistakes == [
         "job.toml:7: fine_tuner.epochs: 0 is out of range; allowed: an integer of at least 1"
@@ -82,7 +82,7 @@ def test_a_text_over_several_lines_keeps_later_line_numbers(toml: Any) -> None:
         ("full_finetuning = true\nload_in_4bit = false\n", "full", None),
     ],
 )
-def test_method_and_bits(toml: Any, text: str, method: str, bits: int | None) -> None:
+def test_options_select_method_and_bits(toml: Any, text: str, method: str, bits: int | None) -> None:
     found = toml(text)
     assert found.mistakes == []
     assert (found.at("method.type"), found.at("model.quantization.bits")) == (method, bits)
@@ -95,14 +95,14 @@ def test_full_with_four_bits_is_refused(toml: Any) -> None:
     )
 
 
-def test_a_quantised_base_stays_so(write: Write) -> None:
+def test_quantized_base_model_stays_quantized(write: Write) -> None:
     text = BASE.replace("org/m", "org/m-bnb-4bit") + "load_in_4bit = false\n"
     found = import_(write("job.toml", text))
     assert (found.at("method.type"), found.at("model.quantization.bits")) == ("qlora", 4)
     assert "holds 4-bit weights" in found.warnings[0]
 
 
-def test_loftq(toml: Any) -> None:
+def test_loftq_options_are_read(toml: Any) -> None:
     found = toml("loftq_config = { loftq_bits = 4, loftq_iter = 2 }\n")
     assert found.at("method.lora.loftq") == {"bits": 4, "iterations": 2}
     assert (found.at("method.lora.init"), found.at("method.type"), found.at("model.quantization")) == (
@@ -116,31 +116,31 @@ def test_loftq(toml: Any) -> None:
     )
 
 
-def test_loftq_on_a_quantised_base_is_refused(toml: Any) -> None:
+def test_loftq_with_a_quantized_base_model_is_refused(toml: Any) -> None:
     (mistake,) = toml("loftq_config = { loftq_bits = 4 }\n", base=BASE.replace("org/m", "org/m-bnb-4bit")).mistakes
     assert "LoftQ needs an unquantized base model" in mistake
 
 
-def test_validation_data_is_used(toml: Any) -> None:
+def test_validation_data_enables_evaluation(toml: Any) -> None:
     found = toml('validation_data_id = "org/v"\n')
     assert found.spec["evaluation"] == {"strategy": "epoch", "batchSizePerDevice": 4}
 
 
-def test_run_names(toml: Any) -> None:
+def test_run_name_parts_are_read(toml: Any) -> None:
     text = 'report_to = "none"\n[mlflow]\nrun_name = "0.0.1"\nrun_name_prefix = "exp-"\nrun_name_suffix = "-v1"\n'
     assert toml(text).at("output.runName") == {"name": "0.0.1", "prefix": "exp-", "suffix": "-v1"}
     (mistake,) = toml(text.replace("exp-", "exp#")).mistakes
     assert "mlflow.run_name_prefix" in mistake
 
 
-def test_a_push_takes_the_runs_name(toml: Any) -> None:
+def test_repository_is_named_after_the_run(toml: Any) -> None:
     text = 'push_to_hub = true\n[mlflow]\nrun_name = "bot"\n[inferencer]\nhf_user_id = "me"\n'
     found = toml(text)
     assert found.spec["output"]["hub"] == {"push": True, "repository": "me/bot", "private": False}
     assert any("no token with write permission is given" in one for one in found.warnings)
 
 
-def test_keys_of_the_command_line_are_secrets(toml: Any) -> None:
+def test_keys_on_the_command_line_are_written_to_the_secret(toml: Any) -> None:
     found = toml(
         'report_to = "wandb"\n', words="--hf-key hf_a1b2c3 --wandb-key wsecret --openai-key osecret --skip-evaluation"
     )
@@ -151,14 +151,14 @@ def test_keys_of_the_command_line_are_secrets(toml: Any) -> None:
     assert found.at("phases.evaluate") is False
 
 
-def test_a_password_in_an_address_is_moved(toml: Any) -> None:
+def test_password_in_a_uri_is_moved_to_the_secret(toml: Any) -> None:
     found = toml('[mlflow]\ntracking_uri = "https://bob:pa55word@host/x"\n')
     assert found.at("tracking.mlflow.trackingUri") == "https://host/x"
     assert found.secrets == {"mlflow-tracking-username": "bob", "mlflow-tracking-password": "pa55word"}
     assert "pa55word" not in str(found.documents[1:]) + str(found.warnings)
 
 
-def test_evaluation_and_phases(toml: Any) -> None:
+def test_evaluation_and_phases_are_read(toml: Any) -> None:
     text = '[evaluator]\nmetrics = ["rouge_score", "answer_accuracy"]\nllm = "j"\nembedding = "text-embeddings-3-small"\ncost_per_million_input_tokens = 0.15\n'
     found = toml(text + "[pipeline]\nenable_inference = true\nstop_after_finetuning = true\n")
     assert found.at("evaluation.metrics") == ["rouge", "answerAccuracy"]

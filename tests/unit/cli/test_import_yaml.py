@@ -1,4 +1,4 @@
-"""The nested YAML tool: YAML's traps, overrides, DeepSpeed, duplicates."""
+"""The importer `yaml`: spellings of YAML, overrides, DeepSpeed files, duplicates."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def yaml(write: Write) -> Any:
     return run
 
 
-def test_profile_of_a_silent_file(yaml: Any) -> None:
+def test_defaults_of_a_minimal_file(yaml: Any) -> None:
     found = yaml()
     assert found.spec["training"] == {
         "epochs": 3, "batchSizePerDevice": 1, "gradientAccumulationSteps": 16, "learningRate": 2e-4, "scheduler": "cosine", "warmupRatio": 0.03,
@@ -37,34 +37,34 @@ def test_profile_of_a_silent_file(yaml: Any) -> None:
 
 
 @pytest.mark.parametrize("spelling", ["2e-4", "2.0e-4", ".0002", '"2e-4"', "0.0002", "2E-4"])
-def test_every_spelling_of_a_number(yaml: Any, spelling: str) -> None:
+def test_every_spelling_of_a_number_is_read(yaml: Any, spelling: str) -> None:
     assert yaml(f"training: {{learning_rate: {spelling}}}\n").at("training.learningRate") == 2e-4
 
 
 @pytest.mark.parametrize("spelling", ["inf", ".nan", "-1e-4", '"1_000"', "true", "fast"])
-def test_what_is_no_learning_rate(yaml: Any, spelling: str) -> None:
+def test_invalid_learning_rate_is_refused(yaml: Any, spelling: str) -> None:
     (mistake,) = yaml(f"training: {{learning_rate: {spelling}}}\n").mistakes
     assert mistake.startswith("job.yaml:3: training.learning_rate: ")
 
 
-def test_numbers_of_the_grammar(yaml: Any) -> None:
+def test_yaml_1_1_numbers_are_read(yaml: Any) -> None:
     found = yaml("training: {max_seq_length: 1_024, epochs: 010}\n")
     assert (found.at("dataset.maxSequenceLength"), found.at("training.epochs")) == (1024, 8)
 
 
 @pytest.mark.parametrize("word", ["no", "off", '"no"', "false"])
-def test_an_unquoted_no_is_the_word(yaml: Any, word: str) -> None:
+def test_unquoted_no_is_read_as_the_word(yaml: Any, word: str) -> None:
     found = yaml(f"training: {{mixed_precision: {word}}}\nevaluation: {{eval_strategy: {word}}}\n")
     assert (found.at("training.mixedPrecision"), found.at("evaluation.strategy")) == ("no", "no")
 
 
-def test_a_key_that_stands_twice_is_refused(yaml: Any) -> None:
+def test_duplicate_key_is_refused(yaml: Any) -> None:
     assert yaml("model: {base_model: b}\n").mistakes == [
         "job.yaml:3: model: the key occurs twice, in lines 1 and 3; keep one"
     ]
 
 
-def test_overrides_in_both_spellings(yaml: Any) -> None:
+def test_overrides_with_space_and_equals_are_read(yaml: Any) -> None:
     found = yaml(
         words="python src/train.py --training.epochs=2 --training.epochs 5 --fine_tuning.lora.target_modules '[a, b]' --training.learning_rate 1e-5"
     )
@@ -85,7 +85,7 @@ def test_overrides_in_both_spellings(yaml: Any) -> None:
         ("fine_tuning: {method: full}\n", "full", None),
     ],
 )
-def test_method_and_bits(yaml: Any, text: str, method: str, bits: int | None) -> None:
+def test_options_select_method_and_bits(yaml: Any, text: str, method: str, bits: int | None) -> None:
     found = yaml(text)
     assert (found.at("method.type"), found.at("model.quantization.bits")) == (method, bits)
 
@@ -109,7 +109,7 @@ def test_method_and_bits(yaml: Any, text: str, method: str, bits: int | None) ->
         ("load_in_4bit: false", "method: qlora", "method qlora needs 4-bit, but model.load_in_4bit is false"),
     ],
 )
-def test_bits_that_contradict(yaml: Any, model: str, tuning: str, words: str) -> None:
+def test_contradicting_bits_are_refused(yaml: Any, model: str, tuning: str, words: str) -> None:
     (mistake,) = yaml(
         base=f"model: {{base_model: m/m, {model}}}\nfine_tuning: {{{tuning}}}\ndataset: {{train_path: s3://data/t.json}}\n"
     ).mistakes
@@ -122,21 +122,21 @@ def test_lora_on_four_bits_is_qlora(yaml: Any) -> None:
     assert "method lora with a 4-bit base model is QLoRA and is imported as qlora" in found.notes
 
 
-def test_evaluation_without_data_is_refused_and_with_ours_is_not(yaml: Any) -> None:
+def test_evaluation_needs_data_from_the_file_or_an_override(yaml: Any) -> None:
     text = "evaluation: {do_eval: true}\n"
     assert "dataset.eval_path is missing" in yaml(text).mistakes[0]
     found = yaml(text, own={"dataset.validation": "s3://data/v.json"})
     assert found.spec["evaluation"] == {"strategy": "steps", "steps": 200, "metrics": ["perplexity", "bleu", "rouge"]}
 
 
-def test_the_evaluation_sections_period_wins(yaml: Any) -> None:
+def test_interval_of_the_evaluation_section_overrides_the_output_section(yaml: Any) -> None:
     text = "evaluation: {eval_steps: 200}\noutput: {eval_steps: 100}\n"
     found = yaml(text, own={"dataset.validation": "s3://data/v.json"})
     assert found.at("evaluation.steps") == 200
     assert found.warnings == ["job.yaml:4: output.eval_steps has no effect: evaluation.eval_steps (200) overrides it"]
 
 
-def test_human_eval_means_rating_sheets(yaml: Any) -> None:
+def test_both_human_evaluations_are_kept(yaml: Any) -> None:
     text = "evaluation: {benchmarks: [human-eval, openai-humaneval]}\n"
     assert yaml(text, own={"dataset.validation": "s3://data/v.json"}).at("evaluation.benchmarks") == [
         {"name": "human-eval"},
@@ -144,14 +144,14 @@ def test_human_eval_means_rating_sheets(yaml: Any) -> None:
     ]
 
 
-def test_the_head_is_not_a_target(yaml: Any) -> None:
+def test_output_head_as_target_is_refused(yaml: Any) -> None:
     (mistake,) = yaml("fine_tuning: {lora: {target_modules: [q_proj, lm_head]}}\n").mistakes
     assert mistake.startswith("job.yaml:3: fine_tuning.lora.target_modules: 'lm_head' is the output head")
     assert "modulesToSave: [lm_head]" in mistake
     assert yaml("fine_tuning: {lora: {target_modules: [q_proj, embed_tokens]}}\n").mistakes == []
 
 
-def test_layers_by_hand_and_threshold(yaml: Any) -> None:
+def test_explicit_spectrum_layers_replace_the_threshold(yaml: Any) -> None:
     found = yaml("fine_tuning: {method: spectrum, spectrum: {snr_threshold: 0.7, layers_to_finetune: [3]}}\n")
     assert found.at("method.spectrum") == {"layers": [3]}
     assert "snr_threshold has no effect: the layers are listed explicitly" in found.warnings[0]
@@ -159,7 +159,7 @@ def test_layers_by_hand_and_threshold(yaml: Any) -> None:
     assert "3 is named more than once" in mistake
 
 
-def test_pruning_is_not_offered(yaml: Any) -> None:
+def test_pruning_is_refused(yaml: Any) -> None:
     assert yaml("pruning: {enabled: false, method: magnitude}\n").mistakes == []
     assert "enables pruning, which is not supported" in yaml("pruning: {enabled: true}\n").mistakes[0]
 
@@ -168,7 +168,7 @@ def deepspeed(**zero: Any) -> str:
     return json.dumps({"train_micro_batch_size_per_gpu": "auto", "gradient_clipping": 0.3, "zero_optimization": zero})
 
 
-def test_a_deepspeed_file_beside(yaml: Any, write: Write) -> None:
+def test_deepspeed_file_is_read_and_stored_in_a_config_map(yaml: Any, write: Write) -> None:
     write("config/ds.json", deepspeed(stage=3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}))
     found = yaml("fine_tuning: {method: lora}\ndistributed: {use_deepspeed: true, deepspeed_config: config/ds.json}\n")
     assert found.spec["distributed"] == {
@@ -180,7 +180,7 @@ def test_a_deepspeed_file_beside(yaml: Any, write: Write) -> None:
     assert job["spec"]["distributed"]["strategy"] == "deepspeed"
 
 
-def test_a_deepspeed_file_that_says_something_else(yaml: Any, write: Write) -> None:
+def test_contradicting_deepspeed_file_is_refused(yaml: Any, write: Write) -> None:
     write("ds.json", deepspeed(stage=2))
     (mistake,) = yaml(
         "fine_tuning: {method: lora}\ndistributed: {use_deepspeed: true, zero_stage: 3, deepspeed_config: ds.json}\n"
@@ -190,12 +190,12 @@ def test_a_deepspeed_file_that_says_something_else(yaml: Any, write: Write) -> N
     )
 
 
-def test_zero_stage_0_is_ddp(yaml: Any) -> None:
+def test_zero_stage_0_is_imported_as_ddp(yaml: Any) -> None:
     found = yaml("distributed: {use_deepspeed: true, zero_stage: 0}\n")
     assert found.spec["distributed"] == {"strategy": "ddp"}
 
 
-def test_fsdp_needs_ranks(yaml: Any) -> None:
+def test_fsdp_gets_two_gpus_and_a_usable_optimizer(yaml: Any) -> None:
     found = yaml(
         "distributed: {use_fsdp: true, fsdp_sharding_strategy: SHARD_GRAD_OP, fsdp_checkpoint_strategy: FULL_STATE_DICT}\n"
     )
@@ -209,11 +209,11 @@ def test_fsdp_needs_ranks(yaml: Any) -> None:
     assert yaml("distributed: {use_fsdp: true}\n", own={"resources.gpusPerNode": 8}).at("resources.gpusPerNode") == 8
 
 
-def test_a_push_needs_a_repository(yaml: Any) -> None:
+def test_push_without_a_repository_is_refused(yaml: Any) -> None:
     (mistake,) = yaml("output: {push_to_hub: true}\n", own={"model.tokenSecretRef": {"name": "a", "key": "b"}}).mistakes
     assert mistake.startswith("job.yaml:3: output.push_to_hub: push is true, and no repository is named")
 
 
-def test_a_manifest_of_ours_wins_over_everything(yaml: Any) -> None:
+def test_overrides_win_over_files_and_command_line(yaml: Any) -> None:
     found = yaml("training: {epochs: 2}\n", words="--training.epochs 3", own={"training.epochs": 4})
     assert found.at("training.epochs") == 4

@@ -30,6 +30,7 @@ from finetune_trainer.storage.errors import Connection, explain, status_of
 
 MIB = 1024 * 1024
 PART_BYTES = 8 * MIB
+FORBIDDEN = 403
 RANGE_BYTES = 8 * MIB
 MAX_PARTS = 9000
 CONCURRENCY = 10
@@ -249,8 +250,18 @@ class S3Store:
         except Exception as error:
             if _missing(error):
                 return None
-            raise explain(error, self.connection, operation="HeadObject", key=key) from error
+            raise explain(self._with_reason(error, key), self.connection, operation="HeadObject", key=key) from error
         return Stat(key, int(found["ContentLength"]), str(found.get("ETag", "")).strip('"'))
+
+    def _with_reason(self, error: Exception, key: str) -> Exception:
+        """The error of a GET in place of a refused HEAD: a HEAD response has no body, so wrong keys look like missing permissions."""
+        if status_of(error)[0] != FORBIDDEN:
+            return error
+        try:
+            self._client.get_object(Bucket=self.bucket, Key=self.key(key), Range="bytes=0-0", **self._encryption.read)
+        except Exception as repeated:
+            return repeated if status_of(repeated)[0] == FORBIDDEN else error
+        return error
 
     def list(self, prefix: str) -> Iterator[Stat]:
         cut = len(self.prefix) + 1 if self.prefix else 0

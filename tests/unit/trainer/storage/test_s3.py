@@ -67,6 +67,29 @@ def test_a_key_that_is_not_deleted_is_an_error(code: str, kind: type[FineTuneErr
     assert code == "InternalError" or "root/b" in caught.value.message
 
 
+@pytest.mark.parametrize(
+    ("get", "code"),
+    [
+        ((403, "InvalidAccessKeyId"), "CredentialsRejected"),
+        ((403, "SignatureDoesNotMatch"), "CredentialsRejected"),
+        ((403, "AccessDenied"), "PermissionDenied"),
+        ((500, "InternalError"), "PermissionDenied"),
+        ((206, ""), "PermissionDenied"),
+    ],
+)
+def test_refused_head_is_repeated_as_get_to_distinguish_wrong_keys_from_missing_permissions(get: tuple[int, str], code: str) -> None:
+    """A HEAD response has no body, so its 403 does not name the reason."""
+
+    def respond(operation: str, request: AWSPreparedRequest) -> Response:
+        if operation == "HeadObject":
+            return 403, {}, b""
+        return get[0], {}, f"<Error><Code>{get[1]}</Code></Error>".encode()
+
+    with pytest.raises(CredentialsError) as caught:
+        store_with(respond).stat("model/config.json")
+    assert caught.value.code == code
+
+
 def test_a_download_of_an_object_that_changes_is_an_error(tmp_path: Path) -> None:
     """The ranges of two versions of an object must not be joined."""
     tags = iter(['"old"', '"old"', '"new"'])
