@@ -1,4 +1,4 @@
-"""One cluster with two nodes for all tests in this folder, with real containers, DNS and S3, and one installed operator."""
+"""One cluster with two nodes, real containers, DNS and S3 for all tests in this folder, and one installed operator."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import pytest
 
 from localcluster import NodeCluster, images, paths
 from localcluster.steps import shown
-from tests.e2e.jobs.site import OPERATOR_IMAGE, TRAINER_IMAGE, Room, Site
+from tests.e2e.jobs.site import OPERATOR_IMAGE, TRAINER_IMAGE, JobNamespace, Site
 from tests.support.tiny import make_tiny_model
 
 
 @pytest.fixture(scope="session")
 def node_cluster() -> Iterator[NodeCluster]:
-    """Nodes n1 and n2, each with four pretended GPUs; S3 runs on n1. The nodes' images stay for the next run."""
-    with the_only_run(), NodeCluster(paths.state("tests"), nodes=2, gpus=4, step=shown) as cluster:
+    """Nodes n1 and n2, each with four simulated GPUs; S3 runs on n1. The images of the nodes are kept for the next run."""
+    with exclusive_run(), NodeCluster(paths.state("tests"), nodes=2, gpus=4, step=shown) as cluster:
         yield cluster
 
 
 @contextlib.contextmanager
-def the_only_run() -> Iterator[None]:
-    """Wait until no other run of these tests is at work on this machine: there is one cluster with nodes."""
+def exclusive_run() -> Iterator[None]:
+    """Hold the lock of this machine: only one cluster with nodes can run at a time."""
     paths.cache().mkdir(parents=True, exist_ok=True)
     with (paths.cache() / "e2e.lock").open("w") as lock:
         try:
@@ -37,7 +37,7 @@ def the_only_run() -> Iterator[None]:
 
 @pytest.fixture
 def namespace(node_cluster: NodeCluster) -> Iterator[str]:
-    """A namespace of the test's own, gone afterwards with everything in it."""
+    """A new namespace, deleted after the test."""
     name = f"t-{secrets.token_hex(4)}"
     body = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}}
     node_cluster.endpoint.request("POST", "/api/v1/namespaces", body)
@@ -47,7 +47,7 @@ def namespace(node_cluster: NodeCluster) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def site(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """The operator of this checkout on the cluster, ready for jobs."""
+    """The cluster with the operator of this checkout installed, and a model in S3."""
     images.build([images.Which.OPERATOR, images.Which.TRAINER], shown)
     for tag in (OPERATOR_IMAGE, TRAINER_IMAGE):
         node_cluster.load_image(tag)
@@ -59,16 +59,16 @@ def site(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
-def room(site: Site) -> Iterator[Room]:
-    """A namespace of the test's own."""
-    made = site.room(f"jobs-{secrets.token_hex(4)}")
-    yield made
-    site.api.delete("namespaces", None, made.namespace)
+def job_namespace(site: Site) -> Iterator[JobNamespace]:
+    """A new namespace for jobs, deleted after the test."""
+    created = site.create_namespace(f"jobs-{secrets.token_hex(4)}")
+    yield created
+    site.api.delete("namespaces", None, created.namespace)
 
 
 @pytest.fixture(scope="module")
-def shared_room(site: Site) -> Iterator[Room]:
-    """A namespace for jobs that several tests look at."""
-    made = site.room(f"shared-{secrets.token_hex(4)}")
-    yield made
-    site.api.delete("namespaces", None, made.namespace)
+def shared_namespace(site: Site) -> Iterator[JobNamespace]:
+    """A namespace for jobs that several tests of a module read."""
+    created = site.create_namespace(f"shared-{secrets.token_hex(4)}")
+    yield created
+    site.api.delete("namespaces", None, created.namespace)

@@ -16,7 +16,7 @@ from finetune_api.names import ExitCode
 
 from tests.support.cells import REPOSITORY, Cell, Result, launch
 from tests.support.learning import TEN, merged
-from tests.support.preferences import JUDGED, PAIRS, PROMPTS
+from tests.support.preferences import LABELLED, PAIRS, PROMPTS
 
 PAGE = REPOSITORY / "docs/reference/matrix.md"
 WORKS = "yes"
@@ -41,7 +41,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
     "sft": ({}, TEN),
     "dpo": ({"type": "dpo"}, PAIRS),
     "grpo": ({"type": "grpo", "maxCompletionLength": 6, **REWARDED}, PROMPTS),
-    "kto": ({"type": "kto"}, JUDGED),
+    "kto": ({"type": "kto"}, LABELLED),
     "orpo": ({"type": "orpo"}, PAIRS),
     "reward": ({"type": "reward"}, PAIRS),
 }

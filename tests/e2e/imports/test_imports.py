@@ -12,7 +12,7 @@ import pytest
 from finetune_api.names import CONTAINER, Env
 from finetune_api.status import FineTuneJobStatus, OutputKind
 
-from tests.e2e.jobs.site import MODEL, Room
+from tests.e2e.jobs.site import MODEL, JobNamespace
 from tests.pod.cli.sources import SOURCES, options, rows
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
@@ -25,7 +25,7 @@ BUCKET = "datasets"
 class Imports:
     """Imported jobs, two at a time: while one trains, the next one starts."""
 
-    room: Room
+    job_namespace: JobNamespace
     folder: Path
     wanted: list[str]
     applied: set[str] = field(default_factory=set)
@@ -37,11 +37,11 @@ class Imports:
             if one not in self.applied:
                 self.applied.add(one)
                 self._apply(one)
-        return self.room.end(name)
+        return self.job_namespace.end(name)
 
     def _apply(self, name: str) -> None:
         source, key = SOURCES[name], f"imports/{name}.jsonl"
-        self.room.site.store.put_object(Bucket=BUCKET, Key=key, Body=rows(source.rows).encode())
+        self.job_namespace.site.store.put_object(Bucket=BUCKET, Key=key, Body=rows(source.rows).encode())
         home = self.folder / name
         home.mkdir()
         (home / source.file).write_text(source.text, encoding="utf-8")
@@ -50,14 +50,16 @@ class Imports:
             [sys.executable, "-m", "finetune_cli", *words, "-o", str(home / "job.yaml")], capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        self.room.apply(home / "job.yaml")
+        self.job_namespace.apply(home / "job.yaml")
 
 
 @pytest.fixture(scope="module")
-def imports(shared_room: Room, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Imports:
+def imports(
+    shared_namespace: JobNamespace, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Imports:
     """All of them in one namespace; only those that this run asks for."""
     asked = {item.callspec.params["name"] for item in request.session.items if item.path == request.path}  # type: ignore[attr-defined]  # all are parametrised
-    return Imports(shared_room, tmp_path_factory.mktemp("imports"), [name for name in SOURCES if name in asked])
+    return Imports(shared_namespace, tmp_path_factory.mktemp("imports"), [name for name in SOURCES if name in asked])
 
 
 @pytest.mark.parametrize(
@@ -71,15 +73,17 @@ def test_an_imported_job_trains(imports: Imports, name: str) -> None:
     assert status.output.uri is not None
     assert status.output.kind is OutputKind.ADAPTER
     bucket, _, prefix = status.output.uri.removeprefix("s3://").partition("/")
-    body = imports.room.site.store.get_object(Bucket=bucket, Key=f"{prefix}/adapter_config.json")["Body"].read()
+    body = imports.job_namespace.site.store.get_object(Bucket=bucket, Key=f"{prefix}/adapter_config.json")[
+        "Body"
+    ].read()
     assert json.loads(body)["r"] == SOURCES[name].rank
     if name == "env":
-        token_from_its_secret(imports.room, name)
+        token_from_its_secret(imports.job_namespace, name)
 
 
-def token_from_its_secret(room: Room, name: str) -> None:
+def token_from_its_secret(job_namespace: JobNamespace, name: str) -> None:
     """The pod was started with the token of the file, from the Secret that the import wrote."""
-    (pod,) = room.pods(name)
+    (pod,) = job_namespace.pods(name)
     (container,) = [one for one in pod["spec"]["containers"] if one["name"] == CONTAINER]
     (variable,) = [one for one in container["env"] if one["name"] == Env.HF_TOKEN.value]
     assert variable["valueFrom"]["secretKeyRef"] == {"name": f"{name}-import", "key": "hf-token"}

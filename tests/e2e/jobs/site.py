@@ -1,6 +1,6 @@
-"""A cluster with the operator installed as users install it, a store with a small model and data, and hands for tests.
+"""A cluster with the operator installed from the chart, S3 with a model and data, and helpers for tests.
 
-The model that the examples name is a tiny one here: what is tested is everything around the learning.
+The model that the examples name is replaced by a tiny one: these tests check everything except the quality of the training.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from tools import HELM  # noqa: E402
 MODEL = f"s3://{demo.MODELS}/{demo.MODEL_KEY}"
 SECRET = demo.SECRET
 SMALL = {"cpu": "100m", "memory": "2Gi", "ephemeralStorage": "2Gi", "sharedMemory": "256Mi"}
-"""What a pod asks for by default here, so that two cores hold all jobs of a test at once."""
-PATIENCE = 240
-"""Seconds that a tiny job may take on two busy cores."""
+"""Default resources of a pod, so that all jobs of a test fit on two cores."""
+JOB_TIMEOUT_SECONDS = 240
+"""Longest time of a tiny job on two busy cores."""
 
 
 @dataclass(frozen=True)
-class Place:
+class ChartInputs:
     """What the chart's values depend on."""
 
     s3: S3Endpoint
@@ -47,13 +47,13 @@ class Place:
 
 @dataclass(frozen=True)
 class Site:
-    """One installation, shared by all tests."""
+    """One cluster with one installation, shared by all tests."""
 
     cluster: NodeCluster
 
     @cached_property
     def api(self) -> KubeApi:
-        """The API server, as administrator."""
+        """A client of the API server with administrator rights."""
         return KubeApi(self.cluster.endpoint)
 
     @cached_property
@@ -62,16 +62,16 @@ class Site:
         return self.cluster.s3.client()
 
     def helm(self, *arguments: str, values: Mapping[str, Any] | None = None) -> str:
-        """Run Helm in the operator's namespace; its output."""
+        """Run Helm in the operator's namespace and return its output."""
         command = [str(HELM.path), "--kubeconfig", str(self.cluster.kubeconfig), "-n", demo.RELEASE, *arguments]
         done = subprocess.run(command, input=json.dumps(values or {}), capture_output=True, text=True)
         assert done.returncode == 0, f"helm {arguments[0]}: {done.stderr}"
         return done.stdout
 
     def install(self, **more: Any) -> str:
-        """The chart with the demo's values; `more` wins. Returns Helm's notes."""
+        """Install the chart with the demo's values, overridden by `more`. Returns Helm's notes."""
         self.api.patch("namespaces", None, demo.RELEASE, restricted(demo.RELEASE), patch="apply")
-        values = demo.values(Place(self.cluster.s3)) | more  # type: ignore[arg-type]  # of a cluster it needs these only
+        values = demo.values(ChartInputs(self.cluster.s3)) | more  # type: ignore[arg-type]  # it reads only these attributes of a cluster
         values["settings"] |= {"retry": {"baseSeconds": 1}}
         values["trainer"] |= {"resources": SMALL, "env": {"OMP_NUM_THREADS": "1"}}
         chart = str(ROOT / "helm/finetune-operator")
@@ -80,7 +80,7 @@ class Site:
         )
 
     def upload(self, model: Path, files: Mapping[str, bytes]) -> None:
-        """The model where the examples look for it, and objects of the bucket `datasets`."""
+        """Upload the model to the examples' source, and files to the bucket `datasets`."""
         for bucket in (demo.MODELS, demo.DATASETS, demo.RESULTS):
             self.store.create_bucket(Bucket=bucket)
         for path in sorted(model.iterdir()):
@@ -90,29 +90,29 @@ class Site:
         for key, body in files.items():
             self.store.put_object(Bucket=demo.DATASETS, Key=key, Body=body)
 
-    def room(self, namespace: str) -> Room:
-        """A namespace for jobs: Pod Security `restricted`, and a Secret with S3 keys."""
+    def create_namespace(self, namespace: str) -> JobNamespace:
+        """Create a namespace for jobs, with Pod Security `restricted` and a Secret with the S3 keys."""
         self.api.patch("namespaces", None, namespace, restricted(namespace), patch="apply")
         keys = {"AWS_ACCESS_KEY_ID": self.cluster.s3.access_key, "AWS_SECRET_ACCESS_KEY": self.cluster.s3.secret_key}
-        room = Room(self, namespace)
-        room.secret(SECRET, keys)
-        return room
+        created = JobNamespace(self, namespace)
+        created.secret(SECRET, keys)
+        return created
 
     def manifest(self, uri: str) -> dict[str, str]:
-        """sha256 by path of the files in a committed folder."""
+        """The sha256 of each file in a committed folder, by path."""
         bucket, _, prefix = uri.removeprefix("s3://").partition("/")
         body = json.loads(self.store.get_object(Bucket=bucket, Key=f"{prefix}/manifest.json")["Body"].read())
         return {one["path"]: one["sha256"] for one in body["files"]}
 
 
 def restricted(name: str) -> Object:
-    """A namespace under the strictest Pod Security level."""
+    """A namespace with Pod Security level `restricted`."""
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     return {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
 
 
 @dataclass(frozen=True)
-class Room:
+class JobNamespace:
     """A namespace in which a test applies jobs."""
 
     site: Site
@@ -135,25 +135,25 @@ class Room:
         return read(self.site.api.get(PLURAL, self.namespace, name))
 
     def wait(
-        self, name: str, good: Callable[[FineTuneJobStatus], object], what: str, timeout: float = PATIENCE
+        self, name: str, good: Callable[[FineTuneJobStatus], object], what: str, timeout: float = JOB_TIMEOUT_SECONDS
     ) -> FineTuneJobStatus:
-        """The status as soon as it is `good`. AssertionError with status and pods' last words after `timeout` seconds."""
+        """Wait until the status is `good`. After `timeout` seconds: AssertionError with the status and the pods' logs."""
         try:
             found = self.site.api.wait(
                 PLURAL, self.namespace, name, lambda body: bool(good(read(body))), timeout=timeout, what=what
             )
         except AssertionError as error:
-            raise AssertionError(f"{error}\n{self._last_words(name)}") from None
+            raise AssertionError(f"{error}\n{self._pod_logs(name)}") from None
         return read(found)
 
     def end(self, name: str, phase: Phase = Phase.SUCCEEDED) -> FineTuneJobStatus:
-        """The status when the job has ended, which must be in `phase`."""
+        """Wait for the end of the job. Its phase must be `phase`."""
         status = self.wait(name, lambda s: s.phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED), "over")
-        assert status.phase is phase, f"{name}: {status.phase}, {status.failure}\n{self._last_words(name)}"
+        assert status.phase is phase, f"{name}: {status.phase}, {status.failure}\n{self._pod_logs(name)}"
         return status
 
     def pods(self, name: str) -> list[Object]:
-        """Pods of a job, newest attempt last."""
+        """Pods of a job, sorted by attempt."""
         found = self.site.api.list("pods", self.namespace, labels=f"{Label.NAME}={name}")
         return sorted(found, key=lambda pod: (int(pod["metadata"]["labels"][Label.ATTEMPT]), pod["metadata"]["name"]))
 
@@ -161,7 +161,7 @@ class Room:
         """Run a shell script in a trainer container."""
         return self.site.cluster.kubectl("-n", self.namespace, "exec", pod, "-c", CONTAINER, "--", "sh", "-c", script)
 
-    def _last_words(self, name: str) -> str:
+    def _pod_logs(self, name: str) -> str:
         found = []
         for pod in self.pods(name):
             logs = self.site.cluster.kubectl(

@@ -1,4 +1,4 @@
-"""What cannot work fails before training, in a real pod, with a name, a place, and what to write; retries are for what they mend."""
+"""Invalid storage, models and data fail before training, in a real pod, with a code, a location and a hint, and without retries."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pytest
 from finetune_api.names import CONTAINER, Condition, ExitCode, FailureClass, Phase, Reason
 from finetune_api.status import FineTuneJobStatus
 
-from tests.e2e.jobs.site import MODEL, Room, Site, job
+from tests.e2e.jobs.site import MODEL, JobNamespace, Site, job
 
 DATA = "s3://datasets"
 SOON = timedelta(seconds=20)
-"""What is promised: from a pod's start to the end of one whose storage, model or data cannot work."""
+"""Promised time from the start to the end of a pod whose storage, model or data are invalid."""
 STORE: dict[str, Any] = {"credentialsSecretRef": {"name": "s3-credentials"}, "addressingStyle": "path"}
 
 
@@ -40,7 +40,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class Bad:
-    """What is given, and what must be said. `words` stand in the message or the hint."""
+    """A spec and the expected failure. `words` must occur in the message or the hint."""
 
     spec: dict[str, Any]
     exit_code: ExitCode
@@ -55,7 +55,7 @@ def data(name: str) -> dict[str, Any]:
 
 
 def storage(site: Site, **more: Any) -> dict[str, Any]:
-    """The site's own storage, with something changed."""
+    """The default storage with changes."""
     return {"storage": {"uri": "s3://finetune/jobs", "endpoint": site.cluster.s3.cluster_url, **STORE} | more}
 
 
@@ -98,17 +98,17 @@ CASES: dict[str, Callable[[Site], Bad]] = {
 
 
 @pytest.fixture(scope="module")
-def failing(site: Site, shared_room: Room) -> Room:
-    """All cases at once."""
+def failing(site: Site, shared_namespace: JobNamespace) -> JobNamespace:
+    """A namespace in which all cases run at once."""
     for key, body in FILES.items():
         site.store.put_object(Bucket="datasets", Key=key, Body=body)
-    shared_room.secret("wrong-keys", {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"})
-    shared_room.apply(*(job(name, **case(site).spec) for name, case in CASES.items()))
-    return shared_room
+    shared_namespace.secret("wrong-keys", {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"})
+    shared_namespace.apply(*(job(name, **case(site).spec) for name, case in CASES.items()))
+    return shared_namespace
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_it_fails_by_name_before_training(failing: Room, name: str) -> None:
+def test_failure_has_its_code_before_training(failing: JobNamespace, name: str) -> None:
     bad = CASES[name](failing.site)
     status = failing.end(name, Phase.FAILED)
     failure = status.failure
@@ -122,7 +122,7 @@ def test_it_fails_by_name_before_training(failing: Room, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_retry_is_spent_on_it(failing: Room, name: str) -> None:
+def test_failure_is_not_retried(failing: JobNamespace, name: str) -> None:
     status = failing.end(name, Phase.FAILED)
     assert not status.restarts, status.attempts
     (pod,) = failing.pods(name)
@@ -130,10 +130,10 @@ def test_no_retry_is_spent_on_it(failing: Room, name: str) -> None:
     assert state["state"]["terminated"]["exitCode"] == CASES[name](failing.site).exit_code
 
 
-@pytest.mark.slow  # a time is only worth something where no other tests share the cores
+@pytest.mark.slow  # the duration is only meaningful if no other test uses the cores
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_told_soon_after_the_pod_began(failing: Room, name: str) -> None:
-    """By the kubelet's own times of the container, with all cases running at once on the same cores."""
+def test_pod_fails_within_the_promised_time(failing: JobNamespace, name: str) -> None:
+    """Measured with the kubelet's timestamps, while all cases run on the same cores."""
     failing.end(name, Phase.FAILED)
     (pod,) = failing.pods(name)
     (state,) = pod["status"]["containerStatuses"]
@@ -142,8 +142,7 @@ def test_it_is_told_soon_after_the_pod_began(failing: Room, name: str) -> None:
     assert timedelta(0) <= over - began <= SOON
 
 
-def test_secrets_appear_nowhere(failing: Room) -> None:
-    """Neither in status nor in logs."""
+def test_secrets_appear_in_no_status_or_log(failing: JobNamespace) -> None:
     for name in ("keys-wrong", "bucket-missing"):
         status = failing.end(name, Phase.FAILED)
         (pod,) = failing.pods(name)
@@ -153,21 +152,27 @@ def test_secrets_appear_nowhere(failing: Room) -> None:
             assert failing.site.cluster.s3.secret_key not in status.model_dump_json()
 
 
-def test_a_missing_secret_waits_for_it(room: Room) -> None:
-    """The cluster can mend it: Pending with a reason, and the job runs once the Secret is there."""
-    room.apply(job("waiting", **storage(room.site, credentialsSecretRef={"name": "later"}), training={"maxSteps": 2}))
-    status = room.wait("waiting", lambda s: condition_reason(s) == Reason.CONFIG_MISSING, "waiting for its Secret", 60)
+def test_job_waits_for_a_missing_secret(job_namespace: JobNamespace) -> None:
+    """The job is Pending with a reason and runs once the Secret exists."""
+    job_namespace.apply(
+        job("waiting", **storage(job_namespace.site, credentialsSecretRef={"name": "later"}), training={"maxSteps": 2})
+    )
+    status = job_namespace.wait(
+        "waiting", lambda s: condition_reason(s) == Reason.CONFIG_MISSING, "waiting for its Secret", 60
+    )
     assert status.phase in (Phase.PENDING, Phase.STARTING)
-    keys = room.site.cluster.s3
-    room.secret("later", {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key})
-    assert room.end("waiting").restarts == 0
+    keys = job_namespace.site.cluster.s3
+    job_namespace.secret("later", {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key})
+    assert job_namespace.end("waiting").restarts == 0
 
 
-def test_an_unknown_node_pool_is_told_without_a_pod(room: Room) -> None:
-    room.apply(job("no-pool", resources={"gpusPerNode": 1, "nodePool": "h900"}))
-    status = room.wait("no-pool", lambda s: condition_reason(s) == Reason.UNKNOWN_NODE_POOL, "told of the pool", 60)
+def test_unknown_node_pool_is_reported_without_a_pod(job_namespace: JobNamespace) -> None:
+    job_namespace.apply(job("no-pool", resources={"gpusPerNode": 1, "nodePool": "h900"}))
+    status = job_namespace.wait(
+        "no-pool", lambda s: condition_reason(s) == Reason.UNKNOWN_NODE_POOL, "refused because of the pool", 60
+    )
     assert status.phase is Phase.PENDING
-    assert room.pods("no-pool") == []
+    assert job_namespace.pods("no-pool") == []
 
 
 def condition(status: FineTuneJobStatus, kind: Condition) -> str:

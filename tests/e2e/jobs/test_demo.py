@@ -20,7 +20,7 @@ from tests.support.tiny import make_tiny_model
 
 
 class OnSite(DemoCluster):
-    """The tests' cluster, which is not the demo's to start or end."""
+    """The tests' cluster, which the demo must neither start nor stop."""
 
     name = "site"
 
@@ -31,10 +31,10 @@ class OnSite(DemoCluster):
         return []
 
     def up(self) -> None:
-        """It is."""
+        """The cluster runs already."""
 
     def down(self) -> None:
-        """It stays."""
+        """The cluster keeps running."""
 
     @property
     def kubeconfig(self) -> Path:
@@ -49,20 +49,20 @@ class OnSite(DemoCluster):
 
 
 @pytest.fixture
-def lent(site: Site) -> Iterator[Site]:
-    """The installation, which is put back to the tests' values when the demo has set its own."""
+def borrowed_site(site: Site) -> Iterator[Site]:
+    """The installation; afterwards it gets the tests' values again."""
     yield site
     site.install()
 
 
-def test_demo_runs_to_its_end(lent: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_runs_to_its_end(borrowed_site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_tiny_model(tmp_path / "model", hidden=128, layers=4)
     out = tmp_path / "out.txt"
     with out.open("w") as file:
         monkeypatch.setattr(demo, "console", Console(file=file, width=200))
         monkeypatch.setattr(demo, "ensure", lambda: model)
-        demo.run_demo(OnSite(lent))
-    lent.api.delete("namespaces", None, demo.NAMESPACE)
+        demo.run_demo(OnSite(borrowed_site))
+    borrowed_site.api.delete("namespaces", None, demo.NAMESPACE)
     text = out.read_text()
     for fact in (
         "kubectl apply -f examples/quickstart.yaml", "phase Running", "phase Succeeded", "100 % of the steps done",
@@ -73,8 +73,8 @@ def test_demo_runs_to_its_end(lent: Site, tmp_path: Path, monkeypatch: pytest.Mo
     assert text.count("    tuned  ") == len(demo.QUESTIONS)
 
 
-def test_a_second_cluster_is_refused_in_one_line(site: Site) -> None:
-    """There is one cluster with nodes per machine, and it is the tests': the demo says so, and leaves it alone."""
+def test_second_cluster_is_refused_in_one_line(site: Site) -> None:
+    """Only one cluster with nodes can run on a machine: the demo says so and does not touch the tests' cluster."""
     env = {**os.environ, "CLUSTER": "local", "KEEP": ""}
     done = subprocess.run([sys.executable, ROOT / "scripts/demo.py"], env=env, capture_output=True, text=True)
     assert done.returncode == 1

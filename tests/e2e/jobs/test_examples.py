@@ -1,4 +1,4 @@
-"""Every example is applied as it is, and ends with a committed artefact of the right kind."""
+"""Every example succeeds with a committed model of the right kind."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import yaml
 from finetune_api.names import KIND, Label, Phase
 from finetune_api.status import FineTuneJobStatus, OutputKind
 
-from tests.e2e.jobs.site import ROOT, Room
+from tests.e2e.jobs.site import ROOT, JobNamespace
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 KINDS = {"full": OutputKind.MODEL}
-"""Adapters are what comes out otherwise."""
+"""Kind of the result by example; all others are adapters."""
 WORLD = {"full": 2, "two-pods": 2}
 WEIGHTS = {OutputKind.MODEL: "model.safetensors", OutputKind.ADAPTER: "adapter_model.safetensors"}
 
@@ -23,9 +23,9 @@ NAMES = [path.stem for path in EXAMPLES]
 
 @dataclass
 class Examples:
-    """Examples, two at a time: while one trains, the next one starts."""
+    """Runs the examples, two at a time: while one trains, the next one starts."""
 
-    room: Room
+    job_namespace: JobNamespace
     applied: set[str] = field(default_factory=set)
 
     def end(self, name: str) -> FineTuneJobStatus:
@@ -34,14 +34,14 @@ class Examples:
         for one in NAMES[place : place + 2]:
             if one not in self.applied:
                 self.applied.add(one)
-                self.room.apply(ROOT / f"examples/{one}.yaml")
-        return self.room.end(name)
+                self.job_namespace.apply(ROOT / f"examples/{one}.yaml")
+        return self.job_namespace.end(name)
 
 
 @pytest.fixture(scope="module")
-def examples(shared_room: Room) -> Examples:
-    """All of them in one namespace."""
-    return Examples(shared_room)
+def examples(shared_namespace: JobNamespace) -> Examples:
+    """The examples, in one namespace."""
+    return Examples(shared_namespace)
 
 
 def steps_of(name: str) -> int:
@@ -59,7 +59,7 @@ def test_example_succeeds(examples: Examples, name: str) -> None:
     assert status.progress is not None
     assert (status.progress.step, status.progress.total_steps) == (steps_of(name), steps_of(name))
     assert status.restarts == 0
-    check_output(examples.room, name, status)
+    check_output(examples.job_namespace, name, status)
     assert status.resolved is not None
     assert status.resolved.world_size == WORLD.get(name, 1)
     if name == "qlora":
@@ -67,28 +67,28 @@ def test_example_succeeds(examples: Examples, name: str) -> None:
         assert status.metrics.eval_loss is not None
 
 
-def check_output(room: Room, name: str, status: FineTuneJobStatus) -> None:
-    """What the status names lies in S3, whole."""
+def check_output(job_namespace: JobNamespace, name: str, status: FineTuneJobStatus) -> None:
+    """All files of `status.output` exist in S3."""
     assert status.output is not None
     assert status.output.uri is not None
     kind = KINDS.get(name, OutputKind.ADAPTER)
     assert status.output.kind is kind
-    files = room.site.manifest(status.output.uri)
+    files = job_namespace.site.manifest(status.output.uri)
     assert WEIGHTS[kind] in files
     bucket, _, prefix = status.output.uri.removeprefix("s3://").partition("/")
     for path in files:
-        assert room.site.store.head_object(Bucket=bucket, Key=f"{prefix}/{path}")["ContentLength"] > 0
+        assert job_namespace.site.store.head_object(Bucket=bucket, Key=f"{prefix}/{path}")["ContentLength"] > 0
 
 
 def test_two_pods_run_on_two_nodes(examples: Examples) -> None:
     examples.end("two-pods")
-    nodes = {pod["spec"]["nodeName"] for pod in examples.room.pods("two-pods")}
+    nodes = {pod["spec"]["nodeName"] for pod in examples.job_namespace.pods("two-pods")}
     assert nodes == {"n1", "n2"}
 
 
-def test_pods_are_restricted_and_know_no_credentials_of_the_cluster(examples: Examples) -> None:
+def test_pods_are_restricted_and_have_no_cluster_credentials(examples: Examples) -> None:
     examples.end("quickstart")
-    (pod,) = examples.room.pods("quickstart")
+    (pod,) = examples.job_namespace.pods("quickstart")
     (container,) = pod["spec"]["containers"]
     assert pod["spec"]["automountServiceAccountToken"] is False
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
@@ -97,10 +97,10 @@ def test_pods_are_restricted_and_know_no_credentials_of_the_cluster(examples: Ex
     assert pod["metadata"]["labels"][Label.NAME] == "quickstart"
 
 
-def test_kubectl_get_says_it_all(examples: Examples) -> None:
+def test_kubectl_get_shows_every_column(examples: Examples) -> None:
     examples.end("quickstart")
-    kubectl = examples.room.site.cluster.kubectl
-    header, row = kubectl("-n", examples.room.namespace, "get", "finetunejobs", "quickstart").splitlines()
+    kubectl = examples.job_namespace.site.cluster.kubectl
+    header, row = kubectl("-n", examples.job_namespace.namespace, "get", "finetunejobs", "quickstart").splitlines()
     assert header.split() == ["NAME", "STATUS", "PROGRESS", "LOSS", "ETA", "WORKERS", "RESTARTS", "REASON", "AGE"]
     name, phase, progress, percent, loss, eta, _, restarts, reason, _ = row.split()
     assert (name, phase, progress, percent) == ("quickstart", Phase.SUCCEEDED.value, "40/40", "(100%)")

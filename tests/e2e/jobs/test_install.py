@@ -1,15 +1,15 @@
-"""The installation itself: permissions that are really enough, upgrades, and a run without the operator."""
+"""The installation: sufficient permissions, upgrades, and a run without the operator."""
 
 from __future__ import annotations
 
 import demo
 from finetune_api.names import Label, Phase
 
-from tests.e2e.jobs.site import Room, Site, job
+from tests.e2e.jobs.site import JobNamespace, Site, job
 from tests.support.kubeapi import holds
 
 
-def test_operator_runs_under_restricted_and_logs_no_refusal(site: Site) -> None:
+def test_operator_runs_under_restricted_and_no_request_is_forbidden(site: Site) -> None:
     logs = site.cluster.kubectl("-n", demo.RELEASE, "logs", f"deployment/{demo.RELEASE}", "--tail=-1")
     assert "forbidden" not in logs.lower()
     (pod,) = site.api.list("pods", demo.RELEASE)
@@ -18,27 +18,35 @@ def test_operator_runs_under_restricted_and_logs_no_refusal(site: Site) -> None:
 
 def test_an_upgrade_with_the_same_values_changes_nothing(site: Site) -> None:
     site.install()
-    site.api.wait_list("pods", demo.RELEASE, lambda pods: len(pods) == 1, timeout=60)  # an older one may still end
+    site.api.wait_list(
+        "pods", demo.RELEASE, lambda pods: len(pods) == 1, timeout=60
+    )  # a pod of the previous version may still be ending
     (before,) = site.api.list("pods", demo.RELEASE)
     site.install()
     (after,) = site.api.list("pods", demo.RELEASE)
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
 
 
-def test_a_run_finishes_while_no_operator_is_up(room: Room) -> None:
-    site = room.site
-    room.apply(job("alone", training={"maxSteps": 30, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1}))
-    room.wait("alone", lambda s: s.phase is Phase.RUNNING, "running")
+def test_a_run_finishes_while_no_operator_is_up(job_namespace: JobNamespace) -> None:
+    site = job_namespace.site
+    job_namespace.apply(
+        job("alone", training={"maxSteps": 30, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1})
+    )
+    job_namespace.wait("alone", lambda s: s.phase is Phase.RUNNING, "running")
     kubectl = site.cluster.kubectl
     kubectl("-n", demo.RELEASE, "scale", f"deployment/{demo.RELEASE}", "--replicas=0", "--timeout=60s")
     site.api.wait_list("pods", demo.RELEASE, lambda pods: not pods, timeout=60)
     labels = f"{Label.NAME}=alone"
     site.api.wait_list(
-        "jobs", room.namespace, lambda jobs: all(holds(one, "Complete") for one in jobs), labels=labels, timeout=120
+        "jobs",
+        job_namespace.namespace,
+        lambda jobs: all(holds(one, "Complete") for one in jobs),
+        labels=labels,
+        timeout=120,
     )
-    assert room.status("alone").phase is not Phase.SUCCEEDED
+    assert job_namespace.status("alone").phase is not Phase.SUCCEEDED
     kubectl("-n", demo.RELEASE, "scale", f"deployment/{demo.RELEASE}", "--replicas=1")
-    status = room.end("alone")
+    status = job_namespace.end("alone")
     assert status.output is not None
     assert status.output.uri is not None
     assert site.manifest(status.output.uri)

@@ -12,7 +12,7 @@ import pytest
 from finetune_api.names import PLURAL, FailureClass, Label, Phase
 from finetune_api.status import FineTuneJobStatus
 
-from tests.e2e.jobs.site import Room, Site, demo, job
+from tests.e2e.jobs.site import JobNamespace, Site, demo, job
 
 STEPS, EVERY = 100, 10
 ONE_POD: dict[str, Any] = {"gpusPerNode": 0, "processesPerNode": 2, "cpu": "100m", "memory": "3Gi"}
@@ -35,28 +35,28 @@ def long_job(name: str, resources: dict[str, Any], **more: Any) -> dict[str, Any
 
 
 @pytest.fixture(scope="module")
-def undisturbed(shared_room: Room) -> dict[str, str]:
+def undisturbed(shared_namespace: JobNamespace) -> dict[str, str]:
     """sha256 by file of the run that nothing happened to."""
-    shared_room.apply(long_job("undisturbed", ONE_POD))
-    status = shared_room.end("undisturbed")
+    shared_namespace.apply(long_job("undisturbed", ONE_POD))
+    status = shared_namespace.end("undisturbed")
     assert status.restarts == 0
-    return weights(shared_room, status)
+    return weights(shared_namespace, status)
 
 
-def weights(room: Room, status: FineTuneJobStatus) -> dict[str, str]:
+def weights(job_namespace: JobNamespace, status: FineTuneJobStatus) -> dict[str, str]:
     """sha256 of the final weights."""
     assert status.output is not None
     assert status.output.uri is not None
-    files = room.site.manifest(status.output.uri)
+    files = job_namespace.site.manifest(status.output.uri)
     found = {path: digest for path, digest in files.items() if path.endswith(".safetensors")}
     assert found
     return found
 
 
-def rank_of(room: Room, pod: str) -> int:
+def rank_of(job_namespace: JobNamespace, pod: str) -> int:
     """Process id, in the container, of the last rank."""
     script = 'for p in /proc/[0-9]*; do tr "\\0" " " < $p/cmdline 2>/dev/null | grep -q "[f]inetune_trainer train" && echo ${p#/proc/}; done; true'
-    found = sorted(int(line) for line in room.execute(pod, script).split())
+    found = sorted(int(line) for line in job_namespace.execute(pod, script).split())
     return found[-1]
 
 
@@ -73,24 +73,26 @@ def supervisor_on_this_machine(uid: str) -> int:
     raise AssertionError(f"no supervisor of pod {uid} on this machine")
 
 
-def kill_rank(room: Room, pod: dict[str, Any]) -> None:
+def kill_rank(job_namespace: JobNamespace, pod: dict[str, Any]) -> None:
     """kill -9 of one rank."""
     name = pod["metadata"]["name"]
-    room.execute(name, f"kill -9 {rank_of(room, name)}")
+    job_namespace.execute(name, f"kill -9 {rank_of(job_namespace, name)}")
 
 
-def kill_supervisor(room: Room, pod: dict[str, Any]) -> None:
+def kill_supervisor(job_namespace: JobNamespace, pod: dict[str, Any]) -> None:
     """kill -9 of the container's first process."""
-    del room
+    del job_namespace
     os.kill(supervisor_on_this_machine(pod["metadata"]["uid"]), signal.SIGKILL)
 
 
-def delete_pod(room: Room, pod: dict[str, Any]) -> None:
+def delete_pod(job_namespace: JobNamespace, pod: dict[str, Any]) -> None:
     """What an eviction or a drain does."""
-    room.site.cluster.kubectl("-n", room.namespace, "delete", "pod", pod["metadata"]["name"], "--wait=false")
+    job_namespace.site.cluster.kubectl(
+        "-n", job_namespace.namespace, "delete", "pod", pod["metadata"]["name"], "--wait=false"
+    )
 
 
-DISTURBANCES: dict[str, tuple[dict[str, Any], Callable[[Room, dict[str, Any]], None], int]] = {
+DISTURBANCES: dict[str, tuple[dict[str, Any], Callable[[JobNamespace, dict[str, Any]], None], int]] = {
     "rank-killed": (ONE_POD, kill_rank, 0),
     "supervisor-killed": (ONE_POD, kill_supervisor, 0),
     "pod-deleted": (ONE_POD, delete_pod, 0),
@@ -105,12 +107,14 @@ LONG = ("supervisor-killed", "pod-deleted")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in DISTURBANCES]
 )
-def test_resumed_run_equals_the_undisturbed_one(shared_room: Room, undisturbed: dict[str, str], name: str) -> None:
+def test_resumed_run_equals_the_undisturbed_one(
+    shared_namespace: JobNamespace, undisturbed: dict[str, str], name: str
+) -> None:
     resources, disturb, victim = DISTURBANCES[name]
-    shared_room.apply(long_job(name, resources))
-    shared_room.wait(name, lambda s: s.latest_checkpoint, "past its first checkpoint")
-    disturb(shared_room, shared_room.pods(name)[victim])
-    status = shared_room.end(name)
+    shared_namespace.apply(long_job(name, resources))
+    shared_namespace.wait(name, lambda s: s.latest_checkpoint, "past its first checkpoint")
+    disturb(shared_namespace, shared_namespace.pods(name)[victim])
+    status = shared_namespace.end(name)
     assert status.restarts == 1
     first, second = status.attempts
     assert second.resumed_from_step is not None
@@ -120,34 +124,34 @@ def test_resumed_run_equals_the_undisturbed_one(shared_room: Room, undisturbed: 
     if "deleted" in name:
         assert first.reason == FailureClass.PREEMPTED.value
         assert first.counted is not True, "a pod that was taken away costs no retry"
-    assert weights(shared_room, status) == undisturbed
+    assert weights(shared_namespace, status) == undisturbed
 
 
 def test_suspended_in_the_middle_it_saves_first_and_goes_on_from_that_step(
-    shared_room: Room, undisturbed: dict[str, str]
+    shared_namespace: JobNamespace, undisturbed: dict[str, str]
 ) -> None:
     name = "suspended"
-    shared_room.apply(long_job(name, ONE_POD))
-    shared_room.wait(name, lambda s: s.progress and s.progress.step, "at its first step")
-    suspend(shared_room, name, True)
-    status = shared_room.wait(name, lambda s: s.phase is Phase.SUSPENDED, "suspended")
-    shared_room.site.api.wait_list(
-        "pods", shared_room.namespace, lambda pods: all(over(pod) for pod in pods), labels=f"{Label.NAME}={name}"
+    shared_namespace.apply(long_job(name, ONE_POD))
+    shared_namespace.wait(name, lambda s: s.progress and s.progress.step, "at its first step")
+    suspend(shared_namespace, name, True)
+    status = shared_namespace.wait(name, lambda s: s.phase is Phase.SUSPENDED, "suspended")
+    shared_namespace.site.api.wait_list(
+        "pods", shared_namespace.namespace, lambda pods: all(over(pod) for pod in pods), labels=f"{Label.NAME}={name}"
     )
     (first,) = status.attempts
     assert first.counted is not True, "a wish of the user costs no retry"
-    suspend(shared_room, name, False)
-    status = shared_room.end(name)
+    suspend(shared_namespace, name, False)
+    status = shared_namespace.end(name)
     first, second = status.attempts
     assert first.last_step is not None
     assert 0 < first.last_step < STEPS
     assert second.resumed_from_step == first.committed_step == first.last_step, "not one step is repeated"
-    assert weights(shared_room, status) == undisturbed
+    assert weights(shared_namespace, status) == undisturbed
 
 
-def suspend(room: Room, name: str, wished: bool) -> None:
+def suspend(job_namespace: JobNamespace, name: str, wished: bool) -> None:
     """Set spec.suspend."""
-    room.site.api.patch(PLURAL, room.namespace, name, {"spec": {"suspend": wished}})
+    job_namespace.site.api.patch(PLURAL, job_namespace.namespace, name, {"spec": {"suspend": wished}})
 
 
 def over(pod: dict[str, Any]) -> bool:
@@ -155,21 +159,25 @@ def over(pod: dict[str, Any]) -> bool:
     return pod["status"].get("phase") in ("Succeeded", "Failed")
 
 
-def test_a_name_that_is_used_again_waits_for_the_pods_of_the_one_before(shared_room: Room) -> None:
+def test_a_name_that_is_used_again_waits_for_the_pods_of_the_one_before(shared_namespace: JobNamespace) -> None:
     """Deleted and applied again at once: two objects of one name never run at the same time, and share no folder."""
     name = "twice"
-    shared_room.apply(long_job(name, ONE_POD))
-    shared_room.wait(name, lambda s: s.progress and s.progress.step, "at its first step")
-    shared_room.site.cluster.kubectl("-n", shared_room.namespace, "delete", "finetunejob", name, "--wait=false")
-    (old,) = shared_room.pods(name)
-    shared_room.apply(job(name, training={"maxSteps": 2}))
-    status = shared_room.end(name)
+    shared_namespace.apply(long_job(name, ONE_POD))
+    shared_namespace.wait(name, lambda s: s.progress and s.progress.step, "at its first step")
+    shared_namespace.site.cluster.kubectl(
+        "-n", shared_namespace.namespace, "delete", "finetunejob", name, "--wait=false"
+    )
+    (old,) = shared_namespace.pods(name)
+    shared_namespace.apply(job(name, training={"maxSteps": 2}))
+    status = shared_namespace.end(name)
     assert status.output is not None
     assert status.output.uri is not None
-    assert shared_room.site.api.get(PLURAL, shared_room.namespace, name)["metadata"]["uid"] in status.output.uri
+    assert (
+        shared_namespace.site.api.get(PLURAL, shared_namespace.namespace, name)["metadata"]["uid"] in status.output.uri
+    )
     (attempt,) = status.attempts
     assert (attempt.resumed_from_step, attempt.last_step) == (None, 2)
-    (pod,) = shared_room.pods(name)
+    (pod,) = shared_namespace.pods(name)
     assert pod["metadata"]["uid"] != old["metadata"]["uid"]
 
 
@@ -190,20 +198,20 @@ def n2(site: Site) -> Iterator[str]:
 
 @pytest.mark.slow
 def test_a_node_that_loses_its_power_costs_the_steps_since_the_checkpoint(
-    shared_room: Room, undisturbed: dict[str, str], n2: str
+    shared_namespace: JobNamespace, undisturbed: dict[str, str], n2: str
 ) -> None:
-    name, cluster = "node-lost", shared_room.site.cluster
+    name, cluster = "node-lost", shared_namespace.site.cluster
     taints = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
     soon = [{"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 1} for key in taints]
     cluster.kubectl("cordon", "n1")
-    shared_room.apply(long_job(name, ONE_POD, placement={"tolerations": soon}))
-    shared_room.wait(name, lambda s: s.latest_checkpoint, "past its first checkpoint")
+    shared_namespace.apply(long_job(name, ONE_POD, placement={"tolerations": soon}))
+    shared_namespace.wait(name, lambda s: s.latest_checkpoint, "past its first checkpoint")
     cluster.kubectl("uncordon", "n1")
     cluster.power_off(n2)
-    status = shared_room.wait(name, lambda s: s.phase is Phase.SUCCEEDED, "over", timeout=420)
+    status = shared_namespace.wait(name, lambda s: s.phase is Phase.SUCCEEDED, "over", timeout=420)
     first, second = status.attempts
     assert first.counted is not True, "a node that is lost costs no retry"
     assert first.node == n2
     assert second.resumed_from_step is not None
     assert second.resumed_from_step >= EVERY
-    assert weights(shared_room, status) == undisturbed
+    assert weights(shared_namespace, status) == undisturbed

@@ -16,7 +16,7 @@ from finetune_api.names import PLURAL, Label, Phase
 
 from localcluster import images
 from localcluster.steps import shown
-from tests.e2e.jobs.site import ROOT, SMALL, Place, Room, Site, demo, job
+from tests.e2e.jobs.site import ROOT, SMALL, ChartInputs, JobNamespace, Site, demo, job
 from tests.support.kubeapi import Object
 
 pytestmark = pytest.mark.faults
@@ -33,7 +33,7 @@ class Release:
     """A chart with the images that belong to it."""
 
     chart: Path
-    images: Place
+    images: ChartInputs
 
     def install(self, site: Site) -> None:
         """Run `helm upgrade --install` and wait until the new operator pod is ready."""
@@ -60,14 +60,14 @@ def old_release(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Release
         old = images.Recipe(f"{recipe.name}-0.1.0", recipe.dockerfile, recipe.arguments, recipe.needs_gb)
         built = images.build_recipe(old, source, shown)
         tags[which] = site.cluster.load_image(built.layout)
-    place = Place(site.cluster.s3, tags[images.Which.OPERATOR], tags[images.Which.TRAINER])
+    place = ChartInputs(site.cluster.s3, tags[images.Which.OPERATOR], tags[images.Which.TRAINER])
     return Release(source / CHART, place)
 
 
 @pytest.fixture
 def new_release(site: Site) -> Iterator[Release]:
     """This checkout's release; installed again afterwards for the tests that follow."""
-    release = Release(ROOT / CHART, Place(site.cluster.s3))
+    release = Release(ROOT / CHART, ChartInputs(site.cluster.s3))
     yield release
     release.install(site)
 
@@ -96,73 +96,77 @@ JOBS = {
 }
 
 
-def bring_into_every_phase(room: Room) -> None:
+def bring_into_every_phase(job_namespace: JobNamespace) -> None:
     """Apply all jobs and wait until each is in the phase that its name says."""
-    room.apply(JOBS["done"], JOBS["failed"], JOBS["unschedulable"], JOBS["queued"])
-    room.end("done")
-    room.end("failed", Phase.FAILED)
-    room.apply(JOBS["cancelled"])
-    room.wait("cancelled", lambda s: s.progress and s.progress.step, "training")
-    room.site.api.patch(PLURAL, room.namespace, "cancelled", {"spec": {"cancel": True}})
-    room.end("cancelled", Phase.CANCELLED)
-    room.apply(JOBS["suspended"])
-    room.wait("suspended", lambda s: s.latest_checkpoint, "past its first checkpoint")
-    room.site.api.patch(PLURAL, room.namespace, "suspended", {"spec": {"suspend": True}})
-    room.wait("suspended", lambda s: s.phase is Phase.SUSPENDED, "suspended")
-    room.wait("unschedulable", lambda s: s.phase is Phase.STARTING, "starting")
-    room.wait("queued", lambda s: s.phase is Phase.QUEUED, "queued")
-    room.apply(JOBS["running"], JOBS["gang"])
+    job_namespace.apply(JOBS["done"], JOBS["failed"], JOBS["unschedulable"], JOBS["queued"])
+    job_namespace.end("done")
+    job_namespace.end("failed", Phase.FAILED)
+    job_namespace.apply(JOBS["cancelled"])
+    job_namespace.wait("cancelled", lambda s: s.progress and s.progress.step, "training")
+    job_namespace.site.api.patch(PLURAL, job_namespace.namespace, "cancelled", {"spec": {"cancel": True}})
+    job_namespace.end("cancelled", Phase.CANCELLED)
+    job_namespace.apply(JOBS["suspended"])
+    job_namespace.wait("suspended", lambda s: s.latest_checkpoint, "past its first checkpoint")
+    job_namespace.site.api.patch(PLURAL, job_namespace.namespace, "suspended", {"spec": {"suspend": True}})
+    job_namespace.wait("suspended", lambda s: s.phase is Phase.SUSPENDED, "suspended")
+    job_namespace.wait("unschedulable", lambda s: s.phase is Phase.STARTING, "starting")
+    job_namespace.wait("queued", lambda s: s.phase is Phase.QUEUED, "queued")
+    job_namespace.apply(JOBS["running"], JOBS["gang"])
     for name in ("running", "gang"):
-        room.wait(name, lambda s: s.progress and s.progress.step, "training")
+        job_namespace.wait(name, lambda s: s.progress and s.progress.step, "training")
 
 
-def snapshot(room: Room) -> dict[str, tuple[Any, ...]]:
+def snapshot(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
     """What an upgrade must not change: attempt, restarts, number of ended attempts, and the uids of the pods."""
     found = {}
     for name in JOBS:
-        status = room.status(name)
-        uids = sorted(pod["metadata"]["uid"] for pod in room.pods(name))
+        status = job_namespace.status(name)
+        uids = sorted(pod["metadata"]["uid"] for pod in job_namespace.pods(name))
         found[name] = (status.attempt, status.restarts, len(status.attempts), uids)
     return found
 
 
-def replace_operator_and_finish(room: Room, release: Release) -> None:
+def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -> None:
     """Install the other release while the jobs are in their phases, then let every job end as if nothing had happened."""
-    before = snapshot(room)
-    phases = {name: room.status(name).phase for name in ("suspended", "done", "failed", "cancelled", "queued")}
-    release.install(room.site)
+    before = snapshot(job_namespace)
+    phases = {name: job_namespace.status(name).phase for name in ("suspended", "done", "failed", "cancelled", "queued")}
+    release.install(job_namespace.site)
     # A change of the spec shows that the new operator has read each job: it must write the new generation.
     for name in JOBS:
-        room.site.api.patch(PLURAL, room.namespace, name, {"spec": {"policy": {"ttlSecondsAfterFinished": 86400}}})
-        generation = room.site.api.get(PLURAL, room.namespace, name)["metadata"]["generation"]
-        room.wait(name, lambda s, wanted=generation: s.observed_generation == wanted, "read by the other operator")  # type: ignore[misc]
-    assert snapshot(room) == before
-    assert {name: room.status(name).phase for name in phases} == phases
-    gang = room.status("gang")
+        job_namespace.site.api.patch(
+            PLURAL, job_namespace.namespace, name, {"spec": {"policy": {"ttlSecondsAfterFinished": 86400}}}
+        )
+        generation = job_namespace.site.api.get(PLURAL, job_namespace.namespace, name)["metadata"]["generation"]
+        job_namespace.wait(
+            name, lambda s, wanted=generation: s.observed_generation == wanted, "read by the other operator"
+        )  # type: ignore[misc]
+    assert snapshot(job_namespace) == before
+    assert {name: job_namespace.status(name).phase for name in phases} == phases
+    gang = job_namespace.status("gang")
     assert gang.workers is not None
     assert gang.workers.total == 2
-    room.site.api.patch(PLURAL, room.namespace, "suspended", {"spec": {"suspend": False}})
+    job_namespace.site.api.patch(PLURAL, job_namespace.namespace, "suspended", {"spec": {"suspend": False}})
     for name in ("running", "gang"):
-        status = room.end(name)
+        status = job_namespace.end(name)
         assert (status.restarts, len(status.attempts)) == (0, 1), f"{name}: {status.attempts}"
-    resumed = room.end("suspended")
+    resumed = job_namespace.end("suspended")
     first, second = resumed.attempts
     assert second.resumed_from_step == first.committed_step
     assert second.resumed_from_step
-    failed = {name: room.status(name).failure for name in JOBS if name != "failed"}
+    failed = {name: job_namespace.status(name).failure for name in JOBS if name != "failed"}
     assert not any(failed.values()), failed
 
 
 def test_jobs_of_every_phase_survive_the_upgrade_from_0_1_0_and_the_way_back(
-    site: Site, room: Room, old_release: Release, new_release: Release
+    site: Site, job_namespace: JobNamespace, old_release: Release, new_release: Release
 ) -> None:
     old_release.install(site)
-    bring_into_every_phase(room)
-    replace_operator_and_finish(room, new_release)
+    bring_into_every_phase(job_namespace)
+    replace_operator_and_finish(job_namespace, new_release)
     for pod in site.api.list("pods", demo.RELEASE):
         assert "0.1.0" not in pod["spec"]["containers"][0]["image"]
 
-    back = site.room(f"{room.namespace}-back")
+    back = site.create_namespace(f"{job_namespace.namespace}-back")
     bring_into_every_phase(back)
     replace_operator_and_finish(back, old_release)
     assert site.api.list("pods", back.namespace, labels=f"{Label.NAME}=running")

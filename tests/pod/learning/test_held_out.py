@@ -10,7 +10,7 @@ import torch
 from finetune_trainer.data import load
 
 from tests.support.learning import TEN, make_run, run_training, train_here, write_rows
-from tests.support.preferences import JUDGED, PAIRS, PROMPTS
+from tests.support.preferences import LABELLED, PAIRS, PROMPTS
 
 pytestmark = pytest.mark.pod
 LORA: dict[str, Any] = {"type": "lora", "lora": {"dropout": 0}}
@@ -63,7 +63,7 @@ def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
         ("dpo", PAIRS, {"testLoss", "testPreferenceAccuracy"}),
         ("orpo", PAIRS, {"testLoss", "testPreferenceAccuracy"}),
         ("reward", PAIRS, {"testLoss", "testPreferenceAccuracy"}),
-        ("kto", JUDGED, {"testLoss"}),
+        ("kto", LABELLED, {"testLoss"}),
         ("grpo", PROMPTS, {"testReward"}),
     ],
 )

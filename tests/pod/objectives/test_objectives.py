@@ -13,7 +13,7 @@ import torch
 from finetune_api.errors import ConfigError, DataError, FineTuneError, NotFoundError
 
 from tests.support.learning import Outcome, merged, run_training
-from tests.support.preferences import JUDGED, PAIRS, PROMPTS, assistant, user
+from tests.support.preferences import LABELLED, PAIRS, PROMPTS, assistant, user
 
 pytestmark = pytest.mark.pod
 Spec = dict[str, Any]
@@ -60,7 +60,7 @@ def tuned(outcome: Outcome, model: Path) -> tuple[Any, Any, Any]:
 # ---- each learns
 
 
-@pytest.mark.parametrize(("kind", "rows", "bound"), [("dpo", PAIRS, 0.1), ("orpo", PAIRS, 0.5), ("kto", JUDGED, 0.3)])
+@pytest.mark.parametrize(("kind", "rows", "bound"), [("dpo", PAIRS, 0.1), ("orpo", PAIRS, 0.5), ("kto", LABELLED, 0.3)])
 def test_better_answers_become_likelier(kind: str, rows: list[Any], bound: float, model: Path, tmp_path: Path) -> None:
     outcome = run_training(tmp_path, model, objective(kind, merged(LONG, FULL)), rows)
     assert outcome.losses[-1] < bound < outcome.losses[0]
@@ -124,7 +124,7 @@ def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
 def test_the_reference_is_not_published(kind: str, model: Path, tmp_path: Path) -> None:
-    rows = {"dpo": PAIRS, "kto": JUDGED, "grpo": PROMPTS}[kind]
+    rows = {"dpo": PAIRS, "kto": LABELLED, "grpo": PROMPTS}[kind]
     spec = grpo(beta=0.1) if kind == "grpo" else objective(kind)
     outcome = run_training(tmp_path, model, merged(spec, {"checkpoint": {"strategy": "steps", "steps": 2}}), rows)
     assert outcome.folder is not None
@@ -137,7 +137,7 @@ def test_the_reference_is_not_published(kind: str, model: Path, tmp_path: Path) 
 
 ALL: dict[str, tuple[Spec, list[Any]]] = {
     "dpo": (objective("dpo"), PAIRS),
-    "kto": (objective("kto"), JUDGED),
+    "kto": (objective("kto"), LABELLED),
     "orpo": (objective("orpo"), PAIRS),
     "reward": (objective("reward"), PAIRS),
     "grpo": (grpo(rewards=[WITH_E], beta=0.1), PROMPTS),
@@ -351,9 +351,9 @@ REFUSED: dict[str, tuple[Spec, list[Any], str, str]] = {
     "an answer as long as the row": (
         objective("dpo", {"dataset": {"maxSequenceLength": 32}}, maxCompletionLength=32), PAIRS, "CompletionTooLong", "no token",
     ),
-    "kto row by row": (objective("kto", {"training": {"batchSizePerDevice": 1}}), JUDGED, "BatchTooSmall", "rows of one batch"),
-    "kto of one kind": (objective("kto"), JUDGED[::2], "OneSidedJudgement", "labelled good"),
-    "kto with a dpo option": (objective("kto", dpo={"lossTypes": ["ipo"]}), JUDGED, "OptionOfAnotherObjective", "lossTypes"),
+    "kto row by row": (objective("kto", {"training": {"batchSizePerDevice": 1}}), LABELLED, "BatchTooSmall", "rows of one batch"),
+    "kto of one kind": (objective("kto"), LABELLED[::2], "OneSidedJudgement", "labelled good"),
+    "kto with a dpo option": (objective("kto", dpo={"lossTypes": ["ipo"]}), LABELLED, "OptionOfAnotherObjective", "lossTypes"),
     "orpo with a reference": (objective("orpo", dpo={"referenceModel": "org/x"}), PAIRS, "OptionOfAnotherObjective", "referenceModel"),
     "orpo with prompt tuning": (
         {"method": {"type": "promptTuning"}, "trainer": {"type": "orpo"}}, PAIRS, "ObjectiveAndMethod", "virtual tokens",
@@ -363,7 +363,7 @@ REFUSED: dict[str, tuple[Spec, list[Any], str, str]] = {
         grpo(rewards=[{"builtin": "exactMatch", "parameters": {"column": "gold"}}]), PROMPTS, "RewardColumnMissing", "reads column 'gold'",
     ),
     "a reward that fails": (grpo(rewards=[OWN]), PROMPTS, "RewardFailed", "ZeroDivisionError"),
-    "data of another objective": (objective("dpo"), JUDGED, "FormatMismatch", "dpo needs preference"),
+    "data of another objective": (objective("dpo"), LABELLED, "FormatMismatch", "dpo needs preference"),
 }  # fmt: skip
 
 

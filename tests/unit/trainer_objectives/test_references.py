@@ -10,7 +10,7 @@ import pytest
 from finetune_api.errors import ConfigError
 
 from tests.support.learning import make_run, run_training, train_here
-from tests.support.preferences import JUDGED, PAIRS, PROMPTS, user
+from tests.support.preferences import LABELLED, PAIRS, PROMPTS, user
 from tests.support.tiny import make_tiny_model
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -43,7 +43,7 @@ def test_the_first_preference_loss_is_that_of_equals(method: str, model: Path, t
 
 def test_the_first_judged_loss_is_that_of_equals(model: Path, tmp_path: Path) -> None:
     spec = {**METHODS["spectrum on 4 bits"], "trainer": {"type": "kto"}, "training": {"maxSteps": 1}}
-    assert run_training(tmp_path, model, spec, JUDGED).losses == [pytest.approx(0.5, abs=2e-6)]
+    assert run_training(tmp_path, model, spec, LABELLED).losses == [pytest.approx(0.5, abs=2e-6)]
 
 
 @pytest.mark.parametrize("method", ["spectrum on 4 bits", "new tokens"])
@@ -68,7 +68,7 @@ def spare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("trainer", "rows"), [({"type": "dpo"}, PAIRS), ({"type": "kto"}, JUDGED), (REWARDED, PROMPTS)]
+    ("trainer", "rows"), [({"type": "dpo"}, PAIRS), ({"type": "kto"}, LABELLED), (REWARDED, PROMPTS)]
 )
 def test_tokens_that_are_never_used_need_no_row_in_the_reference(
     trainer: dict[str, Any], rows: Any, spare: Path, tmp_path: Path
