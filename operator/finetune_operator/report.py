@@ -250,7 +250,7 @@ def _ended_attempt(end: AttemptEnd, number: int) -> Attempt:
 
 
 def _previous_attempt(previous: Attempt, current: Attempt, view: StatusInput) -> Attempt:
-    """The previous attempt with what the current one's start tells about it.
+    """Complete the record of the previous attempt from where the current one resumed.
 
     If the previous attempt ended while the operator was away, its status lacks its last steps. A current attempt that resumed
     from a later step proves that the previous one reached and committed that step.
