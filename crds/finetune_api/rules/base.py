@@ -109,8 +109,3 @@ def enforce_rules(spec: FineTuneJobSpec, *codes: str) -> None:
         if one.code in codes:
             for path, message, hint in one.find(spec, ExecutionTarget.CLUSTER):
                 raise ConfigError(one.code, f"{path}: {message}", hint=hint)
-
-
-def problem_paths(problems: Iterable[Problem]) -> list[str]:
-    """Field paths of some problems, in order."""
-    return [problem.path for problem in problems]
