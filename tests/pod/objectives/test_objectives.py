@@ -1,4 +1,4 @@
-"""Every objective moves the model where it should, its options have their effect, and what cannot work is refused by name."""
+"""Every objective trains the model in the right direction, its options have an effect, and invalid input is refused."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def tuned(outcome: Outcome, model: Path) -> tuple[Any, Any, Any]:
 
 
 @pytest.mark.parametrize(("kind", "rows", "bound"), [("dpo", PAIRS, 0.1), ("orpo", PAIRS, 0.5), ("kto", LABELLED, 0.3)])
-def test_better_answers_become_likelier(kind: str, rows: list[Any], bound: float, model: Path, tmp_path: Path) -> None:
+def test_better_answers_become_more_likely(kind: str, rows: list[Any], bound: float, model: Path, tmp_path: Path) -> None:
     outcome = run_training(tmp_path, model, objective(kind, merged(LONG, FULL)), rows)
     assert outcome.losses[-1] < bound < outcome.losses[0]
     after, before, tokenizer = tuned(outcome, model)
@@ -123,7 +123,7 @@ def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "grpo"])
-def test_the_reference_is_not_published(kind: str, model: Path, tmp_path: Path) -> None:
+def test_reference_adapter_is_not_saved(kind: str, model: Path, tmp_path: Path) -> None:
     rows = {"dpo": PAIRS, "kto": LABELLED, "grpo": PROMPTS}[kind]
     spec = grpo(beta=0.1) if kind == "grpo" else objective(kind)
     outcome = run_training(tmp_path, model, merged(spec, {"checkpoint": {"strategy": "steps", "steps": 2}}), rows)
@@ -195,7 +195,7 @@ def test_dpo_losses_are_summed(model: Path, tmp_path: Path) -> None:
     assert outcome.losses[0] == pytest.approx(math.log(2) + 1.0, abs=1e-5)
 
 
-def test_beta_is_read(model: Path, tmp_path: Path) -> None:
+def test_beta_scales_the_gradient(model: Path, tmp_path: Path) -> None:
     mild = run_training(tmp_path / "a", model, objective("dpo", dpo={"beta": 0.1}), PAIRS)
     strong = run_training(tmp_path / "b", model, objective("dpo", dpo={"beta": 0.5}), PAIRS)
     assert strong.grad_norms[0] == pytest.approx(5 * mild.grad_norms[0], rel=1e-3)
@@ -215,7 +215,7 @@ def test_a_named_reference_is_used(method: str, model: Path, other_model: Path, 
     assert own.losses[0] == pytest.approx(math.log(2), abs=1e-6)
 
 
-def test_long_answers_are_cut_and_told(model: Path, tmp_path: Path) -> None:
+def test_long_answers_are_cut_and_reported(model: Path, tmp_path: Path) -> None:
     long = [{**PAIRS[0], "chosen": [assistant("red " * 30)]}, *PAIRS[1:]]
     outcome = run_training(tmp_path, model, objective("dpo", maxCompletionLength=10), long)
     assert "train: answers of 1 rows were cut to trainer.maxCompletionLength 10" in outcome.notes
@@ -233,7 +233,7 @@ def test_long_answers_are_cut_and_told(model: Path, tmp_path: Path) -> None:
     assert "train.jsonl, row 1" in caught.value.message
 
 
-def test_pairs_that_are_equal_once_cut_are_left_out(model: Path, tmp_path: Path) -> None:
+def test_pairs_that_are_equal_once_cut_are_dropped(model: Path, tmp_path: Path) -> None:
     same = [
         {**PAIRS[0], "chosen": [assistant("red " * 9 + "yes")], "rejected": [assistant("red " * 9 + "no")]},
         *PAIRS[1:],
@@ -243,7 +243,7 @@ def test_pairs_that_are_equal_once_cut_are_left_out(model: Path, tmp_path: Path)
     assert outcome.resolved["datasetRows"] == 9
 
 
-def test_text_is_joined_as_it_is_and_learns_its_end(model: Path, tmp_path: Path) -> None:
+def test_text_is_joined_without_a_template_and_gets_an_end_token(model: Path, tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     text = [{"prompt": "What is 1 + 1?", "chosen": " two", "rejected": " yes no"}] * 4
@@ -259,7 +259,7 @@ def test_text_is_joined_as_it_is_and_learns_its_end(model: Path, tmp_path: Path)
 # ---- grpo
 
 
-def test_own_rewards_see_columns_and_weights(model: Path, tmp_path: Path) -> None:
+def test_user_rewards_get_columns_and_weights(model: Path, tmp_path: Path) -> None:
     source = "def near(completions, answer, **_):\n    return [float(len(one)) for one in answer]\n"
     own = {"configMapRef": {"name": "mine", "key": "r.py"}, "function": "near", "weight": 0.5}
     spec = grpo({"training": {"maxSteps": 1, "batchSizePerDevice": 20}}, [own, {"builtin": "exactMatch", "weight": 2}])
@@ -269,7 +269,7 @@ def test_own_rewards_see_columns_and_weights(model: Path, tmp_path: Path) -> Non
     assert logged(outcome, "reward") == [pytest.approx(0.5 * mean + 2 * logged(outcome, "rewards/exactMatch/mean")[0])]
 
 
-def test_beta_brings_in_the_distance(model: Path, tmp_path: Path) -> None:
+def test_beta_adds_the_kl_penalty(model: Path, tmp_path: Path) -> None:
     assert logged(run_training(tmp_path / "a", model, grpo(), PROMPTS), "kl") == []
     assert len(logged(run_training(tmp_path / "b", model, grpo(beta=0.1), PROMPTS), "kl")) == 4
 
@@ -281,7 +281,7 @@ def test_every_grpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
     assert outcome.grad_norms[0] > 0
 
 
-def test_grpo_evaluates_by_reward(model: Path, tmp_path: Path) -> None:
+def test_grpo_is_evaluated_by_its_reward(model: Path, tmp_path: Path) -> None:
     spec = grpo(
         {
             "evaluation": {"strategy": "steps", "steps": 2},
@@ -292,7 +292,7 @@ def test_grpo_evaluates_by_reward(model: Path, tmp_path: Path) -> None:
     assert len(logged(outcome, "eval_rewards/length/mean")) == 2
 
 
-def test_prompts_without_room_are_left_out(model: Path, tmp_path: Path) -> None:
+def test_prompts_that_leave_no_tokens_for_an_answer_are_dropped(model: Path, tmp_path: Path) -> None:
     long = [{"prompt": [user("one " * 60)], "answer": "red"}, *PROMPTS]
     outcome = run_training(tmp_path, model, grpo({"dataset": {"maxSequenceLength": 40}}), long)
     assert any("1 of 11 prompts have more than 32 tokens" in note and "left out" in note for note in outcome.notes)
@@ -368,7 +368,7 @@ REFUSED: dict[str, tuple[Spec, list[Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_refused_by_name(name: str, model: Path, tmp_path: Path) -> None:
+def test_invalid_input_is_refused_with_its_code(name: str, model: Path, tmp_path: Path) -> None:
     spec, rows, code, said = REFUSED[name]
     files = {"mine": {"r.py": "def reward(completions, **_):\n    return [1 / 0 for _ in completions]\n"}}
     with pytest.raises(FineTuneError) as caught:
@@ -404,7 +404,7 @@ def test_a_reward_model_begins_with_a_whole_base(model: Path, tmp_path: Path) ->
     assert caught.value.code == "ModelIncomplete" and "layers.1.mlp.up_proj" in caught.value.message
 
 
-def test_a_missing_reward_file_is_named(model: Path, tmp_path: Path) -> None:
+def test_missing_reward_file_is_refused(model: Path, tmp_path: Path) -> None:
     with pytest.raises(NotFoundError) as caught:
         run_training(tmp_path, model, grpo(rewards=[OWN]), PROMPTS)
     assert caught.value.code == "ConfigMapMissing"

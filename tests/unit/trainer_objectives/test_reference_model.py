@@ -1,4 +1,4 @@
-"""The model that a preference objective compares with is the policy as it begins, to the last bit of the loss."""
+"""The reference model equals the trained model before the first step, so the first loss is known."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Some CPUs multiply 4-bit weights in another order where nothing is trained: the difference would be theirs."""
+    """Disable a CPU kernel that multiplies frozen 4-bit weights in another order, which changes the loss."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_first_preference_loss_is_that_of_equals(method: str, model: Path, tmp_path: Path) -> None:
+def test_first_dpo_loss_is_that_of_equal_models(method: str, model: Path, tmp_path: Path) -> None:
     spec = {**METHODS[method], "trainer": {"type": "dpo"}, "training": {"maxSteps": 1}}
     assert run_training(tmp_path, model, spec, PAIRS).losses == [pytest.approx(math.log(2), abs=2e-6)]
 
 
-def test_the_first_judged_loss_is_that_of_equals(model: Path, tmp_path: Path) -> None:
+def test_first_kto_loss_is_that_of_equal_models(model: Path, tmp_path: Path) -> None:
     spec = {**METHODS["spectrum on 4 bits"], "trainer": {"type": "kto"}, "training": {"maxSteps": 1}}
     assert run_training(tmp_path, model, spec, LABELLED).losses == [pytest.approx(0.5, abs=2e-6)]
 
 
 @pytest.mark.parametrize("method", ["spectrum on 4 bits", "new tokens"])
-def test_rewarded_answers_begin_at_their_own_start(method: str, model: Path, tmp_path: Path) -> None:
+def test_first_kl_divergence_of_grpo_is_zero(method: str, model: Path, tmp_path: Path) -> None:
     """The distance to the reference is logged; a reference without the new row could not even read the prompts."""
     grown = {"method": {"type": "full"}, "model": {"newTokens": ["<a>"]}}
     spec = {**METHODS.get(method, grown), "trainer": REWARDED, "training": {"maxSteps": 1}}
@@ -70,7 +70,7 @@ def spare(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("trainer", "rows"), [({"type": "dpo"}, PAIRS), ({"type": "kto"}, LABELLED), (REWARDED, PROMPTS)]
 )
-def test_tokens_that_are_never_used_need_no_row_in_the_reference(
+def test_reference_needs_no_rows_for_unused_tokens(
     trainer: dict[str, Any], rows: Any, spare: Path, tmp_path: Path
 ) -> None:
     spec = {"method": {"type": "full"}, "trainer": trainer, "training": {"maxSteps": 1}}
@@ -78,7 +78,7 @@ def test_tokens_that_are_never_used_need_no_row_in_the_reference(
 
 
 @pytest.mark.parametrize("rows", [448, 447])
-def test_a_named_reference_needs_the_rows_of_the_model_and_no_more(rows: int, spare: Path, tmp_path: Path) -> None:
+def test_named_reference_needs_as_many_rows_as_the_model(rows: int, spare: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     other = AutoModelForCausalLM.from_pretrained(spare)
