@@ -1,4 +1,4 @@
-"""The supervisor's promises, with ranks that only count: exit codes, last termination, stalls, stops, nobody left behind."""
+"""The supervisor, with ranks that only count: exit codes, termination messages, stalls, stops, and no process left behind."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def ended(pod: Pod) -> tuple[int, TerminationMessage]:
     return code, termination
 
 
-def test_success(tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_a_finished_run_commits_its_model(tmp_path: Path, spec: dict[str, Any]) -> None:
     with toy(tmp_path, spec, {}) as pod:
         code, termination = ended(pod)
     assert code == 0, pod.text[-3000:]
@@ -64,7 +64,7 @@ def test_success(tmp_path: Path, spec: dict[str, Any]) -> None:
     assert (folder / "adapter_model.safetensors").read_text() == "final 20"
     assert (termination.step, termination.committed_step, termination.class_, termination.code) == (20, 20, None, None)
     assert committed(tmp_path) == [10, 15, 20]
-    assert not list(pod.folder.glob("work/output/checkpoint-*")), "checkpoints that are in storage stay on the pod's disk"
+    assert not list(pod.folder.glob("work/output/checkpoint-*")), "checkpoints that are in storage are not removed from the pod's disk"
     assert not list(pod.folder.glob("work/staged/*"))
 
 
@@ -89,7 +89,7 @@ def test_a_failing_rank_is_named(
     assert len((pod.folder / "last-termination").read_bytes()) <= 4096
 
 
-def test_the_rank_that_failed_is_named_and_not_the_one_that_noticed(tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_the_rank_that_failed_first_is_named(tmp_path: Path, spec: dict[str, Any]) -> None:
     script = {"at": {"0:7": "lose-peer", "1:9": "diverge"}, "pause": 0.02}
     with toy(tmp_path, spec, script, processes=2) as pod:
         code, termination = ended(pod)
@@ -98,7 +98,7 @@ def test_the_rank_that_failed_is_named_and_not_the_one_that_noticed(tmp_path: Pa
         assert termination.origin is False
 
 
-def test_a_flood_of_noise_leaves_valid_last_words(tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_a_huge_log_does_not_damage_the_termination_message(tmp_path: Path, spec: dict[str, Any]) -> None:
     with toy(tmp_path, spec, {"at": {"0:3": "shout"}}) as pod:
         code, termination = ended(pod)
     assert (code, termination.code) == (70, "TrainerCrashed")
@@ -121,7 +121,7 @@ def test_a_hanging_rank_leaves_its_stacks_in_the_log(tmp_path: Path, spec: dict[
     assert "toy_rank.py" in pod.text and "in happen" in pod.text
 
 
-def test_a_stop_saves_and_the_next_attempt_goes_on(tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_a_stop_saves_and_the_next_attempt_resumes(tmp_path: Path, spec: dict[str, Any]) -> None:
     script = {"steps": 2000, "every": 1000, "pause": 0.005}
     with toy(tmp_path, spec, script) as pod:
         pod.wait_step(10)
@@ -143,8 +143,8 @@ def test_a_stop_before_the_first_step_loses_nothing(tmp_path: Path, spec: dict[s
     assert (code, termination.code) == (75, "StoppedSaved")
 
 
-def test_a_stop_right_after_the_start_is_heard(tmp_path: Path, spec: dict[str, Any]) -> None:
-    """Once the process is ours, a SIGTERM during its imports is not lost."""
+def test_a_stop_during_the_imports_is_not_lost(tmp_path: Path, spec: dict[str, Any]) -> None:
+    """A SIGTERM during the supervisor's imports has the same effect as a later one."""
     with toy(tmp_path, spec, {"steps": 100000}) as pod:
         assert pod.process is not None
         caught = Path(f"/proc/{pod.process.pid}/status")
@@ -171,7 +171,7 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, spec: dict[str, Any]) -> 
 
 
 def test_a_stop_that_cannot_save_in_time(tmp_path: Path, spec: dict[str, Any]) -> None:
-    """The rank hangs, the grace period ends: 76, and no half of a checkpoint."""
+    """The rank hangs and the grace period ends: 76, without an incomplete checkpoint."""
     with toy(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=2) as pod:
         pod.wait_step(6)
         pod.terminate()
@@ -180,8 +180,8 @@ def test_a_stop_that_cannot_save_in_time(tmp_path: Path, spec: dict[str, Any]) -
     assert committed(tmp_path) == [5]
 
 
-def test_a_disk_that_takes_nothing_skips_checkpoints_until_it_does(tmp_path: Path, spec: dict[str, Any]) -> None:
-    """Staging fails, the status says so, training goes on; what comes after is committed and all is well."""
+def test_checkpoints_are_skipped_while_staging_fails(tmp_path: Path, spec: dict[str, Any]) -> None:
+    """The status reports it, training goes on, and later checkpoints are committed."""
     with toy(tmp_path, spec, {"steps": 100000}) as pod:
         pod.wait_committed(5)
         staged = pod.folder / "work" / "staged"
@@ -210,7 +210,7 @@ def test_a_final_model_that_cannot_be_staged_is_named(tmp_path: Path, spec: dict
     assert (code, termination.code, termination.class_) == (69, "StagingFailed", FailureClass.STORAGE)
 
 
-def test_the_success_of_a_life_that_could_not_say_so(tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_the_success_of_an_incarnation_that_could_not_report_it(tmp_path: Path, spec: dict[str, Any]) -> None:
     with toy(tmp_path, spec, {}) as pod:
         _, first = ended(pod)
     with toy(tmp_path, spec, {}, name="two", attempt=2, resume=Resume(mode="auto", expect_step=20)) as pod:
@@ -219,7 +219,7 @@ def test_the_success_of_a_life_that_could_not_say_so(tmp_path: Path, spec: dict[
 
 
 @pytest.mark.parametrize("victim", ["supervisor", "agent"])
-def test_nobody_is_left_behind(tmp_path: Path, spec: dict[str, Any], victim: str) -> None:
+def test_no_process_is_left_behind(tmp_path: Path, spec: dict[str, Any], victim: str) -> None:
     with toy(tmp_path, spec, {"steps": 100000}, processes=2) as pod:
         pod.wait_step(3)
         ranks = pod.pids("train")
@@ -229,7 +229,7 @@ def test_nobody_is_left_behind(tmp_path: Path, spec: dict[str, Any], victim: str
     assert code == (-signal.SIGKILL if victim == "supervisor" else 74)
     end = time.monotonic() + 20
     while any(alive(pid) for pid in ranks):
-        assert time.monotonic() < end, "a rank lives on"
+        assert time.monotonic() < end, "a rank still runs"
         time.sleep(0.02)
 
 
@@ -240,7 +240,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_what_it_answers(tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_the_http_server_reports_progress_and_metrics(tmp_path: Path, spec: dict[str, Any]) -> None:
     with toy(tmp_path, spec, {"steps": 100000}) as pod:
         pod.wait_until(lambda: pod.get("/healthz") == b"ok\n")
         pod.wait_committed(10)

@@ -30,7 +30,7 @@ from yarl import URL
 
 Chunks = AsyncIterator[bytes]
 Shape = Callable[[Chunks], Chunks]
-"""What is done to a body on its way."""
+"""A transformation of a body in transit."""
 
 HOP_BY_HOP = {
     "connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect",
@@ -47,23 +47,23 @@ class EndedEarly(Exception):
 
 
 class Broken(Exception):
-    """Raised by a fault: reset the connection, so that the client sees no answer at all."""
+    """Raised by a fault: reset the connection, so that the client receives no response."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """One request and what became of it."""
+    """One request and its result."""
 
     number: int
     operation: str
-    """What it is in the words of the protocol: `PutObject`, `create jobs`."""
+    """Operation in the terms of the protocol: `PutObject`, `create jobs`."""
     method: str
     path: str
     query: Mapping[str, str]
     status: int
-    """Status code that the client saw; 0: none."""
+    """Status code that the client received; 0: none."""
     applied: int
-    """Status code that the server gave; 0: it was never asked, or gave none."""
+    """Status code of the server; 0: the request did not reach it, or it did not respond."""
     fault: str
     """Name of the fault that was applied; empty: none."""
     started: float
@@ -74,7 +74,7 @@ class Exchange:
 
 
 class Operation(Protocol):
-    """What a request means."""
+    """The operation of a request."""
 
     @property
     def label(self) -> str:
@@ -82,7 +82,7 @@ class Operation(Protocol):
 
     @property
     def endless(self) -> bool:
-        """Whether the answer has no end of its own: a watch."""
+        """Whether the response never ends by itself: a watch."""
 
 
 Op = TypeVar("Op", bound=Operation)
@@ -122,13 +122,13 @@ class Call(Generic[Op]):
             return reply
 
     async def apply(self) -> tuple[bytes, CIMultiDict[str]]:
-        """Let the server do it and keep its answer from the client; returns the answer's body and headers."""
+        """Forward the request without passing on the response; returns the response's body and headers."""
         async with self._upstream(None) as answer:
             self.applied = answer.status
             return await answer.read(), _passed_on(answer.headers)
 
     async def answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> web.StreamResponse:
-        """Answer without asking the server, or no longer."""
+        """Respond to the client without forwarding."""
         await self._continue()
         async for chunk in self.request.content.iter_any():
             self.request_bytes += len(chunk)
@@ -188,15 +188,15 @@ class Call(Generic[Op]):
 
 
 class Fault(Protocol):
-    """Something that goes wrong with a request."""
+    """A fault of a request."""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        """Deal with the request instead of the proxy. Raise Broken to reset the connection."""
+        """Handle the request instead of the proxy. Raise Broken to reset the connection."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """The request reaches the server late; a client that gives up before has done nothing."""
+    """Delay the request; a client that gives up before has changed nothing."""
 
     seconds: float
 
@@ -207,7 +207,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class LateAnswer:
-    """The server does it at once, and the client hears of it late."""
+    """Delay the response; the server executes the request at once."""
 
     seconds: float
 
@@ -219,7 +219,7 @@ class LateAnswer:
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Both bodies pass at a rate, in bytes per second."""
+    """Limit both bodies to a rate in bytes per second."""
 
     rate: float
 
@@ -236,7 +236,7 @@ class Bandwidth:
 
 @dataclass(frozen=True)
 class Status:
-    """The proxy refuses in the server's words; the server is not asked."""
+    """Respond with an error of the server's format; the request does not reach the server."""
 
     code: int
     reason: str = ""
@@ -251,7 +251,7 @@ class Status:
 
 @dataclass(frozen=True)
 class StatusAfter:
-    """The server does it, and the client is told that it failed."""
+    """The server executes the request, and the client receives an error."""
 
     code: int
     reason: str = ""
@@ -271,7 +271,7 @@ class Reset:
 
 @dataclass(frozen=True)
 class LostResponse:
-    """The server does it, and the connection is reset before the client hears of it."""
+    """The server executes the request, and the connection is reset before the client receives the response."""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
         await call.apply()
@@ -280,7 +280,7 @@ class LostResponse:
 
 @dataclass(frozen=True)
 class Blackhole:
-    """No answer, ever; ends when the client gives up or the proxy is closed. The server is not asked."""
+    """Never respond; ends when the client gives up or the proxy is closed. The request does not reach the server."""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
         await asyncio.get_running_loop().create_future()
@@ -289,7 +289,7 @@ class Blackhole:
 
 @dataclass(frozen=True)
 class Truncate:
-    """The answer promises its whole length and ends after `length` bytes of body."""
+    """The response announces its full length and ends after `length` bytes of body."""
 
     length: int
 
@@ -309,7 +309,7 @@ class Truncate:
 
 @dataclass(frozen=True)
 class FlipByte:
-    """One byte of the answer's body is another: the one at `offset`, if the body is that long."""
+    """Change one byte of the response's body: the one at `offset`, if the body is that long."""
 
     offset: int
 
@@ -335,16 +335,16 @@ class Rule(Generic[Op]):
     skip: int
     probability: float
     hits: int = 0
-    """Requests it was applied to."""
+    """Number of requests it was applied to."""
     seen: int = 0
-    """Requests it matched."""
+    """Number of requests it matched."""
 
     @property
     def name(self) -> str:
         return type(self.fault).__name__
 
     def take(self, operation: Op, chance: random.Random) -> bool:
-        """Whether it strikes this request; counts."""
+        """Whether the fault applies to this request; counts matches."""
         if not self.matches(operation) or (self.times is not None and self.hits >= self.times):
             return False
         self.seen += 1
@@ -354,7 +354,7 @@ class Rule(Generic[Op]):
         return True
 
     def remove(self) -> None:
-        """It strikes no more. Twice is fine."""
+        """Remove the fault. Repeating it is harmless."""
         self.proxy.remove(self)
 
     def __enter__(self) -> Self:
@@ -400,7 +400,7 @@ class FaultProxy(ABC, Generic[Op]):
 
     @abstractmethod
     def describe(self, request: web.BaseRequest) -> Op:
-        """What the request means."""
+        """The operation of a request."""
 
     @abstractmethod
     def refusal(self, code: int, reason: str) -> tuple[bytes, dict[str, str]]:
@@ -410,7 +410,7 @@ class FaultProxy(ABC, Generic[Op]):
 
     @property
     def url(self) -> str:
-        """Where clients connect instead of the server."""
+        """Address that clients use instead of the server's."""
         assert self._running is not None, "the proxy is not started: use it in a with statement"
         return f"http://127.0.0.1:{self._running.port}"
 
@@ -425,18 +425,18 @@ class FaultProxy(ABC, Generic[Op]):
         return rule
 
     def remove(self, rule: Rule[Op]) -> None:
-        """Take a rule away."""
+        """Remove a rule."""
         with self._changed:
             self._rules = [kept for kept in self._rules if kept is not rule]
 
     def clear(self) -> None:
-        """Take all rules away; the log stays."""
+        """Remove all rules; the log stays."""
         with self._changed:
             self._rules = []
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """Everything that has passed so far, in the order in which it ended. What a client saw the end of is in it."""
+        """All exchanges so far, in the order of their ends. A response that a client has received completely is included."""
         with self._changed:
             self._changed.wait_for(lambda: not self._answering, SETTLED)
             return tuple(self._log)
@@ -481,7 +481,7 @@ class FaultProxy(ABC, Generic[Op]):
         return self
 
     def stop(self) -> None:
-        """End all connections. Twice is fine."""
+        """End all connections. Repeating it is harmless."""
         running, self._running = self._running, None
         if running is not None:
             running.loop.call_soon_threadsafe(running.stop.set)
@@ -549,7 +549,7 @@ class FaultProxy(ABC, Generic[Op]):
             self._note(call, rule.name if rule else "", started)
 
     def relay(self, call: Call[Op]) -> Awaitable[web.StreamResponse]:
-        """What happens to a request that no rule strikes."""
+        """Forward a request that no rule applies to."""
         return call.forward()
 
     def answering(self, count: int) -> None:
@@ -577,7 +577,7 @@ def _passed_on(headers: Mapping[str, str]) -> CIMultiDict[str]:
 
 
 def _reset(request: web.BaseRequest) -> None:
-    """Close with RST: what was buffered is thrown away, and the client's next read fails."""
+    """Close with RST: buffered data are discarded, and the client's next read fails."""
     transport = request.transport
     if transport is None:
         return

@@ -1,4 +1,4 @@
-"""The commit protocol under faults: a committed checkpoint is whole and right at every instant, whatever the store does."""
+"""The commit protocol under faults: a committed checkpoint is complete and undamaged at every instant."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from tests.support.faultproxy import Call
 from tests.support.s3proxy import LostResponse, Reset, S3Operation, S3Proxy, Status
 
 
-def test_a_bad_day(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
-    """30 % SlowDown, 10 % 500, 10 % resets: everything is committed in the end, and right."""
+def test_many_store_errors(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
+    """30 % SlowDown, 10 % 500, 10 % resets: every checkpoint is committed and undamaged in the end."""
     rules = [
         proxy.fault(Status(503, "SlowDown"), probability=0.3),
         proxy.fault(Status(500, "InternalError"), probability=0.1),
@@ -36,15 +36,15 @@ def test_a_bad_day(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_p
 
 
 @pytest.mark.parametrize("word", ["optimizer.pt", "manifest.json", "_COMMITTED"])
-def test_a_lost_answer_is_recognised(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, word: str) -> None:
-    """The store did it, the answer was lost: once more is the same thing, and an existing marker is our own."""
+def test_a_lost_response_is_recognised(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, word: str) -> None:
+    """The store executed the request and the response was lost: the retry has the same result, and the marker is recognised."""
     with proxy.fault(LostResponse(), operation="PutObject", key=word, times=1) as lost:
         storage.commit(5, checkpoint)
     assert lost.hits == 1
     assert storage.verify_all(tmp_path / "check") == [5]
 
 
-def test_a_lost_answer_of_a_multipart_upload(
+def test_a_lost_response_of_a_multipart_upload(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3, "PART_BYTES", 5 * s3.MIB)
@@ -57,7 +57,7 @@ def test_a_lost_answer_of_a_multipart_upload(
 
 @pytest.mark.parametrize("second", [1, 2])
 def test_two_incarnations_one_marker(storage: ProxiedTree, checkpoint: Path, tmp_path: Path, second: int) -> None:
-    """Two lives commit the same step at once. Of one attempt: one wins, the other is told and stops. Of two: the later one's stays."""
+    """Two incarnations commit a step at once. Of one attempt: one commits, the other is fenced. Of two: the later one's marker stays."""
     ends: dict[str, object] = {}
     start = threading.Barrier(2)
 
@@ -84,8 +84,8 @@ def test_two_incarnations_one_marker(storage: ProxiedTree, checkpoint: Path, tmp
 
 
 @dataclass(frozen=True)
-class Forget:
-    """Whoever writes last wins, as if nobody had asked for a condition."""
+class IgnoreConditions:
+    """The last writer wins, as if the request had no condition."""
 
     storage: ProxiedTree
 
@@ -96,8 +96,8 @@ class Forget:
 
 
 def test_a_store_that_ignores_conditions(storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path) -> None:
-    """It is found out at start; two lives may both commit, and still neither spoils the other's bytes."""
-    careless = proxy.fault(Forget(storage), operation="PutObject")
+    """The preflight detects it; two incarnations may both commit, but never overwrite each other's data."""
+    careless = proxy.fault(IgnoreConditions(storage), operation="PutObject")
     target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).conditional_writes is False
     storage.commit(5, checkpoint, "a1-00000001", 1)
@@ -109,7 +109,7 @@ def test_a_store_that_ignores_conditions(storage: ProxiedTree, proxy: S3Proxy, c
     assert preflight(target).conditional_writes is True
 
 
-def test_an_upload_that_went_missing_is_never_committed(storage: ProxiedTree, checkpoint: Path) -> None:
+def test_a_checkpoint_with_a_missing_object_is_not_committed(storage: ProxiedTree, checkpoint: Path) -> None:
     entries = storage.proxied.upload(prefix_of(5), "a1-00000000", checkpoint)
     from finetune_trainer.checkpoint.manifest import Manifest
 
@@ -121,10 +121,10 @@ def test_an_upload_that_went_missing_is_never_committed(storage: ProxiedTree, ch
 
 
 @pytest.mark.parametrize("word", ["trainer_state.json", "manifest.json", "_COMMITTED"])
-def test_a_store_that_goes_away_leaves_nothing_visible(
+def test_a_store_that_fails_during_a_commit_leaves_nothing_visible(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, word: str, s3_server: object
 ) -> None:
-    """As after kill -9 between data and manifest, and between manifest and marker; the next start sweeps it away."""
+    """As after kill -9 between data and manifest, or between manifest and marker; the next start sweeps it."""
     storage.commit(5, checkpoint)
     impatient = s3.S3Store(storage.proxied.store.target.model_copy(), attempts=1)  # type: ignore[attr-defined] # an S3Store
     storage.proxied.store = impatient
@@ -143,10 +143,10 @@ def test_an_orphaned_multipart_upload_is_swept(storage: ProxiedTree) -> None:
     assert not storage.client.list_multipart_uploads(Bucket=storage.bucket).get("Uploads")
 
 
-def test_a_committed_step_is_whole_at_every_instant(
+def test_a_committed_step_is_complete_at_every_instant(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """A watcher looks at the bucket all the time while checkpoints come and go under faults."""
+    """A thread verifies the bucket continuously while checkpoints are committed and removed under faults."""
     proxy.fault(Status(503, "SlowDown"), probability=0.2)
     proxy.fault(LostResponse(), operation="PutObject", probability=0.2)
     done, looks, wrong = threading.Event(), [0], []
@@ -177,8 +177,8 @@ def test_a_committed_step_is_whole_at_every_instant(
 ODD = ["with space", "ümlaut-雪", "100%25 +plus", "a#b?c&d", ".hidden", "sub folder/x", "empty"]
 
 
-def test_odd_names_and_an_empty_file(storage: ProxiedTree, tmp_path: Path) -> None:
-    """Names as they are in the folder, in the manifest, in the store and in the folder that comes back."""
+def test_unusual_names_and_an_empty_file(storage: ProxiedTree, tmp_path: Path) -> None:
+    """Names are the same in the folder, the manifest, the store and the restored folder."""
     folder = tmp_path / "odd"
     for name in ODD:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -209,8 +209,8 @@ def test_a_store_that_cannot_delete_several_at_once(
 
 
 @dataclass(frozen=True)
-class NoConditions:
-    """A store that refuses a header it does not know."""
+class RefuseConditions:
+    """A store that refuses the header of a conditional request."""
 
     status: int
     code: str
@@ -226,7 +226,7 @@ def test_a_store_that_refuses_conditions(
     storage: ProxiedTree, proxy: S3Proxy, checkpoint: Path, tmp_path: Path, status: int, code: str
 ) -> None:
     """On a store without conditional writes a marker that exists stays; the operator prevents two writers at the same instant."""
-    proxy.fault(NoConditions(status, code), operation="PutObject")
+    proxy.fault(RefuseConditions(status, code), operation="PutObject")
     target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     assert preflight(target).conditional_writes is False
     storage.commit(5, checkpoint)
@@ -235,7 +235,7 @@ def test_a_store_that_refuses_conditions(
     assert storage.verify_all(tmp_path / "check") == [5]
 
 
-def test_the_first_question_survives_a_lost_answer(storage: ProxiedTree, proxy: S3Proxy) -> None:
+def test_the_preflight_survives_a_lost_response(storage: ProxiedTree, proxy: S3Proxy) -> None:
     target = storage.proxied.store.target  # type: ignore[attr-defined] # an S3Store
     with proxy.fault(LostResponse(), operation="PutObject", key=r"\.probe/", times=1) as lost:
         assert preflight(target).conditional_writes

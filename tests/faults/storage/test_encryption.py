@@ -1,4 +1,4 @@
-"""Encryption by the store, with a real one: a customer's key protects what is written, and a store without keys says so."""
+"""Server-side encryption with a real store: a customer's key protects all objects, and a store without keys is reported."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from proxied_tree import ProxiedTree
 
 @pytest.fixture
 def target(storage: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> StoreTarget:
-    """A root whose objects are sealed with a key of ours. A real spec refuses http:// here; this store is on the loopback."""
+    """A root whose objects are encrypted with a customer's key. A real spec refuses http:// for it; this store is on the loopback."""
     monkeypatch.setenv("AWS_SSE_CUSTOMER_KEY", base64.b64encode(bytes(range(32))).decode())
     plain: StoreTarget = storage.direct.store.target  # type: ignore[attr-defined] # an S3Store
     return plain.model_copy(update={"encryption": EncryptionType.CUSTOMER_KEY})
 
 
-def test_a_sealed_checkpoint_is_committed_and_restored(
+def test_an_encrypted_checkpoint_is_committed_and_restored(
     target: StoreTarget, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Single objects, an object in parts, manifest and marker."""
@@ -42,7 +42,7 @@ def test_a_sealed_checkpoint_is_committed_and_restored(
 
 
 @pytest.mark.parametrize("key", [None, bytes(reversed(range(32)))])
-def test_without_the_key_nothing_can_be_read(
+def test_nothing_can_be_read_without_the_key(
     target: StoreTarget, monkeypatch: pytest.MonkeyPatch, key: bytes | None
 ) -> None:
     S3Store(target).put("key", b"sealed")
@@ -57,8 +57,8 @@ def test_without_the_key_nothing_can_be_read(
 
 
 @pytest.mark.parametrize("kind", [EncryptionType.S3, EncryptionType.KMS])
-def test_a_store_that_holds_no_keys_is_told_apart_from_one_that_is_broken(storage: ProxiedTree, kind: EncryptionType) -> None:
-    """This one answers 500 after all retries: what it means is found out by writing without."""
+def test_a_store_without_keys_is_distinguished_from_a_failing_one(storage: ProxiedTree, kind: EncryptionType) -> None:
+    """This store responds with 500 after all retries; a write without encryption shows the cause."""
     plain: StoreTarget = storage.direct.store.target  # type: ignore[attr-defined] # an S3Store
     with pytest.raises(FineTuneError) as caught:
         preflight(plain.model_copy(update={"encryption": kind}))

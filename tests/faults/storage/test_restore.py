@@ -1,4 +1,4 @@
-"""Restoring from damaged storage: found out before anything is loaded, named, and passed over step by step."""
+"""Restoring from damaged storage: damage is detected before anything is loaded, reported, and the step before is used."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def remove(storage: ProxiedTree, key: str) -> None:
     storage.direct.store.delete([key])
 
 
-def test_the_newest_is_taken(two: ProxiedTree, checkpoint: Path, tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_restored(two: ProxiedTree, checkpoint: Path, tmp_path: Path) -> None:
     found = back(two, tmp_path)
     assert (found.step, found.exact, found.note, found.damaged) == (10, True, None, [])
     assert found.path is not None
@@ -68,7 +68,7 @@ def test_the_newest_is_taken(two: ProxiedTree, checkpoint: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("hurt", [flip, cut, remove])
 @pytest.mark.parametrize("name", ["optimizer.pt", "sub/rng_state.pth", "manifest.json"])
-def test_damage_is_named_and_the_one_before_is_taken(
+def test_damage_is_reported_and_the_step_before_is_restored(
     two: ProxiedTree, tmp_path: Path, hurt: Callable[[ProxiedTree, str], None], name: str
 ) -> None:
     hurt(two, f"{FOLDER}/{name}")
@@ -77,19 +77,19 @@ def test_damage_is_named_and_the_one_before_is_taken(
     assert len(found.damaged) == 1 and f"{FOLDER}/{name}" in found.damaged[0]
 
 
-def test_an_object_that_no_manifest_names_is_not_brought(two: ProxiedTree, tmp_path: Path) -> None:
+def test_an_object_outside_the_manifest_is_not_downloaded(two: ProxiedTree, tmp_path: Path) -> None:
     two.direct.store.put(f"{FOLDER}/model.safetensors", b"stray")
     found = back(two, tmp_path)
     assert found.step == 10 and found.path is not None
     assert not (found.path / "model.safetensors").exists()
 
 
-def test_a_damaged_marker_does_not_exist(two: ProxiedTree, tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_damaged_marker_is_not_restored(two: ProxiedTree, tmp_path: Path) -> None:
     two.direct.store.put("checkpoints/step-00000010/_COMMITTED", b"{")
     assert back(two, tmp_path).step == 5
 
 
-def test_all_damaged_is_73_and_never_a_silent_start(two: ProxiedTree, tmp_path: Path) -> None:
+def test_only_damaged_checkpoints_end_with_73(two: ProxiedTree, tmp_path: Path) -> None:
     for step in (5, 10):
         flip(two, f"checkpoints/step-{step:08d}/a1-00000000/optimizer.pt")
     with pytest.raises(NoCheckpointError) as caught:
@@ -98,13 +98,13 @@ def test_all_damaged_is_73_and_never_a_silent_start(two: ProxiedTree, tmp_path: 
     assert "step-00000010" in caught.value.message and "step-00000005" in caught.value.message
 
 
-def test_a_download_that_breaks_is_asked_for_again(two: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
+def test_an_interrupted_download_is_retried(two: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
     with proxy.fault(Truncate(1000), operation="GetObject", key="optimizer.pt", times=2) as cut_off:
         found = back(two, tmp_path)
     assert (found.step, found.damaged, cut_off.hits) == (10, [], 2)
 
 
-def test_a_byte_flipped_on_the_way_is_found(two: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
+def test_a_byte_flipped_in_transit_is_detected(two: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
     with proxy.fault(FlipByte(99_999), operation="GetObject", key="step-00000010/.*optimizer.pt", times=1) as flipped:
         found = back(two, tmp_path)
     assert (found.step, flipped.hits) == (5, 1)
@@ -113,7 +113,7 @@ def test_a_byte_flipped_on_the_way_is_found(two: ProxiedTree, proxy: S3Proxy, tm
 
 @dataclass(frozen=True)
 class RemoveFirst:
-    """Retention is at work: the whole step goes away just before the object is read."""
+    """Retention removes the whole step just before the object is read."""
 
     storage: ProxiedTree
     step: int
@@ -123,7 +123,7 @@ class RemoveFirst:
         return await call.forward()
 
 
-def test_a_checkpoint_that_is_removed_while_it_is_read_is_passed_over(
+def test_a_checkpoint_that_is_removed_while_it_is_read_is_skipped(
     two: ProxiedTree, proxy: S3Proxy, tmp_path: Path
 ) -> None:
     proxy.fault(RemoveFirst(two, 10), operation="GetObject", key="step-00000010/.*/optimizer.pt", times=1)
@@ -133,8 +133,8 @@ def test_a_checkpoint_that_is_removed_while_it_is_read_is_passed_over(
     assert [committed.step for committed in two.direct.committed()] == [5]
 
 
-def test_a_clock_that_is_wrong_is_named_and_not_tried_for_ever(two: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Signed twenty minutes from now, against a server that knows what time it is."""
+def test_a_wrong_clock_is_named_and_not_retried_for_ever(two: ProxiedTree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests are signed with a time twenty minutes in the future."""
     from botocore import auth
 
     now = auth.get_current_datetime
@@ -147,8 +147,8 @@ def test_a_clock_that_is_wrong_is_named_and_not_tried_for_ever(two: ProxiedTree,
     assert (caught.value.exit_code, caught.value.code) == (67, "ClockSkew")
 
 
-def test_a_store_that_is_busy_is_asked_again_for_models_and_data(storage: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
-    """Whether anything is there is asked with little patience; what is there is worth more of it."""
+def test_a_busy_store_is_retried_for_models_and_data(storage: ProxiedTree, proxy: S3Proxy, tmp_path: Path) -> None:
+    """Listing has short timeouts; the download of what exists is retried longer."""
     storage.direct.store.put("rows.jsonl", b"{}")
     store = storage.proxied.store
     assert isinstance(store, S3Store)

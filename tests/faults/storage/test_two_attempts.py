@@ -1,7 +1,7 @@
-"""Two attempts of one job alive at once, each a whole pod that trains and commits: row 13 of docs/guides/checkpoints.md.
+"""Two attempts of one job run at once, each a whole pod that trains and commits: row 13 of docs/guides/checkpoints.md.
 
-The operator never means to begin an attempt beside another. It must, where a lost node's pod lives on out of its reach: then storage
-alone decides, and the later attempt is the one that counts.
+The operator starts a second attempt only when a lost node's pod may still run where it cannot be reached. Then storage alone
+decides, and the later attempt's checkpoints count.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ GATE_SECONDS = 120.0
 
 @dataclass(frozen=True)
 class Gate:
-    """A request waits until it is let through."""
+    """Hold a request until it is released."""
 
     opened: threading.Event = field(default_factory=threading.Event)
     keys: list[str] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Gate:
 
 @dataclass
 class Two:
-    """Two attempts of one job, each with a proxy of its own before the one store."""
+    """Two attempts of one job, each with its own proxy in front of the same store."""
 
     folder: Path
     spec: dict[str, Any]
@@ -60,23 +60,23 @@ class Two:
     proxies: tuple[S3Proxy, S3Proxy]
     server: S3Endpoint
     seen: dict[int, list[str]] = field(default_factory=dict)
-    """Incarnations that the marker of each step has named, in their order."""
+    """Incarnations that the marker of each step has named, in order."""
     start: int = 0
-    """Step that the second attempt went on from."""
+    """Step that the second attempt resumed from."""
 
     def earlier(self) -> Pod:
-        """The first attempt: it would train for long."""
+        """The first attempt, which would train for a long time."""
         return toy(self.folder / "one", self.spec, self.storage, self.server, SCRIPT | {"steps": 100_000})
 
     def later(self) -> Pod:
-        """The second attempt, begun while the first one lives. It ends some checkpoints after where it goes on from."""
+        """The second attempt, started while the first one runs. It ends some checkpoints after the step that it resumes from."""
         self.start = max(one.step or 0 for one in self.storage.direct.committed())
         script, resume = SCRIPT | {"further": 12 * EVERY}, Resume(mode="auto", expect_step=self.start)
         return toy(self.folder / "two", self.spec, self.second, self.server, script, attempt=2, resume=resume)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Look at all markers again and again."""
+        """Read all markers repeatedly."""
         done = threading.Event()
 
         def watch() -> None:
@@ -95,7 +95,7 @@ class Two:
             thread.join()
 
     def require_one_winner(self, earlier: Pod, later: Pod, why: str) -> None:
-        """The earlier attempt was fenced out, the later one's checkpoints count, and the end is the uninterrupted run's."""
+        """The earlier attempt was fenced out, the later one's checkpoints count, and the result equals an uninterrupted run."""
         assert [earlier.process and earlier.process.poll(), later.end()] == [74, 0], (
             earlier.text[-3000:] + later.text[-3000:]
         )
@@ -131,7 +131,7 @@ def two(tmp_path: Path, spec: dict[str, Any], storage: ProxiedTree, proxy: S3Pro
 
 
 def test_two_attempts_side_by_side(two: Two) -> None:
-    """Row 13: both train and commit. Once the second one has begun, the first one commits nothing more and ends."""
+    """Row 13: once the second attempt has begun, the first one commits nothing more and ends."""
     with two.watched(), two.earlier() as earlier:
         earlier.wait_committed(2 * EVERY)
         with two.later() as later:
@@ -145,27 +145,27 @@ def test_two_attempts_side_by_side(two: Two) -> None:
 
 @dataclass
 class Race:
-    """Both attempts have passed every check of a step's commit, and their markers of it are held."""
+    """Both attempts have passed every check before the commit of a step, and the requests for their markers are held."""
 
     two: Two
     earlier: Pod
     step: int
     markers: tuple[Gate, Gate]
     look: Gate
-    """The first attempt's look whether its bytes are still there, after its marker."""
+    """The request by which the first attempt checks its data after its marker."""
 
     def mark(self, attempt: int) -> None:
-        """Let an attempt's marker through, until it stands."""
+        """Release an attempt's marker and wait until it is stored."""
         self.markers[attempt - 1].opened.set()
         wait_until(f"the marker of attempt {attempt}", lambda: self.marked() == attempt, servers=[], timeout=60)
 
     def marked(self) -> int:
-        """Attempt that the step's marker names; 0: there is none."""
+        """Attempt that the step's marker names; 0 without a marker."""
         found = self.two.storage.direct.marker(self.step)
         return found.marker.attempt if found is not None else 0
 
     def finish(self) -> None:
-        """Hold nothing of the first attempt any longer, until it has ended."""
+        """Release everything of the first attempt and wait until it has ended."""
         self.markers[0].opened.set()
         self.look.opened.set()
         self.earlier.end(120)
@@ -202,7 +202,7 @@ def earlier_first_and_replaced(race: Race) -> None:
     ],
 )  # fmt: skip
 def test_two_attempts_commit_the_same_step(two: Two, order: Callable[[Race], None], why: str) -> None:
-    """Row 13: both send the marker of the same step, in each order that there is. The later attempt's stands."""
+    """Row 13: both send the marker of the same step, in every order. The later attempt's marker stays."""
     with two.watched(), two.earlier() as earlier:
         earlier.wait_committed(EVERY)
         markers, look = (Gate(), Gate()), Gate()
