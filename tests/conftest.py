@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import rows
 
 NODES = "tests/e2e/"
 """Where the tests of the cluster with nodes lie, of which there is one on a machine."""
+
+
+if not os.environ.get("CI"):  # with CI set, hypothesis loads its own profile, which has no time limits and fixed examples
+    settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("untimed")
 
 
 def pytest_configure(config: pytest.Config) -> None:
