@@ -100,8 +100,8 @@ DISTURBANCES: dict[str, tuple[dict[str, Any], Callable[[JobNamespace, dict[str, 
 }
 
 
-LONG = ("supervisor-killed", "pod-deleted")
-"""Shown with local processes, and by one pod of two, in the quick run too."""
+LONG = ("rank-killed", "supervisor-killed", "pod-deleted")
+"""Only in `make test-faults`: the quick run kills ranks and supervisors as local processes (tests/pod) and deletes one pod of two here."""
 
 
 @pytest.mark.parametrize(

@@ -66,6 +66,7 @@ def test_status_shows_nodes_and_s3(cluster: NodeCluster) -> None:
         cluster.stop_node("n9")
 
 
+@pytest.mark.slow
 def test_up_after_kill_9_of_the_first_process_leaves_only_the_new_cluster(cluster: NodeCluster, testbox: str) -> None:
     assert testbox
     _run_stubborn_pods(cluster.up())

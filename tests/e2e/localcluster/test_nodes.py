@@ -26,6 +26,7 @@ def _tolerations(seconds: int) -> list[dict[str, object]]:
     return [{"key": k, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": seconds} for k in taints]
 
 
+@pytest.mark.slow
 def test_node_without_kubelet_becomes_not_ready_and_its_pods_are_evicted(lab: Lab, n2: str) -> None:
     manifest = pod("p", "graceful", "0", tolerations=_tolerations(1), terminationGracePeriodSeconds=5, **ON_N2)
     lab.create(manifest)

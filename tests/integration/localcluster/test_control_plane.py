@@ -44,6 +44,7 @@ def test_two_control_planes_are_independent(control_plane: Endpoint, tmp_path: P
     assert not (tmp_path / "other").exists()
 
 
+@pytest.mark.slow
 def test_command_line_from_up_to_down(state: Path) -> None:
     where = ["--state", str(state)]
     up = _command("up", "--mode", "control-plane", *where)

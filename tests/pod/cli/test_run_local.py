@@ -102,7 +102,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(folder: Path) -> None:
     assert (message["resumedFromStep"], message["step"]) == (saved, 300)
 
 
-QUICK = ("yaml", "openai")
+QUICK = ("yaml",)
 """Trained in `make test`. The others run in `make test-faults`, because each needs a start of the trainer."""
 
 

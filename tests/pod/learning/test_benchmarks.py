@@ -21,11 +21,13 @@ def benchmark(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+@pytest.mark.slow
 def test_the_overhead_benchmark_runs() -> None:
     found = benchmark("trainer_overhead").measure(1, 3, hidden=64, layers=2, length=64, batch=2, method="lora")
     assert found["step"]["ratio"] > 0 and found["run"]["ratio"] > 0 and found["stepsEach"] == 3
 
 
+@pytest.mark.slow
 def test_the_throughput_benchmark_runs_on_a_cpu() -> None:
     options = [
         "--shape",
