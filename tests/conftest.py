@@ -1,4 +1,4 @@
-"""How the tests share two cores: files side by side, the tests of the one cluster with nodes one after another."""
+"""Distributes the tests to pytest-xdist workers: one file per worker, and all tests of the node cluster on one worker."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.support import rows
+from tests.support import fault_rows
 
-NODES = "tests/e2e/"
-"""Where the tests of the cluster with nodes lie, of which there is one on a machine."""
+NODE_CLUSTER_TESTS = "tests/e2e/"
+"""Folder of the tests that share the only node cluster of the machine."""
 
 
 if not os.environ.get("CI"):  # with CI set, hypothesis loads its own profile, which has no time limits and fixed examples
@@ -21,25 +21,25 @@ if not os.environ.get("CI"):  # with CI set, hypothesis loads its own profile, w
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The table of fault rows is printed by the process that gathers the results, which loads no conftest but this."""
-    rows.register(config)
+    """Register the summary of fault rows here, because the xdist controller prints it and loads no other conftest."""
+    fault_rows.register(config)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # A run in the background of a script inherits it, and so would all programs that tests interrupt.
+        # A shell starts background jobs with SIGINT ignored. Programs that tests interrupt would inherit this.
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With several processes: a file is not torn apart, since its tests share what is slow to make."""
+    """Keep the tests of a file on one worker, because they share fixtures that are slow to create."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist is not typed
         def _split_scope(self, nodeid: str) -> str:
-            return NODES if nodeid.startswith(NODES) else nodeid.partition("::")[0]
+            return NODE_CLUSTER_TESTS if nodeid.startswith(NODE_CLUSTER_TESTS) else nodeid.partition("::")[0]
 
     return ByFile(config, log)
 
 
 def pytest_make_parametrize_id(config: pytest.Config, val: object) -> str | None:
-    """Bytes in parametrised ids by their length: content such as a gzip header may hold the current second."""
+    """Use the length of bytes in test ids, because their content (such as a gzip header) may hold the current time."""
     return f"{len(val)}bytes" if isinstance(val, bytes) else None

@@ -1,4 +1,4 @@
-"""A real API server and a real S3 server for the tests in this folder, one of each for the whole run."""
+"""Fixtures of the integration tests: a real API server and a real S3 server, each started once per session."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from localcluster import ControlPlane, Endpoint, S3Endpoint, S3Process
 
 @pytest.fixture(scope="session")
 def control_plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
-    """etcd, kube-apiserver, kube-controller-manager; `kubeconfig` has administrator rights. Tests make namespaces."""
+    """etcd, kube-apiserver and kube-controller-manager, with an administrator's kubeconfig. Each test creates its own namespaces."""
     with ControlPlane(tmp_path_factory.mktemp("control-plane") / "state") as endpoint:
         yield endpoint
 
 
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Endpoint]:
-    """SeaweedFS with authentication; tests make a bucket each."""
+    """SeaweedFS with authentication. Each test creates its own bucket."""
     with S3Process(tmp_path_factory.mktemp("s3")) as endpoint:
         yield endpoint

@@ -1,11 +1,11 @@
-"""A fault proxy in front of a Kubernetes API server: faults by verb and resource, and watches that misbehave.
+"""A fault proxy in front of a Kubernetes API server: faults by verb and resource, and commands to open watches.
 
     with ApiProxy(endpoint) as proxy:
         operator = start(kubeconfig=proxy.kubeconfig(tmp_path / "kubeconfig"))
         with proxy.fault(LostResponse(), verb="create", resource="jobs", times=1): ...
-        proxy.watches("pods", Say.gone(410))
+        proxy.command_watches("pods", SendEvent.error(410))
 
-Clients speak plain HTTP to it on the loopback; it speaks TLS to the server and passes their credentials on.
+Clients connect to the proxy by plain HTTP on the loopback interface. The proxy connects to the server by TLS and forwards their credentials.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from tests.support.faultproxy import (
     Blackhole,
     Call,
     Chunks,
-    EndedEarly,
+    DelayResponse,
     Exchange,
     Fault,
     FaultProxy,
-    LateAnswer,
     Latency,
     LostResponse,
     Reset,
     Rule,
     Status,
-    StatusAfter,
-    all_of,
+    StatusAfterApply,
+    TruncatedBody,
+    active_rules,
 )
 
 __all__ = [
-    "ApiOperation", "ApiProxy", "Bandwidth", "Blackhole", "Command", "Cut", "Exchange", "Fault", "Hold", "LateAnswer",
-    "LateEvents", "Latency", "LostResponse", "Repeat", "Reset", "Rule", "Say", "Status", "StatusAfter", "all_of",
+    "ApiOperation", "ApiProxy", "Bandwidth", "Blackhole", "WatchCommand", "Disconnect", "Exchange", "Fault", "Stall", "DelayResponse",
+    "DelayEvents", "Latency", "LostResponse", "ReplayEvents", "Reset", "Rule", "SendEvent", "Status", "StatusAfterApply", "active_rules",
 ]  # fmt: skip
 
 REASONS = {
@@ -52,14 +52,14 @@ REASONS = {
 }  # fmt: skip
 PATH = re.compile(
     r"^/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)"
-    r"(?:/namespaces/(?P<namespace>[^/]+)(?=/))?(?:/(?P<resource>[^/]+))?(?:/(?P<name>[^/]+))?(?:/(?P<sub>[^/]+))?$"
+    r"(?:/namespaces/(?P<namespace>[^/]+)(?=/))?(?:/(?P<resource>[^/]+))?(?:/(?P<name>[^/]+))?(?:/(?P<subresource>[^/]+))?$"
 )
 VERBS = {"POST": "create", "PUT": "update", "PATCH": "patch", "DELETE": "delete"}
 
 
 @dataclass(frozen=True)
 class ApiOperation:
-    """A request in the API server's words; `resource` is the plural, with `/status` or the like for a subresource."""
+    """Verb and resource of a request. `resource` is the plural name, followed by the subresource (`pods/status`)."""
 
     verb: str
     resource: str
@@ -71,70 +71,70 @@ class ApiOperation:
         return f"{self.verb} {self.resource}".rstrip()
 
     @property
-    def endless(self) -> bool:
-        """A watch has no end of its own."""
+    def is_endless(self) -> bool:
+        """Whether the request is a watch, whose response never ends by itself."""
         return self.verb == "watch"
 
 
-# -- what a watch can be told to do ------------------------------------------------------------------------------------
+# -- commands to open watches ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Command:
-    """Something for watches that are open now."""
+class WatchCommand:
+    """A change to the watches that are open now."""
 
 
 @dataclass(frozen=True)
-class Cut(Command):
-    """The connection ends in the middle of the answer."""
+class Disconnect(WatchCommand):
+    """Close the connection in the middle of the response."""
 
 
 @dataclass(frozen=True)
-class Hold(Command):
-    """From now on nothing comes from the server, and the connection stays open: what a forgetful load balancer does."""
+class Stall(WatchCommand):
+    """Deliver no further event and keep the connection open, as a load balancer does that lost the connection's state."""
 
 
 @dataclass(frozen=True)
-class Say(Command):
-    """An event that the server never sent; an ERROR ends the stream as the server would end it."""
+class SendEvent(WatchCommand):
+    """Send an event that the server did not send."""
 
     event: str
 
     @classmethod
-    def gone(cls, code: int = 410) -> Say:
-        """ERROR with a status code; 410: the version that the watch stands at was compacted away."""
-        return cls(json.dumps({"type": "ERROR", "object": status(code, "", "put there by a test")}))
+    def error(cls, code: int = 410) -> SendEvent:
+        """An ERROR event with a status code. 410: the resource version of the watch is too old, because etcd was compacted."""
+        return cls(json.dumps({"type": "ERROR", "object": status(code, "", "injected by a test")}))
 
 
 @dataclass(frozen=True)
-class Repeat(Command):
-    """The last events come once more, oldest first: duplicates, and older versions after newer ones."""
+class ReplayEvents(WatchCommand):
+    """Deliver the last `count` events again, oldest first, so that duplicates and older versions follow newer ones."""
 
     count: int
 
 
 @dataclass(frozen=True)
-class LateEvents:
-    """A fault for watches: every event comes so many seconds after it happened. The client's view is stale."""
+class DelayEvents:
+    """A fault for watches: deliver every event `seconds` late, so that the client's cache is stale."""
 
     seconds: float
 
     async def handle(self, call: Call[ApiOperation]) -> web.StreamResponse:
-        return await call.forward(down=self._late)
+        return await call.forward(response_transform=self._delay)
 
-    async def _late(self, chunks: Chunks) -> Chunks:
+    async def _delay(self, chunks: Chunks) -> Chunks:
         loop = asyncio.get_running_loop()
-        waiting: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
+        delayed: asyncio.Queue[tuple[float, bytes]] = asyncio.Queue()
 
         async def collect() -> None:
             async for chunk in chunks:
-                waiting.put_nowait((loop.time() + self.seconds, chunk))
-            waiting.put_nowait((loop.time(), b""))
+                delayed.put_nowait((loop.time() + self.seconds, chunk))
+            delayed.put_nowait((loop.time(), b""))
 
         reader = asyncio.create_task(collect())
         try:
             while True:
-                due, chunk = await waiting.get()
+                due, chunk = await delayed.get()
                 await asyncio.sleep(due - loop.time())
                 if not chunk:
                     return
@@ -144,21 +144,21 @@ class LateEvents:
 
 
 class Watch:
-    """One open watch. Its loop hands on lines of the server and obeys commands."""
+    """One open watch: forwards the server's lines and executes commands."""
 
-    MEMORY = 50
+    KEPT_EVENTS = 50
 
     def __init__(self, operation: ApiOperation) -> None:
         self.operation = operation
-        self.commands: asyncio.Queue[Command] = asyncio.Queue()
+        self.commands: asyncio.Queue[WatchCommand] = asyncio.Queue()
         self._recent: list[bytes] = []
-        self._held = False
+        self._stalled = False
 
-    async def shape(self, chunks: Chunks) -> Chunks:
-        """The server's lines, with what the commands make of them."""
+    async def transform(self, chunks: Chunks) -> Chunks:
+        """Yield the server's lines, changed by the commands."""
         lines = _lines(chunks)
         line: asyncio.Task[bytes] = asyncio.ensure_future(anext(lines))
-        command: asyncio.Task[Command] = asyncio.ensure_future(self.commands.get())
+        command: asyncio.Task[WatchCommand] = asyncio.ensure_future(self.commands.get())
         try:
             while True:
                 done, _ = await asyncio.wait((line, command), return_when=asyncio.FIRST_COMPLETED)
@@ -167,39 +167,39 @@ class Watch:
                         text = line.result()
                     except StopAsyncIteration:
                         return
-                    if not self._held:
-                        self._recent = [*self._recent[-self.MEMORY :], text]
+                    if not self._stalled:
+                        self._recent = [*self._recent[-self.KEPT_EVENTS :], text]
                         yield text
                     line = asyncio.ensure_future(anext(lines))
                 if command in done:
-                    for text in self._obey(command.result()):
+                    for text in self._execute(command.result()):
                         yield text
                     command = asyncio.ensure_future(self.commands.get())
         finally:
             line.cancel()
             command.cancel()
 
-    def _obey(self, command: Command) -> list[bytes]:
+    def _execute(self, command: WatchCommand) -> list[bytes]:
         match command:
-            case Hold():
-                self._held = True
-            case Say(event):
+            case Stall():
+                self._stalled = True
+            case SendEvent(event):
                 return [event.encode() + b"\n"]
-            case Repeat(count):
+            case ReplayEvents(count):
                 return self._recent[-count:]
-            case Cut():
-                raise EndedEarly
+            case Disconnect():
+                raise TruncatedBody
         return []
 
 
 async def _lines(chunks: Chunks) -> Chunks:
-    rest = b""
+    incomplete = b""
     async for chunk in chunks:
-        *whole, rest = (rest + chunk).split(b"\n")
-        for line in whole:
+        *complete, incomplete = (incomplete + chunk).split(b"\n")
+        for line in complete:
             yield line + b"\n"
-    if rest:
-        yield rest
+    if incomplete:
+        yield incomplete
 
 
 # -- the proxy ---------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class ApiProxy(FaultProxy[ApiOperation]):
         self._watches: set[Watch] = set()
 
     def kubeconfig(self, path: Path, token: str | None = None) -> Path:
-        """Write a kubeconfig that leads here, with the administrator's token unless another is given."""
+        """Write a kubeconfig for this proxy, with `token` or else the administrator's token."""
         config = {
             "apiVersion": "v1", "kind": "Config", "current-context": "proxy",
             "clusters": [{"name": "proxy", "cluster": {"server": self.url}}],
@@ -229,34 +229,34 @@ class ApiProxy(FaultProxy[ApiOperation]):
         self, fault: Fault, *, verb: str | None = None, resource: str | None = None, name: str = "",
         namespace: str | None = None, times: int | None = None, skip: int = 0, probability: float = 1.0,
     ) -> Rule[ApiOperation]:  # fmt: skip
-        """Apply `fault` to requests of a verb and a resource (`finetunejobs/status`; None: any).
+        """Apply `fault` to requests with this verb and resource (such as `finetunejobs/status`; None: any).
 
-        `name` is an expression to be found in the object's name; `namespace` is exact.
+        `name` is a regular expression searched in the object's name. `namespace` must be equal.
         """
-        wanted = re.compile(name)
-        return self.strike(
+        name_pattern = re.compile(name)
+        return self.add_rule(
             fault, lambda request: (
                 verb in (None, request.verb) and resource in (None, request.resource)
-                and namespace in (None, request.namespace) and bool(wanted.search(request.name))
+                and namespace in (None, request.namespace) and bool(name_pattern.search(request.name))
             ), times=times, skip=skip, probability=probability,
         )  # fmt: skip
 
-    def watches(self, resource: str, command: Command) -> int:
-        """Tell every watch of `resource` that is open now; returns how many there were."""
-        told = 0
+    def command_watches(self, resource: str, command: WatchCommand) -> int:
+        """Send a command to every open watch of `resource`. Returns their number."""
+        count = 0
 
-        def tell() -> None:
-            nonlocal told
+        def send() -> None:
+            nonlocal count
             for watch in self._watches:
                 if watch.operation.resource == resource:
                     watch.commands.put_nowait(command)
-                    told += 1
+                    count += 1
 
-        self.do(tell)
-        return told
+        self.run_in_loop(send)
+        return count
 
     def writes(self, namespace: str | None = None) -> tuple[str, ...]:
-        """Labels of all requests so far that would change something, in order."""
+        """Labels of all write requests so far, in order."""
         return tuple(
             e.operation for e in self.exchanges
             if e.method not in ("GET", "HEAD") and (namespace is None or f"/namespaces/{namespace}/" in e.path)
@@ -269,28 +269,28 @@ class ApiProxy(FaultProxy[ApiOperation]):
         watch = Watch(call.operation)
         self._watches.add(watch)
         try:
-            return await call.forward(down=watch.shape)
+            return await call.forward(response_transform=watch.transform)
         finally:
             self._watches.discard(watch)
 
-    def describe(self, request: web.BaseRequest) -> ApiOperation:
+    def parse_operation(self, request: web.BaseRequest) -> ApiOperation:
         found = PATH.match(request.path)
         if found is None:
             return ApiOperation(request.method.lower(), request.path, "", "")
-        resource, name, sub = found["resource"] or "", found["name"] or "", found["sub"]
+        resource, name, subresource = found["resource"] or "", found["name"] or "", found["subresource"]
         verb = VERBS.get(request.method, "get" if name else "list")
         if request.method == "GET" and request.query.get("watch") in ("true", "1", "True"):
             verb = "watch"
         if verb == "delete" and not name:
             verb = "deletecollection"
-        return ApiOperation(verb, f"{resource}/{sub}" if sub else resource, found["namespace"] or "", name)
+        return ApiOperation(verb, f"{resource}/{subresource}" if subresource else resource, found["namespace"] or "", name)
 
-    def refusal(self, code: int, reason: str) -> tuple[bytes, dict[str, str]]:
-        return json.dumps(status(code, reason, "put there by a test")).encode(), {"Content-Type": "application/json"}
+    def error_response(self, code: int, reason: str) -> tuple[bytes, dict[str, str]]:
+        return json.dumps(status(code, reason, "injected by a test")).encode(), {"Content-Type": "application/json"}
 
 
 def status(code: int, reason: str, message: str) -> dict[str, Any]:
-    """A Kubernetes Status of failure."""
+    """A Kubernetes `Status` object for a failed request."""
     return {
         "kind": "Status", "apiVersion": "v1", "metadata": {}, "status": "Failure", "message": message,
         "reason": reason or REASONS.get(code, "InternalError"), "code": code,

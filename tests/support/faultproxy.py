@@ -1,11 +1,10 @@
-"""An HTTP proxy that breaks what passes through it, on purpose and on command.
+"""An HTTP proxy that injects faults into chosen requests.
 
-Tests of promises such as "a lost answer creates no second Job" need a network that fails at a chosen request, not a
-mocked client: the same bytes, the same client library, the same server. This module is the engine; `s3proxy` and
-`apiproxy` know what the requests mean. It signs nothing and changes nothing that no fault asks for: path, query and
-headers go through as they came, `Host` included, so that signatures hold.
+A promise such as "a lost response to a create leads to no second Job" is tested with the real client library and the real server, and a
+network that fails at a chosen request. This module holds the part that does not depend on the protocol; `s3proxy` and `apiproxy` parse the
+requests. Without a fault, path, query and headers (`Host` included) are forwarded unchanged, so that signatures stay valid.
 
-It runs an event loop in a thread of its own, so that synchronous tests can use it as a context manager.
+The event loop runs in a separate thread, so that synchronous tests can use the proxy as a context manager.
 """
 
 from __future__ import annotations
@@ -29,24 +28,23 @@ from multidict import CIMultiDict
 from yarl import URL
 
 Chunks = AsyncIterator[bytes]
-Shape = Callable[[Chunks], Chunks]
-"""A transformation of a body in transit."""
+BodyTransform = Callable[[Chunks], Chunks]
 
 HOP_BY_HOP = {
     "connection", "keep-alive", "proxy-connection", "te", "trailer", "transfer-encoding", "upgrade", "expect",
 }  # fmt: skip
-BODILESS = (204, 304)
-SETTLED = 2.0
-"""Seconds within which an answer that has begun should be in the log."""
-PIECE = 16 * 1024
-"""Bytes handed on at once where a rate is kept."""
+STATUS_WITHOUT_BODY = (204, 304)
+LOG_WAIT_SECONDS = 2.0
+"""Longest wait until the responses that have begun are logged."""
+PIECE_BYTES = 16 * 1024
+"""Bytes forwarded at once when a rate limit applies."""
 
 
-class EndedEarly(Exception):
-    """Raised by a shape: close the connection here, although more was promised."""
+class TruncatedBody(Exception):
+    """Raised by a body transform: close the connection before the announced length is sent."""
 
 
-class Broken(Exception):
+class ConnectionBroken(Exception):
     """Raised by a fault: reset the connection, so that the client receives no response."""
 
 
@@ -56,33 +54,33 @@ class Exchange:
 
     number: int
     operation: str
-    """Operation in the terms of the protocol: `PutObject`, `create jobs`."""
+    """Name in the protocol: `PutObject`, `create jobs`."""
     method: str
     path: str
     query: Mapping[str, str]
-    status: int
-    """Status code that the client received; 0: none."""
-    applied: int
-    """Status code of the server; 0: the request did not reach it, or it did not respond."""
+    client_status: int
+    """Status code that the client received. 0: no response."""
+    server_status: int
+    """Status code of the server. 0: it did not receive the request or did not respond."""
     fault: str
-    """Name of the fault that was applied; empty: none."""
+    """Name of the applied fault. Empty: none."""
     started: float
-    """Seconds on the monotonic clock."""
+    """Time of the monotonic clock in seconds."""
     seconds: float
     request_bytes: int
     response_bytes: int
 
 
 class Operation(Protocol):
-    """The operation of a request."""
+    """A parsed request."""
 
     @property
     def label(self) -> str:
-        """One or two words for logs and assertions."""
+        """Short name for logs and assertions."""
 
     @property
-    def endless(self) -> bool:
-        """Whether the response never ends by itself: a watch."""
+    def is_endless(self) -> bool:
+        """Whether the response never ends by itself, as that of a watch."""
 
 
 Op = TypeVar("Op", bound=Operation)
@@ -90,76 +88,78 @@ Op = TypeVar("Op", bound=Operation)
 
 @dataclass
 class Call(Generic[Op]):
-    """A request on its way through the proxy; faults act on it."""
+    """A request in the proxy. Faults decide what happens to it."""
 
     proxy: FaultProxy[Op]
     request: web.BaseRequest
     operation: Op
-    applied: int = 0
-    status: int = 0
+    server_status: int = 0
+    client_status: int = 0
     request_bytes: int = 0
     response_bytes: int = 0
-    continued: bool = False
+    sent_continue: bool = False
 
-    async def forward(self, *, up: Shape | None = None, down: Shape | None = None) -> web.StreamResponse:
-        """Send the request on and the answer back, each through a shape."""
-        async with self._upstream(up) as answer:
-            self.applied = answer.status
-            reply = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_passed_on(answer.headers))
-            if "Content-Length" not in answer.headers and answer.status not in BODILESS and answer.method != "HEAD":
+    async def forward(
+        self, *, request_transform: BodyTransform | None = None, response_transform: BodyTransform | None = None
+    ) -> web.StreamResponse:
+        """Forward the request to the server and the response to the client, with their bodies transformed."""
+        async with self._upstream(request_transform) as answer:
+            self.server_status = answer.status
+            reply = web.StreamResponse(status=answer.status, reason=answer.reason, headers=_forwarded_headers(answer.headers))
+            if "Content-Length" not in answer.headers and answer.status not in STATUS_WITHOUT_BODY and answer.method != "HEAD":
                 reply.enable_chunked_encoding()
-            self.begin(answer.status)
+            self.begin_response(answer.status)
             await reply.prepare(self.request)
             chunks: Chunks = answer.content.iter_any()
             try:
-                async for chunk in down(chunks) if down else chunks:
+                async for chunk in response_transform(chunks) if response_transform else chunks:
                     self.response_bytes += len(chunk)
                     await reply.write(chunk)
-            except EndedEarly:
+            except TruncatedBody:
                 await self.close()
                 return reply
             await reply.write_eof()
             return reply
 
     async def apply(self) -> tuple[bytes, CIMultiDict[str]]:
-        """Forward the request without passing on the response; returns the response's body and headers."""
+        """Let the server execute the request, without a response to the client. Returns the body and headers of the server's response."""
         async with self._upstream(None) as answer:
-            self.applied = answer.status
-            return await answer.read(), _passed_on(answer.headers)
+            self.server_status = answer.status
+            return await answer.read(), _forwarded_headers(answer.headers)
 
     async def answer(self, status: int, body: bytes, headers: Mapping[str, str]) -> web.StreamResponse:
-        """Respond to the client without forwarding."""
-        await self._continue()
+        """Send this response to the client instead of the server's."""
+        await self._send_continue()
         async for chunk in self.request.content.iter_any():
             self.request_bytes += len(chunk)
-        self.begin(status)
+        self.begin_response(status)
         self.response_bytes = len(body)
         reply = web.Response(status=status, body=b"" if self.request.method == "HEAD" else body, headers=headers)
         await reply.prepare(self.request)
         await reply.write_eof()
         return reply
 
-    def begin(self, status: int) -> None:
-        """The client is about to see this status code."""
-        self.status = status
-        if not self.operation.endless:
-            self.proxy.answering(1)
+    def begin_response(self, status: int) -> None:
+        """Record the status code that the client is about to receive."""
+        self.client_status = status
+        if not self.operation.is_endless:
+            self.proxy.count_begun_responses(1)
 
     async def close(self) -> None:
-        """Close the connection in the middle of what is being sent, with what was written delivered."""
+        """Close the connection in the middle of the response, after the written bytes are delivered."""
         transport = self.request.transport
         if transport is not None:
             transport.close()
 
     @contextlib.asynccontextmanager
-    async def _upstream(self, up: Shape | None) -> AsyncIterator[aiohttp.ClientResponse]:
-        await self._continue()
+    async def _upstream(self, request_transform: BodyTransform | None) -> AsyncIterator[aiohttp.ClientResponse]:
+        await self._send_continue()
         request = self.request
-        headers = _passed_on(request.headers)
+        headers = _forwarded_headers(request.headers)
         body: Chunks | None = None
         if request.can_read_body:
             raw: Chunks = request.content.iter_any()
-            body = self._counted(up(raw) if up else raw)
+            body = self._count_bytes(request_transform(raw) if request_transform else raw)
         target = URL(self.proxy.upstream + request.raw_path, encoded=True)
         try:
             answer = await self.proxy.session.request(
@@ -167,36 +167,36 @@ class Call(Generic[Op]):
                 skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
             )  # fmt: skip
         except aiohttp.ClientError as error:
-            raise Broken from error
+            raise ConnectionBroken from error
         async with answer:
             try:
                 yield answer
             except aiohttp.ClientPayloadError as error:
-                raise Broken from error
+                raise ConnectionBroken from error
 
-    async def _continue(self) -> None:
-        if not self.continued and self.request.headers.get("Expect", "").lower() == "100-continue":
-            self.continued = True
+    async def _send_continue(self) -> None:
+        if not self.sent_continue and self.request.headers.get("Expect", "").lower() == "100-continue":
+            self.sent_continue = True
             writer = self.request.writer
             await writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             writer.output_size = 0
 
-    async def _counted(self, chunks: Chunks) -> Chunks:
+    async def _count_bytes(self, chunks: Chunks) -> Chunks:
         async for chunk in chunks:
             self.request_bytes += len(chunk)
             yield chunk
 
 
 class Fault(Protocol):
-    """A fault of a request."""
+    """A fault that is injected into a request."""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        """Handle the request instead of the proxy. Raise Broken to reset the connection."""
+        """Handle the request in place of the proxy. Errors: ConnectionBroken, to reset the connection."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Delay the request; a client that gives up before has changed nothing."""
+    """The request reaches the server late. If the client gives up before, the server never receives it."""
 
     seconds: float
 
@@ -206,51 +206,51 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class LateAnswer:
-    """Delay the response; the server executes the request at once."""
+class DelayResponse:
+    """The server executes the request at once, and the client receives the response late."""
 
     seconds: float
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
         body, headers = await call.apply()
         await asyncio.sleep(self.seconds)
-        return await call.answer(call.applied, body, headers)
+        return await call.answer(call.server_status, body, headers)
 
 
 @dataclass(frozen=True)
 class Bandwidth:
-    """Limit both bodies to a rate in bytes per second."""
+    """Request and response bodies are limited to `rate` bytes per second."""
 
     rate: float
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        return await call.forward(up=self._slowly, down=self._slowly)
+        return await call.forward(request_transform=self._limit_rate, response_transform=self._limit_rate)
 
-    async def _slowly(self, chunks: Chunks) -> Chunks:
+    async def _limit_rate(self, chunks: Chunks) -> Chunks:
         async for chunk in chunks:
-            for start in range(0, len(chunk), PIECE):
-                piece = chunk[start : start + PIECE]
+            for start in range(0, len(chunk), PIECE_BYTES):
+                piece = chunk[start : start + PIECE_BYTES]
                 await asyncio.sleep(len(piece) / self.rate)
                 yield piece
 
 
 @dataclass(frozen=True)
 class Status:
-    """Respond with an error of the server's format; the request does not reach the server."""
+    """The proxy answers with an error in the server's format. The server does not receive the request."""
 
     code: int
     reason: str = ""
     retry_after: int | None = None
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        body, headers = call.proxy.refusal(self.code, self.reason)
+        body, headers = call.proxy.error_response(self.code, self.reason)
         if self.retry_after is not None:
             headers["Retry-After"] = str(self.retry_after)
         return await call.answer(self.code, body, headers)
 
 
 @dataclass(frozen=True)
-class StatusAfter:
+class StatusAfterApply:
     """The server executes the request, and the client receives an error."""
 
     code: int
@@ -258,15 +258,15 @@ class StatusAfter:
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
         await call.apply()
-        return await call.answer(self.code, *call.proxy.refusal(self.code, self.reason))
+        return await call.answer(self.code, *call.proxy.error_response(self.code, self.reason))
 
 
 @dataclass(frozen=True)
 class Reset:
-    """The connection is reset before the server sees the request."""
+    """The connection is reset before the server receives the request."""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        raise Broken
+        raise ConnectionBroken
 
 
 @dataclass(frozen=True)
@@ -275,58 +275,58 @@ class LostResponse:
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
         await call.apply()
-        raise Broken
+        raise ConnectionBroken
 
 
 @dataclass(frozen=True)
 class Blackhole:
-    """Never respond; ends when the client gives up or the proxy is closed. The request does not reach the server."""
+    """The client never receives a response, and the server never receives the request. Ends when the client gives up or the proxy stops."""
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
         await asyncio.get_running_loop().create_future()
-        raise Broken
+        raise ConnectionBroken
 
 
 @dataclass(frozen=True)
 class Truncate:
-    """The response announces its full length and ends after `length` bytes of body."""
+    """The response announces its whole length and ends after `length` bytes of the body."""
 
     length: int
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        return await call.forward(down=self._cut)
+        return await call.forward(response_transform=self._truncate)
 
-    async def _cut(self, chunks: Chunks) -> Chunks:
+    async def _truncate(self, chunks: Chunks) -> Chunks:
         left = self.length
         async for chunk in chunks:
             if len(chunk) > left:
                 if left:
                     yield chunk[:left]
-                raise EndedEarly
+                raise TruncatedBody
             left -= len(chunk)
             yield chunk
 
 
 @dataclass(frozen=True)
 class FlipByte:
-    """Change one byte of the response's body: the one at `offset`, if the body is that long."""
+    """The byte at `offset` of the response body is inverted, if the body is that long."""
 
     offset: int
 
     async def handle(self, call: Call[Any]) -> web.StreamResponse:
-        return await call.forward(down=self._flip)
+        return await call.forward(response_transform=self._flip)
 
     async def _flip(self, chunks: Chunks) -> Chunks:
-        seen = 0
+        passed = 0
         async for chunk in chunks:
-            at = self.offset - seen
-            seen += len(chunk)
+            at = self.offset - passed
+            passed += len(chunk)
             yield chunk[:at] + bytes([chunk[at] ^ 0xFF]) + chunk[at + 1 :] if 0 <= at < len(chunk) else chunk
 
 
 @dataclass(eq=False)
 class Rule(Generic[Op]):
-    """A fault, and for which requests. A context manager: it holds until the block ends."""
+    """A fault and the requests that it applies to. As a context manager it is removed at the end of the block."""
 
     proxy: FaultProxy[Op]
     fault: Fault
@@ -335,26 +335,26 @@ class Rule(Generic[Op]):
     skip: int
     probability: float
     hits: int = 0
-    """Number of requests it was applied to."""
-    seen: int = 0
-    """Number of requests it matched."""
+    """Number of requests that the fault was applied to."""
+    matched: int = 0
+    """Number of requests that matched, including those that were skipped."""
 
     @property
     def name(self) -> str:
         return type(self.fault).__name__
 
-    def take(self, operation: Op, chance: random.Random) -> bool:
-        """Whether the fault applies to this request; counts matches."""
+    def applies_to(self, operation: Op, chance: random.Random) -> bool:
+        """Whether the fault is applied to this request. Updates the counts."""
         if not self.matches(operation) or (self.times is not None and self.hits >= self.times):
             return False
-        self.seen += 1
-        if self.seen <= self.skip or (self.probability < 1 and chance.random() >= self.probability):
+        self.matched += 1
+        if self.matched <= self.skip or (self.probability < 1 and chance.random() >= self.probability):
             return False
         self.hits += 1
         return True
 
     def remove(self) -> None:
-        """Remove the fault. Repeating it is harmless."""
+        """Remove the rule from the proxy. Does nothing the second time."""
         self.proxy.remove(self)
 
     def __enter__(self) -> Self:
@@ -381,10 +381,7 @@ class _Starting:
 
 
 class FaultProxy(ABC, Generic[Op]):
-    """The engine. `upstream` is an address such as `http://127.0.0.1:9000`; `seed` decides where probabilities strike.
-
-    Errors: OSError if it cannot listen.
-    """
+    """Base class of the fault proxies. `upstream`: the server's URL. `seed`: of the random numbers for rules with a probability."""
 
     def __init__(
         self, upstream: str, *, seed: int = 0, tls: ssl.SSLContext | None = None
@@ -394,31 +391,31 @@ class FaultProxy(ABC, Generic[Op]):
         self._chance = random.Random(seed)
         self._rules: list[Rule[Op]] = []
         self._log: list[Exchange] = []
-        self._answering = 0
+        self._begun_responses = 0
         self._changed = threading.Condition()
         self._running: _Running | None = None
 
     @abstractmethod
-    def describe(self, request: web.BaseRequest) -> Op:
-        """The operation of a request."""
+    def parse_operation(self, request: web.BaseRequest) -> Op:
+        """Parse a request."""
 
     @abstractmethod
-    def refusal(self, code: int, reason: str) -> tuple[bytes, dict[str, str]]:
-        """Body and headers of an error as the server would send it."""
+    def error_response(self, code: int, reason: str) -> tuple[bytes, dict[str, str]]:
+        """Body and headers of an error in the server's format."""
 
-    # -- what tests use ------------------------------------------------------------------------------------------------
+    # -- for tests -----------------------------------------------------------------------------------------------------
 
     @property
     def url(self) -> str:
-        """Address that clients use instead of the server's."""
+        """URL of the proxy, which clients use in place of the server's."""
         assert self._running is not None, "the proxy is not started: use it in a with statement"
         return f"http://127.0.0.1:{self._running.port}"
 
-    def strike(
+    def add_rule(
         self, fault: Fault, matches: Callable[[Op], bool], *,
         times: int | None = None, skip: int = 0, probability: float = 1.0,
     ) -> Rule[Op]:  # fmt: skip
-        """Apply `fault` to requests that match: the first `skip` excepted, `times` at most, each with a probability."""
+        """Apply `fault` to matching requests after the first `skip`, at most `times` times, each with the given probability."""
         rule = Rule(self, fault, matches, times, skip, probability)
         with self._changed:
             self._rules.append(rule)
@@ -429,48 +426,48 @@ class FaultProxy(ABC, Generic[Op]):
         with self._changed:
             self._rules = [kept for kept in self._rules if kept is not rule]
 
-    def clear(self) -> None:
-        """Remove all rules; the log stays."""
+    def clear_rules(self) -> None:
+        """Remove all rules. The log is kept."""
         with self._changed:
             self._rules = []
 
     @property
     def exchanges(self) -> tuple[Exchange, ...]:
-        """All exchanges so far, in the order of their ends. A response that a client has received completely is included."""
+        """All requests so far, in the order in which they ended, including every response that a client has fully received."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._answering, SETTLED)
+            self._changed.wait_for(lambda: not self._begun_responses, LOG_WAIT_SECONDS)
             return tuple(self._log)
 
-    def forget(self) -> None:
+    def clear_exchanges(self) -> None:
         """Empty the log."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._answering, SETTLED)
+            self._changed.wait_for(lambda: not self._begun_responses, LOG_WAIT_SECONDS)
             self._log.clear()
 
     def count(self, operation: str) -> int:
-        """Requests of that operation so far, in whatever way they ended."""
+        """Number of requests of an operation so far, failed ones included."""
         return sum(exchange.operation == operation for exchange in self.exchanges)
 
     def wait_for(self, matches: Callable[[Exchange], bool], *, timeout: float = 20.0) -> Exchange:
-        """The first exchange that matches, past ones included. TimeoutError after `timeout` seconds."""
+        """Wait for an exchange that matches (past ones count), and return the first. Errors: TimeoutError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        looked = 0
+        checked = 0
         with self._changed:
             while True:
-                for exchange in self._log[looked:]:
+                for exchange in self._log[checked:]:
                     if matches(exchange):
                         return exchange
-                looked = len(self._log)
+                checked = len(self._log)
                 left = deadline - time.monotonic()
                 if left <= 0 or not self._changed.wait(left):
-                    if any(matches(exchange) for exchange in self._log[looked:]):
+                    if any(matches(exchange) for exchange in self._log[checked:]):
                         continue
-                    raise TimeoutError(f"no such request within {timeout:.0f} s; {len(self._log)} others passed")
+                    raise TimeoutError(f"no such request within {timeout:.0f} s; {len(self._log)} other requests were logged")
 
-    # -- life ----------------------------------------------------------------------------------------------------------
+    # -- start and stop ------------------------------------------------------------------------------------------------
 
     def start(self) -> Self:
-        """Listen on a free port of the loopback."""
+        """Listen on a free port of the loopback interface. Errors: OSError."""
         starting = _Starting()
         thread = threading.Thread(target=lambda: asyncio.run(self._serve(starting)), name="fault-proxy", daemon=True)
         thread.start()
@@ -481,7 +478,7 @@ class FaultProxy(ABC, Generic[Op]):
         return self
 
     def stop(self) -> None:
-        """End all connections. Repeating it is harmless."""
+        """Close all connections and stop. Does nothing the second time."""
         running, self._running = self._running, None
         if running is not None:
             running.loop.call_soon_threadsafe(running.stop.set)
@@ -493,8 +490,8 @@ class FaultProxy(ABC, Generic[Op]):
     def __exit__(self, *raised: object) -> None:
         self.stop()
 
-    def do(self, action: Callable[[], None]) -> None:
-        """Run something in the proxy's loop and wait for it."""
+    def run_in_loop(self, action: Callable[[], None]) -> None:
+        """Run an action in the proxy's event loop and wait until it is done."""
         assert self._running is not None, "the proxy is not started"
 
         async def run() -> None:
@@ -504,14 +501,14 @@ class FaultProxy(ABC, Generic[Op]):
 
     @property
     def session(self) -> aiohttp.ClientSession:
-        """Connections to the server."""
+        """HTTP session to the server."""
         assert self._running is not None
         return self._running.session
 
     async def _serve(self, starting: _Starting) -> None:
         try:
             loop, stop = asyncio.get_running_loop(), asyncio.Event()
-            # A fresh connection each time without TLS: the server behind may be restarted in the middle of a test.
+            # Without TLS each request opens a new connection, because the server may be restarted in the middle of a test.
             connector = aiohttp.TCPConnector(limit=0, ssl=self._tls or True, force_close=self._tls is None)
             session = aiohttp.ClientSession(
                 connector=connector, auto_decompress=False, cookie_jar=aiohttp.DummyCookieJar(),
@@ -525,7 +522,7 @@ class FaultProxy(ABC, Generic[Op]):
             port = runner.addresses[0][1]
             starting.running = _Running(loop, threading.current_thread(), stop, port, session)
             self._running = starting.running
-        except BaseException as error:  # whatever it is, the thread that waits must hear of it
+        except BaseException as error:  # raised again in the thread that waits in start()
             starting.error = error
             starting.done.set()
             return
@@ -535,62 +532,62 @@ class FaultProxy(ABC, Generic[Op]):
         await session.close()
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
-        call = Call(self, request, self.describe(request))
+        call = Call(self, request, self.parse_operation(request))
         with self._changed:
-            rule = next((rule for rule in self._rules if rule.take(call.operation, self._chance)), None)
+            rule = next((rule for rule in self._rules if rule.applies_to(call.operation, self._chance)), None)
         started = time.monotonic()
         try:
             return await (rule.fault.handle(call) if rule else self.relay(call))
-        except (Broken, ConnectionError, aiohttp.ClientError):
-            _reset(request)
-            # The connection is gone: this answer is for the server's bookkeeping alone.
+        except (ConnectionBroken, ConnectionError, aiohttp.ClientError):
+            _reset_connection(request)
+            # The connection is closed. aiohttp needs a response to end the request.
             return web.Response(status=502)
         finally:
-            self._note(call, rule.name if rule else "", started)
+            self._log_exchange(call, rule.name if rule else "", started)
 
     def relay(self, call: Call[Op]) -> Awaitable[web.StreamResponse]:
-        """Forward a request that no rule applies to."""
+        """Handle a request that no rule applies to."""
         return call.forward()
 
-    def answering(self, count: int) -> None:
-        """So many more answers have begun, and are not in the log yet."""
+    def count_begun_responses(self, count: int) -> None:
+        """Record that responses have begun that are not in the log yet."""
         with self._changed:
-            self._answering += count
+            self._begun_responses += count
 
-    def _note(self, call: Call[Op], fault: str, started: float) -> None:
+    def _log_exchange(self, call: Call[Op], fault: str, started: float) -> None:
         request = call.request
         with self._changed:
             self._log.append(
                 Exchange(
                     number=len(self._log), operation=call.operation.label, method=request.method, path=request.path,
-                    query=dict(request.query), status=call.status, applied=call.applied, fault=fault, started=started,
+                    query=dict(request.query), client_status=call.client_status, server_status=call.server_status, fault=fault, started=started,
                     seconds=time.monotonic() - started, request_bytes=call.request_bytes,
                     response_bytes=call.response_bytes,
                 )  # fmt: skip
             )
-            self._answering -= 1 if call.status and not call.operation.endless else 0
+            self._begun_responses -= 1 if call.client_status and not call.operation.is_endless else 0
             self._changed.notify_all()
 
 
-def _passed_on(headers: Mapping[str, str]) -> CIMultiDict[str]:
+def _forwarded_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
     return CIMultiDict((name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP)
 
 
-def _reset(request: web.BaseRequest) -> None:
-    """Close with RST: buffered data are discarded, and the client's next read fails."""
+def _reset_connection(request: web.BaseRequest) -> None:
+    """Close the connection with RST: buffered data are dropped, and the client's next read fails."""
     transport = request.transport
     if transport is None:
         return
     connection: socket.socket | None = transport.get_extra_info("socket")
     if connection is not None:
-        with contextlib.suppress(OSError):  # the client was faster
+        with contextlib.suppress(OSError):  # the client has closed the connection already
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
 
 
 @contextlib.contextmanager
-def all_of(*rules: Rule[Any]) -> Iterator[None]:
-    """Several rules for one block."""
+def active_rules(*rules: Rule[Any]) -> Iterator[None]:
+    """Keep several rules active for one block, and remove them at its end."""
     with contextlib.ExitStack() as stack:
         for rule in rules:
             stack.enter_context(rule)

@@ -1,4 +1,4 @@
-"""A synchronous client of a Kubernetes API server for tests: plain objects, waits without sleeping, warnings kept."""
+"""A synchronous Kubernetes API client for tests. It waits by watches, without sleeping, and keeps warning headers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from localcluster.api import Endpoint
 
 Object = dict[str, Any]
 Objects = list[Object]
-GROUPS = {
+API_PATHS = {
     names.PLURAL: f"/apis/{names.API_VERSION}",
     "jobs": "/apis/batch/v1",
     "leases": "/apis/coordination.k8s.io/v1",
@@ -31,15 +31,15 @@ GROUPS = {
     "subjectaccessreviews": "/apis/authorization.k8s.io/v1",
     "priorityclasses": "/apis/scheduling.k8s.io/v1",
 }
-"""Where a plural lives; all others are in the core group."""
-PATCHES = {
+"""Path of the API group by resource. All other resources are in the core group."""
+PATCH_CONTENT_TYPES = {
     "merge": "application/merge-patch+json", "json": "application/json-patch+json",
     "apply": "application/apply-patch+yaml", "strategic": "application/strategic-merge-patch+json",
 }  # fmt: skip
 
 
-class Refused(Exception):
-    """The server answered with an error; `code` and `reason` are its own."""
+class ApiError(Exception):
+    """The API server answered with an error status: its code, reason and message."""
 
     def __init__(self, code: int, reason: str, message: str) -> None:
         super().__init__(f"{code} {reason}: {message}")
@@ -55,36 +55,36 @@ class Answer:
 
 def path_of(resource: str, namespace: str | None = None, name: str | None = None) -> str:
     """URL path of a collection, or of an object, or of its subresource (`pods/status`)."""
-    plural, _, sub = resource.partition("/")
-    parts = [GROUPS.get(plural, "/api/v1")]
+    plural, _, subresource = resource.partition("/")
+    parts = [API_PATHS.get(plural, "/api/v1")]
     parts += ["namespaces", namespace] if namespace else []
-    parts += [plural, name or "", sub]
+    parts += [plural, name or "", subresource]
     return "/".join(part for part in parts if part)
 
 
 @dataclass
 class KubeApi:
-    """One connection pool. Errors of every call: Refused."""
+    """A client with one connection pool. Errors of every call: ApiError."""
 
     endpoint: Endpoint
     token: str | None = None
-    """Another identity than the administrator's."""
+    """Token of another user. None: the administrator's."""
     pool: urllib3.PoolManager = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.pool = urllib3.PoolManager(ca_certs=str(self.endpoint.ca), maxsize=32, retries=False)
 
     def request(self, method: str, path: str, body: Any = None, *, patch: str = "merge", **query: str) -> Answer:
-        """One call."""
-        kind = PATCHES[patch] if method == "PATCH" else "application/json"
+        """Send one request."""
+        content_type = PATCH_CONTENT_TYPES[patch] if method == "PATCH" else "application/json"
         answer = self.pool.request(
             method, self._url(path, query), body=None if body is None else json.dumps(body).encode(), timeout=30,
-            headers={"Authorization": f"Bearer {self.token or self.endpoint.token}", "Content-Type": kind},
+            headers={"Authorization": f"Bearer {self.token or self.endpoint.token}", "Content-Type": content_type},
         )  # fmt: skip
         value = json.loads(answer.data) if answer.data[:1] in (b"{", b"[") else answer.data.decode(errors="replace")
         if answer.status >= 400:
             status = value if isinstance(value, dict) else {}
-            raise Refused(answer.status, status.get("reason", ""), status.get("message", str(value)[:300]))
+            raise ApiError(answer.status, status.get("reason", ""), status.get("message", str(value)[:300]))
         return Answer(answer.status, value, tuple(answer.headers.getlist("Warning")))
 
     def get(self, resource: str, namespace: str | None, name: str) -> Object:
@@ -94,7 +94,7 @@ class KubeApi:
         """The object, or None."""
         try:
             return self.get(resource, namespace, name)
-        except Refused as error:
+        except ApiError as error:
             if error.code == 404:
                 return None
             raise
@@ -111,10 +111,10 @@ class KubeApi:
         return dict(self.request("PATCH", path_of(resource, namespace, name), body, patch=patch, **query).body)
 
     def delete(self, resource: str, namespace: str | None, name: str, **options: Any) -> bool:
-        """Whether it was there. `options` are DeleteOptions."""
+        """Delete an object with DeleteOptions. Returns whether it existed."""
         try:
             self.request("DELETE", path_of(resource, namespace, name), options or None)
-        except Refused as error:
+        except ApiError as error:
             if error.code == 404:
                 return False
             raise
@@ -126,37 +126,36 @@ class KubeApi:
         return sorted(found, key=lambda e: (e.get("eventTime") or e.get("deprecatedFirstTimestamp") or ""))
 
     def wait(
-        self, resource: str, namespace: str | None, name: str, good: Callable[[Object], bool], *,
-        timeout: float = 30.0, what: str = "",
+        self, resource: str, namespace: str | None, name: str, until: Callable[[Object], bool], *,
+        timeout: float = 30.0, description: str = "",
     ) -> Object:  # fmt: skip
-        """The object as soon as it is `good`. AssertionError with its last state after `timeout` seconds."""
+        """Wait until `until` is true for the object, and return it. Errors: AssertionError with its last status after `timeout` seconds."""
         last: Object | None = None
         for last in self._states(resource, namespace, name, time.monotonic() + timeout):
-            if last is not None and good(last):
+            if last is not None and until(last):
                 return last
         status = dict((last or {}).get("status") or {})
         status.pop("resolved", None)
         shown = json.dumps(status if last else None, indent=1)[:4000]
-        what = what or "as awaited"
-        raise AssertionError(f"{resource} {namespace}/{name} was not {what} within {timeout:.0f} s: {shown}")
+        raise AssertionError(f"{resource} {namespace}/{name} was not {description or 'in the expected state'} within {timeout:.0f} s: {shown}")
 
     def wait_gone(self, resource: str, namespace: str | None, name: str, *, timeout: float = 30.0) -> None:
-        """Return when the object is not there. AssertionError after `timeout` seconds."""
+        """Wait until the object does not exist. Errors: AssertionError after `timeout` seconds."""
         for state in self._states(resource, namespace, name, time.monotonic() + timeout):
             if state is None:
                 return
-        raise AssertionError(f"{resource} {namespace}/{name} is still there after {timeout:.0f} s")
+        raise AssertionError(f"{resource} {namespace}/{name} still exists after {timeout:.0f} s")
 
     def wait_list(
-        self, resource: str, namespace: str | None, good: Callable[[Objects], bool], *,
+        self, resource: str, namespace: str | None, until: Callable[[Objects], bool], *,
         labels: str = "", timeout: float = 30.0,
     ) -> Objects:  # fmt: skip
-        """The objects of a collection as soon as they are `good` together."""
+        """Wait until `until` is true for the objects of a collection, and return them. Errors: AssertionError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while True:
             answer = self.request("GET", path_of(resource, namespace), **({"labelSelector": labels} if labels else {}))
             items = list(answer.body["items"])
-            if good(items):
+            if until(items):
                 return items
             query = {"resourceVersion": answer.body["metadata"]["resourceVersion"], "timeoutSeconds": "5"}
             if labels:
@@ -165,10 +164,10 @@ class KubeApi:
                 break
             if time.monotonic() > deadline:
                 found = [item["metadata"]["name"] for item in items]
-                raise AssertionError(f"{resource} in {namespace} were not as awaited in {timeout:.0f} s: {found}")
+                raise AssertionError(f"{resource} in {namespace} were not in the expected state within {timeout:.0f} s: {found}")
 
     def _states(self, resource: str, namespace: str | None, name: str, deadline: float) -> Iterator[Object | None]:
-        """The object now and after each change, None while it is not there, until the deadline."""
+        """Yield the object now and after each change, or None while it does not exist, until the deadline."""
         path, fields = path_of(resource, namespace), f"metadata.name={name}"
         while time.monotonic() < deadline:
             listed = self.request("GET", path, fieldSelector=fields).body
@@ -184,15 +183,15 @@ class KubeApi:
         url = self._url(path, {"watch": "true", "timeoutSeconds": str(left)} | query)
         headers = {"Authorization": f"Bearer {self.token or self.endpoint.token}"}
         answer = self.pool.request("GET", url, headers=headers, preload_content=False, timeout=left + 10)
-        rest = b""
+        incomplete = b""
         try:
             if answer.status >= 400:
                 return
             for chunk in answer.stream(65536):
-                *lines, rest = (rest + chunk).split(b"\n")
+                *lines, incomplete = (incomplete + chunk).split(b"\n")
                 yield from (json.loads(line) for line in lines)
         finally:
-            with contextlib.suppress(Exception):  # whatever state the stream is in, the connection is not used again
+            with contextlib.suppress(Exception):  # the stream may be in any state; the connection is not used again
                 answer.close()
 
     def _url(self, path: str, query: dict[str, str]) -> str:
@@ -200,11 +199,11 @@ class KubeApi:
 
 
 def condition(body: Object, kind: str) -> Object:
-    """Condition of that type, or an empty one."""
+    """The condition of a type, or an empty dict."""
     found = (body.get("status") or {}).get("conditions") or []
     return next((dict(one) for one in found if one["type"] == kind), {})
 
 
-def holds(body: Object, kind: str) -> bool:
-    """Whether a condition is True."""
+def condition_is_true(body: Object, kind: str) -> bool:
+    """Whether the condition has status True."""
     return condition(body, kind).get("status") == "True"

@@ -1,14 +1,14 @@
-"""Nodes and a kubelet that are played: pods run because this says so, and end as the test wants.
+"""A fake scheduler and kubelet: simulated nodes, and pods that run and end as the test decides. No container runs.
 
-It does what a scheduler and kubelets do to the objects of an API server (binding, status, the end of a deletion), with
-no container behind it, and serves `/progress` for the pods that it plays. What happens is a `Plan`, one a namespace,
-which tests may change at any time; single pods are ended by name. It runs an event loop in a thread of its own.
+`FakeKubelet` writes to a real API server what a scheduler and kubelets write (node leases, bindings, pod status, the final deletion) and
+serves `/progress` for its pods. Each namespace has a `Plan` that decides what happens to its pods; a test may change it at any time, and
+may end single pods. The event loop runs in a separate thread.
 
     with FakeKubelet(endpoint) as kubelet:
-        kubelet.plan("ns", Plan())                            # pods run and go on running
+        kubelet.set_plan("ns", Plan())                        # pods start and keep running
         pod = kubelet.wait_running("ns", "job")[0]
-        kubelet.say("ns", "job", progress={"step": 5, "totalSteps": 10})
-        kubelet.end(pod, Ending(0))
+        kubelet.set_progress("ns", "job", progress={"step": 5, "totalSteps": 10})
+        kubelet.end_pod(pod, Ending(0))
 """
 
 from __future__ import annotations
@@ -36,25 +36,24 @@ from localcluster.api import Endpoint
 
 Object = dict[str, Any]
 SELECTOR = f"{Label.MANAGED_BY}={names.MANAGER}"
-INDEX = "batch.kubernetes.io/job-completion-index"
-LEASE_SECONDS = 40
-BEAT = 5.0
-"""Seconds between two signs of life of a node."""
+COMPLETION_INDEX = "batch.kubernetes.io/job-completion-index"
+LEASE_DURATION_SECONDS = 40
+LEASE_RENEW_SECONDS = 5.0
 
 
 class Start(Enum):
-    """What becomes of a new pod."""
+    """What happens to a new pod."""
 
     RUN = "run"
-    """It is bound to a node, runs and is ready."""
-    UNREADY = "unready"
-    """It runs and does not become ready."""
-    HOLD = "hold"
-    """Nothing happens to it."""
+    """The pod is bound to a node, runs and is ready."""
+    NOT_READY = "not ready"
+    """The pod runs and never becomes ready."""
+    STAY_PENDING = "stay pending"
+    """The pod is neither bound nor started."""
     UNSCHEDULABLE = "unschedulable"
-    """No node fits; `Plan.words` are the scheduler's."""
-    WAIT = "wait"
-    """It is bound and its container waits: `Plan.reason` (`ImagePullBackOff`) and `Plan.words` say why."""
+    """No node fits. `Plan.message` is the scheduler's message."""
+    CONTAINER_WAITING = "container waiting"
+    """The pod is bound and its container waits, with `Plan.reason` (such as `ImagePullBackOff`) and `Plan.message`."""
 
 
 @dataclass(frozen=True)
@@ -62,14 +61,13 @@ class Ending:
     """How a container ends."""
 
     exit_code: int = 0
-    words: TerminationMessage | str | None = None
-    """The termination message: ours, or any text."""
+    termination_message: TerminationMessage | str | None = None
     reason: str = ""
-    """As the container runtime says it, `OOMKilled`; empty: Completed or Error."""
+    """Reason in the container's terminated state, such as `OOMKilled`. Empty: `Completed` or `Error`, by the exit code."""
     pod_reason: str = ""
-    """Reason on the pod itself: `Evicted`."""
-    disruption: str = ""
-    """Reason of a DisruptionTarget condition; empty: none."""
+    """`status.reason` of the pod, such as `Evicted`."""
+    disruption_reason: str = ""
+    """Reason of a DisruptionTarget condition. Empty: the pod has no such condition."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +76,16 @@ class Plan:
 
     start: Start = Start.RUN
     reason: str = ""
-    words: str = ""
-    end: Ending | None = None
-    """How pods end as soon as they run; None: they go on."""
-    stop: Ending | None = Ending(75)
-    """How running pods end when they are deleted; None: they do not, as on a dead node."""
+    message: str = ""
+    when_running: Ending | None = None
+    """How pods end as soon as they run. None: they keep running."""
+    when_deleted: Ending | None = Ending(75)
+    """How running pods end when they are deleted. None: they do not end, as on a dead node."""
 
 
 @dataclass(frozen=True)
 class FakePod:
-    """A pod as last seen."""
+    """The last observed state of a pod."""
 
     namespace: str
     name: str
@@ -102,24 +100,24 @@ class FakePod:
     body: Object = field(repr=False, compare=False)
 
 
-def read(body: Object) -> FakePod:
+def parse_pod(body: Object) -> FakePod:
     meta = body["metadata"]
     labels = meta.get("labels") or {}
     return FakePod(
         namespace=meta["namespace"], name=meta["name"], uid=meta["uid"], job=labels.get(Label.NAME, ""),
-        attempt=_number(labels.get(Label.ATTEMPT)), index=_number((meta.get("annotations") or {}).get(INDEX)),
+        attempt=_number_or_zero(labels.get(Label.ATTEMPT)), index=_number_or_zero((meta.get("annotations") or {}).get(COMPLETION_INDEX)),
         node=(body.get("spec") or {}).get("nodeName", ""), phase=(body.get("status") or {}).get("phase", "Pending"),
         deleting=bool(meta.get("deletionTimestamp")), body=body,
     )  # fmt: skip
 
 
-def _number(text: str | None) -> int:
-    """Pods of anybody may carry our labels, with anything in them."""
+def _number_or_zero(text: str | None) -> int:
+    """The number in the text. 0 for other text, because pods that the operator did not create may carry its labels with any value."""
     return int(text) if text and text.isdigit() else 0
 
 
 class FakeKubelet:
-    """See the module. `nodes` are their names; `resources` what each has, beside plenty of CPU, memory and disk."""
+    """See the module. `nodes`: node names. `resources`: extended resources of each node, which also has ample CPU, memory and disk."""
 
     def __init__(
         self, endpoint: Endpoint, *, nodes: Iterable[str] = ("node-a", "node-b"),
@@ -129,17 +127,17 @@ class FakeKubelet:
         self._selector = selector
         self._resources = {"nvidia.com/gpu": "8"} if resources is None else resources
         self._nodes = list(nodes)
-        self._dead: set[str] = set()
-        self._turn = itertools.count()
+        self._silent_nodes: set[str] = set()
+        self._node_counter = itertools.count()
         self._plans: dict[str, Plan] = {}
         self._pods: dict[str, FakePod] = {}
-        self._acted: dict[str, str] = {}
+        self._last_action: dict[str, str] = {}
         self._endings: dict[str, Ending] = {}
         self._reports: dict[tuple[str, str], Object] = {}
-        self.asked: dict[tuple[str, str], int] = {}
-        """How often progress was asked for, by namespace and FineTuneJob."""
+        self.progress_requests: dict[tuple[str, str], int] = {}
+        """Number of GET /progress requests by namespace and FineTuneJob."""
         self.errors: list[str] = []
-        """What went wrong inside; tests may look."""
+        """Errors inside the fake kubelet."""
         self._changed = threading.Condition()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready = threading.Event()
@@ -149,19 +147,19 @@ class FakeKubelet:
         self._failure: BaseException | None = None
         self._port = 0
 
-    # -- what tests use ------------------------------------------------------------------------------------------------
+    # -- for tests -------------------------------------------------------------------------------------------------------
 
     @property
     def progress_url(self) -> str:
-        """For the operator's `scrape.url`."""
+        """Value of the operator's setting `scrape.url`."""
         return f"http://127.0.0.1:{self._port}/{{namespace}}/{{pod}}{{path}}"
 
-    def plan(self, namespace: str, plan: Plan) -> None:
-        """What happens from now on, also to pods that are already there."""
+    def set_plan(self, namespace: str, plan: Plan) -> None:
+        """Set what happens from now on to the pods of a namespace, existing pods included."""
         self._run(self._set_plan(namespace, plan))
 
     def pods(self, namespace: str, job: str | None = None, attempt: int | None = None) -> list[FakePod]:
-        """Pods as last seen, by attempt and index."""
+        """The last observed pods, sorted by job, attempt and index."""
         with self._changed:
             found = [
                 pod for pod in self._pods.values()
@@ -170,23 +168,23 @@ class FakeKubelet:
         return sorted(found, key=lambda pod: (pod.job, pod.attempt, pod.index))
 
     def wait_pods(
-        self, namespace: str, job: str, good: Callable[[list[FakePod]], bool], *,
+        self, namespace: str, job: str, until: Callable[[list[FakePod]], bool], *,
         attempt: int | None = None, timeout: float = 30.0,
     ) -> list[FakePod]:  # fmt: skip
-        """The pods of a job as soon as they are `good` together. AssertionError after `timeout` seconds."""
+        """Wait until `until` is true for the pods of a job, and return them. Errors: AssertionError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
         with self._changed:
-            while not good(found := self.pods(namespace, job, attempt)):
+            while not until(found := self.pods(namespace, job, attempt)):
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    raise AssertionError(f"pods of {namespace}/{job} are not as awaited: {found}; {self.errors[-3:]}")
+                    raise AssertionError(f"pods of {namespace}/{job} are not in the expected state: {found}; {self.errors[-3:]}")
                 self._changed.wait(left)
         return found
 
     def wait_running(
         self, namespace: str, job: str, *, attempt: int | None = None, count: int = 1, timeout: float = 30.0
     ) -> list[FakePod]:
-        """`count` running pods of a job."""
+        """Wait until a job has `count` running pods, and return them."""
 
         def running(pods: list[FakePod]) -> list[FakePod]:
             return [pod for pod in pods if pod.phase == "Running" and not pod.deleting]
@@ -196,42 +194,42 @@ class FakeKubelet:
         )
         return running(found)
 
-    def end(self, pod: FakePod, ending: Ending) -> None:
-        """End a pod's container."""
-        self._run(self._end(pod, ending))
+    def end_pod(self, pod: FakePod, ending: Ending) -> None:
+        """End the container of a pod, and so the pod."""
+        self._run(self._end_pod(pod, ending))
 
-    def say(self, namespace: str, job: str, **report: Any) -> None:
-        """What rank 0 of a job answers to GET /progress, in wire names; attempt and uid are filled in."""
+    def set_progress(self, namespace: str, job: str, **report: Any) -> None:
+        """Set the response of a job's pods to GET /progress, with the JSON names of `ProgressReport`. Attempt and uid are added."""
         with self._changed:
             self._reports[namespace, job] = {"stage": Stage.TRAINING.value, **report}
 
-    def wait_asked(self, namespace: str, job: str, *, timeout: float = 20.0) -> None:
-        """Until progress is asked for once more."""
+    def wait_progress_request(self, namespace: str, job: str, *, timeout: float = 20.0) -> None:
+        """Wait for the next GET /progress of a job."""
         deadline = time.monotonic() + timeout
         with self._changed:
-            before = self.asked.get((namespace, job), 0)
-            while self.asked.get((namespace, job), 0) == before:
+            before = self.progress_requests.get((namespace, job), 0)
+            while self.progress_requests.get((namespace, job), 0) == before:
                 left = deadline - time.monotonic()
-                assert left > 0, f"nobody asked for the progress of {namespace}/{job} in {timeout:.0f} s"
+                assert left > 0, f"no GET /progress for {namespace}/{job} within {timeout:.0f} s"
                 self._changed.wait(left)
 
     def kill_node(self, node: str) -> None:
-        """The node goes silent: no sign of life, and its pods neither end nor change."""
+        """Stop renewing the node's lease and changing its pods, as after a power failure."""
         with self._changed:
-            self._dead.add(node)
+            self._silent_nodes.add(node)
 
     def revive_node(self, node: str) -> None:
-        """It is back."""
+        """Renew the node's lease and act on its pods again."""
         with self._changed:
-            self._dead.discard(node)
-        self._run(self._look_again())
+            self._silent_nodes.discard(node)
+        self._run(self._apply_plans())
 
-    def restore_node(self, node: str) -> None:
-        """It is made anew, after somebody deleted it."""
-        self._run(self._make_node(node))
+    def recreate_node(self, node: str) -> None:
+        """Create the node again after its object was deleted."""
+        self._run(self._create_node(node))
         self.revive_node(node)
 
-    # -- life ----------------------------------------------------------------------------------------------------------
+    # -- start and stop --------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
         self._thread = threading.Thread(target=self._main, name="fake-kubelet", daemon=True)
@@ -248,27 +246,27 @@ class FakeKubelet:
 
     def _main(self) -> None:
         try:
-            asyncio.run(self._live())
-        except BaseException as error:  # the thread that waits must hear of it
+            asyncio.run(self._serve())
+        except BaseException as error:  # raised again in the thread that waits in __enter__
             self._failure = error
             self.errors.append(repr(error))
         finally:
             self._ready.set()
 
-    async def _live(self) -> None:
+    async def _serve(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         context = ssl.create_default_context(cafile=str(self._endpoint.ca))
         headers = {"Authorization": f"Bearer {self._endpoint.token}"}
         connector = aiohttp.TCPConnector(ssl=context, limit=16)
         timeout = aiohttp.ClientTimeout(total=None)
         async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=timeout) as self._session:
-            runner = web.ServerRunner(web.Server(self._progress, access_log=None), shutdown_timeout=0)
+            runner = web.ServerRunner(web.Server(self._answer_progress, access_log=None), shutdown_timeout=0)
             await runner.setup()
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             self._port = runner.addresses[0][1]
             for node in self._nodes:
-                await self._make_node(node)
-            tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._beat())]
+                await self._create_node(node)
+            tasks = [asyncio.create_task(self._watch()), asyncio.create_task(self._renew_leases())]
             self._ready.set()
             await self._stop.wait()
             for task in [*tasks, *self._tasks]:
@@ -276,36 +274,36 @@ class FakeKubelet:
             await runner.cleanup()
 
     def _run(self, action: Any) -> None:
-        assert self._loop is not None, "the kubelet is not started: use it in a with statement"
+        assert self._loop is not None, "the fake kubelet is not started: use it in a with statement"
         asyncio.run_coroutine_threadsafe(action, self._loop).result(30)
 
     # -- nodes ---------------------------------------------------------------------------------------------------------
 
-    async def _make_node(self, name: str) -> None:
+    async def _create_node(self, name: str) -> None:
         labels = {"kubernetes.io/hostname": name, "kubernetes.io/os": "linux", "topology.kubernetes.io/zone": "zone-a"}
-        await self._call("POST", "/api/v1/nodes", {"metadata": {"name": name, "labels": labels}}, fine=(409,))
-        amount = {"cpu": "10000", "memory": "100Ti", "ephemeral-storage": "1000Ti", "pods": "30000", **self._resources}
-        ready = {"type": "Ready", "status": "True", "reason": "Played", "lastTransitionTime": now()}
+        await self._call("POST", "/api/v1/nodes", {"metadata": {"name": name, "labels": labels}}, accept=(409,))
+        resources = {"cpu": "10000", "memory": "100Ti", "ephemeral-storage": "1000Ti", "pods": "30000", **self._resources}
+        ready = {"type": "Ready", "status": "True", "reason": "Simulated", "lastTransitionTime": now()}
         await self._patch(f"/api/v1/nodes/{name}/status", {
-            "status": {"capacity": amount, "allocatable": amount, "conditions": [ready]}
+            "status": {"capacity": resources, "allocatable": resources, "conditions": [ready]}
         })  # fmt: skip
         await self._patch(f"/api/v1/nodes/{name}", {"spec": {"taints": None}})
-        await self._renew(name)
+        await self._renew_lease(name)
 
-    async def _renew(self, name: str) -> None:
+    async def _renew_lease(self, name: str) -> None:
         path = "/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases"
         moment = datetime.now(UTC).isoformat(timespec="microseconds").replace("+00:00", "Z")
-        spec = {"holderIdentity": name, "leaseDurationSeconds": LEASE_SECONDS, "renewTime": moment}
-        answer = await self._patch(f"{path}/{name}", {"spec": spec}, fine=(404,))
+        spec = {"holderIdentity": name, "leaseDurationSeconds": LEASE_DURATION_SECONDS, "renewTime": moment}
+        answer = await self._patch(f"{path}/{name}", {"spec": spec}, accept=(404,))
         if answer is None:
-            await self._call("POST", path, {"metadata": {"name": name}, "spec": spec}, fine=(409,))
+            await self._call("POST", path, {"metadata": {"name": name}, "spec": spec}, accept=(409,))
 
-    async def _beat(self) -> None:
+    async def _renew_leases(self) -> None:
         while True:
-            await asyncio.sleep(BEAT)
+            await asyncio.sleep(LEASE_RENEW_SECONDS)
             for node in self._nodes:
-                if node not in self._dead:
-                    await self._renew(node)
+                if node not in self._silent_nodes:
+                    await self._renew_lease(node)
 
     # -- pods ----------------------------------------------------------------------------------------------------------
 
@@ -316,32 +314,32 @@ class FakeKubelet:
                 listed = await self._call("GET", path, query={"labelSelector": self._selector}) or {}
                 uids = {item["metadata"]["uid"] for item in listed["items"]}
                 for uid in [uid for uid in self._pods if uid not in uids]:
-                    self._forget(uid)
+                    self._drop_pod(uid)
                 for item in listed["items"]:
-                    self._seen(item)
+                    self._store_pod(item)
                 version = listed["metadata"]["resourceVersion"]
                 query = {"watch": "true", "labelSelector": self._selector, "resourceVersion": version}
                 async with self._session.get(self._endpoint.server + path, params=query) as stream:
                     async for event in _events(stream.content):
                         if event["type"] == "DELETED":
-                            self._forget(event["object"]["metadata"]["uid"])
+                            self._drop_pod(event["object"]["metadata"]["uid"])
                         elif event["type"] in ("ADDED", "MODIFIED"):
-                            self._seen(event["object"])
+                            self._store_pod(event["object"])
                         else:
                             break
             except (aiohttp.ClientError, OSError, KeyError) as error:
                 self.errors.append(repr(error))
                 await asyncio.sleep(0.2)
 
-    def _forget(self, uid: str) -> None:
+    def _drop_pod(self, uid: str) -> None:
         with self._changed:
             self._pods.pop(uid, None)
             self._endings.pop(uid, None)
-            self._acted.pop(uid, None)
+            self._last_action.pop(uid, None)
             self._changed.notify_all()
 
-    def _seen(self, body: Object) -> None:
-        pod = read(body)
+    def _store_pod(self, body: Object) -> None:
+        pod = parse_pod(body)
         with self._changed:
             self._pods[pod.uid] = pod
             self._changed.notify_all()
@@ -349,127 +347,128 @@ class FakeKubelet:
 
     async def _set_plan(self, namespace: str, plan: Plan) -> None:
         self._plans[namespace] = plan
-        await self._look_again()
+        await self._apply_plans()
 
-    async def _look_again(self) -> None:
+    async def _apply_plans(self) -> None:
         for pod in list(self._pods.values()):
             self._act(pod)
 
     def _act(self, pod: FakePod) -> None:
-        """Start what the plan says for the pod as it is, once for each state it is in."""
+        """Start the next action of the plan for the pod, unless this action was already the last one."""
         plan = self._plans.get(pod.namespace, Plan())
-        if pod.node in self._dead:
+        if pod.node in self._silent_nodes:
             return
-        over = pod.phase in ("Succeeded", "Failed")
-        state, step = "", None
-        if pod.deleting and (over or pod.phase == "Pending"):
-            state, step = "remove", self._remove(pod)
-        elif pod.deleting and plan.stop is not None:
-            state, step = "stop", self._end(pod, plan.stop)
-        elif not over and pod.phase == "Pending" and plan.start is not Start.HOLD:
-            state, step = plan.start.value, self._start(pod, plan)
-        elif pod.phase == "Running" and plan.end is not None:
-            state, step = "end", self._end(pod, plan.end)
-        if step is None:
+        ended = pod.phase in ("Succeeded", "Failed")
+        name, action = "", None
+        if pod.deleting and (ended or pod.phase == "Pending"):
+            name, action = "remove", self._remove(pod)
+        elif pod.deleting and plan.when_deleted is not None:
+            name, action = "stop", self._end_pod(pod, plan.when_deleted)
+        elif not ended and pod.phase == "Pending" and plan.start is not Start.STAY_PENDING:
+            name, action = plan.start.value, self._start(pod, plan)
+        elif pod.phase == "Running" and plan.when_running is not None:
+            name, action = "end", self._end_pod(pod, plan.when_running)
+        if action is None:
             return
-        if self._acted.get(pod.uid) == state:
-            step.close()
+        if self._last_action.get(pod.uid) == name:
+            action.close()
             return
-        self._acted[pod.uid] = state
-        task = asyncio.create_task(self._guarded(step))
+        self._last_action[pod.uid] = name
+        task = asyncio.create_task(self._record_errors(action))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guarded(self, step: Any) -> None:
+    async def _record_errors(self, action: Any) -> None:
         try:
-            await step
+            await action
         except (aiohttp.ClientError, OSError) as error:
             self.errors.append(repr(error))
 
     async def _start(self, pod: FakePod, plan: Plan) -> None:
         if plan.start is Start.UNSCHEDULABLE:
-            words = plan.words or "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
-            reason = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": words}
-            await self._status(pod, {"phase": "Pending", "conditions": [reason | {"lastTransitionTime": now()}]})
+            message = plan.message or "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
+            reason = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+            await self._patch_status(pod, {"phase": "Pending", "conditions": [reason | {"lastTransitionTime": now()}]})
             return
         node = pod.node or await self._bind(pod)
         if node is None:
             return
-        if plan.start is Start.WAIT:
-            state = {"waiting": {"reason": plan.reason or "ImagePullBackOff", "message": plan.words}}
-            await self._status(pod, _running(pod, state, ready=False) | {"phase": "Pending"})
+        if plan.start is Start.CONTAINER_WAITING:
+            state = {"waiting": {"reason": plan.reason or "ImagePullBackOff", "message": plan.message}}
+            await self._patch_status(pod, _pod_status(pod, state, ready=False) | {"phase": "Pending"})
             return
         ready = plan.start is Start.RUN
-        await self._status(pod, _running(pod, {"running": {"startedAt": now()}}, ready=ready))
+        await self._patch_status(pod, _pod_status(pod, {"running": {"startedAt": now()}}, ready=ready))
 
     async def _bind(self, pod: FakePod) -> str | None:
-        alive = [node for node in self._nodes if node not in self._dead]
-        if not alive:
+        live_nodes = [node for node in self._nodes if node not in self._silent_nodes]
+        if not live_nodes:
             return None
-        node = alive[next(self._turn) % len(alive)]
+        node = live_nodes[next(self._node_counter) % len(live_nodes)]
         path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}/binding"
         target = {"apiVersion": "v1", "kind": "Node", "name": node}
         body = {"metadata": {"name": pod.name, "uid": pod.uid}, "target": target}
-        made = await self._call("POST", path, body, fine=(404, 409))
+        made = await self._call("POST", path, body, accept=(404, 409))
         return node if made is not None else None
 
-    async def _end(self, pod: FakePod, ending: Ending) -> None:
-        """Write how it ended, unless it has ended already."""
+    async def _end_pod(self, pod: FakePod, ending: Ending) -> None:
+        """Write the terminated state, unless the pod has ended already."""
         if pod.uid in self._endings:
             return
         self._endings[pod.uid] = ending
-        message = ending.words.to_json() if isinstance(ending.words, TerminationMessage) else (ending.words or "")
+        given = ending.termination_message
+        message = given.to_json() if isinstance(given, TerminationMessage) else (given or "")
         reason = ending.reason or ("Completed" if ending.exit_code == 0 else "Error")
-        times = {"startedAt": _started(pod), "finishedAt": now()}
+        times = {"startedAt": _start_time(pod), "finishedAt": now()}
         state = {"terminated": {"exitCode": ending.exit_code, "reason": reason, "message": message, **times}}
-        status = _running(pod, state, ready=False) | {"phase": "Succeeded" if ending.exit_code == 0 else "Failed"}
+        status = _pod_status(pod, state, ready=False) | {"phase": "Succeeded" if ending.exit_code == 0 else "Failed"}
         if ending.pod_reason:
             status |= {"reason": ending.pod_reason, "message": "The node was low on resource: memory."}
-        if ending.disruption:
-            taken = {"type": "DisruptionTarget", "status": "True", "reason": ending.disruption}
-            status["conditions"].append(taken | {"message": "taken away", "lastTransitionTime": now()})
-        await self._status(pod, status)
+        if ending.disruption_reason:
+            disrupted = {"type": "DisruptionTarget", "status": "True", "reason": ending.disruption_reason}
+            status["conditions"].append(disrupted | {"message": "The pod is disrupted.", "lastTransitionTime": now()})
+        await self._patch_status(pod, status)
 
     async def _remove(self, pod: FakePod) -> None:
-        """The end of a deletion, which is the kubelet's to say."""
+        """Remove the object of a deleted pod, as the kubelet does once the containers have ended."""
         body = {"gracePeriodSeconds": 0, "preconditions": {"uid": pod.uid}}
-        await self._call("DELETE", f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}", body, fine=(404, 409))
+        await self._call("DELETE", f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}", body, accept=(404, 409))
 
-    async def _status(self, pod: FakePod, status: Object) -> None:
+    async def _patch_status(self, pod: FakePod, status: Object) -> None:
         path = f"/api/v1/namespaces/{pod.namespace}/pods/{pod.name}/status"
-        await self._patch(path, {"metadata": {"uid": pod.uid}, "status": status}, fine=(404, 409))
+        await self._patch(path, {"metadata": {"uid": pod.uid}, "status": status}, accept=(404, 409))
 
     # -- progress ------------------------------------------------------------------------------------------------------
 
-    async def _progress(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _answer_progress(self, request: web.BaseRequest) -> web.StreamResponse:
         namespace, name, *rest = request.path.strip("/").split("/")
         with self._changed:
             pod = next((p for p in self._pods.values() if p.namespace == namespace and p.name == name), None)
-            said = self._reports.get((namespace, pod.job)) if pod else None
+            set_report = self._reports.get((namespace, pod.job)) if pod else None
             if pod:
-                self.asked[namespace, pod.job] = self.asked.get((namespace, pod.job), 0) + 1
+                self.progress_requests[namespace, pod.job] = self.progress_requests.get((namespace, pod.job), 0) + 1
             self._changed.notify_all()
         if pod is None or pod.phase != "Running" or f"/{rest[0] if rest else ''}" != names.Path.PROGRESS:
             raise web.HTTPNotFound
         uid = pod.body["metadata"]["labels"].get(Label.UID, "")
-        report = ProgressReport(attempt=pod.attempt, uid=uid).to_wire() | (said or {})
+        report = ProgressReport(attempt=pod.attempt, uid=uid).to_wire() | (set_report or {})
         return web.Response(body=json.dumps(report), content_type="application/json")
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
-    async def _patch(self, path: str, body: Object, fine: tuple[int, ...] = ()) -> Object | None:
-        return await self._call("PATCH", path, body, kind="application/merge-patch+json", fine=fine)
+    async def _patch(self, path: str, body: Object, accept: tuple[int, ...] = ()) -> Object | None:
+        return await self._call("PATCH", path, body, kind="application/merge-patch+json", accept=accept)
 
     async def _call(
         self, method: str, path: str, body: Object | None = None, *, kind: str = "application/json",
-        query: dict[str, str] | None = None, fine: tuple[int, ...] = (),
+        query: dict[str, str] | None = None, accept: tuple[int, ...] = (),
     ) -> Object | None:  # fmt: skip
-        """The answer, or None for a status code that is `fine`."""
+        """The response body, or None for a status code of `accept`. Errors: OSError for other status codes from 400."""
         async with self._session.request(
             method, self._endpoint.server + path, params=query, headers={"Content-Type": kind},
             data=None if body is None else json.dumps(body).encode(), timeout=aiohttp.ClientTimeout(total=20),
         ) as answer:  # fmt: skip
-            if answer.status in fine:
+            if answer.status in accept:
                 return None
             if answer.status >= 400:
                 raise OSError(f"{method} {path}: {answer.status} {(await answer.text())[:300]}")
@@ -478,50 +477,50 @@ class FakeKubelet:
 
 
 async def _events(stream: aiohttp.StreamReader) -> Any:
-    rest = b""
+    incomplete = b""
     async for chunk in stream.iter_any():
-        *lines, rest = (rest + chunk).split(b"\n")
+        *lines, incomplete = (incomplete + chunk).split(b"\n")
         for line in lines:
             yield json.loads(line)
 
 
-def _running(pod: FakePod, state: Object, *, ready: bool) -> Object:
-    """Pod status with one container in that state."""
+def _pod_status(pod: FakePod, state: Object, *, ready: bool) -> Object:
+    """Status of a running pod whose container has the state `state`."""
     container = (pod.body["spec"].get("containers") or [{}])[0]
-    word = "True" if ready else "False"
-    kinds = {"PodScheduled": "True", "Initialized": "True", "ContainersReady": word, "Ready": word}
+    is_ready = "True" if ready else "False"
+    conditions = {"PodScheduled": "True", "Initialized": "True", "ContainersReady": is_ready, "Ready": is_ready}
     status = {
         "name": container.get("name", names.CONTAINER), "image": container.get("image", ""), "restartCount": 0,
-        "imageID": "played@sha256:" + "0" * 64, "ready": ready, "started": "running" in state, "state": state,
+        "imageID": "simulated@sha256:" + "0" * 64, "ready": ready, "started": "running" in state, "state": state,
     }  # fmt: skip
     return {
         "phase": "Running", "startTime": pod.body["metadata"]["creationTimestamp"], "hostIP": "127.0.0.1",
         "podIP": "127.0.0.1", "podIPs": [{"ip": "127.0.0.1"}], "containerStatuses": [status],
-        "conditions": [{"type": k, "status": v, "lastTransitionTime": now()} for k, v in kinds.items()],
+        "conditions": [{"type": k, "status": v, "lastTransitionTime": now()} for k, v in conditions.items()],
     }  # fmt: skip
 
 
-def _started(pod: FakePod) -> str:
+def _start_time(pod: FakePod) -> str:
     container = ((pod.body.get("status") or {}).get("containerStatuses") or [{}])[0]
     return str(((container.get("state") or {}).get("running") or {}).get("startedAt") or now())
 
 
 def now() -> str:
-    """Kubernetes' time format."""
+    """The current time in the format of Kubernetes."""
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def success(uri: str = "s3://bucket/model", step: int = 10, **words: Any) -> Ending:
-    """A pod that trained to the end and left its artefact's address."""
+def success(uri: str = "s3://bucket/model", step: int = 10, **fields: Any) -> Ending:
+    """The ending of a pod that finished training: exit code 0, and the artefact's URI in the termination message."""
     output = {"uri": uri, "sha256": "0" * 64, "kind": "adapter"}
-    return Ending(0, TerminationMessage.model_validate({"output": output, "step": step, **words}))
+    return Ending(0, TerminationMessage.model_validate({"output": output, "step": step, **fields}))
 
 
-def failure(exit_code: int, *, step: int | None = None, committed: int | None = None, **words: Any) -> Ending:
-    """A pod that failed and said why. `committed` is the step of its newest checkpoint."""
-    said = {"exitCode": exit_code, "step": step, "committedStep": committed, **words}
-    kept = {key: value for key, value in said.items() if value is not None}
-    return Ending(exit_code, TerminationMessage.model_validate(kept))
+def failure(exit_code: int, *, step: int | None = None, committed: int | None = None, **fields: Any) -> Ending:
+    """The ending of a pod that failed, with the reason in the termination message. `committed`: step of its newest checkpoint."""
+    given = {"exitCode": exit_code, "step": step, "committedStep": committed, **fields}
+    present = {key: value for key, value in given.items() if value is not None}
+    return Ending(exit_code, TerminationMessage.model_validate(present))
 
 
-__all__ = ["Ending", "FakeKubelet", "FakePod", "Plan", "Start", "failure", "now", "read", "replace", "success"]
+__all__ = ["Ending", "FakeKubelet", "FakePod", "Plan", "Start", "failure", "now", "parse_pod", "replace", "success"]

@@ -1,4 +1,4 @@
-"""The operator as users run it: a process with a configuration file, that can be killed, stopped, and its log read."""
+"""Run the operator as a process with a configuration file. Tests can signal, kill and stop it, and read its log and metrics."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from typing import Any, Self
 from localcluster.ports import free_ports
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-QUICK: dict[str, Any] = {
+FAST_CONFIG: dict[str, Any] = {
     "storage": {"uri": "s3://bucket/prefix", "endpoint": "http://127.0.0.1:1"},
     "trainer": {"image": "example.org/trainer:1"},
     "resyncSeconds": 5,
@@ -29,15 +29,15 @@ QUICK: dict[str, Any] = {
     "scrape": {"intervalSeconds": 0.2, "startingIntervalSeconds": 0.2, "timeoutSeconds": 2},
     "log": {"format": "json", "level": "info"},
 }
-"""The configuration of production with its patience taken away."""
+"""A configuration with short intervals and timeouts, so that tests wait little."""
 KILL_VARIABLE = "FINETUNE_TEST_KILL_FILE"
-ALARMS = re.compile(
+ERROR_LINE = re.compile(
     r'"level": ?"(?:error|critical)"|Traceback \(most recent call last\)| \[?(?:ERROR|CRITICAL)\b', re.I
 )
 
 
 def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `change` put over it, mappings inside included."""
+    """`base` with the values of `change`, merged mapping by mapping."""
     result = dict(base)
     for key, value in change.items():
         both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
@@ -47,9 +47,9 @@ def merged(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 
 @dataclass
 class OperatorProcess:
-    """One operator. A context manager: started at its begin, stopped at its end.
+    """One operator process. As a context manager it is started on entry and killed on exit.
 
-    `config` is laid over QUICK; `crash_at` names a point at which the process kills itself, once; `arm` names one later.
+    `config` is merged into FAST_CONFIG. `crash_at`: the point of the code at which the process kills itself once; `kill_at` sets one later.
     """
 
     folder: Path
@@ -57,24 +57,24 @@ class OperatorProcess:
     config: Mapping[str, Any] = field(default_factory=dict)
     crash_at: str = ""
     env: Mapping[str, str] = field(default_factory=dict)
-    before: tuple[str, ...] = ()
-    """Words before the command: faketime, for one."""
+    command_prefix: tuple[str, ...] = ()
+    """Command that runs the operator, such as faketime with its arguments."""
     _process: subprocess.Popen[bytes] | None = None
     port: int = 0
 
     def start(self, *, ready: bool = True) -> Self:
-        """Start it, and wait until it says that it is ready. AssertionError if it ends instead."""
+        """Start the process. `ready`: wait until /readyz succeeds. Errors: AssertionError if the process ends first."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.port = free_ports(1)[0]
-        config = merged(merged(QUICK, self.config), {"http": {"host": "127.0.0.1", "port": self.port}})
+        config = merged(merged(FAST_CONFIG, self.config), {"http": {"host": "127.0.0.1", "port": self.port}})
         path = self.folder / "config.yaml"
         path.write_text(json.dumps(config))
         packages = os.pathsep.join(str(CHECKOUT / name) for name in ("crds", "operator"))
         env = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}
         env |= dict(self.env) | {KILL_VARIABLE: str(self.folder / "kill-at")}
         if self.crash_at:
-            self.arm(self.crash_at)
-        argv = [*self.before, sys.executable, "-m", "finetune_operator", "--config", str(path)]
+            self.kill_at(self.crash_at)
+        argv = [*self.command_prefix, sys.executable, "-m", "finetune_operator", "--config", str(path)]
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 argv, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, cwd=self.folder,
@@ -84,8 +84,8 @@ class OperatorProcess:
             self.wait_ready()
         return self
 
-    def arm(self, point: str) -> None:
-        """It kills itself when it comes to that point next."""
+    def kill_at(self, point: str) -> None:
+        """Let the process kill itself when it next reaches the point."""
         unfinished = self.folder / "kill-at.new"
         unfinished.write_text(point)
         unfinished.rename(self.folder / "kill-at")
@@ -104,23 +104,23 @@ class OperatorProcess:
         return self._process.pid
 
     @property
-    def alive(self) -> bool:
+    def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
     def wait_ready(self, timeout: float = 30.0) -> None:
-        """Until /readyz says yes."""
+        """Wait until /readyz returns 200."""
         deadline = time.monotonic() + timeout
         while self.probe("/readyz") != 200:
-            assert self.alive, f"the operator ended while starting: {self.log[-3000:]}"
+            assert self.is_running, f"the operator ended while starting: {self.log[-3000:]}"
             assert time.monotonic() < deadline, f"the operator was not ready in {timeout:.0f} s: {self.log[-3000:]}"
             time.sleep(0.05)
 
     def probe(self, path: str) -> int:
-        """Status code of a GET on its own port; 0: no answer."""
+        """Status code of a GET request to the operator's HTTP port. 0: no response."""
         return self._get(path)[0]
 
     def metrics(self) -> dict[str, float]:
-        """Samples by `name{labels}`."""
+        """Values of /metrics by `name{labels}`."""
         text = self._get("/metrics")[1]
         lines = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
         return {name: float(value) for name, _, value in lines}
@@ -135,7 +135,7 @@ class OperatorProcess:
             return 0, ""
 
     def wait_end(self, timeout: float = 30.0) -> int:
-        """Exit code when it ends by itself; negative: the signal that ended it."""
+        """Wait until the process ends by itself, and return its exit code. Negative: the signal that ended it."""
         assert self._process is not None, "the operator was not started"
         try:
             return self._process.wait(timeout)
@@ -143,18 +143,17 @@ class OperatorProcess:
             raise AssertionError(f"the operator did not end in {timeout:.0f} s: {self.log[-3000:]}") from None
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to it."""
         assert self._process is not None, "the operator was not started"
         self._process.send_signal(number)
 
     def kill(self) -> None:
-        """End it as a power cut does. Twice is fine."""
+        """Send SIGKILL and wait for the end. Does nothing if the process has ended."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
 
     def stop(self, timeout: float = 20.0) -> int:
-        """End it as a deployment does; returns its exit code."""
+        """Send SIGTERM and return the exit code. Errors: AssertionError, after SIGKILL, if the process does not end in time."""
         assert self._process is not None, "the operator was not started"
         if self._process.poll() is None:
             self._process.terminate()
@@ -164,12 +163,12 @@ class OperatorProcess:
             self.kill()
             raise AssertionError(f"the operator ignored SIGTERM for {timeout:.0f} s: {self.log[-3000:]}") from None
 
-    def alarms(self, allowed: Iterable[str] = ()) -> list[str]:
-        """Lines of its log that a person would be woken by, but for those that match an expression in `allowed`."""
-        fine = [re.compile(expression) for expression in allowed]
+    def error_lines(self, allowed: Iterable[str] = ()) -> list[str]:
+        """Log lines of level error and tracebacks, without those that match a regular expression of `allowed`."""
+        allowed_patterns = [re.compile(expression) for expression in allowed]
         return [
             line for line in self.log.splitlines()
-            if ALARMS.search(line) and not any(expression.search(line) for expression in fine)
+            if ERROR_LINE.search(line) and not any(expression.search(line) for expression in allowed_patterns)
         ]  # fmt: skip
 
     def __enter__(self) -> Self:

@@ -1,8 +1,7 @@
-"""What a fault test of the operator stands on: a real API server, a played kubelet, proxies, operators as processes.
+"""Test rig for fault tests of the operator: a real API server, a fake kubelet, fault proxies, and operators as processes.
 
-One API server and one kubelet serve a whole run; each test has a namespace of its own, in which its operators work. When a
-test ends, its operators are killed and their logs searched: a line that would wake a person fails the test, unless the
-test said that it must be there.
+One API server and one fake kubelet serve a whole run. Each test has its own namespace, which its operators watch. When a test ends, its
+operators are killed and their logs are searched: a line of level error fails the test, unless it matches `Rig.allowed_log_lines`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ruamel.yaml import YAML
 from localcluster import Endpoint
 from localcluster.processes import wait_until
 from tests.support.apiproxy import ApiProxy
-from tests.support.kubeapi import KubeApi, Object, Refused, condition, holds
+from tests.support.kubeapi import ApiError, KubeApi, Object, condition, condition_is_true
 from tests.support.kubelet import FakeKubelet
 from tests.support.operator_process import CHECKOUT, OperatorProcess, merged
 
@@ -31,12 +30,12 @@ CRD = f"{names.PLURAL}.{names.GROUP}"
 MINIMAL: dict[str, Any] = {
     "model": {"source": "org/name"}, "dataset": {"train": "s3://bucket/train.jsonl"}, "resources": {"gpusPerNode": 0},
 }  # fmt: skip
-_numbers = itertools.count(1)
+_namespace_numbers = itertools.count(1)
 
 
 @dataclass
 class Cluster:
-    """What all tests of a run share."""
+    """The API server and the fake kubelet, shared by all tests of a run."""
 
     endpoint: Endpoint
     api: KubeApi
@@ -44,18 +43,18 @@ class Cluster:
 
 
 def install_crd(api: KubeApi) -> None:
-    """Apply the checked-in definition and wait until it is served."""
+    """Apply the checked-in CRD and wait until the API server serves it."""
     crd = YAML(typ="safe").load((CHECKOUT / "crds" / "finetunejobs.yaml").read_text())
     api.patch("customresourcedefinitions", None, CRD, crd, patch="apply")
-    api.wait("customresourcedefinitions", None, CRD, lambda body: holds(body, "Established"))
-    wait_until("the definition", lambda: served(api), servers=[], timeout=30)
+    api.wait("customresourcedefinitions", None, CRD, lambda body: condition_is_true(body, "Established"))
+    wait_until("the CRD to be served", lambda: is_served(api), servers=[], timeout=30)
 
 
-def served(api: KubeApi) -> bool:
-    """Whether FineTuneJobs can be listed: an established definition takes a moment more."""
+def is_served(api: KubeApi) -> bool:
+    """Whether FineTuneJobs can be listed, which may take a moment after the condition `Established`."""
     try:
         api.list(FTJ, "default")
-    except Refused as error:
+    except ApiError as error:
         if error.code in (404, 429):
             return False
         raise
@@ -64,7 +63,7 @@ def served(api: KubeApi) -> bool:
 
 @pytest.fixture(scope="session")
 def fault_cluster(control_plane: Endpoint) -> Iterator[Cluster]:
-    """The API server with our definition in it, and nodes that are played."""
+    """The API server with the CRD installed, and a fake kubelet."""
     api = KubeApi(control_plane)
     install_crd(api)
     with FakeKubelet(control_plane) as kubelet:
@@ -73,15 +72,15 @@ def fault_cluster(control_plane: Endpoint) -> Iterator[Cluster]:
 
 @dataclass
 class Rig:
-    """One test's part of the cluster."""
+    """The namespace, operators and proxies of one test."""
 
     cluster: Cluster
     namespace: str
     folder: Path
     operators: list[OperatorProcess] = field(default_factory=list)
     proxies: list[ApiProxy] = field(default_factory=list)
-    allowed: list[str] = field(default_factory=list)
-    """Expressions for alarming lines that must be in the logs."""
+    allowed_log_lines: list[str] = field(default_factory=list)
+    """Regular expressions for log lines of level error that do not fail the test."""
 
     @property
     def api(self) -> KubeApi:
@@ -103,16 +102,16 @@ class Rig:
         self, *, through: ApiProxy | None = None, config: Mapping[str, Any] | None = None, crash_at: str = "",
         ready: bool = True, token: str | None = None, env: Mapping[str, str] | None = None,
     ) -> OperatorProcess:  # fmt: skip
-        """A running operator for this namespace, through a proxy if one is given, as a user if a token is given."""
+        """Start an operator for this namespace. `through`: the proxy that it connects to; `token`: that of another user than the administrator."""
         folder = self.folder / f"operator-{len(self.operators)}"
         folder.mkdir()
         if through is not None:
             kubeconfig = through.kubeconfig(folder / "kubeconfig", token)
         else:
             kubeconfig = self.cluster.endpoint.kubeconfig
-        own = {"namespaces": [self.namespace], "scrape": {"url": self.kubelet.progress_url}}
+        test_config = {"namespaces": [self.namespace], "scrape": {"url": self.kubelet.progress_url}}
         operator = OperatorProcess(
-            folder, kubeconfig, merged(own, config or {}), crash_at=crash_at, env=env or {}
+            folder, kubeconfig, merged(test_config, config or {}), crash_at=crash_at, env=env or {}
         )
         self.operators.append(operator)
         return operator.start(ready=ready)
@@ -120,12 +119,12 @@ class Rig:
     # -- jobs ----------------------------------------------------------------------------------------------------------
 
     def submit(self, name: str = "job", **spec: Any) -> Object:
-        """Create a FineTuneJob; `spec` is laid over a minimal one."""
+        """Create a FineTuneJob from a minimal spec, merged with `spec`."""
         body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": name}}
         return self.api.create(FTJ, self.namespace, body | {"spec": merged(MINIMAL, spec)}, fieldValidation="Strict")
 
-    def steer(self, name: str = "job", **spec: Any) -> Object:
-        """Change its spec."""
+    def patch_spec(self, name: str = "job", **spec: Any) -> Object:
+        """Merge `spec` into the job's spec."""
         return self.api.patch(FTJ, self.namespace, name, {"spec": spec})
 
     def get(self, name: str = "job") -> Object:
@@ -134,41 +133,41 @@ class Rig:
     def status(self, name: str = "job") -> Object:
         return dict(self.get(name).get("status") or {})
 
-    def wait(self, good: Callable[[Object], bool], name: str = "job", *, timeout: float = 30, what: str = "") -> Object:
-        return self.api.wait(FTJ, self.namespace, name, good, timeout=timeout, what=what)
+    def wait(self, until: Callable[[Object], bool], name: str = "job", *, timeout: float = 30, description: str = "") -> Object:
+        return self.api.wait(FTJ, self.namespace, name, until, timeout=timeout, description=description)
 
     def wait_phase(self, phase: Phase, name: str = "job", *, timeout: float = 30) -> Object:
-        """The object as soon as its phase is that."""
-        return self.wait(lambda b: (b.get("status") or {}).get("phase") == phase, name, timeout=timeout, what=phase)
+        """Wait until the job is in the phase, and return the object."""
+        return self.wait(lambda b: (b.get("status") or {}).get("phase") == phase, name, timeout=timeout, description=phase)
 
     def wait_attempt(self, number: int, name: str = "job", *, timeout: float = 30) -> Object:
-        """The object as soon as that attempt's Job is in its status."""
+        """Wait until the status has a start time for the attempt, and return the object."""
         return self.wait(
             lambda b: any(
                 a["number"] == number and a.get("startTime") for a in (b.get("status") or {}).get("attempts", [])
             ),
-            name, timeout=timeout, what=f"in attempt {number}",
+            name, timeout=timeout, description=f"in attempt {number}",
         )  # fmt: skip
 
     def wait_finished(self, name: str = "job", *, timeout: float = 30) -> Object:
-        return self.wait(lambda b: holds(b, Condition.FINISHED), name, timeout=timeout, what="finished")
+        return self.wait(lambda b: condition_is_true(b, Condition.FINISHED), name, timeout=timeout, description="finished")
 
-    def jobs(self, name: str = "job") -> list[str]:
-        """Names of its Jobs, sorted."""
+    def job_names(self, name: str = "job") -> list[str]:
+        """Sorted names of the Jobs of a FineTuneJob."""
         found = self.api.list("jobs", self.namespace, labels=f"{Label.NAME}={name}")
         return sorted(body["metadata"]["name"] for body in found)
 
-    def reasons(self, name: str = "job") -> list[str]:
-        """Reasons of its events, oldest first."""
+    def event_reasons(self, name: str = "job") -> list[str]:
+        """Reasons of the events about a FineTuneJob, oldest first."""
         return [event["reason"] for event in self.api.events(self.namespace, name)]
 
-    def notes(self, name: str = "job") -> list[tuple[str, str]]:
-        """(reason, note) of its events, once for each time that it was told."""
+    def event_notes(self, name: str = "job") -> list[tuple[str, str]]:
+        """(reason, note) of the events about a FineTuneJob, repeated as often as each event was emitted."""
         events = self.api.events(self.namespace, name)
         return [(e["reason"], e["note"]) for e in events for _ in range((e.get("series") or {}).get("count", 1))]
 
     def wait_event(self, reason: str, name: str = "job", *, timeout: float = 20) -> Object:
-        """The first event with that reason."""
+        """Wait for an event with the reason, and return the first one."""
 
         def found(items: list[Object]) -> list[Object]:
             return [e for e in items if e["reason"] == reason and e["regarding"]["name"] == name]
@@ -176,56 +175,56 @@ class Rig:
         return found(self.api.wait_list("events", self.namespace, lambda items: bool(found(items)), timeout=timeout))[0]
 
     def log(self) -> str:
-        """All that the operators wrote."""
+        """The logs of all operators."""
         return "".join(operator.log for operator in self.operators)
 
-    # -- the end -------------------------------------------------------------------------------------------------------
+    # -- cleanup ---------------------------------------------------------------------------------------------------------
 
     def close(self) -> list[str]:
-        """Kill what runs, remove the namespace; returns alarming lines."""
+        """Kill the operators, stop the proxies and delete the namespace. Returns the log lines of level error that are not allowed."""
         for operator in self.operators:
             operator.kill()
         for proxy in self.proxies:
             proxy.stop()
         self.api.delete("namespaces", None, self.namespace)
-        return [line for operator in self.operators for line in operator.alarms(self.allowed)]
+        return [line for operator in self.operators for line in operator.error_lines(self.allowed_log_lines)]
 
 
 @pytest.fixture
 def rig(fault_cluster: Cluster, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Rig]:
-    """A namespace of its own, and an eye on the logs."""
-    words = re.sub(r"[^a-z0-9]+", "-", request.node.originalname.removeprefix("test_").lower())[:30].strip("-")
-    namespace = f"f{next(_numbers)}-{words}".strip("-")
+    """A rig with its own namespace. Fails the test for log lines of level error that are not allowed."""
+    test_name = re.sub(r"[^a-z0-9]+", "-", request.node.originalname.removeprefix("test_").lower())[:30].strip("-")
+    namespace = f"f{next(_namespace_numbers)}-{test_name}".strip("-")
     fault_cluster.api.create("namespaces", None, {"metadata": {"name": namespace}})
     rig = Rig(fault_cluster, namespace, tmp_path)
     try:
         yield rig
     finally:
-        alarms = rig.close()
-    assert not alarms, "the operator's log has lines that would wake a person:\n" + "\n".join(alarms)
+        error_lines = rig.close()
+    assert not error_lines, "the operator logged errors:\n" + "\n".join(error_lines)
 
 
-def status_writes(proxy: ApiProxy) -> int:
-    """Writes of FineTuneJob status that reached the server."""
-    return sum(e.operation.endswith(f"{FTJ}/status") and 200 <= e.applied < 300 for e in proxy.exchanges)
+def count_status_writes(proxy: ApiProxy) -> int:
+    """Number of status writes of FineTuneJobs that the API server accepted."""
+    return sum(e.operation.endswith(f"{FTJ}/status") and 200 <= e.server_status < 300 for e in proxy.exchanges)
 
 
-def created(proxy: ApiProxy, resource: str) -> int:
-    """Objects of a kind that were really created through the proxy."""
-    return sum(e.operation == f"create {resource}" and e.applied == 201 for e in proxy.exchanges)
+def count_created(proxy: ApiProxy, resource: str) -> int:
+    """Number of objects of a resource that the API server created for requests through the proxy."""
+    return sum(e.operation == f"create {resource}" and e.server_status == 201 for e in proxy.exchanges)
 
 
-def strange_writes(proxy: ApiProxy) -> list[str]:
-    """Writes that the operator must never make: anything of a FineTuneJob but its status."""
+def forbidden_writes(proxy: ApiProxy) -> list[str]:
+    """Writes to FineTuneJobs other than to their status, which the operator must never make."""
     return [e.operation for e in proxy.exchanges if e.method not in ("GET", "HEAD") and e.operation.endswith(f" {FTJ}")]
 
 
-def attempts(body: Object) -> list[tuple[int, str]]:
+def attempt_reasons(body: Object) -> list[tuple[int, str]]:
     """(number, reason) of the attempts in a status."""
     return [(one["number"], one.get("reason", "")) for one in (body.get("status") or {}).get("attempts", [])]
 
 
 __all__ = [
-    "FTJ", "MINIMAL", "Cluster", "Rig", "attempts", "condition", "created", "fault_cluster", "holds", "install_crd",
-    "rig", "status_writes", "strange_writes",
+    "FTJ", "MINIMAL", "Cluster", "Rig", "attempt_reasons", "condition", "condition_is_true", "count_created", "count_status_writes",
+    "fault_cluster", "forbidden_writes", "install_crd", "rig",
 ]  # fmt: skip

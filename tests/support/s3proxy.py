@@ -5,8 +5,8 @@
         with proxy.fault(Status(503, "SlowDown"), operation="PutObject", key="checkpoints/", times=2) as slow: ...
         assert slow.hits == 2
 
-Works with path-style addressing, whose first path segment is the bucket. Signatures hold: clients sign the proxy's own
-address as `Host`, and the server behind sees it unchanged.
+It requires path-style addressing, where the first path segment is the bucket. Signatures stay valid: clients sign the proxy's address as
+`Host`, and the proxy forwards this header unchanged.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from localcluster.s3 import S3Endpoint
 from tests.support.faultproxy import (
     Bandwidth,
     Blackhole,
+    DelayResponse,
     Exchange,
     Fault,
     FaultProxy,
     FlipByte,
-    LateAnswer,
     Latency,
     LostResponse,
     Reset,
     Rule,
     Status,
-    StatusAfter,
+    StatusAfterApply,
     Truncate,
-    all_of,
+    active_rules,
 )
 
 __all__ = [
-    "Bandwidth", "Blackhole", "Exchange", "Fault", "FlipByte", "LateAnswer", "Latency", "LostResponse", "Reset", "Rule",
-    "S3Operation", "S3Proxy", "Status", "StatusAfter", "Truncate", "all_of",
+    "Bandwidth", "Blackhole", "Exchange", "Fault", "FlipByte", "DelayResponse", "Latency", "LostResponse", "Reset", "Rule",
+    "S3Operation", "S3Proxy", "Status", "StatusAfterApply", "Truncate", "active_rules",
 ]  # fmt: skip
 
 REASONS = {
@@ -48,12 +48,12 @@ REASONS = {
 
 @dataclass(frozen=True)
 class S3Operation:
-    """An S3 request: its name in the API, its bucket and its key."""
+    """API name, bucket and key of an S3 request."""
 
     label: str
     bucket: str
     key: str
-    endless: bool = False
+    is_endless: bool = False
 
 
 class S3Proxy(FaultProxy[S3Operation]):
@@ -63,36 +63,36 @@ class S3Proxy(FaultProxy[S3Operation]):
         self, fault: Fault, *, operation: str | None = None, key: str = "",
         times: int | None = None, skip: int = 0, probability: float = 1.0,
     ) -> Rule[S3Operation]:  # fmt: skip
-        """Apply `fault` to requests of an operation (`PutObject`; None: any) with the expression `key` in their key."""
-        wanted = re.compile(key)
-        return self.strike(
-            fault, lambda request: operation in (None, request.label) and bool(wanted.search(request.key)),
+        """Apply `fault` to requests of an operation (such as `PutObject`; None: any) whose key matches the regular expression `key`."""
+        key_pattern = re.compile(key)
+        return self.add_rule(
+            fault, lambda request: operation in (None, request.label) and bool(key_pattern.search(request.key)),
             times=times, skip=skip, probability=probability,
         )  # fmt: skip
 
     def through(self, endpoint: S3Endpoint) -> S3Endpoint:
-        """The endpoint with this proxy's address."""
+        """A copy of the endpoint with the proxy's address."""
         return replace(endpoint, host_url=self.url, cluster_url=self.url)
 
-    def describe(self, request: web.BaseRequest) -> S3Operation:
+    def parse_operation(self, request: web.BaseRequest) -> S3Operation:
         bucket, _, key = request.path.lstrip("/").partition("/")
-        return S3Operation(_name(request, bucket, key), bucket, key)
+        return S3Operation(_operation_name(request, bucket, key), bucket, key)
 
-    def refusal(self, code: int, reason: str) -> tuple[bytes, dict[str, str]]:
-        word = reason or REASONS.get(code, "InternalError")
-        body = f'<?xml version="1.0"?><Error><Code>{word}</Code><Message>put there by a test</Message></Error>'
+    def error_response(self, code: int, reason: str) -> tuple[bytes, dict[str, str]]:
+        error_code = reason or REASONS.get(code, "InternalError")
+        body = f'<?xml version="1.0"?><Error><Code>{error_code}</Code><Message>injected by a test</Message></Error>'
         return body.encode(), {"Content-Type": "application/xml", "x-amz-request-id": "proxy"}
 
 
-def _name(request: web.BaseRequest, bucket: str, key: str) -> str:
+def _operation_name(request: web.BaseRequest, bucket: str, key: str) -> str:
     """Name of the operation, as botocore spells it."""
     method, query = request.method, request.query
-    copied = "x-amz-copy-source" in request.headers
+    is_copy = "x-amz-copy-source" in request.headers
     match method:
         case "PUT" if key and "partNumber" in query:
-            return "UploadPartCopy" if copied else "UploadPart"
+            return "UploadPartCopy" if is_copy else "UploadPart"
         case "PUT" if key:
-            return "CopyObject" if copied else "PutObject"
+            return "CopyObject" if is_copy else "PutObject"
         case "POST" if key and "uploads" in query:
             return "CreateMultipartUpload"
         case "POST" if key and "uploadId" in query:
@@ -113,5 +113,5 @@ def _name(request: web.BaseRequest, bucket: str, key: str) -> str:
             return "GetBucketLocation"
         case "GET" if bucket:
             return "ListObjects"
-    whole = {"PUT": "CreateBucket", "DELETE": "DeleteBucket", "HEAD": "HeadBucket", "GET": "ListBuckets"}
-    return whole.get(method, method)
+    bucket_operations = {"PUT": "CreateBucket", "DELETE": "DeleteBucket", "HEAD": "HeadBucket", "GET": "ListBuckets"}
+    return bucket_operations.get(method, method)

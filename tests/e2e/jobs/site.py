@@ -140,7 +140,7 @@ class JobNamespace:
         """Wait until the status is `good`. After `timeout` seconds: AssertionError with the status and the pods' logs."""
         try:
             found = self.site.api.wait(
-                PLURAL, self.namespace, name, lambda body: bool(good(read(body))), timeout=timeout, what=what
+                PLURAL, self.namespace, name, lambda body: bool(good(read(body))), timeout=timeout, description=what
             )
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self._pod_logs(name)}") from None

@@ -6,7 +6,7 @@ import demo
 from finetune_api.names import Label, Phase
 
 from tests.e2e.jobs.site import JobNamespace, Site, job
-from tests.support.kubeapi import holds
+from tests.support.kubeapi import condition_is_true
 
 
 def test_operator_runs_under_restricted_and_no_request_is_forbidden(site: Site) -> None:
@@ -40,7 +40,7 @@ def test_a_run_finishes_while_no_operator_is_up(job_namespace: JobNamespace) -> 
     site.api.wait_list(
         "jobs",
         job_namespace.namespace,
-        lambda jobs: all(holds(one, "Complete") for one in jobs),
+        lambda jobs: all(condition_is_true(one, "Complete") for one in jobs),
         labels=labels,
         timeout=120,
     )

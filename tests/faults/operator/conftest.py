@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from localcluster import ControlPlane, Endpoint
+from tests.support.fault_rows import register
 from tests.support.rig import fault_cluster, rig
-from tests.support.rows import register
 
 __all__ = ["fault_cluster", "rig"]
 

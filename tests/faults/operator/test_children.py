@@ -6,7 +6,7 @@ import pytest
 from finetune_api.names import Condition, Phase, Reason
 
 from tests.support.kubelet import Ending, Plan, Start, failure, success
-from tests.support.rig import FTJ, Rig, attempts, condition, created, holds
+from tests.support.rig import FTJ, Rig, attempt_reasons, condition, condition_is_true, count_created
 
 pytestmark = pytest.mark.faults
 
@@ -25,7 +25,7 @@ def test_recreated_finetunejob_waits_for_the_old_job_and_does_not_adopt_it(rig: 
     assert rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"] == old
     rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Foreground")
     body = rig.wait_attempt(1)
-    assert attempts(body) == [(1, "")]
+    assert attempt_reasons(body) == [(1, "")]
     assert rig.api.get("jobs", rig.namespace, "job-1")["metadata"]["uid"] != old
 
 
@@ -37,7 +37,7 @@ def test_deleted_service_is_created_again(rig: Rig) -> None:
     old = rig.api.wait("services", rig.namespace, "job-1", lambda body: True)["metadata"]["uid"]
     rig.api.delete("services", rig.namespace, "job-1")
     rig.api.wait("services", rig.namespace, "job-1", lambda body: body["metadata"]["uid"] != old)
-    assert attempts(rig.get()) == [(1, "")]
+    assert attempt_reasons(rig.get()) == [(1, "")]
 
 
 @pytest.mark.row(23)
@@ -54,11 +54,11 @@ def test_job_without_its_label_causes_no_second_job(rig: Rig, label: str) -> Non
     rig.wait_phase(Phase.SUSPENDED, "other")
     begun = len(proxy.exchanges)
     proxy.wait_for(lambda e: e.number > begun and e.operation == "list pods", timeout=20)
-    assert created(proxy, "jobs") == 1
+    assert count_created(proxy, "jobs") == 1
     assert rig.api.find("pods", rig.namespace, pod.name) is not None
     rig.api.patch("jobs", rig.namespace, "job-1", {"metadata": {"labels": {label: _label_of(label)}}})
-    rig.kubelet.end(pod, success())
-    assert attempts(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
+    rig.kubelet.end_pod(pod, success())
+    assert attempt_reasons(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
 
 
 def _label_of(label: str) -> str:
@@ -72,8 +72,8 @@ ENDINGS: dict[str, tuple[Ending, str, str]] = {
     "gpu memory": (failure(71, message="CUDA out of memory"), Reason.OUT_OF_MEMORY, "OutOfMemory"),
     "storage": (failure(69, message="503 for ten minutes"), Reason.STORAGE_ERROR, "Storage"),
     "peer": (failure(74, message="rank 1 is gone"), Reason.PEER_FAILED, "Infrastructure"),
-    "evicted": (Ending(137, pod_reason="Evicted", disruption="TerminationByKubelet"), Reason.PREEMPTED, "Preempted"),
-    "preempted": (Ending(75, disruption="PreemptionByScheduler"), Reason.PREEMPTED, "Preempted"),
+    "evicted": (Ending(137, pod_reason="Evicted", disruption_reason="TerminationByKubelet"), Reason.PREEMPTED, "Preempted"),
+    "preempted": (Ending(75, disruption_reason="PreemptionByScheduler"), Reason.PREEMPTED, "Preempted"),
 }
 
 
@@ -85,9 +85,9 @@ def test_each_end_of_a_pod_has_its_own_reason_and_is_retried(rig: Rig, case: str
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job", attempt=1)[0]
     rig.wait_attempt(1)
-    rig.kubelet.end(pod, ending)
+    rig.kubelet.end_pod(pod, ending)
     body = rig.wait_attempt(2)
-    assert attempts(body)[0] == (1, reason)
+    assert attempt_reasons(body)[0] == (1, reason)
     rig.wait_event(reason)
     charged = reason not in (Reason.PREEMPTED, Reason.OUT_OF_MEMORY)
     assert body["status"].get("retriesUsed", 0) == (1 if charged else 0)
@@ -101,23 +101,23 @@ def test_error_that_no_retry_can_fix_fails_the_job_at_once(rig: Rig, code: int, 
     rig.operator()
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
-    rig.kubelet.end(pod, failure(code, code="Because", message="it cannot be", hint="write it otherwise"))
+    rig.kubelet.end_pod(pod, failure(code, code="Because", message="it cannot be", hint="write it otherwise"))
     body = rig.wait_finished()
     assert len(body["status"]["attempts"]) == 1
     found = body["status"]["failure"]
     assert (found["class"], found["code"], found["exitCode"]) == (failure_class, "Because", code)
     assert (found["message"], found["hint"]) == ("it cannot be", "write it otherwise")
-    assert holds(body, Condition.STALLED)
+    assert condition_is_true(body, Condition.STALLED)
 
 
 @pytest.mark.row(24)
 @pytest.mark.parametrize(
     ("plan", "reason", "words"),
     [
-        (Plan(start=Start.UNSCHEDULABLE, words="0/9 nodes are available"), Reason.UNSCHEDULABLE, "0/9 nodes"),
-        (Plan(start=Start.WAIT, words="no such image"), Reason.IMAGE_PULL_FAILED, "no such image"),
+        (Plan(start=Start.UNSCHEDULABLE, message="0/9 nodes are available"), Reason.UNSCHEDULABLE, "0/9 nodes"),
+        (Plan(start=Start.CONTAINER_WAITING, message="no such image"), Reason.IMAGE_PULL_FAILED, "no such image"),
         (
-            Plan(start=Start.WAIT, reason="CreateContainerConfigError", words='secret "s" not found'),
+            Plan(start=Start.CONTAINER_WAITING, reason="CreateContainerConfigError", message='secret "s" not found'),
             Reason.CONFIG_MISSING, 'secret "s" not found',
         ),
     ],
@@ -126,17 +126,17 @@ def test_error_that_no_retry_can_fix_fails_the_job_at_once(rig: Rig, code: int, 
 def test_pods_that_do_not_start_show_the_reason_and_start_when_it_is_fixed(
     rig: Rig, plan: Plan, reason: Reason, words: str
 ) -> None:
-    rig.kubelet.plan(rig.namespace, plan)
+    rig.kubelet.set_plan(rig.namespace, plan)
     rig.operator()
     rig.submit(policy={"startTimeoutSeconds": 2})
     body = rig.wait(lambda b: condition(b, Condition.PODS_READY).get("reason") == reason)
     assert words in condition(body, Condition.PODS_READY)["message"]
-    rig.wait(lambda b: holds(b, Condition.STALLED))
+    rig.wait(lambda b: condition_is_true(b, Condition.STALLED))
     rig.wait_event(reason)
-    rig.kubelet.plan(rig.namespace, Plan())
-    body = rig.wait(lambda b: holds(b, Condition.PODS_READY))
-    assert not holds(body, Condition.STALLED)
-    assert attempts(body) == [(1, "")]
+    rig.kubelet.set_plan(rig.namespace, Plan())
+    body = rig.wait(lambda b: condition_is_true(b, Condition.PODS_READY))
+    assert not condition_is_true(body, Condition.STALLED)
+    assert attempt_reasons(body) == [(1, "")]
 
 
 @pytest.mark.row(25)
@@ -144,7 +144,7 @@ def test_deleted_node_does_not_count_as_a_retry(rig: Rig) -> None:
     rig.operator()
     rig.submit(policy={"terminationGracePeriodSeconds": 1})
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
-    rig.kubelet.say(
+    rig.kubelet.set_progress(
         rig.namespace, "job", progress={"step": 7, "totalSteps": 20}, latestCheckpoint="s3://b/step-00000005",
         checkpoints=[{"step": 5, "uri": "s3://b/step-00000005", "sha256": "0" * 64, "healthy": True}],
     )  # fmt: skip
@@ -154,8 +154,8 @@ def test_deleted_node_does_not_count_as_a_retry(rig: Rig) -> None:
         rig.api.delete("nodes", None, pod.node)
         body = rig.wait_attempt(2, timeout=150)
     finally:
-        rig.kubelet.restore_node(pod.node)
-    assert attempts(body)[0] == (1, Reason.NODE_LOST)
+        rig.kubelet.recreate_node(pod.node)
+    assert attempt_reasons(body)[0] == (1, Reason.NODE_LOST)
     assert body["status"].get("retriesUsed", 0) == 0
     run = _run_config(rig, 2)
     assert '"expectStep":5' in run
@@ -180,7 +180,7 @@ def test_pod_of_an_unreachable_node_is_removed(rig: Rig) -> None:
     rig.kubelet.kill_node(pod.node)
     try:
         body = rig.wait_attempt(2, timeout=150)
-        assert attempts(body)[0] == (1, Reason.NODE_LOST)
+        assert attempt_reasons(body)[0] == (1, Reason.NODE_LOST)
         assert body["status"].get("retriesUsed", 0) == 0
         assert rig.api.find("pods", rig.namespace, pod.name) is None
         again = rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0]
@@ -195,8 +195,8 @@ def test_failure_shows_the_rank_that_failed_first(rig: Rig) -> None:
     rig.submit(resources={"nodes": 2})
     pods = rig.kubelet.wait_running(rig.namespace, "job", count=2)
     rig.wait_attempt(1)
-    rig.kubelet.end(pods[0], failure(74, message="rank 1 is gone", origin=False))
-    rig.kubelet.end(pods[1], failure(65, code="RowInvalid", message="row 7", origin=True))
+    rig.kubelet.end_pod(pods[0], failure(74, message="rank 1 is gone", origin=False))
+    rig.kubelet.end_pod(pods[1], failure(65, code="RowInvalid", message="row 7", origin=True))
     body = rig.wait_finished()
     assert body["status"]["failure"]["code"] == "RowInvalid"
     assert len(body["status"]["attempts"]) == 1

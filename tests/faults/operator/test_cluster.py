@@ -17,7 +17,7 @@ from tests.support.apiproxy import ApiProxy
 from tests.support.kubeapi import path_of
 from tests.support.kubelet import Plan, Start, failure, success
 from tests.support.operator_process import CHECKOUT
-from tests.support.rig import FTJ, MINIMAL, Rig, attempts, condition, holds
+from tests.support.rig import FTJ, MINIMAL, Rig, attempt_reasons, condition, condition_is_true
 
 pytestmark = pytest.mark.faults
 CHART = CHECKOUT / "helm" / "finetune-operator"
@@ -64,7 +64,7 @@ def namespaced(rig: Rig) -> list[dict[str, Any]]:
 
 @pytest.mark.row(11)
 def test_missing_permission_is_a_blocking_condition_until_it_is_granted(rig: Rig) -> None:
-    rig.allowed.append("forbidden")
+    rig.allowed_log_lines.append("forbidden")
     documents = namespaced(rig)
     token = identity(rig, documents)
     role = next(d for d in documents if d["kind"] == "Role" and not d["metadata"]["name"].endswith("-lease"))
@@ -82,7 +82,7 @@ def test_missing_permission_is_a_blocking_condition_until_it_is_granted(rig: Rig
     assert body["status"]["phase"] == Phase.PENDING
     put_role(rig, role)
     rig.wait_attempt(1, timeout=60)
-    assert operator.alive
+    assert operator.is_running
 
 
 def put_role(rig: Rig, role: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ def test_chart_grants_exactly_the_permissions_in_use(rig: Rig) -> None:
     rig.operator(through=proxy, token=token, config=config)
     rig.submit("last")
     rig.wait_attempt(1, "last", timeout=40)
-    refused = sorted({e.operation for e in proxy.exchanges if e.applied == 403})
+    refused = sorted({e.operation for e in proxy.exchanges if e.server_status == 403})
     assert refused == [], "the operator asked for more than the chart grants"
     unused = granted(documents) - used(proxy) - set(UNUSED_BY_DESIGN)
     assert sorted(unused) == [], "the chart grants what the operator never uses"
@@ -122,17 +122,17 @@ def everything(rig: Rig, proxy: ApiProxy) -> None:
     """Let the operator send every kind of request."""
     rig.submit("two", resources={"nodes": 2})
     for pod in rig.kubelet.wait_running(rig.namespace, "two", count=2):
-        rig.kubelet.end(pod, success())
+        rig.kubelet.end_pod(pod, success())
     rig.wait_finished("two")
     rig.submit("again", policy={"retries": 1, "ttlSecondsAfterFinished": 1})
     for attempt in (1, 2):
         pod = rig.kubelet.wait_running(rig.namespace, "again", attempt=attempt)[0]
-        rig.kubelet.end(pod, failure(70, message="broken"))
+        rig.kubelet.end_pod(pod, failure(70, message="broken"))
     rig.wait_finished("again")
     rig.api.wait_gone("jobs", rig.namespace, "again-2")
     rig.submit("flapping", suspend=True)
     for value in (False, True, False, True):
-        rig.steer("flapping", suspend=value)
+        rig.patch_spec("flapping", suspend=value)
         rig.wait_phase(Phase.SUSPENDED if value else Phase.STARTING, "flapping")
     rig.submit("orphaned")
     rig.kubelet.wait_running(rig.namespace, "orphaned")
@@ -142,7 +142,7 @@ def everything(rig: Rig, proxy: ApiProxy) -> None:
     rig.api.create("services", rig.namespace, {"metadata": {"name": "taken-1"}, "spec": {"ports": [{"port": 1}]}})
     rig.submit("taken", resources={"nodes": 2})
     rig.wait_attempt(1, "taken")
-    rig.kubelet.plan(rig.namespace, Plan(start=Start.WAIT, reason="ContainerCreating"))
+    rig.kubelet.set_plan(rig.namespace, Plan(start=Start.CONTAINER_WAITING, reason="ContainerCreating"))
     rig.submit("held")
     rig.wait_attempt(1, "held")
     proxy.wait_for(lambda e: e.operation == "list events", timeout=60)
@@ -229,9 +229,9 @@ def test_terminating_namespace_deletes_its_jobs(rig: Rig) -> None:
     rig.api.wait_gone("namespaces", None, f"{rig.namespace}-x", timeout=90)
     rig.submit()
     rig.wait_attempt(1)
-    assert operator.alive
+    assert operator.is_running
     path = f"/namespaces/{rig.namespace}-x/"
-    made = [e.applied for e in proxy.exchanges if path in e.path and e.operation == "create jobs"]
+    made = [e.server_status for e in proxy.exchanges if path in e.path and e.operation == "create jobs"]
     assert made.count(201) == 1
     assert set(made) <= {201, 403, 404}
     assert len(made) <= 6, "it does not knock again and again at a door that closes"
@@ -249,8 +249,8 @@ def test_exceeded_quota_is_quoted_until_it_is_raised(rig: Rig, hard: dict[str, s
     assert "exceeded quota: tight" in condition(body, Condition.PODS_READY)["message"]
     rig.wait_event(Reason.QUOTA_EXCEEDED)
     rig.api.delete("resourcequotas", rig.namespace, "tight")
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job", timeout=90)[0], success())
-    assert attempts(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job", timeout=90)[0], success())
+    assert attempt_reasons(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
 
 
 @pytest.mark.row(37)
@@ -293,4 +293,4 @@ def test_pod_security_refusal_is_a_blocking_condition(rig: Rig) -> None:
         lambda b: condition(b, Condition.PODS_READY).get("reason") == Reason.FORBIDDEN_BY_POLICY, timeout=60
     )
     assert "restricted" in condition(body, Condition.PODS_READY)["message"]
-    assert not holds(body, Condition.PODS_READY)
+    assert not condition_is_true(body, Condition.PODS_READY)

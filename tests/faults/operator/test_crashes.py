@@ -10,7 +10,7 @@ from finetune_api.names import Condition, Phase, Reason
 from finetune_operator.killpoints import Point
 
 from tests.support.kubelet import Plan, failure, success
-from tests.support.rig import FTJ, Rig, attempts, condition, created, holds
+from tests.support.rig import FTJ, Rig, attempt_reasons, condition, condition_is_true, count_created
 
 pytestmark = pytest.mark.faults
 
@@ -39,23 +39,23 @@ def creates_two(rig: Rig) -> None:
 
 
 def fails(rig: Rig) -> None:
-    rig.kubelet.end(rig.kubelet.pods(rig.namespace, "job")[0], failure(70, message="broken"))
+    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], failure(70, message="broken"))
 
 
 def succeeds(rig: Rig) -> None:
-    rig.kubelet.end(rig.kubelet.pods(rig.namespace, "job")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success())
 
 
 def suspends(rig: Rig) -> None:
-    rig.steer(suspend=True)
+    rig.patch_spec(suspend=True)
 
 
 def resumes(rig: Rig) -> None:
-    rig.steer(suspend=False)
+    rig.patch_spec(suspend=False)
 
 
 def cancels(rig: Rig) -> None:
-    rig.steer(cancel=True)
+    rig.patch_spec(cancel=True)
 
 
 STATUS = (Point.BEFORE_STATUS_WRITE, Point.AFTER_STATUS_WRITE)
@@ -104,16 +104,16 @@ def test_every_kill_point_is_covered() -> None:
 @pytest.mark.row(2)
 def test_killed_after_the_forced_removal_of_a_pod(rig: Rig) -> None:
     operator = rig.operator()
-    rig.kubelet.plan(rig.namespace, Plan(stop=None))
+    rig.kubelet.set_plan(rig.namespace, Plan(when_deleted=None))
     rig.submit(policy={"terminationGracePeriodSeconds": 1})
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
-    operator.arm(Point.AFTER_POD_DELETE)
-    rig.steer(suspend=True)
+    operator.kill_at(Point.AFTER_POD_DELETE)
+    rig.patch_spec(suspend=True)
     assert operator.wait_end() == -9
     rig.operator()
     body = rig.wait_phase(Phase.SUSPENDED)
-    assert attempts(body) == [(1, Reason.SUSPENDED)]
+    assert attempt_reasons(body) == [(1, Reason.SUSPENDED)]
     assert rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods) == []
 
 
@@ -124,7 +124,7 @@ def test_orphaned_pods_end_before_the_next_attempt_starts(rig: Rig) -> None:
     first = rig.kubelet.pods(rig.namespace, "job")[0]
     rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Orphan")
     body = rig.wait_attempt(2)
-    assert attempts(body) == [(1, Reason.PREEMPTED), (2, "")]
+    assert attempt_reasons(body) == [(1, Reason.PREEMPTED), (2, "")]
     assert rig.api.find("pods", rig.namespace, first.name) is None
 
 
@@ -142,12 +142,12 @@ def test_job_continues_after_a_kill_at_each_point(rig: Rig, moment: str, point: 
     if moment in ("create", "create two", "fail", "resume"):
         attempt, count = 2 if moment == "fail" else 1, 2 if moment == "create two" else 1
         for pod in rig.kubelet.wait_running(rig.namespace, "job", attempt=attempt, count=count):
-            rig.kubelet.end(pod, success())
+            rig.kubelet.end_pod(pod, success())
     body = rig.wait_phase(Phase.SUSPENDED) if moment == "suspend" else rig.wait_finished()
-    assert attempts(body) == ENDS[moment]
+    assert attempt_reasons(body) == ENDS[moment]
     assert body["status"].get("retriesUsed", 0) == (1 if moment == "fail" else 0)
-    assert len(rig.jobs()) <= len(ENDS[moment])
-    seen = rig.notes()
+    assert len(rig.job_names()) <= len(ENDS[moment])
+    seen = rig.event_notes()
     assert len(seen) == len(set(seen)), "told twice"
     assert Counter(STORIES[moment]) - Counter(reason for reason, _ in seen) == Counter(), "never told"
 
@@ -158,10 +158,10 @@ def test_end_of_an_attempt_during_an_absence_is_read_from_its_pods(rig: Rig) -> 
     running(rig)
     operator.stop()
     succeeds(rig)
-    rig.api.wait("jobs", rig.namespace, "job-1", lambda body: holds(body, "Complete"))
+    rig.api.wait("jobs", rig.namespace, "job-1", lambda body: condition_is_true(body, "Complete"))
     rig.operator()
     body = rig.wait_finished()
-    assert attempts(body) == [(1, Reason.SUCCEEDED)]
+    assert attempt_reasons(body) == [(1, Reason.SUCCEEDED)]
     assert body["status"]["output"]["uri"] == "s3://bucket/model"
 
 
@@ -171,7 +171,7 @@ def test_unobserved_end_of_an_attempt_is_reported_as_such(rig: Rig) -> None:
     running(rig)
     operator.stop()
     succeeds(rig)
-    rig.api.wait("jobs", rig.namespace, "job-1", lambda body: holds(body, "Complete"))
+    rig.api.wait("jobs", rig.namespace, "job-1", lambda body: condition_is_true(body, "Complete"))
     rig.api.delete("jobs", rig.namespace, "job-1", propagationPolicy="Foreground")
     rig.api.wait_gone("jobs", rig.namespace, "job-1")
     rig.operator()
@@ -194,7 +194,7 @@ def test_deadline_that_passes_during_an_absence_ends_the_job(rig: Rig) -> None:
     rig.api.wait_list("nodes", None, lambda items: _seconds_since(started) > 5, timeout=60)
     rig.operator()
     body = rig.wait_finished()
-    assert attempts(body) == [(1, Reason.DEADLINE_EXCEEDED)]
+    assert attempt_reasons(body) == [(1, Reason.DEADLINE_EXCEEDED)]
     assert condition(body, Condition.SUCCEEDED)["reason"] == Reason.DEADLINE_EXCEEDED
     assert body["status"]["failure"]["class"] == "User"
     rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods)
@@ -208,12 +208,12 @@ def _seconds_since(time: str) -> float:
 
 def test_job_cancelled_during_an_absence_never_starts(rig: Rig) -> None:
     rig.submit()
-    rig.steer(cancel=True)
+    rig.patch_spec(cancel=True)
     proxy = rig.proxy()
     rig.operator(through=proxy)
     body = rig.wait_finished()
     assert body["status"]["phase"] == Phase.CANCELLED
-    assert created(proxy, "jobs") == 0
+    assert count_created(proxy, "jobs") == 0
 
 
 def test_attempt_number_is_recovered_from_the_job_names(rig: Rig) -> None:
@@ -228,10 +228,10 @@ def test_attempt_number_is_recovered_from_the_job_names(rig: Rig) -> None:
         "PATCH", f"/apis/finetune-operator.io/v1alpha1/namespaces/{rig.namespace}/{FTJ}/job/status",
         [{"op": "replace", "path": "/status", "value": {"observedGeneration": -1}}], patch="json",
     )  # fmt: skip
-    rig.kubelet.plan(rig.namespace, Plan())
+    rig.kubelet.set_plan(rig.namespace, Plan())
     proxy = rig.proxy()
     rig.operator(through=proxy)
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0], success())
     body = rig.wait_finished()
     assert body["status"]["attempt"] == 2
-    assert created(proxy, "jobs") == 0
+    assert count_created(proxy, "jobs") == 0

@@ -14,10 +14,10 @@ from finetune_operator.policies.acceptance import Accepted, accept
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.views import read_finetunejob
 
-from tests.support.kubeapi import Refused, path_of
+from tests.support.kubeapi import ApiError, path_of
 from tests.support.kubelet import success
 from tests.support.operator_process import merged
-from tests.support.rig import FTJ, MINIMAL, Rig, attempts, holds
+from tests.support.rig import FTJ, MINIMAL, Rig, attempt_reasons, condition_is_true
 
 pytestmark = pytest.mark.faults
 CONFIG = OperatorConfig.model_validate({"storage": {"uri": "s3://bucket/prefix"}})
@@ -73,7 +73,7 @@ def test_job_of_every_accepted_spec_is_valid(rig: Rig) -> None:
         body = {"apiVersion": names.API_VERSION, "kind": names.KIND, "metadata": {"name": f"job-{seed}"}, "spec": spec}
         try:
             made = rig.api.create(FTJ, rig.namespace, body, dryRun="All", fieldValidation="Strict")
-        except Refused as error:
+        except ApiError as error:
             refused.add(error.message)
             continue
         job = read_finetunejob(made)
@@ -116,9 +116,9 @@ def test_malformed_jobs_and_pods_are_ignored(rig: Rig) -> None:
     rig.submit()
     rig.wait_attempt(1)
     ours = next(p for p in rig.kubelet.wait_running(rig.namespace, "job", count=1) if p.name.startswith("job-1-"))
-    rig.kubelet.end(ours, success())
-    assert holds(rig.wait_finished(), Condition.SUCCEEDED)
-    assert attempts(rig.get())[0][0] == 1
+    rig.kubelet.end_pod(ours, success())
+    assert condition_is_true(rig.wait_finished(), Condition.SUCCEEDED)
+    assert attempt_reasons(rig.get())[0][0] == 1
     assert [e for e in proxy.exchanges if e.method == "DELETE"] == []
     assert pods <= {p["metadata"]["uid"] for p in rig.api.list("pods", rig.namespace)}
 
@@ -134,9 +134,9 @@ def test_damaged_status_is_repaired(rig: Rig, damage: dict[str, Any]) -> None:
     path = path_of(f"{FTJ}/status", rig.namespace, "job")
     try:
         rig.api.request("PATCH", path, {"status": damage})
-    except Refused as error:
+    except ApiError as error:
         assert error.code == 422, "the schema itself keeps nonsense out: even better"
     rig.operator()
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
     assert rig.wait_finished()["status"]["phase"] == Phase.SUCCEEDED
-    assert rig.jobs() == ["job-1"]
+    assert rig.job_names() == ["job-1"]

@@ -39,7 +39,7 @@ def test_table_has_no_empty_cells_without_a_reason(rig: Rig) -> None:
     rig.submit("asleep", suspend=True)
     rig.wait_phase(Phase.SUSPENDED, "asleep")
     rig.submit("done")
-    rig.kubelet.say(
+    rig.kubelet.set_progress(
         rig.namespace, "done", progress={"step": 12, "totalSteps": 50, "display": "12/50 (24%)", "secondsRemaining": 4320},
         metrics={"trainLoss": 1.25},
     )  # fmt: skip
@@ -52,12 +52,12 @@ def test_table_has_no_empty_cells_without_a_reason(rig: Rig) -> None:
     running = {key.capitalize(): value for key, value in rows["done"].items()}
     assert (running["Status"], running["Progress"], running["Eta"]) == ("Running", "12/50 (24%)", "1h12m")
     assert float(running["Loss"]) == 1.25
-    rig.kubelet.end(pod, success())
+    rig.kubelet.end_pod(pod, success())
     rig.wait_finished("done")
     rig.submit("broken")
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "broken")[0], failure(65, message="row 7"))
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "broken")[0], failure(65, message="row 7"))
     rig.wait_finished("broken")
-    rig.kubelet.plan(rig.namespace, Plan(start=Start.HOLD))
+    rig.kubelet.set_plan(rig.namespace, Plan(start=Start.STAY_PENDING))
     rig.submit("waiting")
     rig.wait_attempt(1, "waiting")
     _, rows = table(rig.api, rig.namespace)
@@ -91,7 +91,7 @@ def test_one_kubectl_wait_covers_every_end(rig: Rig) -> None:
     rig.operator()
     for name, ending in (("good", success()), ("bad", failure(64, message="no"))):
         rig.submit(name)
-        rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, name)[0], ending)
+        rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], ending)
         body = rig.wait_finished(name)
         finished = next(c for c in body["status"]["conditions"] if c["type"] == "Finished")
         assert finished["observedGeneration"] == body["metadata"]["generation"]

@@ -11,10 +11,10 @@ import pytest
 from finetune_api.names import Phase, Reason
 
 from localcluster import ControlPlane, processes
-from tests.support.apiproxy import Cut, Hold, Say, Status
+from tests.support.apiproxy import Disconnect, SendEvent, Stall, Status
 from tests.support.kubeapi import KubeApi
 from tests.support.kubelet import FakeKubelet, Plan, failure, success
-from tests.support.rig import FTJ, Cluster, Rig, attempts, created, install_crd
+from tests.support.rig import FTJ, Cluster, Rig, attempt_reasons, count_created, install_crd
 
 pytestmark = pytest.mark.faults
 WATCHED = ("pods", "jobs", FTJ)
@@ -31,21 +31,21 @@ def test_fewer_requests_are_sent_after_429(rig: Rig) -> None:
     for number in range(10):
         rig.wait_attempt(1, f"job-{number}")
     with proxy.fault(Status(429, retry_after=3)):
-        proxy.forget()
-        rig.kubelet.plan(rig.namespace, Plan(end=success()))
+        proxy.clear_exchanges()
+        rig.kubelet.set_plan(rig.namespace, Plan(when_running=success()))
         begun = time.monotonic()
         proxy.wait_for(lambda e: e.started > begun + 20, timeout=60)
         refused = len(proxy.exchanges)
     # 10 jobs and 3 watches, each with a retry every 3 s at most, and the requests that were already sent
     assert refused <= 13 * (20 / 3 + 3)
     for number in range(10):
-        assert attempts(rig.wait_finished(f"job-{number}", timeout=60)) == [(1, Reason.SUCCEEDED)]
+        assert attempt_reasons(rig.wait_finished(f"job-{number}", timeout=60)) == [(1, Reason.SUCCEEDED)]
 
 
 @pytest.mark.row(10)
 def test_operator_survives_an_unavailable_server(rig: Rig) -> None:
     """By default, kopf gives up after 54 s."""
-    rig.allowed.append("503")
+    rig.allowed_log_lines.append("503")
     proxy = rig.proxy()
     operator = rig.operator(through=proxy, config={"stuckSeconds": 3600})
     rig.submit()
@@ -53,31 +53,31 @@ def test_operator_survives_an_unavailable_server(rig: Rig) -> None:
     rig.wait_attempt(1)
     with proxy.fault(Status(503)):
         for resource in WATCHED:
-            proxy.watches(resource, Cut())
+            proxy.command_watches(resource, Disconnect())
         begun = time.monotonic()
         proxy.wait_for(lambda e: e.started > begun + 65 and e.operation.startswith("watch"), timeout=120)
-        rig.kubelet.end(rig.kubelet.pods(rig.namespace, "job")[0], success())
-        assert operator.alive
-    assert attempts(rig.wait_finished(timeout=90)) == [(1, Reason.SUCCEEDED)]
-    assert operator.alive
+        rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success())
+        assert operator.is_running
+    assert attempt_reasons(rig.wait_finished(timeout=90)) == [(1, Reason.SUCCEEDED)]
+    assert operator.is_running
 
 
 @pytest.mark.row(12)
 def test_no_transition_is_missed_while_watches_break(rig: Rig) -> None:
     proxy = rig.proxy()
     operator = rig.operator(through=proxy, config=NO_RESYNC)
-    rig.kubelet.plan(rig.namespace, Plan(end=failure(70, message="again")))
+    rig.kubelet.set_plan(rig.namespace, Plan(when_running=failure(70, message="again")))
     for number in range(20):
         rig.submit(f"job-{number}", policy={"retries": 2})
         for resource in WATCHED:
-            proxy.watches(resource, Cut())
+            proxy.command_watches(resource, Disconnect())
     for number in range(20):
         for resource in WATCHED:
-            proxy.watches(resource, Cut())
+            proxy.command_watches(resource, Disconnect())
         body = rig.wait_finished(f"job-{number}", timeout=90)
-        assert attempts(body) == [(n, Reason.INTERNAL_ERROR) for n in (1, 2, 3)]
-    assert created(proxy, "jobs") == 60
-    assert operator.alive
+        assert attempt_reasons(body) == [(n, Reason.INTERNAL_ERROR) for n in (1, 2, 3)]
+    assert count_created(proxy, "jobs") == 60
+    assert operator.is_running
 
 
 @pytest.mark.row(13)
@@ -89,21 +89,21 @@ def test_objects_deleted_without_a_watch_are_dropped_from_the_cache(rig: Rig) ->
         rig.kubelet.wait_running(rig.namespace, name)
         rig.wait_attempt(1, name)
     for resource in WATCHED:
-        proxy.watches(resource, Hold())
+        proxy.command_watches(resource, Stall())
     rig.api.delete(FTJ, rig.namespace, "ghost")
     rig.api.wait_gone(FTJ, rig.namespace, "ghost")
     rig.api.wait_gone("jobs", rig.namespace, "ghost-1", timeout=60)
     rig.api.wait_list("nodes", None, lambda items: sum(_phases(operator.metrics()).values()) == 1, timeout=60)
-    proxy.forget()
+    proxy.clear_exchanges()
     for resource in WATCHED:
-        proxy.watches(resource, Say.gone(410))
-    rig.kubelet.end(rig.kubelet.pods(rig.namespace, "kept")[0], success())
+        proxy.command_watches(resource, SendEvent.error(410))
+    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "kept")[0], success())
     rig.wait_finished("kept")
     rig.api.wait_list("nodes", None, lambda items: _phases(operator.metrics()) == {"Succeeded": 1}, timeout=60)
     assert [e.path for e in proxy.exchanges if e.method != "GET" and "ghost" in e.path] == []
     rig.submit("ghost")
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "ghost")[0], success())
-    assert attempts(rig.wait_finished("ghost")) == [(1, Reason.SUCCEEDED)]
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "ghost")[0], success())
+    assert attempt_reasons(rig.wait_finished("ghost")) == [(1, Reason.SUCCEEDED)]
 
 
 def _phases(metrics: dict[str, float]) -> dict[str, int]:
@@ -123,26 +123,26 @@ def test_stalled_watch_is_closed_and_restarted(rig: Rig) -> None:
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
     for resource in WATCHED:
-        proxy.watches(resource, Hold())
-    rig.kubelet.end(rig.kubelet.pods(rig.namespace, "job")[0], success())
-    assert attempts(rig.wait_finished(timeout=150)) == [(1, Reason.SUCCEEDED)]
+        proxy.command_watches(resource, Stall())
+    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success())
+    assert attempt_reasons(rig.wait_finished(timeout=150)) == [(1, Reason.SUCCEEDED)]
 
 
 @pytest.mark.row(15)
 @pytest.mark.parametrize("resource", WATCHED)
 def test_watch_error_ends_the_process(rig: Rig, resource: str) -> None:
     """Its Deployment starts it again; a process with a stalled watch must not go on."""
-    rig.allowed += ["watch", "Watch", "multitasker"]
+    rig.allowed_log_lines += ["watch", "Watch", "multitasker"]
     proxy = rig.proxy()
     operator = rig.operator(through=proxy, config=NO_RESYNC)
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     rig.wait_attempt(1)
-    assert proxy.watches(resource, Say.gone(500)) >= 1
+    assert proxy.command_watches(resource, SendEvent.error(500)) >= 1
     assert operator.wait_end() == 1
-    rig.kubelet.end(rig.kubelet.pods(rig.namespace, "job")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.pods(rig.namespace, "job")[0], success())
     rig.operator(through=proxy, config=NO_RESYNC)
-    assert attempts(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
+    assert attempt_reasons(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
 
 
 @pytest.fixture
@@ -173,12 +173,12 @@ def test_operator_survives_a_restart_of_the_server_with_a_compacted_store(own_cl
     processes.spawn("kube-apiserver", argv, owner=state, log=log, lifetime=processes.Lifetime.PARENT)
     processes.wait_until("the API server", cluster.endpoint.ready, servers=[], timeout=60)
     rig.api.delete(FTJ, rig.namespace, "deleted")
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "ended")[0], success())
-    assert attempts(rig.wait_finished("ended", timeout=90)) == [(1, Reason.SUCCEEDED)]
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "ended")[0], success())
+    assert attempt_reasons(rig.wait_finished("ended", timeout=90)) == [(1, Reason.SUCCEEDED)]
     rig.submit("new")
     rig.wait_attempt(1, "new", timeout=60)
-    assert attempts(rig.get("kept")) == [(1, "")]
-    assert operator.alive
+    assert attempt_reasons(rig.get("kept")) == [(1, "")]
+    assert operator.is_running
     for each in rig.operators:
         each.kill()
 
@@ -240,7 +240,7 @@ def test_operator_survives_removal_and_reinstallation_of_the_crd(own_cluster: tu
     except AssertionError:
         assert operator.wait_end(10) > 0
         rig.operator()
-    rig.kubelet.end(rig.kubelet.wait_running("work", "new")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running("work", "new")[0], success())
     # Only now can the garbage collector see that the owner is deleted.
     rig.api.wait_gone("jobs", "work", "old-1", timeout=90)
     assert rig.wait_finished("new")["status"]["phase"] == Phase.SUCCEEDED
@@ -253,6 +253,6 @@ def test_everything_works_through_a_proxy_without_faults(rig: Rig) -> None:
     proxy = rig.proxy()
     rig.operator(through=proxy)
     rig.submit()
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
     rig.wait_finished()
     assert {e.fault for e in proxy.exchanges} == {""}

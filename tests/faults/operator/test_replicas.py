@@ -13,7 +13,7 @@ from tests.support.apiproxy import ApiProxy
 from tests.support.kubeapi import Object
 from tests.support.kubelet import success
 from tests.support.operator_process import OperatorProcess
-from tests.support.rig import FTJ, Rig, attempts, created
+from tests.support.rig import FTJ, Rig, attempt_reasons, count_created
 
 pytestmark = pytest.mark.faults
 LEASE = "finetune-operator"
@@ -40,8 +40,8 @@ def work(proxy: ApiProxy) -> list[str]:
 
 
 def finish(rig: Rig, name: str, **more: Any) -> None:
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, name)[0], success())
-    assert attempts(rig.wait_finished(name, timeout=40)) == [(1, Reason.SUCCEEDED)]
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], success())
+    assert attempt_reasons(rig.wait_finished(name, timeout=40)) == [(1, Reason.SUCCEEDED)]
 
 
 @pytest.mark.row(31)
@@ -56,16 +56,16 @@ def test_standby_takes_over_from_a_killed_leader(rig: Rig) -> None:
     rig.wait_attempt(1, "two", timeout=40)
     finish(rig, "one")
     finish(rig, "two")
-    assert (created(first, "jobs"), created(second, "jobs")) == (1, 1)
+    assert (count_created(first, "jobs"), count_created(second, "jobs")) == (1, 1)
     last = max(e.started for e in first.exchanges)
-    taken = [e.started for e in second.exchanges if e.operation.startswith(("create", "update")) and e.status < 400]
+    taken = [e.started for e in second.exchanges if e.operation.startswith(("create", "update")) and e.client_status < 400]
     assert last < min(taken)
-    assert standby.alive
+    assert standby.is_running
 
 
 @pytest.mark.row(32)
 def test_paused_leader_writes_nothing_when_it_resumes(rig: Rig) -> None:
-    rig.allowed += ["Lease was not renewed in time", "is the leader now"]
+    rig.allowed_log_lines += ["Lease was not renewed in time", "is the leader now"]
     leader, first = replica(rig)
     rig.submit("one")
     rig.wait_attempt(1, "one")
@@ -73,7 +73,7 @@ def test_paused_leader_writes_nothing_when_it_resumes(rig: Rig) -> None:
     before = holder(rig)
     leader.signal(signal.SIGSTOP)
     rig.api.wait("leases", rig.namespace, LEASE, lambda b: b["spec"].get("holderIdentity") not in ("", before))
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "one")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "one")[0], success())
     rig.wait_finished("one", timeout=40)
     rig.submit("two")
     rig.wait_attempt(1, "two")
@@ -82,12 +82,12 @@ def test_paused_leader_writes_nothing_when_it_resumes(rig: Rig) -> None:
     assert leader.wait_end() == 1
     assert work(first) == asleep
     assert holder(rig) != before
-    assert created(second, "jobs") == 1
+    assert count_created(second, "jobs") == 1
 
 
 @pytest.mark.row(33)
 def test_work_continues_after_the_lease_is_deleted_or_taken_over(rig: Rig) -> None:
-    rig.allowed += ["Lease was not renewed in time", "is the leader now"]
+    rig.allowed_log_lines += ["Lease was not renewed in time", "is the leader now"]
     replica(rig)
     replica(rig)
     rig.submit("one")
@@ -100,14 +100,14 @@ def test_work_continues_after_the_lease_is_deleted_or_taken_over(rig: Rig) -> No
 
     def taken_back(lease: Object) -> bool:
         """Restart the replica that lost the Lease and ended, as a Deployment does."""
-        if not any(operator.alive for operator in rig.operators):
+        if not any(operator.is_running for operator in rig.operators):
             replica(rig)
         return lease["spec"].get("holderIdentity") not in ("", "somebody-else")
 
     rig.api.wait("leases", rig.namespace, LEASE, taken_back)
     rig.submit("three")
     rig.wait_attempt(1, "three", timeout=40)
-    assert any(operator.alive for operator in rig.operators)
+    assert any(operator.is_running for operator in rig.operators)
 
 
 def test_leader_releases_the_lease_on_sigterm(rig: Rig) -> None:
@@ -131,8 +131,8 @@ def neighbour(rig: Rig) -> Iterator[Rig]:
     try:
         yield other
     finally:
-        alarms = other.close()
-    assert not alarms, alarms
+        error_lines = other.close()
+    assert not error_lines, error_lines
 
 
 def test_two_operators_with_different_namespaces_share_a_cluster(rig: Rig, neighbour: Rig) -> None:
@@ -153,4 +153,4 @@ def test_two_operators_with_different_namespaces_share_a_cluster(rig: Rig, neigh
         finish(rig, name)
     for side, proxy, _, _ in sides:
         assert proxy.writes() == proxy.writes(side.namespace)
-        assert created(proxy, "jobs") == (2 if side is rig else 1)
+        assert count_created(proxy, "jobs") == (2 if side is rig else 1)

@@ -11,7 +11,7 @@ import pytest
 from finetune_api.names import Condition, Phase, Reason
 
 from tests.support.kubelet import Ending, Plan, failure, success
-from tests.support.rig import FTJ, Rig, attempts, condition, status_writes
+from tests.support.rig import FTJ, Rig, attempt_reasons, condition, count_status_writes
 
 pytestmark = pytest.mark.faults
 SHIFT_SOURCE = Path(__file__).with_name("clock_shift.c")
@@ -20,7 +20,7 @@ SHIFT_SOURCE = Path(__file__).with_name("clock_shift.c")
 @pytest.mark.row(41)
 def test_finished_jobs_cause_no_requests(rig: Rig) -> None:
     proxy = rig.proxy()
-    rig.kubelet.plan(rig.namespace, Plan(end=success()))
+    rig.kubelet.set_plan(rig.namespace, Plan(when_running=success()))
     rig.operator(through=proxy, config={"resyncSeconds": 3})
     for number in range(30):
         rig.submit(f"job-{number}")
@@ -43,20 +43,20 @@ def test_progress_is_throttled_and_transitions_are_written_at_once(rig: Rig) -> 
     rig.operator(through=proxy, config={"progressSeconds": 4, "scrape": scrape})
     rig.submit()
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
-    rig.kubelet.say(rig.namespace, "job", progress={"step": 1, "totalSteps": 10_000})
+    rig.kubelet.set_progress(rig.namespace, "job", progress={"step": 1, "totalSteps": 10_000})
     rig.wait_phase(Phase.RUNNING)
-    before, begun = status_writes(proxy), time.monotonic()
-    asked = rig.kubelet.asked[rig.namespace, "job"]
+    before, begun = count_status_writes(proxy), time.monotonic()
+    asked = rig.kubelet.progress_requests[rig.namespace, "job"]
     step = 1
     while time.monotonic() < begun + 13:
         step += 1
-        rig.kubelet.say(rig.namespace, "job", progress={"step": step, "totalSteps": 10_000})
-        rig.kubelet.wait_asked(rig.namespace, "job")
+        rig.kubelet.set_progress(rig.namespace, "job", progress={"step": step, "totalSteps": 10_000})
+        rig.kubelet.wait_progress_request(rig.namespace, "job")
     elapsed = time.monotonic() - begun
-    assert rig.kubelet.asked[rig.namespace, "job"] - asked > 50
-    assert 1 <= status_writes(proxy) - before <= elapsed / 4 + 1
-    rig.kubelet.end(pod, success())
-    assert attempts(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
+    assert rig.kubelet.progress_requests[rig.namespace, "job"] - asked > 50
+    assert 1 <= count_status_writes(proxy) - before <= elapsed / 4 + 1
+    rig.kubelet.end_pod(pod, success())
+    assert attempt_reasons(rig.wait_finished()) == [(1, Reason.SUCCEEDED)]
 
 
 @pytest.mark.row(56)
@@ -65,10 +65,10 @@ def test_repeated_event_is_counted_in_a_series(rig: Rig) -> None:
     rig.submit(suspend=True)
     rig.wait_phase(Phase.SUSPENDED)
     for _ in range(4):
-        rig.steer(suspend=False)
+        rig.patch_spec(suspend=False)
         rig.kubelet.wait_running(rig.namespace, "job")
         rig.wait(lambda b: b["status"].get("phase") not in (Phase.SUSPENDED, Phase.SUSPENDING))
-        rig.steer(suspend=True)
+        rig.patch_spec(suspend=True)
         rig.wait_phase(Phase.SUSPENDED)
     events = rig.api.wait_list(
         "events", rig.namespace,
@@ -93,7 +93,7 @@ def test_long_messages_of_pods_are_shortened_and_secrets_masked(rig: Rig) -> Non
     message = (
         f"AWS_SECRET_ACCESS_KEY={SECRETS[0]} token: {SECRETS[1]} {SECRETS[2]} \x00\x1b[31m\ud7ff" + "long " * 200_000
     )
-    rig.kubelet.end(pod, Ending(70, json.dumps({"class": "Internal", "code": "Loud", "message": message})))
+    rig.kubelet.end_pod(pod, Ending(70, json.dumps({"class": "Internal", "code": "Loud", "message": message})))
     body = rig.wait_finished()
     rig.wait_event(Reason.FAILED)
     written = json.dumps(body) + json.dumps(rig.api.events(rig.namespace, "job")) + operator.log
@@ -109,7 +109,7 @@ def test_binary_termination_message_is_tolerated(rig: Rig) -> None:
     rig.operator()
     rig.submit(policy={"retries": 0})
     pod = rig.kubelet.wait_running(rig.namespace, "job")[0]
-    rig.kubelet.end(pod, Ending(1, '{"class": "Nonsense", "step": "many", \x01\x02 "message": [1'))
+    rig.kubelet.end_pod(pod, Ending(1, '{"class": "Nonsense", "step": "many", \x01\x02 "message": [1'))
     body = rig.wait_finished()
     assert body["status"]["failure"]["exitCode"] == 1
     assert body["status"]["phase"] == Phase.FAILED
@@ -137,17 +137,17 @@ def test_deadline_and_ttl_are_right_although_the_operator_s_clock_is_wrong(rig: 
     rig.submit("late", policy={"activeDeadlineSeconds": 4})
     rig.submit("early", policy={"activeDeadlineSeconds": 600})
     for name in ("ended", "kept"):
-        rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, name)[0], success())
+        rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, name)[0], success())
     body = rig.wait_finished("ended")
     assert rig.api.find("jobs", rig.namespace, "ended-1") is not None
     completed = body["status"]["completionTime"]
     rig.api.wait_gone("jobs", rig.namespace, "ended-1")
     assert _now(rig) >= _later(completed, 4)
-    assert attempts(rig.wait_finished("late")) == [(1, Reason.DEADLINE_EXCEEDED)]
+    assert attempt_reasons(rig.wait_finished("late")) == [(1, Reason.DEADLINE_EXCEEDED)]
     started = rig.get("late")["status"]["attempts"][0]["startTime"]
     assert _now(rig) >= _later(started, 4)
     assert rig.api.find("jobs", rig.namespace, "kept-1") is not None
-    assert attempts(rig.get("early")) == [(1, "")]
+    assert attempt_reasons(rig.get("early")) == [(1, "")]
     assert condition(rig.get("early"), Condition.FINISHED)["status"] == "False"
     assert len(proxy.exchanges) < 400, "a wrong clock makes no hot loop"
 
@@ -170,9 +170,9 @@ def _later(time_: str, seconds: float) -> float:
 def test_failure_emits_one_event(rig: Rig) -> None:
     rig.operator()
     rig.submit(policy={"retries": 0})
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], failure(70, message="broken"))
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], failure(70, message="broken"))
     rig.wait_finished()
     rig.wait_event(Reason.FAILED)
-    assert [note for reason, note in rig.notes() if reason == Reason.FAILED] == [
-        note for reason, note in set(rig.notes()) if reason == Reason.FAILED
+    assert [note for reason, note in rig.event_notes() if reason == Reason.FAILED] == [
+        note for reason, note in set(rig.event_notes()) if reason == Reason.FAILED
     ]

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from localcluster import Endpoint
 from tests.integration.cli.conftest import Result, condition, set_status
-from tests.support.kubeapi import KubeApi, Refused
+from tests.support.kubeapi import ApiError, KubeApi
 
 GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "cli.md"
 RUNNING = {"phase": "Running", "conditions": [condition("Reconciling")]}
@@ -81,7 +81,7 @@ def test_documented_role_is_sufficient(
 
 
 def test_documented_role_cannot_read_secrets(api: KubeApi, control_plane: Endpoint, token: str, namespace: str) -> None:
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(ApiError) as refused:
         KubeApi(control_plane, token=token).list("secrets", namespace)
     assert refused.value.code == 403
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from tests.support.fault_rows import register
 from tests.support.rig import fault_cluster, rig
-from tests.support.rows import register
 
 __all__ = ["fault_cluster", "rig"]
 

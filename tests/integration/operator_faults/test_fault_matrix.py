@@ -6,9 +6,18 @@ import pytest
 from finetune_api import names
 from finetune_api.names import Condition, Label, Phase, Reason
 
-from tests.support.apiproxy import LateEvents, LostResponse, Repeat, Status, StatusAfter, all_of
+from tests.support.apiproxy import DelayEvents, LostResponse, ReplayEvents, Status, StatusAfterApply, active_rules
 from tests.support.kubelet import Ending, Plan, failure, success
-from tests.support.rig import FTJ, Rig, attempts, condition, created, holds, status_writes, strange_writes
+from tests.support.rig import (
+    FTJ,
+    Rig,
+    attempt_reasons,
+    condition,
+    condition_is_true,
+    count_created,
+    count_status_writes,
+    forbidden_writes,
+)
 
 pytestmark = pytest.mark.integration
 
@@ -22,17 +31,17 @@ def test_whole_run_needs_few_writes_and_none_to_spec_or_metadata(rig: Rig, nodes
     pods = rig.kubelet.wait_running(rig.namespace, "job", count=nodes)
     rig.wait_phase(Phase.STARTING)
     for pod in pods:
-        rig.kubelet.end(pod, success("s3://bucket/prefix/model"))
+        rig.kubelet.end_pod(pod, success("s3://bucket/prefix/model"))
     body = rig.wait_finished()
     rig.wait_event(Reason.SUCCEEDED)
-    assert holds(body, Condition.SUCCEEDED)
+    assert condition_is_true(body, Condition.SUCCEEDED)
     assert body["status"]["phase"] == Phase.SUCCEEDED
     assert body["status"]["output"]["uri"] == "s3://bucket/prefix/model"
-    assert attempts(body) == [(1, Reason.SUCCEEDED)]
-    assert rig.jobs() == ["job-1"]
-    assert (created(proxy, "jobs"), created(proxy, "services")) == (1, 1 if nodes > 1 else 0)
-    assert status_writes(proxy) <= 8
-    assert strange_writes(proxy) == []
+    assert attempt_reasons(body) == [(1, Reason.SUCCEEDED)]
+    assert rig.job_names() == ["job-1"]
+    assert (count_created(proxy, "jobs"), count_created(proxy, "services")) == (1, 1 if nodes > 1 else 0)
+    assert count_status_writes(proxy) <= 8
+    assert forbidden_writes(proxy) == []
     metadata = rig.get()["metadata"]
     assert "finalizers" not in metadata
     assert "annotations" not in metadata
@@ -47,12 +56,12 @@ def test_kill_during_the_start_of_a_job_changes_nothing(rig: Rig, point: str) ->
     assert dying.wait_end() == -9
     proxy = rig.proxy()
     rig.operator(through=proxy)
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
     body = rig.wait_finished()
-    assert attempts(body) == [(1, Reason.SUCCEEDED)]
-    assert rig.jobs() == ["job-1"]
+    assert attempt_reasons(body) == [(1, Reason.SUCCEEDED)]
+    assert rig.job_names() == ["job-1"]
     rig.wait_event(Reason.SUCCEEDED)
-    seen = rig.notes()
+    seen = rig.event_notes()
     assert len(seen) == len(set(seen))
 
 
@@ -61,13 +70,13 @@ def test_last_wish_during_an_absence_applies(rig: Rig) -> None:
     rig.submit("new")
     rig.submit("flipped")
     for value in (True, False, True):
-        rig.steer("flipped", suspend=value)
+        rig.patch_spec("flipped", suspend=value)
     proxy = rig.proxy()
     rig.operator(through=proxy)
     rig.wait_phase(Phase.SUSPENDED, "flipped")
     rig.wait_attempt(1, "new")
-    assert rig.jobs("flipped") == []
-    assert created(proxy, "jobs") == 1
+    assert rig.job_names("flipped") == []
+    assert count_created(proxy, "jobs") == 1
 
 
 @pytest.mark.row(4)
@@ -88,31 +97,31 @@ def test_job_is_deleted_without_the_operator(rig: Rig) -> None:
 
 
 @pytest.mark.row(7)
-@pytest.mark.parametrize("fault", [LostResponse(), StatusAfter(504)], ids=["lost", "504"])
-def test_lost_response_to_a_create_leads_to_one_job(rig: Rig, fault: LostResponse | StatusAfter) -> None:
+@pytest.mark.parametrize("fault", [LostResponse(), StatusAfterApply(504)], ids=["lost", "504"])
+def test_lost_response_to_a_create_leads_to_one_job(rig: Rig, fault: LostResponse | StatusAfterApply) -> None:
     proxy = rig.proxy()
     rig.operator(through=proxy)
     with proxy.fault(fault, verb="create", resource="jobs", times=1) as rule:
         rig.submit()
         body = rig.wait_attempt(1)
     assert rule.hits == 1
-    assert rig.jobs() == ["job-1"]
-    assert attempts(body) == [(1, "")]
-    assert created(proxy, "jobs") == 1
+    assert rig.job_names() == ["job-1"]
+    assert attempt_reasons(body) == [(1, "")]
+    assert count_created(proxy, "jobs") == 1
 
 
 @pytest.mark.row(8)
 def test_status_conflicts_are_retried_without_a_warning(rig: Rig) -> None:
     proxy = rig.proxy()
     rig.operator(through=proxy)
-    with all_of(
+    with active_rules(
         proxy.fault(Status(409), verb="update", resource=f"{FTJ}/status", times=5),
         proxy.fault(Status(409), verb="patch", resource=f"{FTJ}/status", times=5),
     ):
         rig.submit()
-        rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+        rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
         body = rig.wait_finished()
-    assert attempts(body) == [(1, Reason.SUCCEEDED)]
+    assert attempt_reasons(body) == [(1, Reason.SUCCEEDED)]
     assert sum(e.fault == "Status" for e in proxy.exchanges) == 5
 
 
@@ -121,35 +130,35 @@ def test_repeated_watch_events_change_nothing(rig: Rig) -> None:
     proxy = rig.proxy()
     rig.operator(through=proxy)
     rig.submit()
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], success())
     before = rig.wait_finished()
-    proxy.forget()
+    proxy.clear_exchanges()
     for resource in ("pods", "jobs", FTJ):
-        assert proxy.watches(resource, Repeat(50)) >= 1
+        assert proxy.command_watches(resource, ReplayEvents(50)) >= 1
     rig.submit("later")
     rig.wait_attempt(1, "later")
     assert rig.get()["status"] == before["status"]
     assert [e.path for e in proxy.exchanges if e.method != "GET" and "/job" in e.path.partition(f"{FTJ}/")[2]] == []
-    assert rig.jobs() == ["job-1"]
+    assert rig.job_names() == ["job-1"]
 
 
 @pytest.mark.row(18)
 def test_stale_cache_leads_to_no_second_job(rig: Rig) -> None:
     proxy = rig.proxy()
-    with all_of(
-        proxy.fault(LateEvents(1.5), verb="watch", resource="jobs"),
-        proxy.fault(LateEvents(1.5), verb="watch", resource="pods"),
-        proxy.fault(LateEvents(1.5), verb="watch", resource=FTJ),
+    with active_rules(
+        proxy.fault(DelayEvents(1.5), verb="watch", resource="jobs"),
+        proxy.fault(DelayEvents(1.5), verb="watch", resource="pods"),
+        proxy.fault(DelayEvents(1.5), verb="watch", resource=FTJ),
     ):
         rig.operator(through=proxy, config={"resyncSeconds": 3600})
         rig.submit()
         pod = rig.kubelet.wait_running(rig.namespace, "job", attempt=1)[0]
-        rig.kubelet.end(pod, failure(70, message="broken"))
+        rig.kubelet.end_pod(pod, failure(70, message="broken"))
         pod = rig.kubelet.wait_running(rig.namespace, "job", attempt=2)[0]
-        rig.kubelet.end(pod, success())
+        rig.kubelet.end_pod(pod, success())
         body = rig.wait_finished()
-    assert attempts(body) == [(1, Reason.INTERNAL_ERROR), (2, Reason.SUCCEEDED)]
-    assert created(proxy, "jobs") == 2
+    assert attempt_reasons(body) == [(1, Reason.INTERNAL_ERROR), (2, Reason.SUCCEEDED)]
+    assert count_created(proxy, "jobs") == 2
 
 
 @pytest.mark.row(20)
@@ -186,7 +195,7 @@ def test_deleted_job_counts_as_an_ended_attempt(rig: Rig) -> None:
         rig.wait_attempt(attempt)
         rig.api.delete("jobs", rig.namespace, f"job-{attempt}", propagationPolicy="Foreground")
     body = rig.wait_finished()
-    assert attempts(body) == [(1, Reason.PREEMPTED), (2, Reason.PREEMPTED)]
+    assert attempt_reasons(body) == [(1, Reason.PREEMPTED), (2, Reason.PREEMPTED)]
     assert condition(body, Condition.SUCCEEDED)["reason"] == Reason.RETRIES_EXHAUSTED
     rig.wait_event(Reason.FAILED)
 
@@ -194,35 +203,35 @@ def test_deleted_job_counts_as_an_ended_attempt(rig: Rig) -> None:
 @pytest.mark.row(27)
 def test_exhausted_retries_finish_the_job_for_good(rig: Rig) -> None:
     proxy = rig.proxy()
-    rig.kubelet.plan(rig.namespace, Plan(end=failure(70, message="it breaks each time")))
+    rig.kubelet.set_plan(rig.namespace, Plan(when_running=failure(70, message="it breaks each time")))
     rig.operator(through=proxy)
     rig.submit(policy={"retries": 2})
     body = rig.wait_finished()
     assert body["status"]["phase"] == Phase.FAILED
-    assert attempts(body) == [(n, Reason.INTERNAL_ERROR) for n in (1, 2, 3)]
-    assert holds(body, Condition.STALLED)
-    assert not holds(body, Condition.RECONCILING)
+    assert attempt_reasons(body) == [(n, Reason.INTERNAL_ERROR) for n in (1, 2, 3)]
+    assert condition_is_true(body, Condition.STALLED)
+    assert not condition_is_true(body, Condition.RECONCILING)
     assert condition(body, Condition.SUCCEEDED)["reason"] == Reason.RETRIES_EXHAUSTED
     assert "it breaks each time" in body["status"]["failure"]["message"]
-    assert created(proxy, "jobs") == 3
+    assert count_created(proxy, "jobs") == 3
     rig.submit("later", suspend=True)
     rig.wait_phase(Phase.SUSPENDED, "later")
-    assert created(proxy, "jobs") == 3
-    assert rig.reasons().count(Reason.FAILED) == 1
+    assert count_created(proxy, "jobs") == 3
+    assert rig.event_reasons().count(Reason.FAILED) == 1
 
 
 @pytest.mark.row(30)
 def test_suspend_resume_suspend_leaves_no_pods(rig: Rig) -> None:
-    rig.kubelet.plan(rig.namespace, Plan(stop=failure(75, step=4, committed=4)))
+    rig.kubelet.set_plan(rig.namespace, Plan(when_deleted=failure(75, step=4, committed=4)))
     rig.operator()
     rig.submit()
     rig.kubelet.wait_running(rig.namespace, "job")
     for value in (True, False, True):
-        rig.steer(suspend=value)
+        rig.patch_spec(suspend=value)
     body = rig.wait_phase(Phase.SUSPENDED)
     rig.kubelet.wait_pods(rig.namespace, "job", lambda pods: not pods)
-    assert holds(body, Condition.SUSPENDED)
+    assert condition_is_true(body, Condition.SUSPENDED)
     assert all(a["reason"] == Reason.SUSPENDED for a in body["status"]["attempts"])
-    rig.steer(suspend=False)
-    rig.kubelet.end(rig.kubelet.wait_running(rig.namespace, "job")[0], Ending(0))
-    assert holds(rig.wait_finished(), Condition.SUCCEEDED)
+    rig.patch_spec(suspend=False)
+    rig.kubelet.end_pod(rig.kubelet.wait_running(rig.namespace, "job")[0], Ending(0))
+    assert condition_is_true(rig.wait_finished(), Condition.SUCCEEDED)

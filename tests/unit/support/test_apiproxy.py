@@ -1,4 +1,4 @@
-"""The API fault proxy in front of a small API server of the test's own: verbs, watches, and what they can be told."""
+"""The API fault proxy in front of a small test server: parsed requests, faults, and commands to watches."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from localcluster.api import Endpoint
 from tests.support.apiproxy import (
     ApiOperation,
     ApiProxy,
-    Cut,
-    Hold,
-    LateEvents,
+    DelayEvents,
+    Disconnect,
     LostResponse,
-    Repeat,
+    ReplayEvents,
     Reset,
-    Say,
+    SendEvent,
+    Stall,
     Status,
-    StatusAfter,
+    StatusAfterApply,
 )
 
 JOBS = "/apis/batch/v1/namespaces/ns/jobs"
 
 
 class Server:
-    """Creates what is posted, and lets the test write into its watches."""
+    """A server that records created names and sends the lines of the queue `watch` as events."""
 
     def __init__(self) -> None:
         self.created: list[str] = []
@@ -47,7 +47,7 @@ class Server:
         self.tokens.add(request.headers.get("Authorization", ""))
         if request.method == "POST":
             self.created.append((await request.json())["metadata"]["name"])
-            return web.json_response({"made": self.created[-1]}, status=201)
+            return web.json_response({"name": self.created[-1]}, status=201)
         if "watch" not in request.query:
             return web.json_response({"items": self.created})
         reply = web.StreamResponse(headers={"Content-Type": "application/json"})
@@ -77,7 +77,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def another(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def other_certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return self_signed(tmp_path_factory.mktemp("tls"))
 
 
@@ -126,27 +126,27 @@ async def create(session: aiohttp.ClientSession, name: str) -> tuple[int, Any]:
         ("GET", "/version", ("get", "/version", "", "")),
     ],
 )
-async def test_requests_are_understood(
+async def test_request_is_parsed_into_verb_and_resource(
     server: tuple[Server, ApiProxy], session: aiohttp.ClientSession, method: str, path: str, operation: tuple[str, ...]
 ) -> None:
-    seen: list[ApiOperation] = []
+    operations: list[ApiOperation] = []
     _, proxy = server
 
-    def look(request: ApiOperation) -> bool:
-        seen.append(request)
+    def record(request: ApiOperation) -> bool:
+        operations.append(request)
         return True
 
-    proxy.strike(Status(418), look)
+    proxy.add_rule(Status(418), record)
     async with session.request(method, path) as answer:
         assert answer.status == 418
-    assert seen == [ApiOperation(*operation)]
+    assert operations == [ApiOperation(*operation)]
 
 
-async def test_requests_pass_with_their_credentials_and_are_counted(
+async def test_requests_are_forwarded_with_credentials_and_logged(
     server: tuple[Server, ApiProxy], session: aiohttp.ClientSession, tmp_path: Path
 ) -> None:
     api, proxy = server
-    assert await create(session, "a") == (201, {"made": "a"})
+    assert await create(session, "a") == (201, {"name": "a"})
     async with session.get(JOBS) as answer:
         assert await answer.json() == {"items": ["a"]}
     assert api.tokens == {"Bearer secret"}
@@ -158,7 +158,7 @@ async def test_requests_pass_with_their_credentials_and_are_counted(
     assert config["users"][0]["user"] == {"token": "another"}
 
 
-async def test_a_refusal_is_a_status_with_its_reason(
+async def test_injected_error_is_a_kubernetes_status_with_its_reason(
     server: tuple[Server, ApiProxy], session: aiohttp.ClientSession
 ) -> None:
     api, proxy = server
@@ -171,19 +171,19 @@ async def test_a_refusal_is_a_status_with_its_reason(
     assert api.created == ["b"]
 
 
-@pytest.mark.parametrize(("fault", "made"), [(Reset(), []), (LostResponse(), ["a"])])
-async def test_a_create_without_an_answer(
-    server: tuple[Server, ApiProxy], session: aiohttp.ClientSession, fault: Any, made: list[str]
+@pytest.mark.parametrize(("fault", "created"), [(Reset(), []), (LostResponse(), ["a"])])
+async def test_reset_prevents_the_create_and_lost_response_does_not(
+    server: tuple[Server, ApiProxy], session: aiohttp.ClientSession, fault: Any, created: list[str]
 ) -> None:
     api, proxy = server
     with proxy.fault(fault, verb="create"), pytest.raises(aiohttp.ClientError):
         await create(session, "a")
-    assert api.created == made
+    assert api.created == created
 
 
-async def test_an_error_for_what_was_done(server: tuple[Server, ApiProxy], session: aiohttp.ClientSession) -> None:
+async def test_status_after_apply_executes_the_request(server: tuple[Server, ApiProxy], session: aiohttp.ClientSession) -> None:
     api, proxy = server
-    with proxy.fault(StatusAfter(504), verb="create"):
+    with proxy.fault(StatusAfterApply(504), verb="create"):
         assert (await create(session, "a"))[0] == 504
     assert api.created == ["a"]
 
@@ -192,44 +192,44 @@ async def read_line(answer: aiohttp.ClientResponse) -> str:
     return (await asyncio.wait_for(answer.content.readline(), 10)).decode().strip()
 
 
-async def test_a_watch_flows_and_obeys(server: tuple[Server, ApiProxy], session: aiohttp.ClientSession) -> None:
+async def test_watch_forwards_events_and_executes_commands(server: tuple[Server, ApiProxy], session: aiohttp.ClientSession) -> None:
     api, proxy = server
     async with session.get(f"{JOBS}?watch=true") as answer:
         for line in ("one", "two"):
             api.watch.put_nowait(line)
             assert await read_line(answer) == line
-        assert proxy.watches("pods", Cut()) == 0
-        assert proxy.watches("jobs", Repeat(2)) == 1
+        assert proxy.command_watches("pods", Disconnect()) == 0
+        assert proxy.command_watches("jobs", ReplayEvents(2)) == 1
         assert [await read_line(answer), await read_line(answer)] == ["one", "two"]
-        proxy.watches("jobs", Say.gone(410))
-        said = json.loads(await read_line(answer))
-        assert (said["type"], said["object"]["code"], said["object"]["reason"]) == ("ERROR", 410, "Expired")
-        proxy.watches("jobs", Cut())
+        proxy.command_watches("jobs", SendEvent.error(410))
+        event = json.loads(await read_line(answer))
+        assert (event["type"], event["object"]["code"], event["object"]["reason"]) == ("ERROR", 410, "Expired")
+        proxy.command_watches("jobs", Disconnect())
         with pytest.raises(aiohttp.ClientPayloadError):
             await asyncio.wait_for(answer.content.read(), 10)
 
 
-async def test_a_held_watch_stays_open_and_silent(
+async def test_stalled_watch_stays_open_without_events(
     server: tuple[Server, ApiProxy], session: aiohttp.ClientSession
 ) -> None:
     api, proxy = server
     async with session.get(f"{JOBS}?watch=true") as answer:
         api.watch.put_nowait("one")
         assert await read_line(answer) == "one"
-        proxy.watches("jobs", Hold())
+        proxy.command_watches("jobs", Stall())
         api.watch.put_nowait("two")
         reading = asyncio.ensure_future(answer.content.readline())
         assert (await create(session, "meanwhile"))[0] == 201
         assert not reading.done()
-        proxy.watches("jobs", Say.gone(410))
+        proxy.command_watches("jobs", SendEvent.error(410))
         assert json.loads(await asyncio.wait_for(reading, 10))["type"] == "ERROR"
 
 
-async def test_late_events_keep_their_order_and_let_other_requests_pass(
+async def test_delayed_events_keep_their_order_and_do_not_delay_other_requests(
     server: tuple[Server, ApiProxy], session: aiohttp.ClientSession
 ) -> None:
     api, proxy = server
-    proxy.fault(LateEvents(0.2), verb="watch")
+    proxy.fault(DelayEvents(0.2), verb="watch")
     loop = asyncio.get_running_loop()
     async with session.get(f"{JOBS}?watch=true") as answer:
         for line in ("one", "two"):
@@ -240,7 +240,7 @@ async def test_late_events_keep_their_order_and_let_other_requests_pass(
         assert loop.time() - sent >= 0.15
 
 
-async def test_a_watch_that_the_server_ends_ends_in_good_order(
+async def test_watch_that_the_server_ends_is_complete_for_the_client(
     server: tuple[Server, ApiProxy], session: aiohttp.ClientSession
 ) -> None:
     api, _ = server
@@ -250,11 +250,11 @@ async def test_a_watch_that_the_server_ends_ends_in_good_order(
         assert await asyncio.wait_for(answer.content.read(), 10) == b"one\n"
 
 
-async def test_an_unknown_certificate_is_not_trusted(
-    server: tuple[Server, ApiProxy], another: tuple[Path, Path]
+async def test_unknown_server_certificate_is_rejected(
+    server: tuple[Server, ApiProxy], other_certificate: tuple[Path, Path]
 ) -> None:
     _, proxy = server
-    with ApiProxy(Endpoint(Path("/nowhere"), proxy.upstream, "t", another[1])) as distrustful:
+    with ApiProxy(Endpoint(Path("/nowhere"), proxy.upstream, "t", other_certificate[1])) as other_proxy:
         with pytest.raises((urllib.error.URLError, ConnectionError)):
-            await asyncio.to_thread(urllib.request.urlopen, distrustful.url + JOBS, timeout=5)
-        assert [e.applied for e in distrustful.exchanges] == [0]
+            await asyncio.to_thread(urllib.request.urlopen, other_proxy.url + JOBS, timeout=5)
+        assert [e.server_status for e in other_proxy.exchanges] == [0]

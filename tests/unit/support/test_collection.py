@@ -33,13 +33,13 @@ def ids_in_another_process(paths: list[str], config: pytest.Config) -> list[str]
 
 
 def test_second_process_collects_the_same_tests_later(request: pytest.FixtureRequest) -> None:
-    """Only files of tests/unit that this run has collected are collected again, so that a run of one file stays quick."""
+    """Collect again only the files of tests/unit that this run has collected, so that a run of one file stays quick."""
     ids = [item.nodeid for item in request.session.items if item.nodeid.startswith("tests/unit/")]
     paths = list(dict.fromkeys(node_id.partition("::")[0] for node_id in ids))
     assert ids_in_another_process(paths, request.config) == ids
 
 
-def test_id_that_holds_the_time_is_noticed(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_id_that_contains_the_time_differs_between_processes(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     file = tmp_path / "test_with_time.py"
     file.write_text(
         "import time, pytest\n"

@@ -1,4 +1,4 @@
-"""The S3 fault proxy: what no fault asks for passes unchanged, and each fault does what its name says."""
+"""The S3 fault proxy forwards requests unchanged without a fault, and each fault has its documented effect."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from localcluster.s3 import S3Endpoint, S3Process
 from tests.support.s3proxy import (
     Bandwidth,
     Blackhole,
+    DelayResponse,
     FlipByte,
-    LateAnswer,
     Latency,
     LostResponse,
     Reset,
     S3Proxy,
     Status,
-    StatusAfter,
+    StatusAfterApply,
     Truncate,
-    all_of,
+    active_rules,
 )
 
-ONCE = {"total_max_attempts": 1}
+NO_RETRIES = {"total_max_attempts": 1}
 BUCKET = "proxied"
 
 
@@ -53,15 +53,15 @@ def running(server: S3Endpoint) -> Iterator[S3Proxy]:
 
 @pytest.fixture
 def proxy(running: S3Proxy) -> S3Proxy:
-    running.clear()
-    running.forget()
+    running.clear_rules()
+    running.clear_exchanges()
     return running
 
 
 @pytest.fixture
 def client(proxy: S3Proxy, server: S3Endpoint) -> Iterator[Any]:
-    """Through the proxy, each request tried once."""
-    client = proxy.through(server).client(retries=ONCE, read_timeout=5)
+    """A client that connects through the proxy and does not retry."""
+    client = proxy.through(server).client(retries=NO_RETRIES, read_timeout=5)
     yield client
     client.close()
 
@@ -89,7 +89,7 @@ def missing(client: Any, key: str) -> bool:
     return False
 
 
-def test_objects_and_awkward_names_pass_unchanged(proxy: S3Proxy, client: Any, direct: Any) -> None:
+def test_objects_and_keys_with_special_characters_pass_unchanged(proxy: S3Proxy, client: Any, direct: Any) -> None:
     body = os.urandom(300_000)
     key = "a b/ä+%2F=&?/step-00000001/x.bin"
     put(client, key, body)
@@ -100,20 +100,20 @@ def test_objects_and_awkward_names_pass_unchanged(proxy: S3Proxy, client: Any, d
     assert [(item["Key"], item["Size"]) for item in listed["Contents"]] == [(key, len(body))]
     client.delete_object(Bucket=BUCKET, Key=key)
     assert missing(direct, key)
-    seen = [e.operation for e in proxy.exchanges]
-    assert seen == ["PutObject", "GetObject", "HeadObject", "ListObjectsV2", "DeleteObject"]
+    operations = [e.operation for e in proxy.exchanges]
+    assert operations == ["PutObject", "GetObject", "HeadObject", "ListObjectsV2", "DeleteObject"]
     assert {e.fault for e in proxy.exchanges} == {""}
     assert proxy.exchanges[0].request_bytes == len(body)
     assert proxy.exchanges[1].response_bytes == len(body)
 
 
-def test_a_wrong_signature_is_still_refused(proxy: S3Proxy, server: S3Endpoint) -> None:
-    stranger = S3Endpoint(proxy.url, proxy.url, server.access_key, "wrong")
+def test_wrong_signature_is_rejected_by_the_server(proxy: S3Proxy, server: S3Endpoint) -> None:
+    unauthorized = S3Endpoint(proxy.url, proxy.url, server.access_key, "wrong")
     with pytest.raises(ClientError, match="SignatureDoesNotMatch"):
-        put(stranger.client(), "x", b"x")
+        put(unauthorized.client(), "x", b"x")
 
 
-def test_a_multipart_upload_passes_and_its_parts_are_told_apart(
+def test_each_request_of_a_multipart_upload_has_its_operation_name(
     proxy: S3Proxy, client: Any, direct: Any, tmp_path: Path
 ) -> None:
     from boto3.s3.transfer import TransferConfig
@@ -128,7 +128,7 @@ def test_a_multipart_upload_passes_and_its_parts_are_told_apart(
     assert names == ["CompleteMultipartUpload", "CreateMultipartUpload", "UploadPart", "UploadPart", "UploadPart"]
 
 
-def test_slow_down_is_what_the_client_sees_and_the_server_is_not_asked(
+def test_client_receives_the_injected_error_and_the_server_receives_nothing(
     proxy: S3Proxy, client: Any, direct: Any
 ) -> None:
     with (
@@ -139,10 +139,10 @@ def test_slow_down_is_what_the_client_sees_and_the_server_is_not_asked(
     put(client, "refused-later", b"x")
     assert rule.hits == 1
     assert missing(direct, "refused")
-    assert [(e.status, e.applied, e.fault) for e in proxy.exchanges[:2]] == [(503, 0, "Status"), (200, 200, "")]
+    assert [(e.client_status, e.server_status, e.fault) for e in proxy.exchanges[:2]] == [(503, 0, "Status"), (200, 200, "")]
 
 
-def test_boto3_gets_over_a_few_faults_by_itself(proxy: S3Proxy, server: S3Endpoint, direct: Any) -> None:
+def test_boto3_retries_two_injected_errors(proxy: S3Proxy, server: S3Endpoint, direct: Any) -> None:
     client = proxy.through(server).client(retries={"total_max_attempts": 4, "mode": "standard"})
     with proxy.fault(Status(500), operation="PutObject", times=2) as rule:
         put(client, "retried", b"value")
@@ -150,22 +150,22 @@ def test_boto3_gets_over_a_few_faults_by_itself(proxy: S3Proxy, server: S3Endpoi
     assert read(direct, "retried") == b"value"
 
 
-def test_probability_strikes_at_the_same_places_for_the_same_seed(server: S3Endpoint) -> None:
-    def struck(seed: int) -> list[int]:
+def test_same_seed_applies_the_fault_to_the_same_requests(server: S3Endpoint) -> None:
+    def faulty_requests(seed: int) -> list[int]:
         with S3Proxy(server.host_url, seed=seed) as proxy:
-            client = proxy.through(server).client(retries=ONCE)
+            client = proxy.through(server).client(retries=NO_RETRIES)
             proxy.fault(Status(404), probability=0.5)
             for _ in range(12):
                 missing(client, "nothing")
             return [e.number for e in proxy.exchanges if e.fault]
 
-    first = struck(1)
-    assert struck(1) == first
+    first = faulty_requests(1)
+    assert faulty_requests(1) == first
     assert 0 < len(first) < 12
-    assert struck(2) != first
+    assert faulty_requests(2) != first
 
 
-def test_skip_and_times_choose_the_request(proxy: S3Proxy, client: Any) -> None:
+def test_skip_and_times_select_the_requests(proxy: S3Proxy, client: Any) -> None:
     put(client, "chosen", b"value")
     with proxy.fault(Status(500), operation="GetObject", skip=1, times=1):
         outcomes = []
@@ -177,23 +177,23 @@ def test_skip_and_times_choose_the_request(proxy: S3Proxy, client: Any) -> None:
     assert outcomes == [b"value", b"500", b"value"]
 
 
-def test_a_reset_leaves_nothing_and_a_lost_response_leaves_the_object(proxy: S3Proxy, client: Any, direct: Any) -> None:
+def test_reset_prevents_the_upload_and_lost_response_does_not(proxy: S3Proxy, client: Any, direct: Any) -> None:
     with proxy.fault(Reset(), key="reset"), pytest.raises((ConnectionClosedError, HTTPClientError)):
         put(client, "reset", b"x")
     assert missing(direct, "reset")
     with proxy.fault(LostResponse(), key="lost"), pytest.raises((ConnectionClosedError, HTTPClientError)):
         put(client, "lost", b"kept")
     assert read(direct, "lost") == b"kept"
-    assert [(e.status, e.applied) for e in proxy.exchanges[:2]] == [(0, 0), (0, 200)]
+    assert [(e.client_status, e.server_status) for e in proxy.exchanges[:2]] == [(0, 0), (0, 200)]
 
 
-def test_an_error_after_the_work_was_done(proxy: S3Proxy, client: Any, direct: Any) -> None:
-    with proxy.fault(StatusAfter(500), key="done"), pytest.raises(ClientError, match="InternalError"):
+def test_status_after_apply_executes_the_request(proxy: S3Proxy, client: Any, direct: Any) -> None:
+    with proxy.fault(StatusAfterApply(500), key="done"), pytest.raises(ClientError, match="InternalError"):
         put(client, "done", b"kept")
     assert read(direct, "done") == b"kept"
 
 
-def test_a_truncated_body_is_shorter_than_its_length_says(proxy: S3Proxy, client: Any) -> None:
+def test_truncated_body_is_shorter_than_its_content_length(proxy: S3Proxy, client: Any) -> None:
     put(client, "cut", b"0123456789" * 1000)
     with proxy.fault(Truncate(100), operation="GetObject"):
         body = client.get_object(Bucket=BUCKET, Key="cut")
@@ -202,7 +202,7 @@ def test_a_truncated_body_is_shorter_than_its_length_says(proxy: S3Proxy, client
             body["Body"].read()
 
 
-def test_one_byte_is_another(proxy: S3Proxy, client: Any) -> None:
+def test_flip_byte_changes_one_byte(proxy: S3Proxy, client: Any) -> None:
     value = os.urandom(200_000)
     put(client, "flipped", value)
     with proxy.fault(FlipByte(150_000), operation="GetObject"):
@@ -211,44 +211,44 @@ def test_one_byte_is_another(proxy: S3Proxy, client: Any) -> None:
     assert read(client, "flipped") == value
 
 
-def test_a_black_hole_holds_until_the_client_gives_up(proxy: S3Proxy, server: S3Endpoint, direct: Any) -> None:
-    client = proxy.through(server).client(retries=ONCE, read_timeout=0.2)
+def test_blackhole_lasts_until_the_client_times_out(proxy: S3Proxy, server: S3Endpoint, direct: Any) -> None:
+    client = proxy.through(server).client(retries=NO_RETRIES, read_timeout=0.2)
     with proxy.fault(Blackhole(), key="hole"), pytest.raises(ReadTimeoutError):
         put(client, "hole", b"x")
-    assert proxy.wait_for(lambda e: e.fault == "Blackhole").applied == 0
+    assert proxy.wait_for(lambda e: e.fault == "Blackhole").server_status == 0
     assert missing(direct, "hole")
 
 
-def test_latency_before_and_after_differ_in_what_the_server_did(
+def test_server_executes_a_request_with_delayed_response_but_not_a_delayed_request(
     proxy: S3Proxy, server: S3Endpoint, direct: Any
 ) -> None:
-    client = proxy.through(server).client(retries=ONCE, read_timeout=0.3)
+    client = proxy.through(server).client(retries=NO_RETRIES, read_timeout=0.3)
     with proxy.fault(Latency(30), key="late-request"), pytest.raises(ReadTimeoutError):
         put(client, "late-request", b"x")
-    with proxy.fault(LateAnswer(30), key="late-answer"), pytest.raises(ReadTimeoutError):
-        put(client, "late-answer", b"x")
-    assert proxy.wait_for(lambda e: e.fault == "LateAnswer").applied == 200
+    with proxy.fault(DelayResponse(30), key="late-response"), pytest.raises(ReadTimeoutError):
+        put(client, "late-response", b"x")
+    assert proxy.wait_for(lambda e: e.fault == "DelayResponse").server_status == 200
     assert missing(direct, "late-request")
-    assert read(direct, "late-answer") == b"x"
+    assert read(direct, "late-response") == b"x"
 
 
-def test_a_late_answer_is_the_server_s_own(proxy: S3Proxy, client: Any) -> None:
+def test_delayed_response_is_that_of_the_server(proxy: S3Proxy, client: Any) -> None:
     put(client, "late", b"value")
-    with proxy.fault(LateAnswer(0.01)):
+    with proxy.fault(DelayResponse(0.01)):
         answer = client.get_object(Bucket=BUCKET, Key="late")
     assert answer["Body"].read() == b"value"
     assert answer["ETag"] == client.head_object(Bucket=BUCKET, Key="late")["ETag"]
 
 
-def test_a_slow_line_takes_as_long_as_its_rate_says(proxy: S3Proxy, client: Any) -> None:
+def test_bandwidth_limit_determines_the_duration(proxy: S3Proxy, client: Any) -> None:
     put(client, "slow", b"x" * 100_000)
     with proxy.fault(Bandwidth(500_000), operation="GetObject"):
         assert len(read(client, "slow")) == 100_000
     assert proxy.wait_for(lambda e: e.fault == "Bandwidth").seconds >= 0.2
 
 
-def test_all_of_lifts_every_rule(proxy: S3Proxy, client: Any) -> None:
-    with all_of(proxy.fault(Status(500), key="one"), proxy.fault(Status(503), key="two")):
+def test_active_rules_removes_all_rules_at_the_end(proxy: S3Proxy, client: Any) -> None:
+    with active_rules(proxy.fault(Status(500), key="one"), proxy.fault(Status(503), key="two")):
         for key in ("one", "two"):
             with pytest.raises(ClientError):
                 put(client, key, b"x")
@@ -256,13 +256,13 @@ def test_all_of_lifts_every_rule(proxy: S3Proxy, client: Any) -> None:
     put(client, "two", b"x")
 
 
-def test_a_server_that_is_away_looks_like_a_broken_connection(server: S3Endpoint) -> None:
+def test_unreachable_server_resets_the_connection(server: S3Endpoint) -> None:
     with S3Proxy(f"http://127.0.0.1:{free_ports(1)[0]}") as proxy:
         with pytest.raises((ConnectionClosedError, HTTPClientError)):
-            put(proxy.through(server).client(retries=ONCE), "x", b"x")
-        assert [(e.operation, e.status, e.applied) for e in proxy.exchanges] == [("PutObject", 0, 0)]
+            put(proxy.through(server).client(retries=NO_RETRIES), "x", b"x")
+        assert [(e.operation, e.client_status, e.server_status) for e in proxy.exchanges] == [("PutObject", 0, 0)]
 
 
-def test_waiting_for_what_never_comes_ends(proxy: S3Proxy) -> None:
+def test_wait_for_times_out_without_a_matching_request(proxy: S3Proxy) -> None:
     with pytest.raises(TimeoutError, match="no such request"):
         proxy.wait_for(lambda e: False, timeout=0.01)

@@ -1,4 +1,4 @@
-"""Which row of the fault matrix a test shows, and the table that is printed at the end of a run."""
+"""Pytest plugin: the marker `row` for rows of the fault matrix, and a summary of the passed and failed rows at the end of a run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ _outcomes: dict[int, dict[str, int]] = {}
 
 
 def register(config: pytest.Config) -> None:
-    """For the `pytest_configure` of a conftest; several may call it."""
+    """Register the plugin once. Call it in the `pytest_configure` of a conftest."""
     name = "fault-rows"
     if config.pluginmanager.has_plugin(name):
         return
     config.pluginmanager.register(sys.modules[__name__], name)
     config.addinivalue_line(
-        "markers", "row(*numbers): rows of the fault matrix (docs/guides/faults.md) shown by this test"
+        "markers", "row(*numbers): rows of the fault matrix (docs/guides/faults.md) covered by this test"
     )
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Count one outcome for each row of the test: its call, or a failure before or after."""
+    """Count one outcome for each row of the test: that of its call, or a failure of its setup or teardown."""
     if report.when != "call" and report.passed:
         return
     for key, value in report.user_properties:
@@ -38,11 +38,11 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line: which rows held and which did not."""
+    """Print which rows passed and which failed."""
     if not _outcomes:
         return
-    broken = sorted(row for row, counts in _outcomes.items() if counts.get("failed"))
-    held = sorted(row for row, counts in _outcomes.items() if not counts.get("failed") and counts.get("passed"))
+    failed = sorted(row for row, counts in _outcomes.items() if counts.get("failed"))
+    passed = sorted(row for row, counts in _outcomes.items() if not counts.get("failed") and counts.get("passed"))
     terminalreporter.section("fault matrix")
-    terminalreporter.write_line(f"rows that held: {', '.join(map(str, held)) or 'none'}")
-    terminalreporter.write_line(f"rows that broke: {', '.join(map(str, broken)) or 'none'}")
+    terminalreporter.write_line(f"passed rows: {', '.join(map(str, passed)) or 'none'}")
+    terminalreporter.write_line(f"failed rows: {', '.join(map(str, failed)) or 'none'}")
