@@ -11,7 +11,7 @@ import pytest
 
 from localcluster import NodeCluster, images, paths
 from localcluster.steps import shown
-from tests.e2e.jobs.site import OPERATOR_IMAGE, TRAINER_IMAGE, JobNamespace, Site
+from tests.e2e.jobs.installation import OPERATOR_IMAGE, TRAINER_IMAGE, Installation, JobNamespace
 from tests.support.tiny import make_tiny_model
 
 
@@ -46,29 +46,29 @@ def namespace(node_cluster: NodeCluster) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def site(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFactory) -> Site:
+def installation(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFactory) -> Installation:
     """The cluster with the operator of this checkout installed, and a model in S3."""
     images.build([images.Which.OPERATOR, images.Which.TRAINER], shown)
     for tag in (OPERATOR_IMAGE, TRAINER_IMAGE):
         node_cluster.load_image(tag)
-    site = Site(node_cluster)
-    site.install()
+    installation = Installation(node_cluster)
+    installation.install()
     model = make_tiny_model(tmp_path_factory.mktemp("model"), hidden=128, layers=4)
-    site.upload(model, {})
-    return site
+    installation.upload(model, {})
+    return installation
 
 
 @pytest.fixture
-def job_namespace(site: Site) -> Iterator[JobNamespace]:
+def job_namespace(installation: Installation) -> Iterator[JobNamespace]:
     """A new namespace for jobs, deleted after the test."""
-    created = site.create_namespace(f"jobs-{secrets.token_hex(4)}")
+    created = installation.create_namespace(f"jobs-{secrets.token_hex(4)}")
     yield created
-    site.api.delete("namespaces", None, created.namespace)
+    installation.api.delete("namespaces", None, created.namespace)
 
 
 @pytest.fixture(scope="module")
-def shared_namespace(site: Site) -> Iterator[JobNamespace]:
+def shared_namespace(installation: Installation) -> Iterator[JobNamespace]:
     """A namespace for jobs that several tests of a module read."""
-    created = site.create_namespace(f"shared-{secrets.token_hex(4)}")
+    created = installation.create_namespace(f"shared-{secrets.token_hex(4)}")
     yield created
-    site.api.delete("namespaces", None, created.namespace)
+    installation.api.delete("namespaces", None, created.namespace)

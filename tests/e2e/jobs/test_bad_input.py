@@ -12,7 +12,7 @@ import pytest
 from finetune_api.names import CONTAINER, Condition, ExitCode, FailureClass, Phase, Reason
 from finetune_api.status import FineTuneJobStatus
 
-from tests.e2e.jobs.site import MODEL, JobNamespace, Site, job
+from tests.e2e.jobs.installation import MODEL, Installation, JobNamespace, job
 
 DATA = "s3://datasets"
 SOON = timedelta(seconds=20)
@@ -28,142 +28,148 @@ def row(question: str, answer: str | None = "Yes.", role: str = "assistant") -> 
     return json.dumps({"messages": turns}).encode() + b"\n"
 
 
-GOOD = [row(f"Is {number} a number?") for number in range(200)]
+VALID_ROWS = [row(f"Is {number} a number?") for number in range(200)]
 FILES = {
     "empty.jsonl": b"",
-    "latin1.jsonl": b"".join(GOOD[:3]) + '{"messages": "caf\u00e9"}\n'.encode("latin-1"),
-    "row17.jsonl": b"".join([*GOOD[:16], b'{"messages": [\n', *GOOD[17:]]),
-    "role.jsonl": b"".join([*GOOD[:4], row("Who?", role="robot")]),
+    "latin1.jsonl": b"".join(VALID_ROWS[:3]) + '{"messages": "caf\u00e9"}\n'.encode("latin-1"),
+    "row17.jsonl": b"".join([*VALID_ROWS[:16], b'{"messages": [\n', *VALID_ROWS[17:]]),
+    "role.jsonl": b"".join([*VALID_ROWS[:4], row("Who?", role="robot")]),
     "unanswered.jsonl": b"".join(row(f"Question {number}?", answer=None) for number in range(8)),
 }
 
 
 @dataclass(frozen=True)
-class Bad:
-    """A spec and the expected failure. `words` must occur in the message or the hint."""
+class InvalidInput:
+    """A spec and the expected failure. All of `expected_text` must occur in the message or the hint."""
 
     spec: dict[str, Any]
     exit_code: ExitCode
-    klass: FailureClass
+    failure_class: FailureClass
     code: str
-    words: tuple[str, ...]
+    expected_text: tuple[str, ...]
 
 
 def data(name: str) -> dict[str, Any]:
-    """A job on one of the files above."""
+    """A spec with one of the files above as the data set."""
     return {"dataset": {"train": f"{DATA}/{name}", "format": "messages"}}
 
 
-def storage(site: Site, **more: Any) -> dict[str, Any]:
+def storage(installation: Installation, **more: Any) -> dict[str, Any]:
     """The default storage with changes."""
-    return {"storage": {"uri": "s3://finetune/jobs", "endpoint": site.cluster.s3.cluster_url, **STORE} | more}
+    return {"storage": {"uri": "s3://finetune/jobs", "endpoint": installation.cluster.s3.cluster_url, **STORE} | more}
 
 
-CASES: dict[str, Callable[[Site], Bad]] = {
-    "dataset-missing": lambda _: Bad(
+CASES: dict[str, Callable[[Installation], InvalidInput]] = {
+    "dataset-missing": lambda _: InvalidInput(
         data("nowhere.jsonl"), ExitCode.NOT_FOUND, FailureClass.DATA, "DatasetNotFound", (f"{DATA}/nowhere.jsonl",)
     ),
-    "dataset-empty": lambda _: Bad(
+    "dataset-empty": lambda _: InvalidInput(
         data("empty.jsonl"), ExitCode.DATA, FailureClass.DATA, "DatasetEmpty", ("empty.jsonl",)
     ),
-    "dataset-not-utf8": lambda _: Bad(
+    "dataset-not-utf8": lambda _: InvalidInput(
         data("latin1.jsonl"), ExitCode.DATA, FailureClass.DATA, "DatasetNotUtf8",
-        ("latin1.jsonl", str(len(b"".join(GOOD[:3])) + FILES["latin1.jsonl"].split(b"\n")[3].index(b"\xe9"))),
+        ("latin1.jsonl", str(len(b"".join(VALID_ROWS[:3])) + FILES["latin1.jsonl"].split(b"\n")[3].index(b"\xe9"))),
     ),
-    "row-malformed": lambda _: Bad(
+    "row-malformed": lambda _: InvalidInput(
         data("row17.jsonl"), ExitCode.DATA, FailureClass.DATA, "DatasetRowInvalid", ("row17.jsonl", "17")
     ),
-    "role-unknown": lambda _: Bad(
+    "role-unknown": lambda _: InvalidInput(
         data("role.jsonl"), ExitCode.DATA, FailureClass.DATA, "UnknownRole", ("role.jsonl", "5", "robot", "assistant")
     ),
-    "no-answer": lambda _: Bad(
+    "no-answer": lambda _: InvalidInput(
         data("unanswered.jsonl"), ExitCode.DATA, FailureClass.DATA, "NoTrainableToken", ("unanswered.jsonl",)
     ),
-    "model-missing": lambda _: Bad(
+    "model-missing": lambda _: InvalidInput(
         {"model": {"source": f"{MODEL}-2"}}, ExitCode.NOT_FOUND, FailureClass.MODEL, "ModelNotFound", (f"{MODEL}-2",)
     ),
-    "bucket-missing": lambda site: Bad(
-        storage(site, uri="s3://no-such-bucket/jobs"), ExitCode.STORAGE_SETUP, FailureClass.STORAGE, "BucketNotFound",
+    "bucket-missing": lambda installation: InvalidInput(
+        storage(installation, uri="s3://no-such-bucket/jobs"), ExitCode.STORAGE_SETUP, FailureClass.STORAGE, "BucketNotFound",
         ("no-such-bucket", "storage.uri"),
     ),
-    "keys-wrong": lambda site: Bad(
-        storage(site, credentialsSecretRef={"name": "wrong-keys"}), ExitCode.CREDENTIALS, FailureClass.STORAGE,
+    "keys-wrong": lambda installation: InvalidInput(
+        storage(installation, credentialsSecretRef={"name": "wrong-keys"}), ExitCode.CREDENTIALS, FailureClass.STORAGE,
         "CredentialsRejected", ("storage.credentialsSecretRef",),
     ),
-    "endpoint-silent": lambda site: Bad(
-        {**storage(site, endpoint="http://nobody.s3.svc:8333"), "policy": {"retries": 0}}, ExitCode.STORAGE,
+    "endpoint-silent": lambda installation: InvalidInput(
+        {**storage(installation, endpoint="http://nobody.s3.svc:8333"), "policy": {"retries": 0}}, ExitCode.STORAGE,
         FailureClass.STORAGE, "EndpointUnreachable", ("nobody.s3.svc:8333",),
     ),
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def failing(site: Site, shared_namespace: JobNamespace) -> JobNamespace:
+def failing_jobs(installation: Installation, shared_namespace: JobNamespace) -> JobNamespace:
     """A namespace in which all cases run at once."""
     for key, body in FILES.items():
-        site.store.put_object(Bucket="datasets", Key=key, Body=body)
+        installation.store.put_object(Bucket="datasets", Key=key, Body=body)
     shared_namespace.secret("wrong-keys", {"AWS_ACCESS_KEY_ID": "nobody", "AWS_SECRET_ACCESS_KEY": "nothing"})
-    shared_namespace.apply(*(job(name, **case(site).spec) for name, case in CASES.items()))
+    shared_namespace.apply(*(job(name, **case(installation).spec) for name, case in CASES.items()))
     return shared_namespace
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_failure_has_its_code_before_training(failing: JobNamespace, name: str) -> None:
-    bad = CASES[name](failing.site)
-    status = failing.end(name, Phase.FAILED)
+def test_failure_has_its_code_before_training(failing_jobs: JobNamespace, name: str) -> None:
+    case = CASES[name](failing_jobs.installation)
+    status = failing_jobs.wait_finished(name, Phase.FAILED)
     failure = status.failure
     assert failure is not None
-    said = f"{failure.message} {failure.hint}"
-    assert (failure.class_, failure.code, failure.exit_code) == (bad.klass, bad.code, bad.exit_code), said
-    assert [word for word in bad.words if word not in said] == [], said
-    assert "Traceback" not in said
+    text = f"{failure.message} {failure.hint}"
+    assert (failure.class_, failure.code, failure.exit_code) == (case.failure_class, case.code, case.exit_code), text
+    assert [part for part in case.expected_text if part not in text] == [], text
+    assert "Traceback" not in text
     assert status.progress is None or not status.progress.step
     assert condition(status, Condition.STALLED) == "True"
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_failure_is_not_retried(failing: JobNamespace, name: str) -> None:
-    status = failing.end(name, Phase.FAILED)
+def test_failure_is_not_retried(failing_jobs: JobNamespace, name: str) -> None:
+    status = failing_jobs.wait_finished(name, Phase.FAILED)
     assert not status.restarts, status.attempts
-    (pod,) = failing.pods(name)
+    (pod,) = failing_jobs.pods(name)
     (state,) = pod["status"]["containerStatuses"]
-    assert state["state"]["terminated"]["exitCode"] == CASES[name](failing.site).exit_code
+    assert state["state"]["terminated"]["exitCode"] == CASES[name](failing_jobs.installation).exit_code
 
 
 @pytest.mark.slow  # the duration is only meaningful if no other test uses the cores
 @pytest.mark.parametrize("name", CASES)
-def test_pod_fails_within_the_promised_time(failing: JobNamespace, name: str) -> None:
+def test_pod_fails_within_the_promised_time(failing_jobs: JobNamespace, name: str) -> None:
     """Measured with the kubelet's timestamps, while all cases run on the same cores."""
-    failing.end(name, Phase.FAILED)
-    (pod,) = failing.pods(name)
+    failing_jobs.wait_finished(name, Phase.FAILED)
+    (pod,) = failing_jobs.pods(name)
     (state,) = pod["status"]["containerStatuses"]
     ended = state["state"]["terminated"]
-    began, over = (datetime.fromisoformat(ended[key]) for key in ("startedAt", "finishedAt"))
-    assert timedelta(0) <= over - began <= SOON
+    started, finished = (datetime.fromisoformat(ended[key]) for key in ("startedAt", "finishedAt"))
+    assert timedelta(0) <= finished - started <= SOON
 
 
-def test_secrets_appear_in_no_status_or_log(failing: JobNamespace) -> None:
+def test_secrets_appear_in_no_status_or_log(failing_jobs: JobNamespace) -> None:
     for name in ("keys-wrong", "bucket-missing"):
-        status = failing.end(name, Phase.FAILED)
-        (pod,) = failing.pods(name)
-        logs = failing.site.cluster.kubectl("-n", failing.namespace, "logs", pod["metadata"]["name"], "-c", CONTAINER)
-        for secret in (failing.site.cluster.s3.secret_key, "nothing"):
+        status = failing_jobs.wait_finished(name, Phase.FAILED)
+        (pod,) = failing_jobs.pods(name)
+        logs = failing_jobs.installation.cluster.kubectl(
+            "-n", failing_jobs.namespace, "logs", pod["metadata"]["name"], "-c", CONTAINER
+        )
+        for secret in (failing_jobs.installation.cluster.s3.secret_key, "nothing"):
             assert secret not in logs.split()
-            assert failing.site.cluster.s3.secret_key not in status.model_dump_json()
+            assert failing_jobs.installation.cluster.s3.secret_key not in status.model_dump_json()
 
 
 def test_job_waits_for_a_missing_secret(job_namespace: JobNamespace) -> None:
     """The job is Pending with a reason and runs once the Secret exists."""
     job_namespace.apply(
-        job("waiting", **storage(job_namespace.site, credentialsSecretRef={"name": "later"}), training={"maxSteps": 2})
+        job(
+            "waiting",
+            **storage(job_namespace.installation, credentialsSecretRef={"name": "later"}),
+            training={"maxSteps": 2},
+        )
     )
     status = job_namespace.wait(
         "waiting", lambda s: condition_reason(s) == Reason.CONFIG_MISSING, "waiting for its Secret", 60
     )
     assert status.phase in (Phase.PENDING, Phase.STARTING)
-    keys = job_namespace.site.cluster.s3
+    keys = job_namespace.installation.cluster.s3
     job_namespace.secret("later", {"AWS_ACCESS_KEY_ID": keys.access_key, "AWS_SECRET_ACCESS_KEY": keys.secret_key})
-    assert job_namespace.end("waiting").restarts == 0
+    assert job_namespace.wait_finished("waiting").restarts == 0
 
 
 def test_unknown_node_pool_is_reported_without_a_pod(job_namespace: JobNamespace) -> None:
@@ -181,5 +187,5 @@ def condition(status: FineTuneJobStatus, kind: Condition) -> str:
 
 
 def condition_reason(status: FineTuneJobStatus) -> str:
-    """Why the job is still being worked on."""
+    """Reason of the condition `Reconciling`. Empty if it is absent."""
     return next((one.reason for one in status.conditions if one.type == Condition.RECONCILING), "")

@@ -15,17 +15,17 @@ from parallel_steps import Step
 from rich.console import Console
 
 from localcluster import S3Endpoint
-from tests.e2e.jobs.site import ROOT, Site
+from tests.e2e.jobs.installation import ROOT, Installation
 from tests.support.tiny import make_tiny_model
 
 
-class OnSite(DemoCluster):
+class RunningCluster(DemoCluster):
     """The tests' cluster, which the demo must neither start nor stop."""
 
-    name = "site"
+    name = "tests"
 
-    def __init__(self, site: Site) -> None:
-        self._site = site
+    def __init__(self, installation: Installation) -> None:
+        self._installation = installation
 
     def steps(self) -> list[Step]:
         return []
@@ -38,31 +38,33 @@ class OnSite(DemoCluster):
 
     @property
     def kubeconfig(self) -> Path:
-        return self._site.cluster.kubeconfig
+        return self._installation.cluster.kubeconfig
 
     @property
     def s3(self) -> S3Endpoint:
-        return self._site.cluster.s3
+        return self._installation.cluster.s3
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
-        return self._site.cluster.kubectl(*arguments, stdin=stdin)
+        return self._installation.cluster.kubectl(*arguments, stdin=stdin)
 
 
 @pytest.fixture
-def borrowed_site(site: Site) -> Iterator[Site]:
+def borrowed_installation(installation: Installation) -> Iterator[Installation]:
     """The installation; afterwards it gets the tests' values again."""
-    yield site
-    site.install()
+    yield installation
+    installation.install()
 
 
-def test_demo_runs_to_its_end(borrowed_site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_runs_to_its_end(
+    borrowed_installation: Installation, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_tiny_model(tmp_path / "model", hidden=128, layers=4)
     out = tmp_path / "out.txt"
     with out.open("w") as file:
         monkeypatch.setattr(demo, "console", Console(file=file, width=200))
         monkeypatch.setattr(demo, "ensure", lambda: model)
-        demo.run_demo(OnSite(borrowed_site))
-    borrowed_site.api.delete("namespaces", None, demo.NAMESPACE)
+        demo.run_demo(RunningCluster(borrowed_installation))
+    borrowed_installation.api.delete("namespaces", None, demo.NAMESPACE)
     text = out.read_text()
     for fact in (
         "kubectl apply -f examples/quickstart.yaml", "phase Running", "phase Succeeded", "100 % of the steps done",
@@ -73,11 +75,11 @@ def test_demo_runs_to_its_end(borrowed_site: Site, tmp_path: Path, monkeypatch: 
     assert text.count("    tuned  ") == len(demo.QUESTIONS)
 
 
-def test_second_cluster_is_refused_in_one_line(site: Site) -> None:
+def test_second_cluster_is_refused_in_one_line(installation: Installation) -> None:
     """Only one cluster with nodes can run on a machine: the demo says so and does not touch the tests' cluster."""
     env = {**os.environ, "CLUSTER": "local", "KEEP": ""}
     done = subprocess.run([sys.executable, ROOT / "scripts/demo.py"], env=env, capture_output=True, text=True)
     assert done.returncode == 1
     assert [line for line in done.stdout.splitlines() if line.startswith("demo: ")]
     assert "Traceback" not in done.stdout + done.stderr
-    assert site.api.list("nodes")
+    assert installation.api.list("nodes")

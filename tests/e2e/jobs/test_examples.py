@@ -9,7 +9,7 @@ import yaml
 from finetune_api.names import KIND, Label, Phase
 from finetune_api.status import FineTuneJobStatus, OutputKind
 
-from tests.e2e.jobs.site import ROOT, JobNamespace
+from tests.e2e.jobs.installation import ROOT, JobNamespace
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 KINDS = {"full": OutputKind.MODEL}
@@ -28,14 +28,14 @@ class Examples:
     job_namespace: JobNamespace
     applied: set[str] = field(default_factory=set)
 
-    def end(self, name: str) -> FineTuneJobStatus:
+    def wait_finished(self, name: str) -> FineTuneJobStatus:
         """Apply an example, and the one after it, and wait for its end."""
-        place = NAMES.index(name)
-        for one in NAMES[place : place + 2]:
+        index = NAMES.index(name)
+        for one in NAMES[index : index + 2]:
             if one not in self.applied:
                 self.applied.add(one)
                 self.job_namespace.apply(ROOT / f"examples/{one}.yaml")
-        return self.job_namespace.end(name)
+        return self.job_namespace.wait_finished(name)
 
 
 @pytest.fixture(scope="module")
@@ -44,20 +44,20 @@ def examples(shared_namespace: JobNamespace) -> Examples:
     return Examples(shared_namespace)
 
 
-def steps_of(name: str) -> int:
+def expected_steps(name: str) -> int:
     """Optimizer steps that an example must take."""
     (body,) = [
         item for item in yaml.safe_load_all((ROOT / f"examples/{name}.yaml").read_text("utf-8")) if item["kind"] == KIND
     ]
-    # full: 18 rows, 2 ranks x 2 rows a step, one epoch
+    # The example `full` sets no maxSteps: 18 rows in one epoch, with 2 ranks of 2 rows per step, are 5 steps.
     return int(body["spec"]["training"].get("maxSteps", 5))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_example_succeeds(examples: Examples, name: str) -> None:
-    status = examples.end(name)
+    status = examples.wait_finished(name)
     assert status.progress is not None
-    assert (status.progress.step, status.progress.total_steps) == (steps_of(name), steps_of(name))
+    assert (status.progress.step, status.progress.total_steps) == (expected_steps(name), expected_steps(name))
     assert status.restarts == 0
     check_output(examples.job_namespace, name, status)
     assert status.resolved is not None
@@ -73,21 +73,21 @@ def check_output(job_namespace: JobNamespace, name: str, status: FineTuneJobStat
     assert status.output.uri is not None
     kind = KINDS.get(name, OutputKind.ADAPTER)
     assert status.output.kind is kind
-    files = job_namespace.site.manifest(status.output.uri)
+    files = job_namespace.installation.manifest(status.output.uri)
     assert WEIGHTS[kind] in files
     bucket, _, prefix = status.output.uri.removeprefix("s3://").partition("/")
     for path in files:
-        assert job_namespace.site.store.head_object(Bucket=bucket, Key=f"{prefix}/{path}")["ContentLength"] > 0
+        assert job_namespace.installation.store.head_object(Bucket=bucket, Key=f"{prefix}/{path}")["ContentLength"] > 0
 
 
 def test_two_pods_run_on_two_nodes(examples: Examples) -> None:
-    examples.end("two-pods")
+    examples.wait_finished("two-pods")
     nodes = {pod["spec"]["nodeName"] for pod in examples.job_namespace.pods("two-pods")}
     assert nodes == {"n1", "n2"}
 
 
 def test_pods_are_restricted_and_have_no_cluster_credentials(examples: Examples) -> None:
-    examples.end("quickstart")
+    examples.wait_finished("quickstart")
     (pod,) = examples.job_namespace.pods("quickstart")
     (container,) = pod["spec"]["containers"]
     assert pod["spec"]["automountServiceAccountToken"] is False
@@ -98,8 +98,8 @@ def test_pods_are_restricted_and_have_no_cluster_credentials(examples: Examples)
 
 
 def test_kubectl_get_shows_every_column(examples: Examples) -> None:
-    examples.end("quickstart")
-    kubectl = examples.job_namespace.site.cluster.kubectl
+    examples.wait_finished("quickstart")
+    kubectl = examples.job_namespace.installation.cluster.kubectl
     header, row = kubectl("-n", examples.job_namespace.namespace, "get", "finetunejobs", "quickstart").splitlines()
     assert header.split() == ["NAME", "STATUS", "PROGRESS", "LOSS", "ETA", "WORKERS", "RESTARTS", "REASON", "AGE"]
     name, phase, progress, percent, loss, eta, _, restarts, reason, _ = row.split()

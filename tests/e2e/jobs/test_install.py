@@ -5,39 +5,39 @@ from __future__ import annotations
 import demo
 from finetune_api.names import Label, Phase
 
-from tests.e2e.jobs.site import JobNamespace, Site, job
+from tests.e2e.jobs.installation import Installation, JobNamespace, job
 from tests.support.kubeapi import condition_is_true
 
 
-def test_operator_runs_under_restricted_and_no_request_is_forbidden(site: Site) -> None:
-    logs = site.cluster.kubectl("-n", demo.RELEASE, "logs", f"deployment/{demo.RELEASE}", "--tail=-1")
+def test_operator_runs_under_restricted_and_no_request_is_forbidden(installation: Installation) -> None:
+    logs = installation.cluster.kubectl("-n", demo.RELEASE, "logs", f"deployment/{demo.RELEASE}", "--tail=-1")
     assert "forbidden" not in logs.lower()
-    (pod,) = site.api.list("pods", demo.RELEASE)
+    (pod,) = installation.api.list("pods", demo.RELEASE)
     assert pod["spec"]["containers"][0]["securityContext"]["readOnlyRootFilesystem"] is True
 
 
-def test_an_upgrade_with_the_same_values_changes_nothing(site: Site) -> None:
-    site.install()
-    site.api.wait_list(
+def test_helm_upgrade_with_the_same_values_restarts_nothing(installation: Installation) -> None:
+    installation.install()
+    installation.api.wait_list(
         "pods", demo.RELEASE, lambda pods: len(pods) == 1, timeout=60
     )  # a pod of the previous version may still be ending
-    (before,) = site.api.list("pods", demo.RELEASE)
-    site.install()
-    (after,) = site.api.list("pods", demo.RELEASE)
+    (before,) = installation.api.list("pods", demo.RELEASE)
+    installation.install()
+    (after,) = installation.api.list("pods", demo.RELEASE)
     assert after["metadata"]["uid"] == before["metadata"]["uid"]
 
 
-def test_a_run_finishes_while_no_operator_is_up(job_namespace: JobNamespace) -> None:
-    site = job_namespace.site
+def test_job_finishes_while_the_operator_is_down(job_namespace: JobNamespace) -> None:
+    installation = job_namespace.installation
     job_namespace.apply(
         job("alone", training={"maxSteps": 30, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1})
     )
     job_namespace.wait("alone", lambda s: s.phase is Phase.RUNNING, "running")
-    kubectl = site.cluster.kubectl
+    kubectl = installation.cluster.kubectl
     kubectl("-n", demo.RELEASE, "scale", f"deployment/{demo.RELEASE}", "--replicas=0", "--timeout=60s")
-    site.api.wait_list("pods", demo.RELEASE, lambda pods: not pods, timeout=60)
+    installation.api.wait_list("pods", demo.RELEASE, lambda pods: not pods, timeout=60)
     labels = f"{Label.NAME}=alone"
-    site.api.wait_list(
+    installation.api.wait_list(
         "jobs",
         job_namespace.namespace,
         lambda jobs: all(condition_is_true(one, "Complete") for one in jobs),
@@ -46,7 +46,7 @@ def test_a_run_finishes_while_no_operator_is_up(job_namespace: JobNamespace) -> 
     )
     assert job_namespace.status("alone").phase is not Phase.SUCCEEDED
     kubectl("-n", demo.RELEASE, "scale", f"deployment/{demo.RELEASE}", "--replicas=1")
-    status = job_namespace.end("alone")
+    status = job_namespace.wait_finished("alone")
     assert status.output is not None
     assert status.output.uri is not None
-    assert site.manifest(status.output.uri)
+    assert installation.manifest(status.output.uri)

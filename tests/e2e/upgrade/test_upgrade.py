@@ -16,7 +16,7 @@ from finetune_api.names import PLURAL, Label, Phase
 
 from localcluster import images
 from localcluster.steps import shown
-from tests.e2e.jobs.site import ROOT, SMALL, ChartInputs, JobNamespace, Site, demo, job
+from tests.e2e.jobs.installation import ROOT, SMALL_RESOURCES, ChartInputs, Installation, JobNamespace, demo, job
 from tests.support.kubeapi import Object
 
 pytestmark = pytest.mark.faults
@@ -35,19 +35,21 @@ class Release:
     chart: Path
     images: ChartInputs
 
-    def install(self, site: Site) -> None:
+    def install(self, installation: Installation) -> None:
         """Run `helm upgrade --install` and wait until the new operator pod is ready."""
         values = demo.values(self.images)  # type: ignore[arg-type]  # of a cluster it needs these fields only
         values["settings"] |= {"retry": {"baseSeconds": 1}}
-        values["trainer"] |= {"resources": SMALL, "env": {"OMP_NUM_THREADS": "1"}}
-        site.helm(
+        values["trainer"] |= {"resources": SMALL_RESOURCES, "env": {"OMP_NUM_THREADS": "1"}}
+        installation.helm(
             "upgrade", "--install", demo.RELEASE, str(self.chart), "--wait", "--timeout", "3m", "-f", "-", values=values
         )
-        site.cluster.kubectl("-n", demo.RELEASE, "rollout", "status", f"deployment/{demo.RELEASE}", "--timeout=120s")
+        installation.cluster.kubectl(
+            "-n", demo.RELEASE, "rollout", "status", f"deployment/{demo.RELEASE}", "--timeout=120s"
+        )
 
 
 @pytest.fixture(scope="module")
-def old_release(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Release:
+def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFactory) -> Release:
     """Release 0.1.0 with its images built and loaded into the nodes."""
     source = tmp_path_factory.mktemp("release-0.1.0")
     archive = subprocess.run(["git", "-C", str(ROOT), "archive", OLD_COMMIT], capture_output=True)
@@ -59,17 +61,17 @@ def old_release(site: Site, tmp_path_factory: pytest.TempPathFactory) -> Release
         recipe = images.RECIPES[which]
         old = images.Recipe(f"{recipe.name}-0.1.0", recipe.dockerfile, recipe.arguments, recipe.needs_gb)
         built = images.build_recipe(old, source, shown)
-        tags[which] = site.cluster.load_image(built.layout)
-    place = ChartInputs(site.cluster.s3, tags[images.Which.OPERATOR], tags[images.Which.TRAINER])
+        tags[which] = installation.cluster.load_image(built.layout)
+    place = ChartInputs(installation.cluster.s3, tags[images.Which.OPERATOR], tags[images.Which.TRAINER])
     return Release(source / CHART, place)
 
 
 @pytest.fixture
-def new_release(site: Site) -> Iterator[Release]:
+def new_release(installation: Installation) -> Iterator[Release]:
     """This checkout's release; installed again afterwards for the tests that follow."""
-    release = Release(ROOT / CHART, ChartInputs(site.cluster.s3))
+    release = Release(ROOT / CHART, ChartInputs(installation.cluster.s3))
     yield release
-    release.install(site)
+    release.install(installation)
 
 
 def long_job(name: str, resources: dict[str, Any], **more: Any) -> Object:
@@ -99,15 +101,15 @@ JOBS = {
 def bring_into_every_phase(job_namespace: JobNamespace) -> None:
     """Apply all jobs and wait until each is in the phase that its name says."""
     job_namespace.apply(JOBS["done"], JOBS["failed"], JOBS["unschedulable"], JOBS["queued"])
-    job_namespace.end("done")
-    job_namespace.end("failed", Phase.FAILED)
+    job_namespace.wait_finished("done")
+    job_namespace.wait_finished("failed", Phase.FAILED)
     job_namespace.apply(JOBS["cancelled"])
     job_namespace.wait("cancelled", lambda s: s.progress and s.progress.step, "training")
-    job_namespace.site.api.patch(PLURAL, job_namespace.namespace, "cancelled", {"spec": {"cancel": True}})
-    job_namespace.end("cancelled", Phase.CANCELLED)
+    job_namespace.installation.api.patch(PLURAL, job_namespace.namespace, "cancelled", {"spec": {"cancel": True}})
+    job_namespace.wait_finished("cancelled", Phase.CANCELLED)
     job_namespace.apply(JOBS["suspended"])
     job_namespace.wait("suspended", lambda s: s.latest_checkpoint, "past its first checkpoint")
-    job_namespace.site.api.patch(PLURAL, job_namespace.namespace, "suspended", {"spec": {"suspend": True}})
+    job_namespace.installation.api.patch(PLURAL, job_namespace.namespace, "suspended", {"spec": {"suspend": True}})
     job_namespace.wait("suspended", lambda s: s.phase is Phase.SUSPENDED, "suspended")
     job_namespace.wait("unschedulable", lambda s: s.phase is Phase.STARTING, "starting")
     job_namespace.wait("queued", lambda s: s.phase is Phase.QUEUED, "queued")
@@ -117,7 +119,7 @@ def bring_into_every_phase(job_namespace: JobNamespace) -> None:
 
 
 def snapshot(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
-    """What an upgrade must not change: attempt, restarts, number of ended attempts, and the uids of the pods."""
+    """The values that an upgrade must not change: attempt, restarts, number of ended attempts, and the uids of the pods."""
     found = {}
     for name in JOBS:
         status = job_namespace.status(name)
@@ -127,29 +129,31 @@ def snapshot(job_namespace: JobNamespace) -> dict[str, tuple[Any, ...]]:
 
 
 def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -> None:
-    """Install the other release while the jobs are in their phases, then let every job end as if nothing had happened."""
+    """Install the other release while the jobs are in their phases, and check that every job then ends as without the upgrade."""
     before = snapshot(job_namespace)
     phases = {name: job_namespace.status(name).phase for name in ("suspended", "done", "failed", "cancelled", "queued")}
-    release.install(job_namespace.site)
+    release.install(job_namespace.installation)
     # A change of the spec shows that the new operator has read each job: it must write the new generation.
     for name in JOBS:
-        job_namespace.site.api.patch(
+        job_namespace.installation.api.patch(
             PLURAL, job_namespace.namespace, name, {"spec": {"policy": {"ttlSecondsAfterFinished": 86400}}}
         )
-        generation = job_namespace.site.api.get(PLURAL, job_namespace.namespace, name)["metadata"]["generation"]
+        generation = job_namespace.installation.api.get(PLURAL, job_namespace.namespace, name)["metadata"]["generation"]
         job_namespace.wait(
-            name, lambda s, wanted=generation: s.observed_generation == wanted, "read by the other operator"
-        )  # type: ignore[misc]
+            name,
+            lambda s, wanted=generation: s.observed_generation == wanted,  # type: ignore[misc]
+            "reconciled by the other operator",
+        )
     assert snapshot(job_namespace) == before
     assert {name: job_namespace.status(name).phase for name in phases} == phases
     gang = job_namespace.status("gang")
     assert gang.workers is not None
     assert gang.workers.total == 2
-    job_namespace.site.api.patch(PLURAL, job_namespace.namespace, "suspended", {"spec": {"suspend": False}})
+    job_namespace.installation.api.patch(PLURAL, job_namespace.namespace, "suspended", {"spec": {"suspend": False}})
     for name in ("running", "gang"):
-        status = job_namespace.end(name)
+        status = job_namespace.wait_finished(name)
         assert (status.restarts, len(status.attempts)) == (0, 1), f"{name}: {status.attempts}"
-    resumed = job_namespace.end("suspended")
+    resumed = job_namespace.wait_finished("suspended")
     first, second = resumed.attempts
     assert second.resumed_from_step == first.committed_step
     assert second.resumed_from_step
@@ -157,17 +161,17 @@ def replace_operator_and_finish(job_namespace: JobNamespace, release: Release) -
     assert not any(failed.values()), failed
 
 
-def test_jobs_of_every_phase_survive_the_upgrade_from_0_1_0_and_the_way_back(
-    site: Site, job_namespace: JobNamespace, old_release: Release, new_release: Release
+def test_jobs_in_every_phase_survive_the_upgrade_from_0_1_0_and_the_rollback(
+    installation: Installation, job_namespace: JobNamespace, old_release: Release, new_release: Release
 ) -> None:
-    old_release.install(site)
+    old_release.install(installation)
     bring_into_every_phase(job_namespace)
     replace_operator_and_finish(job_namespace, new_release)
-    for pod in site.api.list("pods", demo.RELEASE):
+    for pod in installation.api.list("pods", demo.RELEASE):
         assert "0.1.0" not in pod["spec"]["containers"][0]["image"]
 
-    back = site.create_namespace(f"{job_namespace.namespace}-back")
-    bring_into_every_phase(back)
-    replace_operator_and_finish(back, old_release)
-    assert site.api.list("pods", back.namespace, labels=f"{Label.NAME}=running")
-    site.api.delete("namespaces", None, back.namespace)
+    rollback_namespace = installation.create_namespace(f"{job_namespace.namespace}-back")
+    bring_into_every_phase(rollback_namespace)
+    replace_operator_and_finish(rollback_namespace, old_release)
+    assert installation.api.list("pods", rollback_namespace.namespace, labels=f"{Label.NAME}=running")
+    installation.api.delete("namespaces", None, rollback_namespace.namespace)

@@ -9,7 +9,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from tools import HELM  # noqa: E402
 
 MODEL = f"s3://{demo.MODELS}/{demo.MODEL_KEY}"
 SECRET = demo.SECRET
-SMALL = {"cpu": "100m", "memory": "2Gi", "ephemeralStorage": "2Gi", "sharedMemory": "256Mi"}
+SMALL_RESOURCES = {"cpu": "100m", "memory": "2Gi", "ephemeralStorage": "2Gi", "sharedMemory": "256Mi"}
 """Default resources of a pod, so that all jobs of a test fit on two cores."""
 JOB_TIMEOUT_SECONDS = 240
 """Longest time of a tiny job on two busy cores."""
@@ -38,7 +38,7 @@ JOB_TIMEOUT_SECONDS = 240
 
 @dataclass(frozen=True)
 class ChartInputs:
-    """What the chart's values depend on."""
+    """The S3 endpoint and the images that the chart's values contain."""
 
     s3: S3Endpoint
     operator_image: str = OPERATOR_IMAGE
@@ -46,7 +46,7 @@ class ChartInputs:
 
 
 @dataclass(frozen=True)
-class Site:
+class Installation:
     """One cluster with one installation, shared by all tests."""
 
     cluster: NodeCluster
@@ -73,7 +73,7 @@ class Site:
         self.api.patch("namespaces", None, demo.RELEASE, restricted(demo.RELEASE), patch="apply")
         values = demo.values(ChartInputs(self.cluster.s3)) | more  # type: ignore[arg-type]  # it reads only these attributes of a cluster
         values["settings"] |= {"retry": {"baseSeconds": 1}}
-        values["trainer"] |= {"resources": SMALL, "env": {"OMP_NUM_THREADS": "1"}}
+        values["trainer"] |= {"resources": SMALL_RESOURCES, "env": {"OMP_NUM_THREADS": "1"}}
         chart = str(ROOT / "helm/finetune-operator")
         return self.helm(
             "upgrade", "--install", demo.RELEASE, chart, "--wait", "--timeout", "2m", "-f", "-", values=values
@@ -115,69 +115,79 @@ def restricted(name: str) -> Object:
 class JobNamespace:
     """A namespace in which a test applies jobs."""
 
-    site: Site
+    installation: Installation
     namespace: str
-    _applied: list[str] = field(default_factory=list)
 
     def secret(self, name: str, keys: Mapping[str, str]) -> None:
         """Create a Secret."""
         body = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}, "stringData": dict(keys)}
-        self.site.api.create("secrets", self.namespace, body)
+        self.installation.api.create("secrets", self.namespace, body)
 
     def apply(self, *manifests: Object | Path) -> None:
         """`kubectl apply` with objects or a file."""
         for one in manifests:
             text = one.read_text("utf-8") if isinstance(one, Path) else yaml.safe_dump(one)
-            self.site.cluster.kubectl("-n", self.namespace, "apply", "-f", "-", stdin=text)
+            self.installation.cluster.kubectl("-n", self.namespace, "apply", "-f", "-", stdin=text)
 
     def status(self, name: str) -> FineTuneJobStatus:
         """The job's status."""
-        return read(self.site.api.get(PLURAL, self.namespace, name))
+        return parse_status(self.installation.api.get(PLURAL, self.namespace, name))
 
     def wait(
-        self, name: str, good: Callable[[FineTuneJobStatus], object], what: str, timeout: float = JOB_TIMEOUT_SECONDS
+        self,
+        name: str,
+        until: Callable[[FineTuneJobStatus], object],
+        description: str,
+        timeout: float = JOB_TIMEOUT_SECONDS,
     ) -> FineTuneJobStatus:
-        """Wait until the status is `good`. After `timeout` seconds: AssertionError with the status and the pods' logs."""
+        """Wait until `until` is true for the status. Errors: AssertionError with the status and the pods' logs after `timeout` seconds."""
         try:
-            found = self.site.api.wait(
-                PLURAL, self.namespace, name, lambda body: bool(good(read(body))), timeout=timeout, description=what
+            found = self.installation.api.wait(
+                PLURAL,
+                self.namespace,
+                name,
+                lambda body: bool(until(parse_status(body))),
+                timeout=timeout,
+                description=description,
             )
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self._pod_logs(name)}") from None
-        return read(found)
+        return parse_status(found)
 
-    def end(self, name: str, phase: Phase = Phase.SUCCEEDED) -> FineTuneJobStatus:
-        """Wait for the end of the job. Its phase must be `phase`."""
-        status = self.wait(name, lambda s: s.phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED), "over")
+    def wait_finished(self, name: str, phase: Phase = Phase.SUCCEEDED) -> FineTuneJobStatus:
+        """Wait until the job is finished. Errors: AssertionError if its phase is not `phase`."""
+        status = self.wait(name, lambda s: s.phase in (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED), "finished")
         assert status.phase is phase, f"{name}: {status.phase}, {status.failure}\n{self._pod_logs(name)}"
         return status
 
     def pods(self, name: str) -> list[Object]:
         """Pods of a job, sorted by attempt."""
-        found = self.site.api.list("pods", self.namespace, labels=f"{Label.NAME}={name}")
+        found = self.installation.api.list("pods", self.namespace, labels=f"{Label.NAME}={name}")
         return sorted(found, key=lambda pod: (int(pod["metadata"]["labels"][Label.ATTEMPT]), pod["metadata"]["name"]))
 
-    def execute(self, pod: str, script: str) -> str:
+    def exec_script(self, pod: str, script: str) -> str:
         """Run a shell script in a trainer container."""
-        return self.site.cluster.kubectl("-n", self.namespace, "exec", pod, "-c", CONTAINER, "--", "sh", "-c", script)
+        return self.installation.cluster.kubectl(
+            "-n", self.namespace, "exec", pod, "-c", CONTAINER, "--", "sh", "-c", script
+        )
 
     def _pod_logs(self, name: str) -> str:
         found = []
         for pod in self.pods(name):
-            logs = self.site.cluster.kubectl(
+            logs = self.installation.cluster.kubectl(
                 "-n", self.namespace, "logs", "--tail=30", pod["metadata"]["name"], check=False
             )
             found.append(f"--- {pod['metadata']['name']} {pod['status'].get('phase')}\n{logs}")
         return "\n".join(found)
 
 
-def read(body: Object) -> FineTuneJobStatus:
-    """The status of a FineTuneJob's JSON; an empty one before the operator has written it."""
+def parse_status(body: Object) -> FineTuneJobStatus:
+    """Parse the status of a FineTuneJob. Before the operator has written one, return a status with observed generation -1."""
     return FineTuneJobStatus.model_validate(body.get("status") or {"observedGeneration": -1})
 
 
 def job(name: str, **spec: Any) -> Object:
-    """A FineTuneJob on CPU with the site's model; `spec` adds groups and replaces them."""
+    """A FineTuneJob on CPUs with the uploaded model. `spec`: groups that are added or replace the default ones."""
     groups: Object = {
         "model": {"source": MODEL},
         "dataset": {"train": "s3://datasets/captain.jsonl"},
