@@ -151,11 +151,13 @@ def _termination(facts: Facts) -> Termination | None:
     lost = _pods_of_lost_nodes(facts, facts.active_pods)
     if lost:
         return Termination(Reason.NODE_LOST, f"pod {lost[0].name} does not end: node {lost[0].node or 'unknown'} is lost")
+    if not facts.spec_is_readable:
+        # The start timeout and the stall timeout are part of the spec, and the next attempt would wait for another operator.
+        return None
     incomplete = _incomplete_gang(facts)
     if incomplete:
         return Termination(Reason.GANG_INCOMPLETE, incomplete)
-    # The stall timeout is part of the spec: an operator that cannot read it does not end the attempt.
-    stalled = stall_message(facts) if facts.spec_is_readable else ""
+    stalled = stall_message(facts)
     return Termination(Reason.STALLED, stalled) if stalled else None
 
 

@@ -13,7 +13,7 @@ from finetune_operator.facts import Facts
 from finetune_operator.job_state import SPEC_NOT_NEEDED, JobState
 from finetune_operator.kube import Kube, NotFound
 from finetune_operator.objects import JOB, POD
-from finetune_operator.policies.acceptance import accept, first_attempt
+from finetune_operator.policies.acceptance import FirstAttempt, Refused, accept, first_attempt
 from finetune_operator.scrape import Scraper
 from finetune_operator.settings import OperatorConfig
 from finetune_operator.views import JobObject, read_job, read_pod
@@ -46,7 +46,7 @@ class Observer:
         job = entry.finetunejob
         if job is None:
             return None
-        state = self._state(key, job)
+        state = self._state(key, job, has_job=any(one.is_owned and one.owner_uid == job.uid for one in entry.jobs.values()))
         facts = Facts(
             job=job,
             acceptance=state.acceptance,
@@ -59,7 +59,7 @@ class Observer:
         received = self._scraper.last_report(key, job.uid, facts.attempt)
         return replace(facts, last_report=received) if received else facts
 
-    def _state(self, key: Key, job: JobObject) -> JobState:
+    def _state(self, key: Key, job: JobObject, *, has_job: bool) -> JobState:
         state = self.states.get(key)
         if state is None or state.uid != job.uid:
             state = self.states[key] = JobState(job.uid)
@@ -67,9 +67,12 @@ class Observer:
         # A CRD that prunes fields changes the spec and not the generation.
         changed = (state.generation, state.spec) != (job.generation, job.spec)
         state.generation, state.spec = job.generation, job.spec
+        # An operator that ended after it created the first Job has not recorded the attempt. The rules for new jobs do not apply.
+        first = first_attempt(job.status) or (FirstAttempt() if has_job else None)
+        refused_as_new = isinstance(state.acceptance, Refused) and state.acceptance.is_final and first is not None
         # If the status of a finished job was emptied, the job starts again and its spec is needed.
-        if changed or (state.acceptance is SPEC_NOT_NEEDED and not finished):
-            state.acceptance = SPEC_NOT_NEEDED if finished else accept(job.spec, self._config, first_attempt(job.status))
+        if changed or ((refused_as_new or state.acceptance is SPEC_NOT_NEEDED) and not finished):
+            state.acceptance = SPEC_NOT_NEEDED if finished else accept(job.spec, self._config, first)
         return state
 
     async def _read_job(self, key: Key, facts: Facts) -> bool:

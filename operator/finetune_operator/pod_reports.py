@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from finetune_api.pod import ProgressReport, TerminationMessage
 from pydantic import BaseModel, ValidationError
+from pydantic.alias_generators import to_camel
 from pydantic_core import from_json
 
 from finetune_operator.text import clean
@@ -58,11 +59,12 @@ def _read(model: type[Model], data: bytes, last_time: datetime) -> Model | None:
         return None
     if not isinstance(value, dict):
         return None
-    resolved = value.get("resolved")
+    bounded = _bounded(value, last_time)
+    resolved = bounded.get("resolved")
     if isinstance(resolved, dict):
-        value["resolved"] = {name: one for name, one in resolved.items() if name not in OPERATOR_FIELDS}
+        bounded["resolved"] = {name: one for name, one in resolved.items() if to_camel(name) not in OPERATOR_FIELDS}
     try:
-        return model.model_validate(_bounded(value, last_time))
+        return model.model_validate(bounded)
     except ValidationError:
         return None
 
@@ -83,8 +85,9 @@ def _bounded(value: Any, last_time: datetime, name: str = "", depth: int = 0, si
     if isinstance(value, list):
         items = [_bounded(one, last_time, name, depth + 1, signed) for one in value[-MAX_ITEMS:]]
         return [one for one in items if one is not None]
-    entries = list(value.items())[:MAX_ITEMS]
-    found = {clean(key, 128): _bounded(one, last_time, key, depth + 1, signed) for key, one in entries}
+    entries = [(clean(key, 128), one) for key, one in list(value.items())[:MAX_ITEMS]]
+    # The models also read `update_time`, so the bounds are chosen by the wire name of the cleaned key.
+    found = {key: _bounded(one, last_time, to_camel(key), depth + 1, signed) for key, one in entries}
     return {key: one for key, one in found.items() if one is not None}
 
 

@@ -80,7 +80,7 @@ def accept(raw: Object, config: OperatorConfig, first: FirstAttempt | None = Non
     if isinstance(pool, Refused):
         return replace(pool, spec=resolution.spec)
     conflicts = list(placement_problems(spec, pool, config))
-    refused = _refuse_conflicts(conflicts, first) or _refuse_storage(resolution) or _refuse_size(resolution, first)
+    refused = _refuse_conflicts(conflicts, first) or _refuse_storage(resolution, first) or _refuse_size(resolution, first)
     if refused is not None:
         return replace(refused, spec=resolution.spec)
     # The rules of a newer operator do not end a job that an older one started: its spec is immutable.
@@ -118,7 +118,7 @@ def _refuse_conflicts(conflicts: list[str], first: FirstAttempt | None) -> Refus
     return Refused(Reason.REJECTED, clean("; ".join(conflicts)), "remove the value, or choose another pool")
 
 
-def _refuse_storage(resolution: Resolution) -> Refused | None:
+def _refuse_storage(resolution: Resolution, first: FirstAttempt | None) -> Refused | None:
     """Refuse a storage uri that is missing or cannot be parsed. A uri that comes from the platform's configuration makes the job wait."""
     uri, is_default = resolution.spec.storage.uri, "storage.uri" in resolution.defaults
     if uri is None:
@@ -130,7 +130,7 @@ def _refuse_storage(resolution: Resolution) -> Refused | None:
         if is_default:
             message = f"the default storage of the operator's configuration cannot be used: {error.message}"
             return Refused(Reason.STORAGE_NOT_CONFIGURED, clean(message), error.hint or "", is_final=False)
-        return Refused(Reason.REJECTED, clean(f"spec.storage.uri: {error.message}"), error.hint or "")
+        return Refused(Reason.REJECTED, clean(f"spec.storage.uri: {error.message}"), error.hint or "", is_final=first is None)
     return None
 
 

@@ -176,3 +176,8 @@ def test_new_rules_do_not_end_a_job_that_has_started() -> None:
     assert isinstance(new, Refused) and new.is_final
     assert isinstance(begun, Accepted)
     assert any(note.startswith("a new job would be refused: spec.training.adamBeta1") for note in begun.notes)
+
+
+def test_stricter_rules_for_storage_do_not_end_a_job_that_has_started() -> None:
+    found = accept(spec(storage={"uri": "pvc://claim/../x"}), CONFIG, FirstAttempt())
+    assert isinstance(found, Refused) and not found.is_final

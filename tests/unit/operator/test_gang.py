@@ -12,10 +12,11 @@ from finetune_api.status import Attempt
 from finetune_operator.decide import decide
 from finetune_operator.facts import Facts
 from finetune_operator.plan import Situation
+from finetune_operator.policies.acceptance import accept
 from finetune_operator.policies.retry import TERMINATION_RETRY, backoff_seconds, blocked_retry_seconds
 from finetune_operator.settings import RetrySettings
 
-from tests.unit.operator.samples import T0, UID, at, ended, facts, job, pod, spec, status
+from tests.unit.operator.samples import CONFIG, T0, UID, at, ended, facts, job, pod, spec, status
 
 BEGUN: dict[str, Any] = {"number": 1, "startTime": at(0).isoformat()}
 UNREADY = {"type": Condition.PODS_READY, "status": "False", "reason": "Unschedulable", "message": "", "lastTransitionTime": at(0).isoformat()}
@@ -51,6 +52,14 @@ def test_gang_without_any_node_or_with_all_keeps_waiting(placed: int, made: int)
 
 def test_gang_of_a_queue_keeps_waiting() -> None:
     assert decide(waiting(1, queue="team-a")).termination is None
+
+
+def test_gang_of_a_spec_that_cannot_be_read_keeps_waiting() -> None:
+    """Its start timeout may be longer, and no next attempt could start."""
+    found = waiting(1, now=1e6)
+    unreadable = replace(found.job, spec={**GANG, "newer": {"field": 1}})
+    plan = decide(replace(found, job=unreadable, acceptance=accept(unreadable.spec, CONFIG)))
+    assert (plan.situation, plan.termination) == (Situation.ACTIVE, None)
 
 
 def test_single_pod_keeps_waiting() -> None:

@@ -94,3 +94,24 @@ async def test_job_deleted_during_a_live_read_is_not_written(server: Server, rea
     await process.reconcile()
     assert [plural for _, plural in server.requests] == [read.plural]
     assert process.cache.keys() == []
+
+
+@pytest.mark.parametrize("known", ["at first", "later"])
+async def test_rules_for_new_jobs_do_not_apply_once_the_first_attempt_has_a_job(server: Server, known: str) -> None:
+    """An older operator created the Job and ended before it wrote the status."""
+    _, job = await start_attempt(server)
+    refused_today = {**SPEC, "resources": {"gpusPerNode": 0, "memory": 4}}
+    server.put(FINETUNEJOB, {**server.finetunejob, "spec": refused_today, "status": {}})
+    process = Process(server)
+    observer = process.reconciler._observer
+    if known == "later":
+        observer._from_cache(KEY)
+        found = observer.states[KEY].acceptance
+        assert isinstance(found, Refused) and found.is_final
+    process.cache.put_job(job)
+    await process.reconcile()
+    assert isinstance(observer.states[KEY].acceptance, Accepted)
+    process.cache.put_job(replace(job, version=10**6, failed_at=job.created_at))
+    for _ in range(2):
+        await process.reconcile()
+    assert server.finetunejob["status"]["phase"] == "Recovering"

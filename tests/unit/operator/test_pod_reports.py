@@ -103,6 +103,24 @@ def test_value_out_of_bounds_is_dropped_or_cleaned(path: str, value: Any, kept: 
     assert others == []
 
 
+@pytest.mark.parametrize("key", ["\x00updateTime", "updateTime ", "update_time", "\u202eupdate_time"], ids=ascii)
+def test_time_is_bounded_under_every_spelling_of_its_name(key: str) -> None:
+    """The API server does not store the year 1."""
+    found = read(GOOD | {"progress": {"step": 3, key: "0001-01-01T00:00:00Z"}})
+    assert found is not None
+    assert (found.progress.step, found.progress.update_time) == (3, None)
+
+
+@pytest.mark.parametrize("key", ["specSha256", "\x00specSha256", "spec_sha256", "spec_sha256\x1b"], ids=ascii)
+@pytest.mark.parametrize("group", ["resolved", "\x07resolved"], ids=ascii)
+def test_fields_of_the_operator_are_dropped_under_every_spelling(group: str, key: str) -> None:
+    """With another hash of the spec the next attempt would wait for ever with reason SpecChanged."""
+    without = {name: one for name, one in GOOD.items() if name != "resolved"}
+    found = read(without | {group: {"strategy": "ddp", key: "0" * 64}})
+    assert found is not None
+    assert (found.resolved.strategy, found.resolved.spec_sha256) == ("ddp", None)
+
+
 @pytest.mark.parametrize(
     "checkpoint",
     [{"step": 2**63, "uri": "s3://b/x"}, {"step": -1, "uri": "s3://b/x"}, {"step": 4, "uri": "s3://b/\x1b"}, {"uri": "s3://b/x"}, "x"],
