@@ -35,12 +35,12 @@ class Finding:
 
 def errors_of(findings: list[Finding]) -> list[Finding]:
     """Return the findings that must be corrected."""
-    return [one for one in findings if one.is_error]
+    return [finding for finding in findings if finding.is_error]
 
 
 def warnings_of(findings: list[Finding]) -> list[Mistake]:
     """Return the warnings: legal, but probably not intended."""
-    return [one.mistake for one in findings if not one.is_error]
+    return [finding.mistake for finding in findings if not finding.is_error]
 
 
 def check_manifest(
@@ -55,21 +55,32 @@ def check_manifest(
         return None, [*findings, Finding(mistake, "SpecMissing")]
     raw = without_nulls(raw)
     findings += _unknown_fields(manifest, raw)
-    spec, wrong = _load_spec(raw)
+    spec, field_errors = _load_spec(raw)
     findings += [
-        _finding(manifest, one.path, one.message, one.hint, "ValueInvalid") for one in wrong if not one.is_unknown
+        _finding(manifest, error.path, error.message, error.hint, "ValueInvalid")
+        for error in field_errors
+        if not error.is_unknown
     ]
     if spec is not None:
         unsupported = unsupported_fields(spec)
-        problems = [one for one in check(spec, target=target) if not _concerns_unsupported(one, unsupported)]
-        findings += [
-            _finding(manifest, one.path, one.message, one.hint, one.code)
-            for one in (*problems, *unsupported)
-            if not (target is ExecutionTarget.LOCAL and one.code == "SourceInvalid" and _is_local_path(raw, one.path))
-            and not any(is_within(one.path, other.path) or is_within(other.path, one.path) for other in wrong)
+        problems = [
+            problem for problem in check(spec, target=target) if not _concerns_unsupported(problem, unsupported)
         ]
         findings += [
-            _finding(manifest, one.path, one.message, one.hint, one.code, is_error=False) for one in warnings(spec)
+            _finding(manifest, problem.path, problem.message, problem.hint, problem.code)
+            for problem in (*problems, *unsupported)
+            if not (
+                target is ExecutionTarget.LOCAL
+                and problem.code == "SourceInvalid"
+                and _is_local_path(raw, problem.path)
+            )
+            and not any(
+                is_within(problem.path, other.path) or is_within(other.path, problem.path) for other in field_errors
+            )
+        ]
+        findings += [
+            _finding(manifest, warning.path, warning.message, warning.hint, warning.code, is_error=False)
+            for warning in warnings(spec)
         ]
     findings += _secrets(manifest, raw)
     return spec, findings
@@ -90,7 +101,7 @@ def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
 
 def _concerns_unsupported(problem: Problem, unsupported: list[Problem]) -> bool:
     """Return whether a problem only concerns an unsupported field. Its hint would contradict the hint to remove that field."""
-    paths = [one.path for one in unsupported]
+    paths = [field.path for field in unsupported]
     return any(is_within(problem.path, path) for path in paths) or (
         "tracking.reportTo" in paths and is_within(problem.path, "tracking")
     )
@@ -105,13 +116,15 @@ def _is_local_path(raw: dict[str, Any], path: str) -> bool:
 def _secrets(manifest: Manifest, raw: dict[str, Any], path: str = "spec") -> Iterator[Finding]:
     """Warn about strings that look like secrets: everyone who may read the job can read them."""
     for key, inner in raw.items():
-        here = f"{path}.{key}"
+        field_path = f"{path}.{key}"
         if isinstance(inner, dict):
-            yield from _secrets(manifest, inner, here)
+            yield from _secrets(manifest, inner, field_path)
         elif contains_secret(inner):
             message = "this looks like a token or password, and everyone who may read the job can see it"
             hint = "store it in a Secret and refer to that Secret"
-            yield Finding(Mistake(manifest.location(here), here, message, hint), "LooksSecret", is_error=False)
+            yield Finding(
+                Mistake(manifest.location(field_path), field_path, message, hint), "LooksSecret", is_error=False
+            )
 
 
 # --- metadata -------------------------------------------------------------------------------------------------------
@@ -125,11 +138,11 @@ METADATA_KEYS = (
 
 def _check_metadata(manifest: Manifest) -> Iterator[Finding]:
     """Check everything outside the spec."""
-    for key, wanted, code in (("apiVersion", API_VERSION, "ApiVersion"), ("kind", KIND, "Kind")):
-        found = manifest.value.get(key)
-        if found != wanted:
-            message = "this required field is missing" if found is None else f"{found} is not {wanted}"
-            yield Finding(Mistake(manifest.location(key), key, message, f"write {key}: {wanted}"), code)
+    for key, expected, code in (("apiVersion", API_VERSION, "ApiVersion"), ("kind", KIND, "Kind")):
+        value = manifest.value.get(key)
+        if value != expected:
+            message = "this required field is missing" if value is None else f"{value} is not {expected}"
+            yield Finding(Mistake(manifest.location(key), key, message, f"write {key}: {expected}"), code)
     yield from (_unknown_key(manifest, key, TOP_LEVEL_KEYS, "") for key in manifest.value if key not in TOP_LEVEL_KEYS)
     metadata = manifest.value.get("metadata")
     message = invalid_name(manifest.name)
@@ -162,11 +175,11 @@ def _unknown_key(manifest: Manifest, key: str, known: tuple[str, ...], prefix: s
 
 def _unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[Finding]:
     """Find numbers and booleans in labels, annotations and the namespace, where the API server accepts only strings."""
-    found: list[tuple[str, Any]] = [("namespace", metadata.get("namespace"))]
+    values: list[tuple[str, Any]] = [("namespace", metadata.get("namespace"))]
     for group in ("labels", "annotations"):
         inner = metadata.get(group)
-        found += [(f"{group}.{key}", value) for key, value in inner.items()] if isinstance(inner, dict) else []
-    for key, value in found:
+        values += [(f"{group}.{key}", value) for key, value in inner.items()] if isinstance(inner, dict) else []
+    for key, value in values:
         if isinstance(value, bool | int | float):
             path, text = f"metadata.{key}", str(value).lower() if isinstance(value, bool) else str(value)
             mistake = Mistake(manifest.location(path), path, f"{text} is not a string", f'quote it: "{text}"')
@@ -178,8 +191,8 @@ def _unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[F
 
 def _unknown_fields(manifest: Manifest, raw: dict[str, Any]) -> Iterator[Finding]:
     """Find fields that the schema does not have, each with the closest field that it has."""
-    known = {one.path: one.is_group or one.kind.startswith("list of group") for one in fields()}
-    maps = {one.path for one in fields() if one.kind.startswith("map of")}
+    known = {field.path: field.is_group or field.kind.startswith("list of group") for field in fields()}
+    maps = {field.path for field in fields() if field.kind.startswith("map of")}
     yield from _unknown_below(manifest, raw, "spec", "spec", known, maps)
 
 
@@ -188,24 +201,26 @@ def _unknown_below(
 ) -> Iterator[Finding]:
     """`path` holds the indexes of list items, which `pattern` replaces by `[]`."""
     for key, inner in value.items():
-        here, wanted = f"{path}.{key}", f"{pattern}.{key}"
+        field_path, field_pattern = f"{path}.{key}", f"{pattern}.{key}"
         if "." in key:
             message = "a key with dots does not select a nested field"
             yield Finding(
-                Mistake(manifest.location(here), here, message, f"write {_nested(key, inner)}"), "UnknownField"
+                Mistake(manifest.location(field_path), field_path, message, f"write {_nested(key, inner)}"),
+                "UnknownField",
             )
-        elif wanted not in known:
+        elif field_pattern not in known:
             yield Finding(
-                Mistake(manifest.location(here), here, "unknown field", _field_hint(wanted, known)), "UnknownField"
+                Mistake(manifest.location(field_path), field_path, "unknown field", _field_hint(field_pattern, known)),
+                "UnknownField",
             )
-        elif wanted in maps:
+        elif field_pattern in maps:
             continue
-        elif isinstance(inner, dict) and known[wanted]:
-            yield from _unknown_below(manifest, inner, here, wanted, known, maps)
+        elif isinstance(inner, dict) and known[field_pattern]:
+            yield from _unknown_below(manifest, inner, field_path, field_pattern, known, maps)
         elif isinstance(inner, list):
             for i, item in enumerate(inner):
                 if isinstance(item, dict):
-                    yield from _unknown_below(manifest, item, f"{here}[{i}]", f"{wanted}[]", known, maps)
+                    yield from _unknown_below(manifest, item, f"{field_path}[{i}]", f"{field_pattern}[]", known, maps)
 
 
 def _nested(key: str, value: Any) -> str:
@@ -228,15 +243,15 @@ def _field_hint(path: str, known: dict[str, bool]) -> str:
 
 def _load_spec(raw: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[FieldError]]:
     """Read the spec with its models. Refused values are returned as errors and removed, so that the rules can check the rest."""
-    wrong: list[FieldError] = []
+    errors: list[FieldError] = []
     value = raw
     for _ in range(3):
         try:
-            return load_spec(value), wrong
+            return load_spec(value), errors
         except ValidationError as error:
-            wrong += list(field_errors(error, wrong))
+            errors += list(field_errors(error, errors))
             value = _without(value, list(locations_to_remove(error)))
-    return None, wrong
+    return None, errors
 
 
 def _without(value: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:

@@ -118,15 +118,15 @@ class Cluster:
     def pods(self, name: str, attempt: int | None = None) -> list[Object]:
         """Return the pods of a job, sorted by attempt and completion index."""
         selector = f"{Label.NAME}={name}" + (f",{Label.ATTEMPT}={attempt}" if attempt is not None else "")
-        found = self.call("GET", f"{CORE}/{self._namespaced('pods')}", {"labelSelector": selector}).get("items") or []
+        pods = self.call("GET", f"{CORE}/{self._namespaced('pods')}", {"labelSelector": selector}).get("items") or []
         return sorted(
-            found, key=lambda pod: (attempt_of(pod), index_of(pod), pod["metadata"].get("creationTimestamp", ""))
+            pods, key=lambda pod: (attempt_of(pod), index_of(pod), pod["metadata"].get("creationTimestamp", ""))
         )
 
     def events(self, uids: set[str]) -> list[Object]:
         """Return the events about the objects with these uids, oldest first."""
-        found = self.call("GET", f"{EVENTS}/{self._namespaced('events')}").get("items") or []
-        return sorted((one for one in found if (one.get("regarding") or {}).get("uid") in uids), key=event_time)
+        events = self.call("GET", f"{EVENTS}/{self._namespaced('events')}").get("items") or []
+        return sorted((event for event in events if (event.get("regarding") or {}).get("uid") in uids), key=event_time)
 
     def secret(self, name: str) -> Object:
         """Return a Secret of the namespace."""
@@ -163,14 +163,14 @@ class Cluster:
         """Send one request and return its JSON response. Raises ClusterError."""
         response = self._send(method, path, query or {}, body, content, accept, CALL_TIMEOUT_SECONDS)
         try:
-            found = json.loads(response.read())
+            value = json.loads(response.read())
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
+            value = None
+        if not isinstance(value, dict):
             raise ClusterError(
                 f"{self.client.configuration.host} does not respond like a Kubernetes API server: it may be the address of a login page or a proxy"
             )
-        return found
+        return value
 
     def _watch(self, path: str, query: dict[str, str], seconds: float) -> Iterator[Object]:
         response = self._send("GET", path, query, None, "", "application/json", seconds)
@@ -215,8 +215,12 @@ class Cluster:
         """
         host = self.client.configuration.host
         try:
-            found = json.loads(body)
-            message = str(found.get("message") or found.get("reason") or "") if isinstance(found, dict) else ""
+            status_object = json.loads(body)
+            message = (
+                str(status_object.get("message") or status_object.get("reason") or "")
+                if isinstance(status_object, dict)
+                else ""
+            )
         except ValueError:
             message = ""
         if status == HTTP_UNAUTHORIZED:
@@ -264,16 +268,16 @@ def connect(namespace: str | None, context: str | None, kubeconfig: Path | None)
         raise ClusterError(f"no cluster: --kubeconfig {kubeconfig}: there is no such file")
     configuration = client.Configuration()
     try:
-        found = _load_kubeconfig(
+        context_namespace = _load_kubeconfig(
             configuration, context, str(kubeconfig) if kubeconfig else os.environ.get("KUBECONFIG") or None
         )
     except config.ConfigException as error:
         if kubeconfig or context or not Path(POD_NAMESPACE_FILE).is_file():
             raise ClusterError(f"no cluster: {error}; name a kubeconfig with --kubeconfig or KUBECONFIG") from None
         config.load_incluster_config(client_configuration=configuration)
-        found = Path(POD_NAMESPACE_FILE).read_text(encoding="utf-8").strip()
+        context_namespace = Path(POD_NAMESPACE_FILE).read_text(encoding="utf-8").strip()
     configuration.retries = None
-    return Cluster(client.ApiClient(configuration), namespace or found or "default")
+    return Cluster(client.ApiClient(configuration), namespace or context_namespace or "default")
 
 
 def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) -> str | None:
@@ -295,9 +299,9 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
             ) from None
     if log_errors:
         raise ClusterError(f"the kubeconfig gave no credentials: {'; '.join(log_errors)}")
-    chosen = next((one for one in contexts if one["name"] == context), active) if context else active
-    found = (chosen.get("context") or {}).get("namespace")
-    return str(found) if found else None
+    context_entry = next((entry for entry in contexts if entry["name"] == context), active) if context else active
+    namespace = (context_entry.get("context") or {}).get("namespace")
+    return str(namespace) if namespace else None
 
 
 @contextlib.contextmanager
@@ -329,26 +333,26 @@ def last_reason(error: Exception) -> str:
 def _lines(response: Any) -> Iterator[str]:
     import urllib3
 
-    rest = b""
+    unfinished = b""
     try:
         for part in response.stream(amt=None, decode_content=True):
-            *whole, rest = (rest + part).split(b"\n")
-            for line in whole:
+            *complete, unfinished = (unfinished + part).split(b"\n")
+            for line in complete:
                 yield line.decode(errors="replace")
     except urllib3.exceptions.HTTPError:
         return
     finally:
         response.release_conn()
-    if rest:
-        yield rest.decode(errors="replace")
+    if unfinished:
+        yield unfinished.decode(errors="replace")
 
 
 def parse_job_name(name: str) -> str:
     """Return the name of a job from `NAME` or `KIND/NAME`, which `get -o name` prints. Raises ClusterError."""
-    kind, slash, rest = name.rpartition("/")
-    if not rest or (slash and kind.lower().partition(".")[0] not in KIND_NAMES):
+    kind, slash, job_name = name.rpartition("/")
+    if not job_name or (slash and kind.lower().partition(".")[0] not in KIND_NAMES):
         raise ClusterError(f"{name!r} is not the name of a {KIND}; write NAME, or {KIND.lower()}/NAME")
-    return rest
+    return job_name
 
 
 def attempt_of(pod: Object) -> int:
@@ -372,4 +376,4 @@ def event_time(event: Object) -> str:
         event.get("deprecatedLastTimestamp"),
         event["metadata"].get("creationTimestamp"),
     )
-    return next((str(one) for one in times if one), "")
+    return next((str(time) for time in times if time), "")

@@ -32,19 +32,19 @@ def is_within(path: str, group: str) -> bool:
 def field_errors(error: ValidationError, known: Iterable[FieldError] = ()) -> Iterator[FieldError]:
     """Yield every error of a model. A missing field that was removed because of a `known` error is skipped."""
     earlier = list(known)
-    for one in error.errors():
-        path = path_of(one["loc"])
-        if one["type"] == "missing" and any(
+    for details in error.errors():
+        path = path_of(details["loc"])
+        if details["type"] == "missing" and any(
             is_within(other.path, path.rpartition(".")[0] or path) for other in earlier
         ):
             continue
-        yield FieldError(path, _message(one), _hint(one, path), one["type"] == "extra_forbidden")
+        yield FieldError(path, _message(details), _hint(details, path), details["type"] == "extra_forbidden")
 
 
 def locations_to_remove(error: ValidationError) -> Iterator[tuple[Any, ...]]:
     """Yield the values to remove so that the rest can be read: refused values, and groups that miss a required field."""
-    for one in error.errors():
-        location = one["loc"][:-1] if one["type"] == "missing" else one["loc"]
+    for details in error.errors():
+        location = details["loc"][:-1] if details["type"] == "missing" else details["loc"]
         if location:
             yield location
 
@@ -57,27 +57,27 @@ def path_of(location: tuple[Any, ...]) -> str:
     return path
 
 
-def _message(one: Any) -> str:
-    if one["type"] == "missing":
+def _message(details: Any) -> str:
+    if details["type"] == "missing":
         return "this required field is missing"
-    value = one["input"]
-    if one["type"] == "string_too_short":
+    value = details["input"]
+    if details["type"] == "string_too_short":
         return "the value is empty"
     shown = f"{value!r}: " if isinstance(value, str | int | float) and len(str(value)) <= 200 else ""
-    if one["type"] == "string_pattern_mismatch":
+    if details["type"] == "string_pattern_mismatch":
         return f"{shown}the value does not have the required form"
-    return shown + str(one["msg"]).removeprefix("Value error, ").removeprefix("Input ")
+    return shown + str(details["msg"]).removeprefix("Value error, ").removeprefix("Input ")
 
 
-def _hint(one: Any, path: str) -> str:
+def _hint(details: Any, path: str) -> str:
     """Return an example where the message alone does not say what to write."""
-    if one["type"] in ("missing", "string_too_short", "string_pattern_mismatch", "list_type"):
+    if details["type"] in ("missing", "string_too_short", "string_pattern_mismatch", "list_type"):
         example = example_of(path)
         return f"for example {path.rpartition('.')[2]}: {example}" if example else ""
-    if one["type"] in ("model_type", "model_attributes_type", "dict_type"):
+    if details["type"] in ("model_type", "model_attributes_type", "dict_type"):
         example = group_example(path)
         return f"write for example {example}" if example else ""
-    seconds = _seconds(one["input"]) if path.endswith("Seconds") else None
+    seconds = _seconds(details["input"]) if path.endswith("Seconds") else None
     return f"write {seconds}" if seconds is not None else ""
 
 

@@ -29,19 +29,19 @@ class Field:
 def fields() -> tuple[Field, ...]:
     """Return every field of spec and status; a group comes before its fields."""
     root = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    return tuple(one for name in ("spec", "status") for one in _fields(name, root[name]))
+    return tuple(field for name in ("spec", "status") for field in _fields(name, root[name]))
 
 
 @functools.cache
 def fields_by_path() -> dict[str, Field]:
     """Return every field by its path, which starts with `spec` or `status`."""
-    return {one.path: one for one in fields()}
+    return {field.path: field for field in fields()}
 
 
 def _fields(path: str, schema: dict[str, Any]) -> Iterator[Field]:
     is_group = bool(schema.get("properties"))
-    words = tuple(str(one) for one in schema.get("enum") or schema.get("items", {}).get("enum") or ())
-    yield Field(path, kind_of(schema), str(schema.get("description", "")), is_group, words)
+    enum_values = tuple(str(value) for value in schema.get("enum") or schema.get("items", {}).get("enum") or ())
+    yield Field(path, kind_of(schema), str(schema.get("description", "")), is_group, enum_values)
     inner, suffix = (schema["items"], "[]") if schema.get("type") == "array" else (schema, "")
     for name, value in (inner.get("properties") or {}).items():
         yield from _fields(f"{path}{suffix}.{name}", value)
@@ -56,7 +56,7 @@ def kind_of(schema: dict[str, Any]) -> str:
     if "additionalProperties" in schema:
         return f"map of {kind_of(schema['additionalProperties'])}"
     if "enum" in schema:
-        return " | ".join(str(one) for one in schema["enum"])
+        return " | ".join(str(value) for value in schema["enum"])
     if schema.get("properties"):
         return "group"
     low = f"{'>' if schema.get('exclusiveMinimum') else '>='} {schema['minimum']:g}" if "minimum" in schema else ""
@@ -82,13 +82,13 @@ def group_example(path: str) -> str:
     if field is None or not (field.is_group or pattern.endswith("[]")):
         return ""
     prefix = f"{pattern}."
-    inner = [one.path.removeprefix(prefix) for one in fields() if one.path.startswith(prefix)]
+    inner = [item.path.removeprefix(prefix) for item in fields() if item.path.startswith(prefix)]
     examples = [(name, example_of(f"{path}.{name}")) for name in inner if "." not in name]
     pairs = [f"{name}: {example}" for name, example in examples if example]
     # One field of a group is enough, but an item of a list and a reference need their required fields, which come first.
-    wanted = pairs if path.endswith("Ref") else pairs[: 2 if pattern.endswith("[]") else 1]
+    shown_pairs = pairs if path.endswith("Ref") else pairs[: 2 if pattern.endswith("[]") else 1]
     name = "" if pattern.endswith("[]") else f"{path.rpartition('.')[2]}: "
-    return f"{name}{{{', '.join(wanted)}}}" if wanted else ""
+    return f"{name}{{{', '.join(shown_pairs)}}}" if shown_pairs else ""
 
 
 # --- values at dotted paths -----------------------------------------------------------------------------------------

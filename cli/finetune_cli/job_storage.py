@@ -57,8 +57,8 @@ class JobStorage:
         folder = "/".join(part for part in (self.prefix, below.strip("/")) if part) + "/"
         with _StorageErrors(self.uri):
             for page in self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=folder):
-                for one in page.get("Contents") or []:
-                    yield StoredObject(one["Key"][len(self.prefix) :].lstrip("/"), int(one["Size"]))
+                for entry in page.get("Contents") or []:
+                    yield StoredObject(entry["Key"][len(self.prefix) :].lstrip("/"), int(entry["Size"]))
 
     def read(self, key: str) -> bytes:
         """Return the content of a small object. Raises StorageError."""
@@ -68,8 +68,8 @@ class JobStorage:
             except OSError as error:
                 raise StorageError(f"{self.uri}/{key}: {error.strerror}") from None
         with _StorageErrors(f"{self.uri}/{key}"):
-            found: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
-            return found
+            content: bytes = self.client.get_object(Bucket=self.bucket, Key=self._key(key))["Body"].read()
+            return content
 
     def chunks(self, key: str) -> Iterator[bytes]:
         """Yield the content of an object in chunks. Raises StorageError."""
@@ -84,14 +84,14 @@ class JobStorage:
     def delete(self, objects: list[StoredObject]) -> None:
         """Delete objects in the given order. Raises StorageError for the first object that could not be deleted."""
         if self.local is not None:
-            for one in objects:
-                (self.local / one.key).unlink(missing_ok=True)
+            for stored in objects:
+                (self.local / stored.key).unlink(missing_ok=True)
             return
         for start in range(0, len(objects), 1000):
-            part = [{"Key": self._key(one.key)} for one in objects[start : start + 1000]]
+            batch = [{"Key": self._key(stored.key)} for stored in objects[start : start + 1000]]
             with _StorageErrors(self.uri):
                 failed = (
-                    self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": part, "Quiet": True}).get(
+                    self.client.delete_objects(Bucket=self.bucket, Delete={"Objects": batch, "Quiet": True}).get(
                         "Errors"
                     )
                     or []
@@ -136,8 +136,8 @@ class _StorageErrors:
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
         if isinstance(error, ClientError):
-            found = error.response.get("Error", {})
-            raise StorageError(f"{self.target}: {found.get('Code')}: {found.get('Message')}") from None
+            details = error.response.get("Error", {})
+            raise StorageError(f"{self.target}: {details.get('Code')}: {details.get('Message')}") from None
         if isinstance(error, NoCredentialsError):
             raise StorageError(f"{self.target}: there are no S3 credentials; {CREDENTIALS_HINT}") from None
         if isinstance(error, BotoCoreError):
@@ -182,46 +182,48 @@ class CommittedFolder:
 
 def list_committed(storage: JobStorage) -> list[CommittedFolder]:
     """Return every folder with a commit marker: checkpoints by step, then the model. Raises StorageError."""
-    keys = {one.key for one in storage.objects()}
-    found = []
+    keys = {stored.key for stored in storage.objects()}
+    folders = []
     for key in sorted(keys):
         folder, _, name = key.rpartition("/")
         if name != Storage.COMMITTED:
             continue
         try:
             marker = json.loads(storage.read(key))
-            found.append(
+            folders.append(
                 CommittedFolder(
                     folder, str(marker["path"]), str(marker["manifestSha256"]), f"{folder}/{Storage.HEALTHY}" in keys
                 )
             )
         except (ValueError, KeyError, TypeError):
             raise StorageError(f"{storage.uri}/{key} is damaged: it is not a valid commit marker") from None
-    return sorted(found, key=lambda one: (one.folder.startswith(Storage.MODEL), one.folder))
+    return sorted(folders, key=lambda committed: (committed.folder.startswith(Storage.MODEL), committed.folder))
 
 
-def read_file_list(storage: JobStorage, one: CommittedFolder) -> list[dict[str, Any]]:
+def read_file_list(storage: JobStorage, committed: CommittedFolder) -> list[dict[str, Any]]:
     """Return the files that the manifest of a commit lists, after checking the hash of the manifest. Raises StorageError."""
-    key = f"{one.folder}/{one.path}/{Storage.MANIFEST}"
+    key = f"{committed.folder}/{committed.path}/{Storage.MANIFEST}"
     data = storage.read(key)
-    if hashlib.sha256(data).hexdigest() != one.manifest_sha256:
+    if hashlib.sha256(data).hexdigest() != committed.manifest_sha256:
         raise StorageError(f"{storage.uri}/{key} is damaged: its sha256 differs from the one in the commit marker")
-    found: list[dict[str, Any]] = json.loads(data)["files"]
-    return found
+    files: list[dict[str, Any]] = json.loads(data)["files"]
+    return files
 
 
-def verify_and_download(storage: JobStorage, one: CommittedFolder, target: Path | None) -> int:
+def verify_and_download(storage: JobStorage, committed: CommittedFolder, target: Path | None) -> int:
     """Read every file of a commit, check its sha256, and write it below `target` unless that is None. Returns the bytes read."""
     total = 0
-    for file in read_file_list(storage, one):
-        name = str(file["path"])
+    for manifest_entry in read_file_list(storage, committed):
+        name = str(manifest_entry["path"])
         if name.startswith("/") or ".." in name.split("/"):
             raise StorageError(f"{storage.uri}: the manifest lists {name}, which lies outside its folder")
-        total += _copy(storage, f"{one.folder}/{one.path}/{name}", file, target / name if target else None)
+        total += _copy(
+            storage, f"{committed.folder}/{committed.path}/{name}", manifest_entry, target / name if target else None
+        )
     return total
 
 
-def _copy(storage: JobStorage, key: str, file: dict[str, Any], path: Path | None) -> int:
+def _copy(storage: JobStorage, key: str, manifest_entry: dict[str, Any], path: Path | None) -> int:
     digest, count = hashlib.sha256(), 0
     part_file = None
     if path is not None:
@@ -237,10 +239,10 @@ def _copy(storage: JobStorage, key: str, file: dict[str, Any], path: Path | None
     finally:
         if handle:
             handle.close()
-    if digest.hexdigest() != file["sha256"] or count != file["size"]:
+    if digest.hexdigest() != manifest_entry["sha256"] or count != manifest_entry["size"]:
         raise StorageError(
             f"{storage.uri}/{key} is damaged: it has {count} bytes and sha256 {digest.hexdigest()[:12]}..., "
-            f"and the manifest lists {file['size']} bytes and {file['sha256'][:12]}..."
+            f"and the manifest lists {manifest_entry['size']} bytes and {manifest_entry['sha256'][:12]}..."
         )
     if part_file and path:
         part_file.replace(path)

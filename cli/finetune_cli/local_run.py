@@ -65,7 +65,7 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
     Raises InvalidInput, CommandError, or Exit after printing the errors of the manifest.
     """
     manifest = read_job(file)
-    overrides = {path: one.value for path, one in parse_overrides(sets).items()}
+    overrides = {path: assigned.value for path, assigned in parse_overrides(sets).items()}
     spec = with_values(manifest.spec, overrides)
     _checked(manifest, spec, only="ValueInvalid")
     machine = LocalMachine(
@@ -92,9 +92,9 @@ def _checked(manifest: Manifest, spec: dict[str, Any], only: str | None = None) 
     """Check a manifest with another spec and return it. `only` limits the check to one code. Raises Exit."""
     changed = Manifest(manifest.file, manifest.number, {**manifest.value, "spec": spec}, manifest.lines)
     checked, findings = check_manifest(changed, ExecutionTarget.LOCAL)
-    errors = [one for one in errors_of(findings) if only in (None, one.code)]
+    errors = [finding for finding in errors_of(findings) if only in (None, finding.code)]
     if errors or checked is None:
-        raise output.fail(*(one.mistake for one in errors))
+        raise output.fail(*(finding.mistake for finding in errors))
     return checked
 
 
@@ -104,14 +104,14 @@ def _checked(manifest: Manifest, spec: dict[str, Any], only: str | None = None) 
 def _write(name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Path, notes: tuple[str, ...]) -> LocalRun:
     """Write the run configuration of the next attempt. The same folder and name continue the same job."""
     uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"file://{root}/{name}"))
-    home = root / ".finetune" / name
-    home.mkdir(parents=True, exist_ok=True)
-    tree = root / NAMESPACE / name / uid
-    _check_same_job(home / names.RUN_FILE_NAME, spec, tree, name)
-    counter = home / "attempt"
+    state_folder = root / ".finetune" / name
+    state_folder.mkdir(parents=True, exist_ok=True)
+    job_folder = root / NAMESPACE / name / uid
+    _check_same_job(state_folder / names.RUN_FILE_NAME, spec, job_folder, name)
+    counter = state_folder / "attempt"
     counted = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
     # The counter alone is not enough: it lies next to downloads, which users delete to free disk space.
-    attempt = max(counted, last_started_attempt(tree)) + 1
+    attempt = max(counted, last_started_attempt(job_folder)) + 1
     counter.write_text(str(attempt), encoding="utf-8")
     gpus = spec.resources.gpus_per_node or 0
     run = RunConfig(
@@ -126,25 +126,25 @@ def _write(name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Pat
             nodes=1, processes_per_node=spec.resources.processes_per_node or max(1, gpus), gpus_per_node=gpus,
             master_address="127.0.0.1", master_port=0, rendezvous_id=f"{uid}-{attempt}",
         ),
-        storage=StoreTarget(uri=f"file://{tree}"),
+        storage=StoreTarget(uri=f"file://{job_folder}"),
         publish=f"file://{root}/{spec.output.dir.strip('/')}" if spec.output.dir else None,
         resume=Resume(mode="auto" if attempt > 1 else spec.checkpoint.resume or "auto"),
         grace_seconds=GRACE_SECONDS,
     )  # fmt: skip
-    run_file = home / names.RUN_FILE_NAME
+    run_file = state_folder / names.RUN_FILE_NAME
     run_file.write_bytes(run.to_bytes())
-    return LocalRun(name, run, run_file, home / "work", home / f"attempt-{attempt}.log", notes)
+    return LocalRun(name, run, run_file, state_folder / "work", state_folder / f"attempt-{attempt}.log", notes)
 
 
-def last_started_attempt(tree: Path) -> int:
+def last_started_attempt(job_folder: Path) -> int:
     """Return the newest attempt that the trainer recorded in storage; 0 if there is none."""
-    found = (names.attempt_of_folder(path.name) for path in (tree / names.Storage.RUN).glob("*"))
-    return max((number for number in found if number is not None), default=0)
+    numbers = (names.attempt_of_folder(path.name) for path in (job_folder / names.Storage.RUN).glob("*"))
+    return max((number for number in numbers if number is not None), default=0)
 
 
-def _check_same_job(run_file: Path, spec: FineTuneJobSpec, tree: Path, name: str) -> None:
+def _check_same_job(run_file: Path, spec: FineTuneJobSpec, job_folder: Path, name: str) -> None:
     """Refuse to continue in the folder of another job: committed checkpoints belong to one spec. Raises LocalRunError."""
-    if not run_file.is_file() or not any(tree.rglob(names.Storage.COMMITTED.value)):
+    if not run_file.is_file() or not any(job_folder.rglob(names.Storage.COMMITTED.value)):
         return
     old, new = (
         flatten(RunConfig.model_validate_json(run_file.read_bytes()).spec.to_wire()),
@@ -152,9 +152,9 @@ def _check_same_job(run_file: Path, spec: FineTuneJobSpec, tree: Path, name: str
     )
     changed = sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
     if changed:
-        shown = "; ".join(f"{path} {old.get(path, '-')} -> {new.get(path, '-')}" for path in changed[:3])
+        differences = "; ".join(f"{path} {old.get(path, '-')} -> {new.get(path, '-')}" for path in changed[:3])
         raise LocalRunError(
-            f"{tree} holds results of a job {name} with another spec ({shown}): choose another folder with -o, or delete that one"
+            f"{job_folder} holds results of a job {name} with another spec ({differences}): choose another folder with -o, or delete that one"
         )
 
 
@@ -202,10 +202,10 @@ def _require_trainer(interpreter: str) -> None:
     """Raises LocalRunError if the interpreter has no trainer installed."""
     check = "import importlib.util, sys; sys.exit(importlib.util.find_spec('finetune_trainer') is None)"
     try:
-        found = subprocess.run([interpreter, "-c", check], check=False, capture_output=True).returncode == 0
+        is_installed = subprocess.run([interpreter, "-c", check], check=False, capture_output=True).returncode == 0
     except OSError as error:
         raise LocalRunError(f"--python {interpreter}: {error.strerror}") from None
-    if not found:
+    if not is_installed:
         raise LocalRunError(
             f"{interpreter} has no trainer: install finetune-operator[trainer] there, or choose another interpreter with --python"
         )
@@ -213,9 +213,9 @@ def _require_trainer(interpreter: str) -> None:
 
 def free_port() -> int:
     """Return a free TCP port of this machine."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def _wait(process: subprocess.Popen[bytes], port: int, termination_file: Path) -> int:
@@ -255,8 +255,8 @@ def _poll(process: subprocess.Popen[bytes], port: int, show: Callable[[ProgressR
 def fetch_progress(port: int) -> ProgressReport | None:
     """Return the trainer's progress report; None if the trainer does not respond."""
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}{names.Path.PROGRESS}", timeout=5) as answer:
-            return ProgressReport.model_validate_json(answer.read())
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{names.Path.PROGRESS}", timeout=5) as response:
+            return ProgressReport.model_validate_json(response.read())
     except (urllib.error.URLError, ConnectionError, TimeoutError, ValueError):
         return None
 

@@ -90,12 +90,12 @@ def local_source(text: str, path: str, machine: LocalMachine) -> str:
 def _file_source(text: str, path: str, machine: LocalMachine) -> str:
     """A relative path is looked up in the current folder, then in the folder of the manifest."""
     try:
-        found = Path(text).expanduser()
+        file = Path(text).expanduser()
     except RuntimeError:
         raise LocalRunError(
             f"spec.{path}: {text}: this user has no home folder on this machine; write the whole path"
         ) from None
-    for candidate in (found, machine.manifest_folder / found):
+    for candidate in (file, machine.manifest_folder / file):
         if candidate.exists():
             return f"file://{candidate.resolve()}"
     raise LocalRunError(
@@ -108,10 +108,10 @@ def _path_in_folder(folders: dict[str, Path], name: str, inner: str, path: str, 
         raise LocalRunError(
             f"spec.{path}: {name} is not on this machine; name a folder that replaces it with {option} {name}=FOLDER"
         )
-    found = folders[name] / inner
-    if not found.exists():
-        raise LocalRunError(f"spec.{path}: {found} does not exist")
-    return found
+    file = folders[name] / inner
+    if not file.exists():
+        raise LocalRunError(f"spec.{path}: {file} does not exist")
+    return file
 
 
 def require_s3_credentials(spec: dict[str, Any]) -> None:
@@ -121,13 +121,13 @@ def require_s3_credentials(spec: dict[str, Any]) -> None:
     sources |= {
         f"dataset.mixture[{i}].source": item.get("source") for i, item in enumerate(mixture) if isinstance(item, dict)
     }
-    found = {path: text for path, text in sources.items() if isinstance(text, str) and text.startswith("s3://")}
-    if not found:
+    s3_sources = {path: text for path, text in sources.items() if isinstance(text, str) and text.startswith("s3://")}
+    if not s3_sources:
         return
     from botocore.session import Session
 
     if Session().get_credentials() is None:
-        path, text = next(iter(found.items()))
+        path, text = next(iter(s3_sources.items()))
         raise LocalRunError(f"spec.{path}: {text} needs S3 credentials; {CREDENTIALS_HINT}")
 
 
@@ -150,10 +150,10 @@ def _limit_resources(spec: dict[str, Any], gpus: int, notes: list[str]) -> None:
     if int(resources.get("nodes") or 1) > 1:
         notes.append(f"resources.nodes is {resources['nodes']}, and a local run uses 1")
         resources["nodes"] = 1
-    wanted = resources.get("gpusPerNode")
-    if wanted is None or int(wanted) > gpus:
-        if wanted is not None:
-            notes.append(f"resources.gpusPerNode is {wanted}, and this machine has {gpus}")
-        resources["gpusPerNode"] = min(int(wanted or 1), gpus)
+    requested_gpus = resources.get("gpusPerNode")
+    if requested_gpus is None or int(requested_gpus) > gpus:
+        if requested_gpus is not None:
+            notes.append(f"resources.gpusPerNode is {requested_gpus}, and this machine has {gpus}")
+        resources["gpusPerNode"] = min(int(requested_gpus or 1), gpus)
     for name in ("nodePool", "gpuResource"):
         resources.pop(name, None)

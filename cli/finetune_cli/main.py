@@ -61,15 +61,15 @@ COMMANDS: dict[str, Callable[..., None]] = {
 }
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            found = version("finetune-operator")
+            installed_version = version("finetune-operator")
         except PackageNotFoundError:
-            found = "from a checkout"
-        sys.stdout.write(f"{_program()} {found}\n")
+            installed_version = "from a checkout"
+        sys.stdout.write(f"{_program()} {installed_version}\n")
         raise typer.Exit
 
 

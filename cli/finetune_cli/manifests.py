@@ -62,19 +62,19 @@ def read(path: Path) -> list[Manifest]:
 
 def read_all(paths: Iterable[Path]) -> tuple[list[Manifest], list[Mistake]]:
     """Read every object of several files. Returns the objects, and a mistake for each file that cannot be read."""
-    found: list[Manifest] = []
+    manifests: list[Manifest] = []
     mistakes: list[Mistake] = []
     for path in paths:
         try:
-            found += read(path)
+            manifests += read(path)
         except UnreadableFile as error:
             mistakes.append(error.mistake)
-    return found, mistakes
+    return manifests, mistakes
 
 
 def read_job(path: Path) -> Manifest:
     """Read a file that holds exactly one FineTuneJob. Raises UnreadableFile or CommandError."""
-    jobs = [one for one in read(path) if one.is_job]
+    jobs = [manifest for manifest in read(path) if manifest.is_job]
     if len(jobs) != 1:
         raise CommandError(f"{display_name(path)}: the file holds {len(jobs)} FineTuneJobs, and exactly one is needed")
     return jobs[0]
@@ -83,10 +83,10 @@ def read_job(path: Path) -> Manifest:
 def parse(text: str, file: str) -> Iterator[Manifest]:
     """Parse every object of a text, as kubectl reads it. Raises UnreadableFile."""
     try:
-        found = read_trees(text)
+        trees = read_trees(text)
     except InvalidYaml as error:
         raise UnreadableFile(Mistake(f"{file}:{error.line}" if error.line else file, "", str(error))) from None
-    for number, tree in enumerate(found):
+    for number, tree in enumerate(trees):
         for problem in tree.problems:
             raise UnreadableFile(Mistake(f"{file}:{problem.line}", problem.path, problem.message, problem.hint))
         if tree.value is None:

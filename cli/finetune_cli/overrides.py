@@ -32,7 +32,7 @@ def parse_overrides(sets: Iterable[str], options: Mapping[str, Any] | None = Non
     for option, value in (options or {}).items():
         if value is not None:
             result |= _parse_option(option, value, mistakes)
-    by_path = {one.path.removeprefix("spec."): one for one in fields() if one.path.startswith("spec.")}
+    by_path = {field.path.removeprefix("spec."): field for field in fields() if field.path.startswith("spec.")}
     for text in sets:
         result |= _parse_set(text, by_path, mistakes)
     if mistakes:
@@ -68,7 +68,7 @@ def _parse_set(text: str, by_path: dict[str, Field], mistakes: list[Mistake]) ->
     elif value == "null":
         return {path: AssignedValue(None, Origin("--set"), path)}
     elif field.is_group:
-        inner = next((one for one in by_path if one.startswith(f"{path}.")), path)
+        inner = next((field_path for field_path in by_path if field_path.startswith(f"{path}.")), path)
         hint = f"set its fields, for example --set {inner}=VALUE, or remove the group with --set {path}=null"
         mistakes.append(Mistake("--set", path, "this is a group of fields and takes no value", hint))
     else:
@@ -78,15 +78,15 @@ def _parse_set(text: str, by_path: dict[str, Field], mistakes: list[Mistake]) ->
 
 def _hint_for_unknown(path: str, by_path: dict[str, Field]) -> str:
     """Say what to write instead of an unknown path. Lists and maps can only be set as a whole."""
-    whole = path
-    while whole and whole not in by_path:
-        whole = whole[: whole.rfind("[")] if whole.endswith("]") else whole.rpartition(".")[0]
-    kind = by_path[whole].kind if whole else ""
+    parent = path
+    while parent and parent not in by_path:
+        parent = parent[: parent.rfind("[")] if parent.endswith("]") else parent.rpartition(".")[0]
+    kind = by_path[parent].kind if parent else ""
     if kind.startswith("list of"):
-        return f"set the whole list: --set '{whole}=[...]'"
+        return f"set the whole list: --set '{parent}=[...]'"
     if kind.startswith("map of"):
-        return f"set the whole map: --set '{whole}={{NAME: VALUE}}'"
-    closest = suggest_field(path, [one for one in by_path if "[]" not in one])
+        return f"set the whole map: --set '{parent}={{NAME: VALUE}}'"
+    closest = suggest_field(path, [field_path for field_path in by_path if "[]" not in field_path])
     return f"did you mean {closest}?" if closest else "`finetune explain` lists all fields"
 
 
@@ -94,12 +94,12 @@ def _convert(kind: str, text: str) -> Any:
     """Convert a text to the type of a field. Where the field is a string or an enum, `no` and `010` stay text."""
     if kind.startswith("string") or (" | " in kind and not kind.startswith("list")):
         return text
-    found = parse_value(text)
-    if kind == "map of string" and isinstance(found, dict):
-        return {key: one if isinstance(one, str | dict | list) else _as_string(one) for key, one in found.items()}
-    if kind.startswith("list of") and isinstance(found, str) and not text.startswith("["):
-        return [part.strip() for part in found.split(",")]
-    return found
+    value = parse_value(text)
+    if kind == "map of string" and isinstance(value, dict):
+        return {key: item if isinstance(item, str | dict | list) else _as_string(item) for key, item in value.items()}
+    if kind.startswith("list of") and isinstance(value, str) and not text.startswith("["):
+        return [part.strip() for part in value.split(",")]
+    return value
 
 
 def _as_string(value: Any) -> str:

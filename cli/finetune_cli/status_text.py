@@ -27,8 +27,8 @@ def status_of(job: dict[str, Any]) -> FineTuneJobStatus:
 
 def condition(status: FineTuneJobStatus, kind: ConditionType) -> bool | None:
     """Return whether a condition is true; None if it is absent or Unknown."""
-    found = status.condition(kind)
-    return None if found is None or found.status == "Unknown" else found.status == "True"
+    entry = status.condition(kind)
+    return None if entry is None or entry.status == "Unknown" else entry.status == "True"
 
 
 def has_finished(status: FineTuneJobStatus) -> bool:
@@ -118,10 +118,10 @@ def describe(job: dict[str, Any], losses: list[float] | None = None, now: dateti
 def _reason(status: FineTuneJobStatus) -> str:
     """Return why the job waits, or why it ended."""
     for kind in (ConditionType.STALLED, ConditionType.RECONCILING, ConditionType.ACCEPTED, ConditionType.FINISHED):
-        found = status.condition(kind)
-        wanted = "False" if kind == ConditionType.ACCEPTED else "True"
-        if found is not None and found.status == wanted and found.message:
-            return f"{found.reason}: {found.message}"
+        entry = status.condition(kind)
+        expected_status = "False" if kind == ConditionType.ACCEPTED else "True"
+        if entry is not None and entry.status == expected_status and entry.message:
+            return f"{entry.reason}: {entry.message}"
     return ""
 
 
@@ -158,7 +158,7 @@ def _progress(status: FineTuneJobStatus, losses: list[float], now: datetime | No
     if status.latest_checkpoint_step is not None:
         lines.append(f"saved     step {status.latest_checkpoint_step}")
     if metrics is not None:
-        found = [
+        loss_texts = [
             f"{name} {value:.4g}"
             for name, value in (
                 ("train", metrics.train_loss),
@@ -167,9 +167,9 @@ def _progress(status: FineTuneJobStatus, losses: list[float], now: datetime | No
             )
             if value is not None
         ]
-        if found:
+        if loss_texts:
             spark = sparkline(losses) if len(losses) > 1 else ""
-            lines.append(f"loss      {', '.join(found)}" + (f"  {spark}" if spark else ""))
+            lines.append(f"loss      {', '.join(loss_texts)}" + (f"  {spark}" if spark else ""))
     if status.workers is not None and status.workers.total:
         lines.append(f"workers   {status.workers.display} ready")
     return lines
@@ -179,7 +179,7 @@ def _failure(status: FineTuneJobStatus) -> list[str]:
     failure = status.failure
     if failure is None:
         return []
-    where = ", ".join(
+    location = ", ".join(
         f"{name} {value}"
         for name, value in (
             ("rank", failure.rank),
@@ -189,7 +189,10 @@ def _failure(status: FineTuneJobStatus) -> list[str]:
         )
         if value is not None
     )
-    lines = ["", f"failure   {failure.class_} {failure.code}: {failure.message}" + (f" ({where})" if where else "")]
+    lines = [
+        "",
+        f"failure   {failure.class_} {failure.code}: {failure.message}" + (f" ({location})" if location else ""),
+    ]
     return [*lines, f"          {failure.hint}"] if failure.hint else lines
 
 
@@ -197,11 +200,13 @@ def _attempts(status: FineTuneJobStatus) -> list[str]:
     if not status.attempts:
         return []
     lines = ["", "ATTEMPT  REASON                 EXIT  FROM STEP  LAST STEP  LOST  NODE"]
-    for one in status.attempts:
-        reason = one.reason or ("running" if one.end_time is None else "-")
-        cells = (one.exit_code, one.resumed_from_step, one.last_step, one.steps_lost)
+    for attempt in status.attempts:
+        reason = attempt.reason or ("running" if attempt.end_time is None else "-")
+        cells = (attempt.exit_code, attempt.resumed_from_step, attempt.last_step, attempt.steps_lost)
         code, start, last, lost = ("-" if value is None else str(value) for value in cells)
-        lines.append(f"{one.number:<8} {reason:<22} {code:<5} {start:<10} {last:<10} {lost:<5} {one.node or '-'}")
+        lines.append(
+            f"{attempt.number:<8} {reason:<22} {code:<5} {start:<10} {last:<10} {lost:<5} {attempt.node or '-'}"
+        )
     return lines
 
 
@@ -212,11 +217,11 @@ def _checkpoints(status: FineTuneJobStatus, now: datetime | None) -> list[str]:
 def checkpoint_table(status: FineTuneJobStatus, now: datetime | None = None) -> list[str]:
     """Return a table with one line per checkpoint."""
     lines = ["STEP      HEALTHY  LOSS      SIZE        AGE   URI"]
-    for one in sorted(status.checkpoints, key=lambda checkpoint: checkpoint.step):
-        healthy = {True: "yes", False: "no", None: "-"}[one.healthy]
-        loss = "-" if one.eval_loss is None else f"{one.eval_loss:.4g}"
+    for checkpoint in sorted(status.checkpoints, key=lambda entry: entry.step):
+        healthy = {True: "yes", False: "no", None: "-"}[checkpoint.healthy]
+        loss = "-" if checkpoint.eval_loss is None else f"{checkpoint.eval_loss:.4g}"
         lines.append(
-            f"{one.step:<9} {healthy:<8} {loss:<9} {format_bytes(one.bytes):<11} {age(one.time, now):<5} {one.uri}"
+            f"{checkpoint.step:<9} {healthy:<8} {loss:<9} {format_bytes(checkpoint.bytes):<11} {age(checkpoint.time, now):<5} {checkpoint.uri}"
         )
     return lines
 
@@ -226,14 +231,14 @@ def _output_and_notes(status: FineTuneJobStatus) -> list[str]:
     if status.output is not None and status.output.uri:
         lines += ["", f"output    {status.output.uri} ({status.output.kind or '-'})"]
     if status.adaptations:
-        lines += ["", *(f"adapted   {one.change} ({one.reason})" for one in status.adaptations)]
+        lines += ["", *(f"adapted   {adaptation.change} ({adaptation.reason})" for adaptation in status.adaptations)]
     if status.resolved is not None and status.resolved.notes:
-        lines += ["", *(f"note      {one}" for one in status.resolved.notes)]
+        lines += ["", *(f"note      {note}" for note in status.resolved.notes)]
     return lines
 
 
 def event_line(event: dict[str, Any]) -> str:
     """Format a Kubernetes event as one line."""
     regarding = event.get("regarding") or {}
-    thing = f"{regarding.get('kind', '')}/{regarding.get('name', '')}"
-    return f"{event_time(event)[:19]:<20} {event.get('type', ''):<8} {event.get('reason', ''):<26} {thing:<40} {event.get('note', '')}"
+    object_name = f"{regarding.get('kind', '')}/{regarding.get('name', '')}"
+    return f"{event_time(event)[:19]:<20} {event.get('type', ''):<8} {event.get('reason', ''):<26} {object_name:<40} {event.get('note', '')}"

@@ -17,35 +17,39 @@ def suggest_field(path: str, known: Iterable[str]) -> str:
     """
     candidates = list(known)
     group, _, name = path.rpartition(".")
-    same_group = (one for one in candidates if one.rpartition(".")[0] == group)
-    found = next((one for one in same_group if normalise(one.rpartition(".")[2]) == normalise(name)), "")
+    same_group = (field for field in candidates if field.rpartition(".")[0] == group)
+    other_spelling = next((field for field in same_group if normalise(field.rpartition(".")[2]) == normalise(name)), "")
     prefix = "spec." if path.startswith("spec.") else ""
     alias = field_for_alias(path.removeprefix("spec."))
-    return found or (prefix + alias if prefix + alias in candidates else "") or closest_name(path, candidates)
+    return other_spelling or (prefix + alias if prefix + alias in candidates else "") or closest_name(path, candidates)
 
 
 def closest_name(word: str, known: Iterable[str]) -> str:
     """Return the known name most similar to a word, or an empty string. For a dotted name, names of the same group come first."""
     candidates = list(dict.fromkeys(known))
     head, dot, tail = word.rpartition(".")
-    siblings = {one.rpartition(".")[2]: one for one in candidates if one.rpartition(".")[0] == head}
-    initials = {_initials(name): one for name, one in reversed(siblings.items())}
+    siblings = {
+        candidate.rpartition(".")[2]: candidate for candidate in candidates if candidate.rpartition(".")[0] == head
+    }
+    initials = {_initials(name): candidate for name, candidate in reversed(siblings.items())}
     if len(tail.strip("-")) <= 3 and tail.strip("-").lower() in initials:
         return initials[tail.strip("-").lower()]
-    found = _most_similar(tail, siblings, 0.55)
-    if found:
-        return siblings[found]
-    start = next((one for name, one in siblings.items() if tail.startswith(name) or name.startswith(tail)), "")
+    similar = _most_similar(tail, siblings, 0.55)
+    if similar:
+        return siblings[similar]
+    same_prefix = next(
+        (candidate for name, candidate in siblings.items() if tail.startswith(name) or name.startswith(tail)), ""
+    )
     if not dot:
-        return start if len(tail) > 1 else ""
-    elsewhere = next((one for one in candidates if one.rpartition(".")[2] == tail), "")
-    return start or elsewhere or ("" if siblings else _most_similar(word, candidates, 0.8))
+        return same_prefix if len(tail) > 1 else ""
+    elsewhere = next((candidate for candidate in candidates if candidate.rpartition(".")[2] == tail), "")
+    return same_prefix or elsewhere or ("" if siblings else _most_similar(word, candidates, 0.8))
 
 
 def _most_similar(word: str, known: Iterable[str], cutoff: float) -> str:
-    lower = {one.lower(): one for one in known}
-    found = difflib.get_close_matches(word.lower(), lower, 1, cutoff)
-    return lower[found[0]] if found else ""
+    lower = {name.lower(): name for name in known}
+    matches = difflib.get_close_matches(word.lower(), lower, 1, cutoff)
+    return lower[matches[0]] if matches else ""
 
 
 def _initials(name: str) -> str:

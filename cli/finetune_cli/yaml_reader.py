@@ -97,10 +97,10 @@ def _tree(node: Any) -> Tree:
 def parse_value(text: str) -> Any:
     """Read one value of a command line as YAML; a text that is not YAML is returned unchanged."""
     try:
-        found = read_trees(text)
+        trees = read_trees(text)
     except InvalidYaml:
         return text
-    return found[0].value if len(found) == 1 and not found[0].problems else text if found else ""
+    return trees[0].value if len(trees) == 1 and not trees[0].problems else text if trees else ""
 
 
 class _Reader:
@@ -130,21 +130,21 @@ class _Reader:
         if kind not in ("map", "seq"):
             return self._add_problem(line, path, f"the tag {node.tag} is not supported")
         self.unfinished.add(id(node))
-        found = self._mapping(node, path) if node.id == "mapping" else self._sequence(node, path)
+        value = self._mapping(node, path) if node.id == "mapping" else self._sequence(node, path)
         self.unfinished.discard(id(node))
-        return found
+        return value
 
     def _add_problem(self, line: int, path: str, message: str, hint: str = "write the value itself") -> None:
         self.tree.problems.append(Problem(line, path, message, hint))
 
     def _sequence(self, node: Any, path: str) -> list[Any]:
-        return [self.value(one, f"{path}[{i}]") for i, one in enumerate(node.value)]
+        return [self.value(item, f"{path}[{i}]") for i, item in enumerate(node.value)]
 
     def _mapping(self, node: Any, prefix: str) -> dict[str, Any]:
         """Read a mapping. Its own keys win over merged mappings (`<<`), and earlier merged mappings win over later ones."""
         result: dict[str, Any] = {}
-        for one in reversed(list(self._merged_mappings(node))):
-            result |= self.value(one, prefix) or {}
+        for merged in reversed(list(self._merged_mappings(node))):
+            result |= self.value(merged, prefix) or {}
         first: dict[str, int] = {}
         for key_node, value_node in node.value:
             line = key_node.start_mark.line + 1
@@ -167,9 +167,9 @@ class _Reader:
         for key_node, value_node in node.value:
             if not _is_merge(key_node):
                 continue
-            for one in value_node.value if value_node.id == "sequence" else [value_node]:
-                if one.id == "mapping":
-                    yield one
+            for mapping in value_node.value if value_node.id == "sequence" else [value_node]:
+                if mapping.id == "mapping":
+                    yield mapping
                 else:
                     self._add_problem(key_node.start_mark.line + 1, "<<", "the merge key does not refer to a mapping")
 

@@ -33,7 +33,7 @@ def checkpoints(
     use_secret: SecretOption = False,
     endpoint: EndpointOption = None,
     storage: StorageOption = None,
-    form: DataFormatOption = None,
+    output_format: DataFormatOption = None,
     namespace: NamespaceOption = None,
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
@@ -47,8 +47,10 @@ def checkpoints(
     from finetune_cli.cluster import connect
     from finetune_cli.status_text import checkpoint_table, status_of
 
-    check_format(form, "yaml", "json")
-    options = [option for option, given in (("--verify", verify), ("--download", download), ("-o", form)) if given]
+    check_format(output_format, "yaml", "json")
+    options = [
+        option for option, given in (("--verify", verify), ("--download", download), ("-o", output_format)) if given
+    ]
     if len(options) > 1:
         raise output.fail(f"{' and '.join(options)} exclude each other: choose one of them")
     cluster = connect(namespace, context, kubeconfig)
@@ -57,12 +59,12 @@ def checkpoints(
         _verify(open_storage(cluster, job, use_secret, endpoint, storage))
     elif download is not None:
         _download(open_storage(cluster, job, use_secret, endpoint, storage), download, to)
-    elif form is not None:
-        write_data((job.get("status") or {}).get("checkpoints") or [], form)
+    elif output_format is not None:
+        write_data((job.get("status") or {}).get("checkpoints") or [], output_format)
     else:
-        found = status_of(job)
-        if found.checkpoints:
-            output.write("\n".join(checkpoint_table(found)))
+        status = status_of(job)
+        if status.checkpoints:
+            output.write("\n".join(checkpoint_table(status)))
         else:
             output.notes([f"{name} has no committed checkpoint yet"])
 
@@ -70,48 +72,48 @@ def checkpoints(
 def _verify(storage: JobStorage) -> None:
     from finetune_cli.job_storage import list_committed
 
-    found = list_committed(storage)
-    if not found:
+    committed = list_committed(storage)
+    if not committed:
         output.notes([f"there is no committed checkpoint or model below {storage.uri}"])
-    damaged = [one for one in found if not _is_intact(storage, one)]
+    damaged = [folder for folder in committed if not _is_intact(storage, folder)]
     if damaged:
         raise output.Exit(output.ERROR)
 
 
-def _is_intact(storage: JobStorage, one: CommittedFolder) -> bool:
+def _is_intact(storage: JobStorage, committed: CommittedFolder) -> bool:
     from finetune_cli.job_storage import StorageError, verify_and_download
     from finetune_cli.status_text import format_bytes
 
     try:
-        count = verify_and_download(storage, one, None)
+        count = verify_and_download(storage, committed, None)
     except StorageError as error:
-        output.errors([f"{one.folder}: {error}"])
+        output.errors([f"{committed.folder}: {error}"])
         return False
-    output.write(f"{one.folder}: ok, {format_bytes(count)}" + (", healthy" if one.healthy else ""))
+    output.write(f"{committed.folder}: ok, {format_bytes(count)}" + (", healthy" if committed.healthy else ""))
     return True
 
 
-def _download(storage: JobStorage, word: str, to: Path) -> None:
+def _download(storage: JobStorage, selection: str, to: Path) -> None:
     from finetune_cli.job_storage import StorageError, list_committed, verify_and_download
     from finetune_cli.status_text import format_bytes
 
-    folder, found = folder_of(word), list_committed(storage)
-    wanted = next((one for one in found if one.folder == folder), None)
-    if wanted is None:
-        available = ", ".join(one.folder for one in found) or "nothing"
-        raise StorageError(f"{word} is not committed below {storage.uri}; available: {available}")
-    count = verify_and_download(storage, wanted, to)
-    output.write(f"{wanted.folder}: {format_bytes(count)} in {to}")
+    folder, folders = folder_of(selection), list_committed(storage)
+    selected = next((committed for committed in folders if committed.folder == folder), None)
+    if selected is None:
+        available = ", ".join(committed.folder for committed in folders) or "nothing"
+        raise StorageError(f"{selection} is not committed below {storage.uri}; available: {available}")
+    count = verify_and_download(storage, selected, to)
+    output.write(f"{selected.folder}: {format_bytes(count)} in {to}")
 
 
-def folder_of(word: str) -> str:
+def folder_of(selection: str) -> str:
     """Return the folder of a step or of the model. Raises StorageError."""
     from finetune_api.names import Storage, checkpoint_folder
 
     from finetune_cli.job_storage import StorageError
 
-    if word == "model":
+    if selection == "model":
         return Storage.MODEL.value
-    if not word.isdigit():
-        raise StorageError(f"--download {word}: write the step of a checkpoint, or `model`")
-    return f"{Storage.CHECKPOINTS}/{checkpoint_folder(int(word))}"
+    if not selection.isdigit():
+        raise StorageError(f"--download {selection}: write the step of a checkpoint, or `model`")
+    return f"{Storage.CHECKPOINTS}/{checkpoint_folder(int(selection))}"

@@ -31,7 +31,7 @@ def diff(
     def load(text: str) -> dict[str, Any]:
         if text == "-" or Path(text).is_file() or text.endswith((".yaml", ".yml", ".json")):
             manifest = read_job(Path(text))
-            unknown = [one.mistake for one in check_manifest(manifest)[1] if one.code == "UnknownField"]
+            unknown = [finding.mistake for finding in check_manifest(manifest)[1] if finding.code == "UnknownField"]
             if unknown:
                 raise output.fail(*unknown)
             return manifest.spec

@@ -22,12 +22,12 @@ def events(
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.job(name)
     uids = {job["metadata"]["uid"], *(pod["metadata"]["uid"] for pod in cluster.pods(name))}
-    found = cluster.events(uids)
-    if not found:
+    event_objects = cluster.events(uids)
+    if not event_objects:
         output.notes(
             [
                 f"{name} has no events; the cluster deletes events after some time, and `finetune status {name}` shows what remains"
             ]
         )
         return
-    output.write("\n".join(event_line(one) for one in found))
+    output.write("\n".join(event_line(event) for event in event_objects))

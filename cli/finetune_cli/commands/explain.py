@@ -38,40 +38,49 @@ def explain(
     from finetune_cli.fields import fields
     from finetune_cli.suggestions import suggest_field
 
-    every = fields()
+    all_fields = fields()
     if search is not None:
-        found = _containing(search, every)
-        if not found:
+        matches = _containing(search, all_fields)
+        if not matches:
             raise output.fail(f"no field has {search!r} in its name or description")
-        output.write("\n".join(_line(one) for one in found))
+        output.write("\n".join(_line(field) for field in matches))
         return
-    wanted = "spec" if path is None else path.replace("[]", "").removeprefix("FineTuneJob.")
-    found = [one for one in every if one.path.replace("[]", "") in (wanted, f"spec.{wanted}", f"status.{wanted}")]
-    if not found:
-        suggestion = suggest_field(f"spec.{wanted.removeprefix('spec.')}", [one.path for one in every])
-        mentions = [] if suggestion else _containing(wanted, every)
+    field_path = "spec" if path is None else path.replace("[]", "").removeprefix("FineTuneJob.")
+    matches = [
+        field
+        for field in all_fields
+        if field.path.replace("[]", "") in (field_path, f"spec.{field_path}", f"status.{field_path}")
+    ]
+    if not matches:
+        suggestion = suggest_field(f"spec.{field_path.removeprefix('spec.')}", [field.path for field in all_fields])
+        mentions = [] if suggestion else _containing(field_path, all_fields)
         hint = f"did you mean {suggestion}?" if suggestion else "search the descriptions with --search WORD"
-        hint = f"these fields mention it: {', '.join(one.path for one in mentions)}" if mentions else hint
+        hint = f"these fields mention it: {', '.join(field.path for field in mentions)}" if mentions else hint
         raise output.fail(f"{path} is not a field of a FineTuneJob; {hint}")
-    output.write("\n\n".join(_entry(one, every) for one in found))
+    output.write("\n\n".join(_entry(field, all_fields) for field in matches))
 
 
-def _containing(word: str, every: tuple[Field, ...]) -> list[Field]:
+def _containing(word: str, all_fields: tuple[Field, ...]) -> list[Field]:
     """Return the fields whose name or description contains a word, in any letter case."""
-    return [one for one in every if word.lower() in one.path.lower() or word.lower() in one.description.lower()]
+    return [
+        field for field in all_fields if word.lower() in field.path.lower() or word.lower() in field.description.lower()
+    ]
 
 
 def _line(field: Field) -> str:
     return f"{field.path} <{field.kind}>  {_description(field)}"
 
 
-def _entry(field: Field, every: tuple[Field, ...]) -> str:
+def _entry(field: Field, all_fields: tuple[Field, ...]) -> str:
     lines = [f"{field.path} <{field.kind}>", f"  {_description(field)}"]
     prefix = field.path + ("[]." if field.kind.startswith("list of") else ".")
-    children = [one for one in every if one.path.startswith(prefix) and "." not in one.path[len(prefix) :]]
+    children = [child for child in all_fields if child.path.startswith(prefix) and "." not in child.path[len(prefix) :]]
     if children:
-        width = max(len(one.path) - len(prefix) for one in children)
-        lines += ["", *(f"  {one.path[len(prefix) :]:<{width}}  <{one.kind}>  {_description(one)}" for one in children)]
+        width = max(len(child.path) - len(prefix) for child in children)
+        lines += [
+            "",
+            *(f"  {child.path[len(prefix) :]:<{width}}  <{child.kind}>  {_description(child)}" for child in children),
+        ]
     return "\n".join(lines)
 
 

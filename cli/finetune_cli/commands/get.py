@@ -27,7 +27,7 @@ def get(
     all_namespaces: Annotated[
         bool, typer.Option("--all-namespaces", "-A", help="List jobs of all namespaces.")
     ] = False,
-    form: FormatOption = None,
+    output_format: FormatOption = None,
     namespace: NamespaceOption = None,
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
@@ -40,13 +40,13 @@ def get(
     """
     from finetune_cli.cluster import connect
 
-    check_format(form, *FORMATS)
+    check_format(output_format, *FORMATS)
     if name is not None and all_namespaces:
         raise output.fail(f"{name} with --all-namespaces: a single job is in one namespace; give the namespace with -n")
     cluster = connect(namespace, context, kubeconfig)
-    if form in ("yaml", "json", "name"):
+    if output_format in ("yaml", "json", "name"):
         items = [cluster.job(name)] if name else cluster.jobs(all_namespaces=all_namespaces)
-        _write_objects(items, form, single=name is not None)
+        _write_objects(items, output_format, single=name is not None)
         return
     table = cluster.table(name, all_namespaces=all_namespaces)
     rows = table.get("rows") or []
@@ -55,29 +55,31 @@ def get(
             [f"there are no FineTuneJobs in {'any namespace' if all_namespaces else 'namespace ' + cluster.namespace}"]
         )
         return
-    output.write(_grid(table["columnDefinitions"], rows, wide=form == "wide", namespaces=all_namespaces))
+    output.write(_grid(table["columnDefinitions"], rows, wide=output_format == "wide", namespaces=all_namespaces))
 
 
-def _write_objects(items: list[dict[str, Any]], form: str, *, single: bool) -> None:
+def _write_objects(items: list[dict[str, Any]], output_format: str, *, single: bool) -> None:
     from finetune_api.names import GROUP, PLURAL
 
     for item in items:
         item.get("metadata", {}).pop("managedFields", None)
-    if form == "name":
+    if output_format == "name":
         if items:
             output.write("\n".join(f"{PLURAL}.{GROUP}/{item['metadata']['name']}" for item in items))
         return
-    write_data(items[0] if single else {"apiVersion": "v1", "kind": "List", "items": items}, form)
+    write_data(items[0] if single else {"apiVersion": "v1", "kind": "List", "items": items}, output_format)
 
 
 def _grid(columns: list[dict[str, Any]], rows: list[dict[str, Any]], *, wide: bool, namespaces: bool) -> str:
     """Format the server's table. Columns with a priority above 0 are shown only with `-o wide`."""
-    shown = [i for i, column in enumerate(columns) if wide or not column.get("priority")]
-    head = (["NAMESPACE"] if namespaces else []) + [str(columns[i]["name"]).upper() for i in shown]
+    shown_columns = [i for i, column in enumerate(columns) if wide or not column.get("priority")]
+    head = (["NAMESPACE"] if namespaces else []) + [str(columns[i]["name"]).upper() for i in shown_columns]
     lines = [head]
     for row in rows:
         namespace = [row["object"]["metadata"].get("namespace", "")] if namespaces else []
-        lines.append(namespace + ["-" if row["cells"][i] in (None, "") else str(row["cells"][i]) for i in shown])
+        lines.append(
+            namespace + ["-" if row["cells"][i] in (None, "") else str(row["cells"][i]) for i in shown_columns]
+        )
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join(
         "   ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

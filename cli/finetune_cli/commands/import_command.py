@@ -101,7 +101,7 @@ def import_(
         "model": model, "data": data, "validation": validation, "test": test, "adapter": adapter, "storage": storage, "gpus": gpus, "nodes": nodes,
         "prompts": prompts, "deepspeed": deepspeed,
     }  # fmt: skip
-    if file is not None and any(file.resolve() == one.resolve() for one in files or ()):
+    if file is not None and any(file.resolve() == source_file.resolve() for source_file in files or ()):
         raise output.fail(f"-o {file}: this file is one of the inputs; choose another file for the manifest")
     request = Request(
         files=tuple(files or ()),

@@ -58,13 +58,13 @@ def init(
     name = _value_or_prompt(name, "Name", interactive, "NAME")
     model = _value_or_prompt(model, "Base model (org/name or URI)", interactive, "--model")
     data = _value_or_prompt(data, "Training data (URI)", interactive, "--data")
-    wrong = [
+    errors = [
         f"{option}: unknown value {value}; write one of {', '.join(allowed)}"
         for option, value, allowed in (("--method", method, METHODS), ("--trainer", trainer, TRAINERS))
         if value not in allowed
     ]
-    if wrong:
-        raise output.fail(*wrong)
+    if errors:
+        raise output.fail(*errors)
     text = manifest_text(name, model, data, validation, storage, method, trainer, gpus)
     _check(text)
     if file is None:
@@ -94,9 +94,13 @@ def _check(text: str) -> None:
     from finetune_cli.manifests import parse
 
     findings = errors_of(check_manifest(next(parse(text, "manifest")))[1])
-    wrong = [dataclasses.replace(one.mistake, location="") for one in findings if one.code != Reason.NOT_SUPPORTED_YET]
-    if wrong:
-        raise output.fail(*wrong)
+    mistakes = [
+        dataclasses.replace(finding.mistake, location="")
+        for finding in findings
+        if finding.code != Reason.NOT_SUPPORTED_YET
+    ]
+    if mistakes:
+        raise output.fail(*mistakes)
 
 
 def manifest_text(
@@ -110,7 +114,7 @@ def manifest_text(
     def quoted(value: Any) -> str:
         return json.dumps(str(value), ensure_ascii=False)
 
-    form = FORMATS.get(trainer)
+    dataset_format = FORMATS.get(trainer)
     lines = [
         f"apiVersion: {API_VERSION}",
         f"kind: {KIND}",
@@ -129,7 +133,11 @@ def manifest_text(
     if trainer == "grpo":
         lines += ["    rewards:", "      - builtin: regex", "        parameters: {pattern: '^Answer: '}"]
     lines += ["  dataset:", f"    train: {quoted(data)}"]
-    lines += [f"    format: {form}"] if form else ["    # format: messages   # default: detected from the rows"]
+    lines += (
+        [f"    format: {dataset_format}"]
+        if dataset_format
+        else ["    # format: messages   # default: detected from the rows"]
+    )
     lines += (
         [f"    validation: {quoted(validation)}"]
         if validation

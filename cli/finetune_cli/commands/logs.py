@@ -23,7 +23,7 @@ def logs(
     attempt: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Number of the attempt. Default: the newest.")
     ] = None,
-    every: Annotated[bool, typer.Option("--all", help="Include the pods of all attempts.")] = False,
+    all_attempts: Annotated[bool, typer.Option("--all", help="Include the pods of all attempts.")] = False,
     tail: Annotated[int | None, typer.Option(metavar="N", min=0, help="Only the last N lines of each pod.")] = None,
     namespace: NamespaceOption = None,
     context: ContextOption = None,
@@ -39,14 +39,14 @@ def logs(
 
     cluster = connect(namespace, context, kubeconfig)
     job = cluster.job(name)
-    pods = select_pods(cluster, job, rank, attempt, every)
+    pods = select_pods(cluster, job, rank, attempt, all_attempts)
     several = len(pods) > 1
     for origin, line in merged_lines(cluster, pods, follow=follow, tail=tail):
         output.write(f"{origin} {line}" if several else line)
 
 
 def select_pods(
-    cluster: Cluster, job: dict[str, Any], rank: int | None, attempt: int | None, every: bool
+    cluster: Cluster, job: dict[str, Any], rank: int | None, attempt: int | None, all_attempts: bool
 ) -> list[dict[str, Any]]:
     """Return the pods that the options select. Raises ClusterError, which names the pods that exist."""
     from finetune_cli.cluster import ClusterError, attempt_of, index_of
@@ -60,17 +60,17 @@ def select_pods(
     attempts = sorted({attempt_of(pod) for pod in pods})
     if attempt is not None and attempt not in attempts:
         raise ClusterError(f"{name} has no pods of attempt {attempt}, only of {', '.join(map(str, attempts))}")
-    if not every:
-        wanted = attempt if attempt is not None else attempts[-1]
-        pods = [pod for pod in pods if attempt_of(pod) == wanted]
+    if not all_attempts:
+        selected_attempt = attempt if attempt is not None else attempts[-1]
+        pods = [pod for pod in pods if attempt_of(pod) == selected_attempt]
     if rank is not None:
         index = rank // ranks_per_pod(job)
-        found = [pod for pod in pods if index_of(pod) == index]
-        if not found:
+        matching_pods = [pod for pod in pods if index_of(pod) == index]
+        if not matching_pods:
             raise ClusterError(
                 f"{name} has no pod with rank {rank}: it has {len(pods)} pods with {ranks_per_pod(job)} ranks each"
             )
-        pods = found
+        pods = matching_pods
     return pods
 
 

@@ -53,7 +53,7 @@ def purge(
     if not objects:
         output.notes([f"there are no objects below {opened.uri}"])
         return
-    total = format_bytes(sum(one.size for one in objects))
+    total = format_bytes(sum(stored.size for stored in objects))
     _confirm(name, f"{len(objects)} objects, {total}, below {opened.uri}", yes)
     opened.delete(_markers_first(objects))
     output.write(f"{name}: {len(objects)} objects, {total}, deleted")
@@ -82,7 +82,7 @@ def _markers_first(objects: list[StoredObject]) -> list[StoredObject]:
     """Sort the commit markers first, so that an interrupted purge leaves no marker without its files."""
     from finetune_api.names import Storage
 
-    return sorted(objects, key=lambda one: not one.key.endswith((Storage.COMMITTED, Storage.HEALTHY)))
+    return sorted(objects, key=lambda stored: not stored.key.endswith((Storage.COMMITTED, Storage.HEALTHY)))
 
 
 def _confirm(name: str, objects: str, yes: str | None) -> None:

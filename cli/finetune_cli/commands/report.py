@@ -117,7 +117,7 @@ def redact(value: Any, key: str = "") -> Any:
             }
         return {name: redact(inner, name) for name, inner in value.items()}
     if isinstance(value, list):
-        return [redact(one, key) for one in value]
+        return [redact(item, key) for item in value]
     if isinstance(value, str):
         if SECRET_KEY.search(key) and not key.endswith(("Ref", "Name")):
             return REDACTED

@@ -42,7 +42,7 @@ def rerun(
 
     cluster = connect(namespace, context, kubeconfig)
     old = cluster.job(name)
-    changes = {path: one.value for path, one in parse_overrides(sets or ()).items()}
+    changes = {path: assigned.value for path, assigned in parse_overrides(sets or ()).items()}
     if from_checkpoint is not None:
         changes["checkpoint.resume"] = _checkpoint_uri(old, from_checkpoint)
     taken = {job["metadata"]["name"] for job in cluster.jobs(all_namespaces=False)}
@@ -63,23 +63,28 @@ def _checkpoint_uri(job: dict[str, Any], step: int) -> str:
     from finetune_cli.cluster import ClusterError
     from finetune_cli.status_text import status_of
 
-    known = status_of(job).checkpoints
-    found = next((one.uri for one in known if one.step == step), None)
-    if found is None:
-        steps = ", ".join(str(one.step) for one in sorted(known, key=lambda one: one.step)) or "none"
+    checkpoints = status_of(job).checkpoints
+    uri = next((checkpoint.uri for checkpoint in checkpoints if checkpoint.step == step), None)
+    if uri is None:
+        steps = (
+            ", ".join(
+                str(checkpoint.step) for checkpoint in sorted(checkpoints, key=lambda checkpoint: checkpoint.step)
+            )
+            or "none"
+        )
         raise ClusterError(
             f"the status of {job['metadata']['name']} lists no checkpoint of step {step}, only: {steps}; "
             "name another checkpoint with --set checkpoint.resume=URI"
         )
-    return found
+    return uri
 
 
 def free_name(name: str, taken: set[str]) -> str:
     """Return the first free name with a number: `bot` -> `bot-2`, `bot-2` -> `bot-3`. The base is cut to the maximum length."""
     from finetune_api.names import MAX_NAME_LENGTH
 
-    found = re.match(r"^(.*?)-(\d+)$", name)
-    base, number = (found.group(1), int(found.group(2)) + 1) if found else (name, 2)
+    match = re.match(r"^(.*?)-(\d+)$", name)
+    base, number = (match.group(1), int(match.group(2)) + 1) if match else (name, 2)
     while f"{base[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}" in taken:
         number += 1
     return f"{base[: MAX_NAME_LENGTH - len(str(number)) - 1]}-{number}"

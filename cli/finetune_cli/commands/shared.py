@@ -35,7 +35,7 @@ def complete_path(incomplete: str) -> list[str]:
     """Complete the path of a field."""
     from finetune_cli.fields import fields
 
-    known = (one.path.removeprefix("spec.").replace("[]", "") for one in fields())
+    known = (field.path.removeprefix("spec.").replace("[]", "") for field in fields())
     return [path for path in known if path.startswith(incomplete)]
 
 
@@ -49,10 +49,10 @@ def complete_words(*words: str) -> Callable[[str], list[str]]:
     return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
-def check_format(form: str | None, *allowed: str) -> None:
+def check_format(output_format: str | None, *allowed: str) -> None:
     """Refuse an output format that the command does not have. Raises Exit."""
-    if form is not None and form not in allowed:
-        raise output.fail(f"-o {form}: unknown output format; write one of {', '.join(allowed)}")
+    if output_format is not None and output_format not in allowed:
+        raise output.fail(f"-o {output_format}: unknown output format; write one of {', '.join(allowed)}")
 
 
 SetOption = Annotated[
@@ -94,8 +94,8 @@ DataFormatOption = Annotated[
 ]
 
 
-def write_data(value: Any, form: str) -> None:
+def write_data(value: Any, output_format: str) -> None:
     """Write a value to stdout as JSON or YAML."""
     from finetune_cli.yaml_writer import to_yaml
 
-    output.write(json.dumps(value, indent=2) if form == "json" else to_yaml(value))
+    output.write(json.dumps(value, indent=2) if output_format == "json" else to_yaml(value))

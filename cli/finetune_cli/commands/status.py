@@ -26,7 +26,7 @@ MAX_LOSSES = 60
 def status(
     name: NameArgument,
     watch: Annotated[bool, typer.Option("--watch", "-w", help="Update until the job ends.")] = False,
-    form: DataFormatOption = None,
+    output_format: DataFormatOption = None,
     namespace: NamespaceOption = None,
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
@@ -40,16 +40,16 @@ def status(
     from finetune_cli.cluster import connect
     from finetune_cli.status_text import describe
 
-    check_format(form, "yaml", "json")
-    if watch and form is not None:
+    check_format(output_format, "yaml", "json")
+    if watch and output_format is not None:
         raise output.fail("--watch and -o: -o prints the status once, and --watch updates it; choose one of them")
     cluster = connect(namespace, context, kubeconfig)
     if watch:
         exit_if_failed(follow_job(cluster, name))
         return
     job = cluster.job(name)
-    if form is not None:
-        write_data(job.get("status") or {}, form)
+    if output_format is not None:
+        write_data(job.get("status") or {}, output_format)
     else:
         output.write(describe(job))
     exit_if_failed(job)
@@ -67,8 +67,8 @@ def follow_job(cluster: Cluster, name: str) -> dict[str, Any]:
     last = ""
     with Live(console=output.console(), auto_refresh=False, screen=False) as live:
         for job in cluster.watch_job(name):
-            found = status_of(job)
-            loss = found.metrics.train_loss if found.metrics else None
+            status = status_of(job)
+            loss = status.metrics.train_loss if status.metrics else None
             if loss is not None and (not losses or losses[-1] != loss):
                 losses = [*losses[1 - MAX_LOSSES :], loss]
             text = describe(job, losses)
@@ -77,7 +77,7 @@ def follow_job(cluster: Cluster, name: str) -> dict[str, Any]:
             elif text != last:
                 output.write(text + "\n")
             last = text
-            if has_finished(found):
+            if has_finished(status):
                 break
     return job
 
@@ -86,6 +86,6 @@ def exit_if_failed(job: dict[str, Any]) -> None:
     """Raise Exit with code 2 if the job has ended without success."""
     from finetune_cli.status_text import has_finished, has_succeeded, status_of
 
-    found = status_of(job)
-    if has_finished(found) and not has_succeeded(found):
+    status = status_of(job)
+    if has_finished(status) and not has_succeeded(status):
         raise output.Exit(output.JOB_FAILED)

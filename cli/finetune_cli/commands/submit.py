@@ -43,13 +43,13 @@ def submit(
 
     manifests = _checked_manifests(files)
     cluster = connect(namespace, context, kubeconfig)
-    jobs = [one for one in manifests if one.is_job]
-    for one in (*(one for one in manifests if not one.is_job), *jobs):
-        _send(cluster, one, dry_run)
+    jobs = [manifest for manifest in manifests if manifest.is_job]
+    for manifest in (*(manifest for manifest in manifests if not manifest.is_job), *jobs):
+        _send(cluster, manifest, dry_run)
     if wait and not dry_run:
         from finetune_cli.commands.status import exit_if_failed, follow_job
 
-        ended = [follow_job(_in_namespace(cluster, one), one.name) for one in jobs]
+        ended = [follow_job(_in_namespace(cluster, job), job.name) for job in jobs]
         for job in ended:
             exit_if_failed(job)
 
@@ -62,17 +62,17 @@ def _checked_manifests(files: list[Path]) -> list[Manifest]:
 
     manifests, unreadable = read_all(files)
     errors: list[Any] = list(unreadable)
-    for one in manifests:
-        kind = one.value.get("kind")
-        if one.is_job:
-            findings = check_manifest(one)[1]
+    for manifest in manifests:
+        kind = manifest.value.get("kind")
+        if manifest.is_job:
+            findings = check_manifest(manifest)[1]
             output.warnings(warnings_of(findings))
             errors += [finding.mistake for finding in errors_of(findings)]
         elif kind not in ("Secret", "ConfigMap"):
             errors.append(
-                f"{one.location('kind')}: kind: this command does not submit kind {kind or '(missing)'}; use kubectl apply"
+                f"{manifest.location('kind')}: kind: this command does not submit kind {kind or '(missing)'}; use kubectl apply"
             )
-    if not any(one.is_job for one in manifests) and not errors:
+    if not any(manifest.is_job for manifest in manifests) and not errors:
         errors.append(f"{', '.join(map(display_name, files))}: there is no FineTuneJob in the input")
     if errors:
         raise output.fail(*errors)
@@ -81,8 +81,8 @@ def _checked_manifests(files: list[Path]) -> list[Manifest]:
 
 def _in_namespace(cluster: Cluster, manifest: Manifest) -> Cluster:
     """Return the cluster with the namespace of the manifest, if the manifest names one."""
-    found = (manifest.value.get("metadata") or {}).get("namespace")
-    return dataclasses.replace(cluster, namespace=str(found)) if found else cluster
+    namespace = (manifest.value.get("metadata") or {}).get("namespace")
+    return dataclasses.replace(cluster, namespace=str(namespace)) if namespace else cluster
 
 
 def _send(cluster: Cluster, manifest: Manifest, dry_run: bool) -> None:

@@ -39,13 +39,13 @@ def validate(
     errors = list(map(str, unreadable))
     for manifest in manifests:
         errors += _check(manifest, ExecutionTarget.LOCAL if local else ExecutionTarget.CLUSTER, strict)
-    jobs = [one for one in manifests if one.is_job]
+    jobs = [manifest for manifest in manifests if manifest.is_job]
     if not jobs and not errors:
         errors.append(f"{', '.join(map(display_name, files))}: there is no FineTuneJob in the input")
     errors += _duplicate_names(jobs)
     if errors:
         raise output.fail(*dict.fromkeys(errors))
-    output.write("\n".join(f"{one.file}: {one.name}: ok" for one in jobs))
+    output.write("\n".join(f"{job.file}: {job.name}: ok" for job in jobs))
 
 
 def _check(manifest: Manifest, target: object, strict: bool) -> list[str]:
@@ -64,18 +64,18 @@ def _check(manifest: Manifest, target: object, strict: bool) -> list[str]:
     if not strict:
         output.warnings(warnings_of(findings))
         findings = errors_of(findings)
-    return [f"{one.mistake} [{one.code}]" for one in findings]
+    return [f"{finding.mistake} [{finding.code}]" for finding in findings]
 
 
 def _duplicate_names(jobs: list[Manifest]) -> list[str]:
     seen: dict[tuple[str, str], Manifest] = {}
     errors = []
-    for one in jobs:
-        metadata = one.value.get("metadata")
-        key = (str(metadata.get("namespace", "")) if isinstance(metadata, dict) else "", one.name)
-        if one.name and key in seen:
+    for job in jobs:
+        metadata = job.value.get("metadata")
+        key = (str(metadata.get("namespace", "")) if isinstance(metadata, dict) else "", job.name)
+        if job.name and key in seen:
             errors.append(
-                f"{one.location('metadata.name')}: metadata.name: {one.name} is used twice, first in {seen[key].location('metadata.name')}"
+                f"{job.location('metadata.name')}: metadata.name: {job.name} is used twice, first in {seen[key].location('metadata.name')}"
             )
-        seen.setdefault(key, one)
+        seen.setdefault(key, job)
     return errors

@@ -40,29 +40,29 @@ def wait(
     from finetune_cli.cluster import connect
     from finetune_cli.status_text import condition, has_finished, status_of
 
-    conditions = {one.value.lower(): one for one in Condition}
+    conditions = {condition_type.value.lower(): condition_type for condition_type in Condition}
     if until.lower() not in conditions and until.lower() != "running":
         raise output.fail(f"--for {until}: unknown condition; write one of running, {', '.join(Condition)}")
-    wanted = conditions.get(until.lower())
+    condition_type = conditions.get(until.lower())
     deadline = None if timeout is None else time.monotonic() + timeout
     for job in connect(namespace, context, kubeconfig).watch_job(name, deadline):
-        found = status_of(job)
-        if has_finished(found):
+        status = status_of(job)
+        if has_finished(status):
             exit_if_failed(job)
-            _fail_if_unreachable(name, wanted, found)
-        is_running = wanted is None and found.phase in (Phase.RUNNING, Phase.EVALUATING, Phase.UPLOADING)
-        if is_running or (wanted is not None and condition(found, wanted)) or has_finished(found):
-            output.write(f"{name}: {found.phase or until}")
+            _fail_if_unreachable(name, condition_type, status)
+        is_running = condition_type is None and status.phase in (Phase.RUNNING, Phase.EVALUATING, Phase.UPLOADING)
+        if is_running or (condition_type is not None and condition(status, condition_type)) or has_finished(status):
+            output.write(f"{name}: {status.phase or until}")
             return
     raise output.fail(f"{name} is not {until} after {timeout:g} s")
 
 
-def _fail_if_unreachable(name: str, wanted: str | None, found: FineTuneJobStatus) -> None:
+def _fail_if_unreachable(name: str, condition_type: str | None, status: FineTuneJobStatus) -> None:
     """Fail if a finished job cannot reach the condition. Conditions that every successful job passes count as reached."""
     from finetune_api.names import Condition
 
     from finetune_cli.status_text import condition
 
     optional = (Condition.SUSPENDED, Condition.RECONCILING, Condition.STALLED)
-    if wanted in optional and not condition(found, Condition(wanted)):
-        raise output.fail(f"{name} has ended ({found.phase}) and cannot become {wanted}")
+    if condition_type in optional and not condition(status, Condition(condition_type)):
+        raise output.fail(f"{name} has ended ({status.phase}) and cannot become {condition_type}")

@@ -102,13 +102,13 @@ def read_accelerate(draft: Draft, document: Document) -> None:
 
 
 def _precision(draft: Draft, document: Document, tree: Tree) -> None:
-    found = tree.value.get("mixed_precision")
+    precision = tree.value.get("mixed_precision")
     location = _location(document, tree, "mixed_precision")
-    if found in ("no", "fp16", "bf16", False):
-        draft.values["training.mixedPrecision"] = AssignedValue(found or "no", Origin(location), "mixed_precision")
-    elif found is not None:
+    if precision in ("no", "fp16", "bf16", False):
+        draft.values["training.mixedPrecision"] = AssignedValue(precision or "no", Origin(location), "mixed_precision")
+    elif precision is not None:
         draft.mistakes.append(
-            Mistake(location, "mixed_precision", f"{found} is not supported", "write one of no, fp16, bf16")
+            Mistake(location, "mixed_precision", f"{precision} is not supported", "write one of no, fp16, bf16")
         )
 
 
@@ -202,13 +202,13 @@ def _deepspeed(draft: Draft, document: Document, tree: Tree) -> None:
     ):
         if isinstance(options.get(key), int | float) and not isinstance(options[key], bool):
             assign_consistently(draft, path, key, options[key], origin)
-    named = options.get("deepspeed_config_file")
-    if named and not any(
+    config_file = options.get("deepspeed_config_file")
+    if config_file and not any(
         override.startswith("distributed.deepspeed.configRef") for override in draft.request.overrides
     ):
         draft.mistakes.append(
             Mistake(
-                origin.location, "deepspeed_config_file", f"the file {named} is not read",
+                origin.location, "deepspeed_config_file", f"the file {config_file} is not read",
                 "store it in a ConfigMap and refer to that with --deepspeed NAME/KEY",
             )
         )  # fmt: skip

@@ -18,12 +18,12 @@ NEGATIVE = re.compile(r"^-(\d|\.\d)")
 
 def strip_launcher(words: tuple[str, ...]) -> list[str]:
     """Return the words after a launcher such as `python train.py` or `accelerate launch x.py`, without line continuations."""
-    rest = [word for word in words if word.strip() not in ("\\", "")]
-    while rest and (rest[0] in LAUNCHERS or rest[0].endswith(".py")):
-        launcher = rest.pop(0)
-        if launcher in LAUNCHERS and rest[:1] == ["-m"]:
-            del rest[:2]
-    return rest
+    remaining = [word for word in words if word.strip() not in ("\\", "")]
+    while remaining and (remaining[0] in LAUNCHERS or remaining[0].endswith(".py")):
+        launcher = remaining.pop(0)
+        if launcher in LAUNCHERS and remaining[:1] == ["-m"]:
+            del remaining[:2]
+    return remaining
 
 
 @dataclass
@@ -37,17 +37,17 @@ class Flags:
 def parse_flags(words: list[str], takes_value: Callable[[str], bool]) -> Flags:
     """Split a command line into flags and values: `--a v` or `--a=v`. A flag for which `takes_value` is false has no value."""
     flags = Flags()
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
         if not word.startswith("-") or NEGATIVE.match(word):
             flags.stray.append(word)
             continue
         name, equals, value = word.partition("=")
         if equals:
             flags.pairs.append((name, value))
-        elif takes_value(name) and rest and (not rest[0].startswith("-") or NEGATIVE.match(rest[0])):
-            flags.pairs.append((name, rest.pop(0)))
+        elif takes_value(name) and remaining and (not remaining[0].startswith("-") or NEGATIVE.match(remaining[0])):
+            flags.pairs.append((name, remaining.pop(0)))
         else:
             flags.pairs.append((name, None))
     return flags
@@ -70,14 +70,14 @@ def add_config_file(draft: Draft, path: str) -> Document | None:
         document = Document(Path(path), read_text(Path(path)))
     except UnreadableFile as error:
         if draft.documents:
-            if not any(one.path.name == Path(path).name for one in draft.documents):
+            if not any(known.path.name == Path(path).name for known in draft.documents):
                 draft.add_note(f"--config {path} does not exist on this machine; the given files are used instead")
             return None
         draft.mistakes.append(
             Mistake("command line", "--config", f"{path}: {error.mistake.message}", "name the file before `--` as well")
         )
         return None
-    if any(one.path.resolve() == document.path.resolve() for one in draft.documents):
+    if any(known.path.resolve() == document.path.resolve() for known in draft.documents):
         return None
     draft.documents = (*draft.documents, document)
     return document

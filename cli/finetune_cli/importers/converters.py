@@ -47,11 +47,11 @@ def number(
     allowed = _describe_range("a number", low, high, above, below)
 
     def convert(value: Any) -> float | int:
-        found = _number(value)
-        if found is None:
+        converted = _number(value)
+        if converted is None:
             raise ConversionError("is not a number", allowed)
-        _check_range(found, low, high, above, below, allowed)
-        return found
+        _check_range(converted, low, high, above, below, allowed)
+        return converted
 
     return convert
 
@@ -61,17 +61,21 @@ def integer(low: float = -math.inf, high: float = math.inf) -> Convert:
     allowed = _describe_range("an integer", low, high, None, None)
 
     def convert(value: Any) -> int:
-        found = _number(value)
-        if found is None or found != int(found) or (isinstance(value, str) and not INTEGER.match(value.strip())):
+        converted = _number(value)
+        if (
+            converted is None
+            or converted != int(converted)
+            or (isinstance(value, str) and not INTEGER.match(value.strip()))
+        ):
             raise ConversionError("is not an integer", allowed)
-        _check_range(found, low, high, None, None, allowed)
-        return int(found)
+        _check_range(converted, low, high, None, None, allowed)
+        return int(converted)
 
     return convert
 
 
-def _check_range(found: float, low: float, high: float, above: float | None, below: float | None, allowed: str) -> None:
-    if not low <= found <= high or (above is not None and found <= above) or (below is not None and found >= below):
+def _check_range(value: float, low: float, high: float, above: float | None, below: float | None, allowed: str) -> None:
+    if not low <= value <= high or (above is not None and value <= above) or (below is not None and value >= below):
         raise ConversionError("is out of range", allowed)
 
 
@@ -122,20 +126,20 @@ def text_or_none(value: Any) -> str | None:
 
 def run_name(value: Any) -> str:
     """Convert a part of a run name."""
-    found = any_text(value)
-    if not RUN_NAME.match(found):
+    name = any_text(value)
+    if not RUN_NAME.match(name):
         raise ConversionError("contains one of $ # @ & * !", "text without $ # @ & * !")
-    return found
+    return name
 
 
 def text_matching(check: Callable[[str], bool], problem: str, allowed: str) -> Convert:
     """Return a converter for a string that a predicate accepts."""
 
     def convert(value: Any) -> str:
-        found = text(value)
-        if not check(found):
+        string = text(value)
+        if not check(string):
             raise ConversionError(problem, allowed)
-        return found
+        return string
 
     return convert
 
@@ -144,7 +148,7 @@ def name_list(value: Any) -> list[str]:
     """Convert a list of strings, or one string with commas."""
     if isinstance(value, str):
         value = [part.strip() for part in value.strip("[]").split(",")]
-    if not isinstance(value, list) or not value or not all(isinstance(one, str) and one for one in value):
+    if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
         raise ConversionError("is not a list of names", "a list of names, or one string with commas")
     return list(value)
 
@@ -159,7 +163,7 @@ def module_names(value: Any) -> list[str] | None:
 def layer_numbers(value: Any) -> list[int]:
     """Convert a list of layer numbers."""
     if not isinstance(value, list) or not all(
-        isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in value
+        isinstance(layer, int) and not isinstance(layer, bool) and layer >= 0 for layer in value
     ):
         raise ConversionError("is not a list of layer numbers", "a list of integers of at least 0")
     return list(value)
@@ -183,7 +187,7 @@ def choice(allowed: Mapping[str, Any] | Iterable[str], *, fold: bool = True) -> 
     YAML parses an unquoted `no` or `off` as false; where `no` is an allowed word, false is read as `no`.
     """
     meaning = dict(allowed) if isinstance(allowed, Mapping) else {word: word for word in allowed}
-    shown = ", ".join(meaning)
+    words = ", ".join(meaning)
     folded = {word.lower() if fold else word: value for word, value in meaning.items()}
 
     def convert(value: Any) -> Any:
@@ -192,15 +196,15 @@ def choice(allowed: Mapping[str, Any] | Iterable[str], *, fold: bool = True) -> 
         if isinstance(value, str):
             key = value.strip().lower() if fold else value.strip()
             if key in folded:
-                found = folded[key]
-                return found.value if isinstance(found, Enum) else found
+                meaning_of_key = folded[key]
+                return meaning_of_key.value if isinstance(meaning_of_key, Enum) else meaning_of_key
         closest = closest_name(str(value), meaning)
-        raise ConversionError("is not an allowed value", f"one of {shown}", closest)
+        raise ConversionError("is not an allowed value", f"one of {words}", closest)
 
     return convert
 
 
-def list_of(one: Convert) -> Convert:
+def list_of(convert_item: Convert) -> Convert:
     """Return a converter for a list whose items `one` converts. A single string is split at commas."""
 
     def convert(value: Any) -> list[Any]:
@@ -208,7 +212,7 @@ def list_of(one: Convert) -> Convert:
             value = [part.strip() for part in value.strip("[]").split(",") if part.strip()]
         if not isinstance(value, list):
             raise ConversionError("is not a list", "a list")
-        return [one(item) for item in value]
+        return [convert_item(item) for item in value]
 
     return convert
 
@@ -224,6 +228,6 @@ def first_match(*converters: Convert) -> Convert:
             except ConversionError as error:
                 failures.append(error)
         last = failures[-1]
-        raise ConversionError(last.problem, " or ".join(one.allowed for one in failures), last.closest)
+        raise ConversionError(last.problem, " or ".join(failure.allowed for failure in failures), last.closest)
 
     return convert

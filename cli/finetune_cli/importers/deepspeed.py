@@ -31,7 +31,7 @@ def read_deepspeed(draft: Draft, document: Document) -> None:
     content = parse_json(document)
     origin = Origin(document.name)
     zero = options_group(draft, content, "zero_optimization", origin)
-    found: dict[str, tuple[str, Any]] = {
+    options: dict[str, tuple[str, Any]] = {
         "distributed.deepspeed.zeroStage": ("zero_optimization.stage", zero.get("stage")),
         "training.maxGradNorm": ("gradient_clipping", content.get("gradient_clipping")),
         "training.batchSizePerDevice": (
@@ -43,7 +43,7 @@ def read_deepspeed(draft: Draft, document: Document) -> None:
             content.get("gradient_accumulation_steps"),
         ),
     }
-    for path, (key, value) in found.items():
+    for path, (key, value) in options.items():
         if value is not None and value != "auto":
             assign_consistently(draft, path, key, value, origin)
     for path, key in (
@@ -61,12 +61,12 @@ def read_deepspeed(draft: Draft, document: Document) -> None:
 
 def options_group(draft: Draft, content: dict[str, Any], key: str, origin: Origin) -> dict[str, Any]:
     """Return a group of options; an empty one if it is absent. Anything else is a mistake."""
-    found = content.get(key) or {}
-    if isinstance(found, dict):
-        return found
+    group = content.get(key) or {}
+    if isinstance(group, dict):
+        return group
     draft.mistakes.append(
         Mistake(
-            origin.location, key, f"the value is {found}, and a group of options is needed", "write names and values"
+            origin.location, key, f"the value is {group}, and a group of options is needed", "write names and values"
         )
     )
     return {}

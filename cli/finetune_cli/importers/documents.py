@@ -16,14 +16,14 @@ from finetune_cli.yaml_reader import InvalidYaml, Tree, read_trees
 def parse(document: Document) -> Tree:
     """Parse a document that holds one YAML or JSON mapping. Raises InvalidInput."""
     try:
-        found = read_trees(document.text)
+        trees = read_trees(document.text)
     except InvalidYaml as error:
         raise InvalidInput([Mistake(_location(document, error.line), "", str(error))]) from None
-    if not found:
+    if not trees:
         raise InvalidInput([Mistake(document.name, "", "the file is empty")])
-    tree = found[0]
-    if len(found) > 1:
-        location = _location(document, found[1].line)
+    tree = trees[0]
+    if len(trees) > 1:
+        location = _location(document, trees[1].line)
         raise InvalidInput(
             [Mistake(location, "", "a second YAML document begins here", "keep one configuration per file")]
         )
@@ -31,7 +31,10 @@ def parse(document: Document) -> Tree:
         raise InvalidInput([Mistake(document.name, "", "the file is not a mapping of names to values")])
     if tree.problems:
         raise InvalidInput(
-            [Mistake(_location(document, one.line), one.path, one.message, one.hint) for one in tree.problems]
+            [
+                Mistake(_location(document, problem.line), problem.path, problem.message, problem.hint)
+                for problem in tree.problems
+            ]
         )
     return tree
 
@@ -91,12 +94,12 @@ def _guess_keys(text: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     section: dict[str, Any] = {}
     for line in text.splitlines():
-        name, colon, rest = line.partition(":")
+        name, colon, value = line.partition(":")
         if not colon or name.strip().startswith(("#", "-")) or not name.strip():
             continue
         if not name.startswith((" ", "\t")):
             section = {}
-            result[name.strip()] = rest.strip() or section
+            result[name.strip()] = value.strip() or section
         else:
-            section[name.strip()] = rest.strip()
+            section[name.strip()] = value.strip()
     return result

@@ -133,8 +133,8 @@ class Draft:
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return the converted value of an option, or the default if the option is absent or unreadable."""
-        found = self.given.get(key)
-        return default if found is None else found.value
+        option = self.given.get(key)
+        return default if option is None else option.value
 
     def has_key(self, key: str) -> bool:
         """Return whether the user wrote this option, readable or not."""
@@ -147,8 +147,8 @@ class Draft:
 
     def value(self, path: str, default: Any = None) -> Any:
         """Return the value at a path of the spec, overrides included."""
-        found = self.request.overrides.get(path) or self.values.get(path)
-        return default if found is None else found.value
+        assigned = self.request.overrides.get(path) or self.values.get(path)
+        return default if assigned is None else assigned.value
 
     def assign(self, path: str, value: Any, source: str | Origin) -> None:
         """Set a field. `source` is the key of the option that it comes from, or an origin."""
@@ -166,7 +166,7 @@ class Draft:
     def remove(self, prefix: str, reason: str) -> None:
         """Remove a field or group that would have no effect, and keep defaults away. Warns if the user wrote it."""
         self.paths_without_default.add(prefix)
-        for path in [one for one in self.values if one == prefix or one.startswith(prefix + ".")]:
+        for path in [path for path in self.values if path == prefix or path.startswith(prefix + ".")]:
             assigned = self.values.pop(path)
             self.paths_without_default.add(path)
             if assigned.key:
@@ -180,9 +180,9 @@ class Draft:
         if explains:
             self.unreadable[explains] = explains
         keys = (keys,) if isinstance(keys, str) else keys
-        found = [self.given[key] for key in keys if key in self.given]
-        locations = ", ".join(dict.fromkeys(one.origin.location for one in found))
-        spellings = ", ".join(dict.fromkeys(one.key for one in found)) or ", ".join(keys)
+        options = [self.given[key] for key in keys if key in self.given]
+        locations = ", ".join(dict.fromkeys(option.origin.location for option in options))
+        spellings = ", ".join(dict.fromkeys(option.key for option in options)) or ", ".join(keys)
         self.mistakes.append(Mistake(locations or self.location, spellings, message, hint))
 
     def add_warning(self, message: str) -> None:

@@ -174,12 +174,12 @@ def _file(document: Document, draft: Draft) -> Iterator[Entry]:
         line = binding.original.line + _leading_lines(binding.original.string)
         location = f"{document.name}:{line}"
         if binding.error:
-            shown = binding.original.string.strip()
+            line_text = binding.original.string.strip()
             draft.mistakes.append(
                 Mistake(
                     location,
                     "",
-                    f"{_shorten(shown)!r} has not the form KEY=value",
+                    f"{_shorten(line_text)!r} has not the form KEY=value",
                     "remove the line, or write KEY=value",
                 )
             )
@@ -241,8 +241,8 @@ def _complete(name: str, known: list[str]) -> str:
     """Return the flag that an abbreviation means to the tool's parser; otherwise the name itself."""
     if name in known or name in ("--config", "-config"):
         return name
-    longer = [one for one in (*known, "--config") if name.startswith("--") and one.startswith(name)]
-    return longer[0] if len(longer) == 1 else name
+    matches = [flag for flag in (*known, "--config") if name.startswith("--") and flag.startswith(name)]
+    return matches[0] if len(matches) == 1 else name
 
 
 # --- options that belong together -----------------------------------------------------------------------------------
@@ -280,13 +280,13 @@ def _token(draft: Draft) -> None:
 
 
 def _format(draft: Draft) -> None:
-    found = draft.get("DATASET_TYPE")
-    if found == "text":
-        found = "plainText" if str(draft.get("TRAIN_DATA_PATH", "")).endswith(".txt") else "promptCompletion"
-        draft.add_note(f"DATASET_TYPE text is read as {found}")
-    if found is not None:
-        draft.assign("dataset.format", found, "DATASET_TYPE")
-    if found == "mcq":
+    dataset_format = draft.get("DATASET_TYPE")
+    if dataset_format == "text":
+        dataset_format = "plainText" if str(draft.get("TRAIN_DATA_PATH", "")).endswith(".txt") else "promptCompletion"
+        draft.add_note(f"DATASET_TYPE text is read as {dataset_format}")
+    if dataset_format is not None:
+        draft.assign("dataset.format", dataset_format, "DATASET_TYPE")
+    if dataset_format == "mcq":
         draft.add_note(
             "multiple choice: the prompt lists the options; to leave them out as the tool does, set `dataset.mcq.includeOptions: false`"
         )
@@ -297,9 +297,9 @@ def _split(draft: Draft) -> None:
     given = {key: float(draft.get(key)) for key in ratios if key in draft.given}
     if draft.has_value("dataset.validation") or draft.has_value("dataset.test"):
         for key in (*given, *(["SPLIT_SEED"] if "SPLIT_SEED" in draft.given else [])):
-            one = draft.given[key]
+            option = draft.given[key]
             draft.add_warning(
-                f"{one.origin.location}: {one.key} has no effect: the training data is not split, because a validation or test file is given"
+                f"{option.origin.location}: {option.key} has no effect: the training data is not split, because a validation or test file is given"
             )
         return
     if any(key in draft.unreadable for key in ratios):
@@ -339,15 +339,15 @@ def _ratios(given: dict[str, float]) -> dict[str, float]:
     ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
     if not given:
         return ratios
-    rest = round(1 - sum(given.values()), 10)
+    remaining = round(1 - sum(given.values()), 10)
     if len(given) == 1 and "TRAIN_RATIO" in given:
-        return {**given, "VAL_RATIO": round(rest / 2, 10), "TEST_RATIO": round(rest / 2, 10)}
+        return {**given, "VAL_RATIO": round(remaining / 2, 10), "TEST_RATIO": round(remaining / 2, 10)}
     if len(given) == 1:
         other = "TEST_RATIO" if "VAL_RATIO" in given else "VAL_RATIO"
-        kept = min(ratios[other], rest)
-        return {**given, other: kept, "TRAIN_RATIO": round(rest - kept, 10)}
+        other_ratio = min(ratios[other], remaining)
+        return {**given, other: other_ratio, "TRAIN_RATIO": round(remaining - other_ratio, 10)}
     missing = next((key for key in ratios if key not in given), None)
-    return given if missing is None else {**given, missing: max(rest, 0.0)}
+    return given if missing is None else {**given, missing: max(remaining, 0.0)}
 
 
 def _method(draft: Draft) -> None:
@@ -457,7 +457,7 @@ def _cache(draft: Draft) -> None:
 
 def _metrics(draft: Draft) -> None:
     """Set the metrics. METRICS lists them; TRACK_METRICS is either a list or a boolean."""
-    found: list[Any] = list(draft.get("METRICS") or [])
+    metrics: list[Any] = list(draft.get("METRICS") or [])
     track = draft.given.get("TRACK_METRICS")
     if track is not None and str(track.value).lower() not in ("true", "false"):
         for word in str(track.value).strip("[]").split(","):
@@ -470,10 +470,12 @@ def _metrics(draft: Draft) -> None:
                     f"write one of {', '.join(METRICS)}" + (f"; did you mean {closest}?" if closest else ""),
                 )
             else:
-                found.append(name)
-    if found and not (track is not None and str(track.value).lower() == "false"):
+                metrics.append(name)
+    if metrics and not (track is not None and str(track.value).lower() == "false"):
         draft.assign(
-            "evaluation.metrics", list(dict.fromkeys(found)), "METRICS" if "METRICS" in draft.given else "TRACK_METRICS"
+            "evaluation.metrics",
+            list(dict.fromkeys(metrics)),
+            "METRICS" if "METRICS" in draft.given else "TRACK_METRICS",
         )
 
 

@@ -47,15 +47,15 @@ TRAIN_SPLIT = text_matching(
 
 def steps_or_none(value: Any) -> int | None:
     """Convert a number of steps; -1 and 0 become None."""
-    found = integer(-1)(value)
-    return found if found > 0 else None
+    steps = integer(-1)(value)
+    return steps if steps > 0 else None
 
 
 def positive(value: Any) -> float | int:
     """Convert a positive number."""
     try:
-        found: float | int = number(above=0)(value)
-        return found
+        converted: float | int = number(above=0)(value)
+        return converted
     except ConversionError as error:
         raise ConversionError("is not a positive number", error.allowed) from None
 
@@ -182,9 +182,11 @@ def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
     if not documents:
         return any(word.partition("=")[0] in ("--lora-r", "--merge") for word in words)
     for document in documents:
-        found = peek(document)
-        base = found.get("base_model")
-        flat = isinstance(found.get("model"), str) and any(key in found for key in ("lora_r", "use_4bit", "lora_alpha"))
+        content = peek(document)
+        base = content.get("base_model")
+        flat = isinstance(content.get("model"), str) and any(
+            key in content for key in ("lora_r", "use_4bit", "lora_alpha")
+        )
         if flat or (isinstance(base, dict) and "name" in base):
             return True
     return False
@@ -224,14 +226,14 @@ def combine(draft: Draft) -> None:
     if "training.output_dir" in draft.given:
         assign_output_folder(draft, "training.output_dir")
     if "training.gradient_checkpointing" in draft.given:
-        on = "enabled" if draft.get("training.gradient_checkpointing") else "disabled"
-        draft.assign("training.gradientCheckpointing", on, "training.gradient_checkpointing")
+        state = "enabled" if draft.get("training.gradient_checkpointing") else "disabled"
+        draft.assign("training.gradientCheckpointing", state, "training.gradient_checkpointing")
 
 
 def _method(draft: Draft) -> None:
-    four = _loaded(draft, "load_in_4bit")
-    eight = _loaded(draft, "load_in_8bit")
-    if four and eight:
+    key_4bit = _loaded(draft, "load_in_4bit")
+    key_8bit = _loaded(draft, "load_in_8bit")
+    if key_4bit and key_8bit:
         keys = ("quantization.load_in_4bit", "quantization.load_in_8bit")
         draft.add_mistake(
             keys,
@@ -244,7 +246,7 @@ def _method(draft: Draft) -> None:
     broken = any(key.startswith("lora") or "4bit" in key for key in draft.unreadable) or any(
         m.key.startswith("lora") for m in draft.mistakes
     )
-    if not adapters and not four:
+    if not adapters and not key_4bit:
         if not broken:
             hint = "write lora_r for LoRA, and use_4bit: true for QLoRA"
             draft.mistakes.append(
@@ -256,12 +258,12 @@ def _method(draft: Draft) -> None:
                 )
             )
         return
-    source = four or (adapters[0] if adapters else eight)
+    source = key_4bit or (adapters[0] if adapters else key_8bit)
     if source is None:
         return
-    draft.assign("method.type", "qlora" if four else "lora", source)
-    if four or eight:
-        draft.assign("model.quantization.bits", 4 if four else 8, four or eight or source)
+    draft.assign("method.type", "qlora" if key_4bit else "lora", source)
+    if key_4bit or key_8bit:
+        draft.assign("model.quantization.bits", 4 if key_4bit else 8, key_4bit or key_8bit or source)
 
 
 def _loaded(draft: Draft, name: str) -> str | None:
@@ -292,9 +294,9 @@ def _targets(draft: Draft) -> None:
     source = str(draft.value("model.source", ""))
     name = re.sub(r"[^a-z0-9]", "", source.lower())
     families = sorted(given.value, key=len, reverse=True)
-    found = next((family for family in families if re.sub(r"[^a-z0-9]", "", family.lower()) in name), None)
-    found = found or next((family for family in families if family in ("default", "auto")), None)
-    if found is None:
+    matched_family = next((family for family in families if re.sub(r"[^a-z0-9]", "", family.lower()) in name), None)
+    matched_family = matched_family or next((family for family in families if family in ("default", "auto")), None)
+    if matched_family is None:
         draft.add_mistake(
             "target_modules",
             f"none of the model families {', '.join(given.value)} occurs in the model name {source}",
@@ -302,10 +304,10 @@ def _targets(draft: Draft) -> None:
         )
         return
     try:
-        draft.assign("method.lora.targetModules", module_names(given.value[found]), "target_modules")
+        draft.assign("method.lora.targetModules", module_names(given.value[matched_family]), "target_modules")
     except ConversionError as error:
-        draft.add_mistake("target_modules", f"{found} {error.problem}", f"allowed: {error.allowed}")
-    draft.add_note(f"target_modules: the list for {found} is used for {source}")
+        draft.add_mistake("target_modules", f"{matched_family} {error.problem}", f"allowed: {error.allowed}")
+    draft.add_note(f"target_modules: the list for {matched_family} is used for {source}")
 
 
 def _precision(draft: Draft) -> None:
@@ -347,8 +349,12 @@ def _data(draft: Draft) -> None:
 
 def _template(draft: Draft) -> None:
     given = draft.given.get("templates")
-    found = {} if given is None else {name: one for name, one in given.value.items() if isinstance(one, str)}
-    chosen = found.get("custom") or (next(iter(found.values())) if len(found) == 1 else None)
+    templates = (
+        {}
+        if given is None
+        else {template_name: template for template_name, template in given.value.items() if isinstance(template, str)}
+    )
+    chosen = templates.get("custom") or (next(iter(templates.values())) if len(templates) == 1 else None)
     if chosen is None:
         draft.add_mistake(
             "dataset.format",

@@ -143,17 +143,19 @@ def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
     for document in documents:
         if document.is_folder:
             return config_file(document.path) is not None or any(options(document.path))
-        found = peek(document)
-        model = found.get("model")
-        if any(isinstance(found.get(group), dict) for group in GROUPS[:2]):
+        content = peek(document)
+        model = content.get("model")
+        if any(isinstance(content.get(group), dict) for group in GROUPS[:2]):
             return True
-        if any(mark in found for mark in FLAT_MARKS) or any(
-            isinstance(one, str) and re.match(r"^(training_configs?|training)(:|$)", str(one))
-            for one in found.get("defaults") or []
+        if any(mark in content for mark in FLAT_MARKS) or any(
+            isinstance(entry, str) and re.match(r"^(training_configs?|training)(:|$)", str(entry))
+            for entry in content.get("defaults") or []
         ):
             return True
-        if isinstance(found.get("defaults"), list) or (
-            isinstance(found.get("training"), dict) and "distributed_training" in found["training"] and model is None
+        if isinstance(content.get("defaults"), list) or (
+            isinstance(content.get("training"), dict)
+            and "distributed_training" in content["training"]
+            and model is None
         ):
             return True
     return False
@@ -209,8 +211,8 @@ def _flags(draft: Draft, words: list[str]) -> Iterator[Entry]:
 def combine(draft: Draft) -> None:
     """Set the fields whose value depends on several options of the tool."""
     assign_source(draft, "training_config.model", "model.source")
-    found = str(draft.get("dataset.path", ""))
-    assign_source(draft, "dataset.path", "dataset.train", always_local=is_local(found))
+    dataset_path = str(draft.get("dataset.path", ""))
+    assign_source(draft, "dataset.path", "dataset.train", always_local=is_local(dataset_path))
     if (
         not draft.has_key("dataset.path")
         and (draft.has_key("dataset.format") or dashed(draft.request.tool_arguments))
@@ -261,8 +263,10 @@ def _strategy(draft: Draft) -> None:
     if given is None and draft.has_value("distributed.strategy"):
         draft.assign_default("trainer.backend", "transformers", "hard-coded in the tool")
         return
-    wanted = given.value if given else "unsloth"
-    backend, strategy = ("unsloth", "none") if wanted == "unsloth" else ("transformers", wanted)
+    distributed_training = given.value if given else "unsloth"
+    backend, strategy = (
+        ("unsloth", "none") if distributed_training == "unsloth" else ("transformers", distributed_training)
+    )
     if given:
         draft.assign("trainer.backend", backend, key)
         draft.assign("distributed.strategy", strategy, key)
@@ -276,10 +280,10 @@ def _strategy(draft: Draft) -> None:
 def _format(draft: Draft) -> None:
     if "dataset.format" in draft.given:
         draft.assign("dataset.format", draft.get("dataset.format"), "dataset.format")
-    form = draft.get("dataset.format")
-    for column, name in COLUMNS.get(str(form), {}).items():
+    dataset_format = draft.get("dataset.format")
+    for column, name in COLUMNS.get(str(dataset_format), {}).items():
         draft.assign_default(f"dataset.columns.{column}", name, "hard-coded in the tool")
-    if form == "messages":
+    if dataset_format == "messages":
         draft.assign_default("dataset.systemPrompt", SYSTEM_PROMPT, "hard-coded in the tool")
 
 
@@ -300,19 +304,19 @@ def _objective(draft: Draft) -> None:
 def _completions(draft: Draft) -> None:
     """Set the maximum completion length. The tool allows it to equal the sequence length; then prompt and completion get half each."""
     path, key = "trainer.maxCompletionLength", "training_config.max_completion_length"
-    wanted, whole = draft.get(key, 2048), draft.get("training_config.max_seq_length", 2048)
-    half = max(1, whole // 2)
-    if wanted < whole and key not in draft.given:
-        draft.assign_default(path, wanted, "default in its code")
-    elif wanted >= whole and key in draft.given:
+    completion_length, sequence_length = draft.get(key, 2048), draft.get("training_config.max_seq_length", 2048)
+    half_length = max(1, sequence_length // 2)
+    if completion_length < sequence_length and key not in draft.given:
+        draft.assign_default(path, completion_length, "default in its code")
+    elif completion_length >= sequence_length and key in draft.given:
         given = draft.given[key]
-        draft.assign(path, half, key)
+        draft.assign(path, half_length, key)
         draft.add_warning(
-            f"{given.origin.location}: {given.key}: {wanted} leaves no room for the prompt in {whole} tokens: {half} is used"
+            f"{given.origin.location}: {given.key}: {completion_length} leaves no room for the prompt in {sequence_length} tokens: {half_length} is used"
         )
     elif key not in draft.unreadable:
         draft.assign_default(
-            path, half, f"chosen here: the tool's 2048 leaves no room for the prompt in {whole} tokens"
+            path, half_length, f"chosen here: the tool's 2048 leaves no room for the prompt in {sequence_length} tokens"
         )
 
 
@@ -334,30 +338,30 @@ def _grpo(draft: Draft) -> None:
     rows = int(draft.get("training_config.per_device_train_batch_size", 2)) * int(
         draft.get("training_config.gradient_acc_steps", 4)
     )
-    wanted = int(draft.get("training_config.num_generations", 8))
-    if rows % wanted and "training_config.num_generations" not in draft.given:
-        fitting = next((n for n in range(min(wanted, rows), 1, -1) if rows % n == 0), None)
-        if fitting is None:
+    num_generations = int(draft.get("training_config.num_generations", 8))
+    if rows % num_generations and "training_config.num_generations" not in draft.given:
+        divisor = next((n for n in range(min(num_generations, rows), 1, -1) if rows % n == 0), None)
+        if divisor is None:
             draft.assign_default(
                 "training.gradientAccumulationSteps", 8, "chosen here: GRPO compares several completions in a step"
             )
         else:
             draft.assign_default(
-                "trainer.grpo.numGenerations", fitting, "chosen here: it divides the completions of a step"
+                "trainer.grpo.numGenerations", divisor, "chosen here: it divides the completions of a step"
             )
             draft.add_note(
-                f"GRPO samples {fitting} completions per prompt, because 8 does not divide the {rows} completions of a step"
+                f"GRPO samples {divisor} completions per prompt, because 8 does not divide the {rows} completions of a step"
             )
 
 
 def _checkpointing(draft: Draft) -> None:
     key, path = "training_config.gradient_checkpointing", "training.gradientCheckpointing"
     gpus = draft.value("resources.gpusPerNode") != 0
-    on = "unsloth" if gpus and draft.value("trainer.backend") == "unsloth" else "enabled"
+    enabled_value = "unsloth" if gpus and draft.value("trainer.backend") == "unsloth" else "enabled"
     if key in draft.given:
-        draft.assign(path, on if draft.get(key) else "disabled", key)
+        draft.assign(path, enabled_value if draft.get(key) else "disabled", key)
     elif key not in draft.unreadable:
-        draft.assign_default(path, on, "default in its code")
+        draft.assign_default(path, enabled_value, "default in its code")
 
 
 def _report(draft: Draft) -> None:

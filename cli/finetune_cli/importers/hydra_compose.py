@@ -42,20 +42,20 @@ def config_name(draft: Draft, words: list[str]) -> tuple[list[str], str]:
 
     Flags for the folder are ignored: the folder is the one given to `finetune import`.
     """
-    rest, kept, name = list(words), [], "config"
-    while rest:
-        word, equals, value = rest[0].partition("=")
+    remaining, overrides, name = list(words), [], "config"
+    while remaining:
+        word, equals, value = remaining[0].partition("=")
         if word not in (*CONFIG_NAME, *CONFIG_FOLDER):
-            kept.append(rest.pop(0))
+            overrides.append(remaining.pop(0))
             continue
-        rest.pop(0)
-        if not equals and rest:
-            value = rest.pop(0)
+        remaining.pop(0)
+        if not equals and remaining:
+            value = remaining.pop(0)
         if not value:
             draft.mistakes.append(Mistake("command line", word, "the value is missing", f"write {word} VALUE"))
         elif word in CONFIG_NAME:
             name = value.removesuffix(".yaml")
-    return kept, name
+    return overrides, name
 
 
 def dashed(words: Iterable[str]) -> bool:
@@ -67,7 +67,7 @@ def dashed(words: Iterable[str]) -> bool:
 def config_file(folder: Path, name: str = "config") -> Path | None:
     """Return the primary file of a folder."""
     folders = (folder, folder / "configs", folder / "conf", folder / ".hydra")
-    return next((one / f"{name}.yaml" for one in folders if (one / f"{name}.yaml").is_file()), None)
+    return next((candidate / f"{name}.yaml" for candidate in folders if (candidate / f"{name}.yaml").is_file()), None)
 
 
 def options(folder: Path) -> Iterator[tuple[str, list[str]]]:
@@ -107,18 +107,18 @@ def composed(draft: Draft, document: Document, words: list[str], config: str) ->
         return
     try:
         if path is None:
-            found = _from_groups(draft, document, words, locations)
+            composed_config = _from_groups(draft, document, words, locations)
         else:
-            text = Document(path, read_text(path)) if document.is_folder else document
-            tree = parse(text)
-            found = _from_file(draft, text, tree, words, locations)
-            locations |= _lines(text.name, tree)
+            primary = Document(path, read_text(path)) if document.is_folder else document
+            tree = parse(primary)
+            composed_config = _from_file(draft, primary, tree, words, locations)
+            locations |= _lines(primary.name, tree)
     except OmegaConfBaseException as error:
         raise InvalidInput(
             [Mistake(document.name, "", f"the configuration cannot be read: {str(error).splitlines()[0]}")]
         ) from None
-    if found is not None:
-        yield from _leaves(draft, found, document.name, locations | _override_locations(words))
+    if composed_config is not None:
+        yield from _leaves(draft, composed_config, document.name, locations | _override_locations(words))
 
 
 def _lines(name: str, tree: Tree, group: str = "") -> dict[str, str]:
@@ -130,18 +130,20 @@ def _lines(name: str, tree: Tree, group: str = "") -> dict[str, str]:
 
 def _from_groups(draft: Draft, document: Document, words: list[str], locations: dict[str, str]) -> Any:
     """Compose a folder of groups without a primary file: of each group its only option, or the one given. Returns None after a mistake."""
-    found = dict(options(document.path))
-    chosen = {group for group in found if any(word.lstrip("+").startswith(f"{group}=") for word in words)}
-    ambiguous = {group: names for group, names in found.items() if len(names) > 1 and group not in chosen}
+    names_by_group = dict(options(document.path))
+    chosen = {group for group in names_by_group if any(word.lstrip("+").startswith(f"{group}=") for word in words)}
+    ambiguous = {group: names for group, names in names_by_group.items() if len(names) > 1 and group not in chosen}
     for group, names in ambiguous.items():
         message, hint = f"the group has several options: {', '.join(names)}", f"choose one: -- {group}={names[0]}"
         draft.mistakes.append(Mistake(document.name, group, message, hint))
     if ambiguous:
         return None
-    overrides = [f"+{group}={names[0]}" for group, names in found.items() if group not in chosen]
-    overrides += [f"+{word}" if word.partition("=")[0] in found else word for word in words]
+    overrides = [f"+{group}={names[0]}" for group, names in names_by_group.items() if group not in chosen]
+    overrides += [f"+{word}" if word.partition("=")[0] in names_by_group else word for word in words]
     folders = (document.path, document.path / "configs", document.path / "conf")
-    with_groups = (one for one in folders if any((one / group).is_dir() for group in ("dataset", *GROUPS)))
+    with_groups = (
+        candidate for candidate in folders if any((candidate / group).is_dir() for group in ("dataset", *GROUPS))
+    )
     return _compose(draft, next(with_groups, document.path), None, overrides, locations)
 
 
@@ -155,13 +157,15 @@ def _from_file(draft: Draft, document: Document, tree: Tree, words: list[str], l
         raise InvalidInput([Mistake(location, "defaults", "this is not a list", "write `- group: option` lines")])
     if defaults:
         return _compose(draft, document.path.parent, document.path.stem, words, locations)
-    wrong = [group for group in ("dataset", *GROUPS) if group in tree.value and not isinstance(tree.value[group], dict)]
-    if wrong:
-        group_lines = {group: f"{document.name}:{tree.lines[group]}" for group in wrong}
+    invalid_groups = [
+        group for group in ("dataset", *GROUPS) if group in tree.value and not isinstance(tree.value[group], dict)
+    ]
+    if invalid_groups:
+        group_lines = {group: f"{document.name}:{tree.lines[group]}" for group in invalid_groups}
         raise InvalidInput(
             [
-                Mistake(group_lines[one], one, "this is not a group of options", "write name: value below it")
-                for one in wrong
+                Mistake(group_lines[group], group, "this is not a group of options", "write name: value below it")
+                for group in invalid_groups
             ]
         )
     flat = not any(isinstance(value, dict) for value in tree.value.values())
@@ -233,9 +237,9 @@ def _applicable(draft: Draft, words: list[str], present: frozenset[str], groups:
             closest = closest_name(
                 key,
                 [
-                    spelled
-                    for one in sorted(known)
-                    for spelled in (one, *(one.replace("training_config", g, 1) for g in GROUPS))
+                    spelling
+                    for key_of_tool in sorted(known)
+                    for spelling in (key_of_tool, *(key_of_tool.replace("training_config", g, 1) for g in GROUPS))
                 ],
             )
             plus = "; + can only add keys of this tool" if override.is_add() else ""
@@ -277,15 +281,17 @@ def _compose(draft: Draft, folder: Path, name: str | None, words: list[str], loc
     from yaml import YAMLError
 
     groups = frozenset(path.name for path in folder.iterdir() if path.is_dir())
-    kept = [str(one.input_line) for one in _parsed(draft, words)]
+    override_lines = [str(override.input_line) for override in _parsed(draft, words)]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(folder.resolve()), version_base="1.3"):
-            chosen = [w for w in kept if w.lstrip("+~").partition("=")[0] in groups]
+            chosen = [w for w in override_lines if w.lstrip("+~").partition("=")[0] in groups]
             base = compose(config_name=name, overrides=chosen)
             present = _keys({key: value for key, value in _plain(base).items() if isinstance(value, dict)}) | groups
             composed = compose(
-                config_name=name, overrides=_applicable(draft, kept, present, groups), return_hydra_config=True
+                config_name=name,
+                overrides=_applicable(draft, override_lines, present, groups),
+                return_hydra_config=True,
             )
             for group, option in composed.hydra.runtime.choices.items():
                 file = folder / group / f"{option}.yaml"
@@ -306,8 +312,8 @@ def _compose(draft: Draft, folder: Path, name: str | None, words: list[str], loc
 def _plain(composed: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
-    found = OmegaConf.to_container(composed, resolve=False)
-    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
+    container = OmegaConf.to_container(composed, resolve=False)
+    return {str(key): value for key, value in container.items()} if isinstance(container, dict) else {}
 
 
 def _override_locations(words: list[str]) -> dict[str, str]:
@@ -318,7 +324,7 @@ def _override_locations(words: list[str]) -> dict[str, str]:
 RESOLVER = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:\s*([^,}\s]+)")
 
 
-def _leaves(draft: Draft, composed: Any, file: str, locations: dict[str, str]) -> Iterator[Entry]:
+def _leaves(draft: Draft, composed: Any, default_location: str, locations: dict[str, str]) -> Iterator[Entry]:
     """Yield every value after interpolation. Only environment variables that the user allows are read."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -329,7 +335,7 @@ def _leaves(draft: Draft, composed: Any, file: str, locations: dict[str, str]) -
         leaves = inner.items() if isinstance(inner, dict) else [("", inner)]
         for key, raw in leaves:
             path = f"{group}.{key}" if key else group
-            origin = Origin(locations.get(path, file))
+            origin = Origin(locations.get(path, default_location))
             if isinstance(raw, str) and "${" in raw and not _check_resolvers(draft, path, raw, origin):
                 continue
             try:
@@ -346,13 +352,13 @@ def _leaves(draft: Draft, composed: Any, file: str, locations: dict[str, str]) -
 
 
 def _check_resolvers(draft: Draft, path: str, raw: str, origin: Origin) -> bool:
-    fine = True
+    all_allowed = True
     for resolver, name in RESOLVER.findall(raw):
         if resolver != "oc.env":
             draft.mistakes.append(
                 Mistake(origin.location, path, f"the resolver {resolver} is not supported", "write the value itself")
             )
-            fine = False
+            all_allowed = False
         elif name not in draft.request.allowed_variables:
             draft.mistakes.append(
                 Mistake(
@@ -362,10 +368,10 @@ def _check_resolvers(draft: Draft, path: str, raw: str, origin: Origin) -> bool:
                     f"allow it with --allow-env {name}",
                 )
             )
-            fine = False
+            all_allowed = False
         elif name not in draft.request.environment and "," not in raw:
             draft.mistakes.append(
                 Mistake(origin.location, path, f"variable {name} is not set", f"set {name}, or write its value here")
             )
-            fine = False
-    return fine
+            all_allowed = False
+    return all_allowed

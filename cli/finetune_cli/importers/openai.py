@@ -159,15 +159,15 @@ def _model(draft: Draft) -> None:
 
 
 def _data(draft: Draft, trainer: str) -> None:
-    beside = [document for document in draft.documents if document.path.suffix == ".jsonl"]
+    data_documents = [document for document in draft.documents if document.path.suffix == ".jsonl"]
     for key, path, document in (
-        ("training_file", "dataset.train", beside[0] if beside else None),
-        ("validation_file", "dataset.validation", beside[1] if len(beside) > 1 else None),
+        ("training_file", "dataset.train", data_documents[0] if data_documents else None),
+        ("validation_file", "dataset.validation", data_documents[1] if len(data_documents) > 1 else None),
     ):
         if key not in draft.given or path in draft.request.overrides:
             continue
         _file(draft, key, path, document)
-    for document in beside:
+    for document in data_documents:
         _rows(draft, document, trainer)
     if trainer == "dpo":
         draft.assign_default("dataset.format", "preference", "fixed by the API")
@@ -201,17 +201,17 @@ def _file(draft: Draft, key: str, path: str, document: Document | None) -> None:
 
 def _rows(draft: Draft, document: Document, trainer: str) -> None:
     """Check the keys of the rows, so that data for another method is refused here and not on a GPU."""
-    wanted = ("input", "preferred_output", "non_preferred_output") if trainer == "dpo" else ("messages",)
+    required_keys = ("input", "preferred_output", "non_preferred_output") if trainer == "dpo" else ("messages",)
     for number_, line in enumerate(document.text.splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            why = getattr(error, "msg", "the row holds a number that is too long, or is nested too deeply")
-            draft.mistakes.append(Mistake(f"{document.name}:{number_}", "", f"invalid JSON: {why}"))
+            reason = getattr(error, "msg", "the row holds a number that is too long, or is nested too deeply")
+            draft.mistakes.append(Mistake(f"{document.name}:{number_}", "", f"invalid JSON: {reason}"))
             return
-        missing = [key for key in wanted if not isinstance(row, dict) or key not in row]
+        missing = [key for key in required_keys if not isinstance(row, dict) or key not in row]
         if missing:
             present = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             draft.mistakes.append(
@@ -219,7 +219,7 @@ def _rows(draft: Draft, document: Document, trainer: str) -> None:
                     f"{document.name}:{number_}",
                     ", ".join(missing),
                     f"the key is missing in this row, which has {present}",
-                    f"rows of {trainer} hold {', '.join(wanted)}",
+                    f"rows of {trainer} hold {', '.join(required_keys)}",
                 )
             )
             return
@@ -231,29 +231,31 @@ def _batch(draft: Draft) -> None:
     if rows is None:
         return
     ranks = _ranks(draft)
-    share = rows // ranks
+    rows_per_rank = rows // ranks
     if rows % ranks:
-        fitting = f"{share * ranks} or {(share + 1) * ranks}" if share else str(ranks)
+        allowed_sizes = f"{rows_per_rank * ranks} or {(rows_per_rank + 1) * ranks}" if rows_per_rank else str(ranks)
         draft.add_mistake(
             key,
             f"{rows} rows per step cannot be divided among {ranks} ranks",
-            f"write {fitting}, or change --gpus and --nodes",
+            f"write {allowed_sizes}, or change --gpus and --nodes",
         )
         return
-    device = next(size for size in (4, 3, 2, 1) if share % size == 0)
-    draft.assign("training.batchSizePerDevice", device, key)
-    draft.assign("training.gradientAccumulationSteps", share // device, key)
+    batch_per_device = next(size for size in (4, 3, 2, 1) if rows_per_rank % size == 0)
+    draft.assign("training.batchSizePerDevice", batch_per_device, key)
+    draft.assign("training.gradientAccumulationSteps", rows_per_rank // batch_per_device, key)
     draft.add_note(
-        f"batch_size {rows} becomes {device} rows per rank, times {share // device} accumulation steps, times {ranks} ranks"
+        f"batch_size {rows} becomes {batch_per_device} rows per rank, times {rows_per_rank // batch_per_device} accumulation steps, times {ranks} ranks"
     )
 
 
 def _ranks(draft: Draft) -> int:
     """Return the number of ranks from the options of `finetune import`: the API's files do not give it."""
-    own = {path: one.value for path, one in draft.request.overrides.items() if isinstance(one.value, int)}
-    gpus = own.get("resources.gpusPerNode", 1)
-    each = own.get("resources.processesPerNode", gpus) or 1
-    return max(1, each * own.get("resources.nodes", 1))
+    integer_options = {
+        path: assigned.value for path, assigned in draft.request.overrides.items() if isinstance(assigned.value, int)
+    }
+    gpus = integer_options.get("resources.gpusPerNode", 1)
+    ranks_per_node = integer_options.get("resources.processesPerNode", gpus) or 1
+    return max(1, ranks_per_node * integer_options.get("resources.nodes", 1))
 
 
 def _metadata(draft: Draft) -> None:
@@ -272,9 +274,9 @@ def _integrations(draft: Draft) -> None:
             "integrations", "this is not a list", 'write [{"type": "wandb", "wandb": {"project": "..."}}]'
         )
         return
-    for one in given.value:
-        options = one.get("wandb") if isinstance(one, dict) else None
-        if not isinstance(one, dict) or one.get("type") != "wandb" or not isinstance(options, dict):
+    for integration in given.value:
+        options = integration.get("wandb") if isinstance(integration, dict) else None
+        if not isinstance(integration, dict) or integration.get("type") != "wandb" or not isinstance(options, dict):
             draft.add_mistake(
                 "integrations", "only wandb is supported", 'write [{"type": "wandb", "wandb": {"project": "..."}}]'
             )

@@ -6,6 +6,6 @@ from finetune_cli.importers import env, guide, hydra, openai, toml, yaml
 from finetune_cli.importers.draft import Importer
 
 IMPORTERS: dict[str, Importer] = {
-    one.name: one
-    for one in (env.IMPORTER, toml.IMPORTER, yaml.IMPORTER, hydra.IMPORTER, guide.IMPORTER, openai.IMPORTER)
+    importer.name: importer
+    for importer in (env.IMPORTER, toml.IMPORTER, yaml.IMPORTER, hydra.IMPORTER, guide.IMPORTER, openai.IMPORTER)
 }

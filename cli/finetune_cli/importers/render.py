@@ -76,7 +76,7 @@ def _group(values: dict[str, Any], prefix: str, assigned: dict[str, AssignedValu
 def _scalar(value: Any) -> Any:
     from ruamel.yaml.comments import CommentedSeq
 
-    if isinstance(value, list) and all(not isinstance(one, dict | list) for one in value):
+    if isinstance(value, list) and all(not isinstance(item, dict | list) for item in value):
         sequence = CommentedSeq(value)
         sequence.fa.set_flow_style()
         return sequence

@@ -75,7 +75,7 @@ def run_import(request: Request, importers: dict[str, Importer]) -> Imported:
         raise InvalidInput([_redacted(draft, mistake) for mistake in dict.fromkeys(draft.mistakes)])
     return Imported(
         importer, draft.name, request.namespace, spec, draft.values, draft.secret_name, draft.secrets, draft.config_maps,
-        draft.annotations, [draft.redacted(one) for one in draft.warnings], [draft.redacted(one) for one in draft.notes],
+        draft.annotations, [draft.redacted(text) for text in draft.warnings], [draft.redacted(text) for text in draft.notes],
     )  # fmt: skip
 
 
@@ -110,7 +110,7 @@ def _unusable_because(default: ToolDefault, draft: Draft) -> str | None:
 def _apply_overrides(draft: Draft) -> None:
     """Apply the options of `finetune import`. A null removes a field or a whole group."""
     for path, assigned in draft.request.overrides.items():
-        for known in [one for one in draft.values if is_within(one, path)]:
+        for known in [value_path for value_path in draft.values if is_within(value_path, path)]:
             del draft.values[known]
         if assigned.value is not None:
             draft.values[path] = assigned
@@ -119,7 +119,7 @@ def _apply_overrides(draft: Draft) -> None:
 def _refuse_secrets(draft: Draft) -> None:
     """Refuse fields that look like secrets: everyone who may read the job can read its fields."""
     hint = "remove it; refer to a Secret with model.tokenSecretRef, or in placement.env with secretKeyRef"
-    reported = {one.key for one in draft.mistakes}
+    reported = {mistake.key for mistake in draft.mistakes}
     for path, assigned in draft.values.items():
         key = assigned.key or f"spec.{path}"
         if contains_secret(assigned.value) and key not in reported:
@@ -151,7 +151,9 @@ def load(files: Iterable[Path]) -> tuple[Document, ...]:
         except UnreadableFile as error:
             mistakes.append(error.mistake)
     mistakes += [
-        Mistake(one.name, "", "the file is empty") for one in documents if not one.is_folder and not one.text.strip()
+        Mistake(document.name, "", "the file is empty")
+        for document in documents
+        if not document.is_folder and not document.text.strip()
     ]
     if mistakes:
         raise InvalidInput(mistakes)
@@ -178,30 +180,30 @@ def choose_importer(documents: tuple[Document, ...], request: Request, importers
                 )
             ]
         )
-    found = [one for one in importers.values() if one.recognises(documents, request.tool_arguments)]
-    if len(found) == 1:
-        return found[0]
-    names = ", ".join(document.name for document in documents) or "command line"
-    if not found:
+    matching = [importer for importer in importers.values() if importer.recognises(documents, request.tool_arguments)]
+    if len(matching) == 1:
+        return matching[0]
+    file_names = ", ".join(document.name for document in documents) or "command line"
+    if not matching:
         _check_syntax(documents)
         raise InvalidInput(
             [
                 Mistake(
-                    names,
+                    file_names,
                     "",
                     "no importer recognises this configuration",
                     f"choose one with --from: {known}",
                 )
             ]
         )
-    fits = ", ".join(one.name for one in found)
+    importer_names = ", ".join(importer.name for importer in matching)
     raise InvalidInput(
         [
             Mistake(
-                names,
+                file_names,
                 "",
-                f"several importers recognise this configuration: {fits}",
-                f"choose one with --from {'|'.join(one.name for one in found)}",
+                f"several importers recognise this configuration: {importer_names}",
+                f"choose one with --from {'|'.join(importer.name for importer in matching)}",
             )
         ]
     )
@@ -211,8 +213,8 @@ def _check_syntax(documents: tuple[Document, ...]) -> None:
     """Raises InvalidInput if an unrecognised file is invalid YAML or JSON, or a FineTuneJob."""
     for document in documents:
         if document.path.suffix.lower() in (".yaml", ".yml"):
-            found = parse(document)
-            if found.value.get("kind") == KIND:
+            tree = parse(document)
+            if tree.value.get("kind") == KIND:
                 hint = "check it with `finetune validate`, or submit it with `finetune submit`"
                 raise InvalidInput([Mistake(document.name, "", f"this is already a {KIND}", hint)])
         if document.path.suffix.lower() == ".json":
@@ -242,8 +244,8 @@ def _check_namespace(request: Request) -> None:
 
 def slug(text: str) -> str:
     """Turn a text into a valid name of a FineTuneJob; an empty string if no valid character is left."""
-    found = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-").lstrip("0123456789-")
-    return found[:MAX_NAME_LENGTH].strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-").lstrip("0123456789-")
+    return name[:MAX_NAME_LENGTH].strip("-")
 
 
 # --- from entries to values -----------------------------------------------------------------------------------------
@@ -310,15 +312,15 @@ def _add_unknown(importer: Importer, draft: Draft, entry: Entry) -> None:
     if SECRET_NAME.search(entry.key):
         draft.hide(entry.value)
     known = [key for row in importer.rows for key in (row.key, *row.aliases)]
-    inner = next((one for one in known if one.startswith(f"{entry.key}.")), None)
-    outer = next((one for one in known if entry.key.startswith(f"{one}.")), None)
-    if inner is not None:
+    option_in_group = next((key for key in known if key.startswith(f"{entry.key}.")), None)
+    enclosing_option = next((key for key in known if entry.key.startswith(f"{key}.")), None)
+    if option_in_group is not None:
         message, hint = (
             "this is a group of options, and a single value is given",
-            f"write its options, for example {inner}",
+            f"write its options, for example {option_in_group}",
         )
-    elif outer is not None:
-        message, hint = "unknown key", f"{outer} takes a single value and is not a group"
+    elif enclosing_option is not None:
+        message, hint = "unknown key", f"{enclosing_option} takes a single value and is not a group"
     else:
         closest = closest_name(entry.key, known)
         message = "unknown key"
@@ -386,8 +388,8 @@ def nest(values: dict[str, AssignedValue]) -> dict[str, Any]:
     for path, assigned in values.items():
         group = spec
         *groups, last = path.split(".")
-        for one in groups:
-            group = group.setdefault(one, {})
+        for name in groups:
+            group = group.setdefault(name, {})
         group[last] = assigned.value
     return spec
 
@@ -401,21 +403,27 @@ def _check_spec(draft: Draft) -> dict[str, Any]:
             spec = FineTuneJobSpec.model_validate(nest(values))
             break
         except ValidationError as error:
-            found = list(field_errors(error, reported))
-            reported += found
-            for wrong in found:
-                draft.unreadable[wrong.path] = wrong.path
-                draft.mistakes.append(_in_user_terms(draft, Problem(wrong.path, "Shape", wrong.message, wrong.hint)))
+            new_errors = list(field_errors(error, reported))
+            reported += new_errors
+            for field_error in new_errors:
+                draft.unreadable[field_error.path] = field_error.path
+                draft.mistakes.append(
+                    _in_user_terms(draft, Problem(field_error.path, "Shape", field_error.message, field_error.hint))
+                )
             for location in map(path_of, locations_to_remove(error)):
-                for known in [one for one in values if is_within(location, one) or is_within(one, location)]:
+                for known in [
+                    value_path
+                    for value_path in values
+                    if is_within(location, value_path) or is_within(value_path, location)
+                ]:
                     del values[known]
     else:
         return nest(values)
     for problem in _problems(spec, draft):
         _record_problem(problem, draft)
     if not draft.mistakes:
-        for missing in unsupported_fields(spec):
-            draft.add_warning(f"spec.{missing.path}: {missing.message}; {missing.hint}")
+        for unsupported in unsupported_fields(spec):
+            draft.add_warning(f"spec.{unsupported.path}: {unsupported.message}; {unsupported.hint}")
     return nest(draft.values)
 
 
@@ -438,29 +446,29 @@ def _problems(spec: FineTuneJobSpec, draft: Draft) -> list[Problem]:
             for value in DISCRIMINATORS[path]:
                 changed = spec.to_wire()
                 changed.setdefault(group, {})[field] = value
-                still = {(one.path, one.code) for one in check(FineTuneJobSpec.model_validate(changed))}
-                problems = [one for one in problems if (one.path, one.code) in still]
+                remaining = {(problem.path, problem.code) for problem in check(FineTuneJobSpec.model_validate(changed))}
+                problems = [problem for problem in problems if (problem.path, problem.code) in remaining]
     return [
-        one
-        for one in problems
-        if not any(is_within(one.path, path) or is_within(path, one.path) for path in unreadable)
+        problem
+        for problem in problems
+        if not any(is_within(problem.path, path) or is_within(path, problem.path) for path in unreadable)
     ]
 
 
 def _record_problem(problem: Problem, draft: Draft) -> None:
     """Record a problem as a mistake, or as a warning if the user can correct it outside the imported file."""
     mistake = _in_user_terms(draft, problem)
-    relative = problem.code == "SourceInvalid" and str(draft.value(problem.path, "")).startswith("file://")
-    missing_data = problem.code == "DatasetMissing" and problem.path == "dataset.train"
-    another_machine = problem.path == "training.device" and draft.value("training.device") == "mps"
-    if missing_data:
+    is_local_file = problem.code == "SourceInvalid" and str(draft.value(problem.path, "")).startswith("file://")
+    is_missing_data = problem.code == "DatasetMissing" and problem.path == "dataset.train"
+    is_device_of_another_machine = problem.path == "training.device" and draft.value("training.device") == "mps"
+    if is_missing_data:
         if "dataset.train" not in draft.unreadable.values():
             draft.add_warning(
                 f"{draft.location}: the configuration names no training data: give --data URI, or set dataset.train in the manifest"
             )
-    elif relative:
+    elif is_local_file:
         return
-    elif another_machine or problem.path in (
+    elif is_device_of_another_machine or problem.path in (
         "output.hub.tokenSecretRef",
         "tracking.wandb.apiKeySecretRef",
         "tracking.mongodb.uriSecretRef",
@@ -477,11 +485,13 @@ def _in_user_terms(draft: Draft, problem: Problem) -> Mistake:
     """Report a problem at a spec path with the key and location that the value came from."""
     group, _, _ = problem.path.rpartition(".")
     assigned = _values_around(draft, problem.path) or (_values_around(draft, group) if "." in group else [])
-    written = [one for one in assigned if one.key] or [one for one in assigned if one.origin.written_by_user]
+    written = [value for value in assigned if value.key] or [
+        value for value in assigned if value.origin.written_by_user
+    ]
     if not written:
         return Mistake(draft.location, f"spec.{problem.path}", problem.message, problem.hint)
-    keys = ", ".join(dict.fromkeys(one.key or f"spec.{problem.path}" for one in written))
-    locations = ", ".join(dict.fromkeys(one.origin.location for one in written))
+    keys = ", ".join(dict.fromkeys(value.key or f"spec.{problem.path}" for value in written))
+    locations = ", ".join(dict.fromkeys(value.origin.location for value in written))
     return Mistake(
         locations,
         keys,
@@ -493,15 +503,15 @@ def _in_user_terms(draft: Draft, problem: Problem) -> Mistake:
 def _values_around(draft: Draft, path: str) -> list[AssignedValue]:
     """Return the values at, below and above a path."""
     return [
-        one
-        for known, one in draft.values.items()
+        assigned
+        for known, assigned in draft.values.items()
         if is_within(known, path) or path.startswith((known + ".", known + "["))
     ]
 
 
 def _spelling(draft: Draft, assigned: AssignedValue) -> str:
     """Return the value as the user spelled it, if the spec spells it differently."""
-    given = next((one for one in draft.given.values() if one.key == assigned.key), None)
+    given = next((option for option in draft.given.values() if option.key == assigned.key), None)
     if given is None or not isinstance(given.raw, str) or given.row.secret or given.raw == str(assigned.value):
         return ""
     return f'"{given.raw}" is ' if isinstance(assigned.value, str) and not given.raw.startswith(("/", ".")) else ""

@@ -33,16 +33,16 @@ def assign_source(draft: Draft, key: str, path: str, *, always_local: bool = Fal
     if key not in draft.given or path in draft.request.overrides:
         return
     given = draft.given[key]
-    found = str(given.value)
-    if not URI.match(found) and (always_local or is_local(found)):
+    source = str(given.value)
+    if not URI.match(source) and (always_local or is_local(source)):
         option = OPTION[path]
         written = option if option.startswith("--set") else f"{option} URI"
         draft.add_warning(
-            f"{given.origin.location}: {given.key}: {found} is a path on this machine, which pods cannot read; "
+            f"{given.origin.location}: {given.key}: {source} is a path on this machine, which pods cannot read; "
             f"give {written} (`finetune run --local` can read the path)"
         )
-        found = f"file://{found}"
-    draft.assign(path, found, key)
+        source = f"file://{source}"
+    draft.assign(path, source, key)
 
 
 def assign_tokenizer(draft: Draft, key: str, model_key: str) -> None:
@@ -60,14 +60,14 @@ def assign_config_map(draft: Draft, key: str, path: str, purpose: str, option: s
     ):
         return
     given = draft.given[key]
-    file = str(given.value)
+    local_path = str(given.value)
     name = f"{draft.name}-{purpose}"
-    base = re.sub(r"[^-._a-zA-Z0-9]", "_", file.replace("\\", "/").rstrip("/").rpartition("/")[2]) or purpose
+    base = re.sub(r"[^-._a-zA-Z0-9]", "_", local_path.replace("\\", "/").rstrip("/").rpartition("/")[2]) or purpose
     draft.assign(f"{path}.name", name, key)
     draft.assign(f"{path}.key", base, key)
     draft.add_warning(
-        f"{given.origin.location}: {given.key}: pods read {file} from a ConfigMap: "
-        f"create it with `kubectl create configmap {name} --from-file={base}={file}`, or name an existing one with {option} NAME/KEY"
+        f"{given.origin.location}: {given.key}: pods read {local_path} from a ConfigMap: "
+        f"create it with `kubectl create configmap {name} --from-file={base}={local_path}`, or name an existing one with {option} NAME/KEY"
     )
 
 

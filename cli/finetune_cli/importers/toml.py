@@ -239,8 +239,8 @@ def read(draft: Draft) -> Iterator[Entry]:
     add_stray_mistakes(draft, flags)
     documents = list(draft.documents)
     for name, value in flags.pairs:
-        found = add_config_file(draft, value) if name == "--config" and value else None
-        documents += [found] if found else []
+        config_document = add_config_file(draft, value) if name == "--config" and value else None
+        documents += [config_document] if config_document else []
     for document in documents:
         yield from _file(document, draft)
     for name, value in flags.pairs:
@@ -257,9 +257,9 @@ def _file(document: Document, draft: Draft) -> Iterator[Entry]:
     try:
         content = tomllib.loads(document.text)
     except tomllib.TOMLDecodeError as error:
-        found = re.search(r"line (\d+)", str(error))
-        place = f"{document.name}:{found.group(1)}" if found else document.name
-        raise InvalidInput([Mistake(place, "", f"invalid TOML: {error}")]) from None
+        match = re.search(r"line (\d+)", str(error))
+        location = f"{document.name}:{match.group(1)}" if match else document.name
+        raise InvalidInput([Mistake(location, "", f"invalid TOML: {error}")]) from None
     except (ValueError, RecursionError):
         raise InvalidInput(
             [Mistake(document.name, "", "the file holds a number that is too long, or is nested too deeply")]
@@ -305,13 +305,13 @@ def _resolved(value: Any, key: str, origin: Origin, draft: Draft) -> bool:
 
 def _variables_of(value: Any) -> list[str]:
     texts = value if isinstance(value, list) else [value]
-    return [found.group(1) for one in texts if isinstance(one, str) and (found := VARIABLE.match(one))]
+    return [match.group(1) for text in texts if isinstance(text, str) and (match := VARIABLE.match(text))]
 
 
 def _plain(value: Any, draft: Draft) -> Any:
     """Replace `"null"` by None, also inside a list, and a whole `"${NAME}"` by the environment variable."""
     if isinstance(value, list):
-        return [one for one in (_plain(one, draft) for one in value) if one is not None]
+        return [item for item in (_plain(item, draft) for item in value) if item is not None]
     if value == "null":
         return None
     variable = VARIABLE.match(value) if isinstance(value, str) else None
@@ -331,8 +331,8 @@ def scan(document: Document) -> dict[str, int]:
         if header:
             section = header["name"].replace('"', "")
             _record_line(lines, section, number_, document, mistakes, f"table [{section}] is declared")
-        elif listed := LIST_HEADER.match(line):
-            section = listed["name"].replace('"', "")
+        elif list_header := LIST_HEADER.match(line):
+            section = list_header["name"].replace('"', "")
             lines.setdefault(section, number_)
         elif key:
             name = f"{section}.{key['name'].strip(chr(34) + chr(39))}".lstrip(".")
@@ -345,11 +345,13 @@ def scan(document: Document) -> dict[str, int]:
 
 
 def _record_line(
-    lines: dict[str, int], name: str, line: int, document: Document, mistakes: list[Mistake], what: str
+    lines: dict[str, int], name: str, line: int, document: Document, mistakes: list[Mistake], subject: str
 ) -> None:
     if name in lines:
         hint = "keep one; to override one file by another, give both files in order"
-        mistakes.append(Mistake(f"{document.name}:{line}", name, f"{what} twice: lines {lines[name]} and {line}", hint))
+        mistakes.append(
+            Mistake(f"{document.name}:{line}", name, f"{subject} twice: lines {lines[name]} and {line}", hint)
+        )
     lines.setdefault(name, line)
 
 
@@ -414,37 +416,41 @@ def _system_column(draft: Draft) -> None:
 
 
 def _method(draft: Draft) -> None:
-    four, eight, full = (f"fine_tuner.{key}" for key in ("load_in_4bit", "load_in_8bit", "full_finetuning"))
-    if draft.get(four) and draft.get(eight):
+    key_4bit, key_8bit, key_full = (f"fine_tuner.{key}" for key in ("load_in_4bit", "load_in_8bit", "full_finetuning"))
+    if draft.get(key_4bit) and draft.get(key_8bit):
         draft.add_mistake(
-            (four, eight),
+            (key_4bit, key_8bit),
             "4-bit and 8-bit loading are both true, but a base model is loaded in only one of them",
             "set one of them to false",
             explains="model.quantization.bits",
         )
         return
-    if draft.get(full):
-        for key, bits in ((four, 4), (eight, 8)):
+    if draft.get(key_full):
+        for key, bits in ((key_4bit, 4), (key_8bit, 8)):
             if draft.get(key):
                 draft.add_mistake(
-                    (full, key),
+                    (key_full, key),
                     f"full fine-tuning trains all weights, but weights in {bits} bits cannot be trained",
                     f"set {key.partition('.')[2]} = false",
                     explains="model.quantization.bits",
                 )
-        if not draft.has_key(four):
+        if not draft.has_key(key_4bit):
             draft.add_note("full_finetuning is true, so the base model is not loaded in 4 bits")
-        draft.assign("method.type", "full", full)
+        draft.assign("method.type", "full", key_full)
         return
-    _bits(draft, four, eight)
+    _bits(draft, key_4bit, key_8bit)
 
 
-def _bits(draft: Draft, four: str, eight: str) -> None:
+def _bits(draft: Draft, key_4bit: str, key_8bit: str) -> None:
     loftq = draft.get("fine_tuner.loftq_config")
     source = str(draft.get("fine_tuner.base_model_id", ""))
     is_quantized = source.lower().endswith("-bnb-4bit")
     bits = (
-        8 if draft.get(eight) else 4 if draft.get(four, not draft.has_key(eight) or draft.get(eight) is False) else None
+        8
+        if draft.get(key_8bit)
+        else 4
+        if draft.get(key_4bit, not draft.has_key(key_8bit) or draft.get(key_8bit) is False)
+        else None
     )
     if is_quantized and bits != 4:
         draft.add_warning(
@@ -455,11 +461,11 @@ def _bits(draft: Draft, four: str, eight: str) -> None:
         _loftq(draft, loftq, is_quantized, bits, source)
         return
     if bits is None:
-        draft.assign("method.type", "lora", four) if four in draft.given else draft.assign_default(
+        draft.assign("method.type", "lora", key_4bit) if key_4bit in draft.given else draft.assign_default(
             "method.type", "lora"
         )
         return
-    key = eight if bits == 8 else four
+    key = key_8bit if bits == 8 else key_4bit
     for path, value in (("method.type", "lora" if bits == 8 else "qlora"), ("model.quantization.bits", bits)):
         if key in draft.given:
             draft.assign(path, value, key)

@@ -54,12 +54,12 @@ def on_off(value: Any) -> str:
     return "enabled" if boolean(value) else "disabled"
 
 
-def off_only(what: str) -> Convert:
+def off_only(feature: str) -> Convert:
     """Return a converter for a boolean that must be false, because the feature is not supported."""
 
     def convert(value: Any) -> bool:
         if boolean(value):
-            raise ConversionError(f"enables {what}, which is not supported", "false")
+            raise ConversionError(f"enables {feature}, which is not supported", "false")
         return False
 
     return convert
@@ -194,9 +194,9 @@ def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
     if not documents:
         return any(word.startswith(FLAG_MARKS) for word in words)
     for document in documents:
-        found = peek(document)
-        model = found.get("model")
-        if "fine_tuning" in found or (isinstance(model, dict) and "base_model" in model):
+        content = peek(document)
+        model = content.get("model")
+        if "fine_tuning" in content or (isinstance(model, dict) and "base_model" in model):
             return True
     return False
 
@@ -211,9 +211,9 @@ def read(draft: Draft) -> Iterator[Entry]:
 
 
 def _overrides(draft: Draft) -> Iterator[Entry]:
-    rest = strip_launcher(draft.request.tool_arguments)
-    while rest:
-        word = rest.pop(0)
+    remaining = strip_launcher(draft.request.tool_arguments)
+    while remaining:
+        word = remaining.pop(0)
         name, equals, value = word.partition("=")
         if not name.startswith("--"):
             draft.mistakes.append(
@@ -221,10 +221,10 @@ def _overrides(draft: Draft) -> Iterator[Entry]:
             )
         elif name == "--eval_only" and not equals:
             yield flag_entry(name, True)
-        elif not equals and (not rest or (rest[0].startswith("-") and not NEGATIVE.match(rest[0]))):
+        elif not equals and (not remaining or (remaining[0].startswith("-") and not NEGATIVE.match(remaining[0]))):
             draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         else:
-            text = value if equals else rest.pop(0)
+            text = value if equals else remaining.pop(0)
             if name == "--config":
                 add_config_file(draft, text)
             elif name == "--deepspeed":
@@ -261,12 +261,14 @@ def combine(draft: Draft) -> None:
 def _data(draft: Draft) -> None:
     for key, path in (("dataset.train_path", "dataset.train"), ("dataset.eval_path", "dataset.validation")):
         if key in draft.given:
-            found = str(draft.get(key))
+            data_path = str(draft.get(key))
             assign_source(
                 draft,
                 key,
                 path,
-                always_local=is_local(found) or "/" not in found or found.split("/")[0] in ("data", "datasets"),
+                always_local=is_local(data_path)
+                or "/" not in data_path
+                or data_path.split("/")[0] in ("data", "datasets"),
             )
     if draft.get("dataset.format") == "custom" and "dataset.preprocessing.custom_prompt_template" not in draft.given:
         draft.add_mistake(
@@ -334,11 +336,11 @@ def _method(draft: Draft) -> None:
 
 def _bits(draft: Draft, method: str) -> int | None:
     """Return the bits of the base model from four options. Contradictions are mistakes."""
-    four, eight, bits = draft.get(FOUR), draft.get(EIGHT), draft.get(BITS)
+    in_4bit, in_8bit, bits = draft.get(FOUR), draft.get(EIGHT), draft.get(BITS)
     if bits is not None and bits not in (4, 8):
         draft.add_mistake(BITS, f"{bits} is not supported", "write 4 or 8")
         return None
-    if four and eight:
+    if in_4bit and in_8bit:
         draft.add_mistake(
             (FOUR, EIGHT),
             "4-bit and 8-bit loading are both true, but a base model is loaded in only one of them",
@@ -347,20 +349,20 @@ def _bits(draft: Draft, method: str) -> int | None:
         )
         return None
     if method == "qlora":
-        for key, wrong in ((FOUR, four is False), (EIGHT, bool(eight)), (BITS, bits == 8)):
-            if wrong:
-                shown = str(draft.get(key)).lower()
+        for key, contradicts in ((FOUR, in_4bit is False), (EIGHT, bool(in_8bit)), (BITS, bits == 8)):
+            if contradicts:
+                value = str(draft.get(key)).lower()
                 draft.add_mistake(
                     (METHOD, key),
-                    f"method qlora needs 4-bit, but {key} is {shown}",
+                    f"method qlora needs 4-bit, but {key} is {value}",
                     "set load_in_4bit: true, or write method: lora",
                     explains="model.quantization",
                 )
         return 4
-    loaded = 4 if four else 8 if eight else None
+    loaded = 4 if in_4bit else 8 if in_8bit else None
     if loaded and bits and loaded != bits:
         draft.add_mistake(
-            (FOUR if four else EIGHT, BITS),
+            (FOUR if in_4bit else EIGHT, BITS),
             f"{loaded} bits and {bits} bits are given for the same base model",
             "make them equal",
             explains="model.quantization",
@@ -368,8 +370,8 @@ def _bits(draft: Draft, method: str) -> int | None:
     if (
         loaded is None
         and bits is not None
-        and (four is False or eight is False)
-        and not (draft.has_key(FOUR) and four is None)
+        and (in_4bit is False or in_8bit is False)
+        and not (draft.has_key(FOUR) and in_4bit is None)
     ):
         given = draft.given[BITS]
         draft.add_warning(
@@ -438,11 +440,13 @@ def _deepspeed(draft: Draft, key: str, stage: int | None) -> None:
 
 def _deepspeed_file(draft: Draft) -> Document | None:
     """Return the DeepSpeed file that the configuration names, if it exists relative to the configuration."""
-    named = draft.get("distributed.deepspeed_config")
-    if not named or any(override.startswith("distributed.deepspeed.configRef") for override in draft.request.overrides):
+    config_path = draft.get("distributed.deepspeed_config")
+    if not config_path or any(
+        override.startswith("distributed.deepspeed.configRef") for override in draft.request.overrides
+    ):
         return None
     for folder in [d.path.parent for d in draft.documents]:
-        path = folder / str(named)
+        path = folder / str(config_path)
         if path.is_file():
             document = Document(path, read_text(path))
             return document if is_deepspeed(document) else None
@@ -478,8 +482,8 @@ def _fsdp_file(draft: Draft) -> None:
 def _evaluation(draft: Draft) -> None:
     do_eval, strategy, steps = "evaluation.do_eval", "evaluation.eval_strategy", "evaluation.eval_steps"
     has_validation = draft.has_value("dataset.validation")
-    off = draft.get(do_eval) is False or draft.get(strategy) == "no"
-    if off:
+    is_disabled = draft.get(do_eval) is False or draft.get(strategy) == "no"
+    if is_disabled:
         draft.assign("evaluation.strategy", "no", do_eval if draft.get(do_eval) is False else strategy)
     elif draft.get(do_eval) and not has_validation and "dataset.eval_path" not in draft.unreadable:
         draft.add_mistake(
@@ -495,8 +499,8 @@ def _evaluation(draft: Draft) -> None:
         draft.assign_default("evaluation.metrics", ["perplexity", "bleu", "rouge"], "hard-coded in the tool")
     elif strategy in draft.given:
         draft.assign("evaluation.strategy", draft.get(strategy), strategy)
-    _eval_steps(draft, steps, has_validation and not off)
-    if "evaluation.benchmarks" in draft.given and not off:
+    _eval_steps(draft, steps, has_validation and not is_disabled)
+    if "evaluation.benchmarks" in draft.given and not is_disabled:
         draft.assign(
             "evaluation.benchmarks",
             [{"name": name} for name in draft.get("evaluation.benchmarks")],
@@ -507,7 +511,7 @@ def _evaluation(draft: Draft) -> None:
         draft.warn_no_effect(given.row.key, "evaluation is off")
 
 
-def _eval_steps(draft: Draft, steps: str, on: bool) -> None:
+def _eval_steps(draft: Draft, steps: str, is_enabled: bool) -> None:
     """Set the evaluation interval. The evaluation section overrides the output section."""
     other = "output.eval_steps"
     if steps in draft.given and other in draft.given and draft.get(steps) != draft.get(other):
@@ -516,12 +520,12 @@ def _eval_steps(draft: Draft, steps: str, on: bool) -> None:
             f"{given.origin.location}: {given.key} has no effect: evaluation.eval_steps ({draft.get(steps)}) overrides it"
         )
     key = steps if steps in draft.given else other if other in draft.given else None
-    if key and on:
+    if key and is_enabled:
         draft.assign("evaluation.steps", draft.get(key), key)
     elif key:
         given = draft.given[key]
         draft.warn_no_effect(given.row.key, "there is no evaluation during training")
-    elif on:
+    elif is_enabled:
         draft.assign_default("evaluation.steps", 200, EXAMPLE)
 
 

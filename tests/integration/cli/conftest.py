@@ -39,15 +39,15 @@ class Result:
 @pytest.fixture(scope="session")
 def api(control_plane: Endpoint) -> KubeApi:
     """Return a client of the API server with the CRD installed."""
-    found = KubeApi(control_plane)
+    client = KubeApi(control_plane)
     crd = YAML(typ="safe").load(CRD.read_text(encoding="utf-8"))
-    if found.find("customresourcedefinitions", None, crd["metadata"]["name"]) is None:
-        found.create("customresourcedefinitions", None, crd)
-    found.wait(
+    if client.find("customresourcedefinitions", None, crd["metadata"]["name"]) is None:
+        client.create("customresourcedefinitions", None, crd)
+    client.wait(
         "customresourcedefinitions", None, crd["metadata"]["name"],
-        lambda one: any(c["type"] == "Established" and c["status"] == "True" for c in (one.get("status") or {}).get("conditions") or []),
+        lambda installed: any(c["type"] == "Established" and c["status"] == "True" for c in (installed.get("status") or {}).get("conditions") or []),
     )  # fmt: skip
-    return found
+    return client
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def finetune(
         extra = ["-n", namespace] if default_namespace else []
         capsys.readouterr()
         code = main.run([*words, *extra], [])
-        found = capsys.readouterr()
-        return Result(code, found.out, found.err)
+        captured = capsys.readouterr()
+        return Result(code, captured.out, captured.err)
 
     return run
 
@@ -89,8 +89,8 @@ def job(api: KubeApi, namespace: str) -> Callable[..., dict[str, Any]]:
             "metadata": {"name": name},
             "spec": {"model": {"source": "org/m"}, "dataset": {"train": "s3://data/t.jsonl"}, **spec},
         }
-        made = api.create(names.PLURAL, namespace, body)
-        return set_status(api, namespace, name, status) if status else made
+        created = api.create(names.PLURAL, namespace, body)
+        return set_status(api, namespace, name, status) if status else created
 
     return make
 

@@ -156,14 +156,14 @@ def test_wait_for_a_condition_and_timeout(finetune: Finetune, job: Job) -> None:
 
 
 def test_events(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
-    made = job()
+    created = job()
     assert "bot has no events" in finetune("events", "bot").err
     regarding = {
         "apiVersion": names.API_VERSION,
         "kind": names.KIND,
         "name": "bot",
         "namespace": namespace,
-        "uid": made["metadata"]["uid"],
+        "uid": created["metadata"]["uid"],
     }
     api.create("events", namespace, {
         "metadata": {"name": "e1"}, "eventTime": "2026-01-01T00:00:00.000000Z", "reportingController": "t", "reportingInstance": "t",
@@ -269,9 +269,10 @@ def test_report_holds_everything_but_secrets(
     api.create("pods", namespace, pod("bot-1-0", 1, 0))
     archive = tmp_path / "r.tar.gz"
     assert finetune("report", "bot", "-o", str(archive)).code == 0
-    with tarfile.open(archive) as found:
+    with tarfile.open(archive) as members:
         texts = {
-            member.name.partition("/")[2]: found.extractfile(member).read().decode() for member in found.getmembers()
+            member.name.partition("/")[2]: members.extractfile(member).read().decode()
+            for member in members.getmembers()
         }  # type: ignore[union-attr]  # all are files
     assert set(texts) == {"job.yaml", "status.txt", "pods.yaml", "events.txt", "versions.json", "logs/bot-1-0.txt"}
     everything = "".join(texts.values())
@@ -302,13 +303,13 @@ def test_job_name_with_kind_is_accepted(finetune: Finetune, job: Job) -> None:
     printed = finetune("get", "-o", "name").out.strip()
     assert finetune("status", printed).out == finetune("status", "bot").out
     assert finetune("wait", printed, "--timeout", "0").code == 0
-    found = finetune("wait", "bot", "--for", "Suspended", "--timeout", "0")
-    assert (found.code, found.out) == (1, "")
-    assert "has ended (Succeeded) and cannot become Suspended" in found.err
-    found = finetune("get", "bot", "-A", default_namespace=False)
-    assert (found.code, found.out) == (1, "")
+    result = finetune("wait", "bot", "--for", "Suspended", "--timeout", "0")
+    assert (result.code, result.out) == (1, "")
+    assert "has ended (Succeeded) and cannot become Suspended" in result.err
+    result = finetune("get", "bot", "-A", default_namespace=False)
+    assert (result.code, result.out) == (1, "")
 
 
 def test_get_names_without_jobs_prints_nothing(finetune: Finetune) -> None:
-    found = finetune("get", "-o", "name")
-    assert (found.code, found.out) == (0, "")
+    result = finetune("get", "-o", "name")
+    assert (result.code, result.out) == (0, "")

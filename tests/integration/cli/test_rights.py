@@ -33,8 +33,8 @@ def token(api: KubeApi, namespace: str) -> str:
         "subjects": [{"kind": "ServiceAccount", "name": "user", "namespace": namespace}],
     })  # fmt: skip
     path = f"/api/v1/namespaces/{namespace}/serviceaccounts/user/token"
-    answer = api.request("POST", path, {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}})
-    return str(answer.body["status"]["token"])
+    response = api.request("POST", path, {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}})
+    return str(response.body["status"]["token"])
 
 
 @pytest.fixture
@@ -125,13 +125,13 @@ RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
 def table() -> dict[str, set[str]]:
     """Return the table of the guide: the commands of a row, and the rights that they need as `resource:verb`."""
     text = GUIDE.read_text(encoding="utf-8")
-    found = {}
+    rights_by_commands = {}
     for commands, jobs, others in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?)\|$", text, re.MULTILINE):
         needed = {f"{JOBS}:{verb}" for verb in verbs(re.sub("`[^`]*`", "", jobs))}
         for resources, words in re.findall(r"((?:`[^`]+`(?:, )?)+): ([a-z, ]+)", others):
-            needed |= {f"{one}:{verb}" for one in re.findall("`([^`]+)`", resources) for verb in verbs(words)}
-        found[commands] = needed
-    return found
+            needed |= {f"{resource}:{verb}" for resource in re.findall("`([^`]+)`", resources) for verb in verbs(words)}
+        rights_by_commands[commands] = needed
+    return rights_by_commands
 
 
 def verbs(text: str) -> set[str]:
@@ -151,20 +151,20 @@ def test_command_uses_the_documented_rights(
 ) -> None:  # fmt: skip
     prepare(job, api, namespace)
     (tmp_path / "job.yaml").write_text(MANIFEST, encoding="utf-8")
-    places = {"MANIFEST": str(tmp_path / "job.yaml"), "ARCHIVE": str(tmp_path / "r.tar.gz")}
+    paths = {"MANIFEST": str(tmp_path / "job.yaml"), "ARCHIVE": str(tmp_path / "r.tar.gz")}
     used: set[str] = set()
     send = Cluster._send
 
     def recorded(self: Cluster, method: str, path: str, query: dict[str, str], *rest: Any) -> Any:
         used.update(rights(method, path, query))
-        answer = send(self, method, path, query, *rest)
+        response = send(self, method, path, query, *rest)
         if method == "POST" and rest[0]["metadata"]["name"] == "new":
             threading.Timer(0.5, lambda: set_status(api, namespace, "new", DONE)).start()
-        return answer
+        return response
 
     monkeypatch.setattr(Cluster, "_send", recorded)
     for words in RUNS[row]:
-        assert finetune(*(places.get(word, word) for word in words)).code in (0, 1)
+        assert finetune(*(paths.get(word, word) for word in words)).code in (0, 1)
     assert used == table()[row]
 
 
@@ -184,12 +184,12 @@ def prepare(job: Callable[..., object], api: KubeApi, namespace: str) -> None:
 
 def rights(method: str, path: str, query: dict[str, str]) -> set[str]:
     """Return the rights that a request needs as `resource:verb`; server-side apply may need to create the object."""
-    found = re.match(
+    match = re.match(
         r"^/(?:api/v1|apis/([^/]+)/[^/]+)(?:/namespaces/[^/]+)?/([a-z]+)(?:/([^/]+))?(?:/([a-z]+))?$", path
     )
-    if found is None:
+    if match is None:
         return set()
-    group, resource, name, part = found.groups()
+    group, resource, name, part = match.groups()
     resource = f"{resource}/{part}" if part else f"{resource}.{group}" if group else resource
     if method == "GET":
         return {f"{resource}:{'watch' if query.get('watch') else 'get' if name else 'list'}"}

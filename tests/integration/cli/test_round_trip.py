@@ -14,8 +14,8 @@ from tests.unit.cli.imports import import_
 @pytest.mark.parametrize("name", accepted())
 def test_import_is_accepted_by_the_server(name: str, api: KubeApi) -> None:
     files, source, words = cases()[name]
-    found = import_(*files, source=source, words=words, name="imported")
-    for document in yaml.safe_load_all(found.text):
+    imported = import_(*files, source=source, words=words, name="imported")
+    for document in yaml.safe_load_all(imported.text):
         resource = {"Secret": "secrets", "ConfigMap": "configmaps", names.KIND: names.PLURAL}[document["kind"]]
-        answer = api.create(resource, "default", document, dryRun="All", fieldValidation="Strict")
-        assert answer["metadata"]["name"].startswith("imported")
+        response = api.create(resource, "default", document, dryRun="All", fieldValidation="Strict")
+        assert response["metadata"]["name"].startswith("imported")

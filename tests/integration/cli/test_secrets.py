@@ -37,38 +37,57 @@ def test_token_reaches_only_the_pod(
 ) -> None:  # fmt: skip
     (tmp_path / name).write_text(text, encoding="utf-8")
     manifest = tmp_path / "job.yaml"
-    own = ["--name", "bot", "--data", "org/rows", "--storage", "s3://models/x", "--gpus", "0", "--set", "output=null"]
+    options = [
+        "--name",
+        "bot",
+        "--data",
+        "org/rows",
+        "--storage",
+        "s3://models/x",
+        "--gpus",
+        "0",
+        "--set",
+        "output=null",
+    ]
     output.error_console.cache_clear()
-    assert main.run(["import", str(tmp_path / name), *own, "-o", str(manifest)], behind) == output.OK
-    said = capsys.readouterr()
+    assert main.run(["import", str(tmp_path / name), *options, "-o", str(manifest)], behind) == output.OK
+    printed = capsys.readouterr()
     submitted = finetune("submit", str(manifest))
     assert submitted.code == 0, submitted.err
-    made = api.get(PLURAL, namespace, "bot")
-    job = attempt(made)
+    created = api.get(PLURAL, namespace, "bot")
+    job = attempt(created)
     assert read(job, api, namespace) == wanted
     archive = tmp_path / "report.tar.gz"
     reported = finetune("report", "bot", "-o", str(archive))
-    shown = [said.out, said.err, submitted.out, submitted.err, reported.out, json.dumps(made), json.dumps(job)]
+    visible_texts = [
+        printed.out,
+        printed.err,
+        submitted.out,
+        submitted.err,
+        reported.out,
+        json.dumps(created),
+        json.dumps(job),
+    ]
     for secret in wanted.values():
-        assert not any(secret in one for one in shown)
+        assert not any(secret in text for text in visible_texts)
         assert secret.encode() not in archive.read_bytes()
 
 
-def attempt(made: dict[str, Any]) -> dict[str, Any]:
+def attempt(created: dict[str, Any]) -> dict[str, Any]:
     """Return the Job that the operator creates for a FineTuneJob."""
-    found = accepted(made["spec"])
-    mine = finetunejob(made["spec"])
-    run = build_run_config(mine, found.spec, 1, defaults=found.defaults, committed_step=0, max_step=None)
-    return build_job(mine, run, found.pool, CONFIG)
+    resolution = accepted(created["spec"])
+    own_job = finetunejob(created["spec"])
+    run = build_run_config(own_job, resolution.spec, 1, defaults=resolution.defaults, committed_step=0, max_step=None)
+    return build_job(own_job, run, resolution.pool, CONFIG)
 
 
 def read(job: dict[str, Any], api: KubeApi, namespace: str) -> dict[str, str]:
     """Variables from Secrets with their values, read as the kubelet reads them."""
     (container,) = job["spec"]["template"]["spec"]["containers"]
-    found = {}
+    values = {}
     for variable in container["env"]:
         reference = (variable.get("valueFrom") or {}).get("secretKeyRef")
         if reference is not None:
             data = api.get("secrets", namespace, reference["name"])["data"]
-            found[variable["name"]] = base64.b64decode(data[reference["key"]]).decode()
-    return found
+            values[variable["name"]] = base64.b64decode(data[reference["key"]]).decode()
+    return values

@@ -40,8 +40,8 @@ def stored(bucket: Any, s3_server: S3Endpoint, job: Callable[..., dict[str, Any]
         "endpoint": s3_server.host_url,
         "credentialsSecretRef": {"name": "s3"},
     }
-    made = job(storage=storage)
-    prefix = f"root/{namespace}/bot/{made['metadata']['uid']}"
+    created = job(storage=storage)
+    prefix = f"root/{namespace}/bot/{created['metadata']['uid']}"
     data = b"weights" * 1000
     folder = f"{prefix}/checkpoints/step-00000010"
     manifest = json.dumps(
@@ -100,4 +100,4 @@ def test_purge_asks_and_deletes_only_this_job(
     assert "this is not the name of the job" in finetune("purge", "bot", "--use-secret", "--yes-purge", "other").err
     result = finetune("purge", "bot", "--use-secret", "--yes-purge", "bot")
     assert (result.code, result.out) == (0, "bot: 4 objects, 7.1 KiB, deleted\n")
-    assert [one.key for one in bucket.objects.all()] == ["root/other/file"]
+    assert [stored_object.key for stored_object in bucket.objects.all()] == ["root/other/file"]

@@ -96,18 +96,18 @@ AS_COMMANDS = {
 
 def cases() -> dict[str, tuple[tuple[Path, ...], str | None, str]]:
     """Return the cases by name: files, source (None: recognised by content), and the tool's own command line."""
-    found: dict[str, tuple[tuple[Path, ...], str | None, str]] = {}
+    by_name: dict[str, tuple[tuple[Path, ...], str | None, str]] = {}
     for folder in ("samples", "blocks"):
         for path in sorted((HERE / folder).iterdir()):
             name = f"{folder}-{path.stem}"
             source = path.name.partition("-")[0]
             if path.suffix == ".txt":
-                found[name] = ((), None, path.read_text(encoding="utf-8"))
+                by_name[name] = ((), None, path.read_text(encoding="utf-8"))
             elif path.suffix != ".json":
-                found[name] = ((path,), source, "")
+                by_name[name] = ((path,), source, "")
     for name, (files, source, words) in COMMANDS.items():
-        found[name] = (tuple(HERE / file for file in files), source or None, words)
-    return found
+        by_name[name] = (tuple(HERE / file for file in files), source or None, words)
+    return by_name
 
 
 def accepted() -> list[str]:
@@ -122,11 +122,11 @@ def outcome(name: str) -> dict[str, Any]:
     from tests.unit.cli.imports import import_
 
     files, source, words = cases()[name]
-    found = import_(*files, source=source, words=words)
-    kept: dict[str, Any] = {"refused": found.mistakes} if found.mistakes else {"spec": found.spec}
-    return kept | {
+    imported = import_(*files, source=source, words=words)
+    result: dict[str, Any] = {"refused": imported.mistakes} if imported.mistakes else {"spec": imported.spec}
+    return result | {
         key: value
-        for key, value in (("warnings", found.warnings), ("notes", found.notes), ("secrets", found.secrets))
+        for key, value in (("warnings", imported.warnings), ("notes", imported.notes), ("secrets", imported.secrets))
         if value
     }
 

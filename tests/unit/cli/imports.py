@@ -43,7 +43,7 @@ def import_(
     *files: Path,
     words: str | list[str] = "",
     source: str | None = None,
-    own: dict[str, Any] | None = None,
+    overrides: dict[str, Any] | None = None,
     environment: dict[str, str] | None = None,
     name: str | None = None,
     **more: Any,
@@ -54,19 +54,19 @@ def import_(
         tuple(shlex.split(words) if isinstance(words, str) else words),
         source,
         name,
-        overrides={path: AssignedValue(value, Origin("option"), "--set") for path, value in (own or {}).items()},
+        overrides={path: AssignedValue(value, Origin("option"), "--set") for path, value in (overrides or {}).items()},
         environment=ENVIRONMENT if environment is None else environment,
         **more,
     )
     try:
-        found = run_import(request, IMPORTERS)
+        imported = run_import(request, IMPORTERS)
     except InvalidInput as invalid:
         return Outcome(mistakes=[str(mistake) for mistake in invalid.mistakes])
     return Outcome(
-        spec=found.spec,
-        warnings=[one for one in found.warnings if NOT_YET not in one],
-        notes=found.notes,
-        secrets=found.secrets,
-        documents=list(documents(found)),
-        text=render(found, annotate=True),
+        spec=imported.spec,
+        warnings=[warning for warning in imported.warnings if NOT_YET not in warning],
+        notes=imported.notes,
+        secrets=imported.secrets,
+        documents=list(documents(imported)),
+        text=render(imported, annotate=True),
     )

@@ -78,16 +78,16 @@ def answering(tmp_path: Path) -> Iterator[Callable[[int, bytes], str]]:
 )  # fmt: skip
 def test_unusable_kubeconfig_is_reported_without_secrets(call: Call, write: Write, text: str, expected: str) -> None:
     path = write("config", text)
-    code, out, said = call("get", "--kubeconfig", path)
+    code, out, stderr = call("get", "--kubeconfig", path)
     assert (code, out) == (1, "")
-    assert expected in said
-    assert len(said.splitlines()) == 1
-    assert "secret-of-mine" not in said
+    assert expected in stderr
+    assert len(stderr.splitlines()) == 1
+    assert "secret-of-mine" not in stderr
 
 
 def test_names_are_quoted_in_paths() -> None:
-    one = cluster.Cluster(None, "team/../x")
-    assert one._namespaced("pods", "../secrets/a?b") == "namespaces/team%2F..%2Fx/pods/..%2Fsecrets%2Fa%3Fb"
+    client = cluster.Cluster(None, "team/../x")
+    assert client._namespaced("pods", "../secrets/a?b") == "namespaces/team%2F..%2Fx/pods/..%2Fsecrets%2Fa%3Fb"
 
 
 @pytest.mark.parametrize("name", ["bot", "finetunejobs.finetune-operator.io/bot", "ftj/bot", "FineTuneJob/bot"])
@@ -102,7 +102,7 @@ def test_name_of_another_kind_is_refused(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "told"),
+    ("status", "body", "expected"),
     [
         (
             404,
@@ -116,20 +116,20 @@ def test_name_of_another_kind_is_refused(name: str) -> None:
     ],
 )
 def test_failed_response_is_reported_in_one_line(
-    call: Call, answering: Callable[[int, bytes], str], status: int, body: bytes, told: str
+    call: Call, answering: Callable[[int, bytes], str], status: int, body: bytes, expected: str
 ) -> None:
     code, out, err = call("get", "--kubeconfig", answering(status, body))
     assert (code, out, err.count("\n"), err.startswith("error: ")) == (1, "", 1, True)
-    assert told in err
+    assert expected in err
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "expected"),
     [
         (("--kubeconfig", "/no/such/file"), "--kubeconfig /no/such/file: there is no such file"),
         (("-n", "a/b"), "--namespace a/b: this cannot be the name of a namespace"),
     ],
 )
-def test_invalid_kubeconfig_path_and_namespace_are_named(call: Call, words: tuple[str, ...], told: str) -> None:
+def test_invalid_kubeconfig_path_and_namespace_are_named(call: Call, words: tuple[str, ...], expected: str) -> None:
     code, _, err = call("get", *words)
-    assert (code, told in err) == (1, True)
+    assert (code, expected in err) == (1, True)

@@ -37,5 +37,5 @@ def test_unsupported_fields_are_marked(call: Call) -> None:
     ],
 )
 def test_unknown_word_suggests_fields(call: Call, word: str, hint: str) -> None:
-    code, _, said = call("explain", word)
-    assert (code, f"{word} is not a field of a FineTuneJob; {hint}" in said) == (1, True)
+    code, _, stderr = call("explain", word)
+    assert (code, f"{word} is not a field of a FineTuneJob; {hint}" in stderr) == (1, True)

@@ -12,11 +12,11 @@ from finetune_cli.files import MAX_BYTES
 from tests.unit.cli.conftest import JOB, Call, Write
 
 
-def sentences(said: str, folder: Path) -> list[str]:
+def sentences(stderr: str, folder: Path) -> list[str]:
     """The errors of a command, without the test's folder."""
     return [
         line.removeprefix("error: ").replace(f"{folder}/", "")
-        for line in said.splitlines()
+        for line in stderr.splitlines()
         if line.startswith("error: ")
     ]
 
@@ -30,8 +30,8 @@ FLAT = "model: org/m\nlora_r: 8\n"
 def test_unreadable_paths_are_refused(call: Call, tmp_path: Path) -> None:
     (tmp_path / "a.env").write_bytes(bytes(range(256)))
     for command in ("import", "validate"):
-        code, _, said = call(command, tmp_path / "a.env")
-        assert (code, sentences(said, tmp_path)) == (1, ["a.env: the file is not UTF-8 text"])
+        code, _, stderr = call(command, tmp_path / "a.env")
+        assert (code, sentences(stderr, tmp_path)) == (1, ["a.env: the file is not UTF-8 text"])
     assert call("validate", tmp_path)[2] == f"error: {tmp_path}: this is a folder, and a file is needed\n"
     assert call("import", tmp_path / "b.env")[2] == f"error: {tmp_path}/b.env: there is no such file\n"
     assert "no importer recognises this configuration" in call("import", tmp_path)[2]

@@ -23,13 +23,13 @@ GUIDES = Path(__file__).parents[3] / "docs" / "guides"
 
 def documented() -> list[str]:
     """Return the command lines in the guides and in the help of every command."""
-    found: list[str] = []
+    command_lines: list[str] = []
     for name in ("cli.md", "import.md"):
         for block in re.findall(r"```\n(.*?)```", (GUIDES / name).read_text(encoding="utf-8"), re.DOTALL):
-            found += [line for line in block.splitlines() if line.startswith("finetune ")]
+            command_lines += [line for line in block.splitlines() if line.startswith("finetune ")]
     for command in COMMANDS.values():
-        found += re.findall(r"Example: (finetune .*)", command.__doc__ or "")
-    return found
+        command_lines += re.findall(r"Example: (finetune .*)", command.__doc__ or "")
+    return command_lines
 
 
 @pytest.mark.parametrize("line", documented())
@@ -58,17 +58,17 @@ def test_example_importer_of_the_guide_works(write: Write) -> None:
     scope: dict[str, Importer] = {}
     exec(code, scope)
     registry = {**IMPORTERS, "sixth": scope["SIXTH"]}
-    found = run_import(
+    imported = run_import(
         Request((write("a.json", '{"base": "org/m", "rows": "s3://data/t.jsonl", "passes": 4}'),)), registry
     )
-    assert found.spec == {
+    assert imported.spec == {
         "model": {"source": "org/m"},
         "dataset": {"train": "s3://data/t.jsonl"},
         "training": {"epochs": 4},
     }
     with pytest.raises(InvalidInput) as invalid:
         run_import(Request((write("b.json", '{"base": "org/m", "passes": 0, "pases": 1}'),)), registry)
-    assert [str(one) for one in invalid.value.mistakes] == [
+    assert [str(mistake) for mistake in invalid.value.mistakes] == [
         "b.json: pases: unknown key; did you mean passes?",
         "b.json: passes: 0 is out of range; allowed: an integer of at least 1",
         "b.json: rows: this required option is missing; add it, or give --data URI",
@@ -90,16 +90,16 @@ def test_table_of_secrets_lists_every_secret(write: Write) -> None:
         "--mlflow-password",
         "p",
     )
-    made: dict[str, str] = {}
+    fields_by_key: dict[str, str] = {}
     for name, text, words in (("a.env", env, ()), ("a.toml", toml, flags)):
-        found = run_import(Request((write(name, text),), words), IMPORTERS)
-        assert set(found.secrets) == set(references(found.spec))
-        made |= references(found.spec)
+        imported = run_import(Request((write(name, text),), words), IMPORTERS)
+        assert set(imported.secrets) == set(references(imported.spec))
+        fields_by_key |= references(imported.spec)
     text = (GUIDES / "import.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| [^|]* \| ([^|]*) \| `([^|`]*)` \| ([^|]*) \|$", text, re.MULTILINE)
-    told = {key: path for keys, path, _ in rows for key in re.findall("`([^`]*)`", keys)}
+    documented_fields = {key: path for keys, path, _ in rows for key in re.findall("`([^`]*)`", keys)}
     variables = {name for *_, names in rows for name in re.findall("`([^`]*)`", names)}
-    assert told == made
+    assert documented_fields == fields_by_key
     assert variables == {
         names.Env.HF_TOKEN.value, names.WANDB_KEY, names.MONGODB_URI, "OPENAI_API_KEY", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD",
     }  # fmt: skip
@@ -109,13 +109,15 @@ def references(value: Any, path: str = "") -> dict[str, str]:
     """Return the keys of Secrets that a spec refers to, with the fields."""
     if isinstance(value, list):
         return (
-            {key: path for one in value for key in references(one["secretKeyRef"])} if path == "placement.env" else {}
+            {key: path for variable in value for key in references(variable["secretKeyRef"])}
+            if path == "placement.env"
+            else {}
         )
     if not isinstance(value, dict):
         return {}
     if set(value) == {"name", "key"}:
         return {value["key"]: path}
-    found: dict[str, str] = {}
+    fields_by_key: dict[str, str] = {}
     for name, inner in value.items():
-        found |= references(inner, f"{path}.{name}" if path else name)
-    return found
+        fields_by_key |= references(inner, f"{path}.{name}" if path else name)
+    return fields_by_key

@@ -24,8 +24,8 @@ training_config: {model: org/m, trainer: SFT, distributed_training: FSDP, max_se
     ],
 )  # fmt: skip
 def test_sharding_strategy_is_read(write: Write, text: str, at: str, value: Any) -> None:
-    found = import_(write("job.yaml", HYDRA), write("acc.yaml", text), source="hydra")
-    assert (found.mistakes, found.at(at)) == ([], value)
+    imported = import_(write("job.yaml", HYDRA), write("acc.yaml", text), source="hydra")
+    assert (imported.mistakes, imported.at(at)) == ([], value)
 
 
 def test_ignored_options_give_a_warning(write: Write) -> None:
@@ -33,8 +33,10 @@ def test_ignored_options_give_a_warning(write: Write) -> None:
         "distributed_type: FSDP\nnum_processes: 2\ndynamo_config: {dynamo_backend: INDUCTOR}\n"
         "fsdp_config: {fsdp_sharding_strategy: HYBRID_SHARD, fsdp_offload_params: true}\n"
     )
-    told = "\n".join(import_(write("job.yaml", HYDRA), write("acc.yaml", text), source="hydra").warnings)
-    assert [one for one in ("dynamo_config", "HYBRID_SHARD", "fsdp_offload_params") if one not in told] == []
+    warnings = "\n".join(import_(write("job.yaml", HYDRA), write("acc.yaml", text), source="hydra").warnings)
+    assert [
+        option for option in ("dynamo_config", "HYBRID_SHARD", "fsdp_offload_params") if option not in warnings
+    ] == []
 
 
 def test_contradicting_deepspeed_options_are_refused(write: Write) -> None:

@@ -9,7 +9,7 @@ from tests.unit.cli.imports import HERE
 
 
 def test_tool_arguments_after_two_dashes_are_read(call: Call) -> None:
-    code, out, said = call(
+    code, out, stderr = call(
         "import",
         HERE / "samples" / "env-A.env",
         "--name",
@@ -26,12 +26,12 @@ def test_tool_arguments_after_two_dashes_are_read(call: Call) -> None:
     )
     assert "epochs: 9\n" in out
     assert "uri: s3://bucket/out\n" in out
-    assert "warning: env-A.env:4: TRAIN_DATA_PATH:" in said
+    assert "warning: env-A.env:4: TRAIN_DATA_PATH:" in stderr
 
 
 def test_refused_import_prints_no_manifest(call: Call) -> None:
-    code, out, said = call("import", HERE / "samples" / "env-R2.env")
-    assert (code, out, len(said.splitlines())) == (1, "", 3)
+    code, out, stderr = call("import", HERE / "samples" / "env-R2.env")
+    assert (code, out, len(stderr.splitlines())) == (1, "", 3)
 
 
 def test_explain_lists_every_option(call: Call) -> None:
@@ -42,10 +42,10 @@ def test_explain_lists_every_option(call: Call) -> None:
 
 
 def test_invalid_options_are_all_reported(call: Call) -> None:
-    said = call(
+    stderr = call(
         "import", HERE / "samples" / "env-A.env", "--set", "training.sed=1", "--set", "training.seed", "--prompts", "x"
     )[2]
-    assert said.splitlines() == [
+    assert stderr.splitlines() == [
         "error: --prompts: x: this is not the name and key of a ConfigMap; write NAME/KEY",
         "error: --set: training.sed: unknown field; did you mean training.seed?",
         "error: --set: training.seed: the value is missing; write --set training.seed=VALUE, or training.seed=null to remove the field",

@@ -23,26 +23,26 @@ def env(write: Write) -> Any:
 
 
 def test_defaults_of_a_minimal_file(env: Any) -> None:
-    found = env()
-    assert found.spec["training"] == {
+    imported = env()
+    assert imported.spec["training"] == {
         "epochs": 3, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "learningRate": 3e-4, "scheduler": "linear", "warmupRatio": 0,
         "optimizer": "adamw_torch", "weightDecay": 0, "maxGradNorm": 1,
     }  # fmt: skip
-    assert found.spec["method"] == {"type": "lora", "lora": {"rank": 8, "alpha": 16, "dropout": 0.1}}
-    assert found.at("dataset.maxSequenceLength") == 512
-    assert found.at("dataset.responseOnly.enabled") is False
-    assert found.spec["checkpoint"] == {"keep": 0, "loadBestAtEnd": True, "steps": 100, "strategy": "steps"}
-    assert found.at("output.dir") == "results"
+    assert imported.spec["method"] == {"type": "lora", "lora": {"rank": 8, "alpha": 16, "dropout": 0.1}}
+    assert imported.at("dataset.maxSequenceLength") == 512
+    assert imported.at("dataset.responseOnly.enabled") is False
+    assert imported.spec["checkpoint"] == {"keep": 0, "loadBestAtEnd": True, "steps": 100, "strategy": "steps"}
+    assert imported.at("output.dir") == "results"
 
 
 def test_dotenv_syntax_is_read(env: Any) -> None:
     text = 'export PROJECT_NAME = "a.b"\nDEVICE=cpu  \nTOKENIZER=${MODEL_NAME}\nLORA_R=8 # small\nLORA_R=16\nPAD_TOKEN=a#b\n'
-    found = env(text)
-    assert found.at("output.project") == "a.b"
-    assert found.at("training.device") == "cpu"
-    assert found.at("model.tokenizer") == "org/m"
-    assert found.at("method.lora.rank") == 16
-    assert found.at("model.padToken") == "a#b"
+    imported = env(text)
+    assert imported.at("output.project") == "a.b"
+    assert imported.at("training.device") == "cpu"
+    assert imported.at("model.tokenizer") == "org/m"
+    assert imported.at("method.lora.rank") == 16
+    assert imported.at("model.padToken") == "a#b"
 
 
 def test_dollar_without_braces_is_literal(env: Any) -> None:
@@ -84,8 +84,8 @@ def test_empty_required_option_is_refused(env: Any) -> None:
     ],
 )
 def test_split_ratios_are_completed(env: Any, ratios: str, split: tuple[float, float, float]) -> None:
-    found = env(ratios).spec["dataset"]["split"]
-    assert (found["train"], found["validation"], found["test"], found["seed"]) == (*split, 42)
+    imported = env(ratios).spec["dataset"]["split"]
+    assert (imported["train"], imported["validation"], imported["test"], imported["seed"]) == (*split, 42)
 
 
 def test_ratios_above_one_are_refused(env: Any) -> None:
@@ -106,10 +106,10 @@ def test_stray_word_that_may_be_a_secret_is_shortened(env: Any) -> None:
 
 
 def test_validation_file_replaces_the_split(env: Any) -> None:
-    found = env("VAL_DATA_PATH=s3://data/v.jsonl\nTRAIN_RATIO=0.9\n")
-    assert found.at("dataset.split") is None
-    assert found.at("dataset.validation") == "s3://data/v.jsonl"
-    assert "job.env:5: TRAIN_RATIO has no effect" in found.warnings[0]
+    imported = env("VAL_DATA_PATH=s3://data/v.jsonl\nTRAIN_RATIO=0.9\n")
+    assert imported.at("dataset.split") is None
+    assert imported.at("dataset.validation") == "s3://data/v.jsonl"
+    assert "job.env:5: TRAIN_RATIO has no effect" in imported.warnings[0]
 
 
 def test_zero_on_the_command_line_is_kept(env: Any) -> None:
@@ -117,8 +117,8 @@ def test_zero_on_the_command_line_is_kept(env: Any) -> None:
 
 
 def test_flags_override_the_file_and_may_be_abbreviated(env: Any) -> None:
-    found = env("EPOCHS=2\nLEARNING_RATE=1e-4\n", words="python main.py --epochs=5 --learning_rat 2e-4 -lora_r 64")
-    assert (found.at("training.epochs"), found.at("training.learningRate"), found.at("method.lora.rank")) == (
+    imported = env("EPOCHS=2\nLEARNING_RATE=1e-4\n", words="python main.py --epochs=5 --learning_rat 2e-4 -lora_r 64")
+    assert (imported.at("training.epochs"), imported.at("training.learningRate"), imported.at("method.lora.rank")) == (
         5,
         2e-4,
         64,
@@ -127,13 +127,15 @@ def test_flags_override_the_file_and_may_be_abbreviated(env: Any) -> None:
 
 def test_later_files_override_earlier_ones_per_key(write: Write) -> None:
     first, second = write("a.env", BASE + "EPOCHS=2\nBATCH_SIZE=8\n"), write("b.env", "EPOCHS=7\n")
-    found = import_(first, second, source="env")
-    assert (found.at("training.epochs"), found.at("training.batchSizePerDevice")) == (7, 8)
+    imported = import_(first, second, source="env")
+    assert (imported.at("training.epochs"), imported.at("training.batchSizePerDevice")) == (7, 8)
 
 
 def test_config_flag_of_the_tool_reads_a_file(write: Write) -> None:
-    found = import_(words=["python", "main.py", "--config", str(write("x.env", BASE)), "--epochs", "1"], source="env")
-    assert (found.at("model.source"), found.at("training.epochs")) == ("org/m", 1)
+    imported = import_(
+        words=["python", "main.py", "--config", str(write("x.env", BASE)), "--epochs", "1"], source="env"
+    )
+    assert (imported.at("model.source"), imported.at("training.epochs")) == ("org/m", 1)
 
 
 @pytest.mark.parametrize(
@@ -146,8 +148,8 @@ def test_config_flag_of_the_tool_reads_a_file(write: Write) -> None:
     ],
 )
 def test_technique_and_bits_select_the_method(env: Any, text: str, method: str, bits: int | None) -> None:
-    found = env(text)
-    assert (found.at("method.type"), found.at("model.quantization.bits")) == (method, bits)
+    imported = env(text)
+    assert (imported.at("method.type"), imported.at("model.quantization.bits")) == (method, bits)
 
 
 def test_qlora_without_four_bits_is_refused(env: Any) -> None:
@@ -156,57 +158,57 @@ def test_qlora_without_four_bits_is_refused(env: Any) -> None:
 
 
 def test_adapter_comes_from_an_override(env: Any) -> None:
-    found = env("TECHNIQUE=adapter\n", own={"method.adapter.source": "s3://models/a"})
-    assert found.spec["method"] == {"type": "adapter", "adapter": {"source": "s3://models/a"}}
+    imported = env("TECHNIQUE=adapter\n", overrides={"method.adapter.source": "s3://models/a"})
+    assert imported.spec["method"] == {"type": "adapter", "adapter": {"source": "s3://models/a"}}
 
 
 @pytest.mark.parametrize(
     ("device", "gpus", "precision"), [("cpu", 0, "no"), ("cuda", 1, "fp16"), ("auto", None, None), ("mps", None, "no")]
 )
 def test_device_sets_gpus_and_precision(env: Any, device: str, gpus: int | None, precision: str | None) -> None:
-    found = env(f"DEVICE={device}\n")
-    assert (found.at("resources.gpusPerNode"), found.at("training.mixedPrecision")) == (gpus, precision)
-    assert found.at("training.device") == (None if device == "auto" else device)
-    assert any("mps only exists on Apple machines" in one for one in found.warnings) == (device == "mps")
+    imported = env(f"DEVICE={device}\n")
+    assert (imported.at("resources.gpusPerNode"), imported.at("training.mixedPrecision")) == (gpus, precision)
+    assert imported.at("training.device") == (None if device == "auto" else device)
+    assert any("mps only exists on Apple machines" in warning for warning in imported.warnings) == (device == "mps")
 
 
 def test_token_is_written_only_to_the_secret(env: Any) -> None:
-    found = env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=True\n")
-    assert found.secrets == {"hf-token": "hf_verysecret"}
-    assert found.at("model.tokenSecretRef") == {"name": "job-import", "key": "hf-token"}
-    secret, job = found.documents
+    imported = env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=True\n")
+    assert imported.secrets == {"hf-token": "hf_verysecret"}
+    assert imported.at("model.tokenSecretRef") == {"name": "job-import", "key": "hf-token"}
+    secret, job = imported.documents
     assert secret["stringData"] == {"hf-token": "hf_verysecret"}
-    assert "hf_verysecret" not in str(job) + str(found.warnings) + str(found.notes)
+    assert "hf_verysecret" not in str(job) + str(imported.warnings) + str(imported.notes)
 
 
 def test_refused_file_does_not_print_its_secrets(env: Any) -> None:
-    found = env(
+    imported = env(
         "HUGGINGFACE_TOKEN=verysecret\nMODEL_TOKEN=othersecret\nPAD_TOKEN=verysecret\nEPOCHS=verysecret\nverysecret\n"
     )
-    assert len(found.mistakes) == 3
-    assert "verysecret" not in str(found.mistakes)
-    assert "othersecret" not in str(found.mistakes)
+    assert len(imported.mistakes) == 3
+    assert "verysecret" not in str(imported.mistakes)
+    assert "othersecret" not in str(imported.mistakes)
 
 
 def test_mongodb_uri_is_written_to_the_secret(env: Any) -> None:
-    found = env("MONGODB_URI=mongodb://u:p@host/db\nMONGODB_DB_NAME=runs\n")
-    assert found.spec["tracking"]["mongodb"] == {
+    imported = env("MONGODB_URI=mongodb://u:p@host/db\nMONGODB_DB_NAME=runs\n")
+    assert imported.spec["tracking"]["mongodb"] == {
         "database": "runs",
         "uriSecretRef": {"name": "job-import", "key": "mongodb-uri"},
     }
-    assert found.at("tracking.reportTo") == ["mongodb"]
+    assert imported.at("tracking.reportTo") == ["mongodb"]
 
 
 def test_local_paths_become_file_sources_with_a_warning(env: Any) -> None:
-    found = env(base="MODEL_NAME=/models/tiny\nTRAIN_DATA_PATH=data/x.jsonl\nDATASET_TYPE=qa\n")
-    assert (found.at("model.source"), found.at("dataset.train")) == ("file:///models/tiny", "file://data/x.jsonl")
-    assert ["--model URI" in found.warnings[0], "--data URI" in found.warnings[1]] == [True, True]
+    imported = env(base="MODEL_NAME=/models/tiny\nTRAIN_DATA_PATH=data/x.jsonl\nDATASET_TYPE=qa\n")
+    assert (imported.at("model.source"), imported.at("dataset.train")) == ("file:///models/tiny", "file://data/x.jsonl")
+    assert ["--model URI" in imported.warnings[0], "--data URI" in imported.warnings[1]] == [True, True]
 
 
 def test_prompts_come_from_a_config_map(env: Any) -> None:
-    found = env("PROMPTS_FILE=./my prompts.txt\n")
-    assert found.at("evaluation.comparison.promptsRef") == {"name": "job-prompts", "key": "my_prompts.txt"}
-    assert "kubectl create configmap job-prompts" in found.warnings[0]
+    imported = env("PROMPTS_FILE=./my prompts.txt\n")
+    assert imported.at("evaluation.comparison.promptsRef") == {"name": "job-prompts", "key": "my_prompts.txt"}
+    assert "kubectl create configmap job-prompts" in imported.warnings[0]
 
 
 @pytest.mark.parametrize(
@@ -223,31 +225,40 @@ def test_dataset_types_of_later_versions_are_read(env: Any, kind: str, file: str
 
 
 def test_evaluation_options_without_validation_data(env: Any) -> None:
-    found = env("TRAIN_RATIO=1\nVAL_RATIO=0\nEVAL_STEPS=10\n")
-    assert found.at("checkpoint") == {"strategy": "epoch", "keep": 0}
-    assert found.at("evaluation") is None
-    assert found.warnings == ["job.env:6: EVAL_STEPS has no effect: there is no validation data"]
+    imported = env("TRAIN_RATIO=1\nVAL_RATIO=0\nEVAL_STEPS=10\n")
+    assert imported.at("checkpoint") == {"strategy": "epoch", "keep": 0}
+    assert imported.at("evaluation") is None
+    assert imported.warnings == ["job.env:6: EVAL_STEPS has no effect: there is no validation data"]
 
 
 def test_adapter_options_have_no_effect_on_an_existing_adapter(env: Any) -> None:
-    found = env("TECHNIQUE=adapter\nLORA_R=8\nLORA_DROPOUT=0.2\n", own={"method.adapter.source": "s3://models/adapter"})
-    assert (found.mistakes, found.spec["method"]) == (
+    imported = env(
+        "TECHNIQUE=adapter\nLORA_R=8\nLORA_DROPOUT=0.2\n", overrides={"method.adapter.source": "s3://models/adapter"}
+    )
+    assert (imported.mistakes, imported.spec["method"]) == (
         [],
         {"type": "adapter", "adapter": {"source": "s3://models/adapter"}},
     )
-    told = [one for one in found.warnings if "has no effect: the existing adapter defines it" in one]
-    assert [one.split(": ")[1].split(" ")[0] for one in told] == ["LORA_R", "LORA_DROPOUT"]
+    no_effect_warnings = [
+        warning for warning in imported.warnings if "has no effect: the existing adapter defines it" in warning
+    ]
+    assert [warning.split(": ")[1].split(" ")[0] for warning in no_effect_warnings] == ["LORA_R", "LORA_DROPOUT"]
 
 
 def test_defaults_of_four_bit_quantization(write: Write) -> None:
     text = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/d.jsonl\nDATASET_TYPE=qa\nTECHNIQUE=qlora\n"
-    found = import_(write("a.env", text))
-    assert found.at("model.quantization") == {"bits": 4, "type": "nf4", "doubleQuant": False}
-    found = import_(write("a.env", text + "DEVICE=cuda\nBNB_4BIT_USE_DOUBLE_QUANT=true\n"))
-    assert found.at("model.quantization") == {"bits": 4, "type": "nf4", "doubleQuant": True, "computeDtype": "float16"}
+    imported = import_(write("a.env", text))
+    assert imported.at("model.quantization") == {"bits": 4, "type": "nf4", "doubleQuant": False}
+    imported = import_(write("a.env", text + "DEVICE=cuda\nBNB_4BIT_USE_DOUBLE_QUANT=true\n"))
+    assert imported.at("model.quantization") == {
+        "bits": 4,
+        "type": "nf4",
+        "doubleQuant": True,
+        "computeDtype": "float16",
+    }
 
 
 def test_token_is_ignored_when_use_auth_token_is_false(env: Any) -> None:
-    found = env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=false\n")
-    assert (found.secrets, found.at("model.tokenSecretRef")) == ({}, None)
-    assert found.warnings == ["job.env:4: HUGGINGFACE_TOKEN has no effect: USE_AUTH_TOKEN is false"]
+    imported = env("HUGGINGFACE_TOKEN=hf_verysecret\nUSE_AUTH_TOKEN=false\n")
+    assert (imported.secrets, imported.at("model.tokenSecretRef")) == ({}, None)
+    assert imported.warnings == ["job.env:4: HUGGINGFACE_TOKEN has no effect: USE_AUTH_TOKEN is false"]

@@ -24,18 +24,18 @@ def guide(write: Write) -> Any:
 
 @pytest.mark.parametrize("text", ["model: org/m\nlora_r: 8\n", NESTED])
 def test_both_forms_have_the_same_defaults(guide: Any, text: str) -> None:
-    found = guide(text)
-    assert found.spec["training"] == {
+    imported = guide(text)
+    assert imported.spec["training"] == {
         "epochs": 3, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "learningRate": 2e-4, "scheduler": "linear", "warmupRatio": 0.03,
         "optimizer": "adamw_torch", "weightDecay": 0, "maxGradNorm": 1, "mixedPrecision": "bf16",
     }  # fmt: skip
-    assert found.spec["method"]["lora"]["rank"] == 8
-    assert (found.at("dataset.maxSequenceLength"), found.at("checkpoint.keep"), found.at("dataset.train")) == (
+    assert imported.spec["method"]["lora"]["rank"] == 8
+    assert (imported.at("dataset.maxSequenceLength"), imported.at("checkpoint.keep"), imported.at("dataset.train")) == (
         512,
         3,
         None,
     )
-    assert any("names no training data" in one for one in found.warnings)
+    assert any("names no training data" in warning for warning in imported.warnings)
 
 
 @pytest.mark.parametrize(
@@ -64,9 +64,9 @@ def test_target_modules_are_chosen_by_model_family(guide: Any) -> None:
 
 
 def test_bf16_training_overrides_float16_weights(guide: Any) -> None:
-    found = guide("base_model: {name: m/m, dtype: float16}\nlora: {r: 8}\ntraining: {bf16: true}\n")
-    assert (found.at("model.dtype"), found.at("training.mixedPrecision")) == ("bfloat16", "bf16")
-    assert "bfloat16 is used" in found.warnings[0]
+    imported = guide("base_model: {name: m/m, dtype: float16}\nlora: {r: 8}\ntraining: {bf16: true}\n")
+    assert (imported.at("model.dtype"), imported.at("training.mixedPrecision")) == ("bfloat16", "bf16")
+    assert "bfloat16 is used" in imported.warnings[0]
 
 
 def test_callbacks_are_read(guide: Any) -> None:
@@ -74,10 +74,10 @@ def test_callbacks_are_read(guide: Any) -> None:
         NESTED
         + "dataset: {eval_size: 0.1}\ncallbacks: {early_stopping: {enabled: true}, wandb: {enabled: true, project: p}}\n"
     )
-    found = guide(text)
-    assert found.at("training.earlyStopping") == {"patience": 3, "threshold": 0.01}
-    assert (found.at("tracking.reportTo"), found.at("tracking.wandb")) == (["wandb"], {"project": "p"})
-    assert found.at("evaluation") == {"steps": 100, "strategy": "steps"}
+    imported = guide(text)
+    assert imported.at("training.earlyStopping") == {"patience": 3, "threshold": 0.01}
+    assert (imported.at("tracking.reportTo"), imported.at("tracking.wandb")) == (["wandb"], {"project": "p"})
+    assert imported.at("evaluation") == {"steps": 100, "strategy": "steps"}
 
 
 def test_evaluation_without_data_is_refused(guide: Any) -> None:
@@ -86,13 +86,13 @@ def test_evaluation_without_data_is_refused(guide: Any) -> None:
 
 
 def test_flags_of_the_script_are_read(guide: Any) -> None:
-    found = guide(
+    imported = guide(
         "model: org/m\nlora_r: 8\n",
         words="python finetune_lora.py --data s3://data/x.json --epochs 1 --batch-size 2 --lora-r 4 --merge",
     )
-    assert (found.at("dataset.train"), found.at("training.epochs"), found.at("method.lora.rank")) == (
+    assert (imported.at("dataset.train"), imported.at("training.epochs"), imported.at("method.lora.rank")) == (
         "s3://data/x.json",
         1,
         4,
     )
-    assert found.at("output.mergeAdapter") is True
+    assert imported.at("output.mergeAdapter") is True

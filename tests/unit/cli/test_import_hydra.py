@@ -50,40 +50,40 @@ def folder(write: Write, tmp_path: Path) -> Path:
 
 
 def test_hard_coded_values_are_written(hydra: Any) -> None:
-    found = hydra()
-    assert found.spec["method"]["lora"] == {
+    imported = hydra()
+    assert imported.spec["method"]["lora"] == {
         "rank": 128, "alpha": 64, "dropout": 0.05, "bias": "none",
         "targetModules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
     }  # fmt: skip
     assert (
-        found.at("training.warmupRatio"),
-        found.at("training.mixedPrecision"),
-        found.at("tracking.loggingSteps"),
+        imported.at("training.warmupRatio"),
+        imported.at("training.mixedPrecision"),
+        imported.at("tracking.loggingSteps"),
     ) == (0.1, "bf16", 50)
-    assert (found.at("checkpoint.keep"), found.at("model.attention"), found.at("training.learningRate")) == (
+    assert (imported.at("checkpoint.keep"), imported.at("model.attention"), imported.at("training.learningRate")) == (
         0,
         "flashAttention2",
         5e-5,
     )
-    assert found.at("dataset.systemPrompt") == "You are a personal assistant."
-    assert found.at("tracking.reportTo") == []
+    assert imported.at("dataset.systemPrompt") == "You are a personal assistant."
+    assert imported.at("tracking.reportTo") == []
 
 
 def test_unsloth_sets_dropout_and_gradient_checkpointing(hydra: Any) -> None:
-    found = hydra(base=BASE.replace("DDP", "unsloth"))
-    assert (found.at("method.lora.dropout"), found.at("training.gradientCheckpointing")) == (0, "unsloth")
-    assert (found.at("trainer.backend"), found.at("distributed.strategy")) == ("unsloth", "none")
+    imported = hydra(base=BASE.replace("DDP", "unsloth"))
+    assert (imported.at("method.lora.dropout"), imported.at("training.gradientCheckpointing")) == (0, "unsloth")
+    assert (imported.at("trainer.backend"), imported.at("distributed.strategy")) == ("unsloth", "none")
 
 
 @pytest.mark.parametrize("group", ["training_config", "training_configs", "training"])
 def test_every_name_of_the_training_group_is_read(hydra: Any, group: str) -> None:
-    found = hydra(words=f"{group}.learning_rate=1e-5", base=BASE.replace("training_config:", f"{group}:"))
-    assert found.at("training.learningRate") == 1e-5
+    imported = hydra(words=f"{group}.learning_rate=1e-5", base=BASE.replace("training_config:", f"{group}:"))
+    assert imported.at("training.learningRate") == 1e-5
 
 
 def test_folder_is_composed(folder: Path) -> None:
-    found = import_(folder)
-    assert (found.at("dataset.train"), found.at("dataset.format"), found.at("trainer.type")) == (
+    imported = import_(folder)
+    assert (imported.at("dataset.train"), imported.at("dataset.format"), imported.at("trainer.type")) == (
         "org/data",
         "promptCompletion",
         "sft",
@@ -91,17 +91,17 @@ def test_folder_is_composed(folder: Path) -> None:
 
 
 def test_group_options_and_overrides_are_applied(folder: Path) -> None:
-    found = import_(
+    imported = import_(
         folder,
         words="python train.py dataset=pairs training=dpo training.learning_rate=1e-6 +training.warmup_ratio=0.2",
     )
-    assert found.mistakes == []
-    assert (found.at("dataset.train"), found.at("trainer.type"), found.at("training.learningRate")) == (
+    assert imported.mistakes == []
+    assert (imported.at("dataset.train"), imported.at("trainer.type"), imported.at("training.learningRate")) == (
         "org/pairs",
         "dpo",
         1e-6,
     )
-    assert (found.at("training.warmupRatio"), found.at("dataset.maxSequenceLength")) == (0.2, 256)
+    assert (imported.at("training.warmupRatio"), imported.at("dataset.maxSequenceLength")) == (0.2, 256)
 
 
 def test_missing_group_option_is_refused(folder: Path) -> None:
@@ -144,11 +144,15 @@ def test_invalid_override_is_refused(hydra: Any, words: str, mistake: str) -> No
 
 
 def test_overrides_add_force_and_delete_keys(hydra: Any) -> None:
-    found = hydra(
+    imported = hydra(
         words="++training_config.seed=3 ~training_config.learning_rate +training_config.save_total_limit=2 'dataset.path=\"a,b.json\"'"
     )
-    assert (found.at("training.seed"), found.at("training.learningRate"), found.at("checkpoint.keep")) == (3, 5e-5, 2)
-    assert found.at("dataset.train") == "file://a,b.json"
+    assert (imported.at("training.seed"), imported.at("training.learningRate"), imported.at("checkpoint.keep")) == (
+        3,
+        5e-5,
+        2,
+    )
+    assert imported.at("dataset.train") == "file://a,b.json"
 
 
 def test_interpolation_within_the_file_is_resolved(hydra: Any) -> None:
@@ -162,30 +166,31 @@ def test_only_allowed_environment_variables_are_read(hydra: Any, monkeypatch: py
         "job.yaml:3: training_config.model: the value reads the environment variable BASE_MODEL, which is not allowed; allow it with --allow-env BASE_MODEL",
         "job.yaml: training_config.model: this required option is missing; add it, or give --model URI",
     ]
-    found = hydra(base=base, environment={"BASE_MODEL": "org/other"}, allowed_variables=frozenset({"BASE_MODEL"}))
-    assert found.at("model.source") == "org/other"
+    imported = hydra(base=base, environment={"BASE_MODEL": "org/other"}, allowed_variables=frozenset({"BASE_MODEL"}))
+    assert imported.at("model.source") == "org/other"
 
 
 def test_flags_accept_booleans_and_any_letter_case(write: Write) -> None:
-    found = import_(
+    imported = import_(
         words="--model m/m --dataset d/d --trainer sft --distributed-training ddp --gradient-checkpointing False ---max-seq-length 99 --format standard"
     )
-    assert (found.at("training.gradientCheckpointing"), found.at("dataset.maxSequenceLength")) == ("disabled", 99)
+    assert (imported.at("training.gradientCheckpointing"), imported.at("dataset.maxSequenceLength")) == ("disabled", 99)
     assert (
-        "no learning rate is given, so it is 2e-4, which the tool's documentation advises for its flags" in found.notes
+        "no learning rate is given, so it is 2e-4, which the tool's documentation advises for its flags"
+        in imported.notes
     )
 
 
 def test_unknown_flag_is_refused(write: Write) -> None:
-    found = import_(words="--model m/m --dataset d/d --trainr SFT --distributed-training DDP", source="hydra")
-    assert found.mistakes == ["command line: --trainr: unknown option; did you mean --trainer?"]
+    imported = import_(words="--model m/m --dataset d/d --trainr SFT --distributed-training DDP", source="hydra")
+    assert imported.mistakes == ["command line: --trainr: unknown option; did you mean --trainer?"]
 
 
 def test_grpo_gets_the_hard_coded_reward(hydra: Any) -> None:
-    found = hydra(base=BASE.replace("SFT", "grpo") + "  per_device_train_batch_size: 1\n  gradient_acc_steps: 4\n")
-    assert found.mistakes == []
-    assert found.at("trainer.rewards") == [{"builtin": "citationFormat"}]
-    assert found.at("trainer.grpo.numGenerations") == 4
+    imported = hydra(base=BASE.replace("SFT", "grpo") + "  per_device_train_batch_size: 1\n  gradient_acc_steps: 4\n")
+    assert imported.mistakes == []
+    assert imported.at("trainer.rewards") == [{"builtin": "citationFormat"}]
+    assert imported.at("trainer.grpo.numGenerations") == 4
 
 
 def test_dataset_formats_are_translated(hydra: Any) -> None:
@@ -201,10 +206,10 @@ ACCELERATE = "distributed_type: FSDP\nnum_machines: 2\nnum_processes: 8\nmixed_p
 
 
 def test_accelerate_file_sets_nodes_and_sharding(write: Write) -> None:
-    found = import_(write("job.yaml", BASE.replace("DDP", "FSDP")), write("acc.yaml", ACCELERATE))
-    assert found.mistakes == []
-    assert found.spec["resources"] == {"nodes": 2, "gpusPerNode": 4}
-    assert found.spec["distributed"] == {"strategy": "fsdp", "fsdp": {"sharding": "fullShard"}}
+    imported = import_(write("job.yaml", BASE.replace("DDP", "FSDP")), write("acc.yaml", ACCELERATE))
+    assert imported.mistakes == []
+    assert imported.spec["resources"] == {"nodes": 2, "gpusPerNode": 4}
+    assert imported.spec["distributed"] == {"strategy": "fsdp", "fsdp": {"sharding": "fullShard"}}
 
 
 def test_contradicting_accelerate_file_is_refused(write: Write) -> None:
@@ -230,8 +235,8 @@ def test_config_name_selects_the_primary_file(write: Write, folder: Path) -> Non
         "configs/other.yaml",
         "defaults:\n  - dataset: default\n  - training: dpo\n  - _self_\ndataset: {format: preference}\n",
     )
-    found = import_(folder, words=["train.py", "-cn", "other", "training.learning_rate=1e-6"], source="hydra")
-    assert (found.mistakes, found.at("trainer.type"), found.at("training.learningRate")) == ([], "dpo", 1e-6)
+    imported = import_(folder, words=["train.py", "-cn", "other", "training.learning_rate=1e-6"], source="hydra")
+    assert (imported.mistakes, imported.at("trainer.type"), imported.at("training.learningRate")) == ([], "dpo", 1e-6)
     assert (
         "configs: --config-name: the folder has no nobody.yaml; give another name"
         in import_(folder, words="--config-name nobody").mistakes
@@ -260,8 +265,8 @@ def test_invalid_primary_file_is_refused(write: Write, folder: Path, text: str, 
 
 def test_value_in_place_of_a_group_is_refused(write: Write, folder: Path) -> None:
     accelerate = write("acc.yaml", "distributed_type: FSDP\nnum_processes: x\nfsdp_config: hello\n")
-    found = import_(folder, accelerate, source="hydra", words="training.distributed_training=FSDP").mistakes
-    assert found == [
+    imported = import_(folder, accelerate, source="hydra", words="training.distributed_training=FSDP").mistakes
+    assert imported == [
         "acc.yaml:2: num_processes: x is not an integer of at least 1",
         "acc.yaml:3: fsdp_config: the value is hello, and a group of options is needed; write names and values",
     ]
@@ -291,6 +296,6 @@ def test_folder_without_a_primary_file_names_lines(write: Write, tmp_path: Path)
 )
 def test_completion_length_leaves_room_for_the_prompt(hydra: Any, lengths: str, completion: int, warned: bool) -> None:
     base = BASE.replace("max_seq_length: 512", lengths).replace("SFT", "DPO").replace("conversational", "preference")
-    found = hydra(base=base)
-    assert (found.mistakes, found.at("trainer.maxCompletionLength")) == ([], completion)
-    assert any("leaves no room" in one for one in found.warnings) is warned
+    imported = hydra(base=base)
+    assert (imported.mistakes, imported.at("trainer.maxCompletionLength")) == ([], completion)
+    assert any("leaves no room" in warning for warning in imported.warnings) is warned

@@ -28,7 +28,7 @@ OPENAI = {"model": "org/m", "training_file": "s3://data/t.jsonl"}
 
 
 def test_hyperparameters_are_read(api: Any) -> None:
-    found = api(
+    imported = api(
         JOB
         | {
             "hyperparameters": {"n_epochs": 2, "batch_size": 6, "learning_rate_multiplier": 0.5},
@@ -36,26 +36,26 @@ def test_hyperparameters_are_read(api: Any) -> None:
             "suffix": "bot",
         }
     )
-    assert found.at("model.source") == "org/small"
-    assert found.at("training") == {
+    assert imported.at("model.source") == "org/small"
+    assert imported.at("training") == {
         "epochs": 2, "batchSizePerDevice": 3, "gradientAccumulationSteps": 2, "learningRate": 1e-4, "seed": 7,
     }  # fmt: skip
-    assert found.at("dataset") == {"format": "messages", "fileFormat": "jsonl", "responseOnly": {"enabled": True}}
-    assert found.at("output.runName") == {"suffix": "bot"}
-    assert "file-abc123 is a file of the API" in found.warnings[0]
+    assert imported.at("dataset") == {"format": "messages", "fileFormat": "jsonl", "responseOnly": {"enabled": True}}
+    assert imported.at("output.runName") == {"suffix": "bot"}
+    assert "file-abc123 is a file of the API" in imported.warnings[0]
 
 
 def test_auto_uses_the_default(api: Any) -> None:
-    found = api(
+    imported = api(
         JOB | {"hyperparameters": {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}}
     )
-    assert found.at("training") == {"epochs": 3}
+    assert imported.at("training") == {"epochs": 3}
 
 
 def test_dpo_job_is_read(api: Any) -> None:
-    found = api(JOB | {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}})
-    assert (found.at("trainer"), found.at("training.epochs")) == ({"type": "dpo", "dpo": {"beta": 0.2}}, 1)
-    assert found.at("dataset.columns") == {
+    imported = api(JOB | {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 1}}}})
+    assert (imported.at("trainer"), imported.at("training.epochs")) == ({"type": "dpo", "dpo": {"beta": 0.2}}, 1)
+    assert imported.at("dataset.columns") == {
         "question": "input",
         "chosen": "preferred_output",
         "rejected": "non_preferred_output",
@@ -95,8 +95,8 @@ def test_metadata_becomes_annotations(api: Any) -> None:
 
 def test_number_overrides_auto_in_either_location(write: Write) -> None:
     inner = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": "auto"}}}
-    found = import_(write("a.json", json.dumps(OPENAI | {"hyperparameters": {"n_epochs": 5}, "method": inner})))
-    assert found.at("training.epochs") == 5
+    imported = import_(write("a.json", json.dumps(OPENAI | {"hyperparameters": {"n_epochs": 5}, "method": inner})))
+    assert imported.at("training.epochs") == 5
     inner["supervised"] = {"hyperparameters": {"n_epochs": 7}}
     (mistake,) = import_(
         write("a.json", json.dumps(OPENAI | {"hyperparameters": {"n_epochs": 5}, "method": inner}))
@@ -106,8 +106,8 @@ def test_number_overrides_auto_in_either_location(write: Write) -> None:
 
 def test_batch_size_counts_the_rows_of_all_ranks(write: Write) -> None:
     file = write("a.json", json.dumps(OPENAI | {"hyperparameters": {"batch_size": 16}}))
-    found = import_(file, own={"resources.gpusPerNode": 2, "resources.nodes": 2})
-    assert (found.at("training.batchSizePerDevice"), found.at("training.gradientAccumulationSteps")) == (4, 1)
-    assert import_(file, own={"resources.gpusPerNode": 3}).mistakes == [
+    imported = import_(file, overrides={"resources.gpusPerNode": 2, "resources.nodes": 2})
+    assert (imported.at("training.batchSizePerDevice"), imported.at("training.gradientAccumulationSteps")) == (4, 1)
+    assert import_(file, overrides={"resources.gpusPerNode": 3}).mistakes == [
         "a.json:1: hyperparameters.batch_size: 16 rows per step cannot be divided among 3 ranks; write 15 or 18, or change --gpus and --nodes"
     ]

@@ -20,8 +20,8 @@ TOML_BLOCKS = sorted((HERE / "blocks").glob("toml-*.toml"))
 
 @pytest.mark.parametrize("name", cases())
 def test_import_gives_the_reviewed_result(name: str) -> None:
-    kept = json.loads((HERE / "expected" / f"{name}.json").read_text(encoding="utf-8"))
-    assert json.loads(json.dumps(outcome(name))) == kept
+    expected = json.loads((HERE / "expected" / f"{name}.json").read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(outcome(name))) == expected
 
 
 def test_every_expected_result_has_a_case() -> None:
@@ -32,8 +32,8 @@ def test_every_expected_result_has_a_case() -> None:
 def test_every_block_of_a_page_is_imported(source: str) -> None:
     blocks = [path for path in (HERE / "blocks").iterdir() if path.name.startswith(f"{source}-")]
     commands = [path for path in blocks if path.suffix == ".txt"]
-    typed = [name for name in COMMANDS if name.startswith(f"{source}-page-")]
-    assert (len(blocks) - len(commands), len(commands) + len(typed)) == PAGES[source]
+    command_cases = [name for name in COMMANDS if name.startswith(f"{source}-page-")]
+    assert (len(blocks) - len(commands), len(commands) + len(command_cases)) == PAGES[source]
 
 
 @pytest.mark.parametrize("source", CONTRACT)
@@ -45,15 +45,15 @@ def test_every_sample_of_the_contract_is_imported(source: str) -> None:
     files = {path.stem for path in (HERE / "samples").iterdir() if path.stem.startswith(f"{source}-")} - {
         "yaml-ds_config"
     }
-    named = {f"{source}-{word}" for words in CONTRACT[source] for word in words.split()}
-    assert files == named - set(AS_COMMANDS)
+    contract_names = {f"{source}-{word}" for words in CONTRACT[source] for word in words.split()}
+    assert files == contract_names - set(AS_COMMANDS)
 
 
 @pytest.mark.parametrize("name", [name for name in cases() if "-A" in name or "-B" in name or "-C" in name])
 def test_accepted_samples_are_accepted(name: str) -> None:
-    found = outcome(name)
-    assert "refused" not in found
-    FineTuneJobSpec.model_validate(found["spec"])
+    result = outcome(name)
+    assert "refused" not in result
+    FineTuneJobSpec.model_validate(result["spec"])
 
 
 @pytest.mark.parametrize("name", [name for name in cases() if "-R" in name])
@@ -64,25 +64,29 @@ def test_refused_samples_name_the_location(name: str) -> None:
 
 @pytest.mark.parametrize("path", TOML_BLOCKS, ids=lambda path: path.stem)
 def test_toml_block_imports_with_model_and_data(path: Path) -> None:
-    found = import_(path, source="toml", own={"model.source": "org/m", "dataset.train": "org/d"})
-    assert found.mistakes == []
-    assert found.at("model.source") == "org/m"
+    imported = import_(path, source="toml", overrides={"model.source": "org/m", "dataset.train": "org/d"})
+    assert imported.mistakes == []
+    assert imported.at("model.source") == "org/m"
 
 
 def test_all_toml_blocks_combine_to_one_configuration() -> None:
-    found = import_(*TOML_BLOCKS, source="toml", own={"output.hub.tokenSecretRef": {"name": "hub", "key": "token"}})
-    assert found.mistakes == []
-    assert found.at("training.epochs") == 30
-    assert found.at("training.gradientAccumulationSteps") == 32
-    assert found.at("method.lora.rank") == 64
-    assert found.at("output.hub.push") is True
+    imported = import_(
+        *TOML_BLOCKS, source="toml", overrides={"output.hub.tokenSecretRef": {"name": "hub", "key": "token"}}
+    )
+    assert imported.mistakes == []
+    assert imported.at("training.epochs") == 30
+    assert imported.at("training.gradientAccumulationSteps") == 32
+    assert imported.at("method.lora.rank") == 64
+    assert imported.at("output.hub.push") is True
 
 
 @pytest.mark.parametrize("name", cases())
 def test_case_is_recognised_as_its_tool_or_refused(name: str) -> None:
     files, source, words = cases()[name]
-    fitting = [one.name for one in IMPORTERS.values() if one.recognises(load(files), tuple(words.split()))]
-    assert fitting in ([source or name.removeprefix("blocks-").partition("-")[0]], [])
+    recognised = [
+        importer.name for importer in IMPORTERS.values() if importer.recognises(load(files), tuple(words.split()))
+    ]
+    assert recognised in ([source or name.removeprefix("blocks-").partition("-")[0]], [])
 
 
 def test_annotated_manifest_names_the_origin_of_values() -> None:
@@ -94,14 +98,16 @@ def test_annotated_manifest_names_the_origin_of_values() -> None:
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_cpu_job_gets_no_gpu_only_defaults(source: str, write: Write) -> None:
-    own = {"model.source": "org/m", "dataset.train": "org/d", "output": None, "tracking.reportTo": None}
+    overrides = {"model.source": "org/m", "dataset.train": "org/d", "output": None, "tracking.reportTo": None}
     file = write(SOURCES[source].file, SOURCES[source].text)
-    found = import_(file, source=source, own={**own, "resources.gpusPerNode": 0})
-    assert found.mistakes == []
-    assert "bf16" not in str(found.spec)
-    on_gpu = import_(file, source=source, own=own)
-    left_out = [
-        note for note in found.notes if note.startswith("the job uses no GPU, so the defaults of FineTuneJob replace ")
+    imported = import_(file, source=source, overrides={**overrides, "resources.gpusPerNode": 0})
+    assert imported.mistakes == []
+    assert "bf16" not in str(imported.spec)
+    on_gpu = import_(file, source=source, overrides=overrides)
+    replacement_notes = [
+        note
+        for note in imported.notes
+        if note.startswith("the job uses no GPU, so the defaults of FineTuneJob replace ")
     ]
-    assert bool(left_out) is (source in ("toml", "yaml", "hydra", "guide"))
+    assert bool(replacement_notes) is (source in ("toml", "yaml", "hydra", "guide"))
     assert not any(note.startswith("the job uses no GPU") for note in on_gpu.notes)

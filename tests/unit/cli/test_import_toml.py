@@ -23,17 +23,17 @@ def toml(write: Write) -> Any:
 
 
 def test_defaults_of_a_minimal_file(toml: Any) -> None:
-    found = toml()
-    assert found.spec["training"] == {
+    imported = toml()
+    assert imported.spec["training"] == {
         "epochs": 30, "learningRate": 2e-4, "batchSizePerDevice": 4, "gradientAccumulationSteps": 4, "warmupSteps": 5, "scheduler": "linear",
         "optimizer": "paged_adamw_8bit", "weightDecay": 0.01, "maxGradNorm": 1, "seed": 42, "gradientCheckpointing": "unsloth",
     }  # fmt: skip
-    assert found.spec["model"] == {
+    assert imported.spec["model"] == {
         "source": "org/m", "quantization": {"bits": 4, "type": "nf4"}, "dtype": "auto", "attention": "flashAttention2",
     }  # fmt: skip
-    assert found.at("method.type") == "qlora"
-    assert found.at("dataset.responseOnly") == {"enabled": True}
-    assert found.at("output.hub") is None
+    assert imported.at("method.type") == "qlora"
+    assert imported.at("dataset.responseOnly") == {"enabled": True}
+    assert imported.at("output.hub") is None
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_invalid_file_is_refused_with_its_line(toml: Any, text: str, mistake: st
 
 
 def test_numbers_and_quoted_numbers_are_read(toml: Any) -> None:
-    found = toml('max_sequence_length = 1_024\nlearning_rate = "1e-4"\n')
-    assert (found.at("dataset.maxSequenceLength"), found.at("training.learningRate")) == (1024, 1e-4)
+    imported = toml('max_sequence_length = 1_024\nlearning_rate = "1e-4"\n')
+    assert (imported.at("dataset.maxSequenceLength"), imported.at("training.learningRate")) == (1024, 1e-4)
     assert "is not a number" in toml('learning_rate = "1_000"\n').mistakes[0]
 
 
@@ -83,9 +83,9 @@ def test_multi_line_string_keeps_later_line_numbers(toml: Any) -> None:
     ],
 )
 def test_options_select_method_and_bits(toml: Any, text: str, method: str, bits: int | None) -> None:
-    found = toml(text)
-    assert found.mistakes == []
-    assert (found.at("method.type"), found.at("model.quantization.bits")) == (method, bits)
+    imported = toml(text)
+    assert imported.mistakes == []
+    assert (imported.at("method.type"), imported.at("model.quantization.bits")) == (method, bits)
 
 
 def test_full_with_four_bits_is_refused(toml: Any) -> None:
@@ -97,21 +97,21 @@ def test_full_with_four_bits_is_refused(toml: Any) -> None:
 
 def test_quantized_base_model_stays_quantized(write: Write) -> None:
     text = BASE.replace("org/m", "org/m-bnb-4bit") + "load_in_4bit = false\n"
-    found = import_(write("job.toml", text))
-    assert (found.at("method.type"), found.at("model.quantization.bits")) == ("qlora", 4)
-    assert "holds 4-bit weights" in found.warnings[0]
+    imported = import_(write("job.toml", text))
+    assert (imported.at("method.type"), imported.at("model.quantization.bits")) == ("qlora", 4)
+    assert "holds 4-bit weights" in imported.warnings[0]
 
 
 def test_loftq_options_are_read(toml: Any) -> None:
-    found = toml("loftq_config = { loftq_bits = 4, loftq_iter = 2 }\n")
-    assert found.at("method.lora.loftq") == {"bits": 4, "iterations": 2}
-    assert (found.at("method.lora.init"), found.at("method.type"), found.at("model.quantization")) == (
+    imported = toml("loftq_config = { loftq_bits = 4, loftq_iter = 2 }\n")
+    assert imported.at("method.lora.loftq") == {"bits": 4, "iterations": 2}
+    assert (imported.at("method.lora.init"), imported.at("method.type"), imported.at("model.quantization")) == (
         "loftq",
         "lora",
         None,
     )
     assert (
-        found.notes[0]
+        imported.notes[0]
         == "LoftQ with load_in_4bit: the base model is loaded in full precision, initialised, then quantized"
     )
 
@@ -122,8 +122,8 @@ def test_loftq_with_a_quantized_base_model_is_refused(toml: Any) -> None:
 
 
 def test_validation_data_enables_evaluation(toml: Any) -> None:
-    found = toml('validation_data_id = "org/v"\n')
-    assert found.spec["evaluation"] == {"strategy": "epoch", "batchSizePerDevice": 4}
+    imported = toml('validation_data_id = "org/v"\n')
+    assert imported.spec["evaluation"] == {"strategy": "epoch", "batchSizePerDevice": 4}
 
 
 def test_run_name_parts_are_read(toml: Any) -> None:
@@ -135,41 +135,41 @@ def test_run_name_parts_are_read(toml: Any) -> None:
 
 def test_repository_is_named_after_the_run(toml: Any) -> None:
     text = 'push_to_hub = true\n[mlflow]\nrun_name = "bot"\n[inferencer]\nhf_user_id = "me"\n'
-    found = toml(text)
-    assert found.spec["output"]["hub"] == {"push": True, "repository": "me/bot", "private": False}
-    assert any("no token with write permission is given" in one for one in found.warnings)
+    imported = toml(text)
+    assert imported.spec["output"]["hub"] == {"push": True, "repository": "me/bot", "private": False}
+    assert any("no token with write permission is given" in warning for warning in imported.warnings)
 
 
 def test_keys_on_the_command_line_are_written_to_the_secret(toml: Any) -> None:
-    found = toml(
+    imported = toml(
         'report_to = "wandb"\n', words="--hf-key hf_a1b2c3 --wandb-key wsecret --openai-key osecret --skip-evaluation"
     )
-    assert found.secrets == {"hf-token": "hf_a1b2c3", "wandb-api-key": "wsecret", "openai-api-key": "osecret"}
-    assert found.at("placement.env") == [
+    assert imported.secrets == {"hf-token": "hf_a1b2c3", "wandb-api-key": "wsecret", "openai-api-key": "osecret"}
+    assert imported.at("placement.env") == [
         {"name": "OPENAI_API_KEY", "secretKeyRef": {"name": "job-import", "key": "openai-api-key"}}
     ]
-    assert found.at("phases.evaluate") is False
+    assert imported.at("phases.evaluate") is False
 
 
 def test_password_in_a_uri_is_moved_to_the_secret(toml: Any) -> None:
-    found = toml('[mlflow]\ntracking_uri = "https://bob:pa55word@host/x"\n')
-    assert found.at("tracking.mlflow.trackingUri") == "https://host/x"
-    assert found.secrets == {"mlflow-tracking-username": "bob", "mlflow-tracking-password": "pa55word"}
-    assert "pa55word" not in str(found.documents[1:]) + str(found.warnings)
+    imported = toml('[mlflow]\ntracking_uri = "https://bob:pa55word@host/x"\n')
+    assert imported.at("tracking.mlflow.trackingUri") == "https://host/x"
+    assert imported.secrets == {"mlflow-tracking-username": "bob", "mlflow-tracking-password": "pa55word"}
+    assert "pa55word" not in str(imported.documents[1:]) + str(imported.warnings)
 
 
 def test_evaluation_and_phases_are_read(toml: Any) -> None:
     text = '[evaluator]\nmetrics = ["rouge_score", "answer_accuracy"]\nllm = "j"\nembedding = "text-embeddings-3-small"\ncost_per_million_input_tokens = 0.15\n'
-    found = toml(text + "[pipeline]\nenable_inference = true\nstop_after_finetuning = true\n")
-    assert found.at("evaluation.metrics") == ["rouge", "answerAccuracy"]
-    assert found.at("evaluation.judge") == {"model": "j", "embedding": "text-embedding-3-small", "inputPrice": 0.15}
-    assert found.at("phases") == {"infer": False, "evaluate": False}
+    imported = toml(text + "[pipeline]\nenable_inference = true\nstop_after_finetuning = true\n")
+    assert imported.at("evaluation.metrics") == ["rouge", "answerAccuracy"]
+    assert imported.at("evaluation.judge") == {"model": "j", "embedding": "text-embedding-3-small", "inputPrice": 0.15}
+    assert imported.at("phases") == {"infer": False, "evaluate": False}
 
 
 TOML = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nreport_to = "none"\n'
 
 
 def test_null_system_column_gives_a_note(write: Write) -> None:
-    found = import_(write("a.toml", TOML + 'system_prompt_column = "null"\n'))
-    assert found.at("dataset.columns") == {"question": "question", "answer": "answer"}
-    assert any(note.startswith("system_prompt_column is null") for note in found.notes)
+    imported = import_(write("a.toml", TOML + 'system_prompt_column = "null"\n'))
+    assert imported.at("dataset.columns") == {"question": "question", "answer": "answer"}
+    assert any(note.startswith("system_prompt_column is null") for note in imported.notes)

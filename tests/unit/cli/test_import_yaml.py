@@ -24,16 +24,16 @@ def yaml(write: Write) -> Any:
 
 
 def test_defaults_of_a_minimal_file(yaml: Any) -> None:
-    found = yaml()
-    assert found.spec["training"] == {
+    imported = yaml()
+    assert imported.spec["training"] == {
         "epochs": 3, "batchSizePerDevice": 1, "gradientAccumulationSteps": 16, "learningRate": 2e-4, "scheduler": "cosine", "warmupRatio": 0.03,
         "maxGradNorm": 0.3, "optimizer": "paged_adamw_8bit", "weightDecay": 0.001, "gradientCheckpointing": "enabled", "mixedPrecision": "bf16",
     }  # fmt: skip
-    assert found.at("method.type") == "qlora"
-    assert found.at("model.trustRemoteCode") is False
-    assert found.at("dataset.responseOnly.enabled") is False
-    assert found.at("tracking.reportTo") == ["tensorboard"]
-    assert (found.at("checkpoint.steps"), found.at("checkpoint.keep")) == (500, 5)
+    assert imported.at("method.type") == "qlora"
+    assert imported.at("model.trustRemoteCode") is False
+    assert imported.at("dataset.responseOnly.enabled") is False
+    assert imported.at("tracking.reportTo") == ["tensorboard"]
+    assert (imported.at("checkpoint.steps"), imported.at("checkpoint.keep")) == (500, 5)
 
 
 @pytest.mark.parametrize("spelling", ["2e-4", "2.0e-4", ".0002", '"2e-4"', "0.0002", "2E-4"])
@@ -48,14 +48,14 @@ def test_invalid_learning_rate_is_refused(yaml: Any, spelling: str) -> None:
 
 
 def test_yaml_1_1_numbers_are_read(yaml: Any) -> None:
-    found = yaml("training: {max_seq_length: 1_024, epochs: 010}\n")
-    assert (found.at("dataset.maxSequenceLength"), found.at("training.epochs")) == (1024, 8)
+    imported = yaml("training: {max_seq_length: 1_024, epochs: 010}\n")
+    assert (imported.at("dataset.maxSequenceLength"), imported.at("training.epochs")) == (1024, 8)
 
 
 @pytest.mark.parametrize("word", ["no", "off", '"no"', "false"])
 def test_unquoted_no_is_read_as_the_word(yaml: Any, word: str) -> None:
-    found = yaml(f"training: {{mixed_precision: {word}}}\nevaluation: {{eval_strategy: {word}}}\n")
-    assert (found.at("training.mixedPrecision"), found.at("evaluation.strategy")) == ("no", "no")
+    imported = yaml(f"training: {{mixed_precision: {word}}}\nevaluation: {{eval_strategy: {word}}}\n")
+    assert (imported.at("training.mixedPrecision"), imported.at("evaluation.strategy")) == ("no", "no")
 
 
 def test_duplicate_key_is_refused(yaml: Any) -> None:
@@ -65,10 +65,14 @@ def test_duplicate_key_is_refused(yaml: Any) -> None:
 
 
 def test_overrides_with_space_and_equals_are_read(yaml: Any) -> None:
-    found = yaml(
+    imported = yaml(
         words="python src/train.py --training.epochs=2 --training.epochs 5 --fine_tuning.lora.target_modules '[a, b]' --training.learning_rate 1e-5"
     )
-    assert (found.at("training.epochs"), found.at("method.lora.targetModules"), found.at("training.learningRate")) == (
+    assert (
+        imported.at("training.epochs"),
+        imported.at("method.lora.targetModules"),
+        imported.at("training.learningRate"),
+    ) == (
         5,
         ["a", "b"],
         1e-5,
@@ -86,8 +90,8 @@ def test_overrides_with_space_and_equals_are_read(yaml: Any) -> None:
     ],
 )
 def test_options_select_method_and_bits(yaml: Any, text: str, method: str, bits: int | None) -> None:
-    found = yaml(text)
-    assert (found.at("method.type"), found.at("model.quantization.bits")) == (method, bits)
+    imported = yaml(text)
+    assert (imported.at("method.type"), imported.at("model.quantization.bits")) == (method, bits)
 
 
 @pytest.mark.parametrize(
@@ -117,28 +121,34 @@ def test_contradicting_bits_are_refused(yaml: Any, model: str, tuning: str, word
 
 
 def test_lora_on_four_bits_is_qlora(yaml: Any) -> None:
-    found = yaml(base="model: {base_model: m/m, load_in_4bit: true}\nfine_tuning: {method: lora}\n")
-    assert found.at("method.type") == "qlora"
-    assert "method lora with a 4-bit base model is QLoRA and is imported as qlora" in found.notes
+    imported = yaml(base="model: {base_model: m/m, load_in_4bit: true}\nfine_tuning: {method: lora}\n")
+    assert imported.at("method.type") == "qlora"
+    assert "method lora with a 4-bit base model is QLoRA and is imported as qlora" in imported.notes
 
 
 def test_evaluation_needs_data_from_the_file_or_an_override(yaml: Any) -> None:
     text = "evaluation: {do_eval: true}\n"
     assert "dataset.eval_path is missing" in yaml(text).mistakes[0]
-    found = yaml(text, own={"dataset.validation": "s3://data/v.json"})
-    assert found.spec["evaluation"] == {"strategy": "steps", "steps": 200, "metrics": ["perplexity", "bleu", "rouge"]}
+    imported = yaml(text, overrides={"dataset.validation": "s3://data/v.json"})
+    assert imported.spec["evaluation"] == {
+        "strategy": "steps",
+        "steps": 200,
+        "metrics": ["perplexity", "bleu", "rouge"],
+    }
 
 
 def test_interval_of_the_evaluation_section_overrides_the_output_section(yaml: Any) -> None:
     text = "evaluation: {eval_steps: 200}\noutput: {eval_steps: 100}\n"
-    found = yaml(text, own={"dataset.validation": "s3://data/v.json"})
-    assert found.at("evaluation.steps") == 200
-    assert found.warnings == ["job.yaml:4: output.eval_steps has no effect: evaluation.eval_steps (200) overrides it"]
+    imported = yaml(text, overrides={"dataset.validation": "s3://data/v.json"})
+    assert imported.at("evaluation.steps") == 200
+    assert imported.warnings == [
+        "job.yaml:4: output.eval_steps has no effect: evaluation.eval_steps (200) overrides it"
+    ]
 
 
 def test_both_human_evaluations_are_kept(yaml: Any) -> None:
     text = "evaluation: {benchmarks: [human-eval, openai-humaneval]}\n"
-    assert yaml(text, own={"dataset.validation": "s3://data/v.json"}).at("evaluation.benchmarks") == [
+    assert yaml(text, overrides={"dataset.validation": "s3://data/v.json"}).at("evaluation.benchmarks") == [
         {"name": "human-eval"},
         {"name": "openai-humaneval"},
     ]
@@ -152,9 +162,9 @@ def test_output_head_as_target_is_refused(yaml: Any) -> None:
 
 
 def test_explicit_spectrum_layers_replace_the_threshold(yaml: Any) -> None:
-    found = yaml("fine_tuning: {method: spectrum, spectrum: {snr_threshold: 0.7, layers_to_finetune: [3]}}\n")
-    assert found.at("method.spectrum") == {"layers": [3]}
-    assert "snr_threshold has no effect: the layers are listed explicitly" in found.warnings[0]
+    imported = yaml("fine_tuning: {method: spectrum, spectrum: {snr_threshold: 0.7, layers_to_finetune: [3]}}\n")
+    assert imported.at("method.spectrum") == {"layers": [3]}
+    assert "snr_threshold has no effect: the layers are listed explicitly" in imported.warnings[0]
     (mistake,) = yaml("fine_tuning: {method: spectrum, spectrum: {layers_to_finetune: [3, 3]}}\n").mistakes
     assert "3 is named more than once" in mistake
 
@@ -170,12 +180,14 @@ def deepspeed(**zero: Any) -> str:
 
 def test_deepspeed_file_is_read_and_stored_in_a_config_map(yaml: Any, write: Write) -> None:
     write("config/ds.json", deepspeed(stage=3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"}))
-    found = yaml("fine_tuning: {method: lora}\ndistributed: {use_deepspeed: true, deepspeed_config: config/ds.json}\n")
-    assert found.spec["distributed"] == {
+    imported = yaml(
+        "fine_tuning: {method: lora}\ndistributed: {use_deepspeed: true, deepspeed_config: config/ds.json}\n"
+    )
+    assert imported.spec["distributed"] == {
         "strategy": "deepspeed",
         "deepspeed": {"zeroStage": 3, "offloadOptimizer": True, "offloadParameters": True, "configRef": {"name": "job-deepspeed", "key": "ds.json"}},
     }  # fmt: skip
-    config_map, job = found.documents
+    config_map, job = imported.documents
     assert json.loads(config_map["data"]["ds.json"])["zero_optimization"]["stage"] == 3
     assert job["spec"]["distributed"]["strategy"] == "deepspeed"
 
@@ -191,29 +203,36 @@ def test_contradicting_deepspeed_file_is_refused(yaml: Any, write: Write) -> Non
 
 
 def test_zero_stage_0_is_imported_as_ddp(yaml: Any) -> None:
-    found = yaml("distributed: {use_deepspeed: true, zero_stage: 0}\n")
-    assert found.spec["distributed"] == {"strategy": "ddp"}
+    imported = yaml("distributed: {use_deepspeed: true, zero_stage: 0}\n")
+    assert imported.spec["distributed"] == {"strategy": "ddp"}
 
 
 def test_fsdp_gets_two_gpus_and_a_usable_optimizer(yaml: Any) -> None:
-    found = yaml(
+    imported = yaml(
         "distributed: {use_fsdp: true, fsdp_sharding_strategy: SHARD_GRAD_OP, fsdp_checkpoint_strategy: FULL_STATE_DICT}\n"
     )
-    assert found.spec["distributed"] == {"strategy": "fsdp", "fsdp": {"sharding": "shardGradOp", "stateDict": "full"}}
-    assert found.at("resources.gpusPerNode") == 2
-    assert "optimizer" not in found.spec["training"]
+    assert imported.spec["distributed"] == {
+        "strategy": "fsdp",
+        "fsdp": {"sharding": "shardGradOp", "stateDict": "full"},
+    }
+    assert imported.at("resources.gpusPerNode") == 2
+    assert "optimizer" not in imported.spec["training"]
     assert (
         "FSDP cannot use the default optimizer of the tool, so the defaults of FineTuneJob replace training.optimizer paged_adamw_8bit"
-        in found.notes
+        in imported.notes
     )
-    assert yaml("distributed: {use_fsdp: true}\n", own={"resources.gpusPerNode": 8}).at("resources.gpusPerNode") == 8
+    assert (
+        yaml("distributed: {use_fsdp: true}\n", overrides={"resources.gpusPerNode": 8}).at("resources.gpusPerNode") == 8
+    )
 
 
 def test_push_without_a_repository_is_refused(yaml: Any) -> None:
-    (mistake,) = yaml("output: {push_to_hub: true}\n", own={"model.tokenSecretRef": {"name": "a", "key": "b"}}).mistakes
+    (mistake,) = yaml(
+        "output: {push_to_hub: true}\n", overrides={"model.tokenSecretRef": {"name": "a", "key": "b"}}
+    ).mistakes
     assert mistake.startswith("job.yaml:3: output.push_to_hub: push is true, and no repository is named")
 
 
 def test_overrides_win_over_files_and_command_line(yaml: Any) -> None:
-    found = yaml("training: {epochs: 2}\n", words="--training.epochs 3", own={"training.epochs": 4})
-    assert found.at("training.epochs") == 4
+    imported = yaml("training: {epochs: 2}\n", words="--training.epochs 3", overrides={"training.epochs": 4})
+    assert imported.at("training.epochs") == 4

@@ -10,8 +10,8 @@ from tests.unit.cli.conftest import Call, Write
 
 
 def test_all_unknown_values_are_reported(call: Call) -> None:
-    said = call("init", "bot", "--model", "org/m", "--data", "org/d", "--method", "x", "--trainer", "y")[2]
-    assert [line.split(";")[0] for line in said.splitlines()] == [
+    stderr = call("init", "bot", "--model", "org/m", "--data", "org/d", "--method", "x", "--trainer", "y")[2]
+    assert [line.split(";")[0] for line in stderr.splitlines()] == [
         "error: --method: unknown value x",
         "error: --trainer: unknown value y",
     ]
@@ -21,8 +21,8 @@ def test_all_unknown_values_are_reported(call: Call) -> None:
 def test_written_manifest_is_valid(call: Call, write: Write, trainer: str) -> None:
     code, text, _ = call("init", "bot", "--model", "org/m", "--data", "s3://data/t.jsonl", "--trainer", trainer)
     assert code == 0
-    said = call("validate", write("job.yaml", text))[2]
-    assert [line for line in said.splitlines() if "NotSupportedYet" not in line] == []
+    stderr = call("validate", write("job.yaml", text))[2]
+    assert [line for line in stderr.splitlines() if "NotSupportedYet" not in line] == []
 
 
 def test_missing_and_invalid_values_are_refused(call: Call, write: Write, tmp_path: Path) -> None:

@@ -14,18 +14,18 @@ from finetune_cli.job_storage import JobStorage, StorageError, list_committed, r
 
 def commit(root: Path, folder: str, files: dict[str, bytes], incarnation: str = "a1-00000000") -> Path:
     """Write a committed folder as the trainer does."""
-    home = root / folder / incarnation
-    home.mkdir(parents=True)
+    files_folder = root / folder / incarnation
+    files_folder.mkdir(parents=True)
     for name, data in files.items():
-        (home / name).write_bytes(data)
+        (files_folder / name).write_bytes(data)
     entries = [
         {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
     ]
     manifest = json.dumps({"files": entries}).encode()
-    (home / "manifest.json").write_bytes(manifest)
+    (files_folder / "manifest.json").write_bytes(manifest)
     marker = {"attempt": 1, "path": incarnation, "manifestSha256": hashlib.sha256(manifest).hexdigest()}
     (root / folder / "_COMMITTED").write_text(json.dumps(marker), encoding="utf-8")
-    return home
+    return files_folder
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def storage(tmp_path: Path) -> JobStorage:
 
 
 def test_only_committed_folders_are_listed(storage: JobStorage) -> None:
-    assert [(one.folder, one.healthy) for one in list_committed(storage)] == [
+    assert [(committed.folder, committed.healthy) for committed in list_committed(storage)] == [
         ("checkpoints/step-00000010", True), ("checkpoints/step-00000020", False), ("model", False),
     ]  # fmt: skip
 
@@ -68,10 +68,10 @@ def test_changed_manifest_is_detected(storage: JobStorage, tmp_path: Path) -> No
 
 
 def test_manifest_cannot_name_files_outside_its_folder(tmp_path: Path) -> None:
-    home = commit(tmp_path / "t", "model", {"a": b"x"})
+    files_folder = commit(tmp_path / "t", "model", {"a": b"x"})
     manifest = json.dumps({"files": [{"path": "../../evil", "size": 1, "sha256": "0"}]}).encode()
-    (home / "manifest.json").write_bytes(manifest)
-    marker = {"path": home.name, "manifestSha256": hashlib.sha256(manifest).hexdigest()}
+    (files_folder / "manifest.json").write_bytes(manifest)
+    marker = {"path": files_folder.name, "manifestSha256": hashlib.sha256(manifest).hexdigest()}
     (tmp_path / "t/model/_COMMITTED").write_text(json.dumps(marker))
     storage = JobStorage(f"file://{tmp_path / 't'}", StorageRoot())
     with pytest.raises(StorageError, match="which lies outside its folder"):
@@ -87,11 +87,11 @@ def test_root_comes_from_spec_or_status() -> None:
     metadata = {"name": "bot", "namespace": "team", "uid": "u1"}
     job: dict[str, Any] = {"metadata": metadata, "spec": {"storage": {"uri": "s3://models/x/"}}}
     assert root_of(job)[0] == "s3://models/x/team/bot/u1"
-    found = {
+    job_with_status = {
         "metadata": metadata,
         "spec": {},
         "status": {"checkpoints": [{"uri": "s3://b/y/team/bot/u1/checkpoints/step-1/a"}]},
     }
-    assert root_of(found)[0] == "s3://b/y/team/bot/u1"
+    assert root_of(job_with_status)[0] == "s3://b/y/team/bot/u1"
     with pytest.raises(StorageError, match="with --storage URI"):
         root_of({"metadata": metadata, "spec": {}})

@@ -20,8 +20,8 @@ from finetune_cli.local_run import last_report, last_started_attempt
 )
 def test_last_report_shows_the_final_stage(words: dict[str, Any], stage: str, tmp_path: Path) -> None:
     (tmp_path / "words").write_text(json.dumps({"progress": {"step": 12, "totalSteps": 100}, **words}))
-    found = last_report(tmp_path / "words")
-    assert found is not None and found.stage == stage
+    report = last_report(tmp_path / "words")
+    assert report is not None and report.stage == stage
 
 
 def test_attempts_are_counted_from_storage(tmp_path: Path) -> None:

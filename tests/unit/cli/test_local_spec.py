@@ -57,10 +57,10 @@ def test_sources_become_local_files(tmp_path: Path) -> None:
         "model": {"source": "file://m", "tokenizer": "pvc://models/x"},
         "dataset": {"train": "configmap://data/t.jsonl", "validation": "org/v"},
     }
-    found, _ = adapt(spec, tmp_path, maps=tmp_path / "maps", claims=tmp_path / "claims")
-    assert found["model"] == {"source": f"file://{tmp_path}/m", "tokenizer": f"file://{tmp_path}/claims/x"}
-    assert found["dataset"] == {"train": f"file://{tmp_path}/maps/t.jsonl", "validation": "org/v"}
-    assert found["storage"] == {"uri": f"file://{tmp_path}/out"}
+    adapted, _ = adapt(spec, tmp_path, maps=tmp_path / "maps", claims=tmp_path / "claims")
+    assert adapted["model"] == {"source": f"file://{tmp_path}/m", "tokenizer": f"file://{tmp_path}/claims/x"}
+    assert adapted["dataset"] == {"train": f"file://{tmp_path}/maps/t.jsonl", "validation": "org/v"}
+    assert adapted["storage"] == {"uri": f"file://{tmp_path}/out"}
 
 
 def test_missing_local_source_is_named(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_missing_local_source_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("resources", "gpus", "result", "said"),
+    ("resources", "gpus", "expected", "note_count"),
     [
         ({}, 0, {"gpusPerNode": 0}, 0),
         ({}, 2, {"gpusPerNode": 1}, 0),
@@ -82,18 +82,18 @@ def test_missing_local_source_is_named(tmp_path: Path) -> None:
     ],
 )
 def test_resources_are_limited_to_this_machine(
-    tmp_path: Path, resources: dict[str, Any], gpus: int, result: dict[str, Any], said: int
+    tmp_path: Path, resources: dict[str, Any], gpus: int, expected: dict[str, Any], note_count: int
 ) -> None:
-    found, notes = adapt({"resources": resources}, tmp_path, gpus)
-    assert (found["resources"], len(notes)) == (result, said)
+    adapted, notes = adapt({"resources": resources}, tmp_path, gpus)
+    assert (adapted["resources"], len(notes)) == (expected, note_count)
 
 
 def test_chat_template_of_a_config_map_is_inlined(tmp_path: Path) -> None:
     (tmp_path / "t.jinja").write_text("{{ x }}")
-    found, _ = adapt(
+    adapted, _ = adapt(
         {"dataset": {"chatTemplate": {"configMapRef": {"name": "data", "key": "t.jinja"}}}}, tmp_path, maps=tmp_path
     )
-    assert found["dataset"]["chatTemplate"] == {"text": "{{ x }}"}
+    assert adapted["dataset"]["chatTemplate"] == {"text": "{{ x }}"}
 
 
 def test_s3_source_without_credentials_names_the_variables(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -119,5 +119,5 @@ def test_s3_source_without_credentials_names_the_variables(monkeypatch: pytest.M
 def test_relative_data_file_is_a_local_source(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/chats.jsonl").write_text("{}")
-    found, _ = adapt({"dataset": {"train": "data/chats.jsonl"}}, tmp_path)
-    assert found["dataset"]["train"] == f"file://{tmp_path}/data/chats.jsonl"
+    adapted, _ = adapt({"dataset": {"train": "data/chats.jsonl"}}, tmp_path)
+    assert adapted["dataset"]["train"] == f"file://{tmp_path}/data/chats.jsonl"

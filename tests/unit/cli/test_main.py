@@ -21,8 +21,8 @@ TOKEN = "hf_" + "a1B2c3D4e5F6g7H8"
     [("wait", "bot", "--timeout", "-1"), ("logs", "bot", "--rank", "-1"), ("rerun", "bot", "--from-checkpoint", "x")],
 )
 def test_option_out_of_range_is_wrong_usage(call: Call, words: tuple[str, ...]) -> None:
-    code, _, said = call(*words)
-    assert (code, "Error: Invalid value for" in said) == (1, True)
+    code, _, stderr = call(*words)
+    assert (code, "Error: Invalid value for" in stderr) == (1, True)
 
 
 def test_bug_prints_no_traceback_unless_requested(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,10 +30,10 @@ def test_bug_prints_no_traceback_unless_requested(call: Call, monkeypatch: pytes
         raise KeyError(TOKEN)
 
     monkeypatch.setattr(main, "app", broken)
-    code, out, said = call("get")
+    code, out, stderr = call("get")
     assert (code, out) == (output.ERROR, "")
-    assert said.startswith("error: this is a bug in finetune: KeyError in test_main.py:")
-    assert ("Traceback" in said, TOKEN in said) == (False, False)
+    assert stderr.startswith("error: this is a bug in finetune: KeyError in test_main.py:")
+    assert ("Traceback" in stderr, TOKEN in stderr) == (False, False)
     monkeypatch.setitem(os.environ, main.TRACE_VARIABLE, "1")
     assert "Traceback" in call("get")[2]
 
@@ -86,8 +86,8 @@ def test_shell_completion_lists_candidates(typed: str, candidates: set[str]) -> 
     code = "from finetune_cli.main import app; app(prog_name='finetune')"
     if not words[-1]:
         environment["COMP_WORDS"] += "''"
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert set(found.stdout.split()) == candidates
+    completed = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert set(completed.stdout.split()) == candidates
 
 
 def test_kubectl_completion_lists_candidates(
@@ -161,6 +161,6 @@ def test_full_disk_is_reported() -> None:
 def test_interrupt_during_imports_prints_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "typer.py").write_text("raise KeyboardInterrupt\n")
     command = [sys.executable, "-m", "finetune_cli", "--help"]
-    path = os.pathsep.join([str(tmp_path), *(one for one in sys.path if one)])
+    path = os.pathsep.join([str(tmp_path), *(folder for folder in sys.path if folder)])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "")

@@ -14,8 +14,8 @@ def test_anchors_and_merge_keys_are_read_as_in_kubectl(call: Call, write: Write)
     assert "      rank: 8\n      alpha: 6\n      dropout: 0.2\n" in out
     job = JOB + "  training: &t {epochs: 2}\n  checkpoint: {<<: {steps: 30}}\n"
     assert call("validate", write("job.yaml", job))[0] == 0
-    said = call("validate", write("job.yaml", JOB + "  checkpoint: {<<: {stps: 30}}\n"))[2]
-    assert "spec.checkpoint.stps: unknown field; did you mean spec.checkpoint.steps?" in said
+    stderr = call("validate", write("job.yaml", JOB + "  checkpoint: {<<: {stps: 30}}\n"))[2]
+    assert "spec.checkpoint.stps: unknown field; did you mean spec.checkpoint.steps?" in stderr
 
 
 def test_items_of_a_list_are_read(write: Write, call: Call) -> None:

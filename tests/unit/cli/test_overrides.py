@@ -11,11 +11,11 @@ from tests.unit.cli.conftest import Call, Write
 ENV = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
 
 
-def sentences(said: str, folder: Path) -> list[str]:
+def sentences(stderr: str, folder: Path) -> list[str]:
     """The errors of a command, without the test's folder."""
     return [
         line.removeprefix("error: ").replace(f"{folder}/", "")
-        for line in said.splitlines()
+        for line in stderr.splitlines()
         if line.startswith("error: ")
     ]
 
@@ -48,8 +48,8 @@ def sentences(said: str, folder: Path) -> list[str]:
 )  # fmt: skip
 def test_invalid_option_is_refused(call: Call, write: Write, option: list[str], expected: str) -> None:
     path = write("a.env", ENV)
-    code, out, said = call("import", path, *option)
-    assert (code, out, sentences(said, path.parent)) == (1, "", [expected])
+    code, out, stderr = call("import", path, *option)
+    assert (code, out, sentences(stderr, path.parent)) == (1, "", [expected])
 
 
 def test_set_reads_lists_maps_and_words(call: Call, write: Write) -> None:

@@ -56,10 +56,10 @@ def answering(tmp_path: Path) -> Iterator[Callable[[int, bytes], str]]:
 def test_cluster_without_the_crd_keeps_the_data(
     call: Call, answering: Callable[[int, bytes], str], tmp_path: Path
 ) -> None:
-    kept = tmp_path / "store/default/bot/u1/checkpoints/step-00000001/_COMMITTED"
-    kept.parent.mkdir(parents=True)
-    kept.write_text("{}", encoding="utf-8")
+    marker = tmp_path / "store/default/bot/u1/checkpoints/step-00000001/_COMMITTED"
+    marker.parent.mkdir(parents=True)
+    marker.write_text("{}", encoding="utf-8")
     words = ("purge", "bot", "--uid", "u1", "--storage", f"file://{tmp_path}/store", "--yes-purge", "bot")
     code, out, err = call(*words, "--kubeconfig", answering(404, b"404 page not found\n"))
-    assert (code, out, kept.exists()) == (1, "", True)
+    assert (code, out, marker.exists()) == (1, "", True)
     assert "has no CRD for FineTuneJob" in err

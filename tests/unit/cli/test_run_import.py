@@ -22,11 +22,11 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
 )
 
 
-def sentences(said: str, folder: Path) -> list[str]:
+def sentences(stderr: str, folder: Path) -> list[str]:
     """The errors of a command, without the test's folder."""
     return [
         line.removeprefix("error: ").replace(f"{folder}/", "")
-        for line in said.splitlines()
+        for line in stderr.splitlines()
         if line.startswith("error: ")
     ]
 
@@ -92,9 +92,9 @@ def test_unreadable_input_is_refused_with_its_location(
     call: Call, write: Write, name: str, text: str, expected: list[str]
 ) -> None:
     path = write(name, text)
-    code, out, said = call("import", path)
+    code, out, stderr = call("import", path)
     assert (code, out) == (1, "")
-    assert sentences(said, path.parent) == expected
+    assert sentences(stderr, path.parent) == expected
 
 
 @pytest.mark.parametrize(
@@ -102,13 +102,13 @@ def test_unreadable_input_is_refused_with_its_location(
 )
 def test_secrets_are_refused_and_never_printed(call: Call, write: Write, text: str) -> None:
     for line in (f"PAD_TOKEN={text}", f"PROJECT_NAME={text}", f"NOBODY_KNOWS={text}", text):
-        code, out, said = call("import", write("a.env", f"{ENV}{line}\n"))
+        code, out, stderr = call("import", write("a.env", f"{ENV}{line}\n"))
         assert (code, out) == (1, "")
-        assert text not in said
-        assert "pw" not in said
-        assert TOKEN not in said
-    code, out, said = call("import", write("a.env", ENV), "--set", f"model.padToken={text}")
-    assert (code, out, text in said) == (1, "", False)
+        assert text not in stderr
+        assert "pw" not in stderr
+        assert TOKEN not in stderr
+    code, out, stderr = call("import", write("a.env", ENV), "--set", f"model.padToken={text}")
+    assert (code, out, text in stderr) == (1, "", False)
 
 
 def test_file_of_two_tools_is_refused(write: Write) -> None:
@@ -125,8 +125,8 @@ def test_unrecognised_file_is_refused(write: Write) -> None:
 
 
 def test_missing_files_are_all_named(tmp_path: Any) -> None:
-    found = import_(tmp_path / "a", tmp_path / "b")
-    assert [one.rpartition("/")[2] for one in found.mistakes] == [
+    imported = import_(tmp_path / "a", tmp_path / "b")
+    assert [mistake.rpartition("/")[2] for mistake in imported.mistakes] == [
         "a: there is no such file",
         "b: there is no such file",
     ]
@@ -138,15 +138,15 @@ def test_invalid_job_name_is_refused(write: Write) -> None:
 
 
 def test_two_spellings_with_different_values_are_refused(write: Write) -> None:
-    found = import_(write("a.toml", TOML + "device_train_batch_size = 4\ndevice_batch_size = 8\n"))
-    assert found.mistakes == [
+    imported = import_(write("a.toml", TOML + "device_train_batch_size = 4\ndevice_batch_size = 8\n"))
+    assert imported.mistakes == [
         "a.toml:5, a.toml:6: fine_tuner.device_train_batch_size, fine_tuner.device_batch_size: 4 and 8 are given for the same option; keep one of them"
     ]
 
 
 def test_two_spellings_with_the_same_value_are_accepted(write: Write) -> None:
-    found = import_(write("a.toml", TOML + "device_train_batch_size = 4\ndevice_batch_size = 4\n"))
-    assert (found.mistakes, found.at("training.batchSizePerDevice")) == ([], 4)
+    imported = import_(write("a.toml", TOML + "device_train_batch_size = 4\ndevice_batch_size = 4\n"))
+    assert (imported.mistakes, imported.at("training.batchSizePerDevice")) == ([], 4)
 
 
 def test_finetunejob_is_not_imported(write: Write, call: Call) -> None:

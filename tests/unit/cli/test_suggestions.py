@@ -10,7 +10,7 @@ from finetune_cli.suggestions import closest_name
 
 
 @pytest.mark.parametrize(
-    ("word", "known", "found"),
+    ("word", "known", "closest"),
     [
         ("LEARN_RATE", ["LEARNING_RATE", "LORA_R"], "LEARNING_RATE"),
         ("mcq", ["plain_text", "mcq_jsonl"], "mcq_jsonl"),
@@ -20,8 +20,8 @@ from finetune_cli.suggestions import closest_name
         ("zebra", ["apple", "pear"], ""),
     ],
 )
-def test_closest_name_is_found(word: str, known: list[str], found: str) -> None:
-    assert closest_name(word, known) == found
+def test_closest_name_is_found(word: str, known: list[str], closest: str) -> None:
+    assert closest_name(word, known) == closest
 
 
 def test_aliases_name_existing_fields_and_optimizers() -> None:

@@ -33,22 +33,22 @@ def test_one_problem_is_reported_with_its_line(
     call: Call, write: Write, old: str, new: str, message: str | None
 ) -> None:
     path = write("job.yaml", JOB.replace(old, new))
-    code, _, said = call("validate", path)
-    found = [line.removeprefix("error: ").replace(str(path.parent) + "/", "") for line in said.splitlines()]
+    code, _, stderr = call("validate", path)
+    errors = [line.removeprefix("error: ").replace(str(path.parent) + "/", "") for line in stderr.splitlines()]
     if message is None:
         assert code in (0, 1)
         return
     assert code == 1
-    assert message in found
+    assert message in errors
 
 
 def test_all_problems_of_several_documents_are_reported(call: Call, write: Write) -> None:
     two = JOB.replace("org/m", "./m") + "---\n" + JOB.replace("name: bot", "name: other").replace("train:", "trian:")
-    code, out, said = call("validate", write("jobs.yaml", two))
+    code, out, stderr = call("validate", write("jobs.yaml", two))
     assert (code, out) == (1, "")
-    assert "jobs.yaml:5: spec.model.source:" in said
-    assert "jobs.yaml:13: spec.dataset.trian: unknown field; did you mean spec.dataset.train?" in said
-    assert "no training data is named" in said
+    assert "jobs.yaml:5: spec.model.source:" in stderr
+    assert "jobs.yaml:13: spec.dataset.trian: unknown field; did you mean spec.dataset.train?" in stderr
+    assert "no training data is named" in stderr
 
 
 def test_duplicate_name_is_refused(call: Call, write: Write) -> None:
@@ -73,9 +73,9 @@ def test_local_accepts_files_and_devices_of_this_machine(call: Call, write: Writ
     ],
 )
 def test_input_without_a_manifest_is_refused(call: Call, write: Write, text: str, message: str) -> None:
-    code, _, said = call("validate", write("job.yaml", text))
+    code, _, stderr = call("validate", write("job.yaml", text))
     assert code == 1
-    assert message in said
+    assert message in stderr
 
 
 def test_strict_refuses_other_kinds(call: Call, write: Write) -> None:

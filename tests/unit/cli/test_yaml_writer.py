@@ -64,7 +64,7 @@ def test_any_string_is_preserved(value: str) -> None:
 @pytest.mark.parametrize("name", accepted())
 def test_imports_are_read_alike_by_both_versions(name: str) -> None:
     files, source, words = cases()[name]
-    found = import_(*files, source=source, words=words)
-    old, new = read_both(found.text)
+    imported = import_(*files, source=source, words=words)
+    old, new = read_both(imported.text)
     assert old == new
-    assert old[-1]["spec"] == json.loads(json.dumps(found.spec))
+    assert old[-1]["spec"] == json.loads(json.dumps(imported.spec))
