@@ -164,10 +164,10 @@ def expected(strategy: str) -> Table:
     return table
 
 
-def main(asked: Sequence[str]) -> None:
-    """Run the asked strategies (default: all) and write the page after each. Tables of other strategies stay unchanged."""
+def main(requested: Sequence[str]) -> None:
+    """Run the requested strategies (default: all) and write the page after each. Tables of other strategies stay unchanged."""
     tables = {name: expected(name) for name in STRATEGIES if PAGE.exists() and name in PAGE.read_text()}
-    for strategy in asked or STRATEGIES:
+    for strategy in requested or STRATEGIES:
         with tempfile.TemporaryDirectory() as folder:
             tables[strategy] = run(strategy, Path(folder))
         refused = sum(verdict != WORKS for verdict in tables[strategy].values())

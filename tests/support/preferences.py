@@ -20,7 +20,7 @@ _QUESTIONS = [
     ("question", "Paris", "Berlin"), ("answer", "Berlin", "Paris yes"), ("input", "nine", "three"), ("output", "three", "nine"), ("true", "false", "true"),
 ]  # fmt: skip
 PAIRS: list[dict[str, Any]] = [
-    {"prompt": [user(asked)], "chosen": [assistant(good)], "rejected": [assistant(bad)]} for asked, good, bad in _QUESTIONS
+    {"prompt": [user(question)], "chosen": [assistant(good)], "rejected": [assistant(bad)]} for question, good, bad in _QUESTIONS
 ]
 """Ten questions with a better and a worse answer."""
 LABELLED: list[dict[str, Any]] = [
@@ -29,5 +29,5 @@ LABELLED: list[dict[str, Any]] = [
     for side in ("chosen", "rejected")
 ]
 """The same answers, each labelled good or bad."""
-PROMPTS: list[dict[str, Any]] = [{"prompt": [user(asked)], "answer": good} for asked, good, _ in _QUESTIONS]
+PROMPTS: list[dict[str, Any]] = [{"prompt": [user(question)], "answer": good} for question, good, _ in _QUESTIONS]
 """The questions alone, with the right answer as a column."""
