@@ -77,7 +77,9 @@ def classify(error: BaseException) -> tuple[FineTuneError, bool]:
     if isinstance(error, FineTuneError):
         return error, not isinstance(error, PeerError)
     name, text = type(error).__name__, str(error).lower()
-    if _is_installation_broken(error):
+    if name not in PEER_TYPES and _is_installation_broken(
+        error
+    ):  # NCCL's messages list optional libraries that are absent
         return InstallationBrokenError(
             "InstallationBroken",
             f"the trainer image or the node lacks something that this job needs: {name}: {_first_line(error)}",

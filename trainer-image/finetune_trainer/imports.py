@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,14 +26,15 @@ ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "true",
 }
 """Variables that the libraries read on import. A rank never accesses a hub: the supervisor has fetched everything."""
+BITSANDBYTES_OPTIMIZER = re.compile("8bit|paged|bnb|^ademamix|^lion")
+"""Names of the optimizers of bitsandbytes, and of two more in 8 bits, which torchao has."""
 
 
 def needs_bitsandbytes(run: RunConfig) -> bool:
-    """Whether weights or optimizer states are stored in 4 or 8 bits."""
+    """Whether the base is quantised, or bitsandbytes has the optimizer."""
     spec = run.spec
-    optimizer = spec.training.optimizer or ""
-    tuned = spec.trainer.backend is Backend.UNSLOTH
-    return base_bits(spec) is not None or "8bit" in optimizer or "paged" in optimizer or tuned
+    by_optimizer = BITSANDBYTES_OPTIMIZER.search(spec.training.optimizer or "") is not None
+    return base_bits(spec) is not None or by_optimizer or spec.trainer.backend is Backend.UNSLOTH
 
 
 def needs_deepspeed(run: RunConfig) -> bool:

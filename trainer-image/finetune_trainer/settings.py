@@ -14,6 +14,8 @@ from finetune_api.pod import RunConfig
 
 FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
 """How long to retry the upload of the final model while the store is unavailable. It holds all that was trained."""
+FINAL_UPLOAD_TIMEOUT_OF_0_1 = "FINETUNE_FINAL_PATIENCE_SECONDS"
+"""The variable's name in version 0.1.0. Jobs may still set it in `placement.env`."""
 UNSAVED_TIMEOUT_SECONDS = 6 * 3600.0
 """How long a run may go on without a committed checkpoint while checkpoints are due. See `Uploader.unsaved_error`."""
 
@@ -46,7 +48,11 @@ class Settings:
             node_rank=int(env.get(Env.NODE_RANK) or 0),
             node_name=env.get(Env.NODE_NAME, ""),
             pod_uid=env.get(Env.POD_UID) or os.urandom(4).hex(),
-            final_upload_timeout=float(env.get(Env.FINAL_UPLOAD_TIMEOUT) or FINAL_UPLOAD_TIMEOUT_SECONDS),
+            final_upload_timeout=float(
+                env.get(Env.FINAL_UPLOAD_TIMEOUT)
+                or env.get(FINAL_UPLOAD_TIMEOUT_OF_0_1)
+                or FINAL_UPLOAD_TIMEOUT_SECONDS
+            ),
             unsaved_timeout=float(env.get(Env.UNSAVED_TIMEOUT) or UNSAVED_TIMEOUT_SECONDS),
         )
 

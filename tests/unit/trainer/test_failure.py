@@ -73,6 +73,12 @@ class OutOfMemoryError(RuntimeError):
         (ImportError("libcudart.so.12: cannot open shared object file: No such file or directory"), "InstallationBroken", 78, True),
         (OSError("libnccl.so.2: cannot open shared object file: No such file or directory"), "InstallationBroken", 78, True),
         (RuntimeError("CUDA driver version is insufficient for CUDA runtime version"), "InstallationBroken", 78, True),
+        (
+            DistStoreError("NCCL error: remote process exited. Last error: libnccl-net.so: cannot open shared object file"),
+            "PeerLost",
+            74,
+            False,
+        ),
         (RuntimeError("Failed to find C compiler. Please specify via CC environment variable"), "InstallationBroken", 78, True),
         (ValueError("what"), "TrainerCrashed", 70, True),
     ],

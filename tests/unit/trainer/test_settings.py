@@ -64,3 +64,10 @@ def test_an_unknown_field_with_its_default_is_ignored(tmp_path: Path) -> None:
 def test_a_missing_run_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InternalError, match=r"nothing\.json cannot be read"):
         load_run(Settings.from_env(run_file=str(tmp_path / "nothing.json"), work=str(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS", "FINETUNE_FINAL_PATIENCE_SECONDS"])
+def test_the_final_upload_timeout_is_read_under_its_old_name_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 0.1.0 documented the old name, and jobs may set it in `placement.env`."""
+    monkeypatch.setenv(name, "7")
+    assert Settings.from_env().final_upload_timeout == 7.0

@@ -259,6 +259,7 @@ class Uploader:
     def _try_to_store(self, staged: Staged, started: float) -> bool:
         """Whether the upload is done; False if it failed, has no successor and there is time to repeat it."""
         if staged.step is not None and staged.step <= self._own_step:
+            self._record_saved()
             return True  # the data of a committed checkpoint is never written again
         try:
             self._upload_and_commit(staged, started)

@@ -30,6 +30,9 @@ from finetune_trainer.library_internals import (
 
 FILE = "window-{rank}.json"
 TRAIN = "train"
+STORED_NAMES = {"trained": "learned", "positions": "places", "correct_letters": "right"}
+"""Names of sums in the file, where they differ: version 0.1.0 wrote and reads these, and a window may span both versions."""
+NAMES = {stored: name for name, stored in STORED_NAMES.items()}
 
 
 class Sums(LenientModel):
@@ -57,7 +60,7 @@ class Window:
         trainer = self._trainer
         sums = Sums(
             since=last_logged_step(trainer), loss=loss_sum(trainer).item(),
-            ours={name: _number(value) for name, value in self._own_sums().items()},
+            ours={STORED_NAMES.get(name, name): _number(value) for name, value in self._own_sums().items()},
             values={name: [_number(one) for one in values] for name, values in self._trl_values().items()},
             tokens=trained_tokens(trainer),
         )  # fmt: skip
@@ -80,7 +83,7 @@ class Window:
         trainer = self._trainer
         set_last_logged_step(trainer, sums.since)
         loss_sum(trainer).fill_(sums.loss)
-        self._own_sums().update(sums.ours)
+        self._own_sums().update({NAMES.get(name, name): value for name, value in sums.ours.items()})
         self._trl_values().update(sums.values)
         set_trained_tokens(trainer, sums.tokens)
 

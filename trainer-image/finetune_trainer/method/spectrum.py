@@ -37,6 +37,8 @@ from finetune_trainer.method.precision import TrainedWeightsCopy
 from finetune_trainer.model import load_model
 
 SNR_FILE = "spectrum_snr.json"
+CACHE_VERSION = 2
+"""Part of the scan's file name. Raise it when the fields of `Module` change: local runs reuse their work folder."""
 _LAYER = re.compile(r"^(?P<stack>.*?)\.(?P<index>\d+)\.(?P<type>.+)$")
 
 
@@ -137,7 +139,7 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
         return Selection(tuple(name for name, (layer, _) in modules.items() if layer in spec.layers))
     metric = (spec.metric if spec else None) or SpectrumMetric.MARCHENKO_PASTUR
     threshold = 0.5 if spec is None or spec.snr_threshold is None else spec.snr_threshold
-    file = inputs.output_dir.parent / f"spectrum-{metric}-{_as_file_name(inputs.model_revision)}.json"
+    file = inputs.output_dir.parent / f"spectrum-{CACHE_VERSION}-{metric}-{_as_file_name(inputs.model_revision)}.json"
     with PartialState().local_main_process_first():
         scan = _cached_scan(file, model, metric, torch.device("cuda") if uses_gpu(run) else torch.device("cpu"))
     by_layer = metric is SpectrumMetric.MEAN_OVER_STD

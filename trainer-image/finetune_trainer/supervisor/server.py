@@ -120,8 +120,8 @@ def merge_kubeflow_status(run_state: RunState, status: dict[str, Any]) -> None:
         percent=None if percent is None else int(percent), display=None if percent is None else f"{int(percent)}%",
         seconds_remaining=None if left is None else int(left),
     )  # fmt: skip
-    reported = {KUBEFLOW_METRICS.get(one.get("name", "")): float(one["value"]) for one in status.get("metrics") or []}
-    metrics = Metrics.model_validate({name: value for name, value in reported.items() if name})
+    known = [one for one in status.get("metrics") or [] if one.get("name") in KUBEFLOW_METRICS]
+    metrics = Metrics.model_validate({KUBEFLOW_METRICS[one["name"]]: float(one["value"]) for one in known})
     run_state.merge_progress(progress)
     run_state.merge_metrics(metrics)
 

@@ -146,6 +146,17 @@ def test_a_store_that_takes_no_checkpoint_for_too_long_ends_the_attempt(
     assert bench.uploader.unsaved_error(600, None) is None, "step 3 is committed"
 
 
+def test_a_step_that_is_committed_already_does_not_count_as_unsaved(
+    bench: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    for _ in range(2):
+        bench.offer(1)
+        bench.drain()
+    clock.now += 10_000
+    assert bench.uploader.unsaved_error(600, None) is None
+
+
 def test_a_run_may_go_unsaved_for_several_checkpoint_intervals(bench: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     bench.uploader.record_unsaved()

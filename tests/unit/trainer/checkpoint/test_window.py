@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ def test_the_sums_are_restored_bit_by_bit(tmp_path: Path) -> None:
     """A third is not exact in decimal or binary: it must not be rounded a second time."""
     third = torch.tensor(1.0) / 3
     first = trainer(
-        since=20, _sums={"train": {"nll": third, "learned": torch.tensor(11)}}, _metrics={"train": {"a": [third, 2]}}
+        since=20, _sums={"train": {"nll": third, "trained": torch.tensor(11)}}, _metrics={"train": {"a": [third, 2]}}
     )
     first._tr_loss = third + third
     Window(first, 0, 1).write(tmp_path)
@@ -28,8 +29,19 @@ def test_the_sums_are_restored_bit_by_bit(tmp_path: Path) -> None:
     Window(second, 0, 1).read(tmp_path)
     assert torch.equal(second._tr_loss + third, third + third + third)
     assert second._globalstep_last_logged == 20
-    assert second._sums["train"]["nll"] + third == third + third and second._sums["train"]["learned"] == 11
+    assert second._sums["train"]["nll"] + third == third + third and second._sums["train"]["trained"] == 11
     assert second._metrics["train"] == {"a": [third.item(), 2]}
+
+
+def test_a_window_may_begin_in_version_0_1_0_and_end_in_this_one_or_the_reverse(tmp_path: Path) -> None:
+    """A token accuracy is a quotient of two sums: both must be of the same steps."""
+    sums = {"correct": 3, "trained": 4, "positions": 9, "tokens": 8, "letters": 2, "correct_letters": 1}
+    stored = {"correct": 3, "learned": 4, "places": 9, "tokens": 8, "letters": 2, "right": 1}
+    Window(trainer(_sums={"train": dict(sums)}), 0, 1).write(tmp_path)
+    assert json.loads((tmp_path / "window-0.json").read_text())["ours"] == stored
+    again = trainer(_sums={"train": {}})
+    Window(again, 0, 1).read(tmp_path)
+    assert again._sums["train"] == sums
 
 
 def test_each_rank_restores_its_own_sums(tmp_path: Path) -> None:

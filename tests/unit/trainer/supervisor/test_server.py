@@ -55,6 +55,14 @@ def test_the_kubeflow_protocol_is_accepted() -> None:
     assert report.progress.display == "30%"
 
 
+def test_unknown_kubeflow_metrics_are_ignored() -> None:
+    state = RunState()
+    metrics = [{"name": "device", "value": "cpu"}, {"name": "note"}, {"name": "loss", "value": "0.5"}]
+    merge_kubeflow_status(state, {"progressPercentage": 30, "metrics": metrics})
+    report = state.report()
+    assert (report.progress.percent, report.metrics.train_loss) == (30, 0.5)
+
+
 def test_metrics_have_the_prometheus_format() -> None:
     state = RunState()
     state.record_step(7)

@@ -1,0 +1,29 @@
+"""Spectrum keeps the scan of a model in the work folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from finetune_trainer.method import spectrum
+
+from tests.support.learning import make_run
+
+
+class Layers(torch.nn.Module):
+    """A model with two layers of one linear module each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.ModuleDict({"proj": torch.nn.Linear(8, 8)}) for _ in range(2))
+
+
+def test_a_scan_that_version_0_1_0_left_in_the_work_folder_is_ignored(tmp_path: Path) -> None:
+    """Its entries have other fields. A local run reuses its work folder after an update."""
+    run, inputs = make_run(tmp_path, tmp_path / "model", {"method": {"type": "spectrum"}})
+    old = [{"name": f"layers.{layer}.proj", "layer": layer, "kind": "proj", "snr": "1.0"} for layer in range(2)]
+    (tmp_path / "spectrum-marchenkoPastur-tiny.json").write_text(json.dumps(old))
+    selection = spectrum.select_modules(run, inputs, Layers())
+    assert [module.type for module in selection.scan] == ["proj", "proj"]
+    assert spectrum.select_modules(run, inputs, Layers()) == selection, "the scan is cached"

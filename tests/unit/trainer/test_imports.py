@@ -1,0 +1,19 @@
+"""Which heavy libraries a job imports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune_trainer import imports
+from transformers import trainer_optimizer
+
+from tests.support.learning import make_run
+
+
+def test_every_optimizer_of_bitsandbytes_imports_it(tmp_path: Path) -> None:
+    """It is hidden from jobs that do not need it, so that such an optimizer would fail as if it were not installed."""
+    for optimizer in trainer_optimizer._BITSANDBYTES_OPTIMIZERS:
+        run, _ = make_run(tmp_path, tmp_path / "model", {"training": {"optimizer": str(optimizer.value)}})
+        assert imports.needs_bitsandbytes(run), optimizer
+    run, _ = make_run(tmp_path, tmp_path / "model")
+    assert not imports.needs_bitsandbytes(run)
