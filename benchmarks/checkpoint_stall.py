@@ -1,13 +1,14 @@
-"""How much checkpoints slow down training: the stall of each one, and the effect of a slow S3 server on step times.
+"""How much checkpoints slow down training: the stall of each checkpoint, and the effect of a slow S3 server on step times.
 
     python -m benchmarks.checkpoint_stall
 
 Method. A pod (supervisor and one rank of the real trainer, one thread) trains a small Llama on this machine's CPU and uploads to
-a real S3 server on the same machine. The rank's own clock gives the time from the decision to save a step to the message to the
-supervisor, which is the time that training waits. Two states are saved: a LoRA adapter with its optimizer after every second step, and
-a fully trained model with its optimizer, of 1 GB, after every second step. Then the same LoRA training runs with no
-checkpoints and with one after every 10th step to a server that accepts 1 MB/s (a proxy limits the rate of each request), alternately. The
-result is the ratio of the medians of all steps without a save, over pairs of consecutive runs.
+a real S3 server on the same machine. The stall is the time that training waits: from the decision to save a step until the message to the
+supervisor, measured on the rank's clock. Two states are measured, each saved after every second step: a LoRA adapter with its optimizer,
+and a fully trained model with its optimizer, of 1 GB. Then the same LoRA training runs alternately without checkpoints and with a
+checkpoint after every 10th step to a server that accepts 1 MB/s (a proxy limits the rate of each request). For each pair of consecutive
+runs, the median step time with checkpoints, of steps without a save, is divided by the median step time without checkpoints. The result
+is the median of these ratios.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 from typing import Any
 
 from benchmarks import record
-from benchmarks.lib.bench_pods import Bench, bench, spread
+from benchmarks.lib.bench_pods import Workspace, open_workspace, summarize
 from tests.support.s3proxy import Bandwidth, S3Proxy
 
 LORA = {"hidden": 512, "layers": 8}
@@ -28,24 +29,24 @@ STEPS_PER_CHECKPOINT = 10
 
 
 def run_training(
-    workspace: Bench, name: str, spec: dict[str, Any], *, endpoint: str | None = None
+    workspace: Workspace, name: str, spec: dict[str, Any], *, endpoint: str | None = None
 ) -> tuple[list[float], list[float], int]:
-    """Run a training. Returns the seconds of steps without a save, the seconds of stalls, and the bytes of the newest checkpoint."""
+    """Run a training. Returns the seconds of each step without a save, the seconds of each stall, and the size of the largest checkpoint."""
     target = workspace.target(name, endpoint=endpoint)
     with workspace.pod(name, spec, target, "benchmarks.lib.timed_train", env={"OMP_NUM_THREADS": "1"}) as pod:
         code = pod.end(580)
         assert code == 0, pod.text[-3000:]
-        size = max((one.bytes or 0 for one in pod.termination_message().checkpoints), default=0)
+        size = max((checkpoint.bytes or 0 for checkpoint in pod.termination_message().checkpoints), default=0)
         times = [json.loads(line) for line in (pod.folder / "work" / "times.jsonl").read_text().splitlines()]
-    ends = {one["step"]: one["ended"] for one in times if "ended" in one}
-    stalls = {one["step"]: one["stall"] for one in times if "stall" in one}
+    ends = {entry["step"]: entry["ended"] for entry in times if "ended" in entry}
+    stalls = {entry["step"]: entry["stall"] for entry in times if "stall" in entry}
     # The time of a step includes the stall of the checkpoint before it.
     steps = [ends[step] - ends[step - 1] for step in ends if step - 1 in ends and step - 1 not in stalls]
     return steps[2:], list(stalls.values()), size
 
 
-def spec_of(workspace: Bench, method: str, shape: dict[str, Any], steps: int, every: int | None) -> dict[str, Any]:
-    checkpoint = {"steps": every, "keep": 2} if every else {"strategy": "no"}
+def training_spec(workspace: Workspace, method: str, shape: dict[str, Any], steps: int, checkpoint_steps: int | None) -> dict[str, Any]:
+    checkpoint = {"steps": checkpoint_steps, "keep": 2} if checkpoint_steps else {"strategy": "no"}
     return workspace.spec(
         shape, method={"type": method}, checkpoint=checkpoint, tracking={"loggingSteps": 10},
         training={"maxSteps": steps, "batchSizePerDevice": 1, "gradientAccumulationSteps": 1, "learningRate": 1e-4},
@@ -53,15 +54,15 @@ def spec_of(workspace: Bench, method: str, shape: dict[str, Any], steps: int, ev
     )  # fmt: skip
 
 
-def stalls(workspace: Bench, method: str, shape: dict[str, Any], steps: int) -> dict[str, Any]:
+def measure_stalls(workspace: Workspace, method: str, shape: dict[str, Any], steps: int) -> dict[str, Any]:
     """Measure the stalls of one kind of training state."""
-    quiet, found, size = run_training(workspace, f"stall-{method}", spec_of(workspace, method, shape, steps, 2))
+    step_seconds, stall_seconds, size = run_training(workspace, f"stall-{method}", training_spec(workspace, method, shape, steps, 2))
     return {
-        "checkpointBytes": size, "stallSeconds": spread(found, 4), "stepSeconds": round(statistics.median(quiet), 4),
+        "checkpointBytes": size, "stallSeconds": summarize(stall_seconds, 4), "stepSeconds": round(statistics.median(step_seconds), 4),
     }  # fmt: skip
 
 
-def slow_store(workspace: Bench, rounds: int, steps: int) -> dict[str, Any]:
+def measure_slow_store(workspace: Workspace, rounds: int, steps: int) -> dict[str, Any]:
     """Measure step times without checkpoints and with a server that accepts 1 MB/s, alternately."""
     pairs: list[tuple[float, float]] = []
     with S3Proxy(workspace.server.host_url) as proxy:
@@ -71,7 +72,7 @@ def slow_store(workspace: Bench, rounds: int, steps: int) -> dict[str, Any]:
             order = (None, STEPS_PER_CHECKPOINT) if number % 2 == 0 else (STEPS_PER_CHECKPOINT, None)
             medians = {}
             for every in order:
-                spec = spec_of(workspace, "lora", {}, steps, every)
+                spec = training_spec(workspace, "lora", {}, steps, every)
                 times, _, _ = run_training(workspace, f"slow-{number}-{every}", spec, endpoint=proxy.url)
                 medians[every] = statistics.median(times)
             pairs.append((medians[None], medians[STEPS_PER_CHECKPOINT]))
@@ -82,7 +83,7 @@ def slow_store(workspace: Bench, rounds: int, steps: int) -> dict[str, Any]:
     ratios = [slow / none for none, slow in pairs]
     return {
         "bytesPerSecond": SLOW_BYTES_PER_SECOND, "rounds": rounds, "stepsEach": steps, "ratio": round(statistics.median(ratios), 4),
-        "ratios": [round(one, 4) for one in ratios], "stepMsWithout": round(1000 * statistics.median(a for a, _ in pairs), 2),
+        "ratios": [round(ratio, 4) for ratio in ratios], "stepMsWithout": round(1000 * statistics.median(a for a, _ in pairs), 2),
     }  # fmt: skip
 
 
@@ -98,13 +99,13 @@ def main() -> None:
     parts = options.parts.split(",")
     path = record.RESULTS / "checkpoint_stall.json"
     figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
-    with bench() as workspace:
+    with open_workspace() as workspace:
         if "lora" in parts:
-            figures["lora"] = stalls(workspace, "lora", LORA, options.lora_steps)
+            figures["lora"] = measure_stalls(workspace, "lora", LORA, options.lora_steps)
         if "full" in parts:
-            figures["full"] = stalls(workspace, "full", FULL, options.full_steps)
+            figures["full"] = measure_stalls(workspace, "full", FULL, options.full_steps)
         if "slow" in parts:
-            figures["slowStore"] = slow_store(workspace, options.rounds, options.slow_steps)
+            figures["slowStore"] = measure_slow_store(workspace, options.rounds, options.slow_steps)
     print(json.dumps(figures, indent=1))
     print(record.write("checkpoint_stall", figures, method=record.method(__doc__)))
 

@@ -2,9 +2,9 @@
 
     python benchmarks/cli_startup.py --runs 20
 
-Method. Each command runs as a new process, alternately with the others, and is timed on the monotonic clock. The first round warms the
-page cache and is not counted. Median and maximum of the others are reported in seconds, and the median CPU time, which does not depend
-on other load. The target is 0.4 s for `--help`.
+Method. The commands run alternately, each as a new process, and are timed on the monotonic clock. The first round warms the page cache
+and is not counted. Median and maximum of the other rounds are reported in seconds, and the median CPU time, which hardly depends on
+other load. The target is 0.4 s for `--help`.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ def measure(commands: dict[str, list[str]], runs: int) -> dict[str, dict[str, fl
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
     for round_number in range(runs + 1):
         for name, arguments in commands.items():
-            start, before = time.perf_counter(), cpu_of_children()
+            start, before = time.perf_counter(), children_cpu_seconds()
             subprocess.run([sys.executable, "-m", "finetune_cli", *arguments], check=True, capture_output=True)
             if round_number:
-                times[name].append((time.perf_counter() - start, cpu_of_children() - before))
+                times[name].append((time.perf_counter() - start, children_cpu_seconds() - before))
     return {
         name: {
-            "medianSeconds": round(statistics.median(wall for wall, _ in found), 3),
-            "worstSeconds": round(max(wall for wall, _ in found), 3),
-            "medianCpuSeconds": round(statistics.median(cpu for _, cpu in found), 3),
+            "medianSeconds": round(statistics.median(wall for wall, _ in samples), 3),
+            "worstSeconds": round(max(wall for wall, _ in samples), 3),
+            "medianCpuSeconds": round(statistics.median(cpu for _, cpu in samples), 3),
         }
-        for name, found in times.items()
+        for name, samples in times.items()
     }
 
 
-def cpu_of_children() -> float:
-    """CPU seconds of all ended child processes, user and system."""
+def children_cpu_seconds() -> float:
+    """CPU seconds (user and system) of all child processes that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 

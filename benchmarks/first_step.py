@@ -4,10 +4,10 @@ Needs a cluster with the operator installed and the demo's model and data upload
 
     python benchmarks/first_step.py --kubeconfig ... --namespace finetune-demo --runs 5
 
-Method. The manifest is applied under a new name. One thread watches Jobs, another one pods; the monotonic clock gives the times
+Method. The manifest is applied under a new name. One thread watches Jobs, another thread watches pods; the monotonic clock gives the times
 at which the Job and the running pod are first seen. While the pod runs, its `/progress` is requested every 20 ms through the API server's
-pod proxy until it reports step 1. The stages inside the pod are measured by the pod. A run starts when the pods of the previous one are
-gone, which would use the cores that it requests. The first run warms the page cache and is not counted; medians of the others are reported.
+pod proxy until it reports step 1. The pod measures its own stages. A run starts after the pods of the previous run are deleted, because
+they would occupy CPU cores. The first run warms the page cache and is not counted; medians of the other runs are reported.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TIMEOUT_SECONDS = 300
 
 
 class NotMeasured(Exception):
-    """A run did not reach its first step; the message says what was seen."""
+    """A run did not reach its first step; the message says how far it came."""
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Run:
         self._running = threading.Event()
 
     def measure(self) -> dict[str, float]:
-        """Apply, wait for the first step, delete, wait for the pod's end. Errors: NotMeasured."""
+        """Apply the manifest, wait for the first step, delete the job and wait until its pods are gone. Errors: NotMeasured."""
         selector = f"{names.Label.NAME.value}={self._name}"
         for target in (self._watch_jobs, self._watch_pods):
             threading.Thread(target=target, args=(selector,), daemon=True).start()
@@ -111,7 +111,7 @@ class Run:
         """Request the progress until the pod has done a step."""
         end = time.monotonic() + TIMEOUT_SECONDS
         while time.monotonic() < end:
-            report = self._report()
+            report = self._read_report()
             if report is not None and (report.progress.step or 0) >= 1:
                 self._timeline.first_step = time.monotonic()
                 self._timeline.timings = report.timings
@@ -119,13 +119,13 @@ class Run:
             time.sleep(POLL_SECONDS)
         raise NotMeasured(f"pod {self._timeline.pod} has done no step within {TIMEOUT_SECONDS} s")
 
-    def _report(self) -> ProgressReport | None:
+    def _read_report(self) -> ProgressReport | None:
         pod = f"{self._timeline.pod}:{names.PROGRESS_PORT}"
         try:
-            answer = self._core.connect_get_namespaced_pod_proxy_with_path(
+            response = self._core.connect_get_namespaced_pod_proxy_with_path(
                 pod, self._namespace, names.Path.PROGRESS.value.lstrip("/"), _preload_content=False
             )
-            return ProgressReport.model_validate_json(answer.data)
+            return ProgressReport.model_validate_json(response.data)
         except (client.ApiException, ValidationError):
             return None
 
@@ -148,9 +148,9 @@ def main() -> None:
     manifest = YAML(typ="safe").load(options.manifest.read_text())
     runs: list[dict[str, float]] = []
     for number in range(options.runs + 1):
-        found = Run(manifest, options.namespace, f"first-step-{number}-{int(time.time()) % 100000}").measure()
-        print("warm-up" if number == 0 else f"run {number}", json.dumps(found), flush=True)
-        runs += [found] if number else []
+        seconds_by_stage = Run(manifest, options.namespace, f"first-step-{number}-{int(time.time()) % 100000}").measure()
+        print("warm-up" if number == 0 else f"run {number}", json.dumps(seconds_by_stage), flush=True)
+        runs += [seconds_by_stage] if number else []
     path = record.write("first_step", {"median": medians(runs), "runs": runs}, method=record.method(__doc__))
     print(json.dumps(medians(runs), indent=1))
     print(f"written: {path.relative_to(record.ROOT)}")

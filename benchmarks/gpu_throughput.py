@@ -1,13 +1,13 @@
 """Tokens per second of this trainer and of a bare TRL script, with packed sequences and random weights.
 
     python benchmarks/gpu_throughput.py --shape 8b --method lora            # one GPU
-    python benchmarks/gpu_throughput.py --shape tiny --device cpu --no-write  # shows that it runs
+    python benchmarks/gpu_throughput.py --shape tiny --device cpu --no-write  # only checks that the benchmark runs
 
-Method. A Llama of the chosen shape has random weights, since throughput does not depend on them. Rows of random words are packed into
-full sequences. This trainer and bare TRL train alternately for the same number of steps with the same arguments in one process; the first
-pair warms up and is not counted. Only optimizer steps are timed, and only tokens that are not padding are counted. MFU is the work that
-training requires (adapters: 4N + 3A, full: 3 (2N + A)), without recomputation, divided by the device's dense bf16 peak. Only measured
-figures are written.
+Method. A Llama of the chosen shape has random weights, because throughput does not depend on the weights. Rows of random words are packed
+into full sequences. This trainer and bare TRL train alternately for the same number of steps with the same arguments in one process; the
+first pair warms up and is not counted. Only optimizer steps are timed, and padding tokens are not counted. MFU is the number of FLOPs per
+second that training needs without recomputation, divided by the device's dense bf16 peak. With N parameters and A attention FLOPs per
+token, a token needs 4N + 3A FLOPs with adapters and 3 (2N + A) with full training. Only measured figures are written.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def rows(length: int, sequences: int) -> list[dict[str, str]]:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Tokens per second and MFU of both, and their ratio. Errors: SystemExit if the chosen device is not available."""
+    """Measure tokens per second and MFU of both programs, and their ratio. Errors: SystemExit if the chosen device is not available."""
     import torch
     from finetune_trainer.hardware import detect
     from finetune_trainer.speed import Shape, flops_per_token, peak_of
@@ -118,16 +118,16 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 torch.cuda.reset_peak_memory_stats()
             lap = program(run, inputs, folder)
             if round_number:
-                seconds[name].append(lap.seconds)
+                seconds[name].append(lap.loop_seconds)
             if gpu and name == "ours":
                 memory = max(memory, torch.cuda.max_memory_allocated())
     (summary,) = (folder / "work" / "tokens").glob("*/summary.json")
-    rows_made = json.loads(summary.read_text())["reports"]["train"]
-    tokens = options.steps * options.batch * rows_made["tokens"] / rows_made["sequences"]
+    row_counts = json.loads(summary.read_text())["reports"]["train"]
+    tokens = options.steps * options.batch * row_counts["tokens"] / row_counts["sequences"]
     shape = Shape.of(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16))
-    work = flops_per_token(shape, rows_made["tokens"] / rows_made["rows"], frozen_base=options.method != "full")
+    work = flops_per_token(shape, row_counts["tokens"] / row_counts["rows"], frozen_base=options.method != "full")
     peak = peak_of(device)
-    found: dict[str, Any] = {
+    figures: dict[str, Any] = {
         "shape": options.shape,
         "method": options.method,
         "device": device,
@@ -136,11 +136,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     }
     for name, laps in seconds.items():
         tokens_per_second = tokens / statistics.median(laps)
-        found[name] = {"tokensPerSecond": round(tokens_per_second, 1), "mfu": round(tokens_per_second * work / peak, 4) if peak else None}
-    found["ratio"] = round(statistics.median(a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)), 4)
+        figures[name] = {"tokensPerSecond": round(tokens_per_second, 1), "mfu": round(tokens_per_second * work / peak, 4) if peak else None}
+    figures["ratio"] = round(statistics.median(a / b for a, b in zip(seconds["ours"], seconds["bare"], strict=True)), 4)
     if gpu:
-        found["peakMemoryGb"] = round(memory / 1e9, 2)
-    return found
+        figures["peakMemoryGb"] = round(memory / 1e9, 2)
+    return figures
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

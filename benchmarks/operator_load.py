@@ -1,4 +1,4 @@
-"""The operator under load: a burst of jobs, many finished jobs, a restart, many running jobs. Real API server, simulated pods (KWOK).
+"""Measure the operator under load: a burst of jobs, many finished jobs, a restart, many running jobs. Real API server, simulated pods (KWOK).
 
     python benchmarks/operator_load.py --parts burst --jobs 1000 --rounds 1
     python benchmarks/operator_load.py --parts idle,restart --finished 2000
@@ -6,17 +6,17 @@
 
 Method. etcd, kube-apiserver, kube-controller-manager and kube-scheduler of the local cluster run on this machine with raised
 client limits, which are the same for all variants. The operator has its default configuration.
-burst: three variants run alternately, each with 20 clients and one pod per job, in a new namespace each time. `bare` creates minimal Jobs,
-`same-pod` creates the same Jobs as the operator, without owner (the same training without an operator), `ours` creates FineTuneJobs.
-`ratiosSamePod` (ours to same-pod) is the cost of the operator; `ratios` (ours to bare) also contains the cost of the pod's volumes, probe,
-limits and security context.
-Two watches record when Jobs and pods are first seen. When all pods exist, the scheduler
-starts, KWOK runs scheduled pods and ends them with success, and a watch records when all Jobs are Complete or all FineTuneJobs Succeeded.
-idle, restart: one job runs to its end. While no operator runs, finished copies of it are written, each with two pods. Then an operator
-starts, idles, and is restarted.
-steady: running jobs report a new step each second; staleness is the age of the step in status.
-CPU time is read from /proc for each program except this one and KWOK. Requests are counted by the operator; events are not counted as
-writes. If the machine was busy before (`loadBefore` is its load average), only the counts are meaningful.
+burst: three variants run alternately, each in a new namespace, with 20 clients and one pod per job. `bare` creates minimal Jobs.
+`same-pod` creates the same Jobs as the operator, but without FineTuneJobs. `ours` creates FineTuneJobs. `ratiosSamePod` (ours divided by
+same-pod) is the cost of the operator; `ratios` (ours divided by bare) also contains the cost of the pod's volumes, probe, limits and
+security context.
+Two watches record when Jobs and pods are first seen. After all pods exist, the scheduler starts, and KWOK lets scheduled pods run and
+succeed. A watch records when all Jobs are Complete or all FineTuneJobs Succeeded.
+idle, restart: one job runs to its end. While no operator runs, copies of this finished job are written, each with two pods. Then an
+operator starts, idles, and is restarted.
+steady: running jobs report a new step each second; staleness is the age of the step in the status.
+CPU time of all programs except this one and KWOK is read from /proc. The operator counts its requests; requests for events do not count
+as writes. If the machine was busy before the benchmark (`loadBefore` is the load average), only the counts are meaningful.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from typing import Any
 
 import record
 from finetune_api import names
-from lib import leftovers
-from lib.kwok import LASTING, Kwok, make_nodes
+from lib import finished_jobs
+from lib.kwok import STEADY_NAMESPACE, Kwok, make_nodes
 from lib.load import Client, FirstSeen, Object, condition_true, percentile
 from lib.operator import LagSampler, Operator, ProgressServer, writes
 from lib.plane import FastControlPlane, Usage, memory_bytes
@@ -71,7 +71,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Variant:
-    """The objects that a burst creates, and when one of them is done."""
+    """The objects that a burst creates; `done` says whether an object has finished."""
 
     name: str
     root: str
@@ -89,9 +89,9 @@ def bare_job(name: str) -> Object:
 
 
 def same_pod(job: Object) -> Variant:
-    """Jobs like this one of the operator, with another value of the label by which the operator selects its Jobs."""
+    """Copies of `job`, a Job that the operator created, with another value of the label by which the operator selects its Jobs."""
     by_hand = {names.Label.MANAGED_BY.value: "hand"}
-    return Variant("same-pod", BARE.root, BARE.plural, lambda name: leftovers.copied_job(job, name, by_hand), BARE.done)
+    return Variant("same-pod", BARE.root, BARE.plural, lambda name: finished_jobs.copied_job(job, name, by_hand), BARE.done)
 
 
 def finetunejob(name: str) -> Object:
@@ -153,7 +153,7 @@ class Bench:
             for number in range(self._size.rounds):
                 for variant in variants:
                     show(f"burst {number + 1}/{self._size.rounds}: {variant.name}")
-                    rounds[variant.name].append(await self._one_burst(operator, variant, f"{variant.name}-{number}"))
+                    rounds[variant.name].append(await self._run_burst(operator, variant, f"{variant.name}-{number}"))
                     show(f"  {rounds[variant.name][-1]}")
         medians = {name: medians_of(found) for name, found in rounds.items()}
         keys = ("jobsExist", "podsExist", "allDone", "cpuMsPerJobToPods", "cpuMsPerJobToEnd")
@@ -168,7 +168,7 @@ class Bench:
         }  # fmt: skip
 
     async def _job_of_the_operator(self) -> Object:
-        """The Job that the operator creates for one FineTuneJob of the burst."""
+        """Return the Job that the operator creates for a FineTuneJob of the burst."""
         namespace = "model-of-burst"
         await self._create_namespace(namespace)
         jobs = f"/apis/batch/v1/namespaces/{namespace}/jobs"
@@ -177,35 +177,35 @@ class Bench:
             await seen.wait(1, self._size.timeout_seconds)
         return (await self._client.list(jobs))[0]
 
-    async def _one_burst(self, operator: Operator, variant: Variant, namespace: str) -> dict[str, Any]:
+    async def _run_burst(self, operator: Operator, variant: Variant, namespace: str) -> dict[str, Any]:
         size, count = self._size, self._size.jobs
         await self._create_namespace(namespace)
         bodies = [variant.body(f"j{number}") for number in range(count)]
         jobs_path, pods_path = f"/apis/batch/v1/namespaces/{namespace}/jobs", f"/api/v1/namespaces/{namespace}/pods"
         collection = f"{variant.root}/namespaces/{namespace}/{variant.plural}"
         async with FirstSeen(self._client, jobs_path) as jobs, FirstSeen(self._client, pods_path) as pods:
-            usage, requests, begun = self._usage(operator), operator.requests(), time.monotonic()
+            usage, requests, began = self._usage(operator), operator.requests(), time.monotonic()
             sent = await self._client.create_all(collection, bodies, size.clients)
             created = time.monotonic()
             jobs_exist = await jobs.wait(count, size.timeout_seconds)
             pods_exist = await pods.wait(count, size.timeout_seconds)
             to_pods, requests_to_pods = self._usage(operator).since(usage), operator.requests() - requests
-        waits = [moment - sent[name.split("-")[0]] for name, moment in pods.moments.items()]
+        waits = [moment - sent[name.split("-")[0]] for name, moment in pods.first_seen.items()]
         async with FirstSeen(self._client, collection, variant.done) as done:
             started = time.monotonic()
             with self._plane.scheduling():
                 ended = await done.wait(count, size.timeout_seconds)
-                await asyncio.sleep(2)  # writes after the end of a job count, too
+                await asyncio.sleep(2)  # count writes that follow the end of a job, too
                 used = self._usage(operator)
-        to_end, life = used.since(usage), operator.requests() - requests
+        to_end, requests_to_end = used.since(usage), operator.requests() - requests
         return {
-            "created": round(created - begun, 2), "jobsExist": round(jobs_exist - begun, 2),
-            "podsExist": round(pods_exist - begun, 2), "allDone": round(ended - started, 2),
+            "created": round(created - began, 2), "jobsExist": round(jobs_exist - began, 2),
+            "podsExist": round(pods_exist - began, 2), "allDone": round(ended - started, 2),
             "podWaitP50": round(percentile(waits, 0.5), 3), "podWaitP99": round(percentile(waits, 0.99), 3),
             "cpuMsPerJobToPods": per_job(sum(to_pods.values()), count), "cpuSecondsToPods": to_pods,
             "cpuMsPerJobToEnd": per_job(sum(to_end.values()), count), "cpuSecondsToEnd": to_end,
             "writesPerJobToPods": round(writes(requests_to_pods) / count, 2),
-            "writesPerJobOfALife": round(writes(life) / count, 2), "requestsPerJob": shares(life, count),
+            "writesPerJobToEnd": round(writes(requests_to_end) / count, 2), "requestsPerJob": shares(requests_to_end, count),
         }  # fmt: skip
 
     async def _create_namespace(self, namespace: str) -> None:
@@ -230,19 +230,21 @@ class Bench:
             await self._client.send("POST", collection, finetunejob("model"))
             with self._plane.scheduling():
                 await done.wait(1, self._size.timeout_seconds)
-        found = await leftovers.model(self._client, "model")
+        finished_job = await finished_jobs.read_one(self._client, "model")
         operator.stop()
-        await leftovers.write(self._client, FINISHED_NAMESPACE, found, self._size.finished, PODS_PER_FINISHED_JOB, self._size.clients)
+        await finished_jobs.write_copies(
+            self._client, FINISHED_NAMESPACE, finished_job, self._size.finished, PODS_PER_FINISHED_JOB, self._size.clients
+        )
         await asyncio.to_thread(operator.start)
 
     async def _idle(self, operator: Operator) -> dict[str, Any]:
         await asyncio.sleep(min(15, self._size.idle_seconds))
-        usage, requests, begun = self._usage(operator), operator.requests(), time.monotonic()
+        usage, requests, began = self._usage(operator), operator.requests(), time.monotonic()
         async with LagSampler(operator) as lag:
             await asyncio.sleep(self._size.idle_seconds)
         spent = operator.requests() - requests
         return {
-            "finishedJobs": self._size.finished, "seconds": round(time.monotonic() - begun, 1),
+            "finishedJobs": self._size.finished, "seconds": round(time.monotonic() - began, 1),
             "writes": writes(spent), "requests": dict(spent),
             "cpuShare": round(self._usage(operator).since(usage)["operator"] / self._size.idle_seconds, 4),
             "loopLagP99": round(percentile(lag.samples, 0.99), 3),
@@ -253,12 +255,12 @@ class Bench:
         seconds = await asyncio.to_thread(operator.start)
         pods = await self._client.list(f"/api/v1/namespaces/{FINISHED_NAMESPACE}/pods")
         return {
-            "finishedJobs": self._size.finished, "pods": len(pods), "firstLookSeconds": round(seconds, 2),
+            "finishedJobs": self._size.finished, "pods": len(pods), "firstReconcileSeconds": round(seconds, 2),
             "rssMB": round(memory_bytes(operator.pid) / 1e6, 1),
         }  # fmt: skip
 
     async def _steady(self, operator: Operator) -> dict[str, Any]:
-        size, namespace, progress = self._size, LASTING, self._progress
+        size, namespace, progress = self._size, STEADY_NAMESPACE, self._progress
         await self._create_namespace(namespace)
         collection = f"{FTJ}/namespaces/{namespace}/{names.PLURAL}"
         await self._client.create_all(collection, [finetunejob(f"j{n}") for n in range(size.jobs)], size.clients)
@@ -269,13 +271,13 @@ class Bench:
                 await stepping.wait(size.jobs, size.timeout_seconds)
             usage, requests = self._usage(operator), operator.requests()
             ages: list[float] = []
-            begun = time.monotonic()
+            began = time.monotonic()
             async with LagSampler(operator) as lag:
-                while time.monotonic() - begun < size.steady_seconds:
+                while time.monotonic() - began < size.steady_seconds:
                     await asyncio.sleep(min(5.0, size.steady_seconds / 2))
                     for body in await self._client.list(collection):
                         ages.append(progress.now() - body["status"]["progress"]["step"])
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - began
             spent, used = operator.requests() - requests, self._usage(operator).since(usage)
         return {
             "runningJobs": size.jobs, "seconds": round(seconds, 1),
@@ -317,7 +319,7 @@ def show(text: str) -> None:
 
 
 def check_budgets(figures: dict[str, Any], budgets: dict[str, Any]) -> list[dict[str, Any]]:
-    """Compare each budget of a measured part with its figure. Up to limit plus margin, an excess counts as noise."""
+    """Compare each budget of a measured part with its figure. An excess within the margin counts as noise."""
     verdicts = []
     for path, budget in budgets.items():
         value: Any = figures
@@ -327,13 +329,13 @@ def check_budgets(figures: dict[str, Any], budgets: dict[str, Any]) -> list[dict
         for part in parts:
             value = value[part]
         limit, margin = budget["limit"], budget.get("margin", 0)
-        verdict = "holds" if value <= limit else ("within its margin" if value <= limit * (1 + margin) else "BROKEN")
+        verdict = "holds" if value <= limit else ("within its margin" if value <= limit * (1 + margin) else "EXCEEDED")
         verdicts.append({"figure": path, "measured": value, "limit": limit, "verdict": verdict, "why": budget["why"]})
     return verdicts
 
 
 def write(found: dict[str, Any]) -> Path:
-    """Write the measured parts, and keep other parts of earlier runs. Each part has its size, load and commit."""
+    """Write the measured parts; parts that were not measured keep the figures of earlier runs. Each part has its size, load and commit."""
     path = record.RESULTS / "operator_load.json"
     known = json.loads(path.read_text())["figures"] if path.exists() else {}
     figures = {part: known[part] for part in PARTS if part in known} | found
@@ -342,7 +344,7 @@ def write(found: dict[str, Any]) -> Path:
 
 
 async def measure(size: Size) -> dict[str, Any]:
-    """Start a control plane, measure, and end it."""
+    """Start a control plane, measure, and stop the control plane."""
     with tempfile.TemporaryDirectory(prefix="operator-load-") as name:
         folder = Path(name)
         plane = FastControlPlane(folder / "state")
@@ -352,7 +354,7 @@ async def measure(size: Size) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Returns 1 if a budget is broken."""
+    """Run the benchmark. Returns 1 if a budget is exceeded, else 0."""
     options = arguments()
     size = Size(
         tuple(options.parts.split(",")), options.jobs, options.finished, options.rounds, options.clients,
@@ -361,14 +363,14 @@ def main() -> int:
     about = {"size": vars(size), "loadBefore": round(os.getloadavg()[0], 2), "commit": record.commit()}
     figures = asyncio.run(measure(size))
     verdicts = check_budgets(figures, json.loads(BUDGETS.read_text()))
-    for one in verdicts:
-        print(f"{one['verdict']:18} {one['figure']:38} {one['measured']:>10} (limit {one['limit']}): {one['why']}")
+    for verdict in verdicts:
+        print(f"{verdict['verdict']:18} {verdict['figure']:38} {verdict['measured']:>10} (limit {verdict['limit']}): {verdict['why']}")
     found = {part: value | about for part, value in figures.items()}
     if options.output:
         options.output.write_text(json.dumps(found | {"budgets": verdicts}, indent=1))
     else:
         print(f"written: {write(found).relative_to(ROOT)}")
-    return int(any(one["verdict"] == "BROKEN" for one in verdicts) and not options.lenient)
+    return int(any(verdict["verdict"] == "EXCEEDED" for verdict in verdicts) and not options.lenient)
 
 
 def arguments() -> argparse.Namespace:
@@ -382,7 +384,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steady-seconds", type=float, default=60)
     parser.add_argument("--timeout", type=float, default=300, help="longest wait in seconds")
     parser.add_argument("--output", type=Path, help="file for the figures, instead of benchmarks/results")
-    parser.add_argument("--lenient", action="store_true", help="exit with 0 even if a budget is broken")
+    parser.add_argument("--lenient", action="store_true", help="exit with 0 even if a budget is exceeded")
     return parser.parse_args()
 
 

@@ -43,7 +43,7 @@ def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Commit of the checkout, with `+` if files have changed."""
+    """Commit of the checkout, with `+` if tracked files have uncommitted changes."""
     try:
         head = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -57,7 +57,7 @@ def commit() -> str:
 
 
 def method(doc: str | None) -> str:
-    """The method of a benchmark: the text after `Method.` in its docstring."""
+    """Return the description of a benchmark's method: the text after `Method.` in its docstring."""
     return (doc or "").split("Method.", 1)[1].strip()
 
 

@@ -5,10 +5,10 @@
 Method. The real trainer trains a tiny Llama with LoRA on one rank with the real supervisor and a real S3 server, on this machine's CPU. The
 rank is killed with SIGKILL at a random time after a commit. `detect` is the time until the pod has ended with its termination message. This
 program starts the next attempt at once (first_step.py measures the time for creating a Job and starting a pod) and requests its progress
-every 10 ms until its first new step. The pod's own clock gives the stages: `starting` and `downloading` (the supervisor checks storage and
-downloads model and data, while the rank imports its libraries), `restoring` (the checkpoint is downloaded and verified), `loading` (the rest
-of the imports, and the model), `training` (optimizer state, skipping used data, the first step). The first kill warms the page cache and is
-not counted.
+every 10 ms until its first new step. The pod measures the stages: `starting` and `downloading` (the supervisor checks storage and
+downloads model and data, while the rank imports its libraries), `restoring` (the checkpoint is downloaded and verified), `loading`
+(remaining imports, and loading the model), `training` (optimizer state, skipping used data, the first step). The first kill warms the
+page cache and is not counted.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import statistics
 import time
 
 from benchmarks import record
-from benchmarks.lib.bench_pods import Bench, bench, spread
+from benchmarks.lib.bench_pods import Workspace, open_workspace, summarize
 from tests.pod.pod_harness import Pod
 
 STEPS_PER_CHECKPOINT = 10
@@ -31,7 +31,7 @@ STAGES = ("starting", "downloading", "checking", "restoring", "loading", "traini
 
 
 def first_new_step(pod: Pod, newest: int) -> dict[str, float]:
-    """Wait for the first new step. Returns the pod's own timings by stage."""
+    """Wait for the first new step. Returns the seconds of each stage, as measured by the pod."""
     while True:
         assert pod.process is not None and pod.process.poll() is None, pod.text[-3000:]
         report = pod.report()
@@ -40,18 +40,18 @@ def first_new_step(pod: Pod, newest: int) -> dict[str, float]:
         time.sleep(POLL_SECONDS)
 
 
-def kill_rank(pod: Pod, newest: int, draw: random.Random) -> tuple[float, float, int]:
-    """Kill the rank after the next commit. Returns the time of the kill, the seconds until the pod had ended, and the newest committed step."""
+def kill_rank(pod: Pod, newest: int, rng: random.Random) -> tuple[float, float, int]:
+    """Kill the rank after the next commit. Returns the time of the kill, the seconds until the pod ended, and the newest committed step."""
     pod.wait_committed(newest + 1)
-    time.sleep(draw.uniform(0, 0.3))
+    time.sleep(rng.uniform(0, 0.3))
     killed_at = time.monotonic()
     os.kill(pod.pids("train")[0], signal.SIGKILL)
     assert pod.end() == 74, pod.text[-3000:]
     return killed_at, time.monotonic() - killed_at, pod.termination_message().committed_step or 0
 
 
-def measure(workspace: Bench, kills: int, seed: int) -> dict[str, object]:
-    draw = random.Random(seed)
+def measure(workspace: Workspace, kills: int, seed: int) -> dict[str, object]:
+    rng = random.Random(seed)
     spec = workspace.spec(
         method={"type": "lora"}, checkpoint={"steps": STEPS_PER_CHECKPOINT}, tracking={"loggingSteps": 10},
         training={"maxSteps": 100_000, "batchSizePerDevice": 2, "gradientAccumulationSteps": 1},
@@ -69,15 +69,15 @@ def measure(workspace: Bench, kills: int, seed: int) -> dict[str, object]:
                 total.append(time.monotonic() - killed_at)
                 for stage, seconds in found.items():
                     stages[stage].append(seconds)
-            killed_at, seconds, newest = kill_rank(pod, newest, draw)
+            killed_at, seconds, newest = kill_rank(pod, newest, rng)
             if attempt > 1:
                 detect.append(seconds)
         print(f"kill {attempt}: step {newest}, {total[-1] if total else 0:.2f} s to the first new step", flush=True)
     medians = {stage: round(statistics.median(found), 3) for stage, found in stages.items()}
     return {
         "kills": kills,
-        "totalSeconds": spread(total),
-        "detectSeconds": spread(detect),
+        "totalSeconds": summarize(total),
+        "detectSeconds": summarize(detect),
         "medianSecondsByStage": medians,
     }
 
@@ -88,7 +88,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    with bench() as workspace:
+    with open_workspace() as workspace:
         figures = measure(workspace, options.kills, options.seed)
     print(json.dumps(figures, indent=1))
     print(record.write("recovery", figures, method=record.method(__doc__)))

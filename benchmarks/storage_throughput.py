@@ -2,12 +2,12 @@
 
     python -m benchmarks.storage_throughput --megabytes 256 --rounds 5
 
-Method. A real S3 server (SeaweedFS) runs on this machine and shares its cores with the client, so that only ratios are
-meaningful. Ours (`S3Store.put_file`, `download` with its hash), boto3's `upload_file`, `download_file` and obstore's `put`, and `get`
-streamed to a file (if obstore is installed) run alternately with the same file, in another order in each round. Hashing is part of our
-download only; for uploads it happens before and is reported separately (`sha256`). Figures: median MB/s over the rounds; ratio of ours to
-each of the others and to the best of them in the same round; client CPU seconds per GB (all threads of this process); the largest memory
-increase, from the kernel's high-water mark, which is reset before each transfer.
+Method. A real S3 server (SeaweedFS) runs on this machine and shares its cores with the client, so that only ratios are meaningful.
+The trainer's `S3Store` (`put_file`, `download`), boto3 (`upload_file`, `download_file`) and, if installed, obstore (`put`, and `get`
+streamed to a file) transfer the same file alternately, in another order in each round. Only our download computes a hash at the same
+time; our upload hashes before, which is reported separately (`sha256`). Figures: median MB/s over the rounds; throughput of ours divided
+by that of each other client, and by that of the fastest other client in the same round; client CPU seconds per GB (all threads of this
+process); the largest memory increase, from the kernel's high-water mark, which is reset before each transfer.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from finetune_trainer.storage.base import sha256_file
 from finetune_trainer.storage.s3 import S3Store
 
 from benchmarks import record
-from benchmarks.lib.bench_pods import BUCKET, Bench, bench
+from benchmarks.lib.bench_pods import BUCKET, Workspace, open_workspace
 
 DIRECTIONS = ("up", "down")
 OTHERS = ("boto3", "obstore")
@@ -57,7 +57,7 @@ def _kib(name: str) -> int:
     return int(line.split()[1])
 
 
-def tasks_of(workspace: Bench, source: Path, target: Path) -> dict[str, Callable[[], object]]:
+def transfers(workspace: Workspace, source: Path, target: Path) -> dict[str, Callable[[], object]]:
     """The measured transfers by client and direction."""
     store = S3Store(StoreTarget(uri=f"s3://{BUCKET}/ours", endpoint=workspace.server.host_url))
     plain = workspace.server.client()
@@ -73,7 +73,7 @@ def tasks_of(workspace: Bench, source: Path, target: Path) -> dict[str, Callable
     return tasks
 
 
-def _obstore(workspace: Bench, source: Path, target: Path) -> dict[str, Callable[[], object]]:
+def _obstore(workspace: Workspace, source: Path, target: Path) -> dict[str, Callable[[], object]]:
     import obstore
 
     server = workspace.server
@@ -90,39 +90,39 @@ def _obstore(workspace: Bench, source: Path, target: Path) -> dict[str, Callable
     return {"obstore up": lambda: obstore.put(store, "obstore/file", source), "obstore down": down}
 
 
-def measure(workspace: Bench, megabytes: int, rounds: int) -> dict[str, object]:
+def measure(workspace: Workspace, megabytes: int, rounds: int) -> dict[str, object]:
     source, target = workspace.folder / "source", workspace.folder / "target"
     source.write_bytes(random.Random(0).randbytes(megabytes * 1_000_000))
-    tasks = tasks_of(workspace, source, target)
-    found: dict[str, list[Cost]] = {task: [] for task in tasks}
-    for number in range(rounds + 1):  # the first one warms up
+    tasks = transfers(workspace, source, target)
+    costs_by_task: dict[str, list[Cost]] = {task: [] for task in tasks}
+    for number in range(rounds + 1):  # the first round warms up
         order = list(tasks)
         if number:
             random.Random(number).shuffle(order)
         for task in order:
             cost = measure_cost(tasks[task])
             if number:
-                found[task].append(cost)
+                costs_by_task[task].append(cost)
             print(f"round {number}  {task:<13} {megabytes / cost.wall:8.1f} MB/s", flush=True)
-    return {"megabytes": megabytes, "rounds": rounds} | _figures(found, megabytes)
+    return {"megabytes": megabytes, "rounds": rounds} | _figures(costs_by_task, megabytes)
 
 
-def _figures(found: dict[str, list[Cost]], megabytes: int) -> dict[str, object]:
+def _figures(costs_by_task: dict[str, list[Cost]], megabytes: int) -> dict[str, object]:
     figures: dict[str, object] = {
         task: {
-            "MBps": round(megabytes / statistics.median(one.wall for one in costs), 1),
-            "cpuSecondsPerGB": round(statistics.median(one.cpu for one in costs) * 1000 / megabytes, 2),
-            "mostMiBAbove": round(max(one.memory for one in costs) / 2**20, 1),
+            "MBps": round(megabytes / statistics.median(cost.wall for cost in costs), 1),
+            "cpuSecondsPerGB": round(statistics.median(cost.cpu for cost in costs) * 1000 / megabytes, 2),
+            "mostMiBAbove": round(max(cost.memory for cost in costs) / 2**20, 1),
         }
-        for task, costs in found.items()
+        for task, costs in costs_by_task.items()
     }
     for direction in DIRECTIONS:
-        ours = found[f"ours {direction}"]
-        others = {name: found[f"{name} {direction}"] for name in OTHERS if f"{name} {direction}" in found}
+        ours = costs_by_task[f"ours {direction}"]
+        others = {name: costs_by_task[f"{name} {direction}"] for name in OTHERS if f"{name} {direction}" in costs_by_task}
         for name, theirs in others.items():
             pairs = zip(theirs, ours, strict=True)
             figures[f"ratio {direction} to {name}"] = round(statistics.median(a.wall / b.wall for a, b in pairs), 3)
-        best = [min(costs) for costs in zip(*([one.wall for one in costs] for costs in others.values()), strict=True)]
+        best = [min(costs) for costs in zip(*([cost.wall for cost in costs] for costs in others.values()), strict=True)]
         figures[f"ratio {direction} to the best"] = round(
             statistics.median(a / b.wall for a, b in zip(best, ours, strict=True)), 3
         )
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     os.environ.pop("AWS_ENDPOINT_URL", None)
-    with bench() as workspace:
+    with open_workspace() as workspace:
         figures = measure(workspace, options.megabytes, options.rounds)
     print(json.dumps(figures, indent=1))
     print(record.write("storage_throughput", figures, method=record.method(__doc__)))

@@ -1,14 +1,14 @@
-"""Overhead of this trainer compared with a bare TRL script with the same arguments, data and order.
+"""Overhead of this trainer compared with a plain TRL script with the same arguments, data and order.
 
     python benchmarks/trainer_overhead.py --rounds 6 --steps 300
 
-Method. Both train the same model (random weights, made here) on the same token sequences in the same order, in one process,
-in runs that take turns (ours, bare, bare, ours, ...), so that a machine that slows down slows both. Ours is the whole rank:
-guards, reporting to a supervisor's channel, metrics, verification. Bare is TRL's SFTTrainer with the same arguments and nothing
-else. Two spans are timed: the loop (`step`), from its first step's beginning to its last step's end, and the whole run (`run`),
-from reading the tokenizer to the saved model. Each ratio is the median, over pairs of neighbouring runs, of ours / bare; losses
-of both are compared at every logged step, since a run that does something else is no comparison. The first pair warms up and is
-left out, so that neither pays for imports nor for tokenising, whose result both read from disk.
+Method. Both train the same model with random weights on the same token sequences in the same order, in one process. The runs alternate
+(ours, bare, bare, ours, ...), so that a change of the machine's speed affects both. `ours` is the whole rank: guards, reporting to a
+supervisor's channel, metrics, verification. `bare` is TRL's SFTTrainer with the same arguments and nothing else. Two durations are
+measured: the training loop (`step`), from the start of the first step to the end of the last step, and the whole run (`run`), from
+reading the tokenizer to the saved model. Each ratio is the median of ours / bare over pairs of consecutive runs. The losses of both
+must agree at every logged step; otherwise the runs would not do the same work. The first pair warms up and is not counted: it includes
+the imports and the tokenization, whose result the later runs read from disk.
 """
 
 from __future__ import annotations
@@ -35,54 +35,54 @@ TOLERANCE = 1e-6
 
 @dataclass
 class Lap:
-    """Measurements of one run: seconds of the loop and of the whole run, losses, and the share of time spent waiting for data."""
+    """Measurements of one run: seconds of the training loop and of the whole run, losses, and the shares of time spent waiting for data."""
 
-    seconds: float = 0.0
-    whole: float = 0.0
+    loop_seconds: float = 0.0
+    run_seconds: float = 0.0
     losses: dict[int, float] = field(default_factory=dict)
     """Losses by step. This trainer also logs the last step."""
-    waits: list[float] = field(default_factory=list)
-    began: float = 0.0
+    data_wait_shares: list[float] = field(default_factory=list)
+    began_at: float = 0.0
 
 
 def clock(lap: Lap) -> Any:
-    """A callback that measures the loop and records the losses."""
+    """Create a callback that times the training loop and records the losses."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if not lap.began:
-                lap.began = time.perf_counter()
+            if not lap.began_at:
+                lap.began_at = time.perf_counter()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            lap.seconds = time.perf_counter() - lap.began
+            lap.loop_seconds = time.perf_counter() - lap.began_at
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
             if logs and "loss" in logs:
                 lap.losses[state.global_step] = logs["loss"]
-                lap.waits += [logs["data_wait_share"]] if "data_wait_share" in logs else []
+                lap.data_wait_shares += [logs["data_wait_share"]] if "data_wait_share" in logs else []
 
     return Clock()
 
 
 class Hooks:
-    """The callbacks of a rank, with a channel that has no supervisor, and the clock."""
+    """The hooks of a rank without a supervisor, and the callback that measures the run."""
 
     def __init__(self, lap: Lap) -> None:
         self._lap = lap
         self.trainer_arguments: dict[str, Any] = {}
 
     def callbacks(self, run: Any, channel: Any, inputs: Any) -> list[Any]:
-        """Callbacks for checkpoints and reporting, then the clock."""
+        """Return the rank's callbacks for checkpoints and reporting, followed by the measuring callback."""
         from finetune_trainer.checkpoint import rank
 
         return [*rank.callbacks(run, channel, inputs), clock(self._lap)]
 
     def resume_path(self, inputs: Any) -> None:
-        """None: the run does not resume."""
+        """Return None: the run does not resume."""
 
     def finish(self, run: Any, channel: Any, model_dir: Path, kind: Any, extra: dict[str, Any]) -> None:
-        """Nothing: the artefact is not uploaded."""
+        """Do nothing: the artefact is not uploaded."""
 
 
 Program = Callable[[Any, Any, Path], Lap]
@@ -154,14 +154,14 @@ def timed(program: Program, run: Any, inputs: Any, folder: Path) -> Lap:
     gc.collect()
     began = time.perf_counter()
     lap = program(run, inputs, folder)
-    lap.whole = time.perf_counter() - began
+    lap.run_seconds = time.perf_counter() - began
     return lap
 
 
 def measure(
     rounds: int, steps: int, *, hidden: int, layers: int, length: int, batch: int, method: str
 ) -> dict[str, Any]:
-    """Measure pairs of alternating runs. Errors: SystemExit if their losses differ."""
+    """Measure pairs of alternating runs. Errors: SystemExit if the losses of a pair differ."""
     import torch
 
     from tests.support.learning import make_run
@@ -188,24 +188,24 @@ def measure(
             pairs += [(laps[ours], laps[bare])] if round_number else []
     shutil.rmtree(folder)
     return {
-        "step": _compared([(a.seconds, b.seconds) for a, b in pairs]) | {
-            "oursMs": round(1000 * statistics.median(a.seconds for a, _ in pairs) / steps, 2),
-            "bareMs": round(1000 * statistics.median(b.seconds for _, b in pairs) / steps, 2),
+        "step": _compared([(a.loop_seconds, b.loop_seconds) for a, b in pairs]) | {
+            "oursMs": round(1000 * statistics.median(a.loop_seconds for a, _ in pairs) / steps, 2),
+            "bareMs": round(1000 * statistics.median(b.loop_seconds for _, b in pairs) / steps, 2),
         },
-        "run": _compared([(a.whole, b.whole) for a, b in pairs]) | {
-            "oursSeconds": round(statistics.median(a.whole for a, _ in pairs), 2),
-            "bareSeconds": round(statistics.median(b.whole for _, b in pairs), 2),
+        "run": _compared([(a.run_seconds, b.run_seconds) for a, b in pairs]) | {
+            "oursSeconds": round(statistics.median(a.run_seconds for a, _ in pairs), 2),
+            "bareSeconds": round(statistics.median(b.run_seconds for _, b in pairs), 2),
         },
-        "dataWaitShare": round(statistics.median([wait for a, _ in pairs for wait in a.waits] or [0.0]), 5),
+        "dataWaitShare": round(statistics.median([wait for a, _ in pairs for wait in a.data_wait_shares] or [0.0]), 5),
         "runs": rounds, "stepsEach": steps, "method": method, "hidden": hidden, "layers": layers, "length": length, "batch": batch,
         "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
 def _compared(pairs: list[tuple[float, float]]) -> dict[str, Any]:
-    """Ratios of ours to bare: the median and each pair."""
+    """Return the duration of this trainer divided by that of the plain TRL script: for each pair of runs, and the median."""
     ratios = [a / b for a, b in pairs]
-    return {"ratio": round(statistics.median(ratios), 4), "ratios": [round(one, 4) for one in ratios]}
+    return {"ratio": round(statistics.median(ratios), 4), "ratios": [round(ratio, 4) for ratio in ratios]}
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The few API calls that are needed to start a cluster, without the import time of a client library."""
+"""A minimal Kubernetes API client for starting a cluster. It imports faster than the official client library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Endpoint:
     ca: Path
 
     def request(self, method: str, path: str, body: Any = None, *, content_type: str = "application/json") -> Any:
-        """Send one request. Returns the parsed JSON, or the text of another response. Errors: ApiError."""
+        """Send one request. Returns the parsed JSON; the text if the response is not JSON. Errors: ApiError."""
         request = urllib.request.Request(self.server + path, method=method)
         request.add_header("Authorization", f"Bearer {self.token}")
         request.add_header("Content-Type", content_type)
@@ -63,7 +63,7 @@ class Endpoint:
             return False
 
     def exists(self, path: str) -> bool:
-        """Whether there is an object at this URL path."""
+        """Whether a GET request for this URL path succeeds."""
         try:
             self.get(path)
         except ApiError:

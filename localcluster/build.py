@@ -1,6 +1,6 @@
-"""Build the cluster's programs from Go modules, once for each version and content of the sources.
+"""Build the cluster's programs from Go modules and cache them by version and source hash.
 
-No binaries are downloaded: the sources come from the Go module proxy, pinned by go.sum.
+No binary is downloaded. The sources come from the Go module proxy, and go.sum pins them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GO = (1, 26)
 
 @dataclass(frozen=True)
 class Program:
-    """One Go program. Its version is that of the module `versioned_by`; `hint` says how long a first build takes."""
+    """One Go program. `versioned_by` is the Go module whose version the program has; `hint` is the duration of a first build."""
 
     name: str
     versioned_by: str | None = None
@@ -57,7 +57,7 @@ class Program:
 
     @property
     def flags(self) -> list[str]:
-        """Build flags. Kubernetes' components report their version to clients, which upstream's build sets by linker flags."""
+        """Build flags. As in the upstream build, linker flags set the version that the Kubernetes components report to clients."""
         link = ["-s", "-w"]
         if self.name == KUBE:
             major, minor, _ = self.version.split(".")
@@ -80,7 +80,7 @@ PROGRAMS = {
 
 
 def ensure(name: str, step: Step = silent) -> Path:
-    """Path of the program, which is built first if necessary. Errors: MissingRequirement (no Go), BuildFailed (with the end of the log)."""
+    """Build a program unless it exists. Returns its path. Errors: MissingRequirement (no Go), BuildFailed (with the end of the log)."""
     program = PROGRAMS[name]
     binary = program.binary
     if binary.exists():
@@ -109,7 +109,7 @@ def _build(program: Program, binary: Path) -> None:
 
 
 def check_go() -> None:
-    """Raise MissingRequirement unless a recent enough Go is on the PATH."""
+    """Raise MissingRequirement unless Go, at least in version `GO`, is on the PATH."""
     if shutil.which("go") is None:
         raise MissingRequirement(f"Go {GO[0]}.{GO[1]} or newer is missing (`go` is not on the PATH): install it")
     text = subprocess.run(["go", "version"], capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""The containers' cgroups: one folder per node in each hierarchy, created before a cluster starts and removed after it ends."""
+"""The cgroups of the containers: one per node in each hierarchy, created before a cluster starts and removed after the cluster ends."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from localcluster.errors import StartFailed
 from localcluster.layout import CGROUP
 
 ROOT = Path("/sys/fs/cgroup")
-WEIGHT = 4
-"""CPU weight of all containers together, relative to one other process group of this machine."""
+CPU_WEIGHT_FACTOR = 4
+"""CPU weight of the cgroup that holds all containers, as a multiple of the default weight of a cgroup."""
 
 
 def hierarchies() -> list[Path]:
-    """The mounted hierarchies: one with cgroup v2, one for each controller with v1."""
+    """List the mounted hierarchies: with cgroup v2 a single one, with v1 one per controller."""
     if (ROOT / "cgroup.controllers").exists():
         return [ROOT]
     return [path for path in ROOT.iterdir() if path.is_dir() and not path.is_symlink()]
@@ -26,34 +26,34 @@ def hierarchies() -> list[Path]:
 def create(nodes: list[str]) -> None:
     """Create a cgroup for each node."""
     for hierarchy in hierarchies():
-        ours = hierarchy / CGROUP
+        parent = hierarchy / CGROUP
         for node in nodes:
-            (ours / node).mkdir(parents=True, exist_ok=True)
+            (parent / node).mkdir(parents=True, exist_ok=True)
         if hierarchy == ROOT:
-            for folder in (ROOT, ours):
+            for folder in (ROOT, parent):
                 names = (folder / "cgroup.controllers").read_text().split()
                 (folder / "cgroup.subtree_control").write_text(" ".join(f"+{name}" for name in names))
-        elif (ours / "cpuset.cpus").exists():
-            _inherit_cpuset(ours, [ours / node for node in nodes])
-        _set_weight(ours)
+        elif (parent / "cpuset.cpus").exists():
+            _inherit_cpuset(parent, [parent / node for node in nodes])
+        _set_weight(parent)
 
 
 def _set_weight(folder: Path) -> None:
-    """Raise the CPU weight. A new group has the weight of a single process, so that pods would get too little CPU next to other programs."""
-    for name, one in (("cpu.weight", 100), ("cpu.shares", 1024)):
+    """Raise the CPU weight. With the default weight, all pods together would get only as much CPU time as one other cgroup."""
+    for name, default_weight in (("cpu.weight", 100), ("cpu.shares", 1024)):
         if (folder / name).exists():
-            (folder / name).write_text(str(WEIGHT * one))
+            (folder / name).write_text(str(CPU_WEIGHT_FACTOR * default_weight))
 
 
-def _inherit_cpuset(ours: Path, nodes: list[Path]) -> None:
-    """Copy the parent's cpuset: a new one of cgroup v1 is empty, and no process can run in it."""
-    for folder in [ours, *nodes]:
+def _inherit_cpuset(parent: Path, nodes: list[Path]) -> None:
+    """Copy the cpuset from each cgroup's parent. In cgroup v1 a new cpuset is empty, and no process can run in it."""
+    for folder in [parent, *nodes]:
         for name in ("cpuset.cpus", "cpuset.mems"):
             (folder / name).write_text((folder.parent / name).read_text())
 
 
 def existing() -> list[Path]:
-    """The existing cgroups of local clusters, deepest first."""
+    """List the existing cgroups of local clusters, deepest first."""
     return [Path(top) for h in hierarchies() for top, _, _ in os.walk(h / CGROUP, topdown=False)]
 
 
@@ -68,11 +68,11 @@ def kill(node: str) -> None:
 
 
 def remove(timeout: float = 10.0) -> None:
-    """Remove all cgroups, whose processes must have been killed. Errors: StartFailed if some are in use after `timeout` seconds."""
+    """Remove all cgroups; their processes must have been killed before. Errors: StartFailed if a cgroup is still in use after `timeout` seconds."""
     deadline = time.monotonic() + timeout
     while folders := existing():
         for folder in folders:
-            with contextlib.suppress(OSError):  # in use: the kernel has not yet removed its last process
+            with contextlib.suppress(OSError):  # still in use: the kernel has not yet removed the last killed process
                 folder.rmdir()
         if time.monotonic() > deadline:
             raise StartFailed(f"cgroups cannot be removed: {', '.join(str(f) for f in folders[:3])}")

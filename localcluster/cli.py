@@ -38,30 +38,30 @@ class Mode(StrEnum):
 INTERRUPTED = 130
 """Exit code after Ctrl-C or SIGTERM."""
 Name = Annotated[str, typer.Option(help="Name of the cluster.")]
-State = Annotated[Path | None, typer.Option(help="State folder; default: in the cache folder, by the cluster's name.", file_okay=False)]
+State = Annotated[Path | None, typer.Option(help="State folder; default: a folder with the cluster's name in the cache.", file_okay=False)]
 
 
 def folder(name: str, state: Path | None) -> Path:
-    """The state folder: `state`, else that of the cluster `name`."""
+    """Return the state folder: `state` if given, else the default folder of the cluster `name`."""
     return (state or paths.state(name)).absolute()
 
 
 @app.command()
 def up(
-    mode: Annotated[Mode, typer.Option(help="node runs pods and needs root; control-plane is the API server and the controllers.")] = Mode.NODE,
+    mode: Annotated[Mode, typer.Option(help="node: with nodes that run pods, needs root; control-plane: only API server and controllers.")] = Mode.NODE,
     nodes: Annotated[int, typer.Option(min=1, max=4, help="Number of nodes (mode node).")] = 1,
-    gpus: Annotated[int, typer.Option(min=0, max=64, help="GPUs that each node reports; none is real (mode node).")] = 0,
+    gpus: Annotated[int, typer.Option(min=0, max=64, help="Simulated GPUs that each node reports to the scheduler (mode node).")] = 0,
     name: Name = "default",
     state: State = None,
 ) -> None:
-    """Start a cluster, unless it is running, and print how to use it."""
-    where = folder(name, state)
+    """Start a cluster unless it is running, and print its KUBECONFIG and S3 address."""
+    state_dir = folder(name, state)
     if mode is Mode.CONTROL_PLANE:
         if nodes != 1 or gpus:
             raise typer.BadParameter("--nodes and --gpus need --mode node: a control plane alone has no nodes")
-        endpoint = ControlPlane(where, lifetime=Lifetime.DETACHED, step=shown).up()
+        endpoint = ControlPlane(state_dir, lifetime=Lifetime.DETACHED, step=shown).up()
     else:
-        cluster = NodeCluster(where, nodes=nodes, gpus=gpus, lifetime=Lifetime.DETACHED, step=shown).up()
+        cluster = NodeCluster(state_dir, nodes=nodes, gpus=gpus, lifetime=Lifetime.DETACHED, step=shown).up()
         endpoint = cluster.endpoint
         typer.echo(f"# S3: {cluster.s3.host_url} here, {cluster.s3.cluster_url} for pods")
     typer.echo(f"export KUBECONFIG={endpoint.kubeconfig}")
@@ -71,34 +71,34 @@ def up(
 def down(
     name: Name = "default",
     state: State = None,
-    purge: Annotated[bool, typer.Option(help="Remove the nodes' images, too.")] = False,
+    purge: Annotated[bool, typer.Option(help="Also remove the images that the nodes have cached.")] = False,
 ) -> None:
-    """End a cluster. Only the nodes' images are kept, for the next cluster."""
-    where = folder(name, state)
-    with shown(f"end the cluster in {where}"):
-        if read_mode(where) == CONTROL_PLANE or os.geteuid() != 0:
-            ControlPlane(where).down()
+    """Stop a cluster. The nodes' images are kept for the next cluster."""
+    state_dir = folder(name, state)
+    with shown(f"end the cluster in {state_dir}"):
+        if read_mode(state_dir) == CONTROL_PLANE or os.geteuid() != 0:
+            ControlPlane(state_dir).down()
         else:
-            cluster = NodeCluster(where)
+            cluster = NodeCluster(state_dir)
             cluster.purge() if purge else cluster.down()
 
 
-def open_endpoint(where: Path) -> Endpoint:
-    """The API server of the cluster in that folder. Errors: NotRunning."""
-    running = NodeCluster(where).endpoint if read_mode(where) == NODE else ControlPlane(where).running()
+def open_endpoint(state_dir: Path) -> Endpoint:
+    """Return the API server endpoint of the cluster in `state_dir`. Errors: NotRunning."""
+    running = NodeCluster(state_dir).endpoint if read_mode(state_dir) == NODE else ControlPlane(state_dir).running()
     if running is None or not running.ready():
-        raise NotRunning(f"no cluster is running in {where}: run `localcluster up`")
+        raise NotRunning(f"no cluster is running in {state_dir}: run `localcluster up`")
     return running
 
 
 @app.command()
 def status(name: Name = "default", state: State = None) -> None:
-    """Show server, nodes and S3 of a running cluster. Exit code 1 if none is running."""
-    where = folder(name, state)
-    endpoint = open_endpoint(where)
-    typer.echo(f"mode    {read_mode(where)}\nserver  {endpoint.server}\nconfig  {endpoint.kubeconfig}")
-    if read_mode(where) == NODE:
-        cluster = NodeCluster(where)
+    """Show API server, nodes and S3 of a running cluster. Exits with code 1 if the cluster is not running."""
+    state_dir = folder(name, state)
+    endpoint = open_endpoint(state_dir)
+    typer.echo(f"mode    {read_mode(state_dir)}\nserver  {endpoint.server}\nconfig  {endpoint.kubeconfig}")
+    if read_mode(state_dir) == NODE:
+        cluster = NodeCluster(state_dir)
         ready = ready_nodes(endpoint)
         states = ", ".join(f"{n.name} {'Ready' if n.name in ready else 'NotReady'}" for n in cluster.plan.nodes)
         typer.echo(f"nodes   {states}\ns3      {cluster.s3.host_url} here, {cluster.s3.cluster_url} for pods")
@@ -122,7 +122,7 @@ def kubectl(context: typer.Context, name: Name = "default", state: State = None)
 
 @app.command("load-image")
 def load_image(
-    image: Annotated[str, typer.Argument(help="Folder with an OCI layout, or tag of an image that was built here.")],
+    image: Annotated[str, typer.Argument(help="Folder with an OCI layout, or tag of an image from `localcluster images build`.")],
     name: Name = "default",
     state: State = None,
 ) -> None:
@@ -133,7 +133,7 @@ def load_image(
 
 @app.command("build")
 def build_programs() -> None:
-    """Build the cluster's programs from Go modules, unless they are built."""
+    """Build the cluster's programs from Go modules unless they are cached."""
     for program in build.PROGRAMS:
         typer.echo(build.ensure(program, shown))
 
@@ -152,13 +152,13 @@ def packages(install: Annotated[bool, typer.Option(help="Install missing package
 
 @node_app.command("stop")
 def node_stop(node: str, name: Name = "default", state: State = None) -> None:
-    """End the node's kubelet: the node becomes NotReady, its containers go on."""
-    NodeCluster(folder(name, state)).stop_node(node)
+    """Stop the node's kubelet: the node becomes NotReady, its containers keep running."""
+    NodeCluster(folder(name, state)).stop_kubelet(node)
 
 
 @node_app.command("kill")
 def node_kill(node: str, name: Name = "default", state: State = None) -> None:
-    """Power cut: kubelet, containerd and all containers of the node end at once."""
+    """Simulate a power cut: kill kubelet, containerd and all containers of the node."""
     NodeCluster(folder(name, state)).power_off(node)
 
 
@@ -171,7 +171,7 @@ def node_start(node: str, name: Name = "default", state: State = None) -> None:
 
 @images_app.command("build")
 def images_build(
-    which: Annotated[list[images.Which], typer.Argument(help="operator, trainer, s3, or all.")],
+    which: Annotated[list[images.ImageName], typer.Argument(help="operator, trainer, s3, or all.")],
 ) -> None:
     """Build images as OCI layouts in the cache, and print the tag and folder of each."""
     for built in images.build(which, shown):
@@ -179,14 +179,14 @@ def images_build(
 
 
 def main() -> None:
-    """The console script. Errors that the user can correct are one line; Ctrl-C and SIGTERM clean up first."""
+    """Entry point of the console script. A LocalClusterError is printed as one line. SIGTERM acts like Ctrl-C, so both clean up first."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except LocalClusterError as error:
         print(f"localcluster: {error.message}", file=sys.stderr)
         sys.exit(1)
-    except SystemExit as ended:
-        if ended.code == INTERRUPTED:
-            print("localcluster: interrupted, nothing was left running", file=sys.stderr)
+    except SystemExit as exit_request:
+        if exit_request.code == INTERRUPTED:
+            print("localcluster: interrupted; all started processes were stopped", file=sys.stderr)
         raise

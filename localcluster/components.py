@@ -1,6 +1,6 @@
 """Command lines and configuration of the Kubernetes components, computed from addresses and folders.
 
-They differ from the defaults only where a cluster on one machine needs it.
+They differ from upstream's defaults only if a cluster on one machine needs other values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DNS_DOMAIN = "cluster.local"
 
 @dataclass(frozen=True)
 class ControlPlaneAddresses:
-    """Addresses of the control plane. The API server listens on `bind`; pods reach it at `advertise`."""
+    """Addresses of the control plane. The API server listens on `bind`; pods connect to `advertise`."""
 
     bind: str
     advertise: str
@@ -43,9 +43,9 @@ class User:
         return f"{self.token},{self.name},{self.name},{self.group}\n"
 
 
-def etcd(kube: Path, folder: Path, at: ControlPlaneAddresses) -> list[str]:
-    """etcd without fsync, because its data are not kept when the cluster ends."""
-    client, peer = f"http://127.0.0.1:{at.etcd_port}", f"http://127.0.0.1:{at.etcd_peer_port}"
+def etcd(kube: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
+    """Command line of etcd. It runs without fsync, because its data are removed when the cluster ends."""
+    client, peer = f"http://127.0.0.1:{addresses.etcd_port}", f"http://127.0.0.1:{addresses.etcd_peer_port}"
     return [
         str(kube), "etcd", "--data-dir", str(folder / "etcd"), "--unsafe-no-fsync", "--log-level", "warn",
         "--listen-client-urls", client, "--advertise-client-urls", client,
@@ -53,15 +53,15 @@ def etcd(kube: Path, folder: Path, at: ControlPlaneAddresses) -> list[str]:
     ]
 
 
-def api_server(kube: Path, folder: Path, at: ControlPlaneAddresses) -> list[str]:
-    """The API server, with a token file and a self-signed serving certificate.
+def api_server(kube: Path, folder: Path, addresses: ControlPlaneAddresses) -> list[str]:
+    """Command line of the API server, with a token file and a self-signed serving certificate.
 
-    On the loopback the endpoint reconciler is off, because no pod could use that address.
+    With a loopback address the endpoint reconciler is off, because pods could not use this address.
     """
-    loopback = at.advertise.startswith("127.")
+    loopback = addresses.advertise.startswith("127.")
     return [
-        str(kube), "kube-apiserver", "--etcd-servers", f"http://127.0.0.1:{at.etcd_port}",
-        "--secure-port", str(at.port), "--bind-address", at.bind, "--advertise-address", at.advertise,
+        str(kube), "kube-apiserver", "--etcd-servers", f"http://127.0.0.1:{addresses.etcd_port}",
+        "--secure-port", str(addresses.port), "--bind-address", addresses.bind, "--advertise-address", addresses.advertise,
         "--endpoint-reconciler-type", "none" if loopback else "lease",
         "--cert-dir", str(folder / "certs"), "--token-auth-file", str(folder / "tokens.csv"),
         "--authorization-mode", "Node,RBAC", "--enable-admission-plugins", "NodeRestriction",
@@ -75,7 +75,7 @@ def api_server(kube: Path, folder: Path, at: ControlPlaneAddresses) -> list[str]
 
 
 def controller_manager(kube: Path, folder: Path, *, node_grace_seconds: int) -> list[str]:
-    """All controllers, without leader election. A node without heartbeat for `node_grace_seconds` becomes NotReady."""
+    """Command line of the controller manager. A node without heartbeat for `node_grace_seconds` becomes NotReady."""
     return [
         str(kube), "kube-controller-manager", "--kubeconfig", str(folder / "kubeconfig"),
         "--service-account-private-key-file", str(folder / "sa.key"), "--root-ca-file", str(folder / "ca.crt"),
@@ -85,7 +85,7 @@ def controller_manager(kube: Path, folder: Path, *, node_grace_seconds: int) -> 
 
 
 def scheduler(kube: Path, folder: Path) -> list[str]:
-    """The scheduler, without leader election."""
+    """Command line of the scheduler."""
     return [
         str(kube), "kube-scheduler", "--kubeconfig", str(folder / "kubeconfig"), "--leader-elect=false",
         "--secure-port", "0",
@@ -93,7 +93,7 @@ def scheduler(kube: Path, folder: Path) -> list[str]:
 
 
 def kubelet(kube: Path, folder: Path, *, node: str, address: str) -> list[str]:
-    """The kubelet of one node, with its files below the node's `folder`."""
+    """Command line of one node's kubelet, with its files below the node's `folder`."""
     return [
         str(kube), "kubelet", "--config", str(folder / "kubelet.json"), "--kubeconfig", str(folder / "kubeconfig"),
         "--root-dir", str(folder / "kubelet"), "--cert-dir", str(folder / "kubelet-certs"),
@@ -102,7 +102,7 @@ def kubelet(kube: Path, folder: Path, *, node: str, address: str) -> list[str]:
 
 
 def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: str, lease_seconds: int) -> str:
-    """The kubelet's configuration file: low eviction thresholds, because a laptop's disk may be nearly full, and no image garbage collection."""
+    """The kubelet's configuration file. The eviction thresholds are low because a laptop's disk may be nearly full; images are never evicted."""
     return json.dumps(
         {
             "apiVersion": "kubelet.config.k8s.io/v1beta1",
@@ -134,7 +134,7 @@ def kubelet_configuration(folder: Path, *, socket: str, dns: str, cgroup_root: s
 
 
 def kube_proxy(kube: Path, kubeconfig: Path, *, node: str, cluster_cidr: str) -> list[str]:
-    """kube-proxy with iptables. It does not set the conntrack sysctls, which belong to the machine."""
+    """Command line of kube-proxy in iptables mode. It leaves the conntrack sysctls unchanged, because they affect the whole machine."""
     return [
         str(kube), "kube-proxy", "--kubeconfig", str(kubeconfig), "--proxy-mode", "iptables",
         "--hostname-override", node, "--cluster-cidr", cluster_cidr, "--conntrack-max-per-core", "0",
@@ -144,7 +144,7 @@ def kube_proxy(kube: Path, kubeconfig: Path, *, node: str, cluster_cidr: str) ->
 
 
 def kubeconfig(server: str, token: str, ca: bytes | None) -> str:
-    """A kubeconfig as JSON, which is also YAML. Without `ca` the server is not verified: only for the cluster's own components."""
+    """A kubeconfig as JSON, which is valid YAML. Without `ca`, clients do not verify the server; only the cluster's components use this."""
     cluster: dict[str, str | bool] = {"server": server}
     if ca is None:
         cluster["insecure-skip-tls-verify"] = True

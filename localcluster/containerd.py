@@ -16,8 +16,8 @@ _UNUSED = [
 
 
 def configuration(node: Node, *, cri: bool) -> str:
-    """config.toml. Without `cri` it has no CRI plugin, for removing old containers before the kubelet sees them."""
-    # Without CAP_SYS_RESOURCE, as in a container, runc may not lower the oom_score_adj of a sandbox: restrict it.
+    """Text of config.toml. With `cri=False` the CRI plugin is off, so that old containers can be removed before a kubelet sees them."""
+    # In a container without CAP_SYS_RESOURCE, runc may not lower a sandbox's oom_score_adj: restrict_oom_score_adj avoids the error.
     unused = _UNUSED if cri else [*_UNUSED, "io.containerd.grpc.v1.cri"]
     plugin = 'plugins."io.containerd.grpc.v1.cri"'
     return f"""version = 2
@@ -70,7 +70,7 @@ def write(node: Node) -> Path:
     (node.folder / "cni").mkdir(parents=True, exist_ok=True)
     node.store.mkdir(parents=True, exist_ok=True)
     (node.folder / "cni" / "10-bridge.conflist").write_text(network(node))
-    (node.folder / "sweep.toml").write_text(configuration(node, cri=False))
+    (node.folder / "containerd-without-cri.toml").write_text(configuration(node, cri=False))
     path = node.folder / "containerd.toml"
     path.write_text(configuration(node, cri=True))
     return path

@@ -1,7 +1,7 @@
-"""A Kubernetes API server with etcd and the controllers, without nodes: for tests that act as the kubelet.
+"""A Kubernetes API server with etcd and the controllers, without nodes: for tests that play the role of the kubelet.
 
-It needs neither root nor namespaces: three processes on the loopback, ready in about three seconds. Several can run at the same time
-(600 MB each).
+It consists of three processes on the loopback interface and needs neither root nor namespaces. It is ready in about three seconds.
+Several control planes can run at the same time (600 MB each).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from localcluster.processes import Lifetime, Server
 from localcluster.steps import Step, silent
 
 MAX_STARTS = 4
-"""Number of starts with new ports, because another program may take a chosen port first."""
+"""Maximum number of start attempts, each with new ports: another program may bind a chosen port first."""
 PROCESSES = ("etcd", "kube-apiserver", "kube-controller-manager")
 STATE = "state.json"
 MODE = "control-plane"
 NODE_MODE = "node"
 PLAN = "plan.json"
-"""File that a cluster with nodes has in its state folder before any of its processes starts."""
+"""File in the state folder of a cluster with nodes, written before any process starts."""
 KUBERNETES_SERVICE = "/api/v1/namespaces/default/serviceaccounts/default"
-"""An object that the controllers create: its existence shows that they work."""
+"""URL path of a ServiceAccount that the controllers create. Once it exists, the controllers work."""
 
 
 class ControlPlane:
     """etcd, kube-apiserver and kube-controller-manager (`scheduler=True`: kube-scheduler too) below `state_dir`.
 
-    A context manager, or `up()` and `down()`. With the default lifetime it ends with the thread that started it, even
-    after kill -9. Processes and files that an earlier one left in `state_dir` are removed first. Errors: StartFailed,
-    MissingRequirement (Go, if the programs are not built yet), ClusterDiffers (a cluster with nodes is running in this folder).
+    Use it as a context manager, or call `up()` and `down()`. With the default lifetime, the kernel kills the processes when the thread
+    that started them ends, even by `kill -9`. Processes and files that an earlier cluster left in `state_dir` are removed first. Errors:
+    StartFailed, MissingRequirement (Go, if the programs are not built yet), ClusterDiffers (a cluster with nodes runs in this folder).
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ControlPlane:
         self._step = step
 
     def up(self) -> Endpoint:
-        """Start it, unless it is running in this folder."""
+        """Start the control plane unless it is running in this folder."""
         with locked(self.state_dir):
             if running := self.running():
                 return running
@@ -73,7 +73,7 @@ class ControlPlane:
         raise AssertionError("unreachable")
 
     def running(self) -> Endpoint | None:
-        """The endpoint, if it is running and ready."""
+        """Return the endpoint if the control plane is running and ready, else None."""
         endpoint = read_endpoint(self.state_dir, MODE)
         is_complete = len(processes.owned_by(self.state_dir)) >= len(PROCESSES) + self._scheduler
         return endpoint if is_complete and endpoint and endpoint.ready() else None
@@ -81,13 +81,13 @@ class ControlPlane:
     def _start(self, kube: Path) -> Endpoint:
         etcd, api_server, controllers = PROCESSES
         port, etcd_port, peer_port = free_ports(3)
-        at = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", port, etcd_port, peer_port)
-        token = prepare(self.state_dir, kube, at, [])
+        addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", port, etcd_port, peer_port)
+        token = prepare(self.state_dir, kube, addresses, [])
         servers = [
-            self._spawn(etcd, components.etcd(kube, self.state_dir, at)),
-            self._spawn(api_server, components.api_server(kube, self.state_dir, at)),
+            self._spawn(etcd, components.etcd(kube, self.state_dir, addresses)),
+            self._spawn(api_server, components.api_server(kube, self.state_dir, addresses)),
         ]
-        endpoint = wait_for_api(self.state_dir, at, token, servers)
+        endpoint = wait_for_api(self.state_dir, addresses, token, servers)
         argv = components.controller_manager(kube, self.state_dir, node_grace_seconds=40)
         servers.append(self._spawn(controllers, argv))
         if self._scheduler:
@@ -107,7 +107,7 @@ class ControlPlane:
         return any("address already in use" in log.read_text(errors="replace") for log in logs)
 
     def down(self) -> None:
-        """End it and remove its state folder, if it exists."""
+        """Stop the control plane and remove its state folder, if the folder exists."""
         if self.state_dir.exists():
             with locked(self.state_dir):
                 self._clean()
@@ -131,7 +131,7 @@ class ControlPlane:
 
 @contextlib.contextmanager
 def locked(state_dir: Path) -> Iterator[None]:
-    """Allow one command at a time in a state folder. Errors: ClusterBusy if another one is running there."""
+    """Lock a state folder, so that only one command at a time uses it. Errors: ClusterBusy if another command holds the lock."""
     state_dir.mkdir(parents=True, exist_ok=True)
     with (state_dir / "lock").open("w") as lock:
         try:
@@ -141,13 +141,13 @@ def locked(state_dir: Path) -> Iterator[None]:
         yield
 
 
-def prepare(folder: Path, kube: Path, at: ControlPlaneAddresses, nodes: list[User]) -> str:
+def prepare(folder: Path, kube: Path, addresses: ControlPlaneAddresses, nodes: list[User]) -> str:
     """Write the keys, tokens and the components' kubeconfig into `folder`. Returns the administrator's token."""
     admin = User(secrets.token_hex(20), "admin", ADMIN_GROUP)
     (folder / "certs").mkdir(exist_ok=True)
     for name, text in {
         "tokens.csv": "".join(user.line for user in [admin, *nodes]),
-        "kubeconfig": components.kubeconfig(at.server, admin.token, None),
+        "kubeconfig": components.kubeconfig(addresses.server, admin.token, None),
     }.items():
         (folder / name).touch(mode=0o600)
         (folder / name).write_text(text)
@@ -155,23 +155,23 @@ def prepare(folder: Path, kube: Path, at: ControlPlaneAddresses, nodes: list[Use
     return admin.token
 
 
-def wait_for_api(folder: Path, at: ControlPlaneAddresses, token: str, servers: list[Server]) -> Endpoint:
-    """Wait for the serving certificate, then for readiness. From then on all clients verify the server."""
+def wait_for_api(folder: Path, addresses: ControlPlaneAddresses, token: str, servers: list[Server]) -> Endpoint:
+    """Wait for the serving certificate, then for readiness. Then add the certificate to the kubeconfig, so that clients verify the server."""
     certificate = folder / "certs" / "apiserver.crt"
     processes.wait_until("the API server's certificate", certificate.exists, servers=servers, timeout=60)
-    endpoint = Endpoint(folder / "kubeconfig", at.server, token, folder / "ca.crt")
+    endpoint = Endpoint(folder / "kubeconfig", addresses.server, token, folder / "ca.crt")
 
     def ready() -> bool:
-        shutil.copy(certificate, endpoint.ca)  # each time: at first, the file may exist without its content
+        shutil.copy(certificate, endpoint.ca)  # copy on each check: the API server creates the file before it writes the content
         return endpoint.ready()
 
     processes.wait_until("the API server", ready, servers=servers, timeout=60)
-    endpoint.kubeconfig.write_text(components.kubeconfig(at.server, token, certificate.read_bytes()))
+    endpoint.kubeconfig.write_text(components.kubeconfig(addresses.server, token, certificate.read_bytes()))
     return endpoint
 
 
 def write_state(folder: Path, mode: str, endpoint: Endpoint, **more: object) -> None:
-    """Write the state file of a running cluster. It is written last, so that its existence shows that the start succeeded."""
+    """Write the state file of a running cluster. This is the last step of a start: if the file exists, the start has succeeded."""
     unfinished = folder / f".{STATE}"
     unfinished.touch(mode=0o600)
     unfinished.write_text(json.dumps({"mode": mode, "server": endpoint.server, "token": endpoint.token, **more}))
@@ -179,7 +179,7 @@ def write_state(folder: Path, mode: str, endpoint: Endpoint, **more: object) -> 
 
 
 def read_endpoint(folder: Path, mode: str) -> Endpoint | None:
-    """The endpoint that `write_state` has written, if any. Errors: ClusterDiffers if a cluster of another mode is running."""
+    """Return the endpoint from the state file, or None. Errors: ClusterDiffers if a cluster of another mode is running."""
     try:
         state = json.loads((folder / STATE).read_text())
     except FileNotFoundError:
@@ -193,7 +193,7 @@ def read_endpoint(folder: Path, mode: str) -> Endpoint | None:
 
 
 def read_mode(folder: Path) -> str | None:
-    """The mode of the cluster in `folder`, even if its start was interrupted; None if there is none."""
+    """Return the mode of the cluster in `folder`, even if its start was interrupted; None if the folder holds no cluster."""
     with contextlib.suppress(FileNotFoundError):
         return str(json.loads((folder / STATE).read_text())["mode"])
     return NODE_MODE if (folder / PLAN).exists() else None

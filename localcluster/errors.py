@@ -1,10 +1,10 @@
-"""Errors of a local cluster. Each has a code and a message of one line that says what to do."""
+"""Errors of a local cluster. Each has a code and a one-line message that says what to do."""
 
 from __future__ import annotations
 
 
 class LocalClusterError(Exception):
-    """An error that the user can correct. `code` does not change; the message says what was found and what to do."""
+    """An error that the user can correct. `code` is stable across versions; the message says what is wrong and what to do."""
 
     code = "LocalCluster"
 
@@ -20,36 +20,36 @@ class MissingRequirement(LocalClusterError):
 
 
 class ClusterBusy(LocalClusterError):
-    """A cluster with nodes is running in another state folder (one per machine), or another command uses this folder."""
+    """Another cluster with nodes is running (only one per machine is possible), or another command is using this state folder."""
 
     code = "ClusterBusy"
 
 
 class ClusterDiffers(LocalClusterError):
-    """The cluster that is running in this state folder has another mode or number of nodes than requested."""
+    """A cluster is running in this state folder, but its mode or number of nodes differs from the request."""
 
     code = "ClusterDiffers"
 
 
 class NotRunning(LocalClusterError):
-    """The command needs a running cluster, and there is none."""
+    """The command needs a running cluster, but no cluster is running."""
 
     code = "NotRunning"
 
 
 class StartFailed(LocalClusterError):
-    """A component ended, or was not ready in time; the message holds the end of its log."""
+    """A component exited or did not become ready in time; the message contains the end of the component's log."""
 
     code = "StartFailed"
 
 
 class BuildFailed(LocalClusterError):
-    """A Go or image build failed; the message names the log."""
+    """A Go build or an image build failed; the message contains the path of the log."""
 
     code = "BuildFailed"
 
 
 class ImageNotFound(LocalClusterError):
-    """An image to load is neither an OCI layout nor the tag of an image that was built here."""
+    """The image to load is neither an OCI layout nor the tag of an image that `localcluster images build` has built."""
 
     code = "ImageNotFound"

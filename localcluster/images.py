@@ -1,7 +1,7 @@
 """Build the project's images from its Dockerfiles, as OCI layouts that a node imports with hard links.
 
-buildah builds them (its layer cache is outside the checkout and depends on the lock file), and skopeo exports them as uncompressed OCI
-layouts: the node only has to unpack them, and after a code change it reads megabytes instead of gigabytes.
+buildah builds the images; its layer cache lies outside the checkout. skopeo exports them as uncompressed OCI layouts. A node then only
+unpacks new layers, so that after a code change it reads megabytes instead of gigabytes.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from localcluster.steps import Step, silent
 
 PUBLIC_BASE = "docker.io/library/python:3.11-slim-bookworm"
 LOCAL_BASE = "localhost/finetune-base:bookworm-1"
-"""Base image if the public one cannot be pulled: the same Debian release with its own Python 3.11, created by debootstrap."""
+"""Base image if the public one cannot be pulled: the same Debian release with Debian's Python 3.11, created by debootstrap."""
 CA_FILES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 DEBIAN_CA = Path("/etc/ssl/certs/ca-certificates.crt")
 MIN_FREE_GB = 40
-"""With less free disk space, layers of earlier lock files are removed after a build."""
+"""If less disk space is free after a build, unused layers are removed."""
 _UNUSED_FOLDERS = ("var/cache/apt", "var/lib/apt/lists", "usr/share/doc", "usr/share/man", "usr/share/locale", "var/log")
-"""Folders that are emptied in the base image that debootstrap creates."""
+"""Folders that are emptied in the base image from debootstrap."""
 
 
-class Which(StrEnum):
+class ImageName(StrEnum):
     """Images that can be built."""
 
     OPERATOR = "operator"
@@ -64,9 +64,9 @@ class Recipe:
 
 
 RECIPES = {
-    Which.OPERATOR: Recipe("finetune-operator", "operator/Dockerfile"),
-    # Without compiler: only Triton on GPUs needs one, and a local cluster has no GPUs.
-    Which.TRAINER: Recipe("finetune-trainer", "trainer-image/Dockerfile", ("COMPILER=",), needs_gb=30),
+    ImageName.OPERATOR: Recipe("finetune-operator", "operator/Dockerfile"),
+    # Without a C compiler: only Triton needs it, on GPUs, and a local cluster has no GPUs.
+    ImageName.TRAINER: Recipe("finetune-trainer", "trainer-image/Dockerfile", ("COMPILER=",), needs_gb=30),
 }
 
 
@@ -78,12 +78,12 @@ class Built:
     layout: Path
 
 
-def build(which: Sequence[Which], step: Step = silent) -> list[Built]:
-    """Build images whose sources have changed. Errors: MissingRequirement (packages, root, disk space), BuildFailed."""
-    wanted = [Which.OPERATOR, Which.TRAINER, Which.S3] if Which.ALL in which else list(dict.fromkeys(which))
+def build(which: Sequence[ImageName], step: Step = silent) -> list[Built]:
+    """Build the images; unchanged layers come from the cache. Errors: MissingRequirement (packages, root, disk space), BuildFailed."""
+    wanted = [ImageName.OPERATOR, ImageName.TRAINER, ImageName.S3] if ImageName.ALL in which else list(dict.fromkeys(which))
     built = []
     for image in wanted:
-        if image is Which.S3:
+        if image is ImageName.S3:
             with step("build localhost/seaweedfs:dev"):
                 built.append(Built(s3_pod.TAG, s3_pod.layout()))
         else:
@@ -115,7 +115,7 @@ def check_disk(recipe: Recipe) -> None:
     if free < recipe.needs_gb:
         raise MissingRequirement(
             f"{recipe.tag} needs {recipe.needs_gb} GB of disk for its first build, {paths.cache()} has {free} GB free: "
-            f"make room, or set XDG_CACHE_HOME to a larger disk"
+            f"free disk space, or set XDG_CACHE_HOME to a folder on a larger disk"
         )
 
 
@@ -126,7 +126,7 @@ def _free_gb() -> int:
 
 @contextlib.contextmanager
 def one_builder() -> Iterator[None]:
-    """Allow one build at a time on the machine; others wait."""
+    """Hold the build lock of the machine, so that builds run one after the other."""
     store().mkdir(parents=True, exist_ok=True)
     with (store() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -134,12 +134,12 @@ def one_builder() -> Iterator[None]:
 
 
 def store() -> Path:
-    """Folder of buildah's layers."""
+    """Folder in which buildah stores layers."""
     return paths.cache() / "buildah"
 
 
 def buildah(*arguments: str | Path, timeout: float | None = None) -> str:
-    """Run buildah with our layer folder. Returns its standard output. Errors: BuildFailed, also after `timeout` seconds."""
+    """Run buildah with the layer folder `store()`. Returns its standard output. Errors: BuildFailed, also after `timeout` seconds."""
     command = ["buildah", *_storage(), *(str(a) for a in arguments)]
     return _run(command, f"buildah {arguments[0]}", timeout)
 
@@ -149,7 +149,7 @@ def _storage() -> list[str]:
 
 
 def _run(command: list[str], what: str, timeout: float | None = None) -> str:
-    # Not /tmp: buildah stages gigabytes there.
+    # Not /tmp, which may be small: buildah writes gigabytes of temporary files.
     scratch = store() / "tmp"
     scratch.mkdir(parents=True, exist_ok=True)
     env = {**os.environ, "TMPDIR": str(scratch)}
@@ -166,7 +166,7 @@ def _run(command: list[str], what: str, timeout: float | None = None) -> str:
 
 
 def ensure_base(step: Step = silent) -> str:
-    """Name of the base image: the public one if it can be pulled, else a Debian that debootstrap creates once."""
+    """Return the name of the base image: the public image if it can be pulled, else an image that debootstrap creates once."""
     images = json.loads(buildah("images", "--json") or "[]") or []
     known = {name for image in images for name in image.get("names") or []}
     for name in (PUBLIC_BASE, LOCAL_BASE):
@@ -211,7 +211,7 @@ def _run_build(recipe: Recipe, context: Path, base: str) -> None:
 
 
 def _ca_secret() -> list[str]:
-    """The certificates that this machine trusts, as a build secret: a proxy may re-sign TLS connections."""
+    """Pass the CA certificates of this machine as a build secret. Downloads need them behind a proxy that re-signs TLS connections."""
     named = [Path(os.environ[name]) for name in CA_FILES if os.environ.get(name)]
     for path in [*named, DEBIAN_CA]:
         if path.is_file():
@@ -220,14 +220,14 @@ def _ca_secret() -> list[str]:
 
 
 def _uv_cache() -> list[str]:
-    """Mount the user's uv cache, so that a first build downloads no package again."""
+    """Mount the user's uv cache, so that a build does not download cached packages again."""
     path = Path(os.environ.get("UV_CACHE_DIR") or Path.home() / ".cache" / "uv")
     path.mkdir(parents=True, exist_ok=True)
     return ["--volume", f"{path}:/root/.cache/uv"]
 
 
 def _export(recipe: Recipe) -> None:
-    """Export the image to its layout. Existing blobs are not written again, blobs of older images are removed."""
+    """Export the image to its layout. skopeo skips existing blobs; blobs of older images are removed afterwards."""
     recipe.layout.parent.mkdir(parents=True, exist_ok=True)
     (recipe.layout / "index.json").unlink(missing_ok=True)
     source = f"containers-storage:[overlay@{store() / 'root'}+{store() / 'run'}]{recipe.tag}"

@@ -1,4 +1,4 @@
-"""Names, addresses and folders of a cluster with nodes, as seen from outside and inside its namespaces."""
+"""Names, addresses and folders of a cluster with nodes. They are the same outside and inside its namespaces."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from localcluster import paths
 from localcluster.errors import MissingRequirement
 
 HOST_LINK = "ftlc0"
-"""The machine's end of the veth pair that connects it with the cluster."""
+"""Network device of the veth pair that connects this machine with the cluster: the end on the machine."""
 CGROUP = "finetune-localcluster"
-"""Parent of all containers' cgroups. Its name is fixed: there is one cluster with nodes per machine."""
+"""Parent cgroup of all containers. The name is fixed, because only one cluster with nodes can run per machine."""
 API_PORT = 6443
 S3_NODE_PORT = 30333
 BLOCKS = [f"10.{n}" for n in range(201, 240)] + [f"172.{n}" for n in range(20, 32)] + ["198.18", "198.19"]
-"""/16 blocks for nodes and pods, in the order in which they are tried: private ones, then those reserved for network tests (RFC 2544)."""
+"""/16 blocks for nodes and pods, in the order of preference: private blocks, then the blocks reserved for network tests (RFC 2544)."""
 MAX_DEFAULT_PREFIX = 4
-"""A route with a prefix of at most so many bits counts as a default route: VPNs set 0.0.0.0/1 and 128.0.0.0/1."""
+"""A route whose prefix has at most this many bits counts as a default route: VPNs set 0.0.0.0/1 and 128.0.0.0/1."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One node. `folder` holds its kubelet's files, `store` its images, which are kept for the next cluster on this machine."""
+    """One node. `folder` holds the kubelet's files. `store` holds the images and is kept for the next cluster on this machine."""
 
     name: str
     number: int
@@ -53,7 +53,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Plan:
-    """A cluster with nodes and the state folder `folder`. All its addresses are in the /16 `block`, for example `10.201`."""
+    """Names, folders and addresses of a cluster with `count` nodes. `folder` holds its state; all addresses are in the /16 `block`, for example `10.201`."""
 
     folder: Path
     block: str
@@ -93,12 +93,12 @@ class Plan:
 
 
 def node_stores() -> Path:
-    """Folder of the nodes' images. One cluster at a time uses them, whatever its state folder is."""
+    """Folder of the nodes' images. All state folders share it; only one cluster at a time uses it."""
     return paths.cache() / "nodes"
 
 
-def free_block() -> str:
-    """The first two numbers of a /16 in which this machine has no address, and to which it has no route except default routes."""
+def find_free_block() -> str:
+    """Return the first two numbers of an unused /16 block: this machine has no address in it and no route to it, except default routes."""
     command = ["ip", "-j", "-4", "route", "show", "table", "all"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True)
     taken = [

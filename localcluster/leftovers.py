@@ -1,4 +1,4 @@
-"""Find the processes, namespaces, mounts, links and cgroups of a cluster. After its end there must be none."""
+"""Find the processes, namespaces, mounts, network links and cgroups of a cluster. After the cluster has ended, none may be left."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 from localcluster import cgroups, processes
 from localcluster.layout import HOST_LINK
-from localcluster.machine import inner_pid
+from localcluster.machine import pid_in_namespace
 
 KINDS = ("net", "mnt", "pid")
 
 
 @dataclass(frozen=True)
 class Leftovers:
-    """What was found, by name."""
+    """Names of the leftovers, by kind."""
 
     processes: tuple[str, ...]
     namespaces: tuple[str, ...]
@@ -29,18 +29,18 @@ NOTHING = Leftovers((), (), (), (), ())
 
 
 def namespaces_of(state_dir: Path) -> frozenset[str]:
-    """The namespaces of a running cluster's processes, without those of this process."""
+    """List the namespaces of a running cluster's processes, except the namespaces of this process."""
     found = set()
     for pid in processes.owned_by(state_dir):
-        if inner_pid(pid) is not None:
+        if pid_in_namespace(pid) is not None:
             found.update(_namespaces(pid))
     return frozenset(found - _namespaces(os.getpid()))
 
 
 def find(state_dir: Path, namespaces: frozenset[str] = frozenset()) -> Leftovers:
-    """Find what belongs to the cluster in `state_dir`, whose namespaces were `namespaces` while it ran.
+    """Find everything that belongs to the cluster in `state_dir`; `namespaces` are the cluster's namespaces, listed while it ran.
 
-    A process belongs to it if the cluster has started it or if it is in one of these namespaces, as are the processes of containers.
+    A process belongs to the cluster if the cluster has started it, or if it is in one of `namespaces` (processes of containers).
     """
     mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     pids = [int(p.name) for p in Path("/proc").iterdir() if p.name.isdigit() and processes.start_time(int(p.name))]
@@ -58,7 +58,7 @@ def find(state_dir: Path, namespaces: frozenset[str] = frozenset()) -> Leftovers
 def _namespaces(pid: int) -> set[str]:
     found = set()
     for kind in KINDS:
-        with contextlib.suppress(OSError):  # it has ended or is a zombie
+        with contextlib.suppress(OSError):  # the process has ended or is a zombie
             found.add(str(Path(f"/proc/{pid}/ns/{kind}").readlink()))
     return found
 

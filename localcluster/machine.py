@@ -1,7 +1,8 @@
 """Create, use and remove the namespaces of a cluster with nodes, from outside.
 
-There is one such cluster per machine, because its cgroups and its veth pair have fixed names. The holder of the lock owns them. The
-kernel releases the lock with the cluster's last process; cgroups and links that still exist then can be removed.
+Only one such cluster can run per machine, because its cgroups and its veth pair have fixed names. A file lock protects them: the
+cluster's processes hold the lock, and the kernel releases it when the last of them ends. After that, any remaining cgroups and
+links are leftovers and can be removed.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 class Machine:
-    """The namespaces of the cluster in `folder`, which this or an earlier program has started."""
+    """The namespaces of the cluster in `folder`, which this program or an earlier program has started."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def start(self, plan: Plan, lifetime: Lifetime) -> Server:
-        """Create the namespaces, the nodes' networks and the veth pair to this machine. `start_component` starts the components."""
+        """Create the namespaces, the nodes' networks and the veth pair to this machine. Components are not started yet."""
         lock = take_lock(self.folder)
         with lock:
             clean_machine()
@@ -57,7 +58,7 @@ class Machine:
         run("nsenter", "-t", str(self.pid()), "-n", "ip", "link", "set", "host", "master", "lan0", "up")
 
     def is_responding(self) -> bool:
-        """Whether the first process inside answers requests."""
+        """Whether the first process inside the namespaces answers requests."""
         try:
             namespace_init.send_request(self.folder, "states")
         except OSError:
@@ -65,7 +66,7 @@ class Machine:
         return True
 
     def request(self, method: str, **arguments: Any) -> Any:
-        """Send a request to the first process inside. Errors: NotRunning if there is none, StartFailed if the request fails."""
+        """Send a request to the first process inside the namespaces. Errors: NotRunning if it does not run, StartFailed if the request fails."""
         try:
             return namespace_init.send_request(self.folder, method, **arguments)
         except OSError:
@@ -74,18 +75,18 @@ class Machine:
             raise StartFailed(str(error)) from None
 
     def start_component(self, name: str, node: Node, argv: list[str]) -> None:
-        """Start a component on a node, with its output in the cluster's logs."""
+        """Start a component on a node. Its output goes to the cluster's log folder."""
         log = self.folder / "logs" / f"{name}.log"
         self.request("start", name=name, node=node.name, argv=argv, log=str(log))
 
     def check(self) -> None:
-        """Raise StartFailed with the end of its log if a component has ended."""
+        """Raise StartFailed if a component has exited; the message contains the end of its log."""
         for name, code in self.request("states").items():
             if code is not None:
                 raise StartFailed(f"{name} ended with {code}: {processes.tail(self.folder / 'logs' / f'{name}.log')}")
 
     def is_running(self, names: Sequence[str]) -> bool:
-        """Whether the namespaces exist and these components run in them."""
+        """Whether the namespaces exist and all components in `names` are running."""
         try:
             states = namespace_init.send_request(self.folder, "states")
         except OSError:
@@ -93,40 +94,40 @@ class Machine:
         return all(name in states and states[name] is None for name in names)
 
     def pid(self, node: str | None = None) -> int:
-        """Pid, on this machine, of a process in a node's namespaces; without `node`, of the first process inside."""
+        """Return the pid, as seen on this machine, of a process in a node's namespaces; without `node`, of the cluster's first process."""
         number = 1 if node is None else self.request("holder", node=node)
         for pid in processes.owned_by(self.folder):
-            if inner_pid(pid) == number:
+            if pid_in_namespace(pid) == number:
                 return pid
         raise not_running(self.folder)
 
     def kill_shims(self, node: str) -> None:
-        """Kill containerd's shims of a node, which keep its containers alive without containerd."""
+        """Kill the containerd shims of a node. Otherwise containers would keep running after containerd was killed."""
         mounts = Path(f"/proc/{self.pid(node)}/ns/mnt").readlink()
         for pid in processes.owned_by(self.folder):
-            with contextlib.suppress(OSError):  # it has ended
+            with contextlib.suppress(OSError):  # the process has ended
                 shim = Path(f"/proc/{pid}/comm").read_text().startswith("containerd-shim")
                 if shim and Path(f"/proc/{pid}/ns/mnt").readlink() == mounts:
                     os.kill(pid, signal.SIGKILL)
 
     def end(self) -> None:
-        """End all processes inside, and remove the veth pair and the cgroups if they belong to this cluster."""
+        """Kill all processes of the cluster. Remove the veth pair and the cgroups unless another cluster is using them."""
         processes.end_all(self.folder)
         try:
             lock = take_lock(self.folder)
         except ClusterBusy:
-            return  # another cluster is running: links and cgroups belong to it
+            return  # another cluster is running and owns the link and the cgroups
         with lock:
             clean_machine()
 
 
 def not_running(folder: Path) -> NotRunning:
-    """The error for a command that needs a running cluster with nodes."""
+    """Create the error for a command that needs a running cluster with nodes."""
     return NotRunning(f"no cluster with nodes is running in {folder}: run `localcluster up --mode node`")
 
 
-def inner_pid(pid: int) -> int | None:
-    """Pid of a process inside its own PID namespace; None if it is in ours or has ended."""
+def pid_in_namespace(pid: int) -> int | None:
+    """Return the pid of a process inside its PID namespace; None if it is in the PID namespace of this program or has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
@@ -136,10 +137,10 @@ def inner_pid(pid: int) -> int | None:
 
 
 def take_lock(folder: Path) -> TextIO:
-    """Take the machine's lock. Errors: ClusterBusy, with the state folder of the other cluster that holds it.
+    """Take the machine's lock. Errors: ClusterBusy with the other cluster's state folder, if another cluster holds the lock.
 
-    If this folder's cluster holds it, wait: the caller has killed its processes. While a process ends, its owner can no longer be read,
-    because the kernel frees its environment before it closes its files.
+    If the cluster in `folder` holds the lock, wait: the caller has killed its processes, but they may still be exiting. Such a process
+    cannot be found by its owner, because the kernel frees the environment of an exiting process before it closes the lock file.
     """
     lock = LOCK.open("a+")
     try:
@@ -169,17 +170,17 @@ def _try_lock(lock: TextIO, folder: Path) -> bool:
 
 
 def clean_machine() -> None:
-    """Remove the veth pair and the cgroups. Only the holder of the lock may do that."""
+    """Remove the veth pair and the cgroups. The caller must hold the machine's lock."""
     link = Path(f"/sys/class/net/{HOST_LINK}")
     if link.exists():
-        # The kernel may be removing it at the same time, with the namespace of its other end.
+        # The kernel may remove the link at the same time, together with the namespace of its other end: ignore errors.
         subprocess.run(["ip", "link", "del", HOST_LINK], capture_output=True)
         processes.wait_until(f"the end of {HOST_LINK}", lambda: not link.exists(), servers=[], timeout=10)
     cgroups.remove()
 
 
 def run(*argv: str) -> None:
-    """Run a command. Errors: StartFailed with its error message."""
+    """Run a command. Errors: StartFailed with the command's error output."""
     done = subprocess.run(argv, capture_output=True, text=True)
     if done.returncode != 0:
         raise StartFailed(f"`{' '.join(argv)}` failed: {done.stderr.strip()}")

@@ -1,7 +1,7 @@
 """The first process (PID 1) inside a cluster's PID, mount and network namespaces.
 
-It sets up the nodes' networks, gives each node its own /run and /var/lib/kubelet, starts and signals components on request over a
-socket, and reaps orphans. When it ends, the kernel kills all processes of the PID namespace and removes their mounts and links.
+It sets up the nodes' networks and gives each node a private /run and /var/lib/kubelet. It starts and signals components on request
+over a socket, and reaps orphans. When it ends, the kernel kills all processes of the PID namespace and removes their mounts and links.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ CONTROL = "control.sock"
 _CLONE_NEWNS, _CLONE_NEWNET = 0x00020000, 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 PRIVATE = ("/run", "/var/log", "/var/lib/cni", "/var/lib/kubelet")
-"""Folders whose paths are fixed in the components: each node has its own, on tmpfs."""
+"""Folders whose paths are hard-coded in the components. Each node gets private ones on tmpfs."""
 SYSCTLS = {"vm/overcommit_memory": "1", "kernel/panic": "10", "kernel/panic_on_oops": "1"}
-"""Sysctls that the kubelet sets for the whole machine: it writes to files that are mounted over them instead."""
+"""Sysctls that the kubelet would change for the whole machine. Plain files are mounted over them, so that the machine keeps its values."""
 
 
 def call(*argv: str) -> None:
-    """Run a command of the setup. Its failure ends this process."""
+    """Run a setup command. If it fails, this process ends."""
     subprocess.run(argv, check=True)
 
 
 def mount_private(folder: Path, dns: str) -> None:
-    """Mount the node's own folders, sysctl files, and a resolv.conf with only the cluster's DNS."""
+    """Mount the node's private folders, the files that replace sysctls, and a resolv.conf with only the cluster's DNS server."""
     for path in PRIVATE:
         Path(path).mkdir(parents=True, exist_ok=True)
         call("mount", "-t", "tmpfs", "tmpfs", path)
@@ -61,7 +61,7 @@ def write_sysctl(name: str, value: str) -> None:
 
 
 def set_up_first_node(plan: Plan) -> None:
-    """Create the bridge that connects all nodes and the machine, with the first node's address."""
+    """Create the bridge that connects all nodes and this machine, and give it the first node's address."""
     first = plan.nodes[0]
     call("ip", "link", "set", "lo", "up")
     call("ip", "link", "add", "lan0", "type", "bridge")
@@ -76,12 +76,12 @@ def finish_network(device: str) -> None:
     """Enable forwarding, and route service addresses from the node's own processes to `device`."""
     call("ip", "route", "add", SERVICE_CIDR, "dev", device)
     write_sysctl("net/ipv4/ip_forward", "1")
-    with contextlib.suppress(FileNotFoundError):  # kernel without bridge filtering: services work only between nodes
+    with contextlib.suppress(FileNotFoundError):  # without bridge filtering, a pod cannot reach a service backend on its own node
         write_sysctl("net/bridge/bridge-nf-call-iptables", "1")
 
 
 def set_up_other_node(node: Node, plan: Plan) -> None:
-    """Set up another node, from inside its own namespaces, after its veth device exists."""
+    """Set up a node other than the first one, from inside its namespaces, after its veth device was created."""
     call("ip", "link", "set", "lo", "up")
     call("ip", "addr", "add", f"{node.address}/24", "dev", "eth0")
     call("ip", "link", "set", "eth0", "up")
@@ -93,7 +93,7 @@ def set_up_other_node(node: Node, plan: Plan) -> None:
 
 
 def fork_node(node: Node, plan: Plan) -> int:
-    """Start a process that keeps another node's network and mount namespaces alive. Returns its pid."""
+    """Start a process that keeps the network and mount namespaces of a further node alive. Returns its pid."""
     created_read, created_write = os.pipe()
     connected_read, connected_write = os.pipe()
     ready_read, ready_write = os.pipe()
@@ -129,7 +129,7 @@ def unshare(flags: int) -> None:
 
 
 def enter(pid: int) -> None:
-    """Join the mount and network namespaces of `pid`. To be called between fork and exec."""
+    """Join the mount and network namespaces of `pid`. Called between fork and exec."""
     for kind in ("mnt", "net"):
         handle = os.open(f"/proc/{pid}/ns/{kind}", os.O_RDONLY)
         if _libc.setns(handle, 0) != 0:
@@ -147,14 +147,14 @@ class Component:
 
 @dataclass
 class ComponentManager:
-    """Handles the requests of the socket: its public methods, except `reap` and `handle`."""
+    """Handles the requests on the socket. Every public method except `reap` and `handle` can be requested."""
 
     plan: Plan
     holders: dict[str, int]
     components: dict[str, Component] = field(default_factory=dict)
 
     def start(self, name: str, node: str, argv: list[str], log: str) -> int:
-        """Start a component on a node, unless one of that name is running. Returns its pid."""
+        """Start a component on a node. Returns its pid. Errors: ValueError if a component of this name is running."""
         current = self.components.get(name)
         if current and current.exit_code is None:
             raise ValueError(f"{name} is running")
@@ -164,7 +164,7 @@ class ComponentManager:
                 argv, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
                 preexec_fn=(lambda: enter(holder)) if holder else None,
             )
-        process.returncode = 0  # so that Popen does not wait: `reap` does
+        process.returncode = 0  # so that Popen does not wait for the process: `reap` collects its exit code
         self.components[name] = Component(process.pid)
         return process.pid
 
@@ -175,11 +175,11 @@ class ComponentManager:
             os.kill(component.pid, number)
 
     def holder(self, node: str) -> int:
-        """Pid of a process in the node's namespaces, inside the PID namespace."""
+        """Return the pid of a process that is in the node's namespaces, as seen inside the PID namespace."""
         return self.holders.get(node, 1)
 
     def states(self) -> dict[str, int | None]:
-        """Exit codes by component; None: it is running."""
+        """Return the exit code of each component; None while the component runs."""
         return {name: component.exit_code for name, component in self.components.items()}
 
     def reap(self) -> None:
@@ -202,7 +202,7 @@ class ComponentManager:
 
 
 def serve(manager: ComponentManager) -> None:
-    """Serve one request per connection, and reap ended processes, for ever."""
+    """Serve one request per connection and reap ended processes, until this process is killed."""
     wake_read, wake_write = socket.socketpair()
     wake_write.setblocking(False)
     signal.set_wakeup_fd(wake_write.fileno())
@@ -231,7 +231,7 @@ def serve_one(listener: socket.socket, manager: ComponentManager) -> None:
 
 @contextlib.contextmanager
 def short_path(folder: Path, name: str) -> Iterator[str]:
-    """A path to a socket in `folder` of less than 108 characters (the kernel's limit), even if the folder's path is longer."""
+    """Yield a path to a socket in `folder` that is shorter than the kernel's limit of 108 characters, even if the folder's path is longer."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         yield f"/proc/self/fd/{handle}/{name}"
@@ -250,7 +250,7 @@ def listen(folder: Path) -> socket.socket:
 
 
 def send_request(folder: Path, method: str, **arguments: Any) -> Any:
-    """Call a method of the cluster in `folder`, from outside. Errors: OSError without a cluster, RuntimeError with its error message."""
+    """Call a ComponentManager method of the cluster in `folder`, from outside. Errors: OSError if no cluster runs, RuntimeError if the method fails."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(20)
         with short_path(folder, CONTROL) as path:

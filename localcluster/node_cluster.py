@@ -1,6 +1,6 @@
 """A complete Kubernetes cluster with one or more nodes that run real containers, and S3 in a pod: for the demo and the e2e tests.
 
-It runs in its own namespaces: when their first process ends, the kernel ends all other processes.
+The cluster runs in its own namespaces. When their first process ends, the kernel kills all other processes in them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from localcluster.components import ControlPlaneAddresses, User
 from localcluster.control_plane import NODE_MODE as MODE
 from localcluster.control_plane import PLAN, PROCESSES, STATE, locked, prepare, read_endpoint, wait_for_api, write_state
 from localcluster.errors import ClusterDiffers, ImageNotFound, NotRunning
-from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, free_block, node_stores
+from localcluster.layout import API_PORT, S3_NODE_PORT, Node, Plan, find_free_block, node_stores
 from localcluster.machine import Machine, not_running, take_lock
 from localcluster.oci import Image, manifest_of, write_layout
 from localcluster.processes import Lifetime, Server
@@ -32,13 +32,13 @@ from localcluster.store import Containerd
 
 GPU = "nvidia.com/gpu"
 NODE_GRACE_SECONDS = 16
-"""A node without heartbeat for this time becomes NotReady; production clusters wait 50 s."""
+"""Time after which a node without heartbeat becomes NotReady. The upstream default is 50 s."""
 LEASE_SECONDS = 8
 
 
 @dataclass(frozen=True)
 class Options:
-    """Number of nodes, and of GPUs that each node reports for scheduling. No GPU is real."""
+    """Number of nodes, and number of simulated GPUs that each node reports to the scheduler."""
 
     nodes: int = 1
     gpus: int = 0
@@ -47,9 +47,10 @@ class Options:
 class NodeCluster:
     """API server, controllers, scheduler, DNS, S3, and `nodes` nodes with containerd below `state_dir`.
 
-    A context manager, which ends only a cluster that it has started, or `up()` and `down()`. With the default lifetime the cluster ends
-    with the thread that started it, even after kill -9. Errors: MissingRequirement (root, packages, kernel, Go), ClusterBusy (another
-    one is running on this machine), ClusterDiffers (it is running with another number of nodes), StartFailed.
+    Use it as a context manager, or call `up()` and `down()`. The context manager does not stop a cluster that was running before. With
+    the default lifetime, the kernel kills the cluster when the thread that started it ends, even by `kill -9`. Errors:
+    MissingRequirement (root, packages, kernel, Go), ClusterBusy (another cluster is running on this machine), ClusterDiffers (this
+    cluster is running with another number of nodes), StartFailed.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class NodeCluster:
         self._started = False
 
     def up(self) -> NodeCluster:
-        """Start it, unless it is running in this folder. When this returns, nodes, DNS and S3 work."""
+        """Start the cluster unless it is running in this folder. Returns when nodes, DNS and S3 work."""
         with locked(self.state_dir):
             if not self._is_running():
                 requirements.check_node()
@@ -95,7 +96,7 @@ class NodeCluster:
     def _start(self, programs: dict[str, Path]) -> None:
         with self._step("create the network"):
             self._clean()
-            plan = Plan(self.state_dir, free_block(), self.options.nodes)
+            plan = Plan(self.state_dir, find_free_block(), self.options.nodes)
             server = self._machine.start(plan, self._lifetime)
         with self._step("start containerd and the control plane"):
             endpoint = self._start_control_plane(plan, programs[build.KUBE], server)
@@ -104,7 +105,7 @@ class NodeCluster:
         access_key, secret_key = new_keys()
         with self._step(f"start {plan.count} node(s)"):
             self._start_nodes(plan, programs, endpoint)
-            # On the first node, so that S3 stays available when a test ends another node.
+            # On the first node, so that S3 stays available when a test stops another node.
             s3_pod.apply(endpoint, access_key, secret_key, node=plan.nodes[0].name)
             self._wait("the nodes", lambda: len(ready_nodes(endpoint)) == plan.count)
         with self._step("start S3"):
@@ -114,30 +115,31 @@ class NodeCluster:
 
     def _start_control_plane(self, plan: Plan, kube: Path, server: Server) -> Endpoint:
         first = plan.nodes[0]
-        at = ControlPlaneAddresses("0.0.0.0", plan.api_address, API_PORT, 2379, 2380)  # noqa: S104 - in its own namespace
+        addresses = ControlPlaneAddresses("0.0.0.0", plan.api_address, API_PORT, 2379, 2380)  # noqa: S104 - in its own namespace
         users = [User(secrets.token_hex(20), f"system:node:{node.name}", "system:nodes") for node in plan.nodes]
-        token = prepare(self.state_dir, kube, at, users)
-        self._machine.start_component("etcd", first, components.etcd(kube, self.state_dir, at))
-        self._machine.start_component("kube-apiserver", first, components.api_server(kube, self.state_dir, at))
+        token = prepare(self.state_dir, kube, addresses, users)
+        self._machine.start_component("etcd", first, components.etcd(kube, self.state_dir, addresses))
+        self._machine.start_component("kube-apiserver", first, components.api_server(kube, self.state_dir, addresses))
         for node in plan.nodes:
             self._start_containerd(node)
-        endpoint = wait_for_api(self.state_dir, at, token, [server])
+        endpoint = wait_for_api(self.state_dir, addresses, token, [server])
         for node, user in zip(plan.nodes, users, strict=True):
-            own = node.folder / "kubeconfig"
-            own.touch(mode=0o600)
-            own.write_text(components.kubeconfig(at.server, user.token, endpoint.ca.read_bytes()))
+            node_kubeconfig = node.folder / "kubeconfig"
+            node_kubeconfig.touch(mode=0o600)
+            node_kubeconfig.write_text(components.kubeconfig(addresses.server, user.token, endpoint.ca.read_bytes()))
         controllers = components.controller_manager(kube, self.state_dir, node_grace_seconds=NODE_GRACE_SECONDS)
         self._machine.start_component("kube-controller-manager", first, controllers)
         self._machine.start_component("kube-scheduler", first, components.scheduler(kube, self.state_dir))
         return endpoint
 
     def _start_containerd(self, node: Node) -> None:
-        """Start containerd. Containers of an earlier cluster are first removed from the store, before the kubelet sees them."""
+        """Start containerd. Before that, remove the containers of an earlier cluster from the store: the kubelet must not see them."""
         has_old_store = node.store.exists()
         containerd.write(node)
         name = f"containerd-{node.name}"
         if has_old_store:
-            self._machine.start_component(name, node, ["containerd", "-c", str(node.folder / "sweep.toml")])
+            without_cri = node.folder / "containerd-without-cri.toml"
+            self._machine.start_component(name, node, ["containerd", "-c", str(without_cri)])
             self._wait(name, self.containerd(node).is_responding)
             self.containerd(node).remove_containers()
             self._kill(name)
@@ -185,13 +187,13 @@ class NodeCluster:
         processes.wait_until(what, is_ready, servers=[], timeout=60)
 
     def down(self) -> None:
-        """End the cluster. The nodes' images are kept for the next one; `purge` removes them, too."""
+        """Stop the cluster. The nodes' images are kept for the next cluster."""
         with locked(self.state_dir):
             self._machine.end()
             self._clean()
 
     def purge(self) -> None:
-        """End the cluster, and remove its state folder and the nodes' images."""
+        """Stop the cluster, and remove its state folder and the nodes' images."""
         self.down()
         with take_lock(self.state_dir):
             shutil.rmtree(node_stores(), ignore_errors=True)
@@ -242,9 +244,9 @@ class NodeCluster:
         return Containerd(f"/proc/{self._machine.pid(node.name)}/root{node.socket}", node.store)
 
     def load_image(self, image: Path | str, *, nodes: Sequence[str] | None = None) -> str:
-        """Load an image into these nodes, by default all: a folder with an OCI layout, or the tag of an image that was built here.
+        """Load an image into `nodes`, by default into all nodes. Returns the image's name. Errors: ImageNotFound.
 
-        Returns the image's name. Errors: ImageNotFound.
+        `image` is a folder with an OCI layout, or the tag of an image from `localcluster images build`.
         """
         layout = image if isinstance(image, Path) else find_layout(image)
         name, _ = manifest_of(layout)
@@ -255,17 +257,17 @@ class NodeCluster:
         return name
 
     def kubectl(self, *arguments: str, check: bool = True, stdin: str | None = None) -> str:
-        """Run kubectl on this cluster. Returns its standard output. Errors: CalledProcessError with stderr."""
+        """Run kubectl on this cluster. Returns its standard output. Errors: CalledProcessError with the standard error output."""
         command = [str(build.ensure(build.KUBE)), "kubectl", "--kubeconfig", str(self.kubeconfig), *arguments]
         return subprocess.run(command, check=check, capture_output=True, text=True, input=stdin).stdout
 
-    def stop_node(self, name: str) -> None:
-        """End a node's kubelet: the node becomes NotReady, its containers go on."""
+    def stop_kubelet(self, name: str) -> None:
+        """Kill a node's kubelet: the node becomes NotReady, its containers keep running."""
         self._kill(f"kubelet-{self._node(name).name}")
 
     def power_off(self, name: str) -> None:
-        """End a node's kubelet, containerd and all containers at once."""
-        self.stop_node(name)
+        """Kill a node's kubelet, containerd and all containers, as a power cut would."""
+        self.stop_kubelet(name)
         self._kill(f"containerd-{name}")
         self._machine.kill_shims(name)
         cgroups.kill(name)
@@ -275,7 +277,7 @@ class NodeCluster:
         processes.wait_until(f"the end of {component}", lambda: self._has_ended(component), servers=[], timeout=10)
 
     def start_node(self, name: str) -> None:
-        """Start the components that `stop_node` or `power_off` ended, and wait until the node is Ready."""
+        """Start the components that `stop_kubelet` or `power_off` killed, and wait until the node is Ready."""
         node = self._node(name)
         started_at = datetime.now(UTC)
         if self._has_ended(f"containerd-{name}"):
@@ -296,11 +298,11 @@ class NodeCluster:
             raise NotRunning(f"there is no node {name}: the nodes are {names}") from None
 
     def _set_gpus(self) -> None:
-        """Set the nodes' GPU capacity. The kubelet keeps extended resources that it does not manage."""
+        """Set the nodes' GPU capacity. The kubelet does not change extended resources that no device plugin manages."""
         if self.options.gpus:
             for node in self.plan.nodes:
-                where = f"/status/capacity/{GPU.replace('/', '~1')}"
-                patch = [{"op": "add", "path": where, "value": str(self.options.gpus)}]
+                json_pointer = f"/status/capacity/{GPU.replace('/', '~1')}"
+                patch = [{"op": "add", "path": json_pointer, "value": str(self.options.gpus)}]
                 path = f"/api/v1/nodes/{node.name}/status"
                 self.endpoint.request("PATCH", path, patch, content_type="application/json-patch+json")
 
@@ -311,7 +313,7 @@ def s3_endpoint(plan: Plan, access_key: str, secret_key: str) -> S3Endpoint:
 
 
 def ready_nodes(endpoint: Endpoint, *, since: datetime | None = None) -> list[str]:
-    """Names of the nodes that are Ready; with `since`, only of those whose kubelet has sent a heartbeat after it."""
+    """List the names of the Ready nodes; with `since`, only of nodes whose kubelet has sent a heartbeat after this time."""
     try:
         nodes = endpoint.get("/api/v1/nodes")["items"]
         leases = endpoint.get("/apis/coordination.k8s.io/v1/namespaces/kube-node-lease/leases")["items"]
@@ -331,7 +333,7 @@ def ready_nodes(endpoint: Endpoint, *, since: datetime | None = None) -> list[st
 
 
 def find_layout(tag: str) -> Path:
-    """The OCI layout of an image that was built here. Errors: ImageNotFound."""
+    """Return the OCI layout of an image from `localcluster images build`. Errors: ImageNotFound."""
     for layout in sorted((paths.cache() / "images").glob("*/index.json")):
         with contextlib.suppress(ImageNotFound):
             manifest_of(layout.parent, tag)

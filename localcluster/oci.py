@@ -1,4 +1,4 @@
-"""Write small OCI image layouts from a few files without an image builder, for statically linked programs."""
+"""Write OCI image layouts of statically linked programs, without an image builder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Image:
 
 
 def write_layout(folder: Path, image: Image) -> Path:
-    """Write `image` as an uncompressed, reproducible OCI layout, unless it exists. Returns `folder`."""
+    """Write `image` as an uncompressed, reproducible OCI layout into `folder`, unless the layout exists. Returns `folder`."""
     if (folder / "index.json").exists():
         return folder
     unfinished = folder.with_name(folder.name + ".unfinished")
@@ -58,9 +58,9 @@ def write_layout(folder: Path, image: Image) -> Path:
 
 
 def manifest_of(layout: Path, tag: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Tag and index entry of the image `tag` in a layout; without `tag`, of the newest image.
+    """Return tag and index entry of the image `tag` in a layout; without `tag`, of the newest image.
 
-    Errors: ImageNotFound if the folder is no layout or has no such image.
+    Errors: ImageNotFound if the folder is not a layout or does not contain the image.
     """
     try:
         entries = json.loads((layout / "index.json").read_text())["manifests"]

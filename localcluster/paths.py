@@ -1,4 +1,4 @@
-"""Folders outside the checkout, so that a fresh clone finds the files of an older one."""
+"""Folders outside the checkout, so that all clones on a machine share cached files."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Find free ports on the loopback.
 
-They are below the range of ephemeral ports, so that the kernel gives none of them to an outgoing connection between the check here and
-the server's bind. Two programs may still choose the same port: on `address already in use`, the caller must choose again.
+The ports are below the range of ephemeral ports. Otherwise the kernel could give a port to an outgoing connection between the check
+here and the server's bind. Two programs may still choose the same port: on `address already in use`, the caller must choose again.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Start processes, find them again, and end them with all their children.
 
-There are no pid files, which are wrong after a reboot and may be missing after a `kill -9`. Instead, each process has its owner (a state
-folder) in its environment, its children inherit it, and the processes are found in `/proc`.
+There are no pid files, because they are wrong after a reboot and may be missing after a `kill -9`. Instead, the environment of each
+process names its owner (a state folder). Child processes inherit the variable, and `/proc` is searched for it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Condition = Callable[[], bool]
 
 
 class Lifetime(Enum):
-    """How long a server runs unless it is stopped."""
+    """When a server ends if nothing stops it earlier."""
 
     PARENT = "parent"
-    """Until the thread that started it ends, even after `kill -9`: for tests and programs."""
+    """When the thread that started the server ends, even by `kill -9`: for tests and programs."""
     DETACHED = "detached"
-    """Until it is stopped: for `localcluster up`."""
+    """Never: for `localcluster up`."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,10 @@ class Server:
     log: Path
 
     def check(self) -> None:
-        """Raise StartFailed with the end of the log if it has ended."""
+        """Raise StartFailed with the end of the log if the process has ended."""
         code = self.process.poll()
         if code is not None:
-            raise StartFailed(f"{self.name} ended with {code} while starting: {tail(self.log)}")
+            raise StartFailed(f"{self.name} exited with {code} while starting: {tail(self.log)}")
 
 
 def spawn(
@@ -84,7 +84,7 @@ def tail(log: Path, lines: int = 3) -> str:
 
 
 def owned_by(owner: Path) -> list[int]:
-    """Pids of all live processes of `owner`, including children, without this process."""
+    """List the pids of all live processes of `owner`, including their children, except this process."""
     marker = f"{OWNER}={owner}".encode()
     found = []
     for entry in Path("/proc").iterdir():
@@ -94,12 +94,12 @@ def owned_by(owner: Path) -> list[int]:
             if marker in (entry / "environ").read_bytes().split(b"\0") and start_time(int(entry.name)) is not None:
                 found.append(int(entry.name))
         except OSError:
-            continue  # it has ended, or belongs to another user
+            continue  # the process has ended or belongs to another user
     return found
 
 
 def start_time(pid: int) -> str | None:
-    """Start time of a process in the kernel's ticks, which distinguishes processes with the same pid; None if it is dead."""
+    """Return the start time of a process in clock ticks, or None if it has ended. The time distinguishes processes that got the same pid."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -108,9 +108,9 @@ def start_time(pid: int) -> str | None:
 
 
 def end_all(owner: Path, timeout: float = 20.0) -> int:
-    """Kill all processes of `owner` and wait for their end. Returns their number.
+    """Kill all processes of `owner` and wait until they have ended. Returns their number.
 
-    The first process of a PID namespace ends only after all others in it.
+    The first process of a PID namespace ends only after all other processes in the namespace.
     """
     seen: dict[int, str] = {}
     deadline = time.monotonic() + timeout

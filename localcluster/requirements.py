@@ -1,4 +1,4 @@
-"""Check what a cluster with nodes needs from the machine before any process starts. Each error is one line."""
+"""Check the requirements of a cluster with nodes on the machine, before any process starts. Each error is one line."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ IMAGE_PACKAGES = {"buildah": "buildah", "skopeo": "skopeo", "debootstrap": "debo
 
 
 def find(program: str) -> str | None:
-    """Path of a program, also searched in /usr/sbin and the folder of the CNI plugins."""
+    """Return the path of a program on the PATH, in the sbin folders or in the folder of the CNI plugins; None if it is missing."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/sbin", "/usr/sbin", "/sbin", str(CNI)])
     return shutil.which(program, path=path)
 
 
 def missing_packages(wanted: dict[str, str]) -> list[str]:
-    """Packages whose programs are missing on this machine, each once."""
+    """List the packages whose programs are missing on this machine, without duplicates."""
     return list(dict.fromkeys(package for program, package in wanted.items() if find(program) is None))
 
 
 def check_packages(wanted: dict[str, str]) -> None:
-    """Raise MissingRequirement with the missing packages, if any."""
+    """Raise MissingRequirement, with the names of the packages, if packages are missing."""
     if missing := missing_packages(wanted):
         raise MissingRequirement(
             f"Debian packages are missing: {' '.join(missing)}: run `localcluster packages --install` as root"
@@ -40,7 +40,7 @@ def check_packages(wanted: dict[str, str]) -> None:
 
 
 def check_node() -> None:
-    """Check all that running pods on this machine needs."""
+    """Check every requirement for running pods on this machine."""
     if sys.platform != "linux":
         raise MissingRequirement(f"a cluster with nodes needs Linux, this is {sys.platform}: use kind")
     if os.geteuid() != 0:
@@ -50,7 +50,7 @@ def check_node() -> None:
 
 
 def check_kernel() -> None:
-    """Check namespaces, overlayfs, bridges and packet filtering, by trying them where that is cheap."""
+    """Check that the kernel supports overlayfs, and try to create namespaces, a bridge, a veth pair and an iptables NAT table."""
     if "overlay" not in Path("/proc/filesystems").read_text():
         subprocess.run(["modprobe", "overlay"], capture_output=True)
         if "overlay" not in Path("/proc/filesystems").read_text():
@@ -63,7 +63,7 @@ def check_kernel() -> None:
     if tried.returncode != 0:
         reason = (tried.stderr.strip().splitlines() or ["no message"])[-1]
         raise MissingRequirement(
-            f"the kernel refuses what a node needs (namespaces, bridge, veth, nat by iptables): {reason}"
+            f"the kernel refuses namespaces, bridges, veth pairs or iptables NAT, which a node needs: {reason}"
         )
 
 

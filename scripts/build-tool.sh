@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Build a program from its Go module into the cache. Nothing prebuilt is downloaded, and Go verifies the checksums.
+# Build a program from its Go module into the cache. No prebuilt binary is downloaded, and Go verifies the checksums of the sources.
 # Usage: build-tool.sh PACKAGE VERSION TARGET [LINKER FLAGS]
 set -euo pipefail
 package="$1" version="$2" target="$3" flags="${4:-}"

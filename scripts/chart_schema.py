@@ -1,7 +1,7 @@
-"""The chart's closed values schema: the chart's own keys are written here, the operator's settings come from its models.
+"""Create the JSON schema of the chart's values, which allows no unknown keys.
 
-Each value of the operator's configuration file is defined in one place, `finetune_operator.settings`: Helm refuses what the operator
-would refuse, before it installs anything.
+The chart's own keys are defined here. The schema of the operator's settings comes from the models in `finetune_operator.settings`, so
+that Helm rejects a value that the operator would reject, before it installs anything.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from finetune_operator.settings import OperatorConfig
 Schema = dict[str, Any]
 
 SETTINGS_BY_CHART = ("namespaces", "trainer", "storage", "resources", "nodePools", "leaderElection", "log", "http")
-"""Fields of the configuration file that have values of their own in the chart, or that the chart sets to a constant."""
+"""Fields of the configuration file that the chart sets from a separate value or to a constant."""
 
 
 def closed_object(properties: dict[str, Schema], description: str = "", required: tuple[str, ...] = ()) -> Schema:
-    """An object that allows no other keys."""
+    """Schema of an object that allows no keys except `properties`."""
     schema: Schema = {"type": "object", "additionalProperties": False, "properties": properties}
-    optional = {"description": description, "required": [*required]}
-    return schema | {key: value for key, value in optional.items() if value}
+    keywords_if_set = {"description": description, "required": [*required]}
+    return schema | {key: value for key, value in keywords_if_set.items() if value}
 
 
 def string(description: str = "", **keywords: Any) -> Schema:
-    """A string with further JSON schema keywords."""
+    """Schema of a string with further JSON schema keywords."""
     return {"type": "string", **({"description": description} if description else {}), **keywords}
 
 
@@ -34,18 +34,18 @@ def array(items: Schema, description: str) -> Schema:
 
 
 def open_object(description: str) -> Schema:
-    """An object that only the API server checks."""
+    """Schema of an object whose content only the API server validates."""
     return {"type": "object", "description": description}
 
 
 def image(owner: str) -> Schema:
-    """Repository, tag, digest and pull policy of one image."""
+    """Schema of an image: repository, tag, digest and pull policy."""
     return closed_object(
         {
-            "repository": string("Repository without tag.", minLength=1),
-            "tag": string("Tag; ignored if digest is set."),
-            "digest": string("Digest, sha256:..., or empty.", pattern="^(sha256:[0-9a-f]{64})?$"),
-            "pullPolicy": string("When nodes pull the image.", enum=["Always", "IfNotPresent", "Never"]),
+            "repository": string("Image repository, without a tag.", minLength=1),
+            "tag": string("Image tag; ignored if `digest` is set."),
+            "digest": string("Image digest, sha256:..., or empty to use the tag.", pattern="^(sha256:[0-9a-f]{64})?$"),
+            "pullPolicy": string("Image pull policy.", enum=["Always", "IfNotPresent", "Never"]),
         },
         f"Image of {owner}.",
         ("repository",),
@@ -53,7 +53,7 @@ def image(owner: str) -> Schema:
 
 
 class SettingsSchema:
-    """Parts of the JSON schema of the operator's configuration."""
+    """The JSON schema of the operator's configuration, by field."""
 
     def __init__(self) -> None:
         whole = OperatorConfig.model_json_schema(by_alias=True)
@@ -61,15 +61,15 @@ class SettingsSchema:
         self._properties: dict[str, Schema] = whole["properties"]
 
     def field(self, name: str) -> Schema:
-        """Schema of one top-level field, without references."""
+        """Schema of one top-level field, with all `$ref` resolved."""
         return self._resolved(self._properties[name])
 
     def other_fields(self) -> dict[str, Schema]:
-        """Schemas of the fields that have no value of their own in the chart."""
+        """Schemas of the fields that users set below `settings`."""
         return {name: self.field(name) for name in self._properties if name not in SETTINGS_BY_CHART}
 
     def _resolved(self, node: Any) -> Any:
-        """The same schema without references, generated titles and null: in a values file, an unset key is absent."""
+        """Return the schema without references, generated titles and null. A values file needs no null, because unset keys are absent."""
         if isinstance(node, list):
             return [self._resolved(item) for item in node]
         if not isinstance(node, dict):
@@ -89,7 +89,7 @@ class SettingsSchema:
 
 
 def _is_superfluous(key: str, value: Any) -> bool:
-    """Generated titles, the CRD's extensions, and defaults that are not scalars."""
+    """Whether a keyword is a generated title, an extension of the CRD (`x-`), or a default that is not a scalar."""
     is_title = key == "title" and isinstance(value, str)
     return is_title or key.startswith("x-") or (key == "default" and not isinstance(value, str | int | float))
 
@@ -104,40 +104,40 @@ def _without_null(schema: Schema) -> Schema:
 
 
 def trainer(settings: SettingsSchema) -> Schema:
-    """`trainer`: the operator's `trainer` section, with the image in parts, and the default resources."""
+    """Schema of `trainer`: the operator's `trainer` section, with the image split into parts, and the default resources."""
     fields = dict(settings.field("trainer")["properties"])
     fields.pop("imagePullPolicy")
     fields["image"] = image("the training pods")
     for name in ("serviceAccountName", "priorityClassName"):
-        # The chart's default is an empty string, which it does not pass on.
+        # The chart's default is an empty string, which the chart does not write into the operator's configuration.
         pattern = "^$|" + fields[name].pop("pattern")
         fields[name] |= {"pattern": pattern}
     fields["resources"] = settings.field("resources")
-    return closed_object(fields, "The training pods.")
+    return closed_object(fields, "Settings of the training pods.")
 
 
 def leader_election(settings: SettingsSchema) -> Schema:
-    """`leaderElection` without the Lease's name and namespace, which the chart derives from the release."""
+    """Schema of `leaderElection`, without the Lease's name and namespace, which the chart derives from the release."""
     fields = settings.field("leaderElection")["properties"]
     chosen = {name: field for name, field in fields.items() if name not in ("leaseName", "leaseNamespace")}
-    return closed_object(chosen, "One active replica, chosen with a Lease.")
+    return closed_object(chosen, "Leader election of the replicas with a Lease: only the leader reconciles.")
 
 
 def container_resources() -> Schema:
-    """`resources` of the operator's container."""
+    """Schema of `resources`."""
     quantities = {"type": "object", "additionalProperties": QUANTITY_SCHEMA}
     return closed_object({"requests": quantities, "limits": quantities}, "Container resources of the operator.")
 
 
 def schema() -> Schema:
-    """The whole values.schema.json."""
+    """Return the content of values.schema.json."""
     settings = SettingsSchema()
     boolean = {"type": "boolean"}
     node_pools = settings.field("nodePools")
     properties = {
         "image": image("the operator"),
-        "imagePullSecrets": array(string(), "Names of Secrets for pulling the operator's image."),
-        "replicas": {"type": "integer", "minimum": 0, "maximum": 10, "description": "Operator pods; one is active."},
+        "imagePullSecrets": array(string(), "Names of the Secrets with which nodes pull the operator's image."),
+        "replicas": {"type": "integer", "minimum": 0, "maximum": 10, "description": "Number of operator pods; only the leader reconciles."},
         "leaderElection": leader_election(settings),
         "watchNamespaces": settings.field("namespaces"),
         "trainer": trainer(settings),
@@ -145,8 +145,11 @@ def schema() -> Schema:
         "nodePools": node_pools,
         "settings": closed_object(settings.other_fields(), "Further settings of the operator."),
         "log": settings.field("log"),
-        "crds": closed_object({"enabled": boolean, "keep": boolean}, "The CustomResourceDefinition."),
-        "rbac": closed_object({"create": boolean, "aggregate": boolean}, "Roles and bindings."),
+        "crds": closed_object({"enabled": boolean, "keep": boolean}, "Whether the chart installs the CustomResourceDefinition, and keeps it when uninstalled."),
+        "rbac": closed_object(
+            {"create": boolean, "aggregate": boolean},
+            "Whether the chart creates the operator's roles and bindings, and aggregates rights on FineTuneJobs into the roles view, edit and admin.",
+        ),
         "serviceAccount": closed_object(
             {"create": boolean, "name": string(), "annotations": ANNOTATIONS_SCHEMA}, "The operator's ServiceAccount."
         ),
@@ -159,9 +162,9 @@ def schema() -> Schema:
         "priorityClassName": string("Priority class of the operator's pods."),
         "podLabels": LABELS_SCHEMA | {"description": "Further labels of the operator's pods."},
         "podAnnotations": ANNOTATIONS_SCHEMA | {"description": "Further annotations of the operator's pods."},
-        "nameOverride": string("Replaces the chart's name in names and labels."),
-        "fullnameOverride": string("Replaces release and chart name in object names."),
-        "global": open_object("Set by Helm for subcharts; not used."),
+        "nameOverride": string("Name to use instead of the chart's name in object names and labels."),
+        "fullnameOverride": string("Name to use instead of release name and chart name in object names."),
+        "global": open_object("Values that Helm passes to subcharts; this chart does not use them."),
     }
     head = {"$schema": "http://json-schema.org/draft-07/schema#", "title": "Values of finetune-operator"}
     return head | closed_object(properties)

@@ -1,7 +1,7 @@
 """`make demo`: one fine-tuning job from `kubectl apply` to a model in S3, on a real cluster, with each step shown.
 
-The demo does what a user would do: it installs the chart, uploads a model and data, applies `examples/quickstart.yaml`, and watches the
-resource. CLUSTER=kind|local|current chooses the cluster; KEEP=1 keeps everything running.
+The demo runs the steps of a user: it installs the chart, uploads a model and data, applies `examples/quickstart.yaml`, and watches the
+job. CLUSTER=kind|local|current chooses the cluster; KEEP=1 keeps everything running.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class DemoFailed(Exception):
 
 @contextlib.contextmanager
 def step(title: str) -> Iterator[None]:
-    """Show a step and how long it took."""
+    """Show a step and its duration."""
     started = time.monotonic()
     with console.status(title) if console.is_terminal else contextlib.nullcontext():
         yield
@@ -63,7 +63,7 @@ def heading(text: str) -> None:
 
 
 def upload(cluster: DemoCluster) -> None:
-    """Create the buckets and upload the model and the data, as a user would with any S3 client."""
+    """Create the buckets and upload the model and the data with a plain S3 client."""
     client = cluster.s3.client()
     existing = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
     for bucket in {MODELS, DATASETS, RESULTS} - existing:
@@ -102,7 +102,7 @@ def values(cluster: DemoCluster) -> dict[str, Any]:
 
 
 def helm(cluster: DemoCluster, *arguments: str, stdin: str | None = None) -> None:
-    """Run Helm on the cluster. Errors: DemoFailed with its error message."""
+    """Run Helm on the cluster. Errors: DemoFailed with Helm's error message."""
     command = [str(HELM.path), "--kubeconfig", str(cluster.kubeconfig), "--namespace", RELEASE, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, input=stdin)
     if done.returncode != 0:
@@ -131,13 +131,13 @@ def create_namespace(cluster: DemoCluster) -> None:
 
 
 def apply(cluster: DemoCluster) -> None:
-    """Apply the example, after the job of an earlier demo was deleted."""
+    """Delete the job of an earlier demo if there is one, then apply the example."""
     cluster.kubectl("-n", NAMESPACE, "delete", "finetunejob", NAME, "--ignore-not-found", "--wait")
     cluster.kubectl("-n", NAMESPACE, "apply", "-f", str(EXAMPLE))
 
 
 def check_success(snapshot: Snapshot) -> None:
-    """Raise DemoFailed with the failure in the job's status unless the job succeeded."""
+    """Raise DemoFailed, with the failure from the job's status, unless the job succeeded."""
     status = snapshot.status
     if status and status.phase is Phase.SUCCEEDED:
         return
@@ -175,7 +175,7 @@ def show_answers(cluster: DemoCluster, snapshot: Snapshot) -> None:
             target = Path(folder) / item["Key"].removeprefix(prefix + "/")
             target.parent.mkdir(parents=True, exist_ok=True)
             client.download_file(bucket, item["Key"], str(target))
-        with step("load the base model and the adapter from S3, and ask both"):
+        with step("load the base model and the adapter from S3, and ask both models"):
             script = [sys.executable, str(ROOT / "scripts/answers.py"), str(ensure()), folder, *QUESTIONS]
             quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
             done = subprocess.run(script, capture_output=True, text=True, env={**os.environ, **quiet})
@@ -188,7 +188,7 @@ def show_answers(cluster: DemoCluster, snapshot: Snapshot) -> None:
 
 
 def run_demo(cluster: DemoCluster) -> None:
-    """Run the demo on a cluster, from the installation of the chart to the answers."""
+    """Run all steps of the demo on a cluster, from installing the chart to comparing the answers."""
     heading("Install and upload")
     with step("helm install: CRD, RBAC, operator"):
         install(cluster)
@@ -209,7 +209,7 @@ def run_demo(cluster: DemoCluster) -> None:
 
 
 def clean_up(cluster: DemoCluster) -> None:
-    """Remove everything that the demo has created. Another Ctrl-C does not interrupt it."""
+    """Remove everything that the demo has created. Ctrl-C does not interrupt the removal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with step("remove everything"):
@@ -219,7 +219,7 @@ def clean_up(cluster: DemoCluster) -> None:
 
 
 def uninstall(cluster: DemoCluster) -> None:
-    """Remove the demo's objects from a user's cluster, last the namespace whose label shows that the demo has created them."""
+    """Remove the demo's objects from a user's cluster. The labelled namespace is last: its label marks all objects as created by the demo."""
     with contextlib.suppress(subprocess.CalledProcessError):
         cluster.kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found")
     with contextlib.suppress(DemoFailed):
@@ -230,7 +230,7 @@ def uninstall(cluster: DemoCluster) -> None:
 
 
 def run(cluster: DemoCluster, *, keep: bool) -> None:
-    """Prepare, run the demo, and clean up unless `keep` is set."""
+    """Prepare, run the demo, and clean up. With `keep`, nothing is removed after a success."""
     heading(f"Prepare ({cluster.name} cluster; slow steps run once, in parallel)")
     run_all([*cluster.steps(), HELM.step(), model_step()], cache() / "logs", console)
     is_kept = False
@@ -249,16 +249,16 @@ def run(cluster: DemoCluster, *, keep: bool) -> None:
 
 
 def report_error(message: str) -> int:
-    """Print why the demo ended. Returns the exit code."""
+    """Print an error. Returns the exit code of the program."""
     console.print("demo: ", style="red", end="")
     console.print(message, highlight=False, markup=False)
     return 1
 
 
 def main() -> int:
-    """Run the demo. Returns 0, 1 after an error (one line says which), or 130 after Ctrl-C."""
+    """Run the demo. Returns the exit code: 0, 1 after an error, or 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--down", action="store_true", help="remove what a demo with KEEP=1 kept")
+    parser.add_argument("--down", action="store_true", help="remove everything that a demo with KEEP=1 has left running")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     keep = os.environ.get("KEEP", "") not in ("", "0")

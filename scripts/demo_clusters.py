@@ -1,6 +1,6 @@
 """The clusters on which the demo can run: a local cluster, kind, or the cluster of a kubeconfig.
 
-Only `current` uses a cluster that the demo did not create, and it removes only what it has created there.
+`current` uses a cluster that the demo did not create, and removes only objects that the demo has created there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ DEMO_LABEL = f"{GROUP}/demo"
 
 
 class NoCluster(Exception):
-    """The demo has no cluster to run on; the message is one line that says what is missing."""
+    """The demo has no cluster to run on; the message says in one line what is missing."""
 
 
 class DemoCluster(ABC):
@@ -53,11 +53,11 @@ class DemoCluster(ABC):
 
     @abstractmethod
     def steps(self) -> list[Step]:
-        """Slow steps before `up`, which run in parallel."""
+        """Slow steps to run in parallel before `up`."""
 
     @abstractmethod
     def up(self) -> None:
-        """Start the cluster with images and S3."""
+        """Start the cluster, load the images and start S3."""
 
     @abstractmethod
     def down(self) -> None:
@@ -78,16 +78,16 @@ class DemoCluster(ABC):
         """Run kubectl. Returns its output. Errors: CalledProcessError."""
 
     def has_demo_objects(self) -> bool:
-        """Whether the demo must uninstall its objects, because the cluster itself stays."""
+        """Whether the demo must uninstall its objects, because `down` does not remove the cluster."""
         return False
 
     def keep_lines(self) -> list[str]:
-        """Lines for the user when everything keeps running."""
+        """Commands to print for the user if everything keeps running."""
         return [f"export KUBECONFIG={self.kubeconfig}", "kubectl get finetunejobs -A     # show the jobs", "make down"]
 
 
 class Local(DemoCluster):
-    """The local cluster, which needs Linux and root. If it is running, the demo uses it and does not end it."""
+    """The local cluster; needs Linux and root. A cluster that was already running is used and not stopped."""
 
     name = "local"
 
@@ -97,7 +97,7 @@ class Local(DemoCluster):
 
     def steps(self) -> list[Step]:
         if not self._is_running():
-            take_lock(self._cluster.state_dir).close()  # fail now if another cluster is running, not after the slow steps
+            take_lock(self._cluster.state_dir).close()  # fail before the slow steps if another cluster is running
         return local_steps()
 
     def up(self) -> None:
@@ -133,7 +133,7 @@ class Local(DemoCluster):
 
 
 class WithKubectl(DemoCluster):
-    """A cluster that is used through the kubectl on the PATH."""
+    """A cluster that the demo accesses with the kubectl on the PATH."""
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         command = ["kubectl", "--kubeconfig", str(self.kubeconfig), *arguments]
@@ -141,12 +141,12 @@ class WithKubectl(DemoCluster):
 
 
 class Kind(WithKubectl):
-    """kind in Docker. Docker builds the images; S3 is a pod that is reached through a port-forward."""
+    """kind in Docker. Docker builds the images; S3 runs in a pod, which this machine reaches through a port-forward."""
 
     name = "kind"
 
     def __init__(self, *, keep: bool) -> None:
-        del keep  # kind's containers run until they are removed
+        del keep  # kind's containers keep running until they are removed
         self._kubeconfig = cache() / f"{KIND_NAME}.kubeconfig"
         self._program = installed_kind() or KIND.path
         self._forward: subprocess.Popen[str] | None = None
@@ -202,7 +202,7 @@ class Kind(WithKubectl):
         port = self._forward.stdout.readline().partition("->")[0].rpartition(":")[2].strip()
         endpoint = S3Endpoint(f"http://127.0.0.1:{port}", s3_pod.CLUSTER_URL, access_key, secret_key)
         if not port or not is_ready(endpoint):
-            raise NoCluster("S3 in the kind cluster does not answer through `kubectl port-forward`")
+            raise NoCluster("the S3 server in the kind cluster does not respond through `kubectl port-forward`")
         return endpoint
 
     def _kind(self, *arguments: str) -> None:
@@ -226,7 +226,7 @@ class Kind(WithKubectl):
 
 
 def _s3_archive(folder: Path) -> Path:
-    """Write the S3 image as an archive that containerd imports with its name."""
+    """Write the S3 image as an archive. An annotation makes containerd import it under the name that the pod uses."""
     layout = shutil.copytree(s3_pod.layout(), folder / "layout")
     index = json.loads((layout / "index.json").read_text())
     for entry in index["manifests"]:
@@ -267,9 +267,9 @@ class Current(WithKubectl):
         self._create_namespaces()
 
     def _create_namespaces(self) -> None:
-        """Create the demo's two namespaces. Errors: NoCluster if objects of these names exist that the demo did not create."""
+        """Create the demo's two namespaces. Errors: NoCluster if namespaces or a CRD with the demo's names exist that the demo did not create."""
         labels = {name: self._labels("namespace", name) for name in (RELEASE, NAMESPACE)}
-        foreign = [f"namespace {name}" for name, found in labels.items() if found is not None and DEMO_LABEL not in found]
+        foreign = [f"namespace {name}" for name, object_labels in labels.items() if object_labels is not None and DEMO_LABEL not in object_labels]
         if labels[RELEASE] is None and self._labels("crd", CRD) is not None:
             foreign.append(f"the CustomResourceDefinition {CRD}")
         if foreign:
@@ -277,8 +277,8 @@ class Current(WithKubectl):
                 f"the cluster of {self.kubeconfig} has {' and '.join(foreign)}, which the demo did not create and would "
                 "replace and remove: use a cluster without the operator, or apply examples/quickstart.yaml there"
             )
-        for name, found in labels.items():
-            if found is None:
+        for name, object_labels in labels.items():
+            if object_labels is None:
                 meta = {"name": name, "labels": {DEMO_LABEL: "true"}}
                 body = {"apiVersion": "v1", "kind": "Namespace", "metadata": meta}
                 self.kubectl("create", "-f", "-", stdin=json.dumps(body))
@@ -292,10 +292,10 @@ class Current(WithKubectl):
         try:
             return DEMO_LABEL in (self._labels("namespace", RELEASE) or {})
         except subprocess.CalledProcessError:
-            return False  # the cluster cannot be reached, so that nothing was created
+            return False  # the cluster cannot be reached, so the demo has created nothing
 
     def down(self) -> None:
-        """Nothing: `demo.uninstall` removes the demo's objects."""
+        """Do nothing: `demo.uninstall` removes the demo's objects."""
 
     @property
     def kubeconfig(self) -> Path:
@@ -321,7 +321,7 @@ def is_docker_running() -> bool:
 
 
 def choose(wanted: str, *, keep: bool) -> DemoCluster:
-    """The cluster to use. Errors: NoCluster if there is none, or `wanted` is unknown."""
+    """Choose the cluster: `wanted`, or the best available one if `wanted` is empty. Errors: NoCluster."""
     if wanted and wanted not in CLUSTERS:
         raise NoCluster(f"CLUSTER={wanted} is not known: write kind, local or current, or do not set it")
     if not wanted:
@@ -339,7 +339,7 @@ def choose(wanted: str, *, keep: bool) -> DemoCluster:
 
 
 def check_local() -> None:
-    """Check requirements that the demo cannot install itself."""
+    """Raise NoCluster if the local cluster lacks a requirement that the demo cannot install."""
     if sys.platform != "linux" or os.geteuid() != 0:
         raise NoCluster(
             "CLUSTER=local needs Linux and root: run `sudo make demo`, or start Docker and use CLUSTER=kind"
@@ -356,6 +356,6 @@ def _best() -> str:
     if sys.platform == "linux" and os.geteuid() == 0:
         return "local"
     raise NoCluster(
-        "there is no cluster to run on: Docker is not running (for kind), and this is not root on Linux (for the local "
-        "cluster): start Docker, use sudo, or choose CLUSTER=current"
+        "no cluster is available: Docker is not running (for kind), and this user is not root on Linux (for the local cluster): "
+        "start Docker, use sudo, or choose CLUSTER=current"
     )

@@ -1,6 +1,6 @@
 """Show a running job: phase, progress, loss, remaining time and events.
 
-The view is live on a terminal and consists of lines otherwise. It reads only the resource's status and its events.
+On a terminal the view is updated in place; otherwise each change is printed as a line. The view reads only the job's status and events.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Event:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Status and events at one moment. `status` is None before the operator has written it."""
+    """Status and events of a job at one moment. `status` is None until the operator has written a phase."""
 
     status: FineTuneJobStatus | None
     events: tuple[Event, ...]
 
     @property
     def phase(self) -> str:
-        """The phase, also before the operator has written it."""
+        """The phase, or a text if the operator has not written a phase yet."""
         return str(self.status.phase) if self.status and self.status.phase else "Waiting for the operator"
 
     @property
@@ -77,9 +77,9 @@ class Job:
     def read(self) -> Snapshot:
         """Read status and events."""
         custom, events = self._api()
-        found = custom.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, self.name)
-        status = found.get("status") or {}
-        selector = f"regarding.kind=FineTuneJob,regarding.uid={found['metadata']['uid']}"
+        resource = custom.get_namespaced_custom_object(GROUP, VERSION, self.namespace, PLURAL, self.name)
+        status = resource.get("status") or {}
+        selector = f"regarding.kind=FineTuneJob,regarding.uid={resource['metadata']['uid']}"
         listed = events.list_namespaced_event(self.namespace, field_selector=selector)
         return Snapshot(
             FineTuneJobStatus.model_validate(status) if status.get("phase") else None,
@@ -101,7 +101,7 @@ def _event(item: Any) -> Event:
 
 
 def follow(job: Readable, console: Console, *, timeout: float) -> Snapshot:
-    """Show the job until it is finished, and return its last state. Errors: TimeoutError after `timeout` seconds."""
+    """Show the job until it has finished. Returns its last snapshot. Errors: TimeoutError after `timeout` seconds."""
     return _live(job, console, timeout) if console.is_terminal else _lines(job, console, timeout)
 
 
@@ -126,7 +126,7 @@ def _live(job: Readable, console: Console, timeout: float) -> Snapshot:
 
 
 def _lines(job: Readable, console: Console, timeout: float) -> Snapshot:
-    """Without a terminal: print a line for each change of phase, each event, and each fifth of the steps."""
+    """Print one line for each change of phase, each event, and each fifth of the steps."""
     printed: set[str] = set()
     for snapshot in _snapshots(job, timeout):
         for line in [f"phase {snapshot.phase}", *(event.line for event in snapshot.events), *_milestone(snapshot)]:
@@ -137,14 +137,14 @@ def _lines(job: Readable, console: Console, timeout: float) -> Snapshot:
 
 
 def _milestone(snapshot: Snapshot) -> list[str]:
-    """One line for each fifth of the steps."""
+    """Return a line about the last fifth of the steps that is done; empty before the first fifth."""
     progress = snapshot.status.progress if snapshot.status else None
     fifth = (progress.percent or 0) // 20 * 20 if progress else 0
     return [f"{fifth} % of the steps done"] if fifth else []
 
 
 def panel(snapshot: Snapshot, seconds: float) -> RenderableType:
-    """The live view of one moment."""
+    """Render a snapshot for the live view; `seconds` is the time since the start of the view."""
     status = snapshot.status or FineTuneJobStatus()
     head = Table.grid(padding=(0, 2))
     attempt = f"attempt {status.attempt}" if status.attempt else ""
@@ -167,13 +167,13 @@ def _bar(status: FineTuneJobStatus) -> RenderableType:
 
 
 def _numbers(status: FineTuneJobStatus) -> RenderableType:
-    found = []
+    texts = []
     if status.metrics and status.metrics.train_loss is not None:
-        found.append(f"loss {status.metrics.train_loss:.3f}")
+        texts.append(f"loss {status.metrics.train_loss:.3f}")
     if status.progress and status.progress.eta and not status.completion_time:
-        found.append(f"ready in {status.progress.eta}")
+        texts.append(f"ready in {status.progress.eta}")
     if status.progress and status.progress.tokens_per_second:
-        found.append(f"{status.progress.tokens_per_second:.0f} tokens/s")
+        texts.append(f"{status.progress.tokens_per_second:.0f} tokens/s")
     if status.latest_checkpoint:
-        found.append(f"checkpoint {status.latest_checkpoint.split('/checkpoints/')[-1].split('/')[0]}")
-    return Text("   ".join(found))
+        texts.append(f"checkpoint {status.latest_checkpoint.split('/checkpoints/')[-1].split('/')[0]}")
+    return Text("   ".join(texts))

@@ -1,7 +1,7 @@
 """Write the files that are generated from the models, or check that they are up to date.
 
-The chart has its own copy of the CRD, because Helm reads no file outside a chart, and a values schema that is generated from the
-operator's settings. One command writes all files; `make verify` runs it with --check.
+These are the CRD, the reference pages, the chart's values schema, and the chart's copy of the CRD: Helm cannot read files outside a
+chart. `make verify` runs this program with --check.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def generated() -> dict[Path, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write or check the files. Returns 1 if --check found a difference, else 0."""
+    """Write or check the files. Returns 1 if --check finds a difference, else 0."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file differs")
     arguments = parser.parse_args(argv)

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lock the packages of the images, the command line and the mutation tool, in the versions of the test environment. Locks contain no index URLs.
+# Write the lock files of the images, the command line and the mutation tool, with the package versions of the test environment (dev.lock).
+# The lock files contain no index URLs.
 set -euo pipefail
 cd "$(dirname "$0")/../requirements"
 uv="$(ls -d "${XDG_CACHE_HOME:-$HOME/.cache}"/finetune-operator/uv-*/bin/uv | head -n 1)"

@@ -1,8 +1,8 @@
 """`make mutants`: change a module in many small ways, one at a time, and report the changes that no test notices.
 
-Uses cosmic-ray in an environment of its own (requirements/mutants.lock) and in a copy of the checkout, because it changes the files in
-place. Each module is tested with the tests of its package. MODULES="lease decide" chooses modules; the documentation of cosmic-ray explains the
-operators. A surviving mutant is either equivalent to the original or a missing test.
+Uses cosmic-ray in a separate environment (requirements/mutants.lock). cosmic-ray edits files in place and therefore works in a copy of
+the checkout. Each module is tested with the tests of its package. MODULES="lease decide" chooses modules; the documentation of cosmic-ray
+explains the mutation operators. A surviving mutant is either equivalent to the original code or shows a missing test.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODULES = {
     "template": ("trainer-image/finetune_trainer/data/template.py", "tests/unit/trainer_data"),
     "rules": ("crds/finetune_api/rules", "tests/unit/api"),
 }
-"""Modules with the most important decisions, and the tests that must notice each change. `template` holds the label masks."""
+"""Modules with critical logic, and the tests that must notice each change. The module `template` computes the label masks."""
 CONFIG = """\
 [cosmic-ray]
 module-path = {module!r}
@@ -48,7 +48,7 @@ name = "local"
 [cosmic-ray.filters.operators-filter]
 exclude-operators = ["core/ReplaceBinaryOperator_BitOr_.*"]
 """
-"""`X | None` in annotations is never evaluated: mutants of `|` in them are equivalent."""
+"""Configuration of cosmic-ray. `|` is not mutated: annotations like `X | None` are not evaluated, so their mutants would be equivalent."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Mutant:
 
 
 def cosmic_ray() -> Path:
-    """Folder of cosmic-ray's programs, installed first if necessary."""
+    """Install cosmic-ray if necessary. Returns the folder of its programs."""
     folder = cache() / f"mutants-{hashlib.sha256(LOCK.read_bytes()).hexdigest()[:12]}"
     if not (folder / "bin/cosmic-ray").exists():
         uv = next(iter(cache().glob("uv-*/bin/uv")))
@@ -72,7 +72,7 @@ def cosmic_ray() -> Path:
 
 
 def copy_checkout(target: Path) -> None:
-    """Copy all tracked files, with their uncommitted changes."""
+    """Copy all tracked files, including uncommitted changes."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
     for name in filter(None, names.split("\0")):
         if (ROOT / name).is_file():

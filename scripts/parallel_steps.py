@@ -1,7 +1,7 @@
-"""Run slow steps in parallel, and show how long each one takes.
+"""Run slow steps in parallel, and show how long each step takes.
 
-A step is a function that runs commands. It starts when the steps that it depends on have ended. The first failure ends the other steps,
-and only this failure is reported. All started programs end with this one, also on Ctrl-C.
+A step is a function that runs commands. It starts after the steps that it depends on have ended. The first failure stops all other steps,
+and only this failure is reported. All started programs are stopped when this program ends, also after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StepFailed(Exception):
 
 @dataclass
 class Step:
-    """A slow step. `run` starts programs with the given Commands; `after` names steps that must have ended before."""
+    """A slow step. `run` starts programs with the given Commands; `after` names the steps that must end before this step starts."""
 
     name: str
     run: Callable[[Commands], None]
@@ -42,7 +42,7 @@ class Step:
 
     @property
     def seconds(self) -> float:
-        """Duration until now."""
+        """Duration of the step; if the step is running, until now."""
         if self.started is None:
             return 0.0
         return (self.ended or time.monotonic()) - self.started
@@ -50,7 +50,7 @@ class Step:
 
 @dataclass
 class Commands:
-    """Runs programs in their own process groups, and can end all of them."""
+    """Runs programs in separate process groups, and can stop all of them."""
 
     log: Path
     running: set[subprocess.Popen[bytes]] = field(default_factory=set)
@@ -78,7 +78,7 @@ class Commands:
             raise StepFailed("\n".join(lines[-5:]) or f"{argv[0]} ended with {code}")
 
     def end(self) -> None:
-        """End all running programs and their process groups."""
+        """Stop all running programs and their process groups, with SIGTERM and then SIGKILL."""
         with self._lock:
             self.is_ending.set()
             processes = list(self.running)
@@ -131,7 +131,7 @@ def _collect(step: Step, future: Future[None], console: Console) -> None:
 
 @contextlib.contextmanager
 def _shown(steps: Sequence[Step], console: Console):  # type: ignore[no-untyped-def]  # yields a function
-    """On a terminal, show the running steps and their times below the printed lines."""
+    """On a terminal, show the running steps and their durations below the printed lines. Yields a function that refreshes the display."""
     if not console.is_terminal:
         yield lambda: None
         return

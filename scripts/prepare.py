@@ -1,4 +1,4 @@
-"""Run the slow steps before a demo or the end-to-end tests in parallel: Kubernetes, Helm, images, the model.
+"""Run the slow steps that the demo and the end-to-end tests need, in parallel: build Kubernetes, Helm and the images, create the model.
 
 Their results are cached, so that the second run takes one or two seconds.
 """
@@ -22,7 +22,7 @@ def python(*arguments: str) -> list[str]:
 
 
 def model_step() -> Step:
-    """Create the demo's model."""
+    """Step that creates the demo's model."""
     return Step("SmolLM2-135M as safetensors", lambda command: command(python(str(ROOT / "scripts/smollm2.py"))))
 
 
@@ -41,7 +41,7 @@ def local_steps() -> list[Step]:
 
 
 def main() -> int:
-    """Run all steps. Returns 1 if one failed, else 0."""
+    """Run all steps. Returns 0, 1 if a step failed, or 130 after Ctrl-C."""
     console = Console(stderr=True)
     try:
         run_all([*local_steps(), HELM.step(), model_step()], cache() / "logs", console)

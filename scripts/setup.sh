@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Create .venv: a small environment with this project (editable), on top of an environment that all checkouts with the same locks share.
+# Create .venv: a small environment with this project (editable), on top of an environment that all checkouts with the same lock files share.
 # Creating the shared one takes minutes; a second clone on the same machine is ready in seconds.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -38,7 +38,7 @@ site="$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_paths()["pure
 for tool in "$base"/bin/*; do
   name="$(basename "$tool")"
   [ -e ".venv/bin/$name" ] || [ "$name" = uv ] || case "$name" in python*|activate*|pip*) ;; *)
-    # Scripts of the shared environment run its interpreter: replace it by that of .venv, which can import the project.
+    # Scripts of the shared environment start its interpreter. Start the interpreter of .venv instead, which can import the project.
     if head -c 2 "$tool" | grep -q '#!'; then
       sed "1s|.*|#!$PWD/.venv/bin/python|" "$tool" > ".venv/bin/$name" && chmod +x ".venv/bin/$name"
     else

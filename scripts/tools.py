@@ -26,12 +26,12 @@ class Tool:
 
     @property
     def path(self) -> Path:
-        """Path of the built program."""
-        own = os.environ.get(self.override)
-        return Path(own) if own else cache() / "tools" / f"{self.name}-{self.version}" / self.name
+        """Path of the program: the binary from the environment variable `override` if it is set, else the built program in the cache."""
+        override = os.environ.get(self.override)
+        return Path(override) if override else cache() / "tools" / f"{self.name}-{self.version}" / self.name
 
     def step(self) -> Step:
-        """A step that builds the program unless it exists."""
+        """Return a step that builds the program unless it exists."""
 
         def run(command: Commands) -> None:
             if not self.path.exists():
@@ -52,7 +52,7 @@ KIND = Tool("kind", "sigs.k8s.io/kind", "v0.33.0", "KIND")
 
 
 def installed_kind() -> Path | None:
-    """Path of kind, if it is on the PATH."""
+    """Path of kind on the PATH, or None."""
     found = shutil.which("kind")
     return Path(found) if found else None
 

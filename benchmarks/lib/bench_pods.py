@@ -19,12 +19,12 @@ from tests.support.tiny import make_tiny_model
 ROOT = Path(__file__).resolve().parents[2]
 BUCKET = "benchmarks"
 MODULES = os.pathsep.join([PYTHONPATH, str(ROOT / "tests/pod")])
-"""PYTHONPATH of a pod, with modules that replace its training."""
+"""PYTHONPATH of a pod, with the modules that can replace the training."""
 
 
 @dataclass(frozen=True)
-class Bench:
-    """A folder, an S3 server, a model and its data."""
+class Workspace:
+    """The shared parts of a benchmark: a folder, an S3 server, models and training data."""
 
     folder: Path
     server: S3Endpoint
@@ -39,7 +39,7 @@ class Bench:
         return StoreTarget(uri=f"s3://{BUCKET}/{run}/team/job/{UID}", endpoint=endpoint or self.server.host_url)
 
     def spec(self, model: dict[str, Any] | None = None, **groups: Any) -> dict[str, Any]:
-        """Spec of a small job. `model` are arguments of make_tiny_model; the model is created once."""
+        """Return the spec of a small job. `model` holds arguments of make_tiny_model; each model is created once."""
         shape = model or {}
         name = "-".join(["model", *(f"{key}{value}" for key, value in sorted(shape.items()))])
         if not (self.folder / name / "config.json").exists():
@@ -57,33 +57,33 @@ class Bench:
         self, name: str, spec: dict[str, Any], target: StoreTarget, module: str, *,
         attempt: int = 1, newest: int = 0, env: dict[str, str] | None = None,
     ) -> Pod:  # fmt: skip
-        """A pod with one rank that runs `module` as its training."""
+        """Create a pod with one rank that runs `module` instead of the training."""
         run = run_config(spec, target, attempt=attempt, resume=Resume(mode="auto", expect_step=newest))
         settings = {"PYTHONPATH": MODULES, "FINETUNE_TRAINER_MODULE": module, **self.keys}
         return Pod(run, self.folder / name, settings | (env or {}))
 
 
 @contextlib.contextmanager
-def bench(folder: Path | None = None) -> Iterator[Bench]:
-    """Start an S3 server with a temporary folder, or with `folder`, whose data are kept."""
+def open_workspace(folder: Path | None = None) -> Iterator[Workspace]:
+    """Start an S3 server in a temporary folder, or in `folder`, whose data are kept afterwards."""
     with contextlib.ExitStack() as stack:
         workspace = folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         workspace.mkdir(parents=True, exist_ok=True)
         server = stack.enter_context(S3Process(workspace / "s3"))
         client = server.client()
-        if BUCKET not in {one["Name"] for one in client.list_buckets()["Buckets"]}:
+        if BUCKET not in {existing["Name"] for existing in client.list_buckets()["Buckets"]}:
             client.create_bucket(Bucket=BUCKET)
         os.environ |= {"AWS_ACCESS_KEY_ID": server.access_key, "AWS_SECRET_ACCESS_KEY": server.secret_key}
-        yield Bench(workspace, server)
+        yield Workspace(workspace, server)
 
 
-def spread(values: list[float], digits: int = 3) -> dict[str, float | int | None]:
+def summarize(values: list[float], digits: int = 3) -> dict[str, float | int | None]:
     """Median, 99th percentile, maximum and number of the values."""
     if not values:
         return {"n": 0, "p50": None, "p99": None, "most": None}
     ordered = sorted(values)
 
-    def at(share: float) -> float:
+    def percentile(share: float) -> float:
         return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], digits)
 
-    return {"n": len(ordered), "p50": at(0.5), "p99": at(0.99), "most": round(ordered[-1], digits)}
+    return {"n": len(ordered), "p50": percentile(0.5), "p99": percentile(0.99), "most": round(ordered[-1], digits)}

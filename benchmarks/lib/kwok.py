@@ -1,6 +1,6 @@
-"""Nodes and pods simulated by KWOK: a pod that is bound to a node runs and ends with success at once.
+"""Nodes and pods simulated by KWOK: a pod that is bound to a node runs and succeeds at once.
 
-Pods of the namespace `LASTING` go on running.
+Only pods in the namespace `STEADY_NAMESPACE` keep running.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from localcluster import Endpoint
 from .load import Client
 
 PACKAGE, VERSION = "sigs.k8s.io/kwok/cmd/kwok", "v0.8.0"
-LASTING = "steady"
+STEADY_NAMESPACE = "steady"
 ROOT = Path(__file__).resolve().parents[2]
 STAGES = """\
 apiVersion: kwok.x-k8s.io/v1alpha1
@@ -31,7 +31,7 @@ spec:
     statusTemplate: |
       {{{{ $now := Now }}}}
       conditions:
-        - {{type: Ready, status: "True", reason: Played, lastHeartbeatTime: {{{{ $now | Quote }}}},
+        - {{type: Ready, status: "True", reason: Simulated, lastHeartbeatTime: {{{{ $now | Quote }}}},
            lastTransitionTime: {{{{ $now | Quote }}}}}}
 ---
 apiVersion: kwok.x-k8s.io/v1alpha1
@@ -58,7 +58,7 @@ spec:
       containerStatuses:
         - name: trainer
           image: example.org/trainer:1
-          imageID: played
+          imageID: simulated
           ready: true
           started: true
           restartCount: 0
@@ -75,7 +75,7 @@ spec:
     matchExpressions:
       - {{key: .metadata.deletionTimestamp, operator: DoesNotExist}}
       - {{key: .status.phase, operator: In, values: [Running]}}
-      - {{key: .metadata.namespace, operator: NotIn, values: [{lasting}]}}
+      - {{key: .metadata.namespace, operator: NotIn, values: [{steady}]}}
   next:
     statusTemplate: |
       {{{{ $now := Now }}}}
@@ -83,7 +83,7 @@ spec:
       containerStatuses:
         - name: trainer
           image: example.org/trainer:1
-          imageID: played
+          imageID: simulated
           ready: false
           started: false
           restartCount: 0
@@ -112,7 +112,7 @@ spec:
 
 
 def program() -> Path:
-    """Path of KWOK, which is built on the first call."""
+    """Build KWOK on the first call. Returns the path of the program."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     target = base / "finetune-operator" / "tools" / f"kwok-{VERSION}" / "kwok"
     if not target.exists():
@@ -124,9 +124,9 @@ async def make_nodes(client: Client, count: int) -> None:
     """Create nodes that are ready, have large capacity and no taints."""
     amount = {"cpu": "10000", "memory": "100Ti", "ephemeral-storage": "1000Ti", "pods": "10000"}
     for number in range(count):
-        name = f"played-{number}"
+        name = f"simulated-{number}"
         await client.send("POST", "/api/v1/nodes", {"metadata": {"name": name, "labels": {"kubernetes.io/hostname": name}}})
-        ready = {"type": "Ready", "status": "True", "reason": "Played"}
+        ready = {"type": "Ready", "status": "True", "reason": "Simulated"}
         status = {"capacity": amount, "allocatable": amount, "conditions": [ready]}
         merge = "application/merge-patch+json"
         await client.send("PATCH", f"/api/v1/nodes/{name}/status", {"status": status}, merge)
@@ -148,7 +148,7 @@ class Kwok:
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
         config = self._folder / "kwok.yaml"
-        config.write_text((STAGES + END + DELETE).format(lasting=LASTING))
+        config.write_text((STAGES + END + DELETE).format(steady=STEADY_NAMESPACE))
         argv = [
             program(), "--kubeconfig", self._endpoint.kubeconfig, "--config", config, "--manage-all-nodes",
             "--node-lease-duration-seconds", "40",

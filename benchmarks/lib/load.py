@@ -38,15 +38,15 @@ class Client:
         """Send one request. Errors: RuntimeError with the server's message."""
         data = None if body is None else json.dumps(body).encode()
         url = self._endpoint.server + path
-        async with self._session.request(method, url, data=data, headers={"Content-Type": kind}) as answer:
-            text = await answer.read()
-            if answer.status >= 400:
-                raise RuntimeError(f"{method} {path}: {answer.status} {text[:300].decode(errors='replace')}")
+        async with self._session.request(method, url, data=data, headers={"Content-Type": kind}) as response:
+            text = await response.read()
+            if response.status >= 400:
+                raise RuntimeError(f"{method} {path}: {response.status} {text[:300].decode(errors='replace')}")
             value: Object = json.loads(text)
             return value
 
     async def list(self, path: str) -> list[Object]:
-        """All objects of a collection, in pages."""
+        """Read all objects of a collection, page by page."""
         items: list[Object] = []
         token = ""
         while True:
@@ -59,10 +59,10 @@ class Client:
     async def create_all(self, path: str, bodies: list[Object], clients: int) -> dict[str, float]:
         """Create all objects with `clients` concurrent clients. Returns the times at which the requests were sent, by name."""
         sent: dict[str, float] = {}
-        left = iter(bodies)
+        remaining = iter(bodies)
 
         async def work() -> None:
-            for body in left:
+            for body in remaining:
                 sent[body["metadata"]["name"]] = time.monotonic()
                 await self.send("POST", path, body)
 
@@ -75,22 +75,22 @@ class Client:
         """Watch a collection from a resourceVersion."""
         headers = {"Accept": META_ONLY} if meta_only else {}
         url = f"{self._endpoint.server}{path}?watch=true&resourceVersion={version}"
-        rest = b""
+        incomplete_line = b""
         async with self._session.get(url, headers=headers) as stream:
             if stream.status >= 400:
                 raise RuntimeError(f"watch {path}: {stream.status} {await stream.text()}")
             async for chunk in stream.content.iter_any():
-                *lines, rest = (rest + chunk).split(b"\n")
+                *lines, incomplete_line = (incomplete_line + chunk).split(b"\n")
                 for line in lines:
                     yield json.loads(line)
 
 
 class FirstSeen:
-    """Watches a collection and records when each object first met a condition."""
+    """Watches a collection and records when each object first met the condition `wanted`."""
 
     def __init__(self, client: Client, path: str, wanted: Callable[[Object], bool] | None = None) -> None:
         self._client, self._path, self._wanted = client, path, wanted
-        self.moments: dict[str, float] = {}
+        self.first_seen: dict[str, float] = {}
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -105,31 +105,31 @@ class FirstSeen:
 
     async def _watch(self, version: str) -> None:
         try:
-            await self._note(version)
+            await self._record_first_seen(version)
         finally:
             self._changed.set()
 
-    async def _note(self, version: str) -> None:
-        """Watch continuously. The server ends a watch that is too slow, which then continues at the last version."""
+    async def _record_first_seen(self, version: str) -> None:
+        """Watch until cancelled. If the server ends a watch that is too slow, continue it from the last resourceVersion."""
         while True:
             async for event in self._client.events(self._path, version=version, meta_only=self._wanted is None):
                 if event["type"] == "ERROR":
                     raise RuntimeError(f"watch {self._path}: {event['object'].get('message')}")
                 version = event["object"]["metadata"]["resourceVersion"]
-                self._take(event)
+                self._record(event)
 
-    def _take(self, event: Object) -> None:
+    def _record(self, event: Object) -> None:
         body, name = event["object"], event["object"]["metadata"].get("name", "")
-        if event["type"] not in ("ADDED", "MODIFIED") or name in self.moments:
+        if event["type"] not in ("ADDED", "MODIFIED") or name in self.first_seen:
             return
         if self._wanted is None or self._wanted(body):
-            self.moments[name] = time.monotonic()
+            self.first_seen[name] = time.monotonic()
             self._changed.set()
 
     async def wait(self, count: int, timeout_seconds: float) -> float:
         """The time at which `count` objects had been seen. Errors: TimeoutError after `timeout_seconds`."""
         deadline = time.monotonic() + timeout_seconds
-        while len(self.moments) < count:
+        while len(self.first_seen) < count:
             if self._task is None or self._task.done():
                 raise RuntimeError(f"the watch of {self._path} ended") from (self._task and self._task.exception())
             self._changed.clear()
@@ -137,17 +137,17 @@ class FirstSeen:
                 async with asyncio.timeout(deadline - time.monotonic()):
                     await self._changed.wait()
             except TimeoutError:
-                found = len(self.moments)
-                raise TimeoutError(f"{found} of {count} seen at {self._path} in {timeout_seconds:.0f} s") from None
-        return sorted(self.moments.values())[count - 1]
+                seen = len(self.first_seen)
+                raise TimeoutError(f"{seen} of {count} seen at {self._path} in {timeout_seconds:.0f} s") from None
+        return sorted(self.first_seen.values())[count - 1]
 
 
 def condition_true(kind: str) -> Callable[[Object], bool]:
-    """Whether an object's condition is True."""
+    """Return a function that says whether an object's condition of type `kind` is True."""
 
     def check(body: Object) -> bool:
-        found = (body.get("status") or {}).get("conditions") or []
-        return any(one["type"] == kind and one["status"] == "True" for one in found)
+        conditions = (body.get("status") or {}).get("conditions") or []
+        return any(condition["type"] == kind and condition["status"] == "True" for condition in conditions)
 
     return check
 

@@ -1,4 +1,4 @@
-"""The measured operator as a process, its metrics, and progress reports of simulated pods."""
+"""Run the operator as a process, read its metrics, and serve progress reports of simulated pods."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WRITES = ("create", "update", "patch", "delete")
 
 
 class Operator:
-    """The operator with its default configuration except addresses. A context manager."""
+    """The operator as a context manager. Except for addresses, its configuration is the default."""
 
     def __init__(self, endpoint: Endpoint, folder: Path, progress_url: str) -> None:
         self._endpoint, self._folder, self._progress_url = endpoint, folder, progress_url
@@ -56,7 +56,7 @@ class Operator:
             time.sleep(0.05)
 
     def stop(self) -> None:
-        """Stop it with SIGTERM."""
+        """Stop the operator with SIGTERM."""
         if self._process is not None:
             self._process.terminate()
             self._process.wait(30)
@@ -68,10 +68,10 @@ class Operator:
         return self._process.pid
 
     def metrics(self) -> dict[str, float]:
-        """Metric samples by `name{labels}`; empty while the operator does not answer."""
+        """Metric samples by `name{labels}`; empty while the operator does not respond."""
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=10) as answer:
-                text = answer.read().decode()
+            with urllib.request.urlopen(f"http://127.0.0.1:{self._port}/metrics", timeout=10) as response:
+                text = response.read().decode()
         except (urllib.error.URLError, OSError):
             return {}
         pairs = (line.rpartition(" ") for line in text.splitlines() if line and not line.startswith("#"))
@@ -79,12 +79,12 @@ class Operator:
 
     def requests(self) -> Counter[str]:
         """Requests to the API server so far, by `verb resource`."""
-        found: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for name, value in self.metrics().items():
             if name.startswith(f"{PREFIX}_api_requests_total{{"):
                 labels = dict(part.split("=", 1) for part in name.partition("{")[2].rstrip("}").split(","))
-                found[f"{_plain(labels['verb'])} {_plain(labels['resource'])}"] += int(value)
-        return found
+                counts[f"{_plain(labels['verb'])} {_plain(labels['resource'])}"] += int(value)
+        return counts
 
     def __enter__(self) -> Self:
         self.start()
@@ -97,7 +97,7 @@ class Operator:
 
 
 def writes(requests: Counter[str]) -> int:
-    """Number of writes without events, which are posted in the background and may be dropped."""
+    """Count the writes. Events are not counted, because the operator sends them in the background and may drop them."""
     return sum(count for label, count in requests.items() if label.startswith(WRITES) and not label.endswith(" events"))
 
 
@@ -110,7 +110,7 @@ def _total(samples: dict[str, float], name: str) -> float:
 
 
 class LagSampler:
-    """Event-loop lag as the operator measures it, once a second. An async context manager."""
+    """Reads the operator's event-loop lag metric once a second. An async context manager."""
 
     def __init__(self, operator: Operator) -> None:
         self._operator = operator
@@ -125,14 +125,14 @@ class LagSampler:
 
     async def _sample(self) -> None:
         while True:
-            found = await asyncio.to_thread(self._operator.metrics)
-            if f"{PREFIX}_event_loop_lag_seconds" in found:
-                self.samples.append(found[f"{PREFIX}_event_loop_lag_seconds"])
+            samples = await asyncio.to_thread(self._operator.metrics)
+            if f"{PREFIX}_event_loop_lag_seconds" in samples:
+                self.samples.append(samples[f"{PREFIX}_event_loop_lag_seconds"])
             await asyncio.sleep(1)
 
 
 class ProgressServer:
-    """Serves /progress for all pods; the step is the number of seconds since the server started."""
+    """Serves /progress for all simulated pods. The reported step is the number of seconds since the server started."""
 
     def __init__(self) -> None:
         self.uids: dict[tuple[str, str], str] = {}
@@ -145,7 +145,7 @@ class ProgressServer:
         return f"http://127.0.0.1:{self.port}/{{namespace}}/{{pod}}{{path}}"
 
     async def __aenter__(self) -> Self:
-        self._runner = web.ServerRunner(web.Server(self._answer, access_log=None), shutdown_timeout=0)
+        self._runner = web.ServerRunner(web.Server(self._respond, access_log=None), shutdown_timeout=0)
         await self._runner.setup()
         await web.TCPSite(self._runner, "127.0.0.1", 0).start()
         self.port = self._runner.addresses[0][1]
@@ -154,7 +154,7 @@ class ProgressServer:
     async def __aexit__(self, *raised: object) -> None:
         await self._runner.cleanup()
 
-    async def _answer(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _respond(self, request: web.BaseRequest) -> web.StreamResponse:
         namespace, pod, *_ = request.path.strip("/").split("/")
         job, attempt, *_ = pod.rsplit("-", 3)
         uid = self.uids.get((namespace, job))
@@ -168,5 +168,5 @@ class ProgressServer:
         return web.Response(body=json.dumps(report), content_type="application/json")
 
     def now(self) -> int:
-        """The current step of all pods."""
+        """The step that all pods report at the moment."""
         return 1 + int(time.time() - self.started)

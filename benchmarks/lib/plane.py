@@ -37,7 +37,7 @@ class FastControlPlane(ControlPlane):
 
     @contextlib.contextmanager
     def scheduling(self) -> Iterator[None]:
-        """Run the scheduler inside this block only: before, pods exist without node."""
+        """Run the scheduler inside this block. Outside of it, new pods are not bound to a node."""
         server = self._spawn("kube-scheduler", components.scheduler(build.ensure(build.KUBE), self.state_dir))
         try:
             yield
@@ -62,7 +62,7 @@ class Usage:
 
 
 def cpu_seconds(pid: int) -> float:
-    """User and system time of a process and its waited-for children; 0 if it has ended."""
+    """User and system time of a process and of its reaped children; 0 if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def memory_bytes(pid: int, field: str = "VmRSS") -> int:
-    """Resident memory of a process in bytes; `VmHWM`: the maximum until now."""
+    """Resident memory of a process in bytes. With the field `VmHWM`, the maximum since the process started."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024

@@ -1,6 +1,6 @@
-"""The real training with time measurements: the end of each step and the stall of each checkpoint, by the rank's own clock.
+"""The real training, which also records the end of each step and the stall of each checkpoint, on the rank's clock.
 
-Set by FINETUNE_TRAINER_MODULE; writes `<work>/times.jsonl`: {"step", "ended"} and {"step", "stall"}, in seconds.
+FINETUNE_TRAINER_MODULE selects this module. It writes `<work>/times.jsonl`: {"step", "ended"} and {"step", "stall"}, in seconds.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ preload = train.preload
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
-    beat, stage = channel.heartbeat, channel.staged
+    original_heartbeat, original_staged = channel.heartbeat, channel.staged
 
     def heartbeat(step: int) -> None:
-        note(channel, step=step, ended=time.monotonic())
-        beat(step)
+        record(channel, step=step, ended=time.monotonic())
+        original_heartbeat(step)
 
-    def staged(step: int, folder: Any, **facts: Any) -> None:
-        note(channel, step=step, stall=facts["stallSeconds"])
-        stage(step, folder, **facts)
+    def staged(step: int, folder: Any, **values: Any) -> None:
+        record(channel, step=step, stall=values["stallSeconds"])
+        original_staged(step, folder, **values)
 
     channel.heartbeat, channel.staged = heartbeat, staged  # type: ignore[method-assign] # to be timed
     train.main(run, channel, inputs)
 
 
-def note(channel: Channel, **facts: float) -> None:
+def record(channel: Channel, **values: float) -> None:
     with (channel.work / "times.jsonl").open("a") as file:
-        file.write(json.dumps(facts) + "\n")
+        file.write(json.dumps(values) + "\n")

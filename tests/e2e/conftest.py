@@ -48,7 +48,7 @@ def namespace(node_cluster: NodeCluster) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def installation(node_cluster: NodeCluster, tmp_path_factory: pytest.TempPathFactory) -> Installation:
     """The cluster with the operator of this checkout installed, and a model in S3."""
-    images.build([images.Which.OPERATOR, images.Which.TRAINER], shown)
+    images.build([images.ImageName.OPERATOR, images.ImageName.TRAINER], shown)
     for tag in (OPERATOR_IMAGE, TRAINER_IMAGE):
         node_cluster.load_image(tag)
     installation = Installation(node_cluster)

@@ -42,7 +42,7 @@ app.kubernetes.io/part-of: finetune-operator
 {{- end -}}
 {{- end -}}
 
-{{/* The operator's configuration file: the chart's values under the operator's key names, without empty ones. */}}
+{{/* The operator's configuration file: the chart's values under the operator's key names. Empty values are left out. */}}
 {{- define "finetune-operator.config" -}}
 {{- $trainer := dict "image" (include "finetune-operator.image" .Values.trainer.image) "imagePullPolicy" .Values.trainer.image.pullPolicy -}}
 {{- range $key := list "imagePullSecrets" "serviceAccountName" "priorityClassName" "env" "labels" "annotations" -}}
@@ -70,22 +70,22 @@ app.kubernetes.io/part-of: finetune-operator
   resources: [finetunejobs/status]
   verbs: [update]
 - apiGroups: [finetune-operator.io]
-  # For blockOwnerDeletion in owner references, where the admission plugin OwnerReferencesPermissionEnforcement is on.
+  # Needed to set blockOwnerDeletion in owner references if the admission plugin OwnerReferencesPermissionEnforcement is enabled.
   resources: [finetunejobs/finalizers]
   verbs: [update]
 - apiGroups: [batch]
   resources: [jobs]
   verbs: [get, list, watch, create, delete]
 - apiGroups: [""]
-  # Pods without a Job are deleted; pods of lost nodes are deleted with grace period 0.
+  # The operator deletes pods whose Job no longer exists, and force-deletes pods of lost nodes (grace period 0).
   resources: [pods]
   verbs: [list, watch, delete]
 - apiGroups: [""]
-  # Not deleted: garbage collection removes them with the Job that owns them.
+  # No verb `delete`: garbage collection removes a Service together with the Job that owns it.
   resources: [services]
   verbs: [get, create]
 - apiGroups: [""]
-  # Events of the Job controller are the only report of quota and Pod Security refusals of pods.
+  # If a quota or Pod Security rejects a pod, only the Job controller's events say so.
   resources: [events]
   verbs: [list]
 - apiGroups: [events.k8s.io]

@@ -1,4 +1,4 @@
-"""Fixtures for tests of the cluster itself: pods of testbox, a small program that ends in a chosen way."""
+"""Fixtures for tests of the local cluster. Their pods run testbox, a small program whose exit code and behaviour a test chooses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.e2e.localcluster.pods import TESTBOX, Lab
 
 @pytest.fixture(scope="session")
 def testbox(node_cluster: NodeCluster) -> str:
-    """Tag of the testbox image, which is loaded into all nodes."""
+    """Load the testbox image into all nodes. Returns its tag."""
     program = build.ensure("testbox")
     layout = write_layout(program.parent / "image", Image(TESTBOX, {"/testbox": program}, ["/testbox"]))
     return node_cluster.load_image(layout)
@@ -19,11 +19,11 @@ def testbox(node_cluster: NodeCluster) -> str:
 
 @pytest.fixture
 def lab(node_cluster: NodeCluster, namespace: str, testbox: str) -> Lab:
-    """A new namespace and the calls that tests make in it."""
+    """API calls in a new namespace."""
     assert testbox == TESTBOX
     return Lab(node_cluster, namespace)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run tests that end the common cluster after all others."""
+    """Run the tests that stop the shared cluster after all other tests."""
     items.sort(key=lambda item: item.path.name == "test_life.py")

@@ -1,4 +1,4 @@
-"""Pods of testbox that end in a chosen way, and their status."""
+"""Create pods that run testbox, and read their status."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Object = dict[str, Any]
 
 
 def pod(name: str, *arguments: str, container: Object | None = None, **spec: Any) -> Object:
-    """A pod of one container that runs testbox; `container` and `spec` add to it."""
+    """Manifest of a pod whose only container runs testbox; `container` and `spec` add fields to the container and the pod spec."""
     box = {"name": "box", "image": TESTBOX, "imagePullPolicy": "IfNotPresent", "args": list(arguments)}
     return {
         "apiVersion": "v1",
@@ -36,14 +36,14 @@ def phase(found: Object) -> str:
 
 
 def terminated(found: Object) -> Object:
-    """The terminated state of the pod's container; empty while it has not ended."""
+    """The terminated state of the pod's container; empty while the container has not ended."""
     states = found["status"].get("containerStatuses") or [{}]
     ended: Object = states[0].get("state", {}).get("terminated", {})
     return ended
 
 
 def waiting_reason(found: Object) -> str | None:
-    """The reason why the pod's container waits."""
+    """The reason why the pod's container is waiting."""
     states = found["status"].get("containerStatuses") or [{}]
     reason: str | None = states[0].get("state", {}).get("waiting", {}).get("reason")
     return reason
@@ -56,7 +56,7 @@ def is_true(found: Object, condition: str) -> bool:
 
 @dataclass(frozen=True)
 class Lab:
-    """A namespace of a cluster, and the calls that tests make there."""
+    """API calls in one namespace of a cluster."""
 
     cluster: NodeCluster
     namespace: str
@@ -72,11 +72,11 @@ class Lab:
         return found
 
     def delete(self, kind: str, name: str) -> None:
-        """Delete an object with its own grace period."""
+        """Delete an object with the grace period from its spec."""
         self.cluster.endpoint.request("DELETE", f"{self._path(kind)}/{name}")
 
     def wait(self, kind: str, name: str, until: Callable[[Object], object], seconds: float = 40) -> Object:
-        """Wait until `until` is true for the object, and return it. Errors: AssertionError with its status after `seconds`."""
+        """Wait until `until` is true for the object. Returns the object. Errors: AssertionError with its status after `seconds`."""
         deadline = time.monotonic() + seconds
         while not until(found := self.get(kind, name)):
             assert time.monotonic() < deadline, f"{kind} {name} after {seconds} s: {found['status']}"
@@ -84,7 +84,7 @@ class Lab:
         return found
 
     def run(self, manifest: Object, seconds: float = 40) -> Object:
-        """Create a pod and wait until its container has ended."""
+        """Create a pod and wait until its container has ended. Returns the pod."""
         self.create(manifest)
         return self.wait("pod", manifest["metadata"]["name"], terminated, seconds)
 

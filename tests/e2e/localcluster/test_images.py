@@ -1,4 +1,4 @@
-"""Images on a node: pods run the newest image of a tag, and older ones are removed."""
+"""Images on a node: pods run the newest image of a tag, and older images are removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TAG = "localhost/changing:dev"
 
 
 def _version(folder: Path, number: str) -> Path:
-    """A layout of testbox and a file that differs by version and is large enough to be hard-linked."""
+    """Write an image layout with testbox and a file that differs by version and is large enough to be hard-linked."""
     extra = folder / number
     extra.write_bytes(number.encode() * (2 << 20))
     image = Image(TAG, {"/testbox": build.ensure("testbox"), "/extra": extra}, ["/testbox"])
@@ -26,14 +26,14 @@ def _version(folder: Path, number: str) -> Path:
 
 def test_new_pods_run_the_changed_image(lab: Lab, tmp_path: Path) -> None:
     on_n1 = {"container": {"image": TAG}, "nodeSelector": {"kubernetes.io/hostname": "n1"}}
-    store = lab.cluster.containerd(lab.cluster.plan.node("n1"))
+    containerd = lab.cluster.containerd(lab.cluster.plan.node("n1"))
     image_ids = []
     for number in ("1", "2"):
         assert lab.cluster.load_image(_version(tmp_path, number), nodes=["n1"]) == TAG
         found = lab.run(pod(f"p{number}", "exit", number, **on_n1))
         assert terminated(found)["exitCode"] == int(number)
         image_ids.append(found["status"]["containerStatuses"][0]["imageID"])
-        assert untagged(store.images()) == []
+        assert untagged(containerd.images()) == []
     assert image_ids[0] != image_ids[1]
 
 
@@ -42,7 +42,7 @@ def test_loading_an_image_again_reads_no_layers(lab: Lab, tmp_path: Path) -> Non
     lab.cluster.load_image(layout, nodes=["n1"])
     for blob in (layout / "blobs" / "sha256").iterdir():
         if blob.stat().st_size > 1 << 20:
-            blob.unlink()  # reading it would fail
+            blob.unlink()  # so that reading the layer would fail
     assert lab.cluster.load_image(layout, nodes=["n1"]) == TAG
 
 

@@ -1,4 +1,4 @@
-"""When a cluster ends, for any reason, no process, namespace, mount, link or cgroup remains."""
+"""When a cluster ends, for any reason, no process, namespace, mount, network link or cgroup remains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.e2e
 
 @pytest.fixture
 def cluster(node_cluster: NodeCluster) -> NodeCluster:
-    """The common cluster. These tests run last (conftest), and start it only if they need it."""
+    """The cluster that all e2e tests share. These tests stop it, so conftest.py runs them last; a test that needs it running calls up() first."""
     return node_cluster
 
 
@@ -47,7 +47,7 @@ def _command(cluster: NodeCluster, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "localcluster", *arguments, "--state", str(cluster.state_dir)]
 
 
-def test_second_up_uses_the_cluster_and_a_different_one_is_refused(cluster: NodeCluster, tmp_path: Path) -> None:
+def test_second_up_uses_the_running_cluster_and_other_options_are_refused(cluster: NodeCluster, tmp_path: Path) -> None:
     pid = Machine(cluster.state_dir).pid()
     again = NodeCluster(cluster.state_dir, nodes=2).up()
     assert Machine(again.state_dir).pid() == pid
@@ -63,11 +63,11 @@ def test_status_shows_nodes_and_s3(cluster: NodeCluster) -> None:
     assert "nodes   n1 Ready, n2 Ready" in status
     assert cluster.s3.host_url in status
     with pytest.raises(LocalClusterError, match="there is no node n9: the nodes are n1, n2"):
-        cluster.stop_node("n9")
+        cluster.stop_kubelet("n9")
 
 
 @pytest.mark.slow
-def test_up_after_kill_9_of_the_first_process_leaves_only_the_new_cluster(cluster: NodeCluster, testbox: str) -> None:
+def test_up_after_kill_9_of_the_first_process_removes_the_old_cluster(cluster: NodeCluster, testbox: str) -> None:
     assert testbox
     _run_stubborn_pods(cluster.up())
     namespaces = leftovers.namespaces_of(cluster.state_dir)
@@ -89,7 +89,7 @@ def test_down_leaves_nothing(cluster: NodeCluster, testbox: str) -> None:
     _run_stubborn_pods(cluster.up())
     namespaces = leftovers.namespaces_of(cluster.state_dir)
     before = leftovers.find(cluster.state_dir, namespaces)
-    assert len(before.namespaces) >= 5  # of both nodes, and of processes
+    assert len(before.namespaces) >= 5  # network and mount namespaces of two nodes, and a PID namespace
     assert len(before.processes) > 15
     assert before.links and before.cgroups
     cluster.down()
@@ -118,7 +118,7 @@ def test_interrupted_up_leaves_nothing(cluster: NodeCluster, number: signal.Sign
         started.send_signal(number)
         _, stderr = started.communicate()
     assert started.returncode == 130
-    assert stderr.splitlines()[-1] == "localcluster: interrupted, nothing was left running"
+    assert stderr.splitlines()[-1] == "localcluster: interrupted; all started processes were stopped"
     assert leftovers.find(cluster.state_dir, namespaces) == NOTHING
 
 
@@ -137,5 +137,5 @@ def test_cluster_ends_with_the_program_that_started_it(cluster: NodeCluster) -> 
     _wait(lambda: leftovers.find(cluster.state_dir, namespaces).processes == ())
 
 
-def test_leftovers_with_a_link_are_not_nothing() -> None:
+def test_leftovers_with_a_network_link_differ_from_nothing() -> None:
     assert Leftovers((), (), (), ("ftlc0",), ()) != NOTHING

@@ -14,12 +14,12 @@ ON_N2 = {"nodeSelector": {"kubernetes.io/hostname": "n2"}}
 
 
 def _pair(*arguments: str) -> dict[str, Any]:
-    """An Indexed Job of two pods on different nodes."""
-    spread = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"job": "pair"}}}
+    """Manifest of an Indexed Job with two pods, which run on different nodes."""
+    anti_affinity = {"topologyKey": "kubernetes.io/hostname", "labelSelector": {"matchLabels": {"job": "pair"}}}
     template = {
         **pod("x", *arguments)["spec"],
         "subdomain": "pair",
-        "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [spread]}},
+        "affinity": {"podAntiAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [anti_affinity]}},
     }
     return {
         "apiVersion": "batch/v1",
@@ -39,8 +39,8 @@ def _headless() -> dict[str, Any]:
 
 def test_pods_of_an_indexed_job_resolve_each_other_across_nodes(lab: Lab) -> None:
     lab.create(_headless())
-    full = f"pair-0.pair.{lab.namespace}.svc.cluster.local"
-    lab.create(_pair("lookup", "pair-0.pair", "20", "--", "lookup", "pair-1.pair", "20", "--", "lookup", full, "20"))
+    full_name = f"pair-0.pair.{lab.namespace}.svc.cluster.local"
+    lab.create(_pair("lookup", "pair-0.pair", "20", "--", "lookup", "pair-1.pair", "20", "--", "lookup", full_name, "20"))
     lab.wait("job", "pair", lambda job: is_true(job, "Complete"), seconds=60)
     pods = lab.cluster.endpoint.get(f"/api/v1/namespaces/{lab.namespace}/pods")["items"]
     assert sorted(p["spec"]["nodeName"] for p in pods) == ["n1", "n2"]

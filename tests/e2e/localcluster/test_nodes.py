@@ -1,4 +1,4 @@
-"""Nodes without kubelet, after a power cut, drained, or without free GPUs."""
+"""Behaviour of nodes: stopped kubelet, power cut, drain, and too few GPUs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ON_N2 = {"nodeSelector": {"kubernetes.io/hostname": "n2"}}
 
 @pytest.fixture
 def n2(node_cluster: NodeCluster) -> Iterator[str]:
-    """The second node, which is started and uncordoned again afterwards."""
+    """The second node. After the test it is started and uncordoned."""
     yield "n2"
     node_cluster.start_node("n2")
     node_cluster.kubectl("uncordon", "n2")
@@ -31,11 +31,11 @@ def test_node_without_kubelet_becomes_not_ready_and_its_pods_are_evicted(lab: La
     manifest = pod("p", "graceful", "0", tolerations=_tolerations(1), terminationGracePeriodSeconds=5, **ON_N2)
     lab.create(manifest)
     lab.wait("pod", "p", lambda p: phase(p) == "Running")
-    lab.cluster.stop_node(n2)
+    lab.cluster.stop_kubelet(n2)
     lab.wait("node", n2, lambda n: not is_true(n, "Ready"), seconds=60)
     found = lab.wait("pod", "p", lambda p: p["metadata"].get("deletionTimestamp"), seconds=60)
     assert is_true(found, "DisruptionTarget")
-    assert phase(found) == "Running"  # without kubelet, nothing updates its status
+    assert phase(found) == "Running"  # without a kubelet, nothing updates the pod's status
     lab.cluster.start_node(n2)
     lab.wait("node", n2, lambda n: is_true(n, "Ready"))
 
@@ -49,7 +49,7 @@ def test_power_cut_ends_all_containers(lab: Lab, n2: str) -> None:
     assert terminated(lab.run(pod("again", "exit", "0", **ON_N2)))["exitCode"] == 0
 
 
-def test_drain_evicts_pods_and_prevents_new_ones(lab: Lab, n2: str) -> None:
+def test_drain_evicts_pods_and_new_pods_stay_pending(lab: Lab, n2: str) -> None:
     lab.create(pod("p", "graceful", "75", **ON_N2))
     lab.wait("pod", "p", lambda p: phase(p) == "Running")
     lab.kubectl("drain", n2, "--force", "--delete-emptydir-data", "--ignore-daemonsets", "--timeout=60s")

@@ -1,4 +1,4 @@
-"""How pods end on a real node, as the operator and the trainer expect."""
+"""Pods on a real node end as the operator and the trainer expect."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def test_exit_code_is_in_the_pod_status(lab: Lab, code: int, expected: str) -> N
     assert lab.wait("pod", "p", lambda p: phase(p) == expected)
 
 
-def test_memory_limit_ends_as_oom_killed(lab: Lab) -> None:
+def test_container_over_its_memory_limit_is_oom_killed(lab: Lab) -> None:
     limit = {"resources": {"limits": {"memory": "64Mi"}}}
     assert terminated(lab.run(pod("p", "allocate", "256", container=limit)))["exitCode"] == 137
-    # The runtime receives the exit and the OOM event separately, and sets the reason when it has both.
+    # The runtime receives the exit and the OOM event separately. It sets the reason after both have arrived.
     assert lab.wait("pod", "p", lambda p: terminated(p)["reason"] == "OOMKilled")
 
 
@@ -85,7 +85,7 @@ def test_exec_and_port_forward(lab: Lab) -> None:
     assert got.stdout.strip() == "p"
 
 
-def test_unknown_image_is_a_waiting_reason(lab: Lab) -> None:
+def test_missing_image_is_the_waiting_reason(lab: Lab) -> None:
     lab.create(pod("p", "exit", "0", container={"image": "localhost/no-such-image:1"}))
     found = lab.wait("pod", "p", lambda p: waiting_reason(p) in ("ErrImagePull", "ImagePullBackOff"))
     assert phase(found) == "Pending"

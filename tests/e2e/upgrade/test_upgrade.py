@@ -57,12 +57,12 @@ def old_release(installation: Installation, tmp_path_factory: pytest.TempPathFac
         pytest.skip(f"the clone has no commit {OLD_COMMIT}: {archive.stderr.decode().strip()}")
     subprocess.run(["tar", "-x", "-C", str(source)], input=archive.stdout, check=True)
     tags = {}
-    for which in (images.Which.OPERATOR, images.Which.TRAINER):
+    for which in (images.ImageName.OPERATOR, images.ImageName.TRAINER):
         recipe = images.RECIPES[which]
         old = images.Recipe(f"{recipe.name}-0.1.0", recipe.dockerfile, recipe.arguments, recipe.needs_gb)
         built = images.build_recipe(old, source, shown)
         tags[which] = installation.cluster.load_image(built.layout)
-    place = ChartInputs(installation.cluster.s3, tags[images.Which.OPERATOR], tags[images.Which.TRAINER])
+    place = ChartInputs(installation.cluster.s3, tags[images.ImageName.OPERATOR], tags[images.ImageName.TRAINER])
     return Release(source / CHART, place)
 
 

@@ -28,7 +28,7 @@ def test_small_run_measures_everything_with_a_budget(tmp_path: Path) -> None:
     assert len(done.stdout.splitlines()) == len(budgets)
     ours = found["burst"]["ours"]
     assert 1 <= ours["writesPerJobToPods"] <= 3
-    assert 1 <= ours["writesPerJobOfALife"] <= 8
+    assert 1 <= ours["writesPerJobToEnd"] <= 8
     assert found["idle"]["writes"] == 0
     assert found["restart"]["pods"] == 10
     assert found["steady"]["runningJobs"] == 10

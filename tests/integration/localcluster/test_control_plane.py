@@ -1,4 +1,4 @@
-"""Control planes run at the same time, and leave nothing when they end."""
+"""Several control planes can run at the same time, and leave no process or file when they end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _command(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture
 def state(tmp_path: Path) -> Iterator[Path]:
-    """A state folder whose cluster ends with the test, even if the test fails."""
+    """A state folder. Its cluster is killed after the test, even if the test fails."""
     yield tmp_path / "c"
     processes.end_all(tmp_path / "c")
 
@@ -33,8 +33,8 @@ def state(tmp_path: Path) -> Iterator[Path]:
 def test_two_control_planes_are_independent(control_plane: Endpoint, tmp_path: Path) -> None:
     with ControlPlane(tmp_path / "other") as other:
         assert other.server != control_plane.server
-        made = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "only-here"}}
-        other.request("POST", "/api/v1/namespaces", made)
+        manifest = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "only-here"}}
+        other.request("POST", "/api/v1/namespaces", manifest)
         assert other.exists("/api/v1/namespaces/only-here")
         assert not control_plane.exists("/api/v1/namespaces/only-here")
         with pytest.raises(ApiError) as refused:
@@ -46,30 +46,30 @@ def test_two_control_planes_are_independent(control_plane: Endpoint, tmp_path: P
 
 @pytest.mark.slow
 def test_command_line_from_up_to_down(state: Path) -> None:
-    where = ["--state", str(state)]
-    up = _command("up", "--mode", "control-plane", *where)
+    state_option = ["--state", str(state)]
+    up = _command("up", "--mode", "control-plane", *state_option)
     assert up.stdout == f"export KUBECONFIG={state}/kubeconfig\n"
     assert "start the control plane" in up.stderr
     pids = processes.owned_by(state)
     assert len(pids) == 3
-    assert _command("up", "--mode", "control-plane", *where).returncode == 0
+    assert _command("up", "--mode", "control-plane", *state_option).returncode == 0
     assert sorted(processes.owned_by(state)) == sorted(pids)
-    assert "mode    control-plane" in _command("status", *where).stdout
-    assert _command("kubectl", *where, "--", "get", "--raw", "/readyz").stdout == "ok"
-    other = _command("up", "--nodes", "2", *where)
+    assert "mode    control-plane" in _command("status", *state_option).stdout
+    assert _command("kubectl", *state_option, "--", "get", "--raw", "/readyz").stdout == "ok"
+    other = _command("up", "--nodes", "2", *state_option)
     assert (other.returncode, other.stderr.count("\n")) == (1, 1)
     assert "a control-plane cluster is running in" in other.stderr
     for pid in pids[:1]:
         os.kill(pid, signal.SIGKILL)
-    assert _command("up", "--mode", "control-plane", *where).returncode == 0
+    assert _command("up", "--mode", "control-plane", *state_option).returncode == 0
     assert set(processes.owned_by(state)).isdisjoint(pids)
-    assert _command("down", *where).returncode == 0
+    assert _command("down", *state_option).returncode == 0
     assert processes.owned_by(state) == []
-    down = _command("status", *where)
+    down = _command("status", *state_option)
     assert (down.returncode, down.stderr) == (1, f"localcluster: no cluster is running in {state}: run `localcluster up`\n")
 
 
-def test_ctrl_c_while_starting_leaves_nothing(state: Path) -> None:
+def test_ctrl_c_during_up_leaves_no_process(state: Path) -> None:
     command = [sys.executable, "-m", "localcluster", "up", "--mode", "control-plane", "--state", str(state)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
         deadline = time.monotonic() + 20
@@ -79,17 +79,17 @@ def test_ctrl_c_while_starting_leaves_nothing(state: Path) -> None:
         started.send_signal(signal.SIGINT)
         _, stderr = started.communicate()
     assert started.returncode == 130
-    assert stderr.splitlines()[-1] == "localcluster: interrupted, nothing was left running"
+    assert stderr.splitlines()[-1] == "localcluster: interrupted; all started processes were stopped"
     assert processes.owned_by(state) == []
 
 
-def test_options_without_nodes_are_refused(tmp_path: Path) -> None:
+def test_node_options_are_refused_for_a_control_plane(tmp_path: Path) -> None:
     refused = _command("up", "--mode", "control-plane", "--gpus", "1", "--state", str(tmp_path / "c"))
     assert refused.returncode == 2
     assert "--nodes and --gpus need --mode node" in refused.stderr
 
 
-def test_one_command_at_a_time(tmp_path: Path) -> None:
+def test_second_command_in_the_same_state_folder_is_refused(tmp_path: Path) -> None:
     with locked(tmp_path), pytest.raises(ClusterBusy, match="another localcluster command is running"):
         ControlPlane(tmp_path).up()
 

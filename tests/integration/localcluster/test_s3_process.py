@@ -39,13 +39,13 @@ def test_wrong_keys_and_anonymous_requests_are_refused(s3_server: S3Endpoint, bu
     assert anonymous.value.code == 403
 
 
-def test_write_does_not_create_a_bucket(s3_server: S3Endpoint) -> None:
+def test_write_to_a_missing_bucket_is_refused(s3_server: S3Endpoint) -> None:
     with pytest.raises(ClientError) as refused:
         s3_server.client().put_object(Bucket="never-created", Key="k", Body=b"")
     assert _code(refused) == "NoSuchBucket"
 
 
-def test_conditional_writes_have_one_winner(s3_server: S3Endpoint, bucket: str) -> None:
+def test_second_write_with_if_none_match_is_refused(s3_server: S3Endpoint, bucket: str) -> None:
     client = s3_server.client()
     client.put_object(Bucket=bucket, Key="once", Body=b"1", IfNoneMatch="*")
     with pytest.raises(ClientError) as refused:
@@ -55,19 +55,19 @@ def test_conditional_writes_have_one_winner(s3_server: S3Endpoint, bucket: str) 
 
 
 def test_restart_keeps_data_and_address(tmp_path: Path) -> None:
-    before = set(Path("/tmp").glob("seaweedfs-*.sock"))  # of servers that other runs have killed without cleanup
+    existing_sockets = set(Path("/tmp").glob("seaweedfs-*.sock"))  # left by earlier runs whose servers were killed
     server = S3Process(tmp_path)
     first = server.start()
     first.client().create_bucket(Bucket="kept")
     first.client().put_object(Bucket="kept", Key="k", Body=b"v" * 100_000)
     server.stop()
     assert processes.owned_by(tmp_path) == []
-    assert [p for port in server.ports for p in Path("/tmp").glob(f"seaweedfs-*-{port}.sock") if p not in before] == []
+    assert [p for port in server.ports for p in Path("/tmp").glob(f"seaweedfs-*-{port}.sock") if p not in existing_sockets] == []
     assert server.start() == first
     assert first.client().get_object(Bucket="kept", Key="k")["Body"].read() == b"v" * 100_000
     server.stop()
 
 
-def test_server_has_no_address_before_its_start(tmp_path: Path) -> None:
+def test_endpoint_before_the_first_start_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(StartFailed, match="was not started"):
         assert S3Process(tmp_path).endpoint

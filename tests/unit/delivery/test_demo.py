@@ -22,7 +22,7 @@ from rich.console import Console
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
-    """A machine with an empty PATH and none of the demo's environment variables."""
+    """A machine with an empty PATH and without the demo's environment variables."""
     monkeypatch.setenv("PATH", str(tmp_path))
     for name in demo_clusters.Current.needs:
         monkeypatch.delenv(name, raising=False)
@@ -40,7 +40,7 @@ def test_unknown_cluster_is_refused() -> None:
         demo_clusters.choose("minikube", keep=False)
 
 
-def test_kind_is_chosen_where_docker_runs(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_kind_is_chosen_if_docker_is_running(machine: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("docker", "kubectl", "kind"):
         program(tmp_path, name)
     assert demo_clusters.choose("", keep=False).name == "kind"
@@ -55,7 +55,7 @@ def test_local_is_chosen_for_root_on_linux_without_docker(machine: pytest.Monkey
 
 
 @pytest.mark.parametrize("platform", ["linux", "darwin"])
-def test_no_cluster_is_an_error_of_one_line(machine: pytest.MonkeyPatch, platform: str) -> None:
+def test_error_without_a_cluster_is_one_line(machine: pytest.MonkeyPatch, platform: str) -> None:
     machine.setattr(sys, "platform", platform)
     machine.setattr(os, "geteuid", lambda: 1000)
     with pytest.raises(demo_clusters.NoCluster) as raised:
@@ -106,7 +106,7 @@ def test_kind_builds_the_dockerfiles_of_the_project(machine: pytest.MonkeyPatch,
 
 @dataclass
 class FakeJob:
-    """A job with the given states in order; the last one is repeated."""
+    """A job that returns the given snapshots in order, and then repeats the last snapshot."""
 
     snapshots: list[Snapshot]
 
@@ -125,7 +125,7 @@ def running(step: int) -> FineTuneJobStatus:
 EVENT = Event(datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC), "TrainingStarted", "first step", is_warning=False)
 
 
-def test_without_terminal_each_change_is_one_line() -> None:
+def test_each_change_is_one_line_without_a_terminal() -> None:
     out = io.StringIO()
     done = FineTuneJobStatus(observed_generation=1, phase=Phase.SUCCEEDED)
     snapshots = [Snapshot(None, ()), Snapshot(running(10), (EVENT,)), Snapshot(running(11), (EVENT,)), Snapshot(done, (EVENT,))]
@@ -141,7 +141,7 @@ def test_without_terminal_each_change_is_one_line() -> None:
     ]
 
 
-def test_job_that_does_not_end_is_a_timeout() -> None:
+def test_view_times_out_if_the_job_does_not_finish() -> None:
     with pytest.raises(TimeoutError, match="the job is Running after 0 s"):
         follow(FakeJob([Snapshot(running(1), ())]), Console(file=io.StringIO()), timeout=0)
 

@@ -27,7 +27,7 @@ from localcluster import (
 )
 from localcluster.components import ControlPlaneAddresses, User
 from localcluster.errors import BuildFailed, ImageNotFound, MissingRequirement
-from localcluster.layout import Plan, free_block
+from localcluster.layout import Plan, find_free_block
 from localcluster.node_cluster import find_layout
 from localcluster.oci import Image, manifest_of, write_layout
 
@@ -66,13 +66,13 @@ def test_images_of_nodes_are_outside_the_state_folder(plan: Plan) -> None:
 )
 def test_first_free_address_block_is_chosen(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]], expected: str) -> None:
     _set_routes(monkeypatch, routes)
-    assert free_block() == expected
+    assert find_free_block() == expected
 
 
-def test_missing_address_block_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_free_address_block_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     _set_routes(monkeypatch, [{"dst": "10.0.0.0/8"}, {"dst": "172.16.0.0/12"}, {"dst": "198.18.0.0/15"}])
     with pytest.raises(MissingRequirement, match=r"no free address range: 10\.201, .* all have routes"):
-        free_block()
+        find_free_block()
 
 
 def _set_routes(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]]) -> None:
@@ -82,16 +82,16 @@ def _set_routes(monkeypatch: pytest.MonkeyPatch, routes: list[dict[str, str]]) -
 
 def test_api_server_on_the_loopback_has_no_endpoint_reconciler(tmp_path: Path) -> None:
     def reconciler(address: str) -> str:
-        at = ControlPlaneAddresses(address, address, 6443, 2379, 2380)
-        arguments = components.api_server(Path("kube"), tmp_path, at)
+        addresses = ControlPlaneAddresses(address, address, 6443, 2379, 2380)
+        arguments = components.api_server(Path("kube"), tmp_path, addresses)
         return arguments[arguments.index("--endpoint-reconciler-type") + 1]
 
     assert (reconciler("127.0.0.1"), reconciler("10.201.0.1")) == ("none", "lease")
 
 
 def test_kubeconfig_with_certificate_verifies_the_server() -> None:
-    without = json.loads(components.kubeconfig("https://a:1", "t", None))["clusters"][0]["cluster"]
-    assert without == {"server": "https://a:1", "insecure-skip-tls-verify": True}
+    unverified = json.loads(components.kubeconfig("https://a:1", "t", None))["clusters"][0]["cluster"]
+    assert unverified == {"server": "https://a:1", "insecure-skip-tls-verify": True}
     verified = json.loads(components.kubeconfig("https://a:1", "t", b"x"))["clusters"][0]["cluster"]
     assert verified == {"server": "https://a:1", "certificate-authority-data": "eA=="}
 
@@ -120,15 +120,15 @@ def test_small_images_are_reproducible_layouts(tmp_path: Path) -> None:
     program = tmp_path / "program"
     program.write_bytes(b"\x7fELF")
     image = Image("localhost/x:1", {"/bin/x": program}, ["/bin/x"])
-    one, two = write_layout(tmp_path / "a", image), write_layout(tmp_path / "b", image)
-    name, entry = manifest_of(one, "localhost/x:1")
-    assert (name, entry) == manifest_of(two)
-    for path in (one / "blobs" / "sha256").iterdir():
+    layout_a, layout_b = write_layout(tmp_path / "a", image), write_layout(tmp_path / "b", image)
+    name, entry = manifest_of(layout_a, "localhost/x:1")
+    assert (name, entry) == manifest_of(layout_b)
+    for path in (layout_a / "blobs" / "sha256").iterdir():
         assert hashlib.sha256(path.read_bytes()).hexdigest() == path.name
-    manifest = json.loads(store.blob(one, entry["digest"]).read_text())
-    with tarfile.open(store.blob(one, manifest["layers"][0]["digest"])) as layer:
+    manifest = json.loads(store.blob(layout_a, entry["digest"]).read_text())
+    with tarfile.open(store.blob(layout_a, manifest["layers"][0]["digest"])) as layer:
         assert [(m.name, oct(m.mode)) for m in layer] == [("bin/x", "0o755"), ("tmp", "0o1777")]
-    assert json.loads(store.blob(one, manifest["config"]["digest"]).read_text())["config"]["User"] == "65532:65532"
+    assert json.loads(store.blob(layout_a, manifest["config"]["digest"]).read_text())["config"]["User"] == "65532:65532"
 
 
 def test_missing_layout_or_image_is_an_error(tmp_path: Path) -> None:
@@ -136,9 +136,9 @@ def test_missing_layout_or_image_is_an_error(tmp_path: Path) -> None:
         manifest_of(tmp_path)
     program = tmp_path / "p"
     program.touch()
-    made = write_layout(tmp_path / "l", Image("localhost/x:1", {"/p": program}, ["/p"]))
+    existing_layout = write_layout(tmp_path / "l", Image("localhost/x:1", {"/p": program}, ["/p"]))
     with pytest.raises(ImageNotFound, match=r"holds \['localhost/x:1'\], not localhost/y:1"):
-        manifest_of(made, "localhost/y:1")
+        manifest_of(existing_layout, "localhost/y:1")
 
 
 def test_built_images_are_found_by_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,12 +153,12 @@ def test_built_images_are_found_by_tag(tmp_path: Path, monkeypatch: pytest.Monke
         find_layout("localhost/y:dev")
 
 
-def test_images_without_a_tag_are_found() -> None:
+def test_images_whose_only_name_is_their_hash_are_found() -> None:
     images = {"localhost/a:dev": "sha256:2", "sha256:x": "sha256:1", "sha256:y": "sha256:2"}
     assert store.untagged(images) == ["sha256:x"]
 
 
-def test_path_of_a_program_holds_its_version_and_hash() -> None:
+def test_path_of_a_program_contains_its_version_and_source_hash() -> None:
     kube = build.PROGRAMS[build.KUBE]
     assert kube.version.split(".")[0] == "1"
     assert kube.binary.parent.name.startswith(f"kube-{kube.version}-")
@@ -166,7 +166,7 @@ def test_path_of_a_program_holds_its_version_and_hash() -> None:
     assert len({program.binary for program in build.PROGRAMS.values()}) == len(build.PROGRAMS)
 
 
-def test_program_without_its_module_is_an_error() -> None:
+def test_program_whose_module_is_not_in_go_mod_is_an_error() -> None:
     with pytest.raises(BuildFailed, match="requires no example.org/none"):
         assert build.Program("pause", "example.org/none").version
 
@@ -186,7 +186,7 @@ def test_go_must_be_new_enough(monkeypatch: pytest.MonkeyPatch, output: str, is_
             build.check_go()
 
 
-def test_missing_go_and_packages_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_error_names_missing_go_and_missing_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(build.shutil, "which", lambda _: None)
     with pytest.raises(MissingRequirement, match="Go 1.26 or newer is missing"):
         build.check_go()
@@ -205,10 +205,10 @@ def test_nodes_need_root_and_linux(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_free_ports_are_different_and_free() -> None:
-    found = ports.free_ports(20)
-    assert len(set(found)) == 20
+    free = ports.free_ports(20)
+    assert len(set(free)) == 20
     with socket.socket() as server:
-        server.bind(("127.0.0.1", found[0]))
+        server.bind(("127.0.0.1", free[0]))
 
 
 def test_s3_server_has_no_telemetry_and_uses_each_port_once() -> None:
@@ -218,7 +218,7 @@ def test_s3_server_has_no_telemetry_and_uses_each_port_once() -> None:
     assert sorted(chosen) == [str(n) for n in range(8)]
 
 
-def test_s3_objects_run_on_the_named_node_only() -> None:
+def test_s3_pod_runs_only_on_the_given_node() -> None:
     def selector(node: str | None) -> object:
         return s3_pod.objects("a", "b", node=node)[-1]["spec"]["template"]["spec"]["nodeSelector"]
 
@@ -226,7 +226,7 @@ def test_s3_objects_run_on_the_named_node_only() -> None:
     assert [o["kind"] for o in s3_pod.objects("a", "b")] == ["Namespace", "Secret", "Service", "Deployment"]
 
 
-def test_certificate_is_copied_again_until_the_server_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_certificate_is_copied_until_the_api_server_is_ready(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     certificate = tmp_path / "certs" / "apiserver.crt"
     certificate.parent.mkdir()
     certificate.touch()
@@ -238,6 +238,6 @@ def test_certificate_is_copied_again_until_the_server_is_ready(tmp_path: Path, m
         return copies[-1] == b"whole"
 
     monkeypatch.setattr(control_plane.Endpoint, "ready", ready)
-    at = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", 6443, 2379, 2380)
-    found = control_plane.wait_for_api(tmp_path, at, "token", [])
-    assert (copies, found.ca.read_bytes()) == ([b"", b"whole"], b"whole")
+    addresses = ControlPlaneAddresses("127.0.0.1", "127.0.0.1", 6443, 2379, 2380)
+    endpoint = control_plane.wait_for_api(tmp_path, addresses, "token", [])
+    assert (copies, endpoint.ca.read_bytes()) == ([b"", b"whole"], b"whole")

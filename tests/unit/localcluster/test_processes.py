@@ -1,4 +1,4 @@
-"""Processes are found by their owner and end with it."""
+"""Processes are found by their owner and killed when their parent ends or on request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _wait_until(is_true: object, seconds: float = 10) -> None:
         time.sleep(0.01)
 
 
-def test_grandchildren_are_found_and_ended(tmp_path: Path) -> None:
+def test_all_descendants_of_an_owner_are_found_and_killed(tmp_path: Path) -> None:
     owner, other = tmp_path / "owner", tmp_path / "other"
     _spawn(owner, "sleep 600 & sleep 600 & wait", Lifetime.DETACHED)
     _spawn(other, "exec sleep 600")
@@ -38,7 +38,7 @@ def test_grandchildren_are_found_and_ended(tmp_path: Path) -> None:
     processes.end_all(other)
 
 
-def test_process_with_parent_lifetime_ends_with_a_killed_parent(tmp_path: Path) -> None:
+def test_process_with_lifetime_parent_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     script = (
         "import pathlib; from localcluster import processes as p; o = pathlib.Path({o!r})\n"
         "p.spawn('x', ['sleep', '600'], owner=o, log=o / 'log', lifetime=p.Lifetime.{life})\n"
@@ -50,7 +50,7 @@ def test_process_with_parent_lifetime_ends_with_a_killed_parent(tmp_path: Path) 
         with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
             assert parent.stdout is not None
             assert parent.stdout.readline() == b"ready\n"
-            # The kernel closes the pipe on which Popen waits before it sets the environment of the new program.
+            # Popen may return before the kernel has set the environment of the new program.
             _wait_until(lambda owner=owner: len(processes.owned_by(owner)) == 1)
             parent.send_signal(signal.SIGKILL)
         if expected == 0:
@@ -60,7 +60,7 @@ def test_process_with_parent_lifetime_ends_with_a_killed_parent(tmp_path: Path) 
 
 def test_waiting_fails_as_soon_as_a_server_has_ended(tmp_path: Path) -> None:
     server = _spawn(tmp_path, "echo no such flag; exit 3")
-    with pytest.raises(StartFailed, match="x ended with 3 while starting: no such flag"):
+    with pytest.raises(StartFailed, match="x exited with 3 while starting: no such flag"):
         processes.wait_until("x", lambda: False, servers=[server], timeout=10)
 
 
@@ -74,12 +74,12 @@ def test_waiting_fails_after_the_timeout_with_the_log(tmp_path: Path) -> None:
 
 def test_zombie_has_no_start_time() -> None:
     child = subprocess.Popen(["true"])
-    _wait_until(lambda: processes.start_time(child.pid) is None)  # a zombie until it is waited for
+    _wait_until(lambda: processes.start_time(child.pid) is None)  # the child is a zombie until child.wait()
     child.wait()
     assert processes.start_time(os.getpid()) is not None
 
 
-def test_lock_waits_for_the_end_of_the_same_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lock_waits_while_the_cluster_of_the_same_folder_is_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "LOCK", tmp_path / "machine.lock")
     ending = machine.take_lock(tmp_path / "own")
     pauses: list[float] = []

@@ -1,18 +1,18 @@
-"""A run that is killed repeatedly: whether it ends, whether its result is exact, how many steps are lost, how fast it recovers.
+"""Kill a run repeatedly, and measure whether it finishes, whether its result is exact, how many steps are lost and how fast it recovers.
 
-    python -m benchmarks.punisher --kills 1000 --every 1 --seconds 420 --folder ~/.cache/finetune-operator/punisher
+    python -m benchmarks.repeated_kills --kills 1000 --every 1 --seconds 420 --folder ~/.cache/finetune-operator/repeated_kills
 
-Method. Ranks that compute a chain of hashes instead of training (tests/pod/toy_rank.py) run with the real supervisor, agent and
-checkpoint protocol and a real S3 server. After the attempt's first new step, at a random time between two checkpoints, a random victim
-(rank, agent or the whole pod) is killed with SIGKILL, or the pod is stopped with SIGTERM. The next attempt starts at once, as the operator
-would start it.
-Steps lost: those after the newest committed checkpoint. One upload may be in flight and one queued; with steps of 50 ms and a checkpoint
-at each step, the number depends on the load of the machine.
-Goodput: seconds of steps that were kept, divided by all seconds of pods. Recovery: from the kill to the next attempt's first new step. At
-each restart, all committed checkpoints are read and compared with their manifests. At the end, each step must have a logged state, and
-all states are compared with those of an undisturbed run, which can be computed from the chain of hashes.
+Method. The ranks compute a chain of hashes instead of training (tests/pod/toy_rank.py); supervisor, agent, checkpoint protocol and S3
+server are real. After the first new step of an attempt, at a random time between two checkpoints, a random victim (rank, agent or the whole
+pod) is killed with SIGKILL, or the pod is stopped with SIGTERM. The next attempt starts at once, with the inputs that the operator would
+give it.
+Steps lost: the steps after the newest committed checkpoint. One upload may be in flight and one queued; with steps of 50 ms and a
+checkpoint at each step, the number depends on the load of the machine.
+Goodput: the duration of all steps that were kept, divided by the running time of all pods. Recovery: the time from a kill to the next
+attempt's first new step. After each kill, all committed checkpoints are read and compared with their manifests. At the end, each step must
+have a logged state, and all states must equal those of an uninterrupted run, which are computed from the chain of hashes.
 
-With --folder and --seconds, it stops between two kills when the time is over, and the same command continues.
+With --seconds, the program stops between two kills when the time is over. With --folder, the same command continues the run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from finetune_trainer.storage.roots import open_store
 from pydantic import BaseModel, Field
 
 from benchmarks import record
-from benchmarks.lib.bench_pods import Bench, bench, spread
+from benchmarks.lib.bench_pods import Workspace, open_workspace, summarize
 from tests.pod.pod_harness import Pod
 from tests.pod.toy_rank import CHAIN, link
 
@@ -41,16 +41,16 @@ POLL_SECONDS = 0.01
 
 
 class RunRecord(BaseModel):
-    """Counters of the run, which are stored on disk so that it can be continued."""
+    """Counters of the run, stored on disk so that the run can be continued."""
 
     attempt: int = 0
     kills: int = 0
     newest: int = 0
-    held: float = Field(default=0.0, description="Seconds of all pods.")
+    pod_seconds: float = Field(default=0.0, description="Seconds of all pods.")
     recoveries: list[float] = Field(default_factory=list)
-    lost: list[int] = Field(default_factory=list)
+    steps_lost: list[int] = Field(default_factory=list)
     codes: dict[str, int] = Field(default_factory=dict, description="Attempts by victim and exit code.")
-    checked: int = Field(default=0, description="Committed checkpoints that were read and verified.")
+    verified: int = Field(default=0, description="Committed checkpoints that were read and verified.")
     done: bool = False
 
 
@@ -74,12 +74,12 @@ def verify_checkpoints(tree: Tree, folder: Path, run_record: RunRecord) -> int:
         problem = fetch_verified(tree, committed.folder, manifest, folder / committed.folder, lambda path: True)
         assert problem is None, problem
         newest = max(newest, manifest.step)
-        run_record.checked += 1
+        run_record.verified += 1
     return newest
 
 
-def reference(steps: int) -> list[str]:
-    """States of an undisturbed run after each step; index 0: before the first step."""
+def expected_states(steps: int) -> list[str]:
+    """States of an uninterrupted run after each step; index 0 is the state before the first step."""
     states = [""]
     for step in range(1, steps + 1):
         states.append(link(states[-1], 0, step))
@@ -87,13 +87,13 @@ def reference(steps: int) -> list[str]:
 
 
 def compare_states(tree: Tree, steps: int) -> int:
-    """Compare all logged states with the reference. Returns their number; fails if one differs or a step has none."""
-    states, compared = reference(steps), 0
+    """Compare all logged states with the expected states. Returns their number. Fails if a state differs or a step has no logged state."""
+    states, compared = expected_states(steps), 0
     seen: set[int] = set()
     for stat in tree.store.list("metrics/"):
         for line in (tree.store.get(stat.key) or b"").decode().splitlines():
             value = json.loads(line)
-            assert value["chain"] == states[value["step"]], f"{stat.key}: step {value['step']} differs from the reference"
+            assert value["chain"] == states[value["step"]], f"{stat.key}: step {value['step']} differs from the expected state"
             compared += 1
             seen.add(value["step"])
     unlogged = set(range(1, steps + 1)) - seen
@@ -103,10 +103,10 @@ def compare_states(tree: Tree, steps: int) -> int:
     return compared
 
 
-def attempt(workspace: Bench, options: argparse.Namespace, run_record: RunRecord, draw: random.Random) -> None:
+def run_attempt(workspace: Workspace, options: argparse.Namespace, run_record: RunRecord, rng: random.Random) -> None:
     """Run one attempt: start it, wait for a new step, kill a victim, verify the checkpoints."""
     run_record.attempt += 1
-    target, name = workspace.target("punished"), f"attempt-{run_record.attempt}"
+    target, name = workspace.target("repeated-kills"), f"attempt-{run_record.attempt}"
     spec = workspace.spec(checkpoint={"steps": options.every})
     script = json.dumps({"steps": options.steps, "every": options.every, "pause": options.pause})
     began, tree = time.monotonic(), Tree(open_store(target))
@@ -118,35 +118,35 @@ def attempt(workspace: Bench, options: argparse.Namespace, run_record: RunRecord
             time.sleep(POLL_SECONDS)
         if run_record.kills:
             run_record.recoveries.append(time.monotonic() - began)
-        seen, victim = pod.step(), "none"
+        last_step, victim = pod.step(), "none"
         if run_record.kills < options.kills:
-            time.sleep(draw.uniform(0, options.every * options.pause))
-            seen, victim = pod.step(), draw.choice(VICTIMS)
+            time.sleep(rng.uniform(0, options.every * options.pause))
+            last_step, victim = pod.step(), rng.choice(VICTIMS)
             kill_victim(pod, victim)
             run_record.kills += 1
         code = pod.end(600)
-    run_record.held += time.monotonic() - began
+    run_record.pod_seconds += time.monotonic() - began
     run_record.codes[f"{victim} {code}"] = run_record.codes.get(f"{victim} {code}", 0) + 1
     run_record.done = code == 0
     if not run_record.done:
         run_record.newest = verify_checkpoints(tree, workspace.folder / "check", run_record)
-        run_record.lost.append(max(0, seen - run_record.newest))
-        print(f"kill {run_record.kills}: {victim:<5} at step {seen}, code {code}, committed {run_record.newest}", flush=True)
+        run_record.steps_lost.append(max(0, last_step - run_record.newest))
+        print(f"kill {run_record.kills}: {victim:<5} at step {last_step}, code {code}, committed {run_record.newest}", flush=True)
 
 
-def figures_of(workspace: Bench, options: argparse.Namespace, run_record: RunRecord) -> dict[str, Any]:
-    compared = compare_states(Tree(open_store(workspace.target("punished"))), options.steps)
+def figures_of(workspace: Workspace, options: argparse.Namespace, run_record: RunRecord) -> dict[str, Any]:
+    compared = compare_states(Tree(open_store(workspace.target("repeated-kills"))), options.steps)
     return {
         "steps": options.steps, "checkpointEvery": options.every, "stepSeconds": options.pause, "kills": run_record.kills,
-        "attempts": run_record.attempt, "endings": dict(sorted(run_record.codes.items())), "podSeconds": round(run_record.held, 1),
-        "goodput": round(options.steps * options.pause / run_record.held, 4), "recoverySeconds": spread(run_record.recoveries),
-        "stepsLost": {"most": max(run_record.lost, default=0), "mean": round(sum(run_record.lost) / max(1, len(run_record.lost)), 2)},
-        "checkpointsReadBack": run_record.checked, "statesCompared": compared, "curveEqual": True,
+        "attempts": run_record.attempt, "endings": dict(sorted(run_record.codes.items())), "podSeconds": round(run_record.pod_seconds, 1),
+        "goodput": round(options.steps * options.pause / run_record.pod_seconds, 4), "recoverySeconds": summarize(run_record.recoveries),
+        "stepsLost": {"most": max(run_record.steps_lost, default=0), "mean": round(sum(run_record.steps_lost) / max(1, len(run_record.steps_lost)), 2)},
+        "checkpointsReadBack": run_record.verified, "statesCompared": compared, "curveEqual": True,
     }  # fmt: skip
 
 
 def main() -> None:
-    """Run until the job has ended, and write the result."""
+    """Run attempts until the job has finished or the time is over. Write the result if the job has finished."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=2, help="steps between checkpoints")
@@ -157,19 +157,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="stop after this time, between two kills")
     options = parser.parse_args()
     began = time.monotonic()
-    with bench(options.folder) as workspace:
-        record_file = workspace.folder / "ledger.json"
+    with open_workspace(options.folder) as workspace:
+        record_file = workspace.folder / "run.json"
         run_record = RunRecord.model_validate_json(record_file.read_text()) if record_file.exists() else RunRecord()
         while not run_record.done and time.monotonic() - began < options.seconds:
-            draw = random.Random(f"{options.seed}/{run_record.attempt}")
-            attempt(workspace, options, run_record, draw)
+            rng = random.Random(f"{options.seed}/{run_record.attempt}")
+            run_attempt(workspace, options, run_record, rng)
             record_file.write_text(run_record.model_dump_json())
         if not run_record.done:
             print(f"{run_record.kills} kills, step {run_record.newest} of {options.steps}: run the same command to continue")
             return
         figures = figures_of(workspace, options, run_record)
     print(json.dumps(figures, indent=1))
-    print(record.write("punisher", figures, method=record.method(__doc__)))
+    print(record.write("repeated_kills", figures, method=record.method(__doc__)))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,94 @@
+"""Create thousands of finished jobs as copies of a job that has run.
+
+Each copy is a FineTuneJob with its final status, a completed Job, and pods. The pods are never bound to a node and have no final status:
+nothing reads the status of a finished job's pods.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api import names
+
+from .load import Client, Object
+
+FTJ = f"/apis/{names.API_VERSION}"
+MERGE = "application/merge-patch+json"
+SERVER_FIELDS = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields", "finalizers", "ownerReferences")
+
+
+@dataclass(frozen=True)
+class FinishedJob:
+    """The objects of one finished job."""
+
+    job: Object
+    attempt: Object
+    pod: Object
+
+
+async def read_one(client: Client, namespace: str) -> FinishedJob:
+    """Read the first finished job of a namespace, with its Job and one of its pods."""
+    job = (await client.list(f"{FTJ}/namespaces/{namespace}/{names.PLURAL}"))[0]
+    name = job["metadata"]["name"]
+    attempt = await client.send("GET", f"/apis/batch/v1/namespaces/{namespace}/jobs/{names.attempt_job_name(name, 1)}")
+    pods = await client.list(f"/api/v1/namespaces/{namespace}/pods")
+    return FinishedJob(job, attempt, next(pod for pod in pods if pod["metadata"]["labels"][names.Label.NAME] == name))
+
+
+async def write_copies(client: Client, namespace: str, template: FinishedJob, count: int, pods: int, clients: int) -> None:
+    """Write `count` copies into `namespace`, each with `pods` pods, with `clients` concurrent clients."""
+    numbers = iter(range(count))
+
+    async def work() -> None:
+        for number in numbers:
+            await _write_copy(client, namespace, template, f"left{number}", pods)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(clients):
+            group.create_task(work())
+
+
+async def _write_copy(client: Client, namespace: str, template: FinishedJob, name: str, pods: int) -> None:
+    finetunejobs, jobs = f"{FTJ}/namespaces/{namespace}/{names.PLURAL}", f"/apis/batch/v1/namespaces/{namespace}/jobs"
+    created = await client.send("POST", finetunejobs, copied(template.job, name))
+    await client.send("PUT", f"{finetunejobs}/{name}/status", created | {"status": template.job["status"]})
+    job_name = names.attempt_job_name(name, 1)
+    labels = {names.Label.NAME.value: name, names.Label.UID.value: created["metadata"]["uid"]}
+    attempt = copied_job(template.attempt, job_name, labels)
+    attempt["spec"]["suspend"] = True
+    attempt["metadata"]["ownerReferences"] = [_owner(created, names.API_VERSION, names.KIND)]
+    job = await client.send("POST", jobs, attempt)
+    # Patch instead of replace: the Job controller writes the condition Suspended at the same time.
+    await client.send("PATCH", f"{jobs}/{job_name}/status", {"status": template.attempt["status"]}, MERGE)
+    for index in range(pods):
+        pod = copied(template.pod, f"{job_name}-{index}-left", labels | {"batch.kubernetes.io/job-name": job_name})
+        pod["spec"] = {key: value for key, value in pod["spec"].items() if key != "nodeName"}
+        pod["metadata"]["ownerReferences"] = [_owner(job, "batch/v1", "Job")]
+        pod.pop("status", None)
+        await client.send("POST", f"/api/v1/namespaces/{namespace}/pods", pod)
+
+
+def copied_job(body: Object, name: str, labels: dict[str, str]) -> Object:
+    """Copy a Job under another name, without the fields that the server sets. `labels` are set on the Job and on its pod template."""
+    copy = copied(body, name, labels)
+    copy.pop("status", None)
+    copy["spec"] = {key: value for key, value in copy["spec"].items() if key not in ("selector", "manualSelector")}
+    pod_metadata = copy["spec"]["template"]["metadata"]
+    pod_metadata["labels"] = {k: v for k, v in pod_metadata["labels"].items() if "job-name" not in k and "controller-uid" not in k} | labels
+    return copy
+
+
+def copied(body: Object, name: str, labels: dict[str, str] | None = None) -> Object:
+    """Copy an object under another name, without the fields that the server sets."""
+    copy: Object = json.loads(json.dumps(body))
+    meta = {key: value for key, value in copy["metadata"].items() if key not in (*SERVER_FIELDS, "namespace", "generateName")}
+    copy["metadata"] = meta | {"name": name} | ({"labels": meta.get("labels", {}) | labels} if labels else {})
+    return copy
+
+
+def _owner(body: Object, version: str, kind: str) -> dict[str, Any]:
+    meta = body["metadata"]
+    return {"apiVersion": version, "kind": kind, "name": meta["name"], "uid": meta["uid"], "controller": True}
