@@ -86,7 +86,7 @@ def test_a_failing_rank_is_named(
         found, termination = ended(pod)
     assert (found, termination.code, termination.class_, termination.rank, termination.origin) == (code, name, failure_class, 0, True)
     assert committed(tmp_path) == [5] and termination.committed_step == 5
-    assert len((pod.folder / "last-termination").read_bytes()) <= 4096
+    assert len((pod.folder / "termination-message").read_bytes()) <= 4096
 
 
 def test_the_rank_that_failed_first_is_named(tmp_path: Path, spec: dict[str, Any]) -> None:

@@ -105,6 +105,8 @@ def test_plugin_uses_the_name_it_is_called_by(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune"])
     assert call("--help")[1].startswith("Usage: kubectl finetune [OPTIONS]")
+    # Typer would otherwise look for a shell among the parent processes, and CI may have none.
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
     monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune", "--show-completion", "bash"])
     assert "_FINETUNE_COMPLETE=complete_bash" in call("--show-completion", "bash")[1]
 
