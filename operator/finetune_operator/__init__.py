@@ -1,1 +1,1 @@
-"""The control loop: from a FineTuneJob to Jobs, and from what the pods say back to its status."""
+"""The control loop: creates Jobs for each FineTuneJob, and writes the progress of their pods to its status."""

@@ -21,10 +21,10 @@ USAGE_ERROR = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point. Returns the exit code: 0 after SIGTERM, 1 if a part failed, 2 if the operator cannot start."""
-    options = _options(arguments)
+    """Entry point. Returns the exit code: 0 after SIGTERM, 1 if one of its tasks failed, 2 if the operator cannot start."""
+    options = _parse_options(arguments)
     try:
-        config = _config(options.config)
+        config = _load_config(options.config)
     except settings.SettingsError as error:
         sys.stderr.write(f"finetune-operator: {error}\n")
         return USAGE_ERROR
@@ -54,7 +54,7 @@ async def _run(config: settings.OperatorConfig) -> int:
     try:
         kube = await Kube.connect(config.api, metrics.request)
     except (ConfigException, OSError) as error:
-        sys.stderr.write(f"finetune-operator: found no API server to connect to: {error}\n")
+        sys.stderr.write(f"finetune-operator: cannot find the address of an API server: {error}\n")
         return USAGE_ERROR
     try:
         return await Runtime(config, kube, metrics).run()
@@ -62,7 +62,7 @@ async def _run(config: settings.OperatorConfig) -> int:
         await kube.close()
 
 
-def _options(arguments: list[str] | None) -> argparse.Namespace:
+def _parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="finetune-operator", description="The control loop of FineTuneJobs.")
     parser.add_argument(
         "--config", type=Path, metavar="FILE",
@@ -74,10 +74,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _config(given: Path | None) -> settings.OperatorConfig:
-    """The configuration file given by option or environment variable, else the mounted one, else the defaults."""
-    if given is not None:
-        return settings.load(given)
+def _load_config(path: Path | None) -> settings.OperatorConfig:
+    """Read the file named by the option, else by the environment variable, else the mounted file; else use the defaults."""
+    if path is not None:
+        return settings.load(path)
     if variable := os.environ.get(CONFIG_VARIABLE):
         return settings.load(Path(variable))
     return settings.load(settings.CONFIG_PATH) if settings.CONFIG_PATH.exists() else settings.OperatorConfig()

@@ -1,5 +1,5 @@
-"""Carries out a plan. Every step can be repeated: names are deterministic, deletes have a uid as precondition, and an object that
-exists already is adopted only if this FineTuneJob owns it.
+"""Carries out a plan. Every step can be repeated: names are deterministic, deletes have a uid as precondition, and an existing
+object is used only if this FineTuneJob owns it.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Actor:
     def __init__(self, kube: Kube, config: OperatorConfig):
         self._kube = kube
         self._config = config
-        self._services: dict[str, float] = {}
-        """When a Job's Service was last known to exist, by the Job's uid, in loop time."""
+        self._service_seen_at: dict[str, float] = {}
+        """Loop time at which a Job's Service was last seen, by uid of the Job."""
 
     async def act(self, facts: Facts, plan: Plan) -> ActionResult:
-        """Delete, then create. Errors: KubeError, StaleFacts (reconcile again), SpecRejected."""
+        """Delete the plan's objects, then create the Job of its attempt. Errors: KubeError, StaleFacts (reconcile again), SpecRejected."""
         deleted = 0
         for job in plan.delete_jobs:
             reach(Point.BEFORE_JOB_DELETE)
@@ -73,38 +73,38 @@ class Actor:
     async def _create(self, facts: Facts, attempt: int, deleted: int) -> ActionResult:
         """Create the Job of an attempt and its Service."""
         if attempt > 1:
-            await self._confirm(facts, attempt)
+            await self._ensure_facts_are_current(facts, attempt)
         body = _build(facts, attempt, self._config)
         name = body["metadata"]["name"]
         reach(Point.BEFORE_JOB_CREATE)
         warnings: tuple[str, ...] = ()
         try:
             created = await self._kube.create(JOB, facts.job.namespace, body)
-            found, warnings = created.body, created.warnings
+            job_body, warnings = created.body, created.warnings
         except (AlreadyExists, OutcomeUnknown) as error:
             try:
-                found = await self._kube.get(JOB, facts.job.namespace, name)
+                job_body = await self._kube.get(JOB, facts.job.namespace, name)
             except NotFound:
                 if is_admission_refusal(error.message):
-                    return ActionResult(blocking=_refused(error), deleted_count=deleted)
+                    return ActionResult(blocking=_blocked_by_refusal(error), deleted_count=deleted)
                 raise error from None
         except Invalid as error:
-            return ActionResult(blocking=_invalid(facts, attempt, error), deleted_count=deleted)
+            return ActionResult(blocking=_blocked_by_invalid_job(facts, attempt, error), deleted_count=deleted)
         except Forbidden as error:
-            return ActionResult(blocking=_refused(error), deleted_count=deleted)
+            return ActionResult(blocking=_blocked_by_refusal(error), deleted_count=deleted)
         reach(Point.AFTER_JOB_CREATE)
-        view = read_job(found)
+        view = read_job(job_body)
         if view is None or not view.is_owned or view.owner_uid != facts.job.uid:
             message = f"Job {name} exists and belongs to another object"
             return ActionResult(blocking=BlockingCondition(Reason.CHILDREN_CONFLICT, message), deleted_count=deleted)
         blocking = await self._ensure_service(view) if facts.nodes > 1 else None
         return ActionResult(view, blocking, deleted_count=deleted, warnings=warnings)
 
-    async def _confirm(self, facts: Facts, attempt: int) -> None:
-        """Compare the facts with the API server's state before a later attempt is created. Errors: StaleFacts.
+    async def _ensure_facts_are_current(self, facts: Facts, attempt: int) -> None:
+        """Compare the facts with the API server before creating any attempt after the first. Errors: StaleFacts.
 
-        A cache that lags behind could otherwise start an attempt that the user has just suspended, or a second attempt beside
-        pods that still run, also when these pods' Job is gone.
+        The cache may lag behind. Without this check, the operator could start an attempt that the user has just suspended, or
+        start it while pods of an earlier attempt still run, even if the Job of these pods is gone.
         """
         live = read_finetunejob(await self._kube.get(FINETUNEJOB, facts.job.namespace, facts.job.name))
         if live.uid != facts.job.uid or live.status.attempt != attempt or live.is_deleting:
@@ -117,12 +117,12 @@ class Actor:
             raise StaleFacts(f"pods of an earlier attempt still run: {', '.join(running)}")
 
     async def _ensure_service(self, job: JobView) -> BlockingCondition | None:
-        """Create the Job's Service if it is missing; return why that is impossible.
+        """Create the Job's Service if it is missing. Returns why it cannot be created; None: the Service exists.
 
-        No watch covers Services, so this is repeated in the interval of the resync.
+        The operator does not watch Services, so it repeats this once per resync interval.
         """
         now = asyncio.get_running_loop().time()
-        if now - self._services.get(job.uid, float("-inf")) < self._config.resync_seconds:
+        if now - self._service_seen_at.get(job.uid, float("-inf")) < self._config.resync_seconds:
             return None
         reach(Point.BEFORE_SERVICE_CREATE)
         try:
@@ -135,9 +135,9 @@ class Actor:
                 message = f"Service {job.name} exists and belongs to another object: the pods cannot find each other"
                 return BlockingCondition(Reason.CHILDREN_CONFLICT, message)
         except (Forbidden, Invalid) as error:
-            return _refused(error)
-        self._services = {uid: at for uid, at in self._services.items() if now - at < 2 * self._config.resync_seconds}
-        self._services[job.uid] = now
+            return _blocked_by_refusal(error)
+        self._service_seen_at = {uid: at for uid, at in self._service_seen_at.items() if now - at < 2 * self._config.resync_seconds}
+        self._service_seen_at[job.uid] = now
         return None
 
 
@@ -161,14 +161,14 @@ def _stop_requests(spec: Object) -> tuple[bool, bool]:
     return spec.get("suspend") is True, spec.get("cancel") is True
 
 
-def _invalid(facts: Facts, attempt: int, error: Invalid) -> BlockingCondition:
-    """The blocking condition of a Job that the API server found invalid.
+def _blocked_by_invalid_job(facts: Facts, attempt: int, error: Invalid) -> BlockingCondition:
+    """Return the blocking condition for a Job that the API server found invalid.
 
-    Errors: SpecRejected if the first attempt is invalid because of a value that the user wrote. Later attempts are made from a spec
-    that was valid before, so that the cause lies elsewhere.
+    Errors: SpecRejected if a value that the user wrote makes the Job of the first attempt invalid. For a later attempt the spec is
+    not the cause: the first attempt was created from the same spec.
     """
     if is_admission_refusal(error.message):
-        return _refused(error)
+        return _blocked_by_refusal(error)
     fields = rejected_user_fields(error.message, facts.job.spec)
     if attempt == 1 and fields:
         message = f"the API server rejects the Job because of {', '.join(fields)}: {error.message}"
@@ -177,6 +177,6 @@ def _invalid(facts: Facts, attempt: int, error: Invalid) -> BlockingCondition:
     return BlockingCondition(Reason.JOB_REJECTED, clean(message))
 
 
-def _refused(error: KubeError) -> BlockingCondition:
+def _blocked_by_refusal(error: KubeError) -> BlockingCondition:
     message = f"the API server refused to create {error.kind.kind} {error.name}: {error.message}"
     return BlockingCondition(reason_of_refusal(error.message), clean(message))

@@ -1,4 +1,4 @@
-"""The end of an attempt: why it ended, how far it came, and what follows."""
+"""The end of an attempt: its cause, its newest committed step, and whether the job finishes or starts another attempt."""
 
 from __future__ import annotations
 
@@ -15,62 +15,62 @@ from finetune_operator.policies.cause import cause_of
 from finetune_operator.policies.retry import TERMINATION_RETRY, Cause, GiveUp, Retry, deadline_failure, retry_or_give_up
 
 
-def plan_of_ended_attempt(facts: Facts, cause: Cause | None, when: datetime) -> Plan:
-    """Record the end of the attempt (`cause` None: success) together with what follows, in one status write."""
+def plan_of_ended_attempt(facts: Facts, cause: Cause | None, ended_at: datetime) -> Plan:
+    """Return the plan that records the end of the attempt (`cause` None: success) and what follows, in one status write."""
     message = rank0_termination_message(facts)
     committed = newest_step_committed_by_attempt(facts, message)
     if cause is None:
-        end = AttemptEnd(Reason.SUCCEEDED, when, None, message, committed_step=committed)
+        end = AttemptEnd(Reason.SUCCEEDED, ended_at, None, message, committed_step=committed)
         return Plan(Situation.ENDED, attempt_end=end, finish=Finish(Outcome.SUCCEEDED, Reason.SUCCEEDED))
     progressed = committed is not None and committed > facts.newest_step_of_earlier_attempts
-    follow = _follow(facts, cause, progressed, when)
-    retry = follow if isinstance(follow, Retry) else Retry()
+    decision = _finish_or_retry(facts, cause, progressed, ended_at)
+    retry = decision if isinstance(decision, Retry) else Retry()
     end = AttemptEnd(
         reason=cause.reason,
-        time=when,
+        time=ended_at,
         failure=cause.failure,
         termination_message=message,
         counted=retry.counted,
         progressed=progressed,
         committed_step=committed,
-        next_attempt=facts.attempt + 1 if isinstance(follow, Retry) else None,
+        next_attempt=facts.attempt + 1 if isinstance(decision, Retry) else None,
         adaptation=retry.adaptation,
     )
-    return Plan(Situation.ENDED, attempt_end=end, finish=follow if isinstance(follow, Finish) else None)
+    return Plan(Situation.ENDED, attempt_end=end, finish=decision if isinstance(decision, Finish) else None)
 
 
-def _follow(facts: Facts, cause: Cause, progressed: bool, when: datetime) -> Finish | Retry:
-    """The end of the job, or another attempt."""
+def _finish_or_retry(facts: Facts, cause: Cause, progressed: bool, ended_at: datetime) -> Finish | Retry:
+    """Decide whether the job finishes or another attempt starts."""
     if facts.cancel_requested or cause.reason is Reason.CANCELLED:
         return Finish(Outcome.CANCELLED, Reason.CANCELLED)
     limit = facts.active_deadline_seconds
     deadline_exceeded = Finish(Outcome.FAILED, Reason.DEADLINE_EXCEEDED, deadline_failure(limit or 0))
     if cause.reason is Reason.DEADLINE_EXCEEDED:
         return deadline_exceeded
-    follow = retry_or_give_up(
+    decision = retry_or_give_up(
         cause, facts.spec, facts.job.status, progressed=progressed, now=facts.now, attempt=facts.attempt,
         spec_is_readable=facts.spec_is_readable,
     )  # fmt: skip
-    if isinstance(follow, GiveUp):
-        return Finish(Outcome.FAILED, follow.reason, follow.failure)
-    if limit is not None and facts.running_seconds(when) >= limit:
-        # The deadline passed while the operator was away: the next attempt would have no time left.
+    if isinstance(decision, GiveUp):
+        return Finish(Outcome.FAILED, decision.reason, decision.failure)
+    if limit is not None and facts.running_seconds(ended_at) >= limit:
+        # The deadline passed while the operator did not run: the next attempt would have no time left.
         return deadline_exceeded
-    return follow
+    return decision
 
 
 def all_ranks_succeeded(facts: Facts) -> bool:
-    """Whether the newest pod of every rank exited with 0: by the pod contract the final artefact is committed then."""
+    """Whether the newest pod of every rank exited with 0. Pods exit with 0 only after the final artefact is committed."""
     codes = [pod.terminated.exit_code if pod.terminated else None for pod in facts.newest_pods]
     return len(codes) == facts.nodes and all(code == ExitCode.OK for code in codes)
 
 
 def cause_of_missing_job(facts: Facts) -> Cause:
-    """Why an attempt ended whose Job is gone."""
+    """Return why the current attempt ended, if its Job no longer exists."""
     from_pods = cause_of(None, facts.newest_pods)
     reason, record = facts.termination_reason, facts.attempt_record
     if reason is None or record is None or from_pods.retry is RetryPolicy.NEVER:
-        # A fatal error of a pod counts although the operator was ending the attempt: every further attempt would fail as well.
+        # A pod's fatal error takes precedence over the operator's reason for ending the attempt: each further attempt would fail, too.
         return from_pods
     message = record.message or str(reason)
     failure = Failure(
@@ -83,18 +83,18 @@ def cause_of_missing_job(facts: Facts) -> Cause:
 
 
 def rank0_termination_message(facts: Facts) -> TerminationMessage | None:
-    """The termination message of rank 0's newest pod that left one."""
+    """The newest termination message of a pod of rank 0; None: no pod wrote one."""
     pods = sorted((p for p in facts.attempt_pods if p.index == 0), key=lambda p: p.created_at, reverse=True)
     return next((message for pod in pods if (message := pod.termination_message) is not None), None)
 
 
 def newest_step_committed_by_attempt(facts: Facts, message: TerminationMessage | None) -> int | None:
-    """Newest step that the current attempt committed; None: none is known.
+    """Newest step that the current attempt committed; None: no committed step is known.
 
     Pods list all checkpoints that exist, including those of earlier attempts. `message` is rank 0's termination message.
     """
-    # A checkpoint that a replaced pod of this attempt reported may be in the status only.
-    steps = [one.step for one in facts.job.status.checkpoints if attempt_of_uri(one.uri) == facts.attempt]
+    # A checkpoint that an already replaced pod of this attempt reported may be listed only in the status.
+    steps = [known.step for known in facts.job.status.checkpoints if attempt_of_uri(known.uri) == facts.attempt]
     for source in facts.reported_checkpoints:
         steps += facts.steps_of_this_attempt(source.checkpoints, source.resumed_from_step)
     if message is not None and message.committed_step is not None:

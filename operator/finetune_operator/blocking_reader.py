@@ -1,8 +1,8 @@
-"""Reads why pods are missing, from events about the Job or the pod.
+"""Reads events about a Job or a pod to find out why pods are missing.
 
 A pod without a node carries the scheduler's message in its own status, and a pod with a node carries the kubelet's message about images
 and references. Only two problems are reported by events alone: a Job whose pods cannot be created, and volumes that are not mounted.
-The API server scans all events of a namespace for each read, so reads are rate limited and their interval grows.
+For each read, the API server scans all events of a namespace: reads are rate limited, and the interval between them doubles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from finetune_operator.workqueue import Key
 logger = logging.getLogger(__name__)
 
 NO_PODS_SECONDS, NOT_RUNNING_SECONDS = 10.0, 20.0
-"""Events are read when a Job has existed, or a pod has had its node, for so many seconds without all pods running."""
+"""Events are read when a Job has lacked pods, or a pod with a node has not started, for this many seconds."""
 MAX_READ_INTERVAL = 300.0
 
 
@@ -35,7 +35,7 @@ class MissingPods:
     uid: str
     since: datetime
     grace_seconds: float
-    """Time after `since` in which no explanation is needed."""
+    """Seconds after `since` in which missing pods are normal."""
 
 
 class BlockingConditionReader:
@@ -67,9 +67,9 @@ class BlockingConditionReader:
         finally:
             self._limiter.release(key)
             self._limiter.record_read(now, asyncio.get_running_loop().time())
-        found = blocking_condition_of_events(listing.items)
-        changed = found != state.condition
-        state.condition = found
+        condition = blocking_condition_of_events(listing.items)
+        changed = condition != state.condition
+        state.condition = condition
         return changed
 
     def _is_due(self, key: Key, missing: MissingPods, state: BlockingRead, facts: Facts, now: float) -> bool:
@@ -85,7 +85,7 @@ class BlockingConditionReader:
 
 
 def missing_pods(facts: Facts) -> MissingPods | None:
-    """The object to read events about; None: all pods exist and start, or none are wanted now."""
+    """Return the object whose events are to be read; None: all pods exist and start, or the Job needs none now."""
     current = facts.current_job
     if current is None or current.is_suspended or current.is_finished or current.is_deleting or facts.termination_reason is not None:
         return None

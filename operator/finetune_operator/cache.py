@@ -1,9 +1,9 @@
 """The last known state of FineTuneJobs, their Jobs and their pods, filled by watch events and lists. It may lag behind the cluster.
 
-An older version of an object never replaces a newer one, so that events may arrive twice or out of order. Updates that show nothing
-new are recognised (each of our own writes comes back as an event, and a Job's counters change with each pod), so that they do not
-cause a reconciliation. A deleted pod stays in the cache, marked as deleted, until its attempt is recorded: its exit code and
-termination message are often the only evidence of how the attempt ended.
+An older version of an object never replaces a newer one, so events may arrive twice or out of order. An update without a relevant
+change causes no reconcile: the operator receives each of its own writes as an event, and a Job's counters change with each pod.
+A deleted pod stays in the cache, marked as deleted, until its attempt is recorded: its exit code and termination message are often
+the only evidence of how the attempt ended.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class CacheEntry:
 
     @property
     def is_empty(self) -> bool:
-        """Whether none of the objects exists any more."""
+        """Whether all of the objects are deleted."""
         return self.finetunejob is None and not self.jobs and all(pod.is_deleted for pod in self.pods.values())
 
 
@@ -39,7 +39,7 @@ class CacheUpdate(NamedTuple):
 
 @dataclass(frozen=True)
 class FullList:
-    """Uids of all objects that one full list of each kind showed, and the lowest resourceVersion of these lists."""
+    """Uids of all objects in one full list of each kind, and the lowest resourceVersion of these lists."""
 
     finetunejobs: frozenset[str]
     jobs: frozenset[str]
@@ -61,36 +61,36 @@ class Cache:
         self._entries: dict[Key, CacheEntry] = {}
 
     def get(self, key: Key) -> CacheEntry:
-        """The entry of a FineTuneJob; an empty one if nothing is cached."""
+        """The entry of a FineTuneJob; an empty entry if nothing is cached."""
         return self._entries.get(key) or CacheEntry()
 
     def keys(self) -> list[Key]:
-        """All FineTuneJobs that exist."""
+        """Keys of all cached FineTuneJobs."""
         return [key for key, entry in self._entries.items() if entry.finetunejob is not None]
 
     def finetunejobs(self) -> list[JobObject]:
-        """All FineTuneJobs that exist."""
+        """All cached FineTuneJobs."""
         return [entry.finetunejob for entry in self._entries.values() if entry.finetunejob is not None]
 
     def has_version(self, key: Key, uid: str, resource_version: str) -> bool:
-        """Whether this very version of a FineTuneJob is cached, so that its body need not be parsed again."""
-        known = self.get(key).finetunejob
-        return known is not None and (known.uid, known.resource_version) == (uid, resource_version)
+        """Whether this version of a FineTuneJob is already cached. Its body then need not be parsed again."""
+        cached = self.get(key).finetunejob
+        return cached is not None and (cached.uid, cached.resource_version) == (uid, resource_version)
 
     def put_finetunejob(self, view: JobObject) -> CacheUpdate:
         """Store a FineTuneJob unless the same or a newer version of it is cached."""
         key = Key(view.namespace, view.name)
         entry = self._entry(key)
-        known = entry.finetunejob
-        if known is not None and (view.version < known.version or view == known):
+        cached = entry.finetunejob
+        if cached is not None and (view.version < cached.version or view == cached):
             return CacheUpdate(key, changed=False)
-        if known is not None and known.uid != view.uid:
+        if cached is not None and cached.uid != view.uid:
             entry.pods = {uid: pod for uid, pod in entry.pods.items() if not pod.is_deleted}
         entry.finetunejob = view
-        return CacheUpdate(key, changed=True, is_new=known is None)
+        return CacheUpdate(key, changed=True, is_new=cached is None)
 
     def drop_finetunejob(self, key: Key, uid: str) -> None:
-        """Remove a deleted FineTuneJob; one of the same name with another uid stays."""
+        """Remove a deleted FineTuneJob. A FineTuneJob with the same name but another uid stays cached."""
         entry = self._entry(key)
         if entry.finetunejob is not None and entry.finetunejob.uid == uid:
             entry.finetunejob = None
@@ -100,11 +100,11 @@ class Cache:
         """Store a Job unless a newer version of it is cached."""
         key = Key(view.namespace, view.job_name)
         jobs = self._entry(key).jobs
-        known = jobs.get(view.uid)
-        if known is not None and view.version < known.version:
+        cached = jobs.get(view.uid)
+        if cached is not None and view.version < cached.version:
             return CacheUpdate(key, changed=False)
         jobs[view.uid] = view
-        return CacheUpdate(key, changed=known is None or replace(known, version=view.version) != view)
+        return CacheUpdate(key, changed=cached is None or replace(cached, version=view.version) != view)
 
     def drop_job(self, view: JobView) -> Key:
         """Remove a deleted Job. Returns its FineTuneJob."""
@@ -117,18 +117,18 @@ class Cache:
         """Store a pod unless a newer version of it is cached."""
         key = Key(view.namespace, view.job_name)
         pods = self._entry(key).pods
-        known = pods.get(view.uid)
-        if known is not None and (view.version < known.version or known.is_deleted):
+        cached = pods.get(view.uid)
+        if cached is not None and (view.version < cached.version or cached.is_deleted):
             return CacheUpdate(key, changed=False)
         pods[view.uid] = view
-        return CacheUpdate(key, changed=known is None or replace(known, version=view.version) != view)
+        return CacheUpdate(key, changed=cached is None or replace(cached, version=view.version) != view)
 
     def mark_pod_deleted(self, view: PodView) -> Key:
         """Keep the newest known state of a deleted pod, marked as deleted. Returns its FineTuneJob."""
         key = Key(view.namespace, view.job_name)
         entry = self._entry(key)
-        known = entry.pods.get(view.uid)
-        entry.pods[view.uid] = as_deleted(known if known is not None and known.version > view.version else view)
+        cached = entry.pods.get(view.uid)
+        entry.pods[view.uid] = as_deleted(cached if cached is not None and cached.version > view.version else view)
         self._remove_if_empty(key)
         return key
 
@@ -142,9 +142,9 @@ class Cache:
         """Remove each object that the full lists prove deleted. Returns the FineTuneJobs that changed."""
         changed: set[Key] = set()
         for key, entry in list(self._entries.items()):
-            found = entry.finetunejob
-            if found is not None and listed.proves_deleted(found, listed.finetunejobs):
-                self.drop_finetunejob(key, found.uid)
+            cached = entry.finetunejob
+            if cached is not None and listed.proves_deleted(cached, listed.finetunejobs):
+                self.drop_finetunejob(key, cached.uid)
                 changed.add(key)
             for job in [job for job in entry.jobs.values() if listed.proves_deleted(job, listed.jobs)]:
                 changed.add(self.drop_job(job))

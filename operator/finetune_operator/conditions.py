@@ -1,4 +1,4 @@
-"""The conditions of a FineTuneJob, as programs, GitOps tools (kstatus) and people read them."""
+"""Computes the conditions of a FineTuneJob, which programs, GitOps tools (kstatus) and people read."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ REASON_OF_OUTCOME = {
     Outcome.FAILED: Reason.FAILED,
     Outcome.CANCELLED: Reason.CANCELLED,
 }
-CHECKPOINT_PROBLEMS = {one.value: one for one in (Reason.STAGING_DISK_FULL, Reason.CHECKPOINT_DAMAGED)}
-"""Problems that the trainer names and that have a reason of their own."""
+CHECKPOINT_PROBLEMS = {reason.value: reason for reason in (Reason.STAGING_DISK_FULL, Reason.CHECKPOINT_DAMAGED)}
+"""Checkpoint problems in the trainer's report that have their own reason; all others get CheckpointNotStored."""
 
 
 def conditions(view: StatusInput, latest_checkpoint: str | None) -> list[Condition]:
-    """All conditions, in the order of the vocabulary."""
-    found = [
+    """Return all conditions, in a fixed order."""
+    new = [
         _accepted(view), _quota_reserved(view), _pods_ready(view), _suspended(view),
         _checkpoints_healthy(view, latest_checkpoint), _succeeded(view), _finished(view), _reconciling(view), _stalled(view),
     ]  # fmt: skip
-    old = {one.type: one for one in view.old.conditions}
-    return [_with_time(one, old.get(one.type), view) for one in found if one is not None]
+    old = {condition.type: condition for condition in view.old.conditions}
+    return [_with_transition_time(condition, old.get(condition.type), view) for condition in new if condition is not None]
 
 
-def with_generation(found: Iterable[Condition], generation: int) -> list[Condition]:
-    """The same conditions for a newer spec."""
-    return [_dated(one, one.last_transition_time, generation) for one in found]
+def with_generation(conditions: Iterable[Condition], generation: int) -> list[Condition]:
+    """Return the same conditions with another `observedGeneration`."""
+    return [_copy_with(condition, condition.last_transition_time, generation) for condition in conditions]
 
 
-def _with_time(new: Condition, old: Condition | None, view: StatusInput) -> Condition:
-    """The condition with the time when its status last changed."""
+def _with_transition_time(new: Condition, old: Condition | None, view: StatusInput) -> Condition:
+    """Return the condition with the time at which its status last changed."""
     unchanged_since = old.last_transition_time if old is not None and old.status == new.status else None
-    known = [when for when in (unchanged_since, new.last_transition_time) if when is not None]
-    # The later time counts: while the operator was away, the condition may have changed and changed back.
-    return _dated(new, max(known, default=view.facts.now), view.facts.job.generation)
+    known = [time for time in (unchanged_since, new.last_transition_time) if time is not None]
+    # The later time is right: while the operator did not run, the status may have changed and changed back.
+    return _copy_with(new, max(known, default=view.facts.now), view.facts.job.generation)
 
 
-def _dated(one: Condition, when: datetime | None, generation: int) -> Condition:
+def _copy_with(condition: Condition, transition_time: datetime | None, generation: int) -> Condition:
     return Condition(
-        type=one.type, status=one.status, reason=one.reason, message=one.message, last_transition_time=when,
-        observed_generation=generation,
+        type=condition.type, status=condition.status, reason=condition.reason, message=condition.message,
+        last_transition_time=transition_time, observed_generation=generation,
     )  # fmt: skip
 
 
@@ -190,7 +190,7 @@ def _stage(view: StatusInput) -> str:
 
 
 def _stalled(view: StatusInput) -> Condition | None:
-    """Present for kstatus when the job failed, or when only a person can help."""
+    """Present for kstatus when the job failed, or when only a person can resolve the problem."""
     plan, facts = view.plan, view.facts
     if plan.finish is not None:
         if plan.finish.outcome is not Outcome.FAILED:

@@ -1,8 +1,8 @@
 """Types of configuration values that end up in pods: quantities, labels, tolerations, environment variables.
 
-The API server would refuse a wrong value only when the operator creates a job's pods, and then each job would fail for a mistake of the
-platform. Each type therefore checks Kubernetes' rules when the configuration is loaded, and carries the same rules as a JSON schema, so
-that `helm install` refuses the value, too.
+The API server would reject a wrong value only when the operator creates a Job, so every FineTuneJob would fail because of a mistake in
+the platform's configuration. Therefore each type checks Kubernetes' rules when the configuration is loaded. Each type also carries
+these rules as a JSON schema, so that `helm install` rejects the value.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LABEL_VALUE_PATTERN = rf"^({LABEL_NAME})?$"
 ENV_NAME_PATTERN = r"^[A-Za-z_][A-Za-z0-9_]*$"
 QUANTITY_PATTERN = r"^([0-9]+(\.[0-9]*)?|\.[0-9]+)([numkMGTPE]|[KMGTPE]i|[eE][-+]?[0-9]+)?$"
 RESERVED_KEYS = rf"^({GROUP}/|{Label.MANAGED_BY}$|batch\.kubernetes\.io/)".replace("-operator.", r"-operator\.")
-"""Labels and annotations that the operator or the Job controller sets itself: they would silently win over configured ones."""
+"""Labels and annotations that the operator or the Job controller sets itself: they would silently replace configured values."""
 RESERVED_ENV = r"^FINETUNE_"
 
 KEY_RULE = "letters, digits, '-', '_' and '.', at most 63 of them, optionally after a DNS name and '/'"
@@ -41,16 +41,16 @@ def _check_quantity(value: object) -> object:
 def _check_labels(labels: dict[str, str]) -> dict[str, str]:
     for key, value in labels.items():
         if not re.fullmatch(KEY_PATTERN, key):
-            raise ValueError(f"{key!r} is not a label key: it has {KEY_RULE}")
+            raise ValueError(f"{key!r} is not a label key: write {KEY_RULE}")
         if not re.fullmatch(LABEL_VALUE_PATTERN, value):
-            raise ValueError(f"{value!r} is not a value for label {key}: it has {LABEL_VALUE_RULE}")
+            raise ValueError(f"{value!r} is not a value for label {key}: write {LABEL_VALUE_RULE}")
     return labels
 
 
 def _check_annotations(annotations: dict[str, str]) -> dict[str, str]:
     for key in annotations:
         if not re.fullmatch(KEY_PATTERN, key):
-            raise ValueError(f"{key!r} is not an annotation key: it has {KEY_RULE}")
+            raise ValueError(f"{key!r} is not an annotation key: write {KEY_RULE}")
     return annotations
 
 
@@ -65,7 +65,7 @@ def _check_env(variables: dict[str, str]) -> dict[str, str]:
     for name in variables:
         if not re.fullmatch(ENV_NAME_PATTERN, name):
             raise ValueError(
-                f"{name!r} is not a name of an environment variable: it has letters, digits and '_', no digit first"
+                f"{name!r} is not a name of an environment variable: write letters, digits and '_', and no digit first"
             )
         if re.match(RESERVED_ENV, name):
             raise ValueError(f"{name} is set by the operator: remove it")
@@ -80,12 +80,12 @@ def _check_toleration(toleration: Toleration) -> Toleration:
     if toleration.toleration_seconds is not None and toleration.effect != "NoExecute":
         raise ValueError("tolerationSeconds needs effect NoExecute")
     if toleration.value and not re.fullmatch(LABEL_VALUE_PATTERN, toleration.value):
-        raise ValueError(f"{toleration.value!r} is not a taint value: it has {LABEL_VALUE_RULE}")
+        raise ValueError(f"{toleration.value!r} is not a taint value: write {LABEL_VALUE_RULE}")
     return toleration
 
 
 def _map_schema(key_pattern: str, value: Schema, reserved: str = "") -> Schema:
-    # Not `propertyNames`: Helm 4.3 names a wrong location for it.
+    # `propertyNames` is not used, because Helm 4.3 reports its errors at a wrong location.
     allowed: Schema = {key_pattern: {"type": "string"} | value}
     forbidden: Schema = {reserved: False} if reserved else {}
     return {"type": "object", "patternProperties": allowed | forbidden, "additionalProperties": False}

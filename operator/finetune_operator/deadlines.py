@@ -25,13 +25,13 @@ def start_timeout_seconds(facts: Facts) -> int:
 
 
 def start_timeout_at(facts: Facts) -> datetime | None:
-    """When a job whose pods do not run counts as stalled; None: it does not wait for pods."""
+    """When a job that waits for its pods counts as stalled; None: the job does not wait for pods."""
     begin = waiting_since(facts)
     return later(begin, start_timeout_seconds(facts)) if begin else None
 
 
 def waiting_since(facts: Facts) -> datetime | None:
-    """Since when the job waits for its pods, or for the Job that creates them; None: it does not (queued, suspended)."""
+    """When the job began to wait for its pods or for the Job that creates them; None: it does not wait (queued, suspended)."""
     ready = facts.condition(Condition.PODS_READY)
     if facts.running_since is not None:
         # If the status still shows ready pods, they stopped being ready just now.
@@ -43,21 +43,21 @@ def waiting_since(facts: Facts) -> datetime | None:
     if facts.current_job is not None or ready is None or ready.status == "True" or ready.last_transition_time is None:
         return None
     if facts.is_true(Condition.SUSPENDED):
-        return None  # the job is resumed in this reconcile: the time before was no waiting
+        return None  # the job is resumed in this reconcile: time spent suspended does not count as waiting
     suspended, (_, backoff_end) = facts.condition(Condition.SUSPENDED), backoff_interval(facts)
-    others = [suspended.last_transition_time if suspended else None, backoff_end]
-    return max([ready.last_transition_time, *(one for one in others if one is not None)])
+    other_starts = [suspended.last_transition_time if suspended else None, backoff_end]
+    return max([ready.last_transition_time, *(start for start in other_starts if start is not None)])
 
 
 def backoff_interval(facts: Facts) -> tuple[datetime | None, datetime | None]:
-    """Begin and end of the backoff after the last attempt; None: there is no attempt that ended."""
+    """Begin and end of the backoff after the last attempt; None: no attempt has ended."""
     attempts = facts.job.status.attempts
     ended = attempts[-1].end_time if attempts else None
     return ended, later(ended, backoff_seconds(attempts, facts.config.retry, facts.job.uid)) if ended else None
 
 
 def stall_message(facts: Facts) -> str:
-    """Why the running attempt counts as stalled; empty if it does not."""
+    """Why the running attempt counts as stalled; empty: it is not stalled."""
     report, reported_at = _last_report(facts)
     return timeouts.stall_message(facts.spec, report, reported_at, facts.active_pods, facts.now, _unready_since(facts))
 
@@ -66,19 +66,19 @@ def stall_check_at(facts: Facts) -> datetime | None:
     """When the running attempt may count as stalled, if nothing changes until then."""
     report, reported_at = _last_report(facts)
     unready_since = _unready_since(facts)
-    silent_since = [one for one in (reported_at, unready_since) if one is not None and one <= facts.now]
+    silent_since = [time for time in (reported_at, unready_since) if time is not None and time <= facts.now]
     limit = timeouts.stall_limit_seconds(facts.spec, report)
     return later(max(silent_since), limit + 1) if reported_at and silent_since else None
 
 
 def _last_report(facts: Facts) -> tuple[ProgressReport | None, datetime | None]:
-    """The last report of the attempt's active pods, if this process received it, and its time."""
+    """The last report of the attempt's active pods and its time. The report is None if this process has not received it."""
     received = facts.live_report
     return (received.report, received.time) if received else (None, _last_report_time_from_status(facts))
 
 
 def _last_report_time_from_status(facts: Facts) -> datetime | None:
-    """Time of the last report of the active pods according to the status, for an operator that restarted since.
+    """Time of the last report of the active pods according to the status; used after a restart of the operator.
 
     None if the pods are ready, do not run, or have never trained. If a queue replaced the pod within the attempt, the time is the
     start of the new pod. The report's time comes from the node's clock; a clock that is ahead can only delay the stall timeout.
@@ -94,7 +94,7 @@ def _last_report_time_from_status(facts: Facts) -> datetime | None:
 
 
 def _unready_since(facts: Facts) -> datetime | None:
-    """Since when the status shows the pods as not ready; now, if it still shows them as ready; None: it does not say."""
+    """When the pods stopped being ready, by the status; now if it still shows them as ready; None without that condition."""
     ready = facts.condition(Condition.PODS_READY)
     return facts.now if ready is not None and ready.status == "True" else ready.last_transition_time if ready else None
 
@@ -102,7 +102,7 @@ def _unready_since(facts: Facts) -> datetime | None:
 def force_delete_at(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:
     """When the first pod that is being deleted counts as lost with its node.
 
-    If one counts as lost already, the time of the next forced deletion: a finalizer may keep the pod.
+    If such a pod already counts as lost, this is the time of the next forced deletion, because a finalizer may keep the pod.
     """
     deleting = [pod.deletion_timestamp for pod in pods if pod.deletion_timestamp and not pod.is_deleted]
     if timeouts.pods_of_lost_nodes(pods, facts.config.lost_node_seconds, facts.now):
@@ -111,5 +111,5 @@ def force_delete_at(facts: Facts, pods: tuple[PodView, ...]) -> datetime | None:
 
 
 def later(moment: datetime, seconds: float) -> datetime:
-    """The moment `seconds` later."""
+    """Return the time `seconds` after `moment`."""
     return moment + timedelta(seconds=seconds)

@@ -1,9 +1,9 @@
 """From facts to a plan. A pure function: no clock, no network, no state; the same facts always give the same plan.
 
-The questions are asked in this order: is the job finished; does the current attempt have a Job and must it be ended; has the
-attempt ended and what follows; may the next attempt start. Each answer takes one reconcile. Two answers are written to the status
-before they are carried out, so that a restarted operator continues with them: the reason for ending an attempt (`termination`) and
-the number of the next attempt (`attempt_end`).
+The checks come in this order: whether the job is finished; whether the current attempt has a Job, and must be ended; whether the
+attempt has ended, and what follows; whether the next attempt may start. One reconcile makes one of these decisions. Two of them are
+written to the status before they are carried out, so that a restarted operator continues with them: the reason for ending an attempt
+(`termination`) and the number of the next attempt (`attempt_end`).
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def decide(facts: Facts) -> Plan:
         return _clean_up_finished(facts)
     current = facts.current_job
     if current is not None:
-        return _with_job(facts, current)
+        return _plan_with_job(facts, current)
     record = facts.attempt_record
     if record is not None and record.start_time is not None and record.end_time is None:
-        return _job_is_gone(facts)
-    return _before_attempt(facts)
+        return _plan_without_job(facts)
+    return _plan_before_attempt(facts)
 
 
 def _clean_up_finished(facts: Facts) -> Plan:
-    """Delete what still runs, and after the TTL everything."""
+    """Delete the Jobs and pods that still run; after the TTL, delete all of them."""
     expires_at = timeouts.ttl_expires_at(facts.ttl_seconds_after_finished, facts.job.status.completion_time)
     expired = expires_at is not None and facts.now >= expires_at
-    jobs = tuple(one for one in facts.owned_jobs if not one.is_deleting and (expired or not one.is_finished))
+    jobs = tuple(job for job in facts.owned_jobs if not job.is_deleting and (expired or not job.is_finished))
     # Deleting a Job deletes its pods. Pods that were orphaned from their Job are deleted one by one.
     orphans = [pod for pod in _orphaned_pods(facts) if not (pod.is_deleted or pod.deletion_timestamp)]
     pods = tuple(pod for pod in orphans if expired or not pod.is_finished)
@@ -61,28 +61,28 @@ def _clean_up_finished(facts: Facts) -> Plan:
     )
 
 
-def _before_attempt(facts: Facts) -> Plan:
+def _plan_before_attempt(facts: Facts) -> Plan:
     """The current attempt has no Job yet."""
     if facts.cancel_requested:
         return Plan(Situation.FINISHED, finish=Finish(Outcome.CANCELLED, Reason.CANCELLED))
     refused = facts.acceptance if isinstance(facts.acceptance, Refused) else None
     if refused is not None and refused.is_final:
         return _reject(refused)
-    earlier = _end_earlier_attempts(facts)
-    if earlier is not None:
-        return earlier
+    ending = _end_earlier_attempts(facts)
+    if ending is not None:
+        return ending
     if facts.suspend_requested:
         return Plan(Situation.SUSPENDED)
     timeout = timeouts.next_reconcile_at(facts.now, start_timeout_at(facts))
     if refused is not None:
         return Plan(Situation.REFUSED, refused=refused, reconcile_at=timeout)
-    foreign = next((one for one in facts.jobs if one.name == attempt_job_name(facts.job.name, facts.attempt)), None)
+    foreign = next((job for job in facts.jobs if job.name == attempt_job_name(facts.job.name, facts.attempt)), None)
     if foreign is not None:
         message = f"Job {foreign.name} belongs to another object (uid {foreign.owner_uid or 'unknown'})"
         blocking = BlockingCondition(Reason.CHILDREN_CONFLICT, message)
         return Plan(Situation.BLOCKED, blocking=blocking, reconcile_at=timeout)
     begin, end = backoff_interval(facts)
-    # If the clock was set back, now is before `begin`: without this check the backoff would take that much longer.
+    # After the clock was set back, `now` is before `begin`. The backoff then ends at once: it would otherwise last longer.
     if begin is not None and end is not None and begin <= facts.now < end:
         return Plan(Situation.BACKING_OFF, reconcile_at=timeouts.next_reconcile_at(facts.now, end))
     return Plan(Situation.STARTING, create_attempt=facts.attempt, delete_jobs=_superseded_jobs(facts))
@@ -94,14 +94,14 @@ def _reject(refused: Refused) -> Plan:
 
 
 def _end_earlier_attempts(facts: Facts) -> Plan | None:
-    """Delete unfinished Jobs and pods of earlier attempts: at most one attempt runs at any time. None: nothing is left."""
-    jobs = tuple(one for one in facts.owned_jobs if not one.is_finished or one.is_deleting)
+    """Delete unfinished Jobs and pods of earlier attempts: at most one attempt runs at any time. None: all are gone or finished."""
+    jobs = tuple(job for job in facts.owned_jobs if not job.is_finished or job.is_deleting)
     pods = tuple(pod for pod in _orphaned_pods(facts) if not pod.is_finished)
     if not jobs and not pods:
         return None
     return Plan(
         Situation.BLOCKED,
-        delete_jobs=tuple(one for one in jobs if not one.is_deleting),
+        delete_jobs=tuple(job for job in jobs if not job.is_deleting),
         delete_pods=tuple(pod for pod in pods if not pod.deletion_timestamp),
         force_delete_pods=_pods_of_lost_nodes(facts, facts.owned_pods),
         blocking=BlockingCondition(Reason.PROGRESSING, "waiting for the pods of the last attempt to end"),
@@ -109,7 +109,7 @@ def _end_earlier_attempts(facts: Facts) -> Plan | None:
     )
 
 
-def _with_job(facts: Facts, current: JobView) -> Plan:
+def _plan_with_job(facts: Facts, current: JobView) -> Plan:
     """The current attempt has a Job."""
     if current.completed_at is not None:
         return plan_of_ended_attempt(facts, None, current.completed_at)
@@ -124,7 +124,7 @@ def _with_job(facts: Facts, current: JobView) -> Plan:
     rank0 = next((pod for pod in pods if pod.index == 0 and pod.phase == "Running"), None)
     all_ready = sum(pod.is_ready for pod in pods) >= facts.nodes
     deadline = timeouts.deadline_at(facts.active_deadline_seconds, facts.earlier_running_seconds, facts.running_since)
-    moments = [
+    time_limits = [
         None if current.is_suspended else deadline,
         force_delete_at(facts, pods),
         stall_check_at(facts),
@@ -134,13 +134,13 @@ def _with_job(facts: Facts, current: JobView) -> Plan:
         Situation.ACTIVE,
         blocking=None if all_ready or current.is_suspended else (blocking_condition_of_pods(pods) or facts.blocking),
         scrape_pod=rank0 if rank0 is not None and rank0.ip else None,
-        reconcile_at=timeouts.next_reconcile_at(facts.now, *moments),
+        reconcile_at=timeouts.next_reconcile_at(facts.now, *time_limits),
         delete_jobs=_superseded_jobs(facts),
     )
 
 
 def _termination(facts: Facts) -> Termination | None:
-    """Whether the running attempt must be ended, and why."""
+    """Return why the running attempt must be ended; None: it may continue."""
     if facts.cancel_requested:
         return Termination(Reason.CANCELLED, "spec.cancel is true")
     if facts.suspend_requested:
@@ -162,10 +162,10 @@ def _termination(facts: Facts) -> Termination | None:
 
 
 def _incomplete_gang(facts: Facts) -> str:
-    """Why the attempt must give its nodes back; empty if it need not.
+    """Return why the attempt must release its nodes; empty: it keeps them.
 
-    Two gangs that each hold a part of the nodes wait for each other forever; a queue such as Kueue prevents that. If no pod has
-    a node, the attempt keeps waiting: it blocks nothing, and an autoscaler may be adding nodes.
+    Two gangs that each hold some of the nodes wait for each other forever; a queue such as Kueue prevents this. If no pod has a
+    node, the attempt keeps waiting: it blocks no other job, and an autoscaler may be adding nodes.
     """
     job, timeout_at = facts.current_job, start_timeout_at(facts)
     if job is None or job.queue or facts.nodes < 2 or timeout_at is None or facts.now < timeout_at:
@@ -174,7 +174,7 @@ def _incomplete_gang(facts: Facts) -> str:
     if placed in (0, facts.nodes) or len(facts.newest_pods) > len(facts.active_pods):
         return ""
     limit = start_timeout_seconds(facts)
-    return f"{placed} of {facts.nodes} pods have a node and the others found none in {limit} s: the nodes are freed for another job"
+    return f"{placed} of {facts.nodes} pods have a node and the others got none within {limit} s: the nodes are freed for another job"
 
 
 def _terminate(facts: Facts, current: JobView) -> Plan:
@@ -190,15 +190,15 @@ def _terminate(facts: Facts, current: JobView) -> Plan:
     )
 
 
-def _job_is_gone(facts: Facts) -> Plan:
-    """The attempt had a Job that no longer exists: delete the pods that are left, then record the end of the attempt."""
-    left = tuple(pod for pod in facts.attempt_pods if not pod.is_finished)
-    if left:
+def _plan_without_job(facts: Facts) -> Plan:
+    """The attempt had a Job that no longer exists: delete the pods that still run, then record the end of the attempt."""
+    running = tuple(pod for pod in facts.attempt_pods if not pod.is_finished)
+    if running:
         return Plan(
             Situation.TERMINATING,
-            delete_pods=tuple(pod for pod in left if not pod.deletion_timestamp),
-            force_delete_pods=_pods_of_lost_nodes(facts, left),
-            reconcile_at=timeouts.next_reconcile_at(facts.now, force_delete_at(facts, left)),
+            delete_pods=tuple(pod for pod in running if not pod.deletion_timestamp),
+            force_delete_pods=_pods_of_lost_nodes(facts, running),
+            reconcile_at=timeouts.next_reconcile_at(facts.now, force_delete_at(facts, running)),
         )
     cause = None if all_ranks_succeeded(facts) else cause_of_missing_job(facts)
     return plan_of_ended_attempt(facts, cause, facts.last_seen_at)
@@ -210,11 +210,11 @@ def _pods_of_lost_nodes(facts: Facts, pods: tuple[PodView, ...]) -> tuple[PodVie
 
 def _orphaned_pods(facts: Facts) -> list[PodView]:
     """Pods of this job whose Job no longer exists or no longer owns them."""
-    uids = {one.uid for one in facts.owned_jobs}
+    uids = {job.uid for job in facts.owned_jobs}
     return [pod for pod in facts.owned_pods if pod.job_uid not in uids]
 
 
 def _superseded_jobs(facts: Facts) -> tuple[JobView, ...]:
     """Finished Jobs of earlier attempts except the newest, which is kept so that its pods' logs can be read."""
-    earlier = sorted((one for one in facts.owned_jobs if one.attempt < facts.attempt), key=lambda one: one.attempt)
-    return tuple(one for one in earlier[:-1] if one.is_finished and not one.is_deleting)
+    earlier = sorted((job for job in facts.owned_jobs if job.attempt < facts.attempt), key=lambda job: job.attempt)
+    return tuple(job for job in earlier[:-1] if job.is_finished and not job.is_deleting)

@@ -1,10 +1,11 @@
 """Kubernetes events about transitions, for `kubectl describe`. They are emitted just before the status is written.
 
 `transitions` compares two statuses and is pure. `Recorder` posts events, never fails a reconcile, and counts repeats in a series. The
-message of an event cannot be changed, so the event's name contains its hash.
+API server does not allow changes of an event's message, so the event's name contains a hash of the message.
 
-Events come before the status, because only the written status remembers which events were emitted: a process that dies in between
-finds the same transition again and emits the same event, with the same name and for the same resourceVersion, so nothing is doubled.
+Events are emitted before the status is written, because only the written status shows which events were emitted. A process that
+restarts in between detects the same transition and emits the same event with the same name and resourceVersion: no event is lost or
+emitted twice.
 """
 
 from __future__ import annotations
@@ -30,16 +31,16 @@ from finetune_operator.views import JobObject
 logger = logging.getLogger(__name__)
 
 Type = Literal["Normal", "Warning"]
-MAX_NOTE = 1000
+MAX_NOTE_CHARACTERS = 1000
 """Characters of an event's message; the API server allows 1024 bytes."""
 POST_TIMEOUT_SECONDS = 5.0
 """Longest time for one event: the status write waits for it."""
 FINISH = "Finish"
 """The action of a job's last event, which the rate limit never drops."""
 BURST, REFILL_SECONDS = 25, 60.0
-"""Token bucket per job: events that may come at once, and the seconds after which one more may."""
+"""Token bucket per job: its size in events, and the seconds after which one token is added."""
 MAX_BUCKETS = 4096
-"""Token buckets that are kept before full ones are dropped."""
+"""With more token buckets than this, the full ones are dropped."""
 BLOCKING_REASONS = frozenset({
     Reason.UNSCHEDULABLE, Reason.IMAGE_PULL_FAILED, Reason.CONFIG_MISSING, Reason.QUOTA_EXCEEDED,
     Reason.FORBIDDEN_BY_POLICY, Reason.CHILDREN_CONFLICT,
@@ -47,8 +48,8 @@ BLOCKING_REASONS = frozenset({
 
 
 @dataclass(frozen=True)
-class Note:
-    """One event to be emitted."""
+class EventDraft:
+    """An event that is to be emitted."""
 
     reason: Reason
     note: str
@@ -56,8 +57,8 @@ class Note:
     action: str = "Reconcile"
 
 
-def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[Note]:
-    """The events between two statuses, in the order in which a run goes through them."""
+def transitions(old: FineTuneJobStatus, new: FineTuneJobStatus) -> list[EventDraft]:
+    """Return the events that the change from `old` to `new` causes, in the order in which they happen in a run."""
     return [*_acceptance(old, new), *_attempts(old, new), *_waiting(old, new), *_training(old, new), *_end(old, new)]
 
 
@@ -75,95 +76,95 @@ def _condition(status: FineTuneJobStatus, kind: Kind) -> ConditionState:
     return ConditionState(found.status, found.reason, found.message) if found else ConditionState()
 
 
-def _acceptance(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
+def _acceptance(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[EventDraft]:
     before, now = _condition(old, Kind.ACCEPTED), _condition(new, Kind.ACCEPTED)
     if now.status == "True" and before.status != "True":
-        yield Note(Reason.ACCEPTED, now.message, action="Accept")
+        yield EventDraft(Reason.ACCEPTED, now.message, action="Accept")
     elif now.status == "False" and (before.status != "False" or before.reason != now.reason):
-        yield Note(Reason(now.reason), now.message, "Warning", "Accept")
+        yield EventDraft(Reason(now.reason), now.message, "Warning", "Accept")
 
 
-def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
-    known = {one.number: one for one in old.attempts}
+def _attempts(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[EventDraft]:
+    known = {attempt.number: attempt for attempt in old.attempts}
     for attempt in new.attempts:
         before = known.get(attempt.number)
         if before is None:
-            yield Note(Reason.ATTEMPT_STARTED, f"created the Job of attempt {attempt.number}", action="Create")
+            yield EventDraft(Reason.ATTEMPT_STARTED, f"created the Job of attempt {attempt.number}", action="Create")
         if attempt.resumed_from_step and (before is None or before.resumed_from_step != attempt.resumed_from_step):
             note = f"attempt {attempt.number} resumed from step {attempt.resumed_from_step}"
-            yield Note(Reason.RESUMED_FROM_CHECKPOINT, note)
+            yield EventDraft(Reason.RESUMED_FROM_CHECKPOINT, note)
         if attempt.end_time is not None and (before is None or before.end_time is None):
             yield from _failed_attempt(attempt)
     for change in new.adaptations[len(old.adaptations) :]:
-        yield Note(Reason(change.reason), f"changed for the next attempt: {change.change}", "Warning", "Adapt")
+        yield EventDraft(Reason(change.reason), f"changed for the next attempt: {change.change}", "Warning", "Adapt")
     if (new.attempt or 1) > (old.attempt or 1) and not _is_finished(new) and new.phase is not Phase.SUSPENDED:
-        yield Note(Reason.RETRYING, f"attempt {new.attempt} follows")
+        yield EventDraft(Reason.RETRYING, f"attempt {new.attempt} follows")
 
 
-def _failed_attempt(attempt: Attempt) -> Iterator[Note]:
+def _failed_attempt(attempt: Attempt) -> Iterator[EventDraft]:
     if attempt.reason in (Reason.SUCCEEDED, Reason.SUSPENDED, Reason.CANCELLED) or not attempt.reason:
         return
     code = f", exit code {attempt.exit_code}" if attempt.exit_code is not None else ""
-    where = f" on node {attempt.node}" if attempt.node else ""
-    note = f"attempt {attempt.number} ended{where}{code}: {attempt.message or attempt.reason}"
-    yield Note(Reason(attempt.reason), note, "Warning", "Observe")
+    location = f" on node {attempt.node}" if attempt.node else ""
+    note = f"attempt {attempt.number} ended{location}{code}: {attempt.message or attempt.reason}"
+    yield EventDraft(Reason(attempt.reason), note, "Warning", "Observe")
 
 
-def _waiting(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
+def _waiting(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[EventDraft]:
     before, now = _condition(old, Kind.QUOTA_RESERVED), _condition(new, Kind.QUOTA_RESERVED)
     is_queued = now.status == "False" and now.reason == Reason.QUEUED
     if is_queued and (before.status, before.reason) != (now.status, now.reason):
         if before.status == "True":
-            yield Note(Reason.PREEMPTED, "the queue revoked the quota; the pods save and stop", "Warning", "Queue")
-        yield Note(Reason.QUEUED, now.message, action="Queue")
+            yield EventDraft(Reason.PREEMPTED, "the queue revoked the quota; the pods save and stop", "Warning", "Queue")
+        yield EventDraft(Reason.QUEUED, now.message, action="Queue")
     before, now = _condition(old, Kind.PODS_READY), _condition(new, Kind.PODS_READY)
     if now.reason != before.reason and now.reason in BLOCKING_REASONS:
-        yield Note(Reason(now.reason), now.message, "Warning", "Wait")
+        yield EventDraft(Reason(now.reason), now.message, "Warning", "Wait")
     before, now = _condition(old, Kind.STALLED), _condition(new, Kind.STALLED)
     if now.status == "True" and before.status != "True" and not _is_finished(new):
-        yield Note(Reason(now.reason), now.message, "Warning", "Wait")
+        yield EventDraft(Reason(now.reason), now.message, "Warning", "Wait")
 
 
-def _training(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
+def _training(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[EventDraft]:
     if not old.steps_done and new.steps_done and not _is_finished(new):
         total = new.progress.total_steps if new.progress else None
         note = f"completed the first of {total} steps" if total else "completed the first step"
-        yield Note(Reason.TRAINING_STARTED, note, action="Train")
+        yield EventDraft(Reason.TRAINING_STARTED, note, action="Train")
     if new.latest_checkpoint and not old.latest_checkpoint:
-        yield Note(Reason.FIRST_CHECKPOINT_COMMITTED, f"committed {new.latest_checkpoint}", action="Checkpoint")
+        yield EventDraft(Reason.FIRST_CHECKPOINT_COMMITTED, f"committed {new.latest_checkpoint}", action="Checkpoint")
     before, now = _condition(old, Kind.CHECKPOINTS_HEALTHY), _condition(new, Kind.CHECKPOINTS_HEALTHY)
     if now.status == "False" and before.status != "False":
-        yield Note(Reason(now.reason), now.message, "Warning", "Checkpoint")
+        yield EventDraft(Reason(now.reason), now.message, "Warning", "Checkpoint")
 
 
-def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[Note]:
+def _end(old: FineTuneJobStatus, new: FineTuneJobStatus) -> Iterator[EventDraft]:
     before, now = _condition(old, Kind.SUSPENDED), _condition(new, Kind.SUSPENDED)
     if now.status == "True" and before.status != "True":
-        yield Note(Reason.SUSPENDED, now.message, action="Suspend")
+        yield EventDraft(Reason.SUSPENDED, now.message, action="Suspend")
     if now.status == "False" and before.status == "True" and now.reason == Reason.RESUMED and not _is_finished(new):
-        yield Note(Reason.RESUMED, now.message, action="Resume")
+        yield EventDraft(Reason.RESUMED, now.message, action="Resume")
     if not _is_finished(new) or _is_finished(old):
         return
     if new.phase is Phase.SUCCEEDED:
-        where = new.output.uri if new.output and new.output.uri else "storage"
-        yield Note(Reason.SUCCEEDED, f"the final artefact is committed: {where}", action=FINISH)
+        location = new.output.uri if new.output and new.output.uri else "storage"
+        yield EventDraft(Reason.SUCCEEDED, f"the final artefact is committed: {location}", action=FINISH)
     elif new.phase is Phase.CANCELLED:
-        yield Note(Reason.CANCELLED, _condition(new, Kind.SUCCEEDED).message, action=FINISH)
+        yield EventDraft(Reason.CANCELLED, _condition(new, Kind.SUCCEEDED).message, action=FINISH)
     else:
         failure = new.failure
         text = f"{failure.class_} {failure.code}: {failure.message}" if failure else "unknown"
         hint = f"; {failure.hint}" if failure and failure.hint else ""
-        yield Note(Reason.FAILED, text + hint, "Warning", FINISH)
+        yield EventDraft(Reason.FAILED, text + hint, "Warning", FINISH)
 
 
 def _is_finished(status: FineTuneJobStatus) -> bool:
     return status.holds(Kind.FINISHED)
 
 
-def build_event(job: JobObject, note: Note, instance: str, now: datetime) -> Object:
+def build_event(job: JobObject, draft: EventDraft, instance: str, now: datetime) -> Object:
     """The object of one event; equal events of the same job have equal names."""
-    text = clean(note.note, MAX_NOTE)
-    digest = hashlib.sha256("\0".join((job.uid, note.type, note.reason, note.action, text)).encode()).hexdigest()
+    text = clean(draft.note, MAX_NOTE_CHARACTERS)
+    digest = hashlib.sha256("\0".join((job.uid, draft.type, draft.reason, draft.action, text)).encode()).hexdigest()
     return {
         "apiVersion": EVENT.api_version,
         "kind": EVENT.kind,
@@ -175,9 +176,9 @@ def build_event(job: JobObject, note: Note, instance: str, now: datetime) -> Obj
         "eventTime": _micro_time(now),
         "reportingController": names.GROUP,
         "reportingInstance": instance[:128],
-        "action": note.action,
-        "reason": note.reason.value,
-        "type": note.type,
+        "action": draft.action,
+        "reason": draft.reason.value,
+        "type": draft.type,
         "note": text,
         "regarding": {
             "apiVersion": names.API_VERSION,
@@ -201,7 +202,7 @@ class TokenBucket:
     refilled_at: float
 
     def take(self, now: float) -> bool:
-        """Take a token, if there is one."""
+        """Take a token. Returns False if there is none."""
         self.tokens = min(BURST, self.tokens + (now - self.refilled_at) / REFILL_SECONDS)
         self.refilled_at = now
         if self.tokens < 1:
@@ -220,16 +221,16 @@ class Recorder:
         self._uncommitted: dict[str, set[str]] = {}
         """Names of the events whose status is not written yet, by uid of the job."""
 
-    async def emit(self, job: JobObject, notes: list[Note]) -> None:
-        """Post the events of a status that is written next; each one once until `commit`. Logs errors and raises none."""
+    async def emit(self, job: JobObject, drafts: list[EventDraft]) -> None:
+        """Post the events of the status that is written next. Until `commit`, an event is posted once. Errors are logged, not raised."""
         posted = self._uncommitted.setdefault(job.uid, set())
-        for note in notes:
-            event = build_event(job, note, self._instance, self._kube.clock.now())
+        for draft in drafts:
+            event = build_event(job, draft, self._instance, self._kube.clock.now())
             if event["metadata"]["name"] in posted:
                 continue
             posted.add(event["metadata"]["name"])
-            if not self._take_token(job.uid) and note.action != FINISH:
-                logger.info("dropped event %s of %s/%s: rate limit", note.reason, job.namespace, job.name)
+            if not self._take_token(job.uid) and draft.action != FINISH:
+                logger.info("dropped event %s of %s/%s: rate limit", draft.reason, job.namespace, job.name)
                 continue
             try:
                 async with asyncio.timeout(POST_TIMEOUT_SECONDS):
@@ -260,5 +261,5 @@ class Recorder:
         allowed = self._buckets.setdefault(uid, TokenBucket(BURST, now)).take(now)
         if len(self._buckets) > MAX_BUCKETS:
             refill = BURST * REFILL_SECONDS
-            self._buckets = {key: one for key, one in self._buckets.items() if now - one.refilled_at <= refill}
+            self._buckets = {key: bucket for key, bucket in self._buckets.items() if now - bucket.refilled_at <= refill}
         return allowed

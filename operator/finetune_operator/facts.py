@@ -46,21 +46,21 @@ class Facts:
     now: datetime
     config: OperatorConfig
     jobs: tuple[JobView, ...] = ()
-    """All Jobs with the FineTuneJob's name in their labels; other objects may own some of them."""
+    """All Jobs whose label names the FineTuneJob; other objects may own some of them."""
     pods: tuple[PodView, ...] = ()
-    """All pods with that name in their labels, including deleted ones whose last state is still cached."""
+    """All pods whose label names the FineTuneJob, including deleted pods that are still cached."""
     last_report: ReceivedReport | None = None
     """The newest progress report of the current attempt."""
     blocking: BlockingCondition | None = None
-    """What events about the current Job or its pods show."""
+    """The blocking condition that events about the current Job or its pods report."""
     spec: FineTuneJobSpec = field(init=False)
-    """The resolved and adapted spec; if it is refused, as much of it as can be read."""
+    """The resolved and adapted spec; of a refused spec, the fields that can be read."""
 
     def __post_init__(self) -> None:
-        found, adaptations = self.acceptance.spec or FineTuneJobSpec(), self.job.status.adaptations
-        object.__setattr__(self, "spec", apply_adaptations(found, adaptations) if adaptations else found)
+        spec, adaptations = self.acceptance.spec or FineTuneJobSpec(), self.job.status.adaptations
+        object.__setattr__(self, "spec", apply_adaptations(spec, adaptations) if adaptations else spec)
 
-    # The spec. What stops a job is read from the spec as written, so that it works for a spec that cannot be read otherwise.
+    # The spec. Fields that stop a job are read from the raw spec, so that they work even if the whole spec cannot be parsed.
 
     @property
     def suspend_requested(self) -> bool:
@@ -89,16 +89,16 @@ class Facts:
 
     @property
     def spec_is_readable(self) -> bool:
-        """Whether this version of the operator knows the spec that the user wrote."""
-        refused_for = self.acceptance.reason if isinstance(self.acceptance, Refused) else None
-        return refused_for not in (Reason.OPERATOR_TOO_OLD, Reason.SPEC_CHANGED)
+        """Whether this version of the operator can read the user's spec."""
+        refusal_reason = self.acceptance.reason if isinstance(self.acceptance, Refused) else None
+        return refusal_reason not in (Reason.OPERATOR_TOO_OLD, Reason.SPEC_CHANGED)
 
     # Jobs and pods
 
     @property
     def owned_jobs(self) -> tuple[JobView, ...]:
         """Jobs whose controller is this FineTuneJob."""
-        return tuple(one for one in self.jobs if one.is_owned and one.owner_uid == self.job.uid)
+        return tuple(job for job in self.jobs if job.is_owned and job.owner_uid == self.job.uid)
 
     @property
     def owned_pods(self) -> tuple[PodView, ...]:
@@ -108,22 +108,22 @@ class Facts:
     @property
     def attempt(self) -> int:
         """Number of the current attempt; 1 before the first one."""
-        return max([self.job.status.attempt or 1, *(one.attempt for one in self.owned_jobs)])
+        return max([self.job.status.attempt or 1, *(job.attempt for job in self.owned_jobs)])
 
     @property
     def current_job(self) -> JobView | None:
         """The Job of the current attempt."""
         name = attempt_job_name(self.job.name, self.attempt)
-        return next((one for one in self.owned_jobs if one.name == name), None)
+        return next((job for job in self.owned_jobs if job.name == name), None)
 
     @property
     def attempt_record(self) -> Attempt | None:
         """The entry of the current attempt in `status.attempts`."""
-        return next((one for one in self.job.status.attempts if one.number == self.attempt), None)
+        return next((record for record in self.job.status.attempts if record.number == self.attempt), None)
 
     @property
     def nodes(self) -> int:
-        """Number of pods: of the Job that exists, else of the spec."""
+        """Number of pods of the current Job; without a Job, of the spec."""
         job = self.current_job
         return job.nodes if job is not None and job.nodes else self.spec.resources.nodes or 1
 
@@ -134,7 +134,7 @@ class Facts:
 
     @property
     def active_pods(self) -> tuple[PodView, ...]:
-        """The newest unfinished pod of each rank of the current attempt; a queue may have replaced earlier ones."""
+        """The newest unfinished pod of each rank of the current attempt; a queue may have replaced earlier pods."""
         return _newest_by_rank(pod for pod in self.attempt_pods if not pod.is_finished)
 
     @property
@@ -161,21 +161,21 @@ class Facts:
         """Lists of checkpoints from rank 0's pods of the current attempt, oldest first.
 
         A queue may replace the pods within one attempt. The termination message of a replaced pod may be the only source for
-        the checkpoints that this pod committed last. It is left out once the status knows these checkpoints: retention may have
-        removed some of them since.
+        the checkpoints that this pod committed last. It is ignored once the status lists these checkpoints, because retention
+        may have removed some of them since.
         """
         pods = sorted((pod for pod in self.attempt_pods if pod.index == 0), key=lambda pod: pod.created_at)
         received = self.last_report
-        found: list[ProgressReport | TerminationMessage] = []
+        sources: list[ProgressReport | TerminationMessage] = []
         if received is not None and received.pod_uid not in {pod.uid for pod in pods}:
-            found.append(received.report)
+            sources.append(received.report)
         for pod in pods:
             if received is not None and received.pod_uid == pod.uid:
-                found.append(received.report)
+                sources.append(received.report)
             message = pod.termination_message
             if message is not None and (pod is pods[-1] or self._lists_newer_checkpoints(message)):
-                found.append(message)
-        return tuple(ReportedCheckpoints(tuple(one.checkpoints), one.resumed_from_step) for one in found)
+                sources.append(message)
+        return tuple(ReportedCheckpoints(tuple(source.checkpoints), source.resumed_from_step) for source in sources)
 
     def _lists_newer_checkpoints(self, message: TerminationMessage) -> bool:
         """Whether the message lists a step of the current attempt that is newer than all of its steps in status."""
@@ -194,12 +194,12 @@ class Facts:
 
     @property
     def is_finished(self) -> bool:
-        """Status says that no further attempt will be made. This is never revoked."""
+        """Whether the status says that the job is finished. A finished job never starts another attempt."""
         return self.is_true(Condition.FINISHED)
 
     @property
     def termination_reason(self) -> Reason | None:
-        """Why the operator ends the current attempt, as recorded in status; None: it does not end it."""
+        """Why the operator ends the current attempt, as recorded in status; None: the attempt may continue."""
         record = self.attempt_record
         if record is None or record.end_time is not None or not record.reason:
             return None
@@ -212,10 +212,10 @@ class Facts:
 
     @property
     def running_since(self) -> datetime | None:
-        """When the current stretch of running time began; None while queued, suspended or between attempts."""
+        """When the current period of running time began; None while queued, suspended or between attempts."""
         record, job = self.attempt_record, self.current_job
         if record is None and job is not None:
-            # The status does not have the attempt yet.
+            # The status does not list the attempt yet.
             return self.admitted_at if self.spec.placement.queue_name else job.created_at
         if record is None or record.start_time is None or record.end_time is not None:
             return None
@@ -236,20 +236,20 @@ class Facts:
 
     @property
     def earlier_running_seconds(self) -> float:
-        """Running time before the current stretch."""
+        """Running time before the current period, in seconds."""
         return float(self.job.status.active_seconds or 0)
 
     def running_seconds(self, until: datetime) -> float:
-        """Running time of all attempts until then. A Job that a queue has suspended ran until it was suspended."""
+        """Running time of all attempts until `until`; it ends earlier if a queue has suspended the Job."""
         suspended_since = self.current_job.suspended_since if self.current_job else None
         end = min(until, suspended_since) if suspended_since else until
         return self.earlier_running_seconds + seconds_between(self.running_since, end)
 
     @property
     def last_seen_at(self) -> datetime:
-        """End of the current attempt, whose Job is gone: the newest time at which it is known to have run.
+        """Newest time at which the current attempt, whose Job is gone, is known to have run.
 
-        Usually that is now. If the operator was away when the Job was deleted, the pods or the status know an earlier time.
+        Usually now. If the operator did not run when the Job was deleted, the pods or the status show an earlier time.
         """
         ends = [_end_of(pod) for pod in self.newest_pods]
         if None in ends:
@@ -260,39 +260,39 @@ class Facts:
             self.attempt_record.start_time if self.attempt_record else None,
             self.last_report.time if self.last_report else None,
         ]
-        known = [one for one in (ends or recorded) if one is not None]
+        known = [time for time in (ends or recorded) if time is not None]
         return min(self.now, max(known, default=self.now))
 
     # Steps
 
     @property
     def newest_committed_step(self) -> int:
-        """Newest committed step of all attempts; 0: none is known."""
+        """Newest committed step of all attempts; 0: no committed step is known."""
         status = self.job.status
-        steps = [one.step for one in status.checkpoints]
-        steps += [one.committed_step for one in status.attempts if one.committed_step is not None]
+        steps = [checkpoint.step for checkpoint in status.checkpoints]
+        steps += [attempt.committed_step for attempt in status.attempts if attempt.committed_step is not None]
         return max([*steps, 0])
 
     def steps_of_this_attempt(self, checkpoints: Iterable[Checkpoint], start: int | None) -> list[int]:
         """Steps of those checkpoints that the current attempt committed.
 
-        The uri names the attempt; without that, steps after `start`, where the attempt began, count.
+        A checkpoint's URI names its attempt. If it does not, a step after `start`, from which the current attempt started, counts.
         """
-        found = [(one.step, attempt_of_uri(one.uri)) for one in checkpoints]
-        return [step for step, maker in found if (step > (start or 0) if maker is None else maker == self.attempt)]
+        steps = [(checkpoint.step, attempt_of_uri(checkpoint.uri)) for checkpoint in checkpoints]
+        return [step for step, attempt in steps if (step > (start or 0) if attempt is None else attempt == self.attempt)]
 
     @property
     def newest_step_of_earlier_attempts(self) -> int:
-        """Newest committed step of earlier attempts: the current attempt makes progress when it commits a newer one."""
+        """Newest committed step of earlier attempts: the current attempt makes progress when it commits a newer step."""
         status = self.job.status
-        steps = [one.committed_step for one in status.attempts if one.number < self.attempt]
-        # Status keeps the newest ten attempts only; the checkpoints of older ones count as well.
-        steps += [one.step for one in status.checkpoints if (attempt_of_uri(one.uri) or self.attempt) < self.attempt]
+        steps = [attempt.committed_step for attempt in status.attempts if attempt.number < self.attempt]
+        # The status keeps only the newest ten attempts; checkpoints of older attempts count as well.
+        steps += [c.step for c in status.checkpoints if (attempt_of_uri(c.uri) or self.attempt) < self.attempt]
         return max([step for step in steps if step is not None] + [0])
 
     @property
     def max_start_step(self) -> int | None:
-        """Newest step that the next attempt may start from, after a rollback; None: any."""
+        """Newest step that the next attempt may start from, after a rollback; None: no limit."""
         return max_start_step(self.job.status.adaptations, self.job.status.checkpoints)
 
     @property

@@ -1,4 +1,4 @@
-"""What `/healthz` and `/readyz` answer. A process is healthy if it gets work done, not merely if it exists."""
+"""Checks for `/healthz` and `/readyz`. A process counts as healthy only while its watches and workers make progress."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune_operator.workqueue import WorkQueue
 
 
 class Health:
-    """Checks of one process. Each check returns a description of the problem; empty: there is none."""
+    """Checks of one process. Each check returns a description of the problem; empty: no problem."""
 
     def __init__(self, config: OperatorConfig, monitor: WatchMonitor, queue: WorkQueue, is_synced: asyncio.Event):
         self._monitor, self._queue, self._is_synced = monitor, queue, is_synced
@@ -20,12 +20,12 @@ class Health:
         self._is_stopping = False
 
     def on_workers_started(self) -> None:
-        """From now on, a job that waits too long is a problem. On a standby, keys wait in the queue for as long as it is one."""
+        """Start to report jobs that wait too long. On a standby no worker takes jobs, so long waiting times are normal there."""
         self._queue.restart_wait_times()
         self._is_working = True
 
     def on_stopping(self) -> None:
-        """The process is about to end: it is not ready, and its workers take no more jobs."""
+        """Report the process as not ready: it is about to end, and its workers take no more jobs."""
         self._is_working = False
         self._is_stopping = True
 

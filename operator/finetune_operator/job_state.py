@@ -1,4 +1,4 @@
-"""What the process keeps about a job between two reconciles. Correctness never depends on it: a restart begins with an empty state."""
+"""In-process state of a job between two reconciles. Correctness never depends on it: a restarted operator begins with an empty state."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from finetune_operator.throttle import PendingChanges
 FIRST_EVENT_READ_SECONDS = 15.0
 """Seconds between the first two reads of events about missing pods; the interval doubles."""
 SPEC_NOT_NEEDED = Accepted(FineTuneJobSpec())
-"""Replaces the resolved spec of a finished job, which no later reconcile uses: it saves memory."""
+"""Saves memory: replaces the resolved spec of a finished job, which later reconciles do not use."""
 
 
 @dataclass
 class BlockingRead:
-    """What events say about the missing pods of one job, and when they are read next."""
+    """The blocking condition that events about the missing pods of a job show, and when the events are read next."""
 
     condition: BlockingCondition | None = None
     due: float | None = None
@@ -39,6 +39,6 @@ class JobState:
     blocking: BlockingRead = field(default_factory=BlockingRead)
     pending: PendingChanges = field(default_factory=PendingChanges)
     first_status_due: float | None = None
-    """Until when the first status may be deferred during a burst, in loop time."""
+    """Loop time until which the job's first status write may be deferred during a burst."""
     status_rejection: str = ""
-    """The last message with which the API server rejected this job's status: the same rejection is reported once."""
+    """The last message with which the API server rejected this job's status. A repeated message is not reported again."""

@@ -1,7 +1,7 @@
 """Points in the code at which a test can kill the operator, to prove that it recovers from a crash there.
 
-They are active only if `FINETUNE_TEST_KILL_FILE` names a file when the process starts. A point whose name is in that file removes
-the file and kills the process with SIGKILL. Without the variable, a point costs one comparison.
+The points are active only if `FINETUNE_TEST_KILL_FILE` names a file when the process starts. When the process reaches the point
+whose name the file contains, it removes the file and kills itself with SIGKILL. Without the variable, a point costs one comparison.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ VARIABLE = "FINETUNE_TEST_KILL_FILE"
 
 
 class Point(StrEnum):
-    """A point between two effects that can be observed from outside."""
+    """A point between two effects that are visible outside the process."""
 
     BEFORE_STATUS_WRITE = "before_status_write"
-    """The events are sent, and the status that they announce is not written yet."""
+    """The events are emitted, and the status is not written yet."""
     AFTER_STATUS_WRITE = "after_status_write"
     BEFORE_JOB_CREATE = "before_job_create"
     AFTER_JOB_CREATE = "after_job_create"
@@ -29,14 +29,14 @@ class Point(StrEnum):
     AFTER_POD_DELETE = "after_pod_delete"
 
 
-_armed = os.environ.get(VARIABLE)
+_kill_file = os.environ.get(VARIABLE)
 
 
 def reach(point: Point) -> None:
     """Kill the process if the file names this point."""
-    if _armed is None:
+    if _kill_file is None:
         return
-    file = Path(_armed)
+    file = Path(_kill_file)
     try:
         if file.read_text().strip() != point:
             return

@@ -1,14 +1,15 @@
 """Everything that works around kopf: its settings, state storages, HTTP session, retries, watches and log lines.
 
-kopf lists and watches the resources and calls the handlers of `handlers.py`; a kopf user finds nothing unusual there. Each piece
-below exists because of kopf 1.45 or of a measurement with it. Each one names its reason, and a test fails without it:
+kopf lists and watches the resources and calls the handlers in `handlers.py`, as in any operator built with kopf. Each item below is
+needed because of a behaviour of kopf 1.45 or of a measurement, and a test fails without it:
 
 * `EndlessBackoff`: `networking.error_backoffs` is finite by default (https://github.com/nolar/kopf/pull/788).
 * `NoDiffBaseStorage`, `NoProgressStorage`: the default storages copy each object at each event
   (https://github.com/nolar/kopf/issues/702).
-* `TracedSession`: a custom session (https://github.com/nolar/kopf/pull/1230) is shared by all contexts and closed by the first.
-* `inactivity_timeout` (https://github.com/nolar/kopf/pull/1268) is disabled, because it can end a watch for good; `WatchMonitor`
-  detects stalled watches instead.
+* `TracedSession`: all contexts share a custom session (https://github.com/nolar/kopf/pull/1230), and the first context
+  that ends closes it.
+* `inactivity_timeout` (https://github.com/nolar/kopf/pull/1268) is disabled, because it can end a watch permanently;
+  `WatchMonitor` detects stalled watches instead.
 * `run`: kopf reads the API server's discovery document once at startup when `scanning.disabled` is set.
 * `RetryLogFilter`: kopf logs each request that it is going to retry as an error.
 * kopf does not report objects that were deleted between two lists: `resync.py` compares full lists with the cache.
@@ -37,22 +38,22 @@ LOGIN_PERIOD = timedelta(minutes=10)
 WATCH_SECONDS = 60
 """Duration of one watch request (`timeoutSeconds`). kopf then starts the next one at the last resourceVersion."""
 WATCH_TIMEOUT_SECONDS = 75
-"""Client-side timeout of one watch request: longer than `WATCH_SECONDS`, so that it only ends connections that are dead."""
+"""Client-side timeout of one watch request: longer than `WATCH_SECONDS`, so that it ends only dead connections."""
 TEN_YEARS_SECONDS = 10 * 365 * 86400.0
 SHUTDOWN_SECONDS = 25
 """Time for kopf's own shutdown: less than the pod's termination grace period of 30 seconds."""
 DISCOVERY_PERIOD_SECONDS = 0.2
 STALLED_WATCH_SECONDS = 4.0 * WATCH_TIMEOUT_SECONDS
-"""A watch is stalled when no request for it started for this long. The longest pause of `EndlessBackoff` is much shorter."""
+"""A watch counts as stalled after this many seconds without a new request. The longest pause of `EndlessBackoff` is much shorter."""
 OTHER_RESOURCE = "discovery"
-"""Value of the metric label `resource` for requests that concern none of the watched collections."""
+"""Value of the metric label `resource` for requests to all other URLs than the watched collections."""
 
 
 class EndlessBackoff:
     """Pauses between retries, in seconds, without end: the API server may be unavailable for an hour during an upgrade.
 
-    kopf's default of eight retries ends the watching task, and with it the operator. This is a class because kopf iterates over
-    the same object for each request: a generator would be exhausted by the first one.
+    After kopf's default of eight retries, the watching task and the operator would end. This is a class, not a generator, because
+    kopf iterates over the same object for each request.
     """
 
     def __iter__(self) -> Iterator[float]:
@@ -64,8 +65,8 @@ class NoDiffBaseStorage(kopf.DiffBaseStorage):
     """Stores no last-handled state.
 
     By default kopf builds a deep copy of each object at each event to find out what changed, even if only `on.event` handlers exist.
-    With a run configuration of several kilobytes inside each Job this was half of the cost of an event, for a result that these
-    handlers do not use.
+    Each Job contains a run configuration of several kilobytes, so the copy took half of the time of an event. The operator does not
+    use the result.
     """
 
     def build(self, **_: Any) -> kopf.BodyEssence:
@@ -79,7 +80,7 @@ class NoDiffBaseStorage(kopf.DiffBaseStorage):
 
 
 class NoProgressStorage(kopf.ProgressStorage):
-    """Stores no handler progress: `on.event` handlers are never retried, so that there is none."""
+    """Stores no handler progress: `on.event` handlers are never retried and have none."""
 
     def fetch(self, **_: Any) -> None:
         return None
@@ -113,8 +114,8 @@ def operator_settings(config: OperatorConfig) -> kopf.OperatorSettings:
     result.watching.chunk_size = PAGE_SIZE
     result.watching.server_timeout = WATCH_SECONDS
     result.watching.client_timeout = WATCH_TIMEOUT_SECONDS
-    # The inactivity timeout cancels the watching task at whatever it awaits. If that is not the read of the next event but the
-    # hand-over of the last one, the task ends for good and without an error. `client_timeout` ends dead connections instead.
+    # The inactivity timeout cancels the watching task at any await. If the task is passing an event on instead of reading the next
+    # one, the task ends permanently and without an error. `client_timeout` ends dead connections instead.
     result.watching.inactivity_timeout = TEN_YEARS_SECONDS
     result.watching.label_selectors["batch", "v1", "jobs"] = SELECTOR
     result.watching.label_selectors["", "v1", "pods"] = SELECTOR
@@ -130,9 +131,9 @@ async def run(
 ) -> None:
     """Run kopf until the process is asked to stop. First wait until the API server serves the custom resource.
 
-    With `scanning.disabled`, kopf reads the discovery document once: it would never watch a CRD that is served a moment later.
+    With `scanning.disabled`, kopf reads the discovery document only once: it would never watch a CRD that is not served yet.
     """
-    while not (is_stopping() or await kube.is_served(FINETUNEJOB)):  # noqa: ASYNC110 -- it changes on the API server
+    while not (is_stopping() or await kube.is_served(FINETUNEJOB)):  # noqa: ASYNC110 -- the API server sends no event for this
         await asyncio.sleep(DISCOVERY_PERIOD_SECONDS)
     if is_stopping():
         return
@@ -148,7 +149,7 @@ async def run(
 
 
 async def login(kube: Kube, monitor: WatchMonitor) -> TracedSession:
-    """Credentials for kopf, taken from our own API client."""
+    """Return credentials for kopf, taken from the operator's own API client."""
     configuration = kube.configuration
     bearer = (await configuration.auth_settings()).get("BearerToken")
     scheme, _, token = str(bearer["value"]).rpartition(" ") if bearer else ("", "", "")
@@ -169,9 +170,9 @@ async def login(kube: Kube, monitor: WatchMonitor) -> TracedSession:
 class TracedSession(kopf.AiohttpSession):
     """Credentials that create a new HTTP session for each of kopf's contexts, with the tracing of `WatchMonitor`.
 
-    kopf closes the session when a context ends. If all contexts shared one session, as `kopf.AiohttpSession` is meant to be used, the
-    remaining watches would wait for new credentials for ever after the first context ended, and the process would not exit.
-    Two objects are equal if their credentials are: otherwise kopf would retry credentials that the server has rejected.
+    kopf closes the session when a context ends. If all contexts shared one session, as `kopf.AiohttpSession` intends, the remaining
+    watches would wait for new credentials forever after the end of the first context, and the process would not exit.
+    Two objects are equal if their credentials are equal: otherwise kopf would retry credentials that the server has rejected.
     """
 
     _source: tuple[kopf.ConnectionInfo, WatchMonitor]
@@ -207,8 +208,8 @@ class TracedSession(kopf.AiohttpSession):
 class WatchMonitor:
     """Counts kopf's requests and detects stalled watches of the given collections (URL paths). For one event loop.
 
-    The API server ends each watch after `WATCH_SECONDS`, even one without events, and kopf then starts the next one. A watch for which
-    no request starts is stalled: its events are lost. Full re-lists would hide that, because they also bring the changes, but late.
+    The API server ends each watch after `WATCH_SECONDS`, even one without events, and kopf then starts the next one. A watch without
+    a new request is stalled: its events are lost. Full re-lists would hide this, because they also deliver the changes, but late.
     """
 
     def __init__(self, paths: Iterable[str], observer: RequestObserver):
@@ -218,11 +219,11 @@ class WatchMonitor:
         """Loop time of the last successful start of a watch, by path."""
 
     def start(self) -> None:
-        """Start the detection: from now on, kopf is expected to watch."""
+        """Start to detect stalled watches, just before kopf starts to watch."""
         self._last_started = dict.fromkeys(self._paths, asyncio.get_running_loop().time())
 
     def stalled_watch(self, limit_seconds: float) -> str:
-        """Describe the watch that did not start for longer than `limit_seconds`; empty if there is none."""
+        """Describe a watch that has been stalled for longer than `limit_seconds`; empty: no watch is stalled."""
         now = asyncio.get_running_loop().time()
         path, since = min(self._last_started.items(), key=lambda item: item[1], default=("", now))
         age = now - since
@@ -230,7 +231,7 @@ class WatchMonitor:
 
     def record(self, path: str, status: int, seconds: float, *, is_watch: bool) -> None:
         """Record one answered request. `status` is 0 without an answer; `seconds` end at the response's headers."""
-        # The API server's own URL may have a path, as Rancher's has: only the end is compared.
+        # The API server's URL may contain a path prefix, as with Rancher: only the end is compared.
         collection = next((known for known in self._paths if path.endswith(known)), "")
         verb = "get" if not collection else "watch" if is_watch else "list"
         self._observer(verb, collection.rpartition("/")[2] or OTHER_RESOURCE, status, seconds)
@@ -271,9 +272,9 @@ class WatchMonitor:
 
 
 class RetryLogFilter(logging.Filter):
-    """Lowers the level of kopf's messages about requests that it is going to retry, for the first retries.
+    """Lowers the log level of kopf's messages about the first retries of a request.
 
-    kopf logs them as errors. They are common: a throttled request (429), or a request in flight while the process ends.
+    kopf logs each retry as an error. Retries are common, for example of a throttled request (429) or of one in flight at shutdown.
     """
 
     FIRST_RETRIES = 5
@@ -283,8 +284,8 @@ class RetryLogFilter(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Keep each record; change its level to WARNING if it announces one of the first retries."""
-        found = self._RETRIED.match(record.getMessage()) if record.name.startswith("kopf") else None
-        if found is not None and int(found.group(1)) <= self.FIRST_RETRIES:
+        match = self._RETRIED.match(record.getMessage()) if record.name.startswith("kopf") else None
+        if match is not None and int(match.group(1)) <= self.FIRST_RETRIES:
             record.levelno, record.levelname = logging.WARNING, logging.getLevelName(logging.WARNING)
         return True
 
@@ -293,5 +294,5 @@ def configure_logging() -> None:
     """Adjust kopf's log messages. Call this after the root logger has its handlers."""
     for handler in logging.getLogger().handlers:
         handler.addFilter(RetryLogFilter())
-    # kopf logs each event of each object at INFO; the reconciler's own lines say what followed from it.
+    # kopf logs each event of each object at INFO; the reconciler logs what it does because of it.
     logging.getLogger("kopf.objects").setLevel(logging.WARNING)

@@ -1,10 +1,10 @@
 """Client of the Kubernetes API server: plain dicts in and out, typed errors, and a timeout for each request.
 
-It uses the official client's asyncio half for the parts that are hard to get right (kubeconfig, rotating tokens, TLS, proxies), but
-not its generated models: parsing an object of a newer server into them loses unknown fields.
+It uses the asyncio part of the official client for kubeconfig, rotating tokens, TLS and proxies, but not the client's generated
+models: they lose fields that a newer server sends.
 
-This is the only place that retries requests: reads, writes that carry a resourceVersion, and deletes that carry a uid. A create is
-not retried: if its outcome is unknown, the caller reads the object by name.
+Only this module retries requests: reads, writes that contain a resourceVersion, and deletes that contain a uid. A create is not
+retried: if its outcome is unknown, the caller reads the object by name.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ MAX_TRIES = 5
 """Number of times that a request is sent, including the first."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 0.1, 5.0
 MAX_MESSAGE_CHARACTERS = 2048
-"""Error messages are cut to this length, because that for a refused Job contains the whole Job."""
+"""Error messages are cut to this length, because the message about a rejected Job contains the whole Job."""
 PAGE_SIZE = 200
-"""Objects in one page of a list. A page has some megabytes, and the event loop is blocked while it is parsed."""
+"""Objects per page of a list. A page of this size has some megabytes, and parsing it blocks the event loop."""
 CLOCK_PERIOD_SECONDS = 10.0
 """Time between two comparisons with the server's clock."""
 CLOCK_TOLERANCE_SECONDS = 2.0
@@ -55,7 +55,7 @@ class KubeError(Exception):
         self.verb, self.kind, self.name, self.code, self.reason, self.message = verb, kind, name, code, reason, message
         self.retry_after: float | None = None
         self.object_missing = False
-        """404 for this object: the server knows the kind and the namespace."""
+        """Whether a 404 is about this object: the kind and the namespace exist."""
 
 
 class NotFound(KubeError):
@@ -67,7 +67,7 @@ class AlreadyExists(KubeError):
 
 
 class Conflict(KubeError):
-    """409 otherwise: the object has changed since it was read, or has another uid."""
+    """409 on any other request: the object has changed since it was read, or has another uid."""
 
 
 class Invalid(KubeError):
@@ -75,7 +75,7 @@ class Invalid(KubeError):
 
 
 class Forbidden(KubeError):
-    """403: missing permission, a quota or an admission policy; the message says which."""
+    """403: a missing permission, a quota or an admission policy; the message names it."""
 
 
 class NamespaceTerminating(KubeError):
@@ -96,7 +96,7 @@ class OutcomeUnknown(KubeError):
 
 @dataclass(frozen=True)
 class Created:
-    """A created object, and the warnings of admission."""
+    """A created object, and the API server's warnings about it."""
 
     body: Object
     warnings: tuple[str, ...] = ()
@@ -109,12 +109,12 @@ class Listing(NamedTuple):
     version: int
     """resourceVersion of the list."""
     is_first_page: bool = True
-    """Whether a list starts with this page. Objects of earlier pages must then be discarded: the server had let the list expire."""
+    """Whether a list starts with this page. If it is not the first call's, the list had expired: discard objects of earlier pages."""
 
 
 @dataclass
 class ServerClock:
-    """The API server's clock. Deadlines are computed from times that the server set, and must not depend on a wrong local clock."""
+    """The API server's clock. Deadlines are computed from times that the server set, so they must not depend on the local clock."""
 
     offset: timedelta = timedelta()
     compared_at: float = field(default=float("-inf"))
@@ -148,7 +148,7 @@ class Kube:
         configuration.retries = None
         # The proxy variables are read once, here. With `trust_env` the client reads them, and ~/.netrc in a thread, for each request.
         configuration.client_session_kwargs = {"trust_env": False}
-        configuration.proxy = configuration.proxy or _proxy(configuration.host)
+        configuration.proxy = configuration.proxy or _proxy_of(configuration.host)
         self.configuration = configuration
         self.clock = ServerClock()
         self._rest = RESTClientObject(configuration)
@@ -163,7 +163,7 @@ class Kube:
     ) -> Kube:
         """Connect with `kubeconfig`, else with the pod's ServiceAccount, else with $KUBECONFIG or ~/.kube/config.
 
-        Errors: kubernetes.aio.config.ConfigException if there is none of them.
+        Errors: kubernetes.aio.config.ConfigException if none of these exists.
         """
         configuration = Configuration()
         try:
@@ -180,18 +180,18 @@ class Kube:
         await self._rest.close()
 
     async def is_served(self, kind: Kind) -> bool:
-        """Whether the discovery document contains this kind. For a new CRD it does so some moments after the first list succeeds."""
+        """Whether the discovery document contains this kind. A new CRD is listed there shortly after its collection can be read."""
         group = kind.api_version.partition("/")[0]
         groups = (await self._send_with_retries("get", kind, "", "GET", "/apis")).body.get("groups") or []
         if group not in [served.get("name") for served in groups]:
             return False
         try:
-            found = (await self._send_with_retries("get", kind, "", "GET", f"/apis/{kind.api_version}")).body.get(
+            resources = (await self._send_with_retries("get", kind, "", "GET", f"/apis/{kind.api_version}")).body.get(
                 "resources"
             ) or []
         except NotFound:
             return False
-        return kind.plural in [resource.get("name") for resource in found]
+        return kind.plural in [resource.get("name") for resource in resources]
 
     async def get(self, kind: Kind, namespace: str, name: str) -> Object:
         """Read one object. Errors: NotFound, Unavailable, ..."""
@@ -209,10 +209,10 @@ class Kube:
     async def pages(
         self, kind: Kind, namespace: str | None = None, *, labels: str = "", fields: str = ""
     ) -> AsyncIterator[Listing]:
-        """The same list page by page, for callers that need not hold all objects. All pages show the same resourceVersion.
+        """Like `list`, but page by page, so that the caller need not hold all objects. All pages show the same resourceVersion.
 
         If the continue token expires between two pages (the server compacts its history every five minutes), the list restarts with
-        another first page. It is then one page, as in client-go's pager: a list without continue token cannot expire.
+        another first page. The restarted list has only one page, as in client-go's pager: it has no continue token that could expire.
         """
         query = {"limit": str(PAGE_SIZE)} | ({"labelSelector": labels} if labels else {})
         query |= {"fieldSelector": fields} if fields else {}
@@ -234,7 +234,7 @@ class Kube:
     async def create(self, kind: Kind, namespace: str, body: Object) -> Created:
         """Create an object, without retries.
 
-        Errors: AlreadyExists, Forbidden, Invalid, NamespaceTerminating, OutcomeUnknown (then read it by name), Unavailable.
+        Errors: AlreadyExists, Forbidden, Invalid, NamespaceTerminating, OutcomeUnknown (then read the object by name), Unavailable.
         """
         name = body["metadata"]["name"]
         query = {"fieldManager": names.MANAGER}
@@ -259,7 +259,7 @@ class Kube:
     async def delete(
         self, kind: Kind, namespace: str, name: str, *, uid: str, foreground: bool = True, grace: int | None = None
     ) -> bool:
-        """Delete the object with this uid. Returns False if there is none; an object of the same name with another uid stays.
+        """Delete the object with this uid. Returns False if it does not exist; an object of the same name with another uid stays.
 
         `grace` is the termination grace period in seconds.
         """
@@ -315,10 +315,10 @@ class Kube:
         finally:
             self._observer(verb, kind.plural, code, loop.time() - started)
         self.clock.compare(response.headers.get("Date"), loop.time())
-        value = _json(data)
+        value = _parse_json(data)
         if code >= 400:
             raise _error_from_status(verb, kind, name, code, value, response.headers)
-        return Created(value, tuple(_warning(text) for text in response.headers.getall("Warning", ())))
+        return Created(value, tuple(_warning_text(text) for text in response.headers.getall("Warning", ())))
 
     async def _headers(self, method: str) -> dict[str, str]:
         headers = {"Accept": "application/json", "User-Agent": USER_AGENT}
@@ -331,7 +331,7 @@ class Kube:
         return headers
 
 
-def _proxy(url: str) -> str | None:
+def _proxy_of(url: str) -> str | None:
     """The proxy for this URL according to HTTPS_PROXY, NO_PROXY and similar environment variables."""
     parts = urlsplit(url)
     if not parts.hostname or proxy_bypass(parts.hostname):
@@ -339,7 +339,7 @@ def _proxy(url: str) -> str | None:
     return getproxies().get(parts.scheme)
 
 
-def _json(data: bytes) -> Object:
+def _parse_json(data: bytes) -> Object:
     try:
         value = json.loads(data)
     except ValueError:
@@ -347,7 +347,7 @@ def _json(data: bytes) -> Object:
     return value if isinstance(value, dict) else {"message": str(value)[:500]}
 
 
-def _warning(header: str) -> str:
+def _warning_text(header: str) -> str:
     """Text of a warning header (RFC 7234): `299 - "text"`."""
     start, end = header.find('"'), header.rfind('"')
     return header[start + 1 : end].replace('\\"', '"') if 0 <= start < end else header
@@ -383,11 +383,11 @@ def _error_from_status(
         case _ if code >= 500:
             # A 5xx on a create may come from a proxy after the server has created the object.
             error = OutcomeUnknown if verb == "create" else Unavailable
-    refusal = error(verb, kind, name, code, reason, message)
-    refusal.object_missing = code == 404 and bool(name) and (status.get("details") or {}).get("name") == name
+    answer = error(verb, kind, name, code, reason, message)
+    answer.object_missing = code == 404 and bool(name) and (status.get("details") or {}).get("name") == name
     retry_after = headers.get("Retry-After", "")
-    refusal.retry_after = float(retry_after) if retry_after.isdigit() else None
-    return refusal
+    answer.retry_after = float(retry_after) if retry_after.isdigit() else None
+    return answer
 
 
 def _is_namespace_terminating(status: Object) -> bool:

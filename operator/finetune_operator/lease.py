@@ -1,7 +1,7 @@
 """Leader election with a Lease, by client-go's rules: exactly one replica is active.
 
-Whether the leader is alive is judged by the local clock since its last observed renewal, never by the times inside the Lease, so that
-the replicas' clocks may differ. A leader that cannot renew the Lease in time stops writing, and its process ends.
+A replica measures the age of the leader's last renewal with its own clock, from when it observed the renewal. It never uses the times
+in the Lease, so the replicas' clocks may differ. A leader that cannot renew the Lease in time stops writing, and its process ends.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 class LeaseLost(Exception):
-    """Another replica may be the leader by now: this one must not write any more."""
+    """Another replica may be the leader by now, so this replica must not write any more."""
 
 
 class LeaderElector:
@@ -37,7 +37,7 @@ class LeaderElector:
         self.is_leader = False
 
     def ensure_leading(self) -> None:
-        """Raise LeaseLost unless the Lease was renewed recently enough. To be called before each write."""
+        """Raise LeaseLost unless the Lease was renewed recently. Call this before each write."""
         age = asyncio.get_running_loop().time() - self._renewed_at
         if not self.is_leader or age > self._settings.renew_deadline_seconds:
             raise LeaseLost("the Lease was not renewed in time")
@@ -51,7 +51,7 @@ class LeaderElector:
         logger.info("this replica is the leader")
 
     async def renew_until_lost(self) -> None:
-        """Renew the Lease periodically. Errors: LeaseLost when that failed for too long."""
+        """Renew the Lease periodically. Errors: LeaseLost if no renewal succeeded for too long."""
         while True:
             await asyncio.sleep(self._settings.retry_period_seconds)
             await self._try_acquire_or_renew()
@@ -72,7 +72,7 @@ class LeaderElector:
 
     async def _try_acquire_or_renew(self) -> bool:
         """Acquire or renew the Lease once. Returns whether this replica holds it."""
-        # The request's start counts as the time of renewal: other replicas may have seen the new Lease long before the answer came.
+        # The time of renewal is the start of the request: other replicas may see the new Lease long before the response arrives.
         started = asyncio.get_running_loop().time()
         try:
             async with asyncio.timeout(self._settings.renew_deadline_seconds):
@@ -141,9 +141,9 @@ class LeaderElector:
 
 
 class Leadership:
-    """The start of the active replica: acquire the Lease, call `prepare`, then `start_work`, and renew the Lease all the time.
+    """Acquires the Lease, calls `prepare`, then `start_work`, and renews the Lease all the time.
 
-    Without `elector` the replica is always the leader, and there is nothing to prepare: its cache is not older than the process.
+    Without `elector` the replica is always the leader, and `prepare` is not called: the process has just filled its cache.
     """
 
     def __init__(
@@ -152,10 +152,10 @@ class Leadership:
         self._elector, self._prepare, self._start_work = elector, prepare, start_work
         self._is_acquired = asyncio.Event()
 
-    def parts(self) -> dict[str, Coroutine[Any, Any, None]]:
-        """Two coroutines by name, to run side by side as long as the process runs. Errors: LeaseLost, and those of `prepare`.
+    def coroutines(self) -> dict[str, Coroutine[Any, Any, None]]:
+        """Two coroutines by name, which run concurrently until the process ends. Errors: LeaseLost, and errors of `prepare`.
 
-        They are separate because `prepare` lists all objects: with thousands of them that takes longer than the renew deadline.
+        They are separate because `prepare` lists all objects. With thousands of objects, this takes longer than the renew deadline.
         """
         return {"lease": self._hold_lease(), "leader": self._lead()}
 

@@ -1,4 +1,4 @@
-"""Log lines, as text for people or as JSON for log collectors, each with the job that it concerns."""
+"""Log lines as text for people or as JSON for log collectors. Each line names the job that is being reconciled."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ reconcile: contextvars.ContextVar[int] = contextvars.ContextVar("reconcile", def
 
 
 def context() -> dict[str, Any]:
-    """Fields of the current log line that are set."""
-    found = {"job": job.get(), "attempt": attempt.get(), "reconcile": reconcile.get()}
-    return {name: value for name, value in found.items() if value}
+    """Context fields of the current log line, without empty ones."""
+    fields = {"job": job.get(), "attempt": attempt.get(), "reconcile": reconcile.get()}
+    return {name: value for name, value in fields.items() if value}
 
 
 class JsonFormatter(logging.Formatter):
@@ -49,8 +49,8 @@ class TextFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         line = super().format(record)
-        found = " ".join(f"{name}={value}" for name, value in context().items())
-        return f"{line} [{found}]" if found else line
+        fields = " ".join(f"{name}={value}" for name, value in context().items())
+        return f"{line} [{fields}]" if fields else line
 
 
 def configure(settings: LogSettings) -> None:

@@ -11,7 +11,7 @@ PREFIX = "finetune_operator"
 
 
 class Metrics:
-    """All metrics, in a registry of their own."""
+    """All metrics of one process. They use a separate registry, so that tests can create several instances."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()

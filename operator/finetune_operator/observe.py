@@ -1,4 +1,5 @@
-"""Step 1 of a reconcile: the facts about one job, from the cache, and live where a decision would rest on an object being absent."""
+"""Step 1 of a reconcile: collects the facts about one job from the cache. Before a decision depends on the absence of an object, the
+operator reads the object from the API server."""
 
 from __future__ import annotations
 
@@ -31,12 +32,12 @@ class Observer:
         self.states: dict[Key, JobState] = {}
 
     async def observe(self, key: Key) -> Facts | None:
-        """The facts about a job; None: there is no such job. Errors: KubeError."""
+        """Return the facts about a job; None: the job does not exist. Errors: KubeError."""
         facts = self._from_cache(key)
         for read in (self._read_job, self._read_pods, self._read_blocking):
             if facts is None or facts.is_finished or facts.job.is_deleting:
                 return facts
-            # The cache changes during each read: afterwards the job may be a new one, or deleted.
+            # The cache may change during each read: afterwards the job may be deleted or replaced.
             if await read(key, facts):
                 facts = self._from_cache(key)
         return facts
@@ -64,7 +65,7 @@ class Observer:
         if state is None or state.uid != job.uid:
             state = self.states[key] = JobState(job.uid)
         finished = job.status.holds(Kind.FINISHED)
-        # A CRD that prunes fields changes the spec and not the generation.
+        # A CRD that prunes fields changes the spec but not the generation.
         changed = (state.generation, state.spec) != (job.generation, job.spec)
         state.generation, state.spec = job.generation, job.spec
         # An operator that ended after it created the first Job has not recorded the attempt. The rules for new jobs do not apply.
@@ -76,7 +77,7 @@ class Observer:
         return state
 
     async def _read_job(self, key: Key, facts: Facts) -> bool:
-        """Read the Job of a running attempt that the cache lacks; returns whether it was read."""
+        """Read the Job of a running attempt if it is not cached; returns whether a request was sent."""
         record = facts.attempt_record
         is_running = record is not None and record.start_time is not None and record.end_time is None
         if facts.current_job is not None or not is_running:
@@ -91,7 +92,7 @@ class Observer:
         return True
 
     async def _read_pods(self, key: Key, facts: Facts) -> bool:
-        """Read the pods of a finished Job if the cache does not show how they ended; returns whether they were read."""
+        """Read the pods of a finished Job if the cache does not show how they ended; returns whether a request was sent."""
         if not pods_lag_behind_job(facts):
             return False
         selector = f"{Label.UID}={facts.job.uid},{Label.ATTEMPT}={facts.attempt}"
@@ -116,7 +117,7 @@ class Observer:
         return self.states.pop(key, None)
 
     def release_finished(self, key: Key) -> None:
-        """Free what a finished job no longer needs."""
+        """Release the memory and the reservation that a finished job no longer needs."""
         self._blocking.release(key)
         self.states[key].acceptance = SPEC_NOT_NEEDED
 

@@ -1,4 +1,4 @@
-"""The phase of a job and the reason beside it: one word each, for people. Programs read conditions."""
+"""Computes `status.phase` and `status.reason`: one word each, for people. Programs read conditions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from finetune_operator.plan import Outcome, Situation
 from finetune_operator.status_input import StatusInput
 
 NO_VALUE = "-"
-"""Shown in a column of `kubectl get` that has nothing to say: an empty cell could also mean an error."""
+"""Shown in a column of `kubectl get` without a value: an empty cell could also mean an error."""
 PHASE_OF_STAGE: dict[Stage, Phase] = {
     Stage.STARTING: Phase.STARTING,
     Stage.DOWNLOADING: Phase.STARTING,
@@ -37,9 +37,9 @@ PHASE_OF_TERMINATION = {
     Reason.CANCELLED: Phase.CANCELLING,
     Reason.DEADLINE_EXCEEDED: Phase.CANCELLING,
 }
-"""Phases while the operator ends an attempt; for all other reasons the job recovers afterwards."""
+"""Phase while the operator ends an attempt, by termination reason; for all other reasons the phase is Recovering."""
 CODE = re.compile(r"[A-Za-z][A-Za-z0-9]{0,39}")
-"""A failure code that fits into a table; codes come from pods."""
+"""A failure code that fits into a table column. Codes come from pods and can contain anything."""
 
 
 def phase(view: StatusInput) -> Phase:
@@ -67,8 +67,8 @@ def phase(view: StatusInput) -> Phase:
 
 
 def is_recovering(status: FineTuneJobStatus) -> bool:
-    """Whether the current or next attempt follows a failed one; a resume after a suspension is no recovery."""
-    ended = [one for one in status.attempts if one.end_time is not None]
+    """Whether the current or next attempt follows a failed attempt. A resume after a suspension is not a recovery."""
+    ended = [attempt for attempt in status.attempts if attempt.end_time is not None]
     return bool(ended) and ended[-1].reason != Reason.SUSPENDED
 
 
@@ -78,14 +78,14 @@ def phase_of_pods(view: StatusInput, recovering: bool) -> Phase:
     if received is None:
         record = facts.attempt_record
         if facts.active_pods and record is not None and record.last_step:
-            # The operator was restarted and has not read the pod's progress yet, but status shows that it trained.
+            # The operator was restarted and has not read the pod's progress yet, but the status shows that the pod trained.
             return Phase.RUNNING
         return Phase.RECOVERING if recovering else Phase.STARTING
-    found = PHASE_OF_STAGE[received.report.stage]
-    if found is Phase.EVALUATING and not _is_last_step(received.report.progress):
+    reported = PHASE_OF_STAGE[received.report.stage]
+    if reported is Phase.EVALUATING and not _is_last_step(received.report.progress):
         return Phase.RUNNING
-    is_starting = found in (Phase.STARTING, Phase.VALIDATING)
-    return Phase.RECOVERING if is_starting and recovering else found
+    is_starting = reported in (Phase.STARTING, Phase.VALIDATING)
+    return Phase.RECOVERING if is_starting and recovering else reported
 
 
 def _is_last_step(progress: Progress) -> bool:
@@ -93,7 +93,7 @@ def _is_last_step(progress: Progress) -> bool:
 
 
 def reason(view: StatusInput, conditions: list[Condition]) -> str:
-    """One word: why the job waits, is being ended, recovers or failed; `-` if the phase says it all."""
+    """One word: why the job waits, is being ended, recovers or failed; `-` if no reason adds to the phase."""
     plan = view.plan
     if plan.finish is not None:
         return _reason_of_failure(view) if plan.finish.outcome is Outcome.FAILED else NO_VALUE
@@ -111,12 +111,12 @@ def reason(view: StatusInput, conditions: list[Condition]) -> str:
     if view.is_queued:
         return Reason.QUEUED
     if is_recovering(view.old) and phase(view) is Phase.RECOVERING:
-        return next(one.reason for one in reversed(view.old.attempts) if one.end_time is not None) or NO_VALUE
+        return next(attempt.reason for attempt in reversed(view.old.attempts) if attempt.end_time is not None) or NO_VALUE
     return _reason_of_conditions(conditions)
 
 
 def _reason_of_failure(view: StatusInput) -> str:
-    """The failure's code, which says more than the condition's reason, unless the code is not a plain word."""
+    """The failure's code, because it is more specific than the condition's reason; the reason if the code does not fit a table."""
     finish = view.plan.finish
     assert finish is not None  # noqa: S101 -- the caller checks
     code = finish.failure.code if finish.failure else ""
@@ -124,9 +124,9 @@ def _reason_of_failure(view: StatusInput) -> str:
 
 
 def _reason_of_conditions(conditions: list[Condition]) -> str:
-    """The problem of a running attempt that its conditions name."""
-    for one in conditions:
-        is_problem = (one.type, one.status) in ((Kind.STALLED, "True"), (Kind.CHECKPOINTS_HEALTHY, "False"))
+    """The reason of the first condition that shows a problem of a running attempt."""
+    for condition in conditions:
+        is_problem = (condition.type, condition.status) in ((Kind.STALLED, "True"), (Kind.CHECKPOINTS_HEALTHY, "False"))
         if is_problem:
-            return one.reason
+            return condition.reason
     return NO_VALUE

@@ -16,7 +16,7 @@ from finetune_operator.views import JobView, PodView
 
 
 class Situation(StrEnum):
-    """The state that a job is in."""
+    """The state of a job."""
 
     DELETING = "deleting"
     """The FineTuneJob is being deleted. The garbage collector deletes its Jobs and pods."""
@@ -35,9 +35,9 @@ class Situation(StrEnum):
     TERMINATING = "terminating"
     """The Job of the attempt is being deleted."""
     ENDED = "ended"
-    """The attempt has ended; its end and what follows are recorded now."""
+    """The attempt has ended. Its end and the next attempt, or the end of the job, are recorded now."""
     FINISHED = "finished"
-    """No further attempt is made."""
+    """The job starts no further attempt."""
 
 
 class Outcome(StrEnum):
@@ -77,7 +77,7 @@ class AttemptEnd:
 
 @dataclass(frozen=True)
 class Termination:
-    """Why the operator ends the current attempt. It is written to status before the Job is deleted."""
+    """Why the operator ends the current attempt. The reason is written to the status before the Job is deleted."""
 
     reason: Reason
     message: str
@@ -85,7 +85,7 @@ class Termination:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to do now, and what to report."""
+    """The actions of this reconcile, and the input for the status."""
 
     situation: Situation
     create_attempt: int | None = None
@@ -110,7 +110,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class ActionResult:
-    """What carrying out a plan led to."""
+    """The result of carrying out a plan."""
 
     created_job: JobView | None = None
     blocking: BlockingCondition | None = None

@@ -1,8 +1,8 @@
-"""Reads what pods report: progress over HTTP, and termination messages. Everything is bounded and cleaned before it is used.
+"""Parses progress reports and termination messages of pods. All values are bounded and cleaned before they are used.
 
-A user's own code may run in the pod, so a report can contain anything. A value that cannot be true, or that the API server would not
-store, is dropped; the rest of the report stays. Otherwise one odd number would make the server refuse every status write, and
-`spec.suspend`, `spec.cancel` and the deadline, which rest on the status, would have no effect.
+User code may run in the pod, so a report can contain anything. Values that are impossible, or that the API server would not store, are
+dropped; all other values are kept. Otherwise a single bad number would make the server reject every status write. Then
+`spec.suspend`, `spec.cancel` and the deadline would have no effect, because they depend on the status.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ MAX_SECONDS = 1e9
 """Longest duration, about 30 years: times computed from it must not overflow."""
 MAX_TEXT, MAX_URI = 1024, 1024
 TEXT_LIMITS = {"code": 64, "detail": 256}
-"""Characters kept of texts that are shown in one line."""
+"""Longest text of fields that are shown in one line, in characters."""
 MAX_ITEMS = 100
-"""Entries kept of a list or an object; of a list the last ones, which are the newest checkpoints."""
+"""Longest list or object; of a longer list the last items are kept, because they are the newest checkpoints."""
 MAX_DEPTH = 6
 FIRST_TIME, LAST_TIME = datetime(2000, 1, 1, tzinfo=UTC), datetime(2200, 1, 1, tzinfo=UTC)
 CLOCK_SKEW = timedelta(days=1)
-"""How far the clock of a pod's node may be ahead."""
-TIMES = frozenset({"time", "updateTime"})
-SIGNED = frozenset({"trainLoss", "evalLoss", "bestEvalLoss", "evaluation"})
-"""Numbers that may be negative; nothing else that a pod reports can be."""
+"""Largest accepted lead of a node's clock over the operator's clock."""
+TIME_FIELDS = frozenset({"time", "updateTime"})
+SIGNED_FIELDS = frozenset({"trainLoss", "evalLoss", "bestEvalLoss", "evaluation"})
+"""Numbers that may be negative; all other numbers in a report must not be."""
 OPERATOR_FIELDS = frozenset({"method", "modelName", "image", "imageDigest", "nodePool", "defaults", "specSha256"})
 """Fields of `resolved` that only the operator fills in."""
 
@@ -42,13 +42,13 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_progress_report(data: bytes, now: datetime) -> ProgressReport | None:
-    """A pod's progress report, bounded and cleaned; None if it is none."""
+    """Return a pod's progress report, bounded and cleaned; None if `data` is not a report."""
     return _read(ProgressReport, data, now + CLOCK_SKEW)
 
 
 @lru_cache(maxsize=256)
 def read_termination_message(text: str) -> TerminationMessage | None:
-    """The trainer's termination message, bounded and cleaned; None if it is anything else. Cached, since it is read several times."""
+    """Return the trainer's termination message, bounded and cleaned; None if `text` is something else. Results are cached."""
     return _read(TerminationMessage, text.encode(errors="replace"), LAST_TIME)
 
 
@@ -62,7 +62,7 @@ def _read(model: type[Model], data: bytes, last_time: datetime) -> Model | None:
     bounded = _bounded(value, last_time)
     resolved = bounded.get("resolved")
     if isinstance(resolved, dict):
-        bounded["resolved"] = {name: one for name, one in resolved.items() if to_camel(name) not in OPERATOR_FIELDS}
+        bounded["resolved"] = {name: entry for name, entry in resolved.items() if to_camel(name) not in OPERATOR_FIELDS}
     try:
         return model.model_validate(bounded)
     except ValidationError:
@@ -70,9 +70,9 @@ def _read(model: type[Model], data: bytes, last_time: datetime) -> Model | None:
 
 
 def _bounded(value: Any, last_time: datetime, name: str = "", depth: int = 0, signed: bool = False) -> Any:
-    """The value without what is out of bounds, or None if nothing is left. `name` is the nearest field's."""
-    signed = signed or name in SIGNED
-    if name in TIMES:
+    """Return the value without parts that are out of bounds; None if no part is left. `name` is the name of the nearest field."""
+    signed = signed or name in SIGNED_FIELDS
+    if name in TIME_FIELDS:
         return _time(value, last_time) if isinstance(value, str) else None
     if value is None or isinstance(value, bool):
         return value
@@ -83,12 +83,12 @@ def _bounded(value: Any, last_time: datetime, name: str = "", depth: int = 0, si
     if depth >= MAX_DEPTH:
         return None
     if isinstance(value, list):
-        items = [_bounded(one, last_time, name, depth + 1, signed) for one in value[-MAX_ITEMS:]]
-        return [one for one in items if one is not None]
-    entries = [(clean(key, 128), one) for key, one in list(value.items())[:MAX_ITEMS]]
-    # The models also read `update_time`, so the bounds are chosen by the wire name of the cleaned key.
-    found = {key: _bounded(one, last_time, to_camel(key), depth + 1, signed) for key, one in entries}
-    return {key: one for key, one in found.items() if one is not None}
+        items = [_bounded(item, last_time, name, depth + 1, signed) for item in value[-MAX_ITEMS:]]
+        return [item for item in items if item is not None]
+    entries = [(clean(key, 128), entry) for key, entry in list(value.items())[:MAX_ITEMS]]
+    # The models also accept `update_time`, so the wire name of the cleaned key decides which bounds apply.
+    bounded = {key: _bounded(entry, last_time, to_camel(key), depth + 1, signed) for key, entry in entries}
+    return {key: entry for key, entry in bounded.items() if entry is not None}
 
 
 def _is_plausible(value: int | float, name: str, signed: bool) -> bool:
@@ -101,7 +101,7 @@ def _is_plausible(value: int | float, name: str, signed: bool) -> bool:
 
 def _text(value: str, name: str, signed: bool) -> str | None:
     try:
-        # pydantic accepts a number as text.
+        # pydantic converts a text such as "1e400" to a number.
         if not _is_plausible(float(value), name, signed):
             return None
     except ValueError:

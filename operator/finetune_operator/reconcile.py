@@ -1,7 +1,7 @@
 """Reconciles one job at a time, in four steps: 1. observe, 2. decide, 3. act, 4. report.
 
-The result depends on the facts only, not on what happened in between. A failed reconcile is repeated after a growing pause; one that
-wrote a decision to the status is followed by another at once, which carries the decision out.
+The result depends only on the facts, not on the events that led to them. A failed reconcile is repeated after a growing pause. After
+a reconcile that wrote a decision to the status, the next one starts at once and carries the decision out.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from finetune_operator.workqueue import Key, WorkQueue
 logger = logging.getLogger(__name__)
 
 MIN_WAKE_SECONDS = 0.05
-"""Shortest delay of a wake-up: a time that has passed by the server's clock must not cause a busy loop."""
+"""Shortest delay until a scheduled reconcile: a time in the past must not cause a busy loop."""
 
 
 class Reconciler:
-    """Reconciles jobs. One instance per process serves several workers, since the queue gives a key to one worker at a time."""
+    """Reconciles jobs. One instance serves all workers of the process: the queue gives a key to only one worker at a time."""
 
     def __init__(
         self, *, kube: Kube, cache: Cache, queue: WorkQueue, recorder: Recorder, scraper: Scraper, metrics: Metrics,
@@ -59,13 +59,13 @@ class Reconciler:
         while True:
             key, waited = await self._queue.take()
             self._metrics.queue_wait.observe(waited)
-            started, result = loop.time(), "error"
+            started, outcome = loop.time(), "error"
             try:
-                result = await self.reconcile_one(key)
+                outcome = await self.reconcile_one(key)
             finally:
                 self._queue.done(key)
-                self._metrics.reconcile_seconds.labels(result).observe(loop.time() - started)
-            # A reconcile without a request never yields to the event loop, and a thousand keys may be queued.
+                self._metrics.reconcile_seconds.labels(outcome).observe(loop.time() - started)
+            # A reconcile that sends no request does not yield to the event loop, and a thousand keys may be queued.
             await asyncio.sleep(0)
 
     async def reconcile_one(self, key: Key) -> str:
@@ -88,21 +88,21 @@ class Reconciler:
             self._queue.add_after_failure(key)
             return "stale"
         except NamespaceTerminating as error:
-            # The FineTuneJob is deleted with its namespace, and the watch reports that.
+            # The FineTuneJob is deleted with its namespace; the watch reports its deletion.
             logger.info("the namespace is terminating; no Job is created: %s", error)
             self._scraper.stop(key)
         except KubeError as error:
             logger.warning("retrying in %.1f s: %s", self._queue.add_after_failure(key), error)
             return "unavailable"
         except Exception:
-            # A defect that one job triggers must not stop the others.
+            # A defect that one job triggers must not stop the other jobs.
             logger.exception("retrying in %.1f s", self._queue.add_after_failure(key))
             return "error"
         self._queue.reset_failures(key)
         return "ok"
 
     async def reconcile(self, key: Key) -> None:
-        """The four steps, then whatever must be scheduled for later. Errors: KubeError, StaleFacts."""
+        """Carry out the four steps, then schedule scraping and the next reconcile. Errors: KubeError, StaleFacts."""
         # 1. Observe
         facts = await self._observer.observe(key)
         if facts is None:
@@ -112,36 +112,36 @@ class Reconciler:
         # 2. Decide
         plan = decide(facts)
         # 3. Act, unless the decision to end the attempt must be written first
-        acted = ActionResult()
+        result = ActionResult()
         if plan.termination is None:
             try:
-                acted = await self._actor.act(facts, plan)
+                result = await self._actor.act(facts, plan)
             except SpecRejected as error:
                 logger.warning("no Job can be created from the spec: %s", error)
                 self._observer.states[key].acceptance = error.refused
                 self._queue.add(key)
                 return
-        if acted.created_job is not None and self._record_created(key, acted):
+        if result.created_job is not None and self._record_created(key, result):
             return
         # 4. Report
-        await self._writer.write(key, facts, plan, acted, self._observer.states[key])
-        self._schedule(key, facts, plan, acted)
+        await self._writer.write(key, facts, plan, result, self._observer.states[key])
+        self._schedule(key, facts, plan, result)
 
-    def _record_created(self, key: Key, acted: ActionResult) -> bool:
-        """Cache the created Job; returns whether the first status is deferred because other jobs wait for their Jobs."""
-        assert acted.created_job is not None  # noqa: S101 -- the caller checks
-        self._cache.put_job(acted.created_job)
-        logger.info("created Job %s", acted.created_job.name)
-        for warning in acted.warnings:
+    def _record_created(self, key: Key, result: ActionResult) -> bool:
+        """Cache the created Job; returns whether the first status is deferred because other FineTuneJobs wait for their Jobs."""
+        assert result.created_job is not None  # noqa: S101 -- the caller checks
+        self._cache.put_job(result.created_job)
+        logger.info("created Job %s", result.created_job.name)
+        for warning in result.warnings:
             logger.warning("API server warning: %s", warning)
         return self._writer.defer_first_status(key, self._observer.states[key])
 
-    def _schedule(self, key: Key, facts: Facts, plan: Plan, acted: ActionResult) -> None:
+    def _schedule(self, key: Key, facts: Facts, plan: Plan, result: ActionResult) -> None:
         """Start or stop scraping, and queue the next reconcile."""
         self._schedule_scrape(key, facts, plan)
         if plan.termination is not None or plan.attempt_end is not None or plan.finish is not None:
             self._queue.add(key)
-        elif acted.blocking is not None:
+        elif result.blocking is not None:
             blocked = seconds_between(waiting_since(facts), facts.now)
             self._queue.add_after(key, blocked_retry_seconds(blocked))
         due = self._observer.states[key].blocking.due
@@ -167,7 +167,7 @@ class Reconciler:
             self._cache.drop_deleted_pods(key, before_attempt=facts.attempt)
 
     def _drop_deleted(self, key: Key) -> None:
-        """Drop a job that the server no longer has from the cache, before the watch reports its deletion."""
+        """Drop a deleted job from the cache before the watch reports its deletion."""
         state = self._observer.states.get(key)
         if state is not None:
             self._cache.drop_finetunejob(key, state.uid)

@@ -1,7 +1,6 @@
 """Computes the status from facts, a plan and the result of its actions. Pure; the caller compares and writes it.
 
-The status contains what was observed, and nothing that is merely expected. Everything that pods report is bounded and cleaned before it
-gets here (`pod_reports`).
+The status contains only observed values, never expected ones. `pod_reports` has already bounded and cleaned all values from pods.
 """
 
 from __future__ import annotations
@@ -48,13 +47,13 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def merge(first: Model, *newer: Model | None) -> Model:
-    """`first` with the fields that newer values set; a field that is None is not set."""
-    fields = {name: value for one in newer if one is not None for name, value in one if value is not None}
+    """Return `first` with the fields that are not None in `newer` values; later values take precedence."""
+    fields = {name: value for source in newer if source is not None for name, value in source if value is not None}
     return first.model_copy(update=fields)
 
 
 def report(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJobStatus:
-    """The current status."""
+    """Return the new status."""
     old = facts.job.status
     if plan.situation is Situation.DELETING:
         return old
@@ -62,12 +61,12 @@ def report(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJobStatus:
         return _with_generation(old, facts.job.generation)
     view = StatusInput(facts, plan, result)
     counters, checkpoints = _counters(view), _checkpoints(view)
-    found = conditions(view, checkpoints.latest)
+    all_conditions = conditions(view, checkpoints.latest)
     return FineTuneJobStatus(
         observed_generation=facts.job.generation,
         phase=phase(view),
-        reason=reason(view, found),
-        conditions=found,
+        reason=reason(view, all_conditions),
+        conditions=all_conditions,
         attempt=counters.attempt,
         restarts=counters.restarts,
         retries_used=counters.retries_used,
@@ -90,19 +89,19 @@ def report(facts: Facts, plan: Plan, result: ActionResult) -> FineTuneJobStatus:
 
 
 def _with_generation(status: FineTuneJobStatus, generation: int) -> FineTuneJobStatus:
-    """The status of a finished job whose spec was edited: nothing but the generation changes."""
-    dated = FineTuneJobStatus(
+    """Return the status of a finished job whose spec was edited: only the generation changes."""
+    updated = FineTuneJobStatus(
         observed_generation=generation, conditions=with_generation(status.conditions, generation)
     )
     return status.model_copy(
-        update={"observed_generation": dated.observed_generation, "conditions": dated.conditions}
+        update={"observed_generation": updated.observed_generation, "conditions": updated.conditions}
     )
 
 
 def reduced_status(new: FineTuneJobStatus, stored: FineTuneJobStatus) -> FineTuneJobStatus:
-    """The parts of `new` that later decisions depend on; what pods report stays as stored.
+    """Return the fields of `new` that later decisions need; fields that come from pods keep their `stored` values.
 
-    For a status that the API server rejects: suspend, cancel and the deadline must act all the same.
+    It is written if the API server rejects `new`, so that suspend, cancel and the deadline still work.
     """
     resolved = new.resolved or Resolved()
     return FineTuneJobStatus(
@@ -134,16 +133,16 @@ def reduced_status(new: FineTuneJobStatus, stored: FineTuneJobStatus) -> FineTun
 
 
 def _reduced_attempts(new: list[Attempt], stored: list[Attempt]) -> list[Attempt]:
-    known = {one.number: one for one in stored}
+    stored_by_number = {attempt.number: attempt for attempt in stored}
     return [
         Attempt(
-            number=one.number, start_time=one.start_time, end_time=one.end_time, reason=one.reason, message=one.message,
-            exit_code=one.exit_code, node=one.node, config_sha256=one.config_sha256, counted=one.counted,
+            number=attempt.number, start_time=attempt.start_time, end_time=attempt.end_time, reason=attempt.reason, message=attempt.message,
+            exit_code=attempt.exit_code, node=attempt.node, config_sha256=attempt.config_sha256, counted=attempt.counted,
             resumed_from_step=before.resumed_from_step if before else None, last_step=before.last_step if before else None,
             committed_step=before.committed_step if before else None, steps_lost=before.steps_lost if before else None,
         )
-        for one in new
-        for before in [known.get(one.number)]
+        for attempt in new
+        for before in [stored_by_number.get(attempt.number)]
     ]  # fmt: skip
 
 
@@ -158,7 +157,7 @@ def _reduced_failure(failure: Failure | None) -> Failure | None:
 
 @dataclass(frozen=True)
 class Counters:
-    """Attempt number, retries, running time and what they depend on."""
+    """Attempt number, retries, adaptations and running time."""
 
     attempt: int | None
     restarts: int
@@ -188,7 +187,7 @@ def _counters(view: StatusInput) -> Counters:
 
 
 def _active_seconds(view: StatusInput) -> int | None:
-    """Running time of all attempts; it changes when a period of running time ends."""
+    """Running time of all attempts in seconds; updated when a period of running time ends."""
     facts, end = view.facts, view.plan.attempt_end
     quota_lost = view.is_queued and facts.is_true(Kind.QUOTA_RESERVED)
     if facts.running_since is None or (end is None and not quota_lost):
@@ -197,8 +196,8 @@ def _active_seconds(view: StatusInput) -> int | None:
 
 
 def _attempts(view: StatusInput) -> list[Attempt]:
-    """The newest attempts, the current one up to date."""
-    attempts = {one.number: one for one in view.old.attempts}
+    """The newest attempts, with an updated record of the current attempt."""
+    attempts = {attempt.number: attempt for attempt in view.old.attempts}
     number, job, plan = view.facts.attempt, view.current_job, view.plan
     known = attempts.get(number)
     if known is None:
@@ -220,15 +219,15 @@ def _attempts(view: StatusInput) -> list[Attempt]:
 
 
 def _reported_attempt(view: StatusInput, known: Attempt) -> Attempt | None:
-    """What the pod reported about the current attempt."""
-    found = view.last_report
-    if found is None:
+    """The fields of the current attempt that the pod reports."""
+    received = view.last_report
+    if received is None:
         return None
-    steps = view.facts.steps_of_this_attempt(found.checkpoints, found.resumed_from_step)
+    steps = view.facts.steps_of_this_attempt(received.checkpoints, received.resumed_from_step)
     return Attempt(
         number=known.number,
-        last_step=found.progress.step,
-        resumed_from_step=found.resumed_from_step,
+        last_step=received.progress.step,
+        resumed_from_step=received.resumed_from_step,
         committed_step=max([*steps, known.committed_step or 0]) or None,
     )
 
@@ -250,13 +249,13 @@ def _ended_attempt(end: AttemptEnd, number: int) -> Attempt:
 
 
 def _previous_attempt(previous: Attempt, current: Attempt, view: StatusInput) -> Attempt:
-    """Complete the record of the previous attempt from where the current one resumed.
+    """Complete the record of the previous attempt with the step from which the current attempt resumed.
 
-    If the previous attempt ended while the operator was away, its status lacks its last steps. A current attempt that resumed
-    from a later step proves that the previous one reached and committed that step.
+    If the previous attempt ended while the operator did not run, its last steps are not in the status. If the current attempt resumed
+    from a later step, the previous attempt must have committed that step.
     """
     resumed = current.resumed_from_step
-    if resumed is not None and resumed > (previous.last_step or 0) and _is_made_by(previous, resumed, view):
+    if resumed is not None and resumed > (previous.last_step or 0) and _committed_by(previous, resumed, view):
         committed = max(resumed, previous.committed_step or 0)
         return merge(
             previous, Attempt(number=previous.number, last_step=resumed, committed_step=committed, steps_lost=0)
@@ -267,16 +266,16 @@ def _previous_attempt(previous: Attempt, current: Attempt, view: StatusInput) ->
     return merge(previous, Attempt(number=previous.number, steps_lost=steps_lost))
 
 
-def _is_made_by(attempt: Attempt, step: int, view: StatusInput) -> bool:
-    """Whether the attempt committed the checkpoint of that step.
+def _committed_by(attempt: Attempt, step: int, view: StatusInput) -> bool:
+    """Whether `attempt` committed the checkpoint of `step`.
 
-    Without a URI that names the attempt, only the first report of the current attempt proves it: after that, a queue may have
-    replaced the current attempt's pods, which then resume from its own checkpoints.
+    If no checkpoint's URI names its attempt, only the first report of the current attempt proves this: later, a queue may have
+    replaced the current attempt's pods, and the new pods resume from the current attempt's own checkpoints.
     """
-    listed = [one for source in view.facts.reported_checkpoints for one in source.checkpoints]
-    makers = {attempt_of_uri(one.uri) for one in [*view.old.checkpoints, *listed] if one.step == step} - {None}
-    if makers:
-        return attempt.number in makers
+    reported = [checkpoint for source in view.facts.reported_checkpoints for checkpoint in source.checkpoints]
+    attempts = {attempt_of_uri(c.uri) for c in [*view.old.checkpoints, *reported] if c.step == step} - {None}
+    if attempts:
+        return attempt.number in attempts
     record = view.facts.attempt_record
     return record is None or record.last_step is None
 
@@ -291,19 +290,19 @@ def _workers(view: StatusInput) -> Workers:
 
 
 def _progress(view: StatusInput) -> Progress:
-    """Progress from the last report and, at the end, the termination message; known values are never lost."""
-    found, message = view.last_report, view.termination_message
+    """Progress from the last report and, at the end, the termination message; values missing there keep their old values."""
+    received, message = view.last_report, view.termination_message
     merged = merge(
-        view.old.progress or Progress(), found.progress if found else None, message.progress if message else None
+        view.old.progress or Progress(), received.progress if received else None, message.progress if message else None
     )
     if message is not None and message.step is not None and message.step > (merged.step or 0):
         merged = merge(merged, Progress(step=message.step))
     if view.plan.finish is not None:
         merged = merged.model_copy(update={"seconds_remaining": None})
-    return merge(merged, _displayed(merged, view))
+    return merge(merged, _display_fields(merged, view))
 
 
-def _displayed(progress: Progress, view: StatusInput) -> Progress:
+def _display_fields(progress: Progress, view: StatusInput) -> Progress:
     """Progress as text for people."""
     step, total = progress.step, progress.total_steps
     is_training = view.plan.situation is Situation.ACTIVE and not view.is_queued and bool(view.facts.active_pods)
@@ -318,8 +317,8 @@ def _displayed(progress: Progress, view: StatusInput) -> Progress:
 
 
 def _metrics(view: StatusInput) -> Metrics:
-    found, message = view.last_report, view.termination_message
-    return merge(view.old.metrics or Metrics(), found.metrics if found else None, message.metrics if message else None)
+    received, message = view.last_report, view.termination_message
+    return merge(view.old.metrics or Metrics(), received.metrics if received else None, message.metrics if message else None)
 
 
 # Checkpoints
@@ -327,7 +326,7 @@ def _metrics(view: StatusInput) -> Metrics:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The newest committed checkpoints and the best one, and which of them is the newest."""
+    """The newest committed checkpoints, the best one, and the URI and step of the newest."""
 
     kept: list[Checkpoint]
     latest: str | None
@@ -335,55 +334,55 @@ class Checkpoints:
 
 
 def _checkpoints(view: StatusInput) -> Checkpoints:
-    # By step: after a rollback, an attempt commits a step again and replaces the checkpoint that was left behind.
-    known = {one.step: one for one in view.old.checkpoints}
+    # By step: after a rollback, an attempt commits a step again and replaces the earlier checkpoint of that step.
+    by_step = {checkpoint.step: checkpoint for checkpoint in view.old.checkpoints}
     for source in view.facts.reported_checkpoints:
-        known = {step: one for step, one in known.items() if not _is_removed(one, source.checkpoints)}
-        known |= {one.step: _same_or_newer(known.get(one.step), one) for one in source.checkpoints}
-    ordered = sorted(known.values(), key=lambda one: one.step)
+        by_step = {step: known for step, known in by_step.items() if not _is_removed(known, source.checkpoints)}
+        by_step |= {new.step: _merge_checkpoint(by_step.get(new.step), new) for new in source.checkpoints}
+    ordered = sorted(by_step.values(), key=lambda checkpoint: checkpoint.step)
     kept = ordered[-KEPT_CHECKPOINTS:]
-    evaluated = [one for one in ordered if one.eval_loss is not None]
-    best = min(evaluated, key=lambda one: one.eval_loss or 0.0, default=None)
+    evaluated = [checkpoint for checkpoint in ordered if checkpoint.eval_loss is not None]
+    best = min(evaluated, key=lambda checkpoint: checkpoint.eval_loss or 0.0, default=None)
     if best is not None and best not in kept:
         kept = [best, *kept]
     latest = _latest_uri(view, kept) or view.old.latest_checkpoint
     return Checkpoints(kept, latest, _step_of(latest, kept))
 
 
-def _same_or_newer(before: Checkpoint | None, now: Checkpoint) -> Checkpoint:
-    """The reported checkpoint, with what only the attempt that made it knew, such as the duration of its upload."""
-    return now if before is None or before.uri != now.uri else merge(before, now)
+def _merge_checkpoint(known: Checkpoint | None, reported: Checkpoint) -> Checkpoint:
+    """The reported checkpoint with the fields that only its own attempt reported, such as the duration of its upload."""
+    return reported if known is None or known.uri != reported.uri else merge(known, reported)
 
 
-def _is_removed(one: Checkpoint, listed: Sequence[Checkpoint]) -> bool:
-    """Whether retention removed a checkpoint: the pod lists newer ones but not this one.
+def _is_removed(checkpoint: Checkpoint, listed: Sequence[Checkpoint]) -> bool:
+    """Whether retention removed the checkpoint: the pod lists newer checkpoints, but not this one.
 
-    Checkpoints that a rollback left behind are newer than all listed ones, and stay.
+    A checkpoint that a rollback skipped is newer than all listed ones, and stays.
     """
-    steps = {checkpoint.step for checkpoint in listed}
-    return bool(steps) and one.step not in steps and one.step < max(steps)
+    steps = {other.step for other in listed}
+    return bool(steps) and checkpoint.step not in steps and checkpoint.step < max(steps)
 
 
 def _latest_uri(view: StatusInput, kept: list[Checkpoint]) -> str | None:
-    found, message = view.last_report, view.termination_message
-    reported = (message.latest_checkpoint if message else None) or (found.latest_checkpoint if found else None)
+    received, message = view.last_report, view.termination_message
+    reported = (message.latest_checkpoint if message else None) or (received.latest_checkpoint if received else None)
     return reported or (kept[-1].uri if kept else None)
 
 
 def _step_of(uri: str | None, kept: list[Checkpoint]) -> int | None:
     if uri is None:
         return None
-    found = STEP_IN_URI.search(uri)
-    return next((one.step for one in kept if one.uri == uri), int(found[1]) if found else None)
+    match = STEP_IN_URI.search(uri)
+    return next((checkpoint.step for checkpoint in kept if checkpoint.uri == uri), int(match[1]) if match else None)
 
 
 # The resolved configuration
 
 
 def _resolved(view: StatusInput) -> Resolved:
-    """The configuration that the run uses: from the spec, from the pods, and from the trainer, in rising precedence."""
-    facts, found, message = view.facts, view.last_report, view.termination_message
-    # A running attempt keeps what it started with, even if the operator's configuration has changed since.
+    """The configuration of the run, from the spec, the pods and the trainer's report; later sources take precedence."""
+    facts, received, message = view.facts, view.last_report, view.termination_message
+    # A running attempt keeps the values it started with, even if the operator's configuration has changed since.
     is_running = facts.current_job is not None and facts.attempt_record is not None
     from_spec = _from_spec(view, facts.acceptance) if isinstance(facts.acceptance, Accepted) and not is_running else None
     job = view.current_job
@@ -391,7 +390,7 @@ def _resolved(view: StatusInput) -> Resolved:
         config_sha256=(job.config_sha256 if job else None) or None,
         image_digest=next((pod.image_id for pod in facts.attempt_pods if pod.image_id), None),
     )
-    trainer = [found.resolved if found else None, message.resolved if message else None]
+    trainer = [received.resolved if received else None, message.resolved if message else None]
     return merge(view.old.resolved or Resolved(), from_spec, observed, *trainer)
 
 
@@ -422,7 +421,7 @@ def _output(view: StatusInput) -> Output | None:
 
 
 def _failure(view: StatusInput) -> Failure | None:
-    """The failure of the job, or of its last attempt until the next one trains."""
+    """The failure of the job; before the job ends, the failure of the last attempt until the next attempt trains."""
     plan = view.plan
     if plan.finish is not None:
         return _final_failure(plan.finish)

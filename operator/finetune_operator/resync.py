@@ -1,7 +1,7 @@
 """Full lists of all resources: they fill the cache at startup, and remove objects whose deletion the watches did not report.
 
-kopf reports no deletion that happens between the end of one watch and the list that follows it, so that deleted objects would stay in
-the cache for ever (kopf 1.45, seen with a pod deleted before a 410 on its watch).
+kopf does not report a deletion that happens between the end of a watch and the following list, so the deleted object would stay in the
+cache forever (kopf 1.45, observed with a pod that was deleted before its watch ended with 410).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from finetune_operator.workqueue import WorkQueue
 logger = logging.getLogger(__name__)
 
 OBJECTS_PER_STEP = 20
-"""Objects that are parsed before other tasks get to run."""
+"""Objects that are parsed before the event loop runs other tasks."""
 
 
 class _KindList(NamedTuple):
@@ -43,7 +43,7 @@ class Resyncer:
         """Set after the first full list."""
 
     async def run_periodically(self, period_seconds: float) -> None:
-        """Resync for ever, starting one period after the first full list."""
+        """Resync periodically until cancelled, starting one period after the first full list."""
         await self.is_synced.wait()
         while True:
             await asyncio.sleep(period_seconds)
@@ -53,8 +53,8 @@ class Resyncer:
                 logger.warning("the resync failed, the next one is in %.0f s: %s", period_seconds, error)
 
     async def run_once(self) -> None:
-        """List everything once. Errors: StartError if the CRD is missing or the server's data are older than before; KubeError."""
-        # One at a time: a resync that another one overtakes would report its own, older lists as data that went back.
+        """List all objects once. Errors: StartError if the CRD is missing or the server's resourceVersion went back; KubeError."""
+        # Two concurrent resyncs could finish in the wrong order. The older lists would then look like a restored backup.
         async with self._lock:
             await self._list_all()
 
@@ -70,7 +70,7 @@ class Resyncer:
             namespaces=frozenset(self._namespaces),
         )
         if listed.version < self._last_version:
-            # etcd was restored from a backup: the cache would reject each new event as older than what it has.
+            # etcd was restored from a backup: the cache would reject each new event as older than its objects.
             raise StartError(
                 f"the API server's resourceVersion went back from {self._last_version} to {listed.version}: "
                 "the operator must restart with an empty cache"

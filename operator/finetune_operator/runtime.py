@@ -1,7 +1,7 @@
-"""The process: the tasks that run side by side, and what ends them.
+"""The process: its concurrent tasks, and when they end.
 
 Each replica watches, so that the cache of a standby is up to date, but only the leader reconciles. If one task ends, the process ends:
-an operator that runs only in part looks healthy and does not do its work.
+an operator with a missing task would look healthy and not do its work.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LAG_PERIOD_SECONDS = 1.0
 
 
 class Runtime:
-    """All parts of the operator, and the tasks that run them."""
+    """Creates all objects of the operator and runs their tasks."""
 
     def __init__(self, config: OperatorConfig, kube: Kube, metrics: Metrics):
         self._config, self._kube, self._metrics = config, kube, metrics
@@ -83,7 +83,7 @@ class Runtime:
         return await self._run_tasks()
 
     async def _fill_cache(self) -> int | None:
-        """Fill the cache before anything else starts. Returns an exit code if that failed or the process was asked to stop."""
+        """Fill the cache before all other tasks start. Returns an exit code if this failed or the process was asked to stop."""
         resync = asyncio.create_task(self._resyncer.run_once())
         stop = asyncio.create_task(self._stop_requested.wait())
         await asyncio.wait([resync, stop], return_when=asyncio.FIRST_COMPLETED)
@@ -100,15 +100,15 @@ class Runtime:
         elector = self._elector if self._config.leader_election.enabled else None
         if elector is not None:
             self._kube.ensure_may_write = elector.ensure_leading
-        parts = Leadership(elector, prepare=self._resyncer.run_once, start_work=self._start_working).parts()
-        parts |= {
+        coroutines = Leadership(elector, prepare=self._resyncer.run_once, start_work=self._start_working).coroutines()
+        coroutines |= {
             "resync": self._resyncer.run_periodically(self._config.resync_seconds),
             "scraper": self._scraper.run(),
             "event-loop-lag": self._measure_lag(),
         }
-        parts |= {f"worker-{number}": self._work() for number in range(self._config.workers)}
-        tasks = [asyncio.create_task(part, name=name) for name, part in parts.items()]
-        # At its end, kopf cancels all tasks that were created after it started: ours must have created theirs before.
+        coroutines |= {f"worker-{number}": self._work() for number in range(self._config.workers)}
+        tasks = [asyncio.create_task(coroutine, name=name) for name, coroutine in coroutines.items()]
+        # When kopf ends, it cancels all tasks created after its start. The operator's tasks must therefore start before kopf.
         await asyncio.sleep(0)
         watching = asyncio.create_task(self._watch(), name="watches")
         done, _ = await asyncio.wait([watching, *tasks], return_when=asyncio.FIRST_COMPLETED)
@@ -116,14 +116,14 @@ class Runtime:
         for name, error in errors.items():
             if error is not None:
                 _log_failure(name, error)
-        # Without the Lease, another replica writes by now: running reconciliations must not go on.
+        # After a lost Lease, another replica may already write: running reconciliations must not continue.
         if not any(isinstance(error, LeaseLost) for error in errors.values()):
             await self._drain()
         await self._stop([watching, *tasks])
         return 0 if watching in done and watching.exception() is None else 1
 
     async def _drain(self) -> None:
-        """Let running reconciliations finish and start no others."""
+        """Let running reconciliations finish, and start no new ones."""
         self._health.on_stopping()
         self._is_working.clear()
         with contextlib.suppress(TimeoutError):
@@ -174,7 +174,7 @@ def _own_namespace() -> str:
 
 
 def _log_failure(task: str, error: BaseException) -> None:
-    """Log why the process ends: in one line if the reason is known, with a traceback otherwise."""
+    """Log why the process ends: in one line for an expected error, otherwise with a traceback."""
     if isinstance(error, StartError | LeaseLost | KubeError):
         logger.error("%s: %s", task, error)
     else:

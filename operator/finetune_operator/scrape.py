@@ -1,4 +1,4 @@
-"""Reads progress from rank 0's pod over HTTP, in the background, so that a pod that does not answer never blocks a worker.
+"""Reads progress reports from rank 0's pods over HTTP in the background, so that an unresponsive pod never blocks a worker.
 
 A target is read from the time its pod runs until it is dropped. A report is accepted only if it names the expected uid and
 attempt, because IP addresses are reused.
@@ -31,7 +31,7 @@ MAX_BYTES = 64 * 1024
 FAILURES_PER_DOUBLING = 5
 """Failed reads in a row after which the interval doubles."""
 MAX_INTERVAL_FACTOR = 4
-"""Longest interval of a pod that does not answer, in normal intervals: each try occupies a connection until the timeout."""
+"""Longest interval for a pod that does not answer, in normal intervals: each try occupies a connection until its timeout."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Target:
 
 @dataclass(eq=False)
 class Subscription:
-    """A target from `watch` until `stop`; watching again makes a new subscription, so that each key has one entry in the heap."""
+    """A target between `watch` and `stop`. Watching another target creates a new subscription; the old heap entry is then skipped."""
 
     number: int
     key: Key
@@ -56,7 +56,7 @@ class Subscription:
 
 
 class Scraper:
-    """Reads all targets in turn. `on_report` is called with the key of each job whose pod reported."""
+    """Reads all targets in turn. `on_report` is called with the job's key after each report."""
 
     def __init__(self, settings: ScrapeSettings, now: Callable[[], datetime], on_report: Callable[[Key], None]):
         self._settings = settings
@@ -65,7 +65,7 @@ class Scraper:
         self._subscriptions: dict[Key, Subscription] = {}
         self._reports: dict[Key, tuple[Target, ReceivedReport]] = {}
         self._heap: list[tuple[float, int, Subscription]] = []
-        """Subscriptions by due time; those that were stopped or replaced are skipped."""
+        """Subscriptions by due time; stopped and replaced ones are skipped."""
         self._numbers = itertools.count()
         self._changed = asyncio.Event()
 
@@ -77,7 +77,7 @@ class Scraper:
         )
 
     def watch(self, key: Key, target: Target) -> None:
-        """Start reading this target; does nothing if it is read already."""
+        """Start reading this target. Does nothing if the target is already being read."""
         known = self._subscriptions.get(key)
         if known is not None and known.target == target:
             return
@@ -94,7 +94,7 @@ class Scraper:
         self._reports.pop(key, None)
 
     def last_report(self, key: Key, uid: str, attempt: int) -> ReceivedReport | None:
-        """The last report of this attempt."""
+        """The last report of this attempt; None: no report was received."""
         found = self._reports.get(key)
         if found is None or found[0].uid != uid or found[0].attempt != attempt:
             return None
@@ -105,12 +105,12 @@ class Scraper:
         timeout = aiohttp.ClientTimeout(total=self._settings.timeout_seconds)
         connector = aiohttp.TCPConnector(limit=self._settings.concurrency, force_close=False)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session, asyncio.TaskGroup() as group:
-            free = asyncio.Semaphore(self._settings.concurrency)
+            free_connections = asyncio.Semaphore(self._settings.concurrency)
             while True:
                 subscription = await self._next_due()
-                await free.acquire()
+                await free_connections.acquire()
                 task = group.create_task(self._read(session, subscription))
-                task.add_done_callback(lambda _: free.release())
+                task.add_done_callback(lambda _: free_connections.release())
 
     async def _next_due(self) -> Subscription:
         loop = asyncio.get_running_loop()
@@ -169,7 +169,7 @@ class Scraper:
             return None
         report = read_progress_report(data, self._now())
         if report is None:
-            logger.debug("no progress report from %s: it is not a report", target.url)
+            logger.debug("no progress report from %s: the response is not a report", target.url)
             return None
         if report.uid != target.uid or report.attempt != target.attempt:
             logger.info("the pod at %s belongs to another job or attempt", target.url)

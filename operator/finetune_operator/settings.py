@@ -1,7 +1,7 @@
-"""The operator's configuration: one file, read once at startup, refused as a whole if any key or value in it is wrong.
+"""The operator's configuration: one file, read once at startup. If any key or value is wrong, the operator does not start.
 
 The chart mounts it at `/etc/finetune-operator/config.yaml`. Keys are camelCase. Each value has a default that suits a small cluster, so
-that an empty file, or none, is a valid configuration.
+an empty or missing file is a valid configuration.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Seconds = Annotated[float, Field(gt=0, le=86400)]
 
 
 class StartError(Exception):
-    """The operator cannot start; the message says in one line what is missing or wrong."""
+    """The operator cannot start; the message names the missing or wrong part in one line."""
 
 
 class SettingsError(StartError):
-    """The configuration file is invalid; the message names the file, each wrong key, and what was found."""
+    """The configuration file is invalid; the message names the file, each wrong key, and why its value is wrong."""
 
 
 class PullPolicy(StrEnum):
@@ -93,7 +93,7 @@ class ResourceSettings(WireModel):
 
 
 class PoolResources(WireModel):
-    """`nodePools[].resources`: the same for pods of one pool; `resources` holds the values that are absent here."""
+    """`nodePools[].resources`: resources of pods in one pool; absent values are taken from `resources`."""
 
     cpu: PlatformQuantity | None = None
     memory: PlatformQuantity | None = None
@@ -187,7 +187,7 @@ class LogSettings(WireModel):
 
 
 class OperatorConfig(WireModel):
-    """The whole file."""
+    """The whole configuration file."""
 
     namespaces: tuple[NamespaceName, ...] = Field(
         default=(), description="Namespaces to serve; empty: the whole cluster."
@@ -236,7 +236,7 @@ class OperatorConfig(WireModel):
 
 
 def parse(value: Any, origin: str) -> OperatorConfig:
-    """Validate a parsed file. Errors: SettingsError with `origin`, each wrong key and what is wrong with it."""
+    """Validate a parsed file. Errors: SettingsError with `origin`, each wrong key and its problem."""
     try:
         return OperatorConfig.model_validate(value if value is not None else {})
     except ValidationError as error:
@@ -258,6 +258,6 @@ def load(path: Path) -> OperatorConfig:
     try:
         value = json.loads(text) if text.lstrip().startswith("{") else yaml.safe_load(text)
     except (ValueError, yaml.YAMLError) as error:
-        # A YAML error has several lines, with the position in the last one.
+        # The text of a YAML error has several lines; join them into one.
         raise SettingsError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     return parse(value, str(path))

@@ -1,4 +1,4 @@
-"""What a status is computed from: the facts, the plan, and the result of the plan's actions."""
+"""The input of a status: the facts, the plan, and the result of the plan's actions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_operator.views import JobView
 
 @dataclass(frozen=True)
 class StatusInput:
-    """Facts, plan and result, with the answers that several status fields need."""
+    """Facts, plan and result, and values that several status fields are computed from."""
 
     facts: Facts
     plan: Plan
@@ -29,7 +29,7 @@ class StatusInput:
 
     @property
     def current_job(self) -> JobView | None:
-        """The Job of the current attempt, including one that was just created."""
+        """The Job of the current attempt, also if this reconcile created it."""
         return self.result.created_job or self.facts.current_job
 
     @property
@@ -56,7 +56,7 @@ class StatusInput:
 
     @property
     def termination_reason(self) -> Reason | None:
-        """Why the operator is ending the attempt; None: it is not."""
+        """Why the operator is ending the attempt; None: the attempt continues."""
         return self.plan.termination.reason if self.plan.termination else self.facts.termination_reason
 
     @property

@@ -1,4 +1,4 @@
-"""Makes text from users and other programs safe to show: without secrets and control characters, and of limited length."""
+"""Makes text from users and other programs safe to show: removes secrets and control characters, and limits the length."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SECRET_PATTERNS = (
 
 
 def clean(text: str, limit: int = MAX_MESSAGE) -> str:
-    """Return the text with secrets masked, in at most `limit` characters: everybody who can read the job can read it."""
+    """Return the text with secrets masked and at most `limit` characters. All users who may read the job can see it."""
     text = "".join(c if c.isprintable() or c == "\n" else " " for c in text[: limit * 4]).strip()
     for pattern in SECRET_PATTERNS:
         text = pattern.sub(_mask, text)
@@ -43,8 +43,8 @@ def duration(seconds: float) -> str:
         return f"{whole}s"
     minutes = whole // 60
     if minutes < 60:
-        rest = whole % 60
-        return f"{minutes}m{rest}s" if rest and minutes < 10 else f"{minutes}m"
+        remainder = whole % 60
+        return f"{minutes}m{remainder}s" if remainder and minutes < 10 else f"{minutes}m"
     hours, minutes = divmod(minutes, 60)
     if hours < 48:
         return f"{hours}h{minutes}m" if minutes else f"{hours}h"

@@ -1,7 +1,7 @@
-"""When a changed status is written, and how often an expensive read may happen.
+"""Decides when a changed status is written, and how often an expensive read may happen.
 
-A status that ends something, or that an event reports, is written at once. Changes without an event, and the first status of a new
-job, may be deferred while many jobs change at the same time; one later write then covers several changes.
+A status with the end of an attempt, or with an event, is written at once. Changes without an event, and the first status of a new job,
+may be deferred while many jobs change at the same time. One later write then contains several changes.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 BURST_COUNT, BURST_SECONDS = 10, 2.0
 """This many occurrences within this many seconds are a burst."""
 MAX_DEFER_SECONDS, RECHECK_SECONDS = 20.0, 5.0
-"""How long a transition may be deferred during a burst, and the seconds between two checks whether the burst goes on."""
+"""Longest delay of a transition during a burst, and the seconds between two checks whether the burst continues."""
 JOB_END_SECONDS = 5.0
-"""How long to wait, after all pods ended, for their Job to report the end, before the status shows pods that are not ready."""
+"""Seconds to wait after the end of all pods for the end of their Job, before the status shows that no pod is ready."""
 
 READ_TIME_SHARE, MAX_READ_PAUSE = 20, 10.0
 """The pause after a read is this many times the read's duration, at most this many seconds: reads take 1/20 of the time."""
@@ -24,7 +24,7 @@ MAX_READ_DELAY = 120.0
 
 
 class BurstDetector:
-    """Detects many occurrences in a short time. Times are in seconds; only differences matter."""
+    """Detects many occurrences in a short time. Times are in seconds, from any clock."""
 
     def __init__(self) -> None:
         self._times: deque[float] = deque(maxlen=BURST_COUNT)
@@ -53,7 +53,7 @@ class PendingChanges:
 
 
 class StatusThrottle:
-    """Computes how long a status write is deferred. One instance per process: a burst concerns all jobs together."""
+    """Computes how long a status write is deferred. One instance per process, because a burst is detected over all jobs."""
 
     def __init__(self, progress_seconds: float):
         self._progress_seconds = progress_seconds
@@ -91,7 +91,7 @@ class StatusThrottle:
 
 
 class RateLimiter:
-    """Spreads expensive reads over time, so that they take at most one part in `READ_TIME_SHARE` of it."""
+    """Spreads expensive reads over time, so that the reads take at most 1/`READ_TIME_SHARE` of the time."""
 
     def __init__(self) -> None:
         self._pause = 0.0
@@ -103,7 +103,7 @@ class RateLimiter:
         return caller in self._reserved
 
     def reserve(self, caller: Hashable, now: float) -> float:
-        """Reserve a read and return its time: after all other reservations, or spread over `MAX_READ_DELAY` if there are too many."""
+        """Reserve a read and return its time: after all other reservations, or within `MAX_READ_DELAY` if there are too many."""
         offset = max(0.0, self._next_free - now) + len(self._reserved) * self._pause
         self._reserved.add(caller)
         return now + offset % MAX_READ_DELAY
@@ -113,6 +113,6 @@ class RateLimiter:
         self._reserved.discard(caller)
 
     def record_read(self, started: float, now: float) -> None:
-        """Record how long a read took; the next pause follows from it."""
+        """Record the duration of a read, which determines the next pause."""
         self._pause = min(READ_TIME_SHARE * (now - started), MAX_READ_PAUSE)
         self._next_free = now + self._pause

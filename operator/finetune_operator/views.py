@@ -1,6 +1,6 @@
 """Small frozen views of the objects that the operator watches, read from their JSON.
 
-A cache of thousands of objects must not hold a Job's template, which contains the whole run configuration, or a pod's managed
+The cache holds thousands of objects. It must not keep a Job's template, which contains the whole run configuration, or a pod's managed
 fields, which are longer than its status. Reading never raises: an object that cannot be read becomes None.
 """
 
@@ -39,7 +39,7 @@ class JobView:
     version: int
     owner_uid: str
     is_owned: bool
-    """Whether its controller is the FineTuneJob with uid `owner_uid`; without a controller, that uid comes from a label."""
+    """Whether the Job's controller is a FineTuneJob. If it is not, `owner_uid` comes from a label."""
     job_name: str
     """Name of the FineTuneJob, from the label."""
     attempt: int
@@ -48,7 +48,7 @@ class JobView:
     is_suspended: bool = False
     """`spec.suspend` of the Job: a queue holds it."""
     suspended_since: datetime | None = None
-    """Transition time of the Job's Suspended condition. It is still set for a moment after the queue has resumed the Job."""
+    """Transition time of the Job's Suspended condition. The condition disappears shortly after the queue has resumed the Job."""
     queue: str | None = None
     started_at: datetime | None = None
     completed_at: datetime | None = None
@@ -61,7 +61,7 @@ class JobView:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the Job succeeded or failed; the Job controller reports that when its last pod has ended."""
+        """Whether the Job succeeded or failed; the Job controller reports this after the last pod has ended."""
         return self.completed_at is not None or self.failed_at is not None
 
 
@@ -100,9 +100,9 @@ class PodView:
     reason: str = ""
     message: str = ""
     scheduled_at: datetime | None = None
-    """When the scheduler chose its node."""
+    """When the scheduler assigned the pod to its node."""
     unschedulable: str = ""
-    """The scheduler's message, if it finds no node."""
+    """The scheduler's message if no node fits; empty otherwise."""
     waiting_reason: str = ""
     waiting_message: str = ""
     running_since: datetime | None = None
@@ -144,7 +144,7 @@ class JobObject:
 
 
 def parse_time(text: Any) -> datetime | None:
-    """Return the time of a Kubernetes timestamp; None if it is none."""
+    """Return the time of a Kubernetes timestamp; None if `text` is not a timestamp."""
     if not isinstance(text, str):
         return None
     try:
@@ -155,7 +155,7 @@ def parse_time(text: Any) -> datetime | None:
 
 
 def read_status(raw: Any) -> FineTuneJobStatus:
-    """Read a status. Fields and list items that cannot be read are dropped, so that the rest is not lost."""
+    """Read a status. Fields and list items that cannot be read are dropped; all others are kept."""
     try:
         return FineTuneJobStatus.model_validate(raw if isinstance(raw, dict) else {})
     except ValidationError as error:
@@ -225,7 +225,7 @@ def _identity_from_labels(labels: Object) -> tuple[str, int] | None:
 
 
 def _identity_from_owner(meta: Object) -> tuple[str, int] | None:
-    """The same from the controller and the Job's name: removing a label from a running Job must not lead to a second Job beside it."""
+    """The same from the controller and the Job's name: if a label is removed from a running Job, no second Job may be created."""
     owners = meta.get("ownerReferences") or []
     owner = next((str(o.get("name")) for o in owners if o.get("kind") == KIND and o.get("controller")), "")
     name, _, number = str(meta["name"]).rpartition("-")
@@ -280,32 +280,32 @@ def read_pod(body: Object) -> PodView | None:
 
 def _trainer_status(status: Object) -> Object:
     """Status of the trainer container. Admission webhooks may add containers, and the kubelet sorts the list by name."""
-    found: list[Object] = status.get("containerStatuses") or [{}]
-    return next((one for one in found if one.get("name") == CONTAINER), found[0])
+    containers: list[Object] = status.get("containerStatuses") or [{}]
+    return next((container for container in containers if container.get("name") == CONTAINER), containers[0])
 
 
 def _waiting_state(status: Object, state: Object) -> Object:
-    """The waiting state of the trainer container; while init containers run, the waiting state of the first of them."""
+    """The waiting state of the trainer container; while init containers run, the first waiting state among them."""
     own: Object = state.get("waiting") or {}
     if own.get("reason") != INITIALIZING:
         return own
-    states = [(one.get("state") or {}).get("waiting") or {} for one in status.get("initContainerStatuses") or []]
-    return next((one for one in states if one.get("reason") not in (None, INITIALIZING)), own)
+    states = [(init.get("state") or {}).get("waiting") or {} for init in status.get("initContainerStatuses") or []]
+    return next((state for state in states if state.get("reason") not in (None, INITIALIZING)), own)
 
 
 def _init_failed(status: Object) -> str:
-    for one in status.get("initContainerStatuses") or []:
-        ended = (one.get("state") or {}).get("terminated") or {}
+    for init in status.get("initContainerStatuses") or []:
+        ended = (init.get("state") or {}).get("terminated") or {}
         code = _number(ended.get("exitCode"))
         if code:
             detail = str(ended.get("message") or ended.get("reason") or "").strip()
-            return f"init container {one.get('name')} ended with exit code {code}" + (f": {detail}" if detail else "")
+            return f"init container {init.get('name')} ended with exit code {code}" + (f": {detail}" if detail else "")
     return ""
 
 
 def _unschedulable_message(body: Object, scheduled: Object) -> str:
-    """The scheduler's message, and the scheduling gates that hold the pod back."""
-    gates = [str(one.get("name")) for one in (body.get("spec") or {}).get("schedulingGates") or []]
+    """The scheduler's message, followed by the names of the pod's scheduling gates."""
+    gates = [str(gate.get("name")) for gate in (body.get("spec") or {}).get("schedulingGates") or []]
     return str(scheduled.get("message", "")) + (f" ({', '.join(gates)})" if gates else "")
 
 

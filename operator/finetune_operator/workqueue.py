@@ -1,10 +1,10 @@
 """A work queue with the semantics of client-go: one worker per key at a time, and no addition is lost.
 
-Adding a key that waits changes nothing; a key that is added while a worker handles it is handled once more afterwards. The pause
-after a failure doubles with each failure in a row; of several times set by `add_after` the earliest one counts.
+Adding a queued key changes nothing. A key that is added while a worker handles it is handled once more afterwards. The pause after a
+failure doubles with each failure in a row. If `add_after` is called several times for a key, the earliest time is used.
 
-High-priority keys come first, so that a burst of new jobs gets all its pods started before any status is updated; one turn in a few
-still goes to the other keys.
+High-priority keys come first, so that a burst of new jobs starts all pods before statuses are updated. After several high-priority keys
+in a row, one key with normal priority is taken.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from finetune_operator.throttle import BurstDetector
 
 FIRST_BACKOFF, LONGEST_BACKOFF = 0.005, 300.0
 HIGH_PRIORITY_IN_A_ROW = 7
-"""High-priority keys that are taken in a row before one of the others."""
+"""High-priority keys that are taken in a row before one key with normal priority."""
 
 
 class Key(NamedTuple):
@@ -33,7 +33,7 @@ class Key(NamedTuple):
 
 
 class WorkQueue:
-    """Keys to reconcile, for one event loop. `clock` is in seconds; only its differences matter."""
+    """Keys to reconcile, for one event loop. `clock` returns seconds from any starting point."""
 
     def __init__(self, clock: Callable[[], float] | None = None):
         self._clock = clock or asyncio.get_running_loop().time
@@ -59,7 +59,7 @@ class WorkQueue:
             self._changed.set()
 
     def add_high_priority(self, key: Key) -> None:
-        """Queue `key` before those that were added with normal priority."""
+        """Queue `key` before all keys with normal priority."""
         if key not in self._working_since and key not in self._waiting_since:
             self._waiting_since[key] = self._clock()
             self._high_priority.append(key)
@@ -87,7 +87,7 @@ class WorkQueue:
         return pause
 
     def reset_failures(self, key: Key) -> None:
-        """Forget the failures of `key`: it was reconciled without an error."""
+        """Reset the failure counter of `key` after a reconcile without an error."""
         self._failures.pop(key, None)
 
     async def take(self) -> tuple[Key, float]:
@@ -119,14 +119,14 @@ class WorkQueue:
         return self._high_priority.popleft()
 
     def done(self, key: Key) -> None:
-        """End the work on `key`; if it was added meanwhile, it is queued again."""
+        """Mark the work on `key` as done. If the key was added meanwhile, queue it again."""
         del self._working_since[key]
         if key in self._added_while_working:
             self._added_while_working.discard(key)
             self.add(key)
 
     def clear(self) -> None:
-        """Drop all waiting keys before the process ends; its successor reconciles every job at its start."""
+        """Drop all queued keys before the process ends; the next process reconciles every job at its start."""
         self._ready.clear()
         self._high_priority.clear()
         self._waiting_since.clear()
@@ -134,12 +134,12 @@ class WorkQueue:
         self._due.clear()
 
     def restart_wait_times(self) -> None:
-        """Count the waiting time of all queued keys from now, as `oldest_seconds` and `take` report it."""
+        """Restart the waiting time of all queued keys, which `oldest_seconds` and `take` report."""
         now = self._clock()
         self._waiting_since = dict.fromkeys(self._waiting_since, now)
 
     def oldest_seconds(self) -> float:
-        """Age of the key that has been waiting, or been worked on, for the longest time."""
+        """Seconds for which the oldest key has been queued or in work; 0.0 if there is none."""
         now = self._clock()
         times = [*self._waiting_since.values(), *self._working_since.values()]
         return now - min(times) if times else 0.0
@@ -154,7 +154,7 @@ class WorkQueue:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no key waits and none is worked on."""
+        """Whether no key is queued and no key is in work."""
         return not len(self) and not self._working_since
 
     def _queue_due_keys(self) -> None:
@@ -168,7 +168,7 @@ class WorkQueue:
             self._changed.set()
 
     def seconds_until_due(self) -> float | None:
-        """Seconds until the next delayed key is due; None: there is none."""
+        """Seconds until the next delayed key is due; None: no key is delayed."""
         while self._heap and self._due.get(self._heap[0][1]) != self._heap[0][0]:
             heapq.heappop(self._heap)
         return max(0.0, self._heap[0][0] - self._clock()) if self._heap else None

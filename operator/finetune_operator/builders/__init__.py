@@ -1,1 +1,1 @@
-"""Pure functions from an accepted spec to the objects of one attempt. Golden files show their results."""
+"""Pure functions that build the objects of one attempt from an accepted spec. The golden files in tests/unit/operator show examples."""

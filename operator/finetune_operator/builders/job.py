@@ -1,7 +1,7 @@
 """Builds the Indexed Job of one attempt and its Service.
 
 The Job contains the run configuration, so that one write creates an attempt. The pods meet Pod Security `restricted`. Labels and
-annotations of the FineTuneJob are not copied: tools such as Argo CD would take the Job for an object of theirs and prune it.
+annotations of the FineTuneJob are not copied: tools such as Argo CD would treat the Job as an object of theirs and prune it.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
             "podFailurePolicy": {"rules": _failure_rules()},
             "template": {
                 "metadata": _template_metadata(labels, spec, config, data),
-                "spec": _pod(names.attempt_job_name(job.name, run.attempt), run, digest, pool, config),
+                "spec": _pod_spec(names.attempt_job_name(job.name, run.attempt), run, digest, pool, config),
             },
         },
     }
@@ -62,7 +62,7 @@ def build_job(job: JobObject, run: RunConfig, pool: NodePool | None, config: Ope
 
 
 def build_service(job: JobView) -> Object:
-    """Return the headless Service of an attempt with several pods: the other ranks find rank 0 by its name, before it is ready."""
+    """Return the headless Service of an attempt with several pods. It resolves the name of rank 0's pod before that pod is ready."""
     labels = {
         Label.MANAGED_BY.value: names.MANAGER,
         Label.NAME.value: job.job_name,
@@ -76,7 +76,7 @@ def build_service(job: JobView) -> Object:
             "name": job.name,
             "namespace": job.namespace,
             "labels": labels,
-            # Not blocking: that would need permission to update finalizers of Jobs, and the Job's pods are deleted first anyway.
+            # `blockOwnerDeletion: true` would need permission to update finalizers of Jobs. The Job's pods are deleted before the Job anyway.
             "ownerReferences": [_owner("batch/v1", "Job", job.name, job.uid) | {"blockOwnerDeletion": False}],
         },
         "spec": {
@@ -135,9 +135,9 @@ def _template_metadata(labels: dict[str, str], spec: FineTuneJobSpec, config: Op
     }
 
 
-def _pod(name: str, run: RunConfig, digest: str, pool: NodePool | None, config: OperatorConfig) -> Object:
+def _pod_spec(name: str, run: RunConfig, digest: str, pool: NodePool | None, config: OperatorConfig) -> Object:
     spec, placement = run.spec, run.spec.placement
-    found = build_mounts(spec)
+    extra = build_mounts(spec)
     pod: Object = {
         "restartPolicy": "Never",
         "automountServiceAccountToken": False,
@@ -151,8 +151,8 @@ def _pod(name: str, run: RunConfig, digest: str, pool: NodePool | None, config: 
             "fsGroupChangePolicy": "OnRootMismatch",
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "containers": [_container(run, digest, config, list(found.mounts))],
-        "volumes": [*_operator_volumes(spec), *found.volumes],
+        "containers": [_container(run, digest, config, list(extra.mounts))],
+        "volumes": [*_operator_volumes(spec), *extra.volumes],
     }
     if run.world.nodes > 1:
         pod["subdomain"] = name
@@ -225,49 +225,49 @@ def _resources(spec: FineTuneJobSpec) -> Object:
 
 
 def _env(run: RunConfig, digest: str, config: OperatorConfig) -> list[Object]:
-    """Environment of the trainer. The user's variables come last; those that the operator sets are reserved."""
+    """Environment of the trainer. The user's variables come last and cannot replace variables that the operator sets."""
     spec = run.spec
     operator: list[Object] = [
         {"name": Env.RUN_SHA256.value, "value": digest},
-        {"name": Env.NODE_RANK.value, "valueFrom": _field(f"metadata.annotations['{INDEX_ANNOTATION}']")},
-        {"name": Env.POD_NAME.value, "valueFrom": _field("metadata.name")},
-        {"name": Env.POD_UID.value, "valueFrom": _field("metadata.uid")},
-        {"name": Env.NODE_NAME.value, "valueFrom": _field("spec.nodeName")},
+        {"name": Env.NODE_RANK.value, "valueFrom": _field_ref(f"metadata.annotations['{INDEX_ANNOTATION}']")},
+        {"name": Env.POD_NAME.value, "valueFrom": _field_ref("metadata.name")},
+        {"name": Env.POD_UID.value, "valueFrom": _field_ref("metadata.uid")},
+        {"name": Env.NODE_NAME.value, "valueFrom": _field_ref("spec.nodeName")},
         {"name": Env.DISK_LIMIT.value, "valueFrom": {"resourceFieldRef": {"resource": "limits.ephemeral-storage"}}},
         *_credentials(spec.storage.credentials_secret_ref, ""),
-        *_credentials(_secret(spec.model.storage), names.MODEL_CREDENTIALS_PREFIX),
-        *_credentials(_secret(spec.dataset.storage), names.DATASET_CREDENTIALS_PREFIX),
+        *_credentials(_credentials_ref(spec.model.storage), names.MODEL_CREDENTIALS_PREFIX),
+        *_credentials(_credentials_ref(spec.dataset.storage), names.DATASET_CREDENTIALS_PREFIX),
         *_customer_key("storage", spec.storage),
         *_customer_key("model", spec.model.storage),
         *_customer_key("dataset", spec.dataset.storage),
     ]
     if spec.model.token_secret_ref:
         operator.append({"name": Env.HF_TOKEN.value, "valueFrom": _secret_key(spec.model.token_secret_ref)})
-    overridable = _publishing_keys(spec)
+    overridable = _tracker_and_hub_keys(spec)
     if run.world.nodes > 1 and run.world.gpus_per_node:
         overridable.append({"name": "NCCL_SOCKET_IFNAME", "value": "^lo,docker"})
     reserved = {variable["name"] for variable in operator}
-    users = [_user_variable(one) for one in spec.placement.env or [] if one.name not in reserved]
+    users = [_user_variable(variable) for variable in spec.placement.env or [] if variable.name not in reserved]
     chosen = {variable["name"] for variable in users}
     taken = reserved | chosen | {variable["name"] for variable in overridable}
     defaults: list[Object] = [
         {"name": name, "value": value} for name, value in sorted(config.trainer.env.items()) if name not in taken
     ]
-    return [*operator, *(one for one in overridable if one["name"] not in chosen), *defaults, *users]
+    return [*operator, *(variable for variable in overridable if variable["name"] not in chosen), *defaults, *users]
 
 
-def _publishing_keys(spec: FineTuneJobSpec) -> list[Object]:
-    """Keys of trackers and of the hub that the model is published to, in the variables that these libraries read."""
+def _tracker_and_hub_keys(spec: FineTuneJobSpec) -> list[Object]:
+    """Credentials of experiment trackers and of the model hub, in the variables that their client libraries read."""
     wandb, mongodb, hub = spec.tracking.wandb, spec.tracking.mongodb, spec.output.hub
     references = (
         (names.WANDB_KEY, wandb.api_key_secret_ref if wandb else None),
         (names.MONGODB_URI, mongodb.uri_secret_ref if mongodb else None),
         (names.HUB_TOKEN, hub.token_secret_ref if hub else None),
     )
-    return [{"name": name, "valueFrom": _secret_key(found)} for name, found in references if found is not None]
+    return [{"name": name, "valueFrom": _secret_key(reference)} for name, reference in references if reference is not None]
 
 
-def _secret(connection: Any) -> SecretRef | None:
+def _credentials_ref(connection: Any) -> SecretRef | None:
     return connection.credentials_secret_ref if connection else None
 
 
@@ -283,30 +283,30 @@ def _credentials(secret: SecretRef | None, prefix: str) -> list[Object]:
     return result
 
 
-def _customer_key(which: str, connection: StorageConnection | None) -> list[Object]:
+def _customer_key(connection_name: str, connection: StorageConnection | None) -> list[Object]:
     """The key for server-side encryption with a customer's key (SSE-C), from its Secret."""
     reference = connection.encryption.customer_key_secret_ref if connection and connection.encryption else None
     if reference is None:
         return []
-    return [{"name": customer_key_variable(which), "valueFrom": _secret_key(reference)}]
+    return [{"name": customer_key_variable(connection_name), "valueFrom": _secret_key(reference)}]
 
 
-def _user_variable(one: EnvVar) -> Object:
-    if one.secret_key_ref:
-        return {"name": one.name, "valueFrom": _secret_key(one.secret_key_ref)}
-    return {"name": one.name, "value": one.value or ""}
+def _user_variable(variable: EnvVar) -> Object:
+    if variable.secret_key_ref:
+        return {"name": variable.name, "valueFrom": _secret_key(variable.secret_key_ref)}
+    return {"name": variable.name, "value": variable.value or ""}
 
 
 def _secret_key(reference: SecretKeyRef) -> Object:
     return {"secretKeyRef": {"name": reference.name, "key": reference.key}}
 
 
-def _field(path: str) -> Object:
+def _field_ref(path: str) -> Object:
     return {"fieldRef": {"fieldPath": path}}
 
 
 def _scheduling(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig, gang: str | None) -> Object:
-    """Scheduling fields of the pod. `gang` is the Job's name if it has several pods: these prefer one zone and different hosts."""
+    """Scheduling fields of the pod. `gang` is the name of a Job with several pods, which prefer the same zone and different hosts."""
     placement = spec.placement
     result: Object = {}
     selector = {**(pool.node_selector if pool else {}), **(placement.node_selector or {})}
@@ -314,16 +314,16 @@ def _scheduling(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorCo
         result["nodeSelector"] = selector
     tolerations = [*(pool.tolerations if pool else ()), *(placement.tolerations or [])]
     if tolerations:
-        result["tolerations"] = [one.to_wire() for one in tolerations]
+        result["tolerations"] = [toleration.to_wire() for toleration in tolerations]
     affinity: Object = {}
     if placement.node_affinity:
-        terms = [one.to_wire() for one in placement.node_affinity]
+        terms = [term.to_wire() for term in placement.node_affinity]
         required = {"nodeSelectorTerms": [{"matchExpressions": terms}]}
         affinity["nodeAffinity"] = {"requiredDuringSchedulingIgnoredDuringExecution": required}
     if gang:
         selected = {"labelSelector": {"matchLabels": {JOB_NAME_LABEL: gang}}}
-        near = {"weight": 100, "podAffinityTerm": {**selected, "topologyKey": ZONE_KEY}}
-        affinity["podAffinity"] = {"preferredDuringSchedulingIgnoredDuringExecution": [near]}
+        same_zone = {"weight": 100, "podAffinityTerm": {**selected, "topologyKey": ZONE_KEY}}
+        affinity["podAffinity"] = {"preferredDuringSchedulingIgnoredDuringExecution": [same_zone]}
         spread = {"maxSkew": 1, "topologyKey": HOST_KEY, "whenUnsatisfiable": "ScheduleAnyway", **selected}
         result["topologySpreadConstraints"] = [spread]
     if affinity:

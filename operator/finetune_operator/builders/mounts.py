@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from finetune_operator.objects import Object
 
 CA_FILES = {"storage": "ca.crt", "model": "model/ca.crt", "dataset": "dataset/ca.crt"}
-"""File below CA_MOUNT, by the connection whose `caBundleRef` names its content."""
+"""Path of the CA bundle below CA_MOUNT, by name of the connection that uses it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Mounts:
 
 
 def build_mounts(spec: FineTuneJobSpec) -> Mounts:
-    """Return volumes and mounts for everything that the spec names. Errors: ConfigError for a source that cannot be parsed."""
+    """Return the volumes and mounts that the spec needs. Errors: ConfigError for a source that cannot be parsed."""
     volumes: list[Object] = []
     mounts: list[Object] = []
     for number, name in enumerate(sorted(_config_maps(spec))):
@@ -39,19 +39,19 @@ def build_mounts(spec: FineTuneJobSpec) -> Mounts:
     bundles = ca_bundles(spec)
     if bundles:
         sources = [
-            {"configMap": {"name": ref.name, "items": [{"key": ref.key, "path": CA_FILES[which]}]}}
-            for which, ref in bundles.items()
+            {"configMap": {"name": ref.name, "items": [{"key": ref.key, "path": CA_FILES[connection]}]}}
+            for connection, ref in bundles.items()
         ]
         volumes.append({"name": "ca", "projected": {"sources": sources}})
         mounts.append({"name": "ca", "mountPath": CA_MOUNT, "readOnly": True})
-    placed_volumes, placed_mounts = _placed(spec)
-    return Mounts((*volumes, *placed_volumes), (*mounts, *placed_mounts))
+    user_volumes, user_mounts = _user_volumes(spec)
+    return Mounts((*volumes, *user_volumes), (*mounts, *user_mounts))
 
 
 def ca_bundles(spec: FineTuneJobSpec) -> dict[str, ConfigMapKeyRef]:
-    """CA bundles, by connection."""
+    """References to CA bundles, by name of the connection."""
     connections = {"storage": spec.storage, "model": spec.model.storage, "dataset": spec.dataset.storage}
-    return {which: one.ca_bundle_ref for which, one in connections.items() if one and one.ca_bundle_ref}
+    return {name: storage.ca_bundle_ref for name, storage in connections.items() if storage and storage.ca_bundle_ref}
 
 
 def _config_maps(spec: FineTuneJobSpec) -> set[str]:
@@ -74,7 +74,7 @@ def _sources(spec: FineTuneJobSpec) -> Iterator[tuple[Any, bool]]:
     adapter = spec.method.adapter.source if spec.method.adapter else None
     reference = spec.trainer.dpo.reference_model if spec.trainer.dpo else None
     data = spec.dataset
-    mixture = [one.source for one in data.mixture or []]
+    mixture = [part.source for part in data.mixture or []]
     read = [
         spec.model.source,
         spec.model.tokenizer,
@@ -109,17 +109,17 @@ def _references(value: Any) -> Iterator[ConfigMapKeyRef]:
             yield from _references(item)
 
 
-def _placed(spec: FineTuneJobSpec) -> tuple[list[Object], list[Object]]:
+def _user_volumes(spec: FineTuneJobSpec) -> tuple[list[Object], list[Object]]:
     """Volumes and mounts of `placement.volumes` and `placement.volumeMounts`."""
     volumes: list[Object] = []
-    for one in spec.placement.volumes or []:
-        if one.persistent_volume_claim:
-            source: Object = {"persistentVolumeClaim": {"claimName": one.persistent_volume_claim}}
-        elif one.config_map:
-            source = {"configMap": {"name": one.config_map}}
+    for volume in spec.placement.volumes or []:
+        if volume.persistent_volume_claim:
+            source: Object = {"persistentVolumeClaim": {"claimName": volume.persistent_volume_claim}}
+        elif volume.config_map:
+            source = {"configMap": {"name": volume.config_map}}
         else:
-            source = {"secret": {"secretName": one.secret}}
-        volumes.append({"name": f"user-{one.name}", **source})
+            source = {"secret": {"secretName": volume.secret}}
+        volumes.append({"name": f"user-{volume.name}", **source})
     mounts: list[Object] = []
     for mount in spec.placement.volume_mounts or []:
         value: Object = {"name": f"user-{mount.name}", "mountPath": mount.mount_path}

@@ -25,7 +25,8 @@ from finetune_operator.views import JobObject
 LOOPBACK = "127.0.0.1"
 DEFAULT_GRACE, MAX_GRACE = 300, 86400
 GRACE_SAVES = 3
-"""Grace period in times of the newest save: a stop waits for the upload in progress and then saves, and the store may be slower than before."""
+"""Grace period as a multiple of the duration of the newest save. A stopping pod finishes a running upload and then saves again, and the
+store may have become slower."""
 
 
 def build_run_config(
@@ -35,7 +36,7 @@ def build_run_config(
     """Return the run configuration of an attempt.
 
     `spec` is resolved, with all adaptations applied. `committed_step` is the newest step that is known to be in storage (0: none),
-    `max_step` the newest step that the attempt may start from (None: any). `before_adaptation` has the original values of adapted
+    `max_step` the newest step that the attempt may start from (None: no limit). `before_adaptation` has the original values of adapted
     fields, by path.
     """
     root = f"{(spec.storage.uri or '').rstrip('/')}"
@@ -52,22 +53,22 @@ def build_run_config(
         world=_world(job, spec, attempt),
         storage=_target(f"{root}/{job.namespace}/{job.name}/{job.uid}", spec.storage, "storage", ""),
         publish=publish,
-        model_store=_other(spec, spec.model.storage, "model", MODEL_CREDENTIALS_PREFIX),
-        dataset_store=_other(spec, spec.dataset.storage, "dataset", DATASET_CREDENTIALS_PREFIX),
+        model_store=_separate_store(spec, spec.model.storage, "model", MODEL_CREDENTIALS_PREFIX),
+        dataset_store=_separate_store(spec, spec.dataset.storage, "dataset", DATASET_CREDENTIALS_PREFIX),
         resume=_resume(spec, attempt, committed_step, max_step),
-        grace_seconds=_grace(job, spec, defaults),
+        grace_seconds=_grace_seconds(job, spec, defaults),
     )
 
 
-def _grace(job: JobObject, spec: FineTuneJobSpec, defaults: Mapping[str, Any]) -> int:
-    """Seconds to save after SIGTERM: the user's value, or else long enough for a checkpoint like the newest one."""
+def _grace_seconds(job: JobObject, spec: FineTuneJobSpec, defaults: Mapping[str, Any]) -> int:
+    """Seconds to save after SIGTERM: the user's value, otherwise enough time to save a checkpoint as large as the newest one."""
     grace = spec.policy.termination_grace_period_seconds or DEFAULT_GRACE
     if "policy.terminationGracePeriodSeconds" not in defaults:
         return grace
-    measured = [one for one in job.status.checkpoints if one.save_seconds is not None]
-    newest = max(measured, key=lambda one: one.step, default=None)
-    took = newest.save_seconds if newest is not None and newest.save_seconds is not None else 0.0
-    return min(MAX_GRACE, max(grace, math.ceil(GRACE_SAVES * took)))
+    measured = [c for c in job.status.checkpoints if c.save_seconds is not None]
+    newest = max(measured, key=lambda checkpoint: checkpoint.step, default=None)
+    save_seconds = newest.save_seconds if newest is not None and newest.save_seconds is not None else 0.0
+    return min(MAX_GRACE, max(grace, math.ceil(GRACE_SAVES * save_seconds)))
 
 
 def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
@@ -85,39 +86,39 @@ def _world(job: JobObject, spec: FineTuneJobSpec, attempt: int) -> World:
 
 
 def _resume(spec: FineTuneJobSpec, attempt: int, committed_step: int, max_step: int | None) -> Resume:
-    """A later attempt continues from the job's own checkpoints. If a rollback excludes all of them, it starts where the first one did."""
-    asked = spec.checkpoint.resume or "auto"
+    """Later attempts continue from the job's own checkpoints. If a rollback excludes all of them, they start like the first attempt."""
+    requested = spec.checkpoint.resume or "auto"
     expected = committed_step if max_step is None else min(committed_step, max_step)
-    mode = "auto" if attempt > 1 and (expected or asked == "never") else asked
+    mode = "auto" if attempt > 1 and (expected or requested == "never") else requested
     return Resume(mode=mode, expect_step=expected, max_step=max_step)
 
 
-def _target(uri: str, connection: StorageConnection, which: str, prefix: str) -> StoreTarget:
+def _target(uri: str, connection: StorageConnection, connection_name: str, prefix: str) -> StoreTarget:
     encryption = connection.encryption
     return StoreTarget(
         uri=uri,
         endpoint=connection.endpoint,
         region=connection.region,
         addressing_style=connection.addressing_style,
-        ca_bundle=f"{CA_MOUNT}/{CA_FILES[which]}" if connection.ca_bundle_ref else None,
+        ca_bundle=f"{CA_MOUNT}/{CA_FILES[connection_name]}" if connection.ca_bundle_ref else None,
         credentials_prefix=prefix,
         encryption=encryption.type if encryption else None,
         kms_key_id=encryption.kms_key_id if encryption else None,
-        customer_key_variable=customer_key_variable(which)
+        customer_key_variable=customer_key_variable(connection_name)
         if encryption and encryption.customer_key_secret_ref
         else None,
     )
 
 
-def customer_key_variable(which: str) -> str:
-    """Variable with the customer's encryption key, by connection. Unlike credentials, a key is never used for two connections."""
-    prefix = {"storage": "", "model": MODEL_CREDENTIALS_PREFIX, "dataset": DATASET_CREDENTIALS_PREFIX}[which]
+def customer_key_variable(connection_name: str) -> str:
+    """Name of the variable with a connection's customer encryption key. Unlike credentials, connections never share a key."""
+    prefix = {"storage": "", "model": MODEL_CREDENTIALS_PREFIX, "dataset": DATASET_CREDENTIALS_PREFIX}[connection_name]
     return f"{prefix}{Env.STORAGE_CUSTOMER_KEY.value}"
 
 
-def _other(spec: FineTuneJobSpec, connection: StorageConnection | None, which: str, prefix: str) -> StoreTarget | None:
-    """A separate store for models or data, with the uri of the source in the spec."""
+def _separate_store(spec: FineTuneJobSpec, connection: StorageConnection | None, connection_name: str, prefix: str) -> StoreTarget | None:
+    """The store of the model or the dataset if it has its own connection; its URI is that of the source."""
     if connection is None:
         return None
-    source = spec.model.source if which == "model" else spec.dataset.train
-    return _target(source or "", connection, which, prefix if connection.credentials_secret_ref else "")
+    source = spec.model.source if connection_name == "model" else spec.dataset.train
+    return _target(source or "", connection, connection_name, prefix if connection.credentials_secret_ref else "")

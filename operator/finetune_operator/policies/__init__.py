@@ -1,1 +1,1 @@
-"""Pure functions from facts to a verdict, one policy per module."""
+"""Policies of the operator, one per module. All are pure functions, without requests to the API server."""

@@ -1,10 +1,10 @@
 """Decides whether a spec can be run as written, and lists all problems at once, each with its field.
 
 A problem that only another spec can solve is final: the job fails. A problem that the platform team can solve (a node pool, the
-default storage, an operator of an older version) makes the job wait.
+default storage, an outdated operator) makes the job wait.
 
-Defaults are filled in once per job. If the batch, the learning rate or the store followed the operator's configuration or version
-from one attempt to the next, the next attempt would be another run and would not find the checkpoints.
+Defaults are filled in once per job. If a new configuration or version of the operator changed the batch, the learning rate or the
+store between two attempts, the next attempt would be a different run or would not find the checkpoints.
 """
 
 from __future__ import annotations
@@ -38,23 +38,23 @@ __all__ = ["Accepted", "FirstAttempt", "Refused", "accept", "first_attempt"]
 logger = logging.getLogger(__name__)
 
 MAX_SPEC_BYTES = MAX_RUN_BYTES - 8 * 1024
-"""Largest resolved spec in bytes: the rest of the run configuration must fit into the same annotation."""
+"""Largest resolved spec in bytes. The remaining fields of the run configuration must fit into the same annotation."""
 CLUSTER_GROUPS = ("resources", "placement", "policy")
-"""Groups whose defaults are taken anew for each attempt: they say where and how long it runs, not what it trains."""
+"""Groups whose defaults are filled in again for each attempt: they decide where and how long it runs, not what is trained."""
 STORE_IDENTITY = ("storage.uri", "storage.endpoint")
-"""Fields that decide which store is used; the other fields of `storage` only say how to connect to it."""
+"""Fields that identify the store; the other fields of `storage` only configure the connection."""
 
 
 @dataclass(frozen=True)
 class FirstAttempt:
-    """What the first attempt of a job started from, as the status records it."""
+    """The defaults and the spec of a job's first attempt, as recorded in the status."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     spec_sha256: str | None = None
 
 
 def first_attempt(status: FineTuneJobStatus) -> FirstAttempt | None:
-    """Return what the first attempt started from; None if there was no attempt yet."""
+    """Return the record of the first attempt; None before the first attempt."""
     if not status.attempts:
         return None
     resolved = status.resolved
@@ -66,45 +66,45 @@ def accept(raw: Object, config: OperatorConfig, first: FirstAttempt | None = Non
     try:
         spec, unknown = read_spec(raw)
     except ValidationError as error:
-        return _operator_too_old([_sentence(item) for item in error.errors()])
+        return _operator_too_old([_field_error(item) for item in error.errors()])
     problems, unsupported = ([], []) if unknown else (check(spec), unsupported_fields(spec))
-    found = [*map(str, problems), *map(str, unsupported)]
-    if found and first is None:
+    rule_problems = [*map(str, problems), *map(str, unsupported)]
+    if rule_problems and first is None:
         reason = Reason.REJECTED if problems else Reason.NOT_SUPPORTED_YET
-        return Refused(reason, clean("; ".join(found)), hint=[*problems, *unsupported][0].hint, spec=spec)
+        return Refused(reason, clean("; ".join(rule_problems)), hint=[*problems, *unsupported][0].hint, spec=spec)
     pool, digest = choose_pool(spec, config), spec_sha256(raw)
     resolution = _resolve(spec, _platform_defaults(config, None if isinstance(pool, Refused) else pool), first or FirstAttempt())
-    waiting = _other_version(unknown, digest, first)
-    if waiting is not None:
-        return replace(waiting, spec=resolution.spec)
+    version_refusal = _refuse_other_version(unknown, digest, first)
+    if version_refusal is not None:
+        return replace(version_refusal, spec=resolution.spec)
     if isinstance(pool, Refused):
         return replace(pool, spec=resolution.spec)
     conflicts = list(placement_problems(spec, pool, config))
     refused = _refuse_conflicts(conflicts, first) or _refuse_storage(resolution, first) or _refuse_size(resolution, first)
     if refused is not None:
         return replace(refused, spec=resolution.spec)
-    # The rules of a newer operator do not end a job that an older one started: its spec is immutable.
-    newer_rules = [clean(f"a new job would be refused: {one}") for one in (*found, *conflicts)]
+    # New rules of a newer operator do not end a job that an older operator started: the user cannot change its spec.
+    newer_rules = [clean(f"a new job would be refused: {problem}") for problem in (*rule_problems, *conflicts)]
     return Accepted(resolution.spec, resolution.defaults, (*resolution.notes, *newer_rules), pool, digest)
 
 
 def _operator_too_old(unknown: Iterable[str]) -> Refused:
-    """Make the job wait: the API server enforces the CRD's schema, so that a newer CRD has accepted what this version cannot read."""
+    """Make the job wait for a newer operator. The API server enforces the CRD's schema, so the installed CRD is newer than this operator."""
     message = f"this version of the operator does not know parts of the spec: {'; '.join(unknown)}"
     return Refused(Reason.OPERATOR_TOO_OLD, clean(message), "upgrade the operator to the version of the CRD", is_final=False)
 
 
-def _sentence(item: Any) -> str:
+def _field_error(item: Any) -> str:
     return f"spec.{'.'.join(str(part) for part in item['loc'])}: {item['msg']}"
 
 
-def _other_version(unknown: tuple[str, ...], digest: str, first: FirstAttempt | None) -> Refused | None:
-    """Make the job wait if another version of the CRD accepted its spec or has changed it."""
+def _refuse_other_version(unknown: tuple[str, ...], digest: str, first: FirstAttempt | None) -> Refused | None:
+    """Make the job wait if another version of the CRD accepted its spec or has changed its spec."""
     if unknown:
         return _operator_too_old(f"spec.{path}" for path in unknown)
     if first is not None and first.spec_sha256 not in (None, digest):
         message = (
-            "the spec is not the one that the first attempt started from, although it is immutable: "
+            "the immutable spec has changed since the first attempt: "
             "an older CRD has removed the fields that it does not know"
         )
         hint = "create a new FineTuneJob whose checkpoint.resume names the newest checkpoint"
@@ -119,7 +119,7 @@ def _refuse_conflicts(conflicts: list[str], first: FirstAttempt | None) -> Refus
 
 
 def _refuse_storage(resolution: Resolution, first: FirstAttempt | None) -> Refused | None:
-    """Refuse a storage uri that is missing or cannot be parsed. A uri that comes from the platform's configuration makes the job wait."""
+    """Refuse a storage URI that is missing or cannot be parsed. A bad URI in the operator's configuration makes the job wait."""
     uri, is_default = resolution.spec.storage.uri, "storage.uri" in resolution.defaults
     if uri is None:
         message = "spec.storage.uri is absent, and the operator's configuration has no default storage"
@@ -138,44 +138,44 @@ def _refuse_size(resolution: Resolution, first: FirstAttempt | None) -> Refused 
     size = len(resolution.spec.model_dump_json(by_alias=True, exclude_none=True).encode())
     if size <= MAX_SPEC_BYTES:
         return None
-    message = f"the spec with its defaults takes {size} bytes, and a pod's annotation carries {MAX_SPEC_BYTES}"
+    message = f"the spec with its defaults has {size} bytes, and at most {MAX_SPEC_BYTES} fit into a pod's annotation"
     hint = "put templates and long lists into ConfigMaps and refer to them"
     return Refused(Reason.REJECTED, message, hint, is_final=first is None)
 
 
 def _resolve(spec: FineTuneJobSpec, platform: PlatformDefaults, first: FirstAttempt) -> Resolution:
-    """Fill in the defaults; those that the first attempt started with replace today's."""
-    found, kept = resolve(spec, platform=platform), first.defaults
-    store_differs = any(found.defaults.get(path) != kept.get(path) for path in STORE_IDENTITY)
+    """Fill in the defaults. The defaults of the first attempt take precedence over the current ones."""
+    resolution, kept = resolve(spec, platform=platform), first.defaults
+    store_differs = any(resolution.defaults.get(path) != kept.get(path) for path in STORE_IDENTITY)
     if store_differs and any(path in kept for path in STORE_IDENTITY):
         storage = {path.partition(".")[2]: value for path, value in kept.items() if path.startswith("storage.")}
         try:
-            found = resolve(spec, platform=replace(platform, storage=StorageRoot.model_validate(storage)))
+            resolution = resolve(spec, platform=replace(platform, storage=StorageRoot.model_validate(storage)))
         except ValidationError as error:
-            logger.warning("the storage that the job started with cannot be read and is not kept: %s", error)
+            logger.warning("the default storage of the job's first attempt cannot be parsed; using the current default: %s", error)
     differing = {
-        path: kept[path] for path, value in found.defaults.items()
+        path: kept[path] for path, value in resolution.defaults.items()
         if path in kept and kept[path] != value and path.partition(".")[0] not in (*CLUSTER_GROUPS, "storage")
     }  # fmt: skip
-    return _with_defaults(found, differing) if differing else found
+    return _with_defaults(resolution, differing) if differing else resolution
 
 
-def _with_defaults(found: Resolution, values: Mapping[str, Any]) -> Resolution:
-    """The same resolution with other defaults at some paths."""
+def _with_defaults(resolution: Resolution, values: Mapping[str, Any]) -> Resolution:
+    """Return the resolution with its defaults replaced by `values`, by path."""
     try:
-        return replace(found, spec=found.spec.with_values(values), defaults={**found.defaults, **values})
+        return replace(resolution, spec=resolution.spec.with_values(values), defaults={**resolution.defaults, **values})
     except ValidationError as error:
-        logger.warning("the defaults that the job started with cannot be used and are not kept: %s", error)
-        return found
+        logger.warning("the defaults of the job's first attempt cannot be used; using the current defaults: %s", error)
+        return resolution
 
 
 def _platform_defaults(config: OperatorConfig, pool: NodePool | None) -> PlatformDefaults:
-    """Defaults from the operator's configuration; the pool's come first."""
+    """Defaults from the operator's configuration. The defaults of the pool take precedence."""
     pool_resources = pool.resources if pool else None
 
     def value(name: str) -> str:
-        found = getattr(pool_resources, name) if pool_resources else None
-        return str(found if found is not None else getattr(config.resources, name))
+        of_pool = getattr(pool_resources, name) if pool_resources else None
+        return str(of_pool if of_pool is not None else getattr(config.resources, name))
 
     return PlatformDefaults(
         storage=config.storage if config.storage.uri else None,

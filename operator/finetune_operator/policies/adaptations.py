@@ -1,12 +1,12 @@
-"""What the next attempt changes after memory ran out or the loss diverged.
+"""Chooses the changes for the next attempt after memory ran out or the loss diverged.
 
-Out of memory: the effective batch stays exactly the same. The micro-batch becomes its largest divisor at or below half, and
-gradient accumulation grows by the same factor, down to the smallest micro-batch that the objective can use. The evaluation batch
-is never larger than the training batch. The last change is to enable activation checkpointing; then the job fails and its message
-names the final values. A change that the rules would refuse is skipped.
+Out of memory: the effective batch never changes. The new micro-batch is the largest divisor of the old one that is at most half of it,
+and gradient accumulation grows by the same factor, until the micro-batch is the smallest one that the objective can use. The
+evaluation batch becomes at most as large as the training batch. The last change enables activation checkpointing. If memory runs out
+again, the job fails with a message that names the final values. A change that violates a rule of the spec is skipped.
 
 Divergence: the first further attempt replays the run unchanged from the newest healthy checkpoint, because a hardware fault does
-not repeat. The next two go back to an earlier healthy checkpoint, each with half the learning rate. Then the job fails.
+not repeat. The next two attempts each start from an earlier healthy checkpoint with half the learning rate. After that, the job fails.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ EVALUATION_BATCH = "evaluation.batchSizePerDevice"
 CHECKPOINTING = "training.gradientCheckpointing"
 RATE = "training.learningRate"
 MAX_STEP = "resume.maxStep"
-"""Step of the newest checkpoint that an attempt may start from. Stored with the adaptations, but not a path of the spec."""
+"""Step of the newest checkpoint that an attempt may start from. Stored with the adaptations, although it is not a field of the spec."""
 FIRST_ATTEMPT = "resume.firstAttempt"
 """Number of the first attempt after the rollback. Checkpoints of this and later attempts are not affected by the rollback."""
 MAX_ACCUMULATION = 65536
@@ -54,7 +54,7 @@ def apply_adaptations(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) 
     try:
         return spec.with_values(_spec_values(adaptations))
     except ValidationError as error:
-        # Only a manual edit of the status can lead here; the job goes on with the spec as written.
+        # Only a manual edit of the status can cause this error. The job continues with the unadapted spec.
         logger.warning("the adaptations in status cannot be applied and are ignored: %s", error)
         return spec
 
@@ -65,17 +65,17 @@ def original_values(spec: FineTuneJobSpec, adaptations: Iterable[Adaptation]) ->
 
 
 def _spec_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
-    """Current value of every adapted path of the spec."""
+    """Newest value of each adapted field of the spec, by path."""
     return {
-        path: found for path, found in adapted_values(adaptations).items() if path not in (MAX_STEP, FIRST_ATTEMPT)
+        path: value for path, value in adapted_values(adaptations).items() if path not in (MAX_STEP, FIRST_ATTEMPT)
     }
 
 
 def adapted_values(adaptations: Iterable[Adaptation]) -> dict[str, Any]:
-    """Current value of every adapted path."""
+    """Newest value of each adapted field and of the rollback fields, by path."""
     result: dict[str, Any] = {}
-    for one in adaptations:
-        result |= one.set or {}
+    for adaptation in adaptations:
+        result |= adaptation.set or {}
     return result
 
 
@@ -87,7 +87,7 @@ def adapt_to_out_of_memory(spec: FineTuneJobSpec, now: datetime) -> Adaptation |
         return AdaptationsExhausted("policy.onOutOfMemory is Fail", "write policy.onOutOfMemory: Adapt, or lower the batch")
     for values in _possible_changes(spec, batch, accumulation):
         if not new_problems(spec, spec.with_values(values)):
-            change = ", ".join(f"{_shown(path)} {spec.value(path)} -> {value}" for path, value in values.items())
+            change = ", ".join(f"{_display_path(path)} {spec.value(path)} -> {value}" for path, value in values.items())
             return Adaptation(time=now, reason=Reason.OUT_OF_MEMORY, change=change, set=values)
     return AdaptationsExhausted(
         f"memory ran out with batchSizePerDevice {batch}, gradientAccumulationSteps {accumulation} and activation "
@@ -100,12 +100,12 @@ def _possible_changes(spec: FineTuneJobSpec, batch: int, accumulation: int) -> I
     """Possible next changes, the most effective first."""
     evaluates = evaluates_during_training(spec) or has_test_set(spec)
     rows = (spec.evaluation.batch_size_per_device or 0) if evaluates else 0
-    smaller = next((part for part in range(batch // 2, min_batch_size_per_device(spec) - 1, -1) if batch % part == 0), 0)
-    more = accumulation * (batch // smaller) if smaller else 0
-    if 0 < more <= MAX_ACCUMULATION:
-        values: dict[str, Any] = {BATCH: smaller, ACCUMULATION: more}
-        if rows > smaller:
-            yield values | {EVALUATION_BATCH: smaller}
+    micro_batch = next((part for part in range(batch // 2, min_batch_size_per_device(spec) - 1, -1) if batch % part == 0), 0)
+    new_accumulation = accumulation * (batch // micro_batch) if micro_batch else 0
+    if 0 < new_accumulation <= MAX_ACCUMULATION:
+        values: dict[str, Any] = {BATCH: micro_batch, ACCUMULATION: new_accumulation}
+        if rows > micro_batch:
+            yield values | {EVALUATION_BATCH: micro_batch}
         yield values
     if rows > batch:
         yield {EVALUATION_BATCH: batch}
@@ -113,8 +113,8 @@ def _possible_changes(spec: FineTuneJobSpec, batch: int, accumulation: int) -> I
         yield {CHECKPOINTING: GradientCheckpointing.ENABLED.value}
 
 
-def _shown(path: str) -> str:
-    """Name of a path in messages: fields of `training` go without their group."""
+def _display_path(path: str) -> str:
+    """Return the field's name for messages: fields of `training` are shown without their group."""
     return path.removeprefix("training.")
 
 
@@ -125,7 +125,7 @@ def adapt_to_divergence(
     """Return the next change after the loss of `attempt` was not finite; `spec` has earlier adaptations applied."""
     if spec.policy.on_divergence is OnDivergence.FAIL:
         return AdaptationsExhausted("policy.onDivergence is Fail", "lower training.learningRate or training.maxGradNorm")
-    earlier = [one for one in adaptations if one.reason == Reason.DIVERGED]
+    earlier = [adaptation for adaptation in adaptations if adaptation.reason == Reason.DIVERGED]
     steps = sorted((c.step for c in checkpoints if c.healthy is not False), reverse=True)
     if not earlier:
         start = f"step {steps[0]}" if steps else "the start"
@@ -136,27 +136,27 @@ def adapt_to_divergence(
             f"at last with learningRate {spec.training.learning_rate:g}",
             "look at the rows around the step named here; lower training.learningRate or training.maxGradNorm",
         )
-    # The newest healthy checkpoint has led into the divergence twice: each rollback goes one checkpoint further back.
-    back = steps[min(len(earlier), len(steps) - 1)] if len(steps) > 1 else 0
+    # The run has diverged twice after the newest healthy checkpoint: each rollback goes one checkpoint further back.
+    rollback_step = steps[min(len(earlier), len(steps) - 1)] if len(steps) > 1 else 0
     rate = spec.training.learning_rate or 0.0
-    slower = rate * RATE_FACTOR
-    change = f"rolled back to {f'step {back}' if back else 'the start'}, learningRate {rate:g} -> {slower:g}"
-    changed = {RATE: slower, MAX_STEP: back, FIRST_ATTEMPT: attempt + 1}
+    lower_rate = rate * RATE_FACTOR
+    change = f"rolled back to {f'step {rollback_step}' if rollback_step else 'the start'}, learningRate {rate:g} -> {lower_rate:g}"
+    changed = {RATE: lower_rate, MAX_STEP: rollback_step, FIRST_ATTEMPT: attempt + 1}
     return Adaptation(time=now, reason=Reason.DIVERGED, change=change, set=changed)
 
 
 def max_start_step(adaptations: Iterable[Adaptation], checkpoints: Iterable[Checkpoint]) -> int | None:
-    """Return the newest step that the next attempt may start from; None: any.
+    """Return the newest step that the next attempt may start from; None: no limit.
 
-    After a rollback the attempts before it must not be continued. Checkpoints that attempts after the rollback committed may be;
-    once these are newer than all others, the limit is no longer needed.
+    After a rollback, an attempt must not continue from later checkpoints of the attempts before the rollback. It may continue from
+    checkpoints of the attempts after the rollback; once these are newer than all others, the limit is no longer needed.
     """
     values = adapted_values(adaptations)
     limit, first_attempt = values.get(MAX_STEP), values.get(FIRST_ATTEMPT)
     if not isinstance(limit, int) or not isinstance(first_attempt, int):
         return limit if isinstance(limit, int) else None
     steps_before, steps_after = [0], [0]
-    for one in checkpoints:
-        is_after = (attempt_of_uri(one.uri) or 0) >= first_attempt
-        (steps_after if is_after else steps_before).append(one.step)
+    for checkpoint in checkpoints:
+        is_after = (attempt_of_uri(checkpoint.uri) or 0) >= first_attempt
+        (steps_after if is_after else steps_before).append(checkpoint.step)
     return None if max(steps_after) > max(steps_before) else max(limit, *steps_after)

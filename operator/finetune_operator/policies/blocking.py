@@ -1,4 +1,4 @@
-"""Finds what keeps the pods of an attempt from running, in the words of the scheduler, the kubelet or admission."""
+"""Finds the reason why the pods of an attempt do not run, from messages of the scheduler, the kubelet and admission."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class BlockingCondition:
 
 
 def blocking_condition_of_pods(pods: Iterable[PodView]) -> BlockingCondition | None:
-    """Return the most important blocking condition that the pods' own status shows; None: they only need time."""
-    found = [one for pod in pods if not pod.is_finished and (one := _blocking_condition_of_pod(pod)) is not None]
+    """Return the most important blocking condition that the pods' own status shows; None: nothing blocks the pods."""
+    conditions = [found for pod in pods if not pod.is_finished and (found := _blocking_condition_of_pod(pod)) is not None]
     order = (Reason.CONFIG_MISSING, Reason.IMAGE_PULL_FAILED, Reason.UNSCHEDULABLE, Reason.PODS_NOT_READY)
-    return min(found, key=lambda one: order.index(one.reason), default=None)
+    return min(conditions, key=lambda condition: order.index(condition.reason), default=None)
 
 
 def _blocking_condition_of_pod(pod: PodView) -> BlockingCondition | None:
@@ -44,7 +44,7 @@ def _blocking_condition_of_pod(pod: PodView) -> BlockingCondition | None:
         return BlockingCondition(Reason.CONFIG_MISSING, detail)
     if pod.terminated is not None and pod.phase == "Running":
         message = (
-            f"the trainer in pod {pod.name} ended with exit code {pod.terminated.exit_code}, and a container beside it still runs: "
+            f"the trainer in pod {pod.name} ended with exit code {pod.terminated.exit_code}, and another container of the pod still runs: "
             "make that container a native sidecar, or disable its injection in placement.annotations"
         )
         return BlockingCondition(Reason.PODS_NOT_READY, message)
@@ -52,7 +52,7 @@ def _blocking_condition_of_pod(pod: PodView) -> BlockingCondition | None:
 
 
 def blocking_condition_of_events(events: Sequence[Object]) -> BlockingCondition | None:
-    """Return what Warning events about a Job or a pod show: pods refused by quota or policy, or a volume that cannot be mounted."""
+    """Return the blocking condition that Warning events show: a quota or policy refuses the pods, or a volume cannot be mounted."""
     newest_first = sorted(events, key=_event_time, reverse=True)
     for event in newest_first:
         reason, note = str(event.get("reason", "")), clean(str(event.get("message") or event.get("note") or ""))
@@ -72,10 +72,10 @@ def _event_time(event: Object) -> str:
 
 
 def is_admission_refusal(message: str) -> bool:
-    """Whether an admission policy or webhook refused the object, so that the object itself may be valid."""
+    """Whether an admission policy or webhook refused the object. The object itself may then be valid."""
     return any(phrase in message for phrase in ADMISSION_PHRASES)
 
 
 def reason_of_refusal(message: str) -> Reason:
-    """Return whether a quota or an admission policy refused, by the API server's message."""
+    """Return from the API server's message whether a quota or an admission policy refused the object."""
     return Reason.QUOTA_EXCEEDED if "quota" in message.lower() else Reason.FORBIDDEN_BY_POLICY

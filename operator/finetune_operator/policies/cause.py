@@ -1,7 +1,7 @@
-"""Finds the cause of an attempt's end. When several pods failed, one of them is the cause and the others are its consequences.
+"""Finds the cause of an attempt's end. If several pods failed, one failure is the cause, and the others are consequences of it.
 
-The failure with the lowest `Precedence` is the cause. Of failures with the same precedence, a rank that failed by itself wins
-over a rank that noticed another's failure, then the earlier failure wins over the later.
+The failure with the lowest `Precedence` is the cause. Among failures of the same precedence, the failure of a
+rank itself comes before the report of a rank that noticed the failure of another rank; then the earliest failure comes first.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from finetune_operator.text import clean
 from finetune_operator.views import JobView, PodView
 
 NODE_LOST = ("DeletionByTaintManager", "DeletionByPodGC")
-"""Reasons of the DisruptionTarget condition that mean that the node is lost."""
+"""Reasons of the DisruptionTarget condition that show a lost node."""
 OOM_KILLED = "OOMKilled"
 EVICTED = "Evicted"
 NO_TIME_NS = 2**63
-"""Sorts a failure without a time after all others."""
+"""Time in nanoseconds that sorts a failure without a time after all others."""
 
 
 def cause_of(job: JobView | None, pods: Iterable[PodView]) -> Cause:
     """Return why the attempt ended, from its pods or, if no pod explains it, from the conditions of its Job."""
-    found = [(cause, pod) for pod in pods if (cause := pod_cause(pod)) is not None]
-    if found:
-        return min(found, key=lambda pair: _order(*pair))[0]
-    return _job_cause(job)
+    failures = [(cause, pod) for pod in pods if (cause := pod_cause(pod)) is not None]
+    if failures:
+        return min(failures, key=lambda pair: _sort_key(*pair))[0]
+    return _cause_from_job(job)
 
 
-def _order(cause: Cause, pod: PodView) -> tuple[int, bool, int, int]:
+def _sort_key(cause: Cause, pod: PodView) -> tuple[int, bool, int, int]:
     message = pod.termination_message
     noticed_peer = message is not None and message.origin is False
     time_ns = message.time_ns if message is not None and message.time_ns else None
@@ -49,20 +49,20 @@ def pod_cause(pod: PodView) -> Cause | None:
     code = pod.terminated.exit_code if pod.terminated else None
     policy = EXIT_POLICIES.get(code) if code is not None else None
     if pod.terminated is not None and pod.terminated.reason == OOM_KILLED:
-        return _out_of_host_memory(pod)
-    # An eviction explains an unclassified crash, a stop or a lost peer; a disruption explains a stop or a lost peer.
+        return _cause_of_memory_limit(pod)
+    # An eviction can cause an unclassified crash, a stop or a lost peer; a disruption can cause a stop or a lost peer.
     if pod.reason == EVICTED and not pod.disruption and (policy is None or policy.precedence >= Precedence.UNKNOWN):
-        return _evicted_for_own_use(pod)
+        return _cause_of_eviction(pod)
     if policy is not None and not (pod.disruption and policy.precedence >= Precedence.PEER):
-        return _exit(pod, policy)
+        return _cause_of_known_exit(pod, policy)
     if pod.disruption:
-        return _disrupted(pod)
+        return _cause_of_disruption(pod)
     if code is not None:
-        return _unknown_exit(pod, code)
-    return _no_container_ended(pod)
+        return _cause_of_unknown_exit(pod, code)
+    return _cause_without_exit_code(pod)
 
 
-def _exit(pod: PodView, policy: ExitPolicy) -> Cause:
+def _cause_of_known_exit(pod: PodView, policy: ExitPolicy) -> Cause:
     reported = pod.termination_message or TerminationMessage()
     failure_class = reported.class_ or policy.failure_class
     message = reported.message or _last_log_line(pod) or f"exit code {policy.code:d}"
@@ -70,61 +70,63 @@ def _exit(pod: PodView, policy: ExitPolicy) -> Cause:
     return Cause(attempt_reason(policy, failure_class), failure, policy.retry, policy.precedence)
 
 
-def _cause(reason: Reason, failure: Failure, end: PodEnd) -> Cause:
+def _cause_with_policy(reason: Reason, failure: Failure, end: PodEnd) -> Cause:
     return Cause(reason, failure, end.value.retry, end.value.precedence)
 
 
-def _out_of_host_memory(pod: PodView) -> Cause:
+def _cause_of_memory_limit(pod: PodView) -> Cause:
     message = "the kernel killed the trainer: the pod's memory limit was reached"
     failure = _failure(pod, FailureClass.OUT_OF_MEMORY, OOM_KILLED, message)
     hint = "raise resources.memory, or lower training.batchSizePerDevice"
-    return _cause(Reason.OUT_OF_MEMORY, failure.model_copy(update={"hint": hint}), PodEnd.OUT_OF_HOST_MEMORY)
+    return _cause_with_policy(Reason.OUT_OF_MEMORY, failure.model_copy(update={"hint": hint}), PodEnd.OUT_OF_HOST_MEMORY)
 
 
-def _evicted_for_own_use(pod: PodView) -> Cause:
-    """The kubelet evicted the pod for its own use of disk or memory; to make room for other pods it sets DisruptionTarget."""
+def _cause_of_eviction(pod: PodView) -> Cause:
+    """The kubelet evicted the pod because it used too much disk or memory. For an eviction in favour of other pods, the kubelet sets
+    the DisruptionTarget condition.
+    """
     failure = _failure(pod, FailureClass.INFRASTRUCTURE, EVICTED, pod.message or "the node evicted the pod")
     hint = "raise resources.ephemeralStorage, or resources.sharedMemory if the message names a volume"
-    return _cause(Reason.PREEMPTED, failure.model_copy(update={"hint": hint}), PodEnd.EXCEEDED_LIMIT)
+    return _cause_with_policy(Reason.PREEMPTED, failure.model_copy(update={"hint": hint}), PodEnd.EXCEEDED_LIMIT)
 
 
-def _disrupted(pod: PodView) -> Cause:
+def _cause_of_disruption(pod: PodView) -> Cause:
     node_lost = pod.disruption in NODE_LOST
     message = pod.disruption_message or ("the node is lost" if node_lost else "the cluster removed the pod")
     failure = _failure(pod, FailureClass.PREEMPTED, pod.disruption, message)
-    return _cause(Reason.NODE_LOST if node_lost else Reason.PREEMPTED, failure, PodEnd.DISRUPTED)
+    return _cause_with_policy(Reason.NODE_LOST if node_lost else Reason.PREEMPTED, failure, PodEnd.DISRUPTED)
 
 
-def _unknown_exit(pod: PodView, code: int) -> Cause:
+def _cause_of_unknown_exit(pod: PodView, code: int) -> Cause:
     if code in (ExitCode.TERMINATED, ExitCode.KILLED) and pod.deletion_timestamp is not None:
         message = "the pod was deleted and did not save in time"
         failure = _failure(pod, FailureClass.PREEMPTED, "PreemptedNotSaved", message)
-        return _cause(Reason.PREEMPTED, failure, PodEnd.DELETED_UNSAVED)
+        return _cause_with_policy(Reason.PREEMPTED, failure, PodEnd.DELETED_UNSAVED)
     reported = pod.termination_message or TerminationMessage()
     failure_class = reported.class_ or FailureClass.INTERNAL
     message = reported.message or _last_log_line(pod) or f"the trainer ended with exit code {code}"
     failure = _failure(pod, failure_class, reported.code or f"ExitCode{code}", message)
-    return _cause(REASON_OF_CLASS[failure_class], failure, PodEnd.UNKNOWN_EXIT)
+    return _cause_with_policy(REASON_OF_CLASS[failure_class], failure, PodEnd.UNKNOWN_EXIT)
 
 
-def _no_container_ended(pod: PodView) -> Cause:
+def _cause_without_exit_code(pod: PodView) -> Cause:
     """The kubelet rejected the pod, an init container failed, or the pod was deleted."""
     if pod.init_failed:
         failure = _failure(pod, FailureClass.INFRASTRUCTURE, "InitContainerFailed", pod.init_failed)
-        return _cause(Reason.PEER_FAILED, failure, PodEnd.NOT_STARTED)
+        return _cause_with_policy(Reason.PEER_FAILED, failure, PodEnd.NOT_STARTED)
     if pod.phase == "Failed":
         message = pod.message or "the node rejected the pod"
         failure = _failure(pod, FailureClass.INFRASTRUCTURE, pod.reason or "PodRejected", message)
-        return _cause(Reason.PEER_FAILED, failure, PodEnd.NOT_STARTED)
+        return _cause_with_policy(Reason.PEER_FAILED, failure, PodEnd.NOT_STARTED)
     failure = _failure(pod, FailureClass.PREEMPTED, "PodDeleted", "the pod was deleted")
-    return _cause(Reason.PREEMPTED, failure, PodEnd.DELETED)
+    return _cause_with_policy(Reason.PREEMPTED, failure, PodEnd.DELETED)
 
 
-def _job_cause(job: JobView | None) -> Cause:
+def _cause_from_job(job: JobView | None) -> Cause:
     code = (job.failed_reason if job else "") or "PodsLost"
-    message = (job.failed_message if job else "") or "the pods were deleted before the operator read how they ended"
+    message = (job.failed_message if job else "") or "the pods were deleted before the operator read their exit codes"
     failure = Failure(class_=FailureClass.INFRASTRUCTURE, code=code, message=clean(message))
-    return _cause(Reason.PEER_FAILED, failure, PodEnd.UNKNOWN)
+    return _cause_with_policy(Reason.PEER_FAILED, failure, PodEnd.UNKNOWN)
 
 
 def _failure(pod: PodView, failure_class: FailureClass, code: str, message: str, hint: str = "") -> Failure:
@@ -142,7 +144,7 @@ def _failure(pod: PodView, failure_class: FailureClass, code: str, message: str,
 
 
 def _last_log_line(pod: PodView) -> str:
-    """The last line of a container that wrote no termination message: the kubelet then keeps the end of the log in its place."""
+    """The last log line of a container without a termination message. The kubelet then stores the end of the log as the message."""
     text = pod.terminated.message if pod.terminated else ""
     lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1] if lines and not text.startswith("{") else ""

@@ -23,26 +23,26 @@ LABEL_VALUE = re.compile(r"([A-Za-z0-9]([-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 
 def choose_pool(spec: FineTuneJobSpec, config: OperatorConfig) -> NodePool | Refused | None:
     """Return the pool that `resources.nodePool` names; without it, the default pool for GPUs; None if no pool applies."""
-    wanted = spec.resources
-    gpus = 1 if wanted.gpus_per_node is None else wanted.gpus_per_node
-    if wanted.node_pool is not None:
-        pool = config.pool(wanted.node_pool)
+    resources = spec.resources
+    gpus = 1 if resources.gpus_per_node is None else resources.gpus_per_node
+    if resources.node_pool is not None:
+        pool = config.pool(resources.node_pool)
         if pool is None:
-            message = f"spec.resources.nodePool is {wanted.node_pool!r}; {_list_pools(config)}"
-            return Refused(Reason.UNKNOWN_NODE_POOL, message, "name one of them", is_final=False)
+            message = f"spec.resources.nodePool is {resources.node_pool!r}; {_list_pools(config)}"
+            return Refused(Reason.UNKNOWN_NODE_POOL, message, "name one of these pools", is_final=False)
     else:
-        pool = _pool_with_resource(config, wanted.gpu_resource) if gpus else None
+        pool = _pool_with_resource(config, resources.gpu_resource) if gpus else None
         if pool is None:
             return None
-    if gpus and wanted.gpu_resource is not None and wanted.gpu_resource != pool.gpu_resource:
-        message = f"spec.resources.gpuResource is {wanted.gpu_resource}, and nodes of pool {pool.name} have {pool.gpu_resource}"
-        hint = "remove gpuResource, or name a pool that has it"
+    if gpus and resources.gpu_resource is not None and resources.gpu_resource != pool.gpu_resource:
+        message = f"spec.resources.gpuResource is {resources.gpu_resource}, and nodes of pool {pool.name} have {pool.gpu_resource}"
+        hint = "remove gpuResource, or name a pool with this resource"
         return Refused(Reason.POOL_LACKS_RESOURCE, f"{message}; {_list_pools(config)}", hint, is_final=False)
     if gpus > pool.gpus_per_node:
         message = f"spec.resources.gpusPerNode is {gpus}, and a node of pool {pool.name} has {pool.gpus_per_node}"
         hint = "ask for fewer, or use more nodes"
         return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_list_pools(config)}", hint, is_final=False)
-    nodes = wanted.nodes or 1
+    nodes = resources.nodes or 1
     if pool.max_nodes is not None and nodes > pool.max_nodes:
         message = f"spec.resources.nodes is {nodes}, and pool {pool.name} has at most {pool.max_nodes} nodes"
         return Refused(Reason.POOL_TOO_SMALL, f"{message}; {_list_pools(config)}", "ask for fewer nodes", is_final=False)
@@ -65,8 +65,8 @@ def _list_pools(config: OperatorConfig) -> str:
 
 def _describe(pool: NodePool) -> str:
     memory = f" of {pool.gpu_memory}" if pool.gpu_memory is not None else ""
-    about = f": {pool.description}" if pool.description else ""
-    return f"{pool.name} ({pool.gpus_per_node} x {pool.gpu_resource}{memory}{about})"
+    description_part = f": {pool.description}" if pool.description else ""
+    return f"{pool.name} ({pool.gpus_per_node} x {pool.gpu_resource}{memory}{description_part})"
 
 
 def placement_problems(spec: FineTuneJobSpec, pool: NodePool | None, config: OperatorConfig) -> Iterator[str]:
@@ -76,7 +76,7 @@ def placement_problems(spec: FineTuneJobSpec, pool: NodePool | None, config: Ope
     for number, toleration in enumerate(placement.tolerations or []):
         for other in pool.tolerations if pool else ():
             if _contradict(toleration, other):
-                given, expected = (one.to_wire() for one in (toleration, other))
+                given, expected = toleration.to_wire(), other.to_wire()
                 yield f"spec.placement.tolerations[{number}] is {given}, and pool {pool.name if pool else ''} sets {expected}"
     yield from _metadata_problems("labels", placement.labels or {}, trainer.labels, RESERVED_LABELS)
     yield from _metadata_problems("annotations", placement.annotations or {}, trainer.annotations, RESERVED_ANNOTATIONS)
@@ -105,12 +105,12 @@ def _metadata_problems(
 
 def _syntax_problems(path: str, key: str, value: str) -> Iterator[str]:
     if not KEY.fullmatch(key):
-        yield f"{path}: {key!r} is no label or annotation key, as in team or example.com/team"
+        yield f"{path}: {key!r} is not a label or annotation key: write a key such as team or example.com/team"
     if not LABEL_VALUE.fullmatch(value):
-        yield f"{path} is {value!r}: a label's value has at most 63 letters, digits, '-', '_' and '.', and begins and ends with a letter or digit"
+        yield f"{path} is {value!r}: write at most 63 letters, digits, '-', '_' and '.', with a letter or digit first and last"
 
 
 def _contradict(given: Toleration, platform: Toleration) -> bool:
-    """Whether both are about the same taint and say different things."""
+    """Whether both match the same taint but differ in other fields."""
     same_effect = given.effect is None or platform.effect is None or given.effect == platform.effect
     return given.key == platform.key and same_effect and given != platform

@@ -1,6 +1,7 @@
 """Finds out whether the user's spec is the reason why the API server rejected the Job of an attempt.
 
-If it is not, the operator's configuration is (wrong chart values), or the API server changed; then the job waits instead of failing.
+If the spec is not the reason, the operator's configuration is wrong (bad chart values) or the API server changed. The job then waits
+instead of failing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 from finetune_operator.objects import Object
 
-ERROR = re.compile(r'(?P<path>(?:spec|metadata)\.[^\s:]+): (?:[A-Z][a-z]+ value|Too long|Forbidden)[^"\[\]{}]{0,3}(?:"(?P<value>[^"]*)")?')
+FIELD_ERROR = re.compile(r'(?P<path>(?:spec|metadata)\.[^\s:]+): (?:[A-Z][a-z]+ value|Too long|Forbidden)[^"\[\]{}]{0,3}(?:"(?P<value>[^"]*)")?')
 """One field error of a 422 answer, as in `spec.template.labels: Invalid value: "a b": ...`."""
 CONTAINER = r"spec\.template\.spec\.containers\[0\]"
 USER_FIELDS = tuple(
@@ -36,22 +37,22 @@ USER_FIELDS = tuple(
         (r"(spec\.template\.)?(metadata\.)?annotations\b", ("placement.annotations",)),
     )
 )
-"""Field of the Job, and the fields of the FineTuneJob's spec that its value comes from."""
+"""Pattern of a field of the Job, and the fields of the FineTuneJob's spec from which its value is built."""
 
 
 def rejected_user_fields(message: str, raw_spec: Object) -> list[str]:
-    """Paths of the user's own values that a 422 answer to the Job's create names; empty if the user caused none of its errors."""
-    found: list[str] = []
-    for error in ERROR.finditer(message):
+    """Return the spec fields, set by the user, that the API server's 422 response to the Job blames; empty if none."""
+    paths: list[str] = []
+    for error in FIELD_ERROR.finditer(message):
         for pattern, fields in USER_FIELDS:
             if pattern.match(error["path"]):
-                found += [f"spec.{field}" for field in fields if _holds(raw_spec, field, error["value"])]
-    return list(dict.fromkeys(found))
+                paths += [f"spec.{field}" for field in fields if _is_set_to(raw_spec, field, error["value"])]
+    return list(dict.fromkeys(paths))
 
 
-def _holds(raw_spec: Object, field: str, value: str | None) -> bool:
+def _is_set_to(raw_spec: Object, field: str, value: str | None) -> bool:
     """Whether the user set this field and, if the error names a value, whether the field contains it."""
-    found: Any = raw_spec
+    set_value: Any = raw_spec
     for name in field.split("."):
-        found = found.get(name) if isinstance(found, dict) else None
-    return found is not None and (value is None or value in json.dumps(found, ensure_ascii=False))
+        set_value = set_value.get(name) if isinstance(set_value, dict) else None
+    return set_value is not None and (value is None or value in json.dumps(set_value, ensure_ascii=False))

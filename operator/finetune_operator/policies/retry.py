@@ -1,7 +1,7 @@
-"""All rules on further attempts: whether a failed attempt is repeated, whether it counts, and how long the job waits before the next.
+"""All retry rules: whether another attempt follows a failed one, whether the failed attempt counts, and the delay before the next.
 
-The policy of each exit code stands in `finetune_api.exits`. This module adds the ends of attempts that have no exit code of ours
-(a pod that was evicted, a Job that this operator terminated), the budget `policy.retries`, and the delays.
+`finetune_api.exits` defines the policy of each exit code of the trainer. This module adds the policies for attempts that end without
+such an exit code (an evicted pod, a Job that the operator terminated), the budget `policy.retries`, and the delays.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from finetune_operator.settings import RetrySettings
 DEFAULT_RETRIES = 3
 """`policy.retries` of a spec without defaults filled in."""
 NO_BACKOFF_REASONS = (Reason.SUSPENDED, Reason.OUT_OF_MEMORY, Reason.DIVERGED)
-"""Reasons of attempts after which the next one starts at once: the user asked for the pause, or the next attempt runs with other values."""
+"""Reasons after which the next attempt starts without delay: the user suspended the job, or the next attempt uses other values."""
 ALWAYS_BACKOFF_REASONS = (Reason.GANG_INCOMPLETE, Reason.TRAINER_TOO_OLD)
-"""Reasons of attempts that do not count and after which even the first further attempt waits."""
+"""Reasons of uncounted attempts after which even the first further attempt is delayed."""
 SHORTEST_BLOCKED_RETRY_SECONDS, LONGEST_BLOCKED_RETRY_SECONDS = 15.0, 300.0
 
 
 class EndPolicy(NamedTuple):
-    """Retry policy and precedence of an attempt's end that has no exit code of ours."""
+    """Retry policy and precedence of the end of an attempt without an exit code of the trainer."""
 
     retry: RetryPolicy
     precedence: Precedence
@@ -43,24 +43,24 @@ class PodEnd(Enum):
     OUT_OF_HOST_MEMORY = EndPolicy(RetryPolicy.ADAPT_MEMORY, Precedence.NUMERIC)
     """The kernel killed the container at its memory limit."""
     EXCEEDED_LIMIT = EndPolicy(RetryPolicy.COUNTED, Precedence.CLUSTER)
-    """The kubelet evicted the pod because the pod itself used too much disk or memory: the next attempt would do the same."""
+    """The kubelet evicted the pod because the pod used too much disk or memory; the next attempt probably does so, too."""
     DISRUPTED = EndPolicy(RetryPolicy.FREE, Precedence.CLUSTER)
-    """The cluster removed the pod: preemption, a drained or lost node."""
+    """The cluster removed the pod because of a preemption, or because its node was drained or lost."""
     DELETED_UNSAVED = EndPolicy(RetryPolicy.FREE, Precedence.STOPPED)
     """The pod was deleted and its container was killed before it had saved."""
     DELETED = EndPolicy(RetryPolicy.FREE, Precedence.STOPPED)
     """The pod was deleted before any container ended."""
     UNKNOWN_EXIT = EndPolicy(RetryPolicy.COUNTED, Precedence.UNKNOWN)
-    """The container ended with an exit code that is not one of ours."""
+    """The container ended with an exit code that the trainer never uses."""
     NOT_STARTED = EndPolicy(RetryPolicy.COUNTED, Precedence.CLUSTER)
     """The kubelet rejected the pod, or an init container failed."""
     UNKNOWN = EndPolicy(RetryPolicy.COUNTED, Precedence.CLUSTER)
-    """No pod is known that explains the end."""
+    """No known pod explains the end of the attempt."""
 
 
 TERMINATION_RETRY: dict[Reason, RetryPolicy] = {
     Reason.STALLED: RetryPolicy.COUNTED,
-    # Reason.PREEMPTED means here: a person or a program deleted the Job. Whoever does that may do it after every attempt.
+    # Here Reason.PREEMPTED means that another client deleted the Job. That client may delete the Job of every attempt.
     Reason.PREEMPTED: RetryPolicy.COUNTED,
 }
 """Retry policy of an attempt whose Job was deleted, by termination reason; all other reasons are FREE."""
@@ -98,11 +98,11 @@ def retry_or_give_up(
     cause: Cause, spec: FineTuneJobSpec, status: FineTuneJobStatus, *, progressed: bool, now: datetime, attempt: int = 1,
     spec_is_readable: bool = True,
 ) -> Retry | GiveUp:  # fmt: skip
-    """Decide what follows after `attempt` failed.
+    """Decide whether another attempt follows after `attempt` failed.
 
-    `spec` is resolved, with earlier adaptations applied. `progressed` says that the attempt committed a newer step than all
-    attempts before it. While the operator cannot read the spec (`spec_is_readable` False) it neither adapts values nor counts
-    attempts: the next attempt waits for a newer operator anyway.
+    `spec` is resolved, with earlier adaptations applied. `progressed`: the attempt committed a newer step than all earlier ones.
+    While the operator cannot read the spec (`spec_is_readable` False), it neither adapts values nor counts attempts: the next
+    attempt must wait for a newer operator in any case.
     """
     match cause.retry:
         case RetryPolicy.NEVER:
@@ -135,7 +135,7 @@ def _counted(cause: Cause, spec: FineTuneJobSpec, retries_used: int, progressed:
 
 
 def deadline_failure(limit_seconds: int) -> Failure:
-    """The failure of a job whose running time is used up."""
+    """The failure of a job that has reached its deadline."""
     return Failure(
         class_=FailureClass.USER, code=Reason.DEADLINE_EXCEEDED, message=f"policy.activeDeadlineSeconds {limit_seconds} passed",
         hint="the newest checkpoint is kept; raise the deadline in a new FineTuneJob that resumes from it",
@@ -145,20 +145,20 @@ def deadline_failure(limit_seconds: int) -> Failure:
 def backoff_seconds(attempts: Sequence[Attempt], settings: RetrySettings, seed: str = "") -> float:
     """Seconds to wait after the last of `attempts` before the next one starts.
 
-    The delay doubles with each attempt in a row that made no progress. The first attempt that the cluster took needs none.
-    After GangIncomplete the delay is random between half and one and a half times its value, so that two gangs that hold nodes
-    from each other do not collide again. `seed` (the job's uid) and the attempt's number determine it.
+    The delay doubles with each attempt in a row without progress. There is no delay after the first attempt that the cluster ended.
+    After GangIncomplete, the delay is multiplied by a random factor from 0.5 to 1.5, so that two gangs that blocked each other do
+    not start at the same time again. The factor depends on `seed` (the job's uid) and the attempt's number.
     """
-    fruitless = 0
+    attempts_without_progress = 0
     for attempt in reversed(attempts):
         if attempt.reason in NO_BACKOFF_REASONS or _progressed(attempt):
             break
-        fruitless += 1
-    if fruitless and not attempts[-1].counted and attempts[-1].reason not in ALWAYS_BACKOFF_REASONS:
-        fruitless -= 1
-    if not fruitless:
+        attempts_without_progress += 1
+    if attempts_without_progress and not attempts[-1].counted and attempts[-1].reason not in ALWAYS_BACKOFF_REASONS:
+        attempts_without_progress -= 1
+    if not attempts_without_progress:
         return 0.0
-    delay: float = min(settings.base_seconds * 2 ** min(fruitless - 1, 20), settings.max_seconds)
+    delay: float = min(settings.base_seconds * 2 ** min(attempts_without_progress - 1, 20), settings.max_seconds)
     if attempts[-1].reason == Reason.GANG_INCOMPLETE:
         delay *= random.Random(f"{seed}/{attempts[-1].number}").uniform(0.5, 1.5)  # noqa: S311 -- spreads retries, no secret
     return delay
@@ -169,5 +169,5 @@ def _progressed(attempt: Attempt) -> bool:
 
 
 def blocked_retry_seconds(blocked_seconds: float) -> float:
-    """Seconds until a refused create is tried again, for a job that has been blocked for `blocked_seconds`."""
+    """Seconds until the operator repeats a refused create for a job that has been blocked for `blocked_seconds`."""
     return min(max(blocked_seconds / 2, SHORTEST_BLOCKED_RETRY_SECONDS), LONGEST_BLOCKED_RETRY_SECONDS)

@@ -1,4 +1,4 @@
-"""The hash of a spec's immutable fields. It shows that a CRD of an older version has removed fields, which no rule of the API prevents."""
+"""The hash of a spec's immutable fields. A changed hash shows that an older CRD has removed fields; no rule of the API prevents that."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MUTABLE_FIELDS = (
 
 
 def spec_sha256(raw: Mapping[str, Any]) -> str:
-    """Hash of the fields of a spec that may not change after creation. Empty groups do not count: the CRD may add them."""
+    """Hash of a spec's immutable fields. Empty groups are ignored, because the CRD may add them."""
     text = json.dumps(_immutable_fields(raw, ""), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -24,4 +24,4 @@ def _immutable_fields(value: Any, path: str) -> Any:
         return value
     children = {name: (f"{path}.{name}" if path else name) for name in value}
     kept = {name: _immutable_fields(value[name], child) for name, child in children.items() if child not in MUTABLE_FIELDS}
-    return {name: found for name, found in kept.items() if found != {}}
+    return {name: child for name, child in kept.items() if child != {}}

@@ -1,4 +1,4 @@
-"""Time limits. All are computed from times that the API server wrote, so they survive restarts of the operator and a wrong local clock."""
+"""Time limits. All are computed from times that the API server wrote, so restarts of the operator and a wrong local clock do not affect them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from finetune_operator.views import PodView
 SHORTEST_STALL_SECONDS = 600.0
 """Shortest stall timeout that is derived from a run's step time."""
 STALL_STEPS = 20
-"""Stall timeout in median step times."""
+"""Default stall timeout as a multiple of the median step time."""
 REPORT_VALID_SECONDS = 120.0
 """Age up to which a progress report describes the pod; when it is older, only the pod's readiness counts."""
 LONGEST_WAKE = timedelta(hours=1)
-"""Longest time between two reconciles of a job that waits for a time limit; protects against a clock that jumped."""
+"""Longest time between two reconciles of a job that waits for a time limit; limits the effect of a clock jump."""
 
 
 def seconds_between(start: datetime | None, end: datetime) -> float:
@@ -53,12 +53,12 @@ def stall_message(
     spec: FineTuneJobSpec, report: ProgressReport | None, reported_at: datetime | None, pods: Sequence[PodView], now: datetime,
     unready_since: datetime | None = None,
 ) -> str:  # fmt: skip
-    """Return why the run counts as stalled, as a sentence; empty if it does not.
+    """Return why the run counts as stalled, as a sentence; empty: it is not stalled.
 
-    There are two kinds of stall. A pod that answers reports that training has had no heartbeat for too long; only the training
-    stage counts, because downloads have no steps. Or the pods have not answered for too long and their readiness probes fail as
-    well: without the second condition a network policy between operator and pods would end a healthy run. A pod that is being
-    deleted is not stalled; `pods_of_lost_nodes` handles it.
+    There are two kinds of stall. In the first, the pod reports that training has had no heartbeat for too long. Only the training
+    stage counts, because downloads have no steps. In the second, the pods have not answered for too long and their readiness probes
+    fail as well. Without the failed probes, a network policy between operator and pods would end a healthy run. A pod that is being
+    deleted does not count as stalled; `pods_of_lost_nodes` handles it.
 
     `reported_at` is the time of the last report. After a restart of the operator `report` is None and `reported_at` comes from
     the status. `unready_since` is the transition time of PodsReady.
@@ -67,13 +67,13 @@ def stall_message(
         return ""
     limit = stall_limit_seconds(spec, report)
     report_age = seconds_between(reported_at, now)
-    quiet = _seconds_without_heartbeat(report) if report is not None and report.stage is Stage.TRAINING else None
-    if quiet is not None and report_age < min(limit, REPORT_VALID_SECONDS) and quiet + report_age > limit:
-        return f"no step for {quiet + report_age:.0f} s, the limit is {limit:.0f} s"
+    seconds_without_heartbeat = _seconds_without_heartbeat(report) if report is not None and report.stage is Stage.TRAINING else None
+    if seconds_without_heartbeat is not None and report_age < min(limit, REPORT_VALID_SECONDS) and seconds_without_heartbeat + report_age > limit:
+        return f"no step for {seconds_without_heartbeat + report_age:.0f} s, the limit is {limit:.0f} s"
     running = [pod for pod in pods if not pod.is_finished]
-    silent = seconds_between(max(reported_at, unready_since) if unready_since else reported_at, now)
-    if silent > limit and running and not any(pod.is_ready or pod.deletion_timestamp for pod in running):
-        return f"the pods have not answered for {silent:.0f} s and are not ready, the limit is {limit:.0f} s"
+    seconds_without_answer = seconds_between(max(reported_at, unready_since) if unready_since else reported_at, now)
+    if seconds_without_answer > limit and running and not any(pod.is_ready or pod.deletion_timestamp for pod in running):
+        return f"the pods have not answered for {seconds_without_answer:.0f} s and are not ready, the limit is {limit:.0f} s"
     return ""
 
 
@@ -84,7 +84,7 @@ def _seconds_without_heartbeat(report: ProgressReport) -> float | None:
 
 
 def pods_of_lost_nodes(pods: Sequence[PodView], margin_seconds: float, now: datetime) -> list[PodView]:
-    """Pods that still exist `margin_seconds` after their deletion grace period: their node does not answer."""
+    """Pods that still exist `margin_seconds` after their deletion grace period, because their node does not answer."""
     return [
         pod for pod in pods
         if not pod.is_deleted and pod.deletion_timestamp and seconds_between(pod.deletion_timestamp, now) > margin_seconds

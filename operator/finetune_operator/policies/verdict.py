@@ -1,4 +1,4 @@
-"""The two verdicts on a spec."""
+"""The two verdicts on a spec: accepted and refused."""
 
 from __future__ import annotations
 
@@ -33,6 +33,6 @@ class Refused:
     message: str
     hint: str = ""
     is_final: bool = True
-    """Whether only another spec can help. If not, the job waits and the spec is checked again."""
+    """Whether the job fails. If False, the job waits and the operator checks the spec again."""
     spec: FineTuneJobSpec | None = None
-    """The spec as far as it can be read, with defaults: an attempt that already runs goes on with it."""
+    """The readable part of the spec, with defaults. An attempt that already runs continues with it."""

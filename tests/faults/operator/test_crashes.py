@@ -178,7 +178,7 @@ def test_unobserved_end_of_an_attempt_is_reported_as_such(rig: Rig) -> None:
     body = rig.wait_attempt(2)
     first = body["status"]["attempts"][0]
     assert first["endTime"]
-    assert "before the operator read how they ended" in first["message"]
+    assert "before the operator read their exit codes" in first["message"]
     assert body["status"]["retriesUsed"] == 1
     rig.wait_event(Reason.RETRYING)
 

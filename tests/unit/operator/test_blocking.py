@@ -70,7 +70,7 @@ def test_warning_events_show_the_blocking_condition(reason: str, note: str, foun
 def test_injected_container_that_keeps_the_pod_running_is_named() -> None:
     found = blocking_condition_of_pods([seen("Running", {"terminated": {"exitCode": 0}}, beside=RUNS)])
     assert found is not None
-    assert "ended with exit code 0, and a container beside it still runs" in found.message
+    assert "ended with exit code 0, and another container of the pod still runs" in found.message
     assert blocking_condition_of_pods([seen("Running", RUNS, beside=RUNS)]) is None
 
 

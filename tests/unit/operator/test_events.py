@@ -7,7 +7,7 @@ from typing import Any
 from finetune_api.names import Reason
 from finetune_api.status import FineTuneJobStatus
 from finetune_operator.decide import decide
-from finetune_operator.events import MAX_NOTE, Note, build_event, transitions
+from finetune_operator.events import MAX_NOTE_CHARACTERS, EventDraft, build_event, transitions
 from finetune_operator.plan import ActionResult
 from finetune_operator.report import report as compute
 
@@ -56,8 +56,8 @@ def test_events_of_a_retry() -> None:
 
 def test_event_name_depends_on_its_text() -> None:
     def name(text: str) -> str:
-        event = build_event(finetunejob(), Note(Reason.STALLED, text), "x", at(0))
-        assert len(event["note"]) <= MAX_NOTE
+        event = build_event(finetunejob(), EventDraft(Reason.STALLED, text), "x", at(0))
+        assert len(event["note"]) <= MAX_NOTE_CHARACTERS
         return str(event["metadata"]["name"])
 
     assert name("a") == name("a")

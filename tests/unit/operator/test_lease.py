@@ -276,7 +276,7 @@ def test_lease_is_renewed_during_a_long_first_resync() -> None:
             first.ensure_leading()
             events.append(f"work from {now():.0f} s")
 
-        parts = [asyncio.create_task(part) for part in Leadership(first, resync, start_work).parts().values()]
+        parts = [asyncio.create_task(part) for part in Leadership(first, resync, start_work).coroutines().values()]
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(60):
                 await asyncio.gather(*parts)
@@ -289,7 +289,7 @@ def test_resync_ends_when_the_lease_is_lost() -> None:
     async def scenario() -> float:
         server = Server()
         first = elector(server, "first")
-        parts = Leadership(first, lambda: asyncio.sleep(1000), lambda: None).parts()
+        parts = Leadership(first, lambda: asyncio.sleep(1000), lambda: None).coroutines()
         tasks = [asyncio.create_task(part) for part in parts.values()]
         await asyncio.sleep(1)
         server.is_down = True
@@ -311,7 +311,7 @@ def test_without_leader_election_work_starts_at_once() -> None:
             events.append("resync")
 
         tasks = [
-            asyncio.create_task(p) for p in Leadership(None, resync, lambda: events.append("work")).parts().values()
+            asyncio.create_task(p) for p in Leadership(None, resync, lambda: events.append("work")).coroutines().values()
         ]
         await asyncio.sleep(1)
         assert not any(task.done() for task in tasks)
