@@ -1,4 +1,4 @@
-"""Checks manifests of FineTuneJobs offline, by the schema and by every rule of the API server and the operator."""
+"""Checks manifests of FineTuneJobs offline: the schema, and every rule of the API server and the operator."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from finetune_cli.suggestions import closest_name, suggest_field
 
 @dataclass(frozen=True)
 class Finding:
-    """One problem of a manifest. `is_error` is false for a warning, which only `validate --strict` refuses."""
+    """One problem of a manifest. If `is_error` is false, it is a warning, and only `validate --strict` refuses the manifest."""
 
     mistake: Mistake
     code: str
@@ -46,7 +46,7 @@ def warnings_of(findings: list[Finding]) -> list[Mistake]:
 def check_manifest(
     manifest: Manifest, target: ExecutionTarget = ExecutionTarget.CLUSTER
 ) -> tuple[FineTuneJobSpec | None, list[Finding]]:
-    """Return the spec, if it can be read, and every problem of the manifest."""
+    """Return the spec (None if it cannot be read) and every problem of the manifest."""
     findings = list(_check_metadata(manifest))
     raw = manifest.value.get("spec")
     if not isinstance(raw, dict):
@@ -82,7 +82,7 @@ def check_manifest(
             _finding(manifest, warning.path, warning.message, warning.hint, warning.code, is_error=False)
             for warning in warnings(spec)
         ]
-    findings += _secrets(manifest, raw)
+    findings += _find_secrets(manifest, raw)
     return spec, findings
 
 
@@ -91,7 +91,7 @@ def _finding(manifest: Manifest, path: str, message: str, hint: str, code: str, 
 
 
 def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
-    """Return a copy without nulls, which the API server removes."""
+    """Return a copy without null values, because the API server removes them."""
     return {
         key: without_nulls(inner) if isinstance(inner, dict) else inner
         for key, inner in value.items()
@@ -100,7 +100,10 @@ def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
 
 
 def _concerns_unsupported(problem: Problem, unsupported: list[Problem]) -> bool:
-    """Return whether a problem only concerns an unsupported field. Its hint would contradict the hint to remove that field."""
+    """Return whether a problem is about an unsupported field.
+
+    Such a problem is not reported: its hint would contradict the hint to remove the field.
+    """
     paths = [field.path for field in unsupported]
     return any(is_within(problem.path, path) for path in paths) or (
         "tracking.reportTo" in paths and is_within(problem.path, "tracking")
@@ -108,17 +111,17 @@ def _concerns_unsupported(problem: Problem, unsupported: list[Problem]) -> bool:
 
 
 def _is_local_path(raw: dict[str, Any], path: str) -> bool:
-    """Return whether a field holds a path of the user's machine, which `run --local` accepts."""
+    """Return whether a field holds a path on the user's machine. `run --local` accepts such paths."""
     value = get_value(raw, path)
     return isinstance(value, str) and (value.startswith(("file://", ".", "/", "~")) or is_data_file_name(value))
 
 
-def _secrets(manifest: Manifest, raw: dict[str, Any], path: str = "spec") -> Iterator[Finding]:
-    """Warn about strings that look like secrets: everyone who may read the job can read them."""
+def _find_secrets(manifest: Manifest, raw: dict[str, Any], path: str = "spec") -> Iterator[Finding]:
+    """Yield a warning for each string that looks like a secret, because everyone who may read the job can see the string."""
     for key, inner in raw.items():
         field_path = f"{path}.{key}"
         if isinstance(inner, dict):
-            yield from _secrets(manifest, inner, field_path)
+            yield from _find_secrets(manifest, inner, field_path)
         elif contains_secret(inner):
             message = "this looks like a token or password, and everyone who may read the job can see it"
             hint = "store it in a Secret and refer to that Secret"
@@ -174,7 +177,7 @@ def _unknown_key(manifest: Manifest, key: str, known: tuple[str, ...], prefix: s
 
 
 def _unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[Finding]:
-    """Find numbers and booleans in labels, annotations and the namespace, where the API server accepts only strings."""
+    """Yield an error for each number or boolean in labels, annotations and namespace. The API server accepts only strings there."""
     values: list[tuple[str, Any]] = [("namespace", metadata.get("namespace"))]
     for group in ("labels", "annotations"):
         inner = metadata.get(group)
@@ -190,22 +193,22 @@ def _unquoted_values(manifest: Manifest, metadata: dict[str, Any]) -> Iterator[F
 
 
 def _unknown_fields(manifest: Manifest, raw: dict[str, Any]) -> Iterator[Finding]:
-    """Find fields that the schema does not have, each with the closest field that it has."""
+    """Yield an error for each field that the schema does not have, with the most similar field of the schema as the hint."""
     known = {field.path: field.is_group or field.kind.startswith("list of group") for field in fields()}
     maps = {field.path for field in fields() if field.kind.startswith("map of")}
-    yield from _unknown_below(manifest, raw, "spec", "spec", known, maps)
+    yield from _unknown_fields_below(manifest, raw, "spec", "spec", known, maps)
 
 
-def _unknown_below(
+def _unknown_fields_below(
     manifest: Manifest, value: dict[str, Any], path: str, pattern: str, known: dict[str, bool], maps: set[str]
 ) -> Iterator[Finding]:
-    """`path` holds the indexes of list items, which `pattern` replaces by `[]`."""
+    """Check the fields of one group. `path` contains list indexes (`rewards[0]`); `pattern` has `[]` instead."""
     for key, inner in value.items():
         field_path, field_pattern = f"{path}.{key}", f"{pattern}.{key}"
         if "." in key:
             message = "a key with dots does not select a nested field"
             yield Finding(
-                Mistake(manifest.location(field_path), field_path, message, f"write {_nested(key, inner)}"),
+                Mistake(manifest.location(field_path), field_path, message, f"write {_nested_yaml(key, inner)}"),
                 "UnknownField",
             )
         elif field_pattern not in known:
@@ -216,15 +219,17 @@ def _unknown_below(
         elif field_pattern in maps:
             continue
         elif isinstance(inner, dict) and known[field_pattern]:
-            yield from _unknown_below(manifest, inner, field_path, field_pattern, known, maps)
+            yield from _unknown_fields_below(manifest, inner, field_path, field_pattern, known, maps)
         elif isinstance(inner, list):
             for i, item in enumerate(inner):
                 if isinstance(item, dict):
-                    yield from _unknown_below(manifest, item, f"{field_path}[{i}]", f"{field_pattern}[]", known, maps)
+                    yield from _unknown_fields_below(
+                        manifest, item, f"{field_path}[{i}]", f"{field_pattern}[]", known, maps
+                    )
 
 
-def _nested(key: str, value: Any) -> str:
-    """Return a dotted key with its value in the nested form of YAML: `training: {learningRate: 0.5}`."""
+def _nested_yaml(key: str, value: Any) -> str:
+    """Return a dotted key and its value as nested YAML: `training: {learningRate: 0.5}`."""
     *groups, last = key.split(".")
     text = f"{last}: {json.dumps(value) if isinstance(value, str | int | float | bool | None) else '...'}"
     for group in reversed(groups):
@@ -233,7 +238,7 @@ def _nested(key: str, value: Any) -> str:
 
 
 def _field_hint(path: str, known: dict[str, bool]) -> str:
-    """Suggest what to write instead of an unknown field; for a group with an example of its fields."""
+    """Suggest a field to write instead of an unknown one. If the suggestion is a group, add an example of its fields."""
     closest = suggest_field(path, known)
     if not closest:
         return "`finetune explain` lists all fields"
@@ -242,7 +247,10 @@ def _field_hint(path: str, known: dict[str, bool]) -> str:
 
 
 def _load_spec(raw: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[FieldError]]:
-    """Read the spec with its models. Refused values are returned as errors and removed, so that the rules can check the rest."""
+    """Validate the spec with the pydantic models. Return the spec and an error for each invalid value.
+
+    Invalid values are removed, so that the rules can check all other fields.
+    """
     errors: list[FieldError] = []
     value = raw
     for _ in range(3):
@@ -250,12 +258,12 @@ def _load_spec(raw: dict[str, Any]) -> tuple[FineTuneJobSpec | None, list[FieldE
             return load_spec(value), errors
         except ValidationError as error:
             errors += list(field_errors(error, errors))
-            value = _without(value, list(locations_to_remove(error)))
+            value = _remove_locations(value, list(locations_to_remove(error)))
     return None, errors
 
 
-def _without(value: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
-    """Return a copy without some fields. A list with a refused item is removed as a whole."""
+def _remove_locations(value: dict[str, Any], locations: list[tuple[Any, ...]]) -> dict[str, Any]:
+    """Return a copy without the fields at these locations. A list with an invalid item is removed as a whole."""
     result = copy.deepcopy(value)
     for location in locations:
         group: Any = result

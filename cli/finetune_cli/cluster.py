@@ -1,4 +1,4 @@
-"""Client of the API server: plain dicts, kubectl's configuration, and failures as one sentence."""
+"""Client of the API server. Objects are plain dicts, the configuration is kubectl's, and each failure is one sentence."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ClusterError(CommandError):
 
 @dataclass(frozen=True)
 class Cluster:
-    """A connection to an API server, and the namespace that commands act in."""
+    """A connection to an API server, and the namespace in which commands act."""
 
     client: Any
     namespace: str
@@ -148,7 +148,7 @@ class Cluster:
             "*/*",
             None if follow else CALL_TIMEOUT_SECONDS,
         )
-        yield from _lines(response)
+        yield from _read_lines(response)
 
     def version(self) -> str:
         """Return the version of the API server."""
@@ -174,7 +174,7 @@ class Cluster:
 
     def _watch(self, path: str, query: dict[str, str], seconds: float) -> Iterator[Object]:
         response = self._send("GET", path, query, None, "", "application/json", seconds)
-        for line in _lines(response):
+        for line in _read_lines(response):
             if line.strip():
                 yield json.loads(line)
 
@@ -211,7 +211,7 @@ class Cluster:
     def _response_error(self, body: bytes, status: int, path: str) -> ClusterError:
         """Return the error for a failed response.
 
-        If the server does not know the kind, the code is 0 and not 404, so that no caller takes the job for deleted.
+        If the CRD is not installed, the code is 0 instead of 404. Otherwise callers would treat the job as deleted.
         """
         host = self.client.configuration.host
         try:
@@ -242,7 +242,7 @@ class Cluster:
         return f"{JOBS}/{PLURAL}" if all_namespaces else f"{JOBS}/{self._namespaced(PLURAL)}"
 
     def _namespaced(self, plural: str, name: str | None = None, namespace: str | None = None) -> str:
-        """Return the path of a collection or of one object. Names are quoted, so that `../x` cannot leave the collection."""
+        """Return the URL path of a collection or of one object. Names are quoted, so that a name like `../x` stays in the collection."""
         path = f"namespaces/{quote(namespace or self.namespace, safe='')}/{plural}"
         return path if name is None else f"{path}/{quote(name, safe='')}"
 
@@ -257,7 +257,10 @@ class Cluster:
 
 
 def connect(namespace: str | None, context: str | None, kubeconfig: Path | None) -> Cluster:
-    """Connect as kubectl does: --kubeconfig, KUBECONFIG, ~/.kube/config, or inside a pod its ServiceAccount. Raises ClusterError."""
+    """Connect as kubectl does: with --kubeconfig, KUBECONFIG or ~/.kube/config; inside a pod, with its ServiceAccount.
+
+    Raises ClusterError.
+    """
     from kubernetes import client, config
 
     if namespace is not None and not NAMESPACE_NAME.match(namespace):
@@ -293,7 +296,7 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
         except OSError as error:
             raise ClusterError(f"{error.filename or path or 'the kubeconfig'}: {error.strerror}") from None
         except Exception as error:
-            # The library passes on whatever its parsers raise. The exception's text may quote credentials of the file.
+            # The library does not wrap the exceptions of its parsers. Their text is left out: it may quote credentials of the file.
             raise ClusterError(
                 f"{path or '~/.kube/config'} is not a valid kubeconfig ({type(error).__name__})"
             ) from None
@@ -306,7 +309,7 @@ def _load_kubeconfig(configuration: Any, context: str | None, path: str | None) 
 
 @contextlib.contextmanager
 def _captured_log_errors() -> Iterator[list[str]]:
-    """Collect logged errors: the library only logs that a credential plugin failed."""
+    """Collect logged errors, because the library only logs the failure of a credential plugin."""
     lines: list[str] = []
 
     class Listener(logging.Handler):
@@ -325,12 +328,12 @@ POD_NAMESPACE_FILE = "/var/run/secrets/kubernetes.io/serviceaccount/namespace"
 
 
 def last_reason(error: Exception) -> str:
-    """Return the innermost reason from the text of a chain of network errors."""
+    """Return the innermost reason in the text of a chain of network errors."""
     text = str(error)
     return text.rpartition(": ")[2].strip("()<> '\"") or type(error).__name__
 
 
-def _lines(response: Any) -> Iterator[str]:
+def _read_lines(response: Any) -> Iterator[str]:
     import urllib3
 
     unfinished = b""
@@ -348,7 +351,7 @@ def _lines(response: Any) -> Iterator[str]:
 
 
 def parse_job_name(name: str) -> str:
-    """Return the name of a job from `NAME` or `KIND/NAME`, which `get -o name` prints. Raises ClusterError."""
+    """Return the name of a job from `NAME` or `KIND/NAME` (as printed by `get -o name`). Raises ClusterError."""
     kind, slash, job_name = name.rpartition("/")
     if not job_name or (slash and kind.lower().partition(".")[0] not in KIND_NAMES):
         raise ClusterError(f"{name!r} is not the name of a {KIND}; write NAME, or {KIND.lower()}/NAME")
@@ -356,7 +359,7 @@ def parse_job_name(name: str) -> str:
 
 
 def attempt_of(pod: Object) -> int:
-    """Return the attempt of a pod; 0 if it has no such label."""
+    """Return the attempt number of a pod from its label; 0 without the label."""
     return int((pod["metadata"].get("labels") or {}).get(Label.ATTEMPT, 0))
 
 

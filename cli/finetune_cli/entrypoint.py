@@ -1,4 +1,4 @@
-"""Console entry points. This module imports nothing heavy, so that Ctrl-C during the imports also ends the program without a traceback."""
+"""Console entry points. All slow imports happen inside `_run`, so that Ctrl-C during them prints no traceback."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 import sys
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells use it (128 + SIGINT)."""
+"""Exit code after Ctrl-C: 128 + SIGINT, as in shells."""
 
 
 def main() -> None:

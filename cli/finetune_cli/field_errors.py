@@ -1,4 +1,4 @@
-"""Turns validation errors of the API's models into errors about fields."""
+"""Converts validation errors of the API's pydantic models into errors about fields of a manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 @dataclass(frozen=True)
 class FieldError:
-    """A field whose value its model refuses. `path` is relative to spec. `is_unknown`: there is no such field."""
+    """An invalid field. `path` is relative to spec. `is_unknown`: the schema has no such field."""
 
     path: str
     message: str
@@ -25,12 +25,15 @@ class FieldError:
 
 
 def is_within(path: str, group: str) -> bool:
-    """Return whether a path is a group, one of its fields, or a field of one of its items."""
+    """Return whether `path` equals `group`, or is a field or list item inside the group."""
     return path == group or path.startswith((f"{group}.", f"{group}["))
 
 
 def field_errors(error: ValidationError, known: Iterable[FieldError] = ()) -> Iterator[FieldError]:
-    """Yield every error of a model. A missing field that was removed because of a `known` error is skipped."""
+    """Yield every error of a model.
+
+    After a `known` error its value was removed; the missing field that results is not reported again.
+    """
     earlier = list(known)
     for details in error.errors():
         path = path_of(details["loc"])
@@ -42,7 +45,7 @@ def field_errors(error: ValidationError, known: Iterable[FieldError] = ()) -> It
 
 
 def locations_to_remove(error: ValidationError) -> Iterator[tuple[Any, ...]]:
-    """Yield the values to remove so that the rest can be read: refused values, and groups that miss a required field."""
+    """Yield the locations to remove so that the spec validates: invalid values, and groups without a required field."""
     for details in error.errors():
         location = details["loc"][:-1] if details["type"] == "missing" else details["loc"]
         if location:
@@ -70,7 +73,7 @@ def _message(details: Any) -> str:
 
 
 def _hint(details: Any, path: str) -> str:
-    """Return an example where the message alone does not say what to write."""
+    """Return an example of a valid value if the message alone does not say what to write."""
     if details["type"] in ("missing", "string_too_short", "string_pattern_mismatch", "list_type"):
         example = example_of(path)
         return f"for example {path.rpartition('.')[2]}: {example}" if example else ""
@@ -82,7 +85,7 @@ def _hint(details: Any, path: str) -> str:
 
 
 def _seconds(value: Any) -> int | None:
-    """Return the seconds that a duration such as `1h`, `30m` or `1h30m` means; None if it is not one."""
+    """Convert a duration such as `1h`, `30m` or `1h30m` to seconds; None for any other value."""
     if not isinstance(value, str) or not re.fullmatch(r"(\d+[smhd])+", value):
         return None
     return sum(int(number) * SECONDS[unit] for number, unit in re.findall(r"(\d+)([smhd])", value))

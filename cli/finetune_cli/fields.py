@@ -1,4 +1,4 @@
-"""The fields of a FineTuneJob, read from the schema of the CRD: which exist, their types, and how to set one in a spec."""
+"""The fields of a FineTuneJob with their types, read from the CRD's schema, and functions that get and set values in a spec."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Field:
 def fields() -> tuple[Field, ...]:
     """Return every field of spec and status; a group comes before its fields."""
     root = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
-    return tuple(field for name in ("spec", "status") for field in _fields(name, root[name]))
+    return tuple(field for name in ("spec", "status") for field in _fields_below(name, root[name]))
 
 
 @functools.cache
@@ -38,13 +38,13 @@ def fields_by_path() -> dict[str, Field]:
     return {field.path: field for field in fields()}
 
 
-def _fields(path: str, schema: dict[str, Any]) -> Iterator[Field]:
+def _fields_below(path: str, schema: dict[str, Any]) -> Iterator[Field]:
     is_group = bool(schema.get("properties"))
     enum_values = tuple(str(value) for value in schema.get("enum") or schema.get("items", {}).get("enum") or ())
     yield Field(path, kind_of(schema), str(schema.get("description", "")), is_group, enum_values)
     inner, suffix = (schema["items"], "[]") if schema.get("type") == "array" else (schema, "")
     for name, value in (inner.get("properties") or {}).items():
-        yield from _fields(f"{path}{suffix}.{name}", value)
+        yield from _fields_below(f"{path}{suffix}.{name}", value)
 
 
 def kind_of(schema: dict[str, Any]) -> str:
@@ -66,7 +66,7 @@ def kind_of(schema: dict[str, Any]) -> str:
 
 
 def example_of(path: str) -> str:
-    """Return the example in the description of a field below spec; an empty string if there is none."""
+    """Return the example in the description of a field below spec; an empty string without an example."""
     field = fields_by_path().get(re.sub(r"\[\d+\]", "[]", f"spec.{path}"))
     match = re.search(r"Example: `(.*)`", field.description) if field else None
     return match.group(1) if match else ""
@@ -85,7 +85,7 @@ def group_example(path: str) -> str:
     inner = [item.path.removeprefix(prefix) for item in fields() if item.path.startswith(prefix)]
     examples = [(name, example_of(f"{path}.{name}")) for name in inner if "." not in name]
     pairs = [f"{name}: {example}" for name, example in examples if example]
-    # One field of a group is enough, but an item of a list and a reference need their required fields, which come first.
+    # One field of a group is enough. List items and references need all required fields; these come first in the schema.
     shown_pairs = pairs if path.endswith("Ref") else pairs[: 2 if pattern.endswith("[]") else 1]
     name = "" if pattern.endswith("[]") else f"{path.rpartition('.')[2]}: "
     return f"{name}{{{', '.join(shown_pairs)}}}" if shown_pairs else ""
@@ -95,7 +95,7 @@ def group_example(path: str) -> str:
 
 
 def get_value(spec: dict[str, Any], path: str) -> Any:
-    """Return the value at a dotted path of a nested spec; None if there is none."""
+    """Return the value at a dotted path of a nested spec; None if the path does not exist."""
     value: Any = spec
     for name in path.split("."):
         value = value.get(name) if isinstance(value, dict) else None

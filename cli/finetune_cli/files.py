@@ -1,4 +1,4 @@
-"""Reads and writes the files that the user names. Every failure is reported in one sentence. `-` is standard input, as in kubectl."""
+"""Reads and writes files named by the user. Every failure is one sentence. As in kubectl, `-` is standard input."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from finetune_cli.output import CommandError
 
 STDIN = "-"
 MAX_BYTES = 4 << 20
-"""Larger than any manifest that an API server accepts and than any configuration file. Data files may be larger."""
+"""Maximum size of a file. No API server accepts a larger manifest. JSONL data files may be larger."""
 DATA_SUFFIX = ".jsonl"
 
 
 class UnreadableFile(CommandError):
-    """A file that cannot be read, or does not hold what is expected."""
+    """A file that cannot be read, or whose content is invalid."""
 
     def __init__(self, mistake: Mistake):
         super().__init__(str(mistake))
@@ -51,7 +51,7 @@ def read_text(path: Path) -> str:
 
 
 def _read_bytes(path: Path) -> bytes:
-    """Read a data file whole, and any other file only until it is known to be too large."""
+    """Read a whole data file. Of other files, read at most one byte more than the maximum, to detect files that are too large."""
     if str(path) == STDIN:
         return sys.stdin.buffer.read(MAX_BYTES + 1)
     with path.open("rb") as file:

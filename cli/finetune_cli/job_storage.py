@@ -1,6 +1,6 @@
-"""Checkpoints and models of a job in storage: lists, verifies, downloads and deletes them from the user's machine.
+"""Lists, verifies, downloads and deletes the checkpoints and models of a job, from the user's machine.
 
-Credentials come from the AWS_ variables, or with `--use-secret` from the Secret that the job names.
+Credentials come from the AWS_ variables; with `--use-secret`, from the Secret in the job's spec.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ CREDENTIALS_HINT = "export AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_P
 
 
 class StorageError(CommandError):
-    """Storage refused a request, or does not hold what was asked for."""
+    """Storage refused a request, or the requested object does not exist or is damaged."""
 
 
 @dataclass(frozen=True)
 class StoredObject:
-    """One object: its key relative to the root of the storage, and its size in bytes."""
+    """One object: the key relative to the URI of the storage, and the size in bytes."""
 
     key: str
     size: int
@@ -145,7 +145,7 @@ class _StorageErrors:
 
 
 def root_of(job: dict[str, Any]) -> tuple[str, StorageRoot]:
-    """Return the root of a job's folder in storage, and how to connect to it, from spec and status. Raises StorageError."""
+    """Return the URI of a job's folder in storage and the connection settings, from spec and status. Raises StorageError."""
     metadata = job["metadata"]
     connection = StorageRoot.model_validate((job.get("spec") or {}).get("storage") or {})
     tail = f"{metadata.get('namespace', 'default')}/{metadata['name']}/{metadata['uid']}"
@@ -201,7 +201,7 @@ def list_committed(storage: JobStorage) -> list[CommittedFolder]:
 
 
 def read_file_list(storage: JobStorage, committed: CommittedFolder) -> list[dict[str, Any]]:
-    """Return the files that the manifest of a commit lists, after checking the hash of the manifest. Raises StorageError."""
+    """Return the files listed in the manifest of a commit. Raises StorageError if the hash of the manifest is wrong."""
     key = f"{committed.folder}/{committed.path}/{Storage.MANIFEST}"
     data = storage.read(key)
     if hashlib.sha256(data).hexdigest() != committed.manifest_sha256:
@@ -211,19 +211,19 @@ def read_file_list(storage: JobStorage, committed: CommittedFolder) -> list[dict
 
 
 def verify_and_download(storage: JobStorage, committed: CommittedFolder, target: Path | None) -> int:
-    """Read every file of a commit, check its sha256, and write it below `target` unless that is None. Returns the bytes read."""
+    """Read every file of a commit and check its sha256. With a `target` folder, write the files there. Returns the bytes read."""
     total = 0
     for manifest_entry in read_file_list(storage, committed):
         name = str(manifest_entry["path"])
         if name.startswith("/") or ".." in name.split("/"):
             raise StorageError(f"{storage.uri}: the manifest lists {name}, which lies outside its folder")
-        total += _copy(
+        total += _verify_file(
             storage, f"{committed.folder}/{committed.path}/{name}", manifest_entry, target / name if target else None
         )
     return total
 
 
-def _copy(storage: JobStorage, key: str, manifest_entry: dict[str, Any], path: Path | None) -> int:
+def _verify_file(storage: JobStorage, key: str, manifest_entry: dict[str, Any], path: Path | None) -> int:
     digest, count = hashlib.sha256(), 0
     part_file = None
     if path is not None:

@@ -1,4 +1,4 @@
-"""Runs a job on the user's machine: writes the run configuration, starts the trainer and shows its progress."""
+"""Runs a job on the user's machine: writes the run configuration, starts the trainer and shows the progress."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ GRACE_SECONDS = 300
 
 @dataclass(frozen=True)
 class LocalRun:
-    """A run that is ready to start: every file is written."""
+    """A run that is ready to start: all its files are written."""
 
     name: str
     config: RunConfig
@@ -67,7 +67,7 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
     manifest = read_job(file)
     overrides = {path: assigned.value for path, assigned in parse_overrides(sets).items()}
     spec = with_values(manifest.spec, overrides)
-    _checked(manifest, spec, only="ValueInvalid")
+    _check_spec(manifest, spec, only="ValueInvalid")
     machine = LocalMachine(
         folder.resolve(),
         file.resolve().parent,
@@ -77,19 +77,19 @@ def prepare(file: Path, folder: Path, sets: list[str], config_maps: list[str], c
     )
     spec = copy.deepcopy(spec)
     notes = adapt_spec(spec, machine)
-    checked = _checked(manifest, spec)
+    checked = _check_spec(manifest, spec)
     require_s3_credentials(spec)
     resolution = resolve(checked, platform=PlatformDefaults(storage=StorageRoot(uri=spec["storage"]["uri"])))
     try:
-        return _write(
+        return _write_run(
             manifest.name, resolution.spec, resolution.defaults, folder.resolve(), (*notes, *resolution.notes)
         )
     except OSError as error:
         raise unwritable(folder, error) from None
 
 
-def _checked(manifest: Manifest, spec: dict[str, Any], only: str | None = None) -> FineTuneJobSpec:
-    """Check a manifest with another spec and return it. `only` limits the check to one code. Raises Exit."""
+def _check_spec(manifest: Manifest, spec: dict[str, Any], only: str | None = None) -> FineTuneJobSpec:
+    """Check a manifest with `spec` as its spec, and return the validated spec. `only` limits the errors to one code. Raises Exit."""
     changed = Manifest(manifest.file, manifest.number, {**manifest.value, "spec": spec}, manifest.lines)
     checked, findings = check_manifest(changed, ExecutionTarget.LOCAL)
     errors = [finding for finding in errors_of(findings) if only in (None, finding.code)]
@@ -101,8 +101,10 @@ def _checked(manifest: Manifest, spec: dict[str, Any], only: str | None = None) 
 # --- the run configuration ------------------------------------------------------------------------------------------
 
 
-def _write(name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Path, notes: tuple[str, ...]) -> LocalRun:
-    """Write the run configuration of the next attempt. The same folder and name continue the same job."""
+def _write_run(
+    name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Path, notes: tuple[str, ...]
+) -> LocalRun:
+    """Write the run configuration of the next attempt. A run with the same folder and name continues the same job."""
     uid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"file://{root}/{name}"))
     state_folder = root / ".finetune" / name
     state_folder.mkdir(parents=True, exist_ok=True)
@@ -110,7 +112,7 @@ def _write(name: str, spec: FineTuneJobSpec, defaults: dict[str, Any], root: Pat
     _check_same_job(state_folder / names.RUN_FILE_NAME, spec, job_folder, name)
     counter = state_folder / "attempt"
     counted = int(counter.read_text(encoding="utf-8")) if counter.is_file() else 0
-    # The counter alone is not enough: it lies next to downloads, which users delete to free disk space.
+    # The counter alone is not enough: users delete its folder to free disk space, because it also holds downloads.
     attempt = max(counted, last_started_attempt(job_folder)) + 1
     counter.write_text(str(attempt), encoding="utf-8")
     gpus = spec.resources.gpus_per_node or 0
@@ -143,7 +145,7 @@ def last_started_attempt(job_folder: Path) -> int:
 
 
 def _check_same_job(run_file: Path, spec: FineTuneJobSpec, job_folder: Path, name: str) -> None:
-    """Refuse to continue in the folder of another job: committed checkpoints belong to one spec. Raises LocalRunError."""
+    """Raise LocalRunError if the folder holds checkpoints of a job with another spec."""
     if not run_file.is_file() or not any(job_folder.rglob(names.Storage.COMMITTED.value)):
         return
     old, new = (
@@ -221,7 +223,7 @@ def free_port() -> int:
 def _wait(process: subprocess.Popen[bytes], port: int, termination_file: Path) -> int:
     """Show progress until the process ends, and return its exit code.
 
-    The last steps come from the termination message, because the process may end between two polls.
+    The last report comes from the termination message, because the process may end between two polls.
     The first Ctrl-C makes the trainer save and stop; the second kills it.
     """
     show = progress_printer()
@@ -242,7 +244,7 @@ def _wait(process: subprocess.Popen[bytes], port: int, termination_file: Path) -
 
 
 def _poll(process: subprocess.Popen[bytes], port: int, show: Callable[[ProgressReport | None], None]) -> int | None:
-    """Wait a moment for the process. Returns its exit code, or shows its progress and returns None while it runs."""
+    """Wait at most POLL_SECONDS for the process. Returns the exit code; while the process runs, shows the progress and returns None."""
     try:
         return process.wait(POLL_SECONDS)
     except subprocess.TimeoutExpired:
@@ -262,9 +264,9 @@ def fetch_progress(port: int) -> ProgressReport | None:
 
 
 def progress_printer() -> Callable[[ProgressReport | None], None]:
-    """Return a function that prints reports; None ends the output.
+    """Return a function that prints progress reports; a call with None ends the output.
 
-    On a terminal one line is updated. Elsewhere a line is printed when the stage changes and at every ten percent.
+    On a terminal one line is updated. Elsewhere a line is printed at each change of the stage and every ten percent.
     """
     is_terminal = output.error_console().is_terminal
     last: list[tuple[Any, Any]] = [(None, None)]
@@ -300,7 +302,7 @@ def line_of(report: ProgressReport) -> str:
 
 
 def _print_result(code: int, termination_file: Path, run: LocalRun) -> int:
-    """Print how the run ended and return the exit code of the command."""
+    """Print the result of the run and return the exit code of the command."""
     message = _read_termination_message(termination_file)
     if code == ExitCode.OK:
         uri = message.output.uri if message and message.output else run.config.storage.uri
@@ -321,7 +323,7 @@ def _print_result(code: int, termination_file: Path, run: LocalRun) -> int:
 
 
 def last_report(path: Path) -> ProgressReport | None:
-    """Return the termination message as a progress report; None if it names no step."""
+    """Convert the termination message to a progress report; None if the message contains no step."""
     message = _read_termination_message(path)
     if message is None or message.progress is None or message.progress.step is None:
         return None

@@ -1,4 +1,4 @@
-"""Adapts a spec to the user's machine for `finetune run --local`: storage and sources become local paths, resources the local GPUs."""
+"""Adapts a spec to the user's machine for `finetune run --local`: local paths for storage and sources, at most the local GPUs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LocalRunError(CommandError):
 
 @dataclass(frozen=True)
 class LocalMachine:
-    """What the user's machine has: folders, GPUs, and local folders that replace ConfigMaps and volume claims (by name)."""
+    """Folders and GPUs of the user's machine. `config_maps` and `claims`: local folders that replace them, by name."""
 
     output_folder: Path
     manifest_folder: Path
@@ -50,7 +50,7 @@ def parse_folders(option: str, texts: list[str]) -> dict[str, Path]:
 
 
 def count_gpus() -> int:
-    """Count the NVIDIA GPUs of this machine by their device files, which needs no driver library."""
+    """Count the NVIDIA GPUs by their device files, because a driver library may be missing."""
     return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name.removeprefix("nvidia").isdigit()])
 
 
@@ -88,7 +88,7 @@ def local_source(text: str, path: str, machine: LocalMachine) -> str:
 
 
 def _file_source(text: str, path: str, machine: LocalMachine) -> str:
-    """A relative path is looked up in the current folder, then in the folder of the manifest."""
+    """Return the `file://` source of a path. A relative path is searched in the current folder, then in the manifest's folder."""
     try:
         file = Path(text).expanduser()
     except RuntimeError:
@@ -115,7 +115,7 @@ def _path_in_folder(folders: dict[str, Path], name: str, inner: str, path: str, 
 
 
 def require_s3_credentials(spec: dict[str, Any]) -> None:
-    """Raise LocalRunError if a source is in S3 and this machine has no credentials: the trainer would fail only after its start."""
+    """Raise LocalRunError if a source is in S3 and this machine has no credentials. The trainer would fail later, after its start."""
     mixture = get_value(spec, "dataset.mixture") or []
     sources = {path: get_value(spec, path) for path in SOURCE_FIELDS}
     sources |= {
@@ -132,7 +132,7 @@ def require_s3_credentials(spec: dict[str, Any]) -> None:
 
 
 def _inline_config_maps(spec: dict[str, Any], machine: LocalMachine) -> None:
-    """Replace a ConfigMap reference to a chat template by its text. Other ConfigMap references need a pod."""
+    """Replace the ConfigMap reference of a chat template by the text. Raises LocalRunError for other references."""
     reference = get_value(spec, "dataset.chatTemplate.configMapRef")
     if isinstance(reference, dict):
         name, key = str(reference.get("name")), str(reference.get("key"))

@@ -1,6 +1,6 @@
-"""The commands of `finetune` and `kubectl finetune`, and how a command's failure becomes a message and an exit code.
+"""The commands of `finetune` and `kubectl finetune`, and the conversion of failures to messages and exit codes.
 
-Modules of commands import nothing heavy at their top, so that `finetune --help` answers at once.
+Command modules import slow libraries inside functions, so that `finetune --help` stays fast.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ CLICK_USAGE_ERROR = 2
 def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit. With `import`, everything after the first `--` is the other tool's command line."""
     for stream in (sys.stdout, sys.stderr):
-        # YAML and JSON are UTF-8 whatever the locale, as in kubectl.
+        # YAML and JSON are UTF-8 in every locale, as in kubectl.
         getattr(stream, "reconfigure", lambda **_: None)(encoding="utf-8", errors="backslashreplace")
     words = list(sys.argv[1:] if arguments is None else arguments)
     tool_arguments: list[str] = []
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _flush_stdout(code: int) -> int:
-    """Flush stdout and return the exit code. A full disk is reported here; at interpreter exit it would be lost."""
+    """Flush stdout and return the exit code. A write error (full disk) is reported here, because Python ignores it at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -123,7 +123,7 @@ def _flush_stdout(code: int) -> int:
 
 
 def run(words: list[str], tool_arguments: list[str]) -> int:
-    """Run one command and return its exit code. Wrong usage is 1, as in kubectl: 2 means that the job failed."""
+    """Run one command and return its exit code. Wrong usage gives 1, as in kubectl, because 2 means that the job failed."""
     from finetune_cli import output
 
     try:
@@ -138,7 +138,7 @@ def run(words: list[str], tool_arguments: list[str]) -> int:
 
 
 def _print_failure(error: Exception) -> int:
-    """Print a failure as sentences and return the exit code. A traceback is printed only where the user asks for it."""
+    """Print a failure as sentences and return the exit code. Bugs get a traceback only if FINETUNE_TRACE is set."""
     from finetune_api.errors import FineTuneError
 
     from finetune_cli import output
@@ -158,7 +158,7 @@ def _print_failure(error: Exception) -> int:
 
 
 def _print_bug(error: Exception) -> None:
-    """Report a bug of this program by its location only: the exception's text may hold a secret."""
+    """Report a bug of this program by file and line. The exception's text is left out, because it may hold a secret."""
     import traceback
 
     from finetune_cli import output
@@ -173,7 +173,7 @@ def _print_bug(error: Exception) -> None:
 
 
 def kubectl_complete() -> None:
-    """Print completion candidates for kubectl, one a line, then kubectl's directive."""
+    """Print the completion candidates for kubectl, one per line, then kubectl's directive."""
     import shlex
 
     words = sys.argv[1:]

@@ -49,7 +49,7 @@ class Manifest:
         return spec
 
     def location(self, path: str) -> str:
-        """Return `file:line` of a field, or of the nearest group around it."""
+        """Return `file:line` of a field; if the file lacks the field, of the nearest enclosing group."""
         while path and path not in self.lines:
             path = path[: path.rfind("[")] if path.endswith("]") else path.rpartition(".")[0]
         return f"{self.file}:{self.lines[path]}" if path else self.file
@@ -81,7 +81,7 @@ def read_job(path: Path) -> Manifest:
 
 
 def parse(text: str, file: str) -> Iterator[Manifest]:
-    """Parse every object of a text, as kubectl reads it. Raises UnreadableFile."""
+    """Parse every object of a text by the rules of kubectl. Raises UnreadableFile."""
     try:
         trees = read_trees(text)
     except InvalidYaml as error:
@@ -100,7 +100,7 @@ def parse(text: str, file: str) -> Iterator[Manifest]:
 
 
 def _list_items(file: str, number: int, tree: Tree) -> Iterator[Manifest]:
-    """Yield the objects of a List, which `kubectl get -o yaml` prints."""
+    """Yield the objects of a List, the form that `kubectl get -o yaml` prints."""
     for i, item in enumerate(tree.value["items"]):
         start = f"items[{i}]"
         if not isinstance(item, dict):

@@ -1,4 +1,4 @@
-"""A mistake in the user's input, and the exception that carries all mistakes of one command."""
+"""A mistake in the user's input, and the exception for all mistakes of one command."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Mistake:
-    """One mistake in the user's files or options: where it is, the key as the user wrote it, what is wrong, what to write."""
+    """One mistake in the user's files or options: location, key as written, problem, and how to correct it."""
 
     location: str
     key: str
@@ -20,7 +20,7 @@ class Mistake:
 
 
 class InvalidInput(Exception):
-    """The input cannot be used. Carries every mistake, so that the user can correct all of them at once."""
+    """The input cannot be used. `mistakes` holds every mistake, so that the user can correct all of them at once."""
 
     def __init__(self, mistakes: list[Mistake]):
         super().__init__(f"{len(mistakes)} mistakes")

@@ -70,12 +70,12 @@ def errors(lines: Iterable[Any]) -> None:
 
 
 def warnings(lines: Iterable[Any]) -> None:
-    """Print warnings: things that the user should act on."""
+    """Print warnings: messages that require an action of the user."""
     _print_lines("warning", lines, "yellow")
 
 
 def notes(lines: Iterable[Any]) -> None:
-    """Print notes: things that the user may want to know."""
+    """Print notes: messages that require no action."""
     _print_lines("note", lines, "dim")
 
 

@@ -1,4 +1,4 @@
-"""Values of a spec that the user gives on the command line: `--set PATH=VALUE`, and options that stand for one field."""
+"""Values of a spec from the command line: `--set PATH=VALUE`, and options such as `--model` that set one field."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _parse_set(text: str, by_path: dict[str, Field], mistakes: list[Mistake]) ->
 
 
 def _hint_for_unknown(path: str, by_path: dict[str, Field]) -> str:
-    """Say what to write instead of an unknown path. Lists and maps can only be set as a whole."""
+    """Return what to write instead of an unknown path. Lists and maps can only be set as a whole."""
     parent = path
     while parent and parent not in by_path:
         parent = parent[: parent.rfind("[")] if parent.endswith("]") else parent.rpartition(".")[0]
@@ -91,7 +91,7 @@ def _hint_for_unknown(path: str, by_path: dict[str, Field]) -> str:
 
 
 def _convert(kind: str, text: str) -> Any:
-    """Convert a text to the type of a field. Where the field is a string or an enum, `no` and `010` stay text."""
+    """Convert a text to the type of a field. For strings and enums, `no` and `010` stay text."""
     if kind.startswith("string") or (" | " in kind and not kind.startswith("list")):
         return text
     value = parse_value(text)

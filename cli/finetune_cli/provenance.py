@@ -1,4 +1,4 @@
-"""Where a value of a spec came from."""
+"""The origin of a value of a spec."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a value came from: `file:line`, `command line`, or the reason for a default."""
+    """The origin of a value. `location`: `file:line`, `command line`, or the reason for a default."""
 
     location: str
     written_by_user: bool = True

@@ -11,7 +11,7 @@ TOKEN = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{20,}|AKIA[0-9A-Z]{16}|gh[pousr]_[A-Za-z0-9]{20,}|glpat-[A-Za-z0-9_-]{16,}"
     r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+)"
 )
-"""The minimum lengths keep names of models, columns and folders from matching."""
+"""Patterns of tokens. Without the minimum lengths, names of models, columns and folders would match."""
 SECRET_NAME = re.compile(r"(token|secret|passw|api_?key|credential|_key\b|-key\b|_uri\b)", re.IGNORECASE)
 """Names of options and variables that usually hold secrets."""
 USERINFO = re.compile(r"(?<=://)[^/@\s]+@")
@@ -19,7 +19,7 @@ QUERY = re.compile(r"(?<=[?&])((?:[a-z]+[-_])*(?:token|key|secret|password|sig|s
 
 
 def redact_text(text: str, mark: str = REDACTED) -> str:
-    """Replace every part of a text that looks like a secret by a mark."""
+    """Replace every part of a text that looks like a secret by `mark`."""
     return QUERY.sub(rf"\1{mark}", USERINFO.sub(f"{mark}@", TOKEN.sub(mark, text)))
 
 

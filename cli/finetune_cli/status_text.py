@@ -21,7 +21,7 @@ STAGE_NAMES = ("accepted", "started", "trained", "evaluated", "uploaded", "done"
 
 
 def status_of(job: dict[str, Any]) -> FineTuneJobStatus:
-    """Return the status of a job. Fields of other versions are ignored."""
+    """Return the status of a job. Fields of newer operator versions are ignored."""
     return FineTuneJobStatus.model_validate(job.get("status") or {})
 
 
@@ -32,7 +32,7 @@ def condition(status: FineTuneJobStatus, kind: ConditionType) -> bool | None:
 
 
 def has_finished(status: FineTuneJobStatus) -> bool:
-    """Return whether the job has ended, so that no further attempt follows."""
+    """Return whether the job has ended: no further attempt follows."""
     return bool(condition(status, ConditionType.FINISHED)) or status.phase in FINAL_PHASES
 
 
@@ -59,7 +59,7 @@ def sparkline(values: list[float]) -> str:
 
 
 def stages(phase: Phase | None) -> str:
-    """List the stages of a job and mark which are done, active and open."""
+    """List the stages of a job, each with a mark: done, active or not started."""
     current = next((i for i, group in enumerate(STAGE_PHASES) if phase in group), None)
     if current is None:
         return ""
@@ -116,7 +116,7 @@ def describe(job: dict[str, Any], losses: list[float] | None = None, now: dateti
 
 
 def _reason(status: FineTuneJobStatus) -> str:
-    """Return why the job waits, or why it ended."""
+    """Return the reason why the job waits or ended; an empty string without a reason."""
     for kind in (ConditionType.STALLED, ConditionType.RECONCILING, ConditionType.ACCEPTED, ConditionType.FINISHED):
         entry = status.condition(kind)
         expected_status = "False" if kind == ConditionType.ACCEPTED else "True"
@@ -126,7 +126,7 @@ def _reason(status: FineTuneJobStatus) -> str:
 
 
 def _model(spec: dict[str, Any], status: FineTuneJobStatus) -> str:
-    """Return the source of the model; the short name of a long source comes first."""
+    """Return the source of the model; for a URI, preceded by the model's short name."""
     source = str((spec.get("model") or {}).get("source", "-"))
     name = status.resolved.model_name if status.resolved else None
     return f"{name} ({source})" if name and "://" in source else source

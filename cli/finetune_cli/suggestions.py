@@ -12,8 +12,8 @@ from finetune_api.aliases import field_for_alias, normalise
 def suggest_field(path: str, known: Iterable[str]) -> str:
     """Return the field that an unknown path probably means; an empty string if none is similar.
 
-    Both may begin with `spec.`. A field of the same group with another spelling (`batch_size`) comes first, then usual names of
-    other tools (`lr`), then similar names.
+    `path` and `known` may begin with `spec.`. Precedence: another spelling of a field in the same group (`batch_size`), a usual name in
+    other tools (`lr`), a similar name.
     """
     candidates = list(known)
     group, _, name = path.rpartition(".")
@@ -25,7 +25,7 @@ def suggest_field(path: str, known: Iterable[str]) -> str:
 
 
 def closest_name(word: str, known: Iterable[str]) -> str:
-    """Return the known name most similar to a word, or an empty string. For a dotted name, names of the same group come first."""
+    """Return the known name most similar to a word, or an empty string. For a dotted word, names of the same group have precedence."""
     candidates = list(dict.fromkeys(known))
     head, dot, tail = word.rpartition(".")
     siblings = {

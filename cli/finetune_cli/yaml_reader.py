@@ -13,7 +13,7 @@ from typing import Any
 from finetune_cli.redaction import SECRET_NAME
 
 MAX_NODES = 20_000
-"""More values than any configuration holds. The limit stops aliases of aliases, which let a few lines expand without end."""
+"""More values than any configuration holds. The limit stops aliases of aliases, with which a few lines expand to billions of values."""
 MAX_QUOTED = 80
 SCALARS = frozenset({"null", "bool", "int", "float", "str", "timestamp", "value"})
 
@@ -30,7 +30,7 @@ class Problem:
 
 @dataclass
 class Tree:
-    """One YAML document: its value, the line of every path, and its errors."""
+    """One YAML document: the value, the line of every path, and the errors."""
 
     value: Any
     lines: dict[str, int] = field(default_factory=dict)
@@ -38,7 +38,7 @@ class Tree:
     line: int = 1
 
     def leaves(self, opaque: frozenset[str] = frozenset()) -> Iterator[tuple[str, Any]]:
-        """Yield (dotted path, value) of everything that is not a mapping. Mappings whose path is in `opaque` count as values."""
+        """Yield (dotted path, value) of every value that is not a mapping. Mappings whose path is in `opaque` count as values."""
         yield from _leaves(self.value, "", opaque)
 
 
@@ -52,7 +52,7 @@ def _leaves(value: Any, prefix: str, opaque: frozenset[str]) -> Iterator[tuple[s
 
 
 class InvalidYaml(Exception):
-    """A text that is not YAML, or that is too large or too deep to read. `line` is 0 if it is unknown."""
+    """A text that is invalid YAML, too large, or nested too deeply. `line` is 0 if unknown."""
 
     def __init__(self, message: str, line: int = 0):
         super().__init__(message)
@@ -95,7 +95,7 @@ def _tree(node: Any) -> Tree:
 
 
 def parse_value(text: str) -> Any:
-    """Read one value of a command line as YAML; a text that is not YAML is returned unchanged."""
+    """Parse a value on the command line as YAML. A text that is not YAML is returned unchanged."""
     try:
         trees = read_trees(text)
     except InvalidYaml:
@@ -110,7 +110,7 @@ class _Reader:
         self.tree = tree
         self.count = 0
         self.unfinished: set[int] = set()
-        """Ids of the nodes that enclose the current node. An alias to one of them would recurse without end."""
+        """Ids of the nodes that enclose the current node. An alias to such a node would recurse without end."""
 
     def value(self, node: Any, path: str) -> Any:
         line = node.start_mark.line + 1
@@ -141,7 +141,7 @@ class _Reader:
         return [self.value(item, f"{path}[{i}]") for i, item in enumerate(node.value)]
 
     def _mapping(self, node: Any, prefix: str) -> dict[str, Any]:
-        """Read a mapping. Its own keys win over merged mappings (`<<`), and earlier merged mappings win over later ones."""
+        """Read a mapping. Its own keys override merged mappings (`<<`); earlier merged mappings override later ones."""
         result: dict[str, Any] = {}
         for merged in reversed(list(self._merged_mappings(node))):
             result |= self.value(merged, prefix) or {}

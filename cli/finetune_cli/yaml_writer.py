@@ -1,7 +1,7 @@
-"""Writes YAML that readers of YAML 1.1 and 1.2 understand alike.
+"""Writes YAML that has the same meaning in YAML 1.1 and 1.2.
 
 kubectl reads YAML 1.1, where an unquoted `no` is false and `010` is eight; other readers require a dot in a number with an exponent.
-Strings that any reader would take for another type are quoted, and numbers with an exponent get a dot.
+Strings that some reader would parse as another type are quoted, and numbers with an exponent get a dot.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LOOKS_LIKE_A_VALUE = re.compile(r"^[-+]?(\.?[0-9]|\.(inf|nan)$)[0-9a-fA-FxXoO_:.
 
 
 def needs_quotes(text: str) -> bool:
-    """Return whether some YAML reader would take the unquoted text for a boolean, a number, a date or null."""
+    """Return whether some YAML reader would parse the unquoted text as a boolean, a number, a date or null."""
     return bool(WORDS.match(text) or LOOKS_LIKE_A_VALUE.match(text))
 
 
@@ -33,7 +33,7 @@ def writer() -> Any:
     from ruamel.yaml.representer import RoundTripRepresenter
 
     class Representer(RoundTripRepresenter):
-        """A subclass, so that the representers below change no other use of the library."""
+        """A subclass, because the representers below must not affect other users of the library."""
 
     def represent_text(representer: Any, value: str) -> Any:
         style = '"' if needs_quotes(value) else "|" if "\n" in value.strip("\n") else '"' if "\n" in value else None

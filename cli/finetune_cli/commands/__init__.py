@@ -1,1 +1,1 @@
-"""One module a command: a thin function with its options, which imports what it needs when it is called."""
+"""One module per command: a function with the options. It imports other modules when it is called, so that `--help` stays fast."""

@@ -43,7 +43,7 @@ def explain(
         matches = _containing(search, all_fields)
         if not matches:
             raise output.fail(f"no field has {search!r} in its name or description")
-        output.write("\n".join(_line(field) for field in matches))
+        output.write("\n".join(_format_line(field) for field in matches))
         return
     field_path = "spec" if path is None else path.replace("[]", "").removeprefix("FineTuneJob.")
     matches = [
@@ -57,7 +57,7 @@ def explain(
         hint = f"did you mean {suggestion}?" if suggestion else "search the descriptions with --search WORD"
         hint = f"these fields mention it: {', '.join(field.path for field in mentions)}" if mentions else hint
         raise output.fail(f"{path} is not a field of a FineTuneJob; {hint}")
-    output.write("\n\n".join(_entry(field, all_fields) for field in matches))
+    output.write("\n\n".join(_format_entry(field, all_fields) for field in matches))
 
 
 def _containing(word: str, all_fields: tuple[Field, ...]) -> list[Field]:
@@ -67,24 +67,24 @@ def _containing(word: str, all_fields: tuple[Field, ...]) -> list[Field]:
     ]
 
 
-def _line(field: Field) -> str:
-    return f"{field.path} <{field.kind}>  {_description(field)}"
+def _format_line(field: Field) -> str:
+    return f"{field.path} <{field.kind}>  {_describe(field)}"
 
 
-def _entry(field: Field, all_fields: tuple[Field, ...]) -> str:
-    lines = [f"{field.path} <{field.kind}>", f"  {_description(field)}"]
+def _format_entry(field: Field, all_fields: tuple[Field, ...]) -> str:
+    lines = [f"{field.path} <{field.kind}>", f"  {_describe(field)}"]
     prefix = field.path + ("[]." if field.kind.startswith("list of") else ".")
     children = [child for child in all_fields if child.path.startswith(prefix) and "." not in child.path[len(prefix) :]]
     if children:
         width = max(len(child.path) - len(prefix) for child in children)
         lines += [
             "",
-            *(f"  {child.path[len(prefix) :]:<{width}}  <{child.kind}>  {_description(child)}" for child in children),
+            *(f"  {child.path[len(prefix) :]:<{width}}  <{child.kind}>  {_describe(child)}" for child in children),
         ]
     return "\n".join(lines)
 
 
-def _description(field: Field) -> str:
+def _describe(field: Field) -> str:
     """Return the description of a field, preceded by a mark if this version does not support it."""
     from finetune_api.support import UNSUPPORTED_FIELDS, wire_path
 

@@ -141,7 +141,7 @@ def parse_pairs(option: str, texts: list[str]) -> dict[str, str]:
 
 
 def options_table(imported: Imported) -> str:
-    """Return a table of every option: its key in the file, the field, the value, and the origin."""
+    """Return a table of every option: the key in the file, the field of the spec, the value, and the origin."""
     from io import StringIO
 
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""`finetune suspend`, `resume` and `cancel`: changes of a job that is not finished."""
+"""`finetune suspend`, `resume` and `cancel`: change a job that has not finished."""
 
 from __future__ import annotations
 

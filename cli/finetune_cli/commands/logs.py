@@ -48,7 +48,7 @@ def logs(
 def select_pods(
     cluster: Cluster, job: dict[str, Any], rank: int | None, attempt: int | None, all_attempts: bool
 ) -> list[dict[str, Any]]:
-    """Return the pods that the options select. Raises ClusterError, which names the pods that exist."""
+    """Return the pods that the options select. If there are none, raise a ClusterError that lists the existing pods."""
     from finetune_cli.cluster import ClusterError, attempt_of, index_of
 
     name = job["metadata"]["name"]
@@ -82,7 +82,7 @@ def ranks_per_pod(job: dict[str, Any]) -> int:
 def merged_lines(
     cluster: Cluster, pods: list[dict[str, Any]], *, follow: bool, tail: int | None
 ) -> Iterator[tuple[str, str]]:
-    """Yield (origin, line) of several pods: in order of arrival if followed, otherwise pod by pod."""
+    """Yield (origin, line) of several pods. With `follow` the lines come in order of arrival, otherwise pod by pod."""
     from finetune_cli.cluster import ClusterError, attempt_of, index_of
 
     lines: queue.Queue[tuple[str, str | None]] = queue.Queue(maxsize=1000)

@@ -60,7 +60,10 @@ def purge(
 
 
 def _finished_job(cluster: Cluster, name: str, uid: str | None) -> dict[str, Any]:
-    """Return the job whose storage is purged. With a uid, the job may be deleted. Raises ClusterError if it has not finished."""
+    """Return the job whose storage is purged. A deleted job is represented by its name and uid.
+
+    Raises ClusterError if the job exists and has not finished.
+    """
     from finetune_cli.cluster import ClusterError
     from finetune_cli.status_text import has_finished, status_of
 

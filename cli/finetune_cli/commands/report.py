@@ -69,7 +69,7 @@ def _pack(path: Path, name: str, parts: dict[str, str]) -> None:
 
 
 def collect(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
-    """Return the files of the archive by name, redacted. Where something cannot be read, the file holds the error."""
+    """Return the files of the archive by name, redacted. If an object cannot be read, its file holds the error."""
     from finetune_api.names import CONTAINER
 
     from finetune_cli.cluster import ClusterError
@@ -101,14 +101,14 @@ def collect(cluster: Cluster, job: dict[str, Any]) -> dict[str, str]:
 
 
 def redact_for_report(text: str) -> str:
-    """Redact secrets in a text. The patterns are broader than elsewhere, because the archive leaves the cluster."""
+    """Redact secrets in a text, with broader patterns than other commands, because the user sends the archive to others."""
     from finetune_cli.redaction import redact_text
 
     return redact_text(SECRET_TEXT.sub(REDACTED, text), REDACTED)
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """Return a copy in which the values of variables and fields that are named like secrets are redacted."""
+    """Return a copy in which variables and fields with the name of a secret (`MY_TOKEN`, `password`) have redacted values."""
     if isinstance(value, dict):
         if "name" in value and "value" in value and len(value) == 2:
             return {
@@ -126,7 +126,7 @@ def redact(value: Any, key: str = "") -> Any:
 
 
 def _redact_json(text: str) -> str:
-    """Redact JSON in a string: annotations of `kubectl apply` and of the operator repeat the variables of the spec."""
+    """Redact JSON in a string. Annotations of `kubectl apply` and of the operator contain the spec, with its variables, as JSON."""
     try:
         return json.dumps(redact(json.loads(text)), ensure_ascii=False)
     except (ValueError, RecursionError):

@@ -30,7 +30,7 @@ def rerun(
     context: ContextOption = None,
     kubeconfig: KubeconfigOption = None,
 ) -> None:
-    """Create a new job from an existing one. Annotations of the new job name the existing job, which stays.
+    """Create a new job from an existing one. The existing job is kept; annotations of the new job name it.
 
     Example: finetune rerun support-bot --from-checkpoint 400 --set training.learningRate=1e-4
     """
@@ -80,7 +80,7 @@ def _checkpoint_uri(job: dict[str, Any], step: int) -> str:
 
 
 def free_name(name: str, taken: set[str]) -> str:
-    """Return the first free name with a number: `bot` -> `bot-2`, `bot-2` -> `bot-3`. The base is cut to the maximum length."""
+    """Return the first unused name with a number: `bot` -> `bot-2`, `bot-2` -> `bot-3`. A long base name is shortened."""
     from finetune_api.names import MAX_NAME_LENGTH
 
     match = re.match(r"^(.*?)-(\d+)$", name)
@@ -91,7 +91,7 @@ def free_name(name: str, taken: set[str]) -> str:
 
 
 def build_rerun(old: dict[str, Any], name: str, changes: dict[str, Any], step: int | None) -> dict[str, Any]:
-    """Return the new object: the old spec with changes, not suspended and not cancelled, with the old job in its annotations."""
+    """Return the new FineTuneJob: the old spec with the changes, without `suspend` and `cancel`. Annotations name the old job."""
     from finetune_api.names import API_VERSION, KIND, Annotation
 
     from finetune_cli.fields import with_values

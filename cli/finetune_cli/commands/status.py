@@ -1,4 +1,4 @@
-"""`finetune status`: what a job does and why."""
+"""`finetune status`: phase, progress and reason of a job."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def status(
 
 
 def follow_job(cluster: Cluster, name: str) -> dict[str, Any]:
-    """Show a job until it ends and return it. On a terminal the text is updated in place, elsewhere printed at every change."""
+    """Show a job until it ends, then return it. On a terminal the text is updated in place; elsewhere every change is printed."""
     from rich.live import Live
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""Options of the commands that read a job's storage, and how such a command opens it."""
+"""Options of the commands that read a job's storage, and the function that opens the storage."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def validate(
         bool, typer.Option("--local", help="Check for `finetune run --local` instead of a cluster.")
     ] = False,
 ) -> None:
-    """Check manifests without a cluster, by the schema and every rule of the operator. Reports all errors at once.
+    """Check manifests without a cluster, against the schema and every rule of the operator. Reports all errors at once.
 
     Exit code 0: the manifests can be submitted; 1: they have errors.
 

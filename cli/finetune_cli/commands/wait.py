@@ -1,4 +1,4 @@
-"""`finetune wait`: waits until a job ends or a condition is true."""
+"""`finetune wait`: waits until a job ends or one of its conditions is true."""
 
 from __future__ import annotations
 
@@ -58,7 +58,10 @@ def wait(
 
 
 def _fail_if_unreachable(name: str, condition_type: str | None, status: FineTuneJobStatus) -> None:
-    """Fail if a finished job cannot reach the condition. Conditions that every successful job passes count as reached."""
+    """Raise Exit if the finished job can no longer reach the condition.
+
+    Every successful job passes through the other conditions, so these count as reached.
+    """
     from finetune_api.names import Condition
 
     from finetune_cli.status_text import condition

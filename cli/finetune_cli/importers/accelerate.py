@@ -39,13 +39,13 @@ IGNORED_KEYS = (
     "tpu_use_cluster",
     "tpu_use_sudo",
 )
-"""Keys of an accelerate configuration that have no effect here."""
+"""Keys of an accelerate configuration that a FineTuneJob ignores, with a warning."""
 DEEPSPEED_KEYS = (
     "zero_stage", "offload_optimizer_device", "offload_param_device", "gradient_accumulation_steps", "gradient_clipping", "deepspeed_config_file",
 )  # fmt: skip
 OFFLOAD_KEY = "fsdp_offload_params"
 RESHARD_KEY = "fsdp_reshard_after_forward"
-"""FSDP 2 has this boolean instead of the sharding strategies of FSDP 1."""
+"""Boolean of FSDP 2 that replaces the sharding strategies of FSDP 1."""
 
 
 def is_accelerate(document: Document) -> bool:
@@ -88,20 +88,20 @@ def read_accelerate(draft: Draft, document: Document) -> None:
         )
         return
     assign_consistently(draft, "distributed.strategy", "distributed_type", strategy, origin)
-    _sizes(draft, document, tree)
-    _precision(draft, document, tree)
+    _set_sizes(draft, document, tree)
+    _set_precision(draft, document, tree)
     unused = [key for key in IGNORED_KEYS if tree.value.get(key) not in (None, False, {}, "NO", "no", "all")]
     if unused:
         draft.add_warning(
             f"{document.name}: {', '.join(unused)} have no effect: the operator and the trainer set up processes and devices themselves"
         )
     if strategy == "fsdp":
-        _fsdp(draft, document, tree)
+        _set_fsdp(draft, document, tree)
     if strategy == "deepspeed":
-        _deepspeed(draft, document, tree)
+        _set_deepspeed(draft, document, tree)
 
 
-def _precision(draft: Draft, document: Document, tree: Tree) -> None:
+def _set_precision(draft: Draft, document: Document, tree: Tree) -> None:
     precision = tree.value.get("mixed_precision")
     location = _location(document, tree, "mixed_precision")
     if precision in ("no", "fp16", "bf16", False):
@@ -116,7 +116,7 @@ def _location(document: Document, tree: Tree, key: str) -> str:
     return f"{document.name}:{tree.lines[key]}" if key in tree.lines else document.name
 
 
-def _sizes(draft: Draft, document: Document, tree: Tree) -> None:
+def _set_sizes(draft: Draft, document: Document, tree: Tree) -> None:
     machines, processes = tree.value.get("num_machines", 1), tree.value.get("num_processes")
     origin = Origin(_location(document, tree, "num_processes"))
     for key, value in (("num_machines", machines), ("num_processes", processes)):
@@ -148,7 +148,7 @@ def _sizes(draft: Draft, document: Document, tree: Tree) -> None:
         draft.values["resources.processesPerNode"] = AssignedValue(per_machine, origin, "num_processes")
 
 
-def _fsdp(draft: Draft, document: Document, tree: Tree) -> None:
+def _set_fsdp(draft: Draft, document: Document, tree: Tree) -> None:
     options = options_group(draft, tree.value, "fsdp_config", Origin(_location(document, tree, "fsdp_config")))
     for key, path, words in (
         ("fsdp_sharding_strategy", "distributed.fsdp.sharding", SHARDING),
@@ -188,7 +188,7 @@ def _fsdp(draft: Draft, document: Document, tree: Tree) -> None:
         )
 
 
-def _deepspeed(draft: Draft, document: Document, tree: Tree) -> None:
+def _set_deepspeed(draft: Draft, document: Document, tree: Tree) -> None:
     origin = Origin(_location(document, tree, "deepspeed_config"))
     options = options_group(draft, tree.value, "deepspeed_config", origin)
     if isinstance(options.get("zero_stage"), int):

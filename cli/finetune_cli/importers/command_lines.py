@@ -1,4 +1,4 @@
-"""Parses the command lines of other tools, which follow `--`: skips the launcher and turns flags into options."""
+"""Parses the other tool's command line (the arguments after `--`): skips the launcher and turns flags into options."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def strip_launcher(words: tuple[str, ...]) -> list[str]:
 
 @dataclass
 class Flags:
-    """A parsed command line: (name with dashes, value or None) in order, and the words that belong to no flag."""
+    """A parsed command line. `pairs`: (name with dashes, value or None) in order. `stray`: words that belong to no flag."""
 
     pairs: list[tuple[str, str | None]] = field(default_factory=list)
     stray: list[str] = field(default_factory=list)
@@ -65,7 +65,7 @@ def add_stray_mistakes(draft: Draft, flags: Flags) -> None:
 
 
 def add_config_file(draft: Draft, path: str) -> Document | None:
-    """Add the file that the tool's own `--config` names to the documents. Returns None if it is already there or cannot be read."""
+    """Add the file of the tool's `--config` flag to the documents. Returns None if it was given before or cannot be read."""
     try:
         document = Document(Path(path), read_text(Path(path)))
     except UnreadableFile as error:

@@ -1,7 +1,7 @@
 """Converters from values in files of other tools to values of the spec.
 
-A converter takes the value as parsed from the file and raises `ConversionError`, which says what is allowed and, for words, which one
-is closest. Converters are strict: a boolean is never a number, and a string is a boolean only if it spells one.
+A converter takes the value parsed from the file. For an invalid value it raises `ConversionError` with the allowed values and, for words,
+the most similar word. Converters are strict: a boolean is never a number, and only the strings `true` and `false` are booleans.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RUN_NAME = re.compile(r"^[^$#@&*!]*$")
 
 
 class ConversionError(Exception):
-    """A value is not allowed: `problem` says why, `allowed` what is allowed, `closest` names the most similar allowed word."""
+    """A value is not allowed. `problem`: the reason. `allowed`: the valid values. `closest`: the most similar valid word."""
 
     def __init__(self, problem: str, allowed: str, closest: str = ""):
         super().__init__(problem)
@@ -99,7 +99,7 @@ def _format_bound(value: float) -> str:
 
 
 def boolean(value: Any) -> bool:
-    """Convert true or false in any letter case. The strings `yes`, `1` and `on` are refused, because tools read them differently."""
+    """Convert true or false in any letter case. `yes`, `1` and `on` are refused, because tools disagree on their meaning."""
     if isinstance(value, bool):
         return value
     if isinstance(value, str) and value.strip().lower() in ("true", "false"):
@@ -145,7 +145,7 @@ def text_matching(check: Callable[[str], bool], problem: str, allowed: str) -> C
 
 
 def name_list(value: Any) -> list[str]:
-    """Convert a list of strings, or one string with commas."""
+    """Convert a list of strings, or one comma-separated string."""
     if isinstance(value, str):
         value = [part.strip() for part in value.strip("[]").split(",")]
     if not isinstance(value, list) or not value or not all(isinstance(name, str) and name for name in value):
@@ -182,7 +182,7 @@ def any_value(value: Any) -> Any:
 
 
 def choice(allowed: Mapping[str, Any] | Iterable[str], *, fold: bool = True) -> Convert:
-    """Return a converter for one of several words. A mapping translates them.
+    """Return a converter for one of several words. If `allowed` is a mapping, its values replace the words.
 
     YAML parses an unquoted `no` or `off` as false; where `no` is an allowed word, false is read as `no`.
     """
@@ -205,7 +205,7 @@ def choice(allowed: Mapping[str, Any] | Iterable[str], *, fold: bool = True) -> 
 
 
 def list_of(convert_item: Convert) -> Convert:
-    """Return a converter for a list whose items `one` converts. A single string is split at commas."""
+    """Return a converter for a list; `convert_item` converts each item. A single string is split at commas."""
 
     def convert(value: Any) -> list[Any]:
         if isinstance(value, str):
@@ -218,7 +218,7 @@ def list_of(convert_item: Convert) -> Convert:
 
 
 def first_match(*converters: Convert) -> Convert:
-    """Return a converter that tries several converters in order."""
+    """Return a converter that tries the converters in order and uses the first that accepts the value."""
 
     def convert(value: Any) -> Any:
         failures: list[ConversionError] = []

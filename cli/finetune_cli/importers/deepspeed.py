@@ -27,7 +27,10 @@ def is_deepspeed(document: Document) -> bool:
 
 
 def read_deepspeed(draft: Draft, document: Document) -> None:
-    """Set the fields that the API has, compare them with the other files, and store the whole file in a ConfigMap."""
+    """Set the fields that a FineTuneJob has for options of the file, and store the whole file in a ConfigMap.
+
+    An option that contradicts another file is a mistake.
+    """
     content = parse_json(document)
     origin = Origin(document.name)
     zero = options_group(draft, content, "zero_optimization", origin)
@@ -60,7 +63,7 @@ def read_deepspeed(draft: Draft, document: Document) -> None:
 
 
 def options_group(draft: Draft, content: dict[str, Any], key: str, origin: Origin) -> dict[str, Any]:
-    """Return a group of options; an empty one if it is absent. Anything else is a mistake."""
+    """Return a group of options; an empty dict if the group is absent. A value that is not a mapping is a mistake."""
     group = content.get(key) or {}
     if isinstance(group, dict):
         return group
@@ -73,7 +76,7 @@ def options_group(draft: Draft, content: dict[str, Any], key: str, origin: Origi
 
 
 def assign_consistently(draft: Draft, path: str, key: str, value: Any, origin: Origin) -> None:
-    """Set a field. If the user wrote another value in another file, record a mistake that names both."""
+    """Set a field. If another file gives a different value, record a mistake with both locations."""
     existing = draft.values.get(path)
     if existing is not None and existing.key and existing.value != value:
         hint = f"make them equal, or write `auto` for {key}"

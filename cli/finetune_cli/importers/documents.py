@@ -66,7 +66,7 @@ def parse_json(document: Document) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def peek_json(document: Document) -> dict[str, Any]:
-    """Return the document as an object if it is JSON, else an empty dict. Only for recognising the tool; never reports errors."""
+    """Return the object of a JSON document; an empty dict for any other document. Used to recognise the tool; reports no errors."""
     if document.is_folder or not document.text.lstrip().startswith("{"):
         return {}
     try:
@@ -77,9 +77,9 @@ def peek_json(document: Document) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=16)
 def peek(document: Document) -> dict[str, Any]:
-    """Return the document as a mapping if it is YAML or JSON, else its keys as far as they can be guessed.
+    """Return the mapping of a YAML or JSON document; for invalid YAML, the keys that can be guessed.
 
-    Only for recognising the tool; never reports errors.
+    Used to recognise the tool; reports no errors.
     """
     if document.is_folder or document.path.suffix.lower() in (".env", ".toml"):
         return {}
@@ -90,7 +90,7 @@ def peek(document: Document) -> dict[str, Any]:
 
 
 def _guess_keys(text: str) -> dict[str, Any]:
-    """Guess the keys of invalid YAML, so that the importer of the right tool reports the error."""
+    """Guess the keys of invalid YAML. They select the importer, and that importer reports the syntax error."""
     result: dict[str, Any] = {}
     section: dict[str, Any] = {}
     for line in text.splitlines():

@@ -1,4 +1,4 @@
-"""The types of an import: options read from files, the option table of a tool, and the draft that becomes a FineTuneJob."""
+"""The types of an import: options read from files, the option table of a tool, and the draft of the FineTuneJob."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune_cli.redaction import REDACTED, redact_text
 
 @dataclass(frozen=True)
 class Entry:
-    """One option as found in a file: the key as written, the parsed value, and where it was found."""
+    """One option in a file: the key as written, the parsed value, and the location."""
 
     key: str
     value: Any
@@ -27,8 +27,8 @@ class Entry:
 class Row:
     """One option of a tool: its key, the field of the spec that it sets, and how its value is converted.
 
-    `manual`: the tool's `combine` function sets the field, and `path` only documents it.
-    `no_effect`: why a known option changes nothing here; using it gives a warning.
+    `manual`: the tool's `combine` function sets the field; `path` is only documentation.
+    `no_effect`: why the importer ignores the option. Its use gives a warning.
     `secret`: the value is never printed and is stored in a Secret.
     """
 
@@ -45,19 +45,19 @@ class Row:
 
 @dataclass(frozen=True)
 class ToolDefault:
-    """A value that the tool itself uses where the file has none. `origin` says where the tool defines it."""
+    """A value that the tool uses if the file does not set the option. `origin` says where the tool defines the value."""
 
     path: str
     value: Any
     origin: str = "default of the tool"
     when: Callable[[Draft], bool] = lambda draft: True
     needs_gpu: bool = False
-    """The value works only on a GPU. A job without GPUs gets this project's default instead."""
+    """The value works only on a GPU. A job without GPUs gets the default of FineTuneJob instead."""
 
 
 @dataclass(frozen=True)
 class GivenOption:
-    """An option of the user after conversion: the key and value as written, the converted value, and where it was written."""
+    """An option of the user after conversion: key and value as written (`key`, `raw`), converted value, and location."""
 
     row: Row
     key: str
@@ -108,7 +108,7 @@ class Draft:
     given: dict[str, GivenOption] = field(default_factory=dict)
     """Options of the user, by the key in the tool's table."""
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Keys whose value could not be converted, with the spec path that they would have set."""
+    """Keys with an invalid value, and the spec path that each key would have set."""
     values: dict[str, AssignedValue] = field(default_factory=dict)
     paths_without_default: set[str] = field(default_factory=set)
     """Spec paths that the tool's defaults must not set."""
@@ -128,7 +128,7 @@ class Draft:
 
     @property
     def location(self) -> str:
-        """Return the names of the input files, as the location of mistakes about something that is missing."""
+        """Return the names of the input files: the location of a mistake about a missing option."""
         return ", ".join(document.name for document in self.documents) or "command line"
 
     def get(self, key: str, default: Any = None) -> Any:
@@ -151,7 +151,7 @@ class Draft:
         return default if assigned is None else assigned.value
 
     def assign(self, path: str, value: Any, source: str | Origin) -> None:
-        """Set a field. `source` is the key of the option that it comes from, or an origin."""
+        """Set a field. `source` is the key of the option that gives the value, or an origin."""
         if isinstance(source, str):
             given = self.given[source]
             self.values[path] = AssignedValue(value, given.origin, given.key)
@@ -164,7 +164,7 @@ class Draft:
             self.values[path] = AssignedValue(value, Origin(reason, written_by_user=False))
 
     def remove(self, prefix: str, reason: str) -> None:
-        """Remove a field or group that would have no effect, and keep defaults away. Warns if the user wrote it."""
+        """Remove a field or group that would have no effect, and block its defaults. Warns if the user set the field."""
         self.paths_without_default.add(prefix)
         for path in [path for path in self.values if path == prefix or path.startswith(prefix + ".")]:
             assigned = self.values.pop(path)
@@ -173,7 +173,7 @@ class Draft:
                 self.add_warning(f"{assigned.origin.location}: {assigned.key} has no effect: {reason}")
 
     def add_mistake(self, keys: str | tuple[str, ...], message: str, hint: str = "", *, explains: str = "") -> None:
-        """Record a mistake about one or several options, each with its location.
+        """Record a mistake about one or several options, with their locations.
 
         `explains` is a spec path: later problems at this path are not reported, because this mistake causes them.
         """
@@ -186,7 +186,7 @@ class Draft:
         self.mistakes.append(Mistake(locations or self.location, spellings, message, hint))
 
     def add_warning(self, message: str) -> None:
-        """Record something that the user should act on."""
+        """Record a message that requires an action of the user."""
         if message not in self.warnings:
             self.warnings.append(message)
 
@@ -196,7 +196,7 @@ class Draft:
         self.add_warning(f"{given.origin.location}: {given.key} has no effect: {reason}")
 
     def add_note(self, message: str) -> None:
-        """Record something that the user may want to know."""
+        """Record a message that requires no action."""
         if message not in self.notes:
             self.notes.append(message)
 
@@ -221,7 +221,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Importer:
-    """A tool: how its files are recognised and read, its options and defaults, and how its options combine."""
+    """A tool: its options and defaults, and functions that recognise its files, read them and combine the options."""
 
     name: str
     title: str

@@ -1,7 +1,7 @@
 """`env`: the importer for a trainer that is configured by a `.env` file and its command line.
 
-Keys of the file and flags of the command line are two spellings of the same options; flags override the file. Some options that the
-tool documents but ignores (ratios, accumulation, result folder) work here as documented.
+Keys of the file and flags of the command line are two spellings of the same options; flags override the file. The tool ignores some
+of its documented options (ratios, accumulation, result folder); the importer applies them as documented.
 """
 
 from __future__ import annotations
@@ -100,16 +100,16 @@ ROWS: tuple[Row, ...] = (
 KEYS = frozenset(key for row in ROWS for key in (row.key, *row.aliases))
 
 
-def _validated(draft: Draft) -> bool:
+def _has_validation_data(draft: Draft) -> bool:
     return draft.has_value("dataset.validation") or bool(draft.value("dataset.split.validation"))
 
 
-def _four_bits(draft: Draft) -> bool:
+def _is_4bit(draft: Draft) -> bool:
     return bool(draft.value("model.quantization.bits") == 4)
 
 
-def _compares(draft: Draft) -> bool:
-    """Return whether base and tuned model are compared on prompts. The tool's defaults for that differ from those of FineTuneJob."""
+def _compares_models(draft: Draft) -> bool:
+    """Return whether base and tuned model are compared on prompts. The comparison has other defaults in the tool than in FineTuneJob."""
     return any(path.startswith("evaluation.comparison.") for path in draft.values)
 
 
@@ -130,15 +130,15 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("dataset.maxSequenceLength", 512),
     ToolDefault("dataset.useChatTemplate", False, "hard-coded in the tool"),
     ToolDefault("dataset.responseOnly.enabled", False, "hard-coded in the tool"),
-    ToolDefault("model.quantization.doubleQuant", False, "default of its code", _four_bits),
-    ToolDefault("model.quantization.computeDtype", "float16", "default of its code", lambda d: _four_bits(d) and d.value("training.mixedPrecision") == "fp16"),
-    ToolDefault("evaluation.comparison.generation.maxNewTokens", 150, "default of its code", _compares),
-    ToolDefault("evaluation.comparison.generation.temperature", 0.7, "default of its code", _compares),
-    ToolDefault("evaluation.comparison.generation.topP", 0.9, "default of its code", _compares),
-    ToolDefault("evaluation.comparison.generation.doSample", True, "default of its code", _compares),
+    ToolDefault("model.quantization.doubleQuant", False, "default of its code", _is_4bit),
+    ToolDefault("model.quantization.computeDtype", "float16", "default of its code", lambda d: _is_4bit(d) and d.value("training.mixedPrecision") == "fp16"),
+    ToolDefault("evaluation.comparison.generation.maxNewTokens", 150, "default of its code", _compares_models),
+    ToolDefault("evaluation.comparison.generation.temperature", 0.7, "default of its code", _compares_models),
+    ToolDefault("evaluation.comparison.generation.topP", 0.9, "default of its code", _compares_models),
+    ToolDefault("evaluation.comparison.generation.doSample", True, "default of its code", _compares_models),
     ToolDefault("dataset.mcq.includeOptions", True, "chosen here: the tool leaves the options out of the prompt", lambda d: d.value("dataset.format") == "mcq"),
     ToolDefault("checkpoint.keep", 0, "hard-coded in the tool"),
-    ToolDefault("checkpoint.loadBestAtEnd", True, "hard-coded in the tool", _validated),
+    ToolDefault("checkpoint.loadBestAtEnd", True, "hard-coded in the tool", _has_validation_data),
     ToolDefault("output.dir", "results", "hard-coded in the tool"),
     ToolDefault("output.layout", "projectModelTime", "hard-coded in the tool"),
     ToolDefault("output.project", "default_project", "hard-coded in the tool"),
@@ -148,30 +148,30 @@ DEFAULTS: tuple[ToolDefault, ...] = (
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
-MARKS = re.compile(r"^\s*(export\s+)?(MODEL_NAME|TRAIN_DATA_PATH|DATASET_TYPE|TECHNIQUE)\s*=", re.MULTILINE)
+KEY_MARKS = re.compile(r"^\s*(export\s+)?(MODEL_NAME|TRAIN_DATA_PATH|DATASET_TYPE|TECHNIQUE)\s*=", re.MULTILINE)
 FLAG_MARKS = ("--data_path", "--dataset_type", "--technique", "--model_name", "--hf_token")
 
 
 def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
-    """Return whether there is a `.env` file, or without files, whether the flags are those of the tool."""
+    """Return whether a file is a `.env` file or has keys of the tool; without files, whether a flag is one of the tool's."""
     if documents:
-        return any(d.path.suffix == ".env" or d.path.name == ".env" or MARKS.search(d.text) for d in documents)
+        return any(d.path.suffix == ".env" or d.path.name == ".env" or KEY_MARKS.search(d.text) for d in documents)
     return any(word.partition("=")[0] in FLAG_MARKS for word in words)
 
 
 def read(draft: Draft) -> Iterator[Entry]:
-    """Yield the options of the files in order, of the file that the tool's `--config` names, then of its flags."""
+    """Yield the options of the files in order, then of the file given with the tool's `--config`, then of the tool's flags."""
     for document in draft.documents:
-        yield from _file(document, draft)
-    yield from _flags(draft)
+        yield from _read_file(document, draft)
+    yield from _read_flags(draft)
 
 
-def _file(document: Document, draft: Draft) -> Iterator[Entry]:
+def _read_file(document: Document, draft: Draft) -> Iterator[Entry]:
     from dotenv.parser import parse_stream
 
     values: dict[str, str] = {}
     for binding in parse_stream(io.StringIO(document.text)):
-        line = binding.original.line + _leading_lines(binding.original.string)
+        line = binding.original.line + _count_leading_lines(binding.original.string)
         location = f"{document.name}:{line}"
         if binding.error:
             line_text = binding.original.string.strip()
@@ -193,13 +193,13 @@ def _file(document: Document, draft: Draft) -> Iterator[Entry]:
             yield Entry(binding.key, value.strip(), Origin(location))
 
 
-def _leading_lines(original: str) -> int:
-    """Count the blank lines before a binding, which the parser includes in the binding."""
+def _count_leading_lines(original: str) -> int:
+    """Count the blank lines at the start of a binding: the parser counts them as part of the binding."""
     return len(original) - len(original.lstrip("\r\n")) if original.strip() else 0
 
 
 def _shorten(line: str) -> str:
-    """Shorten a stray line so that it can still be found. A single long word may be a secret without its key, so only its start is shown."""
+    """Shorten an invalid line for a message. A single long word may be a secret, so only its first two characters are shown."""
     if " " not in line and len(line) > MAX_SHOWN_WORD:
         return line[:2] + "..."
     return line if len(line) <= 40 else line[:37] + "..."
@@ -219,17 +219,17 @@ def _interpolate(value: str, values: dict[str, str], draft: Draft, location: str
     return "".join(part.resolve(known) for part in parts)
 
 
-def _flags(draft: Draft) -> Iterator[Entry]:
+def _read_flags(draft: Draft) -> Iterator[Entry]:
     known = [alias for row in ROWS for alias in row.aliases if alias.startswith("-")]
     flags = parse_flags(strip_launcher(draft.request.tool_arguments), lambda name: True)
     add_stray_mistakes(draft, flags)
     entries: list[Entry] = []
     for name, value in flags.pairs:
-        spelled = _complete(name, known)
+        spelled = _expand_abbreviation(name, known)
         if spelled in ("--config", "-config"):
             document = add_config_file(draft, value) if value else None
             if document is not None:
-                yield from _file(document, draft)
+                yield from _read_file(document, draft)
         elif value is None:
             draft.mistakes.append(Mistake("command line", name, "the value is missing", f"write {name} VALUE"))
         else:
@@ -237,8 +237,8 @@ def _flags(draft: Draft) -> Iterator[Entry]:
     yield from entries
 
 
-def _complete(name: str, known: list[str]) -> str:
-    """Return the flag that an abbreviation means to the tool's parser; otherwise the name itself."""
+def _expand_abbreviation(name: str, known: list[str]) -> str:
+    """Expand an abbreviated flag as the tool's parser does. Any other name is returned unchanged."""
     if name in known or name in ("--config", "-config"):
         return name
     matches = [flag for flag in (*known, "--config") if name.startswith("--") and flag.startswith(name)]
@@ -258,16 +258,16 @@ def combine(draft: Draft) -> None:
         ("TEST_DATA_PATH", "dataset.test"),
     ):
         assign_source(draft, key, path, always_local=True)
-    _token(draft)
-    _format(draft)
-    _split(draft)
-    _method(draft)
-    _device(draft)
-    _steps(draft)
-    _rest(draft)
+    _set_token(draft)
+    _set_dataset_format(draft)
+    _set_split(draft)
+    _set_method(draft)
+    _set_device(draft)
+    _set_intervals(draft)
+    _set_other_fields(draft)
 
 
-def _token(draft: Draft) -> None:
+def _set_token(draft: Draft) -> None:
     token, used = draft.given.get("HUGGINGFACE_TOKEN"), draft.get("USE_AUTH_TOKEN")
     if token is not None and used is False:
         draft.warn_no_effect("HUGGINGFACE_TOKEN", "USE_AUTH_TOKEN is false")
@@ -279,7 +279,7 @@ def _token(draft: Draft) -> None:
         draft.add_warning(f"{location}: {message}")
 
 
-def _format(draft: Draft) -> None:
+def _set_dataset_format(draft: Draft) -> None:
     dataset_format = draft.get("DATASET_TYPE")
     if dataset_format == "text":
         dataset_format = "plainText" if str(draft.get("TRAIN_DATA_PATH", "")).endswith(".txt") else "promptCompletion"
@@ -292,7 +292,7 @@ def _format(draft: Draft) -> None:
         )
 
 
-def _split(draft: Draft) -> None:
+def _set_split(draft: Draft) -> None:
     ratios = ("TRAIN_RATIO", "VAL_RATIO", "TEST_RATIO")
     given = {key: float(draft.get(key)) for key in ratios if key in draft.given}
     if draft.has_value("dataset.validation") or draft.has_value("dataset.test"):
@@ -310,13 +310,13 @@ def _split(draft: Draft) -> None:
         draft.add_mistake(
             tuple(given),
             f"{names} = {total:g}, but must be 1",
-            "change one of them, or remove one, which then takes the rest",
+            "change one of them, or remove one, which then gets the remaining share",
         )
         return
     if total > 1 + 1e-6:
         draft.add_mistake(tuple(given), f"{names} = {total:g}, but must be at most 1", "reduce them")
         return
-    parts = _ratios(given)
+    parts = _complete_ratios(given)
     if parts["TRAIN_RATIO"] <= 0:
         draft.add_mistake(
             tuple(given), "no rows are left for training", "reduce the other ratios", explains="dataset.split"
@@ -327,15 +327,15 @@ def _split(draft: Draft) -> None:
         if key in given:
             draft.assign(f"dataset.split.{part}", value, key)
         else:
-            draft.assign_default(f"dataset.split.{part}", value, "the rest" if given else "documented default")
+            draft.assign_default(f"dataset.split.{part}", value, "remaining share" if given else "documented default")
     if "SPLIT_SEED" in draft.given:
         draft.assign("dataset.split.seed", draft.get("SPLIT_SEED"), "SPLIT_SEED")
     else:
         draft.assign_default("dataset.split.seed", 42, "documented default")
 
 
-def _ratios(given: dict[str, float]) -> dict[str, float]:
-    """Return all three ratios. Missing ratios take the rest; if only the training ratio is given, the other two share the rest equally."""
+def _complete_ratios(given: dict[str, float]) -> dict[str, float]:
+    """Return all three ratios. A missing ratio is the remainder; if only the training ratio is given, the other two get half of it each."""
     ratios = {"TRAIN_RATIO": 0.8, "VAL_RATIO": 0.1, "TEST_RATIO": 0.1}
     if not given:
         return ratios
@@ -350,7 +350,7 @@ def _ratios(given: dict[str, float]) -> dict[str, float]:
     return given if missing is None else {**given, missing: max(remaining, 0.0)}
 
 
-def _method(draft: Draft) -> None:
+def _set_method(draft: Draft) -> None:
     technique, four_bit = draft.get("TECHNIQUE", "lora"), draft.get("LOAD_IN_4BIT")
     if "TECHNIQUE" in draft.unreadable:
         return
@@ -383,7 +383,7 @@ def _method(draft: Draft) -> None:
         draft.assign_default("model.quantization.type", "nf4")
 
 
-def _device(draft: Draft) -> None:
+def _set_device(draft: Draft) -> None:
     device = draft.get("DEVICE", "auto")
     if device == "auto":
         return
@@ -398,11 +398,14 @@ def _device(draft: Draft) -> None:
         draft.assign_default("training.mixedPrecision", "no", "hard-coded in the tool")
 
 
-def _steps(draft: Draft) -> None:
-    """Set evaluation and checkpoints. With validation data the tool does both every EVAL_STEPS steps; without, SAVE_STRATEGY applies."""
+def _set_intervals(draft: Draft) -> None:
+    """Set the intervals of evaluation and checkpoints.
+
+    With validation data, the tool does both every EVAL_STEPS steps. Without, SAVE_STRATEGY sets the checkpoints.
+    """
     steps, saves = draft.get("EVAL_STEPS", 100), draft.get("SAVE_STRATEGY")
     origin = draft.given["EVAL_STEPS"].origin if "EVAL_STEPS" in draft.given else None
-    if _validated(draft):
+    if _has_validation_data(draft):
         draft.assign_default("evaluation.strategy", "steps", "hard-coded in the tool")
         draft.assign_default("checkpoint.strategy", "steps", "hard-coded in the tool")
         for path in ("evaluation.steps", "checkpoint.steps"):
@@ -423,7 +426,7 @@ def _steps(draft: Draft) -> None:
         draft.warn_no_effect("EVAL_STEPS", "there is no validation data")
 
 
-def _rest(draft: Draft) -> None:
+def _set_other_fields(draft: Draft) -> None:
     if "OUTPUT_DIR" in draft.given:
         assign_output_folder(draft, "OUTPUT_DIR")
     assign_config_map(draft, "PROMPTS_FILE", "evaluation.comparison.promptsRef", "prompts", "--prompts")
@@ -434,8 +437,8 @@ def _rest(draft: Draft) -> None:
         else:
             assign_source(draft, "RESUME_CHECKPOINT", "checkpoint.resume", always_local=True)
     if "CACHE_DIR" in draft.given:
-        _cache(draft)
-    _metrics(draft)
+        _set_cache(draft)
+    _set_metrics(draft)
     if draft.get("MONGODB_ENABLED"):
         draft.assign("tracking.reportTo", ["mongodb"], "MONGODB_ENABLED")
     if "MONGODB_URI" in draft.given and draft.get("MONGODB_ENABLED") is not False:
@@ -445,7 +448,7 @@ def _rest(draft: Draft) -> None:
         )
 
 
-def _cache(draft: Draft) -> None:
+def _set_cache(draft: Draft) -> None:
     given = draft.given["CACHE_DIR"]
     if str(given.value).startswith("pvc://"):
         draft.assign("model.cache", given.value, "CACHE_DIR")
@@ -455,7 +458,7 @@ def _cache(draft: Draft) -> None:
         )
 
 
-def _metrics(draft: Draft) -> None:
+def _set_metrics(draft: Draft) -> None:
     """Set the metrics. METRICS lists them; TRACK_METRICS is either a list or a boolean."""
     metrics: list[Any] = list(draft.get("METRICS") or [])
     track = draft.given.get("TRACK_METRICS")

@@ -1,4 +1,4 @@
-"""`guide`: the importer for a flat quick-reference YAML, its nested form, and the flags of its script."""
+"""`guide`: the importer for a guide's configuration: the flat or the nested YAML form, and the flags of the guide's script."""
 
 from __future__ import annotations
 
@@ -136,21 +136,21 @@ ROWS: tuple[Row, ...] = (
     Row("templates", "dataset.template", mapping, manual=True),
     Row("requirements", convert=any_value, no_effect="it only documents memory requirements"),
 )  # fmt: skip
-FIXED = "hard-coded in the tool"
+HARD_CODED = "hard-coded in the tool"
 
 
-def _four_bits(draft: Draft) -> bool:
+def _is_qlora(draft: Draft) -> bool:
     return bool(draft.value("method.type") == "qlora")
 
 
 DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("method.lora.rank", 16),
     ToolDefault("method.lora.alpha", 32),
-    ToolDefault("method.lora.dropout", 0.05, FIXED),
-    ToolDefault("method.lora.bias", "none", FIXED),
-    ToolDefault("model.quantization.type", "nf4", FIXED, _four_bits),
-    ToolDefault("model.quantization.computeDtype", "bfloat16", FIXED, _four_bits),
-    ToolDefault("model.quantization.doubleQuant", True, FIXED, _four_bits),
+    ToolDefault("method.lora.dropout", 0.05, HARD_CODED),
+    ToolDefault("method.lora.bias", "none", HARD_CODED),
+    ToolDefault("model.quantization.type", "nf4", HARD_CODED, _is_qlora),
+    ToolDefault("model.quantization.computeDtype", "bfloat16", HARD_CODED, _is_qlora),
+    ToolDefault("model.quantization.doubleQuant", True, HARD_CODED, _is_qlora),
     ToolDefault("training.epochs", 3),
     ToolDefault("training.batchSizePerDevice", 4),
     ToolDefault("training.gradientAccumulationSteps", 4),
@@ -160,17 +160,17 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("training.optimizer", "adamw_torch"),
     ToolDefault("training.weightDecay", 0),
     ToolDefault("training.maxGradNorm", 1),
-    ToolDefault("training.mixedPrecision", "bf16", FIXED, needs_gpu=True),
+    ToolDefault("training.mixedPrecision", "bf16", HARD_CODED, needs_gpu=True),
     ToolDefault("dataset.maxSequenceLength", 512),
     ToolDefault("checkpoint.strategy", "steps"),
     ToolDefault("checkpoint.steps", 100),
     ToolDefault("checkpoint.keep", 3),
-    ToolDefault("output.dir", "output", FIXED),
-    ToolDefault("output.layout", "flat", FIXED),
+    ToolDefault("output.dir", "output", HARD_CODED),
+    ToolDefault("output.layout", "flat", HARD_CODED),
     ToolDefault("tracking.reportTo", ["tensorboard"]),
     ToolDefault("tracking.loggingSteps", 10),
 )  # fmt: skip
-MERGED = frozenset({"templates", "requirements", "lora.target_modules", "target_modules"})
+OPAQUE = frozenset({"templates", "requirements", "lora.target_modules", "target_modules"})
 FLAGS = ("--model", "--data", "--output", "--epochs", "--batch-size", "--lora-r", "--merge")
 
 
@@ -200,7 +200,7 @@ def read(draft: Draft) -> Iterator[Entry]:
         if name == "--config" and value:
             add_config_file(draft, value)
     for document in draft.documents:
-        yield from entries(document, parse(document), MERGED)
+        yield from entries(document, parse(document), OPAQUE)
     for name, value in flags.pairs:
         if name == "--merge":
             yield flag_entry(name, True if value is None else value)
@@ -217,12 +217,12 @@ def combine(draft: Draft) -> None:
     """Set the fields whose value depends on several options of the tool."""
     assign_source(draft, "model", "model.source")
     assign_source(draft, "--data", "dataset.train", always_local=is_local(str(draft.get("--data", ""))))
-    _method(draft)
-    _targets(draft)
-    _precision(draft)
-    _data(draft)
-    _evaluation(draft)
-    _callbacks(draft)
+    _set_method(draft)
+    _set_target_modules(draft)
+    _set_precision(draft)
+    _set_data(draft)
+    _set_evaluation(draft)
+    _set_callbacks(draft)
     if "training.output_dir" in draft.given:
         assign_output_folder(draft, "training.output_dir")
     if "training.gradient_checkpointing" in draft.given:
@@ -230,9 +230,9 @@ def combine(draft: Draft) -> None:
         draft.assign("training.gradientCheckpointing", state, "training.gradient_checkpointing")
 
 
-def _method(draft: Draft) -> None:
-    key_4bit = _loaded(draft, "load_in_4bit")
-    key_8bit = _loaded(draft, "load_in_8bit")
+def _set_method(draft: Draft) -> None:
+    key_4bit = _loading_key(draft, "load_in_4bit")
+    key_8bit = _loading_key(draft, "load_in_8bit")
     if key_4bit and key_8bit:
         keys = ("quantization.load_in_4bit", "quantization.load_in_8bit")
         draft.add_mistake(
@@ -266,8 +266,8 @@ def _method(draft: Draft) -> None:
         draft.assign("model.quantization.bits", 4 if key_4bit else 8, key_4bit or key_8bit or source)
 
 
-def _loaded(draft: Draft, name: str) -> str | None:
-    """Return the key that enables quantized loading; None if it is off. `quantization.enabled: false` disables it."""
+def _loading_key(draft: Draft, name: str) -> str | None:
+    """Return the key that enables quantized loading; None without such a key, or with `quantization.enabled: false`."""
     key, enabled = f"quantization.{name}", draft.get("quantization.enabled")
     if name == "load_in_4bit" and draft.get("use_4bit"):
         return "use_4bit"
@@ -282,8 +282,8 @@ def _loaded(draft: Draft, name: str) -> str | None:
     return None
 
 
-def _targets(draft: Draft) -> None:
-    """Set the target modules from a list, or from a map of model families, whose key must occur in the model's name."""
+def _set_target_modules(draft: Draft) -> None:
+    """Set the target modules from a list, or from a map of model families: the entry whose key occurs in the model's name."""
     given = draft.given.get("target_modules")
     if given is None:
         return
@@ -310,7 +310,7 @@ def _targets(draft: Draft) -> None:
     draft.add_note(f"target_modules: the list for {matched_family} is used for {source}")
 
 
-def _precision(draft: Draft) -> None:
+def _set_precision(draft: Draft) -> None:
     fp16, bf16 = "training.fp16", "training.bf16"
     if draft.get(fp16) and draft.get(bf16):
         draft.add_mistake((fp16, bf16), "fp16 and bf16 are both true", "set one of them to false")
@@ -329,7 +329,7 @@ def _precision(draft: Draft) -> None:
         draft.assign("training.mixedPrecision", "no", bf16)
 
 
-def _data(draft: Draft) -> None:
+def _set_data(draft: Draft) -> None:
     given = draft.given.get("dataset.eval_split")
     if given is not None and not draft.has_value("dataset.validation"):
         draft.add_warning(
@@ -342,12 +342,12 @@ def _data(draft: Draft) -> None:
             draft.values.pop("dataset.split.seed")
     templates = draft.given.get("templates")
     if draft.get("dataset.format") == "custom":
-        _template(draft)
+        _set_template(draft)
     elif templates is not None:
         draft.add_warning(f"{templates.origin.location}: templates has no effect: dataset.format is not custom")
 
 
-def _template(draft: Draft) -> None:
+def _set_template(draft: Draft) -> None:
     given = draft.given.get("templates")
     templates = (
         {}
@@ -366,7 +366,7 @@ def _template(draft: Draft) -> None:
         draft.assign("dataset.template", text(chosen), "templates")
 
 
-def _evaluation(draft: Draft) -> None:
+def _set_evaluation(draft: Draft) -> None:
     validated = draft.has_value("dataset.validation") or bool(draft.value("dataset.split.validation"))
     if "training.eval_steps" in draft.given:
         if validated or draft.has_value("evaluation.strategy"):
@@ -380,7 +380,7 @@ def _evaluation(draft: Draft) -> None:
         draft.assign_default("evaluation.strategy", "steps")
 
 
-def _callbacks(draft: Draft) -> None:
+def _set_callbacks(draft: Draft) -> None:
     report = draft.given.get("training.report_to")
     trackers = list(draft.get("training.report_to") or []) if report is not None else None
     if draft.get("callbacks.wandb.enabled"):

@@ -1,6 +1,6 @@
 """`hydra`: the importer for a Hydra configuration: a composed file, a folder of groups, or an older command line with dashed flags.
 
-Method, adapter sizes and warm-up are hard-coded in the tool; an import writes them into the spec, so that the run stays the same.
+Method, adapter sizes and warm-up are hard-coded in the tool. The importer writes these values into the spec, so that the run is the same.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from finetune_cli.importers.documents import peek
 from finetune_cli.importers.draft import Document, Draft, Entry, Importer, Row, ToolDefault
 from finetune_cli.importers.hydra_compose import (
     GROUPS,
-    composed,
     config_file,
-    config_name,
-    dashed,
+    has_dashed_flags,
     normalise_key,
-    options,
-    shipped,
+    options_by_group,
+    read_composed,
+    read_shipped,
+    split_hydra_flags,
 )
 from finetune_cli.importers.sources import assign_source, is_local
 from finetune_cli.importers.toml import PROJECTIONS, SCHEDULERS
-from finetune_cli.importers.yaml import assume_ranks
+from finetune_cli.importers.yaml import assume_two_gpus
 from finetune_cli.mistakes import Mistake
 from finetune_cli.suggestions import closest_name
 
@@ -38,83 +38,83 @@ COLUMNS: dict[str, dict[str, str]] = {
     "messages": {"question": "Question", "answer": "Response"},
     "plainText": {"text": "text"},
 }
-"""Columns that the tool's code requires. For the other formats the trainer finds the columns itself, in any letter case."""
+"""Column names that are hard-coded in the tool. For all other formats the trainer detects the columns, in any letter case."""
 SYSTEM_PROMPT = "You are a personal assistant."
 
 
-def config(key: str, *args: Any, **kwargs: Any) -> Row:
+def training_row(key: str, *args: Any, **kwargs: Any) -> Row:
     """Return the row of a key of the training group. The dashed flag is another spelling of the key."""
     return Row(f"training_config.{key}", *args, **kwargs)
 
 
 ROWS: tuple[Row, ...] = (
-    config("model", "model.source", required=True, manual=True),
+    training_row("model", "model.source", required=True, manual=True),
     Row("dataset.path", "dataset.train", manual=True, aliases=("--dataset",)),
     Row("dataset.format", "dataset.format", choice(FORMATS), manual=True, aliases=("--format",)),
-    config("trainer", "trainer.type", choice({"SFT": "sft", "DPO": "dpo", "GRPO": "grpo"})),
-    config("distributed_training", "distributed.strategy", choice({"DDP": "ddp", "FSDP": "fsdp", "Unsloth": "unsloth"}), manual=True),
-    config("per_device_train_batch_size", "training.batchSizePerDevice", integer(1)),
-    config("gradient_acc_steps", "training.gradientAccumulationSteps", integer(1)),
-    config("optim", "training.optimizer"),
-    config("learning_rate", "training.learningRate", number(above=0)),
-    config("num_train_epochs", "training.epochs", integer(1)),
-    config("lr_scheduler_type", "training.scheduler", choice(SCHEDULERS)),
-    config("save_steps", "checkpoint.steps", integer(1)),
-    config("max_completion_length", "trainer.maxCompletionLength", integer(1)),
-    config("max_seq_length", "dataset.maxSequenceLength", integer(1)),
-    config("gradient_checkpointing", "training.gradientCheckpointing", boolean, manual=True),
-    config("report_to", "tracking.reportTo", choice(TRACKERS), manual=True, empty_is_absent=False),
-    config("warmup_ratio", "training.warmupRatio", number(0, below=1)),
-    config("warmup_steps", "training.warmupSteps", integer(0)),
-    config("weight_decay", "training.weightDecay", number(0)),
-    config("max_grad_norm", "training.maxGradNorm", number(0)),
-    config("logging_steps", "tracking.loggingSteps", integer(1)),
-    config("max_steps", "training.maxSteps", integer(1)),
-    config("save_total_limit", "checkpoint.keep", integer(1)),
-    config("seed", "training.seed", integer(0, 4294967295)),
-    config("beta", "trainer.dpo.beta", number(0), manual=True),
-    config("num_generations", "trainer.grpo.numGenerations", integer(2), manual=True),
-    config("temperature", "trainer.grpo.temperature", number(above=0), manual=True),
+    training_row("trainer", "trainer.type", choice({"SFT": "sft", "DPO": "dpo", "GRPO": "grpo"})),
+    training_row("distributed_training", "distributed.strategy", choice({"DDP": "ddp", "FSDP": "fsdp", "Unsloth": "unsloth"}), manual=True),
+    training_row("per_device_train_batch_size", "training.batchSizePerDevice", integer(1)),
+    training_row("gradient_acc_steps", "training.gradientAccumulationSteps", integer(1)),
+    training_row("optim", "training.optimizer"),
+    training_row("learning_rate", "training.learningRate", number(above=0)),
+    training_row("num_train_epochs", "training.epochs", integer(1)),
+    training_row("lr_scheduler_type", "training.scheduler", choice(SCHEDULERS)),
+    training_row("save_steps", "checkpoint.steps", integer(1)),
+    training_row("max_completion_length", "trainer.maxCompletionLength", integer(1)),
+    training_row("max_seq_length", "dataset.maxSequenceLength", integer(1)),
+    training_row("gradient_checkpointing", "training.gradientCheckpointing", boolean, manual=True),
+    training_row("report_to", "tracking.reportTo", choice(TRACKERS), manual=True, empty_is_absent=False),
+    training_row("warmup_ratio", "training.warmupRatio", number(0, below=1)),
+    training_row("warmup_steps", "training.warmupSteps", integer(0)),
+    training_row("weight_decay", "training.weightDecay", number(0)),
+    training_row("max_grad_norm", "training.maxGradNorm", number(0)),
+    training_row("logging_steps", "tracking.loggingSteps", integer(1)),
+    training_row("max_steps", "training.maxSteps", integer(1)),
+    training_row("save_total_limit", "checkpoint.keep", integer(1)),
+    training_row("seed", "training.seed", integer(0, 4294967295)),
+    training_row("beta", "trainer.dpo.beta", number(0), manual=True),
+    training_row("num_generations", "trainer.grpo.numGenerations", integer(2), manual=True),
+    training_row("temperature", "trainer.grpo.temperature", number(above=0), manual=True),
 )  # fmt: skip
-FIXED = "hard-coded in the tool"
+HARD_CODED = "hard-coded in the tool"
 DEFAULTS: tuple[ToolDefault, ...] = (
-    ToolDefault("method.type", "lora", FIXED),
-    ToolDefault("method.lora.rank", 128, FIXED),
-    ToolDefault("method.lora.alpha", 64, FIXED),
+    ToolDefault("method.type", "lora", HARD_CODED),
+    ToolDefault("method.lora.rank", 128, HARD_CODED),
+    ToolDefault("method.lora.alpha", 64, HARD_CODED),
     ToolDefault("method.lora.dropout", 0, "fixed in its code for Unsloth", lambda d: d.value("trainer.backend") == "unsloth"),
-    ToolDefault("method.lora.dropout", 0.05, FIXED),
-    ToolDefault("method.lora.targetModules", PROJECTIONS, FIXED),
-    ToolDefault("method.lora.bias", "none", FIXED),
-    ToolDefault("model.dtype", "bfloat16", FIXED, needs_gpu=True),
-    ToolDefault("model.attention", "flashAttention2", FIXED, lambda d: d.value("trainer.backend") != "unsloth", needs_gpu=True),
+    ToolDefault("method.lora.dropout", 0.05, HARD_CODED),
+    ToolDefault("method.lora.targetModules", PROJECTIONS, HARD_CODED),
+    ToolDefault("method.lora.bias", "none", HARD_CODED),
+    ToolDefault("model.dtype", "bfloat16", HARD_CODED, needs_gpu=True),
+    ToolDefault("model.attention", "flashAttention2", HARD_CODED, lambda d: d.value("trainer.backend") != "unsloth", needs_gpu=True),
     ToolDefault("trainer.type", "sft", "default in its code"),
     ToolDefault("training.batchSizePerDevice", 2, "default in its code"),
     ToolDefault("training.gradientAccumulationSteps", 4, "default in its code"),
     ToolDefault("training.optimizer", "adamw_torch_fused", "default in its code"),
     ToolDefault("training.epochs", 1, "default in its code"),
     ToolDefault("training.scheduler", "cosine", "default in its code"),
-    ToolDefault("training.warmupRatio", 0.1, FIXED, lambda d: not d.has_value("training.warmupSteps")),
-    ToolDefault("training.weightDecay", 0, FIXED),
-    ToolDefault("training.maxGradNorm", 1, FIXED),
-    ToolDefault("training.mixedPrecision", "bf16", FIXED, needs_gpu=True),
+    ToolDefault("training.warmupRatio", 0.1, HARD_CODED, lambda d: not d.has_value("training.warmupSteps")),
+    ToolDefault("training.weightDecay", 0, HARD_CODED),
+    ToolDefault("training.maxGradNorm", 1, HARD_CODED),
+    ToolDefault("training.mixedPrecision", "bf16", HARD_CODED, needs_gpu=True),
     ToolDefault("dataset.maxSequenceLength", 2048, "default in its code"),
-    ToolDefault("dataset.responseOnly.enabled", False, FIXED, lambda d: d.value("trainer.type", "sft") == "sft"),
-    ToolDefault("dataset.useChatTemplate", True, FIXED, lambda d: d.value("dataset.format") not in ("plainText", None)),
-    ToolDefault("checkpoint.strategy", "steps", FIXED),
+    ToolDefault("dataset.responseOnly.enabled", False, HARD_CODED, lambda d: d.value("trainer.type", "sft") == "sft"),
+    ToolDefault("dataset.useChatTemplate", True, HARD_CODED, lambda d: d.value("dataset.format") not in ("plainText", None)),
+    ToolDefault("checkpoint.strategy", "steps", HARD_CODED),
     ToolDefault("checkpoint.steps", 100, "default in its code"),
-    ToolDefault("checkpoint.keep", 0, FIXED),
-    ToolDefault("output.dir", "adapters", FIXED),
-    ToolDefault("output.layout", "flat", FIXED),
-    ToolDefault("tracking.loggingSteps", 50, FIXED),
+    ToolDefault("checkpoint.keep", 0, HARD_CODED),
+    ToolDefault("output.dir", "adapters", HARD_CODED),
+    ToolDefault("output.layout", "flat", HARD_CODED),
+    ToolDefault("tracking.loggingSteps", 50, HARD_CODED),
 )  # fmt: skip
-SHIPPED: dict[str, Any] = {
+SHIPPED_CONFIG: dict[str, Any] = {
     "training_config.model": "./my_saved_model/qwen3-full", "training_config.trainer": "SFT", "training_config.distributed_training": "Unsloth",
     "training_config.per_device_train_batch_size": 2, "training_config.gradient_acc_steps": 1, "training_config.optim": "adamw_torch_fused",
     "training_config.learning_rate": 5e-5, "training_config.num_train_epochs": 2, "training_config.lr_scheduler_type": "cosine",
     "training_config.save_steps": 100, "training_config.max_completion_length": 2048, "training_config.max_seq_length": 4096,
     "training_config.gradient_checkpointing": True, "training_config.report_to": "tensorboard", "dataset.path": None, "dataset.format": "standard",
 }  # fmt: skip
-"""The tool's own configuration files: the base for overrides without a file."""
+"""Content of the tool's own configuration files. Overrides without a file apply to it."""
 
 
 KNOWN = frozenset(normalise_key(row.key) for row in ROWS)
@@ -142,7 +142,7 @@ def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
         )
     for document in documents:
         if document.is_folder:
-            return config_file(document.path) is not None or any(options(document.path))
+            return config_file(document.path) is not None or any(options_by_group(document.path))
         content = peek(document)
         model = content.get("model")
         if any(isinstance(content.get(group), dict) for group in GROUPS[:2]):
@@ -162,10 +162,10 @@ def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
 
 
 def read(draft: Draft) -> Iterator[Entry]:
-    """Yield the options after composing files and overrides with Hydra, or those of the older dashed flags."""
-    words, config = config_name(draft, strip_launcher(draft.request.tool_arguments))
+    """Compose files and overrides with Hydra and yield the options; or yield the options of the older dashed flags."""
+    words, config = split_hydra_flags(draft, strip_launcher(draft.request.tool_arguments))
     bases = [document for document in draft.documents if not is_accelerate(document)]
-    flagged = dashed(words)
+    flagged = has_dashed_flags(words)
     if len(bases) > 1:
         draft.mistakes.append(
             Mistake(
@@ -178,15 +178,15 @@ def read(draft: Draft) -> Iterator[Entry]:
         return
     if flagged:
         if bases:
-            yield from composed(draft, bases[0], [], config)
-        yield from _flags(draft, words)
+            yield from read_composed(draft, bases[0], [], config)
+        yield from _read_flags(draft, words)
     elif bases:
-        yield from composed(draft, bases[0], words, config)
+        yield from read_composed(draft, bases[0], words, config)
     else:
-        yield from shipped(draft, words, SHIPPED)
+        yield from read_shipped(draft, words, SHIPPED_CONFIG)
 
 
-def _flags(draft: Draft, words: list[str]) -> Iterator[Entry]:
+def _read_flags(draft: Draft, words: list[str]) -> Iterator[Entry]:
     flags = parse_flags(words, lambda name: True)
     add_stray_mistakes(draft, flags)
     known = sorted({f"--{key.partition('.')[2].replace('_', '-')}" for key in KNOWN} | {"--dataset", "--format"})
@@ -215,36 +215,36 @@ def combine(draft: Draft) -> None:
     assign_source(draft, "dataset.path", "dataset.train", always_local=is_local(dataset_path))
     if (
         not draft.has_key("dataset.path")
-        and (draft.has_key("dataset.format") or dashed(draft.request.tool_arguments))
+        and (draft.has_key("dataset.format") or has_dashed_flags(draft.request.tool_arguments))
         and "dataset.train" not in draft.request.overrides
     ):
         draft.mistakes.append(
             Mistake(draft.location, "dataset.path", "this required option is missing", "add it, or give --data URI")
         )
         draft.unreadable["dataset.path"] = "dataset.train"
-    _learning_rate(draft)
+    _set_learning_rate(draft)
     for document in draft.documents:
         if is_accelerate(document):
-            _with_accelerate(draft, document)
-    _strategy(draft)
-    _format(draft)
-    _objective(draft)
-    _checkpointing(draft)
-    _report(draft)
+            _read_accelerate_file(draft, document)
+    _set_strategy(draft)
+    _set_dataset_format(draft)
+    _set_objective(draft)
+    _set_gradient_checkpointing(draft)
+    _set_trackers(draft)
 
 
-def _learning_rate(draft: Draft) -> None:
+def _set_learning_rate(draft: Draft) -> None:
     if draft.has_key("training_config.learning_rate"):
         return
-    if dashed(draft.request.tool_arguments) and not [d for d in draft.documents if not is_accelerate(d)]:
+    if has_dashed_flags(draft.request.tool_arguments) and not [d for d in draft.documents if not is_accelerate(d)]:
         draft.assign_default("training.learningRate", 2e-4, "documented advice")
         draft.add_note("no learning rate is given, so it is 2e-4, which the tool's documentation advises for its flags")
     else:
         draft.assign_default("training.learningRate", 5e-5, "default in its code")
 
 
-def _with_accelerate(draft: Draft, document: Document) -> None:
-    """Read an accelerate file. The strategy of the main file is set first, so that a different one is reported as a contradiction."""
+def _read_accelerate_file(draft: Draft, document: Document) -> None:
+    """Read an accelerate file. The main file's strategy is set first, so that a different strategy there is a mistake."""
     given = draft.given.get("training_config.distributed_training")
     if given is not None:
         draft.assign(
@@ -255,7 +255,7 @@ def _with_accelerate(draft: Draft, document: Document) -> None:
     read_accelerate(draft, document)
 
 
-def _strategy(draft: Draft) -> None:
+def _set_strategy(draft: Draft) -> None:
     key = "training_config.distributed_training"
     if key in draft.unreadable:
         return
@@ -274,10 +274,10 @@ def _strategy(draft: Draft) -> None:
         draft.assign_default("trainer.backend", backend, "documented default")
         draft.assign_default("distributed.strategy", strategy, "documented default")
     if strategy == "fsdp":
-        assume_ranks(draft, "FSDP")
+        assume_two_gpus(draft, "FSDP")
 
 
-def _format(draft: Draft) -> None:
+def _set_dataset_format(draft: Draft) -> None:
     if "dataset.format" in draft.given:
         draft.assign("dataset.format", draft.get("dataset.format"), "dataset.format")
     dataset_format = draft.get("dataset.format")
@@ -287,22 +287,22 @@ def _format(draft: Draft) -> None:
         draft.assign_default("dataset.systemPrompt", SYSTEM_PROMPT, "hard-coded in the tool")
 
 
-def _objective(draft: Draft) -> None:
+def _set_objective(draft: Draft) -> None:
     trainer = draft.get("training_config.trainer", "sft")
     if "training_config.beta" in draft.given:
         path = {"dpo": "trainer.dpo.beta", "grpo": "trainer.grpo.beta"}.get(trainer)
-        _put_or_warn(draft, "training_config.beta", path)
+        _assign_or_warn(draft, "training_config.beta", path)
     for key in ("num_generations", "temperature"):
         name = {"num_generations": "numGenerations"}.get(key, key)
-        _put_or_warn(draft, f"training_config.{key}", f"trainer.grpo.{name}" if trainer == "grpo" else None)
+        _assign_or_warn(draft, f"training_config.{key}", f"trainer.grpo.{name}" if trainer == "grpo" else None)
     if trainer != "sft":
-        _completions(draft)
+        _set_completion_length(draft)
     if trainer == "grpo":
-        _grpo(draft)
+        _set_grpo(draft)
 
 
-def _completions(draft: Draft) -> None:
-    """Set the maximum completion length. The tool allows it to equal the sequence length; then prompt and completion get half each."""
+def _set_completion_length(draft: Draft) -> None:
+    """Set the maximum completion length. If it is not below the sequence length, prompt and completion get half of that length each."""
     path, key = "trainer.maxCompletionLength", "training_config.max_completion_length"
     completion_length, sequence_length = draft.get(key, 2048), draft.get("training_config.max_seq_length", 2048)
     half_length = max(1, sequence_length // 2)
@@ -320,7 +320,7 @@ def _completions(draft: Draft) -> None:
         )
 
 
-def _put_or_warn(draft: Draft, key: str, path: str | None) -> None:
+def _assign_or_warn(draft: Draft, key: str, path: str | None) -> None:
     given = draft.given.get(key)
     if given is None:
         return
@@ -330,7 +330,7 @@ def _put_or_warn(draft: Draft, key: str, path: str | None) -> None:
         draft.add_warning(f"{given.origin.location}: {given.key} has no effect with this trainer")
 
 
-def _grpo(draft: Draft) -> None:
+def _set_grpo(draft: Draft) -> None:
     draft.assign_default("trainer.rewards", [{"builtin": "citationFormat"}], "hard-coded in the tool")
     draft.add_note(
         "trainer GRPO uses the reward that is hard-coded in the tool, citationFormat; set others in trainer.rewards"
@@ -343,7 +343,9 @@ def _grpo(draft: Draft) -> None:
         divisor = next((n for n in range(min(num_generations, rows), 1, -1) if rows % n == 0), None)
         if divisor is None:
             draft.assign_default(
-                "training.gradientAccumulationSteps", 8, "chosen here: GRPO compares several completions in a step"
+                "training.gradientAccumulationSteps",
+                8,
+                "chosen here: a step must contain several completions of a prompt",
             )
         else:
             draft.assign_default(
@@ -354,7 +356,7 @@ def _grpo(draft: Draft) -> None:
             )
 
 
-def _checkpointing(draft: Draft) -> None:
+def _set_gradient_checkpointing(draft: Draft) -> None:
     key, path = "training_config.gradient_checkpointing", "training.gradientCheckpointing"
     gpus = draft.value("resources.gpusPerNode") != 0
     enabled_value = "unsloth" if gpus and draft.value("trainer.backend") == "unsloth" else "enabled"
@@ -364,12 +366,12 @@ def _checkpointing(draft: Draft) -> None:
         draft.assign_default(path, enabled_value, "default in its code")
 
 
-def _report(draft: Draft) -> None:
+def _set_trackers(draft: Draft) -> None:
     key = "training_config.report_to"
     if key in draft.given:
         draft.assign("tracking.reportTo", draft.get(key), key)
     elif key not in draft.unreadable:
-        flags = dashed(draft.request.tool_arguments)
+        flags = has_dashed_flags(draft.request.tool_arguments)
         draft.assign_default("tracking.reportTo", ["wandb"] if flags else ["tensorboard"], "default in its code")
 
 

@@ -1,7 +1,7 @@
 """Composes Hydra configurations and applies overrides, using the Hydra library.
 
-This module adds what the library does not offer: options of a folder without a primary file, the line of every value, and a list of
-all mistakes instead of only the first.
+The library does not support a folder without a primary file, does not give the line of a value, and stops at the first mistake. This
+module adds all three.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ CONFIG_NAME = ("--config-name", "-cn")
 CONFIG_FOLDER = ("--config-path", "-cp", "--config-dir", "-cd")
 
 
-def config_name(draft: Draft, words: list[str]) -> tuple[list[str], str]:
-    """Remove Hydra's own flags. Returns the other words, and the name of the primary file (`config` by default).
+def split_hydra_flags(draft: Draft, words: list[str]) -> tuple[list[str], str]:
+    """Separate Hydra's own flags. Returns all other words, and the name of the primary file (default `config`).
 
-    Flags for the folder are ignored: the folder is the one given to `finetune import`.
+    Flags for the folder are ignored, because the folder is an argument of `finetune import`.
     """
     remaining, overrides, name = list(words), [], "config"
     while remaining:
@@ -58,20 +58,20 @@ def config_name(draft: Draft, words: list[str]) -> tuple[list[str], str]:
     return overrides, name
 
 
-def dashed(words: Iterable[str]) -> bool:
-    """Return whether the words contain the tool's older flags, apart from Hydra's own flags."""
+def has_dashed_flags(words: Iterable[str]) -> bool:
+    """Return whether the words contain a dashed flag that is not one of Hydra's own flags: the tool's older command line."""
     names = (word.partition("=")[0] for word in words)
     return any(name.startswith("--") and name not in (*CONFIG_NAME, *CONFIG_FOLDER) for name in names)
 
 
 def config_file(folder: Path, name: str = "config") -> Path | None:
-    """Return the primary file of a folder."""
+    """Return the primary file of a folder; None if there is none."""
     folders = (folder, folder / "configs", folder / "conf", folder / ".hydra")
     return next((candidate / f"{name}.yaml" for candidate in folders if (candidate / f"{name}.yaml").is_file()), None)
 
 
-def options(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Yield (group, option names) of a folder without a primary file."""
+def options_by_group(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield (group, names of its options) of a folder."""
     for base in (folder, folder / "configs", folder / "conf"):
         for group in ("dataset", *GROUPS):
             names = sorted(path.stem for path in (base / group).glob("*.yaml"))
@@ -79,8 +79,8 @@ def options(folder: Path) -> Iterator[tuple[str, list[str]]]:
                 yield group, names
 
 
-def shipped(draft: Draft, words: list[str], values: dict[str, Any]) -> Iterator[Entry]:
-    """Apply overrides without a file to the tool's own configuration."""
+def read_shipped(draft: Draft, words: list[str], values: dict[str, Any]) -> Iterator[Entry]:
+    """Apply the overrides to the tool's own configuration, because no file is given."""
     draft.add_note("no file is given, so the overrides apply to the tool's own configuration")
     base: dict[str, Any] = {"dataset": {}, "training_config": {}}
     for key, value in values.items():
@@ -88,13 +88,13 @@ def shipped(draft: Draft, words: list[str], values: dict[str, Any]) -> Iterator[
         base[group][name] = value
     from omegaconf import OmegaConf
 
-    applicable = _applicable(draft, words, frozenset(values), frozenset())
+    applicable = _select_applicable(draft, words, frozenset(values), frozenset())
     yield from _leaves(
         draft, _apply(OmegaConf.create(base), applicable), "the tool's own configuration", _override_locations(words)
     )
 
 
-def composed(draft: Draft, document: Document, words: list[str], config: str) -> Iterator[Entry]:
+def read_composed(draft: Draft, document: Document, words: list[str], config: str) -> Iterator[Entry]:
     """Compose one file or folder and apply the overrides."""
     from omegaconf.errors import OmegaConfBaseException
 
@@ -112,7 +112,7 @@ def composed(draft: Draft, document: Document, words: list[str], config: str) ->
             primary = Document(path, read_text(path)) if document.is_folder else document
             tree = parse(primary)
             composed_config = _from_file(draft, primary, tree, words, locations)
-            locations |= _lines(primary.name, tree)
+            locations |= _line_locations(primary.name, tree)
     except OmegaConfBaseException as error:
         raise InvalidInput(
             [Mistake(document.name, "", f"the configuration cannot be read: {str(error).splitlines()[0]}")]
@@ -121,7 +121,7 @@ def composed(draft: Draft, document: Document, words: list[str], config: str) ->
         yield from _leaves(draft, composed_config, document.name, locations | _override_locations(words))
 
 
-def _lines(name: str, tree: Tree, group: str = "") -> dict[str, str]:
+def _line_locations(name: str, tree: Tree, group: str = "") -> dict[str, str]:
     """Return `file:line` of every key of a file. The keys of a file without groups belong to the training group."""
     flat = not group and not any(isinstance(value, dict) for value in tree.value.values())
     prefix = f"{group or 'training_config'}." if group or flat else ""
@@ -129,8 +129,11 @@ def _lines(name: str, tree: Tree, group: str = "") -> dict[str, str]:
 
 
 def _from_groups(draft: Draft, document: Document, words: list[str], locations: dict[str, str]) -> Any:
-    """Compose a folder of groups without a primary file: of each group its only option, or the one given. Returns None after a mistake."""
-    names_by_group = dict(options(document.path))
+    """Compose a folder of groups without a primary file. A group with several options needs a choice in `words`.
+
+    Returns None after a mistake.
+    """
+    names_by_group = dict(options_by_group(document.path))
     chosen = {group for group in names_by_group if any(word.lstrip("+").startswith(f"{group}=") for word in words)}
     ambiguous = {group: names for group, names in names_by_group.items() if len(names) > 1 and group not in chosen}
     for group, names in ambiguous.items():
@@ -148,7 +151,7 @@ def _from_groups(draft: Draft, document: Document, words: list[str], locations: 
 
 
 def _from_file(draft: Draft, document: Document, tree: Tree, words: list[str], locations: dict[str, str]) -> Any:
-    """Load a primary file. With a `defaults` list its folder is composed; without one the file is complete."""
+    """Load a primary file. If it has a `defaults` list, compose its folder; otherwise the file is the whole configuration."""
     from omegaconf import OmegaConf
 
     defaults = tree.value.get("defaults")
@@ -170,19 +173,19 @@ def _from_file(draft: Draft, document: Document, tree: Tree, words: list[str], l
         )
     flat = not any(isinstance(value, dict) for value in tree.value.values())
     value: dict[str, Any] = {"training_config": tree.value} if flat else tree.value
-    applicable = _applicable(draft, words, _keys(value), frozenset())
+    applicable = _select_applicable(draft, words, _all_keys(value), frozenset())
     loaded = OmegaConf.create(document.text)
     return _apply(OmegaConf.create({"training_config": loaded}) if flat else loaded, applicable)
 
 
-def _keys(value: dict[str, Any]) -> frozenset[str]:
+def _all_keys(value: dict[str, Any]) -> frozenset[str]:
     return frozenset(
         f"{group}.{key}" for group, inner in value.items() if isinstance(inner, dict) for key in inner
     ) | frozenset(value)
 
 
-def _parsed(draft: Draft, words: list[str]) -> list[Any]:
-    """Parse overrides with Hydra. Overrides that Hydra refuses, and sweeps, are mistakes."""
+def _parse_overrides(draft: Draft, words: list[str]) -> list[Any]:
+    """Parse overrides with Hydra. Record a mistake for each override that Hydra rejects and for each multirun sweep."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -224,11 +227,11 @@ def _parsed(draft: Draft, words: list[str]) -> list[Any]:
     return result
 
 
-def _applicable(draft: Draft, words: list[str], present: frozenset[str], groups: frozenset[str]) -> list[str]:
-    """Return the overrides that can be applied: known keys, with `+` only for new keys. Every other override is a mistake."""
+def _select_applicable(draft: Draft, words: list[str], present: frozenset[str], groups: frozenset[str]) -> list[str]:
+    """Return the overrides of known keys; `+` is only valid for keys that the file lacks. Every other override is a mistake."""
     applicable: list[str] = []
     known = {normalise_key(row.key) for row in draft.rows}
-    for override in _parsed(draft, words):
+    for override in _parse_overrides(draft, words):
         key, line = override.key_or_group, str(override.input_line)
         if key in groups:
             applicable.append(line)
@@ -281,26 +284,28 @@ def _compose(draft: Draft, folder: Path, name: str | None, words: list[str], loc
     from yaml import YAMLError
 
     groups = frozenset(path.name for path in folder.iterdir() if path.is_dir())
-    override_lines = [str(override.input_line) for override in _parsed(draft, words)]
+    override_lines = [str(override.input_line) for override in _parse_overrides(draft, words)]
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(config_dir=str(folder.resolve()), version_base="1.3"):
             chosen = [w for w in override_lines if w.lstrip("+~").partition("=")[0] in groups]
             base = compose(config_name=name, overrides=chosen)
-            present = _keys({key: value for key, value in _plain(base).items() if isinstance(value, dict)}) | groups
+            present = (
+                _all_keys({key: value for key, value in _to_dict(base).items() if isinstance(value, dict)}) | groups
+            )
             composed = compose(
                 config_name=name,
-                overrides=_applicable(draft, override_lines, present, groups),
+                overrides=_select_applicable(draft, override_lines, present, groups),
                 return_hydra_config=True,
             )
             for group, option in composed.hydra.runtime.choices.items():
                 file = folder / group / f"{option}.yaml"
                 if file.is_file():
                     document = Document(file, read_text(file))
-                    locations |= _lines(f"{group}/{document.name}", parse(document), group)
+                    locations |= _line_locations(f"{group}/{document.name}", parse(document), group)
             return composed
     except (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError) as error:
-        # OSError and ValueError: raised by Hydra's parsers for files that are not configurations.
+        # Hydra's parsers raise OSError and ValueError for files that are not configurations.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise InvalidInput(
             [Mistake(folder.name, "", f"Hydra cannot compose it: {lines[0]}", " ".join(lines[1:4]))]
@@ -309,7 +314,7 @@ def _compose(draft: Draft, folder: Path, name: str | None, words: list[str], loc
         GlobalHydra.instance().clear()
 
 
-def _plain(composed: Any) -> dict[str, Any]:
+def _to_dict(composed: Any) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     container = OmegaConf.to_container(composed, resolve=False)
@@ -317,7 +322,7 @@ def _plain(composed: Any) -> dict[str, Any]:
 
 
 def _override_locations(words: list[str]) -> dict[str, str]:
-    """Return the location of every overridden key."""
+    """Return the location of each overridden key, for messages."""
     return {word.lstrip("+~").partition("=")[0]: f"command line {word.partition('=')[0]}" for word in words}
 
 
@@ -325,11 +330,11 @@ RESOLVER = re.compile(r"\$\{\s*([A-Za-z_][\w.]*)\s*:\s*([^,}\s]+)")
 
 
 def _leaves(draft: Draft, composed: Any, default_location: str, locations: dict[str, str]) -> Iterator[Entry]:
-    """Yield every value after interpolation. Only environment variables that the user allows are read."""
+    """Yield every value after interpolation. Only environment variables in `--allow-env` are read."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    for group, inner in _plain(composed).items():
+    for group, inner in _to_dict(composed).items():
         if group == "hydra":
             continue
         leaves = inner.items() if isinstance(inner, dict) else [("", inner)]

@@ -1,7 +1,7 @@
 """Removes options that have no effect, with a warning if the user wrote them.
 
-Other tools accept any combination of options, while a FineTuneJob refuses fields that it would ignore. Most files of other tools list
-every option, and must still import.
+A FineTuneJob with a field that would have no effect is refused. Most files of other tools list every option, so without this step most
+of them could not be imported.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ ADAPTER_FIELDS = (
 )  # fmt: skip
 
 
-def _method(draft: Draft) -> str:
+def _method_of(draft: Draft) -> str:
     return str(draft.value("method.type", "lora"))
 
 
-def _tracked(tracker: Tracker) -> Callable[[Draft], bool]:
+def _is_not_tracked(tracker: Tracker) -> Callable[[Draft], bool]:
     return lambda draft: str(tracker) not in (draft.value("tracking.reportTo") or [])
 
 
-def _four_bits(draft: Draft) -> bool:
-    return _method(draft) == "qlora" or draft.value("model.quantization.bits") == 4
+def _is_4bit(draft: Draft) -> bool:
+    return _method_of(draft) == "qlora" or draft.value("model.quantization.bits") == 4
 
 
 RULES: tuple[tuple[tuple[str, ...], Callable[[Draft], bool], str], ...] = (
-    (("method.lora",), lambda d: _method(d) not in LORA, "the method is not one with low-rank adapters"),
+    (("method.lora",), lambda d: _method_of(d) not in LORA, "the method is not one with low-rank adapters"),
     (
         tuple(f"method.lora.{name}" for name in ADAPTER_FIELDS),
-        lambda d: _method(d) == "adapter",
+        lambda d: _method_of(d) == "adapter",
         "the existing adapter defines it",
     ),
-    (("method.spectrum",), lambda d: _method(d) != "spectrum", "the method is not spectrum"),
+    (("method.spectrum",), lambda d: _method_of(d) != "spectrum", "the method is not spectrum"),
     (
         ("method.promptLength",),
-        lambda d: _method(d) not in ("prefixTuning", "promptTuning"),
+        lambda d: _method_of(d) not in ("prefixTuning", "promptTuning"),
         "the method uses no virtual tokens",
     ),
     (
@@ -51,7 +51,7 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Draft], bool], str], ...] = (
     ),
     (
         ("model.quantization.type", "model.quantization.computeDtype", "model.quantization.doubleQuant"),
-        lambda d: not _four_bits(d),
+        lambda d: not _is_4bit(d),
         "the base model is not loaded in 4 bits",
     ),
     (
@@ -77,9 +77,9 @@ RULES: tuple[tuple[tuple[str, ...], Callable[[Draft], bool], str], ...] = (
         "evaluation.strategy is not steps",
     ),
     (("output.hub",), lambda d: not d.value("output.hub.push"), "output.hub.push is false"),
-    (("tracking.mlflow",), _tracked(Tracker.MLFLOW), "mlflow is not in tracking.reportTo"),
-    (("tracking.wandb",), _tracked(Tracker.WANDB), "wandb is not in tracking.reportTo"),
-    (("tracking.mongodb",), _tracked(Tracker.MONGODB), "mongodb is not in tracking.reportTo"),
+    (("tracking.mlflow",), _is_not_tracked(Tracker.MLFLOW), "mlflow is not in tracking.reportTo"),
+    (("tracking.wandb",), _is_not_tracked(Tracker.WANDB), "wandb is not in tracking.reportTo"),
+    (("tracking.mongodb",), _is_not_tracked(Tracker.MONGODB), "mongodb is not in tracking.reportTo"),
     (("distributed.deepspeed",), lambda d: d.value("distributed.strategy") != "deepspeed", "DeepSpeed is not used"),
     (("distributed.fsdp",), lambda d: d.value("distributed.strategy") != "fsdp", "FSDP is not used"),
     (

@@ -14,7 +14,7 @@ from finetune_cli.importers.sources import assign_source, is_local
 from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import Origin
 
-REPORTED = "the API reports it about a job and does not read it"
+REPORTED_BY_API = "the API only reports this field"
 
 
 def auto_or(convert: Any) -> Any:
@@ -31,7 +31,7 @@ def auto_or(convert: Any) -> Any:
     return read_value
 
 
-def _hyper(
+def _hyperparameter(
     name: str, path: str, convert: Any, methods: tuple[str, ...] = ("supervised", "dpo"), *, manual: bool = False
 ) -> Row:
     aliases = tuple(f"method.{method}.hyperparameters.{name}" for method in methods)
@@ -43,15 +43,15 @@ ROWS: tuple[Row, ...] = (
     Row("training_file", "dataset.train", manual=True, required=True),
     Row("validation_file", "dataset.validation", manual=True),
     Row("method.type", "trainer.type", choice({"supervised": "sft", "dpo": "dpo"}), manual=True),
-    _hyper("n_epochs", "training.epochs", integer(1, 50)),
-    _hyper("batch_size", "training.batchSizePerDevice", integer(1), manual=True),
-    _hyper("learning_rate_multiplier", "training.learningRate", number(above=0), manual=True),
-    _hyper("beta", "trainer.dpo.beta", number(above=0, high=2), ("dpo",)),
+    _hyperparameter("n_epochs", "training.epochs", integer(1, 50)),
+    _hyperparameter("batch_size", "training.batchSizePerDevice", integer(1), manual=True),
+    _hyperparameter("learning_rate_multiplier", "training.learningRate", number(above=0), manual=True),
+    _hyperparameter("beta", "trainer.dpo.beta", number(above=0, high=2), ("dpo",)),
     Row("seed", "training.seed", integer(0, 4294967295)),
     Row("suffix", "output.runName.suffix", text),
     Row("metadata", convert=mapping, manual=True),
     Row("integrations", "tracking.reportTo", any_value, manual=True),
-    *(Row(key, convert=any_value, no_effect=REPORTED) for key in (
+    *(Row(key, convert=any_value, no_effect=REPORTED_BY_API) for key in (
         "id", "object", "created_at", "finished_at", "fine_tuned_model", "organization_id", "result_files", "status", "trained_tokens", "error",
         "estimated_finish", "user_provided_suffix", "shared_with_openai", "usage_metrics", "eval_id",
     )),
@@ -74,10 +74,10 @@ BASE_RATE = {"sft": 2e-4, "dpo": 5e-6}
 
 def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
     """Return whether a document is a JSON object with a training file."""
-    return any(_is_job(document) for document in documents)
+    return any(_is_api_job(document) for document in documents)
 
 
-def _is_job(document: Document) -> bool:
+def _is_api_job(document: Document) -> bool:
     if document.path.suffix == ".json" and '"training_file"' in document.text:
         return True
     return "training_file" in peek_json(document)
@@ -116,14 +116,14 @@ def _leaves(value: dict[str, Any], prefix: str, document: Document, lines: dict[
 
 def combine(draft: Draft) -> None:
     """Set the fields whose value depends on several fields of the job."""
-    _model(draft)
+    _set_model(draft)
     trainer = draft.get("method.type", "sft")
     if "method.type" in draft.given:
         draft.assign("trainer.type", trainer, "method.type")
     else:
         draft.assign_default("trainer.type", trainer, "fixed by the API")
-    _data(draft, trainer)
-    _batch(draft)
+    _set_data(draft, trainer)
+    _set_batch_size(draft)
     multiplier = draft.get("hyperparameters.learning_rate_multiplier")
     if multiplier is not None:
         base = BASE_RATE[trainer]
@@ -133,11 +133,11 @@ def combine(draft: Draft) -> None:
         draft.add_note(f"learning_rate_multiplier {multiplier:g} multiplies the default learning rate {base:g}")
     if trainer != "dpo":
         draft.remove("trainer.dpo", "the method is not dpo")
-    _metadata(draft)
-    _integrations(draft)
+    _set_annotations(draft)
+    _set_trackers(draft)
 
 
-def _model(draft: Draft) -> None:
+def _set_model(draft: Draft) -> None:
     given = draft.given.get("model")
     if given is None or "model.source" in draft.request.overrides:
         return
@@ -158,7 +158,7 @@ def _model(draft: Draft) -> None:
         )
 
 
-def _data(draft: Draft, trainer: str) -> None:
+def _set_data(draft: Draft, trainer: str) -> None:
     data_documents = [document for document in draft.documents if document.path.suffix == ".jsonl"]
     for key, path, document in (
         ("training_file", "dataset.train", data_documents[0] if data_documents else None),
@@ -166,9 +166,9 @@ def _data(draft: Draft, trainer: str) -> None:
     ):
         if key not in draft.given or path in draft.request.overrides:
             continue
-        _file(draft, key, path, document)
+        _set_data_source(draft, key, path, document)
     for document in data_documents:
-        _rows(draft, document, trainer)
+        _check_rows(draft, document, trainer)
     if trainer == "dpo":
         draft.assign_default("dataset.format", "preference", "fixed by the API")
         for column, name in (
@@ -181,7 +181,7 @@ def _data(draft: Draft, trainer: str) -> None:
         draft.assign_default("dataset.format", "messages", "fixed by the API")
 
 
-def _file(draft: Draft, key: str, path: str, document: Document | None) -> None:
+def _set_data_source(draft: Draft, key: str, path: str, document: Document | None) -> None:
     given = draft.given[key]
     if document is not None:
         option = "--data" if path == "dataset.train" else "--validation"
@@ -199,8 +199,8 @@ def _file(draft: Draft, key: str, path: str, document: Document | None) -> None:
         assign_source(draft, key, path)
 
 
-def _rows(draft: Draft, document: Document, trainer: str) -> None:
-    """Check the keys of the rows, so that data for another method is refused here and not on a GPU."""
+def _check_rows(draft: Draft, document: Document, trainer: str) -> None:
+    """Check the keys of the rows, so that data for another method is refused before a GPU is allocated."""
     required_keys = ("input", "preferred_output", "non_preferred_output") if trainer == "dpo" else ("messages",)
     for number_, line in enumerate(document.text.splitlines(), 1):
         if not line.strip():
@@ -225,12 +225,12 @@ def _rows(draft: Draft, document: Document, trainer: str) -> None:
             return
 
 
-def _batch(draft: Draft) -> None:
-    """Set the batch size. The API counts all rows of an optimizer step, over all ranks."""
+def _set_batch_size(draft: Draft) -> None:
+    """Set the batch size. In the API the batch size is the number of rows per optimizer step, over all ranks."""
     rows, key = draft.get("hyperparameters.batch_size"), "hyperparameters.batch_size"
     if rows is None:
         return
-    ranks = _ranks(draft)
+    ranks = _count_ranks(draft)
     rows_per_rank = rows // ranks
     if rows % ranks:
         allowed_sizes = f"{rows_per_rank * ranks} or {(rows_per_rank + 1) * ranks}" if rows_per_rank else str(ranks)
@@ -248,8 +248,8 @@ def _batch(draft: Draft) -> None:
     )
 
 
-def _ranks(draft: Draft) -> int:
-    """Return the number of ranks from the options of `finetune import`: the API's files do not give it."""
+def _count_ranks(draft: Draft) -> int:
+    """Return the number of ranks from the options of `finetune import`, because the API's files do not contain the number."""
     integer_options = {
         path: assigned.value for path, assigned in draft.request.overrides.items() if isinstance(assigned.value, int)
     }
@@ -258,14 +258,14 @@ def _ranks(draft: Draft) -> int:
     return max(1, ranks_per_node * integer_options.get("resources.nodes", 1))
 
 
-def _metadata(draft: Draft) -> None:
+def _set_annotations(draft: Draft) -> None:
     for key, value in (draft.get("metadata") or {}).items():
         name = re.sub(r"[^A-Za-z0-9_.-]", "_", str(key)).strip("_.-")[:63].strip("_.-")
         if name:
             draft.annotations[name] = str(value)
 
 
-def _integrations(draft: Draft) -> None:
+def _set_trackers(draft: Draft) -> None:
     given = draft.given.get("integrations")
     if given is None:
         return

@@ -1,4 +1,4 @@
-"""The YAML that an import prints: the FineTuneJob, and the Secret and ConfigMaps that it refers to."""
+"""The YAML that an import prints: the FineTuneJob, and the Secret and ConfigMaps to which the job refers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune_cli.yaml_writer import to_yaml_stream
 
 
 def render(imported: Imported, *, annotate: bool) -> str:
-    """Return all objects as YAML. `annotate` adds a comment with its origin to every value."""
+    """Return all objects as YAML. With `annotate`, a comment after each value names its origin."""
     return to_yaml_stream(documents(imported, annotate=annotate))
 
 
@@ -33,7 +33,7 @@ def documents(imported: Imported, *, annotate: bool = False) -> Iterator[Any]:
     metadata = _metadata(imported, imported.name)
     if imported.annotations:
         metadata["annotations"] = dict(imported.annotations)
-    spec = _group(_ordered(imported.spec, FineTuneJobSpec), "", imported.assigned if annotate else {})
+    spec = _to_commented_map(_sort_fields(imported.spec, FineTuneJobSpec), "", imported.assigned if annotate else {})
     yield {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "spec": spec}
 
 
@@ -41,7 +41,7 @@ def _metadata(imported: Imported, name: str) -> dict[str, Any]:
     return {"name": name, **({"namespace": imported.namespace} if imported.namespace else {})}
 
 
-def _ordered(values: dict[str, Any], model: Any) -> dict[str, Any]:
+def _sort_fields(values: dict[str, Any], model: Any) -> dict[str, Any]:
     """Sort fields as in the API reference."""
     result: dict[str, Any] = {}
     for name, field in model.model_fields.items():
@@ -56,24 +56,24 @@ def _ordered(values: dict[str, Any], model: Any) -> dict[str, Any]:
                 None,
             )
             value = values[wire]
-            result[wire] = _ordered(value, inner) if inner is not None and isinstance(value, dict) else value
+            result[wire] = _sort_fields(value, inner) if inner is not None and isinstance(value, dict) else value
     return result
 
 
-def _group(values: dict[str, Any], prefix: str, assigned: dict[str, AssignedValue]) -> Any:
+def _to_commented_map(values: dict[str, Any], prefix: str, assigned: dict[str, AssignedValue]) -> Any:
     from ruamel.yaml.comments import CommentedMap
 
     result = CommentedMap()
     for key, value in values.items():
         path = f"{prefix}.{key}" if prefix else key
-        result[key] = _group(value, path, assigned) if isinstance(value, dict) else _scalar(value)
+        result[key] = _to_commented_map(value, path, assigned) if isinstance(value, dict) else _to_flow_list(value)
         if path in assigned:
             comment = describe_origin(assigned[path])
             result.yaml_add_eol_comment(comment, key)
     return result
 
 
-def _scalar(value: Any) -> Any:
+def _to_flow_list(value: Any) -> Any:
     from ruamel.yaml.comments import CommentedSeq
 
     if isinstance(value, list) and all(not isinstance(item, dict | list) for item in value):
@@ -84,7 +84,7 @@ def _scalar(value: Any) -> Any:
 
 
 def describe_origin(assigned: AssignedValue) -> str:
-    """Describe where a value came from: location and key, or the reason for a default."""
+    """Describe the origin of a value: location and key, or the reason for a default."""
     if assigned.key and assigned.origin.location.endswith(assigned.key):
         return assigned.origin.location
     return f"{assigned.origin.location} {assigned.key}".strip()

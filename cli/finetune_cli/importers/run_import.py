@@ -1,7 +1,7 @@
 """Runs an import: precedence, conversion, defaults, checks, and the report of all mistakes at once.
 
 Later values override earlier ones: the tool's defaults < its files in order < its command line < options of `finetune import`.
-Problems that the API's rules find in the result are reported with the key and location in the user's own file.
+The API's rules check the result. Each problem is reported with the key and location in the user's own file.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def run_import(request: Request, importers: dict[str, Importer]) -> Imported:
     spec = _check_spec(draft)
     _refuse_secrets(draft)
     if draft.mistakes:
-        raise InvalidInput([_redacted(draft, mistake) for mistake in dict.fromkeys(draft.mistakes)])
+        raise InvalidInput([_redact_mistake(draft, mistake) for mistake in dict.fromkeys(draft.mistakes)])
     return Imported(
         importer, draft.name, request.namespace, spec, draft.values, draft.secret_name, draft.secrets, draft.config_maps,
         draft.annotations, [draft.redacted(text) for text in draft.warnings], [draft.redacted(text) for text in draft.notes],
@@ -117,7 +117,7 @@ def _apply_overrides(draft: Draft) -> None:
 
 
 def _refuse_secrets(draft: Draft) -> None:
-    """Refuse fields that look like secrets: everyone who may read the job can read its fields."""
+    """Record a mistake for each value that looks like a secret, because everyone who may read the job can see its fields."""
     hint = "remove it; refer to a Secret with model.tokenSecretRef, or in placement.env with secretKeyRef"
     reported = {mistake.key for mistake in draft.mistakes}
     for path, assigned in draft.values.items():
@@ -129,7 +129,7 @@ def _refuse_secrets(draft: Draft) -> None:
             draft.mistakes.append(Mistake(draft.location, key, "this looks like a token or password", "remove it"))
 
 
-def _redacted(draft: Draft, mistake: Mistake) -> Mistake:
+def _redact_mistake(draft: Draft, mistake: Mistake) -> Mistake:
     return Mistake(
         mistake.location, draft.redacted(mistake.key), draft.redacted(mistake.message), draft.redacted(mistake.hint)
     )
@@ -139,7 +139,10 @@ def _redacted(draft: Draft, mistake: Mistake) -> Mistake:
 
 
 def load(files: Iterable[Path]) -> tuple[Document, ...]:
-    """Read all files. A folder is only noted; its importer reads it. Raises InvalidInput for unreadable or empty files."""
+    """Read all files. A folder becomes a Document without text; its importer reads the files in it.
+
+    Raises InvalidInput for unreadable or empty files.
+    """
     mistakes: list[Mistake] = []
     documents: list[Document] = []
     for path in files:
@@ -233,7 +236,7 @@ def job_name(request: Request, documents: tuple[Document, ...]) -> str:
             ])  # fmt: skip
         return request.name
     stem = next((d.path.resolve().name if d.is_folder else d.path.stem or d.path.name for d in documents), "")
-    return slug(stem) or "imported"
+    return to_job_name(stem) or "imported"
 
 
 def _check_namespace(request: Request) -> None:
@@ -242,7 +245,7 @@ def _check_namespace(request: Request) -> None:
         raise InvalidInput([Mistake("--namespace", request.namespace, "this cannot be the name of a namespace", hint)])
 
 
-def slug(text: str) -> str:
+def to_job_name(text: str) -> str:
     """Turn a text into a valid name of a FineTuneJob; an empty string if no valid character is left."""
     name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-").lstrip("0123456789-")
     return name[:MAX_NAME_LENGTH].strip("-")
@@ -252,11 +255,11 @@ def slug(text: str) -> str:
 
 
 COMMAND_LINE = "command line"
-"""How the location of a flag begins. Later flags override earlier ones."""
+"""Start of the location of every flag."""
 
 
 def _read_options(importer: Importer, draft: Draft) -> None:
-    """Look up every entry in the tool's table and convert it. A later entry of the same option overrides an earlier one."""
+    """Convert every entry by its row in the tool's table. A later entry of an option overrides an earlier entry."""
     by_key = {importer.normalise_key(spelling): row for row in importer.rows for spelling in (row.key, *row.aliases)}
     last: dict[str, tuple[Row, Entry]] = {}
     for entry in importer.read(draft):
@@ -276,9 +279,9 @@ def _read_options(importer: Importer, draft: Draft) -> None:
 def _overrides_earlier(draft: Draft, row: Row, first: Entry, second: Entry) -> bool:
     """Return whether the second entry of an option overrides the first.
 
-    If one file spells an option in two ways with different values, the order means nothing, and this is a mistake.
+    Two spellings of an option in one file with different values are a mistake, because the order in a file has no meaning.
     """
-    if first.key == second.key or _file(first) != _file(second):
+    if first.key == second.key or _file_of(first) != _file_of(second):
         return True
     if first.origin.location.startswith(COMMAND_LINE):
         draft.add_note(f"{second.origin.location}: {second.key} overrides {first.key}")
@@ -288,7 +291,11 @@ def _overrides_earlier(draft: Draft, row: Row, first: Entry, second: Entry) -> b
     if not _is_unset(first.value):
         draft.unreadable[row.key] = row.path
         locations = ", ".join(dict.fromkeys((first.origin.location, second.origin.location)))
-        values = f"{REDACTED} and {REDACTED}" if row.secret else f"{_shown(first.value)} and {_shown(second.value)}"
+        values = (
+            f"{REDACTED} and {REDACTED}"
+            if row.secret
+            else f"{_format_value(first.value)} and {_format_value(second.value)}"
+        )
         draft.mistakes.append(
             Mistake(
                 locations, f"{first.key}, {second.key}", f"{values} are given for the same option", "keep one of them"
@@ -297,18 +304,18 @@ def _overrides_earlier(draft: Draft, row: Row, first: Entry, second: Entry) -> b
     return True
 
 
-def _file(entry: Entry) -> str:
+def _file_of(entry: Entry) -> str:
     """Return the file of an entry without the line."""
     return re.sub(r":\d+$", "", entry.origin.location)
 
 
 def _is_unset(value: Any) -> bool:
-    """Return whether a value leaves the choice to another spelling of the option."""
+    """Return whether a value is absent or `auto`: then another spelling of the option decides."""
     return is_absent(value) or value == "auto"
 
 
 def _add_unknown(importer: Importer, draft: Draft, entry: Entry) -> None:
-    """Record an unknown key, and say so if a group is given where one value is needed, or the reverse."""
+    """Record an unknown key. The message names a group given in place of a single value, or the reverse."""
     if SECRET_NAME.search(entry.key):
         draft.hide(entry.value)
     known = [key for row in importer.rows for key in (row.key, *row.aliases)]
@@ -346,7 +353,7 @@ def _convert(row: Row, entry: Entry, draft: Draft) -> None:
         value = row.convert(entry.value)
     except ConversionError as error:
         draft.unreadable[row.key] = row.path
-        shown = REDACTED if row.secret else _shown(entry.value)
+        shown = REDACTED if row.secret else _format_value(entry.value)
         hint = f"allowed: {error.allowed}" + (f"; did you mean {error.closest}?" if error.closest else "")
         draft.mistakes.append(Mistake(entry.origin.location, entry.key, f"{shown} {error.problem}", hint))
         return
@@ -355,7 +362,7 @@ def _convert(row: Row, entry: Entry, draft: Draft) -> None:
         draft.assign(row.path, value, row.key)
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if isinstance(value, str):
         return f'"{value}"' if len(value) <= 80 else f'"{value[:77]}..."'
     if isinstance(value, bool):
@@ -408,7 +415,9 @@ def _check_spec(draft: Draft) -> dict[str, Any]:
             for field_error in new_errors:
                 draft.unreadable[field_error.path] = field_error.path
                 draft.mistakes.append(
-                    _in_user_terms(draft, Problem(field_error.path, "Shape", field_error.message, field_error.hint))
+                    _mistake_of_problem(
+                        draft, Problem(field_error.path, "Shape", field_error.message, field_error.hint)
+                    )
                 )
             for location in map(path_of, locations_to_remove(error)):
                 for known in [
@@ -433,11 +442,14 @@ DISCRIMINATORS: dict[str, tuple[str, ...]] = {
     "dataset.format": tuple(DatasetFormat),
     "distributed.strategy": tuple(Strategy),
 }
-"""Fields that decide which other fields are allowed. If one is unreadable, only problems that hold for all its values are reported."""
+"""Fields that decide which other fields are allowed.
+
+If such a field is unreadable, only problems that occur with each of its values are reported.
+"""
 
 
 def _problems(spec: FineTuneJobSpec, draft: Draft) -> list[Problem]:
-    """Return the problems that the rules find, without those that only follow from an unreadable value."""
+    """Return the problems that the rules find. Problems caused only by an unreadable value are left out."""
     unreadable = [path for path in draft.unreadable.values() if path]
     problems = check(spec)
     for path in unreadable:
@@ -456,8 +468,8 @@ def _problems(spec: FineTuneJobSpec, draft: Draft) -> list[Problem]:
 
 
 def _record_problem(problem: Problem, draft: Draft) -> None:
-    """Record a problem as a mistake, or as a warning if the user can correct it outside the imported file."""
-    mistake = _in_user_terms(draft, problem)
+    """Record a problem: as a mistake, or as a warning if the user corrects it with an option or in the manifest."""
+    mistake = _mistake_of_problem(draft, problem)
     is_local_file = problem.code == "SourceInvalid" and str(draft.value(problem.path, "")).startswith("file://")
     is_missing_data = problem.code == "DatasetMissing" and problem.path == "dataset.train"
     is_device_of_another_machine = problem.path == "training.device" and draft.value("training.device") == "mps"
@@ -481,8 +493,8 @@ def _record_problem(problem: Problem, draft: Draft) -> None:
         draft.mistakes.append(mistake)
 
 
-def _in_user_terms(draft: Draft, problem: Problem) -> Mistake:
-    """Report a problem at a spec path with the key and location that the value came from."""
+def _mistake_of_problem(draft: Draft, problem: Problem) -> Mistake:
+    """Return the mistake for a problem at a spec path, with the key and location of the value in the user's files."""
     group, _, _ = problem.path.rpartition(".")
     assigned = _values_around(draft, problem.path) or (_values_around(draft, group) if "." in group else [])
     written = [value for value in assigned if value.key] or [
@@ -495,13 +507,13 @@ def _in_user_terms(draft: Draft, problem: Problem) -> Mistake:
     return Mistake(
         locations,
         keys,
-        _spelling(draft, written[0]) + problem.message,
+        _user_spelling(draft, written[0]) + problem.message,
         f"{problem.hint} (spec.{problem.path})" if problem.hint else "",
     )
 
 
 def _values_around(draft: Draft, path: str) -> list[AssignedValue]:
-    """Return the values at, below and above a path."""
+    """Return the values at a path, inside its group, and of its enclosing groups."""
     return [
         assigned
         for known, assigned in draft.values.items()
@@ -509,8 +521,8 @@ def _values_around(draft: Draft, path: str) -> list[AssignedValue]:
     ]
 
 
-def _spelling(draft: Draft, assigned: AssignedValue) -> str:
-    """Return the value as the user spelled it, if the spec spells it differently."""
+def _user_spelling(draft: Draft, assigned: AssignedValue) -> str:
+    """Return `"VALUE" is ` with the user's spelling if the spec spells the value differently; otherwise an empty string."""
     given = next((option for option in draft.given.values() if option.key == assigned.key), None)
     if given is None or not isinstance(given.raw, str) or given.row.secret or given.raw == str(assigned.value):
         return ""

@@ -1,7 +1,7 @@
 """Turns local paths and hub names of other tools into source URIs.
 
-A hub name stays unchanged. A path of the user's machine becomes `file://` and the path as written, with a warning, because no pod can
-read it; options such as `--data` name a source that pods can read.
+A hub name stays unchanged. A path on the user's machine becomes `file://PATH`, with a warning, because pods cannot read the path. The
+warning names the option (such as `--data`) that replaces the path by a source that pods can read.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def assign_source(draft: Draft, key: str, path: str, *, always_local: bool = Fal
 
 
 def assign_tokenizer(draft: Draft, key: str, model_key: str) -> None:
-    """Set the tokenizer. If the file repeats the model's name there and an override names another model, the tokenizer follows it."""
+    """Set the tokenizer. If the file gives the model's name as tokenizer and an override replaces the model, no tokenizer is set."""
     if "model.source" in draft.request.overrides and key in draft.given and draft.get(key) == draft.get(model_key):
         draft.add_note(f"{draft.given[key].key} names the model itself, so the tokenizer is taken from --model")
         return

@@ -1,7 +1,7 @@
 """`toml`: the importer for a TOML file with sections for training, inference, evaluation, the pipeline and a tracker.
 
-The tool has no defaults of its own, so a missing option takes the value of the tool's main example. Exceptions are options that would
-publish a model (`push_to_hub`) or that name a data set, a server or a run of the example's author.
+The tool has no defaults, so a missing option gets the value of the tool's main example. Exceptions: `push_to_hub`, which would publish
+the model, and options that name a data set, a server or a run of the example's author.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ METRICS = {
 }  # fmt: skip
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 NAME_KEYS = ("run_name", "run_name_prefix", "run_name_suffix")
-ONE_RUN_NAME = "the run has one name, which [mlflow] sets"
+ONE_RUN_NAME = "only the run name in [mlflow] is used"
 AS_TRAINED = "the tuned model is loaded as it was trained"
 
 
@@ -65,7 +65,7 @@ def checkpointing(value: Any) -> str:
     raise ConversionError("is not allowed", 'true, false, "unsloth"')
 
 
-def tuner(key: str, *args: Any, **kwargs: Any) -> Row:
+def tuner_row(key: str, *args: Any, **kwargs: Any) -> Row:
     """Return the row of a key of [fine_tuner]."""
     kwargs["aliases"] = tuple(f"fine_tuner.{alias}" for alias in kwargs.get("aliases", ()))
     return Row(f"fine_tuner.{key}", *args, **kwargs)
@@ -73,63 +73,63 @@ def tuner(key: str, *args: Any, **kwargs: Any) -> Row:
 
 GENERATION = "evaluation.comparison.generation"
 ROWS: tuple[Row, ...] = (
-    tuner("base_model_id", "model.source", required=True, manual=True),
-    tuner("max_sequence_length", "dataset.maxSequenceLength", integer(1)),
-    tuner("dtype", "model.dtype", choice(DTYPES)),
-    tuner("load_in_4bit", "model.quantization.bits", boolean, manual=True),
-    tuner("load_in_8bit", "model.quantization.bits", boolean, manual=True),
-    tuner("full_finetuning", "method.type", boolean, manual=True),
-    tuner("rank", "method.lora.rank", integer(1)),
-    tuner("lora_alpha", "method.lora.alpha", number(above=0)),
-    tuner("lora_dropout", "method.lora.dropout", number(0, 0.3)),
-    tuner("target_modules", "method.lora.targetModules", name_list),
-    tuner("bias", "method.lora.bias", choice(BIAS)),
-    tuner("use_rslora", "method.lora.rankStabilized", boolean),
-    tuner("loftq_config", "method.lora.loftq", mapping, manual=True),
-    tuner("training_data_id", "dataset.train", required=True, manual=True),
-    tuner("validation_data_id", "dataset.validation", manual=True),
-    tuner("dataset_num_proc", "dataset.numProc", integer(1)),
-    tuner("question_column", "dataset.columns.question"),
-    tuner("ground_truth_column", "dataset.columns.answer"),
-    tuner("system_prompt_column", "dataset.columns.system", text_or_none, empty_is_absent=False),
-    tuner("system_prompt_override_text", "dataset.systemPrompt"),
-    tuner("epochs", "training.epochs", integer(1)),
-    tuner("learning_rate", "training.learningRate", number(above=0)),
-    tuner("device_train_batch_size", "training.batchSizePerDevice", integer(1), aliases=("device_batch_size",)),
-    tuner("device_validation_batch_size", "evaluation.batchSizePerDevice", integer(1)),
-    tuner("grad_accumulation", "training.gradientAccumulationSteps", integer(1)),
-    tuner("warmup_steps", "training.warmupSteps", integer(0)),
-    tuner("lr_scheduler_type", "training.scheduler", choice(SCHEDULERS)),
-    tuner("optimizer", "training.optimizer"),
-    tuner("weight_decay", "training.weightDecay", number(0)),
-    tuner("grad_clip_norm", "training.maxGradNorm", number(0)),
-    tuner("seed", "training.seed", integer(0, 4294967295)),
-    tuner("use_gradient_checkpointing", "training.gradientCheckpointing", checkpointing),
-    tuner("use_flash_attention", "model.attention", boolean, manual=True),
-    tuner("packing", "dataset.packing", boolean),
-    tuner("train_on_responses_only", "dataset.responseOnly.enabled", boolean),
-    tuner("question_part", "dataset.responseOnly.questionMarker", aliases=("user_part_in_chat_template",)),
-    tuner("answer_part", "dataset.responseOnly.answerMarker", aliases=("assistant_part_in_chat_template",)),
-    tuner("log_steps", "tracking.loggingSteps", integer(1)),
-    tuner("log_first_step", "tracking.logFirstStep", boolean),
-    tuner("report_to", "tracking.reportTo", choice(TRACKERS), manual=True),
-    tuner("save_steps", "checkpoint.steps", integer(1)),
-    tuner("save_strategy", "checkpoint.strategy", choice(["steps", "epoch", "no"])),
-    tuner("save_total_limit", "checkpoint.keep", integer(1)),
-    tuner("load_best_model_at_end", "checkpoint.loadBestAtEnd", boolean),
-    tuner("metric_for_best_model", convert=choice(["eval_loss", "loss"]), no_effect="the best checkpoint is the one with the lowest validation loss"),
-    tuner("eval_steps", "evaluation.steps", integer(1), manual=True),
-    tuner("patience", "training.earlyStopping.patience", integer(1)),
-    tuner("push_to_hub", "output.hub.push", boolean),
-    tuner("wandb_project_name", "tracking.wandb.project"),
-    tuner("wandb_run_name", no_effect=ONE_RUN_NAME, aliases=("wandb_run_name_prefix", "wandb_run_name_suffix")),
-    tuner("run_name", convert=run_name, no_effect=ONE_RUN_NAME, aliases=("run_name_prefix", "run_name_suffix")),
-    tuner("model_local_output_dir", "output.dir", manual=True),
-    tuner("is_multimodel", "model.modality", boolean, manual=True),
-    tuner("finetune_vision_layers", "method.vision.visionLayers", boolean, manual=True),
-    tuner("finetune_language_layers", "method.vision.languageLayers", boolean, manual=True),
-    tuner("finetune_attention_modules", "method.vision.attentionModules", boolean, manual=True),
-    tuner("finetune_mlp_modules", "method.vision.mlpModules", boolean, manual=True),
+    tuner_row("base_model_id", "model.source", required=True, manual=True),
+    tuner_row("max_sequence_length", "dataset.maxSequenceLength", integer(1)),
+    tuner_row("dtype", "model.dtype", choice(DTYPES)),
+    tuner_row("load_in_4bit", "model.quantization.bits", boolean, manual=True),
+    tuner_row("load_in_8bit", "model.quantization.bits", boolean, manual=True),
+    tuner_row("full_finetuning", "method.type", boolean, manual=True),
+    tuner_row("rank", "method.lora.rank", integer(1)),
+    tuner_row("lora_alpha", "method.lora.alpha", number(above=0)),
+    tuner_row("lora_dropout", "method.lora.dropout", number(0, 0.3)),
+    tuner_row("target_modules", "method.lora.targetModules", name_list),
+    tuner_row("bias", "method.lora.bias", choice(BIAS)),
+    tuner_row("use_rslora", "method.lora.rankStabilized", boolean),
+    tuner_row("loftq_config", "method.lora.loftq", mapping, manual=True),
+    tuner_row("training_data_id", "dataset.train", required=True, manual=True),
+    tuner_row("validation_data_id", "dataset.validation", manual=True),
+    tuner_row("dataset_num_proc", "dataset.numProc", integer(1)),
+    tuner_row("question_column", "dataset.columns.question"),
+    tuner_row("ground_truth_column", "dataset.columns.answer"),
+    tuner_row("system_prompt_column", "dataset.columns.system", text_or_none, empty_is_absent=False),
+    tuner_row("system_prompt_override_text", "dataset.systemPrompt"),
+    tuner_row("epochs", "training.epochs", integer(1)),
+    tuner_row("learning_rate", "training.learningRate", number(above=0)),
+    tuner_row("device_train_batch_size", "training.batchSizePerDevice", integer(1), aliases=("device_batch_size",)),
+    tuner_row("device_validation_batch_size", "evaluation.batchSizePerDevice", integer(1)),
+    tuner_row("grad_accumulation", "training.gradientAccumulationSteps", integer(1)),
+    tuner_row("warmup_steps", "training.warmupSteps", integer(0)),
+    tuner_row("lr_scheduler_type", "training.scheduler", choice(SCHEDULERS)),
+    tuner_row("optimizer", "training.optimizer"),
+    tuner_row("weight_decay", "training.weightDecay", number(0)),
+    tuner_row("grad_clip_norm", "training.maxGradNorm", number(0)),
+    tuner_row("seed", "training.seed", integer(0, 4294967295)),
+    tuner_row("use_gradient_checkpointing", "training.gradientCheckpointing", checkpointing),
+    tuner_row("use_flash_attention", "model.attention", boolean, manual=True),
+    tuner_row("packing", "dataset.packing", boolean),
+    tuner_row("train_on_responses_only", "dataset.responseOnly.enabled", boolean),
+    tuner_row("question_part", "dataset.responseOnly.questionMarker", aliases=("user_part_in_chat_template",)),
+    tuner_row("answer_part", "dataset.responseOnly.answerMarker", aliases=("assistant_part_in_chat_template",)),
+    tuner_row("log_steps", "tracking.loggingSteps", integer(1)),
+    tuner_row("log_first_step", "tracking.logFirstStep", boolean),
+    tuner_row("report_to", "tracking.reportTo", choice(TRACKERS), manual=True),
+    tuner_row("save_steps", "checkpoint.steps", integer(1)),
+    tuner_row("save_strategy", "checkpoint.strategy", choice(["steps", "epoch", "no"])),
+    tuner_row("save_total_limit", "checkpoint.keep", integer(1)),
+    tuner_row("load_best_model_at_end", "checkpoint.loadBestAtEnd", boolean),
+    tuner_row("metric_for_best_model", convert=choice(["eval_loss", "loss"]), no_effect="the best checkpoint is the one with the lowest validation loss"),
+    tuner_row("eval_steps", "evaluation.steps", integer(1), manual=True),
+    tuner_row("patience", "training.earlyStopping.patience", integer(1)),
+    tuner_row("push_to_hub", "output.hub.push", boolean),
+    tuner_row("wandb_project_name", "tracking.wandb.project"),
+    tuner_row("wandb_run_name", no_effect=ONE_RUN_NAME, aliases=("wandb_run_name_prefix", "wandb_run_name_suffix")),
+    tuner_row("run_name", convert=run_name, no_effect=ONE_RUN_NAME, aliases=("run_name_prefix", "run_name_suffix")),
+    tuner_row("model_local_output_dir", "output.dir", manual=True),
+    tuner_row("is_multimodel", "model.modality", boolean, manual=True),
+    tuner_row("finetune_vision_layers", "method.vision.visionLayers", boolean, manual=True),
+    tuner_row("finetune_language_layers", "method.vision.languageLayers", boolean, manual=True),
+    tuner_row("finetune_attention_modules", "method.vision.attentionModules", boolean, manual=True),
+    tuner_row("finetune_mlp_modules", "method.vision.mlpModules", boolean, manual=True),
     Row("mlflow.tracking_uri", "tracking.mlflow.trackingUri", manual=True),
     Row("mlflow.experiment_name", "tracking.mlflow.experimentName"),
     Row("mlflow.run_name", "output.runName.name", run_name),
@@ -170,7 +170,7 @@ ROWS: tuple[Row, ...] = (
 PATHS = {row.key: row.path for row in ROWS}
 
 
-def _epochs(draft: Draft) -> bool:
+def _evaluates_by_epoch(draft: Draft) -> bool:
     return draft.has_value("dataset.validation") and not draft.has_value("evaluation.steps")
 
 
@@ -207,7 +207,7 @@ DEFAULTS: tuple[ToolDefault, ...] = (
     ToolDefault("checkpoint.strategy", "steps", "hard-coded in the tool"),
     ToolDefault("checkpoint.steps", 20, EXAMPLE),
     ToolDefault("checkpoint.keep", 3, EXAMPLE),
-    ToolDefault("evaluation.strategy", "epoch", "chosen here: the tool loads validation data but does not use it", _epochs),
+    ToolDefault("evaluation.strategy", "epoch", "chosen here: the tool loads validation data but does not use it", _evaluates_by_epoch),
     ToolDefault("evaluation.strategy", "steps", "from eval_steps", lambda d: d.has_value("evaluation.steps")),
     ToolDefault("evaluation.batchSizePerDevice", 4, EXAMPLE, lambda d: d.has_value("dataset.validation")),
     ToolDefault("output.dir", "models/fine_tuned", "hard-coded in the tool"),
@@ -242,7 +242,7 @@ def read(draft: Draft) -> Iterator[Entry]:
         config_document = add_config_file(draft, value) if name == "--config" and value else None
         documents += [config_document] if config_document else []
     for document in documents:
-        yield from _file(document, draft)
+        yield from _read_file(document, draft)
     for name, value in flags.pairs:
         if name.startswith(("--skip-", "--stop-after-")) and value is None:
             yield flag_entry(name, True)
@@ -252,8 +252,8 @@ def read(draft: Draft) -> Iterator[Entry]:
             yield flag_entry(name, value)
 
 
-def _file(document: Document, draft: Draft) -> Iterator[Entry]:
-    lines = scan(document)
+def _read_file(document: Document, draft: Draft) -> Iterator[Entry]:
+    lines = scan_lines(document)
     try:
         content = tomllib.loads(document.text)
     except tomllib.TOMLDecodeError as error:
@@ -281,16 +281,16 @@ def _file(document: Document, draft: Draft) -> Iterator[Entry]:
         for key, value in group.items():
             name = f"{section}.{key}"
             origin = _origin(document, lines, name)
-            if _resolved(value, name, origin, draft):
-                yield Entry(name, _plain(value, draft), origin)
+            if _check_variables(value, name, origin, draft):
+                yield Entry(name, _resolve_value(value, draft), origin)
 
 
 def _origin(document: Document, lines: dict[str, int], key: str) -> Origin:
     return Origin(f"{document.name}:{lines[key]}" if key in lines else document.name)
 
 
-def _resolved(value: Any, key: str, origin: Origin, draft: Draft) -> bool:
-    """Return whether every variable in a value is set. Each missing variable is a mistake."""
+def _check_variables(value: Any, key: str, origin: Origin, draft: Draft) -> bool:
+    """Return whether every variable in a value is set. Record a mistake for each missing variable."""
     missing = [name for name in _variables_of(value) if name not in draft.request.environment]
     for name in missing:
         draft.unreadable[key] = PATHS.get(key, "")
@@ -308,18 +308,21 @@ def _variables_of(value: Any) -> list[str]:
     return [match.group(1) for text in texts if isinstance(text, str) and (match := VARIABLE.match(text))]
 
 
-def _plain(value: Any, draft: Draft) -> Any:
+def _resolve_value(value: Any, draft: Draft) -> Any:
     """Replace `"null"` by None, also inside a list, and a whole `"${NAME}"` by the environment variable."""
     if isinstance(value, list):
-        return [item for item in (_plain(item, draft) for item in value) if item is not None]
+        return [item for item in (_resolve_value(item, draft) for item in value) if item is not None]
     if value == "null":
         return None
     variable = VARIABLE.match(value) if isinstance(value, str) else None
     return value if variable is None else draft.request.environment[variable.group(1)]
 
 
-def scan(document: Document) -> dict[str, int]:
-    """Return the line of every section and key. Raises InvalidInput with all errors that the TOML parser would explain badly."""
+def scan_lines(document: Document) -> dict[str, int]:
+    """Return the line of every section and key.
+
+    Raises InvalidInput for errors that the TOML parser reports without key or hint.
+    """
     lines: dict[str, int] = {}
     mistakes: list[Mistake] = []
     section, closing = "", ""
@@ -387,8 +390,8 @@ def combine(draft: Draft) -> None:
         ("inferencer.testing_data_id", "dataset.test"),
     ):
         assign_source(draft, key, path)
-    _method(draft)
-    _system_column(draft)
+    _set_method(draft)
+    _note_system_column(draft)
     if "fine_tuner.use_flash_attention" in draft.given:
         draft.assign(
             "model.attention",
@@ -397,16 +400,16 @@ def combine(draft: Draft) -> None:
         )
     if "fine_tuner.eval_steps" in draft.given:
         draft.assign("evaluation.steps", draft.get("fine_tuner.eval_steps"), "fine_tuner.eval_steps")
-    _tracker(draft)
-    _vision(draft)
-    _output(draft)
-    _evaluator(draft)
-    _phases(draft)
-    _keys(draft)
+    _set_trackers(draft)
+    _set_vision(draft)
+    _set_output(draft)
+    _set_judge(draft)
+    _set_phases(draft)
+    _set_secrets(draft)
 
 
-def _system_column(draft: Draft) -> None:
-    """Note a difference: without a system column in the file, the trainer still looks for one by its name."""
+def _note_system_column(draft: Draft) -> None:
+    """Add a note on a difference: without a system column in the file, the trainer still uses a column named `system`."""
     key = "fine_tuner.system_prompt_column"
     if key in draft.given and draft.get(key) is None and "fine_tuner.system_prompt_override_text" not in draft.given:
         draft.add_note(
@@ -415,7 +418,7 @@ def _system_column(draft: Draft) -> None:
         )
 
 
-def _method(draft: Draft) -> None:
+def _set_method(draft: Draft) -> None:
     key_4bit, key_8bit, key_full = (f"fine_tuner.{key}" for key in ("load_in_4bit", "load_in_8bit", "full_finetuning"))
     if draft.get(key_4bit) and draft.get(key_8bit):
         draft.add_mistake(
@@ -438,10 +441,10 @@ def _method(draft: Draft) -> None:
             draft.add_note("full_finetuning is true, so the base model is not loaded in 4 bits")
         draft.assign("method.type", "full", key_full)
         return
-    _bits(draft, key_4bit, key_8bit)
+    _set_bits(draft, key_4bit, key_8bit)
 
 
-def _bits(draft: Draft, key_4bit: str, key_8bit: str) -> None:
+def _set_bits(draft: Draft, key_4bit: str, key_8bit: str) -> None:
     loftq = draft.get("fine_tuner.loftq_config")
     source = str(draft.get("fine_tuner.base_model_id", ""))
     is_quantized = source.lower().endswith("-bnb-4bit")
@@ -458,7 +461,7 @@ def _bits(draft: Draft, key_4bit: str, key_8bit: str) -> None:
         )
         bits = 4
     if loftq is not None:
-        _loftq(draft, loftq, is_quantized, bits, source)
+        _set_loftq(draft, loftq, is_quantized, bits, source)
         return
     if bits is None:
         draft.assign("method.type", "lora", key_4bit) if key_4bit in draft.given else draft.assign_default(
@@ -475,7 +478,7 @@ def _bits(draft: Draft, key_4bit: str, key_8bit: str) -> None:
         draft.assign_default("model.quantization.type", "nf4", "hard-coded in the tool")
 
 
-def _loftq(draft: Draft, loftq: dict[str, Any], is_quantized: bool, bits: int | None, source: str) -> None:
+def _set_loftq(draft: Draft, loftq: dict[str, Any], is_quantized: bool, bits: int | None, source: str) -> None:
     key = "fine_tuner.loftq_config"
     for name in loftq:
         if name not in ("loftq_bits", "loftq_iter"):
@@ -500,7 +503,7 @@ def _loftq(draft: Draft, loftq: dict[str, Any], is_quantized: bool, bits: int | 
         )
 
 
-def _tracker(draft: Draft) -> None:
+def _set_trackers(draft: Draft) -> None:
     given = draft.given.get("fine_tuner.report_to")
     uri = draft.given.get("mlflow.tracking_uri")
     if given is not None:
@@ -529,7 +532,7 @@ def _tracker(draft: Draft) -> None:
     userinfo = USERINFO.search(address)
     if userinfo:
         user, _, password = userinfo.group(0).rstrip("@").partition(":")
-        _variables(
+        _set_secret_variables(
             draft, "mlflow.tracking_uri", {"MLFLOW_TRACKING_USERNAME": user, "MLFLOW_TRACKING_PASSWORD": password}
         )
         address = USERINFO.sub("", address)
@@ -537,7 +540,7 @@ def _tracker(draft: Draft) -> None:
     draft.assign("tracking.mlflow.trackingUri", address, "mlflow.tracking_uri")
 
 
-def _variables(draft: Draft, key: str, values: dict[str, str]) -> None:
+def _set_secret_variables(draft: Draft, key: str, values: dict[str, str]) -> None:
     """Set environment variables of the trainer that refer to the Secret."""
     variables = list(draft.value("placement.env") or [])
     for name, value in values.items():
@@ -547,7 +550,7 @@ def _variables(draft: Draft, key: str, values: dict[str, str]) -> None:
         draft.assign("placement.env", variables, key)
 
 
-def _vision(draft: Draft) -> None:
+def _set_vision(draft: Draft) -> None:
     is_multimodal = draft.get("fine_tuner.is_multimodel")
     if is_multimodal:
         draft.assign("model.modality", "visionLanguage", "fine_tuner.is_multimodel")
@@ -560,14 +563,14 @@ def _vision(draft: Draft) -> None:
                 draft.warn_no_effect(given.row.key, "the model is not multimodal")
 
 
-def _output(draft: Draft) -> None:
+def _set_output(draft: Draft) -> None:
     if "fine_tuner.model_local_output_dir" in draft.given:
         assign_output_folder(draft, "fine_tuner.model_local_output_dir")
     if "mlflow.run_name" not in draft.given and (
         draft.get("mlflow.run_name_prefix") or draft.get("mlflow.run_name_suffix")
     ):
         draft.add_note(
-            "the run name has the name of the FineTuneJob between prefix and suffix, where the tool writes the time"
+            "the run name is prefix + FineTuneJob name + suffix; the original tool puts the current time in the middle"
         )
     if not draft.get("fine_tuner.push_to_hub"):
         if not draft.has_key("fine_tuner.push_to_hub"):
@@ -589,7 +592,7 @@ def _output(draft: Draft) -> None:
     draft.assign_default("output.hub.private", False, "hard-coded in the tool")
 
 
-def _evaluator(draft: Draft) -> None:
+def _set_judge(draft: Draft) -> None:
     if "evaluator.embedding" in draft.given:
         spelled = str(draft.get("evaluator.embedding")).replace("text-embeddings-", "text-embedding-")
         draft.assign("evaluation.judge.embedding", spelled, "evaluator.embedding")
@@ -597,7 +600,7 @@ def _evaluator(draft: Draft) -> None:
         draft.assign_default(f"{GENERATION}.doSample", True, "a temperature above 0")
 
 
-def _phases(draft: Draft) -> None:
+def _set_phases(draft: Draft) -> None:
     """Set the phases. Stop and skip options override enable options."""
     for key, ended in (
         ("pipeline.stop_after_finetuning", ("phases.infer", "phases.evaluate")),
@@ -610,7 +613,7 @@ def _phases(draft: Draft) -> None:
             draft.assign(path, False, key)
 
 
-def _keys(draft: Draft) -> None:
+def _set_secrets(draft: Draft) -> None:
     if "--hf-key" in draft.given:
         draft.assign("model.tokenSecretRef", draft.store_secret("hf-token", draft.get("--hf-key")), "--hf-key")
     if "--wandb-key" in draft.given:
@@ -625,7 +628,7 @@ def _keys(draft: Draft) -> None:
         ("--mlflow-password", "MLFLOW_TRACKING_PASSWORD"),
     ):
         if flag in draft.given:
-            _variables(draft, flag, {variable: draft.get(flag)})
+            _set_secret_variables(draft, flag, {variable: draft.get(flag)})
 
 
 IMPORTER = Importer("toml", "this TOML tool", ROWS, DEFAULTS, recognises, read, combine)

@@ -36,9 +36,9 @@ from finetune_cli.mistakes import Mistake
 from finetune_cli.provenance import Origin
 from finetune_cli.yaml_reader import parse_value
 
-LATER = "it belongs to a later revision of the tool and has no counterpart here"
+OF_LATER_REVISION = "this option of a later revision of the tool has no counterpart in a FineTuneJob"
 BENCHMARKS = ["lm-evaluation-harness", "domain-specific-eval", "human-eval", "openai-humaneval"]
-UNUSED = (
+UNUSED_KEYS = (
     "model.hybrid_lora_adapter", "fine_tuning.lora.dynamic_rank", "fine_tuning.quantization.bnb_8bit_compute_dtype",
     "fine_tuning.quantization.calibration", "fine_tuning.efficiency_transformer.adaptive_layer_selection",
     "fine_tuning.efficiency_transformer.cross_layer_parameter_sharing", "fine_tuning.efficiency_transformer.importance_score_method",
@@ -49,12 +49,12 @@ UNUSED = (
 )  # fmt: skip
 
 
-def on_off(value: Any) -> str:
+def enabled_or_disabled(value: Any) -> str:
     """Convert a boolean to `enabled` or `disabled`."""
     return "enabled" if boolean(value) else "disabled"
 
 
-def off_only(feature: str) -> Convert:
+def must_be_false(feature: str) -> Convert:
     """Return a converter for a boolean that must be false, because the feature is not supported."""
 
     def convert(value: Any) -> bool:
@@ -97,9 +97,9 @@ ROWS: tuple[Row, ...] = (
     Row("training.optimizer", "training.optimizer"),
     Row("training.weight_decay", "training.weightDecay", number(0)),
     Row("training.max_seq_length", "dataset.maxSequenceLength", integer(1)),
-    Row("training.gradient_checkpointing", "training.gradientCheckpointing", on_off),
+    Row("training.gradient_checkpointing", "training.gradientCheckpointing", enabled_or_disabled),
     Row("training.mixed_precision", "training.mixedPrecision", choice(["no", "fp16", "bf16"])),
-    Row("training.gradient_based_pruning", convert=off_only("pruning")),
+    Row("training.gradient_based_pruning", convert=must_be_false("pruning")),
     Row("dataset.format", "dataset.format", choice(["alpaca", "sharegpt", "oasst", "custom"])),
     Row("dataset.train_path", "dataset.train", manual=True),
     Row("dataset.eval_path", "dataset.validation", manual=True),
@@ -130,8 +130,8 @@ ROWS: tuple[Row, ...] = (
     Row("evaluation.eval_strategy", "evaluation.strategy", choice(["steps", "epoch", "no"]), manual=True),
     Row("evaluation.eval_steps", "evaluation.steps", integer(1), manual=True),
     Row("evaluation.benchmarks", "evaluation.benchmarks", list_of(choice(BENCHMARKS)), manual=True),
-    Row("pruning.enabled", convert=off_only("pruning")),
-    *(Row(key, convert=any_value, no_effect=LATER) for key in UNUSED),
+    Row("pruning.enabled", convert=must_be_false("pruning")),
+    *(Row(key, convert=any_value, no_effect=OF_LATER_REVISION) for key in UNUSED_KEYS),
     Row("--eval_only", "phases.train", boolean, manual=True),
 )  # fmt: skip
 
@@ -203,14 +203,14 @@ def recognises(documents: tuple[Document, ...], words: tuple[str, ...]) -> bool:
 
 def read(draft: Draft) -> Iterator[Entry]:
     """Yield the options of the files in order, then the overrides. `combine` reads a DeepSpeed JSON."""
-    overrides = list(_overrides(draft))
+    overrides = list(_read_overrides(draft))
     for document in draft.documents:
         if not is_deepspeed(document):
             yield from entries(document, parse(document), OPAQUE)
     yield from overrides
 
 
-def _overrides(draft: Draft) -> Iterator[Entry]:
+def _read_overrides(draft: Draft) -> Iterator[Entry]:
     remaining = strip_launcher(draft.request.tool_arguments)
     while remaining:
         word = remaining.pop(0)
@@ -240,17 +240,17 @@ def combine(draft: Draft) -> None:
     """Set the fields whose value depends on several options of the tool."""
     assign_source(draft, "model.base_model", "model.source")
     assign_tokenizer(draft, "model.tokenizer", "model.base_model")
-    _data(draft)
-    _method(draft)
+    _set_data(draft)
+    _set_method(draft)
     if "model.use_flash_attention" in draft.given:
         draft.assign(
             "model.attention",
             "flashAttention2" if draft.get("model.use_flash_attention") else "sdpa",
             "model.use_flash_attention",
         )
-    _remote_code(draft)
-    _distributed(draft)
-    _evaluation(draft)
+    _report_remote_code(draft)
+    _set_distributed(draft)
+    _set_evaluation(draft)
     if "output.output_dir" in draft.given:
         assign_output_folder(draft, "output.output_dir")
     if draft.get("--eval_only"):
@@ -258,7 +258,7 @@ def combine(draft: Draft) -> None:
         draft.assign("phases.evaluate", True, "--eval_only")
 
 
-def _data(draft: Draft) -> None:
+def _set_data(draft: Draft) -> None:
     for key, path in (("dataset.train_path", "dataset.train"), ("dataset.eval_path", "dataset.validation")):
         if key in draft.given:
             data_path = str(draft.get(key))
@@ -279,7 +279,7 @@ def _data(draft: Draft) -> None:
         )
 
 
-def _remote_code(draft: Draft) -> None:
+def _report_remote_code(draft: Draft) -> None:
     given = draft.given.get("model.trust_remote_code")
     if given is None:
         draft.add_note(
@@ -290,7 +290,7 @@ def _remote_code(draft: Draft) -> None:
         draft.add_warning(f"{given.origin.location}: {given.key}: the pod will run code from the model's repository")
 
 
-FOUR, EIGHT, BITS, METHOD = (
+KEY_4BIT, KEY_8BIT, KEY_BITS, KEY_METHOD = (
     "model.load_in_4bit",
     "model.load_in_8bit",
     "fine_tuning.quantization.bits",
@@ -298,16 +298,16 @@ FOUR, EIGHT, BITS, METHOD = (
 )
 
 
-def _method(draft: Draft) -> None:
-    method = draft.get(METHOD, "qlora")
-    bits = _bits(draft, method)
-    if METHOD in draft.unreadable:
+def _set_method(draft: Draft) -> None:
+    method = draft.get(KEY_METHOD, "qlora")
+    bits = _resolve_bits(draft, method)
+    if KEY_METHOD in draft.unreadable:
         return
     if method == "lora" and bits == 4:
         draft.add_note("method lora with a 4-bit base model is QLoRA and is imported as qlora")
         method = "qlora"
-    if METHOD in draft.given:
-        draft.assign("method.type", method, METHOD)
+    if KEY_METHOD in draft.given:
+        draft.assign("method.type", method, KEY_METHOD)
     else:
         draft.assign_default("method.type", method)
     if method == "spectrum":
@@ -319,7 +319,7 @@ def _method(draft: Draft) -> None:
                 "spectrum with a 4-bit base model: frozen layers stay in 4 bits, the selected layers are loaded in 16 bits"
             )
     if method == "full" and bits:
-        keys = tuple(key for key in (METHOD, FOUR, EIGHT, BITS) if key in draft.given)
+        keys = tuple(key for key in (KEY_METHOD, KEY_4BIT, KEY_8BIT, KEY_BITS) if key in draft.given)
         draft.add_mistake(
             keys,
             f"method full trains all weights, but weights in {bits} bits cannot be trained",
@@ -327,33 +327,35 @@ def _method(draft: Draft) -> None:
             explains="model.quantization",
         )
     elif bits:
-        source = next((key for key in (FOUR, EIGHT) if draft.get(key)), BITS if BITS in draft.given else METHOD)
+        source = next(
+            (key for key in (KEY_4BIT, KEY_8BIT) if draft.get(key)), KEY_BITS if KEY_BITS in draft.given else KEY_METHOD
+        )
         if source in draft.given:
             draft.assign("model.quantization.bits", bits, source)
         else:
             draft.assign_default("model.quantization.bits", bits)
 
 
-def _bits(draft: Draft, method: str) -> int | None:
-    """Return the bits of the base model from four options. Contradictions are mistakes."""
-    in_4bit, in_8bit, bits = draft.get(FOUR), draft.get(EIGHT), draft.get(BITS)
+def _resolve_bits(draft: Draft, method: str) -> int | None:
+    """Return the bits in which the base model is loaded, from four options. Contradictions are mistakes."""
+    in_4bit, in_8bit, bits = draft.get(KEY_4BIT), draft.get(KEY_8BIT), draft.get(KEY_BITS)
     if bits is not None and bits not in (4, 8):
-        draft.add_mistake(BITS, f"{bits} is not supported", "write 4 or 8")
+        draft.add_mistake(KEY_BITS, f"{bits} is not supported", "write 4 or 8")
         return None
     if in_4bit and in_8bit:
         draft.add_mistake(
-            (FOUR, EIGHT),
+            (KEY_4BIT, KEY_8BIT),
             "4-bit and 8-bit loading are both true, but a base model is loaded in only one of them",
             "set one of them to false",
             explains="model.quantization",
         )
         return None
     if method == "qlora":
-        for key, contradicts in ((FOUR, in_4bit is False), (EIGHT, bool(in_8bit)), (BITS, bits == 8)):
+        for key, contradicts in ((KEY_4BIT, in_4bit is False), (KEY_8BIT, bool(in_8bit)), (KEY_BITS, bits == 8)):
             if contradicts:
                 value = str(draft.get(key)).lower()
                 draft.add_mistake(
-                    (METHOD, key),
+                    (KEY_METHOD, key),
                     f"method qlora needs 4-bit, but {key} is {value}",
                     "set load_in_4bit: true, or write method: lora",
                     explains="model.quantization",
@@ -362,7 +364,7 @@ def _bits(draft: Draft, method: str) -> int | None:
     loaded = 4 if in_4bit else 8 if in_8bit else None
     if loaded and bits and loaded != bits:
         draft.add_mistake(
-            (FOUR if in_4bit else EIGHT, BITS),
+            (KEY_4BIT if in_4bit else KEY_8BIT, KEY_BITS),
             f"{loaded} bits and {bits} bits are given for the same base model",
             "make them equal",
             explains="model.quantization",
@@ -371,9 +373,9 @@ def _bits(draft: Draft, method: str) -> int | None:
         loaded is None
         and bits is not None
         and (in_4bit is False or in_8bit is False)
-        and not (draft.has_key(FOUR) and in_4bit is None)
+        and not (draft.has_key(KEY_4BIT) and in_4bit is None)
     ):
-        given = draft.given[BITS]
+        given = draft.given[KEY_BITS]
         draft.add_warning(
             f"{given.origin.location}: {given.key} has no effect: the base model is not loaded in {bits} bits"
         )
@@ -381,9 +383,9 @@ def _bits(draft: Draft, method: str) -> int | None:
     return loaded or bits
 
 
-def _distributed(draft: Draft) -> None:
+def _set_distributed(draft: Draft) -> None:
     deepspeed, fsdp = "distributed.use_deepspeed", "distributed.use_fsdp"
-    _accumulation(draft)
+    _set_accumulation(draft)
     if draft.get(deepspeed) and draft.get(fsdp):
         draft.add_mistake(
             (deepspeed, fsdp),
@@ -394,20 +396,20 @@ def _distributed(draft: Draft) -> None:
         return
     stage = draft.get("distributed.zero_stage")
     if draft.get(deepspeed):
-        _deepspeed(draft, deepspeed, stage)
+        _set_deepspeed(draft, deepspeed, stage)
     elif draft.get(fsdp):
         draft.assign("distributed.strategy", "fsdp", fsdp)
-        assume_ranks(draft, "FSDP")
+        assume_two_gpus(draft, "FSDP")
     elif deepspeed in draft.given or fsdp in draft.given:
         draft.assign("distributed.strategy", "none", deepspeed if deepspeed in draft.given else fsdp)
     if not draft.get(deepspeed) and "distributed.zero_stage" in draft.given:
         given = draft.given["distributed.zero_stage"]
         draft.warn_no_effect(given.row.key, "DeepSpeed is not used")
-    _fsdp_file(draft)
+    _set_fsdp_config(draft)
 
 
-def assume_ranks(draft: Draft, strategy: str) -> None:
-    """Choose a number of GPUs for FSDP, which needs several ranks. In other tools the launcher gives the number, not the file."""
+def assume_two_gpus(draft: Draft, strategy: str) -> None:
+    """Set two GPUs per node for FSDP, because it needs several ranks. In other tools the launcher sets the number, not the file."""
     if not any(
         draft.has_value(path) for path in ("resources.gpusPerNode", "resources.nodes", "resources.processesPerNode")
     ):
@@ -419,7 +421,7 @@ def assume_ranks(draft: Draft, strategy: str) -> None:
         )
 
 
-def _deepspeed(draft: Draft, key: str, stage: int | None) -> None:
+def _set_deepspeed(draft: Draft, key: str, stage: int | None) -> None:
     if stage == 0:
         draft.assign("distributed.strategy", "ddp", "distributed.zero_stage")
         draft.add_note("zero_stage 0 does not shard anything and is imported as DDP")
@@ -427,7 +429,7 @@ def _deepspeed(draft: Draft, key: str, stage: int | None) -> None:
     draft.assign("distributed.strategy", "deepspeed", key)
     if stage is not None:
         draft.assign("distributed.deepspeed.zeroStage", stage, "distributed.zero_stage")
-    document = next((d for d in draft.documents if is_deepspeed(d)), None) or _deepspeed_file(draft)
+    document = next((d for d in draft.documents if is_deepspeed(d)), None) or _find_deepspeed_file(draft)
     if document is not None:
         read_deepspeed(draft, document)
     else:
@@ -438,8 +440,8 @@ def _deepspeed(draft: Draft, key: str, stage: int | None) -> None:
         draft.assign_default("distributed.deepspeed.zeroStage", 2, EXAMPLE)
 
 
-def _deepspeed_file(draft: Draft) -> Document | None:
-    """Return the DeepSpeed file that the configuration names, if it exists relative to the configuration."""
+def _find_deepspeed_file(draft: Draft) -> Document | None:
+    """Return the DeepSpeed file named in the configuration. A path is relative to the configuration; None if there is no file."""
     config_path = draft.get("distributed.deepspeed_config")
     if not config_path or any(
         override.startswith("distributed.deepspeed.configRef") for override in draft.request.overrides
@@ -453,7 +455,7 @@ def _deepspeed_file(draft: Draft) -> Document | None:
     return None
 
 
-def _accumulation(draft: Draft) -> None:
+def _set_accumulation(draft: Draft) -> None:
     first, second = "training.gradient_accumulation_steps", "distributed.gradient_accumulation_steps"
     if second not in draft.given:
         return
@@ -461,13 +463,13 @@ def _accumulation(draft: Draft) -> None:
         draft.add_mistake(
             (first, second),
             f"{draft.get(first)} and {draft.get(second)} are given for the same option",
-            "make them equal, or remove one",
+            "make the values equal, or remove one of them",
         )
     elif first not in draft.given:
         draft.assign("training.gradientAccumulationSteps", draft.get(second), second)
 
 
-def _fsdp_file(draft: Draft) -> None:
+def _set_fsdp_config(draft: Draft) -> None:
     given = draft.given.get("distributed.fsdp_config")
     if given is None:
         return
@@ -479,7 +481,7 @@ def _fsdp_file(draft: Draft) -> None:
         draft.warn_no_effect(given.row.key, "the trainer chooses the layers to wrap")
 
 
-def _evaluation(draft: Draft) -> None:
+def _set_evaluation(draft: Draft) -> None:
     do_eval, strategy, steps = "evaluation.do_eval", "evaluation.eval_strategy", "evaluation.eval_steps"
     has_validation = draft.has_value("dataset.validation")
     is_disabled = draft.get(do_eval) is False or draft.get(strategy) == "no"
@@ -499,7 +501,7 @@ def _evaluation(draft: Draft) -> None:
         draft.assign_default("evaluation.metrics", ["perplexity", "bleu", "rouge"], "hard-coded in the tool")
     elif strategy in draft.given:
         draft.assign("evaluation.strategy", draft.get(strategy), strategy)
-    _eval_steps(draft, steps, has_validation and not is_disabled)
+    _set_eval_steps(draft, steps, has_validation and not is_disabled)
     if "evaluation.benchmarks" in draft.given and not is_disabled:
         draft.assign(
             "evaluation.benchmarks",
@@ -511,7 +513,7 @@ def _evaluation(draft: Draft) -> None:
         draft.warn_no_effect(given.row.key, "evaluation is off")
 
 
-def _eval_steps(draft: Draft, steps: str, is_enabled: bool) -> None:
+def _set_eval_steps(draft: Draft, steps: str, is_enabled: bool) -> None:
     """Set the evaluation interval. The evaluation section overrides the output section."""
     other = "output.eval_steps"
     if steps in draft.given and other in draft.given and draft.get(steps) != draft.get(other):

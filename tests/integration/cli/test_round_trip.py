@@ -8,7 +8,7 @@ from finetune_api import names
 
 from tests.support.kubeapi import KubeApi
 from tests.unit.cli.cases import accepted, cases
-from tests.unit.cli.imports import import_
+from tests.unit.cli.import_command import import_
 
 
 @pytest.mark.parametrize("name", accepted())

@@ -119,7 +119,7 @@ def accepted() -> list[str]:
 
 def outcome(name: str) -> dict[str, Any]:
     """Return the outcome of a case in the form of `expected/`."""
-    from tests.unit.cli.imports import import_
+    from tests.unit.cli.import_command import import_
 
     files, source, words = cases()[name]
     imported = import_(*files, source=source, words=words)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.unit.cli.conftest import Write
-from tests.unit.cli.imports import import_
+from tests.unit.cli.import_command import import_
 
 HYDRA = """\
 dataset: {path: org/data, format: standard}

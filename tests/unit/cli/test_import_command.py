@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.unit.cli.conftest import Call, Write
-from tests.unit.cli.imports import HERE
+from tests.unit.cli.import_command import HERE
 
 
 def test_tool_arguments_after_two_dashes_are_read(call: Call) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.unit.cli.conftest import Write
-from tests.unit.cli.imports import Outcome, import_
+from tests.unit.cli.import_command import Outcome, import_
 
 BASE = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/d.jsonl\nDATASET_TYPE=instruction_jsonl\n"
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.unit.cli.conftest import Write
-from tests.unit.cli.imports import Outcome, import_
+from tests.unit.cli.import_command import Outcome, import_
 
 NESTED = "base_model: {name: mistralai/M}\nlora: {r: 8, lora_alpha: 16}\n"
 

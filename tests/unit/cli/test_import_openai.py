@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.unit.cli.conftest import Write
-from tests.unit.cli.imports import Outcome, import_
+from tests.unit.cli.import_command import Outcome, import_
 
 JOB = {"model": "gpt-4o-mini", "training_file": "file-abc123"}
 

@@ -13,7 +13,7 @@ from finetune_cli.importers.run_import import load
 from tests.pod.cli.sources import SOURCES
 from tests.unit.cli.cases import AS_COMMANDS, COMMANDS, CONTRACT, PAGES, cases, outcome
 from tests.unit.cli.conftest import Write
-from tests.unit.cli.imports import HERE, import_
+from tests.unit.cli.import_command import HERE, import_
 
 TOML_BLOCKS = sorted((HERE / "blocks").glob("toml-*.toml"))
 

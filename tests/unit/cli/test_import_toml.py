@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.unit.cli.conftest import Write
-from tests.unit.cli.imports import Outcome, import_
+from tests.unit.cli.import_command import Outcome, import_
 
 BASE = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\n'
 

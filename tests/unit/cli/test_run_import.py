@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.unit.cli.conftest import JOB, Call, Write
-from tests.unit.cli.imports import Outcome, import_
+from tests.unit.cli.import_command import Outcome, import_
 
 ENV = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
 

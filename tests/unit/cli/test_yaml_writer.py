@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
 from tests.unit.cli.cases import accepted, cases
-from tests.unit.cli.imports import import_
+from tests.unit.cli.import_command import import_
 
 
 def read_both(text: str) -> tuple[list[Any], list[Any]]:

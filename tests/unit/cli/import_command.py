@@ -1,4 +1,4 @@
-"""Helpers of the import tests: run an import in this process and return its outcome as one value."""
+"""Helpers for the tests of `finetune import`: run the command's code in this process and return the outcome."""
 
 from __future__ import annotations
 
