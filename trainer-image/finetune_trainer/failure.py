@@ -77,9 +77,8 @@ def classify(error: BaseException) -> tuple[FineTuneError, bool]:
     if isinstance(error, FineTuneError):
         return error, not isinstance(error, PeerError)
     name, text = type(error).__name__, str(error).lower()
-    if name not in PEER_TYPES and _is_installation_broken(
-        error
-    ):  # NCCL's messages list optional libraries that are absent
+    # A collective's message may name optional libraries of NCCL that are absent.
+    if name not in PEER_TYPES and _is_installation_broken(error):
         return InstallationBrokenError(
             "InstallationBroken",
             f"the trainer image or the node lacks something that this job needs: {name}: {_first_line(error)}",
@@ -107,11 +106,17 @@ def classify(error: BaseException) -> tuple[FineTuneError, bool]:
 
 def _is_installation_broken(error: BaseException) -> bool:
     """Whether a compiler, a package of the image, a shared library or a driver is missing: another attempt cannot help."""
-    if isinstance(error, FileNotFoundError) and str(error.filename).rpartition("/")[2] in BUILD_TOOLS:
+    if isinstance(error, FileNotFoundError) and _is_build_tool(str(error.filename)):
         return True
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in IMAGE_PACKAGES:
         return True
     return any(message in str(error).lower() for message in INSTALLATION_MESSAGES)
+
+
+def _is_build_tool(path: str) -> bool:
+    """Whether a missing file is a program: a data set may be called `cc`, too."""
+    folder, _, name = path.rpartition("/")
+    return name in BUILD_TOOLS and folder.rpartition("/")[2] in ("", "bin")
 
 
 def _memory(error: BaseException, name: str) -> MemoryExhaustedError:

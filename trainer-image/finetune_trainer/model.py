@@ -14,6 +14,7 @@ from finetune_api.spec.enums import ComputeDtype, QuantizationType
 
 from finetune_trainer import vocabulary
 from finetune_trainer.hardware import Hardware, trains_on_quantized_base
+from finetune_trainer.imports import needs_bitsandbytes
 from finetune_trainer.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -176,7 +177,18 @@ def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
             "QuantizedBase", f"the model is stored quantised ({method}), and method.lora.init loftq needs the unquantised weights",
             hint="give the unquantised model, or remove init",
         )  # fmt: skip
+    if method == "bitsandbytes" and not needs_bitsandbytes(run):  # the library is hidden from this job, see `imports`
+        bits = 8 if _loads_in_8_bits(found) else 4
+        raise ConfigError(
+            "QuantizedBase", f"the model is stored in {bits} bits by bitsandbytes, and the spec does not say so",
+            hint=f"write `model: {{quantization: {{bits: {bits}}}}}`, or give the unquantised model",
+        )  # fmt: skip
     return [f"the model is stored quantised ({method}) and stays so"]
+
+
+def _loads_in_8_bits(quantization: Any) -> bool:
+    found = quantization.get("load_in_8bit") if isinstance(quantization, dict) else quantization.load_in_8bit
+    return bool(found)
 
 
 def _check_complete(info: Any, run: RunConfig, expected_missing: tuple[str, ...] = ()) -> None:

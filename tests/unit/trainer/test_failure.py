@@ -68,6 +68,7 @@ class OutOfMemoryError(RuntimeError):
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/usr/bin/c++"), "InstallationBroken", 78, True),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "ninja"), "InstallationBroken", 78, True),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "/work/model.safetensors"), "TrainerCrashed", 70, True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "/data/cc"), "TrainerCrashed", 70, True),
         (ModuleNotFoundError("No module named 'bitsandbytes'", name="bitsandbytes"), "InstallationBroken", 78, True),
         (ModuleNotFoundError("No module named 'my_rewards'", name="my_rewards"), "TrainerCrashed", 70, True),
         (ImportError("libcudart.so.12: cannot open shared object file: No such file or directory"), "InstallationBroken", 78, True),
