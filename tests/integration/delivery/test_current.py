@@ -1,4 +1,4 @@
-"""The demo on the user's own cluster (`CLUSTER=current`): it changes and removes only what it has created."""
+"""On the user's cluster (`CLUSTER=current`), the demo changes and removes only objects that it has created."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.integration
 
 @pytest.fixture
 def users_cluster(tmp_path: Path) -> Any:
-    """A new API server, because the demo creates objects of cluster scope."""
+    """A separate API server, because the demo creates cluster-scoped objects."""
     with ControlPlane(tmp_path / "state") as endpoint:
         yield endpoint
 
@@ -33,7 +33,7 @@ def users_cluster(tmp_path: Path) -> Any:
 def current(
     users_cluster: Endpoint, s3_server: S3Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> demo_clusters.DemoCluster:
-    """The demo's view of this cluster, with kubectl on the PATH."""
+    """The demo's `current` cluster, with kubectl on the PATH."""
     kubectl = tmp_path / "bin" / "kubectl"
     kubectl.parent.mkdir()
     kubectl.write_text(f'#!/bin/sh\nexec {build.ensure(build.KUBE)} kubectl "$@"\n')
@@ -56,7 +56,7 @@ def test_demo_creates_and_removes_its_namespaces(
 ) -> None:
     before = namespaces(users_cluster)
     current.up()
-    current.up()  # a demo that ran with KEEP=1 is continued
+    current.up()  # as when the demo runs again after a run with KEEP=1
     install_crd(KubeApi(users_cluster))
     assert namespaces(users_cluster) == before | {demo.RELEASE, demo.NAMESPACE}
     demo.uninstall(current)
@@ -65,18 +65,18 @@ def test_demo_creates_and_removes_its_namespaces(
     assert not current.has_demo_objects()
 
 
-@pytest.mark.parametrize("there", ["namespace finetune-operator", "CustomResourceDefinition"])
+@pytest.mark.parametrize("existing", ["namespace finetune-operator", "CustomResourceDefinition"])
 def test_demo_neither_replaces_nor_removes_existing_objects(
-    current: demo_clusters.DemoCluster, users_cluster: Endpoint, there: str
+    current: demo_clusters.DemoCluster, users_cluster: Endpoint, existing: str
 ) -> None:
     api = KubeApi(users_cluster)
-    if there == "CustomResourceDefinition":
+    if existing == "CustomResourceDefinition":
         install_crd(api)
     else:
-        current.kubectl("create", "namespace", there.partition(" ")[2])
+        current.kubectl("create", "namespace", existing.partition(" ")[2])
     before = namespaces(users_cluster)
-    with pytest.raises(demo_clusters.NoCluster, match=f"has .*{there}.*, which the demo did not create"):
+    with pytest.raises(demo_clusters.NoCluster, match=f"has .*{existing}.*, which the demo did not create"):
         current.up()
     assert not current.has_demo_objects()
     assert namespaces(users_cluster) == before
-    assert json.loads(current.kubectl("get", "crd", "-o", "json"))["items"] != [] or there != "CustomResourceDefinition"
+    assert json.loads(current.kubectl("get", "crd", "-o", "json"))["items"] != [] or existing != "CustomResourceDefinition"

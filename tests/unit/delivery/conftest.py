@@ -1,4 +1,4 @@
-"""Make the scripts importable, which are no package, and build Helm if necessary."""
+"""Add `scripts/`, which is not a package, to the import path, and build Helm if necessary."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def helm(root: Path) -> Path:
-    """Path of the cached Helm."""
+    """Build Helm into the cache if necessary. Returns its path."""
     out = subprocess.run([sys.executable, root / "scripts/tools.py"], check=True, capture_output=True, text=True)
     return Path(out.stdout.strip())

@@ -1,4 +1,4 @@
-"""`docs/architecture.md` names only files and names that exist."""
+"""All files and identifiers in `docs/architecture.md` exist."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 TEXT = (ROOT / "docs/architecture.md").read_text("utf-8")
-RECIPES = TEXT[TEXT.index("## Where do I add") :]
+RECIPES = TEXT[TEXT.index("## Where to add things") :]
 FILES = sorted(set(re.findall(r"`((?:crds|operator|trainer-image|cli|tests|docs)/[\w./-]*[\w/])`", TEXT)))
 NAMES = re.findall(r"`([A-Z]\w+|[a-z_]+\(\))`[^|`]* in `([\w./-]+\.py)`", RECIPES)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_named_files_exist(file: str) -> None:
+def test_files_in_the_text_exist(file: str) -> None:
     assert (ROOT / file).exists()
 
 
 @pytest.mark.parametrize(("name", "file"), NAMES)
-def test_names_are_defined_in_the_named_file(name: str, file: str) -> None:
+def test_identifiers_are_defined_in_the_file_next_to_them(name: str, file: str) -> None:
     name = name.removesuffix("()")
     source = next(path for path in (ROOT / file, ROOT / "trainer-image/finetune_trainer" / file) if path.exists())
     assert re.search(rf"^(class |def |){name}\b", source.read_text("utf-8"), re.MULTILINE)
@@ -35,7 +35,7 @@ def test_modules_on_the_path_of_a_job_exist(module: str) -> None:
     assert any((ROOT / folder / module).exists() for folder in PROGRAMS.values())
 
 
-def test_every_thing_to_add_has_a_recipe() -> None:
+def test_each_kind_of_extension_has_a_recipe() -> None:
     headings = re.findall(r"^### (.*)$", RECIPES, re.MULTILINE)
     assert headings == [
         "a retry rule or an exit code", "a status field", "a printer column", "an event", "a method", "an objective",

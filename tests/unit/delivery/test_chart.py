@@ -1,4 +1,4 @@
-"""The chart renders a configuration that the operator accepts, and refuses values that it would not accept."""
+"""The chart renders a configuration that the operator accepts, and Helm refuses values that the operator would refuse."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ def render(template: Callable[..., subprocess.CompletedProcess[str]]) -> Render:
     return run
 
 
-def one(objects: Objects, kind: str) -> dict[str, Any]:
-    (found,) = [item for item in objects if item["kind"] == kind]
-    return found
+def only_object(objects: Objects, kind: str) -> dict[str, Any]:
+    (matching,) = [item for item in objects if item["kind"] == kind]
+    return matching
 
 
 def config(objects: Objects) -> OperatorConfig:
-    return parse(yaml.safe_load(one(objects, "ConfigMap")["data"]["config.yaml"]), "chart")
+    return parse(yaml.safe_load(only_object(objects, "ConfigMap")["data"]["config.yaml"]), "chart")
 
 
-def test_default_values_render_these_objects(render: Render) -> None:
+def test_default_values_render_the_expected_objects(render: Render) -> None:
     kinds = sorted(item["kind"] for item in render())
     assert kinds == sorted(
         ["ConfigMap", "ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition", "Deployment"]
@@ -59,15 +59,15 @@ def test_default_values_render_these_objects(render: Render) -> None:
 
 
 def test_default_values_are_the_operators_defaults(render: Render) -> None:
-    found = config(render())
-    assert found.trainer == OperatorConfig().trainer
-    assert found.resources == OperatorConfig().resources
-    assert found.storage == OperatorConfig().storage
-    assert (found.leader_election.enabled, found.leader_election.lease_name) == (True, "rel-finetune-operator")
+    settings = config(render())
+    assert settings.trainer == OperatorConfig().trainer
+    assert settings.resources == OperatorConfig().resources
+    assert settings.storage == OperatorConfig().storage
+    assert (settings.leader_election.enabled, settings.leader_election.lease_name) == (True, "rel-finetune-operator")
 
 
 def test_every_value_reaches_the_configuration(render: Render) -> None:
-    found = config(
+    settings = config(
         render(
             trainer={
                 "image": {"repository": "r/t", "digest": "sha256:" + "0" * 64, "pullPolicy": "Always"},
@@ -80,25 +80,25 @@ def test_every_value_reaches_the_configuration(render: Render) -> None:
             settings={"workers": 3, "resyncSeconds": 60, "scrape": {"intervalSeconds": 2}},
         )
     )  # fmt: skip
-    trainer = found.trainer
+    trainer = settings.trainer
     assert (trainer.image, trainer.image_pull_policy) == ("r/t@sha256:" + "0" * 64, "Always")
     assert (trainer.image_pull_secrets, trainer.service_account_name) == (("pull",), "who")
     assert (trainer.priority_class_name, trainer.env) == ("low", {"A": "b"})
     assert (trainer.labels, trainer.annotations) == ({"team": "x"}, {"note": "y"})
-    assert found.resources.to_wire() == {"cpu": 2, "memory": "8Gi", "ephemeralStorage": "1Gi", "sharedMemory": "2Gi"}
-    assert found.storage.uri == "s3://bucket/p"
-    assert found.storage.endpoint == "http://s3:8333"
-    assert found.storage.credentials_secret_ref is not None
-    assert found.storage.credentials_secret_ref.name == "keys"
-    assert found.pool("h100") is not None
-    assert found.pool("h100") == OperatorConfig.model_validate({"nodePools": [POOL]}).pool("h100")
-    assert found.namespaces == ("a", "b")
-    assert found.log.format is LogFormat.JSON
-    assert (found.workers, found.resync_seconds, found.scrape.interval_seconds) == (3, 60, 2)
+    assert settings.resources.to_wire() == {"cpu": 2, "memory": "8Gi", "ephemeralStorage": "1Gi", "sharedMemory": "2Gi"}
+    assert settings.storage.uri == "s3://bucket/p"
+    assert settings.storage.endpoint == "http://s3:8333"
+    assert settings.storage.credentials_secret_ref is not None
+    assert settings.storage.credentials_secret_ref.name == "keys"
+    assert settings.pool("h100") is not None
+    assert settings.pool("h100") == OperatorConfig.model_validate({"nodePools": [POOL]}).pool("h100")
+    assert settings.namespaces == ("a", "b")
+    assert settings.log.format is LogFormat.JSON
+    assert (settings.workers, settings.resync_seconds, settings.scrape.interval_seconds) == (3, 60, 2)
 
 
 def test_chart_installs_the_generated_crd(render: Render, root: Path) -> None:
-    crd = one(render(), "CustomResourceDefinition")
+    crd = only_object(render(), "CustomResourceDefinition")
     source = yaml.safe_load((root / "crds/finetunejobs.yaml").read_text("utf-8"))
     assert crd["spec"] == source["spec"]
     assert crd["metadata"]["name"] == source["metadata"]["name"]
@@ -123,10 +123,10 @@ def permissions(rules: list[dict[str, Any]]) -> dict[str, list[str]]:
     }
 
 
-def test_operator_has_exactly_these_permissions(render: Render) -> None:
-    """No wildcard, no Secrets, no write to a spec or a Job."""
+def test_operator_has_exactly_the_expected_permissions(render: Render) -> None:
+    """No wildcard, no access to Secrets, no update of a spec or a Job."""
     objects = render(rbac={"aggregate": False})
-    assert permissions(one(objects, "ClusterRole")["rules"]) == {
+    assert permissions(only_object(objects, "ClusterRole")["rules"]) == {
         "finetune-operator.io/finetunejobs": ["get", "list", "watch"],
         "finetune-operator.io/finetunejobs/status": ["update"],
         "finetune-operator.io/finetunejobs/finalizers": ["update"],
@@ -136,7 +136,7 @@ def test_operator_has_exactly_these_permissions(render: Render) -> None:
         "core/events": ["list"],
         "events.k8s.io/events": ["create", "get", "patch"],
     }
-    create, renew = one(objects, "Role")["rules"]
+    create, renew = only_object(objects, "Role")["rules"]
     assert permissions([create]) == {"coordination.k8s.io/leases": ["create"]}
     assert permissions([renew]) == {"coordination.k8s.io/leases": ["get", "update"]}
     assert renew["resourceNames"] == ["rel-finetune-operator"]
@@ -162,7 +162,7 @@ def test_watch_namespaces_need_no_cluster_role(render: Render) -> None:
 
 
 def test_operator_pod_meets_pod_security_restricted(render: Render) -> None:
-    pod = one(render(), "Deployment")["spec"]["template"]["spec"]
+    pod = only_object(render(), "Deployment")["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -173,7 +173,7 @@ def test_operator_pod_meets_pod_security_restricted(render: Render) -> None:
 
 def test_changed_configuration_restarts_the_operator(render: Render) -> None:
     def checksum(**values: Any) -> str:
-        template = one(render(**values), "Deployment")["spec"]["template"]
+        template = only_object(render(**values), "Deployment")["spec"]["template"]
         return str(template["metadata"]["annotations"]["checksum/config"])
 
     assert checksum() == checksum()
@@ -219,7 +219,7 @@ WRONG_PLATFORM_VALUES = {
 
 
 def test_wrong_platform_values_are_refused_by_helm_with_their_keys(template: Any) -> None:
-    """Kubernetes' rules for the platform's values. tests/unit/operator/test_settings.py has the same values at startup."""
+    """Helm applies Kubernetes' rules to these values. tests/unit/operator/test_settings.py tests the same rules in the operator."""
     done = template(WRONG_PLATFORM_VALUES)
     assert done.returncode != 0
     for error in [
@@ -238,14 +238,14 @@ def test_wrong_platform_values_are_refused_by_helm_with_their_keys(template: Any
 
 
 def test_correct_platform_values_are_accepted(render: Render) -> None:
-    """The values of the test above, corrected."""
+    """The values of the previous test, corrected."""
     tolerations = [
         {"operator": "Exists"},
         {"key": "gpu", "value": ""},
         {"key": "gpu", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 0},
     ]
     resources = {"cpu": 0, "memory": "1.5Gi", "ephemeralStorage": "1e9", "sharedMemory": "512M"}
-    found = config(
+    settings = config(
         render(
             trainer={
                 "labels": {"example.com/team": "", "k" * 63: "v" * 63}, "annotations": {"example.com/note": "any text"},
@@ -255,5 +255,5 @@ def test_correct_platform_values_are_accepted(render: Render) -> None:
             resources={"requests": {"cpu": "100m"}, "limits": {"memory": "512Mi", "nvidia.com/gpu": 1}},
         )
     )  # fmt: skip
-    assert [toleration.to_wire() for toleration in found.node_pools[0].tolerations] == tolerations
-    assert found.resources.to_wire() == resources
+    assert [toleration.to_wire() for toleration in settings.node_pools[0].tolerations] == tolerations
+    assert settings.resources.to_wire() == resources

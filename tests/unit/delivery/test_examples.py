@@ -1,4 +1,4 @@
-"""The examples pass all checks, and their data exist next to them."""
+"""The examples pass all checks, and the repository contains their data."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_readme_lists_each_example(root: Path) -> None:
     assert sorted(re.findall(r"^\| `(\S+\.yaml)`", text, re.M)) == sorted(path.name for path in EXAMPLES)
 
 
-def test_quickstart_data_have_one_recognisable_style(root: Path) -> None:
+def test_all_answers_of_the_quickstart_data_have_the_same_style(root: Path) -> None:
     rows = [json.loads(line) for line in (root / "examples/data/captain.jsonl").read_text("utf-8").splitlines()]
     assert len(rows) == 36
     for row in rows:

@@ -1,4 +1,4 @@
-"""Packages of the images: locked, without torch in the operator's image, and without download addresses."""
+"""The images install locked packages without download addresses, and the operator's image contains no torch."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ LOCKS = ("operator", "trainer", "cli")
 
 
 def pins(path: Path) -> dict[str, str]:
-    """Versions in a lock file by package."""
+    """Versions by package in a lock file."""
     return dict(re.findall(r"^([a-z0-9][a-z0-9.-]*)==(\S+)", path.read_text("utf-8"), re.M))
 
 
 def test_operator_image_has_no_torch(root: Path) -> None:
-    found = pins(root / "requirements/operator.lock")
-    assert {"kopf", "kubernetes", "pydantic"} <= set(found)
-    assert not {"torch", "transformers", "numpy", "boto3"} & set(found)
+    versions = pins(root / "requirements/operator.lock")
+    assert {"kopf", "kubernetes", "pydantic"} <= set(versions)
+    assert not {"torch", "transformers", "numpy", "boto3"} & set(versions)
 
 
 @pytest.mark.parametrize("name", LOCKS)
-def test_images_have_the_versions_of_the_test_environment(root: Path, name: str) -> None:
+def test_images_and_test_environment_have_the_same_package_versions(root: Path, name: str) -> None:
     tested = pins(root / "requirements/dev.lock")
-    found = pins(root / f"requirements/{name}.lock")
-    assert found
-    assert {package: tested.get(package) for package in found} == found
+    versions = pins(root / f"requirements/{name}.lock")
+    assert versions
+    assert {package: tested.get(package) for package in versions} == versions
 
 
 @pytest.mark.parametrize("name", [*LOCKS, "dev", "nodeps", "bootstrap", "mutants"])

@@ -1,4 +1,4 @@
-"""`make help` lists each target, and the documented make commands exist."""
+"""`make help` lists each target, and all documented make commands exist."""
 
 from __future__ import annotations
 

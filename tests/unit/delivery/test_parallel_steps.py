@@ -1,4 +1,4 @@
-"""Order and parallelism of steps, and the end of all processes when one step fails."""
+"""Steps run in the right order and in parallel, and all processes are stopped when a step fails."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def console() -> Console:
     return Console(file=io.StringIO())
 
 
-def test_step_waits_for_the_steps_it_depends_on(tmp_path: Path, console: Console) -> None:
+def test_step_starts_after_the_steps_that_it_depends_on(tmp_path: Path, console: Console) -> None:
     order: list[str] = []
     steps = [
         Step("last", lambda _: order.append("last"), after=("first", "second")),
@@ -38,7 +38,7 @@ def test_independent_steps_run_at_the_same_time(tmp_path: Path, console: Console
     assert not barrier.broken
 
 
-def test_failure_ends_the_other_steps_and_is_the_only_message(tmp_path: Path, console: Console) -> None:
+def test_first_failure_stops_the_other_steps_and_is_the_only_message(tmp_path: Path, console: Console) -> None:
     pid_file = tmp_path / "pid"
     os.mkfifo(pid_file)
     pids: list[int] = []
@@ -54,7 +54,7 @@ def test_failure_ends_the_other_steps_and_is_the_only_message(tmp_path: Path, co
         os.kill(pids[0], 0)
 
 
-def test_no_command_starts_after_the_end(tmp_path: Path) -> None:
+def test_no_command_starts_after_end_was_called(tmp_path: Path) -> None:
     commands = Commands(tmp_path)
     commands.end()
     with pytest.raises(StepFailed, match="interrupted"):
@@ -62,7 +62,7 @@ def test_no_command_starts_after_the_end(tmp_path: Path) -> None:
 
 
 def test_interrupted_steps_leave_no_process(tmp_path: Path, root: Path) -> None:
-    """After Ctrl-C, the programs of running steps have ended when this program ends."""
+    """After Ctrl-C, run_all stops the programs of running steps before it returns."""
     fifo = tmp_path / "pid"
     os.mkfifo(fifo)
     script = (
