@@ -1,4 +1,4 @@
-"""Fixtures of the pod tests: one S3 server and one tiny model per session, a prefix per test."""
+"""Fixtures of the pod tests: one S3 server and one tiny model per session, and a prefix per test."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ BUCKET = "pods"
 
 @dataclass(frozen=True)
 class Bucket:
-    """A separate prefix in the session's bucket. SeaweedFS reserves volumes for each bucket, so that tests share one."""
+    """A separate prefix in the session's bucket. All tests share one bucket, because SeaweedFS reserves volumes for each bucket."""
 
     name: str
     endpoint: S3Endpoint
@@ -32,18 +32,18 @@ class Bucket:
         return {"AWS_ACCESS_KEY_ID": self.endpoint.access_key, "AWS_SECRET_ACCESS_KEY": self.endpoint.secret_key}
 
     def target(self, **change: Any) -> StoreTarget:
-        """The tree of the job."""
-        given = {"uri": f"s3://{self.name}/{self.root}/team/job/{UID}", "endpoint": self.endpoint.host_url} | change
-        return StoreTarget.model_validate(given)
+        """The storage target of the job's tree."""
+        values = {"uri": f"s3://{self.name}/{self.root}/team/job/{UID}", "endpoint": self.endpoint.host_url} | change
+        return StoreTarget.model_validate(values)
 
     def keys(self, prefix: str = "") -> list[str]:
         """Keys below the job's tree, relative to it."""
         base = f"{self.root}/team/job/{UID}/"
         pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.name, Prefix=base + prefix)
-        return [one["Key"][len(base) :] for page in pages for one in page.get("Contents", [])]
+        return [item["Key"][len(base) :] for page in pages for item in page.get("Contents", [])]
 
     def read(self, key: str) -> bytes:
-        """An object of the job's tree."""
+        """Read an object of the job's tree."""
         answer = self.client.get_object(Bucket=self.name, Key=f"{self.root}/team/job/{UID}/{key}")
         return bytes(answer["Body"].read())
 

@@ -35,7 +35,7 @@ ROWS = [
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]] | None = None) -> Path:
-    """A JSONL file."""
+    """Write a JSONL file."""
     path.write_text("".join(json.dumps(row) + "\n" for row in (ROWS if rows is None else rows)))
     return path
 
@@ -44,8 +44,8 @@ def merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
     """Merge nested dictionaries; `change` takes precedence."""
     result = dict(base)
     for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merged(result[key], value) if both else value
+        are_mappings = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if are_mappings else value
     return result
 
 
@@ -53,12 +53,12 @@ def run_config(
     spec: dict[str, Any], storage: StoreTarget, *, attempt: int = 1, nodes: int = 1, processes: int = 1,
     resume: Resume | None = None, master_port: int = 0, grace: int = 60,
 ) -> RunConfig:  # fmt: skip
-    """A run configuration as the operator makes it."""
+    """A run configuration like that of the operator."""
     root = storage.uri.rsplit("/", 3)[0]
-    given = FineTuneJobSpec.model_validate(
+    parsed_spec = FineTuneJobSpec.model_validate(
         merged(spec, {"resources": {"nodes": nodes, "gpusPerNode": 0, "processesPerNode": processes}})
     )
-    resolution = resolve(given, platform=PlatformDefaults(storage=StorageRoot(uri=root)))
+    resolution = resolve(parsed_spec, platform=PlatformDefaults(storage=StorageRoot(uri=root)))
     return RunConfig(
         name="job", namespace="team", uid=UID, attempt=attempt, spec=resolution.spec, defaults=sorted(resolution.defaults),
         world=World(
@@ -117,7 +117,7 @@ class Pod:
 
     @property
     def port(self) -> int | None:
-        """Port of its HTTP server; None until it listens."""
+        """Port of the pod's HTTP server; None until the server listens."""
         with (self.folder / "log").open("rb") as stream:
             head = stream.read(20_000).decode(errors="replace")
         for line in head.splitlines():
@@ -126,7 +126,7 @@ class Pod:
         return None
 
     def get(self, path: str = "/progress") -> bytes | None:
-        """The response body of a path; None without a response."""
+        """Return the response body of a path; None if there is no response."""
         if self.port is None:
             return None
         try:
@@ -136,12 +136,12 @@ class Pod:
             return None
 
     def report(self) -> ProgressReport | None:
-        """Its progress report."""
+        """The pod's progress report."""
         data = self.get()
         return ProgressReport.model_validate_json(data) if data else None
 
     def step(self) -> int:
-        """Newest optimizer step it reports."""
+        """The newest optimizer step that the pod reports."""
         report = self.report()
         return (report.progress.step or 0) if report else 0
 
@@ -149,18 +149,18 @@ class Pod:
         return TerminationMessage.model_validate_json((self.folder / "termination-message").read_text())
 
     def wait_until(self, holds: Callable[[], bool], timeout: float = 300) -> None:
-        """Wait until a condition holds; fail with the log if the pod ends or the time runs out first."""
-        end = time.monotonic() + timeout
+        """Wait until a condition holds. Fail with the log if the pod ends or the timeout expires first."""
+        deadline = time.monotonic() + timeout
         while not holds():
             assert self.process is not None
             if self.process.poll() is not None and not holds():
                 raise AssertionError(f"the pod ended with {self.process.returncode} first:\n{self.text[-6000:]}")
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise AssertionError(f"not within {timeout} s:\n{self.text[-6000:]}")
             time.sleep(0.02)
 
     def wait_step(self, step: int, timeout: float = 300) -> None:
-        """Wait until this step is done."""
+        """Wait until the pod reports at least this step."""
         self.wait_until(lambda: self.step() >= step, timeout)
 
     def wait_committed(self, step: int, timeout: float = 300) -> None:
@@ -173,7 +173,7 @@ class Pod:
         self.wait_until(holds, timeout)
 
     def end(self, timeout: float = 400) -> int:
-        """Wait for the end; returns the exit code."""
+        """Wait until the process ends. Returns the exit code."""
         assert self.process is not None
         try:
             return self.process.wait(timeout)
@@ -183,19 +183,19 @@ class Pod:
     # ---- signals ----
 
     def pids(self, command: str) -> list[int]:
-        """Pids of its descendants whose command line contains this word (`train`, `agent`)."""
+        """Pids of the pod's descendants whose command line contains this argument (`train`, `agent`)."""
         assert self.process is not None
         from finetune_trainer.processes import descendants
 
-        found = []
+        matching = []
         for pid in descendants(self.process.pid):
             try:
-                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+                arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
             except OSError:
                 continue
-            if command.encode() in words:
-                found.append(pid)
-        return found
+            if command.encode() in arguments:
+                matching.append(pid)
+        return matching
 
     def terminate(self) -> None:
         """Send SIGTERM to PID 1, as a kubelet does."""

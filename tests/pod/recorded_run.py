@@ -1,4 +1,4 @@
-"""Records of runs, to be compared with `==`: every logged value, the rows of every step, the final weights."""
+"""Records of runs that tests compare with `==`: every logged value, the rows of every step, the final weights."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pod_harness import PYTHONPATH, Pod, merged, run_config
 from localcluster.s3 import S3Endpoint
 
 STEPS, EVERY = 40, 8
-TIMED = ("_per_second", "runtime", "data_wait_share", "peak_memory_gb", "mfu")
-"""Endings of the names of logged values that differ between equal runs."""
+TIMED_SUFFIXES = ("_per_second", "runtime", "data_wait_share", "peak_memory_gb", "mfu")
+"""Suffixes of the names of logged values that measure time or memory, which differ between equal runs."""
 Lines = dict[tuple[int, str], dict[str, Any]]
 """Logged values by step and kind of line."""
 Rows = dict[tuple[int, int], list[list[str]]]
@@ -43,10 +43,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "fsdp": {"distributed": {"strategy": "fsdp"}, "tracking": {"loggingSteps": 3}},
     "zero": {"distributed": {"strategy": "deepspeed", "deepspeed": {"zeroStage": 2}}, "tracking": {"loggingSteps": 3}},
 }  # fmt: skip
-"""Variants of the run: 36 rows, 4 per step on one rank, so that an epoch has 9 steps. In `early` no evaluation improves enough on
-the first one, and the third ends the run."""
-LAST = {"early": 3 * EVERY}
-"""Step at which a variant ends, if it is not the last."""
+"""Variants of the run: 36 rows, 4 per step on one rank, so that an epoch has 9 steps. In `early` no evaluation is
+enough better than the first, and the third ends the run."""
+LAST_STEP = {"early": 3 * EVERY}
+"""Last step of the variants that end before `STEPS`."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class RecordedRun:
 
 
 def spec_of(model: Path, rows: Path, method: str, variant: str = "plain") -> dict[str, Any]:
-    """Dropout, shuffling, accumulation, and checkpoints in the middle of epochs and of logging windows."""
+    """A spec with dropout, shuffling, accumulation, and checkpoints in the middle of epochs and of logging windows."""
     spec = {
         "model": {"source": f"file://{model}"},
         "method": {"type": method, **({"lora": {"dropout": 0.1}} if method == "lora" else {})},
@@ -70,16 +70,16 @@ def spec_of(model: Path, rows: Path, method: str, variant: str = "plain") -> dic
         "checkpoint": {"steps": EVERY, "keep": 0},
         "tracking": {"loggingSteps": 1},
     }  # fmt: skip
-    made = merged(spec, VARIANTS[variant])
-    if made["checkpoint"].get("strategy"):
-        del made["checkpoint"]["steps"]
-    return made
+    spec_with_variant = merged(spec, VARIANTS[variant])
+    if spec_with_variant["checkpoint"].get("strategy"):
+        del spec_with_variant["checkpoint"]["steps"]
+    return spec_with_variant
 
 
 def traced_pod(
     run: RunConfig, folder: Path, bucket: Bucket, *, hold: str = "", breaks: str = "", node_rank: int = 0
 ) -> Pod:
-    """A pod that trains for real and records the rows of each step."""
+    """A pod with the real training, which records the rows of each step."""
     env = {
         "PYTHONPATH": os.pathsep.join([PYTHONPATH, str(Path(__file__).parent)]), "FINETUNE_TRAINER_MODULE": "traced_train",
         **({"TRACE_HOLD": hold} if hold else {}), **({"TRACE_BREAK": breaks} if breaks else {}),
@@ -88,44 +88,48 @@ def traced_pod(
 
 
 def record_run(bucket: Bucket, pods: Iterable[Pod], termination: TerminationMessage) -> RecordedRun:
-    """The record of a run, from its pods and its bucket."""
+    """Record a run from its pods and its bucket."""
     return RecordedRun(lines(bucket), rows_learned(pods), weights(bucket, termination))
 
 
 def lines(bucket: Bucket, attempt: str = "") -> Lines:
-    """Logged values, of one attempt (`a2-`) or of all. Steps that several attempts logged must be equal."""
-    found: Lines = {}
+    """Logged values of one attempt (`a2-`) or of all attempts. If several attempts logged a step, their values must be equal."""
+    lines_by_step: Lines = {}
     for key in bucket.keys(f"metrics/{attempt}"):
         for text in bucket.read(key).decode().splitlines():
             value = json.loads(text)
             kind = next((name for name in ("loss", "eval_loss") if name in value), None)
             if kind is None:
                 continue
-            kept = {name: one for name, one in value.items() if not name.endswith(TIMED)}
-            assert found.setdefault((value["step"], kind), kept) == kept, f"step {value['step']} of {key}"
-    return found
+            comparable = {name: number for name, number in value.items() if not name.endswith(TIMED_SUFFIXES)}
+            assert lines_by_step.setdefault((value["step"], kind), comparable) == comparable, (
+                f"step {value['step']} of {key}"
+            )
+    return lines_by_step
 
 
 def rows_learned(pods: Iterable[Pod]) -> Rows:
-    """The rows of each rank and step. Steps that several attempts trained must be equal."""
-    found: Rows = {}
+    """The rows of each rank and step. If several attempts trained a step, their rows must be equal."""
+    rows_by_step: Rows = {}
     for pod in pods:
         for file in sorted((pod.folder / "work").glob("rows-*.jsonl")):
             rank = int(file.stem.removeprefix("rows-"))
             for text in file.read_text().splitlines(keepends=True):
                 if not text.endswith("\n"):
-                    continue  # the rank was killed while it wrote this line: the step is not done
+                    continue  # the rank was killed while it wrote this line, so the step is not complete
                 entry = json.loads(text)
-                kept = entry["rows"]
-                assert found.setdefault((entry["step"], rank), kept) == kept, f"step {entry['step']} of {file}"
-    return found
+                hashes = entry["rows"]
+                assert rows_by_step.setdefault((entry["step"], rank), hashes) == hashes, (
+                    f"step {entry['step']} of {file}"
+                )
+    return rows_by_step
 
 
 def weights(bucket: Bucket, termination: TerminationMessage) -> dict[str, str]:
     """sha256 of the final model's weight files, from its manifest."""
     assert termination.output is not None and termination.output.uri is not None
     manifest = json.loads(bucket.read(termination.output.uri.split("/job/", 1)[1].split("/", 1)[1] + "/manifest.json"))
-    return {one["path"]: one["sha256"] for one in manifest["files"] if one["path"].endswith(".safetensors")}
+    return {item["path"]: item["sha256"] for item in manifest["files"] if item["path"].endswith(".safetensors")}
 
 
 def committed(bucket: Bucket) -> list[int]:
@@ -138,14 +142,14 @@ def committed(bucket: Bucket) -> list[int]:
 def run_uninterrupted(
     server: S3Endpoint, folder: Path, model: Path, rows: Path, method: str, processes: int, variant: str = "plain"
 ) -> RecordedRun:
-    """The record of a run without faults. Each is made once and shared by all tests."""
+    """The record of a run without faults. Each such run is executed once and shared by all tests."""
     bucket = new_bucket(server)
     run = run_config(spec_of(model, rows, method, variant), bucket.target(), processes=processes)
     with traced_pod(run, folder / f"uninterrupted-{variant}-{method}-{processes}", bucket) as pod:
         assert pod.end() == 0, pod.text[-4000:]
-    found = record_run(bucket, [pod], pod.termination_message())
-    last, every = LAST.get(variant, STEPS), run.spec.tracking.logging_steps or 1
-    logged = [step for step, kind in sorted(found.lines) if kind == "loss"]
+    record = record_run(bucket, [pod], pod.termination_message())
+    last, every = LAST_STEP.get(variant, STEPS), run.spec.tracking.logging_steps or 1
+    logged = [step for step, kind in sorted(record.lines) if kind == "loss"]
     assert logged == sorted({1, *range(every, last + 1, every), last}), "exactly the expected lines are logged"
-    assert sorted(found.rows) == [(step, rank) for step in range(1, last + 1) for rank in range(processes)]
-    return found
+    assert sorted(record.rows) == [(step, rank) for step in range(1, last + 1) for rank in range(processes)]
+    return record

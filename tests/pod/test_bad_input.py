@@ -1,4 +1,4 @@
-"""A pod that cannot work ends before training, with the exit code and class of whoever can fix it."""
+"""A pod with invalid input or storage ends before training. Exit code and failure class tell who must act: user, storage or cluster."""
 
 from __future__ import annotations
 
@@ -81,16 +81,16 @@ def test_an_unreachable_hub(bucket: Bucket, tmp_path: Path, spec: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("source", "said"),
+    ("source", "message"),
     [
         ("s3://pods/data/none.jsonl", "data/none.jsonl"),
         ("file:///no/such/file.jsonl", "no/such"),
         ("configmap://none/key", "none"),
     ],
 )
-def test_a_missing_data_set(bucket: Bucket, tmp_path: Path, spec: dict[str, Any], source: str, said: str) -> None:
+def test_a_missing_data_set(bucket: Bucket, tmp_path: Path, spec: dict[str, Any], source: str, message: str) -> None:
     termination = failed(bucket, tmp_path, merged(spec, {"dataset": {"train": source}}))
-    check(termination, 66, "DatasetNotFound", FailureClass.DATA, "dataset.train", said)
+    check(termination, 66, "DatasetNotFound", FailureClass.DATA, "dataset.train", message)
 
 
 def test_an_empty_data_set(bucket: Bucket, tmp_path: Path, spec: dict[str, Any]) -> None:

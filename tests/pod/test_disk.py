@@ -1,4 +1,4 @@
-"""Real training in a pod whose disk is full: a file system of a fixed size, or the pod's own limit."""
+"""Training in a pod whose disk is full: a small file system, or a limit of the pod on a larger file system."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SIZE = 4 * DISK_RESERVE_BYTES
 
 @pytest.fixture(params=["file system", "limit"])
 def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path, dict[str, str]]]:
-    """The work folder and the pod's environment: a file system of its own, or a limit on a larger one."""
+    """The work folder and the pod's environment, with a small file system or with a limit on a larger file system."""
     if request.param == "limit":
         work = tmp_path / "one" / "work"
         work.mkdir(parents=True)
         yield work, {Env.DISK_LIMIT: str(SIZE)}
         return
     if os.geteuid() != 0:
-        pytest.skip("a file system is mounted, which takes root")
+        pytest.skip("mounting a file system requires root")
     work = tmp_path / "one" / "work"
     work.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(work)], check=True)
@@ -42,11 +42,11 @@ def disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[tuple[Path,
 
 @pytest.mark.faults
 @pytest.mark.parametrize("processes", [1, 2])
-def test_a_full_disk_skips_checkpoints_and_training_goes_on(
+def test_training_continues_without_checkpoints_while_the_disk_is_full(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, disk: tuple[Path, dict[str, str]], tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, processes: int,
 ) -> None:  # fmt: skip
-    """Two checkpoints are skipped; with free space the next one is committed, and a resumed run equals an uninterrupted one."""
+    """Two checkpoints are skipped. After space is freed, the next checkpoint is committed, and a resumed run equals an uninterrupted run."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", processes, "windows")
     spec = spec_of(model, rows, "lora", "windows")
     work, limit = disk

@@ -1,6 +1,6 @@
-"""Exact resume through a real S3 server: killed or stopped runs that resume equal an uninterrupted one, bit by bit.
+"""Exact resume through a real S3 server: a killed or stopped run that resumes is bitwise equal to an uninterrupted run.
 
-Each run waits at a fixed point until it is interrupted there, so that a test means the same on a fast and on a slow machine.
+Each run waits at a fixed point until the test interrupts the run, so that the result does not depend on the speed of the machine.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from recorded_run import EVERY, STEPS, committed, record_run, run_uninterrupted,
 
 from localcluster.s3 import S3Endpoint
 
-HOLDS = {
+WAITING_POINTS = {
     "epochs": ("forward:16", 8), "boundary": ("forward:18", 9), "end": (f"end:{STEPS}", STEPS), "early-end": ("end:24", 24),
 }  # fmt: skip
-"""Where a variant waits, and the newest step that is committed by then: last steps of an epoch and of the run."""
-SAME = {"end": "plain", "early-end": "early"}
-"""Variants that equal another one, but wait elsewhere."""
-MIDDLE = ("accumulation:19", 16)
-"""In the middle of an epoch, of a logging window, of an effective batch, and between two checkpoints."""
+"""For each variant, the point at which the run waits and the newest committed step then: last steps of an epoch or of the run."""
+SPEC_OF_VARIANT = {"end": "plain", "early-end": "early"}
+"""Variants with the spec of another variant, but with another waiting point."""
+DEFAULT_WAITING_POINT = ("accumulation:19", 16)
+"""Default waiting point: in the middle of an epoch, a logging window and an effective batch, and between two checkpoints."""
 
 
 def rank_killed(pod: Pod) -> tuple[int, int]:
-    """kill -9 of the last rank."""
+    """Send SIGKILL to the last rank."""
     os.kill(pod.pids("train")[-1], signal.SIGKILL)
     return pod.end(), 74
 
@@ -42,13 +42,13 @@ def agent_killed(pod: Pod) -> tuple[int, int]:
 
 
 def pod_killed(pod: Pod) -> tuple[int, int]:
-    """SIGKILL to PID 1 and all its descendants, as when a node is lost."""
+    """Send SIGKILL to PID 1 and all its descendants, as when a node is lost."""
     pod.kill()
     return -signal.SIGKILL, -signal.SIGKILL
 
 
 def stopped(pod: Pod) -> tuple[int, int]:
-    """SIGTERM, as from an eviction."""
+    """Send SIGTERM, as an eviction does."""
     pod.terminate()
     return pod.end(), 75
 
@@ -74,15 +74,17 @@ def case(
         case("full", 2, rank_killed, "fsdp"), case("lora", 2, stopped, "fsdp"),
     ],
 )  # fmt: skip
-def test_a_resumed_run_equals_an_uninterrupted_one(
+def test_a_resumed_run_equals_an_uninterrupted_run(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, interrupt: Callable[[Pod], tuple[int, int]],
     variant: str,
 ) -> None:  # fmt: skip
-    same = SAME.get(variant, variant)
-    expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, same)
-    spec = spec_of(model, rows, method, same)
-    hold, newest = HOLDS.get(variant, MIDDLE)
+    spec_variant = SPEC_OF_VARIANT.get(variant, variant)
+    expected_run = run_uninterrupted(
+        s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, spec_variant
+    )
+    spec = spec_of(model, rows, method, spec_variant)
+    hold, newest = WAITING_POINTS.get(variant, DEFAULT_WAITING_POINT)
     run = run_config(spec, bucket.target(), processes=processes)
     with traced_pod(run, tmp_path / "one", bucket, hold=hold) as first:
         first.wait_until((first.folder / "work" / "held").exists)
@@ -107,7 +109,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 def test_a_stop_in_the_middle_of_an_evaluation(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
-    """The evaluation is completed, one more step is done, and the validation loss is measured once."""
+    """The run completes the evaluation and one more step before it stops. The validation loss is measured only once."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "best")
     spec = spec_of(model, rows, "lora", "best")
     with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, hold="evaluation:16") as first:
@@ -129,7 +131,7 @@ def test_repeated_kills(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, seed: int,
 ) -> None:  # fmt: skip
-    """Five kills at random steps of one run, most of them before a new checkpoint."""
+    """Kill a run five times at random steps, mostly before a new checkpoint."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "windows")
     spec, draw = spec_of(model, rows, "lora", "windows"), random.Random(seed)
     pods: list[Pod] = []

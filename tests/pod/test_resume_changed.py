@@ -1,4 +1,4 @@
-"""Resumed runs whose conditions changed: non-finite losses, less memory, other ranks, other data. They say what is not exact."""
+"""Runs that resume under changed conditions: non-finite losses, less memory, another number of ranks. Inexact resumes are reported."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from recorded_run import (
 from localcluster.s3 import S3Endpoint
 
 pytestmark = pytest.mark.faults
-CLOSE = {"loss": 1e-6, "grad_norm": 1e-5}
-"""Relative tolerance for sums in another order, over up to forty optimizer steps."""
+TOLERANCES = {"loss": 1e-6, "grad_norm": 1e-5}
+"""Relative tolerance for values whose sums are computed in another order, over up to forty optimizer steps."""
 
 
 @pytest.mark.parametrize(("step", "logged"), [(23, "between two log lines"), (20, "at a log line")])
@@ -38,7 +38,7 @@ def test_a_non_finite_loss_is_never_saved_and_the_replay_is_exact(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, step: int, logged: str,
 ) -> None:  # fmt: skip
-    """Lines are logged at steps 20 and 25 and a checkpoint is due at 24: it is not made, whether or not the loss was logged before."""
+    """Lines are logged at steps 20 and 25, and a checkpoint is due at step 24. In both cases the run ends without that checkpoint."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 1, "windows")
     spec = spec_of(model, rows, "lora", "windows")
     with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, breaks=f"nan:{step}") as first:
@@ -57,7 +57,7 @@ def test_half_the_learning_rate_applies_after_a_rollback(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory, method: str, processes: int, variant: str,
 ) -> None:  # fmt: skip
-    """The states of optimizer and scheduler contain the old rate; the operator's new one applies."""
+    """The states of optimizer and scheduler contain the old learning rate, but the operator's new learning rate is used."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, method, processes, variant)
     spec = spec_of(model, rows, method, variant)
     run = run_config(spec, bucket.target(), processes=processes)
@@ -80,7 +80,7 @@ def test_half_the_learning_rate_applies_after_a_rollback(
 def test_a_smaller_micro_batch_trains_the_same(
     s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:  # fmt: skip
-    """A micro-batch of 2 does not fit; the next attempt uses 1 and accumulates twice as often. It is not exact, but close."""
+    """A micro-batch of 2 rows runs out of memory. The next attempt uses 1 row and twice the accumulation steps: close, but not exact."""
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "full", 1, "plain")
     spec = spec_of(model, rows, "full")
     with traced_pod(run_config(spec, bucket.target()), tmp_path / "one", bucket, breaks="memory:19") as first:
@@ -97,9 +97,10 @@ def test_a_smaller_micro_batch_trains_the_same(
 
 @pytest.mark.slow
 def test_a_rank_with_less_memory_than_the_others(bucket: Bucket, model: Path, tmp_path: Path) -> None:
-    """Row 23: rank 1 of two has memory for one row. The operator adapts in two steps, with the same effective batch.
+    """Row 23 of docs/guides/checkpoints.md: rank 1 of two has memory for one row. The operator adapts twice and keeps the effective batch.
 
-    The rows fill every step: which rows fill up the last step of an epoch would depend on the split.
+    The number of rows is a multiple of the effective batch. Otherwise the padding of each epoch's last batch would depend on the
+    micro-batch size.
     """
     rows = write_rows(tmp_path / "rows.jsonl", ROWS[:32])
     spec = merged(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 4, "gradientAccumulationSteps": 1}})
@@ -111,18 +112,18 @@ def test_a_rank_with_less_memory_than_the_others(bucket: Bucket, model: Path, tm
     run = run_config(spec, bucket.target(), processes=2)
     pods, changes = [], []
     for attempt in (1, 2):
-        with traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, breaks="room:19:1:1") as pod:
+        with traced_pod(run, tmp_path / f"attempt-{attempt}", bucket, breaks="memory-limit:19:1:1") as pod:
             assert pod.end() == 71, pod.text[-4000:]
         termination = pod.termination_message()
         assert (termination.code, termination.class_, termination.rank, termination.step) == ("GpuOutOfMemory", FailureClass.OUT_OF_MEMORY, 1, 18)
         assert termination.committed_step == 2 * EVERY
-        rung = adapt_to_out_of_memory(run.spec, datetime.now(UTC))
-        assert isinstance(rung, Adaptation)
-        changes.append(rung.set)
+        adaptation = adapt_to_out_of_memory(run.spec, datetime.now(UTC))
+        assert isinstance(adaptation, Adaptation)
+        changes.append(adaptation.set)
         pods.append(pod)
-        run = next_attempt(run, rung, 2 * EVERY)
-    assert [(one[BATCH], one[ACCUMULATION]) for one in changes] == [(2, 2), (1, 4)]
-    with traced_pod(run, tmp_path / "attempt-3", bucket, breaks="room:19:1:1") as last:
+        run = next_attempt(run, adaptation, 2 * EVERY)
+    assert [(change[BATCH], change[ACCUMULATION]) for change in changes] == [(2, 2), (1, 4)]
+    with traced_pod(run, tmp_path / "attempt-3", bucket, breaks="memory-limit:19:1:1") as last:
         assert last.end() == 0, last.text[-4000:]
     resolved = last.termination_message().resolved
     assert resolved is not None and batch is not None and resolved.effective_batch == batch.effective_batch == 8
@@ -130,12 +131,12 @@ def test_a_rank_with_less_memory_than_the_others(bucket: Bucket, model: Path, tm
     require_close(bucket, [*pods, last], expected_run)
 
 
-def next_attempt(run: RunConfig, rung: Adaptation, expect: int) -> RunConfig:
+def next_attempt(run: RunConfig, adaptation: Adaptation, expect: int) -> RunConfig:
     """The run configuration of the next attempt after one more adaptation."""
     number = run.attempt + 1
     return run.model_copy(
         update={
-            "attempt": number, "spec": apply_adaptations(run.spec, [rung]), "resume": Resume(mode="auto", expect_step=expect),
+            "attempt": number, "spec": apply_adaptations(run.spec, [adaptation]), "resume": Resume(mode="auto", expect_step=expect),
             "world": run.world.model_copy(update={"rendezvous_id": f"{run.uid}-{number}"}),
         }
     )  # fmt: skip
@@ -144,7 +145,7 @@ def next_attempt(run: RunConfig, rung: Adaptation, expect: int) -> RunConfig:
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_another_number_of_ranks_trains_the_same(bucket: Bucket, model: Path, rows: Path, tmp_path: Path, strategy: str) -> None:
-    """Row 25: four ranks, then two, then one, with the same rows at each step. fsdp needs two ranks and is refused on one."""
+    """Row 25 of docs/guides/checkpoints.md: four ranks, then two, then one train the same rows at each step. fsdp is refused on one rank."""
     spec = merged(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
     whole_bucket = Bucket(bucket.name, bucket.endpoint, bucket.root + "-whole")
     with resized(1, spec, "none", whole_bucket, tmp_path / "whole") as pod:
@@ -155,12 +156,12 @@ def test_another_number_of_ranks_trains_the_same(bucket: Bucket, model: Path, ro
     second = resized(2, spec, strategy, bucket, tmp_path / "two", attempt=2, expect=15, hold=27)
     pods.append(stopped(second))
     assert_resumed_inexactly(second.termination_message(), 15, "4 ranks")
-    kept = committed(bucket)
+    committed_before = committed(bucket)
     with resized(1, spec, "none", bucket, tmp_path / "one", attempt=3, expect=27) as last:
         code = last.end()
     if strategy == "fsdp":
         assert_refused(last, code, "was made by fsdp", "fsdp stores the optimizer's state in another form")
-        assert committed(bucket) == kept
+        assert committed(bucket) == committed_before
         with resized(2, spec, strategy, bucket, tmp_path / "again", attempt=4, expect=27) as last:
             assert last.end() == 0, last.text[-4000:]
     else:
@@ -171,23 +172,23 @@ def test_another_number_of_ranks_trains_the_same(bucket: Bucket, model: Path, ro
 
 @pytest.mark.slow
 def test_a_deepspeed_checkpoint_is_refused_on_another_number_of_ranks(bucket: Bucket, model: Path, rows: Path, tmp_path: Path) -> None:
-    """Row 25: a DeepSpeed checkpoint of two ranks is refused on one, with or without DeepSpeed, and is kept."""
+    """Row 25 of docs/guides/checkpoints.md: one rank refuses a DeepSpeed checkpoint of two ranks, with or without DeepSpeed, and keeps it."""
     spec = merged(spec_of(model, rows, "full"), {"training": {"batchSizePerDevice": 1}})
     stopped(resized(2, spec, "deepspeed", bucket, tmp_path / "two", hold=9))
-    kept = committed(bucket)
+    committed_before = committed(bucket)
     for attempt, strategy in enumerate(("deepspeed", "none"), 2):
         with resized(1, spec, strategy, bucket, tmp_path / strategy, attempt=attempt, expect=9) as pod:
             code = pod.end()
         reason = f"was made by deepspeed on 2 ranks, this run uses {strategy} on 1: DeepSpeed cannot split its optimizer state"
         assert_refused(pod, code, "step-00000009", reason)
-    assert committed(bucket) == kept and 9 in kept
+    assert committed(bucket) == committed_before and 9 in committed_before
 
 
 def resized(
     ranks: int, spec: dict[str, Any], strategy: str, bucket: Bucket, folder: Path, *, attempt: int = 1, expect: int = 0,
     hold: int = 0,
 ) -> Pod:  # fmt: skip
-    """A pod with this many ranks for four rows a step. `hold`: the step before which it waits for a stop."""
+    """A pod with `ranks` ranks that trains four rows per step. `hold`: the step before which the pod waits for a stop."""
     change = {"distributed": {"strategy": strategy}, "training": {"gradientAccumulationSteps": 4 // ranks}}
     resume = Resume(mode="auto", expect_step=expect)
     run = run_config(merged(spec, change), bucket.target(), processes=ranks, attempt=attempt, resume=resume)
@@ -195,7 +196,7 @@ def resized(
 
 
 def stopped(pod: Pod) -> Pod:
-    """Run the pod to the step at which it waits, stop it there, and check that it saves."""
+    """Run the pod up to its waiting point, stop the pod, and check that it saves a checkpoint."""
     with pod:
         pod.wait_until((pod.folder / "work" / "held").exists)
         pod.terminate()
@@ -204,13 +205,13 @@ def stopped(pod: Pod) -> Pod:
 
 
 def assert_resumed_inexactly(termination: TerminationMessage, step: int, before: str) -> None:
-    """The pod resumed from that step and reported how many ranks made the checkpoint."""
+    """Check that the pod resumed from `step` and reported the number of ranks that wrote the checkpoint."""
     assert termination.resumed_from_step == step and termination.resolved is not None
     assert termination.resolved.resume_exact is False and before in (termination.resolved.resume_note or "")
 
 
 def assert_refused(pod: Pod, code: int, *reasons: str) -> None:
-    """The pod ended with 64 and these reasons before the first step."""
+    """Check that the pod ended with exit code 64 and these reasons before the first step."""
     termination = pod.termination_message()
     assert (code, termination.code, termination.class_) == (64, "CheckpointIncompatible", FailureClass.USER), pod.text[-4000:]
     assert all(reason in (termination.message or "") for reason in reasons), termination.message
@@ -218,24 +219,24 @@ def assert_refused(pod: Pod, code: int, *reasons: str) -> None:
 
 
 def require_close(bucket: Bucket, pods: list[Pod], expected_run: RecordedRun) -> None:
-    """Losses and gradient norms are close to the expected ones, rates and rows of each step are equal."""
+    """Check that losses and gradient norms are close to the expected values, and that learning rates and rows of each step are equal."""
     expected_rows = by_step(expected_run.rows)
     for pod in pods:
         logged = lines(bucket, f"a{pod.run.attempt}-")
-        for key, found in logged.items():
+        for key, line in logged.items():
             expected = expected_run.lines[key]
-            for name, close in CLOSE.items():
-                assert found[name] == pytest.approx(expected[name], rel=close), (pod.run.attempt, key, name)
-            assert found["learning_rate"] == expected["learning_rate"]
-        done = (pod.termination_message().step or 0) if pod.termination_message().exit_code else STEPS
+            for name, close in TOLERANCES.items():
+                assert line[name] == pytest.approx(expected[name], rel=close), (pod.run.attempt, key, name)
+            assert line["learning_rate"] == expected["learning_rate"]
+        last_step = (pod.termination_message().step or 0) if pod.termination_message().exit_code else STEPS
         learned = by_step(rows_learned([pod]))
-        assert all(expected_rows[step] == rows for step, rows in learned.items() if step <= done)
+        assert all(expected_rows[step] == rows for step, rows in learned.items() if step <= last_step)
     assert (STEPS, "loss") in logged
 
 
 def by_step(rows: dict[tuple[int, int], list[list[str]]]) -> dict[int, list[str]]:
     """All rows of a step, over all ranks."""
-    found: dict[int, list[str]] = {}
+    rows_by_step: dict[int, list[str]] = {}
     for (step, _), batches in rows.items():
-        found[step] = sorted([*found.get(step, []), *(row for batch in batches for row in batch)])
-    return found
+        rows_by_step[step] = sorted([*rows_by_step.get(step, []), *(row for batch in batches for row in batch)])
+    return rows_by_step

@@ -1,4 +1,4 @@
-"""The supervisor, with ranks that only count: exit codes, termination messages, stalls, stops, and no process left behind."""
+"""The supervisor with toy ranks that only count steps: exit codes, termination messages, stalls, stops, and cleanup of processes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def toy(
     name: str = "pod",
     **run: Any,
 ) -> Pod:
-    """A pod with ranks that follow a script; its root is a folder."""
+    """A pod whose ranks follow a script and whose storage is a folder."""
     config = run_config(spec, StoreTarget(uri=f"file://{folder}/root/team/job/{UID}"), **run)
     path = os.pathsep.join([PYTHONPATH, str(HERE)])
     settings = {"PYTHONPATH": path, "FINETUNE_TRAINER_MODULE": "toy_rank", "TOY_SCRIPT": json.dumps(script)}
@@ -44,8 +44,8 @@ def toy(
 
 
 def committed(folder: Path) -> list[int]:
-    found = (folder / "root/team/job" / UID / "checkpoints").glob("step-*/_COMMITTED")
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+    markers = (folder / "root/team/job" / UID / "checkpoints").glob("step-*/_COMMITTED")
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in markers)
 
 
 def ended(pod: Pod) -> tuple[int, TerminationMessage]:
@@ -64,12 +64,12 @@ def test_a_finished_run_commits_its_model(tmp_path: Path, spec: dict[str, Any]) 
     assert (folder / "adapter_model.safetensors").read_text() == "final 20"
     assert (termination.step, termination.committed_step, termination.class_, termination.code) == (20, 20, None, None)
     assert committed(tmp_path) == [10, 15, 20]
-    assert not list(pod.folder.glob("work/output/checkpoint-*")), "checkpoints that are in storage are not removed from the pod's disk"
+    assert not list(pod.folder.glob("work/output/checkpoint-*")), "uploaded checkpoints are still on the pod's disk"
     assert not list(pod.folder.glob("work/staged/*"))
 
 
 @pytest.mark.parametrize(
-    ("what", "code", "name", "failure_class"),
+    ("event", "code", "name", "failure_class"),
     [
         ("bad-data", 65, "NoTrainableToken", FailureClass.DATA),
         ("diverge", 72, "LossNotFinite", FailureClass.DIVERGED),
@@ -80,11 +80,11 @@ def test_a_finished_run_commits_its_model(tmp_path: Path, spec: dict[str, Any]) 
     ],
 )
 def test_a_failing_rank_is_named(
-    tmp_path: Path, spec: dict[str, Any], what: str, code: int, name: str, failure_class: FailureClass
+    tmp_path: Path, spec: dict[str, Any], event: str, code: int, name: str, failure_class: FailureClass
 ) -> None:
-    with toy(tmp_path, spec, {"at": {"0:7": what}}) as pod:
-        found, termination = ended(pod)
-    assert (found, termination.code, termination.class_, termination.rank, termination.origin) == (code, name, failure_class, 0, True)
+    with toy(tmp_path, spec, {"at": {"0:7": event}}) as pod:
+        exit_code, termination = ended(pod)
+    assert (exit_code, termination.code, termination.class_, termination.rank, termination.origin) == (code, name, failure_class, 0, True)
     assert committed(tmp_path) == [5] and termination.committed_step == 5
     assert len((pod.folder / "termination-message").read_bytes()) <= 4096
 
@@ -94,7 +94,7 @@ def test_the_rank_that_failed_first_is_named(tmp_path: Path, spec: dict[str, Any
     with toy(tmp_path, spec, script, processes=2) as pod:
         code, termination = ended(pod)
     assert (code, termination.code, termination.rank) in [(72, "LossNotFinite", 1), (74, "PeerLost", 0)]
-    if termination.rank == 0:  # rank 1 was ended before it came to its own failure: then what rank 0 noticed is all there is
+    if termination.rank == 0:  # rank 1 was killed before its own failure, so only the failure that rank 0 noticed is reported
         assert termination.origin is False
 
 
@@ -105,7 +105,7 @@ def test_a_huge_log_does_not_damage_the_termination_message(tmp_path: Path, spec
     assert (pod.folder / "log").stat().st_size > 100_000_000
 
 
-def test_a_frozen_rank_is_a_stall(tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_a_frozen_rank_is_reported_as_a_stall(tmp_path: Path, spec: dict[str, Any]) -> None:
     quick = merged(spec, {"policy": {"stallTimeoutSeconds": 2}})
     with toy(tmp_path, quick, {"at": {"0:7": "freeze"}}) as pod:
         code, termination = ended(pod)
@@ -118,7 +118,7 @@ def test_a_hanging_rank_leaves_its_stacks_in_the_log(tmp_path: Path, spec: dict[
     with toy(tmp_path, quick, {"at": {"0:7": "hang"}}) as pod:
         code, termination = ended(pod)
     assert (code, termination.code) == (74, "Stalled")
-    assert "toy_rank.py" in pod.text and "in happen" in pod.text
+    assert "toy_rank.py" in pod.text and "in run_scripted_event" in pod.text
 
 
 def test_a_stop_saves_and_the_next_attempt_resumes(tmp_path: Path, spec: dict[str, Any]) -> None:
@@ -144,7 +144,7 @@ def test_a_stop_before_the_first_step_loses_nothing(tmp_path: Path, spec: dict[s
 
 
 def test_a_stop_during_the_imports_is_not_lost(tmp_path: Path, spec: dict[str, Any]) -> None:
-    """A SIGTERM during the supervisor's imports has the same effect as a later one."""
+    """A SIGTERM during the supervisor's imports has the same effect as a later SIGTERM."""
     with toy(tmp_path, spec, {"steps": 100000}) as pod:
         assert pod.process is not None
         caught = Path(f"/proc/{pod.process.pid}/status")
@@ -159,7 +159,7 @@ def test_a_stop_during_the_imports_is_not_lost(tmp_path: Path, spec: dict[str, A
     assert (code, termination.code, termination.step) == (75, "StoppedSaved", None)
 
 
-def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_a_second_ctrl_c_ends_the_pod_without_waiting(tmp_path: Path, spec: dict[str, Any]) -> None:
     with toy(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=3600) as pod:
         pod.wait_step(6)
         assert pod.process is not None
@@ -170,8 +170,8 @@ def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, spec: dict[str, Any]) -> 
     assert code == 76
 
 
-def test_a_stop_that_cannot_save_in_time(tmp_path: Path, spec: dict[str, Any]) -> None:
-    """The rank hangs and the grace period ends: 76, without an incomplete checkpoint."""
+def test_a_stop_that_exceeds_the_grace_period_ends_without_a_checkpoint(tmp_path: Path, spec: dict[str, Any]) -> None:
+    """The rank hangs until the grace period ends. The pod exits with 76 and leaves no incomplete checkpoint."""
     with toy(tmp_path, spec, {"at": {"0:7": "hang"}}, grace=2) as pod:
         pod.wait_step(6)
         pod.terminate()
@@ -181,7 +181,7 @@ def test_a_stop_that_cannot_save_in_time(tmp_path: Path, spec: dict[str, Any]) -
 
 
 def test_checkpoints_are_skipped_while_staging_fails(tmp_path: Path, spec: dict[str, Any]) -> None:
-    """The status reports it, training goes on, and later checkpoints are committed."""
+    """The progress report shows the problem, training continues, and later checkpoints are committed."""
     with toy(tmp_path, spec, {"steps": 100000}) as pod:
         pod.wait_committed(5)
         staged = pod.folder / "work" / "staged"
@@ -210,7 +210,7 @@ def test_a_final_model_that_cannot_be_staged_is_named(tmp_path: Path, spec: dict
     assert (code, termination.code, termination.class_) == (69, "StagingFailed", FailureClass.STORAGE)
 
 
-def test_the_success_of_an_incarnation_that_could_not_report_it(tmp_path: Path, spec: dict[str, Any]) -> None:
+def test_a_new_attempt_of_a_finished_run_reports_the_existing_output(tmp_path: Path, spec: dict[str, Any]) -> None:
     with toy(tmp_path, spec, {}) as pod:
         _, first = ended(pod)
     with toy(tmp_path, spec, {}, name="two", attempt=2, resume=Resume(mode="auto", expect_step=20)) as pod:
@@ -219,7 +219,7 @@ def test_the_success_of_an_incarnation_that_could_not_report_it(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("victim", ["supervisor", "agent"])
-def test_no_process_is_left_behind(tmp_path: Path, spec: dict[str, Any], victim: str) -> None:
+def test_ranks_end_after_the_supervisor_or_the_agent_is_killed(tmp_path: Path, spec: dict[str, Any], victim: str) -> None:
     with toy(tmp_path, spec, {"steps": 100000}, processes=2) as pod:
         pod.wait_step(3)
         ranks = pod.pids("train")
@@ -227,9 +227,9 @@ def test_no_process_is_left_behind(tmp_path: Path, spec: dict[str, Any], victim:
         os.kill(pod.process.pid if victim == "supervisor" else pod.pids("agent")[0], signal.SIGKILL)
         code = pod.end()
     assert code == (-signal.SIGKILL if victim == "supervisor" else 74)
-    end = time.monotonic() + 20
+    deadline = time.monotonic() + 20
     while any(alive(pid) for pid in ranks):
-        assert time.monotonic() < end, "a rank still runs"
+        assert time.monotonic() < deadline, "a rank still runs"
         time.sleep(0.02)
 
 

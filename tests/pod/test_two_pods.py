@@ -1,4 +1,4 @@
-"""A gang of two pods: rank 0's pod commits the files of both, and a stop of either stops both at the same step."""
+"""A gang of two pods: the pod of rank 0 commits the files of both pods, and a stop of one pod stops both at the same step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class TwoPods:
     expected_run: RecordedRun
 
     def start(self, attempt: int, expect: int, target: StoreTarget, *, hold: str = "", signalled: int = 0) -> list[Pod]:
-        """Start an attempt; the signalled pod waits in the phase `hold`."""
+        """Start an attempt. The pod `signalled` waits in the phase `hold`."""
         resume = Resume(mode="auto", expect_step=expect)
         run = run_config(self.spec, target, nodes=2, attempt=attempt, master_port=free_port(), resume=resume)
         folders = [self.folder / f"attempt-{attempt}-{node}" for node in (0, 1)]
@@ -37,7 +37,7 @@ class TwoPods:
         ]
 
     def stopped(self, first: list[Pod], signalled: int) -> list[TerminationMessage]:
-        """Send SIGTERM to one pod, as a kubelet does; the other one learns of it through the gang."""
+        """Send SIGTERM to one pod, as a kubelet does. The other pod receives the stop request through the gang."""
         first[signalled].terminate()
         assert [pod.end() for pod in first] == [75, 75], first[0].text[-3000:] + first[1].text[-3000:]
         termination = [pod.termination_message() for pod in first]
@@ -45,7 +45,7 @@ class TwoPods:
         return termination
 
     def resume(self, first: list[Pod], at: int) -> None:
-        """Run the next attempt from that step and compare both with an uninterrupted run."""
+        """Run the next attempt from step `at`, and compare both attempts with an uninterrupted run."""
         second = self.start(2, at, self.bucket.target())
         with second[0], second[1]:
             assert [pod.end() for pod in second] == [0, 0], second[0].text[-3000:] + second[1].text[-3000:]
@@ -58,7 +58,7 @@ def gang(
     request: pytest.FixtureRequest, s3_server: S3Endpoint, bucket: Bucket, model: Path, rows: Path, tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> TwoPods:  # fmt: skip
-    """With logging windows, or with the variant that the test names."""
+    """Two pods with the variant `windows`, or with the variant that the test names."""
     variant = getattr(request, "param", "windows")
     expected_run = run_uninterrupted(s3_server, tmp_path_factory.getbasetemp(), model, rows, "lora", 2, variant)
     return TwoPods(spec_of(model, rows, "lora", variant), bucket, tmp_path, expected_run)
@@ -81,7 +81,7 @@ def case(phase: str, signalled: int, stop: int, *, quick: bool = False, variant:
 def test_a_stop_of_one_pod_stops_both_at_the_same_step(
     gang: TwoPods, phase: str, signalled: int, stop: int
 ) -> None:
-    """The signalled pod is in that phase; the other one waits for it in the next collective operation."""
+    """The signalled pod is in `phase`. The other pod waits for it in the next collective operation."""
     first = gang.start(1, 0, gang.bucket.target(), hold=phase, signalled=signalled)
     with first[0], first[1]:
         first[signalled].wait_until((first[signalled].folder / "work" / "held").exists)
@@ -93,7 +93,7 @@ def test_a_stop_of_one_pod_stops_both_at_the_same_step(
 @pytest.mark.faults
 @pytest.mark.parametrize("signalled", [0, 1])
 def test_a_stop_while_the_gang_uploads(gang: TwoPods, s3_server: S3Endpoint, signalled: int) -> None:
-    """The running upload is finished, and the checkpoint of the stop follows."""
+    """The pods finish the running upload, and then upload the checkpoint of the stop."""
     with S3Proxy(s3_server.host_url) as proxy:
         slow = proxy.fault(Latency(1.0), operation="PutObject", key=r"checkpoints/step-0*8/")
         first = gang.start(1, 0, gang.bucket.target(endpoint=proxy.url))

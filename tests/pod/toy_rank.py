@@ -1,8 +1,8 @@
-"""A rank that trains nothing: it counts steps, writes checkpoints and fails as TOY_SCRIPT says. For the supervisor's tests.
+"""A rank for tests of the supervisor. It does not train: it counts steps, writes checkpoints and fails as TOY_SCRIPT says.
 
-Its state is a chain of hashes, one link per step: a run that resumes from a wrong state ends with another one.
-TOY_SCRIPT is JSON: {"steps": 20 (or "further": 20, counted from where it resumes),
-"every": 5, "pause": 0.01, "bytes": 1000, "at": {"<rank>:<step>": "<what happens>"}}.
+The state is a hash of the previous state and the step. A run that resumes from a wrong state therefore ends with another hash.
+TOY_SCRIPT is JSON: {"steps": 20 (or "further": 20, counted from the step of the resume),
+"every": 5, "pause": 0.01, "bytes": 1000, "at": {"<rank>:<step>": "<event>"}}.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SCRIPT: dict[str, Any] = json.loads(os.environ.get("TOY_SCRIPT", "{}"))
 
 
 def preload(run: RunConfig) -> None:
-    happen("import", 0)
+    run_scripted_event("import", 0)
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
@@ -45,7 +45,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
     while step < steps:
         time.sleep(pause)
         step += 1
-        happen(channel.rank, step)
+        run_scripted_event(channel.rank, step)
         chain = link(chain, channel.rank, step)
         channel.heartbeat(step)
         channel.metrics(Metrics(train_loss=1.0 / step))
@@ -62,7 +62,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
 
 
 def link(chain: str, rank: int, step: int) -> str:
-    """The state after a step."""
+    """Return the state after a step: the hash of the previous state, the rank and the step."""
     return hashlib.sha256(f"{chain}/{rank}:{step}".encode()).hexdigest()
 
 
@@ -76,9 +76,9 @@ def save(channel: Channel, inputs: Inputs, step: int, chain: str, stopping: bool
         raise Stopped(step)
 
 
-def happen(who: int | str, step: int) -> None:
-    """Do what the script says for this rank and step."""
-    match SCRIPT.get("at", {}).get(f"{who}:{step}"):
+def run_scripted_event(rank: int | str, step: int) -> None:
+    """Run the event of the script for this rank and step, if any."""
+    match SCRIPT.get("at", {}).get(f"{rank}:{step}"):
         case None:
             return
         case "hang":
@@ -88,7 +88,7 @@ def happen(who: int | str, step: int) -> None:
         case "die":
             os.kill(os.getpid(), signal.SIGKILL)
         case "bad-data":
-            raise DataError("NoTrainableToken", f"step {step} found nothing to learn")
+            raise DataError("NoTrainableToken", f"step {step} has no trainable token")
         case "diverge":
             raise DivergedError("LossNotFinite", f"loss is nan at step {step}")
         case "lose-peer":

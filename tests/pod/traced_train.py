@@ -1,11 +1,11 @@
-"""The real training, with a record of each step's rows and points at which a test may hold it until a stop is requested.
+"""The real training with a record of each step's rows, and with points at which a test can pause a rank until a stop is requested.
 
-Used through FINETUNE_TRAINER_MODULE. `<work>/rows-<rank>.jsonl` has one line per step, with a hash for each sequence of each
-micro-batch. TRACE_HOLD, `<phase>:<step>`, holds this rank there until all ranks have agreed on the step to stop at: `forward`,
+Tests select this module with FINETUNE_TRAINER_MODULE. `<work>/rows-<rank>.jsonl` has one line per step, with a hash for each sequence of each
+micro-batch. TRACE_HOLD, `<phase>:<step>`, pauses this rank at that point until all ranks have agreed on the step to stop at: `forward`,
 `accumulation` (before the second micro-batch of the step), `save`, `evaluation` (after the step), `end` (after the
-last step). `<work>/held` then exists.
-TRACE_BREAK, `memory:<step>` or `nan:<step>`, lets a micro-batch of that step run out of memory or return a non-finite loss;
-`room:<step>:<rank>:<rows>` limits one rank, from that step on, to this many rows per micro-batch.
+last step). The file `<work>/held` shows that the rank is paused.
+TRACE_BREAK, `memory:<step>` or `nan:<step>`, makes a micro-batch of that step run out of memory or return a non-finite loss.
+With `memory-limit:<step>:<rank>:<rows>`, that rank runs out of memory for larger micro-batches, from that step on.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ HOLD = "TRACE_HOLD"
 BREAK = "TRACE_BREAK"
 preload = train.preload
 agreements: list[StopAgreement] = []
-"""The stop agreement of this rank, once it is started."""
+"""The stop agreement of this rank; empty until the agreement starts."""
 
 
 def main(run: RunConfig, channel: Channel, inputs: Inputs) -> None:
-    watch(channel)
+    patch_trainer(channel)
     train.main(run, channel, inputs)
 
 
-def watch(channel: Channel) -> None:
-    """Replace methods of the trainer by ones that record and hold."""
+def patch_trainer(channel: Channel) -> None:
+    """Replace methods of the trainer by methods that record rows and pause the rank."""
     from finetune_trainer.engine import GuardedTrainer
 
     before = GuardedTrainer.get_batch_samples
@@ -44,20 +44,20 @@ def watch(channel: Channel) -> None:
     def batches(self: Any, *args: Any, **options: Any) -> Any:
         nonlocal micro
         micro = 0
-        found, count = before(self, *args, **options)
-        if found:
-            entry = {"step": self.state.global_step + 1, "rows": [rows_of(batch) for batch in found]}
+        samples, count = before(self, *args, **options)
+        if samples:
+            entry = {"step": self.state.global_step + 1, "rows": [hash_rows(batch) for batch in samples]}
             with (channel.work / f"rows-{channel.rank}.jsonl").open("a") as file:
                 file.write(json.dumps(entry) + "\n")
-        return found, count
+        return samples, count
 
     def training_step(self: Any, *args: Any, **options: Any) -> Any:
         nonlocal micro
         micro += 1
         hold(channel, "forward" if micro == 1 else "accumulation", self.state.global_step + 1)
-        require_room(channel.rank, self.state.global_step + 1, args[1])
+        enforce_memory_limit(channel.rank, self.state.global_step + 1, args[1])
         loss = super(GuardedTrainer, self).training_step(*args, **options)
-        return broken(loss, self.model, self.state.global_step + 1)
+        return loss_or_failure(loss, self.model, self.state.global_step + 1)
 
     def prediction_step(self: Any, *args: Any, **options: Any) -> Any:
         hold(channel, "evaluation", self.state.global_step)
@@ -76,7 +76,7 @@ def watch(channel: Channel) -> None:
         begin(self, step)
 
     begin = StopAgreement.start
-    StopAgreement.start = start  # type: ignore[method-assign] # recorded through it
+    StopAgreement.start = start  # type: ignore[method-assign] # record the agreement
     GuardedTrainer.get_batch_samples = batches  # type: ignore[method-assign] # likewise
     GuardedTrainer.training_step = training_step  # type: ignore[method-assign] # likewise
     GuardedTrainer.prediction_step = prediction_step  # type: ignore[method-assign] # likewise
@@ -84,26 +84,26 @@ def watch(channel: Channel) -> None:
     GuardedTrainer._save_checkpoint = save  # type: ignore[method-assign] # likewise
 
 
-def require_room(rank: int, step: int, batch: dict[str, Any]) -> None:
-    """Errors: torch.OutOfMemoryError, as CUDA raises it, for a micro-batch that is larger than this rank's limit."""
+def enforce_memory_limit(rank: int, step: int, batch: dict[str, Any]) -> None:
+    """Raise torch.OutOfMemoryError, as CUDA does, if the micro-batch is larger than the limit of this rank."""
     import torch
 
-    what, *numbers = os.environ.get(BREAK, "").split(":")
-    if what != "room":
+    failure, *numbers = os.environ.get(BREAK, "").split(":")
+    if failure != "memory-limit":
         return
-    first, short, rows = map(int, numbers)
-    if rank == short and step >= first and len(batch["input_ids"]) > rows:
+    first, limited_rank, rows = map(int, numbers)
+    if rank == limited_rank and step >= first and len(batch["input_ids"]) > rows:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB")
 
 
-def broken(loss: Any, model: Any, step: int) -> Any:
-    """The loss, or the failure that TRACE_BREAK asks for at this step."""
+def loss_or_failure(loss: Any, model: Any, step: int) -> Any:
+    """Return the loss, or simulate the failure that TRACE_BREAK sets for this step."""
     import torch
 
-    what, _, when = os.environ.get(BREAK, "").partition(":")
-    if when != str(step):
+    failure, _, failing_step = os.environ.get(BREAK, "").partition(":")
+    if failing_step != str(step):
         return loss
-    if what == "memory":
+    if failure == "memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7.00 GiB")
     for parameter in model.parameters():
         if parameter.grad is not None:
@@ -111,8 +111,8 @@ def broken(loss: Any, model: Any, step: int) -> Any:
     return loss * float("nan")
 
 
-def rows_of(batch: dict[str, Any]) -> list[str]:
-    """A short hash of each sequence without its padding."""
+def hash_rows(batch: dict[str, Any]) -> list[str]:
+    """Return a limited_rank hash of each sequence without its padding."""
     ids, mask = batch["input_ids"], batch.get("attention_mask")
     rows = [row if mask is None else row[mask[number].bool()] for number, row in enumerate(ids)]
     return [hashlib.sha256(row.cpu().numpy().tobytes()).hexdigest()[:12] for row in rows]
@@ -123,5 +123,5 @@ def hold(channel: Channel, phase: str, step: int) -> None:
     if os.environ.get(HOLD) != f"{phase}:{step}":
         return
     (channel.work / "held").touch()
-    while not any(one.stop for one in agreements):
+    while not any(agreement.stop for agreement in agreements):
         time.sleep(0.005)

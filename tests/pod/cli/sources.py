@@ -34,7 +34,7 @@ SOURCES = {
         "train.env",
         "MODEL_NAME=org/base\nTRAIN_DATA_PATH=./rows.jsonl\nDATASET_TYPE=instruction_jsonl\nEPOCHS=1\nDEVICE=cpu\nLORA_R=4\n"
         "MAX_LENGTH=64\nHUGGINGFACE_TOKEN=not-a-real-one\n",
-        "instruction", steps=2, rank=4,  # 0.8 of 24 rows, 16 a step
+        "instruction", steps=2, rank=4,  # 0.8 of 24 rows, 16 rows per step
     ),
     "toml": Source(
         "config.toml",
@@ -69,12 +69,12 @@ SOURCES = {
 
 
 def rows(shape: str) -> str:
-    """The same questions and answers in one of the shapes."""
+    """Questions and answers as rows of one shape."""
     return "".join(json.dumps(SHAPES[shape]).replace("{}", str(i)) + "\n" for i in range(ROWS))
 
 
 def options(name: str, model: str, data: str) -> list[str]:
-    """Words of `finetune import`: our own places for model and data, a CPU, and nothing that this version cannot do yet."""
+    """Options of `finetune import`: local model and data, a CPU, and no feature that this version does not support."""
     return [
         "--from", name, "--name", name, "--model", model, "--data", data, "--gpus", "0", "--set", "output=null",
         "--set", "tracking.reportTo=null",

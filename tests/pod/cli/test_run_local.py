@@ -37,25 +37,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [{"role": "user", "content": f"question {i}"}, {"role": "assistant", "content": f"answer {i}"}]
         for i in range(24)
     ]
-    (root / "rows.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns), encoding="utf-8")
+    (root / "rows.jsonl").write_text(
+        "".join(json.dumps({"messages": messages}) + "\n" for messages in turns), encoding="utf-8"
+    )
     (root / "job.yaml").write_text(JOB, encoding="utf-8")
     return root
 
 
-def finetune(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def finetune(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    return subprocess.run([*FINETUNE, *words], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [*FINETUNE, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_run_commits_the_model_with_the_layout_of_s3(folder: Path) -> None:
-    done = finetune(folder, "run", "job.yaml", "--local", "-o", "out")
-    assert done.returncode == 0, done.stderr
+    result = finetune(folder, "run", "job.yaml", "--local", "-o", "out")
+    assert result.returncode == 0, result.stderr
     (marker,) = (folder / "out/local/bot").glob("*/model/_COMMITTED")
     path = marker.parent / json.loads(marker.read_text())["path"]
     assert (path / "adapter_config.json").is_file()
-    assert done.stdout == f"bot: done, the model is in file://{path}\n"
-    assert "6/6 (100%)" in done.stderr
-    steps = sorted(one.parent.name for one in marker.parents[1].glob("checkpoints/*/_COMMITTED"))
+    assert result.stdout == f"bot: done, the model is in file://{path}\n"
+    assert "6/6 (100%)" in result.stderr
+    steps = sorted(path.parent.name for path in marker.parents[1].glob("checkpoints/*/_COMMITTED"))
     assert steps == ["step-00000003", "step-00000006"]
 
 
@@ -68,7 +72,7 @@ def test_failure_is_reported_with_its_hint(folder: Path) -> None:
 
 
 def test_ctrl_c_saves_and_the_same_command_resumes(folder: Path) -> None:
-    words = [
+    arguments = [
         "run",
         "job.yaml",
         "--local",
@@ -81,7 +85,7 @@ def test_ctrl_c_saves_and_the_same_command_resumes(folder: Path) -> None:
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
     process = subprocess.Popen(
-        [*FINETUNE, *words], cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [*FINETUNE, *arguments], cwd=folder, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stderr is not None
     for line in process.stderr:
@@ -94,20 +98,20 @@ def test_ctrl_c_saves_and_the_same_command_resumes(folder: Path) -> None:
     (step,) = (folder / "stopped/local/bot").glob("*/checkpoints/*/_COMMITTED")
     saved = int(step.parent.name.removeprefix("step-"))
     assert 0 < saved < 300
-    other = finetune(folder, *words[:-2], "--set", "training.seed=1")
+    other = finetune(folder, *arguments[:-2], "--set", "training.seed=1")
     assert (other.returncode, "holds results of a job bot with another spec" in other.stderr) == (1, True)
-    resumed = finetune(folder, *words)
+    resumed = finetune(folder, *arguments)
     assert resumed.returncode == 0, resumed.stderr
     message = json.loads((folder / "stopped/.finetune/bot/work/termination-message.json").read_text(encoding="utf-8"))
     assert (message["resumedFromStep"], message["step"]) == (saved, 300)
 
 
 QUICK = ("yaml",)
-"""Trained in `make test`. The others run in `make test-faults`, because each needs a start of the trainer."""
+"""Sources that `make test` trains. `make test-faults` trains the others, because each run starts the trainer anew."""
 
 
 @pytest.mark.parametrize(
-    "source", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in SOURCES]
+    "source", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SOURCES]
 )
 def test_imported_job_trains(folder: Path, source: str) -> None:
     home = folder / source

@@ -1,4 +1,4 @@
-"""TrainingArguments of GPU runs, which no test here can execute, and the imports of a run."""
+"""TrainingArguments of GPU runs, checked without a GPU, and the imports of a run."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ def gpu_arguments(folder: Path, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_backend_unsloth_changes_defaults(tmp_path: Path) -> None:
-    found = gpu_arguments(tmp_path, {"trainer": {"backend": "unsloth"}})
-    assert (found["optim"], found["use_liger_kernel"]) == ("paged_adamw_8bit", True)
-    assert found["activation_checkpointing_kwargs"] == {"use_reentrant": False, "offload": True}
-    assert "backend unsloth is this trainer's own single-GPU path" in found["notes"][0]
+    arguments = gpu_arguments(tmp_path, {"trainer": {"backend": "unsloth"}})
+    assert (arguments["optim"], arguments["use_liger_kernel"]) == ("paged_adamw_8bit", True)
+    assert arguments["activation_checkpointing_kwargs"] == {"use_reentrant": False, "offload": True}
+    assert "backend unsloth is this trainer's own single-GPU path" in arguments["notes"][0]
 
 
 def test_backend_unsloth_keeps_values_of_the_user(tmp_path: Path) -> None:
     training = {"optimizer": "adamw_torch", "gradientCheckpointing": "disabled", "maxSteps": 4}
-    found = gpu_arguments(
+    arguments = gpu_arguments(
         tmp_path, {"trainer": {"backend": "unsloth"}, "training": training, "model": {"ligerKernels": False}}
     )
-    assert (found["optim"], found["activation_checkpointing"], found["use_liger_kernel"]) == (
+    assert (arguments["optim"], arguments["activation_checkpointing"], arguments["use_liger_kernel"]) == (
         "adamw_torch",
         False,
         False,
@@ -48,10 +48,10 @@ def test_backend_unsloth_keeps_values_of_the_user(tmp_path: Path) -> None:
 
 
 def test_backend_transformers_changes_nothing(tmp_path: Path) -> None:
-    found = gpu_arguments(tmp_path, {"model": {"ligerKernels": True}})
-    assert (found["optim"], found["use_liger_kernel"], found["notes"]) == ("adamw_torch_fused", True, [])
-    assert found["activation_checkpointing_kwargs"] == {"use_reentrant": False}
-    assert (found["bf16"], found["use_cpu"], found["logging_nan_inf_filter"]) == (True, False, False)
+    arguments = gpu_arguments(tmp_path, {"model": {"ligerKernels": True}})
+    assert (arguments["optim"], arguments["use_liger_kernel"], arguments["notes"]) == ("adamw_torch_fused", True, [])
+    assert arguments["activation_checkpointing_kwargs"] == {"use_reentrant": False}
+    assert (arguments["bf16"], arguments["use_cpu"], arguments["logging_nan_inf_filter"]) == (True, False, False)
 
 
 def test_backend_unsloth_needs_a_gpu(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ assert imports.needs_bitsandbytes(run) and not imports.needs_deepspeed(run)
 
 def test_a_plain_job_imports_neither_bitsandbytes_nor_deepspeed(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", PRELOAD, str(tmp_path)],
         cwd=root,
         env=_env(root),
@@ -92,7 +92,7 @@ def test_a_plain_job_imports_neither_bitsandbytes_nor_deepspeed(tmp_path: Path) 
         text=True,
         check=False,
     )
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def _env(root: Path) -> dict[str, str]:
@@ -102,7 +102,7 @@ def _env(root: Path) -> dict[str, str]:
 
 
 def liger(folder: Path, spec: dict[str, Any], kind: str) -> tuple[bool, list[str]]:
-    """Whether the kernels stay enabled for a type of model, and the notes."""
+    """Return whether Liger kernels stay enabled for a model type, and the notes."""
     from types import SimpleNamespace
 
     from finetune_trainer.arguments import choose_kernels
@@ -114,7 +114,7 @@ def liger(folder: Path, spec: dict[str, Any], kind: str) -> tuple[bool, list[str
 
 
 def test_kernels_without_an_implementation_are_refused_or_disabled(tmp_path: Path) -> None:
-    """The library skips a model that it does not know without a message."""
+    """The library silently skips a model type that it does not support."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
     tuned = {"trainer": {"backend": "unsloth"}}
     assert liger(tmp_path / "a", tuned, "llama") == (True, [])
@@ -127,7 +127,7 @@ def test_kernels_without_an_implementation_are_refused_or_disabled(tmp_path: Pat
 
 @pytest.mark.slow
 def test_active_kernels_are_found_and_keep_the_forward_pass(tmp_path: Path) -> None:
-    """A reward model has no language-model head: a kernel that replaces the forward pass would fail."""
+    """A reward model has no language-model head, so a kernel that replaces the forward pass would fail."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is only published for x86-64")
     code = """
 import sys
@@ -146,11 +146,11 @@ apply_liger_kernel(model, config)
 require_kernels(model)
 print(model.forward.__func__ is type(model).forward)
 """
-    found = gpu_arguments(tmp_path, {"model": {"ligerKernels": True}})
-    assert found["liger_kernel_config"] == {"fused_linear_cross_entropy": False}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True, text=True)
-    # Libraries print warnings to the same stream.
-    assert done.stdout.split()[-2:] == ["KernelsNotActive", "True"], done.stderr[-2000:]
+    arguments = gpu_arguments(tmp_path, {"model": {"ligerKernels": True}})
+    assert arguments["liger_kernel_config"] == {"fused_linear_cross_entropy": False}
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], capture_output=True, text=True)
+    # Libraries may print warnings to the same stream.
+    assert result.stdout.split()[-2:] == ["KernelsNotActive", "True"], result.stderr[-2000:]
 
 
 @pytest.mark.parametrize(

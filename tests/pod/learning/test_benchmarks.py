@@ -1,4 +1,4 @@
-"""The benchmarks of the trainer run here with a tiny model, so that they do not break unnoticed."""
+"""Runs the benchmarks of the trainer with a tiny model, so that a test fails if a benchmark breaks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 
 
 def benchmark(name: str) -> ModuleType:
-    """A benchmark imported as a module."""
+    """Import a benchmark as a module."""
     if str(BENCHMARKS) not in sys.path:
         sys.path.insert(0, str(BENCHMARKS))
     return importlib.import_module(name)
@@ -23,8 +23,8 @@ def benchmark(name: str) -> ModuleType:
 
 @pytest.mark.slow
 def test_the_overhead_benchmark_runs() -> None:
-    found = benchmark("trainer_overhead").measure(1, 3, hidden=64, layers=2, length=64, batch=2, method="lora")
-    assert found["step"]["ratio"] > 0 and found["run"]["ratio"] > 0 and found["stepsEach"] == 3
+    figures = benchmark("trainer_overhead").measure(1, 3, hidden=64, layers=2, length=64, batch=2, method="lora")
+    assert figures["step"]["ratio"] > 0 and figures["run"]["ratio"] > 0 and figures["stepsEach"] == 3
 
 
 @pytest.mark.slow
@@ -44,9 +44,9 @@ def test_the_throughput_benchmark_runs_on_a_cpu() -> None:
         "1",
         "--no-write",
     ]
-    found = benchmark("gpu_throughput").main(options)
-    assert found["ours"]["tokensPerSecond"] > 0 and found["bare"]["tokensPerSecond"] > 0
-    assert found["ours"]["mfu"] is None and found["device"] == "cpu"
+    figures = benchmark("gpu_throughput").main(options)
+    assert figures["ours"]["tokensPerSecond"] > 0 and figures["bare"]["tokensPerSecond"] > 0
+    assert figures["ours"]["mfu"] is None and figures["device"] == "cpu"
 
 
 def test_the_throughput_benchmark_refuses_a_missing_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

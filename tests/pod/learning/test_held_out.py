@@ -1,4 +1,4 @@
-"""The test set is not trained on; its metrics are measured once, on the published weights, and reported."""
+"""The run does not train on the test set, measures its metrics once on the published weights, and reports them."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ def test_a_split_off_test_set_is_measured_at_the_end(model: Path, tmp_path: Path
     assert [len(parts.train), len(parts.validation), len(parts.test)] == [5, 2, 3]
     assert sorted(taken) == list(range(1, 11))
     outcome = train_here(run, inputs)
-    found = outcome.extra["evaluation"]
-    assert (outcome.resolved["datasetRows"], found["testRows"]) == (5, 3)
-    assert found["testLoss"] == pytest.approx(
+    evaluation = outcome.extra["evaluation"]
+    assert (outcome.resolved["datasetRows"], evaluation["testRows"]) == (5, 3)
+    assert evaluation["testLoss"] == pytest.approx(
         loss_of(outcome.folder, model, [TEN[r.number - 1] for r, _ in parts.test]), abs=1e-4
     )
-    assert found["testLoss"] not in outcome.eval_losses
+    assert evaluation["testLoss"] not in outcome.eval_losses
     assert sum("test_loss" in line for line in outcome.logs) == 1
-    assert 0 <= found["testTokenAccuracy"] <= 1
-    assert any(note.startswith(f"test: 3 rows, loss {found['testLoss']:.4f}, token accuracy") for note in outcome.notes)
+    assert 0 <= evaluation["testTokenAccuracy"] <= 1
+    assert any(
+        note.startswith(f"test: 3 rows, loss {evaluation['testLoss']:.4f}, token accuracy") for note in outcome.notes
+    )
 
 
 def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
@@ -52,7 +54,7 @@ def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
         ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
         with torch.no_grad():
             scores = tuned(ids).logits[0].log_softmax(-1)
-        total -= float(sum(scores[place - 1, ids[0, place]] for place in range(start, ids.shape[1])))
+        total -= float(sum(scores[position - 1, ids[0, position]] for position in range(start, ids.shape[1])))
         count += ids.shape[1] - start
     return total / count
 
@@ -70,17 +72,17 @@ def loss_of(folder: Path | None, model: Path, rows: list[Any]) -> float:
 def test_every_objective_measures_a_test_file(
     kind: str, rows: list[Any], measures: set[str], model: Path, tmp_path: Path
 ) -> None:
-    held = write_rows(tmp_path / "held.jsonl", rows[:4])
+    test_file = write_rows(tmp_path / "held.jsonl", rows[:4])
     trainer: dict[str, Any] = {"type": kind}
     if kind == "grpo":
         reward = {"builtin": "length", "parameters": {"unit": "tokens", "minimum": "8"}}
         trainer |= {"maxCompletionLength": 8, "grpo": {"numGenerations": 2}, "rewards": [reward]}
-    spec = {"method": LORA, "trainer": trainer, "dataset": {"test": f"file://{held}"}, "training": {"maxSteps": 1}}
+    spec = {"method": LORA, "trainer": trainer, "dataset": {"test": f"file://{test_file}"}, "training": {"maxSteps": 1}}
     run, inputs = make_run(tmp_path, model, spec, rows)
-    outcome = train_here(run, inputs.model_copy(update={"test": [held]}))
-    found = outcome.extra["evaluation"]
-    assert measures <= found.keys()
-    assert found["testRows"] == 4
+    outcome = train_here(run, inputs.model_copy(update={"test": [test_file]}))
+    evaluation = outcome.extra["evaluation"]
+    assert measures <= evaluation.keys()
+    assert evaluation["testRows"] == 4
     assert outcome.resolved["datasetRows"] == len(rows)
     assert [message["stage"] for message in outcome.messages("stage")][-2:] == ["evaluating", "saving"]
 

@@ -1,4 +1,4 @@
-"""Runs on a CPU with a GPU's number formats: 16-bit base, autocast, gradient checkpointing. Trained weights have 32 bits."""
+"""Runs on a CPU with the dtypes of a GPU: 16-bit base, autocast, gradient checkpointing. Trained weights have 32 bits."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_trained_weights_on_a_16_bit_base_have_32_bits(name: str, model: Path, tmp_path: Path) -> None:
-    """16-bit weights would lose the updates of a usual learning rate."""
+    """16-bit weights would lose the small updates of usual learning rates."""
     spec, rows = CASES[name]
     outcome = run_training(tmp_path, model, merged(SIXTEEN, spec), rows)
-    types = {(one.requires_grad, one.dtype) for one in outcome.model.parameters()}
+    types = {(parameter.requires_grad, parameter.dtype) for parameter in outcome.model.parameters()}
     assert types == {(True, torch.float32), (False, torch.bfloat16)}
     assert len(outcome.losses) == 2 and all(math.isfinite(loss) for loss in outcome.losses)
 
@@ -57,7 +57,7 @@ def test_a_packing_leak_is_found_in_16_bits(model: Path, tmp_path: Path, monkeyp
     assert caught.value.code == "PackingLeaks"
 
 
-def test_without_autocast_trained_modules_keep_the_asked_format(model: Path, tmp_path: Path) -> None:
+def test_without_autocast_trained_modules_keep_the_dtype_of_the_spec(model: Path, tmp_path: Path) -> None:
     outcome = run_training(
         tmp_path, model, {"model": {"dtype": "bfloat16"}, **FULL_MODULES, "training": {"maxSteps": 1}}
     )

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.pod
 SIXTY = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
 NO_DROPOUT = {"lora": {"dropout": 0}}
 
-# The final loss must be below this bound. Most methods memorise ten rows in sixty steps. Prefix and prompt tuning of a two-layer
-# model cannot, because they only train twenty vectors; their bounds are slightly above the loss that they reach.
+# The final loss must be below this bound. Most methods memorise ten rows in sixty steps. Prefix and prompt tuning train only
+# twenty vectors and cannot memorise them; their bounds are slightly above the loss that they reach.
 LEARNERS = {
     "full": ({"method": {"type": "full"}}, 0.1),
     "lora": ({"method": NO_DROPOUT}, 0.1),
@@ -42,7 +42,7 @@ LEARNERS = {
 
 
 def load_tuned(outcome: Outcome, model: Path, **options: Any) -> Any:
-    """The artefact, loaded as a user would."""
+    """Load the artefact as a user does."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -54,7 +54,7 @@ def load_tuned(outcome: Outcome, model: Path, **options: Any) -> Any:
 
 
 def answer(tuned: Any, folder: Path, question: str) -> str:
-    """The tuned model's greedy answer, up to its end token."""
+    """Generate the tuned model's greedy answer, up to its end token."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -75,7 +75,7 @@ def test_method_learns_and_its_artefact_answers(name: str, model: Path, tmp_path
     assert outcome.losses[-1] < bound
     assert outcome.folder is not None
     tuned = load_tuned(outcome, model)
-    if bound > 0.1:  # the model cannot answer correctly; the loaded artefact must give the same logits
+    if bound > 0.1:  # these methods do not learn the answers; the loaded artefact must give the same logits
         ids = torch.arange(5, 25).unsqueeze(0)
         with torch.no_grad():
             assert torch.allclose(tuned.eval()(ids).logits, outcome.model.eval()(ids).logits, atol=1e-5)
@@ -95,9 +95,9 @@ def test_adapters_do_not_change_the_base_weights(name: str, model: Path, tmp_pat
     original = load_file(model / "model.safetensors")
     compared = 0
     for key, value in original.items():
-        found = base.get(key, base.get(key.replace(".weight", ".base_layer.weight")))
-        if found is not None and found.dtype == value.dtype:
-            assert torch.equal(found, value), key
+        base_weight = base.get(key, base.get(key.replace(".weight", ".base_layer.weight")))
+        if base_weight is not None and base_weight.dtype == value.dtype:
+            assert torch.equal(base_weight, value), key
             compared += 1
     assert compared >= 7  # at least embeddings, head and norms; all 21 without quantisation
     if name in ("lora", "dora", "ia3", "promptTuning"):
@@ -121,7 +121,7 @@ def test_loftq_starts_as_the_best_low_rank_correction_of_the_quantisation_error(
         error = original[f"{name}.weight"] - dequantize_4bit(packed.data, packed.quant_state)
         remaining = error - 4 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
         singular = torch.linalg.svdvals(error)
-        # The best approximation of rank 4 leaves the singular values after the fourth.
+        # The error of the best approximation of rank 4 consists of the singular values after the fourth.
         assert float(remaining.norm()) == pytest.approx(float(singular[4:].norm()), rel=1e-4)
 
 
@@ -136,7 +136,7 @@ def test_full_training_changes_every_weight(model: Path, tmp_path: Path) -> None
     assert outcome.resolved["trainableParameters"] == outcome.resolved["totalParameters"] == 131392
 
 
-def test_the_base_of_qlora_is_stored_in_4_bits(model: Path, tmp_path: Path) -> None:
+def test_the_base_model_of_qlora_is_stored_in_4_bits(model: Path, tmp_path: Path) -> None:
     outcome = run_training(
         tmp_path, model, {"method": {"type": "qlora"}, "model": {"quantization": {"type": "fp4", "doubleQuant": False}}}
     )

@@ -1,4 +1,4 @@
-"""The API's rules know which of Adam's settings each optimizer reads in transformers."""
+"""The API's rules know the settings of Adam that transformers passes to each optimizer."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ WITHOUT_PACKAGE = (
 """Optimizers whose packages the image does not have."""
 
 
-@pytest.mark.parametrize("name", [one for one in OPTIMIZERS if one not in WITHOUT_PACKAGE])
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name not in WITHOUT_PACKAGE])
 def test_the_rules_know_the_settings_that_transformers_passes_to_the_optimizer(name: str) -> None:
     from transformers.trainer_optimizer import _OPTIMIZER_HANDLERS, OptimizerContext
 
     betas, eps = (0.125, 0.25), 0.5
     args = SimpleNamespace(optim=name, adam_beta1=betas[0], adam_beta2=betas[1], adam_epsilon=eps, weight_decay=0.0)
     context = OptimizerContext(args, None, {"lr": 1.0}, {"betas": betas, "eps": eps}, {})
-    _, given = _OPTIMIZER_HANDLERS[name](context)
+    _, optimizer_arguments = _OPTIMIZER_HANDLERS[name](context)
     read = adam_fields(name)
-    assert ("adam_beta1" in read, "adam_beta2" in read) == ((given.get("betas") or ())[:2] == betas,) * 2
-    assert ("adam_epsilon" in read) is (given.get("eps") == eps)
+    assert ("adam_beta1" in read, "adam_beta2" in read) == ((optimizer_arguments.get("betas") or ())[:2] == betas,) * 2
+    assert ("adam_epsilon" in read) is (optimizer_arguments.get("eps") == eps)

@@ -15,13 +15,13 @@ from tests.support.learning import Outcome, make_run, merged, run_training, trai
 from tests.support.preferences import PROMPTS
 
 pytestmark = pytest.mark.pod
-ONE: dict[str, Any] = {"training": {"maxSteps": 1}}
+ONE_STEP: dict[str, Any] = {"training": {"maxSteps": 1}}
 
 
 def adapter_config(outcome: Outcome) -> dict[str, Any]:
     assert outcome.folder is not None
-    found: dict[str, Any] = json.loads((outcome.folder / "adapter_config.json").read_text())
-    return found
+    config: dict[str, Any] = json.loads((outcome.folder / "adapter_config.json").read_text())
+    return config
 
 
 def weights(folder: Path | None, name: str = "adapter_model.safetensors") -> dict[str, torch.Tensor]:
@@ -38,7 +38,7 @@ def weights(folder: Path | None, name: str = "adapter_model.safetensors") -> dic
 def test_prompt_length_is_the_number_of_virtual_tokens(
     method: str, shape: tuple[int, int], model: Path, tmp_path: Path
 ) -> None:
-    outcome = run_training(tmp_path, model, merged(ONE, {"method": {"type": method, "promptLength": 7}}))
+    outcome = run_training(tmp_path, model, merged(ONE_STEP, {"method": {"type": method, "promptLength": 7}}))
     assert adapter_config(outcome)["num_virtual_tokens"] == 7
     (learned,) = weights(outcome.folder).values()
     assert tuple(learned.shape) == shape
@@ -46,16 +46,18 @@ def test_prompt_length_is_the_number_of_virtual_tokens(
 
 def test_use_dora_equals_method_dora(model: Path, tmp_path: Path) -> None:
     lora = {"lora": {"dropout": 0, "rank": 4}}
-    by_type = run_training(tmp_path / "a", model, merged(ONE, {"method": {"type": "dora", **lora}}))
-    by_flag = run_training(tmp_path / "b", model, merged(ONE, {"method": {"lora": {**lora["lora"], "useDora": True}}}))
-    plain = run_training(tmp_path / "c", model, merged(ONE, {"method": lora}))
+    by_type = run_training(tmp_path / "a", model, merged(ONE_STEP, {"method": {"type": "dora", **lora}}))
+    by_flag = run_training(
+        tmp_path / "b", model, merged(ONE_STEP, {"method": {"lora": {**lora["lora"], "useDora": True}}})
+    )
+    plain = run_training(tmp_path / "c", model, merged(ONE_STEP, {"method": lora}))
     sizes = [sum("magnitude" in key for key in weights(outcome.folder)) for outcome in (by_type, by_flag, plain)]
     assert sizes == [14, 14, 0]
     assert by_type.losses == by_flag.losses
 
 
 @pytest.mark.parametrize(("bias", "trained"), [("none", 0), ("loraOnly", 2), ("all", 6)])
-def test_the_asked_biases_are_trained(bias: str, trained: int, tmp_path: Path) -> None:
+def test_the_biases_of_the_spec_are_trained(bias: str, trained: int, tmp_path: Path) -> None:
     from tests.support.tiny import make_tiny_model
 
     biased = make_tiny_model(tmp_path / "model", attention_bias=True)
@@ -67,8 +69,8 @@ def test_the_asked_biases_are_trained(bias: str, trained: int, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", ["float32", "bfloat16"])
-def test_4_bit_layers_compute_in_the_asked_type(kind: str, model: Path, tmp_path: Path) -> None:
-    spec = merged(ONE, {"method": {"type": "qlora"}, "model": {"quantization": {"computeDtype": kind}}})
+def test_4_bit_layers_compute_in_the_dtype_of_the_spec(kind: str, model: Path, tmp_path: Path) -> None:
+    spec = merged(ONE_STEP, {"method": {"type": "qlora"}, "model": {"quantization": {"computeDtype": kind}}})
     outcome = run_training(tmp_path, model, spec)
     layers = [m for m in outcome.model.modules() if type(m).__name__ == "Linear4bit" and hasattr(m, "compute_dtype")]
     assert {str(layer.compute_dtype) for layer in layers} == {f"torch.{kind}"}
@@ -85,7 +87,9 @@ def test_mean_over_std_selects_whole_layers(model: Path, tmp_path: Path) -> None
         for layer in (0, 1)
     }
     best = max(ratios, key=lambda layer: ratios[layer])
-    spec = merged(ONE, {"method": {"type": "spectrum", "spectrum": {"metric": "meanOverStd", "snrThreshold": 0.9}}})
+    spec = merged(
+        ONE_STEP, {"method": {"type": "spectrum", "spectrum": {"metric": "meanOverStd", "snrThreshold": 0.9}}}
+    )
     outcome = run_training(tmp_path, model, spec)
     assert outcome.folder is not None
     record = json.loads((outcome.folder / "spectrum_snr.json").read_text())
@@ -99,7 +103,7 @@ def test_a_scan_is_reused_for_the_same_model_revision(
 ) -> None:
     from finetune_trainer.method import spectrum
 
-    spec = merged(ONE, {"method": {"type": "spectrum"}})
+    spec = merged(ONE_STEP, {"method": {"type": "spectrum"}})
     first = run_training(tmp_path, model, spec)
     scanned: list[str] = []
     original = spectrum.signal_to_noise
@@ -132,23 +136,23 @@ def test_remote_code_runs_only_if_it_is_trusted(model: Path, tmp_path: Path, mon
     places = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     (own / "config.json").write_text(json.dumps({**config, "model_type": "own", "auto_map": places}))
     with pytest.raises(NotFoundError) as caught:
-        run_training(tmp_path / "a", own, ONE)
+        run_training(tmp_path / "a", own, ONE_STEP)
     assert caught.value.hint == "set model.trustRemoteCode: true if you trust the source"
-    trusted = run_training(tmp_path / "b", own, merged(ONE, {"model": {"trustRemoteCode": True}}))
+    trusted = run_training(tmp_path / "b", own, merged(ONE_STEP, {"model": {"trustRemoteCode": True}}))
     assert type(trusted.model.get_base_model()).__name__ == "OwnForCausalLM"
 
 
 # ---- objectives and logging
 
 
-@pytest.mark.parametrize("cold", [{"temperature": 0.001}, {"topP": 0.001}], ids=["temperature", "topP"])
+@pytest.mark.parametrize("sampling", [{"temperature": 0.001}, {"topP": 0.001}], ids=["temperature", "topP"])
 def test_sampling_from_one_candidate_gives_equal_completions(
-    cold: dict[str, float], model: Path, tmp_path: Path
+    sampling: dict[str, float], model: Path, tmp_path: Path
 ) -> None:
     reward = {"builtin": "length", "parameters": {"unit": "characters", "minimum": "500"}}
 
-    def spread(**options: float) -> float:
-        """Share of groups whose answers all earned the same, of one step of 8 questions with 4 answers each."""
+    def share_of_groups_with_equal_rewards(**options: float) -> float:
+        """Train one step on 8 questions with 4 answers each, and return the share of groups whose answers have equal rewards."""
         trainer = {
             "type": "grpo",
             "maxCompletionLength": 8,
@@ -159,12 +163,12 @@ def test_sampling_from_one_candidate_gives_equal_completions(
         outcome = run_training(tmp_path / f"{sorted(options)}", model, merged(batch, {"trainer": trainer}), PROMPTS)
         return next(float(line["frac_reward_zero_std"]) for line in outcome.logs if "frac_reward_zero_std" in line)
 
-    assert spread(**cold) == 1.0
-    assert spread() < 1.0
+    assert share_of_groups_with_equal_rewards(**sampling) == 1.0
+    assert share_of_groups_with_equal_rewards() < 1.0
 
 
 @pytest.mark.parametrize(("first", "steps"), [(True, [1, 3, 6]), (False, [3, 6])])
-def test_log_lines_appear_at_the_asked_steps(first: bool, steps: list[int], model: Path, tmp_path: Path) -> None:
+def test_log_lines_appear_at_the_steps_of_the_spec(first: bool, steps: list[int], model: Path, tmp_path: Path) -> None:
     spec = {"training": {"maxSteps": 6}, "tracking": {"loggingSteps": 3, "logFirstStep": first}}
     outcome = run_training(tmp_path, model, spec)
     assert [line["step"] for line in outcome.logs if "loss" in line] == steps

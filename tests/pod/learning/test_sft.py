@@ -17,12 +17,12 @@ pytestmark = pytest.mark.pod
 
 
 def test_a_second_attempt_uses_the_cached_tokens(model: Path, tmp_path: Path) -> None:
-    """Another attempt on the same disk, with other cores, reads no row again and trains on the same sequences."""
-    from finetune_trainer.data import prepare as room
+    """A second attempt on the same disk, with another number of workers, reads no rows and trains on the same sequences."""
+    from finetune_trainer.data import prepare as prepare_module
 
     first = run_training(tmp_path, model, {"training": {"maxSteps": 2}})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(room, "load", None)
+        patch.setattr(prepare_module, "load", None)
         again = run_training(tmp_path, model, {"training": {"maxSteps": 2}, "dataset": {"numProc": 3}})
     assert again.losses == first.losses
     assert [note for note in again.notes if note.startswith("train:")] == [
@@ -30,43 +30,45 @@ def test_a_second_attempt_uses_the_cached_tokens(model: Path, tmp_path: Path) ->
     ]
 
 
-def test_packed_documents_have_the_same_loss_as_alone(model: Path, tmp_path: Path) -> None:
-    """Losses of documents, packed and alone, on the attention that runs."""
+def test_packed_documents_have_the_same_loss_as_unpacked_documents(model: Path, tmp_path: Path) -> None:
+    """The loss of each document, packed and unpacked, with the active attention kernel."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
     tok = AutoTokenizer.from_pretrained(model)
     net = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    alone = prepare_rows(tmp_path, tok).train
-    together = prepare_rows(tmp_path, tok, {"packing": True, "maxSequenceLength": 64}).train
-    assert 1 < len(together) < len(alone) and max(len(row["input_ids"]) for row in together) <= 64
+    unpacked_rows = prepare_rows(tmp_path, tok).train
+    packed_rows = prepare_rows(tmp_path, tok, {"packing": True, "maxSequenceLength": 64}).train
+    assert 1 < len(packed_rows) < len(unpacked_rows) and max(len(row["input_ids"]) for row in packed_rows) <= 64
 
-    def losses(rows: list[dict[str, Any]], free: bool) -> dict[tuple[int, ...], float]:
-        found = {}
+    def losses(rows: list[dict[str, Any]], padding_free: bool) -> dict[tuple[int, ...], float]:
+        loss_of_document = {}
         for row in rows:
-            batch = DataCollatorForLanguageModeling(tok.pad_token_id, padding_free=free)([row])
+            batch = DataCollatorForLanguageModeling(tok.pad_token_id, padding_free=padding_free)([row])
             labels = batch.pop("labels")
             with torch.no_grad():
                 logits = net(**batch, use_cache=False).logits
-            each = torch.nn.functional.cross_entropy(logits[0, :-1], labels[0, 1:], reduction="none", ignore_index=-100)
+            token_losses = torch.nn.functional.cross_entropy(
+                logits[0, :-1], labels[0, 1:], reduction="none", ignore_index=-100
+            )
             start = 0
             for length in row.get("seq_lengths") or [len(row["input_ids"])]:
-                found[tuple(row["input_ids"][start : start + length])] = float(
-                    each[max(start - 1, 0) : start + length - 1].sum()
+                loss_of_document[tuple(row["input_ids"][start : start + length])] = float(
+                    token_losses[max(start - 1, 0) : start + length - 1].sum()
                 )
                 start += length
-        return found
+        return loss_of_document
 
-    single, packed = losses(list(alone), False), losses(list(together), True)
-    assert single.keys() == packed.keys() and len(single) == 10
-    for key, value in single.items():
-        assert packed[key] == pytest.approx(value, abs=1e-5)
+    unpacked_losses, packed_losses = losses(list(unpacked_rows), False), losses(list(packed_rows), True)
+    assert unpacked_losses.keys() == packed_losses.keys() and len(unpacked_losses) == 10
+    for key, value in unpacked_losses.items():
+        assert packed_losses[key] == pytest.approx(value, abs=1e-5)
 
 
 def test_packed_documents_that_attend_to_each_other_end_the_run(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Documents that see each other are found before the first step, on the model as it is."""
+    """If packed documents attend to each other, the run ends before the first step."""
     from transformers import masking_utils
 
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
@@ -75,7 +77,7 @@ def test_packed_documents_that_attend_to_each_other_end_the_run(
     assert caught.value.code == "PackingLeaks"
 
 
-def test_gradient_accumulation_equals_one_big_batch(model: Path, tmp_path: Path) -> None:
+def test_gradient_accumulation_equals_one_large_batch(model: Path, tmp_path: Path) -> None:
     rows = [
         {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + i % 4)}]}
         for i, row in enumerate(TEN[:8])
@@ -103,18 +105,18 @@ def test_evaluation_loss_is_the_mean_over_all_tokens(model: Path, tmp_path: Path
         for i, row in enumerate(TEN)
     ]
     spec = {"training": {"maxSteps": 1}, "evaluation": {"steps": 1, "strategy": "steps"}}
-    one = run_training(
+    row_by_row = run_training(
         tmp_path / "a", model, {**spec, "evaluation": {"batchSizePerDevice": 1, "steps": 1}}, validation=rows
     )
     all_at_once = run_training(
         tmp_path / "b", model, {**spec, "evaluation": {"batchSizePerDevice": 10, "steps": 1}}, validation=rows
     )
-    assert one.eval_losses == pytest.approx(all_at_once.eval_losses, abs=1e-5)
-    assert len(one.eval_losses) == 1
+    assert row_by_row.eval_losses == pytest.approx(all_at_once.eval_losses, abs=1e-5)
+    assert len(row_by_row.eval_losses) == 1
 
 
 def test_load_balance_loss_is_trained_on_but_not_part_of_the_validation_loss(model: Path, tmp_path: Path) -> None:
-    """A mixture of experts has a second loss, which is trained on and is no part of the validation loss."""
+    """A mixture of experts also minimises a load balance loss, which the validation loss does not contain."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     folder = tmp_path / "experts"
@@ -142,10 +144,10 @@ def test_load_balance_loss_is_trained_on_but_not_part_of_the_validation_loss(mod
     )
     (line,) = [line for line in outcome.logs if "loss" in line]
     assert line["num_tokens"] > 0 and line["loss"] > outcome.eval_losses[0] + 0.4
-    one = run_training(
+    one_batch = run_training(
         tmp_path / "one", folder, merged(spec, {"training": {"batchSizePerDevice": 3}}), rows, validation=rows
     )
-    assert outcome.eval_losses == pytest.approx(one.eval_losses, abs=1e-5)
+    assert outcome.eval_losses == pytest.approx(one_batch.eval_losses, abs=1e-5)
 
 
 def test_correct_letters_of_multiple_choice_are_measured(model: Path, tmp_path: Path) -> None:
@@ -158,6 +160,6 @@ def test_correct_letters_of_multiple_choice_are_measured(model: Path, tmp_path: 
         "evaluation": {"strategy": "steps", "steps": 20},
     }  # fmt: skip
     outcome = run_training(tmp_path, model, spec, rows, validation=rows)
-    right = [line["eval_answer_accuracy"] for line in outcome.logs if "eval_answer_accuracy" in line]
-    assert len(right) == 4 and right[0] < right[-1] == 1.0
+    accuracies = [line["eval_answer_accuracy"] for line in outcome.logs if "eval_answer_accuracy" in line]
+    assert len(accuracies) == 4 and accuracies[0] < accuracies[-1] == 1.0
     assert outcome.resolved["datasetFormat"] == "mcq"

@@ -55,11 +55,11 @@ SCHEDULES: dict[str, tuple[dict[str, Any], list[float]]] = {
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_the_learning_rate_follows_the_schedule(name: str, raw_model: Path, tmp_path: Path) -> None:
-    training, wanted = SCHEDULES[name]
+    training, factors = SCHEDULES[name]
     if "warmupSteps" in training:
         training = {**training, "warmupRatio": None}
     outcome = run_training(tmp_path, raw_model, {**LORA, "training": training})
-    assert rates(outcome) == pytest.approx([5e-3 * one for one in wanted], rel=1e-6, abs=1e-12)
+    assert rates(outcome) == pytest.approx([5e-3 * factor for factor in factors], rel=1e-6, abs=1e-12)
 
 
 def test_an_unknown_scheduler_parameter_is_refused(raw_model: Path, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_transformers_has_every_optimizer_of_the_api() -> None:
     from finetune_api.rules import OPTIMIZERS
     from transformers.training_args import OptimizerNames
 
-    assert set(OPTIMIZERS) <= {one.value for one in OptimizerNames}
+    assert set(OPTIMIZERS) <= {item.value for item in OptimizerNames}
 
 
 @pytest.mark.parametrize(
@@ -144,14 +144,14 @@ def test_two_equal_runs_have_equal_losses(model: Path, tmp_path: Path) -> None:
 def test_gradients_are_clipped_unless_the_norm_is_0(model: Path, tmp_path: Path) -> None:
     spec: dict[str, Any] = {"method": {"type": "full"}, "training": {"optimizer": "sgd", "learningRate": 1e-2}}
     clipped = run_training(tmp_path / "a", model, merged(spec, {"training": {"maxGradNorm": 0.001}}))
-    free = run_training(tmp_path / "b", model, merged(spec, {"training": {"maxGradNorm": 0}}))
+    unclipped = run_training(tmp_path / "b", model, merged(spec, {"training": {"maxGradNorm": 0}}))
     assert clipped.grad_norms[0] > 0.001
-    assert clipped.losses[1] > free.losses[1]
+    assert clipped.losses[1] > unclipped.losses[1]
 
 
-def test_max_steps_wins_over_epochs(model: Path, tmp_path: Path) -> None:
+def test_max_steps_take_precedence_over_epochs(model: Path, tmp_path: Path) -> None:
     epochs = run_training(tmp_path / "a", model, {"training": {"maxSteps": None, "epochs": 1.5}})
-    assert len(epochs.losses) == 8  # 1.5 epochs of ten rows, two rows a step, rounded up
+    assert len(epochs.losses) == 8  # 1.5 epochs of ten rows, two rows per step, rounded up
     assert len(run_training(tmp_path / "b", model, {"training": {"maxSteps": 3, "epochs": 9}}).losses) == 3
 
 
@@ -196,34 +196,38 @@ def test_grouping_by_length_reduces_padding(model: Path, tmp_path: Path) -> None
 
 
 def test_early_stopping_ends_the_run(model: Path, tmp_path: Path) -> None:
-    others = [{"messages": [row["messages"][0], TEN[(i + 5) % 10]["messages"][1]]} for i, row in enumerate(TEN)]
+    unlearnable_rows = [
+        {"messages": [row["messages"][0], TEN[(i + 5) % 10]["messages"][1]]} for i, row in enumerate(TEN)
+    ]
     spec = {
         "training": {"maxSteps": 60, "earlyStopping": {"patience": 2}},
         "evaluation": {"strategy": "steps", "steps": 2},
     }
-    outcome = run_training(tmp_path, model, merged(LORA, spec), validation=others)
+    outcome = run_training(tmp_path, model, merged(LORA, spec), validation=unlearnable_rows)
     best = min(outcome.eval_losses)
     assert len(outcome.losses) < 60
     assert outcome.eval_losses.index(best) == len(outcome.eval_losses) - 3
 
 
-def test_the_best_weights_are_published_also_after_a_resume(model: Path, tmp_path: Path) -> None:
+def test_the_best_weights_are_published_even_after_a_resume(model: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    others = [{"messages": [row["messages"][0], TEN[(i + 5) % 10]["messages"][1]]} for i, row in enumerate(TEN)]
+    unlearnable_rows = [
+        {"messages": [row["messages"][0], TEN[(i + 5) % 10]["messages"][1]]} for i, row in enumerate(TEN)
+    ]
     spec = {
         "training": {"maxSteps": 8}, "evaluation": {"strategy": "steps", "steps": 2},
         "checkpoint": {"strategy": "steps", "steps": 2, "loadBestAtEnd": True},
     }  # fmt: skip
-    outcome = run_training(tmp_path, model, merged(LORA, spec), validation=others)
+    outcome = run_training(tmp_path, model, merged(LORA, spec), validation=unlearnable_rows)
     best = 2 * (1 + outcome.eval_losses.index(min(outcome.eval_losses)))
     assert best < 8
     assert outcome.folder is not None
     final = load_file(outcome.folder / "adapter_model.safetensors")
-    kept = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
-    assert all(torch.equal(final[key], kept[key]) for key in kept)
+    best_weights = load_file(tmp_path / "out" / f"checkpoint-{best}" / "adapter_model.safetensors")
+    assert all(torch.equal(final[key], best_weights[key]) for key in best_weights)
     carried = tmp_path / "out" / "checkpoint-8" / "best--adapter_model.safetensors"
-    assert all(torch.equal(load_file(carried)[key], kept[key]) for key in kept)
+    assert all(torch.equal(load_file(carried)[key], best_weights[key]) for key in best_weights)
 
     # A second attempt, whose disk has only the newest checkpoint, publishes the same weights.
     moved = tmp_path / "again" / "restored"
@@ -231,7 +235,7 @@ def test_the_best_weights_are_published_also_after_a_resume(model: Path, tmp_pat
     shutil.rmtree(tmp_path / "out")
     longer = merged(merged(LORA, spec), {"training": {"maxSteps": 10}})
     restore = RestoredCheckpoint(path=moved, step=8, uri="file:///x")
-    again = run_training(tmp_path / "again", model, longer, validation=others, restore=restore)
+    again = run_training(tmp_path / "again", model, longer, validation=unlearnable_rows, restore=restore)
     assert len(again.losses) == 2
     assert again.folder is not None
     final = load_file(again.folder / "adapter_model.safetensors")
@@ -302,7 +306,7 @@ def test_weights_that_become_nan_after_the_last_step_are_not_published(
 
     class Poison(TrainerCallback):
         def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            next(one for one in model.parameters() if one.requires_grad).data[0] = float("nan")
+            next(parameter for parameter in model.parameters() if parameter.requires_grad).data[0] = float("nan")
 
     original = Hooks.callbacks
     monkeypatch.setattr(Hooks, "callbacks", lambda self, *args: [*original(self, *args), Poison()])
@@ -337,7 +341,7 @@ def test_a_missing_or_incomplete_model_is_refused(model: Path, tmp_path: Path) -
     assert caught.value.code == "ModelIncomplete" and "model.layers.1.mlp.up_proj.weight" in caught.value.message
 
 
-def test_the_asked_attention_is_used_or_its_replacement_is_noted(model: Path, tmp_path: Path) -> None:
+def test_the_attention_of_the_spec_is_used_or_its_replacement_is_noted(model: Path, tmp_path: Path) -> None:
     eager = run_training(tmp_path / "a", model, {**LORA, "model": {"attention": "eager"}})
     flash = run_training(tmp_path / "b", model, {**LORA, "model": {"attention": "flashAttention2"}})
     assert (eager.resolved["attention"], flash.resolved["attention"]) == ("eager", "sdpa")
@@ -378,5 +382,5 @@ def test_eva_starts_with_orthonormal_directions(model: Path, tmp_path: Path) -> 
         key: value for key, value in load_file(outcome.folder / "adapter_model.safetensors").items() if "lora_A" in key
     }
     assert len(weights) == 14
-    for value in weights.values():  # a random start is not orthonormal
+    for value in weights.values():  # randomly initialised directions are not orthonormal
         assert torch.allclose(value @ value.T, torch.eye(4), atol=1e-3)

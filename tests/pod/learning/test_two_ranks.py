@@ -16,7 +16,7 @@ ROWS = [
     {"messages": [row["messages"][0], {"role": "assistant", "content": f"<yes>{row['messages'][1]['content']}"}]}
     for row in [*TEN, TEN[0]]
 ]
-"""Eleven rows, of which three are the test set: on two ranks its last batch repeats a row, which must not count twice."""
+"""Eleven rows, three of which are the test set. On two ranks the last test batch repeats a row, which must not count twice."""
 BASE: dict[str, Any] = {
     "model": {"newTokens": ["<yes>"]}, "dataset": {"split": {"test": 0.3}}, "training": {"batchSizePerDevice": 2, "maxSteps": 3},
 }  # fmt: skip
@@ -47,7 +47,7 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
 
 
 @pytest.fixture(scope="module")
-def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
+def one_rank(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outcome]:
     """The same runs on one rank, with the same effective batch."""
     batch = {"training": {"batchSizePerDevice": 4}}
     return {
@@ -56,20 +56,20 @@ def alone(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ou
     }
 
 
-def measured(notes: list[str]) -> float:
-    (found,) = (
+def parse_test_loss(notes: list[str]) -> float:
+    (match,) = (
         re.match(r"test: 3 rows, loss ([\d.]+),", note) for note in notes if note.startswith("test: 3 rows, loss")
     )
-    assert found is not None
-    return float(found[1])
+    assert match is not None
+    return float(match[1])
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_two_ranks_give_the_numbers_of_one_rank(
-    name: str, results: dict[str, Result], alone: dict[str, Outcome]
+    name: str, results: dict[str, Result], one_rank: dict[str, Outcome]
 ) -> None:
-    found, one = results[name], alone[name.rsplit(" ", 1)[-1]]
-    assert found.error is None
-    assert found.resolved["worldSize"] == 2
-    assert found.losses == pytest.approx(one.losses, abs=1e-4)
-    assert measured(found.notes) == pytest.approx(measured(one.notes), abs=2e-4)
+    two_ranks, single = results[name], one_rank[name.rsplit(" ", 1)[-1]]
+    assert two_ranks.error is None
+    assert two_ranks.resolved["worldSize"] == 2
+    assert two_ranks.losses == pytest.approx(single.losses, abs=1e-4)
+    assert parse_test_loss(two_ranks.notes) == pytest.approx(parse_test_loss(single.notes), abs=2e-4)

@@ -14,18 +14,18 @@ from tests.support.learning import TEN, Outcome, merged, run_training
 from tests.support.preferences import PAIRS
 
 pytestmark = pytest.mark.pod
-NEW = ["<yes>", "<no>"]
+NEW_TOKENS = ["<yes>", "<no>"]
 ROWS = [
     {
         "messages": [
             row["messages"][0],
-            {"role": "assistant", "content": f"{NEW[i % 2]}{row['messages'][1]['content']}"},
+            {"role": "assistant", "content": f"{NEW_TOKENS[i % 2]}{row['messages'][1]['content']}"},
         ]
     }
     for i, row in enumerate(TEN)
 ]
-TOKENS: dict[str, Any] = {"model": {"newTokens": NEW}}
-SIXTY = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
+TOKENS_SPEC: dict[str, Any] = {"model": {"newTokens": NEW_TOKENS}}
+SIXTY_STEPS = {"training": {"maxSteps": 60, "batchSizePerDevice": 10, "scheduler": "constant"}}
 LORA: dict[str, Any] = {"method": {"lora": {"dropout": 0}}}
 METHODS: dict[str, dict[str, Any]] = {
     "full": {"method": {"type": "full"}},
@@ -44,7 +44,7 @@ def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load(outcome: Outcome, model: Path) -> tuple[Any, Any]:
-    """Model and tokenizer, loaded as a user would: the base of an adapter is resized first."""
+    """Load model and tokenizer as a user does: for an adapter, the base model's embedding is resized first."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -66,12 +66,12 @@ def answer(tuned: Any, tokenizer: Any, row: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_new_tokens_are_learned_and_generated(name: str, model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, merged(merged(SIXTY, TOKENS), METHODS[name]), ROWS)
+    outcome = run_training(tmp_path, model, merged(merged(SIXTY_STEPS, TOKENS_SPEC), METHODS[name]), ROWS)
     assert outcome.losses[-1] < 0.1
     assert "2 new tokens, ids 448 to 449" in outcome.notes
     tuned, tokenizer = load(outcome, model)
     assert tokenizer("a<yes><no>b", add_special_tokens=False)["input_ids"][1:3] == [448, 449]
-    if name != "qlora":  # its adapter corrects the 4-bit base model
+    if name != "qlora":  # the adapter of qlora corrects the 4-bit base model
         for row in ROWS[:2]:
             assert answer(tuned, tokenizer, row) == f"{row['messages'][1]['content']}<|im_end|>"
 
@@ -80,7 +80,7 @@ def test_an_adapter_stores_only_the_rows_of_the_new_tokens(model: Path, tied_mod
     from safetensors.torch import load_file
 
     for base, places in ((model, 2), (tied_model, 1)):
-        spec = merged(merged(TOKENS, LORA), {"checkpoint": {"strategy": "steps", "steps": 2}})
+        spec = merged(merged(TOKENS_SPEC, LORA), {"checkpoint": {"strategy": "steps", "steps": 2}})
         outcome = run_training(tmp_path / base.name, base, spec, ROWS)
         assert outcome.folder is not None
         for folder in (outcome.folder, outcome.folder.parent / "checkpoint-2"):
@@ -89,12 +89,12 @@ def test_an_adapter_stores_only_the_rows_of_the_new_tokens(model: Path, tied_mod
             assert list(rows.values()) == [(2, 64)] * places
         trained = [n for n, p in outcome.model.named_parameters() if p.requires_grad and "lora" not in n]
         assert len(trained) == places
-        old = outcome.model.get_base_model().get_input_embeddings().original_module.weight[:448]
-        assert torch.equal(old, load_file(base / "model.safetensors")["model.embed_tokens.weight"])
+        old_rows = outcome.model.get_base_model().get_input_embeddings().original_module.weight[:448]
+        assert torch.equal(old_rows, load_file(base / "model.safetensors")["model.embed_tokens.weight"])
 
 
 def test_rows_on_a_16_bit_base_are_trained_in_32_bits(model: Path, tmp_path: Path) -> None:
-    outcome = run_training(tmp_path, model, merged(merged(TOKENS, LORA), {"model": {"dtype": "bfloat16"}}), ROWS)
+    outcome = run_training(tmp_path, model, merged(merged(TOKENS_SPEC, LORA), {"model": {"dtype": "bfloat16"}}), ROWS)
     trained = {name: p.dtype for name, p in outcome.model.named_parameters() if p.requires_grad}
     assert sum("trainable_tokens_delta" in name for name in trained) == 2
     assert set(trained.values()) == {torch.float32}
@@ -105,7 +105,7 @@ def test_new_rows_start_as_the_mean_of_the_old_rows(model: Path, tmp_path: Path)
     from safetensors.torch import load_file
 
     still = {"method": {"type": "full"}, "training": {"maxSteps": 1, "learningRate": 1e-12}}
-    outcome = run_training(tmp_path, model, merged(TOKENS, still), ROWS)
+    outcome = run_training(tmp_path, model, merged(TOKENS_SPEC, still), ROWS)
     assert outcome.folder is not None
     after = load_file(outcome.folder / "model.safetensors")
     for key in ("model.embed_tokens.weight", "lm_head.weight"):
@@ -117,7 +117,7 @@ def test_new_rows_start_as_the_mean_of_the_old_rows(model: Path, tmp_path: Path)
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_with_new_tokens_resumes_exactly(method: str, model: Path, tmp_path: Path) -> None:
-    spec = merged(TOKENS, {"method": {"type": method}, "checkpoint": {"strategy": "steps", "steps": 2}})
+    spec = merged(TOKENS_SPEC, {"method": {"type": method}, "checkpoint": {"strategy": "steps", "steps": 2}})
     uninterrupted = run_training(tmp_path / "a", model, spec, ROWS)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="file:///x")
     resumed = run_training(tmp_path / "b", model, spec, ROWS, restore=restore)
@@ -129,20 +129,20 @@ def test_the_reference_model_has_the_new_tokens(method: str, model: Path, tmp_pa
     import math
 
     rows = [{**row, "chosen": [{"role": "assistant", "content": "<yes>"}]} for row in PAIRS]
-    spec = merged(TOKENS, {"trainer": {"type": "dpo"}, "method": {"type": method}})
+    spec = merged(TOKENS_SPEC, {"trainer": {"type": "dpo"}, "method": {"type": method}})
     outcome = run_training(tmp_path, model, spec, rows)
     assert outcome.losses[0] == pytest.approx(math.log(2), abs=1e-5)
     assert outcome.losses[-1] < outcome.losses[0]
 
 
 def test_an_adapter_can_be_continued_with_its_new_tokens_only(model: Path, tmp_path: Path) -> None:
-    first = run_training(tmp_path / "a", model, merged(merged(TOKENS, LORA), {"training": {"maxSteps": 20}}), ROWS)
+    first = run_training(tmp_path / "a", model, merged(merged(TOKENS_SPEC, LORA), {"training": {"maxSteps": 20}}), ROWS)
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}}
-    again = run_training(tmp_path / "b", model, merged(TOKENS, spec), ROWS, adapter=first.folder)
+    again = run_training(tmp_path / "b", model, merged(TOKENS_SPEC, spec), ROWS, adapter=first.folder)
     assert again.losses[0] < 0.6 * first.losses[0]
     plain = run_training(tmp_path / "c", model, LORA)
     with pytest.raises(ConfigError) as caught:
-        run_training(tmp_path / "d", model, merged(TOKENS, spec), ROWS, adapter=plain.folder)
+        run_training(tmp_path / "d", model, merged(TOKENS_SPEC, spec), ROWS, adapter=plain.folder)
     assert caught.value.code == "NewTokensNotTrained"
 
 
@@ -156,22 +156,24 @@ def test_impossible_tokens_are_refused_by_name(model: Path, tmp_path: Path) -> N
     )
     with pytest.raises(ConfigError) as caught:
         run_training(
-            tmp_path / "b", model, merged(TOKENS, {"method": {"lora": {"targetModules": ["q_proj", "embed_tokens"]}}})
+            tmp_path / "b",
+            model,
+            merged(TOKENS_SPEC, {"method": {"lora": {"targetModules": ["q_proj", "embed_tokens"]}}}),
         )
     assert caught.value.code == "NewTokensTwice"
     from tests.support.learning import make_run, train_here
     from tests.support.tiny import make_tokenizer
 
     own = make_tokenizer(tmp_path / "tokenizer")
-    own.add_tokens(["<strange>"])
+    own.add_tokens(["<unknown>"])
     own.save_pretrained(tmp_path / "tokenizer")
     tokenizer = {"tokenizer": tmp_path / "tokenizer"}
     run, inputs = make_run(tmp_path / "c", model, {"training": {"maxSteps": 1}})
     assert (
         len(train_here(run, inputs.model_copy(update=tokenizer)).losses) == 1
     )  # an unused token needs no embedding row
-    strange = [{"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "<strange>"}]}, *TEN]
-    run, inputs = make_run(tmp_path / "d", model, {}, strange)
+    unknown_token_rows = [{"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "<unknown>"}]}, *TEN]
+    run, inputs = make_run(tmp_path / "d", model, {}, unknown_token_rows)
     with pytest.raises(ConfigError) as caught:
         train_here(run, inputs.model_copy(update=tokenizer))
-    assert caught.value.code == "VocabularyDiffers" and "'<strange>' has id 448" in caught.value.message
+    assert caught.value.code == "VocabularyDiffers" and "'<unknown>' has id 448" in caught.value.message

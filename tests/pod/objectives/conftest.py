@@ -1,4 +1,4 @@
-"""The model of these tests is random: what an objective prefers shows at once."""
+"""The model of these tests has random weights, so that the effect of an objective is visible after a few steps."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ from tests.support.models import libraries, other_model, raw_model  # noqa: F401
 
 @pytest.fixture(scope="session")
 def model(raw_model: Path) -> Path:  # noqa: F811  the fixture by that name
-    """Random weights."""
+    """A model with random weights."""
     return raw_model

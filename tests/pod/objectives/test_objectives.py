@@ -44,11 +44,11 @@ def likelihood(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
     ids = torch.tensor([tokenizer(head + answer + "<|im_end|>", add_special_tokens=False)["input_ids"]])
     with torch.no_grad():
         scores = model(ids).logits[0].log_softmax(-1)
-    return float(sum(scores[place - 1, ids[0, place]] for place in range(start, ids.shape[1])))
+    return float(sum(scores[position - 1, ids[0, position]] for position in range(start, ids.shape[1])))
 
 
 def tuned(outcome: Outcome, model: Path) -> tuple[Any, Any, Any]:
-    """(tuned, base, tokenizer) as any user would load them."""
+    """Load (tuned model, base model, tokenizer) as a user does."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert outcome.folder is not None
@@ -57,7 +57,7 @@ def tuned(outcome: Outcome, model: Path) -> tuple[Any, Any, Any]:
     return after.eval(), base.eval(), AutoTokenizer.from_pretrained(outcome.folder)
 
 
-# ---- each learns
+# ---- training direction
 
 
 @pytest.mark.parametrize(("kind", "rows", "bound"), [("dpo", PAIRS, 0.1), ("orpo", PAIRS, 0.5), ("kto", LABELLED, 0.3)])
@@ -66,11 +66,11 @@ def test_better_answers_become_more_likely(kind: str, rows: list[Any], bound: fl
     assert outcome.losses[-1] < bound < outcome.losses[0]
     after, before, tokenizer = tuned(outcome, model)
     for row in PAIRS:
-        asked, good, bad = row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]
+        question, good, bad = row["prompt"][0]["content"], row["chosen"][0]["content"], row["rejected"][0]["content"]
         gap = [
-            likelihood(one, tokenizer, asked, good) - likelihood(one, tokenizer, asked, bad) for one in (before, after)
+            likelihood(net, tokenizer, question, good) - likelihood(net, tokenizer, question, bad) for net in (before, after)
         ]
-        assert gap[1] > gap[0] + 1, asked
+        assert gap[1] > gap[0] + 1, question
 
 
 def test_reward_model_scores_better_answers_higher(model: Path, tmp_path: Path) -> None:
@@ -113,12 +113,12 @@ def test_spectrum_trains_the_head_of_a_reward_model(bits: int | None, model: Pat
 
 
 def test_grpo_raises_the_reward(model: Path, tmp_path: Path) -> None:
-    # A random model says something with an "e" in four of ten answers.
+    # Four of ten answers of a random model contain an "e".
     steps = {"training": {"maxSteps": 30, "batchSizePerDevice": 16, "scheduler": "constant", "learningRate": 1e-2}}
     outcome = run_training(tmp_path, model, grpo(merged(steps, FULL), [WITH_E], numGenerations=8), PROMPTS)
-    found = logged(outcome, "rewards/regex/mean")
-    assert sum(found[:3]) / 3 < 0.7
-    assert sum(found[-3:]) / 3 > 0.9
+    rewards = logged(outcome, "rewards/regex/mean")
+    assert sum(rewards[:3]) / 3 < 0.7
+    assert sum(rewards[-3:]) / 3 > 0.9
     assert outcome.resolved["strategy"] == "single"
 
 
@@ -135,7 +135,7 @@ def test_reference_adapter_is_not_saved(kind: str, model: Path, tmp_path: Path) 
     assert not any(p.requires_grad for name, p in outcome.model.named_parameters() if ".ref." in name)
 
 
-ALL: dict[str, tuple[Spec, list[Any]]] = {
+OBJECTIVES: dict[str, tuple[Spec, list[Any]]] = {
     "dpo": (objective("dpo"), PAIRS),
     "kto": (objective("kto"), LABELLED),
     "orpo": (objective("orpo"), PAIRS),
@@ -144,29 +144,29 @@ ALL: dict[str, tuple[Spec, list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("kind", OBJECTIVES)
 def test_resume_is_exact(kind: str, model: Path, tmp_path: Path) -> None:
     from finetune_trainer.inputs import RestoredCheckpoint
 
-    spec, rows = ALL[kind]
+    spec, rows = OBJECTIVES[kind]
     spec = merged(spec, {"checkpoint": {"strategy": "steps", "steps": 2}, "method": {"lora": {"dropout": 0.1}}})
     whole = run_training(tmp_path / "a", model, spec, rows)
     restore = RestoredCheckpoint(path=tmp_path / "a" / "out" / "checkpoint-2", step=2, uri="s3://x")
     resumed = run_training(tmp_path / "b", model, spec, rows, restore=restore)
     assert (resumed.losses, resumed.grad_norms) == (whole.losses[2:], whole.grad_norms[2:])
     assert whole.folder is not None and resumed.folder is not None
-    first, second = ((one.folder / "adapter_model.safetensors").read_bytes() for one in (whole, resumed))
+    first, second = ((outcome.folder / "adapter_model.safetensors").read_bytes() for outcome in (whole, resumed))
     assert first == second
 
 
 @pytest.mark.parametrize("kind", ["dpo", "kto", "orpo", "reward"])
 def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> None:
-    spec, rows = ALL[kind]
+    spec, rows = OBJECTIVES[kind]
     outcome = run_training(
         tmp_path, model, merged(spec, {"evaluation": {"strategy": "steps", "steps": 2}}), rows, validation=rows[:6]
     )
     assert len(outcome.eval_losses) == 2
-    assert all(math.isfinite(one) for one in outcome.eval_losses)
+    assert all(math.isfinite(loss) for loss in outcome.eval_losses)
     assert outcome.eval_losses[1] != outcome.eval_losses[0]
 
 
@@ -179,14 +179,14 @@ def test_validation_loss_is_measured(kind: str, model: Path, tmp_path: Path) -> 
 def test_every_dpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
     smoothing = {"labelSmoothing": 0.1} if loss in ("robust", "exoPair") else {}
     outcome = run_training(tmp_path, model, objective("dpo", dpo={"lossTypes": [loss], **smoothing}), PAIRS)
-    # At the start model and reference are the same, so every ratio is 0 and the loss is known.
+    # Before the first step the model equals the reference, so every log ratio is 0 and the loss is known.
     half = math.log(2)
-    known = {
+    first_losses = {
         "sigmoid": half, "hinge": 1.0, "ipo": 25.0, "ncaPair": 2 * half, "bcoPair": 2 * half, "apoZero": 1.0, "apoDown": 1.0, "robust": half,
         "exoPair": math.log(0.5) - 0.5 * (math.log(0.9) + math.log(0.1)),
     }  # fmt: skip
-    if loss in known:
-        assert outcome.losses[0] == pytest.approx(known[loss], abs=1e-5)
+    if loss in first_losses:
+        assert outcome.losses[0] == pytest.approx(first_losses[loss], abs=1e-5)
     assert outcome.losses[1] != outcome.losses[0]
 
 
@@ -233,13 +233,13 @@ def test_long_answers_are_cut_and_reported(model: Path, tmp_path: Path) -> None:
     assert "train.jsonl, row 1" in caught.value.message
 
 
-def test_pairs_that_are_equal_once_cut_are_dropped(model: Path, tmp_path: Path) -> None:
+def test_pairs_that_are_equal_after_cutting_are_dropped(model: Path, tmp_path: Path) -> None:
     same = [
         {**PAIRS[0], "chosen": [assistant("red " * 9 + "yes")], "rejected": [assistant("red " * 9 + "no")]},
         *PAIRS[1:],
     ]
     outcome = run_training(tmp_path, model, objective("dpo", maxCompletionLength=4), same)
-    assert "train: 1 rows were left out because their two answers are equal once they are cut" in outcome.notes
+    assert "train: 1 rows were left out because their two answers are equal after they were cut" in outcome.notes
     assert outcome.resolved["datasetRows"] == 9
 
 
@@ -277,7 +277,7 @@ def test_beta_adds_the_kl_penalty(model: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("loss", ["grpo", "bnpo", "drGrpo", "dapo"])
 def test_every_grpo_loss_trains(loss: str, model: Path, tmp_path: Path) -> None:
     outcome = run_training(tmp_path, model, grpo({"training": {"batchSizePerDevice": 8}}, [WITH_E], lossType=loss), PROMPTS)
-    assert all(math.isfinite(one) for one in outcome.losses)
+    assert all(math.isfinite(value) for value in outcome.losses)
     assert outcome.grad_norms[0] > 0
 
 
@@ -298,15 +298,15 @@ def test_prompts_that_leave_no_tokens_for_an_answer_are_dropped(model: Path, tmp
     assert any("1 of 11 prompts have more than 32 tokens" in note and "left out" in note for note in outcome.notes)
 
 
-def test_text_prompts_and_templates_off(model: Path, tmp_path: Path) -> None:
+def test_grpo_trains_on_text_prompts_and_without_a_chat_template(model: Path, tmp_path: Path) -> None:
     text = [{"prompt": "1 + 1 =", "answer": "two"}] * 4
     plain = {"dataset": {"format": "promptOnly", "useChatTemplate": False}}
     assert len(run_training(tmp_path / "a", model, grpo(plain), text).losses) == 4
     assert len(run_training(tmp_path / "b", model, grpo(plain), PROMPTS).losses) == 4
 
 
-def test_prompts_and_columns_come_to_rewards_as_they_stand_in_the_rows(model: Path, tmp_path: Path) -> None:
-    """Whatever types a column has and whichever rows have it; and no message gets the keys of another."""
+def test_rewards_receive_prompts_and_columns_unchanged(model: Path, tmp_path: Path) -> None:
+    """The values of a column may differ in type or be absent, and no message gets the keys of other messages."""
     seen = tmp_path / "seen"
     code = f"""
 def reward(completions, prompts, note, **columns):
@@ -334,7 +334,7 @@ def reward(completions, prompts, note, **columns):
 # ---- kto
 
 
-def test_neighbours_give_their_answers() -> None:
+def test_mismatched_answers_come_from_the_preceding_row() -> None:
     from finetune_trainer.objective.kto import _add_mismatched_answers
 
     assert _add_mismatched_answers({"completion_ids": [[1], [2], [3]]}) == {"KL_completion_ids": [[3], [1], [2]]}
@@ -351,15 +351,15 @@ REFUSED: dict[str, tuple[Spec, list[Any], str, str]] = {
     "an answer as long as the row": (
         objective("dpo", {"dataset": {"maxSequenceLength": 32}}, maxCompletionLength=32), PAIRS, "CompletionTooLong", "no token",
     ),
-    "kto row by row": (objective("kto", {"training": {"batchSizePerDevice": 1}}), LABELLED, "BatchTooSmall", "rows of one batch"),
-    "kto of one kind": (objective("kto"), LABELLED[::2], "OneSidedJudgement", "labelled good"),
+    "kto with one row per batch": (objective("kto", {"training": {"batchSizePerDevice": 1}}), LABELLED, "BatchTooSmall", "rows of one batch"),
+    "kto with only good answers": (objective("kto"), LABELLED[::2], "OneSidedJudgement", "labelled good"),
     "kto with a dpo option": (objective("kto", dpo={"lossTypes": ["ipo"]}), LABELLED, "OptionOfAnotherObjective", "lossTypes"),
     "orpo with a reference": (objective("orpo", dpo={"referenceModel": "org/x"}), PAIRS, "OptionOfAnotherObjective", "referenceModel"),
     "orpo with prompt tuning": (
         {"method": {"type": "promptTuning"}, "trainer": {"type": "orpo"}}, PAIRS, "ObjectiveAndMethod", "virtual tokens",
     ),
-    "groups that do not fit": (grpo(numGenerations=3), PROMPTS, "GenerationsDoNotDivide", "3 does not divide the 2 completions"),
-    "a column that is not there": (
+    "groups that do not divide the batch": (grpo(numGenerations=3), PROMPTS, "GenerationsDoNotDivide", "3 does not divide the 2 completions"),
+    "a missing column": (
         grpo(rewards=[{"builtin": "exactMatch", "parameters": {"column": "gold"}}]), PROMPTS, "RewardColumnMissing", "reads column 'gold'",
     ),
     "a reward that fails": (grpo(rewards=[OWN]), PROMPTS, "RewardFailed", "ZeroDivisionError"),
@@ -369,29 +369,29 @@ REFUSED: dict[str, tuple[Spec, list[Any], str, str]] = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_invalid_input_is_refused_with_its_code(name: str, model: Path, tmp_path: Path) -> None:
-    spec, rows, code, said = REFUSED[name]
+    spec, rows, code, message = REFUSED[name]
     files = {"mine": {"r.py": "def reward(completions, **_):\n    return [1 / 0 for _ in completions]\n"}}
     with pytest.raises(FineTuneError) as caught:
         run_training(tmp_path, model, spec, rows, config_maps=files)
     assert isinstance(caught.value, ConfigError | DataError)
     assert caught.value.code == code
-    assert said in caught.value.message
+    assert message in caught.value.message
     assert caught.value.hint
 
 
-def test_a_writers_adapter_is_no_reward_model(model: Path, tmp_path: Path) -> None:
-    writer = run_training(tmp_path / "a", model, objective("dpo"), PAIRS)
+def test_an_adapter_for_text_generation_is_refused_for_a_reward_model(model: Path, tmp_path: Path) -> None:
+    generator = run_training(tmp_path / "a", model, objective("dpo"), PAIRS)
     spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/a"}}, "trainer": {"type": "reward"}}
     with pytest.raises(ConfigError) as caught:
-        run_training(tmp_path / "b", model, spec, PAIRS, adapter=writer.folder)
+        run_training(tmp_path / "b", model, spec, PAIRS, adapter=generator.folder)
     assert caught.value.code == "AdapterWithoutHead"
     scorer = run_training(tmp_path / "c", model, objective("reward"), PAIRS)
     again = run_training(tmp_path / "d", model, spec, PAIRS, adapter=scorer.folder)
     assert again.losses[0] < scorer.losses[0]
 
 
-def test_a_reward_model_begins_with_a_whole_base(model: Path, tmp_path: Path) -> None:
-    """Only its head is new: another weight that is missing would be made up at random."""
+def test_a_base_model_with_missing_weights_is_refused_for_a_reward_model(model: Path, tmp_path: Path) -> None:
+    """Only the head may be missing. Any other missing weight would be initialised at random."""
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "part"

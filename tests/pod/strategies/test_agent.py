@@ -17,7 +17,7 @@ POD = Path(__file__).parents[1]
 
 
 def started(folder: Path, model: Path, rows: Path, script: dict[str, Any], ranks: int) -> Pod:
-    """A pod whose ranks execute the script of `toy_rank`."""
+    """A pod whose ranks run `toy_rank` with this script."""
     spec = {
         "model": {"source": f"file://{model}"},
         "dataset": {"train": f"file://{rows}", "format": "messages"},
@@ -68,13 +68,13 @@ def test_scipy_can_still_be_imported_after_preloading_without_it(tmp_path: Path)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize(("what", "code", "name"), [("exit", 70, "RankCrashed"), ("die", 74, "RankKilled")])
+@pytest.mark.parametrize(("event", "code", "name"), [("exit", 70, "RankCrashed"), ("die", 74, "RankKilled")])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_rank_that_ends_without_a_report_is_named_in_the_termination_message(
-    what: str, code: int, name: str, ranks: int, model: Path, rows: Path, tmp_path: Path
+    event: str, code: int, name: str, ranks: int, model: Path, rows: Path, tmp_path: Path
 ) -> None:
-    # Far more steps than the other rank can do in that time: these ranks do not wait for one another.
-    with started(tmp_path, model, rows, {"steps": 100_000, "at": {f"{ranks - 1}:7": what}}, ranks) as pod:
+    # The toy ranks do not wait for one another, so the other rank needs more steps than it can finish in that time.
+    with started(tmp_path, model, rows, {"steps": 100_000, "at": {f"{ranks - 1}:7": event}}, ranks) as pod:
         assert pod.end() == code, pod.text[-3000:]
         message = pod.termination_message()
     assert (message.exit_code, message.code, message.rank) == (code, name, ranks - 1)

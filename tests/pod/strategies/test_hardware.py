@@ -17,7 +17,7 @@ GPU: dict[str, Any] = {"resources": {"gpusPerNode": 1}}
 
 @pytest.fixture
 def old_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A device without bf16, as torch describes it."""
+    """Simulate a GPU without bf16."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
@@ -32,13 +32,13 @@ def detected(folder: Path, spec: dict[str, Any]) -> Hardware:
 
 
 @pytest.mark.parametrize(
-    ("asked", "dtype", "bf16"),
+    ("requested", "dtype", "bf16"),
     [("auto", torch.float32, False), ("no", torch.float32, False), ("bf16", torch.float32, True)],
 )
-def test_a_cpu_trains_in_32_bits_unless_bf16_is_asked_for(
-    asked: str, dtype: torch.dtype, bf16: bool, tmp_path: Path
+def test_a_cpu_trains_in_32_bits_unless_the_spec_says_bf16(
+    requested: str, dtype: torch.dtype, bf16: bool, tmp_path: Path
 ) -> None:
-    hardware = detected(tmp_path, {"training": {"mixedPrecision": asked}})
+    hardware = detected(tmp_path, {"training": {"mixedPrecision": requested}})
     assert (hardware.is_cpu, hardware.name, hardware.dtype, hardware.bf16, hardware.fp16) == (
         True,
         "cpu",
@@ -88,20 +88,20 @@ def test_a_missing_device_or_format_is_refused(
     assert expected in caught.value.message and hint in (caught.value.hint or "")
 
 
-def test_bf16_on_a_gpu_without_it_is_refused(old_gpu: None, tmp_path: Path) -> None:
+def test_bf16_is_refused_on_a_gpu_without_bf16(old_gpu: None, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         detected(tmp_path, {**GPU, "training": {"mixedPrecision": "bf16"}})
     assert caught.value.message == "Tesla T4 cannot compute in bf16"
 
 
-@pytest.mark.parametrize(("asked", "active"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
-def test_the_asked_attention_is_chosen(asked: str, active: str, tmp_path: Path) -> None:
-    assert detected(tmp_path, {"model": {"attention": asked}}).attention == active
+@pytest.mark.parametrize(("requested", "active"), [("auto", "sdpa"), ("sdpa", "sdpa"), ("eager", "eager")])
+def test_the_attention_of_the_spec_is_chosen(requested: str, active: str, tmp_path: Path) -> None:
+    assert detected(tmp_path, {"model": {"attention": requested}}).attention == active
 
 
 @pytest.fixture
 def new_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine with two GPUs and flash attention."""
+    """Simulate a machine with two GPUs and flash attention."""
     from finetune_trainer import hardware
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -16,6 +16,6 @@ QUICK = "one rank"
     "strategy", [name if name == QUICK else pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES]
 )
 def test_the_reference_page_shows_the_actual_matrix(strategy: str, tmp_path: Path) -> None:
-    found = run(strategy, tmp_path)
-    assert len(found) == len(METHODS) * len(OBJECTIVES)
-    assert found == expected(strategy)
+    matrix = run(strategy, tmp_path)
+    assert len(matrix) == len(METHODS) * len(OBJECTIVES)
+    assert matrix == expected(strategy)

@@ -20,15 +20,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def matrices(folder: Path) -> int:
-    """Number of weights that every token is multiplied with: all of the stored model except the embedding table."""
+    """Number of weights in matrix products: all weights of the stored model except the embedding table."""
     from safetensors.torch import load_file
 
     stored = load_file(folder / "model.safetensors")
-    return sum(one.numel() for name, one in stored.items() if "embed_tokens" not in name)
+    return sum(weight.numel() for name, weight in stored.items() if "embed_tokens" not in name)
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
-def test_the_shape_is_that_of_the_base_model_with_every_method(method: str, model: Path, tmp_path: Path) -> None:
+def test_every_method_reports_the_shape_of_the_base_model(method: str, model: Path, tmp_path: Path) -> None:
     trained = run_training(tmp_path, model, {"method": {"type": method}, "training": {"maxSteps": 1}}).model
     base = getattr(trained, "get_base_model", lambda: trained)()
     assert Shape.of(base) == Shape(matrices(model), LAYERS, HEADS, HIDDEN // HEADS)
@@ -40,7 +40,7 @@ def test_a_tied_head_counts_once(tmp_path: Path) -> None:
     folder = make_tiny_model(tmp_path / "tied", hidden=HIDDEN, layers=LAYERS, tied=True)
     tied = AutoModelForCausalLM.from_pretrained(folder)
     assert tied.get_output_embeddings().weight is tied.get_input_embeddings().weight
-    assert Shape.of(tied).matrix_parameters == sum(one.numel() for one in tied.parameters())
+    assert Shape.of(tied).matrix_parameters == sum(weight.numel() for weight in tied.parameters())
 
 
 @pytest.mark.parametrize(("method", "frozen"), [("lora", True), ("full", False)])
@@ -65,7 +65,7 @@ def test_an_unknown_device_has_no_utilisation(model: Path, tmp_path: Path) -> No
     assert not any("mfu" in line for line in run_training(tmp_path, model).logs)
 
 
-def test_the_token_count_is_that_of_the_data(model: Path, tmp_path: Path) -> None:
+def test_the_reported_token_count_equals_that_of_the_data(model: Path, tmp_path: Path) -> None:
     outcome = run_training(tmp_path, model, {"training": {"maxSteps": None, "epochs": 2, "batchSizePerDevice": 5}})
     tokens = outcome.extra["data"]["tokens"]["train"]["tokens"]
     assert [line["num_tokens"] for line in outcome.logs if "loss" in line][-1] == 2 * tokens
@@ -92,7 +92,7 @@ def test_packing_leaves_little_padding_and_reports_it(model: Path, tmp_path: Pat
 
 
 def test_padding_is_reported_without_packing(model: Path, tmp_path: Path) -> None:
-    """A batch of two rows is padded to the longer one."""
+    """A batch of two rows is padded to the length of the longer row."""
     rows = [{"messages": [TEN[0]["messages"][0], {"role": "assistant", "content": "red " * times}]} for times in (1, 9)]
     outcome = run_training(tmp_path, model, {"training": {"maxSteps": 1, "batchSizePerDevice": 2}}, rows)
     report = length_report(outcome)

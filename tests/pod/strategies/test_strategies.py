@@ -81,8 +81,8 @@ BEST = {
     "zero3 best": merged(merged(LORA, zero(3)), {"training": {"learningRate": 0.03}}),
 }
 UNEVEN = [
-    {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + place % 4)}]}
-    for place, row in enumerate(TEN[:8])
+    {"messages": [row["messages"][0], {"role": "assistant", "content": "red " * (1 + index % 4)}]}
+    for index, row in enumerate(TEN[:8])
 ]
 """Rows whose answers differ in length, so that ranks and micro-batches have unequal numbers of trained tokens."""
 EXACT: dict[str, Any] = {
@@ -96,7 +96,7 @@ EQUAL: dict[str, dict[str, Any]] = {
     "zero2": zero(2),
     "zero2, accumulated": merged(zero(2), {"training": {"batchSizePerDevice": 1, "gradientAccumulationSteps": 2}}),
 }
-"""Two ranks with four rows per step together."""
+"""Runs of two ranks that train four rows per step in total."""
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "fsdp prompt": (merged({"method": {"type": "promptTuning"}}, fsdp()), "StrategyAndMethod", "virtual tokens"),
     "fsdp 8 bit": (merged({"model": {"quantization": {"bits": 8}}}, fsdp()), "StrategyAndMethod", "8-bit"),
@@ -122,11 +122,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
 }
 
-SIXTEEN: dict[str, Any] = {
+SIXTEEN_BITS: dict[str, Any] = {
     "model": {"dtype": "bfloat16"},
     "training": {"mixedPrecision": "bf16", "gradientCheckpointing": "enabled", "maxSteps": 3, "learningRate": 5e-3},
 }
-"""A GPU's default number formats and gradient checkpointing."""
+"""The default dtypes of a GPU, with gradient checkpointing."""
 PACKED: dict[str, Any] = {"dataset": {"packing": True, "maxSequenceLength": 64}, "training": {"batchSizePerDevice": 1}}
 HEAD_IN_FULL = {"method": {"lora": {"dropout": 0, "modulesToSave": ["lm_head"]}}}
 SIXTEEN_BIT_RUNS: dict[str, tuple[dict[str, Any], Sequence[Any]]] = {
@@ -155,22 +155,26 @@ def results(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     files = {"mine": {"fsdp.yaml": ACCELERATE, "zero.json": json.dumps(JSON)}}
     specs = {**SPECS, **{name: spec for name, (spec, _, _) in REFUSED.items()}}
     cells = [Cell(name, str(model), spec, TEN, config_maps=files) for name, spec in specs.items()]
-    places = {cell.name: place for place, cell in enumerate(cells)}
+    indices = {cell.name: index for index, cell in enumerate(cells)}
     for name in RESUMED:
-        checkpoint = folder / f"{places[name]:03d}" / "out" / "checkpoint-2"
+        checkpoint = folder / f"{indices[name]:03d}" / "out" / "checkpoint-2"
         cells.append(Cell(f"{name}, resumed", str(model), specs[name], TEN, resume=str(checkpoint)))
-    # Answers of characters that no training row has: the validation loss first falls (the format is learned), then it rises.
-    other = [{"messages": [row["messages"][0], {"role": "assistant", "content": "!?#%&@"}]} for row in TEN]
-    best = {
+    # No training row has the characters of these answers: the validation loss first falls (the model learns the format), then rises.
+    unlearnable_rows = [{"messages": [row["messages"][0], {"role": "assistant", "content": "!?#%&@"}]} for row in TEN]
+    best_spec = {
         "training": {"maxSteps": 12, "scheduler": "constant"}, "evaluation": {"steps": 3},
         "checkpoint": {"strategy": "steps", "steps": 3, "loadBestAtEnd": True},
     }  # fmt: skip
-    cells += [Cell(name, str(model), merged(SIXTEEN, spec), rows) for name, (spec, rows) in SIXTEEN_BIT_RUNS.items()]
-    cells += [Cell(name, str(model), merged(best, spec), TEN, validation=other) for name, spec in BEST.items()]
     cells += [
-        Cell(equal_cell(method, name), str(model), merged(merged(EXACT, given), spec), UNEVEN)
+        Cell(name, str(model), merged(SIXTEEN_BITS, spec), rows) for name, (spec, rows) in SIXTEEN_BIT_RUNS.items()
+    ]
+    cells += [
+        Cell(name, str(model), merged(best_spec, spec), TEN, validation=unlearnable_rows) for name, spec in BEST.items()
+    ]
+    cells += [
+        Cell(equal_cell(method, name), str(model), merged(merged(EXACT, method_spec), spec), UNEVEN)
         for name, spec in EQUAL.items()
-        for method, given in (("full", FULL), ("lora", LORA_EXACT))
+        for method, method_spec in (("full", FULL), ("lora", LORA_EXACT))
     ]
     return launch(cells, folder, ranks=2)
 
@@ -192,18 +196,18 @@ def tensors(result: Result) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_strategy_is_active_and_learns(name: str, results: dict[str, Result]) -> None:
-    found = results[name]
-    assert found.error is None
+    result = results[name]
+    assert result.error is None
     assert (
-        found.resolved["strategy"] == {"ddp": "ddp", "fsdp": "fsdp", "zero": "deepspeed"}[name.split()[0][:4].strip()]
+        result.resolved["strategy"] == {"ddp": "ddp", "fsdp": "fsdp", "zero": "deepspeed"}[name.split()[0][:4].strip()]
         or "noShard" in name
     )
-    assert found.resolved["worldSize"] == 2
-    assert found.losses[-1] < found.losses[0]
+    assert result.resolved["worldSize"] == 2
+    assert result.losses[-1] < result.losses[0]
 
 
 @pytest.mark.parametrize(
-    ("name", "like"),
+    ("name", "ddp_name"),
     [
         (name, f"ddp {name.split()[1]}")
         for name in SPECS
@@ -217,15 +221,15 @@ def test_strategy_is_active_and_learns(name: str, results: dict[str, Result]) ->
         ("zero3 offload", "ddp full"),
     ],
 )
-def test_losses_and_artefact_equal_those_of_ddp(name: str, like: str, results: dict[str, Result]) -> None:
-    found, plain = results[name], results[like]
-    assert found.losses == pytest.approx(plain.losses, abs=1e-5)
-    mine, theirs = tensors(found), tensors(plain)
-    assert mine.keys() == theirs.keys()
-    for key, value in theirs.items():
-        assert mine[key].shape == value.shape
-        torch.testing.assert_close(mine[key].float(), value.float(), atol=2e-4, rtol=0)
-    assert found.files == plain.files
+def test_losses_and_artefact_equal_those_of_ddp(name: str, ddp_name: str, results: dict[str, Result]) -> None:
+    result, ddp_result = results[name], results[ddp_name]
+    assert result.losses == pytest.approx(ddp_result.losses, abs=1e-5)
+    tensors_here, tensors_of_ddp = tensors(result), tensors(ddp_result)
+    assert tensors_here.keys() == tensors_of_ddp.keys()
+    for key, value in tensors_of_ddp.items():
+        assert tensors_here[key].shape == value.shape
+        torch.testing.assert_close(tensors_here[key].float(), value.float(), atol=2e-4, rtol=0)
+    assert result.files == ddp_result.files
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -234,8 +238,8 @@ def one_process(
 ) -> tuple[str, Any]:
     """One rank with the same four rows per step."""
     method = str(request.param)
-    given = merged(merged(EXACT, FULL if method == "full" else LORA_EXACT), {"training": {"batchSizePerDevice": 4}})
-    return method, run_training(tmp_path_factory.mktemp("one"), model, given, UNEVEN)
+    spec = merged(merged(EXACT, FULL if method == "full" else LORA_EXACT), {"training": {"batchSizePerDevice": 4}})
+    return method, run_training(tmp_path_factory.mktemp("one"), model, spec, UNEVEN)
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -243,23 +247,25 @@ def test_two_ranks_have_the_losses_of_one_rank(
     name: str, one_process: tuple[str, Any], results: dict[str, Result]
 ) -> None:
     method, one_rank = one_process
-    found = results[equal_cell(method, name)]
-    assert found.error is None and found.resolved["effectiveBatch"] == 4
+    result = results[equal_cell(method, name)]
+    assert result.error is None and result.resolved["effectiveBatch"] == 4
     assert len(one_rank.losses) == 4
-    assert found.losses == pytest.approx(one_rank.losses, abs=1e-6)
-    assert found.grad_norms == pytest.approx(one_rank.grad_norms, rel=1e-5)
+    assert result.losses == pytest.approx(one_rank.losses, abs=1e-6)
+    assert result.grad_norms == pytest.approx(one_rank.grad_norms, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", SIXTEEN_BIT_RUNS)
 def test_two_ranks_train_in_16_bits(name: str, results: dict[str, Result]) -> None:
-    found, (start, strategy, *what) = results[name], name.split(", ")
-    assert found.error is None
-    assert len(found.losses) == 3 and all(math.isfinite(loss) for loss in found.losses)
-    like = results[", ".join([start, "ddp", *what])] if strategy != "ddp" and what != ["reward"] else found
-    assert found.losses == pytest.approx(like.losses, abs=0.02)
+    result, (prefix, strategy, *options) = results[name], name.split(", ")
+    assert result.error is None
+    assert len(result.losses) == 3 and all(math.isfinite(loss) for loss in result.losses)
+    ddp_result = (
+        results[", ".join([prefix, "ddp", *options])] if strategy != "ddp" and options != ["reward"] else result
+    )
+    assert result.losses == pytest.approx(ddp_result.losses, abs=0.02)
 
 
-def test_no_shard_runs_as_ddp_with_a_note(results: dict[str, Result]) -> None:
+def test_no_shard_uses_ddp_and_adds_a_note(results: dict[str, Result]) -> None:
     assert results["fsdp noShard"].resolved["strategy"] == "ddp"
     assert any("noShard" in note for note in results["fsdp noShard"].notes)
 
@@ -290,13 +296,13 @@ def test_fsdp_checkpoints_hold_weights_and_optimizer_once(results: dict[str, Res
 def test_the_best_weights_are_published(name: str, results: dict[str, Result]) -> None:
     from safetensors.torch import load_file
 
-    found = results[name]
-    assert found.error is None
-    folder = Path(found.folder)
+    result = results[name]
+    assert result.error is None
+    folder = Path(result.folder)
     state = json.loads((folder / "checkpoint-12" / "trainer_state.json").read_text())
     file = "model.safetensors" if "zero2" in name else "adapter_model.safetensors"
     best = load_file(folder / f"checkpoint-{state['best_global_step']}" / file)
-    last, final = load_file(folder / "checkpoint-12" / file), tensors(found)
+    last, final = load_file(folder / "checkpoint-12" / file), tensors(result)
     assert state["best_global_step"] < 12
     assert [key for key in best if not torch.equal(final[key], best[key])] == []
     assert not all(torch.equal(final[key], last[key]) for key in last)
@@ -317,19 +323,19 @@ def test_artefacts_load_in_plain_libraries(model: Path, results: dict[str, Resul
         base = tuned.unload()
 
 
-def test_the_json_sets_what_the_spec_leaves_open(results: dict[str, Result]) -> None:
-    found = results["zero3 json"]
-    said = "\n".join(found.notes)
-    assert "gradient_clipping 0.25 of the file wins over the default training.maxGradNorm 1.0" in said
-    assert "ZeRO stage 3" in said
-    assert found.losses != results["zero3 full"].losses
+def test_the_json_sets_options_that_the_spec_does_not_set(results: dict[str, Result]) -> None:
+    result = results["zero3 json"]
+    message = "\n".join(result.notes)
+    assert "gradient_clipping 0.25 of the file wins over the default training.maxGradNorm 1.0" in message
+    assert "ZeRO stage 3" in message
+    assert result.losses != results["zero3 full"].losses
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_impossible_combinations_are_refused_with_the_reason(name: str, results: dict[str, Result]) -> None:
-    _, code, said = REFUSED[name]
+    _, code, message = REFUSED[name]
     error = results[name].error
     assert error is not None
     assert (error["code"], error["exitCode"]) == (code, 64)
-    assert said in error["message"]
+    assert message in error["message"]
     assert error["hint"]

@@ -1,4 +1,4 @@
-"""If a library silently falls back to something else, the run ends before its first step."""
+"""If a library silently uses another strategy, attention or quantisation, the run ends before its first step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def trainer(engine: Any = None) -> Any:
-    """A Trainer whose model is not wrapped by a strategy."""
+    """A Trainer whose model no strategy has wrapped."""
     network = torch.nn.Linear(4, 4)
     return SimpleNamespace(
         model=network, model_wrapped=network, is_deepspeed_enabled=engine is not None, deepspeed=engine
@@ -50,9 +50,9 @@ def make_strategy(kind: str, folder: Path, ranks: int) -> DistributedStrategy:
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        ("ddp", "ddp was asked for over 2 ranks, but independent is active"),
-        ("fsdp", "fsdp was asked for over 2 ranks, but 2 of 2 parameters are not sharded, first weight"),
-        ("zero", "deepspeed was asked for over 2 ranks, but independent is active"),
+        ("ddp", "ddp was requested over 2 ranks, but independent is active"),
+        ("fsdp", "fsdp was requested over 2 ranks, but 2 of 2 parameters are not sharded, first weight"),
+        ("zero", "deepspeed was requested over 2 ranks, but independent is active"),
     ],
 )
 def test_two_independent_ranks_are_refused(
@@ -74,7 +74,7 @@ def test_the_strategy_of_one_rank_is_single(tmp_path: Path, monkeypatch: pytest.
 def test_deepspeed_with_another_stage_ranks_or_unsharded_parameters_is_refused(
     stage: int, ranks: int, tmp_path: Path
 ) -> None:
-    """In the last case, stage and ranks are right, and the parameters are not sharded."""
+    """In the last case, stage and ranks are correct, but the parameters are not sharded."""
     engine = SimpleNamespace(zero_optimization_stage=lambda: stage, world_size=ranks)
     with pytest.raises(FineTuneError) as caught:
         make_strategy("zero", tmp_path, 2).verify(trainer(engine))

@@ -15,7 +15,7 @@ sys.path[:0] = [str(Path(__file__).parent)]
 
 @pytest.fixture(autouse=True)
 def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invalid keys, and no configuration of this machine."""
+    """Set invalid S3 keys, and ignore the AWS configuration of this machine."""
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "AKIDENTIFIER")
@@ -27,7 +27,7 @@ def credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """Pauses in seconds between requests to the web; the tests do not wait."""
+    """Record the pauses in seconds between web requests instead of waiting."""
     from finetune_trainer.storage import web
 
     waited: list[float] = []
@@ -37,7 +37,7 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.fixture
 def server(tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch) -> Iterator[Web]:
-    """An https server for `<tmp_path>/served`, reached without a proxy."""
+    """An https server for `<tmp_path>/served`. Proxies of this machine are ignored."""
     from web_server import serving
 
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):

@@ -11,18 +11,18 @@ from finetune_trainer.best import BEST_FOLDER, BEST_PREFIX, KeepBest
 
 
 @pytest.mark.parametrize(
-    ("step", "files", "kept"),
+    ("step", "files", "restored"),
     [
         (20, {"model.safetensors": "own", BEST_PREFIX + "model.safetensors": "older"}, "own"),
         (10, {"model.safetensors": "own", BEST_PREFIX + "model.safetensors": "older"}, "older"),
         (10, {"model.safetensors": "own"}, None),
     ],
-    ids=["this checkpoint is the best", "it carries an older one", "the best was never saved"],
+    ids=["this checkpoint is the best", "this checkpoint contains older best weights", "the best was never saved"],
 )
 def test_best_weights_are_restored_if_a_checkpoint_holds_them(
-    tmp_path: Path, step: int, files: dict[str, str], kept: str | None
+    tmp_path: Path, step: int, files: dict[str, str], restored: str | None
 ) -> None:
-    """If the best loss was measured between two checkpoints, no weights exist: an uninterrupted run publishes its last ones, and so does this."""
+    """If the best loss was measured between two checkpoints, its weights were not saved. The run then publishes its last weights."""
     resumed = tmp_path / "checkpoint-20"
     resumed.mkdir()
     for name, text in files.items():
@@ -30,8 +30,8 @@ def test_best_weights_are_restored_if_a_checkpoint_holds_them(
     args: Any = SimpleNamespace(output_dir=str(tmp_path), local_process_index=0)
     state: Any = SimpleNamespace(best_global_step=step, global_step=20, best_model_checkpoint=None)
     KeepBest(resumed).on_train_begin(args, state, SimpleNamespace())  # type: ignore[arg-type] # not read
-    if kept is None:
+    if restored is None:
         assert state.best_model_checkpoint is None
     else:
         assert Path(state.best_model_checkpoint) == tmp_path / BEST_FOLDER
-        assert (tmp_path / BEST_FOLDER / "model.safetensors").read_text() == kept
+        assert (tmp_path / BEST_FOLDER / "model.safetensors").read_text() == restored

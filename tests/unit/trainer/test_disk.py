@@ -1,4 +1,4 @@
-"""Free space of the pod: the smaller of what its file system and its own limit leave."""
+"""Free space of the pod: the minimum of the file system's free space and the unused part of the pod's limit."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class PlainGuardedTrainer(GuardedTrainer):
 
 
 def train(kind: type[Trainer], folder: Path, resume: Path | None = None) -> tuple[int, float]:
-    """Steps done and the weight at the end."""
+    """Train and return the number of steps and the final weight."""
     args = TrainingArguments(
         output_dir=str(folder), max_steps=LAST_STEP, save_steps=LAST_STEP, per_device_train_batch_size=1, learning_rate=0.1, report_to=[],
         use_cpu=True, disable_tqdm=True,
@@ -53,8 +53,8 @@ def test_resuming_at_the_last_step_trains_no_further(tmp_path: Path) -> None:
     assert train(PlainGuardedTrainer, tmp_path / "again", tmp_path / f"checkpoint-{LAST_STEP}") == (LAST_STEP, weight)
 
 
-def test_transformers_itself_does_one_step_too_many(tmp_path: Path) -> None:
-    """When this fails, transformers checks before the step, and `GuardedTrainer.run_epoch` can be removed."""
+def test_transformers_without_the_guard_does_one_step_too_many(tmp_path: Path) -> None:
+    """If this test fails, transformers checks for the last step before it trains, and `GuardedTrainer.run_epoch` can be removed."""
     train(Trainer, tmp_path)
     step, _ = train(Trainer, tmp_path / "again", tmp_path / f"checkpoint-{LAST_STEP}")
     assert step == LAST_STEP + 1
@@ -114,7 +114,7 @@ FETCH_SECONDS, COUNT_SECONDS, COMPUTE_SECONDS, TOKENS_PER_STEP = 0.25, 3.0, 1.75
 
 
 class ClockedTrainer(PlainGuardedTrainer):
-    """Advances a virtual clock: when a row is fetched, when the tokens of all ranks are counted, and when a step is computed."""
+    """Advances a virtual clock when a row is fetched, when the tokens of all ranks are counted, and when a step is computed."""
 
     now = 100.0
 
@@ -152,7 +152,7 @@ def test_only_the_time_until_a_batch_arrives_is_waiting_for_data(
     trainer.train()
     lines = [line for line in trainer.state.log_history if "data_wait_share" in line]
     step_seconds = FETCH_SECONDS + COUNT_SECONDS + COMPUTE_SECONDS
-    assert [line["step"] for line in lines] == [2, 3, 4]  # throughput is measured from the first log line on
+    assert [line["step"] for line in lines] == [2, 3, 4]  # throughput is measured from the first log line
     for line in lines:
         assert line["data_wait_share"] == FETCH_SECONDS / step_seconds
         assert line["tokens_per_second"] == TOKENS_PER_STEP / step_seconds

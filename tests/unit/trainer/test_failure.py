@@ -1,4 +1,4 @@
-"""Exceptions and exit codes become named failures, and the root cause of several is found."""
+"""Exceptions and exit codes are converted to named failures, and the root cause is selected among the failures of several ranks."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from finetune_trainer.failure import RankFailure, classify, failure_from_exit_co
 
 
 class DistStoreError(RuntimeError):
-    """A class with the name of torch's."""
+    """A class with the same name as the exception of torch."""
 
 
 class OutOfMemoryError(RuntimeError):
-    """A class with the name of torch's."""
+    """A class with the same name as the exception of torch."""
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ class OutOfMemoryError(RuntimeError):
     ],
 )
 def test_an_exception_is_classified(error: Exception, code: str, exit_code: int, origin: bool) -> None:
-    found, own = classify(error)
-    assert (found.code, found.exit_code, own) == (code, exit_code, origin)
+    parsed, own = classify(error)
+    assert (parsed.code, parsed.exit_code, own) == (code, exit_code, origin)
 
 
 @pytest.mark.parametrize(
@@ -103,19 +103,19 @@ def test_an_exception_is_classified(error: Exception, code: str, exit_code: int,
     ],
 )
 def test_an_exit_code_alone_is_classified(code: int, memory: bool, name: str, exit_code: int, origin: bool) -> None:
-    found = failure_from_exit_code(3, code, host_memory=memory)
-    assert (found.error.code, found.error.exit_code, found.origin, found.rank) == (name, exit_code, origin, 3)
+    parsed = failure_from_exit_code(3, code, host_memory=memory)
+    assert (parsed.error.code, parsed.error.exit_code, parsed.origin, parsed.rank) == (name, exit_code, origin, 3)
 
 
-def failure(code: int, *, origin: bool = True, time_ns: int = 0, told: bool = True) -> RankFailure:
-    found = failure_from_message(
+def failure(code: int, *, origin: bool = True, time_ns: int = 0, is_reported: bool = True) -> RankFailure:
+    parsed = failure_from_message(
         {"exitCode": code, "code": f"C{code}", "message": "m", "origin": origin, "timeNs": time_ns}
     )
-    return RankFailure(found.error, 0, None, origin, time_ns, told)
+    return RankFailure(parsed.error, 0, None, origin, time_ns, is_reported)
 
 
 @pytest.mark.parametrize(
-    ("several", "named"),
+    ("failures", "expected_exit_code"),
     [
         ([failure(74, origin=False), failure(72)], 72),
         ([failure(70), failure(65)], 65),
@@ -124,9 +124,9 @@ def failure(code: int, *, origin: bool = True, time_ns: int = 0, told: bool = Tr
         ([failure(70, time_ns=2), failure(72, time_ns=3)], 72),
     ],
 )
-def test_the_root_cause_is_reported(several: list[RankFailure], named: int) -> None:
-    cause = root_cause(several)
-    assert cause is not None and cause.error.exit_code == named and cause.origin
+def test_the_root_cause_is_reported(failures: list[RankFailure], expected_exit_code: int) -> None:
+    cause = root_cause(failures)
+    assert cause is not None and cause.error.exit_code == expected_exit_code and cause.origin
     assert root_cause([]) is None
 
 
@@ -136,9 +136,9 @@ def test_the_earlier_of_equal_failures_is_reported() -> None:
 
 
 def test_a_message_keeps_its_class_and_loses_unpaired_surrogates() -> None:
-    found = failure_from_message(
+    parsed = failure_from_message(
         {"exitCode": 77, "code": "X", "message": "a\udcffb", "failureClass": "Model", "rank": 2}
     )
-    assert isinstance(found.error, FineTuneError) and found.error.failure_class is FailureClass.MODEL
-    assert (found.error.message, found.rank) == ("a?b", 2)
+    assert isinstance(parsed.error, FineTuneError) and parsed.error.failure_class is FailureClass.MODEL
+    assert (parsed.error.message, parsed.rank) == ("a?b", 2)
     assert isinstance(failure_from_message({"exitCode": 200}).error, InternalError)

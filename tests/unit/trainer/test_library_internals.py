@@ -23,7 +23,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Scale(torch.nn.Module):
-    """One parameter."""
+    """A model with one parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ def test_batches_are_moved_to_the_device_of_training(tmp_path: Path) -> None:
     assert prepared["x"].device == trainer.args.device
 
 
-def test_loss_sum_and_last_logged_step_are_those_of_the_open_logging_window(tmp_path: Path) -> None:
+def test_loss_sum_and_last_logged_step_belong_to_the_current_logging_window(tmp_path: Path) -> None:
     trainer = recording_trainer(tmp_path)
     trainer.train()  # logs nothing: two steps are fewer than logging_steps
     assert internals.last_logged_step(trainer) == 0
@@ -130,8 +130,8 @@ def test_the_head_is_among_the_tied_weights_of_a_model_that_ties_it(tied: bool) 
         "num_hidden_layers": 1,
         "num_attention_heads": 1,
     }
-    found = internals.tied_weight_names(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **sizes)))
-    assert "lm_head.weight" in found
+    names = internals.tied_weight_names(LlamaForCausalLM(LlamaConfig(tie_word_embeddings=tied, **sizes)))
+    assert "lm_head.weight" in names
     assert internals.tied_weight_names(Scale()) == set()
 
 
@@ -155,12 +155,12 @@ def test_a_quantised_model_is_accepted_inside_the_context_only() -> None:
         validate_quantization_for_training(model)
 
 
-def test_fsdp_on_cpu_is_what_a_new_accelerator_state_reports() -> None:
+def test_a_new_accelerator_state_reports_fsdp_on_cpu() -> None:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    AcceleratorState._reset_state(True)  # of runs of earlier tests in this process
+    AcceleratorState._reset_state(True)  # created by runs of earlier tests in this process
     Accelerator(cpu=True)
     try:
         plugin = SimpleNamespace()
@@ -224,7 +224,7 @@ def trained_sft(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_trl_keeps_metrics_and_a_token_count_under_the_expected_names(trained_sft: Any) -> None:
     internals.metric_lists(trained_sft)["mine"] = [2.0, 4.0]
     assert trained_sft._metrics["train"]["mine"] == [2.0, 4.0]
-    assert internals.trained_tokens(trained_sft) == 0  # our loss counts tokens itself
+    assert internals.trained_tokens(trained_sft) == 0  # the trainer's own loss counts the tokens
     internals.set_trained_tokens(trained_sft, 7)
     assert internals.trained_tokens(trained_sft) == 7
 
@@ -261,6 +261,6 @@ def test_a_head_with_trained_rows_lacks_its_bias_until_it_is_exposed(model: Path
     assert head.bias is None
 
 
-def test_peft_knows_lora_and_no_invented_type() -> None:
+def test_lora_is_a_continuable_adapter_type_and_an_unknown_type_is_not() -> None:
     assert "LORA" in internals.continuable_adapter_types()
     assert "NEWKIND" not in internals.continuable_adapter_types()

@@ -95,7 +95,10 @@ def matrix_and_trained_parameters(model: Any) -> tuple[int, int]:
         ({}, 0),
         ({"modules_to_save": ["lm_head"]}, TABLE),
         ({"modules_to_save": ["embed_tokens"]}, 0),
-        ({"modules_to_save": ["norm"]}, (2 * LAYERS + 1) * HIDDEN),  # every module whose name ends so
+        (
+            {"modules_to_save": ["norm"]},
+            (2 * LAYERS + 1) * HIDDEN,
+        ),  # PEFT selects every module whose name ends with this text
     ],
 )
 def test_a_module_saved_in_full_is_counted_once(options: dict[str, Any], trained: int, tied: bool) -> None:
@@ -120,13 +123,13 @@ def test_selected_modules_need_additional_gradient_flops(tied: bool) -> None:
     assert flops == 4 * (BODY + TABLE) + 2 * learned
 
 
-def test_training_every_parameter_equals_full_training() -> None:
+def test_flops_with_every_parameter_trained_equal_those_of_full_training() -> None:
     shape = Shape.of(llama())
     every_parameter = flops_per_token(shape, 8, frozen_base=True, trained=trained_parameters(llama()))
     assert every_parameter == flops_per_token(shape, 8, frozen_base=False)
 
 
-def test_only_the_chosen_experts_of_a_token_count() -> None:
+def test_only_the_selected_experts_of_a_token_are_counted() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     model = MixtralForCausalLM(

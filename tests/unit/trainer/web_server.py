@@ -34,7 +34,7 @@ class Web:
     faults: list[Fault] = field(default_factory=list)
     """Responses to the next requests; afterwards the folder's files are served."""
     ranges: bool = True
-    asked: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
     """`METHOD /path?query RANGE` of each request."""
 
 
@@ -68,7 +68,7 @@ def _handler(web: Web) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def _answer(self) -> None:
-            web.asked.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
+            web.requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
             fault = web.faults.pop(0) if web.faults else Fault()
             file = web.folder / unquote(self.path.partition("?")[0]).lstrip("/")
             if fault.status != 200 or not file.is_file():

@@ -51,63 +51,74 @@ FORMATS: dict[str, tuple[str, dict[str, Any], Any]] = {
         Conversation((U, A)),
     ),
 }  # fmt: skip
-NO = {"role": "assistant", "content": "no"}
-S = {"role": "system", "content": "be"}
-LED = {"role": "system", "content": "become"}
-AND = {"role": "user", "content": "and"}
-SIDES = ((A,), (Turn("assistant", "no"),))
-TURN_PAIR = Preference((U,), *SIDES)
+ANSWER_NO = {"role": "assistant", "content": "no"}
+SYSTEM_BE = {"role": "system", "content": "be"}
+SYSTEM_BECOME = {"role": "system", "content": "become"}
+QUESTION_AND = {"role": "user", "content": "and"}
+ANSWER_TURNS = ((A,), (Turn("assistant", "no"),))
+PAIR_OF_TURNS = Preference((U,), *ANSWER_TURNS)
 PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
     "text": ("dpo", {"prompt": "hi", "chosen": "ho", "rejected": "no"}, Preference("hi", "ho", "no")),
     "capitals": ("dpo", {"Question": "hi", "Chosen": "ho", "Rejected": "no"}, Preference("hi", "ho", "no")),
-    "turns": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [NO]}, TURN_PAIR),
-    "text prompt, whole conversations": ("dpo", {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
-    "blanks at the end": ("dpo", {"prompt": "hi\n", "chosen": TURNS, "rejected": [TURNS[0], NO]}, Preference((Turn("user", "hi\n"),), *SIDES)),
-    "whole conversations": ("reward", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
-    "one whole conversation": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": "no"}, TURN_PAIR),
+    "turns": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [ANSWER_NO]}, PAIR_OF_TURNS),
+    "text prompt, whole conversations": ("dpo", {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
+    "blanks at the end": ("dpo", {"prompt": "hi\n", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, Preference((Turn("user", "hi\n"),), *ANSWER_TURNS)),
+    "whole conversations": ("reward", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
+    "one whole conversation": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": "no"}, PAIR_OF_TURNS),
     "whole conversations with a system prompt": (
-        "dpo", {"prompt": "hi", "chosen": [S, *TURNS], "rejected": [S, TURNS[0], NO]}, Preference((Turn("system", "be"), *TURN_PAIR.prompt), *SIDES)
+        "dpo", {"prompt": "hi", "chosen": [SYSTEM_BE, *TURNS], "rejected": [SYSTEM_BE, TURNS[0], ANSWER_NO]},
+        Preference((Turn("system", "be"), *PAIR_OF_TURNS.prompt), *ANSWER_TURNS)
     ),
     "a further question": (
-        "dpo", {"prompt": TURNS, "chosen": [AND, TURNS[1]], "rejected": [AND, NO]},
-        Preference((U, A), (Turn("user", "and"), *SIDES[0]), (Turn("user", "and"), *SIDES[1])),
+        "dpo", {"prompt": TURNS, "chosen": [QUESTION_AND, TURNS[1]], "rejected": [QUESTION_AND, ANSWER_NO]},
+        Preference((U, A), (Turn("user", "and"), *ANSWER_TURNS[0]), (Turn("user", "and"), *ANSWER_TURNS[1])),
     ),
-    "empty prompt, whole conversations": ("dpo", {"prompt": "", "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "empty prompt, whole conversations": ("dpo", {"prompt": "", "chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
     "empty prompt, labelled conversation": (
-        "kto", {"prompt": " ", "completion": [S, *TURNS], "label": True}, LabelledAnswer((Turn("system", "be"), U), (A,), True)
+        "kto", {"prompt": " ", "completion": [SYSTEM_BE, *TURNS], "label": True}, LabelledAnswer((Turn("system", "be"), U), (A,), True)
     ),
     "empty prompt, completed conversation": ("sft", {"prompt": "", "completion": TURNS}, Conversation((U, A))),
     "empty prompt, answers alone": (
-        "dpo", {"prompt": "", "chosen": TURNS[1:], "rejected": [NO]}, Preference((Turn("user", ""),), *SIDES)
+        "dpo", {"prompt": "", "chosen": TURNS[1:], "rejected": [ANSWER_NO]}, Preference((Turn("user", ""),), *ANSWER_TURNS)
     ),
     "two questions without a prompt": (
-        "dpo", {"chosen": [TURNS[0], AND, TURNS[1]], "rejected": TURNS[:1] + [NO]}, Preference((U,), (Turn("user", "and"), A), SIDES[1])
+        "dpo", {"chosen": [TURNS[0], QUESTION_AND, TURNS[1]], "rejected": TURNS[:1] + [ANSWER_NO]}, Preference((U,), (Turn("user", "and"), A), ANSWER_TURNS[1])
     ),
     "the same question twice without a prompt": (
-        "dpo", {"chosen": [TURNS[0], *TURNS], "rejected": [TURNS[0], NO]}, Preference((U,), (U, A), SIDES[1])
+        "dpo", {"chosen": [TURNS[0], *TURNS], "rejected": [TURNS[0], ANSWER_NO]}, Preference((U,), (U, A), ANSWER_TURNS[1])
     ),
-    "a further question behind a question": (
-        "sft", {"prompt": TURNS[:1], "completion": [AND, TURNS[1]]}, Conversation((Turn("user", "hi", 0), Turn("user", "and"), A))
+    "a further question after a question": (
+        "sft", {"prompt": TURNS[:1], "completion": [QUESTION_AND, TURNS[1]]}, Conversation((Turn("user", "hi", 0), Turn("user", "and"), A))
     ),
     "system prompts that a column replaces": (
-        "dpo", {"system": "be", "prompt": [LED, TURNS[0]], "chosen": [S, *TURNS], "rejected": "no"}, Preference((Turn("system", "be"), U), *SIDES)
+        "dpo", {"system": "be", "prompt": [SYSTEM_BECOME, TURNS[0]], "chosen": [SYSTEM_BE, *TURNS], "rejected": "no"},
+        Preference((Turn("system", "be"), U), *ANSWER_TURNS)
     ),
-    "judged, whole conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, LabelledAnswer((U,), (A,), True)),
+    "labelled answer, whole conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, LabelledAnswer((U,), (A,), True)),
     "completion, whole conversation": ("sft", {"prompt": "hi", "completion": TURNS}, Conversation((Turn("user", "hi", 0), A))),
-    "implicit turns": ("reward", {"chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
+    "implicit turns": ("reward", {"chosen": TURNS, "rejected": [TURNS[0], ANSWER_NO]}, PAIR_OF_TURNS),
     "implicit text": ("dpo", {"chosen": "Ask: tell me. yes", "rejected": "Ask: tell me. year"}, Preference("Ask: tell me. ", "yes", "year")),
     "judged": ("kto", {"prompt": "hi", "completion": "ho", "label": "False"}, LabelledAnswer("hi", "ho", False)),
     "prompt": ("grpo", {"prompt": "hi", "solution": 4}, Prompt("hi", {"solution": 4})),
     "question for grpo": ("grpo", {"question": "hi", "answer": "ho"}, Prompt((U,), {"question": "hi", "answer": "ho"})),
 }  # fmt: skip
 MISMATCHES: dict[str, tuple[str, dict[str, Any], str, str]] = {
-    "another question": ("dpo", {"prompt": "hi", "chosen": [AND, TURNS[1]], "rejected": [AND, NO]}, "PromptMismatch", "`chosen` begins"),
-    "only the last question": ("dpo", {"prompt": "and", "chosen": [*TURNS, AND, TURNS[1]], "rejected": [*TURNS, AND, NO]}, "PromptMismatch", "`chosen` begins"),
-    "two system prompts": (
-        "dpo", {"prompt": [S, TURNS[0]], "chosen": [LED, *TURNS], "rejected": "no"}, "PromptMismatch", "system prompt",
+    "another question": (
+        "dpo", {"prompt": "hi", "chosen": [QUESTION_AND, TURNS[1]], "rejected": [QUESTION_AND, ANSWER_NO]},
+        "PromptMismatch", "`chosen` begins",
     ),
-    "judged": ("kto", {"prompt": "hi", "completion": [AND, TURNS[1]], "label": True}, "PromptMismatch", "`completion` begins"),
-    "a completion with the prompt further on": ("sft", {"prompt": TURNS[:1], "completion": [AND, NO, *TURNS]}, "PromptMismatch", "`completion` begins"),
+    "only the last question": (
+        "dpo", {"prompt": "and", "chosen": [*TURNS, QUESTION_AND, TURNS[1]], "rejected": [*TURNS, QUESTION_AND, ANSWER_NO]},
+        "PromptMismatch", "`chosen` begins",
+    ),
+    "two system prompts": (
+        "dpo", {"prompt": [SYSTEM_BE, TURNS[0]], "chosen": [SYSTEM_BECOME, *TURNS], "rejected": "no"}, "PromptMismatch", "system prompt",
+    ),
+    "judged": ("kto", {"prompt": "hi", "completion": [QUESTION_AND, TURNS[1]], "label": True}, "PromptMismatch", "`completion` begins"),
+    "a completion with the prompt further on": (
+        "sft", {"prompt": TURNS[:1], "completion": [QUESTION_AND, ANSWER_NO, *TURNS]},
+        "PromptMismatch", "`completion` begins",
+    ),
     "no answer at all": ("kto", {"prompt": "", "completion": TURNS[:1], "label": True}, "NoTrainableToken", "no answer"),
     "no answer": ("kto", {"prompt": "hi", "completion": TURNS[:1], "label": True}, "NoTrainableToken", "ends with the prompt"),
 }  # fmt: skip
@@ -126,23 +137,23 @@ BAD_CONVERSATIONS: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_format_is_detected_and_read(name: str, tmp_path: Path) -> None:
-    kind, row, wanted = FORMATS[name]
+    kind, row, expected = FORMATS[name]
     run, inputs = run_for(tmp_path, {}, [row])
     loaded = load(run, inputs)
     assert loaded.summary.format == kind
-    assert [example for _, example in loaded.train] == [wanted]
-    assert load_examples(tmp_path, {"format": kind}, [row]) == [wanted]
+    assert [example for _, example in loaded.train] == [expected]
+    assert load_examples(tmp_path, {"format": kind}, [row]) == [expected]
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
 def test_rows_with_prompts_and_answers_are_read(name: str, tmp_path: Path) -> None:
-    trainer, row, wanted = PREFERENCES[name]
+    trainer, row, expected = PREFERENCES[name]
     spec = {"trainer": {"type": trainer, **({"rewards": [{"builtin": "thinkFormat"}]} if trainer == "grpo" else {})}}
-    assert load_examples(tmp_path, rows=[row], spec=spec) == [wanted]
+    assert load_examples(tmp_path, rows=[row], spec=spec) == [expected]
 
 
 def test_system_prompts_may_differ_if_the_spec_replaces_them(tmp_path: Path) -> None:
-    rows = [{"prompt": [S, TURNS[0]], "completion": [LED, *TURNS]}]
+    rows = [{"prompt": [SYSTEM_BE, TURNS[0]], "completion": [SYSTEM_BECOME, *TURNS]}]
     spec = {"dataset": {"systemPrompt": "x"}}
     assert load_examples(tmp_path, rows=rows, spec=spec) == [
         Conversation((Turn("system", "x"), Turn("user", "hi", 0), A))
@@ -151,10 +162,10 @@ def test_system_prompts_may_differ_if_the_spec_replaces_them(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("name", MISMATCHES)
 def test_an_answer_that_does_not_continue_the_prompt_is_a_bad_row(name: str, tmp_path: Path) -> None:
-    trainer, row, code, found = MISMATCHES[name]
+    trainer, row, code, message = MISMATCHES[name]
     error = check_error(tmp_path, rows=[row], spec={"trainer": {"type": trainer}})
     assert (error.code, error.exit_code) == (code, 65)
-    assert found in error.message and "train.jsonl, row 1" in error.message
+    assert message in error.message and "train.jsonl, row 1" in error.message
 
 
 def test_oasst_takes_the_best_ranked_path(tmp_path: Path) -> None:
@@ -203,7 +214,7 @@ def test_oasst_duplicate_id_is_a_bad_row(tmp_path: Path) -> None:
     assert "row 3" in error.message and "train.jsonl, row 1" in error.message
 
 
-def test_system_prompt_of_the_spec_wins_over_the_column(tmp_path: Path) -> None:
+def test_system_prompt_of_the_spec_takes_precedence_over_the_column(tmp_path: Path) -> None:
     row = {"question": "hi", "answer": "ho", "system": "column"}
     (example,) = load_examples(tmp_path, {"systemPrompt": "spec"}, [row])
     assert example.turns[0] == Turn("system", "spec")
@@ -216,13 +227,13 @@ def test_dataset_columns_name_the_columns(tmp_path: Path) -> None:
     assert example.turns == (Turn("system", "You are kind."), U, A)
 
 
-def test_messages_format_reads_question_and_answer_columns_that_are_named(tmp_path: Path) -> None:
+def test_messages_format_reads_question_and_answer_columns_named_in_dataset_columns(tmp_path: Path) -> None:
     dataset = {"format": "messages", "columns": {"question": "Question", "answer": "Response"}, "systemPrompt": "Help."}
-    wanted = Conversation((Turn("system", "Help."), U, A))
-    assert load_examples(tmp_path / "a", dataset, [{"Question": "hi", "Response": "ho"}]) == [wanted]
+    expected = Conversation((Turn("system", "Help."), U, A))
+    assert load_examples(tmp_path / "a", dataset, [{"Question": "hi", "Response": "ho"}]) == [expected]
     assert load_examples(tmp_path / "b", dataset, [{"messages": TURNS}]) == [
-        wanted
-    ]  # messages that are there come first
+        expected
+    ]  # an existing messages column takes precedence
     error = check_error(tmp_path / "c", dataset, [{"Question": "hi", "Answer": "ho"}])
     assert error.code == "ColumnMissing"
     assert "column `Response` (dataset.columns.answer)" in error.message and "`Question`, `Answer`" in error.message
@@ -250,10 +261,10 @@ def test_a_prompt_may_be_an_object_with_messages(tmp_path: Path) -> None:
     columns = {"question": "input", "chosen": "preferred_output", "rejected": "non_preferred_output"}
     row = {
         "input": {"messages": TURNS[:1], "tools": [], "parallel_tool_calls": True}, "preferred_output": TURNS[1:],
-        "non_preferred_output": [NO],
+        "non_preferred_output": [ANSWER_NO],
     }  # fmt: skip
     dataset, spec = {"format": "preference", "columns": columns}, {"trainer": {"type": "dpo"}}
-    assert load_examples(tmp_path / "a", dataset, [row], spec=spec) == [TURN_PAIR]
+    assert load_examples(tmp_path / "a", dataset, [row], spec=spec) == [PAIR_OF_TURNS]
     row["input"] = {"messages": TURNS[:1], "tools": [{"type": "function"}]}
     error = check_error(tmp_path / "b", dataset, [row], spec=spec)
     assert error.code == "DatasetRowInvalid" and "holds tools" in error.message
@@ -285,10 +296,10 @@ def test_tool_call_arguments_become_objects(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", BAD_CONVERSATIONS)
 def test_bad_conversation_is_refused(name: str, tmp_path: Path) -> None:
-    code, turns, found = BAD_CONVERSATIONS[name]
+    code, turns, message = BAD_CONVERSATIONS[name]
     error = check_error(tmp_path, rows=[{"messages": TURNS}, {"messages": turns}])
     assert (error.code, int(error.exit_code)) == (code, 65)
-    assert error.message.startswith("train.jsonl, row 2: ") and found in error.message
+    assert error.message.startswith("train.jsonl, row 2: ") and message in error.message
 
 
 def test_rows_without_an_answer_are_usable_when_all_tokens_are_trained_on(tmp_path: Path) -> None:

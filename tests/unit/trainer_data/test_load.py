@@ -11,65 +11,15 @@ from typing import Any
 import pytest
 from finetune_api.errors import ConfigError, DataError
 from finetune_trainer.data import DataSummary, check_files, load
-from finetune_trainer.data.rows import Conversation, LabelledAnswer, Preference, Prompt, Text, Turn
+from finetune_trainer.data.rows import Text, Turn
 
 from tests.support.data import check_error, load_examples, run_for
 from tests.support.learning import make_run, write_rows
 
 U, A = Turn("user", "hi"), Turn("assistant", "ho")
-TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
-NO = {"role": "assistant", "content": "no"}
-S = {"role": "system", "content": "be"}
-LED = {"role": "system", "content": "become"}
-AND = {"role": "user", "content": "and"}
-SIDES = ((A,), (Turn("assistant", "no"),))
-TURN_PAIR = Preference((U,), *SIDES)
-PREFERENCES: dict[str, tuple[str, dict[str, Any], Any]] = {
-    "text": ("dpo", {"prompt": "hi", "chosen": "ho", "rejected": "no"}, Preference("hi", "ho", "no")),
-    "capitals": ("dpo", {"Question": "hi", "Chosen": "ho", "Rejected": "no"}, Preference("hi", "ho", "no")),
-    "turns": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS[1:], "rejected": [NO]}, TURN_PAIR),
-    "text prompt, whole conversations": ("dpo", {"prompt": "hi", "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
-    "blanks at the end": ("dpo", {"prompt": "hi\n", "chosen": TURNS, "rejected": [TURNS[0], NO]}, Preference((Turn("user", "hi\n"),), *SIDES)),
-    "whole conversations": ("reward", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
-    "one whole conversation": ("orpo", {"prompt": TURNS[:1], "chosen": TURNS, "rejected": "no"}, TURN_PAIR),
-    "whole conversations with a system prompt": (
-        "dpo", {"prompt": "hi", "chosen": [S, *TURNS], "rejected": [S, TURNS[0], NO]}, Preference((Turn("system", "be"), *TURN_PAIR.prompt), *SIDES)
-    ),
-    "a further question": (
-        "dpo", {"prompt": TURNS, "chosen": [AND, TURNS[1]], "rejected": [AND, NO]},
-        Preference((U, A), (Turn("user", "and"), *SIDES[0]), (Turn("user", "and"), *SIDES[1])),
-    ),
-    "empty prompt, whole conversations": ("dpo", {"prompt": "", "chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
-    "empty prompt, labelled conversation": (
-        "kto", {"prompt": " ", "completion": [S, *TURNS], "label": True}, LabelledAnswer((Turn("system", "be"), U), (A,), True)
-    ),
-    "empty prompt, completed conversation": ("sft", {"prompt": "", "completion": TURNS}, Conversation((U, A))),
-    "empty prompt, answers alone": (
-        "dpo", {"prompt": "", "chosen": TURNS[1:], "rejected": [NO]}, Preference((Turn("user", ""),), *SIDES)
-    ),
-    "two questions without a prompt": (
-        "dpo", {"chosen": [TURNS[0], AND, TURNS[1]], "rejected": TURNS[:1] + [NO]}, Preference((U,), (Turn("user", "and"), A), SIDES[1])
-    ),
-    "the same question twice without a prompt": (
-        "dpo", {"chosen": [TURNS[0], *TURNS], "rejected": [TURNS[0], NO]}, Preference((U,), (U, A), SIDES[1])
-    ),
-    "a further question behind a question": (
-        "sft", {"prompt": TURNS[:1], "completion": [AND, TURNS[1]]}, Conversation((Turn("user", "hi", 0), Turn("user", "and"), A))
-    ),
-    "system prompts that a column replaces": (
-        "dpo", {"system": "be", "prompt": [LED, TURNS[0]], "chosen": [S, *TURNS], "rejected": "no"}, Preference((Turn("system", "be"), U), *SIDES)
-    ),
-    "judged, whole conversation": ("kto", {"prompt": "hi", "completion": TURNS, "label": True}, LabelledAnswer((U,), (A,), True)),
-    "completion, whole conversation": ("sft", {"prompt": "hi", "completion": TURNS}, Conversation((Turn("user", "hi", 0), A))),
-    "implicit turns": ("reward", {"chosen": TURNS, "rejected": [TURNS[0], NO]}, TURN_PAIR),
-    "implicit text": ("dpo", {"chosen": "Ask: tell me. yes", "rejected": "Ask: tell me. year"}, Preference("Ask: tell me. ", "yes", "year")),
-    "judged": ("kto", {"prompt": "hi", "completion": "ho", "label": "False"}, LabelledAnswer("hi", "ho", False)),
-    "prompt": ("grpo", {"prompt": "hi", "solution": 4}, Prompt("hi", {"solution": 4})),
-    "question for grpo": ("grpo", {"question": "hi", "answer": "ho"}, Prompt((U,), {"question": "hi", "answer": "ho"})),
-}  # fmt: skip
 GOOD = {"question": "hi", "answer": "ho"}
 BAD_ROWS: dict[str, tuple[str, Any, str, str]] = {
-    # name: (code, row 17, words of the message, words of the hint)
+    # test id: (error code, row 17, part of the message, part of the hint)
     "not JSON": ("DatasetRowInvalid", '{"question": "hi", ', "not valid JSON at column 19", "one JSON object per line"),
     "an array": ("DatasetRowInvalid", "[1]", "found an array", "one object per row"),
     "column gone": (
@@ -122,7 +72,7 @@ def test_too_many_bad_rows_are_refused(tmp_path: Path) -> None:
 
 
 def load_mixture(folder: Path, dataset: dict[str, Any], *sources: Any) -> Any:
-    """What is loaded of a mixture of sources, the first of weight 9."""
+    """Load a mixture of sources; the first source has weight 9."""
     items = [{"source": f"s3://data/{i}.jsonl", "weight": 1 if i else 9} for i in range(len(sources))]
     run, inputs = run_for(folder, {"dataset": {"train": None, "mixture": items, **dataset}})
     files = [[write_rows(folder / f"{i}.jsonl", rows)] for i, rows in enumerate(sources)]
@@ -133,13 +83,15 @@ def text_rows(count: int, first: int = 0) -> list[dict[str, str]]:
     return [{"text": f"text {number}"} for number in range(first, first + count)]
 
 
-def test_a_row_of_a_mixture_is_either_trained_on_or_held_out(tmp_path: Path) -> None:
-    """A small source is gone through several times: its rows must not be both."""
+def test_all_copies_of_a_row_in_a_mixture_are_in_the_same_split(tmp_path: Path) -> None:
+    """A mixture repeats a small source. All copies of a row must be in the same split."""
     loaded = load_mixture(tmp_path, {"split": {"validation": 0.2, "test": 0.2}}, text_rows(4), text_rows(16, 100))
     train, validation, test = ({row.text for _, row in part} for part in (loaded.train, loaded.validation, loaded.test))
     assert (len(loaded.train), len(validation), len(test)) == (12, 4, 4)
     assert not train & validation and not train & test and not validation & test
-    assert sum(row.text in {one["text"] for one in text_rows(4)} for _, row in loaded.train) == 11  # 9 of 10 parts
+    assert (
+        sum(row.text in {repeated["text"] for repeated in text_rows(4)} for _, row in loaded.train) == 11
+    )  # weight 9 of 10
 
 
 def test_deduplication_keeps_the_weights_of_a_mixture(tmp_path: Path) -> None:
@@ -164,7 +116,7 @@ def test_a_column_that_no_row_has_is_one_error(tmp_path: Path) -> None:
 
 
 def test_rows_in_a_format_of_another_objective_are_refused(tmp_path: Path) -> None:
-    error = check_error(tmp_path / "a", rows=[PREFERENCES["text"][1]])
+    error = check_error(tmp_path / "a", rows=[{"prompt": "hi", "chosen": "ho", "rejected": "no"}])
     assert isinstance(error, ConfigError) and error.code == "FormatMismatch" and "preference" in error.message
     error = check_error(tmp_path / "b", rows=[GOOD], spec={"trainer": {"type": "dpo"}})
     assert error.code == "FormatMismatch" and "dpo needs preference data; the rows are qa" in error.message

@@ -12,11 +12,11 @@ from tests.support.learning import TEN
 
 
 @pytest.mark.timeout(120)
-def test_several_processes_give_the_same_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_give_the_same_tokens_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune_trainer.data import parallel
 
-    late = {"messages": [*TEN[1]["messages"], {"role": "system", "content": "late"}]}
-    rows = [late if place in (7, 1203) else TEN[place % 10] for place in range(2500)]
+    failing_row = {"messages": [*TEN[1]["messages"], {"role": "system", "content": "late"}]}
+    rows = [failing_row if index in (7, 1203) else TEN[index % 10] for index in range(2500)]
     tok = tokenizer(tmp_path, SYSTEM_FIRST, bos=True)
     dataset = {"badRows": "skip", "numProc": 2}
     alone = prepare_rows(tmp_path / "a", tok, dataset, rows)
@@ -24,13 +24,13 @@ def test_several_processes_give_the_same_tokens(tmp_path: Path, monkeypatch: pyt
     started: list[int] = []
     pool = parallel._start_pool
     monkeypatch.setattr(parallel, "_start_pool", lambda work, workers: started.append(workers) or pool(work, workers))
-    together = prepare_rows(tmp_path / "b", tok, dataset, rows)
+    with_workers = prepare_rows(tmp_path / "b", tok, dataset, rows)
     assert started == [2]
-    assert together.train["input_ids"] == alone.train["input_ids"]
-    assert together.train["labels"] == alone.train["labels"]
-    assert together.notes == alone.notes
-    assert len(together.train) == 2498
-    assert any("2 rows were left out; the first: train.jsonl, row 8" in note for note in together.notes)
+    assert with_workers.train["input_ids"] == alone.train["input_ids"]
+    assert with_workers.train["labels"] == alone.train["labels"]
+    assert with_workers.notes == alone.notes
+    assert len(with_workers.train) == 2498
+    assert any("2 rows were left out; the first: train.jsonl, row 8" in note for note in with_workers.notes)
     with pytest.raises(DataError) as caught:
         prepare_rows(tmp_path / "c", tok, {"numProc": 2}, rows)
     assert caught.value.code == "TemplateRefusedRow" and "row 8" in caught.value.message

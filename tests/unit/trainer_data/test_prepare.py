@@ -29,7 +29,7 @@ def longest(folder: Path, spec: dict[str, Any], limit: int | None, own: int = NO
 def test_virtual_tokens_reduce_the_sequence_length(method: dict[str, Any], taken: int, tmp_path: Path) -> None:
     assert longest(tmp_path, {"method": method}, 512) == 512 - taken
     assert longest(tmp_path, {"method": method}, None, own=256) == 256 - taken
-    assert longest(tmp_path, {"method": method}, 4096) == 2048, "the default is what fits, not more"
+    assert longest(tmp_path, {"method": method}, 4096) == 2048, "the default is the largest length that fits"
     assert longest(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 512 - taken}}, 512) == 512 - taken
     with pytest.raises(ConfigError, match=f"write {512 - taken} or less") as caught:
         longest(tmp_path, {"method": method, "dataset": {"maxSequenceLength": 513 - taken}}, 512)
@@ -57,7 +57,7 @@ def test_prompt_and_completion_are_joined_without_a_template(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("first", ["text", "messages"])
 def test_trained_tokens_do_not_depend_on_the_order_of_a_mixture(first: str, tmp_path: Path) -> None:
-    """Text without turns is learned whole; the questions of a conversation are not, whichever comes first."""
+    """All tokens of text without turns are trained on, but not the questions of a conversation, in either order of the sources."""
     tok = tokenizer(tmp_path)
     plain, joined = [{"text": "two plus"}], [{"prompt": "one ", "completion": "two"}]
     sources = [plain, joined, TEN[:1]] if first == "text" else [TEN[:1], joined, plain]
@@ -65,8 +65,8 @@ def test_trained_tokens_do_not_depend_on_the_order_of_a_mixture(first: str, tmp_
     mixture = [{"source": f"s3://data/{i}.jsonl"} for i in range(3)]
     run, inputs = make_run(tmp_path, Path("/models/tiny"), {"dataset": {"train": None, "mixture": mixture}})
     inputs = inputs.model_copy(update={"train": [], "mixture": files})
-    found = decoded(tok, prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens"))
-    assert sorted(found) == sorted([
+    trained = decoded(tok, prepare(run, inputs, tok, max_positions=512, cache=tmp_path / "tokens"))
+    assert sorted(trained) == sorted([
         ("two plus<|im_end|>", "two plus<|im_end|>"), ("one two<|im_end|>", " two<|im_end|>"),
         ("<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\nred<|im_end|>\n", "red<|im_end|>"),
     ])  # fmt: skip
@@ -101,7 +101,7 @@ def test_chat_template_of_the_spec_is_used(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changed", ["validation", "test"])
 def test_changed_validation_or_test_rows_are_tokenised_again(changed: str, tmp_path: Path) -> None:
-    """The files keep their names, and the training files do not change."""
+    """Only the contents of the validation or test file change, not its name."""
     tok = tokenizer(tmp_path)
     run, inputs = make_run(tmp_path, Path("/models/tiny"), rows=TEN)
     files = {name: write_rows(tmp_path / f"{name}.jsonl", TEN[:2]) for name in ("validation", "test")}

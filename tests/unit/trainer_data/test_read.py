@@ -22,7 +22,7 @@ FILES: dict[str, tuple[str, str | bytes]] = {
     "tsv": ("a.tsv", "text\tother\nx\t1\ny\t2\n"),
     "txt": ("a.txt", "x\n\ny\n"),
     "gzip": ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n{"text": "y"}\n')),
-    "name without ending": ("data", '{"text": "x"}\n{"text": "y"}\n'),
+    "name without extension": ("data", '{"text": "x"}\n{"text": "y"}\n'),
 }
 
 
@@ -33,7 +33,7 @@ def test_every_file_format_is_read(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "text", "wanted"),
+    ("kind", "text", "texts"),
     [
         ("csv", "text,other\nx,1\n", ["x"]),
         ("txt", '{"text": "x"}\n', ['{"text": "x"}']),
@@ -41,11 +41,11 @@ def test_every_file_format_is_read(name: str, tmp_path: Path) -> None:
         ("json", '[{"text": "x"}]', ["x"]),
     ],
 )
-def test_file_format_of_the_spec_wins_over_the_extension(
-    kind: str, text: str, wanted: list[str], tmp_path: Path
+def test_file_format_of_the_spec_takes_precedence_over_the_extension(
+    kind: str, text: str, texts: list[str], tmp_path: Path
 ) -> None:
-    found = load_examples(tmp_path, {"fileFormat": kind}, text=text, name="rows.parquet")
-    assert found == [Text(one) for one in wanted]
+    examples = load_examples(tmp_path, {"fileFormat": kind}, text=text, name="rows.parquet")
+    assert examples == [Text(text_of_row) for text_of_row in texts]
 
 
 def test_parquet_is_read(tmp_path: Path) -> None:
@@ -59,7 +59,7 @@ def test_parquet_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "code", "found"),
+    ("text", "name", "code", "message"),
     [
         ("", "train.jsonl", "DatasetEmpty", "no rows"),
         ("\n \n", "train.txt", "DatasetEmpty", "no rows"),
@@ -83,7 +83,12 @@ def test_parquet_is_read(tmp_path: Path) -> None:
         ("[" * 100_000, "train.jsonl", "DatasetRowInvalid", "row 1: not valid JSON: maximum recursion depth"),
         ("[" * 100_000, "train.json", "DatasetRowInvalid", "not valid JSON: maximum recursion depth"),
         (f'[{{"text": {"1" * 5000}}}]', "train.json", "DatasetRowInvalid", "not valid JSON: Exceeds the limit"),
-        (r'{"text": "a \ud83d b"}', "train.jsonl", "DatasetRowInvalid", r"row 1: `\ud83d` is half of a character"),
+        (
+            r'{"text": "a \ud83d b"}',
+            "train.jsonl",
+            "DatasetRowInvalid",
+            r"row 1: `\ud83d` is half of a UTF-16 surrogate pair",
+        ),
         (
             r'[{"text": "a"}, {"text": {"b": ["\uDE00"]}}]',
             "train.json",
@@ -93,10 +98,10 @@ def test_parquet_is_read(tmp_path: Path) -> None:
         ("question,answer,answer\nq,a,b\n", "train.csv", "DatasetRowInvalid", "names column 'answer' twice"),
     ],
 )
-def test_broken_file_is_refused(text: str | bytes, name: str, code: str, found: str, tmp_path: Path) -> None:
+def test_broken_file_is_refused(text: str | bytes, name: str, code: str, message: str, tmp_path: Path) -> None:
     error = check_error(tmp_path, text=text, name=name)
     assert (error.code, int(error.exit_code)) == (code, 65)
-    assert found in error.message and name in error.message
+    assert message in error.message and name in error.message
 
 
 def test_escaped_surrogate_pairs_are_read(tmp_path: Path) -> None:

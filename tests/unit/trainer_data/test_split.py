@@ -23,14 +23,14 @@ from finetune_trainer.data.split import cut, mix, split_sizes
         (7, Split(train=1.0, validation=0.0), (7, 0, 0)),
     ],
 )
-def test_sizes_are_rounded_down_and_one_part_takes_the_rest(
+def test_sizes_are_rounded_down_and_one_part_gets_the_remaining_rows(
     rows: int, split: Split, sizes: tuple[int, int, int]
 ) -> None:
     assert split_sizes(rows, split) == sizes
     assert tuple(map(len, cut(range(rows), split))) == sizes
 
 
-def test_an_empty_part_is_refused() -> None:
+def test_a_split_without_rows_is_refused() -> None:
     with pytest.raises(DataError) as caught:
         split_sizes(1, Split(validation=1.0))
     assert caught.value.code == "SplitEmpty" and "no row for training" in caught.value.message

@@ -13,13 +13,13 @@ from tests.support.data import SYSTEM_FIRST, prepare_rows, render_options, token
 from tests.support.learning import TEN
 from tests.support.tiny import CHATML, CHATML_MARKED
 
-THINKING = (
+THINKING_TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}"
     "{% if m.role == 'assistant' and loop.last %}{{ '<think></think>' }}{% endif %}{{ m.content | trim + '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-"""Like those of reasoning models: the last answer is rendered with something that earlier ones do not have."""
-TWO = (
+"""A template like those of reasoning models: only the last answer is rendered with a think block."""
+TWO_ANSWERS = (
     Turn("system", "be"),
     Turn("user", "one"),
     Turn("assistant", "red"),
@@ -30,50 +30,50 @@ MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}<|im_start|>assistant says: {% generation %}{{ m.content }}{% endgeneration %}<|im_end|>\n"
     "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
 )
-"""Writes a header for an answer, and not when asked for one; its markers leave the end of the turn out."""
-IN_PIECES = MARKED.replace(
+"""Renders a header that the generation prompt lacks. Its generation markers exclude the end token of the turn."""
+MARKED_IN_PIECES = MARKED.replace(
     "{{ m.content }}", "{{ m.content[:2] }}{% endgeneration %}{% generation %}{{ m.content[2:] + '<|im_end|>\n' }}", 1
 )
-IN_PIECES = IN_PIECES.replace("{% endgeneration %}<|im_end|>\n", "{% endgeneration %}")
+MARKED_IN_PIECES = MARKED_IN_PIECES.replace("{% endgeneration %}<|im_end|>\n", "{% endgeneration %}")
 
 
-@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, THINKING], ids=["plain", "marked", "thinking"])
+@pytest.mark.parametrize("template", [CHATML, CHATML_MARKED, THINKING_TEMPLATE], ids=["plain", "marked", "thinking"])
 def test_answers_are_trained_on_with_their_end_tokens(template: str, tmp_path: Path) -> None:
-    spans = trained_texts(Conversation(TWO), render_options(tokenizer(tmp_path, template)))
+    spans = trained_texts(Conversation(TWO_ANSWERS), render_options(tokenizer(tmp_path, template)))
     assert spans[0] == "red<|im_end|>"
     assert spans[1] in ("green<|im_end|>", "<think></think>green<|im_end|>")
 
 
 def test_generation_markers_define_the_answers(tmp_path: Path) -> None:
-    how = render_options(tokenizer(tmp_path, MARKED))
-    assert trained_texts(Conversation(TWO), how) == ["red<|im_end|>", "green<|im_end|>"]
-    turns = (*TWO[:2], Turn("assistant", "red", 0), *TWO[3:])
-    assert trained_texts(Conversation(turns), how) == ["green<|im_end|>"]
-    whole = render(Conversation(turns), render_options(how.tokenizer, response_only=False))
+    options = render_options(tokenizer(tmp_path, MARKED))
+    assert trained_texts(Conversation(TWO_ANSWERS), options) == ["red<|im_end|>", "green<|im_end|>"]
+    turns = (*TWO_ANSWERS[:2], Turn("assistant", "red", 0), *TWO_ANSWERS[3:])
+    assert trained_texts(Conversation(turns), options) == ["green<|im_end|>"]
+    whole = render(Conversation(turns), render_options(options.tokenizer, response_only=False))
     assert [whole.text[end:start] for (_, end), (start, _) in zip(whole.spans, whole.spans[1:], strict=False)] == [
         "red<|im_end|>"
     ]
     unmarked = MARKED.replace("{% generation %}", "").replace("{% endgeneration %}", "")
-    assert "says" in trained_texts(Conversation(TWO), render_options(tokenizer(tmp_path / "b", unmarked)))[0]
+    assert "says" in trained_texts(Conversation(TWO_ANSWERS), render_options(tokenizer(tmp_path / "b", unmarked)))[0]
 
 
 def test_generation_markers_may_split_an_answer(tmp_path: Path) -> None:
-    how = render_options(tokenizer(tmp_path, IN_PIECES))
-    assert trained_texts(Conversation(TWO), how) == ["re", "d<|im_end|>\n", "gr", "een<|im_end|>\n"]
-    turns = (*TWO[:2], Turn("assistant", "red", 0), *TWO[3:])
-    assert "red" not in "".join(trained_texts(Conversation(turns), how)), (
-        "pieces that cannot be told apart are looked for"
+    options = render_options(tokenizer(tmp_path, MARKED_IN_PIECES))
+    assert trained_texts(Conversation(TWO_ANSWERS), options) == ["re", "d<|im_end|>\n", "gr", "een<|im_end|>\n"]
+    turns = (*TWO_ANSWERS[:2], Turn("assistant", "red", 0), *TWO_ANSWERS[3:])
+    assert "red" not in "".join(trained_texts(Conversation(turns), options)), (
+        "the content of the answers is searched if the marked spans cannot be matched"
     )
 
 
 def test_generation_markers_of_an_unused_template_are_ignored(tmp_path: Path) -> None:
     tok = tokenizer(tmp_path)
     tok.chat_template = {"default": CHATML, "tool_use": MARKED}
-    assert trained_texts(Conversation(TWO), render_options(tok)) == ["red<|im_end|>", "green<|im_end|>"]
+    assert trained_texts(Conversation(TWO_ANSWERS), render_options(tok)) == ["red<|im_end|>", "green<|im_end|>"]
 
 
 def test_an_answer_of_weight_0_is_not_trained_on(tmp_path: Path) -> None:
-    turns = (*TWO[:2], Turn("assistant", "red", 0), *TWO[3:])
+    turns = (*TWO_ANSWERS[:2], Turn("assistant", "red", 0), *TWO_ANSWERS[3:])
     assert trained_texts(Conversation(turns), render_options(tokenizer(tmp_path))) == ["green<|im_end|>"]
     whole = trained_texts(Conversation(turns), render_options(tokenizer(tmp_path), response_only=False))
     assert "red" not in "".join(whole) and "green" in "".join(whole)
@@ -82,8 +82,8 @@ def test_an_answer_of_weight_0_is_not_trained_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("template", [True, False], ids=["template", "words"])
 def test_an_untrained_answer_is_distinguished_from_the_same_word_elsewhere(template: bool, tmp_path: Path) -> None:
     turns = (Turn("user", "say red"), Turn("assistant", "red", 0), Turn("user", "two"), Turn("assistant", "green"))
-    how = render_options(tokenizer(tmp_path), response_only=False, template=template)
-    rendered = render(Conversation(turns), how)
+    options = render_options(tokenizer(tmp_path), response_only=False, template=template)
+    rendered = render(Conversation(turns), options)
     silent = "".join(
         rendered.text[end:start] for (_, end), (start, _) in zip(rendered.spans, rendered.spans[1:], strict=False)
     )
@@ -92,14 +92,14 @@ def test_an_untrained_answer_is_distinguished_from_the_same_word_elsewhere(templ
 
 
 def test_all_tokens_are_trained_on_if_response_only_is_disabled(tmp_path: Path) -> None:
-    how = render_options(tokenizer(tmp_path), response_only=False)
-    rendered = render(Conversation(TWO), how)
+    options = render_options(tokenizer(tmp_path), response_only=False)
+    rendered = render(Conversation(TWO_ANSWERS), options)
     assert rendered.spans == ((0, len(rendered.text)),)
 
 
-def test_markers_of_the_user_win(tmp_path: Path) -> None:
-    how = render_options(tokenizer(tmp_path), markers=("<|im_start|>user", "<|im_start|>assistant\n"))
-    assert trained_texts(Conversation(TWO), how) == ["red<|im_end|>\n", "green<|im_end|>\n"]
+def test_markers_of_the_user_take_precedence(tmp_path: Path) -> None:
+    options = render_options(tokenizer(tmp_path), markers=("<|im_start|>user", "<|im_start|>assistant\n"))
+    assert trained_texts(Conversation(TWO_ANSWERS), options) == ["red<|im_end|>\n", "green<|im_end|>\n"]
     plain = render_options(tokenizer(tmp_path), template=False, markers=("Q:", "A:"))
     assert trained_texts(Text("Q: one A: red Q: two A: green"), plain) == [" red ", " green"]
 

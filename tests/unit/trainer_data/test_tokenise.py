@@ -37,11 +37,11 @@ def test_a_token_is_trained_on_if_it_overlaps_a_span(widths: list[int], gaps: li
             spans.append((at + gap, at + gap + length))
         at += gap + length
     ids = list(range(100, 100 + len(widths)))
-    wanted = [
+    expected = [
         token if any(start < stop and end > begin for begin, stop in spans) else -100
         for token, (start, end) in zip(ids, offsets, strict=True)
     ]
-    assert labels_of(ids, offsets, spans) == wanted
+    assert labels_of(ids, offsets, spans) == expected
 
 
 def test_beginning_token_occurs_once_and_is_not_trained_on(tmp_path: Path) -> None:
@@ -57,13 +57,13 @@ def test_beginning_token_occurs_once_and_is_not_trained_on(tmp_path: Path) -> No
         )
 
 
-TWICE = SYSTEM_FIRST.replace("{{ bos_token }}", "{{ bos_token + bos_token }}")
+TEMPLATE_WITH_TWO_BOS = SYSTEM_FIRST.replace("{{ bos_token }}", "{{ bos_token + bos_token }}")
 
 
 @pytest.mark.parametrize("add_bos", [None, True])
 @pytest.mark.parametrize("count", [1, 2])
 def test_beginning_tokens_in_the_text_are_not_doubled(count: int, add_bos: bool | None, tmp_path: Path) -> None:
-    tok = tokenizer(tmp_path, SYSTEM_FIRST if count == 1 else TWICE, bos=True)
+    tok = tokenizer(tmp_path, SYSTEM_FIRST if count == 1 else TEMPLATE_WITH_TWO_BOS, bos=True)
     for name, rows in (("plain", [{"text": tok.bos_token * count + "one red"}]), ("templated", TEN)):
         for row in prepare_rows(tmp_path / name, tok, {"addBosToken": add_bos}, rows).train:
             assert (row["input_ids"].count(tok.bos_token_id), row["input_ids"][0]) == (1, tok.bos_token_id)
@@ -71,7 +71,7 @@ def test_beginning_tokens_in_the_text_are_not_doubled(count: int, add_bos: bool 
 
 
 def test_a_row_whose_first_token_alone_has_a_label_is_a_bad_row(tmp_path: Path) -> None:
-    """The first token has nothing before it to be predicted from."""
+    """The first token cannot be predicted, because no token precedes it."""
     tok = tokenizer(tmp_path)
     assert len(tok("a")["input_ids"]) == 1
     with pytest.raises(DataError) as caught:
@@ -96,9 +96,9 @@ def test_end_token_after_an_untrained_turn_is_not_trained_on(tmp_path: Path) -> 
     more = [{"role": "user", "content": "two"}]
     silent = [{"role": "assistant", "content": "green", "weight": 0}]
     rows = [{"messages": TEN[0]["messages"] + last} for last in ([], more, more + silent)]
-    found = decoded(tok, prepare_rows(tmp_path, tok, {"useChatTemplate": False}, rows))
-    assert [learned for _, learned in found] == [" red<|im_end|>", " red", " red"]
-    assert all(text.endswith("<|im_end|>") for text, _ in found)
+    trained = decoded(tok, prepare_rows(tmp_path, tok, {"useChatTemplate": False}, rows))
+    assert [learned for _, learned in trained] == [" red<|im_end|>", " red", " red"]
+    assert all(text.endswith("<|im_end|>") for text, _ in trained)
 
 
 def test_add_bos_token_without_a_beginning_token_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from finetune_trainer.objective.answers import (
 def fit(
     row: EncodedAnswers, kind: TrainerType, overflow: Overflow = Overflow.TRUNCATE, answer: int | None = None
 ) -> tuple[EncodedAnswers | None, RowCounts]:
-    """The row within a sequence of 6 tokens, and the counts."""
+    """Fit the row into a sequence of 6 tokens. Returns the row and the counts."""
     counts = RowCounts()
     return fit_to_limits("train.jsonl, row 1", row, LengthLimits(6, answer, overflow), counts, kind), counts
 
@@ -33,7 +33,7 @@ def test_answers_beyond_the_sequence_are_cut_and_counted() -> None:
 
 
 def test_a_reward_model_drops_rows_whose_answer_would_be_cut() -> None:
-    """The score is read at the end of the answer."""
+    """A reward model reads the score at the end of the answer."""
     fitted, counts = fit(LONG, TrainerType.REWARD)
     assert fitted is None
     assert (counts.cut, counts.left_out) == (0, 1)
@@ -54,7 +54,7 @@ def test_a_prompt_that_leaves_no_token_for_an_answer_is_dropped() -> None:
     assert fit(EncodedAnswers([1, 2, 3, 4, 5, 6], [[7], [8]]), TrainerType.DPO)[1].left_out == 1
 
 
-def test_pairs_that_are_equal_once_cut_are_dropped() -> None:
+def test_pairs_that_are_equal_after_cutting_are_dropped() -> None:
     fitted, counts = fit(EncodedAnswers([1], [[2, 3, 4], [2, 3, 5]]), TrainerType.DPO, answer=2)
     assert fitted is None and counts.same == 1
 

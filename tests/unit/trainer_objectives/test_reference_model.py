@@ -18,7 +18,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "spectrum": {"method": {"type": "spectrum"}},
 }
 
-REWARDED = {
+GRPO_TRAINER = {
     "type": "grpo", "maxCompletionLength": 6, "grpo": {"numGenerations": 2, "beta": 0.1},
     "rewards": [{"builtin": "regex", "parameters": {"pattern": "e"}}],
 }  # fmt: skip
@@ -30,62 +30,62 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+def same_matmul_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Disable a CPU kernel that multiplies frozen 4-bit weights in another order, which changes the loss."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_first_dpo_loss_is_that_of_equal_models(method: str, model: Path, tmp_path: Path) -> None:
+def test_first_dpo_loss_shows_that_reference_and_model_are_equal(method: str, model: Path, tmp_path: Path) -> None:
     spec = {**METHODS[method], "trainer": {"type": "dpo"}, "training": {"maxSteps": 1}}
     assert run_training(tmp_path, model, spec, PAIRS).losses == [pytest.approx(math.log(2), abs=2e-6)]
 
 
-def test_first_kto_loss_is_that_of_equal_models(model: Path, tmp_path: Path) -> None:
+def test_first_kto_loss_shows_that_reference_and_model_are_equal(model: Path, tmp_path: Path) -> None:
     spec = {**METHODS["spectrum on 4 bits"], "trainer": {"type": "kto"}, "training": {"maxSteps": 1}}
     assert run_training(tmp_path, model, spec, LABELLED).losses == [pytest.approx(0.5, abs=2e-6)]
 
 
 @pytest.mark.parametrize("method", ["spectrum on 4 bits", "new tokens"])
 def test_first_kl_divergence_of_grpo_is_zero(method: str, model: Path, tmp_path: Path) -> None:
-    """The distance to the reference is logged; a reference without the new row could not even read the prompts."""
+    """The KL divergence from the reference is logged. A reference without the row of the new token could not read the prompts."""
     grown = {"method": {"type": "full"}, "model": {"newTokens": ["<a>"]}}
-    spec = {**METHODS.get(method, grown), "trainer": REWARDED, "training": {"maxSteps": 1}}
+    spec = {**METHODS.get(method, grown), "trainer": GRPO_TRAINER, "training": {"maxSteps": 1}}
     rows = [{**row, "prompt": [user("<a> one")]} for row in PROMPTS] if method == "new tokens" else PROMPTS
     assert [line["kl"] for line in run_training(tmp_path, model, spec, rows).logs if "kl" in line] == [pytest.approx(0, abs=2e-6)]
 
 
 @pytest.fixture(scope="module")
-def spare(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model whose tokenizer knows one token more than it has rows, as those with a token for images do."""
+def model_with_spare_token(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose tokenizer has one token more than the embedding has rows, as some multimodal models do."""
     from transformers import AutoTokenizer
 
-    path = make_tiny_model(tmp_path_factory.mktemp("spare") / "raw")
+    path = make_tiny_model(tmp_path_factory.mktemp("model_with_spare_token") / "raw")
     tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.add_tokens([f"<image{place}>" for place in range(449 - len(tokenizer))])
+    tokenizer.add_tokens([f"<image{index}>" for index in range(449 - len(tokenizer))])
     tokenizer.save_pretrained(path)
     return path
 
 
 @pytest.mark.parametrize(
-    ("trainer", "rows"), [({"type": "dpo"}, PAIRS), ({"type": "kto"}, LABELLED), (REWARDED, PROMPTS)]
+    ("trainer", "rows"), [({"type": "dpo"}, PAIRS), ({"type": "kto"}, LABELLED), (GRPO_TRAINER, PROMPTS)]
 )
 def test_reference_needs_no_rows_for_unused_tokens(
-    trainer: dict[str, Any], rows: Any, spare: Path, tmp_path: Path
+    trainer: dict[str, Any], rows: Any, model_with_spare_token: Path, tmp_path: Path
 ) -> None:
     spec = {"method": {"type": "full"}, "trainer": trainer, "training": {"maxSteps": 1}}
-    assert len(run_training(tmp_path, spare, spec, rows).losses) == 1
+    assert len(run_training(tmp_path, model_with_spare_token, spec, rows).losses) == 1
 
 
 @pytest.mark.parametrize("rows", [448, 447])
-def test_named_reference_needs_as_many_rows_as_the_model(rows: int, spare: Path, tmp_path: Path) -> None:
+def test_named_reference_needs_as_many_rows_as_the_model(rows: int, model_with_spare_token: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    other = AutoModelForCausalLM.from_pretrained(spare)
+    other = AutoModelForCausalLM.from_pretrained(model_with_spare_token)
     other.resize_token_embeddings(rows)
     other.save_pretrained(tmp_path / "reference")
     trainer = {"type": "dpo", "dpo": {"referenceModel": "s3://models/other"}}
-    run, inputs = make_run(tmp_path, spare, {"trainer": trainer, "training": {"maxSteps": 1}}, PAIRS)
+    run, inputs = make_run(tmp_path, model_with_spare_token, {"trainer": trainer, "training": {"maxSteps": 1}}, PAIRS)
     inputs = inputs.model_copy(update={"reference": tmp_path / "reference"})
     if rows == 448:
         assert len(train_here(run, inputs).losses) == 1

@@ -1,4 +1,4 @@
-"""Rewards: what each built-in scores, and how a wrong one is named before a model is loaded."""
+"""The scores of the built-in rewards, and the errors for invalid rewards before a model is loaded."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune_trainer.objective.rewards import BUILTIN_REWARDS, Parameters, buil
 CITED = "<cited_answer><answer>Paris</answer><citations><source_id>7</source_id></citations></cited_answer>"
 
 
-def one(**spec: object):
+def build_one_reward(**spec: object):
     return build_rewards([Reward.model_validate(spec)], Path("absent"))[0]
 
 
@@ -23,7 +23,7 @@ def score(
     text: str, /, ids: list[int] | None = None, row: dict[str, object] | None = None, **spec: object
 ) -> float | None:
     columns = {name: [value] for name, value in (row or {}).items()}
-    return one(**spec)(prompts=["p"], completions=[text], completion_ids=[ids or []], **columns)[0]
+    return build_one_reward(**spec)(prompts=["p"], completions=[text], completion_ids=[ids or []], **columns)[0]
 
 
 @pytest.mark.parametrize(
@@ -42,10 +42,10 @@ def test_citation_format(text: str, expected: float) -> None:
     assert score(text, builtin="citationFormat") == expected
 
 
-def test_citation_format_over_lines_when_asked() -> None:
-    spread = CITED.replace("><", ">\n<").replace("Paris", "Paris\nindeed")
-    assert score(spread, builtin="citationFormat") == 0.0
-    assert score(spread, builtin="citationFormat", parameters={"multiline": "true"}) == 1.0
+def test_citation_format_matches_over_several_lines_only_with_multiline() -> None:
+    over_lines = CITED.replace("><", ">\n<").replace("Paris", "Paris\nindeed")
+    assert score(over_lines, builtin="citationFormat") == 0.0
+    assert score(over_lines, builtin="citationFormat", parameters={"multiline": "true"}) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_length_falls_outside_its_bounds(size: int, expected: float) -> None:
     assert score("x", ids=[1] * size, builtin="length", parameters={"minimum": "10", "maximum": "20"}) == expected
 
 
-def test_length_counts_what_is_asked() -> None:
+def test_length_counts_the_unit_of_the_spec() -> None:
     assert score("one two", builtin="length", parameters={"unit": "words", "minimum": "4"}) == 0.5
     assert score("abcd", builtin="length", parameters={"unit": "characters", "maximum": "4"}) == 1.0
 
@@ -107,13 +107,13 @@ def test_json_schema() -> None:
 
 def test_messages_are_read_as_text() -> None:
     assert text_of([{"role": "assistant", "content": "four"}]) == "four"
-    assert one(builtin="regex", parameters={"pattern": "^four$"})(
+    assert build_one_reward(builtin="regex", parameters={"pattern": "^four$"})(
         completions=[[{"role": "assistant", "content": "four"}]]
     ) == [1.0]
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ({"builtin": "regex"}, r"trainer.rewards\[0\].parameters.pattern is missing"),
         ({"builtin": "regex", "parameters": {"pattern": "("}}, "not a regular expression"),
@@ -127,50 +127,52 @@ def test_messages_are_read_as_text() -> None:
         ({"builtin": "jsonSchema", "parameters": {"schema": '{"type": "thing"}'}}, "not a JSON schema"),
     ],
 )
-def test_wrong_parameters_are_named(spec: dict[str, object], said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as caught:
-        one(**spec)
+def test_errors_name_invalid_parameters(spec: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        build_one_reward(**spec)
     assert caught.value.code == "RewardParameterInvalid"
 
 
-def test_two_of_one_name_are_refused() -> None:
+def test_two_rewards_with_the_same_name_are_refused() -> None:
     twice = [Reward.model_validate({"builtin": "thinkFormat"})] * 2
     with pytest.raises(ConfigError, match="'thinkFormat'") as caught:
         build_rewards(twice, Path("absent"))
     assert caught.value.code == "RewardNameTwice"
 
 
-def test_a_missing_column_is_named_with_what_is_there() -> None:
+def test_error_for_a_missing_column_lists_the_columns_of_the_rows() -> None:
     with pytest.raises(ConfigError, match="reads column 'answer', and the rows have level, solution") as caught:
-        require_columns([one(builtin="exactMatch")], ["solution", "level"])
+        require_columns([build_one_reward(builtin="exactMatch")], ["solution", "level"])
     assert caught.value.code == "RewardColumnMissing"
 
 
-# ---- the user's own
+# ---- user-defined functions
 
 
-def own(tmp_path: Path, source: str, **spec: object):
+def user_reward(tmp_path: Path, source: str, **spec: object):
     (tmp_path / "mine").mkdir(exist_ok=True)
     (tmp_path / "mine" / "r.py").write_text(source)
     value = {"configMapRef": {"name": "mine", "key": "r.py"}, **spec}
     return build_rewards([Reward.model_validate(value)], tmp_path)[0]
 
 
-def test_own_function_with_weight_and_columns(tmp_path: Path) -> None:
+def test_user_function_gets_columns_and_keeps_its_weight(tmp_path: Path) -> None:
     source = "SCALE = 2\ndef tone(completions, level, **_):\n    return [SCALE * n for n in level]\n"
-    found = own(tmp_path, source, function="tone", weight=0.5)
-    assert (found.__name__, found.weight) == ("tone", 0.5)
-    assert found(prompts=["p", "p"], completions=["a", "b"], level=[1, 3]) == [2.0, 6.0]
+    reward = user_reward(tmp_path, source, function="tone", weight=0.5)
+    assert (reward.__name__, reward.weight) == ("tone", 0.5)
+    assert reward(prompts=["p", "p"], completions=["a", "b"], level=[1, 3]) == [2.0, 6.0]
 
 
-def test_own_function_defaults_to_reward_and_may_have_no_opinion(tmp_path: Path) -> None:
-    found = own(tmp_path, "def reward(completions, **_):\n    return [None for _ in completions]\n", name="quiet")
-    assert found.__name__ == "quiet"
-    assert found(completions=["a"]) == [None]
+def test_user_function_is_called_reward_by_default_and_may_return_none(tmp_path: Path) -> None:
+    reward = user_reward(
+        tmp_path, "def reward(completions, **_):\n    return [None for _ in completions]\n", name="quiet"
+    )
+    assert reward.__name__ == "quiet"
+    assert reward(completions=["a"]) == [None]
 
 
 @pytest.mark.parametrize(
-    ("source", "code", "said"),
+    ("source", "code", "message"),
     [
         ("def reward(:\n", "RewardFileInvalid", r"ConfigMap mine, key r.py .* \(line 1\)"),
         ("import absent_package\n", "RewardFileInvalid", "absent_package"),
@@ -178,15 +180,15 @@ def test_own_function_defaults_to_reward_and_may_have_no_opinion(tmp_path: Path)
         ("def reward(completions):\n    return [1]\n", "RewardFunctionMissing", r"\*\*kwargs"),
     ],
 )
-def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, source: str, code: str, said: str) -> None:
+def test_error_for_an_unusable_file_names_the_config_map(tmp_path: Path, source: str, code: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        own(tmp_path, source)
+        user_reward(tmp_path, source)
     assert caught.value.code == code
-    assert re.search(said, str(caught.value))
+    assert re.search(message, str(caught.value))
 
 
 @pytest.mark.parametrize(
-    ("body", "code", "said"),
+    ("body", "code", "message"),
     [
         ("return 1.0", "RewardInvalid", "returned float"),
         ("return [1.0]", "RewardInvalid", "1 values for 2 completions"),
@@ -195,27 +197,27 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, source: str, code: 
         ("return [1 / 0, 1]", "RewardFailed", r"ZeroDivisionError: division by zero \(line 2\)"),
     ],
 )
-def test_what_a_function_returns_is_checked(tmp_path: Path, body: str, code: str, said: str) -> None:
-    found = own(tmp_path, f"def reward(completions, **_):\n    {body}\n")
-    with pytest.raises(ConfigError, match=said) as caught:
-        found(completions=["a", "b"])
+def test_return_value_of_a_user_function_is_checked(tmp_path: Path, body: str, code: str, message: str) -> None:
+    reward = user_reward(tmp_path, f"def reward(completions, **_):\n    {body}\n")
+    with pytest.raises(ConfigError, match=message) as caught:
+        reward(completions=["a", "b"])
     assert caught.value.code == code
 
 
-def test_a_missing_config_map_is_the_users(tmp_path: Path) -> None:
+def test_a_missing_config_map_is_a_user_failure(tmp_path: Path) -> None:
     spec = Reward.model_validate({"configMapRef": {"name": "mine", "key": "r.py"}})
     with pytest.raises(NotFoundError) as caught:
         build_rewards([spec], tmp_path)
     assert (caught.value.code, caught.value.failure_class) == ("ConfigMapMissing", "User")
 
 
-def test_parameters_of_an_own_function_are_refused(tmp_path: Path) -> None:
+def test_parameters_for_a_user_function_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="only read by built-in rewards"):
-        own(tmp_path, "def reward(**_):\n    return []\n", parameters={"a": "b"})
+        user_reward(tmp_path, "def reward(**_):\n    return []\n", parameters={"a": "b"})
 
 
 @pytest.mark.parametrize("builtin", list(BuiltinReward))
-def test_what_is_read_is_what_the_api_lists(builtin: BuiltinReward) -> None:
+def test_builtin_rewards_read_the_parameters_that_the_api_lists(builtin: BuiltinReward) -> None:
     needed = {
         BuiltinReward.REGEX: {"pattern": "x"}, BuiltinReward.JSON_SCHEMA: {"schema": "{}"}, BuiltinReward.LENGTH: {"minimum": "1"},
     }  # fmt: skip

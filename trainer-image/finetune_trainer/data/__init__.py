@@ -1,7 +1,7 @@
-"""From data files to token sequences, in stages: read, detect, normalise, check, split (without torch); then render, tokenise, pack.
+"""Turns data files into token sequences, in stages: read, detect, normalise, check, split (without torch); then render, tokenise, pack.
 
-Each stage takes and returns typed values and counts what it changed. An error names the file and the row, what was found, and what
-to write instead.
+Each stage takes and returns typed values and counts the rows that it changed or dropped. An error names the file, the row, the
+problem, and the correction.
 """
 
 from finetune_trainer.data.load import DataSummary, LoadedData, check_files, load, trains_on_answers_only

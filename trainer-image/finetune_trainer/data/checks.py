@@ -22,7 +22,7 @@ from finetune_trainer.data.rows import (
     Turn,
 )
 
-PERSONAL = {
+PERSONAL_DATA_PATTERNS = {
     # The lookbehind and the bounds keep the search linear: without them, a long row without spaces takes quadratic time.
     "email": re.compile(r"(?<![\w.+-])[\w.+-]+@(?:[\w-]{1,63}\.){1,8}[A-Za-z]{2,24}\b"),
     "phone": re.compile(
@@ -32,7 +32,7 @@ PERSONAL = {
     "ipAddress": re.compile(r"\b(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)\b"),
     "iban": re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){3,7}\b"),
 }
-MOST_FREQUENT_ANSWERS = 10
+TOP_ANSWERS = 10
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Findings:
 
     duplicates: int | None = None
     personal: dict[str, int] | None = None
-    """Rows with at least one match, by kind. The matches themselves are not kept."""
+    """Number of rows with at least one match, by kind of personal data. The matches themselves are not stored."""
     answers: dict[str, int] | None = None
     """The most frequent answers with their counts."""
     share_of_top_answer: float | None = None
@@ -51,7 +51,7 @@ Rows = Sequence[tuple[RawRow, Example]]
 
 
 def deduplicate(sources: Sequence[Rows]) -> tuple[list[list[tuple[RawRow, Example]]], int]:
-    """Each source without the rows whose example equals an earlier one of any source, and the number of removed rows."""
+    """Remove every row whose example equals an earlier example of any source. Returns the sources and the number of removed rows."""
     seen: set[bytes] = set()
     kept: list[list[tuple[RawRow, Example]]] = []
     for rows in sources:
@@ -65,7 +65,7 @@ def deduplicate(sources: Sequence[Rows]) -> tuple[list[list[tuple[RawRow, Exampl
 
 
 def json_error(example: Example) -> RowError | None:
-    """The error of an example with an answer that is not JSON, or None."""
+    """Return an error if an answer of the example is not JSON, else None."""
     for answer in answer_texts(example):
         try:
             json.loads(answer)
@@ -80,18 +80,18 @@ def json_error(example: Example) -> RowError | None:
 
 def scan_personal(rows: Rows) -> dict[str, int]:
     """Number of rows that match a pattern of personal data, by kind."""
-    found: Counter[str] = Counter(dict.fromkeys(PERSONAL, 0))
+    matching_rows: Counter[str] = Counter(dict.fromkeys(PERSONAL_DATA_PATTERNS, 0))
     for _, example in rows:
         text = "\n".join(all_texts(example))
-        found.update(kind for kind, pattern in PERSONAL.items() if pattern.search(text))
-    return dict(found)
+        matching_rows.update(kind for kind, pattern in PERSONAL_DATA_PATTERNS.items() if pattern.search(text))
+    return dict(matching_rows)
 
 
-def balance(rows: Rows) -> tuple[dict[str, int], float]:
-    """The most frequent answers (first 80 characters) with their counts, and the share of the most frequent one."""
+def count_top_answers(rows: Rows) -> tuple[dict[str, int], float]:
+    """Return the most frequent answers (first 80 characters) with their counts, and the share of the most frequent answer."""
     counts = Counter(answer.strip()[:80] for _, example in rows for answer in answer_texts(example))
     total = sum(counts.values())
-    top = counts.most_common(MOST_FREQUENT_ANSWERS)
+    top = counts.most_common(TOP_ANSWERS)
     return dict(top), (top[0][1] / total if total else 0.0)
 
 

@@ -1,6 +1,6 @@
-"""Which column of a row has which role: the format's own column names, aliases of other tools, and `dataset.columns`.
+"""Finds the column of a row for a role: by `dataset.columns`, the format's own column names, or the names that other tools use.
 
-If `dataset.columns` names a column, no other name is tried. Otherwise the first known name that the row has is used; the exact
+If `dataset.columns` names a column, no other name is tried. Otherwise the first known name that the row has is used. The exact
 spelling is tried before other capitalisations.
 """
 
@@ -17,7 +17,7 @@ from finetune_trainer.data.rows import RowError
 
 @dataclass(frozen=True)
 class ColumnRole:
-    """What a column is for: the field of `dataset.columns` that names it, and the names that are tried without that field."""
+    """The purpose of a column: the field of `dataset.columns` that can name the column, and the names that are tried if it is not set."""
 
     field: str
     names: tuple[str, ...]
@@ -29,9 +29,9 @@ PROMPT = ColumnRole("question", ("prompt", "question", "instruction", "query"))
 
 def find_column(role: ColumnRole, names: Collection[str], columns: Columns) -> str | None:
     """The column among `names` that has the role, or None."""
-    given = getattr(columns, role.field, None)
-    if given is not None:
-        return given if given in names else None
+    configured_name = getattr(columns, role.field, None)
+    if configured_name is not None:
+        return configured_name if configured_name in names else None
     for known in role.names:
         if known in names:
             return known
@@ -57,9 +57,11 @@ def required_value(role: ColumnRole, row: Mapping[str, Any], columns: Columns) -
 
 def missing_column(role: ColumnRole, names: Collection[str], columns: Columns) -> RowError:
     """The error for a row without a column for the role. It lists the columns that the row has."""
-    given = getattr(columns, role.field, None)
+    configured_name = getattr(columns, role.field, None)
     expected = (
-        f"column `{given}` (dataset.columns.{role.field})" if given else f"a column `{'` or `'.join(role.names)}`"
+        f"column `{configured_name}` (dataset.columns.{role.field})"
+        if configured_name
+        else f"a column `{'` or `'.join(role.names)}`"
     )
     present = ", ".join(f"`{name}`" for name in names) or "no columns"
     return RowError(

@@ -13,26 +13,28 @@ from finetune_trainer.data.formats import FORMATS, Format
 from finetune_trainer.data.rows import RawRow
 
 SAMPLE_ROWS = 50
-"""Rows that are inspected: one unusual first row must not decide the format."""
+"""Number of rows to inspect. It is more than 1, so that an unusual first row does not decide the format."""
 
 
 def detect(sample: Sequence[RawRow], columns: Columns) -> Format:
     """The format that matches most of the sampled rows. Errors: DatasetEmpty, FormatUnknown."""
     if not sample:
         raise DataError("DatasetEmpty", "the data set has no rows", hint="give a file with at least one row")
-    matches = [next((one for one in FORMATS if one.matches(row.value, columns)), None) for row in sample[:SAMPLE_ROWS]]
-    known = [one for one in matches if one is not None]
-    if not known:
+    matches = [
+        next((form for form in FORMATS if form.matches(row.value, columns)), None) for row in sample[:SAMPLE_ROWS]
+    ]
+    detected = [form for form in matches if form is not None]
+    if not detected:
         present = ", ".join(f"`{name}`" for name in sample[0].value) or "no columns"
         raise DataError(
             "FormatUnknown", f"{sample[0].file.name}: the columns match no known format; the first row has {present}",
-            hint="set dataset.format, and dataset.columns where the names differ from the format's own",
+            hint="set dataset.format; if your column names differ from those of the format, set dataset.columns too",
         )  # fmt: skip
-    return max(dict.fromkeys(known), key=known.count)
+    return max(dict.fromkeys(detected), key=detected.count)
 
 
 def require_columns(sample: Sequence[RawRow], form: Format, columns: Columns) -> None:
-    """Refuse data in which no sampled row has a required column: one error for the file, not one per row.
+    """Refuse data in which no sampled row has a required column. The job gets one error for the file instead of one for each row.
 
     Errors: ColumnMissing.
     """
@@ -44,9 +46,9 @@ def require_columns(sample: Sequence[RawRow], form: Format, columns: Columns) ->
 
 
 def is_alpaca_instead(sample: Sequence[RawRow], given: DatasetFormat, columns: Columns) -> bool:
-    """Whether the format is `qa` with named columns, and all rows have alpaca's columns instead of the named ones."""
-    named = [name for name in (columns.question, columns.answer) if name is not None]
-    if given is not DatasetFormat.QA or not named or not sample:
+    """Whether the spec says `qa` and names columns, but all rows have the columns of `alpaca` and none of the named columns."""
+    named_columns = [name for name in (columns.question, columns.answer) if name is not None]
+    if given is not DatasetFormat.QA or not named_columns or not sample:
         return False
     rows = [row.value.keys() for row in sample[:SAMPLE_ROWS]]
-    return all({"instruction", "output"} <= row and not row & set(named) for row in rows)
+    return all({"instruction", "output"} <= row and not row & set(named_columns) for row in rows)

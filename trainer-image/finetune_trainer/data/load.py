@@ -1,7 +1,7 @@
-"""Files to typed examples: read, normalised, checked, split and counted. The part of the data stages that needs no torch.
+"""Reads data files into typed examples, and normalises, checks, splits and counts them. These stages need no torch.
 
-The supervisor runs it before the ranks get their inputs (`check_files`), so that a bad row ends a job within seconds. The ranks
-run it again for the examples themselves.
+The supervisor runs these stages before the ranks start (`check_files`), so that a bad row ends a job within seconds. The ranks run
+the stages again to get the examples.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ Rows = list[tuple[RawRow, Example]]
 
 @dataclass
 class DataSummary:
-    """What was read, counted."""
+    """Formats, row counts and check results of the data."""
 
     format: DatasetFormat
     """Format of the first source."""
     formats: list[DatasetFormat] = field(default_factory=list)
-    """Formats of all sources, in the order of reading, each once."""
+    """Formats of all sources, in the order in which the sources are read, without duplicates."""
     rows: dict[str, int] = field(default_factory=dict)
     """Usable rows per split: train, validation, test."""
     bad_rows: int = 0
@@ -51,11 +51,11 @@ class DataSummary:
 
     @property
     def format_with_turns(self) -> DatasetFormat:
-        """The first format that has turns, else the format: it decides which part of a row is trained on.
+        """The first format that has turns, else the first format. It decides which part of a row is trained on.
 
-        Text without turns is trained on as a whole in any case, so it must not decide for the other sources of a mixture.
+        All tokens of text without turns are trained on. Such a source must not decide for the other sources of a mixture.
         """
-        return next((one for one in self.formats if one not in FORMATS_WITHOUT_TURNS), self.format)
+        return next((form for form in self.formats if form not in FORMATS_WITHOUT_TURNS), self.format)
 
 
 @dataclass
@@ -116,7 +116,7 @@ def trains_on_answers_only(run: RunConfig, form: DatasetFormat) -> bool:
 
 
 def _read_sources(reader: _Reader, run: RunConfig, inputs: Inputs) -> list[Rows]:
-    """Training rows per source."""
+    """Training rows of each source."""
     spec = run.spec.dataset
     if not inputs.mixture:
         return [reader.read(inputs.train, spec.format, spec.columns)]
@@ -129,16 +129,16 @@ def _read_sources(reader: _Reader, run: RunConfig, inputs: Inputs) -> list[Rows]
 def _cut_splits(sources: Sequence[Rows], split: Split) -> tuple[list[Rows], Rows, Rows]:
     """Training rows per source, validation rows and test rows.
 
-    This happens before mixing. A mixture repeats the rows of a small source; if it were cut afterwards, the same row could be both
-    trained on and held out.
+    The rows are split before the sources are mixed, because a mixture repeats the rows of a small source. If the mixture were split,
+    copies of one row could be in both training and validation data.
     """
     train, validation, test = cut([(number, row) for number, rows in enumerate(sources) for row in rows], split)
-    left: list[Rows] = [[row for source, row in train if source == number] for number in range(len(sources))]
-    return left, [row for _, row in validation], [row for _, row in test]
+    train_by_source: list[Rows] = [[row for source, row in train if source == number] for number in range(len(sources))]
+    return train_by_source, [row for _, row in validation], [row for _, row in test]
 
 
 def _mix_sources(summary: DataSummary, run: RunConfig, sources: Sequence[Rows]) -> Rows:
-    """The rows of `dataset.mixture`, by weight and seed. Errors: DataError DatasetEmpty."""
+    """Mix the sources of `dataset.mixture` by their weights and the seed. Errors: DataError DatasetEmpty."""
     items = run.spec.dataset.mixture or []
     weights = [1.0 if item.weight is None else item.weight for item in items]
     for item, rows, weight in zip(items, sources, weights, strict=True):
@@ -158,7 +158,7 @@ def _mix_sources(summary: DataSummary, run: RunConfig, sources: Sequence[Rows]) 
 
 
 def as_prompt(example: Example, row: RawRow) -> Example | RowError:
-    """The question of an example as a prompt, with its answer and the row's columns for the rewards."""
+    """Convert an example to a prompt. The answer and the other columns of the row are kept for the rewards."""
     match example:
         case Conversation(turns):
             last = max((index for index, turn in enumerate(turns) if turn.role == "assistant"), default=len(turns))
@@ -205,7 +205,7 @@ class _Reader:
     def _choose_format(
         self, sample: list[RawRow], given: DatasetFormat | None, columns: Columns
     ) -> tuple[Format, Columns]:
-        """The format of the rows, and the columns that go with it. Errors: ConfigError FormatMismatch; DataError."""
+        """Return the format of the rows and the column names to use. Errors: ConfigError FormatMismatch; DataError."""
         if given is not None and is_alpaca_instead(sample, given, columns):
             form = format_named(DatasetFormat.ALPACA)
             named = " or ".join(f"`{name}`" for name in (columns.question, columns.answer) if name)
@@ -252,7 +252,7 @@ class _Reader:
     def _examples(
         self, rows: Iterable[RawRow], form: Format, columns: Columns, bad_rows: list[tuple[RawRow, RowError]]
     ) -> Rows:
-        """The usable rows; the others are added to `bad_rows`. Errors: DataError for the first one, unless they are skipped."""
+        """Yield the usable rows and add the others to `bad_rows`. Errors: DataError for the first bad row, unless bad rows are skipped."""
         needs_json = self.spec.checks is not None and self.spec.checks.validate_json is True
         usable: Rows = []
         for row, result in form.read_all(rows, self._read_options(form, columns)):
@@ -269,7 +269,7 @@ class _Reader:
         return usable
 
     def _tolerate(self, bad_rows: list[tuple[RawRow, RowError]], rows: int) -> None:
-        """Note the bad rows, or refuse them if they are too many. Errors: TooManyBadRows."""
+        """Report the skipped rows in a note. Errors: TooManyBadRows if more rows than allowed are bad."""
         if not bad_rows:
             return
         limit = DEFAULT_MAX_BAD_ROW_RATIO if self.spec.max_bad_row_ratio is None else self.spec.max_bad_row_ratio
@@ -284,7 +284,7 @@ class _Reader:
         )
 
     def apply_checks(self, sources: list[Rows]) -> list[Rows]:
-        """Run the options of `dataset.checks` that concern all training rows. Returns the rows without duplicates."""
+        """Run the checks of `dataset.checks` that need all training rows. Returns the rows without duplicates."""
         options, findings, notes = self.spec.checks, self.summary.findings, self.summary.notes
         if options is None:
             return sources
@@ -297,7 +297,7 @@ class _Reader:
             hits = ", ".join(f"{kind} in {count}" for kind, count in findings.personal.items() if count)
             notes.append(f"rows that may hold personal data: {hits or 'none'}")
         if options.balance:
-            findings.answers, findings.share_of_top_answer = checks.balance(rows)
+            findings.answers, findings.share_of_top_answer = checks.count_top_answers(rows)
             if findings.answers:
                 top = next(iter(findings.answers))
                 notes.append(f"most frequent answer: {top!r}, {findings.share_of_top_answer:.1%} of all")

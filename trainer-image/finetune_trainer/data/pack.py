@@ -1,4 +1,4 @@
-"""Stage 7, pack: put several rows into one sequence, best-fit decreasing over all rows at once.
+"""Stage 7, pack: put several rows into one sequence with best-fit decreasing bin packing over all rows.
 
 Rows go into bins of `capacity` tokens: the longest first, each into the fullest bin that still has enough space. Attention between
 the documents of a sequence is prevented by their position ids, which restart at 0 in each document.
@@ -41,5 +41,5 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def padding_share(lengths: Sequence[int], bins: int, capacity: int) -> float:
-    """Share of the positions in `bins` sequences of full length that hold no token."""
+    """Share of padding: positions without a token, divided by all positions of `bins` sequences of length `capacity`."""
     return 1 - sum(lengths) / (bins * capacity) if bins else 0.0

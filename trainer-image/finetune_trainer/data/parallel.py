@@ -22,13 +22,13 @@ from finetune_trainer.data.template import Rendered, RenderOptions, render
 from finetune_trainer.data.tokenise import BATCH_ROWS, EncodedRow, TokeniseOptions, encode
 
 ROWS_PER_WORKER = 10_000
-"""Fewer rows do not pay for the start of a worker."""
+"""Each worker gets at least this many rows. With fewer rows, starting a worker takes longer than the work."""
 CGROUP_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 Result = TypeVar("Result", covariant=True)
 
 
 class RejectedRow(NamedTuple):
-    """A row that cannot be rendered: the fields of its RowError, and where it is."""
+    """A row that cannot be rendered: its location and the fields of its RowError."""
 
     location: str
     code: str
@@ -37,10 +37,10 @@ class RejectedRow(NamedTuple):
 
 
 class BatchEncoder(Protocol[Result]):
-    """What a worker does with a batch of rows. It is pickled, with everything it needs."""
+    """The function that a worker applies to a batch of rows. The function and its data are pickled."""
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> Sequence[Result | RejectedRow]:
-        """One result per row (location, example)."""
+        """Return one result for each row (location, example)."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ _encoder: BatchEncoder[Any] | None = None
 
 
 def _start_worker(encoder: BatchEncoder[Any]) -> None:
-    global _encoder  # a worker process has the same encoder until it ends
+    global _encoder  # a worker process keeps one encoder for its lifetime
     _encoder = encoder
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is one worker per core already
 
@@ -85,7 +85,7 @@ def encode_rows(
     rows: Sequence[tuple[Any, Example]], encoder: BatchEncoder[Result], *, processes: int,
     on_bad_row: Callable[[str, str, str, str], None],
 ) -> Iterator[Result]:  # fmt: skip
-    """The encoder's result for every row, in order. For a rejected row, `on_bad_row` is called; it raises or returns."""
+    """Yield the encoder's result for every row, in order. For a rejected row, `on_bad_row` is called. If it returns, the row is skipped."""
     batches = _batches(rows)
     workers = min(processes, len(rows) // ROWS_PER_WORKER)
     pool = _start_pool(encoder, workers) if workers > 1 else None

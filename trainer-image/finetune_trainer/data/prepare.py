@@ -1,7 +1,7 @@
-"""Examples to token sequences, once per node, cached under a hash of everything that decides them.
+"""Turns examples into token sequences once per node. The cache key is a hash of all inputs that decide the tokens.
 
-One rank of a node does the work and writes the result below the work folder; the other ranks map the same files into memory. A
-second attempt on the same disk, or a repeated local run, finds the result by the hash.
+One rank of each node does the work and writes the result below the work folder. The other ranks map the same files into memory. A
+second attempt on the same disk, or a repeated local run, finds the cached result by the hash.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 CACHE_VERSION = 5
-"""Part of the cache key. Raise it when a change of the stages changes tokens or the cached files."""
+"""Part of the cache key. Increase the version when the code changes the tokens or the layout of the cached files."""
 SUMMARY_FILE = "summary.json"
 MAX_SEQUENCE_LENGTH = "dataset.maxSequenceLength"
 DEFAULT_MAX_SEQUENCE_LENGTH = 2048
 SHORTEST_SEQUENCE = 2
-"""Tokens that a row needs so that one token can be predicted from another."""
+"""Minimum tokens of a row: the first token is the input from which the second is predicted."""
 NO_TOKENIZER_LIMIT = 1 << 24
-"""A tokenizer without a limit has a huge `model_max_length`; values from here on mean "no limit"."""
+"""A tokenizer without a limit has a huge `model_max_length`. Values of at least this number mean "no limit"."""
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Splits:
     test: Dataset | None = None
 
     def map(self, change: Callable[[Dataset], Dataset]) -> Splits:
-        """The splits with the same change applied to each."""
+        """Apply the same change to each split."""
         return Splits(change(self.train), self.validation and change(self.validation), self.test and change(self.test))
 
 
@@ -93,15 +93,15 @@ def prepare(
 
 
 def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | None) -> int:
-    """Longest row in tokens: the spec's value, or a default that is lowered to what the model can read.
+    """Longest row in tokens: the value of the spec. A default is lowered to the number of positions that the model has for rows.
 
-    The virtual tokens of a prompt-learning method occupy positions, too. Errors: ConfigError SequenceTooLong.
+    The virtual tokens of a prompt-learning method occupy positions too. Errors: ConfigError SequenceTooLong.
     """
-    asked = run.spec.dataset.max_sequence_length
+    requested = run.spec.dataset.max_sequence_length
     tokenizer_limit = getattr(tokenizer, "model_max_length", None)
     limit = max_positions or (tokenizer_limit if tokenizer_limit and tokenizer_limit < NO_TOKENIZER_LIMIT else None)
     if limit is None:
-        return asked or DEFAULT_MAX_SEQUENCE_LENGTH
+        return requested or DEFAULT_MAX_SEQUENCE_LENGTH
     virtual = virtual_tokens(run)
     available = limit - virtual
     taken = f", of which method.promptLength takes {virtual}" if virtual else ""
@@ -110,12 +110,12 @@ def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | Non
             "SequenceTooLong", f"the model has {limit} positions{taken}: no row fits",
             hint=f"write method.promptLength {limit // 2} or less, or choose a model with a longer context",
         )  # fmt: skip
-    if asked is None or MAX_SEQUENCE_LENGTH in run.defaults:
+    if requested is None or MAX_SEQUENCE_LENGTH in run.defaults:
         return min(DEFAULT_MAX_SEQUENCE_LENGTH, available)
-    if asked <= available:
-        return asked
+    if requested <= available:
+        return requested
     raise ConfigError(
-        "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH} is {asked}, but the model has {limit} positions{taken}",
+        "SequenceTooLong", f"{MAX_SEQUENCE_LENGTH} is {requested}, but the model has {limit} positions{taken}",
         hint=f"write {available} or less, or choose a model with a longer context",
     )  # fmt: skip
 
@@ -156,7 +156,7 @@ def _chat_template_text(option: Any, config_maps: Path) -> str:
 
 
 def render_options(run: RunConfig, tokenizer: Any, templated: bool, form: DatasetFormat) -> RenderOptions:
-    """How the rows of this run are rendered. `templated`: with the tokenizer's chat template."""
+    """Options for rendering the rows of this run. `templated`: whether the tokenizer's chat template is used."""
     option = run.spec.dataset.response_only
     markers = (option.question_marker or "", option.answer_marker or "") if option else ("", "")
     specials = sorted((t.content for t in tokenizer.added_tokens_decoder.values() if t.special), key=len, reverse=True)
@@ -169,7 +169,7 @@ def render_options(run: RunConfig, tokenizer: Any, templated: bool, form: Datase
 def _tokenise_splits(
     run: RunConfig, inputs: Inputs, tokenizer: Any, length: int, templated: bool
 ) -> tuple[LoadedData, dict[str, TokenisedSplit], list[str]]:
-    """Load, render, tokenise and pack all splits. Returns them with the notes for the status."""
+    """Load, render, tokenise and pack all splits. Returns the splits and the notes for the status."""
     spec = run.spec.dataset
     loaded = load(run, inputs)
     options = TokeniseOptions(
@@ -179,7 +179,7 @@ def _tokenise_splits(
     notes = list(loaded.summary.notes)
     splits: dict[str, TokenisedSplit] = {}
     for name, rows in loaded.splits():
-        if templated and spec.use_chat_template is None and any(isinstance(one, Completion) for _, one in rows):
+        if templated and spec.use_chat_template is None and any(isinstance(example, Completion) for _, example in rows):
             notes.append(
                 "prompt and completion are joined without a chat template; dataset.useChatTemplate: true renders them as turns"
             )
@@ -194,7 +194,7 @@ def _tokenise_splits(
 
 
 class BadRowPolicy:
-    """Applies `dataset.badRows` to rows that turn out to be unusable only when they are rendered or tokenised."""
+    """Applies `dataset.badRows` to rows that fail only when they are rendered or tokenised."""
 
     def __init__(self, run: RunConfig, rows: int):
         self.spec, self.rows = run.spec.dataset, rows
@@ -228,7 +228,7 @@ class BadRowPolicy:
 
 
 def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> str:
-    """Hash of everything that decides the tokens: the contents of all files, the options, the tokenizer, the cache version."""
+    """Hash of all inputs that decide the tokens: the contents of all files, the options, the tokenizer, the cache version."""
     digest = hashlib.sha256(inputs.dataset_digest.encode())
     mixture = (path for source in inputs.mixture for path in source)
     for path in [*inputs.train, *mixture, *inputs.validation, *inputs.test]:
@@ -258,7 +258,7 @@ def cache_key(run: RunConfig, inputs: Inputs, tokenizer: Any, length: int) -> st
 
 
 def _defaulted_options(run: RunConfig) -> list[str]:
-    """Options that the user did not set. They matter: a default is adapted where a value of the user's is refused."""
+    """Options that the user did not set. They are part of the hash, because a default is adapted in cases where a user's value is refused."""
     return sorted(path for path in run.defaults if path.startswith(("dataset.", "trainer.maxCompletionLength")))
 
 
@@ -280,7 +280,7 @@ def _write_tokens(folder: Path, loaded: LoadedData, splits: dict[str, TokenisedS
 
 
 def write_cached(folder: Path, datasets: Mapping[str, Dataset], summary: Mapping[str, Any]) -> None:
-    """Write data sets and summary to `folder` by rename, so that a reader sees all of them or nothing."""
+    """Write data sets and summary to a temporary folder and rename it to `folder`, so that no reader sees a part of them."""
     partial = folder.with_name(folder.name + ".part")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Stage 1, read: data files to rows. JSONL, JSON, CSV, text and Parquet, UTF-8 only. Errors name the file and the row or byte."""
+"""Stage 1, read: read the rows of JSONL, JSON, CSV, text and Parquet files in UTF-8. Errors name the file and the row or byte."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ FILE_FORMATS = {
     ".jsonl": FileFormat.JSONL, ".ndjson": FileFormat.JSONL, ".json": FileFormat.JSON, ".csv": FileFormat.CSV,
     ".tsv": FileFormat.CSV, ".txt": FileFormat.TXT, ".text": FileFormat.TXT, ".parquet": FileFormat.PARQUET,
 }  # fmt: skip
-"""Format of a file by the extension of its name."""
+"""File format by file extension."""
 CSV_FIELD_LIMIT = 16 * 1024 * 1024
 SURROGATE_ESCAPE = "\\ud"
 """The beginning of a JSON escape for a UTF-16 surrogate (half of a character), in lower case."""
 
 
 def data_files(paths: list[Path]) -> list[Path]:
-    """The data files at `paths`. A folder stands for all data files below it, sorted by name. Errors: DatasetEmpty."""
+    """List the data files at `paths`. For a folder, these are all data files below it, sorted by name. Errors: DatasetEmpty."""
     files: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -48,7 +48,8 @@ def read_rows(
 ) -> Iterator[RawRow]:
     """All rows of all files, in order.
 
-    A row that is not a JSON object, or a record with the wrong number of values, is added to `bad_rows`; if that is None, it raises.
+    A row that is not a JSON object, or a record with the wrong number of values, is added to `bad_rows`. If `bad_rows` is None, such a
+    row raises an error.
     Errors: DatasetRowInvalid, DatasetNotUtf8, FileFormatUnknown.
     """
     for file in files:
@@ -68,7 +69,7 @@ def row_failure(row: RawRow, error: RowError) -> DataError:
 
 
 def file_format_of(file: Path, given: FileFormat) -> FileFormat:
-    """The file's format: the given one, else by its name, else by its first bytes. Errors: FileFormatUnknown."""
+    """The format in the spec, else the format by the file's name, else by its first bytes. Errors: FileFormatUnknown."""
     if given is not FileFormat.AUTO:
         return given
     known = FILE_FORMATS.get(_suffix(file))
@@ -151,7 +152,7 @@ def _read_text(file: Path) -> str:
 
 
 def _object_row(file: Path, number: int, value: Any, *, has_surrogates: bool) -> RawRow | tuple[RawRow, RowError]:
-    """The row, if it is a valid object. `has_surrogates`: the text contains escapes for halves of characters."""
+    """The row, if it is a valid object. `has_surrogates`: whether the text contains escapes for UTF-16 surrogates."""
     if isinstance(value, dict):
         error = _surrogate_error(value) if has_surrogates else None
         return (RawRow(file, number, {}), error) if error else RawRow(file, number, value)
@@ -162,13 +163,13 @@ def _object_row(file: Path, number: int, value: Any, *, has_surrogates: bool) ->
 
 
 def _surrogate_error(value: Any) -> RowError | None:
-    """The error of a value with an unpaired surrogate (`\\ud83d` without its second half), which no tokenizer accepts."""
+    """Return an error if the value has an unpaired UTF-16 surrogate (`\\ud83d` without its second half). No tokenizer accepts one."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         return RowError(
-            "DatasetRowInvalid", f"`\\u{ord(error.object[error.start]):04x}` is half of a character",
-            "write both halves, or the character itself",
+            "DatasetRowInvalid", f"`\\u{ord(error.object[error.start]):04x}` is half of a UTF-16 surrogate pair",
+            "write both UTF-16 surrogates, or the character itself",
         )  # fmt: skip
     return None
 
@@ -178,12 +179,12 @@ def _jsonl(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
         try:
             value = json.loads(line.rstrip())
         except (ValueError, RecursionError) as error:
-            where = (
+            column = (
                 f" at column {error.colno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else f": {error}"
             )
             yield (
                 RawRow(file, number, {}),
-                RowError("DatasetRowInvalid", f"not valid JSON{where}", "write one JSON object per line"),
+                RowError("DatasetRowInvalid", f"not valid JSON{column}", "write one JSON object per line"),
             )
             continue
         yield _object_row(file, number, value, has_surrogates=SURROGATE_ESCAPE in line.lower())
@@ -194,14 +195,15 @@ def _json(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data":  # most likely JSONL with the wrong extension
+        if error.msg == "Extra data":  # most likely a JSONL file with the wrong extension
             yield from _jsonl(file)
             return
         raise DataError(
             "DatasetRowInvalid", f"{file.name}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}",
             hint="write an array of objects, or one object per line and `dataset.fileFormat: jsonl`",
         ) from None  # fmt: skip
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits, or deeply nested arrays
+    except (ValueError, RecursionError) as error:
+        # Python refuses numbers with thousands of digits and deeply nested arrays.
         raise DataError(
             "DatasetRowInvalid", f"{file.name}: not valid JSON: {error}", hint="fix the row, or remove it"
         ) from None
@@ -246,7 +248,7 @@ def _csv(file: Path) -> Iterator[RawRow | tuple[RawRow, RowError]]:
 
 
 def _require_unique_names(header: list[str], file: Path) -> None:
-    """Refuse a duplicate column name: only the last of the columns would be read. Errors: DatasetRowInvalid."""
+    """Refuse a duplicate column name, because only the last of these columns would be read. Errors: DatasetRowInvalid."""
     duplicate = next((name for name in header if name and header.count(name) > 1), None)
     if duplicate is not None:
         raise DataError(

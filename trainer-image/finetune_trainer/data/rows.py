@@ -1,7 +1,7 @@
 """The values that the data stages exchange: raw rows, typed examples, and the error of one row.
 
-Neither this module nor `read`, `detect`, `normalise`, `formats`, `split`, `checks` and `load` imports torch or transformers: the
-supervisor checks every row before the ranks have finished importing.
+This module and `read`, `detect`, `columns`, `formats`, `split`, `checks` and `load` import neither torch nor transformers, which
+take seconds to import. The supervisor has thus checked every row before the ranks have finished their imports.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class RawRow:
 
 
 class RowError(Exception):
-    """A row that cannot be used: the error's code, what was found, and what to write instead."""
+    """The error of a row that cannot be used: its code, the problem, and the correction."""
 
     def __init__(self, code: str, message: str, hint: str):
         super().__init__(message)
@@ -36,7 +36,7 @@ class RowError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One message. `weight` 0 keeps it out of the loss. `extra` has tool calls and names, for chat templates."""
+    """One message of a conversation. With `weight` 0, its tokens are not part of the loss. `extra` has tool calls and names for chat templates."""
 
     role: str
     content: str

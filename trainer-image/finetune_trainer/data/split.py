@@ -16,8 +16,8 @@ Item = TypeVar("Item")
 def split_sizes(rows: int, split: Split) -> tuple[int, int, int]:
     """Number of rows for training, validation and test.
 
-    Sizes are rounded down, except one, which takes the rest: training if it has no ratio, else the last part with a ratio. If the
-    ratios add up to less than 1, rows are left over. Errors: SplitEmpty.
+    All sizes but one are rounded down. The other part gets the remaining rows: training if it has no ratio, else the last part with a
+    ratio. If the ratios add up to less than 1, some rows are not used. Errors: SplitEmpty.
     """
     ratios = [Fraction(str(x or 0)) for x in (split.train, split.validation, split.test)]
     if split.train is None:
@@ -56,10 +56,10 @@ def cut(items: Sequence[Item], split: Split) -> tuple[list[Item], list[Item], li
 
 
 def mix(parts: Sequence[Sequence[Item]], weights: Sequence[float], seed: int) -> list[Item]:
-    """As many rows as all parts have together, taken from each part in proportion to its weight.
+    """Mix the parts in proportion to their weights. The mixture has as many rows as all parts together.
 
-    A part with fewer rows than its share is repeated; from a part with more rows, a random choice is taken. The rows of a part stay
-    in file order within each repetition. `seed` decides the choice.
+    A part with fewer rows than its share is repeated. A part with more rows is sampled at random with `seed`. Within each repetition,
+    the rows of a part stay in file order.
     """
     total = sum(len(part) for part in parts)
     shares = [Fraction(str(w)) for w in weights]

@@ -1,9 +1,9 @@
 """Stage 5, render: an example becomes one text and the character spans that are trained on.
 
-Where an answer begins and ends is not guessed from marker strings, unless the user gives them. A chat template with generation
-markers (`{% generation %}`) defines the answers itself. With any other template the conversation is rendered turn by turn: the
-answer is the text that the template adds after the generation prompt. Some templates render earlier turns differently once later
-ones follow; then the answer's own text is located. If that fails as well, the template is refused.
+Marker strings decide where an answer begins and ends only if the user gives them. Otherwise, a chat template with generation
+markers (`{% generation %}`) defines the answers. With any other template the conversation is rendered turn by turn: the answer is
+the text that the template adds after the generation prompt. Some templates render a turn differently if more turns follow. In this
+case the content of the answer is searched in the text. If the content cannot be located, the template is refused.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Rendered:
     text: str
     spans: tuple[Span, ...]
     is_templated: bool
-    """Whether a chat template rendered the text, which therefore contains its special tokens."""
+    """Whether a chat template rendered the text. Such a text already contains its special tokens."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class RenderOptions:
     markers: tuple[str, str] | None = None
     """Question marker and answer marker of the spec. The question marker may be empty."""
     specials: tuple[str, ...] = ()
-    """Special tokens of the tokenizer, longest first. The special token that ends an answer is trained on with it."""
+    """Special tokens of the tokenizer, longest first. The special token that ends an answer is trained on with the answer."""
     text_as_turns: bool = True
-    """Whether prompt and completion that are text are rendered as turns. False: they are joined."""
+    """Whether a text prompt and its text completion are rendered as turns. False: the two texts are joined."""
 
 
 def render(example: Example, options: RenderOptions) -> Rendered:
@@ -101,7 +101,7 @@ def _render_plain(example: Conversation, options: RenderOptions) -> Rendered:
 
 
 def _spans_without(untrained: Sequence[Span], text: str) -> tuple[Span, ...]:
-    """All of the text except the given spans (answers of weight 0)."""
+    """The spans that cover all of the text except the `untrained` spans (answers of weight 0)."""
     ends = [0, *(end for span in untrained for end in span), len(text)]
     return tuple((start, end) for start, end in zip(ends[::2], ends[1::2], strict=True) if end > start)
 
@@ -127,10 +127,10 @@ def _render_with_template(example: Conversation, options: RenderOptions) -> Rend
 def _spans_from_generation_markers(
     example: Conversation, weight: int, text: str, options: RenderOptions
 ) -> list[Span] | None:
-    """The answers of this weight by the template's generation markers, each with its end token; None: not known from them.
+    """The answers with this weight, each with its end token, from the template's generation markers; None: the markers do not show them.
 
-    The marked pieces are matched to the answers by their order. If their numbers differ, the pieces can only be used if all answers
-    have the same weight.
+    The marked spans are matched to the answers by their order. If the number of spans differs from the number of answers, the spans
+    can be used only if all answers have the same weight.
     """
     weights = [turn.weight for turn in example.turns if turn.role == "assistant"]
     if weight not in weights:
@@ -152,7 +152,7 @@ def _spans_from_generation_markers(
 def _generation_spans(
     tokenizer: ChatTokenizer, turns: tuple[Turn, ...], tools: Sequence[Any], text: str
 ) -> list[Span] | None:
-    """The spans of `text` between generation markers; None: the template has no markers, or rendering it alone gives another text."""
+    """The spans of `text` between generation markers; None: the template has no markers, or rendering with them gives another text."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     any_tokenizer: Any = tokenizer
@@ -170,7 +170,7 @@ def _generation_spans(
 
 
 def _answer_span(example: Conversation, index: int, text: str, options: RenderOptions) -> Span:
-    """The characters of `text` that turn `index` generates, its end-of-turn token included."""
+    """The span of `text` that the model must generate for turn `index`, with the end-of-turn token."""
     turns, tools = example.turns, example.tools
     head = _apply(options.tokenizer, turns[:index], tools, add_generation_prompt=True) if index else ""
     whole = text if index == len(turns) - 1 else _apply(options.tokenizer, turns[: index + 1], tools)
@@ -185,7 +185,7 @@ def _answer_span(example: Conversation, index: int, text: str, options: RenderOp
 def _content_span(
     turns: tuple[Turn, ...], tools: Sequence[Any], index: int, text: str, tokenizer: ChatTokenizer
 ) -> Span:
-    """The turn's own content in `text`, located by rendering the conversation with a sentinel in its place.
+    """The span of the turn's content in `text`. It is located by rendering the conversation again with a sentinel instead of the content.
 
     Errors: ConfigError TemplateSpansUnknown.
     """
@@ -208,11 +208,11 @@ def _content_span(
 
 
 def _with_end_token(text: str, span: Span, specials: tuple[str, ...]) -> Span:
-    """The span extended by the special token that ends the turn. A model that is not trained on it never stops."""
+    """Extend the span by the special token that ends the turn. A model that is not trained on this token never stops."""
     start, end = span
-    if any(text[start:end].rstrip().endswith(one) for one in specials):
+    if any(text[start:end].rstrip().endswith(token) for token in specials):
         return span
-    following = next((one for one in specials if text.startswith(one, end)), "")
+    following = next((token for token in specials if text.startswith(token, end)), "")
     return start, end + len(following)
 
 
@@ -220,8 +220,8 @@ def _spans_from_markers(rendered: Rendered, markers: tuple[str, str]) -> Rendere
     """Spans after each answer marker, up to the next question marker. Errors: RowError MarkerAbsent."""
     question, answer = markers
     spans, position = [], 0
-    while answer and (found := rendered.text.find(answer, position)) >= 0:
-        start = found + len(answer)
+    while answer and (marker_start := rendered.text.find(answer, position)) >= 0:
+        start = marker_start + len(answer)
         end = rendered.text.find(question, start) if question else -1
         end = len(rendered.text) if end < 0 else end
         spans.append((start, end))
@@ -237,7 +237,7 @@ def _spans_from_markers(rendered: Rendered, markers: tuple[str, str]) -> Rendere
 def _apply(
     tokenizer: ChatTokenizer, turns: tuple[Turn, ...], tools: Sequence[Any], *, add_generation_prompt: bool = False
 ) -> str:
-    """Render with the chat template. Errors: RowError TemplateRefusedRow with the template's own message."""
+    """Render the turns with the chat template. Errors: RowError TemplateRefusedRow with the template's own message."""
     messages: list[Mapping[str, Any]] = [turn.message() for turn in turns]
     try:
         return str(
@@ -248,5 +248,5 @@ def _apply(
     except jinja2.TemplateError as error:
         raise RowError(
             "TemplateRefusedRow", f"the chat template refuses the conversation: {error}",
-            f"give the turns in the order that it expects (found: {', '.join(turn.role for turn in turns)})",
+            f"give the turns in the order that the template expects (the row has: {', '.join(turn.role for turn in turns)})",
         ) from None  # fmt: skip

@@ -1,8 +1,8 @@
 """Stages 6 and 7, tokenise and pack: texts become token ids and labels, with counts.
 
-A text that a chat template rendered is tokenised without adding special tokens, because it contains them already: the beginning
-token must not occur twice. A token that overlaps a trained span is its own label; all others get -100. This is decided by the
-position in the text, never by the token's id, so the end token is trained on even where the pad token has the same id.
+A text that a chat template rendered already contains its special tokens, so none are added: the beginning token must not occur
+twice. The label of a token that overlaps a trained span is the token's id; all other labels are -100. The position in the text
+decides, not the token's id. The end token is therefore trained on even if the pad token has the same id.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ EncodedRow = tuple[str, list[int], list[int]]
 
 @dataclass(frozen=True)
 class TokeniseOptions:
-    """How texts become token sequences."""
+    """Limits and special tokens for the token sequences."""
 
     max_length: int
     overflow: Overflow
     add_eos: bool
     add_bos: bool | None
-    """None: only if the tokenizer adds one by itself."""
+    """Whether rows get a beginning token. None: only if the tokenizer adds one by default."""
 
 
 @dataclass
@@ -66,7 +66,7 @@ class TokenReport:
     percentile95: int = 0
     sequences: int = 0
     padding_share: float | None = None
-    """With packing: share of the positions that hold no token."""
+    """With packing: positions without a token, divided by all positions."""
 
     def notes(self, options: TokeniseOptions) -> list[str]:
         """Sentences for the status."""
@@ -94,7 +94,7 @@ class TokenReport:
 def tokenise(
     rows: Iterable[EncodedRow], options: TokeniseOptions, *, on_bad_row: Callable[[str, str, str, str], None]
 ) -> TokenisedSplit:
-    """The rows that are within the length limit, or are cut to it.
+    """Collect the rows. Rows above the length limit are cut, dropped or refused, as `options.overflow` says.
 
     `on_bad_row(location, code, message, hint)` is called for a row without a trained token; it raises or returns.
     Errors: DataError RowTooLong (`overflow: fail`), NoTrainableToken (no row is left).
@@ -134,12 +134,12 @@ def tokenise(
 
 
 def _count_predicted(labels: list[int]) -> int:
-    """Number of labels after the first position. The first token has nothing before it to be predicted from."""
+    """Number of trained labels after the first position. The first token cannot be predicted, because no token precedes it."""
     return sum(label != IGNORED_LABEL for label in labels[1:])
 
 
 def _measure_lengths(report: TokenReport, lengths: list[int], options: TokeniseOptions) -> None:
-    """Fill in the counts that need all lengths. Errors: DataError NoTrainableToken."""
+    """Compute the counts that need the lengths of all rows. Errors: DataError NoTrainableToken."""
     report.rows = report.sequences = len(lengths)
     if not lengths:
         raise DataError(
@@ -152,9 +152,9 @@ def _measure_lengths(report: TokenReport, lengths: list[int], options: TokeniseO
 
 
 def pack_split(tokens: TokenisedSplit, capacity: int) -> TokenisedSplit:
-    """The same documents, packed into sequences of at most `capacity` tokens.
+    """Pack the documents into sequences of at most `capacity` tokens.
 
-    The first label of each document is masked: its token must not be predicted from the document before it.
+    The first label of each document is masked, because the preceding token belongs to another document.
     """
     sizes = [len(ids) for ids in tokens.input_ids]
     result = TokenisedSplit(lengths=[], report=tokens.report)
@@ -169,7 +169,7 @@ def pack_split(tokens: TokenisedSplit, capacity: int) -> TokenisedSplit:
 
 
 def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: TokeniseOptions) -> Iterator[EncodedRow]:
-    """Location, token ids and labels of every text. Works in batches, because a fast tokenizer uses all cores for a batch.
+    """Yield location, token ids and labels of every text. Texts are tokenised in batches: a fast tokenizer uses all cores for a batch.
 
     Errors: ConfigError BosMissing, EosMissing.
     """
@@ -188,7 +188,7 @@ def encode(texts: Iterable[tuple[str, Rendered]], tokenizer: Any, options: Token
 
 
 def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[int]:
-    """The id where a token overlaps a span, -100 elsewhere. Offsets (of the tokens) and spans are in ascending order."""
+    """The label of each token: its id if it overlaps a span, else -100. Offsets of the tokens, and spans, are in ascending order."""
     labels = [IGNORED_LABEL] * len(ids)
     starts, ends = [start for start, _ in offsets], [end for _, end in offsets]
     for begin, end in spans:
@@ -199,7 +199,7 @@ def labels_of(ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Seq
 
 @dataclass(frozen=True)
 class _BoundaryTokens:
-    """The tokens for the beginning and the end of a row. Each occurs at most once, whatever template and tokenizer add."""
+    """The tokens for the beginning and the end of a row. Each occurs at most once, even if template and tokenizer both add it."""
 
     bos: int | None
     eos: int | None
@@ -210,11 +210,11 @@ class _BoundaryTokens:
     add_bos_to_plain: bool
     """Whether a text that no template rendered gets a beginning token."""
     add_bos_to_templated: bool | None
-    """The same for rendered texts; None: keep what the template wrote."""
+    """Whether a text that a template rendered gets a beginning token. None: the row keeps the beginning token of the template, if any."""
 
     @staticmethod
     def of(tokenizer: Any, options: TokeniseOptions) -> _BoundaryTokens:
-        """The tokenizer's tokens, as the options ask for them. Errors: ConfigError BosMissing, EosMissing."""
+        """Read the boundary tokens from the tokenizer and the options. Errors: ConfigError BosMissing, EosMissing."""
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         if options.add_bos and bos is None:
             raise ConfigError(
@@ -236,7 +236,7 @@ class _BoundaryTokens:
         )  # fmt: skip
 
     def apply(self, ids: list[int], labels: list[int], *, is_templated: bool) -> tuple[list[int], list[int]]:
-        """Ids and labels with the beginning and end tokens that the options ask for."""
+        """Return ids and labels with the beginning and end tokens of the options."""
         wanted = self.add_bos_to_templated if is_templated else self.add_bos_to_plain
         leading = 0
         while self.bos is not None and leading < len(ids) and ids[leading] == self.bos:
@@ -251,7 +251,7 @@ class _BoundaryTokens:
         return ids, labels
 
     def _has_end(self, ids: list[int], is_templated: bool) -> bool:
-        """Whether the row ends by itself: a plain text with the end token, a rendered one with any special token."""
+        """Whether the row already has an end token: a plain text must end with `eos`, a rendered text with any special token."""
         if not is_templated:
             return bool(ids) and ids[-1] == self.eos
         last = self._last_nonblank(ids)
@@ -263,7 +263,7 @@ class _BoundaryTokens:
 
 
 def _single_token(tokenizer: Any, text: str) -> list[int]:
-    """The text's token if it is exactly one, else an empty list."""
+    """The token of a text that is exactly one token, else an empty list."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     return list(ids) if len(ids) == 1 else []
 

@@ -1,4 +1,4 @@
-"""Distributed strategies: one module for each, with its TrainingArguments and the proof that it is active."""
+"""Distributed strategies. Each sets its TrainingArguments and verifies that it is active."""
 
 from finetune_trainer.distributed.base import DistributedStrategy, connect_trainer_class
 from finetune_trainer.distributed.choice import choose

@@ -1,7 +1,7 @@
-"""The interface of a strategy. It is chosen before anything is built, and verified after the model is wrapped.
+"""The interface of a strategy. It is chosen before the model is loaded, and verified after the model is wrapped.
 
-Libraries often fall back without an error (FSDP to DDP, two ranks to two independent runs). The active strategy is therefore read
-from the wrapped model, and the run ends if it is not the chosen one.
+Libraries often fall back without an error (FSDP to DDP, two ranks to two independent runs). `verify` therefore reads the active
+strategy from the wrapped model, and ends the run if another strategy was chosen.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ TORCHRUN_VARIABLES = (
 
 
 class DistributedStrategy:
-    """The strategy of one rank. Subclasses override what differs."""
+    """The strategy of one rank. The base class is a single rank without a process group."""
 
     name = "single"
     shards_weights = False
     """Whether a rank holds only a part of each weight."""
     keeps_base_dtype = False
-    """Whether adapters must have the number format of the base model."""
+    """Whether adapters must have the dtype of the base model."""
 
     def __init__(self, run: RunConfig, hardware: Hardware, world_size: int):
         self.run, self.hardware, self.world_size = run, hardware, world_size
@@ -63,7 +63,7 @@ class DistributedStrategy:
         active = active_strategy(trainer)
         if active != self.name:
             raise InternalError(
-                "StrategyNotActive", f"{self.name} was asked for over {self.world_size} ranks, but {active} is active",
+                "StrategyNotActive", f"{self.name} was requested over {self.world_size} ranks, but {active} is active",
                 hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
         return active
@@ -80,12 +80,12 @@ class Ddp(DistributedStrategy):
 
 
 def connect_trainer_class(kind: type, strategy: DistributedStrategy, **attributes: Any) -> Any:
-    """The Trainer class `kind` of an objective with the mixins of a strategy."""
+    """Create a subclass of the Trainer class `kind` with the mixins of a strategy."""
     return type(kind.__name__, (*strategy.trainer_mixins, kind), {"strategy": strategy, **attributes})
 
 
 def active_strategy(trainer: Any) -> str:
-    """The strategy as the wrapped model shows it: deepspeed, fsdp, ddp, single, or `independent` (ranks without any connection)."""
+    """Detect the strategy from the wrapped model: deepspeed, fsdp, ddp, single, or `independent` (ranks without any connection)."""
     from torch import distributed
     from torch.distributed.tensor import DTensor
     from torch.nn.parallel import DistributedDataParallel

@@ -11,9 +11,9 @@ from finetune_trainer.inputs import Inputs
 
 
 def choose(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
-    """The strategy of a run. Errors: ConfigError for combinations that cannot run, and if a configuration file contradicts the spec."""
-    asked = run.spec.distributed.strategy or (Strategy.DDP if world_size > 1 else Strategy.NONE)
-    match asked:
+    """Choose the strategy of a run. Errors: ConfigError for combinations that cannot run, and if a configuration file contradicts the spec."""
+    requested = run.spec.distributed.strategy or (Strategy.DDP if world_size > 1 else Strategy.NONE)
+    match requested:
         case Strategy.FSDP:
             return _fsdp(run, hardware, inputs, world_size)
         case Strategy.DEEPSPEED:
@@ -25,7 +25,7 @@ def choose(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) 
 
 
 def _fsdp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -> DistributedStrategy:
-    """FSDP, or DDP for noShard: FSDP version 2 has no unsharded mode, and in version 1 that mode was DDP."""
+    """Return FSDP, or DDP for noShard: FSDP version 2 has no unsharded mode, and that mode of version 1 was DDP."""
     from finetune_trainer.distributed import fsdp
 
     chosen = fsdp.options(run, inputs, hardware, world_size)
@@ -34,6 +34,6 @@ def _fsdp(run: RunConfig, hardware: Hardware, inputs: Inputs, world_size: int) -
     strategy = Ddp(run, hardware, world_size)
     strategy.notes += [
         *chosen.notes,
-        "fsdp with noShard keeps all weights on every rank, which is ddp, and runs as ddp",
+        "fsdp with noShard keeps all weights on every rank, as ddp does; the run uses ddp",
     ]
     return strategy

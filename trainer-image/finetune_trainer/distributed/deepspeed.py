@@ -1,9 +1,9 @@
 """DeepSpeed ZeRO: stage 1 shards the optimizer, stage 2 also gradients, stage 3 also parameters; stage 0 is plain data parallelism.
 
 A user's JSON keeps all options of DeepSpeed itself. Options that the spec also has (batch, clipping, learning rate, precision,
-stage, offload) must agree, or be `auto` in the JSON. The optimizer and scheduler sections are run by torch, because DeepSpeed
-compiles its own ones on first use, which a pod cannot do. DeepSpeed ignores unknown keys at the top level, and fails with a traceback
-if a value has the wrong type; both are refused here by name.
+stage, offload) must agree, or be `auto` in the JSON. The JSON's optimizer is replaced by torch's AdamW and its scheduler by that of
+transformers: DeepSpeed would compile its own optimizers on first use, and the image has no compiler. DeepSpeed ignores unknown keys at
+the top level, and fails with a traceback if a value has the wrong type. This module refuses both with an error that names the key.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ from finetune_trainer.inputs import Inputs
 FILE_FIELD = "distributed.deepspeed.configRef"
 DEFAULT_STAGE = 2
 AUTO_ALLOWED = ("reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
-"""Keys of zero_optimization whose `auto` transformers replaces by a value for the model's size."""
+"""Keys of zero_optimization that may be `auto`: transformers computes their values from the model's size."""
 _SET_IN_TRACKING = "the spec's `tracking` decides where metrics are sent"
-_REMOVED = "this version of DeepSpeed does not have it"
+_REMOVED = "this version of DeepSpeed does not have this section"
 REFUSED_SECTIONS = {
     "tensor_parallel": "tensor parallelism is not supported", "sequence_parallel_size": "sequence parallelism is not supported",
     "expert_parallel": "expert parallelism is not supported", "elasticity": "the operator decides the number of ranks",
@@ -72,9 +72,9 @@ REFUSED_IN_ZERO = {
 ROWS, ROWS_PATH = "train_micro_batch_size_per_gpu", "training.batchSizePerDevice"
 ACCUMULATION, ACCUMULATION_PATH = "gradient_accumulation_steps", "training.gradientAccumulationSteps"
 MAX_BATCH_VALUE = 65536
-"""Limit of both fields in the API."""
+"""Upper limit of both fields in the API."""
 BATCH = ValueType(
-    f"a whole number from 1 to {MAX_BATCH_VALUE}", lambda found: COUNT.accepts(found) and found <= MAX_BATCH_VALUE
+    f"a whole number from 1 to {MAX_BATCH_VALUE}", lambda value: COUNT.accepts(value) and value <= MAX_BATCH_VALUE
 )
 TOP_LEVEL_KEYS = {
     "train_batch_size": COUNT, ROWS: BATCH, ACCUMULATION: BATCH, "gradient_clipping": NOT_NEGATIVE,
@@ -84,14 +84,14 @@ TOP_LEVEL_KEYS = {
     "timers": MAPPING, "steps_per_print": POSITIVE, "wall_clock_breakdown": FLAG, "memory_breakdown": FLAG, "dump_state": FLAG,
     "disable_python_gc": FLAG, "log_level": TEXT,
 }  # fmt: skip
-"""Keys at the top level of the JSON. DeepSpeed checks the keys inside its own sections, see `validate_with_deepspeed`."""
+"""Type of each key at the top level of the JSON. DeepSpeed checks the keys inside the sections, see `validate_with_deepspeed`."""
 TYPED_SECTION = {"type": TEXT, "params": MAPPING}
 DECAY = ValueType(
-    "a number from 0 to below 1", lambda found: found == AUTO or NOT_NEGATIVE.accepts(found) and found < 1
+    "a number from 0 to below 1", lambda value: value == AUTO or NOT_NEGATIVE.accepts(value) and value < 1
 )
 BETAS = ValueType(
     "two numbers from 0 to below 1",
-    lambda found: isinstance(found, list) and len(found) == 2 and all(map(DECAY.accepts, found)),
+    lambda value: isinstance(value, list) and len(value) == 2 and all(map(DECAY.accepts, value)),
 )
 ADAM_PARAMETERS = {
     "lr": POSITIVE, "betas": BETAS, "eps": POSITIVE, "weight_decay": NOT_NEGATIVE, "adam_w_mode": FLAG, "torch_adam": FLAG,
@@ -146,7 +146,7 @@ def options(run: RunConfig, inputs: Inputs, hardware: Hardware, world_size: int)
 
 
 def _checked(given: dict[str, Any], merge: FileMerge) -> dict[str, Any]:
-    """A copy of the file without null values and disabled sections. Errors: ConfigError ConfigFileInvalid."""
+    """Check the file and copy it without null values and disabled sections. Errors: ConfigError ConfigFileInvalid."""
     config: dict[str, Any] = _without_nulls(given)
     disabled = [
         key for key in REFUSED_SECTIONS if isinstance(config.get(key), dict) and config[key].get("enabled") is False
@@ -172,13 +172,13 @@ def _checked(given: dict[str, Any], merge: FileMerge) -> dict[str, Any]:
 
 
 def _refuse(keys: dict[str, str], prefix: str, section: dict[str, Any]) -> None:
-    found = [f"{prefix}{key} ({reason})" for key, reason in keys.items() if key in section]
-    if found:
-        raise ConfigError("ConfigFileInvalid", f"{FILE_FIELD}: {'; '.join(found)}", hint="remove it")
+    refused = [f"{prefix}{key} ({reason})" for key, reason in keys.items() if key in section]
+    if refused:
+        raise ConfigError("ConfigFileInvalid", f"{FILE_FIELD}: {'; '.join(refused)}", hint="remove it")
 
 
 def _without_nulls(value: Any) -> Any:
-    """A copy without null values, which mean DeepSpeed's default."""
+    """Copy the value without nulls. A null means DeepSpeed's default."""
     if isinstance(value, dict):
         return {key: _without_nulls(one) for key, one in value.items() if one is not None}
     return copy.deepcopy(value)
@@ -213,14 +213,14 @@ def _batches(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: O
 
 
 def _rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) -> tuple[int, int]:
-    """Micro-batch and accumulation steps. If the operator reduced the spec's micro-batch, the file's is reduced by the same factor.
+    """Return micro-batch and accumulation steps. If the operator reduced the spec's micro-batch, the file's value is reduced too.
 
     The effective batch stays the same.
     """
     training = run.spec.training
-    asked = training.batch_size_per_device
-    before = merge.before_adaptation(ROWS_PATH, asked)
-    is_adapted = before != asked
+    requested = training.batch_size_per_device
+    before = merge.before_adaptation(ROWS_PATH, requested)
+    is_adapted = before != requested
     asked_steps = training.gradient_accumulation_steps
     spec_steps = merge.before_adaptation(ACCUMULATION_PATH, asked_steps) if is_adapted else asked_steps
     rows = merge.merge(ROWS, config.get(ROWS), ROWS_PATH, before)
@@ -228,9 +228,9 @@ def _rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) ->
     if not is_adapted or merge.conflicts:
         return rows, steps
     merge.file_values |= {ROWS_PATH: rows, ACCUMULATION_PATH: steps}
-    reduced = _reduced_rows(rows, steps, rows * asked / before, merge, run)
+    reduced = _reduced_rows(rows, steps, rows * requested / before, merge, run)
     if (rows, steps) != (before, spec_steps):
-        change = f"{ROWS_PATH} went from {before} to {asked}"
+        change = f"{ROWS_PATH} went from {before} to {requested}"
         if reduced == rows:
             note = f"{ROWS} {rows} of the file stays although {change}: no smaller divisor of {rows} is allowed"
         else:
@@ -241,10 +241,10 @@ def _rows_and_steps(config: dict[str, Any], merge: FileMerge, run: RunConfig) ->
     return reduced, steps
 
 
-def _reduced_rows(rows: int, steps: int, wanted: float, merge: FileMerge, run: RunConfig) -> int:
-    """The largest divisor of the micro-batch that is at most `wanted`, else the smallest divisor; `rows` if it has none.
+def _reduced_rows(rows: int, steps: int, limit: float, merge: FileMerge, run: RunConfig) -> int:
+    """The largest divisor of the micro-batch that is at most `limit`, else the smallest divisor; `rows` if no divisor is allowed.
 
-    Divisors that a rule refuses are skipped: a job that ran out of memory must not fail because of a value that no user wrote.
+    Divisors that break a rule of the API are skipped: after running out of memory, a job must not fail because of an adapted value.
     """
     divisors = [
         part
@@ -253,7 +253,7 @@ def _reduced_rows(rows: int, steps: int, wanted: float, merge: FileMerge, run: R
         and steps * rows // part <= MAX_BATCH_VALUE
         and merge.allows({ROWS_PATH: part, ACCUMULATION_PATH: steps * rows // part})
     ]
-    return max((part for part in divisors if part <= wanted), default=min(divisors, default=rows))
+    return max((part for part in divisors if part <= limit), default=min(divisors, default=rows))
 
 
 def _precision(config: dict[str, Any], merge: FileMerge, hardware: Hardware) -> None:
@@ -269,45 +269,45 @@ def _precision(config: dict[str, Any], merge: FileMerge, hardware: Hardware) -> 
 
 
 def _optimizer(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Options) -> None:
-    """The JSON's Adam is run by torch, with the JSON's values."""
+    """Replace the JSON's Adam by torch's AdamW with the JSON's values."""
     section = config.pop("optimizer", None)
     if section is None:
         return
     check_keys(FILE_FIELD, "optimizer", section, TYPED_SECTION, allows_auto=True)
-    kind, given, training = (
+    kind, parameters, training = (
         str(section.get("type", "without a type")),
         dict(section.get("params") or {}),
         run.spec.training,
     )
-    if kind.lower() not in ("adam", "adamw") or given.get("adam_w_mode", True) is False:
+    if kind.lower() not in ("adam", "adamw") or parameters.get("adam_w_mode", True) is False:
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE_FIELD}: optimizer {kind} is compiled by DeepSpeed on first use, which a pod cannot do",
+            "ConfigFileInvalid", f"{FILE_FIELD}: optimizer {kind} is compiled by DeepSpeed on first use, but the image has no compiler",
             hint="write AdamW, or remove the section and name training.optimizer",
         )  # fmt: skip
-    check_keys(FILE_FIELD, "optimizer.params", given, ADAM_PARAMETERS, allows_auto=True)
+    check_keys(FILE_FIELD, "optimizer.params", parameters, ADAM_PARAMETERS, allows_auto=True)
     name = training.optimizer
     if name not in TORCH_ADAMW:
         name = merge.merge("optimizer.type", FUSED_ADAMW, "training.optimizer", name, shown=kind)
-    betas = given.get("betas", AUTO)
+    betas = parameters.get("betas", AUTO)
     first, second = (AUTO, AUTO) if betas == AUTO else betas
     result.training |= {
         "optim": name,
         "adam_beta1": merge.merge("optimizer.params.betas[0]", first, "training.adamBeta1", training.adam_beta1),
         "adam_beta2": merge.merge("optimizer.params.betas[1]", second, "training.adamBeta2", training.adam_beta2),
-        "learning_rate": merge.merge("optimizer.params.lr", given.get("lr"), "training.learningRate", training.learning_rate),
-        "adam_epsilon": merge.merge("optimizer.params.eps", given.get("eps"), "training.adamEpsilon", training.adam_epsilon),
-        "weight_decay": merge.merge("optimizer.params.weight_decay", given.get("weight_decay"), "training.weightDecay", training.weight_decay),
+        "learning_rate": merge.merge("optimizer.params.lr", parameters.get("lr"), "training.learningRate", training.learning_rate),
+        "adam_epsilon": merge.merge("optimizer.params.eps", parameters.get("eps"), "training.adamEpsilon", training.adam_epsilon),
+        "weight_decay": merge.merge("optimizer.params.weight_decay", parameters.get("weight_decay"), "training.weightDecay", training.weight_decay),
     }  # fmt: skip
     merge.notes.append(f"optimizer {kind} of the DeepSpeed JSON runs as torch's AdamW ({name})")
 
 
 def _scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Options) -> None:
-    """The JSON's warm-up schedule is run by transformers."""
+    """Replace the JSON's warm-up schedule by the scheduler of transformers."""
     section = config.pop("scheduler", None)
     if section is None:
         return
     check_keys(FILE_FIELD, "scheduler", section, TYPED_SECTION, allows_auto=True)
-    kind, given, training = (
+    kind, parameters, training = (
         str(section.get("type", "without a type")),
         dict(section.get("params") or {}),
         run.spec.training,
@@ -318,7 +318,7 @@ def _scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result:
             f"{FILE_FIELD}: scheduler {kind} is not supported",
             hint=f"write one of {', '.join(DEEPSPEED_SCHEDULERS)}, or training.scheduler",
         )
-    check_keys(FILE_FIELD, "scheduler.params", given, WARMUP_PARAMETERS, allows_auto=True)
+    check_keys(FILE_FIELD, "scheduler.params", parameters, WARMUP_PARAMETERS, allows_auto=True)
     from finetune_trainer.schedules import SCHEDULER_NAMES
 
     scheduler = merge.merge(
@@ -329,7 +329,7 @@ def _scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result:
         shown=f"{kind} ({DEEPSPEED_SCHEDULERS[kind]})",
     )
     result.training["lr_scheduler_type"] = SCHEDULER_NAMES[scheduler]
-    _warmup(given.get("warmup_num_steps"), merge, run, result)
+    _warmup(parameters.get("warmup_num_steps"), merge, run, result)
     rate = merge.undo_adaptation(
         "training.learningRate", training.learning_rate, result.training.get("learning_rate", training.learning_rate)
     )
@@ -339,12 +339,12 @@ def _scheduler(config: dict[str, Any], merge: FileMerge, run: RunConfig, result:
         ("total_num_steps", "training.maxSteps", training.max_steps),
         ("warmup_type", "the shape of the warm-up", "linear"),
     ):
-        merge.require_equal(f"scheduler.params.{key}", given.get(key), path, actual)
+        merge.require_equal(f"scheduler.params.{key}", parameters.get(key), path, actual)
     merge.notes.append(f"scheduler {kind} of the DeepSpeed JSON runs as {scheduler}")
 
 
 def _warmup(steps: Any, merge: FileMerge, run: RunConfig, result: Options) -> None:
-    """The file's warm-up steps replace a ratio that is only a default."""
+    """Use the file's warm-up steps. They replace a warm-up ratio of the spec that is only a default."""
     training, key = run.spec.training, "scheduler.params.warmup_num_steps"
     if steps in (None, AUTO):
         return
@@ -366,15 +366,15 @@ def _zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Opti
     )
     result.stage = zero["stage"] = DEFAULT_STAGE if stage is None else stage
     for key, path, attribute in OFFLOADS:
-        section, asked = zero.get(key) or {}, getattr(spec, attribute) if spec else None
+        section, requested = zero.get(key) or {}, getattr(spec, attribute) if spec else None
         if section.get("device") == "nvme":
             raise ConfigError(
                 "ConfigFileInvalid",
-                f"{FILE_FIELD}: {key}.device nvme is compiled on first use, which a pod cannot do",
+                f"{FILE_FIELD}: {key}.device nvme is compiled on first use, but the image has no compiler",
                 hint="write cpu",
             )
-        found = None if key not in zero else section.get("device", "none") != "none"
-        if merge.merge(f"zero_optimization.{key}", found, f"distributed.deepspeed.{path}", asked):
+        file_value = None if key not in zero else section.get("device", "none") != "none"
+        if merge.merge(f"zero_optimization.{key}", file_value, f"distributed.deepspeed.{path}", requested):
             zero[key] = {**section, "device": "cpu"}
         else:
             zero.pop(key, None)
@@ -401,27 +401,32 @@ def _zero(config: dict[str, Any], merge: FileMerge, run: RunConfig, result: Opti
 
 
 def _require_no_auto(config: dict[str, Any]) -> None:
-    left = [key for key in _auto_keys(config) if key.removeprefix("zero_optimization.") not in AUTO_ALLOWED]
-    if left:
+    unset_keys = [key for key in _auto_keys(config) if key.removeprefix("zero_optimization.") not in AUTO_ALLOWED]
+    if unset_keys:
         raise ConfigError(
             "ConfigFileInvalid",
-            f"{FILE_FIELD}: {', '.join(left)} is auto, and the spec has no value for it",
+            f"{FILE_FIELD}: {', '.join(unset_keys)} is auto, and the spec has no value for it",
             hint="write a value, or remove it",
         )
 
 
 def _auto_keys(value: Any, path: str = "") -> list[str]:
     if isinstance(value, dict):
-        return [one for key, inner in value.items() for one in _auto_keys(inner, f"{path}.{key}" if path else str(key))]
+        return [
+            nested
+            for key, inner in value.items()
+            for nested in _auto_keys(inner, f"{path}.{key}" if path else str(key))
+        ]
     return [path] if value == AUTO else []
 
 
 def validate_with_deepspeed(config: dict[str, Any]) -> None:
-    """Let DeepSpeed parse the configuration before anything is loaded. Errors: ConfigError ConfigFileInvalid with its message."""
+    """Let DeepSpeed parse the configuration before the model is loaded. Errors: ConfigError ConfigFileInvalid with DeepSpeed's message."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     trial = copy.deepcopy(config)
-    del trial["train_batch_size"]  # DeepSpeed computes it from the other two; here it would assume one rank
+    # DeepSpeed computes this key from the other two batch keys; here it would assume one rank.
+    del trial["train_batch_size"]
     try:
         DeepSpeedConfig(trial)
     except Exception as error:
@@ -430,7 +435,7 @@ def validate_with_deepspeed(config: dict[str, Any]) -> None:
             message = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
             message = f"{error.title}: {message}"
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE_FIELD}: DeepSpeed refuses it: {' '.join(message.split())[:500]}",
+            "ConfigFileInvalid", f"{FILE_FIELD}: DeepSpeed refuses the file: {' '.join(message.split())[:500]}",
             hint="correct the named key, or remove it",
         ) from error  # fmt: skip
 
@@ -451,7 +456,7 @@ class Deepspeed(DistributedStrategy):
 
     @property
     def trainer_mixins(self) -> tuple[type, ...]:
-        """A mixin that loads the best weights."""
+        """Return the mixin that loads the best weights."""
         return (_best_weights_mixin(),)
 
     def prepare_process(self) -> None:
@@ -483,13 +488,13 @@ class Deepspeed(DistributedStrategy):
         name = super().verify(trainer)
         engine = trainer.deepspeed
         stage, ranks = engine.zero_optimization_stage(), engine.world_size
-        sharded = sum(hasattr(one, "ds_id") for one in trainer.model.parameters())
+        sharded = sum(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
         total = sum(1 for _ in trainer.model.parameters())
         expected = total if self.chosen.stage == 3 else 0
         if (stage, ranks, sharded) != (self.chosen.stage, self.world_size, expected):
             raise InternalError(
                 "StrategyNotActive",
-                f"ZeRO stage {self.chosen.stage} over {self.world_size} ranks was asked for; active: stage {stage} over {ranks} ranks, "
+                f"ZeRO stage {self.chosen.stage} over {self.world_size} ranks was requested; active: stage {stage} over {ranks} ranks, "
                 f"{sharded} of {total} parameters sharded",
                 hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
@@ -497,7 +502,7 @@ class Deepspeed(DistributedStrategy):
 
 
 def _best_weights_mixin() -> type:
-    """The mixin's class, created on demand so that this module loads without torch."""
+    """Create the mixin class on demand, so that importing this module does not import torch."""
     from finetune_trainer.best import best_folder
     from finetune_trainer.distributed.weights import load_into_deepspeed
     from finetune_trainer.library_internals import OpenTrainer
@@ -514,6 +519,6 @@ def _best_weights_mixin() -> type:
 
 
 def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

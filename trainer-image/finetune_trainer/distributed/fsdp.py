@@ -1,9 +1,9 @@
 """Fully sharded data parallel (FSDP), version 2: every rank holds a shard of each parameter, gradient and optimizer state.
 
-Three gaps of the libraries are closed. On CPU (tests, small runs) accelerate never enables FSDP, and two ranks would run DDP without
-an error (`library_internals.enable_fsdp_on_cpu`). Checkpoints hold the model or the adapter in the same plain folder that a single
-rank writes; only the optimizer stays sharded. And 4-bit weights are stored as floats, because accelerate leaves integers unsharded
-with only a warning (`finetune_trainer.model` does so if `shards_weights` is set).
+This module works around three limits of the libraries. On CPU (tests, small runs) accelerate never enables FSDP, and two ranks would
+silently run DDP; `library_internals.enable_fsdp_on_cpu` enables it. Checkpoints hold the model or the adapter in the same plain folder
+that a single rank writes; only the optimizer's state is sharded. accelerate leaves integers unsharded with only a warning;
+`finetune_trainer.model` therefore stores 4-bit weights as floats if `shards_weights` is set.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SHARDING = {
     "1": FsdpSharding.FULL_SHARD, "2": FsdpSharding.SHARD_GRAD_OP, "3": FsdpSharding.NO_SHARD,
     "true": FsdpSharding.FULL_SHARD, "false": FsdpSharding.SHARD_GRAD_OP,
 }  # fmt: skip
-"""accelerate's words for `sharding`. For version 2 it is a truth value: whether to reshard after the forward pass."""
+"""`sharding` for each value in accelerate's file. For FSDP version 2 the value is a boolean: whether to reshard after the forward pass."""
 STATE_DICT = {
     "FULL_STATE_DICT": FsdpStateDict.FULL, "SHARDED_STATE_DICT": FsdpStateDict.SHARDED, "LOCAL_STATE_DICT": FsdpStateDict.LOCAL,
 }  # fmt: skip
@@ -48,34 +48,35 @@ LAUNCHER_KEYS = (
     "main_training_function", "rdzv_backend", "same_network", "tpu_env", "tpu_use_cluster", "tpu_use_sudo", "use_cpu", "gpu_ids",
     "tpu_name", "tpu_zone", "dynamo_config", "commands", "command_file", "deepspeed_config", "megatron_lm_config", "ipex_config",
 )  # fmt: skip
-"""Keys of accelerate's files for its launcher, which start the ranks. Here the operator starts them."""
+"""Keys for accelerate's launcher. They are ignored, because the operator starts the ranks."""
 VERSION_1_KEYS = ("backward_prefetch", "forward_prefetch", "use_orig_params", "sync_module_states", "limit_all_gathers")
 """Keys of FSDP version 1 for behaviour that version 2 always has."""
 WRAP_POLICIES = ("TRANSFORMER_BASED_WRAP", "SIZE_BASED_WRAP", "NO_WRAP")
 BY_LAYER, BY_SIZE, _ = WRAP_POLICIES
-TRUTH_WORDS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-"""Truth values as `accelerate config` writes them."""
-SWITCH = ValueType("true or false", lambda found: str(found).lower() in TRUTH_WORDS)
+BOOLEAN_SPELLINGS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+"""Spellings of booleans that `accelerate config` writes."""
+BOOLEAN_TEXT = ValueType("true or false", lambda value: str(value).lower() in BOOLEAN_SPELLINGS)
 SIZE = ValueType(
     "a whole number of at least 0",
-    lambda found: str(found).isdecimal() or isinstance(found, float) and found >= 0 and found.is_integer(),
+    lambda value: str(value).isdecimal() or isinstance(value, float) and value >= 0 and value.is_integer(),
 )
-LAYERS = ValueType(
+LAYER_CLASSES = ValueType(
     "names of layer classes",
-    lambda found: isinstance(found, str) or isinstance(found, list) and all(isinstance(one, str) for one in found),
+    lambda value: isinstance(value, str) or isinstance(value, list) and all(isinstance(name, str) for name in value),
 )
-ANYTHING = ValueType("anything", lambda found: True)
+ANYTHING = ValueType("anything", lambda value: True)
 TOP_LEVEL_KEYS = {
     "distributed_type": TEXT, "num_processes": COUNT, "num_machines": COUNT, "fsdp_config": MAPPING,
     "mixed_precision": one_of("no", "fp16", "bf16", "fp8", False), **dict.fromkeys(LAUNCHER_KEYS, ANYTHING),
 }  # fmt: skip
 FSDP_KEYS = {
     "version": one_of(1, 2, "1", "2"), "sharding_strategy": ANYTHING, "reshard_after_forward": ANYTHING, "state_dict_type": ANYTHING,
-    "offload_params": SWITCH, "activation_checkpointing": SWITCH, "cpu_ram_efficient_loading": SWITCH, "transformer_layer_cls_to_wrap": LAYERS,
-    "min_num_params": SIZE, "auto_wrap_policy": ValueType(f"one of {', '.join(WRAP_POLICIES)}", lambda found: str(found).upper() in WRAP_POLICIES),
+    "offload_params": BOOLEAN_TEXT, "activation_checkpointing": BOOLEAN_TEXT, "cpu_ram_efficient_loading": BOOLEAN_TEXT,
+    "transformer_layer_cls_to_wrap": LAYER_CLASSES,
+    "min_num_params": SIZE, "auto_wrap_policy": ValueType(f"one of {', '.join(WRAP_POLICIES)}", lambda value: str(value).upper() in WRAP_POLICIES),
     **dict.fromkeys(VERSION_1_KEYS, ANYTHING),
 }  # fmt: skip
-"""Keys of fsdp_config, without their prefix. Words of the `SHARDING` and `STATE_DICT` keys are checked when they are read."""
+"""Type of each key of fsdp_config, without its prefix. Values for `SHARDING` and `STATE_DICT` are checked when they are read."""
 
 
 @dataclass
@@ -124,7 +125,7 @@ def _merge_file(result: Options, file: dict[str, Any], run: RunConfig, hardware:
     merge.require_equal("num_machines", file.get("num_machines"), "resources.nodes", run.world.nodes)
     active = "bf16" if hardware.bf16 else "fp16" if hardware.fp16 else "no"
     precision = file.get("mixed_precision")
-    precision = "no" if precision is False else precision  # YAML reads an unquoted no as false
+    precision = "no" if precision is False else precision  # YAML parses an unquoted no as false
     merge.require_equal("mixed_precision", precision, "the precision from training.mixedPrecision", active)
     _merge_fsdp(result, inner, merge, run)
     launcher = sorted(set(file) & set(LAUNCHER_KEYS))
@@ -137,7 +138,7 @@ def _merge_file(result: Options, file: dict[str, Any], run: RunConfig, hardware:
 
 
 def _fsdp_group(file: dict[str, Any]) -> dict[str, Any]:
-    """The group fsdp_config without key prefixes and null values. Errors: ConfigError ConfigFileInvalid."""
+    """Return the group fsdp_config without key prefixes and null values. Errors: ConfigError ConfigFileInvalid."""
     check_keys(FILE_FIELD, "", file, TOP_LEVEL_KEYS)
     inner = {
         key.removeprefix("fsdp_"): value for key, value in (file.get("fsdp_config") or {}).items() if value is not None
@@ -156,45 +157,48 @@ def _merge_fsdp(result: Options, inner: dict[str, Any], merge: FileMerge, run: R
     shardings = {
         key: _look_up(inner.get(key), SHARDING, f"fsdp_{key}") for key in ("sharding_strategy", "reshard_after_forward")
     }
-    given = {key: sharding for key, sharding in shardings.items() if sharding is not None}
-    if len(set(given.values())) > 1:
+    shardings_set = {key: sharding for key, sharding in shardings.items() if sharding is not None}
+    if len(set(shardings_set.values())) > 1:
         merge.conflicts.append(
-            f"fsdp_sharding_strategy means {given['sharding_strategy']}, fsdp_reshard_after_forward {given['reshard_after_forward']}"
+            f"fsdp_sharding_strategy means {shardings_set['sharding_strategy']}, fsdp_reshard_after_forward {shardings_set['reshard_after_forward']}"
         )
-    for key, sharding in given.items():
+    for key, sharding in shardings_set.items():
         result.sharding = merge.merge(f"fsdp_{key}", sharding, "distributed.fsdp.sharding", result.sharding)
-    found = _look_up(inner.get("state_dict_type"), STATE_DICT, "fsdp_state_dict_type")
-    result.state_dict = merge.merge("fsdp_state_dict_type", found, "distributed.fsdp.stateDict", result.state_dict)
+    state_dict_type = _look_up(inner.get("state_dict_type"), STATE_DICT, "fsdp_state_dict_type")
+    result.state_dict = merge.merge(
+        "fsdp_state_dict_type", state_dict_type, "distributed.fsdp.stateDict", result.state_dict
+    )
     result.offload = _is_true(inner.get("offload_params"))
     result.wrap = _wrap(inner)
     if (recompute := inner.get("activation_checkpointing")) is not None:
-        asked = merge.before_adaptation("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
-        wanted = asked not in (None, GradientCheckpointing.DISABLED)
+        before = merge.before_adaptation("training.gradientCheckpointing", run.spec.training.gradient_checkpointing)
+        is_enabled = before not in (None, GradientCheckpointing.DISABLED)
         merge.require_equal(
-            "fsdp_activation_checkpointing", _is_true(recompute), "training.gradientCheckpointing", wanted
+            "fsdp_activation_checkpointing", _is_true(recompute), "training.gradientCheckpointing", is_enabled
         )
     if _is_true(inner.get("cpu_ram_efficient_loading")):
         raise ConfigError(
-            "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_cpu_ram_efficient_loading is true, but every rank reads the weights itself here",
-            hint="remove it, and give the pod memory for one copy of the weights a rank",
+            "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_cpu_ram_efficient_loading is true, but here every rank reads the weights",
+            hint="remove it, and give the pod memory for one copy of the weights per rank",
         )  # fmt: skip
     built_in = [f"fsdp_{key}" for key in VERSION_1_KEYS if key in inner]
     if built_in:
         merge.notes.append(
-            f"{', '.join(built_in)} belong to FSDP version 1 and are ignored: version 2 always behaves so"
+            f"{', '.join(built_in)} belong to FSDP version 1 and are ignored: version 2 always has this behaviour"
         )
 
 
 def _wrap(inner: dict[str, Any]) -> dict[str, Any]:
-    """The wrap policy: which modules are sharded as one. Errors: ConfigError ConfigFileInvalid for keys of another policy."""
+    """Return the wrap policy, which decides the modules that are sharded as one unit. Errors: ConfigError ConfigFileInvalid for keys of
+    another policy."""
     policy = str(inner.get("auto_wrap_policy", BY_LAYER)).upper()
     named, least = inner.get("transformer_layer_cls_to_wrap") or (), int(inner.get("min_num_params") or 0)
     layers = [name.strip() for name in (named.split(",") if isinstance(named, str) else named) if name.strip()]
-    for key, given, reader in (
+    for key, value, reader in (
         ("transformer_layer_cls_to_wrap", layers, BY_LAYER),
         ("min_num_params", least, BY_SIZE),
     ):
-        if given and policy != reader:
+        if value and policy != reader:
             raise ConfigError(
                 "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_{key} is only read with {reader}, and fsdp_auto_wrap_policy is {policy}",
                 hint=f"remove it, or write `fsdp_auto_wrap_policy: {reader}`",
@@ -207,23 +211,23 @@ def _wrap(inner: dict[str, Any]) -> dict[str, Any]:
     return wrap
 
 
-def _look_up(found: Any, words: dict[str, Any], key: str) -> Any:
-    if found is None:
+def _look_up(file_value: Any, values_by_name: dict[str, Any], key: str) -> Any:
+    if file_value is None:
         return None
-    text = str(found)
-    value = words.get(text.upper(), words.get(text.lower()))
+    text = str(file_value)
+    value = values_by_name.get(text.upper(), values_by_name.get(text.lower()))
     if value is None:
-        names = ", ".join(word for word in words if word.isupper())
-        raise ConfigError("ConfigFileInvalid", f"{FILE_FIELD}: {key} is {found}", hint=f"write one of {names}")
+        names = ", ".join(name for name in values_by_name if name.isupper())
+        raise ConfigError("ConfigFileInvalid", f"{FILE_FIELD}: {key} is {file_value}", hint=f"write one of {names}")
     return value
 
 
 def _is_true(value: Any) -> bool:
-    return TRUTH_WORDS[str(value).lower()] if value is not None else False
+    return BOOLEAN_SPELLINGS[str(value).lower()] if value is not None else False
 
 
 class Fsdp(DistributedStrategy):
-    """Every rank holds a shard of everything."""
+    """Every rank holds a shard of each parameter, gradient and optimizer state."""
 
     name = "fsdp"
     shards_weights = True
@@ -236,7 +240,7 @@ class Fsdp(DistributedStrategy):
 
     @property
     def trainer_mixins(self) -> tuple[type, ...]:
-        """A mixin that saves and loads sharded state."""
+        """Return the mixin that saves and loads sharded state."""
         return (_sharded_checkpoints_mixin(),)
 
     def training_arguments(self) -> dict[str, Any]:
@@ -272,13 +276,13 @@ class Fsdp(DistributedStrategy):
 
     def _require_layers(self, model: Any) -> None:
         """Refuse layer classes of the user's file that the model does not have. Errors: ConfigError ConfigFileInvalid."""
-        asked = self.chosen.wrap.get("transformer_layer_cls_to_wrap", ())
-        known = sorted({type(module).__name__ for module in model.modules()}) if asked else []
-        missing = [name for name in asked if name not in known]
+        requested = self.chosen.wrap.get("transformer_layer_cls_to_wrap", ())
+        available = sorted({type(module).__name__ for module in model.modules()}) if requested else []
+        missing = [name for name in requested if name not in available]
         if missing:
             raise ConfigError(
                 "ConfigFileInvalid", f"{FILE_FIELD}: fsdp_transformer_layer_cls_to_wrap names {', '.join(missing)}, which the model does not have",
-                hint=f"remove it, or write one of {', '.join(known)}",
+                hint=f"remove it, or write one of {', '.join(available)}",
             )  # fmt: skip
 
     def verify(self, trainer: Any) -> str:
@@ -288,13 +292,13 @@ class Fsdp(DistributedStrategy):
         parameters = dict(trainer.model.named_parameters())
         unsharded = [
             name
-            for name, one in parameters.items()
-            if not (isinstance(one, DTensor) and one.device_mesh.size() == self.world_size)
+            for name, parameter in parameters.items()
+            if not (isinstance(parameter, DTensor) and parameter.device_mesh.size() == self.world_size)
         ]
         if unsharded:
             raise InternalError(
                 "StrategyNotActive",
-                f"fsdp was asked for over {self.world_size} ranks, but {len(unsharded)} of {len(parameters)} parameters are not sharded, "
+                f"fsdp was requested over {self.world_size} ranks, but {len(unsharded)} of {len(parameters)} parameters are not sharded, "
                 f"first {unsharded[0]}",
                 hint="this is a bug of the trainer image: report it with the versions of its packages",
             )  # fmt: skip
@@ -302,13 +306,13 @@ class Fsdp(DistributedStrategy):
 
 
 def _sharded_checkpoints_mixin() -> type:
-    """The mixin's class, created on demand so that this module loads without torch."""
+    """Create the mixin class on demand, so that importing this module does not import torch."""
     from finetune_trainer.best import best_folder
     from finetune_trainer.distributed.weights import load_into_fsdp
     from finetune_trainer.library_internals import OpenTrainer
 
     class ShardedCheckpoints(OpenTrainer):
-        """Checkpoints with the weights or the adapter in one plain folder, and the optimizer's state sharded unless asked otherwise.
+        """Checkpoints with the weights or the adapter in one plain folder, and the optimizer's state sharded unless the spec says otherwise.
 
         transformers 5.23 writes either complete safetensors and complete states, or shards, which no library loads as a model.
         """
@@ -355,7 +359,7 @@ def _sharded_checkpoints_mixin() -> type:
 
         @contextmanager
         def _optimizer_layout(self, plugin: Any, checkpoint: str | None = None) -> Iterator[None]:
-            """Set the layout of the optimizer's state for one call: accelerate reads it from the plugin, as that of the model."""
+            """Set the layout of the optimizer's state for one call. accelerate reads one setting of the plugin for model and optimizer."""
             sharded = self.strategy.chosen.state_dict is FsdpStateDict.SHARDED
             if checkpoint is not None:
                 sharded = not (Path(checkpoint) / "optimizer.bin").exists()

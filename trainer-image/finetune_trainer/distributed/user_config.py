@@ -1,9 +1,9 @@
-"""Merges a user's own DeepSpeed or accelerate file, which comes from a ConfigMap, with the fields of the spec.
+"""Merges a user's DeepSpeed or accelerate file from a ConfigMap with the fields of the spec.
 
-A value that the user wrote in both places must be the same in both; every difference is reported with both values. If the spec's
-value is a default, the file's value is used, and must satisfy the same rules. The file does not know what the operator has adapted
-since (a smaller micro-batch after running out of memory, a lower learning rate after a rollback). Its values are therefore compared
-with the spec's values before the adaptation, and then adapted by the same factor.
+If the user set a value in both, the values must be equal; every difference is reported with both values. If the spec's value is a
+default, the file's value is used and must satisfy the same rules. The operator may have adapted the spec (a smaller micro-batch after
+running out of memory, a lower learning rate after a rollback), but not the file. The file's values are therefore compared with the
+spec's values before the adaptation, and then adapted by the same factor.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from finetune_api.spec.common import ConfigMapKeyRef
 from pydantic import ValidationError
 
 AUTO = "auto"
-"""DeepSpeed's word for a value that is filled in."""
+"""DeepSpeed's placeholder for a value that transformers or this module fills in."""
 
 
 @dataclass(frozen=True)
@@ -37,34 +37,34 @@ class ValueType:
 
 
 def one_of(*values: Any) -> ValueType:
-    """One of the given words or numbers. `true` is not 1."""
+    """Accept only these words and numbers. `true` is not accepted as 1."""
     return ValueType(
-        f"one of {', '.join(_as_text(one) for one in values)}",
+        f"one of {', '.join(_as_text(allowed) for allowed in values)}",
         lambda value: any(value == allowed and type(value) is type(allowed) for allowed in values),
     )
 
 
-COUNT = ValueType("a whole number of at least 1", lambda found: _is_whole(found) and found >= 1)
-STEPS = ValueType("a whole number of at least 0", lambda found: _is_whole(found) and found >= 0)
-POSITIVE = ValueType("a number above 0", lambda found: _is_number(found) and found > 0)
-NOT_NEGATIVE = ValueType("a number of at least 0", lambda found: _is_number(found) and 0 <= found < math.inf)
-FLAG = ValueType("true or false", lambda found: isinstance(found, bool))
-TEXT = ValueType("text", lambda found: isinstance(found, str))
-MAPPING = ValueType("a mapping of keys and values", lambda found: isinstance(found, dict))
+COUNT = ValueType("a whole number of at least 1", lambda value: _is_whole(value) and value >= 1)
+STEPS = ValueType("a whole number of at least 0", lambda value: _is_whole(value) and value >= 0)
+POSITIVE = ValueType("a number above 0", lambda value: _is_number(value) and value > 0)
+NOT_NEGATIVE = ValueType("a number of at least 0", lambda value: _is_number(value) and 0 <= value < math.inf)
+FLAG = ValueType("true or false", lambda value: isinstance(value, bool))
+TEXT = ValueType("text", lambda value: isinstance(value, str))
+MAPPING = ValueType("a mapping of keys and values", lambda value: isinstance(value, dict))
 
 
 def check_keys(
-    file: str, group: str, found: Mapping[str, Any], types: Mapping[str, ValueType], *, allows_auto: bool = False
+    file: str, group: str, keys: Mapping[str, Any], types: Mapping[str, ValueType], *, allows_auto: bool = False
 ) -> None:
     """Refuse unknown keys and wrong values in a group of a file (empty group: the top level). null is always accepted.
 
     `allows_auto`: whether `auto` is accepted, except in place of a mapping.
     Errors: ConfigError ConfigFileInvalid with every wrong key and value.
     """
-    unknown = [f"{_key_path(group, key)}{_suggestion(key, types)}" for key in found if key not in types]
+    unknown = [f"{_key_path(group, key)}{_suggestion(key, types)}" for key in keys if key not in types]
     wrong = [
         f"{_key_path(group, key)} is {_as_text(value)}, not {kind.description}"
-        for key, kind, value in ((key, types[key], value) for key, value in found.items() if key in types)
+        for key, kind, value in ((key, types[key], value) for key, value in keys.items() if key in types)
         if value is not None and not (allows_auto and value == AUTO and kind is not MAPPING) and not kind.accepts(value)
     ]
     problems = ([f"{', '.join(unknown)} would have no effect"] if unknown else []) + wrong
@@ -83,7 +83,7 @@ def _suggestion(key: str, known: Iterable[str]) -> str:
 
 
 def read_config_file(ref: ConfigMapKeyRef, config_maps: Path, field_path: str) -> dict[str, Any]:
-    """The file as nested dictionaries, from YAML or JSON. Errors: NotFoundError ConfigMapMissing; ConfigError ConfigFileInvalid."""
+    """Read the YAML or JSON file as nested dictionaries. Errors: NotFoundError ConfigMapMissing; ConfigError ConfigFileInvalid."""
     location = f"{field_path}: ConfigMap {ref.name}, key {ref.key}"
     try:
         text = (config_maps / ref.name / ref.key).read_text(encoding="utf-8")
@@ -110,8 +110,8 @@ def read_config_file(ref: ConfigMapKeyRef, config_maps: Path, field_path: str) -
 def _all_keys(value: Any) -> list[Any]:
     """Keys at every level of nested dictionaries and lists."""
     if isinstance(value, list):
-        return [key for one in value for key in _all_keys(one)]
-    return [*value, *(key for one in value.values() for key in _all_keys(one))] if isinstance(value, dict) else []
+        return [key for item in value for key in _all_keys(item)]
+    return [*value, *(key for item in value.values() for key in _all_keys(item))] if isinstance(value, dict) else []
 
 
 def _parse_yaml(text: str, location: str) -> Any:
@@ -128,7 +128,7 @@ def _parse_yaml(text: str, location: str) -> Any:
 
 @dataclass
 class FileMerge:
-    """Merges the values of one file with the spec, and collects every conflict, so that all are reported at once."""
+    """Merges the values of one file with the spec. All conflicts are collected and reported together."""
 
     run: RunConfig
     conflicts: list[str] = field(default_factory=list)
@@ -137,22 +137,24 @@ class FileMerge:
     file_values: dict[str, Any] = field(default_factory=dict)
     """Values that the file sets instead of the spec, by spec path."""
 
-    def merge(self, key: str, found: Any, path: str, asked: Any, shown: str | None = None) -> Any:
-        """The value to use: the file's value `found` of `key`, or the spec's value `asked` at `path` if the file leaves it open.
+    def merge(self, key: str, file_value: Any, path: str, spec_value: Any, shown: str | None = None) -> Any:
+        """Return the file's value `file_value` of `key`, or the spec's value `spec_value` at `path` if the file does not set it.
 
-        A difference from a value that the user wrote in the spec is a conflict. `shown`: the file's own word for `found`.
+        If the user set both and the values differ, that is a conflict. `shown`: `file_value` as the file spells it.
         """
-        before = self.before_adaptation(path, asked)
-        if not self._file_wins(key, found, path, before, shown):
-            return asked
-        self.file_values[path] = found if _equal(before, asked) else self._adapt(key, found, path, before, asked)
+        before = self.before_adaptation(path, spec_value)
+        if not self._file_wins(key, file_value, path, before, shown):
+            return spec_value
+        self.file_values[path] = (
+            file_value if _equal(before, spec_value) else self._adapt(key, file_value, path, before, spec_value)
+        )
         return self.file_values[path]
 
-    def _file_wins(self, key: str, found: Any, path: str, before: Any, shown: str | None = None) -> bool:
-        """Whether the file's value replaces the spec's value `before`. Records a note, or a conflict."""
-        if found is None or found == AUTO or _equal(found, before):
+    def _file_wins(self, key: str, file_value: Any, path: str, before: Any, shown: str | None = None) -> bool:
+        """Whether the file's value replaces the spec's value `before`. Records a note if it does, or a conflict."""
+        if file_value is None or file_value == AUTO or _equal(file_value, before):
             return False
-        text = _as_text(found) if shown is None else shown
+        text = _as_text(file_value) if shown is None else shown
         if before is not None and path not in self.run.defaults:
             self.conflicts.append(f"{key} is {text}, {path} is {_as_text(before)}")
             return False
@@ -160,29 +162,29 @@ class FileMerge:
             self.notes.append(f"{key} {text} of the file wins over the default {path} {_as_text(before)}")
         return True
 
-    def before_adaptation(self, path: str, asked: Any) -> Any:
-        """The spec's value at `path` before the operator adapted it; `asked` if it did not."""
-        return (self.run.before_adaptation or {}).get(path, asked)
+    def before_adaptation(self, path: str, spec_value: Any) -> Any:
+        """The spec's value at `path` before the operator adapted it; `spec_value` if the operator did not adapt it."""
+        return (self.run.before_adaptation or {}).get(path, spec_value)
 
-    def undo_adaptation(self, path: str, asked: Any, value: Any) -> Any:
-        """`value` without the factor by which the operator adapted the spec's value at `path`."""
-        before = self.before_adaptation(path, asked)
-        return value if _equal(before, asked) else value * before / asked
+    def undo_adaptation(self, path: str, spec_value: Any, value: Any) -> Any:
+        """Divide `value` by the factor by which the operator adapted the spec's value at `path`."""
+        before = self.before_adaptation(path, spec_value)
+        return value if _equal(before, spec_value) else value * before / spec_value
 
-    def _adapt(self, key: str, found: Any, path: str, before: Any, asked: Any) -> Any:
-        """The file's value, changed by the factor by which the operator adapted the spec's value."""
-        if not all(_is_number(value) and value for value in (found, before, asked)):
-            return asked
-        value = found * asked / before
+    def _adapt(self, key: str, file_value: Any, path: str, before: Any, spec_value: Any) -> Any:
+        """Multiply the file's value by the factor by which the operator adapted the spec's value."""
+        if not all(_is_number(value) and value for value in (file_value, before, spec_value)):
+            return spec_value
+        value = file_value * spec_value / before
         self.notes.append(
-            f"{key} {_as_text(found)} of the file becomes {value:.10g}, as {path} went from {_as_text(before)} to {_as_text(asked)}"
+            f"{key} {_as_text(file_value)} of the file becomes {value:.10g}, as {path} went from {_as_text(before)} to {_as_text(spec_value)}"
         )
         return value
 
-    def require_equal(self, key: str, found: Any, subject: str, actual: Any) -> None:
-        """Record a conflict if the file's value differs from a fact that a file cannot change."""
-        if found is not None and found != AUTO and not _equal(found, actual):
-            self.conflicts.append(f"{key} is {_as_text(found)}, {subject} is {_as_text(actual)}")
+    def require_equal(self, key: str, file_value: Any, subject: str, actual: Any) -> None:
+        """Record a conflict if the file's value differs from a value that the file cannot set, such as the number of ranks."""
+        if file_value is not None and file_value != AUTO and not _equal(file_value, actual):
+            self.conflicts.append(f"{key} is {_as_text(file_value)}, {subject} is {_as_text(actual)}")
 
     def finish(self, file: str) -> None:
         """Check the merged values.
@@ -200,7 +202,7 @@ class FileMerge:
             spec = self.merged_spec()
         except ValidationError as error:
             problems = "; ".join(
-                f"{'.'.join(map(str, one['loc']))} {one['input']}: {one['msg']}" for one in error.errors()
+                f"{'.'.join(map(str, item['loc']))} {item['input']}: {item['msg']}" for item in error.errors()
             )
             raise ConfigError(
                 "ConfigFileInvalid", f"{file} holds values that the API does not allow: {problems}", hint="write a value that fits"
@@ -244,7 +246,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _as_text(value: Any) -> str:
-    """A value as the file has it. Text that could be read as a number or a truth value is quoted."""
+    """Format a value as in the file. Text that could be parsed as a number or a boolean is quoted."""
     if isinstance(value, str):
         return value if value[:1].isalpha() and value not in ("true", "false", "null") else json.dumps(value)
     return "not given" if value is None else json.dumps(value, default=str)

@@ -44,27 +44,30 @@ def load_into_deepspeed(model: Any, folder: Path, is_reader: bool) -> None:
 
 
 def _read_state(model: Any, folder: Path, is_reader: bool) -> dict[str, Any]:
-    """Tensors by their name in the model on the reading rank; empty on the others. Every rank raises if the names do not fit."""
+    """Return tensors by their name in the model on the reading rank, and an empty dictionary on the others.
+
+    Every rank raises an error if the names in the folder and in the model differ. Errors: NoCheckpointError CheckpointForeign.
+    """
     names = saved_names(model)
     state: dict[str, Any] = {}
-    strange: list[str] = []
+    mismatched: list[str] = []
     if is_reader:
         stored = read_weights(folder)
-        strange = sorted(set(stored) ^ set(names) if hasattr(model, "peft_config") else set(stored) - set(names))
+        mismatched = sorted(set(stored) ^ set(names) if hasattr(model, "peft_config") else set(stored) - set(names))
         state = {names[name]: value for name, value in stored.items() if name in names}
-    counted = torch.tensor([len(strange)], device=next(model.parameters()).device)
+    mismatch_count = torch.tensor([len(mismatched)], device=next(model.parameters()).device)
     if torch.distributed.is_initialized():
-        torch.distributed.broadcast(counted, 0)
-    if int(counted):
+        torch.distributed.broadcast(mismatch_count, 0)
+    if int(mismatch_count):
         raise NoCheckpointError(
-            "CheckpointForeign", f"the checkpoint has other weights than this run trains{': ' + ', '.join(strange[:4]) if strange else ''}",
+            "CheckpointForeign", f"the checkpoint has other weights than this run trains{': ' + ', '.join(mismatched[:4]) if mismatched else ''}",
             hint="resume with the method, targets and model that it was made with",
         )  # fmt: skip
     return state
 
 
 def saved_names(model: Any) -> dict[str, str]:
-    """Names in the model by the names in a saved folder. PEFT omits the adapter's name when it saves."""
+    """Map the names in a saved folder to the names in the model. PEFT omits the adapter's name when it saves."""
     placeholders = {name: torch.empty(0) for name in model.state_dict()}
     if not hasattr(model, "peft_config"):
         return {name: name for name in placeholders}
@@ -76,7 +79,7 @@ def saved_names(model: Any) -> dict[str, str]:
 
 
 def read_weights(folder: Path) -> dict[str, Any]:
-    """All tensors of a folder: one safetensors file, or several with an index. Errors: NoCheckpointError CheckpointIncomplete."""
+    """Read all tensors of a folder: one safetensors file, or several with an index. Errors: NoCheckpointError CheckpointIncomplete."""
     from safetensors.torch import load_file
 
     for name in ("adapter_model.safetensors", "model.safetensors"):

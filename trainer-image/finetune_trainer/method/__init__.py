@@ -1,1 +1,1 @@
-"""Which parameters are trained: one module for each family of methods, and `registry`, which finds the one that a run asks for."""
+"""Training methods: each decides which parameters are trained. `registry` returns the method of a run."""

@@ -1,7 +1,7 @@
-"""Continues the training of an existing PEFT adapter on the base model that it was made for.
+"""Continues the training of an existing PEFT adapter on its base model.
 
-PEFT only warns if the file and the model do not fit, and trains randomly initialised weights instead. Here every trained weight
-must come from the file, and every weight of the file must have a place in the model.
+If the weights in the file and in the model differ, PEFT only warns and trains randomly initialised weights. This module checks that
+every trained weight comes from the file, and that the model has every weight of the file.
 """
 
 from __future__ import annotations
@@ -62,18 +62,18 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
 
     def _require_new_tokens(self, config: Mapping[str, Any], source: str) -> None:
         """Errors: ConfigError NewTokensNotTrained unless the adapter already trains the rows of `model.newTokens`."""
-        wanted = self.context.new_token_ids
-        # By module name, or one list for the embeddings: PEFT takes both.
+        new_token_ids = self.context.new_token_ids
+        # PEFT accepts a list for each module name, or one list for the embeddings.
         trained = config.get("trainable_token_indices") or {}
         rows = list(trained.values()) if isinstance(trained, dict) else [trained]
-        if any(set(wanted) - set(ids) for ids in rows) or (wanted and not trained):
+        if any(set(new_token_ids) - set(ids) for ids in rows) or (new_token_ids and not trained):
             raise ConfigError(
                 "NewTokensNotTrained", f"{source} does not train the rows of model.newTokens, and rows cannot be added to an existing adapter",
                 hint="remove newTokens, give the tokens that the adapter was made with, or write method lora",
             )  # fmt: skip
 
-    def _load(self, model: Any, folder: Path, weights: Mapping[str, Any], misfit: str) -> Any:
-        """The model with the trainable adapter. Errors: ConfigError AdapterOfAnotherBase, AdapterNotContinuable; PEFT's own."""
+    def _load(self, model: Any, folder: Path, weights: Mapping[str, Any], error_prefix: str) -> Any:
+        """Load the adapter into the model as trainable. Errors: ConfigError AdapterOfAnotherBase, AdapterNotContinuable; PEFT's own."""
         import torch
         from peft import PeftModel
         from peft.utils.save_and_load import set_peft_model_state_dict
@@ -84,9 +84,11 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         wrapped = PeftModel.from_pretrained(
             model, folder, is_trainable=True, autocast_adapter_dtype=not self.keeps_base_dtype
         )
-        # Loaded a second time, because only this call returns the keys without a place.
+        # The weights are loaded a second time, because only this call returns the missing and unexpected keys.
         loaded = set_peft_model_state_dict(wrapped, dict(weights))
-        _require_all_keys(_absent_weights(wrapped, set(loaded.missing_keys)), sorted(loaded.unexpected_keys), misfit)
+        _require_all_keys(
+            _absent_weights(wrapped, set(loaded.missing_keys)), sorted(loaded.unexpected_keys), error_prefix
+        )
         changed = [
             name
             for name, parameter in base_weights.items()
@@ -95,7 +97,7 @@ class ExistingAdapter(PeftMethod, types=(MethodType.ADAPTER,)):
         if changed:
             raise ConfigError(
                 "AdapterNotContinuable",
-                f"{misfit}: its file changes the frozen base weights {', '.join(changed[:4])}, and the resulting adapter would not contain them",
+                f"{error_prefix}: its file changes the frozen base weights {', '.join(changed[:4])}, and the resulting adapter would not contain them",
                 hint="merge them into the base model, or give the base model that has these values",
             )  # fmt: skip
         return wrapped
@@ -115,7 +117,7 @@ def _read_config(folder: Path, source: str) -> dict[str, Any]:
 
 
 def _require_continuable(config: Mapping[str, Any], run: RunConfig, source: str) -> None:
-    """Errors: ConfigError AdapterNotContinuable for adapter types that PEFT cannot continue, or not together with a reference model."""
+    """Errors: ConfigError AdapterNotContinuable for adapters that PEFT cannot continue, alone or with a reference model."""
     kind, bias, init = config.get("peft_type", ""), config.get("bias") or "none", config.get("init_lora_weights")
     if kind in PROMPT_LEARNING or kind not in continuable_adapter_types():
         raise ConfigError(
@@ -139,12 +141,12 @@ def _read_weights(folder: Path, source: str) -> dict[str, Any]:
     from peft.utils.save_and_load import load_peft_weights
     from safetensors import SafetensorError
 
-    found = [name for name in WEIGHT_FILES if (folder / name).exists()]
+    existing_files = [name for name in WEIGHT_FILES if (folder / name).exists()]
     try:
-        weights = load_peft_weights(str(folder), device="cpu") if found else {}
+        weights = load_peft_weights(str(folder), device="cpu") if existing_files else {}
     except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
         raise NotFoundError(
-            "AdapterUnreadable", f"method.adapter.source {source}: {found[0]} cannot be read: {str(error).strip().splitlines()[0][:200]}",
+            "AdapterUnreadable", f"method.adapter.source {source}: {existing_files[0]} cannot be read: {str(error).strip().splitlines()[0][:200]}",
             hint="upload the file again: it is truncated, or not a weight file", failure_class=FailureClass.MODEL,
         ) from error  # fmt: skip
     if not weights:
@@ -155,27 +157,27 @@ def _read_weights(folder: Path, source: str) -> dict[str, Any]:
     return dict(weights)
 
 
-def _require_all_keys(absent: list[str], unexpected: list[str], misfit: str) -> None:
-    """Errors: ConfigError AdapterOfAnotherBase if the model trains weights that the file lacks, or the reverse."""
+def _require_all_keys(absent: list[str], unexpected: list[str], error_prefix: str) -> None:
+    """Errors: ConfigError AdapterOfAnotherBase if the file lacks a trained weight, or the model lacks a weight of the file."""
     reasons = [f"{len(absent)} weights are not in its file, first {absent[0]}"] if absent else []
     if unexpected:
-        reasons.append(f"{len(unexpected)} weights of its file have no place in the model, first {unexpected[0]}")
+        reasons.append(f"{len(unexpected)} weights of its file are not in the model, first {unexpected[0]}")
     if reasons:
         raise ConfigError(
-            "AdapterOfAnotherBase", f"{misfit}: {'; '.join(reasons)}",
+            "AdapterOfAnotherBase", f"{error_prefix}: {'; '.join(reasons)}",
             hint="give the base that the adapter was trained on, and the complete adapter file",
         )  # fmt: skip
 
 
 def _absent_weights(wrapped: Any, missing: Set[str]) -> list[str]:
-    """Trained parameters that the file holds under none of their names. Layers may share one parameter (VB-LoRA's vector bank)."""
+    """Names of trained parameters that the file lacks. Layers may share a parameter (VB-LoRA's vector bank), which has several names."""
     names: dict[int, list[str]] = {}
     for name, parameter in wrapped.named_parameters(remove_duplicate=False):
         if parameter.requires_grad:
             names.setdefault(id(parameter), []).append(name)
-    return sorted(several[0] for several in names.values() if missing.issuperset(several))
+    return sorted(aliases[0] for aliases in names.values() if missing.issuperset(aliases))
 
 
 def _base_name(name: str) -> str:
-    """The base model's name for a weight that an adapter file names."""
+    """Convert the name of a weight in an adapter file to its name in the base model."""
     return name.removeprefix("base_model.model.").replace(".base_layer.", ".")

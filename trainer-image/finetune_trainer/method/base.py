@@ -1,7 +1,7 @@
-"""The interface of a method, and the proof that a method trains something.
+"""The interface of a method, and the check that a method trains at least one parameter.
 
 A method is a subclass of `Method` in a module of this package. `class Full(Method, types=(MethodType.FULL,))` registers it for
-`method.type: full`; nothing else lists methods.
+`method.type: full`. There is no other list of methods.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from finetune_trainer.method.precision import require_scalable_weights
 from finetune_trainer.model import count_parameters
 
 METHODS: dict[MethodType, type[Method]] = {}
-"""Every `method.type` with its class. A module of this package fills in its own when it is imported (see `registry`)."""
+"""The class of every `method.type`. Each module of this package adds its classes when it is imported (see `registry`)."""
 
 
 @dataclass(frozen=True)
 class MethodContext:
-    """What a method may read."""
+    """Inputs of a method."""
 
     run: RunConfig
     inputs: Inputs
@@ -40,7 +40,7 @@ class MethodContext:
     new_token_ids: tuple[int, ...] = ()
     """Ids of `model.newTokens`, whose embedding rows are trained."""
     is_resumed: bool = False
-    """Whether trained weights will be loaded from a checkpoint, so that computing a start for them is useless."""
+    """Whether trained weights will be loaded from a checkpoint. In this case no initial weights are computed."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class TrainableModel:
 
     model: Any
     kind: OutputKind
-    """What the final artefact is: an adapter, which needs the base model, or a model."""
+    """Whether the final artefact is an adapter, which needs the base model, or a complete model."""
     trainable: int = 0
     """Number of trained values."""
     total: int = 0
@@ -59,44 +59,46 @@ class TrainableModel:
     extra_files: dict[str, str] = field(default_factory=dict)
     """Text files that belong to the final artefact, by name."""
     initial_adapter: Path | None = None
-    """Folder with the adapter before training, for starts that change the base model (PiSSA, OLoRA)."""
+    """Folder with the adapter before training, for initialisations that change the base model (PiSSA, OLoRA)."""
 
 
 class Method:
-    """One way to choose what is trained. The hooks run in the order in which they are defined here; each does nothing by default."""
+    """Base class of methods. The hooks run in the order of their definition; all but `apply` have a default."""
 
     def __init_subclass__(cls, types: tuple[MethodType, ...] = (), **options: Any) -> None:
         super().__init_subclass__(**options)
-        for one in types:
-            assert one not in METHODS, f"{METHODS[one].__name__} and {cls.__name__} both implement method.type {one}"
-            METHODS[one] = cls
+        for method_type in types:
+            assert method_type not in METHODS, (
+                f"{METHODS[method_type].__name__} and {cls.__name__} both implement method.type {method_type}"
+            )
+            METHODS[method_type] = cls
 
     def __init__(self, context: MethodContext):
         self.context = context
 
     def before_load(self) -> tuple[str, ...]:
-        """Compute what needs the unquantised weights. Returns the modules that stay unquantised when the base model is loaded."""
+        """Read the unquantised weights if the method needs them. Returns the modules to leave unquantised when the base model is loaded."""
         return ()
 
     def apply(self, model: Any) -> TrainableModel:
-        """Freeze, wrap or select parameters. Errors: ConfigError with the reason for everything that cannot be trained as asked."""
+        """Freeze, wrap or select parameters. Errors: ConfigError if the model cannot be trained with these settings."""
         raise NotImplementedError
 
     def after_apply(self, trainable: TrainableModel) -> None:
-        """Compute the trained weights' start, and set their number format, before the Trainer is built."""
+        """Compute the initial values of the trained weights, and set their dtype, before the Trainer is built."""
 
     def trainer_construction(self, model: Any) -> AbstractContextManager[None]:
-        """A context in which the Trainer is built on the base model `model`."""
+        """The context manager in which the Trainer is built on the base model `model`."""
         return nullcontext()
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Change or check what the Trainer's constructor did to the model. Errors: ConfigError HalfWeights."""
+        """Correct or check the model after the Trainer's constructor has changed it. Errors: ConfigError HalfWeights."""
         # DeepSpeed scales the loss itself and keeps its own 32-bit copies.
         if self.context.hardware.fp16 and self.context.strategy.name != "deepspeed":
             require_scalable_weights(trainer.model)
 
     def make_trainable(self, model: Any) -> TrainableModel:
-        """Run `apply` and `after_apply`, and count what is trained.
+        """Run `apply` and `after_apply`, and count the trained values.
 
         Errors: ConfigError StrategyAndMethod and those of `apply`; InternalError NothingTrainable.
         """
@@ -113,7 +115,7 @@ class Method:
 
 
 def require_unshared_copies(model: Any) -> None:
-    """Refuse a module that is trained in full together with an adapter if another module shares its weight: FSDP cannot shard it.
+    """Refuse a module in `modulesToSave` if another module shares its weight: FSDP cannot shard the shared weight.
 
     Errors: ConfigError StrategyAndMethod.
     """

@@ -1,4 +1,4 @@
-"""EVA: A of each adapter starts with the principal directions of its layer's inputs on the first batches of the training data.
+"""EVA: initialises matrix A of each adapter with the principal directions of its layer's inputs on batches of the training data.
 
 Source: Paischer et al., Parameter Efficient Fine-tuning via Explained Variance Adaptation, https://arxiv.org/abs/2410.07170.
 """
@@ -17,9 +17,9 @@ MAX_BATCHES = 2000
 
 
 def initialize_from_inputs(trainer: Any) -> None:
-    """Compute the start of A. PEFT's `init_lora_weights="eva"` alone leaves A random; this call is what makes it EVA.
+    """Compute the initial A. PEFT's `init_lora_weights="eva"` alone leaves A random until this function is called.
 
-    Every layer keeps the asked rank (rho 1).
+    Every layer keeps the rank of the spec (rho 1).
     Errors: ConfigError InitUnavailable for packed rows (their padding is unknown here), for ranks above the inputs of a layer or the
     tokens of a batch, and if the directions do not converge.
     """
@@ -50,10 +50,10 @@ def initialize_from_inputs(trainer: Any) -> None:
 
 
 class _EndlessInputs:
-    """Batches of the training data in order and without labels, again and again: PEFT reads them until the directions converge.
+    """Repeats the batches of the training data in order and without labels. PEFT reads batches until the directions converge.
 
-    PEFT skips batches with fewer tokens than the rank without a message, and would never end if all batches are so small.
-    Errors: ConfigError InitUnavailable in that case, and after `MAX_BATCHES`.
+    PEFT silently skips batches with fewer tokens than the rank. If all batches are too small, PEFT would read them forever.
+    Errors: ConfigError InitUnavailable if all batches are too small, and after `MAX_BATCHES`.
     """
 
     def __init__(self, trainer: Any, rank: int):

@@ -13,7 +13,7 @@ class Full(Method, types=(MethodType.FULL,)):
     """Trains every floating-point parameter."""
 
     def apply(self, model: Any) -> TrainableModel:
-        """Unfreeze the parameters. A note names their number format if it is not 32 bits."""
+        """Unfreeze the parameters. A note names their dtype if it is not float32."""
         for parameter in model.parameters():
             if parameter.is_floating_point():
                 parameter.requires_grad_(True)

@@ -1,9 +1,9 @@
-"""LoftQ: an adapter on a 4-bit base model starts as the best low-rank correction of the quantisation error.
+"""LoftQ: initialises an adapter on a 4-bit base model with the best low-rank correction of the quantisation error.
 
 For each layer the error W - Q(W) is approximated with the adapter's rank from its largest singular directions, so that base
-model and adapter together start closer to the unquantised model. PEFT's implementation needs CUDA and ignores alpha / rank; this
-one runs on any device and divides by the scale that the adapter is multiplied with. It runs one iteration: a second one would
-change the quantised base model, and users load the adapter on a base that bitsandbytes quantises once.
+model and adapter together start closer to the unquantised model. PEFT's implementation needs CUDA and ignores the
+adapter's scale, alpha / rank. This implementation runs on any device and divides by the scale. It runs one iteration: a second
+iteration would change the quantised base model, but users load the adapter on a base model that bitsandbytes quantises once.
 Source: Li et al., LoftQ: LoRA-Fine-Tuning-Aware Quantization, https://arxiv.org/abs/2310.08659.
 """
 

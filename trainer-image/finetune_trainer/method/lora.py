@@ -17,30 +17,30 @@ from finetune_trainer.method.peft_method import ADAPTER_NAME, PeftMethod, linear
 from finetune_trainer.model import load_model
 
 ALL_LINEAR = "all-linear"
-"""PEFT's word for every linear layer but the head."""
+"""PEFT's value for all linear layers except the head."""
 HEAD_NAMES = ("lm_head", "embed_out", "output", "score")
 PEFT_BIAS = {LoraBias.NONE: "none", LoraBias.ALL: "all", LoraBias.LORA_ONLY: "lora_only"}
 PEFT_INIT = {
     LoraInit.DEFAULT: True, LoraInit.GAUSSIAN: "gaussian", LoraInit.PISSA: "pissa", LoraInit.OLORA: "olora", LoraInit.EVA: "eva",
     LoraInit.LOFTQ: True,
 }  # fmt: skip
-"""PEFT's `init_lora_weights`. LoftQ starts with PEFT's default; `after_apply` then replaces the weights."""
+"""PEFT's value of `init_lora_weights`. For LoftQ, PEFT uses its default, and `after_apply` then replaces the weights."""
 
 
 class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA)):
-    """Puts adapters on linear layers and freezes the rest, except the embedding rows of new tokens."""
+    """Puts adapters on linear layers. All other weights are frozen, except the embedding rows of new tokens."""
 
     @property
     def init(self) -> LoraInit:
-        """How the adapters start."""
+        """Initialisation of the adapters."""
         lora = self.context.run.spec.method.lora
         return (lora.init if lora else None) or LoraInit.DEFAULT
 
     def apply(self, model: Any) -> TrainableModel:
         """Wrap the model with PEFT.
 
-        PiSSA and OLoRA move a part of the base model into the adapter. Their start is saved, so that the final adapter can be
-        converted to one for the unchanged base model (with twice the rank).
+        PiSSA and OLoRA move a part of the base model into the adapter. The initial adapter is saved, so that the final adapter can be
+        converted to an adapter for the unchanged base model (with twice the rank).
         Errors: ConfigError TargetModulesMissing, LoraOnHead, NewTokensTwice, InitUnavailable.
         """
         from peft import get_peft_model
@@ -112,7 +112,7 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
         )
 
     def trained_embedding_rows(self, model: Any) -> dict[str, list[int]] | None:
-        """Rows of `model.newTokens` in the embeddings and in the head, by module name; None without new tokens.
+        """Row indices of `model.newTokens` in the embeddings and in the head, by module name; None without new tokens.
 
         A module in `modulesToSave` is trained in full and needs no entry. Errors: ConfigError NewTokensTwice.
         """
@@ -131,11 +131,11 @@ class Lora(PeftMethod, types=(MethodType.LORA, MethodType.QLORA, MethodType.DORA
 
 
 def require_splittable_layers(model: Any, init: LoraInit, rank: int) -> None:
-    """Refuse layers for which the start of PiSSA or OLoRA cannot be converted to an adapter for the unchanged base model.
+    """Refuse layers for which an adapter of PiSSA or OLoRA cannot be converted to an adapter for the unchanged base model.
 
-    The conversion needs A and B of linear layers, all of the asked rank. PEFT 0.21's OLoRA also splits a transposed weight
-    (inputs first, as GPT-2's Conv1D) without transposing it, which the shapes do not reveal where both sides are equal.
-    Errors: ConfigError InitUnavailable for embeddings, transposed weights (OLoRA), and ranks above a layer's sides.
+    The conversion needs A and B of linear layers, all with the rank of the spec. PEFT 0.21's OLoRA also splits a transposed weight
+    (inputs first, as GPT-2's Conv1D) without transposing it. The shapes do not show this error if the weight is square.
+    Errors: ConfigError InitUnavailable for embeddings, transposed weights (OLoRA), and ranks above a dimension of a layer.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -153,41 +153,43 @@ def require_splittable_layers(model: Any, init: LoraInit, rank: int) -> None:
             kind = type(layer.get_base_layer()).__name__
             raise ConfigError(
                 "InitUnavailable", f"method.lora.init {init} cannot start an adapter of rank {rank} on {name}, a {kind} of {inputs} x {outputs}",
-                hint="name linear layers in method.lora.targetModules, write a rank no higher than their sides, or remove init",
+                hint="name linear layers in method.lora.targetModules, write a rank of at most their smaller dimension, or remove init",
             )  # fmt: skip
 
 
-def target_modules(model: Any, asked: Sequence[str] | None) -> str | list[str]:
-    """Target modules as PEFT takes them. Errors: ConfigError TargetModulesMissing for unknown names, LoraOnHead."""
-    if not asked or list(asked) == [ALL_LINEAR]:
+def target_modules(model: Any, requested: Sequence[str] | None) -> str | list[str]:
+    """Return the target modules for PEFT's configuration. Errors: ConfigError TargetModulesMissing for unknown names, LoraOnHead."""
+    if not requested or list(requested) == [ALL_LINEAR]:
         return ALL_LINEAR
-    heads = [name for name in asked if name.rsplit(".", 1)[-1] in HEAD_NAMES and _is_head(model, name)]
+    heads = [name for name in requested if name.rsplit(".", 1)[-1] in HEAD_NAMES and _is_head(model, name)]
     if heads:
         raise ConfigError(
             "LoraOnHead", f"method.lora.targetModules names the head {heads[0]}: the loss reads its weight directly, so an adapter there never learns",
             hint=f"put {heads[0]} into method.lora.modulesToSave to train it in full",
         )  # fmt: skip
-    _require_modules(model, asked, "method.lora.targetModules", linear_layer_names(model))
-    return list(asked)
+    _require_modules(model, requested, "method.lora.targetModules", linear_layer_names(model))
+    return list(requested)
 
 
-def modules_to_save(model: Any, asked: Sequence[str] | None) -> list[str] | None:
-    """Modules that are trained in full together with the adapter. Errors: ConfigError TargetModulesMissing for unknown names."""
-    if not asked:
+def modules_to_save(model: Any, requested: Sequence[str] | None) -> list[str] | None:
+    """Return the modules to train in full together with the adapter. Errors: ConfigError TargetModulesMissing for unknown names."""
+    if not requested:
         return None
     last_parts = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
-    known = [name for name in last_parts if not name.isdigit()]
-    _require_modules(model, asked, "method.lora.modulesToSave", known)
-    return list(asked)
+    available = [name for name in last_parts if not name.isdigit()]
+    _require_modules(model, requested, "method.lora.modulesToSave", available)
+    return list(requested)
 
 
-def _require_modules(model: Any, asked: Sequence[str], field: str, known: Sequence[str]) -> None:
+def _require_modules(model: Any, requested: Sequence[str], field: str, available: Sequence[str]) -> None:
     names = [name for name, _ in model.named_modules()]
-    absent = [one for one in asked if not any(name == one or name.endswith("." + one) for name in names)]
+    absent = [
+        module for module in requested if not any(name == module or name.endswith("." + module) for name in names)
+    ]
     if absent:
         raise ConfigError(
             "TargetModulesMissing", f"{field} names {', '.join(absent)}, which the model does not have",
-            hint=f"the model has {', '.join(known)}; or remove the field",
+            hint=f"the model has {', '.join(available)}; or remove the field",
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ ADAPTER_NAME = "default"
 
 
 class PeftMethod(Method):
-    """Keeps the trained weights in 32 bits, and passes LoRA+'s learning-rate ratio on to the Trainer."""
+    """Keeps the trained weights in 32 bits, and sets LoRA+'s learning-rate ratio on the Trainer."""
 
     def __init__(self, context: MethodContext):
         super().__init__(context)
@@ -20,7 +20,7 @@ class PeftMethod(Method):
 
     @property
     def keeps_base_dtype(self) -> bool:
-        """Whether adapters must have the base model's number format (ZeRO stage 3 shards only one format)."""
+        """Whether adapters must have the base model's dtype (ZeRO stage 3 can shard only one dtype)."""
         return self.context.strategy.keeps_base_dtype
 
     def after_apply(self, trainable: TrainableModel) -> None:
@@ -39,13 +39,13 @@ class PeftMethod(Method):
 
 
 def peft_task_type(model: Any) -> Any:
-    """PEFT's word for the model's task. For a sequence classifier (a reward model) PEFT also trains and saves the head."""
+    """PEFT's name for the model's task. For a sequence classifier (a reward model) PEFT also trains and saves the head."""
     from peft import TaskType
 
     return TaskType.SEQ_CLS if "SequenceClassification" in type(model).__name__ else TaskType.CAUSAL_LM
 
 
 def linear_layer_names(model: Any) -> list[str]:
-    """Last parts of the names of all linear layers, 4-bit and 8-bit ones included."""
+    """Last parts of the names of all linear layers, including 4-bit and 8-bit layers."""
     kinds = ("Linear", "Linear4bit", "Linear8bitLt", "Conv1D")
     return sorted({name.rsplit(".", 1)[-1] for name, module in model.named_modules() if type(module).__name__ in kinds})

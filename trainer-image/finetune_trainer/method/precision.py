@@ -1,4 +1,4 @@
-"""Number formats of trained weights: 32 bits, because 16-bit weights lose updates that are smaller than their rounding step."""
+"""Keeps trained weights in 32 bits, because 16-bit weights lose updates that are smaller than their rounding step."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from finetune_api.errors import ConfigError
 def widen_trained_weights(model: Any) -> None:
     """Convert trained 16-bit weights to 32 bits.
 
-    PEFT does so for its own layers, but not for modules that are trained in full next to them (`modulesToSave`, a reward model's
-    head, biases). Autocast lets 16-bit inputs meet 32-bit weights.
+    PEFT converts its own layers, but not the other trained modules (`modulesToSave`, a reward model's head, biases). Autocast lets
+    layers with 32-bit weights process 16-bit inputs.
     """
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.is_floating_point() and parameter.element_size() < 4:
@@ -32,14 +32,14 @@ class TrainedWeightsCopy:
     """A copy of the trained weights from before a Trainer is built.
 
     TRL converts the adapter of a quantised base model to bf16 in its constructor. Small updates are lost in bf16, so `restore`
-    puts the weights back in the format that they had.
+    puts the weights back in their original dtype.
     """
 
     def __init__(self, model: Any):
         self._weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
     def restore(self, model: Any) -> None:
-        """Put back every weight whose number format has changed."""
+        """Put back every weight whose dtype has changed."""
         for name, parameter in model.named_parameters():
             before = self._weights.get(name)
             if before is not None and parameter.dtype != before.dtype:

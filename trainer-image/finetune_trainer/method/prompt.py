@@ -1,4 +1,4 @@
-"""Prefix and prompt tuning: learned virtual tokens in front of every row; the model itself is frozen."""
+"""Prefix and prompt tuning: train virtual tokens in front of every row, and freeze the model."""
 
 from __future__ import annotations
 

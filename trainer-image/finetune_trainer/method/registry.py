@@ -1,4 +1,4 @@
-"""Finds the method that a run asks for."""
+"""Finds the class of a run's `method.type`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from finetune_trainer.method.base import METHODS, Method, MethodContext
 
 @cache
 def all_methods() -> dict[MethodType, type[Method]]:
-    """Every `method.type` with its class. Imports each module of this package, which registers what it defines."""
+    """Return the class of every `method.type`. Imports each module of this package, because the import registers its classes."""
     for module in pkgutil.iter_modules(finetune_trainer.method.__path__, f"{finetune_trainer.method.__name__}."):
         importlib.import_module(module.name)
     return METHODS

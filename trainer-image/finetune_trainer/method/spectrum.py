@@ -1,11 +1,11 @@
-"""Spectrum: train the modules with the best signal-to-noise ratio (SNR) in full, and freeze the rest.
+"""Spectrum: train the modules with the best signal-to-noise ratio (SNR) in full, and freeze all others.
 
 The scan follows the paper: with the singular values S of a linear weight W (n x m), sigma = IQR(S) / 1.349 estimates the noise, and
 singular values above sigma * (1 + sqrt(min(n, m) / max(n, m))) are signal. SNR = (sum of the signal / sum of the noise) / max(S).
 A module is compared with modules of the same type only (all `mlp.down_proj`, all `self_attn.q_proj`, ...). `snrThreshold` t
-selects the best 1 - t of each type. The metric `meanOverStd` ranks whole layers by mean(|W|) / std(W), as an older tool does. It
-hardly distinguishes layers, and exists so that configurations of that tool keep their meaning. The head and the embeddings are
-always trained.
+selects the best 1 - t of each type. The metric `meanOverStd` ranks whole layers by mean(|W|) / std(W), as an older tool does.
+This metric hardly distinguishes layers. It exists so that configurations of the older tool select the same layers. The head and the
+embeddings are always trained.
 
 On a 4-bit base model the selected modules are not quantised, and only they are trained.
 Source: Hartford et al., Spectrum: Targeted Training on Signal to Noise Ratio, https://arxiv.org/abs/2406.06623.
@@ -55,7 +55,7 @@ class Module:
 
 @dataclass(frozen=True)
 class Selection:
-    """The modules that are trained, and the scan that they were selected from, if there was one."""
+    """The modules to train, and the scan from which they were selected, if any."""
 
     modules: tuple[str, ...]
     """Names without `.weight`."""
@@ -81,7 +81,7 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
     def __init__(self, context: MethodContext):
         super().__init__(context)
         self._selection: Selection | None = None
-        """Computed before a quantised base model is loaded; None for an unquantised base model, which `apply` selects from itself."""
+        """Selected before a quantised base model is loaded; None for an unquantised base model, for which `apply` selects the modules."""
         self._before_construction: TrainedWeightsCopy | None = None
 
     def before_load(self) -> tuple[str, ...]:
@@ -96,16 +96,16 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
         """Freeze all but the selected modules and, on an unquantised base model, the head and the embeddings."""
         selection = self._selection or select_modules(self.context.run, self.context.inputs, model)
         is_quantized = bool(getattr(model, "is_loaded_in_4bit", False))
-        always = [] if is_quantized else [model.get_input_embeddings(), model.get_output_embeddings()]
-        always.append(getattr(model, "score", None))  # a reward model's head is randomly initialised
-        always_trained = {id(p) for module in always if module is not None for p in module.parameters()}
+        always_trained_modules = [] if is_quantized else [model.get_input_embeddings(), model.get_output_embeddings()]
+        always_trained_modules.append(getattr(model, "score", None))  # a reward model's head is randomly initialised
+        always_trained = {id(p) for module in always_trained_modules if module is not None for p in module.parameters()}
         for name, parameter in model.named_parameters():
             is_selected = name.rsplit(".", 1)[0] in selection.modules or id(parameter) in always_trained
             parameter.requires_grad_(is_selected and parameter.is_floating_point())
             if is_selected and is_quantized and parameter.is_floating_point():
                 parameter.data = parameter.data.float()
-        others = "" if is_quantized else ", the head and the embeddings"
-        notes = [f"spectrum trains {len(selection.modules)} modules{others}"]
+        also_trained = "" if is_quantized else ", the head and the embeddings"
+        notes = [f"spectrum trains {len(selection.modules)} modules{also_trained}"]
         return TrainableModel(model, OutputKind.MODEL, notes=notes, extra_files={SNR_FILE: selection.to_json()})
 
     def after_apply(self, trainable: TrainableModel) -> None:
@@ -122,18 +122,18 @@ class Spectrum(Method, types=(MethodType.SPECTRUM,)):
 
 
 def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
-    """Select the modules of the given layers, or the best modules of a scan, which is cached by the model's revision.
+    """Select the modules of `layers`, or the best modules of a scan. The scan is cached by the model's revision.
 
     Errors: ConfigError SpectrumLayerMissing, SpectrumSelectsNothing.
     """
     spec = run.spec.method.spectrum
     modules = dict(_linear_modules(model))
     if spec is not None and spec.layers is not None:
-        known = {layer for layer, _ in modules.values()}
-        absent = sorted(set(spec.layers) - known)
+        model_layers = {layer for layer, _ in modules.values()}
+        absent = sorted(set(spec.layers) - model_layers)
         if absent:
             raise ConfigError(
-                "SpectrumLayerMissing", f"method.spectrum.layers names {', '.join(map(str, absent))}; the model has layers 0 to {max(known)}",
+                "SpectrumLayerMissing", f"method.spectrum.layers names {', '.join(map(str, absent))}; the model has layers 0 to {max(model_layers)}",
                 hint="name layers that the model has",
             )  # fmt: skip
         return Selection(tuple(name for name, (layer, _) in modules.items() if layer in spec.layers))
@@ -148,7 +148,7 @@ def select_modules(run: RunConfig, inputs: Inputs, model: Any) -> Selection:
         raise ConfigError(
             "SpectrumSelectsNothing", f"method.spectrum.snrThreshold {threshold} selects no module", hint="lower it"
         )  # fmt: skip
-    # Nodes may round differently where two ratios are close, and every rank must train the same modules.
+    # Every rank must train the same modules, but nodes may round differently if two ratios are close.
     selected = list(broadcast_object_list(selected))
     return Selection(tuple(selected), tuple(scan), metric.value, threshold)
 
@@ -177,12 +177,12 @@ def _cached_scan(file: Path, model: Any, metric: SpectrumMetric, device: torch.d
 
 
 def _weight(model: Any, name: str, device: torch.device) -> torch.Tensor:
-    """One matrix, in 32 bits on the device: the singular values of a large matrix take minutes on a CPU."""
+    """Copy one weight to the device in 32 bits: computing the singular values of a large matrix takes minutes on a CPU."""
     return model.get_submodule(name).weight.detach().to(device).float()  # type: ignore[no-any-return]  # get_submodule gives Any
 
 
 def signal_to_noise(weight: torch.Tensor, metric: SpectrumMetric) -> float:
-    """SNR of one weight, computed in 32 bits. Infinite if no singular value is noise."""
+    """Compute the SNR of one weight in 32 bits. Infinite if no singular value is noise."""
     if metric is SpectrumMetric.MEAN_OVER_STD:
         deviation = float(weight.std())
         return float(weight.abs().mean()) / deviation if deviation > 0 else 0.0
@@ -215,7 +215,7 @@ def _best_layers(scan: Sequence[Module], threshold: float) -> list[str]:
     layers: dict[int, list[float]] = {}
     for module in scan:
         layers.setdefault(module.layer, []).append(module.snr)
-    means: Mapping[int, float] = {layer: sum(found) / len(found) for layer, found in layers.items()}
+    means: Mapping[int, float] = {layer: sum(values) / len(values) for layer, values in layers.items()}
     limit = float(torch.quantile(torch.tensor(sorted(means.values()), dtype=torch.float64), threshold))
     return [module.name for module in scan if means[module.layer] >= limit - 1e-12]
 

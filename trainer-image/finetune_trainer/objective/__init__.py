@@ -1,6 +1,6 @@
-"""The objectives: one module for each `trainer.type`, named after its value, with one `Objective` called `OBJECTIVE`.
+"""The objectives: each value of `trainer.type` has a module of the same name that defines one `Objective` called `OBJECTIVE`.
 
-A module imports its trainer from TRL, which takes seconds. It is therefore imported by name, only in a job that needs it.
+Each module imports its trainer from TRL, which takes seconds. A job therefore imports only the module of its own objective.
 """
 
 from __future__ import annotations

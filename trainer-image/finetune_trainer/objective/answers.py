@@ -1,8 +1,8 @@
-"""Prompts with answers that are compared or labelled, as token ids: the data of dpo, orpo, reward and kto.
+"""Encodes prompts and their answers as token ids: the data of dpo, orpo, reward and kto.
 
-Each answer is rendered after its prompt by the same stages as supervised rows, so that chat templates and the tokens for the
-beginning and the end are handled in one place; the answer is the part that those stages mark as trained. Answers are cut to
-`trainer.maxCompletionLength`, rows to `dataset.maxSequenceLength`; cut and dropped rows are counted and reported.
+The same stages as for supervised rows render each answer after its prompt, so that chat templates, beginning tokens and end tokens
+are handled in one place. The answer is the part that these stages mark as trained. Answers are cut to
+`trainer.maxCompletionLength`, and rows to `dataset.maxSequenceLength`. The numbers of cut and dropped rows are reported.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class RowCounts:
     left_out: int = 0
     """Rows that leave no token for an answer, and rows longer than the limit with `overflow: drop`."""
     same: int = 0
-    """Pairs whose answers are equal once they are cut: nothing can be learned from them."""
+    """Pairs whose answers are equal after they were cut. They are dropped, because nothing can be learned from them."""
     longest: int = 0
 
     def notes(self, split: str, limits: LengthLimits) -> list[str]:
@@ -77,7 +77,7 @@ class RowCounts:
             )
         if self.same:
             notes.append(
-                f"{split}: {self.same} rows were left out because their two answers are equal once they are cut"
+                f"{split}: {self.same} rows were left out because their two answers are equal after they were cut"
             )
         return notes
 
@@ -92,7 +92,7 @@ class EncodedAnswers:
 
     @property
     def longest_row(self) -> int:
-        """Tokens of the prompt with the longer answer."""
+        """Number of tokens of the prompt and the longer answer."""
         return len(self.prompt) + max(map(len, self.answers))
 
 
@@ -110,32 +110,32 @@ def length_limits(context: TrainingContext) -> LengthLimits:
 
 
 def max_answer_length(context: TrainingContext, sequence: int) -> int | None:
-    """Longest answer in tokens. A default is lowered so that half of the sequence is left to the prompt.
+    """Longest answer in tokens. A default is lowered to half of the sequence; the other half is for the prompt.
 
     Errors: ConfigError CompletionTooLong.
     """
-    asked = context.run.spec.trainer.max_completion_length
-    if asked is None:
+    requested = context.run.spec.trainer.max_completion_length
+    if requested is None:
         return None
     if MAX_COMPLETION_LENGTH in context.run.defaults:
-        return min(asked, max(1, sequence // 2))
-    if asked < sequence:
-        return asked
+        return min(requested, max(1, sequence // 2))
+    if requested < sequence:
+        return requested
     raise ConfigError(
-        "CompletionTooLong", f"{MAX_COMPLETION_LENGTH} is {asked}, which leaves no token of dataset.maxSequenceLength {sequence} to the prompt",
+        "CompletionTooLong", f"{MAX_COMPLETION_LENGTH} is {requested}, which leaves no token of dataset.maxSequenceLength {sequence} for the prompt",
         hint="write a smaller number, or raise dataset.maxSequenceLength",
     )  # fmt: skip
 
 
 def load_pairs(context: TrainingContext) -> tuple[Splits, DataFacts]:
-    """Columns prompt_ids, chosen_ids, rejected_ids. Errors: DataError of the data stages, RowTooLong, NoTrainableToken."""
+    """Load pairs as columns prompt_ids, chosen_ids, rejected_ids. Errors: DataError of the data stages, RowTooLong, NoTrainableToken."""
     return _load(
         context, lambda row: {"prompt_ids": row.prompt, "chosen_ids": row.answers[0], "rejected_ids": row.answers[1]}
     )
 
 
 def load_labelled_answers(context: TrainingContext) -> tuple[Splits, DataFacts]:
-    """Columns prompt_ids, completion_ids, label. Errors: as `load_pairs`."""
+    """Load answers as columns prompt_ids, completion_ids, label. Errors: as `load_pairs`."""
     return _load(context, lambda row: {"prompt_ids": row.prompt, "completion_ids": row.answers[0], "label": row.label})
 
 
@@ -206,8 +206,8 @@ def _encode_split(
 def fit_to_limits(
     location: str, row: EncodedAnswers, limits: LengthLimits, counts: RowCounts, kind: TrainerType | None
 ) -> EncodedAnswers | None:
-    """The row with its answers cut to the limits, or None if the row is dropped. Errors: DataError RowTooLong."""
-    answers = [one[: limits.answer] for one in row.answers]
+    """Cut the answers of the row to the limits. Returns None if the row is dropped. Errors: DataError RowTooLong."""
+    answers = [answer[: limits.answer] for answer in row.answers]
     available = limits.sequence - len(row.prompt)
     if max(map(len, answers)) > available:
         if limits.overflow is Overflow.FAIL:
@@ -219,7 +219,7 @@ def fit_to_limits(
         if limits.overflow is Overflow.DROP or available < 1 or kind is TrainerType.REWARD:
             counts.left_out += 1
             return None
-        answers = [one[:available] for one in answers]
+        answers = [answer[:available] for answer in answers]
     if len(answers) == 2 and answers[0] == answers[1]:
         counts.same += 1
         return None
@@ -235,7 +235,7 @@ class AnswerEncoder:
     options: TokeniseOptions
 
     def __call__(self, rows: Sequence[tuple[str, Example]]) -> list[tuple[str, EncodedAnswers] | RejectedRow]:
-        """Each row of a batch, encoded or rejected. A row is rejected as a whole when one of its answers cannot be rendered."""
+        """Encode or reject each row of a batch. A row is rejected if one of its answers cannot be rendered."""
         rejected: dict[int, RejectedRow] = {}
         encoded: dict[int, list[tuple[list[int], list[int]]]] = {}
         row_of_text: list[int] = []
@@ -261,7 +261,7 @@ class AnswerEncoder:
         ]
 
     def _render(self, example: Example) -> list[Rendered]:
-        """The prompt with each answer. Text is joined without a template, unless `dataset.useChatTemplate` is true."""
+        """Render the prompt with each answer. Text is joined without a template, unless `dataset.useChatTemplate` is true."""
         assert isinstance(example, Preference | LabelledAnswer), "`load` has checked the format"
         answers = (example.chosen, example.rejected) if isinstance(example, Preference) else (example.completion,)
         is_joined = isinstance(example.prompt, str) and not self.render_with.text_as_turns
@@ -270,20 +270,20 @@ class AnswerEncoder:
 
 
 def with_shared_prompt(encoded: Sequence[tuple[list[int], list[int]]], label: bool | None) -> EncodedAnswers:
-    """One prompt for all answers: the tokens that all prompts begin with.
+    """Return the answers with one prompt: the tokens with which all encoded prompts begin.
 
-    A tokenizer may merge the end of the prompt with the beginning of an answer. Such a token differs between the answers, so it
-    becomes part of the answers.
+    A tokenizer may merge the end of the prompt with the beginning of an answer. Such a token differs between the answers, so the
+    token becomes part of each answer.
     """
     prompts = [prompt for prompt, _ in encoded]
     shared = 0
-    while all(len(one) > shared for one in prompts) and len({one[shared] for one in prompts}) == 1:
+    while all(len(prompt) > shared for prompt in prompts) and len({prompt[shared] for prompt in prompts}) == 1:
         shared += 1
     return EncodedAnswers(prompts[0][:shared], [prompt[shared:] + answer for prompt, answer in encoded], label)
 
 
 def render_answer(prompt: TurnsOrText, answer: TurnsOrText, options: RenderOptions) -> Rendered:
-    """The text of prompt and answer, cut after the answer's end. Its one span is the answer.
+    """Render prompt and answer as one text that ends after the answer. The only trained span is the answer.
 
     Errors: RowError RowInvalid, AnswerEmpty.
     """
@@ -306,5 +306,5 @@ def render_answer(prompt: TurnsOrText, answer: TurnsOrText, options: RenderOptio
     return Rendered(rendered.text[:end], ((start, end),), rendered.is_templated)
 
 
-def _as_turns(found: TurnsOrText, role: str) -> tuple[Turn, ...]:
-    return (Turn(role, found),) if isinstance(found, str) else found
+def _as_turns(part: TurnsOrText, role: str) -> tuple[Turn, ...]:
+    return (Turn(role, part),) if isinstance(part, str) else part

@@ -1,4 +1,4 @@
-"""The interface of an objective: how it reads the data and builds its Trainer, and what it needs for that."""
+"""The interface of an objective, which reads the data and builds the Trainer, and the types of its inputs and results."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ class TrainingContext:
     """Longest sequence that the model can read, in tokens; None: unknown."""
     callbacks: Sequence[Any] = ()
     unquantized: tuple[str, ...] = ()
-    """Modules that are not quantised although the base is: the modules that spectrum trains."""
+    """Modules that stay unquantised in a quantised base model: the modules that spectrum trains."""
 
 
 @dataclass
 class DataFacts:
-    """What is reported about the data of a run."""
+    """Facts about the data of a run, for status and report."""
 
     rows: int
     """Training rows."""
@@ -62,7 +62,7 @@ class HeldOutMetric:
     status_name: str
     """Name in `status.output.evaluation`."""
     label: str
-    """Name in sentences."""
+    """Name of the metric in sentences."""
 
 
 TEST_LOSS = HeldOutMetric("loss", "testLoss", "loss")
@@ -71,18 +71,18 @@ TEST_PREFERENCE_ACCURACY = HeldOutMetric("rewards/accuracies", "testPreferenceAc
 
 
 class Objective(ABC, Generic[SplitsT, ArgumentsT]):
-    """One value of `trainer.type`. Objects have no state of their own."""
+    """One value of `trainer.type`. Instances have no state."""
 
     trainer_type: ClassVar[TrainerType]
     trainer_class: ClassVar[type[Any]]
-    """The Trainer: a class of TRL with our mixins before it."""
+    """The Trainer class: a class of TRL with mixins of this package as first bases."""
     model_kind: ClassVar[str] = "causal"
     """Which head the model gets: `causal` (next token) or `reward` (one score)."""
     held_out_metrics: ClassVar[tuple[HeldOutMetric, ...]] = (TEST_LOSS,)
 
     @property
     def facts(self) -> ObjectiveFacts:
-        """The data formats, options and default learning rate, from the table that the API shares."""
+        """The data formats, options and default learning rate, from the table in `finetune_api.objectives`."""
         return OBJECTIVES[self.trainer_type]
 
     @abstractmethod
@@ -91,18 +91,18 @@ class Objective(ABC, Generic[SplitsT, ArgumentsT]):
 
     @abstractmethod
     def training_arguments(self, context: TrainingContext, *, evaluates: bool) -> ArgumentsT:
-        """TRL's configuration. `evaluates`: there is validation data. Errors: ConfigError."""
+        """Create TRL's configuration. `evaluates`: whether there is validation data. Errors: ConfigError."""
 
     def trainer_attributes(self, data: SplitsT) -> dict[str, Any]:
         """Attributes that are set on the Trainer's class before it is instantiated."""
         return {}
 
     def trainer_options(self, context: TrainingContext) -> dict[str, Any]:
-        """Further keyword arguments of the Trainer."""
+        """Keyword arguments of the Trainer in addition to those that `build_trainer` passes."""
         return {}
 
     def build_trainer(self, context: TrainingContext, args: ArgumentsT, model: Any, data: SplitsT) -> Any:
-        """The Trainer, connected to the strategy."""
+        """Build the Trainer with the mixins of the strategy."""
         trainer_class = connect_trainer_class(self.trainer_class, context.strategy, **self.trainer_attributes(data))
         return trainer_class(
             model=model, args=args, train_dataset=data.train, eval_dataset=data.validation, processing_class=context.tokenizer,
@@ -110,4 +110,4 @@ class Objective(ABC, Generic[SplitsT, ArgumentsT]):
         )  # fmt: skip
 
     def verify_trainer(self, trainer: Any) -> None:
-        """Check, when training begins, that the Trainer does what was asked. Errors: InternalError."""
+        """Check, when training begins, that the Trainer applies the settings of the run. Errors: InternalError."""

@@ -1,4 +1,4 @@
-"""GRPO: the model answers every prompt several times, and the answers with higher rewards become likelier."""
+"""GRPO: the model answers every prompt several times and learns to prefer the answers with higher rewards."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
             top_p=1.0 if spec.top_p is None else spec.top_p,
             beta=0.0 if spec.beta is None else spec.beta,
             loss_type=LOSSES[spec.loss_type or GrpoLoss.DAPO],
-            reward_weights=[one.weight for one in reward_functions(context)],
+            reward_weights=[reward.weight for reward in reward_functions(context)],
         )
 
     def trainer_options(self, context: TrainingContext) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class GrpoObjective(Objective[Splits, GRPOConfig]):
 
 
 def _prompt_rows(rows: Rows, options: RenderOptions, text_as_turns: bool) -> list[dict[str, Any]]:
-    """Column `prompt`, and the row's other columns for the rewards. Every row gets all columns; absent ones are None."""
+    """Convert rows to column `prompt` and the other columns for the rewards. Every row gets all columns; a missing value is None."""
     reserved = ("prompt", *RESERVED_ARGUMENTS)
     prompts = []
     for _, example in rows:
@@ -109,7 +109,7 @@ def _prompt_rows(rows: Rows, options: RenderOptions, text_as_turns: bool) -> lis
 
 
 def _prompt(prompt: tuple[Turn, ...] | str, options: RenderOptions, text_as_turns: bool) -> str | list[dict[str, Any]]:
-    """Turns as messages if there is a chat template, else as text that ends where the answer begins. Text stays text."""
+    """Return turns as messages if there is a chat template, else as text that ends where the answer begins. Text is returned unchanged."""
     if isinstance(prompt, str):
         if not text_as_turns:
             return prompt
@@ -136,8 +136,8 @@ def _unpickle(batch: dict[str, list[bytes]]) -> dict[str, list[Any]]:
 def _replaced_reference_loader(context: TrainingContext) -> Iterator[None]:
     """Make TRL use `load_reference_model` while the trainer is built.
 
-    TRL (1.16) loads the reference from disk by itself: without the rows of new tokens, and unquantised where the base is
-    quantised. It has no argument for another reference, so the function that loads it is replaced.
+    TRL (1.16) loads the reference model from disk, without the rows of new tokens, and unquantised even if the base is quantised.
+    TRL has no argument for another reference model, so its loading function is replaced.
     """
     original = grpo_trainer.create_model_from_path
     grpo_trainer.create_model_from_path = lambda *_, **__: load_reference_model(context)
@@ -156,7 +156,7 @@ def reward_functions(context: TrainingContext) -> list[RewardFunction]:
 
 
 def _generations_for_evaluation(batch: int, generations: int) -> int:
-    """Answers per prompt in evaluations: the most, up to `generations`, that divide the batch of all ranks."""
+    """Answers per prompt in evaluations: the largest divisor of the batch of all ranks that is at most `generations`."""
     fitting = [size for size in range(2, generations + 1) if batch % size == 0]
     assert fitting, "the API's rules refuse a batch without a whole group"
     return fitting[-1]
@@ -173,7 +173,7 @@ def _length_limits(context: TrainingContext) -> tuple[int, int]:
 def _drop_long_prompts(
     prompts: list[dict[str, Any]], context: TrainingContext, notes: list[str], split: str
 ) -> list[dict[str, Any]]:
-    """The prompts that leave enough tokens for an answer. Longer ones are dropped: cutting a prompt changes its question.
+    """Drop the prompts that leave too few tokens for an answer. They are not cut, because a cut prompt is another question.
 
     Errors: DataError RowTooLong, NoTrainableToken.
     """
@@ -182,14 +182,16 @@ def _drop_long_prompts(
     if len(fitting) == len(prompts):
         return prompts
     limits = f"dataset.maxSequenceLength {limit + answer} less {answer} for the answer"
-    found = f"{split}: {len(prompts) - len(fitting)} of {len(prompts)} prompts have more than {limit} tokens ({limits})"
+    problem = (
+        f"{split}: {len(prompts) - len(fitting)} of {len(prompts)} prompts have more than {limit} tokens ({limits})"
+    )
     if context.run.spec.dataset.overflow is Overflow.FAIL:
-        raise DataError("RowTooLong", found, hint="raise maxSequenceLength, or set dataset.overflow to drop")
+        raise DataError("RowTooLong", problem, hint="raise maxSequenceLength, or set dataset.overflow to drop")
     if not fitting:
         raise DataError(
-            "NoTrainableToken", f"{found}: no row is left", hint="raise maxSequenceLength, or shorten the prompts"
+            "NoTrainableToken", f"{problem}: no row is left", hint="raise maxSequenceLength, or shorten the prompts"
         )
-    notes.append(f"{found} and were left out")
+    notes.append(f"{problem} and were left out")
     return fitting
 
 

@@ -1,4 +1,4 @@
-"""The metrics of the test set: measured once, after training, with the model that is published."""
+"""Measures the metrics of the test set once, after training, with the model that is published."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ ROWS = "testRows"
 
 
 def measure(trainer: Any, test: Any, metrics: Sequence[HeldOutMetric]) -> dict[str, float]:
-    """The metrics on the test rows, by their status names, with the number of rows. Empty without a test set.
+    """Measure the metrics on the test rows. Returns values by status name, with the number of rows; empty without a test set.
 
-    The loss is in nats per token, accuracies are fractions. All ranks must call it. Values that are not finite are left out.
+    The loss is in nats per token, accuracies are fractions. Values that are not finite are left out. A collective operation: every
+    rank must call it.
     """
     if test is None:
         return {}

@@ -23,17 +23,17 @@ class KtoTrainer(GuardedTrainer, ReferenceModelMixin, OwnDatasetPreparation, KTO
     """TRL's trainer on labelled answers that are tokenised already.
 
     KTO estimates the KL divergence from mismatched pairs: each prompt with the answer of the row before it in the batch. The
-    mismatched pairs are made once, so the rows must keep their order during training; they are shuffled once, before that.
+    mismatched pairs are made once, so the rows must keep their order during training. The rows are shuffled before the pairs are made.
     """
 
     def prepare_rows(self, rows: Dataset, args: KTOConfig, part: str) -> Dataset:
-        """Add the mismatched answers, within batches of the size that the split is read in."""
+        """Add the mismatched answers within each batch. The batch size is that of the training or evaluation loop that reads `part`."""
         size = args.per_device_train_batch_size if part == "train" else args.per_device_eval_batch_size
         return rows.map(_add_mismatched_answers, batched=True, batch_size=size)
 
 
 def _add_mismatched_answers(rows: dict[str, Any]) -> dict[str, Any]:
-    """For each prompt of a batch, the answer of the row before it; for the first one, the answer of the last row."""
+    """Add to each prompt of a batch the answer of the preceding row; the first prompt gets the answer of the last row."""
     completions = rows["completion_ids"]
     return {"KL_completion_ids": [completions[-1], *completions[:-1]]}
 

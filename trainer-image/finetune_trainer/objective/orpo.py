@@ -32,7 +32,7 @@ class OrpoTrainer(GuardedTrainer, ORPOTrainer):
         return row
 
     def evaluate(self, eval_dataset: Any = None, *args: Any, **options: Any) -> Any:
-        """Tokenise a test set, too: TRL only tokenises the sets that the trainer is built with."""
+        """Tokenise a test set before its evaluation: TRL only tokenises the data sets that are passed to its constructor."""
         if isinstance(eval_dataset, Dataset) and "prompt_input_ids" not in eval_dataset.column_names:
             eval_dataset = eval_dataset.map(self.tokenize_row)
         return super().evaluate(eval_dataset, *args, **options)
@@ -59,7 +59,7 @@ class OrpoObjective(Objective[answers.Splits, ORPOConfig]):
 
 
 def _add_empty_texts(pairs: Dataset) -> Dataset:
-    """Empty text columns: TRL requires them although `tokenize_row` does not read them."""
+    """Add empty text columns. TRL requires the columns, although `tokenize_row` does not read them."""
     return pairs.map(lambda _: {"prompt": "", "chosen": "", "rejected": ""})
 
 

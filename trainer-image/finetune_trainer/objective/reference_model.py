@@ -1,4 +1,4 @@
-"""The reference model that preference objectives compare with, and the mixin for Trainers that have one."""
+"""The reference model of preference objectives, and the mixin for Trainers that have a reference model."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ REFERENCE_ADAPTER = "ref"
 
 
 class ReferenceModelMixin(OpenTrainer):
-    """For Trainers that compare with the model as it was before training.
+    """Mixin for Trainers whose reference is the model before training.
 
-    With an adapter, TRL keeps that model as a second, frozen adapter. Two corrections are needed: PEFT marks some kinds of
-    adapters as trainable, for whose gradients DDP then waits for ever; and the second adapter must not be saved with the result.
+    If an adapter is trained, TRL keeps its initial state as a second, frozen adapter. This mixin fixes two problems. PEFT marks the
+    second adapter as trainable for some adapter types, and DDP then waits forever for its gradients. TRL would save the second
+    adapter with the result.
     """
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         for name, parameter in self.model.named_parameters():
-            if REFERENCE_ADAPTER in name.split("."):  # in the middle (lora_A.ref.weight) or at the end (ia3_l.ref)
+            # A parameter's name has the adapter's name in the middle (lora_A.ref.weight) or at the end (ia3_l.ref).
+            if REFERENCE_ADAPTER in name.split("."):
                 parameter.requires_grad_(False)
 
     def save_files(self, output_dir: str, state_dict: dict[str, Any] | None = None) -> None:
@@ -41,9 +43,8 @@ class ReferenceModelMixin(OpenTrainer):
 def load_reference_model(context: TrainingContext) -> Any:
     """The reference model, frozen; None: TRL uses the trained model without its adapter.
 
-    That is the model of `trainer.dpo.referenceModel` if there is one. Otherwise a method that trains the base's own weights gets a
-    second copy of the base. It is loaded in the same way, with the same modules quantised: before the first step both models must
-    give the same outputs.
+    If `trainer.dpo.referenceModel` is set, that model is loaded. Otherwise, if the method trains the base's own weights, a second copy
+    of the base is loaded with the same quantised modules: before the first step both models must give the same outputs.
     Errors: NotFoundError ModelUnreadable; ConfigError VocabularyDiffers.
     """
     if context.inputs.reference is None and not trains_base_weights(context.run.spec):
@@ -61,9 +62,9 @@ def load_reference_model(context: TrainingContext) -> Any:
 
 
 def _require_same_vocabulary(reference: Any, context: TrainingContext) -> None:
-    """Refuse a named reference whose embedding has fewer rows than the trained model's: the data may use every one of them.
+    """Refuse a reference model whose embedding lacks rows that the trained model has, because the data may use these tokens.
 
-    The tokenizer may know more tokens than both models have rows. Errors: ConfigError VocabularyDiffers.
+    Tokens of the tokenizer for which neither model has a row are ignored. Errors: ConfigError VocabularyDiffers.
     """
     embedding = reference.get_input_embeddings().weight
     size = (getattr(embedding, "ds_shape", None) or embedding.shape)[0]

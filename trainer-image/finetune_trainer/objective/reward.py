@@ -41,7 +41,7 @@ class RewardObjective(Objective[answers.Splits, RewardConfig]):
 
 
 def _join_prompt_and_answers(pairs: Dataset) -> Dataset:
-    """The prompt before each answer: a score is given to both together."""
+    """Put the prompt before each answer: the model scores prompt and answer together."""
 
     def join(row: dict[str, Any]) -> dict[str, Any]:
         return {f"{side}_ids": row["prompt_ids"] + row[f"{side}_ids"] for side in ("chosen", "rejected")}
@@ -50,7 +50,7 @@ def _join_prompt_and_answers(pairs: Dataset) -> Dataset:
 
 
 def _require_score_head(context: TrainingContext) -> None:
-    """Refuse an adapter that was trained to generate text: it has no score head, and would be saved without the new one."""
+    """Refuse an adapter that was trained to generate text. It has no score head, and PEFT would save the adapter without the new head."""
     folder = context.inputs.adapter
     if context.run.spec.method.type is not MethodType.ADAPTER or folder is None:
         return

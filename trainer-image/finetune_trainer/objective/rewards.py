@@ -23,7 +23,7 @@ from finetune_api.spec.enums import BuiltinReward
 from finetune_api.spec.trainer import Reward
 
 Score = Callable[..., "float | None"]
-"""Gives the reward of one completion, from its text, its token ids (keyword `ids`) and the row's columns (keyword `row`)."""
+"""Computes the reward of one completion from its text, its token ids (keyword `ids`) and the row's columns (keyword `row`)."""
 DEFAULT_FUNCTION = "reward"
 """The function in a user's file that is called when `function` is not set."""
 RESERVED_ARGUMENTS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -62,7 +62,7 @@ def build_rewards(specs: Sequence[Reward], config_maps: Path) -> list[RewardFunc
         _builtin_reward(spec, f"trainer.rewards[{i}]") if spec.builtin else _user_reward(spec, i, config_maps)
         for i, spec in enumerate(specs)
     ]
-    names = [one.__name__ for one in functions]
+    names = [function.__name__ for function in functions]
     duplicate = next((name for name in names if names.count(name) > 1), None)
     if duplicate is not None:
         raise ConfigError(
@@ -100,10 +100,10 @@ class Parameters:
     def __init__(self, path: str, given: Mapping[str, str]):
         self.path, self._given = f"{path}.parameters", dict(given)
         self.known: list[str] = []
-        """Names that were read."""
+        """Names of the parameters that were read."""
 
     def text(self, name: str, default: str | None = None) -> str:
-        """A string. The parameter is required if there is no default."""
+        """Return a string parameter. The parameter is required if there is no default."""
         self.known.append(name)
         value = self._given.get(name, default)
         if value is None:
@@ -113,7 +113,7 @@ class Parameters:
         return value
 
     def flag(self, name: str, default: bool) -> bool:
-        """A boolean, written `true` or `false`."""
+        """Return a boolean parameter, written `true` or `false`."""
         value = self.text(name, str(default).lower())
         if value not in ("true", "false"):
             raise self.invalid(name, value, "write true or false")
@@ -122,7 +122,7 @@ class Parameters:
     def number(
         self, name: str, default: float | None = None, *, least: float = -math.inf, most: float = math.inf
     ) -> float | None:
-        """A finite number within bounds."""
+        """Return a parameter that is a finite number within bounds."""
         self.known.append(name)
         text = self._given.get(name)
         if text is None:
@@ -136,14 +136,14 @@ class Parameters:
         return value
 
     def choice(self, name: str, default: str, allowed: Sequence[str]) -> str:
-        """One of the allowed words."""
+        """Return a parameter that is one of the allowed values."""
         value = self.text(name, default)
         if value not in allowed:
             raise self.invalid(name, value, f"write one of {', '.join(allowed)}")
         return value
 
     def pattern(self, name: str, default: str | None = None, flags: int = 0) -> re.Pattern[str]:
-        """A regular expression of Python's `re`."""
+        """Return a parameter that is a regular expression of Python's `re`."""
         text = self.text(name, default)
         try:
             return re.compile(text, flags)
@@ -151,11 +151,11 @@ class Parameters:
             raise self.invalid(name, text, f"it is not a regular expression: {error}") from None
 
     def invalid(self, name: str, value: str, hint: str) -> ConfigError:
-        """The error for one parameter."""
+        """Return the error for one parameter."""
         return ConfigError("RewardParameterInvalid", f"{self.path}.{name} is {value[:200]!r}", hint=hint)
 
     def refuse_unknown(self, builtin: BuiltinReward) -> None:
-        """Refuse parameters that were given and not read. Errors: ConfigError RewardParameterInvalid."""
+        """Refuse parameters that the reward never read. Errors: ConfigError RewardParameterInvalid."""
         unknown = sorted(set(self._given) - set(self.known))
         if unknown:
             raise ConfigError(
@@ -165,7 +165,7 @@ class Parameters:
 
 
 def _citation_format(parameters: Parameters) -> Score:
-    """1 if the whole completion is one cited_answer block: an answer, then citations that name a source; else 0."""
+    """Reward 1 if the whole completion is one cited_answer block: an answer, then citations that name a source; else 0."""
     flags = re.DOTALL if parameters.flag("multiline", False) else 0
     gap = r"\s*" if flags else r"[ \t]*"
     source = gap.join((
@@ -176,7 +176,7 @@ def _citation_format(parameters: Parameters) -> Score:
 
 
 def _think_format(parameters: Parameters) -> Score:
-    """1 if the completion begins with its only think block and has text after it; else 0. `emptyAnswer`: no text is needed."""
+    """Reward 1 if the completion begins with its only think block and has text after it; else 0. `emptyAnswer`: no text is needed."""
     may_be_empty = parameters.flag("emptyAnswer", False)
 
     def score(text: str, **_: Any) -> float:
@@ -189,7 +189,7 @@ def _think_format(parameters: Parameters) -> Score:
 
 
 def _regex(parameters: Parameters) -> Score:
-    """1 if the pattern is found in the completion, or with `match: full` matches all of it; else 0."""
+    """Reward 1 if the pattern matches a part of the completion, or with `match: full` the whole completion; else 0."""
     flags = re.IGNORECASE if parameters.flag("ignoreCase", False) else 0
     flags |= re.DOTALL if parameters.flag("dotAll", False) else 0
     flags |= re.MULTILINE if parameters.flag("multiline", False) else 0
@@ -200,7 +200,7 @@ def _regex(parameters: Parameters) -> Score:
 
 
 def _exact_match(parameters: Parameters) -> Score:
-    """1 if the completion equals a column of the row; else 0. With `extract`, the pattern's last match is compared instead."""
+    """Reward 1 if the completion equals a column of the row; else 0. With `extract`, the last match of the pattern is compared."""
     column = parameters.text("column", "answer")
     ignores_case = parameters.flag("ignoreCase", False)
     strips = parameters.flag("strip", True)
@@ -222,7 +222,7 @@ def _exact_match(parameters: Parameters) -> Score:
 
 
 def _length(parameters: Parameters) -> Score:
-    """1 for a length from `minimum` to `maximum`. Outside, it falls linearly: to 0 at length 0 and at twice the maximum."""
+    """Reward 1 for a length from `minimum` to `maximum`. Outside, the reward falls linearly to 0 at length 0 and at twice the maximum."""
     unit = parameters.choice("unit", "tokens", ("tokens", "words", "characters"))
     least = parameters.number("minimum", 0.0, least=0) or 0.0
     most = parameters.number("maximum", math.inf, least=1)
@@ -246,7 +246,7 @@ def _length(parameters: Parameters) -> Score:
 
 
 def _json_schema(parameters: Parameters) -> Score:
-    """1 if the completion is JSON that matches `schema`; `parsed` (0 to 1, default 0) for other JSON; else 0."""
+    """Reward 1 if the completion is JSON that matches `schema`; `parsed` (0 to 1, default 0) for other JSON; else 0."""
     if find_spec("jsonschema") is None:
         raise ConfigError(
             "RewardUnavailable",
@@ -363,12 +363,12 @@ def _run_file(file: Path, location: str) -> dict[str, Any]:
 
 
 def _check_signature(function: Callable[..., Any], location: str, name: str) -> None:
-    """Refuse a function without `**kwargs`: all columns of the row are passed. Errors: ConfigError RewardFunctionMissing."""
+    """Refuse a function without `**kwargs`, because all columns of the row are passed. Errors: ConfigError RewardFunctionMissing."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):
         return
-    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters):
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters):
         return
     raise ConfigError(
         "RewardFunctionMissing", f"{location}: function {name} does not accept further keyword arguments",
@@ -381,7 +381,7 @@ def _weight(spec: Reward) -> float:
 
 
 def _check_returned(name: str, returned: Any, completions: int) -> list[float | None]:
-    """The returned rewards: one finite number or None per completion. Errors: ConfigError RewardInvalid."""
+    """Check that the function returned one finite number or None per completion, and return the values. Errors: ConfigError RewardInvalid."""
     hint = "return a list with one number, or None, for every completion"
     if isinstance(returned, str | bytes) or not hasattr(returned, "__iter__"):
         raise ConfigError(
@@ -417,7 +417,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def _line_of(error: BaseException) -> str:
-    """The line of the user's file that raised the error, as ` (line 2)`: the innermost frame of that file."""
+    """Return ` (line 2)` for the line of the user's file that raised the error, from the innermost frame of that file."""
     if isinstance(error, SyntaxError):
         return f" (line {error.lineno})" if error.lineno else ""
     line, trace = 0, error.__traceback__

@@ -45,7 +45,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean loss per trained token of the whole effective batch: the same over ranks and accumulation steps."""
+        """Mean loss per trained token of the whole effective batch: over all ranks and accumulation steps."""
         if return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs["use_cache"] = False
@@ -88,9 +88,9 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
             sums["correct_letters"] += (outputs.is_top1 * letters * counted).sum()
 
     def _counted_tokens(self, inputs: dict[str, Any], label_mask: torch.Tensor) -> Any:
-        """Which positions count in an evaluation: a mask shaped like `label_mask`, or 1 for all of them.
+        """The positions that count in an evaluation: a mask shaped like `label_mask`, or 1 if all positions count.
 
-        The last batches are filled with repeated rows so that all ranks have equally many. The repeated rows do not count.
+        The last batches contain repeated rows, so that all ranks have the same number of rows. Repeated rows do not count.
         """
         state, documents = self.accelerator.gradient_state, inputs.get("cu_seq_lens_q")
         if self.model.training or not state.end_of_dataloader or state.remainder <= 0:
@@ -132,7 +132,7 @@ class SftTrainer(GuardedTrainer, SFTTrainer):
         super().log(logs, start_time)
 
     def _reduce_sums(self, mode: str) -> dict[str, float]:
-        """Sums over all ranks since the last call. A collective operation: every rank must call it."""
+        """Return the sums over all ranks since the last call. A collective operation: every rank must call it."""
         sums = self._sums[mode]
         if not sums:
             return {}
@@ -153,7 +153,7 @@ class SftObjective(Objective[Prepared, SFTConfig]):
     held_out_metrics = (TEST_LOSS, TEST_TOKEN_ACCURACY, HeldOutMetric("answer_accuracy", "testAnswerAccuracy", "answer accuracy"))  # fmt: skip
 
     def load_data(self, context: TrainingContext) -> tuple[Prepared, DataFacts]:
-        """Token sequences. One rank per node prepares them."""
+        """Load the token sequences, which one rank per node prepares."""
         from accelerate import PartialState
 
         data = prepare(
@@ -180,7 +180,7 @@ class SftObjective(Objective[Prepared, SFTConfig]):
         return {"multiple_choice": data.multiple_choice}
 
     def build_trainer(self, context: TrainingContext, args: SFTConfig, model: Any, data: Prepared) -> SftTrainer:
-        """The Trainer, with a meter for tokens per second and MFU."""
+        """Build the Trainer with a meter for tokens per second and MFU."""
         arrays = replace(data, train=_as_arrays(data.train), validation=data.validation and _as_arrays(data.validation))
         trainer: SftTrainer = super().build_trainer(context, args, model, arrays)
         base = getattr(model, "get_base_model", lambda: model)()
@@ -200,7 +200,7 @@ class SftObjective(Objective[Prepared, SFTConfig]):
 
 
 def _as_arrays(rows: Dataset) -> Dataset:
-    """Rows as numpy arrays, which become tensors without one Python integer per token."""
+    """Return the rows as numpy arrays, because these become tensors without one Python integer per token."""
     return rows.with_format("numpy")
 
 
@@ -208,8 +208,8 @@ def _as_arrays(rows: Dataset) -> Dataset:
 def require_isolated_documents(trainer: Any) -> None:
     """Check, on this model and attention kernel, that packed documents do not attend to each other.
 
-    The logits of a document must not change with the document packed before it. The change is compared with the change of the same
-    tokens as one document. All four sequences have the same shape, so that 16-bit kernels round alike.
+    The logits of a document must not depend on the document that is packed before it. The change of the logits is compared with the
+    change that occurs if the same tokens are one document. All four sequences have the same shape, so that 16-bit kernels round alike.
     Errors: InternalError PackingLeaks.
     """
     model, size = trainer.model, min(trainer.model.config.get_text_config().vocab_size, 200)
@@ -223,15 +223,18 @@ def require_isolated_documents(trainer: Any) -> None:
             logits: torch.Tensor = model(**trainer.prepare_inputs(batch), use_cache=False).logits
         return logits[0, -len(second) :].float()
 
-    def change(lengths: list[int]) -> torch.Tensor:
+    def logit_change(lengths: list[int]) -> torch.Tensor:
         """Mean change of the second document's logits when the tokens before it are reversed."""
         return (logits_of_second(first, lengths) - logits_of_second(first[::-1], lengths)).abs().mean()
 
     was_training = model.training
     model.eval()
-    as_two_documents, as_one = change([len(first), len(second)]), change([len(first) + len(second)])
+    as_two_documents, as_one_document = (
+        logit_change([len(first), len(second)]),
+        logit_change([len(first) + len(second)]),
+    )
     model.train(was_training)
-    if as_two_documents > 0.1 * as_one:
+    if as_two_documents > 0.1 * as_one_document:
         raise InternalError(
             "PackingLeaks", f"with attention {attention_implementation(model)}, packed documents attend to each other",
             hint="set dataset.packing: false, or choose another model.attention",

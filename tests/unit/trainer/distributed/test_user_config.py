@@ -1,4 +1,4 @@
-"""A user's DeepSpeed JSON or accelerate file is merged with the spec, must agree with it, or is refused."""
+"""A user's DeepSpeed JSON or accelerate file is merged with the spec. Conflicts and invalid values are refused."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CPU: Any = SimpleNamespace(bf16=False, fp16=False, name="cpu", is_cpu=True)
 GPU: Any = SimpleNamespace(bf16=True, fp16=False, name="NVIDIA H200", is_cpu=False)
 
 
-def zero(
+def deepspeed_options(
     tmp_path: Path, file: Any, spec: dict[str, Any] | None = None, hardware: Any = CPU, **options: Any
 ) -> deepspeed.Options:
-    """Options of a run whose JSON is `file` (None: none)."""
+    """DeepSpeed options of a run whose JSON is `file` (None: no file)."""
     group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "ds.json"}, **options}
     job_spec = merged(spec or {}, {"distributed": {"strategy": "deepspeed", **({"deepspeed": group} if group else {})}})
     maps = {} if file is None else {"mine": {"ds.json": file if isinstance(file, str) else json.dumps(file)}}
@@ -28,8 +28,8 @@ def zero(
     return deepspeed.options(run, inputs, hardware, 2)
 
 
-def sharded(tmp_path: Path, file: str | None, spec: dict[str, Any] | None = None, **options: Any) -> fsdp.Options:
-    """Options of a run whose accelerate file is `file`."""
+def fsdp_options(tmp_path: Path, file: str | None, spec: dict[str, Any] | None = None, **options: Any) -> fsdp.Options:
+    """FSDP options of a run whose accelerate file is `file` (None: no file)."""
     group = dict(options) if file is None else {"configRef": {"name": "mine", "key": "a.yaml"}, **options}
     job_spec = merged(spec or {}, {"distributed": {"strategy": "fsdp", **({"fsdp": group} if group else {})}})
     run, inputs = make_run(
@@ -39,9 +39,9 @@ def sharded(tmp_path: Path, file: str | None, spec: dict[str, Any] | None = None
 
 
 def test_without_a_file_the_options_come_from_the_spec(tmp_path: Path) -> None:
-    found = zero(tmp_path, None)
-    assert found.stage == 2
-    assert found.config == {
+    resolved = deepspeed_options(tmp_path, None)
+    assert resolved.stage == 2
+    assert resolved.config == {
         "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 1, "train_batch_size": 4, "gradient_clipping": 1.0,
         "bf16": {"enabled": False}, "fp16": {"enabled": False}, "zero_optimization": {"stage": 2},
         "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False,
@@ -53,12 +53,12 @@ def test_auto_is_replaced_and_options_of_deepspeed_are_kept(tmp_path: Path) -> N
         "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto", "gradient_clipping": "auto", "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto"}, "wall_clock_breakdown": False,
     }  # fmt: skip
-    found = zero(tmp_path, file, hardware=GPU)
-    assert (found.stage, found.config["bf16"]) == (3, {"enabled": True})
-    assert found.config["zero_optimization"] == {
+    resolved = deepspeed_options(tmp_path, file, hardware=GPU)
+    assert (resolved.stage, resolved.config["bf16"]) == (3, {"enabled": True})
+    assert resolved.config["zero_optimization"] == {
         "stage": 3, "overlap_comm": True, "reduce_bucket_size": "auto", "stage3_gather_16bit_weights_on_model_save": True,
     }  # fmt: skip
-    assert (found.config["train_batch_size"], found.config["wall_clock_breakdown"]) == (4, False)
+    assert (resolved.config["train_batch_size"], resolved.config["wall_clock_breakdown"]) == (4, False)
 
 
 def test_every_conflict_is_reported_with_both_values(tmp_path: Path) -> None:
@@ -67,7 +67,7 @@ def test_every_conflict_is_reported_with_both_values(tmp_path: Path) -> None:
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "bf16": {"enabled": True}, "zero_optimization": {"stage": 1},
     }  # fmt: skip
     with pytest.raises(ConfigError) as caught:
-        zero(tmp_path, file, {"training": {"maxGradNorm": 2}}, zeroStage=2)
+        deepspeed_options(tmp_path, file, {"training": {"maxGradNorm": 2}}, zeroStage=2)
     assert caught.value.code == "ConfigsDisagree"
     for expected in (
         "train_micro_batch_size_per_gpu is 8, training.batchSizePerDevice is 2",
@@ -81,19 +81,19 @@ def test_every_conflict_is_reported_with_both_values(tmp_path: Path) -> None:
     assert "auto" in (caught.value.hint or "")
 
 
-def test_the_file_wins_over_defaults_with_a_note(tmp_path: Path) -> None:
+def test_file_values_replace_defaults_with_a_note(tmp_path: Path) -> None:
     file = {
         "gradient_clipping": 0.5, "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 3}},
         "optimizer": {"type": "Adam", "params": {"betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1}},
     }  # fmt: skip
-    found = zero(tmp_path, file, {"training": {"warmupSteps": 3, "warmupRatio": None}})
-    assert found.training == {
+    resolved = deepspeed_options(tmp_path, file, {"training": {"warmupSteps": 3, "warmupRatio": None}})
+    assert resolved.training == {
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_grad_norm": 0.5, "optim": "adamw_torch_fused",
         "adam_beta1": 0.8, "adam_beta2": 0.95, "learning_rate": 5e-3, "adam_epsilon": 1e-6, "weight_decay": 0.1,
         "lr_scheduler_type": "linear", "warmup_steps": 3,
     }  # fmt: skip
-    assert "optimizer" not in found.config and "scheduler" not in found.config
-    assert "gradient_clipping 0.5 of the file wins over the default training.maxGradNorm 1.0" in found.notes
+    assert "optimizer" not in resolved.config and "scheduler" not in resolved.config
+    assert "gradient_clipping 0.5 of the file wins over the default training.maxGradNorm 1.0" in resolved.notes
 
 
 ADAPTED = {"training.batchSizePerDevice": 2, "training.gradientAccumulationSteps": 1, "training.learningRate": 5e-3}
@@ -120,31 +120,31 @@ def batch_config(rows: int, steps: int, rate: float) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def test_values_in_both_places_are_adapted_as_in_the_spec(tmp_path: Path) -> None:
-    found = options_after_halving(
+def test_values_in_both_file_and_spec_are_adapted_as_in_the_spec(tmp_path: Path) -> None:
+    resolved = options_after_halving(
         tmp_path, batch_config(2, 1, 5e-3), defaults=["training.scheduler", "training.optimizer"]
     )
-    assert found.training["per_device_train_batch_size"] == 1
-    assert found.training["gradient_accumulation_steps"] == 2
-    assert found.training["learning_rate"] == 2.5e-3
-    assert found.config["train_batch_size"] == 4
+    assert resolved.training["per_device_train_batch_size"] == 1
+    assert resolved.training["gradient_accumulation_steps"] == 2
+    assert resolved.training["learning_rate"] == 2.5e-3
+    assert resolved.config["train_batch_size"] == 4
 
 
-def test_values_of_the_file_alone_are_adapted_by_the_same_factor(tmp_path: Path) -> None:
-    found = options_after_halving(
+def test_values_only_in_the_file_are_adapted_by_the_same_factor(tmp_path: Path) -> None:
+    resolved = options_after_halving(
         tmp_path, batch_config(8, 3, 1e-4), defaults=list(ADAPTED) + ["training.scheduler", "training.optimizer"]
     )
-    assert found.training["per_device_train_batch_size"] == 4
-    assert found.training["gradient_accumulation_steps"] == 6
-    assert found.training["learning_rate"] == pytest.approx(5e-5)
-    assert found.config["train_batch_size"] == 48
+    assert resolved.training["per_device_train_batch_size"] == 4
+    assert resolved.training["gradient_accumulation_steps"] == 6
+    assert resolved.training["learning_rate"] == pytest.approx(5e-5)
+    assert resolved.config["train_batch_size"] == 48
     assert (
         "train_micro_batch_size_per_gpu 8 of the file becomes 4, as training.batchSizePerDevice went from 2 to 1, "
-        "and gradient_accumulation_steps 3 becomes 6" in found.notes
+        "and gradient_accumulation_steps 3 becomes 6" in resolved.notes
     )
     assert (
         "optimizer.params.lr 0.0001 of the file becomes 5e-05, as training.learningRate went from 0.005 to 0.0025"
-        in found.notes
+        in resolved.notes
     )
 
 
@@ -170,7 +170,7 @@ def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
     spec: dict[str, Any], before: tuple[int, int], now: tuple[int, int], file: tuple[int | None, int | None],
     expected: tuple[int, int], note: str, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """The effective batch stays that of the file, and a job that ran out of memory does not fail because of a rule."""
+    """The effective batch of the file does not change, and the adapted values break no rule of the API."""
     paths = ("training.batchSizePerDevice", "training.gradientAccumulationSteps")
     training = dict(zip(("batchSizePerDevice", "gradientAccumulationSteps"), now, strict=True))
     group = {"strategy": "deepspeed", "deepspeed": {"configRef": {"name": "mine", "key": "ds.json"}}}
@@ -185,10 +185,10 @@ def test_the_micro_batch_of_a_file_is_reduced_without_breaking_a_rule(
     )
     again = run.model_copy(update={"before_adaptation": dict(zip(paths, before, strict=True)), "defaults": list(paths)})
     effective_batch = deepspeed.options(first, inputs, CPU, 2).config["train_batch_size"]
-    found = deepspeed.options(again, inputs, CPU, 2)
-    assert (found.config[keys[0]], found.config[keys[1]]) == expected
-    assert found.config["train_batch_size"] == effective_batch == expected[0] * expected[1] * 2
-    assert any(note in one for one in found.notes)
+    resolved = deepspeed.options(again, inputs, CPU, 2)
+    assert (resolved.config[keys[0]], resolved.config[keys[1]]) == expected
+    assert resolved.config["train_batch_size"] == effective_batch == expected[0] * expected[1] * 2
+    assert any(note in note_text for note_text in resolved.notes)
 
 
 def test_an_adapted_value_is_compared_with_the_value_that_the_user_wrote(tmp_path: Path) -> None:
@@ -212,14 +212,14 @@ def test_gradient_checkpointing_that_the_operator_enabled_does_not_conflict_with
 
 
 def test_offloading_uses_the_optimizer_of_torch(tmp_path: Path) -> None:
-    found = zero(
+    resolved = deepspeed_options(
         tmp_path,
         {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu", "pin_memory": True}}},
         offloadOptimizer=True,
     )
-    assert found.config["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
-    assert found.config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
-    assert found.config["zero_force_ds_cpu_optimizer"] is False
+    assert resolved.config["zero_optimization"]["offload_param"] == {"device": "cpu", "pin_memory": True}
+    assert resolved.config["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert resolved.config["zero_force_ds_cpu_optimizer"] is False
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_an_invalid_deepspeed_json_is_refused(
     file: Any, options: dict[str, Any], code: str, expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(FineTuneError) as caught:
-        zero(tmp_path, file, **options)
+        deepspeed_options(tmp_path, file, **options)
     assert (caught.value.code, caught.value.exit_code) == (code, 64)
     assert expected in caught.value.message
 
@@ -291,28 +291,28 @@ def test_values_of_a_file_must_satisfy_the_rules_of_the_spec(
     file: Any, spec: dict[str, Any], code: str, expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        zero(tmp_path, file, spec)
+        deepspeed_options(tmp_path, file, spec)
     assert caught.value.code == code
     assert expected in caught.value.message and "with the values of the DeepSpeed JSON" in caught.value.message
 
 
 def test_both_adamw_implementations_of_torch_match_adamw(tmp_path: Path) -> None:
-    found = zero(tmp_path, {"optimizer": {"type": "AdamW"}}, {"training": {"optimizer": "adamw_torch"}})
-    assert found.training["optim"] == "adamw_torch"
+    resolved = deepspeed_options(tmp_path, {"optimizer": {"type": "AdamW"}}, {"training": {"optimizer": "adamw_torch"}})
+    assert resolved.training["optim"] == "adamw_torch"
     with pytest.raises(ConfigError, match="optimizer.type is Adam, training.optimizer is sgd"):
-        zero(tmp_path, {"optimizer": {"type": "Adam"}}, {"training": {"optimizer": "sgd"}})
+        deepspeed_options(tmp_path, {"optimizer": {"type": "Adam"}}, {"training": {"optimizer": "sgd"}})
 
 
 def test_a_conflict_names_the_schedule_as_the_file_does(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"scheduler.type is WarmupLR \(constantWithWarmup\), training.scheduler is linear"
     ):
-        zero(tmp_path, {"scheduler": {"type": "WarmupLR"}}, {"training": {"scheduler": "linear"}})
+        deepspeed_options(tmp_path, {"scheduler": {"type": "WarmupLR"}}, {"training": {"scheduler": "linear"}})
 
 
 def test_warmup_steps_of_a_file_replace_a_default_ratio(tmp_path: Path) -> None:
     file = {"scheduler": {"type": "WarmupLR", "params": {"warmup_num_steps": 0}}}
-    assert zero(tmp_path, file, {"training": {"warmupRatio": None}}).training["warmup_steps"] == 0
+    assert deepspeed_options(tmp_path, file, {"training": {"warmupRatio": None}}).training["warmup_steps"] == 0
 
 
 def test_null_values_and_disabled_sections_are_ignored(tmp_path: Path) -> None:
@@ -320,21 +320,21 @@ def test_null_values_and_disabled_sections_are_ignored(tmp_path: Path) -> None:
         "amp": {"enabled": False}, "fp16": None, "steps_per_print": 1e5,
         "zero_optimization": {"stage": 2, "offload_optimizer": None, "overlap_comm": None},
     }  # fmt: skip
-    found = zero(tmp_path, file)
-    assert "amp" not in found.config and found.config["zero_optimization"] == {"stage": 2}
-    assert "sections that the DeepSpeed JSON disables are ignored: amp" in found.notes
+    resolved = deepspeed_options(tmp_path, file)
+    assert "amp" not in resolved.config and resolved.config["zero_optimization"] == {"stage": 2}
+    assert "sections that the DeepSpeed JSON disables are ignored: amp" in resolved.notes
 
 
 def test_deepspeed_validates_its_own_sections(tmp_path: Path) -> None:
     good = {"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto", "stage3_max_live_parameters": 1e9}}
-    deepspeed.validate_with_deepspeed(zero(tmp_path, good).config)
+    deepspeed.validate_with_deepspeed(deepspeed_options(tmp_path, good).config)
     for file, expected in (
         ({"zero_optimization": {"overlapcomm": True}}, "overlapcomm: Extra inputs are not permitted"),
         ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size: Input should be a valid"),
         ({"gradient_allreduce_op": "max"}, "Got: 'max'"),
     ):
         with pytest.raises(ConfigError) as caught:
-            deepspeed.validate_with_deepspeed(zero(tmp_path, file).config)
+            deepspeed.validate_with_deepspeed(deepspeed_options(tmp_path, file).config)
         assert caught.value.code == "ConfigFileInvalid" and expected in caught.value.message
 
 
@@ -354,8 +354,8 @@ def test_a_missing_config_map_is_named(tmp_path: Path) -> None:
 
 
 def test_fsdp_without_a_file(tmp_path: Path) -> None:
-    found = sharded(tmp_path, None)
-    assert (found.sharding, found.state_dict, found.offload) == ("fullShard", "sharded", False)
+    resolved = fsdp_options(tmp_path, None)
+    assert (resolved.sharding, resolved.state_dict, resolved.offload) == ("fullShard", "sharded", False)
 
 
 def test_values_of_an_accelerate_file_are_used(tmp_path: Path) -> None:
@@ -371,47 +371,49 @@ fsdp_config:
   fsdp_auto_wrap_policy: SIZE_BASED_WRAP
   fsdp_min_num_params: 1000
 """
-    found = sharded(tmp_path, file)
-    assert (found.sharding, found.state_dict, found.offload) == ("shardGradOp", "full", True)
-    assert found.wrap == {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 1000}
-    assert any("machine_rank" in note and "the operator starts the ranks" in note for note in found.notes)
+    resolved = fsdp_options(tmp_path, file)
+    assert (resolved.sharding, resolved.state_dict, resolved.offload) == ("shardGradOp", "full", True)
+    assert resolved.wrap == {"auto_wrap_policy": "SIZE_BASED_WRAP", "min_num_params": 1000}
+    assert any("machine_rank" in note and "the operator starts the ranks" in note for note in resolved.notes)
 
 
 @pytest.mark.parametrize(("word", "size"), [("1.0e+8", 10**8), ("'2000'", 2000), ("0.0", None)])
 def test_a_size_may_be_written_as_any_whole_number(word: str, size: int | None, tmp_path: Path) -> None:
     file = f"fsdp_config: {{fsdp_auto_wrap_policy: SIZE_BASED_WRAP, fsdp_min_num_params: {word}}}\n"
-    found = sharded(tmp_path, file).wrap.get("min_num_params")
-    assert (found, type(found)) == (size, type(size))
+    resolved = fsdp_options(tmp_path, file).wrap.get("min_num_params")
+    assert (resolved, type(resolved)) == (size, type(size))
 
 
-@pytest.mark.parametrize(("names", "asked"), [("'Block,'", ["Block"]), ("['Block', ' ']", ["Block"]), ("','", None)])
-def test_empty_layer_names_are_ignored(names: str, asked: list[str] | None, tmp_path: Path) -> None:
-    found = sharded(tmp_path, f"fsdp_config: {{fsdp_transformer_layer_cls_to_wrap: {names}}}\n")
-    assert found.wrap.get("transformer_layer_cls_to_wrap") == asked
+@pytest.mark.parametrize(
+    ("names", "layer_names"), [("'Block,'", ["Block"]), ("['Block', ' ']", ["Block"]), ("','", None)]
+)
+def test_empty_layer_names_are_ignored(names: str, layer_names: list[str] | None, tmp_path: Path) -> None:
+    resolved = fsdp_options(tmp_path, f"fsdp_config: {{fsdp_transformer_layer_cls_to_wrap: {names}}}\n")
+    assert resolved.wrap.get("transformer_layer_cls_to_wrap") == layer_names
 
 
 @pytest.mark.parametrize("word", ["no", "'no'"])
 def test_unquoted_no_is_read_as_a_precision(word: str, tmp_path: Path) -> None:
-    assert sharded(tmp_path, f"mixed_precision: {word}\n") == fsdp.Options()
+    assert fsdp_options(tmp_path, f"mixed_precision: {word}\n") == fsdp.Options()
     with pytest.raises(ConfigError, match="mixed_precision is bf16, the precision from training.mixedPrecision is no"):
-        sharded(tmp_path, "mixed_precision: bf16\n")
+        fsdp_options(tmp_path, "mixed_precision: bf16\n")
 
 
 @pytest.mark.parametrize(("word", "offloads"), [("yes", True), ("'True'", True), ("false", False), ("'no'", False), ("null", False)])  # fmt: skip
 def test_truth_values_have_several_spellings(word: str, offloads: bool, tmp_path: Path) -> None:
-    assert sharded(tmp_path, f"fsdp_config: {{fsdp_offload_params: {word}}}\n").offload is offloads
+    assert fsdp_options(tmp_path, f"fsdp_config: {{fsdp_offload_params: {word}}}\n").offload is offloads
 
 
 def test_unknown_layer_classes_are_refused_by_name(tmp_path: Path) -> None:
     class Block:
         pass
 
-    found = sharded(tmp_path, "fsdp_config: {fsdp_transformer_layer_cls_to_wrap: 'Block, NoSuchLayer'}\n")
-    assert found.wrap["transformer_layer_cls_to_wrap"] == ["Block", "NoSuchLayer"]
+    resolved = fsdp_options(tmp_path, "fsdp_config: {fsdp_transformer_layer_cls_to_wrap: 'Block, NoSuchLayer'}\n")
+    assert resolved.wrap["transformer_layer_cls_to_wrap"] == ["Block", "NoSuchLayer"]
     run, _ = make_run(tmp_path, tmp_path / "model", {"distributed": {"strategy": "fsdp"}}, ranks=2)
     trainer: Any = SimpleNamespace(model=SimpleNamespace(modules=lambda: [Block()]))
     with pytest.raises(ConfigError) as caught:
-        fsdp.Fsdp(run, CPU, 2, found).on_accelerator_created(trainer)
+        fsdp.Fsdp(run, CPU, 2, resolved).on_accelerator_created(trainer)
     assert caught.value.code == "ConfigFileInvalid"
     assert "names NoSuchLayer, which the model does not have" in caught.value.message
     assert caught.value.hint == "remove it, or write one of Block"
@@ -456,6 +458,6 @@ def test_an_invalid_accelerate_file_is_refused(
     file: str, options: dict[str, Any], code: str, expected: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ConfigError) as caught:
-        sharded(tmp_path, file, **options)
+        fsdp_options(tmp_path, file, **options)
     assert caught.value.code == code
     assert expected in caught.value.message

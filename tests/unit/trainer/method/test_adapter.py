@@ -1,4 +1,4 @@
-"""Continuing an adapter: every weight of its file has a place in the model, and every trained weight comes from the file."""
+"""Continuing an adapter: the model has every weight of the file, and every trained weight comes from the file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def base(**options: Any) -> Any:
 
 
 def saved_adapter(folder: Path, **options: Any) -> Path:
-    """A saved LoRA adapter whose weights differ from every start that PEFT gives them."""
+    """Save a LoRA adapter whose weights differ from every initialisation of PEFT."""
     from peft import LoraConfig, get_peft_model
 
     wrapped = get_peft_model(
@@ -43,9 +43,9 @@ def saved_adapter(folder: Path, **options: Any) -> Path:
 
 
 def continue_adapter(tmp_path: Path, folder: Path, spec: dict[str, Any] | None = None, model: Any = None) -> Any:
-    """The adapter on its base model."""
-    asked = {"method": {"type": "adapter", "adapter": {"source": "s3://models/mine"}}}
-    run, inputs = make_run(tmp_path, tmp_path / "model", merged(asked, spec or {}), adapter=folder)
+    """Load the adapter on its base model for further training."""
+    run_spec = {"method": {"type": "adapter", "adapter": {"source": "s3://models/mine"}}}
+    run, inputs = make_run(tmp_path, tmp_path / "model", merged(run_spec, spec or {}), adapter=folder)
     return method_of(run, inputs).apply(base() if model is None else model)
 
 
@@ -142,7 +142,7 @@ def test_weights_of_a_layer_that_is_not_targeted_are_refused(tmp_path: Path) -> 
     rewrite_config(folder, target_modules=["k_proj", "v_proj"])
     with pytest.raises(ConfigError) as caught:
         continue_adapter(tmp_path, folder)
-    assert (caught.value.code, "have no place" in caught.value.message) == ("AdapterOfAnotherBase", True)
+    assert (caught.value.code, "are not in the model" in caught.value.message) == ("AdapterOfAnotherBase", True)
 
 
 def test_a_base_model_with_more_layers_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""EVA's search for principal directions ends: with an adapter, or with an error that says what to change."""
+"""EVA's search for principal directions always ends, with an initialised adapter or with an error that names a correction."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_rank_above_the_possible_directions_is_refused(
 def test_directions_that_do_not_converge_are_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # One batch is enough to find the directions; two more are needed to see that they are stable.
+    # One batch is enough to find the directions. Two more batches are needed to detect that they are stable.
     monkeypatch.setattr(eva, "MAX_BATCHES", 2)
     with pytest.raises(ConfigError) as caught:
         run_training(tmp_path, model, eva_spec(24, 2))

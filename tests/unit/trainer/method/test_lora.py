@@ -31,7 +31,7 @@ def gpt2() -> Any:
 
 
 def apply_lora(folder: Path, model: Any, **options: Any) -> Any:
-    """Adapters with these options of `method.lora`."""
+    """Apply adapters with these options of `method.lora`."""
     run, inputs = make_run(folder, folder / "model", {"method": {"lora": options}})
     return method_of(run, inputs).apply(model)
 
@@ -76,10 +76,10 @@ def test_the_initial_adapter_is_saved(model: Any, init: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("model", "init"), [(llama, "pissa"), (llama, "olora"), (gpt2, "pissa")])
 def test_the_initialised_adapter_does_not_change_the_outputs(model: Any, init: str, tmp_path: Path) -> None:
-    """On square layers, whose shape does not show whether the weight is transposed."""
+    """The layers are square, so their shape does not show whether the weight is transposed."""
     base, ids = model().eval(), torch.arange(8)[None]
     with torch.no_grad():
         before = base(ids).logits
-        asked = ["attn.c_proj"] if model is gpt2 else ["q_proj", "o_proj"]
-        after = apply_lora(tmp_path, base, init=init, rank=4, targetModules=asked).model.eval()(ids).logits
+        target_modules = ["attn.c_proj"] if model is gpt2 else ["q_proj", "o_proj"]
+        after = apply_lora(tmp_path, base, init=init, rank=4, targetModules=target_modules).model.eval()(ids).logits
     assert torch.allclose(before, after, atol=1e-5)

@@ -34,7 +34,7 @@ def test_only_trained_weights_are_widened_to_32_bits() -> None:
     assert [parameter.dtype for parameter in model.parameters()] == [torch.float16] * 2 + [torch.float32] * 2
 
 
-def test_restored_weights_have_the_bits_from_before_the_conversion() -> None:
+def test_restored_weights_equal_the_weights_before_the_conversion() -> None:
     model = torch.nn.Linear(2, 2)
     before = model.weight.detach().clone()
     copy = TrainedWeightsCopy(model)

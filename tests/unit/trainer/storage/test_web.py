@@ -48,7 +48,7 @@ def test_download_returns_the_hash(store: WebStore, server: Web, tmp_path: Path)
     assert found == hashlib.sha256(BODY).hexdigest() and sum(moved) == len(BODY)
     assert (tmp_path / "deep/weights").read_bytes() == BODY == store.get("weights")
     assert store.stat("weights") == Stat("weights", len(BODY), found[:12])
-    assert server.asked[0] == f"GET /a%20b/weights{SECRET}" and store.uri == f"{server.url}/a b"
+    assert server.requests[0] == f"GET /a%20b/weights{SECRET}" and store.uri == f"{server.url}/a b"
     assert store.retries == 0
 
 
@@ -95,7 +95,7 @@ def test_the_retry_after_header_is_followed(
 def test_an_interrupted_download_continues(store: WebStore, server: Web, tmp_path: Path) -> None:
     server.faults = [Fault(cut=READ_BYTES + 5), Fault(cut=7)]
     assert store.download("weights", tmp_path / "weights") == hashlib.sha256(BODY).hexdigest()
-    rest = [line.partition("hidden-word ")[2] for line in server.asked]
+    rest = [line.partition("hidden-word ")[2] for line in server.requests]
     assert rest == ["", f"bytes={READ_BYTES + 5}-", f"bytes={READ_BYTES + 12}-"]
     assert (tmp_path / "weights").read_bytes() == BODY
 

@@ -111,7 +111,7 @@ def test_a_web_file_keeps_its_name(fetcher: Fetcher, server: Web, tmp_path: Path
     server.faults = [Fault(503)]
     (file,) = fetcher.data(f"{server.url}/sets/rows.jsonl{SECRET}", "dataset.train", "train")
     assert (file.name, file.read_bytes(), sum(moved)) == ("rows.jsonl", b"0123456789", 10)
-    assert server.asked == [f"GET /sets/rows.jsonl{SECRET}"] * 2
+    assert server.requests == [f"GET /sets/rows.jsonl{SECRET}"] * 2
 
 
 def test_a_file_larger_than_the_disk_is_not_downloaded(

@@ -1,4 +1,4 @@
-"""The data formats: one class each. A new format is a class in this package and an entry in `FORMATS`."""
+"""The data formats. Each format is a class of this package and an entry in `FORMATS`."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ FORMATS: tuple[Format, ...] = (
     PromptOnly(),
     Custom(),
 )
-"""In the order of detection: a row has the first format that matches it, so formats with specific columns come first."""
+"""The formats in the order of detection. The first format that matches a row is used, so formats with specific columns come first."""
 
 
 def format_named(name: DatasetFormat) -> Format:
     """The format with this value of `dataset.format`."""
-    return next(one for one in FORMATS if one.name is name)
+    return next(form for form in FORMATS if form.name is name)
 
 
 __all__ = ["FORMATS", "Format", "ReadOptions", "format_named"]

@@ -25,18 +25,18 @@ class ReadOptions:
     template: str | None = None
     include_options: bool = True
     needs_answer: bool = True
-    """Whether a conversation without an answer is a bad row. False if all tokens are trained on, not only answers."""
+    """Whether a conversation without an answer is a bad row. False if all tokens are trained on."""
 
 
 class Format(ABC):
-    """One value of `dataset.format`. Objects have no state."""
+    """One value of `dataset.format`. Instances have no state."""
 
     name: ClassVar[DatasetFormat]
     required: ClassVar[tuple[ColumnRole, ...]] = ()
     """Columns that every row must have."""
 
     def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
-        """Whether the row looks like this format, for detection. By default: it has all required columns."""
+        """Whether detection chooses this format for the row. By default: whether the row has all required columns."""
         return all(find_column(role, row.keys(), columns) is not None for role in self.required)
 
     def required_columns(self, sample: Sequence[RawRow], columns: Columns) -> tuple[ColumnRole, ...]:
@@ -48,21 +48,21 @@ class Format(ABC):
         """The example of one row. Errors: RowError."""
 
     def read_all(self, rows: Iterable[RawRow], options: ReadOptions) -> Iterator[tuple[RawRow, Example | RowError]]:
-        """Every row with its example or its error. Formats whose examples span several rows override this."""
+        """Yield every row with its example or its error. Formats whose examples span several rows override this method."""
         for row in rows:
             yield row, attempt(self.read, row.value, options)
 
 
 def attempt(read: Callable[[Value, ReadOptions], Example], value: Value, options: ReadOptions) -> Example | RowError:
-    """The example, or the RowError that reading it raised."""
+    """Return the example, or the RowError that `read` raised."""
     try:
         return read(value, options)
     except RowError as error:
         return error
 
 
-def require_text(text: str, what: str) -> str:
+def require_text(text: str, label: str) -> str:
     """The text, unless it is blank. Errors: RowError RowEmpty."""
     if not text.strip():
-        raise RowError("RowEmpty", f"the {what} is empty", "give it a text, or remove the row")
+        raise RowError("RowEmpty", f"the {label} is empty", "give it a text, or remove the row")
     return text

@@ -21,7 +21,7 @@ MessagePath = list[Mapping[str, Any]]
 
 
 class Oasst(Format):
-    """Trees of messages. One conversation is made of several rows, so `read` gets the path instead of a row."""
+    """Trees of messages. `read_all` joins the flat rows of one tree; `read` parses a row that holds a whole tree."""
 
     name = DatasetFormat.OASST
 
@@ -55,13 +55,13 @@ def best_paths(rows: Iterable[RawRow]) -> Iterator[tuple[RawRow, MessagePath | R
 
 
 def _flat_paths(rows_by_id: Mapping[str, RawRow]) -> Iterator[tuple[RawRow, MessagePath | RowError]]:
-    """First the messages without a root, as errors; then the best path from each root."""
+    """Yield the errors of messages without a root, then the best path from each root."""
     replies: dict[str, list[RawRow]] = {}
     for row in rows_by_id.values():
         replies.setdefault(_parent_id(row), []).append(row)
     roots = replies.pop("", [])
     seen = {id(row) for root in roots for row in _subtree(root, replies)}
-    for parent in [one for one in replies if one not in rows_by_id]:
+    for parent in [row_id for row_id in replies if row_id not in rows_by_id]:
         error = RowError(
             "ParentMissing",
             f"no row has the parent_id {parent!r} as its message_id",
@@ -89,7 +89,7 @@ def _parent_id(row: RawRow) -> str:
 
 
 def _subtree(root: RawRow, replies: Mapping[str, list[RawRow]]) -> Iterator[RawRow]:
-    """The message and all messages below it. It ends because ids are unique and no message below a root is its parent."""
+    """Yield the message and all messages below it. There are no cycles: ids are unique, and a root has no parent."""
     pending = [root]
     while pending:
         row = pending.pop()

@@ -1,7 +1,7 @@
 """Formats with a prompt and answers to it: `promptCompletion`, `preference`, `unpairedPreference` and `promptOnly`.
 
-Prompt and answers may be text or messages. An answer may also be the whole conversation: then the prompt at its beginning is
-removed from it.
+Prompt and answers may be text or messages. An answer may also be the whole conversation. In this case the prompt at its
+beginning is removed.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class PromptCompletion(Format):
 
 
 class PairedPreference(Format):
-    """A better and a worse answer to one prompt. Without a prompt column, the shared beginning of the answers is the prompt."""
+    """A better and a worse answer to one prompt. If there is no prompt column, the shared beginning of the answers is the prompt."""
 
     name = DatasetFormat.PREFERENCE
     required = (CHOSEN, REJECTED)
@@ -126,26 +126,26 @@ class PromptOnly(Format):
         return Prompt(prompt, {key: value for key, value in row.items() if key != name})
 
 
-def _turns_or_text(value: Any, what: str) -> TurnsOrText:
+def _turns_or_text(value: Any, column: str) -> TurnsOrText:
     """A column that holds text, messages, or an object with messages. Errors: RowError."""
     if isinstance(value, str):
         return value
     if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
-        value = _messages_of_object(value, what)
+        value = _messages_of_object(value, column)
     if isinstance(value, list) and value:
         return parse_turns(value)
     if isinstance(value, list):
-        raise RowError("ConversationEmpty", f"`{what}` has no messages", "give it messages, or remove the row")
+        raise RowError("ConversationEmpty", f"`{column}` has no messages", "give it messages, or remove the row")
     raise RowError(
-        "DatasetRowInvalid", f"`{what}` is neither text nor messages", "write a string, or an array of messages"
+        "DatasetRowInvalid", f"`{column}` is neither text nor messages", "write a string, or an array of messages"
     )
 
 
-def _messages_of_object(value: Mapping[str, Any], what: str) -> list[Any]:
+def _messages_of_object(value: Mapping[str, Any], column: str) -> list[Any]:
     """The messages of `{messages, tools, ...}`, as OpenAI's preference files write a prompt. Errors: RowError for tools."""
     if value.get("tools"):
         raise RowError(
-            "DatasetRowInvalid", f"`{what}` holds tools, which are only supported in `messages` rows of sft",
+            "DatasetRowInvalid", f"`{column}` holds tools, which are only supported in `messages` rows of sft",
             "remove the tools, or the row",
         )  # fmt: skip
     return list(value["messages"])
@@ -156,18 +156,18 @@ def _as_turns(value: TurnsOrText, role: str) -> tuple[Turn, ...]:
 
 
 def _with_leading_system_prompt(prompt: str, options: ReadOptions, system: str | None) -> str:
-    """A text prompt after the system prompt of the spec, else of the column."""
+    """Put the system prompt of the spec, else of the column, before a text prompt."""
     system = options.system_prompt if options.system_prompt is not None else system
     return f"{system}\n\n{prompt}" if system else prompt
 
 
 def _is_implicit(prompt: TurnsOrText, *answers: TurnsOrText) -> bool:
     """Whether the prompt is blank and every answer is a whole conversation that begins with a user message."""
-    whole = (
-        not isinstance(one, str) and [turn.role for turn in _split_system_prompt(one)[1][:1]] == ["user"]
-        for one in answers
+    are_whole_conversations = (
+        not isinstance(answer, str) and [turn.role for turn in _split_system_prompt(answer)[1][:1]] == ["user"]
+        for answer in answers
     )  # fmt: skip
-    return isinstance(prompt, str) and not prompt.strip() and all(whole)
+    return isinstance(prompt, str) and not prompt.strip() and all(are_whole_conversations)
 
 
 def _replaces_system_prompts(options: ReadOptions, system: str | None) -> bool:
@@ -176,7 +176,7 @@ def _replaces_system_prompts(options: ReadOptions, system: str | None) -> bool:
 
 
 def _split_shared_beginning(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
-    """The shared beginning of both answers, and the rest of each. Errors: RowError PromptMissing."""
+    """Return the shared beginning of both answers, and the remainder of each answer. Errors: RowError PromptMissing."""
     shared = 0
     for a, b in zip(chosen, rejected, strict=False):
         if a != b:
@@ -194,7 +194,7 @@ def _split_shared_beginning(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
 
 
 def _split_at_first_answer(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], tuple[Turn, ...]]:
-    """The turns before the first assistant message, and those from it on. Errors: RowError NoTrainableToken."""
+    """Split the turns before the first assistant message. Errors: RowError NoTrainableToken."""
     start = next((index for index, turn in enumerate(turns) if turn.role == "assistant"), None)
     if start is None:
         raise RowError("NoTrainableToken", "`completion` has no answer", "give it an answer, or remove the row")
@@ -204,9 +204,9 @@ def _split_at_first_answer(turns: tuple[Turn, ...]) -> tuple[tuple[Turn, ...], t
 def _same_kind(
     prompt: Any, options: ReadOptions, system: str | None, *, is_separate: bool = False, **answers: Any
 ) -> tuple[Any, ...]:
-    """Prompt and answers, with the system prompt: all turns if one of them is turns, else all text.
+    """Convert prompt and answers to the same type and add the system prompt: if one of them is turns, all become turns, else text.
 
-    `is_separate`: the prompt was split off the answers, so the answers do not contain it.
+    `is_separate`: whether the prompt was split off the answers, so that the answers do not contain it.
     """
     if all(isinstance(part, str) for part in (prompt, *answers.values())):
         return (_with_leading_system_prompt(prompt, options, system), *answers.values())
@@ -222,11 +222,11 @@ def _same_kind(
 def _remove_prompt_from_answers(
     prompt: tuple[Turn, ...], *, ignores_system_prompts: bool = False, allows_further_question: bool = False, **answers: tuple[Turn, ...]
 ) -> tuple[tuple[Turn, ...], ...]:  # fmt: skip
-    """Prompt and answers (by column name), where an answer that is the whole conversation loses the prompt at its beginning.
+    """Return prompt and answers (by column name). If an answer is the whole conversation, the prompt at its beginning is removed.
 
-    `ignores_system_prompts`: system prompts may differ, because another one replaces them. `allows_further_question`: an answer may
-    begin with a further user message, unless the prompt occurs later in it. A system prompt that only the answers have is moved to
-    the prompt. Errors: RowError PromptMismatch, NoTrainableToken (nothing after the prompt).
+    `ignores_system_prompts`: system prompts may differ, because all are replaced. `allows_further_question`: an answer may begin with
+    a further user message, unless the prompt occurs later in that answer. A system prompt that only the answers have is moved to the
+    prompt. Errors: RowError PromptMismatch, NoTrainableToken (nothing after the prompt).
     """
     system, question = _split_system_prompt(prompt)
     rest = []
@@ -251,7 +251,7 @@ def _remove_prompt_from_answers(
         if own_system and system and not ignores_system_prompts and not _is_same(own_system, system):
             raise RowError(
                 "PromptMismatch",
-                f"`{name}` has another system prompt than the rest of the row",
+                f"`{name}` has a system prompt that differs from the others of the row",
                 "write one system prompt",
             )
         system = system or own_system
@@ -269,8 +269,8 @@ def _contains(turns: tuple[Turn, ...], part: tuple[Turn, ...]) -> bool:
     return any(_is_same(turns[start : start + len(part)], part) for start in range(len(turns)))
 
 
-def _is_same(some: tuple[Turn, ...], others: tuple[Turn, ...]) -> bool:
-    """Whether roles and contents are equal. Leading and trailing blanks are ignored: columns of one row differ in them."""
-    return [(turn.role, turn.content.strip(), turn.extra) for turn in some] == [
-        (turn.role, turn.content.strip(), turn.extra) for turn in others
+def _is_same(left: tuple[Turn, ...], right: tuple[Turn, ...]) -> bool:
+    """Whether roles and contents are equal. Leading and trailing blanks are ignored, because columns of one row often differ in them."""
+    return [(turn.role, turn.content.strip(), turn.extra) for turn in left] == [
+        (turn.role, turn.content.strip(), turn.extra) for turn in right
     ]

@@ -75,7 +75,7 @@ class QuestionAnswer(Format):
 
 
 class MultipleChoice(Format):
-    """A question with options and the letter or the text of the right one. The model learns the letter."""
+    """A question with options, and the letter or the text of the correct option. The model learns the letter."""
 
     name = DatasetFormat.MCQ
     question = ColumnRole("question", ("question",))
@@ -122,14 +122,14 @@ def read_question_and_answer(
     row: Mapping[str, Any], options: ReadOptions, question: ColumnRole, answer: ColumnRole,
     role_names: tuple[str, str] = ("User", "Assistant"), *, before: ColumnRole | None = None, after: ColumnRole | None = None,
 ) -> Conversation:  # fmt: skip
-    """A conversation of one question and one answer. `before`, `after`: optional text around the question. Errors: RowError."""
-    asked = required_text(question, row, options.columns)
+    """Return a conversation of one question and one answer. `before`, `after`: columns of optional text around the question. Errors: RowError."""
+    question_text = required_text(question, row, options.columns)
     answered = required_text(answer, row, options.columns)
     if before and (text := optional_text(before, row, options.columns)):
-        asked = f"{text}\n\n{asked}"
+        question_text = f"{text}\n\n{question_text}"
     if after and (text := optional_text(after, row, options.columns)):
-        asked = f"{asked}\n\n{text}"
-    turns = (Turn("user", require_text(asked, "question")), Turn("assistant", answered))
+        question_text = f"{question_text}\n\n{text}"
+    turns = (Turn("user", require_text(question_text, "question")), Turn("assistant", answered))
     system = optional_text(SYSTEM, row, options.columns)
     return make_conversation(turns, options, system=system, role_names=role_names)
 

@@ -32,7 +32,7 @@ class Custom(Format):
     name = DatasetFormat.CUSTOM
 
     def matches(self, row: Mapping[str, Any], columns: Columns) -> bool:
-        return False  # only used when dataset.format asks for it
+        return False  # this format is used only if dataset.format names it
 
     def read(self, row: Mapping[str, Any], options: ReadOptions) -> Text:
         def replacement(match: re.Match[str]) -> str:
@@ -41,7 +41,7 @@ class Custom(Format):
                 return matched[0]
             name = match.group(1)
             if name not in row:
-                present = ", ".join(f"`{one}`" for one in row)
+                present = ", ".join(f"`{column}`" for column in row)
                 raise RowError(
                     "ColumnMissing",
                     f"dataset.template names `{name}`; the row has {present}",

@@ -15,7 +15,7 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "bot": "assistant", "model": "assistant", "chatgpt": "assistant",
     "tool": "tool", "function": "tool", "observation": "tool", "ipython": "tool",
 }  # fmt: skip
-"""Role names that are understood, and the role that chat templates know."""
+"""The role of chat templates for each accepted role name."""
 
 
 def parse_json_column(text: str) -> Any:
@@ -29,7 +29,7 @@ def parse_json_column(text: str) -> Any:
 
 
 def parse_conversation(messages: Any, options: ReadOptions, *, system: str | None = None) -> Conversation:
-    """The conversation of an array of messages. Errors: RowError."""
+    """Parse an array of messages. Errors: RowError."""
     if not isinstance(messages, Sequence) or isinstance(messages, str):
         raise RowError(
             "DatasetRowInvalid",
@@ -140,7 +140,7 @@ def is_trainable(turn: Turn) -> bool:
 
 
 def with_system_prompt(turns: tuple[Turn, ...], from_spec: str | None, from_column: str | None) -> tuple[Turn, ...]:
-    """The turns with the system prompt of the spec, else of the column, else their own."""
+    """Return the turns with the system prompt of the spec, else of the column, else of the conversation."""
     prompt = from_spec if from_spec is not None else from_column
     if prompt is None:
         return turns
