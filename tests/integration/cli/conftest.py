@@ -1,4 +1,7 @@
-"""Fixtures that run commands in this process against a real API server, with one namespace per test. The tests write the status themselves."""
+"""Fixtures that run commands in this process against a real API server, in one namespace per test.
+
+No operator runs: the tests write the status of a job.
+"""
 
 from __future__ import annotations
 

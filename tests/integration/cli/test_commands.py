@@ -1,4 +1,4 @@
-"""Everyday commands against a real API server: what they change, what they say, and their exit codes."""
+"""Commands against a real API server: effects, output and exit codes."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_wait_ends_with_the_job(finetune: Finetune, job: Job, status: dict[str, 
     assert finetune("wait", "bot").code == code
 
 
-def test_wait_for_a_condition_and_timeout(finetune: Finetune, job: Job) -> None:
+def test_wait_ends_with_the_condition_or_the_timeout(finetune: Finetune, job: Job) -> None:
     job(status=RUNNING)
     assert finetune("wait", "bot", "--for", "running").code == 0
     assert finetune("wait", "bot", "--for", "reconciling").code == 0
@@ -155,7 +155,7 @@ def test_wait_for_a_condition_and_timeout(finetune: Finetune, job: Job) -> None:
     )
 
 
-def test_events(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+def test_events_of_the_job_are_listed(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
     created = job()
     assert "bot has no events" in finetune("events", "bot").err
     regarding = {
@@ -176,7 +176,7 @@ def test_events(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> N
 # --- changing -------------------------------------------------------------------------------------------------------
 
 
-def test_suspend_resume_cancel(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+def test_suspend_resume_and_cancel_change_the_spec(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
     job(status=RUNNING)
     assert finetune("suspend", "bot").out == "bot: saving a checkpoint, then the GPUs are released\n"
     assert api.get(names.PLURAL, namespace, "bot")["spec"]["suspend"] is True
@@ -193,7 +193,7 @@ def test_finished_job_is_not_changed(finetune: Finetune, job: Job) -> None:
     assert finetune("suspend", "bot").err == "error: bot has already ended: Succeeded\n"
 
 
-def test_rerun_creates_a_job_with_its_lineage(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+def test_rerun_names_the_old_job_in_annotations(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
     old = job(status=RUNNING, suspend=True)
     result = finetune(
         "rerun", "bot", "--from-checkpoint", "100", "--set", "training.epochs=2", "--set", "method.lora.rank=4"
@@ -221,7 +221,7 @@ def test_rerun_refuses_unknown_checkpoints_and_fields(finetune: Finetune, job: J
     )
 
 
-def test_diff_of_two_jobs(finetune: Finetune, job: Job) -> None:
+def test_diff_lists_the_changed_fields(finetune: Finetune, job: Job) -> None:
     job("a", training={"epochs": 2})
     job("b", training={"epochs": 5})
     assert finetune("diff", "a", "b").out == "training.epochs  2.0  ->  5.0\n"
@@ -242,7 +242,7 @@ def pod(name: str, attempt: int, index: int) -> dict[str, Any]:
     }
 
 
-def test_logs_without_pods_and_without_a_node(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
+def test_logs_name_missing_pods_attempts_and_ranks(finetune: Finetune, job: Job, api: KubeApi, namespace: str) -> None:
     job()
     assert "bot has no pods" in finetune("logs", "bot").err
     api.create("pods", namespace, pod("bot-1-0", 1, 0))

@@ -1,4 +1,4 @@
-"""The role in the guide is sufficient for its commands and grants nothing more."""
+"""The role in docs/guides/cli.md grants exactly the rights that the commands need."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RUNNING = {"phase": "Running", "conditions": [condition("Reconciling")]}
 
 @pytest.fixture
 def token(api: KubeApi, namespace: str) -> str:
-    """Return a token of an account that has only the role of the guide."""
+    """Return the token of a ServiceAccount that has only the role of the guide."""
     (text,) = re.findall(r"```yaml\n(apiVersion: rbac.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)
     role = YAML(typ="safe").load(text)
     api.create("roles", namespace, role)
@@ -41,7 +41,7 @@ def token(api: KubeApi, namespace: str) -> str:
 def as_user(
     control_plane: Endpoint, token: str, tmp_path: Path, finetune: Callable[..., Result]
 ) -> Callable[..., Result]:
-    """Run commands with the rights of that account."""
+    """Return a function that runs commands with the token of that ServiceAccount."""
     config = tmp_path / "kubeconfig"
     yaml = YAML(typ="safe")
     value = yaml.load(control_plane.kubeconfig.read_text(encoding="utf-8"))
@@ -119,11 +119,11 @@ RUNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "`purge`": (("purge", "done", "--use-secret", "--yes-purge", "done"),),
     "`report`": (("report", "bot", "-o", "ARCHIVE"),),
 }
-"""Commands that together use every right in a row of the table."""
+"""For each row of the table, commands that together use every right in the row."""
 
 
 def table() -> dict[str, set[str]]:
-    """Return the table of the guide: the commands of a row, and the rights that they need as `resource:verb`."""
+    """Return the table of the guide: for the commands of each row, the rights that they need, as `resource:verb`."""
     text = GUIDE.read_text(encoding="utf-8")
     rights_by_commands = {}
     for commands, jobs, others in re.findall(r"^\| (`.*?) \| (.*?) \| (.*?)\|$", text, re.MULTILINE):

@@ -1,4 +1,4 @@
-"""The real API server accepts every successful import, read as YAML 1.1 like kubectl does."""
+"""The real API server accepts every successful import. The YAML is read as YAML 1.1, as in kubectl."""
 
 from __future__ import annotations
 

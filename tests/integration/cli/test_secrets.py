@@ -18,21 +18,21 @@ from tests.integration.cli.conftest import Result
 from tests.support.kubeapi import KubeApi
 from tests.unit.operator.samples import CONFIG, accepted, finetunejob
 
-HUB, OTHER = "hf_" + "q1W2e3R4t5Y6u7I8", "sk-" + "z9X8c7V6b5N4m3L2k1J0"
-ENV = f"MODEL_NAME=org/gated\nTRAIN_DATA_PATH=org/rows\nDATASET_TYPE=instruction_jsonl\nHUGGINGFACE_TOKEN={HUB}\nDEVICE=cpu\n"
+HUB_TOKEN, OPENAI_KEY = "hf_" + "q1W2e3R4t5Y6u7I8", "sk-" + "z9X8c7V6b5N4m3L2k1J0"
+ENV = f"MODEL_NAME=org/gated\nTRAIN_DATA_PATH=org/rows\nDATASET_TYPE=instruction_jsonl\nHUGGINGFACE_TOKEN={HUB_TOKEN}\nDEVICE=cpu\n"
 TOML = '[fine_tuner]\nbase_model_id = "org/gated"\ntraining_data_id = "org/rows"\nload_in_4bit = false\nreport_to = "none"\n'
 
 
 @pytest.mark.parametrize(
-    ("name", "text", "behind", "wanted"),
+    ("name", "text", "tool_flags", "expected"),
     [
-        ("train.env", ENV, [], {Env.HF_TOKEN.value: HUB}),
-        ("train.toml", TOML, ["--hf-key", HUB, "--openai-key", OTHER], {Env.HF_TOKEN.value: HUB, "OPENAI_API_KEY": OTHER}),
+        ("train.env", ENV, [], {Env.HF_TOKEN.value: HUB_TOKEN}),
+        ("train.toml", TOML, ["--hf-key", HUB_TOKEN, "--openai-key", OPENAI_KEY], {Env.HF_TOKEN.value: HUB_TOKEN, "OPENAI_API_KEY": OPENAI_KEY}),
     ],
     ids=["env", "toml"],
 )  # fmt: skip
 def test_token_reaches_only_the_pod(
-    name: str, text: str, behind: list[str], wanted: dict[str, str],
+    name: str, text: str, tool_flags: list[str], expected: dict[str, str],
     finetune: Callable[..., Result], api: KubeApi, namespace: str, tmp_path: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (tmp_path / name).write_text(text, encoding="utf-8")
@@ -50,13 +50,13 @@ def test_token_reaches_only_the_pod(
         "output=null",
     ]
     output.error_console.cache_clear()
-    assert main.run(["import", str(tmp_path / name), *options, "-o", str(manifest)], behind) == output.OK
+    assert main.run(["import", str(tmp_path / name), *options, "-o", str(manifest)], tool_flags) == output.OK
     printed = capsys.readouterr()
     submitted = finetune("submit", str(manifest))
     assert submitted.code == 0, submitted.err
     created = api.get(PLURAL, namespace, "bot")
-    job = attempt(created)
-    assert read(job, api, namespace) == wanted
+    job = build_first_job(created)
+    assert read_secret_variables(job, api, namespace) == expected
     archive = tmp_path / "report.tar.gz"
     reported = finetune("report", "bot", "-o", str(archive))
     visible_texts = [
@@ -68,21 +68,21 @@ def test_token_reaches_only_the_pod(
         json.dumps(created),
         json.dumps(job),
     ]
-    for secret in wanted.values():
+    for secret in expected.values():
         assert not any(secret in text for text in visible_texts)
         assert secret.encode() not in archive.read_bytes()
 
 
-def attempt(created: dict[str, Any]) -> dict[str, Any]:
-    """Return the Job that the operator creates for a FineTuneJob."""
+def build_first_job(created: dict[str, Any]) -> dict[str, Any]:
+    """Return the Job that the operator creates for the first attempt of a FineTuneJob."""
     resolution = accepted(created["spec"])
     own_job = finetunejob(created["spec"])
     run = build_run_config(own_job, resolution.spec, 1, defaults=resolution.defaults, committed_step=0, max_step=None)
     return build_job(own_job, run, resolution.pool, CONFIG)
 
 
-def read(job: dict[str, Any], api: KubeApi, namespace: str) -> dict[str, str]:
-    """Variables from Secrets with their values, read as the kubelet reads them."""
+def read_secret_variables(job: dict[str, Any], api: KubeApi, namespace: str) -> dict[str, str]:
+    """Return the container's variables that refer to Secrets, with their values as the kubelet resolves them."""
     (container,) = job["spec"]["template"]["spec"]["containers"]
     values = {}
     for variable in container["env"]:

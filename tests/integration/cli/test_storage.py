@@ -1,4 +1,4 @@
-"""`checkpoints` and `purge` against a real S3 server, with the user's own credentials and with the job's Secret."""
+"""`checkpoints` and `purge` against a real S3 server, with the user's credentials and with the job's Secret."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DONE = {"phase": "Succeeded", "conditions": [condition("Finished"), condition("S
 
 @pytest.fixture
 def bucket(s3_server: S3Endpoint, namespace: str) -> Any:
-    """A bucket of the test's own."""
+    """Return a bucket that only this test uses."""
     s3 = boto3.resource(
         "s3", endpoint_url=s3_server.host_url, aws_access_key_id=s3_server.access_key, aws_secret_access_key=s3_server.secret_key,
         region_name="us-east-1", config=Config(s3={"addressing_style": "path"}, request_checksum_calculation="when_required"),
@@ -32,7 +32,7 @@ def bucket(s3_server: S3Endpoint, namespace: str) -> Any:
 
 @pytest.fixture
 def stored(bucket: Any, s3_server: S3Endpoint, job: Callable[..., dict[str, Any]], namespace: str, api: KubeApi) -> str:
-    """A job with one committed checkpoint, and one whose pod died before the marker; returns its prefix in the bucket."""
+    """Create a job with a committed checkpoint and one without commit marker. Returns the job's prefix in the bucket."""
     secret = {"AWS_ACCESS_KEY_ID": s3_server.access_key, "AWS_SECRET_ACCESS_KEY": s3_server.secret_key}
     api.create("secrets", namespace, {"metadata": {"name": "s3"}, "stringData": secret})
     storage = {
@@ -52,7 +52,7 @@ def stored(bucket: Any, s3_server: S3Endpoint, job: Callable[..., dict[str, Any]
     bucket.put_object(Key=f"{folder}/a1-00000000/manifest.json", Body=manifest)
     bucket.put_object(Key=f"{folder}/_COMMITTED", Body=json.dumps(marker).encode())
     bucket.put_object(Key=f"{prefix}/checkpoints/step-00000020/a1-00000000/w.bin", Body=b"half")
-    bucket.put_object(Key="root/other/file", Body=b"somebody else's")
+    bucket.put_object(Key="root/other/file", Body=b"of another job")
     return prefix
 
 

@@ -21,7 +21,7 @@ NOT_YET = "this release does not implement it"
 
 @dataclass
 class Outcome:
-    """The outcome of an import: a spec or mistakes, with warnings and notes."""
+    """The outcome of an import: a spec with warnings and notes, or mistakes."""
 
     spec: dict[str, Any] = field(default_factory=dict)
     mistakes: list[str] = field(default_factory=list)
@@ -32,7 +32,7 @@ class Outcome:
     text: str = ""
 
     def at(self, path: str) -> Any:
-        """Return the value of the spec at a dotted path; None if there is none."""
+        """Return the value of the spec at a dotted path; None if the path does not exist."""
         value: Any = self.spec
         for part in path.split("."):
             value = value.get(part) if isinstance(value, dict) else None

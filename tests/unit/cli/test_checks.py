@@ -1,4 +1,4 @@
-"""Checks of a manifest, offline."""
+"""Offline checks of a manifest."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from tests.unit.cli.conftest import JOB, Call, Write
 TOKEN = "hf_" + "a1B2c3D4e5F6g7H8"
 
 
-def sentences(stderr: str, folder: Path) -> list[str]:
-    """The errors of a command, without the test's folder."""
+def error_lines(stderr: str, folder: Path) -> list[str]:
+    """Return the error lines of a command, without the path of the test's folder."""
     return [
         line.removeprefix("error: ").replace(f"{folder}/", "")
         for line in stderr.splitlines()
@@ -55,7 +55,7 @@ def test_secret_in_a_manifest_is_a_warning_and_an_error_with_strict(call: Call, 
 def test_invalid_spec_is_refused_with_line_and_hint(call: Call, write: Write, more: str, expected: list[str]) -> None:
     path = write("job.yaml", JOB + more)
     code, _, stderr = call("validate", path)
-    assert (code, sentences(stderr, path.parent)) == (1 if expected else 0, expected)
+    assert (code, error_lines(stderr, path.parent)) == (1 if expected else 0, expected)
 
 
 @pytest.mark.parametrize("split", ["{train: 0}", "{train: 0, validation: 0.5, test: 0.5}", "{train: 0, validation: 1}"])
@@ -63,7 +63,7 @@ def test_split_without_training_rows_is_refused(call: Call, write: Write, split:
     path = write("job.yaml", JOB.replace('t.jsonl"', f't.jsonl", split: {split}'))
     code, _, stderr = call("validate", path)
     assert code == 1
-    assert sentences(stderr, path.parent) == [
+    assert error_lines(stderr, path.parent) == [
         "job.yaml:6: spec.dataset.split.train: 0: should be greater than 0 [ValueInvalid]"
     ]
 
@@ -86,7 +86,7 @@ def test_split_without_training_rows_is_refused(call: Call, write: Write, split:
 def test_invalid_metadata_is_refused(call: Call, write: Write, old: str, new: str, expected: list[str]) -> None:
     path = write("job.yaml", JOB.replace(old, new))
     code, _, stderr = call("validate", path)
-    assert (code, sentences(stderr, path.parent)) == (1, expected)
+    assert (code, error_lines(stderr, path.parent)) == (1, expected)
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_invalid_metadata_is_refused(call: Call, write: Write, old: str, new: st
 def test_hint_says_what_to_write(call: Call, write: Write, more: str, error: str) -> None:
     path = write("job.yaml", JOB + more)
     code, _, stderr = call("validate", path)
-    assert (code, [line.partition(": ")[2].rpartition(" [")[0] for line in sentences(stderr, path.parent)]) == (
+    assert (code, [line.partition(": ")[2].rpartition(" [")[0] for line in error_lines(stderr, path.parent)]) == (
         1,
         [error],
     )
@@ -140,7 +140,7 @@ def test_data_file_is_refused_for_a_cluster_and_accepted_for_a_local_run(call: C
 def test_unsupported_tracker_gives_one_error(call: Call, write: Write) -> None:
     path = write("job.yaml", JOB + "  tracking: {reportTo: [wandb]}\n")
     code, _, stderr = call("validate", path)
-    assert (code, [line.rpartition("[")[2] for line in sentences(stderr, path.parent)]) == (1, ["NotSupportedYet]"])
+    assert (code, [line.rpartition("[")[2] for line in error_lines(stderr, path.parent)]) == (1, ["NotSupportedYet]"])
 
 
 def test_warnings_are_printed_and_refused_only_with_strict(call: Call, write: Write) -> None:

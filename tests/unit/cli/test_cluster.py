@@ -25,12 +25,12 @@ current-context: x
 
 
 @pytest.fixture
-def answering(tmp_path: Path) -> Iterator[Callable[[int, bytes], str]]:
-    """A kubeconfig of a server that gives one answer to everything."""
+def kubeconfig_of_server(tmp_path: Path) -> Iterator[Callable[[int, bytes], str]]:
+    """Return a function that starts a server with one fixed response to every request, and returns its kubeconfig."""
     servers: list[ThreadingHTTPServer] = []
 
     def serve(status: int, body: bytes) -> str:
-        class Answer(BaseHTTPRequestHandler):
+        class FixedResponse(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(body)))
@@ -38,9 +38,9 @@ def answering(tmp_path: Path) -> Iterator[Callable[[int, bytes], str]]:
                 self.wfile.write(body)
 
             def log_message(self, format: str, *args: object) -> None:
-                """Silent."""
+                """Log nothing."""
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Answer)
+        server = ThreadingHTTPServer(("127.0.0.1", 0), FixedResponse)
         threading.Thread(target=server.serve_forever, daemon=True).start()
         servers.append(server)
         cluster = {"name": "c", "cluster": {"server": f"http://127.0.0.1:{server.server_port}"}}
@@ -116,9 +116,9 @@ def test_name_of_another_kind_is_refused(name: str) -> None:
     ],
 )
 def test_failed_response_is_reported_in_one_line(
-    call: Call, answering: Callable[[int, bytes], str], status: int, body: bytes, expected: str
+    call: Call, kubeconfig_of_server: Callable[[int, bytes], str], status: int, body: bytes, expected: str
 ) -> None:
-    code, out, err = call("get", "--kubeconfig", answering(status, body))
+    code, out, err = call("get", "--kubeconfig", kubeconfig_of_server(status, body))
     assert (code, out, err.count("\n"), err.startswith("error: ")) == (1, "", 1, True)
     assert expected in err
 

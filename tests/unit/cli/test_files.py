@@ -1,4 +1,4 @@
-"""Reading and writing the files that the user names."""
+"""Reading and writing files named by the user."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from finetune_cli.files import MAX_BYTES
 from tests.unit.cli.conftest import JOB, Call, Write
 
 
-def sentences(stderr: str, folder: Path) -> list[str]:
-    """The errors of a command, without the test's folder."""
+def error_lines(stderr: str, folder: Path) -> list[str]:
+    """Return the error lines of a command, without the path of the test's folder."""
     return [
         line.removeprefix("error: ").replace(f"{folder}/", "")
         for line in stderr.splitlines()
@@ -31,7 +31,7 @@ def test_unreadable_paths_are_refused(call: Call, tmp_path: Path) -> None:
     (tmp_path / "a.env").write_bytes(bytes(range(256)))
     for command in ("import", "validate"):
         code, _, stderr = call(command, tmp_path / "a.env")
-        assert (code, sentences(stderr, tmp_path)) == (1, ["a.env: the file is not UTF-8 text"])
+        assert (code, error_lines(stderr, tmp_path)) == (1, ["a.env: the file is not UTF-8 text"])
     assert call("validate", tmp_path)[2] == f"error: {tmp_path}: this is a folder, and a file is needed\n"
     assert call("import", tmp_path / "b.env")[2] == f"error: {tmp_path}/b.env: there is no such file\n"
     assert "no importer recognises this configuration" in call("import", tmp_path)[2]
@@ -51,17 +51,17 @@ def test_byte_order_mark_and_carriage_returns_are_ignored(
 
 
 def test_dash_reads_standard_input(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
-    def typed(text: str) -> None:
+    def set_stdin(text: str) -> None:
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
 
-    typed(ENV)
+    set_stdin(ENV)
     code, out, _ = call("import", "-")
     assert (code, "name: imported" in out) == (0, True)
-    typed(ENV + "EPOCHS=0\n")
+    set_stdin(ENV + "EPOCHS=0\n")
     assert call("import", "-")[2].startswith("error: standard input:4: EPOCHS: ")
-    typed(JOB)
+    set_stdin(JOB)
     assert call("validate", "-")[:2] == (0, "standard input: bot: ok\n")
-    typed("")
+    set_stdin("")
     assert call("validate", "-")[2] == "error: standard input: there is no FineTuneJob in the input\n"
 
 

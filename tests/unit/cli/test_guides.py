@@ -1,4 +1,4 @@
-"""Every command line in the guides is valid, and the example importer of the guide works."""
+"""The guides: every command line is valid, and the example importer works."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.unit.cli.conftest import Write
 GUIDES = Path(__file__).parents[3] / "docs" / "guides"
 
 
-def documented() -> list[str]:
+def documented_command_lines() -> list[str]:
     """Return the command lines in the guides and in the help of every command."""
     command_lines: list[str] = []
     for name in ("cli.md", "import.md"):
@@ -32,7 +32,7 @@ def documented() -> list[str]:
     return command_lines
 
 
-@pytest.mark.parametrize("line", documented())
+@pytest.mark.parametrize("line", documented_command_lines())
 def test_documented_command_line_is_valid(line: str) -> None:
     words = shlex.split(line.partition(" | ")[0].partition(" -- ")[0])[1:]
     root = typer.main.get_command(app)
@@ -43,12 +43,12 @@ def test_documented_command_line_is_valid(line: str) -> None:
     command.make_context(words[0], words[1:], obj=[])
 
 
-def test_every_command_is_documented() -> None:
+def test_every_command_is_documented_command_lines() -> None:
     text = (GUIDES / "cli.md").read_text(encoding="utf-8") + (GUIDES / "import.md").read_text(encoding="utf-8")
     assert [name for name in COMMANDS if f"finetune {name}" not in text] == []
 
 
-def test_every_source_is_documented() -> None:
+def test_every_source_is_documented_command_lines() -> None:
     text = (GUIDES / "import.md").read_text(encoding="utf-8")
     assert [name for name in IMPORTERS if f"| `{name}` |" not in text or f"* **`{name}`**" not in text] == []
 
@@ -93,8 +93,8 @@ def test_table_of_secrets_lists_every_secret(write: Write) -> None:
     fields_by_key: dict[str, str] = {}
     for name, text, words in (("a.env", env, ()), ("a.toml", toml, flags)):
         imported = run_import(Request((write(name, text),), words), IMPORTERS)
-        assert set(imported.secrets) == set(references(imported.spec))
-        fields_by_key |= references(imported.spec)
+        assert set(imported.secrets) == set(secret_references(imported.spec))
+        fields_by_key |= secret_references(imported.spec)
     text = (GUIDES / "import.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| [^|]* \| ([^|]*) \| `([^|`]*)` \| ([^|]*) \|$", text, re.MULTILINE)
     documented_fields = {key: path for keys, path, _ in rows for key in re.findall("`([^`]*)`", keys)}
@@ -105,11 +105,11 @@ def test_table_of_secrets_lists_every_secret(write: Write) -> None:
     }  # fmt: skip
 
 
-def references(value: Any, path: str = "") -> dict[str, str]:
-    """Return the keys of Secrets that a spec refers to, with the fields."""
+def secret_references(value: Any, path: str = "") -> dict[str, str]:
+    """Return the Secret keys to which a spec refers, with the field of each reference."""
     if isinstance(value, list):
         return (
-            {key: path for variable in value for key in references(variable["secretKeyRef"])}
+            {key: path for variable in value for key in secret_references(variable["secretKeyRef"])}
             if path == "placement.env"
             else {}
         )
@@ -119,5 +119,5 @@ def references(value: Any, path: str = "") -> dict[str, str]:
         return {value["key"]: path}
     fields_by_key: dict[str, str] = {}
     for name, inner in value.items():
-        fields_by_key |= references(inner, f"{path}.{name}" if path else name)
+        fields_by_key |= secret_references(inner, f"{path}.{name}" if path else name)
     return fields_by_key

@@ -16,16 +16,16 @@ training_config: {model: org/m, trainer: SFT, distributed_training: FSDP, max_se
 
 
 @pytest.mark.parametrize(
-    ("text", "at", "value"),
+    ("text", "path", "value"),
     [
         ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_version: 2, fsdp_reshard_after_forward: false}\n",
          "distributed.fsdp.sharding", "shardGradOp"),
         ("distributed_type: FSDP\nnum_processes: 2\nfsdp_config: {fsdp_sharding_strategy: FULL_SHARD}\n", "distributed.fsdp.sharding", "fullShard"),
     ],
 )  # fmt: skip
-def test_sharding_strategy_is_read(write: Write, text: str, at: str, value: Any) -> None:
+def test_sharding_strategy_is_read(write: Write, text: str, path: str, value: Any) -> None:
     imported = import_(write("job.yaml", HYDRA), write("acc.yaml", text), source="hydra")
-    assert (imported.mistakes, imported.at(at)) == ([], value)
+    assert (imported.mistakes, imported.at(path)) == ([], value)
 
 
 def test_ignored_options_give_a_warning(write: Write) -> None:

@@ -1,4 +1,4 @@
-"""The .env tool: syntax, precedence and traps."""
+"""The importer `env`: syntax, precedence, and options that interact."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BASE = "MODEL_NAME=org/m\nTRAIN_DATA_PATH=s3://data/d.jsonl\nDATASET_TYPE=instru
 
 @pytest.fixture
 def env(write: Write) -> Any:
-    """Import a .env text, over the required keys."""
+    """Return a function that imports a .env text after the required keys."""
 
     def run(text: str = "", words: str = "", base: str = BASE, **more: Any) -> Outcome:
         return import_(write("job.env", base + text), words=words, source="env", **more)

@@ -14,7 +14,7 @@ NESTED = "base_model: {name: mistralai/M}\nlora: {r: 8, lora_alpha: 16}\n"
 
 @pytest.fixture
 def guide(write: Write) -> Any:
-    """Import a text of the guide."""
+    """Return a function that imports a configuration in the form of the guide."""
 
     def run(text: str, words: str = "", **more: Any) -> Outcome:
         return import_(write("job.yaml", text), words=words, source="guide", **more)

@@ -24,7 +24,7 @@ training_config:
 
 @pytest.fixture
 def hydra(write: Write) -> Any:
-    """Import a composed file with overrides."""
+    """Return a function that imports a composed file with overrides."""
 
     def run(words: str = "", base: str = BASE, **more: Any) -> Outcome:
         return import_(write("job.yaml", base), words=words, source="hydra", **more)
@@ -34,7 +34,7 @@ def hydra(write: Write) -> Any:
 
 @pytest.fixture
 def folder(write: Write, tmp_path: Path) -> Path:
-    """A folder of groups with a primary file."""
+    """Return a folder of Hydra groups with a primary file."""
     write("configs/config.yaml", "defaults:\n  - dataset: default\n  - training: ddp\n  - _self_\n")
     write("configs/dataset/default.yaml", "path: org/data\nformat: standard\n")
     write("configs/dataset/pairs.yaml", "path: org/pairs\nformat: preference\n")

@@ -15,7 +15,7 @@ JOB = {"model": "gpt-4o-mini", "training_file": "file-abc123"}
 
 @pytest.fixture
 def api(write: Write) -> Any:
-    """Import a job of an API."""
+    """Return a function that imports a job of the API."""
 
     def run(job: dict[str, Any], *files: Any, **more: Any) -> Outcome:
         more.setdefault("model_map", {"gpt-4o-mini": "org/small"})
@@ -68,7 +68,7 @@ def test_api_model_needs_a_replacement(api: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "expected"),
     [
         ({"method": {"type": "reinforcement"}}, "one of supervised, dpo"),
         ({"hyperparameters": {"n_epochs": 0}}, '"auto" or an integer from 1 to 50'),
@@ -76,9 +76,9 @@ def test_api_model_needs_a_replacement(api: Any) -> None:
         ({"integrations": [{"type": "other"}]}, "only wandb is supported"),
     ],
 )
-def test_mistakes_are_explained(api: Any, change: dict[str, Any], words: str) -> None:
+def test_mistakes_are_explained(api: Any, change: dict[str, Any], expected: str) -> None:
     (mistake,) = api(JOB | change).mistakes
-    assert words in mistake
+    assert expected in mistake
 
 
 def test_data_rows_are_checked(api: Any, write: Write) -> None:

@@ -1,4 +1,4 @@
-"""Every sample of the contract and every block of the pages gives the reviewed result in `expected/`."""
+"""Import of every sample in the contract and every block on the tools' pages: the result equals the reviewed one in `expected/`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The importer `yaml`: spellings of YAML, overrides, DeepSpeed files, duplicates."""
+"""The importer `yaml`: YAML syntax, overrides, DeepSpeed files, duplicate keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BASE = "model: {base_model: org/m}\ndataset: {train_path: s3://data/t.json}\n"
 
 @pytest.fixture
 def yaml(write: Write) -> Any:
-    """Import a YAML text with overrides."""
+    """Return a function that imports a YAML text after the required keys."""
 
     def run(text: str = "", words: str = "", base: str = BASE, **more: Any) -> Outcome:
         return import_(write("job.yaml", base + text), words=words, source="yaml", **more)
@@ -95,7 +95,7 @@ def test_options_select_method_and_bits(yaml: Any, text: str, method: str, bits:
 
 
 @pytest.mark.parametrize(
-    ("model", "tuning", "words"),
+    ("model", "tuning", "expected"),
     [
         ("load_in_4bit: true, load_in_8bit: true", "method: lora", "4-bit and 8-bit loading are both true"),
         ("load_in_8bit: true", "method: qlora", "method qlora needs 4-bit, but model.load_in_8bit is true"),
@@ -113,11 +113,11 @@ def test_options_select_method_and_bits(yaml: Any, text: str, method: str, bits:
         ("load_in_4bit: false", "method: qlora", "method qlora needs 4-bit, but model.load_in_4bit is false"),
     ],
 )
-def test_contradicting_bits_are_refused(yaml: Any, model: str, tuning: str, words: str) -> None:
+def test_contradicting_bits_are_refused(yaml: Any, model: str, tuning: str, expected: str) -> None:
     (mistake,) = yaml(
         base=f"model: {{base_model: m/m, {model}}}\nfine_tuning: {{{tuning}}}\ndataset: {{train_path: s3://data/t.json}}\n"
     ).mistakes
-    assert words in mistake
+    assert expected in mistake
 
 
 def test_lora_on_four_bits_is_qlora(yaml: Any) -> None:

@@ -29,7 +29,8 @@ def test_missing_and_invalid_values_are_refused(call: Call, write: Write, tmp_pa
     assert "--model is missing; without a terminal `init` cannot ask for it" in call("init", "bot", "--data", "x/y")[2]
     assert "metadata.name" in call("init", "Bad", "--model", "org/m", "--data", "x/y")[2]
     assert "--method: unknown value lra" in call("init", "bot", "--model", "o/m", "--data", "x/y", "--method", "lra")[2]
-    there = write("job.yaml", "")
+    existing = write("job.yaml", "")
     assert (
-        "already exists; choose another file" in call("init", "bot", "--model", "o/m", "--data", "x/y", "-o", there)[2]
+        "already exists; choose another file"
+        in call("init", "bot", "--model", "o/m", "--data", "x/y", "-o", existing)[2]
     )

@@ -1,4 +1,4 @@
-"""Listing, verifying, downloading and deleting what a job has in storage."""
+"""Listing, verifying, downloading and deleting the files of a job in storage."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def commit(root: Path, folder: str, files: dict[str, bytes], incarnation: str = 
 
 @pytest.fixture
 def storage(tmp_path: Path) -> JobStorage:
-    """A job's tree in a folder: two checkpoints, one of them healthy, one that was never committed, and the model."""
+    """Return the storage of a job: a healthy checkpoint (step 10), a committed one (20), an uncommitted one (30), and the model."""
     root = tmp_path / "tree"
     commit(root, "checkpoints/step-00000010", {"a.bin": b"one"})
     (root / "checkpoints/step-00000010/_HEALTHY").write_text("")

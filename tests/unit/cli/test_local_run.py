@@ -1,4 +1,4 @@
-"""`finetune run --local`: attempts and the final report."""
+"""`finetune run --local`: attempt numbers and the last progress report."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from finetune_cli.local_run import last_report, last_started_attempt
 
 
 @pytest.mark.parametrize(
-    ("words", "stage"),
+    ("message", "stage"),
     [
         ({"class": "Preempted", "code": "StoppedSaved", "message": "saved at step 12"}, "stopping"),
         ({"class": "Data", "code": "DatasetEmpty", "message": "no rows"}, "failed"),
         ({"output": {"uri": "file:///m/model"}}, "done"),
     ],
 )
-def test_last_report_shows_the_final_stage(words: dict[str, Any], stage: str, tmp_path: Path) -> None:
-    (tmp_path / "words").write_text(json.dumps({"progress": {"step": 12, "totalSteps": 100}, **words}))
-    report = last_report(tmp_path / "words")
+def test_last_report_shows_the_final_stage(message: dict[str, Any], stage: str, tmp_path: Path) -> None:
+    (tmp_path / "termination-message.json").write_text(
+        json.dumps({"progress": {"step": 12, "totalSteps": 100}, **message})
+    )
+    report = last_report(tmp_path / "termination-message.json")
     assert report is not None and report.stage == stage
 
 

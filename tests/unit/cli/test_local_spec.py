@@ -2,44 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from finetune_api.spec.cluster import StorageRoot
-from finetune_cli.job_storage import JobStorage
 from finetune_cli.local_spec import LocalMachine, LocalRunError, adapt_spec, require_s3_credentials
-
-
-def commit(root: Path, folder: str, files: dict[str, bytes], incarnation: str = "a1-00000000") -> Path:
-    """Write a committed folder as the trainer does."""
-    home = root / folder / incarnation
-    home.mkdir(parents=True)
-    for name, data in files.items():
-        (home / name).write_bytes(data)
-    entries = [
-        {"path": name, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
-    ]
-    manifest = json.dumps({"files": entries}).encode()
-    (home / "manifest.json").write_bytes(manifest)
-    marker = {"attempt": 1, "path": incarnation, "manifestSha256": hashlib.sha256(manifest).hexdigest()}
-    (root / folder / "_COMMITTED").write_text(json.dumps(marker), encoding="utf-8")
-    return home
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> JobStorage:
-    """A job's tree in a folder: two checkpoints, one of them healthy, one that was never committed, and the model."""
-    root = tmp_path / "tree"
-    commit(root, "checkpoints/step-00000010", {"a.bin": b"one"})
-    (root / "checkpoints/step-00000010/_HEALTHY").write_text("")
-    commit(root, "checkpoints/step-00000020", {"a.bin": b"two", "b.bin": b"x" * 100})
-    (root / "checkpoints/step-00000030/a1-1").mkdir(parents=True)
-    (root / "checkpoints/step-00000030/a1-1/a.bin").write_bytes(b"half")
-    commit(root, "model", {"w.bin": b"weights"})
-    return JobStorage(f"file://{root}", StorageRoot())
 
 
 def adapt(spec: dict[str, Any], tmp_path: Path, gpus: int = 0, **folders: Path) -> tuple[dict[str, Any], list[str]]:

@@ -1,4 +1,4 @@
-"""The program: usage, help, exit codes, completion, bugs, and output to odd terminals."""
+"""The program: usage, help, exit codes, completion, reports of bugs, colours, and unusual locales and outputs."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_kubectl_completion_lists_candidates(
     assert capsys.readouterr().out.split() == ["--watch", ":4"]
 
 
-def test_plugin_uses_the_name_it_is_called_by(
+def test_help_shows_the_program_name_as_the_user_typed_it(
     call: Call, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["/usr/local/bin/kubectl-finetune"])
@@ -125,14 +125,14 @@ def test_unknown_output_format_is_refused(call: Call) -> None:
 
 def test_colours_follow_no_color(tmp_path: Path) -> None:
     def on_terminal(**more: str) -> str:
-        """Run a failing command with a pseudo-terminal as its output, and return what it wrote."""
+        """Run a failing command with a pseudo-terminal as stderr, and return the output."""
         environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "FORCE_COLOR")}
         command = [sys.executable, "-m", "finetune_cli", "validate", str(tmp_path / "none")]
         terminal, program_side = pty.openpty()
         with os.fdopen(program_side, "wb") as stderr:
             subprocess.run(command, stderr=stderr, env={**environment, "TERM": "xterm", **more}, check=False)
-        with os.fdopen(terminal, "rb") as output_of_program:
-            return output_of_program.read1(1 << 16).decode()
+        with os.fdopen(terminal, "rb") as terminal_output:
+            return terminal_output.read1(1 << 16).decode()
 
     assert "\x1b[1;31merror: " in on_terminal()
     assert "\x1b[1;31m" not in on_terminal(NO_COLOR="1")

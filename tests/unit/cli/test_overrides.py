@@ -11,8 +11,8 @@ from tests.unit.cli.conftest import Call, Write
 ENV = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
 
 
-def sentences(stderr: str, folder: Path) -> list[str]:
-    """The errors of a command, without the test's folder."""
+def error_lines(stderr: str, folder: Path) -> list[str]:
+    """Return the error lines of a command, without the path of the test's folder."""
     return [
         line.removeprefix("error: ").replace(f"{folder}/", "")
         for line in stderr.splitlines()
@@ -49,7 +49,7 @@ def sentences(stderr: str, folder: Path) -> list[str]:
 def test_invalid_option_is_refused(call: Call, write: Write, option: list[str], expected: str) -> None:
     path = write("a.env", ENV)
     code, out, stderr = call("import", path, *option)
-    assert (code, out, sentences(stderr, path.parent)) == (1, "", [expected])
+    assert (code, out, error_lines(stderr, path.parent)) == (1, "", [expected])
 
 
 def test_set_reads_lists_maps_and_words(call: Call, write: Write) -> None:

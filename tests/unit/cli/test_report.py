@@ -9,7 +9,7 @@ from finetune_cli.commands.report import redact, redact_for_report
 
 
 @pytest.mark.parametrize(
-    ("value", "shown"),
+    ("value", "redacted"),
     [
         ({"name": "HF_TOKEN", "value": "abc"}, {"name": "HF_TOKEN", "value": "REDACTED"}),
         ({"name": "X", "value": "abc"}, {"name": "X", "value": "abc"}),
@@ -24,8 +24,8 @@ from finetune_cli.commands.report import redact, redact_for_report
         ({"a": "{not json hf_abcdefgh"}, {"a": "{not json REDACTED"}),
     ],
 )
-def test_values_named_like_secrets_are_redacted(value: Any, shown: Any) -> None:
-    assert redact(value) == shown
+def test_values_named_like_secrets_are_redacted(value: Any, redacted: Any) -> None:
+    assert redact(value) == redacted
 
 
 @pytest.mark.parametrize(

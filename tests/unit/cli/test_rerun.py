@@ -7,7 +7,7 @@ from finetune_cli.commands.rerun import free_name
 
 
 @pytest.mark.parametrize(
-    ("name", "taken", "free"),
+    ("name", "taken", "expected"),
     [
         ("bot", set(), "bot-2"),
         ("bot", {"bot-2"}, "bot-3"),
@@ -15,5 +15,5 @@ from finetune_cli.commands.rerun import free_name
         ("a" * 40, set(), "a" * 38 + "-2"),
     ],
 )
-def test_free_name_adds_the_next_number(name: str, taken: set[str], free: str) -> None:
-    assert free_name(name, taken) == free
+def test_free_name_adds_the_next_number(name: str, taken: set[str], expected: str) -> None:
+    assert free_name(name, taken) == expected

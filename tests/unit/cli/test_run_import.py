@@ -1,4 +1,4 @@
-"""Importing a file: precedence, unreadable input, secrets, and how the tool is recognised."""
+"""Import of a file: unreadable input, secrets, duplicate spellings, and recognition of the tool."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from tests.unit.cli.import_command import Outcome, import_
 ENV = "MODEL_NAME=gpt2\nTRAIN_DATA_PATH=s3://data/t.jsonl\nDATASET_TYPE=mcq_jsonl\n"
 
 
-FLAT = "model: org/m\nlora_r: 8\n"
+FLAT_GUIDE = "model: org/m\nlora_r: 8\n"
 
 
-BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+ALIAS_BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 9)
 )
 
 
-def sentences(stderr: str, folder: Path) -> list[str]:
-    """The errors of a command, without the test's folder."""
+def error_lines(stderr: str, folder: Path) -> list[str]:
+    """Return the error lines of a command, without the path of the test's folder."""
     return [
         line.removeprefix("error: ").replace(f"{folder}/", "")
         for line in stderr.splitlines()
@@ -36,7 +36,7 @@ TOKEN = "hf_" + "a1B2c3D4e5F6g7H8"
 
 @pytest.fixture
 def guide(write: Write) -> Any:
-    """Import a text of the guide."""
+    """Return a function that imports a configuration in the form of the guide."""
 
     def run(text: str, words: str = "", **more: Any) -> Outcome:
         return import_(write("job.yaml", text), words=words, source="guide", **more)
@@ -58,13 +58,13 @@ TOML = '[fine_tuner]\nbase_model_id = "org/m"\ntraining_data_id = "org/d"\nrepor
         ("a.yaml", "# nothing\n", ["a.yaml: the file is empty"]),
         ("a.yaml", "hello\n", ["a.yaml: the file is not a mapping of names to values"]),
         ("a.yaml", "\tmodel: x\n", ["a.yaml:1: invalid YAML: found character '\\t' that cannot start any token, in the line `model: x`"]),
-        ("a.yaml", FLAT + "lora_r: 16\n", ["a.yaml:3: lora_r: the key occurs twice, in lines 2 and 3; keep one"]),
-        ("a.yaml", FLAT + "---\n" + FLAT, ["a.yaml:4: a second YAML document begins here; keep one configuration per file"]),
+        ("a.yaml", FLAT_GUIDE + "lora_r: 16\n", ["a.yaml:3: lora_r: the key occurs twice, in lines 2 and 3; keep one"]),
+        ("a.yaml", FLAT_GUIDE + "---\n" + FLAT_GUIDE, ["a.yaml:4: a second YAML document begins here; keep one configuration per file"]),
         ("a.yaml", "model: &a [*a]\n", ["a.yaml:1: model[0]: the alias refers to a value that contains it; write the value itself"]),
-        ("a.yaml", "? [a, b]\n: c\n" + FLAT, ["a.yaml:1: a key must be plain text; write key: value"]),
+        ("a.yaml", "? [a, b]\n: c\n" + FLAT_GUIDE, ["a.yaml:1: a key must be plain text; write key: value"]),
         ("a.yaml", "model: !!python/name:os.system x\nlora_r: 8\n",
          ["a.yaml:1: model: the tag tag:yaml.org,2002:python/name:os.system is not supported; write the value itself"]),
-        ("a.yaml", BOMB, ["a.yaml:1: the file holds more than 20000 values after aliases are expanded"]),
+        ("a.yaml", ALIAS_BOMB, ["a.yaml:1: the file holds more than 20000 values after aliases are expanded"]),
         ("a.yaml", "[" * 600, ["a.yaml: the YAML is nested too deeply for a configuration"]),
         ("a.yaml", "model: org/m\nlora_r: 99999999999999999999\nlearning_rate: .nan\nepochs: .inf\n", [
             'a.yaml:3: learning_rate: ".nan" is not a number; allowed: a number greater than 0',
@@ -94,14 +94,14 @@ def test_unreadable_input_is_refused_with_its_location(
     path = write(name, text)
     code, out, stderr = call("import", path)
     assert (code, out) == (1, "")
-    assert sentences(stderr, path.parent) == expected
+    assert error_lines(stderr, path.parent) == expected
 
 
 @pytest.mark.parametrize(
     "text", [TOKEN, f"see {TOKEN}", "https://me:pw@host.example/x", "http://host.example/?api_key=abc"]
 )
 def test_secrets_are_refused_and_never_printed(call: Call, write: Write, text: str) -> None:
-    for line in (f"PAD_TOKEN={text}", f"PROJECT_NAME={text}", f"NOBODY_KNOWS={text}", text):
+    for line in (f"PAD_TOKEN={text}", f"PROJECT_NAME={text}", f"UNKNOWN_OPTION={text}", text):
         code, out, stderr = call("import", write("a.env", f"{ENV}{line}\n"))
         assert (code, out) == (1, "")
         assert text not in stderr

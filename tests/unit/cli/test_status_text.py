@@ -9,7 +9,7 @@ import pytest
 from finetune_cli.status_text import age, bar, describe, format_bytes, sparkline, stages
 
 
-def test_bars_sparklines_stages_sizes_and_ages() -> None:
+def test_bars_sparklines_stages_sizes_and_ages_are_formatted() -> None:
     assert bar(50) == "█" * 15 + "░" * 15
     assert (bar(None), bar(100)) == ("░" * 30, "█" * 30)
     assert sparkline([3.0, 2.0, 1.0]) == "█▅▁"

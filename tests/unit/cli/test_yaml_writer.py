@@ -1,4 +1,4 @@
-"""Written YAML means the same to readers of YAML 1.1 and 1.2."""
+"""The written YAML has the same value in YAML 1.1 and 1.2."""
 
 from __future__ import annotations
 
