@@ -1,5 +1,5 @@
-"""The API of the project: the spec and status of a FineTuneJob, and everything that the programs exchange.
+"""The project's API: the spec and status of a FineTuneJob, and the formats and names that operator, trainer and CLI exchange.
 
-Operator, trainer and CLI share these definitions and do not import each other. This package imports none of them and nothing heavier
-than pydantic.
+Operator, trainer and CLI share these definitions and do not import each other. This package imports none of these programs, and its
+largest dependency is pydantic.
 """

@@ -1,4 +1,4 @@
-"""Usual names of options in other tools, and what a FineTuneJob calls them. Error messages suggest these names."""
+"""Option names of other tools, and the FineTuneJob fields that correspond to them. Error messages suggest these fields."""
 
 from __future__ import annotations
 
@@ -48,22 +48,22 @@ FIELD_ALIASES: dict[str, str] = {
     "maxruntime": "policy.activeDeadlineSeconds", "maxretries": "policy.retries", "backofflimit": "policy.retries",
     "pushtohub": "output.hub.push", "hubmodelid": "output.hub.repository",
 }  # fmt: skip
-"""Field of the spec by a usual name, without capitals, `_` and `-`. `group.name` holds only for a name written in that group."""
+"""Spec path by the option's name in other tools, in lower case without `_` and `-`. A key `group.name` applies only inside that group."""
 
 OPTIMIZER_ALIASES: dict[str, str] = {
     "adam": "adamw_torch_fused", "adamw": "adamw_torch_fused", "adamw_hf": "adamw_torch_fused", "adamwtorch": "adamw_torch",
     "adam8bit": "adamw_8bit", "adamw8bit": "adamw_8bit", "pagedadamw": "paged_adamw_32bit", "pagedadam": "paged_adamw_32bit",
     "lion": "lion_32bit", "pagedlion": "paged_lion_32bit", "sgdm": "sgd", "momentum": "sgd",
 }  # fmt: skip
-"""Optimizer by a usual name."""
+"""Optimizer by its name in other tools, in lower case."""
 
 
 def normalise(name: str) -> str:
-    """Return a name without capitals, `_` and `-`."""
+    """Return the name in lower case, without `_` and `-`."""
     return name.lower().replace("_", "").replace("-", "")
 
 
 def field_for_alias(path: str) -> str:
-    """Return the field that a usual name means, for a path such as `training.lr`; an empty string if the name is unknown."""
+    """Return the spec path that corresponds to a path with another tool's name, such as `training.lr`; an empty string if there is none."""
     group, _, name = path.rpartition(".")
     return FIELD_ALIASES.get(f"{group}.{normalise(name)}") or FIELD_ALIASES.get(normalise(name), "")

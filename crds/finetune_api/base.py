@@ -1,7 +1,7 @@
-"""Base classes of all models: camelCase on the wire, and fields that carry their own documentation.
+"""Base classes of all models: camelCase names in JSON, and fields that contain their own documentation.
 
 `option` and `status_field` hold a field's meaning, unit, default and example. The CRD's descriptions, the reference pages and the
-defaults all read them from there.
+defaults are computed from these.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class LenientModel(WireModel):
 
 
 class ReportModel(LenientModel):
-    """A model for status and reports of another version: unreadable values are dropped, too, and everything else is kept.
+    """A model for status and reports of another version: unknown fields and unreadable values are dropped, all other values are kept.
 
     A field with an unreadable value counts as absent; an unreadable item is left out of its list. Errors: ValidationError if a
     required field is absent or unreadable.
@@ -59,7 +59,7 @@ class ReportModel(LenientModel):
 
 
 def _without_values(data: dict[str, Any], locations: list[tuple[int | str, ...]]) -> dict[str, Any]:
-    """A copy without the fields at these locations; of a list only the items are removed."""
+    """Return a copy without the fields at these locations. A location inside a list removes only the list item."""
     unreadable_items: dict[str, set[int]] = {}
     kept = dict(data)
     for field, *inner in locations:
@@ -81,7 +81,7 @@ SINCE = "x-since"
 def option(
     description: str, *, default: Any = None, default_text: str = "", example: Any = None, since: str = "", **constraints: Any
 ) -> Any:
-    """An optional field of the spec. Its value is None until defaults are filled in, so that user values can be distinguished.
+    """An optional field of the spec. Its value is None until defaults are filled in, so a value other than None comes from the user.
 
     `default` is a constant that is filled in; `default_text` describes a default that depends on other fields. `since` is the
     release that added the field; its default must mean the behaviour before that release.
@@ -95,12 +95,12 @@ PROMPT = "x-prompt"
 
 
 class Prompt(StrEnum):
-    """Which change of a status field is written at once instead of with the next periodic status write."""
+    """Which changes of a status field the operator writes at once. Other changes wait for the next periodic status write."""
 
     VALUE = "value"
-    """Every change of the value."""
+    """Every change of the value is written at once."""
     PRESENCE = "presence"
-    """Only the change from absent to present or back."""
+    """Only a change from absent to present or back is written at once."""
 
 
 def status_field(
@@ -123,13 +123,13 @@ class CelRule(NamedTuple):
 
     expression: str
     message: str
-    """What the API server answers if the expression is false."""
+    """Error message of the API server if the expression is false."""
     code: str
     """Code of the rule in `finetune_api.rules` that refuses the same specs offline."""
 
 
 class Group(WireModel):
-    """A group of options. `cel` contains the rules that concern only the group's own fields."""
+    """A group of options. `cel` contains the CEL rules about fields of this group only."""
 
     cel: ClassVar[tuple[CelRule, ...]] = ()
 
@@ -137,11 +137,11 @@ class Group(WireModel):
 def nested_group(annotation: Any) -> type[Group] | None:
     """The group in a field's annotation (`SomeGroup` or `SomeGroup | None`), or None."""
     options = [annotation, *getattr(annotation, "__args__", ())]
-    return next((one for one in options if isinstance(one, type) and issubclass(one, Group) and one.model_fields), None)
+    return next((item for item in options if isinstance(item, type) and issubclass(item, Group) and item.model_fields), None)
 
 
 def nested_groups(model: type[Group]) -> Iterator[type[Group]]:
-    """The group itself and every group below it, also in lists; a group that several fields use comes several times."""
+    """Yield the group itself and every group nested in it, also in lists. A group that several fields use is yielded several times."""
     yield model
     for info in model.model_fields.values():
         for group in _groups_in(info.annotation):
@@ -159,36 +159,36 @@ def member_docs(enum: type[Enum]) -> dict[str, str]:
     """The docstring below each member of an enumeration, by member name."""
     body = ast.parse(inspect.getsource(enum)).body[0]
     assert isinstance(body, ast.ClassDef)
-    found: dict[str, str] = {}
+    docs: dict[str, str] = {}
     for node, follower in zip(body.body, body.body[1:], strict=False):
         if isinstance(node, ast.Assign) and isinstance(follower, ast.Expr) and isinstance(follower.value, ast.Constant):
             target = node.targets[0]
             assert isinstance(target, ast.Name)
-            found[target.id] = inspect.cleandoc(str(follower.value.value))
-    return found
+            docs[target.id] = inspect.cleandoc(str(follower.value.value))
+    return docs
 
 
 @cache
 def fields_with_since(model: type[BaseModel], prefix: str = "") -> dict[str, str]:
-    """Releases that added fields, by spec path; fields of the first release are left out."""
-    found: dict[str, str] = {}
+    """Return the release that added each field, by spec path. Fields of the first release are left out."""
+    releases: dict[str, str] = {}
     for name, info in model.model_fields.items():
         path = f"{prefix}{info.alias or name}"
         if isinstance(info.json_schema_extra, dict) and SINCE in info.json_schema_extra:
-            found[path] = str(info.json_schema_extra[SINCE])
+            releases[path] = str(info.json_schema_extra[SINCE])
         group = nested_group(info.annotation)
         if group is not None:
-            found |= fields_with_since(group, f"{path}.")
-    return found
+            releases |= fields_with_since(group, f"{path}.")
+    return releases
 
 
 def version_key(release: str) -> tuple[int, ...]:
-    """A release in a form that can be compared: `0.10.0` is newer than `0.9.1`. Unreadable parts count as 0."""
+    """Return a sort key for a release, so that `0.10.0` is newer than `0.9.1`. Parts that are not numbers count as 0."""
     return tuple(int(part) if part.isdecimal() else 0 for part in release.split("-")[0].split("."))
 
 
 def remove_path(value: dict[str, Any], path: str) -> None:
-    """Remove the value at a dotted path from nested dicts, if there is one."""
+    """Remove the value at a dotted path from nested dicts, if the path exists."""
     *groups, name = path.split(".")
     inner: Any = value
     for group in groups:

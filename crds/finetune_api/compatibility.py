@@ -1,7 +1,7 @@
-"""Reading what a neighbouring release wrote: the spec of a FineTuneJob and `run.json`.
+"""Read the spec of a FineTuneJob and `run.json` even if a neighbouring release wrote them.
 
-`docs/decisions/0070-contract-across-versions.md` is the contract. In short: a new field's default means the behaviour before that
-field, so a reader may ignore an unknown field that has its default; it must not ignore one that the user set.
+`docs/decisions/0070-contract-across-versions.md` is the contract. In short: the default of a new field means the behaviour before
+that field existed. A reader may therefore ignore an unknown field that has its default, but not an unknown field that the user set.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Unknown:
-    """A field, or a word of an enumeration, that this release does not know."""
+    """A field, or a value of an enumeration, that this release does not know."""
 
     location: Location
     value: Any
@@ -36,20 +36,20 @@ class Unknown:
 
 
 def read_spec(raw: Mapping[str, Any]) -> tuple[FineTuneJobSpec, tuple[str, ...]]:
-    """Read a spec as far as this release knows it, and name the spec paths of unknown fields and unknown words.
+    """Return the part of a spec that this release knows, and the spec paths of unknown fields and unknown enumeration values.
 
     Errors: ValidationError for values that no release accepts.
     """
     spec, unknown = _read_known(FineTuneJobSpec, dict(raw))
-    return spec, tuple(_path(one.location) for one in unknown)
+    return spec, tuple(_path(item.location) for item in unknown)
 
 
 def read_run_config(data: bytes) -> RunConfig:
     """Read the bytes of `run.json`.
 
-    Unknown fields are ignored if their origin is `default` or if they lie outside the spec: when an operator adds a field there
-    that a trainer must know, it raises `minTrainerVersion`. Errors: TooOldError `TrainerTooOld`, which names the other unknown
-    fields or the release that is needed; ConfigError `RunFileInvalid`.
+    Unknown fields of origin `default` are ignored. Unknown fields outside the spec are ignored, too: if a trainer must know such a
+    field, the operator raises `minTrainerVersion`. Errors: TooOldError `TrainerTooOld`, which names all other unknown fields or the
+    required release; ConfigError `RunFileInvalid`.
     """
     try:
         raw = json.loads(data)
@@ -63,7 +63,7 @@ def read_run_config(data: bytes) -> RunConfig:
     except ValidationError as error:
         first = error.errors()[0]
         raise ConfigError("RunFileInvalid", f"run.json: {_path(first['loc'])}: {first['msg']}") from error
-    refused = [path for one in unknown for path in _paths_to_refuse(run, one)]
+    refused = [path for item in unknown for path in _paths_to_refuse(run, item)]
     if refused:
         raise _too_old(f"run.json contains {', '.join(refused)}, which this trainer does not know")
     return run
@@ -75,7 +75,7 @@ def _too_old(problem: str) -> TooOldError:
 
 
 def _paths_to_refuse(run: RunConfig, unknown: Unknown) -> Iterator[str]:
-    """Paths at or below something unknown that a trainer must not ignore."""
+    """Yield the paths at or below an unknown field or value that a trainer must not ignore."""
     location, value = unknown.location, unknown.value
     if not unknown.is_field:
         yield f"{_path(location)}: {value}"
@@ -91,27 +91,27 @@ def _paths_to_refuse(run: RunConfig, unknown: Unknown) -> Iterator[str]:
 
 
 def _read_known(model: type[Model], raw: Any) -> tuple[Model, list[Unknown]]:
-    """Read what this release knows, and list the rest. Errors: ValidationError for values that are wrong in every release."""
+    """Return a model of the known fields, and the unknown ones. Errors: ValidationError for values that every release refuses."""
     raw = copy.deepcopy(raw)
-    found: list[Unknown] = []
+    unknown: list[Unknown] = []
     while True:
         try:
-            return model.model_validate(raw), found
+            return model.model_validate(raw), unknown
         except ValidationError as error:
-            removed = {one.location for one in found}
+            removed = {item.location for item in unknown}
             removable = {
                 item["loc"]: item["type"] for item in error.errors() if item["type"] in (UNKNOWN_FIELD, *UNKNOWN_WORDS)
             } | {
-                # The unknown word was required: the group around it cannot be read either.
+                # If the field of an unknown value is required, its group cannot be read either and is removed, too.
                 item["loc"][:-1]: item["type"] for item in error.errors()
                 if item["type"] == "missing" and item["loc"] in removed and len(item["loc"]) > 1
             }  # fmt: skip
             if not removable:
                 raise
-            # Of a list, the last item is removed first, so that the other positions stay true.
+            # Removing the last items of a list first keeps the indices of the other items valid.
             for location in sorted(removable, key=_sort_key, reverse=True):
                 value = _remove(raw, location)
-                found.append(Unknown(location, value, is_field=removable[location] == UNKNOWN_FIELD))
+                unknown.append(Unknown(location, value, is_field=removable[location] == UNKNOWN_FIELD))
 
 
 def _sort_key(location: Location) -> list[tuple[int, str]]:
@@ -126,7 +126,7 @@ def _remove(raw: Any, location: Location) -> Any:
 
 
 def _path(location: Location) -> str:
-    """A location as a dotted path: `("spec", "trainer", "rewards", 0)` is `spec.trainer.rewards[0]`."""
+    """Return a location as a dotted path: `("spec", "trainer", "rewards", 0)` is `spec.trainer.rewards[0]`."""
     text = ""
     for part in location:
         text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)

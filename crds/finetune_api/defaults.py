@@ -1,7 +1,7 @@
 """Fill in the defaults of a spec and record which values were filled in.
 
-The CRD's schema sets no defaults, because user values and defaults could not be distinguished then. Constant defaults are part of
-their field (`option(default=...)`); this module computes those that depend on other fields.
+The CRD's schema sets no defaults: otherwise user values and defaults could not be distinguished. Constant defaults are part of their
+field (`option(default=...)`). This module computes the defaults that depend on other fields.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from finetune_api.rules import (
     given_bits,
     gpus_per_node,
     has_validation_set,
-    method_of,
-    trainer_of,
+    method_type_of,
+    trainer_type_of,
     uses_loftq,
     warnings,
     world_size,
@@ -69,11 +69,11 @@ OPTIONAL_GROUPS = frozenset({
     "training.earlyStopping", "distributed.deepspeed", "distributed.fsdp", "output.hub", "output.runName", "evaluation.judge", "evaluation.comparison",
     "tracking.mlflow", "tracking.wandb", "tracking.mongodb",
 })  # fmt: skip
-"""Groups that stay absent unless the user writes them or the method or objective needs them."""
+"""Groups that stay absent unless the user sets them or the method or the objective needs them."""
 
 
 def resolve(spec: FineTuneJobSpec, *, platform: PlatformDefaults | None = None) -> Resolution:
-    """Fill in every default. Nothing is refused: run `rules.check` first."""
+    """Fill in every default. This function refuses no spec: run `rules.check` first."""
     platform = platform or PlatformDefaults()
     value = spec.to_wire()
     filled: dict[str, Any] = {}
@@ -83,8 +83,8 @@ def resolve(spec: FineTuneJobSpec, *, platform: PlatformDefaults | None = None) 
     _fill_in_constants(FineTuneJobSpec, value, "", filled)
     if spec.training.max_steps is not None:
         filled.pop("training.epochs", None)
-    notes += [f"{one.path} {one.message}" for one in warnings(spec)]
-    if method_of(spec) is MethodType.LORA and spec.model.quantization and spec.model.quantization.bits == 4:
+    notes += [f"{warning.path} {warning.message}" for warning in warnings(spec)]
+    if method_type_of(spec) is MethodType.LORA and spec.model.quantization and spec.model.quantization.bits == 4:
         notes.append("method lora on a 4-bit base is QLoRA")
     if spec.distributed.strategy is Strategy.DDP and world_size(spec) == 1:
         notes.append("distributed.strategy ddp with one rank is a single process")
@@ -93,7 +93,7 @@ def resolve(spec: FineTuneJobSpec, *, platform: PlatformDefaults | None = None) 
 
 def _computed_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict[str, Any]:
     """Defaults that depend on other fields or on the platform, by spec path."""
-    method, trainer, gpus = method_of(spec), trainer_of(spec), gpus_per_node(spec)
+    method, trainer, gpus = method_type_of(spec), trainer_type_of(spec), gpus_per_node(spec)
     result: dict[str, Any] = {
         "model.tokenizer": spec.model.source,
         "training.learningRate": _learning_rate(method, trainer),
@@ -120,9 +120,9 @@ def _computed_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dic
 
 
 def _learning_rate(method: MethodType, trainer: TrainerType) -> float:
-    own = OBJECTIVES[trainer].learning_rate
-    if own is not None:
-        return own
+    objective_default = OBJECTIVES[trainer].learning_rate
+    if objective_default is not None:
+        return objective_default
     return LEARNING_RATE_FULL if method in BASE_WEIGHT_METHODS else LEARNING_RATE_ADAPTER
 
 
@@ -149,9 +149,9 @@ def _method_defaults(spec: FineTuneJobSpec, method: MethodType) -> dict[str, Any
 
 
 def _storage_defaults(spec: FineTuneJobSpec, platform: PlatformDefaults) -> dict[str, Any]:
-    """The storage of the operator's configuration.
+    """Defaults of `spec.storage` from the operator's configuration.
 
-    If the job sets its own endpoint, it uses another store: then neither region nor credentials of the configured store apply.
+    If the job sets an endpoint, it uses another store. The region and the credentials of the configured store do not apply then.
     """
     if platform.storage is None:
         return {}
@@ -167,7 +167,7 @@ FROM_PLATFORM = (
 
 
 def origins_of(filled: Iterable[str]) -> dict[str, Origin]:
-    """Origin of filled-in values by spec path; paths of origin `default` are left out."""
+    """Return the origin of each filled-in value, by spec path. Values of origin `default` are left out."""
     return {path: Origin.PLATFORM for path in filled if path in FROM_PLATFORM or path.startswith("storage.")}
 
 
@@ -188,12 +188,12 @@ COMPUTED = frozenset({
 
 
 class _Field(NamedTuple):
-    """One field of a group, as far as filling in defaults needs it."""
+    """The properties of a group's field that filling in defaults needs."""
 
     wire: str
     group: type[Group] | None
     can_be_empty: bool
-    """Whether it is a group without required fields."""
+    """Whether the field is a group without required fields."""
     metadata: Mapping[str, Any]
 
 
@@ -226,7 +226,7 @@ def _applies(path: str, group: dict[str, Any]) -> bool:
 
 
 def _fill_in(value: dict[str, Any], path: str, default: Any, filled: dict[str, Any]) -> None:
-    """Set the value at a path, unless there is one."""
+    """Set the value at a path, unless it is set already."""
     *groups, name = path.split(".")
     for group in groups:
         value = value.setdefault(group, {})

@@ -1,7 +1,7 @@
-"""Errors with a name: one class per exit code. The code word identifies the failure, the hint says what to write.
+"""Error classes, one per exit code. An error's `code` identifies the failure, and its hint says what to write instead.
 
-The trainer turns them into exit codes and termination messages. The CLI and the operator raise ConfigError only. A message says
-what was found and why it cannot work; it never contains a secret.
+The trainer turns errors into exit codes and termination messages. The CLI and the operator raise ConfigError only. A message says
+what was found and why it cannot work. Messages never contain secrets.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from finetune_api.names import ExitCode, FailureClass
 
 
 class FineTuneError(Exception):
-    """A failure with a class, a code word, a message and a hint.
+    """A failure with a failure class, a code, a message and a hint.
 
     `code` is a stable CamelCase word (`DatasetEmpty`) that programs may match on.
     """

@@ -19,24 +19,24 @@ class RetryPolicy(StrEnum):
     NEVER = "never"
     """End the job: no further attempt can succeed."""
     FREE = "free"
-    """Start another attempt; it does not count against `policy.retries`."""
+    """Start another attempt. The failed attempt does not count against `policy.retries`."""
     COUNTED = "counted"
-    """Start another attempt after a backoff; it counts against `policy.retries` unless this attempt committed a newer step."""
+    """Start another attempt after a backoff. The failed attempt counts against `policy.retries`, unless it committed a newer step."""
     ADAPT_MEMORY = "adaptMemory"
-    """Start another attempt with a smaller memory footprint, while the memory ladder has a rung left."""
+    """Start another attempt with a smaller memory footprint, if a further reduction is possible; otherwise end the job."""
     ROLL_BACK = "rollBack"
-    """Start another attempt from an earlier healthy checkpoint with a lower learning rate, while the ladder has a rung left."""
+    """Start another attempt from an earlier healthy checkpoint with a lower learning rate, if a further rollback is allowed; otherwise end the job."""
     WAIT = "wait"
-    """Start another attempt after a backoff, for as long as it takes; it never counts and never ends the job."""
+    """Start another attempt after a backoff, without limit; it does not count against `policy.retries`."""
 
 
 class Precedence(IntEnum):
-    """Which failure explains the attempt when several pods or ranks failed: the lowest value."""
+    """If several pods or ranks failed, the failure with the lowest precedence value explains the attempt."""
 
     INPUT = 0
-    """Configuration, data, model, storage or installation: the failure that a person can fix."""
+    """Configuration, data, model, storage or installation: a person can fix the cause."""
     NUMERIC = 1
-    """Memory or divergence."""
+    """GPU memory was exhausted, or training diverged."""
     UNKNOWN = 2
     """Unclassified."""
     CLUSTER = 3
@@ -44,14 +44,14 @@ class Precedence(IntEnum):
     PEER = 4
     """The rank noticed that another rank failed."""
     STOPPED = 5
-    """The pod stopped because it was asked to."""
+    """The pod stopped on request."""
 
 
 @dataclass(frozen=True)
 class ExitPolicy:
-    """One exit code of a trainer pod.
+    """What one exit code of a trainer pod means.
 
-    `failure_class`, `word` and `hint` are defaults: a termination message may carry finer ones.
+    `failure_class`, `default_failure_code` and `default_hint` apply only where the termination message sets no other value.
     """
 
     code: ExitCode
@@ -60,16 +60,17 @@ class ExitPolicy:
     precedence: Precedence
     reason: Reason
     """Reason of the ended attempt."""
-    word: str
-    """Value of `status.failure.code` when the termination message has none."""
-    hint: str
-    """What the user or the platform team can do, when the termination message has no hint."""
+    default_failure_code: str
+    """Value of `status.failure.code` if the termination message has no code."""
+    default_hint: str
+    """What the user or the platform team can do. Shown if the termination message has no hint."""
 
     @property
     def fails_job(self) -> bool:
         """Whether the podFailurePolicy ends the Job as soon as one pod exits with this code.
 
-        All other codes are left to `backoffLimit: 0`: a rule for them would fail a suspended Job whose pods exit with 75.
+        All other codes fail the Job through `backoffLimit: 0`. A podFailurePolicy rule for them would also fail a suspended Job, whose
+        pods exit with 75.
         """
         return self.retry in (RetryPolicy.NEVER, RetryPolicy.ROLL_BACK, RetryPolicy.WAIT)
 
@@ -156,14 +157,14 @@ REASON_OF_CLASS: dict[FailureClass, Reason] = {
     FailureClass.INFRASTRUCTURE: Reason.PEER_FAILED,
     FailureClass.INTERNAL: Reason.INTERNAL_ERROR,
 }
-"""Reason of an attempt whose termination message names another class than its exit code does."""
+"""Reason of an attempt by failure class, for a termination message whose class differs from that of the exit code's policy."""
 
 
 def attempt_reason(policy: ExitPolicy, failure_class: FailureClass) -> Reason:
-    """Return the reason of an attempt that ended with this policy's code and reported this failure class."""
+    """Return the reason of an attempt that ended with this policy's exit code and reported `failure_class`."""
     return policy.reason if failure_class is policy.failure_class else REASON_OF_CLASS[failure_class]
 
 
 def codes_that_fail_the_job() -> list[int]:
-    """Exit codes for the podFailurePolicy's FailJob rule, sorted."""
+    """Return the exit codes of the podFailurePolicy's FailJob rule, sorted."""
     return sorted(int(code) for code, policy in EXIT_POLICIES.items() if policy.fails_job)

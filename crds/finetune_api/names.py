@@ -1,4 +1,4 @@
-"""Every name that programs exchange, with its meaning: labels, variables, reasons, exit codes, paths.
+"""All names that operator, trainer and CLI exchange: labels, environment variables, reasons, exit codes, paths.
 
 Other modules import these names and do not repeat the strings.
 """
@@ -26,7 +26,7 @@ RELEASE = "0.2.0"
 OLDEST_TRAINER = "0.1.0"
 """Oldest trainer release for which run.json is written."""
 CONTRACT_VERSION = 2
-"""Version of the contract between operator and pod; it rises when the shape of run.json changes."""
+"""Version of the contract between operator and pod. A change of run.json's structure increments it."""
 
 
 class Origin(StrEnum):
@@ -50,7 +50,7 @@ class Label(StrEnum):
     NAME = f"{GROUP}/name"
     """Name of the FineTuneJob that the object belongs to."""
     UID = f"{GROUP}/uid"
-    """uid of that FineTuneJob; a later FineTuneJob of the same name has another uid."""
+    """uid of the FineTuneJob that the object belongs to. A later FineTuneJob of the same name has another uid."""
     ATTEMPT = f"{GROUP}/attempt"
     """Number of the attempt, counted from 1."""
     QUEUE = "kueue.x-k8s.io/queue-name"
@@ -63,26 +63,26 @@ class Annotation(StrEnum):
     RUN_CONFIG = f"{GROUP}/run.json"
     """The whole run configuration; mounted into the pod as a file by the downward API."""
     RUN_CONFIG_SHA256 = f"{GROUP}/spec-sha256"
-    """sha256 of the attempt's run configuration (run.json); the key's name is older than this meaning and is kept."""
+    """sha256 of the attempt's run configuration (run.json). The key says `spec` for compatibility with older releases."""
     RERUN_OF = f"{GROUP}/rerun-of"
     """On a FineTuneJob from `finetune rerun`: name and uid of the original job."""
     FROM_STEP = f"{GROUP}/from-step"
-    """On a FineTuneJob from `finetune rerun`: optimizer step of the original job's checkpoint that it starts from."""
+    """On a FineTuneJob from `finetune rerun`: optimizer step of the original job's checkpoint from which the rerun starts."""
     OBSERVED_VERSION = f"{GROUP}/observed-version"
-    """On an event: resourceVersion of the FineTuneJob that caused it. An event with the same version is the same event, not a repetition."""
+    """On an event: resourceVersion of the FineTuneJob that caused the event. It distinguishes a second delivery of an event from a repetition."""
 
 
 class Env(StrEnum):
     """Environment variables of the trainer container."""
 
     RUN_SHA256 = "FINETUNE_RUN_SHA256"
-    """sha256 (hex) of the run configuration's bytes; a mismatch ends the pod with 70."""
+    """sha256 (hex) of the run configuration's bytes. If it does not match, the pod exits with 70."""
     NODE_RANK = "FINETUNE_NODE_RANK"
     """Rank of this pod among the job's pods: the completion index of the Indexed Job."""
     POD_NAME = "FINETUNE_POD_NAME"
     """Name of this pod."""
     POD_UID = "FINETUNE_POD_UID"
-    """Uid of this pod; rank 0's first eight hex digits are part of the incarnation's name in storage."""
+    """uid of this pod. The first eight hex digits of pod 0's uid are part of the incarnation's name in storage."""
     NODE_NAME = "FINETUNE_NODE_NAME"
     """Name of the node, for failure reports."""
     DISK_LIMIT = "FINETUNE_DISK_LIMIT_BYTES"
@@ -98,9 +98,9 @@ class Env(StrEnum):
     INCARNATION = "FINETUNE_INCARNATION"
     """Name of the incarnation's folder in storage, `a<attempt>-<8 hex>`. The supervisor sets it for its ranks."""
     FINAL_UPLOAD_TIMEOUT = "FINETUNE_FINAL_UPLOAD_TIMEOUT_SECONDS"
-    """How long to retry the upload of the final model while the store is unavailable, in seconds; default 1800."""
+    """Seconds for which the upload of the final model is retried while the store is unavailable; default 1800."""
     UNSAVED_TIMEOUT = "FINETUNE_UNSAVED_TIMEOUT_SECONDS"
-    """How long training may go on without a committed checkpoint while storage takes none, in seconds; default 21600."""
+    """Seconds for which training may continue without a committed checkpoint while uploads to storage fail; default 21600."""
     HF_TOKEN = "HF_TOKEN"
     """Token for a model hub, from `model.tokenSecretRef`."""
     STORAGE_ACCESS_KEY = "AWS_ACCESS_KEY_ID"
@@ -110,7 +110,7 @@ class Env(StrEnum):
     STORAGE_SESSION_TOKEN = "AWS_SESSION_TOKEN"
     """See STORAGE_ACCESS_KEY; optional in the Secret."""
     STORAGE_CUSTOMER_KEY = "AWS_SSE_CUSTOMER_KEY"
-    """From `storage.encryption.customerKeySecretRef`, 32 bytes in base64. The same prefixes as for STORAGE_ACCESS_KEY."""
+    """From `storage.encryption.customerKeySecretRef`, 32 bytes in base64; with the same prefixes as STORAGE_ACCESS_KEY."""
 
 
 MODEL_CREDENTIALS_PREFIX = "MODEL_"
@@ -123,7 +123,7 @@ WANDB_KEY = "WANDB_API_KEY"
 MONGODB_URI = "MONGODB_URI"
 """Variable with the value of `tracking.mongodb.uriSecretRef`; a variable of this name in `placement.env` takes precedence."""
 HUB_TOKEN = "FINETUNE_HUB_TOKEN"
-"""Variable with the token of `output.hub.tokenSecretRef`, which has write permission; that of `model.tokenSecretRef` only reads."""
+"""Variable with the token of `output.hub.tokenSecretRef`, which has write permission. The token of `model.tokenSecretRef` may be read-only."""
 
 RUN_MOUNT = "/etc/finetune"
 RUN_FILE_NAME = "run.json"
@@ -140,7 +140,7 @@ WORK_MOUNT = "/work"
 TERMINATION_LOG = "/dev/termination-log"
 MAX_TERMINATION_BYTES = 4096
 CONTAINER = "trainer"
-"""Name of the one container of a trainer pod."""
+"""Name of the trainer container in its pod."""
 PROGRESS_PORT = 8080
 PROGRESS_PORT_NAME = "progress"
 RENDEZVOUS_PORT = 29400
@@ -201,7 +201,7 @@ class ExitCode(IntEnum):
 
 
 class FailureClass(StrEnum):
-    """Kind of a failure; the first word that a user reads."""
+    """Kind of a failure; the first word of failure messages."""
 
     USER = "User"
     """The spec cannot work; only another spec helps."""
@@ -210,13 +210,13 @@ class FailureClass(StrEnum):
     MODEL = "Model"
     """The model is missing, gated or unusable."""
     STORAGE = "Storage"
-    """Object storage refused or could not be reached."""
+    """Object storage refused a request or could not be reached."""
     OUT_OF_MEMORY = "OutOfMemory"
     """GPU or host memory was exhausted."""
     DIVERGED = "Diverged"
     """Loss or gradients were not finite."""
     PREEMPTED = "Preempted"
-    """The cluster took the pods."""
+    """The cluster removed the pods."""
     INFRASTRUCTURE = "Infrastructure"
     """A node, a peer, the network or the installation failed."""
     INTERNAL = "Internal"
@@ -224,18 +224,18 @@ class FailureClass(StrEnum):
 
 
 class Phase(StrEnum):
-    """One word for people. The operator derives it from conditions and never reads it; programs should read conditions."""
+    """One word for people. The operator derives the phase from the conditions and never reads it back. Programs should read conditions."""
 
     PENDING = "Pending"
-    """Not started: the job waits for something in the cluster."""
+    """The job has not started: it waits for resources or objects in the cluster."""
     VALIDATING = "Validating"
     """The spec, the model and the data are being checked."""
     QUEUED = "Queued"
-    """Waiting for quota in a queue."""
+    """The job waits for quota in a queue."""
     STARTING = "Starting"
     """Pods are being created, or they load the model."""
     RUNNING = "Running"
-    """Training."""
+    """Optimizer steps are running."""
     RECOVERING = "Recovering"
     """An attempt ended; the next one starts or restores a checkpoint."""
     EVALUATING = "Evaluating"
@@ -249,11 +249,11 @@ class Phase(StrEnum):
     CANCELLING = "Cancelling"
     """spec.cancel is true; the pods save their state."""
     CANCELLED = "Cancelled"
-    """Ended by spec.cancel. Final."""
+    """The job ended, because spec.cancel is true. Final."""
     SUCCEEDED = "Succeeded"
     """The final artefact is committed. Final."""
     FAILED = "Failed"
-    """Ended without the final artefact. Final."""
+    """The job ended without the final artefact. Final."""
 
 
 FINAL_PHASES = (Phase.SUCCEEDED, Phase.FAILED, Phase.CANCELLED)
@@ -301,22 +301,22 @@ class Reason(StrEnum):
     OPERATOR_TOO_OLD = "OperatorTooOld"
     """The spec has a field or a value that this version of the operator does not know; the job waits for a newer operator."""
     SPEC_CHANGED = "SpecChanged"
-    """The spec is not the one that the first attempt started from, usually because an older CRD removed a field; the job waits."""
+    """The spec differs from the spec of the first attempt, usually because an older CRD removed a field; the job waits."""
     STORAGE_NOT_CONFIGURED = "StorageNotConfigured"
     """Neither the spec nor the operator's configuration sets storage.uri."""
     # Waiting
     QUEUED = "Queued"
-    """Waiting for quota in a queue."""
+    """The job waits for quota in a queue."""
     CHILDREN_CONFLICT = "ChildrenConflict"
-    """An object that does not belong to the job has the name of one of its children."""
+    """A Job, Service or other object that the operator must create exists already and does not belong to the job."""
     QUOTA_EXCEEDED = "QuotaExceeded"
     """A resource quota refused the pods."""
     FORBIDDEN_BY_POLICY = "ForbiddenByPolicy"
     """An admission policy (Pod Security, a webhook) refused the pods."""
     JOB_REJECTED = "JobRejected"
-    """The API server rejected the Job of an attempt, and the user's spec is not the cause: the operator's configuration must change."""
+    """The API server rejected the Job of an attempt. The spec is not the cause: the operator's configuration must change."""
     UNSCHEDULABLE = "Unschedulable"
-    """The scheduler finds no node; the message repeats its explanation."""
+    """The scheduler finds no node; the message contains the scheduler's explanation."""
     IMAGE_PULL_FAILED = "ImagePullFailed"
     """The image cannot be pulled."""
     CONFIG_MISSING = "ConfigMissing"
@@ -349,12 +349,12 @@ class Reason(StrEnum):
     CHECKPOINT_NOT_STORED = "CheckpointNotStored"
     """A checkpoint could not be staged or uploaded; training continues, and the previous checkpoint remains the newest."""
     STATUS_REJECTED = "StatusRejected"
-    """The API server rejected the status; it is written without what the pods reported, so that the job can still be controlled."""
+    """The API server rejected the status. The operator writes it without the values that the pods reported, so that the job remains controllable."""
     # Ends of attempts and jobs
     PREEMPTED = "Preempted"
     """The cluster removed the pods; the attempt does not count against policy.retries."""
     GANG_INCOMPLETE = "GangIncomplete"
-    """Some pods of the attempt had nodes and others had none until the start timeout; they were deleted to free the nodes for another job."""
+    """At the start timeout some pods of the attempt had nodes and others had none. The pods were deleted to free the nodes for another job."""
     NODE_LOST = "NodeLost"
     """The node of a pod disappeared."""
     OUT_OF_MEMORY = "OutOfMemory"
@@ -362,7 +362,7 @@ class Reason(StrEnum):
     DIVERGED = "Diverged"
     """Loss or gradient norm was not finite."""
     STALLED = "Stalled"
-    """No step for longer than the stall timeout."""
+    """No optimizer step completed within the stall timeout."""
     PEER_FAILED = "PeerFailed"
     """Another rank or a collective operation failed."""
     RETRIES_EXHAUSTED = "RetriesExhausted"
@@ -376,7 +376,7 @@ class Reason(StrEnum):
     MODEL_ERROR = "ModelError"
     """The model is missing, gated or unusable."""
     STORAGE_ERROR = "StorageError"
-    """Object storage refused or could not be reached."""
+    """Object storage refused a request or could not be reached."""
     INTERNAL_ERROR = "InternalError"
     """Unclassified."""
     INSTALLATION_BROKEN = "InstallationBroken"
@@ -405,7 +405,7 @@ class Storage(StrEnum):
     """Names of folders and objects below `<storage.uri>/<namespace>/<name>/<uid>/`."""
 
     CHECKPOINTS = "checkpoints"
-    """Folder of all checkpoints, `step-<n>` below it."""
+    """Folder of all checkpoints, with one folder `step-<n>` per checkpoint."""
     MODEL = "model"
     """Folder of the final adapter or model."""
     METRICS = "metrics"
@@ -421,16 +421,16 @@ class Storage(StrEnum):
     COMMITTED = "_COMMITTED"
     """Next to the incarnation folders, written last: JSON {attempt, path, manifestSha256}."""
     HEALTHY = "_HEALTHY"
-    """Written when loss and gradients stayed finite in the steps after the checkpoint."""
+    """In a checkpoint's folder, written when loss and gradients stayed finite in the steps after the checkpoint."""
 
 
 def checkpoint_folder(step: int) -> str:
-    """Folder name of a checkpoint. Eight digits make names sort like numbers."""
+    """Return the folder name of a checkpoint. With eight digits, names sort in the order of steps."""
     return f"step-{step:08d}"
 
 
 def incarnation(attempt: int, pod_uid: str) -> str:
-    """Folder name of one incarnation: one run of an attempt's pod 0.
+    """Return the folder name of an incarnation, which is one run of an attempt's pod 0.
 
     `a<attempt>-<first 8 hex digits of the pod's uid>`. A fenced incarnation that still runs has another name, so it cannot overwrite
     the files of its successor.
@@ -440,19 +440,19 @@ def incarnation(attempt: int, pod_uid: str) -> str:
 
 
 def attempt_of_uri(uri: str) -> int | None:
-    """Attempt that wrote the checkpoint at this URI, from the name of the incarnation's folder; None if the URI does not end in one."""
-    word, _, digits = uri.rstrip("/").rpartition("/")[2].partition("-")
-    number = word[1:]
-    return int(number) if word[:1] == "a" and number.isdecimal() and len(digits) == 8 else None
+    """Return the attempt that wrote the checkpoint at `uri`; None if the URI does not end with an incarnation's folder."""
+    prefix, _, digits = uri.rstrip("/").rpartition("/")[2].partition("-")
+    number = prefix[1:]
+    return int(number) if prefix[:1] == "a" and number.isdecimal() and len(digits) == 8 else None
 
 
 def attempt_folder(attempt: int) -> str:
-    """Folder below `run/` that marks the start of an attempt."""
+    """Return the name of the folder below `run/` that marks the start of an attempt."""
     return f"{_ATTEMPT_FOLDER}{attempt}"
 
 
 def attempt_of_folder(name: str) -> int | None:
-    """Attempt that a folder below `run/` belongs to, or None."""
+    """Return the attempt that a folder below `run/` belongs to, or None."""
     number = name.removeprefix(_ATTEMPT_FOLDER)
     return int(number) if number != name and number.isdecimal() else None
 
@@ -461,5 +461,5 @@ _ATTEMPT_FOLDER = "attempt-"
 
 
 def attempt_job_name(name: str, attempt: int) -> str:
-    """Name of the Job of an attempt, and of its Service."""
+    """Return the name of an attempt's Job and Service."""
     return f"{name}-{attempt}"

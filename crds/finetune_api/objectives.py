@@ -1,4 +1,4 @@
-"""The facts about each objective (`trainer.type`) that the defaults, the rules and the trainer share.
+"""Formats, options and defaults of each objective (`trainer.type`). The defaults, the rules and the trainer share this table.
 
 A new objective is one value of `TrainerType`, one row of `OBJECTIVES` here, and one module with the value's name in
 `finetune_trainer.objective`.
@@ -23,7 +23,7 @@ CONVERSATION_FORMATS = (
 
 @dataclass(frozen=True)
 class ObjectiveFacts:
-    """What one objective reads, and the defaults that depend on it."""
+    """Data formats and options that an objective reads, and its defaults."""
 
     formats: tuple[DatasetFormat, ...]
     """Data formats that the objective can learn from. Error messages suggest the first one."""
@@ -57,10 +57,10 @@ OBJECTIVES: Mapping[TrainerType, ObjectiveFacts] = {
 
 
 def objectives_that_read(option: str) -> tuple[TrainerType, ...]:
-    """Objectives that read the field `option` of `spec.trainer` (a wire name), in the order of the table."""
-    return tuple(kind for kind, facts in OBJECTIVES.items() if option in facts.options)
+    """Return the objectives that read the field `option` of `spec.trainer` (a wire name), in the order of the table."""
+    return tuple(objective for objective, facts in OBJECTIVES.items() if option in facts.options)
 
 
 def objective_for_format(form: DatasetFormat) -> TrainerType:
-    """The first objective that can learn from rows of the format; error messages suggest it."""
-    return next(kind for kind, facts in OBJECTIVES.items() if form in facts.formats)
+    """Return the first objective that can learn from rows of the format. Error messages suggest this objective."""
+    return next(objective for objective, facts in OBJECTIVES.items() if form in facts.formats)

@@ -1,9 +1,9 @@
 """The contract between operator and pod.
 
-`RunConfig` is the file that configures a pod: it travels as an annotation of the Job's pod template and is mounted as `run.json`.
-`ProgressReport` is the answer of `GET /progress`. `TerminationMessage` is the container's termination message. Operator and
-trainer exchange nothing else. `docs/decisions/0070-contract-across-versions.md` says what programs of neighbouring releases
-understand of each other.
+`RunConfig` configures a pod: it is an annotation of the Job's pod template, and the pod mounts it as the file `run.json`.
+`ProgressReport` is the response of `GET /progress`. `TerminationMessage` is the container's termination message. Operator and
+trainer exchange nothing else. `docs/decisions/0070-contract-across-versions.md` says how programs of neighbouring releases
+read each other's data.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from finetune_api.status import Checkpoint, Metrics, Output, Progress, Resolved,
 
 
 class StoreTarget(WireModel):
-    """A location in storage and how to connect to it. It contains no credentials: they are environment variables."""
+    """A location in storage and how to connect to the store. Credentials are not part of it: the pod gets them as environment variables."""
 
     uri: str = Field(description="`s3://bucket/prefix`, `file:///path` or `pvc://claim/path`; read-only: `https://host/path`.")
     endpoint: str | None = Field(default=None, description="URL of an S3-compatible store; absent: AWS.")
@@ -82,8 +82,8 @@ _MIN_TRAINER_VERSION = "minTrainerVersion"
 class RunConfig(WireModel):
     """`run.json`: the whole configuration of a pod, at most 64 KiB; the same bytes for all pods of an attempt.
 
-    Trainer 0.1.0 refuses fields that it does not know, but ignores unknown entries of `defaults`. On the wire `origins` and
-    `min_trainer_version` therefore are such entries: `#platform resources.cpu`, `#minTrainerVersion 0.2.0`.
+    Trainer 0.1.0 refuses unknown fields, but ignores unknown entries of `defaults`. Therefore the JSON contains `origins` and
+    `min_trainer_version` as such entries, called marks: `#platform resources.cpu`, `#minTrainerVersion 0.2.0`.
     """
 
     version: int = Field(default=CONTRACT_VERSION, description="Version of this contract.")
@@ -113,20 +113,20 @@ class RunConfig(WireModel):
     grace_seconds: int = Field(ge=1, description="Seconds to save after SIGTERM.")
 
     def origin(self, path: str) -> Origin:
-        """Where the value at a spec path comes from."""
+        """Return where the value at a spec path comes from."""
         return self.origins.get(path, Origin.DEFAULT) if path in self.defaults else Origin.USER
 
     def to_wire(self) -> dict[str, Any]:
-        """Return the JSON form. Fields that are newer than trainer 0.1.0 are left out where they have their default."""
+        """Return the JSON form. A field that is newer than trainer 0.1.0 is left out if it has its default."""
         value = super().to_wire()
-        needed = {value.pop("minTrainerVersion")}
+        required_releases = {value.pop("minTrainerVersion")}
         for path, release in fields_with_since(FineTuneJobSpec).items():
             if self.origin(path) is Origin.DEFAULT:
                 remove_path(value["spec"], path)
             elif self.spec.value(path) is not None:
-                needed.add(release)
+                required_releases.add(release)
         marks = [f"{_MARK}{origin} {path}" for path, origin in value.pop("origins").items()]
-        marks.append(f"{_MARK}{_MIN_TRAINER_VERSION} {max(needed, key=version_key)}")
+        marks.append(f"{_MARK}{_MIN_TRAINER_VERSION} {max(required_releases, key=version_key)}")
         return value | {"defaults": [*self.defaults, *sorted(marks)]}
 
     @model_validator(mode="before")
@@ -135,34 +135,34 @@ class RunConfig(WireModel):
         return read_marks(data) if isinstance(data, dict) else data
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON: sorted keys, no spaces. Its sha256 is the run's configuration hash."""
+        """Return canonical JSON: sorted keys, no spaces. The sha256 of these bytes is the configuration hash."""
         return json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
 
     @staticmethod
     def sha256(data: bytes) -> str:
-        """Configuration hash, hex."""
+        """Return the configuration hash (hex) of the bytes of run.json."""
         return hashlib.sha256(data).hexdigest()
 
 
 def read_marks(data: dict[str, Any]) -> dict[str, Any]:
-    """`run.json` with the marks in `defaults` moved to the fields that they stand for."""
+    """Return `run.json` with the marks moved from `defaults` to `origins` and `minTrainerVersion`."""
     entries = data.get("defaults")
-    marks = [one for one in entries if str(one).startswith(_MARK)] if isinstance(entries, list) else []
+    marks = [entry for entry in entries if str(entry).startswith(_MARK)] if isinstance(entries, list) else []
     if not marks:
         return data
-    result = data | {"defaults": [one for one in data["defaults"] if one not in marks], "origins": {}}
+    result = data | {"defaults": [entry for entry in data["defaults"] if entry not in marks], "origins": {}}
     for mark in marks:
-        word, _, value = mark.removeprefix(_MARK).partition(" ")
-        if word == _MIN_TRAINER_VERSION:
+        key, _, value = mark.removeprefix(_MARK).partition(" ")
+        if key == _MIN_TRAINER_VERSION:
             result["minTrainerVersion"] = value
         else:
-            # An origin that this release does not know counts as `user`: only fields of origin `default` may be ignored.
-            result["origins"][value] = word if word in list(Origin) else Origin.USER
+            # An unknown origin counts as `user`, because only fields of origin `default` may be ignored.
+            result["origins"][value] = key if key in list(Origin) else Origin.USER
     return result
 
 
 class Health(ReportModel):
-    """Signs of trouble that the operator watches."""
+    """Health of training. The operator uses it to detect stalls, divergence and checkpoint problems."""
 
     healthy: bool = Field(
         default=True,
@@ -172,19 +172,19 @@ class Health(ReportModel):
     seconds_since_heartbeat: float | None = Field(
         default=None,
         validation_alias=AliasChoices("secondsSinceHeartbeat", "secondsSinceSign"),
-        description="Seconds since the last heartbeat of training: a step, a micro-step, an evaluation batch or a file.",
+        description="Seconds since the last heartbeat of training: a step, a micro-step, an evaluation batch or a transferred file.",
     )
     median_step_seconds: float | None = Field(default=None, description="Median duration of recent optimizer steps.")
     last_save_seconds: float | None = Field(
         default=None, description="Seconds from the start of the last checkpoint's upload to its commit."
     )
     checkpoint_problem: str | None = Field(
-        default=None, description="Reason word and sentence if a checkpoint was skipped or is damaged."
+        default=None, description="Reason and one sentence if a checkpoint was skipped or is damaged."
     )
 
     @model_serializer(mode="wrap")
     def _write_old_name(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write the heartbeat under its old name, too: operator 0.1.0 would take a long evaluation for a stall without it."""
+        """Write the heartbeat under its old name, too. Without it, operator 0.1.0 would treat a long evaluation as a stall."""
         value: dict[str, Any] = handler(self)
         if value.get("secondsSinceHeartbeat") is not None:
             value["secondsSinceSign"] = value["secondsSinceHeartbeat"]
@@ -192,10 +192,10 @@ class Health(ReportModel):
 
 
 class ProgressReport(ReportModel):
-    """The answer of `GET /progress`."""
+    """The response of `GET /progress`."""
 
     attempt: int = Field(description="Attempt of this pod.")
-    uid: str = Field(description="uid of the FineTuneJob: it reveals a foreign pod that took over an address.")
+    uid: str = Field(description="uid of the FineTuneJob. A different uid shows that the address now belongs to another job's pod.")
     stage: Stage = Field(default=Stage.STARTING, description="What the pod is doing.")
     detail: str | None = Field(default=None, description="Details of the stage. Example: `model: 1.2 of 2.7 GB`.")
     progress: Progress = Field(default_factory=Progress)
@@ -214,7 +214,7 @@ class TerminationMessage(ReportModel):
     """The termination message: one JSON object below 4 KiB."""
 
     class_: Annotated[FailureClass | None, Field(alias="class")] = None
-    code: str | None = Field(default=None, description="Stable word for the failure. Example: `DatasetEmpty`.")
+    code: str | None = Field(default=None, description="Stable code of the failure. Example: `DatasetEmpty`.")
     message: str | None = None
     hint: str | None = None
     exit_code: int | None = None
@@ -222,7 +222,7 @@ class TerminationMessage(ReportModel):
     rank: int | None = None
     step: int | None = Field(default=None, description="Last optimizer step that was completed.")
     checkpoint: str | None = Field(default=None, description="URI of the newest committed checkpoint.")
-    committed_step: int | None = Field(default=None, description="Optimizer step of that checkpoint.")
+    committed_step: int | None = Field(default=None, description="Optimizer step of the newest committed checkpoint.")
     time_ns: int | None = Field(default=None, description="When the failure was detected, in nanoseconds since 1970.")
     origin: bool | None = Field(
         default=None, description="True: this rank failed by itself; False: it noticed the failure of another rank."
@@ -236,7 +236,7 @@ class TerminationMessage(ReportModel):
     resolved: Resolved | None = None
 
     def to_json(self) -> str:
-        """The message, cut to the size that a kubelet keeps: lists are dropped first, then long texts are shortened."""
+        """Return the message as JSON, at most 4096 bytes: the kubelet keeps no more. Lists are dropped first, then long texts are cut."""
         value = self.to_wire()
         for key in ("resolved", "checkpoints", "metrics"):
             if len(_compact_json(value)) <= MAX_TERMINATION_BYTES:
@@ -251,5 +251,5 @@ class TerminationMessage(ReportModel):
 
 
 def _compact_json(value: dict[str, Any]) -> bytes:
-    """Always valid UTF-8: half a character from a cut log line must not make the whole message unreadable."""
+    """Return compact JSON in valid UTF-8. A cut log line may end with half a character, which would make the message unreadable."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")

@@ -1,4 +1,4 @@
-"""Kubernetes quantities of `spec.resources`: what the CRD accepts, and what to write instead of anything else."""
+"""Kubernetes quantities of `spec.resources`: the values that the CRD accepts, and a suggestion for each refused value."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SIZE = QuantityKind(SIZE_PATTERN, MIN_SIZE_BYTES, "32Gi")
 
 
 def quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | None:
-    """Return what is wrong with a quantity and what to write; None if it is valid."""
+    """Return (problem, suggestion) for an invalid quantity; None for a valid quantity."""
     text = str(value)
     if isinstance(value, int) and value >= kind.minimum:
         return None
@@ -48,27 +48,27 @@ def quantity_problem(value: str | int, kind: QuantityKind) -> tuple[str, str] | 
     ):
         return None
     suggestion = _suggestion(text, kind)
-    needed = "a number of CPUs" if kind is CPU else "a number with a unit"
-    hint = f"write {suggestion}" if suggestion else f"write {needed}, for example {kind.example}"
+    expected = "a number of CPUs" if kind is CPU else "a number with a unit"
+    hint = f"write {suggestion}" if suggestion else f"write {expected}, for example {kind.example}"
     if kind is SIZE and re.match(r"^\d+$", text):
         return f"{text} means {text} bytes", hint
-    return f"{text!r} is not {needed}" if kind is CPU else f"{text!r} is not an amount of memory or disk", hint
+    return f"{text!r} is not {expected}" if kind is CPU else f"{text!r} is not an amount of memory or disk", hint
 
 
 def _amount(text: str) -> Decimal:
     """Return the amount of a quantity that matches its pattern, in CPUs or bytes."""
     if text.endswith("m"):
         return Decimal(text[:-1]) / 1000
-    unit = next((one for one in sorted(_UNITS, key=len, reverse=True) if text.endswith(one)), "")
+    unit = next((suffix for suffix in sorted(_UNITS, key=len, reverse=True) if text.endswith(suffix)), "")
     return Decimal(text.removesuffix(unit)) * _UNITS.get(unit, 1)
 
 
 def _suggestion(text: str, kind: QuantityKind) -> str:
     """Return the quantity that the user probably means; an empty string if that is unclear."""
-    found = _NUMBER.match(text)
-    if found is None or "%" in text or Decimal(found.group(1)) == 0:
+    match = _NUMBER.match(text)
+    if match is None or "%" in text or Decimal(match.group(1)) == 0:
         return ""
-    number, unit = found.groups()
+    number, unit = match.groups()
     if kind is CPU:
         return number if unit.lower() in ("", "c", "cpu", "cpus", "core", "cores", "vcpu", "vcpus") else ""
     letter = unit[:1].upper()
@@ -77,8 +77,8 @@ def _suggestion(text: str, kind: QuantityKind) -> str:
     return f"{number}{letter}i" if letter in "KMGTPE" and unit.lower() in _SPELLINGS[letter] else ""
 
 
-_WORDS = {"K": "kilo", "M": "mega", "G": "giga", "T": "tera", "P": "peta", "E": "exa"}
+_PREFIXES = {"K": "kilo", "M": "mega", "G": "giga", "T": "tera", "P": "peta", "E": "exa"}
 _SPELLINGS = {
-    letter: {one.lower() for one in (letter, f"{letter}i", f"{letter}b", f"{letter}ib", f"{word}byte", f"{word}bytes")}
-    for letter, word in _WORDS.items()
+    letter: {unit.lower() for unit in (letter, f"{letter}i", f"{letter}b", f"{letter}ib", f"{prefix}byte", f"{prefix}bytes")}
+    for letter, prefix in _PREFIXES.items()
 }

@@ -1,6 +1,6 @@
-"""Generate the reference pages from the texts that `kubectl explain` shows.
+"""Generate the reference pages from the descriptions that `kubectl explain` shows.
 
-`python -m finetune_api.reference FOLDER` writes them; `make verify` fails when they differ.
+`python -m finetune_api.reference FOLDER` writes the pages. `make verify` fails if a page is out of date.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ NOTE = "<!-- Generated from crds/finetune_api by `make generate`; do not edit. -
 
 
 def pages() -> dict[str, str]:
-    """Text of every page, by file name."""
+    """Return the text of every page, by file name."""
     root = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]
     return {
         "spec.md": NOTE + "# FineTuneJob: spec\n\n" + "\n".join(_sections("spec", root["spec"])),
@@ -34,7 +34,7 @@ def pages() -> dict[str, str]:
 
 
 def _sections(path: str, schema: dict[str, Any]) -> Iterator[str]:
-    """One section per object: a table of its fields, then its sub-objects."""
+    """Yield one section per object: a table of the fields, then the sections of nested objects."""
     yield f"## {path}\n\n| field | type | meaning |\n|---|---|---|"
     for name, value in schema["properties"].items():
         yield f"| `{name}` | {_type(value)} | {_cell(value.get('description', ''))} |"
@@ -53,7 +53,7 @@ def _type(value: dict[str, Any]) -> str:
     if "additionalProperties" in value:
         return f"map of {_type(value['additionalProperties'])}"
     if "enum" in value:
-        return " \\| ".join(f"`{one}`" for one in value["enum"])
+        return " \\| ".join(f"`{word}`" for word in value["enum"])
     low = f"{'>' if value.get('exclusiveMinimum') else '≥'} {value['minimum']:g}" if "minimum" in value else ""
     high = f"{'<' if value.get('exclusiveMaximum') else '≤'} {value['maximum']:g}" if "maximum" in value else ""
     return " ".join(part for part in (value["type"], ", ".join(part for part in (low, high) if part)) if part)
@@ -87,21 +87,21 @@ def _table(title: str, enum: type[Enum]) -> str:
 
 
 def _exit_codes() -> str:
-    """The exit policy table: one row per exit code."""
-    texts = member_docs(names.ExitCode)
+    """Return the section with one row per exit code, and the retry policies."""
+    descriptions = member_docs(names.ExitCode)
     rows = []
     for code in names.ExitCode:
         policy = EXIT_POLICIES.get(code)
-        shown = [policy.failure_class, policy.word, policy.retry, policy.hint] if policy else ["", "", "", ""]
-        rows.append(f"| {code:d} | {_cell(texts[code.name])} | " + " | ".join(_cell(str(one)) for one in shown) + " |")
-    header = "| code | meaning | `failure.class` | `failure.code` | next attempt | hint |"
-    retries = _table("What follows a failed attempt", RetryPolicy)
+        cells = [policy.failure_class, policy.default_failure_code, policy.retry, policy.default_hint] if policy else [""] * 4
+        rows.append(f"| {code:d} | {_cell(descriptions[code.name])} | " + " | ".join(_cell(str(cell)) for cell in cells) + " |")
+    header = "| code | meaning | `failure.class` | `failure.code` | retry policy | hint |"
+    retries = _table("Retry policies after a failed attempt", RetryPolicy)
     return "\n".join(["## Exit codes of a pod\n", header, "|---|---|---|---|---|---|", *rows, "", "", retries])
 
 
 def _names() -> str:
     parts: list[tuple[str, type[Enum]]] = [
-        ("Labels on what the operator creates", names.Label),
+        ("Labels on objects that the operator creates", names.Label),
         ("Annotations", names.Annotation),
         ("Conditions", names.Condition),
         ("Reasons in conditions, attempts and events", names.Reason),
@@ -123,14 +123,14 @@ def _rules() -> str:
     return "\n".join(
         [
             "# Rules\n", "## Cross-field rules\n", "| rule | checked by | message of the API server |", "|---|---|---|", *rows,
-            "\n## Fields that this release does not implement\n", "Refused with `Accepted=False`, reason `NotSupportedYet` (of some fields only certain values).\n",
+            "\n## Fields that this release does not implement\n", "A job that sets one of these fields is refused with `Accepted=False`, reason `NotSupportedYet`. Of some fields only certain values are refused.\n",
             "| field | what to write |", "|---|---|", *unsupported, "",
         ]
     )  # fmt: skip
 
 
 def main() -> None:
-    """Write the pages into the folder that the first argument names."""
+    """Write the pages into the folder given as the first argument."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages().items():

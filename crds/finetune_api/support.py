@@ -1,4 +1,4 @@
-"""Fields that the API defines and this release does not implement. They are refused by name, never accepted and ignored.
+"""Fields that the API defines but this release does not implement. A spec that sets such a field is refused; no field is ignored.
 
 To implement a field, remove its row from `UNSUPPORTED_FIELDS`.
 """
@@ -21,7 +21,7 @@ def _is_set(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class UnsupportedField:
-    """A dotted spec path (attribute names), and the values that are refused."""
+    """A spec field, as a dotted path of attribute names, and which of its values are refused."""
 
     path: str
     refuses: Callable[[Any], bool] = _is_set
@@ -29,7 +29,7 @@ class UnsupportedField:
 
     @property
     def refuses_every_value(self) -> bool:
-        """Whether the field is refused whatever its value."""
+        """Whether every value of the field is refused."""
         return self.refuses is _is_set
 
 
@@ -66,7 +66,7 @@ UNSUPPORTED_FIELDS: tuple[UnsupportedField, ...] = (
 
 
 def unsupported_fields(spec: FineTuneJobSpec) -> list[Problem]:
-    """Problems for every field of the spec that this release does not implement."""
+    """Return one problem for every field of the spec that this release does not implement."""
     return [_problem(spec, row) for row in UNSUPPORTED_FIELDS if row.refuses(_value(spec, row.path))]
 
 
@@ -78,7 +78,7 @@ def _value(spec: FineTuneJobSpec, path: str) -> Any:
 
 
 def wire_path(path: str) -> str:
-    """A dotted path of attribute names as a path of wire names."""
+    """Convert a dotted path of attribute names to JSON names: `output.merge_adapter` to `output.mergeAdapter`."""
     parts: list[str] = []
     model: Any = FineTuneJobSpec
     for name in path.split("."):

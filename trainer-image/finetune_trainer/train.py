@@ -42,7 +42,7 @@ come from an operator that does not know a rule, or from a test."""
 
 def preload(run: RunConfig) -> None:
     """Import the heavy libraries of this run. Called while the supervisor still downloads the inputs."""
-    imports.preload(run, module_of(rules.trainer_of(run.spec)))
+    imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
     from finetune_trainer import engine, hardware, model  # noqa: F401  each imports the libraries that it needs
 
 
@@ -74,7 +74,7 @@ def main(run: RunConfig, channel: Channel, inputs: Inputs, hooks: Hooks | None =
 
     Errors: any FineTuneError; exceptions of libraries are converted (`to_finetune_error`).
     """
-    imports.preload(run, module_of(rules.trainer_of(run.spec)))
+    imports.preload(run, module_of(rules.trainer_type_of(run.spec)))
     try:
         Session(run, channel, inputs, hooks or _checkpoint_hooks()).execute()
     except FineTuneError:
@@ -92,7 +92,7 @@ class Session:
         _disable_progress_bars()
         rules.enforce_rules(rules.without_defaults(run.spec, run.defaults), *RULES_CHECKED_AGAIN)
         self.run, self.channel, self.inputs, self.hooks = run, channel, inputs, hooks
-        self.objective = load_objective(rules.trainer_of(run.spec))
+        self.objective = load_objective(rules.trainer_type_of(run.spec))
         self.hardware = hardware.detect(run, channel.local_rank)
         self.strategy = distributed.choose(run, self.hardware, inputs, channel.world_size)
         self.strategy.prepare_process()

@@ -26,12 +26,12 @@ def value_or_default(group: Group, field: str) -> Any:
     return constant_default(type(group), field) if value is None else value
 
 
-def method_of(spec: FineTuneJobSpec) -> MethodType:
+def method_type_of(spec: FineTuneJobSpec) -> MethodType:
     """The method, as written or by default."""
     return MethodType(value_or_default(spec.method, "type"))
 
 
-def trainer_of(spec: FineTuneJobSpec) -> TrainerType:
+def trainer_type_of(spec: FineTuneJobSpec) -> TrainerType:
     """The objective, as written or by default."""
     return TrainerType(value_or_default(spec.trainer, "type"))
 
@@ -43,12 +43,12 @@ def given_bits(spec: FineTuneJobSpec) -> int | None:
 
 def trains_base_weights(spec: FineTuneJobSpec) -> bool:
     """Whether weights of the base model itself are trained, not an adapter."""
-    return method_of(spec) in BASE_WEIGHT_METHODS
+    return method_type_of(spec) in BASE_WEIGHT_METHODS
 
 
 def base_bits(spec: FineTuneJobSpec) -> int | None:
     """Bits per weight that the base is loaded in, as written or implied by the method; None: not quantised."""
-    return given_bits(spec) or (4 if method_of(spec) is MethodType.QLORA or uses_loftq(spec) else None)
+    return given_bits(spec) or (4 if method_type_of(spec) is MethodType.QLORA or uses_loftq(spec) else None)
 
 
 def uses_loftq(spec: FineTuneJobSpec) -> bool:

@@ -11,8 +11,8 @@ from finetune_api.rules.derived_values import (
     OUTPUT_HEADS,
     PROMPT_METHODS,
     given_bits,
-    method_of,
-    trainer_of,
+    method_type_of,
+    trainer_type_of,
     uses_loftq,
 )
 from finetune_api.spec import FineTuneJobSpec
@@ -35,7 +35,7 @@ from finetune_api.spec.enums import (
 )
 def qlora_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     bits = given_bits(spec)
-    if method_of(spec) is MethodType.QLORA and bits not in (None, 4):
+    if method_type_of(spec) is MethodType.QLORA and bits not in (None, 4):
         yield (
             "model.quantization.bits",
             f"{bits}, but method qlora means 4 bit",
@@ -50,13 +50,13 @@ def qlora_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 )
 def full_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     bits = given_bits(spec)
-    if method_of(spec) is MethodType.FULL and bits:
+    if method_type_of(spec) is MethodType.FULL and bits:
         yield (
             "model.quantization.bits",
             f"{bits}, but method full trains all weights and quantised weights cannot be trained",
             "remove model.quantization, or write `method: {type: qlora}`",
         )
-    if method_of(spec) is MethodType.SPECTRUM and bits == 8:
+    if method_type_of(spec) is MethodType.SPECTRUM and bits == 8:
         yield (
             "model.quantization.bits",
             "8, but spectrum trains its modules in 16 bit on a plain or a 4-bit base",
@@ -67,7 +67,7 @@ def full_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 @rule("QuantizationWithoutBits")
 def quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     quantization = spec.model.quantization
-    if quantization is None or method_of(spec) is MethodType.QLORA:
+    if quantization is None or method_type_of(spec) is MethodType.QLORA:
         return
     given = [name for name in ("type", "compute_dtype", "double_quant") if getattr(quantization, name) is not None]
     if given and quantization.bits is None:
@@ -88,23 +88,23 @@ def quantization_without_bits(spec: FineTuneJobSpec, target: ExecutionTarget) ->
 )
 def adapter_source(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     source = spec.method.adapter.source if spec.method.adapter else None
-    if method_of(spec) is MethodType.ADAPTER and not source:
+    if method_type_of(spec) is MethodType.ADAPTER and not source:
         yield (
             "method.adapter.source",
             "method adapter continues an existing adapter, and none is given",
             "write for example `adapter: {source: s3://models/my-adapter}`",
         )
-    if method_of(spec) is not MethodType.ADAPTER and spec.method.adapter is not None:
+    if method_type_of(spec) is not MethodType.ADAPTER and spec.method.adapter is not None:
         yield (
             "method.adapter",
-            f"it is only read with method adapter, and the method is {method_of(spec)}",
+            f"it is only read with method adapter, and the method is {method_type_of(spec)}",
             "remove it, or write `type: adapter`",
         )
 
 
 @rule("OptionOfAnotherMethod")
 def options_of_another_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    method = method_of(spec)
+    method = method_type_of(spec)
     if spec.method.lora is not None and method not in LORA_METHODS:
         yield (
             "method.lora",
@@ -179,10 +179,10 @@ def lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
             "true, but `method.lora.init: eva` reads rows one by one",
             "write `packing: false`, or another init",
         )
-    if lora.init is LoraInit.EVA and trainer_of(spec) is not TrainerType.SFT:
+    if lora.init is LoraInit.EVA and trainer_type_of(spec) is not TrainerType.SFT:
         yield (
             "method.lora.init",
-            f"eva reads the rows of sft, and the objective is {trainer_of(spec)}",
+            f"eva reads the rows of sft, and the objective is {trainer_type_of(spec)}",
             "remove it",
         )
     if uses_loftq(spec):
@@ -192,7 +192,7 @@ def lora_initialisation(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
                 "8, but LoftQ corrects the error of a 4-bit base",
                 "remove model.quantization: the base is then quantised to 4 bits",
             )
-        if lora.use_dora or method_of(spec) is MethodType.DORA:
+        if lora.use_dora or method_type_of(spec) is MethodType.DORA:
             yield (
                 "method.lora.init",
                 "loftq, but DoRA computes its directions from the base before LoftQ initialises the adapter",
@@ -206,7 +206,7 @@ def _incompatible_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
     The final adapter is the difference of two low-rank updates. It cannot contain other trained weights, it needs unquantised
     weights and the plain LoRA scale, and a second adapter with the same initialisation would remove the same part again.
     """
-    lora, method, objective = spec.method.lora, method_of(spec), trainer_of(spec)
+    lora, method, objective = spec.method.lora, method_type_of(spec), trainer_type_of(spec)
     assert lora is not None, "the caller has read its init"
     if given_bits(spec):
         yield "model.quantization.bits"
@@ -230,7 +230,7 @@ def _incompatible_with_changed_base(spec: FineTuneJobSpec) -> Iterator[str]:
 
 def keeps_reference_adapter(spec: FineTuneJobSpec) -> bool:
     """Whether the objective compares with the model before training. With adapters, that is a second, frozen adapter."""
-    match trainer_of(spec):
+    match trainer_type_of(spec):
         case TrainerType.DPO | TrainerType.KTO:
             return spec.trainer.dpo is None or spec.trainer.dpo.reference_model is None
         case TrainerType.GRPO:
@@ -245,7 +245,7 @@ def bias_beside_reference(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
     if bias not in (None, LoraBias.NONE) and keeps_reference_adapter(spec):
         yield (
             "method.lora.bias",
-            f"{bias}, but {trainer_of(spec)} keeps a frozen copy of the initial adapter as the reference, and both would share the biases",
+            f"{bias}, but {trainer_type_of(spec)} keeps a frozen copy of the initial adapter as the reference, and both would share the biases",
             "remove it",
         )
 
@@ -253,7 +253,7 @@ def bias_beside_reference(spec: FineTuneJobSpec, target: ExecutionTarget) -> Fin
 @rule("NewTokensUntrained")
 def new_tokens(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     """The method must train the embeddings of new tokens, and the strategy must allow to add rows to them."""
-    tokens, method = spec.model.new_tokens or [], method_of(spec)
+    tokens, method = spec.model.new_tokens or [], method_type_of(spec)
     if not tokens:
         return
     path = "model.newTokens"
@@ -293,14 +293,14 @@ def half_weights(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
     DeepSpeed is exempt, since it keeps its own 32-bit copy; so is spectrum on a quantised base, since it trains 32-bit weights there.
     """
-    trains_weights = method_of(spec) is MethodType.FULL or (
-        method_of(spec) is MethodType.SPECTRUM and not given_bits(spec)
+    trains_weights = method_type_of(spec) is MethodType.FULL or (
+        method_type_of(spec) is MethodType.SPECTRUM and not given_bits(spec)
     )
     is_half_precision = spec.model.dtype is Dtype.FLOAT16 and spec.training.mixed_precision is MixedPrecision.FP16
     if trains_weights and is_half_precision and spec.distributed.strategy is not Strategy.DEEPSPEED:
         yield (
             "model.dtype",
-            f"float16, but method {method_of(spec)} trains these weights, and the loss scaling of mixedPrecision fp16 needs them in 32 bits",
+            f"float16, but method {method_type_of(spec)} trains these weights, and the loss scaling of mixedPrecision fp16 needs them in 32 bits",
             "remove it, or write `mixedPrecision: bf16`",
         )
 
@@ -325,7 +325,7 @@ def spectrum_layers(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 @rule("PromptTuning")
 def prompt_tuning(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    method = method_of(spec)
+    method = method_type_of(spec)
     checkpointing = spec.training.gradient_checkpointing
     if method is MethodType.PREFIX_TUNING and checkpointing not in (None, GradientCheckpointing.DISABLED):
         yield (

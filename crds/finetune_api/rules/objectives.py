@@ -7,8 +7,8 @@ from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
     evaluates_during_training,
     has_test_set,
-    method_of,
-    trainer_of,
+    method_type_of,
+    trainer_type_of,
     value_or_default,
     world_size,
 )
@@ -23,7 +23,7 @@ from finetune_api.spec.enums import (
 
 @rule("FormatOfAnotherObjective")
 def format_of_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    trainer = trainer_of(spec)
+    trainer = trainer_type_of(spec)
     formats = OBJECTIVES[trainer].formats
     given = [("dataset.format", spec.dataset.format)] + [
         (f"dataset.mixture[{i}].format", item.format) for i, item in enumerate(spec.dataset.mixture or [])
@@ -43,7 +43,7 @@ def format_of_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findi
     message="trainer.type grpo needs at least one reward: write trainer.rewards",
 )
 def rewards_missing(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    if trainer_of(spec) is TrainerType.GRPO and not spec.trainer.rewards:
+    if trainer_type_of(spec) is TrainerType.GRPO and not spec.trainer.rewards:
         yield (
             "trainer.rewards",
             "grpo maximises rewards, and no reward is given",
@@ -90,7 +90,7 @@ def rewards(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 @rule("OptionOfAnotherObjective")
 def options_of_another_objective(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    trainer = trainer_of(spec)
+    trainer = trainer_type_of(spec)
     options = {
         "dpo": (spec.trainer.dpo is not None, "remove it, or change trainer.type"),
         "grpo": (spec.trainer.grpo is not None, "remove it, or write `type: grpo`"),
@@ -147,7 +147,7 @@ LOSSES_WITH_LABEL_SMOOTHING = (DpoLoss.ROBUST, DpoLoss.EXO_PAIR)
 @rule("DpoLosses")
 def dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     dpo = spec.trainer.dpo
-    if dpo is None or trainer_of(spec) is not TrainerType.DPO:
+    if dpo is None or trainer_type_of(spec) is not TrainerType.DPO:
         return
     losses = dpo.loss_types or [DpoLoss.SIGMOID]
     twice = next((loss for loss in losses if losses.count(loss) > 1), None)
@@ -169,7 +169,7 @@ def dpo_losses(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 def min_batch_size_per_device(spec: FineTuneJobSpec) -> int:
     """Minimum rows per device: kto compares the rows of one batch with each other."""
-    return 2 if trainer_of(spec) is TrainerType.KTO else 1
+    return 2 if trainer_type_of(spec) is TrainerType.KTO else 1
 
 
 @rule("BatchTooSmall")
@@ -184,7 +184,7 @@ def kto_batch(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
 
 @rule("ObjectiveAndMethod")
 def objective_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    if trainer_of(spec) is TrainerType.ORPO and method_of(spec) is MethodType.PROMPT_TUNING:
+    if trainer_type_of(spec) is TrainerType.ORPO and method_type_of(spec) is MethodType.PROMPT_TUNING:
         yield (
             "method.type",
             "orpo compares each output position with the row, and promptTuning inserts virtual tokens before the row",
@@ -194,7 +194,7 @@ def objective_and_method(spec: FineTuneJobSpec, target: ExecutionTarget) -> Find
 
 @rule("GenerationsDoNotDivide")
 def generations(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
-    if trainer_of(spec) is not TrainerType.GRPO:
+    if trainer_type_of(spec) is not TrainerType.GRPO:
         return
     wanted = int(value_or_default(spec.trainer.grpo, "num_generations")) if spec.trainer.grpo else 8
     rows = (

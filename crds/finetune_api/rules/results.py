@@ -5,7 +5,7 @@ from __future__ import annotations
 from finetune_api.rules.base import ExecutionTarget, Findings, rule
 from finetune_api.rules.derived_values import (
     PROMPT_METHODS,
-    method_of,
+    method_type_of,
     trains_base_weights,
 )
 from finetune_api.spec import FineTuneJobSpec
@@ -56,13 +56,13 @@ def output_options(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findings:
     if spec.output.merge_adapter and trains_base_weights(spec):
         yield (
             "output.mergeAdapter",
-            f"true, but method {method_of(spec)} trains no adapter",
+            f"true, but method {method_type_of(spec)} trains no adapter",
             "remove it: the output is a whole model",
         )
-    if spec.output.merge_adapter and method_of(spec) in PROMPT_METHODS:
+    if spec.output.merge_adapter and method_type_of(spec) in PROMPT_METHODS:
         yield (
             "output.mergeAdapter",
-            f"true, but {method_of(spec)} adds virtual tokens, which cannot be merged into weights",
+            f"true, but {method_type_of(spec)} adds virtual tokens, which cannot be merged into weights",
             "remove it",
         )
 

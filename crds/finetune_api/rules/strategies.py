@@ -10,8 +10,8 @@ from finetune_api.rules.derived_values import (
     PROMPT_METHODS,
     base_bits,
     gpus_per_node,
-    method_of,
-    trainer_of,
+    method_type_of,
+    trainer_type_of,
     world_size,
 )
 from finetune_api.spec import FineTuneJobSpec
@@ -79,7 +79,7 @@ def strategy_and_ranks(spec: FineTuneJobSpec, target: ExecutionTarget) -> Findin
 
 def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
     """Problems of a spec that is trained with FSDP."""
-    method, bits = method_of(spec), base_bits(spec)
+    method, bits = method_type_of(spec), base_bits(spec)
     if method in PROMPT_METHODS:
         yield (
             "method.type",
@@ -106,7 +106,7 @@ def incompatible_with_fsdp(spec: FineTuneJobSpec) -> Findings:
         )
     # The loss reads the head's weight without calling its forward, so with an adapter FSDP does not sum the head's gradients over ranks.
     for name in (spec.method.lora and spec.method.lora.modules_to_save) or []:
-        if name.rsplit(".", 1)[-1] in OUTPUT_HEADS and trainer_of(spec) is not TrainerType.REWARD:
+        if name.rsplit(".", 1)[-1] in OUTPUT_HEADS and trainer_type_of(spec) is not TrainerType.REWARD:
             yield (
                 "method.lora.modulesToSave",
                 f"it contains the head {name}, of which each rank would train its slice on its own rows only",
@@ -136,7 +136,7 @@ def incompatible_with_deepspeed(spec: FineTuneJobSpec) -> Findings:
 
 def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
     """Problems of a spec that is trained with ZeRO stage 3, where no rank holds whole weights."""
-    method, lora = method_of(spec), spec.method.lora
+    method, lora = method_type_of(spec), spec.method.lora
     hint = "write zeroStage 2, or use fsdp"
     if base_bits(spec):
         yield (
@@ -152,7 +152,7 @@ def incompatible_with_zero3(spec: FineTuneJobSpec) -> Findings:
             f"{method} uses its virtual tokens outside the layers that ZeRO stage 3 gathers",
             "write zeroStage 2, or `distributed: {strategy: ddp}`",
         )
-    if method is MethodType.IA3 and trainer_of(spec) is TrainerType.KTO:
+    if method is MethodType.IA3 and trainer_type_of(spec) is TrainerType.KTO:
         yield (
             "method.type",
             "ZeRO stage 3 prefetches parameters in the order of the previous step, and kto uses those of ia3 in a changing order",

@@ -11,7 +11,7 @@ from finetune_api.rules.derived_values import (
     evaluates_during_training,
     gpus_per_node,
     has_validation_set,
-    method_of,
+    method_type_of,
     value_or_default,
 )
 from finetune_api.spec import FineTuneJobSpec
@@ -151,7 +151,7 @@ def _no_layer_recomputed(spec: FineTuneJobSpec) -> Findings:
     path, mode = "training.checkpointEveryNLayers", spec.training.gradient_checkpointing
     if mode is GradientCheckpointing.DISABLED:
         yield path, "it has no effect with `gradientCheckpointing: disabled`", "remove one of the two"
-    elif mode is None and method_of(spec) is MethodType.PREFIX_TUNING:
+    elif mode is None and method_type_of(spec) is MethodType.PREFIX_TUNING:
         yield path, "it has no effect with prefixTuning, for which gradientCheckpointing is disabled by default", "remove it"
     elif mode is None and gpus_per_node(spec) == 0:
         yield (

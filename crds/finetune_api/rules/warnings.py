@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from finetune_api.rules.base import Problem
-from finetune_api.rules.derived_values import BASE_WEIGHT_METHODS, PROMPT_METHODS, method_of, trainer_of
+from finetune_api.rules.derived_values import BASE_WEIGHT_METHODS, PROMPT_METHODS, method_type_of, trainer_type_of
 from finetune_api.spec import FineTuneJobSpec
 from finetune_api.spec.enums import MethodType, TrainerType
 
@@ -36,7 +36,7 @@ def _learning_rate(spec: FineTuneJobSpec) -> Iterator[Problem]:
         size, effect = (
             ("small", "hardly changes the model") if rate < low else ("large", "usually makes training diverge")
         )
-        used = f"trainer {trainer_of(spec)} with method {method_of(spec)}"
+        used = f"trainer {trainer_type_of(spec)} with method {method_type_of(spec)}"
         message = f"{rate:g} is unusually {size} for {used}, and {effect}"
         yield Problem(
             "training.learningRate", "LearningRateUnusual", message, f"usual values are from {low:g} to {high:g}"
@@ -44,11 +44,11 @@ def _learning_rate(spec: FineTuneJobSpec) -> Iterator[Problem]:
 
 
 def _range_of(spec: FineTuneJobSpec) -> str:
-    if trainer_of(spec) in PREFERENCE_OBJECTIVES:
+    if trainer_type_of(spec) in PREFERENCE_OBJECTIVES:
         return "preferences"
-    if method_of(spec) in BASE_WEIGHT_METHODS:
+    if method_type_of(spec) in BASE_WEIGHT_METHODS:
         return "base weights"
-    return "prompts" if method_of(spec) in (*PROMPT_METHODS, MethodType.IA3) else "adapters"
+    return "prompts" if method_type_of(spec) in (*PROMPT_METHODS, MethodType.IA3) else "adapters"
 
 
 def _epochs(spec: FineTuneJobSpec) -> Iterator[Problem]:

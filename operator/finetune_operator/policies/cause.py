@@ -66,7 +66,7 @@ def _cause_of_known_exit(pod: PodView, policy: ExitPolicy) -> Cause:
     reported = pod.termination_message or TerminationMessage()
     failure_class = reported.class_ or policy.failure_class
     message = reported.message or _last_log_line(pod) or f"exit code {policy.code:d}"
-    failure = _failure(pod, failure_class, reported.code or policy.word, message, policy.hint)
+    failure = _failure(pod, failure_class, reported.code or policy.default_failure_code, message, policy.default_hint)
     return Cause(attempt_reason(policy, failure_class), failure, policy.retry, policy.precedence)
 
 

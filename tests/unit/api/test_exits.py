@@ -6,27 +6,27 @@ from finetune_api.exits import EXIT_POLICIES, RetryPolicy, attempt_reason, codes
 from finetune_api.names import ExitCode, FailureClass, Reason
 
 
-def test_the_job_fails_at_once_for_codes_that_no_unchanged_pod_can_survive() -> None:
+def test_the_job_fails_at_once_for_exit_codes_that_an_identical_pod_would_repeat() -> None:
     assert codes_that_fail_the_job() == [64, 65, 66, 67, 72, 77, 78, 79, 80]
 
 
-def test_stops_on_request_leave_a_suspended_job_alive() -> None:
+def test_exit_codes_of_a_stop_on_request_do_not_fail_a_suspended_job() -> None:
     assert not EXIT_POLICIES[ExitCode.PREEMPTED_SAVED].fails_job
     assert not EXIT_POLICIES[ExitCode.PREEMPTED_UNSAVED].fails_job
 
 
-def test_version_skew_waits_and_a_broken_installation_is_final() -> None:
+def test_a_too_old_trainer_is_retried_without_limit_and_a_broken_installation_ends_the_job() -> None:
     assert EXIT_POLICIES[ExitCode.TOO_OLD].retry is RetryPolicy.WAIT
     assert EXIT_POLICIES[ExitCode.INSTALLATION_BROKEN].retry is RetryPolicy.NEVER
 
 
-def test_a_finer_class_in_the_termination_message_changes_the_reason() -> None:
+def test_the_failure_class_of_the_termination_message_decides_the_reason() -> None:
     policy = EXIT_POLICIES[ExitCode.NOT_FOUND]
     assert attempt_reason(policy, FailureClass.MODEL) is Reason.MODEL_ERROR
     assert attempt_reason(policy, FailureClass.DATA) is Reason.DATA_ERROR
 
 
-def test_every_row_has_a_word_and_a_hint_and_no_word_twice() -> None:
-    words = [policy.word for policy in EXIT_POLICIES.values()]
-    assert len(set(words)) == len(words)
-    assert all(policy.word and policy.hint for policy in EXIT_POLICIES.values())
+def test_every_exit_policy_has_a_hint_and_a_unique_failure_code() -> None:
+    failure_codes = [policy.default_failure_code for policy in EXIT_POLICIES.values()]
+    assert len(set(failure_codes)) == len(failure_codes)
+    assert all(policy.default_failure_code and policy.default_hint for policy in EXIT_POLICIES.values())

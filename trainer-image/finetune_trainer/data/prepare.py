@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from finetune_api.errors import ConfigError, DataError, NotFoundError
 from finetune_api.names import FailureClass
 from finetune_api.pod import RunConfig
-from finetune_api.rules import PROMPT_METHODS, method_of, value_or_default
+from finetune_api.rules import PROMPT_METHODS, method_type_of, value_or_default
 from finetune_api.spec.enums import BadRows, DatasetFormat, Overflow
 
 from finetune_trainer.data.load import DEFAULT_MAX_BAD_ROW_RATIO, LoadedData, load, trains_on_answers_only
@@ -122,7 +122,7 @@ def max_sequence_length(run: RunConfig, tokenizer: Any, max_positions: int | Non
 
 def virtual_tokens(run: RunConfig) -> int:
     """Positions that prefix and prompt tuning occupy before every row."""
-    return int(value_or_default(run.spec.method, "prompt_length")) if method_of(run.spec) in PROMPT_METHODS else 0
+    return int(value_or_default(run.spec.method, "prompt_length")) if method_type_of(run.spec) in PROMPT_METHODS else 0
 
 
 def use_chat_template(run: RunConfig, inputs: Inputs, tokenizer: Any) -> bool:

@@ -6,7 +6,7 @@ import importlib
 import pkgutil
 from functools import cache
 
-from finetune_api.rules import method_of
+from finetune_api.rules import method_type_of
 from finetune_api.spec.enums import MethodType
 
 import finetune_trainer.method
@@ -23,4 +23,4 @@ def all_methods() -> dict[MethodType, type[Method]]:
 
 def create_method(context: MethodContext) -> Method:
     """The method of the run's `method.type`."""
-    return all_methods()[method_of(context.run.spec)](context)
+    return all_methods()[method_type_of(context.run.spec)](context)
