@@ -1,1 +1,1 @@
-"""What runs on the GPU nodes: the supervisor (PID 1 of a trainer pod) and the ranks."""
+"""The package that runs on the GPU nodes: the supervisor (PID 1 of a trainer pod) and the ranks."""

@@ -1,6 +1,6 @@
 """`finetune-trainer`, the entry point of the image: `supervise` is a pod's PID 1, `agent` starts its ranks, `train` is one rank.
 
-It imports argparse and nothing heavy: the pod must answer HTTP within a second of its start.
+This module imports only light packages, because the pod must answer HTTP within a second of its start.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     given = sys.argv[1:] if arguments is None else arguments
-    command, rest = (given[0], given[1:]) if given else ("supervise", [])
+    command, options = (given[0], given[1:]) if given else ("supervise", [])
     match command:
         case "train":
             from finetune_trainer import rank
@@ -24,22 +24,22 @@ def main(arguments: list[str] | None = None) -> int:
         case "agent":
             from finetune_trainer import agent
 
-            return agent.main(rest)
+            return agent.main(options)
         case "supervise" | "run":
-            return _supervise(command, rest)
-    print(f"finetune-trainer: there is no command {command!r}; write supervise, run, train or agent", file=sys.stderr)
+            return _supervise(command, options)
+    print(f"finetune-trainer: unknown command {command!r}; use supervise, run, train or agent", file=sys.stderr)
     return 64
 
 
 def _supervise(command: str, arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog=f"finetune-trainer {command}", description="Run one pod of a FineTuneJob.")
     parser.add_argument("--run-file", help="file with the run configuration (default: FINETUNE_RUN_FILE)")
-    parser.add_argument("--work-dir", help="folder that everything is written to (default: FINETUNE_WORK_DIR)")
-    parser.add_argument("--port", type=int, help="port of /progress; 0 takes a free one (default: FINETUNE_PORT)")
+    parser.add_argument("--work-dir", help="folder for all files that the pod writes (default: FINETUNE_WORK_DIR)")
+    parser.add_argument("--port", type=int, help="port of /progress; 0 chooses a free port (default: FINETUNE_PORT)")
     options = parser.parse_args(arguments)
     stop_requests = _record_early_stop_requests()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s supervisor %(message)s", stream=sys.stderr)
-    logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # it logs their origin for every connection
+    logging.getLogger("botocore.credentials").setLevel(logging.WARNING)  # botocore logs the source of the credentials for every connection
     from finetune_trainer.settings import Settings
     from finetune_trainer.supervisor.supervise import supervise
 
@@ -49,7 +49,7 @@ def _supervise(command: str, arguments: list[str]) -> int:
 
 
 def _record_early_stop_requests() -> list[float]:
-    """Record the time of each SIGTERM during the imports: the kernel discards signals that PID 1 has no handler for."""
+    """Record the time of each SIGTERM that arrives during the imports: without a handler, the kernel would discard it for PID 1."""
     requests: list[float] = []
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda _number, _frame: requests.append(time.monotonic()))

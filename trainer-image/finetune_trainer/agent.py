@@ -1,9 +1,10 @@
-"""The agent runs the ranks of one pod: torchelastic's launcher, in a process of ours.
+"""The agent runs the ranks of one pod with the launcher of torchelastic.
 
-`torchrun` exits with 1 for every failure. The agent writes the exit code of each failed rank to `agent_result`'s file, which
-the supervisor reads. It restarts nothing: one attempt is one gang, and the operator starts the next attempt.
+`torchrun` exits with 1 for every failure. The agent therefore writes the exit code of each failed rank to a file
+(`agent_result`), which the supervisor reads. The agent restarts nothing: one attempt is one gang, and the operator starts
+the next attempt.
 
-A single rank needs no rendezvous: it is started directly, without importing torch into the agent, which saves seconds.
+A single rank needs no rendezvous. The agent starts it directly and does not import torch, which saves seconds.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ from finetune_trainer.processes import die_with_parent
 RENDEZVOUS_SECONDS = 1800
 MONITOR_SECONDS = 0.05
 SHUTDOWN_SECONDS = 5
-"""After one rank failed, the others get SIGTERM, and this much later SIGKILL."""
+"""After one rank has failed, the other ranks receive SIGTERM, and SIGKILL after this time."""
 COMMAND = [sys.executable, "-u", "-m", "finetune_trainer", "train"]
 
 
 def main(arguments: list[str]) -> int:
-    """Run the ranks of this pod; 0 if all ended with 0."""
+    """Run the ranks of this pod; returns 0 if all of them ended with exit code 0, else 1."""
     die_with_parent()
     options = _parse(arguments)
     failures = _run_single_rank() if options.nodes * options.processes == 1 else _run_ranks(options)
@@ -42,7 +43,7 @@ def _run_single_rank() -> Failures:
 
 
 def _run_ranks(options: argparse.Namespace) -> Failures:
-    """Run this pod's ranks of a gang with torchelastic."""
+    """Run this pod's ranks with torchelastic."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -8,11 +8,11 @@ from pathlib import Path
 
 RESULT_FILE = "agent.json"
 Failures = dict[str, dict[str, int]]
-"""Exit code, pid and time of each failed rank, by rank."""
+"""Exit code, pid and time (seconds since 1970) of each failed rank, by rank."""
 
 
 def write_failures(work: Path, failures: Failures) -> None:
-    """Write the file atomically. Without failures it says that all ranks ended with 0."""
+    """Write the file atomically. Empty `failures` mean that all ranks ended with exit code 0."""
     partial = work / f".{RESULT_FILE}"
     partial.write_text(json.dumps({"failures": failures, "time": time.time()}))
     partial.rename(work / RESULT_FILE)
@@ -24,4 +24,4 @@ def read_exit_codes(work: Path) -> dict[int, int] | None:
         value = json.loads((work / RESULT_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return {int(rank): int(one["exitCode"]) for rank, one in value["failures"].items()}
+    return {int(rank): int(failure["exitCode"]) for rank, failure in value["failures"].items()}

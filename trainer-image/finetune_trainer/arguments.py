@@ -20,7 +20,7 @@ OPTIMIZER_PATH = "training.optimizer"
 LIGER_PATH = "model.ligerKernels"
 LOW_MEMORY_OPTIMIZER = "paged_adamw_8bit"
 OPTIMIZER_PACKAGES = {"schedule_free_": "schedulefree", "adamw_torch_4bit": "torchao", "adamw_torch_8bit": "torchao"}
-"""Packages of optimizers that need more than torch and bitsandbytes, by the first letters of the optimizer's name."""
+"""Package that an optimizer needs besides torch and bitsandbytes, by the prefix of the optimizer's name."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class MemorySavers:
 
     @staticmethod
     def choose(run: RunConfig, hardware: Hardware) -> MemorySavers:
-        """The options of a run. Errors: ConfigError BackendNeedsGpu."""
+        """Choose the options for a run. Errors: ConfigError BackendNeedsGpu."""
         training = run.spec.training
         mode = training.gradient_checkpointing or GradientCheckpointing.DISABLED
         name = training.optimizer or "adamw_torch_fused"
@@ -43,21 +43,21 @@ class MemorySavers:
             return MemorySavers(mode, name, liger)
         if hardware.is_cpu:
             raise ConfigError(
-                "BackendNeedsGpu", "trainer.backend unsloth is the path for one GPU with low memory use, and this job runs on CPU",
-                hint="write `backend: transformers`, or ask for a GPU",
+                "BackendNeedsGpu", "trainer.backend unsloth needs a GPU, and this job runs on CPU",
+                hint="write `backend: transformers`, or request a GPU",
             )  # fmt: skip
         if CHECKPOINTING_PATH in run.defaults and mode is not GradientCheckpointing.DISABLED:
             mode = GradientCheckpointing.UNSLOTH
         name = LOW_MEMORY_OPTIMIZER if OPTIMIZER_PATH in run.defaults else name
         liger = liger or LIGER_PATH in run.defaults
-        note = f"backend unsloth is this trainer's own single-GPU path: optimizer {name}, gradientCheckpointing {mode}, liger kernels {liger}"
+        note = f"trainer.backend unsloth selects options that save GPU memory: optimizer {name}, gradientCheckpointing {mode}, liger kernels {liger}"
         return MemorySavers(mode, name, liger, (note,))
 
 
 def shared_arguments(
     run: RunConfig, inputs: Inputs, hardware: Hardware, strategy: DistributedStrategy, *, evaluates: bool
 ) -> dict[str, Any]:
-    """Keyword arguments of TrainingArguments. `evaluates`: whether there is validation data.
+    """Return the keyword arguments of TrainingArguments. `evaluates`: the run has validation data.
 
     Errors: ConfigError OptimizerUnknown, SchedulerParameterInvalid, EvaluationWithoutData.
     """
@@ -77,7 +77,7 @@ def shared_arguments(
         "max_grad_norm": 1.0 if training.max_grad_norm is None else training.max_grad_norm,
         "optim": require_optimizer(savers.optimizer),
         "use_liger_kernel": savers.liger,
-        # The fused cross entropy replaces the forward pass, which TRL's losses and a reward model's head do not support.
+        # liger's fused cross entropy replaces the forward pass. TRL's losses and a reward model's head need the original one.
         "liger_kernel_config": {"fused_linear_cross_entropy": False} if savers.liger else None,
         "adam_beta1": 0.9 if training.adam_beta1 is None else training.adam_beta1,
         "adam_beta2": 0.999 if training.adam_beta2 is None else training.adam_beta2,
@@ -93,7 +93,7 @@ def shared_arguments(
         "dataloader_pin_memory": not hardware.is_cpu,
         "disable_tqdm": True,
         "report_to": [],
-        # With the filter, transformers logs the last finite loss instead of a loss that is not finite.
+        # With the filter, transformers would log the last finite loss in place of a NaN or infinite loss.
         "logging_nan_inf_filter": False,
         **_checkpointing(run, savers.checkpointing),
         **_intervals(run, evaluates),
@@ -106,14 +106,14 @@ def _seed(run: RunConfig) -> int:
 
 
 def unused_warmup_notes(run: RunConfig) -> list[str]:
-    """Notes on a warm-up that the constant schedule ignores. Schedule-free optimizers read it themselves."""
+    """Return notes about warm-up settings that the constant schedule ignores. Schedule-free optimizers apply the warm-up themselves."""
     training = run.spec.training
     if training.scheduler is not Scheduler.CONSTANT or (training.optimizer or "").startswith("schedule_free_"):
         return []
-    given = {"training.warmupSteps": training.warmup_steps, "training.warmupRatio": training.warmup_ratio}
+    warmup_settings = {"training.warmupSteps": training.warmup_steps, "training.warmupRatio": training.warmup_ratio}
     return [
-        f"{path} {value:g} has no effect with training.scheduler constant: constantWithWarmup warms up"
-        for path, value in given.items() if value and path not in run.defaults
+        f"{path} {value:g} has no effect with training.scheduler constant: write constantWithWarmup for a warm-up"
+        for path, value in warmup_settings.items() if value and path not in run.defaults
     ]  # fmt: skip
 
 
@@ -128,10 +128,10 @@ def _warmup(run: RunConfig) -> float | int:
 def _intervals(run: RunConfig, evaluates: bool) -> dict[str, Any]:
     """When to log, save and evaluate. Errors: ConfigError EvaluationWithoutData."""
     checkpoint, evaluation, tracking = run.spec.checkpoint, run.spec.evaluation, run.spec.tracking
-    when = evaluation.strategy or When.NO
-    if when is not When.NO and not evaluates:
+    evaluation_strategy = evaluation.strategy or When.NO
+    if evaluation_strategy is not When.NO and not evaluates:
         raise ConfigError(
-            "EvaluationWithoutData", f"evaluation.strategy is {when}, but there is no validation data",
+            "EvaluationWithoutData", f"evaluation.strategy is {evaluation_strategy}, but there is no validation data",
             hint="give dataset.validation or dataset.split.validation, or write `strategy: no`",
         )  # fmt: skip
     tracks_best = checkpoint.load_best_at_end is True or run.spec.training.early_stopping is not None
@@ -141,7 +141,7 @@ def _intervals(run: RunConfig, evaluates: bool) -> dict[str, Any]:
         "logging_first_step": tracking.log_first_step is not False,
         "save_strategy": str(checkpoint.strategy or When.STEPS),
         "save_steps": checkpoint.steps or 100,
-        "eval_strategy": str(when),
+        "eval_strategy": str(evaluation_strategy),
         "eval_steps": evaluation.steps or checkpoint.steps or 100,
         "per_device_eval_batch_size": evaluation.batch_size_per_device or run.spec.training.batch_size_per_device or 4,
         "load_best_model_at_end": checkpoint.load_best_at_end is True,
@@ -165,30 +165,30 @@ def _checkpointing(run: RunConfig, mode: GradientCheckpointing) -> dict[str, Any
 
 
 def require_optimizer(name: str) -> str:
-    """The optimizer's name. Errors: ConfigError OptimizerUnknown, OptimizerUnavailable (a package is missing)."""
+    """Return `name` if this image can run the optimizer. Errors: ConfigError OptimizerUnknown, OptimizerUnavailable (a package is missing)."""
     from difflib import get_close_matches
 
     from transformers.training_args import OptimizerNames
 
-    known = [one.value for one in OptimizerNames]
+    known = [optimizer.value for optimizer in OptimizerNames]
     if name not in known:
-        near = get_close_matches(name, known, n=3) or ["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
+        similar_names = get_close_matches(name, known, n=3) or ["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
         raise ConfigError(
-            "OptimizerUnknown", f"training.optimizer {name!r} is not known", hint=f"write one of {', '.join(near)}"
+            "OptimizerUnknown", f"training.optimizer {name!r} is not known", hint=f"write one of {', '.join(similar_names)}"
         )
     package = next((package for prefix, package in OPTIMIZER_PACKAGES.items() if name.startswith(prefix)), None)
     if package is not None and find_spec(package) is None:
         raise ConfigError(
             "OptimizerUnavailable", f"training.optimizer {name} needs the package {package}, which this image does not have",
-            hint="write adamw_torch_fused or adamw_8bit, or give an image of your own in placement.image",
+            hint="write adamw_torch_fused or adamw_8bit, or set placement.image to an image that has the package",
         )  # fmt: skip
     return name
 
 
 def choose_kernels(args: Any, run: RunConfig, model_type: str) -> list[str]:
-    """Turn liger's kernels off if there are none for the model and only a default asked for them. Returns notes for the status.
+    """Turn off liger's kernels if the model has none and the user did not request them. Returns notes for the status.
 
-    Errors: ConfigError KernelsUnavailable if the user asked for them.
+    Errors: ConfigError KernelsUnavailable if the user requested them.
     """
     if not args.use_liger_kernel:
         return []

@@ -1,8 +1,9 @@
 """Keeps the weights of the best checkpoint until the end of training, also across attempts.
 
-transformers loads the best checkpoint from its folder at the end of training, and only warns if the folder is gone: deleted after its
-upload, or written by an earlier attempt whose pod no longer exists. The weights of the best checkpoint are therefore kept in a
-folder next to the checkpoints, and each later checkpoint carries them under a file name prefix, where a resumed attempt finds them.
+At the end of training, transformers loads the best checkpoint from its folder, and only logs a warning if the folder is missing.
+The folder may have been deleted after its upload, or written by an earlier attempt on another pod. This module therefore keeps the
+best weights in a folder next to the checkpoints. Each later checkpoint includes these files under a file name prefix, so that a
+resumed attempt finds them.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ WEIGHT_FILE = re.compile(r"^(adapter_model|adapter_config|model|pytorch_model).*
 BEST_FOLDER = "best"
 """Name of the folder with the best weights, in the Trainer's output folder."""
 CHUNK_BYTES = 64 << 20
-"""Bytes that are broadcast to the other nodes at once."""
+"""Size of one chunk in a broadcast to the other nodes."""
 
 
 class KeepBest(TrainerCallback):
-    """Links the best weights whenever a checkpoint is saved. One rank of each node does so; every rank reads them at the end."""
+    """Hard-links the best weights whenever a checkpoint is saved. One rank per node creates the links; every rank reads the files at the end."""
 
     def __init__(self, resumed: Path | None) -> None:
         self._resumed = resumed
@@ -36,60 +37,60 @@ class KeepBest(TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Restore the best weights from the checkpoint that this attempt resumed from.
 
-        transformers drops `best_model_checkpoint` if that folder is not on this disk, but keeps `best_global_step`.
+        transformers drops `best_model_checkpoint` if its folder is not on this disk, but keeps `best_global_step`.
         """
         if self._resumed is None or not state.best_global_step:
             return
-        kept = Path(str(args.output_dir)) / BEST_FOLDER
-        is_best_itself = state.best_global_step == state.global_step
-        files = list(_weights(self._resumed) if is_best_itself else _carried(self._resumed))
+        best_weights = Path(str(args.output_dir)) / BEST_FOLDER
+        resumed_is_best = state.best_global_step == state.global_step
+        files = list(_weights(self._resumed) if resumed_is_best else _included_best_files(self._resumed))
         if not files:  # the best loss was measured between two checkpoints, so no checkpoint holds those weights
             return
         if args.local_process_index == 0:
-            _replace_files(kept, iter(files))
-        state.best_model_checkpoint = str(kept)
+            _replace_files(best_weights, iter(files))
+        state.best_model_checkpoint = str(best_weights)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Keep the weights of this checkpoint if it is the best, else add the best weights to it."""
+        """Keep the weights of this checkpoint if it is the best one; otherwise add the best weights to this checkpoint."""
         if args.local_process_index > 0 or not state.best_global_step:
             return
         root = Path(str(args.output_dir))
-        folder, kept = root / f"checkpoint-{state.global_step}", root / BEST_FOLDER
+        folder, best_weights = root / f"checkpoint-{state.global_step}", root / BEST_FOLDER
         if state.best_global_step == state.global_step:
-            _replace_files(kept, _weights(folder))
+            _replace_files(best_weights, _weights(folder))
         elif folder.is_dir():
-            for name, file in _weights(kept):
+            for name, file in _weights(best_weights):
                 _link(file, folder / (BEST_PREFIX + name))
 
 
 def copy_to_all_nodes(args: TrainingArguments) -> None:
-    """Copy the best weights from rank 0's disk to the other nodes, which have not written any. All ranks call this together."""
+    """Copy the best weights from rank 0's disk to the disks of the other nodes. A collective: all ranks must call it."""
     if args.world_size == int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)):
         return
-    kept = Path(str(args.output_dir)) / BEST_FOLDER
-    received = kept.with_name(BEST_FOLDER + ".received")
-    writes = args.local_process_index == 0 and args.process_index > 0
-    if writes:
+    best_weights = Path(str(args.output_dir)) / BEST_FOLDER
+    received = best_weights.with_name(BEST_FOLDER + ".received")
+    is_writer = args.local_process_index == 0 and args.process_index > 0
+    if is_writer:
         shutil.rmtree(received, ignore_errors=True)
         received.mkdir(parents=True)
-    chunks = _chunks(kept) if args.process_index == 0 else iter(())
+    chunks = _chunks(best_weights) if args.process_index == 0 else iter(())
     while True:
         message = [next(chunks, None)]
         distributed.broadcast_object_list(message, src=0, device=args.device)
         if message[0] is None:
             break
         name, data = message[0]
-        if writes:
+        if is_writer:
             with (received / name).open("ab") as file:
                 file.write(data)
-    if writes:
-        _replace_files(kept, _weights(received))
+    if is_writer:
+        _replace_files(best_weights, _weights(received))
         shutil.rmtree(received)
     distributed.barrier()
 
 
 def _chunks(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """File names and contents of the weights, at most `CHUNK_BYTES` at a time."""
+    """Yield the weight files in chunks: file name and at most `CHUNK_BYTES` of its contents."""
     for name, file in _weights(folder):
         with file.open("rb") as source:
             while data := source.read(CHUNK_BYTES):
@@ -98,8 +99,8 @@ def _chunks(folder: Path) -> Iterator[tuple[str, bytes]]:
 
 def best_folder(trainer: Any) -> Path:
     """Folder with the best weights. Errors: NoCheckpointError BestCheckpointMissing."""
-    kept = Path(str(trainer.args.output_dir)) / BEST_FOLDER
-    for folder in (kept, Path(str(trainer.state.best_model_checkpoint))):
+    best_weights = Path(str(trainer.args.output_dir)) / BEST_FOLDER
+    for folder in (best_weights, Path(str(trainer.state.best_model_checkpoint))):
         if any(True for _ in _weights(folder)):
             return folder
     raise NoCheckpointError(
@@ -109,7 +110,7 @@ def best_folder(trainer: Any) -> Path:
 
 
 def _replace_files(folder: Path, files: Iterator[tuple[str, Path]]) -> None:
-    """Make `folder` hold exactly these files, by one rename, so that no reader sees a part of them."""
+    """Replace the contents of `folder` by these files. The last step is a rename, so that no reader sees only some of the files."""
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -120,20 +121,20 @@ def _replace_files(folder: Path, files: Iterator[tuple[str, Path]]) -> None:
 
 
 def _weights(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Weight files of a checkpoint, by name."""
+    """Yield name and path of each weight file of a checkpoint."""
     if folder.is_dir():
         yield from ((file.name, file) for file in sorted(folder.iterdir()) if WEIGHT_FILE.match(file.name))
 
 
-def _carried(folder: Path) -> Iterator[tuple[str, Path]]:
-    """The best checkpoint's files inside another checkpoint, by their original name."""
+def _included_best_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the files of the best checkpoint that another checkpoint includes: original name and path."""
     for file in sorted(folder.iterdir()):
         if file.name.startswith(BEST_PREFIX):
             yield file.name.removeprefix(BEST_PREFIX), file
 
 
 def _link(source: Path, target: Path) -> None:
-    """A hard link; a copy where the file system has none."""
+    """Create a hard link, or a copy if the file system has no hard links."""
     try:
         os.link(source, target)
     except OSError:

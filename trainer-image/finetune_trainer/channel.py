@@ -2,7 +2,7 @@
 
 A rank sends stages, progress, metrics, staged checkpoints and failures. Sending does not block training: heartbeats, progress
 and metrics are dropped when the supervisor is busy; failures, staged checkpoints and the final model wait a bounded time. The
-supervisor writes two files for its ranks: `inputs.json` (everything is fetched) and `stop` (save and end).
+supervisor writes two files for its ranks: `inputs.json` (all inputs are downloaded) and `stop` (save a checkpoint and end).
 
 How a rank uses it (see `finetune_trainer.rank`, which calls `train.preload()` if there is one, then `train.main`):
 
@@ -44,11 +44,11 @@ STOP_FILE = "stop"
 """File in the work folder that exists once the pod was asked to stop. It holds the deadline in seconds since 1970."""
 POLL_SECONDS = 0.05
 SEND_TIMEOUT_SECONDS = 20.0
-"""How long a message that must arrive waits for a busy supervisor."""
+"""How long to retry a message that must arrive while the supervisor is busy."""
 MAX_MESSAGE_BYTES = 60_000
 SPILL_SUFFIX = ".json"
 Sender = Callable[[dict[str, Any], float], bool]
-"""Sends a message, waiting at most this many seconds; returns False if it was dropped."""
+"""Function that sends a message and waits at most this many seconds; returns False if it dropped the message."""
 
 
 class Channel:
@@ -66,7 +66,7 @@ class Channel:
     @classmethod
     def from_env(cls) -> Channel:
         """The channel of this process, from the environment that the supervisor and torchrun set."""
-        numbers = {name: int(os.environ.get(name.upper(), default)) for name, default in _NUMBERS.items()}
+        numbers = {name: int(os.environ.get(name.upper(), default)) for name, default in _RANK_VARIABLES.items()}
         node = int(os.environ.get("GROUP_RANK", os.environ.get(Env.NODE_RANK, "0")))
         work = Path(os.environ.get(Env.WORK_DIR, WORK_MOUNT))
         address = os.environ.get(SOCKET)
@@ -77,24 +77,24 @@ class Channel:
         """A channel without a supervisor, for tests: it keeps its messages in `sent`."""
         channel = cls(_discard, work, **world)
 
-        def keep(message: dict[str, Any], _timeout: float) -> bool:
+        def record(message: dict[str, Any], _timeout: float) -> bool:
             channel.sent.append(message)
             return True
 
-        channel._send = keep
+        channel._send = record
         return channel
 
     # ---- from the supervisor ----
 
     def wait_inputs(self, timeout: float | None = None) -> Inputs:
-        """Wait until the supervisor has fetched everything.
+        """Wait until the supervisor has downloaded all inputs.
 
-        Errors: InternalError `InputsTimeout` after `timeout` seconds. Without a timeout the supervisor ends the rank.
+        Errors: InternalError `InputsTimeout` after `timeout` seconds. Without a timeout the rank waits until the supervisor kills it.
         """
         end = math.inf if timeout is None else time.monotonic() + timeout
         while (inputs := Inputs.read(self.work)) is None:
             if time.monotonic() > end:
-                raise InternalError("InputsTimeout", f"model and data were not there after {timeout:g} s")
+                raise InternalError("InputsTimeout", f"model and data were not downloaded within {timeout:g} s")
             time.sleep(POLL_SECONDS)
         return inputs
 
@@ -113,19 +113,19 @@ class Channel:
         self._send_reliably("hello", pid=os.getpid())
 
     def stage(self, stage: Stage, detail: str | None = None) -> None:
-        """Report the stage of this rank, and more detail as a text."""
+        """Report the stage of this rank, with an optional detail text."""
         self._send_if_possible("stage", stage=stage.value, detail=detail)
 
     def progress(self, progress: Progress) -> None:
-        """Report progress; merged into earlier reports."""
+        """Report progress. The supervisor merges it into earlier reports."""
         self._send_if_possible("progress", value=progress.to_wire())
 
     def metrics(self, metrics: Metrics) -> None:
-        """Report the last values; merged into earlier reports. The caller leaves out non-finite values."""
+        """Report the newest metrics. The supervisor merges them into earlier reports. The caller leaves out non-finite values."""
         self._send_if_possible("metrics", value=metrics.to_wire())
 
     def resolved(self, resolved: Resolved) -> None:
-        """Report how the run is really set up; merged into earlier reports."""
+        """Report the effective configuration of the run. The supervisor merges it into earlier reports."""
         self._send_reliably("resolved", value=resolved.to_wire())
 
     def note(self, text: str) -> None:
@@ -137,7 +137,7 @@ class Channel:
         self._send_if_possible("heartbeat", step=step)
 
     def alive(self) -> None:
-        """Send a heartbeat within a step (evaluation, a long accumulation)."""
+        """Send a heartbeat during a step: in an evaluation or a long gradient accumulation."""
         self._send_if_possible("alive")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
@@ -147,7 +147,7 @@ class Channel:
     # ---- messages that must arrive ----
 
     def failed(self, error: FineTuneError, *, step: int | None = None, origin: bool = True) -> None:
-        """Report a failure; the process then exits with `error.exit_code`. `origin` is False if a peer failed first."""
+        """Report a failure; the process then exits with `error.exit_code`. `origin` is False if another rank failed first."""
         message = error.message if len(error.message) < 8000 else error.message[:8000] + " ..."
         self._send_reliably(
             "failed", code=error.code, message=message, hint=error.hint, failureClass=error.failure_class.value,
@@ -173,20 +173,20 @@ class Channel:
         self._send(self._envelope(kind, fields), SEND_TIMEOUT_SECONDS)
 
     def _envelope(self, kind: str, fields: dict[str, Any]) -> dict[str, Any]:
-        head = {"kind": kind, "rank": self.rank, "localRank": self.local_rank, "timeNs": time.time_ns()}
-        return head | {name: _plain(value) for name, value in fields.items() if value is not None}
+        header = {"kind": kind, "rank": self.rank, "localRank": self.local_rank, "timeNs": time.time_ns()}
+        return header | {name: _to_json_value(value) for name, value in fields.items() if value is not None}
 
 
-_NUMBERS = {"rank": "0", "local_rank": "0", "world_size": "1"}
+_RANK_VARIABLES = {"rank": "0", "local_rank": "0", "world_size": "1"}
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     if isinstance(value, WireModel):
         return value.to_wire()
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: _to_json_value(inner) for key, inner in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 
@@ -195,7 +195,7 @@ def _discard(_message: dict[str, Any], _timeout: float) -> bool:
 
 
 def socket_sender(address: str) -> Sender:
-    """A sender over the datagram socket at `address`. A missing supervisor is no error: its end also ends this rank."""
+    """A sender over the datagram socket at `address`. A missing supervisor is not an error: this rank ends with its supervisor."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
     connection.setblocking(False)
 
@@ -230,7 +230,7 @@ def _spill(data: bytes, folder: Path) -> bytes:
 
 
 def read_spilled(message: dict[str, Any], folder: Path) -> Any:
-    """The message, from its file if it was too large for a datagram. Errors: OSError, ValueError if the file is missing or no JSON."""
+    """Return the message, or its contents from the file if it was too large for a datagram. Errors: OSError, ValueError for a bad file."""
     name = message.get("spilled")
     if not (isinstance(name, str) and name.endswith(SPILL_SUFFIX)):
         return message

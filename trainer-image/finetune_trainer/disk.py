@@ -1,4 +1,4 @@
-"""Free space for the pod: the smaller of what its file system and its ephemeral-storage limit leave."""
+"""Free space for the pod, limited by the file system and by the pod's ephemeral-storage limit."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def free_bytes(work: Path) -> int:
     existing = work
     while not existing.exists():
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    free_on_disk = shutil.disk_usage(existing).free
     limit = os.environ.get(Env.DISK_LIMIT)
-    return free if limit is None else min(free, int(limit) - _used(work))
+    return free_on_disk if limit is None else min(free_on_disk, int(limit) - _used_bytes(work))
 
 
-def _used(folder: Path) -> int:
-    """Bytes on disk below a folder. A file with several names counts once, as the kubelet counts it."""
+def _used_bytes(folder: Path) -> int:
+    """Bytes on disk below a folder. A file with several hard links counts once, as in the kubelet."""
     sizes: dict[tuple[int, int], int] = {}
     for parent, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # files may be removed meanwhile
-                found = Path(parent, name).lstat()
-                sizes[found.st_dev, found.st_ino] = found.st_blocks * 512
+                status = Path(parent, name).lstat()
+                sizes[status.st_dev, status.st_ino] = status.st_blocks * 512
     return sum(sizes.values())

@@ -1,6 +1,6 @@
-"""What every objective's Trainer does besides training: it ends runs that would otherwise go wrong without an error.
+"""Checks of every objective's Trainer: they end runs that would otherwise go wrong without an error.
 
-`GuardedTrainer` is mixed into TRL's trainers. It connects the distributed strategy and refuses checkpoints that do not fit.
+`GuardedTrainer` is mixed into TRL's trainers. It connects the distributed strategy and refuses checkpoints whose weights do not match the model.
 `FiniteGuard` ends a run whose loss or gradient norm is not finite.
 """
 
@@ -33,11 +33,11 @@ logger = logging.getLogger(__name__)
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_WEIGHTS = "model.safetensors"
 QUANTIZATION_STATE = (".absmax", ".quant_map", ".quant_state.", ".nested_")
-"""Parts of the names under which bitsandbytes saves the scales of a frozen 4-bit weight. The loaded model has them already."""
+"""Parts of the names under which bitsandbytes saves the scales of a frozen 4-bit weight. The loaded base model already has these scales."""
 
 
 class GuardedTrainer(OpenTrainer):
-    """Mixed in before a TRL trainer. `distributed.connect_trainer_class` makes a class of it with its `strategy`."""
+    """Mix-in for TRL trainers. `distributed.connect_trainer_class` derives a class from it and sets `strategy`."""
 
     strategy: DistributedStrategy
     meter: Meter | None = None
@@ -52,7 +52,7 @@ class GuardedTrainer(OpenTrainer):
     def run_epoch(self, *args: Any, **options: Any) -> None:
         """Train on one pass over the data, unless a checkpoint of the last step was restored.
 
-        transformers compares the step with `max_steps` after a step only, so that a run resumed at its last step would do one more.
+        transformers compares the step with `max_steps` only after a step. A run that resumes from its last step would train one step too many.
         """
         if self._is_complete():
             self.control.should_training_stop = True
@@ -60,8 +60,10 @@ class GuardedTrainer(OpenTrainer):
         super().run_epoch(*args, **options)
 
     def _is_complete(self) -> bool:
-        early = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
-        stopped_early = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in early)
+        callbacks = [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
+        stopped_early = any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience for callback in callbacks
+        )
         return stopped_early or self.state.global_step >= self.state.max_steps
 
     def get_batch_samples(self, batches: Iterator[Any], *args: Any, **options: Any) -> Any:
@@ -71,7 +73,7 @@ class GuardedTrainer(OpenTrainer):
         return super().get_batch_samples(_timed(batches, self.meter), *args, **options)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the throughput since the last log line, and the peak of GPU memory."""
+        """Add the throughput since the last log line and the peak GPU memory to the logged values."""
         if self.meter is not None and self.model.training and "loss" in logs:
             logs.update(self.meter.read(int(self.state.num_input_tokens_seen)))
             if self.args.device.type == "cuda":
@@ -85,14 +87,14 @@ class GuardedTrainer(OpenTrainer):
         super().load_best_model()
 
     def create_optimizer(self, model: Any = None) -> Any:
-        """The optimizer. LoRA+ needs parameter groups of its own."""
+        """Create the optimizer. LoRA+ needs its own parameter groups: the A and B matrices have different learning rates."""
         if self.optimizer is None and self.lora_plus_ratio != 1.0:
             from peft.optimizers import create_loraplus_optimizer
 
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             learning_rate = options.pop("lr")
             self.optimizer = create_loraplus_optimizer(
-                model=self.model, optimizer_cls=kind, lr=learning_rate, loraplus_lr_ratio=self.lora_plus_ratio,
+                model=self.model, optimizer_cls=optimizer_class, lr=learning_rate, loraplus_lr_ratio=self.lora_plus_ratio,
                 loraplus_weight_decay=self.args.weight_decay, **options,
             )  # fmt: skip
             return self.optimizer
@@ -107,7 +109,7 @@ class GuardedTrainer(OpenTrainer):
         load_states_keeping_settings(self.optimizer, self.lr_scheduler, load)
 
     def create_scheduler(self, *args: Any, **options: Any) -> Any:
-        """The learning-rate schedule. Errors: ConfigError SchedulerParameterInvalid for values that it rejects."""
+        """Create the learning-rate schedule. Errors: ConfigError SchedulerParameterInvalid if the schedule rejects a value."""
         try:
             return super().create_scheduler(*args, **options)
         except (ValueError, TypeError) as error:
@@ -119,33 +121,33 @@ class GuardedTrainer(OpenTrainer):
     def load_checkpoint_weights(self, folder: str, model: Any = None) -> None:
         """Load the weights of a checkpoint that is either an adapter or a model.
 
-        transformers looks for model.safetensors first, so that a stray one next to an adapter leaves the adapter untrained.
+        If a folder holds model.safetensors and an adapter, transformers loads only the former, and the adapter's weights are lost.
         Errors: NoCheckpointError CheckpointForeign.
         """
         path = Path(folder)
         if (path / ADAPTER_WEIGHTS).exists() and (path / MODEL_WEIGHTS).exists() and not self.is_fsdp_enabled:
             raise NoCheckpointError(
                 "CheckpointForeign", f"{path.name} holds both {ADAPTER_WEIGHTS} and {MODEL_WEIGHTS}: it is not one checkpoint",
-                hint="remove the file that does not belong there",
+                hint="remove the file that does not belong to the checkpoint",
             )  # fmt: skip
         super().load_checkpoint_weights(folder, model)
 
     def check_loaded_keys(self, missing: list[str], unexpected: list[str]) -> None:
         """Refuse a checkpoint with missing or unexpected weights. Errors: NoCheckpointError CheckpointForeign."""
         tied = tied_weight_names(self.model)
-        strange = [key for key in missing if key not in tied]
-        strange += [key for key in unexpected if not any(part in key for part in QUANTIZATION_STATE)]
-        if strange:
+        mismatched = [key for key in missing if key not in tied]
+        mismatched += [key for key in unexpected if not any(part in key for part in QUANTIZATION_STATE)]
+        if mismatched:
             raise NoCheckpointError(
-                "CheckpointForeign", f"the checkpoint has other weights than this run trains: {', '.join(strange[:4])}",
+                "CheckpointForeign", f"the checkpoint has other weights than this run trains: {', '.join(mismatched[:4])}",
                 hint="resume with the method, targets and model that it was made with",
             )  # fmt: skip
 
 
 def _timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:
-    """The same batches; adds the time that each takes to arrive to the meter.
+    """Yield the same batches, and add the time spent waiting for each batch to the meter.
 
-    Only the iterator is timed: transformers also counts the tokens of all ranks, which waits for the slowest rank and not for data.
+    Only the iterator is timed. `get_batch_samples` also counts the tokens of all ranks, and so waits for the slowest rank.
     """
     while True:
         began = time.perf_counter()
@@ -157,7 +159,7 @@ def _timed(batches: Iterator[Any], meter: Meter) -> Iterator[Any]:
 
 
 class FiniteGuard(TrainerCallback):
-    """Ends the run when a loss or the gradient norm is not finite: such weights do not recover."""
+    """Ends the run when a loss or the gradient norm is not finite: training does not recover from such a step."""
 
     def on_log(
         self,
@@ -197,7 +199,6 @@ class LogLine(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **_: Any,
     ) -> None:
-        """Write the line."""
         values = [f"{key} {logs[key]:.4g}" for key in self.METRICS if logs and isinstance(logs.get(key), float | int)]
         if state.is_world_process_zero and values:
             logger.info("step %d/%d  %s", state.global_step, state.max_steps, "  ".join(values))

@@ -50,14 +50,14 @@ class RankFailure:
 DISK_FULL_MESSAGES = ("No space left on device", "PytorchStreamWriter failed writing file")
 """Messages of libraries that write weights to a full disk: their exceptions carry no errno."""
 SHARED_MEMORY_PATHS = ("</torch_", "/dev/shm")  # noqa: S108 -- names in messages
-"""Names of shared memory in messages of torch and of the system: a full one is not a full disk."""
+"""Paths of shared memory in error messages of torch and of the system. Full shared memory is not a full disk."""
 
 BUILD_TOOLS = ("c++", "g++", "gcc", "cc", "clang", "nvcc", "ninja")
 IMAGE_PACKAGES = (
     "accelerate", "bitsandbytes", "datasets", "deepspeed", "liger_kernel", "numpy", "peft", "safetensors", "tokenizers", "torch",
     "transformers", "triton", "trl",
 )  # fmt: skip
-"""Packages that the trainer image installs. A module that is missing for a user's own code is not among them."""
+"""Packages that the trainer image installs. A module that only a user's own code needs is not listed."""
 INSTALLATION_MESSAGES = (
     "cannot open shared object file", "failed to find c compiler", "ninja is required to load c++ extensions", "cuda_home",
     "cuda driver version is insufficient", "found no nvidia driver", "the nvidia driver on your system is too old",
@@ -73,7 +73,7 @@ def local_disk_full() -> StorageError:
 
 
 def classify(error: BaseException) -> tuple[FineTuneError, bool]:
-    """The named failure for an exception of a rank, and whether it is the rank's own (False: a peer failed first)."""
+    """Return the named failure for an exception of a rank, and whether this rank failed by itself (False: another rank failed first)."""
     if isinstance(error, FineTuneError):
         return error, not isinstance(error, PeerError)
     name, text = type(error).__name__, str(error).lower()
@@ -83,29 +83,29 @@ def classify(error: BaseException) -> tuple[FineTuneError, bool]:
             "InstallationBroken",
             f"the trainer image or the node lacks something that this job needs: {name}: {_first_line(error)}",
         ), True
-    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(word in text for word in MEMORY_MESSAGES):
-        return _memory(error, name), True
+    if name == "OutOfMemoryError" or isinstance(error, MemoryError) or any(message in text for message in MEMORY_MESSAGES):
+        return _memory_exhausted(error), True
     if name in PEER_TYPES or (
-        isinstance(error, RuntimeError | ConnectionError) and any(w in text for w in PEER_MESSAGES)
+        isinstance(error, RuntimeError | ConnectionError) and any(message in text for message in PEER_MESSAGES)
     ):
         return PeerError(
             "PeerLost", f"a collective failed: {_first_line(error)}", hint="see the other ranks' logs"
         ), False
     if (isinstance(error, OSError) and error.errno == errno.ENOSPC) or any(
-        word in str(error) for word in DISK_FULL_MESSAGES
+        message in str(error) for message in DISK_FULL_MESSAGES
     ):
         return _shared_memory_full() if any(
-            file in str(error) for file in SHARED_MEMORY_PATHS
+            path in str(error) for path in SHARED_MEMORY_PATHS
         ) else local_disk_full(), True
     frames = traceback.extract_tb(error.__traceback__)
-    where = f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
+    location = f" at {frames[-1].filename.rpartition('/')[2]}:{frames[-1].lineno}" if frames else ""
     return InternalError(
-        "TrainerCrashed", f"{name}: {_first_line(error)}{where}", hint="the traceback is in the pod's log"
+        "TrainerCrashed", f"{name}: {_first_line(error)}{location}", hint="the traceback is in the pod's log"
     ), True
 
 
 def _is_installation_broken(error: BaseException) -> bool:
-    """Whether a compiler, a package of the image, a shared library or a driver is missing: another attempt cannot help."""
+    """Whether a compiler, a package of the image, a shared library or a driver is missing. Another attempt would fail in the same way."""
     if isinstance(error, FileNotFoundError) and _is_build_tool(str(error.filename)):
         return True
     if isinstance(error, ImportError) and (error.name or "").partition(".")[0] in IMAGE_PACKAGES:
@@ -114,12 +114,12 @@ def _is_installation_broken(error: BaseException) -> bool:
 
 
 def _is_build_tool(path: str) -> bool:
-    """Whether a missing file is a program: a data set may be called `cc`, too."""
+    """Whether the path of a missing file is that of a build tool. A data set may also be named `cc`."""
     folder, _, name = path.rpartition("/")
     return name in BUILD_TOOLS and folder.rpartition("/")[2] in ("", "bin")
 
 
-def _memory(error: BaseException, name: str) -> MemoryExhaustedError:
+def _memory_exhausted(error: BaseException) -> MemoryExhaustedError:
     if isinstance(error, MemoryError) or "cpuallocator" in str(error).lower():
         return MemoryExhaustedError(
             "HostMemory", f"the pod's memory is exhausted: {_first_line(error)}", hint="raise resources.memory"
@@ -131,7 +131,7 @@ def _memory(error: BaseException, name: str) -> MemoryExhaustedError:
 
 
 def _shared_memory_full() -> PeerError:
-    """74, like the SIGBUS that full shared memory also causes. With 71 the operator would lower the batch size in vain."""
+    """The failure for full shared memory: 74, as for the SIGBUS that it also causes. After 71 the operator would lower the batch size in vain."""
     return PeerError(
         "SharedMemoryFull", "the pod's shared memory, /dev/shm, is full", hint="raise resources.sharedMemory"
     )
@@ -143,11 +143,11 @@ def _first_line(error: BaseException) -> str:
 
 
 def failure_from_message(message: dict[str, Any]) -> RankFailure:
-    """The failure that a rank reported. Fields that cannot be read get a default: the rest still names the cause."""
+    """The failure that a rank reported. An unreadable field gets a default value, so that the other fields still name the cause."""
     code = _int_or(message.get("exitCode"), ExitCode.INTERNAL)
     kind = ERROR_OF_CODE.get(code, InternalError)
-    given = message.get("failureClass")
-    failure_class = FailureClass(given) if given in list(FailureClass) else EXIT_POLICIES[kind.exit_code].failure_class
+    reported_class = message.get("failureClass")
+    failure_class = FailureClass(reported_class) if reported_class in list(FailureClass) else EXIT_POLICIES[kind.exit_code].failure_class
     hint = message.get("hint")
     error = kind(
         str(message.get("code", "Unknown")),
@@ -172,12 +172,12 @@ def _int_or(value: Any, default: Default) -> int | Default:
 
 
 def printable(text: str) -> str:
-    """The text without what cannot be encoded as UTF-8: messages of libraries may hold unpaired surrogates."""
+    """Replace characters that UTF-8 cannot encode: messages of libraries may hold unpaired surrogates."""
     return text.encode(errors="replace").decode()
 
 
 def failure_from_exit_code(rank: int, code: int, *, host_memory: bool = False) -> RankFailure:
-    """The failure of a rank of which only the exit code is known. `host_memory`: the kernel killed a process of this pod for memory."""
+    """The failure of a rank that reported nothing, from its exit code. `host_memory`: the kernel's OOM killer ended a process of this pod."""
     if code < 0:
         name = signal.Signals(-code).name if -code in list(signal.Signals) else f"signal {-code}"
         return RankFailure(
@@ -207,7 +207,11 @@ def _killed(rank: int, number: int, name: str, host_memory: bool) -> FineTuneErr
 
 
 def root_cause(failures: Iterable[RankFailure]) -> RankFailure | None:
-    """The failure to report, of several: a rank's own before a peer's, then by precedence, a reported one before an exit code, the earliest."""
+    """Choose the failure to report.
+
+    The order: a rank's own failure before the loss of a peer, then by precedence, a reported failure before an exit code, the
+    earliest failure.
+    """
     ordered = sorted(
         failures,
         key=lambda one: (not one.origin, EXIT_POLICIES[one.error.exit_code].precedence, not one.reported, one.time_ns),

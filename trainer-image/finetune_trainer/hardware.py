@@ -1,4 +1,4 @@
-"""The device of this rank, and the precision and attention that follow from it."""
+"""Chooses the device, precision and attention implementation of this rank."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Hardware:
 def detect(run: RunConfig, local_rank: int) -> Hardware:
     """Choose device, precision and attention for this rank.
 
-    Errors: ConfigError DeviceAbsent (cuda or mps is asked for and missing), PrecisionUnavailable (the device cannot compute in fp16 or
+    Errors: ConfigError DeviceAbsent (cuda or mps is requested and missing), PrecisionUnavailable (the device cannot compute in fp16 or
     bf16), AttentionPrecision (flash attention without 16 bits).
     """
     import torch
@@ -65,15 +65,15 @@ def trains_on_quantized_base(run: RunConfig) -> bool:
 
 def uses_gpu(run: RunConfig) -> bool:
     """Whether the run trains on a CUDA device."""
-    asked = run.spec.training.device or Device.AUTO
-    return asked is Device.CUDA or (asked is Device.AUTO and run.world.gpus_per_node > 0)
+    requested = run.spec.training.device or Device.AUTO
+    return requested is Device.CUDA or (requested is Device.AUTO and run.world.gpus_per_node > 0)
 
 
 def _device(run: RunConfig, local_rank: int) -> torch.device:
     import torch
 
-    asked = run.spec.training.device or Device.AUTO
-    if asked is Device.MPS:
+    requested = run.spec.training.device or Device.AUTO
+    if requested is Device.MPS:
         if not torch.backends.mps.is_available():
             raise ConfigError(
                 "DeviceAbsent", "training.device is mps, and this machine has no MPS device", hint="write auto"
@@ -84,12 +84,12 @@ def _device(run: RunConfig, local_rank: int) -> torch.device:
     if not torch.cuda.is_available() and run.world.gpus_per_node == 0:
         raise ConfigError(
             "DeviceAbsent",
-            "training.device is cuda, and the job asks for no GPU",
+            "training.device is cuda, and the job requests no GPU",
             hint="write auto, or set resources.gpusPerNode",
         )
     if not torch.cuda.is_available():
         raise ConfigError(
-            "DeviceAbsent", f"the job asks for {run.world.gpus_per_node} GPUs a node, and torch sees none",
+            "DeviceAbsent", f"the job requests {run.world.gpus_per_node} GPUs per node, and torch finds none",
             hint="set resources.gpusPerNode: 0 for a CPU run, or check driver and resources.gpuResource",
         )  # fmt: skip
     return torch.device("cuda", local_rank % torch.cuda.device_count())
@@ -99,28 +99,28 @@ def _precision(run: RunConfig, device: torch.device) -> tuple[bool, bool]:
     """Whether the forward pass computes in bf16, and whether in fp16."""
     import torch
 
-    asked = run.spec.training.mixed_precision or MixedPrecision.AUTO
+    requested = run.spec.training.mixed_precision or MixedPrecision.AUTO
     supports_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if asked is MixedPrecision.AUTO and trains_on_quantized_base(run):
-        return True, False  # autocast converts the inputs of 16-bit modules between 4-bit ones
-    if asked is MixedPrecision.AUTO:
+    if requested is MixedPrecision.AUTO and trains_on_quantized_base(run):
+        return True, False  # autocast converts the inputs of 16-bit modules that follow 4-bit modules
+    if requested is MixedPrecision.AUTO:
         return (False, False) if device.type != "cuda" else (supports_bf16, not supports_bf16)
-    if asked is MixedPrecision.FP16 and device.type != "cuda":
+    if requested is MixedPrecision.FP16 and device.type != "cuda":
         raise ConfigError(
             "PrecisionUnavailable", "training.mixedPrecision is fp16, which needs a GPU", hint="write bf16, no or auto"
         )
-    if asked is MixedPrecision.BF16 and not supports_bf16:
+    if requested is MixedPrecision.BF16 and not supports_bf16:
         raise ConfigError("PrecisionUnavailable", f"{_name(device)} cannot compute in bf16", hint="write fp16 or auto")
-    return asked is MixedPrecision.BF16, asked is MixedPrecision.FP16
+    return requested is MixedPrecision.BF16, requested is MixedPrecision.FP16
 
 
 def _dtype(run: RunConfig, device: torch.device, bf16: bool) -> torch.dtype | str:
     """Trained base weights are loaded in 32 bits unless `model.dtype` says otherwise: 16 bits lose small updates."""
     import torch
 
-    asked = run.spec.model.dtype or Dtype.AUTO
-    if asked is not Dtype.AUTO:
-        return {Dtype.FLOAT16: torch.float16, Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT32: torch.float32}[asked]
+    requested = run.spec.model.dtype or Dtype.AUTO
+    if requested is not Dtype.AUTO:
+        return {Dtype.FLOAT16: torch.float16, Dtype.BFLOAT16: torch.bfloat16, Dtype.FLOAT32: torch.float32}[requested]
     if trains_on_quantized_base(run):
         return torch.bfloat16
     if device.type == "cpu" or trains_base_weights(run.spec):
@@ -130,13 +130,13 @@ def _dtype(run: RunConfig, device: torch.device, bf16: bool) -> torch.dtype | st
 
 def _attention(run: RunConfig, device: torch.device) -> tuple[str, list[str]]:
     """transformers' name of the attention implementation, and notes for the status."""
-    asked = run.spec.model.attention or Attention.AUTO
-    if asked is Attention.FLASH_ATTENTION_2:
+    requested = run.spec.model.attention or Attention.AUTO
+    if requested is Attention.FLASH_ATTENTION_2:
         if device.type == "cuda" and find_spec("flash_attn") is not None:
             return FLASH_ATTENTION, []
         reason = "flash-attn is not installed" if device.type == "cuda" else "the run uses no GPU"
         return "sdpa", [f"model.attention flashAttention2 is not available ({reason}): sdpa is used"]
-    return {Attention.AUTO: "sdpa", Attention.SDPA: "sdpa", Attention.EAGER: "eager"}[asked], []
+    return {Attention.AUTO: "sdpa", Attention.SDPA: "sdpa", Attention.EAGER: "eager"}[requested], []
 
 
 def _name(device: torch.device) -> str:

@@ -1,9 +1,9 @@
 """Imports the heavy libraries that a job needs, and hides those it does not need.
 
 Ranks import while the supervisor downloads. Two packages take seconds to import, and other libraries import them whenever they
-are installed: bitsandbytes (by peft) and deepspeed (by accelerate, whenever a model is saved). For a job that needs neither, an
-entry None in `sys.modules` makes `importlib` report them as not installed. scipy is hidden only while transformers is imported,
-which needs it for object detection losses (half a second); a later import of scipy works.
+are installed: bitsandbytes (by peft) and deepspeed (by accelerate, whenever a model is saved). If a job does
+not need such a package, its entry in `sys.modules` is set to None, and `importlib` reports it as not installed. scipy is hidden
+only while transformers is imported: transformers imports it for object detection losses, which takes half a second.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`inputs.json`: the local paths of everything that the supervisor has fetched and checked for its ranks.
 
-Ranks import their libraries while the supervisor downloads. The file appears, by rename and therefore complete, when model,
-data and the checkpoint to resume from are on the local disk. A rank downloads nothing itself.
+Ranks import their libraries while the supervisor downloads. When model, data and the checkpoint to
+resume from are on the local disk, the supervisor writes this file atomically. A rank downloads nothing itself.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ class RestoredCheckpoint(WireModel):
     """A committed checkpoint, downloaded and found to match its manifest."""
 
     path: Path = Field(description="Local folder, as the Trainer wrote it: a plain HF or PEFT folder.")
-    step: int = Field(ge=1, description="Optimizer steps done in it.")
-    uri: str = Field(description="Its address in storage.")
-    manifest: dict[str, Any] = Field(default_factory=dict, description="Its manifest.")
+    step: int = Field(ge=1, description="Optimizer steps done at the checkpoint.")
+    uri: str = Field(description="Address of the checkpoint in storage.")
+    manifest: dict[str, Any] = Field(default_factory=dict, description="Manifest of the checkpoint.")
 
 
 class Inputs(WireModel):
     """Local paths of everything a rank reads, and the folder it may write to."""
 
     model: Path = Field(description="Folder of the base model.")
-    tokenizer: Path | None = Field(default=None, description="Folder of the tokenizer; absent: the model's.")
+    tokenizer: Path | None = Field(default=None, description="Folder of the tokenizer; absent if the model's folder holds it.")
     adapter: Path | None = Field(
         default=None, description="Folder of the adapter to continue training (method.adapter)."
     )
@@ -42,7 +42,7 @@ class Inputs(WireModel):
     dataset_digest: str = Field(description="sha256 (hex) over the training files' contents.")
     restore: RestoredCheckpoint | None = Field(default=None, description="The checkpoint to resume from.")
     output_dir: Path = Field(description="Scratch folder for the Trainer (its output_dir) on local disk.")
-    config_maps: Path = Field(description="Root of mounted ConfigMaps: `<this>/<name>/<key>`.")
+    config_maps: Path = Field(description="Folder of the mounted ConfigMaps, with one file `<name>/<key>` for each key.")
 
     def write(self, work: Path) -> None:
         """Write `<work>/inputs.json` atomically."""

@@ -17,15 +17,15 @@ from transformers import Trainer, TrainingArguments
 class OpenTrainer(Trainer):  # type: ignore[misc]  # transformers ships no types
     """A Trainer whose private steps can be overridden under public names.
 
-    Each pair below does the same: transformers calls the private method, which calls the public one, which by default runs the
-    implementation of transformers. transformers has no callback at these points (`trainer.py`, v5.23).
+    Each pair of methods works the same way: transformers calls the private method, the private method calls the public one, and
+    the public one runs the implementation of transformers unless overridden. transformers has no callback at these points (`trainer.py`, v5.23).
     """
 
     def _run_epoch(self, *args: Any, **options: Any) -> None:
         self.run_epoch(*args, **options)
 
     def run_epoch(self, *args: Any, **options: Any) -> None:
-        """Train on one pass over the data. Overridden because transformers compares the step with `max_steps` after a step only."""
+        """Train on one pass over the data. Overridden because transformers compares the step with `max_steps` only after a step."""
         super()._run_epoch(*args, **options)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -106,12 +106,12 @@ def use_one_device(args: TrainingArguments) -> None:
 
 
 def tied_weight_names(model: Any) -> set[str]:
-    """Names of the weights that are another weight's second name; checkpoints hold them once."""
+    """Names of weights that share their tensor with another weight; checkpoints store such a tensor once."""
     return set(getattr(model, "_tied_weights_keys", None) or ())
 
 
 def attention_implementation(model: Any) -> str:
-    """The attention that the model really uses. The public argument `attn_implementation` says only what was asked for."""
+    """The attention implementation in use. The public argument `attn_implementation` only shows the requested one."""
     return str(model.config._attn_implementation)
 
 
@@ -193,7 +193,7 @@ def expose_head_bias(model: Any) -> None:
 
 
 def continuable_adapter_types() -> Collection[str]:
-    """Words of `peft_type` in an adapter's configuration that this version of PEFT knows."""
+    """Values of `peft_type` in an adapter's configuration that this version of PEFT knows."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     return [str(getattr(kind, "value", kind)) for kind in PEFT_TYPE_TO_CONFIG_MAPPING]

@@ -21,16 +21,16 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 END_OF_SEQUENCE = "<eos>"
-"""Word of `model.padToken` for the end token."""
+"""Value of `model.padToken` that selects the end token."""
 COMPUTE_DTYPE_PATH = "model.quantization.computeDtype"
 RESERVED_TOKEN = re.compile(
     r"^(<\|?(finetune_right_)?pad(_id)?\|?>|\[PAD\]|<\|(reserved_special_token|extra|dummy|unused)_?\d+\|>|<unk>|<\|endoftext\|>)$"
 )
-"""Tokens that vocabularies reserve for padding and other uses of the reader."""
+"""Tokens that vocabularies reserve for padding and for other purposes."""
 
 
 def load_tokenizer(run: RunConfig, inputs: Inputs) -> tuple[Any, list[str]]:
-    """The tokenizer with a pad token, and notes for the status. Errors: NotFoundError TokenizerUnreadable; ConfigError."""
+    """Load the tokenizer and set its pad token; returns it with notes for the status. Errors: NotFoundError TokenizerUnreadable; ConfigError."""
     from transformers import AutoTokenizer
 
     folder = inputs.tokenizer or inputs.model
@@ -44,14 +44,14 @@ def load_tokenizer(run: RunConfig, inputs: Inputs) -> tuple[Any, list[str]]:
     return tokenizer, [*notes, *_choose_pad_token(tokenizer, run.spec.model.pad_token)]
 
 
-def _choose_pad_token(tokenizer: Any, asked: str | None) -> list[str]:
-    """Set the pad token: the asked one, the tokenizer's own, a reserved one, or the end token, in this order."""
+def _choose_pad_token(tokenizer: Any, requested: str | None) -> list[str]:
+    """Set the pad token: the requested token, the tokenizer's own pad token, a reserved token, or the end token, in this order."""
     known = tokenizer.get_vocab()
-    if asked is not None:
-        token = tokenizer.eos_token if asked == END_OF_SEQUENCE else asked
+    if requested is not None:
+        token = tokenizer.eos_token if requested == END_OF_SEQUENCE else requested
         if token not in known:
             raise ConfigError(
-                "PadTokenUnknown", f"model.padToken {asked!r} is not in the vocabulary",
+                "PadTokenUnknown", f"model.padToken {requested!r} is not in the vocabulary",
                 hint=f"write a token of the vocabulary or {END_OF_SEQUENCE} for the end token, or remove the field",
             )  # fmt: skip
         tokenizer.pad_token = token
@@ -65,7 +65,7 @@ def _choose_pad_token(tokenizer: Any, asked: str | None) -> list[str]:
             "PadTokenUnknown", "the tokenizer has neither a pad nor an end token", hint="set model.padToken"
         )
     return [
-        f"the tokenizer has no pad token: short rows are filled with {tokenizer.pad_token}, which is not trained there"
+        f"the tokenizer has no pad token: short rows are padded with {tokenizer.pad_token}; padding is not trained"
     ]
 
 
@@ -90,10 +90,10 @@ def load_model(
     kind: str = "causal",
     quantize: bool = True,
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The complete base model, and notes for the status.
+    """Load the base model and check that no weight is missing; returns it with notes for the status.
 
     `skip_quantization`: modules that stay unquantised. `sharded`: FSDP will shard the weights. `kind`: `causal` for a language model,
-    `reward` for a head with one output. `quantize` False: unquantised, whatever the spec says.
+    `reward` for a head with one output. `quantize` False: load unquantised weights and ignore the spec.
 
     Errors: NotFoundError ModelUnreadable, ModelIncomplete (class Model); ConfigError QuantizedBase.
     """
@@ -129,7 +129,7 @@ def max_positions(config: Any) -> int | None:
 def quantization_config(
     run: RunConfig, hardware: Hardware, *, skip: tuple[str, ...] = (), sharded: bool = False
 ) -> BitsAndBytesConfig | None:
-    """How the frozen base model is quantised; None: not at all. `skip`: modules that stay unquantised, besides the head."""
+    """The quantisation of the frozen base model; None without quantisation. `skip`: modules that stay unquantised, in addition to the head."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -137,19 +137,19 @@ def quantization_config(
     bits = base_bits(run.spec)
     if bits is None:
         return None
-    keep = ["lm_head", "score", *skip] if skip else None
+    unquantized = ["lm_head", "score", *skip] if skip else None
     if bits == 8:
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=keep)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=unquantized)
     types = {
         ComputeDtype.BFLOAT16: torch.bfloat16,
         ComputeDtype.FLOAT16: torch.float16,
         ComputeDtype.FLOAT32: torch.float32,
     }
     default = ComputeDtype.FLOAT32 if hardware.is_cpu else ComputeDtype.BFLOAT16
-    asked = spec.compute_dtype if spec else None
+    requested = spec.compute_dtype if spec else None
     if trains_on_quantized_base(run) and COMPUTE_DTYPE_PATH in run.defaults:
-        asked = ComputeDtype.BFLOAT16
-    compute = types[asked or default]
+        requested = ComputeDtype.BFLOAT16
+    compute = types[requested or default]
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=str((spec.type if spec else None) or QuantizationType.NF4),
@@ -157,16 +157,16 @@ def quantization_config(
         bnb_4bit_compute_dtype=compute,
         # FSDP leaves weights of an integer type unsharded with only a warning, so the bytes are stored as floats.
         bnb_4bit_quant_storage=compute if sharded else torch.uint8,
-        llm_int8_skip_modules=keep,
+        llm_int8_skip_modules=unquantized,
     )
 
 
 def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
-    """Notes on a model that is stored quantised. Errors: ConfigError QuantizedBase if the method needs unquantised weights."""
-    found = getattr(config, "quantization_config", None)
-    if found is None:
+    """Return notes about a model whose weights are stored quantised. Errors: ConfigError QuantizedBase if the method needs unquantised weights."""
+    stored = getattr(config, "quantization_config", None)
+    if stored is None:
         return []
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", "unknown")
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", "unknown")
     if trains_base_weights(run.spec):
         raise ConfigError(
             "QuantizedBase", f"the model is stored quantised ({method}), and method {run.spec.method.type} trains the base weights",
@@ -177,18 +177,18 @@ def _check_prequantized(config: Any, run: RunConfig) -> list[str]:
             "QuantizedBase", f"the model is stored quantised ({method}), and method.lora.init loftq needs the unquantised weights",
             hint="give the unquantised model, or remove init",
         )  # fmt: skip
-    if method == "bitsandbytes" and not needs_bitsandbytes(run):  # the library is hidden from this job, see `imports`
-        bits = 8 if _loads_in_8_bits(found) else 4
+    if method == "bitsandbytes" and not needs_bitsandbytes(run):  # `imports` hides the library from this job
+        bits = 8 if _loads_in_8_bits(stored) else 4
         raise ConfigError(
-            "QuantizedBase", f"the model is stored in {bits} bits by bitsandbytes, and the spec does not say so",
+            "QuantizedBase", f"the model is stored in {bits} bits by bitsandbytes, but model.quantization is not set",
             hint=f"write `model: {{quantization: {{bits: {bits}}}}}`, or give the unquantised model",
         )  # fmt: skip
-    return [f"the model is stored quantised ({method}) and stays so"]
+    return [f"the model is stored quantised ({method}) and stays quantised"]
 
 
 def _loads_in_8_bits(quantization: Any) -> bool:
-    found = quantization.get("load_in_8bit") if isinstance(quantization, dict) else quantization.load_in_8bit
-    return bool(found)
+    in_8_bits = quantization.get("load_in_8bit") if isinstance(quantization, dict) else quantization.load_in_8bit
+    return bool(in_8_bits)
 
 
 def _check_complete(info: Any, run: RunConfig, expected_missing: tuple[str, ...] = ()) -> None:
@@ -210,7 +210,7 @@ def _check_complete(info: Any, run: RunConfig, expected_missing: tuple[str, ...]
 def _unreadable(
     code: str, what: str, source: str | None, folder: Path, error: Exception, run: RunConfig
 ) -> NotFoundError:
-    """An error with the first line of the library's message, in which the source replaces the local path."""
+    """The error for an unreadable folder: the first line of the library's message, with the source in place of the local path."""
     source = redact_source(source or what)
     first = str(error).strip().split("\n")[0].replace(str(folder), source)[:300]
     files = sorted(path.name for path in folder.iterdir())[:12] if folder.is_dir() else []
@@ -218,18 +218,18 @@ def _unreadable(
     hint = (
         "set model.trustRemoteCode: true if you trust the source"
         if needs_remote_code
-        else f"give a {what} folder in the hub's layout; this one holds {', '.join(files) or 'no files'}"
+        else f"give a {what} folder in the layout of the Hugging Face hub; this folder holds {', '.join(files) or 'no files'}"
     )
     return NotFoundError(code, f"{source}: {first}", hint=hint)
 
 
 def count_parameters(model: Any) -> tuple[int, int]:
-    """Numbers of trained and of all values in the parameters."""
+    """Return the number of trained values and the number of all values in the parameters."""
     sizes = [(parameter_size(parameter), parameter.requires_grad) for parameter in model.parameters()]
     return sum(size for size, is_trained in sizes if is_trained), sum(size for size, _ in sizes)
 
 
 def parameter_size(parameter: Any) -> int:
-    """Number of values in a parameter. A 4-bit weight holds two in a byte; a ZeRO-3 parameter counts with its unsharded size."""
+    """Number of values in a parameter. A 4-bit weight holds two values per byte. A ZeRO-3 parameter counts with its unsharded size."""
     stored = int(getattr(parameter, "ds_numel", None) or parameter.numel())
     return stored * 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else stored

@@ -1,7 +1,7 @@
 """Child processes: start them, list all descendants, kill and reap them.
 
 When the agent dies, its ranks keep running, and would train to the end and commit. The supervisor is therefore the subreaper
-of all its descendants (PID 1 is one anyway) and kills every process that has it as an ancestor.
+of all its descendants (PID 1 always is) and kills every descendant.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def adopt_orphans() -> None:
 
 
 def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends. The child itself calls it."""
+    """Let the kernel kill this process when its parent ends. The child must call it."""
     _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
@@ -56,11 +56,11 @@ def descendants(root: int | None = None) -> list[int]:
             state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
             if state not in "ZX":
                 parents[int(folder.name)] = int(parent)
-    below, frontier = set(), {root or os.getpid()}
+    known, frontier = set(), {root or os.getpid()}
     while frontier:
-        frontier = {pid for pid, parent in parents.items() if parent in frontier and pid not in below}
-        below |= frontier
-    return sorted(below)
+        frontier = {pid for pid, parent in parents.items() if parent in frontier and pid not in known}
+        known |= frontier
+    return sorted(known)
 
 
 def kill_all_descendants(timeout: float = 10.0) -> None:

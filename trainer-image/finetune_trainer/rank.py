@@ -1,4 +1,4 @@
-"""The entry of one rank: import, wait for the inputs, train, and report how it ended."""
+"""Entry point of one rank: import the libraries, wait for the inputs, train, and report the result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ TRAINER = "FINETUNE_TRAINER_MODULE"
 
 
 def main() -> int:
-    """Run this rank and end the process. It does not return: exit handlers of libraries may hang on a lost peer."""
+    """Run this rank and end the process. Exit handlers are skipped, because those of libraries may wait for a lost rank for ever."""
     die_with_parent()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
@@ -49,7 +49,7 @@ def _run_and_report(channel: Channel) -> int:
         channel.message("stopped", step=stopped.step)
         return ExitCode.OK
     except BaseException as error:
-        # An InternalError that only wraps a library's exception: the exception itself can be classified better.
+        # If an InternalError only wraps a library's exception, classify that exception: its type is more specific.
         cause = (
             error.__cause__ if isinstance(error, InternalError) and isinstance(error.__cause__, Exception) else error
         )

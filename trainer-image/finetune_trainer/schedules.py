@@ -20,7 +20,7 @@ def scheduler_parameters(run: RunConfig) -> dict[str, float | int | str | bool]:
 
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, SchedulerType
 
-    given = run.spec.training.scheduler_parameters or {}
+    parameters = run.spec.training.scheduler_parameters or {}
     scheduler = run.spec.training.scheduler or Scheduler.COSINE
     function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(SCHEDULER_NAMES[scheduler])]
     known = set(inspect.signature(function).parameters) - {
@@ -29,13 +29,13 @@ def scheduler_parameters(run: RunConfig) -> dict[str, float | int | str | bool]:
         "num_training_steps",
         "last_epoch",
     }
-    unknown = sorted(set(given) - known)
+    unknown = sorted(set(parameters) - known)
     if unknown:
         raise ConfigError(
-            "SchedulerParameterInvalid", f"training.schedulerParameters: scheduler {scheduler} has no {', '.join(unknown)}",
-            hint=f"it has {', '.join(sorted(known)) or 'no parameters'}",
+            "SchedulerParameterInvalid", f"training.schedulerParameters: scheduler {scheduler} has no parameter {', '.join(unknown)}",
+            hint=f"parameters of this scheduler: {', '.join(sorted(known)) or 'none'}",
         )  # fmt: skip
-    return {name: _parse(text) for name, text in given.items()}
+    return {name: _parse(text) for name, text in parameters.items()}
 
 
 def _parse(text: str) -> float | int | str | bool:

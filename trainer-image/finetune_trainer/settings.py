@@ -1,4 +1,4 @@
-"""The settings of one pod, from its environment, and the run configuration, with its checksum verified."""
+"""Reads the settings of one pod from its environment, and the run configuration, whose checksum is verified."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from finetune_api.names import Env, incarnation
 from finetune_api.pod import RunConfig
 
 FINAL_UPLOAD_TIMEOUT_SECONDS = 1800.0
-"""How long to retry the upload of the final model while the store is unavailable. It holds all that was trained."""
+"""How long to retry the upload of the final model while the store is unavailable. Without it the whole run would be lost."""
 FINAL_UPLOAD_TIMEOUT_OF_0_1 = "FINETUNE_FINAL_PATIENCE_SECONDS"
 """The variable's name in version 0.1.0. Jobs may still set it in `placement.env`."""
 UNSAVED_TIMEOUT_SECONDS = 6 * 3600.0
@@ -37,7 +37,7 @@ class Settings:
 
     @classmethod
     def from_env(cls, *, run_file: str | None = None, work: str | None = None, port: int | None = None) -> Settings:
-        """From the variables of `names.Env`; arguments override them."""
+        """Read the variables of `names.Env`; arguments take precedence."""
         env = os.environ
         return cls(
             run_file=Path(run_file or env.get(Env.RUN_FILE) or names.RUN_FILE),
@@ -57,7 +57,7 @@ class Settings:
         )
 
     def incarnation(self, run: RunConfig) -> str:
-        """Name of the folders in storage that this incarnation writes. The ranks of all pods use rank 0's."""
+        """Name of the folders in storage that this incarnation writes. The ranks of all pods use the name of rank 0's pod."""
         return incarnation(run.attempt, self.pod_uid)
 
 
@@ -74,6 +74,6 @@ def load_run(settings: Settings) -> tuple[RunConfig, str]:
     digest = RunConfig.sha256(data)
     if settings.run_sha256 and digest != settings.run_sha256:
         raise InternalError(
-            "RunFileDamaged", f"{settings.run_file} has sha256 {digest}, {settings.run_sha256} was sent"
+            "RunFileDamaged", f"{settings.run_file} has sha256 {digest} instead of {settings.run_sha256}"
         )
     return read_run_config(data), digest

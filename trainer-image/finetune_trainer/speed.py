@@ -61,22 +61,22 @@ def trained_parameters(model: Any) -> int:
 def _matrices(model: Any) -> Iterator[tuple[Any, int]]:
     """Each parameter of the base model that takes part in matrix products, and how many of its values one token is multiplied with."""
     config, head = model.config.get_text_config(), model.get_output_embeddings()
-    head_ids = {id(one) for _, one in _used(head)} if head is not None else set()
-    lookups = {id(one) for one in model.get_input_embeddings().parameters()} - head_ids
-    experts = next((found for name in EXPERTS if (found := getattr(config, name, None))), None)
-    chosen = getattr(config, "num_experts_per_tok", None)
-    for name, parameter in _used(model, head_ids):
-        if ".lora_" not in name and id(parameter) not in lookups:
+    head_ids = {id(one) for _, one in _effective_parameters(head)} if head is not None else set()
+    lookup_ids = {id(one) for one in model.get_input_embeddings().parameters()} - head_ids
+    experts = next((count for name in EXPERTS if (count := getattr(config, name, None))), None)
+    experts_per_token = getattr(config, "num_experts_per_tok", None)
+    for name, parameter in _effective_parameters(model, head_ids):
+        if ".lora_" not in name and id(parameter) not in lookup_ids:
             numbers = parameter_size(parameter)
-            yield parameter, numbers * chosen // experts if experts and chosen and ".experts." in name else numbers
+            yield parameter, numbers * experts_per_token // experts if experts and experts_per_token and ".experts." in name else numbers
 
 
-def _used(module: Any, kept: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
-    """Named parameters, without the originals that PEFT has replaced by a trained copy (`modules_to_save`) unless their id is in `kept`."""
-    every = dict(module.named_parameters())
-    for name, parameter in every.items():
+def _effective_parameters(module: Any, kept_ids: Collection[int] = ()) -> Iterator[tuple[str, Any]]:
+    """Named parameters, without the originals that PEFT has replaced by a trained copy (`modules_to_save`) unless their id is in `kept_ids`."""
+    parameters = dict(module.named_parameters())
+    for name, parameter in parameters.items():
         copy = name.replace("original_module.", "modules_to_save.default.")
-        if copy == name or copy not in every or id(parameter) in kept:
+        if copy == name or copy not in parameters or id(parameter) in kept_ids:
             yield name, parameter
 
 
@@ -122,7 +122,7 @@ class Meter:
             return {}
         seconds = now - since[0]
         tokens_per_second = (tokens - since[1]) / seconds
-        found = {"tokens_per_second": tokens_per_second, "data_wait_share": min(1.0, waited / seconds)}
+        values = {"tokens_per_second": tokens_per_second, "data_wait_share": min(1.0, waited / seconds)}
         if self._peak:
-            found["mfu"] = tokens_per_second * self._flops / (self._peak * self._ranks)
-        return found
+            values["mfu"] = tokens_per_second * self._flops / (self._peak * self._ranks)
+        return values

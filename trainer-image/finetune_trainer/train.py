@@ -1,4 +1,4 @@
-"""One rank's run, from inputs on local disk to the final artefact: load, apply the method, verify, train, save."""
+"""The run of one rank, from inputs on the local disk to the final artefact: load, apply the method, verify, train, save."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ RULES_CHECKED_AGAIN = (
     "OptionOfAnotherMethod", "OptionOfAnotherObjective", "LoraInitialisation", "BiasBesideReference", "NewTokensUntrained", "DpoLosses",
     "HalfWeights", "BatchTooSmall", "ObjectiveAndMethod", "RewardIncomplete", "GenerationsDoNotDivide",
 )  # fmt: skip
-"""Rules of the API whose violation would train something else than was asked for. A rank checks them again, because run.json may
-come from an operator that does not know a rule, or from a test."""
+"""Rules of the API whose violation would train something else than the spec requests. A rank checks them again, because run.json
+may come from an operator without such a rule, or from a test."""
 
 
 def preload(run: RunConfig) -> None:
@@ -176,7 +176,7 @@ class Session:
         )  # fmt: skip
 
     def _own_callbacks(self) -> list[Any]:
-        """Callbacks besides those for checkpoints and reporting. They come first."""
+        """Callbacks other than those for checkpoints and reporting. They run first."""
         from transformers import EarlyStoppingCallback
 
         from finetune_trainer.best import KeepBest
@@ -205,7 +205,7 @@ class Session:
         return Verifier()
 
     def verify(self) -> None:
-        """Compare what runs with what was asked for, and report it.
+        """Check that the run matches the spec, and report the effective configuration.
 
         Errors: InternalError StrategyNotActive, AttentionSwapped, QuantizationNotActive, KernelsNotActive, PackingLeaks.
         """
@@ -280,11 +280,11 @@ class Session:
 def _checkpoint_hooks() -> Hooks:
     from finetune_trainer.checkpoint import rank
 
-    return rank  # type: ignore[return-value]  # a module with these three functions
+    return rank  # type: ignore[return-value]  # the module has the functions of Hooks
 
 
 def _name_base_by_source(folder: Path, run: RunConfig) -> None:
-    """Write the source of the base model into the adapter's configuration, where PEFT writes a path on this pod's disk."""
+    """Write the source of the base model into the adapter's configuration, in place of PEFT's path on this pod's disk."""
     config = folder / "adapter_config.json"
     if config.exists():
         value = json.loads(config.read_text())
@@ -293,7 +293,7 @@ def _name_base_by_source(folder: Path, run: RunConfig) -> None:
 
 
 def to_finetune_error(error: Exception) -> FineTuneError:
-    """A library's exception as MemoryExhaustedError GpuOutOfMemory, or as InternalError with its type and first line."""
+    """Convert a library's exception to MemoryExhaustedError GpuOutOfMemory, or to InternalError with the exception's type and first line."""
     import torch
 
     text = str(error).strip().split("\n")[0][:500]
@@ -305,7 +305,7 @@ def to_finetune_error(error: Exception) -> FineTuneError:
 
 
 def _disable_progress_bars() -> None:
-    """Progress bars rewrite a line, and a pod's log is read line by line."""
+    """Turn off progress bars: they overwrite a line, and a pod's log is a sequence of lines."""
     import datasets
     from transformers.utils import logging as hf_logging
 

@@ -1,4 +1,4 @@
-"""Proves before the first step that the libraries do what they were asked for. They often fall back without an error."""
+"""Checks before the first step that the libraries use the requested features: they often fall back to others without an error."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def require_attention(base: Any, hardware: Hardware) -> str:
     """The active attention implementation. Errors: InternalError AttentionSwapped if it is not the chosen one."""
     active = attention_implementation(base)
     if active != hardware.attention:
-        raise InternalError("AttentionSwapped", f"attention {hardware.attention} was asked for, {active} is active")
+        raise InternalError("AttentionSwapped", f"attention {hardware.attention} was requested, {active} is active")
     return active
 
 
 def require_quantization(base: Any, run: RunConfig, hardware: Hardware) -> None:
-    """Errors: InternalError QuantizationNotActive if the run asks for 4-bit or 8-bit weights, and no layer has any."""
-    asked = quantization_config(run, hardware)
-    if asked is None:
+    """Errors: InternalError QuantizationNotActive if the run requests 4-bit or 8-bit weights, and no layer has any."""
+    requested = quantization_config(run, hardware)
+    if requested is None:
         return
-    is_4bit = asked.load_in_4bit
+    is_4bit = requested.load_in_4bit
     kind = "Linear4bit" if is_4bit else "Linear8bitLt"
     layers = [layer for layer in base.modules() if type(layer).__name__ == kind]
     # The layer keeps the quantisation state even if FSDP has replaced its weight by a shard.
@@ -34,7 +34,7 @@ def require_quantization(base: Any, run: RunConfig, hardware: Hardware) -> None:
         for layer in layers
     ):
         bits = 4 if is_4bit else 8
-        raise InternalError("QuantizationNotActive", f"{bits}-bit weights were asked for, and no layer has any")
+        raise InternalError("QuantizationNotActive", f"{bits}-bit weights were requested, and no layer has any")
 
 
 def require_kernels(base: Any) -> None:
@@ -42,6 +42,6 @@ def require_kernels(base: Any) -> None:
     modules = (getattr(module.forward, "__module__", "") for module in base.modules())
     if not any(name.startswith("liger_kernel") for name in modules):
         raise InternalError(
-            "KernelsNotActive", f"liger kernels were asked for, and no layer of {type(base).__name__} uses one",
+            "KernelsNotActive", f"liger kernels were requested, and no layer of {type(base).__name__} uses one",
             hint="set model.ligerKernels: false",
         )  # fmt: skip

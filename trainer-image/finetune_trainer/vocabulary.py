@@ -1,7 +1,7 @@
 """Adds new tokens (`model.newTokens`) to the tokenizer and to the model's embeddings.
 
 A new row starts as the mean of all rows, in the embeddings and in the head. The new token then has an average probability, which
-random rows would make far too high or too low. Whether the rows are trained is decided by the method.
+random rows would make far too high or too low. The method decides whether the rows are trained.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from finetune_api.pod import RunConfig
 from finetune_api.sources import redact_source
 
 
-def add_tokens(tokenizer: Any, asked: Sequence[str] | None) -> list[int]:
+def add_tokens(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]:
     """Add tokens that are never split, whatever text surrounds them; returns their ids. Errors: ConfigError TokenKnown."""
-    if not asked:
+    if not new_tokens:
         return []
     from transformers import AddedToken
 
-    known = [token for token in asked if token in tokenizer.get_vocab()]
+    known = [token for token in new_tokens if token in tokenizer.get_vocab()]
     if known:
         raise ConfigError(
             "TokenKnown", f"model.newTokens names {', '.join(known)}, which the tokenizer already has",
-            hint="remove it: it is trained like any other token",
+            hint="remove it from model.newTokens: a token of the vocabulary is trained like any other",
         )  # fmt: skip
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in asked])
-    return new_token_ids(tokenizer, asked)
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in new_tokens])
+    return new_token_ids(tokenizer, new_tokens)
 
 
-def new_token_ids(tokenizer: Any, asked: Sequence[str] | None) -> list[int]:
+def new_token_ids(tokenizer: Any, new_tokens: Sequence[str] | None) -> list[int]:
     """Ids of the new tokens, in the given order."""
-    return [int(tokenizer.convert_tokens_to_ids(token)) for token in asked or ()]
+    return [int(tokenizer.convert_tokens_to_ids(token)) for token in new_tokens or ()]
 
 
 def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, parts: Sequence[Any] = ()) -> None:
-    """Add embedding rows for the new tokens. Without new tokens, check that the model has a row for every token that is used.
+    """Add embedding rows for the new tokens. Without new tokens, check that the model has a row for every token in the data.
 
     A tokenizer may hold more tokens than the model has rows (for images, for example), if none of them is in the data sets `parts`
     or is the pad token. Errors: ConfigError VocabularyDiffers, NewTokensSharded.
@@ -46,11 +46,11 @@ def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, parts: Sequence[A
     embeddings = model.get_input_embeddings().weight
     rows = int((getattr(embeddings, "ds_shape", None) or embeddings.shape)[0])
     if not ids:
-        used = max([tokenizer.pad_token_id, *map(_highest_id, parts)]) if rows < len(tokenizer) else 0
-        if used >= rows:
+        highest = max([tokenizer.pad_token_id, *map(_highest_id, parts)]) if rows < len(tokenizer) else 0
+        if highest >= rows:
             raise ConfigError(
                 "VocabularyDiffers", f"{redact_source(run.spec.model.source or '')} has {rows} embedding rows, and "
-                f"{tokenizer.convert_ids_to_tokens(used)!r} has id {used}",
+                f"{tokenizer.convert_ids_to_tokens(highest)!r} has id {highest}",
                 hint="give the model's own tokenizer, and name additional tokens in model.newTokens",
             )  # fmt: skip
         return
@@ -65,25 +65,25 @@ def fit_embeddings(model: Any, tokenizer: Any, run: RunConfig, parts: Sequence[A
 
 
 def _highest_id(part: Any) -> int:
-    """Highest token id in a data set's columns of ids; -1 without such columns."""
+    """The highest token id in the token columns of a data set; -1 without such columns."""
     import pyarrow.compute
 
     columns = [name for name in getattr(part, "column_names", ()) if name.endswith("_ids")]
-    found = [pyarrow.compute.max(pyarrow.compute.list_flatten(part.data.column(name))).as_py() for name in columns]
-    return max((one for one in found if one is not None), default=-1)
+    highest_ids = [pyarrow.compute.max(pyarrow.compute.list_flatten(part.data.column(name))).as_py() for name in columns]
+    return max((highest for highest in highest_ids if highest is not None), default=-1)
 
 
 @torch.no_grad()
 def _set_to_mean(model: Any, ids: list[int]) -> None:
     """Set the rows of the new tokens to the mean of all older rows."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    for weight in {id(end.weight): end.weight for end in modules if end is not None}.values():
+    for weight in {id(module.weight): module.weight for module in modules if module is not None}.values():
         weight[ids] = weight[: min(ids)].float().mean(0).to(weight.dtype)
 
 
 def embedding_names(model: Any) -> list[str]:
     """Last parts of the module names of the embeddings and, if its weight is not tied to them, of the head."""
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
-    found = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
-    untied = {id(end.weight): found[id(end)] for end in reversed(modules) if end is not None}
+    short_names = {id(module): name.rsplit(".", 1)[-1] for name, module in model.named_modules()}
+    untied = {id(module.weight): short_names[id(module)] for module in reversed(modules) if module is not None}
     return list(dict.fromkeys(reversed(untied.values())))
