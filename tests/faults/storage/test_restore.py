@@ -60,7 +60,7 @@ def remove(storage: ProxiedTree, key: str) -> None:
 
 def test_the_newest_checkpoint_is_restored(two: ProxiedTree, checkpoint: Path, tmp_path: Path) -> None:
     found = back(two, tmp_path)
-    assert (found.step, found.exact, found.note, found.damaged) == (10, True, None, [])
+    assert (found.step, found.exact, found.inexact_reason, found.damaged) == (10, True, None, [])
     assert found.path is not None
     same = {p.relative_to(found.path): p.read_bytes() for p in found.path.rglob("*") if p.is_file()}
     assert same == {p.relative_to(checkpoint): p.read_bytes() for p in checkpoint.rglob("*") if p.is_file()}

@@ -32,7 +32,7 @@ def test_backend_unsloth_changes_defaults(tmp_path: Path) -> None:
     arguments = gpu_arguments(tmp_path, {"trainer": {"backend": "unsloth"}})
     assert (arguments["optim"], arguments["use_liger_kernel"]) == ("paged_adamw_8bit", True)
     assert arguments["activation_checkpointing_kwargs"] == {"use_reentrant": False, "offload": True}
-    assert "backend unsloth is this trainer's own single-GPU path" in arguments["notes"][0]
+    assert "trainer.backend unsloth selects options that save GPU memory" in arguments["notes"][0]
 
 
 def test_backend_unsloth_keeps_values_of_the_user(tmp_path: Path) -> None:

@@ -68,11 +68,11 @@ def test_an_old_gpu_computes_in_fp16(old_gpu: None, tmp_path: Path) -> None:
             "write bf16, no or auto",
         ),
         ({"training": {"device": "mps"}}, "DeviceAbsent", "training.device is mps", "write auto"),
-        (GPU, "DeviceAbsent", "asks for 1 GPUs a node, and torch sees none", "resources.gpusPerNode: 0"),
+        (GPU, "DeviceAbsent", "requests 1 GPUs per node, and torch finds none", "resources.gpusPerNode: 0"),
         (
             {"training": {"device": "cuda"}},
             "DeviceAbsent",
-            "training.device is cuda, and the job asks for no GPU",
+            "training.device is cuda, and the job requests no GPU",
             "write auto",
         ),
     ],

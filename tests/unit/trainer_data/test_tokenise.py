@@ -115,7 +115,7 @@ def test_end_token_is_trained_on_although_it_is_the_pad_token(tmp_path: Path, mo
     run, inputs = make_run(tmp_path, model, {}, TEN)
     chosen, notes = load_tokenizer(run, inputs.model_copy(update={"tokenizer": tmp_path / "tokenizer"}))
     assert chosen.pad_token != chosen.eos_token and chosen.pad_token in ("<|pad|>", "<|endoftext|>")
-    assert "short rows are filled with" in notes[0]
+    assert "short rows are padded with" in notes[0]
     run, inputs = make_run(tmp_path, model, {"model": {"padToken": "<eos>"}}, TEN)
     forced, _ = load_tokenizer(run, inputs)
     assert forced.pad_token == forced.eos_token

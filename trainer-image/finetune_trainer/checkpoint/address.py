@@ -1,6 +1,6 @@
-"""What the URI of a job, of one checkpoint or of the final model names, and how to download it.
+"""Parses the URI of a job, of one checkpoint or of the final model, and downloads what is committed there.
 
-The marker of a step or of the model has a known key, so that it is found without a listing.
+The marker of a step or of the model has a known key, and is read without a listing.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Address:
 
 
 def parse_address(uri: str) -> Address:
-    """Parse a URI as it stands in a job's status: with or without the incarnation's folder."""
+    """Parse a URI from a job's status. The last part may be the incarnation's folder."""
     address, query = split_query(uri)
     parts = address.rstrip("/").split("/")
     for index in range(len(parts) - 1, 2, -1):
@@ -50,31 +50,31 @@ def parse_address(uri: str) -> Address:
 
 
 def find_committed(tree: Tree, where: Address) -> Iterator[Committed]:
-    """What is committed at the address: checkpoints, newest first, then the model. Errors: NotFoundError `NothingCommitted`."""
-    found = tree.committed() if where.whole_job else [one for one in [_at(tree, where.step)] if one]
+    """Yield the committed checkpoints at the address, newest first, then the committed model. Errors: NotFoundError `NothingCommitted`."""
+    committed = tree.committed() if where.whole_job else [one for one in [_committed_step(tree, where.step)] if one]
     if where.whole_job:
-        found += [model] if (model := tree.marker(None)) else []
-    if not found:
+        committed += [model] if (model := tree.marker(None)) else []
+    if not committed:
         raise NotFoundError(
             "NothingCommitted", f"nothing is committed at {tree.uri(prefix_of(where.step)) if not where.whole_job else tree.store.uri}",
-            hint="check the uri; `list` shows a job's tree",
+            hint="check the URI; `list` shows everything that a job has stored",
         )  # fmt: skip
-    yield from found
+    yield from committed
 
 
-def _at(tree: Tree, step: int | None) -> Committed | None:
+def _committed_step(tree: Tree, step: int | None) -> Committed | None:
     if step is None:
         return tree.marker(None)
     return tree.marker(step, healthy=tree.store.get(join(prefix_of(step), Storage.HEALTHY)) is not None)
 
 
 def download_committed(
-    tree: Tree, one: Committed, folder: Path, *, count: Counter | None = None, check_space: Counter | None = None
+    tree: Tree, committed: Committed, folder: Path, *, count: Counter | None = None, check_space: Counter | None = None
 ) -> str | None:
-    """Download into a folder and verify; returns what is wrong, or None. `check_space` is called with the size in bytes first."""
-    manifest = tree.manifest(one)
+    """Download into a folder and verify; returns the first problem, or None. First calls `check_space` with the size in bytes."""
+    manifest = tree.manifest(committed)
     if manifest is None:
-        return f"{tree.uri(join(one.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"
+        return f"{tree.uri(join(committed.folder, Storage.MANIFEST))} is missing or is not the manifest that was committed"
     if check_space:
         check_space(manifest.total_bytes)
-    return fetch_verified(tree, one.folder, manifest, folder, lambda path: True, count)
+    return fetch_verified(tree, committed.folder, manifest, folder, lambda path: True, count)

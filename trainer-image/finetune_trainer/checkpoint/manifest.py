@@ -31,7 +31,7 @@ class FileEntry(LenientModel):
 
 
 class RunFacts(LenientModel):
-    """What identifies a run when another attempt resumes from its checkpoint (see `restore.check_compatible`)."""
+    """Facts that `restore.check_compatible` compares when another attempt resumes from a checkpoint of the run."""
 
     model_revision: str = ""
     dataset_digest: str = ""
@@ -68,24 +68,24 @@ class Manifest(LenientModel):
     samples: int | None = None
     tokens: int | None = None
     eval_loss: float | None = None
-    graceful: bool = Field(default=False, description="Made because of a stop request.")
+    graceful: bool = Field(default=False, description="Saved because of a stop request.")
     kind: OutputKind | None = Field(default=None, description="Kind of a final artefact; absent in checkpoints.")
     facts: RunFacts = Field(default_factory=RunFacts)
     extra: dict[str, Any] = Field(default_factory=dict)
     files: list[FileEntry] = Field(default_factory=list)
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON; its sha256 is what the marker names."""
+        """Canonical JSON. The marker holds its sha256."""
         return json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":")).encode()
 
     @property
     def total_bytes(self) -> int:
         """Size of all files."""
-        return sum(one.size for one in self.files)
+        return sum(file.size for file in self.files)
 
 
 class Marker(WireModel):
-    """`_COMMITTED`: it makes a checkpoint exist."""
+    """The object `_COMMITTED`: a checkpoint exists if and only if it has a valid marker."""
 
     attempt: int
     path: str = Field(description="The incarnation's folder, next to the marker.")
@@ -104,7 +104,7 @@ class Marker(WireModel):
 
 
 class Part(LenientModel):
-    """Files that one pod of several has uploaded: `<incarnation>/.parts/node-<n>.json`, removed after the commit."""
+    """The files that one pod of several has uploaded: `<incarnation>/.parts/node-<n>.json`, removed after the commit."""
 
     node: int
     dropped: bool = Field(
@@ -114,12 +114,12 @@ class Part(LenientModel):
 
 
 def sha256_bytes(data: bytes) -> str:
-    """sha256 (hex)."""
+    """Return the sha256 (hex) of the bytes."""
     return hashlib.sha256(data).hexdigest()
 
 
 def entries_of(folder: Path) -> list[FileEntry]:
-    """All files below a folder with size and sha256, in path order."""
+    """Return path, size and sha256 of every file below a folder, in path order."""
     return [
         FileEntry(path=path.relative_to(folder).as_posix(), size=path.stat().st_size, sha256=sha256_file(path))
         for path in sorted(folder.rglob("*"))
@@ -128,7 +128,7 @@ def entries_of(folder: Path) -> list[FileEntry]:
 
 
 def step_of(folder: str) -> int | None:
-    """Step from the name of a checkpoint's folder; None for another name."""
+    """Return the step in the name of a checkpoint's folder; None for another name."""
     match = _STEP.match(folder)
     return int(match[1]) if match else None
 

@@ -1,8 +1,8 @@
 """Callbacks of the HF Trainer in each rank: report progress, stage checkpoints, stop at the agreed step.
 
 They come last in the Trainer's list of callbacks. A checkpoint includes the sums of the current logging window (`window`), so
-that a resumed run logs the same values as an uninterrupted one. A loss or weights that are not finite end the run before
-anything is saved.
+that a resumed run logs the same values as an uninterrupted run. If a loss or weight is not finite, the run ends before the
+checkpoint is saved.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from finetune_trainer.inputs import Inputs
 
 INCARNATION = "incarnation"
 START_SECONDS = 1800.0
-"""How long to wait for the other pods, which may still download."""
+"""How long to wait for the other pods, which may still be downloading."""
 HEARTBEAT_SECONDS = 1.0
 """Shortest time between two heartbeats within a step or an evaluation."""
 DISK_RESERVE_BYTES = 32 * 1024 * 1024
 OPTIMIZER_BYTES = 8
-"""Bytes of optimizer state per trained parameter (Adam's two moments), to estimate the first checkpoint."""
+"""Bytes of optimizer state per trained parameter (Adam's two moments). For the estimated size of the first checkpoint."""
 
 
 def callbacks(run: RunConfig, channel: Channel, inputs: Inputs) -> list[TrainerCallback]:
-    """The callbacks for this run, in this order, to be added after the Trainer's own."""
+    """Return the callbacks for this run. They must come after all others, in this order."""
     shared: GangStore = TcpGangStore(run.world.rendezvous_id) if channel.world_size > 1 else SingleRankStore()
     agree_on_start(channel, shared, inputs.restore.step if inputs.restore else 0)
     agreement = StopAgreement(channel, shared)
@@ -59,7 +59,7 @@ def finish(run: RunConfig, channel: Channel, model_dir: Path, kind: OutputKind, 
 
 
 def _incarnation(channel: Channel, shared: GangStore) -> str:
-    """The name of this incarnation, from rank 0's pod."""
+    """The name of this incarnation. All ranks use the name of rank 0's pod."""
     own = os.environ.get(Env.INCARNATION, "a1-00000000")
     if channel.rank == 0:
         shared.set(INCARNATION, own)
@@ -70,13 +70,13 @@ def _incarnation(channel: Channel, shared: GangStore) -> str:
 def agree_on_start(channel: Channel, shared: GangStore, step: int) -> None:
     """Check that all pods start from the same step. Each pod restores its checkpoint by itself.
 
-    Errors: PeerError `StartsDiffer`, e.g. if a download was damaged on its way to one pod only.
+    Errors: PeerError `StartsDiffer`, for example if one pod's download was damaged and this pod fell back to an older checkpoint.
     """
     shared.set(f"start-{channel.rank}", str(step))
     keys = [f"start-{rank}" for rank in range(channel.world_size)]
     steps = sorted({int(value) for value in shared.get_all(keys, START_SECONDS)})
     if len(steps) > 1:
-        raise PeerError("StartsDiffer", f"pods found checkpoints of different steps to start from: {steps}")
+        raise PeerError("StartsDiffer", f"the pods restored checkpoints of different steps: {steps}")
 
 
 class Reporter(TrainerCallback):
@@ -119,11 +119,11 @@ class Reporter(TrainerCallback):
         if not self._reports or not logs:
             return
         self._channel.log(state.global_step, {k: v for k, v in logs.items() if isinstance(v, int | float)})
-        seen = int(state.num_input_tokens_seen or 0)
+        tokens = int(state.num_input_tokens_seen or 0)
         self._channel.progress(
             Progress(
                 step=state.global_step, total_steps=state.max_steps, epoch=round(state.epoch or 0.0, 4),
-                tokens_seen=seen or None, tokens_per_second=_finite(logs.get("tokens_per_second"), 1) or self._recent_throughput(seen),
+                tokens_seen=tokens or None, tokens_per_second=_finite(logs.get("tokens_per_second"), 1) or self._recent_throughput(tokens),
             )
         )  # fmt: skip
         self._channel.metrics(
@@ -133,9 +133,9 @@ class Reporter(TrainerCallback):
             )
         )  # fmt: skip
 
-    def _recent_throughput(self, seen: int) -> float | None:
+    def _recent_throughput(self, tokens: int) -> float | None:
         """Tokens per second over the last log lines."""
-        self._tokens = [*self._tokens[-9:], (time.monotonic(), seen)]
+        self._tokens = [*self._tokens[-9:], (time.monotonic(), tokens)]
         (start, before), (now, after) = self._tokens[0], self._tokens[-1]
         return round((after - before) / (now - start), 1) if now > start and after > before else None
 
@@ -148,7 +148,7 @@ class Reporter(TrainerCallback):
 
 
 class Stager(TrainerCallback):
-    """Reports checkpoints that are complete on disk, and ends the run at the agreed step."""
+    """Reports each checkpoint that is complete on disk, and ends the run at the agreed step."""
 
     def __init__(
         self, channel: Channel, agreement: StopAgreement, incarnation: str, resumed: Path | None = None
@@ -157,16 +157,16 @@ class Stager(TrainerCallback):
         self._resumed = resumed
         self._window: Window | None = None
         self._open_tokens = 0
-        """Tokens of the current window, which the Trainer's state only counts at its next log line."""
+        """Tokens of the current logging window. The Trainer's state counts them only at the next log line."""
         self._stopping = False
         self._postponed = False
-        """A checkpoint is due, but waits for the evaluation or log line at the epoch's end."""
-        self._bytes = 0
+        """A checkpoint is due, but is saved only after the evaluation or log line at the epoch's end."""
+        self._last_size = 0
         """Size of the last checkpoint on this pod's disk."""
         self._save_started = 0.0
 
     def on_trainer_created(self, trainer: Any) -> None:
-        """Take the Trainer itself: its running sums are not passed to callbacks."""
+        """Keep the Trainer, because transformers does not pass its running sums to callbacks."""
         self._window = Window(trainer, self._channel.rank, self._channel.world_size)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -199,7 +199,7 @@ class Stager(TrainerCallback):
     def _before_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any) -> None:
         if not control.should_save:
             return
-        if not self._has_room(args, model):
+        if not self._has_disk_space(args, model):
             control.should_save = False
             self._channel.message(
                 "skipped", step=state.global_step, reason=Reason.STAGING_DISK_FULL.value,
@@ -212,16 +212,16 @@ class Stager(TrainerCallback):
         self._open_tokens = 0
         if self._window is not None:
             tokens = self._window.require_finite(model, state.global_step)
-            self._open_tokens = 0 if control.should_log else tokens  # a log line at this step counts them
+            self._open_tokens = 0 if control.should_log else tokens  # a log line at this step counts these tokens
 
-    def _has_room(self, args: TrainingArguments, model: Any) -> bool:
-        """Whether the disks of all ranks can hold another checkpoint. All ranks get the same answer."""
-        room = (
-            free_bytes(Path(str(args.output_dir)).parent) > (self._bytes or _estimated_size(model)) + DISK_RESERVE_BYTES
+    def _has_disk_space(self, args: TrainingArguments, model: Any) -> bool:
+        """Whether the disks of all ranks can hold another checkpoint. The result is the same on all ranks."""
+        fits = (
+            free_bytes(Path(str(args.output_dir)).parent) > (self._last_size or _estimated_size(model)) + DISK_RESERVE_BYTES
         )
         if self._channel.world_size == 1:
-            return room
-        flag = torch.tensor([int(room)], device=args.device)
+            return fits
+        flag = torch.tensor([int(fits)], device=args.device)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
         return bool(flag.item())
 
@@ -231,7 +231,7 @@ class Stager(TrainerCallback):
         if self._window is not None:
             self._window.write(folder)
         if self._channel.local_rank == 0:
-            self._bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            self._last_size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         self._channel.staged(
             step, folder, incarnation=self._incarnation, graceful=self._stopping, epoch=state.epoch,
             tokens=int(state.num_input_tokens_seen or 0) + self._open_tokens or None, evalLoss=_finite(eval_loss(state, step)),
@@ -243,19 +243,19 @@ class Stager(TrainerCallback):
 
 
 def _estimated_size(model: Any) -> int:
-    """Bytes of a checkpoint before the first one was written: trained weights and the optimizer's moments."""
+    """Estimated bytes of the first checkpoint: trained weights and the optimizer's moments."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if model is not None else []
-    return sum(one.numel() * (one.element_size() + OPTIMIZER_BYTES) for one in trained)
+    return sum(weight.numel() * (weight.element_size() + OPTIMIZER_BYTES) for weight in trained)
 
 
 def _waits_for_epoch_end(args: TrainingArguments, state: TrainerState) -> bool:
-    """Whether an evaluation or log line at the epoch's end must come before this save: a resumed run would not repeat it."""
+    """Whether this save must wait for the evaluation or log line at the epoch's end, which a resumed run would otherwise skip."""
     due = IntervalStrategy.EPOCH in (args.eval_strategy, args.save_strategy, args.logging_strategy)
     return due and state.epoch is not None and abs(state.epoch - round(state.epoch)) < 1e-9
 
 
 def eval_loss(state: TrainerState, step: int | None = None) -> float | None:
-    """The newest validation loss; with `step`, only one measured at that step."""
+    """The newest validation loss. With `step`, the loss that was measured at this step, or None."""
     for entry in reversed(state.log_history):
         if "eval_loss" in entry and step in (None, entry.get("step")):
             return float(entry["eval_loss"])
@@ -264,8 +264,8 @@ def eval_loss(state: TrainerState, step: int | None = None) -> float | None:
 
 def best_eval(state: TrainerState) -> tuple[float | None, int | None]:
     """The lowest validation loss of the whole run and its step. The history is part of the checkpoint."""
-    found = [(float(entry["eval_loss"]), int(entry["step"])) for entry in state.log_history if "eval_loss" in entry]
-    return min((one for one in found if math.isfinite(one[0])), default=(None, None))
+    losses = [(float(entry["eval_loss"]), int(entry["step"])) for entry in state.log_history if "eval_loss" in entry]
+    return min(((loss, step) for loss, step in losses if math.isfinite(loss)), default=(None, None))
 
 
 def _finite(value: Any, digits: int = 6) -> float | None:

@@ -10,21 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 SETTINGS = ("betas", "eps", "weight_decay")
-"""Entries of a parameter group that are settings. Others, such as a schedule-free optimizer's sums, are state."""
+"""Entries of a parameter group that are settings. Other entries, such as a schedule-free optimizer's sums, are state."""
 
 
 def load_states_keeping_settings(optimizer: Any, scheduler: Any, load: Callable[[], None]) -> None:
-    """Run `load`, which replaces state and settings of both, then restore the settings. Equal settings are not written.
+    """Run `load`, which replaces state and settings of both, then restore the settings that differ.
 
-    A scheduler without base rates keeps what it loads.
+    A scheduler without base rates (such as ReduceLROnPlateau) keeps all that it loads.
     """
-    rates = list(getattr(scheduler, "base_lrs", ()))
+    base_rates = list(getattr(scheduler, "base_lrs", ()))
     settings = [{name: group[name] for name in SETTINGS if name in group} for group in _groups(optimizer)]
     load()
     for group, before in zip(_groups(optimizer), settings, strict=True):
         group.update({name: value for name, value in before.items() if group.get(name) != value})
     loaded = getattr(scheduler, "base_lrs", ())
-    for number, (old, new) in enumerate(zip(loaded, rates, strict=True)):
+    for number, (old, new) in enumerate(zip(loaded, base_rates, strict=True)):
         if old != new and old:
             _scale(_groups(optimizer)[number], scheduler, number, new, new / old)
 
@@ -33,8 +33,8 @@ def _groups(optimizer: Any) -> list[dict[str, Any]]:
     return getattr(optimizer, "param_groups", None) or []
 
 
-def _scale(group: dict[str, Any], scheduler: Any, number: int, base: float, factor: float) -> None:
-    scheduler.base_lrs[number] = base
+def _scale(group: dict[str, Any], scheduler: Any, number: int, base_rate: float, factor: float) -> None:
+    scheduler.base_lrs[number] = base_rate
     scheduler._last_lr[number] *= factor
-    group["initial_lr"] = base
+    group["initial_lr"] = base_rate
     group["lr"] *= factor

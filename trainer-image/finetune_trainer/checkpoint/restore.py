@@ -1,9 +1,9 @@
 """Finds and downloads the newest committed checkpoint that is complete, undamaged and belongs to this run.
 
-Every byte is hashed while it is downloaded and compared with the manifest. A damaged checkpoint is reported and the one before
-it is tried. If the job had made progress and nothing can be loaded, the pod ends with 73 instead of starting from zero. A
-checkpoint that is not marked healthy (the pod ended before the next logging window) is used as well: its own loss was finite,
-or it would not have been committed. `resume.maxStep` goes further back.
+Every byte is hashed during the download, and the hash is compared with the manifest. A damaged checkpoint is reported, and the
+previous checkpoint is tried. If the job had made progress and no checkpoint can be loaded, the pod ends with 73 instead of
+starting from zero. A checkpoint that is not marked healthy (the pod ended before the next logging window) is used too: a
+checkpoint is only saved if its own loss was finite. With `resume.maxStep` set, later checkpoints are skipped (rollback).
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Restored:
     path: Path | None = None
     uri: str = ""
     exact: bool = True
-    """Whether the resumed run equals an uninterrupted one bit by bit."""
-    note: str | None = None
-    """Why it does not."""
+    """Whether the resumed run equals an uninterrupted run bit by bit."""
+    inexact_reason: str | None = None
+    """Why the resumed run differs from an uninterrupted run; None if `exact`."""
     changed_inputs: list[str] = field(default_factory=list)
     """Inputs besides model and training data that differ from those of the checkpoint, such as `validation data`."""
     damaged: list[str] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Restored:
     ancestors: list[Committed] = field(default_factory=list)
     """The job's own checkpoints up to the restored one."""
     skipped: list[Committed] = field(default_factory=list)
-    """The job's own checkpoints that this attempt does not continue: damaged, or later than a rollback's step."""
+    """The job's own checkpoints that this attempt does not continue: damaged, or later than the step of a rollback."""
 
     @property
     def step(self) -> int:
@@ -65,45 +65,45 @@ def restore(
     """Find, check and download the checkpoint to resume from.
 
     `wanted` selects the files that this pod needs; `attempt` is the attempt that this pod belongs to. The job's own checkpoints
-    take precedence over a URI in `checkpoint.resume`, which only says how the job begins: an incarnation may end without the
-    operator noticing (a queue that takes back its quota starts the same attempt again).
+    take precedence over a URI in `checkpoint.resume`, which only sets the start of the job. The operator may not know of them: a
+    queue that reclaims its quota starts the same attempt again.
 
-    Errors: NoCheckpointError `NoLoadableCheckpoint` if the job had made progress and nothing can be loaded; ConfigError
-    `CheckpointIncompatible`, naming the difference, if the newest undamaged checkpoint is of a different run.
+    Errors: NoCheckpointError `NoLoadableCheckpoint` if the job had made progress and no checkpoint can be loaded; ConfigError
+    `CheckpointIncompatible`, which names the difference, if the newest undamaged checkpoint is of a different run.
     """
     own, unreadable = tree.list_committed_and_damaged()
     result = Restored(skipped=own)
     if resume.max_step is None:
         candidates = own
     else:
-        # What another incarnation of this attempt committed after the rollback continues this attempt.
+        # Checkpoints that another incarnation of this attempt committed after the rollback belong to this attempt.
         candidates = [one for one in own if (one.step or 0) <= resume.max_step or one.marker.attempt == attempt]
         unreadable = [step for step in unreadable if step <= resume.max_step]
     result.damaged += [f"{tree.uri(join(prefix_of(step), Storage.COMMITTED))} is damaged" for step in unreadable]
     if resume.mode not in ("auto", "never") and not candidates and not unreadable:
         return _restore_named(resume.mode, facts, target, tree, wanted, count, result)
     for candidate in candidates:
-        problem = _try(tree, candidate, facts, target, result, wanted, count)
+        problem = _try_to_restore(tree, candidate, facts, target, result, wanted, count)
         if problem is None:
             result.ancestors = [one for one in own if (one.step or 0) <= result.step]
             result.skipped = [one for one in own if (one.step or 0) > result.step]
             return result
         result.damaged.append(problem)
     if candidates or unreadable or resume.expect_step > 0:
-        found = "; ".join(result.damaged) or "storage holds none"
+        reasons = "; ".join(result.damaged) or "storage holds none"
         reached = resume.expect_step or max([*(one.step or 0 for one in candidates), *unreadable])
         raise NoCheckpointError(
-            "NoLoadableCheckpoint", f"the job had reached step {reached}, and no checkpoint can be loaded: {found}",
+            "NoLoadableCheckpoint", f"the job had reached step {reached}, and no checkpoint can be loaded: {reasons}",
             hint="restore the objects, or create a new FineTuneJob to start again",
         )  # fmt: skip
     return result
 
 
-def _try(
+def _try_to_restore(
     tree: Tree, candidate: Committed, facts: RunFacts, target: Path, result: Restored, wanted: Callable[[str], bool],
     count: Counter | None,
 ) -> str | None:  # fmt: skip
-    """Download one checkpoint and fill `result`; returns what is wrong with it, or None."""
+    """Download one checkpoint and fill `result`; returns why the checkpoint cannot be used, or None."""
     manifest = tree.manifest(candidate)
     if manifest is None:
         return (
@@ -116,8 +116,8 @@ def _try(
         shutil.rmtree(folder, ignore_errors=True)
         return problem
     result.committed, result.manifest, result.path = candidate, manifest, folder
-    result.uri, result.note = tree.uri(candidate.folder), inexact_because(manifest.facts, facts)
-    result.exact, result.changed_inputs = result.note is None, changed_inputs(manifest.facts, facts)
+    result.uri, result.inexact_reason = tree.uri(candidate.folder), inexact_reason(manifest.facts, facts)
+    result.exact, result.changed_inputs = result.inexact_reason is None, changed_inputs(manifest.facts, facts)
     return None
 
 
@@ -125,14 +125,14 @@ def _restore_named(
     uri: str, facts: RunFacts, target: Path, tree: Tree, wanted: Callable[[str], bool], count: Counter | None,
     result: Restored,
 ) -> Restored:  # fmt: skip
-    """Restore the checkpoint that `checkpoint.resume` names: the folder of a step, or of an incarnation in it."""
-    root, folder, step = _split(uri)
-    origin = getattr(tree.store, "target", None)
-    if origin and root.startswith("s3://"):
-        there = origin.model_copy(update={"uri": root})
+    """Restore the checkpoint that `checkpoint.resume` names: the folder of a step, or of one incarnation of a step."""
+    root, folder, step = _parse_checkpoint_uri(uri)
+    own_store = getattr(tree.store, "target", None)
+    if own_store and root.startswith("s3://"):
+        target_store = own_store.model_copy(update={"uri": root})
     else:
-        there = StoreTarget(uri=root, ca_bundle=origin.ca_bundle if origin else None)
-    other = Tree(open_store(there))
+        target_store = StoreTarget(uri=root, ca_bundle=own_store.ca_bundle if own_store else None)
+    other = Tree(open_store(target_store))
     candidate = other.marker(step)
     uri = redact_source(uri)
     if candidate is None or not (folder == "" or folder == candidate.marker.path):
@@ -140,7 +140,7 @@ def _restore_named(
             "CheckpointNotFound", f"checkpoint.resume is {uri}, and there is no committed checkpoint at this address",
             hint="write the uri of a folder step-... that holds a _COMMITTED object",
         )  # fmt: skip
-    problem = _try(other, candidate, facts, target, result, wanted, count)
+    problem = _try_to_restore(other, candidate, facts, target, result, wanted, count)
     if problem is not None:
         raise NoCheckpointError(
             "NoLoadableCheckpoint", f"checkpoint.resume is {uri}, and this checkpoint is damaged: {problem}"
@@ -148,8 +148,8 @@ def _restore_named(
     return result
 
 
-def _split(uri: str) -> tuple[str, str, int]:
-    """Root (with the query of a web address), the incarnation's folder (empty if not named) and step."""
+def _parse_checkpoint_uri(uri: str) -> tuple[str, str, int]:
+    """Split the URI into root (with the query of a web address), incarnation's folder (empty if not named) and step."""
     address, query = split_query(uri)
     parts = address.rstrip("/").split("/")
     for index in range(len(parts) - 1, 0, -1):
@@ -172,17 +172,17 @@ def fetch_verified(
 ) -> str | None:
     """Download the wanted files and compare them with the manifest; returns the first difference, or None.
 
-    A file that differs is not left on the disk.
+    A file that differs is removed from the disk.
     """
 
     def fetch(entry: FileEntry) -> str | None:
         key = join(folder, entry.path)
-        found = tree.store.download(key, target / entry.path, count=count)
-        if found is None:
+        sha256 = tree.store.download(key, target / entry.path, count=count)
+        if sha256 is None:
             return f"{tree.uri(key)} is missing"
-        if found != entry.sha256:
+        if sha256 != entry.sha256:
             (target / entry.path).unlink()
-            return f"{tree.uri(key)} is damaged: its sha256 is not the manifest's"
+            return f"{tree.uri(key)} is damaged: its sha256 differs from the manifest"
         return None
 
     outside = [entry.path for entry in manifest.files if not is_inside(entry.path)]
@@ -194,7 +194,7 @@ def fetch_verified(
     small = [entry for entry in entries if entry.size <= LARGE_FILE_BYTES]
     with ThreadPoolExecutor(THREADS) as pool:
         problems = [problem for problem in pool.map(fetch, small) if problem]
-    # One at a time: each is read in several ranges at once, which are held in memory.
+    # One file at a time: several ranges of each file are downloaded in parallel and held in memory.
     problems += [problem for problem in map(fetch, large) if problem]
     return problems[0] if problems else None
 
@@ -215,11 +215,11 @@ MUST_MATCH = {
 
 
 INPUTS_THAT_MUST_MATCH = ("tokenizer", "reference model", "adapter")
-"""With another one of these the rest of the run would learn something different."""
+"""If one of these inputs changes, the resumed run would learn something different."""
 
 
 def check_compatible(found: RunFacts, now: RunFacts, uri: str) -> None:
-    """Check that the run may continue from a checkpoint. `found` are the checkpoint's facts, `now` the run's.
+    """Check that the run may continue from a checkpoint. `found`: facts of the checkpoint; `now`: facts of the run.
 
     Errors: ConfigError `CheckpointIncompatible` if the resumed run would train something different.
     """
@@ -258,12 +258,12 @@ def changed_inputs(found: RunFacts, now: RunFacts) -> list[str]:
     return [name for name, value in now.other_inputs.items() if found.other_inputs.get(name, value) != value]
 
 
-def inexact_because(found: RunFacts, now: RunFacts) -> str | None:
-    """Why a resumed run will not equal an uninterrupted one bit by bit; None if it will."""
+def inexact_reason(found: RunFacts, now: RunFacts) -> str | None:
+    """Why a resumed run will differ from an uninterrupted run; None if both will be equal bit by bit."""
     if found.world_size != now.world_size:
-        return f"{found.world_size} ranks made the checkpoint, {now.world_size} resume: same data and batches, other random numbers"
+        return f"{found.world_size} ranks made the checkpoint, and {now.world_size} ranks resume: the data and batches are the same, the random numbers differ"
     if found.micro_batch != now.micro_batch:
-        return "the batch is split differently: same data, but sums in another order"
+        return "the batch is split differently: the data is the same, but sums are computed in another order"
     if found.learning_rate is not None and found.learning_rate != now.learning_rate:
         return (
             f"learningRate was {found.learning_rate:g} until the checkpoint and is {now.learning_rate:g} from there on"

@@ -1,7 +1,7 @@
-"""Which committed checkpoints to remove. Pure.
+"""Chooses the committed checkpoints to remove. Pure.
 
-While a run goes on, the two newest healthy ones always stay, whatever `keep` says. The best and the pinned ones are kept in
-addition.
+While a run goes on, the two newest healthy checkpoints always stay, even if `keep` is 1. The best checkpoint and the pinned
+checkpoints are kept in addition.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ MIN_HEALTHY = 2
 
 @dataclass(frozen=True)
 class Kept:
-    """What retention needs to know about a committed checkpoint."""
+    """A committed checkpoint, as far as retention is concerned."""
 
     step: int
     healthy: bool
@@ -23,22 +23,22 @@ class Kept:
 
 
 def best_step(checkpoints: Iterable[Kept]) -> int | None:
-    """Step with the lowest validation loss (the earlier of equals); None if none was evaluated."""
-    evaluated = [(one.eval_loss, one.step) for one in checkpoints if one.eval_loss is not None]
+    """Step with the lowest validation loss (the earliest, if several are equal); None if no checkpoint has a loss."""
+    evaluated = [(kept.eval_loss, kept.step) for kept in checkpoints if kept.eval_loss is not None]
     return min(evaluated)[1] if evaluated else None
 
 
 def steps_to_remove(
     checkpoints: Sequence[Kept], keep: int, *, pinned: Iterable[int] = (), finished: bool = False
 ) -> list[int]:
-    """Steps to remove, oldest first. `keep` 0 keeps all; `finished` lifts the rule of the two newest healthy ones."""
+    """Steps to remove, oldest first. `keep` 0 keeps all. `finished`: the rule of the two newest healthy checkpoints no longer applies."""
     if keep == 0:
         return []
     steps = sorted((one.step for one in checkpoints), reverse=True)
-    stay = set(steps[:keep]) | set(pinned)
+    kept_steps = set(steps[:keep]) | set(pinned)
     if (best := best_step(checkpoints)) is not None:
-        stay.add(best)
+        kept_steps.add(best)
     if not finished:
-        stay |= set(steps[:1])
-        stay |= set(sorted((one.step for one in checkpoints if one.healthy), reverse=True)[:MIN_HEALTHY])
-    return sorted(step for step in steps if step not in stay)
+        kept_steps |= set(steps[:1])
+        kept_steps |= set(sorted((one.step for one in checkpoints if one.healthy), reverse=True)[:MIN_HEALTHY])
+    return sorted(step for step in steps if step not in kept_steps)

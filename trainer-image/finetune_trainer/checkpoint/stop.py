@@ -1,8 +1,8 @@
 """All ranks of a gang stop at the same step, although only one pod receives the signal.
 
 A thread in each rank watches the local stop file and a key in the gang's TCPStore. When a stop is requested, each rank
-publishes its current step; all stop one step after the highest. A rank that completes a step after it published waits until
-the agreed step is known, so that no rank runs past it. The training loop itself only compares two integers per step.
+publishes its current step; all ranks stop one step after the highest published step. A rank that completes another step after publishing waits until
+the agreed step is known, so that no rank runs past that step. The training loop itself only compares two integers per step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune_trainer.channel import Channel
 
 POLL_SECONDS = 0.1
 ANSWER_SECONDS = 60.0
-"""How long a rank that has published its step waits for the others. If they are gone, the run is over anyway."""
+"""How long a rank that has published its step waits for the other ranks. If a rank is lost, the run ends anyway."""
 REQUEST = "request"
 
 
@@ -43,7 +43,7 @@ class GangStore(Protocol):
 
 
 class SingleRankStore:
-    """The store of a single rank."""
+    """The gang store of a run with a single rank."""
 
     def __init__(self) -> None:
         self._values: dict[str, str] = {}
@@ -59,7 +59,7 @@ class SingleRankStore:
 
 
 class TcpGangStore:
-    """The store of several ranks: a separate client of the TCPStore that torchelastic's agent hosts."""
+    """The gang store of several ranks: a separate client of the TCPStore that torchelastic's agent hosts."""
 
     def __init__(self, name: str) -> None:
         from torch.distributed import PrefixStore, TCPStore
@@ -85,7 +85,7 @@ class StopAgreement:
 
     def __init__(self, channel: Channel, shared: GangStore, *, poll_seconds: float = POLL_SECONDS) -> None:
         self._channel, self._shared, self._poll_seconds = channel, shared, poll_seconds
-        self._known = threading.Condition()
+        self._agreed = threading.Condition()
         self._step = 0
         self._published = False
         self._stop: int | None = None
@@ -94,26 +94,26 @@ class StopAgreement:
         self._thread = threading.Thread(target=self._watch, name="stop-watch", daemon=True)
 
     def start(self, step: int) -> None:
-        """Start to watch; `step` steps are done already."""
+        """Start to watch for stop requests; `step` steps are done already."""
         self._step = step
         self._thread.start()
 
     def end(self) -> None:
-        """Stop watching."""
+        """Stop watching for stop requests."""
         self._ended.set()
 
     def reached(self, step: int) -> bool:
         """Whether to save and stop after this step.
 
-        Blocks only after this rank published its step and until the agreed step is known. Raises the store's error if the
-        other ranks do not publish theirs.
+        Blocks only from the moment this rank has published its step until the agreed step is known. Raises the store's error if
+        the other ranks do not publish their steps.
         """
         if not self._published and self._stop is None:
             self._step = step
             if not self._published:  # checked again: either this thread sees the flag, or the watcher sees the step
                 return False
-        with self._known:
-            self._known.wait_for(lambda: self._stop is not None or self._failed is not None)
+        with self._agreed:
+            self._agreed.wait_for(lambda: self._stop is not None or self._failed is not None)
             if self._failed is not None:
                 raise self._failed
             return self._stop is not None and step >= self._stop
@@ -132,18 +132,18 @@ class StopAgreement:
                     continue
                 self._agree()
                 return
-        except Exception as error:  # rank 0's pod and its store are gone: release the training thread
-            with self._known:
+        except Exception as error:  # rank 0's pod, which hosts the store, is lost: wake the training thread
+            with self._agreed:
                 self._failed = error if self._published else None
-                self._known.notify_all()
+                self._agreed.notify_all()
 
     def _agree(self) -> None:
-        # The flag first, then the step: a step that ends between the two is either published or waits.
+        # Set the flag before reading the step: a step that ends in between is then either published, or its rank waits.
         self._published = True
         self._shared.set(f"at-{self._channel.rank}", str(self._step))
         keys = [f"at-{rank}" for rank in range(self._channel.world_size)]
         steps = [int(value) for value in self._shared.get_all(keys, ANSWER_SECONDS)]
-        with self._known:
+        with self._agreed:
             self._stop = max(steps) + 1
-            self._known.notify_all()
+            self._agreed.notify_all()
         self._channel.message("stopping", step=self._stop)

@@ -1,9 +1,9 @@
-"""The job's tree in storage: reads what is committed, and commits.
+"""The job's tree in storage: reads and commits checkpoints and the final model.
 
-Each incarnation writes below a folder of its own, so that the files of a stale incarnation never mix with another's. A commit
-writes the data, then the manifest, checks that every object exists with its size, and creates the marker last, only if there is
-none. If the response to that request is lost, the marker is read: if it names our manifest, the commit succeeded; if it names
-another one, this incarnation is fenced out and must end.
+Each incarnation writes below a folder of its own, so that the files of two incarnations never mix. A commit writes the data and
+then the manifest, checks that every object exists with the right size, and creates the marker last, on condition that no marker
+exists. If the store answers that a marker exists, that marker is read. If it names our manifest, only the response to our request
+was lost, and the commit succeeded. If it names another manifest, this incarnation is fenced out and must end.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Swept:
 
 
 class Fenced(PeerError):
-    """Another incarnation has taken over: this one is stale and must end."""
+    """Another incarnation has taken over: this incarnation is stale and must end."""
 
 
 class Tree:
@@ -91,18 +91,18 @@ class Tree:
                 marked.setdefault(step, False)
             elif rest[0] == Storage.HEALTHY:
                 marked[step] = True
-        found, damaged = [], []
+        committed, damaged = [], []
         for step, healthy in sorted(marked.items(), reverse=True):
             data = self.store.get(join(prefix_of(step), Storage.COMMITTED))
             marker = Marker.parse(data) if data is not None else None
             if marker is not None:
-                found.append(Committed(step, marker, healthy))
+                committed.append(Committed(step, marker, healthy))
             elif data is not None:
                 damaged.append(step)
-        return found, damaged
+        return committed, damaged
 
     def marker(self, step: int | None, healthy: bool = False) -> Committed | None:
-        """The committed checkpoint of a step (None: the final model), if there is one."""
+        """The committed checkpoint of a step (None: the final model); None if nothing is committed there."""
         marker = self._marker(prefix_of(step))
         return Committed(step, marker, healthy) if marker else None
 
@@ -130,7 +130,7 @@ class Tree:
         return entries
 
     def report_part(self, prefix: str, incarnation: str, node: int, entries: list[FileEntry] | None) -> None:
-        """Tell rank 0's pod which files this pod has uploaded; None: it skips this checkpoint."""
+        """Report to rank 0's pod which files this pod has uploaded; `entries` None: this pod skips the checkpoint."""
         part = Part(node=node, files=entries or [], dropped=entries is None)
         self.store.put(
             join(prefix, incarnation, PARTS, f"node-{node}.json"), part.model_dump_json(by_alias=True).encode()
@@ -156,25 +156,25 @@ class Tree:
                 time.sleep(PART_POLL_SECONDS)
             part = Part.model_validate_json(data)
             if part.dropped:
-                raise PeerError("PartMissing", f"pod {node} skipped its part of {prefix}, or could not store it")
+                raise PeerError("PartMissing", f"pod {node} skipped {prefix}, or could not store its part")
             files += part.files
         return files
 
     @staticmethod
     def merge_parts(prefix: str, own: list[FileEntry], others: list[FileEntry]) -> list[FileEntry]:
         """The files of all pods. Errors: StorageError `PartsDiffer` if two pods wrote different contents of one file."""
-        found: dict[str, FileEntry] = {}
+        merged: dict[str, FileEntry] = {}
         for entry in (*own, *others):
-            before = found.setdefault(entry.path, entry)
+            before = merged.setdefault(entry.path, entry)
             if before.sha256 != entry.sha256:
                 raise StorageError("PartsDiffer", f"two pods wrote {entry.path} of {prefix}, with different contents")
-        return list(found.values())
+        return list(merged.values())
 
     def commit(self, prefix: str, manifest: Manifest, *, replaces: Marker | None = None) -> Marker:
         """Write the manifest, check every object, create the marker.
 
-        An existing marker is replaced if it is `replaces` (skipped when this attempt started), cannot be read, or is of an
-        earlier attempt (which may still run where the operator cannot reach it).
+        An existing marker is replaced if it equals `replaces` (a checkpoint that this attempt skipped at its start), cannot be
+        read, or belongs to an earlier attempt (which may still run on a node that the operator cannot reach).
         Errors: StorageError `UploadIncomplete` if an object is missing or has another size; Fenced if a later attempt has
         begun, or if another incarnation of this attempt has committed the step.
         """
@@ -189,31 +189,31 @@ class Tree:
             if self._is_swept(folder, manifest):
                 self._remove_marker(prefix, marker)
                 raise Fenced(
-                    "FencedOut", f"another incarnation has removed {prefix}; this is {marker.path}, which must end"
+                    "FencedOut", f"another incarnation has removed {prefix}; this incarnation, {marker.path}, must end"
                 )
             self.store.delete([stat.key for stat in self.store.list(join(folder, PARTS) + "/")])
         except Fenced:
             raise
-        except FineTuneError as error:  # the checkpoint is committed, whatever fails afterwards
+        except FineTuneError as error:  # the checkpoint is committed, even if a later request fails
             log.warning("%s is committed, but could not be checked again: %s", prefix, error)
         return marker
 
     def begin_attempt(self, attempt: int, run: bytes) -> None:
-        """Store the attempt's run configuration. From now on earlier attempts are fenced out: they commit nothing."""
+        """Store the attempt's run configuration. From now on earlier attempts are fenced out: they can commit nothing."""
         self.store.put(join(Storage.RUN, attempt_folder(attempt), RUN_FILE_NAME), run)
 
     def require_newest_attempt(self, attempt: int) -> None:
         """Errors: Fenced if a later attempt has begun."""
         if self.is_superseded(attempt):
-            raise Fenced("FencedOut", f"a later attempt has begun; this is attempt {attempt}, which must end")
+            raise Fenced("FencedOut", f"a later attempt has begun; this attempt, {attempt}, must end")
 
     def is_superseded(self, attempt: int) -> bool:
-        """Whether a later attempt has begun: `begin_attempt` is the first thing that an attempt writes."""
+        """Whether a later attempt has begun. `begin_attempt` makes the first write of an attempt."""
         begun = (attempt_of_folder(stat.key.split("/")[1]) for stat in self.store.list(f"{Storage.RUN}/"))
         return any(number is not None and number > attempt for number in begun)
 
     def _remove_marker(self, prefix: str, marker: Marker) -> None:
-        """Remove this marker, whose data is gone. A marker that has replaced it stays."""
+        """Remove this marker, whose data was removed. If another marker has replaced it, that marker stays."""
         if self._marker(prefix) == marker:
             self.store.delete([join(prefix, Storage.COMMITTED)])
 
@@ -227,17 +227,17 @@ class Tree:
             if data is None:
                 time.sleep(PART_POLL_SECONDS)
                 continue
-            found = Marker.parse(data)
-            if found is not None and found.manifest_sha256 == marker.manifest_sha256:
+            existing = Marker.parse(data)
+            if existing is not None and existing.manifest_sha256 == marker.manifest_sha256:
                 return
-            if found is None or found == replaces or found.attempt < marker.attempt:
+            if existing is None or existing == replaces or existing.attempt < marker.attempt:
                 self._replace_marker(prefix, marker)
                 return
-            raise Fenced("FencedOut", f"{prefix} was committed by {found.path}; this is {marker.path}, which must end")
-        raise StorageError("MarkerUnreadable", f"{self.uri(key)} exists and cannot be read")
+            raise Fenced("FencedOut", f"{prefix} was committed by {existing.path}; this incarnation, {marker.path}, must end")
+        raise StorageError("MarkerUnreadable", f"{self.uri(key)} exists, but cannot be read")
 
     def _replace_marker(self, prefix: str, marker: Marker) -> None:
-        """Replace another marker. Its `_HEALTHY` object is removed: it says nothing about the new checkpoint."""
+        """Replace another marker. Remove the `_HEALTHY` object first, because it belongs to the replaced checkpoint."""
         try:
             self.store.delete([join(prefix, Storage.HEALTHY)])
         except FineTuneError as error:
@@ -252,11 +252,11 @@ class Tree:
             if stat is None or stat.size != entry.size:  # some stores list new objects with a delay
                 stat = self.store.stat(join(folder, entry.path))
             if stat is None or stat.size != entry.size:
-                found = "is missing" if stat is None else f"has {stat.size} bytes instead of {entry.size}"
-                raise StorageError(UPLOAD_INCOMPLETE, f"{self.uri(join(folder, entry.path))} {found} after its upload")
+                problem = "is missing" if stat is None else f"has {stat.size} bytes instead of {entry.size}"
+                raise StorageError(UPLOAD_INCOMPLETE, f"{self.uri(join(folder, entry.path))} {problem} after its upload")
 
     def _is_swept(self, folder: str, manifest: Manifest) -> bool:
-        """Whether the sweep of another incarnation has removed any of the objects."""
+        """Whether the sweep of another incarnation has removed any object of this checkpoint."""
         if self.store.stat(join(folder, Storage.MANIFEST)) is None:
             return True
         try:
@@ -268,11 +268,11 @@ class Tree:
         return False
 
     def mark_healthy(self, step: int) -> None:
-        """Mark a checkpoint after which the losses were finite too."""
+        """Mark a checkpoint as healthy: the losses after it were finite."""
         self.store.put(join(prefix_of(step), Storage.HEALTHY), b"{}")
 
     def remove(self, step: int) -> None:
-        """Remove a checkpoint: the marker first, so that no reader sees it incomplete."""
+        """Remove a checkpoint: the marker first, so that no reader takes the incomplete folder for a checkpoint."""
         prefix = prefix_of(step)
         self.store.delete([join(prefix, Storage.COMMITTED)])
         self.store.delete([join(prefix, Storage.HEALTHY)])
@@ -282,9 +282,9 @@ class Tree:
         self.store.delete([key for key in keys if key not in manifests])
 
     def sweep(self) -> Swept:
-        """Remove what killed incarnations left: data that no marker names, and unfinished uploads.
+        """Remove the leftovers of killed incarnations: data that no marker names, and unfinished uploads.
 
-        Call it only while no other incarnation can commit. What cannot be removed stays and is reported: it only costs space.
+        Call this only while no other incarnation can commit. Objects that cannot be removed are reported; they only cost space.
         """
         count, problem = 0, None
         for sweep in (self._sweep_uploads, self._sweep_data):
@@ -309,34 +309,34 @@ class Tree:
         return sum(map(len, unreferenced.values()))
 
     def _remove_marker_of_swept_data(self, prefix: str, swept: list[str]) -> None:
-        """Remove a marker that a stale incarnation created between this sweep's listing and its delete.
+        """Remove a marker that a stale incarnation created after this sweep's listing and before its deletion.
 
-        The stale incarnation checks its data after it created the marker; this sweep checks the marker after it deleted the
-        data. Whatever the order, one of the two notices.
+        The stale incarnation checks its data after creating the marker. This sweep checks the marker after deleting the data.
+        So in either order, one of them detects the conflict.
         """
         marker = self._marker(prefix)
         if marker is not None and any(key.startswith(join(prefix, marker.path) + "/") for key in swept):
             self._remove_marker(prefix, marker)
 
     def _keys_by_prefix(self) -> dict[str, list[str]]:
-        """Keys below each checkpoint's folder and the final model's, by that folder's key."""
-        found: dict[str, list[str]] = {}
+        """All keys below the folder of each checkpoint and of the final model, grouped by the folder's key."""
+        keys: dict[str, list[str]] = {}
         for prefix in (Storage.CHECKPOINTS, Storage.MODEL):
             for stat in self.store.list(f"{prefix}/"):
                 parts = stat.key.split("/")
                 step = step_of(parts[1]) if prefix is Storage.CHECKPOINTS else None
                 if prefix is Storage.MODEL or (step is not None and len(parts) > 2):
-                    found.setdefault(prefix_of(step), []).append(stat.key)
-        return found
+                    keys.setdefault(prefix_of(step), []).append(stat.key)
+        return keys
 
     def _unreferenced(self, prefix: str, keys: list[str]) -> list[str]:
-        """Keys that the marker does not refer to. The marker is read directly: some stores list new objects with a delay."""
-        marked = join(prefix, Storage.COMMITTED)
-        data = self.store.get(marked)
+        """Keys that do not belong to the committed checkpoint. The marker is read directly: some stores list new objects with a delay."""
+        marker_key = join(prefix, Storage.COMMITTED)
+        data = self.store.get(marker_key)
         if data is None:
-            return keys if marked not in keys else []  # listed but not readable now: it may still be valid
+            return keys if marker_key not in keys else []  # a marker that is listed but not readable yet may be valid
         marker = Marker.parse(data)
         if marker is None or join(prefix, marker.path, Storage.MANIFEST) not in keys:
-            return []  # a damaged marker: a person must decide which data it referred to
-        own = (marked, join(prefix, Storage.HEALTHY))
+            return []  # a damaged marker: only a person can tell which data belongs to it
+        own = (marker_key, join(prefix, Storage.HEALTHY))
         return [key for key in keys if key not in own and not key.startswith(join(prefix, marker.path) + "/")]

@@ -1,7 +1,8 @@
 """Uploads staged checkpoints and commits them while training goes on.
 
-One upload runs and at most one checkpoint is queued. A newer checkpoint replaces the queued one, which is reported; the
-checkpoint of a stop is never dropped. A commit marks the checkpoint before it as healthy and removes old ones.
+One upload runs at a time, and at most one checkpoint is queued. A newer checkpoint replaces the queued checkpoint, and a note
+reports this. The checkpoint of a graceful stop is never dropped. A commit marks the previous checkpoints as healthy and removes
+old ones.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ from finetune_trainer.storage.base import join
 log = logging.getLogger(__name__)
 PART_TIMEOUT_SECONDS = 1800.0
 RETRY_PAUSE_SECONDS = 1.0
-"""Pause before the checkpoint of a stop, or the final model, is uploaded again."""
+"""Pause before another try to upload the final model or the checkpoint of a graceful stop."""
 UNSAVED_INTERVALS = 3
-"""A run may always go on for this many checkpoint intervals without a commit, however short the timeout."""
+"""A run may go on for this many checkpoint intervals without a commit, even if the timeout is shorter."""
 
 
 class CheckpointReporter(Protocol):
-    """Receives what the uploader has to report (`supervisor.run_state.RunState`)."""
+    """Receives the reports of the uploader. `supervisor.run_state.RunState` implements it."""
 
     @property
     def step(self) -> int:
@@ -63,9 +64,9 @@ class Staged:
     folder: Path
     incarnation: str
     graceful: bool = False
-    """Made because of a stop request: no later checkpoint follows."""
+    """Saved because of a stop request: no later checkpoint follows."""
     facts: dict[str, Any] = field(default_factory=dict)
-    """What rank 0 reported with it: epoch, samples, tokens, evalLoss, outputKind, extra."""
+    """Fields of rank 0's report: epoch, samples, tokens, evalLoss, outputKind, extra."""
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,19 @@ class Uploader:
         self._closing = False
         self._committed: dict[int, Kept] = {}
         self._skipped: dict[int | None, Marker] = {}
-        """Markers of steps that this attempt does not continue; its own checkpoint of such a step replaces them."""
+        """Markers of steps that this attempt does not continue. If this attempt repeats such a step, its checkpoint replaces the old one."""
         self._own_step = 0
         """Newest step that this incarnation has committed."""
         self._unsaved_since: float | None = None
-        """Monotonic time at which the oldest checkpoint was due that is neither committed nor followed by a commit."""
+        """Monotonic time at which the first checkpoint after the last commit was due; None if no checkpoint is waiting for a commit."""
         self._queued_since = self._last_due = 0.0
         self._interval = 0.0
-        """Seconds between the last two checkpoints that were due."""
+        """Seconds between the due times of the last two checkpoints."""
         self._failure: FineTuneError | None = None
         self._counted_retries = tree.store.retries
         self.output: Output | None = None
         self.uploaded_step = 0
-        """Newest step whose files this pod has uploaded, if it is not rank 0's."""
+        """Newest step whose files this pod has uploaded. Only set in pods other than rank 0's."""
         self._thread = threading.Thread(target=self._work, name="uploader", daemon=True)
         self._thread.start()
 
@@ -116,30 +117,30 @@ class Uploader:
 
     @property
     def failure(self) -> FineTuneError | None:
-        """Why uploading ended for good: this incarnation is fenced out, or the final model could not be stored."""
+        """Why the uploader has given up: this incarnation is fenced out, or the final model could not be stored. None while it works."""
         return self._failure
 
     @property
     def committed_step(self) -> int:
-        """Newest committed step, 0 without any."""
+        """Newest committed step; 0 if no step is committed."""
         return max(self._committed, default=0)
 
     def adopt_committed(self, checkpoints: list[Checkpoint]) -> None:
         """Take over checkpoints of earlier attempts that this attempt continues."""
-        for one in checkpoints:
-            self._committed[one.step] = Kept(one.step, bool(one.healthy), one.eval_loss)
-            self._reporter.add_checkpoint(one)
+        for checkpoint in checkpoints:
+            self._committed[checkpoint.step] = Kept(checkpoint.step, bool(checkpoint.healthy), checkpoint.eval_loss)
+            self._reporter.add_checkpoint(checkpoint)
 
     def set_skipped(self, committed: Iterable[Committed]) -> None:
-        """Set the checkpoints that this attempt does not continue: damaged, or later than a rollback's step.
+        """Set the checkpoints that this attempt does not continue: damaged, or later than the step of a rollback.
 
-        They do not count as progress or as proof of health. Such a checkpoint is replaced when this attempt repeats its step,
-        and removed when this attempt has passed its step.
+        They do not count as progress, and a later commit does not mark them healthy. When this attempt repeats the step of a
+        skipped checkpoint, the new checkpoint replaces it; when this attempt passes the step, it is removed.
         """
         self._skipped |= {one.step: one.marker for one in committed}
 
     def offer(self, staged: Staged) -> None:
-        """Queue a staged checkpoint or the final model. The uploader removes its folder."""
+        """Queue a staged checkpoint or the final model. The uploader removes the staging folder afterwards."""
         dropped = None
         if staged.step is not None:
             self.record_unsaved()
@@ -156,7 +157,7 @@ class Uploader:
             self._drop(dropped, staged.step)
 
     def record_unsaved(self) -> None:
-        """A checkpoint is due now. Until the next commit, the run goes on without having saved this step."""
+        """Record that a checkpoint is due now. Its step counts as unsaved until the next commit."""
         with self._changed:
             now = time.monotonic()
             self._interval = now - self._last_due if self._last_due else 0.0
@@ -165,9 +166,9 @@ class Uploader:
                 self._unsaved_since = now
 
     def unsaved_error(self, timeout: float, stall_timeout: float | None) -> StorageError | None:
-        """The failure if no checkpoint could be committed for too long, else None.
+        """Return an error if no checkpoint has been committed for too long, else None.
 
-        The limit is the longest of `timeout`, the job's own stall timeout and several checkpoint intervals.
+        The limit is the longest of `timeout`, the job's stall timeout and `UNSAVED_INTERVALS` checkpoint intervals.
         """
         with self._changed:
             if self._unsaved_since is None:
@@ -186,25 +187,25 @@ class Uploader:
         shutil.rmtree(dropped.folder, ignore_errors=True)
         self._reporter.increment_counter("checkpoints_skipped")
         log.warning(
-            "storage is slower than checkpoints are made: step %s was replaced by step %s before its upload began", dropped.step, newer
+            "checkpoints are made faster than storage accepts them: step %s was replaced by step %s before its upload began", dropped.step, newer
         )  # fmt: skip
-        self._reporter.add_note("storage is slower than checkpoints are made: some were skipped")
-        if self._node > 0:  # on a thread of its own: `offer` is called by the thread that receives the ranks' messages
+        self._reporter.add_note("checkpoints are made faster than storage accepts them: some were skipped")
+        if self._node > 0:  # on a thread of its own: `offer` must not delay the thread that receives the ranks' messages
             threading.Thread(
                 target=self._report_skipped_part, args=(dropped,), name="skipped-part", daemon=True
             ).start()
 
     def _report_skipped_part(self, dropped: Staged) -> None:
-        """Tell rank 0's pod that this pod's files will not come, so that it does not wait for them."""
+        """Report to rank 0's pod that this pod skips the checkpoint, so that rank 0's pod does not wait for its files."""
         with contextlib.suppress(FineTuneError):
             self.tree.report_part(prefix_of(dropped.step), dropped.incarnation, self._node, None)
 
     def limit_part_wait(self, seconds: float) -> None:
-        """The gang has failed: do not wait longer than `seconds` for files of other pods."""
+        """Wait at most `seconds` from now for the files of other pods. Called after the gang has failed."""
         self._part_wait_end = time.monotonic() + seconds
 
     def drain(self, timeout: float) -> bool:
-        """Wait until everything offered is committed or has failed; False if the time ran out."""
+        """Wait until every offered checkpoint is committed or has failed; returns False after `timeout` seconds."""
         with self._changed:
             return self._changed.wait_for(self._is_idle, timeout)
 
@@ -212,7 +213,7 @@ class Uploader:
         return self._queued is None and self._uploading is None and self._final is None
 
     def close(self) -> None:
-        """Let the thread end after its current upload."""
+        """End the uploader thread after its current upload, without further retries."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -257,7 +258,7 @@ class Uploader:
             shutil.rmtree(staged.folder, ignore_errors=True)
 
     def _try_to_store(self, staged: Staged, started: float) -> bool:
-        """Whether the upload is done; False if it failed, has no successor and there is time to repeat it."""
+        """Upload and commit once. Returns False if it failed and must be retried: no later checkpoint follows, and there is time."""
         if staged.step is not None and staged.step <= self._own_step:
             self._record_saved()
             return True  # the data of a committed checkpoint is never written again
@@ -267,7 +268,7 @@ class Uploader:
             final = staged.step is None and time.monotonic() - started < self._final_upload_timeout
             if not (staged.graceful or final) or self._closing or error.exit_code is not ExitCode.STORAGE:
                 raise
-            log.warning("%s was not stored, retry: %s", prefix_of(staged.step), error)
+            log.warning("%s was not stored, will retry: %s", prefix_of(staged.step), error)
             return False
         return True
 
@@ -276,7 +277,7 @@ class Uploader:
             self._changed.wait_for(lambda: self._closing, RETRY_PAUSE_SECONDS)
 
     def _record_failure(self, staged: Staged, error: FineTuneError) -> None:
-        """A checkpoint that cannot be stored is a problem; a final model that cannot be stored ends the attempt."""
+        """Record that an upload failed. For a checkpoint this is a problem in the status; for the final model it ends the attempt."""
         log.error("step %s could not be stored: %s", staged.step, error)
         self._reporter.increment_counter("checkpoint_failures")
         if staged.step is None:
@@ -302,7 +303,7 @@ class Uploader:
         manifest = self._manifest(staged, entries)
         if (
             not staged.graceful and not self._must_not_wait()
-        ):  # a stop's commit has little time: nothing comes before it
+        ):  # after a stop request there is little time: commit at once
             self._before_commit()
         marker = self.tree.commit(prefix, manifest, replaces=self._skipped.get(staged.step))
         self._skipped.pop(staged.step, None)
@@ -318,13 +319,13 @@ class Uploader:
             self._record_commit(staged, manifest, uri, marker.manifest_sha256, seconds)
 
     def _must_not_wait(self) -> bool:
-        """Whether to stop waiting for other pods' files: the checkpoint of a stop is queued, or the gang has failed."""
+        """Whether to stop waiting for other pods' files, because a stop's checkpoint is queued or the gang has failed."""
         if self._part_wait_end is not None and time.monotonic() > self._part_wait_end:
             return True
         return self._queued is not None and self._queued.graceful
 
     def _record_saved(self) -> None:
-        """A checkpoint is saved: only a queued one is still unsaved."""
+        """Record that a checkpoint is saved. A queued checkpoint remains unsaved."""
         with self._changed:
             self._unsaved_since = self._queued_since if self._queued is not None else None
 
@@ -358,7 +359,7 @@ class Uploader:
                     self._reporter.mark_checkpoint_healthy(step)
 
     def retain(self, *, finished: bool = False) -> None:
-        """Remove checkpoints that need not be kept. One that storage does not let us remove stays, with a note."""
+        """Remove the checkpoints that the policy does not keep. If storage refuses a removal, the checkpoint stays and a note says so."""
         steps = steps_to_remove(
             list(self._committed.values()), self._policy.keep, pinned=self._policy.pinned, finished=finished
         )
@@ -374,12 +375,12 @@ class Uploader:
                     self._skipped.pop(step)
 
     @contextlib.contextmanager
-    def _failure_as_note(self, what: str) -> Iterator[None]:
+    def _failure_as_note(self, action: str) -> Iterator[None]:
         try:
             yield
         except FineTuneError as error:
-            log.warning("%s failed: %s", what, error)
-            self._reporter.add_note(f"{what} failed: {error.code}")
+            log.warning("%s failed: %s", action, error)
+            self._reporter.add_note(f"{action} failed: {error.code}")
 
     def _manifest(self, staged: Staged, entries: list[FileEntry]) -> Manifest:
         reported = staged.facts
@@ -404,14 +405,14 @@ class Uploader:
 
 
 def checkpoints_for_status(tree: Tree, committed: Iterable[Committed]) -> list[Checkpoint]:
-    """Committed checkpoints as the status shows them; without a size where the manifest is damaged."""
-    found = []
+    """Committed checkpoints as the status shows them. A checkpoint with a damaged manifest has no size."""
+    checkpoints = []
     for one in committed:
         manifest = tree.manifest(one)
-        found.append(
+        checkpoints.append(
             Checkpoint(
                 step=one.step or 0, uri=tree.uri(one.folder), sha256=one.marker.manifest_sha256, healthy=one.healthy,
                 bytes=manifest.total_bytes if manifest else None, eval_loss=manifest.eval_loss if manifest else None,
             )
         )  # fmt: skip
-    return found
+    return checkpoints

@@ -1,9 +1,9 @@
 """Saves the sums of the current logging window in the checkpoint.
 
 A logged loss is a mean over `tracking.loggingSteps` steps, and a checkpoint may fall within such a window. transformers starts
-a new sum when it resumes, so that a resumed run would log a mean over fewer steps than an uninterrupted one. Each rank
-therefore writes its sums to the checkpoint and restores them: both runs log the same values. The same sums show whether the
-state to be saved is finite before it is logged.
+a new sum when it resumes, so that a resumed run would log a mean over fewer steps than an uninterrupted run. Each rank
+therefore writes its sums to the checkpoint and restores them, and both runs log the same values. The same sums also show, before
+a log line, whether the state to be saved is finite.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ NAMES = {stored: name for name, stored in STORED_NAMES.items()}
 
 
 class Sums(LenientModel):
-    """One rank's sums. JSON floats are written so that they are read back as the same bits."""
+    """One rank's sums. Writing floats to JSON and reading them back preserves every bit."""
 
     since: int = Field(description="Step of the last log line.")
     loss: float = Field(description="Sum of this rank's losses.")
@@ -68,16 +68,16 @@ class Window:
         (folder / FILE.format(rank=self._rank)).write_text(json.dumps(sums.to_wire()))
 
     def read(self, folder: Path) -> None:
-        """Restore the sums of a checkpoint. Without a file of sums (an earlier version) the window starts empty."""
+        """Restore the sums of a checkpoint. Without such a file (a checkpoint of an earlier version) the window starts empty."""
         files = sorted(folder.glob(FILE.format(rank="*")))
-        found = [Sums.model_validate(json.loads(file.read_text())) for file in files]
-        if not found:
+        all_sums = [Sums.model_validate(json.loads(file.read_text())) for file in files]
+        if not all_sums:
             return
         own = folder / FILE.format(rank=self._rank)
-        if len(found) == self._world_size and own in files:
-            self._set(found[files.index(own)])
-        else:  # another number of ranks: split the sums of all so that means and totals stay the same
-            self._set(_share_of(found, first=self._rank == 0))
+        if len(all_sums) == self._world_size and own in files:
+            self._set(all_sums[files.index(own)])
+        else:  # another number of ranks: share out the sums of all ranks, so that means and totals stay the same
+            self._set(_share_of(all_sums, first=self._rank == 0))
 
     def _set(self, sums: Sums) -> None:
         trainer = self._trainer
@@ -116,13 +116,13 @@ class Window:
         return int(tokens)
 
 
-def _share_of(found: list[Sums], *, first: bool) -> Sums:
-    """One rank's share of all sums when the number of ranks has changed: losses are averaged, other sums are added up."""
-    names = {name for one in found for name in one.ours} if first else set()
+def _share_of(all_sums: list[Sums], *, first: bool) -> Sums:
+    """One rank's share when the number of ranks has changed: each rank gets the mean loss, the first rank gets all other sums."""
+    names = {name for one in all_sums for name in one.ours} if first else set()
     return Sums(
-        since=found[0].since, loss=sum(one.loss for one in found) / len(found),
-        ours={name: sum(one.ours.get(name, 0) for one in found) for name in names},
-        values=found[0].values, tokens=found[0].tokens,
+        since=all_sums[0].since, loss=sum(one.loss for one in all_sums) / len(all_sums),
+        ours={name: sum(one.ours.get(name, 0) for one in all_sums) for name in names},
+        values=all_sums[0].values, tokens=all_sums[0].tokens,
     )  # fmt: skip
 
 

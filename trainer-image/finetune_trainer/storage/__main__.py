@@ -1,4 +1,4 @@
-"""`python -m finetune_trainer.storage list|verify|download <uri>`: inspect and download what a job has stored.
+"""`python -m finetune_trainer.storage list|verify|download <uri>`: list, verify or download the checkpoints and the model of a job.
 
 The URI names a job (`s3://bucket/root/<namespace>/<name>/<uid>`), one checkpoint (`.../checkpoints/step-00000100`) or the final
 model (`.../model`). Credentials come from the usual AWS_ variables, and so does the key of objects that are encrypted with a
@@ -26,15 +26,15 @@ from finetune_trainer.storage.web import split_query
 
 
 def show(tree: Tree, where: Address) -> None:
-    """Print a line for each checkpoint and for the model."""
-    found = list(find_committed(tree, where))
+    """Print one line for each committed checkpoint and for the model."""
+    committed = list(find_committed(tree, where))
     print(f"{'WHAT':<16}{'FILES':>6}{'BYTES':>14}  {'HEALTHY':<8}{'MADE BY':<14}URI")
-    for one in found:
+    for one in committed:
         manifest = tree.manifest(one)
-        what = "model" if one.step is None else f"step {one.step}"
+        name = "model" if one.step is None else f"step {one.step}"
         files, size = (len(manifest.files), manifest.total_bytes) if manifest else ("?", "damaged")
         healthy = "-" if one.step is None else "yes" if one.healthy else "unknown"
-        print(f"{what:<16}{files:>6}{size:>14}  {healthy:<8}{one.marker.path:<14}{tree.uri(one.folder)}")
+        print(f"{name:<16}{files:>6}{size:>14}  {healthy:<8}{one.marker.path:<14}{tree.uri(one.folder)}")
 
 
 def verify(tree: Tree, where: Address) -> None:
@@ -50,28 +50,28 @@ def verify(tree: Tree, where: Address) -> None:
 
 
 def download(tree: Tree, where: Address, target: Path) -> None:
-    """Download the newest checkpoint at the address, or the model of a whole job. Errors: DataError `CheckpointDamaged`."""
-    found = list(find_committed(tree, where))
-    one = next((one for one in found if one.step is None), found[0])
-    problem = download_committed(tree, one, target)
+    """Download what is committed at the address; for a whole job the model, or without a model the newest checkpoint. Errors: DataError `CheckpointDamaged`."""
+    committed = list(find_committed(tree, where))
+    chosen = next((one for one in committed if one.step is None), committed[0])
+    problem = download_committed(tree, chosen, target)
     if problem:
         raise DataError("CheckpointDamaged", problem)
-    print(f"{tree.uri(one.folder)} is in {target}")
+    print(f"downloaded {tree.uri(chosen.folder)} to {target}")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Entry point; returns the exit code of the failure's class."""
+    """Entry point; returns the exit code: 0, or that of the failure."""
     parser = argparse.ArgumentParser(prog="python -m finetune_trainer.storage", description=__doc__)
     parser.add_argument("command", choices=["list", "verify", "download"])
     parser.add_argument("uri")
-    parser.add_argument("--to", type=Path, help="folder to download into (default: the last part of the uri)")
+    parser.add_argument("--to", type=Path, help="folder to download into (default: the last part of the URI)")
     parser.add_argument("--endpoint", help="URL of an S3-compatible store")
     parser.add_argument("--region")
     parser.add_argument("--addressing-style", choices=list(AddressingStyle), type=AddressingStyle)
     parser.add_argument("--ca-bundle", help="file with PEM certificates to trust")
     options = parser.parse_args(arguments)
     if options.uri.startswith("https://") and (options.endpoint or options.region or options.addressing_style):
-        parser.error("--endpoint, --region and --addressing-style are for s3:// only: an https:// uri names its server")
+        parser.error("--endpoint, --region and --addressing-style are for s3:// only: an https:// URI contains its server")
     where = parse_address(options.uri)
     target = StoreTarget(
         uri=where.root, endpoint=options.endpoint, region=options.region, addressing_style=options.addressing_style,

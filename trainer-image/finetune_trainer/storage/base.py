@@ -1,7 +1,7 @@
 """The interface of a store: whole objects, conditional creation, listings.
 
-Keys are relative to the store's root, with `/` between parts. A store raises only FineTuneErrors, whose exit code says who can
-fix the failure (`storage.errors`). A missing object is not an error but None.
+Keys are relative to the store's root, with `/` between parts. A store raises only FineTuneErrors, whose exit codes show who
+can fix the failure (`storage.errors`). For a missing object, methods return None and raise no error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Protocol
 
 CHUNK_BYTES = 4 * 1024 * 1024
 Counter = Callable[[int], None]
-"""Called with a number of bytes, such as those that were just transferred."""
+"""Function that receives a number of bytes, for example the size of the chunk that was just transferred."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ class Stat:
 
 
 class Created(Enum):
-    """Whether a conditional creation created the object."""
+    """The result of a conditional creation: the object was created, or it existed already."""
 
     NEW = "new"
     EXISTS = "exists"
 
 
 class Store(Protocol):
-    """A store below one root."""
+    """The objects below one root of a store."""
 
     uri: str
     retries: int
-    """Number of repeated requests."""
+    """Number of requests that were retried so far."""
 
     def put_file(self, source: Path, key: str, *, count: Counter | None = None) -> None:
         """Upload a file atomically: readers see the old object or the complete new one."""

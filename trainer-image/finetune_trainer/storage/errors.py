@@ -1,6 +1,6 @@
-"""Turns exceptions of botocore into named failures that say who can fix them and how.
+"""Converts exceptions of botocore to named failures. Each message says who can fix the failure, and how.
 
-The operation gives the missing permission, the connection gives the field of the spec to correct. No message contains a
+The missing permission follows from the operation, and the field of the spec to correct follows from the connection. No message contains a
 credential: S3's own messages are never copied, because some repeat the signed request.
 """
 
@@ -38,9 +38,9 @@ class Connection:
     region: str
     addressing: str
     prefix: str = ""
-    """Prefix of the credentials' variables: it tells the three connections apart."""
+    """Prefix of the variables with the credentials. Each of the three connections has its own."""
     encryption: str | None = None
-    """The encryption that every request asks for."""
+    """Encryption at rest that every request specifies."""
 
     @property
     def host(self) -> str:
@@ -48,7 +48,7 @@ class Connection:
 
     @property
     def field(self) -> str:
-        """The spec group that configures it."""
+        """The group of the spec that configures this connection."""
         return {"": "storage", "MODEL_": "model.storage", "DATASET_": "dataset.storage"}.get(self.prefix, "storage")
 
 
@@ -59,7 +59,7 @@ def explain(error: Exception, connection: Connection, *, operation: str = "", ke
     if isinstance(error, FineTuneError):
         return error
     if isinstance(error, boto.ClientError):
-        return _of_response(error, connection, operation or error.operation_name, key)
+        return _failure_of_response(error, connection, operation or error.operation_name, key)
     if isinstance(error, boto.NoCredentialsError | boto.PartialCredentialsError | boto.CredentialRetrievalError):
         return CredentialsError(
             "CredentialsMissing", f"there are no S3 credentials for bucket {connection.bucket} at {connection.host}",
@@ -67,13 +67,13 @@ def explain(error: Exception, connection: Connection, *, operation: str = "", ke
             "or give the pod's ServiceAccount an identity",
         )  # fmt: skip
     if isinstance(error, boto.SSLError):
-        return _tls(error, connection)
-    if isinstance(error, OSError) and error.errno in LOCAL:
+        return _tls_failure(error, connection)
+    if isinstance(error, OSError) and error.errno in LOCAL_DISK_ERRNOS:
         return of_local_disk(error)
     if isinstance(error, boto.HTTPClientError | boto.ConnectionError | boto.IncompleteReadError | OSError):
         return unreachable(connection, str(error))
     if isinstance(error, RecursionError):  # botocore follows redirects to another region endlessly
-        return _region(connection)
+        return _wrong_region(connection)
     if isinstance(error, boto.ParamValidationError | ValueError):
         return StorageSetupError(
             "EndpointInvalid",
@@ -89,8 +89,8 @@ def explain(error: Exception, connection: Connection, *, operation: str = "", ke
     )
 
 
-LOCAL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-"""Errno values of local files, never of a connection."""
+LOCAL_DISK_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+"""Errno values that only local files have, never a network connection."""
 
 
 def of_local_disk(error: OSError) -> StorageError:
@@ -100,35 +100,35 @@ def of_local_disk(error: OSError) -> StorageError:
     return StorageError("LocalDiskFailed", f"the pod's local disk failed: {error.strerror or error}")
 
 
-def unreachable(connection: Connection, why: str = "") -> StorageError:
+def unreachable(connection: Connection, text: str = "") -> StorageError:
     """The failure for a store that does not respond (69)."""
-    short = "it refused the connection" if "refused" in why.lower() else "it did not respond"
-    if "resolve" in why.lower() or "Name or service" in why or "Could not connect" in why:
-        short = "its name cannot be resolved, or no server listens there"
+    reason = "it refused the connection" if "refused" in text.lower() else "it did not respond"
+    if "resolve" in text.lower() or "Name or service" in text or "Could not connect" in text:
+        reason = "its name cannot be resolved, or no server listens there"
     return StorageError(
-        "EndpointUnreachable", f"S3 at {connection.host} could not be reached: {short}",
-        hint=f"check {connection.field}.endpoint, the network policy and that the store is up",
+        "EndpointUnreachable", f"S3 at {connection.host} could not be reached: {reason}",
+        hint=f"check {connection.field}.endpoint and the network policy, and that the store is running",
     )  # fmt: skip
 
 
-def _tls(error: Exception, connection: Connection) -> StorageSetupError:
+def _tls_failure(error: Exception, connection: Connection) -> StorageSetupError:
     text = str(error)
     if "WRONG_VERSION_NUMBER" in text or "record layer" in text.lower():
-        why, hint = (
-            "it does not speak TLS on this port",
-            f"write http:// in {connection.field}.endpoint, or the port that speaks TLS",
+        reason, hint = (
+            "it does not use TLS on this port",
+            f"write http:// in {connection.field}.endpoint, or the port that uses TLS",
         )
     elif "CERTIFICATE_VERIFY_FAILED" in text:
-        why = "its certificate is not signed by a CA that this pod trusts, or is for another name"
+        reason = "its certificate is not signed by a CA that this pod trusts, or is for another name"
         hint = f"write the CA's certificate in {connection.field}.caBundleRef"
     elif "No such file" in text or "Invalid path" in text or "invalid path" in text:
-        why, hint = "the CA bundle cannot be read", f"check {connection.field}.caBundleRef"
+        reason, hint = "the CA bundle cannot be read", f"check {connection.field}.caBundleRef"
     else:
-        why, hint = "the TLS handshake failed", f"check {connection.field}.endpoint and {connection.field}.caBundleRef"
-    return StorageSetupError("TlsFailed", f"{connection.host}: {why}", hint=hint)
+        reason, hint = "the TLS handshake failed", f"check {connection.field}.endpoint and {connection.field}.caBundleRef"
+    return StorageSetupError("TlsFailed", f"{connection.host}: {reason}", hint=hint)
 
 
-def _region(connection: Connection) -> StorageSetupError:
+def _wrong_region(connection: Connection) -> StorageSetupError:
     return StorageSetupError(
         "RegionWrong",
         f"bucket {connection.bucket} at {connection.host} is not in region {connection.region}",
@@ -136,48 +136,48 @@ def _region(connection: Connection) -> StorageSetupError:
     )
 
 
-def _of_response(error: Exception, connection: Connection, operation: str, key: str) -> FineTuneError:
+def _failure_of_response(error: Exception, connection: Connection, operation: str, key: str) -> FineTuneError:
     response = getattr(error, "response", {})
     code = str(response.get("Error", {}).get("Code", ""))
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    said = str(response.get("Error", {}).get("Message", ""))
-    where = f"bucket {connection.bucket} at {connection.host}"
-    named = _of_encryption(code, status, said, connection, where, operation) or _named(
-        code, status, said, connection, where, operation, key
+    message = str(response.get("Error", {}).get("Message", ""))
+    location = f"bucket {connection.bucket} at {connection.host}"
+    named = _encryption_failure(code, status, message, connection, location, operation) or _known_failure(
+        code, status, message, connection, location, operation, key
     )
     if named is not None:
         return named
     if status >= 500 or code in ("SlowDown", "RequestTimeout", "Throttling", "ThrottlingException"):
-        return StorageError("StorageFailed", f"{where} answered {operation} with {status} {code} after all retries")
-    return StorageError("StorageFailed", f"{where} answered {operation} with {status} {code}")
+        return StorageError("StorageFailed", f"{location} answered {operation} with {status} {code} after all retries")
+    return StorageError("StorageFailed", f"{location} answered {operation} with {status} {code}")
 
 
-def _of_encryption(
-    code: str, status: int, said: str, connection: Connection, where: str, operation: str
+def _encryption_failure(
+    code: str, status: int, message: str, connection: Connection, location: str, operation: str
 ) -> FineTuneError | None:
-    """The failure if the response is about encryption: a missing permission, a wrong key, or an unsupported kind."""
-    if status == 403 and (permission := _KMS_PERMISSION.search(said)):
+    """The failure if the response concerns encryption: a missing permission, a wrong key, or an unsupported kind. Else None."""
+    if status == 403 and (permission := _KMS_PERMISSION.search(message)):
         return CredentialsError(
-            "PermissionDenied", f"{where} refuses {permission[0]}: the key service does not let these credentials use the key",
+            "PermissionDenied", f"{location} refuses {permission[0]}: the key service does not allow these credentials to use the key",
             hint=f"grant {permission[0]} on the key in {connection.field}.encryption.kmsKeyId, or on the bucket's own key",
         )  # fmt: skip
     plain = (connection.endpoint or "https").startswith("http://")
     unreadable = code in ("InvalidArgument", "InvalidRequest") or (code == "400" and not plain)
     if operation in ("HeadObject", "GetObject") and status == 400 and unreadable:
         return StorageSetupError(
-            "EncryptionRefused", f"{where} cannot return an object with the given encryption: it is encrypted with a customer's "
-            "key and none was given, with another key, or without a customer's key",
+            "EncryptionRefused", f"{location} cannot return an object with the given encryption: it is encrypted with a customer's "
+            "key that was not given, with another customer's key, or without one",
             hint=f"correct {connection.field}.encryption",
         )  # fmt: skip
-    about_keys = code.startswith("KMS.") or code in _ENCRYPTION_CODES
-    if not about_keys and not (
+    is_encryption_code = code.startswith("KMS.") or code in _ENCRYPTION_CODES
+    if not is_encryption_code and not (
         connection.encryption and (code in ("InvalidArgument", "InvalidRequest") or status == 501)
     ):
         return None
     requested = connection.encryption or "the bucket's own"
     return StorageSetupError(
-        "EncryptionRefused", f"{where} does not support the requested encryption ({requested}): {code or status}",
-        hint=f"correct {connection.field}.encryption, or leave it out and set the bucket's default",
+        "EncryptionRefused", f"{location} does not support the requested encryption ({requested}): {code or status}",
+        hint=f"correct {connection.field}.encryption, or remove it and set the bucket's default",
     )  # fmt: skip
 
 
@@ -188,13 +188,13 @@ _ENCRYPTION_CODES = (
 )  # fmt: skip
 
 
-def _named(
-    code: str, status: int, said: str, connection: Connection, where: str, operation: str, key: str
+def _known_failure(
+    code: str, status: int, message: str, connection: Connection, location: str, operation: str, key: str
 ) -> FineTuneError | None:
     group = connection.field
     if code == "NoSuchBucket":
         return StorageSetupError(
-            "BucketNotFound", f"there is no {where}", hint=f"create it, or correct the bucket in {group}.uri"
+            "BucketNotFound", f"there is no {location}", hint=f"create it, or correct the bucket in {group}.uri"
         )
     if code in (
         "InvalidAccessKeyId",
@@ -205,17 +205,17 @@ def _named(
         "Unauthorized",
     ):
         return CredentialsError(
-            "CredentialsRejected", f"{where} does not accept the credentials ({code})",
+            "CredentialsRejected", f"{location} does not accept the credentials ({code})",
             hint=f"correct the Secret named in {group}.credentialsSecretRef",
         )  # fmt: skip
     if code in ("ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"):
         return CredentialsError(
-            "CredentialsExpired", f"the credentials for {where} have expired",
+            "CredentialsExpired", f"the credentials for {location} have expired",
             hint=f"renew the Secret named in {group}.credentialsSecretRef, or use the pod's identity",
         )  # fmt: skip
     if code in ("RequestTimeTooSkewed",):
         return StorageSetupError(
-            "ClockSkew", f"{where} refuses requests: this node's clock differs from the store's by too much",
+            "ClockSkew", f"{location} refuses requests: the clock of this node differs too much from the clock of the store",
             hint="set the node's clock (NTP)",
         )  # fmt: skip
     if (
@@ -229,30 +229,30 @@ def _named(
         )
         or status == 301
     ):
-        if status == 301 and connection.endpoint and "endpoint" in said.lower():
+        if status == 301 and connection.endpoint and "endpoint" in message.lower():
             return StorageSetupError(
-                "AddressingWrong", f"{where} must be addressed differently than {connection.addressing}",
+                "AddressingWrong", f"{location} must be addressed differently than {connection.addressing}",
                 hint=f"write {group}.addressingStyle: {'path' if connection.addressing == 'virtual' else 'virtual'}, or the bucket's own endpoint",
             )  # fmt: skip
         return StorageSetupError(
             "RegionWrong",
-            f"{where} is not in region {connection.region}",
+            f"{location} is not in region {connection.region}",
             hint=f"write the bucket's region in {group}.region",
         )
     if code in ("AccessDenied", "AllAccessDisabled", "403", "Forbidden", "AccountProblem") or status == 403:
         permission = PERMISSION.get(operation, operation)
         return CredentialsError(
             "PermissionDenied",
-            f"{where} refuses {permission}" + (f" on {key}" if key else ""),
+            f"{location} refuses {permission}" + (f" on {key}" if key else ""),
             hint=f"grant {permission} on {connection.bucket}",
         )
-    if code == "InvalidBucketName" or (code == "400" and "bucket" in said.lower()):
+    if code == "InvalidBucketName" or (code == "400" and "bucket" in message.lower()):
         return StorageSetupError(
             "AddressingWrong",
-            f"{where}: the store reads another part of the address as the bucket's name",
+            f"{location}: the store takes another part of the address for the bucket's name",
             hint=f"try {group}.addressingStyle: path",
         )
-    if status == 400 and ("HTTPS" in said or "HTTP request" in said or code == "400"):
+    if status == 400 and ("HTTPS" in message or "HTTP request" in message or code == "400"):
         return StorageSetupError(
             "TlsFailed",
             f"{connection.host} requires TLS, and the request did not use it",

@@ -1,7 +1,7 @@
 """A folder as a store: `file:///path` on a laptop, `pvc://claim/path` in a pod.
 
 An object is written to a hidden file in the same folder, flushed to disk and renamed. Conditional creation uses a hard link:
-of two writers only one succeeds.
+if two writers create the same object at once, only one succeeds.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from finetune_trainer.storage.errors import of_local_disk
 
 PARTIAL = ".partial-"
 NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.EOPNOTSUPP, errno.EMLINK)
-"""Errno values of file systems without hard links (SMB, many FUSE ones)."""
+"""Errno values of file systems without hard links (SMB, many FUSE file systems)."""
 
 
 class FolderStore:
-    """Objects are files below `root`."""
+    """A store whose objects are files below `root`."""
 
     def __init__(self, root: Path, uri: str) -> None:
         self.root = root
@@ -91,10 +91,10 @@ class FolderStore:
     def stat(self, key: str) -> Stat | None:
         with self._errors(f"read {key}"):
             try:
-                found = (self.root / key).stat()
+                status = (self.root / key).stat()
             except (FileNotFoundError, NotADirectoryError):
                 return None
-        return Stat(key, found.st_size, str(found.st_mtime_ns))
+        return Stat(key, status.st_size, str(status.st_mtime_ns))
 
     def list(self, prefix: str) -> Iterator[Stat]:
         base = self.root / prefix.rpartition("/")[0]
@@ -108,7 +108,7 @@ class FolderStore:
         for key in keys:
             with self._errors(f"delete {key}"):
                 (self.root / key).unlink(missing_ok=True)
-                self._drop_empty((self.root / key).parent)
+                self._remove_empty_folders((self.root / key).parent)
 
     def sweep(self, prefix: str) -> int:
         base = self.root / prefix
@@ -120,7 +120,7 @@ class FolderStore:
     def close(self) -> None:
         """Nothing to close."""
 
-    def _drop_empty(self, folder: Path) -> None:
+    def _remove_empty_folders(self, folder: Path) -> None:
         while folder != self.root and self.root in folder.parents:
             try:
                 folder.rmdir()
@@ -130,7 +130,7 @@ class FolderStore:
 
     @contextlib.contextmanager
     def _writing(self, key: str) -> Iterator[Path]:
-        """A hidden file next to `key`; it is removed afterwards unless it was renamed."""
+        """Provide a hidden file next to `key`. It is removed at the end unless it was renamed."""
         target = self.root / key
         partial = target.parent / f"{PARTIAL}{uuid.uuid4().hex[:12]}"
         with self._errors(f"write {key}"):
@@ -141,44 +141,44 @@ class FolderStore:
                 partial.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
+    def _errors(self, action: str) -> Iterator[None]:
         try:
             yield
         except FineTuneError:
             raise
         except PermissionError as error:
             raise CredentialsError(
-                "PermissionDenied", f"cannot {what} below {self.uri}: the file system refuses it for user {os.getuid()}",
+                "PermissionDenied", f"cannot {action} below {self.uri}: the file system refuses it for user {os.getuid()}",
                 hint=f"make the folder writable for user and group {os.getuid()}",
             ) from error  # fmt: skip
         except OSError as error:
             if error.errno == errno.EROFS:
                 raise StorageSetupError(
-                    "StorageReadOnly", f"cannot {what} below {self.uri}: it is mounted read-only",
+                    "StorageReadOnly", f"cannot {action} below {self.uri}: the volume is mounted read-only",
                     hint="use a volume that can be written to",
                 ) from error  # fmt: skip
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise StorageError(
                     "StorageFull",
-                    f"cannot {what} below {self.uri}: the disk is full",
+                    f"cannot {action} below {self.uri}: the disk is full",
                     hint="free space, or use a larger volume",
                 ) from error
-            raise StorageError("StorageFailed", f"cannot {what} below {self.uri}: {error.strerror or error}") from error
+            raise StorageError("StorageFailed", f"cannot {action} below {self.uri}: {error.strerror or error}") from error
 
 
 def _files(base: Path) -> Iterator[Path]:
-    """Files below a folder without hidden partial ones. A folder that cannot be read is an error, not empty."""
+    """Files below a folder, except hidden partial files. A folder that cannot be read raises an error: it must not seem empty."""
 
-    def refuse(error: OSError) -> None:
+    def raise_if_unreadable(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError | NotADirectoryError):
             raise error
 
-    for folder, _, names in os.walk(base, onerror=refuse):
+    for folder, _, names in os.walk(base, onerror=raise_if_unreadable):
         yield from (Path(folder, name) for name in names if not name.startswith(PARTIAL))
 
 
 def _create_in_place(target: Path, data: bytes) -> Created:
-    """Conditional creation without hard links. A reader may see the file empty for a moment."""
+    """Create a file without hard links unless it exists. A reader may see an empty file for a moment."""
     try:
         handle = os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
     except FileExistsError:

@@ -1,7 +1,7 @@
-"""Checks, within seconds and before anything else, that the job can write, read and list in its store.
+"""Checks within seconds, before any download, that the job can write, read and list in its store.
 
-Wrong bucket, region, addressing, TLS, credentials, permissions and clock are distinguished (`storage.errors`). What the store
-supports beyond plain objects is tried out and reported, but nothing depends on it.
+A wrong bucket, region, addressing style, TLS setting, credential, permission or clock has its own failure (`storage.errors`).
+Support for conditional writes and deletion is tested and reported, but not required.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from finetune_trainer.storage.s3 import S3Store
 
 PROBES = ".probe"
 PREFLIGHT_OPTIONS = {"attempts": 2, "connect_timeout": 2.0, "read_timeout": 3.0}
-"""Options of a store that must respond within 10 s."""
+"""Options of S3Store for requests that must succeed or fail within about 10 s."""
 
 
 @dataclass(frozen=True)
 class Abilities:
-    """What a store supports, for `status.resolved.storage`."""
+    """Features that a store supports, for `status.resolved.storage`."""
 
     kind: str
     conditional_writes: bool
     can_delete: bool = True
 
     def to_wire(self) -> dict[str, object]:
-        """For the status."""
+        """The value of `status.resolved.storage`."""
         return {"kind": self.kind, "conditionalWrites": self.conditional_writes, "canDelete": self.can_delete}
 
 
 def preflight(target: StoreTarget, *, write: bool = True) -> Abilities:
-    """Try everything that checkpoints need with a small object.
+    """Try every kind of request that checkpoints need, with a small object.
 
     Errors: StorageSetupError (67), CredentialsError (77, naming the permission), StorageError (69 EndpointUnreachable);
     ConfigError `StorageUriInvalid` (64) for a web server, which can only be read.
@@ -53,7 +53,7 @@ def preflight(target: StoreTarget, *, write: bool = True) -> Abilities:
     try:
         return _try_all(store, write)
     except StorageError as error:
-        raise _refined(error, store) from error
+        raise _more_precise(error, store) from error
     finally:
         store.close()
 
@@ -66,27 +66,27 @@ def _try_all(store: Store, write: bool) -> Abilities:
     if not write:
         return Abilities(kind, False)
     key = join(PROBES, uuid.uuid4().hex)
-    store.create(key, b"first")  # if it exists already, the response to the first try was lost
+    store.create(key, b"first")  # EXISTS here means that the response to the first try was lost
     if store.get(key) != b"first":
         raise StorageError("StorageInconsistent", f"{store.uri}: an object just written cannot be read back")
-    second = store.create(key, b"second")
-    back = store.get(key)
+    second_creation = store.create(key, b"second")
+    data = store.get(key)
     can_delete = True
     try:
         store.delete([key])
     except CredentialsError:
         can_delete = False
     conditional = not isinstance(store, S3Store) or store.conditional
-    return Abilities(kind, conditional and second is Created.EXISTS and back == b"first", can_delete)
+    return Abilities(kind, conditional and second_creation is Created.EXISTS and data == b"first", can_delete)
 
 
-def _refined(error: StorageError, store: Store) -> FineTuneError:
-    """A more precise failure: wrong addressing if only the bucket's host name fails, encryption if plain objects can be written."""
+def _more_precise(error: StorageError, store: Store) -> FineTuneError:
+    """Find a more precise failure: addressing, if only the host name with the bucket fails; encryption, if plain objects are accepted."""
     if error.code == "StorageFailed" and isinstance(store, S3Store) and _encryption_fails(store):
         return StorageSetupError(
             "EncryptionRefused", f"bucket {store.bucket} at {store.connection.host} accepts objects, but not with the requested "
             f"encryption ({store.connection.encryption})",
-            hint=f"correct {store.connection.field}.encryption, or leave it out and set the bucket's default",
+            hint=f"correct {store.connection.field}.encryption, or remove it and set the bucket's default",
         )  # fmt: skip
     if error.code != "EndpointUnreachable" or not isinstance(store, S3Store):
         return error
@@ -94,23 +94,23 @@ def _refined(error: StorageError, store: Store) -> FineTuneError:
     if connection.addressing != "virtual" or not connection.endpoint:
         return error
     parts = urlsplit(connection.endpoint)
-    if not _listens(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)):
+    if not _accepts_connections(parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)):
         return error
     return StorageSetupError(
-        "AddressingWrong", f"{connection.endpoint} answers, but {connection.bucket}.{parts.hostname} does not",
+        "AddressingWrong", f"{connection.endpoint} responds, but {connection.bucket}.{parts.hostname} does not",
         hint=f"write {connection.field}.addressingStyle: path",
     )  # fmt: skip
 
 
 def _encryption_fails(store: S3Store) -> bool:
-    """Whether the store accepts an object without encryption. Many stores respond 500 to encryption without keys."""
+    """Whether the store accepts an object without encryption. Many stores that have no keys respond with 500 to encryption."""
     if store.target.encryption is None:
         return False
     plain = S3Store(store.target.model_copy(update={"encryption": None}), attempts=2, connect_timeout=2, read_timeout=3)
     key = join(PROBES, uuid.uuid4().hex)
     try:
         plain.put(key, b"")
-        with contextlib.suppress(CredentialsError):  # a missing right to delete is reported elsewhere
+        with contextlib.suppress(CredentialsError):  # a missing permission to delete is reported by the preflight
             plain.delete([key])
     except FineTuneError:
         return False
@@ -119,7 +119,7 @@ def _encryption_fails(store: S3Store) -> bool:
     return True
 
 
-def _listens(host: str, port: int) -> bool:
+def _accepts_connections(host: str, port: int) -> bool:
     import socket
 
     with contextlib.suppress(OSError), socket.create_connection((host, port), timeout=2):

@@ -16,9 +16,9 @@ from finetune_trainer.storage.web import WebStore
 
 
 def open_store(target: StoreTarget, **options: float) -> Store:
-    """Open a store without a request to the network. `options` are those of S3Store and WebStore.
+    """Open a store; sends no request. `options` are the keyword arguments of S3Store and WebStore.
 
-    Errors: ConfigError `StorageUriInvalid` for a URI of another kind.
+    Errors: ConfigError `StorageUriInvalid` for an unsupported scheme.
     """
     scheme, _, rest = target.uri.partition("://")
     match scheme:

@@ -1,8 +1,9 @@
 """S3 and compatible stores, through boto3 with its classic transfer client.
 
-boto3's CRT client ignores a custom endpoint, and some compatible stores refuse its default checksums: both are switched off.
-Requests are retried more often than botocore's three times, because a lost checkpoint costs more than a delay. Conditional
-creation uses If-None-Match. After a lost response the object exists: the caller compares whether it is its own.
+boto3's CRT client is off because it ignores a custom endpoint, and its default checksums are off because some compatible stores
+refuse them. Requests are retried more often than botocore's three times, because a lost checkpoint costs more than a delay.
+Conditional creation uses If-None-Match. If the response to a creation is lost, the retry finds that the object exists, and the
+caller compares the object with its own data.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FORBIDDEN = 403
 RANGE_BYTES = 8 * MIB
 MAX_PARTS = 9000
 CONCURRENCY = 10
-"""Parts or ranges that are transferred in parallel. With the one being hashed, at most 88 MiB of a download are in memory."""
+"""Parts or ranges that are transferred in parallel. Together with the range that is being hashed, a download holds at most 88 MiB in memory."""
 ATTEMPTS = 9
 DEFAULT_REGION = "us-east-1"
 CUSTOMER_KEY_BYTES = 32
@@ -42,7 +43,7 @@ MAX_DELETE_KEYS = 1000
 """Limit of S3 for one DeleteObjects request."""
 CONFLICT_SECONDS = 0.2
 CONDITIONS_UNSUPPORTED = ("NotImplemented", "InvalidArgument", "InvalidRequest")
-"""Error codes for `If-None-Match` on a PUT of stores that do not support it. If another cause is meant, the plain PUT fails too."""
+"""Error codes of stores that do not support `If-None-Match` on a PUT. If the code has another cause, the plain PUT fails too."""
 BATCHES_UNSUPPORTED = (
     "NotImplemented",
     "MethodNotAllowed",
@@ -51,7 +52,7 @@ BATCHES_UNSUPPORTED = (
     "InvalidArgument",
     "InvalidRequest",
 )
-"""Error codes for DeleteObjects of stores that do not support it, or not the way its body is signed."""
+"""Error codes of stores that do not support DeleteObjects, or not the signature of its body."""
 
 
 class S3Store:
@@ -69,9 +70,9 @@ class S3Store:
         self.connection = connection_of(target, self.bucket)
         self.retries = 0
         self.conditional = True
-        """Whether the store supports conditional writes: True until it refuses one."""
+        """Whether the store supports conditional writes. True until a conditional write is refused."""
         self._batches = True
-        """Whether the store supports DeleteObjects: True until it refuses it."""
+        """Whether the store supports DeleteObjects. True until such a request is refused."""
         self._lock = threading.Lock()
         self._encryption = encryption_arguments(target, self.connection)
         self._client = _client(target, self.connection, attempts, connect_timeout, read_timeout)
@@ -110,8 +111,8 @@ class S3Store:
                 ExtraArgs=self._encryption.write,
             )
         except Exception as error:
-            found = self.stat(key) if _lost_completion(error) else None
-            if found is None or found.size != size:
+            stored = self.stat(key) if _may_be_complete(error) else None
+            if stored is None or stored.size != size:
                 raise explain(error, self.connection, key=key) from error
 
     def put(self, key: str, data: bytes) -> None:
@@ -121,7 +122,7 @@ class S3Store:
             raise explain(error, self.connection, key=key) from error
 
     def create(self, key: str, data: bytes) -> Created:
-        for last in (False, False, False, True):
+        for is_last_try in (False, False, False, True):
             try:
                 self._client.put_object(
                     Bucket=self.bucket, Key=self.key(key), Body=data, IfNoneMatch="*", **self._encryption.write
@@ -131,7 +132,7 @@ class S3Store:
                 status, code = status_of(error)
                 if status == 412 or code == "PreconditionFailed":
                     return Created.EXISTS
-                if status == 409 and not last:  # another writer is creating the object
+                if status == 409 and not is_last_try:  # another writer is creating the object
                     time.sleep(CONFLICT_SECONDS)
                     continue
                 if status == 501 or code in CONDITIONS_UNSUPPORTED:
@@ -156,21 +157,21 @@ class S3Store:
         """Delete several objects; returns False if the store does not support this request."""
         request = {"Objects": [{"Key": name} for name in names], "Quiet": True}
         try:
-            answer = self._client.delete_objects(Bucket=self.bucket, Delete=request)
+            response = self._client.delete_objects(Bucket=self.bucket, Delete=request)
         except Exception as error:
             status, code = status_of(error)
             if status in (405, 501) or code in BATCHES_UNSUPPORTED:
                 return False
             raise explain(error, self.connection, operation="DeleteObjects") from error
-        for failed in answer.get("Errors", []):
-            raise _refused_delete(failed, self.connection)
+        for failed in response.get("Errors", []):
+            raise _delete_failure(failed, self.connection)
         return True
 
     def _delete_one(self, name: str) -> None:
         try:
             self._client.delete_object(Bucket=self.bucket, Key=name)
         except Exception as error:
-            if not _missing(error):
+            if not _is_missing(error):
                 raise explain(error, self.connection, operation="DeleteObject", key=name) from error
 
     def sweep(self, prefix: str) -> int:
@@ -190,71 +191,71 @@ class S3Store:
     # ---- reading ----
 
     def get(self, key: str) -> bytes | None:
-        for last in (False, False, True):
+        for is_last_try in (False, False, True):
             try:
                 body = self._client.get_object(Bucket=self.bucket, Key=self.key(key), **self._encryption.read)["Body"]
                 return bytes(body.read())
             except Exception as error:
-                if _missing(error):
+                if _is_missing(error):
                     return None
-                if last or status_of(error)[0]:
+                if is_last_try or status_of(error)[0]:
                     raise explain(error, self.connection, key=key) from error
         raise AssertionError("unreachable")
 
     def download(self, key: str, target: Path, *, count: Counter | None = None) -> str | None:
-        """Ranges are downloaded in parallel and hashed in order, so that the file is not read again."""
+        """Download ranges in parallel and hash them in order, so that the file need not be read again."""
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            found = self.stat(key)
-            if found is None:
+            stat = self.stat(key)
+            if stat is None:
                 return None
             digest = hashlib.sha256()
-            starts = range(0, found.size, RANGE_BYTES)
+            starts = range(0, stat.size, RANGE_BYTES)
             with target.open("wb") as writer, ThreadPoolExecutor(min(CONCURRENCY, max(1, len(starts)))) as pool:
                 pending: deque[Future[bytes]] = deque()
                 for start in starts:
-                    pending.append(pool.submit(self._range, key, found, start))
+                    pending.append(pool.submit(self._range, key, stat, start))
                     if len(pending) > CONCURRENCY:
                         _append(pending.popleft().result(), digest, writer, count)
                 while pending:
                     _append(pending.popleft().result(), digest, writer, count)
         except Exception as error:
-            if _missing(error):
+            if _is_missing(error):
                 return None
             raise explain(error, self.connection, operation="GetObject", key=key) from error
         return digest.hexdigest()
 
-    def _range(self, key: str, found: Stat, start: int) -> bytes:
-        """Download one range of an object; broken streams are repeated. Errors: StorageError `ObjectChanged`."""
-        end = min(start + RANGE_BYTES, found.size) - 1
-        tries = 4
+    def _range(self, key: str, stat: Stat, start: int) -> bytes:
+        """Download one range of an object; retries interrupted responses. Errors: StorageError `ObjectChanged`."""
+        end = min(start + RANGE_BYTES, stat.size) - 1
+        tries_left = 4
         while True:
-            tries -= 1
+            tries_left -= 1
             try:
                 response = self._client.get_object(
                     Bucket=self.bucket, Key=self.key(key), Range=f"bytes={start}-{end}", **self._encryption.read
                 )
-                if found.tag and str(response.get("ETag", "")).strip('"') != found.tag:
-                    raise StorageError("ObjectChanged", f"{self.uri}/{key} changed while it was read")
+                if stat.tag and str(response.get("ETag", "")).strip('"') != stat.tag:
+                    raise StorageError("ObjectChanged", f"{self.uri}/{key} changed during its download")
                 data = bytes(response["Body"].read())
                 if len(data) != end - start + 1:
                     raise ConnectionError(f"{len(data)} of {end - start + 1} bytes were received")
                 return data
             except Exception as error:
-                if tries == 0 or status_of(error)[0] or isinstance(error, StorageError):
+                if tries_left == 0 or status_of(error)[0] or isinstance(error, StorageError):
                     raise
 
     def stat(self, key: str) -> Stat | None:
         try:
-            found = self._client.head_object(Bucket=self.bucket, Key=self.key(key), **self._encryption.read)
+            response = self._client.head_object(Bucket=self.bucket, Key=self.key(key), **self._encryption.read)
         except Exception as error:
-            if _missing(error):
+            if _is_missing(error):
                 return None
             raise explain(self._with_reason(error, key), self.connection, operation="HeadObject", key=key) from error
-        return Stat(key, int(found["ContentLength"]), str(found.get("ETag", "")).strip('"'))
+        return Stat(key, int(response["ContentLength"]), str(response.get("ETag", "")).strip('"'))
 
     def _with_reason(self, error: Exception, key: str) -> Exception:
-        """The error of a GET in place of a refused HEAD: a HEAD response has no body, so wrong keys look like missing permissions."""
+        """Repeat a refused HEAD as GET and return its error. A HEAD response has no body to tell wrong keys from missing permissions."""
         if status_of(error)[0] != FORBIDDEN:
             return error
         try:
@@ -264,12 +265,12 @@ class S3Store:
         return error
 
     def list(self, prefix: str) -> Iterator[Stat]:
-        cut = len(self.prefix) + 1 if self.prefix else 0
+        prefix_length = len(self.prefix) + 1 if self.prefix else 0
         full = f"{self.prefix}/{prefix}" if self.prefix else prefix
         try:
             for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=full):
-                for one in page.get("Contents", []):
-                    yield Stat(one["Key"][cut:], int(one["Size"]), str(one.get("ETag", "")).strip('"'))
+                for entry in page.get("Contents", []):
+                    yield Stat(entry["Key"][prefix_length:], int(entry["Size"]), str(entry.get("ETag", "")).strip('"'))
         except Exception as error:
             raise explain(error, self.connection, operation="ListObjectsV2") from error
 
@@ -285,7 +286,7 @@ def _append(data: bytes, digest: Any, writer: IO[bytes], count: Counter | None) 
 
 
 def connection_of(target: StoreTarget, bucket: str) -> Connection:
-    """The connection that a target describes, with the defaults for what it leaves out."""
+    """The connection that a target describes. Missing fields come from AWS_ variables or get defaults."""
     endpoint = target.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     style = target.addressing_style or (AddressingStyle.PATH if endpoint else AddressingStyle.VIRTUAL)
     region = target.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or DEFAULT_REGION
@@ -295,14 +296,14 @@ def connection_of(target: StoreTarget, bucket: str) -> Connection:
 
 @dataclass(frozen=True)
 class EncryptionArguments:
-    """Arguments of requests that write and that read. Reading needs some only with a customer's key."""
+    """Additional arguments of writing and of reading requests. Reading requests need them only for a customer's key."""
 
     write: dict[str, Any]
     read: dict[str, Any]
 
 
 def encryption_arguments(target: StoreTarget, connection: Connection) -> EncryptionArguments:
-    """The request arguments for the encryption at rest that the target asks for.
+    """The request arguments for the encryption at rest that the target specifies.
 
     Errors: ConfigError `CustomerKeyInvalid` if the Secret does not hold 32 bytes in base64.
     """
@@ -310,8 +311,8 @@ def encryption_arguments(target: StoreTarget, connection: Connection) -> Encrypt
         case EncryptionType.S3:
             return EncryptionArguments({"ServerSideEncryption": "AES256"}, {})
         case EncryptionType.KMS:
-            named = {"SSEKMSKeyId": target.kms_key_id} if target.kms_key_id else {}
-            return EncryptionArguments({"ServerSideEncryption": "aws:kms", **named}, {})
+            key_id = {"SSEKMSKeyId": target.kms_key_id} if target.kms_key_id else {}
+            return EncryptionArguments({"ServerSideEncryption": "aws:kms", **key_id}, {})
         case EncryptionType.CUSTOMER_KEY:
             key = {"SSECustomerAlgorithm": "AES256", "SSECustomerKey": _customer_key(target, connection)}
             return EncryptionArguments(key, key)
@@ -328,7 +329,7 @@ def _customer_key(target: StoreTarget, connection: Connection) -> bytes:
         raise ConfigError(
             "CustomerKeyInvalid",
             f"the Secret of {connection.field}.encryption.customerKeySecretRef does not hold {CUSTOMER_KEY_BYTES} bytes in base64",
-            hint="make one with `openssl rand -base64 32`",
+            hint="create one with `openssl rand -base64 32`",
         )
     return key
 
@@ -339,12 +340,12 @@ def _client(
     import boto3
     from botocore.config import Config
 
-    custom = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
+    checksum_options = {"request_checksum_calculation": "when_required", "response_checksum_validation": "when_required"}
     config = Config(
         s3={"addressing_style": connection.addressing},
         retries={"total_max_attempts": attempts, "mode": "standard"},
         connect_timeout=connect_timeout, read_timeout=read_timeout, tcp_keepalive=True, max_pool_connections=4 * CONCURRENCY,
-        signature_version="s3v4", **(custom if connection.endpoint else {}),
+        signature_version="s3v4", **(checksum_options if connection.endpoint else {}),
     )  # fmt: skip
     prefix = target.credentials_prefix
     keys = {
@@ -352,18 +353,18 @@ def _client(
         "aws_secret_access_key": os.environ.get(prefix + Env.STORAGE_SECRET_KEY),
         "aws_session_token": os.environ.get(prefix + Env.STORAGE_SESSION_TOKEN),
     }
-    given = {name: value for name, value in keys.items() if value} if prefix else {}
+    credentials = {name: value for name, value in keys.items() if value} if prefix else {}
     try:
         return boto3.session.Session().client(
             "s3", endpoint_url=connection.endpoint, region_name=connection.region, config=config,
-            verify=target.ca_bundle or None, **given,
+            verify=target.ca_bundle or None, **credentials,
         )  # fmt: skip
     except Exception as error:
         raise explain(error, connection) from error
 
 
 def _transfer(size: int) -> Any:
-    """The transfer settings for a file of `size` bytes: its parts stay below S3's limit on their number."""
+    """The transfer settings for a file of `size` bytes. The part size grows so that the number of parts stays below S3's limit."""
     from boto3.s3.transfer import TransferConfig
 
     part = max(PART_BYTES, -(-size // MAX_PARTS // MIB) * MIB)
@@ -375,18 +376,18 @@ def _transfer(size: int) -> Any:
     )
 
 
-def _missing(error: Exception) -> bool:
+def _is_missing(error: Exception) -> bool:
     status, code = status_of(error)
     return code in ("NoSuchKey", "404", "NotFound") or (status == 404 and code != "NoSuchBucket")
 
 
-def _lost_completion(error: Exception) -> bool:
+def _may_be_complete(error: Exception) -> bool:
     """Whether a multipart upload may be complete although its response was lost."""
     return "NoSuchUpload" in str(error) or isinstance(error, StorageError)
 
 
-def _refused_delete(failed: dict[str, Any], connection: Connection) -> Exception:
+def _delete_failure(failed: dict[str, Any], connection: Connection) -> Exception:
     from botocore.exceptions import ClientError
 
-    answer = {"Error": {"Code": failed.get("Code", ""), "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": 0}}
-    return explain(ClientError(answer, "DeleteObjects"), connection, key=str(failed.get("Key", "")))
+    response = {"Error": {"Code": failed.get("Code", ""), "Message": ""}, "ResponseMetadata": {"HTTPStatusCode": 0}}
+    return explain(ClientError(response, "DeleteObjects"), connection, key=str(failed.get("Key", "")))

@@ -1,6 +1,6 @@
-"""A session of requests with additional CA certificates, without automatic retries, and without redirects that leave TLS.
+"""An HTTP session of the requests library: additional CA certificates, no automatic retries, and no redirects away from https.
 
-It is a separate module because requests is only imported when something is read from the web.
+This is a separate module so that requests is only imported for jobs that read from a web server.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from requests.adapters import HTTPAdapter
 
 
 class Adapter(HTTPAdapter):
-    """A pool of connections, direct or through a proxy, with the CA certificates of `context` and of requests."""
+    """A connection pool, direct or through a proxy, that trusts the CA certificates of `context` and of requests."""
 
     def __init__(self, context: ssl.SSLContext) -> None:
         self._context = context
@@ -39,7 +39,7 @@ class Adapter(HTTPAdapter):
 
 
 class Session(requests.Session):
-    """Follows redirects only to https, where a response cannot be modified in transit."""
+    """A session that follows redirects only to https: a plain http response could be modified in transit."""
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
         """Errors: StorageSetupError `RedirectRefused`."""
@@ -47,15 +47,15 @@ class Session(requests.Session):
         parts = urlsplit(target or "")
         if parts.scheme not in ("", "https"):
             raise StorageSetupError(
-                "RedirectRefused", f"{redact_source(resp.url)} is redirected to {parts.scheme}://{parts.hostname}, where a response "
-                "can be modified in transit",
+                "RedirectRefused", f"{redact_source(resp.url)} is redirected to {parts.scheme}://{parts.hostname}, and without TLS a "
+                "response can be modified in transit",
                 hint="write the https address of the redirect's target",
             )  # fmt: skip
         return target
 
 
 def session_on(adapter: Adapter) -> Session:
-    """A session for one request: it has its own cookies and shares the adapter's connections."""
+    """A session for one request. It has its own cookies and shares the connections of the adapter."""
     session = Session()
     session.mount("https://", adapter)
     return session

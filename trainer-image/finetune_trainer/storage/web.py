@@ -1,9 +1,9 @@
 """A web server as a read-only store: `https://host/path`, through requests.
 
 A web server has no listing and no conditional creation, so that only a checkpoint or model with a known address can be read.
-Retries are made here and not by the adapter of requests: one limit covers the connection, the response and an interrupted body,
-and the adapter would log whole URLs, whose query may be a signature. The query of the root is sent with every request and
-appears in no message.
+This module retries requests itself, for two reasons: one limit covers connecting, the response and an interrupted body, and the
+adapter of requests would log whole URLs, whose query may be a signature. The query of the root is sent with every request and
+never appears in a message.
 """
 
 from __future__ import annotations
@@ -39,26 +39,26 @@ if TYPE_CHECKING:
     import requests
 
 log = logging.getLogger(__name__)
-READ = "write https://host/path"
-WRITE = "write s3://bucket/prefix, pvc://claim/path or file:///path for a store that is written to"
+READ_HINT = "write https://host/path"
+WRITE_HINT = "write s3://bucket/prefix, pvc://claim/path or file:///path for a store that is written to"
 ATTEMPTS = 5
 TIMEOUT_SECONDS = 30.0
-"""To connect, and between two chunks of a response."""
+"""Time limit for connecting, and between two chunks of a response."""
 PAUSE_SECONDS = 1.0
-"""Before the first retry; it doubles with each further one."""
+"""Pause before the first retry. It doubles with each further retry."""
 LONGEST_PAUSE_SECONDS = 60.0
-"""Upper limit for a server's Retry-After."""
+"""Upper limit for a pause, also if the server's Retry-After is longer."""
 READ_BYTES = 256 * 1024
 BUSY = (429, 500, 502, 503, 504)
 HEAD_REFUSED = (403, 405, 501)
-"""Responses to HEAD after which GET may succeed: a signed URL is signed for one method."""
+"""Statuses of HEAD after which GET may succeed: a signed URL may be valid for GET only."""
 
 
 class WebStore:
     """Objects below `https://host/path[?query]`, read-only. Thread-safe: only the pool of connections is shared.
 
-    Proxies and `.netrc` come from the environment, as requests reads it. Trusted are the CA certificates of the system, of
-    requests and of `ca_bundle`, because one root may be public and another one internal.
+    requests takes proxies and `.netrc` from the environment. The store trusts the CA certificates of the system, of requests and
+    of `ca_bundle`, because some servers are public and others internal.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class WebStore:
     def download(
         self, key: str, target: Path, *, count: Counter | None = None, check_space: Counter | None = None
     ) -> str | None:
-        """Download an object; the key "" is the root itself.
+        """Download an object. The key "" is the root itself.
 
         `check_space` is called with the size in bytes, if the server reports it, before anything is written.
         """
@@ -93,19 +93,19 @@ class WebStore:
                 digest = self._download(key, _Download(writer, count, check_space))
             if digest is None:
                 target.unlink()
-        except OSError as error:  # errors of the connection are FineTuneErrors by now
+        except OSError as error:  # only errors of local files: those of the connection are FineTuneErrors
             raise of_local_disk(error) from error
         return digest
 
     def stat(self, key: str) -> Stat | None:
-        def ask() -> Stat | None:
-            with self._request("HEAD", key) as answer:
-                if answer.status_code not in HEAD_REFUSED:
-                    return self._stat(key, answer)
-            with self._request("GET", key) as answer:
-                return self._stat(key, answer)
+        def request_stat() -> Stat | None:
+            with self._request("HEAD", key) as response:
+                if response.status_code not in HEAD_REFUSED:
+                    return self._stat(key, response)
+            with self._request("GET", key) as response:
+                return self._stat(key, response)
 
-        return self._with_retries(key, ask)
+        return self._with_retries(key, request_stat)
 
     def list(self, prefix: str) -> Iterator[Stat]:
         raise StorageSetupError(
@@ -133,56 +133,56 @@ class WebStore:
     def close(self) -> None:
         self._adapter.close()
 
-    def _refuse_writing(self, what: str, key: str) -> NoReturn:
+    def _refuse_writing(self, action: str, key: str) -> NoReturn:
         raise StorageSetupError(
-            "StorageReadOnly", f"cannot {what} {key} below {self.uri}: a web server is read-only here, because it has no conditional creation",
-            hint=WRITE,
+            "StorageReadOnly", f"cannot {action} {key} below {self.uri}: a web server is read-only, because it has no conditional creation",
+            hint=WRITE_HINT,
         )  # fmt: skip
 
     # ---- requests ----
 
-    def _shown(self, key: str) -> str:
+    def _uri_without_query(self, key: str) -> str:
         return f"{self.uri}/{key}" if key else self.uri
 
     @contextlib.contextmanager
     def _request(self, method: str, key: str, headers: dict[str, str] | None = None) -> Iterator[requests.Response]:
-        """A response whose body has not been read. Cookies are not shared between requests."""
+        """Send a request and provide the response, whose body is not read yet. Requests share no cookies."""
         from finetune_trainer.storage.session import session_on
 
         url = (f"{self.uri}/{quote(key)}" if key else self._address) + self._query
-        # identity: the stored bytes, not compressed for the transfer
+        # identity: receive the stored bytes, without compression for the transfer
         own = {"User-Agent": "finetune-trainer", "Accept-Encoding": "identity"}
         session = session_on(self._adapter)
-        answer = session.request(method, url, headers=own | (headers or {}), stream=True, timeout=self._timeout)
+        response = session.request(method, url, headers=own | (headers or {}), stream=True, timeout=self._timeout)
         try:
-            yield answer
+            yield response
         finally:
-            answer.close()
+            response.close()
 
-    def _stat(self, key: str, answer: requests.Response) -> Stat | None:
-        if self._is_missing(key, answer):
+    def _stat(self, key: str, response: requests.Response) -> Stat | None:
+        if self._is_missing(key, response):
             return None
-        length = answer.headers.get("Content-Length", "")
+        length = response.headers.get("Content-Length", "")
         if not length.isdecimal():
-            raise StorageError("SizeUnknown", f"{self._shown(key)}: the server does not report its size")
-        return Stat(key, int(length), _strong_etag(answer))
+            raise StorageError("SizeUnknown", f"{self._uri_without_query(key)}: the server does not report its size")
+        return Stat(key, int(length), _strong_etag(response))
 
     def _download(self, key: str, download: _Download) -> str | None:
         """Download an object; returns its sha256, or None if it does not exist."""
         return self._with_retries(key, lambda: self._try_download(key, download), lambda: download.furthest)
 
     def _try_download(self, key: str, download: _Download) -> str | None:
-        with self._request("GET", key, download.range_headers()) as answer:
-            if answer.status_code == 416 and download.size:
+        with self._request("GET", key, download.range_headers()) as response:
+            if response.status_code == 416 and download.size:
                 download.restart()
-                raise _RetryableError(StorageError("DownloadBroken", f"{self._shown(key)} answers 416"))
-            if self._is_missing(key, answer):
+                raise _RetryableError(StorageError("DownloadBroken", f"{self._uri_without_query(key)} answers 416"))
+            if self._is_missing(key, response):
                 return None
-            download.start_response(answer)
+            download.start_response(response)
             try:
-                for chunk in answer.raw.stream(READ_BYTES, decode_content=False):
+                for chunk in response.raw.stream(READ_BYTES, decode_content=False):
                     download.write(chunk)
-            except _broken() as error:
+            except _stream_errors() as error:
                 raise self._interrupted(key, download, error) from error
         return download.digest.hexdigest()
 
@@ -190,38 +190,38 @@ class WebStore:
         cause = _innermost(error)
         if isinstance(cause, ssl.SSLError | TimeoutError | ConnectionError):
             return _RetryableError(self._unreachable(cause))
-        how = (
+        problem = (
             f"ended after {download.size} of {download.total} bytes"
             if download.total
             else f"was interrupted ({type(cause).__name__})"
         )
-        return _RetryableError(StorageError("DownloadBroken", f"{self._shown(key)} {how}"))
+        return _RetryableError(StorageError("DownloadBroken", f"{self._uri_without_query(key)} {problem}"))
 
-    def _is_missing(self, key: str, answer: requests.Response) -> bool:
+    def _is_missing(self, key: str, response: requests.Response) -> bool:
         """Whether the object does not exist. Errors: `_RetryableError` for a busy server, a FineTuneError for other refusals."""
-        status = answer.status_code
-        said = f"{self._shown(key)} answers {status}"
+        status = response.status_code
+        message = f"{self._uri_without_query(key)} answers {status}"
         if status in BUSY:
-            raise _RetryableError(StorageError("DownloadFailed", said), _retry_after(answer))
+            raise _RetryableError(StorageError("DownloadFailed", message), _retry_after(response))
         if status in (401, 403):
             raise CredentialsError(
-                "PermissionDenied", said, hint="some servers respond like this for a missing file too; allow reading it, or copy it to S3"
+                "PermissionDenied", message, hint="allow reading the file, or copy it to S3; some servers also respond like this if the file does not exist"
             )  # fmt: skip
         if status >= 500:
-            raise StorageError("DownloadFailed", said)
+            raise StorageError("DownloadFailed", message)
         if status >= 300 and status != 404:
-            raise NotFoundError("ObjectNotFound", said)
+            raise NotFoundError("ObjectNotFound", message)
         return status == 404
 
-    def _with_retries(self, key: str, ask: Callable[[], Any], progress: Callable[[], int] = lambda: 0) -> Any:
-        """Repeat while the server is busy or the connection breaks. After progress of some megabytes the count of tries restarts."""
-        tries, reached = 0, 0
+    def _with_retries(self, key: str, send: Callable[[], Any], progress: Callable[[], int] = lambda: 0) -> Any:
+        """Retry while the server is busy or the connection breaks. After some megabytes of progress the count of tries restarts."""
+        tries, reached_bytes = 0, 0
         while True:
             try:
-                return self._translate_errors(key, ask)
+                return self._translate_errors(key, send)
             except _RetryableError as failed:
-                tries = 1 if progress() - reached >= CHUNK_BYTES else tries + 1
-                reached = max(reached, progress())
+                tries = 1 if progress() - reached_bytes >= CHUNK_BYTES else tries + 1
+                reached_bytes = max(reached_bytes, progress())
                 if tries >= self._attempts:
                     raise failed.error from failed
                 pause = min(max(failed.pause, PAUSE_SECONDS * 2 ** (tries - 1)), LONGEST_PAUSE_SECONDS)
@@ -230,23 +230,23 @@ class WebStore:
                 self.retries += 1
             time.sleep(pause)
 
-    def _translate_errors(self, key: str, ask: Callable[[], Any]) -> Any:
-        """Turn exceptions of requests into ours. `from None`, because their texts repeat the whole URL."""
+    def _translate_errors(self, key: str, send: Callable[[], Any]) -> Any:
+        """Convert exceptions of requests to FineTuneErrors. `from None` hides their texts, which contain the whole URL."""
         from requests import exceptions as web
         from urllib3.exceptions import LocationParseError
 
         try:
-            return ask()
+            return send()
         except (web.ConnectionError, web.Timeout) as error:
             cause = _innermost(error)
             if isinstance(cause, ssl.SSLCertVerificationError):
                 raise self._unreachable(cause) from None
             raise _RetryableError(self._unreachable(cause)) from None
         except web.TooManyRedirects:
-            raise StorageError("DownloadFailed", f"{self._shown(key)} is redirected endlessly") from None
+            raise StorageError("DownloadFailed", f"{self._uri_without_query(key)} is redirected endlessly") from None
         except (web.RequestException, LocationParseError, UnicodeError) as error:
             raise ConfigError(
-                "SourceInvalid", f"{self._shown(key)} is not a valid URL ({type(error).__name__})", hint=READ
+                "SourceInvalid", f"{self._uri_without_query(key)} is not a valid URL ({type(error).__name__})", hint=READ_HINT
             ) from None  # fmt: skip
 
     def _unreachable(self, cause: BaseException) -> StorageError:
@@ -259,7 +259,7 @@ class WebStore:
 
 
 class _RetryableError(Exception):
-    """A failure that a retry may fix. `error` is raised after the last try, `pause` is the server's Retry-After in seconds."""
+    """A failure that a retry may fix. `error`: raised after the last try. `pause`: the server's Retry-After in seconds."""
 
     def __init__(self, error: FineTuneError, pause: float = 0) -> None:
         super().__init__(str(error))
@@ -282,22 +282,22 @@ class _Download:
         self._etag = ""
 
     def range_headers(self) -> dict[str, str]:
-        """Headers that request the missing rest, unless the object has changed."""
+        """Headers that request only the missing bytes, on condition that the object has not changed."""
         return {"Range": f"bytes={self.size}-", "If-Range": f'"{self._etag}"'} if self.size and self._etag else {}
 
-    def start_response(self, answer: requests.Response) -> None:
-        """A response begins: with the missing rest, or with the whole object."""
-        if answer.status_code == 206 and not answer.headers.get("Content-Range", "").startswith(f"bytes {self.size}-"):
+    def start_response(self, response: requests.Response) -> None:
+        """Prepare for the body of a response, which holds the missing bytes or the whole object."""
+        if response.status_code == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {self.size}-"):
             self.restart()
             raise _RetryableError(
                 StorageError(
-                    "DownloadBroken", f"{redact_source(answer.url)} responds with another range than the requested one"
+                    "DownloadBroken", f"{redact_source(response.url)} responds with another range than was requested"
                 )
             )
-        if answer.status_code != 206:
+        if response.status_code != 206:
             self.restart()
-        self._etag = _strong_etag(answer)
-        length = answer.headers.get("Content-Length", "")
+        self._etag = _strong_etag(response)
+        length = response.headers.get("Content-Length", "")
         self.total = self.size + int(length) if length.isdecimal() else 0
         if self._check_space and not self.size:
             self._check_space(self.total)
@@ -312,7 +312,7 @@ class _Download:
 
 
 def split_query(uri: str) -> tuple[str, str]:
-    """Address, and query with its question mark (empty without one). Only https:// URIs have a query."""
+    """Split a URI into address and query. The query includes its question mark, and is empty unless the URI begins with https://."""
     if not uri.startswith("https://"):
         return uri, ""
     address, mark, query = uri.partition("#")[0].partition("?")
@@ -323,20 +323,20 @@ def _require_valid_url(uri: str) -> None:
     """Errors: ConfigError `SourceInvalid` for an invalid URL, or one with a password."""
     try:
         parts = urlsplit(uri)
-        whole, secret = bool(parts.hostname) and parts.port != 0, bool(parts.username or parts.password)
+        is_valid, has_credentials = bool(parts.hostname) and parts.port != 0, bool(parts.username or parts.password)
     except ValueError:
-        whole, secret = False, False
-    if not whole:
-        raise ConfigError("SourceInvalid", f"{redact_source(uri)} is not a valid URL", hint=READ)
-    if secret:
+        is_valid, has_credentials = False, False
+    if not is_valid:
+        raise ConfigError("SourceInvalid", f"{redact_source(uri)} is not a valid URL", hint=READ_HINT)
+    if has_credentials:
         raise ConfigError(
-            "SourceInvalid", f"{redact_source(uri)} is given with a user or password, which everyone who can read the job would see",
-            hint="write it without",
+            "SourceInvalid", f"{redact_source(uri)} contains a user or password, which everyone who can read the job would see",
+            hint="remove user and password from the URL",
         )  # fmt: skip
 
 
 def _adapter(ca_bundle: str | None) -> Any:
-    """A pool of connections. Errors: StorageSetupError `TlsFailed` if the bundle cannot be read."""
+    """Create a connection pool. Errors: StorageSetupError `TlsFailed` if the bundle cannot be read."""
     from finetune_trainer.storage.session import Adapter
 
     logging.getLogger("urllib3.connectionpool").addFilter(_without_query)
@@ -358,35 +358,35 @@ def _without_query(record: logging.LogRecord) -> bool:
     return True
 
 
-def _broken() -> tuple[type[Exception], ...]:
+def _stream_errors() -> tuple[type[Exception], ...]:
     from urllib3 import exceptions as pool
 
     return pool.ProtocolError, pool.TimeoutError, pool.SSLError
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """The innermost of exceptions that wrap one another."""
+    """The innermost exception of a chain of exceptions that wrap one another."""
     for _ in range(8):
         causes = (getattr(error, "reason", None), error.__cause__, *error.args)
-        inner = next((one for one in causes if isinstance(one, BaseException)), None)
+        inner = next((cause for cause in causes if isinstance(cause, BaseException)), None)
         if inner is None:
             break
         error = inner
     return error
 
 
-def _strong_etag(answer: requests.Response) -> str:
-    """The ETag if it is a strong one, which identifies the exact bytes; else empty."""
-    tag = str(answer.headers.get("ETag", ""))
+def _strong_etag(response: requests.Response) -> str:
+    """The ETag if it is strong, that is, identifies the exact bytes; else an empty string."""
+    tag = str(response.headers.get("ETag", ""))
     return tag[1:-1] if len(tag) > 2 and tag[0] == tag[-1] == '"' else ""
 
 
-def _retry_after(answer: requests.Response) -> float:
+def _retry_after(response: requests.Response) -> float:
     """Seconds of the Retry-After header; 0 if it is missing or invalid."""
     from urllib3 import exceptions as pool
     from urllib3.util.retry import Retry
 
     try:
-        return float(Retry().get_retry_after(answer.raw) or 0)
+        return float(Retry().get_retry_after(response.raw) or 0)
     except pool.InvalidHeader:
         return 0

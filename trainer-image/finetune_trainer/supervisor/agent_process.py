@@ -1,4 +1,4 @@
-"""Starts the agent, which runs this pod's ranks, with the environment that ranks may see."""
+"""Starts the agent, which runs this pod's ranks, without storage credentials in its environment."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _rank_environment(run: RunConfig, settings: Settings, channel_address: str) 
         "OMP_NUM_THREADS": str(max(1, cpus // run.world.processes_per_node)),
         "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_OFFLINE": "1",
         "HF_HOME": str(settings.work / "hub"),
-        "PYTHONWARNINGS": "ignore::FutureWarning",  # the libraries are pinned: their users can do nothing about them
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # users cannot act on these warnings: the image pins the libraries
         **inherited,
         SOCKET: channel_address, Env.WORK_DIR: str(settings.work), Env.RUN_FILE: str(settings.run_file),
         Env.INCARNATION: settings.incarnation(run), Env.NODE_RANK: str(settings.node_rank),

@@ -1,4 +1,4 @@
-"""The exit code of a pod, decided in one place from facts. Pure: no processes, no storage, no clock.
+"""Decides the exit code of a pod from recorded facts. Pure: no processes, no storage, no clock.
 
 The order: a committed final artefact is success whatever happened afterwards; a requested stop ends with 75 or 76; otherwise
 the root cause of the failures decides.
@@ -21,14 +21,14 @@ GRACE_MARGIN = 0.1
 
 @dataclass
 class AttemptFacts:
-    """What happened to this pod so far."""
+    """Facts about this pod's attempt so far that decide the exit code."""
 
     error: FineTuneError | None = None
     """The supervisor's own failure: preparation, storage or a stall."""
     rank_failures: list[RankFailure] = field(default_factory=list)
     """Failures that ranks reported."""
     stop_requested_at: float | None = None
-    """Monotonic time of SIGTERM, or of the first message that another pod of the gang received one."""
+    """Monotonic time of SIGTERM, or of the message that another pod of the gang has received SIGTERM."""
     stopped_ranks: set[int] = field(default_factory=set)
     finished: bool = False
     """Rank 0 has written the final artefact to the pod's disk."""
@@ -50,7 +50,7 @@ class Exit:
 
 
 def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, is_saved: bool, node_rank: int) -> Exit:
-    """The exit of this pod. `exit_code_failures`: ranks that only left an exit code; `is_saved`: see `is_state_saved`."""
+    """Decide the exit of this pod. `exit_code_failures`: failures known only from exit codes; `is_saved`: see `is_state_saved`."""
     if facts.output is not None:
         return Exit(ExitCode.OK)
     if facts.error is None and facts.stop_requested_at is not None:
@@ -59,29 +59,29 @@ def decide_exit(facts: AttemptFacts, exit_code_failures: list[RankFailure], *, i
     if failure is None and node_rank > 0 and facts.agent_code == 0:
         return Exit(ExitCode.OK)  # rank 0's pod commits the final artefact
     if failure is None:
-        failure = RankFailure(_unexplained_end(facts.agent_code), reported=False)
+        failure = RankFailure(_failure_of_agent(facts.agent_code), reported=False)
     return Exit(int(failure.error.exit_code), failure)
 
 
 def _exit_after_stop(facts: AttemptFacts, is_saved: bool) -> Exit:
-    """75 if the trained steps are saved, else 76. A rank that failed by itself before the stop decides instead."""
-    own = root_cause(one for one in facts.rank_failures if one.origin)
-    if own is not None:
-        return Exit(int(own.error.exit_code), own)
+    """75 if the trained steps are saved, else 76. If a rank failed by itself before the stop, its failure decides."""
+    rank_failure = root_cause(failure for failure in facts.rank_failures if failure.origin)
+    if rank_failure is not None:
+        return Exit(int(rank_failure.error.exit_code), rank_failure)
     return Exit(ExitCode.PREEMPTED_SAVED if is_saved else ExitCode.PREEMPTED_UNSAVED)
 
 
 def _root_cause(facts: AttemptFacts, exit_code_failures: list[RankFailure]) -> RankFailure | None:
-    """The supervisor's own failure, else the ranks'. A rank's own failure explains a PeerError of the supervisor."""
+    """The supervisor's own failure, else that of the ranks. If the supervisor's failure is a PeerError, a rank's own failure explains it."""
     if facts.error is None:
-        reported_ranks = {one.rank for one in facts.rank_failures}
-        silent = [one for one in exit_code_failures if one.rank not in reported_ranks]
+        reported_ranks = {failure.rank for failure in facts.rank_failures}
+        silent = [failure for failure in exit_code_failures if failure.rank not in reported_ranks]
         return root_cause([*facts.rank_failures, *silent])
-    own = root_cause(one for one in facts.rank_failures if one.origin)
-    return own if own is not None and isinstance(facts.error, PeerError) else RankFailure(facts.error)
+    rank_failure = root_cause(failure for failure in facts.rank_failures if failure.origin)
+    return rank_failure if rank_failure is not None and isinstance(facts.error, PeerError) else RankFailure(facts.error)
 
 
-def _unexplained_end(agent_code: int | None) -> FineTuneError:
+def _failure_of_agent(agent_code: int | None) -> FineTuneError:
     if agent_code is not None and agent_code < 0:
         return PeerError("AgentKilled", f"the torchelastic agent was killed by signal {-agent_code}")
     if agent_code == 0:
@@ -92,7 +92,7 @@ def _unexplained_end(agent_code: int | None) -> FineTuneError:
 
 
 def is_state_saved(facts: AttemptFacts, *, step: int, committed_step: int, uploaded_step: int, node_rank: int) -> bool:
-    """Whether a stop at `step` loses nothing.
+    """Whether every step up to `step` is saved when the pod stops.
 
     Rank 0's pod commits (`committed_step`); the other pods only upload their files (`uploaded_step`), and their ranks must
     have reached the agreed step.

@@ -1,4 +1,4 @@
-"""Downloads models and data to the local disk, from every notation that a spec may use. Local sources are used in place.
+"""Downloads models and data to the local disk, from every kind of source that a spec supports. Local sources are used in place.
 
 Each failure names the spec field and the source. Exit codes: 66 for a missing source (class Model or Data), 77 or 67 for a store
 that refuses access, 69 for a store that cannot be reached.
@@ -41,13 +41,13 @@ MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py",
 DATA_FILES = ("*.jsonl", "*.json", "*.csv", "*.tsv", "*.txt", "*.parquet", "*.jsonl.gz")
 SMALL_FILE_BYTES = 8 * 1024 * 1024
 EDGE_BYTES = 1024 * 1024
-"""Of a larger file the fingerprint reads this much at its beginning and end."""
+"""Bytes that the fingerprint of a larger file reads at its beginning and at its end."""
 RESERVE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True)
 class SourceKind:
-    """Whether a source is a model or data: decides the code words, the failure class and the store."""
+    """The differences between models and data: words in messages and error codes, failure class, file names, type of hub repository."""
 
     word: str
     code: str
@@ -71,7 +71,7 @@ class Fetched:
 
 
 class Fetcher:
-    """Fetches the sources of one run. `count` is called with the number of bytes that were downloaded."""
+    """Fetches the sources of one run. `count` is called with the number of bytes of each downloaded chunk."""
 
     def __init__(self, run: RunConfig, work: Path, *, count: Counter | None = None) -> None:
         self.run, self.work, self.count = run, work, count
@@ -85,13 +85,13 @@ class Fetcher:
         if not fetched.path.is_dir():
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {redact_source(text)}, which is a file: a folder with config.json and weights is needed",
-                hint="name the folder", failure_class=MODEL.failure_class,
+                hint="write the path of the folder", failure_class=MODEL.failure_class,
             )  # fmt: skip
-        if not any((fetched.path / file).exists() for file in _MODEL_FILES_TO_EXPECT):
-            found = ", ".join(sorted(one.name for one in fetched.path.iterdir())[:5]) or "nothing"
+        if not any((fetched.path / file).exists() for file in _REQUIRED_ONE_OF):
+            names = ", ".join(sorted(file.name for file in fetched.path.iterdir())[:5]) or "no files"
             raise NotFoundError(
-                "ModelInvalid", f"{path} is {redact_source(text)}, a folder without config.json (found: {found})",
-                hint="name the folder that holds config.json and the weights", failure_class=MODEL.failure_class,
+                "ModelInvalid", f"{path} is {redact_source(text)}, a folder without config.json (it holds {names})",
+                hint="write the path of the folder that holds config.json and the weights", failure_class=MODEL.failure_class,
             )  # fmt: skip
         return fetched
 
@@ -127,33 +127,33 @@ class Fetcher:
         except PermissionError as error:
             raise CredentialsError(
                 "PermissionDenied", f"{path} is {text}, which user {os.getuid()} may not read",
-                hint="make it readable", failure_class=kind.failure_class,
+                hint="make the files readable for this user", failure_class=kind.failure_class,
             ) from error  # fmt: skip
         raise self._missing(kind, path, text, "does not exist")
 
     # ---- S3 ----
 
     def _store(self, bucket: str, kind: SourceKind, **options: float) -> S3Store:
-        given = self.run.model_store if kind is MODEL else self.run.dataset_store
-        base = given or (self.run.storage if self.run.storage.uri.startswith("s3://") else StoreTarget(uri=""))
+        own_store = self.run.model_store if kind is MODEL else self.run.dataset_store
+        base = own_store or (self.run.storage if self.run.storage.uri.startswith("s3://") else StoreTarget(uri=""))
         return S3Store(base.model_copy(update={"uri": f"s3://{bucket}"}), **options)  # type: ignore[arg-type] # mixed numbers
 
     def _s3(self, source: S3Source, path: str, target: Path, kind: SourceKind) -> Fetched:
         store = self._store(source.bucket, kind)
         try:
-            found = self._list_impatiently(source, kind)
-            if not found:
+            objects = self._list_with_short_timeouts(source, kind)
+            if not objects:
                 raise self._missing(
-                    kind, path, str(source), "does not exist: there is no such object and none below it"
+                    kind, path, str(source), "does not exist: there is no object with this key and none below it"
                 )
-            self._require_space(sum(stat.size for stat in found), path)
-            root = "" if [stat.key for stat in found] == [source.key] else source.key
-            jobs = [(stat, target / _inside(stat.key, root)) for stat in found]
+            self._require_space(sum(stat.size for stat in objects), path)
+            root = "" if [stat.key for stat in objects] == [source.key] else source.key
+            jobs = [(stat, target / _relative_path(stat.key, root)) for stat in objects]
             with ThreadPoolExecutor(THREADS) as pool:
                 sums = list(pool.map(lambda job: store.download(job[0].key, job[1], count=self.count), jobs))
-            for stat, digest in zip(found, sums, strict=True):
+            for stat, digest in zip(objects, sums, strict=True):
                 if digest is None:
-                    raise self._missing(kind, path, f"s3://{source.bucket}/{stat.key}", "was removed while it was read")
+                    raise self._missing(kind, path, f"s3://{source.bucket}/{stat.key}", "was removed during its download")
         except FineTuneError as error:
             if error.failure_class is FailureClass.STORAGE and isinstance(error, CredentialsError):
                 error.failure_class = kind.failure_class
@@ -163,8 +163,8 @@ class Fetcher:
         files = [file for _, file in jobs]
         return Fetched(files[0] if not root and len(files) == 1 else target, files)
 
-    def _list_impatiently(self, source: S3Source, kind: SourceKind) -> list[Stat]:
-        """List the source with short timeouts, so that wrong settings fail within seconds. The download itself retries longer."""
+    def _list_with_short_timeouts(self, source: S3Source, kind: SourceKind) -> list[Stat]:
+        """List the source with short timeouts, so that wrong settings fail within seconds. The downloads retry longer."""
         store = self._store(source.bucket, kind, **PREFLIGHT_OPTIONS)
         try:
             return self._objects(store, source.key)
@@ -211,44 +211,44 @@ class Fetcher:
         return Fetched(file, [file])
 
     def _committed_model(self, source: HttpsSource, path: str, target: Path) -> Fetched:
-        """Download a model or checkpoint that a job committed. Its manifest lists the files, because a web server does not."""
+        """Download a model or checkpoint that a job committed. The files are known from its manifest, because a web server has no listing."""
         if not source.committed:
             raise NotFoundError(
-                "ModelInvalid", f"{path} is {redact_source(source.url)}: a web server has no listing, so only what a job committed can be read there",
-                hint="write https://host/jobs/model or https://host/jobs/checkpoints/step-00000100, a hub's name as org/name, or s3://bucket/prefix",
+                "ModelInvalid", f"{path} is {redact_source(source.url)}: a web server has no listing, so only what a job committed can be read",
+                hint="write https://host/jobs/model or https://host/jobs/checkpoints/step-00000100, a hub repository as org/name, or s3://bucket/prefix",
                 failure_class=MODEL.failure_class,
             )  # fmt: skip
         where = parse_address(source.url)
         store = self._web_store(where.root, MODEL)
         try:
-            found = Tree(store).marker(where.step)
+            committed = Tree(store).marker(where.step)
             problem = "holds no _COMMITTED object"
-            if found is not None:
+            if committed is not None:
                 problem = download_committed(
-                    Tree(store), found, target, count=self.count,
+                    Tree(store), committed, target, count=self.count,
                     check_space=lambda size: self._require_space(size, path),
                 )  # fmt: skip
         finally:
             store.close()
-        if found is None:
+        if committed is None:
             raise self._missing(MODEL, path, redact_source(source.url), problem)
         if problem is not None:
             raise NotFoundError(
                 "ModelInvalid", f"{path} is {redact_source(source.url)}, which is damaged: {problem}",
-                hint="upload it again", failure_class=MODEL.failure_class,
+                hint="upload the model again", failure_class=MODEL.failure_class,
             )  # fmt: skip
         return Fetched(target, _data_files(target))
 
     def _web_store(self, uri: str, kind: SourceKind) -> WebStore:
         """A web store with the CA bundle of the configured connection."""
-        given = (self.run.model_store if kind is MODEL else self.run.dataset_store) or self.run.storage
-        return WebStore(StoreTarget(uri=uri, ca_bundle=given.ca_bundle))
+        store = (self.run.model_store if kind is MODEL else self.run.dataset_store) or self.run.storage
+        return WebStore(StoreTarget(uri=uri, ca_bundle=store.ca_bundle))
 
     def _hub(self, source: HubSource, path: str, target: Path, kind: SourceKind) -> Fetched:
         import huggingface_hub
         from huggingface_hub import errors as hub
 
-        named = f"{source.repo}" + (f"@{source.revision}" if source.revision else "")
+        repository = f"{source.repo}" + (f"@{source.revision}" if source.revision else "")
         try:
             folder = huggingface_hub.snapshot_download(
                 source.repo, repo_type=kind.repo_type, revision=source.revision, cache_dir=self.work / "hub",
@@ -256,53 +256,53 @@ class Fetcher:
             )  # fmt: skip
         except hub.GatedRepoError as error:
             raise NotFoundError(
-                f"{kind.code}Gated", f"{path} is {named}, which is gated: its owner must grant access first",
+                f"{kind.code}Gated", f"{path} is {repository}, which is gated: its owner must grant access first",
                 hint="accept its terms on the hub and name a token in model.tokenSecretRef", failure_class=kind.failure_class,
             ) from error  # fmt: skip
         except hub.RevisionNotFoundError as error:
-            raise self._missing(kind, path, named, "has no such revision") from error
+            raise self._missing(kind, path, repository, "has no such revision") from error
         except (hub.RepositoryNotFoundError, hub.HFValidationError) as error:
-            raise self._missing(kind, path, named, "is not on the hub, or is private and no token was given") from error
+            raise self._missing(kind, path, repository, "is not on the hub, or is private and no token was given") from error
         except Exception as error:  # the hub's client does not wrap the exceptions of its HTTP library
-            raise _hub_unreachable(kind, path, named, error) from error
+            raise _hub_unreachable(kind, path, repository, error) from error
         local = Path(folder)
         return Fetched(local, _data_files(local), revision=local.name)
 
     # ---- shared ----
 
-    def _missing(self, kind: SourceKind, path: str, text: str, why: str) -> NotFoundError:
+    def _missing(self, kind: SourceKind, path: str, text: str, problem: str) -> NotFoundError:
         return NotFoundError(
             f"{kind.code}NotFound",
-            f"{path} is {text}, which {why}",
+            f"{path} is {text}, which {problem}",
             hint=f"correct {path}",
             failure_class=kind.failure_class,
         )
 
     def _require_space(self, size: int, path: str) -> None:
-        free = free_bytes(self.work)
-        if size + RESERVE_BYTES > free:
+        available = free_bytes(self.work)
+        if size + RESERVE_BYTES > available:
             raise ConfigError(
-                "LocalDiskTooSmall", f"{path} has {size / 1e9:.2f} GB, and the pod's disk has {free / 1e9:.2f} GB left",
+                "LocalDiskTooSmall", f"{path} has {size / 1e9:.2f} GB, and the pod's disk has {available / 1e9:.2f} GB left",
                 hint="raise resources.ephemeralStorage",
             )  # fmt: skip
 
 
-_MODEL_FILES_TO_EXPECT = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
+_REQUIRED_ONE_OF = ("config.json", "adapter_config.json", "tokenizer_config.json", "tokenizer.json")
 
 
-def _hub_unreachable(kind: SourceKind, path: str, named: str, error: Exception) -> StorageError:
+def _hub_unreachable(kind: SourceKind, path: str, repository: str, error: Exception) -> StorageError:
     return StorageError(
-        "HubUnreachable", f"{path} is {named}, and the model hub could not be reached ({type(error).__name__})",
+        "HubUnreachable", f"{path} is {repository}, and the model hub could not be reached ({type(error).__name__})",
         hint="check the pod's access to the internet, or copy it to S3 and write s3://bucket/prefix",
         failure_class=kind.failure_class,
     )  # fmt: skip
 
 
-def _inside(key: str, root: str) -> str:
+def _relative_path(key: str, root: str) -> str:
     if not root:
         return PurePosixPath(key).name
-    inside = key[len(root) :].lstrip("/")
-    return "/".join(part for part in inside.split("/") if part not in ("", ".", ".."))
+    relative = key[len(root) :].lstrip("/")
+    return "/".join(part for part in relative.split("/") if part not in ("", ".", ".."))
 
 
 def _data_files(folder: Path) -> list[Path]:
@@ -311,9 +311,9 @@ def _data_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """A sha256 that identifies a model: contents of all small files, size and both ends of the large ones."""
+    """A sha256 that identifies a model: the contents of all small files, the size and both ends of all large files."""
     digest = hashlib.sha256()
-    for path in sorted(one for one in folder.rglob("*") if one.is_file()):
+    for path in sorted(file for file in folder.rglob("*") if file.is_file()):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()}\0{size}\0".encode())
         with path.open("rb") as stream:

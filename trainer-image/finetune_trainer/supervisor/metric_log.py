@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class MetricLog:
-    """Collects the lines of one incarnation."""
+    """Collects the log lines of one incarnation and uploads them."""
 
     def __init__(self, run_state: RunState, incarnation: str) -> None:
         self._state = run_state
@@ -27,7 +27,7 @@ class MetricLog:
         self._lines.append(json.dumps({"step": step, **values}))
 
     def upload(self, store: Store) -> None:
-        """Replace the object with all lines so far. A failure is only noted: metrics are no reason to fail a run."""
+        """Replace the object with all lines so far. A failure only adds a note: a run must not fail because of its metrics."""
         if not self._lines:
             return
         try:

@@ -1,6 +1,7 @@
-"""Everything between the pod's start and training: check storage, fetch the inputs, check them, restore the checkpoint.
+"""The steps between the pod's start and training: check storage, fetch the inputs, check them, restore the checkpoint.
 
-It runs while the ranks import. A failure here ends the pod before training, with the exit code of whoever can fix it.
+This runs while the ranks import their libraries. A failure ends the pod before training. The exit code tells whether the user, the
+storage administrator or the cluster administrator must act.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ COMPARED_GROUPS = ("model", "method", "trainer", "dataset", "training", "evaluat
 NOT_HASHED = (
     "batchSizePerDevice", "gradientAccumulationSteps", "learningRate", "gradientCheckpointing", "storage", "tokenSecretRef",
 )  # fmt: skip
-"""Fields of those groups that are compared by themselves, or that only say how a source is reached."""
+"""Fields that are left out of the hashes: some are compared separately, the others only say how to reach a source."""
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes")
 
 
 class Preparation:
-    """The steps of preparing one pod, in the order in which they are called."""
+    """Prepares one pod. The public methods are listed in the order in which the supervisor calls them."""
 
     def __init__(self, run: RunConfig, config_sha256: str, settings: Settings, run_state: RunState) -> None:
         self._run, self._sha256, self._work = run, config_sha256, settings.work
@@ -57,19 +58,19 @@ class Preparation:
         if self._node_rank == 0:
             self._state.merge_resolved(Resolved(storage=abilities.to_wire()))
             if not abilities.can_delete:
-                self._state.add_note("storage: s3:DeleteObject is not granted; old checkpoints stay")
+                self._state.add_note("storage: s3:DeleteObject is not granted; old checkpoints are not removed")
 
-    def _retry_while_busy(self, ask: Callable[[], T]) -> T:
-        """Repeat a request while the store answers that it is busy. Wrong settings and unreachable stores fail at once."""
+    def _retry_while_busy(self, send: Callable[[], T]) -> T:
+        """Retry a request while the store responds that it is busy. Wrong settings and unreachable stores fail at once."""
         for pause in BUSY_PAUSES_SECONDS:
             try:
-                return ask()
+                return send()
             except StorageError as error:
                 if error.code != "StorageFailed":
                     raise
-                log.warning("storage is busy, retry in %.0f s: %s", pause, error)
+                log.warning("storage is busy, will retry in %.0f s: %s", pause, error)
                 time.sleep(pause)
-        return ask()
+        return send()
 
     def fetch(self) -> tuple[Inputs, RunFacts]:
         """Download all inputs to the local disk and check the rows. Errors: 64, 65, 66, 67, 69, 77."""
@@ -80,10 +81,10 @@ class Preparation:
         return inputs, run_facts_of(self._run, self._sha256, inputs)
 
     def claim_storage(self, tree: Tree) -> None:
-        """Fence out earlier attempts, then remove what killed incarnations left. Rank 0's pod does it for the gang.
+        """Fence out earlier attempts, then remove the leftovers of killed incarnations. Only rank 0's pod does this.
 
-        The order matters: an earlier attempt that still runs commits nothing after `begin_attempt`, so that the sweep
-        cannot remove data that it is about to commit. Errors: Fenced if a later attempt has begun.
+        The order matters. After `begin_attempt`, an earlier attempt that still runs can commit nothing, so that the sweep
+        cannot remove data which that attempt is about to commit. Errors: Fenced if a later attempt has begun.
         """
         if self._node_rank > 0:
             return
@@ -102,10 +103,10 @@ class Preparation:
         )
         for sentence in restored.damaged:
             self._state.record_checkpoint_problem(Reason.CHECKPOINT_DAMAGED, sentence)
-            self._state.add_note(f"skipped: {sentence}")  # the problem is cleared by the next commit, the note stays
+            self._state.add_note(f"skipped: {sentence}")  # the next commit clears the problem, but not the note
         if restored.manifest is not None:
             self._state.resumed_from_step = restored.step
-            self._state.merge_resolved(Resolved(resume_exact=restored.exact, resume_note=restored.note))
+            self._state.merge_resolved(Resolved(resume_exact=restored.exact, resume_note=restored.inexact_reason))
             if restored.changed_inputs:
                 self._state.add_note(
                     f"resumed from step {restored.step} with changed {', '.join(restored.changed_inputs)}"
@@ -143,7 +144,7 @@ class Preparation:
         )
 
     def _check(self, inputs: Inputs) -> None:
-        from finetune_trainer.data import check_files  # reads rows; imports neither torch nor transformers
+        from finetune_trainer.data import check_files  # this module imports neither torch nor transformers
 
         summary = check_files(self._run, inputs)
         for note in summary.notes:
@@ -170,7 +171,7 @@ class Preparation:
 
 
 def sweep(tree: Tree, run_state: RunState) -> None:
-    """Remove what killed incarnations left. Leftovers only cost space: a missing permission is noted and fails nothing."""
+    """Remove the leftovers of killed incarnations. They only cost space, so that a failure adds a note and does not end the attempt."""
     swept = tree.sweep()
     if swept.count:
         log.info("removed %d objects of unfinished uploads", swept.count)
@@ -190,7 +191,7 @@ def with_restored(inputs: Inputs, restored: Restored) -> Inputs:
 
 
 def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts:
-    """What a checkpoint of this run is compared by when another attempt resumes from it."""
+    """The facts of this run that are compared when another attempt resumes from its checkpoint."""
     training = run.spec.training
     micro, accumulation = training.batch_size_per_device or 1, training.gradient_accumulation_steps or 1
     return RunFacts(
@@ -215,38 +216,38 @@ def run_facts_of(run: RunConfig, config_sha256: str, inputs: Inputs) -> RunFacts
 def setting_hashes_of(run: RunConfig) -> dict[str, str]:
     """A short hash of each compared group of the spec."""
     spec = run.spec.to_wire()
-    found = {}
+    hashes = {}
     for group in COMPARED_GROUPS:
-        value = {name: one for name, one in (spec.get(group) or {}).items() if name not in NOT_HASHED}
-        found[group] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
-    return found
+        value = {name: entry for name, entry in (spec.get(group) or {}).items() if name not in NOT_HASHED}
+        hashes[group] = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+    return hashes
 
 
 def other_inputs_of(inputs: Inputs) -> dict[str, str]:
     """A hash of each input besides base model and training data, by the name that messages use."""
     models = {"tokenizer": inputs.tokenizer, "reference model": inputs.reference, "adapter": inputs.adapter}
-    found = {name: fingerprint(folder) for name, folder in models.items() if folder is not None}
+    hashes = {name: fingerprint(folder) for name, folder in models.items() if folder is not None}
     files = {
         "validation data": inputs.validation, "test data": inputs.test,
         "contents of ConfigMaps": _mounted_files(inputs.config_maps),
     }  # fmt: skip
-    return found | {name: digest_of(paths, sha256_file) for name, paths in files.items() if paths}
+    return hashes | {name: digest_of(paths, sha256_file) for name, paths in files.items() if paths}
 
 
 def _mounted_files(folder: Path) -> list[Path]:
-    """Files of mounted ConfigMaps. The kubelet keeps each file once more in folders whose names begin with two dots."""
-    found = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in found if not any(part.startswith("..") for part in path.relative_to(folder).parts)]
+    """Files of mounted ConfigMaps, without the copies that the kubelet keeps in folders whose names begin with two dots."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in files if not any(part.startswith("..") for part in path.relative_to(folder).parts)]
 
 
 def package_versions() -> dict[str, str]:
     """Versions of the packages that influence the numbers of a run, without importing them."""
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            versions[package] = version(package)
         except PackageNotFoundError:  # an image may leave out packages that its jobs do not need
             continue
-    return found
+    return versions

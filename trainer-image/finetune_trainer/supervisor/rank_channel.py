@@ -22,7 +22,7 @@ class RankChannel:
     """Receives messages of ranks and calls `on_message` with each, in order, on a thread of its own."""
 
     def __init__(self, on_message: Callable[[dict[str, Any]], None]) -> None:
-        # The path of a Unix socket may have 107 characters at most; the work folder's path may be longer.
+        # A temporary folder, because the path of a Unix socket has at most 107 characters, and the work folder's path may be longer.
         self._folder = Path(tempfile.mkdtemp(prefix="finetune-"))
         self.address = str(self._folder / "socket")
         self._on_message = on_message
@@ -48,11 +48,11 @@ class RankChannel:
             if message is not None:
                 try:
                     self._on_message(message)
-                except Exception:  # an unusable message must not end the thread that reads the next one
+                except Exception:  # an invalid message must not end the thread that reads further messages
                     log.exception("a rank's message could not be applied: %s", message.get("kind"))
 
     def _parse(self, data: bytes) -> dict[str, Any] | None:
-        """The message, or None if the bytes are not one of ours."""
+        """The message, or None if the bytes are not a valid message."""
         try:
             message = json.loads(data)
             message = read_spilled(message, self._folder) if isinstance(message, dict) else None
@@ -61,7 +61,7 @@ class RankChannel:
         return message if isinstance(message, dict) else None
 
     def close(self) -> None:
-        """Read what was already sent, then stop. All ranks must have ended before."""
+        """Receive the messages that were already sent, then stop. Call this after all ranks have ended."""
         self._closing.set()
         self._thread.join(timeout=30)
         self._socket.close()

@@ -1,6 +1,6 @@
 """Applies the messages of ranks to the state of the run.
 
-One unreadable field does not discard the rest of a message: `finetune_api.base.ReportModel` leaves it out.
+`finetune_api.base.ReportModel` skips an unreadable field, so that the other fields of the message still count.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from finetune_trainer.supervisor.run_state import RunState
 from finetune_trainer.supervisor.staging import Staging
 
 HEARTBEATS = ("heartbeat", "alive", "stage", "staged", "log")
-"""Kinds of messages that show that training goes on."""
+"""Kinds of messages that count as heartbeats."""
 
 
 class RankMessages:
@@ -55,7 +55,7 @@ class RankMessages:
                 self._apply_report(message)
 
     def _apply_report(self, message: dict[str, Any]) -> None:
-        """A report of local rank 0."""
+        """Handle a report of local rank 0."""
         state = self._state
         match message.get("kind"):
             case "heartbeat":

@@ -1,7 +1,7 @@
 """The state of one pod's run, updated from the messages of its ranks and from the uploader.
 
-`/progress`, `/metrics` and the termination message are made from it. It is thread-safe. Ranks report facts; the estimate of
-the time left and the texts for people are derived here.
+`/progress`, `/metrics` and the termination message show this state. The class is thread-safe. It also computes the percentage,
+the remaining time and the display texts from what ranks report.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ NEWEST_CHECKPOINTS = 5
 
 
 class RunState:
-    """What is known about the run of one pod."""
+    """The progress, metrics, checkpoints and health of one pod's run."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -68,7 +68,7 @@ class RunState:
             self.counters[name] = self.counters.get(name, 0) + by
 
     def record_activity(self) -> None:
-        """Record a heartbeat: a step, a part of a step, a batch of an evaluation or a file is done."""
+        """Record a heartbeat: a step, a part of a step, an evaluation batch or a file is done."""
         with self._lock:
             self._activity_time = time.monotonic()
 
@@ -84,7 +84,7 @@ class RunState:
                 self._update_progress({"step": step})
 
     def merge_progress(self, progress: Progress) -> None:
-        """Fields that are None keep their value."""
+        """Merge a report: fields that are None keep their earlier value."""
         with self._lock:
             self._update_progress(progress.model_dump(exclude_none=True))
 
@@ -92,12 +92,12 @@ class RunState:
         self._progress = self._progress.model_copy(update=fields | {"update_time": datetime.now(UTC)})
 
     def merge_metrics(self, metrics: Metrics) -> None:
-        """Fields that are None keep their value."""
+        """Merge a report: fields that are None keep their earlier value."""
         with self._lock:
             self._metrics = self._metrics.model_copy(update=metrics.model_dump(exclude_none=True))
 
     def merge_resolved(self, resolved: Resolved) -> None:
-        """Fields that are None keep their value."""
+        """Merge a report: fields that are None keep their earlier value."""
         with self._lock:
             self._resolved = self._resolved.model_copy(update=resolved.model_dump(exclude_none=True))
 
@@ -108,7 +108,7 @@ class RunState:
                 self._notes.append(text)
 
     def record_checkpoint_problem(self, reason: str, sentence: str) -> None:
-        """A checkpoint was skipped, could not be stored or is damaged."""
+        """Record that a checkpoint was skipped, could not be stored or is damaged."""
         with self._lock:
             self._health = self._health.model_copy(
                 update={"healthy": False, "checkpoint_problem": f"{reason}: {sentence}"}
@@ -126,7 +126,7 @@ class RunState:
                 self._health = self._health.model_copy(update={"last_save_seconds": round(seconds, 3)})
 
     def mark_checkpoint_healthy(self, step: int) -> None:
-        """The losses after this checkpoint were finite."""
+        """Record that the losses after this checkpoint were finite."""
         with self._lock:
             if step in self._checkpoints:
                 self._checkpoints[step] = self._checkpoints[step].model_copy(update={"healthy": True})
@@ -143,7 +143,7 @@ class RunState:
 
     @property
     def step(self) -> int:
-        """Newest optimizer step, 0 before the first."""
+        """Newest optimizer step; 0 before the first step."""
         return self._progress.step or 0
 
     @property
@@ -157,17 +157,17 @@ class RunState:
         return self._health.checkpoint_problem
 
     def seconds_since_step(self) -> float | None:
-        """None before the first step."""
+        """Seconds since the last step; None before the first step."""
         with self._lock:
             return None if self._step_time is None else time.monotonic() - self._step_time
 
     def seconds_since_heartbeat(self) -> float | None:
-        """None before the first heartbeat."""
+        """Seconds since the last heartbeat; None before the first heartbeat."""
         with self._lock:
             return None if self._activity_time is None else time.monotonic() - self._activity_time
 
     def median_step_seconds(self) -> float | None:
-        """Median over the recent steps."""
+        """Median duration of the recent steps; None before the second step."""
         with self._lock:
             return statistics.median(self._recent_step_seconds) if self._recent_step_seconds else None
 
@@ -195,7 +195,7 @@ class RunState:
                 resolved=self._resolved.model_copy(update={"notes": list(self._notes) or None}),
                 health=self._health_with_ages(),
                 timings={
-                    name: round(one, 3) for name, one in (self._timings | {self._stage.value: stage_seconds}).items()
+                    name: round(seconds, 3) for name, seconds in (self._timings | {self._stage.value: stage_seconds}).items()
                 },
             )
 
@@ -212,7 +212,7 @@ class RunState:
         )
 
     def _progress_with_estimates(self) -> Progress:
-        """Progress with percent, time left and the texts for people."""
+        """Progress with percentage, remaining time and display texts."""
         step, total = self._progress.step, self._progress.total_steps
         update: dict[str, Any] = {}
         if step is not None and total:
@@ -220,13 +220,13 @@ class RunState:
             update |= {"percent": percent, "display": f"{step}/{total} ({percent}%)"}
             median = self.median_step_seconds()
             if median is not None:
-                left = round(median * max(0, total - step))
-                update |= {"seconds_remaining": left, "eta": format_duration(left)}
+                seconds_left = round(median * max(0, total - step))
+                update |= {"seconds_remaining": seconds_left, "eta": format_duration(seconds_left)}
         return self._progress.model_copy(update=update)
 
 
 def newest_and_best(newest_first: list[Checkpoint]) -> list[Checkpoint]:
-    """The newest few checkpoints and the one with the lowest validation loss."""
+    """The newest `NEWEST_CHECKPOINTS` checkpoints and the checkpoint with the lowest validation loss."""
     newest = newest_first[:NEWEST_CHECKPOINTS]
     evaluated = [one for one in newest_first if one.eval_loss is not None]
     best = min(evaluated, key=lambda one: (one.eval_loss or 0.0, one.step), default=None)
@@ -234,9 +234,9 @@ def newest_and_best(newest_first: list[Checkpoint]) -> list[Checkpoint]:
 
 
 def format_duration(seconds: int) -> str:
-    """Seconds for people: `45s`, `3m20s`, `1h12m`."""
-    minutes, rest = divmod(max(0, seconds), 60)
+    """Format seconds as `45s`, `3m20s` or `1h12m`."""
+    minutes, seconds = divmod(max(0, seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
         return f"{hours}h{minutes}m"
-    return f"{minutes}m{rest}s" if minutes else f"{rest}s"
+    return f"{minutes}m{seconds}s" if minutes else f"{seconds}s"

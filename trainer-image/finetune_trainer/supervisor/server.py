@@ -1,8 +1,8 @@
 """The pod's HTTP server: `/progress` for the operator, `/metrics` for Prometheus, `/healthz` for the kubelet.
 
-On the loopback interface it also accepts the Kubeflow progress protocol (`POST .../status`): a user's own script with a
-current transformers then reports progress without extra code. It uses the standard library only, because it must answer within
-a second of the pod's start.
+On the loopback interface the server also accepts the Kubeflow progress protocol (`POST .../status`): a user's own script with a
+current transformers then reports progress without extra code. Only the standard library is used, because the server must respond
+within a second of the pod's start.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ KUBEFLOW_METRICS = {
 
 
 class Server:
-    """Serves the state of the run until it is closed. Port 0 takes a free port; `port` is the one in use."""
+    """Serves the state of the run until it is closed. Port 0 chooses a free port; the attribute `port` is the chosen one."""
 
     def __init__(self, run_state: RunState, port: int, *, host: str = "") -> None:
         self._http = _Http((host, port), run_state)
@@ -52,11 +52,11 @@ class _Http(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], run_state: RunState) -> None:
         self.run_state = run_state
         if not address[0] and socket.has_dualstack_ipv6():
-            self.address_family = socket.AF_INET6  # a pod's address may be IPv4 or IPv6
+            self.address_family = socket.AF_INET6  # serves IPv4 and IPv6: a pod may have either
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        """Bind without resolving this host's name as http.server does: a slow name server would delay the pod's start."""
+        """Bind without resolving this host's name. http.server resolves it, and a slow name server would delay the pod's start."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         socketserver.TCPServer.server_bind(self)
@@ -107,11 +107,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Do not log probes and scrapes."""
+        """Log nothing: probes and scrapes would fill the pod's log."""
 
 
 def merge_kubeflow_status(run_state: RunState, status: dict[str, Any]) -> None:
-    """Apply a report of the Kubeflow progress protocol. It has percent and time left, but no steps.
+    """Apply a report of the Kubeflow progress protocol, which has percentage and remaining time, but no steps.
 
     Errors: KeyError, TypeError, ValueError if the report does not follow the protocol.
     """
@@ -120,8 +120,8 @@ def merge_kubeflow_status(run_state: RunState, status: dict[str, Any]) -> None:
         percent=None if percent is None else int(percent), display=None if percent is None else f"{int(percent)}%",
         seconds_remaining=None if left is None else int(left),
     )  # fmt: skip
-    known = [one for one in status.get("metrics") or [] if one.get("name") in KUBEFLOW_METRICS]
-    metrics = Metrics.model_validate({KUBEFLOW_METRICS[one["name"]]: float(one["value"]) for one in known})
+    known = [metric for metric in status.get("metrics") or [] if metric.get("name") in KUBEFLOW_METRICS]
+    metrics = Metrics.model_validate({KUBEFLOW_METRICS[metric["name"]]: float(metric["value"]) for metric in known})
     run_state.merge_progress(progress)
     run_state.merge_metrics(metrics)
 

@@ -1,7 +1,7 @@
 """Hands complete checkpoints of this pod's ranks, and the final artefact, to the uploader.
 
-A rank reports a folder when its files are complete. The files get a second name below `<work>/staged`, so that the Trainer may
-remove its own copy while the upload still runs.
+A rank reports a folder when its files are complete. The files are hard-linked below `<work>/staged`, so that the Trainer may
+remove its own folder while the upload still runs.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from finetune_trainer.supervisor.run_state import RunState
 
 
 class Staging:
-    """The staging folder of one pod. `uploader` is None until the pod is prepared; until then nothing is staged."""
+    """The staging folder of one pod. `uploader` is None until the pod is prepared. Until then no checkpoint is staged."""
 
     def __init__(self, work: Path, run_state: RunState, *, ranks: int) -> None:
         self._folder = work / "staged"
         self._state = run_state
         self._ranks = ranks
         self._reported: dict[int, dict[int, dict[str, Any]]] = {}
-        """Messages by step and local rank, of checkpoints that are not complete yet."""
+        """Messages about incomplete checkpoints, by step and local rank."""
         self.uploader: Uploader | None = None
 
     def add_rank_files(self, message: dict[str, Any]) -> None:
-        """One rank's files of a checkpoint are complete; when those of all ranks of this pod are, upload it."""
+        """Record that one rank's files of a checkpoint are complete. Once the files of all ranks of this pod are, offer it for upload."""
         step, local_rank = int(message["step"]), int(message["localRank"])
         reported = self._reported.setdefault(step, {})
         reported[local_rank] = message
@@ -46,7 +46,7 @@ class Staging:
         except OSError as error:
             self.skip_checkpoint("StagingFailed", f"step {step}: {error.strerror or error}")
             return
-        finally:  # it is not read again: the weights of the best step are kept elsewhere
+        finally:  # no later step reads this folder: `best` keeps the best weights
             shutil.rmtree(source, ignore_errors=True)
         facts = reported.get(0, message)
         self.uploader.offer(
@@ -54,14 +54,14 @@ class Staging:
         )
 
     def skip_checkpoint(self, reason: str, sentence: str) -> None:
-        """A checkpoint that was due cannot be staged."""
+        """Record that a checkpoint was due and could not be staged."""
         self._state.increment_counter("checkpoints_skipped")
         self._state.record_checkpoint_problem(reason, sentence)
         if self.uploader is not None:
             self.uploader.record_unsaved()
 
     def add_final(self, message: dict[str, Any], incarnation: str) -> None:
-        """The final artefact is complete: upload it. Errors: StorageError `StagingFailed`."""
+        """Stage the complete final artefact and offer it for upload. Errors: StorageError `StagingFailed`."""
         if self.uploader is None:
             return
         target = self._folder / "final"
@@ -75,6 +75,6 @@ class Staging:
 
 
 def hard_link_tree(source: Path, target: Path) -> None:
-    """Give every file of a folder a second name: it costs no space and stays when the first name is removed."""
+    """Hard-link every file of a folder. Links cost no space, and the data stays when the original names are removed."""
     shutil.rmtree(target, ignore_errors=True)
-    shutil.copytree(source, target, copy_function=lambda one, other: os.link(os.path.realpath(one), other))
+    shutil.copytree(source, target, copy_function=lambda file, link: os.link(os.path.realpath(file), link))

@@ -1,9 +1,9 @@
-"""Detects a run that no longer progresses: it would hold its GPUs without an error.
+"""Detects a run that makes no more progress. Without this check it would occupy its GPUs for ever, without an error.
 
 While a pod trains, evaluates or stops, a rank must send a heartbeat (a step, a micro-step, an evaluation batch) within the
-stall timeout. The timeout is `policy.stallTimeoutSeconds`; without it, twenty times the median step and at least ten minutes,
-counted from the first measured step. Loading and tokenising are not watched: their duration is unknown, and collectives have
-time limits of their own. Before the attempt ends, every rank is asked to write the stacks of its threads to the log.
+stall timeout. The timeout is `policy.stallTimeoutSeconds`; the default is twenty times the median step and at least ten
+minutes, and applies from the first measured step. Loading and tokenising are not watched: their duration is unknown, and collectives have
+time limits of their own. Before the attempt ends, every rank writes the stacks of its threads to the log.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ class StallWatch:
         self._started = time.monotonic()
 
     def timeout_seconds(self) -> float:
-        """How long the run may go without a heartbeat now."""
+        """The current stall timeout: how long the run may go without a heartbeat."""
         if self._timeout_seconds is not None:
             return float(self._timeout_seconds)
         return max(MIN_TIMEOUT_SECONDS, MEDIAN_STEPS * (self._state.median_step_seconds() or 0.0))
 
     def stall_error(self) -> PeerError | None:
-        """The failure if the run stalls, else None."""
+        """Return an error if the run stalls, else None."""
         no_median = self._timeout_seconds is None and self._state.median_step_seconds() is None
         if self._state.current_stage not in WATCHED_STAGES or no_median:
             return None
-        since = self._state.seconds_since_heartbeat()
-        silent = time.monotonic() - self._started if since is None else since
-        if silent <= self.timeout_seconds():
+        seconds_since_heartbeat = self._state.seconds_since_heartbeat()
+        silent_seconds = time.monotonic() - self._started if seconds_since_heartbeat is None else seconds_since_heartbeat
+        if silent_seconds <= self.timeout_seconds():
             return None
         return PeerError(
-            "Stalled", f"no step for {silent:.0f} s after step {self._state.step}; a step takes {self._state.median_step_seconds() or 0:.2f} s",
+            "Stalled", f"no progress for {silent_seconds:.0f} s after step {self._state.step}; a step takes {self._state.median_step_seconds() or 0:.2f} s",
             hint="the stacks of all ranks are in the pod's log; raise policy.stallTimeoutSeconds if steps may take that long",
         )  # fmt: skip
 
 
 def dump_rank_stacks(pids: list[int]) -> None:
-    """Ask the ranks among these processes to write their threads' stacks, and wait until they have."""
+    """Signal the ranks among these processes to write the stacks of their threads, and give them a second to do so."""
     for pid in pids:
         with contextlib.suppress(OSError):
             if b"train" in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"):

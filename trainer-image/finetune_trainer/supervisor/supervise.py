@@ -1,4 +1,4 @@
-"""The sequence of one pod, from its start to its exit code. `Supervisor.run` lists the steps."""
+"""Runs one pod, from its start to its exit code. `Supervisor.run` lists the steps."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ MIN_CLEANUP_SECONDS = 0.05
 
 
 class Supervisor:
-    """One pod. `run()` returns its exit code.
+    """Supervises one pod. `run()` returns its exit code.
 
-    Three threads beside the main one: the preparation, the channel that receives the ranks' messages, and the uploader.
+    Besides the main thread there are three: the preparation, the channel that receives the ranks' messages, and the uploader.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -72,7 +72,7 @@ class Supervisor:
         self._channel: RankChannel | None = None
 
     def run(self, stop_requests: Sequence[float] = ()) -> int:
-        """Run the pod and return its exit code. `stop_requests`: monotonic times of SIGTERMs that came before."""
+        """Run the pod and return its exit code. `stop_requests`: monotonic times of earlier SIGTERMs."""
         self._handle_signals(stop_requests)
         processes.adopt_orphans()
         with self._failures("SupervisorFailed"):
@@ -88,13 +88,13 @@ class Supervisor:
             # 5. Start the ranks and watch them until they end or the attempt must end.
             agent = start_agent(run, self._settings, self._channel.address)
             self._watch(run, agent)
-        # 6. Kill what still runs, and apply the messages that were sent before.
+        # 6. Kill all processes that still run, and apply the messages that they have sent.
         processes.kill_all_descendants()
         if self._channel is not None:
             self._channel.close()
-        # 7. Finish the uploads, as long as there is time.
+        # 7. Finish the uploads, within the time limit.
         self._finish_uploads()
-        # 8. Decide the exit code, and tell the operator.
+        # 8. Decide the exit code, and report it to the operator.
         decided = self._decide_exit()
         self._report_end(decided)
         return decided.code
@@ -108,7 +108,7 @@ class Supervisor:
             self._facts.stop_requested_at = stop_requests[0]
 
     def _request_stop(self, number: int, _frame: Any) -> None:
-        """SIGTERM or Ctrl-C: save and end. A second Ctrl-C: end at once."""
+        """Handle SIGTERM and Ctrl-C: save a checkpoint and end. A second Ctrl-C ends the pod without saving."""
         if self._facts.stop_requested_at is None:
             self._facts.stop_requested_at = time.monotonic()
         elif number == signal.SIGINT:
@@ -120,8 +120,8 @@ class Supervisor:
             server = Server(self._state, self._settings.port)
         except OSError as error:
             raise InternalError(
-                "PortInUse", f"port {self._settings.port} cannot be listened on: {error.strerror}",
-                hint=f"another program uses it: give --port, or set {Env.PORT} (0 takes a free one)",
+                "PortInUse", f"port {self._settings.port} cannot be opened: {error.strerror}",
+                hint=f"if another program uses the port, give --port or set {Env.PORT} (0 chooses a free port)",
             ) from error  # fmt: skip
         log.info("listening on port %d", server.port)
         return server
@@ -183,39 +183,39 @@ class Supervisor:
         )  # fmt: skip
         if self._settings.node_rank == 0:
             uploader.adopt_committed(checkpoints_for_status(tree, restored.ancestors))
-            model_marker = tree.marker(None)  # one with a readable manifest has ended this attempt before
+            model_marker = tree.marker(None)  # here its manifest is unreadable: otherwise `_prepare` would have ended the attempt
             uploader.set_skipped([*restored.skipped, *([model_marker] if model_marker else [])])
         self._uploader = uploader
         assert self._staging is not None
         self._staging.uploader = uploader
 
     def _upload_metric_log(self) -> None:
-        """Before a commit: the attempt that continues from a checkpoint does not log the earlier steps again."""
+        """Called before each commit, because an attempt that resumes from the checkpoint does not log the earlier steps again."""
         if self._tree is not None and self._metric_log is not None and self._settings.node_rank == 0:
             self._metric_log.upload(self._tree.store)
 
     def _warn_if_grace_period_is_too_short(self) -> None:
-        grace, last = self._run.grace_seconds if self._run else 0, self._state.last_save_seconds
-        if last is not None and last > grace:
+        grace_seconds, save_seconds = self._run.grace_seconds if self._run else 0, self._state.last_save_seconds
+        if save_seconds is not None and save_seconds > grace_seconds:
             self._state.add_note(
-                f"a checkpoint takes {last:.0f} s until it is committed, longer than the grace period of {grace} s: a stop would lose "
+                f"a checkpoint takes {save_seconds:.0f} s to commit, longer than the grace period of {grace_seconds} s: a stop would lose "
                 "the newest steps; raise policy.terminationGracePeriodSeconds"
             )
 
     # ---- 5: watch ----
 
     def _watch(self, run: RunConfig, agent: processes.Child) -> None:
-        """Return when the agent has ended, or when something else ends the attempt."""
+        """Return when the agent has ended, or when the attempt must end for another reason."""
         stall_watch = StallWatch(self._state, run.spec.policy.stall_timeout_seconds)
-        ranks_know = False
+        stop_was_handled = False
         while (code := agent.poll()) is None:
             if self._must_end.wait(TICK_SECONDS):
                 return
             if (failure := self._upload_failure(run)) is not None:
                 self._fail(failure)
                 return
-            if self._facts.stop_requested_at is not None and not ranks_know:
-                ranks_know = True
+            if self._facts.stop_requested_at is not None and not stop_was_handled:
+                stop_was_handled = True
                 if not self._is_worth_saving(run):
                     return
                 self._ask_ranks_to_stop(run)
@@ -229,7 +229,7 @@ class Supervisor:
         self._facts.agent_code = code
 
     def _upload_failure(self, run: RunConfig) -> FineTuneError | None:
-        """Why the attempt must end because of its checkpoints, if it must."""
+        """Return an error if the attempt must end because the uploader has given up or checkpoints stay unsaved, else None."""
         if self._uploader is None:
             return None
         return self._uploader.failure or self._uploader.unsaved_error(
@@ -237,7 +237,7 @@ class Supervisor:
         )
 
     def _fail(self, error: FineTuneError) -> None:
-        """End the attempt with this failure, unless there is an earlier one."""
+        """End the attempt. Only the first failure is kept."""
         with self._failure_lock:
             if self._facts.error is None:
                 self._facts.error = error
@@ -245,7 +245,7 @@ class Supervisor:
 
     @contextlib.contextmanager
     def _failures(self, code: str) -> Iterator[None]:
-        """Turn exceptions into the attempt's failure; an unexpected one becomes an InternalError with this code."""
+        """Record an exception as the attempt's failure. An unexpected exception becomes an InternalError with this code."""
         try:
             yield
         except FineTuneError as error:
@@ -255,7 +255,7 @@ class Supervisor:
             self._fail(InternalError(code, f"{type(error).__name__}: {error}"))
 
     def _deadline(self) -> float | None:
-        """Monotonic time by which a stopped pod must be done; None without a stop request."""
+        """Monotonic time by which a stopped pod must end; None without a stop request."""
         if self._facts.stop_requested_at is None or self._run is None:
             return None
         return stop_deadline(self._facts.stop_requested_at, self._run.grace_seconds)
@@ -265,12 +265,12 @@ class Supervisor:
         return deadline is not None and time.monotonic() > deadline
 
     def _is_worth_saving(self, run: RunConfig) -> bool:
-        """Whether there is something to save, and time for it."""
-        training = self._state.current_stage is Stage.TRAINING
-        if self._state.step <= self._facts.start_step and not self._facts.finished and not training:
+        """Whether there are unsaved steps, and enough time to save them."""
+        is_training = self._state.current_stage is Stage.TRAINING
+        if self._state.step <= self._facts.start_step and not self._facts.finished and not is_training:
             return False
-        last = self._state.last_save_seconds
-        if last is not None and last > run.grace_seconds:
+        save_seconds = self._state.last_save_seconds
+        if save_seconds is not None and save_seconds > run.grace_seconds:
             self._facts.deadline_passed = True
             return False
         return True
@@ -284,7 +284,7 @@ class Supervisor:
     # ---- 7: finish uploads ----
 
     def _finish_uploads(self) -> None:
-        """Wait for the uploader as long as there is time, then clean up."""
+        """Wait for the uploader within the time limit, then clean up storage."""
         uploader = self._uploader
         if uploader is None:
             return
@@ -302,20 +302,20 @@ class Supervisor:
         self._clean_up(self._upload_metric_log)
 
     def _wait_for_uploads(self, uploader: Uploader) -> bool:
-        """Whether all uploads ended in time. A stop request that arrives meanwhile brings its own deadline."""
+        """Wait; returns whether all uploads ended in time. A stop request that arrives meanwhile sets its own deadline."""
         seconds = FINAL_UPLOAD_SECONDS if self._facts.finished else UPLOAD_AFTER_FAILURE_SECONDS
         end = math.inf if self._facts.stop_requested_at is not None else time.monotonic() + seconds
         while not self._facts.deadline_passed:
             deadline = self._deadline()
-            left = min(end, math.inf if deadline is None else deadline) - time.monotonic()
-            if uploader.drain(max(0.0, min(left, UPLOAD_POLL_SECONDS))):
+            seconds_left = min(end, math.inf if deadline is None else deadline) - time.monotonic()
+            if uploader.drain(max(0.0, min(seconds_left, UPLOAD_POLL_SECONDS))):
                 return True
-            if left <= 0:
+            if seconds_left <= 0:
                 return False
         return uploader.drain(0)
 
     def _clean_up(self, work: Callable[[], None]) -> None:
-        """Run optional work, but no longer than the termination message can wait."""
+        """Run optional work in a thread. Stop waiting for it in time to write the termination message."""
         deadline = self._deadline()
         seconds = CLEANUP_SECONDS if deadline is None else min(CLEANUP_SECONDS, deadline - time.monotonic())
         thread = threading.Thread(target=work, name="clean-up", daemon=True)
@@ -323,7 +323,7 @@ class Supervisor:
         thread.join(max(MIN_CLEANUP_SECONDS, seconds))
 
     def _sweep_unless_superseded(self) -> None:
-        """Remove dropped and failed uploads. A later attempt may run already, if the operator cannot reach this pod."""
+        """Remove dropped and failed uploads, unless a later attempt already runs (if the operator could not reach this pod)."""
         if self._tree is not None and self._run is not None and not self._tree.is_superseded(self._run.attempt):
             sweep(self._tree, self._state)
 
@@ -351,7 +351,7 @@ class Supervisor:
 
 
 def committed_output(tree: Tree) -> Output | None:
-    """The final artefact, if an earlier incarnation committed it and ended before it could report it."""
+    """The final artefact, if an earlier incarnation has committed it but ended before reporting it; else None."""
     committed = tree.marker(None)
     manifest = tree.manifest(committed) if committed else None
     if committed is None or manifest is None:
@@ -364,12 +364,12 @@ def committed_output(tree: Tree) -> Output | None:
 
 
 def exit_code_failures(work: Path) -> list[RankFailure]:
-    """What the exit codes of this pod's failed ranks say."""
+    """The failures that follow from the exit codes of this pod's ranks."""
     out_of_memory = processes.killed_for_memory()
     codes = read_exit_codes(work) or {}
     return [failure_from_exit_code(rank, code, host_memory=out_of_memory) for rank, code in codes.items()]
 
 
 def supervise(settings: Settings, stop_requests: Sequence[float] = ()) -> int:
-    """Run one pod; returns its exit code. `stop_requests`: monotonic times of stop signals that came before."""
+    """Run one pod; returns its exit code. `stop_requests`: monotonic times of earlier stop signals."""
     return Supervisor(settings).run(stop_requests)

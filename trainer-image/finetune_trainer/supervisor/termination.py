@@ -1,4 +1,4 @@
-"""The termination message: what the operator reads when the pod has ended."""
+"""The termination message: the summary that the operator reads after the pod has ended."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def termination_message(
     failure = decided.failure
     if failure is None:
         saved = decided.code == ExitCode.PREEMPTED_SAVED
-        where = f"at step {report.progress.step or start_step}"
+        location = f"at step {report.progress.step or start_step}"
         return TerminationMessage(
             **common, class_=FailureClass.PREEMPTED, code="StoppedSaved" if saved else "StoppedUnsaved",
-            message=f"stopped on request {where}, " + ("the state is saved" if saved else "the newest steps are not saved"),
+            message=f"stopped on request {location}, " + ("the state is saved" if saved else "the newest steps are not saved"),
             origin=True, time_ns=time.time_ns(),
         )  # fmt: skip
     error = failure.error
@@ -46,7 +46,7 @@ def termination_message(
 
 
 def write_termination_message(message: TerminationMessage, path: Path) -> None:
-    """Write the message to the container's termination log, or print it where there is none (local runs)."""
+    """Write the message to the container's termination log, or print it if there is no such file (local runs)."""
     if message.message:
         log.error("%s: %s%s", message.code, message.message, f" ({message.hint})" if message.hint else "")
     try:

@@ -147,7 +147,7 @@ def test_a_checkpoint_of_a_different_run_is_refused(
 )
 def test_an_inexact_resume_says_why(two: Tree, tmp_path: Path, change: dict[str, object], word: str) -> None:
     found = resume(two, tmp_path, facts=FACTS.model_copy(update=change))
-    assert found.step == 10 and found.exact is False and word in (found.note or "")
+    assert found.step == 10 and found.exact is False and word in (found.inexact_reason or "")
 
 
 def test_skipped_checkpoints_are_not_ancestors(two: Tree, tmp_path: Path) -> None:

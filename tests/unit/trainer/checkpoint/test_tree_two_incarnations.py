@@ -146,5 +146,5 @@ def test_an_attempt_is_fenced_before_training_if_a_later_one_has_begun(store: Sl
     tree = Tree(store)
     tree.begin_attempt(5, b"{}")
     tree.require_newest_attempt(5)
-    with pytest.raises(Fenced, match="a later attempt has begun; this is attempt 4"):
+    with pytest.raises(Fenced, match="a later attempt has begun; this attempt, 4, must end"):
         tree.require_newest_attempt(4)
